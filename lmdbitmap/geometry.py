@@ -1,0 +1,98 @@
+"""All arithmetic between bytes and blocks. Ranges are half-open; an empty range is a no-op everywhere.
+
+    byte     0        g        2g       3g    size
+             |--------|--------|--------|-----|        the last block may be short
+    block        0        1        2       3
+    extent   64 blocks, the unit of arming; 64 extents are one region of 4096 blocks, the unit of storage
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lmdbitmap.errors import InvalidArgument
+
+EXTENT_BLOCKS = 64
+"""Blocks guarded by one bit of the armed mask: one 64-bit word of exact bits."""
+REGION_EXTENTS = 64
+"""Extents in a region: one 64-bit armed mask."""
+REGION_BLOCKS = REGION_EXTENTS * EXTENT_BLOCKS
+"""Blocks in a region: one record of the store."""
+REGION_BYTES = REGION_BLOCKS // 8
+"""Bytes of exact bits in one region record."""
+
+MIN_GRANULARITY_BITS = 9
+MAX_GRANULARITY_BITS = 31
+DEFAULT_GRANULARITY_BITS = 16
+MAX_SIZE = 2**63 - 1
+"""The largest offset that the operating system and NBD know, in bytes."""
+
+
+def granularity_bits_of(granularity: int) -> int:
+    """The exponent of a granularity in bytes; raises `InvalidArgument` unless a power of two, 512 B to 2 GiB."""
+    bits = granularity.bit_length() - 1
+    if granularity != 1 << max(bits, 0) or not MIN_GRANULARITY_BITS <= bits <= MAX_GRANULARITY_BITS:
+        raise InvalidArgument(
+            f"granularity {granularity} is not a power of two between 512 and {1 << MAX_GRANULARITY_BITS} bytes",
+            next_step="choose one such as 65536",
+        )
+    return bits
+
+
+def ceil_div(numerator: int, denominator: int) -> int:
+    return -(-numerator // denominator)
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """A disk of `size` bytes seen as blocks of `1 << granularity_bits` bytes."""
+
+    size: int
+    granularity_bits: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.size <= MAX_SIZE:
+            raise InvalidArgument(f"disk size {self.size} is outside 0..2^63-1", next_step="check the image")
+        granularity_bits_of(1 << self.granularity_bits if 0 <= self.granularity_bits < 64 else 0)
+
+    @property
+    def granularity(self) -> int:
+        return 1 << self.granularity_bits
+
+    @property
+    def block_count(self) -> int:
+        return ceil_div(self.size, self.granularity)
+
+    @property
+    def region_count(self) -> int:
+        return ceil_div(self.block_count, REGION_BLOCKS)
+
+    def check_range(self, offset: int, length: int) -> None:
+        """Raise `InvalidArgument` unless [offset, offset + length) lies on the disk."""
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise InvalidArgument(
+                f"bytes {offset}..{offset + length} are not on a disk of {self.size} bytes",
+                next_step="stay between 0 and the disk's size",
+            )
+
+    def blocks_outward(self, offset: int, length: int) -> range:
+        """Every block that [offset, offset + length) touches: the rounding for marking."""
+        self.check_range(offset, length)
+        if length == 0:
+            return range(0)
+        bits = self.granularity_bits
+        return range(offset >> bits, ((offset + length - 1) >> bits) + 1)
+
+    def blocks_inward(self, offset: int, length: int) -> range:
+        """Only the blocks that [offset, offset + length) covers wholly: the rounding for clearing."""
+        self.check_range(offset, length)
+        first = ceil_div(offset, self.granularity)
+        end = offset + length
+        stop = self.block_count if end == self.size else end >> self.granularity_bits
+        return range(first, stop) if first < stop else range(0)
+
+    def bytes_of(self, block_start: int, block_stop: int) -> tuple[int, int]:
+        """(offset, length) in bytes of blocks [block_start, block_stop), clipped to the disk."""
+        offset = min(block_start << self.granularity_bits, self.size)
+        end = min(block_stop << self.granularity_bits, self.size)
+        return offset, max(end - offset, 0)

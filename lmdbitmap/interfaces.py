@@ -1,0 +1,89 @@
+"""The shapes that floors agree on: a block device, a thread's lane to a disk, a disk that can be served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol, TypeAlias
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+"""Anything that holds bytes; memoryviews are flat, of format `B`."""
+
+
+class Allocation(NamedTuple):
+    """`length` bytes that are alike: `hole` takes no space, `zero` is known to read as zeroes."""
+
+    length: int
+    hole: bool
+    zero: bool
+
+
+class ImageIdentity(NamedTuple):
+    """What stays the same while nobody else writes an image. No ctime: a chown changes it."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+
+class BlockDevice(Protocol):
+    """A disk image. Offsets and lengths are bytes; every method is safe for many threads.
+
+    Ranges outside the device raise `InvalidArgument`; a refusal of the operating system raises `OSError`
+    with its errno. Reads and writes are whole or raise.
+    """
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def read_only(self) -> bool: ...
+    @property
+    def fd(self) -> int | None:
+        """A descriptor on which plain pread and pwrite at the same offsets do the same, or None."""
+
+    def pread(self, length: int, offset: int) -> bytes: ...
+    def pread_into(self, buffer: memoryview, offset: int) -> None: ...
+    def pwrite(self, data: Buffer, offset: int) -> None: ...
+    def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = True, fast_only: bool = False) -> None:
+        """Make the range read as zeroes; `fast_only` raises OSError(ENOTSUP) rather than write them out."""
+
+    def discard(self, offset: int, length: int) -> None:
+        """Tell the device that the range is not needed; what it reads as afterwards is anybody's guess."""
+
+    def flush(self) -> None:
+        """Return after everything written before is on stable storage."""
+
+    def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
+        """Describe the range without a gap, neighbours differing; unknown is neither hole nor zero."""
+
+    def resize(self, size: int) -> None: ...
+    def close(self) -> None: ...
+
+
+class Lane(Protocol):
+    """One thread's way to a disk. Not to be shared between threads; make one per thread or connection."""
+
+    def write_many(self, writes: Sequence[tuple[int, memoryview]]) -> Mapping[int, int]:
+        """Do all (offset, data) pairs, in any order; answer {index: errno} of those that failed."""
+
+    def pwrite(self, data: Buffer, offset: int) -> None: ...
+    def pread_into(self, buffer: memoryview, offset: int) -> None: ...
+    def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = True, fast_only: bool = False) -> None: ...
+    def discard(self, offset: int, length: int) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class ServedDisk(Protocol):
+    """What a server needs of a disk. `lane()` may be called from any thread, once per connection."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def read_only(self) -> bool: ...
+    @property
+    def fd(self) -> int | None:
+        """As for `BlockDevice`, for *reads* only: writes go through a lane."""
+
+    def lane(self) -> Lane: ...
+    def allocation(self, offset: int, length: int) -> Iterator[Allocation]: ...
