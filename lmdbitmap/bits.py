@@ -1,0 +1,160 @@
+"""Bitmaps in memory: plain buffers, read and changed in place at C speed.
+
+A bitmap is any buffer of whole bytes. Bit `i` is byte `i / 8`, bit `i % 8`, least significant first, and
+the order is passed every time, never left to a library's default. Functions that work on ranges of bits
+take a view, which shares the buffer and costs no copy; functions that walk or combine whole records take
+the buffers themselves. A view of a read-only buffer is read-only too.
+
+Ranges are half-open and an empty one is a no-op. A range outside the bitmap is a bug of the caller, not
+bad input: it is asserted here and checked where the numbers came in.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import TypeAlias
+
+from bitarray import bitarray
+
+from lmdbitmap.geometry import Geometry
+from lmdbitmap.interfaces import Buffer
+
+Bits: TypeAlias = Buffer | mmap.mmap
+"""A buffer that holds a bitmap."""
+Run: TypeAlias = tuple[int, int]
+"""Bits [start, stop), all ones, with a zero or an end on either side."""
+
+_STRETCH_BITS = 1 << 19
+"""Bits that `runs` looks at in one piece: all that it keeps in memory, and no more than the cache holds."""
+_SPREAD = [b"".join(b"\xff" * 8 if byte >> bit & 1 else bytes(8) for bit in range(8)) for byte in range(256)]
+"""For every value of one byte of an armed mask, the 64 bytes of exact bits that it stands for."""
+
+
+def bitmap_view(buffer: Bits) -> bitarray:
+    """The bits of `buffer`, shared, not copied; the buffer cannot be resized or closed while a view lives."""
+    return bitarray(endian="little", buffer=buffer)
+
+
+def set_range(view: bitarray, start: int, stop: int) -> None:
+    """Set bits [start, stop)."""
+    _check_range(view, start, stop)
+    view[start:stop] = 1
+
+
+def clear_range(view: bitarray, start: int, stop: int) -> None:
+    """Clear bits [start, stop)."""
+    _check_range(view, start, stop)
+    view[start:stop] = 0
+
+
+def any_zero(view: bitarray, start: int, stop: int) -> bool:
+    """Whether a bit of [start, stop) is clear."""
+    _check_range(view, start, stop)
+    return view.find(0, start, stop) >= 0
+
+
+def any_one(view: bitarray, start: int, stop: int) -> bool:
+    """Whether a bit of [start, stop) is set."""
+    _check_range(view, start, stop)
+    return view.find(1, start, stop) >= 0
+
+
+def count_ones(buffer: Bits, start: int = 0, stop: int | None = None) -> int:
+    """How many bits of [start, stop) are set."""
+    view = bitmap_view(buffer)
+    stop = len(view) if stop is None else stop
+    _check_range(view, start, stop)
+    return view.count(1, start, stop)
+
+
+def truncate(buffer: Bits, bit_count: int) -> None:
+    """Clear every bit from `bit_count` on; a count beyond the buffer clears nothing."""
+    bitmap_view(buffer)[bit_count:] = 0
+
+
+def runs(buffer: Bits, start: int = 0, stop: int | None = None) -> Iterator[Run]:
+    """The runs of ones inside [start, stop), ascending, in constant memory at millions a second.
+
+    A run begins or ends wherever a bit differs from the one before it, so the runs are those edges in
+    pairs. The pairs stay sorted and apart even while another thread changes the buffer; whether they show
+    that change is then anybody's guess.
+    """
+    view = bitmap_view(buffer)
+    stop = len(view) if stop is None else stop
+    _check_range(view, start, stop)
+    edges = chain.from_iterable(_edges(view, start, stop))
+    return zip(edges, edges, strict=True)
+
+
+def _edges(view: bitarray, start: int, stop: int) -> Iterator[Iterable[int]]:
+    """Where bits differ from their predecessor, one iterable per stretch; outside the range all is zero."""
+    before = 0
+    for base in range(start, stop, _STRETCH_BITS):
+        stretch = view[base : min(base + _STRETCH_BITS, stop)]
+        predecessors = stretch >> 1  # bitarray draws bit 0 leftmost: this moves every bit one number up
+        predecessors[0] = before
+        before = stretch[-1]
+        yield map(base.__add__, (stretch ^ predecessors).search(1))
+    if before:
+        yield (stop,)
+
+
+def or_into(target: Bits, source: Bits, target_offset: int = 0) -> None:
+    """Set in `target`, from byte `target_offset` on, every bit that is set in `source`."""
+    view, other = _facing(target, source, target_offset)
+    view |= other
+
+
+def and_into(target: Bits, source: Bits, target_offset: int = 0) -> None:
+    """Keep in `target`, from byte `target_offset` on, only bits that are set in `source` too."""
+    view, other = _facing(target, source, target_offset)
+    view &= other
+
+
+def and_not_into(target: Bits, source: Bits, target_offset: int = 0) -> None:
+    """Clear in `target`, from byte `target_offset` on, every bit that is set in `source`."""
+    view, other = _facing(target, source, target_offset)
+    view &= ~other
+
+
+def xor_into(target: Bits, source: Bits, target_offset: int = 0) -> None:
+    """Flip in `target`, from byte `target_offset` on, every bit that is set in `source`."""
+    view, other = _facing(target, source, target_offset)
+    view ^= other
+
+
+def expand_mask(armed_mask: int) -> bytes:
+    """The 512 bytes of exact bits that a 64-bit armed mask stands for: 64 ones for every bit of it."""
+    return b"".join([_SPREAD[byte] for byte in armed_mask.to_bytes(8, "little")])
+
+
+def regrain_outward(source_runs: Iterable[Run], source: Geometry, granularity_bits: int) -> Iterator[Run]:
+    """The same dirt in blocks of another granularity: every block that a source run touches, runs merged.
+
+    `source_runs` are ascending runs of blocks of `source`; what they hold past the disk's end is dropped.
+    """
+    target = Geometry(source.size, granularity_bits)
+    held_start = held_stop = 0
+    for start, stop in source_runs:
+        blocks = target.blocks_outward(*source.bytes_of(start, stop))
+        if blocks.start <= held_stop:
+            held_stop = max(held_stop, blocks.stop)
+            continue
+        if held_start < held_stop:
+            yield held_start, held_stop
+        held_start, held_stop = blocks.start, blocks.stop
+    if held_start < held_stop:
+        yield held_start, held_stop
+
+
+def _check_range(view: bitarray, start: int, stop: int) -> None:
+    assert 0 <= start <= stop <= len(view), f"bits {start}..{stop} of {len(view)}"
+
+
+def _facing(target: Bits, source: Bits, target_offset: int) -> tuple[bitarray, bitarray]:
+    """Views of `source` and of the equally long part of `target` that begins at byte `target_offset`."""
+    part = memoryview(target)[target_offset : target_offset + len(source)]
+    assert len(part) == len(source), f"{len(source)} bytes do not fit at {target_offset} of {len(target)}"
+    return bitmap_view(part), bitmap_view(source)
