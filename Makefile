@@ -1,0 +1,43 @@
+# `make demo` and `make test` are all a newcomer needs: each does its own set-up (tools/setup.sh).
+
+PYTHON ?= python3
+BIN := .venv/bin
+CHECKED := lmdbitmap tests $(wildcard benchmarks/*.py demo/*.py tools/*.py)
+
+export PYTHON
+export PATH := $(PATH):/usr/sbin:/sbin
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types format bench setup setup-python clean
+
+help: ## these lines
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: setup ## track, crash, back up, restore: the whole job on a real file system, under a minute
+	@$(BIN)/python demo/run.py $(ARGS)
+
+test: setup ## every test; ARGS="-k crash" for some of them
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: setup-python ## style and formatting
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check . || { $(BIN)/ruff format --check .; exit 1; }
+
+types: setup-python ## mypy --strict, tests included
+	@$(BIN)/mypy --no-error-summary $(CHECKED)
+
+format: setup-python ## let ruff lay out the code
+	@$(BIN)/ruff format .
+
+bench: setup ## one table of ratios against peers, and the same as JSON
+	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+setup:
+	@tools/setup.sh
+
+setup-python:
+	@tools/setup.sh --python
+
+clean: ## remove .venv and everything else that make made
+	@rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find lmdbitmap tests benchmarks demo tools -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
