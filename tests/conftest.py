@@ -1,0 +1,78 @@
+"""Hypothesis profiles, shared fixtures, and the rule that in CI a skipped test is a failure."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeAlias
+
+import pytest
+from hypothesis import settings
+
+from tests.support import make_raw_image
+
+# A slow example is no failure: the machine may be busy, and pytest-timeout catches what hangs.
+settings.register_profile("dev", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True, max_examples=100, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
+
+NO_SKIP = os.environ.get("LMDBITMAP_NO_SKIP", "") not in ("", "0")
+
+TIERS = ("unit", "property", "golden", "contract", "crash", "interop", "cli")
+"""Cheap to dear: the first failure is the lowest thing that broke. What is in no tier goes first."""
+
+RawImage: TypeAlias = Callable[..., Path]
+
+
+@pytest.fixture
+def raw_image(tmp_path: Path) -> RawImage:
+    """Make sparse raw images: `raw_image(size, data=[(offset, bytes)], name="disk.raw")` answers the path."""
+
+    def make(size: int, data: Iterable[tuple[int, bytes]] = (), name: str = "disk.raw") -> Path:
+        return make_raw_image(tmp_path / name, size, data)
+
+    return make
+
+
+class SkipIsFailure:
+    """Collects every skip of a session and, where skipping is not allowed, fails it with the reasons."""
+
+    def __init__(self) -> None:
+        self.skipped: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped and not hasattr(report, "wasxfail"):
+            self._note(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.skipped:
+            self._note(report)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.skipped and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self.skipped:
+            terminalreporter.section("skipped, and LMDBITMAP_NO_SKIP makes that a failure", red=True)
+            for line in self.skipped:
+                terminalreporter.write_line(line)
+
+    def _note(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+        self.skipped.append(f"{report.nodeid}: {reason.removeprefix('Skipped: ')}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_tier_of)
+
+
+def _tier_of(item: pytest.Item) -> int:
+    folder = item.path.parent.name
+    return TIERS.index(folder) if folder in TIERS else -1
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if NO_SKIP:
+        config.pluginmanager.register(SkipIsFailure())
