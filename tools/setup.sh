@@ -24,6 +24,7 @@ PROGRAMS="
     mkfs.ext4:e2fsprogs
 "
 
+# shellcheck disable=SC2086  # $missing is a list of words
 main() {
     check_python
     missing=$(missing_packages "${1:-}")
@@ -37,6 +38,10 @@ main() {
     if [ -n "$missing" ]; then
         tell_what_to_install $missing
     fi
+    has_ensurepip || {
+        say "$python has no ensurepip, so no .venv can be made; name another one: make PYTHON=/usr/bin/python3"
+        exit 1
+    }
 }
 
 say() { echo "setup: $*" >&2; }
@@ -47,7 +52,7 @@ check_python() {
         exit 1
     }
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-        say "lmdbitmap needs Python 3.10 or newer and $python is older; name a newer one: make PYTHON=python3.12"
+        say "lmdbitmap needs Python 3.10 or newer, and $python is none; name a newer one: make PYTHON=python3.12"
         exit 1
     }
 }
@@ -68,16 +73,19 @@ can_install() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; }
 install_packages() {
     say "installing $*"
     log=$(mktemp)
-    for step in "update" "install --yes --no-install-recommends $*"; do
-        # shellcheck disable=SC2086  # the step is words
-        DEBIAN_FRONTEND=noninteractive apt-get -qq $step >"$log" 2>&1 </dev/null || {
+    apt_install "$@" >"$log" 2>&1 || {
+        # No package lists yet, or stale ones.
+        { apt-get -qq update && apt_install "$@"; } >"$log" 2>&1 </dev/null || {
             cat "$log" >&2
-            rm -f "$log"
-            say "apt-get $step failed, as above; mend that and run make again"
+            say "apt-get could not install them, as above; mend that and run make again"
             exit 1
         }
-    done
+    }
     rm -f "$log"
+}
+
+apt_install() {
+    DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends "$@" </dev/null
 }
 
 tell_what_to_install() {
@@ -103,7 +111,7 @@ make_venv() {
         "$python" -m venv --clear $venv
     fi
     say "installing lmdbitmap and its test tools into $venv"
-    $venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input --editable '.[test]' 9<&- || {
+    $venv/bin/python -m pip install -qq --disable-pip-version-check --no-input --editable '.[test]' 9<&- || {
         say "pip could not install them, as above; mend that and run make again"
         exit 1
     }
