@@ -15,7 +15,10 @@ Every message is one sentence that ends with the next step. Exit codes are given
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class LmdbitmapError(Exception):
@@ -68,3 +71,45 @@ class StorageError(LmdbitmapError, OSError):
         super().__init__(f"{place}: {reason}", next_step=next_step)
         self.place = place
         self.errno = cause.errno
+
+
+_NEXT_STEPS = {
+    errno.ENOSPC: "free some space there and try again",
+    errno.EDQUOT: "raise the quota or free some space there, and try again",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f) or use another file system",
+    errno.EACCES: "check its owner and permissions, or run as a user who may",
+    errno.EPERM: "check its owner, permissions and attributes (lsattr), or run as a user who may",
+    errno.EROFS: "the file system is read-only: remount it for writing or choose another folder",
+    errno.EIO: "look at the kernel log (dmesg): the disk or the connection to it fails",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "raise the system's limit on open files (fs.file-max)",
+    errno.ENOMEM: "free some memory and try again",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "mend the symbolic links that lead there",
+    errno.EISDIR: "name a file, not a folder",
+    errno.ENOLCK: "use a file system that has locks",
+}
+_MISSING = {errno.ENOENT, errno.ENOTDIR}
+_HELD = {errno.EBUSY, errno.ETXTBSY, errno.EAGAIN}
+
+
+def error_from_os(place: str, cause: OSError) -> LmdbitmapError:
+    """The class and the next step that fit the operating system's refusal at `place`."""
+    if cause.errno in _MISSING:
+        return NotFound(f"{place} does not exist", next_step="check the name and its folder")
+    if cause.errno in _HELD:
+        return Busy(f"{place} is in use by another program", next_step="stop that program or wait for it")
+    return StorageError(
+        place, cause, next_step=_NEXT_STEPS.get(cause.errno or 0, "mend the cause and try again")
+    )
+
+
+@contextmanager
+def os_errors_at(place: str) -> Iterator[None]:
+    """Turn an `OSError` of the block into the class and next step that fit it, naming `place`."""
+    try:
+        yield
+    except LmdbitmapError:
+        raise
+    except OSError as refusal:
+        raise error_from_os(place, refusal) from refusal

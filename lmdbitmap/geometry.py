@@ -43,6 +43,15 @@ def ceil_div(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
 
 
+def check_range(offset: int, length: int, size: int) -> None:
+    """Raise `InvalidArgument` unless [offset, offset + length) lies on a disk of `size` bytes."""
+    if offset < 0 or length < 0 or offset + length > size:
+        raise InvalidArgument(
+            f"bytes {offset}..{offset + length} are not on a disk of {size} bytes",
+            next_step="stay between 0 and the disk's size",
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Geometry:
     """A disk of `size` bytes seen as blocks of `1 << granularity_bits` bytes."""
@@ -68,12 +77,7 @@ class Geometry:
         return ceil_div(self.block_count, REGION_BLOCKS)
 
     def check_range(self, offset: int, length: int) -> None:
-        """Raise `InvalidArgument` unless [offset, offset + length) lies on the disk."""
-        if offset < 0 or length < 0 or offset + length > self.size:
-            raise InvalidArgument(
-                f"bytes {offset}..{offset + length} are not on a disk of {self.size} bytes",
-                next_step="stay between 0 and the disk's size",
-            )
+        check_range(offset, length, self.size)
 
     def blocks_outward(self, offset: int, length: int) -> range:
         """Every block that [offset, offset + length) touches: the rounding for marking."""
