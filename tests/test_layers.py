@@ -31,8 +31,12 @@ FLOORS: dict[str, float] = {
     "qcow2": 1,
     "manifest": 1,
     "nbd.protocol": 1,
+    "nbd.handshake": 1.3,
+    "nbd.requests": 1.5,
     # 2 resources: files, devices, sockets, the store
-    "files": 2,
+    "linux": 2,
+    "image_locks": 2,
+    "files": 2.2,
     "device": 2.5,
     "owner": 2.5,
     "nbd.client": 2.5,
@@ -42,8 +46,10 @@ FLOORS: dict[str, float] = {
     "continuity": 3,
     "repository": 3,
     "chain": 3.5,
+    "session": 3.7,
     # 4 tracker
-    "filter": 4,
+    "lane": 4,
+    "filter": 4.5,
     # 5 jobs
     "nbd.connection": 5,
     "nbd.server": 5.5,
@@ -61,7 +67,7 @@ FLOORS: dict[str, float] = {
 PRIVATE_LIBRARIES: dict[str, set[str]] = {
     "lmdb": {"store"},
     "msgpack": {"schema", "format"},
-    "bitarray": {"bits", "period", "filter"},
+    "bitarray": {"bits", "period", "lane", "filter"},
     "socket": {"nbd"},
     "ssl": {"nbd"},
     "selectors": {"nbd"},
@@ -345,7 +351,7 @@ FUTURE = "from __future__ import annotations\n"
         ("filter", "import lmdb", "lmdb belongs to store"),
         ("bits", "from lmdb import Environment as E", "lmdb belongs to store"),
         ("store", "import msgpack", "msgpack belongs to format, schema"),
-        ("store", "from bitarray import bitarray", "bitarray belongs to bits, filter, period"),
+        ("store", "from bitarray import bitarray", "bitarray belongs to bits, filter, lane, period"),
         ("store", "import socket", "socket belongs to nbd"),
         ("export", "import ssl", "ssl belongs to nbd"),
         ("export", "import selectors", "selectors belongs to nbd"),
