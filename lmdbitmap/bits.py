@@ -130,6 +130,15 @@ def expand_mask(armed_mask: int) -> bytes:
     return b"".join([_SPREAD[byte] for byte in armed_mask.to_bytes(8, "little")])
 
 
+def dirty_bits(armed_mask: int, exact: bytes) -> bytes:
+    """What a region record calls dirty: its exact bits, and every block of its armed extents."""
+    if not armed_mask:
+        return exact
+    dirty = bytearray(expand_mask(armed_mask))
+    or_into(dirty, exact)
+    return bytes(dirty)
+
+
 def regrain_outward(source_runs: Iterable[Run], source: Geometry, granularity_bits: int) -> Iterator[Run]:
     """The same dirt in blocks of another granularity: every block that a source run touches, runs merged.
 

@@ -115,3 +115,9 @@ def test_regraining_marks_exactly_the_blocks_that_share_a_byte_with_the_dirt(
 
 def share_a_byte(one: tuple[int, int], other: tuple[int, int]) -> bool:
     return max(one[0], other[0]) < min(sum(one), sum(other))
+
+
+@given(mask=st.integers(0, 2**64 - 1), pattern=st.binary(min_size=512, max_size=512))
+def test_a_region_is_dirty_where_a_bit_is_set_or_an_extent_armed(mask: int, pattern: bytes) -> None:
+    armed = {bit for bit in range(4096) if mask >> bit // 64 & 1}
+    assert ones_of(bits.dirty_bits(mask, pattern)) == armed | ones_of(pattern)
