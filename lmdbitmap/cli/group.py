@@ -1,0 +1,41 @@
+"""The `lmdbitmap` command itself: its help, its own options, and its verbs in the order in which one meets them."""
+
+from __future__ import annotations
+
+import click
+
+from lmdbitmap.cli.options import STORE_VARIABLE, default_store, new_session
+from lmdbitmap.version import __version__
+
+_AFTERWORD = """\
+\b
+Sizes take units of 1024: 64K, 4M, 1.5G, 1T.
+Exit codes: 0 done, 1 failed, 2 not understood, 3 the bitmap cannot be
+trusted and a full backup is needed, 4 busy or locked.
+"""
+
+
+class Verbs(click.Group):
+    """Lists its verbs in the order in which they were added."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=Verbs, invoke_without_command=True, subcommand_metavar="COMMAND …", epilog=_AFTERWORD)
+@click.option(
+    "--store",
+    metavar="DIR",
+    envvar=STORE_VARIABLE,
+    type=click.Path(file_okay=False),
+    help=f"The folder that remembers. [default: ${STORE_VARIABLE}, or $XDG_STATE_HOME/lmdbitmap, or for root "
+    f"{default_store({}, 0)}]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Answer in JSON, for programs.")
+@click.version_option(__version__, message="lmdbitmap %(version)s")
+@click.pass_context
+def verbs(context: click.Context, store: str | None, as_json: bool) -> None:
+    """Remember which blocks of a disk image changed since the last backup, also after a crash."""
+    context.obj = new_session(store, as_json)
+    if context.invoked_subcommand is None:
+        raise click.UsageError("no command given", context)

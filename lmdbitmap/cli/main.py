@@ -1,0 +1,133 @@
+"""The boundary between verbs and the shell: runs one verb, and ends in an exit code and at most one sentence.
+
+| exit code | when |
+|---|---|
+| 0 | done |
+| 1 | failed |
+| 2 | the command was not understood |
+| 3 | the bitmap cannot be trusted, a full backup is needed |
+| 4 | busy or locked |
+| 130, 141 | Ctrl-C; whoever read our output went away |
+
+click and rich are imported inside, so that an installation without them is told what it lacks.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from lmdbitmap.cli.output import complain
+from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, Untrusted, error_from_os
+
+PROGRAM = "lmdbitmap"
+FAILED = 1
+USAGE = 2
+_EXIT_CODES: dict[type[LmdbitmapError], int] = {InvalidArgument: USAGE, Untrusted: 3, Busy: 4}
+INTERRUPTED = 130
+READER_GONE = 141
+
+
+def main() -> NoReturn:
+    _occupy_standard_descriptors()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may lack a letter of a name
+    logging.basicConfig(format="lmdbitmap: %(message)s", level=logging.WARNING)
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(words: Sequence[str]) -> int:
+    """Do what `words` say; answer the exit code."""
+    try:
+        code = _run_verb(words)
+        sys.stdout.flush()
+        return code
+    except LmdbitmapError as error:
+        return _fail_as(error)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        _drop_output()  # and be quiet about it, as cat and grep are
+        return READER_GONE
+    except OSError as refusal:
+        _drop_output()
+        return _fail_as(error_from_os(str(refusal.filename or "standard output"), refusal))
+    except ModuleNotFoundError as missing:
+        if missing.name not in ("click", "rich"):
+            return _own_bug(missing)
+        return _fail(f"the command line needs {missing.name}; run: pip install 'lmdbitmap[cli]'", FAILED)
+    except Exception as bug:
+        return _own_bug(bug)
+
+
+def _run_verb(words: Sequence[str]) -> int:
+    import click
+
+    from lmdbitmap.cli.group import verbs
+
+    try:
+        with verbs.make_context(PROGRAM, list(words)) as context:
+            verbs.invoke(context)
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except click.Abort:
+        return INTERRUPTED
+    except click.UsageError as error:
+        path = PROGRAM if error.ctx is None else error.ctx.command_path
+        return _fail(f"{_one_line(error.format_message())} (see '{path} --help')", error.exit_code)
+    except click.ClickException as error:
+        return _fail(_one_line(error.format_message()), error.exit_code)
+    return 0
+
+
+def exit_code_of(error: LmdbitmapError) -> int:
+    return next((code for kind, code in _EXIT_CODES.items() if isinstance(error, kind)), FAILED)
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split()).removesuffix(".")
+
+
+def _fail_as(error: LmdbitmapError) -> int:
+    return _fail(str(error), exit_code_of(error))
+
+
+def _fail(message: str, code: int) -> int:
+    complain(message)
+    return code
+
+
+def _own_bug(bug: Exception) -> int:
+    if os.environ.get("LMDBITMAP_DEBUG"):
+        traceback.print_exception(bug)
+    return _fail(
+        f"{type(bug).__name__}: {bug}; this is a fault of lmdbitmap itself, please report it together with what"
+        " the same command says after LMDBITMAP_DEBUG=1",
+        FAILED,
+    )
+
+
+def _drop_output() -> None:
+    """Let what is still unwritten go nowhere: Python would fail on it once more when it exits."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def _occupy_standard_descriptors() -> None:
+    """See to it that 0, 1 and 2 are taken.
+
+    Started without one of them, the next file that is opened would get its number, be it the store or an
+    image, and whatever is printed would land in it.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")

@@ -1,0 +1,130 @@
+"""What all verbs share: where the store is, JSON or words, and how arguments are read.
+
+`--store` and `--json` are taken before the verb and after it; after it wins.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import click
+
+from lmdbitmap.cli.sizes import parse_size
+from lmdbitmap.errors import InvalidArgument
+from lmdbitmap.geometry import granularity_bits_of
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+STORE_VARIABLE = "LMDBITMAP_STORE"
+
+
+@dataclass
+class Session:
+    """One run of the command: what was asked for apart from the verb and its arguments."""
+
+    store_path: str
+    as_json: bool = False
+
+    @property
+    def shows_progress(self) -> bool:
+        return not self.as_json and sys.stderr.isatty()
+
+
+def default_store(environment: Mapping[str, str], uid: int) -> str:
+    """Where the store is when nobody says: one for the system, or one for each user."""
+    if uid == 0:
+        return "/var/lib/lmdbitmap"
+    state_home = environment.get("XDG_STATE_HOME", "")
+    if not os.path.isabs(state_home):  # unset, or to be ignored, says the XDG specification
+        home = environment.get("HOME") or os.path.expanduser("~")
+        state_home = os.path.join(home, ".local", "state")
+    return os.path.join(state_home, "lmdbitmap")
+
+
+def new_session(store: str | None, as_json: bool) -> Session:
+    return Session(store or default_store(os.environ, os.getuid()), as_json)
+
+
+class Verb(click.Command):
+    """A command that also takes `--store` and `--json`, and shows examples below its options."""
+
+    def __init__(self, *args: Any, examples: Sequence[str] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.examples = examples
+        self.params += [_store_option(), _json_option()]
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Examples"):
+            for example in self.examples:
+                formatter.write(f"{'':{formatter.current_indent}}$ {example}\n")
+
+
+def verb(*, examples: Sequence[str], name: str | None = None) -> Callable[[Callable[..., None]], Verb]:
+    """Make a verb of a function; its docstring is the help."""
+    return click.command(name, cls=Verb, examples=examples)
+
+
+def _store_option() -> click.Option:
+    return click.Option(
+        ["--store"],
+        metavar="DIR",
+        type=click.Path(file_okay=False),
+        expose_value=False,
+        callback=_choose_store,
+        help="The folder that remembers.",
+    )
+
+
+def _choose_store(context: click.Context, _: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        context.ensure_object(Session).store_path = value
+
+
+def _json_option() -> click.Option:
+    return click.Option(
+        ["--json"],
+        is_flag=True,
+        expose_value=False,
+        callback=_choose_json,
+        help="Answer in JSON, for programs.",
+    )
+
+
+def _choose_json(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        context.ensure_object(Session).as_json = True
+
+
+# --- kinds of arguments, for `type=` ---
+
+
+def size(text: str) -> int:
+    """Bytes, with or without a unit."""
+    try:
+        return parse_size(text)
+    except InvalidArgument as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def granularity(text: str) -> int:
+    """A granularity in bytes, answered as its exponent."""
+    try:
+        return granularity_bits_of(parse_size(text))
+    except InvalidArgument as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def names(text: str) -> list[str]:
+    """One name or several with commas between them, no two alike."""
+    found = text.split(",")
+    if "" in found:
+        raise click.BadParameter(
+            f"{text!r} has an empty name between its commas; write NAME,NAME without spaces"
+        )
+    if len(set(found)) < len(found):
+        raise click.BadParameter(f"{text!r} names a disk twice; name each one once")
+    return found

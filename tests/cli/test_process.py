@@ -1,0 +1,85 @@
+"""The command as a process: its streams may be closed, full, or gone, and its libraries missing."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import run
+
+COMMAND = [sys.executable, "-m", "lmdbitmap"]
+
+
+def test_the_installed_command_is_this_package() -> None:
+    installed = Path(sys.executable).with_name("lmdbitmap")
+    assert run(installed, "--version").stdout == run(*COMMAND, "--version").stdout != ""
+
+
+def test_without_click_it_says_what_to_install() -> None:
+    code = "import sys; sys.modules['click'] = None; from lmdbitmap.cli.main import main; main()"
+    done = run(sys.executable, "-c", code, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "lmdbitmap: the command line needs click; run: pip install 'lmdbitmap[cli]'\n"
+
+
+def test_on_a_terminal_progress_is_a_bar_that_vanishes() -> None:
+    code = (
+        "from lmdbitmap.cli.output import progress\n"
+        "with progress('backing up sda', shown=True) as report: report(1 << 20, 4 << 20)\n"
+        "print('done')"
+    )
+    said, seen = _on_terminal(code)
+    assert said == "done\n"
+    assert "backing up sda" in seen
+    assert "1.0/4.0 MiB" in seen
+    assert seen.endswith("\x1b[2K"), "the line is erased"
+
+
+def _on_terminal(code: str) -> tuple[str, str]:
+    """Run Python code with a terminal for stderr; answers its stdout and what the terminal received."""
+    terminal, stderr = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    with open(terminal, "rb") as screen:
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=stderr, env=environment, timeout=20
+        )
+        seen = os.read(screen.fileno(), 65536)
+        os.close(stderr)
+    return done.stdout.decode(), seen.decode()
+
+
+def test_a_full_disk_under_the_answer_is_a_failure() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*COMMAND, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=20
+        )
+    assert done.returncode == 1
+    assert (
+        done.stderr
+        == "lmdbitmap: standard output: No space left on device; free some space there and try again\n"
+    )
+
+
+def test_a_reader_that_went_away_is_no_error_to_talk_about() -> None:
+    with subprocess.Popen([*COMMAND, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(20) == 141
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_never_taken_by_files(closed: str) -> None:
+    """A store opened as descriptor 1 would get the answer written into it."""
+    code = (
+        "import os; from lmdbitmap.cli import main as boundary;"
+        "boundary.run = lambda words: 0 if os.open('/dev/null', os.O_RDONLY) > 2 else 9; boundary.main()"
+    )
+    done = run("sh", "-c", f'"$0" -c "$1" {closed}', sys.executable, code, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
