@@ -40,6 +40,7 @@ FLOORS: dict[str, float] = {
     "device": 2.5,
     "owner": 2.5,
     "nbd.client": 2.5,
+    "plain": 2.7,
     "store": 2.7,
     # 3 model
     "period": 3,
@@ -49,11 +50,15 @@ FLOORS: dict[str, float] = {
     "session": 3.7,
     # 4 tracker
     "lane": 4,
+    "changes": 4,
     "filter": 4.5,
     # 5 jobs
-    "nbd.connection": 5,
-    "nbd.server": 5.5,
-    "nbd.control": 5.5,
+    "nbd.contexts": 5,
+    "nbd.replies": 5,
+    "nbd.commands": 5.2,
+    "nbd.connection": 5.4,
+    "nbd.server": 5.6,
+    "nbd.control": 5.6,
     "export": 5,
     "backup": 5,
     "restore": 5,

@@ -1,0 +1,269 @@
+"""What changed: the read side of a chain, streamed in slices, and how far it can be believed.
+
+A question is answered from the store alone, slice by slice. Each slice is one short read transaction that
+looks the chain up anew by the uuids of its ends: so a slow reader never pins an old view of the store, and
+a checkpoint in between that is merged away meanwhile changes nothing (its bits are in its neighbour). A
+recording bitmap only gains bits; what is written while we read may or may not be in the answer.
+
+Whoever asks about a disk that nobody owns gets continuity judged first, as an attach would judge it: an
+image that was written behind our back is never described as clean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from lmdbitmap import bits, chain, continuity, owner, schema
+from lmdbitmap.bits import Run
+from lmdbitmap.continuity import Moment
+from lmdbitmap.device import FileDevice
+from lmdbitmap.errors import InvalidArgument, LmdbitmapError, Untrusted
+from lmdbitmap.extents import Extent, Trust, with_zeroes
+from lmdbitmap.geometry import REGION_BLOCKS, REGION_BYTES, Geometry
+from lmdbitmap.interfaces import BlockDevice
+from lmdbitmap.schema import Checkpoint, Disk
+from lmdbitmap.store import Reader, Store
+
+_SLICE_REGIONS = 1024
+_SLICE_BYTES = _SLICE_REGIONS * REGION_BYTES
+
+
+class Standing(NamedTuple):
+    """How an answer can be believed, and why not better."""
+
+    trust: Trust
+    reason: str | None = None
+
+    def and_also(self, other: Standing) -> Standing:
+        return self if self.trust.worse(other.trust) is self.trust else other
+
+
+EXACT = Standing(Trust.EXACT)
+
+
+class Slice(NamedTuple):
+    """The dirt of `_SLICE_REGIONS` regions from `region` on; `loose` if armed or damaged ones are in it."""
+
+    region: int
+    dirty: bytearray
+    loose: bool
+
+
+class Summary(NamedTuple):
+    dirty_blocks: int
+    dirty_bytes: int
+    standing: Standing
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What changed on `disk` from `since` to `until`, or to now where that is None. Each call reads afresh."""
+
+    store: Store
+    disk: Disk
+    since: Checkpoint
+    until: Checkpoint | None
+    standing: Standing
+    """Without what only reading all records shows; see `summary`."""
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.disk.geometry
+
+    @property
+    def all_dirty(self) -> bool:
+        """Whether every block counts as dirty, whatever the records say."""
+        if self.standing.trust is Trust.UNTRUSTED:
+            return True
+        with self.store.read() as reader:
+            return any(reader.bitmap(number).all_dirty for number in self._bitmap_ids(reader))
+
+    def slices(self) -> Iterator[Slice]:
+        """The parts of the bitmap in which something is dirty, ascending; bits past the end are clear."""
+        if self.all_dirty:
+            yield from self._full_slices()
+            return
+        region = 0
+        while (part := self._next_slice(region)) is not None:
+            if part.region + _SLICE_REGIONS >= self.geometry.region_count:
+                bits.truncate(part.dirty, max(self.geometry.block_count - part.region * REGION_BLOCKS, 0))
+            yield part
+            region = part.region + _SLICE_REGIONS
+
+    def _full_slices(self) -> Iterator[Slice]:
+        for region in range(0, self.geometry.region_count, _SLICE_REGIONS):
+            dirty = bytearray(b"\xff") * _SLICE_BYTES
+            bits.truncate(dirty, self.geometry.block_count - region * REGION_BLOCKS)
+            yield Slice(region, dirty, loose=False)
+
+    def _next_slice(self, start: int) -> Slice | None:
+        with self.store.read() as reader:
+            numbers = self._bitmap_ids(reader)
+            found = [reader.next_region(number, start) for number in numbers]
+            present = [region for region in found if region is not None]
+            if not present:
+                return None
+            part = Slice(min(present), bytearray(_SLICE_BYTES), loose=False)
+            loose = [_collect(reader, number, part) for number in numbers]
+        return part._replace(loose=any(loose))
+
+    def _bitmap_ids(self, reader: Reader) -> list[int]:
+        """The bitmaps of the periods asked for, as the chain is now."""
+        members = reader.checkpoints(self.disk.uuid)
+        by_uuid = {checkpoint.uuid: position for position, checkpoint in enumerate(members)}
+        stop = None if self.until is None else by_uuid.get(self.until.uuid)
+        start = by_uuid.get(self.since.uuid)
+        if start is None or (self.until is not None and stop is None):
+            raise Untrusted(
+                f"a checkpoint of disk {self.disk.name!r} was forgotten while its changes were read",
+                next_step="ask again, from a checkpoint that is still there",
+            )
+        return [checkpoint.bitmap_id for checkpoint in members[start:stop]]
+
+    def runs(self) -> Iterator[Run]:
+        """The dirty blocks as runs, ascending and merged, in constant memory."""
+        start = stop = 0
+        for part in self.slices():
+            base = part.region * REGION_BLOCKS
+            for first, last in bits.runs(part.dirty):
+                if base + first == stop:
+                    stop = base + last
+                    continue
+                if start < stop:
+                    yield start, stop
+                start, stop = base + first, base + last
+        if start < stop:
+            yield start, stop
+
+    def extents(self, device: BlockDevice | None = None) -> Iterator[Extent]:
+        """The dirty byte ranges, clipped to the disk; with the image, also which of them read as zeroes."""
+        dirty = (Extent(*self.geometry.bytes_of(*run), dirty=True, zero=False) for run in self.runs())
+        return dirty if device is None else with_zeroes(dirty, _zeroes(device))
+
+    def flat_bits(self) -> Iterator[bytes]:
+        """The whole bitmap as the flat file has it, in chunks: clean stretches too, to a multiple of 8 bytes."""
+        size = 8 * -(-self.geometry.block_count // 64)
+        position = 0
+        for part in self.slices():
+            offset = part.region * REGION_BYTES
+            yield from _zero_chunks(offset - position)
+            chunk = bytes(part.dirty[: size - offset])
+            yield chunk
+            position = offset + len(chunk)
+        yield from _zero_chunks(size - position)
+
+    @cached_property
+    def summary(self) -> Summary:
+        """How much is dirty, and how far that can be believed now that every record was read."""
+        blocks, loose, tail_dirty = 0, False, False
+        last = self.geometry.block_count - 1
+        for part in self.slices():
+            blocks += bits.count_ones(part.dirty)
+            loose = loose or part.loose
+            position = last - part.region * REGION_BLOCKS
+            if 0 <= position < 8 * _SLICE_BYTES:
+                tail_dirty = bool(bits.bitmap_view(part.dirty)[position])
+        short = self.geometry.granularity * self.geometry.block_count - self.geometry.size
+        active = Standing(Trust.SUPERSET, "some of it was being written, or its record is damaged")
+        standing = self.standing.and_also(active) if loose else self.standing
+        return Summary(blocks, blocks * self.geometry.granularity - (short if tail_dirty else 0), standing)
+
+
+def changes(
+    store: Store, name: str, *, since: str | None = None, until: str | None = None, persisted: bool = False
+) -> Changes:
+    """What changed on the disk called `name` from checkpoint `since` (the newest, if not given) to `until`.
+
+    Bits that only an owner's memory holds are not seen: `Filter.changes` writes them before it asks, and of
+    a disk that another process owns that process can be told to, which `persisted` says was done. Without
+    it the answer is a superset (write-ahead), or untrusted (deferred).
+
+    Raises `NotFound` for a disk or checkpoint that is not there, `InvalidArgument` if `until` is not after
+    `since`, `Untrusted` for a checkpoint of an older epoch.
+    """
+    with store.read() as reader:
+        disk = chain.find_disk(reader, name)
+        first = (
+            chain.find_checkpoint(reader, disk, since) if since else chain.current_checkpoint(reader, disk)
+        )
+        last = chain.find_checkpoint(reader, disk, until) if until else None
+        chain.require_same_epoch(disk, first)
+    if last is not None and last.sequence <= first.sequence:
+        raise InvalidArgument(
+            f"checkpoint {last.name!r} is not after {first.name!r}", next_step="swap --since and --until"
+        )
+    whole = Changes(store, disk, first, last, EXACT)
+    standing = _bitmaps_standing(whole).and_also(
+        EXACT if last else open_period_standing(store, disk, persisted)
+    )
+    return Changes(store, disk, first, last, standing)
+
+
+def _bitmaps_standing(asked: Changes) -> Standing:
+    with asked.store.read() as reader:
+        bitmaps = [reader.bitmap(number) for number in asked._bitmap_ids(reader)]
+    for bitmap in bitmaps:
+        if bitmap.all_dirty or bitmap.superset:
+            return Standing(Trust.SUPERSET, bitmap.all_dirty or bitmap.superset)
+    return EXACT
+
+
+def open_period_standing(store: Store, disk: Disk, persisted: bool = False) -> Standing:
+    """Whether what the store knows of the recording period holds for the image as it is now."""
+    path = store.owner_path(disk.uuid)
+    distrust = owner.distrust(path)
+    if distrust is not None:
+        return Standing(Trust.UNTRUSTED, distrust.reason)
+    if owner.is_owned(path):
+        return EXACT if persisted else _owned_standing(disk)
+    return _unowned_standing(disk, path)
+
+
+def _owned_standing(disk: Disk) -> Standing:
+    if disk.durability == schema.DEFERRED and disk.session is not None:
+        return Standing(
+            Trust.UNTRUSTED, "it is attached in deferred mode: its owner's memory knows what is dirty"
+        )
+    return EXACT
+
+
+def _unowned_standing(disk: Disk, owner_path: str) -> Standing:
+    try:
+        with contextlib.closing(FileDevice.open(disk.image, read_only=True, share_writes=True)) as device:
+            identity = device.identity()
+    except LmdbitmapError as error:
+        return Standing(Trust.UNTRUSTED, f"its image cannot be looked at ({error.problem})")
+    moment = Moment(owner.boot_id(), owner.boot_time_ns())
+    verdict = continuity.judge(disk, identity, owner.last_beat(owner_path), moment)
+    if verdict.broken is not None:
+        return Standing(Trust.UNTRUSTED, verdict.broken)
+    return Standing(Trust.SUPERSET, verdict.superset) if verdict.superset else EXACT
+
+
+def _collect(reader: Reader, bitmap_id: int, part: Slice) -> bool:
+    """OR a bitmap's records into the slice; answers whether one is armed or damaged."""
+    loose = False
+    for region, record in reader.regions(bitmap_id, part.region, part.region + _SLICE_REGIONS):
+        known = bits.dirty_bits(record.armed, record.bits)
+        bits.or_into(part.dirty, known, (region - part.region) * REGION_BYTES)
+        loose = loose or record.armed != 0 or record.damaged
+    return loose
+
+
+def _zero_chunks(length: int) -> Iterator[bytes]:
+    while length > 0:
+        yield bytes(min(length, _SLICE_BYTES))
+        length -= _SLICE_BYTES
+
+
+def _zeroes(device: BlockDevice) -> Iterator[tuple[int, int]]:
+    """The ranges of (offset, length) of an image that are known to read as zeroes."""
+    offset = 0
+    for allocation in device.allocation(0, device.size):
+        if allocation.zero:
+            yield offset, allocation.length
+        offset += allocation.length

@@ -1,0 +1,431 @@
+"""The filter: stands in front of an image, lets writes through, and keeps the dirty bitmap true.
+
+A `Filter` is an attached disk: it holds the owner's lock, QEMU's locks on the image, and the open period.
+Where the laws of the design are kept:
+
+1. **Write**: `FilterLane` (lane.py) asks `_mark` before it writes what is not settled, and `Period`
+   (period.py) answers when the dirtiness is durable.
+2. **Freeze**: whatever ends a period happens inside `Gate.drained` (lane.py).
+
+The order of attach and detach, and what a death in between costs, is in DESIGN.md's crash table:
+
+    attach   lock, judge continuity, commit {session, new epoch or superset}, beat        (session.py)
+    detach   drain, flush the image, beat, commit {exact bits, identity, no session}, unlock
+
+When tracking fails, policy `guest-first` lets the guest's write through, but makes "untrusted since now"
+durable before (owner.py); a new epoch begins as soon as the store can be written again. Policy `strict`
+fails the write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from lmdbitmap import chain, schema, session
+from lmdbitmap.bits import Run
+from lmdbitmap.changes import Changes, Standing, changes
+from lmdbitmap.device import FileDevice
+from lmdbitmap.errors import LmdbitmapError, StorageError
+from lmdbitmap.extents import Trust
+from lmdbitmap.interfaces import Allocation, Buffer, TrackableDevice
+from lmdbitmap.lane import FilterLane, Gate
+from lmdbitmap.owner import Owner
+from lmdbitmap.period import DEFAULT_MAX_ARMED, Period
+from lmdbitmap.schema import Checkpoint, Disk
+from lmdbitmap.store import Store, Writer
+
+log = logging.getLogger(__name__)
+
+PASS_INTERVAL_S = 0.5
+"""Between background passes, and between signs of life."""
+_DISARM_PER_PASS = 512
+_CARRIED_REGIONS = 256
+_BEAT_GRACE_S = 3.0
+"""Longer than continuity.py forgives: a write this late after the last beat is taken for a stranger's."""
+
+
+class Filter:
+    """An attached disk: the one writer of its image until `detach`. Safe for many threads.
+
+    A `BlockDevice` and a `ServedDisk`: its own methods find the calling thread's lane, a server takes
+    one `lane()` per connection.
+    """
+
+    def __init__(
+        self, store: Store, disk: Disk, device: TrackableDevice, lock: Owner, *, max_armed: int
+    ) -> None:
+        self.store = store
+        self.disk = disk
+        self.device = device
+        self._owner = lock
+        self._max_armed = max_armed
+        self._lost: str | None = None
+        self._losing = threading.Lock()
+        self._beating = True
+        self._detached = False
+        self._period = self._open_period()
+        self._gate = Gate(disk.geometry, self._period.settled)
+        self._threads = threading.local()
+        self._stop = threading.Event()
+        self._background = [
+            threading.Thread(target=self._every_interval, args=(work,), name=f"lmdbitmap {name}", daemon=True)
+            for name, work in (("beat", self.beat), ("pass", self.background_pass))
+        ]
+
+    @classmethod
+    def attach(
+        cls,
+        store: Store,
+        name: str,
+        *,
+        max_armed: int = DEFAULT_MAX_ARMED,
+        open_device: Callable[[str], TrackableDevice] = FileDevice.open,
+        background: bool = True,
+    ) -> Filter:
+        """Own the disk called `name` and begin a session; its clean flag is durably cleared on return.
+
+        An image that was written behind our back begins a new epoch (see continuity.py). Raises `NotFound`
+        without such a disk or image, `Busy` while another process owns the disk or has the image open,
+        `StorageError` where the system refuses. `background=False` leaves beats and passes to the caller.
+        """
+        with session.owning(store, name, open_device) as held:
+            disk = session.begin(store, held)
+            attached = cls(store, disk, held.device, held.lock, max_armed=max_armed)
+            attached.beat()
+            held.keep()
+        if background:
+            for thread in attached._background:
+                thread.start()
+        return attached
+
+    # -- what a server and an agent use --------------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        return self.disk.size
+
+    @property
+    def read_only(self) -> bool:
+        return False
+
+    @property
+    def fd(self) -> int | None:
+        """The image's descriptor, for reads only: a write to it would not be tracked."""
+        return self.device.fd
+
+    def lane(self) -> FilterLane:
+        """A new lane, for one thread at a time."""
+        return FilterLane(self._gate, self.device, self._mark)
+
+    def pread(self, length: int, offset: int) -> bytes:
+        return self.device.pread(length, offset)
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        self.device.pread_into(buffer, offset)
+
+    def pwrite(self, data: Buffer, offset: int) -> None:
+        """As `FilterLane.pwrite`, through the calling thread's lane."""
+        self._my_lane().pwrite(data, offset)
+
+    def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool = True, fast_only: bool = False
+    ) -> None:
+        self._my_lane().write_zeroes(offset, length, may_unmap=may_unmap, fast_only=fast_only)
+
+    def discard(self, offset: int, length: int) -> None:
+        self._my_lane().discard(offset, length)
+
+    def flush(self) -> None:
+        self.device.flush()
+
+    def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
+        return self.device.allocation(offset, length)
+
+    def close(self) -> None:
+        self.detach()
+
+    def _my_lane(self) -> FilterLane:
+        try:
+            return self._threads.lane  # type: ignore[no-any-return]
+        except AttributeError:
+            self._threads.lane = self.lane()
+            return self._threads.lane  # type: ignore[no-any-return]
+
+    # -- points in time ------------------------------------------------------------------------------------
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        """One durable point in time on this disk; see `take_checkpoint`."""
+        return take_checkpoint([self], name)[0]
+
+    def forget(self, name: str) -> None:
+        """Delete a checkpoint; what it recorded goes to the one before it. Durable on return."""
+
+        def change(writer: Writer, disk: Disk) -> Disk:
+            chain.forget(writer, disk, name)
+            return disk
+
+        self._between_periods(change)
+
+    def mark(self, offset: int, length: int) -> None:
+        """Make every block that the range touches dirty, by hand; durable on return."""
+        blocks = self.disk.geometry.blocks_outward(offset, length)
+        with self._gate.entering(self._my_lane()):
+            self._mark([(blocks.start, blocks.stop)])
+
+    def resize(self, size: int) -> None:
+        """Grow (the new area is dirty) or shrink (bits past the end are gone for good) disk and image.
+
+        Durable on return. A death in between leaves either size, and the bitmap right for it.
+        """
+        with self._gate.drained():
+            before = self.disk.size
+            self._change_chain(lambda writer, disk: _begin_resize(writer, disk, size))
+            try:
+                self.device.resize(size)
+            except BaseException:
+                self._change_chain(lambda writer, disk: _end_resize(chain.resize(writer, disk, before)))
+                raise
+            self.device.flush()
+            self._change_chain(lambda writer, disk: _end_resize(disk))
+
+    def persist(self) -> None:
+        """Write everything that only memory knows: the store names exactly what is dirty at this moment."""
+        self._period.persist()
+
+    def changes(self, *, since: str | None = None, until: str | None = None) -> Changes:
+        """What changed up to this moment; see changes.py. Raises what the store raises."""
+        self.persist()
+        return changes(self.store, self.disk.name, since=since, until=until, persisted=True)
+
+    def _between_periods(self, change: Callable[[Writer, Disk], Disk]) -> None:
+        with self._gate.drained():
+            self._change_chain(change)
+
+    def _change_chain(self, change: Callable[[Writer, Disk], Disk]) -> None:
+        """Persist, change the chain, and open its newest bitmap afresh. Called inside `Gate.drained`."""
+
+        def persist_and_change(writer: Writer) -> Disk:
+            self._period.put_exact(writer)
+            disk = change(writer, self.disk)
+            writer.put_disk(disk)
+            return disk
+
+        self._go_on_with(self.store.update(persist_and_change))
+
+    def _go_on_with(self, disk: Disk, armed: Mapping[int, int] | None = None) -> None:
+        """The chain has a new newest bitmap: track into it. Called inside `Gate.drained`."""
+        self.disk = disk
+        self._period = self._open_period()
+        self._period.adopt_armed(armed or {})
+        self._gate.geometry = disk.geometry
+        self._gate.settled = self._period.settled
+
+    def _open_period(self) -> Period:
+        with self.store.read() as reader:
+            bitmap = reader.bitmap(chain.current_checkpoint(reader, self.disk).bitmap_id)
+        write_ahead = self.disk.durability == schema.WRITE_AHEAD
+        return Period(self.store, bitmap, write_ahead=write_ahead, max_armed=self._max_armed)
+
+    # -- marking, and what happens when it fails -----------------------------------------------------------
+
+    def _mark(self, runs: list[Run]) -> None:
+        """Settle `runs` (law 1), or do what the policy says when that fails."""
+        if self._lost is not None:
+            return
+        try:
+            self._period.make_durable(runs)
+        except LmdbitmapError as error:
+            self._tracking_failed(error)
+
+    def _tracking_failed(self, error: LmdbitmapError) -> None:
+        if self.disk.policy == schema.STRICT:
+            raise _write_refused(self.disk, error) from error
+        with self._losing:
+            if self._lost is None:
+                self._make_distrust_durable(f"tracking failed: {error.problem}")
+
+    def _make_distrust_durable(self, reason: str) -> None:
+        """After this the guest may write untracked: nobody will believe the bitmap (second corollary)."""
+        log.error(
+            "disk %s: %s: the guest goes on, the next backup will be a full one", self.disk.name, reason
+        )
+        try:
+            self._owner.declare_distrust(reason, time.time_ns())
+        except StorageError as error:
+            self._distrust_by_silence(error)
+        self._lost = reason
+
+    def _distrust_by_silence(self, error: StorageError) -> None:
+        """Not even the owner's file can be written: stop the signs of life, and write only when they are so
+        old that a later mtime of the image proves a gap. Without an mtime nothing proves it: refuse."""
+        self._beating = False
+        if self.device.identity().mtime_ns == 0:
+            self._beating = True
+            raise _write_refused(self.disk, error) from error
+        log.error("disk %s: %s; the signs of life end", self.disk.name, error)
+        time.sleep(_BEAT_GRACE_S)
+
+    def standing(self) -> Standing:
+        """Whether the open period's answer is exact, a superset, or worth nothing."""
+        if self._lost is not None:
+            return Standing(Trust.UNTRUSTED, self._lost)
+        with self.store.read() as reader:
+            bitmap = reader.bitmap(self._period.bitmap_id)
+        reason = bitmap.superset or bitmap.all_dirty
+        return Standing(Trust.SUPERSET if reason else Trust.EXACT, reason)
+
+    @property
+    def armed_count(self) -> int:
+        """Extents that a crash at this moment would report dirty as a whole."""
+        return self._period.armed_count
+
+    # -- background ----------------------------------------------------------------------------------------
+
+    def beat(self) -> None:
+        """Leave a sign of life, unless silence has to say that we lost track."""
+        if self._beating:
+            self._owner.beat(time.time_ns(), self.device.identity().mtime_ns)
+
+    def background_pass(self) -> None:
+        """Disarm what was quiet; when tracking was lost, begin a new epoch if the store lets us."""
+        self.regain_trust()
+        self._period.disarm_quiet(_DISARM_PER_PASS)
+
+    def regain_trust(self) -> None:
+        """If tracking was lost, begin a new epoch, which is all dirty. Raises what the store raises."""
+        reason = self._lost
+        if reason is None:
+            return
+        with self._gate.drained():
+            disk = self.store.update(
+                lambda writer: chain.start_epoch(writer, self.disk, reason, time.time_ns())
+            )
+            self._go_on_with(disk)
+            self._owner.restore_trust()
+            self._lost = None
+            self._beating = True
+        log.warning("disk %s: tracking begins again", self.disk.name)
+
+    def _every_interval(self, work: Callable[[], None]) -> None:
+        while not self._stop.wait(PASS_INTERVAL_S):
+            try:
+                work()
+            except (LmdbitmapError, OSError) as error:
+                log.warning(
+                    "disk %s: background work failed, and will be tried again: %s", self.disk.name, error
+                )
+
+    # -- the end -------------------------------------------------------------------------------------------
+
+    def detach(self) -> None:
+        """End the session cleanly: bits exact and durable, image flushed, clean flag set. Idempotent.
+
+        If the store refuses, the session stays open on disk, which the next attach takes for a crash.
+        """
+        if self._detached:
+            return
+        self._detached = True
+        self._stop_background()
+        with self._gate.drained():
+            self._gate.shut(_detached_error(self.disk))
+            try:
+                self._end_session()
+            finally:
+                self.device.close()
+                self._owner.close()
+
+    def abandon(self) -> None:
+        """Let go of everything at once, as a crash would, without any last write."""
+        self._detached = True
+        self._stop_background()
+        with self._gate.drained():
+            self._gate.shut(_detached_error(self.disk))
+            self.device.close()
+            self._owner.close()
+
+    def _stop_background(self) -> None:
+        self._stop.set()
+        for thread in self._background:
+            if thread.is_alive():
+                thread.join()
+
+    def _end_session(self) -> None:
+        self.device.flush()
+        self.beat()
+        if self._lost is None:
+            disk = dataclasses.replace(self.disk, session=None, identity=self.device.identity())
+
+            def commit(writer: Writer) -> None:
+                self._period.put_exact(writer)
+                writer.put_disk(disk)
+
+            self.store.update(commit)
+            self.disk = disk
+
+    def __enter__(self) -> Filter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+
+def take_checkpoint(filters: Sequence[Filter], name: str) -> list[Checkpoint]:
+    """One durable point in time on all disks, or on none. All filters are of one store.
+
+    Writes in flight are drained first; those that wait complete in the new period (law 2). Extents that
+    are being written stay armed in the new period, so that their writers do not all commit at once.
+    """
+    store = filters[0].store
+    assert all(other.store.uuid == store.uuid for other in filters)
+    for attached in filters:
+        attached.regain_trust()
+    with contextlib.ExitStack() as gates:
+        for attached in sorted(filters, key=lambda other: other.disk.uuid):
+            gates.enter_context(attached._gate.drained())
+        time_ns = time.time_ns()
+        taken = store.update(
+            lambda writer: [_next_period(writer, attached, name, time_ns) for attached in filters]
+        )
+        for attached, (disk, _, armed) in zip(filters, taken, strict=True):
+            attached._go_on_with(disk, armed)
+    return [checkpoint for _, checkpoint, _ in taken]
+
+
+def _next_period(
+    writer: Writer, attached: Filter, name: str, time_ns: int
+) -> tuple[Disk, Checkpoint, Mapping[int, int]]:
+    attached._period.put_exact(writer)
+    disk, checkpoint = chain.add_checkpoint(writer, attached.disk, name, time_ns)
+    armed = dict(list(attached._period.active_extents().items())[-_CARRIED_REGIONS:])
+    for region, mask in armed.items():
+        writer.put_region(checkpoint.bitmap_id, region, mask, schema.ALL_CLEAN_BITS)
+    return disk, checkpoint, armed
+
+
+def _begin_resize(writer: Writer, disk: Disk, size: int) -> Disk:
+    return dataclasses.replace(chain.resize(writer, disk, size), resizing_from=disk.size)
+
+
+def _end_resize(disk: Disk) -> Disk:
+    return dataclasses.replace(disk, resizing_from=None)
+
+
+def _write_refused(disk: Disk, error: LmdbitmapError) -> StorageError:
+    code = error.errno if isinstance(error, StorageError) else errno.EIO
+    return StorageError(
+        f"disk {disk.name!r} cannot record a write ({error.problem})",
+        OSError(code or errno.EIO, error.problem),
+        next_step=error.next_step,
+    )
+
+
+def _detached_error(disk: Disk) -> StorageError:
+    return StorageError(
+        f"disk {disk.name!r} is detached", OSError(errno.ESHUTDOWN, "detached"), next_step="attach it again"
+    )

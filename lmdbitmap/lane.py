@@ -1,0 +1,249 @@
+"""The hot path: a thread's lane through the filter, and the gate that closes all lanes for a moment.
+
+Speed outranks beauty in `FilterLane.pwrite` and `write_many`, and nowhere else. A write whose blocks are all
+settled costs one look at the bitmap and the system call; everything else takes the slow path below them.
+
+Law 2 (freeze) is kept without a lock on the fast path. A lane is `busy` from before it looks at its size
+and bitmap until its write is done; whoever closes the gate takes the size away first, and waits then:
+
+    lane                                    Gate.drained
+    busy = True                             lane.size = -1            (every lane)
+    end <= size, and settled? then write    wait until not lane.busy  (every lane)
+    busy = False                            ... nobody writes here ...
+                                            lane.settled, lane.size = the new ones
+
+A lane that looks too late sees a disk on which nothing fits, takes the slow path, and waits at the gate
+without being busy. The order of these plain attribute accesses is what the interpreter's global lock
+guarantees; with it disabled (free threading) this module would need real atomics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from lmdbitmap.bits import Run
+from lmdbitmap.errors import InvalidArgument, StorageError
+from lmdbitmap.geometry import Geometry
+from lmdbitmap.interfaces import BlockDevice, Buffer
+
+if TYPE_CHECKING:
+    from bitarray import bitarray
+
+_CLOSED = -1
+_DRAIN_POLL_S = 0.0001
+_NO_FAILURES: Mapping[int, int] = {}
+
+
+class Gate:
+    """Every write passes it: fast lanes unseen, slow ones by `entering`; `drained` has the disk to itself."""
+
+    def __init__(self, geometry: Geometry, settled: bitarray) -> None:
+        self.geometry = geometry
+        self.settled = settled
+        self._lock = threading.Lock()
+        self._lanes: weakref.WeakSet[FilterLane] = weakref.WeakSet()
+        self._shut: StorageError | None = None
+
+    def add(self, lane: FilterLane) -> None:
+        with self._lock:
+            self._lanes.add(lane)
+            self._open(lane)
+
+    @contextlib.contextmanager
+    def entering(self, lane: FilterLane) -> Iterator[Geometry]:
+        """The slow way in: wait while the gate is closed, then be busy. Yields the disk's geometry."""
+        with self._lock:
+            if self._shut is not None:
+                raise self._shut
+            lane.busy = True
+        try:
+            yield self.geometry
+        finally:
+            lane.busy = False
+
+    @contextlib.contextmanager
+    def drained(self) -> Iterator[None]:
+        """Nobody writes in the block; set `geometry` and `settled` there for those who go on after it."""
+        with self._lock:
+            lanes = list(self._lanes)
+            for lane in lanes:
+                lane.size = _CLOSED
+            for lane in lanes:
+                while lane.busy:  # a write in flight ends by itself, and its lane is too fast to tell us
+                    time.sleep(_DRAIN_POLL_S)
+            try:
+                yield
+            finally:
+                for lane in lanes:
+                    self._open(lane)
+
+    def shut(self, refusal: StorageError) -> None:
+        """Refuse every write from now on. Called inside `drained`."""
+        self._shut = refusal
+
+    def _open(self, lane: FilterLane) -> None:
+        if self._shut is None:
+            lane.settled = self.settled
+            lane.size = self.geometry.size
+
+
+class FilterLane:
+    """One thread's way through the filter. `mark` returns when the runs are settled, or raises StorageError."""
+
+    __slots__ = (
+        "__weakref__",
+        "_device",
+        "_fd",
+        "_gate",
+        "_mark",
+        "_pwrite",
+        "_shift",
+        "busy",
+        "settled",
+        "size",
+    )
+
+    settled: bitarray
+    size: int
+
+    def __init__(self, gate: Gate, device: BlockDevice, mark: Callable[[list[Run]], None]) -> None:
+        self.busy = False
+        self._device = device
+        self._gate = gate
+        self._mark = mark
+        self._shift = gate.geometry.granularity_bits
+        self._fd = -1 if device.fd is None else device.fd
+        self._pwrite = _shortest_pwrite(device)
+        self.settled = gate.settled
+        self.size = _CLOSED
+        gate.add(self)
+
+    # -- fast ----------------------------------------------------------------------------------------------
+
+    def pwrite(self, data: Buffer, offset: int) -> None:
+        """Write all of `data`; its blocks are durably dirty before (law 1).
+
+        Raises `InvalidArgument` outside the disk, `OSError` as the image does, and `StorageError` where
+        the policy is strict and the dirtiness cannot be made durable.
+        """
+        self.busy = True
+        try:
+            end = offset + len(data)
+            first = offset >> self._shift
+            if end <= self.size and self.settled[first]:
+                stop = ((end - 1) >> self._shift) + 1
+                known = stop - first < 2 or self.settled.find(0, first, stop) < 0
+                if known and self._pwrite(self._fd, data, offset) == end - offset:
+                    return
+        finally:
+            self.busy = False
+        failed = self._write_slowly([(offset, memoryview(data))])
+        if failed:
+            raise failed[0]
+
+    def write_many(self, writes: Sequence[tuple[int, memoryview]]) -> Mapping[int, int]:
+        """Do all (offset, data) pairs; those not settled share one commit. Answers {index: errno}."""
+        unsettled: list[int] = []
+        self.busy = True
+        try:
+            size, settled, shift, pwrite, fd = self.size, self.settled, self._shift, self._pwrite, self._fd
+            for index, (offset, data) in enumerate(writes):
+                end = offset + len(data)
+                first = offset >> shift
+                if (
+                    end > size
+                    or not settled[first]
+                    or ((end - 1) >> shift != first and settled.find(0, first, ((end - 1) >> shift) + 1) >= 0)
+                ):
+                    unsettled.append(index)
+                    continue
+                try:
+                    if pwrite(fd, data, offset) == end - offset:
+                        continue
+                except OSError:
+                    pass
+                unsettled.append(index)  # short or refused: once more, slowly, to finish it or learn why
+        finally:
+            self.busy = False
+        if not unsettled:
+            return _NO_FAILURES
+        failed = self._write_slowly([writes[index] for index in unsettled])
+        return {unsettled[position]: _errno_of(error) for position, error in failed.items()}
+
+    # -- slow ----------------------------------------------------------------------------------------------
+
+    def _write_slowly(self, writes: Sequence[tuple[int, memoryview]]) -> dict[int, Exception]:
+        """Make the dirt of all `writes` durable in one commit, then write. Answers what failed, by position."""
+        failed: dict[int, Exception] = {}
+        with self._gate.entering(self) as geometry:
+            runs: dict[int, Run] = {}
+            for position, (offset, data) in enumerate(writes):
+                try:
+                    blocks = geometry.blocks_outward(offset, len(data))
+                    runs[position] = (blocks.start, blocks.stop)
+                except InvalidArgument as error:
+                    failed[position] = error
+            try:
+                self._mark(list(runs.values()))
+            except StorageError as error:
+                return failed | dict.fromkeys(runs, error)
+            for position in runs:
+                offset, data = writes[position]
+                try:
+                    self._device.pwrite(data, offset)
+                except OSError as error:
+                    failed[position] = error
+        return failed
+
+    def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool = True, fast_only: bool = False
+    ) -> None:
+        with self._marked(offset, length):
+            self._device.write_zeroes(offset, length, may_unmap=may_unmap, fast_only=fast_only)
+
+    def discard(self, offset: int, length: int) -> None:
+        with self._marked(offset, length):
+            self._device.discard(offset, length)
+
+    @contextlib.contextmanager
+    def _marked(self, offset: int, length: int) -> Iterator[None]:
+        """Inside the block the range is durably dirty, and may be changed (laws 1 and 2)."""
+        with self._gate.entering(self) as geometry:
+            blocks = geometry.blocks_outward(offset, length)
+            self._mark([(blocks.start, blocks.stop)])
+            yield
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        self._device.pread_into(buffer, offset)
+
+    def flush(self) -> None:
+        """The bits are durable already: only the image is flushed."""
+        self._device.flush()
+
+    def close(self) -> None:
+        """Nothing to give back: the gate forgets a lane that nobody holds."""
+
+
+def _shortest_pwrite(device: BlockDevice) -> Callable[[int, Buffer, int], int]:
+    """The system call itself where the device is a plain descriptor, else something that looks like it."""
+    if device.fd is not None:
+        return os.pwrite
+
+    def pwrite(_: int, data: Buffer, offset: int) -> int:
+        device.pwrite(data, offset)
+        return len(data)
+
+    return pwrite
+
+
+def _errno_of(error: Exception) -> int:
+    if isinstance(error, InvalidArgument):
+        return errno.ENOSPC
+    return (error.errno if isinstance(error, OSError) else None) or errno.EIO

@@ -1,0 +1,172 @@
+"""The owner's file of one disk: a lock, a sign of life, and a place to say "untrusted" when all else fails.
+
+    offset  what                    written
+    0       lock (flock)            held by the one process that owns the disk, until it closes or dies
+    0       beat, 512 bytes         every half second while attached; not synced: it must survive `kill -9` only,
+                                    and after a power cut continuity.py allows for what the disk had not got yet
+    4096    distrust, 512 bytes     when tracking failed; synced before the write that was not tracked
+
+The file is written in full when a disk is added, so that saying "untrusted" needs no space on a full disk.
+Each record carries a CRC-32; a record that fails it is read in the safe direction: no beat, or distrust.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from typing import NamedTuple
+from zlib import crc32
+
+from lmdbitmap import files
+from lmdbitmap.errors import Busy, os_errors_at
+
+_RECORD_BYTES = 512
+_PAGE_BYTES = 4096
+_BEAT_OFFSET = 0
+_DISTRUST_OFFSET = _PAGE_BYTES
+_BEAT = struct.Struct("<8s36sqq")
+_BEAT_MAGIC = b"LDBMbeat"
+_DISTRUST = struct.Struct("<8sqH")
+_TRUST_MAGIC = b"LDBMgood"
+_DISTRUST_MAGIC = b"LDBMlost"
+_LOCK_TRIES = 5
+_LOCK_PAUSE_S = 0.02
+_BOOT_ID_PATH = "/proc/sys/kernel/random/boot_id"
+
+
+class Beat(NamedTuple):
+    """The image's mtime as its rightful owner saw it at `time_ns`, in Unix nanoseconds."""
+
+    boot_id: str
+    time_ns: int
+    mtime_ns: int
+
+
+class Distrust(NamedTuple):
+    """Since when, and why, the bitmaps of this disk can say nothing."""
+
+    since_ns: int
+    reason: str
+
+
+def create(path: str, why: Distrust | None = None) -> None:
+    """Make the file of a disk, whole or not at all; durable on return."""
+    files.replace_atomically(
+        path, _sealed(b"").ljust(_DISTRUST_OFFSET, b"\0") + _trust_record(why).ljust(_PAGE_BYTES, b"\0")
+    )
+
+
+def last_beat(path: str) -> Beat | None:
+    """The last sign of life, or None where none can be read."""
+    record = _read(path, _BEAT_OFFSET)
+    if record is None:
+        return None
+    magic, boot_id, time_ns, mtime_ns = _BEAT.unpack_from(record)
+    return Beat(boot_id.decode("ascii", "replace"), time_ns, mtime_ns) if magic == _BEAT_MAGIC else None
+
+
+def distrust(path: str) -> Distrust | None:
+    """Why the disk cannot be trusted; None where this file says that it can."""
+    record = _read(path, _DISTRUST_OFFSET)
+    if record is None:
+        return Distrust(0, "the owner's file of this disk is missing or damaged")
+    magic, since_ns, length = _DISTRUST.unpack_from(record)
+    if magic == _TRUST_MAGIC:
+        return None
+    reason = record[_DISTRUST.size : _DISTRUST.size + length].decode("utf-8", "replace")
+    return Distrust(since_ns, reason or "tracking failed")
+
+
+def is_owned(path: str) -> bool:
+    """Whether a living process owns the disk at this moment."""
+    if not os.path.exists(path):
+        return False
+    try:
+        files.lock_file(path).close()
+    except Busy:
+        return True
+    return False
+
+
+class Owner:
+    """The lock on one disk, and the pen that goes with it. Raises `Busy` while another holds it."""
+
+    def __init__(self, path: str) -> None:
+        if not os.path.exists(path):
+            create(path, Distrust(0, "the owner's file of this disk was missing"))
+        self._lock = _lock_patiently(path)
+        self._path = path
+
+    def beat(self, time_ns: int, mtime_ns: int) -> None:
+        """Leave a sign of life. One small write into the page cache; does not wait for the disk."""
+        boot = boot_id().encode("ascii")
+        record = _BEAT.pack(_BEAT_MAGIC, boot, time_ns, mtime_ns)
+        os.pwrite(self._lock.fd, _sealed(record), _BEAT_OFFSET)
+
+    def last_beat(self) -> Beat | None:
+        return last_beat(self._path)
+
+    def distrust(self) -> Distrust | None:
+        return distrust(self._path)
+
+    def declare_distrust(self, reason: str, time_ns: int) -> None:
+        """Say that the bitmaps are worth nothing from `time_ns` on; durable on return, and needs no space."""
+        self._write_trust(Distrust(time_ns, reason))
+
+    def restore_trust(self) -> None:
+        """A new epoch has begun (or a person vouches for the old one): believe again. Durable on return."""
+        self._write_trust(None)
+
+    def _write_trust(self, why: Distrust | None) -> None:
+        with os_errors_at(self._path):
+            os.pwrite(self._lock.fd, _trust_record(why), _DISTRUST_OFFSET)
+            os.fdatasync(self._lock.fd)
+
+    def close(self) -> None:
+        self._lock.close()
+
+
+def _lock_patiently(path: str) -> files.LockedFile:
+    """Somebody who only asks `is_owned` holds the lock too, for a moment: ask a few times."""
+    for _ in range(_LOCK_TRIES - 1):
+        try:
+            return files.lock_file(path)
+        except Busy:
+            time.sleep(_LOCK_PAUSE_S)
+    return files.lock_file(path)
+
+
+def boot_id() -> str:
+    """What the kernel calls this boot; a beat of another boot was followed by a crash or a restart."""
+    with open(_BOOT_ID_PATH, encoding="ascii") as source:
+        return source.read().strip()
+
+
+def boot_time_ns() -> int:
+    """When this boot began, in Unix nanoseconds."""
+    with open("/proc/stat", encoding="ascii") as source:
+        seconds = next(line.split()[1] for line in source if line.startswith("btime "))
+    return int(seconds) * 1_000_000_000
+
+
+def _trust_record(why: Distrust | None) -> bytes:
+    if why is None:
+        return _sealed(_DISTRUST.pack(_TRUST_MAGIC, 0, 0))
+    reason = why.reason.encode()[: _RECORD_BYTES - _DISTRUST.size - 4]
+    return _sealed(_DISTRUST.pack(_DISTRUST_MAGIC, why.since_ns, len(reason)) + reason)
+
+
+def _sealed(record: bytes) -> bytes:
+    body = record.ljust(_RECORD_BYTES - 4, b"\0")
+    return body + crc32(body).to_bytes(4, "little")
+
+
+def _read(path: str, offset: int) -> bytes | None:
+    if not os.path.exists(path):
+        return None
+    with os_errors_at(path), open(path, "rb", buffering=0) as source:
+        source.seek(offset)
+        record = source.read(_RECORD_BYTES)
+    whole = len(record) == _RECORD_BYTES and crc32(record[:-4]) == int.from_bytes(record[-4:], "little")
+    return record if whole else None

@@ -1,0 +1,372 @@
+"""The open period of one disk in memory: what is dirty, what is durably so, and what is armed.
+
+`settled` has one bit per block: 1 means "dirty, and durably so". A write to settled blocks needs nothing
+else. Everything below is about the first write to a block, and keeps these invariants:
+
+1. A bit of `settled` is set only after the store would report its block dirty even if we died at once:
+   its exact bit, or the armed bit of its extent, is in a transaction that is durable (law 1).
+2. `settled` holds every exact bit of each *loaded* region. A region is loaded from the store when a write
+   first needs it, so attaching a disk of any size costs nothing.
+3. An extent is in `_armed` only while its armed bit is durable. Taking it out (a quiet extent, a victim of
+   the limit) happens together with reading the exact bits that the next record will carry, under `_state`;
+   so a bit that was set in memory because the extent was armed is in that record, and a later write to the
+   extent waits for a commit of its own.
+4. Commits happen one at a time, under `_commit`, in the order in which they read the exact bits.
+
+`_state` is never held while waiting for the disk or for `_commit`. Requests that wait for a commit queue up,
+and whoever gets `_commit` next makes all of them durable in one transaction (group commit).
+
+In deferred mode nothing is armed and nothing is committed before `persist`: bits are set in memory, and
+the disk's clean flag says after a crash that they are lost.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+from lmdbitmap import bits, schema
+from lmdbitmap.bits import Run
+from lmdbitmap.errors import LmdbitmapError
+from lmdbitmap.geometry import EXTENT_BLOCKS, REGION_BLOCKS, REGION_BYTES, REGION_EXTENTS
+from lmdbitmap.schema import Bitmap
+from lmdbitmap.store import Store, Writer
+
+DEFAULT_MAX_ARMED = 1024
+_ARM_AHEAD_EXTENTS = 8
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+_ALL_EXTENTS = (1 << REGION_EXTENTS) - 1
+
+
+class Piece(NamedTuple):
+    """Blocks [start, stop) of one region, counted from the region's first, not yet settled."""
+
+    region: int
+    start: int
+    stop: int
+
+
+class _Ticket:
+    """Pieces that wait for a commit, and how it went."""
+
+    __slots__ = ("done", "error", "pieces")
+
+    def __init__(self, pieces: list[Piece]) -> None:
+        self.pieces = pieces
+        self.done = False
+        self.error: LmdbitmapError | None = None
+
+
+class _Plan(NamedTuple):
+    """One commit: the records to write, and the extents that are armed once they are durable."""
+
+    records: dict[int, tuple[int, bytes]]
+    arming: dict[int, int]
+
+
+class Period:
+    """Tracks the period that records into `bitmap`. All methods may be called from any thread."""
+
+    def __init__(
+        self, store: Store, bitmap: Bitmap, *, write_ahead: bool = True, max_armed: int = DEFAULT_MAX_ARMED
+    ) -> None:
+        self.bitmap_id = bitmap.id
+        self.block_count = bitmap.geometry.block_count
+        self._region_count = bitmap.geometry.region_count
+        self._store = store
+        self._all_dirty = bitmap.all_dirty is not None
+        self._write_ahead = write_ahead
+        self._max_armed = max_armed
+        self._memory = _anonymous(self._region_count * REGION_BYTES)
+        self.settled = bits.bitmap_view(self._memory)
+        self._loaded = _anonymous(self._region_count)
+        self._state = threading.Lock()
+        self._commit = threading.Lock()
+        self._queue: deque[_Ticket] = deque()
+        self._armed: dict[int, int] = {}
+        """Armed mask by region; a region with nothing armed is absent."""
+        self._last_dirt: OrderedDict[int, int] = OrderedDict()
+        """Every armed extent with the background pass that saw its last new dirt, longest quiet first."""
+        self._behind: set[int] = set()
+        """Regions whose record lacks bits (deferred mode) or arms too much (a commit failed)."""
+        self._pass_number = 0
+
+    # -- marking ---------------------------------------------------------------------------------------
+
+    def make_durable(self, runs: Iterable[Run]) -> None:
+        """Return when every block of `runs` is settled: dirty, and durably so (law 1).
+
+        Raises what the store raises; then the blocks are not settled and their data must not be written.
+        """
+        with self._state:
+            waiting = [piece for run in runs for piece in _pieces(*run) if not self._settle_in_memory(piece)]
+        if waiting:
+            self._wait_for_commit(_Ticket(waiting))
+
+    def _settle_in_memory(self, piece: Piece) -> bool:
+        """Settle a piece that needs no commit: dirty already, or armed, or deferred. Caller holds `_state`."""
+        region, start, stop = piece
+        if not self._loaded[region]:
+            self._load(region)
+        base = region * REGION_BLOCKS
+        if self.settled.find(0, base + start, base + stop) < 0:
+            return True
+        if not self._write_ahead:
+            self._behind.add(region)
+        elif _extent_mask(start, stop) & ~self._armed.get(region, 0):
+            return False
+        else:
+            self._touch(region, start, stop)
+        bits.set_range(self.settled, base + start, base + stop)
+        return True
+
+    def _load(self, region: int) -> None:
+        """Bring a region's dirt from the store. Extents that a dead owner left armed are all dirty."""
+        if self._all_dirty:
+            known = schema.ALL_DIRTY_BITS
+        else:
+            with self._store.read() as reader:
+                record = reader.region(self.bitmap_id, region)
+            known = schema.ALL_CLEAN_BITS if record is None else bits.dirty_bits(record.armed, record.bits)
+        bits.or_into(self._memory, known, region * REGION_BYTES)
+        if region == self._region_count - 1:
+            bits.truncate(self._memory, self.block_count)
+        self._loaded[region] = 1
+
+    def _touch(self, region: int, start: int, stop: int) -> None:
+        for extent in range(start // EXTENT_BLOCKS, (stop - 1) // EXTENT_BLOCKS + 1):
+            number = region * REGION_EXTENTS + extent
+            self._last_dirt[number] = self._pass_number
+            self._last_dirt.move_to_end(number)
+
+    # -- committing ------------------------------------------------------------------------------------
+
+    def _wait_for_commit(self, ticket: _Ticket) -> None:
+        self._queue.append(ticket)
+        with self._commit:
+            if not ticket.done:
+                self._commit_queue()
+        if ticket.error is not None:
+            raise ticket.error
+
+    def _commit_queue(self) -> None:
+        """Make everything that waits durable in one transaction. Caller holds `_commit`."""
+        tickets = [self._queue.popleft() for _ in range(len(self._queue))]
+        with self._state:
+            plan = self._plan_for(piece for ticket in tickets for piece in ticket.pieces)
+        error = self._write(plan.records)
+        if error is None:
+            with self._state:
+                self._settle(plan)
+        for ticket in tickets:
+            ticket.error = error
+            ticket.done = True
+
+    def _write(self, records: Mapping[int, tuple[int, bytes]]) -> LmdbitmapError | None:
+        def put(writer: Writer) -> None:
+            for region in sorted(records):
+                writer.put_region(self.bitmap_id, region, *records[region])
+
+        try:
+            if records:
+                self._store.update(put)
+        except LmdbitmapError as error:
+            with self._state:
+                self._behind.update(records)
+            return error
+        return None
+
+    def _plan_for(self, pieces: Iterable[Piece]) -> _Plan:
+        """Which records to write so that `pieces` become durable. Caller holds `_commit` and `_state`.
+
+        A record carries the pieces' exact bits too, so only extents that a piece covers in part are armed:
+        more writes are likely there. Where blocks are written one after another, the next extents are armed
+        as well.
+        """
+        exact: dict[int, bytearray] = {}
+        arming: dict[int, int] = {}
+        for region, start, stop in pieces:
+            record = exact.get(region)
+            if record is None:
+                record = exact[region] = self._known(region)
+            if stop - start == 1:
+                record[start >> 3] |= 1 << (start & 7)
+            else:
+                bits.set_range(bits.bitmap_view(record), start, stop)
+            mask = _edge_mask(start, stop)
+            if self._continues(region, start, stop):
+                mask |= _ahead_mask(stop)
+            arming[region] = arming.get(region, 0) | mask
+        self._limit_armed(exact, arming)
+        records = {
+            region: (self._armed.get(region, 0) | arming.get(region, 0), bytes(record))
+            for region, record in exact.items()
+        }
+        return _Plan(records, arming)
+
+    def _known(self, region: int) -> bytearray:
+        """A copy of the region's exact bits, loading them if need be. Caller holds `_state`."""
+        if not self._loaded[region]:
+            self._load(region)
+        base = region * REGION_BYTES
+        return bytearray(self._memory[base : base + REGION_BYTES])
+
+    def _continues(self, region: int, start: int, stop: int) -> bool:
+        """Whether a write that enters an extent at its start goes on where earlier ones stopped."""
+        enters = start % EXTENT_BLOCKS == 0 or start // EXTENT_BLOCKS < (stop - 1) // EXTENT_BLOCKS
+        block = region * REGION_BLOCKS + start
+        return enters and block > 0 and bool(self.settled[block - 1])
+
+    def _limit_armed(self, exact: dict[int, bytearray], arming: dict[int, int]) -> None:
+        """Disarm enough that `arming` fits the limit: first where a record is written anyway, then the quietest."""
+        excess = len(self._last_dirt) + sum(mask.bit_count() for mask in arming.values()) - self._max_armed
+        for region in list(arming):
+            if excess <= 0:
+                return
+            old = self._armed.get(region, 0) & ~arming[region]
+            self._disarm(region, old)
+            excess -= old.bit_count()
+        while excess > 0 and self._last_dirt:
+            region, extent = divmod(next(iter(self._last_dirt)), REGION_EXTENTS)
+            if region not in exact:
+                exact[region] = self._known(region)
+            self._disarm(region, 1 << extent)
+            excess -= 1
+
+    def _settle(self, plan: _Plan) -> None:
+        """The plan is durable: take it into memory. Caller holds `_commit` and `_state`."""
+        for region, (_, exact) in plan.records.items():
+            bits.or_into(self._memory, exact, region * REGION_BYTES)
+        for region, mask in plan.arming.items():
+            self._armed[region] = self._armed.get(region, 0) | mask
+            for extent in _ones(mask):
+                number = region * REGION_EXTENTS + extent
+                self._last_dirt[number] = self._pass_number
+                self._last_dirt.move_to_end(number)
+
+    def _disarm(self, region: int, mask: int) -> None:
+        """Take extents out of `_armed`; the caller writes the region's record next (invariant 3)."""
+        left = self._armed.get(region, 0) & ~mask
+        if left:
+            self._armed[region] = left
+        else:
+            self._armed.pop(region, None)
+        for extent in _ones(mask):
+            self._last_dirt.pop(region * REGION_EXTENTS + extent, None)
+
+    # -- the background pass, checkpoint, detach ---------------------------------------------------------
+
+    @property
+    def armed_count(self) -> int:
+        return len(self._last_dirt)
+
+    def disarm_quiet(self, limit: int) -> int:
+        """Persist the exact bits of extents without new dirt since the last pass, and disarm them.
+
+        At most `limit` extents; answers how many. Raises what the store raises; then the extents stay
+        armed on disk, which is the safe direction.
+        """
+        with self._commit:
+            with self._state:
+                before = len(self._last_dirt)
+                records = self._take_quiet(limit)
+                disarmed = before - len(self._last_dirt)
+                self._pass_number += 1
+            error = self._write(records)
+        if error is not None:
+            raise error
+        return disarmed
+
+    def _take_quiet(self, limit: int) -> dict[int, tuple[int, bytes]]:
+        regions: set[int] = set()
+        while self._last_dirt and limit > 0:
+            number, pass_number = next(iter(self._last_dirt.items()))
+            if pass_number >= self._pass_number:
+                break
+            region, extent = divmod(number, REGION_EXTENTS)
+            self._disarm(region, 1 << extent)
+            regions.add(region)
+            limit -= 1
+        return {region: (self._armed.get(region, 0), bytes(self._known(region))) for region in regions}
+
+    def persist(self) -> None:
+        """Write all that only memory knows and disarm everything: the store is exact when this returns.
+
+        Writers may go on meanwhile; what they dirty then arms anew.
+        """
+        with self._commit:
+            with self._state:
+                records = self._take_all()
+            error = self._write(records)
+            if error is not None:
+                raise error
+
+    def put_exact(self, writer: Writer) -> None:
+        """As `persist`, inside a transaction of the caller's, who has drained all writers.
+
+        Changes nothing in memory: the caller opens another period once the transaction is durable.
+        """
+        for region in sorted(self._behind | set(self._armed)):
+            writer.put_region(self.bitmap_id, region, 0, bytes(self._known(region)))
+
+    def active_extents(self) -> dict[int, int]:
+        """The armed masks by region: where dirt is likely next."""
+        return dict(self._armed)
+
+    def adopt_armed(self, armed: Mapping[int, int]) -> None:
+        """Take extents as armed that the caller's transaction, durable now, armed for this bitmap."""
+        with self._state:
+            self._settle(_Plan({}, dict(armed)))
+
+    def _take_all(self) -> dict[int, tuple[int, bytes]]:
+        regions = self._behind | set(self._armed)
+        self._behind = set()
+        self._armed.clear()
+        self._last_dirt.clear()
+        return {region: (0, bytes(self._known(region))) for region in regions}
+
+
+def _anonymous(length: int) -> mmap.mmap:
+    """Memory that reads as zeroes and takes none until it is touched."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
+    return mmap.mmap(-1, max(length, REGION_BYTES), flags=flags)
+
+
+def _pieces(start: int, stop: int) -> Iterator[Piece]:
+    """Blocks [start, stop) of the disk, cut at the borders of regions."""
+    while start < stop:
+        region, first = divmod(start, REGION_BLOCKS)
+        length = min(stop - start, REGION_BLOCKS - first)
+        yield Piece(region, first, first + length)
+        start += length
+
+
+def _extent_mask(start: int, stop: int) -> int:
+    """The extents that blocks [start, stop) of a region touch."""
+    first, last = start // EXTENT_BLOCKS, (stop - 1) // EXTENT_BLOCKS
+    return ((2 << (last - first)) - 1) << first
+
+
+def _edge_mask(start: int, stop: int) -> int:
+    """The extents that blocks [start, stop) of a region touch but do not cover."""
+    mask = 0
+    if start % EXTENT_BLOCKS:
+        mask |= 1 << start // EXTENT_BLOCKS
+    if stop % EXTENT_BLOCKS:
+        mask |= 1 << stop // EXTENT_BLOCKS
+    return mask
+
+
+def _ahead_mask(stop: int) -> int:
+    """The next few extents of the region, from the one that block `stop` would be in."""
+    return (((1 << _ARM_AHEAD_EXTENTS) - 1) << stop // EXTENT_BLOCKS) & _ALL_EXTENTS
+
+
+def _ones(mask: int) -> Iterator[int]:
+    while mask:
+        low = mask & -mask
+        yield low.bit_length() - 1
+        mask ^= low

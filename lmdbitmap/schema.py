@@ -1,0 +1,267 @@
+"""What the store's records mean: keys, region records, and the descriptions of disks, checkpoints and bitmaps.
+
+Every integer in a key is big-endian, so that LMDB's order is ours. A description is one msgpack map that
+carries `schema`; a newer schema is refused, an unknown key in a known schema too. A region record is
+
+    offset  size
+    0       8     armed mask, little-endian: bit e guards blocks 64*e .. 64*e+63 of the region
+    8       512   exact bits, least significant first
+    520     4     CRC-32 of the record's key and the 520 bytes before, little-endian
+
+and says: a block is dirty if its exact bit is set or its extent is armed. An absent record is all clean;
+a record that fails its check is all dirty, and says so. See docs/store.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeVar
+from uuid import UUID
+from zlib import crc32
+
+import msgpack
+
+from lmdbitmap.errors import FormatError, InvalidArgument
+from lmdbitmap.geometry import REGION_BYTES, Geometry
+from lmdbitmap.interfaces import ImageIdentity
+
+SCHEMA_VERSION = 1
+STORE_MAGIC = "lmdbitmap store"
+
+MAX_NAME_BYTES = 1023
+"""Of checkpoints and bitmaps, as QEMU has it for its bitmaps."""
+MAX_DISK_NAME_BYTES = 200
+"""Of disks: the name is also a folder of the backup repository and an NBD export."""
+
+WRITE_AHEAD = "write-ahead"
+DEFERRED = "deferred"
+DURABILITIES = (WRITE_AHEAD, DEFERRED)
+GUEST_FIRST = "guest-first"
+STRICT = "strict"
+POLICIES = (GUEST_FIRST, STRICT)
+
+_REGION = struct.Struct(f"<Q{REGION_BYTES}sI")
+REGION_RECORD_BYTES = _REGION.size
+_BITMAP_KEY = struct.Struct(">Q")
+_REGION_KEY = struct.Struct(">QQ")
+_CHECKPOINT_KEY = struct.Struct(">16sQ")
+
+ALL_CLEAN_BITS = bytes(REGION_BYTES)
+ALL_DIRTY_BITS = b"\xff" * REGION_BYTES
+
+
+class Region(NamedTuple):
+    """One region record: a block is dirty if its bit is set or its extent is armed."""
+
+    armed: int
+    bits: bytes
+    damaged: bool = False
+
+
+def region_key(bitmap_id: int, region: int) -> bytes:
+    return _REGION_KEY.pack(bitmap_id, region)
+
+
+def parse_region_key(key: bytes) -> tuple[int, int]:
+    bitmap_id, region = _REGION_KEY.unpack(key)
+    return bitmap_id, region
+
+
+def bitmap_key(bitmap_id: int) -> bytes:
+    return _BITMAP_KEY.pack(bitmap_id)
+
+
+def checkpoint_key(disk_uuid: UUID, sequence: int) -> bytes:
+    return _CHECKPOINT_KEY.pack(disk_uuid.bytes, sequence)
+
+
+def encode_region(key: bytes, armed: int, bits: bytes) -> bytes:
+    body = armed.to_bytes(8, "little") + bits
+    return body + crc32(body, crc32(key)).to_bytes(4, "little")
+
+
+def decode_region(key: bytes, value: bytes) -> Region:
+    """The record, or an all-dirty one marked `damaged` if a byte of it or of its key is not what was written."""
+    if len(value) != REGION_RECORD_BYTES:
+        return Region(0, ALL_DIRTY_BITS, damaged=True)
+    armed, bits, checksum = _REGION.unpack(value)
+    if crc32(value[:-4], crc32(key)) != checksum:
+        return Region(0, ALL_DIRTY_BITS, damaged=True)
+    return Region(armed, bits)
+
+
+@dataclass(frozen=True, slots=True)
+class StoreHeader:
+    """The record that makes a folder a store."""
+
+    what: ClassVar[str] = "store header"
+    magic: str
+    uuid: UUID
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A tracked image. `session` is set while an owner is attached: the clean flag, inverted."""
+
+    what: ClassVar[str] = "disk description"
+    uuid: UUID
+    name: str
+    image: str
+    size: int
+    granularity_bits: int
+    epoch: UUID
+    epoch_number: int
+    epoch_reason: str
+    durability: str
+    policy: str
+    created_ns: int
+    next_sequence: int
+    identity: ImageIdentity | None = None
+    session: UUID | None = None
+    resizing_from: int | None = None
+    """The size before a resize that has begun; either size is right until it ends."""
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(self.size, self.granularity_bits)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A named, durable point in time; its bitmap records what changed from it to the next one."""
+
+    what: ClassVar[str] = "checkpoint description"
+    disk: UUID
+    sequence: int
+    name: str
+    uuid: UUID
+    time_ns: int
+    epoch: UUID
+    bitmap_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bitmap:
+    """A set of region records. A reason in `all_dirty` makes every block dirty whatever they say."""
+
+    what: ClassVar[str] = "bitmap description"
+    id: int
+    uuid: UUID
+    size: int
+    granularity_bits: int
+    name: str | None = None
+    """Of a stand-alone bitmap; a checkpoint's has none."""
+    all_dirty: str | None = None
+    superset: str | None = None
+    """Why it may name clean blocks as dirty."""
+    origin_disk: UUID | None = None
+    origin_epoch: UUID | None = None
+    origin_since: UUID | None = None
+    origin_until: UUID | None = None
+    origin_time_ns: int = 0
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(self.size, self.granularity_bits)
+
+
+Description = StoreHeader | Disk | Checkpoint | Bitmap
+D = TypeVar("D", bound=Description)
+
+
+def encode(description: Description) -> bytes:
+    fields = {f.name: _plain(getattr(description, f.name)) for f in dataclasses.fields(description)}
+    packed = msgpack.packb({"schema": SCHEMA_VERSION, **fields})
+    assert decode(type(description), packed, place="new record") == description
+    return bytes(packed)
+
+
+def decode(kind: type[D], data: bytes, *, place: str) -> D:
+    """The description in `data`; raises `FormatError` for anything that `encode` would not have written."""
+    fields = _unpack_map(kind.what, data, place)
+    version = fields.pop("schema", None)
+    if version != SCHEMA_VERSION:
+        raise _error(kind.what, place, f"schema {SCHEMA_VERSION}", version)
+    annotations = {f.name: str(f.type) for f in dataclasses.fields(kind)}
+    if set(fields) != set(annotations):
+        odd = sorted(str(name) for name in set(fields) ^ set(annotations))
+        raise _error(kind.what, place, "the keys of its schema", f"a difference in {odd}")
+    values: dict[str, Any] = {
+        name: _typed(kind.what, place, name, annotations[name], fields[name]) for name in annotations
+    }
+    try:
+        description: D = kind(**values)
+        if isinstance(description, Disk | Bitmap):
+            _ = description.geometry
+    except InvalidArgument as error:
+        raise _error(kind.what, place, "a possible size and granularity", error.problem) from error
+    return description
+
+
+def _unpack_map(what: str, data: bytes, place: str) -> dict[Any, Any]:
+    try:
+        fields = msgpack.unpackb(data)
+    except (ValueError, msgpack.exceptions.UnpackException) as error:
+        raise _error(what, place, "one msgpack map", f"{len(data)} bytes that are none") from error
+    if not isinstance(fields, dict):
+        raise _error(what, place, "a msgpack map", type(fields).__name__)
+    return fields
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, UUID):
+        return value.bytes
+    return list(value) if isinstance(value, ImageIdentity) else value
+
+
+def _typed(what: str, place: str, name: str, annotation: str, value: object) -> object:
+    """`value` as the type that `annotation` names; the inverse of `_plain`, checked."""
+    kind, _, optional = annotation.partition(" | ")
+    if value is None and optional == "None":
+        return None
+    if kind == "UUID" and isinstance(value, bytes) and len(value) == 16:
+        return UUID(bytes=value)
+    if kind == "ImageIdentity" and isinstance(value, list) and [type(item) for item in value] == [int] * 4:
+        return ImageIdentity(*value)
+    if (kind == "int" and type(value) is int and value >= 0) or (kind == "str" and type(value) is str):
+        return value
+    raise _error(what, place, f"{name} of type {annotation}", repr(value)[:80])
+
+
+def _error(what: str, place: str, expected: str, found: object) -> FormatError:
+    return FormatError(
+        f"{what} at {place}",
+        expected=expected,
+        found=found,
+        next_step="use the version that wrote this store, or make a new store and a full backup",
+    )
+
+
+def check_disk_name(name: str) -> str:
+    """`name` if it can name a disk everywhere one is named: in a list, a folder, an NBD export."""
+    check_name(name, what="disk", limit=MAX_DISK_NAME_BYTES)
+    if name.startswith((".", "-")) or any(character in "/\\,@" for character in name):
+        raise InvalidArgument(
+            f"disk name {name!r} starts with . or -, or has one of / \\ , @ in it",
+            next_step="choose a plain name such as sda",
+        )
+    return name
+
+
+def check_name(name: str, *, what: str, limit: int = MAX_NAME_BYTES) -> str:
+    """`name` if it is 1 to `limit` bytes of UTF-8 without control characters; `InvalidArgument` otherwise."""
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidArgument(
+            f"{what} name {name!r} is not UTF-8", next_step="choose another name"
+        ) from error
+    if not 1 <= length <= limit:
+        raise InvalidArgument(
+            f"{what} name of {length} bytes is not within 1..{limit} bytes", next_step="choose another name"
+        )
+    if not name.isprintable():
+        raise InvalidArgument(f"{what} name {name!r} has control characters", next_step="choose another name")
+    return name

@@ -1,0 +1,174 @@
+"""Owning a disk: to begin a session, to vouch for an image, to add a disk, to remove one.
+
+Whoever does any of these holds two locks, taken in this order and let go when the block ends: the owner's
+lock on the disk (owner.py), and QEMU's locks on the image (device.py). What is judged about the image is
+judged under both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator
+from uuid import UUID, uuid4
+
+from lmdbitmap import chain, continuity, owner, schema
+from lmdbitmap.continuity import Moment, Verdict
+from lmdbitmap.device import FileDevice
+from lmdbitmap.errors import NotFound, Untrusted
+from lmdbitmap.interfaces import TrackableDevice
+from lmdbitmap.owner import Owner
+from lmdbitmap.schema import Disk
+from lmdbitmap.store import Reader, Store, Writer
+
+OpenDevice = Callable[[str], TrackableDevice]
+_OWNER_DIED = "its owner died: whatever was being written then counts as dirty"
+
+
+class Held:
+    """A disk whose locks we hold until the block of `owning` ends, or for good after `keep`."""
+
+    def __init__(self, disk: Disk, lock: Owner, device: TrackableDevice) -> None:
+        self.disk = disk
+        self.lock = lock
+        self.device = device
+        self.kept = False
+
+    def keep(self) -> None:
+        """The locks have a new holder, who closes `device` and `lock`."""
+        self.kept = True
+
+    def close(self) -> None:
+        self.device.close()
+        self.lock.close()
+
+
+@contextlib.contextmanager
+def owning(store: Store, name: str, open_device: OpenDevice = FileDevice.open) -> Iterator[Held]:
+    """Hold the disk called `name`. Raises `NotFound` without such a disk or image, `Busy` if it is held."""
+    with store.read() as reader:
+        disk_uuid = chain.find_disk(reader, name).uuid
+    lock = Owner(store.owner_path(disk_uuid))
+    try:
+        with store.read() as reader:
+            disk = _existing(reader, disk_uuid)
+        held = Held(disk, lock, open_device(disk.image))
+    except BaseException:
+        lock.close()
+        raise
+    try:
+        yield held
+    finally:
+        if not held.kept:
+            held.close()
+
+
+def begin(store: Store, held: Held) -> Disk:
+    """Judge continuity and commit what follows from it: the session, and a new epoch if need be.
+
+    The caller beats only after this. A beat before the commit could vouch, after a crash between the two,
+    for an image that was just found to be a stranger's.
+    """
+    identity, distrust = held.device.identity(), held.lock.distrust()
+    verdict = Verdict(broken=distrust.reason) if distrust else _judge(held)
+
+    def commit(writer: Writer) -> Disk:
+        disk = _existing(writer, held.disk.uuid)
+        if disk.size != identity.size:
+            disk = chain.resize(writer, disk, identity.size)
+        if verdict.broken is not None:
+            disk = chain.start_epoch(writer, disk, verdict.broken, time.time_ns())
+        elif verdict.superset is not None:
+            chain.note_superset(writer, disk, verdict.superset)
+        disk = dataclasses.replace(disk, session=uuid4(), identity=identity, resizing_from=None)
+        writer.put_disk(disk)
+        return disk
+
+    disk = store.update(commit)
+    if distrust is not None:
+        held.lock.restore_trust()
+    return disk
+
+
+def _judge(held: Held) -> Verdict:
+    moment = Moment(owner.boot_id(), owner.boot_time_ns())
+    return continuity.judge(held.disk, held.device.identity(), held.lock.last_beat(), moment)
+
+
+def adopt(store: Store, name: str, *, open_device: OpenDevice = FileDevice.open) -> Disk:
+    """A person vouches that nobody changed the image behind our back: take its identity as it is.
+
+    Another size is taken over as a resize. Raises `Untrusted` where bits were lost: nobody can vouch for those.
+    """
+    with owning(store, name, open_device) as held:
+        _require_bits(held)
+        identity = held.device.identity()
+        return store.update(lambda writer: _adopt(writer, held.disk, identity.size, identity=identity))
+
+
+def _require_bits(held: Held) -> None:
+    distrust = held.lock.distrust()
+    lost = distrust.reason if distrust else None
+    if held.disk.session is not None and held.disk.durability == schema.DEFERRED:
+        lost = "it was not closed cleanly, and in deferred mode the bits were in memory only"
+    if lost is not None:
+        raise Untrusted(f"disk {held.disk.name!r} cannot be adopted: {lost}", next_step="make a full backup")
+
+
+def _adopt(writer: Writer, disk: Disk, size: int, **changes: object) -> Disk:
+    if disk.session is not None:
+        chain.note_superset(writer, disk, _OWNER_DIED)
+    if disk.size != size:
+        disk = chain.resize(writer, disk, size)
+    disk = dataclasses.replace(disk, session=None, resizing_from=None, **changes)  # type: ignore[arg-type]
+    writer.put_disk(disk)
+    return disk
+
+
+def add(
+    store: Store,
+    name: str,
+    image: str,
+    *,
+    granularity_bits: int,
+    durability: str = schema.WRITE_AHEAD,
+    policy: str = schema.GUEST_FIRST,
+    open_device: OpenDevice = FileDevice.open,
+) -> Disk:
+    """Track the image from now on; it is opened and locked for a moment. Everything is dirty at first.
+
+    Durable on return. Raises `AlreadyExists` for a name or image that is taken, `Busy` for an image that
+    somebody writes.
+    """
+    image = os.path.realpath(image)
+    with contextlib.closing(open_device(image)) as device:
+        identity = device.identity()
+        disk = store.update(
+            lambda writer: chain.add_disk(
+                writer, name, image, identity,
+                granularity_bits=granularity_bits, durability=durability, policy=policy, time_ns=time.time_ns(),
+            )
+        )  # fmt: skip
+        owner.create(store.owner_path(disk.uuid))
+    return disk
+
+
+def remove(store: Store, name: str) -> None:
+    """Stop tracking; the image is not touched, nor even needed. Raises `Busy` while it is owned."""
+    with store.read() as reader:
+        disk = chain.find_disk(reader, name)
+    path = store.owner_path(disk.uuid)
+    with contextlib.closing(Owner(path)):
+        store.update(lambda writer: chain.remove_disk(writer, disk))
+        os.unlink(path)
+
+
+def _existing(reader: Reader, disk_uuid: UUID) -> Disk:
+    disk = reader.disk(disk_uuid)
+    if disk is None:
+        raise NotFound(
+            f"disk {disk_uuid} was removed meanwhile", next_step="`lmdbitmap ls` lists those there are"
+        )
+    return disk
