@@ -13,6 +13,8 @@ import pytest
 from tests.support import run
 
 COMMAND = [sys.executable, "-m", "lmdbitmap"]
+BUFFERED = {**os.environ, "PYTHONUNBUFFERED": ""}
+"""What a shell has: Python keeps the answer back, and writes it once more when it exits."""
 
 
 def test_the_installed_command_is_this_package() -> None:
@@ -66,7 +68,9 @@ def test_a_full_disk_under_the_answer_is_a_failure() -> None:
 
 
 def test_a_reader_that_went_away_is_no_error_to_talk_about() -> None:
-    with subprocess.Popen([*COMMAND, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [*COMMAND, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=BUFFERED
+    ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.close()
