@@ -1,0 +1,88 @@
+"""System calls that Python lacks. ctypes is imported when first needed: it costs more than all the rest.
+
+"Cannot" is an answer here, never an error: False, or nothing done. Any other refusal raises `OSError`.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import functools
+import os
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import ctypes
+
+FALLOC_FL_KEEP_SIZE = 0x01
+FALLOC_FL_PUNCH_HOLE = 0x02
+FALLOC_FL_ZERO_RANGE = 0x10
+BLKDISCARD = 0x1277
+BLKSSZGET = 0x1268
+STATFS_BYTES = 256
+"""More than any struct statfs; its first word is `f_type`."""
+
+UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EINVAL, errno.ENODEV}
+"""Cannot. EINVAL too: callers check their ranges, so it only means that this kernel or driver will not."""
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
+    """fallocate(2), never making the file longer; False if this file system or device cannot."""
+    call = _fallocate()
+    while call(fd, mode | FALLOC_FL_KEEP_SIZE, offset, length) != 0:
+        refusal = _last_error()
+        if refusal.errno in UNSUPPORTED:
+            return False
+        if refusal.errno != errno.EINTR:
+            raise refusal
+    return True
+
+
+def block_discard(fd: int, offset: int, length: int) -> None:
+    """Tell a block device that whole sectors are not needed; one that cannot discard keeps them."""
+    try:
+        fcntl.ioctl(fd, BLKDISCARD, struct.pack("QQ", offset, length))
+    except OSError as refusal:
+        if refusal.errno not in UNSUPPORTED:
+            raise
+
+
+def logical_sector_bytes(fd: int) -> int:
+    """The smallest piece of a block device that can be zeroed or discarded."""
+    answer: int = struct.unpack("i", fcntl.ioctl(fd, BLKSSZGET, bytes(4)))[0]
+    return answer
+
+
+def filesystem_number(path: str) -> int:
+    """The `f_type` that statfs(2) answers for the file system that holds `path`."""
+    import ctypes
+
+    answer = ctypes.create_string_buffer(STATFS_BYTES)
+    if _libc().statfs(os.fsencode(path), answer) != 0:
+        raise _last_error()
+    return ctypes.c_long.from_buffer(answer).value & 0xFFFFFFFF
+
+
+@functools.cache
+def _fallocate() -> Callable[[int, int, int, int], int]:
+    import ctypes
+
+    call = _libc().fallocate
+    call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    return call
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    import ctypes
+
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _last_error() -> OSError:
+    import ctypes
+
+    code = ctypes.get_errno()
+    return OSError(code, os.strerror(code))
