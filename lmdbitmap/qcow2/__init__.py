@@ -1,0 +1,27 @@
+"""qcow2 version 3, the part of it that backups are made of: written in one pass, read back, stacked in chains.
+
+One file is one restore point. Compressed clusters, extended L2 entries, encryption and external data files are
+neither written nor read. See docs/qcow2.md.
+"""
+
+from __future__ import annotations
+
+from lmdbitmap.qcow2.chain import chain_extents, chain_read_into
+from lmdbitmap.qcow2.layout import DEFAULT_CLUSTER_BITS, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, Header
+from lmdbitmap.qcow2.reader import Kind, Qcow2Reader, Run, Source
+from lmdbitmap.qcow2.writer import Qcow2Writer, Sink
+
+__all__ = [
+    "DEFAULT_CLUSTER_BITS",
+    "MAX_CLUSTER_BITS",
+    "MIN_CLUSTER_BITS",
+    "Header",
+    "Kind",
+    "Qcow2Reader",
+    "Qcow2Writer",
+    "Run",
+    "Sink",
+    "Source",
+    "chain_extents",
+    "chain_read_into",
+]

@@ -1,0 +1,92 @@
+"""The words and numbers of the format, under the specification's own names; all of them are big-endian."""
+
+from __future__ import annotations
+
+import struct
+import sys
+from array import array
+from typing import Final, NamedTuple
+
+from lmdbitmap.geometry import ceil_div
+
+MAGIC: Final = b"QFI\xfb"
+VERSION: Final = 3
+SECTOR: Final = 512
+MIN_CLUSTER_BITS, MAX_CLUSTER_BITS, DEFAULT_CLUSTER_BITS = 9, 21, 16
+MIN_HEADER_BYTES: Final = 104
+MAX_BACKING_NAME_BYTES: Final = 1023
+MAX_L1_ENTRIES: Final = (32 << 20) // 8
+"""QEMU opens no image with more."""
+
+EXTENSION_END: Final = 0
+EXTENSION_BACKING_FORMAT: Final = 0xE2792ACA
+
+COPIED: Final = 1 << 63
+COMPRESSED: Final = 1 << 62
+ZERO: Final = 1
+OFFSET_MASK: Final = 0x00FFFFFFFFFFFE00
+L1_RESERVED: Final = 0x7F000000000001FF
+L2_RESERVED: Final = 0x3F000000000001FE
+REFCOUNT_ORDER: Final = 4
+MAX_REFCOUNT: Final = 0xFFFF
+
+HEADER_STRUCT = struct.Struct(">4sIQIIQIIQQIIQQQQIIB7x")
+EXTENSION_STRUCT = struct.Struct(">II")
+
+
+class Header(NamedTuple):
+    """The first 112 bytes, big-endian, under the specification's names."""
+
+    magic: bytes = MAGIC
+    version: int = VERSION
+    backing_file_offset: int = 0
+    backing_file_size: int = 0
+    cluster_bits: int = DEFAULT_CLUSTER_BITS
+    size: int = 0
+    crypt_method: int = 0
+    l1_size: int = 0
+    l1_table_offset: int = 0
+    refcount_table_offset: int = 0
+    refcount_table_clusters: int = 0
+    nb_snapshots: int = 0
+    snapshots_offset: int = 0
+    incompatible_features: int = 0
+    compatible_features: int = 0
+    autoclear_features: int = 0
+    refcount_order: int = REFCOUNT_ORDER
+    header_length: int = HEADER_STRUCT.size
+    compression_type: int = 0
+
+
+def l1_entries(size: int, cluster_bits: int) -> int:
+    """L2 tables that map a disk of `size` bytes: each is a cluster of 8-byte entries, one for a cluster."""
+    return ceil_div(size, 1 << (2 * cluster_bits - 3))
+
+
+def zeroed_entries(count: int) -> array[int]:
+    """A table of `count` entries that map nothing."""
+    return array("Q", bytes(8 * count))
+
+
+def encode_entries(entries: array[int]) -> bytes:
+    """A table as it stands in the file."""
+    return _swapped(entries[:]).tobytes()
+
+
+def decode_entries(raw: bytes) -> array[int]:
+    return _swapped(array("Q", raw))
+
+
+def _swapped(entries: array[int]) -> array[int]:
+    """The entries themselves, turned from this machine's order of bytes to the file's, or back."""
+    if sys.byteorder == "little":
+        entries.byteswap()
+    return entries
+
+
+def is_text(data: bytes) -> bool:
+    """Whether `data` is UTF-8 without a zero byte."""
+    try:
+        return "\0" not in data.decode()
+    except UnicodeDecodeError:
+        return False

@@ -1,0 +1,310 @@
+"""Reads an image whose every byte may lie.
+
+The header is checked when the image is opened, an L1 or L2 entry when the range it maps is asked for. What is
+not understood, not aligned or not inside the file raises `FormatError`. Two levels of tables and no more are
+followed, so nothing can loop; nothing is allocated for a length that the file itself does not have.
+"""
+
+from __future__ import annotations
+
+import enum
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple, Protocol
+
+from lmdbitmap.errors import FormatError, InvalidArgument
+from lmdbitmap.geometry import MAX_SIZE, ceil_div
+from lmdbitmap.qcow2.layout import (
+    COMPRESSED,
+    COPIED,
+    EXTENSION_BACKING_FORMAT,
+    EXTENSION_END,
+    EXTENSION_STRUCT,
+    HEADER_STRUCT,
+    L1_RESERVED,
+    L2_RESERVED,
+    MAGIC,
+    MAX_BACKING_NAME_BYTES,
+    MAX_CLUSTER_BITS,
+    MAX_L1_ENTRIES,
+    MIN_CLUSTER_BITS,
+    MIN_HEADER_BYTES,
+    OFFSET_MASK,
+    VERSION,
+    ZERO,
+    Header,
+    decode_entries,
+    is_text,
+    l1_entries,
+)
+
+_FEATURES = {
+    0: "dirty: refcounts may be wrong",
+    1: "corrupt",
+    2: "external data file",
+    3: "compression type other than zlib",
+    4: "extended L2 entries",
+}
+"""Incompatible features by bit. Each is refused, and so is one that has no name here."""
+_DAMAGED_FEATURES = 0b11
+_REPAIR = "look at it with qemu-img check and use another backup"
+_CONVERT = "make a plain copy with qemu-img convert -O qcow2 and use that"
+
+
+class Source(Protocol):
+    """A file's bytes. Reads are whole or raise OSError; none goes past `size`."""
+
+    @property
+    def size(self) -> int: ...
+    def pread(self, length: int, offset: int) -> bytes: ...
+    def pread_into(self, buffer: memoryview, offset: int) -> None: ...
+
+
+class Kind(enum.Enum):
+    DATA = "data"
+    ZERO = "zero"
+    UNALLOCATED = "unallocated"
+    """From the backing file; zeroes where there is none or where it is too short."""
+
+
+class Run(NamedTuple):
+    """Bytes [offset, offset + length) of the disk; if data, where they begin in the file of `layer`."""
+
+    offset: int
+    length: int
+    kind: Kind
+    host_offset: int = 0
+    layer: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
+    def continues(self, other: Run) -> bool:
+        """Whether this run begins where `other` ends: on the disk and, if data, in the file too."""
+        host_offset = other.host_offset + other.length if self.kind is Kind.DATA else 0
+        alike = (self.kind, self.layer) == (other.kind, other.layer)
+        return alike and self.offset == other.end and self.host_offset == host_offset
+
+
+class Qcow2Reader:
+    """One image in `source`; `name` stands in every complaint about it. For one thread.
+
+    Its backing file is left to the caller, and the name of that is whatever the image says: follow it only
+    to where it is expected.
+    """
+
+    def __init__(self, source: Source, *, name: str = "qcow2 image") -> None:
+        self.name = name
+        self._source = source
+        self._file_size = source.size
+        self.header = self._read_header()
+        self.size = self.header.size
+        self.cluster_size = 1 << self.header.cluster_bits
+        self._table_entries = self.cluster_size // 8
+        first_cluster = source.pread(min(self.cluster_size, self._file_size), 0)
+        self.backing_file = self._decode_backing_file(first_cluster)
+        self.backing_format = self._decode_backing_format(first_cluster)
+        self._l1 = self._read_l1()
+        self._cached_table = (0, _UNMAPPED, True)
+
+    def extents(self, offset: int, length: int) -> Iterator[Run]:
+        """What this file says of the range, without a gap, in runs as long as can be."""
+        if not 0 <= offset <= offset + length <= self.size:
+            raise InvalidArgument(
+                f"bytes {offset}..{offset + length} are not on an image of {self.size} bytes",
+                next_step="stay between 0 and the image's size",
+            )
+        return joined(self._runs(offset, offset + length)) if length else iter(())
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` from this file alone; raises `InvalidArgument` where only the backing file knows."""
+        for run in self.extents(offset, len(buffer)):
+            if run.kind is Kind.UNALLOCATED and self.backing_file is not None:
+                raise InvalidArgument(
+                    f"{self.name}: bytes {run.offset}..{run.end} are in its backing file",
+                    next_step="read through the whole chain",
+                )
+            self.fill(buffer[run.offset - offset : run.end - offset], run)
+
+    def fill(self, buffer: memoryview, run: Run) -> None:
+        """Fill `buffer` with the bytes of `run`: out of this file if they are data, else zeroes."""
+        if run.kind is Kind.DATA:
+            self._source.pread_into(buffer, run.host_offset)
+        else:
+            buffer[:] = bytes(len(buffer))
+
+    def _read_header(self) -> Header:
+        if self._file_size < HEADER_STRUCT.size:
+            raise self._refusal(
+                "header", f"at least {HEADER_STRUCT.size} bytes", f"a file of {self._file_size}"
+            )
+        header = Header(*HEADER_STRUCT.unpack(self._source.pread(HEADER_STRUCT.size, 0)))
+        self._check_dialect(header)
+        for field, fits, expected in self._rules(header):
+            if not fits:
+                raise self._refusal(f"header {field}", expected, getattr(header, field))
+        return header
+
+    def _check_dialect(self, header: Header) -> None:
+        """Refuse what is not qcow2, and what is but needs more than is read here."""
+        if header.magic != MAGIC:
+            raise self._refusal("header magic", repr(MAGIC), header.magic, "give a finished qcow2 image")
+        if header.version != VERSION:
+            raise self._refusal("header version", str(VERSION), header.version, _CONVERT)
+        features = header.incompatible_features
+        present = [_FEATURES.get(bit, f"unknown bit {bit}") for bit in range(64) if features >> bit & 1]
+        if present:
+            next_step = _REPAIR if features & _DAMAGED_FEATURES else _CONVERT
+            raise self._refusal("header incompatible_features", "none", ", ".join(present), next_step)
+        if header.crypt_method != 0:
+            raise self._refusal("header crypt_method", "0 (not encrypted)", header.crypt_method, _CONVERT)
+
+    def _rules(self, header: Header) -> Iterator[tuple[str, bool, str]]:
+        """(field, whether it fits, what is expected); each may rely on those before it."""
+        yield "cluster_bits", MIN_CLUSTER_BITS <= header.cluster_bits <= MAX_CLUSTER_BITS, "9 to 21"
+        cluster_size = 1 << header.cluster_bits
+        fits = header.header_length % 8 == 0 and MIN_HEADER_BYTES <= header.header_length <= cluster_size
+        yield "header_length", fits, f"a multiple of 8, {MIN_HEADER_BYTES} to {cluster_size}"
+        yield "refcount_order", header.refcount_order <= 6, "0 to 6"
+        yield "size", header.size <= MAX_SIZE, "less than 2^63"
+        needed = l1_entries(header.size, header.cluster_bits)
+        yield "l1_size", needed <= header.l1_size <= MAX_L1_ENTRIES, f"{needed} to {MAX_L1_ENTRIES}"
+        place = self._a_place(cluster_size)
+        fits = self._is_place(header.l1_table_offset, 8 * header.l1_size, cluster_size)
+        yield "l1_table_offset", fits, place
+        refcount_table_bytes = header.refcount_table_clusters * cluster_size
+        fits = self._is_place(header.refcount_table_offset, refcount_table_bytes, cluster_size)
+        yield "refcount_table_offset", fits, place
+
+    def _is_place(self, offset: int, length: int, cluster_size: int) -> bool:
+        """Whether a table can be there: on a cluster, behind the header's, inside the file."""
+        return offset % cluster_size == 0 and cluster_size <= offset <= self._file_size - length
+
+    def _a_place(self, cluster_size: int) -> str:
+        return f"a multiple of {cluster_size}, all inside the file of {self._file_size} bytes"
+
+    def _decode_backing_file(self, first_cluster: bytes) -> str | None:
+        start, length = self.header.backing_file_offset, self.header.backing_file_size
+        if start == 0:
+            return None
+        if not 0 < length <= MAX_BACKING_NAME_BYTES:
+            raise self._refusal("header backing_file_size", f"1 to {MAX_BACKING_NAME_BYTES} bytes", length)
+        if not self.header.header_length <= start <= len(first_cluster) - length:
+            raise self._refusal("header backing_file_offset", "a place in the first cluster", start)
+        return self._text("backing file name", first_cluster[start : start + length])
+
+    def _decode_backing_format(self, first_cluster: bytes) -> str | None:
+        """The backing format, if an extension names one; extensions of other types are passed over."""
+        position = self.header.header_length
+        stop = self.header.backing_file_offset or len(first_cluster)
+        while position + EXTENSION_STRUCT.size <= stop:
+            kind, length = EXTENSION_STRUCT.unpack_from(first_cluster, position)
+            position += EXTENSION_STRUCT.size
+            if kind == EXTENSION_END:
+                break
+            if length > stop - position:
+                raise self._refusal(f"header extension {kind:#x}", f"at most {stop - position} bytes", length)
+            if kind == EXTENSION_BACKING_FORMAT:
+                return self._text("backing format", first_cluster[position : position + length])
+            position += ceil_div(length, 8) * 8
+        return None
+
+    def _text(self, place: str, data: bytes) -> str:
+        if not is_text(data):
+            raise self._refusal(place, "UTF-8 without a zero byte", repr(data[:80]))
+        return data.decode()
+
+    def _read_l1(self) -> array[int]:
+        """The entries that the disk's size needs. More may follow, for a machine's memory and as anchors."""
+        needed = l1_entries(self.size, self.header.cluster_bits)
+        return (
+            decode_entries(self._source.pread(8 * needed, self.header.l1_table_offset))
+            if needed
+            else array("Q")
+        )
+
+    def _runs(self, offset: int, end: int) -> Iterator[Run]:
+        bits = self.header.cluster_bits
+        for first, stop, entry in self._mapped(offset >> bits, ceil_div(end, self.cluster_size)):
+            start = max(first << bits, offset)
+            yield self._run(start, min(stop << bits, end), entry, start - (first << bits))
+
+    def _run(self, start: int, end: int, entry: int, skipped: int) -> Run:
+        """The run that begins `skipped` bytes into the cluster of `entry`."""
+        place = f"L2 entry of byte {start}"
+        if entry & COMPRESSED:
+            raise self._refusal(place, "a cluster that is not compressed", f"{entry:#x}", _CONVERT)
+        host_offset = entry & OFFSET_MASK
+        copied_nothing = entry & COPIED and not host_offset
+        if entry & L2_RESERVED or copied_nothing or host_offset % self.cluster_size:
+            raise self._refusal(place, f"known flags and a multiple of {self.cluster_size}", f"{entry:#x}")
+        if entry & ZERO or not host_offset:
+            return Run(start, end - start, Kind.ZERO if entry & ZERO else Kind.UNALLOCATED)
+        if host_offset + skipped + end - start > self._file_size:
+            raise self._refusal(place, f"data inside the file of {self._file_size} bytes", f"{entry:#x}")
+        return Run(start, end - start, Kind.DATA, host_offset + skipped)
+
+    def _mapped(self, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(first cluster, stop, L2 entry of the first) of stretches that lie in the file as on the disk."""
+        per_table = self._table_entries
+        index = first // per_table
+        for pointer, group in groupby(self._l1[index : ceil_div(stop, per_table)]):
+            end_index = index + sum(1 for _ in group)
+            table, uniform = self._load_table(index, pointer)
+            if uniform:
+                yield max(index * per_table, first), min(end_index * per_table, stop), table[0]
+            else:
+                for base in range(index * per_table, end_index * per_table, per_table):
+                    start, entries = max(first, base), table[max(first - base, 0) : stop - base]
+                    yield from _stretches(entries, start, self.cluster_size)
+            index = end_index
+
+    def _load_table(self, index: int, pointer: int) -> tuple[array[int], bool]:
+        """The L2 table that an L1 entry points to, and whether all of it is one entry without an offset."""
+        offset = pointer & OFFSET_MASK
+        inside = not offset or self._is_place(offset, self.cluster_size, self.cluster_size)
+        if pointer & L1_RESERVED or not inside:
+            raise self._refusal(f"L1 entry {index}", self._a_place(self.cluster_size), f"{pointer:#x}")
+        if offset == 0:
+            return _UNMAPPED, True
+        if self._cached_table[0] != offset:
+            raw = self._source.pread(self.cluster_size, offset)
+            table = decode_entries(raw)
+            uniform = not table[0] & OFFSET_MASK and raw == raw[:8] * self._table_entries
+            self._cached_table = offset, table, uniform
+        return self._cached_table[1:]
+
+    def _refusal(self, place: str, expected: str, found: object, next_step: str = _REPAIR) -> FormatError:
+        return FormatError(f"{self.name}: {place}", expected=expected, found=found, next_step=next_step)
+
+
+_UNMAPPED = array("Q", [0])
+
+
+def _stretches(entries: Sequence[int], base: int, cluster_size: int) -> Iterator[tuple[int, int, int]]:
+    """(first cluster, stop, first entry) of stretches whose offsets rise by a cluster, or are all absent."""
+    start, count = 0, len(entries)
+    while start < count:
+        entry = entries[start]
+        step = cluster_size if entry & OFFSET_MASK else 0
+        stop, follower = start + 1, entry + step
+        while stop < count and entries[stop] == follower:
+            stop += 1
+            follower += step
+        yield base + start, base + stop, entry
+        start = stop
+
+
+def joined(runs: Iterable[Run]) -> Iterator[Run]:
+    last: Run | None = None
+    for run in runs:
+        if last is not None and run.continues(last):
+            last = last._replace(length=last.length + run.length)
+            continue
+        if last is not None:
+            yield last
+        last = run
+    if last is not None:
+        yield last

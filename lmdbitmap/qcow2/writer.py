@@ -1,0 +1,260 @@
+"""Writes an image in one pass. Every cluster of the file it leaves is in use:
+
+    header | data.. L2 table | data.. L2 table | L2 table of zeroes | L1 | refcount blocks | refcount table
+
+An L2 table follows the data it maps as soon as writing has passed it, so that memory holds one L2 table and
+the L1, whatever the size of the disk. Invariants:
+
+1. The header is written last: a file that was not finished has no magic and is not a qcow2 image.
+2. A cluster that is not mapped reads from the backing file. Over a backing file a range of zeroes therefore
+   becomes zero clusters and is never left out; without one it is left out, and reads as zeroes.
+3. Refcounts are exact. All are 1 but that of an L2 table full of zero clusters, which all such stretches of
+   the disk share: 64 TiB of zeroes cost three such tables, not 8 GiB. COPIED means "the refcount is 1". Two L1
+   entries past the disk's end point there too: without them, a guest that writes to the image could leave the
+   table with one user and no COPIED, which qemu-img check takes for damage.
+4. The image size is a multiple of 512. QEMU cuts other sizes off at the sector below, bytes that a restore
+   needs; so the size is rounded up, the tail reads as zeroes, and the manifest keeps the true size.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from itertools import islice
+from typing import Protocol
+
+from lmdbitmap.errors import InvalidArgument
+from lmdbitmap.geometry import MAX_SIZE, ceil_div
+from lmdbitmap.interfaces import Buffer
+from lmdbitmap.qcow2.layout import (
+    COPIED,
+    DEFAULT_CLUSTER_BITS,
+    EXTENSION_BACKING_FORMAT,
+    EXTENSION_END,
+    EXTENSION_STRUCT,
+    HEADER_STRUCT,
+    MAX_BACKING_NAME_BYTES,
+    MAX_CLUSTER_BITS,
+    MAX_L1_ENTRIES,
+    MAX_REFCOUNT,
+    MIN_CLUSTER_BITS,
+    SECTOR,
+    ZERO,
+    Header,
+    encode_entries,
+    is_text,
+    l1_entries,
+    zeroed_entries,
+)
+
+_ANCHORS = 2
+"""L1 entries past the disk's end that point to a shared L2 table, so that its refcount never falls to 1."""
+
+
+class Sink(Protocol):
+    """An empty file to fill. Writes are whole or raise OSError."""
+
+    def pwrite(self, data: Buffer, offset: int) -> None: ...
+
+
+class Qcow2Writer:
+    """Writes one image of a disk of `size` bytes, from its beginning to its end, into an empty `sink`.
+
+    Ranges come in ascending order, begin on a cluster and end on one or at the disk's end; what is passed
+    over stays unallocated. Nothing is on stable storage before the caller has synced the sink, and an image
+    with a failed write is to be thrown away.
+    """
+
+    def __init__(
+        self,
+        sink: Sink,
+        *,
+        size: int,
+        cluster_bits: int = DEFAULT_CLUSTER_BITS,
+        backing_file: str | None = None,
+        backing_format: str = "qcow2",
+    ) -> None:
+        _check_dimensions(size, cluster_bits)
+        self.size = size
+        self.image_size = ceil_div(size, SECTOR) * SECTOR
+        self.cluster_size = 1 << cluster_bits
+        self.backing_file = backing_file
+        self._cluster_bits = cluster_bits
+        self._extensions, self._name = _encode_backing(backing_file, backing_format, self.cluster_size)
+        self._sink = sink
+        self._file_end = self.cluster_size
+        self._disk_position = 0
+        self._finished = False
+        self._table_entries = self.cluster_size // 8
+        self._l1 = zeroed_entries(l1_entries(size, cluster_bits))
+        self._table = zeroed_entries(self._table_entries)
+        self._table_index = 0
+        self._full_of_zeroes = array("Q", [ZERO]) * self._table_entries
+        self._zero_tables = array("Q")
+        self._shared: dict[int, int] = {}
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """Store `data` as one run of host clusters with one write; zeroes fill up the disk's last cluster."""
+        clusters = self._take(offset, len(data))
+        if clusters:
+            host_offset = self._append(data)
+            self._map(clusters, host_offset | COPIED, self.cluster_size)
+
+    def write_zeroes(self, offset: int, length: int) -> None:
+        """Make the range read as zeroes, at the cost of metadata only (invariant 2)."""
+        clusters, per_table = self._take(offset, length), self._table_entries
+        if self.backing_file is None:
+            return
+        tables = range(ceil_div(clusters.start, per_table), clusters.stop // per_table)
+        if not tables:
+            self._map(clusters, ZERO, 0)
+            return
+        self._map(range(clusters.start, tables.start * per_table), ZERO, 0)
+        self._zero_tables.extend(tables)
+        self._map(range(tables.stop * per_table, clusters.stop), ZERO, 0)
+
+    def finish(self) -> int:
+        """Write what maps the data, then the header; answer the file's size in bytes."""
+        self._take(self.size, 0)
+        self._finished = True
+        self._flush_table()
+        self._write_zero_tables()
+        l1_offset = self._append(encode_entries(self._l1))
+        self._write_header(l1_offset, *self._write_refcounts())
+        return self._file_end
+
+    def _take(self, offset: int, length: int) -> range:
+        """The guest clusters of the next range, after checking that it is one; moves the position."""
+        end = offset + length
+        whole = all(edge == self.size or edge % self.cluster_size == 0 for edge in (offset, end))
+        if self._finished or not whole or not self._disk_position <= offset <= end <= self.size:
+            raise InvalidArgument(
+                f"bytes {offset}..{end} cannot be the next of this image of {self.size} bytes",
+                next_step=f"give whole clusters of {self.cluster_size} bytes in ascending order, then finish",
+            )
+        self._disk_position = end
+        return range(ceil_div(offset, self.cluster_size), ceil_div(end, self.cluster_size))
+
+    def _append(self, data: Buffer) -> int:
+        """Write `data` to new clusters at the file's end; answer where."""
+        offset, length = self._file_end, len(data)
+        padding = -length % self.cluster_size
+        if length:
+            self._sink.pwrite(data, offset)
+        if padding:
+            self._sink.pwrite(bytes(padding), offset + length)
+        self._file_end += length + padding
+        return offset
+
+    def _map(self, clusters: range, entry: int, step: int) -> None:
+        """Give the clusters the L2 entries `entry`, `entry + step`, ...: `step` is 0 for zero clusters."""
+        first = clusters.start
+        while first < clusters.stop:
+            index, slot = divmod(first, self._table_entries)
+            count = min(clusters.stop - first, self._table_entries - slot)
+            self._turn_to(index)
+            if step:
+                self._table[slot : slot + count] = array("Q", range(entry, entry + count * step, step))
+            else:
+                self._table[slot : slot + count] = self._full_of_zeroes[:count]
+            first, entry = first + count, entry + count * step
+
+    def _turn_to(self, index: int) -> None:
+        if index != self._table_index:
+            self._flush_table()
+            self._table_index = index
+
+    def _flush_table(self) -> None:
+        """Write out the current L2 table if it maps anything; one full of zeroes waits to be shared."""
+        if self._table == self._full_of_zeroes:
+            self._zero_tables.append(self._table_index)
+        elif any(self._table):
+            self._l1[self._table_index] = self._append(encode_entries(self._table)) | COPIED
+        self._table = zeroed_entries(self._table_entries)
+
+    def _write_zero_tables(self) -> None:
+        """Write an L2 table of zeroes for as many stretches of the disk as may share it (invariant 3)."""
+        pending = iter(self._zero_tables)
+        while sharers := list(islice(pending, MAX_REFCOUNT - _ANCHORS)):
+            offset = self._append(encode_entries(self._full_of_zeroes))
+            if len(sharers) == 1:
+                self._l1[sharers[0]] = offset | COPIED
+                continue
+            for index in sharers:
+                self._l1[index] = offset
+            self._l1.extend([offset] * _ANCHORS)
+            self._shared[offset >> self._cluster_bits] = len(sharers) + _ANCHORS
+
+    def _write_refcounts(self) -> tuple[int, int]:
+        """Write blocks and table, counting themselves too; answer the table's offset and its clusters."""
+        used = self._file_end >> self._cluster_bits
+        clusters, blocks, table_clusters = _refcount_layout(used, self._cluster_bits)
+        table = array("Q", (self._append(self._refcount_block(index, clusters)) for index in range(blocks)))
+        return self._append(encode_entries(table)), table_clusters
+
+    def _refcount_block(self, index: int, clusters: int) -> bytes:
+        """Refcounts of the clusters that block `index` covers, in a file of `clusters`; 0 past its end."""
+        entries = self.cluster_size // 2
+        first = index * entries
+        block = bytearray((b"\0\1" * min(entries, clusters - first)).ljust(self.cluster_size, b"\0"))
+        for cluster, refcount in self._shared.items():
+            if first <= cluster < first + entries:
+                struct.pack_into(">H", block, 2 * (cluster - first), refcount)
+        return bytes(block)
+
+    def _write_header(self, l1_offset: int, refcount_table_offset: int, refcount_table_clusters: int) -> None:
+        header = Header(
+            backing_file_offset=HEADER_STRUCT.size + len(self._extensions) if self._name else 0,
+            backing_file_size=len(self._name),
+            cluster_bits=self._cluster_bits,
+            size=self.image_size,
+            l1_size=len(self._l1),
+            l1_table_offset=l1_offset,
+            refcount_table_offset=refcount_table_offset,
+            refcount_table_clusters=refcount_table_clusters,
+        )
+        first_cluster = HEADER_STRUCT.pack(*header) + self._extensions + self._name
+        self._sink.pwrite(first_cluster.ljust(self.cluster_size, b"\0"), 0)
+
+
+def _check_dimensions(size: int, cluster_bits: int) -> None:
+    if not MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS:
+        raise InvalidArgument(
+            f"cluster_bits {cluster_bits} is outside {MIN_CLUSTER_BITS}..{MAX_CLUSTER_BITS}",
+            next_step=f"choose {DEFAULT_CLUSTER_BITS}",
+        )
+    # Half of what QEMU opens: then the refcount table of a full image is within QEMU's limit for it, too.
+    if not 0 <= size <= MAX_SIZE or l1_entries(size, cluster_bits) > MAX_L1_ENTRIES // 2:
+        raise InvalidArgument(
+            f"a disk of {size} bytes does not fit a qcow2 image with clusters of {1 << cluster_bits} bytes",
+            next_step=f"choose larger clusters, up to cluster_bits {MAX_CLUSTER_BITS}",
+        )
+
+
+def _refcount_layout(used_clusters: int, cluster_bits: int) -> tuple[int, int, int]:
+    """(clusters in all, refcount blocks, clusters of the refcount table); the last two count themselves."""
+    blocks = table_clusters = 1
+    while True:
+        clusters = used_clusters + blocks + table_clusters
+        needed = ceil_div(clusters, 1 << (cluster_bits - 1)), ceil_div(8 * blocks, 1 << cluster_bits)
+        if needed == (blocks, table_clusters):
+            return clusters, blocks, table_clusters
+        blocks, table_clusters = needed
+
+
+def _encode_backing(name: str | None, format_name: str, cluster_size: int) -> tuple[bytes, bytes]:
+    """The header extensions, and the backing file's name that follows them in the first cluster."""
+    end = EXTENSION_STRUCT.pack(EXTENSION_END, 0)
+    if name is None:
+        return end, b""
+    encoded_name, encoded_format = name.encode(errors="surrogatepass"), format_name.encode()
+    padded_format = encoded_format.ljust(ceil_div(len(encoded_format), 8) * 8, b"\0")
+    extensions = EXTENSION_STRUCT.pack(EXTENSION_BACKING_FORMAT, len(encoded_format)) + padded_format + end
+    room = min(MAX_BACKING_NAME_BYTES, cluster_size - HEADER_STRUCT.size - len(extensions))
+    # QEMU takes what stands before a colon in the first part of a path for a protocol.
+    if not 0 < len(encoded_name) <= room or not is_text(encoded_name) or ":" in name.partition("/")[0]:
+        raise InvalidArgument(
+            f"{name!r} cannot be the name of a backing file",
+            next_step=f"give a path of 1 to {room} bytes in UTF-8, without a colon in its first part",
+        )
+    return extensions, encoded_name

@@ -1,0 +1,183 @@
+"""Random chains against a naive model of bytes, and images with lying bytes: `FormatError`, or reads in bounds."""
+
+from __future__ import annotations
+
+import random
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmdbitmap.errors import FormatError
+from lmdbitmap.geometry import ceil_div
+from lmdbitmap.qcow2 import Kind, Qcow2Reader, Qcow2Writer, Run, chain_extents, chain_read_into
+from tests.qcow2_model import MemoryFile, naive_chain_read, structure_problems
+
+MAX_CLUSTERS = 200
+"""Of 512 bytes: L2 tables map 64 of them, so that disks have up to four."""
+
+
+class Step(NamedTuple):
+    skipped: int
+    clusters: int
+    zero: bool
+
+
+class Layer(NamedTuple):
+    size: int
+    steps: list[Step]
+
+
+steps = st.lists(
+    st.builds(
+        Step,
+        st.integers(0, 5) | st.integers(0, 100),
+        st.integers(0, 5) | st.integers(60, 140),
+        st.booleans(),
+    ),
+    max_size=12,
+)
+layers = st.builds(Layer, st.integers(0, MAX_CLUSTERS * 512), steps)
+chains = st.lists(layers, min_size=1, max_size=4)
+"""Oldest first: the first is the full image."""
+
+
+def write_chain(
+    chain: list[Layer], cluster_bits: int, randomness: random.Random
+) -> tuple[list[bytes], bytes]:
+    """The images, newest first, and what the newest must read as."""
+    images: list[bytes] = []
+    truth = b""
+    for layer in chain:
+        image, truth = write_layer(layer, cluster_bits, truth, bool(images), randomness)
+        images.insert(0, image)
+    return images, truth
+
+
+def write_layer(
+    layer: Layer, cluster_bits: int, below: bytes, has_backing: bool, randomness: random.Random
+) -> tuple[bytes, bytes]:
+    sink, cluster_size = MemoryFile(), 1 << cluster_bits
+    backing_file = "parent" if has_backing else None
+    writer = Qcow2Writer(sink, size=layer.size, cluster_bits=cluster_bits, backing_file=backing_file)
+    truth = bytearray(below.ljust(writer.image_size, b"\0")[: writer.image_size])
+    cluster = 0
+    for step in layer.steps:
+        offset = min(
+            (cluster + step.skipped) * cluster_size, ceil_div(layer.size, cluster_size) * cluster_size
+        )
+        offset = min(offset, layer.size)
+        end = min(offset + step.clusters * cluster_size, layer.size)
+        data = bytes(end - offset) if step.zero else randomness.randbytes(end - offset)
+        if step.zero:
+            writer.write_zeroes(offset, end - offset)
+        else:
+            writer.write(offset, data)
+        padded = min(ceil_div(end, cluster_size) * cluster_size, writer.image_size) if data else end
+        truth[offset:padded] = data.ljust(padded - offset, b"\0")
+        cluster = ceil_div(end, cluster_size)
+    assert writer.finish() == sink.size
+    return bytes(sink.content), bytes(truth)
+
+
+@given(chains, st.integers(9, 11), st.randoms(use_true_random=False))
+def test_a_chain_reads_as_the_model_says_and_its_structure_is_sound(
+    chain: list[Layer], cluster_bits: int, randomness: random.Random
+) -> None:
+    images, truth = write_chain(chain, cluster_bits, randomness)
+    assert [structure_problems(image) for image in images] == [[]] * len(images)
+    assert naive_chain_read(images) == truth
+    readers = [Qcow2Reader(MemoryFile(image)) for image in images]
+    buffer = bytearray(b"?" * len(truth))
+    chain_read_into(readers, memoryview(buffer), 0)
+    assert buffer == truth
+
+
+@given(chains, st.randoms(use_true_random=False), st.data())
+def test_extents_of_any_range_have_no_gap_and_agree_with_the_bytes(
+    chain: list[Layer], randomness: random.Random, data: st.DataObject
+) -> None:
+    images, truth = write_chain(chain, 9, randomness)
+    readers = [Qcow2Reader(MemoryFile(image)) for image in images]
+    offset = data.draw(st.integers(0, len(truth)))
+    length = data.draw(st.integers(0, len(truth) - offset))
+    own, resolved = list(readers[0].extents(offset, length)), list(chain_extents(readers, offset, length))
+    for found in (own, resolved):
+        assert_seamless(found, offset, length)
+    assert [run for run in resolved if run.kind is Kind.UNALLOCATED] == []
+    expected = b"".join(
+        images[run.layer][run.host_offset :][: run.length] if run.kind is Kind.DATA else bytes(run.length)
+        for run in resolved
+    )
+    assert expected == truth[offset : offset + length]
+
+
+def assert_seamless(found: list[Run], offset: int, length: int) -> None:
+    """The runs cover the range without a gap, none is empty, and none could have been joined."""
+    position = offset
+    for run in found:
+        assert run.offset == position
+        assert run.length > 0
+        position = run.end
+    assert position == offset + length
+    assert not any(found[index].continues(found[index - 1]) for index in range(1, len(found)))
+
+
+def one_image() -> bytes:
+    """Data, zeroes, gaps, a shared table and a backing name, in 512-byte clusters."""
+    randomness = random.Random(5)
+    chain = [
+        Layer(300 * 512, [Step(0, 3, False)]),
+        Layer(300 * 512, [Step(2, 9, False), Step(3, 7, True), Step(30, 200, True), Step(1, 9, False)]),
+    ]
+    return write_chain(chain, 9, randomness)[0][0]
+
+
+IMAGE = one_image()
+
+mutations = st.lists(
+    st.tuples(
+        st.integers(0, 143) | st.integers(0, len(IMAGE) - 1),
+        st.binary(min_size=1, max_size=9) | st.sampled_from([b"\xff" * 8, bytes(8), b"\0" * 7 + b"\1"]),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+def read_everything(content: bytes) -> int:
+    """Runs read before the image was refused, if it was; `MemoryFile` fails on a read out of bounds."""
+    found = 0
+    try:
+        reader = Qcow2Reader(MemoryFile(content))
+        buffer = memoryview(bytearray(4096))
+        for run in reader.extents(0, reader.size):
+            reader.fill(buffer[: min(run.length, len(buffer))], run)
+            found += 1
+    except FormatError:
+        pass
+    return found
+
+
+def test_the_image_to_be_damaged_reads_well() -> None:
+    assert read_everything(IMAGE) == 9
+
+
+@given(mutations)
+def test_lying_bytes_raise_format_error_or_read_in_bounds(changes: list[tuple[int, bytes]]) -> None:
+    content = bytearray(IMAGE)
+    for offset, raw in changes:
+        content[offset : offset + len(raw)] = raw
+    read_everything(bytes(content))
+
+
+@given(st.integers(0, len(IMAGE) - 1))
+def test_a_truncated_image_is_refused_at_once(length: int) -> None:
+    with pytest.raises(FormatError):
+        Qcow2Reader(MemoryFile(IMAGE[:length]))
+
+
+@given(st.binary(max_size=2000))
+def test_arbitrary_bytes_raise_format_error(content: bytes) -> None:
+    assert read_everything(b"QFI\xfb\0\0\0\3" + content) == 0
