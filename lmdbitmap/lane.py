@@ -197,7 +197,8 @@ class FilterLane:
             for position in runs:
                 offset, data = writes[position]
                 try:
-                    self._device.pwrite(data, offset)
+                    if self._pwrite(self._fd, data, offset) != len(data):
+                        self._device.pwrite(data, offset)
                 except OSError as error:
                     failed[position] = error
         return failed

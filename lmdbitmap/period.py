@@ -26,7 +26,7 @@ import mmap
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from lmdbitmap import bits, schema
 from lmdbitmap.bits import Run
@@ -41,12 +41,8 @@ _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 _ALL_EXTENTS = (1 << REGION_EXTENTS) - 1
 
 
-class Piece(NamedTuple):
-    """Blocks [start, stop) of one region, counted from the region's first, not yet settled."""
-
-    region: int
-    start: int
-    stop: int
+Piece: TypeAlias = tuple[int, int, int]
+"""(region, start, stop): blocks [start, stop) of one region, counted from the region's first."""
 
 
 class _Ticket:
@@ -61,10 +57,11 @@ class _Ticket:
 
 
 class _Plan(NamedTuple):
-    """One commit: the records to write, and the extents that are armed once they are durable."""
+    """One commit: the records to write, and what is settled and armed once they are durable."""
 
     records: dict[int, tuple[int, bytes]]
-    arming: dict[int, int]
+    pieces: list[Piece]
+    arming: Mapping[int, int]
 
 
 class Period:
@@ -156,7 +153,7 @@ class Period:
         """Make everything that waits durable in one transaction. Caller holds `_commit`."""
         tickets = [self._queue.popleft() for _ in range(len(self._queue))]
         with self._state:
-            plan = self._plan_for(piece for ticket in tickets for piece in ticket.pieces)
+            plan = self._plan_for([piece for ticket in tickets for piece in ticket.pieces])
         error = self._write(plan.records)
         if error is None:
             with self._state:
@@ -179,7 +176,7 @@ class Period:
             return error
         return None
 
-    def _plan_for(self, pieces: Iterable[Piece]) -> _Plan:
+    def _plan_for(self, pieces: list[Piece]) -> _Plan:
         """Which records to write so that `pieces` become durable. Caller holds `_commit` and `_state`.
 
         A record carries the pieces' exact bits too, so only extents that a piece covers in part are armed:
@@ -205,7 +202,7 @@ class Period:
             region: (self._armed.get(region, 0) | arming.get(region, 0), bytes(record))
             for region, record in exact.items()
         }
-        return _Plan(records, arming)
+        return _Plan(records, pieces, arming)
 
     def _known(self, region: int) -> bytearray:
         """A copy of the region's exact bits, loading them if need be. Caller holds `_state`."""
@@ -238,8 +235,10 @@ class Period:
 
     def _settle(self, plan: _Plan) -> None:
         """The plan is durable: take it into memory. Caller holds `_commit` and `_state`."""
-        for region, (_, exact) in plan.records.items():
-            bits.or_into(self._memory, exact, region * REGION_BYTES)
+        settled = self.settled
+        for region, start, stop in plan.pieces:
+            base = region * REGION_BLOCKS
+            settled[base + start : base + stop] = 1
         for region, mask in plan.arming.items():
             self._armed[region] = self._armed.get(region, 0) | mask
             for extent in _ones(mask):
@@ -319,7 +318,7 @@ class Period:
     def adopt_armed(self, armed: Mapping[int, int]) -> None:
         """Take extents as armed that the caller's transaction, durable now, armed for this bitmap."""
         with self._state:
-            self._settle(_Plan({}, dict(armed)))
+            self._settle(_Plan({}, [], armed))
 
     def _take_all(self) -> dict[int, tuple[int, bytes]]:
         regions = self._behind | set(self._armed)
@@ -340,7 +339,7 @@ def _pieces(start: int, stop: int) -> Iterator[Piece]:
     while start < stop:
         region, first = divmod(start, REGION_BLOCKS)
         length = min(stop - start, REGION_BLOCKS - first)
-        yield Piece(region, first, first + length)
+        yield region, first, first + length
         start += length
 
 
