@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import stat
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -183,6 +184,14 @@ def test_write_that_gets_nowhere_fails(raw_image: RawImage, monkeypatch: pytest.
             device.pwrite(b"x", 0)
 
 
+def test_flush_syncs_the_data(raw_image: RawImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    with FileDevice.open(raw_image(100)) as device:
+        monkeypatch.setattr(os, "fdatasync", synced.append)
+        device.flush()
+        assert synced == [device.fd]
+
+
 # --- zeroes ---
 
 
@@ -225,6 +234,32 @@ def test_zeroing_asks_the_system_first_and_writes_only_if_it_cannot(
         untouched = b"x" * PAGE
         assert device.pread(PAGE, 0) == (b"x" + bytes(PAGE - 2) + b"x" if errors[-1] else untouched)
     assert (kernel.modes, kernel.errors) == (modes, [])
+
+
+def test_zeroed_and_discarded_ranges_of_a_file_give_their_space_back(raw_image: RawImage) -> None:
+    path = raw_image(4 * MIB, [(0, b"x" * 4 * MIB)])
+    with FileDevice.open(path) as device:
+        device.flush()
+        full = path.stat().st_blocks * 512
+        device.write_zeroes(0, MIB)
+        device.discard(2 * MIB, MIB)
+        assert path.stat().st_blocks * 512 <= full - 2 * MIB
+        assert device.pread(4 * MIB, 0) == bytes(MIB) + b"x" * MIB + bytes(MIB) + b"x" * MIB
+
+
+def test_block_device_is_not_asked_to_write_zeroes_when_only_fast_will_do(
+    raw_image: RawImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There ZERO_RANGE may write them out, one by one, inside the kernel."""
+    kernel = Kernel(NO)
+    monkeypatch.setattr(linux, "_fallocate", lambda: kernel)
+    path = raw_image(PAGE)
+    with FileDevice(str(path), os.open(path, os.O_RDWR), read_only=False, is_block_device=True) as device:
+        with pytest.raises(OSError, match="supported"):
+            device.write_zeroes(0, PAGE, fast_only=True)
+        with pytest.raises(OSError, match="supported"):
+            device.write_zeroes(0, PAGE, may_unmap=False, fast_only=True)
+    assert kernel.modes == [PUNCH]
 
 
 def test_fast_zeroing_never_writes_zeroes_out(raw_image: RawImage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,6 +393,27 @@ def test_who_may_open_an_image_that_is_open(
                 FileDevice.open(path, **other)
     FileDevice.open(path, **other).close()
     assert open_descriptors() == before
+
+
+@pytest.mark.parametrize(
+    ("how", "held"),
+    [
+        (WRITER, {100, 101, 103, 201, 203}),
+        (READER, {100, 201, 203}),
+        (SHARING_READER, {100}),
+    ],
+)
+def test_locked_bytes_are_the_ones_that_qemu_looks_at(
+    raw_image: RawImage, how: dict[str, bool], held: set[int]
+) -> None:
+    path = raw_image(100)
+    with FileDevice.open(path, **how), path.open("rb") as other:
+        assert {byte for byte in range(300) if is_locked(other.fileno(), byte)} == held
+
+
+def is_locked(fd: int, byte: int) -> bool:
+    question = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+    return struct.unpack_from("h", fcntl.fcntl(fd, fcntl.F_OFD_GETLK, question)) != (fcntl.F_UNLCK,)
 
 
 def test_writer_cannot_share_writes(raw_image: RawImage) -> None:
