@@ -20,7 +20,6 @@ import errno
 import fcntl
 import io
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -144,7 +143,7 @@ class _NewFile(io.FileIO):
 def _create_locked(target: str) -> io.BufferedRandom:
     """Steps 1 and 2. Tries again if `remove_leftovers` swept the file away between the two."""
     while True:
-        name = f"{target}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}"
+        name = f"{target}.{os.urandom(8).hex()}{PARTIAL_SUFFIX}"
         raw = _NewFile(name, "x+", opener=_open_private)
         raw.target = target
         try:
