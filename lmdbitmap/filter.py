@@ -5,7 +5,7 @@ Where the laws of the design are kept:
 
 1. **Write**: `FilterLane` (lane.py) asks `_mark` before it writes what is not settled, and `Period`
    (period.py) answers when the dirtiness is durable.
-2. **Freeze**: whatever ends a period happens inside `Gate.drained` (lane.py).
+2. **Freeze**: whatever ends a period happens inside `_frozen`, which is `Gate.drained` (lane.py) and more.
 
 The order of attach and detach, and what a death in between costs, is in DESIGN.md's crash table:
 
@@ -183,7 +183,7 @@ class Filter:
 
         Durable on return. A death in between leaves either size, and the bitmap right for it.
         """
-        with self._gate.drained():
+        with self._frozen():
             before = self.disk.size
             self._change_chain(lambda writer, disk: _begin_resize(writer, disk, size))
             try:
@@ -196,7 +196,11 @@ class Filter:
 
     def persist(self) -> None:
         """Write everything that only memory knows: the store names exactly what is dirty at this moment."""
-        self._period.persist()
+        while True:
+            period = self._period
+            period.persist()
+            if period is self._period:
+                return
 
     def changes(self, *, since: str | None = None, until: str | None = None) -> Changes:
         """What changed up to this moment; see changes.py. Raises what the store raises."""
@@ -204,11 +208,17 @@ class Filter:
         return changes(self.store, self.disk.name, since=since, until=until, persisted=True)
 
     def _between_periods(self, change: Callable[[Writer, Disk], Disk]) -> None:
-        with self._gate.drained():
+        with self._frozen():
             self._change_chain(change)
 
+    @contextlib.contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """No write is in flight and no commit of the period runs in the block (law 2)."""
+        with self._gate.drained(), self._period.held():
+            yield
+
     def _change_chain(self, change: Callable[[Writer, Disk], Disk]) -> None:
-        """Persist, change the chain, and open its newest bitmap afresh. Called inside `Gate.drained`."""
+        """Persist, change the chain, and open its newest bitmap afresh. Called inside `_frozen`."""
 
         def persist_and_change(writer: Writer) -> Disk:
             self._period.put_exact(writer)
@@ -219,7 +229,8 @@ class Filter:
         self._go_on_with(self.store.update(persist_and_change))
 
     def _go_on_with(self, disk: Disk, armed: Mapping[int, int] | None = None) -> None:
-        """The chain has a new newest bitmap: track into it. Called inside `Gate.drained`."""
+        """The chain is another now: track into its newest bitmap. Called inside `_frozen`."""
+        self._period.end()
         self.disk = disk
         self._period = self._open_period()
         self._period.adopt_armed(armed or {})
@@ -299,17 +310,19 @@ class Filter:
 
     def regain_trust(self) -> None:
         """If tracking was lost, begin a new epoch, which is all dirty. Raises what the store raises."""
+        if self._lost is not None:
+            with self._frozen():
+                self._begin_again()
+
+    def _begin_again(self) -> None:
         reason = self._lost
-        if reason is None:
+        if reason is None:  # another thread was first
             return
-        with self._gate.drained():
-            disk = self.store.update(
-                lambda writer: chain.start_epoch(writer, self.disk, reason, time.time_ns())
-            )
-            self._go_on_with(disk)
-            self._owner.restore_trust()
-            self._lost = None
-            self._beating = True
+        disk = self.store.update(lambda writer: chain.start_epoch(writer, self.disk, reason, time.time_ns()))
+        self._go_on_with(disk)
+        self._owner.restore_trust()
+        self._lost = None
+        self._beating = True
         log.warning("disk %s: tracking begins again", self.disk.name)
 
     def _every_interval(self, work: Callable[[], None]) -> None:
@@ -332,7 +345,7 @@ class Filter:
             return
         self._detached = True
         self._stop_background()
-        with self._gate.drained():
+        with self._frozen():
             self._gate.shut(_detached_error(self.disk))
             try:
                 self._end_session()
@@ -344,7 +357,7 @@ class Filter:
         """Let go of everything at once, as a crash would, without any last write."""
         self._detached = True
         self._stop_background()
-        with self._gate.drained():
+        with self._frozen():
             self._gate.shut(_detached_error(self.disk))
             self.device.close()
             self._owner.close()
@@ -385,9 +398,9 @@ def take_checkpoint(filters: Sequence[Filter], name: str) -> list[Checkpoint]:
     assert all(other.store.uuid == store.uuid for other in filters)
     for attached in filters:
         attached.regain_trust()
-    with contextlib.ExitStack() as gates:
+    with contextlib.ExitStack() as frozen:
         for attached in sorted(filters, key=lambda other: other.disk.uuid):
-            gates.enter_context(attached._gate.drained())
+            frozen.enter_context(attached._frozen())
         time_ns = time.time_ns()
         taken = store.update(
             lambda writer: [_next_period(writer, attached, name, time_ns) for attached in filters]

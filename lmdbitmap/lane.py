@@ -73,12 +73,12 @@ class Gate:
         """Nobody writes in the block; set `geometry` and `settled` there for those who go on after it."""
         with self._lock:
             lanes = list(self._lanes)
-            for lane in lanes:
-                lane.size = _CLOSED
-            for lane in lanes:
-                while lane.busy:  # a write in flight ends by itself, and its lane is too fast to tell us
-                    time.sleep(_DRAIN_POLL_S)
             try:
+                for lane in lanes:
+                    lane.size = _CLOSED
+                for lane in lanes:
+                    while lane.busy:  # a write in flight ends by itself, and its lane is too fast to tell us
+                        time.sleep(_DRAIN_POLL_S)
                 yield
             finally:
                 for lane in lanes:

@@ -22,6 +22,7 @@ the disk's clean flag says after a crash that they are lost.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import threading
 from collections import OrderedDict, deque
@@ -303,13 +304,24 @@ class Period:
             if error is not None:
                 raise error
 
-    def put_exact(self, writer: Writer) -> None:
-        """As `persist`, inside a transaction of the caller's, who has drained all writers.
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """No commit of this period, not even a background pass, runs in the block."""
+        with self._commit:
+            yield
 
-        Changes nothing in memory: the caller opens another period once the transaction is durable.
+    def put_exact(self, writer: Writer) -> None:
+        """As `persist`, inside a transaction of the caller's, who has drained all writers and holds the period.
+
+        Changes nothing in memory: the caller ends the period once the transaction is durable.
         """
         for region in sorted(self._behind | set(self._armed)):
             writer.put_region(self.bitmap_id, region, 0, bytes(self._known(region)))
+
+    def end(self) -> None:
+        """Another period goes on from here: nothing of this one is left to write. Called inside `held`."""
+        with self._state:
+            self._take_all()
 
     def active_extents(self) -> dict[int, int]:
         """The armed masks by region: where dirt is likely next."""
