@@ -1,0 +1,349 @@
+"""The manifest of one disk's backups: what each image in a repository's folder is, as JSON. See design section 7.
+
+    format_version   1; a newer one is refused
+    disk             name, uuid
+    backups          oldest first
+      id, sequence                 unique; rising
+      file                         the image, a plain name in the manifest's own folder
+      parent                       the id of the backup that this one's image is stacked on; null for a full one
+      type_requested, type_actual  full, incremental, differential
+      reason                       code and words, when the two differ; null or a remark otherwise
+      time_ns                      Unix time of the checkpoint
+      checkpoint, epoch            uuid and name; uuid
+      disk_size                    the true one: the image's is rounded up to 512 bytes
+      granularity, cluster_size
+      trust                        exact or superset
+      bytes_changed, bytes_zero    of the disk: stored as data or as zero clusters; those that are zero clusters
+      bytes_stored, sha256         of the file
+
+Invariants of what `decode` answers: every parent stands before its children, so a chain always ends, in a full
+backup; ids and files are unique. Encoding is deterministic: sorted keys, indent 2, a newline at the end. Keys
+that version 1 does not know are ignored, and lost when the manifest is written again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn, TypeVar
+from uuid import UUID
+
+from lmdbitmap.errors import FormatError, InvalidArgument, NotFound
+from lmdbitmap.extents import Trust
+from lmdbitmap.geometry import MAX_GRANULARITY_BITS, MAX_SIZE, MIN_GRANULARITY_BITS
+
+FORMAT_VERSION: Final = 1
+MAX_MANIFEST_BYTES: Final = 16 << 20
+"""Room for some 15 000 backups; parsing hostile JSON of this size takes hundreds of MiB, and no more."""
+MAX_TEXT_BYTES: Final = 1023
+MAX_FILE_NAME_BYTES: Final = 255
+MIN_CLUSTER_SIZE, MAX_CLUSTER_SIZE = 512, 2 << 20
+_MAX_DIGITS = 20
+"""Of an integer: enough for 64 bits, and too few to keep Python busy."""
+_RESTORE = "restore the manifest from a copy of the repository"
+
+Choice = TypeVar("Choice", bound=enum.Enum)
+Result = TypeVar("Result")
+
+
+class BackupType(enum.Enum):
+    FULL = "full"
+    INCREMENTAL = "incremental"
+    """What changed since the backup before."""
+    DIFFERENTIAL = "differential"
+    """What changed since the last full backup."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskRef:
+    name: str
+    uuid: UUID
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRef:
+    uuid: UUID
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a backup is not of the type that was asked for: `code` for programs, `words` for people."""
+
+    code: str
+    words: str
+
+
+@dataclass(frozen=True, slots=True)
+class BackupEntry:
+    id: str
+    sequence: int
+    file: str
+    parent: str | None
+    type_requested: BackupType
+    type_actual: BackupType
+    reason: Reason | None
+    time_ns: int
+    checkpoint: CheckpointRef
+    epoch: UUID
+    disk_size: int
+    granularity: int
+    cluster_size: int
+    trust: Trust
+    bytes_changed: int
+    bytes_zero: int
+    bytes_stored: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    disk: DiskRef
+    backups: tuple[BackupEntry, ...] = ()
+    format_version: int = FORMAT_VERSION
+
+
+def chain_to(manifest: Manifest, backup_id: str) -> tuple[BackupEntry, ...]:
+    """The backups whose images a restore of `backup_id` needs, the full one first; `NotFound` if it is not there."""
+    chain: list[BackupEntry] = []
+    wanted: str | None = backup_id
+    for entry in reversed(manifest.backups):
+        if entry.id == wanted:
+            chain.append(entry)
+            wanted = entry.parent
+    if wanted is not None:
+        raise NotFound(
+            f"disk {manifest.disk.name} has no backup {wanted}",
+            next_step="list the backups of this repository",
+        )
+    return tuple(reversed(chain))
+
+
+# --- encoding ---
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The manifest as it stands in its file; `InvalidArgument` if it is one that `decode` would refuse."""
+    text = json.dumps(
+        dataclasses.asdict(manifest), default=_plain, sort_keys=True, indent=2, ensure_ascii=False
+    )
+    data = text.encode(errors="surrogatepass") + b"\n"
+    try:
+        decoded = decode(data)
+    except FormatError as refused:
+        raise InvalidArgument(refused.problem, next_step="mend the entry before it is written") from refused
+    assert decoded == manifest
+    return data
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, enum.Enum):
+        return str(value.value)
+    assert isinstance(value, UUID)
+    return str(value)
+
+
+# --- decoding ---
+
+
+def decode(data: bytes, *, max_bytes: int = MAX_MANIFEST_BYTES) -> Manifest:
+    """Read a manifest whose every byte may lie; anything wrong with it is a `FormatError` that names the place."""
+    root = _Fields(_parsed(data, max_bytes), "manifest")
+    version = root.integer("format_version", 0)
+    if version != FORMAT_VERSION:
+        next_step = "use a newer lmdbitmap" if version > FORMAT_VERSION else _RESTORE
+        raise _refusal("manifest format_version", str(FORMAT_VERSION), version, next_step)
+    disk = root.fields("disk")
+    backups = tuple(_backup(fields) for fields in root.list_of_fields("backups"))
+    _check_order(backups)
+    return Manifest(DiskRef(disk.text("name"), disk.uuid("uuid")), backups, version)
+
+
+def _parsed(data: bytes, max_bytes: int) -> object:
+    if len(data) > max_bytes:
+        raise _refusal("manifest", f"at most {max_bytes} bytes", f"{len(data)} bytes")
+    try:
+        return json.loads(
+            data.decode(),
+            object_pairs_hook=_object,
+            parse_int=_integer,
+            parse_constant=_constant,
+        )
+    except UnicodeDecodeError as error:
+        raise _refusal("manifest", "UTF-8", f"another byte at offset {error.start}") from error
+    except json.JSONDecodeError as error:
+        raise _refusal(
+            "manifest", "JSON", f"{error.msg} in line {error.lineno}, column {error.colno}"
+        ) from error
+    except RecursionError as error:
+        raise _refusal("manifest", "a few nested levels", "too many") from error
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object, whose keys must differ: which of two values counts is nothing to guess."""
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        (key, times), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise _refusal("manifest", "each key of an object once", f"{_shown(key)} {times} times")
+    return unique
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise _refusal("manifest", f"integers of at most {_MAX_DIGITS} digits", f"one of {len(digits)}")
+    return int(digits)
+
+
+def _constant(name: str) -> NoReturn:
+    raise _refusal("manifest", "finite numbers", name)
+
+
+def _backup(fields: _Fields) -> BackupEntry:
+    checkpoint = fields.fields("checkpoint")
+    entry = BackupEntry(
+        id=fields.text("id"),
+        sequence=fields.integer("sequence", 0),
+        file=fields.file_name("file"),
+        parent=fields.optional("parent", fields.text),
+        type_requested=fields.choice("type_requested", list(BackupType)),
+        type_actual=fields.choice("type_actual", list(BackupType)),
+        reason=fields.optional("reason", lambda name: _reason(fields.fields(name))),
+        time_ns=fields.integer("time_ns", 0),
+        checkpoint=CheckpointRef(checkpoint.uuid("uuid"), checkpoint.text("name")),
+        epoch=fields.uuid("epoch"),
+        disk_size=fields.integer("disk_size", 0),
+        granularity=fields.power_of_two("granularity", 1 << MIN_GRANULARITY_BITS, 1 << MAX_GRANULARITY_BITS),
+        cluster_size=fields.power_of_two("cluster_size", MIN_CLUSTER_SIZE, MAX_CLUSTER_SIZE),
+        trust=fields.choice("trust", [Trust.EXACT, Trust.SUPERSET]),
+        bytes_changed=fields.integer("bytes_changed", 0),
+        bytes_zero=fields.integer("bytes_zero", 0),
+        bytes_stored=fields.integer("bytes_stored", 0),
+        sha256=fields.digest("sha256"),
+    )
+    if entry.reason is None and entry.type_requested is not entry.type_actual:
+        raise _refusal(f"{fields.place}.reason", "one, as the type is not the requested one", "null")
+    return entry
+
+
+def _reason(fields: _Fields) -> Reason:
+    return Reason(fields.text("code"), fields.text("words"))
+
+
+def _check_order(backups: Sequence[BackupEntry]) -> None:
+    """Refuse what would break a chain; looking back only, so that no two entries can be each other's parent."""
+    ids: set[str] = set()
+    files: set[str] = set()
+    last_sequence = -1
+    for index, entry in enumerate(backups):
+        place = f"manifest backups[{index}]"
+        if entry.id in ids:
+            raise _refusal(f"{place}.id", "an id of its own", _shown(entry.id))
+        if entry.file in files:
+            raise _refusal(f"{place}.file", "a file of its own", _shown(entry.file))
+        if entry.sequence <= last_sequence:
+            raise _refusal(f"{place}.sequence", f"more than {last_sequence}", entry.sequence)
+        if entry.type_actual is BackupType.FULL and entry.parent is not None:
+            raise _refusal(f"{place}.parent", "null, as the backup is full", _shown(entry.parent))
+        if entry.type_actual is not BackupType.FULL and entry.parent not in ids:
+            raise _refusal(f"{place}.parent", "the id of an earlier backup", _shown(entry.parent))
+        ids.add(entry.id)
+        files.add(entry.file)
+        last_sequence = entry.sequence
+
+
+class _Fields:
+    """One JSON object and its place, read field by field; whatever is missing or of another type is refused."""
+
+    def __init__(self, value: object, place: str) -> None:
+        if not isinstance(value, dict):
+            raise _refusal(place, "an object", _shown(value))
+        self._values: dict[str, Any] = value
+        self.place = place
+
+    def fields(self, name: str) -> _Fields:
+        return _Fields(self._value(name), self._place(name))
+
+    def list_of_fields(self, name: str) -> list[_Fields]:
+        values = self._value(name)
+        if not isinstance(values, list):
+            raise self._refusal(name, "a list")
+        return [_Fields(value, f"{self._place(name)}[{index}]") for index, value in enumerate(values)]
+
+    def optional(self, name: str, read: Callable[[str], Result]) -> Result | None:
+        return None if self._value(name) is None else read(name)
+
+    def integer(self, name: str, least: int, most: int = MAX_SIZE) -> int:
+        value = self._value(name)
+        # A bool is an int to Python, and is none here.
+        if type(value) is not int or not least <= value <= most:
+            raise self._refusal(name, f"an integer from {least} to {most}")
+        return int(value)
+
+    def power_of_two(self, name: str, least: int, most: int) -> int:
+        value = self.integer(name, least, most)
+        if value & (value - 1):
+            raise self._refusal(name, f"a power of two from {least} to {most}")
+        return value
+
+    def text(self, name: str, most_bytes: int = MAX_TEXT_BYTES) -> str:
+        """1 to `most_bytes` bytes of printable UTF-8; lone surrogates, which JSON can write, are not."""
+        value = self._value(name)
+        if not (isinstance(value, str) and value.isprintable() and 1 <= len(value.encode()) <= most_bytes):
+            raise self._refusal(name, f"1 to {most_bytes} bytes of printable text")
+        return str(value)
+
+    def file_name(self, name: str) -> str:
+        """A name that stays in its folder, and that QEMU does not take for a protocol's."""
+        value = self.text(name, MAX_FILE_NAME_BYTES)
+        if value in (".", "..") or "/" in value or ":" in value:
+            raise self._refusal(name, "a plain file name without slash or colon")
+        return value
+
+    def choice(self, name: str, choices: Sequence[Choice]) -> Choice:
+        value = self._value(name)
+        for choice in choices:
+            if choice.value == value:
+                return choice
+        raise self._refusal(name, f"one of {', '.join(str(choice.value) for choice in choices)}")
+
+    def uuid(self, name: str) -> UUID:
+        value = self._value(name)
+        try:
+            if isinstance(value, str) and str(UUID(value)) == value:
+                return UUID(value)
+        except ValueError:
+            pass
+        raise self._refusal(name, "a uuid in lower case with its four dashes")
+
+    def digest(self, name: str) -> str:
+        value = self._value(name)
+        if not (isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")):
+            raise self._refusal(name, "64 hexadecimal digits in lower case")
+        return str(value)
+
+    def _value(self, name: str) -> object:
+        if name not in self._values:
+            raise _refusal(self._place(name), "a value", "none")
+        return self._values[name]
+
+    def _place(self, name: str) -> str:
+        return f"{self.place} {name}" if self.place == "manifest" else f"{self.place}.{name}"
+
+    def _refusal(self, name: str, expected: str) -> FormatError:
+        return _refusal(self._place(name), expected, _shown(self._values[name]))
+
+
+def _refusal(place: str, expected: str, found: object, next_step: str = _RESTORE) -> FormatError:
+    return FormatError(place, expected=expected, found=found, next_step=next_step)
+
+
+def _shown(value: object) -> str:
+    """A value as a complaint can show it: short, in ASCII, and never walked into."""
+    if isinstance(value, (dict, list)):
+        return f"an {'object' if isinstance(value, dict) else 'array'} of {len(value)}"
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
