@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import NamedTuple, Protocol
 
 from lmdbitmap.errors import FormatError, InvalidArgument
-from lmdbitmap.geometry import MAX_SIZE, ceil_div
+from lmdbitmap.geometry import MAX_SIZE, ceil_div, check_range
 from lmdbitmap.qcow2.layout import (
     COMPRESSED,
     COPIED,
@@ -111,11 +111,7 @@ class Qcow2Reader:
 
     def extents(self, offset: int, length: int) -> Iterator[Run]:
         """What this file says of the range, without a gap, in runs as long as can be."""
-        if not 0 <= offset <= offset + length <= self.size:
-            raise InvalidArgument(
-                f"bytes {offset}..{offset + length} are not on an image of {self.size} bytes",
-                next_step="stay between 0 and the image's size",
-            )
+        check_range(offset, length, self.size)
         return joined(self._runs(offset, offset + length)) if length else iter(())
 
     def read_into(self, buffer: memoryview, offset: int) -> None:

@@ -422,7 +422,7 @@ def test_an_empty_range_has_no_extents(offset: int) -> None:
 @pytest.mark.parametrize(("offset", "length"), [(-1, 1), (0, 4 * CLUSTER + 1), (4 * CLUSTER, 1), (5, -1)])
 def test_a_range_off_the_image_is_refused_before_anything_is_read(offset: int, length: int) -> None:
     reader = Qcow2Reader(image(4 * CLUSTER))
-    with pytest.raises(InvalidArgument, match="not on an image of 2048 bytes"):
+    with pytest.raises(InvalidArgument, match="not on a disk of 2048 bytes"):
         reader.extents(offset, length)
 
 
