@@ -1,0 +1,244 @@
+"""The server's side of NBD option haggling: bytes in, bytes out, no socket and no clock.
+
+    greeting -> client flags -> option, reply, option, reply, … -> `Agreed` (transmission) or `ABORTED`
+
+Feed `receive` whatever arrived, in pieces of any size, and send what it returns. When `outcome` is set the
+haggling is over and `trailing` holds what came after it. A client that breaks a MUST of the specification
+gets `FormatError` and is to be dropped; one that merely asks for something odd gets an error reply. What is
+kept never grows past one option of `MAX_OPTION_LENGTH`, checked before its data is awaited.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from typing import Final, NamedTuple, TypeAlias
+
+from lmdbitmap.errors import FormatError
+from lmdbitmap.nbd import protocol as nbd
+
+MAX_OPTION_LENGTH: Final = 64 << 10
+"""Bytes of option data that are listened to; a longer option is an attack, not a question."""
+MAX_OPTIONS: Final = 1024
+"""Options a client may send before it must have chosen; `nbdinfo --list` sends a handful per export."""
+MIN_BLOCK_SIZE: Final = 1
+PREFERRED_BLOCK_SIZE: Final = 4096
+MAX_PAYLOAD: Final = 32 << 20
+"""The longest READ or WRITE, in bytes: what the specification obliges every server to take."""
+
+
+class Export(NamedTuple):
+    """What a client may learn of a disk before it chooses it. `flags` lack what haggling decides (DF)."""
+
+    name: str
+    size: int
+    flags: int
+    description: str = ""
+    contexts: tuple[str, ...] = ()
+
+
+class Agreed(NamedTuple):
+    """`contexts` pairs the ids given to the client with the names it selected."""
+
+    export_name: str
+    structured: bool
+    contexts: tuple[tuple[int, str], ...]
+
+
+class Aborted(enum.Enum):
+    ABORTED = enum.auto()
+
+
+ABORTED: Final = Aborted.ABORTED
+Outcome: TypeAlias = "Agreed | Aborted"
+
+
+class Handshake:
+    """One client's haggling over `exports`, which maps the names it may use."""
+
+    def __init__(self, exports: Mapping[str, Export]) -> None:
+        self._exports = exports
+        self._inbox = bytearray()
+        self._flags: int | None = None
+        self._options_seen = 0
+        self._structured = False
+        self._selected: tuple[str, tuple[tuple[int, str], ...]] = ("", ())
+        self.outcome: Outcome | None = None
+        self.greeting = nbd.greeting()
+
+    @property
+    def trailing(self) -> bytes:
+        """What arrived after the end of haggling: the client's first requests."""
+        return bytes(self._inbox)
+
+    def receive(self, data: bytes) -> bytes:
+        """Take in bytes from the client and return the answer; raises `FormatError` when it must be dropped."""
+        self._inbox += data
+        if self._flags is None and not self._take_client_flags():
+            return b""
+        replies = []
+        while self.outcome is None and (message := self._take_option()) is not None:
+            replies.append(self._answer(*message))
+        return b"".join(replies)
+
+    def _take_client_flags(self) -> bool:
+        if len(self._inbox) < nbd.CLIENT_FLAGS.size:
+            return False
+        self._flags = nbd.parse_client_flags(self._take(nbd.CLIENT_FLAGS.size))
+        return True
+
+    def _take_option(self) -> tuple[int, bytes] | None:
+        """The next whole option and its data, if it is there. Headers are judged before their data comes."""
+        if len(self._inbox) < nbd.OPTION.size:
+            return None
+        option, length = nbd.parse_option_header(bytes(self._inbox[: nbd.OPTION.size]))
+        self._judge(option, length)
+        if len(self._inbox) < nbd.OPTION.size + length:
+            return None
+        self._options_seen += 1
+        return option, self._take(nbd.OPTION.size + length)[nbd.OPTION.size :]
+
+    def _judge(self, option: int, length: int) -> None:
+        if length > MAX_OPTION_LENGTH:
+            raise nbd.malformed(f"option {option}", f"at most {MAX_OPTION_LENGTH} bytes", length)
+        if self._options_seen >= MAX_OPTIONS:
+            raise nbd.malformed("handshake", f"at most {MAX_OPTIONS} options", "one more")
+        if option != nbd.NBD_OPT_EXPORT_NAME and not self._has_flag(nbd.NBD_FLAG_C_FIXED_NEWSTYLE):
+            raise nbd.malformed("handshake", "NBD_OPT_EXPORT_NAME without fixed newstyle", f"option {option}")
+
+    def _take(self, length: int) -> bytes:
+        taken = bytes(self._inbox[:length])
+        del self._inbox[:length]
+        return taken
+
+    def _has_flag(self, flag: int) -> bool:
+        return self._flags is not None and bool(self._flags & flag)
+
+    def _answer(self, option: int, data: bytes) -> bytes:
+        answer = _ANSWERS.get(option)
+        if answer is None:
+            return _error(option, nbd.NBD_REP_ERR_UNSUP, "this server does not know that option")
+        if option in _OPTIONS_WITHOUT_DATA and data:
+            return _error(option, nbd.NBD_REP_ERR_INVALID, "this option carries no data")
+        try:
+            return answer(self, option, data)
+        except FormatError as error:
+            if option == nbd.NBD_OPT_EXPORT_NAME:
+                raise
+            return _error(option, nbd.NBD_REP_ERR_INVALID, error.problem)
+
+    def _find(self, name: str) -> Export | None:
+        """The export of that name; the empty name is the only export when there is just one."""
+        if name == "" and len(self._exports) == 1:
+            return next(iter(self._exports.values()))
+        return self._exports.get(name)
+
+    def _transmission_flags(self, export: Export) -> int:
+        return export.flags | (nbd.NBD_FLAG_SEND_DF if self._structured else 0)
+
+    def _answer_export_name(self, option: int, data: bytes) -> bytes:
+        """This option has no way to say no: an unknown name ends the connection."""
+        name = nbd.parse_export_name(data)
+        export = self._find(name)
+        if export is None:
+            raise nbd.malformed("NBD_OPT_EXPORT_NAME", "the name of a served disk", repr(name))
+        self._agree(export)
+        padded = not self._has_flag(nbd.NBD_FLAG_C_NO_ZEROES)
+        return nbd.export_name_reply(export.size, self._transmission_flags(export), padded=padded)
+
+    def _answer_abort(self, option: int, data: bytes) -> bytes:
+        self.outcome = ABORTED
+        return nbd.option_reply(option, nbd.NBD_REP_ACK)
+
+    def _answer_list(self, option: int, data: bytes) -> bytes:
+        entries = (nbd.server_entry(export.name, export.description) for export in self._exports.values())
+        return _listing(option, nbd.NBD_REP_SERVER, *entries)
+
+    def _answer_info(self, option: int, data: bytes) -> bytes:
+        query = nbd.parse_info_query(data)
+        export = self._find(query.export_name)
+        if export is None:
+            return _unknown_export(option, query.export_name)
+        if option == nbd.NBD_OPT_GO:
+            self._agree(export)
+        return _listing(option, nbd.NBD_REP_INFO, *self._describe(export, query.info_types))
+
+    def _describe(self, export: Export, wanted: tuple[int, ...]) -> list[bytes]:
+        infos = [
+            nbd.info_export(export.size, self._transmission_flags(export)),
+            nbd.info_block_size(MIN_BLOCK_SIZE, PREFERRED_BLOCK_SIZE, MAX_PAYLOAD),
+        ]
+        if nbd.NBD_INFO_NAME in wanted:
+            infos.append(nbd.info_text(nbd.NBD_INFO_NAME, export.name))
+        if nbd.NBD_INFO_DESCRIPTION in wanted:
+            infos.append(nbd.info_text(nbd.NBD_INFO_DESCRIPTION, export.description))
+        return infos
+
+    def _answer_structured_reply(self, option: int, data: bytes) -> bytes:
+        self._structured = True
+        return nbd.option_reply(option, nbd.NBD_REP_ACK)
+
+    def _answer_list_meta_context(self, option: int, data: bytes) -> bytes:
+        """No query lists everything; `namespace:` and `namespace:part:` list what begins so."""
+        query, export = self._meta_query(data)
+        if export is None:
+            return _unknown_export(option, query.export_name)
+        listed = [
+            name
+            for name in export.contexts
+            if not query.queries or any(_matches(wanted, name) for wanted in query.queries)
+        ]
+        return _listing(option, nbd.NBD_REP_META_CONTEXT, *(nbd.meta_context(0, name) for name in listed))
+
+    def _answer_set_meta_context(self, option: int, data: bytes) -> bytes:
+        """Selects by exact name; names this export lacks are passed over. Replaces any earlier selection."""
+        self._selected = ("", ())
+        query, export = self._meta_query(data)
+        if export is None:
+            return _unknown_export(option, query.export_name)
+        chosen = [name for name in export.contexts if name in query.queries]
+        numbered = tuple(enumerate(chosen, start=1))
+        self._selected = (export.name, numbered)
+        return _listing(option, nbd.NBD_REP_META_CONTEXT, *(nbd.meta_context(*pair) for pair in numbered))
+
+    def _meta_query(self, data: bytes) -> tuple[nbd.MetaQuery, Export | None]:
+        if not self._structured:
+            raise nbd.malformed("metadata query", "NBD_OPT_STRUCTURED_REPLY before it", "none")
+        query = nbd.parse_meta_query(data)
+        return query, self._find(query.export_name)
+
+    def _agree(self, export: Export) -> None:
+        """Contexts that were selected for another export do not count for this one."""
+        name, contexts = self._selected
+        self.outcome = Agreed(export.name, self._structured, contexts if name == export.name else ())
+
+
+_OPTIONS_WITHOUT_DATA: Final = frozenset({nbd.NBD_OPT_LIST, nbd.NBD_OPT_STRUCTURED_REPLY})
+
+_ANSWERS: Final[Mapping[int, Callable[[Handshake, int, bytes], bytes]]] = {
+    nbd.NBD_OPT_EXPORT_NAME: Handshake._answer_export_name,
+    nbd.NBD_OPT_ABORT: Handshake._answer_abort,
+    nbd.NBD_OPT_LIST: Handshake._answer_list,
+    nbd.NBD_OPT_INFO: Handshake._answer_info,
+    nbd.NBD_OPT_GO: Handshake._answer_info,
+    nbd.NBD_OPT_STRUCTURED_REPLY: Handshake._answer_structured_reply,
+    nbd.NBD_OPT_LIST_META_CONTEXT: Handshake._answer_list_meta_context,
+    nbd.NBD_OPT_SET_META_CONTEXT: Handshake._answer_set_meta_context,
+}
+
+
+def _matches(query: str, context: str) -> bool:
+    return context.startswith(query) if query.endswith(":") else context == query
+
+
+def _listing(option: int, reply_type: int, *payloads: bytes) -> bytes:
+    replies = [nbd.option_reply(option, reply_type, payload) for payload in payloads]
+    return b"".join(replies) + nbd.option_reply(option, nbd.NBD_REP_ACK)
+
+
+def _error(option: int, reply_type: int, message: str) -> bytes:
+    return nbd.option_reply(option, reply_type, message.encode()[: nbd.NBD_MAX_STRING])
+
+
+def _unknown_export(option: int, name: str) -> bytes:
+    return _error(option, nbd.NBD_REP_ERR_UNKNOWN, f"no disk named {name!r} is served here")

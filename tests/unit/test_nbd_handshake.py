@@ -1,0 +1,284 @@
+"""Option haggling: what the server answers, how it ends, and what costs the client its connection."""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+import pytest
+
+from lmdbitmap.errors import FormatError
+from lmdbitmap.nbd import protocol as nbd
+from lmdbitmap.nbd.handshake import ABORTED, MAX_OPTION_LENGTH, MAX_OPTIONS, Agreed, Export, Handshake
+
+FLAGS = nbd.NBD_FLAG_HAS_FLAGS | nbd.NBD_FLAG_SEND_FLUSH
+SDA = Export("sda", 1 << 40, FLAGS, "the first", ("base:allocation", "qemu:dirty-bitmap:b0"))
+SDB = Export("sdb", 512, FLAGS)
+BOTH = {"sda": SDA, "sdb": SDB}
+FIXED = struct.pack(">I", nbd.NBD_FLAG_C_FIXED_NEWSTYLE | nbd.NBD_FLAG_C_NO_ZEROES)
+
+
+class Reply(NamedTuple):
+    option: int
+    type: int
+    data: bytes
+
+
+def option(number: int, data: bytes = b"") -> bytes:
+    return nbd.OPTION.pack(nbd.IHAVEOPT, number, len(data)) + data
+
+
+def string(text: str) -> bytes:
+    return struct.pack(">I", len(text.encode())) + text.encode()
+
+
+def go(name: str, *info_types: int, number: int = nbd.NBD_OPT_GO) -> bytes:
+    asked = struct.pack(f">H{len(info_types)}H", len(info_types), *info_types)
+    return option(number, string(name) + asked)
+
+
+def meta(number: int, name: str, *queries: str) -> bytes:
+    listed = struct.pack(">I", len(queries)) + b"".join(map(string, queries))
+    return option(number, string(name) + listed)
+
+
+def replies(data: bytes) -> list[Reply]:
+    found = []
+    while data:
+        magic, number, kind, length = nbd.OPTION_REPLY.unpack_from(data)
+        assert magic == nbd.NBD_REP_MAGIC
+        found.append(Reply(number, kind, data[20 : 20 + length]))
+        data = data[20 + length :]
+    return found
+
+
+def started(exports: dict[str, Export] = BOTH, flags: bytes = FIXED) -> Handshake:
+    handshake = Handshake(exports)
+    assert handshake.receive(flags) == b""
+    return handshake
+
+
+def structured(exports: dict[str, Export] = BOTH) -> Handshake:
+    handshake = started(exports)
+    [reply] = replies(handshake.receive(option(nbd.NBD_OPT_STRUCTURED_REPLY)))
+    assert reply.type == nbd.NBD_REP_ACK
+    return handshake
+
+
+def contexts_in(answer: bytes) -> list[tuple[int, str]]:
+    listed = [reply for reply in replies(answer) if reply.type == nbd.NBD_REP_META_CONTEXT]
+    assert replies(answer)[-1].type == nbd.NBD_REP_ACK
+    return [(struct.unpack(">I", reply.data[:4])[0], reply.data[4:].decode()) for reply in listed]
+
+
+def test_go_agrees_and_describes_the_disk() -> None:
+    handshake = started()
+    answer = replies(handshake.receive(go("sda", nbd.NBD_INFO_NAME, nbd.NBD_INFO_DESCRIPTION)))
+    assert [reply.type for reply in answer] == [nbd.NBD_REP_INFO] * 4 + [nbd.NBD_REP_ACK]
+    infos = {struct.unpack(">H", reply.data[:2])[0]: reply.data[2:] for reply in answer[:-1]}
+    assert infos == {
+        nbd.NBD_INFO_EXPORT: struct.pack(">QH", 1 << 40, FLAGS),
+        nbd.NBD_INFO_BLOCK_SIZE: struct.pack(">III", 1, 4096, 32 << 20),
+        nbd.NBD_INFO_NAME: b"sda",
+        nbd.NBD_INFO_DESCRIPTION: b"the first",
+    }
+    assert handshake.outcome == Agreed("sda", structured=False, contexts=())
+
+
+def test_df_is_offered_only_behind_structured_replies() -> None:
+    [export, *_] = replies(structured().receive(go("sda")))
+    assert struct.unpack(">HQH", export.data) == (0, 1 << 40, FLAGS | nbd.NBD_FLAG_SEND_DF)
+
+
+def test_info_describes_without_ending_the_haggling() -> None:
+    handshake = started()
+    answer = replies(handshake.receive(go("sdb", number=nbd.NBD_OPT_INFO)))
+    assert [reply.type for reply in answer] == [nbd.NBD_REP_INFO, nbd.NBD_REP_INFO, nbd.NBD_REP_ACK]
+    assert handshake.outcome is None
+
+
+@pytest.mark.parametrize("number", [nbd.NBD_OPT_GO, nbd.NBD_OPT_INFO])
+def test_an_unknown_disk_is_named_in_the_error_and_another_may_be_tried(number: int) -> None:
+    handshake = started()
+    [reply] = replies(handshake.receive(go("sdz", number=number)))
+    assert reply.type == nbd.NBD_REP_ERR_UNKNOWN
+    assert b"sdz" in reply.data
+    handshake.receive(go("sda"))
+    assert handshake.outcome is not None
+
+
+def test_the_empty_name_is_the_only_disk_and_ambiguous_with_two() -> None:
+    alone = started({"sda": SDA})
+    assert replies(alone.receive(go("", nbd.NBD_INFO_NAME)))[-2].data[2:] == b"sda"
+    assert alone.outcome == Agreed("sda", structured=False, contexts=())
+    assert replies(started().receive(go("")))[0].type == nbd.NBD_REP_ERR_UNKNOWN
+
+
+@pytest.mark.parametrize(("flags", "padding"), [(FIXED, 0), (b"\0\0\0\1", 124), (b"\0\0\0\0", 124)])
+def test_export_name_answers_without_a_header_and_padded_unless_waived(flags: bytes, padding: int) -> None:
+    handshake = started(flags=flags)
+    answer = handshake.receive(option(nbd.NBD_OPT_EXPORT_NAME, b"sdb"))
+    assert answer == struct.pack(">QH", 512, FLAGS) + bytes(padding)
+    assert handshake.outcome == Agreed("sdb", structured=False, contexts=())
+
+
+def test_export_name_of_an_unknown_disk_costs_the_connection() -> None:
+    with pytest.raises(FormatError, match="sdz"):
+        started().receive(option(nbd.NBD_OPT_EXPORT_NAME, b"sdz"))
+
+
+def test_list_names_every_disk() -> None:
+    answer = replies(started().receive(option(nbd.NBD_OPT_LIST)))
+    assert [reply.data for reply in answer] == [string("sda") + b"the first", string("sdb"), b""]
+    assert [reply.type for reply in answer] == [nbd.NBD_REP_SERVER, nbd.NBD_REP_SERVER, nbd.NBD_REP_ACK]
+
+
+def test_abort_is_acknowledged_whatever_it_carries() -> None:
+    handshake = started()
+    assert replies(handshake.receive(option(nbd.NBD_OPT_ABORT, b"bye")))[0].type == nbd.NBD_REP_ACK
+    assert handshake.outcome is ABORTED
+
+
+@pytest.mark.parametrize("number", [0, 4, nbd.NBD_OPT_STARTTLS, nbd.NBD_OPT_EXTENDED_HEADERS, 99, 2**32 - 1])
+def test_an_option_we_lack_is_answered_so_and_the_haggling_goes_on(number: int) -> None:
+    handshake = started()
+    [reply] = replies(handshake.receive(option(number, b"whatever")))
+    assert (reply.option, reply.type) == (number, nbd.NBD_REP_ERR_UNSUP)
+    assert len(replies(handshake.receive(option(nbd.NBD_OPT_LIST)))) == 3
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        option(nbd.NBD_OPT_LIST, b"x"),
+        option(nbd.NBD_OPT_STRUCTURED_REPLY, b"x"),
+        option(nbd.NBD_OPT_GO, b"x"),
+        option(nbd.NBD_OPT_INFO),
+        option(nbd.NBD_OPT_LIST_META_CONTEXT, b"\0\0\0\7sda"),
+        meta(nbd.NBD_OPT_LIST_META_CONTEXT, "sda", "q" * 4097),
+        go("n" * 4097),
+    ],
+)
+def test_a_malformed_option_is_invalid_and_the_haggling_goes_on(request_: bytes) -> None:
+    handshake = structured()
+    [reply] = replies(handshake.receive(request_))
+    assert reply.type == nbd.NBD_REP_ERR_INVALID
+    assert handshake.outcome is None
+
+
+def test_contexts_need_structured_replies_first() -> None:
+    handshake = started()
+    for number in (nbd.NBD_OPT_LIST_META_CONTEXT, nbd.NBD_OPT_SET_META_CONTEXT):
+        [reply] = replies(handshake.receive(meta(number, "sda")))
+        assert reply.type == nbd.NBD_REP_ERR_INVALID
+
+
+@pytest.mark.parametrize(
+    ("queries", "listed"),
+    [
+        ([], ["base:allocation", "qemu:dirty-bitmap:b0"]),
+        (["base:"], ["base:allocation"]),
+        (["qemu:"], ["qemu:dirty-bitmap:b0"]),
+        (["qemu:dirty-bitmap:"], ["qemu:dirty-bitmap:b0"]),
+        (["base:allocation", "base:"], ["base:allocation"]),
+        (["base:alloc", "qemu:dirty-bitmap:b", "x:", "nonsense", ""], []),
+    ],
+)
+def test_contexts_are_listed_by_name_and_by_namespace(queries: list[str], listed: list[str]) -> None:
+    answer = structured().receive(meta(nbd.NBD_OPT_LIST_META_CONTEXT, "sda", *queries))
+    assert [name for _, name in contexts_in(answer)] == listed
+
+
+@pytest.mark.parametrize(
+    ("queries", "selected"),
+    [
+        ([], []),
+        (["base:", "qemu:", "qemu:dirty-bitmap:"], []),
+        (["base:allocation"], ["base:allocation"]),
+        (["base:other", "qemu:dirty-bitmap:b0"], ["qemu:dirty-bitmap:b0"]),
+        (["qemu:dirty-bitmap:b0", "base:allocation", "base:allocation"], list(SDA.contexts)),
+    ],
+)
+def test_contexts_are_selected_by_exact_name_alone(queries: list[str], selected: list[str]) -> None:
+    handshake = structured()
+    told = contexts_in(handshake.receive(meta(nbd.NBD_OPT_SET_META_CONTEXT, "sda", *queries)))
+    assert [name for _, name in told] == selected
+    assert len({number for number, _ in told}) == len(selected)
+    handshake.receive(go("sda"))
+    assert handshake.outcome == Agreed("sda", structured=True, contexts=tuple(told))
+
+
+@pytest.mark.parametrize(
+    "afterwards",
+    [
+        meta(nbd.NBD_OPT_SET_META_CONTEXT, "sda"),
+        meta(nbd.NBD_OPT_SET_META_CONTEXT, "sdz", "base:allocation"),
+        option(nbd.NBD_OPT_SET_META_CONTEXT, b"broken"),
+    ],
+)
+def test_a_later_selection_replaces_the_earlier_even_when_it_fails(afterwards: bytes) -> None:
+    handshake = structured()
+    handshake.receive(meta(nbd.NBD_OPT_SET_META_CONTEXT, "sda", "base:allocation"))
+    handshake.receive(afterwards)
+    handshake.receive(go("sda"))
+    assert handshake.outcome == Agreed("sda", structured=True, contexts=())
+
+
+def test_contexts_selected_for_another_disk_do_not_count() -> None:
+    handshake = structured()
+    handshake.receive(meta(nbd.NBD_OPT_SET_META_CONTEXT, "sda", "base:allocation"))
+    handshake.receive(go("sdb"))
+    assert handshake.outcome == Agreed("sdb", structured=True, contexts=())
+
+
+def test_contexts_selected_under_the_empty_name_count_for_the_only_disk() -> None:
+    handshake = structured({"sda": SDA})
+    handshake.receive(meta(nbd.NBD_OPT_SET_META_CONTEXT, "", "base:allocation"))
+    handshake.receive(go("sda"))
+    assert handshake.outcome == Agreed("sda", structured=True, contexts=((1, "base:allocation"),))
+
+
+@pytest.mark.parametrize(
+    ("wire", "said"),
+    [
+        (b"\xff\xff\xff\xff", "client flags"),
+        (b"\0\0\0\3" + b"GET / HTTP/1.1\r\n", "magic"),
+        (b"\0\0\0\3" + nbd.OPTION.pack(nbd.IHAVEOPT, 6, MAX_OPTION_LENGTH + 1), "65536"),
+        (b"\0\0\0\3" + nbd.OPTION.pack(nbd.IHAVEOPT, 99, 2**32 - 1), "65536"),
+        (b"\0\0\0\0" + option(nbd.NBD_OPT_LIST), "fixed newstyle"),
+        (b"\0\0\0\3" + option(nbd.NBD_OPT_EXPORT_NAME, b"\xff"), "UTF-8"),
+        (b"\0\0\0\3" + option(99) * (MAX_OPTIONS + 1), "1024"),
+    ],
+)
+def test_a_breach_of_the_protocol_costs_the_connection(wire: bytes, said: str) -> None:
+    with pytest.raises(FormatError, match=said):
+        Handshake(BOTH).receive(wire)
+
+
+def test_an_endless_option_is_refused_before_its_data_is_kept() -> None:
+    handshake = started()
+    with pytest.raises(FormatError):
+        handshake.receive(nbd.OPTION.pack(nbd.IHAVEOPT, nbd.NBD_OPT_GO, 1 << 31))
+
+
+CONVERSATION = (
+    FIXED
+    + option(nbd.NBD_OPT_STRUCTURED_REPLY)
+    + option(nbd.NBD_OPT_LIST)
+    + meta(nbd.NBD_OPT_SET_META_CONTEXT, "sda", "base:allocation")
+    + go("sda", nbd.NBD_INFO_BLOCK_SIZE)
+)
+FIRST_REQUEST = nbd.REQUEST.pack(nbd.NBD_REQUEST_MAGIC, 0, nbd.NBD_CMD_READ, 1, 0, 512)
+
+
+@pytest.mark.parametrize("step", [1, 3, 17, len(CONVERSATION) + 28])
+def test_the_size_of_the_pieces_changes_nothing(step: int) -> None:
+    whole = Handshake(BOTH)
+    expected = whole.receive(CONVERSATION)
+    wire = CONVERSATION + FIRST_REQUEST
+    handshake = Handshake(BOTH)
+    pieces = [wire[at : at + step] for at in range(0, len(wire), step)]
+    answer = b"".join(handshake.receive(piece) for piece in pieces)
+    assert answer == expected
+    assert handshake.outcome == whole.outcome is not None
+    assert handshake.trailing == FIRST_REQUEST
