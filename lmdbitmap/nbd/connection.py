@@ -1,0 +1,281 @@
+"""The transmission phase of one client: the server's hot loop. Speed outranks beauty here and in `replies`.
+
+One thread, one blocking socket, one lane to the disk. What has arrived is served as a batch:
+
+    receive what is there -> take every whole request out of it -> one `write_many` for all writes,
+    one flush for all who asked for one, then the reads -> all replies in one send
+
+A request costs a `struct.unpack_from`, a comparison and its own system call. Magic, flags and type of a
+request are read as one 64-bit word, so that a READ or WRITE without flags is known by one comparison;
+everything else takes the unhurried path, `_take_rare`.
+
+What holds all the time:
+- Every request gets exactly one reply, DISC none. A request that fails costs an error reply; bytes that are
+  no request cost the connection (`FormatError`).
+- A batch does writes before reads: both were in flight together, so either order is right, and a read behind
+  an overlapping write sees it. FLUSH and FUA are answered after a flush that came after the batch's writes.
+  Any other command first settles what came before it.
+- Memory is bounded by constants. A WRITE longer than `_STREAM_FROM` is done in pieces while its data arrives,
+  which is also faster than awaiting it; pieces end on multiples of `_PIECE`, so that no page or block is
+  written in two halves.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from lmdbitmap.errors import LmdbitmapError
+from lmdbitmap.interfaces import ServedDisk
+from lmdbitmap.nbd import commands
+from lmdbitmap.nbd import protocol as nbd
+from lmdbitmap.nbd.contexts import StatusSource
+from lmdbitmap.nbd.handshake import MAX_PAYLOAD
+from lmdbitmap.nbd.replies import Read, Replies
+from lmdbitmap.nbd.requests import error_of, refusal
+
+_log = logging.getLogger(__name__)
+
+_BATCH: Final = 512 << 10
+"""Bytes received before they are served: little enough to stay in a core's cache until they are written."""
+_STREAM_FROM: Final = 128 << 10
+_PIECE: Final = 256 << 10
+
+_HEADER: Final = struct.Struct(">Q8sQI")
+"""`nbd.REQUEST` with magic, flags and type as one word, and the cookie as the bytes that go back."""
+_HEADER_SIZE: Final = 28
+_PLAIN_READ: Final = nbd.NBD_REQUEST_MAGIC << 32 | nbd.NBD_CMD_READ
+_PLAIN_WRITE: Final = nbd.NBD_REQUEST_MAGIC << 32 | nbd.NBD_CMD_WRITE
+assert _HEADER.size == nbd.REQUEST.size == _HEADER_SIZE
+
+
+class Connection:
+    """Serves `disk` to the client behind `sock` until it leaves, lies, or `stopping` is set.
+
+    `received` is what came behind the handshake. `contexts` are what the client selected, by the ids it was
+    told. The counters are written by this connection's thread and may be read by any.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        disk: ServedDisk,
+        *,
+        structured: bool,
+        contexts: Mapping[int, StatusSource],
+        received: bytes = b"",
+    ) -> None:
+        self.stopping = False
+        self.requests = 0
+        self.bytes_received = len(received)
+        self._sock = sock
+        self._disk = disk
+        self._lane = disk.lane()
+        self._structured = structured
+        self._contexts = contexts
+        self._replies = Replies(sock, self._lane, disk.fd, structured=structured)
+        self._buffer = bytearray(_BATCH + _PIECE)
+        self._view = memoryview(self._buffer)
+        self._buffer[: len(received)] = received
+        self._start, self._end = 0, len(received)
+        self._writes: list[tuple[int, memoryview]] = []
+        self._write_cookies: list[bytes] = []
+        self._fua_writes: list[int] = []
+        self._flush_cookies: list[bytes] = []
+        self._reads: list[Read] = []
+
+    @property
+    def bytes_sent(self) -> int:
+        return self._replies.bytes_sent
+
+    def run(self) -> None:
+        """Serve until the client is gone. Raises `FormatError` when it lies, `OSError` when the socket breaks."""
+        try:
+            while self._serve_batch() and not self.stopping and self._receive():
+                pass
+        finally:
+            self._replies.close()
+            self._lane.close()
+
+    # -- requests in ---------------------------------------------------------------------------------------
+
+    def _receive(self) -> bool:
+        """Wait for more, and put it behind an unfinished request; False when the client is gone."""
+        count = self._sock.recv_into(self._view[self._end : _BATCH])
+        self._end += count
+        self.bytes_received += count
+        return count > 0
+
+    def _serve_batch(self) -> bool:
+        """Do and answer every whole request at hand; False when the client said goodbye."""
+        buffer, view, position, end = self._buffer, self._view, self._start, self._end
+        writes, cookies, reads, unpack = self._writes, self._write_cookies, self._reads, _HEADER.unpack_from
+        size = self._disk.size
+        writable = -1 if self._disk.read_only else size
+        leaving = False
+        while end - position >= _HEADER_SIZE:
+            head, cookie, offset, length = unpack(buffer, position)
+            data = position + _HEADER_SIZE
+            stop = data + length
+            if head == _PLAIN_WRITE and data < stop <= end and offset + length <= writable:
+                writes.append((offset, view[data:stop]))
+                cookies.append(cookie)
+                position = stop
+            elif head == _PLAIN_READ and 0 < length <= MAX_PAYLOAD and offset + length <= size:
+                reads.append((cookie, offset, length))
+                position = data
+            else:
+                request = nbd.parse_request(view[position:data])
+                carries_data = request.type == nbd.NBD_CMD_WRITE
+                leaving = request.type == nbd.NBD_CMD_DISC
+                if leaving or (carries_data and stop > end):
+                    break
+                self._take_rare(request, cookie, data)
+                position = stop if carries_data else data
+        self._settle()
+        self._replies.send()
+        self._start = position
+        if not leaving:
+            self._keep_rest()
+        return not leaving
+
+    def _keep_rest(self) -> None:
+        """Make room for the rest of an unfinished request, or do it as it comes when it is a long WRITE."""
+        at_hand = self._end - self._start
+        needed = _HEADER_SIZE
+        if at_hand >= _HEADER_SIZE:
+            request = nbd.parse_request(self._view[self._start : self._start + _HEADER_SIZE])
+            needed += request.length
+            if request.length > _STREAM_FROM:
+                self._stream_write(request)
+                return
+        if at_hand == 0 or self._start + needed > _BATCH:
+            self._view[:at_hand] = self._view[self._start : self._end]
+            self._start, self._end = 0, at_hand
+
+    def _stream_write(self, request: nbd.Request) -> None:
+        """Do a WRITE whose data is still arriving, piece by piece; of one that is refused, drain the data."""
+        error = self._refusal(request)
+        offset, left, start = request.offset, request.length, self._start + _HEADER_SIZE
+        while left:
+            piece = min(left, _PIECE - offset % _PIECE)
+            self._receive_up_to(start + piece)
+            error = error or self._write_piece(offset, self._view[start : start + piece])
+            offset, left, start = offset + piece, left - piece, start + piece
+            if start == self._end:
+                start = self._end = 0
+        self._start = self._end = 0
+        if request.flags & nbd.NBD_CMD_FLAG_FUA:
+            error = error or self._flush()
+        self.requests += 1
+        self._replies.add(nbd.simple_reply(request.cookie, error))
+        self._replies.send()
+
+    def _receive_up_to(self, end: int) -> None:
+        while self._end < end:
+            count = self._sock.recv_into(self._view[self._end : end])
+            if count == 0:
+                raise ConnectionResetError(errno.ECONNRESET, "the client left in the middle of a WRITE")
+            self._end += count
+            self.bytes_received += count
+
+    def _write_piece(self, offset: int, data: memoryview) -> int:
+        return self._write_many([(offset, data)]).get(0, 0)
+
+    def _take_rare(self, request: nbd.Request, cookie: bytes, data: int) -> None:
+        """A request that has flags, asks for what is not allowed, or is neither READ nor WRITE."""
+        error = self._refusal(request)
+        if error:
+            self._answer(request, error)
+        elif request.type == nbd.NBD_CMD_FLUSH:
+            self._flush_cookies.append(cookie)
+        elif request.type == nbd.NBD_CMD_WRITE and request.length:
+            if request.flags & nbd.NBD_CMD_FLAG_FUA:
+                self._fua_writes.append(len(self._writes))
+            self._writes.append((request.offset, self._view[data : data + request.length]))
+            self._write_cookies.append(cookie)
+        elif request.type == nbd.NBD_CMD_READ and request.length:
+            self._settle()
+            self.requests += 1
+            self._replies.add_whole_read(cookie, request.offset, request.length)
+        else:
+            self._settle()
+            self._perform(request)
+
+    def _refusal(self, request: nbd.Request) -> int:
+        return refusal(
+            request,
+            size=self._disk.size,
+            read_only=self._disk.read_only,
+            structured=self._structured,
+            contexts=bool(self._contexts),
+        )
+
+    # -- doing what they ask -------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Do and answer what was collected: the writes in one call, one flush for all, then the reads."""
+        self.requests += len(self._write_cookies) + len(self._flush_cookies) + len(self._reads)
+        if self._write_cookies or self._flush_cookies:
+            self._settle_writes()
+        if self._reads:
+            self._replies.add_reads(self._reads)
+            self._reads.clear()
+
+    def _settle_writes(self) -> None:
+        failed = self._write_many(self._writes) if self._writes else {}
+        flush_error = self._flush() if self._fua_writes or self._flush_cookies else 0
+        if failed or flush_error:
+            self._answer_one_by_one(failed, flush_error)
+        else:
+            self._replies.add_successes(self._write_cookies + self._flush_cookies)
+        for collected in (self._writes, self._write_cookies, self._fua_writes, self._flush_cookies):
+            collected.clear()
+
+    def _answer_one_by_one(self, failed: Mapping[int, int], flush_error: int) -> None:
+        errors = dict.fromkeys(self._fua_writes, flush_error)
+        errors.update(failed)
+        answers = [(cookie, errors.get(index, 0)) for index, cookie in enumerate(self._write_cookies)]
+        answers += [(cookie, flush_error) for cookie in self._flush_cookies]
+        for cookie, error in answers:
+            self._replies.add(nbd.simple_reply(int.from_bytes(cookie, "big"), error))
+
+    def _write_many(self, writes: Sequence[tuple[int, memoryview]]) -> Mapping[int, int]:
+        """{index: NBD error} of the writes that failed: all of them when the lane refuses as a whole."""
+        try:
+            failed = self._lane.write_many(writes)
+        except (OSError, LmdbitmapError) as refused:
+            _log.warning("%d writes failed: %s", len(writes), refused)
+            return dict.fromkeys(range(len(writes)), error_of(refused))
+        if not failed:
+            return failed
+        _log.warning(
+            "%d of %d writes failed: errno %s", len(failed), len(writes), sorted(set(failed.values()))
+        )
+        return {index: nbd.nbd_error(number) for index, number in failed.items()}
+
+    def _flush(self) -> int:
+        try:
+            self._lane.flush()
+        except (OSError, LmdbitmapError) as failure:
+            _log.warning("a flush failed: %s", failure)
+            return error_of(failure)
+        return 0
+
+    def _perform(self, request: nbd.Request) -> None:
+        try:
+            reply = commands.perform(request, self._lane, self._contexts, self._structured)
+        except (OSError, LmdbitmapError) as failure:
+            _log.warning("%s failed: %s", request, failure)
+            self._answer(request, error_of(failure))
+        else:
+            self.requests += 1
+            self._replies.add(reply)
+
+    def _answer(self, request: nbd.Request, error: int) -> None:
+        self.requests += 1
+        self._replies.add(commands.failure(request, error, self._structured))

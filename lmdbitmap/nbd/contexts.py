@@ -1,0 +1,48 @@
+"""Metadata contexts: what a server can say about the blocks of a disk, under the names that clients know.
+
+A `StatusSource` is asked for (offset, length) and yields (length, status) without a gap. In some contexts
+status 0 means *clean*, so a source that does not know raises; it never answers 0 for an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Final, TypeAlias
+
+from lmdbitmap.interfaces import ServedDisk
+from lmdbitmap.nbd import protocol as nbd
+
+StatusSource: TypeAlias = Callable[[int, int], Iterable[tuple[int, int]]]
+ContextsOf: TypeAlias = Callable[[str, ServedDisk], Mapping[str, StatusSource]]
+"""The contexts of the disk served under a name, by their names on the wire."""
+
+MAX_DESCRIPTORS: Final = 1 << 17
+"""Descriptors in one reply, as QEMU limits it; the client asks again where the reply ends."""
+
+
+def base_contexts(name: str, disk: ServedDisk) -> Mapping[str, StatusSource]:
+    """What every disk can say: where it is allocated."""
+    return {nbd.NBD_META_BASE_ALLOCATION: allocation_source(disk)}
+
+
+def allocation_source(disk: ServedDisk) -> StatusSource:
+    def source(offset: int, length: int) -> Iterator[tuple[int, int]]:
+        for extent in disk.allocation(offset, length):
+            hole = nbd.NBD_STATE_HOLE if extent.hole else 0
+            zero = nbd.NBD_STATE_ZERO if extent.zero else 0
+            yield extent.length, hole | zero
+
+    return source
+
+
+def descriptors(source: StatusSource, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
+    """At most `limit` descriptors of [offset, offset + length), the last clipped to it, none of them empty."""
+    found: list[tuple[int, int]] = []
+    left = length
+    for extent_length, status in source(offset, length):
+        if left == 0 or len(found) == limit:
+            break
+        if extent_length:
+            found.append((min(extent_length, left), status))
+            left -= found[-1][0]
+    return found

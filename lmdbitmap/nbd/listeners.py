@@ -1,0 +1,157 @@
+"""Places where clients can connect: unix sockets and TCP ports, and the URIs that name them.
+
+A unix socket's file outlives a server that was killed. Whoever wants the path connects to it: if somebody
+answers it is `Busy`, if nobody does the file is stale and is replaced. The folder is locked (flock) from the
+question to the new socket's first `listen`, so that of two servers who ask at once only one wins; a socket is
+removed by its own server while that still listens, so that nobody can take the path in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from typing import Final, Protocol
+from urllib.parse import quote
+
+from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, os_errors_at
+
+_MAX_UNIX_PATH: Final = 107
+_BACKLOG: Final = 64
+_FOLDER_LOCK_S: Final = 2.0
+_FOLDER_LOCK_PAUSE_S: Final = 0.01
+
+
+class Listener(Protocol):
+    @property
+    def sock(self) -> socket.socket: ...
+    def uri(self, name: str) -> str:
+        """The NBD URI of the disk served under `name`."""
+
+    def close(self) -> None: ...
+
+
+class UnixListener:
+    """A socket file that only those whom `mode` admits can connect to."""
+
+    def __init__(self, path: str, mode: int = 0o600) -> None:
+        self.path = os.path.abspath(path)
+        if len(os.fsencode(self.path)) > _MAX_UNIX_PATH:
+            raise InvalidArgument(
+                f"socket path {self.path} is longer than {_MAX_UNIX_PATH} bytes",
+                next_step="choose a shorter one",
+            )
+        with os_errors_at(self.path), _folder_locked(os.path.dirname(self.path)):
+            _clear_stale(self.path)
+            self.sock = _bound_unix_socket(self.path, mode)
+        self._inode = _inode(self.path)
+
+    def uri(self, name: str) -> str:
+        return f"nbd+unix:///{quote(name, safe='')}?socket={quote(self.path)}"
+
+    def close(self) -> None:
+        if _inode(self.path) == self._inode:
+            os.unlink(self.path)
+        self.sock.close()
+
+
+class TcpListener:
+    """A TCP port; port 0 lets the system choose one, which `uri` then names."""
+
+    def __init__(self, host: str, port: int) -> None:
+        try:
+            family, *_, address = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+        except (socket.gaierror, UnicodeError, OverflowError) as error:
+            raise InvalidArgument(
+                f"{host}:{port} is no address ({error})", next_step="name one of this host's addresses"
+            ) from error
+        place = f"{host}:{port}"
+        try:
+            with os_errors_at(place):
+                self.sock = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise Busy(f"{place} is in use", next_step="choose another port") from error
+            raise
+        self._host, self._port = self.sock.getsockname()[:2]
+
+    def uri(self, name: str) -> str:
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"nbd://{host}:{self._port}/{quote(name, safe='')}"
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+def _bound_unix_socket(path: str, mode: int) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.bind(path)
+        os.chmod(path, mode)  # nobody can have connected yet: that takes `listen`
+        sock.listen(_BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _clear_stale(path: str) -> None:
+    """Remove the socket of a server that is no more; raises `Busy` if one answers."""
+    try:
+        is_socket = stat.S_ISSOCK(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return
+    if not is_socket:
+        raise AlreadyExists(f"{path} exists and is no socket", next_step="choose another path for the socket")
+    if _somebody_listens(path):
+        raise Busy(f"another server listens at {path}", next_step="stop it or choose another socket")
+    os.unlink(path)
+
+
+def _somebody_listens(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return False
+        except BlockingIOError:  # its backlog is full
+            return True
+        return True
+
+
+def _inode(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+@contextlib.contextmanager
+def _folder_locked(folder: str) -> Iterator[None]:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        deadline = time.monotonic() + _FOLDER_LOCK_S
+        while not _try_flock(fd):
+            if time.monotonic() > deadline:
+                raise Busy(f"{folder} is locked by another program", next_step="choose another folder")
+            time.sleep(_FOLDER_LOCK_PAUSE_S)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _try_flock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,210 @@
+"""The NBD server: takes clients in, gives each a thread, and lets all of them go in good order.
+
+A client can cost the others nothing but its share of the processor: it has its own thread, socket, lane and
+buffers, and whatever it sends, or fails to send or to read, ends at worst its own connection.
+
+Stopping: no more clients; every connection finishes the requests it has taken in, answers them and closes;
+one that has not managed after `grace_s`, because its client does not read, is cut off. A thread that even
+then does not end hangs in the disk; `stop` says so by False, and the disks must not be closed under it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Final, NamedTuple
+
+from lmdbitmap.interfaces import ServedDisk
+from lmdbitmap.nbd.contexts import ContextsOf, base_contexts
+from lmdbitmap.nbd.listeners import Listener, TcpListener, UnixListener
+from lmdbitmap.nbd.visit import Served, Visit
+
+_log = logging.getLogger(__name__)
+
+_ACCEPT_PAUSE_S: Final = 0.1
+_CUT_OFF_S: Final = 2.0
+
+
+class Counters(NamedTuple):
+    """What a server did so far. `connections` were taken in, `connected` of them are there now."""
+
+    connections: int
+    connected: int
+    turned_away: int
+    requests: int
+    bytes_received: int
+    bytes_sent: int
+
+
+class Server:
+    """Serves `disks` under their names: listen, then `serve_forever` here or `start` a thread that does."""
+
+    def __init__(
+        self,
+        disks: Mapping[str, ServedDisk],
+        *,
+        max_connections: int = 64,
+        handshake_timeout_s: float = 10.0,
+        grace_s: float = 10.0,
+        contexts_of: ContextsOf = base_contexts,
+    ) -> None:
+        self._served = {name: Served(disk, contexts_of(name, disk)) for name, disk in disks.items()}
+        self._max_connections = max_connections
+        self._handshake_timeout_s = handshake_timeout_s
+        self._grace_s = grace_s
+        self._listeners: list[Listener] = []
+        self._lock = threading.Lock()
+        self._visits: set[Visit] = set()
+        self._connections = 0
+        self._turned_away = 0
+        self._past_traffic = (0, 0, 0)
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        weakref.finalize(self, os.close, self._wake_fd)  # no sooner: a late signal may still write to it
+        self._stopping = False
+        self._serving_thread: threading.Thread | None = None
+        self._wound_up = threading.Event()
+
+    # -- for its owner -------------------------------------------------------------------------------------
+
+    def listen_unix(self, path: str, mode: int = 0o600) -> UnixListener:
+        """Listen at a socket file. Raises `Busy` if another server does; the file of a dead one is replaced."""
+        listener = UnixListener(path, mode)
+        self._listeners.append(listener)
+        return listener
+
+    def listen_tcp(self, host: str, port: int) -> TcpListener:
+        """Listen at a TCP port; 0 is any that is free. Raises `Busy` if it is taken."""
+        listener = TcpListener(host, port)
+        self._listeners.append(listener)
+        return listener
+
+    @property
+    def uris(self) -> list[str]:
+        """One for every disk at every listener."""
+        return [listener.uri(name) for listener in self._listeners for name in self._served]
+
+    @property
+    def counters(self) -> Counters:
+        with self._lock:
+            traffic = _summed([self._past_traffic, *(visit.traffic for visit in self._visits)])
+            return Counters(self._connections, len(self._visits), self._turned_away, *traffic)
+
+    def start(self) -> None:
+        """Serve in a thread of its own."""
+        self._serving_thread = threading.Thread(target=self._serve, name="nbd-accept", daemon=True)
+        self._serving_thread.start()
+
+    def serve_forever(self) -> None:
+        """Serve in this thread until asked to stop, and wind up; then ask `stop` how it went."""
+        self._serving_thread = threading.current_thread()
+        self._serve()
+
+    def request_stop(self) -> None:
+        """Ask the serving thread to wind up. Takes no lock and waits for nothing: made for signal handlers."""
+        self._stopping = True
+        os.eventfd_write(self._wake_fd, 1)
+
+    def stop(self) -> bool:
+        """Stop serving and wait for it, for a bounded time; True when nobody uses the disks any more.
+
+        A signal handler in the thread of `serve_forever` may call it too: there it only asks.
+        """
+        self.request_stop()
+        if self._serving_thread is None:
+            self._wind_up()
+        elif self._serving_thread is not threading.current_thread():
+            self._wound_up.wait(self._grace_s + 2 * _CUT_OFF_S)
+        return self._wound_up.is_set() and not self._visits
+
+    # -- taking clients in ---------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        try:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._wake_fd, selectors.EVENT_READ)
+                for listener in self._listeners:
+                    listener.sock.setblocking(False)
+                    selector.register(listener.sock, selectors.EVENT_READ, listener.sock)
+                while not self._stopping:
+                    for key, _ in selector.select():
+                        if key.data is not None:
+                            self._accept(key.data)
+        finally:
+            self._wind_up()
+
+    def _accept(self, listening: socket.socket) -> None:
+        try:
+            sock, _ = listening.accept()
+        except (BlockingIOError, ConnectionError):  # it left before we came to the door
+            return
+        except OSError as refused:
+            _log.warning("cannot take a client in: %s", refused)
+            time.sleep(_ACCEPT_PAUSE_S)  # out of descriptors or memory: asking again at once would only spin
+            return
+        visit = Visit(sock, self._served, handshake_timeout_s=self._handshake_timeout_s, ended=self._forget)
+        if not self._admit(visit):
+            _log.warning("a client was turned away: %d are connected already", self._max_connections)
+            sock.close()
+            return
+        _tune(sock)
+        try:
+            visit.start()
+        except RuntimeError as refused:  # no more threads
+            _log.warning("cannot serve a client: %s", refused)
+            sock.close()
+            self._forget(visit)
+
+    def _admit(self, visit: Visit) -> bool:
+        with self._lock:
+            if len(self._visits) >= self._max_connections:
+                self._turned_away += 1
+                return False
+            self._visits.add(visit)
+            self._connections += 1
+            return True
+
+    def _forget(self, visit: Visit) -> None:
+        with self._lock:
+            self._visits.discard(visit)
+            self._past_traffic = _summed([self._past_traffic, visit.traffic])
+
+    # -- letting them go -----------------------------------------------------------------------------------
+
+    def _wind_up(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+        with self._lock:
+            visits = list(self._visits)
+        for visit in visits:
+            visit.ask_to_leave()
+        stuck = _still_there(visits, self._grace_s)
+        for visit in stuck:
+            visit.cut_off()
+        hung = _still_there(stuck, _CUT_OFF_S)
+        if hung:
+            _log.error("%d connections do not end: their disk does not answer", len(hung))
+        self._wound_up.set()
+
+
+def _still_there(visits: Iterable[Visit], patience_s: float) -> list[Visit]:
+    """Those that have not ended after `patience_s` for all of them together."""
+    deadline = time.monotonic() + patience_s
+    return [visit for visit in visits if not visit.join(deadline - time.monotonic())]
+
+
+def _summed(traffic: Iterable[tuple[int, int, int]]) -> tuple[int, int, int]:
+    requests, received, sent = (sum(column) for column in zip(*traffic, strict=True))
+    return requests, received, sent
+
+
+def _tune(sock: socket.socket) -> None:
+    """Replies leave at once; a peer whose host vanished is noticed in the end."""
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

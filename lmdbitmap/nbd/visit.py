@@ -1,0 +1,152 @@
+"""One client's visit: the handshake under a deadline, then the transmission phase, and how to end it from outside."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Final, NamedTuple
+
+from lmdbitmap.errors import FormatError
+from lmdbitmap.interfaces import ServedDisk
+from lmdbitmap.nbd import protocol as nbd
+from lmdbitmap.nbd.connection import Connection
+from lmdbitmap.nbd.contexts import StatusSource
+from lmdbitmap.nbd.handshake import Agreed, Export, Handshake
+
+_log = logging.getLogger(__name__)
+
+_RECEIVE: Final = 64 << 10
+_COMMON_FLAGS: Final = (
+    nbd.NBD_FLAG_HAS_FLAGS
+    | nbd.NBD_FLAG_SEND_FLUSH
+    | nbd.NBD_FLAG_SEND_FUA
+    | nbd.NBD_FLAG_CAN_MULTI_CONN
+    | nbd.NBD_FLAG_SEND_CACHE
+)
+_WRITABLE_FLAGS: Final = (
+    _COMMON_FLAGS | nbd.NBD_FLAG_SEND_TRIM | nbd.NBD_FLAG_SEND_WRITE_ZEROES | nbd.NBD_FLAG_SEND_FAST_ZERO
+)
+
+
+class Served(NamedTuple):
+    """A disk and what can be asked about its blocks, by the contexts' names."""
+
+    disk: ServedDisk
+    contexts: Mapping[str, StatusSource]
+
+
+class Visit:
+    """Serves one client in a thread of its own; `ended` is called at the very end, in that thread."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        served: Mapping[str, Served],
+        *,
+        handshake_timeout_s: float,
+        ended: Callable[[Visit], None],
+    ) -> None:
+        self._sock = sock
+        self._served = served
+        self._handshake_timeout_s = handshake_timeout_s
+        self._ended = ended
+        self._connection: Connection | None = None
+        self._leaving = False
+        self._thread = threading.Thread(target=self._run, name=f"nbd-{sock.fileno()}", daemon=True)
+
+    @property
+    def traffic(self) -> tuple[int, int, int]:
+        """Requests answered, bytes received and bytes sent so far, the handshake left out."""
+        connection = self._connection
+        if connection is None:
+            return 0, 0, 0
+        return connection.requests, connection.bytes_received, connection.bytes_sent
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def ask_to_leave(self) -> None:
+        """Let it finish and answer what it has taken in, and nothing more."""
+        self._leaving = True
+        if self._connection is not None:
+            self._connection.stopping = True
+        self._shut(socket.SHUT_RD)
+
+    def cut_off(self) -> None:
+        """Wake it from waiting for a client that does not read."""
+        self._shut(socket.SHUT_RDWR)
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for its end; whether it has come."""
+        self._thread.join(max(timeout_s, 0))
+        return not self._thread.is_alive()
+
+    def _shut(self, how: int) -> None:
+        try:
+            self._sock.shutdown(how)
+        except OSError:  # it is gone already
+            pass
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+        except FormatError as lie:
+            _log.warning("a client was dropped: %s", lie)
+        except OSError as broken:
+            _log.info("a client was lost: %s", broken)
+        except Exception:
+            _log.exception("a client was dropped: this is a mistake of the server")
+        finally:
+            self._sock.close()
+            self._ended(self)
+
+    def _serve(self) -> None:
+        handshake = self._shake_hands()
+        agreed = handshake.outcome
+        if not isinstance(agreed, Agreed):
+            return
+        served = self._served[agreed.export_name]
+        self._connection = Connection(
+            self._sock,
+            served.disk,
+            structured=agreed.structured,
+            contexts={context_id: served.contexts[name] for context_id, name in agreed.contexts},
+            received=handshake.trailing,
+        )
+        self._connection.stopping = self._leaving
+        self._connection.run()
+
+    def _shake_hands(self) -> Handshake:
+        """Until both agree, the client leaves, or its time is up (`TimeoutError`)."""
+        deadline = time.monotonic() + self._handshake_timeout_s
+        handshake = Handshake({name: _export(name, served) for name, served in self._served.items()})
+        self._send_before(deadline, handshake.greeting)
+        while handshake.outcome is None:
+            self._sock.settimeout(_left(deadline))
+            data = self._sock.recv(_RECEIVE)
+            if not data:
+                break
+            self._send_before(deadline, handshake.receive(data))
+        self._sock.settimeout(None)
+        return handshake
+
+    def _send_before(self, deadline: float, data: bytes) -> None:
+        self._sock.settimeout(_left(deadline))
+        self._sock.sendall(data)
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("the handshake took too long")
+    return left
+
+
+def _export(name: str, served: Served) -> Export:
+    disk = served.disk
+    flags = _COMMON_FLAGS | nbd.NBD_FLAG_READ_ONLY if disk.read_only else _WRITABLE_FLAGS
+    described = f"{name}, {'read-only' if disk.read_only else 'writable'}, served by lmdbitmap"
+    return Export(name, disk.size, flags, described, tuple(served.contexts))
