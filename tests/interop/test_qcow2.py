@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import struct
@@ -99,9 +100,10 @@ def raw_copy(image: Path) -> bytes:
 
 def our_copy(*images: Path) -> bytes:
     """All the bytes of a chain, newest first, as we read them."""
-    readers = [Qcow2Reader(DiskFile(image)) for image in images]
-    buffer = bytearray(readers[0].size)
-    chain_read_into(readers, memoryview(buffer), 0)
+    with contextlib.ExitStack() as stack:
+        readers = [Qcow2Reader(stack.enter_context(DiskFile(image))) for image in images]
+        buffer = bytearray(readers[0].size)
+        chain_read_into(readers, memoryview(buffer), 0)
     return bytes(buffer)
 
 
@@ -171,8 +173,9 @@ def test_every_layer_of_a_resized_chain_is_sound_and_identical(tmp_path: Path, c
 @pytest.mark.parametrize("top", [0, 1, 3, 4, 6])
 def test_map_agrees_with_our_extents_to_the_byte(tmp_path: Path, top: int) -> None:
     images, _ = write_chain(tmp_path, CHAIN, cluster_bits=12)
-    readers = [Qcow2Reader(DiskFile(image)) for image in images[top::-1]]
-    ours = [found for found in chain_extents(readers, 0, readers[0].size) if found.kind is Kind.DATA]
+    with contextlib.ExitStack() as stack:
+        readers = [Qcow2Reader(stack.enter_context(DiskFile(image))) for image in images[top::-1]]
+        ours = [found for found in chain_extents(readers, 0, readers[0].size) if found.kind is Kind.DATA]
     theirs = [
         Run(entry["start"], entry["length"], Kind.DATA, entry["offset"], entry["depth"])
         for entry in qemu_map(images[top])
