@@ -68,7 +68,7 @@ class FileDevice:
             raise InvalidArgument("a writer cannot share writes", next_step="open the image read-only")
         is_block_device = _is_block_device(place)
         with os_errors_at(place):
-            fd = os.open(place, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+            fd = os.open(place, _open_flags(read_only, is_block_device))
             try:
                 return cls(
                     place,
@@ -304,6 +304,13 @@ class MemoryDevice:
             if code is not None:
                 raise OSError(code, os.strerror(code))
             yield
+
+
+def _open_flags(read_only: bool, is_block_device: bool) -> int:
+    """O_EXCL on a block device: the kernel refuses one that is mounted or in use, whose writes we would miss."""
+    if read_only:
+        return os.O_RDONLY | os.O_CLOEXEC
+    return os.O_RDWR | os.O_CLOEXEC | (os.O_EXCL if is_block_device else 0)
 
 
 def _is_block_device(place: str) -> bool:
