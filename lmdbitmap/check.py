@@ -1,0 +1,327 @@
+"""Is a store sound, and if not, what to do: a walk over everything that it holds.
+
+All records are read in one view, so that what another process changes meanwhile is seen whole or not at
+all; region records stream by, and only descriptions are kept. Every description is decoded for itself: one
+that lies does not hide the others. Damage is told once for each bitmap, however many records it hit.
+
+Nothing is ever mended here. What is unsound counts as dirty wherever it is used, so that no answer of a
+damaged store is wrong in the dangerous direction; a finding says what to do to get exact answers again.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple, TypeVar
+from uuid import UUID
+
+from lmdbitmap import schema
+from lmdbitmap.changes import open_period_standing
+from lmdbitmap.errors import FormatError, InvalidArgument
+from lmdbitmap.extents import Trust
+from lmdbitmap.files import PARTIAL_SUFFIX
+from lmdbitmap.geometry import REGION_BLOCKS
+from lmdbitmap.schema import Bitmap, Checkpoint, Disk
+from lmdbitmap.store import Reader, Store
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes of disk whose records were read, bytes in all)."""
+
+_START_ANEW = "move the store away, add its disks to a new one, and make full backups"
+_LAST_BITMAP_ID_KEY = b"next bitmap id"
+_REGION_KEY_BYTES = len(schema.region_key(0, 0))
+_REGIONS_PER_REPORT = 4096
+_OTHERS_WRITE = 0o022
+
+
+class Gravity(enum.IntEnum):
+    """How bad a finding is."""
+
+    NOTE = 0
+    """Good to know; nothing is lost."""
+    DISTRUST = 1
+    """A disk needs a full backup; the store itself is sound."""
+    DAMAGE = 2
+    """Bytes of the store are not what was written."""
+
+
+class Finding(NamedTuple):
+    gravity: Gravity
+    place: str
+    problem: str
+    next_step: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.problem}; {self.next_step}"
+
+
+def check_store(store: Store, progress: Progress = lambda done, total: None) -> list[Finding]:
+    """Everything that is wrong with the store, or worth knowing; nothing if it is sound."""
+    with store.read() as reader:
+        inventory, findings = _take_inventory(reader)
+        findings += [*_names(inventory), *_disks(inventory), *_bitmaps(inventory)]
+        findings += _regions(reader, inventory, progress)
+    for disk in inventory.disks.values():
+        findings += _standing(store, disk)
+    return [*findings, *_folder(store, inventory)]
+
+
+# --- descriptions ---
+
+
+@dataclass(frozen=True)
+class _Inventory:
+    """What the store describes, as far as it could be read. `complete` if all of it could."""
+
+    disks: dict[UUID, Disk]
+    checkpoints: list[Checkpoint]
+    bitmaps: dict[int, Bitmap]
+    last_bitmap_id: int
+    complete: bool
+
+    def chain_of(self, disk: Disk) -> list[Checkpoint]:
+        return [checkpoint for checkpoint in self.checkpoints if checkpoint.disk == disk.uuid]
+
+
+D = TypeVar("D", Disk, Checkpoint, Bitmap)
+
+
+def _take_inventory(reader: Reader) -> tuple[_Inventory, list[Finding]]:
+    findings: list[Finding] = []
+    disks = _decoded(reader, "disks", Disk, lambda disk: disk.uuid.bytes, findings)
+    checkpoints = _decoded(
+        reader, "checkpoints", Checkpoint, lambda c: schema.checkpoint_key(c.disk, c.sequence), findings
+    )
+    bitmaps = _decoded(reader, "bitmaps", Bitmap, lambda bitmap: schema.bitmap_key(bitmap.id), findings)
+    inventory = _Inventory(
+        {disk.uuid: disk for disk in disks},
+        checkpoints,
+        {bitmap.id: bitmap for bitmap in bitmaps},
+        int.from_bytes(dict(_records(reader, "meta")).get(_LAST_BITMAP_ID_KEY, b""), "big"),
+        complete=not findings,
+    )
+    return inventory, findings
+
+
+def _decoded(
+    reader: Reader, database: str, kind: type[D], key_of: Callable[[D], bytes], findings: list[Finding]
+) -> list[D]:
+    """The descriptions that can be read and stand where they belong; a finding for each of the others."""
+    found = []
+    for key, value in _records(reader, database):
+        try:
+            description = schema.decode(kind, value, place=f"{database}/{key.hex()}")
+        except FormatError as error:
+            findings.append(_damage(error.place, f"expected {error.expected}, found {error.found}"))
+            continue
+        if key == key_of(description):
+            found.append(description)
+        else:
+            findings.append(_damage(f"{kind.what} at {database}/{key.hex()}", "it belongs under another key"))
+    return found
+
+
+def _damage(place: str, problem: str, next_step: str = _START_ANEW) -> Finding:
+    return Finding(Gravity.DAMAGE, place, problem, next_step)
+
+
+# --- what descriptions say together ---
+
+
+def _names(inventory: _Inventory) -> Iterator[Finding]:
+    """One word says which disk or stand-alone bitmap is meant, one path which disk."""
+    names = [disk.name for disk in inventory.disks.values()]
+    names += [bitmap.name for bitmap in inventory.bitmaps.values() if bitmap.name is not None]
+    for name in _twice(names):
+        yield _damage(f"name {name!r}", "several disks or bitmaps have it")
+    for image in _twice(disk.image for disk in inventory.disks.values()):
+        yield _damage(f"image {image}", "several disks track it")
+
+
+def _twice(words: Iterable[str]) -> list[str]:
+    return [word for word, count in Counter(words).items() if count > 1]
+
+
+def _disks(inventory: _Inventory) -> Iterator[Finding]:
+    for disk in inventory.disks.values():
+        place, chain = f"disk {disk.name!r}", inventory.chain_of(disk)
+        yield from (_damage(place, problem) for problem in _problems_of(disk))
+        yield from (_damage(place, problem) for problem in _problems_of_chain(disk, chain))
+        yield from (_damage(place, problem) for problem in _problems_of_periods(disk, chain, inventory))
+    for lost in {checkpoint.disk for checkpoint in inventory.checkpoints} - inventory.disks.keys():
+        yield _damage(f"checkpoints of disk {lost}", "no such disk is described")
+
+
+def _problems_of(disk: Disk) -> Iterator[str]:
+    try:
+        schema.check_disk_name(disk.name)
+    except InvalidArgument as error:
+        yield error.problem
+    if disk.durability not in schema.DURABILITIES:
+        yield f"durability {disk.durability!r} is unknown"
+    if disk.policy not in schema.POLICIES:
+        yield f"policy {disk.policy!r} is unknown"
+
+
+def _problems_of_chain(disk: Disk, chain: Sequence[Checkpoint]) -> Iterator[str]:
+    """A chain is ordered, its epochs follow each other, and its last one is the disk's."""
+    if not chain:
+        yield "it has no checkpoint, so nothing records"
+        return
+    epochs = [epoch for epoch, _ in groupby(chain, key=lambda checkpoint: checkpoint.epoch)]
+    if len(set(epochs)) < len(epochs):
+        yield "the checkpoints of an epoch do not follow each other"
+    if epochs[-1] != disk.epoch:
+        yield "its newest checkpoint is of another epoch than the disk"
+    if chain[-1].sequence >= disk.next_sequence:
+        yield f"checkpoint {chain[-1].name!r} has number {chain[-1].sequence}, the next is {disk.next_sequence}"
+    for name in _twice(checkpoint.name for checkpoint in chain):
+        yield f"several checkpoints are called {name!r}"
+
+
+def _problems_of_periods(disk: Disk, chain: Sequence[Checkpoint], inventory: _Inventory) -> Iterator[str]:
+    for checkpoint in chain:
+        bitmap = inventory.bitmaps.get(checkpoint.bitmap_id)
+        if bitmap is None:
+            yield f"the bitmap of checkpoint {checkpoint.name!r} is not described"
+        elif bitmap.geometry != disk.geometry:
+            yield f"the bitmap of checkpoint {checkpoint.name!r} is of another size or granularity"
+        elif bitmap.name is not None:
+            yield f"the bitmap of checkpoint {checkpoint.name!r} stands alone as {bitmap.name!r} too"
+
+
+def _bitmaps(inventory: _Inventory) -> Iterator[Finding]:
+    used = Counter(checkpoint.bitmap_id for checkpoint in inventory.checkpoints)
+    for bitmap in inventory.bitmaps.values():
+        place = f"bitmap {bitmap.id}"
+        if used[bitmap.id] > 1:
+            yield _damage(place, "several checkpoints record into it")
+        if bitmap.id > inventory.last_bitmap_id:
+            yield _damage(place, f"its number is past the last one given out, {inventory.last_bitmap_id}")
+        if not used[bitmap.id] and bitmap.name is None and inventory.complete:
+            yield _orphan(place, "it belongs to no checkpoint and has no name")
+
+
+def _orphan(place: str, problem: str) -> Finding:
+    return Finding(Gravity.NOTE, place, problem, "nothing needs it; it only takes space")
+
+
+# --- region records ---
+
+
+@dataclass
+class _Tally:
+    """How many region records of a bitmap are unsound, and which is the first."""
+
+    damaged: int = 0
+    outside: int = 0
+    first: int = 0
+
+    def count(self, region: int, *, damaged: bool, outside: bool) -> None:
+        if not self.damaged and not self.outside:
+            self.first = region
+        self.damaged += damaged
+        self.outside += outside
+
+
+def _regions(reader: Reader, inventory: _Inventory, progress: Progress) -> Iterator[Finding]:
+    tallies = {number: _Tally() for number in inventory.bitmaps}
+    strays = 0
+    for bitmap_id, region, sound in _walked(reader, inventory, progress):
+        bitmap = inventory.bitmaps.get(bitmap_id)
+        if bitmap is None:
+            strays += 1
+        elif not sound or region >= bitmap.geometry.region_count:
+            outside = region >= bitmap.geometry.region_count
+            tallies[bitmap_id].count(region, damaged=not sound, outside=outside)
+    for bitmap_id, tally in tallies.items():
+        yield from _told(tally, f"bitmap {bitmap_id}{_owner_of(bitmap_id, inventory)}")
+    if strays and inventory.complete:
+        yield _orphan("region records", f"{strays} of them belong to no bitmap")
+
+
+def _walked(reader: Reader, inventory: _Inventory, progress: Progress) -> Iterator[tuple[int, int, bool]]:
+    """(bitmap id, region, whether its bytes are what was written) of every region record, ascending."""
+    before, total = {}, 0
+    for number, bitmap in sorted(inventory.bitmaps.items()):
+        before[number] = total
+        total += bitmap.size
+    for count, (key, value) in enumerate(_records(reader, "regions")):
+        if len(key) != _REGION_KEY_BYTES:
+            yield -1, 0, False
+            continue
+        bitmap_id, region = schema.parse_region_key(key)
+        yield bitmap_id, region, not schema.decode_region(key, value).damaged
+        if count % _REGIONS_PER_REPORT == 0 and bitmap_id in before:
+            bitmap = inventory.bitmaps[bitmap_id]
+            progress(before[bitmap_id] + bitmap.geometry.bytes_of(region * REGION_BLOCKS, 0)[0], total)
+    progress(total, total)
+
+
+def _told(tally: _Tally, place: str) -> Iterator[Finding]:
+    if tally.damaged:
+        yield _damage(
+            place, f"{tally.damaged} of its region records are damaged, the first of region {tally.first}",
+            "what they cover counts as dirty; look at the disk under the store, and make a full backup",
+        )  # fmt: skip
+    if tally.outside:
+        yield _damage(place, f"{tally.outside} of its region records lie past the disk's end")
+
+
+def _owner_of(bitmap_id: int, inventory: _Inventory) -> str:
+    """Whose bitmap it is, for people: its checkpoint's and disk's names, or its own."""
+    for checkpoint in inventory.checkpoints:
+        disk = inventory.disks.get(checkpoint.disk)
+        if checkpoint.bitmap_id == bitmap_id and disk is not None:
+            return f" (checkpoint {checkpoint.name!r} of disk {disk.name!r})"
+    name = inventory.bitmaps[bitmap_id].name
+    return "" if name is None else f" ({name!r})"
+
+
+def _records(reader: Reader, database: str) -> Iterator[tuple[bytes, bytes]]:
+    """Every record as it is, proven or not."""
+    return reader._items(database, b"")
+
+
+# --- around the environment ---
+
+
+def _standing(store: Store, disk: Disk) -> Iterator[Finding]:
+    """Whether the disk's image is still the one that its bitmaps speak of."""
+    standing = open_period_standing(store, disk)
+    place, problem = f"disk {disk.name!r}", standing.reason or ""
+    if standing.trust is Trust.UNTRUSTED:
+        step = f"make a full backup, or `lmdbitmap adopt {disk.name}` if you know that the image is the same"
+        yield Finding(Gravity.DISTRUST, place, problem, step)
+    elif standing.trust is Trust.SUPERSET:
+        yield Finding(Gravity.NOTE, place, problem, "the next backup copies a little more than it must")
+
+
+def _folder(store: Store, inventory: _Inventory) -> Iterator[Finding]:
+    """Who may write the store can make the tracker lie; what was left lying about only takes space."""
+    known = {str(disk_uuid) for disk_uuid in inventory.disks}
+    for folder in ("", "lmdb", "owners", "control"):
+        path = os.path.join(store.path, folder)
+        if not os.path.isdir(path):
+            yield Finding(Gravity.NOTE, path, "the folder is missing", f"make it: mkdir -m 700 {path}")
+        elif stat.S_IMODE(os.stat(path).st_mode) & _OTHERS_WRITE:
+            yield Finding(Gravity.NOTE, path, "other users may write to it", f"chmod go-w {path}")
+    for path in _leftovers(store, known if inventory.complete else None):
+        yield Finding(Gravity.NOTE, path, "nothing needs it", "remove it")
+
+
+def _leftovers(store: Store, known: set[str] | None) -> Iterator[str]:
+    """What killed processes left, and what belongs to disks that are gone; `known` is None where unknown."""
+    for name in sorted(os.listdir(store.path)):
+        if name.startswith("lmdb.new-") or name.endswith(PARTIAL_SUFFIX):
+            yield os.path.join(store.path, name)
+    for folder in ("owners", "control"):
+        place = os.path.join(store.path, folder)
+        for name in sorted(os.listdir(place)) if os.path.isdir(place) else ():
+            if name.endswith(PARTIAL_SUFFIX) or (known is not None and name not in known):
+                yield os.path.join(place, name)
