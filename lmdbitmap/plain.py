@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 
 from lmdbitmap.errors import InvalidArgument
-from lmdbitmap.interfaces import Allocation, BlockDevice
+from lmdbitmap.interfaces import Allocation, BlockDevice, Buffer
 
 
 class PlainDisk:
@@ -40,11 +40,6 @@ class PlainLane:
 
     def __init__(self, device: BlockDevice) -> None:
         self._device = device
-        self.pwrite = device.pwrite
-        self.pread_into = device.pread_into
-        self.write_zeroes = device.write_zeroes
-        self.discard = device.discard
-        self.flush = device.flush
 
     def write_many(self, writes: Sequence[tuple[int, memoryview]]) -> Mapping[int, int]:
         fd, size = self._device.fd, self._device.size
@@ -58,6 +53,23 @@ class PlainLane:
             except InvalidArgument:
                 failed[index] = errno.EINVAL
         return failed
+
+    def pwrite(self, data: Buffer, offset: int) -> None:
+        self._device.pwrite(data, offset)
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        self._device.pread_into(buffer, offset)
+
+    def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool = True, fast_only: bool = False
+    ) -> None:
+        self._device.write_zeroes(offset, length, may_unmap=may_unmap, fast_only=fast_only)
+
+    def discard(self, offset: int, length: int) -> None:
+        self._device.discard(offset, length)
+
+    def flush(self) -> None:
+        self._device.flush()
 
     def close(self) -> None:
         """Nothing to give back."""

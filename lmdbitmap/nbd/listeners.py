@@ -22,6 +22,7 @@ from urllib.parse import quote
 from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, os_errors_at
 
 _MAX_UNIX_PATH: Final = 107
+_MAX_PORT: Final = 65535
 _BACKLOG: Final = 64
 _FOLDER_LOCK_S: Final = 2.0
 _FOLDER_LOCK_PAUSE_S: Final = 0.01
@@ -52,7 +53,7 @@ class UnixListener:
         self._inode = _inode(self.path)
 
     def uri(self, name: str) -> str:
-        return f"nbd+unix:///{quote(name, safe='')}?socket={quote(self.path)}"
+        return unix_uri(self.path, name)
 
     def close(self) -> None:
         if _inode(self.path) == self._inode:
@@ -64,30 +65,44 @@ class TcpListener:
     """A TCP port; port 0 lets the system choose one, which `uri` then names."""
 
     def __init__(self, host: str, port: int) -> None:
+        family, address = _resolved(host, port)
         try:
-            family, *_, address = socket.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-        except (socket.gaierror, UnicodeError, OverflowError) as error:
-            raise InvalidArgument(
-                f"{host}:{port} is no address ({error})", next_step="name one of this host's addresses"
-            ) from error
-        place = f"{host}:{port}"
-        try:
-            with os_errors_at(place):
-                self.sock = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise Busy(f"{place} is in use", next_step="choose another port") from error
+            with os_errors_at(f"{host}:{port}"):
+                self.sock = socket.create_server(address, family=family, backlog=_BACKLOG)
+        except OSError as refused:
+            if refused.errno == errno.EADDRINUSE:
+                raise Busy(f"{host}:{port} is in use", next_step="choose another port") from refused
             raise
         self._host, self._port = self.sock.getsockname()[:2]
 
     def uri(self, name: str) -> str:
-        host = f"[{self._host}]" if ":" in self._host else self._host
-        return f"nbd://{host}:{self._port}/{quote(name, safe='')}"
+        return tcp_uri(self._host, self._port, name)
 
     def close(self) -> None:
         self.sock.close()
+
+
+def unix_uri(path: str, name: str) -> str:
+    return f"nbd+unix:///{quote(name, safe='')}?socket={quote(path)}"
+
+
+def tcp_uri(host: str, port: int, name: str) -> str:
+    return f"nbd://{f'[{host}]' if ':' in host else host}:{port}/{quote(name, safe='')}"
+
+
+def _resolved(host: str, port: int) -> tuple[int, tuple[str, int]]:
+    """(address family, address) of the first meaning that the system gives to a host and port."""
+    try:
+        if not 0 <= port <= _MAX_PORT:
+            raise OverflowError(f"ports end at {_MAX_PORT}")
+        family, *_, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (socket.gaierror, UnicodeError, OverflowError) as error:
+        raise InvalidArgument(
+            f"{host}:{port} is no address ({error})", next_step="name one of this host's addresses"
+        ) from error
+    return family, (str(address[0]), int(address[1]))
 
 
 def _bound_unix_socket(path: str, mode: int) -> socket.socket:

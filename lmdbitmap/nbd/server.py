@@ -4,8 +4,8 @@ A client can cost the others nothing but its share of the processor: it has its 
 buffers, and whatever it sends, or fails to send or to read, ends at worst its own connection.
 
 Stopping: no more clients; every connection finishes the requests it has taken in, answers them and closes;
-one that has not managed after `grace_s`, because its client does not read, is cut off. A thread that even
-then does not end hangs in the disk; `stop` says so by False, and the disks must not be closed under it.
+one that has not managed after `grace_s`, because its client does not read, is cut off. One that has not ended
+after as long again hangs in its disk; `stop` says so by False, and the disks must not be closed under it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lmdbitmap.nbd.visit import Served, Visit
 _log = logging.getLogger(__name__)
 
 _ACCEPT_PAUSE_S: Final = 0.1
-_CUT_OFF_S: Final = 2.0
+_SLACK_S: Final = 1.0
 
 
 class Counters(NamedTuple):
@@ -113,14 +113,18 @@ class Server:
     def stop(self) -> bool:
         """Stop serving and wait for it, for a bounded time; True when nobody uses the disks any more.
 
-        A signal handler in the thread of `serve_forever` may call it too: there it only asks.
+        A signal handler in the thread of `serve_forever` may call it too: there it only asks, and is told False.
         """
         self.request_stop()
         if self._serving_thread is None:
             self._wind_up()
         elif self._serving_thread is not threading.current_thread():
-            self._wound_up.wait(self._grace_s + 2 * _CUT_OFF_S)
-        return self._wound_up.is_set() and not self._visits
+            self._wound_up.wait(2 * self._grace_s + _SLACK_S)
+        if not self._wound_up.is_set():
+            return False
+        with self._lock:
+            visits = list(self._visits)
+        return not _still_there(visits, _SLACK_S)
 
     # -- taking clients in ---------------------------------------------------------------------------------
 
@@ -186,7 +190,7 @@ class Server:
         stuck = _still_there(visits, self._grace_s)
         for visit in stuck:
             visit.cut_off()
-        hung = _still_there(stuck, _CUT_OFF_S)
+        hung = _still_there(stuck, self._grace_s)
         if hung:
             _log.error("%d connections do not end: their disk does not answer", len(hung))
         self._wound_up.set()

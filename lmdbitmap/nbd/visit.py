@@ -39,7 +39,7 @@ class Served(NamedTuple):
 
 
 class Visit:
-    """Serves one client in a thread of its own; `ended` is called at the very end, in that thread."""
+    """Serves one client in a thread of its own; `ended` is called in that thread, before it hangs up."""
 
     def __init__(
         self,
@@ -100,8 +100,8 @@ class Visit:
         except Exception:
             _log.exception("a client was dropped: this is a mistake of the server")
         finally:
-            self._sock.close()
             self._ended(self)
+            self._sock.close()
 
     def _serve(self) -> None:
         handshake = self._shake_hands()

@@ -1,0 +1,476 @@
+"""The transmission phase over a socket pair: every command, every way to fail, and what order is promised."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import socket
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from lmdbitmap.device import FileDevice, MemoryDevice
+from lmdbitmap.errors import FormatError, LmdbitmapError, StorageError
+from lmdbitmap.interfaces import BlockDevice, ServedDisk
+from lmdbitmap.nbd.connection import Connection
+from lmdbitmap.nbd.contexts import MAX_DESCRIPTORS, StatusSource
+from lmdbitmap.plain import PlainDisk, PlainLane
+from tests.nbd_raw import (
+    BLOCK_STATUS,
+    CACHE,
+    DF,
+    DISC,
+    FAST_ZERO,
+    FLUSH,
+    FUA,
+    NO_HOLE,
+    READ,
+    REQ_ONE,
+    TRIM,
+    WRITE,
+    WRITE_ZEROES,
+    RawClient,
+    request,
+    write,
+)
+from tests.support import PATIENCE_SECONDS
+
+SIZE = 4 << 20
+MIB = 1 << 20
+
+
+class Peer(RawClient):
+    """The client's end, and how the server's end fared."""
+
+    outcome: Exception | None = None
+    connection: Connection
+
+    def serve(self, connection: Connection, sock: socket.socket) -> None:
+        self.connection = connection
+        try:
+            with sock:
+                connection.run()
+        except (LmdbitmapError, OSError) as error:
+            self.outcome = error
+
+
+@contextlib.contextmanager
+def connected(
+    disk: ServedDisk,
+    *,
+    structured: bool = True,
+    contexts: Mapping[int, StatusSource] | None = None,
+    received: bytes = b"",
+) -> Iterator[Peer]:
+    ours, theirs = socket.socketpair()
+    connection = Connection(ours, disk, structured=structured, contexts=contexts or {}, received=received)
+    with Peer(theirs, structured=structured) as peer:
+        thread = threading.Thread(target=peer.serve, args=(connection, ours))
+        thread.start()
+        try:
+            yield peer
+        finally:
+            theirs.close()
+            thread.join(PATIENCE_SECONDS)
+            assert not thread.is_alive()
+
+
+class RecordingDisk(PlainDisk):
+    """Notes what its lane is asked to do, in order; `lane_refuses` makes `write_many` fail as a whole."""
+
+    def __init__(self, device: MemoryDevice) -> None:
+        super().__init__(device)
+        self.calls: list[tuple[object, ...]] = []
+        self.lane_refuses: Exception | None = None
+
+    def lane(self) -> PlainLane:
+        return RecordingLane(self, self._device)
+
+
+class RecordingLane(PlainLane):
+    def __init__(self, disk: RecordingDisk, device: BlockDevice) -> None:
+        super().__init__(device)
+        self._disk = disk
+
+    def write_many(self, writes: Sequence[tuple[int, memoryview]]) -> Mapping[int, int]:
+        self._disk.calls.append(("write_many", *(offset for offset, _ in writes)))
+        if self._disk.lane_refuses is not None:
+            raise self._disk.lane_refuses
+        return super().write_many(writes)
+
+    def flush(self) -> None:
+        self._disk.calls.append(("flush",))
+        super().flush()
+
+    def discard(self, offset: int, length: int) -> None:
+        self._disk.calls.append(("discard", offset))
+        super().discard(offset, length)
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        self._disk.calls.append(("read", offset))
+        super().pread_into(buffer, offset)
+
+    def close(self) -> None:
+        self._disk.calls.append(("close",))
+
+
+class DiskOnDescriptor(PlainDisk):
+    """As long as a disk can be, whatever its descriptor leads to."""
+
+    size = 1 << 62
+    read_only = True
+    fd = -1
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(MemoryDevice(0))
+        self.fd = fd
+
+
+@pytest.fixture
+def device() -> MemoryDevice:
+    return MemoryDevice(SIZE)
+
+
+@pytest.fixture(params=[True, False], ids=["structured", "simple"])
+def peer(device: MemoryDevice, request: pytest.FixtureRequest) -> Iterator[Peer]:
+    with connected(PlainDisk(device), structured=request.param) as peer:
+        yield peer
+
+
+def pattern(length: int) -> bytes:
+    """Bytes that are nowhere zero and repeat at no power of two."""
+    return (bytes(range(1, 252)) * (length // 251 + 1))[:length]
+
+
+# --- what succeeds ---
+
+
+@pytest.mark.parametrize("length", [1, 4096, 100_000, MIB, 3 * MIB])
+@pytest.mark.parametrize("offset", [0, 12345])
+def test_what_was_written_is_read_back(peer: Peer, device: MemoryDevice, offset: int, length: int) -> None:
+    data = pattern(length)
+    assert peer.do(WRITE, offset, length, data=data).error == 0
+    assert device.pread(length, offset) == data
+    assert peer.do(READ, offset, length).data == data
+
+
+def test_the_first_request_may_come_with_the_handshake(device: MemoryDevice) -> None:
+    with connected(PlainDisk(device), received=write(0, b"early", cookie=5)[:30]) as peer:
+        peer.send(write(0, b"early")[30:])
+        assert peer.reply()[:2] == (5, 0)
+    assert device.pread(5, 0) == b"early"
+
+
+def test_trim_write_zeroes_flush_and_cache_are_done_and_answered(peer: Peer, device: MemoryDevice) -> None:
+    device.pwrite(b"\xff" * SIZE, 0)
+    assert peer.do(TRIM, 0, 4096).error == 0
+    assert peer.do(WRITE_ZEROES, 8192, 100, flags=NO_HOLE | FAST_ZERO).error == 0
+    assert peer.do(CACHE, 0, SIZE).error == 0
+    assert peer.do(FLUSH).error == 0
+    assert device.pread(4097, 0) == bytes(4096) + b"\xff"
+    assert device.pread(101, 8192) == bytes(100) + b"\xff"
+
+
+@pytest.mark.parametrize("command", [READ, WRITE, TRIM, CACHE, WRITE_ZEROES])
+@pytest.mark.parametrize("flags", [0, FUA])
+def test_requests_of_no_bytes_succeed_and_do_nothing(peer: Peer, command: int, flags: int) -> None:
+    assert peer.do(command, SIZE, 0, flags=flags).error == 0
+
+
+def test_a_goodbye_is_answered_by_closing_once_everything_is_answered(peer: Peer) -> None:
+    peer.send(write(0, b"last", cookie=9) + request(DISC))
+    assert peer.reply().cookie == 9
+    assert peer.is_closed_by_server()
+    assert peer.outcome is None
+
+
+# --- the order of things ---
+
+
+def test_all_writes_of_a_batch_reach_the_lane_in_one_call(device: MemoryDevice) -> None:
+    disk = RecordingDisk(device)
+    burst = b"".join(write(block * 4096, b"x" * 4096, cookie=block) for block in range(10))
+    with connected(disk, received=burst) as peer:
+        assert [peer.reply().cookie for _ in range(10)] == list(range(10))
+    assert disk.calls == [("write_many", *range(0, 40960, 4096)), ("close",)]
+
+
+def test_one_flush_after_the_writes_serves_every_fua_and_flush_of_a_batch(device: MemoryDevice) -> None:
+    disk = RecordingDisk(device)
+    burst = (
+        request(FLUSH, cookie=1)
+        + write(0, b"a", cookie=2, flags=FUA)
+        + write(1, b"b", cookie=3)
+        + write(2, b"c", cookie=4, flags=FUA)
+    )
+    with connected(disk, received=burst) as peer:
+        assert {peer.reply()[:2] for _ in range(4)} == {(1, 0), (2, 0), (3, 0), (4, 0)}
+    assert disk.calls == [("write_many", 0, 1, 2), ("flush",), ("close",)]
+
+
+def test_writes_without_fua_are_not_flushed_and_a_trim_with_it_is(device: MemoryDevice) -> None:
+    disk = RecordingDisk(device)
+    with connected(disk, received=write(0, b"a") + request(TRIM, 0, 512, flags=FUA)) as peer:
+        assert [peer.reply().error for _ in range(2)] == [0, 0]
+    assert disk.calls == [("write_many", 0), ("discard", 0), ("flush",), ("close",)]
+
+
+def test_a_read_behind_a_write_of_the_same_batch_sees_it(device: MemoryDevice) -> None:
+    disk = RecordingDisk(device)
+    burst = write(0, b"new", cookie=1) + request(READ, 0, 3, cookie=2) + write(9, b"more", cookie=3)
+    with connected(disk, received=burst) as peer:
+        replies = [peer.reply(3) if cookie == 2 else peer.reply() for cookie in (1, 3, 2)]
+    assert [reply.cookie for reply in replies] == [1, 3, 2]
+    assert replies[2].data == b"new"
+    assert disk.calls == [("write_many", 0, 9), ("read", 0), ("close",)]
+
+
+def test_a_long_write_is_done_in_aligned_pieces_and_flushed_once(device: MemoryDevice) -> None:
+    disk = RecordingDisk(device)
+    with connected(disk) as peer:
+        assert peer.do(WRITE, 100_000, MIB, flags=FUA, data=pattern(MIB)).error == 0
+    pieces = [call[1] for call in disk.calls if call[0] == "write_many"]
+    assert pieces == [100_000, 262_144, 524_288, 786_432, 1_048_576]
+    assert disk.calls[-2:] == [("flush",), ("close",)]
+    assert device.pread(MIB, 100_000) == pattern(MIB)
+
+
+# --- what fails costs its own request ---
+
+
+@pytest.mark.parametrize("command", [READ, WRITE, TRIM, CACHE, WRITE_ZEROES])
+def test_requests_past_the_end_fail_and_change_nothing(
+    peer: Peer, device: MemoryDevice, command: int
+) -> None:
+    data = b"x" * 100 if command == WRITE else b""
+    refusal = errno.ENOSPC if command in (WRITE, WRITE_ZEROES) else errno.EINVAL
+    assert peer.do(command, SIZE - 99, 100, data=data).error == refusal
+    assert device.pread(SIZE, 0) == bytes(SIZE)
+    assert peer.do(FLUSH).error == 0
+
+
+@pytest.mark.parametrize("length", [100, MIB, 40 * MIB])
+def test_a_refused_write_is_drained_and_the_next_request_understood(peer: Peer, length: int) -> None:
+    reply = peer.do(WRITE, SIZE - 50, length, data=bytes(length))
+    assert reply.error == (errno.ENOSPC if length <= 32 * MIB else errno.EINVAL)
+    assert peer.do(READ, 0, 16).data == bytes(16)
+
+
+@pytest.mark.parametrize(("command", "flags"), [(99, 0), (READ, NO_HOLE), (WRITE, REQ_ONE), (TRIM, 1 << 9)])
+def test_unknown_commands_and_flags_are_invalid(peer: Peer, command: int, flags: int) -> None:
+    data = b"payload" if command == WRITE else b""
+    assert peer.do(command, 0, 7, flags=flags, data=data).error == errno.EINVAL
+    assert peer.do(FLUSH).error == 0
+
+
+def test_a_read_only_disk_refuses_changes_and_serves_the_rest() -> None:
+    with connected(PlainDisk(MemoryDevice(SIZE, read_only=True))) as peer:
+        assert peer.do(WRITE, 0, 4, data=b"oops").error == errno.EPERM
+        assert peer.do(WRITE, 0, MIB, data=bytes(MIB)).error == errno.EPERM
+        assert peer.do(TRIM, 0, 4).error == peer.do(WRITE_ZEROES, 0, 4).error == errno.EPERM
+        assert peer.do(READ, 0, 4).data == bytes(4)
+        assert peer.do(FLUSH).error == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "command", "length"),
+    [
+        ("pread_into", READ, 4096),
+        ("pread_into", READ, MIB),
+        ("pwrite", WRITE, 4096),
+        ("pwrite", WRITE, MIB),
+        ("discard", TRIM, 4096),
+        ("write_zeroes", WRITE_ZEROES, 4096),
+        ("flush", FLUSH, 0),
+    ],
+)
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.ENODEV])
+def test_a_failing_disk_is_told_as_the_protocol_can(
+    peer: Peer, device: MemoryDevice, method: str, command: int, length: int, number: int
+) -> None:
+    device.fail_next[method] = number
+    data = bytes(length) if command == WRITE else b""
+    told = errno.EIO if number == errno.ENODEV else number
+    assert peer.do(command, 0, length, data=data).error == told
+    assert device.fail_next == {}
+    assert peer.do(command, 0, length, data=data).error == 0
+
+
+def test_one_failing_write_of_a_batch_fails_alone(device: MemoryDevice) -> None:
+    device.fail_next["pwrite"] = errno.ENOSPC
+    burst = b"".join(write(offset, b"x", cookie=offset) for offset in range(3))
+    with connected(PlainDisk(device), received=burst) as peer:
+        assert [peer.reply()[:2] for _ in range(3)] == [(0, errno.ENOSPC), (1, 0), (2, 0)]
+
+
+def test_a_failing_flush_fails_those_who_asked_for_it(device: MemoryDevice) -> None:
+    device.fail_next["flush"] = errno.EIO
+    burst = write(0, b"x", cookie=1) + write(1, b"x", cookie=2, flags=FUA) + request(FLUSH, cookie=3)
+    with connected(PlainDisk(device), received=burst) as peer:
+        assert [peer.reply()[:2] for _ in range(3)] == [(1, 0), (2, errno.EIO), (3, errno.EIO)]
+
+
+@pytest.mark.parametrize("length", [1, MIB])
+def test_a_lane_that_refuses_as_a_whole_fails_every_write(device: MemoryDevice, length: int) -> None:
+    disk = RecordingDisk(device)
+    disk.lane_refuses = StorageError("store", OSError(errno.ENOSPC, "full"), next_step="free some space")
+    with connected(disk) as peer:
+        assert peer.do(WRITE, 0, length, data=bytes(length)).error == errno.ENOSPC
+
+
+# --- block status ---
+
+
+def status(*extents: tuple[int, int]) -> StatusSource:
+    return lambda offset, length: iter(extents)
+
+
+def failing(offset: int, length: int) -> Iterable[tuple[int, int]]:
+    yield 4096, 1
+    raise OSError(errno.EIO, "the map is gone")
+
+
+def test_every_selected_context_answers_clipped_to_the_request(device: MemoryDevice) -> None:
+    contexts = {7: status((100, 1), (0, 5), (1 << 40, 0)), 9: status((4096, 3))}
+    with connected(PlainDisk(device), contexts=contexts) as peer:
+        reply = peer.do(BLOCK_STATUS, 0, 4096)
+    assert reply.statuses == {7: [(100, 1), (3996, 0)], 9: [(4096, 3)]}
+    assert reply.chunks == 2
+
+
+def test_req_one_is_one_extent_within_the_request(device: MemoryDevice) -> None:
+    with connected(PlainDisk(device), contexts={1: status((8192, 1), (1, 0))}) as peer:
+        assert peer.do(BLOCK_STATUS, 0, 100, flags=REQ_ONE).statuses == {1: [(100, 1)]}
+
+
+def test_a_status_reply_ends_at_its_limit_of_extents(device: MemoryDevice) -> None:
+    def endless(offset: int, length: int) -> Iterable[tuple[int, int]]:
+        return ((1, index % 2) for index in range(length))
+
+    with connected(PlainDisk(device), contexts={1: endless}) as peer:
+        [extents] = peer.do(BLOCK_STATUS, 0, SIZE).statuses.values()
+    assert len(extents) == MAX_DESCRIPTORS == 131072
+    assert extents[:2] == [(1, 0), (1, 1)]
+
+
+@pytest.mark.parametrize("source", [failing, status()])
+def test_a_context_that_fails_is_an_error_and_never_a_status(
+    device: MemoryDevice, source: StatusSource
+) -> None:
+    with connected(PlainDisk(device), contexts={1: status((SIZE, 1)), 2: source}) as peer:
+        reply = peer.do(BLOCK_STATUS, 0, SIZE)
+        assert (reply.error, reply.statuses) == (errno.EIO, {})
+        assert peer.do(FLUSH).error == 0
+
+
+def test_status_without_a_context_or_of_no_bytes_is_invalid(peer: Peer) -> None:
+    assert peer.do(BLOCK_STATUS, 0, 4096).error == errno.EINVAL
+    with connected(PlainDisk(MemoryDevice(SIZE)), contexts={1: status((SIZE, 0))}) as other:
+        assert other.do(BLOCK_STATUS, 0, 0).error == errno.EINVAL
+        assert other.do(BLOCK_STATUS, SIZE - 1, 2).error == errno.EINVAL
+
+
+# --- reads that travel by reference ---
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Iterator[FileDevice]:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(pattern(SIZE))
+    with FileDevice.open(path) as image:
+        yield image
+
+
+@pytest.mark.parametrize("structured", [True, False], ids=["structured", "simple"])
+@pytest.mark.parametrize("length", [1, 32768, MIB, MIB + 1, SIZE - 777])
+@pytest.mark.parametrize("flags", [0, DF])
+def test_reads_of_a_file_of_any_length_are_right(
+    image: FileDevice, structured: bool, length: int, flags: int
+) -> None:
+    with connected(PlainDisk(image), structured=structured) as peer:
+        reply = peer.do(READ, 777, length, flags=flags if structured else 0)
+    assert reply.data == pattern(SIZE)[777 : 777 + length]
+    assert reply.chunks == 1 or not flags
+
+
+@pytest.mark.parametrize("structured", [True, False], ids=["structured", "simple"])
+@pytest.mark.parametrize("length", [4096, MIB])
+def test_a_file_cut_behind_our_back_fails_the_read_and_nothing_else(
+    image: FileDevice, tmp_path: Path, structured: bool, length: int
+) -> None:
+    os.truncate(tmp_path / "disk.raw", MIB)
+    with connected(PlainDisk(image), structured=structured) as peer:
+        assert peer.do(READ, 2 * MIB, length).error == errno.EIO
+        assert peer.do(READ, 0, 16).data == pattern(16)
+
+
+def test_a_file_cut_in_the_middle_of_a_long_read_is_an_error_behind_the_data(
+    image: FileDevice, tmp_path: Path
+) -> None:
+    os.truncate(tmp_path / "disk.raw", MIB)
+    with connected(PlainDisk(image)) as peer:
+        assert peer.do(READ, 0, 2 * MIB).error == errno.EIO
+        assert peer.do(READ, 0, 16).data == pattern(16)
+
+
+def test_a_simple_read_that_fails_after_its_reply_began_costs_the_connection(
+    image: FileDevice, tmp_path: Path
+) -> None:
+    os.truncate(tmp_path / "disk.raw", MIB)
+    with connected(PlainDisk(image), structured=False) as peer:
+        peer.send(request(READ, 0, 2 * MIB))
+        with pytest.raises(EOFError):
+            peer.reply(2 * MIB)
+    assert isinstance(peer.outcome, OSError)
+    assert peer.outcome.errno == errno.EIO
+
+
+def test_long_reads_of_a_file_that_cannot_travel_by_reference_are_copied() -> None:
+    """A process's memory is such a file: its addresses are the offsets."""
+    content = ctypes.create_string_buffer(pattern(MIB), MIB)
+    fd = os.open("/proc/self/mem", os.O_RDONLY)
+    try:
+        with connected(DiskOnDescriptor(fd)) as peer:
+            for _ in range(2):
+                assert peer.do(READ, ctypes.addressof(content), MIB).data == pattern(MIB)
+    finally:
+        os.close(fd)
+
+
+# --- what costs the connection ---
+
+
+@pytest.mark.parametrize("lie", [bytes(28), b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", b"\xff" * 4096])
+def test_bytes_that_are_no_request_cost_the_connection_after_the_good_ones_are_done(
+    device: MemoryDevice, lie: bytes
+) -> None:
+    with connected(PlainDisk(device)) as peer:
+        assert peer.do(WRITE, 0, 4, data=b"good").error == 0
+        peer.send(lie)
+        assert peer.is_closed_by_server()
+    assert isinstance(peer.outcome, FormatError)
+    assert device.pread(4, 0) == b"good"
+
+
+@pytest.mark.parametrize("sent", [1, 27, 28, 29, 4000, 300_000])
+def test_a_client_that_dies_in_the_middle_of_a_write_is_let_go(device: MemoryDevice, sent: int) -> None:
+    with connected(PlainDisk(device)) as peer:
+        peer.send(write(0, pattern(MIB))[:sent])
+        peer.sock.close()
+    assert peer.outcome is None or isinstance(peer.outcome, ConnectionResetError)
+    assert device.pread(SIZE - MIB, MIB) == bytes(SIZE - MIB)
+
+
+def test_counters_tell_what_was_answered_and_carried(device: MemoryDevice) -> None:
+    with connected(PlainDisk(device)) as peer:
+        peer.do(WRITE, 0, 1000, data=bytes(1000))
+        peer.do(READ, 0, 100)
+        peer.do(TRIM, SIZE, 1)
+        peer.do(FLUSH)
+    assert peer.connection.requests == 4
+    assert peer.connection.bytes_received == 4 * 28 + 1000
+    assert peer.connection.bytes_sent == 3 * 16 + 28 + 100

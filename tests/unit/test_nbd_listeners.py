@@ -1,0 +1,139 @@
+"""Sockets to listen at: who gets a path, what is left of it afterwards, and the URIs that name it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, NotFound
+from lmdbitmap.nbd.listeners import TcpListener, UnixListener, tcp_uri
+
+
+def leave_stale_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+
+
+def connects(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+        return True
+
+
+def test_only_the_owner_may_connect_unless_said_otherwise(tmp_path: Path) -> None:
+    for name, listener in [
+        ("a", UnixListener(str(tmp_path / "a"))),
+        ("b", UnixListener(str(tmp_path / "b"), 0o666)),
+    ]:
+        assert stat.S_IMODE(os.stat(tmp_path / name).st_mode) == (0o600 if name == "a" else 0o666)
+        assert connects(tmp_path / name)
+        listener.close()
+        assert not (tmp_path / name).exists()
+
+
+def test_the_socket_of_a_dead_server_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "nbd.sock"
+    leave_stale_socket(path)
+    listener = UnixListener(str(path))
+    assert connects(path)
+    listener.close()
+
+
+def test_a_living_server_keeps_its_socket(tmp_path: Path) -> None:
+    path = tmp_path / "nbd.sock"
+    listener = UnixListener(str(path))
+    with pytest.raises(Busy, match="another server"):
+        UnixListener(str(path))
+    assert connects(path)
+    listener.close()
+
+
+def test_a_server_whose_queue_is_full_is_alive(tmp_path: Path) -> None:
+    path = tmp_path / "nbd.sock"
+    with socket.socket(socket.AF_UNIX) as deaf, socket.socket(socket.AF_UNIX) as waiting:
+        deaf.bind(str(path))
+        deaf.listen(0)
+        waiting.connect(str(path))
+        with pytest.raises(Busy):
+            UnixListener(str(path))
+
+
+def test_of_many_who_want_a_stale_path_one_gets_it(tmp_path: Path) -> None:
+    path = tmp_path / "nbd.sock"
+    leave_stale_socket(path)
+    start = threading.Barrier(8)
+    won: list[UnixListener] = []
+    lost: list[Busy] = []
+
+    def claim() -> None:
+        start.wait()
+        try:
+            won.append(UnixListener(str(path)))
+        except Busy as busy:
+            lost.append(busy)
+
+    threads = [threading.Thread(target=claim) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(won), len(lost)) == (1, 7)
+    assert connects(path)
+    won[0].close()
+
+
+def test_what_is_no_socket_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "precious"
+    path.write_text("data")
+    with pytest.raises(AlreadyExists, match="no socket"):
+        UnixListener(str(path))
+    assert path.read_text() == "data"
+
+
+def test_a_socket_that_somebody_put_in_our_place_is_not_removed(tmp_path: Path) -> None:
+    path = tmp_path / "nbd.sock"
+    listener = UnixListener(str(path))
+    (tmp_path / "new").write_text("theirs")
+    (tmp_path / "new").replace(path)
+    listener.close()
+    assert path.read_text() == "theirs"
+
+
+def test_paths_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match="107"):
+        UnixListener(str(tmp_path / ("x" * 200)))
+    with pytest.raises(NotFound):
+        UnixListener(str(tmp_path / "nowhere" / "nbd.sock"))
+
+
+def test_uris_quote_names_and_paths(tmp_path: Path) -> None:
+    listener = UnixListener(str(tmp_path / "a b&c.sock"))
+    assert listener.uri("my disk/1") == f"nbd+unix:///my%20disk%2F1?socket={tmp_path}/a%20b%26c.sock"
+    listener.close()
+
+
+def test_a_port_that_is_free_is_found_and_named() -> None:
+    listener = TcpListener("127.0.0.1", 0)
+    port = listener.sock.getsockname()[1]
+    assert listener.uri("sda") == f"nbd://127.0.0.1:{port}/sda"
+    with pytest.raises(Busy, match=str(port)):
+        TcpListener("127.0.0.1", port)
+    listener.close()
+
+
+@pytest.mark.parametrize(("host", "port"), [("no such host.", 0), ("127.0.0.1", 65536), ("127.0.0.1", -1)])
+def test_addresses_that_cannot_be_are_refused(host: str, port: int) -> None:
+    with pytest.raises(InvalidArgument, match="no address"):
+        TcpListener(host, port)
+
+
+def test_an_address_of_ipv6_is_bracketed() -> None:
+    assert tcp_uri("fe80::1", 10809, "a/b") == "nbd://[fe80::1]:10809/a%2Fb"

@@ -1,0 +1,249 @@
+"""The server as its owner sees it: clients come and go, misbehave, and are let go in good order."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import signal
+import socket
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from lmdbitmap.device import MemoryDevice
+from lmdbitmap.interfaces import BlockDevice, ServedDisk
+from lmdbitmap.nbd.server import Server
+from lmdbitmap.plain import PlainDisk, PlainLane
+from tests.nbd_raw import BLOCK_STATUS, DISC, READ, WRITE, RawClient, request, write
+from tests.support import PATIENCE_SECONDS
+
+SIZE = 64 << 20
+
+
+class Gate:
+    """Lets a test see that the disk is at work, and decide when it is done."""
+
+    def __init__(self) -> None:
+        self.entered = threading.Event()
+        self.open = threading.Event()
+
+
+class GatedDisk(PlainDisk):
+    """Its writes wait at the gate."""
+
+    def __init__(self, gate: Gate) -> None:
+        super().__init__(MemoryDevice(SIZE))
+        self.gate = gate
+
+    def lane(self) -> PlainLane:
+        return GatedLane(self._device, self.gate)
+
+
+class GatedLane(PlainLane):
+    def __init__(self, device: BlockDevice, gate: Gate) -> None:
+        super().__init__(device)
+        self._gate = gate
+
+    def write_many(self, writes: Sequence[tuple[int, memoryview]]) -> Mapping[int, int]:
+        self._gate.entered.set()
+        assert self._gate.open.wait(PATIENCE_SECONDS)
+        return super().write_many(writes)
+
+
+class BrokenDisk(PlainDisk):
+    """A disk with a mistake in its program."""
+
+    def __init__(self) -> None:
+        super().__init__(MemoryDevice(SIZE))
+
+    def lane(self) -> PlainLane:
+        raise ZeroDivisionError("a mistake")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "nbd.sock")
+
+
+@contextlib.contextmanager
+def serving(path: str, disks: Mapping[str, ServedDisk] | None = None, **options: float) -> Iterator[Server]:
+    server = Server(disks or {"disk": PlainDisk(MemoryDevice(SIZE))}, **options)  # type: ignore[arg-type]
+    server.listen_unix(path)
+    server.start()
+    try:
+        yield server
+    finally:
+        assert server.stop()
+
+
+def transmitting(path: str, name: str = "disk") -> RawClient:
+    client = RawClient.connect(path)
+    client.go(name)
+    return client
+
+
+def test_clients_are_served_under_the_names_of_the_disks(path: str) -> None:
+    one, two = MemoryDevice(SIZE), MemoryDevice(512)
+    with serving(path, {"one": PlainDisk(one), "two": PlainDisk(two)}) as server:
+        assert server.uris == [f"nbd+unix:///{name}?socket={path}" for name in ("one", "two")]
+        with transmitting(path, "one") as client, transmitting(path, "two") as other:
+            assert client.do(WRITE, 512, 3, data=b"one").error == 0
+            assert other.do(WRITE, 512, 3, data=b"two").error == errno.ENOSPC
+    assert one.pread(3, 512) == b"one"
+
+
+def test_every_connection_to_a_disk_sees_what_the_others_wrote(path: str) -> None:
+    with serving(path), transmitting(path) as writer, transmitting(path) as reader:
+        assert writer.do(WRITE, 0, 5, data=b"fresh").error == 0
+        assert reader.do(READ, 0, 5).data == b"fresh"
+
+
+def test_allocation_can_be_asked_for(path: str) -> None:
+    device = MemoryDevice(SIZE)
+    device.pwrite(b"x", 8192)
+    with serving(path, {"disk": PlainDisk(device)}), RawClient.connect(path) as client:
+        ids = client.go("disk", contexts=["base:allocation", "base:other"])
+        assert list(ids) == ["base:allocation"]
+        statuses = client.do(BLOCK_STATUS, 0, 16384).statuses
+    assert statuses == {ids["base:allocation"]: [(8192, 3), (4096, 0), (4096, 3)]}
+
+
+def test_a_client_too_many_is_turned_away_until_another_leaves(path: str) -> None:
+    with serving(path, max_connections=1) as server:
+        with transmitting(path) as first:
+            with RawClient.connect(path) as second:
+                assert second.is_closed_by_server()
+            first.send(request(DISC))
+            assert first.is_closed_by_server()
+        with transmitting(path) as third:
+            assert third.do(READ, 0, 1).error == 0
+        assert server.counters[:3] == (2, 1, 1)
+
+
+def test_counters_outlive_the_connections_they_count(path: str) -> None:
+    with serving(path) as server:
+        for _ in range(2):
+            with transmitting(path) as client:
+                client.do(WRITE, 0, 100, data=bytes(100))
+                client.send(request(DISC))
+                assert client.is_closed_by_server()
+    assert server.counters == (2, 0, 0, 2, 2 * (28 + 100 + 28), 2 * 16)
+
+
+def test_a_client_that_says_nothing_is_dropped_when_its_time_is_up(path: str) -> None:
+    with serving(path, handshake_timeout_s=0.05), RawClient.connect(path) as client:
+        client.receive(18)
+        assert client.is_closed_by_server()
+
+
+def test_a_client_in_transmission_may_be_silent_for_ever(path: str) -> None:
+    with serving(path, handshake_timeout_s=0.5), transmitting(path) as client:
+        with RawClient.connect(path) as impatient:
+            impatient.receive(18)
+            assert impatient.is_closed_by_server()  # so the time was up for the other too
+        assert client.do(READ, 0, 1).error == 0
+
+
+def test_a_client_that_never_reads_holds_up_nobody_and_is_cut_off_at_the_end(path: str) -> None:
+    with serving(path, grace_s=0.2) as server, RawClient.connect(path) as deaf:
+        deaf.go("disk")
+        deaf.send(request(READ, 0, 32 << 20) * 4)
+        with transmitting(path) as other:
+            assert other.do(WRITE, 0, 4, data=b"work").error == 0
+        assert server.stop()
+
+
+def test_a_mistake_in_a_disk_costs_its_own_client_only(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(path, {"broken": BrokenDisk(), "disk": PlainDisk(MemoryDevice(SIZE))}):
+        with transmitting(path, "broken") as unlucky:
+            assert unlucky.is_closed_by_server()
+        with transmitting(path) as other:
+            assert other.do(READ, 0, 1).error == 0
+    assert "a mistake of the server" in caplog.text
+
+
+# --- stopping ---
+
+
+def test_a_request_in_progress_is_finished_and_answered_before_the_end(path: str) -> None:
+    gate = Gate()
+    disk = GatedDisk(gate)
+    server = Server({"disk": disk})
+    server.listen_unix(path)
+    server.start()
+    with transmitting(path) as client:
+        client.send(write(0, b"kept", cookie=3))
+        assert gate.entered.wait(PATIENCE_SECONDS)
+        server.request_stop()
+        gate.open.set()
+        assert client.reply()[:2] == (3, 0)
+        assert client.is_closed_by_server()
+    assert server.stop()
+    assert not Path(path).exists()
+
+
+def test_a_disk_that_hangs_is_told_of_by_stop(path: str) -> None:
+    gate = Gate()
+    server = Server({"disk": GatedDisk(gate)}, grace_s=0.05)
+    server.listen_unix(path)
+    server.start()
+    with transmitting(path) as client:
+        client.send(write(0, b"stuck"))
+        assert gate.entered.wait(PATIENCE_SECONDS)
+        assert server.stop() is False
+        gate.open.set()
+    assert server.stop()
+
+
+def test_a_client_in_the_middle_of_the_handshake_is_let_go(path: str) -> None:
+    server = Server({"disk": PlainDisk(MemoryDevice(SIZE))})
+    server.listen_unix(path)
+    server.start()
+    with RawClient.connect(path) as client:
+        client.greet()
+        assert server.stop()
+        assert client.is_closed_by_server()
+
+
+def test_stopping_twice_or_before_the_start_is_no_mistake(path: str) -> None:
+    server = Server({})
+    server.listen_unix(path)
+    assert server.stop()
+    assert not Path(path).exists()
+    assert server.stop()
+
+
+def test_a_signal_handler_may_stop_the_server_of_its_own_thread(path: str) -> None:
+    server = Server({"disk": PlainDisk(MemoryDevice(SIZE))})
+    server.listen_unix(path)
+    answers = []
+
+    def connect_and_signal() -> None:
+        with transmitting(path) as client:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+            answers.append(client.is_closed_by_server())
+
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: answers.append(server.stop()))
+    try:
+        thread = threading.Thread(target=connect_and_signal)
+        thread.start()
+        server.serve_forever()
+        thread.join(PATIENCE_SECONDS)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert answers == [False, True]
+    assert server.stop()
+
+
+def test_a_tcp_server_answers_where_its_uri_says() -> None:
+    server = Server({"disk": PlainDisk(MemoryDevice(SIZE))})
+    listener = server.listen_tcp("127.0.0.1", 0)
+    server.start()
+    with socket.create_connection(listener.sock.getsockname()) as sock:
+        client = RawClient(sock)
+        client.go("disk")
+        assert client.do(WRITE, 1, 3, data=b"tcp").error == 0
+        assert client.do(READ, 0, 5).data == b"\0tcp\0"
+    assert server.stop()
