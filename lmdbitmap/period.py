@@ -14,7 +14,8 @@ else. Everything below is about the first write to a block, and keeps these inva
 4. Commits happen one at a time, under `_commit`, in the order in which they read the exact bits.
 
 `_state` is never held while waiting for the disk or for `_commit`. Requests that wait for a commit queue up,
-and whoever gets `_commit` next makes all of them durable in one transaction (group commit).
+and whoever gets `_commit` next makes all of them durable in one transaction (group commit). A request leaves
+the queue when its outcome is known and not before: a thread that is interrupted takes no other's with it.
 
 In deferred mode nothing is armed and nothing is committed before `persist`: bits are set in memory, and
 the disk's clean flag says after a crash that they are lost.
@@ -25,7 +26,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeAlias
 
@@ -83,13 +84,13 @@ class Period:
         self._loaded = _anonymous(self._region_count)
         self._state = threading.Lock()
         self._commit = threading.Lock()
-        self._queue: deque[_Ticket] = deque()
+        self._queue: list[_Ticket] = []
         self._armed: dict[int, int] = {}
         """Armed mask by region; a region with nothing armed is absent."""
         self._last_dirt: OrderedDict[int, int] = OrderedDict()
         """Every armed extent with the background pass that saw its last new dirt, longest quiet first."""
         self._behind: set[int] = set()
-        """Regions whose record lacks bits (deferred mode) or arms too much (a commit failed)."""
+        """Regions whose record lacks bits (deferred mode) or arms too much (a commit failed or was interrupted)."""
         self._pass_number = 0
 
     # -- marking ---------------------------------------------------------------------------------------
@@ -101,8 +102,11 @@ class Period:
         """
         with self._state:
             waiting = [piece for run in runs for piece in _pieces(*run) if not self._settle_in_memory(piece)]
-        if waiting:
-            self._wait_for_commit(_Ticket(waiting))
+            if not waiting:
+                return
+            ticket = _Ticket(waiting)
+            self._queue.append(ticket)
+        self._wait_for_commit(ticket)
 
     def _settle_in_memory(self, piece: Piece) -> bool:
         """Settle a piece that needs no commit: dirty already, or armed, or deferred. Caller holds `_state`."""
@@ -143,39 +147,48 @@ class Period:
     # -- committing ------------------------------------------------------------------------------------
 
     def _wait_for_commit(self, ticket: _Ticket) -> None:
-        self._queue.append(ticket)
         with self._commit:
-            if not ticket.done:
+            while not ticket.done:
                 self._commit_queue()
         if ticket.error is not None:
             raise ticket.error
 
     def _commit_queue(self) -> None:
         """Make everything that waits durable in one transaction. Caller holds `_commit`."""
-        tickets = [self._queue.popleft() for _ in range(len(self._queue))]
         with self._state:
+            tickets = self._queue[:]
             plan = self._plan_for([piece for ticket in tickets for piece in ticket.pieces])
         error = self._write(plan.records)
-        if error is None:
-            with self._state:
+        with self._state:
+            if error is None:
                 self._settle(plan)
-        for ticket in tickets:
-            ticket.error = error
-            ticket.done = True
+            for ticket in tickets:
+                ticket.error = error
+                ticket.done = True
+            del self._queue[: len(tickets)]
 
     def _write(self, records: Mapping[int, tuple[int, bytes]]) -> LmdbitmapError | None:
+        """Make the records durable; until they are, their regions are behind, however this ends."""
+
         def put(writer: Writer) -> None:
             for region in sorted(records):
                 writer.put_region(self.bitmap_id, region, *records[region])
 
+        if not records:
+            return None
+        with self._state:
+            self._behind.update(records)
         try:
-            if records:
-                self._store.update(put)
+            self._store.update(put)
         except LmdbitmapError as error:
-            with self._state:
-                self._behind.update(records)
             return error
+        with self._state:
+            self._behind -= {region for region in records if not self._lacks_bits(region, records[region][1])}
         return None
+
+    def _lacks_bits(self, region: int, exact: bytes) -> bool:
+        """Whether a record written just now lacks bits that no armed extent stands for. Caller holds `_state`."""
+        return not self._write_ahead and exact != self._known(region)
 
     def _plan_for(self, pieces: list[Piece]) -> _Plan:
         """Which records to write so that `pieces` become durable. Caller holds `_commit` and `_state`.
@@ -219,7 +232,10 @@ class Period:
         return enters and block > 0 and bool(self.settled[block - 1])
 
     def _limit_armed(self, exact: dict[int, bytearray], arming: dict[int, int]) -> None:
-        """Disarm enough that `arming` fits the limit: first where a record is written anyway, then the quietest."""
+        """Disarm enough that `arming` fits the limit: first where a record is written anyway, then the quietest.
+
+        What does not fit even so is not armed: its blocks are in the records one by one.
+        """
         excess = len(self._last_dirt) + sum(mask.bit_count() for mask in arming.values()) - self._max_armed
         for region in list(arming):
             if excess <= 0:
@@ -233,6 +249,9 @@ class Period:
                 exact[region] = self._known(region)
             self._disarm(region, 1 << extent)
             excess -= 1
+        while excess > 0:
+            _, mask = arming.popitem()
+            excess -= mask.bit_count()
 
     def _settle(self, plan: _Plan) -> None:
         """The plan is durable: take it into memory. Caller holds `_commit` and `_state`."""
@@ -322,19 +341,22 @@ class Period:
         """Another period goes on from here: nothing of this one is left to write. Called inside `held`."""
         with self._state:
             self._take_all()
+            self._behind.clear()
 
     def active_extents(self) -> dict[int, int]:
         """The armed masks by region: where dirt is likely next."""
         return dict(self._armed)
 
     def adopt_armed(self, armed: Mapping[int, int]) -> None:
-        """Take extents as armed that the caller's transaction, durable now, armed for this bitmap."""
+        """Take extents as armed that the caller's transaction, durable now, armed for this bitmap, all clean."""
         with self._state:
             self._settle(_Plan({}, [], armed))
+            for region in armed:
+                self._loaded[region] = 1  # what the record says is ours, not a dead owner's
 
     def _take_all(self) -> dict[int, tuple[int, bytes]]:
+        """Disarm everything; what is behind stays so until `_write` has written it. Caller holds `_state`."""
         regions = self._behind | set(self._armed)
-        self._behind = set()
         self._armed.clear()
         self._last_dirt.clear()
         return {region: (0, bytes(self._known(region))) for region in regions}
