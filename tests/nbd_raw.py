@@ -5,6 +5,7 @@ Written from the specification's tables with `struct` alone, so that a slip in `
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 from collections.abc import Iterable
@@ -92,6 +93,13 @@ class RawClient:
             return self._inbox == b"" and self.sock.recv(1) == b""
         except ConnectionResetError:
             return True
+
+    def hears_the_end(self) -> bool:
+        """Listen, whatever comes, until the server closes the connection."""
+        with contextlib.suppress(ConnectionResetError):
+            while self.sock.recv(1 << 20):
+                pass
+        return True
 
     # -- handshake -----------------------------------------------------------------------------------------
 
