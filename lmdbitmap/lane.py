@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 _CLOSED = -1
 _DRAIN_POLL_S = 0.0001
 _NO_FAILURES: Mapping[int, int] = {}
+_OFF_THE_DISK_OR_REFUSED = (IndexError, InvalidArgument, OSError)
+"""What the fast way meets that does not look left: a negative offset, an empty write at the end, a full disk."""
 
 
 class Gate:
@@ -59,11 +61,11 @@ class Gate:
     @contextlib.contextmanager
     def entering(self, lane: FilterLane) -> Iterator[Geometry]:
         """The slow way in: wait while the gate is closed, then be busy. Yields the disk's geometry."""
-        with self._lock:
-            if self._shut is not None:
-                raise self._shut
-            lane.busy = True
         try:
+            with self._lock:
+                if self._shut is not None:
+                    raise self._shut
+                lane.busy = True
             yield self.geometry
         finally:
             lane.busy = False
@@ -142,6 +144,8 @@ class FilterLane:
                 known = stop - first < 2 or self.settled.find(0, first, stop) < 0
                 if known and self._pwrite(self._fd, data, offset) == end - offset:
                     return
+        except _OFF_THE_DISK_OR_REFUSED:
+            pass  # the slow way says why
         finally:
             self.busy = False
         failed = self._write_slowly([(offset, memoryview(data))])
@@ -157,19 +161,20 @@ class FilterLane:
             for index, (offset, data) in enumerate(writes):
                 end = offset + len(data)
                 first = offset >> shift
-                if (
-                    end > size
-                    or not settled[first]
-                    or ((end - 1) >> shift != first and settled.find(0, first, ((end - 1) >> shift) + 1) >= 0)
-                ):
-                    unsettled.append(index)
-                    continue
                 try:
-                    if pwrite(fd, data, offset) == end - offset:
+                    if (
+                        end <= size
+                        and settled[first]
+                        and (
+                            (end - 1) >> shift == first
+                            or settled.find(0, first, ((end - 1) >> shift) + 1) < 0
+                        )
+                        and pwrite(fd, data, offset) == end - offset
+                    ):
                         continue
-                except OSError:
+                except _OFF_THE_DISK_OR_REFUSED:
                     pass
-                unsettled.append(index)  # short or refused: once more, slowly, to finish it or learn why
+                unsettled.append(index)  # or short, or refused: the slow way finishes it, or says why
         finally:
             self.busy = False
         if not unsettled:
