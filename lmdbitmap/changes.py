@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from lmdbitmap import bits, chain, continuity, owner, schema
 from lmdbitmap.bits import Run
-from lmdbitmap.continuity import Moment
+from lmdbitmap.continuity import Judge, Moment
 from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError, Untrusted
 from lmdbitmap.extents import Extent, Trust, with_zeroes
@@ -188,9 +188,11 @@ def changes(
     with store.read() as reader:
         disk = chain.find_disk(reader, name)
         first = (
-            chain.find_checkpoint(reader, disk, since) if since else chain.current_checkpoint(reader, disk)
+            chain.current_checkpoint(reader, disk)
+            if since is None
+            else chain.find_checkpoint(reader, disk, since)
         )
-        last = chain.find_checkpoint(reader, disk, until) if until else None
+        last = None if until is None else chain.find_checkpoint(reader, disk, until)
         chain.require_same_epoch(disk, first)
     if last is not None and last.sequence <= first.sequence:
         raise InvalidArgument(
@@ -213,32 +215,32 @@ def _bitmaps_standing(asked: Changes) -> Standing:
 
 
 def open_period_standing(store: Store, disk: Disk, persisted: bool = False) -> Standing:
-    """Whether what the store knows of the recording period holds for the image as it is now."""
+    """Whether what the store knows of the recording period holds for the image as it is now.
+
+    An owner who persisted has vouched for the image. A lock that somebody holds has not.
+    """
     path = store.owner_path(disk.uuid)
     distrust = owner.distrust(path)
     if distrust is not None:
         return Standing(Trust.UNTRUSTED, distrust.reason)
-    if owner.is_owned(path):
-        return EXACT if persisted else _owned_standing(disk)
-    return _unowned_standing(disk, path)
-
-
-def _owned_standing(disk: Disk) -> Standing:
-    if disk.durability == schema.DEFERRED and disk.session is not None:
+    is_owned = owner.is_owned(path)
+    if is_owned and persisted:
+        return EXACT
+    if is_owned and disk.durability == schema.DEFERRED and disk.session is not None:
         return Standing(
             Trust.UNTRUSTED, "it is attached in deferred mode: its owner's memory knows what is dirty"
         )
-    return EXACT
+    return _judged_standing(disk, path, continuity.judge_held if is_owned else continuity.judge)
 
 
-def _unowned_standing(disk: Disk, owner_path: str) -> Standing:
+def _judged_standing(disk: Disk, owner_path: str, judge: Judge) -> Standing:
     try:
         with contextlib.closing(FileDevice.open(disk.image, read_only=True, share_writes=True)) as device:
             identity = device.identity()
     except LmdbitmapError as error:
         return Standing(Trust.UNTRUSTED, f"its image cannot be looked at ({error.problem})")
     moment = Moment(owner.boot_id(), owner.boot_time_ns())
-    verdict = continuity.judge(disk, identity, owner.last_beat(owner_path), moment)
+    verdict = judge(disk, identity, owner.last_beat(owner_path), moment)
     if verdict.broken is not None:
         return Standing(Trust.UNTRUSTED, verdict.broken)
     return Standing(Trust.SUPERSET, verdict.superset) if verdict.superset else EXACT

@@ -7,7 +7,9 @@ disk, and whoever only asks what changed, compares the image with what its last 
 - after a crash: the image may have been written until the owner's last moment, and not later. The owner's
   last sign of life is at most `_BEAT_GRACE_NS` older than that moment;
 - after a crash of the whole machine the image's and the owner file's last seconds may be missing from the
-  disk, each for itself: `_POWER_CUT_GRACE_NS` covers it, and nothing may be newer than this boot.
+  disk, each for itself: `_POWER_CUT_GRACE_NS` covers it, and nothing may be newer than this boot;
+- while somebody holds the disk, his signs of life vouch for the image in the same way. His lock alone vouches
+  for nothing: he may be about to attach or to adopt, and not have looked at the image yet.
 
 Whatever cannot be compared counts as broken. A block device has no useful mtime: a write to it behind our
 back cannot be noticed, and the documentation says so.
@@ -15,7 +17,8 @@ back cannot be noticed, and the documentation says so.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 from lmdbitmap.interfaces import ImageIdentity
 from lmdbitmap.owner import Beat
@@ -39,39 +42,63 @@ class Verdict(NamedTuple):
     superset: str | None = None
 
 
+Judge: TypeAlias = Callable[[Disk, ImageIdentity, "Beat | None", Moment], Verdict]
+
+
 def judge(disk: Disk, image: ImageIdentity, beat: Beat | None, now: Moment) -> Verdict:
-    """Whether tracking of `disk` continued without a gap until now."""
-    if disk.identity is None:
-        return Verdict(broken="it was never detached cleanly, nor seen when it was added")
-    if (image.device, image.inode) != (disk.identity.device, disk.identity.inode):
-        return Verdict(broken="the image is another file than the one that was tracked")
+    """Whether tracking of `disk`, which nobody holds, continued without a gap until now."""
     if disk.session is None:
-        return _after_detach(disk.identity, image)
-    return _after_crash(disk, image, beat, now)
-
-
-def _after_detach(before: ImageIdentity, image: ImageIdentity) -> Verdict:
-    if image.size != before.size:
-        return Verdict(
-            broken=f"the image's size went from {before.size} to {image.size} bytes while nobody tracked it"
-        )
-    if image.mtime_ns != before.mtime_ns:
-        return Verdict(broken="the image was written while nobody tracked it")
-    return Verdict()
-
-
-def _after_crash(disk: Disk, image: ImageIdentity, beat: Beat | None, now: Moment) -> Verdict:
+        return Verdict(broken=_gap_since_detach(disk.identity, image))
     if disk.durability == DEFERRED:
         return Verdict(
             broken="it was not closed cleanly, and in deferred mode the bits are written at a clean close only"
         )
-    if image.size not in (disk.size, disk.resizing_from):
-        return Verdict(broken=f"the image has {image.size} bytes, and {disk.size} were tracked")
-    if beat is None:
-        return Verdict(broken="it was not closed cleanly, and its owner's last sign of life cannot be read")
-    if image.mtime_ns and not _within_last_moment(image, beat, now):
-        return Verdict(broken="the image was written, or replaced by an older one, after its owner had died")
+    gap = _gap_since_sign_of_life(disk, image, beat, now)
+    if gap is not None:
+        return Verdict(broken=gap)
     return Verdict(superset="its owner died: whatever was being written then counts as dirty")
+
+
+def judge_held(disk: Disk, image: ImageIdentity, beat: Beat | None, now: Moment) -> Verdict:
+    """The same for a disk that somebody holds at this moment."""
+    if disk.session is None:
+        return Verdict(broken=_gap_since_detach(disk.identity, image))
+    return Verdict(broken=_gap_since_sign_of_life(disk, image, beat, now))
+
+
+def _gap_since_detach(before: ImageIdentity | None, image: ImageIdentity) -> str | None:
+    if before is None or not _is_same_file(before, image):
+        return _other_file(before)
+    if image.size != before.size:
+        return f"the image's size went from {before.size} to {image.size} bytes while nobody tracked it"
+    if image.mtime_ns != before.mtime_ns:
+        return "the image was written while nobody tracked it"
+    return None
+
+
+def _gap_since_sign_of_life(disk: Disk, image: ImageIdentity, beat: Beat | None, now: Moment) -> str | None:
+    begun = disk.identity
+    if begun is None or not _is_same_file(begun, image):
+        return _other_file(begun)
+    if image.size not in (disk.size, disk.resizing_from):
+        return f"the image has {image.size} bytes, and {disk.size} were tracked"
+    if 0 != image.mtime_ns == begun.mtime_ns and (beat is None or beat.mtime_ns <= begun.mtime_ns):
+        return None  # nobody wrote since the session began: its owner may not have come to his first beat
+    if beat is None:
+        return "it was not closed cleanly, and its owner's last sign of life cannot be read"
+    if image.mtime_ns and not _within_last_moment(image, beat, now):
+        return "the image was written, or replaced by an older one, after its owner's last sign of life"
+    return None
+
+
+def _is_same_file(before: ImageIdentity, image: ImageIdentity) -> bool:
+    return (image.device, image.inode) == (before.device, before.inode)
+
+
+def _other_file(before: ImageIdentity | None) -> str:
+    if before is None:
+        return "it was never detached cleanly, nor seen when it was added"
+    return "the image is another file than the one that was tracked"
 
 
 def _within_last_moment(image: ImageIdentity, beat: Beat, now: Moment) -> bool:

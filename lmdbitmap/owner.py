@@ -12,6 +12,7 @@ Each record carries a CRC-32; a record that fails it is read in the safe directi
 
 from __future__ import annotations
 
+import fcntl
 import os
 import struct
 import time
@@ -79,13 +80,14 @@ def distrust(path: str) -> Distrust | None:
 
 
 def is_owned(path: str) -> bool:
-    """Whether a living process owns the disk at this moment."""
+    """Whether a living process holds the disk at this moment. Two who ask do not take each other for it."""
     if not os.path.exists(path):
         return False
-    try:
-        files.lock_file(path).close()
-    except Busy:
-        return True
+    with os_errors_at(path), open(path, "rb") as asked:
+        try:
+            fcntl.flock(asked, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
     return False
 
 

@@ -1,0 +1,180 @@
+"""The owner's file: who holds it, the last sign of life, and distrust that is never lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lmdbitmap import owner
+from lmdbitmap.errors import Busy, StorageError
+from lmdbitmap.owner import Beat, Distrust, Owner
+from tests.support import PATIENCE_SECONDS, spawn
+
+HOLD_AND_SAY_SO = """
+import sys
+from lmdbitmap.owner import Owner
+held = Owner(sys.argv[1])
+held.beat(5_000_000_000, 4_000_000_000)
+print("held", flush=True)
+sys.stdin.read()
+import time; time.sleep(60)
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    path = str(tmp_path / "owner")
+    owner.create(path)
+    return path
+
+
+@pytest.fixture
+def held(path: str) -> Iterator[Owner]:
+    held = Owner(path)
+    yield held
+    held.close()
+
+
+# --- the lock ---
+
+
+def test_only_one_holds_a_disk(path: str, held: Owner) -> None:
+    assert owner.is_owned(path)
+    with pytest.raises(Busy):
+        Owner(path)
+    held.close()
+    assert not owner.is_owned(path)
+    Owner(path).close()
+
+
+def test_lock_and_beat_of_a_killed_owner(path: str) -> None:
+    with spawn(sys.executable, "-c", HOLD_AND_SAY_SO, path) as child:
+        child.wait_for_line("held")
+        assert owner.is_owned(path)
+        child.process.kill()
+        child.wait()
+    assert not owner.is_owned(path)
+    assert owner.last_beat(path) == Beat(owner.boot_id(), 5_000_000_000, 4_000_000_000)
+    assert owner.distrust(path) is None
+    Owner(path).close()
+
+
+def test_those_who_only_ask_do_not_take_each_other_for_the_owner(path: str) -> None:
+    answers: list[bool] = []
+    start = threading.Barrier(4)
+
+    def ask() -> None:
+        start.wait(PATIENCE_SECONDS)
+        answers.extend(owner.is_owned(path) for _ in range(200))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_SECONDS)
+    assert len(answers) == 800
+    assert not any(answers)
+
+
+def test_missing_file_is_owned_by_nobody(tmp_path: Path) -> None:
+    assert not owner.is_owned(str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
+# --- distrust ---
+
+
+def test_new_file_is_trusted_and_shows_no_life(path: str) -> None:
+    assert (owner.distrust(path), owner.last_beat(path)) == (None, None)
+    assert os.path.getsize(path) == 8192
+
+
+def test_distrust_stays_until_trust_is_restored(path: str, held: Owner) -> None:
+    held.declare_distrust("the store was full", 12345)
+    assert owner.distrust(path) == held.distrust() == Distrust(12345, "the store was full")
+    held.beat(1, 1)
+    assert owner.distrust(path) is not None
+    held.restore_trust()
+    assert owner.distrust(path) is None
+    assert os.path.getsize(path) == 8192
+
+
+@pytest.mark.parametrize("reason", ["", "ä" * 1000, "x" * 5000])
+def test_any_reason_is_distrust(path: str, held: Owner, reason: str) -> None:
+    held.declare_distrust(reason, 1)
+    found = owner.distrust(path)
+    assert found is not None
+    assert found.reason
+    assert reason.startswith(found.reason.rstrip("\ufffd")) or not reason
+
+
+def test_missing_file_is_distrust_and_stays_so(tmp_path: Path) -> None:
+    path = str(tmp_path / "owner")
+    assert owner.distrust(path) is not None
+    Owner(path).close()
+    found = owner.distrust(path)
+    assert found is not None
+    assert "missing" in found.reason
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 4096, 4097, 8191])
+def test_file_that_was_cut_is_distrust(path: str, size: int) -> None:
+    os.truncate(path, size)
+    is_whole = size >= 4096 + 512
+    assert (owner.distrust(path) is None) == is_whole
+
+
+def test_every_damaged_byte_of_the_trust_record_is_distrust(path: str) -> None:
+    damaged = 0
+    for offset in range(4096, 4096 + 512):
+        flip(path, offset)
+        assert owner.distrust(path) is not None
+        flip(path, offset)
+        damaged += 1
+    assert damaged == 512
+    assert owner.distrust(path) is None
+
+
+def test_every_damaged_byte_of_the_beat_is_no_beat(path: str, held: Owner) -> None:
+    held.beat(7, 8)
+    assert owner.last_beat(path) == Beat(owner.boot_id(), 7, 8)
+    for offset in range(512):
+        flip(path, offset)
+        assert owner.last_beat(path) is None
+        flip(path, offset)
+    assert owner.last_beat(path) == Beat(owner.boot_id(), 7, 8)
+
+
+def flip(path: str, offset: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 0x10]))
+
+
+def test_distrust_needs_no_space_and_no_name(path: str, held: Owner, tmp_path: Path) -> None:
+    """The file's blocks are there, and its name is not asked for: a full disk or a lost folder is no matter."""
+    assert os.stat(path).st_blocks * 512 >= 8192
+    os.rename(path, tmp_path / "elsewhere")
+    held.declare_distrust("lost", 1)
+    assert owner.distrust(str(tmp_path / "elsewhere")) == Distrust(1, "lost")
+
+
+def test_refusal_of_the_file_is_an_error_of_ours(held: Owner) -> None:
+    held.close()
+    with pytest.raises(StorageError) as refused:
+        held.declare_distrust("lost", 1)
+    assert refused.value.errno == errno.EBADF
+
+
+def test_boot_is_known() -> None:
+    assert len(owner.boot_id()) == 36
+    assert 0 < owner.boot_time_ns() < time.time_ns()

@@ -1,0 +1,186 @@
+"""What changed, and how far that can be believed, asked by somebody who is not the owner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from lmdbitmap import schema
+from lmdbitmap.errors import InvalidArgument, NotFound, Untrusted
+from lmdbitmap.extents import Trust
+from lmdbitmap.owner import Owner
+from tests.tracked import TrackedDisk, blocks_of, trust_of
+
+SIZE = 40 * 4096 - 100
+BLOCKS = 40
+
+
+@pytest.fixture
+def tracked(tmp_path: Path) -> Iterator[TrackedDisk]:
+    with closing(TrackedDisk(tmp_path, SIZE).clean()) as tracked:
+        yield tracked
+
+
+def test_new_disk_is_all_dirty(tmp_path: Path) -> None:
+    with closing(TrackedDisk(tmp_path, SIZE)) as tracked:
+        answer = tracked.changes()
+        assert blocks_of(answer) == set(range(BLOCKS))
+        assert answer.summary.dirty_bytes == SIZE
+
+
+def test_changes_add_up_from_a_checkpoint_to_now_or_to_another(tracked: TrackedDisk) -> None:
+    with tracked.attach() as disk:
+        disk.pwrite(b"x", 0)
+        disk.checkpoint("monday")
+        disk.pwrite(b"x", 4096)
+        disk.checkpoint("tuesday")
+        disk.pwrite(b"x", 39 * 4096)
+    assert blocks_of(tracked.changes("start")) == {0, 1, 39}
+    assert blocks_of(tracked.changes("monday")) == {1, 39}
+    assert blocks_of(tracked.changes()) == blocks_of(tracked.changes("tuesday")) == {39}
+    assert blocks_of(tracked.changes("start", "tuesday")) == {0, 1}
+    assert blocks_of(tracked.changes("monday", "tuesday")) == {1}
+    assert tracked.changes("tuesday").summary.dirty_bytes == 4096 - 100
+    assert [extent[:2] for extent in tracked.changes("start").extents()] == [(0, 8192), (39 * 4096, 3996)]
+
+
+def test_questions_that_have_no_answer(tracked: TrackedDisk) -> None:
+    with tracked.attach() as disk:
+        disk.checkpoint("monday")
+    with pytest.raises(InvalidArgument):
+        tracked.changes("monday", "start")
+    with pytest.raises(InvalidArgument):
+        tracked.changes("monday", "monday")
+    for since, until in (("", None), ("start", ""), ("sunday", None), ("start", "sunday")):
+        with pytest.raises(NotFound):
+            tracked.changes(since, until)
+
+
+def test_checkpoint_of_an_older_epoch_is_refused(tracked: TrackedDisk) -> None:
+    tracked.write_behind_our_back(b"stranger", 0)
+    tracked.attach().detach()
+    with pytest.raises(Untrusted):
+        tracked.changes("start")
+    with pytest.raises(Untrusted):
+        tracked.changes("epoch-1", "start")
+    assert blocks_of(tracked.changes("epoch-2")) == set(range(BLOCKS))
+
+
+# --- trust ---
+
+
+def test_image_that_a_stranger_wrote_is_not_trusted(tracked: TrackedDisk) -> None:
+    assert trust_of(tracked.changes("start")) is Trust.EXACT
+    tracked.write_behind_our_back(b"stranger", 0)
+    assert trust_of(tracked.changes("start")) is Trust.UNTRUSTED
+    assert blocks_of(tracked.changes("start")) == set(range(BLOCKS))
+
+
+def test_lock_that_somebody_holds_does_not_vouch_for_the_image(tracked: TrackedDisk) -> None:
+    """Whoever attaches or adopts holds the lock before he has looked at the image."""
+    tracked.write_behind_our_back(b"stranger", 0)
+    with closing(Owner(tracked.store.owner_path(tracked.disk().uuid))):
+        assert trust_of(tracked.changes("start")) is Trust.UNTRUSTED
+
+
+def test_lock_held_after_a_crash_does_not_vouch_for_the_image(tracked: TrackedDisk) -> None:
+    disk = tracked.attach()
+    disk.pwrite(b"x", 0)
+    disk.abandon()
+    with closing(Owner(tracked.store.owner_path(tracked.disk().uuid))):
+        assert trust_of(tracked.changes("start")) is not Trust.UNTRUSTED
+        tracked.write_behind_our_back(b"stranger", 0)
+        assert trust_of(tracked.changes("start")) is Trust.UNTRUSTED
+
+
+def test_owner_who_lives_vouches_for_his_own_writes(tracked: TrackedDisk) -> None:
+    with tracked.attach() as disk:
+        disk.pwrite(b"x", 0)
+        assert trust_of(tracked.changes("start")) is Trust.SUPERSET  # the extent is armed
+        assert 0 in blocks_of(tracked.changes("start"))
+        disk.persist()
+        assert trust_of(tracked.changes("start")) is Trust.EXACT
+        assert blocks_of(tracked.changes("start")) == {0}
+
+
+def test_owner_whose_signs_of_life_ended_is_not_believed(tracked: TrackedDisk) -> None:
+    """That is how an owner says that he lost track when he can write nothing else (filter.py)."""
+    with tracked.attach() as disk:
+        tracked.write_behind_our_back(b"untracked", 0)
+        assert trust_of(tracked.changes("start")) is Trust.UNTRUSTED
+        disk.beat()
+        assert trust_of(tracked.changes("start")) is Trust.EXACT
+
+
+def test_deferred_disk_is_not_trusted_while_it_is_attached(tmp_path: Path) -> None:
+    with closing(TrackedDisk(tmp_path, SIZE, durability=schema.DEFERRED).clean()) as tracked:
+        disk = tracked.attach()
+        disk.pwrite(b"x", 0)
+        assert trust_of(tracked.changes("start")) is Trust.UNTRUSTED
+        assert blocks_of(disk.changes(since="start")) == {0}
+        disk.detach()
+        assert blocks_of(tracked.changes("start")) == {0}
+        disk = tracked.attach()
+        disk.abandon()
+        assert trust_of(tracked.changes("start")) is Trust.UNTRUSTED
+
+
+@pytest.mark.parametrize("damage", ["gone", "another"])
+def test_image_that_cannot_be_compared_is_not_trusted(tracked: TrackedDisk, damage: str) -> None:
+    data = tracked.image.read_bytes()
+    tracked.image.unlink()
+    if damage == "another":
+        tracked.image.write_bytes(data)
+    assert trust_of(tracked.changes("start")) is Trust.UNTRUSTED
+
+
+def test_damaged_record_is_all_dirty_and_a_superset(
+    tracked: TrackedDisk, caplog: pytest.LogCaptureFixture
+) -> None:
+    with tracked.attach() as disk:
+        disk.pwrite(b"x", 0)
+    with tracked.store.read() as reader:
+        bitmap_id = reader.checkpoints(tracked.disk().uuid)[-1].bitmap_id
+    key = schema.region_key(bitmap_id, 0)
+    record = bytearray(schema.encode_region(key, 0, schema.ALL_CLEAN_BITS))
+    record[100] ^= 1
+    tracked.store.update(lambda writer: writer._put("regions", key, bytes(record)))
+    answer = tracked.changes("start")
+    assert blocks_of(answer) == set(range(BLOCKS))
+    assert trust_of(answer) is Trust.SUPERSET
+    assert "damaged" in caplog.text
+
+
+def test_closed_period_does_not_depend_on_the_image(tracked: TrackedDisk) -> None:
+    with tracked.attach() as disk:
+        disk.pwrite(b"x", 0)
+        disk.checkpoint("monday")
+    tracked.write_behind_our_back(b"stranger", 8192)
+    assert trust_of(tracked.changes("start", "monday")) is Trust.EXACT
+    assert blocks_of(tracked.changes("start", "monday")) == {0}
+
+
+# --- while others change the chain ---
+
+
+def test_forgotten_middle_changes_nothing_and_a_forgotten_end_is_said(tracked: TrackedDisk) -> None:
+    with tracked.attach() as disk:
+        for number, name in enumerate(("monday", "tuesday", "wednesday")):
+            disk.pwrite(b"x", 4096 * number)
+            disk.checkpoint(name)
+        answer = tracked.changes("start", "wednesday")
+        disk.forget("monday")
+        assert blocks_of(answer) == {0, 1, 2}
+        disk.forget("wednesday")
+        with pytest.raises(Untrusted):
+            blocks_of(answer)
+
+
+def test_new_epoch_under_a_reader_is_all_dirty(tracked: TrackedDisk) -> None:
+    answer = tracked.changes("start")
+    tracked.write_behind_our_back(b"stranger", 0)
+    tracked.attach().detach()
+    assert blocks_of(answer) == set(range(BLOCKS))
