@@ -20,7 +20,7 @@ import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, NamedTuple, TypeAlias, get_type_hints
+from typing import Annotated, NamedTuple, TypeAlias, TypeVar, get_type_hints
 
 import msgpack
 
@@ -41,6 +41,8 @@ MAX_HEADER_SIZE = 1 << 20
 WORD_BITS = 64
 """The bits are padded with zeroes to a multiple of this."""
 
+_CRC32_POLYNOMIAL = 0xEDB88320
+
 MAX_METADATA_ITEMS = 1024
 """Items in any one map or array of the metadata."""
 MAX_METADATA_DEPTH = 8
@@ -48,6 +50,17 @@ MAX_METADATA_DEPTH = 8
 
 Metadata: TypeAlias = Mapping[str, object]
 """Names and remarks for people: strings, integers, booleans, None, and lists and dicts of them."""
+
+
+class Zeroes(NamedTuple):
+    """So many bytes of clean bits that nobody needs to hold: a hole in a file."""
+
+    length: int
+
+
+Chunk: TypeAlias = Buffer | Zeroes
+"""A piece of a bitmap's bits that streams by."""
+C = TypeVar("C", bound=Chunk)
 
 NO_UUID = uuid.UUID(int=0)
 _EXPORT_AGAIN = "do not use this file; export the bitmap again or make a full backup"
@@ -219,7 +232,11 @@ class BitsTally:
     tail_dirty: bool = False
     """Whether a bit at or past `bit_count` was set."""
 
-    def add(self, chunk: Buffer) -> None:
+    def add(self, chunk: Chunk) -> None:
+        if isinstance(chunk, Zeroes):
+            self.checksum = _checksum_with_zeroes(self.checksum, chunk.length)
+            self.size += chunk.length
+            return
         stop = 8 * len(chunk)
         first_past_end = min(max(self.bit_count - 8 * self.size, 0), stop)
         self.tail_dirty |= bits.any_one(bits.bitmap_view(chunk), first_past_end, stop)
@@ -228,7 +245,7 @@ class BitsTally:
         self.size += len(chunk)
 
 
-def trusted_bits(header: FlatHeader, chunks: Iterable[Buffer], *, place: str) -> Iterator[Buffer]:
+def trusted_bits(header: FlatHeader, chunks: Iterable[C], *, place: str) -> Iterator[C]:
     """Pass on `chunks`, the file's bytes from `header_size` to its end, while proving them.
 
     Raises `Untrusted` before the first chunk if the file is not CLEAN, and `FormatError` after the last
@@ -242,7 +259,7 @@ def trusted_bits(header: FlatHeader, chunks: Iterable[Buffer], *, place: str) ->
     return _proven_bits(header, chunks, place)
 
 
-def _proven_bits(header: FlatHeader, chunks: Iterable[Buffer], place: str) -> Iterator[Buffer]:
+def _proven_bits(header: FlatHeader, chunks: Iterable[C], place: str) -> Iterator[C]:
     tally = BitsTally(header.bit_count)
     where = f"{place}, bits from byte {header.header_size}"
     for chunk in chunks:
@@ -315,6 +332,32 @@ def _header_checksum(area: bytes) -> int:
 def _checksummed(area: bytes) -> bytes:
     start = OFFSETS["header_checksum"]
     return area[:start] + struct.pack("<I", _header_checksum(area)) + area[start + 4 :]
+
+
+def _checksum_with_zeroes(checksum: int, count: int) -> int:
+    """CRC-32 of what has `checksum` and `count` zero bytes behind it, in as many steps as `count` has bits.
+
+    A zero byte multiplies the register, a polynomial over GF(2), by x^8; so `count` of them multiply it by
+    x^(8 count), which is had by squaring. As in the checksum itself, the top bit stands for x^0.
+    """
+    register, power = checksum ^ 0xFFFFFFFF, 1 << 31 - 8
+    while count:
+        if count & 1:
+            register = _multiplied(register, power)
+        power = _multiplied(power, power)
+        count >>= 1
+    return register ^ 0xFFFFFFFF
+
+
+def _multiplied(left: int, right: int) -> int:
+    """The product of two polynomials modulo that of CRC-32."""
+    product = 0
+    while left:
+        if left & 1 << 31:
+            product ^= right
+        left = left << 1 & 0xFFFFFFFF
+        right = right >> 1 ^ (_CRC32_POLYNOMIAL if right & 1 else 0)
+    return product
 
 
 def _decode_fixed(prefix: bytes, place: str) -> _Fields:
