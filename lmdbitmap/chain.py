@@ -176,7 +176,7 @@ def _drop(writer: Writer, checkpoint: Checkpoint) -> None:
 def merge_into(writer: Writer, target_id: int, source_id: int) -> None:
     """OR one bitmap into another of the same granularity; the source stays as it is."""
     target, source = writer.bitmap(target_id), writer.bitmap(source_id)
-    for number, region in _in_slices(writer, source_id):
+    for number, region in in_slices(writer, source_id):
         mine = writer.region(target_id, number)
         armed, merged = region.armed, region.bits
         if mine is not None:
@@ -191,7 +191,7 @@ def merge_into(writer: Writer, target_id: int, source_id: int) -> None:
     )
 
 
-def _in_slices(reader: Reader, bitmap_id: int) -> Iterator[tuple[int, Region]]:
+def in_slices(reader: Reader, bitmap_id: int) -> Iterator[tuple[int, Region]]:
     """All region records, read a slice at a time, so that the caller may write between them."""
     start = 0
     while (first := reader.next_region(bitmap_id, start)) is not None:

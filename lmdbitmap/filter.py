@@ -25,14 +25,15 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from lmdbitmap import chain, schema, session
 from lmdbitmap.bits import Run
 from lmdbitmap.changes import Changes, Standing, changes
 from lmdbitmap.device import FileDevice
-from lmdbitmap.errors import LmdbitmapError, StorageError
+from lmdbitmap.errors import InvalidArgument, LmdbitmapError, StorageError
 from lmdbitmap.extents import Trust
+from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Allocation, Buffer, TrackableDevice
 from lmdbitmap.lane import FilterLane, Gate
 from lmdbitmap.owner import Owner
@@ -69,6 +70,7 @@ class Filter:
         self._losing = threading.Lock()
         self._beating = True
         self._detached = False
+        self._last_acts: list[Callable[[], None]] = []
         self._period = self._open_period()
         self._gate = Gate(disk.geometry, self._period.settled)
         self._threads = threading.local()
@@ -174,9 +176,24 @@ class Filter:
 
     def mark(self, offset: int, length: int) -> None:
         """Make every block that the range touches dirty, by hand; durable on return."""
-        blocks = self.disk.geometry.blocks_outward(offset, length)
-        with self._gate.entering(self._my_lane()):
+        with self._gate.entering(self._my_lane()) as geometry:
+            blocks = geometry.blocks_outward(offset, length)
             self._mark([(blocks.start, blocks.stop)])
+
+    def mark_regions(self, dirt: Iterable[tuple[int, bytes]], geometry: Geometry) -> None:
+        """As `mark`, for many blocks at once: regions of a disk of `geometry`, which must be ours, with their bits.
+
+        One commit for all of them. Raises what the store raises.
+        """
+        with self._gate.entering(self._my_lane()) as ours:
+            if geometry != ours:
+                raise InvalidArgument(
+                    f"disk {self.disk.name!r} has {ours.size} bytes in blocks of {ours.granularity},"
+                    f" not {geometry.size} in blocks of {geometry.granularity}",
+                    next_step="try again if it was resized just now",
+                )
+            if self._lost is None:
+                self._period.add_dirt(dirt)
 
     def resize(self, size: int) -> None:
         """Grow (the new area is dirty) or shrink (bits past the end are gone for good) disk and image.
@@ -193,6 +210,11 @@ class Filter:
                 raise
             self.device.flush()
             self._change_chain(lambda writer, disk: _end_resize(disk))
+
+    def start_epoch(self, reason: str) -> None:
+        """Begin anew, everything dirty: what was known cannot be believed. Durable on return."""
+        with self._frozen():
+            self._start_epoch(reason)
 
     def persist(self) -> None:
         """Write everything that only memory knows: the store names exactly what is dirty at this moment."""
@@ -318,12 +340,17 @@ class Filter:
         reason = self._lost
         if reason is None:  # another thread was first
             return
-        disk = self.store.update(lambda writer: chain.start_epoch(writer, self.disk, reason, time.time_ns()))
-        self._go_on_with(disk)
+        self._start_epoch(reason)
         self._owner.restore_trust()
         self._lost = None
         self._beating = True
         log.warning("disk %s: tracking begins again", self.disk.name)
+
+    def _start_epoch(self, reason: str) -> None:
+        """Called inside `_frozen`."""
+        self._go_on_with(
+            self.store.update(lambda writer: chain.start_epoch(writer, self.disk, reason, time.time_ns()))
+        )
 
     def _every_interval(self, work: Callable[[], None]) -> None:
         while not self._stop.wait(PASS_INTERVAL_S):
@@ -349,9 +376,19 @@ class Filter:
             self._gate.shut(_detached_error(self.disk))
             try:
                 self._end_session()
+                if self.disk.session is None:
+                    for act in self._last_acts:
+                        act()
             finally:
                 self.device.close()
                 self._owner.close()
+
+    def at_detach(self, act: Callable[[], None]) -> None:
+        """Have `act` called when a clean detach is durable, while the disk is still ours and nobody can write.
+
+        A session that could not be ended cleanly, or that is abandoned, leaves it out.
+        """
+        self._last_acts.append(act)
 
     def abandon(self) -> None:
         """Let go of everything at once, as a crash would, without any last write."""

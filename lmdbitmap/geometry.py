@@ -1,9 +1,9 @@
 """All arithmetic between bytes and blocks. Ranges are half-open; an empty range is a no-op everywhere.
 
-    byte     0        g        2g       3g    size
-             |--------|--------|--------|-----|        the last block may be short
-    block        0        1        2       3
-    extent   64 blocks, the unit of arming; 64 extents are one region of 4096 blocks, the unit of storage
+byte     0        g        2g       3g    size
+         |--------|--------|--------|-----|        the last block may be short
+block        0        1        2       3
+extent   64 blocks, the unit of arming; 64 extents are one region of 4096 blocks, the unit of storage
 """
 
 from __future__ import annotations
@@ -79,6 +79,14 @@ class Geometry:
     def check_range(self, offset: int, length: int) -> None:
         check_range(offset, length, self.size)
 
+    def check_blocks(self, start: int, stop: int) -> None:
+        """Raise `InvalidArgument` unless [start, stop) are blocks of the disk."""
+        if not 0 <= start <= stop <= self.block_count:
+            raise InvalidArgument(
+                f"blocks {start}..{stop} are not on a disk of {self.block_count} blocks",
+                next_step="stay between 0 and the disk's number of blocks",
+            )
+
     def blocks_outward(self, offset: int, length: int) -> range:
         """Every block that [offset, offset + length) touches: the rounding for marking."""
         self.check_range(offset, length)
@@ -100,3 +108,7 @@ class Geometry:
         offset = min(block_start << self.granularity_bits, self.size)
         end = min(block_stop << self.granularity_bits, self.size)
         return offset, max(end - offset, 0)
+
+    def bytes_in(self, block_count: int, *, with_last: bool) -> int:
+        """Bytes in so many blocks; the disk's last one, which may be short, is among them or not."""
+        return (block_count << self.granularity_bits) - (with_last and -self.size % self.granularity)

@@ -108,6 +108,25 @@ class Period:
             self._queue.append(ticket)
         self._wait_for_commit(ticket)
 
+    def add_dirt(self, dirt: Iterable[tuple[int, bytes]]) -> None:
+        """As `make_durable`, for many blocks at once: regions, each with its dirty bits. Arms nothing."""
+        if self._all_dirty:
+            return
+        with self._commit:
+            with self._state:
+                records = {region: self._record_with(region, dirty) for region, dirty in dirt}
+            error = self._write(records)
+            if error is not None:
+                raise error
+            with self._state:
+                for region, (_, exact) in records.items():
+                    bits.or_into(self._memory, exact, region * REGION_BYTES)
+
+    def _record_with(self, region: int, dirty: bytes) -> tuple[int, bytes]:
+        exact = self._known(region)
+        bits.or_into(exact, dirty)
+        return self._armed.get(region, 0), bytes(exact)
+
     def _settle_in_memory(self, piece: Piece) -> bool:
         """Settle a piece that needs no commit: dirty already, or armed, or deferred. Caller holds `_state`."""
         region, start, stop = piece
