@@ -37,6 +37,7 @@ FLOORS: dict[str, float] = {
     "nbd.protocol": 1,
     "nbd.handshake": 1.3,
     "nbd.requests": 1.5,
+    "nbd.control_wire": 1.5,
     # 2 resources: files, devices, sockets, the store
     "linux": 2,
     "image_locks": 2,
@@ -44,13 +45,17 @@ FLOORS: dict[str, float] = {
     "device": 2.5,
     "owner": 2.5,
     "nbd.client": 2.5,
+    "nbd.control_client": 2.5,
+    "flatfile": 2.5,
     "plain": 2.7,
     "store": 2.7,
     # 3 model
     "period": 3,
     "continuity": 3,
     "repository": 3,
+    "copier": 3,
     "chain": 3.5,
+    "standalone": 3.6,
     "session": 3.7,
     # 4 tracker
     "lane": 4,
@@ -67,6 +72,7 @@ FLOORS: dict[str, float] = {
     "nbd.control": 5.6,
     "check": 5,
     "export": 5,
+    "bitmap_file": 5.2,
     "backup": 5,
     "restore": 5,
     # 6 surface: what embedders import, and over it the command line

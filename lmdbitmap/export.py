@@ -1,0 +1,325 @@
+"""Bitmaps that leave a store as flat files, and enter it again. The file's bytes are docs/format.md's.
+
+Out: what is exported twice gives the same bytes twice. Nothing in a file depends on the moment, the place or
+the process; the uuid of a disk's changes is made from the checkpoints they lie between. The bits are counted
+as they are written, so a period that records meanwhile gives a file that is right for what it holds.
+
+In: a file is proven to its last bit before the store is asked for anything, and proven again while its bits go
+into one transaction, so that not even a file that changes meanwhile is kept in part. What was imported keeps
+the identity it came with: export it again, and bits, sizes, flags, uuids and times are the same; only the
+names in the metadata are not.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import uuid
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from typing import NamedTuple
+
+from lmdbitmap import bits, chain, files, schema, standalone
+from lmdbitmap import format as flat
+from lmdbitmap.changes import Changes
+from lmdbitmap.errors import FormatError, InvalidArgument, Untrusted, error_from_os
+from lmdbitmap.extents import Trust
+from lmdbitmap.filter import Filter
+from lmdbitmap.flatfile import FlatFile, NewFlatFile, writing
+from lmdbitmap.format import NO_UUID, Chunk, Flags, FlatHeader, Metadata, Zeroes
+from lmdbitmap.geometry import REGION_BYTES, Geometry
+from lmdbitmap.nbd import control_client
+from lmdbitmap.schema import Bitmap, Disk
+from lmdbitmap.standalone import Dirt, Origin
+from lmdbitmap.store import Reader, Store, Writer
+
+_BATCH_REGIONS = 512
+"""Regions that are marked in one commit: many enough that commits cost little, so few that no guest waits long."""
+
+# -- out ---------------------------------------------------------------------------------------------------
+
+
+def export_changes(changes: Changes, path: str | os.PathLike[str]) -> FlatHeader:
+    """Write the changes to a flat file, durable at `path` on return; answer its header.
+
+    Raises `Untrusted`, and writes nothing, where nothing is known. If it raises, the old file is still there.
+    """
+    _require_known(changes)
+    disk, since, until = changes.disk, changes.since, changes.until
+    header = FlatHeader(
+        disk_size=disk.size,
+        granularity_bits=disk.granularity_bits,
+        bitmap_uuid=_uuid_of(changes),
+        disk_uuid=disk.uuid,
+        epoch_uuid=disk.epoch,
+        since_uuid=since.uuid,
+        until_uuid=None if until is None else until.uuid,
+        since_time_ns=since.time_ns,
+        flags=Flags.RECORDING if until is None else flat.NO_FLAGS,
+    )
+    metadata = {"disk": disk.name, "checkpoint": since.name} | ({"until": until.name} if until else {})
+    loose = changes.standing.trust is Trust.SUPERSET
+    return _write(path, header, metadata, changes.slices(), loose=loose, full=changes.all_dirty)
+
+
+def export_bitmap(store: Store, name: str, path: str | os.PathLike[str]) -> FlatHeader:
+    """Write the stand-alone bitmap called `name` to a flat file, as `export_changes` does."""
+    with store.read() as reader:
+        bitmap = standalone.find(reader, name)
+    header = FlatHeader(
+        disk_size=bitmap.size,
+        granularity_bits=bitmap.granularity_bits,
+        bitmap_uuid=bitmap.uuid,
+        disk_uuid=bitmap.origin_disk or NO_UUID,
+        epoch_uuid=bitmap.origin_epoch or NO_UUID,
+        since_uuid=bitmap.origin_since or NO_UUID,
+        until_uuid=bitmap.origin_until,
+        since_time_ns=bitmap.origin_time_ns,
+        flags=Flags.RECORDING if bitmap.origin_since and not bitmap.origin_until else flat.NO_FLAGS,
+    )
+    loose = standalone.trust(bitmap) is Trust.SUPERSET
+    parts = standalone.slices(store, bitmap)
+    return _write(path, header, {"bitmap": name}, parts, loose=loose, full=bitmap.all_dirty is not None)
+
+
+def keep_changes(changes: Changes, name: str) -> Bitmap:
+    """Keep the changes as the stand-alone bitmap `name`, in one transaction. Raises as `export_changes` does."""
+    _require_known(changes)
+    origin = Origin(
+        disk=changes.disk.uuid,
+        epoch=changes.disk.epoch,
+        since=changes.since.uuid,
+        until=changes.until.uuid if changes.until else None,
+        time_ns=changes.since.time_ns,
+    )
+
+    create = partial(standalone.create, bitmap_uuid=_uuid_of(changes), origin=origin)
+
+    def keep(writer: Writer) -> Bitmap:
+        now = replace(changes)  # nobody else writes to the store from here on: what is read twice is the same
+        if now.all_dirty:
+            full = now.standing.reason or "a new epoch began"
+            return create(writer, name, now.geometry, all_dirty=full)
+        superset = now.summary.standing.reason
+        return create(writer, name, now.geometry, _dirt_of_parts(now.slices()), superset=superset)
+
+    return changes.store.update(keep)
+
+
+def _require_known(changes: Changes) -> None:
+    if changes.standing.trust is Trust.UNTRUSTED:
+        raise Untrusted(
+            f"what changed on disk {changes.disk.name!r} is not known: {changes.standing.reason}",
+            next_step="make a full backup",
+        )
+
+
+def _uuid_of(changes: Changes) -> uuid.UUID:
+    """The same for the same changes, whoever asks and whenever."""
+    until = "now" if changes.until is None else changes.until.uuid
+    return uuid.uuid5(changes.disk.uuid, f"{changes.disk.epoch}/{changes.since.uuid}/{until}")
+
+
+def _write(
+    path: str | os.PathLike[str],
+    header: FlatHeader,
+    metadata: Metadata,
+    parts: Iterable[tuple[int, bytearray, bool]],
+    *,
+    loose: bool,
+    full: bool,
+) -> FlatHeader:
+    """`parts` are (first region, dirt, loose); `full` says that they are nothing but ones, to the disk's end."""
+    if full:
+        _require_room(path, header.bits_size)
+    with writing(path, header, metadata) as new:
+        if loose:
+            new.note_superset()
+        for region, dirty, is_loose in parts:
+            _put(new, region * REGION_BYTES, dirty)
+            if is_loose:
+                new.note_superset()
+    return new.header
+
+
+def _put(new: NewFlatFile, offset: int, dirty: bytearray) -> None:
+    room = new.header.bits_size - offset
+    if room > 0:  # a disk that grew meanwhile has bits that this file has no place for
+        new.put(offset, memoryview(dirty)[:room])
+
+
+def _require_room(path: str | os.PathLike[str], size: int) -> None:
+    """A description of a few bytes can stand for petabytes of ones: say so before the disk is full of them."""
+    folder = os.path.dirname(os.path.realpath(path))
+    if files.free_bytes(folder) < size:
+        raise error_from_os(os.fspath(path), OSError(errno.ENOSPC, f"{size} bytes are needed"))
+
+
+# -- in ----------------------------------------------------------------------------------------------------
+
+
+def import_file(
+    store: Store,
+    path: str | os.PathLike[str],
+    name: str,
+    *,
+    into: str | None = None,
+    all_dirty: bool = False,
+) -> Bitmap:
+    """Keep the file as the stand-alone bitmap `name`; with `into`, also OR it into that disk's open period.
+
+    `all_dirty` takes every block as dirty, whatever the file's bits are worth. Durable on return; if it
+    raises, no bitmap is there. Raises `Untrusted` for a file that is not CLEAN, `FormatError` for one that is
+    wrong, `AlreadyExists` for a name that is taken, `InvalidArgument` for a disk of another size.
+    """
+    with FlatFile.open(path) as file:
+        with store.read() as reader:
+            _require_place(reader, file.header, name, into)
+        if not all_dirty:
+            file.prove()
+        bitmap = store.update(lambda writer: _keep(writer, file, name, into, all_dirty))
+    if into is not None:
+        try:
+            _merge_wherever_owned(store, name, into)
+        except BaseException:
+            store.update(lambda writer: standalone.remove(writer, name))
+            raise
+    return bitmap
+
+
+def _require_place(reader: Reader, header: FlatHeader, name: str, into: str | None) -> None:
+    chain.refuse_taken_name(reader, schema.check_name(name, what="bitmap"))
+    if into is not None:
+        _require_size(chain.find_disk(reader, into), header.disk_size)
+
+
+def _require_size(disk: Disk, size: int) -> None:
+    if disk.size != size:
+        raise InvalidArgument(
+            f"the bitmap is of a disk of {size} bytes, and disk {disk.name!r} has {disk.size} bytes",
+            next_step="choose the disk that it is of",
+        )
+
+
+def _keep(writer: Writer, file: FlatFile, name: str, into: str | None, all_dirty: bool) -> Bitmap:
+    header = file.header
+    _require_place(writer, header, name, into)
+    file_name = os.path.basename(file.path)
+    superset = f"{file_name} was a superset" if Flags.SUPERSET in header.flags else None
+    return standalone.create(
+        writer,
+        name,
+        header.geometry,
+        () if all_dirty else _dirt_of_chunks(file.chunks()),
+        bitmap_uuid=header.bitmap_uuid,
+        origin=Origin(
+            disk=_known(header.disk_uuid),
+            epoch=_known(header.epoch_uuid),
+            since=_known(header.since_uuid),
+            until=header.until_uuid,
+            time_ns=header.since_time_ns,
+        ),
+        superset=superset,
+        all_dirty=f"{file_name} was taken as everything dirty" if all_dirty else None,
+    )
+
+
+def _known(number: uuid.UUID) -> uuid.UUID | None:
+    return None if number == NO_UUID else number
+
+
+def _merge_wherever_owned(store: Store, name: str, disk_name: str) -> None:
+    """Let the process that owns the disk do it, or own it for a moment."""
+    with store.read() as reader:
+        disk = chain.find_disk(reader, disk_name)
+    client = control_client.reach(store.control_path(disk.uuid))
+    if client is not None:
+        with client:
+            client.call("merge", disk=disk_name, bitmap=name)
+        return
+    with Filter.attach(store, disk_name, background=False) as attached:
+        merge_into(attached, name)
+
+
+def merge_into(attached: Filter, name: str) -> None:
+    """OR the stand-alone bitmap `name` into the disk's open period, regrained outward. Durable on return."""
+    with attached.store.read() as reader:
+        bitmap = standalone.find(reader, name)
+    dirt = _dirt_of_parts(standalone.slices(attached.store, bitmap))
+    add_dirt(attached, dirt, bitmap.geometry, loose=bitmap.all_dirty or bitmap.superset)
+
+
+def merge_file_into(attached: Filter, file: FlatFile, *, loose: str | None) -> None:
+    """OR a file's bits into the disk's open period; those that turn out to be wrong at its end are in by then."""
+    add_dirt(attached, _dirt_of_chunks(file.chunks()), file.header.geometry, loose=loose)
+
+
+def add_dirt(attached: Filter, dirt: Dirt, geometry: Geometry, *, loose: str | None) -> None:
+    """OR dirt of a disk of `geometry` into the open period; `loose` says why it may name clean blocks as dirty."""
+    disk = attached.disk
+    _require_size(disk, geometry.size)
+    if loose is not None:
+        attached.store.update(lambda writer: chain.note_superset(writer, disk, loose))
+    regrained = iter(standalone.regrained(dirt, geometry, disk.granularity_bits))
+    while batch := list(islice(regrained, _BATCH_REGIONS)):
+        attached.mark_regions(batch, disk.geometry)
+
+
+def _dirt_of_parts(parts: Iterable[tuple[int, bytearray, bool]]) -> Dirt:
+    return (pair for region, dirty, _ in parts for pair in standalone.dirt_of_bits(region, dirty))
+
+
+def _dirt_of_chunks(chunks: Iterable[Chunk]) -> Dirt:
+    """Chunks begin on multiples of a page of bits, and so with a region."""
+    position = 0
+    for chunk in chunks:
+        if isinstance(chunk, Zeroes):
+            position += chunk.length
+            continue
+        yield from standalone.dirt_of_bits(position // REGION_BYTES, chunk)
+        position += len(chunk)
+
+
+# -- what a file is ----------------------------------------------------------------------------------------
+
+
+class Inspection(NamedTuple):
+    """`problems` are sentences; with one of them the trust is UNTRUSTED and all of the disk counts as dirty."""
+
+    path: str
+    header: FlatHeader
+    metadata: Metadata
+    trust: Trust
+    dirty_bytes: int
+    problems: list[str]
+
+
+def inspect_file(path: str | os.PathLike[str]) -> Inspection:
+    """Read the whole file and say what it is worth. Raises `FormatError` where not even its header can be read."""
+    with FlatFile.open(path) as file:
+        header, problems = file.header, []
+        try:
+            last_is_dirty = _last_is_dirty(file)
+            dirty_bytes = header.geometry.bytes_in(header.dirty_count, with_last=last_is_dirty)
+        except Untrusted:
+            problems.append(
+                "CLEAN is not set: it is worth nothing but 'everything is dirty'; make a full backup"
+            )
+        except FormatError as error:
+            problems.append(str(error))
+        if problems:
+            return Inspection(file.path, header, file.metadata, Trust.UNTRUSTED, header.disk_size, problems)
+        return Inspection(file.path, header, file.metadata, header.trust, dirty_bytes, [])
+
+
+def _last_is_dirty(file: FlatFile) -> bool:
+    """Read and prove all bits; whether the disk's last block is dirty."""
+    header = file.header
+    last = deque(file.chunks(), maxlen=1)
+    if not last or isinstance(last[0], Zeroes):
+        return False
+    position = header.bit_count - 1 - 8 * (header.bits_size - len(last[0]))
+    return bits.any_one(bits.bitmap_view(last[0]), position, position + 1)

@@ -1,0 +1,367 @@
+"""The owner's side of the control socket: what other processes ask of the one that owns their disks.
+
+    accept      one thread for the sockets of all disks
+    a caller    one thread: hello, then a request and its answer in turn, every line under a deadline
+
+Callers are few, short-lived, and of our own user or root; still, none is trusted. A line is bounded, a caller
+that is slow is dropped, one that is stuck costs its own thread, and of those there are at most `MAX_CALLERS`.
+What cannot be understood costs the connection; an operation that is not in the table is an error.
+
+Whoever makes a `ControlServer` holds the owner's lock of every disk in it, as a `Filter` does. So a socket that
+is there already is a dead owner's, and is replaced. Stop the server before the disks are detached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import selectors
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple
+
+from lmdbitmap import chain, export
+from lmdbitmap.errors import (
+    Busy,
+    InvalidArgument,
+    LmdbitmapError,
+    NotFound,
+    error_from_os,
+    os_errors_at,
+)
+from lmdbitmap.filter import Filter, take_checkpoint
+from lmdbitmap.nbd import control_wire as wire
+from lmdbitmap.nbd.control_client import receive_line, short_path
+from lmdbitmap.version import __version__
+
+_log = logging.getLogger(__name__)
+
+MAX_CALLERS: Final = 16
+PATIENCE_S: Final = 10.0
+"""How long a caller may take over a line, be it to send one or to read one."""
+GRACE_S: Final = 30.0
+"""How long `stop` waits for what is being done."""
+_BACKLOG: Final = 16
+_ACCEPT_PAUSE_S: Final = 0.1
+_PEER: Final = struct.Struct("3i")
+_REQUEST: Final = "request"
+
+Filters = Mapping[str, Filter]
+Answer = dict[str, Any]
+
+
+# -- what can be asked -------------------------------------------------------------------------------------
+
+
+def answer(filters: Filters, request: wire.Message) -> Answer:
+    """Do what the request says. Raises the errors that the disks raise, and `FormatError` for no request."""
+    name = wire.field(request, "operation", str, _REQUEST)
+    operation = _OPERATIONS.get(name)
+    if operation is None:
+        raise InvalidArgument(
+            f"operation {name[:40]!r} is not one of {', '.join(_OPERATIONS)}",
+            next_step="use the same version of lmdbitmap on both sides",
+        )
+    arguments = wire.field(request, "arguments", dict, _REQUEST)
+    wire.require_names(arguments, operation.arguments, _REQUEST)
+    values: Answer = {
+        name: wire.field(arguments, name, kind, _REQUEST) for name, kind in operation.arguments.items()
+    }
+    return operation.act(filters, **values)
+
+
+def _info(filters: Filters) -> Answer:
+    return {"disks": [_described(attached) for attached in filters.values()]}
+
+
+def _described(attached: Filter) -> Answer:
+    disk, standing = attached.disk, attached.standing()
+    with attached.store.read() as reader:
+        recording = chain.current_checkpoint(reader, disk)
+    return {
+        "name": disk.name,
+        "uuid": str(disk.uuid),
+        "size": disk.size,
+        "granularity": disk.geometry.granularity,
+        "durability": disk.durability,
+        "policy": disk.policy,
+        "epoch": str(disk.epoch),
+        "session": str(disk.session),
+        "recording_since": recording.name,
+        "trust": standing.trust.value,
+        "reason": standing.reason,
+        "armed": attached.armed_count,
+    }
+
+
+def _checkpoint(filters: Filters, disks: list[Any], name: str) -> Answer:
+    if not disks or len({str(disk) for disk in disks}) < len(disks):
+        raise InvalidArgument(
+            "a checkpoint is of one disk or more, each named once", next_step="name them so"
+        )
+    foreign = [str(disk) for disk in disks if disk not in filters]
+    if foreign:
+        raise Busy(
+            f"not served by this process: {', '.join(foreign)}",
+            next_step="serve all of the disks in one process, or stop serving them",
+        )
+    taken = take_checkpoint([filters[disk] for disk in disks], name)
+    return {"checkpoints": [{"disk": disk, "uuid": str(checkpoint.uuid), "time_ns": checkpoint.time_ns}
+                            for disk, checkpoint in zip(disks, taken, strict=True)]}  # fmt: skip
+
+
+def _persist(filters: Filters, disk: str) -> Answer:
+    _named(filters, disk).persist()
+    return {}
+
+
+def _mark(filters: Filters, disk: str, offset: int, length: int) -> Answer:
+    _named(filters, disk).mark(offset, length)
+    return {}
+
+
+def _merge(filters: Filters, disk: str, bitmap: str) -> Answer:
+    export.merge_into(_named(filters, disk), bitmap)
+    return {}
+
+
+def _forget(filters: Filters, disk: str, checkpoint: str) -> Answer:
+    _named(filters, disk).forget(checkpoint)
+    return {}
+
+
+def _resize(filters: Filters, disk: str, size: int) -> Answer:
+    attached = _named(filters, disk)
+    with os_errors_at(attached.disk.image):
+        attached.resize(size)
+    return {"size": attached.size}
+
+
+def _named(filters: Filters, disk: str) -> Filter:
+    found = filters.get(disk)
+    if found is None:
+        raise NotFound(f"disk {disk!r} is not served by this process", next_step="ask the one that serves it")
+    return found
+
+
+class _Operation(NamedTuple):
+    act: Callable[..., Answer]
+    arguments: Mapping[str, type]
+
+
+_OPERATIONS: Final = {
+    "info": _Operation(_info, {}),
+    "checkpoint": _Operation(_checkpoint, {"disks": list, "name": str}),
+    "persist": _Operation(_persist, {"disk": str}),
+    "mark": _Operation(_mark, {"disk": str, "offset": int, "length": int}),
+    "merge": _Operation(_merge, {"disk": str, "bitmap": str}),
+    "forget": _Operation(_forget, {"disk": str, "checkpoint": str}),
+    "resize": _Operation(_resize, {"disk": str, "size": int}),
+}
+
+
+# -- who asks ----------------------------------------------------------------------------------------------
+
+
+class ControlServer:
+    """Listens at the control socket of every disk in `filters`, from `start` to `stop`."""
+
+    def __init__(
+        self, filters: Filters, *, max_callers: int = MAX_CALLERS, patience_s: float = PATIENCE_S
+    ) -> None:
+        self.filters = dict(filters)
+        self.patience_s = patience_s
+        self.stopping = False
+        self._max_callers = max_callers
+        self._listeners: list[_Listener] = []
+        self._callers: set[_Caller] = set()
+        self._lock = threading.Lock()
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._thread = threading.Thread(target=self._accept_all, name="lmdbitmap control", daemon=True)
+
+    def start(self) -> None:
+        """Listen, and answer in the background. Raises `StorageError` where a socket cannot be made."""
+        try:
+            for attached in self.filters.values():
+                self._listeners.append(_Listener(attached.store.control_path(attached.disk.uuid)))
+        except BaseException:
+            self._close()
+            raise
+        self._thread.start()
+
+    def stop(self) -> bool:
+        """Take no more callers, finish what is being done; True if all have ended, so that disks may be detached."""
+        if self._wake_fd < 0:
+            return True
+        self.stopping = True
+        os.eventfd_write(self._wake_fd, 1)
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._close()
+        with self._lock:
+            callers = list(self._callers)
+        deadline = time.monotonic() + GRACE_S
+        for caller in callers:
+            caller.hang_up()
+            caller.join(max(deadline - time.monotonic(), 0))
+        return not any(caller.is_alive() for caller in callers)
+
+    def __enter__(self) -> ControlServer:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def hello(self) -> Answer:
+        return {
+            "protocol": wire.PROTOCOL, "version": __version__, "pid": os.getpid(), "disks": list(self.filters),
+        }  # fmt: skip
+
+    def forget_caller(self, caller: _Caller) -> None:
+        with self._lock:
+            self._callers.discard(caller)
+
+    def _close(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+        fd, self._wake_fd = self._wake_fd, -1
+        os.close(fd)
+
+    def _accept_all(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wake_fd, selectors.EVENT_READ)
+            for listener in self._listeners:
+                selector.register(listener.sock, selectors.EVENT_READ, listener.sock)
+            while not self.stopping:
+                for key, _ in selector.select():
+                    if key.data is not None:
+                        self._accept(key.data)
+
+    def _accept(self, listening: socket.socket) -> None:
+        try:
+            sock, _ = listening.accept()
+        except (BlockingIOError, ConnectionError):  # it left before we came to the door
+            return
+        except OSError as refused:
+            _log.warning("cannot take a caller: %s", refused)
+            time.sleep(_ACCEPT_PAUSE_S)  # out of descriptors or memory: asking again at once would only spin
+            return
+        caller = _Caller(self, sock)
+        with self._lock:
+            is_welcome = len(self._callers) < self._max_callers
+            if is_welcome:
+                self._callers.add(caller)
+        if is_welcome:
+            caller.start()
+        else:
+            caller.turn_away()
+
+
+class _Listener:
+    """The control socket at `path`, for our user alone."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            with os_errors_at(path):
+                self._listen()
+        except BaseException:
+            self.sock.close()
+            raise
+
+    def _listen(self) -> None:
+        os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)  # a dead owner's: we hold the lock of its disk
+        with short_path(self._path) as address:
+            self.sock.bind(address)
+        os.chmod(self._path, 0o600)  # nobody can have connected yet: that takes `listen`
+        self._status = os.lstat(self._path)
+        self.sock.listen(_BACKLOG)
+        self.sock.setblocking(False)
+
+    def close(self) -> None:
+        """Leaves a socket that is another's by now: somebody owned the disk after us."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.lstat(self._path), self._status):
+                os.unlink(self._path)
+        self.sock.close()
+
+
+class _Caller(threading.Thread):
+    """One connection, from hello to hang-up."""
+
+    def __init__(self, server: ControlServer, sock: socket.socket) -> None:
+        super().__init__(name="lmdbitmap caller", daemon=True)
+        self._server = server
+        self._sock = sock
+
+    def run(self) -> None:
+        try:
+            with self._sock:
+                self._converse()
+        except OSError as error:
+            _log.info("a caller at the control socket is gone: %s", error)
+        finally:
+            self._server.forget_caller(self)
+
+    def turn_away(self) -> None:
+        """There are too many. Does not wait: the line fits into any socket's buffer."""
+        with self._sock, contextlib.suppress(OSError):
+            self._sock.setblocking(False)
+            self._send(_error(Busy("too many callers at the control socket", next_step="try again")))
+
+    def hang_up(self) -> None:
+        """Have it see the end after the answer that is on its way."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RD)
+
+    def _converse(self) -> None:
+        lines = wire.LineBuffer(_REQUEST)
+        try:
+            self._sock.settimeout(self._server.patience_s)
+            _require_welcome(self._sock)
+            self._send(self._server.hello())
+            while not self._server.stopping and (line := self._receive(lines)) is not None:
+                self._send(self._answer(wire.decode(line, _REQUEST)))
+        except LmdbitmapError as error:
+            self._send(_error(error))
+
+    def _receive(self, lines: wire.LineBuffer) -> bytes | None:
+        return receive_line(self._sock, lines, time.monotonic() + self._server.patience_s)
+
+    def _answer(self, request: wire.Message) -> Answer:
+        try:
+            return {"answer": answer(self._server.filters, request)}
+        except LmdbitmapError as error:
+            return _error(error)
+        except Exception as bug:
+            _log.exception("the control socket could not answer a request")
+            problem = f"the owner failed with {type(bug).__name__}: {bug}"
+            return _error(LmdbitmapError(problem[:1000], next_step="see its log, and report this as a fault"))
+
+    def _send(self, message: wire.Message) -> None:
+        self._sock.settimeout(self._server.patience_s)
+        self._sock.sendall(wire.encode(message))
+
+
+def _error(error: LmdbitmapError) -> Answer:
+    return {"error": wire.error_fields(error)}
+
+
+def _require_welcome(sock: socket.socket) -> None:
+    """The folder keeps strangers out; this does it once more, where somebody opened the folder's doors."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+    require_user(_PEER.unpack(credentials)[1])
+
+
+def require_user(uid: int) -> None:
+    """Raise `StorageError` unless this user may command us: root, and the user that we run as."""
+    if uid not in (0, os.geteuid()):
+        raise error_from_os("control socket", PermissionError(1, "not your process"))

@@ -1,0 +1,153 @@
+"""The caller's side of a control socket: reaches the process that owns a disk, and asks one thing after another.
+
+    with control_client.reach(store.control_path(disk.uuid)) as owner:
+        owner.call("mark", disk="sda", offset=0, length=65536)
+
+What the owner raises is raised here, in its own words. See docs/control.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any, Final
+
+from lmdbitmap.errors import Busy, FormatError, os_errors_at
+from lmdbitmap.nbd import control_wire as wire
+
+CONNECT_S: Final = 10.0
+"""Until the owner has greeted us."""
+ANSWER_S: Final = 600.0
+"""Until it has answered: what it does for us may have to wait for its disk."""
+_RECEIVE: Final = 64 << 10
+
+
+def call(path: str, operation: str, *, timeout_s: float = ANSWER_S, **arguments: object) -> dict[str, Any]:
+    """Ask the owner that listens at `path` for one thing. Raises `Busy` if nobody does, and what it raises."""
+    client = reach(path)
+    if client is None:
+        raise Busy(
+            f"nobody listens at control socket {path}",
+            next_step="ask the process that owns the disk, or try again once it is ready",
+        )
+    with client:
+        return client.call(operation, timeout_s=timeout_s, **arguments)
+
+
+def reach(path: str) -> Client | None:
+    """A connection to the owner that listens at `path`, or None where nobody does. Raises `Busy` if it is full."""
+    with os_errors_at(path):
+        sock = _connected(path)
+    if sock is None:
+        return None
+    try:
+        return Client(sock, path)
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _connected(path: str) -> socket.socket | None:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(CONNECT_S)
+        with short_path(path) as address:
+            sock.connect(address)
+    except OSError as refusal:
+        sock.close()
+        if isinstance(refusal, (FileNotFoundError, ConnectionRefusedError)):
+            return None
+        raise
+    return sock
+
+
+@contextlib.contextmanager
+def short_path(path: str) -> Iterator[str]:
+    """A name for `path` that fits the 107 bytes of a socket's address, however long the path is."""
+    folder, name = os.path.split(path)
+    fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/{name}"
+    finally:
+        os.close(fd)
+
+
+class Client:
+    """A connection to an owner, whose hello names its disks. For one thread at a time."""
+
+    def __init__(self, sock: socket.socket, path: str) -> None:
+        self._sock = sock
+        self._place = f"control socket {path}"
+        self._lines = wire.LineBuffer(self._place)
+        hello = self._receive(CONNECT_S)
+        self._check_protocol(wire.field(hello, "protocol", int, self._place))
+        self.version = wire.field(hello, "version", str, self._place)
+        self.pid = wire.field(hello, "pid", int, self._place)
+        self.disks: list[Any] = wire.field(hello, "disks", list, self._place)
+
+    def call(self, operation: str, *, timeout_s: float = ANSWER_S, **arguments: object) -> dict[str, Any]:
+        """The owner's answer; raises what it raised. Without an answer it may have been done or not."""
+        line = wire.encode({"operation": operation, "arguments": arguments})
+        try:
+            self._sock.settimeout(CONNECT_S)
+            self._sock.sendall(line)
+        except OSError as refusal:
+            raise self._went_away() from refusal
+        return wire.field(self._receive(timeout_s), "answer", dict, self._place)
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _receive(self, timeout_s: float) -> dict[str, object]:
+        try:
+            line = receive_line(self._sock, self._lines, time.monotonic() + timeout_s)
+        except TimeoutError as late:
+            raise Busy(
+                f"{self._place}: the owner did not answer within {timeout_s:.0f} s",
+                next_step="see with `lmdbitmap info` what was done",
+            ) from late
+        except OSError as refusal:
+            raise self._went_away() from refusal
+        if line is None:
+            raise self._went_away()
+        message = wire.decode(line, self._place)
+        if "error" in message:
+            raise wire.error_from(wire.field(message, "error", dict, self._place), self._place)
+        return message
+
+    def _went_away(self) -> Busy:
+        return Busy(
+            f"{self._place}: the owner went away before it answered",
+            next_step="see with `lmdbitmap info` what was done, and try again",
+        )
+
+    def _check_protocol(self, protocol: int) -> None:
+        if protocol != wire.PROTOCOL:
+            raise FormatError(
+                self._place,
+                expected=f"protocol {wire.PROTOCOL}",
+                found=protocol,
+                next_step="use the version of lmdbitmap that owns the disk",
+            )
+
+
+def receive_line(sock: socket.socket, lines: wire.LineBuffer, deadline: float) -> bytes | None:
+    """The next line, or None at the end; `TimeoutError` if it is not whole by then on the monotonic clock."""
+    while (line := lines.take()) is None:
+        sock.settimeout(max(deadline - time.monotonic(), 0.001))
+        data = sock.recv(_RECEIVE)
+        if not data:
+            return None
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        lines.add(data)
+    return line
