@@ -162,10 +162,6 @@ def _problems_of(disk: Disk) -> Iterator[str]:
         schema.check_disk_name(disk.name)
     except InvalidArgument as error:
         yield error.problem
-    if disk.durability not in schema.DURABILITIES:
-        yield f"durability {disk.durability!r} is unknown"
-    if disk.policy not in schema.POLICIES:
-        yield f"policy {disk.policy!r} is unknown"
 
 
 def _problems_of_chain(disk: Disk, chain: Sequence[Checkpoint]) -> Iterator[str]:

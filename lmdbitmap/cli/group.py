@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import click
 
+from lmdbitmap.cli.bitmaps import export, import_, inspect
+from lmdbitmap.cli.changed import changes
+from lmdbitmap.cli.disks import add, info, ls, rm
 from lmdbitmap.cli.options import STORE_VARIABLE, default_store, new_session
+from lmdbitmap.cli.points import adopt, checkpoint, forget, mark
+from lmdbitmap.cli.serve import serve
+from lmdbitmap.cli.soundness import check
 from lmdbitmap.version import __version__
 
 _AFTERWORD = """\
@@ -39,3 +45,23 @@ def verbs(context: click.Context, store: str | None, as_json: bool) -> None:
     context.obj = new_session(store, as_json)
     if context.invoked_subcommand is None:
         raise click.UsageError("no command given", context)
+
+
+_VERBS = (
+    add,
+    ls,
+    info,
+    serve,
+    checkpoint,
+    changes,
+    export,
+    import_,
+    inspect,
+    mark,
+    forget,
+    adopt,
+    rm,
+    check,
+)
+for _verb in _VERBS:
+    verbs.add_command(_verb)

@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from lmdbitmap.cli.output import complain
+from lmdbitmap.cli.output import complain, printable
 from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, Untrusted, error_from_os
 
 PROGRAM = "lmdbitmap"
@@ -38,8 +38,17 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may lack a letter of a name
-    logging.basicConfig(format="lmdbitmap: %(message)s", level=logging.WARNING)
+    log = logging.StreamHandler()
+    log.setFormatter(_OneLine("lmdbitmap: %(message)s"))
+    logging.basicConfig(handlers=[log], level=logging.WARNING)
     sys.exit(run(sys.argv[1:]))
+
+
+class _OneLine(logging.Formatter):
+    """Log lines quote names, paths and clients: they must not reach the terminal as they are."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def run(words: Sequence[str]) -> int:

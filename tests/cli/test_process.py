@@ -55,6 +55,15 @@ def _on_terminal(code: str) -> tuple[str, str]:
     return done.stdout.decode(), seen.decode()
 
 
+def test_log_lines_cannot_reach_the_terminal() -> None:
+    code = (
+        "import logging; from lmdbitmap.cli import main as boundary;"
+        "boundary.run = lambda words: logging.getLogger('lmdbitmap.x').warning('disk %s', '\\x1b[2J\\n') or 0;"
+        "boundary.main()"
+    )
+    assert run(sys.executable, "-c", code).stderr == "lmdbitmap: disk \\x1b[2J\\n\n"
+
+
 def test_a_full_disk_under_the_answer_is_a_failure() -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(

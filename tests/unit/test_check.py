@@ -149,8 +149,6 @@ def _with_a_split_epoch(writer: Writer, disk: Disk, checkpoints: list[Checkpoint
     ("alter", "problem"),
     [
         (_disk_with(name="../sda"), "disk name '../sda' starts with . or -, or has one of / \\ , @ in it"),
-        (_disk_with(durability="hopeful"), "durability 'hopeful' is unknown"),
-        (_disk_with(policy="lenient"), "policy 'lenient' is unknown"),
         (_without_checkpoints, "it has no checkpoint, so nothing records"),
         (_disk_with(epoch=ANOTHER), "its newest checkpoint is of another epoch than the disk"),
         (_with_a_split_epoch, "the checkpoints of an epoch do not follow each other"),

@@ -7,7 +7,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from lmdbitmap.cli.output import complain, printable, progress, say, say_json, say_table, stream_json
+from lmdbitmap.cli.output import (
+    complain,
+    printable,
+    progress,
+    say,
+    say_json,
+    say_table,
+    stream_json,
+    stream_lines,
+)
 
 Captured = pytest.CaptureFixture[str]
 
@@ -42,7 +51,7 @@ def test_json_keeps_what_it_is_given(capsys: Captured) -> None:
 @pytest.mark.parametrize("head", [{}, {"disk": "sda", "size": 7}])
 def test_a_streamed_list_is_the_same_json(capsys: Captured, count: int, head: dict[str, object]) -> None:
     rows = [{"offset": number, "zero": False} for number in range(count)]
-    stream_json(head, "extents", iter(rows))
+    stream_json(head, "extents", map(json.dumps, rows))
     said = capsys.readouterr().out
     assert json.loads(said) == {**head, "extents": rows}
     assert said.endswith("]}\n")
@@ -52,14 +61,28 @@ def test_a_streamed_list_is_the_same_json(capsys: Captured, count: int, head: di
 def test_a_streamed_list_is_said_before_it_ends(capsys: Captured) -> None:
     said_early = []
 
-    def rows() -> Iterator[dict[str, object]]:
+    def rows() -> Iterator[str]:
         for number in range(9000):
             if number == 8500:
                 said_early.append(capsys.readouterr().out)
-            yield {"offset": number}
+            yield f'{{"offset": {number}}}'
 
     stream_json({}, "extents", rows())
     assert '{"offset": 8000}' in said_early[0]
+
+
+def test_streamed_lines_are_said_before_they_end(capsys: Captured) -> None:
+    said_early = []
+
+    def lines() -> Iterator[str]:
+        for number in range(9000):
+            if number == 8500:
+                said_early.append(capsys.readouterr().out)
+            yield f"line {number}"
+
+    stream_lines(lines())
+    assert "\nline 8000\n" in said_early[0]
+    assert capsys.readouterr().out.endswith("line 8999\n")
 
 
 def test_tables_keep_long_words_whole_in_a_pipe(capsys: Captured) -> None:

@@ -1,0 +1,129 @@
+"""What verbs say about disks: gathered once, told as JSON to programs and in words to people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+
+from lmdbitmap import standalone
+from lmdbitmap.changes import Standing, Summary
+from lmdbitmap.cli.options import Session
+from lmdbitmap.cli.output import say, say_json
+from lmdbitmap.cli.ownership import ask_changes, is_attached
+from lmdbitmap.cli.sizes import format_size, iso_time
+from lmdbitmap.geometry import Geometry
+from lmdbitmap.schema import Bitmap, Checkpoint, Disk
+from lmdbitmap.store import Store
+
+
+@dataclass(frozen=True)
+class Report:
+    """A disk as it stands at this moment."""
+
+    disk: Disk
+    attached: bool
+    newest: Checkpoint
+    dirt: Summary
+    """Since the newest checkpoint."""
+
+    def facts(self) -> dict[str, object]:
+        disk, standing = self.disk, self.dirt.standing
+        return {
+            "name": disk.name,
+            "uuid": str(disk.uuid),
+            "image": disk.image,
+            "size": disk.size,
+            "granularity": disk.geometry.granularity,
+            "durability": disk.durability,
+            "policy": disk.policy,
+            "attached": self.attached,
+            "trust": standing.trust.value,
+            "reason": standing.reason,
+            "dirty_bytes": self.dirt.dirty_bytes,
+            "since": self.newest.name,
+        }
+
+
+def report_on(store: Store, disk: Disk) -> Report:
+    asked = ask_changes(store, disk.name)
+    return Report(disk, is_attached(store, disk), asked.since, asked.summary)
+
+
+@dataclass(frozen=True)
+class Period:
+    """A checkpoint and what changed from it to the next one; nobody knows that for those of older epochs."""
+
+    checkpoint: Checkpoint
+    dirty_bytes: int | None
+
+    def facts(self) -> dict[str, object]:
+        return {
+            "name": self.checkpoint.name,
+            "uuid": str(self.checkpoint.uuid),
+            "time": iso_time(self.checkpoint.time_ns),
+            "epoch": str(self.checkpoint.epoch),
+            "dirty_bytes": self.dirty_bytes,
+        }
+
+
+def periods_of(store: Store, disk: Disk) -> Iterator[Period]:
+    """The disk's checkpoints, oldest first, older epochs included."""
+    with store.read() as reader:
+        checkpoints = reader.checkpoints(disk.uuid)
+    for checkpoint, following in zip_longest(checkpoints, checkpoints[1:]):
+        yield Period(checkpoint, _dirty_bytes(store, disk, checkpoint, following))
+
+
+def _dirty_bytes(store: Store, disk: Disk, since: Checkpoint, until: Checkpoint | None) -> int | None:
+    if since.epoch != disk.epoch:
+        return None
+    until_name = None if until is None else until.name
+    return ask_changes(store, disk.name, since=since.name, until=until_name).summary.dirty_bytes
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A stand-alone bitmap."""
+
+    bitmap: Bitmap
+    dirty_bytes: int
+
+    @property
+    def standing(self) -> Standing:
+        return Standing(standalone.trust(self.bitmap), self.bitmap.all_dirty or self.bitmap.superset)
+
+    def facts(self) -> dict[str, object]:
+        bitmap, standing = self.bitmap, self.standing
+        return {
+            "name": bitmap.name,
+            "uuid": str(bitmap.uuid),
+            "size": bitmap.size,
+            "granularity": bitmap.geometry.granularity,
+            "origin_disk": None if bitmap.origin_disk is None else str(bitmap.origin_disk),
+            "trust": standing.trust.value,
+            "reason": standing.reason,
+            "dirty_bytes": self.dirty_bytes,
+        }
+
+
+def report_on_bitmap(store: Store, bitmap: Bitmap) -> Kept:
+    runs = standalone.runs(store, bitmap)
+    return Kept(bitmap, sum(bitmap.geometry.bytes_of(*run)[1] for run in runs))
+
+
+def standing_words(standing: Standing) -> str:
+    """`exact`, `superset: its owner died`, …"""
+    return standing.trust.value + (f": {standing.reason}" if standing.reason else "")
+
+
+def size_words(geometry: Geometry) -> str:
+    return f"{format_size(geometry.size)} in blocks of {format_size(geometry.granularity)}"
+
+
+def confirm(asked: Session, words: str, **facts: object) -> None:
+    """It is done: in words, or as the facts."""
+    if asked.as_json:
+        say_json(facts)
+    else:
+        say(words)

@@ -1,0 +1,150 @@
+"""Verbs about bitmaps as files: export, import, inspect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import click
+
+from lmdbitmap import export as flat_files
+from lmdbitmap.changes import Standing
+from lmdbitmap.cli.answers import report_on_bitmap, size_words, standing_words
+from lmdbitmap.cli.options import Session, verb
+from lmdbitmap.cli.output import progress, say, say_json
+from lmdbitmap.cli.ownership import ask_changes, find_disk_or_bitmap
+from lmdbitmap.cli.sizes import format_size, format_time, iso_time
+from lmdbitmap.errors import InvalidArgument, Untrusted
+from lmdbitmap.export import Inspection
+from lmdbitmap.extents import Trust
+from lmdbitmap.format import Flags, FlatHeader
+from lmdbitmap.schema import Disk
+from lmdbitmap.store import Store
+
+
+@verb(
+    examples=["lmdbitmap export sda sda.dbm", "lmdbitmap export sda week.dbm --since monday --until friday"]
+)
+@click.argument("name")
+@click.argument("file", metavar="FILE.dbm", type=click.Path(dir_okay=False))
+@click.option("--since", metavar="CHECKPOINT", help="Count from this one. [default: the newest]")
+@click.option("--until", metavar="CHECKPOINT", help="Count to this one. [default: now]")
+@click.pass_obj
+def export(asked: Session, name: str, file: str, since: str | None, until: str | None) -> None:
+    """Write a bitmap to a flat file.
+
+    NAME is a disk, whose changes are written, or a stand-alone bitmap. The file is there whole or not at all.
+    """
+    with (
+        Store.open(asked.store_path) as store,
+        progress(f"exporting {name}", shown=asked.shows_progress),
+    ):
+        if isinstance(find_disk_or_bitmap(store, name), Disk):
+            changes = ask_changes(store, name, since=since, until=until)
+            header = flat_files.export_changes(changes, file)
+        elif since or until:
+            raise InvalidArgument(f"{name!r} is no disk", next_step="leave --since and --until out")
+        else:
+            header = flat_files.export_bitmap(store, name, file)
+    if asked.as_json:
+        say_json({"file": file, **_header_facts(header)})
+    else:
+        blocks = f"{header.dirty_count} of {header.bit_count} blocks dirty"
+        say(f"{file}: {size_words(header.geometry)}, {blocks}, {header.trust.value}")
+
+
+@verb(
+    name="import",
+    examples=["lmdbitmap import sda.dbm monday", "lmdbitmap import sda.dbm monday --into sda"],
+)
+@click.argument("file", metavar="FILE.dbm", type=click.Path(dir_okay=False))
+@click.argument("name")
+@click.option(
+    "--into", metavar="DISK", help="Also call dirty on DISK what the file calls dirty; sizes must agree."
+)
+@click.option(
+    "--all-dirty", is_flag=True,
+    help="Whatever its bits are worth, take the file as saying that everything is dirty.",
+)  # fmt: skip
+@click.pass_obj
+def import_(asked: Session, file: str, name: str, into: str | None, all_dirty: bool) -> None:
+    """Keep a flat file as the stand-alone bitmap NAME.
+
+    A file that was not closed cleanly says nothing, and is refused with exit code 3.
+    """
+    with (
+        Store.create(asked.store_path) as store,
+        progress(f"importing {file}", shown=asked.shows_progress),
+    ):
+        bitmap = flat_files.import_file(store, file, name, into=into, all_dirty=all_dirty)
+        kept = report_on_bitmap(store, bitmap)
+    if asked.as_json:
+        say_json(kept.facts())
+    else:
+        dirty = f"{format_size(kept.dirty_bytes)} dirty"
+        say(f"{name}: {size_words(bitmap.geometry)}, {dirty}" + (f", also in {into}" if into else ""))
+
+
+@verb(examples=["lmdbitmap inspect sda.dbm", "lmdbitmap inspect sda.dbm --json"])
+@click.argument("file", metavar="FILE.dbm", type=click.Path(dir_okay=False))
+@click.pass_obj
+def inspect(asked: Session, file: str) -> None:
+    """Say what a flat file holds and what it is worth.
+
+    All of it is read and proven. Exit code 3: it is worth nothing, and everything counts as dirty.
+    """
+    with progress(f"reading {file}", shown=asked.shows_progress):
+        found = flat_files.inspect_file(file)
+    if asked.as_json:
+        say_json(_inspection_facts(found))
+    else:
+        for label, words in _portrait(found):
+            say(f"{label:<12}{words}")
+    if found.trust is Trust.UNTRUSTED:
+        raise Untrusted(
+            f"{file} is worth nothing: {'; '.join(found.problems)}", next_step="make a full backup"
+        )
+
+
+def _inspection_facts(found: Inspection) -> dict[str, object]:
+    return {
+        "file": found.path,
+        **_header_facts(found.header),
+        "trust": found.trust.value,
+        "dirty_bytes": found.dirty_bytes,
+        "metadata": found.metadata,
+        "problems": found.problems,
+    }
+
+
+def _header_facts(header: FlatHeader) -> dict[str, object]:
+    return {
+        "size": header.disk_size,
+        "granularity": header.geometry.granularity,
+        "clean": header.clean,
+        "recording": Flags.RECORDING in header.flags,
+        "superset": Flags.SUPERSET in header.flags,
+        "bit_count": header.bit_count,
+        "dirty_count": header.dirty_count,
+        "bitmap_uuid": str(header.bitmap_uuid),
+        "disk_uuid": str(header.disk_uuid),
+        "epoch_uuid": str(header.epoch_uuid),
+        "since_uuid": str(header.since_uuid),
+        "until_uuid": None if header.until_uuid is None else str(header.until_uuid),
+        "since_time": iso_time(header.since_time_ns),
+        "trust": header.trust.value,
+    }
+
+
+def _portrait(found: Inspection) -> Iterator[tuple[str, str]]:
+    header = found.header
+    yield "file", found.path
+    yield "size", size_words(header.geometry)
+    yield "dirty", f"{format_size(found.dirty_bytes)} in {header.dirty_count} blocks"
+    yield "trust", standing_words(Standing(found.trust, "; ".join(found.problems) or None))
+    yield "flags", " ".join(flag.name or "" for flag in Flags if flag in header.flags) or "none"
+    yield "since", f"{format_time(header.since_time_ns)}, checkpoint {header.since_uuid}"
+    yield "until", "still recording" if header.until_uuid is None else f"checkpoint {header.until_uuid}"
+    yield "bitmap", str(header.bitmap_uuid)
+    yield "disk", str(header.disk_uuid)
+    yield "epoch", str(header.epoch_uuid)
+    yield "names", ", ".join(f"{key} {value}" for key, value in found.metadata.items())

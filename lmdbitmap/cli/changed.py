@@ -1,0 +1,124 @@
+"""The verb `changes`: which bytes of a disk changed, streamed, however many extents there are.
+
+The sum comes before the extents and the records are read once for each, so for a period that still records
+the two may differ by what was written in between. A period that a checkpoint closed never changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator
+
+import click
+
+from lmdbitmap import chain
+from lmdbitmap.changes import Changes, Standing
+from lmdbitmap.cli.answers import standing_words
+from lmdbitmap.cli.options import Session, verb
+from lmdbitmap.cli.output import Report, progress, say, stream_json, stream_lines
+from lmdbitmap.cli.ownership import ask_changes, find_disk
+from lmdbitmap.cli.sizes import format_size
+from lmdbitmap.device import FileDevice
+from lmdbitmap.errors import LmdbitmapError, Untrusted
+from lmdbitmap.extents import Extent, Trust
+from lmdbitmap.store import Store
+
+_EXTENTS_PER_REPORT = 4096
+_BOOL = ("false", "true")
+
+
+@verb(
+    examples=[
+        "lmdbitmap changes sda --since monday",
+        "lmdbitmap changes sda --since monday --until tuesday --json",
+    ]
+)
+@click.argument("name")
+@click.option("--since", metavar="CHECKPOINT", help="Count from this one. [default: the newest]")
+@click.option("--until", metavar="CHECKPOINT", help="Count to this one. [default: now]")
+@click.option("--format", "form", type=click.Choice(["text", "json"]), help="As --json does, or not.")
+@click.pass_obj
+def changes(asked: Session, name: str, since: str | None, until: str | None, form: str | None) -> None:
+    """Tell which bytes of a disk changed since a checkpoint.
+
+    Exit code 3 says that nobody knows: then all of the disk is in the answer, with the reason.
+    """
+    as_json = asked.as_json if form is None else form == "json"
+    bar_shown = sys.stderr.isatty() and not sys.stdout.isatty() and not asked.as_json
+    with Store.open(asked.store_path) as store:
+        answer = _ask(store, name, since, until)
+        with _image(answer) as device, progress(f"reading changes of {name}", shown=bar_shown) as report:
+            extents = _reported(answer.extents(device), answer.disk.size, report)
+            (_tell_json if as_json else _tell_text)(answer, extents)
+        _insist_on_trust(answer)
+
+
+def _ask(store: Store, name: str, since: str | None, until: str | None) -> Changes:
+    """The answer; where nobody knows what changed, the answer that everything did."""
+    try:
+        return ask_changes(store, name, since=since, until=until)
+    except Untrusted as error:
+        disk = find_disk(store, name)
+        with store.read() as reader:
+            first = chain.find_checkpoint(reader, disk, since or "")
+            last = chain.find_checkpoint(reader, disk, until) if until else None
+        return Changes(store, disk, first, last, Standing(Trust.UNTRUSTED, error.problem))
+
+
+@contextlib.contextmanager
+def _image(answer: Changes) -> Iterator[FileDevice | None]:
+    """The image, to see what reads as zeroes; None where it cannot be looked at, for then nothing is known."""
+    try:
+        device = FileDevice.open(answer.disk.image, read_only=True, share_writes=True)
+    except LmdbitmapError:
+        yield None
+        return
+    with device:
+        yield device
+
+
+def _reported(extents: Iterable[Extent], size: int, report: Report) -> Iterator[Extent]:
+    for count, extent in enumerate(extents):
+        if count % _EXTENTS_PER_REPORT == 0:
+            report(extent.offset, size)
+        yield extent
+
+
+def _tell_json(answer: Changes, extents: Iterable[Extent]) -> None:
+    disk, summary = answer.disk, answer.summary
+    head = {
+        "disk": disk.name,
+        "size": disk.size,
+        "granularity": disk.geometry.granularity,
+        "since": answer.since.name,
+        "until": None if answer.until is None else answer.until.name,
+        "trust": summary.standing.trust.value,
+        "reason": summary.standing.reason,
+        "dirty_bytes": summary.dirty_bytes,
+    }
+    stream_json(head, "extents", map(_extent_as_json, extents))
+
+
+def _extent_as_json(extent: Extent) -> str:
+    """Ten times as fast as the json module, which matters for the millionth."""
+    offset, length, dirty, zero = extent
+    return f'{{"offset": {offset}, "length": {length}, "dirty": {_BOOL[dirty]}, "zero": {_BOOL[zero]}}}'
+
+
+def _tell_text(answer: Changes, extents: Iterable[Extent]) -> None:
+    disk, summary = answer.disk, answer.summary
+    stretch = f"since {answer.since.name}" + (f" until {answer.until.name}" if answer.until else "")
+    dirty = f"{format_size(summary.dirty_bytes)} of {format_size(disk.size)}"
+    say(f"# {disk.name}: {dirty} changed {stretch}; {standing_words(summary.standing)}")
+    say(f"#{'offset':>19} {'length':>19}")
+    stream_lines(f"{e.offset:>20} {e.length:>19}{'  reads as zeroes' if e.zero else ''}" for e in extents)
+
+
+def _insist_on_trust(answer: Changes) -> None:
+    standing = answer.summary.standing
+    if standing.trust is Trust.UNTRUSTED:
+        raise Untrusted(
+            f"what changed on disk {answer.disk.name!r} is not known: {standing.reason}",
+            next_step="make a full backup",
+        )

@@ -1,0 +1,198 @@
+"""Verbs that begin and end the tracking of a disk, and tell how it stands: add, ls, info, rm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import click
+
+from lmdbitmap import session, standalone
+from lmdbitmap.cli.answers import (
+    Kept,
+    Period,
+    Report,
+    confirm,
+    periods_of,
+    report_on,
+    report_on_bitmap,
+    size_words,
+    standing_words,
+)
+from lmdbitmap.cli.options import Session, granularity, verb
+from lmdbitmap.cli.output import say, say_json, say_table
+from lmdbitmap.cli.ownership import find_disk_or_bitmap, require_unowned
+from lmdbitmap.cli.sizes import format_size, format_time
+from lmdbitmap.errors import InvalidArgument
+from lmdbitmap.schema import DURABILITIES, POLICIES, Disk
+from lmdbitmap.store import Store
+
+
+@verb(
+    examples=[
+        "lmdbitmap add sda /srv/vm/sda.raw",
+        "lmdbitmap add data /dev/vg0/data --granularity 1M --policy strict",
+    ]
+)
+@click.argument("name")
+@click.argument("image")
+@click.option(
+    "--granularity", "granularity_bits", type=granularity, default="64K", show_default=True, metavar="SIZE",
+    help="Bytes that one bit stands for: a power of two, 512 to 2G.",
+)  # fmt: skip
+@click.option(
+    "--durability", type=click.Choice(DURABILITIES), default=DURABILITIES[0], show_default=True,
+    help="When dirtiness is on disk: before the data it speaks of, or at a clean end only; then a crash "
+    "costs a full backup.",
+)  # fmt: skip
+@click.option(
+    "--policy", type=click.Choice(POLICIES), default=POLICIES[0], show_default=True,
+    help="If a write cannot be recorded: let it through and ask for a full backup, or fail it.",
+)  # fmt: skip
+@click.pass_obj
+def add(asked: Session, name: str, image: str, granularity_bits: int, durability: str, policy: str) -> None:
+    """Start tracking a disk image.
+
+    IMAGE is a raw file or a block device, NAME what to call it. The first checkpoint is made. Everything
+    counts as dirty until the first full backup.
+    """
+    _refuse_uri(image)
+    with Store.create(asked.store_path) as store:
+        disk = session.add(
+            store, name, image, granularity_bits=granularity_bits, durability=durability, policy=policy
+        )
+        if asked.as_json:
+            say_json(report_on(store, disk).facts())
+        else:
+            say(f"{name}: {size_words(disk.geometry)}, all dirty until the first full backup")
+
+
+def _refuse_uri(image: str) -> None:
+    if "://" in image:
+        raise InvalidArgument(
+            f"{image} is a URI, and images behind URIs cannot be tracked yet",
+            next_step="connect it as a block device (qemu-nbd --connect=/dev/nbd0 URI) and add that",
+        )
+
+
+@verb(examples=["lmdbitmap ls", "lmdbitmap ls --json"])
+@click.pass_obj
+def ls(asked: Session) -> None:
+    """List the disks and the stand-alone bitmaps."""
+    with Store.open(asked.store_path) as store:
+        with store.read() as reader:
+            disks, bitmaps = reader.disks(), reader.bitmaps()
+        reports = [report_on(store, disk) for disk in disks]
+        kept = [report_on_bitmap(store, bitmap) for bitmap in bitmaps]
+    if asked.as_json:
+        disk_facts, bitmap_facts = [report.facts() for report in reports], [one.facts() for one in kept]
+        say_json({"store": store.path, "disks": disk_facts, "bitmaps": bitmap_facts})
+        return
+    if reports:
+        headings = ("disk", "size", "dirty", "since", "trust", "attached", "image")
+        say_table(headings, map(_disk_row, reports), right=("size", "dirty"))
+    if reports and kept:
+        say("")
+    if kept:
+        say_table(("bitmap", "size", "dirty", "trust"), map(_bitmap_row, kept), right=("size", "dirty"))
+    if not reports and not kept:
+        say("nothing is tracked yet; begin with `lmdbitmap add`")
+
+
+def _disk_row(report: Report) -> list[str]:
+    disk, dirt = report.disk, report.dirt
+    return [
+        disk.name,
+        format_size(disk.size),
+        format_size(dirt.dirty_bytes),
+        report.newest.name,
+        dirt.standing.trust.value,
+        "yes" if report.attached else "no",
+        disk.image,
+    ]
+
+
+def _bitmap_row(kept: Kept) -> list[str]:
+    size, dirty = format_size(kept.bitmap.size), format_size(kept.dirty_bytes)
+    return [kept.bitmap.name or "", size, dirty, kept.standing.trust.value]
+
+
+@verb(examples=["lmdbitmap info sda", "lmdbitmap info sda --json"])
+@click.argument("name")
+@click.pass_obj
+def info(asked: Session, name: str) -> None:
+    """Tell all about one disk or one stand-alone bitmap.
+
+    What changed since each checkpoint, how far that is to be trusted, and why.
+    """
+    with Store.open(asked.store_path) as store:
+        found = find_disk_or_bitmap(store, name)
+        if isinstance(found, Disk):
+            _tell_disk(asked, report_on(store, found), list(periods_of(store, found)))
+        else:
+            _tell_bitmap(asked, report_on_bitmap(store, found))
+
+
+def _tell_disk(asked: Session, report: Report, periods: list[Period]) -> None:
+    disk = report.disk
+    if asked.as_json:
+        epoch = {"number": disk.epoch_number, "uuid": str(disk.epoch), "reason": disk.epoch_reason}
+        checkpoints = [period.facts() for period in periods]
+        say_json({**report.facts(), "epoch": epoch, "checkpoints": checkpoints})
+        return
+    _tell_pairs(_portrait(report))
+    say("")
+    say_table(
+        ("checkpoint", "made", "changed until the next"),
+        ([p.checkpoint.name, format_time(p.checkpoint.time_ns), _dirt_words(p.dirty_bytes)] for p in periods),
+        right=("changed until the next",),
+    )
+
+
+def _portrait(report: Report) -> Iterator[tuple[str, str]]:
+    disk, dirt = report.disk, report.dirt
+    yield "disk", f"{disk.name}, {size_words(disk.geometry)}"
+    yield "image", disk.image
+    yield "attached", "yes" if report.attached else "no"
+    yield "dirty", f"{format_size(dirt.dirty_bytes)} since checkpoint {report.newest.name}"
+    yield "trust", standing_words(dirt.standing)
+    yield "epoch", f"{disk.epoch_number}: {disk.epoch_reason}"
+    yield "durability", f"{disk.durability}, {disk.policy}"
+
+
+def _dirt_words(dirty_bytes: int | None) -> str:
+    return "not known any more" if dirty_bytes is None else format_size(dirty_bytes)
+
+
+def _tell_bitmap(asked: Session, kept: Kept) -> None:
+    if asked.as_json:
+        say_json(kept.facts())
+        return
+    portrait = [
+        ("bitmap", f"{kept.bitmap.name}, {size_words(kept.bitmap.geometry)}"),
+        ("dirty", format_size(kept.dirty_bytes)),
+        ("trust", standing_words(kept.standing)),
+    ]
+    _tell_pairs(portrait)
+
+
+def _tell_pairs(pairs: Iterable[tuple[str, str]]) -> None:
+    for label, words in pairs:
+        say(f"{label:<12}{words}")
+
+
+@verb(examples=["lmdbitmap rm sda"])
+@click.argument("name")
+@click.pass_obj
+def rm(asked: Session, name: str) -> None:
+    """Forget a disk, or throw a stand-alone bitmap away.
+
+    The disk's checkpoints go too; its image is not touched. The next backup will be a full one.
+    """
+    with Store.open(asked.store_path) as store:
+        found = find_disk_or_bitmap(store, name)
+        if isinstance(found, Disk):
+            require_unowned(store, found)
+            session.remove(store, name)
+        else:
+            store.update(lambda writer: standalone.remove(writer, name))
+    confirm(asked, f"{name}: forgotten", name=name)

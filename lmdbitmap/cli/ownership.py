@@ -1,0 +1,135 @@
+"""Who acts on a disk: the process that serves it, through its control socket, or we, by owning it for a moment.
+
+A verb says what is to be done; which way it goes is decided here, by asking who holds the owner's lock.
+Between the question and the deed the answer may change; then the deed is refused as `Busy`, and nothing
+has happened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+
+from lmdbitmap import chain, owner
+from lmdbitmap.changes import Changes, changes
+from lmdbitmap.errors import Busy, LmdbitmapError, NotFound
+from lmdbitmap.filter import Filter, take_checkpoint
+from lmdbitmap.nbd import control_client
+from lmdbitmap.schema import Bitmap, Disk
+from lmdbitmap.store import Store
+
+log = logging.getLogger(__name__)
+
+_PERSIST_S = 60.0
+
+
+def find_disk(store: Store, name: str) -> Disk:
+    with store.read() as reader:
+        return chain.find_disk(reader, name)
+
+
+def find_disk_or_bitmap(store: Store, name: str) -> Disk | Bitmap:
+    """What goes by that name: disks and stand-alone bitmaps share their names."""
+    with store.read() as reader:
+        everything: list[Disk | Bitmap] = [*reader.disks(), *reader.bitmaps()]
+    for found in everything:
+        if found.name == name:
+            return found
+    raise NotFound(f"nothing is called {name!r}", next_step="`lmdbitmap ls` lists what there is")
+
+
+def is_attached(store: Store, disk: Disk) -> bool:
+    return owner.is_owned(store.owner_path(disk.uuid))
+
+
+def require_unowned(store: Store, disk: Disk) -> None:
+    """For what no owner can do for us."""
+    if is_attached(store, disk):
+        raise _held(disk, "stop the process that serves it, or wait for it")
+
+
+# --- questions ---
+
+
+def ask_changes(store: Store, name: str, *, since: str | None = None, until: str | None = None) -> Changes:
+    """What changed. An open period's owner first writes down what only its memory knows."""
+    persisted = until is None and _persisted_by_owner(store, find_disk(store, name))
+    return changes(store, name, since=since, until=until, persisted=persisted)
+
+
+def _persisted_by_owner(store: Store, disk: Disk) -> bool:
+    """Whether somebody owns the disk and did so; if it did not, the answer is right, but not as sharp."""
+    if not is_attached(store, disk):
+        return False
+    try:
+        client = control_client.reach(store.control_path(disk.uuid))
+        if client is None:
+            return False
+        with client:
+            client.call("persist", disk=disk.name, timeout_s=_PERSIST_S)
+    except LmdbitmapError as error:
+        log.warning("the owner of disk %s did not say what it knows: %s", disk.name, error)
+        return False
+    return True
+
+
+# --- deeds ---
+
+
+def checkpoint(store: Store, names: Sequence[str], checkpoint_name: str) -> None:
+    """One durable point in time on all of the disks, or on none."""
+    disks = [find_disk(store, name) for name in names]
+    served = [disk.name for disk in disks if is_attached(store, disk)]
+    if served and len(served) < len(disks):
+        raise Busy(
+            f"of these disks only {', '.join(served)} is served",
+            next_step="serve all of them in one process, or none",
+        )
+    if served:
+        with _owner_of(store, disks[0]) as client:
+            client.call("checkpoint", disks=list(names), name=checkpoint_name)
+    else:
+        with attached_for_a_moment(store, names) as filters:
+            take_checkpoint(filters, checkpoint_name)
+
+
+def forget(store: Store, name: str, checkpoint_name: str) -> None:
+    disk = find_disk(store, name)
+    if is_attached(store, disk):
+        with _owner_of(store, disk) as client:
+            client.call("forget", disk=name, checkpoint=checkpoint_name)
+    else:
+        with attached_for_a_moment(store, [name]) as [attached]:
+            attached.forget(checkpoint_name)
+
+
+def mark(store: Store, name: str, offset: int, length: int) -> None:
+    """Every block that the range touches is dirty, durably."""
+    disk = find_disk(store, name)
+    disk.geometry.check_range(offset, length)
+    if is_attached(store, disk):
+        with _owner_of(store, disk) as client:
+            client.call("mark", disk=name, offset=offset, length=length)
+    else:
+        with attached_for_a_moment(store, [name]) as [attached]:
+            attached.mark(offset, length)
+
+
+@contextlib.contextmanager
+def attached_for_a_moment(store: Store, names: Sequence[str]) -> Iterator[list[Filter]]:
+    """Own all of the disks, or none, until the block ends. Nobody writes to them, so nothing is armed."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(Filter.attach(store, name, background=False)) for name in names]
+
+
+def _owner_of(store: Store, disk: Disk) -> control_client.Client:
+    """A connection to the process that owns the disk."""
+    client = control_client.reach(store.control_path(disk.uuid))
+    if client is None:
+        raise _held(disk, "wait for that process, or stop it")
+    return client
+
+
+def _held(disk: Disk, next_step: str) -> Busy:
+    return Busy(f"disk {disk.name!r} is owned by another process", next_step=next_step)

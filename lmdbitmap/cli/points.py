@@ -1,0 +1,73 @@
+"""Verbs that act on a disk's chain: checkpoint, forget, mark, adopt. Durable when they answer."""
+
+from __future__ import annotations
+
+import click
+
+from lmdbitmap import session
+from lmdbitmap.cli import ownership
+from lmdbitmap.cli.answers import confirm
+from lmdbitmap.cli.options import Session, names, size, verb
+from lmdbitmap.cli.sizes import format_size
+from lmdbitmap.store import Store
+
+
+@verb(examples=["lmdbitmap checkpoint sda monday", "lmdbitmap checkpoint sda,sdb monday"])
+@click.argument("disks", metavar="NAME[,NAME…]", type=names)
+@click.argument("checkpoint_name", metavar="CHECKPOINT")
+@click.pass_obj
+def checkpoint(asked: Session, disks: list[str], checkpoint_name: str) -> None:
+    """Make a point in time to ask about later.
+
+    It is made, durably, on all of the disks or on none. Several disks must all be unserved, or all served by
+    one process.
+    """
+    with Store.open(asked.store_path) as store:
+        ownership.checkpoint(store, disks, checkpoint_name)
+    confirm(asked, f"{', '.join(disks)}: checkpoint {checkpoint_name} made",
+             disks=disks, checkpoint=checkpoint_name)  # fmt: skip
+
+
+@verb(examples=["lmdbitmap forget sda monday"])
+@click.argument("name")
+@click.argument("checkpoint_name", metavar="CHECKPOINT")
+@click.pass_obj
+def forget(asked: Session, name: str, checkpoint_name: str) -> None:
+    """Delete a checkpoint.
+
+    What it recorded goes to the one before it.
+    """
+    with Store.open(asked.store_path) as store:
+        ownership.forget(store, name, checkpoint_name)
+    confirm(asked, f"{name}: checkpoint {checkpoint_name} forgotten", disk=name, checkpoint=checkpoint_name)
+
+
+@verb(examples=["lmdbitmap mark sda 1M 64K"])
+@click.argument("name")
+@click.argument("offset", type=size)
+@click.argument("length", type=size)
+@click.pass_obj
+def mark(asked: Session, name: str, offset: int, length: int) -> None:
+    """Call a range of bytes dirty.
+
+    Every block that LENGTH bytes from OFFSET on touch counts as changed.
+    """
+    with Store.open(asked.store_path) as store:
+        ownership.mark(store, name, offset, length)
+    confirm(asked, f"{name}: {format_size(length)} from byte {offset} on are dirty",
+             disk=name, offset=offset, length=length)  # fmt: skip
+
+
+@verb(examples=["lmdbitmap adopt sda"])
+@click.argument("name")
+@click.pass_obj
+def adopt(asked: Session, name: str) -> None:
+    """Vouch that nobody changed an image behind our back.
+
+    For an image that was copied, restored or touched, and holds the same data as before. If it does not,
+    the next incremental backup will be wrong.
+    """
+    with Store.open(asked.store_path) as store:
+        ownership.require_unowned(store, ownership.find_disk(store, name))
+        session.adopt(store, name)
+    confirm(asked, f"{name}: its image is taken as it is", disk=name)

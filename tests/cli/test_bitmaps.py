@@ -1,0 +1,259 @@
+"""export, import, inspect, and `serve --bitmap-file`: bitmaps as files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lmdbitmap.flatfile import FlatFile
+from tests.cli.conftest import MIB, SIZE, Cli
+from tests.cli.test_serve import write
+from tests.support import requires
+
+KIB = 1 << 10
+DIRTY_COUNT_BYTE = 72
+FIRST_BITS_BYTE = 4096
+
+
+@pytest.fixture
+def flat(cli: Cli) -> Path:
+    """The exported changes of disk `sda` since `monday`: 128 KiB at 1 MiB."""
+    cli.add("sda")
+    cli.ok("checkpoint", "sda", "monday")
+    cli.ok("mark", "sda", MIB, 128 * KIB)
+    path = cli.folder / "sda.dbm"
+    cli.ok("export", "sda", path)
+    return path
+
+
+def _with_byte(path: Path, position: int, change: int) -> Path:
+    changed = bytearray(path.read_bytes())
+    changed[position] ^= change
+    path.write_bytes(changed)
+    return path
+
+
+def _unclean(cli: Cli, path: Path) -> Path:
+    """The same file, as a writer that died leaves it."""
+    with FlatFile.open(path, writable=True) as file:
+        file.clear_clean()
+    return path
+
+
+# --- out ---
+
+
+def test_an_export_says_what_it_wrote(cli: Cli, flat: Path) -> None:
+    assert (
+        cli.ok("export", "sda", flat) == f"{flat}: 8 MiB in blocks of 64 KiB, 2 of 128 blocks dirty, exact\n"
+    )
+    told = cli.json("export", "sda", flat, "--since", "monday")
+    assert (told["file"], told["dirty_count"], told["recording"]) == (str(flat), 2, True)
+
+
+def test_a_closed_period_is_exported_as_such(cli: Cli, flat: Path) -> None:
+    cli.ok("checkpoint", "sda", "tuesday")
+    told = cli.json("export", "sda", flat, "--since", "monday", "--until", "tuesday")
+    assert (told["dirty_count"], told["recording"]) == (2, False)
+    assert told["until_uuid"] == cli.json("info", "sda")["checkpoints"][-1]["uuid"]
+
+
+def test_what_is_not_known_is_not_exported(cli: Cli, flat: Path) -> None:
+    before = flat.read_bytes()
+    (cli.folder / "sda.raw").touch()
+    assert "make a full backup" in cli.fails(3, "export", "sda", flat)
+    assert flat.read_bytes() == before
+
+
+def test_an_export_to_nowhere_is_told(cli: Cli, flat: Path) -> None:
+    assert "does not exist" in cli.fails(1, "export", "sda", cli.folder / "nowhere" / "x.dbm")
+    assert "nothing is called 'sdx'" in cli.fails(1, "export", "sdx", flat)
+
+
+# --- described ---
+
+
+def test_inspect_tells_what_a_file_holds(cli: Cli, flat: Path) -> None:
+    told = cli.json("inspect", flat)
+    disk = cli.json("info", "sda")
+    assert told == {
+        "file": str(flat), "size": SIZE, "granularity": 64 * KIB, "clean": True, "recording": True,
+        "superset": False, "bit_count": 128, "dirty_count": 2, "bitmap_uuid": told["bitmap_uuid"],
+        "disk_uuid": disk["uuid"], "epoch_uuid": disk["epoch"]["uuid"],
+        "since_uuid": disk["checkpoints"][-1]["uuid"], "until_uuid": None,
+        "since_time": disk["checkpoints"][-1]["time"], "trust": "exact", "dirty_bytes": 128 * KIB,
+        "metadata": {"checkpoint": "monday", "disk": "sda"}, "problems": [],
+    }  # fmt: skip
+
+
+def test_inspect_is_a_portrait_for_people(cli: Cli, flat: Path) -> None:
+    lines = cli.ok("inspect", flat).splitlines()
+    assert lines[:5] == [
+        f"file        {flat}",
+        "size        8 MiB in blocks of 64 KiB",
+        "dirty       128 KiB in 2 blocks",
+        "trust       exact",
+        "flags       CLEAN RECORDING",
+    ]
+    assert lines[6] == "until       still recording"
+    assert lines[-1] == "names       checkpoint monday, disk sda"
+
+
+def test_inspect_needs_no_store(cli: Cli, flat: Path) -> None:
+    assert cli.json("inspect", flat, "--store", cli.folder / "none")["dirty_count"] == 2
+
+
+def test_a_file_that_was_not_closed_cleanly_is_worth_nothing(cli: Cli, flat: Path) -> None:
+    code, out, err = cli("inspect", _unclean(cli, flat), "--json")
+    told = json.loads(out)
+    assert code == 3
+    assert "CLEAN is not set" in err
+    assert (told["clean"], told["trust"], told["dirty_bytes"]) == (False, "untrusted", SIZE)
+
+
+def test_bits_that_are_not_those_that_were_written_are_worth_nothing(cli: Cli, flat: Path) -> None:
+    _with_byte(flat, FIRST_BITS_BYTE, 1)
+    assert "expected checksum" in json.loads(cli("inspect", flat, "--json").out)["problems"][0]
+    assert cli("inspect", flat).code == 3
+    assert "expected checksum" in cli.fails(1, "import", flat, "kept")
+
+
+def test_damage_of_the_header_is_named(cli: Cli, flat: Path) -> None:
+    assert "header_checksum at byte 252" in cli.fails(1, "inspect", _with_byte(flat, DIRTY_COUNT_BYTE, 1))
+    flat.write_bytes(b"\x1b[2J" * 2000)
+    assert "magic at byte 0" in cli.fails(1, "inspect", flat)
+    flat.write_bytes(b"")
+    assert "at least 256 bytes" in cli.fails(1, "inspect", flat)
+    assert "does not exist" in cli.fails(1, "inspect", cli.folder / "nothing.dbm")
+
+
+# --- in ---
+
+
+def test_a_file_becomes_a_bitmap_of_its_own(cli: Cli, flat: Path) -> None:
+    assert cli.ok("import", flat, "kept") == "kept: 8 MiB in blocks of 64 KiB, 128 KiB dirty\n"
+    [bitmap] = cli.json("ls")["bitmaps"]
+    assert bitmap == cli.json("info", "kept")
+    assert (bitmap["name"], bitmap["dirty_bytes"], bitmap["trust"]) == ("kept", 128 * KIB, "exact")
+    assert bitmap["origin_disk"] == cli.json("info", "sda")["uuid"]
+    assert cli.ok("ls").splitlines()[-1] == "kept    8 MiB  128 KiB  exact"
+    assert "trust       exact" in cli.ok("info", "kept")
+
+
+def test_a_bitmap_goes_out_again_as_it_came(cli: Cli, flat: Path) -> None:
+    cli.ok("import", flat, "kept")
+    again = cli.folder / "again.dbm"
+    cli.ok("export", "kept", again)
+    ignored = ("file", "metadata")
+    came, went = cli.json("inspect", flat), cli.json("inspect", again)
+    assert {k: v for k, v in came.items() if k not in ignored} == {
+        k: v for k, v in went.items() if k not in ignored
+    }
+    assert "is no disk" in cli.fails(2, "export", "kept", again, "--since", "monday")
+
+
+def test_an_import_makes_a_store(cli: Cli, flat: Path) -> None:
+    elsewhere = cli.folder / "elsewhere"
+    cli.ok("import", flat, "kept", "--store", elsewhere)
+    assert cli.json("ls", "--store", elsewhere)["bitmaps"][0]["name"] == "kept"
+
+
+def test_an_import_into_a_disk_adds_to_its_period(cli: Cli, flat: Path) -> None:
+    cli.ok("checkpoint", "sda", "tuesday")
+    cli.ok("mark", "sda", 0, 1)
+    assert cli.ok("import", flat, "kept", "--into", "sda").endswith(", also in sda\n")
+    assert cli.dirty("sda")[1] == [(0, 64 * KIB), (MIB, 128 * KIB)]
+
+
+def test_a_file_that_is_not_clean_is_imported_as_everything_dirty_or_not_at_all(cli: Cli, flat: Path) -> None:
+    _unclean(cli, flat)
+    assert "not closed cleanly" in cli.fails(3, "import", flat, "kept", "--into", "sda")
+    assert cli.json("ls")["bitmaps"] == []
+    assert cli.dirty("sda") == ("exact", [(MIB, 128 * KIB)])
+    cli.ok("import", flat, "kept", "--into", "sda", "--all-dirty")
+    assert cli.dirty("sda") == ("superset", [(0, SIZE)])
+
+
+def test_a_name_that_is_taken_is_refused(cli: Cli, flat: Path) -> None:
+    assert "a disk is called 'sda' already" in cli.fails(1, "import", flat, "sda")
+    cli.ok("import", flat, "kept")
+    assert "a bitmap is called 'kept' already" in cli.fails(1, "import", flat, "kept")
+
+
+def test_a_disk_of_another_size_is_refused(cli: Cli, flat: Path) -> None:
+    cli.add("small", MIB)
+    assert "has 1048576 bytes" in cli.fails(2, "import", flat, "kept", "--into", "small")
+    assert cli.json("ls")["bitmaps"] == []
+
+
+def test_a_bitmap_can_be_thrown_away(cli: Cli, flat: Path) -> None:
+    cli.ok("import", flat, "kept")
+    assert cli.ok("rm", "kept") == "kept: forgotten\n"
+    assert cli.json("ls")["bitmaps"] == []
+    assert len(cli.json("ls")["disks"]) == 1
+
+
+# --- beside a disk that is served ---
+
+
+@requires("qemu-io")
+def test_a_served_disk_is_exported_up_to_the_moment(cli: Cli, flat: Path) -> None:
+    with cli.serving("sda") as served:
+        write(served.uris["sda"], 5 * MIB, 1)
+        assert cli.json("export", "sda", flat)["dirty_count"] == 3
+
+
+def test_an_import_into_a_served_disk_is_done_by_its_owner(cli: Cli, flat: Path) -> None:
+    cli.ok("checkpoint", "sda", "tuesday")
+    with cli.serving("sda"):
+        cli.ok("import", flat, "kept", "--into", "sda")
+        assert cli.dirty("sda")[1] == [(MIB, 128 * KIB)]
+    assert cli.dirty("sda")[1] == [(MIB, 128 * KIB)]
+
+
+@requires("qemu-io")
+def test_a_bitmap_file_is_unclean_while_served_and_whole_afterwards(cli: Cli, flat: Path) -> None:
+    with cli.serving("sda", f"--bitmap-file={flat}") as served:
+        assert json.loads(cli("inspect", flat, "--json").out)["clean"] is False
+        write(served.uris["sda"], 5 * MIB, 1)
+    told = cli.json("inspect", flat)
+    assert (told["clean"], told["dirty_count"], told["trust"]) == (True, 3, "exact")
+
+
+def test_a_bitmap_file_is_made_where_none_was(cli: Cli) -> None:
+    cli.add("sda")
+    path = cli.folder / "new.dbm"
+    with cli.serving("sda", f"--bitmap-file={path}"):
+        assert not path.exists()
+    assert cli.json("inspect", path)["dirty_count"] == 128
+
+
+def test_after_a_kill_the_bitmap_file_is_worth_nothing_and_the_store_is(cli: Cli, flat: Path) -> None:
+    with cli.serving("sda", f"--bitmap-file={flat}") as served:
+        served.child.process.kill()
+        served.child.wait()
+    assert cli("inspect", flat).code == 3
+    assert cli.dirty("sda") == ("superset", [(MIB, 128 * KIB)])
+    with cli.serving("sda", f"--bitmap-file={flat}", log=True) as served:
+        pass
+    assert "the next backup is a full one" in served.child.stderr
+    assert cli.json("inspect", flat)["dirty_count"] == 128
+
+
+def test_a_bitmap_file_is_of_one_disk(cli: Cli) -> None:
+    cli.add("a")
+    cli.add("b")
+    said = cli.fails(2, "serve", "a", "b", "--socket", "s", "--bitmap-file", "x.dbm")
+    assert said.startswith("a bitmap file is of one disk")
+
+
+def test_a_bitmap_file_that_is_something_else_is_left_alone(cli: Cli) -> None:
+    cli.add("sda")
+    path = cli.folder / "letter.txt"
+    path.write_bytes(b"Dear Sir or Madam, " * 300)
+    before = path.read_bytes()
+    cli.fails(1, "serve", "sda", "--socket", cli.folder / "s", "--bitmap-file", path)
+    assert path.read_bytes() == before
+    assert cli.json("info", "sda")["attached"] is False

@@ -1,0 +1,157 @@
+"""add, ls, info, rm: the beginning and the end of a disk, and how it stands in between."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.cli.conftest import MIB, SIZE, Cli
+
+
+def test_a_disk_is_added_and_all_of_it_counts_as_dirty(cli: Cli) -> None:
+    image = cli.add("sda")
+    [disk] = cli.json("ls")["disks"]
+    assert disk == {
+        "name": "sda", "uuid": disk["uuid"], "image": str(image), "size": SIZE, "granularity": 65536,
+        "durability": "write-ahead", "policy": "guest-first", "attached": False, "trust": "superset",
+        "reason": "everything counts as dirty until the first full backup",
+        "dirty_bytes": SIZE, "since": "epoch-1",
+    }  # fmt: skip
+
+
+def test_adding_says_what_was_added(cli: Cli) -> None:
+    image = cli.folder / "sda.raw"
+    image.write_bytes(bytes(SIZE))
+    said = cli.ok("add", "sda", image, "--granularity", "4K", "--policy", "strict")
+    assert said == "sda: 8 MiB in blocks of 4 KiB, all dirty until the first full backup\n"
+    assert cli.json("info", "sda")["policy"] == "strict"
+
+
+def test_adding_answers_in_json_what_ls_lists(cli: Cli) -> None:
+    image = cli.folder / "sda.raw"
+    image.write_bytes(b"")
+    assert cli.json("add", "sda", image, "--durability", "deferred") == cli.json("ls")["disks"][0]
+
+
+@pytest.mark.parametrize("uri", ["nbd://host/sda", "nbd+unix:///sda?socket=/s", "ssh://host/image"])
+def test_a_uri_is_refused_with_a_way_round(cli: Cli, uri: str) -> None:
+    said = cli.fails(2, "add", "sda", uri)
+    assert said.startswith(f"{uri} is a URI, and images behind URIs cannot be tracked yet; connect it")
+    assert not cli.store.exists(), "nothing was made for it"
+
+
+@pytest.mark.parametrize("granularity", ["3000", "256", "4G", "many"])
+def test_an_impossible_granularity_is_not_understood(cli: Cli, granularity: str) -> None:
+    assert "see 'lmdbitmap add --help'" in cli.fails(2, "add", "sda", "x", "--granularity", granularity)
+
+
+def test_a_name_or_an_image_that_is_taken_is_refused(cli: Cli) -> None:
+    image = cli.add("sda")
+    other = cli.folder / "other.raw"
+    other.write_bytes(b"")
+    assert "a disk is called 'sda' already" in cli.fails(1, "add", "sda", other)
+    assert "is tracked already, as 'sda'" in cli.fails(1, "add", "sdb", image)
+
+
+def test_a_folder_that_is_no_store_is_left_alone(cli: Cli) -> None:
+    cli.store.mkdir()
+    (cli.store / "holiday.jpg").touch()
+    image = cli.folder / "sda.raw"
+    image.touch()
+    assert "holiday.jpg" in cli.fails(1, "add", "sda", image)
+    assert os.listdir(cli.store) == ["holiday.jpg"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["ls"], ["info", "sda"], ["rm", "sda"], ["check"], ["changes", "sda"], ["checkpoint", "sda", "a"],
+        ["forget", "sda", "a"], ["mark", "sda", "0", "1"], ["adopt", "sda"], ["serve", "sda", "--socket", "s"],
+    ],
+    ids=lambda words: words[0],
+)  # fmt: skip
+def test_only_add_and_import_make_a_store(cli: Cli, words: list[str]) -> None:
+    assert "is not a store; name another, or make one with `lmdbitmap add`" in cli.fails(1, *words)
+    assert not cli.store.exists()
+
+
+def test_ls_is_a_table_for_people(cli: Cli) -> None:
+    first, second = cli.add("a"), cli.add("b", 3 * MIB)
+    cli.ok("checkpoint", "a,b", "monday")
+    cli.ok("mark", "b", MIB, 1)
+    assert cli.ok("ls").splitlines() == [
+        "disk   size   dirty  since   trust  attached  image",
+        f"a     8 MiB     0 B  monday  exact  no        {first}",
+        f"b     3 MiB  64 KiB  monday  exact  no        {second}",
+    ]
+
+
+def test_ls_of_nothing_says_how_to_begin(cli: Cli) -> None:
+    cli.add("a")
+    cli.ok("rm", "a")
+    assert cli.ok("ls") == "nothing is tracked yet; begin with `lmdbitmap add`\n"
+    assert cli.json("ls") == {"store": str(cli.store), "disks": [], "bitmaps": []}
+
+
+def test_info_tells_every_period(cli: Cli) -> None:
+    cli.add("sda")
+    cli.ok("checkpoint", "sda", "monday")
+    cli.ok("mark", "sda", 0, MIB)
+    cli.ok("checkpoint", "sda", "tuesday")
+    told = cli.json("info", "sda")
+    assert told["epoch"]["number"] == 1
+    assert told["since"] == "tuesday"
+    assert [(c["name"], c["dirty_bytes"], c["epoch"]) for c in told["checkpoints"]] == [
+        ("epoch-1", SIZE, told["epoch"]["uuid"]),
+        ("monday", MIB, told["epoch"]["uuid"]),
+        ("tuesday", 0, told["epoch"]["uuid"]),
+    ]
+    assert told["checkpoints"][0]["time"].endswith("Z")
+
+
+def test_info_is_a_portrait_for_people(cli: Cli) -> None:
+    image = cli.add("sda")
+    cli.ok("checkpoint", "sda", "monday")
+    lines = cli.ok("info", "sda").splitlines()
+    assert lines[:9] == [
+        "disk        sda, 8 MiB in blocks of 64 KiB",
+        f"image       {image}",
+        "attached    no",
+        "dirty       0 B since checkpoint monday",
+        "trust       exact",
+        "epoch       1: tracking began here",
+        "durability  write-ahead, guest-first",
+        "",
+        "checkpoint  made                 changed until the next",
+    ]
+    assert lines[9].startswith("epoch-1     20")
+    assert lines[9].endswith("  8 MiB")
+
+
+def test_a_new_epoch_is_told_with_its_reason(cli: Cli) -> None:
+    image = cli.add("sda")
+    cli.ok("checkpoint", "sda", "monday")
+    os.utime(image, ns=(1, 1))
+    assert cli.json("info", "sda")["trust"] == "untrusted"
+    assert "the image was written while nobody tracked it" in cli.ok("info", "sda")
+    cli.ok("checkpoint", "sda", "tuesday")
+    told = cli.json("info", "sda")
+    assert (told["trust"], told["epoch"]["number"]) == ("exact", 2)
+    assert [c["dirty_bytes"] for c in told["checkpoints"]] == [None, None, SIZE, 0]
+    assert cli.ok("info", "sda").count("not known any more") == 2
+
+
+def test_names_cannot_reach_the_terminal(cli: Cli) -> None:
+    cli.add("sda")
+    cli.fails(2, "checkpoint", "sda", "\x1b[2J")
+    assert "\x1b" not in cli.ok("info", "sda")
+
+
+def test_rm_forgets_the_disk_and_leaves_the_image(cli: Cli) -> None:
+    image = cli.add("sda")
+    assert cli.ok("rm", "sda") == "sda: forgotten\n"
+    assert image.stat().st_size == SIZE
+    assert cli.json("ls")["disks"] == []
+    assert cli.json("check")["findings"] == []
+    assert "nothing is called 'sda'" in cli.fails(1, "rm", "sda")

@@ -1,0 +1,124 @@
+"""Every verb, while another process serves the disk and a real client writes to it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cli.conftest import MIB, SIZE, Cli, Served
+from tests.cli.test_serve import write
+from tests.support import requires
+
+KIB = 1 << 10
+
+pytestmark = requires("qemu-io")
+
+
+@contextlib.contextmanager
+def _served_and_written(cli: Cli) -> Iterator[Served]:
+    """Disk `sda`, served since checkpoint `monday`, with 64 KiB written at 1 MiB."""
+    cli.add("sda")
+    cli.ok("checkpoint", "sda", "monday")
+    with cli.serving("sda") as served:
+        write(served.uris["sda"], MIB, 64 * KIB)
+        yield served
+
+
+def test_changes_are_exact_up_to_the_moment(cli: Cli) -> None:
+    with _served_and_written(cli) as served:
+        assert cli.dirty("sda") == ("exact", [(MIB, 64 * KIB)])
+        write(served.uris["sda"], 5 * MIB, 1)
+        assert cli.dirty("sda") == ("exact", [(MIB, 64 * KIB), (5 * MIB, 64 * KIB)])
+
+
+def test_zeroes_of_a_served_image_are_seen(cli: Cli) -> None:
+    with _served_and_written(cli):
+        cli.ok("mark", "sda", 3 * MIB, 1)
+        extents = cli.json("changes", "sda")["extents"]
+        assert [(e["offset"], e["zero"]) for e in extents] == [(MIB, False), (3 * MIB, True)]
+
+
+def test_ls_and_info_know_it_is_attached(cli: Cli) -> None:
+    with _served_and_written(cli):
+        told = cli.json("info", "sda")
+        assert (told["attached"], told["trust"], told["dirty_bytes"]) == (True, "exact", 64 * KIB)
+        assert told["checkpoints"][-1]["dirty_bytes"] == 64 * KIB
+        assert cli.json("ls")["disks"][0]["attached"] is True
+    assert cli.json("info", "sda")["attached"] is False
+
+
+def test_a_checkpoint_divides_what_was_written_from_what_will_be(cli: Cli) -> None:
+    with _served_and_written(cli) as served:
+        cli.ok("checkpoint", "sda", "tuesday")
+        write(served.uris["sda"], 5 * MIB, 1)
+        assert cli.dirty("sda", "--since", "monday", "--until", "tuesday") == ("exact", [(MIB, 64 * KIB)])
+        assert cli.dirty("sda") == ("exact", [(5 * MIB, 64 * KIB)])
+    assert cli.dirty("sda") == ("exact", [(5 * MIB, 64 * KIB)])
+
+
+def test_marking_and_forgetting_are_done_by_the_owner(cli: Cli) -> None:
+    with _served_and_written(cli) as served:
+        cli.ok("mark", "sda", 0, 1)
+        cli.ok("checkpoint", "sda", "tuesday")
+        write(served.uris["sda"], 5 * MIB, 1)
+        cli.ok("forget", "sda", "tuesday")
+        everything = [(0, 64 * KIB), (MIB, 64 * KIB), (5 * MIB, 64 * KIB)]
+        assert cli.dirty("sda") == ("exact", everything)
+        write(served.uris["sda"], 7 * MIB, 1)
+    assert cli.dirty("sda") == ("exact", [*everything, (7 * MIB, 64 * KIB)])
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "said"),
+    [
+        (1, ["checkpoint", "sda", "monday"], "has a checkpoint 'monday' already"),
+        (2, ["checkpoint", "sda", "\x07"], "has control characters"),
+        (1, ["forget", "sda", "sunday"], "has no checkpoint 'sunday'"),
+        (2, ["mark", "sda", SIZE, "1"], "are not on a disk of 8388608 bytes"),
+        (1, ["changes", "sda", "--since", "sunday"], "has no checkpoint 'sunday'"),
+    ],
+)
+def test_the_owners_refusals_are_ours(cli: Cli, code: int, words: list[object], said: str) -> None:
+    with _served_and_written(cli):
+        assert said in cli.fails(code, *words)
+
+
+@pytest.mark.parametrize("verb", ["adopt", "rm"])
+def test_what_an_owner_would_not_survive_is_refused(cli: Cli, verb: str) -> None:
+    with _served_and_written(cli):
+        assert cli.fails(4, verb, "sda") == (
+            "disk 'sda' is owned by another process; stop the process that serves it, or wait for it"
+        )
+
+
+def test_a_store_in_use_is_sound(cli: Cli) -> None:
+    with _served_and_written(cli):
+        assert cli.ok("check") == f"{cli.store}: sound\n"
+
+
+# --- several disks ---
+
+
+def test_disks_of_one_process_share_a_checkpoint(cli: Cli) -> None:
+    cli.add("a")
+    cli.add("b")
+    with cli.serving("a", "b") as served:
+        cli.ok("checkpoint", "a,b", "monday")
+        write(served.uris["b"], 0, 1)
+        assert cli.dirty("a") == ("exact", [])
+        assert cli.dirty("b") == ("exact", [(0, 64 * KIB)])
+    times = {cli.json("info", name)["checkpoints"][-1]["time"] for name in "ab"}
+    assert len(times) == 1
+
+
+def test_disks_of_several_processes_share_none(cli: Cli) -> None:
+    cli.add("a")
+    cli.add("b")
+    cli.add("c")
+    with cli.serving("a"), cli.serving("b"):
+        assert "not served by this process: b" in cli.fails(4, "checkpoint", "a,b", "monday")
+        said = cli.fails(4, "checkpoint", "a,c", "monday")
+        assert said == "of these disks only a is served; serve all of them in one process, or none"
+    assert {len(cli.json("info", name)["checkpoints"]) for name in "abc"} == {1}

@@ -1,0 +1,63 @@
+"""check: sound is 0, damage is 1, a disk that needs a full backup is 3."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from lmdbitmap.store import Store
+from tests.cli.conftest import SIZE, Cli
+
+
+def _spoil(cli: Cli) -> None:
+    with Store.open(str(cli.store)) as store:
+        store.update(lambda writer: writer._put("disks", b"\xff" * 16, b"\xc1"))
+
+
+def test_a_sound_store_is_called_so(cli: Cli) -> None:
+    cli.add("sda")
+    assert cli.ok("check") == f"{cli.store}: sound\n"
+    assert cli.json("check") == {"store": str(cli.store), "sound": True, "findings": []}
+
+
+def test_damage_is_named_and_ends_in_1(cli: Cli) -> None:
+    cli.add("sda")
+    _spoil(cli)
+    code, out, err = cli("check")
+    assert (code, err) == (1, "lmdbitmap: the store is damaged; do what the findings say\n")
+    assert out.startswith(f"damage: disk description at disks/{'ff' * 16}: expected one msgpack map, found")
+    assert out.count("\n") == 1
+
+
+def test_damage_is_told_to_programs(cli: Cli) -> None:
+    cli.add("sda")
+    _spoil(cli)
+    answer = json.loads(cli("check", "--json").out)
+    assert answer["sound"] is False
+    assert [sorted(finding) for finding in answer["findings"]] == [
+        ["gravity", "next_step", "place", "problem"]
+    ]
+    assert answer["findings"][0]["gravity"] == "damage"
+
+
+def test_a_disk_that_needs_a_full_backup_ends_in_3(cli: Cli) -> None:
+    image = cli.add("sda")
+    os.utime(image, ns=(1, 1))
+    code, out, err = cli("check")
+    assert code == 3
+    assert out.startswith("full backup needed: disk 'sda': the image was written while nobody tracked it; ")
+    assert err.startswith("lmdbitmap: the store is sound, but not every disk can be trusted")
+    assert json.loads(cli("check", "--json").out)["sound"] is True
+
+
+def test_notes_are_no_failure(cli: Cli) -> None:
+    cli.add("sda")
+    (cli.store / "owners" / "stray.partial").touch()
+    assert cli.ok("check").startswith("note: ")
+
+
+def test_other_verbs_say_what_they_cannot_read(cli: Cli) -> None:
+    cli.add("sda")
+    _spoil(cli)
+    assert "expected one msgpack map" in cli.fails(1, "ls")
+    assert (cli.folder / "sda.raw").stat().st_size == SIZE
