@@ -1,0 +1,260 @@
+"""NBD servers side by side: fio's nbd engine against each, over a unix socket, in turns.
+
+Every peer has its own copy of the image, because an image that is served by one is locked for the others.
+All copies are in the page cache before the first round. A round gives every peer the same few seconds of the
+same work; the figure is the median of the rounds, and the ratio the median of the rounds' ratios, so that a
+noisy moment of the machine hits all of them or is left out.
+
+Run alone it measures an untracked disk: `python benchmarks/nbd.py [SECONDS [ROUNDS]]`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.table import Line, as_text  # noqa: E402
+
+PATIENCE_S = 20.0
+IMAGE_BYTES = 1 << 30
+EXPORT = "disk"
+
+
+class Load(NamedTuple):
+    """A pattern of requests, and the rates that we owe qemu-nbd and nbdkit under it."""
+
+    work: str
+    block: str
+    depth: int
+    owed: dict[str, float]
+
+    @property
+    def name(self) -> str:
+        return f"NBD {self.work.removeprefix('rand')} {self.block}, depth {self.depth}"
+
+
+SMALL = {"qemu-nbd": 3.0, "nbdkit file": 1.0}
+LARGE = {"qemu-nbd": 1.5, "nbdkit file": 1.0}
+SINGLE = {"qemu-nbd": 1.0, "nbdkit file": 1.0}
+LOADS = [
+    Load("randwrite", "4k", 32, SMALL),
+    Load("randread", "4k", 32, SMALL),
+    Load("randwrite", "64k", 16, LARGE),
+    Load("randread", "64k", 16, LARGE),
+    Load("randwrite", "1m", 4, LARGE),
+    Load("randread", "1m", 4, LARGE),
+    Load("randwrite", "4k", 1, SINGLE),
+    Load("randread", "4k", 1, SINGLE),
+]
+
+
+class Peer(NamedTuple):
+    """A server to start: its command makes it listen at `socket` in the foreground."""
+
+    name: str
+    command: Sequence[str]
+    socket: Path
+    export: str = EXPORT
+
+    @property
+    def uri(self) -> str:
+        return f"nbd+unix:///{self.export}?socket={self.socket}"
+
+
+# -- peers -------------------------------------------------------------------------------------------------
+
+
+def ours_untracked(image: Path, folder: Path) -> Peer:
+    """Our server on the bare image: what tracking is measured against."""
+    listen_at = folder / "ours.sock"
+    return Peer("untracked", [sys.executable, __file__, "serve", str(image), str(listen_at)], listen_at)
+
+
+def qemu_nbd(image: Path, folder: Path) -> Peer:
+    listen_at = folder / "qemu.sock"
+    options = ["--persistent", "--shared=8", "--format=raw", "--cache=writeback"]
+    return Peer("qemu-nbd", ["qemu-nbd", *options, "-k", str(listen_at), "-x", EXPORT, str(image)], listen_at)
+
+
+def nbdkit_file(image: Path, folder: Path) -> Peer:
+    listen_at = folder / "nbdkit.sock"
+    return Peer(
+        "nbdkit file",
+        ["nbdkit", "--foreground", "-U", str(listen_at), "-e", EXPORT, "file", str(image)],
+        listen_at,
+    )
+
+
+@contextlib.contextmanager
+def running(peers: Iterable[Peer]) -> Iterator[None]:
+    """Start all of them, wait until they take connections, and end them afterwards."""
+    with contextlib.ExitStack() as stack:
+        for peer in peers:
+            stack.enter_context(_running(peer))
+        yield
+
+
+@contextlib.contextmanager
+def _running(peer: Peer) -> Iterator[None]:
+    process = subprocess.Popen(peer.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _await_listening(peer, process)
+        yield
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _await_listening(peer: Peer, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not _listens(peer.socket):
+        if process.poll() is not None:
+            raise RuntimeError(f"{peer.name} ended with {process.returncode} before it listened")
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{peer.name} does not listen at {peer.socket}")
+        time.sleep(0.02)
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+        return True
+
+
+# -- measuring ---------------------------------------------------------------------------------------------
+
+
+def fio_rate(uri: str, load: Load, seconds: float, extra: Sequence[str] = ()) -> float:
+    """Requests per second that fio got through."""
+    command = [
+        "fio",
+        "--name=bench",
+        "--ioengine=nbd",
+        f"--uri={uri}",
+        f"--rw={load.work}",
+        f"--bs={load.block}",
+        f"--iodepth={load.depth}",
+        f"--runtime={int(seconds * 1000)}ms",
+        "--time_based",
+        "--norandommap",
+        "--randrepeat=0",
+        "--output-format=json",
+        *extra,
+    ]
+    with tempfile.TemporaryDirectory() as folder:  # fio leaves files where it runs
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=seconds + PATIENCE_S, cwd=folder
+        )
+    report = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
+    if report["error"]:
+        raise RuntimeError(f"fio failed: {done.stdout}")
+    return float(report["read"]["iops"] + report["write"]["iops"])
+
+
+def rates(peers: Sequence[Peer], load: Load, rounds: int, seconds: float) -> list[list[float]]:
+    """The rate of every peer in every round, the peers taking turns and beginning in turn."""
+    measured: list[list[float]] = [[] for _ in peers]
+    for turn in range(rounds):
+        for index in range(len(peers)):
+            peer = (index + turn) % len(peers)
+            measured[peer].append(fio_rate(peers[peer].uri, load, seconds))
+    return measured
+
+
+def measure_nbd(
+    image: Path,
+    ours: Peer,
+    *,
+    loads: Sequence[Load] = LOADS,
+    rounds: int = 3,
+    seconds: float = 1.0,
+) -> Iterator[Line]:
+    """`ours`, which serves `image`, against qemu-nbd and nbdkit serving copies of it; a line for each pair."""
+    with tempfile.TemporaryDirectory(dir=image.parent) as name:
+        folder = Path(name)
+        peers = [ours]
+        for make in (qemu_nbd, nbdkit_file):
+            copy = folder / f"{make.__name__}.raw"
+            write_out(copy, image.stat().st_size)
+            peers.append(make(copy, folder))
+        with running(peers):
+            for load in loads:
+                yield from _lines(load, peers, rates(peers, load, rounds, seconds))
+
+
+def _lines(load: Load, peers: Sequence[Peer], measured: list[list[float]]) -> Iterator[Line]:
+    mine = measured[0]
+    for peer, theirs in zip(peers[1:], measured[1:], strict=True):
+        ratio = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
+        owed = load.owed[peer.name]
+        yield Line(load.name, statistics.median(mine), "/s", peer.name, ratio, f">= {owed:g}", peers[0].name)
+
+
+def write_out(path: Path, size: int) -> None:
+    """An image whose every page is written, one page at a time, as a guest would.
+
+    A file written in large pieces lies in large folios, which makes small writes to it several times slower.
+    """
+    page = os.urandom(4096)
+    with path.open("xb", buffering=0) as image:
+        for _ in range(size // len(page)):
+            image.write(page)
+        image.truncate(size)
+
+
+# -- alone -------------------------------------------------------------------------------------------------
+
+
+def serve(image: str, listen_at: str) -> None:
+    from lmdbitmap.device import FileDevice
+    from lmdbitmap.nbd.server import Server
+    from lmdbitmap.plain import PlainDisk
+
+    with FileDevice.open(image) as device:
+        server = Server({EXPORT: PlainDisk(device)})
+        server.listen_unix(listen_at)
+        signal.signal(signal.SIGTERM, lambda number, frame: server.request_stop())
+        server.serve_forever()
+
+
+def main(seconds: str = "1", rounds: str = "3") -> None:
+    base = "/dev/shm" if shutil.disk_usage("/dev/shm").free > 4 * IMAGE_BYTES else None
+    with tempfile.TemporaryDirectory(dir=base) as name:
+        image = Path(name) / "ours.raw"
+        write_out(image, IMAGE_BYTES)
+        ours = ours_untracked(image, Path(name))
+        with contextlib.suppress(KeyboardInterrupt):
+            lines = []
+            for line in measure_nbd(image, ours, rounds=int(rounds), seconds=float(seconds)):
+                lines.append(line)
+                print(as_text([line]).splitlines()[-1], file=sys.stderr, flush=True)
+            print(as_text(lines))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["serve"]:
+        serve(*sys.argv[2:])
+    else:
+        main(*sys.argv[1:])

@@ -1,0 +1,56 @@
+"""All figures: a table for people on stdout, the same as JSON in benchmarks/results/latest.json.
+
+    make bench                     everything, a few minutes
+    make bench ARGS="core"         only benchmarks/core.py; or "tracked"
+
+Ratios are measured against a peer in the same run. The machine and the date are part of the JSON.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import core, tracked  # noqa: E402
+from benchmarks.table import Line, as_text, write_json  # noqa: E402
+
+PARTS: dict[str, Callable[[], Iterator[Line]]] = {"core": core.measure, "tracked": tracked.measure}
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def main(names: list[str]) -> None:
+    lines = []
+    for name in names or list(PARTS):
+        for line in PARTS[name]():
+            lines.append(line)
+            print(as_text([line]).splitlines()[-1], file=sys.stderr, flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    write_json(lines, RESULTS / "latest.json")
+    (RESULTS / "machine.json").write_text(json.dumps(machine(), indent=2) + "\n")
+    print(as_text(lines))
+
+
+def machine() -> dict[str, str]:
+    """What the figures were measured on."""
+    models = [
+        line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
+    ]
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+        "processor": models[0].partition(": ")[2] if models else platform.machine(),
+        "cores": str(os.cpu_count()),
+    }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,153 @@
+"""Tracking over NBD: the steady state against other servers, the first touch against the same server untracked.
+
+Also whole commands: a backup of a disk on which nothing changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import nbd  # noqa: E402
+from benchmarks.table import Line  # noqa: E402
+
+SPARSE_BYTES = 64 << 30
+BLOCK = 1 << 16
+
+
+def measure() -> Iterator[Line]:
+    yield from steady_state()
+    yield from first_touch()
+    yield from nothing_changed()
+
+
+def steady_state() -> Iterator[Line]:
+    """Every block is dirty already: what a guest meets most of the time."""
+    with workplace(4 * nbd.IMAGE_BYTES) as folder:
+        image = folder / "tracked.raw"
+        nbd.write_out(image, nbd.IMAGE_BYTES)
+        yield from nbd.measure_nbd(image, tracked_peer(image, folder, "dirty"))
+
+
+def first_touch(requests: int = SPARSE_BYTES // BLOCK) -> Iterator[Line]:
+    """Every block of a sparse image once, at random, 32 in flight; in a real folder, so that syncs cost."""
+    seconds = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for kind in ("untracked", "tracked"):
+            image = folder / f"{kind}.raw"
+            with image.open("xb") as made:
+                made.truncate(SPARSE_BYTES)
+            make = nbd.ours_untracked if kind == "untracked" else tracked_peer
+            peer = make(image, folder)
+            with nbd.running([peer]):
+                start = time.monotonic()
+                touch_all(peer, requests)
+                seconds[kind] = time.monotonic() - start
+            image.unlink()
+    rate, ratio = requests / seconds["tracked"], seconds["untracked"] / seconds["tracked"]
+    yield Line(
+        "NBD first touch, 64 GiB sparse",
+        rate,
+        "/s",
+        "untracked",
+        ratio,
+        ">= 0.6",
+        "1024 extents armed at most",
+    )
+
+
+def touch_all(peer: nbd.Peer, requests: int) -> None:
+    """Each block exactly once, in an order that fio reads from a log: its own random map cannot do strides."""
+    folder = peer.socket.parent
+    blocks = list(range(SPARSE_BYTES // BLOCK))
+    random.Random(7).shuffle(blocks)
+    with open(folder / "order.log", "w") as log:
+        log.write("fio version 2 iolog\ndisk add\ndisk open\n")
+        log.writelines(f"disk write {block * BLOCK} 4096\n" for block in blocks[:requests])
+        log.write("disk close\n")
+    command = [
+        "fio", "--name=touch", "--ioengine=nbd", f"--uri={peer.uri}", "--iodepth=32", "--read_iolog=order.log",
+        "--replay_no_stall=1", f"--size={SPARSE_BYTES}", "--minimal",
+    ]  # fmt: skip
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=folder)
+
+
+def nothing_changed(rounds: int = 5) -> Iterator[Line]:
+    """`lmdbitmap backup` of a 1 TiB sparse disk, from the shell's point of view."""
+    with tempfile.TemporaryDirectory() as name:
+        image = Path(name) / "disk.raw"
+        with image.open("xb") as made:
+            made.truncate(1 << 40)
+        command(name, "add", "disk", str(image))
+        command(name, "backup", "disk", f"{name}/backups")
+        seconds = []
+        for _ in range(rounds):
+            start = time.monotonic()
+            command(name, "backup", "disk", f"{name}/backups")
+            seconds.append(time.monotonic() - start)
+        reports = json.loads(command(name, "ls", "--json"))
+    assert reports, "the disk is tracked"
+    yield Line(
+        "no-change incremental, 1 TiB sparse, whole process",
+        statistics.median(seconds),
+        "s",
+        "",
+        None,
+        "< 1 s",
+    )
+
+
+def command(folder: str, *words: str) -> str:
+    whole = [sys.executable, "-m", "lmdbitmap", "--store", f"{folder}/store", *words]
+    return subprocess.run(whole, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+
+
+@contextlib.contextmanager
+def workplace(needed: int) -> Iterator[Path]:
+    """A folder in memory if there is room, so that no disk's noise is in the figures."""
+    base = "/dev/shm" if shutil.disk_usage("/dev/shm").free > needed else None
+    with tempfile.TemporaryDirectory(dir=base) as name:
+        yield Path(name)
+
+
+def tracked_peer(image: Path, folder: Path, period: str = "clean") -> nbd.Peer:
+    """Our server with a write-ahead tracker in front; `period` says how the open period begins."""
+    listen_at = folder / "tracked.sock"
+    words = [sys.executable, __file__, "serve", str(image), str(listen_at), f"{folder}/store", period]
+    return nbd.Peer("tracked", words, listen_at)
+
+
+def serve(image: str, listen_at: str, store_path: str, period: str) -> None:
+    from lmdbitmap import session
+    from lmdbitmap.filter import Filter
+    from lmdbitmap.nbd.server import Server
+    from lmdbitmap.store import Store
+
+    with Store.create(store_path) as store:
+        session.add(store, nbd.EXPORT, os.path.realpath(image), granularity_bits=16)
+        with Filter.attach(store, nbd.EXPORT) as attached:
+            if period == "clean":
+                attached.checkpoint("clean")
+            server = Server({nbd.EXPORT: attached})
+            server.listen_unix(listen_at)
+            signal.signal(signal.SIGTERM, lambda number, frame: server.request_stop())
+            server.serve_forever()
+
+
+if __name__ == "__main__":
+    serve(*sys.argv[2:])
