@@ -32,7 +32,7 @@ from typing import NamedTuple, TypeAlias
 
 from lmdbitmap import bits, schema
 from lmdbitmap.bits import Run
-from lmdbitmap.errors import LmdbitmapError
+from lmdbitmap.errors import LmdbitmapError, os_errors_at
 from lmdbitmap.geometry import EXTENT_BLOCKS, REGION_BLOCKS, REGION_BYTES, REGION_EXTENTS
 from lmdbitmap.schema import Bitmap
 from lmdbitmap.store import Store, Writer
@@ -384,7 +384,8 @@ class Period:
 def _anonymous(length: int) -> mmap.mmap:
     """Memory that reads as zeroes and takes none until it is touched."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
-    return mmap.mmap(-1, max(length, REGION_BYTES), flags=flags)
+    with os_errors_at(f"{length} bytes of memory for a bitmap (a larger granularity needs less)"):
+        return mmap.mmap(-1, max(length, REGION_BYTES), flags=flags)
 
 
 def _pieces(start: int, stop: int) -> Iterator[Piece]:

@@ -197,7 +197,17 @@ def decode(kind: type[D], data: bytes, *, place: str) -> D:
             _ = description.geometry
     except InvalidArgument as error:
         raise _error(kind.what, place, "a possible size and granularity", error.problem) from error
+    if isinstance(description, Disk):
+        _check_modes(description, place)
     return description
+
+
+def _check_modes(disk: Disk, place: str) -> None:
+    """A mode that we do not know cannot be kept: what it promises about the bits is unknown."""
+    if disk.durability not in DURABILITIES or disk.policy not in POLICIES:
+        raise _error(
+            disk.what, place, f"one of {DURABILITIES}, one of {POLICIES}", (disk.durability, disk.policy)
+        )
 
 
 def _unpack_map(what: str, data: bytes, place: str) -> dict[Any, Any]:

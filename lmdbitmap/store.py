@@ -286,49 +286,100 @@ class _Environment:
         self.users = 0
         self._quiet = threading.Condition()
         self._running = 0
+        self._resizing = False
+        self._mine = threading.local()
         self._lmdb = _open_lmdb(path)
-        self.databases = self._open_databases()
-        self.header = self._read_header()
-        self._lmdb.reader_check()
+        try:
+            self.databases = self._open_databases()
+            self.header = self._read_header()
+            self._lmdb.reader_check()
+        except BaseException:
+            self._lmdb.close()
+            raise
 
     @contextlib.contextmanager
     def transaction(self, *, write: bool) -> Iterator[lmdb.Transaction]:
         """A transaction, committed on the way out; a refusal of LMDB leaves as an error of ours."""
-        with self._quiet:
-            self._running += 1
-        try:
-            with _translated(self.path), self._begin(write) as txn:
-                yield txn
-        finally:
-            with self._quiet:
-                self._running -= 1
-                self._quiet.notify_all()
+        with _translated(self.path):
+            txn = self._begin(write)
+            try:
+                with txn:
+                    yield txn
+            finally:
+                self._count(-1)
 
     def grow(self) -> None:
-        """Double the map. Waits until no transaction of this process is open: LMDB asks for that."""
-        with self._quiet:
-            self._quiet.wait_for(lambda: self._running == 0)
-            size = self._lmdb.info()["map_size"]
-            with _translated(self.path):
-                self._lmdb.set_mapsize(max(2 * size, size + _MIN_MAP_BYTES))
-            log.info("store %s: map grown to %d bytes", self.path, self._lmdb.info()["map_size"])
+        """Double the map."""
+        size = self._lmdb.info()["map_size"]
+        with _translated(self.path):
+            self._resize_map(max(2 * size, size + _MIN_MAP_BYTES))
+        log.info("store %s: map grown to %d bytes", self.path, self._lmdb.info()["map_size"])
 
     def close(self) -> None:
         self._lmdb.close()
 
     def _begin(self, write: bool) -> lmdb.Transaction:
-        """Begin; another process may have grown the map, or readers that died may hold every slot."""
+        """Begin and count; another process may have grown the map, or readers that died may hold every slot."""
         try:
-            return self._lmdb.begin(write=write)
+            return self._begin_counted(write)
         except lmdb.MapResizedError:
-            self._lmdb.set_mapsize(0)
+            self._resize_map(0)
         except lmdb.ReadersFullError:
             self._lmdb.reader_check()
-        return self._lmdb.begin(write=write)
+        return self._begin_counted(write)
+
+    def _begin_counted(self, write: bool) -> lmdb.Transaction:
+        with self._quiet:
+            self._quiet.wait_for(lambda: not self._resizing or self._has_one_open())
+            self._count(1)
+        try:
+            return self._lmdb.begin(write=write)
+        except BaseException:
+            self._count(-1)
+            raise
+
+    def _count(self, difference: int) -> None:
+        with self._quiet:
+            self._mine.open = getattr(self._mine, "open", 0) + difference
+            self._running += difference
+            self._quiet.notify_all()
+
+    def _has_one_open(self) -> bool:
+        """Whether the calling thread has a transaction open, and may not be made to wait for its end."""
+        return bool(getattr(self._mine, "open", 0))
+
+    def _resize_map(self, size: int) -> None:
+        """LMDB asks that no transaction of this process is open; new ones wait. 0 is what others made of it."""
+        assert not self._has_one_open(), "a change inside a view of the same thread would wait for itself"
+        with self._quiet:
+            self._resizing = True
+            try:
+                self._quiet.wait_for(lambda: self._running == 0)
+                self._lmdb.set_mapsize(size)
+            finally:
+                self._resizing = False
+                self._quiet.notify_all()
 
     def _open_databases(self) -> dict[str, lmdb._Database]:
         with _translated(self.path):
+            self._fill_up()
             return {name: self._lmdb.open_db(name.encode(), create=False) for name in _DATABASES}
+
+    def _fill_up(self) -> None:
+        """Give a file that was cut its length again: its missing pages would be SIGBUS, those of zeroes are damage.
+
+        A sound file may lack pages that were never used, so its length alone proves nothing.
+        """
+        data_path = os.path.join(self.path, "data.mdb")
+        if os.path.getsize(data_path) >= self._used_bytes():
+            return
+        with self.transaction(write=True):  # nobody else changes the length meanwhile
+            if os.path.getsize(data_path) < self._used_bytes() <= self._lmdb.info()["map_size"]:
+                os.truncate(data_path, self._used_bytes())
+
+    def _used_bytes(self) -> int:
+        page_bytes: int = self._lmdb.stat()["psize"]
+        return (self._lmdb.info()["last_pgno"] + 1) * page_bytes
 
     def _read_header(self) -> StoreHeader:
         with self.transaction(write=False) as txn:

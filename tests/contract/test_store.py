@@ -1,0 +1,615 @@
+"""What a store promises: transactions that last, one environment for all, and a clear no to what is none."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from uuid import UUID, uuid4
+
+import lmdb
+import pytest
+
+from lmdbitmap import files, schema, store
+from lmdbitmap.errors import Busy, FormatError, LmdbitmapError, NotFound, StorageError
+from lmdbitmap.schema import Bitmap, Checkpoint, Disk, StoreHeader
+from lmdbitmap.store import Reader, Store, Writer
+from tests.support import PATIENCE_SECONDS, run, spawn
+
+MIB = 1 << 20
+SMALL_MAP_BYTES = 64 << 10
+RECORD = bytes(range(256)) * 2
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "store")
+
+
+@pytest.fixture
+def opened(path: str) -> Iterator[Store]:
+    with Store.create(path) as opened:
+        yield opened
+
+
+@pytest.fixture
+def small_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A map that a hundred records fill, and that grows in small steps."""
+    monkeypatch.setattr(store, "MAP_BYTES", SMALL_MAP_BYTES)
+    monkeypatch.setattr(store, "_MIN_MAP_BYTES", SMALL_MAP_BYTES)
+
+
+def a_bitmap(number: int, name: str | None = None) -> Bitmap:
+    return Bitmap(number, uuid4(), 64 * MIB, 12, name)
+
+
+def a_disk(name: str) -> Disk:
+    return Disk(
+        uuid=uuid4(), name=name, image=f"/{name}.raw", size=MIB, granularity_bits=12, epoch=uuid4(),
+        epoch_number=1, epoch_reason="", durability=schema.WRITE_AHEAD, policy=schema.STRICT, created_ns=0,
+        next_sequence=1,
+    )  # fmt: skip
+
+
+def a_checkpoint(disk: Disk, sequence: int) -> Checkpoint:
+    return Checkpoint(disk.uuid, sequence, f"c{sequence}", uuid4(), 0, disk.epoch, sequence)
+
+
+def fill(writer: Writer, bitmap_id: int, start: int, stop: int) -> None:
+    for region in range(start, stop):
+        writer.put_region(bitmap_id, region, 0, RECORD)
+
+
+def numbers(reader: Reader, bitmap_id: int, start: int = 0, stop: int = 2**63) -> list[int]:
+    return [number for number, _ in reader.regions(bitmap_id, start, stop)]
+
+
+# --- what is in it ---
+
+
+def test_store_is_there_after_it_was_closed(path: str) -> None:
+    with Store.create(path) as first:
+        uuid = first.uuid
+        first.update(lambda writer: writer.put_bitmap(a_bitmap(1, "kept")))
+    with Store.open(path) as second, second.read() as reader:
+        assert second.uuid == uuid
+        assert [bitmap.name for bitmap in reader.bitmaps()] == ["kept"]
+
+
+def test_creating_what_is_there_opens_it(path: str, opened: Store) -> None:
+    with Store.create(path) as again:
+        assert again.uuid == opened.uuid
+
+
+def test_files_are_for_their_owner_only(path: str, opened: Store) -> None:
+    modes = {
+        name: os.stat(os.path.join(path, name)).st_mode & 0o777 for name in ("", "lmdb", "owners", "control")
+    }
+    assert set(modes.values()) == {0o700}
+    for name in os.listdir(os.path.join(path, "lmdb")):
+        assert os.stat(os.path.join(path, "lmdb", name)).st_mode & 0o777 == 0o600
+
+
+def test_regions_are_told_apart_by_bitmap_and_number(opened: Store) -> None:
+    def put(writer: Writer) -> None:
+        for bitmap_id in (1, 2, 256):
+            for region in (0, 5, 255, 256, 2**40):
+                writer.put_region(bitmap_id, region, bitmap_id, RECORD)
+
+    opened.update(put)
+    with opened.read() as reader:
+        assert numbers(reader, 2) == [0, 5, 255, 256, 2**40]
+        assert numbers(reader, 2, 5, 256) == [5, 255]
+        assert numbers(reader, 2, 6, 6) == numbers(reader, 3) == []
+        assert reader.region(256, 5) == schema.Region(256, RECORD)
+        assert reader.region(2, 6) is None
+        assert [reader.next_region(2, start) for start in (0, 1, 257, 2**40 + 1)] == [0, 5, 2**40, None]
+    opened.update(lambda writer: writer.delete_regions(2, 255))
+    with opened.read() as reader:
+        assert (numbers(reader, 2), len(numbers(reader, 1)), len(numbers(reader, 256))) == ([0, 5], 5, 5)
+
+
+def test_descriptions_come_back_in_order(opened: Store) -> None:
+    disks = [a_disk(name) for name in ("b", "c", "a")]
+    points = [a_checkpoint(disks[0], sequence) for sequence in (300, 2, 1)]
+
+    def put(writer: Writer) -> None:
+        for disk in disks:
+            writer.put_disk(disk)
+        for point in points:
+            writer.put_checkpoint(point)
+        writer.put_bitmap(a_bitmap(1))
+        writer.put_bitmap(a_bitmap(2, "named"))
+
+    opened.update(put)
+    with opened.read() as reader:
+        assert [disk.name for disk in reader.disks()] == ["a", "b", "c"]
+        assert reader.disk(disks[1].uuid) == disks[1]
+        assert reader.disk(UUID(int=5)) is None
+        assert reader.checkpoints(disks[0].uuid) == points[::-1]
+        assert reader.checkpoints(disks[1].uuid) == []
+        assert [bitmap.id for bitmap in reader.bitmaps()] == [2]
+        with pytest.raises(FormatError):
+            reader.bitmap(3)
+
+
+def test_bitmap_numbers_are_never_given_twice(opened: Store) -> None:
+    given = [opened.update(lambda writer: writer.new_bitmap_id()) for _ in range(3)]
+    opened.update(lambda writer: writer.delete_bitmap(given[-1]))
+    assert given == [1, 2, 3]
+    assert opened.update(lambda writer: writer.new_bitmap_id()) == 4
+
+
+# --- transactions ---
+
+
+def test_change_that_raises_changes_nothing(opened: Store) -> None:
+    def put_and_fail(writer: Writer) -> None:
+        writer.put_bitmap(a_bitmap(1, "lost"))
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        opened.update(put_and_fail)
+    with opened.read() as reader:
+        assert reader.bitmaps() == []
+    assert opened.update(lambda writer: 7) == 7
+
+
+def test_reader_keeps_its_view(opened: Store) -> None:
+    with opened.read() as before:
+        opened.update(lambda writer: writer.put_bitmap(a_bitmap(1, "new")))
+        assert before.bitmaps() == []
+        with opened.read() as after:
+            assert len(after.bitmaps()) == 1
+
+
+def test_change_is_seen_by_another_process_and_survives_the_death_of_ours(path: str) -> None:
+    put_and_die = f"""
+import os, signal, uuid
+from lmdbitmap.store import Store
+from lmdbitmap.schema import Bitmap
+store = Store.create({path!r})
+store.update(lambda writer: writer.put_bitmap(Bitmap(1, uuid.uuid4(), 512, 9, "durable")))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    run(sys.executable, "-c", put_and_die, check=False)
+    with Store.open(path) as opened, opened.read() as reader:
+        assert [bitmap.name for bitmap in reader.bitmaps()] == ["durable"]
+
+
+# --- a map that fills up ---
+
+
+def test_map_grows_and_the_change_runs_again(path: str, small_map: None) -> None:
+    runs: list[int] = []
+
+    def put(writer: Writer) -> int:
+        runs.append(1)
+        fill(writer, 1, 0, 8000)
+        return len(runs)
+
+    with Store.create(path) as opened:
+        assert opened.update(put) == len(runs) > 1
+        with opened.read() as reader:
+            assert numbers(reader, 1) == list(range(8000))
+
+
+def test_map_grows_while_others_read(path: str, small_map: None) -> None:
+    """LMDB wants no transaction open while the map is replaced; none of the readers may notice."""
+    done = threading.Event()
+    problems: list[Exception] = []
+    looks: list[int] = []
+
+    def look(opened: Store) -> None:
+        while not done.wait(0.001):
+            try:
+                with opened.read() as reader:
+                    found = numbers(reader, 1)
+                assert found == list(range(len(found)))
+                looks.append(len(found))
+            except Exception as problem:
+                problems.append(problem)
+                return
+
+    with Store.create(path) as opened:
+        threads = [threading.Thread(target=look, args=(opened,)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for start in range(0, 600, 30):
+            opened.update(functools.partial(fill, bitmap_id=1, start=start, stop=start + 30))
+        done.set()
+        for thread in threads:
+            thread.join(PATIENCE_SECONDS)
+    assert problems == []
+    assert looks
+
+
+WRITE_RECORDS = """
+import sys
+from lmdbitmap import store
+store.MAP_BYTES = store._MIN_MAP_BYTES = 64 << 10
+opened = store.Store.create(sys.argv[1])
+number, count = int(sys.argv[2]), int(sys.argv[3])
+print("ready", flush=True)
+for start in range(0, count, 50):
+    def put(writer):
+        for region in range(start, start + 50):
+            writer.put_region(number, region, 0, bytes(512))
+    opened.update(put)
+opened.close()
+print("done", flush=True)
+"""
+
+
+def test_two_processes_share_a_store_and_its_growth(path: str, small_map: None) -> None:
+    with Store.create(path) as opened:
+        command = (sys.executable, "-c", WRITE_RECORDS, path)
+        with spawn(*command, "1", "3000") as one, spawn(*command, "2", "3000") as two:
+            for child in (one, two):
+                child.wait_for_line("ready")
+            for start in range(0, 2000, 100):
+                opened.update(functools.partial(fill, bitmap_id=3, start=start, stop=start + 100))
+            for child in (one, two):
+                child.wait_for_line("done")
+        with opened.read() as reader:
+            assert [len(numbers(reader, bitmap_id)) for bitmap_id in (1, 2, 3)] == [3000, 3000, 2000]
+
+
+def test_growth_of_another_process_does_not_disturb_readers_of_ours(path: str, small_map: None) -> None:
+    """A reader in one thread; the next transaction, in another, finds the map too small for the file."""
+    with Store.create(path) as opened:
+        opened.update(lambda writer: fill(writer, 3, 0, 100))
+        with opened.read() as reader:
+            run(sys.executable, "-c", WRITE_RECORDS, path, "1", "4000")
+            other = threading.Thread(target=opened.update, args=(lambda writer: fill(writer, 3, 100, 200),))
+            other.start()
+            other.join(0.05)
+            assert numbers(reader, 3) == list(range(100))
+        other.join(PATIENCE_SECONDS)
+        with opened.read() as reader:
+            assert numbers(reader, 3) == list(range(200))
+            assert len(numbers(reader, 1)) == 4000
+
+
+def test_less_address_space_is_asked_for_where_there_is_less(path: str) -> None:
+    limited = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+from lmdbitmap.store import Store
+print(Store.create({path!r})._environment._lmdb.info()["map_size"])
+"""
+    assert 1 << 30 <= int(run(sys.executable, "-c", limited).stdout) < 8 << 30
+
+
+# --- one environment per process ---
+
+
+def test_opened_twice_in_one_process_it_is_one_environment(path: str, opened: Store, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(path)
+    with Store.open(path) as second, Store.open(str(tmp_path / "link")) as third:
+        assert second._environment is third._environment is opened._environment
+        second.close()
+        second.close()
+        third.update(lambda writer: writer.put_bitmap(a_bitmap(1, "seen")))
+    with opened.read() as reader:
+        assert len(reader.bitmaps()) == 1
+
+
+def test_closed_store_refuses(path: str) -> None:
+    closed = Store.create(path)
+    closed.close()
+    calls: list[Callable[[], object]] = [
+        lambda: closed.update(lambda writer: None),
+        lambda: closed.read().__enter__(),
+    ]
+    for call in calls:
+        with pytest.raises(StorageError) as refused:
+            call()
+        assert refused.value.errno == errno.EBADF
+    with Store.open(path), pytest.raises(StorageError):
+        closed.update(lambda writer: None)
+
+
+def test_opened_by_many_threads_at_once_it_is_one_environment(path: str) -> None:
+    start = threading.Barrier(8)
+    found: list[Store] = []
+
+    def open_it() -> None:
+        start.wait(PATIENCE_SECONDS)
+        found.append(Store.create(path))
+
+    threads = [threading.Thread(target=open_it) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_SECONDS)
+    assert len(found) == 8
+    assert len({id(opened._environment) for opened in found}) == 1
+    for opened in found:
+        opened.close()
+    assert store._environments == {}
+
+
+def test_handle_from_before_a_fork_is_dead_and_a_new_one_works(path: str) -> None:
+    fork = f"""
+import os, warnings
+warnings.simplefilter("ignore")
+from lmdbitmap.errors import StorageError
+from lmdbitmap.store import Store
+store = Store.create({path!r})
+child = os.fork()
+if child == 0:
+    try:
+        store.update(lambda writer: None)
+    except StorageError:
+        fresh = Store.open({path!r})
+        fresh.update(lambda writer: writer.new_bitmap_id())
+        store.close()
+        os._exit(7)
+    os._exit(1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+print(store.update(lambda writer: writer.new_bitmap_id()))
+"""
+    assert run(sys.executable, "-c", fork).stdout == "2\n"
+
+
+def test_readers_that_died_do_not_hold_their_places(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_MAX_READERS", 3)
+    die_reading = f"""
+import os, signal
+from lmdbitmap.store import Store
+with Store.open({path!r}).read():
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    with Store.create(path) as opened:
+        for _ in range(4):
+            assert run(sys.executable, "-c", die_reading, check=False).returncode == -9
+        with opened.read() as reader, opened.read():
+            assert reader.disks() == []
+
+
+# --- making one ---
+
+
+def test_many_processes_that_make_it_at_once_make_one(path: str) -> None:
+    make = f"""
+import sys
+print("ready", flush=True)
+sys.stdin.readline()
+from lmdbitmap.store import Store
+store = Store.create({path!r})
+print(store.uuid, flush=True)
+"""
+    children = [spawn(sys.executable, "-c", make.replace("sys.stdin.readline()", "")) for _ in range(4)]
+    with children[0] as a, children[1] as b, children[2] as c, children[3] as d:
+        said = {child.wait_for_line(r"^[0-9a-f-]{36}$").group() for child in (a, b, c, d)}
+    assert len(said) == 1
+    with Store.open(path) as opened:
+        assert said == {str(opened.uuid)}
+
+
+DIE_WHILE_MAKING = """
+import os, shutil, signal, sys
+import lmdb
+from lmdbitmap import files, store
+name, nth = sys.argv[2], int(sys.argv[3])
+place = {"rmtree": shutil, "put_header": store.Writer}.get(name, os)
+real, calls = getattr(place, name), [0]
+def dying(*args, **kwargs):
+    calls[0] += 1
+    if calls[0] == nth:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **kwargs)
+setattr(place, name, dying)
+store.Store.create(sys.argv[1])
+print("lived")
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "count"), [("mkdir", 4), ("rename", 3), ("fsync", 6), ("put_header", 1), ("rmtree", 1)]
+)
+def test_making_that_was_killed_is_made_anew_without_cleaning_up(path: str, call: str, count: int) -> None:
+    deaths = 0
+    for nth in range(1, count + 1):
+        folder = f"{path}-{nth}"
+        died = run(sys.executable, "-c", DIE_WHILE_MAKING, folder, call, str(nth), check=False)
+        assert died.returncode == -9, f"{call} {nth} was never called: {died.stdout}{died.stderr}"
+        deaths += 1
+        with Store.create(folder) as opened:
+            opened.update(lambda writer: writer.put_bitmap(a_bitmap(1)))
+    assert deaths == count
+
+
+def test_folder_with_something_else_in_it_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("important")
+    with pytest.raises(FormatError) as refused:
+        Store.create(str(tmp_path))
+    assert "thesis.txt" in str(refused.value)
+    assert os.listdir(tmp_path) == ["thesis.txt"]
+
+
+def test_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(LmdbitmapError):
+        Store.create(str(tmp_path / "file"))
+    with pytest.raises(NotFound):
+        Store.open(str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("kind", ["nfs", "fuse", "9p"])
+def test_network_file_system_is_refused(path: str, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(files, "filesystem_kind", lambda path: kind)
+    with pytest.raises(StorageError) as refused:
+        Store.create(path)
+    assert refused.value.errno == errno.ENOTSUP
+    assert kind in str(refused.value)
+    monkeypatch.undo()
+    Store.create(path).close()
+
+
+# --- what is no store ---
+
+
+@pytest.mark.parametrize("there", ["nothing", "a folder", "an empty environment folder"])
+def test_what_is_not_there_is_not_found_and_not_made(tmp_path: Path, there: str) -> None:
+    folder = tmp_path / "store"
+    if there != "nothing":
+        (folder / "lmdb" if "environment" in there else folder).mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(NotFound):
+        Store.open(str(folder))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_environment_of_another_program_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    with lmdb.open(str(tmp_path / "store" / "lmdb"), max_dbs=4) as theirs, theirs.begin(write=True) as txn:
+        txn.put(b"key", b"value")
+    with pytest.raises(FormatError):
+        Store.open(str(tmp_path / "store"))
+
+
+def tamper(path: str, database: str, key: bytes, value: bytes | None) -> None:
+    with lmdb.open(os.path.join(path, "lmdb"), max_dbs=16, create=False) as environment:
+        found = environment.open_db(database.encode(), create=False)
+        with environment.begin(write=True) as txn:
+            assert txn.delete(key, db=found) if value is None else txn.put(key, value, db=found)
+
+
+HEADER = schema.encode(StoreHeader(schema.STORE_MAGIC, UUID(int=1)))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (HEADER.replace(b"\xa6schema\x01", b"\xa6schema\x02"), "schema 1"),
+        (HEADER.replace(b"lmdbitmap", b"something"), "lmdbitmap store"),
+        (HEADER[:-1], "map"),
+        (b"", "map"),
+        (b"\xff" * 40, "map"),
+        (None, "map"),
+    ],
+)
+def test_header_that_is_not_ours_is_refused(path: str, value: bytes | None, said: str) -> None:
+    Store.create(path).close()
+    assert value != HEADER
+    tamper(path, "meta", b"store", value)
+    for _ in range(2):  # a refused environment is closed again, so the second answer is the same
+        with pytest.raises(FormatError) as refused:
+            Store.open(path)
+        assert said in str(refused.value)
+
+
+def test_damaged_description_is_one_error(path: str) -> None:
+    disk = a_disk("sda")
+    with Store.create(path) as opened:
+        opened.update(lambda writer: writer.put_disk(disk))
+    tamper(path, "disks", disk.uuid.bytes, schema.encode(disk)[:-3])
+    with Store.open(path) as opened, opened.read() as reader:
+        with pytest.raises(FormatError) as refused:
+            reader.disks()
+        assert path in str(refused.value)
+
+
+def test_damaged_region_is_all_dirty_and_logged(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    with Store.create(path) as opened:
+        opened.update(lambda writer: fill(writer, 1, 0, 3))
+    tamper(path, "regions", schema.region_key(1, 1), b"short")
+    with Store.open(path) as opened, opened.read() as reader:
+        assert [region.damaged for _, region in reader.regions(1)] == [False, True, False]
+        assert reader.region(1, 1) == schema.Region(0, schema.ALL_DIRTY_BITS, damaged=True)
+    assert "region 1 of bitmap 1 is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("kept", [0, 1, 4096, 8192, 16384, 0.5, -4096])
+def test_file_that_was_cut_is_an_error_and_no_death(path: str, kept: float) -> None:
+    """Its missing pages are mapped memory without a file behind it: to touch them is SIGBUS."""
+    with Store.create(path) as opened:
+        opened.update(lambda writer: fill(writer, 1, 0, 500))
+    data = os.path.join(path, "lmdb", "data.mdb")
+    size = os.path.getsize(data)
+    os.truncate(data, int(size * kept) if isinstance(kept, float) else int(kept) % size)
+    use_it = f"""
+from lmdbitmap.errors import FormatError
+from lmdbitmap.store import Store
+try:
+    store = Store.open({path!r})
+    with store.read() as reader:
+        assert len(list(reader.regions(1))) == 500
+    store.update(lambda writer: [writer.put_region(1, region, 0, bytes(512)) for region in range(600)])
+except FormatError as error:
+    print("refused:", error)
+"""
+    assert run(sys.executable, "-c", use_it).stdout.startswith("refused:")
+
+
+# --- refusals of the system ---
+
+
+def lmdb_error(kind: type[lmdb.Error], code: int) -> lmdb.Error:
+    """As LMDB raises it: with a number of the system's or of its own."""
+    error = kind("what LMDB says")
+    vars(error)["code"] = code
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "code"),
+    [
+        (lmdb_error(lmdb.LockError, errno.EAGAIN), Busy, None),
+        (lmdb_error(lmdb.Error, errno.EAGAIN), Busy, None),
+        (lmdb_error(lmdb.CorruptedError, -30796), FormatError, None),
+        (lmdb_error(lmdb.PanicError, -30795), FormatError, None),
+        (lmdb_error(lmdb.InvalidError, -30793), FormatError, None),
+        (lmdb_error(lmdb.VersionMismatchError, -30794), FormatError, None),
+        (lmdb_error(lmdb.ReadonlyError, errno.EACCES), StorageError, errno.EACCES),
+        (lmdb_error(lmdb.Error, errno.EROFS), StorageError, errno.EROFS),
+        (lmdb_error(lmdb.DiskError, errno.ENOSPC), StorageError, errno.ENOSPC),
+        (lmdb_error(lmdb.BadTxnError, -30782), StorageError, errno.EIO),
+        (lmdb_error(lmdb.Error, errno.EIO), StorageError, errno.EIO),
+    ],
+)
+def test_refusal_of_lmdb_is_an_error_of_ours(
+    opened: Store, error: lmdb.Error, kind: type[LmdbitmapError], code: int | None
+) -> None:
+    with pytest.raises(kind) as refused, store._translated(opened.path):
+        raise error
+    assert code is None or getattr(refused.value, "errno", None) == code
+    assert refused.value.__cause__ is error
+
+
+def test_short_write_on_a_full_disk_is_called_a_full_disk(
+    opened: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "free_bytes", lambda path: 0)
+    with pytest.raises(StorageError) as refused, store._translated(opened.path):
+        raise lmdb_error(lmdb.Error, errno.EIO)
+    assert refused.value.errno == errno.ENOSPC
+
+
+def test_folder_that_cannot_be_read_or_written_is_a_sentence(path: str) -> None:
+    """As another user, since root may do everything."""
+    Store.create(path).close()
+    as_nobody = f"""
+import os
+from lmdbitmap.errors import LmdbitmapError
+from lmdbitmap.store import Store
+os.setresuid(65534, 65534, 65534)
+for attempt in (lambda: Store.open({path!r}), lambda: Store.create({path + "/inside"!r})):
+    try:
+        attempt()
+    except LmdbitmapError as error:
+        print(type(error).__name__, error)
+"""
+    if os.geteuid() != 0:
+        os.chmod(path, 0)
+        as_nobody = as_nobody.replace("os.setresuid(65534, 65534, 65534)", "")
+    lines = run(sys.executable, "-c", as_nobody).stdout.splitlines()
+    os.chmod(path, 0o700)
+    assert len(lines) == 2
+    assert all("; " in line for line in lines)
