@@ -9,7 +9,7 @@ import click
 from lmdbitmap import export as flat_files
 from lmdbitmap.changes import Standing
 from lmdbitmap.cli.answers import report_on_bitmap, size_words, standing_words
-from lmdbitmap.cli.options import Session, verb
+from lmdbitmap.cli.options import Session, utf8_path, verb
 from lmdbitmap.cli.output import progress, say, say_json
 from lmdbitmap.cli.ownership import ask_changes, find_disk_or_bitmap
 from lmdbitmap.cli.sizes import format_size, format_time, iso_time
@@ -56,7 +56,7 @@ def export(asked: Session, name: str, file: str, since: str | None, until: str |
     name="import",
     examples=["lmdbitmap import sda.dbm monday", "lmdbitmap import sda.dbm monday --into sda"],
 )
-@click.argument("file", metavar="FILE.dbm", type=click.Path(dir_okay=False))
+@click.argument("file", metavar="FILE.dbm", type=utf8_path)
 @click.argument("name")
 @click.option(
     "--into", metavar="DISK", help="Also call dirty on DISK what the file calls dirty; sizes must agree."

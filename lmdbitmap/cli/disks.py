@@ -18,7 +18,7 @@ from lmdbitmap.cli.answers import (
     size_words,
     standing_words,
 )
-from lmdbitmap.cli.options import Session, granularity, verb
+from lmdbitmap.cli.options import Session, granularity, utf8_path, verb
 from lmdbitmap.cli.output import say, say_json, say_table
 from lmdbitmap.cli.ownership import find_disk_or_bitmap, require_unowned
 from lmdbitmap.cli.sizes import format_size, format_time
@@ -34,7 +34,7 @@ from lmdbitmap.store import Store
     ]
 )
 @click.argument("name")
-@click.argument("image")
+@click.argument("image", type=utf8_path)
 @click.option(
     "--granularity", "granularity_bits", type=granularity, default="64K", show_default=True, metavar="SIZE",
     help="Bytes that one bit stands for: a power of two, 512 to 2G.",

@@ -118,6 +118,15 @@ def granularity(text: str) -> int:
         raise click.BadParameter(str(error)) from error
 
 
+def utf8_path(text: str) -> str:
+    """A path that can be kept in the store, or told in a URI; as it is, and where its links lead."""
+    try:
+        os.path.realpath(text).encode()
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is no UTF-8 name of a file; rename it") from error
+    return text
+
+
 def names(text: str) -> list[str]:
     """One name or several with commas between them, no two alike."""
     found = text.split(",")

@@ -39,11 +39,11 @@ def complain(text: str) -> None:
     print(f"lmdbitmap: {printable(text)}", file=sys.stderr)
 
 
-# --- JSON ---
+# --- JSON: plain ASCII, so that neither a locale nor a name that is not UTF-8 can spoil it ---
 
 
 def say_json(value: object) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    print(json.dumps(value, indent=2, default=str))
 
 
 def stream_json(head: Mapping[str, object], key: str, rows: Iterable[str]) -> None:
@@ -51,7 +51,7 @@ def stream_json(head: Mapping[str, object], key: str, rows: Iterable[str]) -> No
 
     The rows are JSON already: whoever has millions of them knows a faster way to write each than we do.
     """
-    opening = json.dumps(head, ensure_ascii=False)[:-1]
+    opening = json.dumps(head)[:-1]
     print(f"{opening}{', ' if head else ''}{json.dumps(key)}: [", end="")
     rows = iter(rows)
     separator = "\n"

@@ -19,7 +19,7 @@ from types import FrameType
 import click
 
 from lmdbitmap import bitmap_file as flat_bitmap_file
-from lmdbitmap.cli.options import Session, verb
+from lmdbitmap.cli.options import Session, utf8_path, verb
 from lmdbitmap.cli.output import say
 from lmdbitmap.cli.ownership import find_disk, require_unowned
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError
@@ -42,7 +42,9 @@ _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     ]
 )
 @click.argument("names", metavar="NAME…", nargs=-1, required=True)
-@click.option("--socket", metavar="PATH", help="Serve at this unix socket, for its owner only.")
+@click.option(
+    "--socket", metavar="PATH", type=utf8_path, help="Serve at this unix socket, for its owner only."
+)
 @click.option("--listen", metavar="HOST:PORT", help="Serve at this TCP address; port 0 is any that is free.")
 @click.option(
     "--insecure",
@@ -51,7 +53,7 @@ _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     " read and write the disks.",
 )
 @click.option(
-    "--bitmap-file", metavar="FILE.dbm", type=click.Path(dir_okay=False),
+    "--bitmap-file", metavar="FILE.dbm", type=utf8_path,
     help="Also keep the disk's bitmap in this flat file: taken in and called unclean now, written out at a clean"
     " end. Without it the store is all that is needed.",
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -39,6 +40,14 @@ def test_a_uri_is_refused_with_a_way_round(cli: Cli, uri: str) -> None:
     said = cli.fails(2, "add", "sda", uri)
     assert said.startswith(f"{uri} is a URI, and images behind URIs cannot be tracked yet; connect it")
     assert not cli.store.exists(), "nothing was made for it"
+
+
+@pytest.mark.parametrize("name", ["caf\udce9.raw", "link"])
+def test_an_image_whose_name_cannot_be_kept_is_refused(cli: Cli, name: str) -> None:
+    (cli.folder / "caf\udce9.raw").touch()
+    (cli.folder / "link").symlink_to(cli.folder / "caf\udce9.raw")
+    assert "is no UTF-8 name of a file; rename it" in cli.fails(2, "add", "sda", cli.folder / name)
+    assert not cli.store.exists()
 
 
 @pytest.mark.parametrize("granularity", ["3000", "256", "4G", "many"])
@@ -140,6 +149,14 @@ def test_a_new_epoch_is_told_with_its_reason(cli: Cli) -> None:
     assert (told["trust"], told["epoch"]["number"]) == ("exact", 2)
     assert [c["dirty_bytes"] for c in told["checkpoints"]] == [None, None, SIZE, 0]
     assert cli.ok("info", "sda").count("not known any more") == 2
+
+
+def test_json_is_plain_ascii_whatever_the_names(cli: Cli) -> None:
+    cli.add("größe")
+    said = cli.ok("ls", "--json")
+    assert said.isascii()
+    assert json.loads(said)["disks"][0]["name"] == "größe"
+    assert cli.ok("changes", "größe", "--json").isascii()
 
 
 def test_names_cannot_reach_the_terminal(cli: Cli) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from lmdbitmap.cli.serve import _Ending
 from lmdbitmap.device import FileDevice
+from lmdbitmap.nbd.server import Server
 from tests.cli.conftest import MIB, SIZE, Cli
-from tests.support import make_raw_image, requires, run, spawn
+from tests.support import PATIENCE_SECONDS, make_raw_image, requires, run, spawn
 
 KIB = 1 << 10
 
@@ -74,6 +78,18 @@ def test_signals_end_it_cleanly_even_when_sent_twice(cli: Cli, number: signal.Si
         assert served.child.wait() == 0
     assert cli.json("info", "sda")["attached"] is False
     assert cli.ok("check") == f"{cli.store}: sound\n"
+
+
+def test_a_signal_that_comes_before_there_is_a_server_ends_it_too() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with contextlib.suppress(KeyError), _Ending() as ending:
+        signal.raise_signal(signal.SIGTERM)
+        server = Server({})
+        ending.ends(server)
+        server.serve_forever()
+        assert server.stop()
+        raise KeyError
+    assert signal.getsignal(signal.SIGTERM) is before, "whoever failed to serve gives the signals back"
 
 
 @requires("qemu-io")
@@ -163,12 +179,27 @@ def test_a_socket_that_is_in_use_is_refused(cli: Cli) -> None:
         (["--listen", ":1"], "is not HOST:PORT"),
         (["sda", "--socket", "s"], "names a disk twice"),
         (["--socket", "s" * 200], "longer than 107 bytes"),
+        (["--socket", "caf\udce9"], "is no UTF-8 name of a file"),
         (["--tls", "x", "--socket", "s"], "No such option"),
     ],
 )
 def test_where_it_cannot_serve_it_does_not(cli: Cli, options: list[str], said: str) -> None:
     cli.add("sda")
     assert said in cli.fails(2, "serve", "sda", *options)
+
+
+def test_whoever_reads_its_answer_may_leave(cli: Cli) -> None:
+    """Nobody will ever know the URI, so it ends, cleanly."""
+    cli.add("sda")
+    command = cli.command("serve", "sda", "--socket", cli.folder / "s")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(PATIENCE_SECONDS) == 141
+    assert cli.ok("check") == f"{cli.store}: sound\n"
+    assert not (cli.folder / "s").exists()
 
 
 def test_whoever_insists_may_listen_to_other_hosts(cli: Cli) -> None:
