@@ -236,7 +236,8 @@ def _regions(reader: Reader, inventory: _Inventory, progress: Progress) -> Itera
             outside = region >= bitmap.geometry.region_count
             tallies[bitmap_id].count(region, damaged=not sound, outside=outside)
     for bitmap_id, tally in tallies.items():
-        yield from _told(tally, f"bitmap {bitmap_id}{_owner_of(bitmap_id, inventory)}")
+        if tally.damaged or tally.outside:
+            yield from _told(tally, f"bitmap {bitmap_id}{_owner_of(bitmap_id, inventory)}")
     if strays and inventory.complete:
         yield _orphan("region records", f"{strays} of them belong to no bitmap")
 
@@ -288,8 +289,11 @@ def _records(reader: Reader, database: str) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _standing(store: Store, disk: Disk) -> Iterator[Finding]:
-    """Whether the disk's image is still the one that its bitmaps speak of."""
-    standing = open_period_standing(store, disk)
+    """Whether the disk's image is still the one that its bitmaps speak of.
+
+    That the owner of a disk in deferred mode keeps its bits to itself is as it should be, and no finding.
+    """
+    standing = open_period_standing(store, disk, persisted=disk.durability == schema.DEFERRED)
     place, problem = f"disk {disk.name!r}", standing.reason or ""
     if standing.trust is Trust.UNTRUSTED:
         step = f"make a full backup, or `lmdbitmap adopt {disk.name}` if you know that the image is the same"

@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from lmdbitmap import chain, owner
-from lmdbitmap.changes import Changes, changes
-from lmdbitmap.errors import Busy, LmdbitmapError, NotFound
+from lmdbitmap.changes import Changes, Standing, changes
+from lmdbitmap.errors import Busy, LmdbitmapError, NotFound, Untrusted
+from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter, take_checkpoint
 from lmdbitmap.nbd import control_client
 from lmdbitmap.schema import Bitmap, Disk
@@ -54,12 +56,20 @@ def require_unowned(store: Store, disk: Disk) -> None:
 
 def ask_changes(store: Store, name: str, *, since: str | None = None, until: str | None = None) -> Changes:
     """What changed. An open period's owner first writes down what only its memory knows."""
-    persisted = until is None and _persisted_by_owner(store, find_disk(store, name))
-    return changes(store, name, since=since, until=until, persisted=persisted)
+    lost, persisted = None, False
+    try:
+        persisted = until is None and _persisted_by_owner(store, find_disk(store, name))
+    except Untrusted as error:
+        lost = error.problem
+    answer = changes(store, name, since=since, until=until, persisted=persisted)
+    return answer if lost is None else replace(answer, standing=Standing(Trust.UNTRUSTED, lost))
 
 
 def _persisted_by_owner(store: Store, disk: Disk) -> bool:
-    """Whether somebody owns the disk and did so; if it did not, the answer is right, but not as sharp."""
+    """Whether somebody owns the disk and did so; if it did not, the answer is right, but not as sharp.
+
+    Raises `Untrusted` if the owner lost track, which the store may not know yet.
+    """
     if not is_attached(store, disk):
         return False
     try:
@@ -68,6 +78,8 @@ def _persisted_by_owner(store: Store, disk: Disk) -> bool:
             return False
         with client:
             client.call("persist", disk=disk.name, timeout_s=_PERSIST_S)
+    except Untrusted:
+        raise
     except LmdbitmapError as error:
         log.warning("the owner of disk %s did not say what it knows: %s", disk.name, error)
         return False

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from lmdbitmap import Filter, Store
+from lmdbitmap.nbd.control import ControlServer
 from tests.cli.conftest import MIB, SIZE, Cli, Served
 from tests.cli.test_serve import write
 from tests.support import requires
@@ -96,6 +98,33 @@ def test_what_an_owner_would_not_survive_is_refused(cli: Cli, verb: str) -> None
 def test_a_store_in_use_is_sound(cli: Cli) -> None:
     with _served_and_written(cli):
         assert cli.ok("check") == f"{cli.store}: sound\n"
+
+
+def test_an_owner_that_lost_track_is_believed_before_the_store(cli: Cli) -> None:
+    cli.add("sda")
+    cli.ok("checkpoint", "sda", "monday")
+    with (
+        Store.open(str(cli.store)) as store,
+        Filter.attach(store, "sda", background=False) as attached,
+        ControlServer({"sda": attached}),
+    ):
+        attached._lost = "the store was full"
+        assert "the store was full" in cli("changes", "sda").err
+        assert cli("changes", "sda").code == 3
+        assert cli.json("ls")["disks"][0]["trust"] == "untrusted"
+        assert cli("changes", "sda", "--since", "epoch-1", "--until", "monday").code == 0
+        attached._lost = None
+
+
+def test_an_owner_that_takes_no_orders_is_asked_nothing(cli: Cli) -> None:
+    """An agent that embeds the library may have no control socket: what the store says is still right."""
+    cli.add("sda")
+    cli.ok("checkpoint", "sda", "monday")
+    with Store.open(str(cli.store)) as store, Filter.attach(store, "sda", background=False) as attached:
+        attached.pwrite(b"x", MIB)
+        assert cli.dirty("sda") == ("superset", [(0, 4 * MIB)])
+        assert cli.fails(4, "mark", "sda", 0, 1).startswith("disk 'sda' is owned by another process; ")
+    assert cli.dirty("sda") == ("exact", [(MIB, 64 * KIB)])
 
 
 # --- several disks ---

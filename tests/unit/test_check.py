@@ -316,6 +316,18 @@ def test_a_disk_that_is_attached_is_sound(store: Store, disk: Disk) -> None:
         assert check_store(store) == []
 
 
+def test_a_deferred_disk_is_sound_while_attached_and_not_after_a_crash(
+    store: Store, raw_image: RawImage
+) -> None:
+    image = str(raw_image(MIB))
+    disk = session.add(store, "sda", image, granularity_bits=9, durability=schema.DEFERRED)
+    with Filter.attach(store, "sda", background=False):
+        in_session = _now(store, disk)
+        assert check_store(store) == []
+    store.update(lambda writer: writer.put_disk(in_session))
+    assert _only(check_store(store)).gravity is Gravity.DISTRUST
+
+
 def test_what_others_may_write_is_worth_a_note(store: Store, disk: Disk) -> None:
     folder = os.path.join(store.path, "owners")
     os.chmod(folder, 0o770)
