@@ -25,13 +25,13 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from lmdbitmap import chain, schema, session
 from lmdbitmap.bits import Run
 from lmdbitmap.changes import Changes, Standing, changes
 from lmdbitmap.device import FileDevice
-from lmdbitmap.errors import InvalidArgument, LmdbitmapError, StorageError
+from lmdbitmap.errors import InvalidArgument, LmdbitmapError, StorageError, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Allocation, Buffer, TrackableDevice
@@ -39,7 +39,7 @@ from lmdbitmap.lane import FilterLane, Gate
 from lmdbitmap.owner import Owner
 from lmdbitmap.period import DEFAULT_MAX_ARMED, Period
 from lmdbitmap.schema import Checkpoint, Disk
-from lmdbitmap.store import Store, Writer
+from lmdbitmap.store import Reader, Store, Writer
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,8 @@ class Filter:
         self._beating = True
         self._detached = False
         self._last_acts: list[Callable[[], None]] = []
-        self._period = self._open_period()
+        with store.read() as reader:
+            self._period = self._open_period(reader, disk)
         self._gate = Gate(disk.geometry, self._period.settled)
         self._threads = threading.local()
         self._stop = threading.Event()
@@ -206,10 +207,10 @@ class Filter:
             try:
                 self.device.resize(size)
             except BaseException:
-                self._change_chain(lambda writer, disk: _end_resize(chain.resize(writer, disk, before)))
+                self._change_chain(lambda writer, disk: _end_resize(writer, disk, before))
                 raise
             self.device.flush()
-            self._change_chain(lambda writer, disk: _end_resize(disk))
+            self._change_chain(lambda writer, disk: _end_resize(writer, disk, size))
 
     def start_epoch(self, reason: str) -> None:
         """Begin anew, everything dirty: what was known cannot be believed. Durable on return."""
@@ -217,7 +218,17 @@ class Filter:
             self._start_epoch(reason)
 
     def persist(self) -> None:
-        """Write everything that only memory knows: the store names exactly what is dirty at this moment."""
+        """Write everything that only memory knows: the store names exactly what is dirty at this moment.
+
+        Raises what the store raises, and `Untrusted` where tracking was lost: then it names nothing.
+        """
+        if self._lost is not None:
+            raise Untrusted(f"disk {self.disk.name!r}: {self._lost}", next_step="make a full backup")
+        self._persist()
+
+    def _persist(self) -> None:
+        if self._detached:
+            raise _detached_error(self.disk)
         while True:
             period = self._period
             period.persist()
@@ -226,8 +237,12 @@ class Filter:
 
     def changes(self, *, since: str | None = None, until: str | None = None) -> Changes:
         """What changed up to this moment; see changes.py. Raises what the store raises."""
-        self.persist()
-        return changes(self.store, self.disk.name, since=since, until=until, persisted=True)
+        if self._lost is None:
+            self._persist()
+        answer = changes(self.store, self.disk.name, since=since, until=until, persisted=True)
+        if self._lost is None or until is not None:
+            return answer
+        return dataclasses.replace(answer, standing=Standing(Trust.UNTRUSTED, self._lost))
 
     def _between_periods(self, change: Callable[[Writer, Disk], Disk]) -> None:
         with self._frozen():
@@ -242,27 +257,31 @@ class Filter:
     def _change_chain(self, change: Callable[[Writer, Disk], Disk]) -> None:
         """Persist, change the chain, and open its newest bitmap afresh. Called inside `_frozen`."""
 
-        def persist_and_change(writer: Writer) -> Disk:
+        def persist_and_change(writer: Writer) -> tuple[Disk, Period]:
             self._period.put_exact(writer)
-            disk = change(writer, self.disk)
+            disk = change(writer, self._as_stored(writer))
             writer.put_disk(disk)
-            return disk
+            return disk, self._open_period(writer, disk)
 
-        self._go_on_with(self.store.update(persist_and_change))
+        with _together([self]):
+            self._go_on_with(*self.store.update(persist_and_change))
 
-    def _go_on_with(self, disk: Disk, armed: Mapping[int, int] | None = None) -> None:
-        """The chain is another now: track into its newest bitmap. Called inside `_frozen`."""
+    def _go_on_with(self, disk: Disk, period: Period) -> None:
+        """The chain is another now, durably: track into its newest bitmap. Called inside `_frozen`."""
         self._period.end()
         self.disk = disk
-        self._period = self._open_period()
-        self._period.adopt_armed(armed or {})
+        self._period = period
         self._gate.geometry = disk.geometry
-        self._gate.settled = self._period.settled
+        self._gate.settled = period.settled
 
-    def _open_period(self) -> Period:
-        with self.store.read() as reader:
-            bitmap = reader.bitmap(chain.current_checkpoint(reader, self.disk).bitmap_id)
-        write_ahead = self.disk.durability == schema.WRITE_AHEAD
+    def _as_stored(self, reader: Reader) -> Disk:
+        """The disk as the store has it: after an interruption memory may lag behind."""
+        return reader.disk(self.disk.uuid) or self.disk
+
+    def _open_period(self, reader: Reader, disk: Disk) -> Period:
+        """Opened inside the transaction that makes its bitmap, so that nothing can fail once that is durable."""
+        bitmap = reader.bitmap(chain.current_checkpoint(reader, disk).bitmap_id)
+        write_ahead = disk.durability == schema.WRITE_AHEAD
         return Period(self.store, bitmap, write_ahead=write_ahead, max_armed=self._max_armed)
 
     # -- marking, and what happens when it fails -----------------------------------------------------------
@@ -279,9 +298,12 @@ class Filter:
     def _tracking_failed(self, error: LmdbitmapError) -> None:
         if self.disk.policy == schema.STRICT:
             raise _write_refused(self.disk, error) from error
+        self._lose_track(f"tracking failed: {error.problem}")
+
+    def _lose_track(self, reason: str) -> None:
         with self._losing:
             if self._lost is None:
-                self._make_distrust_durable(f"tracking failed: {error.problem}")
+                self._make_distrust_durable(reason)
 
     def _make_distrust_durable(self, reason: str) -> None:
         """After this the guest may write untracked: nobody will believe the bitmap (second corollary)."""
@@ -290,11 +312,11 @@ class Filter:
         )
         try:
             self._owner.declare_distrust(reason, time.time_ns())
-        except StorageError as error:
+        except LmdbitmapError as error:
             self._distrust_by_silence(error)
         self._lost = reason
 
-    def _distrust_by_silence(self, error: StorageError) -> None:
+    def _distrust_by_silence(self, error: LmdbitmapError) -> None:
         """Not even the owner's file can be written: stop the signs of life, and write only when they are so
         old that a later mtime of the image proves a gap. Without an mtime nothing proves it: refuse."""
         self._beating = False
@@ -322,8 +344,9 @@ class Filter:
 
     def beat(self) -> None:
         """Leave a sign of life, unless silence has to say that we lost track."""
-        if self._beating:
-            self._owner.beat(time.time_ns(), self.device.identity().mtime_ns)
+        with self._losing:  # no beat is under way while silence begins
+            if self._beating:
+                self._owner.beat(time.time_ns(), self.device.identity().mtime_ns)
 
     def background_pass(self) -> None:
         """Disarm what was quiet; when tracking was lost, begin a new epoch if the store lets us."""
@@ -340,6 +363,7 @@ class Filter:
         reason = self._lost
         if reason is None:  # another thread was first
             return
+        self._owner.declare_distrust(reason, time.time_ns())  # what cannot take this cannot take trust back
         self._start_epoch(reason)
         self._owner.restore_trust()
         self._lost = None
@@ -348,9 +372,14 @@ class Filter:
 
     def _start_epoch(self, reason: str) -> None:
         """Called inside `_frozen`."""
-        self._go_on_with(
-            self.store.update(lambda writer: chain.start_epoch(writer, self.disk, reason, time.time_ns()))
-        )
+
+        def start(writer: Writer) -> tuple[Disk, Period]:
+            disk = chain.resize(writer, self._as_stored(writer), self.device.size)
+            disk = chain.start_epoch(writer, disk, reason, time.time_ns())
+            return disk, self._open_period(writer, disk)
+
+        with _together([self]):
+            self._go_on_with(*self.store.update(start))
 
     def _every_interval(self, work: Callable[[], None]) -> None:
         while not self._stop.wait(PASS_INTERVAL_S):
@@ -380,8 +409,7 @@ class Filter:
                     for act in self._last_acts:
                         act()
             finally:
-                self.device.close()
-                self._owner.close()
+                self._let_go()
 
     def at_detach(self, act: Callable[[], None]) -> None:
         """Have `act` called when a clean detach is durable, while the disk is still ours and nobody can write.
@@ -392,12 +420,19 @@ class Filter:
 
     def abandon(self) -> None:
         """Let go of everything at once, as a crash would, without any last write."""
+        if self._detached:
+            return
         self._detached = True
         self._stop_background()
         with self._frozen():
             self._gate.shut(_detached_error(self.disk))
-            self.device.close()
-            self._owner.close()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """What we know is not ours to write any more: the disk may have another owner at once."""
+        self._period.end()
+        self.device.close()
+        self._owner.close()
 
     def _stop_background(self) -> None:
         self._stop.set()
@@ -431,6 +466,7 @@ def take_checkpoint(filters: Sequence[Filter], name: str) -> list[Checkpoint]:
     Writes in flight are drained first; those that wait complete in the new period (law 2). Extents that
     are being written stay armed in the new period, so that their writers do not all commit at once.
     """
+    _require_each_once(filters)
     store = filters[0].store
     assert all(other.store.uuid == store.uuid for other in filters)
     for attached in filters:
@@ -439,31 +475,60 @@ def take_checkpoint(filters: Sequence[Filter], name: str) -> list[Checkpoint]:
         for attached in sorted(filters, key=lambda other: other.disk.uuid):
             frozen.enter_context(attached._frozen())
         time_ns = time.time_ns()
-        taken = store.update(
-            lambda writer: [_next_period(writer, attached, name, time_ns) for attached in filters]
-        )
-        for attached, (disk, _, armed) in zip(filters, taken, strict=True):
-            attached._go_on_with(disk, armed)
-    return [checkpoint for _, checkpoint, _ in taken]
+        with _together(filters):
+            taken = store.update(
+                lambda writer: [_next_period(writer, attached, name, time_ns) for attached in filters]
+            )
+            for attached, (_, disk, period) in zip(filters, taken, strict=True):
+                attached._go_on_with(disk, period)
+    return [checkpoint for checkpoint, _, _ in taken]
+
+
+def _require_each_once(filters: Sequence[Filter]) -> None:
+    if not filters or len({attached.disk.uuid for attached in filters}) < len(filters):
+        raise InvalidArgument("a checkpoint is of one disk or of several", next_step="name each disk once")
 
 
 def _next_period(
     writer: Writer, attached: Filter, name: str, time_ns: int
-) -> tuple[Disk, Checkpoint, Mapping[int, int]]:
+) -> tuple[Checkpoint, Disk, Period]:
     attached._period.put_exact(writer)
-    disk, checkpoint = chain.add_checkpoint(writer, attached.disk, name, time_ns)
+    disk, checkpoint = chain.add_checkpoint(writer, attached._as_stored(writer), name, time_ns)
     armed = dict(list(attached._period.active_extents().items())[-_CARRIED_REGIONS:])
     for region, mask in armed.items():
         writer.put_region(checkpoint.bitmap_id, region, mask, schema.ALL_CLEAN_BITS)
-    return disk, checkpoint, armed
+    period = attached._open_period(writer, disk)
+    period.adopt_armed(armed)
+    return checkpoint, disk, period
+
+
+@contextlib.contextmanager
+def _together(filters: Sequence[Filter]) -> Iterator[None]:
+    """The chains in the store and the periods in memory change together in the block.
+
+    Where an interruption (Ctrl-C) may have come between the two, nobody can say which bitmap records:
+    nothing is believed then.
+    """
+    try:
+        yield
+    except LmdbitmapError:
+        raise  # the store is as it was before
+    except BaseException:
+        for attached in filters:
+            attached._lose_track("a change of its checkpoints was interrupted")
+        raise
 
 
 def _begin_resize(writer: Writer, disk: Disk, size: int) -> Disk:
-    return dataclasses.replace(chain.resize(writer, disk, size), resizing_from=disk.size)
+    """Either size is right from now on. What is new is dirty already; what is gone goes when the image has shrunk."""
+    Geometry(size, disk.granularity_bits)
+    if size > disk.size:
+        return dataclasses.replace(chain.resize(writer, disk, size), resizing_from=disk.size)
+    return dataclasses.replace(disk, resizing_from=size)
 
 
-def _end_resize(disk: Disk) -> Disk:
-    return dataclasses.replace(disk, resizing_from=None)
+def _end_resize(writer: Writer, disk: Disk, size: int) -> Disk:
+    return dataclasses.replace(chain.resize(writer, disk, size), resizing_from=None)
 
 
 def _write_refused(disk: Disk, error: LmdbitmapError) -> StorageError:

@@ -74,6 +74,8 @@ class Gate:
     def drained(self) -> Iterator[None]:
         """Nobody writes in the block; set `geometry` and `settled` there for those who go on after it."""
         with self._lock:
+            if self._shut is not None:
+                raise self._shut
             lanes = list(self._lanes)
             try:
                 for lane in lanes:
@@ -87,7 +89,7 @@ class Gate:
                     self._open(lane)
 
     def shut(self, refusal: StorageError) -> None:
-        """Refuse every write from now on. Called inside `drained`."""
+        """Refuse every write, and every `drained`, from now on. Called inside `drained`."""
         self._shut = refusal
 
     def _open(self, lane: FilterLane) -> None:

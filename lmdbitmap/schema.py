@@ -121,7 +121,7 @@ class Disk:
     identity: ImageIdentity | None = None
     session: UUID | None = None
     resizing_from: int | None = None
-    """The size before a resize that has begun; either size is right until it ends."""
+    """The other size of a resize that has begun; either is right until it ends."""
 
     @property
     def geometry(self) -> Geometry:

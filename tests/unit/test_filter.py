@@ -1,0 +1,379 @@
+"""An attached disk: points in time, sizes, marks by hand, and what is refused when."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmdbitmap import filter as filters
+from lmdbitmap import schema, session
+from lmdbitmap.device import FileDevice
+from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, NotFound, StorageError, Untrusted
+from lmdbitmap.extents import Trust
+from lmdbitmap.filter import Filter, take_checkpoint
+from tests.support import make_raw_image
+from tests.tracked import NAME, TrackedDisk, blocks_of, trust_of
+
+BLOCK = 4096
+SIZE = 200 * BLOCK - 1000
+BLOCKS = 200
+
+
+@pytest.fixture
+def tracked(tmp_path: Path) -> Iterator[TrackedDisk]:
+    with closing(TrackedDisk(tmp_path, SIZE).clean()) as tracked:
+        yield tracked
+
+
+@pytest.fixture
+def disk(tracked: TrackedDisk) -> Iterator[Filter]:
+    disk = tracked.attach()
+    yield disk
+    disk.abandon()
+
+
+def dirty(disk: Filter, since: str = "start", until: str | None = None) -> set[int]:
+    return blocks_of(disk.changes(since=since, until=until))
+
+
+# --- marks ---
+
+
+def test_whatever_changes_bytes_marks_the_blocks_it_touches(disk: Filter) -> None:
+    disk.pwrite(b"x", 0)
+    disk.pwrite(bytes(BLOCK + 2), 10 * BLOCK - 1)
+    disk.write_zeroes(20 * BLOCK + 5, BLOCK)
+    disk.discard(30 * BLOCK, BLOCK)
+    disk.mark(SIZE - 1, 1)
+    assert disk.lane().write_many([(40 * BLOCK, memoryview(b"a")), (42 * BLOCK, memoryview(b"b"))]) == {}
+    answer = disk.changes(since="start")
+    assert blocks_of(answer) == {0, 9, 10, 11, 20, 21, 30, 199, 40, 42}
+    assert trust_of(answer) is Trust.EXACT
+
+
+def test_reading_marks_nothing(disk: Filter) -> None:
+    disk.pread(SIZE, 0)
+    disk.pread_into(memoryview(bytearray(10)), 5)
+    list(disk.allocation(0, SIZE))
+    disk.flush()
+    assert dirty(disk) == set()
+
+
+@pytest.mark.parametrize(("offset", "length"), [(-1, 1), (SIZE, 1), (0, SIZE + 1), (5, -1)])
+def test_mark_off_the_disk_is_refused(disk: Filter, offset: int, length: int) -> None:
+    with pytest.raises(InvalidArgument):
+        disk.mark(offset, length)
+    assert dirty(disk) == set()
+
+
+def test_second_owner_is_refused(tracked: TrackedDisk, disk: Filter) -> None:
+    with pytest.raises(Busy):
+        tracked.attach()
+    with pytest.raises(Busy):
+        session.adopt(tracked.store, NAME)
+    with pytest.raises(Busy):
+        session.remove(tracked.store, NAME)
+
+
+# --- checkpoints ---
+
+
+def test_checkpoint_begins_a_clean_period(disk: Filter) -> None:
+    disk.pwrite(b"x", 0)
+    disk.checkpoint("monday")
+    assert dirty(disk, "monday") == set()
+    disk.pwrite(b"x", BLOCK)
+    disk.pwrite(b"x", 3 * BLOCK)
+    assert dirty(disk, "monday") == {1, 3}
+    assert dirty(disk, "start") == {0, 1, 3}
+    assert dirty(disk, "start", "monday") == {0}
+
+
+def test_extents_stay_armed_over_a_checkpoint_and_nothing_in_them_is_dirty(
+    tracked: TrackedDisk, disk: Filter
+) -> None:
+    disk.pwrite(b"x", 0)
+    disk.checkpoint("monday")
+    assert disk.armed_count == 1
+    disk.pwrite(b"x", 5 * BLOCK)
+    assert 5 in tracked.stored_dirt()
+    disk.background_pass()
+    disk.background_pass()
+    assert (disk.armed_count, tracked.stored_dirt()) == (0, {5})
+    assert dirty(disk, "monday") == {5}
+    assert trust_of(disk.changes(since="start", until="monday")) is Trust.EXACT
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "x" * 2000, "start", "epoch-1"])
+def test_impossible_checkpoint_changes_nothing(disk: Filter, name: str) -> None:
+    disk.pwrite(b"x", 0)
+    with pytest.raises((InvalidArgument, AlreadyExists)):
+        disk.checkpoint(name)
+    disk.pwrite(b"x", BLOCK)
+    assert dirty(disk) == {0, 1}
+
+
+@pytest.fixture
+def pair(tmp_path: Path, tracked: TrackedDisk, disk: Filter) -> Iterator[tuple[Filter, Filter]]:
+    image = make_raw_image(tmp_path / "other.raw", SIZE)
+    session.add(tracked.store, "sdb", str(image), granularity_bits=16)
+    other = Filter.attach(tracked.store, "sdb", background=False)
+    yield disk, other
+    other.abandon()
+
+
+def test_checkpoint_of_two_disks_is_on_both(pair: tuple[Filter, Filter]) -> None:
+    one, two = pair
+    taken = take_checkpoint([two, one], "both")
+    assert [point.disk for point in taken] == [two.disk.uuid, one.disk.uuid]
+    assert len({point.time_ns for point in taken}) == 1
+    for disk in pair:
+        disk.pwrite(b"x", 0)
+        assert dirty(disk, "both") == {0}
+
+
+def test_checkpoint_that_one_of_two_disks_has_already_is_on_neither(pair: tuple[Filter, Filter]) -> None:
+    one, two = pair
+    two.checkpoint("taken")
+    for disk in pair:
+        disk.pwrite(b"x", 0)
+    for order in ([one, two], [two, one]):
+        with pytest.raises(AlreadyExists):
+            take_checkpoint(order, "taken")
+    for disk in pair:
+        disk.pwrite(b"x", 70000)
+    with pytest.raises(NotFound):
+        one.changes(since="taken")
+    assert dirty(one) == {0, 70000 // BLOCK}
+    assert dirty(two, "taken") == {0, 1}
+
+
+def test_disk_named_twice_is_refused(pair: tuple[Filter, Filter]) -> None:
+    with pytest.raises(InvalidArgument):
+        take_checkpoint([pair[0], pair[1], pair[0]], "twice")
+    with pytest.raises(InvalidArgument):
+        take_checkpoint([], "none")
+    take_checkpoint(pair, "once")
+
+
+@pytest.mark.parametrize("durability", schema.DURABILITIES)
+def test_forgotten_checkpoint_leaves_its_dirt_to_the_one_before(tmp_path: Path, durability: str) -> None:
+    with closing(TrackedDisk(tmp_path, SIZE, durability=durability).clean()) as tracked:
+        disk = tracked.attach()
+        for number, name in enumerate(("monday", "tuesday")):
+            disk.pwrite(b"x", number * BLOCK)
+            disk.checkpoint(name)
+        disk.pwrite(b"x", 5 * BLOCK)
+        disk.forget("tuesday")  # the newest: its bitmap was recording
+        assert dirty(disk, "monday") == {1, 5}
+        disk.pwrite(b"x", 6 * BLOCK)
+        disk.pwrite(b"x", 5 * BLOCK)
+        disk.forget("start")
+        disk.forget("epoch-1")
+        assert dirty(disk, "monday") == {1, 5, 6}
+        with pytest.raises(InvalidArgument):
+            disk.forget("monday")
+        with pytest.raises(NotFound):
+            disk.forget("tuesday")
+        disk.detach()
+        assert tracked.checkpoints() == ["monday"]
+        assert blocks_of(tracked.changes("monday")) == {1, 5, 6}
+
+
+def test_period_that_cannot_be_opened_makes_no_checkpoint(
+    tracked: TrackedDisk, disk: Filter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no memory for another bitmap: the old period goes on, in the store as in memory."""
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise StorageError("memory", OSError(errno.ENOMEM, "none"), next_step="free some")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(filters, "Period", refuse)
+        for change in (
+            lambda: disk.checkpoint("monday"),
+            lambda: disk.resize(10),
+            lambda: disk.forget("start"),
+        ):
+            with pytest.raises(StorageError):
+                change()
+    assert tracked.checkpoints() == ["epoch-1", "start"]
+    disk.pwrite(b"x", 3 * BLOCK)
+    assert 3 in tracked.stored_dirt()
+    assert dirty(disk) == {3}
+
+
+def test_interrupted_checkpoint_is_not_believed(tracked: TrackedDisk, disk: Filter) -> None:
+    """Ctrl-C after the commit, before memory followed: the next write would go to the wrong bitmap."""
+    update = tracked.store.update
+
+    def commit_and_interrupt(change: Callable[..., Any]) -> None:
+        update(change)
+        raise KeyboardInterrupt
+
+    disk.pwrite(b"x", 0)
+    tracked.store.update = commit_and_interrupt  # type: ignore[method-assign, assignment]
+    with pytest.raises(KeyboardInterrupt):
+        disk.checkpoint("monday")
+    tracked.store.update = update  # type: ignore[method-assign]
+    disk.pwrite(b"x", 7 * BLOCK)
+    assert trust_of(disk.changes(since="monday")) is Trust.UNTRUSTED
+    assert trust_of(tracked.changes("monday")) is Trust.UNTRUSTED
+    disk.background_pass()
+    with pytest.raises(Untrusted):
+        disk.changes(since="monday")
+    assert dirty(disk, "epoch-2") == set(range(BLOCKS))
+
+
+# --- sizes ---
+
+
+def test_grown_area_is_dirty(disk: Filter) -> None:
+    disk.resize(300 * BLOCK)
+    assert disk.size == disk.device.size == 300 * BLOCK
+    assert dirty(disk) == set(range(199, 300))
+    disk.pwrite(b"x", 299 * BLOCK)
+
+
+def test_bits_past_the_end_are_gone_for_good(disk: Filter) -> None:
+    disk.pwrite(b"x", 150 * BLOCK)
+    disk.checkpoint("monday")
+    disk.pwrite(b"x", 160 * BLOCK)
+    disk.pwrite(b"x", 5 * BLOCK)
+    disk.resize(100 * BLOCK + 1)
+    assert dirty(disk) == {5}
+    disk.checkpoint("tuesday")
+    disk.resize(BLOCKS * BLOCK)
+    assert dirty(disk, "start", "tuesday") == {5}
+    assert dirty(disk, "tuesday") == set(range(100, BLOCKS))
+    with pytest.raises(InvalidArgument):
+        disk.pwrite(b"x", BLOCKS * BLOCK)
+
+
+def test_resize_to_nothing_and_back(disk: Filter) -> None:
+    disk.pwrite(b"x", 0)
+    disk.resize(0)
+    assert (disk.size, dirty(disk)) == (0, set())
+    disk.pwrite(b"", 0)
+    disk.resize(BLOCK)
+    assert dirty(disk) == {0}
+
+
+@pytest.mark.parametrize("size", [-1, 1 << 63, 1 << 70])
+def test_impossible_size_changes_nothing(disk: Filter, size: int) -> None:
+    disk.pwrite(b"x", 0)
+    with pytest.raises(InvalidArgument):
+        disk.resize(size)
+    assert (disk.size, disk.device.size, dirty(disk)) == (SIZE, SIZE, {0})
+
+
+class FixedDevice(FileDevice):
+    """An image that cannot be resized, as a block device is."""
+
+    def resize(self, size: int) -> None:
+        raise OSError(errno.EPERM, "fixed")
+
+
+@pytest.mark.parametrize("size", [5 * BLOCK, 500 * BLOCK])
+def test_refused_resize_leaves_every_bit_where_it_was(tracked: TrackedDisk, size: int) -> None:
+    disk = Filter.attach(tracked.store, NAME, open_device=FixedDevice.open, background=False)
+    disk.pwrite(b"x", 150 * BLOCK)
+    disk.checkpoint("monday")
+    disk.pwrite(b"x", 2 * BLOCK)
+    with pytest.raises(PermissionError):
+        disk.resize(size)
+    assert disk.size == SIZE
+    assert dirty(disk, "start", "monday") == {150}
+    assert {2, 150} <= dirty(disk)
+    disk.pwrite(b"x", 199 * BLOCK)
+    assert 199 in dirty(disk)
+    disk.detach()
+    assert tracked.disk().resizing_from is None
+
+
+# --- the end ---
+
+
+def test_detached_disk_refuses_everything_and_writes_nothing(tracked: TrackedDisk) -> None:
+    """The next owner's records are not ours to write over."""
+    late = tracked.attach()
+    late.pwrite(b"x", 0)
+    lane = late.lane()
+    late.detach()
+    with tracked.attach() as disk:
+        disk.pwrite(b"x", BLOCK)
+        before = tracked.disk()
+        calls: list[Callable[[], object]] = [
+            lambda: late.pwrite(b"x", 0),
+            lambda: lane.pwrite(b"x", 0),
+            late.lane().flush,
+            lambda: late.write_zeroes(0, 1),
+            lambda: late.mark(0, 1),
+            lambda: late.checkpoint("late"),
+            lambda: late.forget("start"),
+            lambda: late.resize(BLOCK),
+            lambda: late.start_epoch("late"),
+            late.persist,
+            late.changes,
+            late.beat,
+        ]
+        for call in calls:
+            with pytest.raises(OSError):
+                call()
+        late.background_pass()
+        late.detach()
+        late.abandon()
+        assert tracked.disk() == before
+        assert dirty(disk) == {0, 1}
+
+
+def test_acts_at_detach_are_done_when_it_is_clean(tracked: TrackedDisk) -> None:
+    done: list[set[int]] = []
+    disk = tracked.attach()
+    disk.pwrite(b"x", 0)
+    disk.at_detach(lambda: done.append(blocks_of(tracked.changes("start"))))
+    disk.detach()
+    assert done == [{0}]
+    disk = tracked.attach()
+    disk.at_detach(lambda: done.append(set()))
+    disk.abandon()
+    assert done == [{0}]
+
+
+# --- adopt ---
+
+
+def test_adopted_image_keeps_its_checkpoints(tracked: TrackedDisk) -> None:
+    with tracked.attach() as disk:
+        disk.pwrite(b"x", 0)
+    tracked.write_behind_our_back(b"\0", 9 * BLOCK)
+    assert trust_of(tracked.changes("start")) is Trust.UNTRUSTED
+    session.adopt(tracked.store, NAME)
+    assert blocks_of(tracked.changes("start")) == {0}
+    with tracked.attach() as disk:
+        assert dirty(disk) == {0}
+
+
+@pytest.mark.parametrize(
+    ("size", "gone", "new"), [(5 * BLOCK, {150}, set()), (210 * BLOCK, set(), set(range(199, 210)))]
+)
+def test_adopted_size_is_a_resize(tracked: TrackedDisk, size: int, gone: set[int], new: set[int]) -> None:
+    with tracked.attach() as disk:
+        disk.pwrite(b"x", 0)
+        disk.pwrite(b"x", 150 * BLOCK)
+    with tracked.image.open("r+b") as image:
+        image.truncate(size)
+    assert session.adopt(tracked.store, NAME).size == size
+    assert blocks_of(tracked.changes("start")) == {0, 150} - gone | new
+
+
+def test_lost_bits_cannot_be_adopted(tmp_path: Path) -> None:
+    with closing(TrackedDisk(tmp_path, SIZE, durability=schema.DEFERRED).clean()) as tracked:
+        tracked.attach().abandon()
+        with pytest.raises(Untrusted):
+            session.adopt(tracked.store, NAME)
