@@ -204,9 +204,10 @@ class ControlServer:
         self._close()
         with self._lock:
             callers = list(self._callers)
-        deadline = time.monotonic() + GRACE_S
         for caller in callers:
             caller.hang_up()
+        deadline = time.monotonic() + GRACE_S
+        for caller in callers:
             caller.join(max(deadline - time.monotonic(), 0))
         return not any(caller.is_alive() for caller in callers)
 
