@@ -38,6 +38,7 @@ MAP_BYTES = 64 << 30
 """Address space reserved at open; it costs no memory and no disk, and is more than most stores ever need."""
 _MIN_MAP_BYTES = 1 << 30
 _MAX_READERS = 1024
+_BEGIN_TRIES = 16
 _MAX_DATABASES = 16
 _DATABASES = ("meta", "disks", "checkpoints", "bitmaps", "regions")
 _HEADER_KEY = b"store"
@@ -319,13 +320,15 @@ class _Environment:
         self._lmdb.close()
 
     def _begin(self, write: bool) -> lmdb.Transaction:
-        """Begin and count; another process may have grown the map, or readers that died may hold every slot."""
-        try:
-            return self._begin_counted(write)
-        except lmdb.MapResizedError:
-            self._resize_map(0)
-        except lmdb.ReadersFullError:
-            self._lmdb.reader_check()
+        """Begin and count; another process may have grown the map, and do so again before we have followed it,
+        or readers that died may hold every slot."""
+        for _ in range(_BEGIN_TRIES - 1):
+            try:
+                return self._begin_counted(write)
+            except lmdb.MapResizedError:
+                self._resize_map(0)
+            except lmdb.ReadersFullError:
+                self._lmdb.reader_check()
         return self._begin_counted(write)
 
     def _begin_counted(self, write: bool) -> lmdb.Transaction:
