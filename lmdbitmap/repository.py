@@ -1,0 +1,225 @@
+"""A repository of backups: a folder that holds a folder for each disk (docs/backup.md).
+
+    REPO/<disk>/manifest.json            what each image is; images that it does not name are nobody's backup
+    REPO/<disk>/000001-full.qcow2 ...    the images
+    REPO/<disk>/lock                     held by the one backup that writes here
+    REPO/<disk>/unfinished               while a backup is under way: its checkpoint, and its image
+
+Invariants, which hold at every moment, also after a power cut:
+
+1. An image that the manifest names is whole and durable: its file was renamed into place, synced, before.
+2. What a killed run left is known for certain, and nothing else is ever removed: files with a `.partial`
+   name that nobody holds locked, and images that `unfinished` names and the manifest does not.
+3. A manifest that is missing beside images, or cannot be read, stops a backup. It is never made anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from lmdbitmap import files, manifest, schema
+from lmdbitmap.errors import FormatError, InvalidArgument, NotFound, os_errors_at
+from lmdbitmap.manifest import BackupEntry, BackupType, Manifest
+
+MANIFEST, LOCK, UNFINISHED = "manifest.json", "lock", "unfinished"
+FOLDER_MODE = 0o700
+_NOTE_BYTES = 1 << 16
+_HASHED_AT_ONCE = 1 << 20
+_IMAGE_NAME = re.compile(r"([0-9]{6,15})-(?:full|incremental|differential)\.qcow2")
+_CHECKPOINT_NAME = re.compile(r"backup-[0-9]{8}T[0-9]{6}Z-[0-9a-f]{6}")
+_NOTE = re.compile(rf"(?:{_CHECKPOINT_NAME.pattern} {_IMAGE_NAME.pattern}\n)*")
+
+
+class Unfinished(NamedTuple):
+    """What a backup that is under way makes: a checkpoint of the disk, and an image of the folder."""
+
+    checkpoint: str
+    file: str
+
+
+class BackupFolder:
+    """The backups of one disk in the repository at `repository_path`. Making it touches nothing."""
+
+    def __init__(self, repository_path: str | os.PathLike[str], disk_name: str) -> None:
+        self.repository_path = os.path.abspath(repository_path)
+        self.path = os.path.join(self.repository_path, schema.check_disk_name(disk_name))
+
+    def path_of(self, file: str) -> str:
+        return os.path.join(self.path, file)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder, made if need be, for the one backup that may write here; else `Busy`.
+
+        Files that killed runs did not finish are removed.
+        """
+        _make_folder(self.repository_path)
+        _make_folder(self.path)
+        with files.lock_file(self.path_of(LOCK)):
+            files.remove_leftovers(self.path)
+            yield
+
+    # -- the manifest --------------------------------------------------------------------------------------
+
+    def manifest(self) -> Manifest | None:
+        """What backups there are; None before the first. `FormatError` where that cannot be known."""
+        found = self._manifest_file()
+        if found is None and self._has_images_of_old():
+            raise FormatError(
+                self.path,
+                expected=f"{MANIFEST} beside the images",
+                found="none",
+                next_step="restore the manifest from a copy of the repository, or move this folder away",
+            )
+        return found
+
+    def _backups(self) -> Sequence[BackupEntry]:
+        found = self._manifest_file()
+        return found.backups if found is not None else ()
+
+    def replace_manifest(self, new: Manifest) -> None:
+        """Durable on return; a death leaves the old manifest or the new one."""
+        files.replace_atomically(self.path_of(MANIFEST), manifest.encode(new))
+
+    def _manifest_file(self) -> Manifest | None:
+        path = self.path_of(MANIFEST)
+        if not os.path.lexists(path):
+            return None
+        try:
+            return manifest.decode(files.read_bounded(path, manifest.MAX_MANIFEST_BYTES))
+        except FormatError as refused:
+            if refused.place.startswith(path):
+                raise
+            raise FormatError(
+                f"{path}: {refused.place}",
+                expected=refused.expected,
+                found=refused.found,
+                next_step=refused.next_step,
+            ) from refused
+
+    # -- images --------------------------------------------------------------------------------------------
+
+    def next_sequence(self, backups: Iterable[BackupEntry]) -> int:
+        """A number that no backup has, nor any image that the manifest does not know."""
+        return (
+            max([0, *(entry.sequence for entry in backups), *(int(image[1]) for image in self._images())]) + 1
+        )
+
+    def check_images(self, entries: Iterable[BackupEntry]) -> None:
+        """Raise `NotFound` or `FormatError` unless every image is there, as long as it was when it was made."""
+        for entry in entries:
+            path = self.path_of(entry.file)
+            with os_errors_at(path):
+                status = os.lstat(path)
+            if not stat.S_ISREG(status.st_mode) or status.st_size != entry.bytes_stored:
+                raise FormatError(
+                    path,
+                    expected=f"a regular file of {entry.bytes_stored} bytes",
+                    found=f"{status.st_size} bytes" if stat.S_ISREG(status.st_mode) else "something else",
+                    next_step="restore the file from a copy of the repository, or use an earlier full backup",
+                )
+
+    def _images(self) -> list[re.Match[str]]:
+        """The names of all images in the folder, known or not; their first group is the number."""
+        with os_errors_at(self.path):
+            matches = [_IMAGE_NAME.fullmatch(name) for name in os.listdir(self.path)]
+        return [match for match in matches if match is not None]
+
+    def _has_images_of_old(self) -> bool:
+        """Whether there are images, apart from one that a first backup is making, or was when it was killed."""
+        unfinished = {work.file for work in self._noted()}
+        return any(image[0] not in unfinished for image in self._images())
+
+    # -- what is under way ---------------------------------------------------------------------------------
+
+    def note_unfinished(self, works: Sequence[Unfinished]) -> None:
+        """Say, durably, what is about to be made: whoever finds this note after a death knows what to undo."""
+        text = "".join(f"{work.checkpoint} {work.file}\n" for work in works)
+        files.replace_atomically(self.path_of(UNFINISHED), text.encode())
+
+    def unfinished(self) -> list[Unfinished]:
+        """What backups that never got into the manifest have made, or were about to; their images are removed."""
+        noted = self._noted()
+        known = {entry.file for entry in self._backups()} if noted else set()
+        abandoned = [work for work in noted if work.file not in known]
+        for work in abandoned:
+            _remove(self.path_of(work.file))
+        if abandoned:
+            files.fsync_folder(self.path)  # before the note can go
+        return abandoned
+
+    def drop_note(self) -> None:
+        """Nothing is unfinished any more. Not synced: a note that comes back after a power cut does no harm."""
+        _remove(self.path_of(UNFINISHED))
+
+    def _noted(self) -> list[Unfinished]:
+        path = self.path_of(UNFINISHED)
+        if not os.path.lexists(path):
+            return []
+        text = files.read_bounded(path, _NOTE_BYTES).decode(errors="replace")
+        if not _NOTE.fullmatch(text):
+            raise FormatError(
+                path,
+                expected="lines of a backup's checkpoint and its image",
+                found=ascii(text[:80]),
+                next_step="remove that file; checkpoints that killed backups made may then stay",
+            )
+        return [Unfinished(*line.split(" ")) for line in text.splitlines()]
+
+
+def checkpoint_name(time_ns: int) -> str:
+    """A new name for the checkpoint of a backup at that Unix time."""
+    moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(time_ns // 1_000_000_000))
+    return f"backup-{moment}-{os.urandom(3).hex()}"
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a checkpoint may be a backup's: no other is ever forgotten, whatever a manifest or a note says."""
+    return _CHECKPOINT_NAME.fullmatch(name) is not None
+
+
+def image_name(sequence: int, kind: BackupType) -> str:
+    return f"{sequence:06d}-{kind.value}.qcow2"
+
+
+def disk_names(repository_path: str | os.PathLike[str]) -> list[str]:
+    """The disks that have backups in a repository, sorted."""
+    place = os.path.abspath(repository_path)
+    with os_errors_at(place):
+        return sorted(
+            name for name in os.listdir(place) if os.path.lexists(os.path.join(place, name, MANIFEST))
+        )
+
+
+def sha256_of(fd: int, stopped: Callable[[], bool] = lambda: False) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal; of its beginning only, if `stopped` says so meanwhile."""
+    digest, buffer, offset = hashlib.sha256(), bytearray(_HASHED_AT_ONCE), 0
+    view = memoryview(buffer)
+    while not stopped() and (count := os.preadv(fd, [buffer], offset)):
+        digest.update(view[:count])
+        offset += count
+    return digest.hexdigest()
+
+
+def _make_folder(path: str) -> None:
+    """Make a folder and those above it, for their owner's eyes only, unless they are there; durable on return."""
+    if os.path.isdir(path):
+        return
+    if os.path.lexists(path):
+        raise InvalidArgument(f"{path} is not a folder", next_step="name a folder for the backups")
+    _make_folder(os.path.dirname(path))
+    with os_errors_at(path), contextlib.suppress(FileExistsError):
+        os.mkdir(path, FOLDER_MODE)
+    files.fsync_folder(os.path.dirname(path))
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(NotFound), os_errors_at(path):
+        os.unlink(path)

@@ -1,0 +1,295 @@
+"""A disk's folder in a repository: the lock, the manifest, the images, and the note of what is unfinished."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from lmdbitmap import manifest
+from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError, NotFound
+from lmdbitmap.manifest import BackupType, Manifest
+from lmdbitmap.repository import (
+    BackupFolder,
+    Unfinished,
+    checkpoint_name,
+    disk_names,
+    image_name,
+    is_checkpoint_name,
+    sha256_of,
+)
+from tests.unit.test_manifest import CHAIN, DISK, entry
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> BackupFolder:
+    made = BackupFolder(tmp_path / "backups", "sda")
+    with made.locked():
+        pass
+    return made
+
+
+def put(folder: BackupFolder, name: str, content: bytes = b"") -> Path:
+    path = Path(folder.path_of(name))
+    path.write_bytes(content)
+    return path
+
+
+# --- the folder ---
+
+
+def test_folders_are_made_for_their_owner_only(tmp_path: Path) -> None:
+    folder = BackupFolder(tmp_path / "far" / "away", "sda")
+    with folder.locked():
+        made = [tmp_path / "far", tmp_path / "far" / "away", tmp_path / "far" / "away" / "sda"]
+        assert [path.stat().st_mode & 0o777 for path in made] == [0o700] * 3
+        assert [path.name for path in made[-1].iterdir()] == ["lock"]
+        assert (made[-1] / "lock").stat().st_mode & 0o777 == 0o600
+
+
+def test_naming_a_folder_makes_nothing(tmp_path: Path) -> None:
+    BackupFolder(tmp_path / "backups", "sda")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["..", ".", "", "../sda", "a/b", "/etc", ".hidden", "a\0b", "a\nb", "x" * 201]
+)
+def test_a_name_that_would_leave_the_repository_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InvalidArgument):
+        BackupFolder(tmp_path, name)
+
+
+@pytest.mark.parametrize("taken", ["backups", "backups/sda"])
+def test_a_file_where_a_folder_should_be_is_refused(tmp_path: Path, taken: str) -> None:
+    path = tmp_path / taken
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"mine")
+    with (
+        pytest.raises(InvalidArgument, match="is not a folder; name a folder for the backups"),
+        BackupFolder(tmp_path / "backups", "sda").locked(),
+    ):
+        pass
+    assert path.read_bytes() == b"mine"
+
+
+def test_the_second_backup_into_a_folder_is_busy(folder: BackupFolder) -> None:
+    with folder.locked(), pytest.raises(Busy), BackupFolder(folder.repository_path, "sda").locked():
+        pass
+    with folder.locked(), BackupFolder(folder.repository_path, "sdb").locked():
+        pass
+
+
+def test_locking_removes_what_killed_runs_did_not_finish_and_nothing_else(folder: BackupFolder) -> None:
+    put(folder, "000001-full.qcow2.0123456789abcdef.partial")
+    put(folder, "manifest.json.0123456789abcdef.partial")
+    kept = {put(folder, name).name for name in ("000002-incremental.qcow2", "notes.txt", "partial")}
+    with folder.locked():
+        assert set(os.listdir(folder.path)) == kept | {"lock"}
+
+
+# --- the manifest ---
+
+
+def test_a_folder_without_backups_has_no_manifest(folder: BackupFolder) -> None:
+    assert folder.manifest() is None
+
+
+def test_the_manifest_is_what_was_put_there_last(folder: BackupFolder) -> None:
+    folder.replace_manifest(Manifest(DISK))
+    folder.replace_manifest(CHAIN)
+    assert folder.manifest() == CHAIN
+    assert Path(folder.path_of("manifest.json")).stat().st_mode & 0o777 == 0o600
+
+
+def test_a_damaged_manifest_is_refused_with_its_path_and_stays(folder: BackupFolder) -> None:
+    path = put(folder, "manifest.json", manifest.encode(CHAIN)[:-40])
+    before = path.read_bytes()
+    with pytest.raises(FormatError) as refused:
+        folder.manifest()
+    assert refused.value.place.startswith(f"{path}: manifest")
+    assert refused.value.next_step == "restore the manifest from a copy of the repository"
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("make", ["folder", "fifo", "link to nothing", "too long"])
+def test_what_cannot_be_a_manifest_is_refused(folder: BackupFolder, make: str) -> None:
+    path = Path(folder.path_of("manifest.json"))
+    if make == "folder":
+        path.mkdir()
+    elif make == "fifo":
+        os.mkfifo(path)
+    elif make == "link to nothing":
+        path.symlink_to("elsewhere")
+    else:
+        path.touch()
+        os.truncate(path, manifest.MAX_MANIFEST_BYTES + 1)
+    with pytest.raises(LmdbitmapError) as refused:
+        folder.manifest()
+    assert str(path) in str(refused.value)
+
+
+def test_images_without_their_manifest_are_not_taken_for_an_empty_folder(folder: BackupFolder) -> None:
+    put(folder, "000007-incremental.qcow2")
+    with pytest.raises(FormatError, match=r"expected manifest\.json beside the images, found none"):
+        folder.manifest()
+
+
+def test_the_image_that_a_first_backup_is_making_is_no_lost_backup(folder: BackupFolder) -> None:
+    folder.note_unfinished([WORK])
+    put(folder, WORK.file)
+    assert folder.manifest() is None
+    put(folder, OTHER.file)
+    with pytest.raises(FormatError):
+        folder.manifest()
+
+
+def test_disks_are_listed_by_their_manifests(tmp_path: Path) -> None:
+    for name in ("sdb", "sda"):
+        made = BackupFolder(tmp_path, name)
+        with made.locked():
+            made.replace_manifest(CHAIN)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    assert disk_names(tmp_path) == ["sda", "sdb"]
+
+
+def test_a_repository_that_is_not_there_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(NotFound):
+        disk_names(tmp_path / "nowhere")
+
+
+# --- images ---
+
+
+def test_images_are_named_so_that_they_sort() -> None:
+    assert image_name(7, BackupType.INCREMENTAL) == "000007-incremental.qcow2"
+    assert image_name(1234567, BackupType.FULL) == "1234567-full.qcow2"
+
+
+def test_the_next_number_is_above_every_backup_and_every_unknown_image(folder: BackupFolder) -> None:
+    assert folder.next_sequence([]) == 1
+    assert folder.next_sequence([entry(4), entry(9)]) == 10
+    put(folder, "000012-differential.qcow2")
+    assert folder.next_sequence([entry(4), entry(9)]) == 13
+    put(folder, "99-full.qcow2.bak")
+    assert folder.next_sequence([]) == 13
+
+
+def test_whole_images_pass(folder: BackupFolder) -> None:
+    entries = [entry(0, bytes_stored=3), entry(1, 0, bytes_stored=5)]
+    put(folder, entries[0].file, b"abc")
+    put(folder, entries[1].file, b"defgh")
+    folder.check_images(entries)
+
+
+def test_a_missing_image_is_not_found(folder: BackupFolder) -> None:
+    with pytest.raises(NotFound, match=r"0000\.qcow2 does not exist"):
+        folder.check_images([entry(0)])
+
+
+@pytest.mark.parametrize("length", [0, 2, 4])
+def test_an_image_of_another_length_is_refused(folder: BackupFolder, length: int) -> None:
+    put(folder, entry(0).file, b"x" * length)
+    with pytest.raises(FormatError, match=f"expected a regular file of 3 bytes, found {length} bytes"):
+        folder.check_images([entry(0, bytes_stored=3)])
+
+
+def test_a_link_in_place_of_an_image_is_refused(folder: BackupFolder) -> None:
+    elsewhere = put(folder, "elsewhere", b"abc")
+    Path(folder.path_of(entry(0).file)).symlink_to(elsewhere)
+    with pytest.raises(FormatError, match="found something else"):
+        folder.check_images([entry(0, bytes_stored=3)])
+
+
+@pytest.mark.parametrize("length", [0, 1, (1 << 20) - 1, 1 << 20, (2 << 20) + 5])
+def test_the_digest_is_that_of_sha256sum(tmp_path: Path, length: int) -> None:
+    content = bytes(range(256)) * (length // 256 + 1)
+    (tmp_path / "file").write_bytes(content[:length])
+    with (tmp_path / "file").open("rb") as file:
+        assert sha256_of(file.fileno()) == hashlib.sha256(content[:length]).hexdigest()
+
+
+def test_hashing_ends_when_it_is_told_to(tmp_path: Path) -> None:
+    asked = []
+    (tmp_path / "file").write_bytes(bytes(3 << 20))
+
+    def stopped() -> bool:
+        asked.append(True)
+        return len(asked) == 3
+
+    with (tmp_path / "file").open("rb") as file:
+        assert sha256_of(file.fileno(), stopped) == hashlib.sha256(bytes(2 << 20)).hexdigest()
+
+
+# --- what is unfinished ---
+
+WORK = Unfinished("backup-20250101T120000Z-0a1b2c", "000007-incremental.qcow2")
+OTHER = Unfinished("backup-20250102T120000Z-0a1b2c", "000008-full.qcow2")
+
+
+def test_without_a_note_nothing_is_unfinished(folder: BackupFolder) -> None:
+    assert folder.unfinished() == []
+    folder.drop_note()
+
+
+def test_images_that_no_manifest_knows_are_removed_if_the_note_names_them(folder: BackupFolder) -> None:
+    folder.replace_manifest(CHAIN)
+    image, stranger = put(folder, WORK.file), put(folder, "000006-incremental.qcow2")
+    folder.note_unfinished([WORK, OTHER])
+    assert folder.unfinished() == [WORK, OTHER]
+    assert (image.exists(), stranger.exists()) == (False, True)
+    assert folder.unfinished() == [WORK, OTHER]  # until the note is dropped
+    folder.drop_note()
+    assert folder.unfinished() == []
+
+
+def test_an_image_that_came_into_the_manifest_is_finished(folder: BackupFolder) -> None:
+    image = put(folder, WORK.file, b"whole")
+    folder.replace_manifest(Manifest(DISK, (entry(0), entry(7, 0, file=WORK.file))))
+    folder.note_unfinished([OTHER, WORK])
+    assert folder.unfinished() == [OTHER]
+    assert image.read_bytes() == b"whole"
+
+
+def test_a_note_beside_a_damaged_manifest_removes_nothing(folder: BackupFolder) -> None:
+    image = put(folder, WORK.file, b"whole")
+    put(folder, "manifest.json", b"{")
+    folder.note_unfinished([WORK])
+    with pytest.raises(FormatError):
+        folder.unfinished()
+    assert image.exists()
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        "\n",
+        f"{WORK.checkpoint}\n",
+        f"{WORK.checkpoint} {WORK.file}",
+        f"{WORK.checkpoint}  {WORK.file}\n",
+        f"{WORK.checkpoint} ../sdb/{WORK.file}\n",
+        f"{WORK.checkpoint} manifest.json\n",
+        f"{WORK.checkpoint} {WORK.file}\nmore\n",
+        f"monday {WORK.file}\n",
+        "\x00" * 65537,
+    ],
+)
+def test_a_note_that_says_something_else_is_refused(folder: BackupFolder, note: str) -> None:
+    path = put(folder, "unfinished", note.encode())
+    with pytest.raises(FormatError) as refused:
+        folder.unfinished()
+    assert refused.value.place == str(path)
+
+
+def test_a_checkpoint_of_a_backup_has_a_name_of_its_own_that_tells_the_time() -> None:
+    names = {checkpoint_name(1_700_000_000_123_456_789) for _ in range(10)}
+    assert len(names) == 10
+    assert all(name.startswith("backup-20231114T221320Z-") and is_checkpoint_name(name) for name in names)
+
+
+@pytest.mark.parametrize("name", ["monday", "backup-1", "backup-20231114T221320Z-0a1b2", "epoch-1"])
+def test_a_checkpoint_of_somebody_else_is_told_apart(name: str) -> None:
+    assert not is_checkpoint_name(name)
