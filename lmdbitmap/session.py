@@ -71,6 +71,20 @@ def begin(store: Store, held: Held) -> Disk:
     The caller beats only after this. A beat before the commit could vouch, after a crash between the two,
     for an image that was just found to be a stranger's.
     """
+    return _resume(store, held, session=uuid4())
+
+
+def reconcile(store: Store, held: Held) -> Disk:
+    """As `begin`, but with no session open afterwards: for whoever holds a disk only to read it.
+
+    Nobody writes while it is held, so a death then costs nothing, in deferred mode neither. The image is
+    flushed first, as at a detach: what the identity vouches for must survive a power cut.
+    """
+    held.device.flush()
+    return _resume(store, held, session=None)
+
+
+def _resume(store: Store, held: Held, *, session: UUID | None) -> Disk:
     identity, distrust = held.device.identity(), held.lock.distrust()
     verdict = Verdict(broken=distrust.reason) if distrust else _judge(held)
 
@@ -82,7 +96,7 @@ def begin(store: Store, held: Held) -> Disk:
             disk = chain.start_epoch(writer, disk, verdict.broken, time.time_ns())
         elif verdict.superset is not None:
             chain.note_superset(writer, disk, verdict.superset)
-        disk = dataclasses.replace(disk, session=uuid4(), identity=identity, resizing_from=None)
+        disk = dataclasses.replace(disk, session=session, identity=identity, resizing_from=None)
         writer.put_disk(disk)
         return disk
 

@@ -1,0 +1,422 @@
+"""Backups of disks that no guest is writing: one qcow2 image each, stacked on the one before.
+
+Law 3: the archive is durable before anything forgets that it was needed. From that follows the order:
+
+    own the disk, lock its folder        nobody writes the image, nobody else backs up here
+    judge continuity                     what is not known begins a new epoch, and so a full backup
+    undo what a killed run left          its image goes, its checkpoint is merged into the one before
+    note what will be made, synced       a run that is killed from here on is known by it
+    checkpoint, on all disks at once     the point in time that the images will hold
+    copy, sync, rename the image
+    replace the manifest, synced         the archive is durable
+    forget checkpoints                   those of this repository that no coming backup counts from
+    drop the note
+
+A death anywhere costs this run's work: its checkpoint records on, or is merged away, and the next backup
+counts from the last one in the manifest, whatever happened since. No session is open meanwhile, so not
+even a disk in deferred mode loses what it knew.
+
+A repository forgets only checkpoints that its own manifest or note names, so that any number of them can
+back up one disk. It holds two: the newest backup's, for increments, and the newest full one's, for
+differential backups.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from lmdbitmap import chain, files, owner, session
+from lmdbitmap.bits import Run
+from lmdbitmap.changes import Changes, changes
+from lmdbitmap.copier import (
+    Copied,
+    ImageFile,
+    Progress,
+    Report,
+    cluster_bits_for,
+    copy_clusters,
+    widened,
+)
+from lmdbitmap.device import FileDevice
+from lmdbitmap.errors import (
+    AlreadyExists,
+    Busy,
+    FormatError,
+    InvalidArgument,
+    LmdbitmapError,
+    NotFound,
+    os_errors_at,
+)
+from lmdbitmap.extents import Trust
+from lmdbitmap.geometry import Geometry
+from lmdbitmap.interfaces import TrackableDevice
+from lmdbitmap.manifest import (
+    MAX_TEXT_BYTES,
+    BackupEntry,
+    BackupType,
+    CheckpointRef,
+    DiskRef,
+    Manifest,
+    Reason,
+    chain_to,
+)
+from lmdbitmap.qcow2.layout import SECTOR
+from lmdbitmap.repository import (
+    BackupFolder,
+    Unfinished,
+    checkpoint_name,
+    image_name,
+    is_checkpoint_name,
+    sha256_of,
+)
+from lmdbitmap.schema import Checkpoint, Disk
+from lmdbitmap.session import Held, OpenDevice
+from lmdbitmap.store import Store, Writer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BackupResult:
+    """One disk's new backup. `entry` says what was asked for, what it became and why, and the bytes."""
+
+    disk: str
+    entry: BackupEntry
+    path: str
+    seconds: float
+
+
+class _Plan(NamedTuple):
+    """Which backup it will be. One that is not full has a parent, and that one's checkpoint to count from."""
+
+    type_actual: BackupType
+    parent: BackupEntry | None = None
+    since: Checkpoint | None = None
+    reason: Reason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One disk's part of a run: owned, judged, its folder locked."""
+
+    held: Held
+    disk: Disk
+    folder: BackupFolder
+    manifest: Manifest
+    requested: BackupType
+    plan: _Plan
+    sequence: int
+    leftovers: Sequence[Unfinished]
+    """Checkpoints of killed runs that cannot go before there is another one."""
+
+    @property
+    def file(self) -> str:
+        return image_name(self.sequence, self.plan.type_actual)
+
+
+def backup(
+    store: Store,
+    names: Sequence[str],
+    repository_path: str | os.PathLike[str],
+    *,
+    kind: BackupType = BackupType.INCREMENTAL,
+    progress: Progress | None = None,
+    open_device: OpenDevice | None = None,
+) -> list[BackupResult]:
+    """Back up disks as they are at one point in time; every backup is durable when this returns.
+
+    Where an incremental or differential backup is not possible, a full one is made, and the entry says why.
+    Raises `Busy` for a disk or image that somebody writes, and for a folder that somebody backs up to;
+    `NotFound` without such a disk or image; `FormatError` for a manifest that cannot be read. Disks before
+    the one that failed then have their backup, those after it do not.
+    """
+    if len(set(names)) != len(names):
+        raise InvalidArgument("a disk is named twice", next_step="name each disk once")
+    with contextlib.ExitStack() as locks:
+        jobs = [
+            _prepare(store, name, repository_path, kind, open_device or _open_to_read, locks)
+            for name in names
+        ]
+        try:
+            checkpoints = _one_point_in_time(store, jobs)
+            sources = [_Source.of(store, *pair) for pair in zip(jobs, checkpoints, strict=True)]
+            report = Report(progress, sum(source.bytes_to_copy for source in sources))
+            return [_make(store, source, report) for source in sources]
+        except BaseException:
+            for job in jobs:
+                _undo_after_failure(store, job)
+            raise
+
+
+def _open_to_read(image: str) -> TrackableDevice:
+    """Reading is enough, and others may read too; who writes is kept out."""
+    return FileDevice.open(image, read_only=True)
+
+
+# --- before the checkpoint ---
+
+
+def _prepare(
+    store: Store,
+    name: str,
+    repository_path: str | os.PathLike[str],
+    kind: BackupType,
+    open_device: OpenDevice,
+    locks: contextlib.ExitStack,
+) -> _Job:
+    held = _owned(store, name, open_device, locks)
+    folder = BackupFolder(repository_path, name)
+    locks.enter_context(folder.locked())
+    disk = session.reconcile(store, held)
+    leftovers = _undo_unfinished(store, disk, folder)
+    manifest = folder.manifest() or Manifest(DiskRef(disk.name, disk.uuid))
+    if manifest.disk.uuid != disk.uuid:
+        raise AlreadyExists(
+            f"{folder.path} has the backups of another disk that was called {manifest.disk.name!r} too",
+            next_step="back up to another repository, or move that folder away",
+        )
+    plan = _plan(store, disk, folder, manifest, kind)
+    sequence = folder.next_sequence(manifest.backups)
+    return _Job(held, disk, folder, manifest, kind, plan, sequence, leftovers)
+
+
+def _owned(store: Store, name: str, open_device: OpenDevice, locks: contextlib.ExitStack) -> Held:
+    try:
+        return locks.enter_context(session.owning(store, name, open_device))
+    except Busy:
+        with store.read() as reader:
+            path = store.owner_path(chain.find_disk(reader, name).uuid)
+        if not owner.is_owned(path):
+            raise
+        raise Busy(
+            f"disk {name!r} is being served or backed up by another process, and live backup is not built yet",
+            next_step="stop that process first, or wait for it",
+        ) from None
+
+
+def _plan(store: Store, disk: Disk, folder: BackupFolder, manifest: Manifest, kind: BackupType) -> _Plan:
+    """Which backup it will be: the one that was asked for, or a full one and why."""
+    if kind is BackupType.FULL:
+        return _Plan(BackupType.FULL)
+    parent = _newest(manifest, full=kind is BackupType.DIFFERENTIAL)
+    if parent is None:
+        return _Plan(BackupType.FULL, reason=Reason("no-earlier-backup", "no earlier backup"))
+    since = _checkpoint_of(store, disk, parent)
+    reason = _why_full(disk, folder, chain_to(manifest, parent.id), since)
+    return _Plan(BackupType.FULL, reason=reason) if reason else _Plan(kind, parent, since)
+
+
+def _why_full(
+    disk: Disk, folder: BackupFolder, images: Sequence[BackupEntry], since: Checkpoint | None
+) -> Reason | None:
+    parent = images[-1]
+    if parent.epoch != disk.epoch:
+        return Reason("new-epoch", _printable(disk.epoch_reason))
+    if since is None:
+        return Reason(
+            "checkpoint-forgotten", _printable(f"checkpoint {parent.checkpoint.name} was forgotten")
+        )
+    try:
+        folder.check_images(images)
+    except NotFound as missing:
+        return Reason("image-missing", _printable(missing.problem))
+    except FormatError as changed:
+        return Reason("image-changed", _printable(changed.problem))
+    return None
+
+
+def _newest(manifest: Manifest, *, full: bool = False) -> BackupEntry | None:
+    entries = reversed(manifest.backups)
+    return next((entry for entry in entries if entry.type_actual is BackupType.FULL or not full), None)
+
+
+def _checkpoint_of(store: Store, disk: Disk, entry: BackupEntry) -> Checkpoint | None:
+    """The checkpoint that a backup holds, if the disk still has it."""
+    with store.read() as reader:
+        members = chain.epoch_chain(reader, disk)
+    return next((member for member in members if member.uuid == entry.checkpoint.uuid), None)
+
+
+def _printable(words: str) -> str:
+    """As a manifest can hold it: an epoch's reason may quote file names, which may be anything."""
+    shown = "".join(character if character.isprintable() else "?" for character in words)
+    return shown.encode(errors="replace")[:MAX_TEXT_BYTES].decode(errors="ignore") or "unknown"
+
+
+# --- the checkpoint ---
+
+
+def _one_point_in_time(store: Store, jobs: Sequence[_Job]) -> list[Checkpoint]:
+    """Note what will be made, then take one checkpoint on all disks, or on none. Nobody writes to them."""
+    time_ns = time.time_ns()
+    name = checkpoint_name(time_ns)
+    for job in jobs:
+        job.folder.note_unfinished([*job.leftovers, Unfinished(name, job.file)])
+    return store.update(
+        lambda writer: [chain.add_checkpoint(writer, job.disk, name, time_ns)[1] for job in jobs]
+    )
+
+
+# --- the copy ---
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What one image is made of: the blocks that changed up to `checkpoint`, in whole clusters."""
+
+    job: _Job
+    checkpoint: Checkpoint
+    clusters: Geometry
+    changes: Changes | None
+    """None for a full backup."""
+    trust: Trust
+    bytes_to_copy: int
+
+    @classmethod
+    def of(cls, store: Store, job: _Job, checkpoint: Checkpoint) -> _Source:
+        disk, since = job.disk, job.plan.since
+        clusters = Geometry(disk.size, cluster_bits_for(disk.geometry))
+        if since is None:
+            return cls(job, checkpoint, clusters, None, Trust.EXACT, disk.size)
+        changed = changes(store, disk.name, since=since.name, until=checkpoint.name)
+        summary = changed.summary
+        return cls(job, checkpoint, clusters, changed, summary.standing.trust, summary.dirty_bytes)
+
+    def runs(self) -> Iterator[Run]:
+        """Clusters to copy, ascending; no run touches the next."""
+        if self.changes is None:
+            return iter([(0, self.clusters.block_count)])
+        geometry = self.changes.geometry
+        last_block = (geometry.block_count - 1, geometry.block_count)
+        blocks = itertools.chain(self.changes.runs(), [last_block] if self._cut_in_a_sector() else [])
+        return widened(blocks, geometry, self.clusters)
+
+    def _cut_in_a_sector(self) -> bool:
+        """Whether the parent has something where this image, longer than the disk, rounds up to a sector.
+
+        No byte of that belongs to the disk, but QEMU shows it, and it is to be zeroes.
+        """
+        parent, size = self.job.plan.parent, self.clusters.size
+        return parent is not None and size < parent.disk_size and size % SECTOR != 0
+
+
+# --- the archive, and what comes after it is durable ---
+
+
+def _make(store: Store, source: _Source, report: Report) -> BackupResult:
+    started = time.monotonic()
+    job = source.job
+    entry = _write_image(source, report)
+    manifest = dataclasses.replace(job.manifest, backups=(*job.manifest.backups, entry))
+    job.folder.replace_manifest(manifest)
+    _forget_unneeded(store, job, manifest)  # law 3: not before this line
+    job.folder.drop_note()
+    return BackupResult(job.disk.name, entry, job.folder.path_of(entry.file), time.monotonic() - started)
+
+
+def _write_image(source: _Source, report: Report) -> BackupEntry:
+    """The image, durable in the folder under its final name, and what the manifest will say of it."""
+    job, parent = source.job, source.job.plan.parent
+    path = job.folder.path_of(job.file)
+    with files.replacing(path) as file:
+        with os_errors_at(job.disk.image):
+            copied = copy_clusters(
+                job.held.device,
+                ImageFile(file.fileno(), path),
+                source.clusters,
+                source.runs(),
+                backing_file=None if parent is None else parent.file,
+                report=report,
+            )
+        digest = _synced_digest(file.fileno(), path)
+        _require_untouched(job)
+    return _entry(source, copied, digest)
+
+
+def _entry(source: _Source, copied: Copied, digest: str) -> BackupEntry:
+    job, disk, plan, checkpoint = source.job, source.job.disk, source.job.plan, source.checkpoint
+    return BackupEntry(
+        id=str(job.sequence), sequence=job.sequence, file=job.file,
+        parent=None if plan.parent is None else plan.parent.id,
+        type_requested=job.requested, type_actual=plan.type_actual, reason=plan.reason,
+        time_ns=checkpoint.time_ns, checkpoint=CheckpointRef(checkpoint.uuid, checkpoint.name),
+        epoch=disk.epoch, disk_size=disk.size, granularity=disk.geometry.granularity,
+        cluster_size=source.clusters.granularity, trust=source.trust, bytes_changed=copied.bytes_changed,
+        bytes_zero=copied.bytes_zero, bytes_stored=copied.bytes_stored, sha256=digest,
+    )  # fmt: skip
+
+
+def _synced_digest(fd: int, place: str) -> str:
+    """The file's SHA-256, computed while the system is busy bringing it to the disk."""
+    with os_errors_at(place), ThreadPoolExecutor(max_workers=1) as beside:
+        synced = beside.submit(os.fsync, fd)
+        digest = sha256_of(fd)
+        synced.result()
+    return digest
+
+
+def _require_untouched(job: _Job) -> None:
+    """Refuse an image that somebody wrote in spite of our locks: the copy is of no point in time."""
+    if job.held.device.identity() != job.disk.identity:
+        raise Busy(
+            f"{job.disk.image} was written by another program while it was backed up",
+            next_step="stop that program and try again",
+        )
+
+
+def _forget_unneeded(store: Store, job: _Job, manifest: Manifest) -> None:
+    """Let go of checkpoints that no coming backup counts from. The backup is made, whatever happens here."""
+    needed = {entry.checkpoint.uuid for entry in (_newest(manifest), _newest(manifest, full=True)) if entry}
+    unneeded = {entry.checkpoint.uuid for entry in manifest.backups} - needed
+    abandoned = {work.checkpoint for work in job.leftovers}
+    try:
+        _forget(store, job.disk, lambda member: member.uuid in unneeded or member.name in abandoned)
+    except LmdbitmapError as error:
+        log.warning("disk %s: old checkpoints stay until the next backup: %s", job.disk.name, error)
+
+
+def _forget(store: Store, disk: Disk, is_unneeded: Callable[[Checkpoint], bool]) -> list[str]:
+    """Merge checkpoints of backups into the ones before, in one transaction. Something has to record: answers
+    the names of those that had to stay."""
+
+    def change(writer: Writer) -> list[str]:
+        stay = []
+        for member in writer.checkpoints(disk.uuid):
+            if not is_checkpoint_name(member.name) or not is_unneeded(member):
+                continue
+            if member.epoch == disk.epoch and len(chain.epoch_chain(writer, disk)) == 1:
+                stay.append(member.name)
+            else:
+                chain.forget(writer, disk, member.name)
+        return stay
+
+    return store.update(change)
+
+
+# --- what did not come so far ---
+
+
+def _undo_unfinished(store: Store, disk: Disk, folder: BackupFolder) -> list[Unfinished]:
+    """Undo what runs made that the manifest does not know: they were killed, or failed. Answers what is left."""
+    abandoned = folder.unfinished()
+    names = {work.checkpoint for work in abandoned}
+    stay = _forget(store, disk, lambda member: member.name in names) if names else []
+    if not stay:
+        folder.drop_note()
+    return [work for work in abandoned if work.checkpoint in stay]
+
+
+def _undo_after_failure(store: Store, job: _Job) -> None:
+    try:
+        _undo_unfinished(store, job.disk, job.folder)
+    except LmdbitmapError as error:
+        log.warning("disk %s: the next backup will clean up after this one: %s", job.disk.name, error)

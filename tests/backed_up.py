@@ -1,0 +1,114 @@
+"""A tracked disk with repositories to back it up to, and children that die in the middle of a backup."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+from lmdbitmap.backup import backup
+from lmdbitmap.manifest import BackupEntry, BackupType, Manifest
+from lmdbitmap.repository import BackupFolder, is_checkpoint_name
+from lmdbitmap.restore import restore
+from tests.support import PATIENCE_SECONDS
+from tests.tracked import NAME, TrackedDisk
+
+FULL, INCREMENTAL, DIFFERENTIAL = BackupType
+
+
+@dataclass
+class BackedUpDisk(TrackedDisk):
+    """Repositories are folders beside the image, by name."""
+
+    def write(self, data: bytes, offset: int) -> None:
+        with self.attach() as attached:
+            attached.pwrite(data, offset)
+
+    def zero(self, offset: int, length: int) -> None:
+        with self.attach() as attached:
+            attached.write_zeroes(offset, length)
+
+    def resize(self, size: int) -> None:
+        with self.attach() as attached:
+            attached.resize(size)
+
+    def content(self) -> bytes:
+        return self.image.read_bytes()
+
+    def backup(self, kind: BackupType = INCREMENTAL, to: str = "backups") -> BackupEntry:
+        [result] = backup(self.store, [NAME], self.folder / to, kind=kind)
+        assert result.entry == self.manifest(to).backups[-1]
+        return result.entry
+
+    def restored(self, at: str | None = None, to: str = "backups") -> bytes:
+        out = self.folder / "restored.raw"
+        restore(self.folder / to, NAME, out, at=at)
+        try:
+            return out.read_bytes()
+        finally:
+            out.unlink()
+
+    def backup_folder(self, to: str = "backups") -> BackupFolder:
+        return BackupFolder(self.folder / to, NAME)
+
+    def manifest(self, to: str = "backups") -> Manifest:
+        found = self.backup_folder(to).manifest()
+        assert found is not None
+        return found
+
+    def files(self, to: str = "backups") -> list[str]:
+        """What is in the disk's folder, without what is always there."""
+        return sorted(set(os.listdir(self.backup_folder(to).path)) - {"lock", "manifest.json"})
+
+    def backup_checkpoints(self) -> list[str]:
+        """The checkpoints that backups hold, or left behind."""
+        return [name for name in self.checkpoints() if is_checkpoint_name(name)]
+
+    def backup_and_die(self, step: int, kind: BackupType = INCREMENTAL, to: str = "backups") -> list[str]:
+        """Have a child make a backup and die after its nth step; answers its steps. It outlives the last one."""
+        done = subprocess.run(
+            [sys.executable, "-c", _BACKUP_AND_DIE, self.store.path, self.folder / to, kind.value, str(step)],
+            capture_output=True,
+            timeout=PATIENCE_SECONDS,
+        )
+        steps = done.stdout.decode().split("\n")[:-1]
+        assert (done.stderr, done.returncode) == (b"", -9 if len(steps) == step else 0)
+        return steps
+
+
+_BACKUP_AND_DIE = f"""
+import os, signal, sys, threading
+from lmdbitmap import backup, files, repository, session, store
+from lmdbitmap.manifest import BackupType
+from lmdbitmap.qcow2 import Qcow2Writer
+
+store_path, repository_path, kind, fatal_step = sys.argv[1:]
+steps = 0
+
+def followed_by_death(owner, name, shown):
+    call = getattr(owner, name)
+    def wrapper(*arguments, **options):
+        global steps
+        answer = call(*arguments, **options)
+        if threading.current_thread() is threading.main_thread():
+            steps += 1
+            os.write(1, (shown + "\\n").encode())
+            if steps == int(fatal_step):
+                os.kill(os.getpid(), signal.SIGKILL)
+        return answer
+    setattr(owner, name, wrapper)
+
+with store.Store.open(store_path) as opened:
+    followed_by_death(session, "reconcile", "judged")
+    followed_by_death(store.Store, "update", "committed")
+    followed_by_death(os, "mkdir", "folder made")
+    followed_by_death(os, "fsync", "synced")
+    followed_by_death(os, "rename", "renamed")
+    followed_by_death(os, "unlink", "removed")
+    followed_by_death(Qcow2Writer, "write", "data written")
+    followed_by_death(Qcow2Writer, "finish", "image written")
+    followed_by_death(repository.BackupFolder, "note_unfinished", "noted")
+    followed_by_death(repository.BackupFolder, "replace_manifest", "manifest replaced")
+    backup.backup(opened, [{NAME!r}], repository_path, kind=BackupType(kind))
+"""

@@ -1,0 +1,197 @@
+"""Random lives of a disk with two repositories, beside a naive model: sets of blocks, and copies of everything.
+
+The model says of every backup which type it must have and how many bytes it must store, and keeps what the disk
+held; at the end every restore point of both repositories is compared with that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from lmdbitmap.errors import InvalidArgument
+from lmdbitmap.extents import Trust
+from lmdbitmap.manifest import BackupEntry, BackupType
+from lmdbitmap.schema import DEFERRED, WRITE_AHEAD
+from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
+from tests.tracked import quick_folder
+
+BLOCK = 4096
+MAX_SIZE = 40 * BLOCK
+KILLS = 2
+"""In one life: each costs a process."""
+
+sizes = st.integers(0, MAX_SIZE) | st.integers(0, 40).map(lambda blocks: blocks * BLOCK)
+places = st.integers(0, MAX_SIZE)
+repositories = st.sampled_from(["left", "right"])
+kinds = st.sampled_from([INCREMENTAL, INCREMENTAL, DIFFERENTIAL, FULL])
+
+
+@dataclass
+class Point:
+    """A backup as the model sees it, and the blocks that were changed since."""
+
+    entry: BackupEntry
+    content: bytes
+    epoch: int
+    changed: set[int] = field(default_factory=set)
+
+
+class Lives(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self._cleanup = contextlib.ExitStack()
+        self.points: dict[str, list[Point]] = {"left": [], "right": []}
+        self.epoch = 0
+        self.forgotten: set[str] = set()
+        self.killed_in: set[str] = set()
+        self.kills = 0
+        self.names = 0
+
+    @initialize(durability=st.sampled_from([WRITE_AHEAD, DEFERRED]), size=sizes)
+    def begin(self, durability: str, size: int) -> None:
+        folder = self._cleanup.enter_context(quick_folder())
+        self.disk = BackedUpDisk(folder, size, durability=durability)
+        self.size = size
+
+    # -- what happens to the disk --------------------------------------------------------------------------
+
+    def _mark(self, offset: int, length: int) -> None:
+        if length:
+            self._each_changed(set(range(offset // BLOCK, (offset + length - 1) // BLOCK + 1)))
+
+    def _each_changed(self, blocks: set[int]) -> None:
+        for points in self.points.values():
+            for point in points:
+                point.changed |= blocks
+
+    @rule(offset=places, length=st.integers(0, 5 * BLOCK), value=st.integers(0, 255))
+    def write(self, offset: int, length: int, value: int) -> None:
+        offset = min(offset, self.size)
+        length = min(length, self.size - offset)
+        self.disk.write(bytes([value]) * length, offset)
+        self._mark(offset, length)
+
+    @rule(offset=places, length=st.integers(0, 20 * BLOCK))
+    def write_zeroes(self, offset: int, length: int) -> None:
+        offset = min(offset, self.size)
+        length = min(length, self.size - offset)
+        self.disk.zero(offset, length)
+        self._mark(offset, length)
+
+    @rule(size=sizes)
+    def resize(self, size: int) -> None:
+        self.disk.resize(size)
+        if size > self.size:
+            self._mark(self.size, size - self.size)
+        for points in self.points.values():
+            for point in points:
+                point.changed = {block for block in point.changed if block * BLOCK < size}
+        self.size = size
+
+    @rule(offset=places)
+    def be_written_by_a_stranger(self, offset: int) -> None:
+        if self.size:
+            # An hour ago: another mtime than any before, and older than the next owner's.
+            self.disk.write_behind_our_back(b"!", min(offset, self.size - 1), shift_ns=-3_600_000_000_000)
+            self.epoch += 1
+
+    @rule(offset=places)
+    def lose_its_owner(self, offset: int) -> None:
+        if self.size:
+            attached = self.disk.attach()
+            attached.pwrite(b"?", min(offset, self.size - 1))
+            attached.abandon()
+            self._mark(min(offset, self.size - 1), 1)
+            if self.disk.durability == DEFERRED:
+                self.epoch += 1
+
+    @rule()
+    def checkpoint_of_its_own(self) -> None:
+        self.names += 1
+        with self.disk.attach() as attached:
+            attached.checkpoint(f"mine{self.names}")
+
+    @rule(which=st.integers(0, 100))
+    def forget_a_checkpoint(self, which: int) -> None:
+        with self.disk.attach() as attached:
+            names = self.disk.checkpoints()
+            name = names[which % len(names)]
+            with contextlib.suppress(InvalidArgument):  # the only one of its epoch
+                attached.forget(name)
+                self.forgotten.add(name)
+
+    # -- backups -------------------------------------------------------------------------------------------
+
+    @rule(to=repositories, kind=kinds)
+    def back_up(self, to: str, kind: BackupType) -> None:
+        parent = self._parent(to, kind)
+        entry = self.disk.backup(kind, to)
+        self.killed_in.discard(to)
+        assert (entry.type_requested, entry.disk_size) == (kind, self.size)
+        if parent is None:
+            assert (entry.type_actual, entry.bytes_changed) == (FULL, self.size)
+            assert (entry.reason is None) == (kind is FULL)
+        else:
+            assert (entry.type_actual, entry.parent) == (kind, parent.entry.id)
+            self._check_bytes(entry, parent)
+        self._note(to, entry)
+        assert self.disk.restored(to=to) == self.points[to][-1].content
+
+    def _parent(self, to: str, kind: BackupType) -> Point | None:
+        """The backup that the next one can count from; None if it has to be full."""
+        wanted = (FULL,) if kind is DIFFERENTIAL else tuple(BackupType)
+        found = [point for point in self.points[to] if point.entry.type_actual in wanted]
+        if kind is FULL or not found:
+            return None
+        gone = found[-1].epoch != self.epoch or found[-1].entry.checkpoint.name in self.forgotten
+        return None if gone else found[-1]
+
+    def _check_bytes(self, entry: BackupEntry, parent: Point) -> None:
+        changed = set(parent.changed)
+        if self.size < parent.entry.disk_size and self.size % 512:
+            changed.add(self.size // BLOCK)
+        least = sum(min(BLOCK, self.size - block * BLOCK) for block in changed)
+        assert entry.bytes_changed == least or (entry.trust is Trust.SUPERSET and entry.bytes_changed > least)
+
+    def _note(self, to: str, entry: BackupEntry) -> None:
+        self.points[to].append(Point(entry, self.disk.content(), self.epoch))
+
+    @precondition(lambda self: self.kills < KILLS)
+    @rule(to=repositories, kind=kinds, step=st.integers(1, 22))
+    def back_up_and_die(self, to: str, kind: BackupType, step: int) -> None:
+        self.kills += 1
+        self.disk.backup_and_die(step, kind, to)
+        made = self.disk.backup_folder(to).manifest() if step > 2 else None
+        if made is not None and len(made.backups) > len(self.points[to]):
+            self._note(to, made.backups[-1])
+        self.killed_in.add(to)
+
+    @invariant()
+    def checkpoints_are_those_that_are_needed(self) -> None:
+        if self.killed_in:
+            return  # until the next backup there has cleaned up
+        needed: set[str] = set()
+        for points in self.points.values():
+            fulls = [point for point in points if point.entry.type_actual is FULL]
+            needed |= {point.entry.checkpoint.name for point in (points[-1:] + fulls[-1:])}
+        if any(self.points.values()):
+            assert set(self.disk.backup_checkpoints()) == needed - self.forgotten
+
+    def teardown(self) -> None:
+        if hasattr(self, "disk"):
+            for to, points in self.points.items():
+                for point in points:
+                    assert self.disk.restored(point.entry.id, to) == point.content
+            self.disk.close()
+        self._cleanup.close()
+
+
+TestLives = Lives.TestCase
+TestLives.settings = settings(
+    max_examples=25, stateful_step_count=20, suppress_health_check=[HealthCheck.too_slow]
+)

@@ -1,0 +1,491 @@
+"""Which backup is made and why, what it holds, and what a refused or failed one leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from lmdbitmap import backup as backup_module
+from lmdbitmap import session
+from lmdbitmap.backup import backup
+from lmdbitmap.device import FileDevice
+from lmdbitmap.errors import (
+    AlreadyExists,
+    Busy,
+    FormatError,
+    InvalidArgument,
+    NotFound,
+    StorageError,
+)
+from lmdbitmap.extents import Trust
+from lmdbitmap.interfaces import TrackableDevice
+from lmdbitmap.manifest import BackupEntry, BackupType
+from lmdbitmap.schema import DEFERRED
+from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
+from tests.support import make_raw_image
+from tests.tracked import NAME
+
+KIB = 1 << 10
+SIZE = 256 * KIB + 3
+BLOCK = 4 * KIB
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[BackedUpDisk]:
+    made = BackedUpDisk(tmp_path, SIZE)
+    made.write(os.urandom(SIZE), 0)
+    yield made
+    made.close()
+
+
+def told(entry: BackupEntry) -> tuple[str, str | None]:
+    return entry.type_actual.value, None if entry.reason is None else entry.reason.code
+
+
+# --- which one is made ---
+
+
+def test_the_first_backup_is_full_and_says_why(disk: BackedUpDisk) -> None:
+    entry = disk.backup()
+    assert told(entry) == ("full", "no-earlier-backup")
+    assert (entry.type_requested, entry.parent, entry.sequence) == (INCREMENTAL, None, 1)
+    assert (entry.bytes_changed, entry.disk_size, entry.trust) == (SIZE, SIZE, Trust.EXACT)
+
+
+def test_an_increment_holds_what_was_written_since_the_backup_before(disk: BackedUpDisk) -> None:
+    disk.backup()
+    disk.write(b"x", 5 * BLOCK)
+    disk.write(b"x", SIZE - 1)
+    entry = disk.backup()
+    assert told(entry) == ("incremental", None)
+    assert (entry.bytes_changed, entry.bytes_zero, entry.parent) == (BLOCK + 3, 0, "1")
+    assert disk.restored() == disk.content()
+
+
+def test_an_increment_without_changes_is_a_restore_point(disk: BackedUpDisk) -> None:
+    disk.backup()
+    entry = disk.backup()
+    assert (told(entry), entry.bytes_changed) == (("incremental", None), 0)
+    assert disk.restored() == disk.content()
+
+
+def test_what_was_zeroed_since_then_is_zeroes_and_no_data(disk: BackedUpDisk) -> None:
+    disk.backup()
+    disk.zero(8 * BLOCK, 16 * BLOCK)
+    entry = disk.backup()
+    assert (entry.bytes_changed, entry.bytes_zero) == (16 * BLOCK, 16 * BLOCK)
+    assert disk.restored() == disk.content()
+
+
+def test_a_differential_backup_counts_from_the_last_full_one(disk: BackedUpDisk) -> None:
+    disk.backup()
+    disk.write(b"x", 0)
+    disk.backup()
+    disk.write(b"x", 2 * BLOCK)
+    entry = disk.backup(DIFFERENTIAL)
+    assert (told(entry), entry.parent, entry.bytes_changed) == (("differential", None), "1", 2 * BLOCK)
+    disk.write(b"x", 4 * BLOCK)
+    entry = disk.backup()
+    assert (told(entry), entry.parent, entry.bytes_changed) == (("incremental", None), "3", BLOCK)
+    assert disk.restored() == disk.content()
+
+
+def test_a_full_backup_that_was_asked_for_needs_no_reason(disk: BackedUpDisk) -> None:
+    disk.backup()
+    entry = disk.backup(FULL)
+    assert (told(entry), entry.parent, entry.bytes_changed) == (("full", None), None, SIZE)
+    disk.write(b"x", 0)
+    assert disk.backup(DIFFERENTIAL).parent == "2"
+
+
+@pytest.mark.parametrize("kind", [INCREMENTAL, DIFFERENTIAL])
+def test_a_new_epoch_makes_it_full_and_its_reason_is_told(disk: BackedUpDisk, kind: BackupType) -> None:
+    disk.backup()
+    disk.write_behind_our_back(b"stranger", 100)
+    entry = disk.backup(kind)
+    assert told(entry) == ("full", "new-epoch")
+    assert entry.reason is not None
+    assert entry.reason.words == "the image was written while nobody tracked it"
+    assert disk.restored() == disk.content()
+    assert told(disk.backup()) == ("incremental", None)
+
+
+def test_a_forgotten_checkpoint_makes_it_full(disk: BackedUpDisk) -> None:
+    disk.backup()
+    with disk.attach() as attached:
+        attached.forget(disk.backup_checkpoints()[0])
+    entry = disk.backup()
+    assert told(entry) == ("full", "checkpoint-forgotten")
+    assert told(disk.backup()) == ("incremental", None)
+
+
+@pytest.mark.parametrize(("damage", "code"), [("gone", "image-missing"), ("cut", "image-changed")])
+def test_an_image_of_the_chain_that_is_gone_or_cut_makes_it_full(
+    disk: BackedUpDisk, damage: str, code: str
+) -> None:
+    full = Path(disk.backup_folder().path_of(disk.backup().file))
+    disk.backup()
+    if damage == "gone":
+        full.unlink()
+    else:
+        os.truncate(full, full.stat().st_size - 1)
+    entry = disk.backup()
+    assert told(entry) == ("full", code)
+    assert disk.restored() == disk.content()
+    assert told(disk.backup()) == ("incremental", None)
+
+
+def test_after_a_crash_of_its_owner_an_increment_is_a_superset(disk: BackedUpDisk) -> None:
+    disk.backup()
+    attached = disk.attach()
+    attached.pwrite(b"x", 70 * KIB)
+    attached.abandon()
+    entry = disk.backup()
+    assert (told(entry), entry.trust) == (("incremental", None), Trust.SUPERSET)
+    assert entry.bytes_changed > BLOCK
+    assert disk.restored() == disk.content()
+    disk.write(b"y", 0)
+    assert disk.backup().trust is Trust.EXACT
+
+
+# --- sizes ---
+
+
+def test_a_shrink_and_a_growth_bring_no_old_data_back(disk: BackedUpDisk) -> None:
+    disk.backup()
+    disk.resize(100 * KIB + 1)
+    disk.resize(SIZE + 90 * KIB)
+    entry = disk.backup()
+    assert (told(entry), entry.disk_size) == (("incremental", None), SIZE + 90 * KIB)
+    assert disk.restored() == disk.content()
+    assert not any(disk.content()[100 * KIB + 1 :])
+
+
+def test_every_size_in_between_is_restored_to_the_byte(disk: BackedUpDisk) -> None:
+    contents = []
+    for size in (SIZE, 100 * KIB + 1, 100 * KIB + 700, 0, 1, 300 * KIB):
+        disk.resize(size)
+        disk.write(b"z" * min(size, 10), max(size - 10, 0))
+        disk.backup()
+        contents.append(disk.content())
+    assert [disk.restored(str(number)) for number in range(1, 7)] == contents
+
+
+def test_a_size_that_somebody_else_changed_begins_a_new_epoch(disk: BackedUpDisk) -> None:
+    disk.backup()
+    os.truncate(disk.image, 50 * KIB)
+    entry = disk.backup()
+    assert (told(entry), entry.disk_size) == (("full", "new-epoch"), 50 * KIB)
+    assert disk.restored() == disk.content()
+
+
+@pytest.mark.parametrize("granularity_bits", [9, 17])
+def test_any_granularity_is_restored_right(tmp_path: Path, granularity_bits: int) -> None:
+    disk = BackedUpDisk(tmp_path, SIZE, granularity_bits)
+    disk.write(os.urandom(SIZE), 0)
+    disk.backup()
+    disk.write(b"x" * 600, 1000)
+    disk.zero(70 * KIB, 140 * KIB)
+    assert told(disk.backup()) == ("incremental", None)
+    assert disk.restored() == disk.content()
+    assert disk.restored("1") != disk.content()
+    disk.close()
+
+
+# --- checkpoints ---
+
+
+def test_a_repository_holds_the_newest_backups_checkpoint_and_the_newest_fulls(disk: BackedUpDisk) -> None:
+    held = []
+    for kind in (FULL, INCREMENTAL, INCREMENTAL, DIFFERENTIAL, FULL, INCREMENTAL):
+        disk.backup(kind)
+        entries = disk.manifest().backups
+        full = next(entry for entry in reversed(entries) if entry.type_actual is FULL)
+        assert disk.backup_checkpoints() == list(
+            dict.fromkeys([full.checkpoint.name, entries[-1].checkpoint.name])
+        )
+        held.append(len(disk.backup_checkpoints()))
+    assert held == [1, 2, 2, 2, 1, 2]
+
+
+def test_checkpoints_of_others_stay(disk: BackedUpDisk) -> None:
+    with disk.attach() as attached:
+        attached.checkpoint("monday")
+    disk.backup()
+    with disk.attach() as attached:
+        attached.checkpoint("backup-of-mine")
+    disk.write(b"x", 0)
+    disk.backup()
+    disk.backup(FULL)
+    assert disk.checkpoints()[:3] == ["epoch-1", "monday", "backup-of-mine"]
+    assert len(disk.checkpoints()) == 4
+
+
+def test_two_repositories_do_not_disturb_each_other(disk: BackedUpDisk) -> None:
+    disk.backup(to="left")
+    disk.write(b"1", 0)
+    disk.backup(to="right")
+    disk.write(b"2", 4 * BLOCK)
+    assert disk.backup(to="left").bytes_changed == 2 * BLOCK
+    disk.write(b"3", 8 * BLOCK)
+    assert disk.backup(to="left").bytes_changed == BLOCK
+    entry = disk.backup(to="right")
+    assert (told(entry), entry.bytes_changed) == (("incremental", None), 2 * BLOCK)
+    assert disk.restored(to="left") == disk.restored(to="right") == disk.content()
+
+
+def test_an_older_epochs_checkpoints_of_ours_are_let_go(disk: BackedUpDisk) -> None:
+    disk.backup()
+    disk.backup()
+    disk.write_behind_our_back(b"stranger", 0)
+    disk.backup()
+    assert len(disk.backup_checkpoints()) == 1
+
+
+# --- several disks ---
+
+
+@pytest.fixture
+def two(disk: BackedUpDisk) -> BackedUpDisk:
+    image = make_raw_image(disk.folder / "other.raw", 40 * KIB, [(0, b"other")])
+    session.add(disk.store, "sdb", str(image), granularity_bits=12)
+    return disk
+
+
+def test_several_disks_have_one_point_in_time(two: BackedUpDisk) -> None:
+    results = backup(two.store, ["sdb", NAME], two.folder / "backups")
+    assert [result.disk for result in results] == ["sdb", NAME]
+    assert len({(result.entry.checkpoint.name, result.entry.time_ns) for result in results}) == 1
+    assert [Path(result.path).relative_to(two.folder) for result in results] == [
+        Path("backups/sdb/000001-full.qcow2"),
+        Path("backups/sda/000001-full.qcow2"),
+    ]
+
+
+def test_one_disk_that_cannot_be_backed_up_costs_the_others_nothing(two: BackedUpDisk) -> None:
+    os.unlink(two.folder / "other.raw")
+    before = two.checkpoints()
+    with pytest.raises(NotFound, match=r"other\.raw"):
+        backup(two.store, [NAME, "sdb"], two.folder / "backups")
+    assert two.checkpoints() == before
+    assert two.files() == []
+
+
+def test_a_disk_named_twice_is_refused(disk: BackedUpDisk) -> None:
+    with pytest.raises(InvalidArgument, match="named twice"):
+        backup(disk.store, [NAME, NAME], disk.folder / "backups")
+
+
+# --- refusals: nothing is changed ---
+
+
+@pytest.fixture
+def unchanged(disk: BackedUpDisk) -> Iterator[BackedUpDisk]:
+    """A disk with one backup, to which nothing may happen in the test."""
+    disk.backup()
+    before = disk.checkpoints(), disk.manifest(), disk.files()
+    yield disk
+    assert (disk.checkpoints(), disk.manifest(), disk.files()) == before
+
+
+def test_an_attached_disk_is_busy(unchanged: BackedUpDisk) -> None:
+    with unchanged.attach(), pytest.raises(Busy) as refused:
+        unchanged.backup()
+    assert str(refused.value) == (
+        "disk 'sda' is being served or backed up by another process, and live backup is not built yet; "
+        "stop that process first, or wait for it"
+    )
+
+
+def test_an_image_that_somebody_has_open_for_writing_is_busy(unchanged: BackedUpDisk) -> None:
+    with FileDevice.open(unchanged.image), pytest.raises(Busy, match="is open in QEMU or in another"):
+        unchanged.backup()
+
+
+def test_an_image_that_somebody_reads_is_not_busy(disk: BackedUpDisk) -> None:
+    with FileDevice.open(disk.image, read_only=True):
+        disk.backup()
+
+
+def test_a_second_backup_into_the_folder_is_busy(unchanged: BackedUpDisk) -> None:
+    with unchanged.backup_folder().locked(), pytest.raises(Busy):
+        unchanged.backup()
+
+
+def test_another_disks_folder_is_not_continued(disk: BackedUpDisk, tmp_path: Path) -> None:
+    disk.backup()
+    (tmp_path / "elsewhere").mkdir()
+    other = BackedUpDisk(tmp_path / "elsewhere", SIZE)
+    manifest = disk.manifest()
+    with pytest.raises(AlreadyExists, match="has the backups of another disk that was called 'sda' too"):
+        backup(other.store, [NAME], tmp_path / "backups")
+    assert disk.manifest() == manifest
+    assert other.backup_checkpoints() == []
+    other.close()
+
+
+def test_a_damaged_manifest_stops_the_backup_and_stays(disk: BackedUpDisk) -> None:
+    disk.backup()
+    path = Path(disk.backup_folder().path_of("manifest.json"))
+    path.write_bytes(path.read_bytes()[:-10])
+    before, checkpoints = path.read_bytes(), disk.checkpoints()
+    with pytest.raises(FormatError, match="restore the manifest from a copy of the repository"):
+        disk.backup()
+    assert (path.read_bytes(), disk.checkpoints()) == (before, checkpoints)
+
+
+def test_an_unknown_disk_makes_no_folder(disk: BackedUpDisk) -> None:
+    with pytest.raises(NotFound, match="no disk is called 'sdx'"):
+        backup(disk.store, ["sdx"], disk.folder / "backups")
+    assert not (disk.folder / "backups").exists()
+
+
+# --- failures on the way ---
+
+
+class TroubledDevice(FileDevice):
+    """Something happens whenever it is read."""
+
+    trouble: Callable[[], None]
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        self.trouble()
+        super().pread_into(buffer, offset)
+
+
+def back_up_with(trouble: Callable[[], None], disk: BackedUpDisk) -> None:
+    def opened(image: str) -> TrackableDevice:
+        device = cast(TroubledDevice, TroubledDevice.open(image, read_only=True))
+        device.trouble = trouble
+        return device
+
+    backup(disk.store, [NAME], disk.folder / "backups", kind=FULL, open_device=opened)
+
+
+def fail_to_read() -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_image_that_cannot_be_read_fails_in_our_words(unchanged: BackedUpDisk) -> None:
+    with pytest.raises(StorageError) as refused:
+        back_up_with(fail_to_read, unchanged)
+    assert refused.value.place == str(unchanged.image)
+
+
+def test_an_image_that_is_cut_meanwhile_fails_in_our_words(disk: BackedUpDisk) -> None:
+    with pytest.raises(StorageError, match="Input/output error"):
+        back_up_with(partial(os.truncate, disk.image, 10), disk)
+    assert (disk.files(), disk.backup_checkpoints()) == ([], [])
+
+
+def test_an_image_that_somebody_writes_meanwhile_is_no_backup(disk: BackedUpDisk) -> None:
+    with pytest.raises(Busy, match="was written by another program while it was backed up"):
+        back_up_with(partial(disk.write_behind_our_back, b"stranger", 0), disk)
+    assert (disk.files(), disk.backup_checkpoints()) == ([], [])
+    assert told(disk.backup()) == ("full", "no-earlier-backup")
+
+
+def test_an_interrupted_backup_leaves_nothing_and_the_next_is_incremental(disk: BackedUpDisk) -> None:
+    disk.backup()
+    before = disk.checkpoints(), disk.manifest(), disk.files()
+    disk.write(b"x", 0)
+    with pytest.raises(KeyboardInterrupt):
+        back_up_with(interrupt, disk)
+    assert (disk.checkpoints(), disk.manifest(), disk.files()) == before
+    disk.write(b"y", 8 * BLOCK)
+    entry = disk.backup()
+    assert (told(entry), entry.bytes_changed) == (("incremental", None), 2 * BLOCK)
+    assert disk.restored() == disk.content()
+
+
+def test_a_listener_that_raises_cancels_the_backup(unchanged: BackedUpDisk) -> None:
+    class Cancelled(Exception):
+        pass
+
+    def cancel(done: int, total: int) -> None:
+        raise Cancelled
+
+    with pytest.raises(Cancelled):
+        backup(unchanged.store, [NAME], unchanged.folder / "backups", kind=FULL, progress=cancel)
+
+
+def test_progress_ends_at_the_total_of_all_disks(two: BackedUpDisk) -> None:
+    said: list[tuple[int, int]] = []
+    backup(two.store, [NAME, "sdb"], two.folder / "backups", progress=lambda *told: said.append(told))
+    assert said[-1] == (SIZE + 40 * KIB, SIZE + 40 * KIB)
+
+
+@pytest.mark.parametrize("place", ["image", "manifest"])
+def test_a_failure_to_write_the_archive_leaves_nothing(
+    unchanged: BackedUpDisk, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.rename
+
+    def refuse(source: str, target: str) -> None:
+        if target.endswith("manifest.json" if place == "manifest" else ".qcow2"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(StorageError, match="No space left on device; free some space"):
+        unchanged.backup()
+
+
+def test_a_store_that_cannot_forget_does_not_fail_the_backup(
+    disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk.backup()
+    disk.backup()
+
+    def refuse(*_: object) -> None:
+        raise StorageError("store", OSError(errno.ENOSPC, "full"), next_step="free some space")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lmdbitmap.chain.forget", refuse)
+        disk.backup()
+    assert "old checkpoints stay until the next backup" in caplog.text
+    assert len(disk.backup_checkpoints()) == 3
+    disk.backup()
+    assert len(disk.backup_checkpoints()) == 2
+
+
+# --- the disk itself ---
+
+
+@pytest.mark.parametrize("durability", ["write-ahead", DEFERRED])
+def test_no_session_is_open_while_a_backup_copies(tmp_path: Path, durability: str) -> None:
+    disk = BackedUpDisk(tmp_path, SIZE, durability=durability)
+    disk.write(b"x", 0)
+    seen: list[object] = []
+    back_up_with(lambda: seen.append(disk.disk().session), disk)
+    assert seen == [None]
+    disk.close()
+
+
+def test_images_and_manifest_are_for_their_owners_eyes(disk: BackedUpDisk) -> None:
+    disk.backup()
+    modes = [entry.stat().st_mode & 0o777 for entry in os.scandir(disk.backup_folder().path)]
+    assert (len(modes), set(modes)) == (3, {0o600})
+
+
+# --- the documentation ---
+
+
+def test_every_field_and_every_reason_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "backup.md").read_text()
+    assert [field.name for field in dataclasses.fields(BackupEntry) if f"`{field.name}`" not in text] == []
+    codes = re.findall(r'Reason\(\s*"([a-z-]+)"', Path(backup_module.__file__).read_text())
+    assert len(codes) == 5
+    assert [code for code in codes if f"`{code}`" not in text] == []

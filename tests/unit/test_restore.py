@@ -1,0 +1,359 @@
+"""What is restored, where to, and what is refused before anything has its name."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lmdbitmap import manifest
+from lmdbitmap.errors import (
+    AlreadyExists,
+    FormatError,
+    InvalidArgument,
+    LmdbitmapError,
+    NotFound,
+    StorageError,
+)
+from lmdbitmap.manifest import BackupEntry
+from lmdbitmap.repository import sha256_of
+from lmdbitmap.restore import RestoreResult, restore
+from tests.backed_up import DIFFERENTIAL, FULL, BackedUpDisk
+from tests.contract.implementations import can_make_loop_devices, loop_node
+from tests.tracked import NAME
+
+KIB = 1 << 10
+MIB = 1 << 20
+SIZE = 300 * KIB + 5
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[BackedUpDisk]:
+    """Three backups: full, incremental, incremental."""
+    made = BackedUpDisk(tmp_path, SIZE)
+    made.write(os.urandom(100 * KIB), 50 * KIB)
+    made.backup()
+    made.write(os.urandom(20 * KIB), 140 * KIB)
+    made.backup()
+    made.zero(60 * KIB, 50 * KIB)
+    made.write(b"end", SIZE - 3)
+    made.backup()
+    yield made
+    made.close()
+
+
+def restored(disk: BackedUpDisk, at: str | None = None, verify: bool = True) -> RestoreResult:
+    return restore(disk.folder / "backups", NAME, disk.folder / "out.raw", at=at, verify=verify)
+
+
+def out(disk: BackedUpDisk) -> Path:
+    return disk.folder / "out.raw"
+
+
+def path_of(disk: BackedUpDisk, number: int) -> Path:
+    return Path(disk.backup_folder().path_of(disk.manifest().backups[number].file))
+
+
+# --- what is restored ---
+
+
+def test_the_newest_backup_is_restored_to_the_byte(disk: BackedUpDisk) -> None:
+    result = restored(disk)
+    assert out(disk).read_bytes() == disk.content()
+    assert (result.entry.id, result.path) == ("3", str(out(disk)))
+    assert out(disk).stat().st_mode & 0o777 == 0o600
+
+
+def test_an_earlier_backup_is_restored_by_its_id(disk: BackedUpDisk) -> None:
+    before = disk.content()
+    disk.write(b"later", 0)
+    disk.backup(DIFFERENTIAL)
+    assert restored(disk, at="3").entry.id == "3"
+    assert out(disk).read_bytes() == before
+
+
+def test_what_reads_as_zeroes_takes_no_space(tmp_path: Path) -> None:
+    disk = BackedUpDisk(tmp_path, 64 * MIB, granularity_bits=16)
+    disk.write(b"x" * 4 * KIB, 32 * MIB)
+    disk.backup()
+    assert restored(disk).bytes_written == 64 * KIB
+    status = out(disk).stat()
+    assert (status.st_size, status.st_blocks * 512 <= 128 * KIB) == (64 * MIB, True)
+    disk.close()
+
+
+def test_a_repository_can_be_moved(disk: BackedUpDisk) -> None:
+    (disk.folder / "backups").rename(disk.folder / "moved")
+    assert disk.restored(to="moved") == disk.content()
+
+
+def test_a_repository_that_cannot_be_written_is_read(disk: BackedUpDisk) -> None:
+    folder = Path(disk.backup_folder().path)
+    before = sorted(os.listdir(folder))
+    (folder / "lock").unlink()
+    restored(disk)
+    assert sorted([*os.listdir(folder), "lock"]) == before
+
+
+@pytest.mark.parametrize("refusal", [errno.EXDEV, errno.EINVAL, errno.ENOSYS])
+def test_what_the_kernel_cannot_copy_is_copied_by_hand(
+    disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch, refusal: int
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(refusal, os.strerror(refusal))
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    restored(disk)
+    assert out(disk).read_bytes() == disk.content()
+
+
+def test_what_the_kernel_copies_in_part_is_copied_whole(
+    disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, counts = os.copy_file_range, []
+
+    def copy_a_little(source: int, target: int, length: int, *offsets: int) -> int:
+        counts.append(length)
+        return copy(source, target, min(length, 5000), *offsets)
+
+    monkeypatch.setattr(os, "copy_file_range", copy_a_little)
+    restored(disk)
+    assert out(disk).read_bytes() == disk.content()
+    assert len(counts) > 10
+
+
+def test_progress_ends_at_the_disks_size(disk: BackedUpDisk) -> None:
+    said: list[tuple[int, int]] = []
+    restore(disk.folder / "backups", NAME, out(disk), progress=lambda *told: said.append(told))
+    assert said[-1] == (SIZE, SIZE)
+
+
+# --- where to ---
+
+
+def test_an_empty_file_is_replaced(disk: BackedUpDisk) -> None:
+    out(disk).touch()
+    restored(disk)
+    assert out(disk).read_bytes() == disk.content()
+
+
+def test_a_file_with_something_in_it_is_refused_and_stays(disk: BackedUpDisk) -> None:
+    out(disk).write_bytes(b"mine")
+    with pytest.raises(AlreadyExists, match="exists, and is not empty; name a new file"):
+        restored(disk)
+    assert out(disk).read_bytes() == b"mine"
+
+
+def test_a_file_that_appears_meanwhile_stays(disk: BackedUpDisk) -> None:
+    def appear(done: int, total: int) -> None:
+        out(disk).write_bytes(b"mine")
+
+    with pytest.raises(AlreadyExists):
+        restore(disk.folder / "backups", NAME, out(disk), progress=appear)
+    assert out(disk).read_bytes() == b"mine"
+    assert [path.name for path in disk.folder.glob("out.raw*")] == ["out.raw"]
+
+
+def test_a_folder_is_refused(disk: BackedUpDisk) -> None:
+    out(disk).mkdir()
+    with pytest.raises(InvalidArgument, match="is a folder; name a new file in it"):
+        restored(disk)
+
+
+def test_a_place_in_no_folder_is_not_found(disk: BackedUpDisk) -> None:
+    with pytest.raises(NotFound):
+        restore(disk.folder / "backups", NAME, disk.folder / "nowhere" / "out.raw")
+
+
+def test_a_character_device_is_refused(disk: BackedUpDisk) -> None:
+    with pytest.raises(InvalidArgument):
+        restore(disk.folder / "backups", NAME, "/dev/null")
+
+
+@pytest.mark.skipif(not can_make_loop_devices(), reason="a loop device cannot be had here: run as root")
+def test_a_block_device_of_the_disks_size_is_written_all_over(tmp_path: Path) -> None:
+    disk = BackedUpDisk(tmp_path, MIB)
+    disk.write(b"x" * 300 * KIB, 100 * KIB)
+    disk.backup()
+    disk.zero(200 * KIB, 100 * KIB)
+    disk.backup()
+    with loop_node(tmp_path, MIB) as node:
+        node.write_bytes(b"old" * (MIB // 3))
+        restore(disk.folder / "backups", NAME, node)
+        assert node.read_bytes() == disk.content()
+    disk.close()
+
+
+@pytest.mark.skipif(not can_make_loop_devices(), reason="a loop device cannot be had here: run as root")
+@pytest.mark.parametrize("wrong", ["size", "digest"])
+def test_a_block_device_is_not_touched_before_everything_is_known_to_be_right(
+    tmp_path: Path, wrong: str
+) -> None:
+    disk = BackedUpDisk(tmp_path, MIB)
+    disk.write(b"x" * 300 * KIB, 100 * KIB)
+    disk.backup()
+    if wrong == "digest":
+        flip(path_of(disk, 0), -1)
+    size = 2 * MIB if wrong == "size" else MIB
+    with loop_node(tmp_path, size) as node:
+        node.write_bytes(b"o" * size)
+        with pytest.raises((FormatError, InvalidArgument)):
+            restore(disk.folder / "backups", NAME, node)
+        assert node.read_bytes() == b"o" * size
+    disk.close()
+
+
+# --- what is refused ---
+
+
+def refused(disk: BackedUpDisk, at: str | None = None, verify: bool = True) -> LmdbitmapError:
+    """The refusal of a restore, which leaves nothing behind."""
+    with pytest.raises(LmdbitmapError) as refusal:
+        restored(disk, at, verify)
+    assert list(disk.folder.glob("out.raw*")) == []
+    return refusal.value
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def change_entry(disk: BackedUpDisk, number: int, **changes: object) -> None:
+    known = disk.manifest()
+    entries = list(known.backups)
+    entries[number] = dataclasses.replace(entries[number], **changes)  # type: ignore[arg-type]
+    Path(disk.backup_folder().path_of("manifest.json")).write_bytes(
+        manifest.encode(dataclasses.replace(known, backups=tuple(entries)))
+    )
+
+
+def accept_bytes(disk: BackedUpDisk, number: int) -> BackupEntry:
+    """Make the manifest vouch for an image as it is now, as an attacker would."""
+    with path_of(disk, number).open("rb") as image:
+        change_entry(
+            disk, number, sha256=sha256_of(image.fileno()), bytes_stored=path_of(disk, number).stat().st_size
+        )
+    return disk.manifest().backups[number]
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_one_wrong_bit_in_any_image_of_the_chain_is_found(disk: BackedUpDisk, number: int) -> None:
+    flip(path_of(disk, number), 5000)
+    refusal = refused(disk)
+    assert isinstance(refusal, FormatError)
+    assert refusal.place == str(path_of(disk, number))
+    assert refusal.expected == f"SHA-256 {disk.manifest().backups[number].sha256}"
+
+
+def test_digests_can_be_left_out(disk: BackedUpDisk) -> None:
+    flip(path_of(disk, 0), 4096 + 10)
+    restored(disk, verify=False)
+    assert out(disk).read_bytes() != disk.content()
+
+
+def test_an_image_that_is_not_in_the_chain_does_not_matter(disk: BackedUpDisk) -> None:
+    flip(path_of(disk, 2), 5000)
+    restored(disk, at="2")
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_missing_image_is_named(disk: BackedUpDisk, number: int) -> None:
+    path = path_of(disk, number)
+    path.unlink()
+    refusal = refused(disk)
+    assert isinstance(refusal, NotFound)
+    assert str(path) in refusal.problem
+
+
+def test_a_cut_image_is_named_without_digests_too(disk: BackedUpDisk) -> None:
+    os.truncate(path_of(disk, 1), 10000)
+    assert "found 10000 bytes" in str(refused(disk, verify=False))
+
+
+def test_a_backing_file_name_is_compared_and_never_followed(disk: BackedUpDisk) -> None:
+    """The image and the manifest agree with each other, but the name leads to a file that we may not read."""
+    path = path_of(disk, 1)
+    content = bytearray(path.read_bytes())
+    offset, length = struct.unpack_from(">QI", content, 8)
+    content[offset : offset + length] = b"/etc/passwd".ljust(length, b"x")[:length]
+    path.write_bytes(content)
+    accept_bytes(disk, 1)
+    refusal = refused(disk)
+    assert isinstance(refusal, FormatError)
+    assert refusal.place == f"{path}: backing file name"
+    assert refusal.expected == "000001-full.qcow2"
+
+
+def test_an_image_of_another_size_than_the_manifest_says_is_refused(disk: BackedUpDisk) -> None:
+    change_entry(disk, 2, disk_size=SIZE + 512)
+    assert "image size" in str(refused(disk))
+
+
+@pytest.mark.parametrize("position", [0, 7, 20, 40, 48, 72, 79])
+def test_a_header_that_lies_is_refused_in_our_words(disk: BackedUpDisk, position: int) -> None:
+    path = path_of(disk, 0)
+    content = bytearray(path.read_bytes())
+    content[position] ^= 0xFF
+    path.write_bytes(content)
+    accept_bytes(disk, 0)
+    assert str(path) in str(refused(disk))
+
+
+def test_an_unknown_backup_is_not_found(disk: BackedUpDisk) -> None:
+    assert str(refused(disk, at="17")) == "disk sda has no backup 17; list the backups of this repository"
+
+
+def test_a_disk_without_backups_is_not_found_and_the_others_are_named(disk: BackedUpDisk) -> None:
+    with pytest.raises(NotFound, match=r"has no backup of a disk called 'sdb'; .* backups of sda"):
+        restore(disk.folder / "backups", "sdb", out(disk))
+
+
+def test_a_repository_that_is_not_there_is_not_found(disk: BackedUpDisk) -> None:
+    with pytest.raises(NotFound, match="nowhere does not exist"):
+        restore(disk.folder / "nowhere", NAME, out(disk))
+
+
+def test_a_name_that_leaves_the_repository_is_refused(disk: BackedUpDisk) -> None:
+    with pytest.raises(InvalidArgument):
+        restore(disk.folder / "backups" / "x", "../sda", out(disk))
+
+
+def test_a_manifest_of_no_backups_is_not_found(disk: BackedUpDisk) -> None:
+    path = Path(disk.backup_folder().path_of("manifest.json"))
+    path.write_bytes(manifest.encode(dataclasses.replace(disk.manifest(), backups=())))
+    assert isinstance(refused(disk), NotFound)
+
+
+def test_a_listener_that_raises_cancels_the_restore(disk: BackedUpDisk) -> None:
+    def cancel(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        restore(disk.folder / "backups", NAME, out(disk), progress=cancel)
+    assert list(disk.folder.glob("out.raw*")) == []
+
+
+def test_a_full_target_fails_in_our_words(disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    monkeypatch.setattr(os, "pwrite", refuse)
+    refusal = refused(disk)
+    assert isinstance(refusal, StorageError)
+    assert (refusal.errno, refusal.place) == (errno.ENOSPC, str(out(disk)))
+
+
+def test_a_full_chain_restores_from_itself_alone(disk: BackedUpDisk) -> None:
+    disk.backup(FULL)
+    for number in range(3):
+        path_of(disk, number).unlink()
+    restored(disk)
+    assert out(disk).read_bytes() == disk.content()
