@@ -6,8 +6,8 @@ so that `import lmdbitmap` costs next to nothing. DESIGN.md explains the tracker
     with Store.create("/var/lib/lmdbitmap") as store:
         add(store, "sda", "/srv/sda.raw", granularity_bits=16)
         with Filter.attach(store, "sda") as disk:
-            disk.pwrite(b"hello", 0)
             disk.checkpoint("monday")
+            disk.pwrite(b"hello", 100_000)
         for extent in changes_of(store, "sda", since="monday").extents():
             ...
 """
@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 from lmdbitmap.version import __version__
 
 if TYPE_CHECKING:
+    from lmdbitmap.backup import BackupResult
+    from lmdbitmap.backup import backup as back_up
     from lmdbitmap.changes import Changes, Standing
     from lmdbitmap.changes import changes as changes_of
     from lmdbitmap.check import Finding, Gravity, check_store
@@ -34,26 +36,43 @@ if TYPE_CHECKING:
         StorageError,
         Untrusted,
     )
+    from lmdbitmap.export import (
+        Inspection,
+        export_bitmap,
+        export_changes,
+        import_file,
+        inspect_file,
+        keep_changes,
+    )
     from lmdbitmap.extents import Extent, Trust
     from lmdbitmap.filter import Filter, take_checkpoint
+    from lmdbitmap.manifest import BackupType
+    from lmdbitmap.nbd.control import ControlServer
     from lmdbitmap.nbd.server import Server
+    from lmdbitmap.restore import RestoreResult
+    from lmdbitmap.restore import restore as restore_backup
     from lmdbitmap.session import add, adopt, remove
     from lmdbitmap.store import Store
 
 _HOMES = {
     "AlreadyExists": "errors",
+    "BackupResult": "backup",
+    "BackupType": "manifest",
     "Busy": "errors",
     "Changes": "changes",
+    "ControlServer": "nbd.control",
     "Extent": "extents",
     "FileDevice": "device",
     "Filter": "filter",
     "Finding": "check",
     "FormatError": "errors",
     "Gravity": "check",
+    "Inspection": "export",
     "InvalidArgument": "errors",
     "LmdbitmapError": "errors",
     "MemoryDevice": "device",
     "NotFound": "errors",
+    "RestoreResult": "restore",
     "Server": "nbd.server",
     "Standing": "changes",
     "StorageError": "errors",
@@ -62,29 +81,41 @@ _HOMES = {
     "Untrusted": "errors",
     "add": "session",
     "adopt": "session",
+    "back_up": "backup",
     "changes_of": "changes",
     "check_store": "check",
+    "export_bitmap": "export",
+    "export_changes": "export",
+    "import_file": "export",
+    "inspect_file": "export",
+    "keep_changes": "export",
     "remove": "session",
+    "restore_backup": "restore",
     "take_checkpoint": "filter",
 }
 """Where each public name lives."""
-_OTHER_NAMES = {"changes_of": "changes"}
+_OTHER_NAMES = {"back_up": "backup", "changes_of": "changes", "restore_backup": "restore"}
 """What a name is called at home. A package's attribute `changes` is its module, whatever we say here."""
 
 __all__ = [
     "AlreadyExists",
+    "BackupResult",
+    "BackupType",
     "Busy",
     "Changes",
+    "ControlServer",
     "Extent",
     "FileDevice",
     "Filter",
     "Finding",
     "FormatError",
     "Gravity",
+    "Inspection",
     "InvalidArgument",
     "LmdbitmapError",
     "MemoryDevice",
     "NotFound",
+    "RestoreResult",
     "Server",
     "Standing",
     "StorageError",
@@ -94,9 +125,16 @@ __all__ = [
     "__version__",
     "add",
     "adopt",
+    "back_up",
     "changes_of",
     "check_store",
+    "export_bitmap",
+    "export_changes",
+    "import_file",
+    "inspect_file",
+    "keep_changes",
     "remove",
+    "restore_backup",
     "take_checkpoint",
 ]
 

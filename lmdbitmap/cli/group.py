@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from lmdbitmap.cli.backups import backup, restore
 from lmdbitmap.cli.bitmaps import export, import_, inspect
 from lmdbitmap.cli.changed import changes
 from lmdbitmap.cli.disks import add, info, ls, rm
@@ -54,6 +55,8 @@ _VERBS = (
     serve,
     checkpoint,
     changes,
+    backup,
+    restore,
     export,
     import_,
     inspect,

@@ -1,0 +1,126 @@
+"""Verbs that copy a disk away and bring it back: backup, restore."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+from lmdbitmap import backup as archive
+from lmdbitmap import restore as retrieval
+from lmdbitmap.backup import BackupResult
+from lmdbitmap.cli.options import Session, verb
+from lmdbitmap.cli.output import progress, say, say_json
+from lmdbitmap.cli.sizes import format_duration, format_size, format_time, iso_time
+from lmdbitmap.manifest import BackupType
+from lmdbitmap.restore import RestoreResult
+from lmdbitmap.store import Store
+
+_FOLDER = click.Path(file_okay=False)
+
+
+@verb(examples=["lmdbitmap backup sda /srv/backups", "lmdbitmap backup sda sdb /srv/backups --full"])
+@click.argument("names", metavar="NAME…", nargs=-1, required=True)
+@click.argument("repository", metavar="REPO", type=_FOLDER)
+@click.option("--full", "kind", flag_value="full", help="Copy everything.")
+@click.option(
+    "--incremental", "kind", flag_value="incremental", default=True,
+    help="Copy what changed since the last backup; everything, and say why, where that is not known. [default]",
+)  # fmt: skip
+@click.option(
+    "--differential", "kind", flag_value="differential",
+    help="Copy what changed since the last full backup; everything, and say why, where that is not known.",
+)  # fmt: skip
+@click.pass_obj
+def backup(asked: Session, names: Sequence[str], repository: str, kind: str) -> None:
+    """Back up disks that nobody serves.
+
+    All of them are copied as they are at one point in time, each into a folder of its own in REPO, as qcow2
+    images that stack on each other.
+    """
+    with (
+        Store.open(asked.store_path) as store,
+        progress(f"backing up {', '.join(names)}", shown=asked.shows_progress) as report,
+    ):
+        made = archive.backup(store, names, repository, kind=BackupType(kind), progress=report)
+    if asked.as_json:
+        say_json({"backups": [_backup_facts(result) for result in made]})
+        return
+    for result in made:
+        say(f"{result.disk}: {_backup_words(result)}")
+
+
+def _backup_words(result: BackupResult) -> str:
+    entry = result.entry
+    words = [
+        entry.type_actual.value + ("" if entry.reason is None else f": {entry.reason.words}"),
+        f"{format_size(entry.bytes_changed)} of {format_size(entry.disk_size)}",
+        f"{format_size(entry.bytes_stored)} stored in {entry.file}",
+        format_duration(result.seconds),
+    ]
+    return " · ".join(words)
+
+
+def _backup_facts(result: BackupResult) -> dict[str, object]:
+    entry, reason = result.entry, result.entry.reason
+    return {
+        "disk": result.disk,
+        "backup": entry.id,
+        "file": result.path,
+        "type": entry.type_actual.value,
+        "requested": entry.type_requested.value,
+        "reason": None if reason is None else {"code": reason.code, "words": reason.words},
+        "parent": entry.parent,
+        "checkpoint": entry.checkpoint.name,
+        "time": iso_time(entry.time_ns),
+        "size": entry.disk_size,
+        "trust": entry.trust.value,
+        "bytes_changed": entry.bytes_changed,
+        "bytes_zero": entry.bytes_zero,
+        "bytes_stored": entry.bytes_stored,
+        "sha256": entry.sha256,
+        "seconds": round(result.seconds, 3),
+    }
+
+
+@verb(
+    examples=[
+        "lmdbitmap restore /srv/backups sda sda-restored.raw",
+        "lmdbitmap restore /srv/backups sda sda-restored.raw --at 3",
+    ]
+)
+@click.argument("repository", metavar="REPO", type=_FOLDER)
+@click.argument("name")
+@click.argument("out", type=click.Path())
+@click.option("--at", metavar="BACKUP", help="The number of the backup to go back to. [default: the newest]")
+@click.pass_obj
+def restore(asked: Session, repository: str, name: str, out: str, at: str | None) -> None:
+    """Write a disk out as it was at a backup.
+
+    OUT is a new raw file, which will be sparse, or a block device of the disk's size. The backup is proven by
+    its digests on the way, and needs no store.
+    """
+    with progress(f"restoring {name}", shown=asked.shows_progress) as report:
+        result = retrieval.restore(repository, name, out, at=at, progress=report)
+    if asked.as_json:
+        say_json(_restore_facts(name, result))
+        return
+    entry = result.entry
+    words = [
+        f"{out}: {name} as of {format_time(entry.time_ns)} (backup {entry.id})",
+        f"{format_size(result.bytes_written)} of data on {format_size(entry.disk_size)}",
+        format_duration(result.seconds),
+    ]
+    say(" · ".join(words))
+
+
+def _restore_facts(name: str, result: RestoreResult) -> dict[str, object]:
+    return {
+        "disk": name,
+        "file": result.path,
+        "backup": result.entry.id,
+        "time": iso_time(result.entry.time_ns),
+        "size": result.entry.disk_size,
+        "bytes_written": result.bytes_written,
+        "seconds": round(result.seconds, 3),
+    }

@@ -1,0 +1,185 @@
+"""backup and restore: what was asked for, what it became and why, and the way back."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lmdbitmap import Filter, Store
+from tests.cli.conftest import MIB, SIZE, Cli
+from tests.cli.test_serve import write
+from tests.support import requires, run
+
+KIB = 1 << 10
+
+
+@pytest.fixture
+def repository(cli: Cli) -> Path:
+    """Where disk `sda`, half a MiB of data, has its full backup."""
+    image = cli.add("sda")
+    with open(image, "r+b") as file:
+        file.write(b"x" * (MIB // 2))
+    cli.ok("adopt", "sda")
+    folder = cli.folder / "backups"
+    cli.ok("backup", "sda", folder)
+    return folder
+
+
+def _write(cli: Cli, offset: int, data: bytes) -> None:
+    """As a guest would, through the tracker."""
+    with Store.open(str(cli.store)) as store, Filter.attach(store, "sda", background=False) as disk:
+        disk.pwrite(data, offset)
+
+
+def _restored(cli: Cli, repository: Path, *options: object) -> bytes:
+    out = cli.folder / "restored.raw"
+    out.unlink(missing_ok=True)
+    cli.ok("restore", repository, "sda", out, *options)
+    return out.read_bytes()
+
+
+def test_the_first_backup_is_full_and_says_why(cli: Cli) -> None:
+    cli.add("sda")
+    [made] = cli.json("backup", "sda", cli.folder / "backups")["backups"]
+    assert made == {
+        "disk": "sda", "backup": "1", "file": str(cli.folder / "backups/sda/000001-full.qcow2"),
+        "type": "full", "requested": "incremental",
+        "reason": {"code": "no-earlier-backup", "words": "no earlier backup"},
+        "parent": None, "checkpoint": made["checkpoint"], "time": made["time"], "size": SIZE, "trust": "exact",
+        "bytes_changed": SIZE, "bytes_zero": SIZE, "bytes_stored": os.path.getsize(made["file"]),
+        "sha256": made["sha256"], "seconds": made["seconds"],
+    }  # fmt: skip
+    assert cli.json("info", "sda")["since"] == made["checkpoint"]
+
+
+def test_the_next_one_copies_what_changed(cli: Cli, repository: Path) -> None:
+    _write(cli, MIB, b"y" * 100)
+    said = cli.ok("backup", "sda", repository)
+    assert said.startswith("sda: incremental · 64 KiB of 8 MiB · ")
+    assert " stored in 000002-incremental.qcow2 · " in said
+    assert _restored(cli, repository) == (cli.folder / "sda.raw").read_bytes()
+
+
+def test_one_goes_back_to_any_backup(cli: Cli, repository: Path) -> None:
+    _write(cli, 0, b"y")
+    cli.ok("backup", "sda", repository)
+    assert _restored(cli, repository, "--at", "1")[:1] == b"x"
+    assert _restored(cli, repository)[:1] == b"y"
+
+
+def test_full_and_differential_are_made_when_asked_for(cli: Cli, repository: Path) -> None:
+    for offset in (0, MIB):
+        _write(cli, offset, b"y")
+        [made] = cli.json("backup", "sda", repository, "--differential")["backups"]
+    assert (made["type"], made["parent"], made["bytes_changed"]) == ("differential", "1", 128 * KIB)
+    [made] = cli.json("backup", "sda", repository, "--full")["backups"]
+    assert (made["type"], made["reason"]) == ("full", None)
+
+
+def test_where_nobody_knows_what_changed_it_is_full_and_says_why(cli: Cli, repository: Path) -> None:
+    os.utime(cli.folder / "sda.raw", ns=(1, 1))
+    said = cli.ok("backup", "sda", repository)
+    assert said.startswith("sda: full: the image was written while nobody tracked it · 8 MiB of 8 MiB · ")
+
+
+def test_several_disks_are_one_point_in_time(cli: Cli) -> None:
+    cli.add("a")
+    cli.add("b")
+    made = cli.json("backup", "a", "b", cli.folder / "backups")["backups"]
+    assert [one["disk"] for one in made] == ["a", "b"]
+    assert made[0]["time"] == made[1]["time"]
+
+
+def test_a_restore_tells_what_it_wrote(cli: Cli, repository: Path) -> None:
+    out = cli.folder / "out.raw"
+    told = cli.json("restore", repository, "sda", out, "--store", cli.folder / "none")
+    assert told == {
+        "disk": "sda", "file": str(out), "backup": "1", "time": told["time"], "size": SIZE,
+        "bytes_written": MIB // 2, "seconds": told["seconds"],
+    }  # fmt: skip
+    assert os.stat(out).st_blocks * 512 < SIZE, "sparse"
+    out.unlink()
+    assert " · 512 KiB of data on 8 MiB · " in cli.ok("restore", repository, "sda", out)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "code", "said"),
+    [
+        ("sdx", [], 1, "has no backup of a disk called 'sdx'; name another: it has backups of sda"),
+        ("sda", ["--at", "7"], 1, "7"),
+        ("../sda", [], 2, "starts with . or -"),
+    ],
+)
+def test_what_cannot_be_restored_is_told(
+    cli: Cli, repository: Path, name: str, options: list[str], code: int, said: str
+) -> None:
+    out = cli.folder / "out.raw"
+    assert said in cli.fails(code, "restore", repository, name, out, *options)
+    assert not out.exists()
+
+
+def test_nothing_is_overwritten(cli: Cli, repository: Path) -> None:
+    assert "exists, and is not empty" in cli.fails(1, "restore", repository, "sda", cli.folder / "sda.raw")
+
+
+def test_a_backup_that_was_damaged_is_not_restored(cli: Cli, repository: Path) -> None:
+    [image] = (repository / "sda").glob("*.qcow2")
+    with open(image, "r+b") as file:
+        file.seek(-10, os.SEEK_END)
+        file.write(b"damaged")
+    assert "expected SHA-256" in cli.fails(1, "restore", repository, "sda", cli.folder / "out.raw")
+    assert not (cli.folder / "out.raw").exists()
+
+
+def test_a_served_disk_is_not_backed_up(cli: Cli, repository: Path) -> None:
+    with cli.serving("sda"):
+        said = cli.fails(4, "backup", "sda", repository)
+    assert said == (
+        "disk 'sda' is being served or backed up by another process, and live backup is not built yet;"
+        " stop that process first, or wait for it"
+    )
+    assert cli.json("backup", "sda", repository)["backups"][0]["type"] == "incremental"
+
+
+def test_unknown_disks_and_folders_are_told(cli: Cli, repository: Path) -> None:
+    assert "no disk is called 'sdx'" in cli.fails(1, "backup", "sdx", repository)
+    assert "named twice" in cli.fails(2, "backup", "sda", "sda", repository)
+    (cli.folder / "file").touch()
+    assert "is a file" in cli.fails(2, "backup", "sda", cli.folder / "file")
+    assert "does not exist" in cli.fails(1, "restore", cli.folder / "none", "sda", cli.folder / "out.raw")
+
+
+@requires("qemu-io")
+def test_killed_while_served_the_next_backup_is_still_incremental_and_right(
+    cli: Cli, repository: Path
+) -> None:
+    with cli.serving("sda") as served:
+        write(served.uris["sda"], 3 * MIB, MIB)
+        served.child.process.kill()
+        served.child.wait()
+    [made] = cli.json("backup", "sda", repository)["backups"]
+    assert (made["type"], made["trust"]) == ("incremental", "superset")
+    assert made["bytes_changed"] >= MIB
+    assert _restored(cli, repository) == (cli.folder / "sda.raw").read_bytes()
+    run("qemu-img", "check", "-q", made["file"])
+
+
+def test_on_a_terminal_there_is_a_bar(cli: Cli, repository: Path) -> None:
+    terminal, stderr = pty.openpty()
+    with open(terminal, "rb") as screen:
+        done = subprocess.run(
+            cli.command("backup", "sda", repository, "--full"),
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
+            timeout=20,
+        )
+        seen = os.read(screen.fileno(), 65536).decode()
+        os.close(stderr)
+    assert done.returncode == 0
+    assert "backing up sda" in seen
+    assert "8.0/8.0 MiB" in seen
