@@ -99,11 +99,7 @@ def _described(attached: Filter) -> Answer:
 
 
 def _checkpoint(filters: Filters, disks: list[Any], name: str) -> Answer:
-    if not disks or len({str(disk) for disk in disks}) < len(disks):
-        raise InvalidArgument(
-            "a checkpoint is of one disk or more, each named once", next_step="name them so"
-        )
-    foreign = [str(disk) for disk in disks if disk not in filters]
+    foreign = [str(disk) for disk in disks if not isinstance(disk, str) or disk not in filters]
     if foreign:
         raise Busy(
             f"not served by this process: {', '.join(foreign)}",

@@ -15,7 +15,7 @@ import pytest
 from lmdbitmap import bitmap_file, export
 from tests import naive_flat
 from tests.support import run
-from tests.tracked import NAME, TrackedDisk
+from tests.tracked import NAME, TrackedDisk, quick_folder
 
 BLOCKS = 5000
 SIZE = BLOCKS * 4096
@@ -92,6 +92,13 @@ note("wrote")
 disk.detach()
 note("done")
 """
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """In memory: these tests commit often."""
+    with quick_folder() as folder:
+        yield folder
 
 
 def died_after(step: int, script: str, disk: TrackedDisk, path: Path) -> list[str]:

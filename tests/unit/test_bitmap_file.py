@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -15,11 +17,18 @@ from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.format import Flags
 from tests import naive_flat
-from tests.tracked import TrackedDisk, blocks_of
+from tests.tracked import TrackedDisk, blocks_of, quick_folder
 
 BLOCKS = 200
 SIZE = BLOCKS * 4096 - 100
 ALL = set(range(BLOCKS))
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """In memory: these tests commit often."""
+    with quick_folder() as folder:
+        yield folder
 
 
 @pytest.fixture
@@ -214,6 +223,23 @@ def test_the_file_counts_as_written_only_for_what_was_detached_cleanly(
     bitmap_file.begin(disk, path)
     disk.abandon()
     assert not path.exists()
+
+
+def test_a_file_is_not_written_for_a_session_that_lost_track(tracked: TrackedDisk, path: Path) -> None:
+    served(tracked, path, 1)
+    disk = tracked.attach()
+    bitmap_file.begin(disk, path)
+    update = tracked.store.update
+    tracked.store.update = full  # type: ignore[method-assign]
+    write(disk, 2)
+    disk.detach()
+    tracked.store.update = update  # type: ignore[method-assign]
+    assert not is_clean(path)
+    assert served(tracked, path) is not None
+
+
+def full(change: object) -> NoReturn:
+    raise StorageError("store", OSError(errno.ENOSPC, "full"), next_step="free some space")
 
 
 def test_an_exported_file_of_a_superset_is_taken_in_as_one(tracked: TrackedDisk, path: Path) -> None:

@@ -33,7 +33,7 @@ from lmdbitmap.nbd.control import ControlServer
 from lmdbitmap.store import Store, Writer
 from tests import naive_flat
 from tests.support import PATIENCE_SECONDS, make_raw_image, run
-from tests.tracked import blocks_of
+from tests.tracked import blocks_of, quick_folder
 
 SIZE = 100 * 4096
 NAMES = ("sda", "sdb")
@@ -68,6 +68,13 @@ class House:
         with self.store.read() as reader:
             chain_of = reader.checkpoints(chain.find_disk(reader, name).uuid)
         return [checkpoint.name for checkpoint in chain_of][1:]
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """In memory: these tests commit often."""
+    with quick_folder() as folder:
+        yield folder
 
 
 @pytest.fixture
@@ -128,7 +135,13 @@ def test_checkpoint_is_made_on_all_disks_at_once(house: House) -> None:
 
 @pytest.mark.parametrize(
     ("disks", "refusal"),
-    [(["sda", "sdc"], Busy), (["sda", "sda"], InvalidArgument), ([], InvalidArgument), (["sda", 5], Busy)],
+    [
+        (["sda", "sdc"], Busy),
+        (["sda", "sda"], InvalidArgument),
+        ([], InvalidArgument),
+        (["sda", 5], Busy),
+        ([["sda"]], Busy),
+    ],
 )
 def test_checkpoint_is_refused_for_disks_that_are_not_all_here(
     house: House, disks: list[Any], refusal: type[LmdbitmapError]
@@ -328,6 +341,20 @@ def test_a_slow_caller_is_dropped(tmp_path: Path) -> None:
     with house.stack, connected(house.path()) as slow:
         slow.sendall(b"{")
         assert slow.recv(100) == b""
+
+
+def test_a_caller_that_trickles_is_dropped_too(tmp_path: Path) -> None:
+    """Long before its line is too long."""
+    house = House(tmp_path, patience_s=0.05)
+    with house.stack, connected(house.path()) as slow:
+        with pytest.raises(OSError):
+            trickle(slow)
+        assert slow.recv(100) == b""
+
+
+def trickle(sock: socket.socket) -> None:
+    for _ in range(wire.MAX_LINE_BYTES):
+        sock.send(b" ")
 
 
 def test_a_line_without_an_end_is_not_listened_to_forever(house: House) -> None:

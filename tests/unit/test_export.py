@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -26,11 +27,18 @@ from lmdbitmap.format import BitsTally, Flags, Zeroes
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.schema import DEFERRED, Bitmap
 from tests import naive_flat
-from tests.tracked import NAME, TrackedDisk, blocks_of
+from tests.tracked import NAME, TrackedDisk, blocks_of, quick_folder
 
 BLOCKS = 200
 SIZE = BLOCKS * 4096 - 100
 LAST = BLOCKS - 1
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """In memory: these tests commit often."""
+    with quick_folder() as folder:
+        yield folder
 
 
 @pytest.fixture
@@ -169,10 +177,14 @@ def test_what_cannot_be_trusted_is_not_written(tracked: TrackedDisk, tmp_path: P
     assert bitmap_names(tracked) == []
 
 
-def test_a_clean_bitmap_takes_no_space(tmp_path: Path) -> None:
+def test_clean_stretches_take_no_space(tmp_path: Path) -> None:
     with closing(TrackedDisk(tmp_path, 1 << 36, granularity_bits=9).clean()) as tracked:
         write(tracked, 1, (1 << 24) - 1)
         export.export_changes(tracked.changes(), tmp_path / "x.dbm")
+        export.import_file(tracked.store, tmp_path / "x.dbm", "copy")
+        assert list(standalone.runs(tracked.store, bitmap_called(tracked, "copy"))) == list(
+            tracked.changes().runs()
+        )
     status = os.stat(tmp_path / "x.dbm")
     assert status.st_size == 4096 + (1 << 24)
     assert status.st_blocks * 512 < 1 << 21
@@ -305,6 +317,19 @@ def test_nothing_of_a_file_is_kept_whose_last_bit_is_wrong(tracked: TrackedDisk,
     assert (bitmap_names(tracked), tracked.stored_dirt()) == ([], before)
 
 
+def test_a_wrong_file_does_not_even_keep_the_stores_writers_waiting(
+    tracked: TrackedDisk, tmp_path: Path
+) -> None:
+    path = damaged(a_file(tmp_path / "x.dbm", {0, 1, LAST}), 4096 + 24)
+    tracked.store.update = forbidden  # type: ignore[method-assign]
+    with pytest.raises(FormatError):
+        export.import_file(tracked.store, path, "damaged", into=NAME)
+
+
+def forbidden(change: object) -> NoReturn:
+    pytest.fail("the store was asked for a transaction")
+
+
 def test_a_file_that_changes_while_it_is_imported_is_not_kept_in_part(
     tracked: TrackedDisk, tmp_path: Path
 ) -> None:
@@ -386,6 +411,16 @@ def test_an_import_goes_into_a_disk_that_is_attached_here(tracked: TrackedDisk, 
         disk.pwrite(b"x", 3 * 4096)  # settled: nothing is lost or armed by it
         assert blocks_of(disk.changes()) == {3, 5, LAST}
     assert blocks_of(tracked.changes()) == {3, 5, LAST}
+
+
+def test_what_is_being_written_beside_an_import_stays_armed(tracked: TrackedDisk, tmp_path: Path) -> None:
+    export.import_file(tracked.store, a_file(tmp_path / "x.dbm", {100}), "copy")
+    disk = tracked.attach()
+    disk.pwrite(b"x", 5 * 4096)
+    export.merge_into(disk, "copy")
+    disk.pwrite(b"x", 6 * 4096)  # memory alone knows this one, and the armed extent stands for it
+    disk.abandon()
+    assert tracked.stored_dirt() >= {5, 6, 100}
 
 
 def test_an_import_into_a_disk_in_deferred_mode_is_durable_when_that_is_detached(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from lmdbitmap.geometry import MAX_SIZE, REGION_BLOCKS, Geometry
 from lmdbitmap.schema import ALL_DIRTY_BITS, Bitmap
 from lmdbitmap.standalone import Operation, Origin
 from lmdbitmap.store import Store, Writer
-from tests.tracked import NAME, TrackedDisk
+from tests.tracked import NAME, TrackedDisk, quick_folder
 
 GEOMETRY = Geometry((3 * REGION_BLOCKS - 100) * 4096 - 7, 12)
 LAST = GEOMETRY.block_count - 1
@@ -28,6 +28,13 @@ SET_OPERATIONS: dict[Operation, Callable[[set[int], set[int]], set[int]]] = {
     Operation.XOR: lambda left, right: left ^ right,
 }
 ORIGIN = Origin(UUID(int=1), UUID(int=2), UUID(int=3), UUID(int=4), 5)
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """In memory: these tests commit often."""
+    with quick_folder() as folder:
+        yield folder
 
 
 @pytest.fixture
