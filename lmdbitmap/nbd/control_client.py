@@ -143,11 +143,12 @@ class Client:
 def receive_line(sock: socket.socket, lines: wire.LineBuffer, deadline: float) -> bytes | None:
     """The next line, or None at the end; `TimeoutError` if it is not whole by then on the monotonic clock."""
     while (line := lines.take()) is None:
-        sock.settimeout(max(deadline - time.monotonic(), 0.001))
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError
+        sock.settimeout(left_s)
         data = sock.recv(_RECEIVE)
         if not data:
             return None
-        if time.monotonic() > deadline:
-            raise TimeoutError
         lines.add(data)
     return line

@@ -9,6 +9,7 @@ import socket
 import stat
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -355,6 +356,14 @@ def test_a_caller_that_trickles_is_dropped_too(tmp_path: Path) -> None:
 def trickle(sock: socket.socket) -> None:
     for _ in range(wire.MAX_LINE_BYTES):
         sock.send(b" ")
+
+
+def test_a_line_that_comes_too_late_is_not_read() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b"late\n")
+        with pytest.raises(TimeoutError):
+            control_client.receive_line(ours, wire.LineBuffer("here"), time.monotonic())
 
 
 def test_a_line_without_an_end_is_not_listened_to_forever(house: House) -> None:

@@ -198,6 +198,17 @@ def test_a_disk_without_bytes_is_exported_and_imported(tmp_path: Path) -> None:
         assert blocks_called(tracked, "empty") == set()
 
 
+def test_a_disk_that_grew_since_it_was_asked_is_exported_as_it_was(tmp_path: Path) -> None:
+    with closing(TrackedDisk(tmp_path, 1 << 20, granularity_bits=9).clean()) as tracked:
+        write(tracked, 3)
+        asked = tracked.changes()
+        with tracked.attach() as disk:
+            disk.resize(4 << 30)
+        header = export.export_changes(asked, tmp_path / "x.dbm")
+    assert header.disk_size == 1 << 20
+    assert naive_flat.dirty_blocks((tmp_path / "x.dbm").read_bytes()) == {24}
+
+
 def test_ones_that_the_disk_has_no_room_for_are_not_begun(tracked: TrackedDisk, tmp_path: Path) -> None:
     """A not-CLEAN header of 4 KiB may stand for petabytes."""
     huge = of_a_larger_disk(a_file(tmp_path / "huge.dbm", set(), 1 << 20, 9), 2**63 - 1, flags=0)
