@@ -26,7 +26,8 @@ class Reply(NamedTuple):
     error: int
     data: bytes = b""
     statuses: dict[int, list[tuple[int, int]]] = {}  # noqa: RUF012  # a default that nobody changes
-    chunks: int = 1
+    chunks: int = 0
+    """Of a structured reply; a simple one has none."""
 
 
 def request(
@@ -150,6 +151,8 @@ class RawClient:
         self.send(request(command, offset, length, cookie=0xC0FFEE, flags=flags, data=data))
         reply = self.reply(length if command == READ else 0, offset)
         assert reply.cookie == 0xC0FFEE
+        if command in (READ, BLOCK_STATUS):
+            assert (reply.chunks > 0) == self.structured
         return reply
 
     def _chunks(self, data: bytearray, start: int) -> Reply:

@@ -63,6 +63,7 @@ FLOORS: dict[str, float] = {
     "filter": 4.5,
     # 5 jobs
     "nbd.contexts": 5,
+    "nbd.inlet": 5,
     "nbd.listeners": 5,
     "nbd.replies": 5,
     "nbd.commands": 5.2,

@@ -35,6 +35,7 @@ from lmdbitmap.nbd import commands
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.contexts import StatusSource
 from lmdbitmap.nbd.handshake import MAX_PAYLOAD
+from lmdbitmap.nbd.inlet import Inlet
 from lmdbitmap.nbd.replies import Read, Replies
 from lmdbitmap.nbd.requests import error_of, refusal
 
@@ -72,7 +73,7 @@ class Connection:
         self.stopping = False
         self.requests = 0
         self.bytes_received = len(received)
-        self._sock = sock
+        self._inlet = Inlet(sock)
         self._disk = disk
         self._lane = disk.lane()
         self._structured = structured
@@ -105,7 +106,7 @@ class Connection:
 
     def _receive(self) -> bool:
         """Wait for more, and put it behind an unfinished request; False when the client is gone."""
-        count = self._sock.recv_into(self._view[self._end : _BATCH])
+        count = self._inlet.receive(self._view[self._end : _BATCH])
         self._end += count
         self.bytes_received += count
         return count > 0
@@ -177,7 +178,7 @@ class Connection:
 
     def _receive_up_to(self, end: int) -> None:
         while self._end < end:
-            count = self._sock.recv_into(self._view[self._end : end])
+            count = self._inlet.receive(self._view[self._end : end])
             if count == 0:
                 raise ConnectionResetError(errno.ECONNRESET, "the client left in the middle of a WRITE")
             self._end += count

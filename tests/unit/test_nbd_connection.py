@@ -212,6 +212,13 @@ def test_one_flush_after_the_writes_serves_every_fua_and_flush_of_a_batch(device
     assert disk.calls == [("write_many", 0, 1, 2), ("flush",), ("close",)]
 
 
+def test_fua_alone_is_reason_enough_to_flush(device: MemoryDevice) -> None:
+    disk = RecordingDisk(device)
+    with connected(disk) as peer:
+        assert peer.do(WRITE, 0, 1, flags=FUA, data=b"a").error == 0
+    assert disk.calls == [("write_many", 0), ("flush",), ("close",)]
+
+
 def test_writes_without_fua_are_not_flushed_and_a_trim_with_it_is(device: MemoryDevice) -> None:
     disk = RecordingDisk(device)
     with connected(disk, received=write(0, b"a") + request(TRIM, 0, 512, flags=FUA)) as peer:
@@ -227,6 +234,15 @@ def test_a_read_behind_a_write_of_the_same_batch_sees_it(device: MemoryDevice) -
     assert [reply.cookie for reply in replies] == [1, 3, 2]
     assert replies[2].data == b"new"
     assert disk.calls == [("write_many", 0, 9), ("read", 0), ("close",)]
+
+
+def test_a_request_cut_by_the_end_of_the_buffer_is_put_together(device: MemoryDevice) -> None:
+    burst = b"".join(write(block * 4096, bytes([block]) * 4096, cookie=block) for block in range(200))
+    at_hand = 512 << 10
+    with connected(PlainDisk(device), received=burst[:at_hand]) as peer:
+        peer.send(burst[at_hand:])
+        assert [peer.reply()[:2] for _ in range(200)] == [(block, 0) for block in range(200)]
+    assert device.pread(200 * 4096, 0) == b"".join(bytes([block]) * 4096 for block in range(200))
 
 
 def test_a_long_write_is_done_in_aligned_pieces_and_flushed_once(device: MemoryDevice) -> None:
@@ -274,6 +290,17 @@ def test_a_read_only_disk_refuses_changes_and_serves_the_rest() -> None:
         assert peer.do(TRIM, 0, 4).error == peer.do(WRITE_ZEROES, 0, 4).error == errno.EPERM
         assert peer.do(READ, 0, 4).data == bytes(4)
         assert peer.do(FLUSH).error == 0
+
+
+def test_a_refused_request_never_reaches_the_lane() -> None:
+    disk = RecordingDisk(MemoryDevice(SIZE, read_only=True))
+    with connected(disk) as peer:
+        peer.do(WRITE, 0, 1, data=b"x")
+        peer.do(WRITE, 0, MIB, data=bytes(MIB))
+        peer.do(TRIM, 0, 1)
+        peer.do(READ, SIZE, 1)
+        peer.do(READ, 0, 33 * MIB)
+    assert disk.calls == [("close",)]
 
 
 @pytest.mark.parametrize(
@@ -343,8 +370,9 @@ def test_every_selected_context_answers_clipped_to_the_request(device: MemoryDev
 
 
 def test_req_one_is_one_extent_within_the_request(device: MemoryDevice) -> None:
-    with connected(PlainDisk(device), contexts={1: status((8192, 1), (1, 0))}) as peer:
+    with connected(PlainDisk(device), contexts={1: status((8192, 1), (8192, 0))}) as peer:
         assert peer.do(BLOCK_STATUS, 0, 100, flags=REQ_ONE).statuses == {1: [(100, 1)]}
+        assert peer.do(BLOCK_STATUS, 0, 16384, flags=REQ_ONE).statuses == {1: [(8192, 1)]}
 
 
 def test_a_status_reply_ends_at_its_limit_of_extents(device: MemoryDevice) -> None:
@@ -394,7 +422,7 @@ def test_reads_of_a_file_of_any_length_are_right(
     with connected(PlainDisk(image), structured=structured) as peer:
         reply = peer.do(READ, 777, length, flags=flags if structured else 0)
     assert reply.data == pattern(SIZE)[777 : 777 + length]
-    assert reply.chunks == 1 or not flags
+    assert reply.chunks == 1 or not (flags and structured)
 
 
 @pytest.mark.parametrize("structured", [True, False], ids=["structured", "simple"])
@@ -415,6 +443,17 @@ def test_a_file_cut_in_the_middle_of_a_long_read_is_an_error_behind_the_data(
     with connected(PlainDisk(image)) as peer:
         assert peer.do(READ, 0, 2 * MIB).error == errno.EIO
         assert peer.do(READ, 0, 16).data == pattern(16)
+
+
+def test_a_connection_leaves_no_descriptor_behind(image: FileDevice) -> None:
+    def descriptors() -> list[str]:
+        return os.listdir("/proc/self/fd")
+
+    before = len(descriptors())
+    with connected(PlainDisk(image)) as peer:
+        assert peer.do(READ, 0, MIB).error == 0
+        assert len(descriptors()) == before + 4  # two ends of the socket, two of the pipe
+    assert len(descriptors()) == before
 
 
 def test_a_simple_read_that_fails_after_its_reply_began_costs_the_connection(

@@ -15,6 +15,7 @@ import pytest
 from lmdbitmap.device import MemoryDevice
 from lmdbitmap.interfaces import BlockDevice, ServedDisk
 from lmdbitmap.nbd.server import Server
+from lmdbitmap.nbd.visit import Served, Visit
 from lmdbitmap.plain import PlainDisk, PlainLane
 from tests.nbd_raw import BLOCK_STATUS, DISC, READ, WRITE, RawClient, request, write
 from tests.support import PATIENCE_SECONDS
@@ -39,6 +40,9 @@ class GatedDisk(PlainDisk):
 
     def lane(self) -> PlainLane:
         return GatedLane(self._device, self.gate)
+
+    def content(self, offset: int, length: int) -> bytes:
+        return self._device.pread(length, offset)
 
 
 class GatedLane(PlainLane):
@@ -197,8 +201,36 @@ def test_a_disk_that_hangs_is_told_of_by_stop(path: str) -> None:
     assert server.stop()
 
 
-def test_a_client_in_the_middle_of_the_handshake_is_let_go(path: str) -> None:
-    server = Server({"disk": PlainDisk(MemoryDevice(SIZE))})
+def test_what_was_not_taken_in_before_the_end_is_not_done() -> None:
+    gate = Gate()
+    disk = GatedDisk(gate)
+    ours, theirs = socket.socketpair()
+    forgotten = threading.Event()
+    visit = Visit(
+        ours,
+        {"disk": Served(disk, {})},
+        handshake_timeout_s=PATIENCE_SECONDS,
+        ended=lambda _: forgotten.set(),
+    )
+    visit.start()
+    with RawClient(theirs) as client:
+        client.go("disk")
+        client.send(write(0, b"taken in", cookie=1))
+        assert gate.entered.wait(PATIENCE_SECONDS)
+        client.send(write(100, b"too late", cookie=2))
+        visit.ask_to_leave()
+        gate.open.set()
+        assert client.reply()[:2] == (1, 0)
+        assert client.is_closed_by_server()
+    assert forgotten.is_set()
+    assert visit.join(PATIENCE_SECONDS)
+    assert disk.content(0, 8) == b"taken in"
+    assert disk.content(100, 8) == bytes(8)
+
+
+def test_a_client_in_the_middle_of_the_handshake_is_let_go_at_once(path: str) -> None:
+    too_long = 100 * PATIENCE_SECONDS
+    server = Server({"disk": PlainDisk(MemoryDevice(SIZE))}, grace_s=too_long, handshake_timeout_s=too_long)
     server.listen_unix(path)
     server.start()
     with RawClient.connect(path) as client:
