@@ -434,6 +434,25 @@ def test_what_is_being_written_beside_an_import_stays_armed(tracked: TrackedDisk
     assert tracked.stored_dirt() >= {5, 6, 100}
 
 
+def test_an_import_that_the_store_refuses_costs_the_guest_nothing(
+    tracked: TrackedDisk, tmp_path: Path
+) -> None:
+    export.import_file(tracked.store, a_file(tmp_path / "x.dbm", {3, 100}), "copy")
+    with tracked.attach() as disk:
+        update = tracked.store.update
+        tracked.store.update = refused  # type: ignore[method-assign]
+        with pytest.raises(StorageError, match="full"):
+            export.merge_into(disk, "copy")
+        tracked.store.update = update  # type: ignore[method-assign]
+        disk.pwrite(b"x", 3 * 4096)
+        assert disk.standing().trust is Trust.EXACT
+    assert blocks_of(tracked.changes()) == {3}
+
+
+def refused(change: object) -> NoReturn:
+    raise StorageError("store", OSError("full"), next_step="free some space")
+
+
 def test_an_import_into_a_disk_in_deferred_mode_is_durable_when_that_is_detached(tmp_path: Path) -> None:
     with closing(TrackedDisk(tmp_path, SIZE, durability=DEFERRED).clean()) as tracked:
         with tracked.attach() as disk:
