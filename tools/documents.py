@@ -1,0 +1,152 @@
+"""Run what the documents show and paste what it printed; with --check, only say whether it still prints the same.
+
+docs/cli.md is the help of every command, as it is. In README.md only parts are made:
+
+Between `<!-- NAME -->` and `<!-- end -->` stands what a script printed. `session` is a shell session with a real
+server that is killed in the middle of it; `speed` comes from the newest benchmark on this machine, and is left
+alone where there is none. Sizes, times and names that differ from run to run are compared as if they were alike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+REFERENCE = ROOT / "docs" / "cli.md"
+
+SERVE = "lmdbitmap serve sda --socket sda.sock &"
+CRASH = "kill -9 %1"
+SESSION = [
+    "lmdbitmap add sda sda.raw                       # start tracking an image",
+    "lmdbitmap backup sda backups                    # the first backup is a full one",
+    SERVE + "        # the guest writes through NBD",
+    "qemu-io -f raw -c 'write -q 1G 12M' -c 'write -q -z 1536M 256M' 'nbd+unix:///sda?socket=sda.sock'",
+    CRASH + "                                      # the tracker dies without a word",
+    "lmdbitmap changes sda",
+    "lmdbitmap backup sda backups",
+    "lmdbitmap restore backups sda new.raw",
+    "cmp sda.raw new.raw && echo identical",
+]
+
+
+def session() -> str:
+    """The README's session, run in a folder of its own: every command, and what it printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        with open(f"{folder}/sda.raw", "wb") as image:
+            image.write(os.urandom(20 << 20))
+            image.truncate(2 << 30)
+        shown = ["```console"]
+        server: subprocess.Popen[str] | None = None
+        for line in SESSION:
+            shown.append(f"$ {line}")
+            command = line.partition("  #")[0].strip()
+            if command == SERVE:
+                server, printed = start_server(command.removesuffix(" &"), folder)
+            elif command == CRASH and server is not None:
+                server.kill()
+                server.communicate()
+                printed = ""
+            else:
+                printed = shell(command, folder)
+            shown += printed.splitlines()
+        return "\n".join([*shown, "```"])
+
+
+def start_server(command: str, folder: str) -> tuple[subprocess.Popen[str], str]:
+    """The server, and the two lines that it prints once it listens."""
+    server = subprocess.Popen(
+        command.split(), cwd=folder, env=environment(folder), stdout=subprocess.PIPE, text=True
+    )
+    assert server.stdout is not None
+    return server, "".join(server.stdout.readline().replace(folder, "…") for _ in range(2))
+
+
+def shell(command: str, folder: str) -> str:
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+def environment(folder: str) -> dict[str, str]:
+    """Our command first on the path, and a store in the folder."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "LMDBITMAP_STORE": f"{folder}/store", "COLUMNS": "110"}
+
+
+def speed() -> str:
+    """Three lines of the newest benchmark, with the machine and the date; what stands there if there is none."""
+    results = ROOT / "benchmarks" / "results"
+    if not (results / "latest.json").exists():
+        return between(README.read_text(), "speed")
+    lines = {(row["name"], row["peer"]): row for row in json.loads((results / "latest.json").read_text())}
+    machine = json.loads((results / "machine.json").read_text())
+    wanted = [("NBD write 4k, depth 32", "qemu-nbd"), ("NBD write 4k, depth 32", "nbdkit file")]
+    wanted += [("settled 4 KiB write, one by one", "os.pwrite")]
+    rows = [f"| {name} | {peer} | {lines[name, peer]['ratio']:.2f}x |" for name, peer in wanted]
+    head = f"`make bench`, {machine['date']}, {machine['cores']} cores, Python {machine['python']}:"
+    return "\n".join([head, "", "| tracked | against | ratio |", "|---|---|---|", *rows])
+
+
+PARTS: dict[str, Callable[[], str]] = {"session": session, "speed": speed}
+
+
+def between(text: str, name: str) -> str:
+    """What stands between the marks of a part."""
+    return text.partition(f"<!-- {name} -->\n")[2].partition("<!-- end -->")[0].rstrip("\n")
+
+
+def replaced(text: str, name: str, part: str) -> str:
+    before, mark, rest = text.partition(f"<!-- {name} -->\n")
+    return before + mark + part + "\n<!-- end -->" + rest.partition("<!-- end -->")[2]
+
+
+def alike(text: str) -> str:
+    """`text` with everything that differs from run to run made the same, and the list of extents left out:
+    how much of it is armed depends on how long the server lived."""
+    text = re.sub(r"\n +\d+ .*", "", text)
+    text = re.sub(r"backup-\d{8}T\d{6}Z-[0-9a-f]+", "backup-NAME", text)
+    text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "TIME", text)
+    return re.sub(r"\d+(\.\d+)?( [KMGT]iB| s)", "N", text)
+
+
+def command_line() -> str:
+    """The reference of the command line: what `--help` says, of the whole and of every command."""
+    whole = help_of()
+    verbs = re.findall(r"^  ([a-z]+)  ", whole.partition("Commands:")[2], re.MULTILINE)
+    pages = [f"## lmdbitmap {verb}\n\n```\n{help_of(verb)}```\n" for verb in verbs]
+    return "\n".join([f"# The command line\n\nMade by `tools/documents.py`.\n\n```\n{whole}```\n", *pages])
+
+
+def help_of(*words: str) -> str:
+    return shell(f"lmdbitmap {' '.join(words)} --help", str(ROOT))
+
+
+def main(words: list[str]) -> int:
+    text = README.read_text()
+    fresh = text
+    for name, part in PARTS.items():
+        fresh = replaced(fresh, name, part())
+    reference = command_line()
+    if "--check" in words:
+        return int(alike(fresh) != alike(text) or reference != REFERENCE.read_text())
+    README.write_text(fresh)
+    REFERENCE.write_text(reference)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
