@@ -15,9 +15,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import BinaryIO
 
-from lmdbitmap import bits, files
+from lmdbitmap import files
 from lmdbitmap import format as flat
-from lmdbitmap.bits import Run
 from lmdbitmap.errors import FormatError, LmdbitmapError, os_errors_at
 from lmdbitmap.format import BitsTally, Chunk, Flags, FlatHeader, Metadata, Zeroes
 from lmdbitmap.interfaces import Buffer
@@ -60,17 +59,6 @@ class FlatFile:
     def chunks(self) -> Iterator[Chunk]:
         """The bits; nothing may come of them before the last one: see `format.trusted_bits`."""
         return flat.trusted_bits(self.header, self._unproven_chunks(), place=self.path)
-
-    def runs(self) -> Iterator[Run]:
-        """The dirty blocks as ascending runs, cut where chunks end; believed no sooner than `chunks`."""
-        base = 0
-        for chunk in self.chunks():
-            if isinstance(chunk, Zeroes):
-                base += 8 * chunk.length
-                continue
-            for start, stop in bits.runs(chunk):
-                yield base + start, base + stop
-            base += 8 * len(chunk)
 
     def prove(self) -> None:
         """Read all bits once. Raises `Untrusted` if the file is not CLEAN, `FormatError` if they are wrong."""
