@@ -443,6 +443,25 @@ def test_a_failure_to_write_the_archive_leaves_nothing(
         unchanged.backup()
 
 
+def test_an_image_that_cannot_be_synced_is_no_backup(
+    unchanged: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first sync of a file tells of the failure, and no later one does."""
+    sync = os.fsync
+    failed: list[int] = []
+
+    def fail_once(fd: int) -> None:
+        if not failed and os.readlink(f"/proc/self/fd/{fd}").split("/")[-1].startswith("000002-"):
+            failed.append(fd)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", fail_once)
+    with pytest.raises(StorageError, match=r"000002-incremental\.qcow2: Input/output error"):
+        unchanged.backup()
+    assert len(failed) == 1
+
+
 def test_a_store_that_cannot_forget_does_not_fail_the_backup(
     disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -472,6 +491,21 @@ def test_no_session_is_open_while_a_backup_copies(tmp_path: Path, durability: st
     back_up_with(lambda: seen.append(disk.disk().session), disk)
     assert seen == [None]
     disk.close()
+
+
+def test_the_image_is_flushed_before_its_checkpoint_is_taken(disk: BackedUpDisk) -> None:
+    """What a guest wrote and never flushed must not vanish in a power cut after it was backed up as unchanged."""
+    seen: list[list[str]] = []
+
+    class FlushedDevice(FileDevice):
+        def flush(self) -> None:
+            seen.append(disk.backup_checkpoints())
+            super().flush()
+
+    backup(
+        disk.store, [NAME], disk.folder / "backups", open_device=lambda image: FlushedDevice.open(image, read_only=True)
+    )  # fmt: skip
+    assert seen == [[]]
 
 
 def test_images_and_manifest_are_for_their_owners_eyes(disk: BackedUpDisk) -> None:
