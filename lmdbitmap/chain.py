@@ -29,6 +29,8 @@ from lmdbitmap.interfaces import ImageIdentity
 from lmdbitmap.schema import Bitmap, Checkpoint, Disk, Region
 from lmdbitmap.store import Reader, Writer
 
+MAX_REGIONS = 1 << 25
+"""Of one disk: 16 GiB of bits, as for 64 TiB in blocks of 512 bytes."""
 _SLICE_REGIONS = 1024
 NEVER_BACKED_UP = "everything counts as dirty until the first full backup"
 
@@ -77,13 +79,22 @@ def add_disk(
     for other in writer.disks():
         if other.image == image:
             raise AlreadyExists(f"{image} is tracked already, as {other.name!r}", next_step="use that disk")
-    Geometry(identity.size, granularity_bits)
+    check_trackable(Geometry(identity.size, granularity_bits))
     disk = Disk(
         uuid=uuid4(), name=name, image=image, size=identity.size, granularity_bits=granularity_bits,
         epoch=uuid4(), epoch_number=1, epoch_reason="tracking began here", durability=durability,
         policy=policy, created_ns=time_ns, next_sequence=1, identity=identity,
     )  # fmt: skip
     return _begin_epoch(writer, disk, NEVER_BACKED_UP, time_ns)
+
+
+def check_trackable(geometry: Geometry) -> None:
+    """Refuse a disk whose bitmap would need more address space than a process can count on."""
+    if geometry.region_count > MAX_REGIONS:
+        raise InvalidArgument(
+            f"a disk of {geometry.size} bytes has too many blocks of {geometry.granularity} bytes",
+            next_step="choose a larger granularity",
+        )
 
 
 def refuse_taken_name(reader: Reader, name: str) -> None:

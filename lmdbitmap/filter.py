@@ -203,7 +203,7 @@ class Filter:
         """
         with self._frozen():
             before = self.disk.size
-            self._change_chain(lambda writer, disk: _begin_resize(writer, disk, size))
+            self._change_chain(lambda writer, disk: _begin_resize(disk, size))
             try:
                 self.device.resize(size)
             except BaseException:
@@ -519,11 +519,9 @@ def _together(filters: Sequence[Filter]) -> Iterator[None]:
         raise
 
 
-def _begin_resize(writer: Writer, disk: Disk, size: int) -> Disk:
-    """Either size is right from now on. What is new is dirty already; what is gone goes when the image has shrunk."""
-    Geometry(size, disk.granularity_bits)
-    if size > disk.size:
-        return dataclasses.replace(chain.resize(writer, disk, size), resizing_from=disk.size)
+def _begin_resize(disk: Disk, size: int) -> Disk:
+    """Either size is right from now on; the image decides, and may refuse one that it cannot have."""
+    chain.check_trackable(Geometry(size, disk.granularity_bits))
     return dataclasses.replace(disk, resizing_from=size)
 
 
