@@ -167,13 +167,19 @@ class Filter:
         return take_checkpoint([self], name)[0]
 
     def forget(self, name: str) -> None:
-        """Delete a checkpoint; what it recorded goes to the one before it. Durable on return."""
+        """Delete a checkpoint; what it recorded goes to the one before it. Durable on return.
 
-        def change(writer: Writer, disk: Disk) -> Disk:
-            chain.forget(writer, disk, name)
-            return disk
+        Writers wait only if it is the newest one, into which they record.
+        """
+        if not self.store.update(lambda writer: self._forget_unless_newest(writer, name)):
+            self._between_periods(lambda writer, disk: _forget(writer, disk, name))
 
-        self._between_periods(change)
+    def _forget_unless_newest(self, writer: Writer, name: str) -> bool:
+        disk = self._as_stored(writer)
+        if chain.current_checkpoint(writer, disk).name == name:
+            return False
+        chain.forget(writer, disk, name)
+        return True
 
     def mark(self, offset: int, length: int) -> None:
         """Make every block that the range touches dirty, by hand; durable on return."""
@@ -517,6 +523,11 @@ def _together(filters: Sequence[Filter]) -> Iterator[None]:
         for attached in filters:
             attached._lose_track("a change of its checkpoints was interrupted")
         raise
+
+
+def _forget(writer: Writer, disk: Disk, name: str) -> Disk:
+    chain.forget(writer, disk, name)
+    return disk
 
 
 def _begin_resize(disk: Disk, size: int) -> Disk:

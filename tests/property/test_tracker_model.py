@@ -259,7 +259,8 @@ class Tracker(RuleBasedStateMachine):
         path = self.folder / f"{len(self.files)}.dbm"
         export.export_changes(answer, path)
         with FlatFile.open(path) as file:
-            blocks = {block for run in file.runs() for block in range(*run)}
+            flat = path.read_bytes()[file.header.header_size :]
+        blocks = {block for run in bits.runs(flat) for block in range(*run)}
         assert blocks == blocks_of(answer)
         self.files.append((path, self.model.geometry, blocks, trust_of(answer) is not Trust.EXACT))
 
