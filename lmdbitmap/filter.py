@@ -12,9 +12,9 @@ The order of attach and detach, and what a death in between costs, is in DESIGN.
     attach   lock, judge continuity, commit {session, new epoch or superset}, beat        (session.py)
     detach   drain, flush the image, beat, commit {exact bits, identity, no session}, unlock
 
-When tracking fails, policy `guest-first` lets the guest's write through, but makes "untrusted since now"
-durable before (owner.py); a new epoch begins as soon as the store can be written again. Policy `strict`
-fails the write.
+When tracking fails, policy `guest-first` lets the guest's write through, but takes the owner's word for the
+bitmap back before (vouching.py); a new epoch begins as soon as the store can be written again. Policy
+`strict` fails the write.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from lmdbitmap.owner import Owner
 from lmdbitmap.period import DEFAULT_MAX_ARMED, Period
 from lmdbitmap.schema import Checkpoint, Disk
 from lmdbitmap.store import Reader, Store, Writer
+from lmdbitmap.vouching import Voucher, write_refused
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +48,6 @@ PASS_INTERVAL_S = 0.5
 """Between background passes, and between signs of life."""
 _DISARM_PER_PASS = 512
 _CARRIED_REGIONS = 256
-_BEAT_GRACE_S = 3.0
-"""Longer than continuity.py forgives: a write this late after the last beat is taken for a stranger's."""
 
 
 class Filter:
@@ -64,11 +63,8 @@ class Filter:
         self.store = store
         self.disk = disk
         self.device = device
-        self._owner = lock
+        self._voucher = Voucher(disk.name, device, lock)
         self._max_armed = max_armed
-        self._lost: str | None = None
-        self._losing = threading.Lock()
-        self._beating = True
         self._detached = False
         self._last_acts: list[Callable[[], None]] = []
         with store.read() as reader:
@@ -199,7 +195,7 @@ class Filter:
                     f" not {geometry.size} in blocks of {geometry.granularity}",
                     next_step="try again if it was resized just now",
                 )
-            if self._lost is None:
+            if self._voucher.lost is None:
                 self._period.add_dirt(dirt)
 
     def resize(self, size: int) -> None:
@@ -228,8 +224,8 @@ class Filter:
 
         Raises what the store raises, and `Untrusted` where tracking was lost: then it names nothing.
         """
-        if self._lost is not None:
-            raise Untrusted(f"disk {self.disk.name!r}: {self._lost}", next_step="make a full backup")
+        if self._voucher.lost is not None:
+            raise Untrusted(f"disk {self.disk.name!r}: {self._voucher.lost}", next_step="make a full backup")
         self._persist()
 
     def _persist(self) -> None:
@@ -243,12 +239,12 @@ class Filter:
 
     def changes(self, *, since: str | None = None, until: str | None = None) -> Changes:
         """What changed up to this moment; see changes.py. Raises what the store raises."""
-        if self._lost is None:
+        if self._voucher.lost is None:
             self._persist()
         answer = changes(self.store, self.disk.name, since=since, until=until, persisted=True)
-        if self._lost is None or until is not None:
+        if self._voucher.lost is None or until is not None:
             return answer
-        return dataclasses.replace(answer, standing=Standing(Trust.UNTRUSTED, self._lost))
+        return dataclasses.replace(answer, standing=Standing(Trust.UNTRUSTED, self._voucher.lost))
 
     def _between_periods(self, change: Callable[[Writer, Disk], Disk]) -> None:
         with self._frozen():
@@ -294,7 +290,7 @@ class Filter:
 
     def _mark(self, runs: list[Run]) -> None:
         """Settle `runs` (law 1), or do what the policy says when that fails."""
-        if self._lost is not None:
+        if self._voucher.lost is not None:
             return
         try:
             self._period.make_durable(runs)
@@ -303,39 +299,13 @@ class Filter:
 
     def _tracking_failed(self, error: LmdbitmapError) -> None:
         if self.disk.policy == schema.STRICT:
-            raise _write_refused(self.disk, error) from error
-        self._lose_track(f"tracking failed: {error.problem}")
-
-    def _lose_track(self, reason: str) -> None:
-        with self._losing:
-            if self._lost is None:
-                self._make_distrust_durable(reason)
-
-    def _make_distrust_durable(self, reason: str) -> None:
-        """After this the guest may write untracked: nobody will believe the bitmap (second corollary)."""
-        log.error(
-            "disk %s: %s: the guest goes on, the next backup will be a full one", self.disk.name, reason
-        )
-        try:
-            self._owner.declare_distrust(reason, time.time_ns())
-        except LmdbitmapError as error:
-            self._distrust_by_silence(error)
-        self._lost = reason
-
-    def _distrust_by_silence(self, error: LmdbitmapError) -> None:
-        """Not even the owner's file can be written: stop the signs of life, and write only when they are so
-        old that a later mtime of the image proves a gap. Without an mtime nothing proves it: refuse."""
-        self._beating = False
-        if self.device.identity().mtime_ns == 0:
-            self._beating = True
-            raise _write_refused(self.disk, error) from error
-        log.error("disk %s: %s; the signs of life end", self.disk.name, error)
-        time.sleep(_BEAT_GRACE_S)
+            raise write_refused(self.disk.name, error) from error
+        self._voucher.lose_track(f"tracking failed: {error.problem}")
 
     def standing(self) -> Standing:
         """Whether the open period's answer is exact, a superset, or worth nothing."""
-        if self._lost is not None:
-            return Standing(Trust.UNTRUSTED, self._lost)
+        if self._voucher.lost is not None:
+            return Standing(Trust.UNTRUSTED, self._voucher.lost)
         with self.store.read() as reader:
             bitmap = reader.bitmap(self._period.bitmap_id)
         reason = bitmap.superset or bitmap.all_dirty
@@ -349,10 +319,8 @@ class Filter:
     # -- background ----------------------------------------------------------------------------------------
 
     def beat(self) -> None:
-        """Leave a sign of life, unless silence has to say that we lost track."""
-        with self._losing:  # no beat is under way while silence begins
-            if self._beating:
-                self._owner.beat(time.time_ns(), self.device.identity().mtime_ns)
+        """Leave a sign of life; see vouching.py."""
+        self._voucher.beat()
 
     def background_pass(self) -> None:
         """Disarm what was quiet; when tracking was lost, begin a new epoch if the store lets us."""
@@ -361,19 +329,17 @@ class Filter:
 
     def regain_trust(self) -> None:
         """If tracking was lost, begin a new epoch, which is all dirty. Raises what the store raises."""
-        if self._lost is not None:
+        if self._voucher.lost is not None:
             with self._frozen():
                 self._begin_again()
 
     def _begin_again(self) -> None:
-        reason = self._lost
+        reason = self._voucher.lost
         if reason is None:  # another thread was first
             return
-        self._owner.declare_distrust(reason, time.time_ns())  # what cannot take this cannot take trust back
+        self._voucher.require_a_voice()
         self._start_epoch(reason)
-        self._owner.restore_trust()
-        self._lost = None
-        self._beating = True
+        self._voucher.vouch_again()
         log.warning("disk %s: tracking begins again", self.disk.name)
 
     def _start_epoch(self, reason: str) -> None:
@@ -438,7 +404,7 @@ class Filter:
         """What we know is not ours to write any more: the disk may have another owner at once."""
         self._period.end()
         self.device.close()
-        self._owner.close()
+        self._voucher.close()
 
     def _stop_background(self) -> None:
         self._stop.set()
@@ -449,7 +415,7 @@ class Filter:
     def _end_session(self) -> None:
         self.device.flush()
         self.beat()
-        if self._lost is None:
+        if self._voucher.lost is None:
             disk = dataclasses.replace(self.disk, session=None, identity=self.device.identity())
 
             def commit(writer: Writer) -> None:
@@ -521,7 +487,7 @@ def _together(filters: Sequence[Filter]) -> Iterator[None]:
         raise  # the store is as it was before
     except BaseException:
         for attached in filters:
-            attached._lose_track("a change of its checkpoints was interrupted")
+            attached._voucher.lose_track("a change of its checkpoints was interrupted")
         raise
 
 
@@ -538,15 +504,6 @@ def _begin_resize(disk: Disk, size: int) -> Disk:
 
 def _end_resize(writer: Writer, disk: Disk, size: int) -> Disk:
     return dataclasses.replace(chain.resize(writer, disk, size), resizing_from=None)
-
-
-def _write_refused(disk: Disk, error: LmdbitmapError) -> StorageError:
-    code = error.errno if isinstance(error, StorageError) else errno.EIO
-    return StorageError(
-        f"disk {disk.name!r} cannot record a write ({error.problem})",
-        OSError(code or errno.EIO, error.problem),
-        next_step=error.next_step,
-    )
 
 
 def _detached_error(disk: Disk) -> StorageError:

@@ -57,6 +57,7 @@ FLOORS: dict[str, float] = {
     "chain": 3.5,
     "standalone": 3.6,
     "session": 3.7,
+    "vouching": 3.7,
     # 4 tracker
     "lane": 4,
     "changes": 4,

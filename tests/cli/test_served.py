@@ -108,12 +108,12 @@ def test_an_owner_that_lost_track_is_believed_before_the_store(cli: Cli) -> None
         Filter.attach(store, "sda", background=False) as attached,
         ControlServer({"sda": attached}),
     ):
-        attached._lost = "the store was full"
+        attached._voucher.lost = "the store was full"
         assert "the store was full" in cli("changes", "sda").err
         assert cli("changes", "sda").code == 3
         assert cli.json("ls")["disks"][0]["trust"] == "untrusted"
         assert cli("changes", "sda", "--since", "epoch-1", "--until", "monday").code == 0
-        attached._lost = None
+        attached._voucher.lost = None
 
 
 def test_an_owner_that_takes_no_orders_is_asked_nothing(cli: Cli) -> None:

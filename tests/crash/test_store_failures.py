@@ -16,8 +16,7 @@ from typing import Any
 
 import pytest
 
-from lmdbitmap import filter as filters
-from lmdbitmap import owner, schema
+from lmdbitmap import owner, schema, vouching
 from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import StorageError, Untrusted
 from lmdbitmap.extents import Trust
@@ -287,7 +286,7 @@ def test_strict_write_to_settled_blocks_needs_no_store(strict: Patient) -> None:
 @pytest.fixture
 def silent(guest_first: Patient, monkeypatch: pytest.MonkeyPatch) -> Patient:
     """Neither the store nor the owner's file can be written. Nobody really waits three seconds."""
-    wait_s = filters._BEAT_GRACE_S
+    wait_s = vouching.SILENCE_S
     real_write = owner.Owner._write_trust
 
     def refuse(self: owner.Owner, why: owner.Distrust | None) -> None:
@@ -297,7 +296,7 @@ def silent(guest_first: Patient, monkeypatch: pytest.MonkeyPatch) -> Patient:
         raise StorageError("owner", OSError(errno.EROFS, "injected"), next_step="mend it")
 
     monkeypatch.setattr(owner.Owner, "_write_trust", refuse)
-    monkeypatch.setattr(filters, "_BEAT_GRACE_S", 0.0)
+    monkeypatch.setattr(vouching, "SILENCE_S", 0.0)
     guest_first.disk.beat()
     guest_first.sick.errno = errno.EROFS
     guest_first.disk.pwrite(b"untracked", 100 * BLOCK)
