@@ -141,8 +141,15 @@ class Changes:
 
     def extents(self, device: BlockDevice | None = None) -> Iterator[Extent]:
         """The dirty byte ranges, clipped to the disk; with the image, also which of them read as zeroes."""
-        dirty = (Extent(*self.geometry.bytes_of(*run), dirty=True, zero=False) for run in self.runs())
+        dirty = self._dirty_extents()
         return dirty if device is None else with_zeroes(dirty, _zeroes(device))
+
+    def _dirty_extents(self) -> Iterator[Extent]:
+        """Millions of them on a busy disk: as `Geometry.bytes_of`, without asking it each time."""
+        shift, size = self.geometry.granularity_bits, self.geometry.size
+        for start, stop in self.runs():
+            offset = start << shift
+            yield Extent(offset, min(stop << shift, size) - offset, True, False)
 
     def flat_bits(self) -> Iterator[bytes]:
         """The whole bitmap as the flat file has it, in chunks: clean stretches too, to a multiple of 8 bytes."""

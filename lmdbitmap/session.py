@@ -17,7 +17,7 @@ from uuid import UUID, uuid4
 from lmdbitmap import chain, continuity, owner, schema
 from lmdbitmap.continuity import Moment, Verdict
 from lmdbitmap.device import FileDevice
-from lmdbitmap.errors import NotFound, Untrusted
+from lmdbitmap.errors import Busy, InvalidArgument, NotFound, Untrusted
 from lmdbitmap.interfaces import TrackableDevice
 from lmdbitmap.owner import Owner
 from lmdbitmap.schema import Disk
@@ -50,7 +50,7 @@ def owning(store: Store, name: str, open_device: OpenDevice = FileDevice.open) -
     """Hold the disk called `name`. Raises `NotFound` without such a disk or image, `Busy` if it is held."""
     with store.read() as reader:
         disk_uuid = chain.find_disk(reader, name).uuid
-    lock = Owner(store.owner_path(disk_uuid))
+    lock = _own(store, name, disk_uuid)
     try:
         with store.read() as reader:
             disk = _existing(reader, disk_uuid)
@@ -156,7 +156,7 @@ def add(
     Durable on return. Raises `AlreadyExists` for a name or image that is taken, `Busy` for an image that
     somebody writes.
     """
-    image = os.path.realpath(image)
+    image = _path_as_text(image)
     with contextlib.closing(open_device(image)) as device:
         identity = device.identity()
         disk = store.update(
@@ -169,14 +169,34 @@ def add(
     return disk
 
 
+def _path_as_text(image: str) -> str:
+    path = os.path.realpath(image)
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgument(
+            f"the image's path {path!r} is not UTF-8", next_step="rename the image or its folder"
+        ) from error
+    return path
+
+
 def remove(store: Store, name: str) -> None:
     """Stop tracking; the image is not touched, nor even needed. Raises `Busy` while it is owned."""
     with store.read() as reader:
         disk = chain.find_disk(reader, name)
-    path = store.owner_path(disk.uuid)
-    with contextlib.closing(Owner(path)):
+    with contextlib.closing(_own(store, name, disk.uuid)):
         store.update(lambda writer: chain.remove_disk(writer, disk))
-        os.unlink(path)
+        os.unlink(store.owner_path(disk.uuid))
+
+
+def _own(store: Store, name: str, disk_uuid: UUID) -> Owner:
+    try:
+        return Owner(store.owner_path(disk_uuid))
+    except Busy as error:
+        raise Busy(
+            f"disk {name!r} is attached by another process, or by another part of this one",
+            next_step="wait until it is detached, or stop whoever serves it",
+        ) from error
 
 
 def _existing(reader: Reader, disk_uuid: UUID) -> Disk:
