@@ -364,9 +364,9 @@ class _Environment:
                 self._quiet.notify_all()
 
     def _open_databases(self) -> dict[str, lmdb._Database]:
-        with _translated(self.path):
-            self._fill_up()
-            return {name: self._lmdb.open_db(name.encode(), create=False) for name in _DATABASES}
+        self._fill_up()
+        with self.transaction(write=True) as txn:  # ours, because another process may be growing the map
+            return {name: self._lmdb.open_db(name.encode(), txn=txn, create=False) for name in _DATABASES}
 
     def _fill_up(self) -> None:
         """Give a file that was cut its length again: its missing pages would be SIGBUS, those of zeroes are damage.
