@@ -181,6 +181,22 @@ os.kill(os.getpid(), signal.SIGKILL)
         assert [bitmap.name for bitmap in reader.bitmaps()] == ["durable"]
 
 
+def test_commits_are_synced_and_the_map_is_not_written_through(opened: Store) -> None:
+    """No test pulls the plug, so the settings that a power cut would ask for are looked at."""
+    flags = opened._environment._lmdb.flags()
+    durable = {"sync": True, "metasync": True, "writemap": False, "map_async": False, "lock": True}
+    assert {name: flags[name] for name in durable} == durable
+
+
+def test_format_is_not_for_the_environment_to_choose(path: str) -> None:
+    create = f"""
+from lmdbitmap.store import Store
+print(Store.create({path!r})._environment._lmdb.lib_version())
+"""
+    said = run(sys.executable, "-c", create, env={"LMDB_DEFAULT_LIB_VERSION": "1"}).stdout
+    assert said.startswith("(0, 9,")
+
+
 # --- a map that fills up ---
 
 

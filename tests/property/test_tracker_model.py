@@ -127,6 +127,7 @@ class Tracker(RuleBasedStateMachine):
         super().__init__()
         self.stack = ExitStack()
         self.names = 0
+        self.last_end = 0
         self.files: list[tuple[Path, Geometry, set[int], bool]] = []
 
     @initialize(
@@ -171,6 +172,17 @@ class Tracker(RuleBasedStateMachine):
         offset, count = self.place(position, length)
         self.disk.pwrite(bytes([fill]) * count, offset)
         self.model.write(offset, bytes([fill]) * count)
+        self.last_end = offset + count
+
+    @precondition(lambda self: 0 < self.last_end <= self.model.geometry.size)
+    @rule(back=st.sampled_from([0, 1, 600]), length=lengths, fill=st.integers(1, 255))
+    def write_on(self, back: int, length: int | tuple[int, int], fill: int) -> None:
+        """From about where the last write ended, as a guest that copies a file."""
+        offset = max(self.last_end - back, 0)
+        count = min(self.place(0, length)[1], self.model.geometry.size - offset)
+        self.disk.pwrite(bytes([fill]) * count, offset)
+        self.model.write(offset, bytes([fill]) * count)
+        self.last_end = offset + count
 
     @rule(seed=st.integers(0, 2**32), count=st.integers(1, 12), fill=st.integers(1, 255))
     def write_many(self, seed: int, count: int, fill: int) -> None:
@@ -427,7 +439,7 @@ class Tracker(RuleBasedStateMachine):
 
 
 Tracker.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=80, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestTracker = pytest.mark.timeout(400)(Tracker.TestCase)
 """A failure takes minutes to be made small, and is worth them."""

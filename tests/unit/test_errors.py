@@ -1,0 +1,96 @@
+"""Errors: the class says what the caller does next, the message is one sentence that says it too."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from lmdbitmap import errors
+from lmdbitmap.errors import (
+    AlreadyExists,
+    Busy,
+    FormatError,
+    InvalidArgument,
+    LmdbitmapError,
+    NotFound,
+    StorageError,
+    Untrusted,
+    error_from_os,
+    os_errors_at,
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "base"),
+    [
+        (InvalidArgument, ValueError),
+        (NotFound, LookupError),
+        (AlreadyExists, Exception),
+        (Untrusted, Exception),
+        (Busy, Exception),
+    ],
+)
+def test_message_is_the_problem_and_the_next_step(kind: type[LmdbitmapError], base: type[Exception]) -> None:
+    error = kind("it is broken", next_step="mend it")
+    assert str(error) == "it is broken; mend it"
+    assert (error.problem, error.next_step) == ("it is broken", "mend it")
+    assert isinstance(error, LmdbitmapError)
+    assert isinstance(error, base)
+
+
+def test_format_error_names_place_expectation_and_finding() -> None:
+    error = FormatError("x.dbm", expected="a magic", found=b"\0", next_step="look")
+    assert str(error) == "x.dbm: expected a magic, found b'\\x00'; look"
+    assert (error.place, error.expected, error.found) == ("x.dbm", "a magic", b"\0")
+
+
+def test_storage_error_carries_the_systems_number_and_words() -> None:
+    error = StorageError("/x", OSError(errno.ENOSPC, "whatever"), next_step="free some")
+    assert (error.errno, str(error)) == (errno.ENOSPC, f"/x: {os.strerror(errno.ENOSPC)}; free some")
+    assert isinstance(error, OSError)
+    assert "made up" in str(StorageError("/x", OSError("made up"), next_step="think"))
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (errno.ENOENT, NotFound),
+        (errno.ENOTDIR, NotFound),
+        (errno.EBUSY, Busy),
+        (errno.EAGAIN, Busy),
+        (errno.ENOSPC, StorageError),
+        (errno.EIO, StorageError),
+        (errno.EROFS, StorageError),
+        (errno.EXDEV, StorageError),
+        (None, StorageError),
+    ],
+)
+def test_refusal_of_the_system_is_told_by_what_to_do_next(
+    code: int | None, kind: type[LmdbitmapError]
+) -> None:
+    cause = OSError("no number") if code is None else OSError(code, "x")
+    error = error_from_os("/place", cause)
+    assert type(error) is kind
+    assert "/place" in error.problem
+    assert error.next_step
+    with pytest.raises(kind) as raised, os_errors_at("/place"):
+        raise cause
+    assert raised.value.__cause__ is cause
+
+
+def test_errors_that_are_ours_and_those_that_are_nobodys_pass() -> None:
+    ours = StorageError("/inner", OSError(errno.EIO, "x"), next_step="look")
+    with pytest.raises(StorageError) as raised, os_errors_at("/outer"):
+        raise ours
+    assert raised.value is ours
+    with pytest.raises(ZeroDivisionError), os_errors_at("/outer"):
+        raise ZeroDivisionError
+
+
+def test_every_class_is_in_the_table_of_the_module() -> None:
+    kinds = [name for name, value in vars(errors).items() if isinstance(value, type)]
+    ours = [name for name in kinds if issubclass(getattr(errors, name), LmdbitmapError)]
+    assert len(ours) == 8
+    assert all(f"`{name}`" in str(errors.__doc__) for name in ours if name != "LmdbitmapError")
