@@ -139,13 +139,15 @@ class FilterLane:
         """
         self.busy = True
         try:
-            end = offset + len(data)
-            first = offset >> self._shift
-            if end <= self.size and self.settled[first]:
-                stop = ((end - 1) >> self._shift) + 1
-                known = stop - first < 2 or self.settled.find(0, first, stop) < 0
-                if known and self._pwrite(self._fd, data, offset) == end - offset:
-                    return
+            end, shift = offset + len(data), self._shift
+            first = offset >> shift
+            if (
+                end <= self.size
+                and self.settled[first]
+                and ((end - 1) >> shift == first or self.settled.find(0, first, ((end - 1) >> shift) + 1) < 0)
+                and self._pwrite(self._fd, data, offset) == end - offset
+            ):
+                return
         except _OFF_THE_DISK_OR_REFUSED:
             pass  # the slow way says why
         finally:
