@@ -15,9 +15,9 @@ What holds all the time:
 - A batch does writes before reads: both were in flight together, so either order is right, and a read behind
   an overlapping write sees it. FLUSH and FUA are answered after a flush that came after the batch's writes.
   Any other command first settles what came before it.
-- Memory is bounded by constants. A WRITE longer than `_STREAM_FROM` is done in pieces while its data arrives,
-  which is also faster than awaiting it; pieces end on multiples of `_PIECE`, so that no page or block is
-  written in two halves.
+- Memory is bounded by constants. A WRITE longer than `_STREAM_FROM` is done in pieces as its data arrives: what
+  is there is written while the client sends the rest. Pieces end on multiples of `_PIECE`, so that no page and
+  hardly a block is written in two halves.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 _BATCH: Final = 512 << 10
 """Bytes received before they are served: little enough to stay in a core's cache until they are written."""
 _STREAM_FROM: Final = 128 << 10
-_PIECE: Final = 256 << 10
+_PIECE: Final = 64 << 10
 
 _HEADER: Final = struct.Struct(">Q8sQI")
 """`nbd.REQUEST` with magic, flags and type as one word, and the cookie as the bytes that go back."""
@@ -79,7 +79,7 @@ class Connection:
         self._structured = structured
         self._contexts = contexts
         self._replies = Replies(sock, self._lane, disk.fd, structured=structured)
-        self._buffer = bytearray(_BATCH + _PIECE)
+        self._buffer = bytearray(_BATCH)
         self._view = memoryview(self._buffer)
         self._buffer[: len(received)] = received
         self._start, self._end = 0, len(received)
@@ -163,12 +163,14 @@ class Connection:
         error = self._refusal(request)
         offset, left, start = request.offset, request.length, self._start + _HEADER_SIZE
         while left:
-            piece = min(left, _PIECE - offset % _PIECE)
-            self._receive_up_to(start + piece)
-            error = error or self._write_piece(offset, self._view[start : start + piece])
-            offset, left, start = offset + piece, left - piece, start + piece
-            if start == self._end:
-                start = self._end = 0
+            at_hand = self._end - start
+            ready = left if at_hand == left else at_hand - (offset + at_hand) % _PIECE
+            if ready > 0:
+                error = error or self._write_piece(offset, self._view[start : start + ready])
+                offset, left, start = offset + ready, left - ready, start + ready
+            else:
+                self._receive_of_write(start, left)
+                start = 0
         self._start = self._end = 0
         if request.flags & nbd.NBD_CMD_FLAG_FUA:
             error = error or self._flush()
@@ -176,13 +178,16 @@ class Connection:
         self._replies.add(nbd.simple_reply(request.cookie, error))
         self._replies.send()
 
-    def _receive_up_to(self, end: int) -> None:
-        while self._end < end:
-            count = self._inlet.receive(self._view[self._end : end])
-            if count == 0:
-                raise ConnectionResetError(errno.ECONNRESET, "the client left in the middle of a WRITE")
-            self._end += count
-            self.bytes_received += count
+    def _receive_of_write(self, start: int, left: int) -> None:
+        """Move what is at hand from `start` to the front, and put more of the `left` bytes behind it."""
+        at_hand = self._end - start
+        if start:
+            self._view[:at_hand] = self._view[start : self._end]
+        count = self._inlet.receive(self._view[at_hand : min(left, _BATCH)])
+        if count == 0:
+            raise ConnectionResetError(errno.ECONNRESET, "the client left in the middle of a WRITE")
+        self._end = at_hand + count
+        self.bytes_received += count
 
     def _write_piece(self, offset: int, data: memoryview) -> int:
         return self._write_many([(offset, data)]).get(0, 0)

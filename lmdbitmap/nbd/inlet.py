@@ -1,22 +1,20 @@
 """Receiving from a client that is in full swing, without falling asleep between its requests.
 
 A thread that sleeps in `recv` runs again tens of microseconds after the bytes are there: several times what a
-small request takes, and in a virtual machine with an idle processor more than all the rest of it. So as long
-as the client's bytes keep coming the thread looks again for a moment before it sleeps, and offers the
-processor to whoever wants it at every look. A client that lets more than a moment pass counts as idle: then
-the thread sleeps at once, and an idle connection costs nothing.
+small request takes, and in a virtual machine with an idle processor more than all the rest of it. So before
+it sleeps the thread looks for a moment whether the bytes are coming. Where looking does not pay, because the
+client is idle or wants this very processor, it soon leaves off: after every look in vain twice as many waits
+are slept through before the next one, up to `_MOST_NAPS`.
 """
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from typing import Final
 
 _LOOK_S: Final = 50e-6
-_LIVELY_S: Final = 500e-6
-"""A sleep shorter than this was not worth it: the client is in full swing again."""
+_MOST_NAPS: Final = 64
 
 
 class Inlet:
@@ -24,26 +22,29 @@ class Inlet:
 
     def __init__(self, sock: socket.socket) -> None:
         self._recv_into = sock.recv_into
-        self._lively = False
+        self._naps_left = 0
+        self._next_naps = 1
 
     def receive(self, buffer: memoryview) -> int:
         """Wait for bytes and put them into `buffer`; their number, 0 when the client is gone."""
-        if self._lively:
-            count = self._look(buffer)
-            if count >= 0:
-                return count
-        asleep = time.perf_counter()
-        count = self._recv_into(buffer)
-        self._lively = time.perf_counter() - asleep < _LIVELY_S
-        return count
+        if self._naps_left:
+            self._naps_left -= 1
+            return self._recv_into(buffer)
+        count = self._look(buffer)
+        if count >= 0:
+            self._next_naps = 1
+            return count
+        self._naps_left = self._next_naps
+        self._next_naps = min(2 * self._next_naps, _MOST_NAPS)
+        return self._recv_into(buffer)
 
     def _look(self, buffer: memoryview) -> int:
         """As `receive`, but -1 when nothing came in a moment."""
-        recv_into, give_way, now = self._recv_into, os.sched_yield, time.perf_counter
+        recv_into, now = self._recv_into, time.perf_counter
         stop = now() + _LOOK_S
         while now() < stop:
             try:
                 return recv_into(buffer, 0, socket.MSG_DONTWAIT)
             except BlockingIOError:
-                give_way()
+                pass
         return -1
