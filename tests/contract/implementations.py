@@ -15,7 +15,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -24,6 +24,7 @@ from lmdbitmap.device import FileDevice, MemoryDevice
 from lmdbitmap.files import filesystem_kind
 from lmdbitmap.interfaces import BlockDevice
 from tests.support import make_raw_image, run
+from tests.tracked import TrackedDisk
 
 Opener: TypeAlias = Callable[[Path, int, bool], AbstractContextManager[BlockDevice]]
 
@@ -35,6 +36,7 @@ class Implementation:
     sector_bytes: int = 1
     """Sizes are multiples of it; offsets and lengths of requests never have to be."""
     is_resizable: bool = True
+    can_be_read_only: bool = True
 
 
 def implementations() -> list[Implementation]:
@@ -42,6 +44,7 @@ def implementations() -> list[Implementation]:
         Implementation("memory", memory),
         Implementation("file", file),
         Implementation("file called a block device", file_called_block_device, 512, is_resizable=False),
+        Implementation("filter", attached_filter, can_be_read_only=False),
     ]
     if os.path.isdir("/dev/shm") and filesystem_kind("/dev/shm") == "tmpfs":
         found.append(Implementation("file on tmpfs", file_on_tmpfs))
@@ -78,6 +81,13 @@ def file_called_block_device(folder: Path, size: int, read_only: bool) -> Iterat
     fd = os.open(path, os.O_RDONLY if read_only else os.O_RDWR)
     with FileDevice(str(path), fd, read_only=read_only, is_block_device=True, sector_bytes=512) as device:
         yield device
+
+
+@contextmanager
+def attached_filter(folder: Path, size: int, read_only: bool) -> Iterator[BlockDevice]:
+    """A tracked disk: what is written through it must read and fail as it does on the image itself."""
+    with closing(TrackedDisk(folder, size, granularity_bits=9).clean()) as tracked, tracked.attach() as disk:
+        yield disk
 
 
 @contextmanager
