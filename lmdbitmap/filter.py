@@ -416,7 +416,9 @@ class Filter:
         self.device.flush()
         self.beat()
         if self._voucher.lost is None:
-            disk = dataclasses.replace(self.disk, session=None, identity=self.device.identity())
+            disk = dataclasses.replace(
+                self.disk, session=None, identity=session.identity_to_keep(self.device)
+            )
 
             def commit(writer: Writer) -> None:
                 self._period.put_exact(writer)

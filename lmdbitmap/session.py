@@ -18,12 +18,17 @@ from lmdbitmap import chain, continuity, owner, schema
 from lmdbitmap.continuity import Moment, Verdict
 from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import Busy, InvalidArgument, NotFound, Untrusted
-from lmdbitmap.interfaces import TrackableDevice
+from lmdbitmap.interfaces import ImageIdentity, TrackableDevice
 from lmdbitmap.owner import Owner
 from lmdbitmap.schema import Disk
 from lmdbitmap.store import Reader, Store, Writer
 
 OpenDevice = Callable[[str], TrackableDevice]
+_CLOCK_REALTIME_COARSE = 5
+"""Linux has it; Python has no name for it."""
+_SECOND_NS = 1_000_000_000
+_LONGEST_STEP_NS = 2 * _SECOND_NS
+_STEP_POLL_S = 0.001
 _OWNER_DIED = "its owner died: whatever was being written then counts as dirty"
 
 
@@ -85,7 +90,7 @@ def reconcile(store: Store, held: Held) -> Disk:
 
 
 def _resume(store: Store, held: Held, *, session: UUID | None) -> Disk:
-    identity, distrust = held.device.identity(), held.lock.distrust()
+    identity, distrust = identity_to_keep(held.device), held.lock.distrust()
     verdict = Verdict(broken=distrust.reason) if distrust else _judge(held)
 
     def commit(writer: Writer) -> Disk:
@@ -106,6 +111,19 @@ def _resume(store: Store, held: Held, *, session: UUID | None) -> Disk:
     return disk
 
 
+def identity_to_keep(device: TrackableDevice) -> ImageIdentity:
+    """The image's identity, once the clock that files' times are taken from shows a later time than its mtime.
+
+    That clock stands still for milliseconds, or for two seconds on some file systems: a stranger's write in
+    the moment of our last one would leave the same mtime. Nobody may write through us meanwhile.
+    """
+    identity = device.identity()
+    step_ns = _LONGEST_STEP_NS if identity.mtime_ns % _SECOND_NS == 0 else 1
+    while 0 <= time.clock_gettime_ns(_CLOCK_REALTIME_COARSE) - identity.mtime_ns < step_ns:
+        time.sleep(_STEP_POLL_S)
+    return identity
+
+
 def _judge(held: Held) -> Verdict:
     moment = Moment(owner.boot_id(), owner.boot_time_ns())
     return continuity.judge(held.disk, held.device.identity(), held.lock.last_beat(), moment)
@@ -118,7 +136,7 @@ def adopt(store: Store, name: str, *, open_device: OpenDevice = FileDevice.open)
     """
     with owning(store, name, open_device) as held:
         _require_bits(held)
-        identity = held.device.identity()
+        identity = identity_to_keep(held.device)
         return store.update(lambda writer: _adopt(writer, held.disk, identity.size, identity=identity))
 
 

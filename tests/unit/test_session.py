@@ -1,0 +1,153 @@
+"""Owning a disk for a moment: adding, vouching, reconciling, removing, and what the image's clock may hide."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from lmdbitmap import owner, schema, session
+from lmdbitmap.device import FileDevice
+from lmdbitmap.errors import AlreadyExists, Busy, NotFound
+from lmdbitmap.extents import Trust
+from lmdbitmap.interfaces import ImageIdentity
+from tests.tracked import NAME, TrackedDisk, blocks_of, trust_of
+
+BLOCK = 4096
+SIZE = 100 * BLOCK
+SECOND_NS = 1_000_000_000
+
+
+@pytest.fixture
+def tracked(tmp_path: Path) -> Iterator[TrackedDisk]:
+    with closing(TrackedDisk(tmp_path, SIZE).clean()) as tracked:
+        yield tracked
+
+
+# --- the image's clock ---
+
+
+class CoarseDevice(FileDevice):
+    """An image on a file system whose times move in steps of `step_ns`, as its kernel's clock stands now."""
+
+    step_ns = 1
+
+    def identity(self) -> ImageIdentity:
+        now_ns = time.clock_gettime_ns(5)
+        return super().identity()._replace(mtime_ns=now_ns - now_ns % self.step_ns)
+
+
+@pytest.mark.parametrize("step_ns", [1, 2 * SECOND_NS])
+def test_identity_is_kept_when_no_later_write_can_leave_the_same(
+    tracked: TrackedDisk, monkeypatch: pytest.MonkeyPatch, step_ns: int
+) -> None:
+    monkeypatch.setattr(CoarseDevice, "step_ns", step_ns)
+    with closing(CoarseDevice.open(tracked.image)) as device:
+        kept = session.identity_to_keep(device)
+        assert device.identity().mtime_ns > kept.mtime_ns
+
+
+@pytest.mark.parametrize("mtime_ns", [0, 12345, 10 * SECOND_NS, 2**62])
+def test_old_and_future_times_are_not_waited_for(tracked: TrackedDisk, mtime_ns: int) -> None:
+    os.utime(tracked.image, ns=(mtime_ns, mtime_ns))
+    with closing(FileDevice.open(tracked.image)) as device:
+        assert session.identity_to_keep(device).mtime_ns == mtime_ns
+
+
+def test_write_right_after_a_detach_is_noticed(tracked: TrackedDisk) -> None:
+    noticed = 0
+    for number in range(20):
+        disk = tracked.attach()
+        since = f"c{number}"
+        disk.checkpoint(since)
+        disk.pwrite(b"ours", number * BLOCK)
+        with tracked.image.open("r+b", buffering=0) as image:
+            disk.detach()
+            image.write(b"stranger's")
+        assert trust_of(tracked.changes(since)) is Trust.UNTRUSTED
+        noticed += 1
+    assert noticed == 20
+
+
+# --- adding and removing ---
+
+
+def test_added_disk_has_an_owners_file_and_is_trusted(tmp_path: Path) -> None:
+    with closing(TrackedDisk(tmp_path, SIZE)) as tracked:
+        path = tracked.store.owner_path(tracked.disk().uuid)
+        assert owner.distrust(path) is None
+        assert not owner.is_owned(path)
+        assert tracked.disk().image == os.path.realpath(tracked.image)
+
+
+def test_image_that_somebody_writes_cannot_be_added(tmp_path: Path, tracked: TrackedDisk) -> None:
+    image = tmp_path / "busy.raw"
+    image.write_bytes(bytes(SIZE))
+    with closing(FileDevice.open(image)), pytest.raises(Busy):
+        session.add(tracked.store, "sdb", str(image), granularity_bits=12)
+    with pytest.raises(NotFound):
+        session.add(tracked.store, "sdb", str(tmp_path / "none"), granularity_bits=12)
+    with pytest.raises(AlreadyExists):
+        session.add(tracked.store, NAME, str(image), granularity_bits=12)
+    session.add(tracked.store, "sdb", str(image), granularity_bits=12)
+
+
+def test_same_image_by_another_name_is_the_same_image(tmp_path: Path, tracked: TrackedDisk) -> None:
+    (tmp_path / "link").symlink_to(tracked.image)
+    with pytest.raises(AlreadyExists):
+        session.add(tracked.store, "sdb", str(tmp_path / "link"), granularity_bits=12)
+
+
+def test_removed_disk_is_gone_without_its_image(tracked: TrackedDisk) -> None:
+    path = tracked.store.owner_path(tracked.disk().uuid)
+    tracked.image.unlink()
+    session.remove(tracked.store, NAME)
+    assert not os.path.exists(path)
+    with pytest.raises(NotFound):
+        session.remove(tracked.store, NAME)
+
+
+def test_lost_owners_file_is_distrust_until_the_next_owner(tracked: TrackedDisk) -> None:
+    os.unlink(tracked.store.owner_path(tracked.disk().uuid))
+    assert trust_of(tracked.changes("start")) is Trust.UNTRUSTED
+    tracked.attach().detach()
+    assert tracked.disk().epoch_number == 2
+    assert "missing" in tracked.disk().epoch_reason
+    assert trust_of(tracked.changes("epoch-2")) is not Trust.UNTRUSTED
+
+
+# --- reconciling ---
+
+
+@pytest.mark.parametrize("durability", schema.DURABILITIES)
+@pytest.mark.parametrize("before", ["detached", "dead", "a stranger"])
+def test_reconciled_disk_is_as_after_an_attach_and_has_no_session(
+    tmp_path: Path, durability: str, before: str
+) -> None:
+    with closing(TrackedDisk(tmp_path, SIZE, durability=durability).clean()) as tracked:
+        disk = tracked.attach()
+        disk.pwrite(b"x", 0)
+        disk.abandon() if before == "dead" else disk.detach()
+        if before == "a stranger":
+            tracked.write_behind_our_back(b"x", BLOCK)
+        with session.owning(tracked.store, NAME) as held:
+            reconciled = session.reconcile(tracked.store, held)
+        lost = before == "a stranger" or (before == "dead" and durability == schema.DEFERRED)
+        assert reconciled.session is None
+        assert reconciled.epoch_number == (2 if lost else 1)
+        assert 0 in blocks_of(tracked.changes())
+        if not lost:
+            assert trust_of(tracked.changes("start")) is (Trust.SUPERSET if before == "dead" else Trust.EXACT)
+
+
+def test_disk_can_be_owned_again_after_a_failure_inside(tracked: TrackedDisk) -> None:
+    with pytest.raises(ZeroDivisionError), session.owning(tracked.store, NAME):
+        raise ZeroDivisionError
+    with tracked.attach(), pytest.raises(Busy), session.owning(tracked.store, NAME):
+        pass
+    with pytest.raises(NotFound), session.owning(tracked.store, "sdz"):
+        pass
