@@ -167,6 +167,8 @@ class Filter:
 
         Writers wait only if it is the newest one, into which they record.
         """
+        if self._detached:
+            raise _detached_error(self.disk)
         if not self.store.update(lambda writer: self._forget_unless_newest(writer, name)):
             self._between_periods(lambda writer, disk: _forget(writer, disk, name))
 

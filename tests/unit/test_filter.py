@@ -316,6 +316,7 @@ def test_detached_disk_refuses_everything_and_writes_nothing(tracked: TrackedDis
             lambda: late.mark(0, 1),
             lambda: late.checkpoint("late"),
             lambda: late.forget("start"),
+            lambda: late.forget("epoch-1"),
             lambda: late.resize(BLOCK),
             lambda: late.start_epoch("late"),
             late.persist,
