@@ -347,9 +347,8 @@ def test_a_slow_caller_is_dropped(tmp_path: Path) -> None:
 def test_a_caller_that_trickles_is_dropped_too(tmp_path: Path) -> None:
     """Long before its line is too long."""
     house = House(tmp_path, patience_s=0.05)
-    with house.stack, connected(house.path()) as slow:
-        with pytest.raises((BrokenPipeError, ConnectionResetError)):
-            trickle(slow)
+    with house.stack, connected(house.path()) as slow, pytest.raises((BrokenPipeError, ConnectionResetError)):
+        trickle(slow)
 
 
 def trickle(sock: socket.socket) -> None:
