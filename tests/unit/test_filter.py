@@ -296,6 +296,28 @@ def test_refused_resize_leaves_every_bit_where_it_was(tracked: TrackedDisk, size
     assert tracked.disk().resizing_from is None
 
 
+@pytest.mark.parametrize("change", ["resize", "forget", "checkpoint"])
+def test_pass_that_comes_too_late_writes_over_nothing(
+    tracked: TrackedDisk, disk: Filter, change: str
+) -> None:
+    """It looked up the period, and then the chain changed: the period after may record into the same bitmap."""
+    disk.checkpoint("monday")
+    disk.pwrite(b"x", 0)
+    late = disk._period
+    changes: dict[str, Callable[[], object]] = {
+        "resize": lambda: disk.resize(SIZE - BLOCK),
+        "forget": lambda: disk.forget("monday"),
+        "checkpoint": lambda: disk.checkpoint("tuesday"),
+    }
+    changes[change]()
+    disk.pwrite(b"x", 9 * BLOCK)
+    for _ in range(2):
+        late.disarm_quiet(100)
+    late.persist()
+    assert 9 in tracked.stored_dirt()
+    assert dirty(disk) == {0, 9}
+
+
 # --- the end ---
 
 
