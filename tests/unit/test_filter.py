@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +17,8 @@ from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, NotFound, StorageError, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter, take_checkpoint
-from tests.support import make_raw_image
+from lmdbitmap.store import Writer
+from tests.support import PATIENCE_SECONDS, make_raw_image
 from tests.tracked import NAME, TrackedDisk, blocks_of, trust_of
 
 BLOCK = 4096
@@ -296,6 +298,41 @@ def test_refused_resize_leaves_every_bit_where_it_was(tracked: TrackedDisk, size
     assert tracked.disk().resizing_from is None
 
 
+@pytest.mark.parametrize("change", ["resize", "forget", "checkpoint", "detach"])
+def test_chain_does_not_change_while_bits_are_being_written(tmp_path: Path, change: str) -> None:
+    """In deferred mode the records on their way lack what was written since: they must not land last."""
+    with closing(TrackedDisk(tmp_path, SIZE, durability=schema.DEFERRED).clean()) as tracked:
+        disk = tracked.attach()
+        disk.checkpoint("monday")
+        disk.pwrite(b"x", BLOCK)
+        update, overtaken = tracked.store.update, threading.Event()
+        changes: dict[str, Callable[[], object]] = {
+            "resize": lambda: disk.resize(150 * BLOCK),
+            "forget": lambda: disk.forget("monday"),
+            "checkpoint": lambda: disk.checkpoint("tuesday"),
+            "detach": disk.detach,
+        }
+
+        def write_and_change() -> None:
+            disk.pwrite(b"x", 2 * BLOCK)
+            changes[change]()
+            overtaken.set()
+
+        other = threading.Thread(target=write_and_change)
+
+        def let_another_try(of_persist: Callable[[Writer], Any]) -> Any:
+            tracked.store.update = update  # type: ignore[method-assign]
+            other.start()
+            overtaken.wait(0.2)
+            return update(of_persist)
+
+        tracked.store.update = let_another_try  # type: ignore[method-assign, assignment]
+        disk.persist()
+        other.join(PATIENCE_SECONDS)
+        disk.detach()
+        assert blocks_of(tracked.changes("start")) == {1, 2}
+
+
 @pytest.mark.parametrize("change", ["resize", "forget", "checkpoint"])
 def test_pass_that_comes_too_late_writes_over_nothing(
     tracked: TrackedDisk, disk: Filter, change: str
@@ -305,7 +342,7 @@ def test_pass_that_comes_too_late_writes_over_nothing(
     disk.pwrite(b"x", 0)
     late = disk._period
     changes: dict[str, Callable[[], object]] = {
-        "resize": lambda: disk.resize(SIZE - BLOCK),
+        "resize": lambda: disk.resize(150 * BLOCK),
         "forget": lambda: disk.forget("monday"),
         "checkpoint": lambda: disk.checkpoint("tuesday"),
     }

@@ -372,6 +372,35 @@ def test_dirt_that_comes_while_a_pass_commits_is_not_lost(notebook: Notebook) ->
     assert notebook.dirty() == {70, 200, 201, 202}
 
 
+@pytest.mark.parametrize("work", ["pass", "persist", "write"])
+def test_commits_come_one_after_another_in_the_order_in_which_they_read(
+    notebook: Notebook, work: str
+) -> None:
+    """A record that was read before another thread's commit, and written after it, would take its dirt away."""
+    period = notebook.period()
+    period.make_durable([(70, 71)])
+    period.disarm_quiet(0)
+    overtaken = threading.Event()
+    other = threading.Thread(target=period.make_durable, args=([(640, 641)],))
+
+    def let_another_try(number: int) -> None:
+        notebook.before_commit = lambda number: overtaken.set()
+        other.start()
+        if overtaken.wait(0.2):
+            other.join(PATIENCE_SECONDS)
+
+    notebook.before_commit = let_another_try
+    works: dict[str, Callable[[], object]] = {
+        "pass": lambda: period.disarm_quiet(10),
+        "persist": period.persist,
+        "write": lambda: period.make_durable([(1280, 1281)]),
+    }
+    works[work]()
+    other.join(PATIENCE_SECONDS)
+    assert overtaken.is_set()
+    assert {70, 640} <= notebook.dirty()
+
+
 # --- persist, and the end of a period ---
 
 
