@@ -238,16 +238,18 @@ def _run(blocks: range) -> bits.Run:
 
 
 def resize(writer: Writer, disk: Disk, size: int) -> Disk:
-    """Give the disk another size: what is new is dirty; what is gone leaves every bitmap, for good."""
+    """Give the disk another size: what is new is dirty, what is gone leaves every bitmap, for good.
+
+    New blocks are dirty in the closed periods of the epoch too: these may have lost bits there to an earlier cut.
+    """
     resized = dataclasses.replace(disk, size=size)
-    geometry = resized.geometry
     for checkpoint in writer.checkpoints(disk.uuid):
         if size < disk.size:
-            _truncate(writer, checkpoint.bitmap_id, geometry)
-        writer.put_bitmap(dataclasses.replace(writer.bitmap(checkpoint.bitmap_id), size=size))
-    if size > disk.size:
-        current = writer.bitmap(current_checkpoint(writer, disk).bitmap_id)
-        mark_outward(writer, current, disk.size, size - disk.size)
+            _truncate(writer, checkpoint.bitmap_id, resized.geometry)
+        bitmap = dataclasses.replace(writer.bitmap(checkpoint.bitmap_id), size=size)
+        writer.put_bitmap(bitmap)
+        if size > disk.size and checkpoint.epoch == disk.epoch:
+            mark_outward(writer, bitmap, disk.size, size - disk.size)
     writer.put_disk(resized)
     return resized
 

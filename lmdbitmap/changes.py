@@ -76,11 +76,14 @@ class Changes:
 
     @property
     def all_dirty(self) -> bool:
-        """Whether every block counts as dirty, whatever the records say."""
+        """Whether every block counts as dirty, whatever the records say: as when another epoch has begun."""
         if self.standing.trust is Trust.UNTRUSTED:
             return True
         with self.store.read() as reader:
-            return any(reader.bitmap(number).all_dirty for number in self._bitmap_ids(reader))
+            members = self._members(reader)
+            return any(member.epoch != self.since.epoch for member in members) or any(
+                reader.bitmap(member.bitmap_id).all_dirty for member in members
+            )
 
     def slices(self) -> Iterator[Slice]:
         """The parts of the bitmap in which something is dirty, ascending; bits past the end are clear."""
@@ -112,9 +115,19 @@ class Changes:
         return part._replace(loose=any(loose))
 
     def _bitmap_ids(self, reader: Reader) -> list[int]:
-        """The bitmaps of the periods asked for, as the chain is now."""
-        members = reader.checkpoints(self.disk.uuid)
-        by_uuid = {checkpoint.uuid: position for position, checkpoint in enumerate(members)}
+        """The bitmaps of the periods asked for, as the chain is now. None may be of a later epoch."""
+        members = self._members(reader)
+        if any(member.epoch != self.since.epoch for member in members):
+            raise Untrusted(
+                f"tracking of disk {self.disk.name!r} began again while its changes were read",
+                next_step="make a full backup",
+            )
+        return [member.bitmap_id for member in members]
+
+    def _members(self, reader: Reader) -> list[Checkpoint]:
+        """The checkpoints with which the periods asked for begin."""
+        chain_now = reader.checkpoints(self.disk.uuid)
+        by_uuid = {checkpoint.uuid: position for position, checkpoint in enumerate(chain_now)}
         stop = None if self.until is None else by_uuid.get(self.until.uuid)
         start = by_uuid.get(self.since.uuid)
         if start is None or (self.until is not None and stop is None):
@@ -122,7 +135,7 @@ class Changes:
                 f"a checkpoint of disk {self.disk.name!r} was forgotten while its changes were read",
                 next_step="ask again, from a checkpoint that is still there",
             )
-        return [checkpoint.bitmap_id for checkpoint in members[start:stop]]
+        return chain_now[start:stop]
 
     def runs(self) -> Iterator[Run]:
         """The dirty blocks as runs, ascending and merged, in constant memory."""
@@ -192,6 +205,15 @@ def changes(
     Raises `NotFound` for a disk or checkpoint that is not there, `InvalidArgument` if `until` is not after
     `since`, `Untrusted` for a checkpoint of an older epoch.
     """
+    while True:
+        answer = _ask(store, name, since, until, persisted)
+        with store.read() as reader:
+            now = chain.find_disk(reader, name)
+        if (now.epoch, now.session) == (answer.disk.epoch, answer.disk.session):
+            return answer  # else somebody attached or detached while we judged
+
+
+def _ask(store: Store, name: str, since: str | None, until: str | None, persisted: bool) -> Changes:
     with store.read() as reader:
         disk = chain.find_disk(reader, name)
         first = (

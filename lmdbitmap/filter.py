@@ -206,15 +206,21 @@ class Filter:
         Durable on return. A death in between leaves either size, and the bitmap right for it.
         """
         with self._frozen():
-            before = self.disk.size
             self._change_chain(lambda writer, disk: _begin_resize(disk, size))
             try:
                 self.device.resize(size)
-            except BaseException:
-                self._change_chain(lambda writer, disk: _end_resize(writer, disk, before))
-                raise
-            self.device.flush()
-            self._change_chain(lambda writer, disk: _end_resize(writer, disk, size))
+                self.device.flush()
+            finally:
+                self._take_size_of_image()
+
+    def _take_size_of_image(self) -> None:
+        """However a resize went, the image says how large it is. A size that cannot be recorded loses track:
+        a write past the new end would bring back zeroes that no bit names."""
+        try:
+            self._change_chain(lambda writer, disk: _end_resize(writer, disk, self.device.size))
+        except LmdbitmapError as error:
+            self._voucher.lose_track(f"a resize could not be recorded: {error.problem}")
+            raise
 
     def start_epoch(self, reason: str) -> None:
         """Begin anew, everything dirty: what was known cannot be believed. Durable on return."""
@@ -448,11 +454,11 @@ def take_checkpoint(filters: Sequence[Filter], name: str) -> list[Checkpoint]:
     _require_each_once(filters)
     store = filters[0].store
     assert all(other.store.uuid == store.uuid for other in filters)
-    for attached in filters:
-        attached.regain_trust()
     with contextlib.ExitStack() as frozen:
         for attached in sorted(filters, key=lambda other: other.disk.uuid):
             frozen.enter_context(attached._frozen())
+        for attached in filters:
+            attached._begin_again()  # a write that was drained just now may have lost track
         time_ns = time.time_ns()
         with _together(filters):
             taken = store.update(

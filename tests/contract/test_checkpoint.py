@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from lmdbitmap import chain, session
 from lmdbitmap.device import FileDevice
-from lmdbitmap.errors import StorageError
+from lmdbitmap.errors import StorageError, Untrusted
 from lmdbitmap.filter import Filter, take_checkpoint
 from lmdbitmap.store import Store
 from tests.support import make_raw_image
@@ -77,3 +79,47 @@ def test_an_image_that_cannot_be_flushed_has_no_checkpoint_nor_have_the_others(
         assert list(sound.changes(since="monday").runs()) == [(0, 2)]
         with store.read() as reader:
             assert chain.current_checkpoint(reader, sound.disk).name == "monday"
+
+
+def test_a_write_that_loses_track_while_a_checkpoint_waits_for_it_is_not_called_clean(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The write's commit fails after the checkpoint has begun to drain: the period must not close over it."""
+    commit_begins, draining = threading.Event(), threading.Event()
+    real_update = store.update
+
+    def fail_once(_: object) -> None:
+        commit_begins.set()
+        assert draining.wait(10)
+        monkeypatch.setattr(store, "update", real_update)
+        raise StorageError("store", OSError(errno.EIO, "for a moment"), next_step="wait")
+
+    with attach(store, tmp_path, "sda") as disk:
+        disk.checkpoint("monday")
+        lane = disk.lane()
+        real_drain = disk._gate.drained
+
+        def drained() -> AbstractContextManager[None]:
+            draining.set()
+            return real_drain()
+
+        monkeypatch.setattr(disk._gate, "drained", drained)
+        monkeypatch.setattr(store, "update", fail_once)
+        writer = threading.Thread(target=lane.pwrite, args=(b"x" * 4096, 40960))
+        writer.start()
+        assert commit_begins.wait(10)
+        disk.checkpoint("tuesday")
+        writer.join()
+        with pytest.raises(Untrusted, match="tracking failed"):
+            disk.changes(since="monday", until="tuesday")
+        assert disk.disk.epoch_number == 2
+
+
+def test_an_answer_that_is_read_in_another_epoch_is_all_dirty(store: Store, tmp_path: Path) -> None:
+    with attach(store, tmp_path, "sda") as disk:
+        disk.checkpoint("monday")
+        answer = disk.changes(since="monday")
+        disk.start_epoch("a person said so")
+        disk.checkpoint("tuesday")
+        disk.forget("epoch-2")
+        assert list(answer.runs()) == [(0, SIZE // 4096)]

@@ -68,10 +68,10 @@ class Model:
     def everything(self) -> set[int]:
         return set(range(self.geometry.block_count))
 
-    def mark(self, offset: int, length: int) -> None:
+    def mark(self, offset: int, length: int, period: Period | None = None) -> None:
         g = self.geometry.granularity
         if length:
-            self.current.dirty.update(range(offset // g, (offset + length - 1) // g + 1))
+            (period or self.current).dirty.update(range(offset // g, (offset + length - 1) // g + 1))
 
     def write(self, offset: int, data: bytes) -> None:
         self.mark(offset, len(data))
@@ -87,7 +87,8 @@ class Model:
                 period.loose &= self.everything
         else:
             self.image.extend(bytes(size - before))
-            self.mark(before, size - before)
+            for period in self.of_this_epoch():  # the closed ones too: they may have lost bits there
+                self.mark(before, size - before, period)
 
     def new_epoch(self) -> None:
         self.epoch += 1
