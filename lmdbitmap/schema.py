@@ -1,7 +1,8 @@
 """What the store's records mean: keys, region records, and the descriptions of disks, checkpoints and bitmaps.
 
 Every integer in a key is big-endian, so that LMDB's order is ours. A description is one msgpack map that
-carries `schema`; a newer schema is refused, an unknown key in a known schema too. A region record is
+carries `schema`, and a CRC-32 behind it; a newer schema is refused, an unknown key in a known schema too. A
+region record is
 
     offset  size
     0       8     armed mask, little-endian: bit e guards blocks 64*e .. 64*e+63 of the region
@@ -44,6 +45,7 @@ POLICIES = (GUEST_FIRST, STRICT)
 
 _REGION = struct.Struct(f"<Q{REGION_BYTES}sI")
 REGION_RECORD_BYTES = _REGION.size
+_CHECKSUM_BYTES = 4
 _BITMAP_KEY = struct.Struct(">Q")
 _REGION_KEY = struct.Struct(">QQ")
 _CHECKPOINT_KEY = struct.Struct(">16sQ")
@@ -173,9 +175,14 @@ D = TypeVar("D", bound=Description)
 
 def encode(description: Description) -> bytes:
     fields = {f.name: _plain(getattr(description, f.name)) for f in dataclasses.fields(description)}
-    packed = msgpack.packb({"schema": SCHEMA_VERSION, **fields})
-    assert decode(type(description), packed, place="new record") == description
-    return bytes(packed)
+    record = seal(msgpack.packb({"schema": SCHEMA_VERSION, **fields}))
+    assert decode(type(description), record, place="new record") == description
+    return record
+
+
+def seal(packed: bytes) -> bytes:
+    """A description's bytes, followed by their CRC-32: one flipped bit must not become another description."""
+    return packed + crc32(packed).to_bytes(_CHECKSUM_BYTES, "little")
 
 
 def decode(kind: type[D], data: bytes, *, place: str) -> D:
@@ -211,8 +218,11 @@ def _check_modes(disk: Disk, place: str) -> None:
 
 
 def _unpack_map(what: str, data: bytes, place: str) -> dict[Any, Any]:
+    packed = data[:-_CHECKSUM_BYTES]
+    if seal(packed) != data:
+        raise _error(what, place, "a record that matches its CRC-32", f"{len(data)} bytes that do not")
     try:
-        fields = msgpack.unpackb(data)
+        fields = msgpack.unpackb(packed)
     except (ValueError, msgpack.exceptions.UnpackException) as error:
         raise _error(what, place, "one msgpack map", f"{len(data)} bytes that are none") from error
     if not isinstance(fields, dict):

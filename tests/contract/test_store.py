@@ -497,17 +497,20 @@ def tamper(path: str, database: str, key: bytes, value: bytes | None) -> None:
 
 
 HEADER = schema.encode(StoreHeader(schema.STORE_MAGIC, UUID(int=1)))
+PACKED = HEADER[:-4]
 
 
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        (HEADER.replace(b"\xa6schema\x01", b"\xa6schema\x02"), "schema 1"),
-        (HEADER.replace(b"lmdbitmap", b"something"), "lmdbitmap store"),
-        (HEADER[:-1], "map"),
-        (b"", "map"),
-        (b"\xff" * 40, "map"),
-        (None, "map"),
+        (schema.seal(PACKED.replace(b"\xa6schema\x01", b"\xa6schema\x02")), "schema 1"),
+        (schema.seal(PACKED.replace(b"lmdbitmap", b"something")), "lmdbitmap store"),
+        (schema.seal(PACKED[:-1]), "map"),
+        (schema.seal(b""), "map"),
+        (HEADER[:-1], "CRC-32"),
+        (b"", "CRC-32"),
+        (b"\xff" * 40, "CRC-32"),
+        (None, "CRC-32"),
     ],
 )
 def test_header_that_is_not_ours_is_refused(path: str, value: bytes | None, said: str) -> None:

@@ -85,7 +85,7 @@ def test_bytes_that_are_no_description_are_named_and_hide_nothing_else(
     garbage, region = check_store(store)
     assert garbage.gravity is Gravity.DAMAGE
     assert f"{database}/{key.hex()}" in garbage.place
-    assert "expected one msgpack map" in garbage.problem
+    assert "CRC-32" in garbage.problem
     assert "make full backups" in garbage.next_step
     assert "region 1" in region.problem
 

@@ -92,7 +92,7 @@ def test_description_comes_back(description: Any) -> None:
 
 @pytest.mark.parametrize("description", DESCRIPTIONS, ids=lambda description: type(description).__name__)
 def test_missing_unknown_and_mistyped_fields_are_refused(description: Any) -> None:
-    fields = msgpack.unpackb(encode(description))
+    fields = msgpack.unpackb(encode(description)[:-4])
     lies: list[dict[Any, Any]] = [{**fields, "more": 1}, {**fields, "schema": 2}, {**fields, "schema": None}]
     for name in fields:
         lies.append({other: value for other, value in fields.items() if other != name})
@@ -101,7 +101,7 @@ def test_missing_unknown_and_mistyped_fields_are_refused(description: Any) -> No
     believed = 0
     for lie in lies:
         with contextlib.suppress(FormatError):
-            decode(type(description), msgpack.packb(lie), place="here")
+            decode(type(description), schema.seal(msgpack.packb(lie)), place="here")
             believed += 1
     assert believed <= len(fields)  # a number may be any number
 
@@ -119,9 +119,9 @@ def test_missing_unknown_and_mistyped_fields_are_refused(description: Any) -> No
     ],
 )
 def test_disk_of_unknown_ways_or_impossible_size_is_refused(field: str, value: object) -> None:
-    fields = {**msgpack.unpackb(encode(DISK)), field: value}
+    fields = {**msgpack.unpackb(encode(DISK)[:-4]), field: value}
     with pytest.raises(FormatError) as refused:
-        decode(Disk, msgpack.packb(fields), place="there")
+        decode(Disk, schema.seal(msgpack.packb(fields)), place="there")
     assert "there" in str(refused.value)
 
 
@@ -166,3 +166,14 @@ def test_impossible_names(name: str) -> None:
 def test_names_that_no_disk_can_have(name: str) -> None:
     with pytest.raises(InvalidArgument):
         schema.check_disk_name(name)
+
+
+@pytest.mark.parametrize("description", [DISK])
+def test_a_flipped_bit_of_a_description_is_refused(description: schema.Disk) -> None:
+    record = encode(description)
+    for position in range(8 * len(record)):
+        damaged = bytearray(record)
+        damaged[position // 8] ^= 1 << position % 8
+        with pytest.raises(FormatError):
+            decode(schema.Disk, bytes(damaged), place="here")
+    assert len(record) > 100
