@@ -25,7 +25,7 @@ def test_damage_is_named_and_ends_in_1(cli: Cli) -> None:
     _spoil(cli)
     code, out, err = cli("check")
     assert (code, err) == (1, "lmdbitmap: the store is damaged; do what the findings say\n")
-    assert out.startswith(f"damage: disk description at disks/{'ff' * 16}: expected one msgpack map, found")
+    assert out.startswith(f"damage: disk description at disks/{'ff' * 16}: expected a record that matches its CRC-32, found")
     assert out.count("\n") == 1
 
 
@@ -59,5 +59,5 @@ def test_notes_are_no_failure(cli: Cli) -> None:
 def test_other_verbs_say_what_they_cannot_read(cli: Cli) -> None:
     cli.add("sda")
     _spoil(cli)
-    assert "expected one msgpack map" in cli.fails(1, "ls")
+    assert "expected a record that matches its CRC-32" in cli.fails(1, "ls")
     assert (cli.folder / "sda.raw").stat().st_size == SIZE
