@@ -25,7 +25,7 @@ def test_damage_is_named_and_ends_in_1(cli: Cli) -> None:
     _spoil(cli)
     code, out, err = cli("check")
     assert (code, err) == (1, "lmdbitmap: the store is damaged; do what the findings say\n")
-    assert out.startswith(f"damage: disk description at disks/{'ff' * 16}: expected a record that matches its CRC-32, found")
+    assert out.startswith(f"damage: disk description at disks/{'ff' * 16}: expected a record")
     assert out.count("\n") == 1
 
 
