@@ -8,7 +8,7 @@ export PYTHON
 export PATH := $(PATH):/usr/sbin:/sbin
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types format bench setup setup-python clean
+.PHONY: help demo test lint types format bench torture setup setup-python clean
 
 help: ## these lines
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -31,6 +31,9 @@ format: setup-python ## let ruff lay out the code
 
 bench: setup ## one table of ratios against peers, and the same as JSON
 	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+torture: setup ## hours of power cuts, kills, races and damage; ARGS="races --scale 0.1" for less
+	@$(BIN)/python -m tests.torture $(ARGS)
 
 setup:
 	@tools/setup.sh

@@ -21,6 +21,7 @@ PROGRAMS="
     nbdkit:nbdkit
     nbdinfo:libnbd-bin
     fio:fio
+    strace:strace
     mkfs.ext4:e2fsprogs
 "
 
