@@ -11,7 +11,8 @@ A file is replaced in seven steps. Death between any two of them leaves the old 
 7. fsync the folder: only now is the new file sure to survive a power cut
 
 A failure in steps 1 to 6 removes the temporary file and leaves the old one. A killed process cannot tidy
-up; what it leaves ends in `.partial`, and `remove_leftovers` knows it from the work of the living.
+up: whoever replaces the same file next does it for the dead. What they leave is called as nothing else is
+(`NAME.<16 hexadecimal digits>.partial`), and a lock tells it from the work of the living.
 """
 
 from __future__ import annotations
@@ -20,17 +21,20 @@ import errno
 import fcntl
 import io
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
 from lmdbitmap import linux
-from lmdbitmap.errors import FormatError, InvalidArgument, os_errors_at
+from lmdbitmap.errors import FormatError, InvalidArgument, LmdbitmapError, os_errors_at
 from lmdbitmap.interfaces import Buffer
 
 PARTIAL_SUFFIX = ".partial"
 """How the name of an unfinished file ends."""
+_LEFTOVER = re.compile(rf"(.+)\.[0-9a-f]{{16}}{re.escape(PARTIAL_SUFFIX)}", re.DOTALL)
+"""The name of an unfinished file, and in it that of the file that it was to replace."""
 
 ZERO_CHUNK_BYTES = 1 << 20
 PRIVATE_MODE = 0o600
@@ -90,6 +94,7 @@ def replacing(path: str | os.PathLike[str], mode: int = PRIVATE_MODE) -> Iterato
     is refused with `InvalidArgument`, so that nobody renames a file over /dev/null.
     """
     target = _replaceable(path)
+    _sweep(target)
     with os_errors_at(target):
         file = _create_locked(target)
     try:
@@ -128,6 +133,13 @@ def _replaceable(path: str | os.PathLike[str]) -> str:
                 f"{target} is not a regular file and cannot be replaced by one", next_step="name a file"
             )
     return target
+
+
+def _sweep(target: str) -> None:
+    """Remove what dead writers of this file left. That nobody may look into the folder is no reason to stop."""
+    folder, name = os.path.split(target)
+    with suppress(LmdbitmapError):
+        remove_leftovers(folder, name)
 
 
 class _NewFile(io.FileIO):
@@ -198,17 +210,16 @@ _NO_FOLDER_SYNC = {
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
-def remove_leftovers(folder: str | os.PathLike[str], prefix: str = "") -> list[str]:
-    """Remove what killed processes left of files named `prefix…`; returns the names, sorted.
+def remove_leftovers(folder: str | os.PathLike[str], of: str | None = None) -> list[str]:
+    """Remove what killed processes left of the file named `of`, or of any; returns the names, sorted.
 
     Unfinished files of the living are locked and stay. Without locks the two cannot be told apart, and
     then everything stays.
     """
     place = os.fspath(folder)
     with os_errors_at(place):
-        names = [
-            name for name in os.listdir(place) if name.startswith(prefix) and name.endswith(PARTIAL_SUFFIX)
-        ]
+        matches = [_LEFTOVER.fullmatch(name) for name in os.listdir(place)]
+        names = [match[0] for match in matches if match is not None and of in (None, match[1])]
         return sorted(name for name in names if _remove_if_abandoned(os.path.join(place, name)))
 
 

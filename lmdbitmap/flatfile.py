@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from lmdbitmap import files
 from lmdbitmap import format as flat
-from lmdbitmap.errors import FormatError, LmdbitmapError, os_errors_at
+from lmdbitmap.errors import FormatError, os_errors_at
 from lmdbitmap.format import BitsTally, Chunk, Flags, FlatHeader, Metadata, Zeroes
 from lmdbitmap.interfaces import Buffer
 
@@ -148,16 +148,8 @@ class NewFlatFile:
 def writing(path: str | os.PathLike[str], header: FlatHeader, metadata: Metadata) -> Iterator[NewFlatFile]:
     """A new file at `path`, CLEAN and durable when the block ends well; if it raises, nothing has changed."""
     place = os.fspath(path)
-    _sweep(place)
     with files.replacing(place) as file:
         new = NewFlatFile(file, header, metadata)
         yield new
         with os_errors_at(place):
             new.seal()
-
-
-def _sweep(path: str) -> None:
-    """Remove what killed writers of this file left. That nobody may look into the folder is no reason to stop."""
-    folder, name = os.path.split(os.path.realpath(path))
-    with contextlib.suppress(LmdbitmapError):
-        files.remove_leftovers(folder, prefix=f"{name}.")

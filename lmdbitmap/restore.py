@@ -171,8 +171,6 @@ def _target(path: str, size: int) -> Iterator[tuple[FileDevice, bool]]:
             yield device, False
         return
     _require_free(path)
-    folder, name = os.path.split(os.path.realpath(path))
-    files.remove_leftovers(folder, f"{name}.")  # of a restore that was killed
     with files.replacing(path) as file:
         with os_errors_at(path):
             os.ftruncate(file.fileno(), size)

@@ -219,7 +219,7 @@ def test_ones_that_the_disk_has_no_room_for_are_not_begun(tracked: TrackedDisk, 
 
 
 def test_leftovers_of_a_killed_export_are_swept_away(tracked: TrackedDisk, tmp_path: Path) -> None:
-    leftover, foreign = tmp_path / "x.dbm.0123.partial", tmp_path / "y.dbm.0123.partial"
+    leftover, foreign = (tmp_path / f"{name}.dbm.0123456789abcdef.partial" for name in "xy")
     for path in (leftover, foreign):
         path.write_bytes(b"half")
     export.export_changes(tracked.changes(), tmp_path / "x.dbm")

@@ -167,20 +167,47 @@ def test_preallocated_file_is_zeroes_that_take_their_space(tmp_path: Path, size:
 
 def leave_behind(folder: Path, name: str) -> str:
     """What a killed process leaves: a temporary file that nobody has open."""
-    (folder / f"{name}.0123456789abcdef{files.PARTIAL_SUFFIX}").write_bytes(b"half")
-    return f"{name}.0123456789abcdef{files.PARTIAL_SUFFIX}"
+    left = leftover_name(name)
+    (folder / left).write_bytes(b"half")
+    return left
+
+
+def leftover_name(name: str) -> str:
+    return f"{name}.{os.urandom(8).hex()}{files.PARTIAL_SUFFIX}"
 
 
 def test_leftovers_of_the_dead_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    mine, second = leave_behind(tmp_path, "backup-1"), leave_behind(tmp_path, "backup-2")
+    mine, longer, other = (leave_behind(tmp_path, name) for name in ("disk", "disk.raw", "other"))
+    strangers = ["disk", "disk.raw.partial", "disk.notes.partial", "disk.0123456789ABCDEF.partial"]
+    for name in strangers:
+        (tmp_path / name).write_bytes(b"not ours")
+    strangers += [folder := leftover_name("disk"), link := leftover_name("disk")]
+    (tmp_path / folder).mkdir()
+    (tmp_path / link).symlink_to(tmp_path / "other")
+    assert files.remove_leftovers(tmp_path, "disk") == [mine]
+    assert files.remove_leftovers(tmp_path) == sorted([longer, other])
+    assert names_in(tmp_path) == sorted(strangers)
+
+
+def test_who_replaces_a_file_removes_what_the_dead_left_of_it(tmp_path: Path) -> None:
+    leave_behind(tmp_path, "file")
+    leave_behind(tmp_path, "file")
     other = leave_behind(tmp_path, "other")
-    (tmp_path / "backup-3").write_bytes(b"whole")
-    (tmp_path / "backup-folder.partial").mkdir()
-    (tmp_path / "backup-link.partial").symlink_to(tmp_path / "backup-3")
-    kept = sorted([other, "backup-3", "backup-folder.partial", "backup-link.partial"])
-    assert files.remove_leftovers(tmp_path, "backup-") == [mine, second]
-    assert names_in(tmp_path) == kept
-    assert files.remove_leftovers(tmp_path) == [other]
+    with files.replacing(tmp_path / "file") as alive:
+        files.replace_atomically(tmp_path / "file", b"content")
+        assert names_in(tmp_path) == sorted(["file", Path(alive.name).name, other])
+    assert names_in(tmp_path) == ["file", other]
+
+
+def test_a_file_is_replaced_in_a_folder_that_may_not_be_looked_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: str) -> list[str]:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    files.replace_atomically(tmp_path / "file", b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
 
 
 def test_unfinished_file_of_the_living_stays(tmp_path: Path) -> None:
