@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import NamedTuple
 
 from lmdbitmap import bits, chain, files, schema, standalone
@@ -172,26 +172,30 @@ def import_file(
     """Keep the file as the stand-alone bitmap `name`; with `into`, also OR it into that disk's open period.
 
     `all_dirty` takes every block as dirty, whatever the file's bits are worth. Durable on return; if it
-    raises, no bitmap is there. Raises `Untrusted` for a file that is not CLEAN, `FormatError` for one that is
-    wrong, `AlreadyExists` for a name that is taken, `InvalidArgument` for a disk of another size.
+    raises, no bitmap is there that was not before. The same file under the same name again is welcome: what
+    was killed before it came to `into` is done by doing it again. Raises `Untrusted` for a file that is not
+    CLEAN, `FormatError` for one that is wrong, `AlreadyExists` for a name that something else has,
+    `InvalidArgument` for a disk of another size.
     """
     with FlatFile.open(path) as file:
         with store.read() as reader:
             _require_place(reader, file.header, name, into)
         if not all_dirty:
             file.prove()
-        bitmap = store.update(lambda writer: _keep(writer, file, name, into, all_dirty))
+        bitmap, is_new = store.update(lambda writer: _keep(writer, file, name, into, all_dirty))
     if into is not None:
         try:
             _merge_wherever_owned(store, name, into)
         except BaseException:
-            store.update(lambda writer: standalone.remove(writer, name))
+            if is_new:
+                store.update(lambda writer: standalone.remove(writer, name))
             raise
     return bitmap
 
 
 def _require_place(reader: Reader, header: FlatHeader, name: str, into: str | None) -> None:
-    chain.refuse_taken_name(reader, schema.check_name(name, what="bitmap"))
+    if _earlier(reader, header, name) is None:
+        chain.refuse_taken_name(reader, schema.check_name(name, what="bitmap"))
     if into is not None:
         _require_size(chain.find_disk(reader, into), header.disk_size)
 
@@ -204,9 +208,30 @@ def _require_size(disk: Disk, size: int) -> None:
         )
 
 
-def _keep(writer: Writer, file: FlatFile, name: str, into: str | None, all_dirty: bool) -> Bitmap:
+def _earlier(reader: Reader, header: FlatHeader, name: str) -> Bitmap | None:
+    """The bitmap of that name, if it came with the same uuid and kind: perhaps from an earlier import of the file."""
+    for bitmap in reader.bitmaps():
+        if (bitmap.name, bitmap.uuid, bitmap.geometry) == (name, header.bitmap_uuid, header.geometry):
+            return bitmap
+    return None
+
+
+def _keep(
+    writer: Writer, file: FlatFile, name: str, into: str | None, all_dirty: bool
+) -> tuple[Bitmap, bool]:
+    """The bitmap, and whether it was not there before."""
     header = file.header
     _require_place(writer, header, name, into)
+    earlier = _earlier(writer, header, name)
+    if earlier is None:
+        return _create(writer, file, name, all_dirty), True
+    if not _holds(writer, earlier, file, all_dirty):
+        chain.refuse_taken_name(writer, name)
+    return earlier, False
+
+
+def _create(writer: Writer, file: FlatFile, name: str, all_dirty: bool) -> Bitmap:
+    header = file.header
     file_name = os.path.basename(file.path)
     superset = f"{file_name} was a superset" if Flags.SUPERSET in header.flags else None
     return standalone.create(
@@ -225,6 +250,19 @@ def _keep(writer: Writer, file: FlatFile, name: str, into: str | None, all_dirty
         superset=superset,
         all_dirty=f"{file_name} was taken as everything dirty" if all_dirty else None,
     )
+
+
+def _holds(reader: Reader, bitmap: Bitmap, file: FlatFile, all_dirty: bool) -> bool:
+    """Whether the bitmap is what an import of the file makes."""
+    if (bitmap.all_dirty is not None, bitmap.superset is not None) != (
+        all_dirty,
+        Flags.SUPERSET in file.header.flags,
+    ):
+        return False
+    if all_dirty:
+        return True
+    mine = ((number, region.bits) for number, region in reader.regions(bitmap.id))
+    return all(pair[0] == pair[1] for pair in zip_longest(mine, _dirt_of_chunks(file.chunks())))
 
 
 def _known(number: uuid.UUID) -> uuid.UUID | None:

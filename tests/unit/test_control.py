@@ -185,8 +185,10 @@ def test_an_import_into_a_served_disk_goes_through_its_owner(house: House, tmp_p
     path.write_bytes(naive_flat.write({3, 99}, SIZE, 12))
     export.import_file(house.store, path, "copy", into="sdb")
     assert house.stored_blocks("sdb") == {3, 99}
+    path.write_bytes(naive_flat.write({4}, SIZE, 12))
     with pytest.raises(AlreadyExists):
         export.import_file(house.store, path, "copy", into="sdb")
+    assert house.stored_blocks("sdb") == {3, 99}
 
 
 def test_info_describes_every_disk(house: House) -> None:

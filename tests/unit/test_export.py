@@ -313,6 +313,42 @@ def test_a_name_that_is_taken_is_not_taken_over(tracked: TrackedDisk, tmp_path: 
     assert blocks_called(tracked, "one") == {0}
 
 
+@pytest.mark.parametrize("into", [None, NAME])
+@pytest.mark.parametrize("all_dirty", [False, True])
+def test_the_same_file_again_is_welcome(
+    tracked: TrackedDisk, tmp_path: Path, into: str | None, all_dirty: bool
+) -> None:
+    path = a_file(tmp_path / "x.dbm", {3, LAST})
+    first = export.import_file(tracked.store, path, "copy", all_dirty=all_dirty)
+    again = export.import_file(tracked.store, path, "copy", into=into, all_dirty=all_dirty)
+    assert (again, bitmap_names(tracked)) == (first, ["copy"])
+    wanted = set(range(BLOCKS)) if all_dirty else {3, LAST}
+    assert (blocks_called(tracked, "copy"), tracked.stored_dirt()) == (wanted, wanted if into else set())
+
+
+@pytest.mark.parametrize(
+    ("blocks", "fields"), [({3}, {}), ({3, 4, LAST}, {}), ({3, LAST}, {"flags": 5}), ({LAST}, {})]
+)
+def test_the_same_uuid_with_other_dirt_is_another_bitmap(
+    tracked: TrackedDisk, tmp_path: Path, blocks: set[int], fields: dict[str, int]
+) -> None:
+    export.import_file(tracked.store, a_file(tmp_path / "x.dbm", {3, LAST}), "copy")
+    other = a_file(tmp_path / "y.dbm", blocks, **fields)
+    with pytest.raises(AlreadyExists):
+        export.import_file(tracked.store, other, "copy", into=NAME)
+    assert (blocks_called(tracked, "copy"), tracked.stored_dirt()) == ({3, LAST}, set())
+
+
+def test_the_same_file_again_into_a_disk_that_cannot_be_had_keeps_the_bitmap(
+    tracked: TrackedDisk, tmp_path: Path
+) -> None:
+    path = a_file(tmp_path / "x.dbm", {0})
+    export.import_file(tracked.store, path, "copy")
+    with tracked.attach(), pytest.raises(Busy):
+        export.import_file(tracked.store, path, "copy", into=NAME)
+    assert blocks_called(tracked, "copy") == {0}
+
+
 def damaged(path: Path, position: int) -> Path:
     data = bytearray(path.read_bytes())
     data[position] ^= 1
