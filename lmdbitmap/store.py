@@ -9,6 +9,8 @@ Invariants:
 - A change is a function of a `Writer`. It may run again from the start, when the map had to grow, so it
   reads what it needs inside, and nothing it does elsewhere may matter if its transaction is given up.
 - One process opens an environment once, however often it is asked for (LMDB's locks belong to the process).
+- LMDB refuses everything once the write of a meta page failed. The environment is then opened anew, as a restart
+  would, as soon as no transaction is open; whoever committed is told that the outcome is in doubt.
 - A handle from before a fork is dead in the child.
 - Values fit in a leaf page; record sizes never vary. Keys are in schema.py.
 """
@@ -43,11 +45,21 @@ _MAX_DATABASES = 16
 _DATABASES = ("meta", "disks", "checkpoints", "bitmaps", "regions")
 _HEADER_KEY = b"store"
 _BITMAP_ID_KEY = b"next bitmap id"
+_FULL_STEPS = {
+    errno.ENOSPC: "free some space there and try again",
+    errno.EDQUOT: "raise the quota or free some space there, and try again",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or use another file system",
+}
 _README = """This folder is an lmdbitmap store. While a process uses it, do not open, copy or hash the files in lmdb/:
 closing them would drop that process's locks. A bitmap leaves the store with `lmdbitmap export`.
 """
 
 T = TypeVar("T")
+
+
+class CommitInDoubt(StorageError):
+    """The last step of a commit failed, the write of a meta page: it may have taken place all the same, now or
+    after a power cut. Whoever goes on from what was before must not rely on it."""
 
 
 class Reader:
@@ -241,7 +253,7 @@ class Store:
         """Run `change` in one transaction and return its answer once the transaction is durable.
 
         The change may run more than once (see the top of this module). If it raises, or the commit fails,
-        the store is as it was before.
+        the store is as it was before; only after `CommitInDoubt` nobody can say.
         """
         environment = self._alive()
         while True:
@@ -289,6 +301,7 @@ class _Environment:
         self._running = 0
         self._resizing = False
         self._mine = threading.local()
+        self._is_open = True
         self._lmdb = _open_lmdb(path)
         try:
             self.databases = self._open_databases()
@@ -306,6 +319,10 @@ class _Environment:
             try:
                 with txn:
                     yield txn
+            except lmdb.Error as error:
+                if self._is_spent():  # looked up before we are counted out, as somebody may open it anew then
+                    raise _in_doubt(self.path, error) from error
+                raise
             finally:
                 self._count(-1)
 
@@ -329,6 +346,8 @@ class _Environment:
                 self._resize_map(0)
             except lmdb.ReadersFullError:
                 self._lmdb.reader_check()
+            except (lmdb.PanicError, StorageError):
+                self._open_anew()
         return self._begin_counted(write)
 
     def _begin_counted(self, write: bool) -> lmdb.Transaction:
@@ -336,6 +355,8 @@ class _Environment:
             self._quiet.wait_for(lambda: not self._resizing or self._has_one_open())
             self._count(1)
         try:
+            if not self._is_open:
+                raise _not_open(self.path)
             return self._lmdb.begin(write=write)
         except BaseException:
             self._count(-1)
@@ -352,21 +373,55 @@ class _Environment:
         return bool(getattr(self._mine, "open", 0))
 
     def _resize_map(self, size: int) -> None:
-        """LMDB asks that no transaction of this process is open; new ones wait. 0 is what others made of it."""
+        """LMDB asks that no transaction of this process is open. 0 is what others made of it."""
         assert not self._has_one_open(), "a change inside a view of the same thread would wait for itself"
+        with self._alone():
+            self._lmdb.set_mapsize(size)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No transaction of this process is open in the block; new ones wait."""
         with self._quiet:
             self._resizing = True
             try:
                 self._quiet.wait_for(lambda: self._running == 0)
-                self._lmdb.set_mapsize(size)
+                yield
             finally:
                 self._resizing = False
                 self._quiet.notify_all()
 
+    def _is_spent(self) -> bool:
+        """Whether LMDB refuses everything, because the write of a meta page failed."""
+        try:
+            self._lmdb.begin().abort()
+        except lmdb.PanicError:
+            return True
+        except lmdb.Error:
+            return False
+        return False
+
+    def _open_anew(self) -> None:
+        """Begin again with what is in the file, as a restart would."""
+        if self._has_one_open():
+            raise _not_open(self.path)  # the caller's own view is in the way
+        with self._alone():
+            if self._is_open and not self._is_spent():
+                return  # another thread was first
+            self._is_open = False
+            self._lmdb.close()
+            self._lmdb = _open_lmdb(self.path)
+            with self._lmdb.begin(write=True) as txn:
+                self.databases = self._databases_in(txn)
+            self._is_open = True
+        log.warning("store %s: opened anew after the write of a meta page failed", self.path)
+
     def _open_databases(self) -> dict[str, lmdb._Database]:
         self._fill_up()
         with self.transaction(write=True) as txn:  # ours, because another process may be growing the map
-            return {name: self._lmdb.open_db(name.encode(), txn=txn, create=False) for name in _DATABASES}
+            return self._databases_in(txn)
+
+    def _databases_in(self, txn: lmdb.Transaction) -> dict[str, lmdb._Database]:
+        return {name: self._lmdb.open_db(name.encode(), txn=txn, create=False) for name in _DATABASES}
 
     def _fill_up(self) -> None:
         """Give a file that was cut its length again: its missing pages would be SIGBUS, those of zeroes are damage.
@@ -506,7 +561,7 @@ def _our_error(path: str, error: lmdb.Error) -> LmdbitmapError:
             f"store {path} cannot be locked: a process with this one's number, in another container, has it open",
             next_step="let one process own the store, and reach it over its socket",
         )
-    if isinstance(error, lmdb.CorruptedError | lmdb.PageNotFoundError | lmdb.PanicError):
+    if isinstance(error, lmdb.CorruptedError | lmdb.PageNotFoundError):
         return FormatError(
             f"store {path}", expected="a sound environment", found=str(error),
             next_step="restore the store or make a new one, then make a full backup",
@@ -521,12 +576,26 @@ def _our_error(path: str, error: lmdb.Error) -> LmdbitmapError:
     return _refusal(path, error)
 
 
+def _in_doubt(path: str, error: lmdb.Error) -> CommitInDoubt:
+    refused = _refusal(path, error)
+    cause = OSError(refused.errno, str(error))
+    return CommitInDoubt(refused.place, cause, next_step=refused.next_step)
+
+
+def _not_open(path: str) -> StorageError:
+    return StorageError(
+        f"store {path}",
+        OSError(errno.EIO, "not open"),
+        next_step="see what the system's log says, and try again",
+    )
+
+
 def _refusal(path: str, error: lmdb.Error) -> StorageError:
     """LMDB reports a full disk as a short write (EIO); the free space tells which it was."""
     code = error.code if 0 < error.code < 1000 else errno.EIO
     if code == errno.EIO and _is_full(path):
         code = errno.ENOSPC
-    step = "free some space" if code == errno.ENOSPC else f"see what the system's log says ({error})"
+    step = _FULL_STEPS.get(code) or f"see what the system's log says ({error})"
     return StorageError(f"store {path}", OSError(code, str(error)), next_step=step)
 
 
