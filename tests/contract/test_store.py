@@ -14,7 +14,7 @@ from uuid import UUID, uuid4
 import lmdb
 import pytest
 
-from lmdbitmap import files, schema, store
+from lmdbitmap import environment, files, schema
 from lmdbitmap.errors import Busy, FormatError, LmdbitmapError, NotFound, StorageError
 from lmdbitmap.schema import Bitmap, Checkpoint, Disk, StoreHeader
 from lmdbitmap.store import Reader, Store, Writer
@@ -39,8 +39,8 @@ def opened(path: str) -> Iterator[Store]:
 @pytest.fixture
 def small_map(monkeypatch: pytest.MonkeyPatch) -> None:
     """A map that a hundred records fill, and that grows in small steps."""
-    monkeypatch.setattr(store, "MAP_BYTES", SMALL_MAP_BYTES)
-    monkeypatch.setattr(store, "_MIN_MAP_BYTES", SMALL_MAP_BYTES)
+    monkeypatch.setattr(environment, "MAP_BYTES", SMALL_MAP_BYTES)
+    monkeypatch.setattr(environment, "MIN_MAP_BYTES", SMALL_MAP_BYTES)
 
 
 def a_bitmap(number: int, name: str | None = None) -> Bitmap:
@@ -245,9 +245,10 @@ def test_map_grows_while_others_read(path: str, small_map: None) -> None:
 
 WRITE_RECORDS = """
 import sys
-from lmdbitmap import store
-store.MAP_BYTES = store._MIN_MAP_BYTES = 64 << 10
-opened = store.Store.create(sys.argv[1])
+from lmdbitmap import environment
+from lmdbitmap.store import Store
+environment.MAP_BYTES = environment.MIN_MAP_BYTES = 64 << 10
+opened = Store.create(sys.argv[1])
 number, count = int(sys.argv[2]), int(sys.argv[3])
 print("ready", flush=True)
 for start in range(0, count, 50):
@@ -346,7 +347,7 @@ def test_opened_by_many_threads_at_once_it_is_one_environment(path: str) -> None
     assert len({id(opened._environment) for opened in found}) == 1
     for opened in found:
         opened.close()
-    assert store._environments == {}
+    assert environment.open_ones.by_file == {}
 
 
 def test_handle_from_before_a_fork_is_dead_and_a_new_one_works(path: str) -> None:
@@ -373,7 +374,7 @@ print(store.update(lambda writer: writer.new_bitmap_id()))
 
 
 def test_readers_that_died_do_not_hold_their_places(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_MAX_READERS", 3)
+    monkeypatch.setattr(environment, "MAX_READERS", 3)
     die_reading = f"""
 import os, signal
 from lmdbitmap.store import Store
@@ -595,7 +596,7 @@ def lmdb_error(kind: type[lmdb.Error], code: int) -> lmdb.Error:
 def test_refusal_of_lmdb_is_an_error_of_ours(
     opened: Store, error: lmdb.Error, kind: type[LmdbitmapError], code: int | None
 ) -> None:
-    with pytest.raises(kind) as refused, store._translated(opened.path):
+    with pytest.raises(kind) as refused, environment._translated(opened.path):
         raise error
     assert code is None or getattr(refused.value, "errno", None) == code
     assert refused.value.__cause__ is error
@@ -605,7 +606,7 @@ def test_short_write_on_a_full_disk_is_called_a_full_disk(
     opened: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "free_bytes", lambda path: 0)
-    with pytest.raises(StorageError) as refused, store._translated(opened.path):
+    with pytest.raises(StorageError) as refused, environment._translated(opened.path):
         raise lmdb_error(lmdb.Error, errno.EIO)
     assert refused.value.errno == errno.ENOSPC
 
