@@ -27,7 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from lmdbitmap import chain, schema, session
+from lmdbitmap import chain, forks, schema, session
 from lmdbitmap.bits import Run
 from lmdbitmap.changes import Changes, Standing, changes
 from lmdbitmap.device import FileDevice
@@ -98,6 +98,7 @@ class Filter:
             attached = cls(store, disk, held.device, held.lock, max_armed=max_armed)
             attached.beat()
             held.keep()
+        forks.is_not_for_children(attached)
         if background:
             for thread in attached._background:
                 thread.start()
@@ -332,6 +333,7 @@ class Filter:
 
     def background_pass(self) -> None:
         """Disarm what was quiet; when tracking was lost, begin a new epoch if the store lets us."""
+        self.store.keep_house()
         self.regain_trust()
         self._period.disarm_quiet(_DISARM_PER_PASS)
 
@@ -407,6 +409,14 @@ class Filter:
         with self._frozen():
             self._gate.shut(_detached_error(self.disk))
             self._let_go()
+
+    def forsake(self) -> None:
+        """We are in a forked child: nobody tracks its writes, so it has none; and the locks stay our parent's alone."""
+        self._detached = True
+        self._gate.forsake(_inherited_error(self.disk))
+        if self.device.fd is not None:  # a connection would be ended for our parent too
+            self.device.close()
+        self._voucher.close()
 
     def _let_go(self) -> None:
         """What we know is not ours to write any more: the disk may have another owner at once."""
@@ -537,4 +547,12 @@ def _end_resize(writer: Writer, disk: Disk, size: int) -> Disk:
 def _detached_error(disk: Disk) -> StorageError:
     return StorageError(
         f"disk {disk.name!r} is detached", OSError(errno.ESHUTDOWN, "detached"), next_step="attach it again"
+    )
+
+
+def _inherited_error(disk: Disk) -> StorageError:
+    return StorageError(
+        f"disk {disk.name!r} was attached before this process was forked",
+        OSError(errno.ESHUTDOWN, "of another process"),
+        next_step="attach it in the process that writes, and write nowhere else",
     )

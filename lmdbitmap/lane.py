@@ -92,6 +92,13 @@ class Gate:
         """Refuse every write, and every `drained`, from now on. Called inside `drained`."""
         self._shut = refusal
 
+    def forsake(self, refusal: StorageError) -> None:
+        """We are in a forked child, where whoever held the lock is not: refuse every write from now on."""
+        self._lock = threading.Lock()
+        self._shut = refusal
+        for lane in list(self._lanes):
+            lane.size = _CLOSED
+
     def _open(self, lane: FilterLane) -> None:
         if self._shut is None:
             lane.settled = self.settled

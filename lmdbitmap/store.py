@@ -27,7 +27,8 @@ from uuid import UUID, uuid4
 import lmdb
 
 from lmdbitmap import environment, files, schema
-from lmdbitmap.environment import CommitInDoubt, Environment, FullMapError
+from lmdbitmap.environment import CommitInDoubt as CommitInDoubt
+from lmdbitmap.environment import Environment, FullMapError
 from lmdbitmap.errors import FormatError, LmdbitmapError, NotFound, StorageError
 from lmdbitmap.schema import Bitmap, Checkpoint, Disk, Region, StoreHeader
 
