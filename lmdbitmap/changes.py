@@ -30,6 +30,7 @@ from lmdbitmap.store import Reader, Store
 
 _SLICE_REGIONS = 1024
 _SLICE_BYTES = _SLICE_REGIONS * REGION_BYTES
+_SLICE_BLOCKS = _SLICE_REGIONS * REGION_BLOCKS
 
 
 class Standing(NamedTuple):
@@ -85,33 +86,37 @@ class Changes:
                 reader.bitmap(member.bitmap_id).all_dirty for member in members
             )
 
-    def slices(self) -> Iterator[Slice]:
-        """The parts of the bitmap in which something is dirty, ascending; bits past the end are clear."""
+    def slices(self, start: int = 0, stop: int | None = None) -> Iterator[Slice]:
+        """The parts of the bitmap in which something is dirty, ascending; bits past the end are clear.
+
+        Of regions [start, stop) only, if given. A slice is longer than they are: what it lacks of them is clean.
+        """
+        stop = self.geometry.region_count if stop is None else min(stop, self.geometry.region_count)
         if self.all_dirty:
-            yield from self._full_slices()
+            yield from self._full_slices(start, stop)
             return
-        region = 0
-        while (part := self._next_slice(region)) is not None:
+        region = start
+        while (part := self._next_slice(region, stop)) is not None:
             if part.region + _SLICE_REGIONS >= self.geometry.region_count:
                 bits.truncate(part.dirty, max(self.geometry.block_count - part.region * REGION_BLOCKS, 0))
             yield part
             region = part.region + _SLICE_REGIONS
 
-    def _full_slices(self) -> Iterator[Slice]:
-        for region in range(0, self.geometry.region_count, _SLICE_REGIONS):
+    def _full_slices(self, start: int, stop: int) -> Iterator[Slice]:
+        for region in range(start, stop, _SLICE_REGIONS):
             dirty = bytearray(b"\xff") * _SLICE_BYTES
             bits.truncate(dirty, self.geometry.block_count - region * REGION_BLOCKS)
             yield Slice(region, dirty, loose=False)
 
-    def _next_slice(self, start: int) -> Slice | None:
+    def _next_slice(self, start: int, stop: int) -> Slice | None:
         with self.store.read() as reader:
             numbers = self._bitmap_ids(reader)
             found = [reader.next_region(number, start) for number in numbers]
-            present = [region for region in found if region is not None]
+            present = [region for region in found if region is not None and region < stop]
             if not present:
                 return None
             part = Slice(min(present), bytearray(_SLICE_BYTES), loose=False)
-            loose = [_collect(reader, number, part) for number in numbers]
+            loose = [_collect(reader, number, part, stop) for number in numbers]
         return part._replace(loose=any(loose))
 
     def _bitmap_ids(self, reader: Reader) -> list[int]:
@@ -137,20 +142,21 @@ class Changes:
             )
         return chain_now[start:stop]
 
-    def runs(self) -> Iterator[Run]:
-        """The dirty blocks as runs, ascending and merged, in constant memory."""
-        start = stop = 0
-        for part in self.slices():
+    def runs(self, start: int = 0, stop: int | None = None) -> Iterator[Run]:
+        """The dirty blocks of [start, stop), or all, as runs, ascending and merged, in constant memory."""
+        stop = self.geometry.block_count if stop is None else stop
+        run_start = run_stop = start
+        for part in self.slices(start // REGION_BLOCKS, -(-stop // REGION_BLOCKS)):
             base = part.region * REGION_BLOCKS
-            for first, last in bits.runs(part.dirty):
-                if base + first == stop:
-                    stop = base + last
+            for first, last in bits.runs(part.dirty, max(start - base, 0), min(stop - base, _SLICE_BLOCKS)):
+                if base + first == run_stop:
+                    run_stop = base + last
                     continue
-                if start < stop:
-                    yield start, stop
-                start, stop = base + first, base + last
-        if start < stop:
-            yield start, stop
+                if run_start < run_stop:
+                    yield run_start, run_stop
+                run_start, run_stop = base + first, base + last
+        if run_start < run_stop:
+            yield run_start, run_stop
 
     def extents(self, device: BlockDevice | None = None) -> Iterator[Extent]:
         """The dirty byte ranges, clipped to the disk; with the image, also which of them read as zeroes."""
@@ -275,10 +281,10 @@ def _judged_standing(disk: Disk, owner_path: str, judge: Judge) -> Standing:
     return Standing(Trust.SUPERSET, verdict.superset) if verdict.superset else EXACT
 
 
-def _collect(reader: Reader, bitmap_id: int, part: Slice) -> bool:
-    """OR a bitmap's records into the slice; answers whether one is armed or damaged."""
+def _collect(reader: Reader, bitmap_id: int, part: Slice, stop: int) -> bool:
+    """OR a bitmap's records of regions before `stop` into the slice; answers whether one is armed or damaged."""
     loose = False
-    for region, record in reader.regions(bitmap_id, part.region, part.region + _SLICE_REGIONS):
+    for region, record in reader.regions(bitmap_id, part.region, min(part.region + _SLICE_REGIONS, stop)):
         known = bits.dirty_bits(record.armed, record.bits)
         bits.or_into(part.dirty, known, (region - part.region) * REGION_BYTES)
         loose = loose or record.armed != 0 or record.damaged

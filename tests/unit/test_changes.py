@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -184,3 +186,22 @@ def test_new_epoch_under_a_reader_is_all_dirty(tracked: TrackedDisk) -> None:
     tracked.write_behind_our_back(b"stranger", 0)
     tracked.attach().detach()
     assert blocks_of(answer) == set(range(BLOCKS))
+
+
+@pytest.mark.parametrize("regions", [1, 3, 5000], ids=lambda count: f"{count} regions")
+def test_a_part_of_the_disk_can_be_asked_alone(tmp_path: Path, regions: int) -> None:
+    """Also where slices of regions end, and whatever lies around the part."""
+    chosen = random.Random(regions)
+    blocks = regions * 4096 - 7
+    with closing(TrackedDisk(tmp_path, blocks * 512, 9).clean()) as tracked:
+        with tracked.attach() as disk:
+            borders = {0, 1024 * 4096, blocks - 1} | {chosen.randrange(blocks) for _ in range(40)}
+            for block in (border for border in borders if border < blocks):
+                disk.mark(block * 512, min(chosen.choice([1, 3]), blocks - block) * 512)
+        answer = tracked.changes()
+        dirty = blocks_of(answer)
+        edges = [0, blocks, 4096, 1024 * 4096, *chosen.sample(sorted(dirty), 10)]
+        for start, stop in [(a, b) for a in edges for b in edges if a <= b <= blocks]:
+            runs = list(answer.runs(start, stop))
+            assert [b for run in runs for b in range(*run)] == sorted(b for b in dirty if start <= b < stop)
+            assert all(before[1] < after[0] for before, after in itertools.pairwise(runs))
