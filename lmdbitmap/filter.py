@@ -12,6 +12,9 @@ The order of attach and detach, and what a death in between costs, is in DESIGN.
     attach   lock, judge continuity, commit {session, new epoch or superset}, beat        (session.py)
     detach   drain, flush the image, beat, commit {exact bits, identity, no session}, unlock
 
+An image that could not be flushed is not known any more, whatever the bits say (flushing.py): track is lost until
+it is attached anew, which begins a new epoch. Until then there are no checkpoints and no clean detach.
+
 When tracking fails, policy `guest-first` lets the guest's write through, but takes the owner's word for the
 bitmap back before (vouching.py); a new epoch begins as soon as the store can be written again. Policy
 `strict` fails the write.
@@ -31,15 +34,16 @@ from lmdbitmap import chain, forks, schema, session
 from lmdbitmap.bits import Run
 from lmdbitmap.changes import Changes, Standing, changes
 from lmdbitmap.device import FileDevice
-from lmdbitmap.errors import InvalidArgument, LmdbitmapError, StorageError, Untrusted
+from lmdbitmap.errors import InvalidArgument, LmdbitmapError, StorageError, Untrusted, os_errors_at
 from lmdbitmap.extents import Trust
+from lmdbitmap.flushing import Flusher
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Allocation, Buffer, TrackableDevice
 from lmdbitmap.lane import FilterLane, Gate
 from lmdbitmap.owner import Owner
 from lmdbitmap.period import DEFAULT_MAX_ARMED, Period
 from lmdbitmap.schema import Checkpoint, Disk
-from lmdbitmap.store import Reader, Store, Writer
+from lmdbitmap.store import CommitInDoubt, Reader, Store, Writer
 from lmdbitmap.vouching import Voucher, write_refused
 
 log = logging.getLogger(__name__)
@@ -64,6 +68,7 @@ class Filter:
         self.disk = disk
         self.device = device
         self._voucher = Voucher(disk.name, device, lock)
+        self._flusher = Flusher(disk.name, device, self._voucher.lose_track)
         self._max_armed = max_armed
         self._detached = False
         self._last_acts: list[Callable[[], None]] = []
@@ -121,7 +126,7 @@ class Filter:
 
     def lane(self) -> FilterLane:
         """A new lane, for one thread at a time."""
-        return FilterLane(self._gate, self.device, self._mark)
+        return FilterLane(self._gate, self.device, self._mark, self._flusher.flush)
 
     def pread(self, length: int, offset: int) -> bytes:
         return self.device.pread(length, offset)
@@ -142,7 +147,8 @@ class Filter:
         self._my_lane().discard(offset, length)
 
     def flush(self) -> None:
-        self.device.flush()
+        """Raises `StorageError`; then so does every flush until the disk is attached anew."""
+        self._flusher.flush()
 
     def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
         return self.device.allocation(offset, length)
@@ -180,6 +186,14 @@ class Filter:
         chain.forget(writer, disk, name)
         return True
 
+    def _take_back(self, name: str) -> None:
+        """Lose a checkpoint that nobody was told of; where the store refuses that, nothing is believed any more."""
+        try:
+            self.forget(name)
+        except LmdbitmapError as error:
+            if not self._detached:
+                self._voucher.lose_track(f"checkpoint {name} could not be taken back: {error.problem}")
+
     def mark(self, offset: int, length: int) -> None:
         """Make every block that the range touches dirty, by hand; durable on return."""
         with self._gate.entering(self._my_lane()) as geometry:
@@ -206,11 +220,13 @@ class Filter:
 
         Durable on return. A death in between leaves either size, and the bitmap right for it.
         """
+        self._flusher.require_sound()
         with self._frozen():
             self._change_chain(lambda writer, disk: _begin_resize(disk, size))
             try:
-                self.device.resize(size)
-                self.device.flush()
+                with os_errors_at(self.disk.image):
+                    self.device.resize(size)
+                self._flusher.flush()
             finally:
                 self._take_size_of_image()
 
@@ -338,8 +354,11 @@ class Filter:
         self._period.disarm_quiet(_DISARM_PER_PASS)
 
     def regain_trust(self) -> None:
-        """If tracking was lost, begin a new epoch, which is all dirty. Raises what the store raises."""
-        if self._voucher.lost is not None:
+        """If tracking was lost, begin a new epoch, which is all dirty. Raises what the store raises.
+
+        Not where the image could not be flushed: that is lost until it is attached anew.
+        """
+        if self._voucher.lost is not None and not self._flusher.failed:
             with self._frozen():
                 self._begin_again()
 
@@ -421,6 +440,7 @@ class Filter:
     def _let_go(self) -> None:
         """What we know is not ours to write any more: the disk may have another owner at once."""
         self._period.end()
+        self._flusher.close(_detached_error(self.disk))
         self.device.close()
         self._voucher.close()
 
@@ -431,8 +451,9 @@ class Filter:
                 thread.join()
 
     def _end_session(self) -> None:
-        self.device.flush()
-        self.beat()
+        self._flusher.flush()
+        with contextlib.suppress(LmdbitmapError):  # the commit says more than a sign of life
+            self.beat()
         if self._voucher.lost is None:
             disk = dataclasses.replace(
                 self.disk, session=None, identity=session.identity_to_keep(self.device)
@@ -468,6 +489,7 @@ def take_checkpoint(filters: Sequence[Filter], name: str) -> list[Checkpoint]:
         for attached in sorted(filters, key=lambda other: other.disk.uuid):
             frozen.enter_context(attached._frozen())
         for attached in filters:
+            attached._flusher.require_sound()
             attached._begin_again()  # a write that was drained just now may have lost track
         time_ns = time.time_ns()
         with _together(filters):
@@ -481,17 +503,14 @@ def take_checkpoint(filters: Sequence[Filter], name: str) -> list[Checkpoint]:
 
 
 def _flush_images(filters: Sequence[Filter], name: str) -> None:
-    for attached in filters:
-        try:
-            attached.device.flush()
-        except OSError as error:
-            for other in filters:
-                other.forget(name)
-            raise StorageError(
-                f"the image of disk {attached.disk.name!r}",
-                error,
-                next_step="see why it cannot be flushed: no checkpoint was made",
-            ) from error
+    try:
+        for attached in filters:
+            attached.flush()
+    except StorageError as error:
+        for attached in filters:
+            attached._take_back(name)
+        error.next_step = f"no checkpoint was made; {error.next_step}"
+        raise
 
 
 def _require_each_once(filters: Sequence[Filter]) -> None:
@@ -516,11 +535,17 @@ def _next_period(
 def _together(filters: Sequence[Filter]) -> Iterator[None]:
     """The chains in the store and the periods in memory change together in the block.
 
-    Where an interruption (Ctrl-C) may have come between the two, nobody can say which bitmap records:
-    nothing is believed then.
+    Where an interruption (Ctrl-C) may have come between the two, or the store cannot say whether it took the
+    change, nobody can say which bitmap records: nothing is believed then.
     """
     try:
         yield
+    except CommitInDoubt as error:
+        for attached in filters:
+            attached._voucher.lose_track(
+                f"a change of its checkpoints may have taken place or not ({error.problem})"
+            )
+        raise
     except LmdbitmapError:
         raise  # the store is as it was before
     except BaseException:

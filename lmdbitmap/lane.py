@@ -106,12 +106,16 @@ class Gate:
 
 
 class FilterLane:
-    """One thread's way through the filter. `mark` returns when the runs are settled, or raises StorageError."""
+    """One thread's way through the filter. `mark` returns when the runs are settled, or raises StorageError.
+
+    `flush` is the disk's, if it is not just the device's.
+    """
 
     __slots__ = (
         "__weakref__",
         "_device",
         "_fd",
+        "_flush",
         "_gate",
         "_mark",
         "_pwrite",
@@ -124,8 +128,15 @@ class FilterLane:
     settled: bitarray
     size: int
 
-    def __init__(self, gate: Gate, device: BlockDevice, mark: Callable[[list[Run]], None]) -> None:
+    def __init__(
+        self,
+        gate: Gate,
+        device: BlockDevice,
+        mark: Callable[[list[Run]], None],
+        flush: Callable[[], None] | None = None,
+    ) -> None:
         self.busy = False
+        self._flush = flush or device.flush
         self._device = device
         self._gate = gate
         self._mark = mark
@@ -242,7 +253,7 @@ class FilterLane:
 
     def flush(self) -> None:
         """The bits are durable already: only the image is flushed."""
-        self._device.flush()
+        self._flush()
 
     def close(self) -> None:
         """Nothing to give back: the gate forgets a lane that nobody holds."""

@@ -104,7 +104,8 @@ class Owner:
         """Leave a sign of life. One small write into the page cache; does not wait for the disk."""
         boot = boot_id().encode("ascii")
         record = _BEAT.pack(_BEAT_MAGIC, boot, time_ns, mtime_ns)
-        os.pwrite(self._lock.fd, _sealed(record), _BEAT_OFFSET)
+        with os_errors_at(self._path):
+            os.pwrite(self._lock.fd, _sealed(record), _BEAT_OFFSET)
 
     def last_beat(self) -> Beat | None:
         return last_beat(self._path)

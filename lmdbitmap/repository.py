@@ -151,8 +151,8 @@ class BackupFolder:
         abandoned = [work for work in noted if work.file not in known]
         for work in abandoned:
             _remove(self.path_of(work.file))
-        if abandoned:
-            files.fsync_folder(self.path)  # before the note can go
+        if noted:  # the manifest and what was removed must be durable before the note can go
+            files.fsync_folder(self.path)
         return abandoned
 
     def drop_note(self) -> None:

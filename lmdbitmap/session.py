@@ -17,7 +17,8 @@ from uuid import UUID, uuid4
 from lmdbitmap import chain, continuity, owner, schema
 from lmdbitmap.continuity import Moment, Verdict
 from lmdbitmap.device import FileDevice
-from lmdbitmap.errors import Busy, InvalidArgument, NotFound, Untrusted
+from lmdbitmap.errors import Busy, InvalidArgument, NotFound, StorageError, Untrusted
+from lmdbitmap.flushing import forget_unwritten, unflushed
 from lmdbitmap.interfaces import ImageIdentity, TrackableDevice
 from lmdbitmap.owner import Owner
 from lmdbitmap.schema import Disk
@@ -85,8 +86,19 @@ def reconcile(store: Store, held: Held) -> Disk:
     Nobody writes while it is held, so a death then costs nothing, in deferred mode neither. The image is
     flushed first, as at a detach: what the identity vouches for must survive a power cut.
     """
-    held.device.flush()
+    try:
+        held.device.flush()
+    except OSError as error:
+        raise _cannot_vouch(held, error) from error
     return _resume(store, held, session=None)
+
+
+def _cannot_vouch(held: Held, error: OSError) -> StorageError:
+    """What was written last may be on the disk or not, and a second flush would not tell (see flushing.py)."""
+    forget_unwritten(held.device)
+    failure = unflushed(held.disk.name, error)
+    held.lock.declare_distrust(failure.problem, time.time_ns())
+    return failure
 
 
 def _resume(store: Store, held: Held, *, session: UUID | None) -> Disk:

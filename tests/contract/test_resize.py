@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap import chain, session
-from lmdbitmap.errors import InvalidArgument, StorageError
+from lmdbitmap.errors import InvalidArgument, StorageError, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import Geometry
@@ -43,7 +43,7 @@ def test_a_size_that_the_image_refuses_changes_nothing(disk: Filter, monkeypatch
 
     with monkeypatch.context() as refusing:
         refusing.setattr(disk.device, "resize", refuse)
-        with pytest.raises(OSError, match="no room"):
+        with pytest.raises(OSError, match="File too large"):
             disk.resize(100 * SIZE)
     disk.pwrite(b"y", SIZE - 1)
     assert list(disk.changes().runs()) == [(0, 1), (15, 16)]
@@ -60,11 +60,16 @@ def test_a_shrunk_image_that_then_fails_has_its_new_size(
 
     with monkeypatch.context() as failing:
         failing.setattr(disk.device, "flush", fail)
-        with pytest.raises(OSError, match="the disk fails"):
+        with pytest.raises(StorageError, match="could not be flushed"):
             disk.resize(SIZE // 2)
     assert disk.size == disk.device.size == SIZE // 2
-    disk.resize(SIZE)
-    assert list(disk.changes(since="one").runs()) == [(8, 16)]
+    with pytest.raises(StorageError, match="could not be flushed"):
+        disk.detach()
+    with Filter.attach(disk.store, "sda", background=False) as again:
+        assert again.size == again.device.size == SIZE // 2
+        again.resize(SIZE)
+        with pytest.raises(Untrusted, match="could not be flushed"):
+            again.changes(since="one")
 
 
 def test_a_shrink_that_cannot_be_recorded_loses_track(disk: Filter, monkeypatch: pytest.MonkeyPatch) -> None:

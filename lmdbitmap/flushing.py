@@ -1,0 +1,85 @@
+"""The flushes of one image, and what it means that one failed.
+
+Linux tells of data that it could not write back once for each descriptor, at the next flush, and calls that data
+clean from then on: another flush succeeds, though the data is not on the disk and may vanish from memory at any
+time. So what was written since the last good flush is not known any more, and:
+
+1. A flush that failed fails for good, until the image is attached anew. Without that a guest, a checkpoint or a
+   detach would later be told that everything is on the disk. QEMU does the same.
+2. Flushes run one at a time, so that none succeeds beside the one that took the error. Those that wait for
+   their turn share the next.
+3. What the kernel calls clean is dropped from its memory: the image reads from now on as the disk has it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable
+
+from lmdbitmap.errors import StorageError
+from lmdbitmap.interfaces import BlockDevice
+
+MEND_IT = "look at the kernel log (dmesg), mend the disk, then stop and start whoever serves it"
+
+
+class Flusher:
+    """Flushes `device`, the image of the disk called `name`; `on_failure` is told why, once, before anybody else.
+
+    Safe for many threads.
+    """
+
+    def __init__(self, name: str, device: BlockDevice, on_failure: Callable[[str], None]) -> None:
+        self._name = name
+        self._device = device
+        self._on_failure = on_failure
+        self._turn = threading.Lock()
+        self._begun = 0
+        self._done = 0
+        self._failure: OSError | None = None
+
+    @property
+    def failed(self) -> bool:
+        return self._failure is not None
+
+    def flush(self) -> None:
+        """Return after everything written before is on stable storage. Raises `StorageError`, then for ever."""
+        needed = self._begun + 1  # one that has begun may have missed what was written last
+        with self._turn:
+            if self._done < needed:
+                self._flush_now()
+
+    def require_sound(self) -> None:
+        """Raise as the flush that failed did, if one did."""
+        if self._failure is not None:
+            raise unflushed(self._name, self._failure) from self._failure
+
+    def close(self, refusal: OSError) -> None:
+        """Wait for the flush that is under way; all others fail like this."""
+        with self._turn:
+            self._failure = refusal
+
+    def _flush_now(self) -> None:
+        self.require_sound()
+        self._begun += 1
+        try:
+            self._device.flush()
+        except OSError as error:
+            self._failure = error
+            forget_unwritten(self._device)
+            failure = unflushed(self._name, error)
+            self._on_failure(failure.problem)
+            raise failure from error
+        self._done = self._begun
+
+
+def unflushed(name: str, error: OSError) -> StorageError:
+    return StorageError(f"the image of disk {name!r} could not be flushed", error, next_step=MEND_IT)
+
+
+def forget_unwritten(device: BlockDevice) -> None:
+    """Have the kernel read the image from the disk again; advice, which it may follow in part only."""
+    if device.fd is not None:
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(device.fd, 0, 0, os.POSIX_FADV_DONTNEED)
