@@ -25,6 +25,7 @@ from lmdbitmap.cli.ownership import find_disk, require_unowned
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError
 from lmdbitmap.filter import Filter
 from lmdbitmap.nbd.control import ControlServer
+from lmdbitmap.nbd.dirty_contexts import tracked_contexts
 from lmdbitmap.nbd.server import Server
 from lmdbitmap.period import DEFAULT_MAX_ARMED
 from lmdbitmap.store import Store
@@ -101,7 +102,7 @@ def _require_sense(names: Sequence[str], bitmap_file: str | None) -> None:
 @contextlib.contextmanager
 def _served(disks: Mapping[str, Filter], attached: contextlib.ExitStack) -> Iterator[Server]:
     """A server of the disks and of those who ask about them; afterwards nobody uses the disks any more."""
-    server, control = Server(disks), ControlServer(disks)
+    server, control = Server(disks, contexts_of=tracked_contexts), ControlServer(disks)
     try:
         control.start()
         yield server

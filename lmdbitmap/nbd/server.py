@@ -54,7 +54,8 @@ class Server:
         grace_s: float = 10.0,
         contexts_of: ContextsOf = base_contexts,
     ) -> None:
-        self._served = {name: Served(disk, contexts_of(name, disk)) for name, disk in disks.items()}
+        self._disks = dict(disks)
+        self._contexts_of = contexts_of
         self._max_connections = max_connections
         self._handshake_timeout_s = handshake_timeout_s
         self._grace_s = grace_s
@@ -87,7 +88,7 @@ class Server:
     @property
     def uris(self) -> list[str]:
         """One for every disk at every listener."""
-        return [listener.uri(name) for listener in self._listeners for name in self._served]
+        return [listener.uri(name) for listener in self._listeners for name in self._disks]
 
     @property
     def counters(self) -> Counters:
@@ -163,6 +164,10 @@ class Server:
             _log.warning("cannot serve a client: %s", refused)
             sock.close()
             self._forget(visit)
+
+    def _served(self) -> Mapping[str, Served]:
+        """The disks, with what can be asked of each at this moment: a visitor may pick from that."""
+        return {name: Served(disk, self._contexts_of(name, disk)) for name, disk in self._disks.items()}
 
     def _admit(self, visit: Visit) -> bool:
         with self._lock:

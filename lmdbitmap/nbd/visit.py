@@ -39,12 +39,13 @@ class Served(NamedTuple):
 
 
 class Visit:
-    """Serves one client in a thread of its own; `ended` is called in that thread, before it hangs up."""
+    """Serves one client in a thread of its own, where `served` is asked what there is; `ended` is called there
+    before it hangs up."""
 
     def __init__(
         self,
         sock: socket.socket,
-        served: Mapping[str, Served],
+        served: Callable[[], Mapping[str, Served]],
         *,
         handshake_timeout_s: float,
         ended: Callable[[Visit], None],
@@ -104,11 +105,12 @@ class Visit:
             self._sock.close()
 
     def _serve(self) -> None:
-        handshake = self._shake_hands()
+        all_served = self._served()
+        handshake = self._shake_hands(all_served)
         agreed = handshake.outcome
         if not isinstance(agreed, Agreed):
             return
-        served = self._served[agreed.export_name]
+        served = all_served[agreed.export_name]
         self._connection = Connection(
             self._sock,
             served.disk,
@@ -119,10 +121,10 @@ class Visit:
         self._connection.stopping = self._leaving
         self._connection.run()
 
-    def _shake_hands(self) -> Handshake:
+    def _shake_hands(self, all_served: Mapping[str, Served]) -> Handshake:
         """Until both agree, the client leaves, or its time is up (`TimeoutError`)."""
         deadline = time.monotonic() + self._handshake_timeout_s
-        handshake = Handshake({name: _export(name, served) for name, served in self._served.items()})
+        handshake = Handshake({name: _export(name, served) for name, served in all_served.items()})
         self._send_before(deadline, handshake.greeting)
         while handshake.outcome is None:
             self._sock.settimeout(_left(deadline))

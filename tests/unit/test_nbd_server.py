@@ -208,7 +208,7 @@ def test_what_was_not_taken_in_before_the_end_is_not_done() -> None:
     forgotten = threading.Event()
     visit = Visit(
         ours,
-        {"disk": Served(disk, {})},
+        lambda: {"disk": Served(disk, {})},
         handshake_timeout_s=PATIENCE_SECONDS,
         ended=lambda _: forgotten.set(),
     )

@@ -1,0 +1,81 @@
+"""`qemu:dirty-bitmap:CHECKPOINT`: what changed since each checkpoint, under the names that NBD clients know.
+
+A status is 1 for dirty and 0 for clean, and 0 is said of what cannot differ from the checkpoint only. Where
+that is not known the answer is dirty (the bitmap is untrusted) or an error (the checkpoint is gone, or of an
+older epoch). The answer holds at the moment of the question; a client that wants one moment for the whole
+disk asks of a snapshot.
+
+A client picks its contexts by name, once; what it is told later is about that very checkpoint, and not about
+another one of the same name.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+from lmdbitmap import chain
+from lmdbitmap.changes import Changes
+from lmdbitmap.errors import LmdbitmapError, NotFound
+from lmdbitmap.filter import Filter
+from lmdbitmap.interfaces import ServedDisk
+from lmdbitmap.nbd.contexts import StatusSource, base_contexts
+from lmdbitmap.schema import Checkpoint
+
+_log = logging.getLogger(__name__)
+
+NAMESPACE: Final = "qemu:dirty-bitmap:"
+DIRTY: Final = 1
+CLEAN: Final = 0
+
+
+def tracked_contexts(name: str, disk: ServedDisk) -> Mapping[str, StatusSource]:
+    """What a tracked disk can say at this moment: where it is allocated, and what changed since when."""
+    contexts = dict(base_contexts(name, disk))
+    if isinstance(disk, Filter):
+        for checkpoint in _checkpoints(disk):
+            contexts[NAMESPACE + checkpoint.name] = dirty_source(disk, checkpoint)
+    return contexts
+
+
+def dirty_source(disk: Filter, checkpoint: Checkpoint) -> StatusSource:
+    """What changed since `checkpoint`; raises what `Filter.changes` does, and `NotFound` once another has its name."""
+
+    def source(offset: int, length: int) -> Iterator[tuple[int, int]]:
+        answer = disk.changes(since=checkpoint.name)
+        if answer.since.uuid != checkpoint.uuid:
+            raise NotFound(
+                f"checkpoint {checkpoint.name!r} of disk {disk.disk.name!r} was forgotten, and another has its name",
+                next_step="connect again",
+            )
+        return _statuses(answer, offset, length)
+
+    return source
+
+
+def _checkpoints(disk: Filter) -> list[Checkpoint]:
+    """Those of the disk's epoch, older ones can no longer be asked; none if the store cannot be read."""
+    try:
+        with disk.store.read() as reader:
+            now = chain.find_disk(reader, disk.disk.name)
+            return [
+                checkpoint for checkpoint in reader.checkpoints(now.uuid) if checkpoint.epoch == now.epoch
+            ]
+    except LmdbitmapError as error:
+        _log.warning("disk %s is served without its dirty bitmaps: %s", disk.disk.name, error)
+        return []
+
+
+def _statuses(answer: Changes, offset: int, length: int) -> Iterator[tuple[int, int]]:
+    """(bytes, status) of [offset, offset + length) without a gap; a block that the range cuts is cut."""
+    shift, end = answer.geometry.granularity_bits, offset + length
+    position = offset
+    for start, stop in answer.runs(offset >> shift, -(-end >> shift)):
+        dirty_from, dirty_to = max(start << shift, offset), min(stop << shift, end)
+        if position < dirty_from:
+            yield dirty_from - position, CLEAN
+        yield dirty_to - dirty_from, DIRTY
+        position = dirty_to
+    if position < end:
+        yield end - position, CLEAN
