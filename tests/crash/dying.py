@@ -1,33 +1,69 @@
-"""Lives that end at every step: `python -m tests.crash.dying LIFE DURABILITY FOLDER`.
+"""Lives that end at every step: `python -m tests.crash.dying LIFE DURABILITY FOLDER SIDE_BY_SIDE`.
 
-A life is run again and again, each time by a fresh child on a disk of its own in `FOLDER/1`, `FOLDER/2`, …, and
-dies of SIGKILL at its first step, its second, and so on, until one lives to its end. A step is the moment before or
-after a system call that changes something, or before, inside or after a transaction. The product knows nothing of
-it: the child wraps the calls. A life is a generator: what it does before its `yield` is only its youth, where nobody
-dies. Prints a line for each death, its number and the step's name. The last line says `lived`.
+A life (lives.py) is run again and again, each time by a fresh child on a disk of its own in `FOLDER/1`, `FOLDER/2`,
+…, and dies of SIGKILL at its first step, its second, and so on, until one dies at its very end. A step is the
+moment before a system call that changes a file or a folder, the moment inside a transaction when all is said but not
+committed, and the moment after it: between two steps nothing changes that a survivor could find. The product knows
+nothing of it: the child wraps the calls. Prints what each child told the world, and the step at which it died.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-from lmdbitmap import linux, session
-from lmdbitmap.filter import Filter, take_checkpoint
+from lmdbitmap import files, linux
+from lmdbitmap.schema import WRITE_AHEAD
 from lmdbitmap.store import Store
-from tests.support import make_raw_image
-from tests.tracked import NAME, TrackedDisk
+from tests.backed_up import BackedUpDisk
+from tests.crash.lives import ARCHIVE_LIVES, BLOCKS, FEW_BLOCKS, GROWN_UP, LIVES, Life, prepare
+from tests.support import run
 
-GRANULARITY_BITS = 9
-BLOCK = 1 << GRANULARITY_BITS
-BLOCKS = 5000
-BEFORE = b"\x11" * BLOCK
-"""What every block holds at the checkpoint `start`."""
-OTHER = "sdb"
+CALLS = (
+    "pwrite", "ftruncate", "truncate", "fdatasync", "fsync", "fchmod", "rename", "unlink", "mkdir", "copy_file_range",
+)  # fmt: skip
+"""What the product calls to change a file or a folder, apart from `open`."""
+_OWN_NAME = re.compile(r"[0-9a-f]{16}\.partial$")
+
+
+# --- for tests ---
+
+
+@dataclass(frozen=True)
+class Death:
+    """One child: where it lay, the step at which it died (`before rename manifest.json`), what it told before."""
+
+    folder: Path
+    step: str
+    told: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"died {self.step}, {self.folder.name}"
+
+
+def deaths(life: str, graves: Path, durability: str = WRITE_AHEAD, *, side_by_side: int = 3) -> list[Death]:
+    """Live until each step of the life was the last one of some child."""
+    command = (sys.executable, "-m", "tests.crash.dying", life, durability, graves, str(side_by_side))
+    told: dict[str, list[str]] = {}
+    steps: dict[str, str] = {}
+    for line in run(*command, timeout=60).stdout.splitlines():
+        number, what, word = line.split(" ", 2)
+        if what == "told":
+            told.setdefault(number, []).append(word)
+        else:
+            steps[number] = word
+    assert len(steps) >= 3, "a life that dies too seldom proves nothing"
+    return [Death(graves / number, step, tuple(told.get(number, ()))) for number, step in steps.items()]
+
+
+# --- the children ---
 
 
 class Fate:
@@ -43,17 +79,19 @@ class Fate:
             return
         self._steps_left -= 1
         if self._steps_left == 0:
-            os.write(1, f"{self._fatal_step} {name}\n".encode())
+            self.say(f"died {name}")
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def follow(self, place: object, name: str) -> None:
+    def say(self, words: str) -> None:
+        os.write(1, f"{self._fatal_step} {words}\n".encode())
+
+    def follow(self, place: object, name: str, counts: Callable[..., bool] = lambda *_: True) -> None:
         call = getattr(place, name)
 
         def followed(*arguments: Any, **options: Any) -> Any:
-            self(f"before {name}")
-            answer = call(*arguments, **options)
-            self(f"after {name}")
-            return answer
+            if counts(*arguments):
+                self(f"before {name} {_target(arguments)}".strip())
+            return call(*arguments, **options)
 
         setattr(place, name, followed)
 
@@ -66,7 +104,6 @@ class Fate:
                 self("in a transaction")
                 return answer
 
-            self("before a transaction")
             answer = update(store, inside)
             self("after a transaction")
             return answer
@@ -74,161 +111,54 @@ class Fate:
         Store.update = followed  # type: ignore[method-assign, assignment]
 
 
-def prepare(folder: Path, durability: str) -> TrackedDisk:
-    """Two disks with known content and a checkpoint `start`, nothing dirty, nobody attached."""
-    folder.mkdir()
-    tracked = TrackedDisk(folder, BLOCKS * BLOCK, GRANULARITY_BITS, durability)
-    other = make_raw_image(folder / "other.raw", BLOCKS * BLOCK)
-    session.add(tracked.store, OTHER, str(other), granularity_bits=GRANULARITY_BITS, durability=durability)
-    for image in (tracked.image, other):
-        image.write_bytes(BEFORE * BLOCKS)
-    for name in (NAME, OTHER):
-        session.adopt(tracked.store, name)
-        with Filter.attach(tracked.store, name, background=False) as disk:
-            disk.checkpoint("start")
-    return tracked
+def _target(arguments: tuple[Any, ...]) -> str:
+    """The name of the file that a call makes, replaces or removes."""
+    paths = [argument for argument in arguments if isinstance(argument, str)]
+    return _OWN_NAME.sub("partial", os.path.basename(paths[-1])) if paths else ""
 
 
-# --- lives ---
-
-Life: TypeAlias = Iterator[None]
-
-
-def attach_and_write(tracked: TrackedDisk) -> Filter:
-    """Scattered, sequential and large writes, zeroes and a discard, with few extents armed at a time."""
-    disk = tracked.attach(max_armed=3)
-    for block in (5, 6, 7, 300, 4500, 900, 4999):
-        disk.pwrite(b"new", block * BLOCK + 50)
-    assert disk.lane().write_many([(n * 97 * BLOCK, memoryview(b"many")) for n in range(8)]) == {}
-    disk.pwrite(b"large" * BLOCK * 30, 2000 * BLOCK - 3)
-    disk.write_zeroes(3000 * BLOCK, 2 * BLOCK)
-    disk.discard(3100 * BLOCK, 100 * BLOCK)
-    return disk
+def _creates(_: object, flags: int, *__: object) -> bool:
+    return bool(flags & os.O_CREAT)
 
 
-def writing(tracked: TrackedDisk) -> Life:
-    yield
-    attach_and_write(tracked).abandon()
+def main(life: str, durability: str, folder: str, side_by_side: str) -> None:
+    """Children that live side by side are started together, and are the last if one of them outlives its end."""
+    for first in count(1, int(side_by_side)):
+        numbers = range(first, first + int(side_by_side))
+        children = [start(life, durability, Path(folder, str(number)), number) for number in numbers]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        assert set(codes) <= {0, -signal.SIGKILL}, codes
+        if 0 in codes:
+            return
 
 
-def passing(tracked: TrackedDisk) -> Life:
-    disk = attach_and_write(tracked)
-    yield
-    disk.background_pass()
-    disk.pwrite(b"between", 8 * BLOCK)
-    disk.background_pass()
-    disk.beat()
-    disk.background_pass()
-    disk.pwrite(b"later", 9 * BLOCK)
-    disk.abandon()
+def start(life: str, durability: str, folder: Path, fatal_step: int) -> int:
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            live(LIVES[life], durability, folder, fatal_step)
+            code = 0
+        finally:
+            os._exit(code)
+    return child
 
 
-def asking(tracked: TrackedDisk) -> Life:
-    disk = attach_and_write(tracked)
-    yield
-    disk.changes(since="start")
-    disk.pwrite(b"later", 10 * BLOCK)
-    disk.abandon()
-
-
-def checkpointing(tracked: TrackedDisk) -> Life:
-    disk = attach_and_write(tracked)
-    yield
-    disk.checkpoint("both")
-    disk.pwrite(b"later", 10 * BLOCK)
-    disk.pwrite(b"later", 2000 * BLOCK)
-    disk.abandon()
-
-
-def checkpointing_two(tracked: TrackedDisk) -> Life:
-    disk, other = attach_and_write(tracked), Filter.attach(tracked.store, OTHER, background=False)
-    other.pwrite(b"new", 0)
-    yield
-    take_checkpoint([disk, other], "both")
-    disk.pwrite(b"later", 10 * BLOCK)
-    other.pwrite(b"later", BLOCK)
-    for one in (disk, other):
-        one.abandon()
-
-
-def forgetting(tracked: TrackedDisk) -> Life:
-    disk = attach_and_write(tracked)
-    for number, name in enumerate(("monday", "tuesday", "wednesday")):
-        disk.checkpoint(name)
-        disk.pwrite(b"more", (20 + number) * BLOCK)
-    yield
-    disk.forget("tuesday")
-    disk.forget("wednesday")  # the newest
-    disk.pwrite(b"more", 30 * BLOCK)
-    disk.forget("epoch-1")
-    disk.abandon()
-
-
-def growing(tracked: TrackedDisk) -> Life:
-    disk = attach_and_write(tracked)
-    yield
-    disk.resize(6000 * BLOCK + 1)
-    disk.pwrite(b"x", 6000 * BLOCK)
-    disk.abandon()
-
-
-def shrinking(tracked: TrackedDisk) -> Life:
-    disk = attach_and_write(tracked)
-    yield
-    disk.resize(1000 * BLOCK + 1)
-    disk.pwrite(b"x", 1000 * BLOCK)
-    disk.abandon()
-
-
-def detaching(tracked: TrackedDisk) -> Life:
-    disk = attach_and_write(tracked)
-    yield
-    disk.detach()
-
-
-def living_twice(tracked: TrackedDisk) -> Life:
-    """Attached again after a death, so that extents of a dead owner are armed in the store."""
-    attach_and_write(tracked).abandon()
-    yield
-    disk = tracked.attach(max_armed=2)
-    for block in (5, 8, 301, 302, 4000):
-        disk.pwrite(b"second life", block * BLOCK)
-    disk.background_pass()
-    disk.background_pass()
-    disk.detach()
-
-
-LIVES = {
-    life.__name__: life
-    for life in (
-        writing, passing, asking, checkpointing, checkpointing_two, forgetting, growing, shrinking, detaching,
-        living_twice,
-    )
-}  # fmt: skip
-
-
-def main(life: str, durability: str, folder: str) -> None:
-    number = 0
-    died = True
-    while died:
-        number += 1
-        child = os.fork()
-        if child == 0:
-            live(LIVES[life], durability, Path(folder, str(number)), number)
-        died = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    print("lived", flush=True)
-
-
-def live(life: Callable[[TrackedDisk], Life], durability: str, folder: Path, fatal_step: int) -> None:
-    tracked = prepare(folder, durability)
+def live(life: Callable[[BackedUpDisk], Life], durability: str, folder: Path, fatal_step: int) -> None:
+    tracked = prepare(folder, durability, BLOCKS if life not in ARCHIVE_LIVES else FEW_BLOCKS)
     fate = Fate(fatal_step)
-    for call in ("pwrite", "ftruncate", "fdatasync", "fsync"):
+    for call in CALLS:
         fate.follow(os, call)
+    fate.follow(os, "open", _creates)
     fate.follow(linux, "fallocate")
+    fate.follow(files._NewFile, "write")
     fate.follow_transactions()
-    for _ in life(tracked):
-        fate.is_young = False
-    os._exit(0)
+    for told in life(tracked):
+        if told == GROWN_UP:
+            fate.is_young = False
+        else:
+            fate.say(f"told {told}")
+    fate("at the end")
 
 
 if __name__ == "__main__":

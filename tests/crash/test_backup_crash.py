@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import filecmp
 import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 
 import pytest
 
+from lmdbitmap import chain
+from lmdbitmap.backup import backup
+from lmdbitmap.changes import changes
 from lmdbitmap.errors import StorageError
 from lmdbitmap.extents import Trust
+from lmdbitmap.filter import Filter
+from lmdbitmap.manifest import BackupEntry
+from lmdbitmap.repository import BackupFolder, is_checkpoint_name
 from lmdbitmap.restore import restore
 from lmdbitmap.schema import DEFERRED, WRITE_AHEAD
+from lmdbitmap.store import Store
 from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
+from tests.crash.dying import Death, deaths
 from tests.crash.full_disk import CRAMPED_BYTES, can_mount, file_size_limit, full_tmpfs
-from tests.support import PATIENCE_SECONDS, run
-from tests.tracked import NAME, quick_folder
+from tests.crash.lives import CLUSTER, IMAGES, OTHER
+from tests.support import run
+from tests.tracked import NAME, quick_folder, trust_of
 
 SIZE = 200_003
 BLOCK = 4096
@@ -35,8 +43,6 @@ STEPS = [
     "committed", "removed",
 ]  # fmt: skip
 """What a first backup does. Law 3: the archive is synced before `manifest replaced`, and forgetting follows it."""
-MADE = STEPS.index("renamed", STEPS.index("manifest replaced") - 3)
-"""From this step on, the manifest has the backup."""
 
 
 @contextlib.contextmanager
@@ -68,35 +74,114 @@ def test_a_backup_takes_its_steps_in_the_order_of_the_laws() -> None:
         assert disk.backup_and_die(0) == STEPS
 
 
+@pytest.fixture
+def graves() -> Iterator[Path]:
+    with quick_folder() as folder:
+        yield folder
+
+
 @pytest.mark.parametrize("durability", [WRITE_AHEAD, DEFERRED])
-def test_a_backup_killed_after_any_step_is_followed_by_a_right_increment(durability: str) -> None:
-    made = []
-    for step in range(1, len(STEPS) - 3):
-        with disk_before(first=False, durability=durability) as disk:
-            steps = disk.backup_and_die(step)
-            assert steps == STEPS[4 : 4 + step]
-            made.append(len(disk.manifest().backups) == 3)
-            frozen = disk.content()
-            disk.write(b"later", 30 * BLOCK)
-            entry = disk.backup()
-            assert (entry.type_actual, entry.trust) == (INCREMENTAL, Trust.EXACT)
-            assert entry.bytes_changed == (BLOCK if made[-1] else 3 * BLOCK)
-            check_no_trace(disk)
-            if made[-1]:
-                assert disk.restored("3") == frozen
-    assert made == [False] * (MADE - 4) + [True] * (len(STEPS) - MADE)
+def test_a_backup_killed_at_any_step_is_followed_by_a_right_increment(durability: str, graves: Path) -> None:
+    made = [survives(death, {NAME: 2})[0] for death in deaths("backing_up", graves, durability)]
+    assert min(made.count(True), made.count(False)) >= 5
 
 
-def test_a_first_backup_killed_after_any_step_is_followed_by_a_right_one() -> None:
-    made = []
-    for step in range(1, len(STEPS) + 1):
-        with disk_before(first=True) as disk:
-            assert disk.backup_and_die(step) == STEPS[:step]
-            made.append("manifest.json" in os.listdir(disk.folder / "backups" / NAME) if step > 2 else False)
-            disk.write(b"later", 30 * BLOCK)
-            assert disk.backup().type_actual is (INCREMENTAL if made[-1] else FULL)
-            check_no_trace(disk)
-    assert made == [False] * MADE + [True] * (len(STEPS) - MADE)
+def test_a_full_backup_killed_at_any_step_takes_nothing_from_the_chain_before_it(graves: Path) -> None:
+    made = [survives(death, {NAME: 2})[0] for death in deaths("backing_up_full", graves)]
+    assert min(made.count(True), made.count(False)) >= 5
+
+
+def test_a_first_backup_killed_at_any_step_is_followed_by_a_right_one(graves: Path) -> None:
+    made = [survives(death, {NAME: 0})[0] for death in deaths("backing_up_first", graves)]
+    assert min(made.count(True), made.count(False)) >= 5
+
+
+def test_of_two_disks_each_has_its_backup_or_not_and_both_of_one_moment(graves: Path) -> None:
+    made = [survives(death, {NAME: 1, OTHER: 0}) for death in deaths("backing_up_two", graves)]
+    assert set(made) == {(False, False), (True, False), (True, True)}
+
+
+def survives(death: Death, earlier: dict[str, int]) -> tuple[bool, ...]:
+    """Judge what a dead backup left of disks that had so many backups; whether each disk has one more."""
+    with closing(Store.open(str(death.folder / "store"))) as store:
+        counts = {name: is_true(death, store, name) for name in earlier}
+        made = tuple(counts[name] > count for name, count in earlier.items())
+        assert all(made) or not death.told, death
+        if all(made):
+            assert len({newest_checkpoint(death, name) for name in earlier}) == 1, death
+        goes_on(death, store, counts, dict(zip(earlier, made, strict=True)))
+    return made
+
+
+def is_true(death: Death, store: Store, name: str) -> int:
+    """Every backup that the manifest names is whole, what they need to be counted from is there (law 3), and any
+    other image is known to be unfinished. Answers how many there are."""
+    folder = BackupFolder(death.folder / "backups", name)
+    entries = entries_of(folder)
+    for entry in entries:
+        restored = death.folder / f"restored-{name}-{entry.id}.raw"
+        restore(folder.repository_path, name, restored, at=entry.id)
+        assert filecmp.cmp(restored, content_at(death, name, entry), shallow=False), (death, entry.id)
+        restored.unlink()
+    checkpoints = checkpoints_of(store, name)
+    assert {entry.checkpoint.name for entry in needed(entries)} <= checkpoints, death
+    images = {path.name for path in Path(folder.path).glob("*.qcow2")} - {entry.file for entry in entries}
+    assert not images or all(file in Path(folder.path, "unfinished").read_text() for file in images), death
+    assert trust_of(changes(store, name)) is not Trust.UNTRUSTED, death
+    return len(entries)
+
+
+def entries_of(folder: BackupFolder) -> Sequence[BackupEntry]:
+    found = folder.manifest() if Path(folder.path).exists() else None
+    return found.backups if found else ()
+
+
+def newest_checkpoint(death: Death, name: str) -> str:
+    return entries_of(BackupFolder(death.folder / "backups", name))[-1].checkpoint.name
+
+
+def content_at(death: Death, name: str, entry: BackupEntry) -> Path:
+    """A copy that was made beside the backup, or the image, which nobody has written since."""
+    copy = death.folder / f"{entry.id}.raw"
+    return copy if copy.exists() and name == NAME else death.folder / IMAGES[name]
+
+
+def needed(entries: Sequence[BackupEntry]) -> Sequence[BackupEntry]:
+    """Those that the next increment and the next differential backup count from."""
+    fulls = [entry for entry in entries if entry.type_actual is FULL]
+    return [*fulls[-1:], *entries[-1:]]
+
+
+def checkpoints_of(store: Store, name: str) -> set[str]:
+    with store.read() as reader:
+        disk = chain.find_disk(reader, name)
+        return {checkpoint.name for checkpoint in reader.checkpoints(disk.uuid)}
+
+
+def goes_on(death: Death, store: Store, counts: dict[str, int], made: dict[str, bool]) -> None:
+    """The next backup needs no help, costs what was written since the last one that was made, and leaves no trace."""
+    for name in counts:
+        with Filter.attach(store, name, background=False) as disk:
+            disk.pwrite(b"later", 30 * CLUSTER)
+    for result in backup(store, list(counts), death.folder / "backups"):
+        name, entry = result.disk, result.entry
+        assert entry.trust is Trust.EXACT, death
+        if counts[name]:
+            assert (entry.type_actual, entry.reason) == (INCREMENTAL, None), death
+            assert entry.bytes_changed == (CLUSTER if made[name] else 2 * CLUSTER), death
+        else:
+            assert (entry.type_actual, entry.reason and entry.reason.code) == (FULL, "no-earlier-backup"), (
+                death
+            )
+        folder = BackupFolder(death.folder / "backups", name)
+        entries = entries_of(folder)
+        files = {entry.file for entry in entries}
+        assert set(os.listdir(folder.path)) == files | {"lock", "manifest.json"}, death
+        backups = {point for point in checkpoints_of(store, name) if is_checkpoint_name(point)}
+        assert backups == {entry.checkpoint.name for entry in needed(entries)}, death
+        restore(folder.repository_path, name, death.folder / "out.raw")
+        assert filecmp.cmp(death.folder / "out.raw", death.folder / IMAGES[name], shallow=False), death
+        (death.folder / "out.raw").unlink()
 
 
 def test_one_backup_killed_after_another_is_followed_by_their_union() -> None:
@@ -181,36 +266,3 @@ def test_a_read_only_repository_is_restored_from_and_not_backed_up_to(tmp_path: 
             disk.backup()
         assert disk.checkpoints() == checkpoints
         disk.close()
-
-
-# --- a restore that dies ---
-
-RESTORE_AND_DIE = """
-import os, signal, sys
-from lmdbitmap.restore import restore
-
-def die(done, total):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-restore(sys.argv[1], sys.argv[2], sys.argv[3], progress=die)
-"""
-
-
-def test_a_killed_restore_leaves_no_name_and_the_next_removes_the_rest() -> None:
-    with disk_before(first=False) as disk:
-        disk.backup()
-        out = disk.folder / "out.raw"
-        command = [
-            sys.executable,
-            "-c",
-            RESTORE_AND_DIE,
-            os.fspath(disk.folder / "backups"),
-            NAME,
-            os.fspath(out),
-        ]
-        assert subprocess.run(command, timeout=PATIENCE_SECONDS).returncode == -9
-        assert not out.exists()
-        assert len(list(disk.folder.glob("out.raw.*.partial"))) == 1
-        restore(disk.folder / "backups", NAME, out)
-        assert out.read_bytes() == disk.content()
-        assert [path.name for path in disk.folder.glob("out.raw*")] == ["out.raw"]

@@ -1,0 +1,372 @@
+"""What dying.py's children live through: one generator for each thing that can die.
+
+A life is given a fresh disk and does what it must until it yields `GROWN_UP`; from there on every step may be its
+last. A word that it yields later was acknowledged: it tells the world that something is done.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn, TypeAlias
+
+from lmdbitmap import bitmap_file, export, session
+from lmdbitmap.backup import backup
+from lmdbitmap.filter import Filter, take_checkpoint
+from lmdbitmap.restore import restore
+from lmdbitmap.store import Store
+from tests import naive_flat
+from tests.backed_up import FULL, INCREMENTAL, BackedUpDisk
+from tests.support import make_raw_image
+from tests.tracked import NAME, TrackedDisk
+
+GRANULARITY_BITS = 9
+BLOCK = 1 << GRANULARITY_BITS
+BLOCKS = 5000
+SIZE = BLOCKS * BLOCK
+FEW_BLOCKS = 400
+"""Of a disk that is read and written as a whole."""
+BEFORE = b"\x11" * BLOCK
+"""What every block holds at the checkpoint `start`."""
+OTHER = "sdb"
+IMAGES = {NAME: "disk.raw", OTHER: "other.raw"}
+MAX_ARMED = 3
+EXTENT_BLOCKS = 64
+CLUSTER = 4096
+"""The least that a backup copies of this disk."""
+
+GROWN_UP = "grown up"
+Life: TypeAlias = Iterator[str]
+
+
+def prepare(folder: Path, durability: str, blocks: int = BLOCKS) -> BackedUpDisk:
+    """A disk with known content and a checkpoint `start`, nothing dirty, nobody attached."""
+    folder.mkdir()
+    tracked = BackedUpDisk(folder, blocks * BLOCK, GRANULARITY_BITS, durability)
+    _start(tracked, NAME, tracked.image)
+    return tracked
+
+
+def with_another(tracked: BackedUpDisk) -> None:
+    """A second disk in the same store, in the same state."""
+    image = make_raw_image(tracked.folder / IMAGES[OTHER], tracked.size)
+    session.add(
+        tracked.store, OTHER, str(image), granularity_bits=GRANULARITY_BITS, durability=tracked.durability
+    )
+    _start(tracked, OTHER, image)
+
+
+def _start(tracked: TrackedDisk, name: str, image: Path) -> None:
+    image.write_bytes(BEFORE * (tracked.size // BLOCK))
+    session.adopt(tracked.store, name)
+    with Filter.attach(tracked.store, name, background=False) as disk:
+        disk.checkpoint("start")
+
+
+# --- a disk and its chain ---
+
+
+def adding(tracked: BackedUpDisk) -> Life:
+    """A disk of a store that is there, and one that makes its store first."""
+    images = [make_raw_image(tracked.folder / f"{name}.raw", SIZE) for name in ("third", "first")]
+    yield GROWN_UP
+    session.add(tracked.store, "third", str(images[0]), granularity_bits=GRANULARITY_BITS)
+    yield "third"
+    store = Store.create(str(tracked.folder / "new store"))
+    session.add(store, "first", str(images[1]), granularity_bits=GRANULARITY_BITS)
+    yield "first"
+
+
+def attaching(tracked: BackedUpDisk) -> Life:
+    tracked.write(b"new", 5 * BLOCK)
+    yield GROWN_UP
+    disk = tracked.attach()
+    yield "attached"
+    disk.abandon()
+
+
+def arming(tracked: BackedUpDisk) -> Life:
+    disk = tracked.attach()
+    yield GROWN_UP
+    disk.pwrite(b"new", 300 * BLOCK)
+    yield "written"
+    disk.abandon()
+
+
+def attach_and_write(tracked: TrackedDisk) -> Filter:
+    """Scattered, sequential and large writes, zeroes and a discard, with few extents armed at a time."""
+    disk = tracked.attach(max_armed=MAX_ARMED)
+    for block in (5, 6, 7, 300, 4500, 900, 4999):
+        disk.pwrite(b"new", block * BLOCK + 50)
+    assert disk.lane().write_many([(n * 97 * BLOCK, memoryview(b"many")) for n in range(8)]) == {}
+    disk.pwrite(b"large" * BLOCK * 30, 2000 * BLOCK - 3)
+    disk.write_zeroes(3000 * BLOCK, 2 * BLOCK)
+    disk.discard(3100 * BLOCK, 100 * BLOCK)
+    return disk
+
+
+def writing(tracked: BackedUpDisk) -> Life:
+    yield GROWN_UP
+    attach_and_write(tracked).abandon()
+
+
+def passing(tracked: BackedUpDisk) -> Life:
+    disk = attach_and_write(tracked)
+    yield GROWN_UP
+    disk.background_pass()
+    disk.pwrite(b"between", 8 * BLOCK)
+    disk.background_pass()
+    disk.beat()
+    disk.background_pass()
+    disk.pwrite(b"later", 9 * BLOCK)
+    disk.abandon()
+
+
+def asking(tracked: BackedUpDisk) -> Life:
+    disk = attach_and_write(tracked)
+    yield GROWN_UP
+    disk.changes(since="start")
+    disk.pwrite(b"later", 10 * BLOCK)
+    disk.abandon()
+
+
+def marking(tracked: BackedUpDisk) -> Life:
+    yield GROWN_UP
+    disk = tracked.attach()
+    for block in (1, 70, 4999):
+        disk.mark(block * BLOCK, 1)
+        yield str(block)
+    disk.detach()
+    yield "detached"
+
+
+def checkpointing(tracked: BackedUpDisk) -> Life:
+    disk = attach_and_write(tracked)
+    yield GROWN_UP
+    disk.checkpoint("both")
+    yield "both"
+    disk.pwrite(b"later", 10 * BLOCK)
+    disk.pwrite(b"later", 2000 * BLOCK)
+    disk.abandon()
+
+
+def checkpointing_two(tracked: BackedUpDisk) -> Life:
+    with_another(tracked)
+    disk, other = attach_and_write(tracked), Filter.attach(tracked.store, OTHER, background=False)
+    other.pwrite(b"new", 0)
+    yield GROWN_UP
+    take_checkpoint([disk, other], "both")
+    yield "both"
+    disk.pwrite(b"later", 10 * BLOCK)
+    other.pwrite(b"later", BLOCK)
+    for one in (disk, other):
+        one.abandon()
+
+
+def forgetting(tracked: BackedUpDisk) -> Life:
+    """One in the middle, the newest, and the first."""
+    disk = attach_and_write(tracked)
+    for number, name in enumerate(("monday", "tuesday", "wednesday")):
+        disk.checkpoint(name)
+        disk.pwrite(b"more", (20 + number) * BLOCK)
+    yield GROWN_UP
+    disk.forget("tuesday")
+    yield "tuesday"
+    disk.forget("wednesday")
+    yield "wednesday"
+    disk.pwrite(b"more", 30 * BLOCK)
+    disk.forget("epoch-1")
+    yield "epoch-1"
+    disk.abandon()
+
+
+def growing(tracked: BackedUpDisk) -> Life:
+    disk = attach_and_write(tracked)
+    yield GROWN_UP
+    disk.resize(6000 * BLOCK + 1)
+    yield str(6000 * BLOCK + 1)
+    disk.pwrite(b"x", 6000 * BLOCK)
+    disk.abandon()
+
+
+def shrinking(tracked: BackedUpDisk) -> Life:
+    disk = attach_and_write(tracked)
+    yield GROWN_UP
+    disk.resize(1000 * BLOCK + 1)
+    yield str(1000 * BLOCK + 1)
+    disk.pwrite(b"x", 1000 * BLOCK)
+    disk.abandon()
+
+
+def detaching(tracked: BackedUpDisk) -> Life:
+    disk = attach_and_write(tracked)
+    yield GROWN_UP
+    disk.detach()
+    yield "detached"
+
+
+def adopting(tracked: BackedUpDisk) -> Life:
+    """The owner died; then the image was touched and made longer by somebody who tells us so."""
+    attach_and_write(tracked).abandon()
+    os.truncate(tracked.image, SIZE + 100 * BLOCK)
+    tracked.write_behind_our_back(b"", 0)
+    yield GROWN_UP
+    session.adopt(tracked.store, NAME)
+    yield "adopted"
+
+
+def living_twice(tracked: BackedUpDisk) -> Life:
+    """Attached again after a death, so that extents of a dead owner are armed in the store."""
+    attach_and_write(tracked).abandon()
+    yield GROWN_UP
+    disk = tracked.attach(max_armed=MAX_ARMED - 1)
+    for block in (5, 8, 301, 302, 4000):
+        disk.pwrite(b"second life", block * BLOCK)
+    disk.background_pass()
+    disk.background_pass()
+    disk.detach()
+
+
+def removing(tracked: BackedUpDisk) -> Life:
+    tracked.write(b"new", 5 * BLOCK)
+    yield GROWN_UP
+    session.remove(tracked.store, NAME)
+    yield "removed"
+
+
+# --- flat files ---
+
+OLD, NEW = {1, 4999}, {2, 4998}
+
+
+def _write_blocks(tracked: BackedUpDisk, blocks: set[int]) -> None:
+    with tracked.attach() as disk:
+        for block in blocks:
+            disk.pwrite(b"x", block * BLOCK)
+
+
+def exporting_anew(tracked: BackedUpDisk) -> Life:
+    _write_blocks(tracked, NEW)
+    yield GROWN_UP
+    export.export_changes(tracked.changes(), tracked.folder / "x.dbm")
+    yield "exported"
+
+
+def exporting(tracked: BackedUpDisk) -> Life:
+    """Over a file that is there."""
+    (tracked.folder / "x.dbm").write_bytes(naive_flat.write(OLD, SIZE, GRANULARITY_BITS))
+    yield from exporting_anew(tracked)
+
+
+def importing(tracked: BackedUpDisk) -> Life:
+    path = tracked.folder / "x.dbm"
+    path.write_bytes(naive_flat.write(NEW, SIZE, GRANULARITY_BITS))
+    yield GROWN_UP
+    export.import_file(tracked.store, path, "copy", into=NAME)
+    yield "imported"
+
+
+def serving_beside_a_file(tracked: BackedUpDisk) -> Life:
+    """`serve --bitmap-file`, from its beginning to its end; the file knows more than the open period does."""
+    path = tracked.folder / "x.dbm"
+    _write_blocks(tracked, OLD)
+    export.export_changes(tracked.changes(), path)
+    tracked.clean("later")
+    yield GROWN_UP
+    disk = tracked.attach()
+    bitmap_file.begin(disk, path)
+    yield "began"
+    disk.pwrite(b"x", 7 * BLOCK)
+    yield "written"
+    disk.detach()
+    yield "detached"
+
+
+# --- archives ---
+
+
+def _repository(tracked: BackedUpDisk) -> str:
+    return str(tracked.folder / "backups")
+
+
+def _backed_up(tracked: BackedUpDisk, times: int) -> None:
+    """A full backup and increments, each beside a copy of what the disk held then; and a block that is in none."""
+    for number in range(1, times + 1):
+        tracked.write(b"backed up", number * 80 * BLOCK)
+        tracked.backup()
+        shutil.copy(tracked.image, tracked.folder / f"{number}.raw")
+    tracked.write(b"not backed up", 0)
+
+
+def backing_up_first(tracked: BackedUpDisk) -> Life:
+    """The repository is made too."""
+    yield GROWN_UP
+    backup(tracked.store, [NAME], _repository(tracked))
+    yield "1"
+
+
+def backing_up(tracked: BackedUpDisk) -> Life:
+    _backed_up(tracked, 2)
+    yield GROWN_UP
+    backup(tracked.store, [NAME], _repository(tracked), kind=INCREMENTAL)
+    yield "3"
+
+
+def backing_up_full(tracked: BackedUpDisk) -> Life:
+    """After it, the checkpoints of both earlier backups go."""
+    _backed_up(tracked, 2)
+    yield GROWN_UP
+    backup(tracked.store, [NAME], _repository(tracked), kind=FULL)
+    yield "3"
+
+
+def backing_up_two(tracked: BackedUpDisk) -> Life:
+    """The one for the second time, the other for the first."""
+    _backed_up(tracked, 1)
+    with_another(tracked)
+    yield GROWN_UP
+    backup(tracked.store, [NAME, OTHER], _repository(tracked))
+    yield "both"
+
+
+def restoring(tracked: BackedUpDisk) -> Life:
+    _backed_up(tracked, 2)
+    yield GROWN_UP
+    restore(_repository(tracked), NAME, tracked.folder / "out.raw")
+    yield "restored"
+
+
+def restoring_by_hand(tracked: BackedUpDisk) -> Life:
+    """Where the kernel will not copy from file to file, onto an empty file that is there."""
+
+    def refuse(*_: object) -> NoReturn:
+        raise OSError(errno.EXDEV, "another file system")
+
+    os.copy_file_range = refuse  # type: ignore[assignment]
+    (tracked.folder / "out.raw").touch()
+    yield from restoring(tracked)
+
+
+def restoring_to_a_device(tracked: BackedUpDisk) -> Life:
+    """Onto the block device that is called `device` beside all the graves."""
+    _backed_up(tracked, 2)
+    yield GROWN_UP
+    restore(_repository(tracked), NAME, tracked.folder.parent / "device")
+    yield "restored"
+
+
+ARCHIVE_LIVES = (
+    backing_up_first, backing_up, backing_up_full, backing_up_two, restoring, restoring_by_hand, restoring_to_a_device,
+)  # fmt: skip
+LIVES: dict[str, Callable[[BackedUpDisk], Life]] = {
+    life.__name__: life
+    for life in (
+        adding, attaching, arming, writing, passing, asking, marking, checkpointing, checkpointing_two, forgetting,
+        growing, shrinking, detaching, adopting, living_twice, removing,
+        exporting, exporting_anew, importing, serving_beside_a_file,
+        *ARCHIVE_LIVES,
+    )
+}  # fmt: skip
