@@ -31,7 +31,6 @@ from lmdbitmap.store import Reader, Writer
 
 MAX_REGIONS = 1 << 25
 """Of one disk: 16 GiB of bits, as for 64 TiB in blocks of 512 bytes."""
-_SLICE_REGIONS = 1024
 NEVER_BACKED_UP = "everything counts as dirty until the first full backup"
 
 
@@ -204,10 +203,7 @@ def merge_into(writer: Writer, target_id: int, source_id: int) -> None:
 
 def in_slices(reader: Reader, bitmap_id: int) -> Iterator[tuple[int, Region]]:
     """All region records, read a slice at a time, so that the caller may write between them."""
-    start = 0
-    while (first := reader.next_region(bitmap_id, start)) is not None:
-        start = first + _SLICE_REGIONS
-        yield from list(reader.regions(bitmap_id, first, start))
+    return reader.regions(bitmap_id)
 
 
 def _or(left: bytes, right: bytes) -> bytes:

@@ -115,7 +115,9 @@ class Changes:
             present = [region for region in found if region is not None and region < stop]
             if not present:
                 return None
-            part = Slice(min(present), bytearray(_SLICE_BYTES), loose=False)
+            first = min(present)
+            aligned = max(start, first - first % _SLICE_REGIONS)  # to groups, which are read as a whole
+            part = Slice(aligned, bytearray(_SLICE_BYTES), loose=False)
             loose = [_collect(reader, number, part, stop) for number in numbers]
         return part._replace(loose=any(loose))
 

@@ -46,7 +46,7 @@ _FULL_STEPS = {
     errno.ENOMEM: "give the process more address space (ulimit -v): the store's file is mapped as a whole",
     errno.ENOBUFS: "change less at once: forget checkpoints one by one, or choose a larger granularity",
 }
-DATABASES = ("meta", "disks", "checkpoints", "bitmaps", "regions")
+DATABASES = ("meta", "disks", "checkpoints", "bitmaps", "regions", "tallies")
 
 
 class CommitInDoubt(StorageError):
@@ -85,6 +85,7 @@ class Environment:
         with _translated(path), presence.entering(path) as self._presence:
             self._lmdb = open_lmdb(path)
             try:
+                self._presence.settle()
                 self._open_databases()
                 self.header = self._read_header()
                 self._lmdb.reader_check()
@@ -152,6 +153,7 @@ class Environment:
         return [(int(row[0]), newest - int(row[2])) for row in rows if len(row) == 3 and row[2].isdigit()]
 
     def close(self) -> None:
+        self._presence.leave()
         self._lmdb.close()
         self._presence.close()
 
@@ -255,14 +257,18 @@ class Environment:
     def _reopen(self) -> None:
         """Called inside `_exclusively`."""
         self._has_handle = False
+        self._presence.leave()
         self._lmdb.close()
         self._presence.close()
         with presence.entering(self.path) as self._presence:
             self._lmdb = open_lmdb(self.path)
+            self._presence.settle()
             self._has_handle = True
             self._open_databases()
 
     def _open_databases(self) -> None:
+        with self.transaction(write=False):
+            pass  # LMDB takes the lock of a process that reads, which `_keep_house` looks for
         self._fill_up()
         with self.transaction(write=True) as txn:  # ours, because another process may be growing the map
             for name in DATABASES:

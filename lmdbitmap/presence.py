@@ -28,11 +28,12 @@ _FLOCK = struct.Struct("hhqqi0q")  # l_type, l_whence, l_start, l_len, l_pid; 0q
 _FIRST_BYTE = 0
 """Of lock.mdb: every process that has the environment open locks it, shared."""
 _TURN_TRIES = 500
-_TURN_PAUSE_S = 0.02
+_LOOKS = 75
+_PAUSE_S = 0.02
 
 
 class Presence:
-    """That this process has the environment in `folder` open. `close` it after the environment."""
+    """That this process has an environment open."""
 
     def __init__(self, users_fd: int, lock_path: str) -> None:
         self._users_fd = users_fd
@@ -40,21 +41,29 @@ class Presence:
         self._lock_path = lock_path
 
     def look_before(self, place: str) -> None:
-        """Raise `Busy` unless those who live have LMDB's locks, or nobody lives."""
-        others = _others_live(self._users_fd)
-        if os.path.exists(self._lock_path):
-            self._open_lock_file()
-            if others and not _is_locked(self._lock_fd, _FIRST_BYTE):
-                raise Busy(
-                    f"store {place} is used by {_holders_of(self._users_fd)}, in which lmdb/lock.mdb was closed"
-                    " by something that is not LMDB, so that its locks are gone",
-                    next_step="try again in a minute, or restart that program, and see what opens the store's files",
-                )
+        """Raise `Busy` unless those who live have LMDB's locks, or nobody lives.
+
+        Patiently: a server that lost its locks takes them again within a moment, and who dies loses all at once
+        only nearly.
+        """
+        if not os.path.exists(self._lock_path):
+            return
+        self._lock_fd = _open_lock_file(self._lock_path)
+        for _ in range(_LOOKS):
+            if not _others_live(self._users_fd) or _is_locked(self._lock_fd, _FIRST_BYTE):
+                return
+            time.sleep(_PAUSE_S)
+        raise Busy(
+            f"store {place} is used by {_holders_of(self._users_fd)}, in which lmdb/lock.mdb was closed by something"
+            " that is not LMDB, so that its locks are gone",
+            next_step="try again in a minute, or restart that program, and see what opens the store's files",
+        )
 
     def settle(self) -> None:
-        """The environment is open now: keep a way to see our locks on it."""
+        """The environment is open: keep a way to see our locks on it."""
         if self._lock_fd < 0:
-            self._open_lock_file()
+            with os_errors_at(self._lock_path):
+                self._lock_fd = _open_lock_file(self._lock_path)
 
     def mend_locks(self) -> bool:
         """Take LMDB's locks again if something in this process dropped them; answers whether it had."""
@@ -64,15 +73,24 @@ class Presence:
         fcntl.fcntl(self._lock_fd, fcntl.F_SETLK, _request(fcntl.F_WRLCK, os.getpid()))
         return True
 
-    def close(self) -> None:
-        """Nothing is unlocked by hand: what a forked child closes stays locked for its parent."""
-        for fd in (self._lock_fd, self._users_fd):
-            if fd >= 0:
-                os.close(fd)
-        self._lock_fd = self._users_fd = -1
+    def leave(self) -> None:
+        """Before the environment is closed: who has LMDB's locks no more must not seem to live."""
+        self._users_fd = _closed(self._users_fd)
 
-    def _open_lock_file(self) -> None:
-        self._lock_fd = os.open(self._lock_path, os.O_RDWR | os.O_CLOEXEC)
+    def close(self) -> None:
+        """After the environment. Nothing is unlocked by hand: a forked child that closes leaves its parent locked."""
+        self.leave()
+        self._lock_fd = _closed(self._lock_fd)
+
+
+def _open_lock_file(path: str) -> int:
+    return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+
+def _closed(fd: int) -> int:
+    if fd >= 0:
+        os.close(fd)
+    return -1
 
 
 @contextlib.contextmanager
@@ -93,8 +111,6 @@ def entering(folder: str) -> Iterator[Presence]:
             with os_errors_at(lock_path):
                 presence.look_before(store)
             yield presence
-            with os_errors_at(lock_path):
-                presence.settle()
     except BaseException:
         presence.close()
         raise
@@ -107,7 +123,7 @@ def _turn(users_fd: int, place: str) -> Iterator[None]:
             fcntl.fcntl(users_fd, fcntl.F_OFD_SETLK, _request(fcntl.F_WRLCK, 0))
             break
         except BlockingIOError:
-            time.sleep(_TURN_PAUSE_S)
+            time.sleep(_PAUSE_S)
     else:
         raise Busy(
             f"store {place} is being opened by a process that does not come to an end",

@@ -8,16 +8,18 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from uuid import UUID, uuid4
 
 import lmdb
 import pytest
 
-from lmdbitmap import environment, files, schema
+from lmdbitmap import environment, files, schema, tally
 from lmdbitmap.errors import Busy, FormatError, LmdbitmapError, NotFound, StorageError
 from lmdbitmap.schema import Bitmap, Checkpoint, Disk, StoreHeader
 from lmdbitmap.store import Reader, Store, Writer
+from lmdbitmap.tally import GROUP_REGIONS, Tally
 from tests.support import PATIENCE_SECONDS, run, spawn
 
 MIB = 1 << 20
@@ -491,10 +493,14 @@ def test_environment_of_another_program_is_refused(tmp_path: Path) -> None:
 
 
 def tamper(path: str, database: str, key: bytes, value: bytes | None) -> None:
+    """As damage might, so that everything else is as it was."""
     with lmdb.open(os.path.join(path, "lmdb"), max_dbs=16, create=False) as environment:
         found = environment.open_db(database.encode(), create=False)
+        tallies = environment.open_db(b"tallies", create=False)
         with environment.begin(write=True) as txn:
             assert txn.delete(key, db=found) if value is None else txn.put(key, value, db=found)
+            stamp = tally.encode(tally.STAMP_KEY, Tally(txn.id()))
+            txn.put(tally.STAMP_KEY, stamp, db=tallies)
 
 
 HEADER = schema.encode(StoreHeader(schema.STORE_MAGIC, UUID(int=1)))
@@ -538,11 +544,136 @@ def test_damaged_description_is_one_error(path: str) -> None:
 def test_damaged_region_is_all_dirty_and_logged(path: str, caplog: pytest.LogCaptureFixture) -> None:
     with Store.create(path) as opened:
         opened.update(lambda writer: fill(writer, 1, 0, 3))
-    tamper(path, "regions", schema.region_key(1, 1), b"short")
+    key = schema.region_key(1, 1)
+    tamper(path, "regions", key, b"\0" * 100 + schema.encode_region(key, 0, RECORD)[100:])
     with Store.open(path) as opened, opened.read() as reader:
         assert [region.damaged for _, region in reader.regions(1)] == [False, True, False]
         assert reader.region(1, 1) == schema.Region(0, schema.ALL_DIRTY_BITS, damaged=True)
     assert "region 1 of bitmap 1 is damaged" in caplog.text
+
+
+# --- what is lost ---
+
+BLOCKS_OF_THREE_GROUPS = 3 * GROUP_REGIONS * 4096
+DIRTY = schema.Region(0, schema.ALL_DIRTY_BITS, damaged=True)
+
+
+@pytest.fixture
+def three_groups(path: str) -> str:
+    """Bitmap 1, with a few records at the beginning of each of its three groups."""
+    with Store.create(path) as opened:
+        opened.update(lambda writer: writer.put_bitmap(Bitmap(1, uuid4(), BLOCKS_OF_THREE_GROUPS << 9, 9)))
+        for group in range(3):
+            start = group * GROUP_REGIONS
+            opened.update(functools.partial(fill, bitmap_id=1, start=start, stop=start + 3))
+    return path
+
+
+def middle_key(number: int) -> bytes:
+    return schema.region_key(1, GROUP_REGIONS + number)
+
+
+STALE = schema.encode_region(middle_key(1), 0, schema.ALL_CLEAN_BITS)
+TALLY_KEY = tally.region_group_key(schema.bitmap_key(1), 1)
+LOSSES: dict[str, list[tuple[str, bytes, bytes | None]]] = {
+    "one record": [("regions", middle_key(1), None)],
+    "all records of a group": [("regions", middle_key(number), None) for number in range(3)],
+    "the newest version of a record": [("regions", middle_key(1), STALE)],
+    "the place of a record": [("regions", middle_key(1), None), ("regions", middle_key(7), STALE)],
+    "the tally": [("tallies", TALLY_KEY, None)],
+    "bytes of the tally": [("tallies", TALLY_KEY, b"\0" * 20)],
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_group_that_lost_something_is_dirty_and_the_others_are_what_they_were(
+    three_groups: str, loss: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for change in LOSSES[loss]:
+        tamper(three_groups, *change)
+    with Store.open(three_groups) as opened, opened.read() as reader:
+        found = dict(reader.regions(1))
+        assert {number for number, region in found.items() if region == DIRTY} == {
+            *range(GROUP_REGIONS, 2 * GROUP_REGIONS)
+        }
+        assert len(found) == GROUP_REGIONS + 6
+        assert numbers(reader, 1, GROUP_REGIONS + 100, GROUP_REGIONS + 102) == [
+            GROUP_REGIONS + 100,
+            GROUP_REGIONS + 101,
+        ]
+        assert reader.next_region(1, 3) == GROUP_REGIONS
+    assert "of bitmap 1 were lost" in caplog.text
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_what_was_lost_stays_missed_whatever_is_written_later(three_groups: str, loss: str) -> None:
+    for change in LOSSES[loss]:
+        tamper(three_groups, *change)
+    with Store.open(three_groups) as opened:
+        for number in range(5):
+            opened.update(
+                functools.partial(fill, bitmap_id=1, start=GROUP_REGIONS, stop=GROUP_REGIONS + number)
+            )
+        with opened.read() as reader:
+            assert reader.next_region(1, GROUP_REGIONS + 5) == GROUP_REGIONS + 5
+        opened.update(lambda writer: writer.delete_regions(1, GROUP_REGIONS))
+        with opened.read() as reader:
+            assert numbers(reader, 1) == [0, 1, 2]
+        opened.update(lambda writer: fill(writer, 1, GROUP_REGIONS, GROUP_REGIONS + 1))
+        with opened.read() as reader:
+            assert numbers(reader, 1) == [0, 1, 2, GROUP_REGIONS]
+
+
+def test_lost_description_is_an_error(path: str) -> None:
+    disk = a_disk("sda")
+    points = [a_checkpoint(disk, sequence) for sequence in (1, 2, 3)]
+
+    def put(writer: Writer) -> None:
+        writer.put_disk(disk)
+        writer.put_bitmap(a_bitmap(1, "one"))
+        for point in points:
+            writer.put_checkpoint(point)
+
+    with Store.create(path) as opened:
+        opened.update(put)
+    tamper(path, "disks", disk.uuid.bytes, None)
+    tamper(path, "checkpoints", schema.checkpoint_key(disk.uuid, 2), None)
+    tamper(path, "bitmaps", schema.bitmap_key(1), None)
+    with Store.open(path) as opened, opened.read() as reader:
+        asks: list[Callable[[], object]] = [
+            reader.disks, lambda: reader.disk(disk.uuid), lambda: reader.checkpoints(disk.uuid), reader.bitmaps,
+            lambda: reader.bitmap(1),
+        ]  # fmt: skip
+        for ask in asks:
+            with pytest.raises(FormatError) as refused:
+                ask()
+            assert "make a new store, and full backups" in str(refused.value)
+
+
+def test_older_description_in_the_place_of_the_newest_is_an_error(path: str) -> None:
+    disk = a_disk("sda")
+    with Store.create(path) as opened:
+        opened.update(lambda writer: writer.put_disk(disk))
+        opened.update(lambda writer: writer.put_disk(replace(disk, session=uuid4())))
+    tamper(path, "disks", disk.uuid.bytes, schema.encode(disk))
+    with Store.open(path) as opened, opened.read() as reader, pytest.raises(FormatError):
+        reader.disks()
+
+
+def test_view_whose_stamp_is_another_transactions_is_refused(path: str) -> None:
+    """As where a page brings older databases back under a newer meta page."""
+    Store.create(path).close()
+    tamper(path, "tallies", tally.STAMP_KEY, tally.encode(tally.STAMP_KEY, Tally(1)))
+    with (
+        lmdb.open(os.path.join(path, "lmdb"), max_dbs=16, create=False) as theirs,
+        theirs.begin(write=True) as txn,
+    ):
+        txn.put(b"not ours", b"x", db=theirs.open_db(b"meta", txn=txn, create=False))
+    with Store.open(path) as opened:
+        with pytest.raises(FormatError), opened.read():
+            pass
+        with pytest.raises(FormatError):
+            opened.update(lambda writer: writer.new_bitmap_id())
 
 
 @pytest.mark.parametrize("kept", [0, 1, 4096, 8192, 16384, 0.5, -4096])

@@ -1,0 +1,93 @@
+"""Tallies: how many records each group of the store has, and their sum, so that a lost or stale one is missed.
+
+A record's CRC-32 proves that its bytes are what was written. It cannot prove that the record is there: damage to
+a page of LMDB's own can hide records, or bring an old page back in which everything was right once. So every group of
+records has a tally in a database of its own, changed in the same transaction by the difference that a record
+makes. A tally is never computed anew: once a record was lost, its group is wrong until it is dropped as a whole.
+
+    group                                              key
+    `meta`                                             m
+    one disk's description                             d, disk uuid
+    one disk's checkpoints                             c, disk uuid
+    one bitmap's description                           b, bitmap id
+    1024 region records of one bitmap                  r, bitmap id, region number / 1024
+
+    offset  size   value, little-endian
+    0       8      number of records
+    8       8      sum of their weights, modulo 2**64; a record weighs the CRC-32 of its key * 2**32, and the CRC-32
+                   that it ends in
+    16      4      CRC-32 of the tally's key and the 16 bytes before
+
+The stamp is the tally of the store itself, under the key NUL: the number of the transaction that wrote it, and 0.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from typing import NamedTuple
+from zlib import crc32
+
+GROUP_REGIONS = 1024
+STAMP_KEY = b"\0"
+_TALLY = struct.Struct("<QQI")
+_ALL_BITS = (1 << 64) - 1
+_LETTERS = {"meta": b"m", "disks": b"d", "checkpoints": b"c", "bitmaps": b"b", "regions": b"r"}
+_UUID_BYTES = 16
+_ID_BYTES = 8
+
+
+class Tally(NamedTuple):
+    """Of a group, or the difference that a change makes to it."""
+
+    records: int = 0
+    total: int = 0
+
+    def plus(self, other: Tally) -> Tally:
+        return Tally((self.records + other.records) & _ALL_BITS, (self.total + other.total) & _ALL_BITS)
+
+    def minus(self, other: Tally) -> Tally:
+        return Tally((self.records - other.records) & _ALL_BITS, (self.total - other.total) & _ALL_BITS)
+
+
+NOTHING = Tally()
+
+
+def of(records: Iterable[tuple[bytes, bytes]]) -> Tally:
+    """The tally of (key, value) records as they are now."""
+    count = total = 0
+    for key, value in records:
+        count += 1
+        total += (crc32(key) << 32) + int.from_bytes(value[-4:], "little")
+    return Tally(count, total & _ALL_BITS)
+
+
+def group_key(database: str, key: bytes) -> bytes:
+    """The key of the tally that the record belongs to."""
+    if database == "regions":
+        group = int.from_bytes(key[_ID_BYTES:], "big") // GROUP_REGIONS
+        return region_group_key(key[:_ID_BYTES], group)
+    letter = _LETTERS[database]
+    return letter if database == "meta" else letter + key[:_UUID_BYTES]
+
+
+def region_group_key(bitmap_key: bytes, group: int) -> bytes:
+    return b"r" + bitmap_key + group.to_bytes(_ID_BYTES, "big")
+
+
+def groups_of(database: str) -> bytes:
+    """How the keys of all tallies of a database begin."""
+    return _LETTERS[database]
+
+
+def encode(key: bytes, tally: Tally) -> bytes:
+    body = _TALLY.pack(*tally, 0)[:-4]
+    return body + crc32(body, crc32(key)).to_bytes(4, "little")
+
+
+def decode(key: bytes, value: bytes) -> Tally | None:
+    """None for a tally that is not what was written."""
+    if len(value) != _TALLY.size:
+        return None
+    count, total, checksum = _TALLY.unpack(value)
+    return Tally(count, total) if crc32(value[:-4], crc32(key)) == checksum else None
