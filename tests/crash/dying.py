@@ -1,10 +1,14 @@
-"""Lives that end at every step: `python -m tests.crash.dying LIFE DURABILITY FOLDER SIDE_BY_SIDE`.
+"""Lives that end at every step, for the fixture `deaths` (conftest.py).
 
 A life (lives.py) is run again and again, each time by a fresh child on a disk of its own in `FOLDER/1`, `FOLDER/2`,
 …, and dies of SIGKILL at its first step, its second, and so on, until one dies at its very end. A step is the
 moment before a system call that changes a file or a folder, the moment inside a transaction when all is said but not
 committed, and the moment after it: between two steps nothing changes that a survivor could find. The product knows
-nothing of it: the child wraps the calls. Prints what each child told the world, and the step at which it died.
+nothing of it: the child wraps the calls.
+
+Children are forked by one process that has imported everything and done nothing: `python -m tests.crash.dying`. Each
+line that it reads, `LIFE DURABILITY SIDE_BY_SIDE FOLDER`, is answered by what each child told the world, and the step
+at which it died; then comes an empty line.
 """
 
 from __future__ import annotations
@@ -12,8 +16,10 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -24,7 +30,6 @@ from lmdbitmap.schema import WRITE_AHEAD
 from lmdbitmap.store import Store
 from tests.backed_up import BackedUpDisk
 from tests.crash.lives import ARCHIVE_LIVES, BLOCKS, FEW_BLOCKS, GROWN_UP, LIVES, Life, prepare
-from tests.support import run
 
 CALLS = (
     "pwrite", "ftruncate", "truncate", "fdatasync", "fsync", "fchmod", "rename", "unlink", "mkdir", "copy_file_range",
@@ -48,19 +53,50 @@ class Death:
         return f"died {self.step}, {self.folder.name}"
 
 
-def deaths(life: str, graves: Path, durability: str = WRITE_AHEAD, *, side_by_side: int = 3) -> list[Death]:
-    """Live until each step of the life was the last one of some child."""
-    command = (sys.executable, "-m", "tests.crash.dying", life, durability, graves, str(side_by_side))
-    told: dict[str, list[str]] = {}
-    steps: dict[str, str] = {}
-    for line in run(*command, timeout=60).stdout.splitlines():
-        number, what, word = line.split(" ", 2)
-        if what == "told":
-            told.setdefault(number, []).append(word)
-        else:
-            steps[number] = word
-    assert len(steps) >= 3, "a life that dies too seldom proves nothing"
-    return [Death(graves / number, step, tuple(told.get(number, ()))) for number, step in steps.items()]
+class Deaths:
+    """Asks the forking process, and reads what became of the children."""
+
+    def __init__(self, process: subprocess.Popen[str], graves: Path) -> None:
+        self._process = process
+        self.graves = graves
+
+    def __call__(self, life: str, durability: str = WRITE_AHEAD, *, side_by_side: int = 3) -> list[Death]:
+        """Live until each step of the life was the last one of some child."""
+        told: dict[str, list[str]] = {}
+        steps: dict[str, str] = {}
+        for line in self._asked(f"{life} {durability} {side_by_side} {self.graves}"):
+            number, what, word = line.split(" ", 2)
+            if what == "told":
+                told.setdefault(number, []).append(word)
+            else:
+                steps[number] = word
+        assert len(steps) >= 3, "a life that dies too seldom proves nothing"
+        return [
+            Death(self.graves / number, step, tuple(told.get(number, ()))) for number, step in steps.items()
+        ]
+
+    def _asked(self, question: str) -> Iterator[str]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(question, file=self._process.stdin, flush=True)
+        for line in self._process.stdout:
+            if line == "\n":
+                return
+            yield line.rstrip("\n")
+        raise AssertionError("a child failed, and said why on standard error")
+
+
+@contextmanager
+def forking() -> Iterator[subprocess.Popen[str]]:
+    """The process that forks, in a group of its own with its children: none of them outlives the block."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.crash.dying"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 # --- the children ---
@@ -121,13 +157,21 @@ def _creates(_: object, flags: int, *__: object) -> bool:
     return bool(flags & os.O_CREAT)
 
 
-def main(life: str, durability: str, folder: str, side_by_side: str) -> None:
+def main() -> None:
+    for line in sys.stdin:
+        life, durability, side_by_side, folder = line.rstrip("\n").split(" ", 3)
+        die_at_each_step(life, durability, Path(folder), int(side_by_side))
+        print(flush=True)
+
+
+def die_at_each_step(life: str, durability: str, folder: Path, side_by_side: int) -> None:
     """Children that live side by side are started together, and are the last if one of them outlives its end."""
-    for first in count(1, int(side_by_side)):
-        numbers = range(first, first + int(side_by_side))
-        children = [start(life, durability, Path(folder, str(number)), number) for number in numbers]
+    for first in count(1, side_by_side):
+        numbers = range(first, first + side_by_side)
+        children = [start(life, durability, folder / str(number), number) for number in numbers]
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        assert set(codes) <= {0, -signal.SIGKILL}, codes
+        if not set(codes) <= {0, -signal.SIGKILL}:
+            sys.exit(f"{life}: children ended with {codes}")
         if 0 in codes:
             return
 
@@ -162,4 +206,4 @@ def live(life: Callable[[BackedUpDisk], Life], durability: str, folder: Path, fa
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

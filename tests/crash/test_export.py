@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -14,15 +13,9 @@ from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.store import Store
 from tests import naive_flat
-from tests.crash.dying import Death, deaths
+from tests.crash.dying import Death, Deaths
 from tests.crash.lives import BLOCK, BLOCKS, GRANULARITY_BITS, NEW, OLD, SIZE
-from tests.tracked import NAME, blocks_of, quick_folder, trust_of
-
-
-@pytest.fixture
-def graves() -> Iterator[Path]:
-    with quick_folder() as folder:
-        yield folder
+from tests.tracked import NAME, blocks_of, trust_of
 
 
 def opened(death: Death) -> closing[Store]:
@@ -38,10 +31,10 @@ def names_of_files(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("life", ["exporting", "exporting_anew"])
-def test_killed_export_leaves_the_old_file_or_the_new_one(life: str, graves: Path) -> None:
+def test_killed_export_leaves_the_old_file_or_the_new_one(life: str, deaths: Deaths) -> None:
     old = naive_flat.write(OLD, SIZE, GRANULARITY_BITS) if life == "exporting" else None
     fates = {True: 0, False: 0}
-    for death in deaths(life, graves):
+    for death in deaths(life):
         path = death.folder / "x.dbm"
         is_new = (path.read_bytes() if path.exists() else None) != old
         fates[is_new] += 1
@@ -55,10 +48,10 @@ def test_killed_export_leaves_the_old_file_or_the_new_one(life: str, graves: Pat
     assert min(fates.values()) >= 1
 
 
-def test_killed_import_keeps_all_of_the_bitmap_or_nothing(graves: Path) -> None:
+def test_killed_import_keeps_all_of_the_bitmap_or_nothing(deaths: Deaths) -> None:
     """And marks all of the disk's blocks or none; doing it again does what is missing."""
     fates = set()
-    for death in deaths("importing", graves):
+    for death in deaths("importing"):
         with opened(death) as store:
             kept, marked = bitmap_names(store), blocks_of(changes(store, NAME))
             assert kept in ([], ["copy"]), death
@@ -77,10 +70,10 @@ def bitmap_names(store: Store) -> list[str | None]:
         return [bitmap.name for bitmap in reader.bitmaps()]
 
 
-def test_killed_serve_leaves_a_file_that_is_true_or_not_clean(graves: Path) -> None:
+def test_killed_serve_leaves_a_file_that_is_true_or_not_clean(deaths: Deaths) -> None:
     """What it costs: nothing until CLEAN is cleared, which is before the first write; then a new epoch."""
     fates = {"still true": 0, "not clean": 0, "true again": 0}
-    for death in deaths("serving_beside_a_file", graves):
+    for death in deaths("serving_beside_a_file"):
         path = death.folder / "x.dbm"
         is_clean = export.inspect_file(path).header.clean
         is_ended = is_clean and 7 in blocks_in(path)

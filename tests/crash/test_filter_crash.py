@@ -23,18 +23,12 @@ from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import EXTENT_BLOCKS, MIN_GRANULARITY_BITS, REGION_BLOCKS
 from lmdbitmap.store import Store
-from tests.crash.dying import Death, deaths
+from tests.crash.dying import Death, Deaths
 from tests.crash.lives import BEFORE, BLOCK, BLOCKS, IMAGES, MAX_ARMED, OTHER, SIZE, prepare
 from tests.support import spawn
 from tests.tracked import NAME, blocks_of, quick_folder, trust_of
 
 LARGEST_REQUEST_BLOCKS = 151
-
-
-@pytest.fixture
-def graves() -> Iterator[Path]:
-    with quick_folder() as folder:
-        yield folder
 
 
 def opened(death: Death) -> closing[Store]:
@@ -68,8 +62,8 @@ def checkpoint_names(store: Store, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("life", ["writing", "passing", "asking", "living_twice"])
-def test_death_at_any_step_hides_no_change(life: str, graves: Path) -> None:
-    for death in deaths(life, graves):
+def test_death_at_any_step_hides_no_change(life: str, deaths: Deaths) -> None:
+    for death in deaths(life):
         with opened(death) as store:
             is_sound(store, death)
 
@@ -109,9 +103,9 @@ def goes_on(disk: Filter, death: Death) -> None:
 # --- what each of them costs ---
 
 
-def test_death_while_attaching_costs_nothing(graves: Path) -> None:
+def test_death_while_attaching_costs_nothing(deaths: Deaths) -> None:
     fates = {Trust.EXACT: 0, Trust.SUPERSET: 0}
-    for death in deaths("attaching", graves):
+    for death in deaths("attaching"):
         with opened(death) as store:
             answer = changes(store, NAME, since="start")
             assert blocks_of(answer) == {5}, death
@@ -120,11 +114,11 @@ def test_death_while_attaching_costs_nothing(graves: Path) -> None:
     assert min(fates.values()) >= 1
 
 
-def test_death_while_arming_costs_one_extent(graves: Path) -> None:
+def test_death_while_arming_costs_one_extent(deaths: Deaths) -> None:
     """Nothing before the commit; after it one extent, whether the data came to the image or not (law 1)."""
     extent = set(range(256, 320))
     seen = []
-    for death in deaths("arming", graves):
+    for death in deaths("arming"):
         with opened(death) as store:
             reported = blocks_of(changes(store, NAME, since="start"))
             changed = changed_blocks(death.folder / "disk.raw")
@@ -139,9 +133,9 @@ def test_death_while_arming_costs_one_extent(graves: Path) -> None:
 @pytest.mark.parametrize(
     ("life", "names"), [("checkpointing", [NAME]), ("checkpointing_two", [NAME, OTHER])], ids=["one", "two"]
 )
-def test_a_checkpoint_is_on_all_disks_or_on_none(life: str, names: list[str], graves: Path) -> None:
+def test_a_checkpoint_is_on_all_disks_or_on_none(life: str, names: list[str], deaths: Deaths) -> None:
     fates = {True: 0, False: 0}
-    for death in deaths(life, graves):
+    for death in deaths(life):
         with opened(death) as store:
             taken = ["both" in checkpoint_names(store, name) for name in names]
             assert len(set(taken)) == 1, death
@@ -161,12 +155,12 @@ def counts_from_the_checkpoint(store: Store, death: Death) -> None:
     assert later <= reported <= armed_blocks(store, NAME) | {10, 2000}, death
 
 
-def test_what_is_forgotten_is_merged_or_still_there(graves: Path) -> None:
+def test_what_is_forgotten_is_merged_or_still_there(deaths: Deaths) -> None:
     states = [["epoch-1", "start", "monday", "tuesday", "wednesday"]]
     for gone in ("tuesday", "wednesday", "epoch-1"):
         states.append([name for name in states[-1] if name != gone])
     seen = []
-    for death in deaths("forgetting", graves):
+    for death in deaths("forgetting"):
         with opened(death) as store:
             found = checkpoint_names(store, NAME)
             assert found in states, death
@@ -178,9 +172,9 @@ def test_what_is_forgotten_is_merged_or_still_there(graves: Path) -> None:
 
 
 @pytest.mark.parametrize("life", ["growing", "shrinking"])
-def test_a_resize_is_done_or_not(life: str, graves: Path) -> None:
+def test_a_resize_is_done_or_not(life: str, deaths: Deaths) -> None:
     sizes = set()
-    for death in deaths(life, graves):
+    for death in deaths(life):
         image_size = (death.folder / "disk.raw").stat().st_size
         assert not death.told or image_size == int(death.told[0]), death
         sizes.add(image_size)
@@ -192,9 +186,9 @@ def test_a_resize_is_done_or_not(life: str, graves: Path) -> None:
     assert len(sizes) == 2
 
 
-def test_what_was_marked_stays_marked(graves: Path) -> None:
+def test_what_was_marked_stays_marked(deaths: Deaths) -> None:
     marked = {1, 70, 4999}
-    for death in deaths("marking", graves):
+    for death in deaths("marking"):
         with opened(death) as store:
             answer = changes(store, NAME, since="start")
             assert {int(word) for word in death.told if word.isdigit()} <= blocks_of(answer), death
@@ -204,9 +198,9 @@ def test_what_was_marked_stays_marked(graves: Path) -> None:
             is_sound(store, death)
 
 
-def test_a_detach_is_clean_or_a_crash(graves: Path) -> None:
+def test_a_detach_is_clean_or_a_crash(deaths: Deaths) -> None:
     fates = {Trust.EXACT: 0, Trust.SUPERSET: 0}
-    for death in deaths("detaching", graves):
+    for death in deaths("detaching"):
         with opened(death) as store:
             answer = changes(store, NAME, since="start")
             fates[trust_of(answer)] += 1
@@ -221,10 +215,10 @@ def test_a_detach_is_clean_or_a_crash(graves: Path) -> None:
 # --- disks that come, go, and are vouched for ---
 
 
-def test_a_disk_is_added_whole_or_not_at_all(graves: Path) -> None:
+def test_a_disk_is_added_whole_or_not_at_all(deaths: Deaths) -> None:
     """Everything of it is dirty, so a death costs nothing; adding it again says whether it is there."""
     fates = {True: 0, False: 0}
-    for death in deaths("adding", graves):
+    for death in deaths("adding"):
         for name, place in (("third", "store"), ("first", "new store")):
             with closing(Store.create(str(death.folder / place))) as store:
                 is_there = is_tracked(store, name)
@@ -250,9 +244,9 @@ def is_tracked(store: Store, name: str) -> bool:
     return True
 
 
-def test_an_image_is_vouched_for_or_not(graves: Path) -> None:
+def test_an_image_is_vouched_for_or_not(deaths: Deaths) -> None:
     fates = {Trust.SUPERSET: 0, Trust.UNTRUSTED: 0}
-    for death in deaths("adopting", graves):
+    for death in deaths("adopting"):
         with opened(death) as store:
             trust = trust_of(changes(store, NAME, since="start"))
             fates[trust] += 1
@@ -262,10 +256,10 @@ def test_an_image_is_vouched_for_or_not(graves: Path) -> None:
     assert min(fates.values()) >= 1
 
 
-def test_a_disk_is_removed_or_as_it_was(graves: Path) -> None:
+def test_a_disk_is_removed_or_as_it_was(deaths: Deaths) -> None:
     """The file of its owner may be left, which is a note of `check` and in nobody's way."""
     fates = {True: 0, False: 0}
-    for death in deaths("removing", graves):
+    for death in deaths("removing"):
         with opened(death) as store:
             is_there = is_tracked(store, NAME)
             fates[is_there] += 1
@@ -281,10 +275,10 @@ def test_a_disk_is_removed_or_as_it_was(graves: Path) -> None:
 
 
 @pytest.mark.parametrize("life", ["writing", "detaching"])
-def test_deferred_death_is_a_new_epoch_or_was_none(life: str, graves: Path) -> None:
+def test_deferred_death_is_a_new_epoch_or_was_none(life: str, deaths: Deaths) -> None:
     """From the attach's commit to the detach's nothing is known; before and after, everything."""
     fates = {Trust.EXACT: 0, Trust.UNTRUSTED: 0}
-    for death in deaths(life, graves, schema.DEFERRED):
+    for death in deaths(life, schema.DEFERRED):
         with opened(death) as store:
             answer = changes(store, NAME, since="start")
             fates[trust_of(answer)] += 1
@@ -325,24 +319,30 @@ threading.Event().wait()
 """
 
 
-def test_killed_again_and_again_in_the_middle_of_everything(graves: Path) -> None:
+@pytest.fixture
+def quick_tmp_path() -> Iterator[Path]:
+    with quick_folder() as folder:
+        yield folder
+
+
+def test_killed_again_and_again_in_the_middle_of_everything(quick_tmp_path: Path) -> None:
     """Two writers, a checkpointer, beats and passes, and a SIGKILL whenever it comes."""
-    tracked = prepare(graves / "1", schema.WRITE_AHEAD)
+    tracked = prepare(quick_tmp_path / "1", schema.WRITE_AHEAD)
     tracked.close()
-    store = graves / "1" / "store"
+    place = tracked.store.path
     for round_number in range(6):
-        with spawn(sys.executable, "-c", HAMMER, store, str(round_number), str(3 * round_number)) as child:
+        with spawn(sys.executable, "-c", HAMMER, place, str(round_number), str(3 * round_number)) as child:
             child.wait_for_line("enough")
             child.process.send_signal(signal.SIGKILL)
             assert child.wait() == -signal.SIGKILL
-        with closing(Store.open(str(store))) as opened:
+        with closing(Store.open(place)) as store:
             changed = changed_blocks(tracked.image)
-            answer = changes(opened, NAME, since="start")
+            answer = changes(store, NAME, since="start")
             assert trust_of(answer) is Trust.SUPERSET
             assert changed <= blocks_of(answer)
             assert len(changed) > 10
-    with closing(Store.open(str(store))) as opened:
-        with Filter.attach(opened, NAME, background=False) as disk:
+    with closing(Store.open(place)) as store:
+        with Filter.attach(store, NAME, background=False) as disk:
             assert disk.disk.epoch_number == 1
             assert changed_blocks(tracked.image) <= blocks_of(disk.changes(since="start"))
-        assert {finding.gravity for finding in check_store(opened)} <= {Gravity.NOTE}
+        assert {finding.gravity for finding in check_store(store)} <= {Gravity.NOTE}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,22 +9,16 @@ import pytest
 from lmdbitmap.errors import AlreadyExists
 from lmdbitmap.restore import restore
 from tests.contract.implementations import can_make_loop_devices, loop_node
-from tests.crash.dying import Death, deaths
+from tests.crash.dying import Death, Deaths
 from tests.crash.lives import BLOCK, FEW_BLOCKS
-from tests.tracked import NAME, quick_folder
-
-
-@pytest.fixture
-def graves() -> Iterator[Path]:
-    with quick_folder() as folder:
-        yield folder
+from tests.tracked import NAME
 
 
 @pytest.mark.parametrize("life", ["restoring", "restoring_by_hand"])
-def test_a_killed_restore_leaves_no_name_or_a_whole_disk(life: str, graves: Path) -> None:
+def test_a_killed_restore_leaves_no_name_or_a_whole_disk(life: str, deaths: Deaths) -> None:
     """`restoring_by_hand` has an empty file there before, which stays empty until the disk is whole."""
     fates = {True: 0, False: 0}
-    for death in deaths(life, graves):
+    for death in deaths(life):
         out = death.folder / "out.raw"
         is_done = out.exists() and out.stat().st_size > 0
         fates[is_done] += 1
@@ -48,11 +41,11 @@ def is_backed_up_content(death: Death, restored: Path) -> None:
 
 
 @pytest.mark.skipif(not can_make_loop_devices(), reason="a loop device cannot be had here: run as root")
-def test_a_killed_restore_onto_a_block_device_is_done_by_doing_it_again(graves: Path) -> None:
+def test_a_killed_restore_onto_a_block_device_is_done_by_doing_it_again(deaths: Deaths) -> None:
     """Each goes over what the one before left of the same device; the last one comes to its end."""
-    with loop_node(graves, FEW_BLOCKS * BLOCK) as node:
+    with loop_node(deaths.graves, FEW_BLOCKS * BLOCK) as node:
         node.write_bytes(b"old" * (FEW_BLOCKS * BLOCK // 3) + b"!")
-        (graves / "device").symlink_to(node)
-        last = deaths("restoring_to_a_device", graves, side_by_side=1)[-1]
+        (deaths.graves / "device").symlink_to(node)
+        last = deaths("restoring_to_a_device", side_by_side=1)[-1]
         assert (last.step, last.told) == ("at the end", ("restored",))
         assert node.read_bytes() == (last.folder / "2.raw").read_bytes()
