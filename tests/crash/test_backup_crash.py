@@ -110,8 +110,8 @@ def survives(death: Death, earlier: dict[str, int]) -> tuple[bool, ...]:
 
 
 def is_true(death: Death, store: Store, name: str) -> int:
-    """Both newest backups that the manifest names are whole, what they need to be counted from is there (law 3), and any
-    other image is known to be unfinished. Answers how many there are."""
+    """Both newest backups that the manifest names are whole, the checkpoints to count from are there (law 3), and
+    any other image is known to be unfinished. Answers how many backups there are."""
     folder = BackupFolder(death.folder / "backups", name)
     entries = entries_of(folder)
     for entry in entries[-2:]:
