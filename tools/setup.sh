@@ -35,6 +35,7 @@ main() {
     fi
     if has_ensurepip; then
         make_venv
+        [ "${1:-}" = --python ] || make_guest
     fi
     if [ -n "$missing" ]; then
         tell_what_to_install $missing
@@ -117,6 +118,13 @@ make_venv() {
         exit 1
     }
     full_key >$key_file
+}
+
+# The Linux guest of the tests. Without Debian's packages there is none, and the tests that boot it are skipped.
+make_guest() {
+    if command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null; then
+        $venv/bin/python tools/guest.py $venv/guest || say "no guest could be made: its tests will be skipped"
+    fi
 }
 
 main "$@"
