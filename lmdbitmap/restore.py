@@ -15,7 +15,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -171,11 +171,35 @@ def _target(path: str, size: int) -> Iterator[tuple[FileDevice, bool]]:
             yield device, False
         return
     _require_free(path)
-    with files.replacing(path) as file:
+    with _taken_away_on_failure(path) as watched, files.replacing(path) as file:
+        watched(file.fileno())
         with os_errors_at(path):
             os.ftruncate(file.fileno(), size)
         yield FileDevice(path, file.fileno(), read_only=False), True
         _require_free(path)  # again: a restore may take hours
+
+
+@contextlib.contextmanager
+def _taken_away_on_failure(path: str) -> Iterator[Callable[[int], None]]:
+    """A file that got its name, but perhaps not durably, must not be in the way of the next restore.
+
+    Only the file of the descriptor that is given to the block's function: it is held open, so that no other
+    file can have its number.
+    """
+    with contextlib.ExitStack() as held:
+        fds: list[int] = []
+
+        def watch(fd: int) -> None:
+            fds.append(os.dup(fd))
+            held.callback(os.close, fds[-1])
+
+        try:
+            yield watch
+        except BaseException:
+            with contextlib.suppress(OSError):
+                if fds and os.path.samestat(os.fstat(fds[0]), os.stat(path)):
+                    os.unlink(path)
+            raise
 
 
 def _is_block_device(path: str) -> bool:

@@ -189,14 +189,28 @@ def add(
     image = _path_as_text(image)
     with contextlib.closing(open_device(image)) as device:
         identity = device.identity()
-        disk = store.update(
-            lambda writer: chain.add_disk(
+        files_made: list[str] = []
+
+        def change(writer: Writer) -> Disk:
+            disk = chain.add_disk(
                 writer, name, image, identity,
                 granularity_bits=granularity_bits, durability=durability, policy=policy, time_ns=time.time_ns(),
-            )
-        )  # fmt: skip
-        owner.create(store.owner_path(disk.uuid))
-    return disk
+            )  # fmt: skip
+            files_made.append(store.owner_path(disk.uuid))
+            owner.create(files_made[-1])  # before the commit: no disk is ever without its owner's file
+            return disk
+
+        try:
+            return store.update(change)
+        except BaseException:
+            _remove_all(files_made)
+            raise
+
+
+def _remove_all(paths: list[str]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
 
 def _path_as_text(image: str) -> str:
