@@ -1,0 +1,104 @@
+"""Mistakes that the product does not make, made on purpose: the laboratory must notice each of them.
+
+Each lasts for the rest of the process that makes it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import lmdb
+
+from lmdbitmap import filter
+from lmdbitmap.device import FileDevice
+from lmdbitmap.filter import Filter
+from lmdbitmap.interfaces import BlockDevice, Buffer
+from lmdbitmap.lane import FilterLane
+from lmdbitmap.owner import Owner
+
+
+@contextmanager
+def replaced(place: Any, name: str, value: object) -> Iterator[None]:
+    before = getattr(place, name)
+    setattr(place, name, value)
+    try:
+        yield
+    finally:
+        setattr(place, name, before)
+
+
+def _replace(place: Any, name: str, value: object) -> None:
+    setattr(place, name, value)
+
+
+def commit_after_write() -> None:
+    """Law 1 the wrong way round."""
+    new_lane, pwrite = Filter.lane, FilterLane.pwrite
+    devices: WeakKeyDictionary[FilterLane, BlockDevice] = WeakKeyDictionary()
+
+    def lane(disk: Filter) -> FilterLane:
+        made = new_lane(disk)
+        devices[made] = disk.device
+        return made
+
+    def data_first(lane: FilterLane, data: Buffer, offset: int) -> None:
+        devices[lane].pwrite(data, offset)
+        pwrite(lane, data, offset)
+
+    _replace(Filter, "lane", lane)
+    _replace(FilterLane, "pwrite", data_first)
+
+
+def store_not_synced() -> None:
+    _open_lmdb_with(sync=False)
+
+
+def meta_not_synced() -> None:
+    _open_lmdb_with(metasync=False)
+
+
+def _open_lmdb_with(**careless: bool) -> None:
+    open_lmdb = lmdb.open
+
+    def open_carelessly(*arguments: Any, **options: Any) -> lmdb.Environment:
+        return open_lmdb(*arguments, **{**options, **careless})
+
+    _replace(lmdb, "open", open_carelessly)
+
+
+def image_not_flushed() -> None:
+    """A checkpoint is acknowledged while the image's last writes are in the page cache only."""
+    take_checkpoint = filter.take_checkpoint
+
+    def careless(filters: Sequence[Filter], name: str) -> Any:
+        with replaced(FileDevice, "flush", lambda device: None):
+            return take_checkpoint(filters, name)
+
+    _replace(filter, "take_checkpoint", careless)
+
+
+def distrust_not_synced() -> None:
+    declare_distrust = Owner.declare_distrust
+
+    def careless(owner: Owner, reason: str, time_ns: int) -> None:
+        with replaced(os, "fdatasync", lambda descriptor: None):
+            declare_distrust(owner, reason, time_ns)
+
+    _replace(Owner, "declare_distrust", careless)
+
+
+def files_not_synced() -> None:
+    _replace(os, "fsync", lambda descriptor: None)
+
+
+FLAWS: dict[str, Callable[[], None]] = {
+    flaw.__name__: flaw
+    for flaw in (
+        commit_after_write, store_not_synced, meta_not_synced, image_not_flushed, distrust_not_synced,
+        files_not_synced,
+    )
+}  # fmt: skip

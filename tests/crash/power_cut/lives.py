@@ -1,0 +1,578 @@
+"""Lives to cut the power in: `python -m tests.crash.power_cut.lives FOLDER LIFE,LIFE,… [FLAW]`.
+
+A life is what one process does with a store and a disk or two, and it tells its milestones as it goes: lines of JSON
+on /dev/null, where strace sees them between the system calls. What is told before something is done and after it
+was acknowledged is all that judging.py knows about it; what the image held at a moment the recording itself tells.
+
+A flaw (flaws.py) is a mistake that the product does not make, made on purpose.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from lmdbitmap import bitmap_file, export, filter, schema, session
+from lmdbitmap.backup import backup
+from lmdbitmap.changes import changes
+from lmdbitmap.errors import StorageError
+from lmdbitmap.filter import Filter
+from lmdbitmap.manifest import BackupType
+from lmdbitmap.restore import restore
+from lmdbitmap.store import Store
+from tests.crash.power_cut.flaws import FLAWS, replaced
+
+GRANULARITY_BITS = 9
+BLOCK = 1 << GRANULARITY_BITS
+BLOCKS = 5000
+"""A little more than one region."""
+A, B = "sda", "sdb"
+STORE, REPOSITORY, FLAT_FILE, RESTORED = "store", "backups", "changes.dbm", "restored.raw"
+_fsync = os.fsync
+"""Without any flaw."""
+_TOLD_TO = os.open(os.devnull, os.O_WRONLY)
+
+
+def tell(what: str, **facts: Any) -> None:
+    os.write(_TOLD_TO, json.dumps({"what": what, **facts}).encode())
+
+
+@contextmanager
+def telling(what: str, **facts: Any) -> Iterator[None]:
+    """Say that it begins, and, if it succeeds, that it was acknowledged."""
+    tell(what, phase="begun", **facts)
+    yield
+    tell(what, phase="done", **facts)
+
+
+class Guest:
+    """Who uses an attached disk. What it writes is never the same twice."""
+
+    _stamps = itertools.count(1)
+
+    def __init__(self, stage: Stage, name: str, **options: Any) -> None:
+        self.name = name
+        self.image = stage.image(name)
+        options = {"max_armed": 3, "background": False} | options
+        with telling("attach", disk=name):
+            self.disk = Filter.attach(stage.store, name, **options)
+
+    def write(self, block: int, count: int = 1, *, shift: int = 0, length: int | None = None) -> None:
+        with self._changing():
+            data = _stamped(next(self._stamps), count * BLOCK if length is None else length)
+            self.disk.pwrite(data, block * BLOCK + shift)
+
+    def write_many(self, blocks: Sequence[int]) -> None:
+        with self._changing():
+            data = memoryview(_stamped(next(self._stamps), 100))
+            assert self.disk.lane().write_many([(block * BLOCK + 7, data) for block in blocks]) == {}
+
+    def zero(self, block: int, count: int) -> None:
+        with self._changing():
+            self.disk.write_zeroes(block * BLOCK, count * BLOCK)
+
+    def zero_by_hand(self, block: int, count: int) -> None:
+        with self._changing():
+            self.disk.write_zeroes(block * BLOCK, count * BLOCK, may_unmap=False)
+
+    def discard(self, block: int, count: int) -> None:
+        with self._changing():
+            self.disk.discard(block * BLOCK, count * BLOCK)
+
+    def resize(self, size: int) -> None:
+        with self._changing(), telling("resize", disk=self.name, size=size):
+            self.disk.resize(size)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        yield
+        tell_mtime(self.name, self.image)
+
+    def flush(self) -> None:
+        with telling("flush", disk=self.name):
+            self.disk.lane().flush()
+
+    def checkpoint(self, name: str) -> None:
+        checkpoint([self], name)
+
+    def forget(self, name: str) -> None:
+        with telling("forget", disk=self.name, name=name):
+            self.disk.forget(name)
+
+    def detach(self) -> None:
+        with telling("detach", disk=self.name):
+            self.disk.detach()
+
+    def abandon(self) -> None:
+        """As after `kill -9`: the machine goes on."""
+        self.disk.abandon()
+
+    def live_a_little(self) -> None:
+        """Scattered, sequential and large writes, zeroes and a discard, with few extents armed at a time."""
+        for block in (5, 6, 7, 300, 4500, 900, 4999):
+            self.write(block, shift=50, length=20)
+        self.write_many([n * 97 for n in range(6)])
+        self.write(2000, 30, shift=-3)
+        self.flush()
+        self.zero(3000, 2)
+        self.zero_by_hand(3010, 2)
+        self.discard(3100, 100)
+
+
+def tell_mtime(name: str, image: Path) -> None:
+    tell("mtime", disk=name, mtime_ns=image.stat().st_mtime_ns)
+
+
+def checkpoint(guests: Sequence[Guest], name: str) -> None:
+    with telling("checkpoint", disks=[guest.name for guest in guests], name=name):
+        filter.take_checkpoint([guest.disk for guest in guests], name)
+
+
+def _stamped(stamp: int, length: int) -> bytes:
+    unit = b"%07d " % stamp
+    return (unit * (length // len(unit) + 1))[:length]
+
+
+class Stage:
+    """An empty folder, and what comes into it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.store: Store
+
+    def image(self, name: str) -> Path:
+        return self.folder / f"{name}.raw"
+
+    def create_store(self) -> None:
+        with telling("store"):
+            self.store = Store.create(str(self.folder / STORE))
+            _sync_folder(self.folder)
+
+    def make_image(self, name: str, blocks: int = BLOCKS) -> None:
+        """Sparse, with something here and there, and as durable as a file can be."""
+        with self.image(name).open("xb", buffering=0) as image:
+            image.truncate(blocks * BLOCK)
+            for block in range(0, BLOCKS, 250):
+                os.pwrite(image.fileno(), _stamped(0, 3 * BLOCK), block * BLOCK)
+            os.pwrite(image.fileno(), _stamped(0, 40 * BLOCK), 3090 * BLOCK)
+            _fsync(image.fileno())
+        _sync_folder(self.folder)
+        tell_mtime(name, self.image(name))
+
+    def add(self, name: str, **options: Any) -> None:
+        with telling("add", disk=name):
+            session.add(self.store, name, str(self.image(name)), granularity_bits=GRANULARITY_BITS, **options)
+
+    def prepare(self, *names: str, blocks: int = BLOCKS, **options: Any) -> None:
+        """Disks that were tracked for a while: a checkpoint `start`, nothing dirty, nobody attached."""
+        self.create_store()
+        for name in names:
+            self.make_image(name, blocks)
+            self.add(name, **options)
+            guest = self.attach(name)
+            guest.checkpoint("start")
+            guest.detach()
+        tell("born")
+
+    def attach(self, name: str, **options: Any) -> Guest:
+        return Guest(self, name, **options)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    _fsync(descriptor)
+    os.close(descriptor)
+
+
+# --- lives ---
+
+Life: TypeAlias = Callable[[Stage], None]
+
+
+def writing(stage: Stage) -> None:
+    stage.prepare(A)
+    stage.attach(A).live_a_little()
+
+
+def passing(stage: Stage) -> None:
+    stage.prepare(A)
+    guest = stage.attach(A)
+    guest.live_a_little()
+    for number in range(4):
+        guest.disk.background_pass()
+        guest.write(8 + number)
+        guest.write(2300 + 70 * number)
+        guest.disk.beat()
+    guest.flush()
+    guest.disk.background_pass()
+
+
+def asking(stage: Stage) -> None:
+    stage.prepare(A)
+    guest = stage.attach(A)
+    for number in range(4):
+        guest.write(8 + number)
+        guest.disk.changes(since="start")
+        guest.disk.mark(1000 * BLOCK, 10)
+        guest.write(9 + number)
+
+
+def checkpointing(stage: Stage) -> None:
+    stage.prepare(A)
+    guest = stage.attach(A)
+    guest.live_a_little()
+    for number, name in enumerate(("monday", "tuesday", "wednesday")):
+        guest.checkpoint(name)
+        guest.write(5)
+        guest.write(6 + number)
+        guest.write(1000 * number, 20)
+    guest.detach()
+
+
+def checkpointing_two(stage: Stage) -> None:
+    stage.prepare(A, B)
+    guests = stage.attach(A), stage.attach(B)
+    for name in ("monday", "tuesday"):
+        for guest in guests:
+            guest.write(5)
+            guest.write(4400, 5)
+        checkpoint(guests, name)
+    guests[0].write(77)
+    guests[0].detach()
+    guests[1].write(78)
+
+
+def forgetting(stage: Stage) -> None:
+    stage.prepare(A)
+    guest = stage.attach(A)
+    for number, name in enumerate(("monday", "tuesday", "wednesday", "thursday")):
+        guest.write(20 + number)
+        guest.checkpoint(name)
+    guest.write(30)
+    guest.forget("tuesday")
+    guest.write(31)
+    guest.forget("thursday")  # the newest
+    guest.write(32)
+    guest.forget("epoch-1")
+    guest.forget("start")
+    guest.write(33)
+
+
+def growing(stage: Stage) -> None:
+    stage.prepare(A)
+    guest = stage.attach(A)
+    guest.write(4999)
+    guest.resize(6000 * BLOCK + 1)
+    guest.write(6000, length=1)
+    guest.checkpoint("grown")
+    guest.write(5999, shift=-3)
+    guest.resize(9000 * BLOCK)
+    guest.write(8999)
+
+
+def shrinking(stage: Stage) -> None:
+    stage.prepare(A)
+    guest = stage.attach(A)
+    guest.live_a_little()
+    guest.checkpoint("large")
+    guest.resize(1000 * BLOCK + 1)
+    guest.write(999)
+    guest.checkpoint("small")
+    guest.resize(3500 * BLOCK)
+    guest.write(3096)
+    guest.resize(400 * BLOCK)
+    guest.detach()
+
+
+def coming_and_going(stage: Stage) -> None:
+    """Sessions that end well, one without a write among them."""
+    stage.prepare(A)
+    for number in range(3):
+        guest = stage.attach(A)
+        if number != 1:
+            guest.write(40 + number)
+            guest.write(4100 + number)
+        guest.detach()
+    stage.attach(A)
+
+
+def killed_before(stage: Stage) -> None:
+    """Attached again after a death, so that extents of a dead owner are armed in the store."""
+    stage.prepare(A)
+    guest = stage.attach(A)
+    guest.live_a_little()
+    guest.abandon()
+    guest = stage.attach(A, max_armed=2)
+    for block in (5, 8, 301, 302, 4000):
+        guest.write(block)
+        guest.disk.background_pass()
+    guest.checkpoint("after")
+    guest.write(303)
+    guest.abandon()
+    stage.attach(A).write(304)
+
+
+def deferred(stage: Stage) -> None:
+    stage.prepare(A, durability=schema.DEFERRED)
+    guest = stage.attach(A)
+    guest.live_a_little()
+    guest.checkpoint("monday")
+    guest.write(5)
+    guest.detach()
+    guest = stage.attach(A)
+    guest.write(6)
+    guest.detach()
+
+
+def losing_track(stage: Stage) -> None:
+    """Policy guest-first: the store refuses, the guest goes on, and a new epoch begins."""
+    stage.prepare(A)
+    guest = stage.attach(A)
+    guest.write(5)
+    for number in range(2):
+        with refusing_commits():
+            for block in (600, 601, 4600):
+                guest.write(block + number)
+        guest.disk.beat()
+        guest.write(700 + number)
+        guest.disk.background_pass()
+        guest.write(800 + number)
+        guest.checkpoint(f"regained-{number}")
+    guest.write(602)
+
+
+def losing_track_for_good(stage: Stage) -> None:
+    stage.prepare(A)
+    guest = stage.attach(A)
+    with refusing_commits():
+        guest.write(600)
+        guest.write(4601)
+        with contextlib.suppress(StorageError):
+            guest.disk.detach()
+    stage.attach(A).write(602)
+
+
+def strict(stage: Stage) -> None:
+    stage.prepare(A, policy=schema.STRICT)
+    guest = stage.attach(A)
+    with refusing_commits():
+        for block in (600, 4600):
+            with contextlib.suppress(StorageError):
+                guest.write(block)
+                raise AssertionError("a write that cannot be tracked must fail")
+    guest.write(601)
+    guest.checkpoint("monday")
+    guest.write(600)
+
+
+def with_a_flat_file(stage: Stage) -> None:
+    """`serve --bitmap-file`."""
+    stage.prepare(A)
+    path = stage.folder / FLAT_FILE
+    for number in range(3):
+        guest = stage.attach(A)
+        with telling("flat file taken in", disk=A):
+            assert bitmap_file.begin(guest.disk, path) is None
+        guest.write(50 + number)
+        guest.write(3000 + number, 10)
+        guest.detach()
+
+
+def exporting(stage: Stage) -> None:
+    stage.prepare(A)
+    guest = stage.attach(A)
+    for number in range(3):
+        guest.write(50 + number)
+        with telling("export", disk=A, path=FLAT_FILE, since="start"):
+            export.export_changes(guest.disk.changes(since="start"), stage.folder / FLAT_FILE)
+        guest.write(60 + number)
+
+
+def importing(stage: Stage) -> None:
+    stage.prepare(A)
+    guest = stage.attach(A)
+    guest.write(50, 3)
+    path = stage.folder / FLAT_FILE
+    export.export_changes(guest.disk.changes(since="start"), path)
+    guest.checkpoint("exported")
+    guest.detach()
+    for name in ("alone", "alone-too"):
+        with telling("import", bitmap=name, path=FLAT_FILE):
+            export.import_file(stage.store, path, name)
+    with telling("import", bitmap="merged", path=FLAT_FILE, into=A, since="exported"):
+        export.import_file(stage.store, path, "merged", into=A)
+    guest = stage.attach(A)
+    guest.write(70)
+    guest.detach()
+
+
+def backing_up(stage: Stage) -> None:
+    stage.prepare(A)
+    for number, kind in enumerate((BackupType.FULL, BackupType.INCREMENTAL, BackupType.DIFFERENTIAL)):
+        guest = stage.attach(A)
+        guest.write(90 + number)
+        guest.write(3100 + 2 * number, 4)
+        guest.discard(250 * number, 1)
+        guest.detach()
+        with telling("backup", disk=A):
+            backup(stage.store, [A], stage.folder / REPOSITORY, kind=kind)
+
+
+def restoring(stage: Stage) -> None:
+    stage.prepare(A)
+    with telling("backup", disk=A):
+        backup(stage.store, [A], stage.folder / REPOSITORY)
+    with telling("restore"), replaced(os, "copy_file_range", _no_copying_in_the_kernel):
+        restore(stage.folder / REPOSITORY, A, stage.folder / RESTORED)
+
+
+def _no_copying_in_the_kernel(*_: object) -> int:
+    """The recorder would not see the data."""
+    raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+
+def adding(stage: Stage) -> None:
+    """From nothing: the power may fail before there is a store."""
+    for name in (A, B):
+        stage.make_image(name)
+    tell("born")
+    stage.create_store()
+    stage.add(A)
+    guest = stage.attach(A)
+    guest.write(5)
+    guest.checkpoint("first")
+    guest.write(6)
+    stage.add(B)
+    guest.detach()
+    with telling("remove", disk=B):
+        session.remove(stage.store, B)
+
+
+def adopting(stage: Stage) -> None:
+    stage.prepare(A)
+    guest = stage.attach(A)
+    guest.write(5)
+    guest.abandon()
+    image = stage.image(A)
+    os.utime(image)  # somebody touched it, and a person says that this was all
+    tell_mtime(A, image)
+    _sync(image)
+    with telling("adopt", disk=A):
+        session.adopt(stage.store, A)
+    guest = stage.attach(A)
+    guest.write(6)
+    guest.detach()
+
+
+def reconciling(stage: Stage) -> None:
+    """As a backup does first: the disk is held, and nobody writes."""
+    stage.prepare(A)
+    guest = stage.attach(A)
+    guest.live_a_little()
+    guest.abandon()
+    with session.owning(stage.store, A) as held:
+        session.reconcile(stage.store, held)
+    guest = stage.attach(A)
+    guest.write(5)
+    guest.detach()
+
+
+def churning(stage: Stage) -> None:
+    """A disk of 40 regions and a store whose pages were all used before."""
+    stage.prepare(A, blocks=40 * 4096)
+    guest = stage.attach(A, max_armed=8)
+    for number in range(30):
+        guest.write((number * 7 % 40) * 4096 + number)
+        guest.write((number * 11 % 40) * 4096 + 100 + number)
+        if number % 5 == 4:
+            guest.disk.background_pass()
+            guest.checkpoint(f"c{number}")
+        if number % 10 == 9:
+            guest.forget(f"c{number - 5}")
+    guest.detach()
+
+
+def threaded(stage: Stage) -> None:
+    """Several lanes, beats and passes of their own threads, and checkpoints in the middle of it."""
+    stage.prepare(A)
+    filter.PASS_INTERVAL_S = 0.005
+    guest = stage.attach(A, background=True)
+    enough = threading.Event()
+    writers = [threading.Thread(target=_write_on, args=(guest, number, enough)) for number in range(3)]
+    for writer in writers:
+        writer.start()
+    for number in range(4):
+        threading.Event().wait(0.02)
+        guest.checkpoint(f"c{number}")
+    enough.set()
+    for writer in writers:
+        writer.join()
+    guest.detach()
+
+
+def _write_on(guest: Guest, number: int, enough: threading.Event) -> None:
+    """Each writer has blocks of its own, so that the order of what the kernel is told is the order of the data."""
+    for turn in range(30):
+        guest.write(number * 1500 + turn * 31 % 1400)
+        if enough.wait(0.002):
+            return
+
+
+def changes_of_a_closed_period(stage: Stage) -> None:
+    stage.prepare(A)
+    guest = stage.attach(A)
+    for number in range(3):
+        guest.write(100 * number, 5)
+        guest.checkpoint(f"c{number}")
+        changes(stage.store, A, since="start", until=f"c{number}").summary  # noqa: B018
+    guest.write(7)
+
+
+@contextmanager
+def refusing_commits() -> Iterator[None]:
+    def refuse(store: Store, change: object) -> None:
+        raise StorageError("store", OSError(errno.EIO, os.strerror(errno.EIO)), next_step="wait")
+
+    with replaced(Store, "update", refuse):
+        yield
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        _fsync(file.fileno())
+
+
+LIVES: dict[str, Life] = {
+    life.__name__: life
+    for life in (
+        writing, passing, asking, checkpointing, checkpointing_two, forgetting, growing, shrinking,
+        coming_and_going, killed_before, deferred, losing_track, losing_track_for_good, strict, with_a_flat_file,
+        exporting, importing, backing_up, restoring, adding, adopting, reconciling, churning, threaded,
+        changes_of_a_closed_period,
+    )
+}  # fmt: skip
+
+
+def main(folder: str, lives: str, flaw: str = "") -> None:
+    if flaw:
+        FLAWS[flaw]()
+    for life in lives.split(","):
+        stage = Stage(Path(folder, life))
+        stage.folder.mkdir()
+        tell("life", name=life)
+        LIVES[life](stage)
+        tell("lived", name=life)
+    os._exit(0)  # whoever is still attached has no last words
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,80 @@
+"""Many power cuts: every life, some hundred disk states of each, two processes at a time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.crash.power_cut.lives import LIVES
+from tests.crash.power_cut.trial import Tally
+
+PROCESSES = 2
+STATES_PER_LIFE = 600
+AWAITED = {
+    "shrinking": "a cut that reached the disk before the new size leaves zeroes that no bit names",
+}
+"""Lives that show a defect which is not mended yet, and which."""
+_LIVES_PER_TRIAL = 4
+_TREE = Path(__file__).parents[3]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one trial: what was judged, and what was lost, or what its process died of."""
+
+    tallies: list[Tally]
+    failure: str | None
+
+
+def run_trial(seed: str, quota: int, lives: Iterable[str], flaw: str = "") -> Outcome:
+    """In a process of its own; `quota` states of each life."""
+    words = [sys.executable, "-m", "tests.crash.power_cut.trial", seed, str(quota), ",".join(lives), flaw]
+    with subprocess.Popen(
+        words, cwd=_TREE, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        said, complained = process.communicate()
+    lines = [json.loads(line) for line in said.splitlines()]
+    tallies = [Tally(**line["tally"]) for line in lines if "tally" in line]
+    failure = next((line["failed"] for line in lines if "failed" in line), None)
+    if failure is None and process.returncode != 0:
+        last = next((line["at"] for line in reversed(lines) if "at" in line), "before the first state")
+        failure = f"{last}: the process ended with {process.returncode}\n{complained[-2000:]}"
+    return Outcome(tallies, failure)
+
+
+def tried(seed: str, quota: int, lives: Sequence[str], at_once: int = _LIVES_PER_TRIAL) -> list[Tally]:
+    """All lives, several in a process; raises `AssertionError` with whatever was lost."""
+    groups = [lives[number :: -(-len(lives) // at_once)] for number in range(-(-len(lives) // at_once))]
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        outcomes = list(pool.map(lambda group: run_trial(seed, quota, group), groups))
+    failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
+    assert not failures, f"power cuts, seed {seed}:\n" + "\n".join(failures)
+    return [tally for outcome in outcomes for tally in outcome.tallies]
+
+
+def torture(seed: int, scale: float) -> str:
+    """Cut the power in every life; one line of figures."""
+    tallies = tried(
+        str(seed), max(int(STATES_PER_LIFE * scale), 1), [life for life in LIVES if life not in AWAITED]
+    )
+    states = sum(tally.states for tally in tallies)
+    trust = sum((Counter(tally.trust) for tally in tallies), Counter[str]())
+    answers = ", ".join(f"{count} {kind}" for kind, count in trust.most_common())
+    return (
+        f"{states} disk states at {sum(tally.moments for tally in tallies)} moments of {len(tallies)} lives,"
+        f" nothing lost ({answers})"
+    )
+
+
+def table(tallies: Iterable[Tally]) -> str:
+    """One line for each life, for whoever wants to see more."""
+    return "\n".join(
+        f"{tally.life:28} {tally.states:5} states {tally.cases:5} cases {tally.moments:4} moments {tally.trust}"
+        for tally in tallies
+    )
