@@ -1,11 +1,6 @@
 """Everyone who implements `BlockDevice`. A new one is a function here and a line in `implementations()`.
 
-The function makes a disk of zeroes of `size` bytes in `folder`, opens it and closes it afterwards:
-
-    @contextmanager
-    def nbd_client(folder: Path, size: int, read_only: bool) -> Iterator[BlockDevice]:
-        with some_server(folder, size, read_only) as uri, NbdClient.connect(uri) as device:
-            yield device
+The function makes a disk of zeroes of `size` bytes in `folder`, opens it and closes it afterwards.
 """
 
 from __future__ import annotations
@@ -23,7 +18,10 @@ from typing import TypeAlias
 from lmdbitmap.device import FileDevice, MemoryDevice
 from lmdbitmap.files import filesystem_kind
 from lmdbitmap.interfaces import BlockDevice
-from tests.support import make_raw_image, run
+from lmdbitmap.nbd.client import NbdDevice
+from lmdbitmap.nbd.server import Server
+from lmdbitmap.plain import PlainDisk
+from tests.support import Argument, make_raw_image, run, spawn, wait_for_socket, why_unusable
 from tests.tracked import TrackedDisk
 
 Opener: TypeAlias = Callable[[Path, int, bool], AbstractContextManager[BlockDevice]]
@@ -45,7 +43,12 @@ def implementations() -> list[Implementation]:
         Implementation("file", file),
         Implementation("file called a block device", file_called_block_device, 512, is_resizable=False),
         Implementation("filter", attached_filter, can_be_read_only=False),
+        Implementation("NBD client of our server", client_of_our_server, is_resizable=False),
     ]
+    if why_unusable("nbdkit") is None:
+        found.append(Implementation("NBD client of nbdkit", client_of_nbdkit, 512, is_resizable=False))
+    if why_unusable("qemu-nbd") is None:
+        found.append(Implementation("NBD client of qcow2", client_of_qcow2, 512, is_resizable=False))
     if os.path.isdir("/dev/shm") and filesystem_kind("/dev/shm") == "tmpfs":
         found.append(Implementation("file on tmpfs", file_on_tmpfs))
     if can_make_loop_devices():
@@ -104,6 +107,69 @@ def loop_node(folder: Path, size: int = 1 << 20) -> Iterator[Path]:
         yield Path(node)
     finally:
         run("losetup", "--detach", node)
+
+
+@contextmanager
+def client_of_our_server(folder: Path, size: int, read_only: bool) -> Iterator[BlockDevice]:
+    with FileDevice.open(make_raw_image(folder / "disk.raw", size), read_only=read_only) as image:
+        server = Server({"disk": PlainDisk(image)})
+        server.listen_unix(str(folder / "nbd"))
+        server.start()
+        try:
+            with NbdDevice.open(server.uris[0], read_only=read_only) as device:
+                yield device
+        finally:
+            assert server.stop()
+
+
+@contextmanager
+def client_of_nbdkit(folder: Path, size: int, read_only: bool) -> Iterator[BlockDevice]:
+    """Old manners and narrow limits: nothing is known of holes, no request is smaller than a sector or longer
+    than two pages, so that everything is split and filled up."""
+    limits: list[Argument] = ["blocksize-minimum=512", "blocksize-preferred=4096", "blocksize-maximum=8192"]
+    words: list[Argument] = [
+        "--no-sr",
+        "--filter=blocksize-policy",
+        "memory",
+        str(size),
+        "blocksize-error-policy=error",
+    ]
+    with _served(
+        folder, read_only, ["nbdkit", "--foreground", "--unix", folder / "nbd", *words, *limits]
+    ) as device:
+        yield device
+
+
+@contextmanager
+def client_of_qcow2(folder: Path, size: int, read_only: bool) -> Iterator[BlockDevice]:
+    image = folder / "disk.qcow2"
+    image.write_bytes(_empty_qcow2(size))
+    command: list[Argument] = [
+        "qemu-nbd",
+        "--persistent",
+        "--format=qcow2",
+        f"--socket={folder / 'nbd'}",
+        image,
+    ]
+    with _served(folder, read_only, command) as device:
+        yield device
+
+
+@functools.cache
+def _empty_qcow2(size: int) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        image = Path(folder, "disk.qcow2")
+        run("qemu-img", "create", "-q", "-f", "qcow2", image, str(size))
+        return image.read_bytes()
+
+
+@contextmanager
+def _served(folder: Path, read_only: bool, command: list[Argument]) -> Iterator[BlockDevice]:
+    """What a server that listens at the socket `nbd` in `folder` serves, through our client."""
+    with spawn(*command) as server:
+        wait_for_socket(folder / "nbd", server)
+        with NbdDevice.open(f"nbd+unix:///?socket={folder / 'nbd'}", read_only=read_only) as device:
+            yield device
 
 
 @functools.cache

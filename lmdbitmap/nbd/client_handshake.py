@@ -1,0 +1,207 @@
+"""The client's side of NBD option haggling: bytes in, bytes out, no socket and no clock.
+
+    greeting -> STRUCTURED_REPLY -> SET_META_CONTEXT base:allocation -> GO (or, of old servers, EXPORT_NAME)
+
+`negotiation` is a generator: it yields bytes to be sent, or how many bytes it wants next, and returns what
+the server has agreed to. Every number that a server sends is judged before it is waited for or used; what is
+wanted at once is never more than `_MAX_REPLY_DATA`, and replies to one option are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Final, NamedTuple, NoReturn, TypeAlias
+
+from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError, NotFound
+from lmdbitmap.geometry import MAX_SIZE
+from lmdbitmap.nbd import protocol as nbd
+
+MAX_PAYLOAD: Final = 32 << 20
+"""The longest READ or WRITE that we send, whatever the server takes; servers that do not say take as much."""
+_MAX_BLOCK: Final = 1 << 16
+_MAX_REPLY_DATA: Final = 64 << 10
+_MAX_REPLIES: Final = 256
+_OLDSTYLE_MAGIC: Final = 0x00420281861253
+
+
+class FarExport(NamedTuple):
+    """What a server agreed to: `flags` are its transmission flags, sizes are bytes."""
+
+    size: int
+    flags: int
+    minimum: int = 1
+    """Offsets and lengths of requests are multiples of it."""
+    maximum: int = MAX_PAYLOAD
+    """The longest READ and WRITE, a multiple of `minimum`."""
+    structured: bool = False
+    allocation_id: int | None = None
+    """How BLOCK_STATUS replies name `base:allocation`; None where the server has no such thing."""
+
+    def has(self, flag: int) -> bool:
+        return bool(self.flags & flag)
+
+
+Step: TypeAlias = "bytes | int"
+Reply: TypeAlias = tuple[int, bytes]
+
+
+def negotiation(name: str) -> Generator[Step, bytes, FarExport]:
+    """Haggle for the export called `name`. Yields bytes to send or a number of bytes to receive.
+
+    Raises `FormatError` when the other side does not speak NBD, `NotFound` for a name that it does not know,
+    `InvalidArgument` for an export that cannot be used, `Busy` while the server shuts down.
+    """
+    handshake_flags = yield from _greeting()
+    if not handshake_flags & nbd.NBD_FLAG_FIXED_NEWSTYLE:
+        return (yield from _export_name(name, handshake_flags, structured=False, allocation_id=None))
+    structured = (yield from _ask(nbd.NBD_OPT_STRUCTURED_REPLY))[-1][0] == nbd.NBD_REP_ACK
+    allocation_id = (yield from _allocation_context(name)) if structured else None
+    replies = yield from _ask(nbd.NBD_OPT_GO, _info_query(name))
+    outcome, message = replies[-1]
+    if outcome == nbd.NBD_REP_ERR_UNSUP:
+        return (yield from _export_name(name, handshake_flags, structured, allocation_id))
+    if outcome != nbd.NBD_REP_ACK:
+        yield nbd.OPTION.pack(nbd.IHAVEOPT, nbd.NBD_OPT_ABORT, 0)
+        _refuse(name, outcome, message)
+    return _export(replies[:-1], structured, allocation_id)
+
+
+def _greeting() -> Generator[Step, bytes, int]:
+    """Server: u64 `NBDMAGIC`, u64 `IHAVEOPT`, u16 flags. Client: u32 flags, those of the server that we know."""
+    magic, style, flags = nbd.GREETING.unpack((yield nbd.GREETING.size))
+    if magic != nbd.NBDMAGIC or style not in (nbd.IHAVEOPT, _OLDSTYLE_MAGIC):
+        raise nonsense("greeting", "that of an NBD server", f"{magic:#x} {style:#x}")
+    if style == _OLDSTYLE_MAGIC:
+        raise nonsense("greeting", "newstyle negotiation", "the oldstyle one of before 2011")
+    known = nbd.NBD_FLAG_FIXED_NEWSTYLE | nbd.NBD_FLAG_NO_ZEROES
+    yield nbd.CLIENT_FLAGS.pack(flags & known)
+    return int(flags)
+
+
+def _ask(option: int, data: bytes = b"") -> Generator[Step, bytes, list[Reply]]:
+    """Send an option; all replies to it, of which the last is an acknowledgement or an error."""
+    yield nbd.OPTION.pack(nbd.IHAVEOPT, option, len(data)) + data
+    replies: list[Reply] = []
+    while len(replies) < _MAX_REPLIES:
+        magic, answered, kind, length = nbd.OPTION_REPLY.unpack((yield nbd.OPTION_REPLY.size))
+        if (magic, answered) != (nbd.NBD_REP_MAGIC, option) or length > _MAX_REPLY_DATA:
+            raise nonsense("option reply", f"one to option {option}", f"{magic:#x} {answered} {length}")
+        replies.append((kind, (yield length) if length else b""))
+        if kind == nbd.NBD_REP_ACK or kind & nbd.NBD_REP_FLAG_ERROR:
+            return replies
+    raise nonsense("option replies", f"at most {_MAX_REPLIES}", "one more")
+
+
+def _allocation_context(name: str) -> Generator[Step, bytes, int | None]:
+    """Select `base:allocation`; its id, or None of a server that has nothing to say about it."""
+    query = _string(name) + (1).to_bytes(4, "big") + _string(nbd.NBD_META_BASE_ALLOCATION)
+    replies = yield from _ask(nbd.NBD_OPT_SET_META_CONTEXT, query)
+    if replies[-1][0] != nbd.NBD_REP_ACK:
+        return None
+    wanted = nbd.NBD_META_BASE_ALLOCATION.encode()
+    ids = [
+        int.from_bytes(data[:4], "big")
+        for kind, data in replies
+        if kind == nbd.NBD_REP_META_CONTEXT and data[4:] == wanted
+    ]
+    return ids[0] if len(ids) == 1 else None
+
+
+def _info_query(name: str) -> bytes:
+    """u32 length of the name, name, u16 1, u16 `NBD_INFO_BLOCK_SIZE`: whoever asks must respect the answer."""
+    return _string(name) + (1).to_bytes(2, "big") + nbd.NBD_INFO_BLOCK_SIZE.to_bytes(2, "big")
+
+
+def _string(text: str) -> bytes:
+    encoded = text.encode()
+    return len(encoded).to_bytes(4, "big") + encoded
+
+
+def _export_name(
+    name: str, handshake_flags: int, structured: bool, allocation_id: int | None
+) -> Generator[Step, bytes, FarExport]:
+    """The old way in, which cannot say no: a server that will not hangs up. u64 size, u16 flags, 124 zeroes."""
+    encoded = name.encode()
+    yield nbd.OPTION.pack(nbd.IHAVEOPT, nbd.NBD_OPT_EXPORT_NAME, len(encoded)) + encoded
+    size, flags = nbd.EXPORT_NAME_REPLY.unpack((yield nbd.EXPORT_NAME_REPLY.size))
+    if not handshake_flags & nbd.NBD_FLAG_NO_ZEROES:
+        yield len(nbd.EXPORT_NAME_PADDING)
+    return _checked(FarExport(size, flags, structured=structured, allocation_id=allocation_id))
+
+
+def _export(infos: list[Reply], structured: bool, allocation_id: int | None) -> FarExport:
+    """What `NBD_REP_INFO` replies say; those of a type that we did not ask for mean nothing."""
+    found: FarExport | None = None
+    minimum, maximum = 1, MAX_PAYLOAD
+    for kind, data in infos:
+        info = int.from_bytes(data[:2], "big")
+        if kind != nbd.NBD_REP_INFO or len(data) < 2:
+            raise nonsense("reply to GO", "information", f"reply {kind} of {len(data)} bytes")
+        if info == nbd.NBD_INFO_EXPORT:
+            _, size, flags = nbd.INFO_EXPORT.unpack(_sized(data, nbd.INFO_EXPORT.size))
+            found = FarExport(size, flags, structured=structured, allocation_id=allocation_id)
+        elif info == nbd.NBD_INFO_BLOCK_SIZE:
+            _, minimum, _, maximum = nbd.INFO_BLOCK_SIZE.unpack(_sized(data, nbd.INFO_BLOCK_SIZE.size))
+    if found is None:
+        raise nonsense("reply to GO", "the export's size", "none")
+    return _checked(_constrained(found, minimum, maximum))
+
+
+def _constrained(export: FarExport, minimum: int, maximum: int) -> FarExport:
+    """The preferred block size is left out: sizes of requests are those of the guest."""
+    if not 1 <= minimum <= _MAX_BLOCK or minimum & (minimum - 1) or maximum < minimum:
+        raise nonsense("block sizes", f"a power of two up to {_MAX_BLOCK} and more", f"{minimum}, {maximum}")
+    longest = min(maximum, MAX_PAYLOAD)
+    return export._replace(minimum=minimum, maximum=longest - longest % minimum)
+
+
+def _checked(export: FarExport) -> FarExport:
+    if export.size > MAX_SIZE:
+        raise nonsense("export size", f"at most {MAX_SIZE}", export.size)
+    if export.size % export.minimum:
+        raise InvalidArgument(
+            f"the NBD export has {export.size} bytes and takes requests for whole blocks of {export.minimum}:"
+            " its last bytes cannot be reached",
+            next_step="serve it with a smaller minimum block size",
+        )
+    return export
+
+
+def _sized(data: bytes, size: int) -> bytes:
+    if len(data) != size:
+        raise nonsense("information", f"{size} bytes", len(data))
+    return data
+
+
+def _refuse(name: str, outcome: int, message: bytes) -> NoReturn:
+    said = message[: nbd.NBD_MAX_STRING].decode(errors="replace")
+    raise _refusal(name, outcome, f" ({said})" if said else "")
+
+
+def _refusal(name: str, outcome: int, said: str) -> LmdbitmapError:
+    if outcome == nbd.NBD_REP_ERR_UNKNOWN:
+        return NotFound(
+            f"the NBD server has no export called {name!r}{said}",
+            next_step="list those it has with `nbdinfo --list`",
+        )
+    if outcome == nbd.NBD_REP_ERR_TLS_REQD:
+        return InvalidArgument(
+            f"the NBD server insists on TLS, which this version does not speak to other servers{said}",
+            next_step="serve the image on a unix socket, or reach its server through a tunnel",
+        )
+    if outcome == nbd.NBD_REP_ERR_SHUTDOWN:
+        return Busy(f"the NBD server is shutting down{said}", next_step="start it again")
+    return InvalidArgument(
+        f"the NBD server refuses export {name!r} with error {outcome & ~nbd.NBD_REP_FLAG_ERROR}{said}",
+        next_step="look at the server's configuration and log",
+    )
+
+
+def nonsense(place: str, expected: str, found: object) -> FormatError:
+    """What is raised about an NBD server that breaks the protocol."""
+    return FormatError(
+        f"NBD server's {place}",
+        expected=expected,
+        found=found,
+        next_step="see which program listens there; use another NBD server if it is one",
+    )

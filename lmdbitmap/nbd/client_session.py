@@ -1,0 +1,340 @@
+"""Many threads in conversation with one far server: requests in flight, and what happens when it goes away.
+
+**Who receives.** There is no thread of our own. Of the threads that wait for an answer one *leads*: it receives
+for all, wakes those whose answers are whole, and hands the lead on when its own is. A lonely request costs no
+change of threads that way.
+
+**When the connection breaks**, the leader dials again, and what was in flight is sent once more: reads, writes
+at an offset, zeroes, trims and flushes may all be done twice. A request that was in trouble for `reconnect_s`
+fails with EIO; after that each new one tries once, and fails at once while the server has not come back.
+
+**A flush does not lie.** A server's death may take writes with it that it had acknowledged and not flushed, and
+the flush that comes later, on a new connection, knows nothing of them. So what was acknowledged is kept until
+a flush that was sent after it has succeeded, and on a new connection it is written again, in its order, before
+anything else is. At most about `keep_bytes` are kept: half of that starts a flush of our own, and all of it
+makes writers wait for one. A server that cannot flush but write through (FUA) is asked for that; then nothing
+needs to be kept.
+
+A new connection is taken only if the server still offers what it did: size, block sizes, transmission flags.
+
+What this cannot know: whether a server that lost us is still busy with a request of the old connection. Its
+write may then come after a later one to the same place. A server that died has no such ghosts; where we break
+off ourselves we wait a moment for the old connection's end.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import math
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Final
+
+from lmdbitmap.errors import LmdbitmapError
+from lmdbitmap.nbd import protocol as nbd
+from lmdbitmap.nbd.client_handshake import FarExport, nonsense
+from lmdbitmap.nbd.client_link import WINDOW, Call, Link, Request
+
+log = logging.getLogger(__name__)
+
+_FIRST_PAUSE_S: Final = 0.02
+_LONGEST_PAUSE_S: Final = 1.0
+_KEPT_OVERHEAD: Final = 512
+"""What a kept request costs beside its data, in bytes."""
+_CHANGES: Final = (nbd.NBD_CMD_WRITE, nbd.NBD_CMD_WRITE_ZEROES, nbd.NBD_CMD_TRIM)
+_ANSWERED_WITH_DATA: Final = (nbd.NBD_CMD_READ, nbd.NBD_CMD_BLOCK_STATUS)
+_CHANGEABLE_FLAGS: Final = (
+    nbd.NBD_FLAG_ROTATIONAL | nbd.NBD_FLAG_SEND_DF | nbd.NBD_FLAG_CAN_MULTI_CONN | nbd.NBD_FLAG_SEND_CACHE
+)
+"""Transmission flags that we never count on."""
+
+
+class Conversation:
+    """Requests to one export, by any thread. `connect` makes a connection, now and whenever one has broken."""
+
+    def __init__(
+        self, connect: Callable[[], Link], name: str, *, reconnect_s: float, keep_bytes: int
+    ) -> None:
+        self._connect = connect
+        self._name = name
+        self._reconnect_s = reconnect_s
+        self._keep_bytes = keep_bytes
+        self._state = threading.Lock()
+        self._cookies = itertools.count(1)
+        self._waiting: dict[int, Request] = {}
+        self._leader: Call | None = None
+        self._closing = threading.Event()
+        self._outage_since = math.inf
+        self._pause_s = 0.0
+        self._next_dial = 0.0
+        self._kept: deque[Request] = deque()
+        self._kept_bytes = 0
+        self._dropped = 0
+        """Kept requests that a flush has let go of, ever: the number of the oldest one in `_kept`."""
+        self._flushing = False
+        self._making_room = threading.Lock()
+        self._link: Link | None = connect()
+        self.export = self._link.export
+        self._keeps = self.export.has(nbd.NBD_FLAG_SEND_FLUSH)
+
+    # -- the caller's thread -------------------------------------------------------------------------------
+
+    def do(self, requests: Sequence[Request]) -> None:
+        """Return when all are answered; each one's `error` says how. At most `WINDOW`, all of one kind."""
+        if self._kept_bytes > self._keep_bytes // 2 and requests[0].command in _CHANGES:
+            self._make_room()
+        call = Call(len(requests))
+        try:
+            self._post(call, requests)
+            while call.left:
+                self._lead_or_wait(call)
+        except BaseException:
+            self._abandon(call, requests)
+            raise
+
+    def close(self) -> None:
+        """Say goodbye. Nothing may be in flight; what was not flushed may be lost."""
+        self._closing.set()
+        with self._state:
+            link, self._link = self._link, None
+        if link is not None:
+            link.say_goodbye()
+
+    def _post(self, call: Call, requests: Sequence[Request]) -> None:
+        with self._state:
+            if self._closing.is_set():
+                raise OSError(errno.EBADF, "the image is closed")
+            link = self._link
+            for request in requests:
+                request.cookie = next(self._cookies)
+                request.call = call
+                request.link = link
+                request.since = self._outage_since
+                request.mark = self._dropped + len(self._kept)
+                self._waiting[request.cookie] = request
+        if link is not None:
+            link.post(requests)
+
+    def _lead_or_wait(self, call: Call) -> None:
+        with self._state:
+            if self._leader is None and call.left:
+                self._leader = call
+            leads = self._leader is call
+        if leads:
+            self._lead(call)
+        elif call.left:
+            call.turn.acquire()
+
+    def _abandon(self, call: Call, requests: Sequence[Request]) -> None:
+        """The caller was interrupted: a late answer to it must not be taken for anything else."""
+        with self._state:
+            left = [self._waiting.pop(request.cookie, None) for request in requests]
+            link = self._link
+            if self._leader is call:
+                self._hand_on()
+        if link is not None and any(left):
+            link.hang_up()
+
+    # -- the leader ----------------------------------------------------------------------------------------
+
+    def _lead(self, call: Call) -> None:
+        try:
+            while call.left:
+                link = self._link
+                if link is None:
+                    self._reconnect()
+                else:
+                    self._receive(link)
+        except BaseException as interruption:
+            if (link := self._link) is not None:
+                self._lose(link, interruption)
+            raise
+        with self._state:
+            self._hand_on()
+
+    def _hand_on(self) -> None:
+        """Called with `_state` held."""
+        calls = (request.call for request in self._waiting.values())
+        self._leader = next((call for call in calls if call is not None and call.waited), None)
+        if self._leader is not None:
+            self._leader.turn.release()
+
+    def _receive(self, link: Link) -> None:
+        try:
+            request = link.receive(self._waiting)
+            if request is not None:
+                self._finish(request)
+        except (OSError, LmdbitmapError) as broken:
+            self._lose(link, broken)
+
+    def _finish(self, request: Request) -> None:
+        """It is answered. A server that only says it is shutting down has answered nothing."""
+        if request.error == nbd.NBD_ESHUTDOWN:
+            raise ConnectionAbortedError(errno.ECONNABORTED, "the NBD server is shutting down")
+        with self._state:
+            self._outage_since, self._pause_s = math.inf, 0.0
+            if request.error == 0:
+                self._keep_or_let_go(request)
+            self._conclude(request)
+
+    def _conclude(self, request: Request) -> None:
+        """Called with `_state` held."""
+        if self._waiting.pop(request.cookie, None) is None or request.call is None:
+            return
+        call = request.call
+        call.left -= 1
+        if not call.waited:
+            self._flushing = False
+        elif call.left == 0 and call is not self._leader:
+            call.turn.release()
+
+    # -- what is kept --------------------------------------------------------------------------------------
+
+    def _keep_or_let_go(self, request: Request) -> None:
+        if request.command == nbd.NBD_CMD_FLUSH:
+            while self._dropped < request.mark:
+                self._kept_bytes -= _cost(self._kept.popleft())
+                self._dropped += 1
+        elif self._keeps and request.command in _CHANGES:
+            self._kept.append(request)
+            self._kept_bytes += _cost(request)
+
+    def _make_room(self) -> None:
+        """Start a flush, or wait for one. Raises `OSError` when it fails: more cannot be promised then."""
+        if self._kept_bytes <= self._keep_bytes:
+            self._flush_by_the_way()
+            return
+        with self._making_room:
+            if self._kept_bytes > self._keep_bytes:
+                flush = Request(nbd.NBD_CMD_FLUSH)
+                self.do([flush])
+                if flush.error:
+                    raise OSError(flush.error, os.strerror(flush.error), self._name)
+
+    def _flush_by_the_way(self) -> None:
+        with self._state:
+            if self._flushing:
+                return
+            self._flushing = True
+        self._post(Call(1, waited=False), [Request(nbd.NBD_CMD_FLUSH)])
+
+    # -- when the connection breaks ------------------------------------------------------------------------
+
+    def _lose(self, link: Link, why: BaseException) -> None:
+        with self._state:
+            self._link = None
+        link.part()
+        self._note_trouble(why)
+
+    def _note_trouble(self, why: BaseException) -> None:
+        """Fail what was in trouble for too long; the rest is tried again, a little later each time."""
+        now = time.monotonic()
+        self._next_dial = now + self._pause_s
+        self._pause_s = min(max(2 * self._pause_s, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
+        with self._state:
+            if self._outage_since == math.inf:
+                self._outage_since = now
+                log.warning("%s: %s; trying again for %g s", self._name, why, self._reconnect_s)
+            for request in self._waiting.values():
+                request.since = min(request.since, now)
+        self._fail_those_since(time.monotonic() - self._reconnect_s, why)
+
+    def _fail_those_since(self, last_start: float, why: object) -> None:
+        with self._state:
+            lost = [request for request in self._waiting.values() if request.since <= last_start]
+            for request in lost:
+                request.error = nbd.NBD_EIO
+                self._conclude(request)
+        if lost:
+            log.error("%s: %d requests failed: %s", self._name, len(lost), why)
+
+    def _reconnect(self) -> None:
+        """Try once more, when it is time for it. What cannot wait for that fails."""
+        self._closing.wait(max(0.0, min(self._next_dial, self._patience_ends()) - time.monotonic()))
+        now = time.monotonic()
+        if self._closing.is_set():
+            self._fail_those_since(math.inf, "the image was closed")
+            return
+        if now < self._next_dial:
+            self._fail_those_since(now - self._reconnect_s, "the server has not come back")
+            return
+        link = None
+        try:
+            link = self._connect()
+            self._require_same(link.export)
+            self._catch_up(link)
+        except (OSError, LmdbitmapError) as why:
+            if link is not None:
+                link.part()
+            self._note_trouble(why)
+
+    def _patience_ends(self) -> float:
+        with self._state:
+            since = min((request.since for request in self._waiting.values()), default=math.inf)
+        return since + self._reconnect_s
+
+    def _require_same(self, new: FarExport) -> None:
+        old = self.export
+        missing = (old.flags ^ new.flags) & (old.flags | nbd.NBD_FLAG_READ_ONLY) & ~_CHANGEABLE_FLAGS
+        same_sizes = (new.size, new.minimum) == (old.size, old.minimum) and new.maximum >= old.maximum
+        if missing or not same_sizes or (old.allocation_id is not None and new.allocation_id is None):
+            raise nonsense("export after a new connection", str(old), new)
+
+    def _catch_up(self, link: Link) -> None:
+        """Write again what was kept, do what is in flight, and only then let others send."""
+        kept = list(self._kept)
+        self._exchange(link, kept, {request.cookie: request for request in kept}, self._require_success)
+        while todo := self._not_sent(link):
+            self._exchange(link, todo, self._waiting, self._finish)
+        log.warning("%s: connected again; %d writes were written again", self._name, len(kept))
+
+    def _not_sent(self, link: Link) -> list[Request]:
+        """What waits and is not yet sent on `link`; where nothing is, `link` is from now on the connection."""
+        with self._state:
+            todo = [request for request in self._waiting.values() if request.link is not link]
+            if not todo:
+                self._link = link
+        return todo
+
+    def _require_success(self, request: Request) -> None:
+        if request.error:
+            raise OSError(request.error, "the server refuses to write again what it had acknowledged")
+
+    def _exchange(
+        self,
+        link: Link,
+        requests: Sequence[Request],
+        waiting: dict[int, Request],
+        finish: Callable[[Request], None],
+    ) -> None:
+        """Send requests and receive their answers, alone on a new connection."""
+        for window in _windows(requests):
+            for request in window:
+                request.link = link
+            link.post(window)
+            left = len(window)
+            while left:
+                answered = link.receive(waiting)
+                if answered is not None:
+                    finish(answered)
+                    waiting.pop(answered.cookie, None)
+                    left -= 1
+
+
+def _cost(request: Request) -> int:
+    return len(request.data) + _KEPT_OVERHEAD
+
+
+def _windows(requests: Iterable[Request]) -> Iterator[list[Request]]:
+    """Pieces that can be sent without receiving: see `WINDOW`."""
+    by_kind: dict[bool, list[Request]] = {False: [], True: []}
+    for request in requests:
+        by_kind[request.command in _ANSWERED_WITH_DATA].append(request)
+    for kind in by_kind.values():
+        for start in range(0, len(kind), WINDOW):
+            yield kind[start : start + WINDOW]

@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError, NotFound
+from lmdbitmap.nbd.client_handshake import FarExport, negotiation
+from tests.nbd_far import ACK, INFO, META_CONTEXT, UNSUP, option_reply
+from tests.nbd_raw import GO, SET_META_CONTEXT, STRUCTURED_REPLY, option, string
+
+GREETING = b"NBDMAGICIHAVEOPT\0\3"
+SIZE = 1 << 20
+EXPORT = option_reply(GO, INFO, struct.pack(">HQH", 0, SIZE, 5))
+CONTEXT = option_reply(SET_META_CONTEXT, META_CONTEXT, b"\0\0\0\7base:allocation")
+
+
+def ack(number: int) -> bytes:
+    return option_reply(number, ACK)
+
+
+def block_sizes(*sizes: int) -> bytes:
+    return option_reply(GO, INFO, struct.pack(">HIII", 3, *sizes))
+
+
+def negotiated(heard: bytes) -> tuple[FarExport, bytes]:
+    """What comes of the handshake with a server that says `heard`, and what the client said."""
+    export, said, rest = played(heard)
+    assert rest == b""
+    return export, said
+
+
+def played(heard: bytes) -> tuple[FarExport, bytes, bytes]:
+    """The same, and what is left of `heard`."""
+    said, steps = b"", negotiation("disk")
+    step = next(steps)
+    try:
+        while True:
+            if isinstance(step, bytes):
+                said += step
+                step = steps.send(b"")
+            else:
+                assert 0 < step <= 64 << 10
+                if step > len(heard):
+                    raise EOFError(f"waits for {step - len(heard)} more bytes")
+                taken, heard = heard[:step], heard[step:]
+                step = steps.send(taken)
+    except StopIteration as agreed:
+        export: FarExport = agreed.value
+        return export, said, heard
+
+
+def agreed(*infos: bytes) -> bytes:
+    """A server without structured replies that lets us in."""
+    return GREETING + option_reply(STRUCTURED_REPLY, UNSUP) + b"".join(infos) + ack(GO)
+
+
+def refused(outcome: int, message: bytes = b"") -> bytes:
+    return GREETING + option_reply(STRUCTURED_REPLY, UNSUP) + option_reply(GO, outcome, message)
+
+
+def test_all_that_is_asked_for_is_agreed_on() -> None:
+    heard = GREETING + ack(STRUCTURED_REPLY) + CONTEXT + ack(SET_META_CONTEXT)
+    export, said = negotiated(heard + block_sizes(512, 4096, 1 << 20) + EXPORT + ack(GO))
+    assert export == FarExport(SIZE, 5, 512, 1 << 20, structured=True, allocation_id=7)
+    context = string("disk") + b"\0\0\0\1" + string("base:allocation")
+    go = string("disk") + b"\0\1\0\3"
+    asked = option(STRUCTURED_REPLY) + option(SET_META_CONTEXT, context) + option(GO, go)
+    assert said == b"\0\0\0\3" + asked
+
+
+def test_server_without_extras_is_used_with_the_defaults() -> None:
+    assert negotiated(agreed(EXPORT))[0] == FarExport(SIZE, 5, 1, 32 << 20)
+
+
+@pytest.mark.parametrize(
+    "context_replies",
+    [
+        option_reply(SET_META_CONTEXT, UNSUP),
+        ack(SET_META_CONTEXT),
+        option_reply(SET_META_CONTEXT, META_CONTEXT, b"\0\0\0\1x-odd:thing") + ack(SET_META_CONTEXT),
+        CONTEXT + CONTEXT + ack(SET_META_CONTEXT),
+        CONTEXT + option_reply(SET_META_CONTEXT, UNSUP),
+    ],
+)
+def test_server_that_does_not_select_the_context_is_not_asked_for_it(context_replies: bytes) -> None:
+    heard = GREETING + ack(STRUCTURED_REPLY) + context_replies + EXPORT + ack(GO)
+    assert negotiated(heard)[0] == FarExport(SIZE, 5, structured=True, allocation_id=None)
+
+
+@pytest.mark.parametrize(("flags", "padding"), [(1, bytes(124)), (3, b"")])
+def test_server_without_go_is_asked_by_export_name(flags: int, padding: bytes) -> None:
+    heard = b"NBDMAGICIHAVEOPT" + struct.pack(">H", flags)
+    heard += option_reply(STRUCTURED_REPLY, UNSUP) + option_reply(GO, UNSUP)
+    export, said = negotiated(heard + struct.pack(">QH", SIZE, 5) + padding)
+    assert export == FarExport(SIZE, 5)
+    assert said.startswith(struct.pack(">I", flags))
+    assert said.endswith(option(1, b"disk"))
+
+
+def test_server_of_the_first_newstyle_is_asked_by_export_name_at_once() -> None:
+    export, said = negotiated(b"NBDMAGICIHAVEOPT\0\0" + struct.pack(">QH", SIZE, 5) + bytes(124))
+    assert (export, said) == (FarExport(SIZE, 5), bytes(4) + option(1, b"disk"))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "used"),
+    [
+        ((1, 512, 0xFFFFFFFF), (1, 32 << 20)),
+        ((4096, 4096, 4096), (4096, 4096)),
+        ((512, 4096, 1_000_000), (512, 999_936)),
+        ((65536, 65536, 1 << 26), (65536, 32 << 20)),
+    ],
+)
+def test_block_sizes_are_kept_to(sizes: tuple[int, int, int], used: tuple[int, int]) -> None:
+    export, _ = negotiated(agreed(EXPORT, block_sizes(*sizes)))
+    assert (export.minimum, export.maximum) == used
+
+
+@pytest.mark.parametrize(
+    "sizes", [(0, 512, 4096), (3, 512, 4096), (1 << 17, 1 << 17, 1 << 20), (512, 512, 511)]
+)
+def test_block_sizes_that_cannot_be_are_refused(sizes: tuple[int, int, int]) -> None:
+    with pytest.raises(FormatError, match="block sizes"):
+        negotiated(agreed(EXPORT, block_sizes(*sizes)))
+
+
+def test_export_whose_end_cannot_be_reached_is_refused() -> None:
+    odd = option_reply(GO, INFO, struct.pack(">HQH", 0, 1000, 5))
+    with pytest.raises(InvalidArgument, match="last bytes cannot be reached"):
+        negotiated(agreed(odd, block_sizes(512, 512, 512)))
+
+
+@pytest.mark.parametrize(
+    ("outcome", "kind", "said"),
+    [
+        (2, InvalidArgument, r"error 2 \(not you\)"),
+        (3, InvalidArgument, "error 3"),
+        (5, InvalidArgument, "TLS"),
+        (6, NotFound, "no export called 'disk'"),
+        (7, Busy, "shutting down"),
+        (1 << 30, InvalidArgument, "error"),
+    ],
+)
+def test_refusal_says_why_and_says_goodbye(outcome: int, kind: type[LmdbitmapError], said: str) -> None:
+    with pytest.raises(kind, match=said) as error:
+        negotiated(refused((1 << 31) + outcome, b"not you"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("heard", "said"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n", "greeting"),
+        (b"NBDMAGIC\0\0\x42\x02\x81\x86\x12\x53\0\0", "oldstyle"),
+        (GREETING + bytes(20), "option reply"),
+        (GREETING + ack(GO), "option reply"),
+        (GREETING + option_reply(STRUCTURED_REPLY, 2) * 256, "option replies"),
+        (GREETING + struct.pack(">QIII", 0x3E889045565A9, STRUCTURED_REPLY, ACK, 1 << 17), "option reply"),
+        (agreed(), "size"),
+        (agreed(EXPORT, option_reply(GO, 2, b"")), "reply to GO"),
+        (agreed(EXPORT, option_reply(GO, INFO, b"\0")), "reply to GO"),
+        (agreed(option_reply(GO, INFO, bytes(11))), "information"),
+        (agreed(EXPORT, option_reply(GO, INFO, b"\0\3" + bytes(13))), "information"),
+        (agreed(option_reply(GO, INFO, struct.pack(">HQH", 0, 1 << 63, 5))), "export size"),
+    ],
+)
+def test_what_is_no_nbd_is_refused(heard: bytes, said: str) -> None:
+    with pytest.raises(FormatError, match=said):
+        negotiated(heard)
+
+
+def test_information_that_nobody_asked_for_is_passed_over() -> None:
+    name, odd = option_reply(GO, INFO, b"\0\1disk"), option_reply(GO, INFO, b"\xff\xff" + bytes(99))
+    assert negotiated(agreed(name, odd, EXPORT))[0].size == SIZE
+
+
+def test_every_cut_is_waited_out_and_not_guessed() -> None:
+    heard = GREETING + ack(STRUCTURED_REPLY) + CONTEXT + ack(SET_META_CONTEXT) + EXPORT + ack(GO)
+    for length in range(len(heard)):
+        with pytest.raises(EOFError):
+            negotiated(heard[:length])
+    assert negotiated(heard)[0].size == SIZE
+
+
+def server_words() -> st.SearchStrategy[Iterable[bytes]]:
+    kinds = st.sampled_from([ACK, 2, INFO, META_CONTEXT, UNSUP, (1 << 31) + 6, 99])
+    options = st.sampled_from([STRUCTURED_REPLY, SET_META_CONTEXT, GO, 1])
+    replies = st.builds(option_reply, options, kinds, st.binary(max_size=20))
+    return st.lists(st.one_of(replies, st.just(EXPORT), st.just(CONTEXT), st.binary(max_size=30)), max_size=8)
+
+
+@given(words=server_words())
+def test_any_server_is_understood_or_refused(words: Iterable[bytes]) -> None:
+    try:
+        export, _, _ = played(GREETING + b"".join(words))
+    except (LmdbitmapError, EOFError):
+        return
+    assert export.size % export.minimum == 0

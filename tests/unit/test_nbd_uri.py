@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmdbitmap.errors import InvalidArgument
+from lmdbitmap.nbd.listeners import tcp_uri, unix_uri
+from lmdbitmap.nbd.uri import Place, is_uri, parse
+
+names = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
+
+
+@pytest.mark.parametrize(
+    ("uri", "place"),
+    [
+        ("nbd://example.com:10809/disk", Place("disk", host="example.com", port=10809)),
+        ("nbd://example.com/", Place("", host="example.com", port=10809)),
+        ("nbd://example.com", Place("", host="example.com", port=10809)),
+        ("nbd://example.com//disk", Place("/disk", host="example.com", port=10809)),
+        ("nbd://example.com/hello%20world", Place("hello world", host="example.com", port=10809)),
+        ("nbd://[::1]:99/a", Place("a", host="::1", port=99)),
+        ("NBD://Example.COM/Disk", Place("Disk", host="example.com", port=10809)),
+        ("nbd:///disk", Place("disk", host="localhost", port=10809)),
+        ("nbd+unix:///disk?socket=nbd.sock", Place("disk", socket_path="nbd.sock")),
+        ("nbd+unix://?socket=/a+b%26c", Place("", socket_path="/a+b&c")),
+    ],
+)
+def test_uri_names_a_place(uri: str, place: Place) -> None:
+    assert parse(uri) == place
+    assert parse(place.uri) == place
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("nbds://host/disk", "TLS"),
+        ("nbds+unix:///disk?socket=/s", "TLS"),
+        ("http://host/disk", "begins with neither nbd://"),
+        ("nbd://user@host/disk", "user names"),
+        ("nbd://host/disk#part", "fragments"),
+        ("nbd://host:http/disk", "http"),
+        ("nbd://host:99999/disk", "ort"),
+        ("nbd://host/%ff", "UTF-8"),
+        ("nbd://\udcff/", "utf-8"),
+        ("nbd://host/%00", "NUL"),
+        ("nbd://host/disk?socket=/s", "parameters that mean nothing here: socket"),
+        ("nbd+unix:///disk", "which socket"),
+        ("nbd+unix:///disk?socket=", "which socket"),
+        ("nbd+unix://disk?socket=/s", "three slashes"),
+        ("nbd+unix:///?socket=/s&socket=/t", "twice"),
+        ("nbd+unix:///?socket=/s&tls-type=psk", "tls-type"),
+        ("nbd+unix:///?socket=/" + "s" * 107, "107"),
+        ("nbd://host/" + "e" * 4097, "4096"),
+    ],
+)
+def test_uri_that_cannot_be_used_is_refused_in_one_sentence(uri: str, said: str) -> None:
+    with pytest.raises(InvalidArgument, match=said) as refused:
+        parse(uri)
+    assert "\n" not in str(refused.value)
+
+
+def test_paths_are_no_uris() -> None:
+    for image in ("/srv/nbd.raw", "nbd", "nbd:/x", "http://host/x", "nbdx://host/x", "./nbd+unix:///x"):
+        assert not is_uri(image)
+    for image in ("nbd://x", "NBD://x", "nbd+unix:///x", "nbds://x", "nbds+unix:///x"):
+        assert is_uri(image)
+
+
+@given(name=names, path=names.filter(lambda text: 0 < len(text.encode()) < 100))
+def test_what_our_server_calls_itself_leads_back_to_it(name: str, path: str) -> None:
+    assert parse(unix_uri("/" + path, name)) == Place(name, socket_path="/" + path)
+    assert parse(tcp_uri("::1", 5, name)) == Place(name, host="::1", port=5)
+
+
+@given(text=st.text(max_size=60))
+def test_any_text_is_a_place_or_refused(text: str) -> None:
+    for uri in (text, "nbd://" + text, "nbd+unix://" + text, "nbd+unix:///?socket=" + text):
+        try:
+            place = parse(uri)
+        except InvalidArgument:
+            continue
+        assert parse(place.uri) == place
