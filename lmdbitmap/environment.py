@@ -27,6 +27,7 @@ import lmdb
 
 from lmdbitmap import files, forks, presence, schema
 from lmdbitmap.errors import Busy, FormatError, LmdbitmapError, StorageError
+from lmdbitmap.highwater import NEWEST, HighWater
 from lmdbitmap.schema import StoreHeader
 
 log = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ class Environment:
             except BaseException:
                 self._lmdb.close()
                 raise
+        self.highwater = HighWater(os.path.join(os.path.dirname(path), NEWEST), self.header.uuid)
         forks.is_not_for_children(self)
 
     @contextlib.contextmanager
@@ -156,12 +158,14 @@ class Environment:
         self._presence.leave()
         self._lmdb.close()
         self._presence.close()
+        self.highwater.close()
 
     def forsake(self) -> None:
         """We are in a forked child. The parent's locks must not live on in us; the rest is only left alone."""
         self.databases.clear()
         del self._lmdb  # not closed, see the top of this module
         self._presence.close()
+        self.highwater.close()
 
     def _require_our_process(self) -> None:
         if self.pid != os.getpid():

@@ -4,6 +4,7 @@
     STORE/owners/      one small file per disk, for its owner process (owner.py)
     STORE/control/     sockets of processes that serve disks
     STORE/users        locked by every process that has the environment open (presence.py)
+    STORE/newest       how far it has come (highwater.py)
 
 Invariants (those of the environment are in environment.py):
 - A change is a function of a `Writer`. It may run again from the start, when the map had to grow, so it
@@ -18,6 +19,7 @@ Invariants (those of the environment are in environment.py):
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import logging
 import os
@@ -40,6 +42,7 @@ from lmdbitmap.tally import GROUP_REGIONS, Tally
 log = logging.getLogger(__name__)
 
 _BITMAP_ID_KEY = b"next bitmap id"
+_WENT_BACK = "the store's newest changes were lost: its file is damaged, or an older one"
 _README = """This folder is an lmdbitmap store. While a process uses it, do not open, copy or hash the files in lmdb/:
 closing them would drop that process's locks. A bitmap leaves the store with `lmdbitmap export`.
 """
@@ -54,6 +57,11 @@ class Reader:
         self._txn = txn
         self._databases = databases
         self._place = place
+
+    @property
+    def transaction(self) -> int:
+        """The number of the transaction that this is a view of; a writer's is its own."""
+        return self._txn.id()
 
     def require_newest(self, transaction: int) -> None:
         """Raise `FormatError` unless this is a view of what transaction `transaction` left."""
@@ -256,13 +264,15 @@ class Writer(Reader):
         super().__init__(txn, databases, place)
         self._differences: dict[bytes, Tally] = {}
 
-    def seal(self) -> None:
-        """Write the tallies of what was changed, and the stamp."""
-        if self._differences:
-            for key in list(self._differences):
-                self._put_tally(key, self._tally(key))
-            self._differences.clear()
-            self._put_tally(tally.STAMP_KEY, Tally(self._txn.id()))
+    def seal(self) -> bool:
+        """Write the tallies of what was changed, and the stamp; answers whether anything was."""
+        if not self._differences:
+            return False
+        for key in list(self._differences):
+            self._put_tally(key, self._tally(key))
+        self._differences.clear()
+        self._put_tally(tally.STAMP_KEY, Tally(self._txn.id()))
+        return True
 
     def put_disk(self, disk: Disk) -> None:
         self._put("disks", disk.uuid.bytes, schema.encode(disk))
@@ -369,7 +379,13 @@ class Store:
             raise NotFound(
                 f"{path} is not a store", next_step="name another, or make one with `lmdbitmap add`"
             )
-        return cls(path, environment.acquire(os.path.join(path, "lmdb")))
+        opened = cls(path, environment.acquire(os.path.join(path, "lmdb")))
+        try:
+            opened._distrust_if_older()
+        except BaseException:
+            opened.close()
+            raise
+        return opened
 
     @classmethod
     def create(cls, path: str) -> Store:
@@ -403,9 +419,11 @@ class Store:
                 with shared.transaction(write=True) as txn:
                     writer = Writer(txn, shared.databases, self.path)
                     writer.require_newest(txn.id() - 1)
-                    answer = change(writer)
-                    writer.seal()
-                    return answer
+                    answer, transaction = change(writer), txn.id()
+                    changed = writer.seal()
+                if changed:
+                    shared.highwater.raise_to(transaction)
+                return answer
             except FullMapError:
                 shared.grow()
 
@@ -434,6 +452,20 @@ class Store:
     def control_path(self, disk_uuid: UUID) -> str:
         return os.path.join(self.path, "control", str(disk_uuid))
 
+    def _distrust_if_older(self) -> None:
+        """Where the file went back behind what was durable, every bitmap lacks an unknown part: all is dirty."""
+        newest, found = self._environment.highwater.read(), self._transaction()
+        if found < newest:
+            log.error(
+                "store %s: it was at transaction %d, and is at %d: %s", self.path, newest, found, _WENT_BACK
+            )
+            self.update(_make_everything_dirty)
+            self._environment.highwater.set(self._transaction())
+
+    def _transaction(self) -> int:
+        with self.read() as reader:
+            return reader.transaction
+
     def _alive(self) -> Environment:
         if self._environment.pid != os.getpid():
             raise environment.dead_error(self.path)
@@ -444,6 +476,12 @@ class Store:
                 next_step="open the store again",
             )
         return self._environment
+
+
+def _make_everything_dirty(writer: Writer) -> None:
+    for _, value in writer._all("bitmaps"):
+        bitmap = schema.decode(Bitmap, value, place=writer._place)
+        writer.put_bitmap(dataclasses.replace(bitmap, all_dirty=bitmap.all_dirty or _WENT_BACK))
 
 
 def _is_there(path: str) -> bool:
@@ -471,7 +509,9 @@ def _make(path: str) -> None:
 
 
 def _is_ours(name: str) -> bool:
-    return name in ("owners", "control", "lmdb") or name.startswith(("README", ".nobackup", "lmdb.new-"))
+    return name in ("owners", "control", "lmdb", "users", "newest") or name.startswith(
+        ("README", ".nobackup", "lmdb.new-")
+    )
 
 
 def _make_environment(path: str) -> None:

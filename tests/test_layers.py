@@ -55,6 +55,7 @@ FLOORS: dict[str, float] = {
     "flatfile": 2.5,
     "plain": 2.7,
     "presence": 2.3,
+    "highwater": 2.3,
     "environment": 2.6,
     "store": 2.7,
     # 3 model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -669,11 +670,40 @@ def test_view_whose_stamp_is_another_transactions_is_refused(path: str) -> None:
         theirs.begin(write=True) as txn,
     ):
         txn.put(b"not ours", b"x", db=theirs.open_db(b"meta", txn=txn, create=False))
-    with Store.open(path) as opened:
-        with pytest.raises(FormatError), opened.read():
-            pass
-        with pytest.raises(FormatError):
-            opened.update(lambda writer: writer.new_bitmap_id())
+    for _ in range(2):
+        with pytest.raises(FormatError) as refused:
+            Store.open(path)
+        assert "stamp" in str(refused.value)
+
+
+def test_store_that_went_back_by_a_transaction_is_all_dirty(
+    path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where the newest meta page is damaged, which makes LMDB take the one before."""
+    with Store.create(path) as opened:
+        for number in (1, 2):
+            opened.update(functools.partial(Writer.put_bitmap, bitmap=a_bitmap(number, f"b{number}")))
+        shutil.copytree(os.path.join(path, "lmdb"), path + "-before")
+        opened.update(lambda writer: fill(writer, 1, 0, 1))
+    shutil.rmtree(os.path.join(path, "lmdb"))
+    os.rename(path + "-before", os.path.join(path, "lmdb"))
+    for _ in range(2):
+        with Store.open(path) as opened, opened.read() as reader:
+            reasons = [str(bitmap.all_dirty) for bitmap in reader.bitmaps()]
+            assert ["newest changes were lost" in reason for reason in reasons] == [True, True]
+    assert caplog.text.count("newest changes were lost") == 1
+
+
+@pytest.mark.parametrize("note", [None, b"", b"\xff" * 36])
+def test_note_of_the_newest_transaction_is_evidence_and_may_be_missing(path: str, note: bytes | None) -> None:
+    with Store.create(path) as opened:
+        opened.update(lambda writer: writer.put_bitmap(a_bitmap(1, "known")))
+    newest = Path(path, "newest")
+    newest.unlink()
+    if note is not None:
+        newest.write_bytes(note)
+    with Store.open(path) as opened, opened.read() as reader:
+        assert reader.bitmaps()[0].all_dirty is None
 
 
 @pytest.mark.parametrize("kept", [0, 1, 4096, 8192, 16384, 0.5, -4096])
