@@ -86,6 +86,7 @@ class FarServer:
         self._connections: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
         self._listener: socket.socket | None = None
+        self._newest: socket.socket | None = None
         self.listen()
 
     def listen(self) -> None:
@@ -121,6 +122,14 @@ class FarServer:
         with self._news:
             assert self._news.wait_for(lambda: len(self.asked) >= count, 20)
 
+    def has_more(self) -> bool:
+        """Whether more has come on the newest connection than was looked at."""
+        assert self._newest is not None
+        try:
+            return self._newest.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+        except BlockingIOError:
+            return False
+
     def cut_short(self, data: bytes) -> bytes:
         """Send no more than this, and hang up."""
         raise HangUp(data)
@@ -144,6 +153,7 @@ class FarServer:
                 sock, _ = listener.accept()
                 with self._lock:
                     self._connections.add(sock)
+                self._newest = sock
                 self._start(self._serve, sock)
 
     def _serve(self, sock: socket.socket) -> None:

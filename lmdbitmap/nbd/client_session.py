@@ -288,9 +288,12 @@ class Conversation:
     def _catch_up(self, link: Link) -> None:
         """Write again what was kept, do what is in flight, and only then let others send."""
         kept = list(self._kept)
-        self._exchange(link, kept, {request.cookie: request for request in kept}, self._require_success)
+        waiting = {request.cookie: request for request in kept}
+        for window in _apart(kept):
+            self._exchange(link, window, waiting, self._require_success)
         while todo := self._not_sent(link):
-            self._exchange(link, todo, self._waiting, self._finish)
+            for window in _of_a_kind(todo):
+                self._exchange(link, window, self._waiting, self._finish)
         log.warning("%s: connected again; %d writes were written again", self._name, len(kept))
 
     def _not_sent(self, link: Link) -> list[Request]:
@@ -308,30 +311,44 @@ class Conversation:
     def _exchange(
         self,
         link: Link,
-        requests: Sequence[Request],
+        window: Sequence[Request],
         waiting: dict[int, Request],
         finish: Callable[[Request], None],
     ) -> None:
         """Send requests and receive their answers, alone on a new connection."""
-        for window in _windows(requests):
-            for request in window:
-                request.link = link
-            link.post(window)
-            left = len(window)
-            while left:
-                answered = link.receive(waiting)
-                if answered is not None:
-                    finish(answered)
-                    waiting.pop(answered.cookie, None)
-                    left -= 1
+        for request in window:
+            request.link = link
+        link.post(window)
+        left = len(window)
+        while left:
+            answered = link.receive(waiting)
+            if answered is not None:
+                finish(answered)
+                waiting.pop(answered.cookie, None)
+                left -= 1
 
 
 def _cost(request: Request) -> int:
     return len(request.data) + _KEPT_OVERHEAD
 
 
-def _windows(requests: Iterable[Request]) -> Iterator[list[Request]]:
-    """Pieces that can be sent without receiving: see `WINDOW`."""
+def _apart(changes: Iterable[Request]) -> Iterator[list[Request]]:
+    """Windows of changes none of which touches another: a server does what is in flight in any order."""
+    window: list[Request] = []
+    for change in changes:
+        start, stop = change.offset, change.offset + change.length
+        if len(window) == WINDOW or any(
+            one.offset < stop and start < one.offset + one.length for one in window
+        ):
+            yield window
+            window = []
+        window.append(change)
+    if window:
+        yield window
+
+
+def _of_a_kind(requests: Iterable[Request]) -> Iterator[list[Request]]:
+    """Windows of requests that carry data there, and of requests that carry data back: see `WINDOW`."""
     by_kind: dict[bool, list[Request]] = {False: [], True: []}
     for request in requests:
         by_kind[request.command in _ANSWERED_WITH_DATA].append(request)

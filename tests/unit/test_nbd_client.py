@@ -566,6 +566,24 @@ def test_what_was_flushed_is_not_written_again(far: FarServer) -> None:
     assert [asked.data for asked in far.asked if asked.command == WRITE] == [b"a", b"b", b"b"]
 
 
+def test_writes_to_one_place_are_written_again_one_after_another(far: FarServer) -> None:
+    """A server may do what is in flight in any order: the second one is sent when the first is answered."""
+    alone: list[bool] = []
+
+    def look(server: FarServer, asked: Asked) -> bytes | None:
+        alone.append(not server.has_more())
+        return None
+
+    with opened(far) as device:
+        device.pwrite(b"first", 0)
+        device.pwrite(b"SECOND", 4)
+        device.write_zeroes(3, 2)
+        far.crash()
+        far.behave = look
+        assert device.pread(10, 0) == b"fir\0\0ECOND"
+    assert alone == [True] * 4
+
+
 steps = st.lists(
     st.tuples(
         st.sampled_from(["write", "write", "write many", "zero", "flush", "read", "crash", "crash after"]),
