@@ -52,6 +52,7 @@ FLOORS: dict[str, float] = {
     "nbd.client_session": 2.3,
     "nbd.client": 2.5,
     "nbd.control_client": 2.5,
+    "image": 2.6,
     "flatfile": 2.5,
     "plain": 2.7,
     "presence": 2.3,
@@ -73,6 +74,7 @@ FLOORS: dict[str, float] = {
     "changes": 4,
     "filter": 4.5,
     # 5 jobs
+    "nbd.tls": 2.5,
     "nbd.contexts": 5,
     "nbd.dirty_contexts": 5.5,
     "nbd.inlet": 5,

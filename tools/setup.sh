@@ -22,6 +22,7 @@ PROGRAMS="
     nbdinfo:libnbd-bin
     fio:fio
     strace:strace
+    openssl:openssl
     mkfs.ext4:e2fsprogs
 "
 

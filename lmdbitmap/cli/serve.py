@@ -27,6 +27,7 @@ from lmdbitmap.filter import Filter
 from lmdbitmap.nbd.control import ControlServer
 from lmdbitmap.nbd.dirty_contexts import tracked_contexts
 from lmdbitmap.nbd.server import Server
+from lmdbitmap.nbd.tls import server_context
 from lmdbitmap.period import DEFAULT_MAX_ARMED
 from lmdbitmap.store import Store
 
@@ -48,10 +49,16 @@ _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 )
 @click.option("--listen", metavar="HOST:PORT", help="Serve at this TCP address; port 0 is any that is free.")
 @click.option(
+    "--tls",
+    metavar="FOLDER",
+    type=utf8_path,
+    help="Of those who come over TCP, serve only clients with a certificate: ca-cert.pem, server-cert.pem and"
+    " server-key.pem are in that folder, as QEMU has them.",
+)
+@click.option(
     "--insecure",
     is_flag=True,
-    help="Listen where other hosts can reach it. There is no TLS and no password yet: whoever connects may"
-    " read and write the disks.",
+    help="Listen without TLS where other hosts can reach it: whoever connects may read and write the disks.",
 )
 @click.option(
     "--bitmap-file", metavar="FILE.dbm", type=utf8_path,
@@ -65,6 +72,7 @@ def serve(
     names: Sequence[str],
     socket: str | None,
     listen: str | None,
+    tls: str | None,
     insecure: bool,
     bitmap_file: str | None,
     max_armed: int,
@@ -75,9 +83,12 @@ def serve(
     URIs once clients can connect. SIGTERM or Ctrl-C ends it cleanly.
     """
     _require_sense(names, bitmap_file)
-    address = None if listen is None else _address(listen, insecure)
+    address = None if listen is None else _address(listen, insecure or tls is not None)
     if socket is None and address is None:
         raise click.UsageError("say where to serve: --socket PATH or --listen HOST:PORT")
+    if tls is not None and address is None:
+        raise click.UsageError("--tls is for --listen: a unix socket is the owner's alone")
+    certificates = None if tls is None else server_context(tls)
     with _Ending() as ending, Store.open(asked.store_path) as store, contextlib.ExitStack() as attached:
         disks = {name: attached.enter_context(_attach(store, name, max_armed)) for name in names}
         if bitmap_file is not None:
@@ -86,7 +97,7 @@ def serve(
             if socket is not None:
                 server.listen_unix(socket)
             if address is not None:
-                server.listen_tcp(*address)
+                server.listen_tcp(*address, certificates)
             ending.ends(server)
             _announce(asked, server.uris)
             server.serve_forever()
@@ -177,8 +188,8 @@ def _address(text: str, insecure: bool) -> tuple[str, int]:
         raise InvalidArgument(f"{text!r} is not HOST:PORT", next_step="write it as in 127.0.0.1:10809")
     if not insecure and not _is_loopback(host):
         raise InvalidArgument(
-            f"whoever reaches {host} could read and write the disks, for there is no TLS yet",
-            next_step="serve at a unix socket or 127.0.0.1 and tunnel that (ssh -L), or say --insecure",
+            f"whoever reaches {host} could read and write the disks",
+            next_step="give certificates with --tls, or serve at a unix socket, or say --insecure",
         )
     return host, int(port)
 

@@ -69,16 +69,17 @@ class Connection:
         structured: bool,
         contexts: Mapping[int, StatusSource],
         received: bytes = b"",
+        encrypted: bool = False,
     ) -> None:
         self.stopping = False
         self.requests = 0
         self.bytes_received = len(received)
-        self._inlet = Inlet(sock)
+        self._inlet = Inlet(sock, encrypted=encrypted)
         self._disk = disk
         self._lane = disk.lane()
         self._structured = structured
         self._contexts = contexts
-        self._replies = Replies(sock, self._lane, disk.fd, structured=structured)
+        self._replies = Replies(sock, self._lane, disk.fd, structured=structured, encrypted=encrypted)
         self._buffer = bytearray(_BATCH)
         self._view = memoryview(self._buffer)
         self._buffer[: len(received)] = received

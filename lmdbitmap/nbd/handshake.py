@@ -1,11 +1,15 @@
 """The server's side of NBD option haggling: bytes in, bytes out, no socket and no clock.
 
     greeting -> client flags -> option, reply, option, reply, … -> `Agreed` (transmission) or `ABORTED`
+                                              `START_TLS` -> the caller encrypts, `secured` -> option, reply, …
 
 Feed `receive` whatever arrived, in pieces of any size, and send what it returns. When `outcome` is set the
 haggling is over and `trailing` holds what came after it. A client that breaks a MUST of the specification
 gets `FormatError` and is to be dropped; one that merely asks for something odd gets an error reply. What is
 kept never grows past one option of `MAX_OPTION_LENGTH`, checked before its data is awaited.
+
+Where TLS is required, a client learns nothing and chooses nothing before it. What it said in plain text is
+void then, and so is a client that said more than it should have: those bytes may be somebody else's.
 """
 
 from __future__ import annotations
@@ -45,19 +49,23 @@ class Agreed(NamedTuple):
     contexts: tuple[tuple[int, str], ...]
 
 
-class Aborted(enum.Enum):
+class Ending(enum.Enum):
     ABORTED = enum.auto()
+    START_TLS = enum.auto()
 
 
-ABORTED: Final = Aborted.ABORTED
-Outcome: TypeAlias = "Agreed | Aborted"
+ABORTED: Final = Ending.ABORTED
+START_TLS: Final = Ending.START_TLS
+Outcome: TypeAlias = "Agreed | Ending"
 
 
 class Handshake:
-    """One client's haggling over `exports`, which maps the names it may use."""
+    """One client's haggling over `exports`, which maps the names it may use; in plain text, or behind TLS only."""
 
-    def __init__(self, exports: Mapping[str, Export]) -> None:
+    def __init__(self, exports: Mapping[str, Export], *, tls_required: bool = False) -> None:
         self._exports = exports
+        self._tls_required = tls_required
+        self._secured = False
         self._inbox = bytearray()
         self._flags: int | None = None
         self._options_seen = 0
@@ -70,6 +78,18 @@ class Handshake:
     def trailing(self) -> bytes:
         """What arrived after the end of haggling: the client's first requests."""
         return bytes(self._inbox)
+
+    @property
+    def wants_tls(self) -> bool:
+        return self.outcome is START_TLS
+
+    def secured(self) -> None:
+        """The connection is encrypted now, after `START_TLS`: haggling begins again behind the client's flags."""
+        assert self.outcome is START_TLS
+        if self._inbox:
+            raise nbd.malformed("NBD_OPT_STARTTLS", "nothing more in plain text", f"{len(self._inbox)} bytes")
+        self._tls_required, self._secured = False, True
+        self.outcome = None
 
     def receive(self, data: bytes) -> bytes:
         """Take in bytes from the client and return the answer; raises `FormatError` when it must be dropped."""
@@ -115,6 +135,8 @@ class Handshake:
         return self._flags is not None and bool(self._flags & flag)
 
     def _answer(self, option: int, data: bytes) -> bytes:
+        if self._tls_required and option not in _OPTIONS_BEFORE_TLS:
+            return self._insist_on_tls(option)
         answer = _ANSWERS.get(option)
         if answer is None:
             return _error(option, nbd.NBD_REP_ERR_UNSUP, "this server does not know that option")
@@ -126,6 +148,19 @@ class Handshake:
             if option == nbd.NBD_OPT_EXPORT_NAME:
                 raise
             return _error(option, nbd.NBD_REP_ERR_INVALID, error.problem)
+
+    def _insist_on_tls(self, option: int) -> bytes:
+        if option == nbd.NBD_OPT_EXPORT_NAME:
+            raise nbd.malformed("NBD_OPT_EXPORT_NAME", "NBD_OPT_STARTTLS before it", "none")
+        return _error(option, nbd.NBD_REP_ERR_TLS_REQD, "this server speaks to nobody without TLS")
+
+    def _answer_starttls(self, option: int, data: bytes) -> bytes:
+        if self._secured:
+            return _error(option, nbd.NBD_REP_ERR_INVALID, "the connection is encrypted already")
+        if not self._tls_required:
+            return _error(option, nbd.NBD_REP_ERR_UNSUP, "this server has no certificate for TLS")
+        self.outcome = START_TLS
+        return nbd.option_reply(option, nbd.NBD_REP_ACK)
 
     def _find(self, name: str) -> Export | None:
         """The export of that name; the empty name is the only export when there is just one."""
@@ -213,12 +248,16 @@ class Handshake:
         self.outcome = Agreed(export.name, self._structured, contexts if name == export.name else ())
 
 
-_OPTIONS_WITHOUT_DATA: Final = frozenset({nbd.NBD_OPT_LIST, nbd.NBD_OPT_STRUCTURED_REPLY})
+_OPTIONS_WITHOUT_DATA: Final = frozenset(
+    {nbd.NBD_OPT_LIST, nbd.NBD_OPT_STRUCTURED_REPLY, nbd.NBD_OPT_STARTTLS}
+)
+_OPTIONS_BEFORE_TLS: Final = frozenset({nbd.NBD_OPT_STARTTLS, nbd.NBD_OPT_ABORT})
 
 _ANSWERS: Final[Mapping[int, Callable[[Handshake, int, bytes], bytes]]] = {
     nbd.NBD_OPT_EXPORT_NAME: Handshake._answer_export_name,
     nbd.NBD_OPT_ABORT: Handshake._answer_abort,
     nbd.NBD_OPT_LIST: Handshake._answer_list,
+    nbd.NBD_OPT_STARTTLS: Handshake._answer_starttls,
     nbd.NBD_OPT_INFO: Handshake._answer_info,
     nbd.NBD_OPT_GO: Handshake._answer_info,
     nbd.NBD_OPT_STRUCTURED_REPLY: Handshake._answer_structured_reply,
@@ -237,7 +276,7 @@ def _listing(option: int, reply_type: int, *payloads: bytes) -> bytes:
 
 
 def _error(option: int, reply_type: int, message: str) -> bytes:
-    return nbd.option_reply(option, reply_type, message.encode()[: nbd.NBD_MAX_STRING])
+    return nbd.option_reply(option, reply_type, nbd.bounded_text(message))
 
 
 def _unknown_export(option: int, name: str) -> bytes:

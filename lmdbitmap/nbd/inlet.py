@@ -15,14 +15,15 @@ from typing import Final
 
 _LOOK_S: Final = 50e-6
 _MOST_NAPS: Final = 64
+_FOR_EVER: Final = 1 << 62
 
 
 class Inlet:
-    """The incoming half of a blocking socket."""
+    """The incoming half of a blocking socket; one that is encrypted cannot be looked at, so its thread sleeps."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, *, encrypted: bool = False) -> None:
         self._recv_into = sock.recv_into
-        self._naps_left = 0
+        self._naps_left = _FOR_EVER if encrypted else 0
         self._next_naps = 1
 
     def receive(self, buffer: memoryview) -> int:

@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 import socket
+import ssl
 import stat
 import time
 from collections.abc import Iterator
@@ -31,6 +32,10 @@ _FOLDER_LOCK_PAUSE_S: Final = 0.01
 class Listener(Protocol):
     @property
     def sock(self) -> socket.socket: ...
+    @property
+    def tls(self) -> ssl.SSLContext | None:
+        """What every client has to begin TLS with, if anything."""
+
     def uri(self, name: str) -> str:
         """The NBD URI of the disk served under `name`."""
 
@@ -39,6 +44,8 @@ class Listener(Protocol):
 
 class UnixListener:
     """A socket file that only those whom `mode` admits can connect to."""
+
+    tls: Final = None
 
     def __init__(self, path: str, mode: int = 0o600) -> None:
         self.path = os.path.abspath(path)
@@ -64,7 +71,8 @@ class UnixListener:
 class TcpListener:
     """A TCP port; port 0 lets the system choose one, which `uri` then names."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> None:
+        self.tls = tls
         family, address = _resolved(host, port)
         try:
             with os_errors_at(f"{host}:{port}"):
@@ -76,7 +84,7 @@ class TcpListener:
         self._host, self._port = self.sock.getsockname()[:2]
 
     def uri(self, name: str) -> str:
-        return tcp_uri(self._host, self._port, name)
+        return tcp_uri(self._host, self._port, name, encrypted=self.tls is not None)
 
     def close(self) -> None:
         self.sock.close()
@@ -86,8 +94,9 @@ def unix_uri(path: str, name: str) -> str:
     return f"nbd+unix:///{quote(name, safe='')}?socket={quote(path)}"
 
 
-def tcp_uri(host: str, port: int, name: str) -> str:
-    return f"nbd://{f'[{host}]' if ':' in host else host}:{port}/{quote(name, safe='')}"
+def tcp_uri(host: str, port: int, name: str, *, encrypted: bool = False) -> str:
+    scheme, address = "nbds" if encrypted else "nbd", f"[{host}]" if ":" in host else host
+    return f"{scheme}://{address}:{port}/{quote(name, safe='')}"
 
 
 def _resolved(host: str, port: int) -> tuple[int, tuple[str, int]]:

@@ -309,8 +309,13 @@ def structured_reply(cookie: int, reply_type: int, payload: bytes = b"", *, done
 
 def error_payload(error: int, message: str = "") -> bytes:
     """Payload of `NBD_REPLY_TYPE_ERROR`: u32 error, u16 length of the message, message."""
-    encoded = message.encode()[:NBD_MAX_STRING]
+    encoded = bounded_text(message)
     return ERROR_PAYLOAD.pack(error, len(encoded)) + encoded
+
+
+def bounded_text(message: str) -> bytes:
+    """As much of a message as the protocol allows, cut between two characters."""
+    return message.encode()[:NBD_MAX_STRING].decode(errors="ignore").encode()
 
 
 def block_status_payload(context_id: int, descriptors: Iterable[tuple[int, int]]) -> bytes:

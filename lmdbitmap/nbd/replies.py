@@ -44,9 +44,14 @@ assert _DATA.size == nbd.OFFSET_DATA_REPLY.size
 
 
 class Replies:
-    """The outgoing side of one connection. `fd` is the disk's descriptor for reads, or None."""
+    """The outgoing side of one connection. `fd` is the disk's descriptor for reads, or None.
 
-    def __init__(self, sock: socket.socket, lane: Lane, fd: int | None, *, structured: bool) -> None:
+    What is encrypted has to be copied: nothing travels by reference then.
+    """
+
+    def __init__(
+        self, sock: socket.socket, lane: Lane, fd: int | None, *, structured: bool, encrypted: bool = False
+    ) -> None:
         self.bytes_sent = 0
         self._sock = sock
         self._structured = structured
@@ -56,7 +61,7 @@ class Replies:
         self._used = 0
         self._fd = -1 if fd is None else fd
         self._read_into = lane.pread_into if fd is None else _reader(fd, lane.pread_into)
-        self._splice_from = _NEVER if fd is None else SPLICE_FROM
+        self._splice_from = _NEVER if fd is None or encrypted else SPLICE_FROM
         self._pipe: tuple[int, int] | None = None
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ import logging
 import os
 import selectors
 import socket
+import ssl
 import threading
 import time
 import weakref
@@ -79,9 +80,12 @@ class Server:
         self._listeners.append(listener)
         return listener
 
-    def listen_tcp(self, host: str, port: int) -> TcpListener:
-        """Listen at a TCP port; 0 is any that is free. Raises `Busy` if it is taken."""
-        listener = TcpListener(host, port)
+    def listen_tcp(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> TcpListener:
+        """Listen at a TCP port, 0 is any that is free, for clients who begin TLS if `tls` is given (tls.py).
+
+        Raises `Busy` if the port is taken.
+        """
+        listener = TcpListener(host, port, tls)
         self._listeners.append(listener)
         return listener
 
@@ -135,7 +139,7 @@ class Server:
                 selector.register(self._wake_fd, selectors.EVENT_READ)
                 for listener in self._listeners:
                     listener.sock.setblocking(False)
-                    selector.register(listener.sock, selectors.EVENT_READ, listener.sock)
+                    selector.register(listener.sock, selectors.EVENT_READ, listener)
                 while not self._stopping:
                     for key, _ in selector.select():
                         if key.data is not None:
@@ -143,16 +147,22 @@ class Server:
         finally:
             self._wind_up()
 
-    def _accept(self, listening: socket.socket) -> None:
+    def _accept(self, listener: Listener) -> None:
         try:
-            sock, _ = listening.accept()
+            sock, _ = listener.sock.accept()
         except (BlockingIOError, ConnectionError):  # it left before we came to the door
             return
         except OSError as refused:
             _log.warning("cannot take a client in: %s", refused)
             time.sleep(_ACCEPT_PAUSE_S)  # out of descriptors or memory: asking again at once would only spin
             return
-        visit = Visit(sock, self._served, handshake_timeout_s=self._handshake_timeout_s, ended=self._forget)
+        visit = Visit(
+            sock,
+            self._served,
+            handshake_timeout_s=self._handshake_timeout_s,
+            ended=self._forget,
+            tls=listener.tls,
+        )
         if not self._admit(visit):
             _log.warning("a client was turned away: %d are connected already", self._max_connections)
             sock.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -49,8 +50,10 @@ class Visit:
         *,
         handshake_timeout_s: float,
         ended: Callable[[Visit], None],
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._sock = sock
+        self._tls = tls
         self._served = served
         self._handshake_timeout_s = handshake_timeout_s
         self._ended = ended
@@ -87,7 +90,7 @@ class Visit:
 
     def _shut(self, how: int) -> None:
         try:
-            self._sock.shutdown(how)
+            socket.socket.shutdown(self._sock, how)  # not TLS's own, which goes on in plain text after it
         except OSError:  # it is gone already
             pass
 
@@ -96,6 +99,8 @@ class Visit:
             self._serve()
         except FormatError as lie:
             _log.warning("a client was dropped: %s", lie)
+        except ssl.SSLError as refused:
+            _log.warning("a client was dropped: TLS failed: %s", refused)
         except OSError as broken:
             _log.info("a client was lost: %s", broken)
         except Exception:
@@ -117,6 +122,7 @@ class Visit:
             structured=agreed.structured,
             contexts={context_id: served.contexts[name] for context_id, name in agreed.contexts},
             received=handshake.trailing,
+            encrypted=self._tls is not None,
         )
         self._connection.stopping = self._leaving
         self._connection.run()
@@ -124,7 +130,8 @@ class Visit:
     def _shake_hands(self, all_served: Mapping[str, Served]) -> Handshake:
         """Until both agree, the client leaves, or its time is up (`TimeoutError`)."""
         deadline = time.monotonic() + self._handshake_timeout_s
-        handshake = Handshake({name: _export(name, served) for name, served in all_served.items()})
+        exports = {name: _export(name, served) for name, served in all_served.items()}
+        handshake = Handshake(exports, tls_required=self._tls is not None)
         self._send_before(deadline, handshake.greeting)
         while handshake.outcome is None:
             self._sock.settimeout(_left(deadline))
@@ -132,8 +139,18 @@ class Visit:
             if not data:
                 break
             self._send_before(deadline, handshake.receive(data))
+            if handshake.wants_tls:
+                handshake.secured()
+                self._encrypt(deadline)
         self._sock.settimeout(None)
         return handshake
+
+    def _encrypt(self, deadline: float) -> None:
+        """From here on the socket speaks TLS, with a client whose certificate was verified."""
+        assert self._tls is not None
+        self._sock = self._tls.wrap_socket(self._sock, server_side=True, do_handshake_on_connect=False)
+        self._sock.settimeout(_left(deadline))
+        self._sock.do_handshake()
 
     def _send_before(self, deadline: float, data: bytes) -> None:
         self._sock.settimeout(_left(deadline))

@@ -180,12 +180,20 @@ def test_a_socket_that_is_in_use_is_refused(cli: Cli) -> None:
         (["sda", "--socket", "s"], "names a disk twice"),
         (["--socket", "s" * 200], "longer than 107 bytes"),
         (["--socket", "caf\udce9"], "is no UTF-8 name of a file"),
-        (["--tls", "x", "--socket", "s"], "No such option"),
+        (["--tls", "x", "--socket", "s"], "--tls is for --listen"),
+        (["--password", "x", "--socket", "s"], "No such option"),
     ],
 )
 def test_where_it_cannot_serve_it_does_not(cli: Cli, options: list[str], said: str) -> None:
     cli.add("sda")
     assert said in cli.fails(2, "serve", "sda", *options)
+
+
+def test_certificates_that_are_not_there_are_named(cli: Cli) -> None:
+    cli.add("sda")
+    told = cli.fails(1, "serve", "sda", "--listen", "127.0.0.1:0", "--tls", cli.folder)
+    assert f"{cli.folder / 'server-cert.pem'} does not exist" in told
+    assert cli.json("info", "sda")["attached"] is False
 
 
 def test_whoever_reads_its_answer_may_leave(cli: Cli) -> None:

@@ -9,7 +9,15 @@ import pytest
 
 from lmdbitmap.errors import FormatError
 from lmdbitmap.nbd import protocol as nbd
-from lmdbitmap.nbd.handshake import ABORTED, MAX_OPTION_LENGTH, MAX_OPTIONS, Agreed, Export, Handshake
+from lmdbitmap.nbd.handshake import (
+    ABORTED,
+    MAX_OPTION_LENGTH,
+    MAX_OPTIONS,
+    START_TLS,
+    Agreed,
+    Export,
+    Handshake,
+)
 
 FLAGS = nbd.NBD_FLAG_HAS_FLAGS | nbd.NBD_FLAG_SEND_FLUSH
 SDA = Export("sda", 1 << 40, FLAGS, "the first", ("base:allocation", "qemu:dirty-bitmap:b0"))
@@ -107,6 +115,14 @@ def test_an_unknown_disk_is_named_in_the_error_and_another_may_be_tried(number: 
     assert handshake.outcome is not None
 
 
+@pytest.mark.parametrize("name", ["ß" * 2047, "a" + "ß" * 2047, "日" * 1365])
+def test_a_long_name_is_cut_between_two_characters(name: str) -> None:
+    [reply] = replies(started().receive(go(name)))
+    assert reply.type == nbd.NBD_REP_ERR_UNKNOWN
+    assert nbd.NBD_MAX_STRING - 4 < len(reply.data) <= nbd.NBD_MAX_STRING
+    assert name[:1000] in reply.data.decode()
+
+
 def test_the_empty_name_is_the_only_disk_and_ambiguous_with_two() -> None:
     alone = started({"sda": SDA})
     assert replies(alone.receive(go("", nbd.NBD_INFO_NAME)))[-2].data[2:] == b"sda"
@@ -139,7 +155,7 @@ def test_abort_is_acknowledged_whatever_it_carries() -> None:
     assert handshake.outcome is ABORTED
 
 
-@pytest.mark.parametrize("number", [0, 4, nbd.NBD_OPT_STARTTLS, nbd.NBD_OPT_EXTENDED_HEADERS, 99, 2**32 - 1])
+@pytest.mark.parametrize("number", [0, 4, nbd.NBD_OPT_EXTENDED_HEADERS, 99, 2**32 - 1])
 def test_an_option_we_lack_is_answered_so_and_the_haggling_goes_on(number: int) -> None:
     handshake = started()
     [reply] = replies(handshake.receive(option(number, b"whatever")))
@@ -282,3 +298,70 @@ def test_the_size_of_the_pieces_changes_nothing(step: int) -> None:
     assert answer == expected
     assert handshake.outcome == whole.outcome is not None
     assert handshake.trailing == FIRST_REQUEST
+
+
+# --- TLS ---
+
+STARTTLS = option(nbd.NBD_OPT_STARTTLS)
+
+
+def only_type(handshake: Handshake, data: bytes) -> int:
+    [reply] = replies(handshake.receive(data))
+    return reply.type
+
+
+def guarded(flags: bytes = FIXED) -> Handshake:
+    handshake = Handshake(BOTH, tls_required=True)
+    assert handshake.receive(flags) == b""
+    return handshake
+
+
+def test_tls_is_unknown_to_a_server_without_certificates() -> None:
+    handshake = started()
+    assert only_type(handshake, STARTTLS) == nbd.NBD_REP_ERR_UNSUP
+    assert handshake.outcome is None
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        option(nbd.NBD_OPT_LIST), go("sda"), go("sda", number=nbd.NBD_OPT_INFO), option(nbd.NBD_OPT_STRUCTURED_REPLY),
+        meta(nbd.NBD_OPT_LIST_META_CONTEXT, "sda"), meta(nbd.NBD_OPT_SET_META_CONTEXT, "sda"), option(99), go("x"),
+    ],
+)  # fmt: skip
+def test_nothing_is_told_before_tls_where_it_is_required(asked: bytes) -> None:
+    handshake = guarded()
+    assert only_type(handshake, asked) == nbd.NBD_REP_ERR_TLS_REQD
+    assert handshake.outcome is None
+
+
+def test_export_name_before_tls_costs_the_connection() -> None:
+    with pytest.raises(FormatError, match="NBD_OPT_STARTTLS before it"):
+        guarded().receive(option(nbd.NBD_OPT_EXPORT_NAME, b"sda"))
+
+
+def test_haggling_goes_on_behind_tls_and_tls_begins_once() -> None:
+    handshake = guarded()
+    assert only_type(handshake, STARTTLS) == nbd.NBD_REP_ACK
+    assert handshake.outcome is START_TLS
+    handshake.secured()
+    assert only_type(handshake, STARTTLS) == nbd.NBD_REP_ERR_INVALID
+    assert handshake.receive(go("sda"))
+    assert isinstance(handshake.outcome, Agreed)
+
+
+def test_abort_is_heard_before_tls() -> None:
+    handshake = guarded()
+    assert only_type(handshake, option(nbd.NBD_OPT_ABORT)) == nbd.NBD_REP_ACK
+    assert handshake.outcome is ABORTED
+
+
+def test_starttls_with_data_is_refused() -> None:
+    assert only_type(guarded(), option(nbd.NBD_OPT_STARTTLS, b"x")) == nbd.NBD_REP_ERR_INVALID
+
+
+def test_words_in_plain_text_behind_starttls_are_not_taken_for_the_clients_own() -> None:
+    handshake = guarded()
+    assert only_type(handshake, STARTTLS + go("sda")) == nbd.NBD_REP_ACK
+    with pytest.raises(FormatError, match="nothing more in plain text"):
+        handshake.secured()

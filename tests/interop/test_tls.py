@@ -1,0 +1,236 @@
+"""TLS as libnbd and QEMU speak it, and what happens to those who do not."""
+
+from __future__ import annotations
+
+import random
+import socket
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from lmdbitmap.device import FileDevice
+from lmdbitmap.errors import InvalidArgument, NotFound
+from lmdbitmap.nbd.server import Server
+from lmdbitmap.nbd.tls import server_context
+from lmdbitmap.plain import PlainDisk
+from tests.cli.conftest import Cli, cli
+from tests.nbd_raw import GO, READ, WRITE, RawClient, string
+from tests.support import PATIENCE_SECONDS, requires, run, spawn
+
+__all__ = ["cli"]
+
+SIZE = 16 << 20
+STARTTLS, LIST = 5, 3
+ACK, TLS_REQUIRED = 1, 2**31 + 5
+
+pytestmark = [requires("openssl"), requires("nbdinfo"), requires("qemu-img"), requires("qemu-io")]
+
+
+class Papers:
+    """Certificates of one authority, for a server and a client, in the layout that QEMU and libnbd share."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        self._openssl(
+            "req", "-x509", "-subj", "/CN=authority", "-keyout", "ca-key.pem", "-out", "ca-cert.pem"
+        )
+        self._issue("server")
+        self._issue("client")
+
+    def _issue(self, name: str) -> None:
+        (self.folder / "extensions").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
+        self._openssl("req", "-subj", "/CN=localhost", "-keyout", f"{name}-key.pem", "-out", "request.pem")
+        run(
+            "openssl", "x509", "-req", "-in", "request.pem", "-CA", "ca-cert.pem", "-CAkey", "ca-key.pem",
+            "-CAcreateserial", "-days", "9", "-extfile", "extensions", "-out", f"{name}-cert.pem", cwd=self.folder,
+        )  # fmt: skip
+
+    def _openssl(self, *words: str) -> None:
+        run("openssl", *words, "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "9", cwd=self.folder)  # fmt: skip
+
+    def client_context(self) -> ssl.SSLContext:
+        context = ssl.create_default_context(cafile=self.folder / "ca-cert.pem")
+        context.load_cert_chain(self.folder / "client-cert.pem", self.folder / "client-key.pem")
+        return context
+
+
+class House(NamedTuple):
+    server: Server
+    image: Path
+    port: int
+    papers: Papers
+    strangers: Papers
+
+    def uri(self, papers: Papers) -> str:
+        return f"nbds://localhost:{self.port}/disk?tls-certificates={papers.folder}"
+
+    def qemu(self, papers: Papers) -> list[str]:
+        """What tells a QEMU program to come over TLS, before its other words."""
+        return [
+            "--object", f"tls-creds-x509,id=papers,endpoint=client,dir={papers.folder}", "--image-opts",
+            f"driver=nbd,host=localhost,port={self.port},export=disk,tls-creds=papers",
+        ]  # fmt: skip
+
+    def plain_client(self) -> RawClient:
+        sock = socket.create_connection(("127.0.0.1", self.port), PATIENCE_SECONDS)
+        return RawClient(sock)
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    folder = tmp_path_factory.mktemp("tls")
+    papers, strangers = Papers(folder / "ours"), Papers(folder / "strangers")
+    image = folder / "disk.raw"
+    image.write_bytes(random.Random(1).randbytes(SIZE))
+    with FileDevice.open(image) as device:
+        server = Server({"disk": PlainDisk(device)}, handshake_timeout_s=1.5, grace_s=0.5)
+        listener = server.listen_tcp("127.0.0.1", 0, server_context(str(papers.folder)))
+        server.start()
+        yield House(server, image, listener.sock.getsockname()[1], papers, strangers)
+        assert server.stop()
+
+
+@pytest.fixture(autouse=True)
+def still_there(house: House) -> Iterator[None]:
+    """Whatever a test did to the server, the next honest client is served."""
+    yield
+    assert run("nbdinfo", "--size", house.uri(house.papers)).stdout.strip() == str(SIZE)
+
+
+def test_libnbd_and_qemu_are_served_over_tls(house: House) -> None:
+    assert house.server.uris == [f"nbds://127.0.0.1:{house.port}/disk"]
+    assert "protocol: newstyle-fixed with TLS" in run("nbdinfo", house.uri(house.papers)).stdout
+    copied = house.image.with_name("copied.raw")
+    run("nbdcopy", house.uri(house.papers), copied)
+    assert copied.read_bytes() == house.image.read_bytes()
+    patterns = [
+        "write -P 7 12345 3333",
+        "write -P 9 4M 5M",
+        "flush",
+        "read -P 9 4M 5M",
+        "read -P 7 12345 3333",
+    ]
+    run("qemu-io", *house.qemu(house.papers), *(word for said in patterns for word in ("-c", said)))
+    content = house.image.read_bytes()
+    assert content[12345 : 12345 + 3333] == b"\7" * 3333
+    assert content[4 << 20 : 9 << 20] == b"\11" * (5 << 20)
+
+
+def test_many_requests_in_flight_come_back_right(house: House) -> None:
+    """More than a TLS record holds, in pieces that end anywhere."""
+    chosen, content = random.Random(3), bytearray(house.image.read_bytes())
+    with house.plain_client() as plain:
+        plain.greet()
+        assert plain.ask(STARTTLS) == [(ACK, b"")]
+        with RawClient(
+            house.papers.client_context().wrap_socket(plain.sock, server_hostname="localhost")
+        ) as client:
+            client.structured = False
+            assert client.ask(GO, string("disk") + b"\0\0")[-1] == (ACK, b"")
+            for _ in range(40):
+                length = chosen.choice([1, 4096, 40_000, 300_000])
+                offset = chosen.randrange(SIZE - length)
+                data = chosen.randbytes(length)
+                assert client.do(WRITE, offset, length, data=data).error == 0
+                content[offset : offset + length] = data
+                length = chosen.choice([1, 4096, 40_000, 300_000])
+                offset = chosen.randrange(SIZE - length)
+                assert client.do(READ, offset, length).data == content[offset : offset + length]
+
+
+def test_plain_client_is_told_to_begin_tls_and_learns_nothing_else(house: House) -> None:
+    refused = run("qemu-img", "info", f"nbd://127.0.0.1:{house.port}/disk", check=False)
+    assert refused.returncode == 1
+    assert "this server speaks to nobody without TLS" in refused.stderr
+    with house.plain_client() as client:
+        client.greet()
+        [(kind, said)] = client.ask(LIST)
+        assert (kind, b"disk" in said) == (TLS_REQUIRED, False)
+
+
+def test_certificate_of_another_authority_is_refused(house: House) -> None:
+    stranger = run("nbdinfo", "--size", house.uri(house.strangers), check=False)
+    assert (stranger.returncode != 0, stranger.stdout) == (True, "")
+    with house.plain_client() as client:
+        client.greet()
+        assert client.ask(STARTTLS) == [(ACK, b"")]
+        context = house.strangers.client_context()
+        context.load_verify_locations(house.papers.folder / "ca-cert.pem")
+        assert no_service(context, client)
+
+
+def test_client_without_a_certificate_is_refused(house: House) -> None:
+    with house.plain_client() as client:
+        client.greet()
+        assert client.ask(STARTTLS) == [(ACK, b"")]
+        assert no_service(ssl.create_default_context(cafile=house.papers.folder / "ca-cert.pem"), client)
+
+
+def no_service(context: ssl.SSLContext, client: RawClient) -> bool:
+    """Whether the server ends it; with TLS 1.3 a client hears that only after its own half of the handshake."""
+    try:
+        with context.wrap_socket(client.sock, server_hostname="localhost") as sock:
+            sock.sendall(b"IHAVEOPT\0\0\0\3\0\0\0\0")
+            return sock.recv(1) == b""
+    except (ssl.SSLError, ConnectionError):
+        return True
+
+
+def test_plain_words_behind_starttls_cost_the_connection(house: House) -> None:
+    with house.plain_client() as client:
+        client.greet()
+        client.send(b"IHAVEOPT\0\0\0\5\0\0\0\0" + b"IHAVEOPT\0\0\0\3\0\0\0\0")
+        assert client.hears_the_end()
+
+
+@pytest.mark.parametrize("noise", [b"", b"\x16\x03\x01\x02\x00", b"GET / HTTP/1.0\r\n\r\n", bytes(500)])
+def test_noise_instead_of_a_tls_handshake_costs_the_connection(house: House, noise: bytes) -> None:
+    """Silence too, once its time is up."""
+    with house.plain_client() as client:
+        client.greet()
+        assert client.ask(STARTTLS) == [(ACK, b"")]
+        client.send(noise)
+        assert client.hears_the_end()
+
+
+# --- the certificates themselves ---
+
+
+@pytest.mark.parametrize("missing", ["ca-cert.pem", "server-cert.pem", "server-key.pem"])
+def test_missing_file_is_named(tmp_path: Path, missing: str) -> None:
+    papers = Papers(tmp_path / "papers")
+    (papers.folder / missing).unlink()
+    with pytest.raises(NotFound, match=missing):
+        server_context(str(papers.folder))
+
+
+def test_what_is_no_certificate_is_said(tmp_path: Path) -> None:
+    papers = Papers(tmp_path / "papers")
+    (papers.folder / "server-key.pem").write_text((papers.folder / "client-key.pem").read_text())
+    with pytest.raises(InvalidArgument, match="cannot be used"):
+        server_context(str(papers.folder))
+    (papers.folder / "server-cert.pem").write_bytes(b"\0")
+    with pytest.raises(InvalidArgument, match="cannot be used"):
+        server_context(str(papers.folder))
+
+
+def test_encrypted_key_is_not_asked_about_at_the_terminal(tmp_path: Path) -> None:
+    papers = Papers(tmp_path / "papers")
+    key = papers.folder / "server-key.pem"
+    run("openssl", "ec", "-aes128", "-passout", "pass:word", "-in", key, "-out", key)
+    with pytest.raises(InvalidArgument, match="encrypted"):
+        server_context(str(papers.folder))
+
+
+def test_serve_speaks_tls(cli: Cli, house: House) -> None:
+    cli.add("sda")
+    command = cli.command("serve", "sda", "--listen", "127.0.0.1:0", "--tls", house.papers.folder)
+    with spawn(*command) as child:
+        uri = child.wait_for_line(r"^nbds://127\.0\.0\.1:\d+/sda$").group()
+        told = run("nbdinfo", "--size", f"{uri}?tls-certificates={house.papers.folder}").stdout
+        assert int(told) == (cli.folder / "sda.raw").stat().st_size
+    assert child.process.returncode == 0
