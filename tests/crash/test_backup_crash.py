@@ -93,7 +93,12 @@ def test_a_first_backup_killed_at_any_step_is_followed_by_a_right_one(deaths: De
 
 
 def test_of_two_disks_each_has_its_backup_or_not_and_both_of_one_moment(deaths: Deaths) -> None:
-    made = [survives(death, {NAME: 1, OTHER: 0}) for death in deaths("backing_up_two")]
+    made = []
+    for death in deaths("backing_up_two"):
+        with closing(Store.open(str(death.folder / "store"))) as store:
+            points = [backup_checkpoints(store, name) for name in (NAME, OTHER)]
+        assert len(points[0] & points[1]) == len(points[0]) - 1 == len(points[1]), (death, points)
+        made.append(survives(death, {NAME: 1, OTHER: 0}))
     assert set(made) == {(False, False), (True, False), (True, True)}
 
 
@@ -119,8 +124,7 @@ def is_true(death: Death, store: Store, name: str) -> int:
         restore(folder.repository_path, name, restored, at=entry.id)
         assert filecmp.cmp(restored, content_at(death, name, entry), shallow=False), (death, entry.id)
         restored.unlink()
-    checkpoints = checkpoints_of(store, name)
-    assert {entry.checkpoint.name for entry in needed(entries)} <= checkpoints, death
+    assert {entry.checkpoint.name for entry in needed(entries)} <= backup_checkpoints(store, name), death
     images = {path.name for path in Path(folder.path).glob("*.qcow2")} - {entry.file for entry in entries}
     assert not images or all(file in Path(folder.path, "unfinished").read_text() for file in images), death
     assert trust_of(changes(store, name)) is not Trust.UNTRUSTED, death
@@ -148,10 +152,10 @@ def needed(entries: Sequence[BackupEntry]) -> Sequence[BackupEntry]:
     return [*fulls[-1:], *entries[-1:]]
 
 
-def checkpoints_of(store: Store, name: str) -> set[str]:
+def backup_checkpoints(store: Store, name: str) -> set[str]:
     with store.read() as reader:
-        disk = chain.find_disk(reader, name)
-        return {checkpoint.name for checkpoint in reader.checkpoints(disk.uuid)}
+        points = reader.checkpoints(chain.find_disk(reader, name).uuid)
+    return {point.name for point in points if is_checkpoint_name(point.name)}
 
 
 def goes_on(death: Death, store: Store, counts: dict[str, int], made: dict[str, bool]) -> None:
@@ -173,8 +177,7 @@ def goes_on(death: Death, store: Store, counts: dict[str, int], made: dict[str, 
         entries = entries_of(folder)
         files = {entry.file for entry in entries}
         assert set(os.listdir(folder.path)) == files | {"lock", "manifest.json"}, death
-        backups = {point for point in checkpoints_of(store, name) if is_checkpoint_name(point)}
-        assert backups == {entry.checkpoint.name for entry in needed(entries)}, death
+        assert backup_checkpoints(store, name) == {entry.checkpoint.name for entry in needed(entries)}, death
         restore(folder.repository_path, name, death.folder / "out.raw")
         assert filecmp.cmp(death.folder / "out.raw", death.folder / IMAGES[name], shallow=False), death
         (death.folder / "out.raw").unlink()
