@@ -46,6 +46,8 @@ POLICIES = (GUEST_FIRST, STRICT)
 _REGION = struct.Struct(f"<Q{REGION_BYTES}sI")
 REGION_RECORD_BYTES = _REGION.size
 _CHECKSUM_BYTES = 4
+_MAX_ITEMS = 64
+"""In a map or an array of a description: more than any has, and no reason to make room for what a length says."""
 _BITMAP_KEY = struct.Struct(">Q")
 _REGION_KEY = struct.Struct(">QQ")
 _CHECKPOINT_KEY = struct.Struct(">16sQ")
@@ -67,6 +69,8 @@ def region_key(bitmap_id: int, region: int) -> bytes:
 
 
 def parse_region_key(key: bytes) -> tuple[int, int]:
+    if len(key) != _REGION_KEY.size:
+        raise _error("region record", f"key {key.hex()}", f"a key of {_REGION_KEY.size} bytes", len(key))
     bitmap_id, region = _REGION_KEY.unpack(key)
     return bitmap_id, region
 
@@ -174,10 +178,14 @@ D = TypeVar("D", bound=Description)
 
 
 def encode(description: Description) -> bytes:
-    fields = {f.name: _plain(getattr(description, f.name)) for f in dataclasses.fields(description)}
-    record = seal(msgpack.packb({"schema": SCHEMA_VERSION, **fields}))
+    record = _encoded(description)
     assert decode(type(description), record, place="new record") == description
     return record
+
+
+def _encoded(description: Description) -> bytes:
+    fields = {f.name: _plain(getattr(description, f.name)) for f in dataclasses.fields(description)}
+    return seal(msgpack.packb({"schema": SCHEMA_VERSION, **fields}))
 
 
 def seal(packed: bytes) -> bytes:
@@ -190,11 +198,11 @@ def decode(kind: type[D], data: bytes, *, place: str) -> D:
     fields = _unpack_map(kind.what, data, place)
     version = fields.pop("schema", None)
     if version != SCHEMA_VERSION:
-        raise _error(kind.what, place, f"schema {SCHEMA_VERSION}", version)
+        raise _error(kind.what, place, f"schema {SCHEMA_VERSION}", _shown(version))
     annotations = {f.name: str(f.type) for f in dataclasses.fields(kind)}
     if set(fields) != set(annotations):
         odd = sorted(str(name) for name in set(fields) ^ set(annotations))
-        raise _error(kind.what, place, "the keys of its schema", f"a difference in {odd}")
+        raise _error(kind.what, place, "the keys of its schema", f"a difference in {ascii(odd)[:200]}")
     values: dict[str, Any] = {
         name: _typed(kind.what, place, name, annotations[name], fields[name]) for name in annotations
     }
@@ -206,6 +214,8 @@ def decode(kind: type[D], data: bytes, *, place: str) -> D:
         raise _error(kind.what, place, "a possible size and granularity", error.problem) from error
     if isinstance(description, Disk):
         _check_modes(description, place)
+    if _encoded(description) != data:
+        raise _error(kind.what, place, "its fields in their own order, once and in short", "other bytes")
     return description
 
 
@@ -222,7 +232,9 @@ def _unpack_map(what: str, data: bytes, place: str) -> dict[Any, Any]:
     if seal(packed) != data:
         raise _error(what, place, "a record that matches its CRC-32", f"{len(data)} bytes that do not")
     try:
-        fields = msgpack.unpackb(packed)
+        fields = msgpack.unpackb(
+            packed, max_array_len=_MAX_ITEMS, max_map_len=_MAX_ITEMS, max_ext_len=0, strict_map_key=True
+        )
     except (ValueError, msgpack.exceptions.UnpackException) as error:
         raise _error(what, place, "one msgpack map", f"{len(data)} bytes that are none") from error
     if not isinstance(fields, dict):
@@ -247,7 +259,14 @@ def _typed(what: str, place: str, name: str, annotation: str, value: object) -> 
         return ImageIdentity(*value)
     if (kind == "int" and type(value) is int and value >= 0) or (kind == "str" and type(value) is str):
         return value
-    raise _error(what, place, f"{name} of type {annotation}", repr(value)[:80])
+    raise _error(what, place, f"{name} of type {annotation}", _shown(value))
+
+
+def _shown(value: object) -> str:
+    """A value as a complaint can show it: short, and never walked into."""
+    if isinstance(value, (dict, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return ascii(value)[:80]
 
 
 def _error(what: str, place: str, expected: str, found: object) -> FormatError:

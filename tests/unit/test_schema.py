@@ -44,6 +44,12 @@ def test_keys_are_ordered_as_their_numbers() -> None:
     assert points == sorted(points)
 
 
+@pytest.mark.parametrize("key", [b"", KEY[:-1], KEY + b"\0"])
+def test_a_key_of_another_length_is_no_region_key(key: bytes) -> None:
+    with pytest.raises(FormatError, match="a key of 16 bytes"):
+        schema.parse_region_key(key)
+
+
 # --- region records ---
 
 
@@ -144,6 +150,40 @@ def test_damage_raises_nothing_but_format_error(data: st.DataObject) -> None:
         lie[data.draw(st.integers(0, len(lie) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(FormatError):
         decode(type(description), bytes(lie), place="here")
+
+
+def with_packed(name: str, packed: bytes) -> bytes:
+    """The description of a bitmap with one value, in msgpack, replaced."""
+    fields = msgpack.unpackb(encode(BITMAP)[:-4])
+    assert name in fields
+    items = [msgpack.packb(key) + (packed if key == name else msgpack.packb(fields[key])) for key in fields]
+    return schema.seal(bytes([0x80 + len(fields)]) + b"".join(items))
+
+
+@pytest.mark.parametrize("name", ["schema", "name", "id"])
+def test_a_value_deeper_than_python_calls_is_refused_in_a_few_words(name: str) -> None:
+    with pytest.raises(FormatError, match="a list of 1") as refused:
+        decode(Bitmap, with_packed(name, b"\x91" * 1000 + b"\xc0"), place="here")
+    assert len(str(refused.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("name", "packed"), [("schema", b"\xc3"), ("schema", b"\xcc\1"), ("id", b"\xd3" + bytes(7) + b"\1")]
+)
+def test_a_description_is_written_in_one_way_only(name: str, packed: bytes) -> None:
+    """So that whatever is accepted is what a writer of ours meant: `True` is no 1, no key stands twice."""
+    with pytest.raises(FormatError, match="in their own order"):
+        decode(Bitmap, with_packed(name, packed), place="here")
+
+
+def test_fields_in_another_order_or_twice_are_refused() -> None:
+    fields = msgpack.unpackb(encode(BITMAP)[:-4])
+    turned = msgpack.packb(dict(reversed(fields.items())))
+    twice = bytes([0x80 + len(fields) + 1]) + msgpack.packb("size") + b"\0" + encode(BITMAP)[1:-4]
+    for lie in (turned, twice):
+        assert msgpack.unpackb(lie) == fields
+        with pytest.raises(FormatError, match="in their own order"):
+            decode(Bitmap, schema.seal(lie), place="here")
 
 
 # --- names ---
