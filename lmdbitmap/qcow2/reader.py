@@ -2,13 +2,16 @@
 
 The header is checked when the image is opened, an L1 or L2 entry when the range it maps is asked for. What is
 not understood, not aligned or not inside the file raises `FormatError`. Two levels of tables and no more are
-followed, so nothing can loop; nothing is allocated for a length that the file itself does not have.
+followed, so nothing can loop; nothing is allocated for a length that the file itself does not have. An L2 table
+that maps anything stands once in the L1, so that a disk has no more runs than the file has entries, whatever
+size it claims.
 """
 
 from __future__ import annotations
 
 import enum
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple, Protocol
@@ -107,6 +110,7 @@ class Qcow2Reader:
         self.backing_file = self._decode_backing_file(first_cluster)
         self.backing_format = self._decode_backing_format(first_cluster)
         self._l1 = self._read_l1()
+        self._shared_tables = _repeated(entry & OFFSET_MASK for entry in self._l1)
         self._cached_table = (0, _UNMAPPED, True)
 
     def extents(self, offset: int, length: int) -> Iterator[Run]:
@@ -269,6 +273,8 @@ class Qcow2Reader:
             raw = self._source.pread(self.cluster_size, offset)
             table = decode_entries(raw)
             uniform = not table[0] & OFFSET_MASK and raw == raw[:8] * self._table_entries
+            if not uniform and offset in self._shared_tables:
+                raise self._refusal(f"L1 entry {index}", "an L2 table of its own", f"{pointer:#x}, shared")
             self._cached_table = offset, table, uniform
         return self._cached_table[1:]
 
@@ -277,6 +283,10 @@ class Qcow2Reader:
 
 
 _UNMAPPED = array("Q", [0])
+
+
+def _repeated(offsets: Iterable[int]) -> set[int]:
+    return {offset for offset, times in Counter(offsets).items() if times > 1}
 
 
 def _stretches(entries: Sequence[int], base: int, cluster_size: int) -> Iterator[tuple[int, int, int]]:

@@ -458,6 +458,19 @@ def test_a_shared_table_is_read_once() -> None:
     assert len(file.reads) == 1
 
 
+@pytest.mark.parametrize("order", [[0, 0], [0, 1, 0, 1], [1, 0, 1]])
+def test_a_table_of_several_runs_that_stands_twice_is_refused(order: list[int]) -> None:
+    """Else a small file could claim a disk of more runs than anybody can count."""
+    file = image(2 * TABLE_BYTES, *((table * TABLE_BYTES, b"x" * CLUSTER) for table in range(2)))
+    l1 = u64(file.content, 40)
+    offsets = [u64(file.content, l1 + 8 * table) for table in order]
+    file.content.extend(struct.pack(f">{len(order)}Q", *offsets).ljust(CLUSTER, b"\0"))
+    struct.pack_into(">QIIQQ", file.content, 24, len(order) * TABLE_BYTES, 0, len(order), file.size - CLUSTER,
+                     u64(file.content, 48))  # fmt: skip
+    with pytest.raises(FormatError, match="an L2 table of its own"):
+        runs(file)
+
+
 def test_read_into_fills_from_this_file_and_leaves_the_backing_file_to_the_chain() -> None:
     file = image(4 * CLUSTER, (0, b"x" * CLUSTER), (CLUSTER, CLUSTER), backing_file="full")
     buffer = bytearray(b"?" * (2 * CLUSTER - 10))
