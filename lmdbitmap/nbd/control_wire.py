@@ -117,12 +117,20 @@ def error_from(fields: Message, place: str) -> LmdbitmapError:
         where, expected, found = (field(fields, name, str, place) for name in ("place", "expected", "found"))
         error = FormatError(where, expected=expected, found=found, next_step=next_step)
     elif kind is StorageError:
-        cause = OSError(field(fields, "errno", int, place), problem)
+        cause = OSError(_errno_of(fields, place), problem)
         error = StorageError(field(fields, "place", str, place), cause, next_step=next_step)
     else:
         error = kind(problem, next_step=next_step)
     error.problem = problem
     return error
+
+
+def _errno_of(fields: Message, place: str) -> int:
+    """0 where the other side had none; what no C int holds would not be an error number to Python either."""
+    number = field(fields, "errno", int, place)
+    if not 0 <= number < 1 << 31:
+        raise _error(place, "'errno' of 31 bits", str(number))
+    return number
 
 
 def _error(place: str, expected: str, found: str) -> FormatError:

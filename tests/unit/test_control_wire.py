@@ -40,6 +40,13 @@ def test_an_error_arrives_as_what_it_was(error: LmdbitmapError) -> None:
         assert (arrived.place, arrived.errno or None) == ("/srv", error.errno)
 
 
+@pytest.mark.parametrize("number", [-1, 2**31, 2**63])
+def test_an_error_number_that_no_system_has_is_refused(number: int) -> None:
+    fields = wire.error_fields(StorageError("/srv", OSError(errno.EIO, ""), next_step="do this"))
+    with pytest.raises(FormatError, match="'errno' of 31 bits"):
+        wire.error_from({**fields, "errno": number}, "here")
+
+
 def test_an_error_of_a_kind_that_is_new_to_us_arrives_as_its_parent() -> None:
     class Stolen(Busy):
         pass
