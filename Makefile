@@ -8,7 +8,7 @@ export PYTHON
 export PATH := $(PATH):/usr/sbin:/sbin
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types format bench torture setup setup-python clean
+.PHONY: help demo test lint types format bench fuzz torture setup setup-python clean
 
 help: ## these lines
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -31,6 +31,10 @@ format: setup-python ## let ruff lay out the code
 
 bench: setup ## one table of ratios against peers, and the same as JSON
 	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+fuzz: setup ## coverage-guided fuzzing of all that reads bytes, an hour or two; ARGS="qcow2 --runs 100000" for less
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[fuzz]'
+	@$(BIN)/python -m tests.fuzz $(ARGS)
 
 torture: setup ## hours of power cuts, kills, races and damage; ARGS="races --scale 0.1" for less
 	@$(BIN)/python -m tests.torture $(ARGS)

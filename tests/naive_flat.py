@@ -76,7 +76,7 @@ def put(header: bytearray, name: str, number: int) -> None:
     header[offset : offset + size] = number.to_bytes(size, "little")
 
 
-def get(data: bytes, name: str) -> int:
+def get(data: bytes | bytearray, name: str) -> int:
     offset, size = TABLE[name]
     return int.from_bytes(data[offset : offset + size], "little")
 

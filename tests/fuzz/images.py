@@ -1,0 +1,118 @@
+"""qcow2: what is accepted is read inside the file only, ends, and reads as the specification says."""
+
+from __future__ import annotations
+
+import struct
+
+from lmdbitmap.errors import FormatError, InvalidArgument
+from lmdbitmap.qcow2 import Kind, Qcow2Reader, Run, chain_extents, chain_read_into
+from tests.fuzz.inputs import Input
+from tests.qcow2_model import MemoryFile, naive_chain_read
+
+MEND_HEADER, PAD, CHAIN, TWICE, PARENT = (1 << bit for bit in range(5))
+PADDED_BYTES = 1 << 16
+SMALL_DISK = 1 << 16
+"""Bytes of a disk that is small enough to be read whole and compared."""
+
+
+def qcow2(data: bytes) -> None:
+    source = Input(data)
+    mode = source.byte()
+    offset, length = source.number(3), source.number(3)
+    images = [source.take(source.number(2)), source.rest()] if mode & CHAIN else [source.rest()]
+    if mode & TWICE:
+        images.append(images[-1])
+    images = [
+        mended(image, mode, has_parent=position + 1 < len(images)) for position, image in enumerate(images)
+    ]
+    readers = []
+    for image in images:
+        try:
+            readers.append(opened(image))
+        except FormatError:
+            return
+    for reader, image in zip(readers, images, strict=True):
+        check_runs(reader, len(image), offset, length)
+    check_stacked(readers, images)
+
+
+def mended(image: bytes, mode: int, *, has_parent: bool) -> bytes:
+    """The image with a right magic, no feature and a name of its parent, if it is to have one."""
+    changed = bytearray(image)
+    if mode & MEND_HEADER and len(changed) >= 112:
+        changed[:8] = b"QFI\xfb\0\0\0\3"
+        changed[72:80] = bytes(8)
+        changed[32:36] = bytes(4)
+    if mode & PARENT and len(changed) >= 512:
+        name = b"../p" if has_parent else b""
+        struct.pack_into(">QI", changed, 8, 500 if has_parent else 0, len(name))
+        changed[500 : 500 + len(name)] = name
+    return bytes(changed.ljust(PADDED_BYTES, b"\0") if mode & PAD else changed)
+
+
+def opened(image: bytes) -> Qcow2Reader:
+    """What is read to open an image is in proportion to it."""
+    file = MemoryFile(image)
+    reader = Qcow2Reader(file, name="image")
+    assert sum(length for _, length in file.reads) <= 2 * file.size + 1024
+    assert 0 <= reader.size < 2**63
+    assert reader.backing_file is None or 0 < len(reader.backing_file.encode()) <= 1023
+    assert "\0" not in (reader.backing_file or "") + (reader.backing_format or "")
+    return reader
+
+
+def check_runs(reader: Qcow2Reader, file_size: int, offset: int, length: int) -> None:
+    """Runs without a gap, inside the file, not more of them than it has entries; and a part is a part of them."""
+    whole = runs_of(reader, file_size, 0, reader.size)
+    offset %= reader.size + 1
+    length %= reader.size + 1 - offset
+    part = runs_of(reader, file_size, offset, length)
+    if whole is not None:
+        assert part == clipped(whole, offset, offset + length)
+
+
+def runs_of(reader: Qcow2Reader, file_size: int, offset: int, length: int) -> list[Run] | None:
+    """None where the image is found out to lie."""
+    found: list[Run] = []
+    position = offset
+    try:
+        for run in reader.extents(offset, length):
+            assert (run.offset, run.layer) == (position, 0)
+            assert run.length > 0
+            assert run.kind is not Kind.DATA or 512 <= run.host_offset <= file_size - run.length
+            assert not found or not run.continues(found[-1])
+            found.append(run)
+            position = run.end
+            assert len(found) <= file_size // 8 + 2, f"{len(found)} runs in a file of {file_size} bytes"
+    except FormatError:
+        return None
+    assert position == offset + length
+    return found
+
+
+def clipped(runs: list[Run], start: int, end: int) -> list[Run]:
+    """The runs, cut down to [start, end)."""
+    inside = []
+    for run in runs:
+        first, stop = max(run.offset, start), min(run.end, end)
+        if first < stop:
+            host_offset = run.host_offset + first - run.offset if run.kind is Kind.DATA else 0
+            inside.append(Run(first, stop - first, run.kind, host_offset))
+    return inside
+
+
+def check_stacked(readers: list[Qcow2Reader], images: list[bytes]) -> None:
+    """A chain reads as the naive model of it says, if it is one."""
+    size = readers[0].size
+    if max(reader.size for reader in readers) > SMALL_DISK:
+        return
+    buffer = bytearray(b"?" * size)
+    try:
+        chain_read_into(readers, memoryview(buffer), 0)
+    except InvalidArgument:
+        assert [reader.backing_file is None for reader in readers] != [False] * (len(readers) - 1) + [True]
+        return
+    except FormatError:
+        return
+    assert buffer == naive_chain_read(images)
+    assert sum(run.length for run in chain_extents(readers, 0, size)) == size
