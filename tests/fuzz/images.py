@@ -16,15 +16,7 @@ SMALL_DISK = 1 << 16
 
 
 def qcow2(data: bytes) -> None:
-    source = Input(data)
-    mode = source.byte()
-    offset, length = source.number(3), source.number(3)
-    images = [source.take(source.number(2)), source.rest()] if mode & CHAIN else [source.rest()]
-    if mode & TWICE:
-        images.append(images[-1])
-    images = [
-        mended(image, mode, has_parent=position + 1 < len(images)) for position, image in enumerate(images)
-    ]
+    offset, length, images = images_of(data)
     readers = []
     for image in images:
         try:
@@ -36,7 +28,19 @@ def qcow2(data: bytes) -> None:
     check_stacked(readers, images)
 
 
-def mended(image: bytes, mode: int, *, has_parent: bool) -> bytes:
+def images_of(data: bytes) -> tuple[int, int, list[bytes]]:
+    """A range to look at, and the images of an input, newest first."""
+    source = Input(data)
+    mode = source.byte()
+    offset, length = source.number(3), source.number(3)
+    images = [source.take(source.number(2)), source.rest()] if mode & CHAIN else [source.rest()]
+    if mode & TWICE:
+        images.append(images[-1])
+    last = len(images) - 1
+    return offset, length, [mended(image, mode, number < last) for number, image in enumerate(images)]
+
+
+def mended(image: bytes, mode: int, has_parent: bool) -> bytes:
     """The image with a right magic, no feature and a name of its parent, if it is to have one."""
     changed = bytearray(image)
     if mode & MEND_HEADER and len(changed) >= 112:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+import random
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -99,6 +100,31 @@ def _with_flipped(written: bytes, position: int, mask: int) -> bytes:
     changed = bytearray(written)
     changed[position] ^= mask
     return bytes(changed)
+
+
+def chosen_seed() -> int:
+    """For one run of the random changes: another one each time, but in CI."""
+    return 1 if os.environ.get("CI") else random.SystemRandom().randrange(2**32)
+
+
+def changed(data: bytes, other: bytes, randomness: random.Random) -> bytes:
+    """One to four of: a byte replaced, a bit flipped, bytes put in, taken out, doubled, or taken from `other`."""
+    changing = bytearray(data)
+    for _ in range(randomness.randint(1, 4)):
+        start = randomness.randrange(len(changing) + 1)
+        stop = min(start + randomness.choice((1, 1, 2, 4, 8, 64)), len(changing))
+        number = randomness.choice((0, 1, 0x7F, 0x80, 0xFF, randomness.randrange(256)))
+        changing[start:stop] = randomness.choice(
+            (
+                bytes([number]) * (stop - start),
+                bytes([changing[start] ^ 1 << number % 8]) if start < len(changing) else b"",
+                bytes([number]) * 3 + changing[start:stop],
+                b"",
+                changing[start:stop] * 2,
+                other[start:stop],
+            )
+        )
+    return bytes(changing)
 
 
 @functools.cache
