@@ -2,8 +2,9 @@
 
     offset  what                    written
     0       lock (flock)            held by the one process that owns the disk, until it closes or dies
-    0       beat, 512 bytes         every half second while attached; not synced: it must survive `kill -9` only,
-                                    and after a power cut continuity.py allows for what the disk had not got yet
+    0       beat, 512 bytes         every half second while attached. The first of a session is synced, so that a
+                                    power cut does not find the last session's; the others must survive `kill -9`
+                                    only, and continuity.py allows for what the disk had not got yet
     4096    distrust, 512 bytes     when tracking failed; synced before the write that was not tracked
 
 The file is written in full when a disk is added, so that saying "untrusted" needs no space on a full disk.
@@ -100,12 +101,14 @@ class Owner:
         self._lock = _lock_patiently(path)
         self._path = path
 
-    def beat(self, time_ns: int, mtime_ns: int) -> None:
-        """Leave a sign of life. One small write into the page cache; does not wait for the disk."""
+    def beat(self, time_ns: int, mtime_ns: int, *, durable: bool = False) -> None:
+        """Leave a sign of life. One small write into the page cache, unless it has to be durable on return."""
         boot = boot_id().encode("ascii")
         record = _BEAT.pack(_BEAT_MAGIC, boot, time_ns, mtime_ns)
         with os_errors_at(self._path):
             os.pwrite(self._lock.fd, _sealed(record), _BEAT_OFFSET)
+            if durable:
+                os.fdatasync(self._lock.fd)
 
     def last_beat(self) -> Beat | None:
         return last_beat(self._path)

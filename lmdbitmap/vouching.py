@@ -37,14 +37,17 @@ class Voucher:
         self._owner = lock
         self._changing = threading.Lock()
         self._beating = True
+        self._has_beaten = False
         self.lost: str | None = None
         """Why the open period is worth nothing; None while we vouch for it."""
 
     def beat(self) -> None:
-        """Leave a sign of life, unless silence has to say that we lost track."""
+        """Leave a sign of life, the first one durably, unless silence has to say that we lost track."""
         with self._changing:  # no beat is under way while silence begins
             if self._beating:
-                self._owner.beat(time.time_ns(), self._device.identity().mtime_ns)
+                mtime_ns = self._device.identity().mtime_ns
+                self._owner.beat(time.time_ns(), mtime_ns, durable=not self._has_beaten)
+                self._has_beaten = True
 
     def lose_track(self, reason: str) -> None:
         """Return when nobody will believe the bitmap any more; after that the guest may write untracked.
