@@ -29,8 +29,6 @@ from tests.crash.power_cut.disk_states import (
 )
 from tests.crash.power_cut.lives import LIVES
 from tests.crash.power_cut.recording import (
-    NEVER,
-    Blind,
     Naming,
     Node,
     Operation,
@@ -40,7 +38,8 @@ from tests.crash.power_cut.recording import (
     Write,
     record,
 )
-from tests.crash.power_cut.torture import AWAITED, PROCESSES, Outcome, run_trial
+from tests.crash.power_cut.strace import NEVER, Blind
+from tests.crash.power_cut.torture import AWAITED, PROCESSES, Outcome, run_trial, unexplained
 from tests.support import requires
 from tests.tracked import quick_folder
 
@@ -87,6 +86,15 @@ def test_no_power_cut_of_the_sample_loses_anything(number: int, trials: dict[str
         assert tally.states >= STATES_PER_LIFE // 2, tally
         assert tally.trust, tally
         assert tally.clean_blocks > 0, f"everything dirty is no answer: {tally}"
+
+
+@pytest.mark.parametrize("number", range(PROCESSES))
+def test_a_power_cut_costs_no_full_backup_without_need(
+    number: int, trials: dict[str, Future[Outcome]]
+) -> None:
+    tallies = trials[f"sound {number}"].result().tallies
+    assert any(tally.reasons for tally in tallies)
+    assert unexplained(tallies) == []
 
 
 @pytest.mark.parametrize("flaw", NOTICED_IN)

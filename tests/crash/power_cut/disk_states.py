@@ -22,7 +22,8 @@ from functools import cached_property
 from hashlib import blake2b
 from typing import NamedTuple, TypeAlias
 
-from tests.crash.power_cut.recording import NEVER, Naming, Node, Operation, Recording, Resize, Sync, Write
+from tests.crash.power_cut.recording import Naming, Node, Operation, Recording, Resize, Sync, Write
+from tests.crash.power_cut.strace import NEVER
 
 SECTOR = 512
 NOTHING = bytes(SECTOR)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
@@ -21,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TypeAlias
 
-from lmdbitmap import bitmap_file, bits, chain, owner, session, standalone
+from lmdbitmap import bitmap_file, bits, chain, session, standalone
 from lmdbitmap.backup import backup
 from lmdbitmap.changes import Changes, changes
 from lmdbitmap.check import Gravity, check_store
@@ -34,7 +33,7 @@ from lmdbitmap.repository import BackupFolder
 from lmdbitmap.restore import restore
 from lmdbitmap.store import Store
 from tests.crash.power_cut.disk_states import NOTHING, SECTOR, DiskState, File
-from tests.crash.power_cut.lives import (
+from tests.crash.power_cut.stage import (
     BLOCK,
     FLAT_FILE,
     GRANULARITY_BITS,
@@ -46,18 +45,10 @@ from tests.crash.power_cut.truth import Deed, Truth
 from tests.tracked import blocks_of, trust_of
 
 assert BLOCK == SECTOR, "a sector that differs is a block that differs"
-_ANOTHER_BOOT = "00000000-1111-2222-3333-444444444444"
 _PROBE_BLOCK = 77
 NEW_EPOCH = "new epoch"
 Asking: TypeAlias = Callable[[str], Changes]
 """What changed since the checkpoint of that name?"""
-
-
-def reboot() -> None:
-    """From now on this process believes to run after a reboot that came after everything recorded so far."""
-    boot_time_ns = time.time_ns()
-    owner.boot_id = lambda: _ANOTHER_BOOT
-    owner.boot_time_ns = lambda: boot_time_ns
 
 
 def lay_out(root: Path, state: DiskState) -> None:

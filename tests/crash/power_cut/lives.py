@@ -1,199 +1,45 @@
 """Lives to cut the power in: `python -m tests.crash.power_cut.lives FOLDER LIFE,LIFE,… [FLAW]`.
 
-A life is what one process does with a store and a disk or two, and it tells its milestones as it goes: lines of JSON
-on /dev/null, where strace sees them between the system calls. What is told before something is done and after it
-was acknowledged is all that judging.py knows about it; what the image held at a moment the recording itself tells.
-
-A flaw (flaws.py) is a mistake that the product does not make, made on purpose.
+A life is what one process does with a store and a disk or two; stage.py lets it tell its milestones. A flaw
+(flaws.py) is a mistake that the product does not make, made on purpose.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
-import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from lmdbitmap import bitmap_file, export, filter, schema, session
 from lmdbitmap.backup import backup
 from lmdbitmap.changes import changes
 from lmdbitmap.errors import StorageError
-from lmdbitmap.filter import Filter
 from lmdbitmap.manifest import BackupType
 from lmdbitmap.restore import restore
 from lmdbitmap.store import Store
 from tests.crash.power_cut.flaws import FLAWS, replaced
-
-GRANULARITY_BITS = 9
-BLOCK = 1 << GRANULARITY_BITS
-BLOCKS = 5000
-"""A little more than one region."""
-A, B = "sda", "sdb"
-STORE, REPOSITORY, FLAT_FILE, RESTORED = "store", "backups", "changes.dbm", "restored.raw"
-_fsync = os.fsync
-"""Without any flaw."""
-_TOLD_TO = os.open(os.devnull, os.O_WRONLY)
-
-
-def tell(what: str, **facts: Any) -> None:
-    os.write(_TOLD_TO, json.dumps({"what": what, **facts}).encode())
-
-
-@contextmanager
-def telling(what: str, **facts: Any) -> Iterator[None]:
-    """Say that it begins, and, if it succeeds, that it was acknowledged."""
-    tell(what, phase="begun", **facts)
-    yield
-    tell(what, phase="done", **facts)
-
-
-class Guest:
-    """Who uses an attached disk. What it writes is never the same twice."""
-
-    _stamps = itertools.count(1)
-
-    def __init__(self, stage: Stage, name: str, **options: Any) -> None:
-        self.name = name
-        self.image = stage.image(name)
-        options = {"max_armed": 3, "background": False} | options
-        with telling("attach", disk=name):
-            self.disk = Filter.attach(stage.store, name, **options)
-
-    def write(self, block: int, count: int = 1, *, shift: int = 0, length: int | None = None) -> None:
-        with self._changing():
-            data = _stamped(next(self._stamps), count * BLOCK if length is None else length)
-            self.disk.pwrite(data, block * BLOCK + shift)
-
-    def write_many(self, blocks: Sequence[int]) -> None:
-        with self._changing():
-            data = memoryview(_stamped(next(self._stamps), 100))
-            assert self.disk.lane().write_many([(block * BLOCK + 7, data) for block in blocks]) == {}
-
-    def zero(self, block: int, count: int) -> None:
-        with self._changing():
-            self.disk.write_zeroes(block * BLOCK, count * BLOCK)
-
-    def zero_by_hand(self, block: int, count: int) -> None:
-        with self._changing():
-            self.disk.write_zeroes(block * BLOCK, count * BLOCK, may_unmap=False)
-
-    def discard(self, block: int, count: int) -> None:
-        with self._changing():
-            self.disk.discard(block * BLOCK, count * BLOCK)
-
-    def resize(self, size: int) -> None:
-        with self._changing(), telling("resize", disk=self.name, size=size):
-            self.disk.resize(size)
-
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        yield
-        tell_mtime(self.name, self.image)
-
-    def flush(self) -> None:
-        with telling("flush", disk=self.name):
-            self.disk.lane().flush()
-
-    def checkpoint(self, name: str) -> None:
-        checkpoint([self], name)
-
-    def forget(self, name: str) -> None:
-        with telling("forget", disk=self.name, name=name):
-            self.disk.forget(name)
-
-    def detach(self) -> None:
-        with telling("detach", disk=self.name):
-            self.disk.detach()
-
-    def abandon(self) -> None:
-        """As after `kill -9`: the machine goes on."""
-        self.disk.abandon()
-
-    def live_a_little(self) -> None:
-        """Scattered, sequential and large writes, zeroes and a discard, with few extents armed at a time."""
-        for block in (5, 6, 7, 300, 4500, 900, 4999):
-            self.write(block, shift=50, length=20)
-        self.write_many([n * 97 for n in range(6)])
-        self.write(2000, 30, shift=-3)
-        self.flush()
-        self.zero(3000, 2)
-        self.zero_by_hand(3010, 2)
-        self.discard(3100, 100)
-
-
-def tell_mtime(name: str, image: Path) -> None:
-    tell("mtime", disk=name, mtime_ns=image.stat().st_mtime_ns)
-
-
-def checkpoint(guests: Sequence[Guest], name: str) -> None:
-    with telling("checkpoint", disks=[guest.name for guest in guests], name=name):
-        filter.take_checkpoint([guest.disk for guest in guests], name)
-
-
-def _stamped(stamp: int, length: int) -> bytes:
-    unit = b"%07d " % stamp
-    return (unit * (length // len(unit) + 1))[:length]
-
-
-class Stage:
-    """An empty folder, and what comes into it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.store: Store
-
-    def image(self, name: str) -> Path:
-        return self.folder / f"{name}.raw"
-
-    def create_store(self) -> None:
-        with telling("store"):
-            self.store = Store.create(str(self.folder / STORE))
-            _sync_folder(self.folder)
-
-    def make_image(self, name: str, blocks: int = BLOCKS) -> None:
-        """Sparse, with something here and there, and as durable as a file can be."""
-        with self.image(name).open("xb", buffering=0) as image:
-            image.truncate(blocks * BLOCK)
-            for block in range(0, BLOCKS, 250):
-                os.pwrite(image.fileno(), _stamped(0, 3 * BLOCK), block * BLOCK)
-            os.pwrite(image.fileno(), _stamped(0, 40 * BLOCK), 3090 * BLOCK)
-            _fsync(image.fileno())
-        _sync_folder(self.folder)
-        tell_mtime(name, self.image(name))
-
-    def add(self, name: str, **options: Any) -> None:
-        with telling("add", disk=name):
-            session.add(self.store, name, str(self.image(name)), granularity_bits=GRANULARITY_BITS, **options)
-
-    def prepare(self, *names: str, blocks: int = BLOCKS, **options: Any) -> None:
-        """Disks that were tracked for a while: a checkpoint `start`, nothing dirty, nobody attached."""
-        self.create_store()
-        for name in names:
-            self.make_image(name, blocks)
-            self.add(name, **options)
-            guest = self.attach(name)
-            guest.checkpoint("start")
-            guest.detach()
-        tell("born")
-
-    def attach(self, name: str, **options: Any) -> Guest:
-        return Guest(self, name, **options)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    _fsync(descriptor)
-    os.close(descriptor)
-
-
-# --- lives ---
+from tests.crash.power_cut.stage import (
+    BLOCK,
+    FLAT_FILE,
+    REPOSITORY,
+    RESTORED,
+    A,
+    B,
+    Guest,
+    Stage,
+    checkpoint,
+    reboot,
+    sync,
+    tell,
+    tell_mtime,
+    telling,
+)
 
 Life: TypeAlias = Callable[[Stage], None]
 
@@ -465,7 +311,7 @@ def adopting(stage: Stage) -> None:
     image = stage.image(A)
     os.utime(image)  # somebody touched it, and a person says that this was all
     tell_mtime(A, image)
-    _sync(image)
+    sync(image)
     with telling("adopt", disk=A):
         session.adopt(stage.store, A)
     guest = stage.attach(A)
@@ -483,6 +329,35 @@ def reconciling(stage: Stage) -> None:
         session.reconcile(stage.store, held)
     guest = stage.attach(A)
     guest.write(5)
+    guest.detach()
+
+
+def cut_before(stage: Stage) -> None:
+    """The power failed once already: what was not flushed is gone from the image, and what was dirty stays so."""
+    stage.prepare(A)
+    guest = stage.attach(A)
+    guest.live_a_little()
+    guest.checkpoint("flushed")
+    lost = (5, 600, 601, 4600)
+    with stage.image(A).open("rb", buffering=0) as image:
+        before = {block: os.pread(image.fileno(), BLOCK, block * BLOCK) for block in lost}
+    mtime_ns = stage.image(A).stat().st_mtime_ns
+    for block in lost:
+        guest.write(block)
+    guest.abandon()
+    with stage.image(A).open("r+b", buffering=0) as image:
+        for block, content in before.items():
+            os.pwrite(image.fileno(), content, block * BLOCK)
+    os.utime(stage.image(A), ns=(mtime_ns, mtime_ns))
+    tell_mtime(A, stage.image(A))
+    sync(stage.image(A))
+    reboot()
+    guest = stage.attach(A)
+    for block in (600, 1200):
+        guest.write(block)
+        guest.disk.background_pass()
+    guest.checkpoint("after")
+    guest.write(601)
     guest.detach()
 
 
@@ -546,17 +421,12 @@ def refusing_commits() -> Iterator[None]:
         yield
 
 
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        _fsync(file.fileno())
-
-
 LIVES: dict[str, Life] = {
     life.__name__: life
     for life in (
         writing, passing, asking, checkpointing, checkpointing_two, forgetting, growing, shrinking,
         coming_and_going, killed_before, deferred, losing_track, losing_track_for_good, strict, with_a_flat_file,
-        exporting, importing, backing_up, restoring, adding, adopting, reconciling, churning, threaded,
+        exporting, importing, backing_up, restoring, adding, adopting, reconciling, cut_before, churning, threaded,
         changes_of_a_closed_period,
     )
 }  # fmt: skip

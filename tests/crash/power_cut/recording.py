@@ -15,26 +15,15 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
-import shutil
-import subprocess
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-NEVER = 1 << 60
-"""The tick at which a call ended that never returned."""
-_LONGEST_STRING = 32 << 20
+from tests.crash.power_cut.strace import NEVER, Blind, Call, calls, number, path_behind, run, string, vector
+
 NOT_ON_DISK = frozenset({"lock.mdb"})
 """Files whose content nobody needs after a restart: LMDB makes its lock file anew."""
-_FORBIDDEN = (
-    "io_uring_setup", "io_submit", "open", "openat2", "creat", "link", "linkat", "symlink", "symlinkat", "mknod",
-    "mknodat",
-)  # fmt: skip
-"""Nobody here needs them, and it is not always seen which file they concern."""
-_NOT_UNDERSTOOD = ("copy_file_range", "sendfile", "splice")
-"""An error where they concern a file of ours. `sync` and its like are not listened to: they can only do good."""
 
 
 @dataclass(eq=False)
@@ -122,132 +111,16 @@ class Recording:
         )
 
 
-class Blind(AssertionError):
-    """Something happened to a file that this module does not understand."""
-
-
-# --- running ---
-
-
 def record(command: Sequence[str], root: Path, *, timeout: float = 120.0) -> Recording:
     """Run a program that writes in the empty folder `root`, and listen."""
     assert not any(root.iterdir()), f"{root} is not empty"
     trace = root.with_name(f"{root.name}.strace")
-    listened_to = ",".join((*_HANDLERS, *_NOT_UNDERSTOOD, *_FORBIDDEN))
-    words = [_strace(), "-f", "--seccomp-bpf", "-y", "-xx", "-s", str(_LONGEST_STRING), "-o", str(trace)]
-    words += ["-e", "signal=none", "-e", "raw=read,readv", "-e", f"trace={listened_to}"]
     try:
-        _run([*words, *command], timeout)
+        run(command, trace, (*_HANDLERS, *_NOT_UNDERSTOOD, *_FORBIDDEN), timeout=timeout)
         with trace.open(encoding="ascii") as lines:
             return parse(lines, str(root))
     finally:
         trace.unlink(missing_ok=True)
-
-
-def _run(words: list[str], timeout: float) -> None:
-    process = subprocess.Popen(
-        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
-        said, _ = process.communicate(timeout=timeout)
-    except BaseException:
-        process.terminate()  # strace takes its child along; killed, it would leave it behind
-        process.communicate()
-        raise
-    assert process.returncode == 0, f"{words[-3:]}: exit code {process.returncode}\n{said}"
-
-
-def _strace() -> str:
-    found = shutil.which("strace")
-    assert found is not None, "strace is not installed; run tools/setup.sh"
-    return found
-
-
-# --- lines to calls ---
-
-
-class Call(NamedTuple):
-    begin: int
-    end: int
-    thread: int
-    name: str
-    arguments: list[str]
-    answer: int
-    line: str
-    """For complaints: the beginning of it."""
-
-
-_LINE = re.compile(r"(\d+) +(.*)", re.DOTALL)
-_RESUMED = re.compile(r"<\.\.\. (\w+) resumed>(.*)", re.DOTALL)
-_UNFINISHED = " <unfinished ...>"
-_WHOLE = re.compile(r"(\w+)\((.*)\) += (-?\d+|0x[0-9a-f]+|\?)(.*)", re.DOTALL)
-_ARGUMENT = re.compile(r"(?:\[[^\]]*\]|\{[^}]*\}|[^,\[{])+")
-
-
-def calls(lines: Iterable[str]) -> Iterator[Call]:
-    """Every system call that returned or will never return, in the order in which they began to be known."""
-    waiting: dict[int, tuple[int, str]] = {}
-    for number, line in enumerate(lines):
-        found = _LINE.fullmatch(line.rstrip("\n"))
-        if found is None:
-            raise Blind(f"no line of strace's: {line[:200]!r}")
-        thread, text = int(found[1]), found[2]
-        resumed = _RESUMED.fullmatch(text)
-        if text.endswith(_UNFINISHED):
-            waiting[thread] = 2 * number, text.removesuffix(_UNFINISHED)
-        elif resumed is not None:
-            begin, head = waiting.pop(thread)
-            yield _call(begin, 2 * number + 1, thread, head + resumed[2])
-        elif not text.startswith(("+++", "---")):
-            yield _call(2 * number, 2 * number + 1, thread, text)
-    for thread, (begin, head) in waiting.items():
-        yield _call(begin, NEVER, thread, head + ") = ?")
-
-
-def _call(begin: int, end: int, thread: int, text: str) -> Call:
-    found = _WHOLE.fullmatch(text)
-    if found is None:
-        raise Blind(f"not understood: {text[:200]!r}")
-    answer = -1 if found[3] == "?" else int(found[3], 0)
-    arguments = [argument.strip() for argument in _ARGUMENT.findall(found[2])]
-    return Call(begin, end, thread, found[1], arguments, answer, _readable(text))
-
-
-def _readable(text: str) -> str:
-    """The call's beginning, with names as people write them."""
-    return re.sub(r"\\x([2-7][0-9a-f])", lambda found: chr(int(found[1], 16)), text[:1000])[:200]
-
-
-def _bytes(quoted: str) -> bytes:
-    """A string of strace's, all of it in hexadecimal."""
-    if not quoted.startswith('"') or not quoted.endswith('"'):
-        raise Blind(f"cut short: {quoted[:40]!r} … {quoted[-40:]!r}")
-    return bytes.fromhex(quoted[1:-1].replace("\\x", ""))
-
-
-_VECTOR = re.compile(r"iov_base=([^,]+), iov_len")
-
-
-def _vector(argument: str) -> bytes:
-    return b"".join(_bytes(base) for base in _VECTOR.findall(argument))
-
-
-_DESCRIPTOR = re.compile(r"(-?\d+|AT_FDCWD)(?:<([^>]*)>)?(\(deleted\))?")
-
-
-def _path_behind(argument: str) -> str:
-    """What strace says that a descriptor leads to."""
-    found = _DESCRIPTOR.fullmatch(argument)
-    assert found is not None, argument[:100]
-    return bytes.fromhex((found[2] or "").replace("\\x", "")).decode(errors="replace")
-
-
-def _number(argument: str) -> int:
-    found = _DESCRIPTOR.fullmatch(argument)
-    return int(argument, 0) if found is None else int(found[1])
-
-
-# --- calls to operations ---
 
 
 @dataclass(eq=False)
@@ -303,7 +176,7 @@ class _Listener:
         return path.removeprefix(self.root + "/") if path.startswith(self.root + "/") else None
 
     def _path(self, folder: str, name: str) -> str | None:
-        path = os.path.join(_path_behind(folder), _bytes(name).decode())
+        path = os.path.join(path_behind(folder), string(name).decode())
         if not os.path.isabs(path):
             raise Blind(f"nobody knows the folder of {path!r}")
         return self._inside(path)
@@ -346,12 +219,12 @@ class _Listener:
 
     def closed(self, call: Call) -> None:
         if (
-            self._inside(_path_behind(call.arguments[0])) is not None
+            self._inside(path_behind(call.arguments[0])) is not None
         ):  # else another thread has the number by now
-            self._open.pop(_number(call.arguments[0]), None)
+            self._open.pop(number(call.arguments[0]), None)
 
     def duplicated(self, call: Call) -> None:
-        file = self._open.get(_number(call.arguments[0]))
+        file = self._open.get(number(call.arguments[0]))
         self._open.pop(call.answer, None)
         if file is not None:
             self._open[call.answer] = file
@@ -389,8 +262,8 @@ class _Listener:
     def _file(self, call: Call) -> _Opened | None:
         """The open file of a call's first argument, where it is one of ours; strace must agree."""
         argument = call.arguments[0]
-        file = self._open.get(_number(argument))
-        path = _path_behind(argument)
+        file = self._open.get(number(argument))
+        path = path_behind(argument)
         is_ours = self._inside(path) is not None and os.path.basename(path) not in NOT_ON_DISK
         if (file is not None) != is_ours and "(deleted)" not in argument:
             raise Blind(f"it leads elsewhere than we think: {call.line}")
@@ -407,8 +280,8 @@ class _Listener:
             file.position += call.answer
 
     def written(self, call: Call) -> None:
-        data = _bytes(call.arguments[1]) if call.name == "write" else _vector(call.arguments[1])
-        if _path_behind(call.arguments[0]) == "/dev/null":
+        data = string(call.arguments[1]) if call.name == "write" else vector(call.arguments[1])
+        if path_behind(call.arguments[0]) == "/dev/null":
             self.milestones.append(Milestone(call.begin, call.thread, json.loads(data)))
             return
         file = self._file(call)
@@ -425,7 +298,7 @@ class _Listener:
             return
         if call.name == "pwritev2" and call.arguments[4:] not in ([], ["0"]):
             raise Blind(f"not understood: {call.line}")
-        data = _bytes(call.arguments[1]) if call.name == "pwrite64" else _vector(call.arguments[1])
+        data = string(call.arguments[1]) if call.name == "pwrite64" else vector(call.arguments[1])
         self._write(call, file, int(call.arguments[3]), data)
 
     def _write(self, call: Call, file: _Opened, offset: int, data: bytes) -> None:
@@ -532,3 +405,11 @@ _WRITERS = {
     "fdatasync",
 }
 _HARMLESS_REQUESTS = {"TCGETS", "FIOCLEX", "FIONCLEX"}
+
+_FORBIDDEN = (
+    "io_uring_setup", "io_submit", "open", "openat2", "creat", "link", "linkat", "symlink", "symlinkat", "mknod",
+    "mknodat",
+)  # fmt: skip
+"""Nobody here needs them, and it is not always seen which file they concern."""
+_NOT_UNDERSTOOD = ("copy_file_range", "sendfile", "splice")
+"""An error where they concern a file of ours. `sync` and its like are not listened to: they can only do good."""

@@ -6,9 +6,9 @@ Run as a process of its own, because a store that is not sound could take its re
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import random
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -16,11 +16,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tests.crash.power_cut.disk_states import Choice, DiskState, History, Instant, choices
-from tests.crash.power_cut.judging import Judge, reboot
-from tests.crash.power_cut.recording import NEVER, Recording, record
+from tests.crash.power_cut.judging import Judge
+from tests.crash.power_cut.recording import Recording, record
+from tests.crash.power_cut.stage import reboot
+from tests.crash.power_cut.strace import NEVER
 from tests.crash.power_cut.truth import Truth
 
 PATIENCE_S = 30
+"""For one state. A store that is not sound may be walked for ever, and not in Python: then SIGALRM ends us."""
 RANDOM_CHOICES = 6
 """At each moment, beside the systematic ones."""
 _TOLD_OPERATIONS = 8
@@ -119,7 +122,7 @@ def _told_until(recording: Recording, moment: int) -> int:
 
 def _judge(judge: Judge, case: Case, state: DiskState, life: str, recording: Recording) -> None:
     print(json.dumps({"at": f"life {life!r}, {case}"}), flush=True)
-    faulthandler.dump_traceback_later(PATIENCE_S, exit=True)
+    signal.alarm(PATIENCE_S)
     try:
         judge.judge(state, case.moment, random.Random(str(case)))
     except Exception as error:
@@ -127,7 +130,7 @@ def _judge(judge: Judge, case: Case, state: DiskState, life: str, recording: Rec
             f"life {life!r}, {case}: {type(error).__name__}: {error}\n{_around(recording, case.moment)}"
         ) from error
     finally:
-        faulthandler.cancel_dump_traceback_later()
+        signal.alarm(0)
 
 
 def _around(recording: Recording, moment: int) -> str:

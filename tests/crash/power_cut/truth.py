@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from tests.crash.power_cut.disk_states import File, History
-from tests.crash.power_cut.recording import NEVER, Node, Recording, Resize, Sync, Write
+from tests.crash.power_cut.recording import Node, Recording, Resize, Sync, Write
+from tests.crash.power_cut.strace import NEVER
 
 
 class Deed(NamedTuple):
