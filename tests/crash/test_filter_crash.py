@@ -216,7 +216,8 @@ def test_a_detach_is_clean_or_a_crash(deaths: Deaths) -> None:
 
 
 def test_a_disk_is_added_whole_or_not_at_all(deaths: Deaths) -> None:
-    """Everything of it is dirty, so a death costs nothing; adding it again says whether it is there."""
+    """Everything of it is dirty, so a death costs nothing; adding it again says whether it is there. The file of
+    an owner that never was may be left, which is a note of `check` and in nobody's way."""
     fates = {True: 0, False: 0}
     for death in deaths("adding"):
         for name, place in (("third", "store"), ("first", "new store")):
@@ -231,7 +232,7 @@ def test_a_disk_is_added_whole_or_not_at_all(deaths: Deaths) -> None:
                 with Filter.attach(store, name, background=False) as disk:
                     goes_on(disk, death)
                 assert {finding.gravity for finding in check_store(store)} <= {Gravity.NOTE}, death
-        assert list(death.folder.rglob("*.partial")) == [], death
+        assert {path.parent.name for path in death.folder.rglob("*.partial")} <= {"owners"}, death
     assert min(fates.values()) >= 5
 
 
