@@ -28,6 +28,7 @@ import logging
 import random
 import sys
 import threading
+import time
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -43,7 +44,7 @@ from lmdbitmap.errors import InvalidArgument, NotFound, StorageError, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter, take_checkpoint
 from lmdbitmap.flatfile import FlatFile
-from lmdbitmap.geometry import REGION_BLOCKS, Geometry
+from lmdbitmap.geometry import EXTENT_BLOCKS, REGION_BLOCKS, Geometry
 from lmdbitmap.lane import FilterLane
 from lmdbitmap.nbd import control_client
 from lmdbitmap.nbd.control import ControlServer
@@ -63,6 +64,11 @@ GEOMETRY = Geometry(BLOCKS * BLOCK - 100, BLOCK_BITS)
 MAX_ARMED = 7
 CHECKPOINT_PAUSE_S = 0.01
 SWITCH_S = 1e-6
+DAWDLING = 0.03
+"""How many of the landings wait a while between their mark and their data, so that others may overtake them."""
+DAWDLE_S = 0.003
+HOT_BLOCKS = 12
+"""Of each of three extents, in which the writers meet for a while."""
 
 
 class Landing(NamedTuple):
@@ -81,13 +87,14 @@ class Landing(NamedTuple):
 class Watcher:
     """Looks on at every landing on the tapped disk."""
 
-    def __init__(self, tracked: TrackedDisk, told: Callable[[], int]) -> None:
+    def __init__(self, tracked: TrackedDisk, told: Callable[[], int], seed: int = 0) -> None:
         self.landings: list[Landing] = []
         self.breaches: list[str] = []
         self.closed = False
         self._tracked = tracked
         self._told = told
         self._mine = threading.local()
+        self._chosen = random.Random(seed)
         self._owner_path = tracked.store.owner_path(tracked.disk().uuid)
         self.is_write_ahead = tracked.durability == schema.WRITE_AHEAD
 
@@ -98,6 +105,8 @@ class Watcher:
         self._device = device
 
     def _before(self, offset: int, length: int) -> None:
+        if self._chosen.random() < DAWDLING:
+            time.sleep(DAWDLE_S)
         self._told_at_start().append(self._told())
         if offset + length > self._device.size:
             self.breaches.append(f"bytes {offset}..{offset + length} were written past the end")
@@ -158,7 +167,7 @@ class Melee:
         self.disks = [self.sda, self.sdb]
         self.told = 0
         take_checkpoint(self.disks, "c0")
-        self.watcher = Watcher(self.tracked, lambda: self.told)
+        self.watcher = Watcher(self.tracked, lambda: self.told, seed)
         self.watcher.watch(self.sda)
         self.troupe = Troupe()
         self.done: Counter[str] = Counter()
@@ -260,23 +269,31 @@ class Melee:
 
     def place(self, chosen: random.Random) -> tuple[int, int]:
         length = chosen.choice([1, 100, BLOCK, BLOCK + 1, 70 * BLOCK if chosen.random() < 0.2 else 2])
+        if chosen.random() < 0.5:
+            return self.hot_place(chosen), min(length, BLOCK)
         return chosen.randrange(self.reach - length), length
+
+    def hot_place(self, chosen: random.Random) -> int:
+        """In the few blocks in which all writers meet for the time of some checkpoints."""
+        first = (self.told // 3 * 997) % (BLOCKS // 2)
+        return (first + chosen.randrange(3) * EXTENT_BLOCKS + chosen.randrange(HOT_BLOCKS)) * BLOCK
 
     def play_others(self) -> None:
         """All that may happen to disks beside writes, on both of them."""
         for disk in self.disks:
-            self.troupe.play(partial(self.pass_over, disk), pause_s=0.002)
+            self.troupe.play(partial(self.pass_over, disk, self.dice()), pause_s=0.002)
         self.troupe.play(partial(self.ask, self.dice()), pause_s=0.003)
         self.troupe.play(partial(self.ask_by_control, self.dice()), pause_s=0.003)
         self.troupe.play(partial(self.forget, self.dice()), pause_s=0.01)
         self.troupe.play(partial(self.export_closed, self.dice()), pause_s=0.01)
         self.troupe.play(partial(self.export_open, self.dice()), pause_s=0.01)
 
-    def pass_over(self, disk: Filter) -> None:
+    def pass_over(self, disk: Filter, chosen: random.Random) -> None:
         disk.beat()
         with self.faster("pass"):
             disk.background_pass()
-            disk.persist()
+            if chosen.random() < 0.2:
+                disk.persist()
 
     def ask(self, chosen: random.Random) -> None:
         """The answer holds what landed before the question."""

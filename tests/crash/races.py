@@ -164,7 +164,7 @@ def judge_detached(tracked: TrackedDisk, watcher: Watcher, writers: list[Writer]
 
 # --- the long run ---
 
-ROUNDS = 25
+ROUNDS = 10
 CHECKPOINTS = 80
 
 
