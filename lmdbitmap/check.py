@@ -6,6 +6,9 @@ that lies does not hide the others. Damage is told once for each bitmap, however
 
 Nothing is ever mended here. What is unsound counts as dirty wherever it is used, so that no answer of a
 damaged store is wrong in the dangerous direction; a finding says what to do to get exact answers again.
+
+LMDB's pages are looked at first, in a copy: to walk over damaged ones could end the process. Then every record is
+counted, and held against the tally of its group (tally.py): so that what is not there is missed too.
 """
 
 from __future__ import annotations
@@ -20,19 +23,23 @@ from itertools import groupby
 from typing import NamedTuple, TypeVar
 from uuid import UUID
 
-from lmdbitmap import schema
+from lmdbitmap import schema, tally
 from lmdbitmap.changes import open_period_standing
 from lmdbitmap.errors import FormatError, InvalidArgument
 from lmdbitmap.extents import Trust
 from lmdbitmap.files import PARTIAL_SUFFIX
 from lmdbitmap.geometry import REGION_BLOCKS
 from lmdbitmap.schema import Bitmap, Checkpoint, Disk
-from lmdbitmap.store import Reader, Store
+from lmdbitmap.store import WENT_BACK, Reader, Store
+from lmdbitmap.tally import Tally
 
 Progress = Callable[[int, int], None]
 """Called with (bytes of disk whose records were read, bytes in all)."""
 
 _START_ANEW = "move the store away, add its disks to a new one, and make full backups"
+_DISK_FAILS = "look at the disk under the store, make a new store, and full backups"
+_LOST_STEP = "what they stand for counts as dirty; look at the disk under the store, and make a full backup"
+_OLD_VIEW_TRANSACTIONS = 1000
 _LAST_BITMAP_ID_KEY = b"next bitmap id"
 _REGION_KEY_BYTES = len(schema.region_key(0, 0))
 _REGIONS_PER_REPORT = 4096
@@ -62,13 +69,78 @@ class Finding(NamedTuple):
 
 def check_store(store: Store, progress: Progress = lambda done, total: None) -> list[Finding]:
     """Everything that is wrong with the store, or worth knowing; nothing if it is sound."""
+    pages = list(_pages(store))
+    if pages:
+        return pages
     with store.read() as reader:
-        inventory, findings = _take_inventory(reader)
+        ledger = _Ledger(reader)
+        inventory, findings = _take_inventory(ledger)
         findings += [*_names(inventory), *_disks(inventory), *_bitmaps(inventory)]
-        findings += _regions(reader, inventory, progress)
+        findings += _regions(ledger, inventory, progress)
+        findings += ledger.losses(inventory)
+    findings += _views(store)
     for disk in inventory.disks.values():
         findings += _standing(store, disk)
     return [*findings, *_folder(store, inventory)]
+
+
+# --- pages, and what is lost ---
+
+
+def _pages(store: Store) -> Iterator[Finding]:
+    problems = store.structural_problems()
+    if problems:
+        yield _damage(
+            f"{len(problems)} places in the pages of {store.path}/lmdb/data.mdb", problems[0], _DISK_FAILS
+        )
+
+
+class _Ledger:
+    """Hands out every record as it is, proven or not, and counts it."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._found: dict[bytes, Tally] = {}
+        self._counts: Counter[str] = Counter()
+
+    def records(self, database: str) -> Iterator[tuple[bytes, bytes]]:
+        for key, value in self._reader.records(database):
+            group = tally.group_key(database, key)
+            self._found[group] = self._found.get(group, tally.NOTHING).plus(tally.of([(key, value)]))
+            self._counts[database] += 1
+            yield key, value
+
+    def losses(self, inventory: _Inventory) -> Iterator[Finding]:
+        """What all records together do not make up; to be asked when each was handed out once."""
+        for database, count in sorted(self._counts.items()):
+            said = self._reader.record_count(database)
+            if count != said:
+                yield _damage(
+                    f"database {database}", f"{count} of its {said} records can be found", _DISK_FAILS
+                )
+        expected = self._reader.tallies()
+        expected.pop(tally.STAMP_KEY, None)
+        unsound = [key for key in expected.keys() | self._found if expected.get(key) != self._found.get(key)]
+        for place, groups in groupby(sorted(unsound), lambda key: _place_of_group(key, inventory)):
+            yield _damage(place, f"{len(list(groups))} groups of its records lost some of them", _LOST_STEP)
+
+
+def _place_of_group(group: bytes, inventory: _Inventory) -> str:
+    kind, rest = group[:1], group[1:]
+    if kind == b"r":
+        bitmap_id = int.from_bytes(rest[:8], "big")
+        return f"bitmap {bitmap_id}{_owner_of(bitmap_id, inventory)}"
+    words = {b"d": "description of disk", b"c": "checkpoints of disk", b"b": "description of bitmap"}
+    return f"{words.get(kind, 'group')} {rest.hex()}"
+
+
+def _views(store: Store) -> Iterator[Finding]:
+    for process, behind in store.views():
+        if behind > _OLD_VIEW_TRANSACTIONS:
+            yield Finding(
+                Gravity.NOTE, f"process {process}", f"it looks at the store as it was {behind} transactions ago,"
+                " and what was freed since then takes space", "see what it waits for, or end it",
+            )  # fmt: skip
 
 
 # --- descriptions ---
@@ -91,29 +163,29 @@ class _Inventory:
 D = TypeVar("D", Disk, Checkpoint, Bitmap)
 
 
-def _take_inventory(reader: Reader) -> tuple[_Inventory, list[Finding]]:
+def _take_inventory(ledger: _Ledger) -> tuple[_Inventory, list[Finding]]:
     findings: list[Finding] = []
-    disks = _decoded(reader, "disks", Disk, lambda disk: disk.uuid.bytes, findings)
+    disks = _decoded(ledger, "disks", Disk, lambda disk: disk.uuid.bytes, findings)
     checkpoints = _decoded(
-        reader, "checkpoints", Checkpoint, lambda c: schema.checkpoint_key(c.disk, c.sequence), findings
+        ledger, "checkpoints", Checkpoint, lambda c: schema.checkpoint_key(c.disk, c.sequence), findings
     )
-    bitmaps = _decoded(reader, "bitmaps", Bitmap, lambda bitmap: schema.bitmap_key(bitmap.id), findings)
+    bitmaps = _decoded(ledger, "bitmaps", Bitmap, lambda bitmap: schema.bitmap_key(bitmap.id), findings)
     inventory = _Inventory(
         {disk.uuid: disk for disk in disks},
         checkpoints,
         {bitmap.id: bitmap for bitmap in bitmaps},
-        int.from_bytes(dict(_records(reader, "meta")).get(_LAST_BITMAP_ID_KEY, b""), "big"),
+        int.from_bytes(dict(ledger.records("meta")).get(_LAST_BITMAP_ID_KEY, b""), "big"),
         complete=not findings,
     )
     return inventory, findings
 
 
 def _decoded(
-    reader: Reader, database: str, kind: type[D], key_of: Callable[[D], bytes], findings: list[Finding]
+    ledger: _Ledger, database: str, kind: type[D], key_of: Callable[[D], bytes], findings: list[Finding]
 ) -> list[D]:
     """The descriptions that can be read and stand where they belong; a finding for each of the others."""
     found = []
-    for key, value in _records(reader, database):
+    for key, value in ledger.records(database):
         try:
             description = schema.decode(kind, value, place=f"{database}/{key.hex()}")
         except FormatError as error:
@@ -192,6 +264,10 @@ def _problems_of_periods(disk: Disk, chain: Sequence[Checkpoint], inventory: _In
 
 
 def _bitmaps(inventory: _Inventory) -> Iterator[Finding]:
+    count = sum(bitmap.all_dirty == WENT_BACK for bitmap in inventory.bitmaps.values())
+    if count:
+        step = "look at the disk under the store, and make full backups"
+        yield Finding(Gravity.DISTRUST, f"{count} bitmaps", WENT_BACK, step)
     used = Counter(checkpoint.bitmap_id for checkpoint in inventory.checkpoints)
     for bitmap in inventory.bitmaps.values():
         place = f"bitmap {bitmap.id}"
@@ -211,7 +287,7 @@ def _orphan(place: str, problem: str) -> Finding:
 
 
 @dataclass
-class _Tally:
+class _Unsound:
     """How many region records of a bitmap are unsound, and which is the first."""
 
     damaged: int = 0
@@ -225,30 +301,30 @@ class _Tally:
         self.outside += outside
 
 
-def _regions(reader: Reader, inventory: _Inventory, progress: Progress) -> Iterator[Finding]:
-    tallies = {number: _Tally() for number in inventory.bitmaps}
+def _regions(ledger: _Ledger, inventory: _Inventory, progress: Progress) -> Iterator[Finding]:
+    found = {number: _Unsound() for number in inventory.bitmaps}
     strays = 0
-    for bitmap_id, region, sound in _walked(reader, inventory, progress):
+    for bitmap_id, region, sound in _walked(ledger, inventory, progress):
         bitmap = inventory.bitmaps.get(bitmap_id)
         if bitmap is None:
             strays += 1
         elif not sound or region >= bitmap.geometry.region_count:
             outside = region >= bitmap.geometry.region_count
-            tallies[bitmap_id].count(region, damaged=not sound, outside=outside)
-    for bitmap_id, tally in tallies.items():
-        if tally.damaged or tally.outside:
-            yield from _told(tally, f"bitmap {bitmap_id}{_owner_of(bitmap_id, inventory)}")
+            found[bitmap_id].count(region, damaged=not sound, outside=outside)
+    for bitmap_id, unsound in found.items():
+        if unsound.damaged or unsound.outside:
+            yield from _told(unsound, f"bitmap {bitmap_id}{_owner_of(bitmap_id, inventory)}")
     if strays and inventory.complete:
         yield _orphan("region records", f"{strays} of them belong to no bitmap")
 
 
-def _walked(reader: Reader, inventory: _Inventory, progress: Progress) -> Iterator[tuple[int, int, bool]]:
+def _walked(ledger: _Ledger, inventory: _Inventory, progress: Progress) -> Iterator[tuple[int, int, bool]]:
     """(bitmap id, region, whether its bytes are what was written) of every region record, ascending."""
     before, total = {}, 0
     for number, bitmap in sorted(inventory.bitmaps.items()):
         before[number] = total
         total += bitmap.size
-    for count, (key, value) in enumerate(_records(reader, "regions")):
+    for count, (key, value) in enumerate(ledger.records("regions")):
         if len(key) != _REGION_KEY_BYTES:
             yield -1, 0, False
             continue
@@ -260,14 +336,14 @@ def _walked(reader: Reader, inventory: _Inventory, progress: Progress) -> Iterat
     progress(total, total)
 
 
-def _told(tally: _Tally, place: str) -> Iterator[Finding]:
-    if tally.damaged:
+def _told(unsound: _Unsound, place: str) -> Iterator[Finding]:
+    if unsound.damaged:
         yield _damage(
-            place, f"{tally.damaged} of its region records are damaged, the first of region {tally.first}",
+            place, f"{unsound.damaged} of its region records are damaged, the first of region {unsound.first}",
             "what they cover counts as dirty; look at the disk under the store, and make a full backup",
         )  # fmt: skip
-    if tally.outside:
-        yield _damage(place, f"{tally.outside} of its region records lie past the disk's end")
+    if unsound.outside:
+        yield _damage(place, f"{unsound.outside} of its region records lie past the disk's end")
 
 
 def _owner_of(bitmap_id: int, inventory: _Inventory) -> str:
@@ -276,13 +352,8 @@ def _owner_of(bitmap_id: int, inventory: _Inventory) -> str:
         disk = inventory.disks.get(checkpoint.disk)
         if checkpoint.bitmap_id == bitmap_id and disk is not None:
             return f" (checkpoint {checkpoint.name!r} of disk {disk.name!r})"
-    name = inventory.bitmaps[bitmap_id].name
-    return "" if name is None else f" ({name!r})"
-
-
-def _records(reader: Reader, database: str) -> Iterator[tuple[bytes, bytes]]:
-    """Every record as it is, proven or not."""
-    return reader._items(database, b"")
+    bitmap = inventory.bitmaps.get(bitmap_id)
+    return "" if bitmap is None or bitmap.name is None else f" ({bitmap.name!r})"
 
 
 # --- around the environment ---

@@ -39,6 +39,8 @@ class Presence:
         self._users_fd = users_fd
         self._lock_fd = -1
         self._lock_path = lock_path
+        self.is_first = False
+        """Whether nobody else had the environment open when we did."""
 
     def look_before(self, place: str) -> None:
         """Raise `Busy` unless those who live have LMDB's locks, or nobody lives.
@@ -46,6 +48,7 @@ class Presence:
         Patiently: a server that lost its locks takes them again within a moment, and who dies loses all at once
         only nearly.
         """
+        self.is_first = not _others_live(self._users_fd)
         if not os.path.exists(self._lock_path):
             return
         self._lock_fd = _open_lock_file(self._lock_path)

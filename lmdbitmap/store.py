@@ -42,7 +42,7 @@ from lmdbitmap.tally import GROUP_REGIONS, Tally
 log = logging.getLogger(__name__)
 
 _BITMAP_ID_KEY = b"next bitmap id"
-_WENT_BACK = "the store's newest changes were lost: its file is damaged, or an older one"
+WENT_BACK = "the store's newest changes were lost: its file is damaged, or an older one"
 _README = """This folder is an lmdbitmap store. While a process uses it, do not open, copy or hash the files in lmdb/:
 closing them would drop that process's locks. A bitmap leaves the store with `lmdbitmap export`.
 """
@@ -310,19 +310,19 @@ class Writer(Reader):
         """Make every region from `start` on all clean."""
         limit = schema.region_key(bitmap_id + 1, 0)
         with self._cursor("regions") as cursor:
-            more = cursor.set_range(schema.region_key(bitmap_id, start))
-            while more and bytes(cursor.key()) < limit:
-                self._count("regions", bytes(cursor.key()), bytes(cursor.value()), None)
-                more = cursor.delete()
+            cursor.set_range(schema.region_key(bitmap_id, start))
+            while b"" < (key := bytes(cursor.key())) < limit:  # it has no key at the end
+                self._count("regions", key, bytes(cursor.value()), None)
+                cursor.delete()
         self._drop_groups(schema.bitmap_key(bitmap_id), -(-start // GROUP_REGIONS))
 
     def _drop_groups(self, bitmap_key: bytes, start: int) -> None:
         """Groups that are gone as a whole have no tally, whatever it was."""
         first, prefix = tally.region_group_key(bitmap_key, start), tally.groups_of("regions") + bitmap_key
         with self._cursor("tallies") as cursor:
-            more = cursor.set_range(first)
-            while more and bytes(cursor.key()).startswith(prefix):
-                more = cursor.delete()
+            cursor.set_range(first)
+            while bytes(cursor.key()).startswith(prefix):
+                cursor.delete()
         gone = {key: tally.NOTHING for key in self._differences if key >= first and key.startswith(prefix)}
         self._differences.update(gone)
 
@@ -431,6 +431,10 @@ class Store:
         """To be called every now and then by whoever keeps the store open: see `Environment.keep_house`."""
         self._alive().keep_house()
 
+    def structural_problems(self) -> list[str]:
+        """What is wrong with LMDB's pages: see `Environment.structural_problems`."""
+        return self._alive().structural_problems()
+
     def views(self) -> list[tuple[int, int]]:
         """(process, how many transactions behind) of every view that is open, in whatever process."""
         return self._alive().readers()
@@ -457,7 +461,7 @@ class Store:
         newest, found = self._environment.highwater.read(), self._transaction()
         if found < newest:
             log.error(
-                "store %s: it was at transaction %d, and is at %d: %s", self.path, newest, found, _WENT_BACK
+                "store %s: it was at transaction %d, and is at %d: %s", self.path, newest, found, WENT_BACK
             )
             self.update(_make_everything_dirty)
             self._environment.highwater.set(self._transaction())
@@ -481,7 +485,7 @@ class Store:
 def _make_everything_dirty(writer: Writer) -> None:
     for _, value in writer._all("bitmaps"):
         bitmap = schema.decode(Bitmap, value, place=writer._place)
-        writer.put_bitmap(dataclasses.replace(bitmap, all_dirty=bitmap.all_dirty or _WENT_BACK))
+        writer.put_bitmap(dataclasses.replace(bitmap, all_dirty=bitmap.all_dirty or WENT_BACK))
 
 
 def _is_there(path: str) -> bool:

@@ -625,6 +625,18 @@ def test_what_was_lost_stays_missed_whatever_is_written_later(three_groups: str,
             assert numbers(reader, 1) == [0, 1, 2, GROUP_REGIONS]
 
 
+def test_tallies_go_with_what_they_count(three_groups: str) -> None:
+    with Store.open(three_groups) as opened:
+        with opened.read() as reader:
+            assert len(reader.tallies()) == len({"stamp", "meta", "bitmap"}) + 3
+        opened.update(lambda writer: writer.delete_regions(1, GROUP_REGIONS + 1))
+        with opened.read() as reader:
+            assert len(reader.tallies()) == 5
+        opened.update(lambda writer: writer.delete_bitmap(1))
+        with opened.read() as reader:
+            assert set(reader.tallies()) == {tally.STAMP_KEY, tally.group_key("meta", b"")}
+
+
 def test_lost_description_is_an_error(path: str) -> None:
     disk = a_disk("sda")
     points = [a_checkpoint(disk, sequence) for sequence in (1, 2, 3)]
