@@ -52,13 +52,15 @@ _KEEPALIVE: Final = (
 class Call:
     """Requests that one thread waits for together: `turn` is released when it has to look up."""
 
-    __slots__ = ("left", "turn", "waited")
+    __slots__ = ("left", "listens", "turn", "waited")
 
     def __init__(self, left: int, *, waited: bool = True) -> None:
         self.left = left
         """Requests not answered yet."""
         self.waited = waited
         """False for what is done by the way: nobody sleeps on its `turn`."""
+        self.listens = False
+        """Whether its thread has done with sending: only then it may be the one who receives for all."""
         self.turn = threading.Lock()
         self.turn.acquire()
 

@@ -2,7 +2,7 @@
 
 **Who receives.** There is no thread of our own. Of the threads that wait for an answer one *leads*: it receives
 for all, wakes those whose answers are whole, and hands the lead on when its own is. A lonely request costs no
-change of threads that way.
+change of threads that way. A thread that still sends does not lead: the server may wait for us to receive.
 
 **When the connection breaks**, the leader dials again, and what was in flight is sent once more: reads, writes
 at an offset, zeroes, trims and flushes may all be done twice. A request that was in trouble for `reconnect_s`
@@ -122,6 +122,7 @@ class Conversation:
 
     def _lead_or_wait(self, call: Call) -> None:
         with self._state:
+            call.listens = True
             if self._leader is None and call.left:
                 self._leader = call
             leads = self._leader is call
@@ -158,9 +159,9 @@ class Conversation:
             self._hand_on()
 
     def _hand_on(self) -> None:
-        """Called with `_state` held."""
+        """Called with `_state` held. Whoever still sends will ask for the lead when it has done."""
         calls = (request.call for request in self._waiting.values())
-        self._leader = next((call for call in calls if call is not None and call.waited), None)
+        self._leader = next((call for call in calls if call is not None and call.listens), None)
         if self._leader is not None:
             self._leader.turn.release()
 
@@ -239,7 +240,7 @@ class Conversation:
         with self._state:
             if self._outage_since == math.inf:
                 self._outage_since = now
-                log.warning("%s: %s; trying again for %g s", self._name, why, self._reconnect_s)
+                log.warning("%s: %s; trying again for %g s", self._name, _words(why), self._reconnect_s)
             for request in self._waiting.values():
                 request.since = min(request.since, now)
         self._fail_those_since(time.monotonic() - self._reconnect_s, why)
@@ -251,7 +252,7 @@ class Conversation:
                 request.error = nbd.NBD_EIO
                 self._conclude(request)
         if lost:
-            log.error("%s: %d requests failed: %s", self._name, len(lost), why)
+            log.error("%s: %d requests failed: %s", self._name, len(lost), _words(why))
 
     def _reconnect(self) -> None:
         """Try once more, when it is time for it. What cannot wait for that fails."""
@@ -330,6 +331,10 @@ class Conversation:
 
 def _cost(request: Request) -> int:
     return len(request.data) + _KEPT_OVERHEAD
+
+
+def _words(why: object) -> object:
+    return (why.strerror if isinstance(why, OSError) else None) or why
 
 
 def _apart(changes: Iterable[Request]) -> Iterator[list[Request]]:
