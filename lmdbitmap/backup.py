@@ -46,7 +46,6 @@ from lmdbitmap.copier import (
     copy_clusters,
     widened,
 )
-from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import (
     AlreadyExists,
     Busy,
@@ -58,6 +57,7 @@ from lmdbitmap.errors import (
 )
 from lmdbitmap.extents import Trust
 from lmdbitmap.geometry import Geometry
+from lmdbitmap.image import open_image
 from lmdbitmap.interfaces import TrackableDevice
 from lmdbitmap.manifest import (
     MAX_TEXT_BYTES,
@@ -159,7 +159,7 @@ def backup(
 
 def _open_to_read(image: str) -> TrackableDevice:
     """Reading is enough, and others may read too; who writes is kept out."""
-    return FileDevice.open(image, read_only=True)
+    return open_image(image, read_only=True)
 
 
 # --- before the checkpoint ---

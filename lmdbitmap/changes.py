@@ -20,11 +20,11 @@ from typing import NamedTuple
 from lmdbitmap import bits, chain, continuity, owner, schema
 from lmdbitmap.bits import Run
 from lmdbitmap.continuity import Judge, Moment
-from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError, Untrusted
 from lmdbitmap.extents import Extent, Trust, with_zeroes
 from lmdbitmap.geometry import REGION_BLOCKS, REGION_BYTES, Geometry
-from lmdbitmap.interfaces import BlockDevice
+from lmdbitmap.image import is_far, open_image
+from lmdbitmap.interfaces import BlockDevice, ImageIdentity
 from lmdbitmap.schema import Checkpoint, Disk
 from lmdbitmap.store import Reader, Store
 
@@ -272,8 +272,7 @@ def open_period_standing(store: Store, disk: Disk, persisted: bool = False) -> S
 
 def _judged_standing(disk: Disk, owner_path: str, judge: Judge) -> Standing:
     try:
-        with contextlib.closing(FileDevice.open(disk.image, read_only=True, share_writes=True)) as device:
-            identity = device.identity()
+        identity = _identity(disk, judge)
     except LmdbitmapError as error:
         return Standing(Trust.UNTRUSTED, f"its image cannot be looked at ({error.problem})")
     moment = Moment(owner.boot_id(), owner.boot_time_ns())
@@ -281,6 +280,15 @@ def _judged_standing(disk: Disk, owner_path: str, judge: Judge) -> Standing:
     if verdict.broken is not None:
         return Standing(Trust.UNTRUSTED, verdict.broken)
     return Standing(Trust.SUPERSET, verdict.superset) if verdict.superset else EXACT
+
+
+def _identity(disk: Disk, judge: Judge) -> ImageIdentity:
+    """What the image is now. One that a server exports to its owner is not looked at: the owner judged it when his
+    session began, it says nothing new since then, and not every server takes a second client."""
+    if is_far(disk.image) and judge is continuity.judge_held and disk.session and disk.identity:
+        return disk.identity
+    with contextlib.closing(open_image(disk.image, read_only=True, share_writes=True)) as device:
+        return device.identity()
 
 
 def _collect(reader: Reader, bitmap_id: int, part: Slice, stop: int) -> bool:

@@ -33,11 +33,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from lmdbitmap import chain, forks, schema, session
 from lmdbitmap.bits import Run
 from lmdbitmap.changes import Changes, Standing, changes
-from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError, StorageError, Untrusted, os_errors_at
 from lmdbitmap.extents import Trust
 from lmdbitmap.flushing import Flusher
 from lmdbitmap.geometry import Geometry
+from lmdbitmap.image import open_image
 from lmdbitmap.interfaces import Allocation, Buffer, TrackableDevice
 from lmdbitmap.lane import FilterLane, Gate
 from lmdbitmap.owner import Owner
@@ -89,7 +89,7 @@ class Filter:
         name: str,
         *,
         max_armed: int = DEFAULT_MAX_ARMED,
-        open_device: Callable[[str], TrackableDevice] = FileDevice.open,
+        open_device: Callable[[str], TrackableDevice] = open_image,
         background: bool = True,
     ) -> Filter:
         """Own the disk called `name` and begin a session; its clean flag is durably cleared on return.

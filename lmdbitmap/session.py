@@ -16,9 +16,9 @@ from uuid import UUID, uuid4
 
 from lmdbitmap import chain, continuity, owner, schema
 from lmdbitmap.continuity import Moment, Verdict
-from lmdbitmap.device import FileDevice
-from lmdbitmap.errors import Busy, InvalidArgument, NotFound, StorageError, Untrusted
+from lmdbitmap.errors import Busy, NotFound, StorageError, Untrusted
 from lmdbitmap.flushing import forget_unwritten, unflushed
+from lmdbitmap.image import lasting_name, open_image
 from lmdbitmap.interfaces import ImageIdentity, TrackableDevice
 from lmdbitmap.owner import Owner
 from lmdbitmap.schema import Disk
@@ -52,7 +52,7 @@ class Held:
 
 
 @contextlib.contextmanager
-def owning(store: Store, name: str, open_device: OpenDevice = FileDevice.open) -> Iterator[Held]:
+def owning(store: Store, name: str, open_device: OpenDevice = open_image) -> Iterator[Held]:
     """Hold the disk called `name`. Raises `NotFound` without such a disk or image, `Busy` if it is held."""
     with store.read() as reader:
         disk_uuid = chain.find_disk(reader, name).uuid
@@ -141,7 +141,7 @@ def _judge(held: Held) -> Verdict:
     return continuity.judge(held.disk, held.device.identity(), held.lock.last_beat(), moment)
 
 
-def adopt(store: Store, name: str, *, open_device: OpenDevice = FileDevice.open) -> Disk:
+def adopt(store: Store, name: str, *, open_device: OpenDevice = open_image) -> Disk:
     """A person vouches that nobody changed the image behind our back: take its identity as it is.
 
     Another size is taken over as a resize. Raises `Untrusted` where bits were lost: nobody can vouch for those.
@@ -179,14 +179,14 @@ def add(
     granularity_bits: int,
     durability: str = schema.WRITE_AHEAD,
     policy: str = schema.GUEST_FIRST,
-    open_device: OpenDevice = FileDevice.open,
+    open_device: OpenDevice = open_image,
 ) -> Disk:
     """Track the image from now on; it is opened and locked for a moment. Everything is dirty at first.
 
     Durable on return. Raises `AlreadyExists` for a name or image that is taken, `Busy` for an image that
     somebody writes.
     """
-    image = _path_as_text(image)
+    image = lasting_name(image)
     with contextlib.closing(open_device(image)) as device:
         identity = device.identity()
         files_made: list[str] = []
@@ -211,17 +211,6 @@ def _remove_all(paths: list[str]) -> None:
     for path in paths:
         with contextlib.suppress(OSError):
             os.unlink(path)
-
-
-def _path_as_text(image: str) -> str:
-    path = os.path.realpath(image)
-    try:
-        path.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidArgument(
-            f"the image's path {path!r} is not UTF-8", next_step="rename the image or its folder"
-        ) from error
-    return path
 
 
 def remove(store: Store, name: str) -> None:

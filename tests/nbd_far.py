@@ -277,6 +277,19 @@ def far_server(folder: Path, size: int = 64 << 10, *, flags: int = ALL) -> Itera
         server.close()
 
 
+def until_it_works(use: Callable[[], None]) -> None:
+    """A server that stayed away is not asked for by every request, but once in a while."""
+    failures = 0
+    while failures < 1_000_000:
+        try:
+            use()
+        except OSError:
+            failures += 1
+        else:
+            return
+    raise AssertionError("it never worked")
+
+
 def option_reply(option: int, kind: int, data: bytes = b"") -> bytes:
     return struct.pack(">QIII", 0x3E889045565A9, option, kind, len(data)) + data
 

@@ -19,9 +19,10 @@ from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import Report, progress, say, stream_json, stream_lines
 from lmdbitmap.cli.ownership import ask_changes, find_disk
 from lmdbitmap.cli.sizes import format_size
-from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import LmdbitmapError, Untrusted
 from lmdbitmap.extents import Extent, Trust
+from lmdbitmap.image import open_image
+from lmdbitmap.interfaces import BlockDevice
 from lmdbitmap.store import Store
 
 _EXTENTS_PER_REPORT = 4096
@@ -67,14 +68,14 @@ def _ask(store: Store, name: str, since: str | None, until: str | None) -> Chang
 
 
 @contextlib.contextmanager
-def _image(answer: Changes) -> Iterator[FileDevice | None]:
+def _image(answer: Changes) -> Iterator[BlockDevice | None]:
     """The image, to see what reads as zeroes; None where it cannot be looked at, for then nothing is known."""
     try:
-        device = FileDevice.open(answer.disk.image, read_only=True, share_writes=True)
+        device = open_image(answer.disk.image, read_only=True, share_writes=True)
     except LmdbitmapError:
         yield None
         return
-    with device:
+    with contextlib.closing(device):
         yield device
 
 

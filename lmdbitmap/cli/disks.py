@@ -23,6 +23,7 @@ from lmdbitmap.cli.output import say, say_json, say_table
 from lmdbitmap.cli.ownership import find_disk_or_bitmap, require_unowned
 from lmdbitmap.cli.sizes import format_size, format_time
 from lmdbitmap.errors import InvalidArgument
+from lmdbitmap.image import is_far, lasting_name
 from lmdbitmap.schema import DURABILITIES, POLICIES, Disk
 from lmdbitmap.store import Store
 
@@ -31,6 +32,7 @@ from lmdbitmap.store import Store
     examples=[
         "lmdbitmap add sda /srv/vm/sda.raw",
         "lmdbitmap add data /dev/vg0/data --granularity 1M --policy strict",
+        "lmdbitmap add sdb 'nbd+unix:///sdb?socket=/run/sdb.sock'",
     ]
 )
 @click.argument("name")
@@ -52,10 +54,11 @@ from lmdbitmap.store import Store
 def add(asked: Session, name: str, image: str, granularity_bits: int, durability: str, policy: str) -> None:
     """Start tracking a disk image.
 
-    IMAGE is a raw file or a block device, NAME what to call it. The first checkpoint is made. Everything
-    counts as dirty until the first full backup.
+    IMAGE is a raw file, a block device or the nbd:// or nbd+unix:// URI of what another server exports, NAME
+    what to call it. The first checkpoint is made. Everything counts as dirty until the first full backup.
     """
-    _refuse_uri(image)
+    _refuse_odd_uri(image)
+    lasting_name(image)  # refuses what names nothing, before a store is made for it
     with Store.create(asked.store_path) as store:
         disk = session.add(
             store, name, image, granularity_bits=granularity_bits, durability=durability, policy=policy
@@ -66,11 +69,11 @@ def add(asked: Session, name: str, image: str, granularity_bits: int, durability
             say(f"{name}: {size_words(disk.geometry)}, all dirty until the first full backup")
 
 
-def _refuse_uri(image: str) -> None:
-    if "://" in image:
+def _refuse_odd_uri(image: str) -> None:
+    if "://" in image and not is_far(image):
         raise InvalidArgument(
-            f"{image} is a URI, and images behind URIs cannot be tracked yet",
-            next_step="connect it as a block device (qemu-nbd --connect=/dev/nbd0 URI) and add that",
+            f"{image} is a URI of a kind that cannot be tracked",
+            next_step="serve it with qemu-nbd or nbdkit, and add its nbd:// or nbd+unix:// URI",
         )
 
 

@@ -43,6 +43,7 @@ from tests.nbd_far import (
     error_chunk,
     far_server,
     simple,
+    until_it_works,
 )
 from tests.nbd_raw import BLOCK_STATUS, FAST_ZERO, FLUSH, FUA, NO_HOLE, READ, WRITE
 from tests.support import PATIENCE_SECONDS
@@ -679,19 +680,6 @@ def test_server_that_stays_away_fails_requests_and_is_used_again_when_it_is_back
         until_it_works(device.flush)
         assert far.stable[:6] == b"before"
         assert device.pread(6, 0) == b"before"
-
-
-def until_it_works(use: Callable[[], None]) -> None:
-    """A server that stayed away is not asked for by every request, but once in a while."""
-    failures = 0
-    while failures < 1_000_000:
-        try:
-            use()
-        except OSError:
-            failures += 1
-        else:
-            return
-    pytest.fail("it never worked")
 
 
 def test_many_callers_fail_together_when_the_server_stays_away(far: FarServer) -> None:

@@ -1,0 +1,46 @@
+"""An image by its name: the path of a file or a block device, or the URI of what an NBD server exports."""
+
+from __future__ import annotations
+
+import os
+
+from lmdbitmap.device import FileDevice
+from lmdbitmap.errors import InvalidArgument
+from lmdbitmap.interfaces import TrackableDevice
+from lmdbitmap.nbd import uri
+from lmdbitmap.nbd.client import NbdDevice
+
+
+def open_image(image: str, *, read_only: bool = False, share_writes: bool = False) -> TrackableDevice:
+    """Open it as `FileDevice.open` and `NbdDevice.open` say; nobody can be kept out of what a server exports."""
+    if uri.is_uri(image):
+        return NbdDevice.open(image, read_only=read_only)
+    return FileDevice.open(image, read_only=read_only, share_writes=share_writes)
+
+
+def is_far(image: str) -> bool:
+    """Whether an NBD server has it."""
+    return uri.is_uri(image)
+
+
+def lasting_name(image: str) -> str:
+    """The name by which it is found from every folder; two names of one image become the same where we can tell.
+
+    Raises `InvalidArgument` for what can be kept in no store, or names nothing that can be tracked.
+    """
+    if uri.is_uri(image):
+        place = uri.parse(image)
+        path = place.socket_path and _real_path(place.socket_path)
+        return uri.parse(place._replace(socket_path=path).uri).uri
+    return _real_path(image)
+
+
+def _real_path(image: str) -> str:
+    path = os.path.realpath(image)
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgument(
+            f"the image's path {path!r} is not UTF-8", next_step="rename the image or its folder"
+        ) from error
+    return path

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lmdbitmap import session
+from lmdbitmap.changes import changes
+from lmdbitmap.device import FileDevice
+from lmdbitmap.errors import InvalidArgument
+from lmdbitmap.extents import Trust
+from lmdbitmap.filter import Filter
+from lmdbitmap.image import is_far, lasting_name, open_image
+from lmdbitmap.nbd.client import NbdDevice
+from lmdbitmap.store import Store
+from tests.nbd_far import FarServer, far_server, until_it_works
+from tests.tracked import blocks_of, trust_of
+
+
+@pytest.fixture
+def far(tmp_path: Path) -> Iterator[FarServer]:
+    with far_server(tmp_path) as server:
+        yield server
+
+
+@pytest.fixture
+def store(tmp_path: Path, far: FarServer) -> Iterator[Store]:
+    """Tracks the far image as `sda`, in blocks of 4 KiB, nothing dirty since `start`."""
+    with Store.create(str(tmp_path / "store")) as store:
+        session.add(store, "sda", far.uri, granularity_bits=12)
+        with Filter.attach(store, "sda", background=False) as attached:
+            attached.checkpoint("start")
+        yield store
+
+
+def test_uri_opens_what_a_server_has_and_a_path_a_file(far: FarServer, tmp_path: Path) -> None:
+    (tmp_path / "disk.raw").write_bytes(bytes(512))
+    for image, kind in ((far.uri, NbdDevice), (str(tmp_path / "disk.raw"), FileDevice)):
+        device = open_image(image, read_only=True)
+        assert (type(device), device.read_only, is_far(image)) == (kind, True, kind is NbdDevice)
+        device.close()
+
+
+def test_name_lasts_whatever_folder_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("socket")
+    assert lasting_name("disk.raw") == str(tmp_path / "disk.raw")
+    assert lasting_name("nbd+unix:///a%62?socket=link") == f"nbd+unix:///ab?socket={tmp_path}/socket"
+    assert lasting_name("NBD://Host/x") == "nbd://host:10809/x"
+
+
+def test_name_that_cannot_last_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for image in ("caf\udce9.raw", "nbds://host/x", "nbd+unix:///x"):
+        with pytest.raises(InvalidArgument):
+            lasting_name(image)
+    (tmp_path / ("f" * 100)).mkdir()
+    monkeypatch.chdir(tmp_path / ("f" * 100))
+    with pytest.raises(InvalidArgument, match="longer than 107 bytes"):
+        lasting_name("nbd+unix:///x?socket=s")
+
+
+def test_far_disk_is_tracked_from_session_to_session(far: FarServer, store: Store) -> None:
+    with Filter.attach(store, "sda", background=False) as attached:
+        attached.pwrite(b"x", 5000)
+        attached.lane().write_many([(9000, memoryview(b"y")), (40_000, memoryview(b"z"))])
+    with Filter.attach(store, "sda", background=False) as attached:
+        attached.write_zeroes(60_000, 1)
+        assert blocks_of(attached.changes(since="start")) == {1, 2, 9, 14}
+    answer = changes(store, "sda", since="start")
+    assert (trust_of(answer), blocks_of(answer)) == (Trust.EXACT, {1, 2, 9, 14})
+    assert far.stable[5000:5001] + far.stable[9000:9001] + far.stable[40_000:40_001] == b"xyz"
+
+
+def test_server_with_room_for_one_client_is_not_asked_for_more(far: FarServer, store: Store) -> None:
+    with Filter.attach(store, "sda", background=False):
+        before = far.handshakes
+        assert blocks_of(changes(store, "sda", since="start")) == set()
+        assert far.handshakes == before
+    changes(store, "sda", since="start")
+    assert far.handshakes == before + 1
+
+
+def test_writes_that_fail_are_dirty(far: FarServer, store: Store) -> None:
+    """A server that goes away takes no dirt with it: whether a write took place or not, its blocks are named."""
+
+    def impatient(image: str) -> NbdDevice:
+        return NbdDevice.open(image, reconnect_s=0)
+
+    with Filter.attach(store, "sda", background=False, open_device=impatient) as attached:
+        far.stop_listening()
+        far.crash()
+        with pytest.raises(OSError):
+            attached.pwrite(b"x", 5000)
+        assert blocks_of(attached.changes(since="start")) == {1}
+        far.listen()
+        until_it_works(lambda: attached.pwrite(b"x", 5000))
+    assert blocks_of(changes(store, "sda", since="start")) == {1}
