@@ -75,6 +75,7 @@ FLOORS: dict[str, float] = {
     "filter": 4.5,
     # 5 jobs
     "nbd.tls": 2.5,
+    "nbd.supervisor": 2.5,
     "nbd.contexts": 5,
     "nbd.dirty_contexts": 5.5,
     "nbd.inlet": 5,

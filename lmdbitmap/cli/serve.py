@@ -11,9 +11,10 @@ import contextlib
 import ipaddress
 import json
 import logging
+import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from types import FrameType
 
 import click
@@ -27,12 +28,15 @@ from lmdbitmap.filter import Filter
 from lmdbitmap.nbd.control import ControlServer
 from lmdbitmap.nbd.dirty_contexts import tracked_contexts
 from lmdbitmap.nbd.server import Server
+from lmdbitmap.nbd.supervisor import Supervisor
 from lmdbitmap.nbd.tls import server_context
 from lmdbitmap.period import DEFAULT_MAX_ARMED
 from lmdbitmap.store import Store
 
 log = logging.getLogger(__name__)
 
+_FIRST_PASSED_FD = 3
+_MOST_SOCKETS = 64
 _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -80,13 +84,15 @@ def serve(
     """Serve disks over NBD, and track the writes.
 
     Each disk is exported under its name; a single one also as the default export. Prints `ready` and the
-    URIs once clients can connect. SIGTERM or Ctrl-C ends it cleanly.
+    URIs once clients can connect. SIGTERM or Ctrl-C ends it cleanly. Under systemd it takes the sockets of its
+    socket unit, and says when it is ready.
     """
     _require_sense(names, bitmap_file)
+    supervisor, passed = Supervisor(os.environ.pop("NOTIFY_SOCKET", "")), _passed_sockets(os.environ)
     address = None if listen is None else _address(listen, insecure or tls is not None)
-    if socket is None and address is None:
+    if socket is None and address is None and not passed:
         raise click.UsageError("say where to serve: --socket PATH or --listen HOST:PORT")
-    if tls is not None and address is None:
+    if tls is not None and address is None and not passed:
         raise click.UsageError("--tls is for --listen: a unix socket is the owner's alone")
     certificates = None if tls is None else server_context(tls)
     with _Ending() as ending, Store.open(asked.store_path) as store, contextlib.ExitStack() as attached:
@@ -98,9 +104,26 @@ def serve(
                 server.listen_unix(socket)
             if address is not None:
                 server.listen_tcp(*address, certificates)
+            for fd in passed:
+                server.listen_inherited(fd, certificates)
             ending.ends(server)
             _announce(asked, server.uris)
+            supervisor.tell("READY=1")
             server.serve_forever()
+            supervisor.tell("STOPPING=1")
+
+
+def _passed_sockets(environment: MutableMapping[str, str]) -> range:
+    """The descriptors of sockets that a service manager bound for this very process (sd_listen_fds(3))."""
+    pid, count = environment.pop("LISTEN_PID", ""), environment.pop("LISTEN_FDS", "")
+    environment.pop("LISTEN_FDNAMES", None)
+    if pid != str(os.getpid()):
+        return range(0)
+    if not (count.isascii() and count.isdigit() and int(count) <= _MOST_SOCKETS):
+        raise InvalidArgument(
+            f"LISTEN_FDS={count[:20]!r} is no number of sockets", next_step="mend the socket unit"
+        )
+    return range(_FIRST_PASSED_FD, _FIRST_PASSED_FD + int(count))
 
 
 def _require_sense(names: Sequence[str], bitmap_file: str | None) -> None:

@@ -90,6 +90,25 @@ class TcpListener:
         self.sock.close()
 
 
+class InheritedListener:
+    """A socket that a service manager bound and keeps: it outlives us, and so do the clients that wait at it."""
+
+    def __init__(self, fd: int, tls: ssl.SSLContext | None = None) -> None:
+        self.sock = _listening_socket(fd)
+        self.tls = tls if self.sock.family != socket.AF_UNIX else None
+        os.set_inheritable(fd, False)
+
+    def uri(self, name: str) -> str:
+        address = self.sock.getsockname()
+        if self.sock.family == socket.AF_UNIX:
+            return unix_uri(str(address), name)
+        host, port = address[:2]
+        return tcp_uri(host, port, name, encrypted=self.tls is not None)
+
+    def close(self) -> None:
+        self.sock.close()
+
+
 def unix_uri(path: str, name: str) -> str:
     return f"nbd+unix:///{quote(name, safe='')}?socket={quote(path)}"
 
@@ -97,6 +116,20 @@ def unix_uri(path: str, name: str) -> str:
 def tcp_uri(host: str, port: int, name: str, *, encrypted: bool = False) -> str:
     scheme, address = "nbds" if encrypted else "nbd", f"[{host}]" if ":" in host else host
     return f"{scheme}://{address}:{port}/{quote(name, safe='')}"
+
+
+def _listening_socket(fd: int) -> socket.socket:
+    try:
+        sock = socket.socket(fileno=fd)
+        if sock.type == socket.SOCK_STREAM and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return sock
+        sock.detach()
+    except OSError:
+        pass
+    raise InvalidArgument(
+        f"descriptor {fd} is no listening stream socket",
+        next_step="have the service manager pass one (ListenStream=)",
+    )
 
 
 def _resolved(host: str, port: int) -> tuple[int, tuple[str, int]]:

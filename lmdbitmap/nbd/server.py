@@ -23,7 +23,7 @@ from typing import Final, NamedTuple
 
 from lmdbitmap.interfaces import ServedDisk
 from lmdbitmap.nbd.contexts import ContextsOf, base_contexts
-from lmdbitmap.nbd.listeners import Listener, TcpListener, UnixListener
+from lmdbitmap.nbd.listeners import InheritedListener, Listener, TcpListener, UnixListener
 from lmdbitmap.nbd.visit import Served, Visit
 
 _log = logging.getLogger(__name__)
@@ -86,6 +86,12 @@ class Server:
         Raises `Busy` if the port is taken.
         """
         listener = TcpListener(host, port, tls)
+        self._listeners.append(listener)
+        return listener
+
+    def listen_inherited(self, fd: int, tls: ssl.SSLContext | None = None) -> InheritedListener:
+        """Listen at a socket that somebody else bound; TCP clients begin TLS if `tls` is given."""
+        listener = InheritedListener(fd, tls)
         self._listeners.append(listener)
         return listener
 

@@ -1,0 +1,101 @@
+"""`serve` under a service manager: the sockets that it passes, and what it is told."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import SIZE, Cli
+from tests.support import PATIENCE_SECONDS, Child, requires, run, spawn
+
+pytestmark = requires("nbdinfo")
+
+MANAGER = """
+import os, socket, sys
+kind, address, sockets, *command = sys.argv[1:]
+with socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET) as bound:
+    bound.bind(address if kind == "unix" else ("127.0.0.1", int(address)))
+    if kind != "deaf":
+        bound.listen()
+    os.dup2(bound.fileno(), 3)
+    os.set_inheritable(3, True)
+    os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=sockets)
+    os.execv(command[0], command)
+"""
+
+
+@contextlib.contextmanager
+def managed(cli: Cli, kind: str, address: object, *, sockets: str = "1") -> Iterator[Child]:
+    command = cli.command("serve", "sda")
+    with spawn(sys.executable, "-c", MANAGER, kind, str(address), sockets, *command) as child:
+        yield child
+
+
+def test_passed_unix_socket_is_served_and_left_alone_at_the_end(cli: Cli) -> None:
+    cli.add("sda")
+    path = cli.folder / "passed.sock"
+    with managed(cli, "unix", path) as child:
+        uri = child.wait_for_line(r"^nbd\+unix:///sda\?socket=.*passed.sock$").group()
+        assert run("nbdinfo", "--size", uri).stdout.strip() == str(SIZE)
+    assert child.process.returncode == 0
+    assert path.is_socket()  # the manager goes on listening at it
+
+
+def test_passed_tcp_socket_is_served(cli: Cli) -> None:
+    cli.add("sda")
+    with managed(cli, "tcp", 0) as child:
+        uri = child.wait_for_line(r"^nbd://127\.0\.0\.1:\d+/sda$").group()
+        assert run("nbdinfo", "--size", uri).stdout.strip() == str(SIZE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sockets", "said"),
+    [
+        ("deaf", "1", "descriptor 3 is no listening stream socket"),
+        ("tcp", "many", "LISTEN_FDS='many' is no number of sockets"),
+        ("tcp", "0", "say where to serve"),
+    ],
+)
+def test_what_is_passed_and_cannot_be_served_is_said(cli: Cli, kind: str, sockets: str, said: str) -> None:
+    cli.add("sda")
+    with managed(cli, kind, 0, sockets=sockets) as child:
+        assert child.wait() == 2
+    assert said in child.stderr
+    assert cli.json("info", "sda")["attached"] is False
+
+
+def test_sockets_of_another_process_are_not_ours(cli: Cli) -> None:
+    cli.add("sda")
+    environment = {"LISTEN_PID": "1", "LISTEN_FDS": "1"}
+    done = run(*cli.command("serve", "sda"), env=environment, check=False)
+    assert (done.returncode, "say where to serve" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("prefix", ["", "@"], ids=["path", "abstract"])
+def test_manager_is_told_when_it_is_ready_and_when_it_stops(cli: Cli, tmp_path: Path, prefix: str) -> None:
+    cli.add("sda")
+    address = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ear:
+        ear.bind("\0" + address if prefix else address)
+        ear.settimeout(PATIENCE_SECONDS)
+        command = cli.command("serve", "sda", "--socket", cli.folder / "s")
+        with spawn(*command, env={"NOTIFY_SOCKET": prefix + address}) as child:
+            assert ear.recv(100) == b"READY=1"
+            assert run("nbdinfo", "--size", f"nbd+unix:///sda?socket={cli.folder / 's'}").returncode == 0
+            child.process.send_signal(signal.SIGTERM)
+            assert ear.recv(100) == b"STOPPING=1"
+            assert child.wait() == 0
+
+
+def test_manager_that_does_not_listen_costs_nothing(cli: Cli, tmp_path: Path) -> None:
+    cli.add("sda")
+    command = cli.command("serve", "sda", "--socket", cli.folder / "s")
+    with spawn(*command, env={"NOTIFY_SOCKET": str(tmp_path / "nobody")}) as child:
+        child.wait_for_line("^ready$")
+    assert (child.process.returncode, child.stderr) == (0, "")
