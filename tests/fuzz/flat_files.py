@@ -20,8 +20,8 @@ from tests import naive_flat
 from tests.fuzz.inputs import Input, fill_scratch_file, scratch_file, scratch_folder
 
 PLACE = "x.dbm"
-RAW, MEND_HEADER, MEND_SIZES, MEND_BITS, UNSEALED, SPARSE, TO_DISK = (1 << bit for bit in range(7))
-MOST_BLOCKS = 1 << 17
+RAW, MEND_HEADER, MEND_SIZES, MEND_BITS, UNSEALED, SPARSE, TO_DISK, SPREAD = (1 << bit for bit in range(8))
+MOST_BLOCKS = 1 << 19
 MAX_PRETENDED = 1 << 52
 
 
@@ -70,11 +70,18 @@ def assembled(source: Input, mode: int) -> bytes:
     if not 4096 <= size <= flat.MAX_HEADER_SIZE:
         size = 4096
     metadata = source.take(min(naive_flat.get(fields, "metadata_length"), size - flat.FIXED_SIZE))
-    bits = source.rest()
+    bits = spread(source.rest()) if mode & SPREAD else source.rest()
     if mode & MEND_BITS:
         bits = mend_bits(fields, bits)
     header = fields + metadata.ljust(size - flat.FIXED_SIZE, b"\0")
     return bytes((header if mode & UNSEALED else naive_flat.seal(header)) + bits)
+
+
+def spread(bits: bytes) -> bytes:
+    """A few bytes to a page, so that there are pages of zeroes too: a file has holes for those."""
+    return b"".join(
+        bits[start : start + 16].ljust(4096, b"\0") for start in range(0, min(len(bits), 256), 16)
+    )
 
 
 def mend_header(fields: bytearray) -> None:

@@ -7,9 +7,10 @@ import struct
 from lmdbitmap.errors import FormatError, InvalidArgument
 from lmdbitmap.qcow2 import Kind, Qcow2Reader, Run, chain_extents, chain_read_into
 from tests.fuzz.inputs import Input
-from tests.qcow2_model import MemoryFile, naive_chain_read
+from tests.qcow2_model import MemoryFile, naive_chain_read, u64
 
 MEND_HEADER, PAD, CHAIN, TWICE, PARENT = (1 << bit for bit in range(5))
+OFFSET_MASK, COPIED, ZERO = 0x00FFFFFFFFFFFE00, 1 << 63, 1
 PADDED_BYTES = 1 << 16
 SMALL_DISK = 1 << 16
 """Bytes of a disk that is small enough to be read whole and compared."""
@@ -23,9 +24,13 @@ def qcow2(data: bytes) -> None:
             readers.append(opened(image))
         except FormatError:
             return
-    for reader, image in zip(readers, images, strict=True):
-        check_runs(reader, len(image), offset, length)
-    check_stacked(readers, images)
+    sound = [
+        check_runs(reader, len(image), offset, length) for reader, image in zip(readers, images, strict=True)
+    ]
+    if all(sound) and max(reader.size for reader in readers) <= SMALL_DISK:
+        for reader, image in zip(readers, images, strict=True):
+            check_entries(reader, image)
+        check_stacked(readers, images)
 
 
 def images_of(data: bytes) -> tuple[int, int, list[bytes]]:
@@ -65,14 +70,18 @@ def opened(image: bytes) -> Qcow2Reader:
     return reader
 
 
-def check_runs(reader: Qcow2Reader, file_size: int, offset: int, length: int) -> None:
-    """Runs without a gap, inside the file, not more of them than it has entries; and a part is a part of them."""
+def check_runs(reader: Qcow2Reader, file_size: int, offset: int, length: int) -> bool:
+    """Runs without a gap, inside the file, not more of them than it has entries; and a part is a part of them.
+
+    Whether all of the image is sound.
+    """
     whole = runs_of(reader, file_size, 0, reader.size)
     offset %= reader.size + 1
     length %= reader.size + 1 - offset
     part = runs_of(reader, file_size, offset, length)
     if whole is not None:
         assert part == clipped(whole, offset, offset + length)
+    return whole is not None
 
 
 def runs_of(reader: Qcow2Reader, file_size: int, offset: int, length: int) -> list[Run] | None:
@@ -105,18 +114,24 @@ def clipped(runs: list[Run], start: int, end: int) -> list[Run]:
     return inside
 
 
+def check_entries(reader: Qcow2Reader, image: bytes) -> None:
+    """No entry that maps the disk has a flag that we do not know."""
+    l1, entries = u64(image, 40), reader.cluster_size // 8
+    for cluster in range(-(-reader.size // reader.cluster_size)):
+        pointer = u64(image, l1 + 8 * (cluster // entries))
+        table = pointer & OFFSET_MASK
+        assert not pointer & ~(OFFSET_MASK | COPIED)
+        assert not table or not u64(image, table + 8 * (cluster % entries)) & ~(OFFSET_MASK | COPIED | ZERO)
+
+
 def check_stacked(readers: list[Qcow2Reader], images: list[bytes]) -> None:
     """A chain reads as the naive model of it says, if it is one."""
     size = readers[0].size
-    if max(reader.size for reader in readers) > SMALL_DISK:
-        return
     buffer = bytearray(b"?" * size)
     try:
         chain_read_into(readers, memoryview(buffer), 0)
     except InvalidArgument:
         assert [reader.backing_file is None for reader in readers] != [False] * (len(readers) - 1) + [True]
-        return
-    except FormatError:
         return
     assert buffer == naive_chain_read(images)
     assert sum(run.length for run in chain_extents(readers, 0, size)) == size

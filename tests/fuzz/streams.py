@@ -87,6 +87,8 @@ def check_agreement(ended: tuple[Outcome | None, bytes], stream: bytes, exports:
     if not isinstance(outcome, Agreed):
         return
     export = exports[outcome.export_name]
+    name = name_in(stream[: len(stream) - len(trailing)])
+    assert outcome.export_name == name or (name == "" and len(exports) == 1)
     ids = [number for number, _ in outcome.contexts]
     assert len(set(ids)) == len(ids)
     assert {name for _, name in outcome.contexts} <= set(export.contexts)
@@ -94,10 +96,18 @@ def check_agreement(ended: tuple[Outcome | None, bytes], stream: bytes, exports:
     assert not outcome.structured or struct.pack(">QII", 0x49484156454F5054, 8, 0) in stream
 
 
+def name_in(said: bytes) -> str:
+    """The name in the last option of a talk that ended well."""
+    option, data = options_of(said)[-1]
+    assert option in (1, 7)
+    (length,) = struct.unpack_from(">I", data) if option == 7 else (0,)
+    return (data[4 : 4 + length] if option == 7 else data).decode()
+
+
 def check_replies(answers: bytes, stream: bytes, exports: dict[str, Export], outcome: Outcome | None) -> None:
     """Every option is answered once: pieces, then an end; the texts are texts."""
     position, options, count = 0, options_of(stream), 0
-    for option in options:
+    for option, _ in options:
         if position == len(answers):
             break
         if option == 1:
@@ -118,15 +128,16 @@ def check_replies(answers: bytes, stream: bytes, exports: dict[str, Export], out
         assert count == len(options)
 
 
-def options_of(stream: bytes) -> list[int]:
-    """The options of a stream up to the one that ends the talk, as far as they are whole."""
-    position, found = 4, []
+def options_of(stream: bytes) -> list[tuple[int, bytes]]:
+    """The options of a stream and their data, as far as they are whole."""
+    position = 4
+    found: list[tuple[int, bytes]] = []
     while len(stream) - position >= 16:
         magic, option, length = struct.unpack_from(">QII", stream, position)
         position += 16 + length
         if magic != 0x49484156454F5054 or position > len(stream):
             break
-        found.append(option)
+        found.append((option, stream[position - length : position]))
     return found
 
 

@@ -30,14 +30,14 @@ class Target(NamedTuple):
 
 
 TARGETS = {
-    "flat-file": Target(flat_file, 600_000),
-    "flat-import": Target(flat_import, 60_000),
-    "records": Target(store_records, 1_500_000),
-    "qcow2": Target(qcow2, 700_000),
-    "manifest": Target(manifest_bytes, 600_000),
-    "handshake": Target(handshake, 800_000),
+    "flat-file": Target(flat_file, 550_000),
+    "flat-import": Target(flat_import, 50_000),
+    "records": Target(store_records, 1_200_000),
+    "qcow2": Target(qcow2, 600_000),
+    "manifest": Target(manifest_bytes, 550_000),
+    "handshake": Target(handshake, 700_000),
     "requests": Target(requests, 600_000),
-    "control": Target(control_lines, 600_000),
+    "control": Target(control_lines, 400_000),
     "sizes": Target(sizes, 1_000_000),
 }
 
