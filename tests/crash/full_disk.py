@@ -1,9 +1,11 @@
-"""A folder that is nearly full, for tests of running out of space."""
+"""Folders that are nearly full, or get full and have room again, for tests of running out of space."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
+import os
 import resource
 import subprocess
 import tempfile
@@ -14,10 +16,14 @@ CRAMPED_BYTES = 256 * 1024
 """More than this does not fit."""
 
 
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FILLER = "filler"
+
+
 @contextlib.contextmanager
-def full_tmpfs(folder: Path) -> Iterator[Path]:
-    """A file system of its own that holds CRAMPED_BYTES; ENOSPC. Only root can have it."""
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={CRAMPED_BYTES}", "tmpfs", folder], check=True)
+def full_tmpfs(folder: Path, size: int = CRAMPED_BYTES) -> Iterator[Path]:
+    """A file system of its own that holds `size` bytes; ENOSPC. Only root can have it."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
     try:
         yield folder
     finally:
@@ -42,3 +48,21 @@ def can_mount() -> bool:
         if mounted.returncode == 0:
             subprocess.run(["umount", "--lazy", folder], check=True)
     return mounted.returncode == 0
+
+
+def fill(folder: Path) -> None:
+    """Leave no byte free."""
+    fd = os.open(folder / _FILLER, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    try:
+        while os.write(fd, bytes(4096)):
+            pass
+    except OSError as full:
+        if full.errno not in FULL:
+            raise
+    finally:
+        os.close(fd)
+
+
+def free(folder: Path) -> None:
+    """What `fill` took is there again."""
+    (folder / _FILLER).unlink()

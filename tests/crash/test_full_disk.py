@@ -12,7 +12,7 @@ import pytest
 from lmdbitmap import files
 from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import StorageError
-from tests.crash.full_disk import CRAMPED_BYTES, can_mount, file_size_limit, full_tmpfs
+from tests.crash.full_disk import CRAMPED_BYTES, can_mount, file_size_limit, fill, full_tmpfs
 from tests.support import make_raw_image
 
 TOO_MUCH = 2 * CRAMPED_BYTES
@@ -83,24 +83,12 @@ def test_preallocated_file_can_be_overwritten_on_a_full_disk(cramped: Path) -> N
     files.preallocated(cramped / "reserve", 8192)
     with pytest.raises(StorageError):
         files.preallocated(cramped / "rest", TOO_MUCH)
-    fill(cramped / "filler")
+    fill(cramped)
     with (cramped / "reserve").open("r+b") as file:
         file.write(b"x" * 8192)
         file.flush()
         os.fsync(file.fileno())
     assert (cramped / "reserve").read_bytes() == b"x" * 8192
-
-
-def fill(path: Path) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT)
-    try:
-        while os.write(fd, bytes(4096)):
-            pass
-    except OSError as full:
-        if full.errno not in NEXT_STEPS:
-            raise
-    finally:
-        os.close(fd)
 
 
 def test_write_that_fits_in_part_is_an_error_of_the_device(tmp_path: Path) -> None:

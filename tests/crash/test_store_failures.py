@@ -17,12 +17,15 @@ from typing import Any
 import pytest
 
 from lmdbitmap import owner, schema, vouching
+from lmdbitmap.backup import backup
 from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import StorageError, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.interfaces import ImageIdentity
-from lmdbitmap.store import Store
+from lmdbitmap.manifest import BackupType
+from lmdbitmap.store import CommitInDoubt, Store
+from tests.backed_up import BackedUpDisk
 from tests.support import PATIENCE_SECONDS
 from tests.tracked import NAME, TrackedDisk, blocks_of, trust_of
 
@@ -243,6 +246,133 @@ def test_deferred_disk_does_not_need_the_store_to_be_written(tmp_path: Path) -> 
         with pytest.raises(StorageError):
             patient.disk.detach()
         assert trust_of(patient.tracked.changes("start")) is Trust.UNTRUSTED
+
+
+# --- when the store cannot say whether it took a commit ---
+
+
+class DoubtfulStore(SickStore):
+    """While `errno` is set its commits take place, and it says that nobody knows."""
+
+    def update(self, change: Callable[..., Any]) -> Any:
+        answer = self._update(change)
+        if self.errno is not None and answer is not False:  # then it changed nothing, and LMDB wrote nothing
+            raise CommitInDoubt("store", OSError(self.errno, "injected"), next_step="see the system's log")
+        return answer
+
+
+@pytest.mark.parametrize("policy", [schema.GUEST_FIRST, schema.STRICT])
+@pytest.mark.parametrize("change", ["checkpoint", "forget", "resize", "start_epoch"])
+def test_change_that_took_place_though_it_failed_makes_no_block_clean(
+    tmp_path: Path, policy: str, change: str
+) -> None:
+    """Memory goes on with the old bitmap, the store with the new one: a death now must not cost a bit."""
+    with closing(TrackedDisk(tmp_path, SIZE, policy=policy).clean()) as tracked:
+        disk = tracked.attach()
+        disk.checkpoint("monday")
+        disk.pwrite(b"before", 0)
+        store = DoubtfulStore(tracked.store)
+        changes: dict[str, Callable[[], object]] = {
+            "checkpoint": lambda: disk.checkpoint("tuesday"),
+            "forget": lambda: disk.forget("monday"),
+            "resize": lambda: disk.resize(SIZE),
+            "start_epoch": lambda: disk.start_epoch("a person said so"),
+        }
+        store.errno = errno.EIO
+        with pytest.raises(CommitInDoubt):
+            changes[change]()
+        store.errno = None
+        disk.pwrite(b"the extent was armed", BLOCK)
+        disk.abandon()
+        assert trust_of(tracked.changes()) is Trust.UNTRUSTED
+        with tracked.attach() as again:
+            assert blocks_of(again.changes()) == set(range(BLOCKS))
+
+
+def test_arming_that_took_place_though_it_failed_costs_no_more_than_a_block(strict: Patient) -> None:
+    store = DoubtfulStore(strict.tracked.store)
+    store.errno = errno.EIO
+    with pytest.raises(StorageError):
+        strict.disk.pwrite(b"x", 100 * BLOCK)
+    store.errno = None
+    strict.disk.pwrite(b"x", 150 * BLOCK)
+    answer = strict.disk.changes(since="start")
+    assert blocks_of(answer) >= {0, 150}
+    assert trust_of(answer) is not Trust.UNTRUSTED
+
+
+# --- when the image cannot be flushed ---
+
+
+class Unflushable(FileDevice):
+    """An image whose next flush fails, and no other: the kernel tells of lost data once."""
+
+    refusals = 0
+
+    def flush(self) -> None:
+        if type(self).refusals:
+            type(self).refusals -= 1
+            raise OSError(errno.EIO, "injected")
+        super().flush()
+
+
+@pytest.fixture
+def unflushable(monkeypatch: pytest.MonkeyPatch) -> type[Unflushable]:
+    monkeypatch.setattr(Unflushable, "refusals", 0)
+    return Unflushable
+
+
+def test_backup_of_an_image_that_cannot_be_flushed_is_none_and_the_next_is_full(
+    tmp_path: Path, unflushable: type[Unflushable]
+) -> None:
+    with closing(BackedUpDisk(tmp_path, SIZE)) as disk:
+        disk.backup()
+        disk.write(b"x", 7 * BLOCK)
+        unflushable.refusals = 1
+        with pytest.raises(StorageError, match="could not be flushed"):
+            backup(disk.store, [NAME], disk.folder / "backups", open_device=Unflushable.open)
+        assert trust_of(disk.changes()) is Trust.UNTRUSTED
+        entry = disk.backup()
+        assert entry.type_actual is BackupType.FULL
+        assert "could not be flushed" in (entry.reason.words if entry.reason else "")
+        assert disk.restored() == disk.content()
+
+
+def test_detach_of_an_image_that_cannot_be_flushed_is_not_clean(
+    tmp_path: Path, unflushable: type[Unflushable]
+) -> None:
+    with closing(TrackedDisk(tmp_path, SIZE).clean()) as tracked:
+        disk = Filter.attach(tracked.store, NAME, open_device=Unflushable.open, background=False)
+        disk.pwrite(b"x", 7 * BLOCK)
+        unflushable.refusals = 1
+        with pytest.raises(StorageError, match="could not be flushed"):
+            disk.detach()
+        assert tracked.disk().session is not None
+        assert trust_of(tracked.changes("start")) is Trust.UNTRUSTED
+        with tracked.attach() as again, pytest.raises(Untrusted, match="could not be flushed"):
+            again.changes(since="start")
+
+
+def test_checkpoint_that_can_neither_be_flushed_nor_taken_back_is_not_believed(
+    tmp_path: Path, unflushable: type[Unflushable]
+) -> None:
+    with closing(TrackedDisk(tmp_path, SIZE).clean()) as tracked:
+        disk = Filter.attach(tracked.store, NAME, open_device=Unflushable.open, background=False)
+        sick = SickStore(tracked.store)
+
+        def fall_ill() -> None:
+            sick.errno = errno.EIO
+            raise OSError(errno.EIO, "injected")
+
+        disk.device.flush = fall_ill  # type: ignore[method-assign]
+        with pytest.raises(StorageError, match="no checkpoint was made"):
+            disk.checkpoint("monday")
+        disk.abandon()
+        sick.errno = None
+        assert tracked.checkpoints()[-1] == "monday"
+        assert trust_of(tracked.changes("monday")) is Trust.UNTRUSTED
+        with tracked.attach() as again, pytest.raises(Untrusted):
+            again.changes(since="monday")
 
 
 # --- strict ---
