@@ -6,7 +6,7 @@
 - Requests keep to the server's block sizes. Where its smallest block is larger than a byte, the rest of a
   block at either edge of a write is read and written back, while no other write is under way.
 - A broken connection is mended within `reconnect_s`, unseen (client_session.py says how, and what is kept
-  for it); after that requests fail with EIO until the server is back.
+  for it); after that requests fail with ETIMEDOUT, a guest's with EIO, until the server is back.
 - Of a far image nothing is known but its place and its size: as with a block device, **a write around us while
   nobody is attached is not noticed**. A place is an address and an export's name; another one is another image.
 """
@@ -27,7 +27,7 @@ from lmdbitmap.interfaces import Allocation, Buffer, ImageIdentity
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.client_handshake import FarExport
 from lmdbitmap.nbd.client_link import DIAL_S, WINDOW, Request, dial
-from lmdbitmap.nbd.client_session import Conversation
+from lmdbitmap.nbd.client_session import Conversation, failure
 from lmdbitmap.nbd.uri import Place, parse
 
 RECONNECT_S: Final = 30.0
@@ -37,12 +37,6 @@ KEEP_BYTES: Final = 64 << 20
 _ZERO_CHUNK: Final = 1 << 20
 _EFFECT_CHUNK: Final = 1 << 30
 """Bytes zeroed, discarded or asked about in one request."""
-_KNOWN_ERRORS: Final = frozenset(
-    (
-        nbd.NBD_EPERM, nbd.NBD_EIO, nbd.NBD_ENOMEM, nbd.NBD_EINVAL, nbd.NBD_ENOSPC, nbd.NBD_EOVERFLOW,
-        nbd.NBD_ENOTSUP,
-    )
-)  # fmt: skip
 _TOO_LONG: Final = (nbd.NBD_EINVAL, nbd.NBD_EOVERFLOW)
 _DATA: Final = Allocation(0, hole=False, zero=False)
 
@@ -177,7 +171,11 @@ class NbdDevice:
             self._conversation.do(list(requests.values()))
         except OSError as refusal:
             return dict.fromkeys(requests, refusal)
-        return {position: self._error_of(request) for position, request in requests.items() if request.error}
+        return {
+            position: failure(request, self.place.uri)
+            for position, request in requests.items()
+            if request.error
+        }
 
     def _write(self, data: Buffer, offset: int) -> None:
         view, longest = memoryview(data), self.export.maximum
@@ -311,11 +309,7 @@ class NbdDevice:
     def _do(self, request: Request) -> None:
         self._conversation.do([request])
         if request.error:
-            raise self._error_of(request)
-
-    def _error_of(self, request: Request) -> OSError:
-        """An error that the protocol does not know counts as EINVAL, as the specification demands."""
-        return _os_error(request.error if request.error in _KNOWN_ERRORS else errno.EINVAL, self.place.uri)
+            raise failure(request, self.place.uri)
 
     def _check_write(self, offset: int, length: int) -> None:
         check_range(offset, length, self.size)

@@ -49,6 +49,10 @@ _KEEPALIVE: Final = (
 """A host that vanished is noticed within some 20 s."""
 
 
+AWAY: Final = -1
+"""In place of an error of the server's: it was not there for too long."""
+
+
 class Call:
     """Requests that one thread waits for together: `turn` is released when it has to look up."""
 
@@ -66,7 +70,7 @@ class Call:
 
 
 class Request:
-    """One request and what is known of its answer. `error` is the protocol's number, 0 for success."""
+    """One request and what is known of its answer. `error` is the protocol's number, 0 for success, or `AWAY`."""
 
     __slots__ = (
         "call", "command", "cookie", "covered", "data", "error", "flags", "into", "length", "link", "mark",

@@ -6,7 +6,7 @@ change of threads that way. A thread that still sends does not lead: the server 
 
 **When the connection breaks**, the leader dials again, and what was in flight is sent once more: reads, writes
 at an offset, zeroes, trims and flushes may all be done twice. A request that was in trouble for `reconnect_s`
-fails with EIO; after that each new one tries once, and fails at once while the server has not come back.
+fails with ETIMEDOUT; after that each new one tries once, and fails at once while the server has not come back.
 
 **A flush does not lie.** A server's death may take writes with it that it had acknowledged and not flushed, and
 the flush that comes later, on a new connection, knows nothing of them. So what was acknowledged is kept until
@@ -38,7 +38,7 @@ from typing import Final
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.client_handshake import FarExport, nonsense
-from lmdbitmap.nbd.client_link import WINDOW, Call, Link, Request
+from lmdbitmap.nbd.client_link import AWAY, WINDOW, Call, Link, Request
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,12 @@ _FIRST_PAUSE_S: Final = 0.02
 _LONGEST_PAUSE_S: Final = 1.0
 _KEPT_OVERHEAD: Final = 512
 """What a kept request costs beside its data, in bytes."""
+_KNOWN_ERRORS: Final = frozenset(
+    (
+        nbd.NBD_EPERM, nbd.NBD_EIO, nbd.NBD_ENOMEM, nbd.NBD_EINVAL, nbd.NBD_ENOSPC, nbd.NBD_EOVERFLOW,
+        nbd.NBD_ENOTSUP,
+    )
+)  # fmt: skip
 _CHANGES: Final = (nbd.NBD_CMD_WRITE, nbd.NBD_CMD_WRITE_ZEROES, nbd.NBD_CMD_TRIM)
 _ANSWERED_WITH_DATA: Final = (nbd.NBD_CMD_READ, nbd.NBD_CMD_BLOCK_STATUS)
 _CHANGEABLE_FLAGS: Final = (
@@ -215,7 +221,7 @@ class Conversation:
                 flush = Request(nbd.NBD_CMD_FLUSH)
                 self.do([flush])
                 if flush.error:
-                    raise OSError(flush.error, os.strerror(flush.error), self._name)
+                    raise failure(flush, self._name)
 
     def _flush_by_the_way(self) -> None:
         with self._state:
@@ -249,7 +255,7 @@ class Conversation:
         with self._state:
             lost = [request for request in self._waiting.values() if request.since <= last_start]
             for request in lost:
-                request.error = nbd.NBD_EIO
+                request.error = AWAY
                 self._conclude(request)
         if lost:
             log.error("%s: %d requests failed: %s", self._name, len(lost), _words(why))
@@ -327,6 +333,14 @@ class Conversation:
                 finish(answered)
                 waiting.pop(answered.cookie, None)
                 left -= 1
+
+
+def failure(request: Request, place: str) -> OSError:
+    """What the caller is told: an error that the protocol does not know counts as EINVAL, as it demands."""
+    if request.error == AWAY:
+        return TimeoutError(errno.ETIMEDOUT, "its server went away and has not come back", place)
+    number = request.error if request.error in _KNOWN_ERRORS else errno.EINVAL
+    return OSError(number, os.strerror(number), place)
 
 
 def _cost(request: Request) -> int:
