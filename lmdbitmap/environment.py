@@ -318,7 +318,7 @@ class Environment:
 
 
 class _OpenOnes:
-    """The environments that this process has open, by device and inode of their folder."""
+    """The environments that this process has open, by device and inode of their data.mdb: it may have several paths."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -334,7 +334,7 @@ open_ones = _OpenOnes()
 
 def acquire(path: str) -> Environment:
     """This process's handle for the environment in `path`, opened at the first call. `release` it."""
-    status = os.stat(path)
+    status = os.stat(_data_path(path))
     key = (status.st_dev, status.st_ino)
     with open_ones.lock:
         environment = open_ones.by_file.get(key)
