@@ -194,18 +194,18 @@ def check_on_disk(file: bytes, dirty: int | None) -> None:
         return
     believed = found.trust is not Trust.UNTRUSTED
     assert believed == (dirty is not None) == (not found.problems)
-    assert found.dirty_bytes == dirty_bytes(found.header, -1 if dirty is None else dirty)
+    expected = found.header.disk_size if dirty is None else dirty_bytes(found.header, dirty)
+    assert found.dirty_bytes == expected
     with FlatFile.open(path, writable=True) as opened:
         opened.clear_clean()
     assert export.inspect_file(path).trust is Trust.UNTRUSTED
 
 
 def dirty_bytes(header: FlatHeader, dirty: int) -> int:
-    """Of the blocks in the number `dirty`, the last of which may be short; -1 is every block."""
-    blocks = dirty & ((1 << header.bit_count) - 1)
-    last_is_dirty = header.bit_count and blocks >> (header.bit_count - 1)
+    """Of the blocks in the number `dirty`, the last of which may be short."""
+    last_is_dirty = dirty.bit_length() == header.bit_count > 0
     missing = -header.disk_size % (1 << header.granularity_bits) if last_is_dirty else 0
-    return (blocks.bit_count() << header.granularity_bits) - missing
+    return (dirty.bit_count() << header.granularity_bits) - missing
 
 
 def check_pretender(file: bytes) -> None:
