@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from lmdbitmap import bits, chain, continuity, owner, schema
+from lmdbitmap import bits, chain, continuity, owner, schema, session
 from lmdbitmap.bits import Run
-from lmdbitmap.continuity import Judge, Moment
+from lmdbitmap.continuity import Judge
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError, Untrusted
 from lmdbitmap.extents import Extent, Trust, with_zeroes
 from lmdbitmap.geometry import REGION_BLOCKS, REGION_BYTES, Geometry
@@ -267,16 +267,22 @@ def open_period_standing(store: Store, disk: Disk, persisted: bool = False) -> S
         return Standing(
             Trust.UNTRUSTED, "it is attached in deferred mode: its owner's memory knows what is dirty"
         )
-    return _judged_standing(disk, path, continuity.judge_held if is_owned else continuity.judge)
+    return _judged_standing(store, disk, continuity.judge_held if is_owned else continuity.judge)
 
 
-def _judged_standing(disk: Disk, owner_path: str, judge: Judge) -> Standing:
+def _judged_standing(store: Store, disk: Disk, judge: Judge) -> Standing:
+    """The sign of life is read before the image is looked at: a living owner goes on with both meanwhile.
+
+    A block device is not flushed before: that might take the news of an error from its next owner. Whoever wrote
+    it and has closed it had it flushed by the kernel.
+    """
+    beat = owner.last_beat(store.owner_path(disk.uuid))
     try:
-        identity = _identity(disk, judge)
+        session.refuse_own_ground(store, disk.image)
+        image = _identity(disk, judge)
     except LmdbitmapError as error:
         return Standing(Trust.UNTRUSTED, f"its image cannot be looked at ({error.problem})")
-    moment = Moment(owner.boot_id(), owner.boot_time_ns())
-    verdict = judge(disk, identity, owner.last_beat(owner_path), moment)
+    verdict = judge(disk, image, beat, session.present(store))
     if verdict.broken is not None:
         return Standing(Trust.UNTRUSTED, verdict.broken)
     return Standing(Trust.SUPERSET, verdict.superset) if verdict.superset else EXACT

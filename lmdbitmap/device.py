@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from lmdbitmap import linux
+from lmdbitmap import kernel, linux
 from lmdbitmap.errors import InvalidArgument, os_errors_at
 from lmdbitmap.geometry import MAX_SIZE, ceil_div, check_range
 from lmdbitmap.image_locks import lock_image
@@ -97,11 +97,13 @@ class FileDevice:
     def identity(self) -> ImageIdentity:
         """What the image is now, asked afresh.
 
-        A block device has a number and a size only: its node's inode and mtime say nothing about its data.
+        A block device has a number, a size and what the kernel counts: its node's inode and mtime say nothing
+        about its data.
         """
         status = os.fstat(self._fd)
         if self.is_block_device:
-            return ImageIdentity(status.st_rdev, 0, os.lseek(self._fd, 0, os.SEEK_END), 0)
+            size, trace = os.lseek(self._fd, 0, os.SEEK_END), kernel.device_trace(status.st_rdev)
+            return ImageIdentity(status.st_rdev, 0, size, 0, trace)
         return ImageIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
     def pread(self, length: int, offset: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 
 from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import InvalidArgument
@@ -32,11 +33,24 @@ def lasting_name(image: str) -> str:
         place = uri.parse(image)
         path = place.socket_path and _real_path(place.socket_path)
         return uri.parse(place._replace(socket_path=path).uri).uri
-    return _real_path(image)
+    return _lasting_path(image)
+
+
+def _lasting_path(image: str) -> str:
+    """A file without the links on the way; a block device as it was called.
+
+    Devices are numbered anew at each boot, and what stays are the links to them (/dev/disk/by-id, /dev/vg/lv).
+    """
+    path = _real_path(image)
+    is_block_device = os.path.exists(path) and stat.S_ISBLK(os.stat(path).st_mode)
+    return _as_text(os.path.abspath(image)) if is_block_device else path
 
 
 def _real_path(image: str) -> str:
-    path = os.path.realpath(image)
+    return _as_text(os.path.realpath(image))
+
+
+def _as_text(path: str) -> str:
     try:
         path.encode()
     except UnicodeEncodeError as error:

@@ -17,13 +17,46 @@ class Allocation(NamedTuple):
     zero: bool
 
 
+class DeviceTrace(NamedTuple):
+    """What the kernel knows of a block device in one boot: it changes with every write, and with the device."""
+
+    boot_id: str
+    disk_sequence: int
+    sectors_written: int
+    label: str
+
+
 class ImageIdentity(NamedTuple):
-    """What stays the same while nobody else writes an image. No ctime: a chown changes it."""
+    """What stays the same while nobody else writes an image. No ctime: a chown changes it.
+
+    A block device has its number for `device`, and 0 for `inode` and `mtime_ns`. Its `trace` is None where the
+    kernel does not say enough.
+    """
 
     device: int
     inode: int
     size: int
     mtime_ns: int
+    trace: DeviceTrace | None = None
+
+    @property
+    def is_block_device(self) -> bool:
+        return self.inode == 0
+
+    @property
+    def last_change(self) -> tuple[int, int]:
+        """What a write changes: the mtime, and the sectors written."""
+        return self.mtime_ns, 0 if self.trace is None else self.trace.sectors_written
+
+
+class StoreMark(NamedTuple):
+    """Which file a store's database is, and the number of its newest transaction.
+
+    A copy is another file. An old copy, put back, has not come so far.
+    """
+
+    inode: int
+    transaction: int
 
 
 class BlockDevice(Protocol):
@@ -66,7 +99,10 @@ class TrackableDevice(BlockDevice, Protocol):
     """An image whose continuity can be proved."""
 
     def identity(self) -> ImageIdentity:
-        """What the image is at this moment; `mtime_ns` 0 where it says nothing."""
+        """What the image is at this moment; `mtime_ns` 0 where it says nothing.
+
+        Of a block device, what was written and not flushed does not show yet.
+        """
         ...
 
 

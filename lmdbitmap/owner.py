@@ -17,32 +17,41 @@ import fcntl
 import os
 import struct
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 from zlib import crc32
 
 from lmdbitmap import files
 from lmdbitmap.errors import Busy, os_errors_at
+from lmdbitmap.interfaces import StoreMark
+from lmdbitmap.kernel import boot_id as boot_id
+from lmdbitmap.kernel import boot_time_ns as boot_time_ns
 
 _RECORD_BYTES = 512
 _PAGE_BYTES = 4096
 _BEAT_OFFSET = 0
 _DISTRUST_OFFSET = _PAGE_BYTES
-_BEAT = struct.Struct("<8s36sqq")
-_BEAT_MAGIC = b"LDBMbeat"
+_BEAT = struct.Struct("<8s36sqqQQQ")
+_BEAT_MAGIC = b"LDBMlife"
 _DISTRUST = struct.Struct("<8sqH")
 _TRUST_MAGIC = b"LDBMgood"
 _DISTRUST_MAGIC = b"LDBMlost"
 _LOCK_TRIES = 5
 _LOCK_PAUSE_S = 0.02
-_BOOT_ID_PATH = "/proc/sys/kernel/random/boot_id"
+UNMARKED = StoreMark(0, 0)
 
 
 class Beat(NamedTuple):
-    """The image's mtime as its rightful owner saw it at `time_ns`, in Unix nanoseconds."""
+    """The image's mtime as its rightful owner saw it at `time_ns`, in Unix nanoseconds, and how the store stood.
+
+    A block device has no mtime, but the kernel counts the sectors that were written.
+    """
 
     boot_id: str
     time_ns: int
     mtime_ns: int
+    sectors_written: int = 0
+    store: StoreMark = UNMARKED
 
 
 class Distrust(NamedTuple):
@@ -64,8 +73,10 @@ def last_beat(path: str) -> Beat | None:
     record = _read(path, _BEAT_OFFSET)
     if record is None:
         return None
-    magic, boot_id, time_ns, mtime_ns = _BEAT.unpack_from(record)
-    return Beat(boot_id.decode("ascii", "replace"), time_ns, mtime_ns) if magic == _BEAT_MAGIC else None
+    magic, boot, time_ns, mtime_ns, sectors, *store = _BEAT.unpack_from(record)
+    if magic != _BEAT_MAGIC:
+        return None
+    return Beat(boot.decode("ascii", "replace"), time_ns, mtime_ns, sectors, StoreMark(*store))
 
 
 def distrust(path: str) -> Distrust | None:
@@ -93,18 +104,22 @@ def is_owned(path: str) -> bool:
 
 
 class Owner:
-    """The lock on one disk, and the pen that goes with it. Raises `Busy` while another holds it."""
+    """The lock on one disk, and the pen that goes with it. Raises `Busy` while another holds it.
 
-    def __init__(self, path: str) -> None:
+    `store_mark` tells how the store stands, for the beats.
+    """
+
+    def __init__(self, path: str, store_mark: Callable[[], StoreMark] = lambda: UNMARKED) -> None:
         if not os.path.exists(path):
             create(path, Distrust(0, "the owner's file of this disk was missing"))
         self._lock = _lock_patiently(path)
         self._path = path
+        self._store_mark = store_mark
 
-    def beat(self, time_ns: int, mtime_ns: int, *, durable: bool = False) -> None:
+    def beat(self, time_ns: int, mtime_ns: int, sectors_written: int = 0, *, durable: bool = False) -> None:
         """Leave a sign of life. One small write into the page cache, unless it has to be durable on return."""
         boot = boot_id().encode("ascii")
-        record = _BEAT.pack(_BEAT_MAGIC, boot, time_ns, mtime_ns)
+        record = _BEAT.pack(_BEAT_MAGIC, boot, time_ns, mtime_ns, sectors_written, *self._store_mark())
         with os_errors_at(self._path):
             os.pwrite(self._lock.fd, _sealed(record), _BEAT_OFFSET)
             if durable:
@@ -141,19 +156,6 @@ def _lock_patiently(path: str) -> files.LockedFile:
         except Busy:
             time.sleep(_LOCK_PAUSE_S)
     return files.lock_file(path)
-
-
-def boot_id() -> str:
-    """What the kernel calls this boot; a beat of another boot was followed by a crash or a restart."""
-    with open(_BOOT_ID_PATH, encoding="ascii") as source:
-        return source.read().strip()
-
-
-def boot_time_ns() -> int:
-    """When this boot began, in Unix nanoseconds."""
-    with open("/proc/stat", encoding="ascii") as source:
-        seconds = next(line.split()[1] for line in source if line.startswith("btime "))
-    return int(seconds) * 1_000_000_000
 
 
 def _trust_record(why: Distrust | None) -> bytes:

@@ -26,9 +26,10 @@ import msgpack
 
 from lmdbitmap.errors import FormatError, InvalidArgument
 from lmdbitmap.geometry import REGION_BYTES, Geometry
-from lmdbitmap.interfaces import ImageIdentity
+from lmdbitmap.interfaces import DeviceTrace, ImageIdentity
 
 SCHEMA_VERSION = 1
+"""Of every description but a disk's, which says its own."""
 STORE_MAGIC = "lmdbitmap store"
 
 MAX_NAME_BYTES = 1023
@@ -103,15 +104,21 @@ class StoreHeader:
     """The record that makes a folder a store."""
 
     what: ClassVar[str] = "store header"
+    schema: ClassVar[int] = SCHEMA_VERSION
     magic: str
     uuid: UUID
 
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """A tracked image. `session` is set while an owner is attached: the clean flag, inverted."""
+    """A tracked image. `session` is set while an owner is attached: the clean flag, inverted.
+
+    Schema 1 had no `trace` in the identity. Read as None, it makes a block device untrusted, and a file no less
+    trusted than it was.
+    """
 
     what: ClassVar[str] = "disk description"
+    schema: ClassVar[int] = 2
     uuid: UUID
     name: str
     image: str
@@ -139,6 +146,7 @@ class Checkpoint:
     """A named, durable point in time; its bitmap records what changed from it to the next one."""
 
     what: ClassVar[str] = "checkpoint description"
+    schema: ClassVar[int] = SCHEMA_VERSION
     disk: UUID
     sequence: int
     name: str
@@ -153,6 +161,7 @@ class Bitmap:
     """A set of region records. A reason in `all_dirty` makes every block dirty whatever they say."""
 
     what: ClassVar[str] = "bitmap description"
+    schema: ClassVar[int] = SCHEMA_VERSION
     id: int
     uuid: UUID
     size: int
@@ -178,14 +187,16 @@ D = TypeVar("D", bound=Description)
 
 
 def encode(description: Description) -> bytes:
-    record = _encoded(description)
+    record = _encoded(description, description.schema)
     assert decode(type(description), record, place="new record") == description
     return record
 
 
-def _encoded(description: Description) -> bytes:
+def _encoded(description: Description, version: int) -> bytes:
     fields = {f.name: _plain(getattr(description, f.name)) for f in dataclasses.fields(description)}
-    return seal(msgpack.packb({"schema": SCHEMA_VERSION, **fields}))
+    if version < description.schema and isinstance(description, Disk) and description.identity is not None:
+        fields["identity"] = list(description.identity[:-1])
+    return seal(msgpack.packb({"schema": version, **fields}))
 
 
 def seal(packed: bytes) -> bytes:
@@ -197,8 +208,10 @@ def decode(kind: type[D], data: bytes, *, place: str) -> D:
     """The description in `data`; raises `FormatError` for anything that `encode` would not have written."""
     fields = _unpack_map(kind.what, data, place)
     version = fields.pop("schema", None)
-    if version != SCHEMA_VERSION:
-        raise _error(kind.what, place, f"schema {SCHEMA_VERSION}", _shown(version))
+    if not isinstance(version, int) or not 1 <= version <= kind.schema:
+        raise _error(kind.what, place, f"schema {kind.schema} or older", _shown(version))
+    if kind is Disk and version == 1 and isinstance(fields.get("identity"), list):
+        fields["identity"].append(None)
     annotations = {f.name: str(f.type) for f in dataclasses.fields(kind)}
     if set(fields) != set(annotations):
         odd = sorted(str(name) for name in set(fields) ^ set(annotations))
@@ -214,7 +227,7 @@ def decode(kind: type[D], data: bytes, *, place: str) -> D:
         raise _error(kind.what, place, "a possible size and granularity", error.problem) from error
     if isinstance(description, Disk):
         _check_modes(description, place)
-    if _encoded(description) != data:
+    if _encoded(description, int(version)) != data:
         raise _error(kind.what, place, "its fields in their own order, once and in short", "other bytes")
     return description
 
@@ -245,7 +258,9 @@ def _unpack_map(what: str, data: bytes, place: str) -> dict[Any, Any]:
 def _plain(value: object) -> object:
     if isinstance(value, UUID):
         return value.bytes
-    return list(value) if isinstance(value, ImageIdentity) else value
+    if isinstance(value, ImageIdentity):
+        return [*value[:-1], None if value.trace is None else list(value.trace)]
+    return value
 
 
 def _typed(what: str, place: str, name: str, annotation: str, value: object) -> object:
@@ -255,8 +270,8 @@ def _typed(what: str, place: str, name: str, annotation: str, value: object) -> 
         return None
     if kind == "UUID" and isinstance(value, bytes) and len(value) == 16:
         return UUID(bytes=value)
-    if kind == "ImageIdentity" and isinstance(value, list) and [type(item) for item in value] == [int] * 4:
-        return ImageIdentity(*value)
+    if kind == "ImageIdentity" and isinstance(value, list) and (identity := _identity(value)) is not None:
+        return identity
     if (kind == "int" and type(value) is int and value >= 0) or (kind == "str" and type(value) is str):
         return value
     raise _error(what, place, f"{name} of type {annotation}", _shown(value))
@@ -267,6 +282,17 @@ def _shown(value: object) -> str:
     if isinstance(value, (dict, list)):
         return f"a {type(value).__name__} of {len(value)}"
     return ascii(value)[:80]
+
+
+def _identity(value: list[Any]) -> ImageIdentity | None:
+    if [type(item) for item in value[:4]] != [int] * 4 or len(value) != 5:
+        return None
+    device, inode, size, mtime_ns, trace = value
+    if isinstance(trace, list) and [type(item) for item in trace] == [str, int, int, str]:
+        trace = DeviceTrace(*trace)
+    elif trace is not None:
+        return None
+    return ImageIdentity(device, inode, size, mtime_ns, trace)
 
 
 def _error(what: str, place: str, expected: str, found: object) -> FormatError:

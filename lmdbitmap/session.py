@@ -14,12 +14,20 @@ import time
 from collections.abc import Callable, Iterator
 from uuid import UUID, uuid4
 
-from lmdbitmap import chain, continuity, owner, schema
+from lmdbitmap import chain, continuity, kernel, owner, schema
 from lmdbitmap.continuity import Moment, Verdict
-from lmdbitmap.errors import Busy, NotFound, StorageError, Untrusted
+from lmdbitmap.errors import (
+    AlreadyExists,
+    Busy,
+    InvalidArgument,
+    NotFound,
+    StorageError,
+    Untrusted,
+    os_errors_at,
+)
 from lmdbitmap.flushing import forget_unwritten, unflushed
-from lmdbitmap.image import lasting_name, open_image
-from lmdbitmap.interfaces import ImageIdentity, TrackableDevice
+from lmdbitmap.image import is_far, lasting_name, open_image
+from lmdbitmap.interfaces import ImageIdentity, StoreMark, TrackableDevice
 from lmdbitmap.owner import Owner
 from lmdbitmap.schema import Disk
 from lmdbitmap.store import Reader, Store, Writer
@@ -60,7 +68,7 @@ def owning(store: Store, name: str, open_device: OpenDevice = open_image) -> Ite
     try:
         with store.read() as reader:
             disk = _existing(reader, disk_uuid)
-        held = Held(disk, lock, open_device(disk.image))
+        held = Held(disk, lock, _opened(store, disk, open_device))
     except BaseException:
         lock.close()
         raise
@@ -71,13 +79,42 @@ def owning(store: Store, name: str, open_device: OpenDevice = open_image) -> Ite
             held.close()
 
 
+def _opened(store: Store, disk: Disk, open_device: OpenDevice) -> TrackableDevice:
+    refuse_own_ground(store, disk.image)
+    try:
+        return open_device(disk.image)
+    except NotFound as error:
+        if is_far(disk.image):
+            raise
+        raise NotFound(
+            f"the image of disk {disk.name!r}, {disk.image}, does not exist any more",
+            next_step="put it back, or leave a symbolic link there to where it went;"
+            f" `lmdbitmap rm {disk.name}` if it is gone for good",
+        ) from error
+
+
+def refuse_own_ground(store: Store, image: str) -> None:
+    """Raise `InvalidArgument` for an image on which the store itself lies."""
+    try:
+        circular = kernel.is_kept_in(store.path, image)
+    except (OSError, ValueError):
+        return  # no such image, or no path: whoever opens it says so
+    if circular:
+        raise InvalidArgument(
+            f"the store {store.path} lies on a file system inside {image}: each commit would write to the image,"
+            " and each write to the image needs a commit",
+            next_step="keep the store on another disk (--store)",
+        )
+
+
 def begin(store: Store, held: Held) -> Disk:
     """Judge continuity and commit what follows from it: the session, and a new epoch if need be.
 
     The caller beats only after this. A beat before the commit could vouch, after a crash between the two,
     for an image that was just found to be a stranger's.
     """
-    return _resume(store, held, session=uuid4())
+    _flush_block_device(held)
+    return _resume(store, held, settled_identity(held.device), session=uuid4())
 
 
 def reconcile(store: Store, held: Held) -> Disk:
@@ -86,11 +123,29 @@ def reconcile(store: Store, held: Held) -> Disk:
     Nobody writes while it is held, so a death then costs nothing, in deferred mode neither. The image is
     flushed first, as at a detach: what the identity vouches for must survive a power cut.
     """
+    _flush(held)
+    disk = _resume(store, held, identity_to_keep(held.device), session=None)
+    _leave_sign_of_life(held, disk)
+    return disk
+
+
+def _leave_sign_of_life(held: Held, disk: Disk) -> None:
+    """As a session does, for what only a sign of life tells of the image: see `continuity.judge`."""
+    assert disk.identity is not None
+    held.lock.beat(time.time_ns(), *disk.identity.last_change, durable=True)
+
+
+def _flush_block_device(held: Held) -> None:
+    """The kernel counts what has reached a block device: before it is asked, all has to."""
+    if held.device.identity().is_block_device:
+        _flush(held)
+
+
+def _flush(held: Held) -> None:
     try:
         held.device.flush()
     except OSError as error:
         raise _cannot_vouch(held, error) from error
-    return _resume(store, held, session=None)
 
 
 def _cannot_vouch(held: Held, error: OSError) -> StorageError:
@@ -101,9 +156,9 @@ def _cannot_vouch(held: Held, error: OSError) -> StorageError:
     return failure
 
 
-def _resume(store: Store, held: Held, *, session: UUID | None) -> Disk:
-    identity, distrust = identity_to_keep(held.device), held.lock.distrust()
-    verdict = Verdict(broken=distrust.reason) if distrust else _judge(held)
+def _resume(store: Store, held: Held, identity: ImageIdentity, *, session: UUID | None) -> Disk:
+    distrust = held.lock.distrust()
+    verdict = Verdict(broken=distrust.reason) if distrust else _judge(store, held)
 
     def commit(writer: Writer) -> Disk:
         disk = _existing(writer, held.disk.uuid)
@@ -124,10 +179,23 @@ def _resume(store: Store, held: Held, *, session: UUID | None) -> Disk:
 
 
 def identity_to_keep(device: TrackableDevice) -> ImageIdentity:
+    """The image's identity, when it is to be compared with much later: it survives a power cut, mtime included.
+
+    The data was flushed before. But that (fdatasync) leaves the mtime in memory for half a minute, and a power
+    cut would set it back, as if an older image had been put there.
+    """
+    identity = settled_identity(device)
+    if device.fd is not None:
+        os.fsync(device.fd)
+    return identity
+
+
+def settled_identity(device: TrackableDevice) -> ImageIdentity:
     """The image's identity, once the clock that files' times are taken from shows a later time than its mtime.
 
     That clock stands still for milliseconds, or for two seconds on some file systems: a stranger's write in
-    the moment of our last one would leave the same mtime. Nobody may write through us meanwhile.
+    the moment of our last one would leave the same mtime. Nobody may write through us meanwhile, and a block
+    device was flushed.
     """
     identity = device.identity()
     step_ns = _LONGEST_STEP_NS if identity.mtime_ns % _SECOND_NS == 0 else 1
@@ -136,9 +204,19 @@ def identity_to_keep(device: TrackableDevice) -> ImageIdentity:
     return identity
 
 
-def _judge(held: Held) -> Verdict:
-    moment = Moment(owner.boot_id(), owner.boot_time_ns())
-    return continuity.judge(held.disk, held.device.identity(), held.lock.last_beat(), moment)
+def present(store: Store) -> Moment:
+    """This moment, to judge in. Take it last: what it is compared with goes on meanwhile."""
+    return Moment(owner.boot_id(), owner.boot_time_ns(), time.time_ns(), _mark_of(store))
+
+
+def _mark_of(store: Store) -> StoreMark:
+    with store.read() as reader, os_errors_at(store.data_path):
+        return StoreMark(os.stat(store.data_path).st_ino, reader.transaction)
+
+
+def _judge(store: Store, held: Held) -> Verdict:
+    beat, image = held.lock.last_beat(), held.device.identity()
+    return continuity.judge(held.disk, image, beat, present(store))
 
 
 def adopt(store: Store, name: str, *, open_device: OpenDevice = open_image) -> Disk:
@@ -148,8 +226,11 @@ def adopt(store: Store, name: str, *, open_device: OpenDevice = open_image) -> D
     """
     with owning(store, name, open_device) as held:
         _require_bits(held)
+        _flush_block_device(held)
         identity = identity_to_keep(held.device)
-        return store.update(lambda writer: _adopt(writer, held.disk, identity.size, identity=identity))
+        disk = store.update(lambda writer: _adopt(writer, held.disk, identity.size, identity=identity))
+        _leave_sign_of_life(held, disk)
+    return disk
 
 
 def _require_bits(held: Held) -> None:
@@ -187,7 +268,9 @@ def add(
     somebody writes.
     """
     image = lasting_name(image)
+    refuse_own_ground(store, image)
     with contextlib.closing(open_device(image)) as device:
+        _refuse_tracked(store, image)
         identity = device.identity()
         files_made: list[str] = []
 
@@ -213,6 +296,15 @@ def _remove_all(paths: list[str]) -> None:
             os.unlink(path)
 
 
+def _refuse_tracked(store: Store, image: str) -> None:
+    with store.read() as reader:
+        for other in reader.disks():
+            if os.path.realpath(other.image) == os.path.realpath(image):
+                raise AlreadyExists(
+                    f"{image} is tracked already, as {other.name!r}", next_step="use that disk"
+                )
+
+
 def remove(store: Store, name: str) -> None:
     """Stop tracking; the image is not touched, nor even needed. Raises `Busy` while it is owned."""
     with store.read() as reader:
@@ -224,7 +316,7 @@ def remove(store: Store, name: str) -> None:
 
 def _own(store: Store, name: str, disk_uuid: UUID) -> Owner:
     try:
-        return Owner(store.owner_path(disk_uuid))
+        return Owner(store.owner_path(disk_uuid), lambda: _mark_of(store))
     except Busy as error:
         raise Busy(
             f"disk {name!r} is attached by another process, or by another part of this one",

@@ -450,6 +450,11 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def data_path(self) -> str:
+        """The environment's file. For looking at from outside: nobody but LMDB may open it."""
+        return os.path.join(self.path, "lmdb", "data.mdb")
+
     def owner_path(self, disk_uuid: UUID) -> str:
         return os.path.join(self.path, "owners", str(disk_uuid))
 

@@ -45,8 +45,8 @@ class Voucher:
         """Leave a sign of life, the first one durably, unless silence has to say that we lost track."""
         with self._changing:  # no beat is under way while silence begins
             if self._beating:
-                mtime_ns = self._device.identity().mtime_ns
-                self._owner.beat(time.time_ns(), mtime_ns, durable=not self._has_beaten)
+                now_ns, change = time.time_ns(), self._device.identity().last_change
+                self._owner.beat(now_ns, *change, durable=not self._has_beaten)
                 self._has_beaten = True
 
     def lose_track(self, reason: str) -> None:

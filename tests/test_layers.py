@@ -44,6 +44,7 @@ FLOORS: dict[str, float] = {
     "nbd.control_wire": 1.5,
     # 2 resources: files, devices, sockets, the store
     "linux": 2,
+    "kernel": 2,
     "image_locks": 2,
     "files": 2.2,
     "device": 2.5,

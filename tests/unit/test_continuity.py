@@ -9,7 +9,7 @@ from uuid import UUID
 import pytest
 
 from lmdbitmap.continuity import Moment, Verdict, judge, judge_held
-from lmdbitmap.interfaces import ImageIdentity
+from lmdbitmap.interfaces import DeviceTrace, ImageIdentity, StoreMark
 from lmdbitmap.owner import Beat
 from lmdbitmap.schema import DEFERRED, GUEST_FIRST, WRITE_AHEAD, Disk
 
@@ -17,12 +17,15 @@ S = 1_000_000_000
 MIB = 1 << 20
 THIS_BOOT, EARLIER_BOOT = "this boot", "an earlier boot"
 BOOT_TIME = 1000 * S
-NOW = Moment(THIS_BOOT, BOOT_TIME)
+STORE = StoreMark(inode=5, transaction=100)
+NOW = Moment(THIS_BOOT, BOOT_TIME, 2020 * S, STORE)
 SESSION = UUID(int=7)
 
 LEFT = ImageIdentity(device=1, inode=2, size=MIB, mtime_ns=2000 * S)
 """The image as it was at a clean detach, or when the session began."""
-BLOCK_DEVICE = ImageIdentity(device=1, inode=0, size=MIB, mtime_ns=0)
+BLOCK_DEVICE = ImageIdentity(1, 0, MIB, 0, DeviceTrace(THIS_BOOT, 40, 1000, "vol-1"))
+"""The same of a block device: 1000 sectors were written."""
+BEFORE_BOOT = BLOCK_DEVICE._replace(trace=DeviceTrace(EARLIER_BOOT, 70, 90000, "vol-1"))
 
 
 def disk(**changes: object) -> Disk:
@@ -35,11 +38,21 @@ def disk(**changes: object) -> Disk:
 
 
 def at(mtime_s: float, **changes: int) -> ImageIdentity:
-    return LEFT._replace(mtime_ns=int(mtime_s * S), **changes)
+    return LEFT._replace(mtime_ns=int(mtime_s * S), **changes)  # type: ignore[arg-type]
 
 
-def beat(time_s: float, mtime_s: float, boot: str = THIS_BOOT) -> Beat:
-    return Beat(boot, int(time_s * S), int(mtime_s * S))
+def beat(time_s: float, mtime_s: float, boot: str = THIS_BOOT, store: StoreMark = STORE) -> Beat:
+    return Beat(boot, int(time_s * S), int(mtime_s * S), store=store)
+
+
+def device(**changes: object) -> ImageIdentity:
+    """The block device as it is now."""
+    assert BLOCK_DEVICE.trace is not None
+    return BLOCK_DEVICE._replace(trace=BLOCK_DEVICE.trace._replace(**changes))  # type: ignore[arg-type]
+
+
+def device_beat(sectors: int, time_s: float = 2010, boot: str = THIS_BOOT, store: StoreMark = STORE) -> Beat:
+    return Beat(boot, int(time_s * S), 0, sectors, store)
 
 
 # --- after a clean detach ---
@@ -50,7 +63,9 @@ def beat(time_s: float, mtime_s: float, boot: str = THIS_BOOT) -> Beat:
     [
         (LEFT, None),
         (at(2000.000000001), "written"),
-        (at(1999), "written"),
+        (at(1999), "went back"),
+        (at(0), "went back"),
+        (at(9e9), "written"),
         (LEFT._replace(size=MIB + 1), "size"),
         (LEFT._replace(size=0), "size"),
         (LEFT._replace(inode=3), "another file"),
@@ -74,13 +89,6 @@ def test_image_that_was_never_seen_cannot_be_trusted() -> None:
         assert "never" in str(judge(disk(identity=None, session=session), LEFT, None, NOW).broken)
 
 
-def test_block_device_shows_its_number_and_size_only() -> None:
-    tracked = disk(identity=BLOCK_DEVICE)
-    assert judge(tracked, BLOCK_DEVICE, None, NOW) == Verdict()
-    assert judge(tracked, BLOCK_DEVICE._replace(device=9), None, NOW).broken
-    assert judge(tracked, BLOCK_DEVICE._replace(size=512), None, NOW).broken
-
-
 # --- after a crash, and while somebody holds the disk ---
 
 Case: TypeAlias = tuple[ImageIdentity, "Beat | None", bool]
@@ -94,6 +102,9 @@ SAME_BOOT: list[Case] = [
     (at(2005), beat(2010, 2006), False),  # replaced by an older one
     (at(2500), beat(2010, 2500), True),  # the clock was set back while it was attached
     (at(2501), beat(2010, 2500), False),
+    (at(2010.3), beat(2010, 2500), False),  # it was set back just now
+    (at(2007.9), beat(2010, 2005), False),  # written under a clock that was set back since the owner died
+    (at(2008), beat(2010, 2005), True),  # or by the owner, on a file system whose clock goes in steps
     (at(2010), None, False),
     (at(2010, size=MIB + 1), beat(2010, 2010), False),
     (at(2010, inode=3), beat(2010, 2010), False),
@@ -109,6 +120,9 @@ AFTER_A_POWER_CUT: list[Case] = [
     (at(961), beat(900, 900, EARLIER_BOOT), False),
     (at(845), beat(900, 900, EARLIER_BOOT), True),  # the image's are
     (at(839), beat(900, 900, EARLIER_BOOT), False),
+    (at(640), beat(900, 700, EARLIER_BOOT), True),
+    (at(800), beat(900, 700, EARLIER_BOOT), False),  # neither before the last beat nor after it
+    (at(899), beat(900, 700, EARLIER_BOOT), True),
     (at(1001), beat(999, 999, EARLIER_BOOT), False),  # written in this boot, when nobody was attached
 ]
 
@@ -126,14 +140,6 @@ def test_image_must_be_what_the_last_sign_of_life_vouches_for(
         assert (verdict.superset is not None) == (holds and holding == "after a crash")
 
 
-@pytest.mark.parametrize(
-    ("last_beat", "holds"), [(beat(2010, 0), True), (beat(900, 0, EARLIER_BOOT), True), (None, False)]
-)
-def test_crash_on_a_block_device_is_believed_if_there_was_a_beat(last_beat: Beat | None, holds: bool) -> None:
-    verdict = judge(disk(session=SESSION, identity=BLOCK_DEVICE), BLOCK_DEVICE, last_beat, NOW)
-    assert (verdict.broken is None) == holds
-
-
 @pytest.mark.parametrize("size", [MIB, 2 * MIB])
 def test_either_size_is_right_while_a_resize_is_under_way(size: int) -> None:
     resizing = disk(session=SESSION, size=2 * MIB, resizing_from=MIB)
@@ -145,3 +151,111 @@ def test_deferred_bits_do_not_survive_a_crash_and_live_while_their_owner_does() 
     attached = disk(session=SESSION, durability=DEFERRED)
     assert "deferred" in str(judge(attached, LEFT, beat(2010, 2000), NOW).broken)
     assert judge_held(attached, at(2010), beat(2010, 2010), NOW) == Verdict()
+
+
+@pytest.mark.parametrize(
+    ("image", "last_beat", "said"),
+    [
+        (at(2010), beat(2010, 2010, store=StoreMark(6, 100)), None),  # moved, and nothing is missing
+        (at(2010), beat(2010, 2010, store=StoreMark(5, 99)), None),
+        (at(2010), beat(2010, 2010, store=StoreMark(5, 101)), "put back from a copy"),
+        (LEFT, beat(2010, 2000, store=StoreMark(5, 101)), "put back from a copy"),
+    ],
+)
+def test_store_that_has_seen_less_than_its_owner_knows_nothing(
+    image: ImageIdentity, last_beat: Beat, said: str | None
+) -> None:
+    verdict = judge(disk(session=SESSION), image, last_beat, NOW)
+    assert (said is None and verdict.broken is None) or str(said) in str(verdict.broken)
+    assert (
+        judge(disk(), LEFT, last_beat, NOW) == Verdict()
+    )  # after a clean detach the image itself says enough
+
+
+# --- block devices ---
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        (device(), None),
+        (device(sectors_written=1008), "4096 bytes of the block device were written while nobody tracked it"),
+        (device(disk_sequence=41), "made anew"),
+        (device(sectors_written=992), "made anew"),
+        (device(label="vol-2"), "is 'vol-2' now, and 'vol-1' was tracked"),
+        (device(label=""), "is one without a name now"),
+        (BLOCK_DEVICE._replace(device=9), "another block device"),
+        (BLOCK_DEVICE._replace(size=512), "size"),
+        (BLOCK_DEVICE._replace(trace=None), "the kernel does not tell"),
+        (LEFT, "another file"),
+    ],
+)
+@pytest.mark.parametrize("judge", [judge, judge_held])
+def test_block_device_may_not_have_been_written_since_a_clean_detach(
+    judge: object, image: ImageIdentity, said: str | None
+) -> None:
+    assert callable(judge)
+    broken = judge(disk(identity=BLOCK_DEVICE), image, None, NOW).broken
+    assert (said is None and broken is None) or str(said) in str(broken)
+
+
+def test_block_device_that_nobody_counted_then_is_not_trusted() -> None:
+    """As the store of an older version describes it."""
+    uncounted = BLOCK_DEVICE._replace(trace=None)
+    for session in (None, SESSION):
+        assert "does not tell" in str(
+            judge(disk(identity=uncounted, session=session), device(), None, NOW).broken
+        )
+
+
+@pytest.mark.parametrize(
+    ("image", "last_beat", "said"),
+    [
+        (device(), None, None),  # nobody wrote since the session began
+        (device(sectors_written=1008), None, "cannot be read"),
+        (device(sectors_written=1008), device_beat(1000, boot=EARLIER_BOOT), "cannot be read"),
+        (device(sectors_written=1008), device_beat(1008, 100), None),  # all had reached the device by then
+        (device(sectors_written=1008), device_beat(1000, 2010), None),  # its owner is started again at once
+        (device(sectors_written=1008), device_beat(1000, 1960), None),
+        (device(sectors_written=1008), device_beat(1000, 1959), "61 s ago, and nobody can tell by whom"),
+        (device(sectors_written=1008), device_beat(1000, 2021), "nobody can tell"),  # the clock was set back
+        (device(sectors_written=1008), device_beat(2000, 2010), "made anew"),
+        (device(disk_sequence=41), device_beat(1000), "made anew"),
+        (device(label="vol-2"), device_beat(1000), "'vol-2'"),
+        (device(sectors_written=1008), device_beat(1008, store=StoreMark(5, 101)), "put back from a copy"),
+        (BLOCK_DEVICE._replace(trace=None), device_beat(1000), "does not tell"),
+    ],
+)
+def test_crash_on_a_block_device_is_believed_if_nothing_or_its_restarted_owner_wrote(
+    image: ImageIdentity, last_beat: Beat | None, said: str | None
+) -> None:
+    tracked = disk(session=SESSION, identity=BLOCK_DEVICE)
+    for verdict in (judge(tracked, image, last_beat, NOW), judge_held(tracked, image, last_beat, NOW)):
+        assert (said is None and verdict.broken is None) or str(said) in str(verdict.broken)
+
+
+@pytest.mark.parametrize("session", [None, SESSION])
+@pytest.mark.parametrize(
+    ("image", "last_beat", "said"),
+    [
+        (device(sectors_written=0), device_beat(90000, 900, EARLIER_BOOT), None),
+        (device(sectors_written=8), device_beat(90000, 900, EARLIER_BOOT), "since this machine was started"),
+        (device(sectors_written=0, label="vol-2"), device_beat(90000, 900, EARLIER_BOOT), "'vol-2'"),
+        (device(sectors_written=0), None, "cannot be read"),
+        (
+            device(sectors_written=0),
+            device_beat(9, 900, EARLIER_BOOT, StoreMark(6, 100)),
+            "put back from a copy",
+        ),
+        (
+            device(sectors_written=0),
+            device_beat(9, 900, EARLIER_BOOT, StoreMark(5, 101)),
+            "put back from a copy",
+        ),
+    ],
+)
+def test_block_device_after_a_reboot_must_be_unwritten_in_this_boot(
+    session: UUID | None, image: ImageIdentity, last_beat: Beat | None, said: str | None
+) -> None:
+    broken = judge(disk(identity=BEFORE_BOOT, session=session), image, last_beat, NOW).broken
+    assert (said is None and broken is None) or str(said) in str(broken)

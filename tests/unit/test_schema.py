@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lmdbitmap import schema
 from lmdbitmap.errors import FormatError, InvalidArgument
-from lmdbitmap.interfaces import ImageIdentity
+from lmdbitmap.interfaces import DeviceTrace, ImageIdentity
 from lmdbitmap.schema import Bitmap, Checkpoint, Disk, Region, StoreHeader, decode, encode
 
 KEY = schema.region_key(3, 9)
@@ -27,7 +27,11 @@ DISK = Disk(
 )  # fmt: skip
 CHECKPOINT = Checkpoint(UUID(int=1), 4, "monday", UUID(int=5), 6, UUID(int=7), 8)
 BITMAP = Bitmap(1, UUID(int=2), 1 << 30, 16, "kept", "all", "loose", UUID(int=3), origin_time_ns=9)
-DESCRIPTIONS = [HEADER, DISK, dataclasses.replace(DISK, identity=None, session=None), CHECKPOINT, BITMAP]
+DEVICE = ImageIdentity(1, 0, 3, 0, DeviceTrace("a boot", 2**63, 7, "vol-1"))
+DESCRIPTIONS = [
+    HEADER, DISK, dataclasses.replace(DISK, identity=None, session=None),
+    dataclasses.replace(DISK, identity=DEVICE), CHECKPOINT, BITMAP,
+]  # fmt: skip
 
 
 # --- keys ---
@@ -99,7 +103,7 @@ def test_description_comes_back(description: Any) -> None:
 @pytest.mark.parametrize("description", DESCRIPTIONS, ids=lambda description: type(description).__name__)
 def test_missing_unknown_and_mistyped_fields_are_refused(description: Any) -> None:
     fields = msgpack.unpackb(encode(description)[:-4])
-    lies: list[dict[Any, Any]] = [{**fields, "more": 1}, {**fields, "schema": 2}, {**fields, "schema": None}]
+    lies: list[dict[Any, Any]] = [{**fields, "more": 1}, {**fields, "schema": 3}, {**fields, "schema": 0}]
     for name in fields:
         lies.append({other: value for other, value in fields.items() if other != name})
         wrong: list[Any] = [-1, 1.5, b"short", [1], {}, True, [1, 2, 3], 2**63]
@@ -110,6 +114,25 @@ def test_missing_unknown_and_mistyped_fields_are_refused(description: Any) -> No
             decode(type(description), schema.seal(msgpack.packb(lie)), place="here")
             believed += 1
     assert believed <= len(fields)  # a number may be any number
+
+
+@pytest.mark.parametrize(
+    "identity",
+    [
+        [1, 0, 3, 0],
+        [1, 0, 3, 0, None, None],
+        [1, 0, 3, None, None],
+        [1, 0, 3, 0, []],
+        [1, 0, 3, 0, ["a boot", 2, 7]],
+        [1, 0, 3, 0, ["a boot", 2, None, "vol-1"]],
+        [1, 0, 3, 0, [5, 2, 7, "vol-1"]],
+        [1, 0, 3, 0, 5],
+    ],
+)
+def test_identity_of_another_shape_is_refused(identity: object) -> None:
+    fields = {**msgpack.unpackb(encode(DISK)[:-4]), "identity": identity}
+    with pytest.raises(FormatError):
+        decode(Disk, schema.seal(msgpack.packb(fields)), place="there")
 
 
 @pytest.mark.parametrize(

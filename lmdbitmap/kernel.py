@@ -1,0 +1,198 @@
+"""What the kernel tells in /proc and /sys: which boot this is, whether a block device was written, what lies on what.
+
+A block device has no mtime, but three things are known of it, as long as the machine runs:
+
+- `diskseq`, a number that no other disk of this boot has had: it changes with the medium, and with what is
+  behind a loop, nbd or device-mapper number (Linux 5.15);
+- `stat`, which counts the sectors that were written and discarded. It counts what reached the device: whoever
+  compares flushes the page cache first. Nothing is counted where `queue/iostats` is 0;
+- a label, where its driver has one: a serial number, a volume's uuid, the file behind a loop device.
+
+A partition is written through its own node or through the whole disk's. So what counts for it is all that the
+disk counts, less what its other partitions count. What is written beneath a device (to the file behind a loop
+device, to the disk under a volume, by another machine) is not counted.
+
+"Not known" is an answer here, never an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from typing import TypeAlias
+
+from lmdbitmap.interfaces import DeviceTrace
+
+_BOOT_ID_PATH = "/proc/sys/kernel/random/boot_id"
+_BLOCK_DEVICES = "/sys/dev/block"
+_LABELS = ("dm/uuid", "wwid", "device/wwid", "serial", "device/serial", "loop/backing_file")
+_SECTORS_WRITTEN, _SECTORS_DISCARDED = 6, 13
+_QUIET_READING_TRIES = 100
+
+
+def boot_id() -> str:
+    """What the kernel calls this boot."""
+    return _line(_BOOT_ID_PATH)
+
+
+def boot_time_ns() -> int:
+    """When this boot began, in Unix nanoseconds."""
+    with open("/proc/stat", encoding="ascii") as source:
+        seconds = next(line.split()[1] for line in source if line.startswith("btime "))
+    return int(seconds) * 1_000_000_000
+
+
+def device_trace(number: int, devices: str = _BLOCK_DEVICES) -> DeviceTrace | None:
+    """What tells whether the block device of this number was written or exchanged; None where nothing does."""
+    try:
+        node = _node(number, devices)
+        disk = os.path.dirname(node) if _is_partition(node) else node
+        if _line(f"{disk}/queue/iostats") != "1":
+            return None
+        sequence = int(_line(f"{disk}/diskseq"))
+        return DeviceTrace(boot_id(), sequence, _sectors_of(node, disk), _label_of(node, disk))
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _sectors_of(node: str, disk: str) -> int:
+    """Written and discarded. The counters are read one by one: again, until the disk's stood still meanwhile."""
+    others = [path for path in _partitions_of(disk) if path != node] if node != disk else []
+    for _ in range(_QUIET_READING_TRIES):
+        before = _sectors(disk)
+        sectors = before - sum(map(_sectors, others))
+        if not others or _sectors(disk) == before:
+            return sectors
+    raise ValueError("its neighbours are written all the time")
+
+
+def _sectors(node: str) -> int:
+    counts = _line(f"{node}/stat").split()
+    return int(counts[_SECTORS_WRITTEN]) + int(counts[_SECTORS_DISCARDED])
+
+
+def _partitions_of(disk: str) -> list[str]:
+    return [entry.path for entry in os.scandir(disk) if entry.is_dir() and _is_partition(entry.path)]
+
+
+def _is_partition(node: str) -> bool:
+    return os.path.exists(f"{node}/partition")
+
+
+def _label_of(node: str, disk: str) -> str:
+    label = next(filter(None, (_line_or_nothing(f"{disk}/{name}") for name in _LABELS)), "")
+    offset = _line_or_nothing(f"{disk}/loop/offset")
+    if offset not in ("", "0"):
+        label = f"{label} from byte {offset}"
+    return label if node == disk else f"{label} from sector {_line(f'{node}/start')}"
+
+
+# --- what lies on what ---
+
+
+Place: TypeAlias = tuple[int, int]
+"""A file as (device, inode), a block device as (its number, 0)."""
+
+
+def is_kept_in(path: str, image: str, devices: str = _BLOCK_DEVICES) -> bool:
+    """Whether `path` lies on a file system that is kept in `image`, a file or a block device.
+
+    Partitions, volumes, arrays and loop devices in between are seen through. What is behind an NBD device or
+    a FUSE file system is not. Raises `OSError` if there is no such path or image.
+    """
+    return _place_of(image) in _ground_of(path, devices)
+
+
+def _place_of(path: str) -> Place:
+    status = os.stat(path)
+    return (status.st_rdev, 0) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
+
+
+def _ground_of(path: str, devices: str) -> set[Place]:
+    """The block devices under `path`, and the files behind those that are loop devices."""
+    found: set[Place] = set()
+    todo = [(_filesystem_device(path, devices), 0)]
+    while todo:
+        place = todo.pop()
+        if place not in found:
+            found.add(place)
+            todo += _directly_under(place, devices)
+    return found
+
+
+def _directly_under(place: Place, devices: str) -> list[Place]:
+    number, inode = place
+    node = _node(number, devices)
+    if inode or not os.path.isdir(node):
+        return []
+    below = [f"{node}/slaves/{name}" for name in _names_in(f"{node}/slaves")]
+    if _is_partition(node):
+        below.append(os.path.dirname(node))
+    found = [(_parsed(_line(f"{one}/dev")), 0) for one in below]
+    backing = _line_or_nothing(f"{node}/loop/backing_file")
+    if os.path.exists(backing):
+        found += [_place_of(backing), (_filesystem_device(backing, devices), 0)]
+    return found
+
+
+def _names_in(folder: str) -> list[str]:
+    return os.listdir(folder) if os.path.isdir(folder) else []
+
+
+def _filesystem_device(path: str, devices: str) -> int:
+    """The block device of the file system that holds `path`. Some (btrfs) have a number of their own: then
+    the source of the mount says which it is."""
+    number = os.stat(path).st_dev
+    if not os.path.exists(_entry(number, devices)):
+        with contextlib.suppress(OSError):
+            return os.stat(_mount_source(path)).st_rdev or number
+    return number
+
+
+def _mount_source(path: str) -> str:
+    """What is mounted where `path` lies: of the mounts above it the deepest, and of those the last made."""
+    deepest, source = "", ""
+    real = os.path.realpath(path)
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
+        for line in mounts:
+            words = line.split()
+            point = _unescaped(words[4])
+            if len(point) >= len(deepest) and os.path.commonpath([point, real]) == point:
+                deepest, source = point, _unescaped(words[words.index("-") + 2])
+    return source
+
+
+def _unescaped(word: str) -> str:
+    """mountinfo writes blanks and backslashes as octal numbers."""
+    for code in ("040", "011", "012", "134"):
+        word = word.replace(f"\\{code}", chr(int(code, 8)))
+    return word
+
+
+# --- reading ---
+
+
+def _entry(number: int, devices: str) -> str:
+    return f"{devices}/{os.major(number)}:{os.minor(number)}"
+
+
+def _node(number: int, devices: str) -> str:
+    return os.path.realpath(_entry(number, devices))
+
+
+def _parsed(number: str) -> int:
+    major, _, minor = number.partition(":")
+    return os.makedev(int(major), int(minor))
+
+
+def _line(path: str) -> str:
+    with open(path, encoding="utf-8", errors="backslashreplace") as source:
+        return source.read().strip()
+
+
+def _line_or_nothing(path: str) -> str:
+    try:
+        return _line(path)
+    except OSError:
+        return ""
