@@ -412,7 +412,7 @@ def structural_problems(data_path: str) -> list[str]:
     )  # takes longer to import than all the rest, and is not needed for a store that is shared
 
     try:
-        found = verify.verify(data_path, subdir=False)
+        found: list[str] = verify.verify(data_path, subdir=False)  # type: ignore[no-untyped-call]
     except (verify.VerifyError, struct.error, IndexError) as error:
         return [str(error)]
     return [problem for problem in found if "overflow" not in problem and "leak" not in problem]
