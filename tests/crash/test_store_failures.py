@@ -16,17 +16,18 @@ from typing import Any
 
 import pytest
 
-from lmdbitmap import owner, schema, vouching
+from lmdbitmap import owner, schema, session, vouching
 from lmdbitmap.backup import backup
+from lmdbitmap.changes import changes
 from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import StorageError, Untrusted
 from lmdbitmap.extents import Trust
-from lmdbitmap.filter import Filter
+from lmdbitmap.filter import Filter, take_checkpoint
 from lmdbitmap.interfaces import ImageIdentity
 from lmdbitmap.manifest import BackupType
 from lmdbitmap.store import CommitInDoubt, Store
 from tests.backed_up import BackedUpDisk
-from tests.support import PATIENCE_SECONDS
+from tests.support import PATIENCE_SECONDS, make_raw_image
 from tests.tracked import NAME, TrackedDisk, blocks_of, trust_of
 
 BLOCK = 4096
@@ -353,26 +354,27 @@ def test_detach_of_an_image_that_cannot_be_flushed_is_not_clean(
             again.changes(since="start")
 
 
-def test_checkpoint_that_can_neither_be_flushed_nor_taken_back_is_not_believed(
-    tmp_path: Path, unflushable: type[Unflushable]
-) -> None:
+def test_checkpoint_that_can_neither_be_flushed_nor_taken_back_is_believed_on_no_disk(tmp_path: Path) -> None:
     with closing(TrackedDisk(tmp_path, SIZE).clean()) as tracked:
-        disk = Filter.attach(tracked.store, NAME, open_device=Unflushable.open, background=False)
+        image = make_raw_image(tmp_path / "other.raw", SIZE)
+        session.add(tracked.store, "sdb", str(image), granularity_bits=12)
+        failing, other = tracked.attach(), Filter.attach(tracked.store, "sdb", background=False)
         sick = SickStore(tracked.store)
 
         def fall_ill() -> None:
             sick.errno = errno.EIO
             raise OSError(errno.EIO, "injected")
 
-        disk.device.flush = fall_ill  # type: ignore[method-assign]
+        failing.device.flush = fall_ill  # type: ignore[method-assign]
         with pytest.raises(StorageError, match="no checkpoint was made"):
-            disk.checkpoint("monday")
-        disk.abandon()
+            take_checkpoint([failing, other], "monday")
+        failing.abandon()
+        other.abandon()
         sick.errno = None
-        assert tracked.checkpoints()[-1] == "monday"
-        assert trust_of(tracked.changes("monday")) is Trust.UNTRUSTED
-        with tracked.attach() as again, pytest.raises(Untrusted):
-            again.changes(since="monday")
+        for name in (NAME, "sdb"):
+            assert trust_of(changes(tracked.store, name, since="monday")) is Trust.UNTRUSTED
+            with Filter.attach(tracked.store, name, background=False) as again, pytest.raises(Untrusted):
+                again.changes(since="monday")
 
 
 # --- strict ---
