@@ -567,6 +567,61 @@ def test_what_was_flushed_is_not_written_again(far: FarServer) -> None:
     assert [asked.data for asked in far.asked if asked.command == WRITE] == [b"a", b"b", b"b"]
 
 
+def test_flush_promises_nothing_of_writes_that_were_acknowledged_after_it(far: FarServer) -> None:
+    flushes: list[Asked] = []
+
+    def flush_before_and_answer_after_the_write(server: FarServer, asked: Asked) -> bytes | None:
+        if asked.command == FLUSH:
+            server.reply(asked)
+            flushes.append(asked)
+            return b""
+        return server.reply(asked) + b"".join(simple(flushes.pop().cookie) for _ in range(len(flushes)))
+
+    far.behave = flush_before_and_answer_after_the_write
+    with opened(far) as device, ThreadPoolExecutor(1) as pool:
+        flush = pool.submit(device.flush)
+        far.await_requests(1)
+        device.pwrite(b"late", 0)
+        flush.result(PATIENCE_SECONDS)
+        far.crash()
+        assert device.pread(4, 0) == b"late"
+
+
+def test_what_is_written_again_is_what_was_written_and_not_what_the_buffer_holds_by_then(
+    far: FarServer,
+) -> None:
+    buffer = bytearray(b"what was written")
+    with opened(far) as device:
+        device.pwrite(memoryview(buffer), 0)
+        device.pwrite_many([(100, memoryview(buffer))])
+        buffer[:] = b"something else.."
+        far.crash()
+        assert device.pread(16, 0) == device.pread(16, 100) == b"what was written"
+
+
+def test_answer_to_what_was_not_asked_on_this_connection_is_not_believed(far: FarServer) -> None:
+    """A read and a write are in flight when the connection breaks; on the next one the write goes first."""
+
+    def answer_the_read_instead(server: FarServer, asked: Asked) -> bytes | None:
+        if asked.connection == 1:
+            if len(server.asked) == 2:
+                raise HangUp
+            return b""
+        if asked.connection == 2 and asked.command == WRITE:
+            [read] = [old for old in server.asked if old.command == READ]
+            return data_chunk(read, read.offset, read.length)
+        return None
+
+    far.data[:10] = b"true bytes"
+    far.behave = answer_the_read_instead
+    with opened(far) as device, ThreadPoolExecutor(2) as pool:
+        reading = pool.submit(device.pread, 10, 0)
+        writing = pool.submit(device.pwrite, b"x", 100)
+        assert reading.result(PATIENCE_SECONDS) == b"true bytes"
+        writing.result(PATIENCE_SECONDS)
+    assert far.handshakes == 3
+
+
 def test_writes_to_one_place_are_written_again_one_after_another(far: FarServer) -> None:
     """A server may do what is in flight in any order: the second one is sent when the first is answered."""
     alone: list[bool] = []
