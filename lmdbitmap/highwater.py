@@ -51,7 +51,7 @@ class HighWater:
     def set(self, transaction: int) -> None:
         """What was noted is known to be lost: go on from here. Durable on return."""
         self._write(transaction)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             os.fdatasync(self._fd)
 
     def _write(self, transaction: int) -> None:

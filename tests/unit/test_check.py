@@ -350,3 +350,74 @@ def test_checking_changes_nothing(store: Store, disk: Disk) -> None:
     before = check_store(store)
     assert before != []
     assert check_store(store) == before
+
+
+# --- what is lost ---
+
+
+def _lose(store: Store, database: str, key: bytes) -> None:
+    """As a damaged page might: the record goes, and nothing else knows of it."""
+
+    def lose(writer: Writer) -> None:
+        assert writer._txn.delete(key, db=writer._databases[database])
+        writer.new_bitmap_id()
+
+    store.update(lose)
+
+
+def test_a_lost_region_record_is_missed(store: Store, disk: Disk) -> None:
+    monday = _checkpoints(store, disk)[-1]
+    _lose(store, "regions", schema.region_key(monday.bitmap_id, 0))
+    found = _only(check_store(store))
+    assert found.gravity is Gravity.DAMAGE
+    assert found.place == f"bitmap {monday.bitmap_id} (checkpoint 'monday' of disk 'sda')"
+    assert "lost some" in found.problem
+    assert "counts as dirty" in found.next_step
+
+
+def test_a_region_record_that_is_older_than_it_should_be_is_missed(store: Store, disk: Disk) -> None:
+    bitmap_id = _checkpoints(store, disk)[-1].bitmap_id
+    key = schema.region_key(bitmap_id, 0)
+    older = schema.encode_region(key, 0, schema.ALL_CLEAN_BITS)
+
+    def go_back(writer: Writer) -> None:
+        assert writer._txn.put(key, older, db=writer._databases["regions"])
+        writer.new_bitmap_id()
+
+    store.update(go_back)
+    assert _only(check_store(store)).place.startswith(f"bitmap {bitmap_id}")
+
+
+def test_a_lost_stand_alone_bitmap_is_missed(store: Store) -> None:
+    store.update(
+        lambda writer: writer.put_bitmap(schema.Bitmap(writer.new_bitmap_id(), ANOTHER, MIB, 9, "kept"))
+    )
+    _lose(store, "bitmaps", schema.bitmap_key(1))
+    found = _only(check_store(store))
+    assert (found.gravity, found.place) == (Gravity.DAMAGE, f"description of bitmap {1:016x}")
+
+
+def test_a_damaged_page_is_found_before_anything_walks_over_it(store: Store, disk: Disk) -> None:
+    """All pages that ever held the record: LMDB would end the process at the first one that it comes to."""
+    data, page_bytes = Path(store.path, "lmdb", "data.mdb"), 4096
+    content, key = data.read_bytes(), schema.region_key(_checkpoints(store, disk)[-1].bitmap_id, 0)
+    starts = [at for at in range(0, len(content), page_bytes) if key in content[at : at + page_bytes]]
+    assert starts
+    with data.open("r+b") as file:
+        for start in starts:
+            file.seek(start)
+            file.write(bytes(page_bytes))
+    found = _only(check_store(store))
+    assert found.gravity is Gravity.DAMAGE
+    assert "data.mdb" in found.place
+    assert "make a new store" in found.next_step
+
+
+def test_a_store_that_went_back_needs_a_full_backup(store: Store, disk: Disk) -> None:
+    store._environment.highwater.set(10**6)
+    path = store.path
+    store.close()
+    with Store.open(path) as again:
+        found = _only(check_store(again))
+    assert found.gravity is Gravity.DISTRUST
+    assert "newest changes were lost" in found.problem

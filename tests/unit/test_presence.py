@@ -1,0 +1,89 @@
+"""Who uses a store: locks that an accident does not drop. With LMDB it is tried in crash/test_lmdb_in_the_wild.py."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+
+from lmdbitmap import presence
+from lmdbitmap.errors import Busy, StorageError
+from lmdbitmap.presence import entering
+from tests.support import run
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An environment's folder; nobody has it open, and LMDB was never there."""
+    (tmp_path / "lmdb").mkdir()
+    return tmp_path / "lmdb"
+
+
+def test_first_one_is_told_so_and_the_second_one_too(folder: Path) -> None:
+    (folder / "lock.mdb").touch()
+    with entering(str(folder)) as first:
+        first.settle()
+    fcntl.fcntl(first._lock_fd, fcntl.F_SETLK, presence._request(fcntl.F_RDLCK, 0))  # as LMDB does
+    second = f"""
+from lmdbitmap.presence import entering
+with entering({str(folder)!r}) as second:
+    print(second.is_first)
+"""
+    assert first.is_first
+    assert run("python3", "-c", second, env={"PYTHONPATH": os.getcwd()}).stdout == "False\n"
+    first.close()
+    assert run("python3", "-c", second, env={"PYTHONPATH": os.getcwd()}).stdout == "True\n"
+
+
+def test_whoever_lives_without_lmdbs_lock_keeps_others_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presence, "_LOOKS", 2)
+    with entering(str(folder)) as first:
+        pass
+    (folder / "lock.mdb").touch()
+    with pytest.raises(Busy) as refused, entering(str(folder)):
+        pass
+    assert "see what opens the store's files" in str(refused.value)
+    first.close()
+    with entering(str(folder)) as second:
+        assert second.is_first
+    second.close()
+
+
+def test_opener_that_does_not_come_to_an_end_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presence, "_TURN_TRIES", 2)
+    with entering(str(folder)) as first, pytest.raises(Busy) as refused, entering(str(folder)):
+        pass
+    assert "fuser" in str(refused.value)
+    first.close()
+
+
+def test_lost_locks_are_taken_again_once(folder: Path) -> None:
+    lock_file = folder / "lock.mdb"
+    lock_file.touch()
+    with entering(str(folder)) as here:
+        here.settle()
+    assert here.mend_locks()
+    assert not here.mend_locks()
+    lock_file.read_bytes()
+    assert here.mend_locks()
+    here.close()
+
+
+def test_failure_inside_leaves_nothing_behind(folder: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ZeroDivisionError), entering(str(folder)):
+        raise ZeroDivisionError
+    assert len(os.listdir("/proc/self/fd")) == before
+    with entering(str(folder)) as again:
+        assert again.is_first
+    again.close()
+
+
+def test_folder_that_is_not_there_is_an_error_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises((StorageError, LookupError)), entering(str(tmp_path / "file" / "lmdb")):
+        pass
