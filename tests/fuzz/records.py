@@ -12,7 +12,7 @@ import msgpack
 from lmdbitmap import owner, schema
 from lmdbitmap.errors import FormatError, InvalidArgument
 from lmdbitmap.geometry import REGION_BYTES
-from lmdbitmap.interfaces import ImageIdentity
+from lmdbitmap.interfaces import DeviceTrace, ImageIdentity
 from lmdbitmap.owner import Distrust
 from lmdbitmap.schema import ALL_DIRTY_BITS, Bitmap, Checkpoint, Description, Disk, StoreHeader
 from tests.fuzz.inputs import Input, check_words, damaged, fill_scratch_file, scratch_folder
@@ -127,7 +127,9 @@ def check_description(kind: type[Description], record: bytes) -> None:
         check_words(refusal)
         return
     assert type(found) is kind
-    assert schema.encode(found) == record
+    again = schema.encode(found)
+    assert schema.decode(kind, again, place=PLACE) == found
+    assert again == record or msgpack.unpackb(record[:-4])["schema"] < kind.schema
     if isinstance(found, Disk | Bitmap):
         assert found.geometry.block_count >= 0
 
@@ -164,7 +166,8 @@ def description(kind: type[Description], source: Input) -> Description:
     )  # fmt: skip
     if number % 4 < 2:
         return disk
-    return dataclasses.replace(disk, identity=ImageIdentity(1, 2, size, -number), session=a)
+    trace = DeviceTrace(text, number, size, text) if number % 8 < 6 else None
+    return dataclasses.replace(disk, identity=ImageIdentity(1, 2, size, -number, trace), session=a)
 
 
 # --- the owner's file ---

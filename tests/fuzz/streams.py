@@ -21,6 +21,8 @@ NAMES = (b"sda", "ß".encode(), "ß".encode("latin-1"), b"", b"nobody")
 QUERIES = (b"base:allocation", b"base:", b"lmdbitmap:", b"lmdbitmap:dirty:", b"lmdbitmap:dirty:monday", b"")
 ENDS = {0x80000000 + kind for kind in range(1, 10)} | {1}
 MOST_TEXT = 4096
+MOST_SAID = 1024
+"""Bytes of a talk that is put together, about."""
 
 
 def handshake(data: bytes) -> None:
@@ -40,7 +42,7 @@ def handshake(data: bytes) -> None:
 def haggling(source: Input) -> bytes:
     """Flags, then options whose lengths and counts are right, unless a choice says otherwise."""
     said = bytearray(struct.pack(">I", source.byte() % 5))
-    while source.left:
+    while source.left and len(said) < MOST_SAID:
         option, kind = source.byte() % 14, source.byte() % 8
         data = option_data(kind, source)
         length = len(data) if source.byte() % 16 else source.number(2)
@@ -53,7 +55,7 @@ def option_data(kind: int, source: Input) -> bytes:
         return b""
     name = source.take(source.byte() % 8) if kind == 1 else source.pick(NAMES)
     if kind == 2:
-        name *= 1 + source.number(2) % 2000
+        name *= 1 + source.number(2) % 1000
     if kind < 4:
         return name
     if kind == 4:
