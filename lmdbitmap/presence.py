@@ -145,7 +145,8 @@ def _require_unopened(lock_path: str, place: str) -> None:
             if os.path.samestat(os.stat(f"/proc/self/fd/{name}"), os.stat(lock_path)):
                 raise Busy(
                     f"store {place} is open in this process, outside of lmdbitmap",
-                    next_step="close that LMDB environment first: a process can have it open once only",
+                    next_step="close that LMDB environment first (a process can have it open once only), and fork"
+                    " only where no view of the store is open",
                 )
 
 

@@ -58,6 +58,10 @@ class Reader:
         self._databases = databases
         self._place = place
 
+    def end(self) -> None:
+        """Let go of the transaction: whoever keeps it keeps a forked child from opening the store."""
+        del self._txn
+
     @property
     def transaction(self) -> int:
         """The number of the transaction that this is a view of; a writer's is its own."""
@@ -404,8 +408,11 @@ class Store:
         """A consistent view. Do not keep it: an old view makes the store's file grow."""
         with self._alive().transaction(write=False) as txn:
             reader = Reader(txn, self._environment.databases, self.path)
-            reader.require_newest(txn.id())
-            yield reader
+            try:
+                reader.require_newest(txn.id())
+                yield reader
+            finally:
+                reader.end()
 
     def update(self, change: Callable[[Writer], T]) -> T:
         """Run `change` in one transaction and return its answer once the transaction is durable.

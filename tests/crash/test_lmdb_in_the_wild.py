@@ -146,6 +146,18 @@ def test_view_that_a_fork_inherits_says_nothing(tracked: TrackedDisk) -> None:
     assert said.startswith("StorageError")
 
 
+def test_fork_may_open_the_store_anew_unless_it_was_inside_a_view(store: Store) -> None:
+    opens = "print(Store.open(sys.argv[1]).update(lambda writer: writer.new_bitmap_id()), flush=True)"
+    for before in ("with store.read() as view:\n    view.disks()", "store.update(lambda writer: None)"):
+        said = run(sys.executable, "-c", in_a_fork(opens, before), store.path).stdout
+        assert said.strip().isdigit()
+    inside = in_a_fork(opens, "reader = store.read(); view = reader.__enter__()")
+    said = run(sys.executable, "-c", inside + "print(len(store.views()))", store.path).stdout
+    assert said.startswith("Busy")
+    assert "only where no view of the store is open" in said
+    assert said.endswith("\n1\n")
+
+
 def test_fork_commits_nothing_that_its_parent_began(store: Store) -> None:
     """In the thread that forks, inside a change; and in another one that is in the middle of it."""
     forking = f"""
