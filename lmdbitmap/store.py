@@ -147,12 +147,12 @@ class Reader:
             if cursor.set_range(schema.region_key(bitmap_id, start * GROUP_REGIONS)):
                 key = bytes(cursor.key())
                 if key.startswith(bitmap_key):
-                    found.append(int.from_bytes(key[8:], "big") // GROUP_REGIONS)
+                    found.append(int.from_bytes(key[8:16], "big") // GROUP_REGIONS)
         with self._cursor("tallies") as cursor:
             if cursor.set_range(tally.region_group_key(bitmap_key, start)):
                 key = bytes(cursor.key())
                 if key.startswith(tally.groups_of("regions") + bitmap_key):
-                    found.append(int.from_bytes(key[9:], "big"))
+                    found.append(int.from_bytes(key[9:17], "big"))
         return min((group for group in found if group >= start), default=None)
 
     def _group(self, bitmap_id: int, group: int) -> list[tuple[int, Region]]:

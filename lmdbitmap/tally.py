@@ -63,9 +63,9 @@ def of(records: Iterable[tuple[bytes, bytes]]) -> Tally:
 
 
 def group_key(database: str, key: bytes) -> bytes:
-    """The key of the tally that the record belongs to."""
+    """The key of the tally that the record belongs to. A damaged page may have keys of any length."""
     if database == "regions":
-        group = int.from_bytes(key[_ID_BYTES:], "big") // GROUP_REGIONS
+        group = int.from_bytes(key[_ID_BYTES : 2 * _ID_BYTES], "big") // GROUP_REGIONS
         return region_group_key(key[:_ID_BYTES], group)
     letter = _LETTERS[database]
     return letter if database == "meta" else letter + key[:_UUID_BYTES]

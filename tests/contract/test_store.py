@@ -625,6 +625,16 @@ def test_what_was_lost_stays_missed_whatever_is_written_later(three_groups: str,
             assert numbers(reader, 1) == [0, 1, 2, GROUP_REGIONS]
 
 
+@pytest.mark.parametrize("length", [0, 7, 9, 30])
+def test_key_of_another_length_is_a_loss_and_nothing_worse(three_groups: str, length: int) -> None:
+    key = (schema.bitmap_key(1) + b"\xff" * 30)[: length + 8] if length else b"\0"
+    tamper(three_groups, "regions", key, b"")
+    with Store.open(three_groups) as opened, opened.read() as reader:
+        found = numbers(reader, 1)
+        assert set(found) >= {group * GROUP_REGIONS + number for group in range(3) for number in range(3)}
+        assert reader.next_region(1, 2 * GROUP_REGIONS + 3) in (None, 2 * GROUP_REGIONS + 3)
+
+
 def test_tallies_go_with_what_they_count(three_groups: str) -> None:
     with Store.open(three_groups) as opened:
         with opened.read() as reader:

@@ -83,6 +83,11 @@ def test_groups_are_told_apart() -> None:
     assert tally.group_key("regions", schema.region_key(1, GROUP_REGIONS - 1)) == keys[5]
 
 
+@given(st.sampled_from(["meta", "disks", "checkpoints", "bitmaps", "regions"]), st.binary(max_size=40))
+def test_key_that_no_writer_made_belongs_to_some_group(database: str, key: bytes) -> None:
+    assert tally.group_key(database, key).startswith(tally.groups_of(database))
+
+
 @given(st.builds(Tally, st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1)), KEYS)
 def test_tally_comes_back(known: Tally, key: bytes) -> None:
     record = tally.encode(key, known)
