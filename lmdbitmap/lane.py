@@ -26,7 +26,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from lmdbitmap.bits import Run
 from lmdbitmap.errors import InvalidArgument, StorageError
@@ -41,6 +41,14 @@ _DRAIN_POLL_S = 0.0001
 _NO_FAILURES: Mapping[int, int] = {}
 _OFF_THE_DISK_OR_REFUSED = (IndexError, InvalidArgument, OSError)
 """What the fast way meets that does not look left: a negative offset, an empty write at the end, a full disk."""
+
+
+@runtime_checkable
+class WritesTogether(Protocol):
+    """A device to which many writes can be given in one call, as one that is far away."""
+
+    def pwrite_many(self, writes: Sequence[tuple[int, memoryview]]) -> Mapping[int, Exception]:
+        """Do all (offset, data) pairs, in any order; what failed, by position."""
 
 
 class Gate:
@@ -119,6 +127,7 @@ class FilterLane:
         "_gate",
         "_mark",
         "_pwrite",
+        "_pwrite_many",
         "_shift",
         "busy",
         "settled",
@@ -143,6 +152,7 @@ class FilterLane:
         self._shift = gate.geometry.granularity_bits
         self._fd = -1 if device.fd is None else device.fd
         self._pwrite = _shortest_pwrite(device)
+        self._pwrite_many = _widest_pwrite(device)
         self.settled = gate.settled
         self.size = _CLOSED
         gate.add(self)
@@ -176,6 +186,8 @@ class FilterLane:
 
     def write_many(self, writes: Sequence[tuple[int, memoryview]]) -> Mapping[int, int]:
         """Do all (offset, data) pairs; those not settled share one commit. Answers {index: errno}."""
+        if self._fd < 0:
+            return self._write_together(writes)
         unsettled: list[int] = []
         self.busy = True
         try:
@@ -204,6 +216,29 @@ class FilterLane:
         failed = self._write_slowly([writes[index] for index in unsettled])
         return {unsettled[position]: _errno_of(error) for position, error in failed.items()}
 
+    def _write_together(self, writes: Sequence[tuple[int, memoryview]]) -> Mapping[int, int]:
+        """As `write_many`, on a device that is far: it is handed at once all that may go there at once."""
+        self.busy = True
+        try:
+            settled = [
+                index for index, (offset, data) in enumerate(writes) if self._is_settled(offset, len(data))
+            ]
+            done = self._pwrite_many([writes[index] for index in settled])
+            failed = {settled[position]: error for position, error in done.items()}
+        finally:
+            self.busy = False
+        unsettled = sorted(set(range(len(writes))).difference(settled))
+        if unsettled:
+            done = self._write_slowly([writes[index] for index in unsettled])
+            failed |= {unsettled[position]: error for position, error in done.items()}
+        return {index: _errno_of(error) for index, error in failed.items()}
+
+    def _is_settled(self, offset: int, length: int) -> bool:
+        """Whether all of a range is on the disk, not empty, and durably dirty."""
+        if offset < 0 or length == 0 or offset + length > self.size:
+            return False
+        return self.settled.find(0, offset >> self._shift, ((offset + length - 1) >> self._shift) + 1) < 0
+
     # -- slow ----------------------------------------------------------------------------------------------
 
     def _write_slowly(self, writes: Sequence[tuple[int, memoryview]]) -> dict[int, Exception]:
@@ -221,13 +256,22 @@ class FilterLane:
                 self._mark(list(runs.values()))
             except StorageError as error:
                 return failed | dict.fromkeys(runs, error)
-            for position in runs:
-                offset, data = writes[position]
-                try:
-                    if self._pwrite(self._fd, data, offset) != len(data):
-                        self._device.pwrite(data, offset)
-                except OSError as error:
-                    failed[position] = error
+            failed |= self._write_marked({position: writes[position] for position in runs})
+        return failed
+
+    def _write_marked(self, writes: Mapping[int, tuple[int, memoryview]]) -> dict[int, Exception]:
+        """Write what is durably dirty. Answers what failed."""
+        if self._fd < 0:
+            positions = list(writes)
+            done = self._pwrite_many(list(writes.values()))
+            return {positions[index]: error for index, error in done.items()}
+        failed: dict[int, Exception] = {}
+        for position, (offset, data) in writes.items():
+            try:
+                if self._pwrite(self._fd, data, offset) != len(data):
+                    self._device.pwrite(data, offset)
+            except OSError as error:
+                failed[position] = error
         return failed
 
     def write_zeroes(
@@ -269,6 +313,25 @@ def _shortest_pwrite(device: BlockDevice) -> Callable[[int, Buffer, int], int]:
         return len(data)
 
     return pwrite
+
+
+def _widest_pwrite(
+    device: BlockDevice,
+) -> Callable[[Sequence[tuple[int, memoryview]]], Mapping[int, Exception]]:
+    """Many writes in one call: the device's own way, where it has one, or one after another."""
+    if isinstance(device, WritesTogether):
+        return device.pwrite_many
+
+    def pwrite_many(writes: Sequence[tuple[int, memoryview]]) -> Mapping[int, Exception]:
+        failed: dict[int, Exception] = {}
+        for position, (offset, data) in enumerate(writes):
+            try:
+                device.pwrite(data, offset)
+            except (InvalidArgument, OSError) as error:
+                failed[position] = error
+        return failed
+
+    return pwrite_many
 
 
 def _errno_of(error: Exception) -> int:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from lmdbitmap.filter import Filter
 from lmdbitmap.image import is_far, lasting_name, open_image
 from lmdbitmap.nbd.client import NbdDevice
 from lmdbitmap.store import Store
-from tests.nbd_far import FarServer, far_server, until_it_works
+from tests.nbd_far import Asked, FarServer, far_server, until_it_works
+from tests.nbd_raw import WRITE
 from tests.tracked import blocks_of, trust_of
 
 
@@ -70,6 +72,33 @@ def test_far_disk_is_tracked_from_session_to_session(far: FarServer, store: Stor
     answer = changes(store, "sda", since="start")
     assert (trust_of(answer), blocks_of(answer)) == (Trust.EXACT, {1, 2, 9, 14})
     assert far.stable[5000:5001] + far.stable[9000:9001] + far.stable[40_000:40_001] == b"xyz"
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_writes_of_one_batch_are_under_way_together(far: FarServer, store: Store, settled: bool) -> None:
+    """The server answers none of them until it has seen them all."""
+    held: list[Asked] = []
+
+    def all_or_none(server: FarServer, asked: Asked) -> bytes | None:
+        if asked.command != WRITE:
+            return None
+        held.append(asked)
+        return b"".join(server.reply(held.pop()) for _ in range(8)) if len(held) == 8 else b""
+
+    with Filter.attach(store, "sda", background=False) as attached:
+        if settled:
+            attached.pwrite(bytes(32768), 0)
+        far.behave = all_or_none
+        writes = [(number * 4096, memoryview(bytes([number + 1]) * 10)) for number in range(8)]
+        off_the_disk = [
+            (attached.size, memoryview(b"x")),
+            (-1, memoryview(b"x")),
+            (attached.size, memoryview(b"")),
+        ]
+        failed = attached.lane().write_many([*off_the_disk, *writes])
+        assert failed == {0: errno.ENOSPC, 1: errno.ENOSPC}
+        assert [far.data[offset] for offset, _ in writes] == list(range(1, 9))
+        assert blocks_of(attached.changes(since="start")) == set(range(8))
 
 
 def test_server_with_room_for_one_client_is_not_asked_for_more(far: FarServer, store: Store) -> None:
