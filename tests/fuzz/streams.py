@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from typing import Any
+from typing import NamedTuple
 
 from lmdbitmap.errors import FormatError, InvalidArgument, LmdbitmapError
 from lmdbitmap.nbd import control, control_wire
@@ -20,23 +20,49 @@ EXPORTS = {
 NAMES = (b"sda", "ß".encode(), "ß".encode("latin-1"), b"", b"nobody")
 QUERIES = (b"base:allocation", b"base:", b"lmdbitmap:", b"lmdbitmap:dirty:", b"lmdbitmap:dirty:monday", b"")
 ENDS = {0x80000000 + kind for kind in range(1, 10)} | {1}
+IHAVEOPT, STARTTLS = 0x49484156454F5054, 5
+SCRIPTED, FEW, TLS, ASKS_FOR_TLS = (1 << bit for bit in range(4))
 MOST_TEXT = 4096
 MOST_SAID = 1024
 """Bytes of a talk that is put together, about."""
 
 
+class Talk(NamedTuple):
+    """How a talk went: what was answered, how much of it before TLS, the refusal that ended it, what was agreed."""
+
+    answers: bytes
+    in_plain: int | None
+    refusal: str | None
+    outcome: Outcome | None
+    trailing: bytes
+
+
 def handshake(data: bytes) -> None:
     source = Input(data)
-    mode, cut = source.byte(), source.byte()
-    exports = {"sda": EXPORTS["sda"]} if mode & 2 else EXPORTS
-    stream = haggling(source) if mode & 1 else source.rest()
-    whole = converse(exports, stream, WHOLE)
-    other = converse(exports, stream, cut)
-    assert other[1:] == whole[1:], f"{other} cut by {cut} is not {whole}"
+    mode, cut, split = source.byte(), source.byte(), source.number(2)
+    exports = {"sda": EXPORTS["sda"]} if mode & FEW else EXPORTS
+    stream = haggling(source) if mode & SCRIPTED else source.rest()
+    parts = parts_of(stream, mode, split)
+    tls = bool(mode & TLS)
+    whole, other = converse(exports, parts, WHOLE, tls), converse(exports, parts, cut, tls)
+    assert other[2:] == whole[2:], f"{other} cut by {cut} is not {whole}"
     # A lie ends the talk, and takes the answers of its own batch with it.
-    assert other[0] == whole[0] or (whole[1] is not None and other[0].startswith(whole[0]))
-    check_replies(other[0], stream[: len(stream) - len(other[2][1])], exports, other[2][0])
-    check_agreement(whole[2], stream, exports)
+    assert other.answers == whole.answers or (whole.refusal and other.answers.startswith(whole.answers))
+    said = b"".join(parts) if other.in_plain is not None else parts[0]
+    check_replies(other, said.removesuffix(other.trailing), exports)
+    check_agreement(other, said.removesuffix(other.trailing), exports)
+    if tls:
+        check_silence(other)
+
+
+def parts_of(stream: bytes, mode: int, split: int) -> tuple[bytes, bytes]:
+    """What is said in plain text, and what behind TLS if it comes to that."""
+    if not mode & TLS:
+        return stream, b""
+    if mode & ASKS_FOR_TLS:
+        return stream[:4] + struct.pack(">QII", IHAVEOPT, STARTTLS, 0), stream[4:]
+    split %= len(stream) + 1
+    return stream[:split], stream[split:]
 
 
 def haggling(source: Input) -> bytes:
@@ -46,7 +72,7 @@ def haggling(source: Input) -> bytes:
         option, kind = source.byte() % 14, source.byte() % 8
         data = option_data(kind, source)
         length = len(data) if source.byte() % 16 else source.number(2)
-        said += struct.pack(">QII", 0x49484156454F5054, option, length) + data
+        said += struct.pack(">QII", IHAVEOPT, option, length) + data
     return bytes(said)
 
 
@@ -70,32 +96,45 @@ def string(text: bytes) -> bytes:
     return struct.pack(">I", len(text)) + text
 
 
-def converse(exports: dict[str, Export], stream: bytes, choice: int) -> tuple[bytes, str | None, Any]:
-    """(answers, the refusal that ended it, (outcome, what came behind))."""
-    talk, answers = Handshake(exports), bytearray()
+def converse(exports: dict[str, Export], parts: tuple[bytes, bytes], choice: int, tls: bool) -> Talk:
+    talk, answers, in_plain = Handshake(exports, tls_required=tls), bytearray(), None
     try:
-        for piece in pieces_of(stream, choice):
+        for piece in pieces_of(parts[0], choice):
             answers += talk.receive(piece)
+        if talk.wants_tls:
+            talk.secured()
+            in_plain = len(answers)
+            for piece in pieces_of(parts[1], choice):
+                answers += talk.receive(piece)
     except FormatError as lie:
-        assert talk.outcome is None
-        return bytes(answers), str(lie), (None, b"")
-    return bytes(answers), None, (talk.outcome, talk.trailing)
+        assert not isinstance(talk.outcome, Agreed)
+        return Talk(bytes(answers), in_plain, str(lie), None, b"")
+    return Talk(bytes(answers), in_plain, None, talk.outcome, talk.trailing)
 
 
-def check_agreement(ended: tuple[Outcome | None, bytes], stream: bytes, exports: dict[str, Export]) -> None:
-    """Nobody gets through but to a disk that is served, with contexts that it has."""
-    outcome, trailing = ended
-    assert stream.endswith(trailing)
+def check_agreement(talk: Talk, said: bytes, exports: dict[str, Export]) -> None:
+    """Nobody gets through but to the disk it named, which is served, with contexts that it has."""
+    outcome = talk.outcome
     if not isinstance(outcome, Agreed):
         return
     export = exports[outcome.export_name]
-    name = name_in(stream[: len(stream) - len(trailing)])
+    name = name_in(said)
     assert outcome.export_name == name or (name == "" and len(exports) == 1)
     ids = [number for number, _ in outcome.contexts]
     assert len(set(ids)) == len(ids)
     assert {name for _, name in outcome.contexts} <= set(export.contexts)
     assert not outcome.contexts or outcome.structured
-    assert not outcome.structured or struct.pack(">QII", 0x49484156454F5054, 8, 0) in stream
+    assert not outcome.structured or (8, b"") in options_of(said)
+
+
+def check_silence(talk: Talk) -> None:
+    """Where TLS is required, plain text agrees on nothing, and hears "yes, TLS", "TLS first" and "goodbye" only."""
+    assert talk.in_plain is not None or not isinstance(talk.outcome, Agreed)
+    told, position = talk.answers[: talk.in_plain], 0
+    while position < len(told):
+        _, option, kind, length = struct.unpack_from(">QIII", told, position)
+        assert kind in (0x80000005, 0x80000003) or (kind == 1 and option in (2, STARTTLS))
+        position += 20 + length
 
 
 def name_in(said: bytes) -> str:
@@ -106,9 +145,9 @@ def name_in(said: bytes) -> str:
     return (data[4 : 4 + length] if option == 7 else data).decode()
 
 
-def check_replies(answers: bytes, stream: bytes, exports: dict[str, Export], outcome: Outcome | None) -> None:
+def check_replies(talk: Talk, stream: bytes, exports: dict[str, Export]) -> None:
     """Every option is answered once: pieces, then an end; the texts are texts."""
-    position, options, count = 0, options_of(stream), 0
+    answers, position, options, count = talk.answers, 0, options_of(stream), 0
     for option, _ in options:
         if position == len(answers):
             break
@@ -126,7 +165,7 @@ def check_replies(answers: bytes, stream: bytes, exports: dict[str, Export], out
             position += 20 + length
         count += 1
     assert position == len(answers)
-    if isinstance(outcome, Agreed):
+    if isinstance(talk.outcome, Agreed):
         assert count == len(options)
 
 
@@ -137,7 +176,7 @@ def options_of(stream: bytes) -> list[tuple[int, bytes]]:
     while len(stream) - position >= 16:
         magic, option, length = struct.unpack_from(">QII", stream, position)
         position += 16 + length
-        if magic != 0x49484156454F5054 or position > len(stream):
+        if magic != IHAVEOPT or position > len(stream):
             break
         found.append((option, stream[position - length : position]))
     return found
