@@ -8,12 +8,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 
 from lmdbitmap import owner
 from lmdbitmap.errors import Busy, StorageError
+from lmdbitmap.interfaces import StoreMark
 from lmdbitmap.owner import Beat, Distrust, Owner
 from tests.support import PATIENCE_SECONDS, spawn
 
@@ -140,6 +143,22 @@ def test_every_damaged_byte_of_the_trust_record_is_distrust(path: str) -> None:
         damaged += 1
     assert damaged == 512
     assert owner.distrust(path) is None
+
+
+def test_beat_tells_how_the_image_and_the_store_stood(path: str) -> None:
+    stood = StoreMark(2**63, 2**64 - 1)
+    with closing(Owner(path, lambda: stood)) as held:
+        held.beat(7, 8, 2**40)
+    assert owner.last_beat(path) == Beat(owner.boot_id(), 7, 8, 2**40, stood)
+
+
+def test_beat_of_an_older_version_is_no_beat(path: str) -> None:
+    """It says nothing of the store. Then an image that was written since the attach is not believed."""
+    body = b"LDBMbeat" + owner.boot_id().encode() + (7).to_bytes(8, "little") + (8).to_bytes(8, "little")
+    body = body.ljust(508, b"\0")
+    with open(path, "r+b") as file:
+        file.write(body + crc32(body).to_bytes(4, "little"))
+    assert owner.last_beat(path) is None
 
 
 def test_every_damaged_byte_of_the_beat_is_no_beat(path: str, held: Owner) -> None:

@@ -58,6 +58,23 @@ def test_old_and_future_times_are_not_waited_for(tracked: TrackedDisk, mtime_ns:
         assert session.identity_to_keep(device).mtime_ns == mtime_ns
 
 
+def test_identity_is_kept_only_with_its_mtime_on_the_disk(
+    tracked: TrackedDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fdatasync leaves it in memory, and a power cut would set it back."""
+    fsync, synced = os.fsync, []
+
+    def watched(fd: int) -> None:
+        synced.append(os.fstat(fd).st_ino)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    disk = tracked.attach()
+    assert synced == []
+    disk.detach()
+    assert synced == [tracked.image.stat().st_ino]
+
+
 def test_write_right_after_a_detach_is_noticed(tracked: TrackedDisk) -> None:
     noticed = 0
     for number in range(20):
