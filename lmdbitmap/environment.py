@@ -41,6 +41,7 @@ HOUSEKEEPING_S = 60.0
 LOOKED_THROUGH_BYTES = 32 << 20
 """A file up to this size is looked through before LMDB may touch it: 0.2 s. A larger one is by `check`."""
 HEADER_KEY = b"store"
+_MOST_MISSING_BYTES = 64 << 20
 _BEGIN_TRIES = 16
 _MAX_DATABASES = 16
 _FULL_STEPS = {
@@ -295,8 +296,15 @@ class Environment:
         A sound file may lack pages that were never used, so its length alone proves nothing.
         """
         data_path = _data_path(self.path)
-        if os.path.getsize(data_path) >= self._used_bytes():
+        size, used = os.path.getsize(data_path), self._used_bytes()
+        if size >= used:
             return
+        if used - size > max(size, _MOST_MISSING_BYTES):
+            raise FormatError(
+                f"store {self.path}", expected=f"a data.mdb of {used} bytes", found=f"one of {size}",
+                next_step="it was cut, or a meta page is damaged: look at the disk under it, make a new store, and"
+                " full backups",
+            )  # fmt: skip
         with self.transaction(write=True):  # nobody else changes the length meanwhile
             if os.path.getsize(data_path) < self._used_bytes() <= self._lmdb.info()["map_size"]:
                 os.truncate(data_path, self._used_bytes())

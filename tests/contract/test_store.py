@@ -750,6 +750,21 @@ except FormatError as error:
     assert run(sys.executable, "-c", use_it).stdout.startswith("refused:")
 
 
+def test_meta_page_that_speaks_of_far_more_pages_than_there_are_is_refused(path: str) -> None:
+    """Filled up it would be a file of gigabytes."""
+    Store.create(path).close()
+    data = os.path.join(path, "lmdb", "data.mdb")
+    size = os.path.getsize(data)
+    with open(data, "r+b") as file:
+        for page in (0, 1):
+            file.seek(page * 4096 + 138)  # bits 16 to 23 of the number of the last page
+            file.write(b"\x04")
+    with pytest.raises(FormatError) as refused:
+        Store.open(path)
+    assert f"one of {size}" in str(refused.value)
+    assert os.path.getsize(data) == size
+
+
 # --- refusals of the system ---
 
 
