@@ -24,6 +24,7 @@ FLOORS: dict[str, float] = {
     "geometry": 0.5,
     "interfaces": 0.5,
     "forks": 0.5,
+    "latencies": 0.5,
     "nbd": 0,  # the package itself: empty
     # 1 codecs: values in, values out
     "bits": 1,
@@ -56,6 +57,7 @@ FLOORS: dict[str, float] = {
     "image": 2.6,
     "flatfile": 2.5,
     "plain": 2.7,
+    "measured": 2.8,
     "presence": 2.3,
     "highwater": 2.3,
     "environment": 2.6,
@@ -80,13 +82,16 @@ FLOORS: dict[str, float] = {
     "nbd.contexts": 5,
     "nbd.dirty_contexts": 5.5,
     "nbd.inlet": 5,
+    "nbd.traffic": 5.3,
     "nbd.listeners": 5,
     "nbd.replies": 5,
     "nbd.commands": 5.2,
     "nbd.connection": 5.4,
     "nbd.visit": 5.5,
     "nbd.server": 5.6,
-    "nbd.control": 5.6,
+    "nbd.watch": 5.7,
+    "nbd.orders": 5.8,
+    "nbd.control": 5.9,
     "check": 5,
     "export": 5,
     "bitmap_file": 5.2,
@@ -108,6 +113,7 @@ PRIVATE_LIBRARIES: dict[str, set[str]] = {
     "selectors": {"nbd"},
     "click": {"cli"},
     "rich": {"cli"},
+    "prometheus_client": {"cli"},
     "argparse": set(),
 }
 """Who may import what: a module, or every module of a package."""

@@ -26,18 +26,21 @@ import errno
 import logging
 import socket
 import struct
+import time
 from collections.abc import Mapping, Sequence
 from typing import Final
 
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.interfaces import ServedDisk
-from lmdbitmap.nbd import commands
+from lmdbitmap.latencies import Latencies
+from lmdbitmap.nbd import commands, traffic
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.contexts import StatusSource
 from lmdbitmap.nbd.handshake import MAX_PAYLOAD
 from lmdbitmap.nbd.inlet import Inlet
 from lmdbitmap.nbd.replies import Read, Replies
 from lmdbitmap.nbd.requests import error_of, refusal
+from lmdbitmap.nbd.traffic import Traffic
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +48,8 @@ _BATCH: Final = 512 << 10
 """Bytes received before they are served: little enough to stay in a core's cache until they are written."""
 _STREAM_FROM: Final = 128 << 10
 _PIECE: Final = 64 << 10
+_UNTIMED: Final = 15
+"""Batches between two that are timed."""
 
 _HEADER: Final = struct.Struct(">Q8sQI")
 """`nbd.REQUEST` with magic, flags and type as one word, and the cookie as the bytes that go back."""
@@ -72,8 +77,9 @@ class Connection:
         encrypted: bool = False,
     ) -> None:
         self.stopping = False
-        self.requests = 0
+        self.counts = [0] * len(traffic.KINDS)
         self.bytes_received = len(received)
+        self._batches, self._flushes = Latencies(), Latencies()
         self._inlet = Inlet(sock, encrypted=encrypted)
         self._disk = disk
         self._lane = disk.lane()
@@ -91,14 +97,16 @@ class Connection:
         self._reads: list[Read] = []
 
     @property
-    def bytes_sent(self) -> int:
-        return self._replies.bytes_sent
+    def traffic(self) -> Traffic:
+        counts, sent = tuple(self.counts), self._replies.bytes_sent
+        return Traffic(1, counts, self.bytes_received, sent, self._batches, self._flushes)
 
     def run(self) -> None:
         """Serve until the client is gone. Raises `FormatError` when it lies, `OSError` when the socket breaks."""
         try:
-            while self._serve_batch() and not self.stopping and self._receive():
-                pass
+            goes_on = self._serve_batches(1)  # what came behind the handshake, if anything did
+            while goes_on:
+                goes_on = self._serve_timed_batch() and self._serve_batches(_UNTIMED)
         finally:
             self._replies.close()
             self._lane.close()
@@ -111,6 +119,20 @@ class Connection:
         self._end += count
         self.bytes_received += count
         return count > 0
+
+    def _serve_timed_batch(self) -> bool:
+        """Serve what is at hand, and wait for more; False when the client is gone."""
+        begun_ns = time.perf_counter_ns()
+        goes_on = self._serve_batch()
+        self._batches.count(time.perf_counter_ns() - begun_ns)
+        return goes_on and not self.stopping and self._receive()
+
+    def _serve_batches(self, count: int) -> bool:
+        """The same for some batches, untimed: to time each would cost a client of small requests a tenth."""
+        left = count
+        while left and self._serve_batch() and not self.stopping and self._receive():
+            left -= 1
+        return left == 0
 
     def _serve_batch(self) -> bool:
         """Do and answer every whole request at hand; False when the client said goodbye."""
@@ -175,7 +197,7 @@ class Connection:
         self._start = self._end = 0
         if request.flags & nbd.NBD_CMD_FLAG_FUA:
             error = error or self._flush()
-        self.requests += 1
+        self.counts[traffic.WRITES] += 1
         self._replies.add(nbd.simple_reply(request.cookie, error))
         self._replies.send()
 
@@ -207,7 +229,7 @@ class Connection:
             self._write_cookies.append(cookie)
         elif request.type == nbd.NBD_CMD_READ and request.length:
             self._settle()
-            self.requests += 1
+            self.counts[traffic.READS] += 1
             self._replies.add_whole_read(cookie, request.offset, request.length)
         else:
             self._settle()
@@ -226,10 +248,12 @@ class Connection:
 
     def _settle(self) -> None:
         """Do and answer what was collected: the writes in one call, one flush for all, then the reads."""
-        self.requests += len(self._write_cookies) + len(self._flush_cookies) + len(self._reads)
         if self._write_cookies or self._flush_cookies:
+            self.counts[traffic.WRITES] += len(self._write_cookies)
+            self.counts[traffic.FLUSHES] += len(self._flush_cookies)
             self._settle_writes()
         if self._reads:
+            self.counts[traffic.READS] += len(self._reads)
             self._replies.add_reads(self._reads)
             self._reads.clear()
 
@@ -266,11 +290,14 @@ class Connection:
         return {index: nbd.nbd_error(number) for index, number in failed.items()}
 
     def _flush(self) -> int:
+        begun_ns = time.perf_counter_ns()
         try:
             self._lane.flush()
         except (OSError, LmdbitmapError) as failure:
             _log.warning("a flush failed: %s", failure)
             return error_of(failure)
+        finally:
+            self._flushes.count(time.perf_counter_ns() - begun_ns)
         return 0
 
     def _perform(self, request: nbd.Request) -> None:
@@ -280,9 +307,12 @@ class Connection:
             _log.warning("%s failed: %s", request, failure)
             self._answer(request, error_of(failure))
         else:
-            self.requests += 1
+            self._count(request)
             self._replies.add(reply)
 
     def _answer(self, request: nbd.Request, error: int) -> None:
-        self.requests += 1
+        self._count(request)
         self._replies.add(commands.failure(request, error, self._structured))
+
+    def _count(self, request: nbd.Request) -> None:
+        self.counts[traffic.kind_of(request.type)] += 1

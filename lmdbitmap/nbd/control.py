@@ -5,7 +5,7 @@
 
 Callers are few, short-lived, and of our own user or root; still, none is trusted. A line is bounded, a caller
 that is slow is dropped, one that is stuck costs its own thread, and of those there are at most `MAX_CALLERS`.
-What cannot be understood costs the connection; an operation that is not in the table is an error.
+What cannot be understood costs the connection. What can be asked is in orders.py.
 
 Whoever makes a `ControlServer` holds the owner's lock of every disk in it, as a `Filter` does. So a socket that
 is there already is a dead owner's, and is replaced. Stop the server before the disks are detached.
@@ -21,21 +21,15 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Final, NamedTuple
+from collections.abc import Iterable
+from typing import Final
 
-from lmdbitmap import chain, export
-from lmdbitmap.errors import (
-    Busy,
-    InvalidArgument,
-    LmdbitmapError,
-    NotFound,
-    error_from_os,
-    os_errors_at,
-)
-from lmdbitmap.filter import Filter, take_checkpoint
+from lmdbitmap.errors import Busy, LmdbitmapError, error_from_os, os_errors_at
 from lmdbitmap.nbd import control_wire as wire
 from lmdbitmap.nbd.control_client import receive_line, short_path
+from lmdbitmap.nbd.orders import Answer, Filters
+from lmdbitmap.nbd.orders import answer as answer
+from lmdbitmap.nbd.watch import TICK_S, Watch
 from lmdbitmap.version import __version__
 
 _log = logging.getLogger(__name__)
@@ -45,120 +39,12 @@ PATIENCE_S: Final = 10.0
 """How long a caller may take over a line, be it to send one or to read one."""
 GRACE_S: Final = 30.0
 """How long `stop` waits for what is being done."""
+LAST_WORD_S: Final = 0.5
+"""How long a caller may take over reading its answer when the owner stops."""
 _BACKLOG: Final = 16
 _ACCEPT_PAUSE_S: Final = 0.1
 _PEER: Final = struct.Struct("3i")
 _REQUEST: Final = "request"
-
-Filters = Mapping[str, Filter]
-Answer = dict[str, Any]
-
-
-# -- what can be asked -------------------------------------------------------------------------------------
-
-
-def answer(filters: Filters, request: wire.Message) -> Answer:
-    """Do what the request says. Raises the errors that the disks raise, and `FormatError` for no request."""
-    name = wire.field(request, "operation", str, _REQUEST)
-    operation = _OPERATIONS.get(name)
-    if operation is None:
-        raise InvalidArgument(
-            f"operation {name[:40]!r} is not one of {', '.join(_OPERATIONS)}",
-            next_step="use the same version of lmdbitmap on both sides",
-        )
-    arguments = wire.field(request, "arguments", dict, _REQUEST)
-    wire.require_names(arguments, operation.arguments, _REQUEST)
-    values: Answer = {
-        name: wire.field(arguments, name, kind, _REQUEST) for name, kind in operation.arguments.items()
-    }
-    return operation.act(filters, **values)
-
-
-def _info(filters: Filters) -> Answer:
-    return {"disks": [_described(attached) for attached in filters.values()]}
-
-
-def _described(attached: Filter) -> Answer:
-    disk, standing = attached.disk, attached.standing()
-    with attached.store.read() as reader:
-        recording = chain.current_checkpoint(reader, disk)
-    return {
-        "name": disk.name,
-        "uuid": str(disk.uuid),
-        "size": disk.size,
-        "granularity": disk.geometry.granularity,
-        "durability": disk.durability,
-        "policy": disk.policy,
-        "epoch": str(disk.epoch),
-        "session": str(disk.session),
-        "recording_since": recording.name,
-        "trust": standing.trust.value,
-        "reason": standing.reason,
-        "armed": attached.armed_count,
-    }
-
-
-def _checkpoint(filters: Filters, disks: list[Any], name: str) -> Answer:
-    foreign = [str(disk) for disk in disks if not isinstance(disk, str) or disk not in filters]
-    if foreign:
-        raise Busy(
-            f"not served by this process: {', '.join(foreign)}",
-            next_step="serve all of the disks in one process, or stop serving them",
-        )
-    taken = take_checkpoint([filters[disk] for disk in disks], name)
-    return {"checkpoints": [{"disk": disk, "uuid": str(checkpoint.uuid), "time_ns": checkpoint.time_ns}
-                            for disk, checkpoint in zip(disks, taken, strict=True)]}  # fmt: skip
-
-
-def _persist(filters: Filters, disk: str) -> Answer:
-    _named(filters, disk).persist()
-    return {}
-
-
-def _mark(filters: Filters, disk: str, offset: int, length: int) -> Answer:
-    _named(filters, disk).mark(offset, length)
-    return {}
-
-
-def _merge(filters: Filters, disk: str, bitmap: str) -> Answer:
-    export.merge_into(_named(filters, disk), bitmap)
-    return {}
-
-
-def _forget(filters: Filters, disk: str, checkpoint: str) -> Answer:
-    _named(filters, disk).forget(checkpoint)
-    return {}
-
-
-def _resize(filters: Filters, disk: str, size: int) -> Answer:
-    attached = _named(filters, disk)
-    with os_errors_at(attached.disk.image):
-        attached.resize(size)
-    return {"size": attached.size}
-
-
-def _named(filters: Filters, disk: str) -> Filter:
-    found = filters.get(disk)
-    if found is None:
-        raise NotFound(f"disk {disk!r} is not served by this process", next_step="ask the one that serves it")
-    return found
-
-
-class _Operation(NamedTuple):
-    act: Callable[..., Answer]
-    arguments: Mapping[str, type]
-
-
-_OPERATIONS: Final = {
-    "info": _Operation(_info, {}),
-    "checkpoint": _Operation(_checkpoint, {"disks": list, "name": str}),
-    "persist": _Operation(_persist, {"disk": str}),
-    "mark": _Operation(_mark, {"disk": str, "offset": int, "length": int}),
-    "merge": _Operation(_merge, {"disk": str, "bitmap": str}),
-    "forget": _Operation(_forget, {"disk": str, "checkpoint": str}),
-    "resize": _Operation(_resize, {"disk": str, "size": int}),
-}
-
 
 # -- who asks ----------------------------------------------------------------------------------------------
 
@@ -167,9 +53,15 @@ class ControlServer:
     """Listens at the control socket of every disk in `filters`, from `start` to `stop`."""
 
     def __init__(
-        self, filters: Filters, *, max_callers: int = MAX_CALLERS, patience_s: float = PATIENCE_S
+        self,
+        filters: Filters,
+        *,
+        watch: Watch | None = None,
+        max_callers: int = MAX_CALLERS,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         self.filters = dict(filters)
+        self.watch = watch
         self.patience_s = patience_s
         self.stopping = False
         self._max_callers = max_callers
@@ -202,10 +94,9 @@ class ControlServer:
             callers = list(self._callers)
         for caller in callers:
             caller.hang_up()
-        deadline = time.monotonic() + GRACE_S
-        for caller in callers:
-            caller.join(max(deadline - time.monotonic(), 0))
-        return not any(caller.is_alive() for caller in callers)
+        for caller in _still_here(callers, LAST_WORD_S):
+            caller.cut_off_unless_busy()
+        return not _still_here(callers, GRACE_S)
 
     def __enter__(self) -> ControlServer:
         self.start()
@@ -234,10 +125,15 @@ class ControlServer:
             selector.register(self._wake_fd, selectors.EVENT_READ)
             for listener in self._listeners:
                 selector.register(listener.sock, selectors.EVENT_READ, listener.sock)
+            next_tick_s = time.monotonic() + TICK_S
             while not self.stopping:
-                for key, _ in selector.select():
+                wait_s = None if self.watch is None else max(next_tick_s - time.monotonic(), 0)
+                for key, _ in selector.select(wait_s):
                     if key.data is not None:
                         self._accept(key.data)
+                if self.watch is not None and time.monotonic() >= next_tick_s:
+                    self.watch.tick()
+                    next_tick_s = time.monotonic() + TICK_S
 
     def _accept(self, listening: socket.socket) -> None:
         try:
@@ -298,6 +194,7 @@ class _Caller(threading.Thread):
         super().__init__(name="lmdbitmap caller", daemon=True)
         self._server = server
         self._sock = sock
+        self._sending = False
 
     def run(self) -> None:
         try:
@@ -319,6 +216,12 @@ class _Caller(threading.Thread):
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RD)
 
+    def cut_off_unless_busy(self) -> None:
+        """Wait no longer for it to read; what it had us do goes on."""
+        if self._sending:
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
+
     def _converse(self) -> None:
         lines = wire.LineBuffer(_REQUEST)
         try:
@@ -335,7 +238,7 @@ class _Caller(threading.Thread):
 
     def _answer(self, request: wire.Message) -> Answer:
         try:
-            return {"answer": answer(self._server.filters, request)}
+            return {"answer": answer(self._server.filters, request, self._server.watch)}
         except LmdbitmapError as error:
             return _error(error)
         except Exception as bug:
@@ -344,8 +247,19 @@ class _Caller(threading.Thread):
             return _error(LmdbitmapError(problem[:1000], next_step="see its log, and report this as a fault"))
 
     def _send(self, message: wire.Message) -> None:
-        self._sock.settimeout(self._server.patience_s)
+        patience_s = self._server.patience_s
+        self._sock.settimeout(min(LAST_WORD_S, patience_s) if self._server.stopping else patience_s)
+        self._sending = True
         self._sock.sendall(wire.encode(message))
+        self._sending = False
+
+
+def _still_here(callers: Iterable[_Caller], patience_s: float) -> list[_Caller]:
+    """Those that have not ended after `patience_s` for all of them together."""
+    deadline = time.monotonic() + patience_s
+    for caller in callers:
+        caller.join(max(deadline - time.monotonic(), 0))
+    return [caller for caller in callers if caller.is_alive()]
 
 
 def _error(error: LmdbitmapError) -> Answer:

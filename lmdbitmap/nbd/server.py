@@ -24,6 +24,7 @@ from typing import Final, NamedTuple
 from lmdbitmap.interfaces import ServedDisk
 from lmdbitmap.nbd.contexts import ContextsOf, base_contexts
 from lmdbitmap.nbd.listeners import InheritedListener, Listener, TcpListener, UnixListener
+from lmdbitmap.nbd.traffic import NO_TRAFFIC, Traffic, summed
 from lmdbitmap.nbd.visit import Served, Visit
 
 _log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class Server:
         self._visits: set[Visit] = set()
         self._connections = 0
         self._turned_away = 0
-        self._past_traffic = (0, 0, 0)
+        self._past_traffic = dict.fromkeys(self._disks, NO_TRAFFIC)
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         weakref.finalize(self, os.close, self._wake_fd)  # no sooner: a late signal may still write to it
         self._stopping = False
@@ -103,8 +104,17 @@ class Server:
     @property
     def counters(self) -> Counters:
         with self._lock:
-            traffic = _summed([self._past_traffic, *(visit.traffic for visit in self._visits)])
-            return Counters(self._connections, len(self._visits), self._turned_away, *traffic)
+            carried = summed([*self._past_traffic.values(), *(visit.traffic for visit in self._visits)])
+            return Counters(
+                self._connections, len(self._visits), self._turned_away,
+                carried.requests, carried.bytes_received, carried.bytes_sent,
+            )  # fmt: skip
+
+    def traffic(self, name: str) -> tuple[int, Traffic]:
+        """How many clients are connected to a disk now, and what all that ever were have carried."""
+        with self._lock:
+            present = [visit.traffic for visit in self._visits if visit.export_name == name]
+            return len(present), summed([self._past_traffic[name], *present])
 
     def start(self) -> None:
         """Serve in a thread of its own."""
@@ -197,7 +207,9 @@ class Server:
     def _forget(self, visit: Visit) -> None:
         with self._lock:
             self._visits.discard(visit)
-            self._past_traffic = _summed([self._past_traffic, visit.traffic])
+            if visit.export_name is not None:
+                past = self._past_traffic[visit.export_name]
+                self._past_traffic[visit.export_name] = summed([past, visit.traffic])
 
     # -- letting them go -----------------------------------------------------------------------------------
 
@@ -221,11 +233,6 @@ def _still_there(visits: Iterable[Visit], patience_s: float) -> list[Visit]:
     """Those that have not ended after `patience_s` for all of them together."""
     deadline = time.monotonic() + patience_s
     return [visit for visit in visits if not visit.join(deadline - time.monotonic())]
-
-
-def _summed(traffic: Iterable[tuple[int, int, int]]) -> tuple[int, int, int]:
-    requests, received, sent = (sum(column) for column in zip(*traffic, strict=True))
-    return requests, received, sent
 
 
 def _tune(sock: socket.socket) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import ssl
+import struct
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -16,10 +17,12 @@ from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.connection import Connection
 from lmdbitmap.nbd.contexts import StatusSource
 from lmdbitmap.nbd.handshake import Agreed, Export, Handshake
+from lmdbitmap.nbd.traffic import KINDS, NO_TRAFFIC, Traffic
 
 _log = logging.getLogger(__name__)
 
 _RECEIVE: Final = 64 << 10
+_PEER: Final = struct.Struct("3i")
 _COMMON_FLAGS: Final = (
     nbd.NBD_FLAG_HAS_FLAGS
     | nbd.NBD_FLAG_SEND_FLUSH
@@ -57,17 +60,16 @@ class Visit:
         self._served = served
         self._handshake_timeout_s = handshake_timeout_s
         self._ended = ended
+        self.export_name: str | None = None
+        self.client = _who(sock)
         self._connection: Connection | None = None
         self._leaving = False
         self._thread = threading.Thread(target=self._run, name=f"nbd-{sock.fileno()}", daemon=True)
 
     @property
-    def traffic(self) -> tuple[int, int, int]:
-        """Requests answered, bytes received and bytes sent so far, the handshake left out."""
-        connection = self._connection
-        if connection is None:
-            return 0, 0, 0
-        return connection.requests, connection.bytes_received, connection.bytes_sent
+    def traffic(self) -> Traffic:
+        """What it carried so far, the handshake left out."""
+        return NO_TRAFFIC if self._connection is None else self._connection.traffic
 
     def start(self) -> None:
         self._thread.start()
@@ -98,16 +100,27 @@ class Visit:
         try:
             self._serve()
         except FormatError as lie:
-            _log.warning("a client was dropped: %s", lie)
+            _log.warning("a client was dropped: %s", lie, extra=self._names)
         except ssl.SSLError as refused:
-            _log.warning("a client was dropped: TLS failed: %s", refused)
+            _log.warning("a client was dropped: TLS failed: %s", refused, extra=self._names)
         except OSError as broken:
-            _log.info("a client was lost: %s", broken)
+            _log.info("a client was lost: %s", broken, extra=self._names)
         except Exception:
-            _log.exception("a client was dropped: this is a mistake of the server")
+            _log.exception("a client was dropped: this is a mistake of the server", extra=self._names)
         finally:
+            self._say_goodbye()
             self._ended(self)
             self._sock.close()
+
+    @property
+    def _names(self) -> dict[str, str | None]:
+        """For logs that are read by programs."""
+        return {"disk": self.export_name, "client": self.client}
+
+    def _say_goodbye(self) -> None:
+        if self.export_name is not None:
+            words, names = _traffic_words(self.traffic), self._names
+            _log.info("disk %s: %s is gone: %s", self.export_name, self.client, words, extra=names)
 
     def _serve(self) -> None:
         all_served = self._served()
@@ -116,6 +129,8 @@ class Visit:
         if not isinstance(agreed, Agreed):
             return
         served = all_served[agreed.export_name]
+        self.export_name = agreed.export_name
+        _log.info("disk %s: %s is connected", self.export_name, self.client, extra=self._names)
         self._connection = Connection(
             self._sock,
             served.disk,
@@ -155,6 +170,25 @@ class Visit:
     def _send_before(self, deadline: float, data: bytes) -> None:
         self._sock.settimeout(_left(deadline))
         self._sock.sendall(data)
+
+
+def _who(sock: socket.socket) -> str:
+    """What can be told of a client without asking it."""
+    try:
+        if sock.family == socket.AF_UNIX:
+            pid, uid, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+            return f"process {pid} of user {uid}"
+        host, port = sock.getpeername()[:2]
+    except OSError:  # it is gone already
+        return "a client"
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _traffic_words(traffic: Traffic) -> str:
+    requests = ", ".join(
+        f"{count} {kind}" for kind, count in zip(KINDS, traffic.counts, strict=True) if count
+    )
+    return f"{requests or 'no requests'}; {traffic.bytes_received} bytes in, {traffic.bytes_sent} out"
 
 
 def _left(deadline: float) -> float:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.filter import Filter
-from lmdbitmap.nbd import control, control_client
+from lmdbitmap.nbd import control_client, orders
 from lmdbitmap.nbd.control import ControlServer
 from tests.support import PATIENCE_SECONDS
 from tests.tracked import NAME, TrackedDisk, quick_folder
@@ -60,7 +60,7 @@ def test_a_request_of_any_shape_gets_an_answer_or_an_error_of_ours(
     disk: Filter, request_: dict[str, object]
 ) -> None:
     try:
-        answer = control.answer({NAME: disk}, request_)
+        answer = orders.answer({NAME: disk}, request_)
     except LmdbitmapError:
         return
     assert json.loads(json.dumps(answer)) == answer

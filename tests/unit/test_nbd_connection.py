@@ -18,6 +18,8 @@ from lmdbitmap.errors import FormatError, LmdbitmapError, StorageError
 from lmdbitmap.interfaces import BlockDevice, ServedDisk
 from lmdbitmap.nbd.connection import Connection
 from lmdbitmap.nbd.contexts import MAX_DESCRIPTORS, StatusSource
+from lmdbitmap.nbd.replies import SPLICE_FROM
+from lmdbitmap.nbd.traffic import KINDS
 from lmdbitmap.plain import PlainDisk, PlainLane
 from tests.nbd_raw import (
     BLOCK_STATUS,
@@ -509,8 +511,26 @@ def test_counters_tell_what_was_answered_and_carried(device: MemoryDevice) -> No
     with connected(PlainDisk(device)) as peer:
         peer.do(WRITE, 0, 1000, data=bytes(1000))
         peer.do(READ, 0, 100)
+        peer.do(READ, 0, SPLICE_FROM)
         peer.do(TRIM, SIZE, 1)
+        peer.do(WRITE_ZEROES, 0, 1)
         peer.do(FLUSH)
-    assert peer.connection.requests == 4
-    assert peer.connection.bytes_received == 4 * 28 + 1000
-    assert peer.connection.bytes_sent == 3 * 16 + 28 + 100
+        peer.do(BLOCK_STATUS, 0, SIZE)
+        peer.do(CACHE, 0, 1)
+    traffic = peer.connection.traffic
+    counted = dict(zip(KINDS, traffic.counts, strict=True))
+    assert counted == {"reads": 2, "writes": 1, "zeroes": 2, "flushes": 1, "block_status": 1, "other": 1}
+    assert (traffic.connections, traffic.requests) == (1, 8)
+    assert traffic.bytes_received == 8 * 28 + 1000
+    assert traffic.bytes_sent > 2 * 28 + 100 + SPLICE_FROM
+    assert sum(traffic.flushes.counts) == 1
+
+
+def test_a_long_write_is_one_request_and_one_batch_in_sixteen_is_timed(device: MemoryDevice) -> None:
+    with connected(PlainDisk(device)) as peer:
+        peer.do(WRITE, 0, MIB, data=bytes(MIB))
+        for _ in range(40):
+            peer.do(READ, 0, 1)
+    traffic = peer.connection.traffic
+    assert traffic.counts[:2] == (40, 1)
+    assert 2 <= sum(traffic.batches.counts) <= 3

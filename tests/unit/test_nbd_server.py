@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import signal
 import socket
 import threading
@@ -134,6 +135,36 @@ def test_counters_outlive_the_connections_they_count(path: str) -> None:
                 client.send(request(DISC))
                 assert client.is_closed_by_server()
     assert server.counters == (2, 0, 0, 2, 2 * (28 + 100 + 28), 2 * 16)
+
+
+def test_traffic_is_told_for_each_disk(path: str) -> None:
+    disks: dict[str, ServedDisk] = {name: PlainDisk(MemoryDevice(SIZE)) for name in ("a", "b")}
+    with serving(path, disks) as server, RawClient.connect(path) as client:
+        client.go("a")
+        client.do(READ, 0, 1)
+        connected, traffic = server.traffic("a")
+        assert (connected, traffic.connections, traffic.requests) == (1, 1, 1)
+        assert server.traffic("b")[1].connections == 0
+        with RawClient.connect(path) as second:
+            second.go("b")
+            second.do(WRITE, 0, 1, data=b"x")
+            second.send(request(DISC))
+            assert second.is_closed_by_server()
+        connected, traffic = server.traffic("b")
+        assert (connected, traffic.connections, traffic.requests) == (0, 1, 1)
+        assert server.counters.requests == 2
+
+
+def test_log_tells_who_came_and_what_they_did(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"), serving(path), transmitting(path) as client:
+        client.do(WRITE, 0, 100, data=bytes(100))
+        client.send(request(DISC))
+        assert client.is_closed_by_server()
+    came, left = [record for record in caplog.records if record.name == "lmdbitmap.nbd.visit"]
+    who = f"process {os.getpid()} of user {os.getuid()}"
+    assert came.getMessage() == f"disk disk: {who} is connected"
+    assert left.getMessage() == f"disk disk: {who} is gone: 1 writes; 156 bytes in, 16 out"
+    assert (left.__dict__["disk"], left.__dict__["client"]) == ("disk", who)
 
 
 def test_a_client_that_says_nothing_is_dropped_when_its_time_is_up(path: str) -> None:
