@@ -73,10 +73,10 @@ def pieces_of(stream: bytes, choice: int) -> Iterator[bytes]:
     yield stream[position:]
 
 
-def check_words(refusal: LmdbitmapError, place: str = "") -> None:
+def check_words(refusal: LmdbitmapError, place: str = "", most: int = MOST_WORDS) -> None:
     """A refusal is a sentence of bearable length that names the place and the next step."""
     words = str(refusal)
-    assert len(words) < MOST_WORDS, f"{len(words)} characters: {words[:200]}"
+    assert len(words) < most, f"{len(words)} characters: {words[:200]}"
     assert words.startswith(place)
     assert words.endswith(refusal.next_step)
     words.encode("utf-8", "surrogatepass")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.fuzz.far_server import far_server, uris
 from tests.fuzz.flat_files import flat_file, flat_import
 from tests.fuzz.images import qcow2
 from tests.fuzz.manifests import manifest_bytes
@@ -37,6 +38,8 @@ TARGETS = {
     "manifest": Target(manifest_bytes, 550_000),
     "handshake": Target(handshake, 700_000),
     "requests": Target(requests, 600_000),
+    "far-server": Target(far_server, 300_000),
+    "uris": Target(uris, 200_000),
     "control": Target(control_lines, 400_000),
     "sizes": Target(sizes, 1_000_000),
 }
