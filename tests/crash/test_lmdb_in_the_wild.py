@@ -92,7 +92,10 @@ WRITES = ["disk.pwrite(b'child', 0)", "lane.pwrite(b'child', 0)", "lane.write_ma
 
 def test_fork_has_nothing_to_write_with(tracked: TrackedDisk) -> None:
     """Settled blocks too, and through lanes that were there before: nobody would know what the child wrote."""
-    attempts = "".join(
+    take_free_numbers = (
+        "taken = [os.open(os.devnull, os.O_RDWR) for _ in range(9)]\n"  # a closed image's among them
+    )
+    attempts = take_free_numbers + "".join(
         f"try:\n    {write}\nexcept LmdbitmapError as error:\n    print(error, flush=True)\n"
         for write in WRITES
     )
