@@ -146,8 +146,8 @@ class Storm:
 
     def die_under_fio(self) -> None:
         with self.serving() as server, self.fio() as fio:
-            for _ in range(self.chosen.randint(1, 100)):
-                self.owner_has_armed(fio)
+            for _ in range(self.chosen.randint(1, 30)):
+                self.await_change(fio)
             self.kill(server)
         before = self.image
         self.look()
@@ -192,10 +192,11 @@ class Storm:
             process.kill()
             process.wait(PATIENCE_SECONDS)
 
-    def owner_has_armed(self, fio: subprocess.Popen[bytes]) -> None:
-        """Return once the owner says that somebody writes."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not control_client.call(self.control_path, "info")["disks"][0]["armed"]:
+    def await_change(self, fio: subprocess.Popen[bytes]) -> None:
+        """Return once the image was written again; the owner is asked how it does meanwhile."""
+        before, deadline = self.tracked.image.stat().st_mtime_ns, time.monotonic() + PATIENCE_SECONDS
+        while self.tracked.image.stat().st_mtime_ns == before:
+            assert control_client.call(self.control_path, "info")["disks"][0]["trust"] != "untrusted"
             assert fio.poll() is None, (self.tracked.folder / "fio.log").read_text()
             assert time.monotonic() < deadline, "fio does not write"
 
