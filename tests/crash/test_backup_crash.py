@@ -35,14 +35,15 @@ BLOCK = 4096
 
 STEPS = [
     "folder made", "synced", "folder made", "synced",
-    "committed", "judged",
+    "synced", "committed", "judged",
     "synced", "renamed", "synced", "noted",
     "committed",
     "data written", "image written", "synced", "renamed", "synced",
     "synced", "renamed", "synced", "manifest replaced",
     "committed", "removed",
 ]  # fmt: skip
-"""What a first backup does. Law 3: the archive is synced before `manifest replaced`, and forgetting follows it."""
+"""What a first backup does. Law 3: the archive is synced before `manifest replaced`, and forgetting follows it.
+What is synced before the first commit is the image, whose mtime that commit keeps."""
 
 
 @contextlib.contextmanager
