@@ -44,7 +44,7 @@ HEADER_KEY = b"store"
 _MOST_MISSING_BYTES = 64 << 20
 _BEGIN_TRIES = 16
 _MAX_DATABASES = 16
-_FULL_STEPS = {
+FULL_STEPS = {
     errno.ENOSPC: "free some space there and try again",
     errno.EDQUOT: "raise the quota or free some space there, and try again",
     errno.EFBIG: "raise the limit on file sizes (ulimit -f), or use another file system",
@@ -87,7 +87,7 @@ class Environment:
         self._mine = threading.local()
         self._has_handle = True
         self._cleaned_s = time.monotonic()
-        with _translated(path), presence.entering(path) as self._presence:
+        with translated(path), presence.entering(path) as self._presence:
             if self._presence.is_first and os.path.getsize(_data_path(path)) <= LOOKED_THROUGH_BYTES:
                 _require_sound_tree(path)
             self._lmdb = open_lmdb(path)
@@ -108,7 +108,7 @@ class Environment:
 
         Raises `FullMapError` where the map must grow.
         """
-        with _translated(self.path):
+        with translated(self.path):
             txn = self._begin(write)
             try:
                 if write:
@@ -130,7 +130,7 @@ class Environment:
 
     def grow(self) -> None:
         """Double the map."""
-        with _translated(self.path):
+        with translated(self.path):
             size = self._lmdb.info()["map_size"]
             self._resize_map(max(2 * size, size + MIN_MAP_BYTES))
             log.info("store %s: map grown to %d bytes", self.path, self._lmdb.info()["map_size"])
@@ -155,7 +155,7 @@ class Environment:
 
     def readers(self) -> list[tuple[int, int]]:
         """(process, how many transactions its view lies behind) of every view that is open at this moment."""
-        with _translated(self.path):
+        with translated(self.path):
             newest = self._lmdb.info()["last_txnid"]
             rows = [line.split() for line in self._lmdb.readers().splitlines()[1:]]
         return [(int(row[0]), newest - int(row[2])) for row in rows if len(row) == 3 and row[2].isdigit()]
@@ -374,7 +374,7 @@ def open_lmdb(path: str, *, create: bool = False) -> lmdb.Environment:
     wanted = max(MAP_BYTES, 2 * os.path.getsize(data_path) if os.path.exists(data_path) else 0)
     while True:
         try:
-            with _translated(path):
+            with translated(path):
                 return lmdb.open(
                     path, map_size=wanted, subdir=True, create=create, mode=0o600, lock=True,
                     sync=True, metasync=True, writemap=False, map_async=False, meminit=True, readahead=False,
@@ -434,7 +434,7 @@ def _data_path(path: str) -> str:
 
 
 @contextlib.contextmanager
-def _translated(path: str) -> Iterator[None]:
+def translated(path: str) -> Iterator[None]:
     """LMDB's refusals as errors of ours, except a full map, which the caller mends."""
     try:
         yield
@@ -488,7 +488,7 @@ def _refusal(path: str, error: lmdb.Error) -> StorageError:
         code = errno.ENOBUFS
     if code == errno.EIO and _is_full(path):
         code = errno.ENOSPC
-    step = _FULL_STEPS.get(code) or f"see what the system's log says ({error})"
+    step = FULL_STEPS.get(code) or f"see what the system's log says ({error})"
     return StorageError(f"store {path}", OSError(code, str(error)), next_step=step)
 
 

@@ -534,13 +534,12 @@ def _make_environment(path: str) -> None:
     fresh = os.path.join(path, f"lmdb.new-{secrets.token_hex(4)}")
     os.mkdir(fresh, mode=0o700)
     try:
-        made = environment.open_lmdb(fresh, create=True)
-        databases = {name: made.open_db(name.encode()) for name in environment.DATABASES}
-        with made.begin(write=True) as txn:
-            writer = Writer(txn, databases, fresh)
-            writer.put_header(StoreHeader(schema.STORE_MAGIC, uuid4()))
-            writer.seal()
-        made.close()
+        with environment.translated(path), environment.open_lmdb(fresh, create=True) as made:
+            databases = {name: made.open_db(name.encode()) for name in environment.DATABASES}
+            with made.begin(write=True) as txn:
+                writer = Writer(txn, databases, fresh)
+                writer.put_header(StoreHeader(schema.STORE_MAGIC, uuid4()))
+                writer.seal()
         files.fsync_folder(fresh)
         os.rename(fresh, os.path.join(path, "lmdb"))
         files.fsync_folder(path)
@@ -558,6 +557,5 @@ def _as_storage_error(path: str) -> Iterator[None]:
     except LmdbitmapError:
         raise
     except OSError as error:
-        raise StorageError(
-            f"store {path}", error, next_step="choose a folder that this user can write"
-        ) from error
+        step = environment.FULL_STEPS.get(error.errno or 0, "choose a folder that this user can write")
+        raise StorageError(f"store {path}", error, next_step=step) from error

@@ -794,7 +794,7 @@ def lmdb_error(kind: type[lmdb.Error], code: int) -> lmdb.Error:
 def test_refusal_of_lmdb_is_an_error_of_ours(
     opened: Store, error: lmdb.Error, kind: type[LmdbitmapError], code: int | None
 ) -> None:
-    with pytest.raises(kind) as refused, environment._translated(opened.path):
+    with pytest.raises(kind) as refused, environment.translated(opened.path):
         raise error
     assert code is None or getattr(refused.value, "errno", None) == code
     assert refused.value.__cause__ is error
@@ -804,7 +804,7 @@ def test_short_write_on_a_full_disk_is_called_a_full_disk(
     opened: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "free_bytes", lambda path: 0)
-    with pytest.raises(StorageError) as refused, environment._translated(opened.path):
+    with pytest.raises(StorageError) as refused, environment.translated(opened.path):
         raise lmdb_error(lmdb.Error, errno.EIO)
     assert refused.value.errno == errno.ENOSPC
 
