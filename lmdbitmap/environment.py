@@ -38,6 +38,8 @@ MAP_BYTES = 64 << 30
 MIN_MAP_BYTES = 1 << 30
 MAX_READERS = 1024
 HOUSEKEEPING_S = 60.0
+LOCK_LOOK_S = 0.4
+"""Less than an opener's patience in presence.py, and than the pause between two background passes."""
 LOOKED_THROUGH_BYTES = 32 << 20
 """A file up to this size is looked through before LMDB may touch it: 0.2 s. A larger one is by `check`."""
 HEADER_KEY = b"store"
@@ -86,7 +88,7 @@ class Environment:
         self._resizing = False
         self._mine = threading.local()
         self._has_handle = True
-        self._cleaned_s = time.monotonic()
+        self._cleaned_s = self._looked_s = time.monotonic()
         with translated(path), presence.entering(path) as self._presence:
             if self._presence.is_first and os.path.getsize(_data_path(path)) <= LOOKED_THROUGH_BYTES:
                 _require_sound_tree(path)
@@ -141,17 +143,22 @@ class Environment:
             self._keep_house()
 
     def _keep_house(self) -> None:
-        if self._presence.mend_locks():
-            log.error(
-                "store %s: something in this process closed lmdb/lock.mdb, which dropped LMDB's locks; they are held"
-                " again, but whoever reads, hashes or packs these files must stop doing so", self.path,
-            )  # fmt: skip
         now_s = time.monotonic()
+        if now_s - self._looked_s >= LOCK_LOOK_S:
+            self._looked_s = now_s
+            self._mend_locks()
         if now_s - self._cleaned_s >= HOUSEKEEPING_S:
             self._cleaned_s = now_s
             freed = self._lmdb.reader_check()
             if freed:
                 log.warning("store %s: gave back the places of %d readers that died", self.path, freed)
+
+    def _mend_locks(self) -> None:
+        if self._presence.mend_locks():
+            log.error(
+                "store %s: something in this process closed lmdb/lock.mdb, which dropped LMDB's locks; they are held"
+                " again, but whoever reads, hashes or packs these files must stop doing so", self.path,
+            )  # fmt: skip
 
     def readers(self) -> list[tuple[int, int]]:
         """(process, how many transactions its view lies behind) of every view that is open at this moment."""
@@ -442,6 +449,10 @@ def translated(path: str) -> Iterator[None]:
         raise FullMapError from error
     except lmdb.Error as error:
         raise our_error(path, error) from error
+    except SystemError as error:  # what some of py-lmdb's methods make of a refusal, such as `Cursor.delete`
+        if isinstance(error.__cause__, lmdb.Error):
+            raise our_error(path, error.__cause__) from error
+        raise
     except PermissionError as error:
         raise StorageError(f"store {path}", error, next_step="run as the user who owns the store") from error
 

@@ -800,6 +800,16 @@ def test_refusal_of_lmdb_is_an_error_of_ours(
     assert refused.value.__cause__ is error
 
 
+def test_refusal_that_the_binding_hides_in_an_error_of_python_is_one_of_ours(opened: Store) -> None:
+    """As `Cursor.delete` does on a damaged page."""
+    hidden = SystemError("returned a result with an exception set")
+    hidden.__cause__ = lmdb_error(lmdb.CorruptedError, -30796)
+    with pytest.raises(FormatError), environment._translated(opened.path):
+        raise hidden
+    with pytest.raises(SystemError), environment._translated(opened.path):
+        raise SystemError("something else")
+
+
 def test_short_write_on_a_full_disk_is_called_a_full_disk(
     opened: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -487,6 +487,8 @@ def test_lmdb_alone_gives_a_view_away_when_its_lock_file_is_read(tmp_path: Path)
 
 HASH_AND_STAY = """
 import pathlib, sys, time
+from lmdbitmap import environment
+environment.LOCK_LOOK_S = 0.0
 from lmdbitmap.store import Store
 store = Store.open(sys.argv[1])
 with store.read() as view:
@@ -526,6 +528,12 @@ def test_store_whose_user_lost_lmdbs_locks_is_not_opened_until_they_are_mended(s
         assert "closed lmdb/lock.mdb" in child.stderr.read()
 
 
+@pytest.fixture
+def looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "LOCK_LOOK_S", 0.0)
+
+
+@pytest.mark.usefixtures("looks_at_once")
 def test_write_mends_lost_locks_and_says_so(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     for round_number in range(2):
         Path(store.path, "lmdb", "lock.mdb").read_bytes()
@@ -534,6 +542,7 @@ def test_write_mends_lost_locks_and_says_so(store: Store, caplog: pytest.LogCapt
         assert caplog.text.count("closed lmdb/lock.mdb") == round_number + 1
 
 
+@pytest.mark.usefixtures("looks_at_once")
 def test_background_pass_of_an_idle_disk_mends_lost_locks(
     tracked: TrackedDisk, caplog: pytest.LogCaptureFixture
 ) -> None:
