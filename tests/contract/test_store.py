@@ -804,9 +804,9 @@ def test_refusal_that_the_binding_hides_in_an_error_of_python_is_one_of_ours(ope
     """As `Cursor.delete` does on a damaged page."""
     hidden = SystemError("returned a result with an exception set")
     hidden.__cause__ = lmdb_error(lmdb.CorruptedError, -30796)
-    with pytest.raises(FormatError), environment._translated(opened.path):
+    with pytest.raises(FormatError), environment.translated(opened.path):
         raise hidden
-    with pytest.raises(SystemError), environment._translated(opened.path):
+    with pytest.raises(SystemError), environment.translated(opened.path):
         raise SystemError("something else")
 
 
