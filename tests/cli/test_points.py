@@ -72,7 +72,7 @@ def test_what_cannot_be_forgotten_is_told(cli: Cli) -> None:
 def test_adopting_vouches_for_an_image_that_was_touched(cli: Cli) -> None:
     image = cli.add("sda")
     cli.ok("checkpoint", "sda", "monday")
-    os.utime(image, ns=(1, 1))
+    os.utime(image, ns=(2**61, 2**61))
     assert cli("changes", "sda").code == 3
     assert cli.ok("adopt", "sda") == "sda: its image is taken as it is\n"
     assert cli.dirty("sda", "--since", "monday") == ("exact", [])
@@ -105,6 +105,7 @@ def test_an_image_that_is_gone_is_told(cli: Cli) -> None:
     image = cli.add("sda")
     os.unlink(image)
     assert cli.fails(1, "checkpoint", "sda", "monday") == (
-        f"{image} does not exist; check the name and its folder"
+        f"the image of disk 'sda', {image}, does not exist any more; put it back, or leave a symbolic link there to"
+        " where it went; `lmdbitmap rm sda` if it is gone for good"
     )
     assert cli.json("info", "sda")["trust"] == "untrusted"

@@ -121,7 +121,7 @@ def test_after_a_kill_the_disk_is_served_again_at_the_same_socket(cli: Cli) -> N
 
 def test_a_new_epoch_is_told_to_whoever_serves(cli: Cli) -> None:
     image = cli.add("sda")
-    os.utime(image, ns=(1, 1))
+    os.utime(image, ns=(2**61, 2**61))
     with cli.serving("sda", log=True) as served:
         pass
     assert served.child.stderr == (
