@@ -171,7 +171,10 @@ class Environment:
         """What is wrong with the tree of pages, of a copy that nobody changes. It takes the file's size in memory."""
         with self.transaction(write=False), open(os.memfd_create("lmdbitmap check"), "wb") as copy:
             self._lmdb.copyfd(copy.fileno())
-            return structural_problems(f"/proc/self/fd/{copy.fileno()}")
+            try:
+                return structural_problems(f"/proc/self/fd/{copy.fileno()}")
+            except ValueError as error:
+                return [str(error)]
 
     def close(self) -> None:
         self._presence.leave()
@@ -408,7 +411,10 @@ def _refuse_network_filesystem(path: str) -> None:
 
 def _require_sound_tree(path: str) -> None:
     """Of a file that nobody has open. LMDB trusts its pages: a damaged one can take the process with it."""
-    problems = structural_problems(_data_path(path))
+    try:
+        problems = structural_problems(_data_path(path))
+    except ValueError as error:
+        raise not_a_store(path, error) from error
     if problems:
         raise FormatError(
             f"store {path}", expected="a sound tree of pages", found=f"{problems[0]} ({len(problems)} in all)",
@@ -420,7 +426,7 @@ def structural_problems(data_path: str) -> list[str]:
     """What is wrong with the tree of pages in a file that does not change; it is read without LMDB.
 
     A page that is only lost for use harms nobody, and the count of overflow pages, which we have in the list of free
-    pages only, is known to be called wrong where it is right.
+    pages only, is known to be called wrong where it is right. Raises `ValueError` for what is no LMDB file at all.
     """
     from lmdb import (
         verify,
@@ -428,7 +434,9 @@ def structural_problems(data_path: str) -> list[str]:
 
     try:
         found: list[str] = verify.verify(data_path, subdir=False)  # type: ignore[no-untyped-call]
-    except (verify.VerifyError, struct.error, IndexError) as error:
+    except verify.VerifyError as error:
+        raise ValueError(str(error)) from error
+    except (struct.error, IndexError) as error:
         return [str(error)]
     return [problem for problem in found if "overflow" not in problem and "leak" not in problem]
 
