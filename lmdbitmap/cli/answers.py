@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any
 
 from lmdbitmap import standalone
 from lmdbitmap.changes import Standing, Summary
 from lmdbitmap.cli.options import Session
 from lmdbitmap.cli.output import say, say_json
 from lmdbitmap.cli.ownership import ask_changes, is_attached
-from lmdbitmap.cli.sizes import format_size, iso_time
+from lmdbitmap.cli.sizes import format_latency, format_size, iso_time
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.schema import Bitmap, Checkpoint, Disk
 from lmdbitmap.store import Store
@@ -48,6 +49,35 @@ class Report:
 def report_on(store: Store, disk: Disk) -> Report:
     asked = ask_changes(store, disk.name)
     return Report(disk, is_attached(store, disk), asked.since, asked.summary)
+
+
+def served_words(served: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the process that serves a disk tells of it, for people; see docs/control.md."""
+    rates, latencies = served["rates"], served["latencies"]
+    connections, carried = served["connections"], served["bytes"]
+    yield "served by", f"process {served['pid']}, lmdbitmap {served['version']}"
+    yield "clients", f"{connections['now']} now, {connections['ever']} ever"
+    yield "requests", _listed(served["requests"], "{:d} {}") or "none"
+    yield "traffic", f"{format_size(carried['received'])} in, {format_size(carried['sent'])} out"
+    now = _listed(rates["requests"], "{:.1f} {}/s")
+    bytes_now = f"{format_size(round(rates['received']))}/s in, {format_size(round(rates['sent']))}/s out"
+    yield "at present", f"{now or 'no requests'}, {rates['commits']:.1f} commits/s, {bytes_now}"
+    for kind, label in (("commit", "commits"), ("flush", "flushes"), ("batch", "batches")):
+        yield label, _latency_words(latencies[kind])
+    yield "armed", f"{served['armed']} extents"
+
+
+def _listed(numbers: Mapping[str, float], form: str) -> str:
+    return ", ".join(
+        form.format(number, kind.replace("_", " ")) for kind, number in numbers.items() if number
+    )
+
+
+def _latency_words(latencies: Mapping[str, int]) -> str:
+    if not latencies["count"]:
+        return "none"
+    half, most, longest = (format_latency(latencies[name]) for name in ("p50_ns", "p99_ns", "max_ns"))
+    return f"{latencies['count']}: half of them within {half}, 99% within {most}, the longest {longest}"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import click
 
@@ -15,12 +16,13 @@ from lmdbitmap.cli.answers import (
     periods_of,
     report_on,
     report_on_bitmap,
+    served_words,
     size_words,
     standing_words,
 )
 from lmdbitmap.cli.options import Session, granularity, utf8_path, verb
 from lmdbitmap.cli.output import say, say_json, say_table
-from lmdbitmap.cli.ownership import find_disk_or_bitmap, require_unowned
+from lmdbitmap.cli.ownership import ask_owner, find_disk_or_bitmap, require_unowned
 from lmdbitmap.cli.sizes import format_size, format_time
 from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.image import is_far, lasting_name
@@ -125,24 +127,32 @@ def _bitmap_row(kept: Kept) -> list[str]:
 def info(asked: Session, name: str) -> None:
     """Tell all about one disk or one stand-alone bitmap.
 
-    What changed since each checkpoint, how far that is to be trusted, and why.
+    What changed since each checkpoint, how far that is to be trusted, and why. Of a disk that is served also what
+    its clients do, and how long they wait.
     """
     with Store.open(asked.store_path) as store:
         found = find_disk_or_bitmap(store, name)
         if isinstance(found, Disk):
-            _tell_disk(asked, report_on(store, found), list(periods_of(store, found)))
+            told = ask_owner(store, found)
+            served = None if told is None else told["served"]
+            _tell_disk(asked, report_on(store, found), list(periods_of(store, found)), served)
         else:
             _tell_bitmap(asked, report_on_bitmap(store, found))
 
 
-def _tell_disk(asked: Session, report: Report, periods: list[Period]) -> None:
+def _tell_disk(
+    asked: Session, report: Report, periods: list[Period], served: Mapping[str, Any] | None
+) -> None:
     disk = report.disk
     if asked.as_json:
         epoch = {"number": disk.epoch_number, "uuid": str(disk.epoch), "reason": disk.epoch_reason}
         checkpoints = [period.facts() for period in periods]
-        say_json({**report.facts(), "epoch": epoch, "checkpoints": checkpoints})
+        say_json({**report.facts(), "epoch": epoch, "checkpoints": checkpoints, "served": served})
         return
     _tell_pairs(_portrait(report))
+    if served is not None:
+        say("")
+        _tell_pairs(served_words(served))
     say("")
     say_table(
         ("checkpoint", "made", "changed until the next"),

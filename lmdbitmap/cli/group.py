@@ -8,6 +8,7 @@ from lmdbitmap.cli.backups import backup, restore
 from lmdbitmap.cli.bitmaps import export, import_, inspect
 from lmdbitmap.cli.changed import changes
 from lmdbitmap.cli.disks import add, info, ls, rm
+from lmdbitmap.cli.metrics import metrics
 from lmdbitmap.cli.options import STORE_VARIABLE, default_store, new_session
 from lmdbitmap.cli.points import adopt, checkpoint, forget, mark
 from lmdbitmap.cli.serve import serve
@@ -65,6 +66,7 @@ _VERBS = (
     adopt,
     rm,
     check,
+    metrics,
 )
 for _verb in _VERBS:
     verbs.add_command(_verb)

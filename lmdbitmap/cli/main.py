@@ -15,14 +15,13 @@ click and rich are imported inside, so that an installation without them is told
 from __future__ import annotations
 
 import io
-import logging
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from lmdbitmap.cli.output import complain, printable
+from lmdbitmap.cli import logs
 from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, Untrusted, error_from_os
 
 PROGRAM = "lmdbitmap"
@@ -38,17 +37,8 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may lack a letter of a name
-    log = logging.StreamHandler()
-    log.setFormatter(_OneLine("lmdbitmap: %(message)s"))
-    logging.basicConfig(handlers=[log], level=logging.WARNING)
+    logs.begin()
     sys.exit(run(sys.argv[1:]))
-
-
-class _OneLine(logging.Formatter):
-    """Log lines quote names, paths and clients: they must not reach the terminal as they are."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
 
 
 def run(words: Sequence[str]) -> int:
@@ -68,7 +58,7 @@ def run(words: Sequence[str]) -> int:
         _drop_output()
         return _fail_as(error_from_os(str(refusal.filename or "standard output"), refusal))
     except ModuleNotFoundError as missing:
-        if missing.name not in ("click", "rich"):
+        if missing.name not in ("click", "rich", "prometheus_client"):
             return _own_bug(missing)
         return _fail(f"the command line needs {missing.name}; run: pip install 'lmdbitmap[cli]'", FAILED)
     except Exception as bug:
@@ -108,7 +98,7 @@ def _fail_as(error: LmdbitmapError) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    complain(message)
+    logs.last_words(message)
     return code
 
 

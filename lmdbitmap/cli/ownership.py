@@ -11,6 +11,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from lmdbitmap import chain, owner
 from lmdbitmap.changes import Changes, Standing, changes
@@ -24,6 +25,7 @@ from lmdbitmap.store import Store
 log = logging.getLogger(__name__)
 
 _PERSIST_S = 60.0
+_INFO_S = 10.0
 
 
 def find_disk(store: Store, name: str) -> Disk:
@@ -84,6 +86,30 @@ def _persisted_by_owner(store: Store, disk: Disk) -> bool:
         log.warning("the owner of disk %s did not say what it knows: %s", disk.name, error)
         return False
     return True
+
+
+def ask_owner(store: Store, disk: Disk) -> dict[str, Any] | None:
+    """What the process that serves the disk says of it (docs/control.md); None where nobody does, or says it.
+
+    What is only known of disks that are served is in `served`, the process itself among it.
+    """
+    if not is_attached(store, disk):
+        return None
+    try:
+        client = control_client.reach(store.control_path(disk.uuid))
+        if client is None:
+            return None
+        with client:
+            told = client.call("info", timeout_s=_INFO_S)["disks"]
+            process = {"pid": client.pid, "version": client.version}
+    except LmdbitmapError as error:
+        log.warning("disk %s: its owner does not say how it is: %s", disk.name, error)
+        return None
+    entry: dict[str, Any] | None = next((one for one in told if one["name"] == disk.name), None)
+    if entry is None or "served" not in entry:  # it only embeds a tracker
+        return None
+    entry["served"] = {**process, "armed": entry["armed"], **entry["served"]}
+    return entry
 
 
 # --- deeds ---

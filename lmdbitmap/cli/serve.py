@@ -8,35 +8,39 @@ the second one, or the tenth, finds it wished already and interrupts nothing.
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 
 import click
 
 from lmdbitmap import bitmap_file as flat_bitmap_file
+from lmdbitmap.cli import logs
+from lmdbitmap.cli.logs import HUMAN, STYLES, VARIABLE
+from lmdbitmap.cli.metrics import metrics_served
 from lmdbitmap.cli.options import Session, utf8_path, verb
 from lmdbitmap.cli.output import say
 from lmdbitmap.cli.ownership import find_disk, require_unowned
+from lmdbitmap.cli.places import Places, group_id, host_and_port, is_loopback, passed_sockets, socket_mode
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError
 from lmdbitmap.filter import Filter
+from lmdbitmap.measured import MeasuredStore
 from lmdbitmap.nbd.control import ControlServer
 from lmdbitmap.nbd.dirty_contexts import tracked_contexts
 from lmdbitmap.nbd.server import Server
 from lmdbitmap.nbd.supervisor import Supervisor
-from lmdbitmap.nbd.tls import server_context
+from lmdbitmap.nbd.watch import Watch
 from lmdbitmap.period import DEFAULT_MAX_ARMED
 from lmdbitmap.store import Store
 
 log = logging.getLogger(__name__)
 
-_FIRST_PASSED_FD = 3
-_MOST_SOCKETS = 64
+_WRITABLE = "read and write the disks"
+_TOLD = "read the disks' names and figures"
 _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -51,6 +55,11 @@ _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 @click.option(
     "--socket", metavar="PATH", type=utf8_path, help="Serve at this unix socket, for its owner only."
 )
+@click.option(
+    "--socket-mode", metavar="MODE", type=socket_mode,
+    help="Permissions of that socket, in octal: 0660 lets a group in. [default: 0600]",
+)  # fmt: skip
+@click.option("--socket-group", metavar="GROUP", type=group_id, help="The group that they are for.")
 @click.option("--listen", metavar="HOST:PORT", help="Serve at this TCP address; port 0 is any that is free.")
 @click.option(
     "--tls",
@@ -64,6 +73,13 @@ _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     is_flag=True,
     help="Listen without TLS where other hosts can reach it: whoever connects may read and write the disks.",
 )
+@click.option("--metrics", metavar="HOST:PORT", help="Answer Prometheus over HTTP at this TCP address.")
+@click.option(
+    "--log", "log_style", type=click.Choice(STYLES), envvar=VARIABLE, show_envvar=True,
+    default=HUMAN, show_default=True,
+    help="Write the log on stderr as sentences, or as one JSON object a line, which also tells what --verbose does.",
+)  # fmt: skip
+@click.option("--verbose", is_flag=True, help="Also log clients that come and go, and checkpoints.")
 @click.option(
     "--bitmap-file", metavar="FILE.dbm", type=utf8_path,
     help="Also keep the disk's bitmap in this flat file: taken in and called unclean now, written out at a clean"
@@ -75,9 +91,14 @@ def serve(
     asked: Session,
     names: Sequence[str],
     socket: str | None,
+    socket_mode: int | None,
+    socket_group: int | None,
     listen: str | None,
     tls: str | None,
     insecure: bool,
+    metrics: str | None,
+    log_style: str,
+    verbose: bool,
     bitmap_file: str | None,
     max_armed: int,
 ) -> None:
@@ -87,43 +108,32 @@ def serve(
     URIs once clients can connect. SIGTERM or Ctrl-C ends it cleanly. Under systemd it takes the sockets of its
     socket unit, and says when it is ready.
     """
+    logs.choose(log_style, verbose=verbose)
     _require_sense(names, bitmap_file)
-    supervisor, passed = Supervisor(os.environ.pop("NOTIFY_SOCKET", "")), _passed_sockets(os.environ)
-    address = None if listen is None else _address(listen, insecure or tls is not None)
+    supervisor, passed = Supervisor(os.environ.pop("NOTIFY_SOCKET", "")), passed_sockets(os.environ)
+    address = None if listen is None else _address(listen, _WRITABLE, insecure=insecure or tls is not None)
+    scraped = None if metrics is None else _address(metrics, _TOLD, insecure=insecure)
     if socket is None and address is None and not passed:
         raise click.UsageError("say where to serve: --socket PATH or --listen HOST:PORT")
+    if socket is None and not (socket_mode is None and socket_group is None):
+        raise click.UsageError("--socket-mode and --socket-group are for --socket")
     if tls is not None and address is None and not passed:
         raise click.UsageError("--tls is for --listen: a unix socket is the owner's alone")
-    certificates = None if tls is None else server_context(tls)
+    file = None if socket is None else (socket, socket_mode or 0o600, socket_group)
+    places = Places(file, address, passed, tls)
     with _Ending() as ending, Store.open(asked.store_path) as store, contextlib.ExitStack() as attached:
-        disks = {name: attached.enter_context(_attach(store, name, max_armed)) for name in names}
+        stores = {name: attached.enter_context(MeasuredStore.open(asked.store_path)) for name in names}
+        disks = {name: attached.enter_context(_attach(stores[name], name, max_armed)) for name in names}
         if bitmap_file is not None:
             _take_in(disks[names[0]], bitmap_file)
-        with _served(disks, attached) as server:
-            if socket is not None:
-                server.listen_unix(socket)
-            if address is not None:
-                server.listen_tcp(*address, certificates)
-            for fd in passed:
-                server.listen_inherited(fd, certificates)
+        with _served(disks, stores, attached) as server, contextlib.ExitStack() as beside:
+            places.open_all(server)
+            url = beside.enter_context(metrics_served(store, names, *scraped)) if scraped else None
             ending.ends(server)
-            _announce(asked, server.uris)
+            _announce(asked, server.uris, url)
             supervisor.tell("READY=1")
             server.serve_forever()
             supervisor.tell("STOPPING=1")
-
-
-def _passed_sockets(environment: MutableMapping[str, str]) -> range:
-    """The descriptors of sockets that a service manager bound for this very process (sd_listen_fds(3))."""
-    pid, count = environment.pop("LISTEN_PID", ""), environment.pop("LISTEN_FDS", "")
-    environment.pop("LISTEN_FDNAMES", None)
-    if pid != str(os.getpid()):
-        return range(0)
-    if not (count.isascii() and count.isdigit() and int(count) <= _MOST_SOCKETS):
-        raise InvalidArgument(
-            f"LISTEN_FDS={count[:20]!r} is no number of sockets", next_step="mend the socket unit"
-        )
-    return range(_FIRST_PASSED_FD, _FIRST_PASSED_FD + int(count))
 
 
 def _require_sense(names: Sequence[str], bitmap_file: str | None) -> None:
@@ -134,9 +144,13 @@ def _require_sense(names: Sequence[str], bitmap_file: str | None) -> None:
 
 
 @contextlib.contextmanager
-def _served(disks: Mapping[str, Filter], attached: contextlib.ExitStack) -> Iterator[Server]:
+def _served(
+    disks: Mapping[str, Filter], stores: Mapping[str, MeasuredStore], attached: contextlib.ExitStack
+) -> Iterator[Server]:
     """A server of the disks and of those who ask about them; afterwards nobody uses the disks any more."""
-    server, control = Server(disks, contexts_of=tracked_contexts), ControlServer(disks)
+    server = Server(disks, contexts_of=tracked_contexts)
+    watch = Watch(server, {name: store.commits for name, store in stores.items()})
+    control = ControlServer(disks, watch=watch)
     try:
         control.start()
         yield server
@@ -194,31 +208,26 @@ def _take_in(disk: Filter, path: str) -> None:
         log.warning("disk %s: the next backup is a full one: %s", disk.disk.name, reason)
 
 
-def _announce(asked: Session, uris: list[str]) -> None:
+def _announce(asked: Session, uris: list[str], metrics_url: str | None) -> None:
     if asked.as_json:
-        print(json.dumps({"ready": True, "uris": uris}), flush=True)
+        metrics = {} if metrics_url is None else {"metrics": metrics_url}
+        print(json.dumps({"ready": True, "uris": uris, **metrics}), flush=True)
         return
-    for line in ("ready", *uris):
+    for line in ("ready", *uris, *([] if metrics_url is None else [f"metrics {metrics_url}"])):
         say(line)
     sys.stdout.flush()
 
 
-def _address(text: str, insecure: bool) -> tuple[str, int]:
-    """HOST:PORT, with an IPv6 host in brackets; other hosts must not reach it unless that is wanted."""
-    host, _, port = text.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise InvalidArgument(f"{text!r} is not HOST:PORT", next_step="write it as in 127.0.0.1:10809")
-    if not insecure and not _is_loopback(host):
-        raise InvalidArgument(
-            f"whoever reaches {host} could read and write the disks",
-            next_step="give certificates with --tls, or serve at a unix socket, or say --insecure",
+def _address(text: str, power: str, *, insecure: bool) -> tuple[str, int]:
+    """HOST:PORT to listen at; other hosts must not reach it, and have that power, unless that is wanted."""
+    host, port = host_and_port(text)
+    if not insecure and not is_loopback(host):
+        remedy = (
+            "give certificates with --tls, or serve at a unix socket"
+            if power == _WRITABLE
+            else "use 127.0.0.1"
         )
-    return host, int(port)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        raise InvalidArgument(
+            f"whoever reaches {host} could {power}", next_step=f"{remedy}, or say --insecure"
+        )
+    return host, port

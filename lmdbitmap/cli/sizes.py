@@ -62,6 +62,18 @@ def format_duration(seconds: float) -> str:
     return f"{whole} s"
 
 
+def format_latency(duration_ns: int) -> str:
+    """`900 ns`, `12 µs`, `3.4 ms`, `1.2 s`."""
+    for step_ns, unit in ((10**9, "s"), (10**6, "ms"), (10**3, "µs")):
+        if duration_ns >= step_ns:
+            return (
+                f"{duration_ns / step_ns:.3g} {unit}"
+                if duration_ns < 999 * step_ns
+                else f"{duration_ns // step_ns} {unit}"
+            )
+    return f"{duration_ns} ns"
+
+
 def format_time(time_ns: int) -> str:
     """A Unix time in nanoseconds as the clock on the wall shows it."""
     return datetime.datetime.fromtimestamp(time_ns // 10**9).strftime("%Y-%m-%d %H:%M:%S")

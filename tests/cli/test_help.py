@@ -62,4 +62,4 @@ def test_a_verb_without_its_words_is_not_understood(cli: Cli, name: str) -> None
     if any(isinstance(p, click.Argument) and p.required for p in verbs.commands[name].params):
         assert f"see 'lmdbitmap {name} --help'" in cli.fails(2, name)
     else:
-        assert f"see 'lmdbitmap {name} --help'" in cli.fails(2, name, "superfluous")
+        assert f"see 'lmdbitmap {name} --help'" in cli.fails(2, name, "--superfluous")

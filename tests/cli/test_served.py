@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from lmdbitmap import Filter, Store
+from lmdbitmap.nbd import control_client
 from lmdbitmap.nbd.control import ControlServer
 from tests.cli.conftest import MIB, SIZE, Cli, Served
 from tests.cli.test_serve import write
-from tests.support import requires
+from tests.support import make_raw_image, requires
 
 KIB = 1 << 10
 
@@ -19,11 +22,11 @@ pytestmark = requires("qemu-io")
 
 
 @contextlib.contextmanager
-def _served_and_written(cli: Cli) -> Iterator[Served]:
+def _served_and_written(cli: Cli, *, log: bool = False) -> Iterator[Served]:
     """Disk `sda`, served since checkpoint `monday`, with 64 KiB written at 1 MiB."""
     cli.add("sda")
     cli.ok("checkpoint", "sda", "monday")
-    with cli.serving("sda") as served:
+    with cli.serving("sda", log=log) as served:
         write(served.uris["sda"], MIB, 64 * KIB)
         yield served
 
@@ -85,6 +88,76 @@ def test_marking_and_forgetting_are_done_by_the_owner(cli: Cli) -> None:
 def test_the_owners_refusals_are_ours(cli: Cli, code: int, words: list[object], said: str) -> None:
     with _served_and_written(cli):
         assert said in cli.fails(code, *words)
+
+
+def test_a_backup_of_a_served_disk_is_refused_and_says_what_it_would_need(cli: Cli) -> None:
+    with _served_and_written(cli):
+        cli.add("sdb")
+        said = cli.fails(4, "backup", "sdb", "sda", cli.folder / "backups")
+        assert "live backup is not built yet" in said
+        assert not list((cli.folder / "backups").glob("*/*.qcow2"))
+
+
+def test_an_export_is_exact_up_to_the_moment(cli: Cli) -> None:
+    with _served_and_written(cli):
+        file = cli.folder / "sda.dbm"
+        cli.ok("export", "sda", file)
+        told = cli.json("inspect", file)
+    assert (told["trust"], told["dirty_bytes"], told["recording"]) == ("exact", 64 * KIB, True)
+
+
+def test_an_import_into_a_served_disk_is_done_by_its_owner(cli: Cli) -> None:
+    with _served_and_written(cli) as served:
+        file = cli.folder / "sda.dbm"
+        cli.ok("export", "sda", file)
+        cli.ok("checkpoint", "sda", "tuesday")
+        assert cli.dirty("sda") == ("exact", [])
+        cli.ok("import", file, "before", "--into", "sda")
+        assert cli.dirty("sda") == ("exact", [(MIB, 64 * KIB)])
+        write(served.uris["sda"], 5 * MIB, 1)
+    assert cli.dirty("sda") == ("exact", [(MIB, 64 * KIB), (5 * MIB, 64 * KIB)])
+
+
+def test_what_is_served_cannot_be_added_or_served_again(cli: Cli) -> None:
+    with _served_and_written(cli):
+        image, other = cli.folder / "sda.raw", make_raw_image(cli.folder / "other.raw", SIZE)
+        assert "'sda'" in cli.fails(1, "add", "sda", other)
+        assert cli("add", "again", image).code in (1, 4)
+        assert cli.fails(4, "serve", "sda", "--socket", cli.folder / "s").startswith(
+            "disk 'sda' is owned by "
+        )
+        assert [disk["name"] for disk in cli.json("ls")["disks"]] == ["sda"]
+
+
+def test_callers_that_are_stuck_keep_nobody_waiting(cli: Cli) -> None:
+    """One says nothing, one half a line, one asks on and on and never reads: at the control socket, and as guests."""
+    with _served_and_written(cli, log=True) as served, contextlib.ExitStack() as stuck:
+        uuid = cli.json("info", "sda")["uuid"]
+        control = [stuck.enter_context(_connected(cli.store / "control" / uuid)) for _ in range(3)]
+        guests = [stuck.enter_context(_connected(cli.folder / "sda.sock")) for _ in range(3)]
+        for caller, half, whole in (
+            (control, b'{"operation": ', b'{"operation": "info", "arguments": {}}\n'),
+            (guests, b"IHAVE", bytes(4) + b"IHAVEOPT" + bytes([0, 0, 0, 3, 0, 0, 0, 0])),
+        ):
+            caller[1].send(half)
+            with contextlib.suppress(BlockingIOError, ConnectionError):
+                for _ in range(1 << 16):
+                    caller[2].send(whole)
+        write(served.uris["sda"], 5 * MIB, 1)
+        cli.ok("checkpoint", "sda", "tuesday")
+        assert cli.dirty("sda") == ("exact", [])
+        assert cli.json("info", "sda")["served"]["connections"]["ever"] == 2
+        served.child.process.terminate()
+        assert served.child.wait() == 0
+
+
+@contextlib.contextmanager
+def _connected(path: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX) as caller:
+        with control_client.short_path(str(path)) as address:
+            caller.connect(address)
+        caller.setblocking(False)
+        yield caller
 
 
 @pytest.mark.parametrize("verb", ["adopt", "rm"])

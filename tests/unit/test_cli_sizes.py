@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmdbitmap.cli.sizes import format_duration, format_size, format_time, iso_time, parse_size
+from lmdbitmap.cli.sizes import format_duration, format_latency, format_size, format_time, iso_time, parse_size
 from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.geometry import MAX_SIZE
 
@@ -142,3 +142,22 @@ def test_times_for_people_are_local(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         monkeypatch.undo()
         time.tzset()
+
+
+@pytest.mark.parametrize(
+    ("duration_ns", "words"),
+    [
+        (0, "0 ns"),
+        (999, "999 ns"),
+        (1000, "1 µs"),
+        (12_345, "12.3 µs"),
+        (998_999, "999 µs"),
+        (999_999, "999 µs"),
+        (2_048_000, "2.05 ms"),
+        (1_250_000_000, "1.25 s"),
+        (123_456_000_000, "123 s"),
+        (1_234_567_000_000, "1234 s"),
+    ],
+)
+def test_latencies_have_three_digits_and_a_unit(duration_ns: int, words: str) -> None:
+    assert format_latency(duration_ns) == words

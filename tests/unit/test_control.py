@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import select
 import socket
 import stat
 import sys
@@ -197,6 +198,10 @@ def test_info_describes_every_disk(house: House) -> None:
     assert (sda["name"], sda["size"], sda["granularity"], sda["armed"]) == ("sda", SIZE, 4096, 1)
     assert (sda["trust"], sda["recording_since"], sdb["armed"]) == ("exact", "start", 0)
     assert sda["session"] == str(house.filters["sda"].disk.session)
+    with house.store.read() as reader:
+        newest = chain.current_checkpoint(reader, house.filters["sda"].disk)
+    assert sda["recording_since_ns"] == newest.time_ns
+    assert "served" not in sda  # nobody watches
 
 
 def test_one_connection_serves_many_requests(house: House) -> None:
@@ -420,6 +425,25 @@ def test_stop_ends_idle_callers_and_removes_the_sockets(house: House) -> None:
         assert idle.recv(100) == b""
     assert [os.path.lexists(house.path(name)) for name in NAMES] == [False, False]
     assert house.server.stop()
+
+
+def test_stop_does_not_wait_for_a_caller_that_does_not_read(tmp_path: Path) -> None:
+    house = House(tmp_path, patience_s=1000)
+    with house.stack, connected(house.path()) as deaf:
+        deaf.setblocking(False)
+        asking = wire.encode({"operation": "info", "arguments": {}})
+        with pytest.raises(BlockingIOError):
+            ask_until_nothing_goes_in(deaf, asking)
+        assert house.server.stop()
+
+
+def ask_until_nothing_goes_in(sock: socket.socket, asking: bytes) -> None:
+    """Its answers fill one buffer, and then its questions the other: `select` says when that is so for good."""
+    for _ in range(1 << 20):
+        _, writable, _ = select.select([], [sock], [], 0.2)
+        if not writable:
+            raise BlockingIOError
+        sock.send(asking * 100)
 
 
 def test_stop_waits_for_what_is_being_done_and_it_is_answered(house: House) -> None:

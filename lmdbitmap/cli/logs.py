@@ -1,0 +1,90 @@
+"""Log lines on stderr: one sentence a line for people, or one JSON object a line for programs.
+
+    {"time": "2026-11-23T19:00:00.123+00:00", "level": "warning", "logger": "lmdbitmap.filter",
+     "message": "disk sda: tracking begins again", "disk": "sda"}
+
+`disk` and `client` are there where a line is about one. A log call names them in its `extra`, or begins with
+"disk %s", as all messages about a disk do.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from datetime import datetime, timezone
+from typing import Final
+
+from lmdbitmap.cli.output import complain, printable
+
+HUMAN: Final = "human"
+JSON: Final = "json"
+STYLES: Final = (HUMAN, JSON)
+VARIABLE: Final = "LMDBITMAP_LOG"
+
+_LOGGER: Final = logging.getLogger("lmdbitmap")
+
+
+class OneLine(logging.Formatter):
+    """Log lines quote names, paths and clients: they must not reach the terminal as they are."""
+
+    def __init__(self) -> None:
+        super().__init__("lmdbitmap: %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+class JsonLine(logging.Formatter):
+    """Plain ASCII, so that nothing that is quoted can end the line or upset whoever reads it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        for name, value in (("disk", _disk_of(record)), ("client", record.__dict__.get("client"))):
+            if value is not None:
+                line[name] = str(value)
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def _disk_of(record: logging.LogRecord) -> object:
+    named: object = record.__dict__.get("disk")
+    if named is None and str(record.msg).startswith("disk %s") and isinstance(record.args, tuple):
+        return record.args[0]
+    return named
+
+
+class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # generic for type checkers only
+    """The one handler of this program, so that its style can be chosen once the command line is read."""
+
+
+def begin() -> None:
+    """Until more is known: warnings and worse, for people."""
+    handler = StderrHandler()
+    handler.setFormatter(OneLine())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+
+
+def choose(style: str, *, verbose: bool) -> None:
+    """From now on in this style; what merely happens, such as a client that comes, is told too if asked for."""
+    for handler in _handlers():
+        handler.setFormatter(JsonLine() if style == JSON else OneLine())
+    if verbose or style == JSON:
+        _LOGGER.setLevel(logging.INFO)
+
+
+def last_words(message: str) -> None:
+    """Why the program fails, in the style of its log."""
+    if any(isinstance(handler.formatter, JsonLine) for handler in _handlers()):
+        _LOGGER.error("%s", message)
+    else:
+        complain(message)
+
+
+def _handlers() -> list[StderrHandler]:
+    return [handler for handler in logging.getLogger().handlers if isinstance(handler, StderrHandler)]

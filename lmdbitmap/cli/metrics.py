@@ -1,0 +1,287 @@
+"""The verb `metrics`, and `serve --metrics`: how the disks of a store are, in Prometheus' words.
+
+The owner of a disk is asked what it knows, as `info` asks it, but not to write its bits down first: whoever
+is asked every few seconds must not disturb those that are watched. So `lmdbitmap_dirty_bytes` is what a crash at
+this moment would leave dirty: extents that are armed count whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lmdbitmap.changes import changes
+from lmdbitmap.cli.options import Session, verb
+from lmdbitmap.cli.output import say_json
+from lmdbitmap.cli.ownership import ask_owner, find_disk, is_attached
+from lmdbitmap.errors import Busy, LmdbitmapError, error_from_os
+from lmdbitmap.extents import Trust
+from lmdbitmap.latencies import BUCKETS, bound_us
+from lmdbitmap.schema import Checkpoint, Disk
+from lmdbitmap.store import Store
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+    from prometheus_client.registry import CollectorRegistry
+
+log = logging.getLogger(__name__)
+
+_NS_PER_S = 1e9
+_US_PER_S = 1e6
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A disk at one moment; `served` is what its owner says, None where nobody serves it."""
+
+    disk: Disk
+    attached: bool
+    trust: Trust
+    dirty_bytes: int
+    checkpoints: Sequence[Checkpoint]
+    served: Mapping[str, Any] | None
+
+    def facts(self) -> dict[str, object]:
+        return {
+            "name": self.disk.name,
+            "size": self.disk.size,
+            "attached": self.attached,
+            "trust": self.trust.value,
+            "dirty_bytes": self.dirty_bytes,
+            "checkpoints": len(self.checkpoints),
+            "served": self.served,
+        }
+
+
+def figures_of(store: Store, disk: Disk) -> Figures:
+    known = changes(store, disk.name).summary
+    told = ask_owner(store, disk)
+    trust = known.standing.trust if told is None else Trust(told["trust"])
+    with store.read() as reader:
+        checkpoints = reader.checkpoints(disk.uuid)
+    served = None if told is None else told["served"]
+    return Figures(disk, is_attached(store, disk), trust, known.dirty_bytes, checkpoints, served)
+
+
+@verb(
+    examples=[
+        "lmdbitmap metrics",
+        "lmdbitmap metrics sda sdb --json",
+    ]
+)
+@click.argument("names", metavar="[NAME…]", nargs=-1)
+@click.pass_obj
+def metrics(asked: Session, names: Sequence[str]) -> None:
+    """Tell how disks are, as Prometheus reads it.
+
+    All disks of the store, served or not, or those that are named. What is being written counts as dirty by
+    whole extents, as it would after a crash: nobody is disturbed for a sharper answer, as `info` gives it.
+    """
+    with Store.open(asked.store_path) as store:
+        found = [figures_of(store, disk) for disk in _disks(store, names)]
+    if asked.as_json:
+        say_json({"store": store.path, "disks": [figures.facts() for figures in found]})
+    else:
+        print(exposition(found), end="")
+
+
+def _disks(store: Store, names: Sequence[str]) -> list[Disk]:
+    if names:
+        return [find_disk(store, name) for name in dict.fromkeys(names)]
+    with store.read() as reader:
+        return reader.disks()
+
+
+def exposition(found: Sequence[Figures]) -> str:
+    from prometheus_client import generate_latest
+
+    return generate_latest(_registry(lambda: found)).decode()
+
+
+@contextlib.contextmanager
+def metrics_served(store: Store, names: Sequence[str], host: str, port: int) -> Iterator[str]:
+    """Answer scrapes of these disks over HTTP, in threads of their own, until the block ends; yields the URL."""
+    from prometheus_client import start_http_server
+
+    scrapes = _Scrapes(store, names)
+    try:
+        server, thread = start_http_server(port, addr=host, registry=_registry(scrapes.figures))
+    except OSError as refused:
+        raise _no_place(host, port, refused) from refused
+    try:
+        address = f"[{host}]" if ":" in host else host
+        yield f"http://{address}:{server.server_port}/metrics"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+        scrapes.end()
+
+
+def _no_place(host: str, port: int, refused: OSError) -> LmdbitmapError:
+    if refused.errno == errno.EADDRINUSE:
+        return Busy(f"{host}:{port} is in use", next_step="choose another port for --metrics")
+    return error_from_os(f"{host}:{port}", refused)
+
+
+class _Scrapes:
+    """One at a time, and none after `end`: the store may be closed then, whatever a scraper is waiting for."""
+
+    def __init__(self, store: Store, names: Sequence[str]) -> None:
+        self._store = store
+        self._names = names
+        self._turn = threading.Lock()
+
+    def figures(self) -> list[Figures]:
+        """Of the disks that can be told about."""
+        found = []
+        with self._turn:
+            for name in self._names:
+                try:
+                    found.append(figures_of(self._store, find_disk(self._store, name)))
+                except LmdbitmapError as error:
+                    log.warning("disk %s: no metrics of it: %s", name, error)
+        return found
+
+    def end(self) -> None:
+        with self._turn:
+            self._names = ()
+
+
+def _registry(figures: Callable[[], Sequence[Figures]]) -> CollectorRegistry:
+    from prometheus_client.registry import Collector, CollectorRegistry
+
+    class Disks(Collector):
+        def collect(self) -> Iterable[Metric]:
+            return families(figures())
+
+    registry = CollectorRegistry()
+    registry.register(Disks())
+    return registry
+
+
+# --- the families ---
+
+
+def families(found: Sequence[Figures]) -> list[Metric]:
+    served = [(figures.disk.name, figures.served) for figures in found if figures.served is not None]
+    return [*_of_disks(found), *_of_servers(served), *_latencies(served)]
+
+
+def _of_disks(found: Sequence[Figures]) -> Iterator[Metric]:
+    yield _gauge("disk_size_bytes", "Size of the disk.", ((f.disk.name, f.disk.size) for f in found))
+    yield _gauge(
+        "dirty_bytes",
+        "Bytes that the next incremental backup would copy after a crash at this moment.",
+        ((f.disk.name, f.dirty_bytes) for f in found),
+    )
+    yield _gauge(
+        "trusted",
+        "1 if changes since the newest checkpoint are known, 0 if a full backup is needed.",
+        ((f.disk.name, f.trust is not Trust.UNTRUSTED) for f in found),
+    )
+    yield _gauge("attached", "1 if a process owns the disk.", ((f.disk.name, f.attached) for f in found))
+    yield _gauge(
+        "served",
+        "1 if a process that answers at the control socket serves the disk.",
+        ((f.disk.name, f.served is not None) for f in found),
+    )
+    yield _gauge(
+        "epoch", "How often tracking began anew.", ((f.disk.name, f.disk.epoch_number) for f in found)
+    )
+    yield _gauge("checkpoints", "Checkpoints kept.", ((f.disk.name, len(f.checkpoints)) for f in found))
+    yield _gauge(
+        "last_checkpoint_timestamp_seconds",
+        "When the newest checkpoint was made, since 1970.",
+        ((f.disk.name, f.checkpoints[-1].time_ns / _NS_PER_S) for f in found),
+    )
+
+
+_Served = Sequence[tuple[str, Mapping[str, Any]]]
+
+
+def _of_servers(served: _Served) -> Iterator[Metric]:
+    yield _gauge(
+        "armed_extents",
+        "Extents of 64 blocks that a crash at this moment would leave dirty as a whole.",
+        ((name, told["armed"]) for name, told in served),
+    )
+    yield _gauge(
+        "connected_clients",
+        "Clients that are connected.",
+        ((name, told["connections"]["now"]) for name, told in served),
+    )
+    yield _counter(
+        "connections",
+        "Clients that ever were.",
+        ((name, told["connections"]["ever"]) for name, told in served),
+    )
+    yield _counter(
+        "received_bytes", "From clients.", ((name, told["bytes"]["received"]) for name, told in served)
+    )
+    yield _counter("sent_bytes", "To clients.", ((name, told["bytes"]["sent"]) for name, told in served))
+    yield _requests(served)
+
+
+def _requests(served: _Served) -> Metric:
+    from prometheus_client.core import CounterMetricFamily
+
+    family = CounterMetricFamily("lmdbitmap_requests", "Requests answered.", labels=["disk", "type"])
+    for name, told in served:
+        for kind, count in told["requests"].items():
+            family.add_metric([name, kind], count)
+    return family
+
+
+def _gauge(name: str, help_: str, values: Iterable[tuple[str, float]]) -> Metric:
+    from prometheus_client.core import GaugeMetricFamily
+
+    family = GaugeMetricFamily(f"lmdbitmap_{name}", help_, labels=["disk"])
+    for disk, value in values:
+        family.add_metric([disk], value)
+    return family
+
+
+def _counter(name: str, help_: str, values: Iterable[tuple[str, float]]) -> Metric:
+    """Its samples' name ends in `_total`."""
+    from prometheus_client.core import CounterMetricFamily
+
+    family = CounterMetricFamily(f"lmdbitmap_{name}", help_, labels=["disk"])
+    for disk, value in values:
+        family.add_metric([disk], value)
+    return family
+
+
+_LATENCY_HELP = {
+    "commit": "Transactions of the store that were asked for the disk, arming among them.",
+    "flush": "Flushes that clients asked for.",
+    "batch": "From having received some requests to having answered them, of one such batch in sixteen.",
+}
+
+
+def _latencies(served: _Served) -> Iterator[Metric]:
+    from prometheus_client.core import HistogramMetricFamily
+
+    for kind, help_ in _LATENCY_HELP.items():
+        family = HistogramMetricFamily(f"lmdbitmap_{kind}_seconds", help_, labels=["disk"])
+        for name, told in served:
+            latencies = told["latencies"][kind]
+            family.add_metric([name], _cumulative(latencies["buckets"]), latencies["total_ns"] / _NS_PER_S)
+        yield family
+
+
+def _cumulative(counts: Sequence[int]) -> list[tuple[str, float]]:
+    """Prometheus counts in each bucket all that is in the ones before it too."""
+    total, buckets = 0.0, []
+    for bucket in range(BUCKETS):
+        total += counts[bucket]
+        end_us = bound_us(bucket)
+        buckets.append(("+Inf" if end_us is None else repr(end_us / _US_PER_S), total))
+    return buckets

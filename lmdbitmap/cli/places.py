@@ -1,0 +1,109 @@
+"""Where `serve` listens: sockets that a service manager passed, TCP addresses, and who may open a socket file."""
+
+from __future__ import annotations
+
+import grp
+import ipaddress
+import os
+from collections.abc import MutableMapping
+
+import click
+
+from lmdbitmap.errors import InvalidArgument, os_errors_at
+from lmdbitmap.nbd.server import Server
+from lmdbitmap.nbd.tls import server_context
+
+_FIRST_PASSED_FD = 3
+_MOST_SOCKETS = 64
+_FOR_OTHERS = 0o007
+
+
+class Places:
+    """All places where clients find us; `passed` are descriptors, `tls` is for those who come over TCP."""
+
+    def __init__(
+        self,
+        socket: tuple[str, int, int | None] | None,
+        address: tuple[str, int] | None,
+        passed: range,
+        tls: str | None,
+    ) -> None:
+        self._socket = socket
+        self._address = address
+        self._passed = passed
+        self._certificates = None if tls is None else server_context(tls)
+
+    def open_all(self, server: Server) -> None:
+        if self._socket is not None:
+            path, mode, group = self._socket
+            _open_to(server.listen_unix(path).path, mode, group)
+        if self._address is not None:
+            server.listen_tcp(*self._address, self._certificates)
+        for fd in self._passed:
+            server.listen_inherited(fd, self._certificates)
+
+
+def passed_sockets(environment: MutableMapping[str, str]) -> range:
+    """The descriptors of sockets that a service manager bound for this very process (sd_listen_fds(3))."""
+    pid, count = environment.pop("LISTEN_PID", ""), environment.pop("LISTEN_FDS", "")
+    environment.pop("LISTEN_FDNAMES", None)
+    if pid != str(os.getpid()):
+        return range(0)
+    if not (count.isascii() and count.isdigit() and int(count) <= _MOST_SOCKETS):
+        raise InvalidArgument(
+            f"LISTEN_FDS={count[:20]!r} is no number of sockets", next_step="mend the socket unit"
+        )
+    return range(_FIRST_PASSED_FD, _FIRST_PASSED_FD + int(count))
+
+
+def host_and_port(text: str) -> tuple[str, int]:
+    """HOST:PORT, with an IPv6 host in brackets."""
+    host, _, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise InvalidArgument(f"{text!r} is not HOST:PORT", next_step="write it as in 127.0.0.1:10809")
+    return host, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this host can reach it."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+# --- socket files ---
+
+
+def socket_mode(text: str) -> int:
+    """As chmod has it in octal, for `type=`; nobody but the owner and a group can be let in."""
+    try:
+        mode = int(text, 8)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no octal mode; write it as in 0660") from None
+    if not 0 <= mode <= 0o777:
+        raise click.BadParameter(f"{text!r} is more than permissions; write it as in 0660")
+    if mode & _FOR_OTHERS:
+        raise click.BadParameter(
+            f"{text} would let every user of this host write the disks; use 0660 and --socket-group"
+        )
+    return mode
+
+
+def group_id(text: str) -> int:
+    """A group by its name or number, for `type=`."""
+    if text.isascii() and text.isdigit():
+        return int(text)
+    try:
+        return grp.getgrnam(text).gr_gid
+    except KeyError:
+        raise click.BadParameter(f"there is no group {text!r}; name one of /etc/group") from None
+
+
+def _open_to(path: str, mode: int, group: int | None) -> None:
+    """Let others connect to our socket file, which only we could until now: first say who, then that they may."""
+    with os_errors_at(path):
+        if group is not None:
+            os.chown(path, -1, group)
+        os.chmod(path, mode)

@@ -1,0 +1,84 @@
+"""The watch over served disks: what it counts, and that its rates are of the last seconds only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmdbitmap.device import MemoryDevice
+from lmdbitmap.latencies import Latencies
+from lmdbitmap.nbd.server import Server
+from lmdbitmap.nbd.watch import Watch
+from lmdbitmap.plain import PlainDisk
+from tests.nbd_raw import DISC, FLUSH, READ, WRITE, RawClient, request
+
+SIZE = 1 << 20
+REQUESTS = 20
+
+
+def use(path: Path) -> None:
+    """Twenty requests, all of them counted on return."""
+    with RawClient.connect(str(path)) as client:
+        client.go("sda")
+        for _ in range(REQUESTS - 1):
+            assert client.do(WRITE, 0, 512, data=bytes(512)).error == 0
+        assert client.do(FLUSH).error == 0
+        client.send(request(DISC))
+        assert client.is_closed_by_server()
+
+
+@pytest.fixture
+def socket_path(tmp_path: Path) -> Path:
+    return tmp_path / "s"
+
+
+def test_facts_are_what_was_done(socket_path: Path) -> None:
+    server, commits = Server({"sda": PlainDisk(MemoryDevice(SIZE))}), Latencies()
+    watch = Watch(server, {"sda": commits})
+    server.listen_unix(str(socket_path))
+    server.start()
+    try:
+        use(socket_path)
+        commits.count(3_000_000)
+        with RawClient.connect(str(socket_path)) as client:
+            client.go("sda")
+            client.do(READ, 0, 1)
+            facts: dict[str, Any] = watch.facts("sda")
+            assert json.loads(json.dumps(facts)) == facts
+    finally:
+        assert server.stop()
+    assert facts["connections"] == {"now": 1, "ever": 2}
+    assert facts["requests"]["writes"] == REQUESTS - 1
+    assert facts["requests"]["flushes"] == facts["requests"]["reads"] == 1
+    assert facts["latencies"]["commit"]["max_ns"] == 3_000_000
+    assert facts["latencies"]["flush"]["count"] == 1
+    assert facts["latencies"]["batch"]["count"] > 0
+    rates = facts["rates"]
+    assert rates["requests"]["writes"] * rates["seconds"] == pytest.approx(REQUESTS - 1, rel=0.1)
+    assert rates["commits"] > 0
+    assert rates["received"] > rates["sent"] > 0
+
+
+def test_rates_are_of_the_last_ten_ticks(socket_path: Path) -> None:
+    server, commits = Server({"sda": PlainDisk(MemoryDevice(SIZE))}), Latencies()
+    watch = Watch(server, {"sda": commits})
+    server.listen_unix(str(socket_path))
+    server.start()
+    try:
+        use(socket_path)
+    finally:
+        assert server.stop()
+
+    def writes_a_second() -> float:
+        facts: dict[str, Any] = watch.facts("sda")
+        rate: float = facts["rates"]["requests"]["writes"]
+        return rate
+
+    for _ in range(9):
+        watch.tick()
+        assert writes_a_second() > 0
+    watch.tick()
+    assert writes_a_second() == 0
