@@ -38,6 +38,7 @@ _LEFTOVER = re.compile(rf"(.+)\.[0-9a-f]{{16}}{re.escape(PARTIAL_SUFFIX)}", re.D
 
 ZERO_CHUNK_BYTES = 1 << 20
 PRIVATE_MODE = 0o600
+PRIVATE_FOLDER_MODE = 0o700
 
 FILESYSTEM_KINDS = {
     0xEF53: "ext4",  # ext2 and ext3 too: they share the number
@@ -203,6 +204,19 @@ def fsync_folder(path: str | os.PathLike[str]) -> None:
             os.close(fd)
 
 
+def make_folders(path: str | os.PathLike[str]) -> None:
+    """Make a folder and those above it, for their owner's eyes only, unless they are there; durable on return."""
+    folder = os.path.abspath(path)
+    if os.path.isdir(folder):
+        return
+    if os.path.lexists(folder):
+        raise InvalidArgument(f"{folder} is not a folder", next_step="name a folder, or one that can be made")
+    make_folders(os.path.dirname(folder))
+    with os_errors_at(folder), suppress(FileExistsError):
+        os.mkdir(folder, PRIVATE_FOLDER_MODE)
+    fsync_folder(os.path.dirname(folder))
+
+
 _NO_FOLDER_SYNC = {
     errno.EINVAL,
     errno.EOPNOTSUPP,
@@ -318,6 +332,20 @@ def lock_file(path: str | os.PathLike[str]) -> LockedFile:
                 os.close(fd)
                 raise
             os.close(fd)
+
+
+@contextmanager
+def lock_folder(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Be the only one who holds the folder, after whoever does now; where there are no locks, nobody is kept out."""
+    folder = os.fspath(path)
+    with os_errors_at(folder):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with os_errors_at(folder):
+            _lock_where_possible(fd)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _is_named(fd: int, path: str) -> bool:

@@ -222,7 +222,7 @@ class Filter:
         """
         self._flusher.require_sound()
         with self._frozen():
-            self._change_chain(lambda writer, disk: _begin_resize(disk, size))
+            self._change_chain(lambda writer, disk: _begin_resize(writer, disk, size))
             try:
                 with os_errors_at(self.disk.image):
                     self.device.resize(size)
@@ -331,7 +331,9 @@ class Filter:
         """Whether the open period's answer is exact, a superset, or worth nothing."""
         if self._voucher.lost is not None:
             return Standing(Trust.UNTRUSTED, self._voucher.lost)
-        with self.store.read() as reader:  # which may be from before or after the checkpoint that memory knows
+        with (
+            self.store.read() as reader
+        ):  # which may be from before or after the checkpoint that memory knows
             bitmap = reader.bitmap(chain.current_checkpoint(reader, self.disk).bitmap_id)
         reason = bitmap.superset or bitmap.all_dirty
         return Standing(Trust.SUPERSET if reason else Trust.EXACT, reason)
@@ -559,9 +561,15 @@ def _forget(writer: Writer, disk: Disk, name: str) -> Disk:
     return disk
 
 
-def _begin_resize(disk: Disk, size: int) -> Disk:
-    """Either size is right from now on; the image decides, and may refuse one that it cannot have."""
+def _begin_resize(writer: Writer, disk: Disk, size: int) -> Disk:
+    """Either size is right from now on; the image decides, and may refuse one that it cannot have.
+
+    What is about to be cut off is dirty first (law 1): a power cut may leave zeroes there, and the old size.
+    """
     chain.check_trackable(Geometry(size, disk.granularity_bits))
+    if size < disk.size:
+        recording = writer.bitmap(chain.current_checkpoint(writer, disk).bitmap_id)
+        chain.mark_outward(writer, recording, size, disk.size - size)
     return dataclasses.replace(disk, resizing_from=size)
 
 

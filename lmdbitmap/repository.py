@@ -25,11 +25,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from lmdbitmap import files, manifest, schema
-from lmdbitmap.errors import FormatError, InvalidArgument, NotFound, os_errors_at
+from lmdbitmap.errors import FormatError, NotFound, os_errors_at
 from lmdbitmap.manifest import BackupEntry, BackupType, Manifest
 
 MANIFEST, LOCK, UNFINISHED = "manifest.json", "lock", "unfinished"
-FOLDER_MODE = 0o700
 _NOTE_BYTES = 1 << 16
 _HASHED_AT_ONCE = 1 << 20
 _IMAGE_NAME = re.compile(r"([0-9]{6,15})-(?:full|incremental|differential)\.qcow2")
@@ -60,8 +59,7 @@ class BackupFolder:
 
         Files that killed runs did not finish are removed.
         """
-        _make_folder(self.repository_path)
-        _make_folder(self.path)
+        files.make_folders(self.path)
         with files.lock_file(self.path_of(LOCK)):
             files.remove_leftovers(self.path)
             yield
@@ -206,18 +204,6 @@ def sha256_of(fd: int, stopped: Callable[[], bool] = lambda: False) -> str:
         digest.update(view[:count])
         offset += count
     return digest.hexdigest()
-
-
-def _make_folder(path: str) -> None:
-    """Make a folder and those above it, for their owner's eyes only, unless they are there; durable on return."""
-    if os.path.isdir(path):
-        return
-    if os.path.lexists(path):
-        raise InvalidArgument(f"{path} is not a folder", next_step="name a folder for the backups")
-    _make_folder(os.path.dirname(path))
-    with os_errors_at(path), contextlib.suppress(FileExistsError):
-        os.mkdir(path, FOLDER_MODE)
-    files.fsync_folder(os.path.dirname(path))
 
 
 def _remove(path: str) -> None:

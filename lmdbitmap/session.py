@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from uuid import UUID, uuid4
 
 from lmdbitmap import chain, continuity, kernel, owner, schema
@@ -38,6 +39,8 @@ _CLOCK_REALTIME_COARSE = 5
 _SECOND_NS = 1_000_000_000
 _LONGEST_STEP_NS = 2 * _SECOND_NS
 _STEP_POLL_S = 0.001
+_OWNER_FILE = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})(?:\.[0-9a-f]{16}\.partial)?")
+"""The file of a disk's owner, or the beginning of one."""
 _OWNER_DIED = "its owner died: whatever was being written then counts as dirty"
 
 
@@ -275,6 +278,7 @@ def add(
         files_made: list[str] = []
 
         def change(writer: Writer) -> Disk:
+            _sweep_owners(store, writer)
             disk = chain.add_disk(
                 writer, name, image, identity,
                 granularity_bits=granularity_bits, durability=durability, policy=policy, time_ns=time.time_ns(),
@@ -290,10 +294,22 @@ def add(
             raise
 
 
-def _remove_all(paths: list[str]) -> None:
+def _remove_all(paths: Iterable[str]) -> None:
     for path in paths:
         with contextlib.suppress(OSError):
             os.unlink(path)
+
+
+def _sweep_owners(store: Store, writer: Writer) -> None:
+    """Remove what a death in the middle of an add or a removal left. Nobody else adds while we are the writer."""
+    folder = os.path.dirname(store.owner_path(uuid4()))
+    known = {str(disk.uuid) for disk in writer.disks()}
+    named = {name: _OWNER_FILE.fullmatch(name) for name in os.listdir(folder)}
+    _remove_all(
+        os.path.join(folder, name)
+        for name, match in named.items()
+        if match is not None and match[1] not in known
+    )
 
 
 def _refuse_tracked(store: Store, image: str) -> None:
@@ -311,7 +327,7 @@ def remove(store: Store, name: str) -> None:
         disk = chain.find_disk(reader, name)
     with contextlib.closing(_own(store, name, disk.uuid)):
         store.update(lambda writer: chain.remove_disk(writer, disk))
-        os.unlink(store.owner_path(disk.uuid))
+        _remove_all([store.owner_path(disk.uuid)])
 
 
 def _own(store: Store, name: str, disk_uuid: UUID) -> Owner:

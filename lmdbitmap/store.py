@@ -512,7 +512,7 @@ def _is_there(path: str) -> bool:
 def _make(path: str) -> None:
     """Make a store in a folder that is missing or empty. The environment appears whole, by one rename."""
     with _as_storage_error(path):
-        os.makedirs(path, mode=0o700, exist_ok=True)
+        files.make_folders(path)
         strangers = sorted(name for name in os.listdir(path) if not _is_ours(name))
     if strangers:
         raise environment.not_a_store(path, f"a folder with {strangers[0]!r} in it")
@@ -521,7 +521,17 @@ def _make(path: str) -> None:
             os.makedirs(os.path.join(path, name), mode=0o700, exist_ok=True)
         files.replace_atomically(os.path.join(path, "README"), _README.encode())
         files.replace_atomically(os.path.join(path, ".nobackup"), b"")
-        _make_environment(path)
+        with files.lock_folder(path):
+            _sweep_unfinished(path)
+            if not _is_there(path):
+                _make_environment(path)
+
+
+def _sweep_unfinished(path: str) -> None:
+    """Remove environments whose makers died. Who makes one holds the folder."""
+    for name in os.listdir(path):
+        if name.startswith("lmdb.new-"):
+            shutil.rmtree(os.path.join(path, name), ignore_errors=True)
 
 
 def _is_ours(name: str) -> bool:

@@ -86,7 +86,7 @@ def folder_that_cannot_be_made(cli: Cli) -> Iterator[list[object]]:
         (owned_by_a_process_without_a_socket, 4, ""),
         (image_open_elsewhere, 4, ""),
         (store_of_other_bytes, 1, "name another folder, or an empty one to make a new store"),
-        (folder_that_cannot_be_made, 1, "choose a folder that this user can write"),
+        (folder_that_cannot_be_made, 2, "name a folder, or one that can be made"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

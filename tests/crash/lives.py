@@ -26,6 +26,7 @@ from tests.tracked import NAME, TrackedDisk
 GRANULARITY_BITS = 9
 BLOCK = 1 << GRANULARITY_BITS
 BLOCKS = 5000
+SHRUNK_BLOCKS = 1000
 SIZE = BLOCKS * BLOCK
 FEW_BLOCKS = 400
 """Of a disk that is read and written as a whole."""
@@ -195,9 +196,9 @@ def growing(tracked: BackedUpDisk) -> Life:
 def shrinking(tracked: BackedUpDisk) -> Life:
     disk = attach_and_write(tracked)
     yield GROWN_UP
-    disk.resize(1000 * BLOCK + 1)
-    yield str(1000 * BLOCK + 1)
-    disk.pwrite(b"x", 1000 * BLOCK)
+    disk.resize(SHRUNK_BLOCKS * BLOCK + 1)
+    yield str(SHRUNK_BLOCKS * BLOCK + 1)
+    disk.pwrite(b"x", SHRUNK_BLOCKS * BLOCK)
     disk.abandon()
 
 

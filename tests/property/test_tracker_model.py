@@ -248,6 +248,9 @@ class Tracker(RuleBasedStateMachine):
         wanted = geometry.size + blocks * geometry.granularity + bytes_more
         size = max(0, min(wanted, 2 * SHAPES[geometry.granularity_bits] << geometry.granularity_bits))
         self.disk.resize(size)
+        self.model.mark(
+            size, max(self.model.geometry.size - size, 0)
+        )  # what is cut off is dirty before it is cut
         self.model.resize(size)
 
     @rule()

@@ -248,7 +248,10 @@ def test_bits_past_the_end_are_gone_for_good(disk: Filter) -> None:
     disk.pwrite(b"x", 160 * BLOCK)
     disk.pwrite(b"x", 5 * BLOCK)
     disk.resize(100 * BLOCK + 1)
-    assert dirty(disk) == {5}
+    assert dirty(disk) == {
+        5,
+        100,
+    }  # the block that the end cuts might have been half zeroed, had the power failed
     disk.checkpoint("tuesday")
     disk.resize(BLOCKS * BLOCK)
     assert dirty(disk, "start", "tuesday") == {5, *range(100, BLOCKS)}  # new, and so dirty in every period

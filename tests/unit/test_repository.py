@@ -68,7 +68,7 @@ def test_a_file_where_a_folder_should_be_is_refused(tmp_path: Path, taken: str) 
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"mine")
     with (
-        pytest.raises(InvalidArgument, match="is not a folder; name a folder for the backups"),
+        pytest.raises(InvalidArgument, match="is not a folder; name a folder"),
         BackupFolder(tmp_path / "backups", "sda").locked(),
     ):
         pass

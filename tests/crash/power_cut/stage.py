@@ -145,7 +145,6 @@ class Stage:
     def create_store(self) -> None:
         with telling("store"):
             self.store = Store.create(str(self.folder / STORE))
-            sync(self.folder)
 
     def make_image(self, name: str, blocks: int = BLOCKS) -> None:
         """Sparse, with something here and there, and as durable as a file can be."""
