@@ -209,7 +209,7 @@ def make_folders(path: str | os.PathLike[str]) -> None:
     folder = os.path.abspath(path)
     if os.path.isdir(folder):
         return
-    if os.path.lexists(folder):
+    if os.path.lexists(folder) and not os.path.isdir(folder):  # else somebody made it just now
         raise InvalidArgument(f"{folder} is not a folder", next_step="name a folder, or one that can be made")
     make_folders(os.path.dirname(folder))
     with os_errors_at(folder), suppress(FileExistsError):
