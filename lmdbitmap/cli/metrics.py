@@ -8,7 +8,6 @@ this moment would leave dirty: extents that are armed count whole.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from lmdbitmap.changes import changes
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import say_json
 from lmdbitmap.cli.ownership import ask_owner, find_disk, is_attached
-from lmdbitmap.errors import Busy, LmdbitmapError, error_from_os
+from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.extents import Trust
 from lmdbitmap.latencies import BUCKETS, bound_us
 from lmdbitmap.schema import Checkpoint, Disk
@@ -108,27 +107,14 @@ def exposition(found: Sequence[Figures]) -> str:
 @contextlib.contextmanager
 def metrics_served(store: Store, names: Sequence[str], host: str, port: int) -> Iterator[str]:
     """Answer scrapes of these disks over HTTP, in threads of their own, until the block ends; yields the URL."""
-    from prometheus_client import start_http_server
+    from lmdbitmap.cli.scraping import serving
 
     scrapes = _Scrapes(store, names)
-    try:
-        server, thread = start_http_server(port, addr=host, registry=_registry(scrapes.figures))
-    except OSError as refused:
-        raise _no_place(host, port, refused) from refused
-    try:
-        address = f"[{host}]" if ":" in host else host
-        yield f"http://{address}:{server.server_port}/metrics"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-        scrapes.end()
-
-
-def _no_place(host: str, port: int, refused: OSError) -> LmdbitmapError:
-    if refused.errno == errno.EADDRINUSE:
-        return Busy(f"{host}:{port} is in use", next_step="choose another port for --metrics")
-    return error_from_os(f"{host}:{port}", refused)
+    with serving(_registry(scrapes.figures), host, port) as url:
+        try:
+            yield url
+        finally:
+            scrapes.end()
 
 
 class _Scrapes:

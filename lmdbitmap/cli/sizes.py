@@ -66,11 +66,8 @@ def format_latency(duration_ns: int) -> str:
     """`900 ns`, `12 µs`, `3.4 ms`, `1.2 s`."""
     for step_ns, unit in ((10**9, "s"), (10**6, "ms"), (10**3, "µs")):
         if duration_ns >= step_ns:
-            return (
-                f"{duration_ns / step_ns:.3g} {unit}"
-                if duration_ns < 999 * step_ns
-                else f"{duration_ns // step_ns} {unit}"
-            )
+            value = duration_ns / step_ns
+            return f"{value:.3g} {unit}" if value < 999 else f"{value:.0f} {unit}"
     return f"{duration_ns} ns"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import stat
 import urllib.request
 from collections.abc import Iterator
@@ -200,7 +201,20 @@ def test_server_answers_prometheus_itself(cli: Cli) -> None:
         assert scrape(url)["lmdbitmap_served", "sda"] == 1
         port = url.split(":")[2].split("/")[0]
         said = cli.fails(4, "serve", "sdb", "--socket", cli.folder / "t", f"--metrics=127.0.0.1:{port}")
-        assert said == f"127.0.0.1:{port} is in use; choose another port for --metrics"
+        assert said == f"127.0.0.1:{port} is in use; choose another port"
+
+
+def test_scrapers_that_say_nothing_cost_no_more_than_a_few_threads(cli: Cli) -> None:
+    cli.add("sda")
+    with cli.serving("sda", "--metrics=127.0.0.1:0") as served, contextlib.ExitStack() as silent:
+        url = served.child.wait_for_line(r"^metrics (http://127\.0\.0\.1:(\d+)/metrics)$")
+        for _ in range(4):
+            silent.enter_context(socket.create_connection(("127.0.0.1", int(url[2]))))
+        with socket.create_connection(("127.0.0.1", int(url[2])), PATIENCE_SECONDS) as late:
+            assert late.recv(1) == b""  # all places are taken, until those who dawdle are dropped
+        use(cli)
+        served.child.process.terminate()
+        assert served.child.wait() == 0
 
 
 def test_metrics_are_for_this_host_only_unless_that_is_wanted(cli: Cli) -> None:

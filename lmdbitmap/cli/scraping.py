@@ -1,0 +1,74 @@
+"""The HTTP server that Prometheus scrapes. Whoever connects can cost it a few threads for a few seconds, and no more:
+it runs in the process that a guest's disk depends on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from prometheus_client import MetricsHandler
+from prometheus_client.registry import CollectorRegistry
+
+from lmdbitmap.nbd.listeners import TcpListener
+
+log = logging.getLogger(__name__)
+
+_MOST_SCRAPERS: Final = 4
+_PATIENCE_S: Final = 5.0
+
+
+@contextlib.contextmanager
+def serving(registry: CollectorRegistry, host: str, port: int) -> Iterator[str]:
+    """Answers GET with what the registry collects, until the block ends; yields the URL. Raises `Busy` if taken."""
+    listener = TcpListener(host, port)
+    server = _Server(listener, _handler(registry))
+    thread = threading.Thread(target=server.serve_forever, name="lmdbitmap metrics", daemon=True)
+    thread.start()
+    try:
+        yield f"http://{urlsplit(listener.uri('')).netloc}/metrics"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    """Serves at a socket that is bound already; a scraper too many finds a closed door."""
+
+    daemon_threads = True
+
+    def __init__(self, listener: TcpListener, handler: type[BaseHTTPRequestHandler]) -> None:
+        super().__init__(("", 0), handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener.sock
+        self._room = threading.BoundedSemaphore(_MOST_SCRAPERS)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._room.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._room.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.warning("a scrape failed: %s", sys.exc_info()[1])
+
+
+def _handler(registry: CollectorRegistry) -> type[BaseHTTPRequestHandler]:
+    class Handler(MetricsHandler):
+        timeout = _PATIENCE_S
+
+    Handler.registry = registry
+    return Handler
