@@ -267,16 +267,24 @@ class Writer(Reader):
     def __init__(self, txn: lmdb.Transaction, databases: dict[str, lmdb._Database], place: str) -> None:
         super().__init__(txn, databases, place)
         self._differences: dict[bytes, Tally] = {}
+        self._is_changed = False
 
     def seal(self) -> bool:
         """Write the tallies of what was changed, and the stamp; answers whether anything was."""
-        if not self._differences:
-            return False
+        self._write_tallies()
+        if self._is_changed:
+            self._put_tally(tally.STAMP_KEY, Tally(self._txn.id()))
+        return self._is_changed
+
+    def _write_tallies(self) -> None:
         for key in list(self._differences):
             self._put_tally(key, self._tally(key))
+            self._is_changed = True
         self._differences.clear()
-        self._put_tally(tally.STAMP_KEY, Tally(self._txn.id()))
-        return True
+
+    def _all(self, database: str) -> list[tuple[bytes, bytes]]:
+        self._write_tallies()  # which are counted there
+        return super()._all(database)
 
     def put_disk(self, disk: Disk) -> None:
         self._put("disks", disk.uuid.bytes, schema.encode(disk))

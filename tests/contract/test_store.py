@@ -840,3 +840,17 @@ for attempt in (lambda: Store.open({path!r}), lambda: Store.create({path + "/ins
     os.chmod(path, 0o700)
     assert len(lines) == 2
     assert all("; " in line for line in lines)
+
+
+def test_change_may_list_what_it_has_just_made_or_deleted(opened: Store) -> None:
+    def change(writer: Writer) -> list[list[str | None]]:
+        seen = []
+        for name in ("a", "b", "c"):
+            writer.put_bitmap(a_bitmap(writer.new_bitmap_id(), name))
+            seen.append([found.name for found in writer.bitmaps()])
+        writer.delete_bitmap(writer.bitmaps()[0].id)
+        return [*seen, [found.name for found in writer.bitmaps()]]
+
+    assert opened.update(change) == [["a"], ["a", "b"], ["a", "b", "c"], ["b", "c"]]
+    with opened.read() as reader:
+        assert [found.name for found in reader.bitmaps()] == ["b", "c"]
