@@ -97,7 +97,7 @@ def test_our_own_fault_shows_where_when_asked(
     assert "Traceback" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("library", ["click", "rich"])
+@pytest.mark.parametrize("library", ["click", "rich", "prometheus_client"])
 def test_a_missing_library_is_named_with_the_way_to_get_it(
     fall: Fall, capsys: Captured, library: str
 ) -> None:
