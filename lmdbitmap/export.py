@@ -299,10 +299,13 @@ def add_dirt(attached: Filter, dirt: Dirt, geometry: Geometry, *, loose: str | N
     """OR dirt of a disk of `geometry` into the open period; `loose` says why it may name clean blocks as dirty."""
     disk = attached.disk
     _require_size(disk, geometry.size)
-    if loose is not None:
-        attached.store.update(lambda writer: chain.note_superset(writer, disk, loose))
     regrained = iter(standalone.regrained(dirt, geometry, disk.granularity_bits))
-    while batch := list(islice(regrained, _BATCH_REGIONS)):
+    while True:
+        if loose is not None:  # before and after each batch: a checkpoint may begin another period in between
+            attached.store.update(lambda writer: chain.note_superset(writer, disk, loose))
+        batch = list(islice(regrained, _BATCH_REGIONS))
+        if not batch:
+            return
         attached.mark_regions(batch, disk.geometry)
 
 

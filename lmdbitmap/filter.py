@@ -71,6 +71,7 @@ class Filter:
         self._flusher = Flusher(disk.name, device, self._voucher.lose_track)
         self._max_armed = max_armed
         self._detached = False
+        self._ending = threading.RLock()
         self._last_acts: list[Callable[[], None]] = []
         with store.read() as reader:
             self._period = self._open_period(reader, disk)
@@ -400,19 +401,20 @@ class Filter:
 
         If the store refuses, the session stays open on disk, which the next attach takes for a crash.
         """
-        if self._detached:
-            return
-        self._detached = True
-        self._stop_background()
-        with self._frozen():
-            self._gate.shut(_detached_error(self.disk))
-            try:
-                self._end_session()
-                if self.disk.session is None:
-                    for act in self._last_acts:
-                        act()
-            finally:
-                self._let_go()
+        with self._ending:  # whoever else detaches waits for the end
+            if self._detached:
+                return
+            self._detached = True
+            self._stop_background()
+            with self._frozen():
+                self._gate.shut(_detached_error(self.disk))
+                try:
+                    self._end_session()
+                    if self.disk.session is None:
+                        for act in self._last_acts:
+                            act()
+                finally:
+                    self._let_go()
 
     def at_detach(self, act: Callable[[], None]) -> None:
         """Have `act` called when a clean detach is durable, while the disk is still ours and nobody can write.
@@ -423,21 +425,23 @@ class Filter:
 
     def abandon(self) -> None:
         """Let go of everything at once, as a crash would, without any last write."""
-        if self._detached:
-            return
-        self._detached = True
-        self._stop_background()
-        with self._frozen():
-            self._gate.shut(_detached_error(self.disk))
-            self._let_go()
+        with self._ending:
+            if self._detached:
+                return
+            self._detached = True
+            self._stop_background()
+            with self._frozen():
+                self._gate.shut(_detached_error(self.disk))
+                self._let_go()
 
     def forsake(self) -> None:
         """We are in a forked child: nobody tracks its writes, so it has none; and the locks stay our parent's alone."""
         self._detached = True
+        self._ending = threading.RLock()
         self._gate.forsake(_inherited_error(self.disk))
         if self.device.fd is not None:  # a connection would be ended for our parent too
             self.device.close()
-        self._voucher.close()
+        self._voucher.forsake()
 
     def _let_go(self) -> None:
         """What we know is not ours to write any more: the disk may have another owner at once."""

@@ -9,6 +9,8 @@ time. So what was written since the last good flush is not known any more, and:
 2. Flushes run one at a time, so that none succeeds beside the one that took the error. Those that wait for
    their turn share the next.
 3. What the kernel calls clean is dropped from its memory: the image reads from now on as the disk has it.
+
+A server that is away (`FarAway`) has lost nothing: a flush of its image fails, and the next one may succeed.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import threading
 from collections.abc import Callable
 
 from lmdbitmap.errors import StorageError
-from lmdbitmap.interfaces import BlockDevice
+from lmdbitmap.interfaces import BlockDevice, FarAway
 
 MEND_IT = "look at the kernel log (dmesg), mend the disk, then stop and start whoever serves it"
 
@@ -65,6 +67,8 @@ class Flusher:
         self._begun += 1
         try:
             self._device.flush()
+        except FarAway as away:
+            raise unflushed(self._name, away) from away
         except OSError as error:
             self._failure = error
             forget_unwritten(self._device)

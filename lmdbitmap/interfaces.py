@@ -59,6 +59,10 @@ class StoreMark(NamedTuple):
     transaction: int
 
 
+class FarAway(TimeoutError):
+    """The far side of a device does not answer now. Whatever it acknowledged is kept: a later try may succeed."""
+
+
 class BlockDevice(Protocol):
     """A disk image. Offsets and lengths are bytes; every method is safe for many threads.
 

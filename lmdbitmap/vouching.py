@@ -84,7 +84,16 @@ class Voucher:
         self._beating = True
 
     def close(self) -> None:
-        self._owner.close()
+        with (
+            self._changing
+        ):  # no beat is under way, and none comes after: its descriptor may be another's then
+            self._beating = False
+            self._owner.close()
+
+    def forsake(self) -> None:
+        """We are in a forked child, where whoever held the lock is not."""
+        self._changing = threading.Lock()
+        self.close()
 
 
 def write_refused(name: str, error: LmdbitmapError) -> StorageError:

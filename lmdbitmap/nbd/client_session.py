@@ -36,6 +36,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 from lmdbitmap.errors import LmdbitmapError
+from lmdbitmap.interfaces import FarAway
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.client_handshake import FarExport, nonsense
 from lmdbitmap.nbd.client_link import AWAY, WINDOW, Call, Link, Request
@@ -338,7 +339,7 @@ class Conversation:
 def failure(request: Request, place: str) -> OSError:
     """What the caller is told: an error that the protocol does not know counts as EINVAL, as it demands."""
     if request.error == AWAY:
-        return TimeoutError(errno.ETIMEDOUT, "its server went away and has not come back", place)
+        return FarAway(errno.ETIMEDOUT, "its server went away and has not come back", place)
     number = request.error if request.error in _KNOWN_ERRORS else errno.EINVAL
     return OSError(number, os.strerror(number), place)
 

@@ -408,6 +408,31 @@ def test_acts_at_detach_are_done_when_it_is_clean(tracked: TrackedDisk) -> None:
     assert done == [{0}]
 
 
+def test_whoever_detaches_second_waits_for_the_end(tracked: TrackedDisk) -> None:
+    disk = tracked.attach()
+    under_way, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def linger() -> None:
+        under_way.set()
+        assert go_on.wait(PATIENCE_SECONDS)
+        disk.detach()  # from within, as a signal handler might
+        ended.set()
+
+    disk.at_detach(linger)
+    seen: list[bool] = []
+    first = threading.Thread(target=disk.detach)
+    second = threading.Thread(target=lambda: seen.append((disk.detach(), ended.is_set())[1]))  # type: ignore[func-returns-value]
+    first.start()
+    assert under_way.wait(PATIENCE_SECONDS)
+    second.start()
+    second.join(0.05)
+    assert seen == []
+    go_on.set()
+    for thread in (first, second):
+        thread.join(PATIENCE_SECONDS)
+    assert seen == [True]
+
+
 # --- adopt ---
 
 

@@ -12,6 +12,7 @@ import pytest
 from lmdbitmap.device import FileDevice, MemoryDevice
 from lmdbitmap.errors import StorageError
 from lmdbitmap.flushing import Flusher
+from lmdbitmap.interfaces import FarAway
 from tests.support import PATIENCE_SECONDS, make_raw_image
 
 
@@ -48,6 +49,27 @@ def test_an_unwritten_page_is_not_read_from_memory_again(
         with pytest.raises(StorageError):
             flusher.flush()
         assert advised == [(device.fd, 0, 0, os.POSIX_FADV_DONTNEED)]
+
+
+@pytest.mark.parametrize(("refusal", "is_final"), [(FarAway, False), (TimeoutError, True)])
+def test_only_a_far_side_that_keeps_what_it_has_may_be_asked_again(
+    monkeypatch: pytest.MonkeyPatch, refusal: type[OSError], is_final: bool
+) -> None:
+    """A local disk that timed out has forgotten, as after any other failure."""
+
+    def fail() -> None:
+        raise refusal(errno.ETIMEDOUT, "away")
+
+    told: list[str] = []
+    device = MemoryDevice(4096)
+    flusher = Flusher("sda", device, told.append)
+    monkeypatch.setattr(device, "flush", fail)
+    with pytest.raises(StorageError):
+        flusher.flush()
+    monkeypatch.undo()
+    assert (flusher.failed, len(told)) == (is_final, int(is_final))
+    if not is_final:
+        flusher.flush()
 
 
 class SlowDevice(MemoryDevice):
