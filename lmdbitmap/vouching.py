@@ -84,10 +84,7 @@ class Voucher:
         self._beating = True
 
     def close(self) -> None:
-        with (
-            self._changing
-        ):  # no beat is under way, and none comes after: its descriptor may be another's then
-            self._beating = False
+        with self._changing:  # a beat under way must not write to whatever gets its descriptor next
             self._owner.close()
 
     def forsake(self) -> None:
