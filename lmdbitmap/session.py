@@ -272,8 +272,8 @@ def add(
     """
     image = lasting_name(image)
     refuse_own_ground(store, image)
+    _refuse_tracked(store, image)
     with contextlib.closing(open_device(image)) as device:
-        _refuse_tracked(store, image)
         identity = device.identity()
         files_made: list[str] = []
 

@@ -471,3 +471,14 @@ def test_annotations_must_be_late_from_the_first_line(source: str) -> None:
 def test_a_cycle_is_found_and_a_diamond_is_none() -> None:
     assert _import_cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c", "a"]
     assert _import_cycle({"a": {"b", "c"}, "b": {"d"}, "c": {"d"}, "d": set()}) == []
+
+
+def test_design_says_where_every_module_lives() -> None:
+    """Its table of floors is how a newcomer finds a line; `qcow2/` and `cli/` stand for what is in them."""
+    design = (PACKAGE.parent / "DESIGN.md").read_text()
+    table = design.split("## The house")[1].split("\n## ")[0]
+    places = [path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if path.name != "__main__.py"]
+    names = {f"{place.parts[0]}/" if place.parts[0] in ("cli", "qcow2") else str(place) for place in places}
+    names -= {"nbd/__init__.py"}
+    assert {name for name in names if f"`{name}`" not in table} == set()
+    assert len(names) > 50

@@ -22,6 +22,9 @@ PROGRAMS="
     nbdinfo:libnbd-bin
     fio:fio
     strace:strace
+    systemd-analyze:systemd
+    nbdsh:python3-libnbd
+    nbd-client:nbd-client
     openssl:openssl
     mkfs.ext4:e2fsprogs
 "

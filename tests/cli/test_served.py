@@ -122,7 +122,7 @@ def test_what_is_served_cannot_be_added_or_served_again(cli: Cli) -> None:
     with _served_and_written(cli):
         image, other = cli.folder / "sda.raw", make_raw_image(cli.folder / "other.raw", SIZE)
         assert "'sda'" in cli.fails(1, "add", "sda", other)
-        assert cli("add", "again", image).code in (1, 4)
+        assert "is tracked already, as 'sda'" in cli.fails(1, "add", "again", image)
         assert cli.fails(4, "serve", "sda", "--socket", cli.folder / "s").startswith(
             "disk 'sda' is owned by "
         )
