@@ -19,7 +19,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.enviro
 
 NO_SKIP = os.environ.get("LMDBITMAP_NO_SKIP", "") not in ("", "0")
 
-TIERS = ("unit", "property", "golden", "contract", "crash", "interop", "cli")
+TIERS = ("unit", "property", "fuzz", "golden", "contract", "crash", "interop", "cli")
 """Cheap to dear: the first failure is the lowest thing that broke. What is in no tier goes first."""
 
 RawImage: TypeAlias = Callable[..., Path]

@@ -8,6 +8,7 @@ The export's name and the socket's path are percent-encoded UTF-8. What asks for
 
 from __future__ import annotations
 
+import re
 from typing import Final, NamedTuple
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 
@@ -15,6 +16,7 @@ from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.nbd.protocol import NBD_MAX_STRING
 
 NBD_PORT: Final = 10809
+_HOST: Final = re.compile(r"[a-z0-9_.-]+|[0-9a-f:.]+(?:%[a-z0-9_.-]+)?")
 _MAX_UNIX_PATH: Final = 107
 _PLAIN: Final = ("nbd", "nbd+unix")
 _ENCRYPTED: Final = ("nbds", "nbds+unix")
@@ -51,6 +53,8 @@ def parse(uri: str) -> Place:
         port = parts.port
     except ValueError as error:
         raise _refused(uri, str(error)) from error
+    if port == 0:
+        raise _refused(uri, "nobody listens at port 0")
     if parts.scheme in _ENCRYPTED:
         raise InvalidArgument(
             f"{uri} asks for TLS, which this version does not speak to other servers",
@@ -66,10 +70,16 @@ def parse(uri: str) -> Place:
     arguments = _arguments(uri, parts.query)
     if parts.scheme == "nbd":
         _refuse_arguments(uri, arguments)
-        return Place(export, host=parts.hostname or "localhost", port=NBD_PORT if port is None else port)
+        return Place(export, host=_host(uri, parts.hostname), port=NBD_PORT if port is None else port)
     if parts.netloc:
         raise _refused(uri, f"with a socket there is no host {parts.netloc}: three slashes come first")
     return Place(export, socket_path=_socket_path(uri, arguments))
+
+
+def _host(uri: str, host: str | None) -> str:
+    if host and not _HOST.fullmatch(host):
+        raise _refused(uri, f"{host!r} is no name or address of a host")
+    return host or "localhost"
 
 
 def _arguments(uri: str, query: str) -> dict[str, str]:
