@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 """Anything that holds bytes; memoryviews are flat, of format `B`."""
@@ -124,6 +124,14 @@ class Lane(Protocol):
     def discard(self, offset: int, length: int) -> None: ...
     def flush(self) -> None: ...
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class SplicingLane(Lane, Protocol):
+    """A lane to a disk that has an `fd`, which also takes bytes that are not in our memory."""
+
+    def write_from_pipe(self, pipe_fd: int, length: int, offset: int) -> None:
+        """As `pwrite`, of the next bytes in a pipe; an error leaves some of them there."""
 
 
 class ServedDisk(Protocol):

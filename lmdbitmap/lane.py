@@ -32,6 +32,7 @@ from lmdbitmap.bits import Run
 from lmdbitmap.errors import InvalidArgument, StorageError
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import BlockDevice, Buffer
+from lmdbitmap.linux import splice_to_file
 
 if TYPE_CHECKING:
     from bitarray import bitarray
@@ -238,6 +239,22 @@ class FilterLane:
         if offset < 0 or length == 0 or offset + length > self.size:
             return False
         return self.settled.find(0, offset >> self._shift, ((offset + length - 1) >> self._shift) + 1) < 0
+
+    def write_from_pipe(self, pipe_fd: int, length: int, offset: int) -> None:
+        """As `pwrite`, of bytes that wait in a pipe: data of a large write, which then is never in our memory.
+
+        Only where the device has a descriptor. What fails leaves some of the bytes in the pipe.
+        """
+        self.busy = True
+        try:
+            end, shift = offset + length, self._shift
+            if end <= self.size and self.settled.find(0, offset >> shift, ((end - 1) >> shift) + 1) < 0:
+                splice_to_file(pipe_fd, self._fd, length, offset)
+                return
+        finally:
+            self.busy = False
+        with self._marked(offset, length):
+            splice_to_file(pipe_fd, self._fd, length, offset)
 
     # -- slow ----------------------------------------------------------------------------------------------
 

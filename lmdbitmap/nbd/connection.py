@@ -18,6 +18,10 @@ What holds all the time:
 - Memory is bounded by constants. A WRITE longer than `_STREAM_FROM` is done in pieces as its data arrives: what
   is there is written while the client sends the rest. Pieces end on multiples of `_PIECE`, so that no page and
   hardly a block is written in two halves.
+- Of a disk that has a descriptor, a WRITE of `_SPLICE_FROM` bytes or more goes from the socket into the image by
+  reference (conduit.py), which spares it a copy. So that it is not in the buffer already when it is recognized, the
+  next header is received by itself behind such a write, until another kind of request comes. Replies that
+  wait then are sent before the thread sleeps, and after `_MOST_WAITING` at the latest.
 """
 
 from __future__ import annotations
@@ -31,10 +35,11 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from lmdbitmap.errors import LmdbitmapError
-from lmdbitmap.interfaces import ServedDisk
+from lmdbitmap.interfaces import ServedDisk, SplicingLane
 from lmdbitmap.latencies import Latencies
 from lmdbitmap.nbd import commands, traffic
 from lmdbitmap.nbd import protocol as nbd
+from lmdbitmap.nbd.conduit import Conduit
 from lmdbitmap.nbd.contexts import StatusSource
 from lmdbitmap.nbd.handshake import MAX_PAYLOAD
 from lmdbitmap.nbd.inlet import Inlet
@@ -48,6 +53,9 @@ _BATCH: Final = 512 << 10
 """Bytes received before they are served: little enough to stay in a core's cache until they are written."""
 _STREAM_FROM: Final = 128 << 10
 _PIECE: Final = 64 << 10
+_SPLICE_FROM: Final = 48 << 10
+_PAGE: Final = 4096
+_MOST_WAITING: Final = 8
 _UNTIMED: Final = 15
 """Batches between two that are timed."""
 
@@ -86,6 +94,12 @@ class Connection:
         self._structured = structured
         self._contexts = contexts
         self._replies = Replies(sock, self._lane, disk.fd, structured=structured, encrypted=encrypted)
+        self._conduit: Conduit | None = None
+        if disk.fd is not None and not encrypted and isinstance(self._lane, SplicingLane):
+            self._conduit, self._splicing_lane = Conduit(sock), self._lane
+        self._stream_from = _STREAM_FROM if self._conduit is None else _SPLICE_FROM - 1
+        self._appetite = _BATCH
+        self._waiting = 0
         self._buffer = bytearray(_BATCH)
         self._view = memoryview(self._buffer)
         self._buffer[: len(received)] = received
@@ -107,15 +121,24 @@ class Connection:
             goes_on = self._serve_batches(1)  # what came behind the handshake, if anything did
             while goes_on:
                 goes_on = self._serve_timed_batch() and self._serve_batches(_UNTIMED)
+            if self._waiting:
+                self._send()
         finally:
             self._replies.close()
+            if self._conduit is not None:
+                self._conduit.close()
             self._lane.close()
 
     # -- requests in ---------------------------------------------------------------------------------------
 
     def _receive(self) -> bool:
         """Wait for more, and put it behind an unfinished request; False when the client is gone."""
-        count = self._inlet.receive(self._view[self._end : _BATCH])
+        room = self._view[self._end : min(self._start + self._appetite, _BATCH)]
+        count = self._inlet.receive_at_once(room) if self._waiting else -1
+        if count <= 0:
+            self._send()
+        if count < 0:
+            count = self._inlet.receive(room)
         self._end += count
         self.bytes_received += count
         return count > 0
@@ -161,11 +184,16 @@ class Connection:
                 self._take_rare(request, cookie, data)
                 position = stop if carries_data else data
         self._settle()
-        self._replies.send()
+        if self._waiting == 0 or position > self._start or leaving:
+            self._send()
         self._start = position
         if not leaving:
             self._keep_rest()
         return not leaving
+
+    def _send(self) -> None:
+        self._replies.send()
+        self._waiting = 0
 
     def _keep_rest(self) -> None:
         """Make room for the rest of an unfinished request, or do it as it comes when it is a long WRITE."""
@@ -174,9 +202,11 @@ class Connection:
         if at_hand >= _HEADER_SIZE:
             request = nbd.parse_request(self._view[self._start : self._start + _HEADER_SIZE])
             needed += request.length
-            if request.length > _STREAM_FROM:
+            if request.length > self._stream_from:
                 self._stream_write(request)
                 return
+        if at_hand == 0 or at_hand >= _HEADER_SIZE:
+            self._appetite = _BATCH
         if at_hand == 0 or self._start + needed > _BATCH:
             self._view[:at_hand] = self._view[self._start : self._end]
             self._start, self._end = 0, at_hand
@@ -185,6 +215,9 @@ class Connection:
         """Do a WRITE whose data is still arriving, piece by piece; of one that is refused, drain the data."""
         error = self._refusal(request)
         offset, left, start = request.offset, request.length, self._start + _HEADER_SIZE
+        if self._conduit is not None and not error:
+            error, offset, left = self._splice_write(offset, left, start)
+            start = self._end = 0
         while left:
             at_hand = self._end - start
             ready = left if at_hand == left else at_hand - (offset + at_hand) % _PIECE
@@ -199,7 +232,50 @@ class Connection:
             error = error or self._flush()
         self.counts[traffic.WRITES] += 1
         self._replies.add(nbd.simple_reply(request.cookie, error))
-        self._replies.send()
+        self._waiting += 1
+        if self._conduit is None or self._waiting >= _MOST_WAITING:
+            self._send()
+
+    def _splice_write(self, offset: int, left: int, start: int) -> tuple[int, int, int]:
+        """Write what is at hand from `start` on, and the rest by reference.
+
+        Answers the error or 0, and the offset and number of bytes that are left to drain after an error.
+        """
+        assert self._conduit is not None
+        self._appetite = _HEADER_SIZE
+        at_hand = self._end - start
+        error = self._write_piece(offset, self._view[start : self._end]) if at_hand else 0
+        offset, missing = offset + at_hand, left - at_hand
+        while missing and not error:
+            missing -= self._fill_conduit(missing)
+            ready = self._conduit.held
+            if missing:
+                ready -= (offset + ready) % _PAGE
+            if ready > 0:
+                error = self._write_from_conduit(offset, ready)
+                offset += ready
+        return error, offset, missing
+
+    def _fill_conduit(self, limit: int) -> int:
+        """Some of the WRITE's data; a client that waits for replies before it sends more gets them."""
+        assert self._conduit is not None
+        count = self._conduit.fill(limit, wait=not self._waiting)
+        if count < 0:
+            self._send()
+            count = self._conduit.fill(limit)
+        self.bytes_received += count
+        return count
+
+    def _write_from_conduit(self, offset: int, length: int) -> int:
+        assert self._conduit is not None
+        try:
+            self._splicing_lane.write_from_pipe(self._conduit.out, length, offset)
+        except (OSError, LmdbitmapError) as failure:
+            _log.warning("a write failed: %s", failure)
+            self._conduit.empty()
+            return error_of(failure)
+        self._conduit.taken(length)
+        return 0
 
     def _receive_of_write(self, start: int, left: int) -> None:
         """Move what is at hand from `start` to the front, and put more of the `left` bytes behind it."""

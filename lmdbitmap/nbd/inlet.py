@@ -39,6 +39,13 @@ class Inlet:
         self._next_naps = min(2 * self._next_naps, _MOST_NAPS)
         return self._recv_into(buffer)
 
+    def receive_at_once(self, buffer: memoryview) -> int:
+        """What is there already, as `receive` does; -1 when nothing is. Not of an encrypted socket."""
+        try:
+            return self._recv_into(buffer, 0, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return -1
+
     def _look(self, buffer: memoryview) -> int:
         """As `receive`, but -1 when nothing came in a moment."""
         recv_into, now = self._recv_into, time.perf_counter

@@ -10,7 +10,6 @@ it, as the protocol allows. A disk that must not show it (a point in time) has n
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import socket
@@ -21,6 +20,7 @@ from typing import Final, TypeAlias
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.interfaces import Lane
 from lmdbitmap.nbd import protocol as nbd
+from lmdbitmap.nbd.conduit import new_pipe
 from lmdbitmap.nbd.requests import error_of
 
 _log = logging.getLogger(__name__)
@@ -29,7 +29,6 @@ Read: TypeAlias = tuple[bytes, int, int]
 """(cookie, offset, length)"""
 
 _BUFFER: Final = 512 << 10
-_PIPE: Final = 1 << 20
 SPLICE_FROM: Final = 32 << 10
 """READs of this many bytes travel by reference: below it, copying is cheaper than two more system calls."""
 _NEVER: Final = 1 << 62
@@ -68,6 +67,11 @@ class Replies:
         for end in self._pipe or ():
             os.close(end)
         self._pipe = None
+
+    @property
+    def waiting(self) -> bool:
+        """Whether something was added that was not sent yet."""
+        return self._used > 0
 
     def send(self) -> None:
         """Send all that was added. Waits for a client that does not read; nobody else waits with it."""
@@ -166,7 +170,7 @@ class Replies:
         """How many bytes of the image are in the pipe now; 0 when they have to be read the other way."""
         try:
             if self._pipe is None:
-                self._pipe = _new_pipe()
+                self._pipe = new_pipe()
             return os.splice(self._fd, self._pipe[1], length, offset_src=offset)
         except OSError as refused:
             if refused.errno == errno.EINVAL:  # not a kind of file that can
@@ -190,12 +194,3 @@ def _reader(fd: int, otherwise: Callable[[memoryview, int], None]) -> Callable[[
             otherwise(buffer, offset)
 
     return read_into
-
-
-def _new_pipe() -> tuple[int, int]:
-    pipe = os.pipe2(os.O_CLOEXEC)
-    try:
-        fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, _PIPE)
-    except OSError:  # this user has many large pipes already: a small one serves too
-        pass
-    return pipe

@@ -1,0 +1,206 @@
+"""Large writes by reference, from the socket into the image through a pipe, whatever comes in between."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import socket
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from lmdbitmap.device import FileDevice
+from lmdbitmap.interfaces import SplicingLane
+from lmdbitmap.linux import splice_to_file
+from lmdbitmap.plain import PlainDisk, PlainLane
+from tests.nbd_raw import FLUSH, FUA, READ, WRITE, request, write
+from tests.tracked import TrackedDisk, blocks_of
+from tests.unit.test_nbd_connection import MIB, Peer, connected
+
+SIZE = 4 * MIB + 333
+KIB = 1 << 10
+LARGE = 64 * KIB
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Iterator[FileDevice]:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(bytes(SIZE))
+    with FileDevice.open(path) as image:
+        yield image
+
+
+def feed(peer: Peer, data: bytes, chosen: random.Random) -> None:
+    """Send it in pieces of any size, as a network would."""
+    while data:
+        cut = chosen.choice([1, 20, 28, 100, 5000, LARGE, LARGE + 28, 400 * KIB])
+        peer.send(data[:cut])
+        data = data[cut:]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_writes_of_all_sizes_in_any_order_leave_what_they_should(image: FileDevice, seed: int) -> None:
+    """Beside a plain copy of the disk; large and small, with reads and flushes among them, cut anywhere."""
+    chosen, truth, sent = random.Random(seed), bytearray(SIZE), []
+    stream = b""
+    for cookie in range(1, 60):
+        length = chosen.choice(
+            [1, 512, 4096, 48 * KIB - 1, 48 * KIB, LARGE, LARGE, LARGE, 130 * KIB, MIB + 5]
+        )
+        offset = chosen.choice(
+            [chosen.randrange(SIZE - length), chosen.randrange((SIZE - length) // 4096) * 4096]
+        )
+        data = chosen.randbytes(length)
+        truth[offset : offset + length] = data
+        stream += write(offset, data, cookie=cookie, flags=chosen.choice([0, 0, 0, FUA]))
+        sent.append(cookie)
+        if chosen.random() < 0.1:
+            stream += request(FLUSH, cookie=cookie + 1000)
+            sent.append(cookie + 1000)
+    with connected(PlainDisk(image)) as peer:
+        feed(peer, stream, chosen)
+        replies = [peer.reply() for _ in sent]
+        assert sorted(reply.cookie for reply in replies) == sorted(sent)
+        assert {reply.error for reply in replies} == {0}
+        assert peer.do(READ, 0, SIZE).data == bytes(truth)
+        assert peer.connection.bytes_received == len(stream) + 28
+
+
+def test_replies_come_though_the_client_waits_for_them_before_it_sends_more(image: FileDevice) -> None:
+    """In the middle of a header, and in the middle of a large write's data."""
+    whole = write(0, bytes([1]) * LARGE, cookie=1)
+    with connected(PlainDisk(image)) as peer:
+        for cut in (10, 28, 28 + 5000):
+            peer.send(whole)
+            later = write(LARGE, bytes([2]) * LARGE, cookie=2)
+            peer.send(later[:cut])
+            assert peer.reply().cookie == 1
+            peer.send(later[cut:])
+            assert peer.reply().cookie == 2
+
+
+def test_replies_that_wait_are_sent_to_a_client_that_says_no_more(image: FileDevice) -> None:
+    with connected(PlainDisk(image)) as peer:
+        peer.send(write(0, bytes(LARGE), cookie=1) + write(LARGE, bytes(LARGE), cookie=2))
+        peer.sock.shutdown(socket.SHUT_WR)
+        assert [peer.reply().cookie, peer.reply().cookie] == [1, 2]
+
+
+@pytest.mark.parametrize("sent", [28, 28 + 4000, 28 + LARGE - 1])
+def test_client_that_dies_in_the_middle_is_let_go(image: FileDevice, sent: int) -> None:
+    with connected(PlainDisk(image)) as peer:
+        assert peer.do(WRITE, 0, LARGE, data=bytes(LARGE)).error == 0
+        peer.send(write(0, bytes(LARGE))[:sent])
+    assert isinstance(peer.outcome, ConnectionResetError)
+
+
+class FailingDisk(PlainDisk):
+    """Its lane refuses the first few bytes that come by pipe, or takes some of them and then refuses."""
+
+    def lane(self) -> PlainLane:
+        return FailingLane(self._device)
+
+
+class FailingLane(PlainLane):
+    failures = 2
+
+    def write_from_pipe(self, pipe_fd: int, length: int, offset: int) -> None:
+        if not self.failures:
+            super().write_from_pipe(pipe_fd, length, offset)
+            return
+        self.failures -= 1
+        if self.failures:
+            super().write_from_pipe(pipe_fd, length // 2, offset)
+        raise OSError(errno.ENOSPC, "full")
+
+
+def test_failed_write_is_told_its_data_is_drained_and_the_next_one_done(image: FileDevice) -> None:
+    data = random.Random(1).randbytes(300 * KIB)
+    with connected(FailingDisk(image)) as peer:
+        peer.do(WRITE, 0, LARGE, data=bytes(LARGE))  # from here on headers are received by themselves
+        for cookie in range(2, 8):
+            peer.send(write(MIB, data, cookie=cookie))
+        errors = {reply.cookie: reply.error for reply in (peer.reply() for _ in range(2, 8))}
+        assert sorted(errors.values()) == [0, 0, 0, 0, errno.ENOSPC, errno.ENOSPC]
+        assert errors[7] == 0
+        assert peer.do(READ, MIB, len(data)).data == data
+
+
+@pytest.mark.parametrize("length", [LARGE, MIB])
+def test_refused_write_is_drained(image: FileDevice, length: int) -> None:
+    with connected(PlainDisk(image)) as peer:
+        peer.do(WRITE, 0, LARGE, data=bytes(LARGE))
+        assert peer.do(WRITE, SIZE - 5, length, data=bytes(length)).error == errno.ENOSPC
+        assert peer.do(READ, 0, 5).data == bytes(5)
+
+
+def test_nothing_is_left_open(image: FileDevice) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with connected(PlainDisk(image)) as peer:
+        assert peer.do(WRITE, 0, MIB, data=bytes(MIB)).error == 0
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+# --- the laws ---
+
+
+def test_data_by_reference_is_dirty_before_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law 1, at the moment of the system call; and what is written afterwards is there."""
+    seen: list[bool] = []
+    with closing(TrackedDisk(tmp_path, SIZE).clean()) as tracked, tracked.attach(max_armed=3) as disk:
+
+        def watched(pipe_fd: int, fd: int, length: int, offset: int) -> None:
+            seen.append(set(disk.disk.geometry.blocks_outward(offset, length)) <= tracked.stored_dirt())
+            splice_to_file(pipe_fd, fd, length, offset)
+
+        monkeypatch.setattr("lmdbitmap.lane.splice_to_file", watched)
+        chosen, truth = random.Random(3), bytearray(SIZE)
+        assert isinstance(disk.lane(), SplicingLane)
+        with connected(disk) as peer:
+            for number in range(40):
+                length = chosen.choice([LARGE, LARGE, MIB])
+                offset, data = chosen.randrange(SIZE - length), chosen.randbytes(length)
+                truth[offset : offset + length] = data
+                assert peer.do(WRITE, offset, length, data=data).error == 0
+                if number % 10 == 0:
+                    disk.checkpoint(f"c{number}")
+            assert peer.do(READ, 0, SIZE).data == bytes(truth)
+        changed = {
+            block for block in range(SIZE // 4096 + 1) if any(truth[block * 4096 : block * 4096 + 4096])
+        }
+        assert changed <= blocks_of(disk.changes(since="start"))
+    assert len(seen) >= 40
+    assert all(seen)
+
+
+def test_checkpoint_waits_for_data_on_its_way_by_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law 2: the lane is busy while the pipe is emptied."""
+    with closing(TrackedDisk(tmp_path, SIZE).clean()) as tracked, tracked.attach() as disk:
+        lane = disk.lane()
+        states: list[bool] = []
+
+        def watched(pipe_fd: int, fd: int, length: int, offset: int) -> None:
+            states.append(lane.busy)
+            splice_to_file(pipe_fd, fd, length, offset)
+
+        monkeypatch.setattr("lmdbitmap.lane.splice_to_file", watched)
+        out, into = os.pipe()
+        try:
+            for _ in range(2):  # new dirt, then settled
+                os.write(into, bytes(4096))
+                lane.write_from_pipe(out, 4096, 8192)
+                assert not lane.busy
+        finally:
+            os.close(out)
+            os.close(into)
+        assert states == [True, True]
+        disk.detach()
+        with pytest.raises(OSError):
+            lane.write_from_pipe(-1, 4096, 8192)
