@@ -33,6 +33,7 @@ from benchmarks.table import Line, as_text  # noqa: E402
 PATIENCE_S = 20.0
 IMAGE_BYTES = 1 << 30
 EXPORT = "disk"
+CONNECTIONS = 4
 
 
 class Load(NamedTuple):
@@ -48,8 +49,8 @@ class Load(NamedTuple):
         return f"NBD {self.work.removeprefix('rand')} {self.block}, depth {self.depth}"
 
 
-SMALL = {"qemu-nbd": 3.0, "nbdkit file": 1.0}
-LARGE = {"qemu-nbd": 1.5, "nbdkit file": 1.0}
+SMALL = {"qemu-nbd": 4.0, "nbdkit file": 1.1}
+LARGE = {"qemu-nbd": 1.5, "nbdkit file": 1.1}
 SINGLE = {"qemu-nbd": 1.0, "nbdkit file": 1.0}
 LOADS = [
     Load("randwrite", "4k", 32, SMALL),
@@ -202,6 +203,23 @@ def measure_nbd(
         with running(peers):
             for load in loads:
                 yield from _lines(load, peers, rates(peers, load, rounds, seconds))
+            for load in loads[:4]:
+                yield many_connections(ours, load, rounds, seconds)
+
+
+def many_connections(ours: Peer, load: Load, rounds: int, seconds: float) -> Line:
+    """The same requests in flight over four connections, against one."""
+    apart = ["--thread", f"--numjobs={CONNECTIONS}", "--group_reporting", f"--size={IMAGE_BYTES}"]
+    fewer = load._replace(depth=load.depth // CONNECTIONS)
+    ratios, measured = [], []
+    for _ in range(rounds):
+        alone = fio_rate(ours.uri, load, seconds)
+        measured.append(fio_rate(ours.uri, fewer, seconds, apart))
+        ratios.append(measured[-1] / alone)
+    name = f"{load.name}, over {CONNECTIONS} connections"
+    return Line(
+        name, statistics.median(measured), "/s", "over one", statistics.median(ratios), ">= 1", ours.name
+    )
 
 
 def _lines(load: Load, peers: Sequence[Peer], measured: list[list[float]]) -> Iterator[Line]:
