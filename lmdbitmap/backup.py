@@ -10,6 +10,7 @@ Law 3: the archive is durable before anything forgets that it was needed. From t
     copy, sync, rename the image
     replace the manifest, synced         the archive is durable
     forget checkpoints                   those of this repository that no coming backup counts from
+    mend what is damaged                 of a full backup: no coming one needs what older records said
     drop the note
 
 A death anywhere costs this run's work: its checkpoint records on, or is merged away, and the next backup
@@ -34,7 +35,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lmdbitmap import chain, files, owner, session
+from lmdbitmap import chain, files, mending, owner, session
 from lmdbitmap.bits import Run
 from lmdbitmap.changes import Changes, changes
 from lmdbitmap.copier import (
@@ -66,6 +67,7 @@ from lmdbitmap.manifest import (
     CheckpointRef,
     DiskRef,
     Manifest,
+    NewerManifest,
     Reason,
     chain_to,
 )
@@ -83,6 +85,10 @@ from lmdbitmap.session import Held, OpenDevice
 from lmdbitmap.store import Store, Writer
 
 log = logging.getLogger(__name__)
+
+_UNREADABLE = Reason(
+    "manifest-unreadable", "the manifest is missing or damaged: older images stay, and a new chain begins"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,14 +183,17 @@ def _prepare(
     folder = BackupFolder(repository_path, name)
     locks.enter_context(folder.locked())
     disk = session.reconcile(store, held)
-    leftovers = _undo_unfinished(store, disk, folder)
-    manifest = folder.manifest() or Manifest(DiskRef(disk.name, disk.uuid))
+    found, unreadable = _manifest_of(folder, kind)
+    leftovers = _undo_unfinished(store, disk, folder) if unreadable is None else []
+    manifest = found or Manifest(DiskRef(disk.name, disk.uuid))
     if manifest.disk.uuid != disk.uuid:
         raise AlreadyExists(
             f"{folder.path} has the backups of another disk that was called {manifest.disk.name!r} too",
             next_step="back up to another repository, or move that folder away",
         )
-    plan = _plan(store, disk, folder, manifest, kind)
+    plan = (
+        _plan(store, disk, folder, manifest, kind) if unreadable is None else _Plan(kind, reason=unreadable)
+    )
     sequence = folder.next_sequence(manifest.backups)
     return _Job(held, disk, folder, manifest, kind, plan, sequence, leftovers)
 
@@ -201,6 +210,19 @@ def _owned(store: Store, name: str, open_device: OpenDevice, locks: contextlib.E
             f"disk {name!r} is being served or backed up by another process, and live backup is not built yet",
             next_step="stop that process first, or wait for it",
         ) from None
+
+
+def _manifest_of(folder: BackupFolder, kind: BackupType) -> tuple[Manifest | None, Reason | None]:
+    """What backups there are; of a full one that was asked for also why nobody can say, and it begins a new chain."""
+    try:
+        return folder.manifest(), None
+    except NewerManifest:
+        raise
+    except FormatError as error:
+        if kind is not BackupType.FULL:
+            raise
+        log.error("%s; images stay as they are, and a new chain begins", error.problem)
+        return None, _UNREADABLE
 
 
 def _plan(store: Store, disk: Disk, folder: BackupFolder, manifest: Manifest, kind: BackupType) -> _Plan:
@@ -317,7 +339,7 @@ def _make(store: Store, source: _Source, report: Report) -> BackupResult:
     job = source.job
     entry = _write_image(source, report)
     manifest = dataclasses.replace(job.manifest, backups=(*job.manifest.backups, entry))
-    job.folder.replace_manifest(manifest)
+    job.folder.replace_manifest(manifest, keep_old=job.plan.reason == _UNREADABLE)
     _forget_unneeded(store, job, manifest)  # law 3: not before this line
     job.folder.drop_note()
     return BackupResult(job.disk.name, entry, job.folder.path_of(entry.file), time.monotonic() - started)
@@ -366,6 +388,8 @@ def _synced_digest(fd: int, place: str) -> str:
 
 def _require_untouched(job: _Job) -> None:
     """Refuse an image that somebody wrote in spite of our locks: the copy is of no point in time."""
+    if job.held.device.identity().is_block_device:
+        job.held.device.flush()  # the kernel counts what has reached it
     if job.held.device.identity() != job.disk.identity:
         raise Busy(
             f"{job.disk.image} was written by another program while it was backed up",
@@ -380,6 +404,8 @@ def _forget_unneeded(store: Store, job: _Job, manifest: Manifest) -> None:
     abandoned = {work.checkpoint for work in job.leftovers}
     try:
         _forget(store, job.disk, lambda member: member.uuid in unneeded or member.name in abandoned)
+        if job.plan.type_actual is BackupType.FULL:
+            mending.mend_closed_periods(store, job.disk)
     except LmdbitmapError as error:
         log.warning("disk %s: old checkpoints stay until the next backup: %s", job.disk.name, error)
 

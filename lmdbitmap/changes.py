@@ -11,7 +11,6 @@ image that was written behind our back is never described as clean.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +22,7 @@ from lmdbitmap.continuity import Judge
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError, Untrusted
 from lmdbitmap.extents import Extent, Trust, with_zeroes
 from lmdbitmap.geometry import REGION_BLOCKS, REGION_BYTES, Geometry
-from lmdbitmap.image import is_far, open_image
+from lmdbitmap.image import is_far
 from lmdbitmap.interfaces import BlockDevice, ImageIdentity
 from lmdbitmap.schema import Checkpoint, Disk
 from lmdbitmap.store import Reader, Store
@@ -278,8 +277,7 @@ def _judged_standing(store: Store, disk: Disk, judge: Judge) -> Standing:
     """
     beat = owner.last_beat(store.owner_path(disk.uuid))
     try:
-        session.refuse_own_ground(store, disk.image)
-        image = _identity(disk, judge)
+        image = _identity(store, disk, judge)
     except LmdbitmapError as error:
         return Standing(Trust.UNTRUSTED, f"its image cannot be looked at ({error.problem})")
     verdict = judge(disk, image, beat, session.present(store))
@@ -288,13 +286,12 @@ def _judged_standing(store: Store, disk: Disk, judge: Judge) -> Standing:
     return Standing(Trust.SUPERSET, verdict.superset) if verdict.superset else EXACT
 
 
-def _identity(disk: Disk, judge: Judge) -> ImageIdentity:
+def _identity(store: Store, disk: Disk, judge: Judge) -> ImageIdentity:
     """What the image is now. One that a server exports to its owner is not looked at: the owner judged it when his
     session began, it says nothing new since then, and not every server takes a second client."""
     if is_far(disk.image) and judge is continuity.judge_held and disk.session and disk.identity:
         return disk.identity
-    with contextlib.closing(open_image(disk.image, read_only=True, share_writes=True)) as device:
-        return device.identity()
+    return session.look_at(store, disk)
 
 
 def _collect(reader: Reader, bitmap_id: int, part: Slice, stop: int) -> bool:

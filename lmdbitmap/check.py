@@ -23,11 +23,12 @@ from itertools import groupby
 from typing import NamedTuple, TypeVar
 from uuid import UUID
 
-from lmdbitmap import schema, tally
+from lmdbitmap import owner, schema, session, tally
 from lmdbitmap.changes import open_period_standing
-from lmdbitmap.errors import FormatError, InvalidArgument
+from lmdbitmap.errors import FormatError, InvalidArgument, LmdbitmapError
 from lmdbitmap.extents import Trust
 from lmdbitmap.files import PARTIAL_SUFFIX
+from lmdbitmap.founding import DAMAGED_PREFIX, FRESH_PREFIX
 from lmdbitmap.geometry import REGION_BLOCKS
 from lmdbitmap.schema import Bitmap, Checkpoint, Disk
 from lmdbitmap.store import WENT_BACK, Reader, Store
@@ -36,8 +37,14 @@ from lmdbitmap.tally import Tally
 Progress = Callable[[int, int], None]
 """Called with (bytes of disk whose records were read, bytes in all)."""
 
-_START_ANEW = "move the store away, add its disks to a new one, and make full backups"
-_DISK_FAILS = "look at the disk under the store, make a new store, and full backups"
+_START_ANEW = (
+    "make a full backup; if this stays, stop what uses the store, move its folder lmdb aside, and the next command"
+    " makes it anew"
+)
+_DISK_FAILS = (
+    "look at the disk under the store; stop what uses it, move its folder lmdb aside, and the next command makes it"
+    " anew, all dirty"
+)
 _LOST_STEP = "what they stand for counts as dirty; look at the disk under the store, and make a full backup"
 _OLD_VIEW_TRANSACTIONS = 1000
 _LAST_BITMAP_ID_KEY = b"next bitmap id"
@@ -264,10 +271,15 @@ def _problems_of_periods(disk: Disk, chain: Sequence[Checkpoint], inventory: _In
 
 
 def _bitmaps(inventory: _Inventory) -> Iterator[Finding]:
-    count = sum(bitmap.all_dirty == WENT_BACK for bitmap in inventory.bitmaps.values())
-    if count:
-        step = "look at the disk under the store, and make full backups"
-        yield Finding(Gravity.DISTRUST, f"{count} bitmaps", WENT_BACK, step)
+    for disk in inventory.disks.values():
+        recording = (
+            inventory.bitmaps.get(inventory.chain_of(disk)[-1].bitmap_id)
+            if inventory.chain_of(disk)
+            else None
+        )
+        if recording is not None and recording.all_dirty == WENT_BACK:
+            step = "look at the disk under the store, and make a full backup"
+            yield Finding(Gravity.DISTRUST, f"disk {disk.name!r}", WENT_BACK, step)
     used = Counter(checkpoint.bitmap_id for checkpoint in inventory.checkpoints)
     for bitmap in inventory.bitmaps.values():
         place = f"bitmap {bitmap.id}"
@@ -367,10 +379,25 @@ def _standing(store: Store, disk: Disk) -> Iterator[Finding]:
     standing = open_period_standing(store, disk, persisted=disk.durability == schema.DEFERRED)
     place, problem = f"disk {disk.name!r}", standing.reason or ""
     if standing.trust is Trust.UNTRUSTED:
-        step = f"make a full backup, or `lmdbitmap adopt {disk.name}` if you know that the image is the same"
-        yield Finding(Gravity.DISTRUST, place, problem, step)
+        yield Finding(Gravity.DISTRUST, place, problem, next_step_for(store, disk))
     elif standing.trust is Trust.SUPERSET:
         yield Finding(Gravity.NOTE, place, problem, "the next backup copies a little more than it must")
+
+
+def next_step_for(store: Store, disk: Disk) -> str:
+    """What to do about a disk that cannot be trusted; nothing is offered that would be refused."""
+    try:
+        session.look_at(store, disk)
+    except LmdbitmapError as error:
+        return error.next_step
+    if owner.is_owned(store.owner_path(disk.uuid)):
+        return (
+            "see what the process that serves it has logged, and stop and start it if this lasts; the next backup is"
+            " a full one"
+        )
+    if session.why_not_adopted(disk, owner.distrust(store.owner_path(disk.uuid))) is not None:
+        return "make a full backup"
+    return f"make a full backup, or `lmdbitmap adopt {disk.name}` if you know that the image is the same"
 
 
 def _folder(store: Store, inventory: _Inventory) -> Iterator[Finding]:
@@ -382,6 +409,10 @@ def _folder(store: Store, inventory: _Inventory) -> Iterator[Finding]:
             yield Finding(Gravity.NOTE, path, "the folder is missing", f"make it: mkdir -m 700 {path}")
         elif stat.S_IMODE(os.stat(path).st_mode) & _OTHERS_WRITE:
             yield Finding(Gravity.NOTE, path, "other users may write to it", f"chmod go-w {path}")
+    for name in sorted(name for name in os.listdir(store.path) if name.startswith(DAMAGED_PREFIX)):
+        problem = "the store was damaged, and was made anew; this is what it was"
+        step = "look at the disk under it; remove it once you do not want to look at it any more"
+        yield Finding(Gravity.NOTE, os.path.join(store.path, name), problem, step)
     for path in _leftovers(store, known if inventory.complete else None):
         yield Finding(Gravity.NOTE, path, "nothing needs it", "remove it")
 
@@ -389,7 +420,7 @@ def _folder(store: Store, inventory: _Inventory) -> Iterator[Finding]:
 def _leftovers(store: Store, known: set[str] | None) -> Iterator[str]:
     """What killed processes left, and what belongs to disks that are gone; `known` is None where unknown."""
     for name in sorted(os.listdir(store.path)):
-        if name.startswith("lmdb.new-") or name.endswith(PARTIAL_SUFFIX):
+        if name.startswith(FRESH_PREFIX) or name.endswith(PARTIAL_SUFFIX):
             yield os.path.join(store.path, name)
     for folder in ("owners", "control"):
         place = os.path.join(store.path, folder)

@@ -81,7 +81,7 @@ Judge: TypeAlias = Callable[[Disk, ImageIdentity, "Beat | None", Moment], Verdic
 def judge(disk: Disk, image: ImageIdentity, beat: Beat | None, now: Moment) -> Verdict:
     """Whether tracking of `disk`, which nobody holds, continued without a gap until now."""
     if disk.session is None:
-        return Verdict(broken=_gap_since_detach(disk.identity, image, beat, now))
+        return Verdict(broken=_gap_since_detach(disk, image, beat, now))
     if disk.durability == DEFERRED:
         return Verdict(
             broken="it was not closed cleanly, and in deferred mode the bits are written at a clean close only"
@@ -95,15 +95,16 @@ def judge(disk: Disk, image: ImageIdentity, beat: Beat | None, now: Moment) -> V
 def judge_held(disk: Disk, image: ImageIdentity, beat: Beat | None, now: Moment) -> Verdict:
     """The same for a disk that somebody holds at this moment."""
     if disk.session is None:
-        return Verdict(broken=_gap_since_detach(disk.identity, image, beat, now))
+        return Verdict(broken=_gap_since_detach(disk, image, beat, now))
     return Verdict(broken=_gap_since_sign_of_life(disk, image, beat, now))
 
 
-def _gap_since_detach(
-    before: ImageIdentity | None, image: ImageIdentity, beat: Beat | None, now: Moment
-) -> str | None:
-    if before is None or not _is_same_file(before, image):
-        return _other_file(before, image)
+def _gap_since_detach(disk: Disk, image: ImageIdentity, beat: Beat | None, now: Moment) -> str | None:
+    before = disk.identity
+    if before is None:
+        return _never_seen(disk)
+    if not _is_same_file(before, image):
+        return _other_file(image)
     if image.size != before.size:
         return f"the image's size went from {before.size} to {image.size} bytes while nobody tracked it"
     if image.is_block_device:
@@ -120,8 +121,10 @@ def _gap_since_detach(
 
 def _gap_since_sign_of_life(disk: Disk, image: ImageIdentity, beat: Beat | None, now: Moment) -> str | None:
     begun = disk.identity
-    if begun is None or not _is_same_file(begun, image):
-        return _other_file(begun, image)
+    if begun is None:
+        return _never_seen(disk)
+    if not _is_same_file(begun, image):
+        return _other_file(image)
     if image.size not in (disk.size, disk.resizing_from):
         return f"the image has {image.size} bytes, and {disk.size} were tracked"
     if beat is not None and now.store.transaction < beat.store.transaction:
@@ -141,9 +144,13 @@ def _is_same_file(before: ImageIdentity, image: ImageIdentity) -> bool:
     return (image.device, image.inode) == (before.device, before.inode)
 
 
-def _other_file(before: ImageIdentity | None, image: ImageIdentity) -> str:
-    if before is None:
-        return "it was never detached cleanly, nor seen when it was added"
+def _never_seen(disk: Disk) -> str:
+    """Nobody had the image since its epoch began: what made that begin goes on."""
+    is_first = disk.epoch_number == 1
+    return "it was never detached cleanly, nor seen when it was added" if is_first else disk.epoch_reason
+
+
+def _other_file(image: ImageIdentity) -> str:
     if image.is_block_device:
         return "the image is another block device than the one that was tracked"
     return "the image is another file than the one that was tracked: replaced, restored or moved here"

@@ -53,12 +53,23 @@ FULL_STEPS = {
     errno.ENOMEM: "give the process more address space (ulimit -v): the store's file is mapped as a whole",
     errno.ENOBUFS: "change less at once: forget checkpoints one by one, or choose a larger granularity",
 }
+MAKE_ANEW = (
+    "its file is damaged: look at the disk under it, then stop and start every program that uses the store; it is"
+    " made anew then, and the next backups are full ones"
+)
 DATABASES = ("meta", "disks", "checkpoints", "bitmaps", "regions", "tallies")
 
 
 class CommitInDoubt(StorageError):
     """The last step of a commit failed, the write of a meta page: it may have taken place all the same, now or
     after a power cut. Whoever goes on from what was before must not rely on it."""
+
+
+class DamagedStore(FormatError):
+    """The file is not what LMDB and we wrote. Where nobody else has it open it is made anew (salvage.py)."""
+
+    def __init__(self, path: str, *, expected: str, found: object) -> None:
+        super().__init__(f"store {path}", expected=expected, found=found, next_step=MAKE_ANEW)
 
 
 class FullMapError(Exception):
@@ -89,7 +100,10 @@ class Environment:
         self._mine = threading.local()
         self._has_handle = True
         self._cleaned_s = self._looked_s = time.monotonic()
+        self.is_proven = False
+        """Whether somebody looked through what is in it, or cannot know: others have it open."""
         with translated(path), presence.entering(path) as self._presence:
+            self.is_proven = not self._presence.is_first
             if self._presence.is_first and os.path.getsize(_data_path(path)) <= LOOKED_THROUGH_BYTES:
                 _require_sound_tree(path)
             self._lmdb = open_lmdb(path)
@@ -297,8 +311,19 @@ class Environment:
             pass  # LMDB takes the lock of a process that reads, which `_keep_house` looks for
         self._fill_up()
         with self.transaction(write=True) as txn:  # ours, because another process may be growing the map
+            self._require_databases(txn)
             for name in DATABASES:
                 self.databases[name] = self._lmdb.open_db(name.encode(), txn=txn, create=False)
+
+    def _require_databases(self, txn: lmdb.Transaction) -> None:
+        with txn.cursor() as cursor:
+            missing = set(DATABASES) - {
+                bytes(key).decode(errors="replace") for key in cursor.iternext(values=False)
+            }
+        if missing == set(DATABASES):
+            raise not_a_store(self.path, "another program's environment")
+        if missing:
+            raise DamagedStore(self.path, expected=f"databases {DATABASES}", found=f"none called {missing}")
 
     def _fill_up(self) -> None:
         """Give a file that was cut its length again: its missing pages would be SIGBUS, those of zeroes are damage.
@@ -310,11 +335,7 @@ class Environment:
         if size >= used:
             return
         if used - size > max(size, _MOST_MISSING_BYTES):
-            raise FormatError(
-                f"store {self.path}", expected=f"a data.mdb of {used} bytes", found=f"one of {size}",
-                next_step="it was cut, or a meta page is damaged: look at the disk under it, make a new store, and"
-                " full backups",
-            )  # fmt: skip
+            raise DamagedStore(self.path, expected=f"a data.mdb of {used} bytes", found=f"one of {size}")
         with self.transaction(write=True):  # nobody else changes the length meanwhile
             if os.path.getsize(data_path) < self._used_bytes() <= self._lmdb.info()["map_size"]:
                 os.truncate(data_path, self._used_bytes())
@@ -325,8 +346,12 @@ class Environment:
 
     def _read_header(self) -> StoreHeader:
         with self.transaction(write=False) as txn:
-            value = txn.get(HEADER_KEY, db=self.databases["meta"]) or b""
-        header = schema.decode(StoreHeader, bytes(value), place=self.path)
+            value = bytes(txn.get(HEADER_KEY, db=self.databases["meta"]) or b"")
+        if not schema.is_whole(value):
+            raise DamagedStore(
+                self.path, expected="a header that matches its CRC-32", found=f"{len(value)} bytes"
+            )
+        header = schema.decode(StoreHeader, value, place=self.path)
         if header.magic != schema.STORE_MAGIC:
             raise not_a_store(self.path, header.magic)
         return header
@@ -352,15 +377,19 @@ open_ones = _OpenOnes()
 
 def acquire(path: str) -> Environment:
     """This process's handle for the environment in `path`, opened at the first call. `release` it."""
-    status = os.stat(_data_path(path))
-    key = (status.st_dev, status.st_ino)
     with open_ones.lock:
-        environment = open_ones.by_file.get(key)
+        environment = open_ones.by_file.get(_file_key(path))
         if environment is None:
             forks.is_not_for_children(open_ones)
-            environment = open_ones.by_file[key] = Environment(path)
+            environment = Environment(path)
+            open_ones.by_file[_file_key(path)] = environment  # it may have been made anew while we waited
         environment.users += 1
         return environment
+
+
+def _file_key(path: str) -> tuple[int, int]:
+    status = os.stat(_data_path(path))
+    return status.st_dev, status.st_ino
 
 
 def release(environment: Environment) -> None:
@@ -414,12 +443,20 @@ def _require_sound_tree(path: str) -> None:
     try:
         problems = structural_problems(_data_path(path))
     except ValueError as error:
-        raise not_a_store(path, error) from error
+        raise DamagedStore(path, expected="an LMDB file", found=error) from error
     if problems:
-        raise FormatError(
-            f"store {path}", expected="a sound tree of pages", found=f"{problems[0]} ({len(problems)} in all)",
-            next_step="its file is damaged: look at the disk under it, make a new store, and full backups",
-        )  # fmt: skip
+        found = f"{problems[0]} ({len(problems)} in all)"
+        raise DamagedStore(path, expected="a sound tree of pages", found=found)
+
+
+def _is_unsound(path: str) -> bool:
+    """Whether the file is damaged, rather than of a kind that we do not know."""
+    try:
+        return bool(structural_problems(_data_path(path)))
+    except ValueError:
+        return True
+    except OSError:
+        return False
 
 
 def structural_problems(data_path: str) -> list[str]:
@@ -472,12 +509,14 @@ def our_error(path: str, error: lmdb.Error) -> LmdbitmapError:
             next_step="let one process own the store, and reach it over its socket",
         )
     if isinstance(error, lmdb.CorruptedError | lmdb.PageNotFoundError):
-        return FormatError(
-            f"store {path}", expected="a sound environment", found=str(error),
-            next_step="restore the store or make a new one, then make a full backup",
-        )  # fmt: skip
-    if isinstance(error, lmdb.InvalidError | lmdb.VersionMismatchError | lmdb.NotFoundError):
-        return not_a_store(path, str(error))
+        return DamagedStore(path, expected="a sound environment", found=str(error))
+    if isinstance(error, lmdb.InvalidError | lmdb.VersionMismatchError):
+        is_damaged = _is_unsound(path)
+        return (
+            DamagedStore(path, expected="an LMDB file", found=error)
+            if is_damaged
+            else not_a_store(path, error)
+        )
     if isinstance(error, lmdb.ReadonlyError) or error.code in (errno.EACCES, errno.EROFS, errno.EPERM):
         cause = OSError(error.code if 0 < error.code < 1000 else errno.EACCES, str(error))
         return StorageError(

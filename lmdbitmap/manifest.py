@@ -44,7 +44,12 @@ MAX_FILE_NAME_BYTES: Final = 255
 MIN_CLUSTER_SIZE, MAX_CLUSTER_SIZE = 512, 2 << 20
 _MAX_DIGITS = 20
 """Of an integer: enough for 64 bits, and too few to keep Python busy."""
-_RESTORE = "restore the manifest from a copy of the repository"
+_RESTORE = "restore the manifest from a copy of the repository, or begin a new chain with `backup --full`"
+
+
+class NewerManifest(FormatError):
+    """One that a newer version wrote: it is sound, and not for us to replace."""
+
 
 Choice = TypeVar("Choice", bound=enum.Enum)
 Result = TypeVar("Result")
@@ -155,8 +160,9 @@ def decode(data: bytes, *, max_bytes: int = MAX_MANIFEST_BYTES) -> Manifest:
     root = _Fields(_parsed(data, max_bytes), "manifest")
     version = root.integer("format_version", 0)
     if version != FORMAT_VERSION:
-        next_step = "use a newer lmdbitmap" if version > FORMAT_VERSION else _RESTORE
-        raise _refusal("manifest format_version", str(FORMAT_VERSION), version, next_step)
+        kind = NewerManifest if version > FORMAT_VERSION else FormatError
+        step = "use a newer lmdbitmap, or another repository" if kind is NewerManifest else _RESTORE
+        raise kind("manifest format_version", expected=str(FORMAT_VERSION), found=version, next_step=step)
     disk = root.fields("disk")
     backups = tuple(_backup(fields) for fields in root.list_of_fields("backups"))
     _check_order(backups)
@@ -337,8 +343,8 @@ class _Fields:
         return _refusal(self._place(name), expected, _shown(self._values[name]))
 
 
-def _refusal(place: str, expected: str, found: object, next_step: str = _RESTORE) -> FormatError:
-    return FormatError(place, expected=expected, found=found, next_step=next_step)
+def _refusal(place: str, expected: str, found: object) -> FormatError:
+    return FormatError(place, expected=expected, found=found, next_step=_RESTORE)
 
 
 def _shown(value: object) -> str:

@@ -6,14 +6,17 @@
                                     power cut does not find the last session's; the others must survive `kill -9`
                                     only, and continuity.py allows for what the disk had not got yet
     4096    distrust, 512 bytes     when tracking failed; synced before the write that was not tracked
+    8192    the disk, 8192 bytes    when it is added, and at an attach if it is another: what salvage.py makes
+                                    it again from, where the store is damaged. Magic, length, description, CRC-32
 
 The file is written in full when a disk is added, so that saying "untrusted" needs no space on a full disk.
-Each record carries a CRC-32; a record that fails it is read in the safe direction: no beat, or distrust.
+Each record carries a CRC-32; a record that fails it is read in the safe direction: no beat, distrust, no description.
 """
 
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import struct
 import time
@@ -27,10 +30,16 @@ from lmdbitmap.interfaces import StoreMark
 from lmdbitmap.kernel import boot_id as boot_id
 from lmdbitmap.kernel import boot_time_ns as boot_time_ns
 
+log = logging.getLogger(__name__)
+
 _RECORD_BYTES = 512
 _PAGE_BYTES = 4096
 _BEAT_OFFSET = 0
 _DISTRUST_OFFSET = _PAGE_BYTES
+_DISK_OFFSET = 2 * _PAGE_BYTES
+_DISK_BYTES = 2 * _PAGE_BYTES
+_DISK = struct.Struct("<8sI")
+_DISK_MAGIC = b"LDBMdisk"
 _BEAT = struct.Struct("<8s36sqqQQQ")
 _BEAT_MAGIC = b"LDBMlife"
 _DISTRUST = struct.Struct("<8sqH")
@@ -61,11 +70,10 @@ class Distrust(NamedTuple):
     reason: str
 
 
-def create(path: str, why: Distrust | None = None) -> None:
+def create(path: str, why: Distrust | None = None, description: bytes = b"") -> None:
     """Make the file of a disk, whole or not at all; durable on return."""
-    files.replace_atomically(
-        path, _sealed(b"").ljust(_DISTRUST_OFFSET, b"\0") + _trust_record(why).ljust(_PAGE_BYTES, b"\0")
-    )
+    beat, trust = _sealed(b"").ljust(_PAGE_BYTES, b"\0"), _trust_record(why).ljust(_PAGE_BYTES, b"\0")
+    files.replace_atomically(path, beat + trust + _disk_record(description))
 
 
 def last_beat(path: str) -> Beat | None:
@@ -89,6 +97,15 @@ def distrust(path: str) -> Distrust | None:
         return None
     reason = record[_DISTRUST.size : _DISTRUST.size + length].decode("utf-8", "replace")
     return Distrust(since_ns, reason or "tracking failed")
+
+
+def description(path: str) -> bytes | None:
+    """What was last kept of the disk itself; None where that is nothing, or damaged."""
+    record = _read(path, _DISK_OFFSET, _DISK_BYTES)
+    if record is None:
+        return None
+    magic, length = _DISK.unpack_from(record)
+    return record[_DISK.size : _DISK.size + length] if magic == _DISK_MAGIC and length else None
 
 
 def is_owned(path: str) -> bool:
@@ -139,6 +156,14 @@ class Owner:
         """A new epoch has begun (or a person vouches for the old one): believe again. Durable on return."""
         self._write_trust(None)
 
+    def keep_description(self, kept: bytes) -> None:
+        """What the disk is made again from, should the store be damaged. Durable with the next durable beat."""
+        if description(self._path) != kept:
+            try:
+                os.pwrite(self._lock.fd, _disk_record(kept), _DISK_OFFSET)
+            except OSError as error:  # an older, shorter file on a full disk: nothing is lost by it now
+                log.warning("%s: the disk's description could not be kept: %s", self._path, error)
+
     def _write_trust(self, why: Distrust | None) -> None:
         with os_errors_at(self._path):
             os.pwrite(self._lock.fd, _trust_record(why), _DISTRUST_OFFSET)
@@ -165,16 +190,22 @@ def _trust_record(why: Distrust | None) -> bytes:
     return _sealed(_DISTRUST.pack(_DISTRUST_MAGIC, why.since_ns, len(reason)) + reason)
 
 
-def _sealed(record: bytes) -> bytes:
-    body = record.ljust(_RECORD_BYTES - 4, b"\0")
+def _disk_record(kept: bytes) -> bytes:
+    """One that is too long, as only an endless URI could make it, is not kept."""
+    kept = kept if len(kept) <= _DISK_BYTES - _DISK.size - 4 else b""
+    return _sealed(_DISK.pack(_DISK_MAGIC, len(kept)) + kept, _DISK_BYTES)
+
+
+def _sealed(record: bytes, size: int = _RECORD_BYTES) -> bytes:
+    body = record.ljust(size - 4, b"\0")
     return body + crc32(body).to_bytes(4, "little")
 
 
-def _read(path: str, offset: int) -> bytes | None:
+def _read(path: str, offset: int, size: int = _RECORD_BYTES) -> bytes | None:
     if not os.path.exists(path):
         return None
     with os_errors_at(path), open(path, "rb", buffering=0) as source:
         source.seek(offset)
-        record = source.read(_RECORD_BYTES)
-    whole = len(record) == _RECORD_BYTES and crc32(record[:-4]) == int.from_bytes(record[-4:], "little")
+        record = source.read(size)
+    whole = len(record) == size and crc32(record[:-4]) == int.from_bytes(record[-4:], "little")
     return record if whole else None

@@ -62,6 +62,14 @@ class Presence:
             next_step="try again in a minute, or restart that program, and see what opens the store's files",
         )
 
+    def is_alone(self) -> bool:
+        """Whether nobody else has the environment open. Whoever only tried to open it is waited for."""
+        for _ in range(_LOOKS):
+            if not _others_live(self._users_fd):
+                return True
+            time.sleep(_PAUSE_S)
+        return False
+
     def settle(self) -> None:
         """The environment is open: keep a way to see our locks on it."""
         if self._lock_fd < 0:

@@ -10,13 +10,18 @@ Invariants, which hold at every moment, also after a power cut:
 1. An image that the manifest names is whole and durable: its file was renamed into place, synced, before.
 2. What a killed run left is known for certain, and nothing else is ever removed: files with a `.partial`
    name that nobody holds locked, and images that `unfinished` names and the manifest does not.
-3. A manifest that is missing beside images, or cannot be read, stops a backup. It is never made anew.
+3. A manifest that is missing beside images, or cannot be read, stops a backup. It is never made anew: a full
+   backup that is asked for begins another chain, numbered after all images that are there, and what was in the
+   manifest's place stays beside it as `manifest.json.damaged-…`.
+4. A note of what is unfinished that cannot be read is put aside too: whatever it named stays, and only takes space.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import logging
 import os
 import re
 import stat
@@ -27,6 +32,8 @@ from typing import NamedTuple
 from lmdbitmap import files, manifest, schema
 from lmdbitmap.errors import FormatError, NotFound, os_errors_at
 from lmdbitmap.manifest import BackupEntry, BackupType, Manifest
+
+log = logging.getLogger(__name__)
 
 MANIFEST, LOCK, UNFINISHED = "manifest.json", "lock", "unfinished"
 _NOTE_BYTES = 1 << 16
@@ -70,32 +77,45 @@ class BackupFolder:
         """What backups there are; None before the first. `FormatError` where that cannot be known."""
         found = self._manifest_file()
         if found is None and self._has_images_of_old():
-            raise FormatError(
-                self.path,
-                expected=f"{MANIFEST} beside the images",
-                found="none",
-                next_step="restore the manifest from a copy of the repository, or move this folder away",
-            )
+            raise _no_manifest(self.path, f"{MANIFEST} beside the images", "none")
         return found
 
     def _backups(self) -> Sequence[BackupEntry]:
         found = self._manifest_file()
         return found.backups if found is not None else ()
 
-    def replace_manifest(self, new: Manifest) -> None:
-        """Durable on return; a death leaves the old manifest or the new one."""
+    def replace_manifest(self, new: Manifest, *, keep_old: bool = False) -> None:
+        """Durable on return; a death leaves the old manifest or the new one. What cannot be read can be kept."""
+        if keep_old and os.path.lexists(self.path_of(MANIFEST)):
+            self._put_aside(MANIFEST)
         files.replace_atomically(self.path_of(MANIFEST), manifest.encode(new))
+
+    def _put_aside(self, name: str) -> str:
+        """Keep a file under another name; where that can be, its old name stays until it is replaced."""
+        kept = f"{name}.damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.urandom(3).hex()}"
+        old, new = self.path_of(name), self.path_of(kept)
+        with os_errors_at(old):
+            try:
+                if os.path.islink(old):
+                    raise OSError(errno.ELOOP, "a link")
+                os.link(old, new)
+            except OSError:  # a folder, or a file system without hard links
+                os.rename(old, new)
+        files.fsync_folder(self.path)
+        return kept
 
     def _manifest_file(self) -> Manifest | None:
         path = self.path_of(MANIFEST)
         if not os.path.lexists(path):
             return None
         try:
+            if not os.path.isfile(path):
+                raise _no_manifest(path, "a regular file", "something else")
             return manifest.decode(files.read_bounded(path, manifest.MAX_MANIFEST_BYTES))
         except FormatError as refused:
             if refused.place.startswith(path):
                 raise
-            raise FormatError(
+            raise type(refused)(
                 f"{path}: {refused.place}",
                 expected=refused.expected,
                 found=refused.found,
@@ -161,15 +181,30 @@ class BackupFolder:
         path = self.path_of(UNFINISHED)
         if not os.path.lexists(path):
             return []
-        text = files.read_bounded(path, _NOTE_BYTES).decode(errors="replace")
-        if not _NOTE.fullmatch(text):
-            raise FormatError(
-                path,
-                expected="lines of a backup's checkpoint and its image",
-                found=ascii(text[:80]),
-                next_step="remove that file; checkpoints that killed backups made may then stay",
+        text = _note_text(path)
+        if text is None or not _NOTE.fullmatch(text):
+            kept = self._put_aside(UNFINISHED)
+            _remove(path)
+            log.error(
+                "%s cannot be read, and is kept as %s: what it named stays, and takes space", path, kept
             )
+            return []
         return [Unfinished(*line.split(" ")) for line in text.splitlines()]
+
+
+def _note_text(path: str) -> str | None:
+    """None where no note can be read: it is a folder, or far too long."""
+    try:
+        return (
+            files.read_bounded(path, _NOTE_BYTES).decode(errors="replace") if os.path.isfile(path) else None
+        )
+    except FormatError:
+        return None
+
+
+def _no_manifest(place: str, expected: str, found: str) -> FormatError:
+    step = "restore the manifest from a copy of the repository, or begin a new chain with `backup --full`"
+    return FormatError(place, expected=expected, found=found, next_step=step)
 
 
 def checkpoint_name(time_ns: int) -> str:

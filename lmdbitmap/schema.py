@@ -141,6 +141,19 @@ class Disk:
         return Geometry(self.size, self.granularity_bits)
 
 
+def portrait(disk: Disk) -> Disk:
+    """What of a disk is worth keeping outside the store: what it is, and nothing of how it stands."""
+    return dataclasses.replace(
+        disk,
+        epoch=UUID(int=0),
+        epoch_reason="",
+        next_sequence=1,
+        identity=None,
+        session=None,
+        resizing_from=None,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A named, durable point in time; its bitmap records what changed from it to the next one."""
@@ -204,6 +217,11 @@ def seal(packed: bytes) -> bytes:
     return packed + crc32(packed).to_bytes(_CHECKSUM_BYTES, "little")
 
 
+def is_whole(record: bytes) -> bool:
+    """Whether a description's bytes are what somebody wrote, in whatever schema."""
+    return seal(record[:-_CHECKSUM_BYTES]) == record
+
+
 def decode(kind: type[D], data: bytes, *, place: str) -> D:
     """The description in `data`; raises `FormatError` for anything that `encode` would not have written."""
     fields = _unpack_map(kind.what, data, place)
@@ -241,12 +259,15 @@ def _check_modes(disk: Disk, place: str) -> None:
 
 
 def _unpack_map(what: str, data: bytes, place: str) -> dict[Any, Any]:
-    packed = data[:-_CHECKSUM_BYTES]
-    if seal(packed) != data:
+    if not is_whole(data):
         raise _error(what, place, "a record that matches its CRC-32", f"{len(data)} bytes that do not")
     try:
         fields = msgpack.unpackb(
-            packed, max_array_len=_MAX_ITEMS, max_map_len=_MAX_ITEMS, max_ext_len=0, strict_map_key=True
+            data[:-_CHECKSUM_BYTES],
+            max_array_len=_MAX_ITEMS,
+            max_map_len=_MAX_ITEMS,
+            max_ext_len=0,
+            strict_map_key=True,
         )
     except (ValueError, msgpack.exceptions.UnpackException) as error:
         raise _error(what, place, "one msgpack map", f"{len(data)} bytes that are none") from error

@@ -29,7 +29,7 @@ from lmdbitmap.errors import (
 from lmdbitmap.flushing import forget_unwritten, unflushed
 from lmdbitmap.image import is_far, lasting_name, open_image
 from lmdbitmap.interfaces import ImageIdentity, StoreMark, TrackableDevice
-from lmdbitmap.owner import Owner
+from lmdbitmap.owner import Distrust, Owner
 from lmdbitmap.schema import Disk
 from lmdbitmap.store import Reader, Store, Writer
 
@@ -96,6 +96,16 @@ def _opened(store: Store, disk: Disk, open_device: OpenDevice) -> TrackableDevic
         ) from error
 
 
+def look_at(store: Store, disk: Disk) -> ImageIdentity:
+    """What the image of a disk is now, whoever writes it. Raises as `owning` does where it cannot be opened."""
+    with contextlib.closing(_opened(store, disk, _open_to_look)) as device:
+        return device.identity()
+
+
+def _open_to_look(image: str) -> TrackableDevice:
+    return open_image(image, read_only=True, share_writes=True)
+
+
 def refuse_own_ground(store: Store, image: str) -> None:
     """Raise `InvalidArgument` for an image on which the store itself lies."""
     try:
@@ -130,6 +140,11 @@ def reconcile(store: Store, held: Held) -> Disk:
     disk = _resume(store, held, identity_to_keep(held.device), session=None)
     _leave_sign_of_life(held, disk)
     return disk
+
+
+def _keep_description(held: Held, disk: Disk) -> None:
+    """Beside the store, for the day on which that is damaged."""
+    held.lock.keep_description(schema.encode(schema.portrait(disk)))
 
 
 def _leave_sign_of_life(held: Held, disk: Disk) -> None:
@@ -176,6 +191,7 @@ def _resume(store: Store, held: Held, identity: ImageIdentity, *, session: UUID 
         return disk
 
     disk = store.update(commit)
+    _keep_description(held, disk)
     if distrust is not None:
         held.lock.restore_trust()
     return disk
@@ -232,17 +248,24 @@ def adopt(store: Store, name: str, *, open_device: OpenDevice = open_image) -> D
         _flush_block_device(held)
         identity = identity_to_keep(held.device)
         disk = store.update(lambda writer: _adopt(writer, held.disk, identity.size, identity=identity))
+        _keep_description(held, disk)
         _leave_sign_of_life(held, disk)
     return disk
 
 
 def _require_bits(held: Held) -> None:
-    distrust = held.lock.distrust()
-    lost = distrust.reason if distrust else None
-    if held.disk.session is not None and held.disk.durability == schema.DEFERRED:
-        lost = "it was not closed cleanly, and in deferred mode the bits were in memory only"
+    lost = why_not_adopted(held.disk, held.lock.distrust())
     if lost is not None:
         raise Untrusted(f"disk {held.disk.name!r} cannot be adopted: {lost}", next_step="make a full backup")
+
+
+def why_not_adopted(disk: Disk, distrust: Distrust | None) -> str | None:
+    """Why bits are missing that no image could show, so that nobody can vouch for the disk; None if all are there."""
+    if disk.session is not None and disk.durability == schema.DEFERRED:
+        return "it was not closed cleanly, and in deferred mode the bits were in memory only"
+    if disk.identity is None and disk.epoch_number > 1:
+        return disk.epoch_reason
+    return None if distrust is None else distrust.reason
 
 
 def _adopt(writer: Writer, disk: Disk, size: int, **changes: object) -> Disk:
@@ -284,7 +307,10 @@ def add(
                 granularity_bits=granularity_bits, durability=durability, policy=policy, time_ns=time.time_ns(),
             )  # fmt: skip
             files_made.append(store.owner_path(disk.uuid))
-            owner.create(files_made[-1])  # before the commit: no disk is ever without its owner's file
+            kept = schema.encode(schema.portrait(disk))
+            owner.create(
+                files_made[-1], description=kept
+            )  # before the commit: no disk is ever without its owner's file
             return disk
 
         try:

@@ -73,6 +73,7 @@ FLOORS: dict[str, float] = {
     "copier": 3,
     "chain": 3.5,
     "standalone": 3.6,
+    "mending": 3.6,
     "session": 3.7,
     "vouching": 3.7,
     # 4 tracker

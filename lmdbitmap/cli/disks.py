@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from lmdbitmap import session, standalone
+from lmdbitmap.check import next_step_for
 from lmdbitmap.cli.answers import (
     Kept,
     Period,
@@ -25,6 +26,7 @@ from lmdbitmap.cli.output import say, say_json, say_table
 from lmdbitmap.cli.ownership import ask_owner, find_disk_or_bitmap, require_unowned
 from lmdbitmap.cli.sizes import format_size, format_time
 from lmdbitmap.errors import InvalidArgument
+from lmdbitmap.extents import Trust
 from lmdbitmap.image import is_far, lasting_name
 from lmdbitmap.schema import DURABILITIES, POLICIES, Disk
 from lmdbitmap.store import Store
@@ -135,21 +137,29 @@ def info(asked: Session, name: str) -> None:
         if isinstance(found, Disk):
             told = ask_owner(store, found)
             served = None if told is None else told["served"]
-            _tell_disk(asked, report_on(store, found), list(periods_of(store, found)), served)
+            report = report_on(store, found)
+            is_lost = report.dirt.standing.trust is Trust.UNTRUSTED
+            next_step = next_step_for(store, found) if is_lost else None
+            _tell_disk(asked, report, list(periods_of(store, found)), served, next_step)
         else:
             _tell_bitmap(asked, report_on_bitmap(store, found))
 
 
 def _tell_disk(
-    asked: Session, report: Report, periods: list[Period], served: Mapping[str, Any] | None
+    asked: Session,
+    report: Report,
+    periods: list[Period],
+    served: Mapping[str, Any] | None,
+    next_step: str | None,
 ) -> None:
     disk = report.disk
     if asked.as_json:
         epoch = {"number": disk.epoch_number, "uuid": str(disk.epoch), "reason": disk.epoch_reason}
         checkpoints = [period.facts() for period in periods]
-        say_json({**report.facts(), "epoch": epoch, "checkpoints": checkpoints, "served": served})
+        facts = {**report.facts(), "next_step": next_step, "epoch": epoch}
+        say_json({**facts, "checkpoints": checkpoints, "served": served})
         return
-    _tell_pairs(_portrait(report))
+    _tell_pairs(_portrait(report, next_step))
     if served is not None:
         say("")
         _tell_pairs(served_words(served))
@@ -161,13 +171,15 @@ def _tell_disk(
     )
 
 
-def _portrait(report: Report) -> Iterator[tuple[str, str]]:
+def _portrait(report: Report, next_step: str | None) -> Iterator[tuple[str, str]]:
     disk, dirt = report.disk, report.dirt
     yield "disk", f"{disk.name}, {size_words(disk.geometry)}"
     yield "image", disk.image
     yield "attached", "yes" if report.attached else "no"
     yield "dirty", f"{format_size(dirt.dirty_bytes)} since checkpoint {report.newest.name}"
     yield "trust", standing_words(dirt.standing)
+    if next_step is not None:
+        yield "next step", next_step
     yield "epoch", f"{disk.epoch_number}: {disk.epoch_reason}"
     yield "durability", f"{disk.durability}, {disk.policy}"
 

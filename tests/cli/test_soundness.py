@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 
+from lmdbitmap import schema
 from lmdbitmap.store import Store
-from tests.cli.conftest import SIZE, Cli
+from tests.cli.conftest import Cli
+from tests.support import run
 
 
 def _spoil(cli: Cli) -> None:
+    """A region record: all that it stands for counts as dirty."""
     with Store.open(str(cli.store)) as store:
-        store.update(lambda writer: writer._put("disks", b"\xff" * 16, b"\xc1"))
+        store.update(lambda writer: writer._put("regions", schema.region_key(1, 0), b"\xc1"))
 
 
 def test_a_sound_store_is_called_so(cli: Cli) -> None:
@@ -25,7 +28,7 @@ def test_damage_is_named_and_ends_in_1(cli: Cli) -> None:
     _spoil(cli)
     code, out, err = cli("check")
     assert (code, err) == (1, "lmdbitmap: the store is damaged; do what the findings say\n")
-    assert out.startswith(f"damage: disk description at disks/{'ff' * 16}: expected a record")
+    assert out.startswith("damage: bitmap 1 (checkpoint 'epoch-1' of disk 'sda'): 1 of its region records")
     assert out.count("\n") == 1
 
 
@@ -56,8 +59,20 @@ def test_notes_are_no_failure(cli: Cli) -> None:
     assert cli.ok("check").startswith("note: ")
 
 
-def test_other_verbs_say_what_they_cannot_read(cli: Cli) -> None:
+def test_any_verb_makes_a_store_anew_that_lost_a_description_and_says_so(cli: Cli) -> None:
+    """In a process of its own: people see what is logged."""
     cli.add("sda")
-    _spoil(cli)
-    assert "expected a record that matches its CRC-32" in cli.fails(1, "ls")
-    assert (cli.folder / "sda.raw").stat().st_size == SIZE
+    with Store.open(str(cli.store)) as store:
+        store.update(lambda writer: writer._put("disks", b"\xff" * 16, b"\xc1"))
+    said = run(*cli.command("ls"))
+    assert said.stdout.splitlines()[1].split()[:2] == ["sda", "8"]
+    assert "the store was made anew with its disks (sda), which need full backups" in said.stderr
+    assert said.stderr.count("\n") == 1
+    assert run(*cli.command("ls")).stderr == ""
+    code, out, _ = cli("check")
+    assert code == 3
+    assert (
+        "full backup needed: disk 'sda': the store was damaged and was made anew; make a full backup" in out
+    )
+    assert "note: " in out
+    assert "lmdb.damaged-" in out

@@ -39,6 +39,9 @@ EXTENT_BLOCKS = 64
 CLUSTER = 4096
 """The least that a backup copies of this disk."""
 
+ROT = b"rotten" * 9999
+"""What is left of the store's file in some lives."""
+
 GROWN_UP = "grown up"
 Life: TypeAlias = Iterator[str]
 
@@ -238,6 +241,16 @@ def removing(tracked: BackedUpDisk) -> Life:
     yield "removed"
 
 
+def healing(tracked: BackedUpDisk) -> Life:
+    """The store's file is garbage; whoever opens it makes it anew."""
+    tracked.write(b"new", 5 * BLOCK)
+    tracked.store.close()
+    Path(tracked.store.path, "lmdb", "data.mdb").write_bytes(ROT)
+    yield GROWN_UP
+    tracked.store = Store.open(tracked.store.path)
+    yield "healed"
+
+
 # --- flat files ---
 
 OLD, NEW = {1, 4999}, {2, 4998}
@@ -366,7 +379,7 @@ LIVES: dict[str, Callable[[BackedUpDisk], Life]] = {
     life.__name__: life
     for life in (
         adding, attaching, arming, writing, passing, asking, marking, checkpointing, checkpointing_two, forgetting,
-        growing, shrinking, detaching, adopting, living_twice, removing,
+        growing, shrinking, detaching, adopting, living_twice, removing, healing,
         exporting, exporting_anew, importing, serving_beside_a_file,
         *ARCHIVE_LIVES,
     )

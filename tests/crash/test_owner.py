@@ -96,7 +96,7 @@ def test_missing_file_is_owned_by_nobody(tmp_path: Path) -> None:
 
 def test_new_file_is_trusted_and_shows_no_life(path: str) -> None:
     assert (owner.distrust(path), owner.last_beat(path)) == (None, None)
-    assert os.path.getsize(path) == 8192
+    assert os.path.getsize(path) == 16384
 
 
 def test_distrust_stays_until_trust_is_restored(path: str, held: Owner) -> None:
@@ -106,7 +106,7 @@ def test_distrust_stays_until_trust_is_restored(path: str, held: Owner) -> None:
     assert owner.distrust(path) is not None
     held.restore_trust()
     assert owner.distrust(path) is None
-    assert os.path.getsize(path) == 8192
+    assert os.path.getsize(path) == 16384
 
 
 @pytest.mark.parametrize("reason", ["", "ä" * 1000, "x" * 5000])
@@ -181,7 +181,7 @@ def flip(path: str, offset: int) -> None:
 
 def test_distrust_needs_no_space_and_no_name(path: str, held: Owner, tmp_path: Path) -> None:
     """The file's blocks are there, and its name is not asked for: a full disk or a lost folder is no matter."""
-    assert os.stat(path).st_blocks * 512 >= 8192
+    assert os.stat(path).st_blocks * 512 >= 16384
     os.rename(path, tmp_path / "elsewhere")
     held.declare_distrust("lost", 1)
     assert owner.distrust(str(tmp_path / "elsewhere")) == Distrust(1, "lost")

@@ -14,8 +14,9 @@ from typing import cast
 import pytest
 
 from lmdbitmap import backup as backup_module
-from lmdbitmap import session
+from lmdbitmap import schema, session
 from lmdbitmap.backup import backup
+from lmdbitmap.check import Gravity, check_store
 from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import (
     AlreadyExists,
@@ -342,6 +343,65 @@ def test_a_damaged_manifest_stops_the_backup_and_stays(disk: BackedUpDisk) -> No
     assert (path.read_bytes(), disk.checkpoints()) == (before, checkpoints)
 
 
+@pytest.mark.parametrize("damage", ["cut", "garbage", "empty", "missing", "folder", "link"])
+def test_a_full_backup_begins_a_new_chain_where_the_manifest_cannot_be_read(
+    disk: BackedUpDisk, damage: str
+) -> None:
+    """Nothing of what was there is lost: neither the images nor what stood in the manifest's place."""
+    disk.write(b"old", 0)
+    disk.backup()
+    disk.backup()
+    path = Path(disk.backup_folder().path_of("manifest.json"))
+    images = {name: (path.parent / name).read_bytes() for name in disk.files()}
+    spoil(path, damage)
+    disk.write(b"new", 4096)
+    with pytest.raises(FormatError, match="begin a new chain with `backup --full`"):
+        disk.backup()
+    full = disk.backup(FULL)
+    assert (full.sequence, full.reason and full.reason.code) == (3, "manifest-unreadable")
+    assert {name: (path.parent / name).read_bytes() for name in images} == images
+    aside = list(path.parent.glob("manifest.json.damaged-*"))
+    assert len(aside) == (damage != "missing")
+    assert disk.restored() == disk.content()
+    disk.write(b"newer", 8192)
+    assert disk.backup().type_actual is INCREMENTAL
+    assert disk.restored() == disk.content()
+
+
+def spoil(path: Path, damage: str) -> None:
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    elif damage == "link":
+        path.symlink_to("nowhere")
+    elif damage != "missing":
+        path.write_bytes({"cut": content[:-40], "garbage": b"\xff" * 99, "empty": b""}[damage])
+
+
+def test_a_manifest_of_a_newer_version_is_never_replaced(disk: BackedUpDisk) -> None:
+    disk.backup()
+    path = Path(disk.backup_folder().path_of("manifest.json"))
+    newer = path.read_bytes().replace(b'"format_version": 1', b'"format_version": 2')
+    path.write_bytes(newer)
+    with pytest.raises(FormatError, match="use a newer lmdbitmap, or another repository"):
+        disk.backup(FULL)
+    assert path.read_bytes() == newer
+
+
+def test_a_full_backup_makes_damaged_records_whole(disk: BackedUpDisk) -> None:
+    disk.clean("start").write(b"old", 0)
+    with disk.store.read() as reader:
+        bitmap_id = reader.checkpoints(disk.disk().uuid)[-1].bitmap_id
+    key = schema.region_key(bitmap_id, 0)
+    disk.store.update(lambda writer: writer._put("regions", key, b"rotten"))
+    assert [finding.gravity for finding in check_store(disk.store)] == [Gravity.DAMAGE]
+    disk.backup(FULL)
+    assert check_store(disk.store) == []
+    with disk.store.read() as reader:
+        assert reader.bitmap(bitmap_id).all_dirty == "some of its records were damaged"
+
+
 def test_an_unknown_disk_makes_no_folder(disk: BackedUpDisk) -> None:
     with pytest.raises(NotFound, match="no disk is called 'sdx'"):
         backup(disk.store, ["sdx"], disk.folder / "backups")
@@ -521,5 +581,5 @@ def test_every_field_and_every_reason_is_documented() -> None:
     text = (Path(__file__).parents[2] / "docs" / "backup.md").read_text()
     assert [field.name for field in dataclasses.fields(BackupEntry) if f"`{field.name}`" not in text] == []
     codes = re.findall(r'Reason\(\s*"([a-z-]+)"', Path(backup_module.__file__).read_text())
-    assert len(codes) == 5
+    assert len(codes) == 6
     assert [code for code in codes if f"`{code}`" not in text] == []

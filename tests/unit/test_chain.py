@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import pytest
 
-from lmdbitmap import bits, chain, schema, store, tally
+from lmdbitmap import bits, chain, records, schema, tally
 from lmdbitmap.errors import AlreadyExists, InvalidArgument, NotFound, Untrusted
 from lmdbitmap.geometry import REGION_BLOCKS
 from lmdbitmap.interfaces import ImageIdentity
@@ -240,7 +240,7 @@ def test_epochs_are_never_merged_into_each_other(archive: Archive) -> None:
 
 
 def test_merge_of_more_than_one_group_is_whole(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (store, tally):
+    for module in (records, tally):
         monkeypatch.setattr(module, "GROUP_REGIONS", 1)
     archive.checkpoint("monday", 1)
     archive.checkpoint("tuesday", 0, 4095, 4096, 8192)

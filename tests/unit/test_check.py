@@ -86,7 +86,7 @@ def test_bytes_that_are_no_description_are_named_and_hide_nothing_else(
     assert garbage.gravity is Gravity.DAMAGE
     assert f"{database}/{key.hex()}" in garbage.place
     assert "CRC-32" in garbage.problem
-    assert "make full backups" in garbage.next_step
+    assert "make a full backup" in garbage.next_step
     assert "region 1" in region.problem
 
 
@@ -410,7 +410,7 @@ def test_a_damaged_page_is_found_before_anything_walks_over_it(store: Store, dis
     found = _only(check_store(store))
     assert found.gravity is Gravity.DAMAGE
     assert "data.mdb" in found.place
-    assert "make a new store" in found.next_step
+    assert "makes it anew" in found.next_step
 
 
 def test_a_store_that_went_back_needs_a_full_backup(store: Store, disk: Disk) -> None:

@@ -110,7 +110,7 @@ def test_a_damaged_manifest_is_refused_with_its_path_and_stays(folder: BackupFol
     with pytest.raises(FormatError) as refused:
         folder.manifest()
     assert refused.value.place.startswith(f"{path}: manifest")
-    assert refused.value.next_step == "restore the manifest from a copy of the repository"
+    assert refused.value.next_step.startswith("restore the manifest from a copy of the repository, or")
     assert path.read_bytes() == before
 
 
@@ -277,11 +277,21 @@ def test_a_note_beside_a_damaged_manifest_removes_nothing(folder: BackupFolder) 
         "\x00" * 65537,
     ],
 )
-def test_a_note_that_says_something_else_is_refused(folder: BackupFolder, note: str) -> None:
+def test_a_note_that_says_something_else_is_put_aside(folder: BackupFolder, note: str) -> None:
     path = put(folder, "unfinished", note.encode())
-    with pytest.raises(FormatError) as refused:
-        folder.unfinished()
-    assert refused.value.place == str(path)
+    assert folder.unfinished() == []
+    [kept] = path.parent.glob("unfinished.damaged-*")
+    assert kept.read_bytes() == note.encode()
+    assert not path.exists()
+
+
+def test_a_folder_in_the_place_of_the_note_is_put_aside(folder: BackupFolder) -> None:
+    path = Path(folder.path_of("unfinished"))
+    path.mkdir()
+    assert folder.unfinished() == []
+    assert [kept.is_dir() for kept in path.parent.glob("unfinished.damaged-*")] == [True]
+    folder.note_unfinished([WORK])
+    assert folder.unfinished() == [WORK]
 
 
 def test_a_checkpoint_of_a_backup_has_a_name_of_its_own_that_tells_the_time() -> None:

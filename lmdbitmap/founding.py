@@ -1,0 +1,130 @@
+"""Making a store: its folder, and an environment that appears in it whole, by one rename.
+
+Whoever makes an environment in a folder holds that folder (`files.lock_folder`), so that two do not, and sweeps
+away what makers that died have left. An environment that is damaged is never written to: it is renamed, and stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import stat
+import time
+from collections.abc import Callable, Iterator
+from uuid import uuid4
+
+from lmdbitmap import environment, files, schema
+from lmdbitmap.errors import LmdbitmapError, StorageError
+from lmdbitmap.highwater import NEWEST
+from lmdbitmap.presence import USERS
+from lmdbitmap.records import Writer
+from lmdbitmap.schema import StoreHeader
+
+DAMAGED_PREFIX = "lmdb.damaged-"
+FRESH_PREFIX = "lmdb.new-"
+_FIRST_WORDS = "This folder is an lmdbitmap store."
+_README = f"""{_FIRST_WORDS} While a process uses it, do not open, copy or hash the files in lmdb/:
+closing them would drop that process's locks. A bitmap leaves the store with `lmdbitmap export`.
+"""
+
+
+def environment_file(path: str) -> tuple[int, int] | None:
+    """Which file the store's environment is at this moment, or None where there is none."""
+    with refusals(path):
+        try:
+            status = os.stat(os.path.join(path, "lmdb", "data.mdb"))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+    return (status.st_dev, status.st_ino) if stat.S_ISREG(status.st_mode) else None
+
+
+def is_ours(path: str) -> bool:
+    """Whether a store was made in that folder once, whatever became of its environment."""
+    try:
+        with open(os.path.join(path, "README"), "rb") as readme:
+            return readme.read(len(_FIRST_WORDS)) == _FIRST_WORDS.encode()
+    except OSError:
+        return False
+
+
+def prepare_folder(path: str) -> None:
+    """Make the folder of a store, without its environment. Refuses one that has something else in it."""
+    with refusals(path):
+        files.make_folders(path)
+        strangers = sorted(name for name in os.listdir(path) if not _belongs(name))
+    if strangers:
+        raise environment.not_a_store(path, f"a folder with {strangers[0]!r} in it")
+    with refusals(path):
+        for name in ("owners", "control"):
+            os.makedirs(os.path.join(path, name), mode=0o700, exist_ok=True)
+        files.replace_atomically(os.path.join(path, "README"), _README.encode())
+        files.replace_atomically(os.path.join(path, ".nobackup"), b"")
+
+
+def _belongs(name: str) -> bool:
+    return name in ("owners", "control", "lmdb", USERS, NEWEST) or name.startswith(
+        ("README", ".nobackup", FRESH_PREFIX, DAMAGED_PREFIX)
+    )
+
+
+def make_environment(path: str, fill: Callable[[Writer], None]) -> str | None:
+    """Make an environment with what `fill` puts in it. One that is there is kept under another name: the answer.
+
+    A death between the two renames leaves none at all, which is healed as a damaged one is.
+    """
+    with refusals(path):
+        _sweep_unfinished(path)
+        fresh = os.path.join(path, f"{FRESH_PREFIX}{secrets.token_hex(4)}")
+        os.mkdir(fresh, mode=0o700)
+        try:
+            _write_environment(path, fresh, fill)
+            kept = _put_aside(path)
+            os.rename(fresh, os.path.join(path, "lmdb"))
+            files.fsync_folder(path)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+    return kept
+
+
+def _sweep_unfinished(path: str) -> None:
+    for name in os.listdir(path):
+        if name.startswith(FRESH_PREFIX):
+            shutil.rmtree(os.path.join(path, name), ignore_errors=True)
+
+
+def _write_environment(path: str, fresh: str, fill: Callable[[Writer], None]) -> None:
+    with environment.translated(path), environment.open_lmdb(fresh, create=True) as made:
+        databases = {name: made.open_db(name.encode()) for name in environment.DATABASES}
+        with made.begin(write=True) as txn:
+            writer = Writer(txn, databases, path)
+            writer.put_header(StoreHeader(schema.STORE_MAGIC, uuid4()))
+            fill(writer)
+            writer.seal()
+    files.fsync_folder(fresh)
+
+
+def _put_aside(path: str) -> str | None:
+    """Nothing is ever deleted: what is damaged may be all that a person has."""
+    old = os.path.join(path, "lmdb")
+    if not os.path.lexists(old):
+        return None
+    moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    kept = os.path.join(path, f"{DAMAGED_PREFIX}{moment}")
+    if os.path.lexists(kept):
+        kept = f"{kept}-{secrets.token_hex(2)}"
+    os.rename(old, kept)
+    return kept
+
+
+@contextlib.contextmanager
+def refusals(path: str) -> Iterator[None]:
+    """What the system refuses, as an error of the store in `path`."""
+    try:
+        yield
+    except LmdbitmapError:
+        raise
+    except OSError as error:
+        step = environment.FULL_STEPS.get(error.errno or 0, "choose a folder that this user can write")
+        raise StorageError(f"store {path}", error, next_step=step) from error
