@@ -388,7 +388,10 @@ def acquire(path: str) -> Environment:
 
 
 def _file_key(path: str) -> tuple[int, int]:
-    status = os.stat(_data_path(path))
+    try:
+        status = os.stat(_data_path(path))
+    except FileNotFoundError as error:  # somebody is making it anew at this moment
+        raise DamagedStore(path, expected="an environment", found="none") from error
     return status.st_dev, status.st_ino
 
 

@@ -57,10 +57,15 @@ def prepare_folder(path: str) -> None:
     if strangers:
         raise environment.not_a_store(path, f"a folder with {strangers[0]!r} in it")
     with refusals(path):
-        for name in ("owners", "control"):
-            os.makedirs(os.path.join(path, name), mode=0o700, exist_ok=True)
+        make_folders(path)
         files.replace_atomically(os.path.join(path, "README"), _README.encode())
         files.replace_atomically(os.path.join(path, ".nobackup"), b"")
+
+
+def make_folders(path: str) -> None:
+    """Those beside the environment. What was in one that is gone is missed by whoever needs it."""
+    for name in ("owners", "control"):
+        os.makedirs(os.path.join(path, name), mode=0o700, exist_ok=True)
 
 
 def _belongs(name: str) -> bool:

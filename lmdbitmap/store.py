@@ -70,6 +70,8 @@ class Store:
         _require_environment(path)
         opened = cls(path, environment.acquire(os.path.join(path, "lmdb")))
         try:
+            with founding.refusals(path):
+                founding.make_folders(path)
             opened._require_descriptions()
             opened._distrust_if_older()
         except BaseException:

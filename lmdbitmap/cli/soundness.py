@@ -16,7 +16,8 @@ from lmdbitmap.store import Store
 def check(asked: Session) -> None:
     """Say whether the store is sound, and if not what to do.
 
-    Nothing is changed. Exit code 1: the store is damaged; 3: it is sound, and a disk needs a full backup.
+    Nothing is changed; only a store that nobody could use is made anew, as by every verb that opens it. Exit code
+    1: the store is damaged; 3: it is sound, and a disk needs a full backup.
     """
     with (
         Store.open(asked.store_path) as store,
