@@ -45,6 +45,12 @@ class Conduit:
         self.held += count
         return count
 
+    def put(self, data: memoryview) -> None:
+        """Have it hold these bytes, less than a page, before what comes from the socket."""
+        if data:
+            self._pipe = self._pipe or new_pipe()
+            self.held += os.write(self._pipe[1], data)
+
     def taken(self, count: int) -> None:
         self.held -= count
 

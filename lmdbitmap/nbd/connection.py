@@ -239,13 +239,17 @@ class Connection:
     def _splice_write(self, offset: int, left: int, start: int) -> tuple[int, int, int]:
         """Write what is at hand from `start` on, and the rest by reference.
 
-        Answers the error or 0, and the offset and number of bytes that are left to drain after an error.
+        Pieces end where pages do: a death between two of them must not tear a sector. Answers the error or 0,
+        and the offset and number of bytes that are left to drain after an error.
         """
         assert self._conduit is not None
         self._appetite = _HEADER_SIZE
         at_hand = self._end - start
-        error = self._write_piece(offset, self._view[start : self._end]) if at_hand else 0
-        offset, missing = offset + at_hand, left - at_hand
+        whole = max(at_hand - (offset + at_hand) % _PAGE, 0)
+        error = self._write_piece(offset, self._view[start : start + whole]) if whole else 0
+        if not error:
+            self._conduit.put(self._view[start + whole : self._end])
+        offset, missing = offset + whole, left - at_hand
         while missing and not error:
             missing -= self._fill_conduit(missing)
             ready = self._conduit.held

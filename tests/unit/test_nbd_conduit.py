@@ -6,14 +6,14 @@ import errno
 import os
 import random
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from lmdbitmap.device import FileDevice
-from lmdbitmap.interfaces import SplicingLane
+from lmdbitmap.interfaces import BlockDevice, SplicingLane
 from lmdbitmap.linux import splice_to_file
 from lmdbitmap.plain import PlainDisk, PlainLane
 from tests.nbd_raw import FLUSH, FUA, READ, WRITE, request, write
@@ -97,6 +97,47 @@ def test_client_that_dies_in_the_middle_is_let_go(image: FileDevice, sent: int) 
     assert isinstance(peer.outcome, ConnectionResetError)
 
 
+class WatchedDisk(PlainDisk):
+    """Notes where each piece that is written begins and ends."""
+
+    def __init__(self, device: FileDevice) -> None:
+        super().__init__(device)
+        self.borders: set[int] = set()
+
+    def lane(self) -> PlainLane:
+        return WatchedLane(self, self._device)
+
+
+class WatchedLane(PlainLane):
+    def __init__(self, disk: WatchedDisk, device: BlockDevice) -> None:
+        super().__init__(device)
+        self._disk = disk
+
+    def write_many(self, writes: Sequence[tuple[int, memoryview]]) -> Mapping[int, int]:
+        for offset, data in writes:
+            self._disk.borders |= {offset, offset + len(data)}
+        return super().write_many(writes)
+
+    def write_from_pipe(self, pipe_fd: int, length: int, offset: int) -> None:
+        self._disk.borders |= {offset, offset + length}
+        super().write_from_pipe(pipe_fd, length, offset)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pieces_of_a_write_end_where_pages_do(image: FileDevice, seed: int) -> None:
+    """So that a death between two of them tears no sector: the disks that guests know never do."""
+    chosen, disk, borders = random.Random(seed), WatchedDisk(image), set[int]()
+    with connected(disk) as peer:
+        for cookie in range(30):
+            length = chosen.choice([LARGE, LARGE + 512, 300 * KIB])
+            offset = chosen.randrange((SIZE - length) // 512) * 512
+            borders |= {offset, offset + length}
+            feed(peer, write(offset, bytes(length), cookie=cookie), chosen)
+            assert peer.reply().error == 0
+    assert {border % 4096 for border in disk.borders - borders} == {0}
+    assert len(disk.borders - borders) >= 10
+
+
 class FailingDisk(PlainDisk):
     """Its lane refuses the first few bytes that come by pipe, or takes some of them and then refuses."""
 
@@ -127,6 +168,31 @@ def test_failed_write_is_told_its_data_is_drained_and_the_next_one_done(image: F
         assert sorted(errors.values()) == [0, 0, 0, 0, errno.ENOSPC, errno.ENOSPC]
         assert errors[7] == 0
         assert peer.do(READ, MIB, len(data)).data == data
+
+
+class RefusingDisk(PlainDisk):
+    """The pieces that come by memory fail; those by pipe would not."""
+
+    def lane(self) -> PlainLane:
+        return RefusingLane(self._device)
+
+
+class RefusingLane(PlainLane):
+    def write_many(self, writes: Sequence[tuple[int, memoryview]]) -> Mapping[int, int]:
+        return dict.fromkeys(range(len(writes)), errno.EIO)
+
+
+def test_first_piece_that_fails_leaves_nothing_for_the_next_write(image: FileDevice) -> None:
+    data = random.Random(2).randbytes(MIB)
+    with connected(RefusingDisk(image)) as peer:
+        whole = write(0, data, cookie=1)
+        peer.send(whole[: 28 + 9000])
+        peer.send(whole[28 + 9000 :])
+        assert peer.reply().error == errno.EIO
+        peer.send(write(MIB, data, cookie=2))
+        reply = peer.reply()
+        assert (reply.cookie, reply.error) == (2, 0)  # its header came alone, and all of its data by the pipe
+        assert peer.do(READ, MIB, MIB).data == data
 
 
 @pytest.mark.parametrize("length", [LARGE, MIB])
