@@ -88,6 +88,16 @@ def test_check_says_what_is_wrong_and_the_next_step(name: str, capsys: pytest.Ca
     told = [line for line in said.splitlines() if state.says in line]
     assert told, said
     assert any(state.step in line for line in told), said
+    assert any("adopt" in line for line in told) is ("adopt" in state.step), said
+
+
+@pytest.mark.parametrize("name", [name for name, state in STATES.items() if "adopt" in state.step])
+def test_what_may_be_adopted_is_trusted_afterwards(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with brought_about(STATES[name]) as tracked:
+        shell = Shell(tracked, capsys)
+        shell.ok("adopt", NAME)
+        shell.ok("check")
+        shell.ok("changes", NAME)
 
 
 @pytest.mark.parametrize("name", named(backed_up=True))

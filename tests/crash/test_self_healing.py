@@ -18,8 +18,9 @@ from uuid import uuid4
 import lmdb
 import pytest
 
-from lmdbitmap import chain, owner, salvage, schema, session, tally
+from lmdbitmap import chain, founding, owner, salvage, schema, session, tally
 from lmdbitmap.check import Gravity, check_store
+from lmdbitmap.environment import DamagedStore
 from lmdbitmap.errors import AlreadyExists, FormatError, NotFound
 from lmdbitmap.extents import Trust
 from lmdbitmap.salvage import SALVAGED
@@ -296,6 +297,17 @@ def test_many_that_open_it_at_once_heal_it_once(tracked: BackedUpDisk) -> None:
         said = {child.wait_for_line("^[0-9a-f-]{36}$").group() for child in children}
     assert said == {str(reopened(tracked).uuid)}
     assert len(list(Path(tracked.store.path).glob("lmdb.damaged-*"))) == 1
+
+
+def test_whoever_comes_second_finds_it_healed_and_leaves_it(tracked: BackedUpDisk) -> None:
+    """He saw the damage too, and had to wait for his turn."""
+    damaged(tracked, "garbage")
+    looked_at = founding.environment_file(tracked.store.path)
+    healed = reopened(tracked).uuid
+    tracked.store.close()
+    seen = DamagedStore(tracked.store.path, expected="a store", found="garbage")
+    salvage.heal(tracked.store.path, seen, looked_at)
+    assert reopened(tracked).uuid == healed
 
 
 def test_server_whose_store_is_damaged_lets_its_guest_write_and_heals_when_it_starts_again(
