@@ -449,7 +449,10 @@ def test_the_library_leaves_the_process_alone(imports: str, statement: str, name
     [
         ("errors", ""),
         ("errors", '"""Only prose."""\nVERSION = "1"'),
-        ("records", FUTURE + "import lmdb, os\nfrom lmdbitmap import errors\nWORD = getattr(os, 'O_PATH', 0)"),
+        (
+            "records",
+            FUTURE + "import lmdb, os\nfrom lmdbitmap import errors\nWORD = getattr(os, 'O_PATH', 0)",
+        ),
         ("format", FUTURE + "import struct\nHEADER = struct.Struct('<Q')\nassert HEADER.size == 8"),
         (
             "geometry",

@@ -50,7 +50,8 @@ class Papers:
         )  # fmt: skip
 
     def _openssl(self, *words: str) -> None:
-        run("openssl", *words, "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "9", cwd=self.folder)  # fmt: skip
+        curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1")
+        run("openssl", *words, *curve, "-nodes", "-days", "9", cwd=self.folder)
 
     def client_context(self) -> ssl.SSLContext:
         context = ssl.create_default_context(cafile=self.folder / "ca-cert.pem")
