@@ -390,7 +390,8 @@ def test_a_manifest_of_a_newer_version_is_never_replaced(disk: BackedUpDisk) -> 
 
 
 def test_a_full_backup_makes_damaged_records_whole(disk: BackedUpDisk) -> None:
-    disk.clean("start").write(b"old", 0)
+    disk.clean("start")
+    disk.write(b"old", 0)
     with disk.store.read() as reader:
         bitmap_id = reader.checkpoints(disk.disk().uuid)[-1].bitmap_id
     key = schema.region_key(bitmap_id, 0)
