@@ -41,7 +41,10 @@ HOUSEKEEPING_S = 60.0
 LOCK_LOOK_S = 0.4
 """Less than an opener's patience in presence.py, and than the pause between two background passes."""
 LOOKED_THROUGH_BYTES = 32 << 20
-"""A file up to this size is looked through before LMDB may touch it: 0.2 s. A larger one is by `check`."""
+"""A file up to this size is looked through before LMDB may touch it: 0.2 s. A larger one is by `check`, and here
+where those who opened it before died young: LMDB trusts its pages, and a damaged one can take the process with it."""
+DEATHS_IN_A_ROW = 2
+YOUTH_S = 10.0
 HEADER_KEY = b"store"
 _MOST_MISSING_BYTES = 64 << 20
 _BEGIN_TRIES = 16
@@ -99,12 +102,13 @@ class Environment:
         self._resizing = False
         self._mine = threading.local()
         self._has_handle = True
-        self._cleaned_s = self._looked_s = time.monotonic()
+        self._born_s = self._cleaned_s = self._looked_s = time.monotonic()
+        self._is_young = True
         self.is_proven = False
         """Whether somebody looked through what is in it, or cannot know: others have it open."""
         with translated(path), presence.entering(path) as self._presence:
             self.is_proven = not self._presence.is_first
-            if self._presence.is_first and os.path.getsize(_data_path(path)) <= LOOKED_THROUGH_BYTES:
+            if self._presence.is_first and self._is_suspect():
                 _require_sound_tree(path)
             self._lmdb = open_lmdb(path)
             try:
@@ -117,6 +121,11 @@ class Environment:
                 raise
         self.highwater = HighWater(os.path.join(os.path.dirname(path), NEWEST), self.header.uuid)
         forks.is_not_for_children(self)
+
+    def _is_suspect(self) -> bool:
+        """Whether the file is to be looked through first: it is small, or whoever opened it died of something."""
+        deaths = self._presence.begin_life()
+        return os.path.getsize(_data_path(self.path)) <= LOOKED_THROUGH_BYTES or deaths >= DEATHS_IN_A_ROW
 
     @contextlib.contextmanager
     def transaction(self, *, write: bool) -> Iterator[lmdb.Transaction]:
@@ -158,6 +167,9 @@ class Environment:
 
     def _keep_house(self) -> None:
         now_s = time.monotonic()
+        if self._is_young and now_s - self._born_s >= YOUTH_S:
+            self._is_young = False
+            self._presence.is_well()
         if now_s - self._looked_s >= LOCK_LOOK_S:
             self._looked_s = now_s
             self._mend_locks()
@@ -191,6 +203,7 @@ class Environment:
                 return [str(error)]
 
     def close(self) -> None:
+        self._presence.is_well()
         self._presence.leave()
         self._lmdb.close()
         self._presence.close()

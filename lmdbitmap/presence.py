@@ -7,6 +7,7 @@ every process that has the environment open also holds
 
     STORE/users   a shared flock, for as long as it has the environment open
                   an exclusive lock on byte 0 (of the open file), while it opens the environment
+                  and in byte 0, how many first openers in a row died young, which a damaged page can be the cause of
 
 and whoever opens it while others do, and finds that none of them has LMDB's lock, refuses. A process that
 lost its locks takes them again as soon as it looks.
@@ -69,6 +70,17 @@ class Presence:
                 return True
             time.sleep(_PAUSE_S)
         return False
+
+    def begin_life(self) -> int:
+        """Count a first opener in, until `is_well`; answers how many before it in a row never were."""
+        deaths = int.from_bytes(os.pread(self._users_fd, 1, 0), "little")
+        os.pwrite(self._users_fd, bytes([min(deaths + 1, 255)]), 0)
+        return deaths
+
+    def is_well(self) -> None:
+        """It has lived for a while, or ended well: nobody who opens it dies of it."""
+        if self._users_fd >= 0:
+            os.pwrite(self._users_fd, b"\0", 0)
 
     def settle(self) -> None:
         """The environment is open: keep a way to see our locks on it."""

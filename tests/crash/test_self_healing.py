@@ -18,7 +18,7 @@ from uuid import uuid4
 import lmdb
 import pytest
 
-from lmdbitmap import chain, founding, owner, salvage, schema, session, tally
+from lmdbitmap import chain, environment, founding, owner, salvage, schema, session, tally
 from lmdbitmap.check import Gravity, check_store
 from lmdbitmap.environment import DamagedStore
 from lmdbitmap.errors import AlreadyExists, FormatError, NotFound
@@ -29,7 +29,7 @@ from lmdbitmap.store import Store
 from tests.backed_up import FULL, INCREMENTAL, BackedUpDisk
 from tests.crash.dying import Death, Deaths
 from tests.crash.lives import ROT
-from tests.support import make_raw_image, spawn
+from tests.support import make_raw_image, run, spawn
 from tests.tracked import NAME, quick_folder
 
 BLOCK = 4096
@@ -353,3 +353,44 @@ def is_left_to_nobody(death: Death) -> None:
     assert left <= {"README", ".nobackup", "control", "owners", "lmdb", "lmdb.damaged", "users", "newest"}, (
         death
     )
+
+
+# --- a file too large to be looked through each time ---
+
+SHORT_LIFE = """
+import os, sys
+from lmdbitmap import environment
+environment.LOOKED_THROUGH_BYTES = 0
+from lmdbitmap.store import Store
+store = Store.open(sys.argv[1])
+store.close() if sys.argv[2] == "well" else None
+os._exit(0)
+"""
+
+
+def live_shortly(path: str, end: str) -> None:
+    run(sys.executable, "-c", SHORT_LIFE, path, end)
+
+
+@pytest.mark.parametrize(("ends", "looks"), [(["dies", "dies"], True), (["dies", "well", "dies"], False)])
+def test_large_store_is_looked_through_once_its_openers_die_young(
+    tracked: BackedUpDisk, monkeypatch: pytest.MonkeyPatch, ends: list[str], looks: bool
+) -> None:
+    """A damaged page of LMDB's own may be what they die of, again and again."""
+    monkeypatch.setattr(environment, "LOOKED_THROUGH_BYTES", 0)
+    looked: list[str] = []
+    problems = environment.structural_problems
+
+    def look(data_path: str) -> list[str]:
+        looked.append(data_path)
+        return problems(data_path)
+
+    monkeypatch.setattr(environment, "structural_problems", look)
+    path = tracked.store.path
+    tracked.close()
+    for end in ends:
+        live_shortly(path, end)
+    with closing(Store.open(path)):
+        assert bool(looked) is looks
+    with closing(Store.open(path)):  # the last one ended well
+        assert bool(looked) is looks
