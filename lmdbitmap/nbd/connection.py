@@ -96,7 +96,7 @@ class Connection:
         self._replies = Replies(sock, self._lane, disk.fd, structured=structured, encrypted=encrypted)
         self._conduit: Conduit | None = None
         if disk.fd is not None and not encrypted and isinstance(self._lane, SplicingLane):
-            self._conduit, self._splicing_lane = Conduit(sock), self._lane
+            self._conduit = Conduit(sock, self._lane)
         self._stream_from = _STREAM_FROM if self._conduit is None else _SPLICE_FROM - 1
         self._appetite = _BATCH
         self._waiting = 0
@@ -215,8 +215,8 @@ class Connection:
         """Do a WRITE whose data is still arriving, piece by piece; of one that is refused, drain the data."""
         error = self._refusal(request)
         offset, left, start = request.offset, request.length, self._start + _HEADER_SIZE
-        if self._conduit is not None and not error:
-            error, offset, left = self._splice_write(offset, left, start)
+        if self._conduit is not None and not error and self._conduit.opens():
+            error, offset, left = self._splice_write(self._conduit, offset, left, start)
             start = self._end = 0
         while left:
             at_hand = self._end - start
@@ -236,49 +236,45 @@ class Connection:
         if self._conduit is None or self._waiting >= _MOST_WAITING:
             self._send()
 
-    def _splice_write(self, offset: int, left: int, start: int) -> tuple[int, int, int]:
+    def _splice_write(self, conduit: Conduit, offset: int, left: int, start: int) -> tuple[int, int, int]:
         """Write what is at hand from `start` on, and the rest by reference.
 
         Pieces end where pages do: a death between two of them must not tear a sector. Answers the error or 0,
         and the offset and number of bytes that are left to drain after an error.
         """
-        assert self._conduit is not None
         self._appetite = _HEADER_SIZE
         at_hand = self._end - start
         whole = max(at_hand - (offset + at_hand) % _PAGE, 0)
         error = self._write_piece(offset, self._view[start : start + whole]) if whole else 0
         if not error:
-            self._conduit.put(self._view[start + whole : self._end])
+            conduit.put(self._view[start + whole : self._end])
         offset, missing = offset + whole, left - at_hand
         while missing and not error:
-            missing -= self._fill_conduit(missing)
-            ready = self._conduit.held
+            missing -= self._fill(conduit, missing)
+            ready = conduit.held
             if missing:
                 ready -= (offset + ready) % _PAGE
             if ready > 0:
-                error = self._write_from_conduit(offset, ready)
+                error = self._write_held(conduit, ready, offset)
                 offset += ready
         return error, offset, missing
 
-    def _fill_conduit(self, limit: int) -> int:
+    def _fill(self, conduit: Conduit, limit: int) -> int:
         """Some of the WRITE's data; a client that waits for replies before it sends more gets them."""
-        assert self._conduit is not None
-        count = self._conduit.fill(limit, wait=not self._waiting)
+        count = conduit.fill(limit, wait=not self._waiting)
         if count < 0:
             self._send()
-            count = self._conduit.fill(limit)
+            count = conduit.fill(limit)
         self.bytes_received += count
         return count
 
-    def _write_from_conduit(self, offset: int, length: int) -> int:
-        assert self._conduit is not None
+    def _write_held(self, conduit: Conduit, length: int, offset: int) -> int:
         try:
-            self._splicing_lane.write_from_pipe(self._conduit.out, length, offset)
+            conduit.write(length, offset)
         except (OSError, LmdbitmapError) as failure:
             _log.warning("a write failed: %s", failure)
-            self._conduit.empty()
+            conduit.close()
             return error_of(failure)
-        self._conduit.taken(length)
         return 0
 
     def _receive_of_write(self, start: int, left: int) -> None:

@@ -25,6 +25,7 @@ from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, os_errors_at
 _MAX_UNIX_PATH: Final = 107
 _MAX_PORT: Final = 65535
 _BACKLOG: Final = 64
+_FAMILIES: Final = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
 _FOLDER_LOCK_S: Final = 2.0
 _FOLDER_LOCK_PAUSE_S: Final = 0.01
 
@@ -121,7 +122,11 @@ def tcp_uri(host: str, port: int, name: str, *, encrypted: bool = False) -> str:
 def _listening_socket(fd: int) -> socket.socket:
     try:
         sock = socket.socket(fileno=fd)
-        if sock.type == socket.SOCK_STREAM and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        if (
+            sock.family in _FAMILIES
+            and sock.type == socket.SOCK_STREAM
+            and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        ):
             return sock
         sock.detach()
     except OSError:

@@ -203,6 +203,59 @@ def test_refused_write_is_drained(image: FileDevice, length: int) -> None:
         assert peer.do(READ, 0, 5).data == bytes(5)
 
 
+class UnsplicableDisk(PlainDisk):
+    """As on a file system that lacks splice."""
+
+    def lane(self) -> PlainLane:
+        return UnsplicableLane(self._device)
+
+
+class UnsplicableLane(PlainLane):
+    def write_from_pipe(self, pipe_fd: int, length: int, offset: int) -> None:
+        raise OSError(errno.EINVAL, "no splice here")
+
+
+def test_file_that_cannot_be_spliced_to_is_written_all_the_same(image: FileDevice) -> None:
+    chosen, truth = random.Random(4), bytearray(SIZE)
+    with connected(UnsplicableDisk(image)) as peer:
+        for length in (LARGE, MIB, LARGE, 300 * KIB, 5, LARGE):
+            offset, data = chosen.randrange(SIZE - length), chosen.randbytes(length)
+            truth[offset : offset + length] = data
+            feed(peer, write(offset, data, cookie=7), chosen)
+            assert peer.reply()[:2] == (7, 0)
+        assert peer.do(READ, 0, SIZE).data == bytes(truth)
+
+
+def test_data_in_crumbs_fills_no_pipe_and_holds_up_no_end(image: FileDevice) -> None:
+    """Each of them takes a slot of the pipe; the last page's worth waits there for its end."""
+    with connected(PlainDisk(image)) as peer:
+        peer.do(WRITE, 0, LARGE, data=bytes(LARGE))
+        data = random.Random(5).randbytes(LARGE)
+        peer.send(write(512, data, cookie=2)[:28])
+        for number in range(6000):
+            peer.send(data[number : number + 1])
+        peer.send(data[6000:])
+        assert peer.reply()[:2] == (2, 0)
+        assert peer.do(READ, 512, LARGE).data == data
+        peer.send(write(512, data, cookie=3)[:28])
+        for number in range(6000):
+            peer.send(data[number : number + 1])
+    assert isinstance(peer.outcome, ConnectionResetError)
+
+
+def test_process_that_gets_no_pipe_writes_all_the_same(
+    image: FileDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> tuple[int, int]:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr("lmdbitmap.nbd.conduit.new_pipe", refuse)
+    data = random.Random(6).randbytes(MIB)
+    with connected(PlainDisk(image)) as peer:
+        assert peer.do(WRITE, 5, MIB, data=data).error == 0
+        assert peer.do(READ, 5, 4096).data == data[:4096]
+
+
 def test_nothing_is_left_open(image: FileDevice) -> None:
     before = len(os.listdir("/proc/self/fd"))
     with connected(PlainDisk(image)) as peer:
