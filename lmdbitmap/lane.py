@@ -247,8 +247,7 @@ class FilterLane:
         """
         self.busy = True
         try:
-            end, shift = offset + length, self._shift
-            if end <= self.size and self.settled.find(0, offset >> shift, ((end - 1) >> shift) + 1) < 0:
+            if self._is_settled(offset, length):
                 splice_to_file(pipe_fd, self._fd, length, offset)
                 return
         finally:

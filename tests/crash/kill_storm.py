@@ -122,7 +122,8 @@ class Storm:
 
     def kill(self, child: Child) -> None:
         child.process.kill()
-        assert child.wait() == -signal.SIGKILL, f"it ended by itself: {child.stderr}"
+        code = child.wait()
+        assert code == -signal.SIGKILL, f"it ended by itself, with {code}: {child.stderr}"
         self.kills += 1
 
     # -- lives of the server -------------------------------------------------------------------------------
@@ -325,8 +326,10 @@ class Storm:
         with spawn(*self.command("backup", NAME, self.repository, f"--{kind.value}")) as child:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.process.wait(self.chosen.uniform(0, 2 * statistics.median(self.restart_s)))
-            if child.process.poll() is None:
-                self.kill(child)
+            child.process.kill()
+            code = child.wait()  # it may have been done a moment before
+            assert code in (0, -signal.SIGKILL), f"it failed, with {code}: {child.stderr}"
+            self.kills += code != 0
         if (self.repository / NAME / MANIFEST).exists():
             self.note_backups()
 
