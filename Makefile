@@ -36,7 +36,7 @@ fuzz: setup ## coverage-guided fuzzing of all that reads bytes, an hour or two; 
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[fuzz]'
 	@$(BIN)/python -m tests.fuzz $(ARGS)
 
-torture: setup ## hours of power cuts, kills, races and damage; ARGS="races --scale 0.1" for less
+torture: setup ## an hour of power cuts, kills, races and damage; ARGS="races --scale 0.1" for less
 	@$(BIN)/python -m tests.torture $(ARGS)
 
 setup:

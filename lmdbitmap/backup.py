@@ -35,7 +35,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lmdbitmap import chain, files, mending, owner, session
+from lmdbitmap import bits, chain, files, mending, owner, session
 from lmdbitmap.bits import Run
 from lmdbitmap.changes import Changes, changes
 from lmdbitmap.copier import (
@@ -45,7 +45,6 @@ from lmdbitmap.copier import (
     Report,
     cluster_bits_for,
     copy_clusters,
-    widened,
 )
 from lmdbitmap.errors import (
     AlreadyExists,
@@ -320,7 +319,7 @@ class _Source:
         geometry = self.changes.geometry
         last_block = (geometry.block_count - 1, geometry.block_count)
         blocks = itertools.chain(self.changes.runs(), [last_block] if self._cut_in_a_sector() else [])
-        return widened(blocks, geometry, self.clusters)
+        return bits.regrain_outward(blocks, geometry, self.clusters.granularity_bits)
 
     def _cut_in_a_sector(self) -> bool:
         """Whether the parent has something where this image, longer than the disk, rounds up to a sector.

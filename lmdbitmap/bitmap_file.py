@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import os
 
-from lmdbitmap import chain, export
+from lmdbitmap import chain, export, files
 from lmdbitmap import format as flat
 from lmdbitmap.changes import changes
 from lmdbitmap.errors import FormatError, NotFound, Untrusted, error_from_os, os_errors_at
@@ -67,13 +67,8 @@ def _take_in(attached: Filter, path: str) -> str | None:
 
 def _begins_like_ours(path: str) -> bool:
     ours = flat.MAGIC + flat.MAJOR_VERSION.to_bytes(2, "little")
-    with os_errors_at(path), open(path, "rb", opener=_open_nonblocking) as file:
+    with os_errors_at(path), open(path, "rb", opener=files.open_nonblocking) as file:
         return (file.read(len(ours)) or b"") == ours
-
-
-def _open_nonblocking(path: str, flags: int) -> int:
-    """A fifo without a writer would otherwise be waited for."""
-    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def _why_unbelievable(file: FlatFile, attached: Filter) -> str | None:

@@ -43,18 +43,6 @@ def set_range(view: bitarray, start: int, stop: int) -> None:
     view[start:stop] = 1
 
 
-def clear_range(view: bitarray, start: int, stop: int) -> None:
-    """Clear bits [start, stop)."""
-    _check_range(view, start, stop)
-    view[start:stop] = 0
-
-
-def any_zero(view: bitarray, start: int, stop: int) -> bool:
-    """Whether a bit of [start, stop) is clear."""
-    _check_range(view, start, stop)
-    return view.find(0, start, stop) >= 0
-
-
 def any_one(view: bitarray, start: int, stop: int) -> bool:
     """Whether a bit of [start, stop) is set."""
     _check_range(view, start, stop)

@@ -19,14 +19,13 @@ All functions take the open transaction; what they do is durable when that trans
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from uuid import uuid4
 
 from lmdbitmap import bits, schema
 from lmdbitmap.errors import AlreadyExists, InvalidArgument, NotFound, Untrusted
-from lmdbitmap.geometry import REGION_BLOCKS, Geometry
+from lmdbitmap.geometry import REGION_BLOCKS, Geometry, ceil_div
 from lmdbitmap.interfaces import ImageIdentity
-from lmdbitmap.schema import Bitmap, Checkpoint, Disk, Region
+from lmdbitmap.schema import Bitmap, Checkpoint, Disk
 from lmdbitmap.store import Reader, Writer
 
 MAX_REGIONS = 1 << 25
@@ -186,12 +185,13 @@ def _drop(writer: Writer, checkpoint: Checkpoint) -> None:
 def merge_into(writer: Writer, target_id: int, source_id: int) -> None:
     """OR one bitmap into another of the same granularity; the source stays as it is."""
     target, source = writer.bitmap(target_id), writer.bitmap(source_id)
-    for number, region in in_slices(writer, source_id):
+    for number, region in writer.regions(source_id):
         mine = writer.region(target_id, number)
-        armed, merged = region.armed, region.bits
+        armed, merged = region.armed, bytearray(region.bits)
         if mine is not None:
-            armed, merged = armed | mine.armed, _or(merged, mine.bits)
-        writer.put_region(target_id, number, armed, merged)
+            armed |= mine.armed
+            bits.or_into(merged, mine.bits)
+        writer.put_region(target_id, number, armed, bytes(merged))
     writer.put_bitmap(
         dataclasses.replace(
             target,
@@ -201,36 +201,16 @@ def merge_into(writer: Writer, target_id: int, source_id: int) -> None:
     )
 
 
-def in_slices(reader: Reader, bitmap_id: int) -> Iterator[tuple[int, Region]]:
-    """All region records, read a slice at a time, so that the caller may write between them."""
-    return reader.regions(bitmap_id)
-
-
-def _or(left: bytes, right: bytes) -> bytes:
-    target = bytearray(left)
-    bits.or_into(target, right)
-    return bytes(target)
-
-
 def mark_outward(writer: Writer, bitmap: Bitmap, offset: int, length: int) -> None:
     """Make every block that the byte range touches dirty, by hand. Durable with the transaction."""
-    mark_runs(writer, bitmap, [_run(bitmap.geometry.blocks_outward(offset, length))])
-
-
-def mark_runs(writer: Writer, bitmap: Bitmap, runs: list[bits.Run]) -> None:
-    """Make the blocks of every run dirty."""
-    for start, stop in runs:
-        for number in range(start // REGION_BLOCKS, -(-stop // REGION_BLOCKS)):
-            region = writer.region(bitmap.id, number)
-            block_bits = bytearray(region.bits if region else schema.ALL_CLEAN_BITS)
-            base = number * REGION_BLOCKS
-            view = bits.bitmap_view(block_bits)
-            bits.set_range(view, max(start - base, 0), min(stop - base, REGION_BLOCKS))
-            writer.put_region(bitmap.id, number, region.armed if region else 0, bytes(block_bits))
-
-
-def _run(blocks: range) -> bits.Run:
-    return blocks.start, blocks.stop
+    blocks = bitmap.geometry.blocks_outward(offset, length)
+    for number in range(blocks.start // REGION_BLOCKS, ceil_div(blocks.stop, REGION_BLOCKS)):
+        region = writer.region(bitmap.id, number)
+        block_bits = bytearray(region.bits if region else schema.ALL_CLEAN_BITS)
+        base = number * REGION_BLOCKS
+        view = bits.bitmap_view(block_bits)
+        bits.set_range(view, max(blocks.start - base, 0), min(blocks.stop - base, REGION_BLOCKS))
+        writer.put_region(bitmap.id, number, region.armed if region else 0, bytes(block_bits))
 
 
 def resize(writer: Writer, disk: Disk, size: int) -> Disk:
@@ -256,7 +236,7 @@ def _truncate(writer: Writer, bitmap_id: int, geometry: Geometry) -> None:
     region = writer.region(bitmap_id, last) if kept else None
     writer.delete_regions(bitmap_id, last)
     if region is not None:
-        block_bits = bytearray(_or(region.bits, bits.expand_mask(region.armed)))
+        block_bits = bytearray(bits.dirty_bits(region.armed, region.bits))
         bits.truncate(block_bits, kept)
         writer.put_region(bitmap_id, last, 0, bytes(block_bits))
 

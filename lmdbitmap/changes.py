@@ -171,18 +171,6 @@ class Changes:
             offset = start << shift
             yield Extent(offset, min(stop << shift, size) - offset, True, False)
 
-    def flat_bits(self) -> Iterator[bytes]:
-        """The whole bitmap as the flat file has it, in chunks: clean stretches too, to a multiple of 8 bytes."""
-        size = 8 * -(-self.geometry.block_count // 64)
-        position = 0
-        for part in self.slices():
-            offset = part.region * REGION_BYTES
-            yield from _zero_chunks(offset - position)
-            chunk = bytes(part.dirty[: size - offset])
-            yield chunk
-            position = offset + len(chunk)
-        yield from _zero_chunks(size - position)
-
     @cached_property
     def summary(self) -> Summary:
         """How much is dirty, and how far that can be believed now that every record was read."""
@@ -194,10 +182,9 @@ class Changes:
             position = last - part.region * REGION_BLOCKS
             if 0 <= position < 8 * _SLICE_BYTES:
                 tail_dirty = bool(bits.bitmap_view(part.dirty)[position])
-        short = self.geometry.granularity * self.geometry.block_count - self.geometry.size
         active = Standing(Trust.SUPERSET, "some of it was being written, or its record is damaged")
         standing = self.standing.and_also(active) if loose else self.standing
-        return Summary(blocks, blocks * self.geometry.granularity - (short if tail_dirty else 0), standing)
+        return Summary(blocks, self.geometry.bytes_in(blocks, with_last=tail_dirty), standing)
 
 
 def changes(
@@ -302,12 +289,6 @@ def _collect(reader: Reader, bitmap_id: int, part: Slice, stop: int) -> bool:
         bits.or_into(part.dirty, known, (region - part.region) * REGION_BYTES)
         loose = loose or record.armed != 0 or record.damaged
     return loose
-
-
-def _zero_chunks(length: int) -> Iterator[bytes]:
-    while length > 0:
-        yield bytes(min(length, _SLICE_BYTES))
-        length -= _SLICE_BYTES
 
 
 def _zeroes(device: BlockDevice) -> Iterator[tuple[int, int]]:

@@ -30,6 +30,7 @@ from lmdbitmap.extents import Trust
 from lmdbitmap.files import PARTIAL_SUFFIX
 from lmdbitmap.founding import DAMAGED_PREFIX, FRESH_PREFIX
 from lmdbitmap.geometry import REGION_BLOCKS
+from lmdbitmap.records import BITMAP_ID_KEY
 from lmdbitmap.schema import Bitmap, Checkpoint, Disk
 from lmdbitmap.store import WENT_BACK, Reader, Store
 from lmdbitmap.tally import Tally
@@ -47,7 +48,6 @@ _DISK_FAILS = (
 )
 _LOST_STEP = "what they stand for counts as dirty; look at the disk under the store, and make a full backup"
 _OLD_VIEW_TRANSACTIONS = 1000
-_LAST_BITMAP_ID_KEY = b"next bitmap id"
 _REGION_KEY_BYTES = len(schema.region_key(0, 0))
 _REGIONS_PER_REPORT = 4096
 _OTHERS_WRITE = 0o022
@@ -181,7 +181,7 @@ def _take_inventory(ledger: _Ledger) -> tuple[_Inventory, list[Finding]]:
         {disk.uuid: disk for disk in disks},
         checkpoints,
         {bitmap.id: bitmap for bitmap in bitmaps},
-        int.from_bytes(dict(ledger.records("meta")).get(_LAST_BITMAP_ID_KEY, b""), "big"),
+        int.from_bytes(dict(ledger.records("meta")).get(BITMAP_ID_KEY, b""), "big"),
         complete=not findings,
     )
     return inventory, findings
@@ -272,11 +272,8 @@ def _problems_of_periods(disk: Disk, chain: Sequence[Checkpoint], inventory: _In
 
 def _bitmaps(inventory: _Inventory) -> Iterator[Finding]:
     for disk in inventory.disks.values():
-        recording = (
-            inventory.bitmaps.get(inventory.chain_of(disk)[-1].bitmap_id)
-            if inventory.chain_of(disk)
-            else None
-        )
+        chain = inventory.chain_of(disk)
+        recording = inventory.bitmaps.get(chain[-1].bitmap_id) if chain else None
         if recording is not None and recording.all_dirty == WENT_BACK:
             step = "look at the disk under the store, and make a full backup"
             yield Finding(Gravity.DISTRUST, f"disk {disk.name!r}", WENT_BACK, step)

@@ -51,6 +51,7 @@ _MTIME_STEP_NS = 2 * _SECOND_NS
 _POWER_CUT_GRACE_NS = 60 * _SECOND_NS
 _RESTART_GRACE_NS = 60 * _SECOND_NS
 
+OWNER_DIED = "its owner died: whatever was being written then counts as dirty"
 _NO_BEAT = "it was not closed cleanly, and its owner's last sign of life cannot be read"
 _UNCOUNTED = (
     "the kernel does not tell, or did not tell before, whether this block device was written"
@@ -89,7 +90,7 @@ def judge(disk: Disk, image: ImageIdentity, beat: Beat | None, now: Moment) -> V
     gap = _gap_since_sign_of_life(disk, image, beat, now)
     if gap is not None:
         return Verdict(broken=gap)
-    return Verdict(superset="its owner died: whatever was being written then counts as dirty")
+    return Verdict(superset=OWNER_DIED)
 
 
 def judge_held(disk: Disk, image: ImageIdentity, beat: Beat | None, now: Moment) -> Verdict:

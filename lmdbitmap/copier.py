@@ -82,21 +82,6 @@ def cluster_bits_for(disk: Geometry) -> int:
     return cluster_bits
 
 
-def widened(blocks: Iterable[Run], geometry: Geometry, clusters: Geometry) -> Iterator[Run]:
-    """Runs of blocks, rounded outward to clusters and joined where they then touch."""
-    start = stop = 0
-    for run in blocks:
-        touched = clusters.blocks_outward(*geometry.bytes_of(*run))
-        if touched.start <= stop:
-            stop = max(stop, touched.stop)
-            continue
-        if start < stop:
-            yield start, stop
-        start, stop = touched.start, touched.stop
-    if start < stop:
-        yield start, stop
-
-
 def copy_clusters(
     device: BlockDevice,
     file: Sink,

@@ -15,14 +15,14 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lmdbitmap import kernel, linux
 from lmdbitmap.errors import InvalidArgument, os_errors_at
 from lmdbitmap.geometry import MAX_SIZE, ceil_div, check_range
 from lmdbitmap.image_locks import lock_image
-from lmdbitmap.interfaces import Allocation, Buffer, ImageIdentity
+from lmdbitmap.interfaces import Allocation, Buffer, ImageIdentity, joined
 
 ZERO_CHUNK_BYTES = 1 << 20
 PAGE_BYTES = 4096
@@ -183,8 +183,8 @@ class FileDevice:
     def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
         check_range(offset, length, self._size)
         if self.is_block_device:
-            return _joined([Allocation(length, *DATA)])
-        return _joined(_holes_and_data(self._fd, offset, offset + length))
+            return joined([Allocation(length, *DATA)])
+        return joined(_holes_and_data(self._fd, offset, offset + length))
 
     def resize(self, size: int) -> None:
         """What is added reads as zeroes. A block device raises `InvalidArgument`: others size it."""
@@ -274,7 +274,7 @@ class MemoryDevice:
     def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
         """Pages of zeroes are holes."""
         with self._doing("allocation", offset, length):
-            return _joined(self._pages(offset, offset + length))
+            return joined(self._pages(offset, offset + length))
 
     def _pages(self, start: int, stop: int) -> Iterator[Allocation]:
         while start < stop:
@@ -379,16 +379,3 @@ def _next_hole(fd: int, start: int, stop: int) -> int:
     if hole <= start:  # punched since we were told that data is here
         hole = start + PAGE_BYTES
     return min(hole, stop)
-
-
-def _joined(parts: Iterable[Allocation]) -> Iterator[Allocation]:
-    """Neighbours that are alike become one; empty parts vanish."""
-    last = Allocation(0, *DATA)
-    for part in parts:
-        if part[1:] == last[1:] or last.length == 0:
-            last = part._replace(length=last.length + part.length)
-        elif part.length:
-            yield last
-            last = part
-    if last.length:
-        yield last

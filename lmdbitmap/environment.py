@@ -481,9 +481,7 @@ def structural_problems(data_path: str) -> list[str]:
     A page that is only lost for use harms nobody, and the count of overflow pages, which we have in the list of free
     pages only, is known to be called wrong where it is right. Raises `ValueError` for what is no LMDB file at all.
     """
-    from lmdb import (
-        verify,
-    )  # takes longer to import than all the rest, and is not needed for a store that is shared
+    from lmdb import verify  # longer to import than all the rest, and not needed for a store that is shared
 
     try:
         found: list[str] = verify.verify(data_path, subdir=False)  # type: ignore[no-untyped-call]

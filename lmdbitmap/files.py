@@ -1,4 +1,4 @@
-"""Small files that must be whole: replaced, preallocated, locked and read without a torn moment.
+"""Small files that must be whole: replaced, locked and read without a torn moment.
 
 A file is replaced in seven steps. Death between any two of them leaves the old file or the new one:
 
@@ -36,7 +36,6 @@ PARTIAL_SUFFIX = ".partial"
 _LEFTOVER = re.compile(rf"(.+)\.[0-9a-f]{{16}}{re.escape(PARTIAL_SUFFIX)}", re.DOTALL)
 """The name of an unfinished file, and in it that of the file that it was to replace."""
 
-ZERO_CHUNK_BYTES = 1 << 20
 PRIVATE_MODE = 0o600
 PRIVATE_FOLDER_MODE = 0o700
 
@@ -114,16 +113,6 @@ def replace_atomically(path: str | os.PathLike[str], data: Buffer, mode: int = P
     """Return after `data` is durable at `path`; readers see the old content or the new, never a mixture."""
     with replacing(path, mode) as file:
         file.write(data)
-
-
-def preallocated(path: str | os.PathLike[str], size: int) -> None:
-    """Make a file of `size` zero bytes that are really written, so that overwriting them needs no space.
-
-    Not a promise on file systems that never overwrite in place (btrfs, zfs).
-    """
-    with replacing(path) as file:
-        for offset in range(0, size, ZERO_CHUNK_BYTES):
-            file.write(bytes(min(ZERO_CHUNK_BYTES, size - offset)))
 
 
 def _replaceable(path: str | os.PathLike[str]) -> str:
@@ -257,7 +246,7 @@ def _remove_if_abandoned(path: str) -> bool:
 def read_bounded(path: str | os.PathLike[str], limit: int) -> bytes:
     """The whole content of a regular file of at most `limit` bytes; `FormatError` if it is anything else."""
     place = os.fspath(path)
-    with os_errors_at(place), open(place, "rb", opener=_open_nonblocking) as file:
+    with os_errors_at(place), open(place, "rb", opener=open_nonblocking) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise _unexpected(place, "a regular file", "something else")
@@ -267,7 +256,7 @@ def read_bounded(path: str | os.PathLike[str], limit: int) -> bytes:
     return data
 
 
-def _open_nonblocking(path: str, flags: int) -> int:
+def open_nonblocking(path: str, flags: int) -> int:
     """A fifo without a writer would otherwise be waited for."""
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 

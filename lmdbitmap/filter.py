@@ -332,9 +332,7 @@ class Filter:
         """Whether the open period's answer is exact, a superset, or worth nothing."""
         if self._voucher.lost is not None:
             return Standing(Trust.UNTRUSTED, self._voucher.lost)
-        with (
-            self.store.read() as reader
-        ):  # which may be from before or after the checkpoint that memory knows
+        with self.store.read() as reader:  # of before or after the checkpoint that memory knows
             bitmap = reader.bitmap(chain.current_checkpoint(reader, self.disk).bitmap_id)
         reason = bitmap.superset or bitmap.all_dirty
         return Standing(Trust.SUPERSET if reason else Trust.EXACT, reason)

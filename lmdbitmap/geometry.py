@@ -23,7 +23,6 @@ REGION_BYTES = REGION_BLOCKS // 8
 
 MIN_GRANULARITY_BITS = 9
 MAX_GRANULARITY_BITS = 31
-DEFAULT_GRANULARITY_BITS = 16
 MAX_SIZE = 2**63 - 1
 """The largest offset that the operating system and NBD know, in bytes."""
 

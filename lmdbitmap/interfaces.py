@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -15,6 +15,19 @@ class Allocation(NamedTuple):
     length: int
     hole: bool
     zero: bool
+
+
+def joined(parts: Iterable[Allocation]) -> Iterator[Allocation]:
+    """Neighbours that are alike become one; empty parts vanish."""
+    last = Allocation(0, hole=False, zero=False)
+    for part in parts:
+        if last.length == 0 or part[1:] == last[1:]:
+            last = part._replace(length=last.length + part.length)
+        elif part.length:
+            yield last
+            last = part
+    if last.length:
+        yield last
 
 
 class DeviceTrace(NamedTuple):

@@ -140,7 +140,7 @@ class Period:
         elif _extent_mask(start, stop) & ~self._armed.get(region, 0):
             return False
         else:
-            self._touch(region, start, stop)
+            self._touch(region, range(start // EXTENT_BLOCKS, (stop - 1) // EXTENT_BLOCKS + 1))
         bits.set_range(self.settled, base + start, base + stop)
         return True
 
@@ -157,8 +157,8 @@ class Period:
             bits.truncate(self._memory, self.block_count)
         self._loaded[region] = 1
 
-    def _touch(self, region: int, start: int, stop: int) -> None:
-        for extent in range(start // EXTENT_BLOCKS, (stop - 1) // EXTENT_BLOCKS + 1):
+    def _touch(self, region: int, extents: Iterable[int]) -> None:
+        for extent in extents:
             number = region * REGION_EXTENTS + extent
             self._last_dirt[number] = self._pass_number
             self._last_dirt.move_to_end(number)
@@ -280,10 +280,7 @@ class Period:
             settled[base + start : base + stop] = 1
         for region, mask in plan.arming.items():
             self._armed[region] = self._armed.get(region, 0) | mask
-            for extent in _ones(mask):
-                number = region * REGION_EXTENTS + extent
-                self._last_dirt[number] = self._pass_number
-                self._last_dirt.move_to_end(number)
+            self._touch(region, _ones(mask))
 
     def _disarm(self, region: int, mask: int) -> None:
         """Take extents out of `_armed`; the caller writes the region's record next (invariant 3)."""

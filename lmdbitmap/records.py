@@ -24,7 +24,7 @@ from lmdbitmap.tally import GROUP_REGIONS, Tally
 
 log = logging.getLogger(__name__)
 
-_BITMAP_ID_KEY = b"next bitmap id"
+BITMAP_ID_KEY = b"next bitmap id"
 
 
 class Reader:
@@ -286,8 +286,8 @@ class Writer(Reader):
     def new_bitmap_id(self) -> int:
         """A number that no bitmap of this store ever had."""
         self._require_whole(tally.group_key("meta", b""), list(self._items("meta", b"")))
-        last = int.from_bytes(self._get("meta", _BITMAP_ID_KEY) or b"", "big")
-        self._put("meta", _BITMAP_ID_KEY, (last + 1).to_bytes(8, "big"))
+        last = int.from_bytes(self._get("meta", BITMAP_ID_KEY) or b"", "big")
+        self._put("meta", BITMAP_ID_KEY, (last + 1).to_bytes(8, "big"))
         return last + 1
 
     def put_bitmap(self, bitmap: Bitmap) -> None:

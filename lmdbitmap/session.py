@@ -41,7 +41,6 @@ _LONGEST_STEP_NS = 2 * _SECOND_NS
 _STEP_POLL_S = 0.001
 _OWNER_FILE = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})(?:\.[0-9a-f]{16}\.partial)?")
 """The file of a disk's owner, or the beginning of one."""
-_OWNER_DIED = "its owner died: whatever was being written then counts as dirty"
 
 
 class Held:
@@ -247,7 +246,7 @@ def adopt(store: Store, name: str, *, open_device: OpenDevice = open_image) -> D
         _require_bits(held)
         _flush_block_device(held)
         identity = identity_to_keep(held.device)
-        disk = store.update(lambda writer: _adopt(writer, held.disk, identity.size, identity=identity))
+        disk = store.update(lambda writer: _adopt(writer, held.disk, identity))
         _keep_description(held, disk)
         _leave_sign_of_life(held, disk)
     return disk
@@ -268,12 +267,12 @@ def why_not_adopted(disk: Disk, distrust: Distrust | None) -> str | None:
     return None if distrust is None else distrust.reason
 
 
-def _adopt(writer: Writer, disk: Disk, size: int, **changes: object) -> Disk:
+def _adopt(writer: Writer, disk: Disk, identity: ImageIdentity) -> Disk:
     if disk.session is not None:
-        chain.note_superset(writer, disk, _OWNER_DIED)
-    if disk.size != size:
-        disk = chain.resize(writer, disk, size)
-    disk = dataclasses.replace(disk, session=None, resizing_from=None, **changes)  # type: ignore[arg-type]
+        chain.note_superset(writer, disk, continuity.OWNER_DIED)
+    if disk.size != identity.size:
+        disk = chain.resize(writer, disk, identity.size)
+    disk = dataclasses.replace(disk, session=None, identity=identity, resizing_from=None)
     writer.put_disk(disk)
     return disk
 
@@ -308,9 +307,8 @@ def add(
             )  # fmt: skip
             files_made.append(store.owner_path(disk.uuid))
             kept = schema.encode(schema.portrait(disk))
-            owner.create(
-                files_made[-1], description=kept
-            )  # before the commit: no disk is ever without its owner's file
+            # before the commit: no disk is ever without its owner's file
+            owner.create(files_made[-1], description=kept)
             return disk
 
         try:

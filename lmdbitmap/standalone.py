@@ -311,7 +311,7 @@ def _sided(dirt: Dirt, side: int) -> Iterator[tuple[int, int, bytes]]:
 
 def _dirt(reader: Reader, bitmap: Bitmap, granularity_bits: int) -> Dirt:
     """Its records, in blocks of another granularity if need be. The caller may write while it reads them."""
-    dirt = ((number, region.bits) for number, region in chain.in_slices(reader, bitmap.id))
+    dirt = ((number, region.bits) for number, region in reader.regions(bitmap.id))
     return regrained(dirt, bitmap.geometry, granularity_bits)
 
 
@@ -358,7 +358,7 @@ def _require_exact(bitmap: Bitmap, loose: str | None, operation: Operation) -> N
 def _why_loose(reader: Reader, bitmap: Bitmap) -> str | None:
     """Why a bitmap may name clean blocks as dirty; None if it is exact."""
     reason = bitmap.all_dirty or bitmap.superset
-    if reason is None and any(region.damaged for _, region in chain.in_slices(reader, bitmap.id)):
+    if reason is None and any(region.damaged for _, region in reader.regions(bitmap.id)):
         return _DAMAGED
     return reason
 

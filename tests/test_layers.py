@@ -54,6 +54,8 @@ FLOORS: dict[str, float] = {
     "nbd.client_session": 2.3,
     "nbd.client": 2.5,
     "nbd.control_client": 2.5,
+    "nbd.tls": 2.5,
+    "nbd.supervisor": 2.5,
     "image": 2.6,
     "flatfile": 2.5,
     "plain": 2.7,
@@ -81,8 +83,6 @@ FLOORS: dict[str, float] = {
     "changes": 4,
     "filter": 4.5,
     # 5 jobs
-    "nbd.tls": 2.5,
-    "nbd.supervisor": 2.5,
     "nbd.contexts": 5,
     "nbd.dirty_contexts": 5.5,
     "nbd.inlet": 5,
@@ -112,7 +112,7 @@ FLOORS: dict[str, float] = {
 PRIVATE_LIBRARIES: dict[str, set[str]] = {
     "lmdb": {"records", "environment"},  # the records, and the environment that they are in
     "msgpack": {"schema", "format"},
-    "bitarray": {"bits", "period", "lane", "filter"},
+    "bitarray": {"bits", "lane"},
     "socket": {"nbd"},
     "ssl": {"nbd"},
     "selectors": {"nbd"},
@@ -397,7 +397,7 @@ FUTURE = "from __future__ import annotations\n"
         ("filter", "import lmdb", "lmdb belongs to environment, records"),
         ("bits", "from lmdb import Environment as E", "lmdb belongs to environment, records"),
         ("store", "import msgpack", "msgpack belongs to format, schema"),
-        ("store", "from bitarray import bitarray", "bitarray belongs to bits, filter, lane, period"),
+        ("store", "from bitarray import bitarray", "bitarray belongs to bits, lane"),
         ("store", "import socket", "socket belongs to nbd"),
         ("export", "import ssl", "ssl belongs to nbd"),
         ("export", "import selectors", "selectors belongs to nbd"),

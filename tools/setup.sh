@@ -18,6 +18,7 @@ key_file=$venv/.ready
 PROGRAMS="
     qemu-img:qemu-utils
     qemu-system-x86_64:qemu-system-x86
+    qemu-storage-daemon:qemu-system-common
     nbdkit:nbdkit
     nbdinfo:libnbd-bin
     fio:fio

@@ -17,13 +17,13 @@ import errno
 import hashlib
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Final
 
 from lmdbitmap.errors import Busy, InvalidArgument, NotFound
 from lmdbitmap.geometry import ceil_div, check_range
-from lmdbitmap.interfaces import Allocation, Buffer, ImageIdentity
+from lmdbitmap.interfaces import Allocation, Buffer, ImageIdentity, joined
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.client_handshake import FarExport
 from lmdbitmap.nbd.client_link import DIAL_S, WINDOW, Request, dial
@@ -269,7 +269,7 @@ class NbdDevice:
     def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
         """What the server says; where it says nothing, or refuses to, all is data."""
         check_range(offset, length, self.size)
-        return _joined(self._statuses(offset, offset + length))
+        return joined(self._statuses(offset, offset + length))
 
     def _statuses(self, start: int, stop: int) -> Iterator[Allocation]:
         position, end = self._outward(start, stop)
@@ -371,16 +371,3 @@ def _require_usable(export: FarExport, place: Place, read_only: bool) -> None:
 
 def _os_error(number: int, place: str) -> OSError:
     return OSError(number, os.strerror(number), place)
-
-
-def _joined(parts: Iterable[Allocation]) -> Iterator[Allocation]:
-    """Neighbours that are alike become one; empty parts vanish."""
-    last = _DATA
-    for part in parts:
-        if last.length == 0 or part[1:] == last[1:]:
-            last = part._replace(length=last.length + part.length)
-        elif part.length:
-            yield last
-            last = part
-    if last.length:
-        yield last

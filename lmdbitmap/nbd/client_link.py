@@ -276,9 +276,7 @@ class Link:
             deadline = time.monotonic() + _PART_S
             while time.monotonic() < deadline and self._sock.recv(_BUFFER):
                 pass
-        with (
-            self._sending
-        ):  # whoever sends has noticed by now, and nobody may meet the number of a closed file
+        with self._sending:  # whoever sends has noticed by now; nobody may meet the number of a closed file
             self._closed = True
             self._sock.close()
 

@@ -68,11 +68,6 @@ class Replies:
             os.close(end)
         self._pipe = None
 
-    @property
-    def waiting(self) -> bool:
-        """Whether something was added that was not sent yet."""
-        return self._used > 0
-
     def send(self) -> None:
         """Send all that was added. Waits for a client that does not read; nobody else waits with it."""
         if self._used:

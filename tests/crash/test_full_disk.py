@@ -72,17 +72,17 @@ def write_a_little_too_much(path: Path) -> None:
         file.write(b"x")
 
 
-def test_preallocation_that_does_not_fit_leaves_nothing(cramped: Path) -> None:
+def test_file_that_does_not_fit_leaves_nothing(cramped: Path) -> None:
     with pytest.raises(StorageError) as refused:
-        files.preallocated(cramped / "file", TOO_MUCH)
+        files.replace_atomically(cramped / "file", bytes(TOO_MUCH))
     check_refusal(refused.value, cramped / "file")
     assert list(cramped.iterdir()) == []
 
 
-def test_preallocated_file_can_be_overwritten_on_a_full_disk(cramped: Path) -> None:
-    files.preallocated(cramped / "reserve", 8192)
+def test_file_written_in_full_can_be_overwritten_on_a_full_disk(cramped: Path) -> None:
+    files.replace_atomically(cramped / "reserve", bytes(8192))
     with pytest.raises(StorageError):
-        files.preallocated(cramped / "rest", TOO_MUCH)
+        files.replace_atomically(cramped / "rest", bytes(TOO_MUCH))
     fill(cramped)
     with (cramped / "reserve").open("r+b") as file:
         file.write(b"x" * 8192)

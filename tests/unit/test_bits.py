@@ -45,20 +45,12 @@ def test_anonymous_memory_is_a_bitmap_too() -> None:
         del view
 
 
-def test_clear_range_leaves_the_neighbours() -> None:
-    buffer = bytearray(b"\xff\xff")
-    bits.clear_range(bits.bitmap_view(buffer), 3, 13)
-    assert buffer == b"\x07\xe0"
-
-
 @pytest.mark.parametrize("position", [0, 5, 16])
 def test_an_empty_range_is_a_no_op_everywhere(position: int) -> None:
     buffer = bytearray(b"\x0f\xf0")
     view = bits.bitmap_view(buffer)
     bits.set_range(view, position, position)
-    bits.clear_range(view, position, position)
     assert buffer == b"\x0f\xf0"
-    assert not bits.any_zero(view, position, position)
     assert not bits.any_one(view, position, position)
     assert bits.count_ones(buffer, position, position) == 0
     assert list(bits.runs(buffer, position, position)) == []
@@ -74,7 +66,7 @@ def test_an_empty_buffer_is_a_bitmap_of_no_bits() -> None:
 @pytest.mark.parametrize(("start", "stop"), [(-1, 3), (4, 3), (0, 17)])
 def test_a_range_outside_the_bitmap_is_a_bug_of_the_caller(start: int, stop: int) -> None:
     view = bits.bitmap_view(bytearray(2))
-    for use in (bits.set_range, bits.clear_range, bits.any_zero, bits.any_one):
+    for use in (bits.set_range, bits.any_one):
         with pytest.raises(AssertionError):
             use(view, start, stop)
     for walk in (bits.runs, bits.count_ones):

@@ -53,7 +53,8 @@ class Archive:
 
     def _record(self, writer: Writer, disk: Disk, dirty: tuple[int, ...], armed: dict[int, int]) -> None:
         bitmap = writer.bitmap(chain.current_checkpoint(writer, disk).bitmap_id)
-        chain.mark_runs(writer, bitmap, [(block, block + 1) for block in dirty])
+        for block in dirty:
+            chain.mark_outward(writer, bitmap, *bitmap.geometry.bytes_of(block, block + 1))
         for number, mask in armed.items():
             region = writer.region(bitmap.id, number)
             writer.put_region(bitmap.id, number, mask, region.bits if region else schema.ALL_CLEAN_BITS)

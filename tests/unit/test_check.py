@@ -104,13 +104,6 @@ def _disk_with(**changes: object) -> Alter:
     return lambda writer, disk, _: writer.put_disk(dataclasses.replace(disk, **changes))  # type: ignore[arg-type]
 
 
-def _checkpoint_with(position: int, **changes: object) -> Alter:
-    def alter(writer: Writer, _: Disk, checkpoints: list[Checkpoint]) -> None:
-        writer.put_checkpoint(dataclasses.replace(checkpoints[position], **changes))  # type: ignore[arg-type]
-
-    return alter
-
-
 def _bitmap_with(position: int, **changes: object) -> Alter:
     def alter(writer: Writer, _: Disk, checkpoints: list[Checkpoint]) -> None:
         bitmap = writer.bitmap(checkpoints[position].bitmap_id)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lmdbitmap.bits import regrain_outward
 from lmdbitmap.copier import (
     CHUNK_BYTES,
     Copied,
@@ -15,7 +16,6 @@ from lmdbitmap.copier import (
     Report,
     cluster_bits_for,
     copy_clusters,
-    widened,
 )
 from lmdbitmap.device import MemoryDevice
 from lmdbitmap.errors import StorageError
@@ -198,12 +198,12 @@ def test_a_cluster_is_a_block_within_bounds_that_the_disk_fits(
 def test_small_blocks_are_widened_to_clusters_and_joined(
     blocks: list[tuple[int, int]], clusters: list[tuple[int, int]]
 ) -> None:
-    assert list(widened(blocks, Geometry(24 * 512 + 1, 9), Geometry(24 * 512 + 1, 12))) == clusters
+    assert list(regrain_outward(blocks, Geometry(24 * 512 + 1, 9), 12)) == clusters
 
 
 def test_large_blocks_are_whole_runs_of_clusters() -> None:
     size = (1 << 20) + 5
-    assert list(widened([(0, 1), (1, 2)], Geometry(size, 20), Geometry(size, 16))) == [(0, 17)]
+    assert list(regrain_outward([(0, 1), (1, 2)], Geometry(size, 20), 16)) == [(0, 17)]
 
 
 # --- progress ---

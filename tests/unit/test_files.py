@@ -152,16 +152,6 @@ def test_relative_name_is_replaced_where_we_stand(tmp_path: Path, monkeypatch: p
     assert names_in(tmp_path) == ["file"]
 
 
-# --- preallocated ---
-
-
-@pytest.mark.parametrize("size", [0, 1, 8192, 3 * files.ZERO_CHUNK_BYTES + 1])
-def test_preallocated_file_is_zeroes_that_take_their_space(tmp_path: Path, size: int) -> None:
-    files.preallocated(tmp_path / "file", size)
-    assert (tmp_path / "file").read_bytes() == bytes(size)
-    assert (tmp_path / "file").stat().st_blocks * 512 >= size
-
-
 # --- leftovers ---
 
 
