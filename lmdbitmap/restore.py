@@ -1,9 +1,8 @@
 """Restores a disk as it was at one of its backups: into a new raw file, sparse, or onto a block device.
 
-Which images make up the backup, how long they are and what they are stacked on is the manifest's word. The names
-that the images carry are compared with it, and never followed. Tables are checked as they are read. Digests are
-computed beside the copying, in a thread, and a file that is not what the manifest says fails the restore before
-its result has a name; a block device is written only after they are known to be right.
+backup_chain.py reads the images. Digests are computed beside the copying, in a thread, and a file that is not what
+the manifest says fails the restore before its result has a name; a block device is written only after they are
+known to be right.
 
 The kernel copies the data from file to file where it can, so that no byte passes through this program.
 """
@@ -18,16 +17,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from lmdbitmap import files
+from lmdbitmap import backup_chain, files
+from lmdbitmap.backup_chain import Image
 from lmdbitmap.copier import Progress, Report
 from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import AlreadyExists, FormatError, InvalidArgument, NotFound, os_errors_at
-from lmdbitmap.geometry import ceil_div
 from lmdbitmap.manifest import BackupEntry, Manifest, chain_to
-from lmdbitmap.qcow2 import Kind, Qcow2Reader, Run, chain_extents
-from lmdbitmap.qcow2.layout import SECTOR
+from lmdbitmap.qcow2 import Kind, Run
 from lmdbitmap.repository import BackupFolder, disk_names, sha256_of
 
 _PIECE_BYTES = 8 << 20
@@ -43,14 +40,6 @@ class RestoreResult:
     path: str
     bytes_written: int
     seconds: float
-
-
-class _Image(NamedTuple):
-    """One file of the chain."""
-
-    entry: BackupEntry
-    device: FileDevice
-    reader: Qcow2Reader
 
 
 def restore(
@@ -74,12 +63,12 @@ def restore(
     manifest = _manifest(folder, name)
     entries = chain_to(manifest, at if at is not None else manifest.backups[-1].id)
     size, place = entries[-1].disk_size, os.fspath(out_path)
-    with _chain(folder, entries) as images, _target(place, size) as (target, fresh):
-        copy = _Copy(images, target, fresh, Report(progress, size))
-        with _digests(images if verify else []) as checked:
+    with backup_chain.opened(folder, entries) as disk, _target(place, size) as (target, fresh):
+        copy = _Copy(disk.images, target, fresh, Report(progress, size))
+        with _digests(disk.images if verify else []) as checked:
             if not fresh:
                 checked.result()
-            for run in chain_extents([image.reader for image in images], 0, size):
+            for run in disk.extents(0, size):
                 copy.put(run)
             with os_errors_at(place):
                 target.flush()  # beside the digests, which mostly take longer than the copy
@@ -99,41 +88,11 @@ def _manifest(folder: BackupFolder, name: str) -> Manifest:
     return manifest
 
 
-# --- the images ---
+# --- the digests ---
 
 
 @contextlib.contextmanager
-def _chain(folder: BackupFolder, entries: Sequence[BackupEntry]) -> Iterator[list[_Image]]:
-    """The images open, newest first, as a chain is read; nobody writes to them meanwhile."""
-    folder.check_images(entries)
-    parents = [None, *(entry.file for entry in entries)]
-    with contextlib.ExitStack() as stack:
-        images = []
-        for entry, parent in zip(entries, parents, strict=False):
-            path = folder.path_of(entry.file)
-            device = stack.enter_context(FileDevice.open(path, read_only=True))
-            with os_errors_at(path):
-                images.append(_Image(entry, device, _reader(device, entry, parent)))
-        yield images[::-1]
-
-
-def _reader(device: FileDevice, entry: BackupEntry, parent: str | None) -> Qcow2Reader:
-    """The image's reader, if its header says what the manifest says."""
-    reader = Qcow2Reader(device, name=device.path)
-    size = ceil_div(entry.disk_size, SECTOR) * SECTOR
-    for what, expected, found in (
-        ("image size", size, reader.size),
-        ("backing file name", parent, reader.backing_file),
-    ):
-        if found != expected:
-            raise FormatError(
-                f"{device.path}: {what}", expected=str(expected), found=ascii(found), next_step=_USE_ANOTHER
-            )
-    return reader
-
-
-@contextlib.contextmanager
-def _digests(images: Sequence[_Image]) -> Iterator[Future[None]]:
+def _digests(images: Sequence[Image]) -> Iterator[Future[None]]:
     """Compare the images' digests in a thread of its own, until the block ends; its result raises what is wrong."""
     stop = threading.Event()
     with ThreadPoolExecutor(max_workers=1) as beside:
@@ -143,7 +102,7 @@ def _digests(images: Sequence[_Image]) -> Iterator[Future[None]]:
             stop.set()
 
 
-def _check_digests(images: Sequence[_Image], stop: threading.Event) -> None:
+def _check_digests(images: Sequence[Image], stop: threading.Event) -> None:
     for image in images:
         path, fd = image.device.path, image.device.fd
         assert fd is not None
@@ -218,7 +177,7 @@ def _require_free(path: str) -> None:
 class _Copy:
     """Puts runs of the chain where they belong on the target."""
 
-    def __init__(self, images: Sequence[_Image], target: FileDevice, fresh: bool, report: Report) -> None:
+    def __init__(self, images: Sequence[Image], target: FileDevice, fresh: bool, report: Report) -> None:
         self._images = images
         self._target = target
         self._fresh = fresh

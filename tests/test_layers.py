@@ -72,6 +72,7 @@ FLOORS: dict[str, float] = {
     "flushing": 3,
     "continuity": 3,
     "repository": 3,
+    "backup_chain": 3.1,
     "copier": 3,
     "chain": 3.5,
     "standalone": 3.6,

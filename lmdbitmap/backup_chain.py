@@ -1,0 +1,138 @@
+"""The images of one backup, open to be read: the disk as it was at that backup, as a read-only block device.
+
+Which images make it up, how long they are and what they are stacked on is the manifest's word. The names that
+the images carry are compared with it, and never followed. Tables are checked as they are read; digests are the
+caller's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from lmdbitmap.device import DATA, HOLE, FileDevice
+from lmdbitmap.errors import FormatError, os_errors_at
+from lmdbitmap.geometry import ceil_div, check_range
+from lmdbitmap.interfaces import Allocation, Buffer, joined
+from lmdbitmap.manifest import BackupEntry
+from lmdbitmap.qcow2 import Kind, Qcow2Reader, Run, chain_extents
+from lmdbitmap.qcow2.layout import SECTOR
+from lmdbitmap.repository import BackupFolder
+
+_USE_ANOTHER = "use an earlier backup, or get the file from a copy of the repository"
+
+
+class Image(NamedTuple):
+    """One file of the chain."""
+
+    entry: BackupEntry
+    device: FileDevice
+    reader: Qcow2Reader
+
+
+class BackupChain:
+    """A disk as it was at one backup. For one thread: the readers keep the table that they read last.
+
+    A `BlockDevice` that refuses what would change it. Make one with `opened`.
+    """
+
+    fd = None
+    read_only = True
+
+    def __init__(self, images: Sequence[Image]) -> None:
+        self.images = images
+        """Newest first, as a chain is read."""
+        self.entry = images[0].entry
+        self._readers = [image.reader for image in images]
+
+    @property
+    def size(self) -> int:
+        """The disk's own, which may end inside of the images' last sector."""
+        return self.entry.disk_size
+
+    def extents(self, offset: int, length: int) -> Iterator[Run]:
+        """Where each byte of the range is: data in the file of `images[run.layer]`, or zero."""
+        check_range(offset, length, self.size)
+        return chain_extents(self._readers, offset, length) if length else iter(())
+
+    def pread(self, length: int, offset: int) -> bytes:
+        buffer = bytearray(length)
+        self.pread_into(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        for run in self.extents(offset, len(buffer)):
+            self.fill(buffer[run.offset - offset : run.end - offset], run)
+
+    def fill(self, buffer: memoryview, run: Run) -> None:
+        """Fill `buffer` with the bytes of a run that `extents` told of."""
+        image = self.images[run.layer]
+        with os_errors_at(image.device.path):
+            image.reader.fill(buffer, run)
+
+    def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
+        return joined(
+            Allocation(run.length, *(DATA if run.kind is Kind.DATA else HOLE))
+            for run in self.extents(offset, length)
+        )
+
+    def pwrite(self, data: Buffer, offset: int) -> None:
+        raise _read_only_error()
+
+    def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool = True, fast_only: bool = False
+    ) -> None:
+        raise _read_only_error()
+
+    def discard(self, offset: int, length: int) -> None:
+        raise _read_only_error()
+
+    def resize(self, size: int) -> None:
+        raise _read_only_error()
+
+    def flush(self) -> None:
+        """Nothing was written."""
+
+    def close(self) -> None:
+        for image in self.images:
+            image.device.close()
+
+
+@contextlib.contextmanager
+def opened(folder: BackupFolder, entries: Sequence[BackupEntry]) -> Iterator[BackupChain]:
+    """The chain of `entries`, the full one first; nobody writes to its images in the block.
+
+    Raises `NotFound` or `FormatError` where an image is not what the manifest says.
+    """
+    folder.check_images(entries)
+    parents = [None, *(entry.file for entry in entries)]
+    with contextlib.ExitStack() as stack:
+        images = []
+        for entry, parent in zip(entries, parents, strict=False):
+            path = folder.path_of(entry.file)
+            device = stack.enter_context(FileDevice.open(path, read_only=True))
+            with os_errors_at(path):
+                images.append(Image(entry, device, _reader(device, entry, parent)))
+        yield BackupChain(images[::-1])
+
+
+def _reader(device: FileDevice, entry: BackupEntry, parent: str | None) -> Qcow2Reader:
+    """The image's reader, if its header says what the manifest says."""
+    reader = Qcow2Reader(device, name=device.path)
+    size = ceil_div(entry.disk_size, SECTOR) * SECTOR
+    for what, expected, found in (
+        ("image size", size, reader.size),
+        ("backing file name", parent, reader.backing_file),
+    ):
+        if found != expected:
+            raise FormatError(
+                f"{device.path}: {what}", expected=str(expected), found=ascii(found), next_step=_USE_ANOTHER
+            )
+    return reader
+
+
+def _read_only_error() -> OSError:
+    """EPERM, because that is what an NBD server answers for the same thing."""
+    return OSError(errno.EPERM, "a backup is read-only")
