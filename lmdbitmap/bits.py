@@ -18,7 +18,8 @@ from typing import TypeAlias
 
 from bitarray import bitarray
 
-from lmdbitmap.geometry import Geometry
+from lmdbitmap.errors import os_errors_at
+from lmdbitmap.geometry import REGION_BYTES, Geometry
 from lmdbitmap.interfaces import Buffer
 
 Bits: TypeAlias = Buffer | mmap.mmap
@@ -26,10 +27,18 @@ Bits: TypeAlias = Buffer | mmap.mmap
 Run: TypeAlias = tuple[int, int]
 """Bits [start, stop), all ones, with a zero or an end on either side."""
 
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 _STRETCH_BITS = 1 << 19
 """Bits that `runs` looks at in one piece: all that it keeps in memory, and no more than the cache holds."""
 _SPREAD = [b"".join(b"\xff" * 8 if byte >> bit & 1 else bytes(8) for bit in range(8)) for byte in range(256)]
 """For every value of one byte of an armed mask, the 64 bytes of exact bits that it stands for."""
+
+
+def anonymous_memory(length: int) -> mmap.mmap:
+    """Memory that reads as zeroes and takes none until it is touched. `StorageError` where there is no room for it."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
+    with os_errors_at(f"{length} bytes of memory for a bitmap (a larger granularity needs less)"):
+        return mmap.mmap(-1, max(length, REGION_BYTES), flags=flags)
 
 
 def bitmap_view(buffer: Bits) -> bitarray:

@@ -25,10 +25,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 
 from lmdbitmap import chain, forks, schema, session
 from lmdbitmap.bits import Run
@@ -43,6 +45,7 @@ from lmdbitmap.lane import FilterLane, Gate
 from lmdbitmap.owner import Owner
 from lmdbitmap.period import DEFAULT_MAX_ARMED, Period
 from lmdbitmap.schema import Checkpoint, Disk
+from lmdbitmap.snapshot import Holding, Scratch, ScratchFile, Snapshot
 from lmdbitmap.store import CommitInDoubt, Reader, Store, Writer
 from lmdbitmap.vouching import Voucher, write_refused
 
@@ -76,6 +79,8 @@ class Filter:
         with store.read() as reader:
             self._period = self._open_period(reader, disk)
         self._gate = Gate(disk.geometry, self._period.settled)
+        self._holding: Holding | None = None
+        """The snapshots that are held now, if any; changed while the gate is closed."""
         self._threads = threading.local()
         self._stop = threading.Event()
         self._background = [
@@ -216,6 +221,15 @@ class Filter:
             if self._voucher.lost is None:
                 self._period.add_dirt(dirt)
 
+    @property
+    def snapshots(self) -> Sequence[Snapshot]:
+        """Those that are held now."""
+        return () if self._holding is None else self._holding.snapshots
+
+    def snapshot(self, name: str, scratch: Scratch) -> Snapshot:
+        """A checkpoint, and the disk as it was then, until that is released; see `take_snapshot`."""
+        return take_snapshot([self], name, scratch)[0]
+
     def resize(self, size: int) -> None:
         """Grow (the new area is dirty) or shrink (bits past the end are gone for good) disk and image.
 
@@ -224,6 +238,8 @@ class Filter:
         self._flusher.require_sound()
         with self._frozen():
             self._change_chain(lambda writer, disk: _begin_resize(writer, disk, size))
+            for snapshot in self.snapshots:
+                snapshot.keep(size, snapshot.size - size)
             try:
                 with os_errors_at(self.disk.image):
                     self.device.resize(size)
@@ -300,7 +316,18 @@ class Filter:
         self.disk = disk
         self._period = period
         self._gate.geometry = disk.geometry
-        self._gate.settled = period.settled
+        self._hold(self.snapshots)
+
+    def _hold(self, snapshots: Sequence[Snapshot]) -> None:
+        """Have these snapshots, and no others, kept from now on. Called while the gate is closed."""
+        self._holding = Holding(snapshots, self.disk.geometry) if snapshots else None
+        self._gate.settled = self._period.settled if self._holding is None else self._holding.let_through
+
+    def _let_go_of(self, snapshot: Snapshot) -> None:
+        """Writers have nothing to keep for it any more."""
+        if not self._detached and snapshot in self.snapshots:
+            with self._gate.drained():
+                self._hold([other for other in self.snapshots if other is not snapshot])
 
     def _as_stored(self, reader: Reader) -> Disk:
         """The disk as the store has it: after an interruption memory may lag behind."""
@@ -315,13 +342,22 @@ class Filter:
     # -- marking, and what happens when it fails -----------------------------------------------------------
 
     def _mark(self, runs: list[Run]) -> None:
-        """Settle `runs` (law 1), or do what the policy says when that fails."""
+        """Have the old data of `runs` kept where a snapshot wants it, and settle them (law 1).
+
+        Where they cannot be settled, do what the policy says.
+        """
+        holding = self._holding
+        if holding is not None:
+            holding.keep(runs)
         if self._voucher.lost is not None:
             return
         try:
             self._period.make_durable(runs)
         except LmdbitmapError as error:
             self._tracking_failed(error)
+            return
+        if holding is not None:
+            holding.let(runs)
 
     def _tracking_failed(self, error: LmdbitmapError) -> None:
         if self.disk.policy == schema.STRICT:
@@ -443,6 +479,8 @@ class Filter:
 
     def _let_go(self) -> None:
         """What we know is not ours to write any more: the disk may have another owner at once."""
+        for snapshot in self.snapshots:
+            snapshot.release()
         self._period.end()
         self._flusher.close(_detached_error(self.disk))
         self.device.close()
@@ -486,6 +524,46 @@ def take_checkpoint(filters: Sequence[Filter], name: str) -> list[Checkpoint]:
     Returns after the images are flushed, so that a power cut cannot take back a write that the new period
     calls clean. The writers go on meanwhile. An image that cannot be flushed loses the checkpoint again.
     """
+    checkpoints = _take_points(filters, name, lambda attached, checkpoint: None)
+    _flush_images(filters, name)
+    return checkpoints
+
+
+def take_snapshot(filters: Sequence[Filter], name: str, scratch: Scratch) -> list[Snapshot]:
+    """As `take_checkpoint`, and hold all disks as they are at that moment until their snapshots are released.
+
+    Each keeps old data in a scratch file of its own. A snapshot ends with its filter. Raises `StorageError` where a
+    scratch file cannot be made; then there is no checkpoint.
+    """
+    _require_each_once(filters)
+    snapshots: dict[Filter, Snapshot] = {}
+
+    def hold(attached: Filter, checkpoint: Checkpoint) -> None:
+        snapshots[attached].checkpoint = checkpoint
+        attached._hold([*attached.snapshots, snapshots[attached]])
+
+    with contextlib.ExitStack() as on_failure:
+        files = {attached: on_failure.enter_context(closing(ScratchFile(scratch))) for attached in filters}
+
+        def prepare(attached: Filter) -> None:
+            snapshots[attached] = Snapshot(attached.disk, attached.device, files[attached])
+
+        _take_points(filters, name, hold, prepare)
+        for attached, snapshot in snapshots.items():
+            snapshot.before_release = functools.partial(attached._let_go_of, snapshot)
+            on_failure.callback(snapshot.release)
+        _flush_images(filters, name)
+        on_failure.pop_all()
+    return [snapshots[attached] for attached in filters]
+
+
+def _take_points(
+    filters: Sequence[Filter],
+    name: str,
+    taken: Callable[[Filter, Checkpoint], None],
+    prepare: Callable[[Filter], None] = lambda attached: None,
+) -> list[Checkpoint]:
+    """Freeze all disks, and begin their next periods in one transaction. `prepare` may fail, `taken` must not."""
     _require_each_once(filters)
     store = filters[0].store
     assert all(other.store.uuid == store.uuid for other in filters)
@@ -495,15 +573,16 @@ def take_checkpoint(filters: Sequence[Filter], name: str) -> list[Checkpoint]:
         for attached in filters:
             attached._flusher.require_sound()
             attached._begin_again()  # a write that was drained just now may have lost track
+            prepare(attached)
         time_ns = time.time_ns()
         with _together(filters):
-            taken = store.update(
+            points = store.update(
                 lambda writer: [_next_period(writer, attached, name, time_ns) for attached in filters]
             )
-            for attached, (_, disk, period) in zip(filters, taken, strict=True):
+            for attached, (checkpoint, disk, period) in zip(filters, points, strict=True):
                 attached._go_on_with(disk, period)
-    _flush_images(filters, name)
-    return [checkpoint for checkpoint, _, _ in taken]
+                taken(attached, checkpoint)
+    return [checkpoint for checkpoint, _, _ in points]
 
 
 def _flush_images(filters: Sequence[Filter], name: str) -> None:

@@ -24,7 +24,6 @@ the disk's clean flag says after a crash that they are lost.
 from __future__ import annotations
 
 import contextlib
-import mmap
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,14 +31,13 @@ from typing import NamedTuple, TypeAlias
 
 from lmdbitmap import bits, schema
 from lmdbitmap.bits import Run
-from lmdbitmap.errors import LmdbitmapError, os_errors_at
+from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.geometry import EXTENT_BLOCKS, REGION_BLOCKS, REGION_BYTES, REGION_EXTENTS
 from lmdbitmap.schema import Bitmap
 from lmdbitmap.store import Store, Writer
 
 DEFAULT_MAX_ARMED = 1024
 _ARM_AHEAD_EXTENTS = 8
-_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 _ALL_EXTENTS = (1 << REGION_EXTENTS) - 1
 
 
@@ -79,9 +77,9 @@ class Period:
         self._all_dirty = bitmap.all_dirty is not None
         self._write_ahead = write_ahead
         self._max_armed = max_armed
-        self._memory = _anonymous(self._region_count * REGION_BYTES)
+        self._memory = bits.anonymous_memory(self._region_count * REGION_BYTES)
         self.settled = bits.bitmap_view(self._memory)
-        self._loaded = _anonymous(self._region_count)
+        self._loaded = bits.anonymous_memory(self._region_count)
         self._state = threading.Lock()
         self._commit = threading.Lock()
         self._queue: list[_Ticket] = []
@@ -376,13 +374,6 @@ class Period:
         self._armed.clear()
         self._last_dirt.clear()
         return {region: (0, bytes(self._known(region))) for region in regions}
-
-
-def _anonymous(length: int) -> mmap.mmap:
-    """Memory that reads as zeroes and takes none until it is touched."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
-    with os_errors_at(f"{length} bytes of memory for a bitmap (a larger granularity needs less)"):
-        return mmap.mmap(-1, max(length, REGION_BYTES), flags=flags)
 
 
 def _pieces(start: int, stop: int) -> Iterator[Piece]:

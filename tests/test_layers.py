@@ -59,6 +59,7 @@ FLOORS: dict[str, float] = {
     "image": 2.6,
     "flatfile": 2.5,
     "plain": 2.7,
+    "read_only": 2.5,
     "measured": 2.8,
     "presence": 2.3,
     "highwater": 2.3,
@@ -81,6 +82,7 @@ FLOORS: dict[str, float] = {
     "vouching": 3.7,
     # 4 tracker
     "lane": 4,
+    "snapshot": 4.2,
     "changes": 4,
     "filter": 4.5,
     # 5 jobs

@@ -1,0 +1,399 @@
+"""A disk as it was at one moment, to be read while its guest writes on: copy before write.
+
+Each cluster of the disk is, at any moment, one of
+
+    untouched   the image still holds its old data
+    zero        its old data is known to be zeroes
+    slot N      its old data is in slot N of the scratch file; the image may hold newer
+
+and goes from untouched to one of the others, once. Clusters may be called unwanted: nothing is kept of them from then
+on, and nobody may read them. What holds all the time:
+
+1. A write reaches the image only when no wanted cluster that it touches is untouched any more: `keep` comes before
+   it. An old cluster is whole in the scratch file before its state says so.
+2. A reader reads what is untouched from the image, and looks at the states *afterwards*: what is untouched then was
+   so while it read, so no write had landed; all else it takes from where the state says. It never sees a torn block.
+3. The scratch file is bounded. Where it is full, or fails, the snapshot is *broken*: its readers are told why, after
+   their read too, and writers go on at once. The guest never waits for whoever reads.
+4. The scratch file has no name: whatever dies, nothing is left of it.
+
+A `Holding` is the snapshots of a disk, and its `let_through` the blocks whose writes concern none of them any more
+and are durably dirty: what a lane looks at instead of the period's `settled` map while there are any.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import mmap
+import os
+import tempfile
+import threading
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Final, NamedTuple
+
+from lmdbitmap import bits
+from lmdbitmap.bits import Run
+from lmdbitmap.device import DATA, HOLE
+from lmdbitmap.errors import InvalidArgument, StorageError, os_errors_at
+from lmdbitmap.geometry import REGION_BYTES, Geometry, ceil_div, check_range
+from lmdbitmap.interfaces import Allocation, BlockDevice, joined
+from lmdbitmap.plain import PlainLane
+from lmdbitmap.read_only import ReadOnlyDevice
+from lmdbitmap.schema import Checkpoint, Disk
+
+log = logging.getLogger(__name__)
+
+DEFAULT_LIMIT_BYTES: Final = 10 << 30
+SMALLEST_CLUSTER_BITS: Final = 12
+LARGEST_CLUSTER_BITS: Final = 16
+_UNTOUCHED, _ZERO, _FIRST_SLOT = 0, 1, 2
+_STATE_BYTES: Final = 4
+_MAX_SLOTS: Final = (1 << 32) - 1 - _FIRST_SLOT
+_COPY_BYTES: Final = 1 << 20
+"""Read and kept at once."""
+_LOOK_CLUSTERS: Final = 4096
+"""Of which the allocation is asked at once."""
+
+
+class Scratch(NamedTuple):
+    """Where old data goes, and how much of it at most, for each disk. Preallocated, it cannot lack space later."""
+
+    folder: str
+    limit_bytes: int = DEFAULT_LIMIT_BYTES
+    preallocate: bool = False
+
+
+class ScratchFile:
+    """A file without a name, for at most `limit_bytes`. Raises what the system refuses."""
+
+    def __init__(self, scratch: Scratch) -> None:
+        self.place = f"scratch file in {scratch.folder}"
+        self.limit_bytes = scratch.limit_bytes
+        with os_errors_at(self.place):
+            self.fd = _nameless_file(scratch.folder)
+            try:
+                if scratch.preallocate:
+                    os.posix_fallocate(self.fd, 0, scratch.limit_bytes)
+            except BaseException:
+                os.close(self.fd)
+                raise
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _nameless_file(folder: str) -> int:
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as refusal:
+        if refusal.errno not in (errno.EISDIR, errno.EOPNOTSUPP):  # what file systems say that cannot
+            raise
+    fd, path = tempfile.mkstemp(dir=folder)
+    os.unlink(path)
+    return fd
+
+
+class Snapshot(ReadOnlyDevice):
+    """The disk at `checkpoint`. A `BlockDevice` and a `ServedDisk`, for any number of threads, until `release`."""
+
+    def __init__(self, disk: Disk, device: BlockDevice, file: ScratchFile) -> None:
+        self.disk = disk
+        """As it was described then."""
+        self.checkpoint: Checkpoint | None = None
+        """Set when it is taken."""
+        cluster_bits = min(max(disk.granularity_bits, SMALLEST_CLUSTER_BITS), LARGEST_CLUSTER_BITS)
+        self.clusters = Geometry(disk.size, cluster_bits)
+        self.broken: str | None = None
+        self.before_release: Callable[[], None] = lambda: None
+        self._device = device
+        self._file = file
+        self._states = memoryview(bits.anonymous_memory(self.clusters.block_count * _STATE_BYTES)).cast("I")
+        self._wanted: mmap.mmap | None = None
+        """A bit for each wanted cluster; None where all are."""
+        self._keeping = threading.Lock()
+        """Held by whoever changes states."""
+        self._slot_count = min(file.limit_bytes >> cluster_bits, _MAX_SLOTS)
+        self._used_slots = 0
+        self._readers = 0
+        self._reading = threading.Condition()
+        self._released = False
+        self._buffer = bytearray(_COPY_BYTES)
+        self._zeroes = bytes(self.clusters.granularity)
+
+    @property
+    def size(self) -> int:
+        return self.clusters.size
+
+    @property
+    def kept_bytes(self) -> int:
+        """What the scratch file holds."""
+        return self._used_slots << self.clusters.granularity_bits
+
+    @property
+    def limit_bytes(self) -> int:
+        return self._file.limit_bytes
+
+    # -- before a write ------------------------------------------------------------------------------------
+
+    def keep(self, offset: int, length: int) -> None:
+        """Return when the range may change: its old data is kept, or the snapshot is broken. Never raises."""
+        length = min(length, self.size - offset)  # what was added since has no old data
+        if length <= 0 or self.broken is not None:
+            return
+        clusters = self.clusters.blocks_outward(offset, length)
+        with self._keeping:
+            if self._file.fd < 0 or self.broken is not None:
+                return
+            try:
+                for start, stop in self._untouched(clusters.start, clusters.stop):
+                    self._keep_run(start, stop)
+            except (OSError, InvalidArgument) as error:
+                self._break(f"old data could not be kept ({error})")
+
+    def _untouched(self, start: int, stop: int) -> Iterator[Run]:
+        """The runs of wanted clusters in [start, stop) that are untouched."""
+        wanted = self._wanted
+        for first, last in [(start, stop)] if wanted is None else bits.runs(wanted, start, stop):
+            for state, begin, end in self._state_runs(first, last):
+                if state == _UNTOUCHED:
+                    yield begin, end
+
+    def _keep_run(self, start: int, stop: int) -> None:
+        offset, length = self.clusters.bytes_of(start, stop)
+        position = start
+        for part in self._device.allocation(offset, length):
+            zero = self.clusters.blocks_inward(offset, part.length) if part.zero else range(0)
+            if zero:
+                self._keep_data(position, zero.start)
+                self._set_states(zero.start, [_ZERO] * len(zero))
+                position = zero.stop
+            offset += part.length
+        self._keep_data(position, stop)
+
+    def _keep_data(self, start: int, stop: int) -> None:
+        step = _COPY_BYTES >> self.clusters.granularity_bits
+        for first in range(start, stop, step):
+            if self.broken is None:
+                self._keep_piece(first, min(first + step, stop))
+
+    def _keep_piece(self, start: int, stop: int) -> None:
+        offset, length = self.clusters.bytes_of(start, stop)
+        self._device.pread_into(memoryview(self._buffer)[:length], offset)
+        cluster_size = self.clusters.granularity
+        data = [at for at in range(0, length, cluster_size) if not self._is_zero(at, length)]
+        if self._used_slots + len(data) > self._slot_count:
+            self._break(f"its scratch file is full ({self.limit_bytes} bytes)")
+            return
+        states = [_ZERO] * (stop - start)
+        for at in data:
+            self._put(memoryview(self._buffer)[at : min(at + cluster_size, length)], self._used_slots)
+            states[at // cluster_size] = _FIRST_SLOT + self._used_slots
+            self._used_slots += 1
+        self._set_states(start, states)
+
+    def _is_zero(self, at: int, length: int) -> bool:
+        stop = min(at + self.clusters.granularity, length)
+        return self._buffer.startswith(self._zeroes[: stop - at], at, stop)
+
+    def _set_states(self, start: int, states: Sequence[int]) -> None:
+        self._states[start : start + len(states)] = memoryview(array("I", states))
+
+    def _put(self, data: memoryview, slot: int) -> None:
+        offset = slot << self.clusters.granularity_bits
+        while data:
+            count = os.pwrite(self._file.fd, data, offset)
+            data, offset = data[count:], offset + count
+
+    def _break(self, reason: str) -> None:
+        """Nothing is kept from now on. Called with `_keeping`."""
+        if self.broken is None:
+            self.broken = f"the snapshot broke: {reason}"
+            log.warning("disk %s: %s", self.disk.name, self.broken)
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fd, 0)
+
+    # -- reading -------------------------------------------------------------------------------------------
+
+    def pread(self, length: int, offset: int) -> bytes:
+        check_range(offset, length, self.size)
+        buffer = bytearray(length)
+        self.pread_into(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        """Old data. Raises `StorageError` once the snapshot is broken or released."""
+        check_range(offset, len(buffer), self.size)
+        if not buffer:
+            return
+        with self._being_read():
+            clusters = self.clusters.blocks_outward(offset, len(buffer))
+            self._require_wanted(clusters)
+            for state, start, stop in self._state_runs(clusters.start, clusters.stop):
+                if state == _UNTOUCHED:
+                    self._read_untouched(buffer, offset, start, stop)
+            for state, start, stop in self._state_runs(clusters.start, clusters.stop):
+                if state != _UNTOUCHED:
+                    self._read_kept(buffer, offset, start, stop, state)
+
+    def _read_untouched(self, buffer: memoryview, offset: int, start: int, stop: int) -> None:
+        part, at = self._part(buffer, offset, start, stop)
+        try:
+            self._device.pread_into(part, at)
+        except (OSError, InvalidArgument):
+            if any(self._states[cluster] == _UNTOUCHED for cluster in range(start, stop)):
+                raise  # else the image was cut meanwhile, and what was cut off is kept
+
+    def _read_kept(self, buffer: memoryview, offset: int, start: int, stop: int, state: int) -> None:
+        part, at = self._part(buffer, offset, start, stop)
+        if state == _ZERO:
+            part[:] = bytes(len(part))
+        else:
+            inside = at - (start << self.clusters.granularity_bits)
+            self._get(part, ((state - _FIRST_SLOT) << self.clusters.granularity_bits) + inside)
+
+    def _part(self, buffer: memoryview, offset: int, start: int, stop: int) -> tuple[memoryview, int]:
+        """The part of a buffer that clusters [start, stop) fill, and where on the disk it begins."""
+        first, length = self.clusters.bytes_of(start, stop)
+        begin, end = max(first, offset), min(first + length, offset + len(buffer))
+        return buffer[begin - offset : end - offset], begin
+
+    def _get(self, part: memoryview, file_offset: int) -> None:
+        """Short where the snapshot broke meanwhile, which its reader is told in the end."""
+        while part:
+            count = os.preadv(self._file.fd, [part], file_offset)
+            if count == 0:
+                return
+            part, file_offset = part[count:], file_offset + count
+
+    def _state_runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(state of the first, start, stop) of clusters that are alike, slots by themselves unless they follow."""
+        states = self._states[start:stop].tolist()
+        first = 0
+        for index in range(1, len(states) + 1):
+            if index < len(states) and states[index] == _following(states[first], index - first):
+                continue
+            yield states[first], start + first, start + index
+            first = index
+
+    def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
+        """What the image said of untouched clusters is believed if they are so still afterwards, else they are data."""
+        check_range(offset, length, self.size)
+        return joined(self._allocation(offset, length))
+
+    def _allocation(self, offset: int, length: int) -> Iterator[Allocation]:
+        step = _LOOK_CLUSTERS << self.clusters.granularity_bits
+        for position in range(offset - offset % step, offset + length, step):
+            begin, end = max(position, offset), min(position + step, offset + length)
+            with self._being_read():
+                found = list(self._allocation_of(begin, end - begin))
+            yield from found
+
+    def _allocation_of(self, offset: int, length: int) -> Iterator[Allocation]:
+        clusters = self.clusters.blocks_outward(offset, length)
+        for state, start, stop in self._state_runs(clusters.start, clusters.stop):
+            first, size = self.clusters.bytes_of(start, stop)
+            begin, end = max(first, offset), min(first + size, offset + length)
+            if state == _UNTOUCHED:
+                yield from self._allocation_of_untouched(begin, end, start, stop)
+            else:
+                yield Allocation(end - begin, *(HOLE if state == _ZERO else DATA))
+
+    def _allocation_of_untouched(self, begin: int, end: int, start: int, stop: int) -> list[Allocation]:
+        try:
+            found = list(self._device.allocation(begin, end - begin))
+        except (OSError, InvalidArgument):  # cut meanwhile: what was cut off is kept
+            found = []
+        is_untouched = not any(self._states[cluster] for cluster in range(start, stop))
+        return found if found and is_untouched else [Allocation(end - begin, *DATA)]
+
+    # -- whose data is wanted ------------------------------------------------------------------------------
+
+    def want_only(self, runs: Iterable[Run], geometry: Geometry) -> None:
+        """Keep nothing more but for runs of blocks of `geometry`, ascending, each rounded outward to clusters.
+
+        Once, before anybody reads.
+        """
+        wanted = bits.anonymous_memory(ceil_div(self.clusters.block_count, 8))
+        view = bits.bitmap_view(wanted)
+        for start, stop in bits.regrain_outward(runs, geometry, self.clusters.granularity_bits):
+            bits.set_range(view, start, stop)
+        self._wanted = wanted
+
+    def _require_wanted(self, clusters: range) -> None:
+        if self._wanted is None:
+            return
+        if bits.bitmap_view(self._wanted).find(0, clusters.start, clusters.stop) >= 0:
+            raise InvalidArgument(
+                f"clusters {clusters.start}..{clusters.stop} are not kept by this snapshot",
+                next_step="read only what it was made for",
+            )
+
+    # -- the end -------------------------------------------------------------------------------------------
+
+    def lane(self) -> PlainLane:
+        return PlainLane(self)
+
+    def release(self) -> None:
+        """Give everything back; whoever reads is waited for, and told when it comes again. Idempotent."""
+        self.before_release()
+        with self._reading:
+            self._released = True
+            self._reading.wait_for(lambda: self._readers == 0)
+        with self._keeping:
+            self._file.close()
+
+    def close(self) -> None:
+        self.release()
+
+    @contextlib.contextmanager
+    def _being_read(self) -> Iterator[None]:
+        """The file stays open in the block; what was read there is old data if it ends without an error."""
+        with self._reading:
+            if self._released:
+                raise self._refusal("the snapshot was released")
+            self._readers += 1
+        try:
+            yield
+            if self.broken is not None:
+                raise self._refusal(self.broken)
+        finally:
+            with self._reading:
+                self._readers -= 1
+                self._reading.notify_all()
+
+    def _refusal(self, problem: str) -> StorageError:
+        return StorageError(
+            f"snapshot of disk {self.disk.name!r}",
+            OSError(problem),
+            next_step="make another one, with more room for old data if that was lacking",
+        )
+
+
+def _following(state: int, distance: int) -> int:
+    return state + distance if state >= _FIRST_SLOT else state
+
+
+class Holding:
+    """The snapshots that a disk of `geometry` holds in one period. `keep` and `let` may be called from any thread."""
+
+    def __init__(self, snapshots: Sequence[Snapshot], geometry: Geometry) -> None:
+        self.snapshots = tuple(snapshots)
+        self._geometry = geometry
+        self.let_through = bits.bitmap_view(bits.anonymous_memory(geometry.region_count * REGION_BYTES))
+
+    def keep(self, runs: Iterable[Run]) -> None:
+        """Return when runs of blocks may change, as far as snapshots are concerned. Never raises."""
+        for start, stop in runs:
+            offset, length = self._geometry.bytes_of(start, stop)
+            for snapshot in self.snapshots:
+                snapshot.keep(offset, length)
+
+    def let(self, runs: Iterable[Run]) -> None:
+        """Let writes to these runs through from now on: they are durably dirty (law 1), and their old data is kept."""
+        for start, stop in runs:
+            bits.set_range(self.let_through, start, stop)

@@ -1,0 +1,330 @@
+"""A disk held as it was: what is kept, what it costs, how it breaks, and that no reader sees a torn block."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from lmdbitmap.errors import InvalidArgument, NotFound, StorageError
+from lmdbitmap.filter import Filter, take_snapshot
+from lmdbitmap.geometry import Geometry
+from lmdbitmap.interfaces import Buffer
+from lmdbitmap.snapshot import Scratch, Snapshot
+from tests.crash.tapped import TappedDevice, Turnstile, join, start
+from tests.support import PATIENCE_SECONDS, make_raw_image
+from tests.tracked import NAME, TrackedDisk, quick_folder
+
+BLOCK = 4096
+BLOCKS = 500
+SIZE = BLOCKS * BLOCK
+OLD, NEW = b"o" * BLOCK, b"n" * BLOCK
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with quick_folder() as folder:
+        yield folder
+
+
+@pytest.fixture
+def tracked(folder: Path) -> Iterator[TrackedDisk]:
+    with closing(TrackedDisk(folder, SIZE).clean()) as tracked:
+        tracked.image.write_bytes(OLD * BLOCKS)
+        with tracked.attach() as disk:  # of a new epoch
+            disk.checkpoint("written")
+        yield tracked
+
+
+@pytest.fixture
+def disk(tracked: TrackedDisk) -> Iterator[Filter]:
+    with tracked.attach() as disk:
+        yield disk
+
+
+def scratch(folder: Path, blocks: int = BLOCKS) -> Scratch:
+    return Scratch(str(folder), blocks * BLOCK)
+
+
+def test_old_data_is_read_after_new_data_was_written(disk: Filter, folder: Path) -> None:
+    snapshot = disk.snapshot("s", scratch(folder))
+    disk.pwrite(NEW, 3 * BLOCK)
+    assert disk.pread(BLOCK, 3 * BLOCK) == NEW
+    assert snapshot.pread(3 * BLOCK, 2 * BLOCK) == OLD * 3
+    assert snapshot.kept_bytes == BLOCK
+
+
+def test_a_block_is_kept_once(disk: Filter, folder: Path) -> None:
+    snapshot = disk.snapshot("s", scratch(folder))
+    for number in range(5):
+        disk.pwrite(NEW, 0)
+        disk.checkpoint(f"c{number}")
+    assert snapshot.kept_bytes == BLOCK
+    assert snapshot.pread(BLOCK, 0) == OLD
+
+
+def test_new_epoch_in_which_everything_is_dirty_hides_nothing_from_it(disk: Filter, folder: Path) -> None:
+    """There the first write to a region settles all of it."""
+    snapshot = disk.snapshot("s", scratch(folder))
+    disk.start_epoch("by intent")
+    for block in range(3):
+        disk.pwrite(NEW, block * BLOCK)
+    assert snapshot.pread(3 * BLOCK, 0) == OLD * 3
+
+
+def test_zeroes_take_no_room(disk: Filter, folder: Path) -> None:
+    disk.write_zeroes(0, 10 * BLOCK)
+    disk.pwrite(bytes(BLOCK), 20 * BLOCK)
+    snapshot = disk.snapshot("s", scratch(folder))
+    disk.pwrite(NEW * 10, 0)
+    disk.pwrite(NEW, 20 * BLOCK)
+    assert snapshot.kept_bytes == 0
+    assert snapshot.pread(BLOCK, 20 * BLOCK) == bytes(BLOCK)
+
+
+def test_nothing_is_left_of_it_in_its_folder(disk: Filter, folder: Path) -> None:
+    before = sorted(os.listdir(folder))
+    snapshot = disk.snapshot("s", scratch(folder))
+    disk.pwrite(NEW, 0)
+    assert sorted(os.listdir(folder)) == before
+    snapshot.release()
+
+
+def test_writers_are_fast_again_after_the_release(disk: Filter, folder: Path) -> None:
+    lane = disk.lane()
+    snapshot = disk.snapshot("s", scratch(folder))
+    assert lane.settled is not disk._period.settled
+    snapshot.release()
+    assert lane.settled is disk._period.settled
+    assert disk.snapshots == ()
+
+
+def test_released_snapshot_tells_its_readers(disk: Filter, folder: Path) -> None:
+    snapshot = disk.snapshot("s", scratch(folder))
+    snapshot.release()
+    snapshot.release()
+    with pytest.raises(StorageError, match="released"):
+        snapshot.pread(1, 0)
+    with pytest.raises(StorageError, match="released"):
+        list(snapshot.allocation(0, SIZE))
+
+
+def test_detach_releases_it(tracked: TrackedDisk, folder: Path) -> None:
+    with tracked.attach() as disk:
+        snapshot = disk.snapshot("s", scratch(folder))
+    with pytest.raises(StorageError, match="released"):
+        snapshot.pread(1, 0)
+
+
+def test_it_cannot_be_written(disk: Filter, folder: Path) -> None:
+    lane = disk.snapshot("s", scratch(folder)).lane()
+    for refused in (
+        lambda: lane.pwrite(b"x", 0),
+        lambda: lane.write_zeroes(0, 1),
+        lambda: lane.discard(0, 1),
+    ):
+        with pytest.raises(OSError, match="read-only") as refusal:
+            refused()
+        assert refusal.value.errno == errno.EPERM
+    assert lane.write_many([(0, memoryview(b"x"))]) == {0: errno.EPERM}
+
+
+def test_reads_past_the_end_are_refused(disk: Filter, folder: Path) -> None:
+    snapshot = disk.snapshot("s", scratch(folder))
+    with pytest.raises(InvalidArgument):
+        snapshot.pread(2, SIZE - 1)
+
+
+# --- many at once ---
+
+
+def test_two_disks_are_held_at_one_moment_or_neither(tracked: TrackedDisk, folder: Path) -> None:
+    from lmdbitmap import session
+
+    other = make_raw_image(folder / "other.raw", SIZE)
+    session.add(tracked.store, "sdb", str(other), granularity_bits=12)
+    with tracked.attach() as first, Filter.attach(tracked.store, "sdb", background=False) as second:
+        held = take_snapshot([first, second], "both", scratch(folder))
+        assert [snapshot.disk.name for snapshot in held] == [NAME, "sdb"]
+        with pytest.raises(NotFound):
+            take_snapshot([first, second], "none", Scratch(str(folder / "missing")))
+        assert "none" not in tracked.checkpoints()
+        assert first.snapshots == (held[0],)
+
+
+def test_unflushable_image_leaves_neither_checkpoint_nor_snapshot(
+    tracked: TrackedDisk, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tracked.attach()
+
+    def refuse() -> None:
+        raise OSError(errno.EIO, "by intent")
+
+    monkeypatch.setattr(disk.device, "flush", refuse)
+    with pytest.raises(StorageError):
+        disk.snapshot("s", scratch(folder))
+    assert "s" not in tracked.checkpoints()
+    assert disk.snapshots == ()
+    disk.abandon()
+
+
+# --- breaking ---
+
+
+def test_full_scratch_file_breaks_the_snapshot_and_not_the_guest(disk: Filter, folder: Path) -> None:
+    snapshot = disk.snapshot("s", scratch(folder, blocks=2))
+    for block in range(3):
+        disk.pwrite(NEW, block * BLOCK)
+    assert disk.pread(3 * BLOCK, 0) == NEW * 3
+    assert snapshot.broken is not None
+    for block in (0, 2, 100):
+        with pytest.raises(StorageError, match="full"):
+            snapshot.pread(BLOCK, block * BLOCK)
+    with pytest.raises(StorageError, match="full"):
+        list(snapshot.allocation(0, SIZE))
+
+
+def test_refused_scratch_file_breaks_the_snapshot(
+    disk: Filter, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = disk.snapshot("s", scratch(folder))
+    pwrite, image = os.pwrite, os.fstat(disk.device.fd or -1)
+
+    def refuse(fd: int, data: Buffer, offset: int) -> int:
+        if not os.path.samestat(os.fstat(fd), image):
+            raise OSError(errno.ENOSPC, "by intent")
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    disk.pwrite(NEW, 0)
+    assert disk.pread(BLOCK, 0) == NEW
+    assert snapshot.broken is not None
+    assert "by intent" in snapshot.broken
+
+
+def test_preallocated_scratch_takes_its_room_at_once(disk: Filter, folder: Path) -> None:
+    free = os.statvfs(folder).f_bfree
+    snapshot = disk.snapshot("s", Scratch(str(folder), 64 << 20, preallocate=True))
+    assert (free - os.statvfs(folder).f_bfree) * os.statvfs(folder).f_frsize > 60 << 20
+    snapshot.release()
+
+
+def test_nothing_is_kept_of_what_is_not_wanted(disk: Filter, folder: Path) -> None:
+    snapshot = disk.snapshot("s", scratch(folder, blocks=1))
+    snapshot.want_only([(7, 8)], Geometry(SIZE, 12))
+    disk.pwrite(NEW * 10, 0)
+    disk.write_zeroes(50 * BLOCK, 100 * BLOCK)
+    assert snapshot.pread(BLOCK, 7 * BLOCK) == OLD
+    assert snapshot.kept_bytes == BLOCK
+    with pytest.raises(InvalidArgument, match="not kept"):
+        snapshot.pread(2 * BLOCK, 7 * BLOCK)
+
+
+# --- torn reads ---
+
+
+class SlowlyReadDevice(TappedDevice):
+    """Whoever reads it is held after the read, as often as there are turnstiles."""
+
+    after_read: list[Turnstile]
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        super().pread_into(buffer, offset)
+        if self.after_read and threading.current_thread() is not threading.main_thread():
+            self.after_read.pop()(offset, len(buffer))
+
+
+@pytest.fixture
+def slow(tracked: TrackedDisk) -> Iterator[Filter]:
+    SlowlyReadDevice.after_read = []
+    with Filter.attach(tracked.store, NAME, open_device=SlowlyReadDevice.open, background=False) as disk:
+        yield disk
+
+
+def test_reader_that_is_overtaken_by_a_writer_sees_old_data(slow: Filter, folder: Path) -> None:
+    snapshot, found = slow.snapshot("s", scratch(folder)), []
+    before = Turnstile()
+    slow.device.after_read = [before]  # type: ignore[attr-defined]
+    reader = start(lambda: found.append(snapshot.pread(4 * BLOCK, 0)))
+    assert before.arrived.wait(PATIENCE_SECONDS)
+    slow.pwrite(NEW * 2, BLOCK)
+    before.go_on.set()
+    join(reader)
+    assert found == [OLD * 4]
+
+
+def test_reader_before_whom_the_writer_lands_sees_old_data(tracked: TrackedDisk, folder: Path) -> None:
+    """The image changes between the reader's look at the states and its read."""
+
+    class OvertakenDevice(TappedDevice):
+        overtake: list[Turnstile]
+
+        def pread_into(self, buffer: memoryview, offset: int) -> None:
+            if self.overtake and threading.current_thread() is not threading.main_thread():
+                self.overtake.pop()(offset, len(buffer))
+            super().pread_into(buffer, offset)
+
+    turnstile = Turnstile()
+    OvertakenDevice.overtake = []
+    with Filter.attach(tracked.store, NAME, open_device=OvertakenDevice.open, background=False) as disk:
+        snapshot, found = disk.snapshot("s", scratch(folder)), []
+        OvertakenDevice.overtake = [turnstile]
+        reader = start(lambda: found.append(snapshot.pread(BLOCK, 0)))
+        assert turnstile.arrived.wait(PATIENCE_SECONDS)
+        disk.pwrite(NEW, 0)
+        turnstile.go_on.set()
+        join(reader)
+        assert found == [OLD]
+
+
+def test_allocation_of_what_was_written_meanwhile_is_not_believed(
+    disk: Filter, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image says "a hole" of a block that was data when the snapshot was made, and is discarded just now."""
+    snapshot, allocation = disk.snapshot("s", scratch(folder)), disk.device.allocation
+
+    def discard_first(offset: int, length: int) -> object:
+        monkeypatch.undo()
+        disk.discard(0, BLOCK)
+        return allocation(offset, length)
+
+    monkeypatch.setattr(disk.device, "allocation", discard_first)
+    assert not any(part.zero for part in snapshot.allocation(0, BLOCK))
+
+
+def test_release_waits_for_whoever_reads(slow: Filter, folder: Path) -> None:
+    snapshot, found = slow.snapshot("s", scratch(folder)), []
+    held = Turnstile()
+    slow.device.after_read = [held]  # type: ignore[attr-defined]
+    reader = start(lambda: found.append(snapshot.pread(BLOCK, 0)))
+    assert held.arrived.wait(PATIENCE_SECONDS)
+    releasing = start(snapshot.release)
+    held.go_on.set()
+    join(reader, releasing)
+    assert found == [OLD]
+
+
+def test_threads_that_write_and_read_all_the_time_tear_nothing(disk: Filter, folder: Path) -> None:
+    snapshot, ending = disk.snapshot("s", scratch(folder)), threading.Event()
+
+    def write(first: int) -> None:
+        lane = disk.lane()
+        for block in range(first, BLOCKS, 3):
+            lane.pwrite(NEW[:100], block * BLOCK + 7)
+            lane.write_many([(block * BLOCK, memoryview(NEW))])
+
+    writers = [start(lambda first=first: write(first)) for first in range(3)]
+    torn, rounds = 0, 0
+    while any(writer.is_alive() for writer in writers) or not rounds:
+        torn += snapshot.pread(SIZE, 0) != OLD * BLOCKS
+        rounds += 1
+    join(*writers)
+    ending.set()
+    assert (torn, rounds > 0) == (0, True)
+    assert disk.pread(SIZE, 0) == NEW * BLOCKS
+    assert snapshot.kept_bytes == SIZE
