@@ -1,9 +1,9 @@
-"""Backups of disks that no guest is writing: one qcow2 image each, stacked on the one before.
+"""Backups of disks, served or not: one qcow2 image each, stacked on the one before.
 
 Law 3: the archive is durable before anything forgets that it was needed. From that follows the order:
 
-    own the disk, lock its folder        nobody writes the image, nobody else backs up here
-    judge continuity                     what is not known begins a new epoch, and so a full backup
+    get at the disks (access.py)         own them, or reach who does; what is not known begins a new epoch
+    lock their folders                   nobody else backs up here
     undo what a killed run left          its image goes, its checkpoint is merged into the one before
     note what will be made, synced       a run that is killed from here on is known by it
     checkpoint, on all disks at once     the point in time that the images will hold
@@ -14,8 +14,7 @@ Law 3: the archive is durable before anything forgets that it was needed. From t
     drop the note
 
 A death anywhere costs this run's work: its checkpoint records on, or is merged away, and the next backup
-counts from the last one in the manifest, whatever happened since. No session is open meanwhile, so not
-even a disk in deferred mode loses what it knew.
+counts from the last one in the manifest, whatever happened since.
 
 A repository forgets only checkpoints that its own manifest or note names, so that any number of them can
 back up one disk. It holds two: the newest backup's, for increments, and the newest full one's, for
@@ -30,12 +29,14 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lmdbitmap import bits, chain, files, mending, owner, session
+from lmdbitmap import bits, chain, files, mending
+from lmdbitmap.access import Access, PointInTime, access
 from lmdbitmap.bits import Run
 from lmdbitmap.changes import Changes, changes
 from lmdbitmap.copier import (
@@ -56,6 +57,7 @@ from lmdbitmap.errors import (
     os_errors_at,
 )
 from lmdbitmap.extents import Trust
+from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.image import open_image
 from lmdbitmap.interfaces import TrackableDevice
@@ -80,8 +82,9 @@ from lmdbitmap.repository import (
     sha256_of,
 )
 from lmdbitmap.schema import Checkpoint, Disk
-from lmdbitmap.session import Held, OpenDevice
-from lmdbitmap.store import Store, Writer
+from lmdbitmap.session import OpenDevice
+from lmdbitmap.snapshot import Scratch
+from lmdbitmap.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -111,9 +114,9 @@ class _Plan(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One disk's part of a run: owned, judged, its folder locked."""
+    """One disk's part of a run: its folder locked, its backup planned."""
 
-    held: Held
+    access: Access
     disk: Disk
     folder: BackupFolder
     manifest: Manifest
@@ -134,31 +137,37 @@ def backup(
     repository_path: str | os.PathLike[str],
     *,
     kind: BackupType = BackupType.INCREMENTAL,
+    attached: Mapping[str, Filter] | None = None,
+    scratch: Scratch | None = None,
+    quiesced: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
     progress: Progress | None = None,
     open_device: OpenDevice | None = None,
 ) -> list[BackupResult]:
     """Back up disks as they are at one point in time; every backup is durable when this returns.
 
+    Disks that another process serves are read through it, those of `attached` through these filters of ours, which
+    keep old data where `scratch` says; their guests go on. In `quiesced()` the moment is taken: a guest may be
+    asked there to bring its file systems in order.
+
     Where an incremental or differential backup is not possible, a full one is made, and the entry says why.
-    Raises `Busy` for a disk or image that somebody writes, and for a folder that somebody backs up to;
-    `NotFound` without such a disk or image; `FormatError` for a manifest that cannot be read. Disks before
-    the one that failed then have their backup, those after it do not.
+    Raises `Busy` for a disk or image that somebody else holds, and for a folder that somebody backs up to;
+    `NotFound` without such a disk or image; `FormatError` for a manifest that cannot be read; `StorageError` where
+    a snapshot broke. Disks before the one that failed then have their backup, those after it do not.
     """
     if len(set(names)) != len(names):
         raise InvalidArgument("a disk is named twice", next_step="name each disk once")
     with contextlib.ExitStack() as locks:
-        jobs = [
-            _prepare(store, name, repository_path, kind, open_device or _open_to_read, locks)
-            for name in names
-        ]
+        way = locks.enter_context(access(store, names, open_device or _open_to_read, attached, scratch))
+        jobs = [_prepare(store, way, disk, repository_path, kind, locks) for disk in way.disks]
         try:
-            checkpoints = _one_point_in_time(store, jobs)
-            sources = [_Source.of(store, *pair) for pair in zip(jobs, checkpoints, strict=True)]
+            points = _one_point_in_time(way, jobs, quiesced)
+            sources = [_Source.of(store, *pair) for pair in zip(jobs, points, strict=True)]
             report = Report(progress, sum(source.bytes_to_copy for source in sources))
             return [_make(store, source, report) for source in sources]
         except BaseException:
+            way.end_reading()
             for job in jobs:
-                _undo_after_failure(store, job)
+                _undo_after_failure(job)
             raise
 
 
@@ -172,18 +181,16 @@ def _open_to_read(image: str) -> TrackableDevice:
 
 def _prepare(
     store: Store,
-    name: str,
+    way: Access,
+    disk: Disk,
     repository_path: str | os.PathLike[str],
     kind: BackupType,
-    open_device: OpenDevice,
     locks: contextlib.ExitStack,
 ) -> _Job:
-    held = _owned(store, name, open_device, locks)
-    folder = BackupFolder(repository_path, name)
+    folder = BackupFolder(repository_path, disk.name)
     locks.enter_context(folder.locked())
-    disk = session.reconcile(store, held)
     found, unreadable = _manifest_of(folder, kind)
-    leftovers = _undo_unfinished(store, disk, folder) if unreadable is None else []
+    leftovers = _undo_unfinished(way, disk, folder) if unreadable is None else []
     manifest = found or Manifest(DiskRef(disk.name, disk.uuid))
     if manifest.disk.uuid != disk.uuid:
         raise AlreadyExists(
@@ -194,21 +201,7 @@ def _prepare(
         _plan(store, disk, folder, manifest, kind) if unreadable is None else _Plan(kind, reason=unreadable)
     )
     sequence = folder.next_sequence(manifest.backups)
-    return _Job(held, disk, folder, manifest, kind, plan, sequence, leftovers)
-
-
-def _owned(store: Store, name: str, open_device: OpenDevice, locks: contextlib.ExitStack) -> Held:
-    try:
-        return locks.enter_context(session.owning(store, name, open_device))
-    except Busy:
-        with store.read() as reader:
-            path = store.owner_path(chain.find_disk(reader, name).uuid)
-        if not owner.is_owned(path):
-            raise
-        raise Busy(
-            f"disk {name!r} is being served or backed up by another process, and live backup is not built yet",
-            next_step="stop that process first, or wait for it",
-        ) from None
+    return _Job(way, disk, folder, manifest, kind, plan, sequence, leftovers)
 
 
 def _manifest_of(folder: BackupFolder, kind: BackupType) -> tuple[Manifest | None, Reason | None]:
@@ -276,15 +269,22 @@ def _printable(words: str) -> str:
 # --- the checkpoint ---
 
 
-def _one_point_in_time(store: Store, jobs: Sequence[_Job]) -> list[Checkpoint]:
-    """Note what will be made, then take one checkpoint on all disks, or on none. Nobody writes to them."""
-    time_ns = time.time_ns()
-    name = checkpoint_name(time_ns)
+def _one_point_in_time(
+    way: Access, jobs: Sequence[_Job], quiesced: Callable[[], AbstractContextManager[object]]
+) -> list[PointInTime]:
+    """Note what will be made, then take one checkpoint on all disks, or on none."""
+    name = checkpoint_name(time.time_ns())
     for job in jobs:
         job.folder.note_unfinished([*job.leftovers, Unfinished(name, job.file)])
-    return store.update(
-        lambda writer: [chain.add_checkpoint(writer, job.disk, name, time_ns)[1] for job in jobs]
-    )
+    with quiesced():
+        points = way.take_point(name, [job.plan.since for job in jobs])
+    for job, point in zip(jobs, points, strict=True):
+        if point.checkpoint.epoch != job.disk.epoch:
+            raise Busy(
+                f"tracking of disk {job.disk.name!r} began again just now: {point.disk.epoch_reason}",
+                next_step="make the backup again",
+            )
+    return points
 
 
 # --- the copy ---
@@ -292,10 +292,10 @@ def _one_point_in_time(store: Store, jobs: Sequence[_Job]) -> list[Checkpoint]:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """What one image is made of: the blocks that changed up to `checkpoint`, in whole clusters."""
+    """What one image is made of: the blocks that changed up to the point in time, in whole clusters."""
 
     job: _Job
-    checkpoint: Checkpoint
+    point: PointInTime
     clusters: Geometry
     changes: Changes | None
     """None for a full backup."""
@@ -303,14 +303,14 @@ class _Source:
     bytes_to_copy: int
 
     @classmethod
-    def of(cls, store: Store, job: _Job, checkpoint: Checkpoint) -> _Source:
-        disk, since = job.disk, job.plan.since
+    def of(cls, store: Store, job: _Job, point: PointInTime) -> _Source:
+        disk, since = point.disk, job.plan.since
         clusters = Geometry(disk.size, cluster_bits_for(disk.geometry))
         if since is None:
-            return cls(job, checkpoint, clusters, None, Trust.EXACT, disk.size)
-        changed = changes(store, disk.name, since=since.name, until=checkpoint.name)
+            return cls(job, point, clusters, None, Trust.EXACT, disk.size)
+        changed = changes(store, disk.name, since=since.name, until=point.checkpoint.name)
         summary = changed.summary
-        return cls(job, checkpoint, clusters, changed, summary.standing.trust, summary.dirty_bytes)
+        return cls(job, point, clusters, changed, summary.standing.trust, summary.dirty_bytes)
 
     def runs(self) -> Iterator[Run]:
         """Clusters to copy, ascending; no run touches the next."""
@@ -339,7 +339,7 @@ def _make(store: Store, source: _Source, report: Report) -> BackupResult:
     entry = _write_image(source, report)
     manifest = dataclasses.replace(job.manifest, backups=(*job.manifest.backups, entry))
     job.folder.replace_manifest(manifest, keep_old=job.plan.reason == _UNREADABLE)
-    _forget_unneeded(store, job, manifest)  # law 3: not before this line
+    _forget_unneeded(store, source, manifest)  # law 3: not before this line
     job.folder.drop_note()
     return BackupResult(job.disk.name, entry, job.folder.path_of(entry.file), time.monotonic() - started)
 
@@ -351,7 +351,7 @@ def _write_image(source: _Source, report: Report) -> BackupEntry:
     with files.replacing(path) as file:
         with os_errors_at(job.disk.image):
             copied = copy_clusters(
-                job.held.device,
+                source.point.device,
                 ImageFile(file.fileno(), path),
                 source.clusters,
                 source.runs(),
@@ -359,12 +359,12 @@ def _write_image(source: _Source, report: Report) -> BackupEntry:
                 report=report,
             )
         digest = _synced_digest(file.fileno(), path)
-        _require_untouched(job)
+        job.access.prove(source.point)
     return _entry(source, copied, digest)
 
 
 def _entry(source: _Source, copied: Copied, digest: str) -> BackupEntry:
-    job, disk, plan, checkpoint = source.job, source.job.disk, source.job.plan, source.checkpoint
+    job, disk, plan, checkpoint = source.job, source.point.disk, source.job.plan, source.point.checkpoint
     return BackupEntry(
         id=str(job.sequence), sequence=job.sequence, file=job.file,
         parent=None if plan.parent is None else plan.parent.id,
@@ -385,63 +385,40 @@ def _synced_digest(fd: int, place: str) -> str:
     return digest
 
 
-def _require_untouched(job: _Job) -> None:
-    """Refuse an image that somebody wrote in spite of our locks: the copy is of no point in time."""
-    if job.held.device.identity().is_block_device:
-        job.held.device.flush()  # the kernel counts what has reached it
-    if job.held.device.identity() != job.disk.identity:
-        raise Busy(
-            f"{job.disk.image} was written by another program while it was backed up",
-            next_step="stop that program and try again",
-        )
-
-
-def _forget_unneeded(store: Store, job: _Job, manifest: Manifest) -> None:
+def _forget_unneeded(store: Store, source: _Source, manifest: Manifest) -> None:
     """Let go of checkpoints that no coming backup counts from. The backup is made, whatever happens here."""
+    job, disk = source.job, source.point.disk
     needed = {entry.checkpoint.uuid for entry in (_newest(manifest), _newest(manifest, full=True)) if entry}
     unneeded = {entry.checkpoint.uuid for entry in manifest.backups} - needed
     abandoned = {work.checkpoint for work in job.leftovers}
     try:
-        _forget(store, job.disk, lambda member: member.uuid in unneeded or member.name in abandoned)
-        if job.plan.type_actual is BackupType.FULL:
-            mending.mend_closed_periods(store, job.disk)
+        _forget(job.access, disk, lambda member: member.uuid in unneeded or member.name in abandoned)
+        if job.plan.type_actual is BackupType.FULL and job.access.holds_alone:
+            mending.mend_closed_periods(store, disk)
     except LmdbitmapError as error:
-        log.warning("disk %s: old checkpoints stay until the next backup: %s", job.disk.name, error)
+        log.warning("disk %s: old checkpoints stay until the next backup: %s", disk.name, error)
 
 
-def _forget(store: Store, disk: Disk, is_unneeded: Callable[[Checkpoint], bool]) -> list[str]:
-    """Merge checkpoints of backups into the ones before, in one transaction. Something has to record: answers
-    the names of those that had to stay."""
-
-    def change(writer: Writer) -> list[str]:
-        stay = []
-        for member in writer.checkpoints(disk.uuid):
-            if not is_checkpoint_name(member.name) or not is_unneeded(member):
-                continue
-            if member.epoch == disk.epoch and len(chain.epoch_chain(writer, disk)) == 1:
-                stay.append(member.name)
-            else:
-                chain.forget(writer, disk, member.name)
-        return stay
-
-    return store.update(change)
+def _forget(way: Access, disk: Disk, is_unneeded: Callable[[Checkpoint], bool]) -> list[str]:
+    """Merge checkpoints of backups, and no others, into the ones before. Answers the names of those that stay."""
+    return way.forget(disk, lambda member: is_checkpoint_name(member.name) and is_unneeded(member))
 
 
 # --- what did not come so far ---
 
 
-def _undo_unfinished(store: Store, disk: Disk, folder: BackupFolder) -> list[Unfinished]:
+def _undo_unfinished(way: Access, disk: Disk, folder: BackupFolder) -> list[Unfinished]:
     """Undo what runs made that the manifest does not know: they were killed, or failed. Answers what is left."""
     abandoned = folder.unfinished()
     names = {work.checkpoint for work in abandoned}
-    stay = _forget(store, disk, lambda member: member.name in names) if names else []
+    stay = _forget(way, disk, lambda member: member.name in names) if names else []
     if not stay:
         folder.drop_note()
     return [work for work in abandoned if work.checkpoint in stay]
 
 
-def _undo_after_failure(store: Store, job: _Job) -> None:
+def _undo_after_failure(job: _Job) -> None:
     try:
-        _undo_unfinished(store, job.disk, job.folder)
+        _undo_unfinished(job.access, job.disk, job.folder)
     except LmdbitmapError as error:
         log.warning("disk %s: the next backup will clean up after this one: %s", job.disk.name, error)

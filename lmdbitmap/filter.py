@@ -35,7 +35,7 @@ from contextlib import closing
 from lmdbitmap import chain, forks, schema, session
 from lmdbitmap.bits import Run
 from lmdbitmap.changes import Changes, Standing, changes
-from lmdbitmap.errors import InvalidArgument, LmdbitmapError, StorageError, Untrusted, os_errors_at
+from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, StorageError, Untrusted, os_errors_at
 from lmdbitmap.extents import Trust
 from lmdbitmap.flushing import Flusher
 from lmdbitmap.geometry import Geometry
@@ -182,6 +182,9 @@ class Filter:
         """
         if self._detached:
             raise _detached_error(self.disk)
+        for snapshot in self.snapshots:
+            if snapshot.checkpoint.name == name:
+                raise _held_error(snapshot)
         if not self.store.update(lambda writer: self._forget_unless_newest(writer, name)):
             self._between_periods(lambda writer, disk: _forget(writer, disk, name))
 
@@ -233,13 +236,14 @@ class Filter:
     def resize(self, size: int) -> None:
         """Grow (the new area is dirty) or shrink (bits past the end are gone for good) disk and image.
 
-        Durable on return. A death in between leaves either size, and the bitmap right for it.
+        Durable on return. A death in between leaves either size, and the bitmap right for it. Raises `Busy` while a
+        snapshot is held: whoever reads it counts on the bits past the end.
         """
         self._flusher.require_sound()
         with self._frozen():
+            if self.snapshots:
+                raise _held_error(self.snapshots[0])
             self._change_chain(lambda writer, disk: _begin_resize(writer, disk, size))
-            for snapshot in self.snapshots:
-                snapshot.keep(size, snapshot.size - size)
             try:
                 with os_errors_at(self.disk.image):
                     self.device.resize(size)
@@ -537,6 +541,7 @@ def take_snapshot(filters: Sequence[Filter], name: str, scratch: Scratch) -> lis
     """
     _require_each_once(filters)
     snapshots: dict[Filter, Snapshot] = {}
+    store = filters[0].store
 
     def hold(attached: Filter, checkpoint: Checkpoint) -> None:
         snapshots[attached].checkpoint = checkpoint
@@ -546,13 +551,13 @@ def take_snapshot(filters: Sequence[Filter], name: str, scratch: Scratch) -> lis
         files = {attached: on_failure.enter_context(closing(ScratchFile(scratch))) for attached in filters}
 
         def prepare(attached: Filter) -> None:
-            snapshots[attached] = Snapshot(attached.disk, attached.device, files[attached])
+            snapshots[attached] = Snapshot(store, attached.disk, attached.device, files[attached])
 
         _take_points(filters, name, hold, prepare)
         for attached, snapshot in snapshots.items():
             snapshot.before_release = functools.partial(attached._let_go_of, snapshot)
             on_failure.callback(snapshot.release)
-        _flush_images(filters, name)
+        _flush_images(filters, name, on_failure.close)
         on_failure.pop_all()
     return [snapshots[attached] for attached in filters]
 
@@ -585,11 +590,12 @@ def _take_points(
     return [checkpoint for checkpoint, _, _ in points]
 
 
-def _flush_images(filters: Sequence[Filter], name: str) -> None:
+def _flush_images(filters: Sequence[Filter], name: str, let_go: Callable[[], None] = lambda: None) -> None:
     try:
         for attached in filters:
             attached.flush()
     except StorageError as error:
+        let_go()
         for attached in filters:
             attached._take_back(name)
         error.next_step = f"no checkpoint was made; {error.next_step}"
@@ -669,4 +675,11 @@ def _inherited_error(disk: Disk) -> StorageError:
         f"disk {disk.name!r} was attached before this process was forked",
         OSError(errno.ESHUTDOWN, "of another process"),
         next_step="attach it in the process that writes, and write nowhere else",
+    )
+
+
+def _held_error(snapshot: Snapshot) -> Busy:
+    return Busy(
+        f"disk {snapshot.disk.name!r} is held as at checkpoint {snapshot.checkpoint.name!r}",
+        next_step="release that snapshot first, or wait for who reads it",
     )

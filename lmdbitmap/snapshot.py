@@ -16,6 +16,7 @@ on, and nobody may read them. What holds all the time:
 3. The scratch file is bounded. Where it is full, or fails, the snapshot is *broken*: its readers are told why, after
    their read too, and writers go on at once. The guest never waits for whoever reads.
 4. The scratch file has no name: whatever dies, nothing is left of it.
+5. The disk keeps its size while it is held: a shrink would drop bits that readers still count on (`Filter.resize`).
 
 A `Holding` is the snapshots of a disk, and its `let_through` the blocks whose writes concern none of them any more
 and are durably dirty: what a lane looks at instead of the period's `settled` map while there are any.
@@ -36,6 +37,7 @@ from typing import Final, NamedTuple
 
 from lmdbitmap import bits
 from lmdbitmap.bits import Run
+from lmdbitmap.changes import Changes, changes
 from lmdbitmap.device import DATA, HOLE
 from lmdbitmap.errors import InvalidArgument, StorageError, os_errors_at
 from lmdbitmap.geometry import REGION_BYTES, Geometry, ceil_div, check_range
@@ -43,6 +45,7 @@ from lmdbitmap.interfaces import Allocation, BlockDevice, joined
 from lmdbitmap.plain import PlainLane
 from lmdbitmap.read_only import ReadOnlyDevice
 from lmdbitmap.schema import Checkpoint, Disk
+from lmdbitmap.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -101,11 +104,13 @@ def _nameless_file(folder: str) -> int:
 class Snapshot(ReadOnlyDevice):
     """The disk at `checkpoint`. A `BlockDevice` and a `ServedDisk`, for any number of threads, until `release`."""
 
-    def __init__(self, disk: Disk, device: BlockDevice, file: ScratchFile) -> None:
+    checkpoint: Checkpoint
+    """Set by whoever takes it."""
+
+    def __init__(self, store: Store, disk: Disk, device: BlockDevice, file: ScratchFile) -> None:
+        self.store = store
         self.disk = disk
         """As it was described then."""
-        self.checkpoint: Checkpoint | None = None
-        """Set when it is taken."""
         cluster_bits = min(max(disk.granularity_bits, SMALLEST_CLUSTER_BITS), LARGEST_CLUSTER_BITS)
         self.clusters = Geometry(disk.size, cluster_bits)
         self.broken: str | None = None
@@ -126,6 +131,11 @@ class Snapshot(ReadOnlyDevice):
         self._zeroes = bytes(self.clusters.granularity)
 
     @property
+    def name(self) -> str:
+        """Under which it is served: no disk's name has an @."""
+        return f"{self.disk.name}@{self.checkpoint.name}"
+
+    @property
     def size(self) -> int:
         return self.clusters.size
 
@@ -138,12 +148,15 @@ class Snapshot(ReadOnlyDevice):
     def limit_bytes(self) -> int:
         return self._file.limit_bytes
 
+    def changes(self, *, since: str) -> Changes:
+        """What changed from checkpoint `since` up to its own; see changes.py."""
+        return changes(self.store, self.disk.name, since=since, until=self.checkpoint.name)
+
     # -- before a write ------------------------------------------------------------------------------------
 
     def keep(self, offset: int, length: int) -> None:
         """Return when the range may change: its old data is kept, or the snapshot is broken. Never raises."""
-        length = min(length, self.size - offset)  # what was added since has no old data
-        if length <= 0 or self.broken is not None:
+        if length == 0 or self.broken is not None:
             return
         clusters = self.clusters.blocks_outward(offset, length)
         with self._keeping:
@@ -242,11 +255,7 @@ class Snapshot(ReadOnlyDevice):
 
     def _read_untouched(self, buffer: memoryview, offset: int, start: int, stop: int) -> None:
         part, at = self._part(buffer, offset, start, stop)
-        try:
-            self._device.pread_into(part, at)
-        except (OSError, InvalidArgument):
-            if any(self._states[cluster] == _UNTOUCHED for cluster in range(start, stop)):
-                raise  # else the image was cut meanwhile, and what was cut off is kept
+        self._device.pread_into(part, at)
 
     def _read_kept(self, buffer: memoryview, offset: int, start: int, stop: int, state: int) -> None:
         part, at = self._part(buffer, offset, start, stop)
@@ -304,12 +313,9 @@ class Snapshot(ReadOnlyDevice):
                 yield Allocation(end - begin, *(HOLE if state == _ZERO else DATA))
 
     def _allocation_of_untouched(self, begin: int, end: int, start: int, stop: int) -> list[Allocation]:
-        try:
-            found = list(self._device.allocation(begin, end - begin))
-        except (OSError, InvalidArgument):  # cut meanwhile: what was cut off is kept
-            found = []
+        found = list(self._device.allocation(begin, end - begin))
         is_untouched = not any(self._states[cluster] for cluster in range(start, stop))
-        return found if found and is_untouched else [Allocation(end - begin, *DATA)]
+        return found if is_untouched else [Allocation(end - begin, *DATA)]
 
     # -- whose data is wanted ------------------------------------------------------------------------------
 
@@ -397,3 +403,12 @@ class Holding:
         """Let writes to these runs through from now on: they are durably dirty (law 1), and their old data is kept."""
         for start, stop in runs:
             bits.set_range(self.let_through, start, stop)
+
+
+def broken_error(disk: Disk, reason: str) -> StorageError:
+    """What is raised where a copy of a disk was to be made, and its snapshot broke meanwhile."""
+    return StorageError(
+        f"disk {disk.name!r}",
+        OSError(reason),
+        next_step="make the backup again, with more room for old data if that was lacking; the guest noticed nothing",
+    )

@@ -59,7 +59,8 @@ class BackedUpDisk(TrackedDisk):
 
     def files(self, to: str = "backups") -> list[str]:
         """What is in the disk's folder, without what is always there."""
-        return sorted(set(os.listdir(self.backup_folder(to).path)) - {"lock", "manifest.json"})
+        path = self.backup_folder(to).path
+        return sorted(set(os.listdir(path)) - {"lock", "manifest.json"}) if os.path.isdir(path) else []
 
     def backup_checkpoints(self) -> list[str]:
         """The checkpoints that backups hold, or left behind."""

@@ -65,6 +65,9 @@ def served_words(served: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for kind, label in (("commit", "commits"), ("flush", "flushes"), ("batch", "batches")):
         yield label, _latency_words(latencies[kind])
     yield "armed", f"{served['armed']} extents"
+    for held in served["snapshots"]:
+        room = f"{format_size(held['kept_bytes'])} of old data, room for {format_size(held['limit_bytes'])}"
+        yield "held", f"as at {held['checkpoint']}: {held['broken'] or room}"
 
 
 def _listed(numbers: Mapping[str, float], form: str) -> str:

@@ -10,7 +10,7 @@ from lmdbitmap.cli.changed import changes
 from lmdbitmap.cli.disks import add, info, ls, rm
 from lmdbitmap.cli.metrics import metrics
 from lmdbitmap.cli.options import STORE_VARIABLE, default_store, new_session
-from lmdbitmap.cli.points import adopt, checkpoint, forget, mark
+from lmdbitmap.cli.points import adopt, checkpoint, forget, mark, release, snapshot
 from lmdbitmap.cli.serve import serve
 from lmdbitmap.cli.soundness import check
 from lmdbitmap.version import __version__
@@ -58,6 +58,8 @@ _VERBS = (
     changes,
     backup,
     restore,
+    snapshot,
+    release,
     export,
     import_,
     inspect,

@@ -1,4 +1,4 @@
-"""Verbs that act on a disk's chain: checkpoint, forget, mark, adopt. Durable when they answer."""
+"""Verbs that act on a disk's chain: checkpoint, snapshot, release, forget, mark, adopt. Durable when they answer."""
 
 from __future__ import annotations
 
@@ -26,6 +26,41 @@ def checkpoint(asked: Session, disks: list[str], checkpoint_name: str) -> None:
         ownership.checkpoint(store, disks, checkpoint_name)
     confirm(asked, f"{', '.join(disks)}: checkpoint {checkpoint_name} made",
              disks=disks, checkpoint=checkpoint_name)  # fmt: skip
+
+
+@verb(examples=["lmdbitmap snapshot sda monday", "lmdbitmap snapshot sda,sdb monday --since sunday"])
+@click.argument("disks", metavar="NAME[,NAME…]", type=names)
+@click.argument("checkpoint_name", metavar="CHECKPOINT")
+@click.option(
+    "--since", metavar="CHECKPOINT", default="",
+    help="Keep only what a backup reads that counts from that checkpoint: it costs less, and the rest cannot be read.",
+)  # fmt: skip
+@click.pass_obj
+def snapshot(asked: Session, disks: list[str], checkpoint_name: str, since: str) -> None:
+    """Hold served disks as they are, for other programs to read.
+
+    A checkpoint is made on all of them at one moment, and each is exported as NAME@CHECKPOINT, read-only, with
+    what changed since older checkpoints (qemu:dirty-bitmap:…), until it is released.
+    """
+    with Store.open(asked.store_path) as store:
+        exports = ownership.snapshot(store, disks, checkpoint_name, since)
+    confirm(asked, f"held, and served as {', '.join(exports)}",
+            disks=disks, checkpoint=checkpoint_name, exports=exports)  # fmt: skip
+
+
+@verb(examples=["lmdbitmap release sda monday"])
+@click.argument("name")
+@click.argument("checkpoint_name", metavar="CHECKPOINT")
+@click.pass_obj
+def release(asked: Session, name: str, checkpoint_name: str) -> None:
+    """Let go of a disk that was held.
+
+    The checkpoint stays. Fails if old data could not be kept: then what was read is of no use.
+    """
+    with Store.open(asked.store_path) as store:
+        kept_bytes = ownership.release(store, name, checkpoint_name)
+    confirm(asked, f"{name}@{checkpoint_name}: released; {format_size(kept_bytes)} of old data had been kept",
+            disk=name, checkpoint=checkpoint_name, kept_bytes=kept_bytes)  # fmt: skip
 
 
 @verb(examples=["lmdbitmap forget sda monday"])

@@ -22,7 +22,7 @@ from lmdbitmap import bitmap_file as flat_bitmap_file
 from lmdbitmap.cli import logs
 from lmdbitmap.cli.logs import HUMAN, STYLES, VARIABLE
 from lmdbitmap.cli.metrics import metrics_served
-from lmdbitmap.cli.options import Session, utf8_path, verb
+from lmdbitmap.cli.options import Session, size, utf8_path, verb
 from lmdbitmap.cli.output import say
 from lmdbitmap.cli.ownership import find_disk, require_unowned
 from lmdbitmap.cli.places import Places, group_id, host_and_port, is_loopback, passed_sockets, socket_mode
@@ -31,10 +31,12 @@ from lmdbitmap.filter import Filter
 from lmdbitmap.measured import MeasuredStore
 from lmdbitmap.nbd.control import ControlServer
 from lmdbitmap.nbd.dirty_contexts import tracked_contexts
+from lmdbitmap.nbd.held import HeldSnapshots
 from lmdbitmap.nbd.server import Server
 from lmdbitmap.nbd.supervisor import Supervisor
 from lmdbitmap.nbd.watch import Watch
 from lmdbitmap.period import DEFAULT_MAX_ARMED
+from lmdbitmap.snapshot import Scratch
 from lmdbitmap.store import Store
 
 log = logging.getLogger(__name__)
@@ -85,6 +87,15 @@ _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     help="Also keep the disk's bitmap in this flat file: taken in and called unclean now, written out at a clean"
     " end. Without it the store is all that is needed.",
 )  # fmt: skip
+@click.option(
+    "--scratch", metavar="DIR", type=utf8_path,
+    help="Where old data goes that the guest overwrites while a backup reads. [default: the store's folder]",
+)  # fmt: skip
+@click.option(
+    "--scratch-limit", metavar="SIZE", type=size, default="10G", show_default=True,
+    help="How much of it each backup of a disk may have there; one that needs more fails.",
+)  # fmt: skip
+@click.option("--scratch-preallocate", is_flag=True, help="Take all of that room when a backup begins.")
 @click.option("--max-armed", type=click.IntRange(1, 1 << 20), default=DEFAULT_MAX_ARMED, hidden=True)
 @click.pass_obj
 def serve(
@@ -100,6 +111,9 @@ def serve(
     log_style: str,
     verbose: bool,
     bitmap_file: str | None,
+    scratch: str | None,
+    scratch_limit: int,
+    scratch_preallocate: bool,
     max_armed: int,
 ) -> None:
     """Serve disks over NBD, and track the writes.
@@ -126,7 +140,8 @@ def serve(
         disks = {name: attached.enter_context(_attach(stores[name], name, max_armed)) for name in names}
         if bitmap_file is not None:
             _take_in(disks[names[0]], bitmap_file)
-        with _served(disks, stores, attached) as server, contextlib.ExitStack() as beside:
+        room = Scratch(scratch or store.path, scratch_limit, scratch_preallocate)
+        with _served(disks, stores, room, attached) as server, contextlib.ExitStack() as beside:
             places.open_all(server)
             url = beside.enter_context(metrics_served(store, names, *scraped)) if scraped else None
             ending.ends(server)
@@ -145,12 +160,15 @@ def _require_sense(names: Sequence[str], bitmap_file: str | None) -> None:
 
 @contextlib.contextmanager
 def _served(
-    disks: Mapping[str, Filter], stores: Mapping[str, MeasuredStore], attached: contextlib.ExitStack
+    disks: Mapping[str, Filter],
+    stores: Mapping[str, MeasuredStore],
+    scratch: Scratch,
+    attached: contextlib.ExitStack,
 ) -> Iterator[Server]:
     """A server of the disks and of those who ask about them; afterwards nobody uses the disks any more."""
     server = Server(disks, contexts_of=tracked_contexts)
     watch = Watch(server, {name: store.commits for name, store in stores.items()})
-    control = ControlServer(disks, watch=watch)
+    control = ControlServer(disks, watch=watch, held=HeldSnapshots(disks, server, scratch))
     try:
         control.start()
         yield server

@@ -17,7 +17,7 @@ import errno
 import hashlib
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Final
 
@@ -26,7 +26,7 @@ from lmdbitmap.geometry import ceil_div, check_range
 from lmdbitmap.interfaces import Allocation, Buffer, ImageIdentity, joined
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.client_handshake import FarExport
-from lmdbitmap.nbd.client_link import DIAL_S, WINDOW, Request, dial
+from lmdbitmap.nbd.client_link import DIAL_S, WINDOW, Link, Request, dial
 from lmdbitmap.nbd.client_session import Conversation, failure
 from lmdbitmap.nbd.uri import Place, parse
 
@@ -47,12 +47,22 @@ class NbdDevice:
     fd = None
 
     def __init__(
-        self, place: Place, *, read_only: bool, reconnect_s: float = RECONNECT_S, keep_bytes: int = KEEP_BYTES
+        self,
+        place: Place,
+        *,
+        read_only: bool,
+        reconnect_s: float = RECONNECT_S,
+        keep_bytes: int = KEEP_BYTES,
+        connect: Callable[[], Link] | None = None,
     ) -> None:
+        """`connect` makes each connection, where that takes more than to dial the place."""
         self.place = place
         self._read_only = read_only
         self._conversation = Conversation(
-            lambda: dial(place, DIAL_S), place.uri, reconnect_s=reconnect_s, keep_bytes=keep_bytes
+            connect or (lambda: dial(place, DIAL_S)),
+            place.uri,
+            reconnect_s=reconnect_s,
+            keep_bytes=keep_bytes,
         )
         self.export = self._conversation.export
         self._minimum = self.export.minimum

@@ -348,10 +348,13 @@ def _some(sock: socket.socket, target: memoryview) -> int:
 
 def dial(place: Place, timeout_s: float = DIAL_S) -> Link:
     """Connect and agree on the export. Raises what `negotiation` raises, and `OSError` where nobody answers."""
-    deadline = time.monotonic() + timeout_s
-    sock = _connected(place, timeout_s)
+    return agreed(_connected(place, timeout_s), place.export, timeout_s)
+
+
+def agreed(sock: socket.socket, export_name: str, timeout_s: float = DIAL_S) -> Link:
+    """Agree on an export over a connection that is there. The socket is the link's, or closed."""
     try:
-        export = _negotiated(sock, place.export, deadline)
+        export = _negotiated(sock, export_name, time.monotonic() + timeout_s)
         sock.settimeout(None)
         return Link(sock, export)
     except BaseException:

@@ -27,9 +27,10 @@ from typing import Final
 from lmdbitmap.errors import Busy, LmdbitmapError, error_from_os, os_errors_at
 from lmdbitmap.nbd import control_wire as wire
 from lmdbitmap.nbd.control_client import receive_line, short_path
-from lmdbitmap.nbd.orders import Answer, Filters
-from lmdbitmap.nbd.orders import answer as answer
+from lmdbitmap.nbd.held import HeldSnapshots
+from lmdbitmap.nbd.orders import Answer, Filters, Scene, answer
 from lmdbitmap.nbd.watch import TICK_S, Watch
+from lmdbitmap.snapshot import Snapshot
 from lmdbitmap.version import __version__
 
 _log = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ _BACKLOG: Final = 16
 _ACCEPT_PAUSE_S: Final = 0.1
 _PEER: Final = struct.Struct("3i")
 _REQUEST: Final = "request"
+_CONNECT: Final = {"operation": "connect", "arguments": {}}
+_WHILE_BOUND_S: Final = 1e7
 
 # -- who asks ----------------------------------------------------------------------------------------------
 
@@ -57,11 +60,13 @@ class ControlServer:
         filters: Filters,
         *,
         watch: Watch | None = None,
+        held: HeldSnapshots | None = None,
         max_callers: int = MAX_CALLERS,
         patience_s: float = PATIENCE_S,
     ) -> None:
         self.filters = dict(filters)
         self.watch = watch
+        self.held = held
         self.patience_s = patience_s
         self.stopping = False
         self._max_callers = max_callers
@@ -195,6 +200,7 @@ class _Caller(threading.Thread):
         self._server = server
         self._sock = sock
         self._sending = False
+        self._bound: list[Snapshot] = []
 
     def run(self) -> None:
         try:
@@ -203,7 +209,13 @@ class _Caller(threading.Thread):
         except OSError as error:
             _log.info("a caller at the control socket is gone: %s", error)
         finally:
+            self._release_bound()
             self._server.forget_caller(self)
+
+    def _release_bound(self) -> None:
+        for snapshot in self._bound:
+            assert self._server.held is not None
+            self._server.held.release(snapshot)
 
     def turn_away(self) -> None:
         """There are too many. Does not wait: the line fits into any socket's buffer."""
@@ -229,16 +241,37 @@ class _Caller(threading.Thread):
             _require_welcome(self._sock)
             self._send(self._server.hello())
             while not self._server.stopping and (line := self._receive(lines)) is not None:
-                self._send(self._answer(wire.decode(line, _REQUEST)))
+                self._respond(wire.decode(line, _REQUEST))
         except LmdbitmapError as error:
             self._send(_error(error))
 
     def _receive(self, lines: wire.LineBuffer) -> bytes | None:
-        return receive_line(self._sock, lines, time.monotonic() + self._server.patience_s)
+        """Whoever has a snapshot bound to it may be silent for as long as it reads that."""
+        patience_s = _WHILE_BOUND_S if self._bound else self._server.patience_s
+        return receive_line(self._sock, lines, time.monotonic() + patience_s)
+
+    def _respond(self, request: wire.Message) -> None:
+        if request == _CONNECT:
+            self._hand_over_connection()
+        else:
+            self._send(self._answer(request))
+
+    def _hand_over_connection(self) -> None:
+        """Give the caller the other end of a connection to the NBD server."""
+        try:
+            if self._server.held is None:
+                raise Busy("nothing is held here for others", next_step="serve the disk instead")
+            connection = self._server.held.connect()
+        except LmdbitmapError as error:
+            self._send(_error(error))
+            return
+        with connection:
+            self._send({"answer": {}}, connection.fileno())
 
     def _answer(self, request: wire.Message) -> Answer:
+        scene = Scene(self._server.filters, self._server.watch, self._server.held, self._bound)
         try:
-            return {"answer": answer(self._server.filters, request, self._server.watch)}
+            return {"answer": answer(scene, request)}
         except LmdbitmapError as error:
             return _error(error)
         except Exception as bug:
@@ -246,11 +279,13 @@ class _Caller(threading.Thread):
             problem = f"the owner failed with {type(bug).__name__}: {bug}"
             return _error(LmdbitmapError(problem[:1000], next_step="see its log, and report this as a fault"))
 
-    def _send(self, message: wire.Message) -> None:
+    def _send(self, message: wire.Message, fd: int | None = None) -> None:
         patience_s = self._server.patience_s
         self._sock.settimeout(min(LAST_WORD_S, patience_s) if self._server.stopping else patience_s)
         self._sending = True
-        self._sock.sendall(wire.encode(message))
+        data = wire.encode(message)
+        sent = 0 if fd is None else socket.send_fds(self._sock, [data], [fd])
+        self._sock.sendall(data[sent:])
         self._sending = False
 
 

@@ -98,6 +98,26 @@ class Client:
             raise self._went_away() from refusal
         return wire.field(self._receive(timeout_s), "answer", dict, self._place)
 
+    def connection(self) -> socket.socket:
+        """A new connection to the owner's NBD server: another end of it is there already."""
+        try:
+            self._sock.settimeout(CONNECT_S)
+            self._sock.sendall(wire.encode({"operation": "connect", "arguments": {}}))
+            data, fds, *_ = socket.recv_fds(self._sock, _RECEIVE, 1)
+        except OSError as refusal:
+            raise self._went_away() from refusal
+        self._lines.add(data)
+        passed = [socket.socket(fileno=fd) for fd in fds]
+        try:
+            wire.field(self._receive(CONNECT_S), "answer", dict, self._place)
+            if len(passed) != 1:
+                raise self._went_away()
+        except BaseException:
+            for sock in passed:
+                sock.close()
+            raise
+        return passed[0]
+
     def close(self) -> None:
         self._sock.close()
 

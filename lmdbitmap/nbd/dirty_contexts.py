@@ -3,7 +3,7 @@
 A status is 1 for dirty and 0 for clean, and 0 is said of what cannot differ from the checkpoint only. Where
 that is not known the answer is dirty (the bitmap is untrusted) or an error (the checkpoint is gone, or of an
 older epoch). The answer holds at the moment of the question; a client that wants one moment for the whole
-disk asks of a snapshot.
+disk asks of a snapshot, which answers up to its own checkpoint.
 
 A client picks its contexts by name, once; what it is told later is about that very checkpoint, and not about
 another one of the same name.
@@ -22,6 +22,7 @@ from lmdbitmap.filter import Filter
 from lmdbitmap.interfaces import ServedDisk
 from lmdbitmap.nbd.contexts import StatusSource, base_contexts
 from lmdbitmap.schema import Checkpoint
+from lmdbitmap.snapshot import Snapshot
 
 _log = logging.getLogger(__name__)
 
@@ -33,13 +34,13 @@ CLEAN: Final = 0
 def tracked_contexts(name: str, disk: ServedDisk) -> Mapping[str, StatusSource]:
     """What a tracked disk can say at this moment: where it is allocated, and what changed since when."""
     contexts = dict(base_contexts(name, disk))
-    if isinstance(disk, Filter):
+    if isinstance(disk, (Filter, Snapshot)):
         for checkpoint in _checkpoints(disk):
             contexts[NAMESPACE + checkpoint.name] = dirty_source(disk, checkpoint)
     return contexts
 
 
-def dirty_source(disk: Filter, checkpoint: Checkpoint) -> StatusSource:
+def dirty_source(disk: Filter | Snapshot, checkpoint: Checkpoint) -> StatusSource:
     """What changed since `checkpoint`; raises what `Filter.changes` does, and `NotFound` once another has its name."""
 
     def source(offset: int, length: int) -> Iterator[tuple[int, int]]:
@@ -54,17 +55,24 @@ def dirty_source(disk: Filter, checkpoint: Checkpoint) -> StatusSource:
     return source
 
 
-def _checkpoints(disk: Filter) -> list[Checkpoint]:
-    """Those of the disk's epoch, older ones can no longer be asked; none if the store cannot be read."""
+def _checkpoints(disk: Filter | Snapshot) -> list[Checkpoint]:
+    """Those of the disk's epoch, older ones can no longer be asked; of a snapshot, those before its own.
+
+    None if the store cannot be read.
+    """
     try:
         with disk.store.read() as reader:
-            now = chain.find_disk(reader, disk.disk.name)
-            return [
-                checkpoint for checkpoint in reader.checkpoints(now.uuid) if checkpoint.epoch == now.epoch
-            ]
+            members = chain.epoch_chain(reader, chain.find_disk(reader, disk.disk.name))
     except LmdbitmapError as error:
         _log.warning("disk %s is served without its dirty bitmaps: %s", disk.disk.name, error)
         return []
+    if isinstance(disk, Filter):
+        return members
+    return [
+        member
+        for member in members
+        if member.epoch == disk.checkpoint.epoch and member.sequence < disk.checkpoint.sequence
+    ]
 
 
 def _statuses(answer: Changes, offset: int, length: int) -> Iterator[tuple[int, int]]:

@@ -39,6 +39,8 @@ class Export(NamedTuple):
     flags: int
     description: str = ""
     contexts: tuple[str, ...] = ()
+    beside: bool = False
+    """Whether it does not count where the only export is looked for: a disk as it was, beside itself."""
 
 
 class Agreed(NamedTuple):
@@ -164,8 +166,9 @@ class Handshake:
 
     def _find(self, name: str) -> Export | None:
         """The export of that name; the empty name is the only export when there is just one."""
-        if name == "" and len(self._exports) == 1:
-            return next(iter(self._exports.values()))
+        if name == "":
+            alone = [export for export in self._exports.values() if not export.beside]
+            return alone[0] if len(alone) == 1 else self._exports.get(name)
         return self._exports.get(name)
 
     def _transmission_flags(self, export: Export) -> int:

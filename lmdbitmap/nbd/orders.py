@@ -11,10 +11,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 from lmdbitmap import chain, export
+from lmdbitmap.access import want_changes
 from lmdbitmap.errors import Busy, InvalidArgument, NotFound, os_errors_at
 from lmdbitmap.filter import Filter, take_checkpoint
 from lmdbitmap.nbd import control_wire as wire
+from lmdbitmap.nbd.held import HeldSnapshots
 from lmdbitmap.nbd.watch import Watch
+from lmdbitmap.snapshot import Snapshot
 
 _log = logging.getLogger(__name__)
 
@@ -24,11 +27,18 @@ Filters = Mapping[str, Filter]
 Answer = dict[str, Any]
 
 
-def answer(filters: Filters, request: wire.Message, watch: Watch | None = None) -> Answer:
-    """Do what the request says. Raises the errors that the disks raise, and `FormatError` for no request.
+class Scene(NamedTuple):
+    """What a request is about. With a `watch`, `info` also tells what it knows of each disk."""
 
-    With a `watch`, `info` also tells what it knows of each disk.
-    """
+    filters: Filters
+    watch: Watch | None = None
+    held: HeldSnapshots | None = None
+    bound: list[Snapshot] | None = None
+    """Snapshots that are to be released when whoever asks hangs up."""
+
+
+def answer(scene: Scene, request: wire.Message) -> Answer:
+    """Do what the request says. Raises the errors that the disks raise, and `FormatError` for no request."""
     name = wire.field(request, "operation", str, _REQUEST)
     operation = _OPERATIONS.get(name)
     if operation is None:
@@ -41,15 +51,10 @@ def answer(filters: Filters, request: wire.Message, watch: Watch | None = None) 
     values: Answer = {
         name: wire.field(arguments, name, kind, _REQUEST) for name, kind in operation.arguments.items()
     }
-    return operation.act(_Scene(filters, watch), **values)
+    return operation.act(scene, **values)
 
 
-class _Scene(NamedTuple):
-    filters: Filters
-    watch: Watch | None
-
-
-def _info(scene: _Scene) -> Answer:
+def _info(scene: Scene) -> Answer:
     disks = []
     for name, attached in scene.filters.items():
         served = {} if scene.watch is None else {"served": scene.watch.facts(name)}
@@ -75,52 +80,105 @@ def _described(attached: Filter) -> Answer:
         "trust": standing.trust.value,
         "reason": standing.reason,
         "armed": attached.armed_count,
+        "snapshots": [_snapshot_facts(snapshot) for snapshot in attached.snapshots],
     }
 
 
-def _checkpoint(scene: _Scene, disks: list[Any], name: str) -> Answer:
-    filters = scene.filters
-    foreign = [str(disk) for disk in disks if not isinstance(disk, str) or disk not in filters]
-    if foreign:
-        raise Busy(
-            f"not served by this process: {', '.join(foreign)}",
-            next_step="serve all of the disks in one process, or stop serving them",
-        )
-    taken = take_checkpoint([filters[disk] for disk in disks], name)
+def _snapshot_facts(snapshot: Snapshot) -> Answer:
+    return {
+        "checkpoint": snapshot.checkpoint.name,
+        "kept_bytes": snapshot.kept_bytes,
+        "limit_bytes": snapshot.limit_bytes,
+        "broken": snapshot.broken,
+    }
+
+
+def _checkpoint(scene: Scene, disks: list[Any], name: str) -> Answer:
+    _require_ours(scene, disks)
+    taken = take_checkpoint([scene.filters[disk] for disk in disks], name)
     for disk in disks:
         _log.info("disk %s: checkpoint %s is made", disk, name)
     return {"checkpoints": [{"disk": disk, "uuid": str(checkpoint.uuid), "time_ns": checkpoint.time_ns}
                             for disk, checkpoint in zip(disks, taken, strict=True)]}  # fmt: skip
 
 
-def _persist(scene: _Scene, disk: str) -> Answer:
+def _require_ours(scene: Scene, disks: list[Any]) -> None:
+    foreign = [str(disk) for disk in disks if not isinstance(disk, str) or disk not in scene.filters]
+    if foreign:
+        raise Busy(
+            f"not served by this process: {', '.join(foreign)}",
+            next_step="serve all of the disks in one process, or stop serving them",
+        )
+
+
+def _snapshot(scene: Scene, disks: list[Any], name: str, since: list[Any], bound: bool) -> Answer:
+    """Hold the disks. Of those that have a checkpoint in `since`, only what changed since then will be read."""
+    _require_ours(scene, disks)
+    if len(since) != len(disks) or not all(isinstance(one, str) for one in since):
+        raise InvalidArgument("`since` is a checkpoint or nothing for each disk", next_step="name as many")
+    held = _held(scene)
+    taken = held.take(disks, name)
+    try:
+        for snapshot, checkpoint in zip(taken, since, strict=True):
+            if checkpoint:
+                want_changes(snapshot, checkpoint)
+    except BaseException:
+        for snapshot in taken:
+            held.release(snapshot)
+        raise
+    if bound and scene.bound is not None:
+        scene.bound.extend(taken)
+    return {"snapshots": [{"disk": snapshot.disk.name, "export": snapshot.name, "epoch": str(snapshot.checkpoint.epoch),
+                           "uuid": str(snapshot.checkpoint.uuid), "time_ns": snapshot.checkpoint.time_ns}
+                          for snapshot in taken]}  # fmt: skip
+
+
+def _release(scene: Scene, disk: str, checkpoint: str) -> Answer:
+    """Release a snapshot, and say whether all that was read of it is the disk at that checkpoint."""
+    _named(scene, disk)
+    held = _held(scene)
+    snapshot = held.find(disk, checkpoint)
+    facts = _snapshot_facts(snapshot)
+    held.release(snapshot)
+    return {**facts, "broken": snapshot.broken}
+
+
+def _held(scene: Scene) -> HeldSnapshots:
+    if scene.held is None:
+        raise Busy(
+            "the process that owns the disk holds no snapshots for others", next_step="serve it instead"
+        )
+    return scene.held
+
+
+def _persist(scene: Scene, disk: str) -> Answer:
     _named(scene, disk).persist()
     return {}
 
 
-def _mark(scene: _Scene, disk: str, offset: int, length: int) -> Answer:
+def _mark(scene: Scene, disk: str, offset: int, length: int) -> Answer:
     _named(scene, disk).mark(offset, length)
     return {}
 
 
-def _merge(scene: _Scene, disk: str, bitmap: str) -> Answer:
+def _merge(scene: Scene, disk: str, bitmap: str) -> Answer:
     export.merge_into(_named(scene, disk), bitmap)
     return {}
 
 
-def _forget(scene: _Scene, disk: str, checkpoint: str) -> Answer:
+def _forget(scene: Scene, disk: str, checkpoint: str) -> Answer:
     _named(scene, disk).forget(checkpoint)
     return {}
 
 
-def _resize(scene: _Scene, disk: str, size: int) -> Answer:
+def _resize(scene: Scene, disk: str, size: int) -> Answer:
     attached = _named(scene, disk)
     with os_errors_at(attached.disk.image):
         attached.resize(size)
     return {"size": attached.size}
 
 
-def _named(scene: _Scene, disk: str) -> Filter:
+def _named(scene: Scene, disk: str) -> Filter:
     found = scene.filters.get(disk)
     if found is None:
         raise NotFound(f"disk {disk!r} is not served by this process", next_step="ask the one that serves it")
@@ -135,6 +193,8 @@ class _Operation(NamedTuple):
 _OPERATIONS: Final = {
     "info": _Operation(_info, {}),
     "checkpoint": _Operation(_checkpoint, {"disks": list, "name": str}),
+    "snapshot": _Operation(_snapshot, {"disks": list, "name": str, "since": list, "bound": bool}),
+    "release": _Operation(_release, {"disk": str, "checkpoint": str}),
     "persist": _Operation(_persist, {"disk": str}),
     "mark": _Operation(_mark, {"disk": str, "offset": int, "length": int}),
     "merge": _Operation(_merge, {"disk": str, "bitmap": str}),

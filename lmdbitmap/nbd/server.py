@@ -21,6 +21,7 @@ import weakref
 from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
+from lmdbitmap.errors import AlreadyExists
 from lmdbitmap.interfaces import ServedDisk
 from lmdbitmap.nbd.contexts import ContextsOf, base_contexts
 from lmdbitmap.nbd.listeners import InheritedListener, Listener, TcpListener, UnixListener
@@ -31,6 +32,8 @@ _log = logging.getLogger(__name__)
 
 _ACCEPT_PAUSE_S: Final = 0.1
 _SLACK_S: Final = 1.0
+_BESIDE: Final = ""
+"""Stands for all disks that come and go, where past traffic is counted; no disk has that name."""
 
 
 class Counters(NamedTuple):
@@ -57,6 +60,7 @@ class Server:
         contexts_of: ContextsOf = base_contexts,
     ) -> None:
         self._disks = dict(disks)
+        self._residents = tuple(disks)
         self._contexts_of = contexts_of
         self._max_connections = max_connections
         self._handshake_timeout_s = handshake_timeout_s
@@ -66,7 +70,7 @@ class Server:
         self._visits: set[Visit] = set()
         self._connections = 0
         self._turned_away = 0
-        self._past_traffic = dict.fromkeys(self._disks, NO_TRAFFIC)
+        self._past_traffic = dict.fromkeys([*self._disks, _BESIDE], NO_TRAFFIC)
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         weakref.finalize(self, os.close, self._wake_fd)  # no sooner: a late signal may still write to it
         self._stopping = False
@@ -98,8 +102,35 @@ class Server:
 
     @property
     def uris(self) -> list[str]:
-        """One for every disk at every listener."""
-        return [listener.uri(name) for listener in self._listeners for name in self._disks]
+        """One for every disk that it was made for at every listener."""
+        return [listener.uri(name) for listener in self._listeners for name in self._residents]
+
+    def uris_of(self, name: str) -> list[str]:
+        """One for every listener."""
+        return [listener.uri(name) for listener in self._listeners]
+
+    def add(self, name: str, disk: ServedDisk) -> None:
+        """Serve one more disk, beside those that it was made for. Raises `AlreadyExists` for a name that is taken."""
+        with self._lock:
+            if name in self._disks:
+                raise AlreadyExists(f"{name!r} is served already", next_step="choose another name")
+            self._disks[name] = disk
+
+    def remove(self, name: str) -> None:
+        """Serve a disk no more: its clients are cut off. Whoever still reads of it is told by the disk itself."""
+        with self._lock:
+            self._disks.pop(name, None)
+            visits = [visit for visit in self._visits if visit.export_name == name]
+        for visit in visits:
+            visit.cut_off()
+
+    def take_in(self, sock: socket.socket) -> bool:
+        """Serve a client that is connected already, and need not begin TLS; whether there was room for it."""
+        return self._welcome(sock, None)
+
+    def _served_now(self) -> dict[str, ServedDisk]:
+        with self._lock:
+            return dict(self._disks)
 
     @property
     def counters(self) -> Counters:
@@ -172,17 +203,16 @@ class Server:
             _log.warning("cannot take a client in: %s", refused)
             time.sleep(_ACCEPT_PAUSE_S)  # out of descriptors or memory: asking again at once would only spin
             return
+        self._welcome(sock, listener.tls)
+
+    def _welcome(self, sock: socket.socket, tls: ssl.SSLContext | None) -> bool:
         visit = Visit(
-            sock,
-            self._served,
-            handshake_timeout_s=self._handshake_timeout_s,
-            ended=self._forget,
-            tls=listener.tls,
+            sock, self._served, handshake_timeout_s=self._handshake_timeout_s, ended=self._forget, tls=tls
         )
         if not self._admit(visit):
             _log.warning("a client was turned away: %d are connected already", self._max_connections)
             sock.close()
-            return
+            return False
         _tune(sock)
         try:
             visit.start()
@@ -190,14 +220,19 @@ class Server:
             _log.warning("cannot serve a client: %s", refused)
             sock.close()
             self._forget(visit)
+            return False
+        return True
 
     def _served(self) -> Mapping[str, Served]:
         """The disks, with what can be asked of each at this moment: a visitor may pick from that."""
-        return {name: Served(disk, self._contexts_of(name, disk)) for name, disk in self._disks.items()}
+        return {
+            name: Served(disk, self._contexts_of(name, disk), beside=name not in self._residents)
+            for name, disk in self._served_now().items()
+        }
 
     def _admit(self, visit: Visit) -> bool:
         with self._lock:
-            if len(self._visits) >= self._max_connections:
+            if self._stopping or len(self._visits) >= self._max_connections:
                 self._turned_away += 1
                 return False
             self._visits.add(visit)
@@ -208,8 +243,8 @@ class Server:
         with self._lock:
             self._visits.discard(visit)
             if visit.export_name is not None:
-                past = self._past_traffic[visit.export_name]
-                self._past_traffic[visit.export_name] = summed([past, visit.traffic])
+                name = visit.export_name if visit.export_name in self._residents else _BESIDE
+                self._past_traffic[name] = summed([self._past_traffic[name], visit.traffic])
 
     # -- letting them go -----------------------------------------------------------------------------------
 

@@ -40,6 +40,8 @@ class Served(NamedTuple):
 
     disk: ServedDisk
     contexts: Mapping[str, StatusSource]
+    beside: bool = False
+    """As in `Export`."""
 
 
 class Visit:
@@ -202,4 +204,4 @@ def _export(name: str, served: Served) -> Export:
     disk = served.disk
     flags = _COMMON_FLAGS | nbd.NBD_FLAG_READ_ONLY if disk.read_only else _WRITABLE_FLAGS
     described = f"{name}, {'read-only' if disk.read_only else 'writable'}, served by lmdbitmap"
-    return Export(name, disk.size, flags, described, tuple(served.contexts))
+    return Export(name, disk.size, flags, described, tuple(served.contexts), served.beside)

@@ -135,14 +135,15 @@ def test_a_backup_that_was_damaged_is_not_restored(cli: Cli, repository: Path) -
     assert not (cli.folder / "out.raw").exists()
 
 
-def test_a_served_disk_is_not_backed_up(cli: Cli, repository: Path) -> None:
-    with cli.serving("sda"):
-        said = cli.fails(4, "backup", "sda", repository)
-    assert said == (
-        "disk 'sda' is being served or backed up by another process, and live backup is not built yet;"
-        " stop that process first, or wait for it"
-    )
-    assert cli.json("backup", "sda", repository)["backups"][0]["type"] == "incremental"
+def test_a_served_disk_is_backed_up_too(cli: Cli, repository: Path) -> None:
+    with cli.serving("sda") as served:
+        write(served.uris["sda"], MIB, 1)
+        [made] = cli.json("backup", "sda", repository)["backups"]
+        assert (made["type"], made["trust"], made["bytes_changed"]) == ("incremental", "exact", 64 * KIB)
+        write(served.uris["sda"], 3 * MIB, 1)
+    then = bytearray((cli.folder / "sda.raw").read_bytes())
+    then[3 * MIB : 3 * MIB + 64 * KIB] = bytes(64 * KIB)
+    assert _restored(cli, repository) == bytes(then)
 
 
 def test_unknown_disks_and_folders_are_told(cli: Cli, repository: Path) -> None:

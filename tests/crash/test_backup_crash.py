@@ -34,8 +34,8 @@ SIZE = 200_003
 BLOCK = 4096
 
 STEPS = [
-    "folder made", "synced", "folder made", "synced",
     "synced", "committed", "judged",
+    "folder made", "synced", "folder made", "synced",
     "synced", "renamed", "synced", "noted",
     "committed",
     "data written", "image written", "synced", "renamed", "synced",

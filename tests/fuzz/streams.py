@@ -7,7 +7,7 @@ import struct
 from typing import NamedTuple
 
 from lmdbitmap.errors import FormatError, InvalidArgument, LmdbitmapError
-from lmdbitmap.nbd import control, control_wire
+from lmdbitmap.nbd import control_wire, orders
 from lmdbitmap.nbd.handshake import Agreed, Export, Handshake, Outcome
 from tests.fuzz.inputs import WHOLE, Input, check_words, pieces_of
 
@@ -255,7 +255,7 @@ def check_error(message: dict[str, object]) -> None:
 def answer_of(message: dict[str, object]) -> None:
     """An owner without disks does nothing, and says so in words that can be sent."""
     try:
-        control_wire.encode({"answer": control.answer({}, message)})
+        control_wire.encode({"answer": orders.answer(orders.Scene({}), message)})
     except LmdbitmapError as error:
         with contextlib.suppress(InvalidArgument):
             control_wire.encode({"error": control_wire.error_fields(error)})

@@ -7,6 +7,7 @@ held; at the end every restore point of both repositories is compared with that.
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass, field
 
 from hypothesis import HealthCheck, settings
@@ -166,7 +167,8 @@ class Lives(RuleBasedStateMachine):
     def back_up_and_die(self, to: str, kind: BackupType, step: int) -> None:
         self.kills += 1
         self.disk.backup_and_die(step, kind, to)
-        made = self.disk.backup_folder(to).manifest() if step > 2 else None
+        folder = self.disk.backup_folder(to)
+        made = folder.manifest() if os.path.isdir(folder.path) else None
         if made is not None and len(made.backups) > len(self.points[to]):
             self._note(to, made.backups[-1])
         self.killed_in.add(to)

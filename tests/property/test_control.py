@@ -60,7 +60,7 @@ def test_a_request_of_any_shape_gets_an_answer_or_an_error_of_ours(
     disk: Filter, request_: dict[str, object]
 ) -> None:
     try:
-        answer = orders.answer({NAME: disk}, request_)
+        answer = orders.answer(orders.Scene({NAME: disk}), request_)
     except LmdbitmapError:
         return
     assert json.loads(json.dumps(answer)) == answer

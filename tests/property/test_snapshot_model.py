@@ -11,6 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from lmdbitmap.errors import Busy
 from lmdbitmap.snapshot import Scratch, Snapshot
 from tests.tracked import NAME, TrackedDisk, quick_folder
 
@@ -86,7 +87,11 @@ class SnapshotMachine(RuleBasedStateMachine):
 
     @rule(size=st.sampled_from(SIZES))
     def resize(self, size: int) -> None:
-        self.disk.resize(size)
+        if self.held:
+            with pytest.raises(Busy):
+                self.disk.resize(size)
+        else:
+            self.disk.resize(size)
 
     @rule()
     def checkpoint(self) -> None:

@@ -7,16 +7,17 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from lmdbitmap.errors import InvalidArgument, NotFound, StorageError
+from lmdbitmap.errors import Busy, InvalidArgument, NotFound, StorageError
 from lmdbitmap.filter import Filter, take_snapshot
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Buffer
-from lmdbitmap.snapshot import Scratch, Snapshot
-from tests.crash.tapped import TappedDevice, Turnstile, join, start
+from lmdbitmap.snapshot import Scratch
+from tests.crash.tapped import WRITES, TappedDevice, Turnstile, join, start
 from tests.support import PATIENCE_SECONDS, make_raw_image
 from tests.tracked import NAME, TrackedDisk, quick_folder
 
@@ -95,6 +96,18 @@ def test_nothing_is_left_of_it_in_its_folder(disk: Filter, folder: Path) -> None
     snapshot.release()
 
 
+def test_the_disk_keeps_its_size_and_the_checkpoint_while_it_is_held(disk: Filter, folder: Path) -> None:
+    snapshot = disk.snapshot("s", scratch(folder))
+    with pytest.raises(Busy, match="held as at checkpoint 's'"):
+        disk.resize(SIZE - BLOCK)
+    with pytest.raises(Busy, match="held as at checkpoint 's'"):
+        disk.forget("s")
+    snapshot.release()
+    disk.resize(SIZE - BLOCK)
+    disk.forget("s")
+    assert disk.size == SIZE - BLOCK
+
+
 def test_writers_are_fast_again_after_the_release(disk: Filter, folder: Path) -> None:
     lane = disk.lane()
     snapshot = disk.snapshot("s", scratch(folder))
@@ -123,14 +136,11 @@ def test_detach_releases_it(tracked: TrackedDisk, folder: Path) -> None:
 
 def test_it_cannot_be_written(disk: Filter, folder: Path) -> None:
     lane = disk.snapshot("s", scratch(folder)).lane()
-    for refused in (
-        lambda: lane.pwrite(b"x", 0),
-        lambda: lane.write_zeroes(0, 1),
-        lambda: lane.discard(0, 1),
-    ):
-        with pytest.raises(OSError, match="read-only") as refusal:
-            refused()
-        assert refusal.value.errno == errno.EPERM
+    for kind, change in WRITES.items():
+        if kind != "batch":
+            with pytest.raises(OSError, match="read-only") as refusal:
+                change(lane)  # type: ignore[arg-type]
+            assert refusal.value.errno == errno.EPERM
     assert lane.write_many([(0, memoryview(b"x"))]) == {0: errno.EPERM}
 
 
@@ -310,7 +320,7 @@ def test_release_waits_for_whoever_reads(slow: Filter, folder: Path) -> None:
 
 
 def test_threads_that_write_and_read_all_the_time_tear_nothing(disk: Filter, folder: Path) -> None:
-    snapshot, ending = disk.snapshot("s", scratch(folder)), threading.Event()
+    snapshot = disk.snapshot("s", scratch(folder))
 
     def write(first: int) -> None:
         lane = disk.lane()
@@ -318,13 +328,12 @@ def test_threads_that_write_and_read_all_the_time_tear_nothing(disk: Filter, fol
             lane.pwrite(NEW[:100], block * BLOCK + 7)
             lane.write_many([(block * BLOCK, memoryview(NEW))])
 
-    writers = [start(lambda first=first: write(first)) for first in range(3)]
+    writers = [start(partial(write, first)) for first in range(3)]
     torn, rounds = 0, 0
     while any(writer.is_alive() for writer in writers) or not rounds:
         torn += snapshot.pread(SIZE, 0) != OLD * BLOCKS
         rounds += 1
     join(*writers)
-    ending.set()
     assert (torn, rounds > 0) == (0, True)
     assert disk.pread(SIZE, 0) == NEW * BLOCKS
     assert snapshot.kept_bytes == SIZE

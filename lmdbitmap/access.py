@@ -1,0 +1,305 @@
+"""How a job gets at disks: it owns them while nobody serves them, or goes through whoever does.
+
+    Unowned     nobody has them: we own them, so nobody writes, and the image itself is the point in time
+    Attached    a filter of this very process has them: a snapshot, which it holds for us
+    Served      another process has them: it is told by its control socket to take a snapshot, which we read over NBD
+
+All of a job's disks are of one kind, so that one moment can be taken of all of them, or of none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
+from uuid import UUID
+
+from lmdbitmap import bits, chain, owner, session
+from lmdbitmap.copier import cluster_bits_for
+from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError
+from lmdbitmap.filter import Filter, take_snapshot
+from lmdbitmap.geometry import Geometry
+from lmdbitmap.interfaces import BlockDevice
+from lmdbitmap.nbd import control_client
+from lmdbitmap.nbd.client import NbdDevice
+from lmdbitmap.nbd.client_link import agreed
+from lmdbitmap.nbd.uri import Place
+from lmdbitmap.schema import Checkpoint, Disk
+from lmdbitmap.session import Held, OpenDevice
+from lmdbitmap.snapshot import Scratch, Snapshot, broken_error
+from lmdbitmap.store import Store, Writer
+
+
+class PointInTime(NamedTuple):
+    """A disk at a checkpoint: `device` reads as it was then, until the access to it ends."""
+
+    disk: Disk
+    checkpoint: Checkpoint
+    device: BlockDevice
+
+
+class Access(Protocol):
+    """Disks of which checkpoints can be taken, read and forgotten, until `close`."""
+
+    @property
+    def disks(self) -> Sequence[Disk]:
+        """As they are described now: a new epoch may have begun because of what was found out."""
+
+    def take_point(self, name: str, since: Sequence[Checkpoint | None]) -> list[PointInTime]:
+        """A checkpoint on all disks at one moment, or on none.
+
+        Of a disk with a checkpoint in `since` only what changed since then will be read, and its last block.
+        """
+
+    def prove(self, point: PointInTime) -> None:
+        """Return if all that was read is the disk at that point; raises what hinders. Nothing is read afterwards."""
+
+    def end_reading(self) -> None:
+        """Release what is held of points that were not proved. Does not raise."""
+
+    def forget(self, disk: Disk, is_unneeded: Callable[[Checkpoint], bool]) -> list[str]:
+        """Merge checkpoints into the ones before. Something has to record: answers the names of those that stay."""
+
+    @property
+    def holds_alone(self) -> bool:
+        """Whether nobody else writes to the disks or their records."""
+
+    def close(self) -> None: ...
+
+
+@contextlib.contextmanager
+def access(
+    store: Store,
+    names: Sequence[str],
+    open_device: OpenDevice,
+    attached: Mapping[str, Filter] | None = None,
+    scratch: Scratch | None = None,
+) -> Iterator[Access]:
+    """Get at the disks. `attached` are filters of this process, which keep old data where `scratch` says.
+
+    Raises `Busy` where some of the disks are served and some are not, or not all by one process; `NotFound` without
+    such a disk or image.
+    """
+    ours = [name for name in names if name in (attached or {})]
+    served = [] if ours else [name for name in names if _is_owned(store, name)]
+    if 0 < len(ours + served) < len(names):
+        raise Busy(
+            f"of these disks only {', '.join(ours + served)} is served",
+            next_step="serve all of them in one process, or none, or name them one by one",
+        )
+    way: Access
+    if ours:
+        assert attached is not None
+        way = Attached([attached[name] for name in names], scratch or Scratch(store.path))
+    elif served:
+        way = Served(store, names)
+    else:
+        way = Unowned(store, names, open_device)
+    with contextlib.closing(way):
+        yield way
+
+
+def _is_owned(store: Store, name: str) -> bool:
+    with store.read() as reader:
+        return owner.is_owned(store.owner_path(chain.find_disk(reader, name).uuid))
+
+
+def want_changes(snapshot: Snapshot, since: str) -> None:
+    """Have a snapshot keep only what a backup reads that counts from checkpoint `since`."""
+    changed = snapshot.changes(since=since)
+    geometry = changed.geometry
+    clusters = Geometry(geometry.size, cluster_bits_for(geometry))
+    last = (max(geometry.block_count - 1, 0), geometry.block_count)
+    wanted = bits.regrain_outward(
+        itertools.chain(changed.runs(), [last]), geometry, clusters.granularity_bits
+    )
+    snapshot.want_only(wanted, clusters)
+
+
+class Unowned:
+    """Disks that we own, without a session: not even one in deferred mode loses what it knew."""
+
+    holds_alone = True
+
+    def __init__(self, store: Store, names: Sequence[str], open_device: OpenDevice) -> None:
+        self._store = store
+        self._locks = contextlib.ExitStack()
+        with contextlib.ExitStack() as on_failure:
+            on_failure.enter_context(self._locks)
+            self._held = [
+                self._locks.enter_context(session.owning(store, name, open_device)) for name in names
+            ]
+            self.disks: Sequence[Disk] = [session.reconcile(store, held) for held in self._held]
+            on_failure.pop_all()
+
+    def take_point(self, name: str, since: Sequence[Checkpoint | None]) -> list[PointInTime]:
+        time_ns = time.time_ns()
+        checkpoints = self._store.update(
+            lambda writer: [chain.add_checkpoint(writer, disk, name, time_ns)[1] for disk in self.disks]
+        )
+        devices = [held.device for held in self._held]
+        return list(map(PointInTime, self.disks, checkpoints, devices))
+
+    def prove(self, point: PointInTime) -> None:
+        """Refuse an image that somebody wrote in spite of our locks: the copy is of no point in time."""
+        held = self._held_of(point.disk)
+        if held.device.identity().is_block_device:
+            held.device.flush()  # the kernel counts what has reached it
+        if held.device.identity() != point.disk.identity:
+            raise Busy(
+                f"{point.disk.image} was written by another program while it was backed up",
+                next_step="stop that program and try again",
+            )
+
+    def _held_of(self, disk: Disk) -> Held:
+        return next(held for held in self._held if held.disk.uuid == disk.uuid)
+
+    def end_reading(self) -> None:
+        """Nothing is held but the disks themselves."""
+
+    def forget(self, disk: Disk, is_unneeded: Callable[[Checkpoint], bool]) -> list[str]:
+        """In one transaction."""
+
+        def change(writer: Writer) -> list[str]:
+            stay = []
+            for member in writer.checkpoints(disk.uuid):
+                if not is_unneeded(member):
+                    continue
+                if member.epoch == disk.epoch and len(chain.epoch_chain(writer, disk)) == 1:
+                    stay.append(member.name)
+                else:
+                    chain.forget(writer, disk, member.name)
+            return stay
+
+        return self._store.update(change)
+
+    def close(self) -> None:
+        self._locks.close()
+
+
+class _Owned:
+    """What goes the same way through any owner."""
+
+    holds_alone = False
+    _store: Store
+    _uuids: Sequence[UUID]
+
+    @property
+    def disks(self) -> Sequence[Disk]:
+        with self._store.read() as reader:
+            found = {disk.uuid: disk for disk in reader.disks()}
+        return [found[uuid] for uuid in self._uuids]
+
+    def forget(self, disk: Disk, is_unneeded: Callable[[Checkpoint], bool]) -> list[str]:
+        with self._store.read() as reader:
+            unneeded = [member.name for member in reader.checkpoints(disk.uuid) if is_unneeded(member)]
+        return [name for name in unneeded if not self._forgets(disk, name)]
+
+    def _forgets(self, disk: Disk, name: str) -> bool:
+        """Whether that checkpoint is gone; not if it is the only one that records."""
+        try:
+            self._forget(disk, name)
+        except InvalidArgument:
+            return False
+        return True
+
+    def _forget(self, disk: Disk, name: str) -> None:
+        raise NotImplementedError  # pragma: no cover
+
+
+class Attached(_Owned):
+    def __init__(self, filters: Sequence[Filter], scratch: Scratch) -> None:
+        self._filters = {attached.disk.uuid: attached for attached in filters}
+        self._uuids = list(self._filters)
+        self._store = filters[0].store
+        self._scratch = scratch
+        self._snapshots: list[Snapshot] = []
+
+    def take_point(self, name: str, since: Sequence[Checkpoint | None]) -> list[PointInTime]:
+        self._snapshots = take_snapshot(list(self._filters.values()), name, self._scratch)
+        for snapshot, checkpoint in zip(self._snapshots, since, strict=True):
+            if checkpoint is not None:
+                want_changes(snapshot, checkpoint.name)
+        return [PointInTime(snapshot.disk, snapshot.checkpoint, snapshot) for snapshot in self._snapshots]
+
+    def prove(self, point: PointInTime) -> None:
+        assert isinstance(point.device, Snapshot)
+        point.device.release()
+        if point.device.broken is not None:
+            raise broken_error(point.disk, point.device.broken)
+
+    def end_reading(self) -> None:
+        for snapshot in self._snapshots:
+            snapshot.release()
+
+    def _forget(self, disk: Disk, name: str) -> None:
+        self._filters[disk.uuid].forget(name)
+
+    def close(self) -> None:
+        self.end_reading()
+
+
+class Served(_Owned):
+    """Disks of another process. What is held there for us is released when we hang up, or die."""
+
+    def __init__(self, store: Store, names: Sequence[str]) -> None:
+        self._store = store
+        with store.read() as reader:
+            disks = [chain.find_disk(reader, name) for name in names]
+        self._uuids = [disk.uuid for disk in disks]
+        self._names = list(names)
+        client = control_client.reach(store.control_path(self._uuids[0]))
+        if client is None:
+            raise Busy(
+                f"disk {names[0]!r} is owned by a process that serves it to nobody, such as another backup",
+                next_step="wait for that process, or stop it",
+            )
+        self._client = client
+        self._devices: list[NbdDevice] = []
+        self._held: list[tuple[str, str]] = []
+        """Names of disks and checkpoints whose snapshots are not released yet."""
+
+    def take_point(self, name: str, since: Sequence[Checkpoint | None]) -> list[PointInTime]:
+        counted_from = ["" if checkpoint is None else checkpoint.name for checkpoint in since]
+        told = self._client.call("snapshot", disks=self._names, name=name, since=counted_from, bound=True)
+        self._held = [(disk, name) for disk in self._names]
+        points = []
+        for disk, held in zip(self.disks, told["snapshots"], strict=True):
+            with self._store.read() as reader:
+                checkpoint = chain.find_checkpoint(reader, disk, name)
+            self._devices.append(self._opened(str(held["export"])))
+            points.append(PointInTime(disk, checkpoint, self._devices[-1]))
+        return points
+
+    def _opened(self, export: str) -> NbdDevice:
+        """Through a connection that the owner hands over: no socket has to be found, and none admits us."""
+        place = Place(export, socket_path="the owner's")
+        return NbdDevice(
+            place,
+            read_only=True,
+            reconnect_s=0,
+            connect=lambda: agreed(self._client.connection(), export),
+        )
+
+    def prove(self, point: PointInTime) -> None:
+        """The process that took the snapshot has held it all the time: it is the one that answers."""
+        self._held.remove((point.disk.name, point.checkpoint.name))
+        told = self._client.call("release", disk=point.disk.name, checkpoint=point.checkpoint.name)
+        if told["broken"] is not None:
+            raise broken_error(point.disk, str(told["broken"]))
+
+    def end_reading(self) -> None:
+        for disk, checkpoint in self._held:
+            with contextlib.suppress(LmdbitmapError):  # the owner does it when we hang up
+                self._client.call("release", disk=disk, checkpoint=checkpoint)
+        self._held.clear()
+
+    def _forget(self, disk: Disk, name: str) -> None:
+        self._client.call("forget", disk=disk.name, checkpoint=name)
+
+    def close(self) -> None:
+        for device in self._devices:
+            device.close()
+        self._client.close()

@@ -1,0 +1,74 @@
+"""The snapshots that an owner holds for others: taken by order, served as NAME@CHECKPOINT, released by order.
+
+One that is *bound* to whoever asked is released when that connection ends, however it ends: the backup of a process
+that was killed costs nothing from then on. The others are held until somebody releases them, or the disk is
+detached.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Mapping, Sequence
+
+from lmdbitmap.errors import Busy, NotFound
+from lmdbitmap.filter import Filter, take_snapshot
+from lmdbitmap.nbd.server import Server
+from lmdbitmap.snapshot import Scratch, Snapshot
+
+_log = logging.getLogger(__name__)
+
+MOST_OF_A_DISK = 16
+"""Snapshots held at once: each costs the first write to a block a copy."""
+
+
+class HeldSnapshots:
+    """Of the disks in `filters`, with their old data where `scratch` says. Without a `server` nobody can read them."""
+
+    def __init__(self, filters: Mapping[str, Filter], server: Server | None, scratch: Scratch) -> None:
+        self._filters = filters
+        self._server = server
+        self._scratch = scratch
+
+    def take(self, disks: Sequence[str], name: str) -> list[Snapshot]:
+        """One checkpoint on all disks, or on none, and each of them held as it was then."""
+        filters = [self._filters[disk] for disk in disks]
+        for attached in filters:
+            if len(attached.snapshots) >= MOST_OF_A_DISK:
+                raise Busy(
+                    f"disk {attached.disk.name!r} holds {MOST_OF_A_DISK} snapshots",
+                    next_step=f"release one (`lmdbitmap release {attached.disk.name} CHECKPOINT`)",
+                )
+        taken = take_snapshot(filters, name, self._scratch)
+        for snapshot in taken:
+            if self._server is not None:
+                self._server.add(snapshot.name, snapshot)
+            _log.info("disk %s: held as at checkpoint %s", snapshot.disk.name, name)
+        return taken
+
+    def find(self, disk: str, checkpoint: str) -> Snapshot:
+        for snapshot in self._filters[disk].snapshots:
+            if snapshot.checkpoint.name == checkpoint:
+                return snapshot
+        raise NotFound(
+            f"disk {disk!r} holds no snapshot of checkpoint {checkpoint!r}",
+            next_step=f"`lmdbitmap info {disk}` lists those there are",
+        )
+
+    def release(self, snapshot: Snapshot) -> None:
+        """Once more does nothing."""
+        if self._server is not None:
+            self._server.remove(snapshot.name)
+        snapshot.release()
+
+    def connect(self) -> socket.socket:
+        """The other end of a connection to the NBD server."""
+        if self._server is None:
+            raise Busy(
+                "the process that owns the disk serves it to nobody", next_step="read it in that process"
+            )
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        if not self._server.take_in(ours):
+            theirs.close()
+            raise Busy("the NBD server has too many clients", next_step="try again")
+        return theirs

@@ -1,0 +1,223 @@
+"""Backups of disks that a server serves to guests, by another process: the real command, clients and signals."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from lmdbitmap.nbd.client import NbdDevice
+from lmdbitmap.repository import is_checkpoint_name
+from tests.cli.conftest import Cli, Served
+from tests.support import PATIENCE_SECONDS, Child, requires, run, spawn
+
+MIB = 1 << 20
+SIZE = 64 * MIB
+SLOT = 4096
+SLOTS = SIZE // SLOT
+STAMP = struct.Struct("<Q")
+
+
+class Stamper:
+    """A guest that writes 1, 2, 3, ... at places by lot, one after another, until it is told to stop."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self.history: list[int] = []
+        """The slot of each stamp."""
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._write, daemon=True)
+        self._failure: BaseException | None = None
+
+    def _write(self) -> None:
+        try:
+            with closing(NbdDevice.open(self._uri)) as disk:
+                chosen = random.Random(5)
+                for number in itertools.count(1):
+                    if self._ending.is_set():
+                        return
+                    slot = chosen.randrange(SLOTS)
+                    self.history.append(slot)
+                    disk.pwrite(STAMP.pack(number) + os.urandom(64), slot * SLOT)
+        except BaseException as failure:
+            self._failure = failure
+
+    def __enter__(self) -> Stamper:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.set()
+        self._thread.join(PATIENCE_SECONDS)
+        assert self._failure is None
+
+    def require_prefix(self, image: bytes) -> int:
+        """The image holds the first N stamps, and nothing of any later one; answers N."""
+        found = {slot: STAMP.unpack_from(image, slot * SLOT)[0] for slot in range(SLOTS)}
+        last = int(max(found.values()))
+        expected = dict.fromkeys(range(SLOTS), 0)
+        for number, slot in enumerate(self.history[:last], 1):
+            expected[slot] = number
+        assert found == expected
+        return last
+
+
+@pytest.fixture
+def cli(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Cli:
+    cli = Cli(tmp_path, capsys)
+    for name in ("sda", "sdb"):
+        cli.add(name, SIZE)
+    return cli
+
+
+def back_up(cli: Cli, *words: object, check: bool = True) -> str:
+    """In a process of its own, as whoever serves has the disk."""
+    return run(*cli.command("backup", *words), check=check).stdout
+
+
+def restored(cli: Cli, name: str, *options: object) -> bytes:
+    out = cli.folder / "restored.raw"
+    out.unlink(missing_ok=True)
+    cli.ok("restore", cli.folder / "backups", name, out, *options)
+    return out.read_bytes()
+
+
+def snapshots(cli: Cli, name: str) -> list[str]:
+    return [held["checkpoint"] for held in cli.json("info", name)["served"]["snapshots"]]
+
+
+def test_every_backup_of_a_busy_guest_holds_a_prefix_of_its_writes(cli: Cli) -> None:
+    with cli.serving("sda") as served:
+        with Stamper(served.uris["sda"]) as stamper:
+            for _ in range(5):
+                back_up(cli, "sda", cli.folder / "backups")
+        counts = [stamper.require_prefix(restored(cli, "sda", "--at", number)) for number in range(1, 6)]
+        assert snapshots(cli, "sda") == []
+    assert counts == sorted(counts)
+    assert counts[-1] > counts[0]
+    [last] = cli.json("backup", "sda", cli.folder / "backups")["backups"]
+    assert last["type"] == "incremental"
+    assert stamper.require_prefix(restored(cli, "sda")) == len(stamper.history)
+
+
+def test_two_disks_of_one_server_are_of_one_moment(cli: Cli) -> None:
+    """A guest that writes to both in turn is never seen to have written to the second before the first."""
+    ending = threading.Event()
+
+    def write(uris: dict[str, str]) -> None:
+        with closing(NbdDevice.open(uris["sda"])) as first, closing(NbdDevice.open(uris["sdb"])) as second:
+            for number in itertools.count(1):
+                if ending.is_set():
+                    return
+                first.pwrite(STAMP.pack(number), 0)
+                second.pwrite(STAMP.pack(number), 0)
+
+    with cli.serving("sda", "sdb") as served:
+        writer = threading.Thread(target=write, args=(served.uris,))
+        writer.start()
+        try:
+            for _ in range(4):
+                back_up(cli, "sda", "sdb", cli.folder / "backups")
+        finally:
+            ending.set()
+            writer.join(PATIENCE_SECONDS)
+    for number in range(1, 5):
+        first, second = (STAMP.unpack_from(restored(cli, name, "--at", number))[0] for name in ("sda", "sdb"))
+        assert 0 <= first - second <= 1
+
+
+@contextmanager
+def backup_stopped_in_the_middle(cli: Cli, served: Served) -> Iterator[Child]:
+    """A backup that waits for its disk to be read, as the server is stopped (SIGSTOP)."""
+    with guest_of(served.uris["sda"]) as disk:
+        disk.pwrite(os.urandom(32 * MIB), 0)
+    folder = cli.folder / "backups" / "sda"
+    with spawn(*cli.command("backup", "sda", cli.folder / "backups")) as child:
+        while not list(folder.glob("*.partial")):
+            assert child.process.poll() is None
+        os.kill(served.child.process.pid, signal.SIGSTOP)
+        try:
+            yield child
+        finally:
+            os.kill(served.child.process.pid, signal.SIGCONT)
+
+
+def guest_of(uri: str) -> closing[NbdDevice]:
+    return closing(NbdDevice.open(uri))
+
+
+def test_killed_backup_is_released_by_the_server_and_followed_by_a_right_one(cli: Cli) -> None:
+    with cli.serving("sda") as served:
+        back_up(cli, "sda", cli.folder / "backups")
+        with backup_stopped_in_the_middle(cli, served) as child:
+            child.process.kill()
+            child.process.wait(PATIENCE_SECONDS)
+        told = back_up(cli, "sda", cli.folder / "backups")
+        assert "incremental" in told
+        assert snapshots(cli, "sda") == []
+        checkpoints = [one["name"] for one in cli.json("info", "sda")["checkpoints"]]
+        assert len([name for name in checkpoints if is_checkpoint_name(name)]) == 2
+        assert restored(cli, "sda") == (cli.folder / "sda.raw").read_bytes()
+
+
+def test_killed_server_fails_the_backup_and_the_next_one_is_right(cli: Cli) -> None:
+    with cli.serving("sda") as served:
+        back_up(cli, "sda", cli.folder / "backups")
+        with backup_stopped_in_the_middle(cli, served) as child:
+            served.child.process.kill()
+            assert child.wait() in (1, 4)
+    assert child.stderr.startswith("lmdbitmap: ")
+    assert child.stderr.count("\n") == 1
+    [made] = cli.json("backup", "sda", cli.folder / "backups")["backups"]
+    assert made["type"] == "incremental"
+    assert restored(cli, "sda") == (cli.folder / "sda.raw").read_bytes()
+
+
+def test_backup_that_runs_out_of_room_fails_and_the_guest_does_not_notice(cli: Cli) -> None:
+    with cli.serving("sda", "--scratch-limit=1M", log=True) as served:
+        with guest_of(served.uris["sda"]) as disk:
+            disk.pwrite(os.urandom(16 * MIB), 0)
+            cli.ok("snapshot", "sda", "monday")
+            disk.pwrite(os.urandom(2 * MIB), 0)
+            assert cli.json("info", "sda")["served"]["snapshots"][0]["broken"] is not None
+        said = cli.fails(1, "release", "sda", "monday")
+        assert "scratch file is full" in said
+        assert "full" in back_up(cli, "sda", cli.folder / "backups")
+        assert restored(cli, "sda") == (cli.folder / "sda.raw").read_bytes()
+
+
+@requires("nbdcopy", "1.0")
+@requires("nbdinfo", "1.0")
+@requires("qemu-img", "7.0")
+def test_other_programs_read_a_held_disk_and_what_changed(cli: Cli) -> None:
+    with cli.serving("sda") as served:
+        with guest_of(served.uris["sda"]) as disk:
+            disk.pwrite(os.urandom(8 * MIB), 0)
+            cli.ok("checkpoint", "sda", "sunday")
+            disk.pwrite(os.urandom(MIB), 4 * MIB)
+            before = (cli.folder / "sda.raw").read_bytes()
+            cli.ok("snapshot", "sda", "monday")
+            disk.pwrite(os.urandom(8 * MIB), 0)
+        uri = served.uris["sda"].replace("/sda?", "/sda%40monday?")
+        run("nbdcopy", uri, cli.folder / "copy.raw")
+        run("qemu-img", "convert", "-O", "raw", uri, cli.folder / "converted.raw")
+        assert (cli.folder / "copy.raw").read_bytes() == before
+        assert (cli.folder / "converted.raw").read_bytes() == before
+        told = run("nbdinfo", "--map=qemu:dirty-bitmap:sunday", "--json", uri).stdout
+        assert '{ "offset": 4194304, "length": 1048576, "type": 1' in " ".join(told.split())
+        assert "monday" not in run("nbdinfo", "--json", uri).stdout.replace("sda@monday", "").replace(
+            "%40monday", ""
+        )
+        refused = run("qemu-io", "-f", "raw", "-c", "write 0 1M", uri, check=False)
+        assert refused.returncode != 0
+        cli.ok("release", "sda", "monday")
+        assert run("nbdinfo", uri, check=False).returncode != 0
+        assert run("nbdinfo", served.uris["sda"].replace("/sda?", "/?")).returncode == 0
