@@ -17,7 +17,7 @@ from lmdbitmap.errors import FormatError, os_errors_at
 from lmdbitmap.geometry import ceil_div, check_range
 from lmdbitmap.interfaces import Allocation, Buffer, joined
 from lmdbitmap.manifest import BackupEntry
-from lmdbitmap.qcow2 import Kind, Qcow2Reader, Run, chain_extents
+from lmdbitmap.qcow2 import Qcow2Reader, Run, chain_extents
 from lmdbitmap.qcow2.layout import SECTOR
 from lmdbitmap.repository import BackupFolder
 
@@ -53,7 +53,7 @@ class BackupChain:
         return self.entry.disk_size
 
     def extents(self, offset: int, length: int) -> Iterator[Run]:
-        """Where each byte of the range is: data in the file of `images[run.layer]`, or zero."""
+        """Where each byte of the range is: stored in the file of `images[run.layer]`, or zero."""
         check_range(offset, length, self.size)
         return chain_extents(self._readers, offset, length) if length else iter(())
 
@@ -74,8 +74,7 @@ class BackupChain:
 
     def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
         return joined(
-            Allocation(run.length, *(DATA if run.kind is Kind.DATA else HOLE))
-            for run in self.extents(offset, length)
+            Allocation(run.length, *(DATA if run.is_stored else HOLE)) for run in self.extents(offset, length)
         )
 
     def pwrite(self, data: Buffer, offset: int) -> None:

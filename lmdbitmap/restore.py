@@ -4,7 +4,8 @@ backup_chain.py reads the images. Digests are computed beside the copying, in a 
 the manifest says fails the restore before its result has a name; a block device is written only after they are
 known to be right.
 
-The kernel copies the data from file to file where it can, so that no byte passes through this program.
+The kernel copies the data from file to file where it can, so that no byte passes through this program; what is
+compressed does.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from lmdbitmap import backup_chain, files
-from lmdbitmap.backup_chain import Image
+from lmdbitmap.backup_chain import BackupChain, Image
 from lmdbitmap.copier import Progress, Report
 from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import AlreadyExists, FormatError, InvalidArgument, NotFound, os_errors_at
+from lmdbitmap.interfaces import Buffer
 from lmdbitmap.manifest import BackupEntry, Manifest, chain_to
 from lmdbitmap.qcow2 import Kind, Run
 from lmdbitmap.repository import BackupFolder, disk_names, sha256_of
@@ -64,7 +66,7 @@ def restore(
     entries = chain_to(manifest, at if at is not None else manifest.backups[-1].id)
     size, place = entries[-1].disk_size, os.fspath(out_path)
     with backup_chain.opened(folder, entries) as disk, _target(place, size) as (target, fresh):
-        copy = _Copy(disk.images, target, fresh, Report(progress, size))
+        copy = _Copy(disk, target, fresh, Report(progress, size))
         with _digests(disk.images if verify else []) as checked:
             if not fresh:
                 checked.result()
@@ -177,8 +179,8 @@ def _require_free(path: str) -> None:
 class _Copy:
     """Puts runs of the chain where they belong on the target."""
 
-    def __init__(self, images: Sequence[Image], target: FileDevice, fresh: bool, report: Report) -> None:
-        self._images = images
+    def __init__(self, disk: BackupChain, target: FileDevice, fresh: bool, report: Report) -> None:
+        self._disk = disk
         self._target = target
         self._fresh = fresh
         self._report = report
@@ -187,12 +189,21 @@ class _Copy:
 
     def put(self, run: Run) -> None:
         if run.kind is Kind.DATA:
-            self._copy(self._images[run.layer].device, run)
+            self._copy(self._disk.images[run.layer].device, run)
+        elif run.kind is Kind.COMPRESSED:
+            self._decompress(run)
         else:
             if not self._fresh:
                 with os_errors_at(self._target.path):
                     self._target.write_zeroes(run.offset, run.length)
             self._report.advance(run.length)
+
+    def _decompress(self, run: Run) -> None:
+        data = bytearray(run.length)
+        self._disk.fill(memoryview(data), run)
+        self._write(data, run.offset)
+        self.bytes_written += run.length
+        self._report.advance(run.length)
 
     def _copy(self, image: FileDevice, run: Run) -> None:
         done = 0
@@ -221,5 +232,8 @@ class _Copy:
     def _copy_by_hand(self, image: FileDevice, host_offset: int, offset: int, length: int) -> None:
         with os_errors_at(image.path):
             data = image.pread(length, host_offset)
+        self._write(data, offset)
+
+    def _write(self, data: Buffer, offset: int) -> None:
         with os_errors_at(self._target.path):
             self._target.pwrite(data, offset)

@@ -7,9 +7,16 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
+import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 from lmdbitmap.interfaces import Buffer
 
@@ -93,12 +100,30 @@ def _naive_clusters(image: bytes, below: bytes) -> Iterator[bytes]:
         length = min(cluster_size, len(below) - offset)
         entry = _l2_entry(image, offset // cluster_size)
         host_offset = entry & 0x00FFFFFFFFFFFE00
-        if entry & 1:
+        if entry >> 62 & 1:
+            yield _naive_cluster(image, entry)[:length]
+        elif entry & 1:
             yield bytes(length)
         else:
             yield (
                 image[host_offset : host_offset + length] if host_offset else below[offset : offset + length]
             )
+
+
+def _naive_cluster(image: bytes, entry: int) -> bytes:
+    cluster_size = 1 << u32(image, 20)
+    start, stop = compressed_range(entry, u32(image, 20))
+    if image[104] == 1 and u32(image, 100) > 104:
+        return bytes(zstd.ZstdDecompressor().decompress(image[start:stop], max_length=cluster_size))
+    return zlib.decompressobj(-15).decompress(image[start:stop], cluster_size)
+
+
+def compressed_range(entry: int, cluster_bits: int) -> tuple[int, int]:
+    """Where compressed data begins, and where its last sector ends."""
+    x = 62 - (cluster_bits - 8)
+    start = entry % 2**x
+    sectors = entry % 2**62 // 2**x + 1
+    return start, start // 512 * 512 + sectors * 512
 
 
 def _l2_entry(image: bytes, cluster: int) -> int:
@@ -131,11 +156,21 @@ def _references(image: bytes, cluster_size: int) -> Counter[int]:
     used.update(table // cluster_size + cluster for cluster in range(table_clusters))
     used.update(block // cluster_size for block in _refcount_blocks(image, cluster_size) if block)
     used.update(offset // cluster_size for _, offset, _ in _pointers(image, cluster_size))
+    for entry in _compressed_entries(image, cluster_size):
+        start, stop = compressed_range(entry, u32(image, 20))
+        used.update(range(start // cluster_size, -(-stop // cluster_size)))
     return used
 
 
+def _compressed_entries(image: bytes, cluster_size: int) -> Iterator[int]:
+    """The entries of compressed clusters, in tables that the L1 points to; those stand there once each."""
+    for pointer in set(struct.unpack_from(f">{u32(image, 36)}Q", image, u64(image, 40))) - {0}:
+        table = struct.unpack_from(f">{cluster_size // 8}Q", image, pointer & 0x00FFFFFFFFFFFE00)
+        yield from (entry for entry in table if entry >> 62 & 1)
+
+
 def _pointers(image: bytes, cluster_size: int) -> Iterator[tuple[str, int, bool]]:
-    """(level, offset, COPIED) of all that L1 and L2 entries point to."""
+    """(level, offset, COPIED) of all that L1 and L2 entries point to, but compressed clusters."""
     entries: dict[int, tuple[int, ...]] = {}
     for pointer in struct.unpack_from(f">{u32(image, 36)}Q", image, u64(image, 40)):
         table = pointer & 0x00FFFFFFFFFFFE00
@@ -144,7 +179,9 @@ def _pointers(image: bytes, cluster_size: int) -> Iterator[tuple[str, int, bool]
         yield "L1", table, bool(pointer >> 63)
         if table not in entries:
             whole = struct.unpack_from(f">{cluster_size // 8}Q", image, table)
-            entries[table] = tuple(entry for entry in whole if entry & 0x00FFFFFFFFFFFE00)
+            entries[table] = tuple(
+                entry for entry in whole if entry & 0x00FFFFFFFFFFFE00 and not entry >> 62 & 1
+            )
         for entry in entries[table]:
             yield "L2", entry & 0x00FFFFFFFFFFFE00, bool(entry >> 63)
 
@@ -166,8 +203,56 @@ def _stored_refcounts(image: bytes, cluster_size: int) -> Counter[int]:
 
 
 def _flag_problems(image: bytes, cluster_size: int, stored: Counter[int]) -> list[str]:
-    return [
+    both = [
+        f"entry {entry:#x}: compressed and COPIED"
+        for entry in _compressed_entries(image, cluster_size)
+        if entry >> 63
+    ]
+    return both + [
         f"{level} entry to {offset:#x}: COPIED is {copied}"
         for level, offset, copied in _pointers(image, cluster_size)
         if copied != (stored[offset // cluster_size] == 1)
     ]
+
+
+# --- an image with compressed clusters, by hand ---
+
+
+def deflated(data: bytes) -> bytes:
+    work = zlib.compressobj(9, zlib.DEFLATED, -12)
+    return work.compress(data) + work.flush()
+
+
+def zstd_packed(data: bytes) -> bytes:
+    return zstd.compress(data)
+
+
+def compressed_image(packed: Sequence[bytes], *, cluster_bits: int = 12, is_zstd: bool = False) -> bytes:
+    """A full image of as many compressed clusters, packed byte to byte from an odd place on, for one L2 table.
+
+    Clusters: the header, L1, L2, a refcount block, the refcount table, then data.
+    """
+    cluster_size = 1 << cluster_bits
+    start = 5 * cluster_size + 7
+    data = bytes(7) + b"".join(packed)
+    entries = []
+    for piece in packed:
+        more = (start + len(piece) - 1) // 512 - start // 512
+        entries.append(1 << 62 | more << 70 - cluster_bits | start)
+        start += len(piece)
+    features = 8 if is_zstd else 0
+    header = struct.pack(
+        ">4sIQIIQIIQQIIQQQQIIB", b"QFI\xfb", 3, 0, 0, cluster_bits, len(packed) * cluster_size, 0, 1,
+        cluster_size, 4 * cluster_size, 1, 0, 0, features, 0, 0, 4, 112, is_zstd,
+    )  # fmt: skip
+    parts = [
+        header,
+        struct.pack(">Q", 1 << 63 | 2 * cluster_size),
+        struct.pack(f">{len(entries)}Q", *entries),
+    ]
+    parts += [b"", struct.pack(">Q", 3 * cluster_size)]
+    image = bytearray(b"".join(part.ljust(cluster_size, b"\0") for part in parts) + data)
+    image.extend(bytes(-len(image) % cluster_size))
+    for cluster, count in _references(bytes(image), cluster_size).items():
+        struct.pack_into(">H", image, 3 * cluster_size + 2 * cluster, count)
+    return bytes(image)

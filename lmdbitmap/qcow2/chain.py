@@ -9,7 +9,7 @@ from lmdbitmap.qcow2.reader import Kind, Qcow2Reader, Run, joined
 
 
 def chain_extents(readers: Sequence[Qcow2Reader], offset: int, length: int) -> Iterator[Run]:
-    """Where each byte of the newest image comes from: data in `readers[run.layer]`, or zero. Newest first.
+    """Where each byte of the newest image comes from: stored in `readers[run.layer]`, or zero. Newest first.
 
     Past the end of a shorter backing image there are zeroes, whatever a still older one holds.
     """
@@ -35,7 +35,7 @@ def _resolved(readers: Sequence[Qcow2Reader], newest: Iterator[Run]) -> Iterator
         run = next(runs, None)
         if run is None:
             stack.pop()
-        elif run.kind is Kind.DATA:
+        elif run.is_stored:
             yield run._replace(layer=layer)
         elif run.kind is Kind.ZERO or layer + 1 == len(readers):
             yield Run(run.offset, run.length, Kind.ZERO)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import struct
 import sys
 from array import array
@@ -24,6 +25,7 @@ EXTENSION_BACKING_FORMAT: Final = 0xE2792ACA
 COPIED: Final = 1 << 63
 COMPRESSED: Final = 1 << 62
 ZERO: Final = 1
+COMPRESSION_FEATURE: Final = 1 << 3
 OFFSET_MASK: Final = 0x00FFFFFFFFFFFE00
 L1_RESERVED: Final = 0x7F000000000001FF
 L2_RESERVED: Final = 0x3F000000000001FE
@@ -32,6 +34,17 @@ MAX_REFCOUNT: Final = 0xFFFF
 
 HEADER_STRUCT = struct.Struct(">4sIQIIQIIQQIIQQQQIIB7x")
 EXTENSION_STRUCT = struct.Struct(">II")
+
+
+class CompressionType(enum.Enum):
+    """What compresses clusters, in the order of the header's numbers."""
+
+    ZLIB = "zlib"
+    ZSTD = "zstd"
+
+    @property
+    def number(self) -> int:
+        return list(CompressionType).index(self)
 
 
 class Header(NamedTuple):
@@ -61,6 +74,25 @@ class Header(NamedTuple):
 def l1_entries(size: int, cluster_bits: int) -> int:
     """L2 tables that map a disk of `size` bytes: each is a cluster of 8-byte entries, one for a cluster."""
     return ceil_div(size, 1 << (2 * cluster_bits - 3))
+
+
+def compressed_entry(offset: int, length: int, cluster_bits: int) -> int:
+    """The L2 entry of a cluster whose compressed bytes are there; it counts the sectors that follow their first."""
+    more_sectors = (offset + length - 1) // SECTOR - offset // SECTOR
+    return COMPRESSED | more_sectors << compressed_offset_bits(cluster_bits) | offset
+
+
+def compressed_place(entry: int, cluster_bits: int) -> tuple[int, int]:
+    """Where the compressed bytes of such an entry begin, and how many they are at most: to their last sector's end."""
+    bits = compressed_offset_bits(cluster_bits)
+    offset = entry & ((1 << bits) - 1)
+    sectors = 1 + (entry >> bits & ((1 << cluster_bits - 8) - 1))
+    return offset, sectors * SECTOR - offset % SECTOR
+
+
+def compressed_offset_bits(cluster_bits: int) -> int:
+    """The lower bits of such an entry that are its offset: 61 to 49."""
+    return 70 - cluster_bits
 
 
 def zeroed_entries(count: int) -> array[int]:

@@ -1,10 +1,10 @@
 """Reads an image whose every byte may lie.
 
-The header is checked when the image is opened, an L1 or L2 entry when the range it maps is asked for. What is
-not understood, not aligned or not inside the file raises `FormatError`. Two levels of tables and no more are
-followed, so nothing can loop; nothing is allocated for a length that the file itself does not have. An L2 table
-that maps anything stands once in the L1, so that a disk has no more runs than the file has entries, whatever
-size it claims.
+The header is checked when the image is opened, an L1 or L2 entry when the range it maps is asked for, a compressed
+cluster when it is read. What is not understood, not aligned or not inside the file raises `FormatError`. Two levels
+of tables and no more are followed, so nothing can loop; nothing is allocated for a length that the file itself does
+not have, and what is compressed may expand to one cluster and no further. An L2 table that maps anything stands once
+in the L1, so that a disk has no more runs than the file has entries, whatever size it claims.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from typing import NamedTuple, Protocol
 
 from lmdbitmap.errors import FormatError, InvalidArgument
 from lmdbitmap.geometry import MAX_SIZE, ceil_div, check_range
+from lmdbitmap.qcow2.compression import decompressed
 from lmdbitmap.qcow2.layout import (
     COMPRESSED,
+    COMPRESSION_FEATURE,
     COPIED,
     EXTENSION_BACKING_FORMAT,
     EXTENSION_END,
@@ -34,9 +36,12 @@ from lmdbitmap.qcow2.layout import (
     MIN_CLUSTER_BITS,
     MIN_HEADER_BYTES,
     OFFSET_MASK,
+    SECTOR,
     VERSION,
     ZERO,
+    CompressionType,
     Header,
+    compressed_place,
     decode_entries,
     is_text,
     l1_entries,
@@ -46,10 +51,9 @@ _FEATURES = {
     0: "dirty: refcounts may be wrong",
     1: "corrupt",
     2: "external data file",
-    3: "compression type other than zlib",
     4: "extended L2 entries",
 }
-"""Incompatible features by bit. Each is refused, and so is one that has no name here."""
+"""Incompatible features by bit. Each is refused, and so is one that has no name here, but the compression type's."""
 _DAMAGED_FEATURES = 0b11
 _REPAIR = "look at it with qemu-img check and use another backup"
 _CONVERT = "make a plain copy with qemu-img convert -O qcow2 and use that"
@@ -66,28 +70,42 @@ class Source(Protocol):
 
 class Kind(enum.Enum):
     DATA = "data"
+    COMPRESSED = "compressed"
+    """Data too, but not as it stands in the file: only `fill` gives it. Each run is in one cluster."""
     ZERO = "zero"
     UNALLOCATED = "unallocated"
     """From the backing file; zeroes where there is none or where it is too short."""
 
 
 class Run(NamedTuple):
-    """Bytes [offset, offset + length) of the disk; if data, where they begin in the file of `layer`."""
+    """Bytes [offset, offset + length) of the disk; if data, where they begin in the file of `layer`.
+
+    If compressed, where the compressed bytes of their whole cluster begin, and how many of them there are at most.
+    """
 
     offset: int
     length: int
     kind: Kind
     host_offset: int = 0
     layer: int = 0
+    host_length: int = 0
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the bytes are in a file, in one way or another."""
+        return self.kind is Kind.DATA or self.kind is Kind.COMPRESSED
 
     @property
     def end(self) -> int:
         return self.offset + self.length
 
     def continues(self, other: Run) -> bool:
-        """Whether this run begins where `other` ends: on the disk and, if data, in the file too."""
+        """Whether this run begins where `other` ends: on the disk and, if data, in the file too.
+
+        What is compressed never does, as each cluster is to be decompressed by itself.
+        """
         host_offset = other.host_offset + other.length if self.kind is Kind.DATA else 0
-        alike = (self.kind, self.layer) == (other.kind, other.layer)
+        alike = (self.kind, self.layer) == (other.kind, other.layer) and self.kind is not Kind.COMPRESSED
         return alike and self.offset == other.end and self.host_offset == host_offset
 
 
@@ -112,6 +130,12 @@ class Qcow2Reader:
         self._l1 = self._read_l1()
         self._shared_tables = _repeated(entry & OFFSET_MASK for entry in self._l1)
         self._cached_table = (0, _UNMAPPED, True)
+        self._cached_cluster = (0, 0, b"")
+
+    @property
+    def compression_type(self) -> CompressionType:
+        """What its compressed clusters are compressed with, if it has any."""
+        return list(CompressionType)[_compression_number(self.header)]
 
     def extents(self, offset: int, length: int) -> Iterator[Run]:
         """What this file says of the range, without a gap, in runs as long as can be."""
@@ -129,11 +153,31 @@ class Qcow2Reader:
             self.fill(buffer[run.offset - offset : run.end - offset], run)
 
     def fill(self, buffer: memoryview, run: Run) -> None:
-        """Fill `buffer` with the bytes of `run`: out of this file if they are data, else zeroes."""
+        """Fill `buffer` with the bytes that `run` begins with: out of this file if they are there, else zeroes."""
         if run.kind is Kind.DATA:
             self._source.pread_into(buffer, run.host_offset)
+        elif run.kind is Kind.COMPRESSED:
+            start = run.offset % self.cluster_size
+            buffer[:] = self._cluster_of(run, keep=len(buffer) < self.cluster_size)[start:][: len(buffer)]
         else:
             buffer[:] = bytes(len(buffer))
+
+    def _cluster_of(self, run: Run, *, keep: bool) -> memoryview:
+        """The whole cluster of a compressed run; `keep` it where another part of it may be asked for next."""
+        place = run.host_offset, run.host_length
+        if self._cached_cluster[:2] == place:
+            return memoryview(self._cached_cluster[2])
+        packed = self._source.pread(run.host_length, run.host_offset)
+        cluster = decompressed(self.compression_type, packed, self.cluster_size)
+        if cluster is None:
+            raise self._refusal(
+                f"compressed cluster of byte {run.offset}",
+                f"{self.cluster_size} bytes compressed with {self.compression_type.value}",
+                f"something else in the file's bytes {run.host_offset}..{run.host_offset + run.host_length}",
+            )
+        if keep:
+            self._cached_cluster = *place, cluster
+        return memoryview(cluster)
 
     def _read_header(self) -> Header:
         if self._file_size < HEADER_STRUCT.size:
@@ -153,11 +197,13 @@ class Qcow2Reader:
             raise self._refusal("header magic", repr(MAGIC), header.magic, "give a finished qcow2 image")
         if header.version != VERSION:
             raise self._refusal("header version", str(VERSION), header.version, _CONVERT)
-        features = header.incompatible_features
+        features = header.incompatible_features & ~COMPRESSION_FEATURE
         present = [_FEATURES.get(bit, f"unknown bit {bit}") for bit in range(64) if features >> bit & 1]
         if present:
             next_step = _REPAIR if features & _DAMAGED_FEATURES else _CONVERT
-            raise self._refusal("header incompatible_features", "none", ", ".join(present), next_step)
+            raise self._refusal(
+                "header incompatible_features", "none that is not read here", ", ".join(present), next_step
+            )
         if header.crypt_method != 0:
             raise self._refusal("header crypt_method", "0 (not encrypted)", header.crypt_method, _CONVERT)
 
@@ -167,6 +213,10 @@ class Qcow2Reader:
         cluster_size = 1 << header.cluster_bits
         fits = header.header_length % 8 == 0 and MIN_HEADER_BYTES <= header.header_length <= cluster_size
         yield "header_length", fits, f"a multiple of 8, {MIN_HEADER_BYTES} to {cluster_size}"
+        other_than_zlib = header.incompatible_features & COMPRESSION_FEATURE
+        known = CompressionType.ZSTD if other_than_zlib else CompressionType.ZLIB
+        fits = _compression_number(header) == known.number
+        yield "compression_type", fits, f"{known.number} ({known.value}), as the features say"
         yield "refcount_order", header.refcount_order <= 6, "0 to 6"
         yield "size", header.size <= MAX_SIZE, "less than 2^63"
         needed = l1_entries(header.size, header.cluster_bits)
@@ -235,7 +285,7 @@ class Qcow2Reader:
         """The run that begins `skipped` bytes into the cluster of `entry`."""
         place = f"L2 entry of byte {start}"
         if entry & COMPRESSED:
-            raise self._refusal(place, "a cluster that is not compressed", f"{entry:#x}", _CONVERT)
+            return self._compressed_run(Run(start, end - start, Kind.COMPRESSED), place, entry)
         host_offset = entry & OFFSET_MASK
         copied_nothing = entry & COPIED and not host_offset
         if entry & L2_RESERVED or copied_nothing or host_offset % self.cluster_size:
@@ -245,6 +295,16 @@ class Qcow2Reader:
         if host_offset + skipped + end - start > self._file_size:
             raise self._refusal(place, f"data inside the file of {self._file_size} bytes", f"{entry:#x}")
         return Run(start, end - start, Kind.DATA, host_offset + skipped)
+
+    def _compressed_run(self, run: Run, place: str, entry: int) -> Run:
+        """The run with its place in the file, which may end within the last sector that the entry counts."""
+        host_offset, host_length = compressed_place(entry, self.header.cluster_bits)
+        stop = min(host_offset + host_length, ceil_div(self._file_size, SECTOR) * SECTOR)
+        inside = self.cluster_size <= host_offset < self._file_size and stop == host_offset + host_length
+        if entry & COPIED or not inside or host_offset > OFFSET_MASK:
+            expected = f"compressed data inside the file of {self._file_size} bytes, not COPIED"
+            raise self._refusal(place, expected, f"{entry:#x}")
+        return run._replace(host_offset=host_offset, host_length=min(stop, self._file_size) - host_offset)
 
     def _mapped(self, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(first cluster, stop, L2 entry of the first) of stretches that lie in the file as on the disk."""
@@ -285,18 +345,26 @@ class Qcow2Reader:
 _UNMAPPED = array("Q", [0])
 
 
+def _compression_number(header: Header) -> int:
+    """The field may be missing, and something else be in its place."""
+    return header.compression_type if header.header_length > MIN_HEADER_BYTES else 0
+
+
 def _repeated(offsets: Iterable[int]) -> set[int]:
     return {offset for offset, times in Counter(offsets).items() if times > 1}
 
 
 def _stretches(entries: Sequence[int], base: int, cluster_size: int) -> Iterator[tuple[int, int, int]]:
-    """(first cluster, stop, first entry) of stretches whose offsets rise by a cluster, or are all absent."""
+    """(first cluster, stop, first entry) of stretches whose offsets rise by a cluster, or are all absent.
+
+    A compressed cluster is a stretch of its own, wherever the next one begins.
+    """
     start, count = 0, len(entries)
     while start < count:
         entry = entries[start]
         step = cluster_size if entry & OFFSET_MASK else 0
         stop, follower = start + 1, entry + step
-        while stop < count and entries[stop] == follower:
+        while stop < count and entries[stop] == follower and not entry & COMPRESSED:
             stop += 1
             follower += step
         yield base + start, base + stop, entry

@@ -9,8 +9,8 @@ from lmdbitmap.qcow2 import Kind, Qcow2Reader, Run, chain_extents, chain_read_in
 from tests.fuzz.inputs import Input
 from tests.qcow2_model import MemoryFile, naive_chain_read, u64
 
-MEND_HEADER, PAD, CHAIN, TWICE, PARENT = (1 << bit for bit in range(5))
-OFFSET_MASK, COPIED, ZERO = 0x00FFFFFFFFFFFE00, 1 << 63, 1
+MEND_HEADER, PAD, CHAIN, TWICE, PARENT, ZSTD = (1 << bit for bit in range(6))
+OFFSET_MASK, COPIED, COMPRESSED, ZERO = 0x00FFFFFFFFFFFE00, 1 << 63, 1 << 62, 1
 PADDED_BYTES = 1 << 16
 SMALL_DISK = 1 << 16
 """Bytes of a disk that is small enough to be read whole and compared."""
@@ -46,11 +46,12 @@ def images_of(data: bytes) -> tuple[int, int, list[bytes]]:
 
 
 def mended(image: bytes, mode: int, has_parent: bool) -> bytes:
-    """The image with a right magic, no feature and a name of its parent, if it is to have one."""
+    """The image with a right magic, no feature but its compression, and a name of its parent, if it is to have one."""
     changed = bytearray(image)
     if mode & MEND_HEADER and len(changed) >= 112:
         changed[:8] = b"QFI\xfb\0\0\0\3"
-        changed[72:80] = bytes(8)
+        changed[72:80] = bytes(7) + (b"\x08" if mode & ZSTD else b"\0")
+        changed[104] = bool(mode & ZSTD)
         changed[32:36] = bytes(4)
     if mode & PARENT and len(changed) >= 512:
         name = b"../p" if has_parent else b""
@@ -94,6 +95,8 @@ def runs_of(reader: Qcow2Reader, file_size: int, offset: int, length: int) -> li
             assert run.length > 0
             assert run.kind is not Kind.DATA or 512 <= run.host_offset <= file_size - run.length
             assert not found or not run.continues(found[-1])
+            if run.kind is Kind.COMPRESSED:
+                check_compressed(reader, file_size, run)
             found.append(run)
             position = run.end
             assert len(found) <= file_size // 8 + 2, f"{len(found)} runs in a file of {file_size} bytes"
@@ -103,14 +106,25 @@ def runs_of(reader: Qcow2Reader, file_size: int, offset: int, length: int) -> li
     return found
 
 
+def check_compressed(reader: Qcow2Reader, file_size: int, run: Run) -> None:
+    """Inside the file, of two clusters at most, for one cluster; and what is read of a part is a part of the whole."""
+    assert reader.cluster_size <= run.host_offset < run.host_offset + run.host_length <= file_size
+    assert run.host_length <= 2 * reader.cluster_size
+    assert run.offset // reader.cluster_size == (run.end - 1) // reader.cluster_size
+    whole, part = bytearray(run.length), bytearray(run.length // 2)
+    reader.fill(memoryview(whole), run)
+    reader.fill(memoryview(part), run)
+    assert part == whole[: len(part)]
+
+
 def clipped(runs: list[Run], start: int, end: int) -> list[Run]:
     """The runs, cut down to [start, end)."""
     inside = []
     for run in runs:
         first, stop = max(run.offset, start), min(run.end, end)
         if first < stop:
-            host_offset = run.host_offset + first - run.offset if run.kind is Kind.DATA else 0
-            inside.append(Run(first, stop - first, run.kind, host_offset))
+            host_offset = run.host_offset + (first - run.offset if run.kind is Kind.DATA else 0)
+            inside.append(run._replace(offset=first, length=stop - first, host_offset=host_offset))
     return inside
 
 
@@ -121,7 +135,8 @@ def check_entries(reader: Qcow2Reader, image: bytes) -> None:
         pointer = u64(image, l1 + 8 * (cluster // entries))
         table = pointer & OFFSET_MASK
         assert not pointer & ~(OFFSET_MASK | COPIED)
-        assert not table or not u64(image, table + 8 * (cluster % entries)) & ~(OFFSET_MASK | COPIED | ZERO)
+        entry = u64(image, table + 8 * (cluster % entries)) if table else 0
+        assert not entry & COPIED if entry & COMPRESSED else not entry & ~(OFFSET_MASK | COPIED | ZERO)
 
 
 def check_stacked(readers: list[Qcow2Reader], images: list[bytes]) -> None:

@@ -15,7 +15,7 @@ from tests.support import requires, run
 
 pytestmark = requires("qemu-img")
 
-HONEST = {"empty-disk", "full"}
+HONEST = {"empty-disk", "full", "zlib-clusters", "zstd-clusters"}
 CHANGES = 30
 """Changed images that our reader accepts, each of which QEMU is asked about."""
 

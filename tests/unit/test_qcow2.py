@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import os
 import struct
-from typing import Any
+import tracemalloc
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import pytest
 
 from lmdbitmap.errors import FormatError, InvalidArgument
-from lmdbitmap.qcow2 import Header, Kind, Qcow2Reader, Qcow2Writer, Run, chain_extents, chain_read_into
-from tests.qcow2_model import MemoryFile, naive_chain_read, structure_problems, u32, u64
+from lmdbitmap.qcow2 import (
+    CompressionType,
+    Header,
+    Kind,
+    Qcow2Reader,
+    Qcow2Writer,
+    Run,
+    chain_extents,
+    chain_read_into,
+)
+from lmdbitmap.qcow2.layout import compressed_entry, compressed_place
+from tests.qcow2_model import (
+    MemoryFile,
+    compressed_image,
+    compressed_range,
+    deflated,
+    naive_chain_read,
+    structure_problems,
+    u32,
+    u64,
+    zstd_packed,
+)
 
 CLUSTER = 512
 TABLE = 64
@@ -225,7 +248,7 @@ FIELDS = {
     "l1_table_offset": (40, 8), "refcount_table_offset": (48, 8), "refcount_table_clusters": (56, 4),
     "nb_snapshots": (60, 4), "snapshots_offset": (64, 8), "incompatible_features": (72, 8),
     "compatible_features": (80, 8), "autoclear_features": (88, 8), "refcount_order": (96, 4),
-    "header_length": (100, 4),
+    "header_length": (100, 4), "compression_type": (104, 1),
 }  # fmt: skip
 """(offset, size) by the specification."""
 
@@ -251,7 +274,10 @@ def small_image() -> MemoryFile:
         ({"incompatible_features": 1}, "incompatible_features", "dirty"),
         ({"incompatible_features": 2}, "incompatible_features", "corrupt"),
         ({"incompatible_features": 4}, "incompatible_features", "external data file"),
-        ({"incompatible_features": 8}, "incompatible_features", "compression type"),
+        ({"incompatible_features": 8}, "compression_type", "0"),
+        ({"incompatible_features": 8, "compression_type": 2}, "compression_type", "2"),
+        ({"incompatible_features": 8, "compression_type": 1, "header_length": 104}, "compression_type", ""),
+        ({"compression_type": 1}, "compression_type", "1"),
         ({"incompatible_features": 16}, "incompatible_features", "extended L2"),
         ({"incompatible_features": 1 << 63 | 32}, "incompatible_features", "unknown bit 5, unknown bit 63"),
         ({"crypt_method": 1}, "crypt_method", "1"),
@@ -285,6 +311,12 @@ def test_a_lying_header_field_is_refused_by_name(fields: dict[str, int], place: 
         Qcow2Reader(patched(small_image(), **fields), name="b.qcow2")
     assert refused.value.place == f"b.qcow2: header {place}"
     assert found in str(refused.value.found)
+
+
+def test_a_header_without_the_field_has_compression_type_zlib() -> None:
+    """What stands in its place is an extension."""
+    file = patched(image(CLUSTER), header_length=104, compression_type=1)
+    assert Qcow2Reader(file).compression_type is CompressionType.ZLIB
 
 
 def test_fields_that_may_be_ignored_are_ignored() -> None:
@@ -363,8 +395,12 @@ def test_a_lying_l1_entry_is_refused_when_its_range_is_asked_for(entry: int, exp
         (1024 | 1 << 8, "known flags"),
         (1024 | 1 << 56, "known flags"),
         (1024 | 1 << 61, "known flags"),
-        (1 << 62 | 1024, "not compressed"),
-        (3 << 62 | 1024, "not compressed"),
+        (3 << 62 | 1024, "not COPIED"),
+        (1 << 62, "compressed data inside the file"),
+        (1 << 62 | 511, "compressed data inside the file"),
+        (1 << 62 | 1 << 20, "compressed data inside the file"),
+        (1 << 62 | 1 << 61 | 3584, "compressed data inside the file"),
+        (1 << 62 | 1 << 56 | 1024, "compressed data inside the file"),
     ],
 )
 def test_a_lying_l2_entry_is_refused_when_its_range_is_asked_for(entry: int, expected: str) -> None:
@@ -486,6 +522,147 @@ def test_read_into_gives_zeroes_for_gaps_in_a_full_image() -> None:
     assert buffer == bytes(CLUSTER)
 
 
+# --- compressed clusters ---
+
+PAGE = 4096
+CLUSTERS = [b"one" + bytes(PAGE - 3), os.urandom(3000) + bytes(PAGE - 3000), b"x" * PAGE, os.urandom(PAGE)]
+"""The last one grows."""
+packings = pytest.mark.parametrize(
+    ("pack", "is_zstd"), [(deflated, False), (zstd_packed, True)], ids=["zlib", "zstd"]
+)
+Pack: TypeAlias = Callable[[bytes], bytes]
+
+
+@packings
+def test_compressed_clusters_are_runs_of_their_own_and_read_back(pack: Pack, is_zstd: bool) -> None:
+    packed = [pack(cluster) for cluster in CLUSTERS]
+    file = MemoryFile(compressed_image(packed, is_zstd=is_zstd))
+    assert structure_problems(bytes(file.content)) == []
+    found = runs(file)
+    assert [run[:3] for run in found] == [(PAGE * n, PAGE, Kind.COMPRESSED) for n in range(len(CLUSTERS))]
+    for run, data in zip(found, packed, strict=True):
+        assert file.content[run.host_offset :].startswith(data)
+        assert (run.host_offset + run.host_length) % 512 == 0
+    assert contents(file) == naive_chain_read([bytes(file.content)]) == b"".join(CLUSTERS)
+
+
+@packings
+@pytest.mark.parametrize(
+    ("offset", "length"), [(0, 1), (5, 100), (PAGE - 1, 2), (PAGE + 7, 2 * PAGE), (100, 4 * PAGE - 101)]
+)
+def test_a_part_of_a_compressed_cluster_is_read(pack: Pack, is_zstd: bool, offset: int, length: int) -> None:
+    reader = Qcow2Reader(
+        MemoryFile(compressed_image([pack(cluster) for cluster in CLUSTERS], is_zstd=is_zstd))
+    )
+    buffer = bytearray(b"?" * length)
+    reader.read_into(memoryview(buffer), offset)
+    assert buffer == b"".join(CLUSTERS)[offset : offset + length]
+
+
+def test_parts_of_one_compressed_cluster_are_read_from_the_file_once() -> None:
+    file = MemoryFile(compressed_image([deflated(cluster) for cluster in CLUSTERS]))
+    reader = Qcow2Reader(file)
+    list(reader.extents(0, 1))
+    file.reads.clear()
+    read = bytearray(PAGE)
+    for offset in range(0, PAGE, 512):
+        reader.read_into(memoryview(read)[offset : offset + 512], offset)
+    assert (bytes(read), len(file.reads)) == (CLUSTERS[0], 1)
+    reader.read_into(memoryview(read)[:5], PAGE)
+    assert read[:5] == CLUSTERS[1][:5]
+
+
+def test_compressed_clusters_under_an_image_with_smaller_clusters_are_read_in_parts() -> None:
+    full = MemoryFile(compressed_image([deflated(cluster) for cluster in CLUSTERS]))
+    top = image(4 * PAGE, (CLUSTER, b"t" * CLUSTER), (PAGE, PAGE), backing_file="full")
+    expected = bytearray(b"".join(CLUSTERS))
+    expected[CLUSTER : 2 * CLUSTER] = b"t" * CLUSTER
+    expected[PAGE : 2 * PAGE] = bytes(PAGE)
+    assert contents(top, full) == expected == naive_chain_read([bytes(top.content), bytes(full.content)])
+
+
+def test_a_file_may_end_with_its_last_compressed_byte() -> None:
+    """QEMU leaves such files; the entry counts whole sectors."""
+    packed = deflated(CLUSTERS[0])
+    file = MemoryFile(compressed_image([packed]))
+    del file.content[5 * PAGE + 7 + len(packed) :]
+    assert runs(file)[0].host_length == len(packed)
+    assert contents(file) == CLUSTERS[0]
+
+
+def test_equal_compressed_entries_in_a_row_are_runs_of_a_cluster_each() -> None:
+    file = MemoryFile(compressed_image([deflated(cluster) for cluster in CLUSTERS]))
+    struct.pack_into(">4Q", file.content, 2 * PAGE, *[u64(file.content, 2 * PAGE)] * 4)
+    assert [run.length for run in runs(file)] == [PAGE] * 4
+    assert contents(file) == CLUSTERS[0] * 4
+
+
+@packings
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda pack: pack(bytes(PAGE - 1)),
+        lambda pack: pack(b""),
+        lambda pack: b"\xff" * 100,
+        lambda pack: bytes(100),
+        lambda pack: pack(os.urandom(PAGE))[:-600],
+    ],
+    ids=["a byte short", "nothing", "ones", "zeroes", "cut off"],
+)
+def test_what_does_not_decompress_to_a_cluster_is_refused_where_it_is(
+    pack: Pack, is_zstd: bool, bad: Callable[[Pack], bytes]
+) -> None:
+    file = MemoryFile(compressed_image([pack(CLUSTERS[0]), bad(pack)], is_zstd=is_zstd))
+    reader = Qcow2Reader(file, name="b.qcow2")
+    buffer = memoryview(bytearray(PAGE))
+    reader.read_into(buffer, 0)
+    with pytest.raises(
+        FormatError, match=f"4096 bytes compressed with {'zstd' if is_zstd else 'zlib'}"
+    ) as refused:
+        reader.read_into(buffer[:1], PAGE + 9)
+    assert refused.value.place == f"b.qcow2: compressed cluster of byte {PAGE + 9}"
+
+
+@packings
+def test_a_bomb_makes_no_more_than_a_cluster(pack: Pack, is_zstd: bool) -> None:
+    bomb = pack(bytes(4 << 20))[: 2 * PAGE - 512]
+    reader = Qcow2Reader(MemoryFile(compressed_image([bomb], is_zstd=is_zstd)))
+    buffer = memoryview(bytearray(PAGE))
+    tracemalloc.start()
+    try:
+        if is_zstd:
+            with pytest.raises(FormatError, match="compressed with zstd"):
+                reader.read_into(buffer, 0)
+        else:  # QEMU does not look at what follows the cluster either
+            reader.read_into(buffer, 0)
+        assert tracemalloc.get_traced_memory()[1] < 300_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_zstd_frame_that_wants_much_memory_is_refused() -> None:
+    """Its header claims a window of 16 MiB; one of 8 MiB is fine."""
+    block = (PAGE << 3 | 1 << 1 | 1).to_bytes(3, "little") + b"x"
+    frames = [bytes.fromhex("28b52ffd00") + bytes([exponent - 10 << 3]) + block for exponent in (23, 24)]
+    reader = Qcow2Reader(MemoryFile(compressed_image(frames, is_zstd=True)))
+    buffer = bytearray(PAGE)
+    reader.read_into(memoryview(buffer), 0)
+    assert buffer == b"x" * PAGE
+    with pytest.raises(FormatError, match="compressed with zstd"):
+        reader.read_into(memoryview(buffer), PAGE)
+
+
+@pytest.mark.parametrize("cluster_bits", [9, 12, 16, 21])
+@pytest.mark.parametrize(
+    ("offset", "length"), [(5, 1), (511, 1), (511, 2), (1 << 40, 512), ((1 << 40) + 511, 513)]
+)
+def test_a_compressed_entry_says_where_to_the_sector(cluster_bits: int, offset: int, length: int) -> None:
+    entry = compressed_entry(offset, length, cluster_bits)
+    start, most = compressed_place(entry, cluster_bits)
+    assert (start, start + most) == compressed_range(entry, cluster_bits)
+    assert (start, start + most) == (offset, -(-(offset + length) // 512) * 512)
+
+
 # --- chains ---
 
 
@@ -570,4 +747,4 @@ def test_the_fake_file_keeps_to_its_bounds() -> None:
     assert file.content == b"abc\0xy"
     with pytest.raises(AssertionError):
         file.pread(2, 5)
-    assert Header._fields[: len(FIELDS)] == tuple(FIELDS)
+    assert Header._fields == tuple(FIELDS)
