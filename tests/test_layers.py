@@ -35,6 +35,7 @@ FLOORS: dict[str, float] = {
     "qcow2.compression": 1.1,
     "qcow2.reader": 1.2,
     "qcow2.writer": 1.2,
+    "qcow2.compressing": 1.4,
     "qcow2.chain": 1.4,
     "qcow2": 1.6,
     "manifest": 1.1,

@@ -7,6 +7,7 @@ are neither written nor read. See docs/qcow2.md.
 from __future__ import annotations
 
 from lmdbitmap.qcow2.chain import chain_extents, chain_read_into
+from lmdbitmap.qcow2.compressing import CompressingWriter
 from lmdbitmap.qcow2.compression import Compression
 from lmdbitmap.qcow2.layout import (
     DEFAULT_CLUSTER_BITS,
@@ -22,6 +23,7 @@ __all__ = [
     "DEFAULT_CLUSTER_BITS",
     "MAX_CLUSTER_BITS",
     "MIN_CLUSTER_BITS",
+    "CompressingWriter",
     "Compression",
     "CompressionType",
     "Header",

@@ -102,10 +102,10 @@ class Run(NamedTuple):
     def continues(self, other: Run) -> bool:
         """Whether this run begins where `other` ends: on the disk and, if data, in the file too.
 
-        What is compressed never does, as each cluster is to be decompressed by itself.
+        What is compressed never does, as it has a place in the file, and is to be decompressed by itself.
         """
         host_offset = other.host_offset + other.length if self.kind is Kind.DATA else 0
-        alike = (self.kind, self.layer) == (other.kind, other.layer) and self.kind is not Kind.COMPRESSED
+        alike = (self.kind, self.layer) == (other.kind, other.layer)
         return alike and self.offset == other.end and self.host_offset == host_offset
 
 
@@ -301,7 +301,7 @@ class Qcow2Reader:
         host_offset, host_length = compressed_place(entry, self.header.cluster_bits)
         stop = min(host_offset + host_length, ceil_div(self._file_size, SECTOR) * SECTOR)
         inside = self.cluster_size <= host_offset < self._file_size and stop == host_offset + host_length
-        if entry & COPIED or not inside or host_offset > OFFSET_MASK:
+        if entry & COPIED or not inside:
             expected = f"compressed data inside the file of {self._file_size} bytes, not COPIED"
             raise self._refusal(place, expected, f"{entry:#x}")
         return run._replace(host_offset=host_offset, host_length=min(stop, self._file_size) - host_offset)

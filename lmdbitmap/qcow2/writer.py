@@ -2,16 +2,20 @@
 
     header | data.. L2 table | data.. L2 table | L2 table of zeroes | L1 | refcount blocks | refcount table
 
-An L2 table follows the data it maps as soon as writing has passed it, so that memory holds one L2 table and
-the L1, whatever the size of the disk. Invariants:
+With compressed data, refcount blocks stand between data too (invariant 3). An L2 table follows the data it maps as
+soon as writing has passed it, so that memory holds one L2 table and the L1, whatever the size of the disk.
+Invariants:
 
 1. The header is written last: a file that was not finished has no magic and is not a qcow2 image.
 2. A cluster that is not mapped reads from the backing file. Over a backing file a range of zeroes therefore
    becomes zero clusters and is never left out; without one it is left out, and reads as zeroes.
-3. Refcounts are exact. All are 1 but that of an L2 table full of zero clusters, which all such stretches of
-   the disk share: 64 TiB of zeroes cost three such tables, not 8 GiB. COPIED means "the refcount is 1". Two L1
-   entries past the disk's end point there too: without them, a guest that writes to the image could leave the
-   table with one user and no COPIED, which qemu-img check takes for damage.
+3. Refcounts are exact. All are 1 but those of two kinds of clusters, and COPIED means "the refcount is 1".
+   An L2 table full of zero clusters is shared by all such stretches of the disk: 64 TiB of zeroes cost three such
+   tables, not 8 GiB. Two L1 entries past the disk's end point there too: without them, a guest that writes to the
+   image could leave the table with one user and no COPIED, which qemu-img check takes for damage.
+   Compressed data lies without gaps, and a cluster of it counts the compressed clusters that lie in it, in part or
+   whole. 16 bits are enough: zstd takes 4 bytes for each 128 KiB and 9 for a frame, and zlib takes more. A refcount
+   block is written as soon as the file is past what it covers, so that memory holds the counts of one.
 4. The image size is a multiple of 512. QEMU cuts other sizes off at the sector below, bytes that a restore
    needs; so the size is rounded up, the tail reads as zeroes, and the manifest keeps the true size.
 """
@@ -27,6 +31,7 @@ from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.geometry import MAX_SIZE, ceil_div
 from lmdbitmap.interfaces import Buffer
 from lmdbitmap.qcow2.layout import (
+    COMPRESSION_FEATURE,
     COPIED,
     DEFAULT_CLUSTER_BITS,
     EXTENSION_BACKING_FORMAT,
@@ -38,15 +43,21 @@ from lmdbitmap.qcow2.layout import (
     MAX_L1_ENTRIES,
     MAX_REFCOUNT,
     MIN_CLUSTER_BITS,
+    OFFSET_MASK,
     SECTOR,
     ZERO,
+    CompressionType,
     Header,
+    compressed_entry,
+    compressed_offset_bits,
     encode_entries,
     is_text,
     l1_entries,
     zeroed_entries,
 )
 
+_REACH_RESERVE = 1 << 10
+"""Clusters: more than are written before `can_point_to_compressed` is asked again."""
 _ANCHORS = 2
 """L1 entries past the disk's end that point to a shared L2 table, so that its refcount never falls to 1."""
 
@@ -73,12 +84,14 @@ class Qcow2Writer:
         cluster_bits: int = DEFAULT_CLUSTER_BITS,
         backing_file: str | None = None,
         backing_format: str = "qcow2",
+        compression_type: CompressionType = CompressionType.ZLIB,
     ) -> None:
         _check_dimensions(size, cluster_bits)
         self.size = size
         self.image_size = ceil_div(size, SECTOR) * SECTOR
         self.cluster_size = 1 << cluster_bits
         self.backing_file = backing_file
+        self.compression_type = compression_type
         self._cluster_bits = cluster_bits
         self._extensions, self._name = _encode_backing(backing_file, backing_format, self.cluster_size)
         self._sink = sink
@@ -91,7 +104,9 @@ class Qcow2Writer:
         self._table_index = 0
         self._full_of_zeroes = array("Q", [ZERO]) * self._table_entries
         self._zero_tables = array("Q")
+        self._packed_end = 0
         self._shared: dict[int, int] = {}
+        self._refcount_blocks = array("Q")
 
     def write(self, offset: int, data: Buffer) -> None:
         """Store `data` as one run of host clusters with one write; zeroes fill up the disk's last cluster."""
@@ -99,6 +114,19 @@ class Qcow2Writer:
         if clusters:
             host_offset = self._append(data)
             self._map(clusters, host_offset | COPIED, self.cluster_size)
+
+    @property
+    def can_point_to_compressed(self) -> bool:
+        """Whether the next piece's worth of compressed data is not yet too far out for an L2 entry."""
+        reach = min(1 << compressed_offset_bits(self._cluster_bits), OFFSET_MASK)
+        return self._file_end + _REACH_RESERVE * self.cluster_size <= reach
+
+    def write_compressed(self, offset: int, packed: bytes) -> None:
+        """Store one whole cluster of the disk, which `packed` decompresses to and is smaller than."""
+        [cluster] = self._take(offset, min(self.cluster_size, self.size - offset) or 1)
+        index, slot = divmod(cluster, self._table_entries)
+        self._turn_to(index)
+        self._table[slot] = compressed_entry(self._pack(packed), len(packed), self._cluster_bits)
 
     def write_zeroes(self, offset: int, length: int) -> None:
         """Make the range read as zeroes, at the cost of metadata only (invariant 2)."""
@@ -146,6 +174,29 @@ class Qcow2Writer:
         self._file_end += length + padding
         return offset
 
+    def _pack(self, packed: bytes) -> int:
+        """Write compressed bytes behind those before, where these can go on; answer where."""
+        self._settle_refcounts()
+        room = -self._packed_end % self.cluster_size
+        goes_on = len(packed) <= room or self._packed_end + room == self._file_end
+        offset = self._packed_end if goes_on else self._file_end
+        self._sink.pwrite(packed, offset)
+        self._packed_end = offset + len(packed)
+        first, stop = offset >> self._cluster_bits, ceil_div(self._packed_end, self.cluster_size)
+        self._file_end = max(self._file_end, stop << self._cluster_bits)
+        for cluster in range(first, stop):
+            self._shared[cluster] = self._shared.get(cluster, 0) + 1
+        return offset
+
+    def _settle_refcounts(self) -> None:
+        """Write the refcount blocks of clusters that lie behind; none of these takes more compressed data."""
+        entries = self.cluster_size // 2
+        while (stop := (len(self._refcount_blocks) + 1) * entries) <= self._file_end >> self._cluster_bits:
+            block = self._refcount_block(len(self._refcount_blocks), stop)
+            self._refcount_blocks.append(self._append(block))
+            self._packed_end = self._file_end
+            self._shared = {cluster: count for cluster, count in self._shared.items() if cluster >= stop}
+
     def _map(self, clusters: range, entry: int, step: int) -> None:
         """Give the clusters the L2 entries `entry`, `entry + step`, ...: `step` is 0 for zero clusters."""
         first = clusters.start
@@ -188,9 +239,11 @@ class Qcow2Writer:
     def _write_refcounts(self) -> tuple[int, int]:
         """Write blocks and table, counting themselves too; answer the table's offset and its clusters."""
         used = self._file_end >> self._cluster_bits
-        clusters, blocks, table_clusters = _refcount_layout(used, self._cluster_bits)
-        table = array("Q", (self._append(self._refcount_block(index, clusters)) for index in range(blocks)))
-        return self._append(encode_entries(table)), table_clusters
+        written = len(self._refcount_blocks)
+        clusters, blocks, table_clusters = _refcount_layout(used - written, self._cluster_bits)
+        for index in range(written, blocks):
+            self._refcount_blocks.append(self._append(self._refcount_block(index, clusters)))
+        return self._append(encode_entries(self._refcount_blocks)), table_clusters
 
     def _refcount_block(self, index: int, clusters: int) -> bytes:
         """Refcounts of the clusters that block `index` covers, in a file of `clusters`; 0 past its end."""
@@ -212,6 +265,8 @@ class Qcow2Writer:
             l1_table_offset=l1_offset,
             refcount_table_offset=refcount_table_offset,
             refcount_table_clusters=refcount_table_clusters,
+            incompatible_features=COMPRESSION_FEATURE if self.compression_type.number else 0,
+            compression_type=self.compression_type.number,
         )
         first_cluster = HEADER_STRUCT.pack(*header) + self._extensions + self._name
         self._sink.pwrite(first_cluster.ljust(self.cluster_size, b"\0"), 0)

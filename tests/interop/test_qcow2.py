@@ -13,7 +13,16 @@ import pytest
 
 from lmdbitmap.errors import FormatError
 from lmdbitmap.geometry import ceil_div
-from lmdbitmap.qcow2 import Kind, Qcow2Reader, Qcow2Writer, Run, chain_extents, chain_read_into
+from lmdbitmap.qcow2 import (
+    CompressingWriter,
+    Kind,
+    Qcow2Reader,
+    Qcow2Writer,
+    Run,
+    chain_extents,
+    chain_read_into,
+)
+from lmdbitmap.qcow2.compression import chosen
 from tests.qcow2_model import DiskFile
 from tests.support import make_raw_image, requires, run, spawn, wait_for_socket
 
@@ -145,6 +154,67 @@ def test_qemu_cuts_a_size_that_is_no_multiple_of_a_sector(tmp_path: Path) -> Non
         file.seek(24)
         file.write(struct.pack(">Q", 1_000_001))
     assert info(image)["virtual-size"] == 999_936
+
+
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
+@pytest.mark.parametrize("cluster_bits", [9, 10, 12, 16, 21])
+def test_a_compressed_image_is_sound_and_identical(
+    tmp_path: Path, compression: str, cluster_bits: int
+) -> None:
+    data = texts(7 * MIB + 300)
+    image = compressed_image(tmp_path / "c.qcow2", [(0, data)], len(data), compression, cluster_bits)
+    truth = make_raw_image(tmp_path / "c.raw", len(data), [(0, data)])
+    check(image)
+    run("qemu-img", "compare", image, truth)
+    assert raw_copy(image) == our_copy(image) == data.ljust(ceil_div(len(data), 512) * 512, b"\0")
+    said = info(image)
+    assert said["format-specific"]["data"]["compression-type"] == compression
+    mapped = qemu_map(image)
+    with DiskFile(image) as source:
+        reader = Qcow2Reader(source)
+        packed = [found.kind is Kind.COMPRESSED for found in reader.extents(0, reader.size)]
+    assert any(packed) is any(
+        entry.get("compressed", False) or "offset" not in entry for entry in mapped if entry["data"]
+    )
+    assert any(packed) is (cluster_bits > 9)
+
+
+def compressed_image(
+    path: Path,
+    ranges: list[tuple[int, bytes]],
+    size: int,
+    compression: str,
+    cluster_bits: int = 16,
+    backing_file: str | None = None,
+) -> Path:
+    kind = chosen(compression)
+    with DiskFile(path, create=True) as sink:
+        writer = Qcow2Writer(
+            sink, size=size, cluster_bits=cluster_bits, backing_file=backing_file, compression_type=kind.type
+        )
+        with CompressingWriter(writer, kind) as compressing:
+            for offset, data in ranges:
+                compressing.write(offset, data)
+            assert compressing.finish() == path.stat().st_size
+    return path
+
+
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
+def test_compressed_images_stay_sound_when_qemu_writes_into_them(tmp_path: Path, compression: str) -> None:
+    """It gives compressed clusters up one by one, and counts on the refcounts of those that they share."""
+    data, news = texts(5 * MIB), texts(2 * MIB, seed=5)
+    compressed_image(tmp_path / "0.qcow2", [(0, data)], len(data), compression)
+    top = compressed_image(tmp_path / "1.qcow2", [(MIB, news)], len(data), compression, 12, "0.qcow2")
+    expected = bytearray(data)
+    expected[MIB : 3 * MIB] = news
+    assert raw_copy(top) == our_copy(top, tmp_path / "0.qcow2") == expected
+    for offset in range(MIB, 3 * MIB, 130_000):
+        free = offset + 2 * MIB & ~4095
+        run("qemu-io", "-c", f"write -P 7 {offset} 5000", "-c", f"write -c -P 8 {free} 4096", top)
+        expected[offset : offset + 5000] = b"\x07" * 5000
+        expected[free : free + 4096] = b"\x08" * 4096
+    check(top)
+    assert raw_copy(top) == our_copy(top, tmp_path / "0.qcow2") == expected
 
 
 CHAIN = [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -11,8 +13,23 @@ from hypothesis import strategies as st
 
 from lmdbitmap.errors import FormatError
 from lmdbitmap.geometry import ceil_div
-from lmdbitmap.qcow2 import Kind, Qcow2Reader, Qcow2Writer, Run, chain_extents, chain_read_into
-from tests.qcow2_model import MemoryFile, naive_chain_read, structure_problems
+from lmdbitmap.qcow2 import (
+    CompressingWriter,
+    Kind,
+    Qcow2Reader,
+    Qcow2Writer,
+    Run,
+    chain_extents,
+    chain_read_into,
+)
+from lmdbitmap.qcow2.compression import chosen
+from tests.qcow2_model import (
+    MemoryFile,
+    compressed_image,
+    deflated,
+    naive_chain_read,
+    structure_problems,
+)
 
 MAX_CLUSTERS = 200
 """Of 512 bytes: L2 tables map 64 of them, so that disks have up to four."""
@@ -44,13 +61,14 @@ chains = st.lists(layers, min_size=1, max_size=4)
 
 
 def write_chain(
-    chain: list[Layer], cluster_bits: int, randomness: random.Random
+    chain: list[Layer], cluster_bits: int, randomness: random.Random, *, compressed: bool = False
 ) -> tuple[list[bytes], bytes]:
     """The images, newest first, and what the newest must read as."""
     images: list[bytes] = []
     truth = b""
     for layer in chain:
-        image, truth = write_layer(layer, cluster_bits, truth, bool(images), randomness)
+        write = write_compressed_layer if compressed and randomness.random() < 0.8 else write_layer
+        image, truth = write(layer, cluster_bits, truth, bool(images), randomness)
         images.insert(0, image)
     return images, truth
 
@@ -58,9 +76,50 @@ def write_chain(
 def write_layer(
     layer: Layer, cluster_bits: int, below: bytes, has_backing: bool, randomness: random.Random
 ) -> tuple[bytes, bytes]:
-    sink, cluster_size = MemoryFile(), 1 << cluster_bits
+    sink = MemoryFile()
     backing_file = "parent" if has_backing else None
     writer = Qcow2Writer(sink, size=layer.size, cluster_bits=cluster_bits, backing_file=backing_file)
+    truth = put_steps(layer, writer, writer, below, randomness.randbytes)
+    assert writer.finish() == sink.size
+    return bytes(sink.content), truth
+
+
+def write_compressed_layer(
+    layer: Layer, cluster_bits: int, below: bytes, has_backing: bool, randomness: random.Random
+) -> tuple[bytes, bytes]:
+    """The same with data of which some clusters shrink, with zlib or zstd."""
+
+    def data_of(length: int) -> bytes:
+        parts = (
+            randomness.randbytes(randomness.randrange(9000)) + b"-" * randomness.randrange(9000)
+            for _ in range(99)
+        )
+        return b"".join(itertools.chain(parts, [bytes(length)]))[:length]
+
+    sink, compression = MemoryFile(), chosen(randomness.choice(("zlib:1", "zstd:1")))
+    backing_file = "parent" if has_backing else None
+    writer = Qcow2Writer(
+        sink,
+        size=layer.size,
+        cluster_bits=cluster_bits,
+        backing_file=backing_file,
+        compression_type=compression.type,
+    )
+    with CompressingWriter(writer, compression, workers=2) as compressing:
+        truth = put_steps(layer, writer, compressing, below, data_of)
+        assert compressing.finish() == sink.size
+    return bytes(sink.content), truth
+
+
+def put_steps(
+    layer: Layer,
+    writer: Qcow2Writer,
+    target: Qcow2Writer | CompressingWriter,
+    below: bytes,
+    data_of: Callable[[int], bytes],
+) -> bytes:
+    """Give the steps to `target`; what the image must read as."""
+    cluster_size = writer.cluster_size
     truth = bytearray(below.ljust(writer.image_size, b"\0")[: writer.image_size])
     cluster = 0
     for step in layer.steps:
@@ -69,16 +128,15 @@ def write_layer(
         )
         offset = min(offset, layer.size)
         end = min(offset + step.clusters * cluster_size, layer.size)
-        data = bytes(end - offset) if step.zero else randomness.randbytes(end - offset)
+        data = bytes(end - offset) if step.zero else data_of(end - offset)
         if step.zero:
-            writer.write_zeroes(offset, end - offset)
+            target.write_zeroes(offset, end - offset)
         else:
-            writer.write(offset, data)
+            target.write(offset, data)
         padded = min(ceil_div(end, cluster_size) * cluster_size, writer.image_size) if data else end
         truth[offset:padded] = data.ljust(padded - offset, b"\0")
         cluster = ceil_div(end, cluster_size)
-    assert writer.finish() == sink.size
-    return bytes(sink.content), bytes(truth)
+    return bytes(truth)
 
 
 @given(chains, st.integers(9, 11), st.randoms(use_true_random=False))
@@ -92,6 +150,23 @@ def test_a_chain_reads_as_the_model_says_and_its_structure_is_sound(
     buffer = bytearray(b"?" * len(truth))
     chain_read_into(readers, memoryview(buffer), 0)
     assert buffer == truth
+
+
+@given(chains, st.integers(10, 13), st.randoms(use_true_random=False), st.data())
+def test_a_compressed_chain_reads_as_the_model_says_in_whole_and_in_part(
+    chain: list[Layer], cluster_bits: int, randomness: random.Random, data: st.DataObject
+) -> None:
+    images, truth = write_chain(chain, cluster_bits, randomness, compressed=True)
+    assert [structure_problems(image) for image in images] == [[]] * len(images)
+    assert naive_chain_read(images) == truth
+    readers = [Qcow2Reader(MemoryFile(image)) for image in images]
+    for _ in range(3):
+        offset = data.draw(st.integers(0, len(truth)))
+        length = data.draw(st.integers(0, len(truth) - offset))
+        buffer = bytearray(b"?" * length)
+        chain_read_into(readers, memoryview(buffer), offset)
+        assert buffer == truth[offset : offset + length]
+        assert_seamless(list(chain_extents(readers, offset, length)), offset, length)
 
 
 @given(chains, st.randoms(use_true_random=False), st.data())
@@ -162,6 +237,21 @@ def read_everything(content: bytes) -> int:
 
 def test_the_image_to_be_damaged_reads_well() -> None:
     assert read_everything(IMAGE) == 9
+
+
+COMPRESSED_IMAGE = compressed_image([deflated(b"a" * n + bytes(4096 - n)) for n in range(1, 9)])
+
+
+@given(mutations)
+def test_lying_bytes_of_a_compressed_image_raise_format_error_or_read_in_bounds(
+    changes: list[tuple[int, bytes]],
+) -> None:
+    content = bytearray(COMPRESSED_IMAGE)
+    for offset, raw in changes:
+        place = offset % 144 if offset % 3 else 8192 + offset % 64
+        content[place : place + len(raw)] = raw
+    read_everything(bytes(content))
+    assert read_everything(COMPRESSED_IMAGE) == 8
 
 
 @given(mutations)

@@ -572,6 +572,17 @@ def test_parts_of_one_compressed_cluster_are_read_from_the_file_once() -> None:
     assert read[:5] == CLUSTERS[1][:5]
 
 
+def test_a_compressed_cluster_that_was_read_whole_is_not_kept() -> None:
+    """Else each image of a long chain would hold one while a disk is restored."""
+    file = MemoryFile(compressed_image([deflated(cluster) for cluster in CLUSTERS]))
+    reader = Qcow2Reader(file)
+    [run] = reader.extents(0, PAGE)
+    file.reads.clear()
+    for _ in range(3):
+        reader.fill(memoryview(bytearray(PAGE)), run)
+    assert len(file.reads) == 3
+
+
 def test_compressed_clusters_under_an_image_with_smaller_clusters_are_read_in_parts() -> None:
     full = MemoryFile(compressed_image([deflated(cluster) for cluster in CLUSTERS]))
     top = image(4 * PAGE, (CLUSTER, b"t" * CLUSTER), (PAGE, PAGE), backing_file="full")
@@ -595,6 +606,12 @@ def test_equal_compressed_entries_in_a_row_are_runs_of_a_cluster_each() -> None:
     struct.pack_into(">4Q", file.content, 2 * PAGE, *[u64(file.content, 2 * PAGE)] * 4)
     assert [run.length for run in runs(file)] == [PAGE] * 4
     assert contents(file) == CLUSTERS[0] * 4
+
+
+def test_compressed_clusters_a_cluster_apart_in_the_file_are_no_run_of_plain_data() -> None:
+    file = MemoryFile(compressed_image([deflated(cluster).ljust(PAGE, b"?") for cluster in CLUSTERS[:3]]))
+    assert [run.host_offset for run in runs(file)] == [5 * PAGE + 7, 6 * PAGE + 7, 7 * PAGE + 7]
+    assert contents(file) == b"".join(CLUSTERS[:3])
 
 
 @packings
