@@ -72,7 +72,8 @@ from lmdbitmap.manifest import (
     Reason,
     chain_to,
 )
-from lmdbitmap.qcow2.layout import SECTOR
+from lmdbitmap.qcow2.compression import Compression, chosen
+from lmdbitmap.qcow2.layout import SECTOR, CompressionType
 from lmdbitmap.repository import (
     BackupFolder,
     Unfinished,
@@ -142,6 +143,7 @@ def backup(
     quiesced: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
     progress: Progress | None = None,
     open_device: OpenDevice | None = None,
+    compression: str | None = None,
 ) -> list[BackupResult]:
     """Back up disks as they are at one point in time; every backup is durable when this returns.
 
@@ -150,10 +152,12 @@ def backup(
     asked there to bring its file systems in order.
 
     Where an incremental or differential backup is not possible, a full one is made, and the entry says why.
+    `compression` is `zlib` or `zstd`, or one of them with `:LEVEL`; None stores clusters as they are.
     Raises `Busy` for a disk or image that somebody else holds, and for a folder that somebody backs up to;
     `NotFound` without such a disk or image; `FormatError` for a manifest that cannot be read; `StorageError` where
     a snapshot broke. Disks before the one that failed then have their backup, those after it do not.
     """
+    packing = None if compression is None else chosen(compression)
     if len(set(names)) != len(names):
         raise InvalidArgument("a disk is named twice", next_step="name each disk once")
     with contextlib.ExitStack() as locks:
@@ -163,7 +167,7 @@ def backup(
             points = _one_point_in_time(way, jobs, quiesced)
             sources = [_Source.of(store, *pair) for pair in zip(jobs, points, strict=True)]
             report = Report(progress, sum(source.bytes_to_copy for source in sources))
-            return [_make(store, source, report) for source in sources]
+            return [_make(store, source, report, packing) for source in sources]
         except BaseException:
             way.end_reading()
             for job in jobs:
@@ -333,10 +337,10 @@ class _Source:
 # --- the archive, and what comes after it is durable ---
 
 
-def _make(store: Store, source: _Source, report: Report) -> BackupResult:
+def _make(store: Store, source: _Source, report: Report, packing: Compression | None) -> BackupResult:
     started = time.monotonic()
     job = source.job
-    entry = _write_image(source, report)
+    entry = _write_image(source, report, packing)
     manifest = dataclasses.replace(job.manifest, backups=(*job.manifest.backups, entry))
     job.folder.replace_manifest(manifest, keep_old=job.plan.reason == _UNREADABLE)
     _forget_unneeded(store, source, manifest)  # law 3: not before this line
@@ -344,7 +348,7 @@ def _make(store: Store, source: _Source, report: Report) -> BackupResult:
     return BackupResult(job.disk.name, entry, job.folder.path_of(entry.file), time.monotonic() - started)
 
 
-def _write_image(source: _Source, report: Report) -> BackupEntry:
+def _write_image(source: _Source, report: Report, packing: Compression | None) -> BackupEntry:
     """The image, durable in the folder under its final name, and what the manifest will say of it."""
     job, parent = source.job, source.job.plan.parent
     path = job.folder.path_of(job.file)
@@ -357,13 +361,14 @@ def _write_image(source: _Source, report: Report) -> BackupEntry:
                 source.runs(),
                 backing_file=None if parent is None else parent.file,
                 report=report,
+                compression=packing,
             )
         digest = _synced_digest(file.fileno(), path)
         job.access.prove(source.point)
-    return _entry(source, copied, digest)
+    return _entry(source, copied, digest, None if packing is None else packing.type)
 
 
-def _entry(source: _Source, copied: Copied, digest: str) -> BackupEntry:
+def _entry(source: _Source, copied: Copied, digest: str, compression: CompressionType | None) -> BackupEntry:
     job, disk, plan, checkpoint = source.job, source.point.disk, source.job.plan, source.point.checkpoint
     return BackupEntry(
         id=str(job.sequence), sequence=job.sequence, file=job.file,
@@ -372,7 +377,7 @@ def _entry(source: _Source, copied: Copied, digest: str) -> BackupEntry:
         time_ns=checkpoint.time_ns, checkpoint=CheckpointRef(checkpoint.uuid, checkpoint.name),
         epoch=disk.epoch, disk_size=disk.size, granularity=disk.geometry.granularity,
         cluster_size=source.clusters.granularity, trust=source.trust, bytes_changed=copied.bytes_changed,
-        bytes_zero=copied.bytes_zero, bytes_stored=copied.bytes_stored, sha256=digest,
+        bytes_zero=copied.bytes_zero, bytes_stored=copied.bytes_stored, sha256=digest, compression=compression,
     )  # fmt: skip
 
 

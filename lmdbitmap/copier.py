@@ -5,6 +5,7 @@ Holes are not even read, unless they cover a cluster in part only.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeAlias
@@ -13,7 +14,14 @@ from lmdbitmap.bits import Run
 from lmdbitmap.errors import os_errors_at
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import BlockDevice, Buffer
-from lmdbitmap.qcow2 import DEFAULT_CLUSTER_BITS, Qcow2Writer, Sink
+from lmdbitmap.qcow2 import (
+    DEFAULT_CLUSTER_BITS,
+    CompressingWriter,
+    Compression,
+    CompressionType,
+    Qcow2Writer,
+    Sink,
+)
 from lmdbitmap.qcow2.layout import MAX_L1_ENTRIES, l1_entries
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -90,22 +98,40 @@ def copy_clusters(
     *,
     backing_file: str | None,
     report: Report,
+    compression: Compression | None = None,
 ) -> Copied:
     """Fill `file` with an image of runs of `clusters`, ascending; what is between is left to the backing file.
 
     Raises `OSError` as the device does, and errors of ours as the file does. Nothing is synced.
     """
     writer = Qcow2Writer(
-        file, size=clusters.size, cluster_bits=clusters.granularity_bits, backing_file=backing_file
+        file,
+        size=clusters.size,
+        cluster_bits=clusters.granularity_bits,
+        backing_file=backing_file,
+        compression_type=CompressionType.ZLIB if compression is None else compression.type,
     )
-    copier = _Copier(device, writer, clusters, report)
-    for run in runs:
-        copier.copy(run)
-    return Copied(copier.bytes_changed, copier.bytes_zero, writer.finish())
+    with _compressing(writer, compression) as target:
+        copier = _Copier(device, target, clusters, report)
+        for run in runs:
+            copier.copy(run)
+        return Copied(copier.bytes_changed, copier.bytes_zero, target.finish())
+
+
+def _compressing(
+    writer: Qcow2Writer, compression: Compression | None
+) -> contextlib.AbstractContextManager[Qcow2Writer | CompressingWriter]:
+    return contextlib.nullcontext(writer) if compression is None else CompressingWriter(writer, compression)
 
 
 class _Copier:
-    def __init__(self, device: BlockDevice, writer: Qcow2Writer, clusters: Geometry, report: Report) -> None:
+    def __init__(
+        self,
+        device: BlockDevice,
+        writer: Qcow2Writer | CompressingWriter,
+        clusters: Geometry,
+        report: Report,
+    ) -> None:
         self._device = device
         self._writer = writer
         self._clusters = clusters

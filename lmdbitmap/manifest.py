@@ -15,6 +15,7 @@
       trust                        exact or superset
       bytes_changed, bytes_zero    of the disk: stored as data or as zero clusters; those that are zero clusters
       bytes_stored, sha256         of the file
+      compression                  zlib or zstd, where clusters may be compressed; else there is no such key
 
 Invariants of what `decode` answers: every parent stands before its children, so a chain always ends, in a full
 backup; ids and files are unique. Encoding is deterministic: sorted keys, indent 2, a newline at the end. Keys
@@ -35,6 +36,7 @@ from uuid import UUID
 from lmdbitmap.errors import FormatError, InvalidArgument, NotFound
 from lmdbitmap.extents import Trust
 from lmdbitmap.geometry import MAX_GRANULARITY_BITS, MAX_SIZE, MIN_GRANULARITY_BITS
+from lmdbitmap.qcow2.layout import CompressionType
 
 FORMAT_VERSION: Final = 1
 MAX_MANIFEST_BYTES: Final = 16 << 20
@@ -103,6 +105,7 @@ class BackupEntry:
     bytes_zero: int
     bytes_stored: int
     sha256: str
+    compression: CompressionType | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +136,7 @@ def chain_to(manifest: Manifest, backup_id: str) -> tuple[BackupEntry, ...]:
 
 def encode(manifest: Manifest) -> bytes:
     """The manifest as it stands in its file; `InvalidArgument` if it is one that `decode` would refuse."""
-    text = json.dumps(
-        dataclasses.asdict(manifest), default=_plain, sort_keys=True, indent=2, ensure_ascii=False
-    )
+    text = json.dumps(_tree(manifest), default=_plain, sort_keys=True, indent=2, ensure_ascii=False)
     data = text.encode(errors="surrogatepass") + b"\n"
     try:
         decoded = decode(data)
@@ -143,6 +144,14 @@ def encode(manifest: Manifest) -> bytes:
         raise InvalidArgument(refused.problem, next_step="mend the entry before it is written") from refused
     assert decoded == manifest
     return data
+
+
+def _tree(manifest: Manifest) -> dict[str, Any]:
+    tree = dataclasses.asdict(manifest)
+    for entry in tree["backups"]:
+        if entry["compression"] is None:
+            del entry["compression"]
+    return tree
 
 
 def _plain(value: object) -> str:
@@ -229,6 +238,7 @@ def _backup(fields: _Fields) -> BackupEntry:
         bytes_zero=fields.integer("bytes_zero", 0),
         bytes_stored=fields.integer("bytes_stored", 0),
         sha256=fields.digest("sha256"),
+        compression=fields.if_there("compression", lambda name: fields.choice(name, list(CompressionType))),
     )
     if entry.reason is None and entry.type_requested is not entry.type_actual:
         raise _refusal(f"{fields.place}.reason", "one, as the type is not the requested one", "null")
@@ -281,6 +291,9 @@ class _Fields:
 
     def optional(self, name: str, read: Callable[[str], Result]) -> Result | None:
         return None if self._value(name) is None else read(name)
+
+    def if_there(self, name: str, read: Callable[[str], Result]) -> Result | None:
+        return read(name) if name in self._values else None
 
     def integer(self, name: str, least: int, most: int = MAX_SIZE) -> int:
         value = self._value(name)

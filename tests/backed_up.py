@@ -36,8 +36,10 @@ class BackedUpDisk(TrackedDisk):
     def content(self) -> bytes:
         return self.image.read_bytes()
 
-    def backup(self, kind: BackupType = INCREMENTAL, to: str = "backups") -> BackupEntry:
-        [result] = backup(self.store, [NAME], self.folder / to, kind=kind)
+    def backup(
+        self, kind: BackupType = INCREMENTAL, to: str = "backups", compression: str | None = None
+    ) -> BackupEntry:
+        [result] = backup(self.store, [NAME], self.folder / to, kind=kind, compression=compression)
         assert result.entry == self.manifest(to).backups[-1]
         return result.entry
 

@@ -17,12 +17,18 @@ from lmdbitmap.store import Store
 
 if TYPE_CHECKING:
     from lmdbitmap.backup import BackupResult
+    from lmdbitmap.manifest import BackupEntry
     from lmdbitmap.restore import RestoreResult
 
 _FOLDER = click.Path(file_okay=False)
 
 
-@verb(examples=["lmdbitmap backup sda /srv/backups", "lmdbitmap backup sda sdb /srv/backups --full"])
+@verb(
+    examples=[
+        "lmdbitmap backup sda /srv/backups",
+        "lmdbitmap backup sda sdb /srv/backups --full --compress zstd",
+    ]
+)
 @click.argument("names", metavar="NAME…", nargs=-1, required=True)
 @click.argument("repository", metavar="REPO", type=_FOLDER)
 @click.option("--full", "kind", flag_value="full", help="Copy everything.")
@@ -34,8 +40,12 @@ _FOLDER = click.Path(file_okay=False)
     "--differential", "kind", flag_value="differential",
     help="Copy what changed since the last full backup; everything, and say why, where that is not known.",
 )  # fmt: skip
+@click.option(
+    "--compress", metavar="zlib|zstd[:LEVEL]",
+    help="Compress what is stored, as QEMU reads it: zlib everywhere (level 1 to 9, [6]), zstd faster (1 to 22, [3]).",
+)  # fmt: skip
 @click.pass_obj
-def backup(asked: Session, names: Sequence[str], repository: str, kind: str) -> None:
+def backup(asked: Session, names: Sequence[str], repository: str, kind: str, compress: str | None) -> None:
     """Back up disks that nobody serves.
 
     All of them are copied as they are at one point in time, each into a folder of its own in REPO, as qcow2
@@ -48,7 +58,7 @@ def backup(asked: Session, names: Sequence[str], repository: str, kind: str) -> 
         Store.open(asked.store_path) as store,
         progress(f"backing up {', '.join(names)}", shown=asked.shows_progress) as report,
     ):
-        made = back_up(store, names, repository, kind=BackupType(kind), progress=report)
+        made = back_up(store, names, repository, kind=BackupType(kind), progress=report, compression=compress)
     if asked.as_json:
         say_json({"backups": [_backup_facts(result) for result in made]})
         return
@@ -61,10 +71,14 @@ def _backup_words(result: BackupResult) -> str:
     words = [
         entry.type_actual.value + ("" if entry.reason is None else f": {entry.reason.words}"),
         f"{format_size(entry.bytes_changed)} of {format_size(entry.disk_size)}",
-        f"{format_size(entry.bytes_stored)} stored in {entry.file}",
+        f"{format_size(entry.bytes_stored)} stored {_how(entry)}in {entry.file}",
         format_duration(result.seconds),
     ]
     return " · ".join(words)
+
+
+def _how(entry: BackupEntry) -> str:
+    return "" if entry.compression is None else f"with {entry.compression.value} "
 
 
 def _backup_facts(result: BackupResult) -> dict[str, object]:
@@ -85,6 +99,7 @@ def _backup_facts(result: BackupResult) -> dict[str, object]:
         "bytes_zero": entry.bytes_zero,
         "bytes_stored": entry.bytes_stored,
         "sha256": entry.sha256,
+        "compression": None if entry.compression is None else entry.compression.value,
         "seconds": round(result.seconds, 3),
     }
 

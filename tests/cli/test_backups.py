@@ -51,7 +51,7 @@ def test_the_first_backup_is_full_and_says_why(cli: Cli) -> None:
         "reason": {"code": "no-earlier-backup", "words": "no earlier backup"},
         "parent": None, "checkpoint": made["checkpoint"], "time": made["time"], "size": SIZE, "trust": "exact",
         "bytes_changed": SIZE, "bytes_zero": SIZE, "bytes_stored": os.path.getsize(made["file"]),
-        "sha256": made["sha256"], "seconds": made["seconds"],
+        "sha256": made["sha256"], "compression": None, "seconds": made["seconds"],
     }  # fmt: skip
     assert cli.json("info", "sda")["since"] == made["checkpoint"]
 
@@ -62,6 +62,28 @@ def test_the_next_one_copies_what_changed(cli: Cli, repository: Path) -> None:
     assert said.startswith("sda: incremental · 64 KiB of 8 MiB · ")
     assert " stored in 000002-incremental.qcow2 · " in said
     assert _restored(cli, repository) == (cli.folder / "sda.raw").read_bytes()
+
+
+@pytest.mark.parametrize("compression", ["zlib", "zstd:9"])
+def test_a_backup_is_compressed_where_that_is_asked_for(cli: Cli, repository: Path, compression: str) -> None:
+    _write(cli, MIB, b"y" * MIB)
+    said = cli.ok("backup", "sda", repository, "--compress", compression)
+    kind = compression.partition(":")[0]
+    assert f" stored with {kind} in 000002-incremental.qcow2 · " in said
+    [made] = cli.json("backup", "sda", repository, "--full", "--compress", compression)["backups"]
+    assert (made["compression"], made["bytes_changed"]) == (kind, SIZE)
+    assert made["bytes_stored"] < 400 * KIB
+    for at in ("2", "3"):
+        assert _restored(cli, repository, "--at", at) == (cli.folder / "sda.raw").read_bytes()
+
+
+@pytest.mark.parametrize("compression", ["lz4", "zlib:10", "zstd:", ""])
+def test_a_compression_that_there_is_not_is_refused_before_anything_is_done(
+    cli: Cli, repository: Path, compression: str
+) -> None:
+    said = cli.fails(2, "backup", "sda", repository, "--compress", compression)
+    assert f"{compression!r} is no compression; choose zlib or zstd" in said
+    assert len(list((repository / "sda").glob("*.qcow2"))) == 1
 
 
 def test_one_goes_back_to_any_backup(cli: Cli, repository: Path) -> None:

@@ -25,13 +25,13 @@ KINDS = [FULL, INCREMENTAL, DIFFERENTIAL, INCREMENTAL, FULL, INCREMENTAL]
 class Backups:
     """A disk with six restore points, what it held at each, and the images behind them."""
 
-    def __init__(self, folder: Path, granularity_bits: int) -> None:
+    def __init__(self, folder: Path, granularity_bits: int, compression: str | None) -> None:
         self.disk = BackedUpDisk(folder, 9 * MIB + 700, granularity_bits)
         self.truths: list[Path] = []
         randomness = random.Random(5)
         for number, kind in enumerate(KINDS):
             self._change(randomness, number)
-            self.disk.backup(kind)
+            self.disk.backup(kind, compression=compression)
             truth = folder / f"truth{number}.raw"
             truth.write_bytes(self.disk.content())
             self.truths.append(truth)
@@ -43,7 +43,8 @@ class Backups:
         with self.disk.attach() as attached:
             for _ in range(20 if number else 60):
                 length = randomness.randrange(1, 40 * KIB)
-                attached.pwrite(randomness.randbytes(length), randomness.randrange(size - length))
+                data = randomness.randbytes(1 + randomness.randrange(length)).ljust(length, b"-")
+                attached.pwrite(data, randomness.randrange(size - length))
             for _ in range(3):
                 attached.write_zeroes(randomness.randrange(size - MIB), randomness.randrange(MIB))
 
@@ -53,10 +54,18 @@ class Backups:
         return [Path(folder.path_of(entry.file)) for entry in self.disk.manifest().backups]
 
 
-@pytest.fixture(scope="module", params=[12, 16], ids=["4 KiB", "64 KiB"])
+SHAPES = {
+    "4 KiB": (12, None),
+    "64 KiB": (16, None),
+    "4 KiB, zlib": (12, "zlib"),
+    "64 KiB, zstd": (16, "zstd"),
+}
+
+
+@pytest.fixture(scope="module", params=SHAPES.values(), ids=list(SHAPES))
 def backups(request: pytest.FixtureRequest) -> Iterator[Backups]:
     with quick_folder() as folder:
-        made = Backups(folder, request.param)
+        made = Backups(folder, *request.param)
         yield made
         made.disk.close()
 
@@ -71,6 +80,14 @@ def test_every_image_passes_qemus_check(backups: Backups) -> None:
         assert found["check-errors"] == 0
         assert not {"leaks", "corruptions"} & found.keys()
     assert len(backups.images) == len(KINDS)
+
+
+def test_what_the_manifest_calls_compressed_is(backups: Backups) -> None:
+    for image, entry in zip(backups.images, backups.disk.manifest().backups, strict=True):
+        said = run("qemu-img", "check", image).stdout
+        assert (" 0.00% compressed" in said) is (entry.compression is None)
+        if entry.compression is not None:
+            assert info(image)["format-specific"]["data"]["compression-type"] == entry.compression.value
 
 
 def test_every_restore_point_compares_equal_with_the_disk_as_it_was(backups: Backups) -> None:

@@ -22,6 +22,7 @@ from lmdbitmap.manifest import (
     decode,
     encode,
 )
+from lmdbitmap.qcow2 import CompressionType
 
 uuids = st.uuids()
 sizes = st.integers(0, 2**63 - 1)
@@ -63,6 +64,7 @@ def entries(draw: st.DrawFn, number: int, ids: list[str], file: str, sequence: i
         bytes_zero=draw(sizes),
         bytes_stored=draw(sizes),
         sha256=draw(st.binary(min_size=32, max_size=32)).hex(),
+        compression=draw(st.sampled_from([None, *CompressionType])),
     )
 
 

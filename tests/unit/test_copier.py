@@ -21,6 +21,7 @@ from lmdbitmap.device import MemoryDevice
 from lmdbitmap.errors import StorageError
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.qcow2 import Kind, Qcow2Reader
+from lmdbitmap.qcow2.compression import chosen
 from tests.qcow2_model import MemoryFile, naive_chain_read
 
 CLUSTER = 8192
@@ -47,11 +48,16 @@ def copied(
     *,
     backing_file: str | None = None,
     cluster_bits: int = 13,
+    compression: str | None = None,
 ) -> tuple[Copied, MemoryFile]:
     file = MemoryFile()
     clusters = Geometry(device.size, cluster_bits)
     report = Report(None, 0)
-    return copy_clusters(device, file, clusters, runs, backing_file=backing_file, report=report), file
+    packing = None if compression is None else chosen(compression)
+    counts = copy_clusters(
+        device, file, clusters, runs, backing_file=backing_file, report=report, compression=packing
+    )
+    return counts, file
 
 
 def kinds(file: MemoryFile) -> list[tuple[int, int, Kind]]:
@@ -106,6 +112,18 @@ def test_zeroes_of_a_full_image_take_no_space() -> None:
     assert counts[:2] == (64 * CLUSTER, 64 * CLUSTER)
     assert kinds(file) == [(0, 64 * CLUSTER, Kind.UNALLOCATED)]
     assert len(file.content) == 4 * CLUSTER  # header, L1, refcount block and table
+
+
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
+def test_zeroes_are_found_before_anything_is_compressed(compression: str) -> None:
+    content = b"x" * CLUSTER + bytes(2 * CLUSTER) + os.urandom(CLUSTER) + b"x" * 100
+    counts, file = copied(
+        WatchedDevice(content), [(0, 5)], backing_file="base.qcow2", compression=compression
+    )
+    assert counts == Copied(4 * CLUSTER + 100, 2 * CLUSTER, file.size)
+    assert [kind for _, _, kind in kinds(file)] == [Kind.COMPRESSED, Kind.ZERO, Kind.DATA, Kind.COMPRESSED]
+    below = [bytes(copied(WatchedDevice(bytes(len(content))), [(0, 5)])[1].content)]
+    assert naive_chain_read([bytes(file.content), *below])[: len(content)] == content
 
 
 @pytest.mark.parametrize("tail", [1, 511, 512, 4095, CLUSTER - 1])

@@ -23,6 +23,7 @@ from lmdbitmap.manifest import (
     decode,
     encode,
 )
+from lmdbitmap.qcow2 import CompressionType
 
 DISK = DiskRef("sda", UUID(int=1))
 TOLD = Reason("first", "there is no earlier backup")
@@ -83,6 +84,13 @@ def test_the_file_is_sorted_indented_and_ends_with_a_newline() -> None:
     assert encode(CHAIN) == encode(decode(encode(CHAIN)))
 
 
+def test_compression_is_a_key_of_compressed_backups_only() -> None:
+    manifest = Manifest(DISK, (entry(0), entry(1, 0, compression=CompressionType.ZSTD)))
+    plain, packed = json.loads(encode(manifest))["backups"]
+    assert ("compression" in plain, packed["compression"]) == (False, "zstd")
+    assert decode(encode(manifest)) == manifest
+
+
 def test_names_stand_as_people_write_them() -> None:
     reason = Reason("first", "früher gab es keine Sicherung")
     manifest = Manifest(DISK, (entry(0, reason=reason),))
@@ -137,6 +145,7 @@ BIG = 2**63
         ("bytes_changed", [-1, None, BIG]),
         ("bytes_zero", [-1, "0", False]),
         ("bytes_stored", [-1, 0.5]),
+        ("compression", ["", "lz4", "ZSTD", None, 1, ["zstd"]]),
         ("sha256", ["", "0" * 63, "0" * 65, "A" * 64, "g" * 64, 0, None]),
     ],
 )
@@ -152,7 +161,7 @@ def test_a_field_that_lies_is_refused_by_its_place(field: str, values: list[obje
 
 def test_every_field_must_be_there() -> None:
     fields = tree()["backups"][1]
-    assert set(fields) == {field.name for field in dataclasses.fields(BackupEntry)}
+    assert {*fields, "compression"} == {field.name for field in dataclasses.fields(BackupEntry)}
     for field in fields:
         bent = tree()
         del bent["backups"][1][field]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import manifest
+from lmdbitmap import backup_chain, manifest
 from lmdbitmap.errors import (
     AlreadyExists,
     FormatError,
@@ -20,7 +20,8 @@ from lmdbitmap.errors import (
     NotFound,
     StorageError,
 )
-from lmdbitmap.manifest import BackupEntry
+from lmdbitmap.manifest import BackupEntry, chain_to
+from lmdbitmap.qcow2 import CompressionType
 from lmdbitmap.repository import sha256_of
 from lmdbitmap.restore import RestoreResult, restore
 from tests.backed_up import DIFFERENTIAL, FULL, BackedUpDisk
@@ -75,6 +76,66 @@ def test_an_earlier_backup_is_restored_by_its_id(disk: BackedUpDisk) -> None:
     disk.backup(DIFFERENTIAL)
     assert restored(disk, at="3").entry.id == "3"
     assert out(disk).read_bytes() == before
+
+
+@pytest.fixture
+def compressed(tmp_path: Path) -> Iterator[BackedUpDisk]:
+    """Four backups: with zlib, with zstd, plain, and with zlib again."""
+    made = BackedUpDisk(tmp_path, SIZE)
+    made.write(os.urandom(9) * 10_000, 50 * KIB)
+    made.backup(compression="zlib")
+    made.write(os.urandom(9) * 2_000, 140 * KIB)
+    made.backup(compression="zstd:9")
+    made.zero(60 * KIB, 30 * KIB)
+    made.write(os.urandom(5000), 55 * KIB)
+    made.backup()
+    made.write(b"end" * 1000, SIZE - 3000)
+    made.backup(compression="zlib:1")
+    yield made
+    made.close()
+
+
+def test_a_chain_of_compressed_and_plain_images_is_restored_to_the_byte(compressed: BackedUpDisk) -> None:
+    assert [entry.compression for entry in compressed.manifest().backups] == [
+        CompressionType.ZLIB,
+        CompressionType.ZSTD,
+        None,
+        CompressionType.ZLIB,
+    ]
+    truth = compressed.content()
+    result = restored(compressed)
+    assert out(compressed).read_bytes() == truth
+    assert result.bytes_written == SIZE - truth_zeroes(truth)
+    assert path_of(compressed, 0).stat().st_size < 64 * KIB
+
+
+def truth_zeroes(truth: bytes) -> int:
+    """Bytes in clusters of 4 KiB, the smallest there are, that are all zero."""
+    clusters = (truth[start : start + 4096] for start in range(0, len(truth), 4096))
+    return sum(len(cluster) for cluster in clusters if not any(cluster))
+
+
+def test_a_compressed_backup_is_a_block_device_of_which_any_part_is_read(compressed: BackedUpDisk) -> None:
+    truth = compressed.content()
+    entries = chain_to(compressed.manifest(), "4")
+    with backup_chain.opened(compressed.backup_folder(), entries) as disk:
+        for offset in range(0, SIZE - 7000, 6001):
+            assert disk.pread(7000, offset) == truth[offset : offset + 7000]
+        zero = 0
+        for part in disk.allocation(0, SIZE):
+            zero += part.length if part.zero else 0
+        assert zero == truth_zeroes(truth)
+
+
+def test_what_cannot_be_decompressed_fails_the_restore_also_without_digests(compressed: BackedUpDisk) -> None:
+    image = path_of(compressed, 0)
+    with open(image, "r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * 1000)
+    with pytest.raises(FormatError, match="compressed cluster of byte") as refused:
+        restored(compressed, verify=False)
+    assert str(image) in str(refused.value)
+    assert not out(compressed).exists()
 
 
 def test_what_reads_as_zeroes_takes_no_space(tmp_path: Path) -> None:
