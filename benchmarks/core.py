@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -89,7 +89,7 @@ def fill(attached: Filter, image_bytes: int) -> None:
         lane.pwrite(data, offset)
 
 
-def interleaved(works: list[Callable[[], None]], rounds: int) -> list[float]:
+def interleaved(works: Sequence[Callable[[], object]], rounds: int) -> list[float]:
     """The median seconds of each work, run in turns so that a noisy moment hits all of them."""
     taken: list[list[float]] = [[] for _ in works]
     for _ in range(rounds):
