@@ -18,6 +18,7 @@ from lmdbitmap.geometry import ceil_div, check_range
 from lmdbitmap.interfaces import Allocation, Buffer, joined
 from lmdbitmap.manifest import BackupEntry
 from lmdbitmap.qcow2 import Qcow2Reader, Run, chain_extents
+from lmdbitmap.qcow2.compression import require
 from lmdbitmap.qcow2.layout import SECTOR
 from lmdbitmap.repository import BackupFolder
 
@@ -103,7 +104,8 @@ class BackupChain:
 def opened(folder: BackupFolder, entries: Sequence[BackupEntry]) -> Iterator[BackupChain]:
     """The chain of `entries`, the full one first; nobody writes to its images in the block.
 
-    Raises `NotFound` or `FormatError` where an image is not what the manifest says.
+    Raises `NotFound` or `FormatError` where an image is not what the manifest says, and `NotFound` where the library
+    is missing that decompresses one.
     """
     folder.check_images(entries)
     parents = [None, *(entry.file for entry in entries)]
@@ -120,6 +122,7 @@ def opened(folder: BackupFolder, entries: Sequence[BackupEntry]) -> Iterator[Bac
 def _reader(device: FileDevice, entry: BackupEntry, parent: str | None) -> Qcow2Reader:
     """The image's reader, if its header says what the manifest says."""
     reader = Qcow2Reader(device, name=device.path)
+    require(reader.compression_type)
     size = ceil_div(entry.disk_size, SECTOR) * SECTOR
     for what, expected, found in (
         ("image size", size, reader.size),

@@ -43,13 +43,18 @@ def chosen(text: str) -> Compression:
     for kind, levels in _LEVELS.items():
         number = int(level) if level.isascii() and level.isdecimal() and len(level) < 3 else -1
         if name == kind.value and (not colon or number in levels):
-            if kind is CompressionType.ZSTD:
-                _zstd()
+            require(kind)
             return Compression(kind, number if colon else _DEFAULT_LEVELS[kind])
     raise InvalidArgument(
         f"{text!r} is no compression",
         next_step="choose zlib or zstd, or with a level: zlib:1 to zlib:9, zstd:1 to zstd:22",
     )
+
+
+def require(kind: CompressionType) -> None:
+    """Raise `NotFound` where its library is missing: better before the work than in the middle of it."""
+    if kind is CompressionType.ZSTD:
+        _zstd()
 
 
 def compressor(compression: Compression) -> Callable[[Buffer], bytes]:

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import os
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -136,6 +137,30 @@ def test_what_cannot_be_decompressed_fails_the_restore_also_without_digests(comp
         restored(compressed, verify=False)
     assert str(image) in str(refused.value)
     assert not out(compressed).exists()
+
+
+def test_without_the_library_for_zstd_nothing_is_begun(
+    compressed: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("backports", "compression"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert restored(compressed, at="1").entry.compression is CompressionType.ZLIB
+    out(compressed).unlink()
+    before = sorted(os.listdir(compressed.folder))
+    with pytest.raises(NotFound, match=r"run: pip install 'lmdbitmap\[zstd\]'"):
+        restored(compressed)
+    assert sorted(os.listdir(compressed.folder)) == before
+
+
+def test_a_backup_without_the_library_for_zstd_is_refused_before_anything_is_done(
+    disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("backports", "compression"):
+        monkeypatch.setitem(sys.modules, package, None)
+    before = disk.checkpoints(), disk.files()
+    with pytest.raises(NotFound, match="pip install"):
+        disk.backup(compression="zstd")
+    assert (disk.checkpoints(), disk.files()) == before
 
 
 def test_what_reads_as_zeroes_takes_no_space(tmp_path: Path) -> None:
