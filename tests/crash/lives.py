@@ -329,6 +329,14 @@ def backing_up(tracked: BackedUpDisk) -> Life:
     yield "3"
 
 
+def backing_up_compressed(tracked: BackedUpDisk) -> Life:
+    """Other threads have a part in the image."""
+    _backed_up(tracked, 2)
+    yield GROWN_UP
+    backup(tracked.store, [NAME], _repository(tracked), kind=INCREMENTAL, compression="zlib")
+    yield "3"
+
+
 def backing_up_full(tracked: BackedUpDisk) -> Life:
     """After it, the checkpoints of both earlier backups go."""
     _backed_up(tracked, 2)
@@ -373,7 +381,8 @@ def restoring_to_a_device(tracked: BackedUpDisk) -> Life:
 
 
 ARCHIVE_LIVES = (
-    backing_up_first, backing_up, backing_up_full, backing_up_two, restoring, restoring_by_hand, restoring_to_a_device,
+    backing_up_first, backing_up, backing_up_compressed, backing_up_full, backing_up_two,
+    restoring, restoring_by_hand, restoring_to_a_device,
 )  # fmt: skip
 LIVES: dict[str, Callable[[BackedUpDisk], Life]] = {
     life.__name__: life

@@ -83,6 +83,11 @@ def test_a_backup_killed_at_any_step_is_followed_by_a_right_increment(
     assert min(made.count(True), made.count(False)) >= 5
 
 
+def test_a_compressed_backup_killed_at_any_step_is_followed_by_a_right_increment(deaths: Deaths) -> None:
+    made = [survives(death, {NAME: 2})[0] for death in deaths("backing_up_compressed")]
+    assert min(made.count(True), made.count(False)) >= 5
+
+
 def test_a_full_backup_killed_at_any_step_takes_nothing_from_the_chain_before_it(deaths: Deaths) -> None:
     made = [survives(death, {NAME: 2})[0] for death in deaths("backing_up_full")]
     assert min(made.count(True), made.count(False)) >= 5
