@@ -39,6 +39,7 @@ FLOORS: dict[str, float] = {
     "qcow2.chain": 1.4,
     "qcow2": 1.6,
     "manifest": 1.1,
+    "rbd_diff": 1,
     "nbd.protocol": 1,
     "nbd.uri": 1.3,
     "nbd.client_handshake": 1.3,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.fuzz.diffs import rbd_diff
 from tests.fuzz.far_server import far_server, uris
 from tests.fuzz.flat_files import flat_file, flat_import
 from tests.fuzz.images import qcow2
@@ -36,6 +37,7 @@ TARGETS = {
     "records": Target(store_records, 1_200_000),
     "qcow2": Target(qcow2, 600_000),
     "manifest": Target(manifest_bytes, 550_000),
+    "rbd-diff": Target(rbd_diff, 500_000),
     "handshake": Target(handshake, 700_000),
     "requests": Target(requests, 600_000),
     "far-server": Target(far_server, 300_000),
