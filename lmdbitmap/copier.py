@@ -1,19 +1,17 @@
-"""Copies clusters of a device into a backup image. What reads as zeroes is found out, and not stored as data.
-
-Holes are not even read, unless they cover a cluster in part only.
-"""
+"""Copies clusters of a device into a backup image. What reads as zeroes (pieces.py finds out) is not stored as data."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeAlias
 
 from lmdbitmap.bits import Run
 from lmdbitmap.errors import os_errors_at
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import BlockDevice, Buffer
+from lmdbitmap.pieces import Pieces
 from lmdbitmap.qcow2 import (
     DEFAULT_CLUSTER_BITS,
     CompressingWriter,
@@ -27,8 +25,6 @@ from lmdbitmap.qcow2.layout import MAX_L1_ENTRIES, l1_entries
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with (bytes done, bytes in all), in the thread that works; what it raises ends the work."""
 
-CHUNK_BYTES = 1 << 20
-"""Read at once, unless a cluster is larger: what stays in the processor's cache is copied fastest."""
 _BYTES_BETWEEN_REPORTS = 4 << 20
 
 
@@ -132,72 +128,18 @@ class _Copier:
         clusters: Geometry,
         report: Report,
     ) -> None:
-        self._device = device
+        self._pieces = Pieces(device, clusters)
         self._writer = writer
-        self._clusters = clusters
         self._report = report
-        self._chunk_bytes = max(CHUNK_BYTES, clusters.granularity)
-        self._buffer = bytearray(min(self._chunk_bytes, clusters.size))
-        self._zeroes = bytes(clusters.granularity)
         self.bytes_changed = 0
         self.bytes_zero = 0
 
     def copy(self, run: Run) -> None:
-        for start, stop, zero in self._parts(run):
-            offset, length = self._clusters.bytes_of(start, stop)
-            if zero:
-                self._put_zeroes(offset, length)
+        for offset, length, data in self._pieces.of(run):
+            if data is None:
+                self._writer.write_zeroes(offset, length)
+                self.bytes_zero += length
             else:
-                for position in range(offset, offset + length, self._chunk_bytes):
-                    self._copy_chunk(position, min(self._chunk_bytes, offset + length - position))
-
-    def _parts(self, run: Run) -> Iterator[tuple[int, int, bool]]:
-        """The run in parts (first cluster, stop, whether the device knows that all of it is zero)."""
-        position, stop = run
-        offset, length = self._clusters.bytes_of(position, stop)
-        for part in self._device.allocation(offset, length):
-            zero = self._clusters.blocks_inward(offset, part.length) if part.zero else range(0)
-            if zero:
-                if position < zero.start:
-                    yield position, zero.start, False
-                yield zero.start, zero.stop, True
-                position = zero.stop
-            offset += part.length
-        if position < stop:
-            yield position, stop, False
-
-    def _copy_chunk(self, offset: int, length: int) -> None:
-        chunk = memoryview(self._buffer)[:length]
-        self._device.pread_into(chunk, offset)
-        for start, stop, zero in self._stretches(length):
-            if zero:
-                self._put_zeroes(offset + start, stop - start)
-            else:
-                self._writer.write(offset + start, chunk[start:stop])
-                self._count(stop - start)
-
-    def _stretches(self, length: int) -> Iterator[tuple[int, int, bool]]:
-        """Stretches (start, stop, zero) of the buffer's first `length` bytes in clusters, neighbours differing."""
-        start, was_zero = 0, self._is_zero(0, length)
-        for position in range(len(self._zeroes), length, len(self._zeroes)):
-            zero = self._is_zero(position, length)
-            if zero is not was_zero:
-                yield start, position, was_zero
-                start, was_zero = position, zero
-        yield start, length, was_zero
-
-    def _is_zero(self, start: int, length: int) -> bool:
-        """`startswith` is a memcmp: data that is not zero mostly differs early, and costs next to nothing."""
-        stop = start + len(self._zeroes)
-        if stop <= length:
-            return self._buffer.startswith(self._zeroes, start, stop)
-        return self._buffer.startswith(self._zeroes[: length - start], start, length)
-
-    def _put_zeroes(self, offset: int, length: int) -> None:
-        self._writer.write_zeroes(offset, length)
-        self.bytes_zero += length
-        self._count(length)
-
-    def _count(self, length: int) -> None:
-        self.bytes_changed += length
-        self._report.advance(length)
+                self._writer.write(offset, data)
+            self.bytes_changed += length
+            self._report.advance(length)

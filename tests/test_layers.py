@@ -79,6 +79,7 @@ FLOORS: dict[str, float] = {
     "backup_chain": 3.1,
     "copier": 3,
     "rescan": 3,
+    "pieces": 3,
     "chain": 3.5,
     "standalone": 3.6,
     "mending": 3.6,

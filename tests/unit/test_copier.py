@@ -10,7 +10,6 @@ import pytest
 
 from lmdbitmap.bits import regrain_outward
 from lmdbitmap.copier import (
-    CHUNK_BYTES,
     Copied,
     ImageFile,
     Report,
@@ -20,6 +19,7 @@ from lmdbitmap.copier import (
 from lmdbitmap.device import MemoryDevice
 from lmdbitmap.errors import StorageError
 from lmdbitmap.geometry import Geometry
+from lmdbitmap.pieces import CHUNK_BYTES
 from lmdbitmap.qcow2 import Kind, Qcow2Reader
 from lmdbitmap.qcow2.compression import chosen
 from tests.qcow2_model import MemoryFile, naive_chain_read
