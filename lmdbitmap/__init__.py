@@ -53,9 +53,12 @@ if TYPE_CHECKING:
     from lmdbitmap.restore import restore as restore_backup
     from lmdbitmap.session import add, adopt, remove
     from lmdbitmap.store import Store
+    from lmdbitmap.stream import StreamResult, stream_backup
+    from lmdbitmap.stream_restore import AppliedResult, apply_stream
 
 _HOMES = {
     "AlreadyExists": "errors",
+    "AppliedResult": "stream_restore",
     "BackupResult": "backup",
     "BackupType": "manifest",
     "Busy": "errors",
@@ -77,10 +80,12 @@ _HOMES = {
     "Standing": "changes",
     "StorageError": "errors",
     "Store": "store",
+    "StreamResult": "stream",
     "Trust": "extents",
     "Untrusted": "errors",
     "add": "session",
     "adopt": "session",
+    "apply_stream": "stream_restore",
     "back_up": "backup",
     "changes_of": "changes",
     "check_store": "check",
@@ -91,6 +96,7 @@ _HOMES = {
     "keep_changes": "export",
     "remove": "session",
     "restore_backup": "restore",
+    "stream_backup": "stream",
     "take_checkpoint": "filter",
 }
 """Where each public name lives."""
@@ -99,6 +105,7 @@ _OTHER_NAMES = {"back_up": "backup", "changes_of": "changes", "restore_backup": 
 
 __all__ = [
     "AlreadyExists",
+    "AppliedResult",
     "BackupResult",
     "BackupType",
     "Busy",
@@ -120,11 +127,13 @@ __all__ = [
     "Standing",
     "StorageError",
     "Store",
+    "StreamResult",
     "Trust",
     "Untrusted",
     "__version__",
     "add",
     "adopt",
+    "apply_stream",
     "back_up",
     "changes_of",
     "check_store",
@@ -135,6 +144,7 @@ __all__ = [
     "keep_changes",
     "remove",
     "restore_backup",
+    "stream_backup",
     "take_checkpoint",
 ]
 

@@ -143,15 +143,7 @@ class Unowned:
         return list(map(PointInTime, self.disks, checkpoints, devices))
 
     def prove(self, point: PointInTime) -> None:
-        """Refuse an image that somebody wrote in spite of our locks: the copy is of no point in time."""
-        held = self._held_of(point.disk)
-        if held.device.identity().is_block_device:
-            held.device.flush()  # the kernel counts what has reached it
-        if held.device.identity() != point.disk.identity:
-            raise Busy(
-                f"{point.disk.image} was written by another program while it was backed up",
-                next_step="stop that program and try again",
-            )
+        session.require_untouched(self._held_of(point.disk), point.disk)
 
     def _held_of(self, disk: Disk) -> Held:
         return next(held for held in self._held if held.disk.uuid == disk.uuid)

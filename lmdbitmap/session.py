@@ -222,6 +222,17 @@ def settled_identity(device: TrackableDevice) -> ImageIdentity:
     return identity
 
 
+def require_untouched(held: Held, disk: Disk) -> None:
+    """Refuse an image that somebody wrote in spite of our locks since `reconcile`: a copy is of no point in time."""
+    if held.device.identity().is_block_device:
+        held.device.flush()  # the kernel counts what has reached it
+    if held.device.identity() != disk.identity:
+        raise Busy(
+            f"{disk.image} was written by another program while it was backed up",
+            next_step="stop that program and try again",
+        )
+
+
 def present(store: Store) -> Moment:
     """This moment, to judge in. Take it last: what it is compared with goes on meanwhile."""
     return Moment(owner.boot_id(), owner.boot_time_ns(), time.time_ns(), _mark_of(store))

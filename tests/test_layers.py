@@ -112,6 +112,8 @@ FLOORS: dict[str, float] = {
     "bitmap_file": 5.2,
     "backup": 5.5,
     "restore": 5,
+    "stream": 5,
+    "stream_restore": 5,
     # 6 surface: what embedders import, and over it the command line
     "": 6,
     "cli": 7,

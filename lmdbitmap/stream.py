@@ -1,0 +1,286 @@
+"""Backups as a stream in the format of `rbd export-diff` (rbd_diff.py): for a pipe, another host, or Ceph.
+
+The receiver counts from checkpoints: a stream leads from one of them, or from nothing, to one that is taken for
+it, and that stays. So the order is:
+
+    own the disk, judge continuity      as backup.py does; what is not known begins a new epoch
+    refuse what cannot be counted from  before anything is made
+    take the checkpoint                 the point in time that the receiver will hold
+    stream what changed up to it        dirty and zero is told as zeroes, never left out
+    see that nobody wrote the image     the copy is of one point in time
+    the end record                      only now can the receiver take it for whole
+
+What fails before the end record takes the checkpoint back, and a death there leaves it: the receiver has no whole
+stream, and the next one counts from where the last one that was received ended. Nothing that a receiver may still
+count from is ever forgotten here: whoever runs both ends forgets old checkpoints (law 3 is theirs to keep).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from lmdbitmap import bits, chain, session
+from lmdbitmap.bits import Run
+from lmdbitmap.changes import Changes, changes
+from lmdbitmap.copier import Progress, Report, cluster_bits_for
+from lmdbitmap.errors import LmdbitmapError, StorageError, os_errors_at
+from lmdbitmap.extents import Trust
+from lmdbitmap.geometry import Geometry
+from lmdbitmap.image import open_image
+from lmdbitmap.interfaces import BlockDevice, Buffer, TrackableDevice
+from lmdbitmap.pieces import Pieces
+from lmdbitmap.rbd_diff import Encoder, Head
+from lmdbitmap.schema import Checkpoint, Disk
+from lmdbitmap.session import OpenDevice
+from lmdbitmap.store import Store
+
+log = logging.getLogger(__name__)
+
+_PLACE = "the stream"
+_SMALL_BYTES = 64 << 10
+"""Collected before they are written: a fragmented disk has millions of records of zeroes."""
+
+
+class Sink(Protocol):
+    """An unbuffered binary file, a pipe or a socket's file."""
+
+    def write(self, data: Buffer, /) -> int | None: ...
+
+
+class Streamed(NamedTuple):
+    """Bytes of the disk that the stream names, and how many of them are zeroes; bytes of the stream."""
+
+    bytes_changed: int
+    bytes_zero: int
+    bytes_streamed: int
+
+
+@dataclass(frozen=True, slots=True)
+class StreamResult:
+    """A stream that came to its end. `since` is None for a full one; `checkpoint` is what it leads to."""
+
+    disk: str
+    since: str | None
+    checkpoint: str
+    size: int
+    trust: Trust
+    streamed: Streamed
+    seconds: float
+
+
+# --- any point in time of any device ---
+
+
+def write_stream(
+    out: Sink,
+    device: BlockDevice,
+    head: Head,
+    blocks: Geometry,
+    runs: Iterable[Run],
+    *,
+    report: Report,
+    before_end: Callable[[], None] = lambda: None,
+) -> Streamed:
+    """Write a whole stream of runs of `blocks`, ascending. What is between them is left out.
+
+    What `before_end` raises leaves the stream without its end, so that nobody takes it for whole. Raises
+    `OSError` as the device does, `StorageError` where the stream cannot be written.
+    """
+    writer = _StreamWriter(_Out(out), Encoder(head))
+    pieces = Pieces(device, blocks)
+    for run in runs:
+        for offset, length, data in pieces.of(run):
+            if data is None:
+                writer.zeroes(offset, length)
+            else:
+                writer.data(offset, data)
+            report.advance(length)
+    return writer.end(before_end)
+
+
+class _StreamWriter:
+    def __init__(self, out: _Out, encoder: Encoder) -> None:
+        self._out = out
+        self._encoder = encoder
+        self._zeroes = (0, 0)
+        """A range (start, stop) that is not written yet: what comes next may go on with it."""
+        self._bytes_changed = 0
+        self._bytes_zero = 0
+        self._out.put(encoder.head())
+
+    def zeroes(self, offset: int, length: int) -> None:
+        start, stop = self._zeroes
+        if stop != offset:
+            self._put_zeroes()
+            start = offset
+        self._zeroes = (start, offset + length)
+        self._bytes_zero += length
+        self._bytes_changed += length
+
+    def data(self, offset: int, data: Buffer) -> None:
+        self._put_zeroes()
+        for part in self._encoder.data(offset, data):
+            self._out.put(part)
+        self._bytes_changed += len(data)
+
+    def _put_zeroes(self) -> None:
+        start, stop = self._zeroes
+        self._zeroes = (stop, stop)
+        for part in self._encoder.zeroes(start, stop - start) if start < stop else ():
+            self._out.put(part)
+
+    def end(self, before_end: Callable[[], None]) -> Streamed:
+        self._put_zeroes()
+        before_end()
+        self._out.put(self._encoder.end())
+        self._out.flush()
+        return Streamed(self._bytes_changed, self._bytes_zero, self._out.bytes_put)
+
+
+class _Out:
+    """Writes all that it is given, small parts together."""
+
+    def __init__(self, file: Sink) -> None:
+        self._file = file
+        self._small = bytearray()
+        self.bytes_put = 0
+
+    def put(self, part: Buffer) -> None:
+        self.bytes_put += len(part)
+        if len(self._small) + len(part) <= _SMALL_BYTES:
+            self._small += part
+            return
+        self.flush()
+        self._write(part)
+
+    def flush(self) -> None:
+        self._write(self._small)
+        self._small = bytearray()
+
+    def _write(self, part: Buffer) -> None:
+        rest = memoryview(part)
+        with os_errors_at(_PLACE):
+            try:
+                while rest:
+                    rest = rest[self._written(rest) :]
+            except BrokenPipeError as gone:
+                raise StorageError(
+                    _PLACE,
+                    gone,
+                    next_step="see what its reader says, and stream again: nothing was lost by it",
+                ) from gone
+
+    def _written(self, part: memoryview) -> int:
+        count = self._file.write(part)
+        if count is None:
+            raise OSError(errno.EAGAIN, "it does not wait until there is room")
+        return count
+
+
+# --- a disk that nobody serves ---
+
+
+def stream_backup(
+    store: Store,
+    name: str,
+    out: Sink,
+    *,
+    since: str | None = None,
+    checkpoint: str | None = None,
+    version: int = 1,
+    progress: Progress | None = None,
+    open_device: OpenDevice | None = None,
+) -> StreamResult:
+    """Stream the disk called `name` as it is now: what changed since the checkpoint `since`, or all of it.
+
+    A checkpoint is taken, called `checkpoint`, or as the result says; it stays, for the next stream to count from.
+    Raises `Untrusted` where nobody knows what changed since, `NotFound` without such a disk, image or checkpoint,
+    `AlreadyExists` for a checkpoint of that name, `Busy` for a disk or image that somebody writes.
+    """
+    started = time.monotonic()
+    with session.owning(store, name, open_device or _open_to_read) as held:
+        disk = session.reconcile(store, held)
+        time_ns = time.time_ns()
+        head = Head(version, disk.size, since, checkpoint or _checkpoint_name(time_ns))
+        _require_countable(store, disk, head)
+        point = _take_checkpoint(store, disk, head, time_ns)
+        try:
+            source = _Source.of(store, disk, point, since)
+            with os_errors_at(disk.image):
+                streamed = write_stream(
+                    out,
+                    held.device,
+                    head,
+                    source.blocks,
+                    source.runs(),
+                    report=Report(progress, source.bytes_to_stream),
+                    before_end=lambda: session.require_untouched(held, disk),
+                )
+        except BaseException:
+            _take_back(store, disk, point)
+            raise
+    return StreamResult(
+        name, since, point.name, disk.size, source.trust, streamed, time.monotonic() - started
+    )
+
+
+def _open_to_read(image: str) -> TrackableDevice:
+    return open_image(image, read_only=True)
+
+
+def _checkpoint_name(time_ns: int) -> str:
+    moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(time_ns // 1_000_000_000))
+    return f"stream-{moment}-{os.urandom(3).hex()}"
+
+
+def _require_countable(store: Store, disk: Disk, head: Head) -> None:
+    """Refuse what can be told before a checkpoint is taken."""
+    Encoder(head)
+    if head.from_name is not None:
+        with store.read() as reader:
+            chain.require_same_epoch(disk, chain.find_checkpoint(reader, disk, head.from_name))
+
+
+def _take_checkpoint(store: Store, disk: Disk, head: Head, time_ns: int) -> Checkpoint:
+    assert head.to_name is not None
+    name = head.to_name
+    return store.update(lambda writer: chain.add_checkpoint(writer, disk, name, time_ns)[1])
+
+
+def _take_back(store: Store, disk: Disk, point: Checkpoint) -> None:
+    """Nobody can count from a checkpoint whose stream has no end."""
+    try:
+        store.update(lambda writer: chain.forget(writer, disk, point.name))
+    except LmdbitmapError as error:
+        log.warning("disk %s: checkpoint %s of no use stays: %s", disk.name, point.name, error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What changed up to a checkpoint, in blocks that data and zeroes are told apart by."""
+
+    blocks: Geometry
+    changes: Changes | None
+    """None for a full stream."""
+    trust: Trust
+    bytes_to_stream: int
+
+    @classmethod
+    def of(cls, store: Store, disk: Disk, point: Checkpoint, since: str | None) -> _Source:
+        blocks = Geometry(disk.size, cluster_bits_for(disk.geometry))
+        if since is None:
+            return cls(blocks, None, Trust.EXACT, disk.size)
+        changed = changes(store, disk.name, since=since, until=point.name)
+        summary = changed.summary
+        return cls(blocks, changed, summary.standing.trust, summary.dirty_bytes)
+
+    def runs(self) -> Iterator[Run]:
+        if self.changes is None:
+            return iter([(0, self.blocks.block_count)])
+        return bits.regrain_outward(self.changes.runs(), self.changes.geometry, self.blocks.granularity_bits)
