@@ -28,6 +28,7 @@ PROGRAMS="
     nbd-client:nbd-client
     openssl:openssl
     mkfs.ext4:e2fsprogs
+    rbd:ceph-common
 "
 
 # shellcheck disable=SC2086  # $missing is a list of words

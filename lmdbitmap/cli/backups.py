@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import progress, say, say_json
 from lmdbitmap.cli.sizes import format_duration, format_size, format_time, iso_time
+from lmdbitmap.cli.streams import STDIN, StreamOptions, stream_in, stream_out
 from lmdbitmap.store import Store
 
 if TYPE_CHECKING:
@@ -27,10 +29,10 @@ _FOLDER = click.Path(file_okay=False)
     examples=[
         "lmdbitmap backup sda /srv/backups",
         "lmdbitmap backup sda sdb /srv/backups --full --compress zstd",
+        "lmdbitmap backup sda --stdout --since monday --checkpoint tuesday | rbd import-diff - pool/sda",
     ]
 )
-@click.argument("names", metavar="NAME…", nargs=-1, required=True)
-@click.argument("repository", metavar="REPO", type=_FOLDER)
+@click.argument("words", metavar="NAME… REPO", nargs=-1, required=True)
 @click.option("--full", "kind", flag_value="full", help="Copy everything.")
 @click.option(
     "--incremental", "kind", flag_value="incremental", default=True,
@@ -44,13 +46,53 @@ _FOLDER = click.Path(file_okay=False)
     "--compress", metavar="zlib|zstd[:LEVEL]",
     help="Compress what is stored, as QEMU reads it: zlib everywhere (level 1 to 9, [6]), zstd faster (1 to 22, [3]).",
 )  # fmt: skip
+@click.option(
+    "--stdout",
+    "to_stdout",
+    is_flag=True,
+    help="Instead of REPO: one disk, as a diff stream to standard output.",
+)
+@click.option("--since", metavar="CHECKPOINT", help="With --stdout: what changed since then. [default: all]")
+@click.option("--checkpoint", metavar="NEW", help="With --stdout: what the point in time is to be called.")
+@click.option(
+    "--diff-version",
+    type=click.Choice(["1", "2"]),
+    help="With --stdout: `rbd import-diff` reads 1. [default: 1]",
+)
 @click.pass_obj
-def backup(asked: Session, names: Sequence[str], repository: str, kind: str, compress: str | None) -> None:
+def backup(
+    asked: Session, words: Sequence[str], kind: str, compress: str | None,
+    to_stdout: bool, since: str | None, checkpoint: str | None, diff_version: str | None,
+) -> None:  # fmt: skip
     """Back up disks that nobody serves.
 
     All of them are copied as they are at one point in time, each into a folder of its own in REPO, as qcow2
     images that stack on each other.
+
+    With --stdout one disk goes to standard output, in the format of `rbd export-diff`. Its new checkpoint stays:
+    the next stream counts from it.
     """
+    options = StreamOptions(since, checkpoint, diff_version)
+    if to_stdout:
+        _require_stream(words)
+        stream_out(asked, words[0], options)
+        return
+    options.require_none()
+    if len(words) < 2:
+        raise click.UsageError("Missing argument 'REPO'.")
+    _back_up(asked, words[:-1], words[-1], kind, compress)
+
+
+def _require_stream(words: Sequence[str]) -> None:
+    if len(words) > 1:
+        raise click.UsageError("--stdout takes one NAME, and no REPO.")
+    if click.get_current_context().get_parameter_source("kind") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("With --stdout it is --since that says what to count from.")
+
+
+def _back_up(
+    asked: Session, names: Sequence[str], repository: str, kind: str, compress: str | None
+) -> None:
     from lmdbitmap.backup import backup as back_up
     from lmdbitmap.manifest import BackupType
 
@@ -108,19 +150,32 @@ def _backup_facts(result: BackupResult) -> dict[str, object]:
     examples=[
         "lmdbitmap restore /srv/backups sda sda-restored.raw",
         "lmdbitmap restore /srv/backups sda sda-restored.raw --at 3",
+        "lmdbitmap restore - sda-received.raw",
     ]
 )
 @click.argument("repository", metavar="REPO", type=_FOLDER)
-@click.argument("name")
-@click.argument("out", type=click.Path())
+@click.argument("name", metavar="NAME")
+@click.argument("out", metavar="OUT", type=click.Path(), required=False)
 @click.option("--at", metavar="BACKUP", help="The number of the backup to go back to. [default: the newest]")
 @click.pass_obj
-def restore(asked: Session, repository: str, name: str, out: str, at: str | None) -> None:
+def restore(asked: Session, repository: str, name: str, out: str | None, at: str | None) -> None:
     """Write a disk out as it was at a backup.
 
     OUT is a new raw file, which will be sparse, or a block device of the disk's size. The backup is proven by
     its digests on the way, and needs no store.
+
+    With - and OUT alone, standard input is a stream in the format of `rbd export-diff`. A full one makes a new
+    file; a diff changes OUT, which is the disk that it counts from, in place.
     """
+    if repository == STDIN:
+        if out is not None or at is not None:
+            raise click.UsageError(
+                "With - it is OUT alone that is named: the stream is one disk at one time."
+            )
+        stream_in(asked, name)
+        return
+    if out is None:
+        raise click.UsageError("Missing argument 'OUT'.")
     from lmdbitmap.restore import restore as write_out
 
     with progress(f"restoring {name}", shown=asked.shows_progress) as report:

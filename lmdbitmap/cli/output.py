@@ -29,9 +29,9 @@ def _spelled_out(char: str) -> str:
     return repr(char)[1:-1]
 
 
-def say(text: str) -> None:
-    """One line on stdout."""
-    print(printable(text))
+def say(text: str, *, aside: bool = False) -> None:
+    """One line on stdout; `aside` puts it on stderr, where stdout is for something else."""
+    print(printable(text), file=sys.stderr if aside else sys.stdout)
 
 
 def complain(text: str) -> None:
@@ -42,8 +42,8 @@ def complain(text: str) -> None:
 # --- JSON: plain ASCII, so that neither a locale nor a name that is not UTF-8 can spoil it ---
 
 
-def say_json(value: object) -> None:
-    print(json.dumps(value, indent=2, default=str))
+def say_json(value: object, *, aside: bool = False) -> None:
+    print(json.dumps(value, indent=2, default=str), file=sys.stderr if aside else sys.stdout)
 
 
 def stream_json(head: Mapping[str, object], key: str, rows: Iterable[str]) -> None:

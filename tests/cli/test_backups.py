@@ -172,7 +172,7 @@ def test_unknown_disks_and_folders_are_told(cli: Cli, repository: Path) -> None:
     assert "no disk is called 'sdx'" in cli.fails(1, "backup", "sdx", repository)
     assert "named twice" in cli.fails(2, "backup", "sda", "sda", repository)
     (cli.folder / "file").touch()
-    assert "is a file" in cli.fails(2, "backup", "sda", cli.folder / "file")
+    assert "is not a folder" in cli.fails(2, "backup", "sda", cli.folder / "file")
     assert "does not exist" in cli.fails(1, "restore", cli.folder / "none", "sda", cli.folder / "out.raw")
 
 

@@ -1,0 +1,131 @@
+"""`backup --stdout` and `restore -`: a stream through standard output or input, and words about it on stderr."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+from lmdbitmap.cli.options import Session
+from lmdbitmap.cli.output import progress, say, say_json
+from lmdbitmap.cli.sizes import format_duration, format_size
+from lmdbitmap.store import Store
+
+if TYPE_CHECKING:
+    from lmdbitmap.stream import StreamResult
+    from lmdbitmap.stream_restore import AppliedResult
+
+STDIN = "-"
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """What only a backup to standard output has."""
+
+    since: str | None
+    checkpoint: str | None
+    version: str | None
+
+    def require_none(self) -> None:
+        options = {"--since": self.since, "--checkpoint": self.checkpoint, "--diff-version": self.version}
+        given = [name for name, value in options.items() if value is not None]
+        if given:
+            raise click.UsageError(f"{' and '.join(given)} belong to a backup with --stdout.")
+
+
+def stream_out(asked: Session, name: str, options: StreamOptions) -> None:
+    """Nothing but the stream ever comes to standard output."""
+    from lmdbitmap.stream import stream_backup
+
+    with (
+        _standard(1, "wb") as out,
+        Store.open(asked.store_path) as store,
+        progress(f"streaming {name}", shown=asked.shows_progress) as report,
+    ):
+        made = stream_backup(
+            store, name, out,
+            since=options.since, checkpoint=options.checkpoint, version=int(options.version or 1), progress=report,
+        )  # fmt: skip
+    if asked.as_json:
+        say_json(_stream_facts(made), aside=True)
+    else:
+        say(f"{name}: {_stream_words(made)}", aside=True)
+
+
+def _stream_words(made: StreamResult) -> str:
+    counts = made.streamed
+    words = [
+        "full" if made.since is None else f"changes since {made.since}",
+        f"{format_size(counts.bytes_changed)} of {format_size(made.size)}",
+        f"{format_size(counts.bytes_streamed)} streamed",
+        f"checkpoint {made.checkpoint}",
+        format_duration(made.seconds),
+    ]
+    return " · ".join(words)
+
+
+def _stream_facts(made: StreamResult) -> dict[str, object]:
+    return {
+        "disk": made.disk,
+        "since": made.since,
+        "checkpoint": made.checkpoint,
+        "size": made.size,
+        "trust": made.trust.value,
+        **made.streamed._asdict(),
+        "seconds": round(made.seconds, 3),
+    }
+
+
+def stream_in(asked: Session, out: str) -> None:
+    from lmdbitmap.stream_restore import apply_stream
+
+    with (
+        _standard(0, "rb") as stream,
+        progress(f"restoring {out}", shown=asked.shows_progress) as report,
+    ):
+        made = apply_stream(stream, out, progress=report)
+    if asked.as_json:
+        say_json(_applied_facts(made))
+    else:
+        say(_applied_words(made))
+
+
+def _applied_words(made: AppliedResult) -> str:
+    head = made.head
+    since = "" if head.from_name is None else f", changed since {head.from_name}"
+    words = [
+        f"{made.path}: as of {head.to_name or 'now'}{since}",
+        f"{format_size(made.bytes_written)} of data on {format_size(head.size)}",
+        format_duration(made.seconds),
+    ]
+    return " · ".join(words)
+
+
+def _applied_facts(made: AppliedResult) -> dict[str, object]:
+    head = made.head
+    return {
+        "file": made.path,
+        "size": head.size,
+        "since": head.from_name,
+        "checkpoint": head.to_name,
+        "diff_version": head.version,
+        "bytes_written": made.bytes_written,
+        "bytes_zero": made.bytes_zero,
+        "seconds": round(made.seconds, 3),
+    }
+
+
+def _standard(descriptor: int, mode: str) -> io.FileIO:
+    """Standard input or output without a buffer; a person at a terminal is spared the bytes."""
+    if os.isatty(descriptor):
+        where = "into a pipe or a file" if descriptor else "out of a pipe or a file"
+        raise click.UsageError(f"The stream is for programs, and this is a terminal; lead it {where}.")
+    if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+        os.set_blocking(descriptor, True)  # whoever shares the pipe may have it otherwise
+    sys.stdout.flush()
+    return io.FileIO(os.dup(descriptor), mode)

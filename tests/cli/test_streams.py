@@ -1,0 +1,183 @@
+"""`backup --stdout` and `restore -`: nothing but the stream on stdout, and what was made told beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests import naive_rbd_diff
+from tests.cli.conftest import MIB, SIZE, Cli
+
+
+class Said(NamedTuple):
+    code: int
+    out: bytes
+    err: str
+
+
+def say(cli: Cli, *words: object, stdin: bytes = b"") -> Said:
+    """In a process of its own, as only that has standard input and output."""
+    done = subprocess.run(cli.command(*words), input=stdin, capture_output=True, timeout=30)
+    return Said(done.returncode, done.stdout, done.stderr.decode())
+
+
+def streamed(cli: Cli, *options: object) -> tuple[naive_rbd_diff.Stream, Any]:
+    """The stream, and what was told on stderr."""
+    said = say(cli, "backup", "sda", "--stdout", "--json", *options)
+    assert said.code == 0, said.err
+    return naive_rbd_diff.read(said.out), json.loads(said.err)
+
+
+@pytest.fixture
+def image(cli: Cli) -> Path:
+    made = cli.add("sda")
+    made.write_bytes(os.urandom(MIB) + bytes(SIZE - MIB))
+    cli.ok("adopt", "sda")
+    return made
+
+
+def change(cli: Cli, image: Path, data: bytes, offset: int) -> None:
+    """As a guest would: written and marked."""
+    with image.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+    cli.ok("adopt", "sda")
+    cli.ok("mark", "sda", offset, len(data))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_disk_travels_in_a_full_stream_and_a_diff(cli: Cli, image: Path, version: int) -> None:
+    out = cli.folder / "out.raw"
+    for number, since in enumerate((None, "0")):
+        options = ["--checkpoint", number, "--diff-version", version, *(["--since", since] if since else [])]
+        said = say(cli, "backup", "sda", "--stdout", *options)
+        assert say(cli, "restore", "-", out, stdin=said.out).code == 0
+        assert out.read_bytes() == image.read_bytes()
+        assert naive_rbd_diff.read(said.out)[:4] == (version, SIZE, since, str(number))
+        change(cli, image, b"x" * 100, 3 * MIB)
+    assert len(said.out) < 100_000
+
+
+def test_what_was_made_is_told_beside_the_stream(cli: Cli, image: Path) -> None:
+    said = say(cli, "backup", "sda", "--stdout", "--checkpoint", "monday")
+    assert (said.code, said.out[:12]) == (0, b"rbd diff v1\n")
+    assert said.err.startswith("sda: full · 8 MiB of 8 MiB · ")
+    assert " streamed · checkpoint monday · " in said.err
+    change(cli, image, b"x", 0)
+    stream, told = streamed(cli, "--since", "monday")
+    assert told == {
+        "disk": "sda", "since": "monday", "checkpoint": stream.to_name, "size": SIZE, "trust": told["trust"],
+        "bytes_changed": 65536, "bytes_zero": 0, "bytes_streamed": told["bytes_streamed"], "seconds": told["seconds"],
+    }  # fmt: skip
+    names = [point["name"] for point in cli.json("info", "sda")["checkpoints"]]
+    assert names[-2:] == ["monday", stream.to_name]
+
+
+def test_what_was_received_is_told(cli: Cli, image: Path) -> None:
+    data = say(cli, "backup", "sda", "--stdout", "--checkpoint", "monday").out
+    out = cli.folder / "out.raw"
+    told = json.loads(say(cli, "restore", "-", out, "--json", stdin=data).out)
+    assert told == {
+        "file": str(out), "size": SIZE, "since": None, "checkpoint": "monday", "diff_version": 1,
+        "bytes_written": MIB, "bytes_zero": SIZE - MIB, "seconds": told["seconds"],
+    }  # fmt: skip
+    diff = say(cli, "backup", "sda", "--stdout", "--since", "monday", "--checkpoint", "tuesday").out
+    said = say(cli, "restore", "-", out, stdin=diff)
+    assert said.out.decode().startswith(
+        f"{out}: as of tuesday, changed since monday · 0 B of data on 8 MiB · "
+    )
+
+
+# --- what fails ---
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["--since", "sunday"], 1, "sunday"),
+        (["--checkpoint", "monday"], 1, "monday"),
+        (["--checkpoint", "two\nlines"], 2, "two"),
+        (["--full"], 2, "it is --since that says what to count from (see 'lmdbitmap backup --help')"),
+        (["backups"], 2, "--stdout takes one NAME, and no REPO"),
+        (["--diff-version", "3"], 2, "--diff-version"),
+    ],
+)
+def test_what_cannot_be_streamed_is_one_sentence_and_nothing_on_stdout(
+    cli: Cli, image: Path, options: list[str], code: int, words: str
+) -> None:
+    cli.ok("checkpoint", "sda", "monday")
+    said = say(cli, "backup", "sda", "--stdout", *options)
+    assert (said.code, said.out) == (code, b""), said
+    assert words in said.err
+    assert (said.err.startswith("lmdbitmap: "), said.err.count("\n")) == (True, 1)
+
+
+def test_a_checkpoint_that_cannot_be_trusted_is_exit_code_3(cli: Cli, image: Path) -> None:
+    cli.ok("checkpoint", "sda", "monday")
+    os.utime(image, ns=(2**61, 2**61))
+    said = say(cli, "backup", "sda", "--stdout", "--since", "monday")
+    assert (said.code, said.out) == (3, b"")
+    assert said.err.endswith("; make a full backup\n")
+
+
+def test_a_served_disk_is_not_streamed(cli: Cli, image: Path) -> None:
+    with cli.serving("sda"):
+        said = say(cli, "backup", "sda", "--stdout")
+    assert (said.code, said.out) == (4, b"")
+
+
+def test_a_reader_that_goes_away_is_told_of_and_costs_nothing(cli: Cli, image: Path) -> None:
+    before = cli.json("info", "sda")["checkpoints"]
+    with subprocess.Popen(
+        cli.command("backup", "sda", "--stdout"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        assert child.stdout.read(12) == b"rbd diff v1\n"
+        child.stdout.close()
+        err = child.stderr.read().decode()
+        assert child.wait(30) == 1
+    assert err == (
+        "lmdbitmap: the stream: Broken pipe; see what its reader says, and stream again: nothing was lost by it\n"
+    )
+    assert [point["name"] for point in cli.json("info", "sda")["checkpoints"]] == [
+        point["name"] for point in before
+    ]
+
+
+def test_options_of_a_stream_belong_to_a_stream(cli: Cli, image: Path) -> None:
+    said = cli.fails(2, "backup", "sda", cli.folder / "backups", "--since", "x", "--diff-version", "1")
+    assert said.startswith("--since and --diff-version belong to a backup with --stdout")
+    assert "Missing argument 'REPO'" in cli.fails(2, "backup", "sda")
+    assert "Missing argument 'OUT'" in cli.fails(2, "restore", cli.folder, "sda")
+    assert "it is OUT alone that is named" in cli.fails(2, "restore", "-", "sda", "out.raw")
+    assert "it is OUT alone that is named" in cli.fails(2, "restore", "-", "out.raw", "--at", "1")
+    assert not (cli.folder / "backups").exists()
+
+
+def test_a_cut_stream_is_exit_code_1_and_leaves_no_file(cli: Cli, image: Path) -> None:
+    data = say(cli, "backup", "sda", "--stdout").out
+    said = say(cli, "restore", "-", cli.folder / "out.raw", stdin=data[:-1])
+    assert (said.code, said.out) == (1, b"")
+    assert said.err.startswith(f"lmdbitmap: the stream, byte {len(data) - 1}: expected more of the stream")
+    assert not (cli.folder / "out.raw").exists()
+
+
+@pytest.mark.parametrize("words", [("backup", "sda", "--stdout"), ("restore", "-", "out.raw")])
+def test_a_terminal_is_spared_the_bytes(cli: Cli, image: Path, words: tuple[str, ...]) -> None:
+    controller, terminal = pty.openpty()
+    try:
+        done = subprocess.run(
+            cli.command(*words), stdin=terminal, stdout=terminal, stderr=subprocess.PIPE, timeout=30
+        )
+    finally:
+        os.close(terminal)
+        os.close(controller)
+    assert done.returncode == 2
+    assert b"this is a terminal; lead it " in done.stderr
