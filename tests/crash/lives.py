@@ -16,8 +16,11 @@ from typing import NoReturn, TypeAlias
 from lmdbitmap import bitmap_file, export, session
 from lmdbitmap.backup import backup
 from lmdbitmap.filter import Filter, take_checkpoint
+from lmdbitmap.interfaces import Buffer
 from lmdbitmap.restore import restore
 from lmdbitmap.store import Store
+from lmdbitmap.stream import stream_backup
+from lmdbitmap.stream_restore import apply_stream
 from tests import naive_flat
 from tests.backed_up import FULL, INCREMENTAL, BackedUpDisk
 from tests.support import make_raw_image
@@ -380,9 +383,65 @@ def restoring_to_a_device(tracked: BackedUpDisk) -> Life:
     yield "restored"
 
 
+# --- streams ---
+
+
+class _Stream:
+    """A pipe that remembers: what was written when its writer died. Writing to it is a step."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT)
+        self._length = 0
+
+    def write(self, data: Buffer, /) -> int:
+        os.pwrite(self._fd, data, self._length)
+        self._length += len(data)
+        return len(data)
+
+
+def streaming(tracked: BackedUpDisk) -> Life:
+    """What changed since `start`, in several records; `start.raw` is what the receiver has."""
+    _written_since_start(tracked)
+    yield GROWN_UP
+    stream_backup(
+        tracked.store, NAME, _Stream(tracked.folder / "out.diff"), since="start", checkpoint="streamed"
+    )
+    yield "streamed"
+
+
+def receiving(tracked: BackedUpDisk) -> Life:
+    """A full stream, into a new file."""
+    yield from _receiving(tracked, since=None)
+
+
+def receiving_a_diff(tracked: BackedUpDisk) -> Life:
+    """In place: `out.raw` is what the disk held at `start`, and gets another size too."""
+    yield from _receiving(tracked, since="start")
+
+
+def _receiving(tracked: BackedUpDisk, since: str | None) -> Life:
+    _written_since_start(tracked)
+    if since is not None:
+        shutil.copy(tracked.folder / "start.raw", tracked.folder / "out.raw")
+        tracked.resize(tracked.size + 5 * BLOCK)
+    path = tracked.folder / "in.diff"
+    stream_backup(tracked.store, NAME, _Stream(path), since=since)
+    yield GROWN_UP
+    with path.open("rb", buffering=0) as stream:
+        apply_stream(stream, tracked.folder / "out.raw")
+    yield "received"
+
+
+def _written_since_start(tracked: BackedUpDisk) -> None:
+    shutil.copy(tracked.image, tracked.folder / "start.raw")
+    for block in (0, 80, 160):
+        tracked.write(os.urandom(CLUSTER * 5), block * BLOCK)
+    tracked.zero(240 * BLOCK, 40 * BLOCK)
+
+
 ARCHIVE_LIVES = (
     backing_up_first, backing_up, backing_up_compressed, backing_up_full, backing_up_two,
-    restoring, restoring_by_hand, restoring_to_a_device,
+    restoring, restoring_by_hand, restoring_to_a_device, streaming, receiving, receiving_a_diff,
 )  # fmt: skip
 LIVES: dict[str, Callable[[BackedUpDisk], Life]] = {
     life.__name__: life
