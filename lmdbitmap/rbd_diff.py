@@ -17,8 +17,8 @@ What else comes in version 2 (Ceph writes "p", the protection of a snapshot) is 
 where it ends, and it is refused.
 
 What is written keeps to what Ceph demands on top: names of at most 4096 bytes, no empty range, ranges ascending and
-apart (`rbd merge-diff`), records of data that it can hold in memory and of zeroes that its requests can carry. A reader
-takes ranges in any order: the last one counts.
+apart (`rbd merge-diff`), and records that it can digest, as it takes each into memory whole. A reader takes ranges in
+any order: the last one counts.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MAX_NAME_BYTES: Final = 4096
 MAX_WRITE_BYTES: Final = 4 << 20
 """Of data in one record that we write: an object of an RBD image. Ceph reads a record into memory whole."""
 MAX_ZERO_BYTES: Final = 1 << 30
-"""Of zeroes in one record that we write: librbd's requests end at 2 GiB."""
+"""Of zeroes in one record that we write: Ceph makes one request of it, with an operation for each 4 MiB at once."""
 
 _U32: Final = struct.Struct("<I")
 _U64: Final = struct.Struct("<Q")

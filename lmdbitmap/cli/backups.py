@@ -90,9 +90,7 @@ def _require_stream(words: Sequence[str]) -> None:
         raise click.UsageError("With --stdout it is --since that says what to count from.")
 
 
-def _back_up(
-    asked: Session, names: Sequence[str], repository: str, kind: str, compress: str | None
-) -> None:
+def _back_up(asked: Session, names: Sequence[str], repository: str, kind: str, compress: str | None) -> None:
     from lmdbitmap.backup import backup as back_up
     from lmdbitmap.manifest import BackupType
 
