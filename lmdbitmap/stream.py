@@ -21,7 +21,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -81,20 +81,22 @@ def write_stream(
     out: Sink,
     device: BlockDevice,
     head: Head,
-    blocks: Geometry,
-    runs: Iterable[Run],
+    geometry: Geometry,
+    changed: Changes | None,
     *,
-    report: Report,
+    progress: Progress | None = None,
     before_end: Callable[[], None] = lambda: None,
 ) -> Streamed:
-    """Write a whole stream of runs of `blocks`, ascending. What is between them is left out.
+    """Write a whole stream of what changed on a disk, or of all of it: `device` is the disk at the stream's end.
 
     What `before_end` raises leaves the stream without its end, so that nobody takes it for whole. Raises
     `OSError` as the device does, `StorageError` where the stream cannot be written.
     """
-    writer = _StreamWriter(_Out(out), Encoder(head))
-    pieces = Pieces(device, blocks)
-    for run in runs:
+    assert head.size == geometry.size
+    blocks = Geometry(geometry.size, cluster_bits_for(geometry))
+    pieces, writer = Pieces(device, blocks), _StreamWriter(_Out(out), Encoder(head))
+    report = Report(progress, geometry.size if changed is None else changed.summary.dirty_bytes)
+    for run in _runs(blocks, changed):
         for offset, length, data in pieces.of(run):
             if data is None:
                 writer.zeroes(offset, length)
@@ -102,6 +104,13 @@ def write_stream(
                 writer.data(offset, data)
             report.advance(length)
     return writer.end(before_end)
+
+
+def _runs(blocks: Geometry, changed: Changes | None) -> Iterator[Run]:
+    """What to name, ascending, in blocks that data and zeroes are told apart by."""
+    if changed is None:
+        return iter([(0, blocks.block_count)])
+    return bits.regrain_outward(changed.runs(), changed.geometry, blocks.granularity_bits)
 
 
 class _StreamWriter:
@@ -211,23 +220,17 @@ def stream_backup(
         _require_countable(store, disk, head)
         point = _take_checkpoint(store, disk, head, time_ns)
         try:
-            source = _Source.of(store, disk, point, since)
+            changed = None if since is None else changes(store, name, since=since, until=point.name)
             with os_errors_at(disk.image):
                 streamed = write_stream(
-                    out,
-                    held.device,
-                    head,
-                    source.blocks,
-                    source.runs(),
-                    report=Report(progress, source.bytes_to_stream),
-                    before_end=lambda: session.require_untouched(held, disk),
-                )
+                    out, held.device, head, disk.geometry, changed,
+                    progress=progress, before_end=lambda: session.require_untouched(held, disk),
+                )  # fmt: skip
         except BaseException:
             _take_back(store, disk, point)
             raise
-    return StreamResult(
-        name, since, point.name, disk.size, source.trust, streamed, time.monotonic() - started
-    )
+    trust = Trust.EXACT if changed is None else changed.summary.standing.trust
+    return StreamResult(name, since, point.name, disk.size, trust, streamed, time.monotonic() - started)
 
 
 def _open_to_read(image: str) -> TrackableDevice:
@@ -259,28 +262,3 @@ def _take_back(store: Store, disk: Disk, point: Checkpoint) -> None:
         store.update(lambda writer: chain.forget(writer, disk, point.name))
     except LmdbitmapError as error:
         log.warning("disk %s: checkpoint %s of no use stays: %s", disk.name, point.name, error)
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """What changed up to a checkpoint, in blocks that data and zeroes are told apart by."""
-
-    blocks: Geometry
-    changes: Changes | None
-    """None for a full stream."""
-    trust: Trust
-    bytes_to_stream: int
-
-    @classmethod
-    def of(cls, store: Store, disk: Disk, point: Checkpoint, since: str | None) -> _Source:
-        blocks = Geometry(disk.size, cluster_bits_for(disk.geometry))
-        if since is None:
-            return cls(blocks, None, Trust.EXACT, disk.size)
-        changed = changes(store, disk.name, since=since, until=point.name)
-        summary = changed.summary
-        return cls(blocks, changed, summary.standing.trust, summary.dirty_bytes)
-
-    def runs(self) -> Iterator[Run]:
-        if self.changes is None:
-            return iter([(0, self.blocks.block_count)])
-        return bits.regrain_outward(self.changes.runs(), self.changes.geometry, self.blocks.granularity_bits)

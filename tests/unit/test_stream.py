@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from lmdbitmap.copier import Report
 from lmdbitmap.device import HOLE, MemoryDevice
 from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, NotFound, StorageError, Untrusted
 from lmdbitmap.extents import Trust
@@ -226,9 +225,8 @@ class HugeDevice(MemoryDevice):
 
 
 def write_all(device: MemoryDevice, out: Sink, progress: list[tuple[int, int]]) -> object:
-    blocks = Geometry(device.size, 16)
-    report = Report(lambda done, total: progress.append((done, total)), device.size)
-    return write_stream(out, device, Head(1, device.size), blocks, [(0, blocks.block_count)], report=report)
+    head, geometry = Head(1, device.size), Geometry(device.size, 16)
+    return write_stream(out, device, head, geometry, None, progress=lambda *news: progress.append(news))
 
 
 def test_holes_are_told_in_long_records_and_never_read() -> None:
