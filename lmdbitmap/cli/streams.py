@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import stat
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -125,7 +123,5 @@ def _standard(descriptor: int, mode: str) -> io.FileIO:
     if os.isatty(descriptor):
         where = "into a pipe or a file" if descriptor else "out of a pipe or a file"
         raise click.UsageError(f"The stream is for programs, and this is a terminal; lead it {where}.")
-    if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
-        os.set_blocking(descriptor, True)  # whoever shares the pipe may have it otherwise
-    sys.stdout.flush()
+    os.set_blocking(descriptor, True)  # whoever shares the pipe may have it otherwise
     return io.FileIO(os.dup(descriptor), mode)
