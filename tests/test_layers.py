@@ -77,7 +77,7 @@ FLOORS: dict[str, float] = {
     "continuity": 3,
     "repository": 3,
     "backup_chain": 3.1,
-    "copier": 3,
+    "copier": 3.2,
     "rescan": 3,
     "pieces": 3,
     "chain": 3.5,
