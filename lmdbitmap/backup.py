@@ -7,7 +7,7 @@ Law 3: the archive is durable before anything forgets that it was needed. From t
     undo what a killed run left          its image goes, its checkpoint is merged into the one before
     note what will be made, synced       a run that is killed from here on is known by it
     checkpoint, on all disks at once     the point in time that the images will hold
-    copy, sync, rename the image
+    copy, sync, rename the image         the digests of its chunks get their name before it
     replace the manifest, synced         the archive is durable
     forget checkpoints                   those of this repository that no coming backup counts from
     mend what is damaged                 of a full backup: no coming one needs what older records said
@@ -30,7 +30,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -47,6 +46,7 @@ from lmdbitmap.copier import (
     cluster_bits_for,
     copy_clusters,
 )
+from lmdbitmap.digests import Proof, synced_proof
 from lmdbitmap.errors import (
     AlreadyExists,
     Busy,
@@ -80,7 +80,6 @@ from lmdbitmap.repository import (
     checkpoint_name,
     image_name,
     is_checkpoint_name,
-    sha256_of,
 )
 from lmdbitmap.schema import Checkpoint, Disk
 from lmdbitmap.session import OpenDevice
@@ -363,12 +362,14 @@ def _write_image(source: _Source, report: Report, packing: Compression | None) -
                 report=report,
                 compression=packing,
             )
-        digest = _synced_digest(file.fileno(), path)
+        proof = synced_proof(job.folder, job.file, file.fileno())
         job.access.prove(source.point)
-    return _entry(source, copied, digest, None if packing is None else packing.type)
+    return _entry(source, copied, proof, None if packing is None else packing.type)
 
 
-def _entry(source: _Source, copied: Copied, digest: str, compression: CompressionType | None) -> BackupEntry:
+def _entry(
+    source: _Source, copied: Copied, proof: Proof, compression: CompressionType | None
+) -> BackupEntry:
     job, disk, plan, checkpoint = source.job, source.point.disk, source.job.plan, source.point.checkpoint
     return BackupEntry(
         id=str(job.sequence), sequence=job.sequence, file=job.file,
@@ -377,17 +378,9 @@ def _entry(source: _Source, copied: Copied, digest: str, compression: Compressio
         time_ns=checkpoint.time_ns, checkpoint=CheckpointRef(checkpoint.uuid, checkpoint.name),
         epoch=disk.epoch, disk_size=disk.size, granularity=disk.geometry.granularity,
         cluster_size=source.clusters.granularity, trust=source.trust, bytes_changed=copied.bytes_changed,
-        bytes_zero=copied.bytes_zero, bytes_stored=copied.bytes_stored, sha256=digest, compression=compression,
+        bytes_zero=copied.bytes_zero, bytes_stored=copied.bytes_stored,
+        sha256=proof.sha256, chunks=proof.chunks, compression=compression,
     )  # fmt: skip
-
-
-def _synced_digest(fd: int, place: str) -> str:
-    """The file's SHA-256, computed while the system is busy bringing it to the disk."""
-    with os_errors_at(place), ThreadPoolExecutor(max_workers=1) as beside:
-        synced = beside.submit(os.fsync, fd)
-        digest = sha256_of(fd)
-        synced.result()
-    return digest
 
 
 def _forget_unneeded(store: Store, source: _Source, manifest: Manifest) -> None:

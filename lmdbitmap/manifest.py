@@ -16,10 +16,12 @@
       bytes_changed, bytes_zero    of the disk: stored as data or as zero clusters; those that are zero clusters
       bytes_stored, sha256         of the file
       compression                  zlib or zstd, where clusters may be compressed; else there is no such key
+      chunks                       file, chunk_size and sha256 of the file with the image's digests; may be absent
 
 Invariants of what `decode` answers: every parent stands before its children, so a chain always ends, in a full
-backup; ids and files are unique. Encoding is deterministic: sorted keys, indent 2, a newline at the end. Keys
-that version 1 does not know are ignored, and lost when the manifest is written again.
+backup; ids and files are unique. Encoding is deterministic: sorted keys, indent 2, a newline at the end; what may
+be absent and is nothing is left out. Keys that version 1 does not know are ignored, and lost when the manifest is
+written again.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ MAX_MANIFEST_BYTES: Final = 16 << 20
 MAX_TEXT_BYTES: Final = 1023
 MAX_FILE_NAME_BYTES: Final = 255
 MIN_CLUSTER_SIZE, MAX_CLUSTER_SIZE = 512, 2 << 20
+MIN_CHUNK_SIZE, MAX_CHUNK_SIZE = 4096, 64 << 20
 _MAX_DIGITS = 20
 """Of an integer: enough for 64 bits, and too few to keep Python busy."""
 _RESTORE = "restore the manifest from a copy of the repository, or begin a new chain with `backup --full`"
@@ -86,6 +89,15 @@ class Reason:
 
 
 @dataclass(frozen=True, slots=True)
+class ChunkDigests:
+    """The file that holds an image's digests, one for each `chunk_size` bytes, and its own SHA-256."""
+
+    file: str
+    chunk_size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class BackupEntry:
     id: str
     sequence: int
@@ -106,6 +118,7 @@ class BackupEntry:
     bytes_stored: int
     sha256: str
     compression: CompressionType | None = None
+    chunks: ChunkDigests | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +162,9 @@ def encode(manifest: Manifest) -> bytes:
 def _tree(manifest: Manifest) -> dict[str, Any]:
     tree = dataclasses.asdict(manifest)
     for entry in tree["backups"]:
-        if entry["compression"] is None:
-            del entry["compression"]
+        for absent in ("compression", "chunks"):
+            if entry[absent] is None:
+                del entry[absent]
     return tree
 
 
@@ -239,6 +253,7 @@ def _backup(fields: _Fields) -> BackupEntry:
         bytes_stored=fields.integer("bytes_stored", 0),
         sha256=fields.digest("sha256"),
         compression=fields.if_there("compression", lambda name: fields.choice(name, list(CompressionType))),
+        chunks=fields.if_there("chunks", lambda name: _chunks(fields.fields(name))),
     )
     if entry.reason is None and entry.type_requested is not entry.type_actual:
         raise _refusal(f"{fields.place}.reason", "one, as the type is not the requested one", "null")
@@ -247,6 +262,11 @@ def _backup(fields: _Fields) -> BackupEntry:
 
 def _reason(fields: _Fields) -> Reason:
     return Reason(fields.text("code"), fields.text("words"))
+
+
+def _chunks(fields: _Fields) -> ChunkDigests:
+    chunk_size = fields.power_of_two("chunk_size", MIN_CHUNK_SIZE, MAX_CHUNK_SIZE)
+    return ChunkDigests(fields.file_name("file"), chunk_size, fields.digest("sha256"))
 
 
 def _check_order(backups: Sequence[BackupEntry]) -> None:

@@ -2,6 +2,7 @@
 
     REPO/<disk>/manifest.json            what each image is; images that it does not name are nobody's backup
     REPO/<disk>/000001-full.qcow2 ...    the images
+    REPO/<disk>/….qcow2.<8 hex>.digests  the SHA-256 of each chunk of an image
     REPO/<disk>/lock                     held by the one backup that writes here
     REPO/<disk>/unfinished               while a backup is under way: its checkpoint, and its image
 
@@ -9,7 +10,7 @@ Invariants, which hold at every moment, also after a power cut:
 
 1. An image that the manifest names is whole and durable: its file was renamed into place, synced, before.
 2. What a killed run left is known for certain, and nothing else is ever removed: files with a `.partial`
-   name that nobody holds locked, and images that `unfinished` names and the manifest does not.
+   name that nobody holds locked, and images that `unfinished` names and the manifest does not, with their digests.
 3. A manifest that is missing beside images, or cannot be read, stops a backup. It is never made anew: a full
    backup that is asked for begins another chain, numbered after all images that are there, and what was in the
    manifest's place stays beside it as `manifest.json.damaged-…`.
@@ -40,6 +41,7 @@ _NOTE_BYTES = 1 << 16
 _HASHED_AT_ONCE = 1 << 20
 _IMAGE_NAME = re.compile(r"([0-9]{6,15})-(?:full|incremental|differential)\.qcow2")
 _CHECKPOINT_NAME = re.compile(r"backup-[0-9]{8}T[0-9]{6}Z-[0-9a-f]{6}")
+_DIGESTS_NAME = re.compile(rf"({_IMAGE_NAME.pattern})\.[0-9a-f]{{8}}\.digests")
 _NOTE = re.compile(rf"(?:{_CHECKPOINT_NAME.pattern} {_IMAGE_NAME.pattern}\n)*")
 
 
@@ -150,6 +152,12 @@ class BackupFolder:
             matches = [_IMAGE_NAME.fullmatch(name) for name in os.listdir(self.path)]
         return [match for match in matches if match is not None]
 
+    def _digests_of(self, file: str) -> list[str]:
+        """The files with digests of an image that are there, whoever names them."""
+        with os_errors_at(self.path):
+            matches = [_DIGESTS_NAME.fullmatch(name) for name in os.listdir(self.path)]
+        return [match[0] for match in matches if match is not None and match[1] == file]
+
     def _has_images_of_old(self) -> bool:
         """Whether there are images, apart from one that a first backup is making, or was when it was killed."""
         unfinished = {work.file for work in self._noted()}
@@ -168,7 +176,8 @@ class BackupFolder:
         known = {entry.file for entry in self._backups()} if noted else set()
         abandoned = [work for work in noted if work.file not in known]
         for work in abandoned:
-            _remove(self.path_of(work.file))
+            for name in [work.file, *self._digests_of(work.file)]:
+                _remove(self.path_of(name))
         if noted:  # the manifest and what was removed must be durable before the note can go
             files.fsync_folder(self.path)
         return abandoned
@@ -220,6 +229,11 @@ def is_checkpoint_name(name: str) -> bool:
 
 def image_name(sequence: int, kind: BackupType) -> str:
     return f"{sequence:06d}-{kind.value}.qcow2"
+
+
+def digests_name(file: str) -> str:
+    """A new name for the digests of an image: those of an image that takes the place of another lie beside its own."""
+    return f"{file}.{os.urandom(4).hex()}.digests"
 
 
 def disk_names(repository_path: str | os.PathLike[str]) -> list[str]:

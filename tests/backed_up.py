@@ -60,9 +60,15 @@ class BackedUpDisk(TrackedDisk):
         return found
 
     def files(self, to: str = "backups") -> list[str]:
-        """What is in the disk's folder, without what is always there."""
-        path = self.backup_folder(to).path
-        return sorted(set(os.listdir(path)) - {"lock", "manifest.json"}) if os.path.isdir(path) else []
+        """What is in the disk's folder, without what is always there and the digests that the manifest names."""
+        folder = self.backup_folder(to)
+        if not os.path.isdir(folder.path):
+            return []
+        found = folder.manifest()
+        digests = {entry.chunks.file for entry in found.backups if entry.chunks} if found else set()
+        there = set(os.listdir(folder.path))
+        assert digests <= there
+        return sorted(there - digests - {"lock", "manifest.json"})
 
     def backup_checkpoints(self) -> list[str]:
         """The checkpoints that backups hold, or left behind."""

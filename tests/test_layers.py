@@ -80,6 +80,7 @@ FLOORS: dict[str, float] = {
     "copier": 3.2,
     "rescan": 3,
     "pieces": 3,
+    "digests": 3.1,
     "chain": 3.5,
     "standalone": 3.6,
     "mending": 3.6,

@@ -38,7 +38,7 @@ STEPS = [
     "folder made", "synced", "folder made", "synced",
     "synced", "renamed", "synced", "noted",
     "committed",
-    "data written", "image written", "synced", "renamed", "synced",
+    "data written", "image written", "synced", "renamed", "synced", "synced", "renamed", "synced",
     "synced", "renamed", "synced", "manifest replaced",
     "committed", "removed",
 ]  # fmt: skip
@@ -181,7 +181,7 @@ def goes_on(death: Death, store: Store, counts: dict[str, int], made: dict[str, 
             )
         folder = BackupFolder(death.folder / "backups", name)
         entries = entries_of(folder)
-        files = {entry.file for entry in entries}
+        files = {file for entry in entries for file in (entry.file, entry.chunks and entry.chunks.file)}
         assert set(os.listdir(folder.path)) == files | {"lock", "manifest.json"}, death
         assert backup_checkpoints(store, name) == {entry.checkpoint.name for entry in needed(entries)}, death
         restore(folder.repository_path, name, death.folder / "out.raw")

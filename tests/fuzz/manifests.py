@@ -59,6 +59,7 @@ def entry(number: int) -> dict[str, Any]:
         "checkpoint": {"uuid": str(UUID(int=number)), "name": "c"}, "epoch": str(UUID(int=4)),
         "disk_size": 1 << 20, "granularity": 65536, "cluster_size": 65536, "trust": "exact",
         "bytes_changed": 1, "bytes_zero": 0, "bytes_stored": 4096, "sha256": "0" * 64,
+        "chunks": {"file": f"{number}.digests", "chunk_size": 4096, "sha256": "0" * 64},
     }  # fmt: skip
 
 

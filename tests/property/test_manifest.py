@@ -15,6 +15,7 @@ from lmdbitmap.manifest import (
     BackupEntry,
     BackupType,
     CheckpointRef,
+    ChunkDigests,
     DiskRef,
     Manifest,
     Reason,
@@ -29,6 +30,8 @@ sizes = st.integers(0, 2**63 - 1)
 texts = st.text(min_size=1, max_size=40).filter(str.isprintable)
 file_names = texts.filter(lambda text: not set(text) & {"/", ":"} and text not in (".", ".."))
 types = st.sampled_from(BackupType)
+digests = st.binary(min_size=32, max_size=32).map(bytes.hex)
+chunks = st.builds(ChunkDigests, file_names, st.sampled_from([1 << bits for bits in range(12, 27)]), digests)
 
 
 @st.composite
@@ -63,7 +66,8 @@ def entries(draw: st.DrawFn, number: int, ids: list[str], file: str, sequence: i
         bytes_changed=draw(sizes),
         bytes_zero=draw(sizes),
         bytes_stored=draw(sizes),
-        sha256=draw(st.binary(min_size=32, max_size=32)).hex(),
+        sha256=draw(digests),
+        chunks=draw(st.none() | chunks),
         compression=draw(st.sampled_from([None, *CompressionType])),
     )
 

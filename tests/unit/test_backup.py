@@ -572,7 +572,7 @@ def test_the_image_is_flushed_before_its_checkpoint_is_taken(disk: BackedUpDisk)
 def test_images_and_manifest_are_for_their_owners_eyes(disk: BackedUpDisk) -> None:
     disk.backup()
     modes = [entry.stat().st_mode & 0o777 for entry in os.scandir(disk.backup_folder().path)]
-    assert (len(modes), set(modes)) == (3, {0o600})
+    assert (len(modes), set(modes)) == (4, {0o600})
 
 
 # --- the documentation ---

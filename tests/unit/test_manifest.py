@@ -16,6 +16,7 @@ from lmdbitmap.manifest import (
     BackupEntry,
     BackupType,
     CheckpointRef,
+    ChunkDigests,
     DiskRef,
     Manifest,
     Reason,
@@ -161,7 +162,7 @@ def test_a_field_that_lies_is_refused_by_its_place(field: str, values: list[obje
 
 def test_every_field_must_be_there() -> None:
     fields = tree()["backups"][1]
-    assert {*fields, "compression"} == {field.name for field in dataclasses.fields(BackupEntry)}
+    assert {*fields, "compression", "chunks"} == {field.name for field in dataclasses.fields(BackupEntry)}
     for field in fields:
         bent = tree()
         del bent["backups"][1][field]
@@ -305,3 +306,38 @@ def test_even_a_hand_made_cycle_ends() -> None:
     cycle = Manifest(DISK, (entry(0, 1), entry(1, 0)))
     with pytest.raises(NotFound, match="no backup b1"):
         chain_to(cycle, "b0")
+
+
+# --- digests of chunks, which older manifests do not have ---
+
+CHUNKS = ChunkDigests("0000.qcow2.01234567.digests", 1 << 20, "f" * 64)
+
+
+def test_an_entry_without_digests_of_chunks_is_written_as_it_always_was() -> None:
+    assert b"chunks" not in encode(CHAIN)
+    assert decode(encode(CHAIN)).backups[0].chunks is None
+
+
+def test_digests_of_chunks_are_read_back() -> None:
+    made = Manifest(DISK, (entry(0, chunks=CHUNKS), entry(1, 0)))
+    assert decode(encode(made)) == made
+    assert json.loads(encode(made))["backups"][0]["chunks"] == {
+        "file": CHUNKS.file, "chunk_size": CHUNKS.chunk_size, "sha256": CHUNKS.sha256,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("file", "../x"),
+        ("chunk_size", 2048),
+        ("chunk_size", 5000),
+        ("chunk_size", 128 << 20),
+        ("sha256", "F" * 64),
+    ],
+)
+def test_digests_of_chunks_that_cannot_be_are_refused(name: str, value: object) -> None:
+    text = json.loads(encode(Manifest(DISK, (entry(0, chunks=CHUNKS),))))
+    text["backups"][0]["chunks"][name] = value
+    with pytest.raises(FormatError, match=rf"manifest backups\[0\]\.chunks\.{name}: expected "):
+        decode(json.dumps(text).encode())

@@ -238,9 +238,11 @@ def test_without_a_note_nothing_is_unfinished(folder: BackupFolder) -> None:
 def test_images_that_no_manifest_knows_are_removed_if_the_note_names_them(folder: BackupFolder) -> None:
     folder.replace_manifest(CHAIN)
     image, stranger = put(folder, WORK.file), put(folder, "000006-incremental.qcow2")
+    digests = [put(folder, f"{file.name}.01234567.digests") for file in (image, stranger)]
     folder.note_unfinished([WORK, OTHER])
     assert folder.unfinished() == [WORK, OTHER]
     assert (image.exists(), stranger.exists()) == (False, True)
+    assert [path.exists() for path in digests] == [False, True]
     assert folder.unfinished() == [WORK, OTHER]  # until the note is dropped
     folder.drop_note()
     assert folder.unfinished() == []
