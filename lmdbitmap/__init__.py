@@ -55,6 +55,8 @@ if TYPE_CHECKING:
     from lmdbitmap.store import Store
     from lmdbitmap.stream import StreamResult, stream_backup
     from lmdbitmap.stream_restore import AppliedResult, apply_stream
+    from lmdbitmap.verify import Flaw, VerifyResult
+    from lmdbitmap.verify import verify as verify_backups
 
 _HOMES = {
     "AlreadyExists": "errors",
@@ -68,6 +70,7 @@ _HOMES = {
     "FileDevice": "device",
     "Filter": "filter",
     "Finding": "check",
+    "Flaw": "verify",
     "FormatError": "errors",
     "Gravity": "check",
     "Inspection": "export",
@@ -83,6 +86,7 @@ _HOMES = {
     "StreamResult": "stream",
     "Trust": "extents",
     "Untrusted": "errors",
+    "VerifyResult": "verify",
     "add": "session",
     "adopt": "session",
     "apply_stream": "stream_restore",
@@ -98,9 +102,15 @@ _HOMES = {
     "restore_backup": "restore",
     "stream_backup": "stream",
     "take_checkpoint": "filter",
+    "verify_backups": "verify",
 }
 """Where each public name lives."""
-_OTHER_NAMES = {"back_up": "backup", "changes_of": "changes", "restore_backup": "restore"}
+_OTHER_NAMES = {
+    "back_up": "backup",
+    "changes_of": "changes",
+    "restore_backup": "restore",
+    "verify_backups": "verify",
+}
 """What a name is called at home. A package's attribute `changes` is its module, whatever we say here."""
 
 __all__ = [
@@ -115,6 +125,7 @@ __all__ = [
     "FileDevice",
     "Filter",
     "Finding",
+    "Flaw",
     "FormatError",
     "Gravity",
     "Inspection",
@@ -130,6 +141,7 @@ __all__ = [
     "StreamResult",
     "Trust",
     "Untrusted",
+    "VerifyResult",
     "__version__",
     "add",
     "adopt",
@@ -146,6 +158,7 @@ __all__ = [
     "restore_backup",
     "stream_backup",
     "take_checkpoint",
+    "verify_backups",
 ]
 
 

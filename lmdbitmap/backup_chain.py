@@ -115,11 +115,11 @@ def opened(folder: BackupFolder, entries: Sequence[BackupEntry]) -> Iterator[Bac
             path = folder.path_of(entry.file)
             device = stack.enter_context(FileDevice.open(path, read_only=True))
             with os_errors_at(path):
-                images.append(Image(entry, device, _reader(device, entry, parent)))
+                images.append(Image(entry, device, image_reader(device, entry, parent)))
         yield BackupChain(images[::-1])
 
 
-def _reader(device: FileDevice, entry: BackupEntry, parent: str | None) -> Qcow2Reader:
+def image_reader(device: FileDevice, entry: BackupEntry, parent: str | None) -> Qcow2Reader:
     """The image's reader, if its header says what the manifest says."""
     reader = Qcow2Reader(device, name=device.path)
     require(reader.compression_type)

@@ -15,11 +15,13 @@ from typing import NamedTuple
 
 from lmdbitmap import files
 from lmdbitmap.errors import os_errors_at
+from lmdbitmap.geometry import ceil_div
 from lmdbitmap.manifest import ChunkDigests
 from lmdbitmap.repository import BackupFolder, digests_name, sha256_of
 
 CHUNK_BYTES = 1 << 20
 DIGEST_BYTES = 32
+_READ_AT_ONCE = 1 << 20
 
 
 class Proof(NamedTuple):
@@ -33,7 +35,8 @@ def synced_proof(folder: BackupFolder, file: str, fd: int) -> Proof:
     """Sync the image `file`, which is in `fd`, and make its digests durable in the folder.
 
     Both digests are computed while the system is busy bringing the image to the disk, each in a thread of its own:
-    the image is read from memory, and hashing leaves Python's lock alone.
+    the image is read from memory, and hashing lets go of Python's lock. The digests get
+    their name when the image is synced.
     """
     name = digests_name(file)
     with ThreadPoolExecutor(max_workers=2) as beside, os_errors_at(folder.path_of(file)):
@@ -43,21 +46,27 @@ def synced_proof(folder: BackupFolder, file: str, fd: int) -> Proof:
             for digest in chunk_digests(fd):
                 made.write(digest)
                 own_digest.update(digest)
-        synced.result()
-        return Proof(whole.result(), ChunkDigests(name, CHUNK_BYTES, own_digest.hexdigest()))
+            synced.result()
+            sha256 = whole.result()
+        return Proof(sha256, ChunkDigests(name, CHUNK_BYTES, own_digest.hexdigest()))
 
 
 def chunk_digests(fd: int, chunk_size: int = CHUNK_BYTES) -> Iterator[bytes]:
     """The SHA-256 of each chunk of a file; the last chunk may be short."""
-    buffer, offset = bytearray(chunk_size), 0
-    while length := read_chunk(fd, buffer, offset):
-        yield hashlib.sha256(memoryview(buffer)[:length]).digest()
-        offset += length
+    size = os.fstat(fd).st_size
+    for offset in range(0, size, chunk_size):
+        yield digest_at(fd, offset, min(chunk_size, size - offset))
 
 
-def read_chunk(fd: int, buffer: bytearray, offset: int) -> int:
-    """Fill the buffer from the file, or as far as that goes; answers how many bytes there were."""
-    view, length = memoryview(buffer), 0
-    while length < len(buffer) and (count := os.preadv(fd, [view[length:]], offset + length)):
-        length += count
-    return length
+def digest_at(fd: int, offset: int, length: int) -> bytes:
+    """The SHA-256 of a range of a file; of less, where the file has become shorter."""
+    digest, end = hashlib.sha256(), offset + length
+    while offset < end and (data := os.pread(fd, min(_READ_AT_ONCE, end - offset), offset)):
+        digest.update(data)
+        offset += len(data)
+    return digest.digest()
+
+
+def digests_length(image_length: int, chunk_size: int) -> int:
+    """How long the file with the digests of an image is."""
+    return DIGEST_BYTES * ceil_div(image_length, chunk_size)

@@ -57,6 +57,7 @@ class BackupFolder:
 
     def __init__(self, repository_path: str | os.PathLike[str], disk_name: str) -> None:
         self.repository_path = os.path.abspath(repository_path)
+        self.disk_name = disk_name
         self.path = os.path.join(self.repository_path, schema.check_disk_name(disk_name))
 
     def path_of(self, file: str) -> str:
@@ -80,6 +81,17 @@ class BackupFolder:
         found = self._manifest_file()
         if found is None and self._has_images_of_old():
             raise _no_manifest(self.path, f"{MANIFEST} beside the images", "none")
+        return found
+
+    def known_backups(self) -> Manifest:
+        """What backups there are, at least one; else `NotFound` tells of which disks there are any."""
+        found = self.manifest() if os.path.isdir(self.path) else None
+        if found is None or not found.backups:
+            known = ", ".join(disk_names(self.repository_path)) or "none"
+            raise NotFound(
+                f"{self.repository_path} has no backup of a disk called {self.disk_name!r}",
+                next_step=f"name another: it has backups of {known}",
+            )
         return found
 
     def _backups(self) -> Sequence[BackupEntry]:
@@ -243,6 +255,14 @@ def disk_names(repository_path: str | os.PathLike[str]) -> list[str]:
         return sorted(
             name for name in os.listdir(place) if os.path.lexists(os.path.join(place, name, MANIFEST))
         )
+
+
+def folders_of(repository_path: str | os.PathLike[str], names: Sequence[str] = ()) -> list[BackupFolder]:
+    """The folders of the disks called `names`, or of all; `NotFound` where there are none."""
+    known = disk_names(repository_path)
+    if not known:
+        raise NotFound(f"{os.path.abspath(repository_path)} has no backups", next_step="name a repository")
+    return [BackupFolder(repository_path, name) for name in names or known]
 
 
 def sha256_of(fd: int, stopped: Callable[[], bool] = lambda: False) -> str:

@@ -115,6 +115,7 @@ FLOORS: dict[str, float] = {
     "restore": 5,
     "stream": 5,
     "stream_restore": 5,
+    "verify": 5,
     # 6 surface: what embedders import, and over it the command line
     "": 6,
     "cli": 7,

@@ -1,0 +1,281 @@
+"""Proves backups without restoring them: every byte of every image by its digests, and every image's structure.
+
+- An image is as long as the manifest says, its header names the disk's size and the parent that the manifest
+  names, and every entry of its tables is one that can be followed and leads into the file. Refcounts are not
+  looked at: no reader of a backup needs them.
+- Its chunks have the digests that the file beside it lists, and that file has the digest that the manifest
+  has. Where it is missing or damaged, or none was ever made, the image is proven by its digest as a whole.
+
+Digests are computed in as many threads as there are processors. Images are opened one after the other, so that
+a chain may be of any length. Nobody is kept from backing up meanwhile; what changes under our eyes is `Busy`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+from lmdbitmap.backup_chain import image_reader
+from lmdbitmap.copier import Progress, Report
+from lmdbitmap.device import FileDevice
+from lmdbitmap.digests import DIGEST_BYTES, digest_at, digests_length
+from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError, NotFound, os_errors_at
+from lmdbitmap.geometry import ceil_div
+from lmdbitmap.manifest import BackupEntry, ChunkDigests, Manifest, chain_to
+from lmdbitmap.repository import BackupFolder, folders_of, sha256_of
+
+MAX_FLAWS = 1000
+"""Told one by one; more are counted."""
+_BATCH_BYTES = 16 << 20
+"""Hashed in one go by a thread."""
+_MOST_THREADS = 8
+_USE_ANOTHER = "get the file from a copy of the repository"
+
+
+@dataclass(frozen=True, slots=True)
+class Flaw:
+    """What is wrong with a file. Of damaged data also which bytes of the file, in whole chunks."""
+
+    disk: str
+    backup: str | None
+    """The id of the backup whose image it is; None if it is the manifest."""
+    path: str
+    problem: str
+    offset: int | None = None
+    length: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyResult:
+    """`flaws` has the first thousand of `flaw_count`. Bytes are those of image files."""
+
+    disks: tuple[str, ...]
+    image_count: int
+    bytes_read: int
+    flaws: tuple[Flaw, ...]
+    flaw_count: int
+    seconds: float
+
+    @property
+    def is_sound(self) -> bool:
+        return self.flaw_count == 0
+
+
+def verify(
+    repository_path: str | os.PathLike[str],
+    name: str | None = None,
+    *,
+    at: str | None = None,
+    progress: Progress | None = None,
+) -> VerifyResult:
+    """Prove all backups of a repository, or of one disk, or those that a restore of the backup `at` needs.
+
+    What is wrong is in the answer. Raises `NotFound` without such a disk or backup, `Busy` for a folder that was
+    changed meanwhile, `StorageError` where the system refuses.
+    """
+    if at is not None and name is None:
+        raise InvalidArgument(f"backup {at} of which disk", next_step="name the disk too")
+    started = time.monotonic()
+    flaws = _Flaws()
+    tasks = list(_tasks(repository_path, name, at, flaws))
+    report = Report(progress, sum(entry.bytes_stored for task in tasks for entry in task.entries))
+    for task in tasks:
+        _prove(task, flaws, report)
+    return VerifyResult(
+        disks=tuple(task.disk for task in tasks),
+        image_count=sum(len(task.entries) for task in tasks),
+        bytes_read=flaws.bytes_read,
+        flaws=tuple(flaws.told),
+        flaw_count=flaws.count,
+        seconds=time.monotonic() - started,
+    )
+
+
+class _Flaws:
+    def __init__(self) -> None:
+        self.told: list[Flaw] = []
+        self.count = 0
+        self.bytes_read = 0
+
+    def add(self, found: Sequence[Flaw]) -> None:
+        self.told += found[: MAX_FLAWS - len(self.told)]
+        self.count += len(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """The backups of one disk that are to be proven."""
+
+    folder: BackupFolder
+    disk: str
+    manifest: Manifest
+    entries: Sequence[BackupEntry]
+
+
+def _tasks(
+    repository_path: str | os.PathLike[str], name: str | None, at: str | None, flaws: _Flaws
+) -> Iterator[_Task]:
+    for folder in folders_of(repository_path, [] if name is None else [name]):
+        try:
+            manifest = folder.known_backups() if name is not None else folder.manifest()
+        except FormatError as damaged:
+            flaws.add([Flaw(folder.disk_name, None, damaged.place, damaged.problem)])
+            continue
+        if manifest is not None:
+            entries = manifest.backups if at is None else chain_to(manifest, at)
+            yield _Task(folder, folder.disk_name, manifest, entries)
+
+
+def _prove(task: _Task, flaws: _Flaws, report: Report) -> None:
+    found_before = flaws.count
+    with ThreadPoolExecutor(max_workers=_thread_count()) as pool:
+        pending: deque[tuple[int, Future[list[Flaw]]]] = deque()
+        for job in _jobs(task):
+            pending.append((job.length, pool.submit(job.run)))
+            if len(pending) > 4 * _thread_count():
+                _finish(*pending.popleft(), flaws, report)
+        while pending:
+            _finish(*pending.popleft(), flaws, report)
+    if flaws.count > found_before and task.folder.manifest() != task.manifest:
+        raise Busy(f"{task.folder.path} was changed while it was verified", next_step="verify it again")
+
+
+def _thread_count() -> int:
+    return min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+
+
+def _finish(length: int, found: Future[list[Flaw]], flaws: _Flaws, report: Report) -> None:
+    flaws.add(found.result())
+    flaws.bytes_read += length
+    report.advance(length)
+
+
+class _Job(NamedTuple):
+    """Work for one thread, and how many bytes of the image are proven by it."""
+
+    run: Callable[[], list[Flaw]]
+    length: int = 0
+
+
+def _jobs(task: _Task) -> Iterator[_Job]:
+    files_by_id = {entry.id: entry.file for entry in task.manifest.backups}
+    for entry in task.entries:
+        parent = None if entry.parent is None else files_by_id[entry.parent]
+        yield from _Image(task, entry, parent).jobs()
+
+
+class _Image:
+    """One image and its digests. Each job opens the files anew: so none stays open for longer than it is read."""
+
+    def __init__(self, task: _Task, entry: BackupEntry, parent: str | None) -> None:
+        self._folder = task.folder
+        self._entry = entry
+        self._parent = parent
+        self._path = task.folder.path_of(entry.file)
+
+    def jobs(self) -> Iterator[_Job]:
+        try:
+            self._folder.check_images([self._entry])
+        except (FormatError, NotFound) as refused:
+            yield _Job(partial(list, [self._flaw(refused)]), self._entry.bytes_stored)
+            return
+        yield _Job(self._check_structure)
+        chunks = self._entry.chunks
+        if chunks is not None and (wrong := self._wrong_with(chunks)) is not None:
+            yield _Job(partial(list, [wrong]))
+            chunks = None
+        yield from self._digest_jobs(chunks)
+
+    def _digest_jobs(self, chunks: ChunkDigests | None) -> Iterator[_Job]:
+        length = self._entry.bytes_stored
+        if chunks is None:
+            yield _Job(self._check_whole, length)
+            return
+        batch = max(_BATCH_BYTES, chunks.chunk_size)
+        for start in range(0, length, batch):
+            stop = min(start + batch, length)
+            yield _Job(partial(self._check_chunks, chunks, start, stop), stop - start)
+
+    def _check_structure(self) -> list[Flaw]:
+        try:
+            with FileDevice.open(self._path, read_only=True) as device, os_errors_at(self._path):
+                reader = image_reader(device, self._entry, self._parent)
+                deque(reader.extents(0, reader.size), maxlen=0)
+        except (FormatError, NotFound) as wrong:
+            return [self._flaw(wrong)]
+        return []
+
+    def _wrong_with(self, chunks: ChunkDigests) -> Flaw | None:
+        """Why the digests of the chunks cannot be used, if they cannot."""
+        path = self._folder.path_of(chunks.file)
+        expected = digests_length(self._entry.bytes_stored, chunks.chunk_size)
+        try:
+            with _opened(path) as fd, os_errors_at(path):
+                length, found = os.fstat(fd).st_size, sha256_of(fd)
+        except NotFound as missing:
+            return self._flaw(missing, path)
+        if (length, found) == (expected, chunks.sha256):
+            return None
+        wrong = FormatError(
+            path,
+            expected=f"{expected} bytes with SHA-256 {chunks.sha256}",
+            found=f"{length} bytes with {found}",
+            next_step=_USE_ANOTHER,
+        )
+        return self._flaw(wrong, path)
+
+    def _check_whole(self) -> list[Flaw]:
+        with _opened(self._path) as fd, os_errors_at(self._path):
+            found = sha256_of(fd)
+        if found == self._entry.sha256:
+            return []
+        problem = f"expected SHA-256 {self._entry.sha256}, found {found}"
+        return [self._bytes_flaw(problem, 0, self._entry.bytes_stored)]
+
+    def _check_chunks(self, chunks: ChunkDigests, start: int, stop: int) -> list[Flaw]:
+        """The damaged stretches of the range, which begins on a chunk."""
+        path, first = self._folder.path_of(chunks.file), start // chunks.chunk_size
+        count = ceil_div(stop, chunks.chunk_size) - first
+        with _opened(path) as fd, os_errors_at(path):
+            digests = os.pread(fd, DIGEST_BYTES * count, DIGEST_BYTES * first)
+        damaged: list[tuple[int, int]] = []
+        with _opened(self._path) as fd, os_errors_at(self._path):
+            for number, offset in enumerate(range(start, stop, chunks.chunk_size)):
+                length = min(chunks.chunk_size, stop - offset)
+                if (
+                    digest_at(fd, offset, length)
+                    != digests[DIGEST_BYTES * number : DIGEST_BYTES * (number + 1)]
+                ):
+                    _lengthen(damaged, offset, length)
+        return [self._bytes_flaw("the data is not what was backed up", *run) for run in damaged]
+
+    def _flaw(self, wrong: LmdbitmapError, path: str | None = None) -> Flaw:
+        return Flaw(self._folder.disk_name, self._entry.id, path or self._path, wrong.problem)
+
+    def _bytes_flaw(self, problem: str, offset: int, length: int) -> Flaw:
+        where = f"{self._path}: bytes {offset}..{offset + length}: {problem}"
+        return Flaw(self._folder.disk_name, self._entry.id, self._path, where, offset, length)
+
+
+def _lengthen(runs: list[tuple[int, int]], offset: int, length: int) -> None:
+    """Add a run (offset, length): to the last one, if it continues that."""
+    if runs and sum(runs[-1]) == offset:
+        offset, length = runs[-1][0], runs.pop()[1] + length
+    runs.append((offset, length))
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[int]:
+    with os_errors_at(path):
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)

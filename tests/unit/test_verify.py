@@ -1,0 +1,257 @@
+"""verify: every flipped bit is found and named by file and bytes, every structure that lies, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import resource
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from lmdbitmap import verify as verify_module
+from lmdbitmap.backup_chain import opened
+from lmdbitmap.digests import CHUNK_BYTES
+from lmdbitmap.errors import Busy, InvalidArgument, NotFound
+from lmdbitmap.manifest import BackupEntry, Manifest
+from lmdbitmap.repository import sha256_of
+from lmdbitmap.verify import MAX_FLAWS, Flaw, VerifyResult, verify
+from tests.backed_up import BackedUpDisk
+from tests.tracked import NAME
+
+MIB = 1 << 20
+SIZE = 20 * MIB
+"""More than one batch of chunks."""
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[BackedUpDisk]:
+    """A disk with a full backup and two increments."""
+    made = BackedUpDisk(tmp_path, SIZE)
+    made.write(os.urandom(SIZE), 0)
+    for number in range(3):
+        made.write(os.urandom(5 * MIB // 2), number * MIB)
+        made.backup()
+    yield made
+    made.close()
+
+
+def verified(disk: BackedUpDisk, at: str | None = None) -> VerifyResult:
+    return verify(disk.folder / "backups", NAME, at=at)
+
+
+def path_of(disk: BackedUpDisk, number: int) -> Path:
+    return Path(disk.backup_folder().path_of(disk.manifest().backups[number].file))
+
+
+def digests_of(disk: BackedUpDisk, number: int) -> Path:
+    chunks = disk.manifest().backups[number].chunks
+    assert chunks is not None
+    return Path(disk.backup_folder().path_of(chunks.file))
+
+
+def flip(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        [byte] = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte ^ 0x10]))
+
+
+def change_entry(disk: BackedUpDisk, number: int, **changes: object) -> None:
+    manifest = disk.manifest()
+    entries = list(manifest.backups)
+    entries[number] = dataclasses.replace(entries[number], **changes)  # type: ignore[arg-type]
+    disk.backup_folder().replace_manifest(dataclasses.replace(manifest, backups=tuple(entries)))
+
+
+def test_sound_backups_are_read_whole(disk: BackedUpDisk) -> None:
+    result = verified(disk)
+    entries = disk.manifest().backups
+    assert (result.is_sound, result.flaws, result.flaw_count) == (True, (), 0)
+    assert (result.disks, result.image_count) == ((NAME,), 3)
+    assert result.bytes_read == sum(entry.bytes_stored for entry in entries)
+
+
+def test_progress_comes_to_its_end(disk: BackedUpDisk) -> None:
+    told: list[tuple[int, int]] = []
+    verify(disk.folder / "backups", progress=lambda *news: told.append(news))
+    total = sum(entry.bytes_stored for entry in disk.manifest().backups)
+    assert told[-1] == (total, total)
+    assert len(told) >= 2
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 15, 16, 20])
+def test_one_flipped_bit_is_named_by_file_and_chunk(disk: BackedUpDisk, chunk: int) -> None:
+    stored = disk.manifest().backups[0].bytes_stored
+    place = min(chunk * CHUNK_BYTES + 300_000, stored - 1)
+    flip(path_of(disk, 0), place)
+    [flaw] = [flaw for flaw in verified(disk).flaws if flaw.offset is not None]
+    assert (flaw.disk, flaw.backup, flaw.path) == (NAME, "1", str(path_of(disk, 0)))
+    assert flaw.offset == chunk * CHUNK_BYTES
+    assert flaw.length == min(CHUNK_BYTES, stored - flaw.offset)
+    assert f": bytes {flaw.offset}..{flaw.offset + flaw.length}: " in flaw.problem
+
+
+def test_all_damage_is_told_and_neighbouring_chunks_together(disk: BackedUpDisk) -> None:
+    for number, place in [(0, 3 * MIB), (0, 4 * MIB + 5), (0, 7 * MIB), (2, MIB)]:
+        flip(path_of(disk, number), place)
+    found = [(flaw.backup, flaw.offset, flaw.length) for flaw in verified(disk).flaws]
+    assert found == [("1", 3 * MIB, 2 * MIB), ("1", 7 * MIB, MIB), ("3", MIB, MIB)]
+
+
+def test_only_what_a_restore_needs_is_looked_at(disk: BackedUpDisk) -> None:
+    flip(path_of(disk, 2), MIB)
+    result = verified(disk, at="2")
+    assert (result.is_sound, result.image_count) == (True, 2)
+    assert not verified(disk, at="3").is_sound
+
+
+def test_a_missing_or_cut_image_is_a_flaw_and_the_others_are_looked_at(disk: BackedUpDisk) -> None:
+    path_of(disk, 0).unlink()
+    os.truncate(path_of(disk, 1), 100)
+    flip(path_of(disk, 2), MIB)
+    problems = [(flaw.backup, flaw.problem) for flaw in verified(disk).flaws]
+    assert [backup for backup, _ in problems] == ["1", "2", "3"]
+    assert problems[0][1].endswith("000001-full.qcow2 does not exist")
+    assert problems[1][1].endswith("found 100 bytes")
+
+
+# --- structure ---
+
+
+def rewrite(disk: BackedUpDisk, number: int, offset: int, data: bytes) -> None:
+    """Change an image, and make its digests those of what it is now."""
+    path = path_of(disk, number)
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+    with path.open("rb") as file:
+        change_entry(disk, number, sha256=sha256_of(file.fileno()), chunks=None)
+
+
+def first_l2_entry(disk: BackedUpDisk) -> int:
+    with path_of(disk, 0).open("rb") as file:
+        header = file.read(104)
+        (l1_offset,) = struct.unpack_from(">Q", header, 40)
+        file.seek(l1_offset)
+        (l1_entry,) = struct.unpack(">Q", file.read(8))
+    return int(l1_entry & 0x00FFFFFFFFFFFE00)
+
+
+def test_an_entry_that_leads_out_of_the_file_is_found_though_the_digests_fit(disk: BackedUpDisk) -> None:
+    rewrite(disk, 0, first_l2_entry(disk) + 800, struct.pack(">Q", 1 << 63 | 1 << 40))
+    [flaw] = verified(disk).flaws
+    assert (flaw.backup, flaw.offset) == ("1", None)
+    assert "L2 entry of byte" in flaw.problem
+    assert "data inside the file" in flaw.problem
+
+
+def test_a_parent_that_is_not_the_manifests_is_found(disk: BackedUpDisk) -> None:
+    change_entry(disk, 2, parent="1")
+    [flaw] = verified(disk).flaws
+    assert flaw.backup == "3"
+    assert "backing file name: expected 000001-full.qcow2, found '000002-incremental.qcow2'" in flaw.problem
+
+
+def test_another_size_is_found(disk: BackedUpDisk) -> None:
+    change_entry(disk, 1, disk_size=SIZE + 4096)
+    [flaw] = verified(disk).flaws
+    assert "image size: expected" in flaw.problem
+
+
+# --- digests of chunks that cannot be used ---
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "flipped", "none"])
+def test_without_digests_of_chunks_the_image_is_proven_as_a_whole(disk: BackedUpDisk, damage: str) -> None:
+    digests = digests_of(disk, 0)
+    if damage == "gone":
+        digests.unlink()
+    elif damage == "cut":
+        os.truncate(digests, 32)
+    elif damage == "flipped":
+        flip(digests, 40)
+    else:
+        change_entry(disk, 0, chunks=None)
+    flaws = verified(disk).flaws
+    assert [flaw.path for flaw in flaws] == ([] if damage == "none" else [str(digests)])
+    flip(path_of(disk, 0), 7 * MIB)
+    whole = verified(disk).flaws[-1]
+    assert (whole.path, whole.offset) == (str(path_of(disk, 0)), 0)
+    assert whole.length == path_of(disk, 0).stat().st_size
+    assert "expected SHA-256" in whole.problem
+
+
+# --- repositories ---
+
+
+def test_a_damaged_manifest_is_a_flaw_of_its_disk(disk: BackedUpDisk) -> None:
+    folder = disk.folder / "backups"
+    (folder / "sdb").mkdir()
+    (folder / "sdb" / "manifest.json").write_bytes(b"{")
+    result = verify(folder)
+    [flaw] = result.flaws
+    assert (flaw.disk, flaw.backup, result.disks, result.image_count) == ("sdb", None, (NAME,), 3)
+
+
+def test_what_is_not_there_is_not_found(disk: BackedUpDisk, tmp_path: Path) -> None:
+    folder = disk.folder / "backups"
+    with pytest.raises(
+        NotFound, match="has no backup of a disk called 'sdx'; name another: it has backups of"
+    ):
+        verify(folder, "sdx")
+    with pytest.raises(NotFound, match="has no backup 7"):
+        verify(folder, NAME, at="7")
+    with pytest.raises(InvalidArgument, match="backup 2 of which disk"):
+        verify(folder, at="2")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(NotFound, match="has no backups"):
+        verify(tmp_path / "empty")
+    with pytest.raises(NotFound, match="does not exist"):
+        verify(tmp_path / "nowhere")
+
+
+def test_flaws_are_counted_and_the_first_thousand_told() -> None:
+    flaws = verify_module._Flaws()
+    for number in range(MAX_FLAWS + 5):
+        flaws.add([Flaw("sda", str(number), "x", "x")])
+    assert (len(flaws.told), flaws.count) == (MAX_FLAWS, MAX_FLAWS + 5)
+
+
+def test_a_folder_that_changes_meanwhile_is_busy(disk: BackedUpDisk) -> None:
+    """As by a prune: what is found wrong may be right for the manifest that is there now."""
+    changed: list[Manifest] = []
+    flip(path_of(disk, 2), MIB)
+
+    def change(*_: int) -> None:
+        if not changed:
+            changed.append(disk.manifest())
+            change_entry(disk, 2, time_ns=1)
+
+    with pytest.raises(Busy, match="was changed while it was verified; verify it again"):
+        verify(disk.folder / "backups", progress=change)
+    assert changed
+
+
+@contextmanager
+def few_open_files(limit: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_chain_may_have_more_images_than_files_can_be_open(tmp_path: Path) -> None:
+    disk = BackedUpDisk(tmp_path, 4096)
+    entries: list[BackupEntry] = [disk.backup() for _ in range(80)]
+    with few_open_files(64):
+        assert verified(disk).image_count == 80
+        with pytest.raises(OSError, match="open files"), opened(disk.backup_folder(), entries):
+            pass  # the limit is real
+    disk.close()
