@@ -49,8 +49,11 @@ if TYPE_CHECKING:
     from lmdbitmap.manifest import BackupType
     from lmdbitmap.nbd.control import ControlServer
     from lmdbitmap.nbd.server import Server
+    from lmdbitmap.prune import PruneResult
+    from lmdbitmap.prune import prune as prune_backups
     from lmdbitmap.restore import RestoreResult
     from lmdbitmap.restore import restore as restore_backup
+    from lmdbitmap.retention import Retention
     from lmdbitmap.session import add, adopt, remove
     from lmdbitmap.store import Store
     from lmdbitmap.stream import StreamResult, stream_backup
@@ -78,7 +81,9 @@ _HOMES = {
     "LmdbitmapError": "errors",
     "MemoryDevice": "device",
     "NotFound": "errors",
+    "PruneResult": "prune",
     "RestoreResult": "restore",
+    "Retention": "retention",
     "Server": "nbd.server",
     "Standing": "changes",
     "StorageError": "errors",
@@ -98,6 +103,7 @@ _HOMES = {
     "import_file": "export",
     "inspect_file": "export",
     "keep_changes": "export",
+    "prune_backups": "prune",
     "remove": "session",
     "restore_backup": "restore",
     "stream_backup": "stream",
@@ -108,6 +114,7 @@ _HOMES = {
 _OTHER_NAMES = {
     "back_up": "backup",
     "changes_of": "changes",
+    "prune_backups": "prune",
     "restore_backup": "restore",
     "verify_backups": "verify",
 }
@@ -133,7 +140,9 @@ __all__ = [
     "LmdbitmapError",
     "MemoryDevice",
     "NotFound",
+    "PruneResult",
     "RestoreResult",
+    "Retention",
     "Server",
     "Standing",
     "StorageError",
@@ -154,6 +163,7 @@ __all__ = [
     "import_file",
     "inspect_file",
     "keep_changes",
+    "prune_backups",
     "remove",
     "restore_backup",
     "stream_backup",

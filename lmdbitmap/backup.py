@@ -340,11 +340,19 @@ def _make(store: Store, source: _Source, report: Report, packing: Compression | 
     started = time.monotonic()
     job = source.job
     entry = _write_image(source, report, packing)
-    manifest = dataclasses.replace(job.manifest, backups=(*job.manifest.backups, entry))
+    released = _still_there(store, job)
+    manifest = dataclasses.replace(job.manifest, backups=(*job.manifest.backups, entry), released=released)
     job.folder.replace_manifest(manifest, keep_old=job.plan.reason == _UNREADABLE)
     _forget_unneeded(store, source, manifest)  # law 3: not before this line
     job.folder.drop_note()
     return BackupResult(job.disk.name, entry, job.folder.path_of(entry.file), time.monotonic() - started)
+
+
+def _still_there(store: Store, job: _Job) -> tuple[CheckpointRef, ...]:
+    """Checkpoints that pruned backups held, and that nobody has forgotten yet."""
+    with store.read() as reader:
+        members = {member.uuid for member in reader.checkpoints(job.disk.uuid)}
+    return tuple(checkpoint for checkpoint in job.manifest.released if checkpoint.uuid in members)
 
 
 def _write_image(source: _Source, report: Report, packing: Compression | None) -> BackupEntry:
@@ -387,7 +395,8 @@ def _forget_unneeded(store: Store, source: _Source, manifest: Manifest) -> None:
     """Let go of checkpoints that no coming backup counts from. The backup is made, whatever happens here."""
     job, disk = source.job, source.point.disk
     needed = {entry.checkpoint.uuid for entry in (_newest(manifest), _newest(manifest, full=True)) if entry}
-    unneeded = {entry.checkpoint.uuid for entry in manifest.backups} - needed
+    held = {entry.checkpoint.uuid for entry in manifest.backups}
+    unneeded = (held | {checkpoint.uuid for checkpoint in manifest.released}) - needed
     abandoned = {work.checkpoint for work in job.leftovers}
     try:
         _forget(job.access, disk, lambda member: member.uuid in unneeded or member.name in abandoned)

@@ -10,14 +10,14 @@ from __future__ import annotations
 import contextlib
 import errno
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from lmdbitmap.device import DATA, HOLE, FileDevice
 from lmdbitmap.errors import FormatError, os_errors_at
 from lmdbitmap.geometry import ceil_div, check_range
 from lmdbitmap.interfaces import Allocation, Buffer, joined
 from lmdbitmap.manifest import BackupEntry
-from lmdbitmap.qcow2 import Qcow2Reader, Run, chain_extents
+from lmdbitmap.qcow2 import Kind, Qcow2Reader, Run, Source, chain_extents
 from lmdbitmap.qcow2.compression import require
 from lmdbitmap.qcow2.layout import SECTOR
 from lmdbitmap.repository import BackupFolder
@@ -112,14 +112,20 @@ def opened(folder: BackupFolder, entries: Sequence[BackupEntry]) -> Iterator[Bac
     with contextlib.ExitStack() as stack:
         images = []
         for entry, parent in zip(entries, parents, strict=False):
-            path = folder.path_of(entry.file)
+            path = folder.image_path(entry.file)
             device = stack.enter_context(FileDevice.open(path, read_only=True))
             with os_errors_at(path):
                 images.append(Image(entry, device, image_reader(device, entry, parent)))
         yield BackupChain(images[::-1])
 
 
-def image_reader(device: FileDevice, entry: BackupEntry, parent: str | None) -> Qcow2Reader:
+class ImageSource(Source, Protocol):
+    """An image's file, with the path that complaints name."""
+
+    path: str
+
+
+def image_reader(device: ImageSource, entry: BackupEntry, parent: str | None) -> Qcow2Reader:
     """The image's reader, if its header says what the manifest says."""
     reader = Qcow2Reader(device, name=device.path)
     require(reader.compression_type)

@@ -2,6 +2,7 @@
 
     format_version   1; a newer one is refused
     disk             name, uuid
+    released         uuid and name of checkpoints that pruned backups held: the next backup forgets them; may be absent
     backups          oldest first
       id, sequence                 unique; rising
       file                         the image, a plain name in the manifest's own folder
@@ -126,6 +127,7 @@ class Manifest:
     disk: DiskRef
     backups: tuple[BackupEntry, ...] = ()
     format_version: int = FORMAT_VERSION
+    released: tuple[CheckpointRef, ...] = ()
 
 
 def chain_to(manifest: Manifest, backup_id: str) -> tuple[BackupEntry, ...]:
@@ -165,6 +167,8 @@ def _tree(manifest: Manifest) -> dict[str, Any]:
         for absent in ("compression", "chunks"):
             if entry[absent] is None:
                 del entry[absent]
+    if not tree["released"]:
+        del tree["released"]
     return tree
 
 
@@ -189,7 +193,10 @@ def decode(data: bytes, *, max_bytes: int = MAX_MANIFEST_BYTES) -> Manifest:
     disk = root.fields("disk")
     backups = tuple(_backup(fields) for fields in root.list_of_fields("backups"))
     _check_order(backups)
-    return Manifest(DiskRef(disk.text("name"), disk.uuid("uuid")), backups, version)
+    released = root.if_there("released", root.list_of_fields) or []
+    return Manifest(
+        DiskRef(disk.text("name"), disk.uuid("uuid")), backups, version, tuple(map(_checkpoint, released))
+    )
 
 
 def _parsed(data: bytes, max_bytes: int) -> object:
@@ -232,7 +239,6 @@ def _constant(name: str) -> NoReturn:
 
 
 def _backup(fields: _Fields) -> BackupEntry:
-    checkpoint = fields.fields("checkpoint")
     entry = BackupEntry(
         id=fields.text("id"),
         sequence=fields.integer("sequence", 0),
@@ -242,7 +248,7 @@ def _backup(fields: _Fields) -> BackupEntry:
         type_actual=fields.choice("type_actual", list(BackupType)),
         reason=fields.optional("reason", lambda name: _reason(fields.fields(name))),
         time_ns=fields.integer("time_ns", 0),
-        checkpoint=CheckpointRef(checkpoint.uuid("uuid"), checkpoint.text("name")),
+        checkpoint=_checkpoint(fields.fields("checkpoint")),
         epoch=fields.uuid("epoch"),
         disk_size=fields.integer("disk_size", 0),
         granularity=fields.power_of_two("granularity", 1 << MIN_GRANULARITY_BITS, 1 << MAX_GRANULARITY_BITS),
@@ -258,6 +264,10 @@ def _backup(fields: _Fields) -> BackupEntry:
     if entry.reason is None and entry.type_requested is not entry.type_actual:
         raise _refusal(f"{fields.place}.reason", "one, as the type is not the requested one", "null")
     return entry
+
+
+def _checkpoint(fields: _Fields) -> CheckpointRef:
+    return CheckpointRef(fields.uuid("uuid"), fields.text("name"))
 
 
 def _reason(fields: _Fields) -> Reason:

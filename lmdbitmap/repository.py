@@ -3,7 +3,9 @@
     REPO/<disk>/manifest.json            what each image is; images that it does not name are nobody's backup
     REPO/<disk>/000001-full.qcow2 ...    the images
     REPO/<disk>/….qcow2.<8 hex>.digests  the SHA-256 of each chunk of an image
-    REPO/<disk>/lock                     held by the one backup that writes here
+    REPO/<disk>/manifest.next            while a prune takes effect: the true manifest, and
+    REPO/<disk>/….qcow2.next             images that take the place of those without `.next`
+    REPO/<disk>/lock                     held by the one backup or prune that writes here
     REPO/<disk>/unfinished               while a backup is under way: its checkpoint, and its image
 
 Invariants, which hold at every moment, also after a power cut:
@@ -14,7 +16,12 @@ Invariants, which hold at every moment, also after a power cut:
 3. A manifest that is missing beside images, or cannot be read, stops a backup. It is never made anew: a full
    backup that is asked for begins another chain, numbered after all images that are there, and what was in the
    manifest's place stays beside it as `manifest.json.damaged-…`.
-4. A note of what is unfinished that cannot be read is put aside too: whatever it named stays, and only takes space.
+4. Where there is a `manifest.next`, it alone is true. It got its name when all its `.next` images were durable
+   under theirs. From then on they are renamed over the images that they replace, what only the old manifest named
+   is removed, and `manifest.next` is renamed over it, each durable before the next begins. An image and its
+   successor read the same at the file's place in every chain. So whoever comes finds the truth without a lock;
+   whoever has the lock carries on where the dead left off. Without a `manifest.next`, `.next` images are nobody's.
+5. A note of what is unfinished that cannot be read is put aside too: whatever it named stays, and only takes space.
 """
 
 from __future__ import annotations
@@ -37,11 +44,14 @@ from lmdbitmap.manifest import BackupEntry, BackupType, Manifest
 log = logging.getLogger(__name__)
 
 MANIFEST, LOCK, UNFINISHED = "manifest.json", "lock", "unfinished"
+NEXT = "manifest.next"
+_NEXT_SUFFIX = ".next"
 _NOTE_BYTES = 1 << 16
 _HASHED_AT_ONCE = 1 << 20
 _IMAGE_NAME = re.compile(r"([0-9]{6,15})-(?:full|incremental|differential)\.qcow2")
 _CHECKPOINT_NAME = re.compile(r"backup-[0-9]{8}T[0-9]{6}Z-[0-9a-f]{6}")
 _DIGESTS_NAME = re.compile(rf"({_IMAGE_NAME.pattern})\.[0-9a-f]{{8}}\.digests")
+_SUCCESSOR_NAME = re.compile(rf"({_IMAGE_NAME.pattern}){re.escape(_NEXT_SUFFIX)}")
 _NOTE = re.compile(rf"(?:{_CHECKPOINT_NAME.pattern} {_IMAGE_NAME.pattern}\n)*")
 
 
@@ -63,15 +73,22 @@ class BackupFolder:
     def path_of(self, file: str) -> str:
         return os.path.join(self.path, file)
 
+    def image_path(self, file: str) -> str:
+        """Where an image is that the manifest names: under its own name, or as its successor beside it."""
+        successor = self.path_of(file + _NEXT_SUFFIX)
+        is_under_way = os.path.lexists(self.path_of(NEXT)) and os.path.lexists(successor)
+        return successor if is_under_way else self.path_of(file)
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder, made if need be, for the one backup that may write here; else `Busy`.
 
-        Files that killed runs did not finish are removed.
+        Files that killed runs did not finish are removed, and a prune that was decided is carried on.
         """
         files.make_folders(self.path)
         with files.lock_file(self.path_of(LOCK)):
             files.remove_leftovers(self.path)
+            self.settle()
             yield
 
     # -- the manifest --------------------------------------------------------------------------------------
@@ -103,6 +120,9 @@ class BackupFolder:
         if keep_old and os.path.lexists(self.path_of(MANIFEST)):
             self._put_aside(MANIFEST)
         files.replace_atomically(self.path_of(MANIFEST), manifest.encode(new))
+        if keep_old and os.path.lexists(self.path_of(NEXT)):  # one that cannot be read either
+            self._put_aside(NEXT)
+            _remove(self.path_of(NEXT))
 
     def _put_aside(self, name: str) -> str:
         """Keep a file under another name; where that can be, its old name stays until it is replaced."""
@@ -118,8 +138,9 @@ class BackupFolder:
         files.fsync_folder(self.path)
         return kept
 
-    def _manifest_file(self) -> Manifest | None:
-        path = self.path_of(MANIFEST)
+    def _manifest_file(self, name: str | None = None) -> Manifest | None:
+        """What a file says; that of the true manifest unless it is named."""
+        path = self.path_of(name or (NEXT if os.path.lexists(self.path_of(NEXT)) else MANIFEST))
         if not os.path.lexists(path):
             return None
         try:
@@ -147,7 +168,7 @@ class BackupFolder:
     def check_images(self, entries: Iterable[BackupEntry]) -> None:
         """Raise `NotFound` or `FormatError` unless every image is there, as long as it was when it was made."""
         for entry in entries:
-            path = self.path_of(entry.file)
+            path = self.image_path(entry.file)
             with os_errors_at(path):
                 status = os.lstat(path)
             if not stat.S_ISREG(status.st_mode) or status.st_size != entry.bytes_stored:
@@ -158,22 +179,91 @@ class BackupFolder:
                     next_step="restore the file from a copy of the repository, or use an earlier full backup",
                 )
 
+    def check_names(self, entries: Iterable[BackupEntry]) -> None:
+        """Raise `FormatError` unless all files are called as we call them: no others are written or removed."""
+        for entry in entries:
+            digests = entry.chunks.file if entry.chunks else None
+            if not _IMAGE_NAME.fullmatch(entry.file) or not (
+                digests is None or _DIGESTS_NAME.fullmatch(digests)
+            ):
+                raise FormatError(
+                    f"{self.path_of(MANIFEST)}: backup {entry.id}",
+                    expected="names of files as this program gives them",
+                    found=ascii((entry.file, digests)),
+                    next_step="restore from it as it is",
+                )
+
     def _images(self) -> list[re.Match[str]]:
         """The names of all images in the folder, known or not; their first group is the number."""
+        return self._names_like(_IMAGE_NAME)
+
+    def _names_like(self, form: re.Pattern[str]) -> list[re.Match[str]]:
         with os_errors_at(self.path):
-            matches = [_IMAGE_NAME.fullmatch(name) for name in os.listdir(self.path)]
+            matches = [form.fullmatch(name) for name in os.listdir(self.path)]
         return [match for match in matches if match is not None]
 
     def _digests_of(self, file: str) -> list[str]:
         """The files with digests of an image that are there, whoever names them."""
-        with os_errors_at(self.path):
-            matches = [_DIGESTS_NAME.fullmatch(name) for name in os.listdir(self.path)]
-        return [match[0] for match in matches if match is not None and match[1] == file]
+        return [match[0] for match in self._names_like(_DIGESTS_NAME) if match[1] == file]
 
     def _has_images_of_old(self) -> bool:
         """Whether there are images, apart from one that a first backup is making, or was when it was killed."""
         unfinished = {work.file for work in self._noted()}
         return any(image[0] not in unfinished for image in self._images())
+
+    # -- succession ----------------------------------------------------------------------------------------
+
+    def successor_path(self, file: str) -> str:
+        """Where to put what is to take the place of an image."""
+        return self.path_of(file + _NEXT_SUFFIX)
+
+    def succeed(self, new: Manifest) -> None:
+        """Let `new` take the manifest's place, and durable successors that of their images; what only the old one
+        named goes. A death leaves the one or the other, and whoever locks the folder next comes to the end."""
+        files.replace_atomically(self.path_of(NEXT), manifest.encode(new))
+        self._carry_on(new)
+
+    def settle(self) -> None:
+        """Carry on a succession that was decided; undo one that was not. For whoever holds the lock."""
+        try:
+            found = self._manifest_file()
+        except FormatError:
+            return  # whoever needs the manifest is told, and nothing is removed
+        if os.path.lexists(self.path_of(NEXT)) and found is not None:
+            self._carry_on(found)
+            return
+        undecided = [match[0] for match in self._names_like(_SUCCESSOR_NAME)]
+        for name in [*undecided, *self._stale_digests(found)]:
+            _remove(self.path_of(name))
+        if undecided:  # they must not be back when there is a `manifest.next`
+            files.fsync_folder(self.path)
+
+    def _carry_on(self, new: Manifest) -> None:
+        for name in [match[1] for match in self._names_like(_SUCCESSOR_NAME)]:
+            with os_errors_at(self.path_of(name)):
+                os.rename(self.successor_path(name), self.path_of(name))
+        files.fsync_folder(self.path)
+        for name in self._names_only_in_the_old(new):
+            _remove(self.path_of(name))
+        files.fsync_folder(self.path)
+        with os_errors_at(self.path_of(NEXT)):
+            os.rename(self.path_of(NEXT), self.path_of(MANIFEST))
+        files.fsync_folder(self.path)
+
+    def _names_only_in_the_old(self, new: Manifest) -> list[str]:
+        """Files that can go. Only those whose names have our form: a manifest may name anything."""
+        try:
+            old = self._manifest_file(MANIFEST)
+        except FormatError as damaged:
+            log.error("%s; what it named besides stays, and takes space", damaged.problem)
+            return []
+        gone = _files_of(old) - _files_of(new)
+        return sorted(name for name in gone if _IMAGE_NAME.fullmatch(name) or _DIGESTS_NAME.fullmatch(name))
+
+    def _stale_digests(self, known: Manifest | None) -> list[str]:
+        """Digests that an image of the manifest does not have any more, or never got."""
+        named = _files_of(known)
+        return [m[0] for m in self._names_like(_DIGESTS_NAME) if m[1] in named and m[0] not in named]
 
     # -- what is under way ---------------------------------------------------------------------------------
 
@@ -211,6 +301,11 @@ class BackupFolder:
             )
             return []
         return [Unfinished(*line.split(" ")) for line in text.splitlines()]
+
+
+def _files_of(known: Manifest | None) -> set[str]:
+    entries = known.backups if known is not None else ()
+    return {entry.file for entry in entries} | {entry.chunks.file for entry in entries if entry.chunks}
 
 
 def _note_text(path: str) -> str | None:

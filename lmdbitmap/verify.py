@@ -135,26 +135,41 @@ def _tasks(
 
 def _prove(task: _Task, flaws: _Flaws, report: Report) -> None:
     found_before = flaws.count
-    with ThreadPoolExecutor(max_workers=_thread_count()) as pool:
-        pending: deque[tuple[int, Future[list[Flaw]]]] = deque()
-        for job in _jobs(task):
-            pending.append((job.length, pool.submit(job.run)))
-            if len(pending) > 4 * _thread_count():
-                _finish(*pending.popleft(), flaws, report)
-        while pending:
-            _finish(*pending.popleft(), flaws, report)
+    for found, length in _found(task):
+        flaws.add(found)
+        flaws.bytes_read += length
+        report.advance(length)
     if flaws.count > found_before and task.folder.manifest() != task.manifest:
         raise Busy(f"{task.folder.path} was changed while it was verified", next_step="verify it again")
 
 
+def require_sound(folder: BackupFolder, manifest: Manifest, entries: Sequence[BackupEntry]) -> None:
+    """Raise `FormatError` unless every byte of the images is what was backed up."""
+    for found, _ in _found(_Task(folder, folder.disk_name, manifest, entries)):
+        if found:
+            raise FormatError(
+                folder.path,
+                expected="sound images",
+                found=f"a flaw: {found[0].problem}",
+                next_step="look at all of them with `verify`, and get the files from a copy of the repository",
+            )
+
+
+def _found(task: _Task) -> Iterator[tuple[list[Flaw], int]]:
+    """What is wrong, piece by piece in the order of the files, and how many bytes are proven by each piece."""
+    with ThreadPoolExecutor(max_workers=_thread_count()) as pool:
+        pending: deque[tuple[Future[list[Flaw]], int]] = deque()
+        for job in _jobs(task):
+            pending.append((pool.submit(job.run), job.length))
+            if len(pending) > 4 * _thread_count():
+                found, length = pending.popleft()
+                yield found.result(), length
+        for found, length in pending:
+            yield found.result(), length
+
+
 def _thread_count() -> int:
     return min(len(os.sched_getaffinity(0)), _MOST_THREADS)
-
-
-def _finish(length: int, found: Future[list[Flaw]], flaws: _Flaws, report: Report) -> None:
-    flaws.add(found.result())
-    flaws.bytes_read += length
-    report.advance(length)
 
 
 class _Job(NamedTuple):
@@ -178,7 +193,7 @@ class _Image:
         self._folder = task.folder
         self._entry = entry
         self._parent = parent
-        self._path = task.folder.path_of(entry.file)
+        self._path = task.folder.image_path(entry.file)
 
     def jobs(self) -> Iterator[_Job]:
         try:

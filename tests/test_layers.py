@@ -76,6 +76,9 @@ FLOORS: dict[str, float] = {
     "flushing": 3,
     "continuity": 3,
     "repository": 3,
+    "retention": 3,
+    "file_pool": 2.7,
+    "merge": 3.3,
     "backup_chain": 3.1,
     "copier": 3.2,
     "rescan": 3,
@@ -116,6 +119,7 @@ FLOORS: dict[str, float] = {
     "stream": 5,
     "stream_restore": 5,
     "verify": 5,
+    "prune": 5.2,
     # 6 surface: what embedders import, and over it the command line
     "": 6,
     "cli": 7,

@@ -115,6 +115,16 @@ class Qcow2Writer:
             host_offset = self._append(data)
             self._map(clusters, host_offset | COPIED, self.cluster_size)
 
+    def reserve(self, offset: int, length: int) -> int:
+        """Map the range to one run of host clusters, which the caller fills; answers where they begin."""
+        clusters, host_offset = self._take(offset, length), self._file_end
+        padding = -length % self.cluster_size
+        if padding:
+            self._sink.pwrite(bytes(padding), host_offset + length)
+        self._file_end += length + padding
+        self._map(clusters, host_offset | COPIED, self.cluster_size)
+        return host_offset
+
     @property
     def can_point_to_compressed(self) -> bool:
         """Whether the next piece's worth of compressed data is not yet too far out for an L2 entry."""

@@ -1,4 +1,4 @@
-"""verify: what is sound, what is damaged, and by which exit code a script can tell."""
+"""verify and prune: what is sound, what goes, and by which exit code a script can tell."""
 
 from __future__ import annotations
 
@@ -68,3 +68,59 @@ def test_a_folder_without_backups_is_told(cli: Cli) -> None:
     (cli.folder / "empty").mkdir()
     assert "has no backups; name a repository" in cli.fails(1, "verify", cli.folder / "empty")
     assert "does not exist" in cli.fails(1, "verify", cli.folder / "none")
+
+
+# --- prune ---
+
+
+def test_old_backups_go_and_what_stays_is_merged(cli: Cli, chain: Path) -> None:
+    said = cli.ok("prune", chain, "--keep", "2")
+    assert said.startswith("sda: kept 2 backups, let go of 2 · merged 1 · ")
+    assert sorted(path.name for path in (chain / "sda").glob("*.qcow2")) == [
+        "000003-incremental.qcow2", "000004-incremental.qcow2",
+    ]  # fmt: skip
+    assert cli.json("verify", chain)["sound"] is True
+    assert cli.json("backup", "sda", chain)["backups"][0]["type"] == "incremental"
+
+
+def test_a_dry_run_names_every_backup(cli: Cli, chain: Path) -> None:
+    said = cli.ok("prune", chain, "sda", "--keep", "1", "--keep-daily", "1", "--dry-run").splitlines()
+    assert [line.partition(" of ")[2].partition(" of ")[0] for line in said[:3]] == [
+        "backup 1", "backup 2", "backup 3",
+    ]  # fmt: skip
+    assert said[3].startswith("sda: would keep backup 4 of ")
+    assert said[3].endswith(", merged with what it is stacked on")
+    assert said[4] == "sda: would keep 1, and let go of 3"
+    assert len(list((chain / "sda").glob("*.qcow2"))) == 4
+
+
+def test_a_prune_tells_programs_what_it_did(cli: Cli, chain: Path) -> None:
+    told = cli.json("prune", chain, "--keep", "1")
+    [disk] = told["disks"]
+    assert (told["dry_run"], disk["disk"], disk["merged"]) == (False, "sda", ["4"])
+    assert [(one["backup"], one["type"]) for one in disk["kept"]] == [("4", "full")]
+    assert [one["backup"] for one in disk["removed"]] == ["1", "2", "3"]
+    assert disk["bytes_after"] == (chain / "sda" / "000004-incremental.qcow2").stat().st_size
+    assert disk["bytes_before"] > disk["bytes_after"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ([], 2, "no backup would be kept; say how many to keep: at least one by at least one rule"),
+        (["--keep", "0"], 2, "0 is not in the range"),
+        (["--keep", "many"], 2, "not a valid integer"),
+        (["sdx", "--keep", "1"], 1, "has no backup of a disk called 'sdx'"),
+        (["sda", "sdx", "--keep", "1"], 1, "has no backup of a disk called 'sdx'"),
+    ],
+)
+def test_what_cannot_be_pruned_is_told_and_nothing_goes(
+    cli: Cli, chain: Path, words: list[str], code: int, said: str
+) -> None:
+    assert said in cli.fails(code, "prune", chain, *words)
+    assert len(list((chain / "sda").glob("*.qcow2"))) == 4
+
+
+def test_a_damaged_backup_is_not_merged(cli: Cli, chain: Path) -> None:
+    flip(chain / "sda" / "000001-full.qcow2", 70 * KIB)
+    assert "expected sound images, found a flaw: " in cli.fails(1, "prune", chain, "--keep", "1")

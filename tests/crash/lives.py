@@ -6,10 +6,12 @@ last. A word that it yields later was acknowledged: it tells the world that some
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timezone
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
@@ -17,12 +19,15 @@ from lmdbitmap import bitmap_file, export, session
 from lmdbitmap.backup import backup
 from lmdbitmap.filter import Filter, take_checkpoint
 from lmdbitmap.interfaces import Buffer
+from lmdbitmap.manifest import BackupType
+from lmdbitmap.prune import prune
 from lmdbitmap.restore import restore
+from lmdbitmap.retention import Retention
 from lmdbitmap.store import Store
 from lmdbitmap.stream import stream_backup
 from lmdbitmap.stream_restore import apply_stream
 from tests import naive_flat
-from tests.backed_up import FULL, INCREMENTAL, BackedUpDisk
+from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
 from tests.support import make_raw_image
 from tests.tracked import NAME, TrackedDisk
 
@@ -309,11 +314,11 @@ def _repository(tracked: BackedUpDisk) -> str:
     return str(tracked.folder / "backups")
 
 
-def _backed_up(tracked: BackedUpDisk, times: int) -> None:
+def _backed_up(tracked: BackedUpDisk, times: int, kinds: Sequence[BackupType] = ()) -> None:
     """A full backup and increments, each beside a copy of what the disk held then; and a block that is in none."""
     for number in range(1, times + 1):
-        tracked.write(b"backed up", number * 80 * BLOCK)
-        tracked.backup()
+        tracked.write(b"backed up %d" % number, number * 80 * BLOCK % tracked.size)
+        tracked.backup(kinds[number - 1] if kinds else INCREMENTAL)
         shutil.copy(tracked.image, tracked.folder / f"{number}.raw")
     tracked.write(b"not backed up", 0)
 
@@ -357,6 +362,44 @@ def backing_up_two(tracked: BackedUpDisk) -> Life:
     yield "both"
 
 
+def pruning(tracked: BackedUpDisk) -> Life:
+    """Of four backups two stay: the third becomes full."""
+    _backed_up(tracked, 4)
+    yield GROWN_UP
+    prune(_repository(tracked), keep=Retention(last=2))
+    yield "3 4"
+
+
+def thinning(tracked: BackedUpDisk) -> Life:
+    """Of two chains the newest backup of each of three days stays: one becomes full and another is moved onto it
+    in the same step, the third becomes full by itself; where the kernel will not copy from file to file.
+
+        1 full ─ 2         1 ─ 3 differential         4 full ─ 5
+    """
+    _backed_up(tracked, 5, (FULL, INCREMENTAL, DIFFERENTIAL, FULL, INCREMENTAL))
+    _dated(tracked, (1, 1, 2, 3, 3))
+    _refuse_to_copy()
+    yield GROWN_UP
+    prune(_repository(tracked), keep=Retention(daily=3), zone=timezone.utc)
+    yield "2 3 5"
+
+
+def merging(tracked: BackedUpDisk) -> Life:
+    """The one in the middle of three goes, and the full one stays."""
+    _backed_up(tracked, 3)
+    _dated(tracked, (1, 2, 2))
+    yield GROWN_UP
+    prune(_repository(tracked), keep=Retention(daily=2), zone=timezone.utc)
+    yield "1 3"
+
+
+def _dated(tracked: BackedUpDisk, days: Sequence[int]) -> None:
+    """Let the manifest say on which day of 1970 each backup was made."""
+    entries = zip(tracked.manifest().backups, days, strict=True)
+    dated = tuple(dataclasses.replace(entry, time_ns=day * 86_400 * 10**9) for entry, day in entries)
+    tracked.backup_folder().replace_manifest(dataclasses.replace(tracked.manifest(), backups=dated))
+
+
 def restoring(tracked: BackedUpDisk) -> Life:
     _backed_up(tracked, 2)
     yield GROWN_UP
@@ -366,13 +409,16 @@ def restoring(tracked: BackedUpDisk) -> Life:
 
 def restoring_by_hand(tracked: BackedUpDisk) -> Life:
     """Where the kernel will not copy from file to file, onto an empty file that is there."""
+    _refuse_to_copy()
+    (tracked.folder / "out.raw").touch()
+    yield from restoring(tracked)
 
+
+def _refuse_to_copy() -> None:
     def refuse(*_: object) -> NoReturn:
         raise OSError(errno.EXDEV, "another file system")
 
     os.copy_file_range = refuse  # type: ignore[assignment]
-    (tracked.folder / "out.raw").touch()
-    yield from restoring(tracked)
 
 
 def restoring_to_a_device(tracked: BackedUpDisk) -> Life:
@@ -442,6 +488,7 @@ def _written_since_start(tracked: BackedUpDisk) -> None:
 ARCHIVE_LIVES = (
     backing_up_first, backing_up, backing_up_compressed, backing_up_full, backing_up_two,
     restoring, restoring_by_hand, restoring_to_a_device, streaming, receiving, receiving_a_diff,
+    pruning, thinning, merging,
 )  # fmt: skip
 LIVES: dict[str, Callable[[BackedUpDisk], Life]] = {
     life.__name__: life

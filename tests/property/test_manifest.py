@@ -40,7 +40,8 @@ def manifests(draw: st.DrawFn) -> Manifest:
     files = draw(st.lists(file_names, unique=True, min_size=len(ids), max_size=len(ids)))
     sequences = sorted(draw(st.sets(sizes, min_size=len(ids), max_size=len(ids))))
     backups = [draw(entries(number, ids, files[number], sequences[number])) for number in range(len(ids))]
-    return Manifest(DiskRef(draw(texts), draw(uuids)), tuple(backups))
+    released = draw(st.lists(st.builds(CheckpointRef, uuids, texts), max_size=3).map(tuple))
+    return Manifest(DiskRef(draw(texts), draw(uuids)), tuple(backups), released=released)
 
 
 @st.composite

@@ -1,0 +1,252 @@
+"""Merges images of a chain into one: what a backup reads as, less what its new parent reads as from the same place.
+
+A view is what a backup reads as, run by run, each with the place that it is in: bytes of a file, or zeroes. Where a
+backup and its new parent have a range from the same place, the merged image says nothing of it. All else it stores:
+
+    backup 3 ─ 2 ─ 1, merged onto 1           of 3 and 2, which go together: all that is not in 1
+    backup 3 ─ 2 ─ 1, merged onto nothing     everything: a full image, made without the disk
+    backup 3 ─ 1, moved onto 2 ─ 1            what is in 3, and where 2 has something and 3 does not: that of 1
+
+Nothing is compared byte by byte: a range that is the same by chance is stored. Clusters are whole, as in a backup;
+one that has several places is put together by reading it. All other data the kernel copies from file to file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from lmdbitmap.backup_chain import image_reader
+from lmdbitmap.copier import Copied, ImageFile, Report
+from lmdbitmap.errors import os_errors_at
+from lmdbitmap.file_pool import FilePool, PooledFile
+from lmdbitmap.manifest import BackupEntry
+from lmdbitmap.qcow2 import Kind, Layer, Qcow2Reader, Qcow2Writer, Run, chain_extents
+from lmdbitmap.qcow2.layout import SECTOR
+from lmdbitmap.repository import BackupFolder
+
+_PIECE_BYTES = 8 << 20
+"""Copied at once, between two reports."""
+
+
+class _Below:
+    """The bottom of a view that does not look into the images of an ancestor: all of it is one place."""
+
+    def __init__(self, entry: BackupEntry) -> None:
+        self.size = entry.disk_size
+        self.backing_file: str | None = None
+
+    def extents(self, offset: int, length: int) -> Iterator[Run]:
+        return iter([Run(offset, length, Kind.DATA, offset)] if length else [])
+
+
+class View:
+    """What a backup reads as. `chain` is its images, the full one first.
+
+    A view that goes `down_to` a number of them takes these for one place, and opens them only where it must.
+    """
+
+    def __init__(
+        self, pool: FilePool, folder: BackupFolder, chain: Sequence[BackupEntry], down_to: int = 0
+    ) -> None:
+        self.entry = chain[-1]
+        self._pool = pool
+        self._folder = folder
+        self._chain = chain[::-1]
+        self._files: list[PooledFile] = []
+        self._readers: list[Qcow2Reader] = []
+        self._open(len(chain) - down_to)
+        below: list[Layer] = [_Below(chain[down_to - 1])] if down_to else []
+        self._layers = [*self._readers, *below]
+        self._above = len(self._readers)
+
+    def _open(self, count: int) -> None:
+        """Open images until there are so many, newest first."""
+        for index in range(len(self._files), count):
+            entry, parents = self._chain[index], self._chain[index + 1 :]
+            self._files.append(PooledFile(self._pool, self._folder.image_path(entry.file)))
+            with os_errors_at(self._files[-1].path):
+                parent = parents[0].file if parents else None
+                self._readers.append(image_reader(self._files[-1], entry, parent))
+
+    def runs(self, size: int) -> Iterator[tuple[Run, object]]:
+        """Each run of the first `size` bytes and its place; past the disk's end there are zeroes."""
+        end = min(size, self.entry.disk_size)
+        for run in chain_extents(self._layers, 0, end) if end else ():
+            yield run, self._place(run)
+        if end < size:
+            yield Run(end, size - end, Kind.ZERO), None
+
+    def _place(self, run: Run) -> object:
+        """Equal for two runs that begin with the same bytes of the same file, or with zeroes."""
+        if run.kind is not Kind.DATA:
+            return None
+        return self._chain[run.layer].id, run.host_offset - run.offset
+
+    def fill(self, buffer: memoryview, offset: int) -> None:
+        """Read the backup, through all of its images."""
+        self._open(len(self._chain))
+        for run in chain_extents(self._readers, offset, len(buffer)):
+            with os_errors_at(self._files[run.layer].path):
+                self._readers[run.layer].fill(buffer[run.offset - offset : run.end - offset], run)
+
+    def file_of(self, run: Run) -> PooledFile | None:
+        """The file that the run's data is in; None if that is somewhere below."""
+        return self._files[run.layer] if run.layer < self._above else None
+
+
+class _Piece(NamedTuple):
+    """A stretch of the disk, where its bytes are, and whether the new parent has them from the same place."""
+
+    run: Run
+    inherited: bool
+
+    def cut(self, length: int) -> tuple[_Piece, _Piece]:
+        """The first `length` bytes, and the rest."""
+        run = self.run
+        host_offset = run.host_offset + length if run.kind is Kind.DATA else 0
+        rest = run._replace(offset=run.offset + length, length=run.length - length, host_offset=host_offset)
+        return self._replace(run=run._replace(length=length)), self._replace(run=rest)
+
+
+def write_merged(fd: int, place: str, view: View, over: View | None, report: Report) -> Copied:
+    """Fill the empty file `fd` with an image of `view` over that of `over`, or a full one. Nothing is synced."""
+    entry = view.entry
+    writer = Qcow2Writer(
+        ImageFile(fd, place),
+        size=entry.disk_size,
+        cluster_bits=entry.cluster_size.bit_length() - 1,
+        backing_file=None if over is None else over.entry.file,
+    )
+    merger = _Merger(view, writer, fd, place, report)
+    for piece in _pieces(view, over):
+        merger.take(piece)
+    return Copied(merger.bytes_changed, merger.bytes_zero, writer.finish())
+
+
+def _pieces(view: View, over: View | None) -> Iterator[_Piece]:
+    size = view.entry.disk_size
+    if over is None:
+        yield from (_Piece(run, False) for run, _ in view.runs(size))
+        return
+    theirs, shared_end = over.runs(size), _shared_end(view.entry, over.entry)
+    their_run, their_place = Run(0, 0, Kind.ZERO), None
+    for run, place in view.runs(size):
+        rest = _Piece(run, False)
+        while rest.run.length:
+            while their_run.end <= rest.run.offset:
+                their_run, their_place = next(theirs)
+            offset, end = rest.run.offset, min(rest.run.end, their_run.end)
+            if offset < shared_end:
+                end = min(end, shared_end)
+            first, rest = rest.cut(end - offset)
+            yield first._replace(inherited=place == their_place and end <= shared_end)
+
+
+def _shared_end(entry: BackupEntry, parent: BackupEntry) -> int:
+    """Where the last cluster begins, if it must be stored, as in a backup of a disk that shrank into a sector: of a
+    parent that goes on there, QEMU would show what the image's own size, rounded up, leaves free. Else the end."""
+    cuts_a_sector = entry.disk_size < parent.disk_size and entry.disk_size % SECTOR
+    return entry.disk_size // entry.cluster_size * entry.cluster_size if cuts_a_sector else entry.disk_size
+
+
+class _Merger:
+    """Puts pieces into an image, in whole clusters."""
+
+    def __init__(self, view: View, writer: Qcow2Writer, fd: int, place: str, report: Report) -> None:
+        self._view = view
+        self._writer = writer
+        self._fd = fd
+        self._place = place
+        self._report = report
+        self._parts: list[_Piece] = []
+        """Of a cluster that is not complete yet."""
+        self._kernel_can = True
+        self.bytes_changed = 0
+        self.bytes_zero = 0
+
+    def take(self, piece: _Piece) -> None:
+        while piece.run.length:
+            offset, length = piece.run.offset, piece.run.length
+            room = self._room(offset)
+            if not self._parts and room == self._writer.cluster_size and length >= room:
+                first, piece = piece.cut(self._whole(offset, length))
+                self._put(first)
+            else:
+                first, piece = piece.cut(min(room, length))
+                self._parts.append(first)
+                if first.run.length == room or first.run.end == self._writer.size:
+                    self._put_mixed()
+
+    def _room(self, offset: int) -> int:
+        return self._writer.cluster_size - offset % self._writer.cluster_size
+
+    def _whole(self, offset: int, length: int) -> int:
+        """As much of the range as is whole clusters; the disk's last one may be short."""
+        return length if offset + length == self._writer.size else length - length % self._writer.cluster_size
+
+    def _put_mixed(self) -> None:
+        parts, self._parts = self._parts, []
+        offset, length = parts[0].run.offset, parts[-1].run.end - parts[0].run.offset
+        if all(part.inherited for part in parts):
+            return
+        if all(part.run.kind is not Kind.DATA for part in parts):
+            self._put_zeroes(offset, length)
+        else:
+            self._put_read(offset, length)
+
+    def _put_read(self, offset: int, length: int) -> None:
+        """A cluster that is in several places, or further below than the view goes."""
+        buffer = bytearray(length)
+        self._view.fill(memoryview(buffer), offset)
+        self._writer.write(offset, buffer)
+        self._count(length)
+
+    def _put(self, piece: _Piece) -> None:
+        run = piece.run
+        if piece.inherited:
+            return
+        if run.kind is not Kind.DATA:
+            self._put_zeroes(run.offset, run.length)
+            return
+        source = self._view.file_of(run)
+        if source is None:
+            self._put_read(run.offset, run.length)
+            return
+        host_offset = self._writer.reserve(run.offset, run.length)
+        for done in range(0, run.length, _PIECE_BYTES):
+            length = min(_PIECE_BYTES, run.length - done)
+            self._copy(source, run.host_offset + done, host_offset + done, length)
+            self._count(length)
+
+    def _copy(self, source: PooledFile, from_offset: int, to_offset: int, length: int) -> None:
+        end = from_offset + length
+        while from_offset < end:
+            count = self._copy_in_kernel(source, from_offset, to_offset, end - from_offset)
+            if not count:
+                count = end - from_offset
+                with os_errors_at(source.path):
+                    data = source.pread(count, from_offset)
+                ImageFile(self._fd, self._place).pwrite(data, to_offset)
+            from_offset, to_offset = from_offset + count, to_offset + count
+
+    def _copy_in_kernel(self, source: PooledFile, from_offset: int, to_offset: int, length: int) -> int:
+        """How many bytes the kernel copied: 0 where it cannot, or where copying by hand will tell why not."""
+        if self._kernel_can:
+            source_fd = source.device.fd
+            assert source_fd is not None
+            try:
+                return os.copy_file_range(source_fd, self._fd, length, from_offset, to_offset)
+            except OSError:
+                self._kernel_can = False
+        return 0
+
+    def _put_zeroes(self, offset: int, length: int) -> None:
+        self._writer.write_zeroes(offset, length)
+        self.bytes_zero += length
+        self.bytes_changed += length
+
+    def _count(self, length: int) -> None:
+        self.bytes_changed += length
+        self._report.advance(length)

@@ -1,0 +1,330 @@
+"""What a prune makes of chains: which images are written anew, how large, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from lmdbitmap.errors import Busy, FormatError, InvalidArgument, NotFound, StorageError
+from lmdbitmap.manifest import BackupType
+from lmdbitmap.prune import PruneResult, prune
+from lmdbitmap.qcow2 import Qcow2Writer
+from lmdbitmap.repository import BackupFolder
+from lmdbitmap.retention import Retention
+from lmdbitmap.verify import verify
+from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
+from tests.tracked import NAME
+from tests.unit.test_verify import few_open_files, flip
+
+KIB = 1 << 10
+BLOCK = 4 * KIB
+SIZE = 64 * BLOCK + 3
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[BackedUpDisk]:
+    made = BackedUpDisk(tmp_path, SIZE)
+    made.write(os.urandom(SIZE), 0)
+    yield made
+    made.close()
+
+
+def back_up(disk: BackedUpDisk, *kinds: BackupType) -> dict[str, bytes]:
+    """Backups, each with another block; what the disk held at each."""
+    contents: dict[str, bytes] = {}
+    for kind in kinds:
+        disk.write(os.urandom(BLOCK), (len(contents) + 1) * BLOCK)
+        contents[disk.backup(kind).id] = disk.content()
+    return contents
+
+
+def pruned(disk: BackedUpDisk, last: int = 0, **rules: int) -> PruneResult:
+    [result] = prune(disk.folder / "backups", [NAME], keep=Retention(last=last, **rules))
+    return result
+
+
+def tree(disk: BackedUpDisk) -> list[tuple[str, str, str | None]]:
+    return [(entry.id, entry.type_actual.value, entry.parent) for entry in disk.manifest().backups]
+
+
+def path_of(disk: BackedUpDisk, number: int) -> Path:
+    return Path(disk.backup_folder().path_of(disk.manifest().backups[number].file))
+
+
+def keep_only(disk: BackedUpDisk, *ids: str) -> PruneResult:
+    """By a day for each that is to stay; the others are of the day of the next one that does."""
+    manifest, day, dated = disk.manifest(), 1, []
+    for entry in manifest.backups:
+        dated.append(dataclasses.replace(entry, time_ns=day * 86_400 * 10**9))
+        day += entry.id in ids
+    disk.backup_folder().replace_manifest(dataclasses.replace(manifest, backups=tuple(dated)))
+    result = pruned(disk, daily=len(ids))
+    assert [entry.id for entry in result.kept] == list(ids)
+    return result
+
+
+def reads_as(disk: BackedUpDisk, contents: dict[str, bytes]) -> None:
+    for entry in disk.manifest().backups:
+        assert disk.restored(entry.id) == contents[entry.id], entry.id
+    assert disk.files() == sorted(entry.file for entry in disk.manifest().backups)
+    assert verify(disk.folder / "backups").is_sound
+
+
+# --- what becomes of a chain ---
+
+
+def test_the_oldest_increments_are_merged_into_a_full_one(disk: BackedUpDisk) -> None:
+    contents = back_up(disk, FULL, INCREMENTAL, INCREMENTAL, INCREMENTAL)
+    before = disk.manifest().backups
+    result = pruned(disk, 2)
+    assert tree(disk) == [("3", "full", None), ("4", "incremental", "3")]
+    reads_as(disk, contents)
+    full, last = disk.manifest().backups
+    assert (full.file, full.bytes_changed, full.bytes_zero) == ("000003-incremental.qcow2", SIZE, 0)
+    assert full.reason is not None
+    assert full.reason.code == "merged"
+    assert last == before[3], "what is above is not touched"
+    assert [entry.id for entry in result.removed] == ["1", "2"]
+    assert (result.rewritten, result.bytes_before) == (("3",), sum(entry.bytes_stored for entry in before))
+    assert result.bytes_after == full.bytes_stored + last.bytes_stored
+
+
+def test_one_in_the_middle_is_merged_into_the_next(disk: BackedUpDisk) -> None:
+    contents = back_up(disk, FULL, INCREMENTAL, INCREMENTAL, INCREMENTAL)
+    keep_only(disk, "1", "3", "4")
+    assert tree(disk) == [("1", "full", None), ("3", "incremental", "1"), ("4", "incremental", "3")]
+    assert disk.manifest().backups[1].bytes_changed == 2 * BLOCK
+    reads_as(disk, contents)
+
+
+def test_differential_backups_that_lose_their_full_one_stay_small(disk: BackedUpDisk) -> None:
+    contents = back_up(disk, FULL, DIFFERENTIAL, DIFFERENTIAL, DIFFERENTIAL, DIFFERENTIAL)
+    changed = {entry.id: entry.bytes_changed for entry in disk.manifest().backups}
+    pruned(disk, 3)
+    assert tree(disk) == [("3", "full", None), ("4", "differential", "3"), ("5", "differential", "3")]
+    assert [entry.bytes_changed for entry in disk.manifest().backups] == [SIZE, changed["4"], changed["5"]]
+    reads_as(disk, contents)
+
+
+def test_a_branch_that_is_moved_takes_what_the_other_had_changed(disk: BackedUpDisk) -> None:
+    contents = back_up(disk, FULL, INCREMENTAL, INCREMENTAL)
+    disk.write(b"x" * BLOCK, 2 * BLOCK)
+    contents[disk.backup(DIFFERENTIAL).id] = disk.content()
+    keep_only(disk, "2", "4")
+    assert tree(disk) == [("2", "full", None), ("4", "differential", "2")]
+    reads_as(disk, contents)
+
+
+def test_a_newer_chain_needs_nothing_of_an_older_one(disk: BackedUpDisk) -> None:
+    contents = back_up(disk, FULL, INCREMENTAL, FULL, INCREMENTAL)
+    newest = path_of(disk, 3).stat().st_ino, path_of(disk, 2).stat().st_ino
+    result = pruned(disk, 2)
+    assert tree(disk) == [("3", "full", None), ("4", "incremental", "3")]
+    assert (path_of(disk, 1).stat().st_ino, path_of(disk, 0).stat().st_ino) == newest
+    assert result.rewritten == ()
+    reads_as(disk, contents)
+
+
+def test_zeroes_over_data_stay_zeroes_over_data_and_are_nothing_in_a_full_one(disk: BackedUpDisk) -> None:
+    contents = back_up(disk, FULL, INCREMENTAL)
+    disk.zero(10 * BLOCK, 20 * BLOCK)
+    contents[disk.backup().id] = disk.content()
+    contents[disk.backup().id] = disk.content()
+    keep_only(disk, "1", "4")
+    assert disk.manifest().backups[1].bytes_zero == 20 * BLOCK
+    pruned(disk, 1)
+    assert tree(disk) == [("4", "full", None)]
+    assert disk.manifest().backups[0].bytes_zero == 20 * BLOCK
+    assert path_of(disk, 0).stat().st_size < SIZE - 12 * BLOCK
+    reads_as(disk, contents)
+
+
+def test_nothing_to_let_go_of_changes_nothing(disk: BackedUpDisk) -> None:
+    back_up(disk, FULL, INCREMENTAL)
+    before = disk.manifest(), path_of(disk, 1).stat().st_ino
+    result = pruned(disk, 2)
+    assert (result.removed, result.rewritten) == ((), ())
+    assert (disk.manifest(), path_of(disk, 1).stat().st_ino) == before
+
+
+def test_a_dry_run_says_the_same_and_touches_nothing(disk: BackedUpDisk) -> None:
+    back_up(disk, FULL, INCREMENTAL, INCREMENTAL)
+    before = disk.manifest(), os.listdir(disk.backup_folder().path)
+    with disk.backup_folder().locked():  # not even the lock
+        [told] = prune(disk.folder / "backups", keep=Retention(last=1), dry_run=True)
+    assert (disk.manifest(), os.listdir(disk.backup_folder().path)) == before
+    done = pruned(disk, 1)
+    assert [entry.id for entry in told.removed] == [entry.id for entry in done.removed] == ["1", "2"]
+    assert (told.rewritten, told.bytes_after, told.bytes_before) == (done.rewritten, None, done.bytes_before)
+
+
+def test_progress_tells_of_bytes_and_what_it_raises_ends_the_work(disk: BackedUpDisk) -> None:
+    contents = back_up(disk, FULL, INCREMENTAL, INCREMENTAL)
+
+    def refuse(done: int, total: int) -> NoReturn:
+        assert 0 < done <= total
+        raise KeyboardInterrupt
+
+    disk.resize(8 << 20)
+    disk.write(os.urandom(6 << 20), SIZE)
+    contents[disk.backup().id] = disk.content()
+    with pytest.raises(KeyboardInterrupt):
+        prune(disk.folder / "backups", keep=Retention(last=1), progress=refuse)
+    reads_as(disk, contents)
+
+
+# --- what comes after it ---
+
+
+@pytest.mark.parametrize("last", [1, 2])
+def test_the_next_backup_is_an_increment_and_checkpoints_that_nobody_needs_go(
+    disk: BackedUpDisk, last: int
+) -> None:
+    back_up(disk, FULL, INCREMENTAL, INCREMENTAL)
+    held = disk.manifest().backups[0].checkpoint, disk.manifest().backups[2].checkpoint
+    assert set(disk.backup_checkpoints()) == {checkpoint.name for checkpoint in held}
+    pruned(disk, last)
+    assert held[0] in disk.manifest().released
+    entry = disk.backup()
+    assert (entry.type_actual, entry.parent, entry.reason) == (INCREMENTAL, "3", None)
+    full = [held[1].name] if last == 1 else []  # the merged one's own, if it was the newest
+    assert set(disk.backup_checkpoints()) == {entry.checkpoint.name, *full}
+    disk.backup()
+    assert disk.manifest().released == ()
+
+
+def test_a_differential_backup_counts_from_a_merged_one_whose_checkpoint_is_held(disk: BackedUpDisk) -> None:
+    back_up(disk, FULL, INCREMENTAL)
+    pruned(disk, 1)
+    entry = disk.backup(DIFFERENTIAL)
+    assert (entry.type_actual, entry.parent) == (DIFFERENTIAL, "2")
+
+
+def test_a_differential_backup_of_a_merged_one_whose_checkpoint_went_is_full_and_says_so(
+    disk: BackedUpDisk,
+) -> None:
+    back_up(disk, FULL, INCREMENTAL, INCREMENTAL)
+    pruned(disk, 2)
+    entry = disk.backup(DIFFERENTIAL)
+    assert (entry.type_actual, entry.reason and entry.reason.code) == (FULL, "checkpoint-forgotten")
+    assert disk.backup(DIFFERENTIAL).type_actual is DIFFERENTIAL
+
+
+# --- what it refuses ---
+
+
+def test_damage_is_not_merged_into_something_that_looks_sound(disk: BackedUpDisk) -> None:
+    back_up(disk, FULL, INCREMENTAL, INCREMENTAL)
+    flip(path_of(disk, 0), 9 * BLOCK)
+    before = disk.manifest()
+    with pytest.raises(FormatError, match=r"expected sound images, found a flaw: .*000001-full.*bytes 0"):
+        pruned(disk, 1)
+    assert disk.manifest() == before
+    assert disk.files() == [entry.file for entry in before.backups]
+
+
+def test_damage_in_what_only_goes_is_no_reason_to_keep_it(disk: BackedUpDisk) -> None:
+    contents = back_up(disk, FULL, INCREMENTAL, FULL)
+    flip(path_of(disk, 0), 9 * BLOCK)
+    path_of(disk, 1).unlink()
+    pruned(disk, 1)
+    reads_as(disk, contents)
+
+
+def test_a_folder_that_is_backed_up_to_is_busy(disk: BackedUpDisk) -> None:
+    back_up(disk, FULL, INCREMENTAL)
+    with disk.backup_folder().locked(), pytest.raises(Busy):
+        pruned(disk, 1)
+
+
+def test_what_is_not_there_is_told_before_anything_is_done(disk: BackedUpDisk) -> None:
+    back_up(disk, FULL, INCREMENTAL)
+    before = disk.manifest()
+    with pytest.raises(NotFound, match="has no backup of a disk called 'sdx'"):
+        prune(disk.folder / "backups", [NAME, "sdx"], keep=Retention(last=1))
+    with pytest.raises(InvalidArgument, match="no backup would be kept"):
+        pruned(disk)
+    assert disk.manifest() == before
+
+
+def test_files_that_are_not_called_as_ours_are_left_alone(disk: BackedUpDisk) -> None:
+    back_up(disk, FULL, INCREMENTAL)
+    manifest = disk.manifest()
+    victim = dataclasses.replace(manifest.backups[0], file="lock")
+    disk.backup_folder().replace_manifest(
+        dataclasses.replace(manifest, backups=(victim, manifest.backups[1]))
+    )
+    with pytest.raises(FormatError, match="expected names of files as this program gives them"):
+        pruned(disk, 1)
+
+
+def test_a_full_disk_costs_nothing_that_was_there(
+    disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = back_up(disk, FULL, INCREMENTAL, INCREMENTAL)
+
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise StorageError("image", OSError(errno.ENOSPC, "no space"), next_step="free some")
+
+    monkeypatch.setattr(Qcow2Writer, "finish", refuse)
+    with pytest.raises(StorageError):
+        pruned(disk, 1)
+    reads_as(disk, contents)
+    assert len(contents) == 3
+
+
+def test_a_long_chain_is_merged_with_few_files_open(tmp_path: Path) -> None:
+    disk = BackedUpDisk(tmp_path, SIZE)
+    contents = back_up(disk, FULL, *[INCREMENTAL] * 40)
+    with few_open_files(100):
+        pruned(disk, 2)
+    reads_as(disk, contents)
+    disk.close()
+
+
+# --- what a dead prune left ---
+
+
+def test_what_was_not_decided_is_removed_by_whoever_locks_the_folder(disk: BackedUpDisk) -> None:
+    contents = back_up(disk, FULL, INCREMENTAL)
+    folder = disk.backup_folder()
+    for name in ("000002-incremental.qcow2.next", "000002-incremental.qcow2.01234567.digests"):
+        Path(folder.path_of(name)).write_bytes(b"half")
+    reads_as_before = disk.restored("2")
+    with folder.locked():
+        pass
+    assert reads_as_before == contents["2"]
+    reads_as(disk, contents)
+
+
+def test_a_successor_manifest_that_cannot_be_read_is_told_and_put_aside_by_a_full_backup(
+    disk: BackedUpDisk,
+) -> None:
+    back_up(disk, FULL, INCREMENTAL)
+    path = Path(disk.backup_folder().path_of("manifest.next"))
+    path.write_bytes(b"{")
+    with pytest.raises(FormatError, match=r"manifest\.next: manifest: expected JSON"):
+        disk.backup_folder().manifest()
+    with pytest.raises(FormatError, match=r"manifest\.next"):
+        disk.backup()
+    entry = disk.backup(FULL)
+    assert (entry.id, entry.reason and entry.reason.code) == ("3", "manifest-unreadable")
+    assert [kept.read_bytes() for kept in path.parent.glob("manifest.next.damaged-*")] == [b"{"]
+    assert disk.restored() == disk.content()
+
+
+def test_several_disks_are_pruned_each_for_itself(disk: BackedUpDisk) -> None:
+    back_up(disk, FULL, INCREMENTAL)
+    folder = disk.folder / "backups"
+    other = BackupFolder(folder, "sdb")
+    with other.locked():
+        for name in os.listdir(disk.backup_folder().path):
+            Path(other.path_of(name)).write_bytes(Path(disk.backup_folder().path_of(name)).read_bytes())
+    results = prune(folder, keep=Retention(last=1))
+    assert [(result.disk, len(result.removed)) for result in results] == [(NAME, 1), ("sdb", 1)]
