@@ -13,21 +13,18 @@ one that has several places is put together by reading it. All other data the ke
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from lmdbitmap.backup_chain import image_reader
 from lmdbitmap.copier import Copied, ImageFile, Report
 from lmdbitmap.errors import os_errors_at
+from lmdbitmap.file_copy import PIECE_BYTES, FileCopier
 from lmdbitmap.file_pool import FilePool, PooledFile
 from lmdbitmap.manifest import BackupEntry
 from lmdbitmap.qcow2 import Kind, Layer, Qcow2Reader, Qcow2Writer, Run, chain_extents
 from lmdbitmap.qcow2.layout import SECTOR
 from lmdbitmap.repository import BackupFolder
-
-_PIECE_BYTES = 8 << 20
-"""Copied at once, between two reports."""
 
 
 class _Below:
@@ -157,12 +154,10 @@ class _Merger:
     def __init__(self, view: View, writer: Qcow2Writer, fd: int, place: str, report: Report) -> None:
         self._view = view
         self._writer = writer
-        self._fd = fd
-        self._place = place
+        self._copier = FileCopier(fd, place)
         self._report = report
         self._parts: list[_Piece] = []
         """Of a cluster that is not complete yet."""
-        self._kernel_can = True
         self.bytes_changed = 0
         self.bytes_zero = 0
 
@@ -215,32 +210,10 @@ class _Merger:
             self._put_read(run.offset, run.length)
             return
         host_offset = self._writer.reserve(run.offset, run.length)
-        for done in range(0, run.length, _PIECE_BYTES):
-            length = min(_PIECE_BYTES, run.length - done)
-            self._copy(source, run.host_offset + done, host_offset + done, length)
+        for done in range(0, run.length, PIECE_BYTES):
+            length = min(PIECE_BYTES, run.length - done)
+            self._copier.copy(source.device, run.host_offset + done, host_offset + done, length)
             self._count(length)
-
-    def _copy(self, source: PooledFile, from_offset: int, to_offset: int, length: int) -> None:
-        end = from_offset + length
-        while from_offset < end:
-            count = self._copy_in_kernel(source, from_offset, to_offset, end - from_offset)
-            if not count:
-                count = end - from_offset
-                with os_errors_at(source.path):
-                    data = source.pread(count, from_offset)
-                ImageFile(self._fd, self._place).pwrite(data, to_offset)
-            from_offset, to_offset = from_offset + count, to_offset + count
-
-    def _copy_in_kernel(self, source: PooledFile, from_offset: int, to_offset: int, length: int) -> int:
-        """How many bytes the kernel copied: 0 where it cannot, or where copying by hand will tell why not."""
-        if self._kernel_can:
-            source_fd = source.device.fd
-            assert source_fd is not None
-            try:
-                return os.copy_file_range(source_fd, self._fd, length, from_offset, to_offset)
-            except OSError:
-                self._kernel_can = False
-        return 0
 
     def _put_zeroes(self, offset: int, length: int) -> None:
         self._writer.write_zeroes(offset, length)

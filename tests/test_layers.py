@@ -79,6 +79,7 @@ FLOORS: dict[str, float] = {
     "retention": 3,
     "file_pool": 2.7,
     "merge": 3.3,
+    "file_copy": 2.7,
     "backup_chain": 3.1,
     "copier": 3.2,
     "rescan": 3,
@@ -120,6 +121,7 @@ FLOORS: dict[str, float] = {
     "stream_restore": 5,
     "verify": 5,
     "prune": 5.2,
+    "transfer": 5,
     # 6 surface: what embedders import, and over it the command line
     "": 6,
     "cli": 7,
