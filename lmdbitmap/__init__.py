@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from lmdbitmap.store import Store
     from lmdbitmap.stream import StreamResult, stream_backup
     from lmdbitmap.stream_restore import AppliedResult, apply_stream
+    from lmdbitmap.transfer import CopyResult, copy_backups
     from lmdbitmap.verify import Flaw, VerifyResult
     from lmdbitmap.verify import verify as verify_backups
 
@@ -69,6 +70,7 @@ _HOMES = {
     "Busy": "errors",
     "Changes": "changes",
     "ControlServer": "nbd.control",
+    "CopyResult": "transfer",
     "Extent": "extents",
     "FileDevice": "device",
     "Filter": "filter",
@@ -98,6 +100,7 @@ _HOMES = {
     "back_up": "backup",
     "changes_of": "changes",
     "check_store": "check",
+    "copy_backups": "transfer",
     "export_bitmap": "export",
     "export_changes": "export",
     "import_file": "export",
@@ -128,6 +131,7 @@ __all__ = [
     "Busy",
     "Changes",
     "ControlServer",
+    "CopyResult",
     "Extent",
     "FileDevice",
     "Filter",
@@ -158,6 +162,7 @@ __all__ = [
     "back_up",
     "changes_of",
     "check_store",
+    "copy_backups",
     "export_bitmap",
     "export_changes",
     "import_file",

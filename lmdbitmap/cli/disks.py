@@ -24,6 +24,7 @@ from lmdbitmap.cli.answers import (
 from lmdbitmap.cli.options import Session, granularity, utf8_path, verb
 from lmdbitmap.cli.output import say, say_json, say_table
 from lmdbitmap.cli.ownership import ask_owner, find_disk_or_bitmap, require_unowned
+from lmdbitmap.cli.repositories import FOLDER, list_backups
 from lmdbitmap.cli.sizes import format_size, format_time
 from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.extents import Trust
@@ -81,10 +82,18 @@ def _refuse_odd_uri(image: str) -> None:
         )
 
 
-@verb(examples=["lmdbitmap ls", "lmdbitmap ls --json"])
+@verb(examples=["lmdbitmap ls", "lmdbitmap ls --json", "lmdbitmap ls /srv/backups"])
+@click.argument("repository", metavar="[REPO]", type=FOLDER, required=False)
 @click.pass_obj
-def ls(asked: Session) -> None:
-    """List the disks and the stand-alone bitmaps."""
+def ls(asked: Session, repository: str | None) -> None:
+    """List disks and bitmaps, or backups.
+
+    Without REPO, the disks that are tracked and the stand-alone bitmaps. With REPO, the backups in that repository:
+    those to which a disk can be restored, and how many images each of them is made of.
+    """
+    if repository is not None:
+        list_backups(asked, repository)
+        return
     with Store.open(asked.store_path) as store:
         with store.read() as reader:
             disks, bitmaps = reader.disks(), reader.bitmaps()

@@ -11,7 +11,7 @@ from lmdbitmap.cli.disks import add, info, ls, rm
 from lmdbitmap.cli.metrics import metrics
 from lmdbitmap.cli.options import STORE_VARIABLE, default_store, new_session
 from lmdbitmap.cli.points import adopt, checkpoint, forget, mark, release, snapshot
-from lmdbitmap.cli.repositories import prune, verify
+from lmdbitmap.cli.repositories import copy, prune, verify
 from lmdbitmap.cli.serve import serve
 from lmdbitmap.cli.soundness import check
 from lmdbitmap.version import __version__
@@ -63,6 +63,7 @@ _VERBS = (
     release,
     verify,
     prune,
+    copy,
     export,
     import_,
     inspect,

@@ -1,23 +1,25 @@
-"""Verbs about a repository of backups as a whole: verify, prune.
+"""Verbs about a repository of backups as a whole: verify, prune, copy; and what `ls` says of one.
 
 What they need is imported when they run, as in backups.py.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
 
 from lmdbitmap.cli.options import Session, verb
-from lmdbitmap.cli.output import progress, say, say_json
+from lmdbitmap.cli.output import progress, say, say_json, say_table
 from lmdbitmap.cli.sizes import format_duration, format_size, format_time, iso_time
 from lmdbitmap.errors import FormatError
 
 if TYPE_CHECKING:
-    from lmdbitmap.manifest import BackupEntry
+    from lmdbitmap.manifest import BackupEntry, Manifest
     from lmdbitmap.prune import PruneResult
+    from lmdbitmap.transfer import CopyResult
     from lmdbitmap.verify import Flaw, VerifyResult
 
 FOLDER = click.Path(file_okay=False)
@@ -176,3 +178,103 @@ def _prune_facts(result: PruneResult) -> dict[str, object]:
 
 def _kept_facts(entry: BackupEntry) -> dict[str, object]:
     return {"backup": entry.id, "type": entry.type_actual.value, "time": iso_time(entry.time_ns)}
+
+
+@verb(
+    examples=[
+        "lmdbitmap copy /srv/backups /mnt/usb/backups",
+        "lmdbitmap copy /srv/backups /mnt/usb/backups sda",
+    ],
+)
+@click.argument("repository", metavar="REPO", type=FOLDER)
+@click.argument("target", metavar="REPO2", type=FOLDER)
+@click.argument("names", metavar="[NAME…]", nargs=-1)
+@click.pass_obj
+def copy(asked: Session, repository: str, target: str, names: Sequence[str]) -> None:
+    """Copy backups to another repository, of all disks or of some.
+
+    What REPO2 has already is not copied again, also after a copy that was killed. Every image is proven by its
+    digest. REPO2 may hold no other backups of these disks.
+    """
+    from lmdbitmap.transfer import copy_backups
+
+    with progress("copying", shown=asked.shows_progress) as report:
+        results = copy_backups(repository, target, names, progress=report)
+    if asked.as_json:
+        say_json({"disks": [*map(_copy_facts, results)]})
+        return
+    for result in results:
+        words = [
+            f"{result.disk}: copied {plural(len(result.copied), 'backup')}, {result.already_there:,} were there",
+            format_size(result.bytes_copied),
+            format_duration(result.seconds),
+        ]
+        say(" · ".join(words))
+
+
+def _copy_facts(result: CopyResult) -> dict[str, object]:
+    return {
+        "disk": result.disk,
+        "copied": [entry.id for entry in result.copied],
+        "already_there": result.already_there,
+        "bytes_copied": result.bytes_copied,
+        "seconds": round(result.seconds, 3),
+    }
+
+
+# --- ls REPO ---
+
+_HEADINGS = ("disk", "backup", "time", "type", "size", "changed", "stored", "chain", "trust")
+
+
+def list_backups(asked: Session, repository: str) -> None:
+    """All restore points of a repository."""
+    from lmdbitmap.repository import folders_of
+
+    manifests = [(folder.disk_name, folder.manifest()) for folder in folders_of(repository)]
+    listed = [(name, manifest, _depths(manifest)) for name, manifest in manifests if manifest is not None]
+    if asked.as_json:
+        disks = [
+            {"disk": name, "backups": [_point_facts(entry, depths[entry.id]) for entry in manifest.backups]}
+            for name, manifest, depths in listed
+        ]
+        say_json({"repository": os.path.abspath(repository), "disks": disks})
+        return
+    rows = [
+        _point_row(name, entry, depths[entry.id])
+        for name, manifest, depths in listed
+        for entry in manifest.backups
+    ]
+    say_table(_HEADINGS, rows, right=("backup", "size", "changed", "stored", "chain"))
+
+
+def _depths(manifest: Manifest | None) -> dict[str, int]:
+    """Of each backup, how many images make it up."""
+    depths: dict[str, int] = {}
+    for entry in manifest.backups if manifest is not None else ():
+        depths[entry.id] = 1 if entry.parent is None else depths[entry.parent] + 1
+    return depths
+
+
+def _point_row(disk: str, entry: BackupEntry, depth: int) -> list[str]:
+    return [
+        disk,
+        entry.id,
+        format_time(entry.time_ns),
+        entry.type_actual.value,
+        format_size(entry.disk_size),
+        format_size(entry.bytes_changed),
+        format_size(entry.bytes_stored),
+        f"{depth:,}",
+        entry.trust.value,
+    ]
+
+
+def _point_facts(entry: BackupEntry, depth: int) -> dict[str, object]:
+    return {
+        "backup": entry.id, "time": iso_time(entry.time_ns), "type": entry.type_actual.value,
+        "requested": entry.type_requested.value, "parent": entry.parent, "file": entry.file,
+        "checkpoint": entry.checkpoint.name, "size": entry.disk_size, "bytes_changed": entry.bytes_changed,
+        "bytes_zero": entry.bytes_zero, "bytes_stored": entry.bytes_stored, "chain_depth": depth,
+        "trust": entry.trust.value, "sha256": entry.sha256,
+    }  # fmt: skip

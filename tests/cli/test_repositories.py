@@ -1,4 +1,4 @@
-"""verify and prune: what is sound, what goes, and by which exit code a script can tell."""
+"""verify, prune, ls and copy: what is sound, what goes, what is there, and by which exit code a script can tell."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Cli
+from tests.cli.conftest import SIZE, Cli
 from tests.cli.test_backups import _write, repository
 from tests.unit.test_verify import flip
 
@@ -124,3 +124,83 @@ def test_what_cannot_be_pruned_is_told_and_nothing_goes(
 def test_a_damaged_backup_is_not_merged(cli: Cli, chain: Path) -> None:
     flip(chain / "sda" / "000001-full.qcow2", 70 * KIB)
     assert "expected sound images, found a flaw: " in cli.fails(1, "prune", chain, "--keep", "1")
+
+
+# --- ls ---
+
+
+def test_backups_are_listed(cli: Cli, chain: Path) -> None:
+    heading, *rows = cli.ok("ls", chain).splitlines()
+    assert heading.split() == [
+        "disk",
+        "backup",
+        "time",
+        "type",
+        "size",
+        "changed",
+        "stored",
+        "chain",
+        "trust",
+    ]
+    assert [row.split()[:2] for row in rows] == [["sda", str(number)] for number in range(1, 5)]
+    assert rows[3].split()[4:7] == ["incremental", "8", "MiB"]
+    assert rows[3].split()[7:9] == ["64", "KiB"]
+    assert rows[3].split()[-2:] == ["4", "exact"]
+
+
+def test_backups_are_listed_for_programs(cli: Cli, chain: Path) -> None:
+    told = cli.json("ls", chain)
+    [disk] = told["disks"]
+    assert (told["repository"], disk["disk"]) == (str(chain), "sda")
+    last = disk["backups"][3]
+    assert last == {
+        "backup": "4", "time": last["time"], "type": "incremental", "requested": "incremental", "parent": "3",
+        "file": "000004-incremental.qcow2", "checkpoint": last["checkpoint"], "size": SIZE,
+        "bytes_changed": 64 * KIB, "bytes_zero": 0,
+        "bytes_stored": (chain / "sda" / "000004-incremental.qcow2").stat().st_size, "chain_depth": 4,
+        "trust": "exact", "sha256": last["sha256"],
+    }  # fmt: skip
+    assert [one["chain_depth"] for one in disk["backups"]] == [1, 2, 3, 4]
+
+
+def test_without_a_folder_the_disks_are_listed(cli: Cli, chain: Path) -> None:
+    assert cli.ok("ls").splitlines()[1].startswith("sda ")
+
+
+def test_what_holds_no_backups_cannot_be_listed(cli: Cli, chain: Path) -> None:
+    (cli.folder / "empty").mkdir()
+    assert "has no backups; name a repository" in cli.fails(1, "ls", cli.folder / "empty")
+    assert "does not exist" in cli.fails(1, "ls", cli.folder / "none")
+    assert "is a file" in cli.fails(2, "ls", cli.folder / "sda.raw")
+    (chain / "sda" / "manifest.json").write_bytes(b"{")
+    assert "manifest: expected JSON" in cli.fails(1, "ls", chain)
+
+
+# --- copy ---
+
+
+def test_backups_are_copied_once(cli: Cli, chain: Path) -> None:
+    copy = cli.folder / "copy"
+    assert cli.ok("copy", chain, copy).startswith("sda: copied 4 backups, 0 were there · ")
+    told = cli.json("copy", chain, copy, "sda")
+    assert told == {
+        "disks": [{
+            "disk": "sda", "copied": [], "already_there": 4, "bytes_copied": 0,
+            "seconds": told["disks"][0]["seconds"],
+        }],
+    }  # fmt: skip
+    assert cli.json("verify", copy)["images"] == 4
+    assert cli.json("ls", copy)["disks"] == cli.json("ls", chain)["disks"]
+
+
+def test_what_cannot_be_copied_is_told_and_nothing_is_made(cli: Cli, chain: Path) -> None:
+    copy = cli.folder / "copy"
+    assert "is where the backups are" in cli.fails(2, "copy", chain, chain)
+    assert "has no backup of a disk called 'sdx'" in cli.fails(1, "copy", chain, copy, "sda", "sdx")
+    assert "is a file" in cli.fails(2, "copy", chain, cli.folder / "sda.raw")
+    assert not copy.exists()
+    cli.ok("copy", chain, copy)
+    cli.ok("prune", chain, "--keep", "1")
+    said = cli.fails(1, "copy", chain, copy)
+    assert "has a backup 1 that " in said
+    assert said.endswith("; copy to another repository, or move that folder away")

@@ -26,6 +26,7 @@ from lmdbitmap.retention import Retention
 from lmdbitmap.store import Store
 from lmdbitmap.stream import stream_backup
 from lmdbitmap.stream_restore import apply_stream
+from lmdbitmap.transfer import copy_backups
 from tests import naive_flat
 from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
 from tests.support import make_raw_image
@@ -393,6 +394,26 @@ def merging(tracked: BackedUpDisk) -> Life:
     yield "1 3"
 
 
+def copying(tracked: BackedUpDisk) -> Life:
+    """To a folder that has the first of three backups."""
+    _backed_up(tracked, 1)
+    copy_backups(_repository(tracked), tracked.folder / "copy")
+    tracked.write(b"later", 50 * BLOCK)
+    tracked.backup()
+    tracked.backup()
+    yield GROWN_UP
+    copy_backups(_repository(tracked), tracked.folder / "copy")
+    yield "copied"
+
+
+def copying_first(tracked: BackedUpDisk) -> Life:
+    """To a folder that is not there."""
+    _backed_up(tracked, 2)
+    yield GROWN_UP
+    copy_backups(_repository(tracked), tracked.folder / "copy")
+    yield "copied"
+
+
 def _dated(tracked: BackedUpDisk, days: Sequence[int]) -> None:
     """Let the manifest say on which day of 1970 each backup was made."""
     entries = zip(tracked.manifest().backups, days, strict=True)
@@ -488,7 +509,7 @@ def _written_since_start(tracked: BackedUpDisk) -> None:
 ARCHIVE_LIVES = (
     backing_up_first, backing_up, backing_up_compressed, backing_up_full, backing_up_two,
     restoring, restoring_by_hand, restoring_to_a_device, streaming, receiving, receiving_a_diff,
-    pruning, thinning, merging,
+    pruning, thinning, merging, copying, copying_first,
 )  # fmt: skip
 LIVES: dict[str, Callable[[BackedUpDisk], Life]] = {
     life.__name__: life

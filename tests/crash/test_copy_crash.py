@@ -1,0 +1,41 @@
+"""A copy of a repository killed at any step holds a beginning of the chain, whole; the next copy completes it."""
+
+from __future__ import annotations
+
+import pytest
+
+from lmdbitmap.repository import BackupFolder
+from lmdbitmap.transfer import copy_backups
+from lmdbitmap.verify import verify
+from tests.crash.dying import Death, Deaths
+from tests.tracked import NAME
+
+
+@pytest.mark.parametrize("life", ["copying", "copying_first"])
+def test_a_killed_copy_holds_a_beginning_of_the_chain(life: str, deaths: Deaths) -> None:
+    seen = set()
+    for death in deaths(life):
+        count = whole_backups(death)
+        seen.add(count)
+        wanted = BackupFolder(death.folder / "backups", NAME).known_backups().backups
+        assert count == len(wanted) or not death.told, death
+        [result] = copy_backups(death.folder / "backups", death.folder / "copy")
+        assert (result.already_there, len(result.copied)) == (count, len(wanted) - count), death
+        assert contents(death, "copy") == contents(death, "backups"), death
+    assert seen == ({1, 2, 3} if life == "copying" else {0, 1, 2})
+
+
+def whole_backups(death: Death) -> int:
+    """How many backups the copy has: all that it names are sound, and they are the source's first ones."""
+    copy = BackupFolder(death.folder / "copy", NAME)
+    found = copy.manifest() if (death.folder / "copy" / NAME).exists() else None
+    if found is None:
+        return 0
+    source = BackupFolder(death.folder / "backups", NAME).known_backups()
+    assert found.backups == source.backups[: len(found.backups)], death
+    assert verify(copy.repository_path).is_sound, death
+    return len(found.backups)
+
+
+def contents(death: Death, name: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (death.folder / name / NAME).iterdir()}
