@@ -375,9 +375,7 @@ def _write_image(source: _Source, report: Report, packing: Compression | None) -
     return _entry(source, copied, proof, None if packing is None else packing.type)
 
 
-def _entry(
-    source: _Source, copied: Copied, proof: Proof, compression: CompressionType | None
-) -> BackupEntry:
+def _entry(source: _Source, copied: Copied, proof: Proof, compression: CompressionType | None) -> BackupEntry:
     job, disk, plan, checkpoint = source.job, source.point.disk, source.job.plan, source.point.checkpoint
     return BackupEntry(
         id=str(job.sequence), sequence=job.sequence, file=job.file,

@@ -17,7 +17,7 @@ from lmdbitmap.errors import FormatError, os_errors_at
 from lmdbitmap.geometry import ceil_div, check_range
 from lmdbitmap.interfaces import Allocation, Buffer, joined
 from lmdbitmap.manifest import BackupEntry
-from lmdbitmap.qcow2 import Kind, Qcow2Reader, Run, Source, chain_extents
+from lmdbitmap.qcow2 import Qcow2Reader, Run, Source, chain_extents
 from lmdbitmap.qcow2.compression import require
 from lmdbitmap.qcow2.layout import SECTOR
 from lmdbitmap.repository import BackupFolder
