@@ -8,7 +8,8 @@ backup and its new parent have a range from the same place, the merged image say
     backup 3 ─ 1, moved onto 2 ─ 1            what is in 3, and where 2 has something and 3 does not: that of 1
 
 Nothing is compared byte by byte: a range that is the same by chance is stored. Clusters are whole, as in a backup;
-one that has several places is put together by reading it. All other data the kernel copies from file to file.
+one that has several places is put together by reading it. All other data the kernel copies from file to file, and a
+compressed cluster stays as it is packed, where the new image can have it: an image has one kind of compression.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lmdbitmap.file_copy import PIECE_BYTES, FileCopier
 from lmdbitmap.file_pool import FilePool, PooledFile
 from lmdbitmap.manifest import BackupEntry
 from lmdbitmap.qcow2 import Kind, Layer, Qcow2Reader, Qcow2Writer, Run, chain_extents
-from lmdbitmap.qcow2.layout import SECTOR
+from lmdbitmap.qcow2.layout import SECTOR, CompressionType
 from lmdbitmap.repository import BackupFolder
 
 
@@ -77,9 +78,10 @@ class View:
 
     def _place(self, run: Run) -> object:
         """Equal for two runs that begin with the same bytes of the same file, or with zeroes."""
-        if run.kind is not Kind.DATA:
+        if not run.is_stored:
             return None
-        return self._chain[run.layer].id, run.host_offset - run.offset
+        begins = run.host_offset if run.kind is Kind.COMPRESSED else run.host_offset - run.offset
+        return self._chain[run.layer].id, run.kind, begins
 
     def fill(self, buffer: memoryview, offset: int) -> None:
         """Read the backup, through all of its images."""
@@ -92,6 +94,24 @@ class View:
         """The file that the run's data is in; None if that is somewhere below."""
         return self._files[run.layer] if run.layer < self._above else None
 
+    def packed(self, run: Run, cluster_size: int, kind: CompressionType) -> bytes | None:
+        """A whole compressed cluster as it is in its file; None where another kind of image could not have it so."""
+        reader = self._readers[run.layer]
+        whole = run.offset % cluster_size == 0 and run.length in (
+            cluster_size,
+            self.entry.disk_size - run.offset,
+        )
+        if not whole or (reader.cluster_size, reader.compression_type) != (cluster_size, kind):
+            return None
+        with os_errors_at(self._files[run.layer].path):
+            return self._files[run.layer].pread(run.host_length, run.host_offset)
+
+    @property
+    def compression_type(self) -> CompressionType:
+        """That of the newest image that names one."""
+        named = [entry.compression for entry in self._chain if entry.compression is not None]
+        return named[0] if named else CompressionType.ZLIB
+
 
 class _Piece(NamedTuple):
     """A stretch of the disk, where its bytes are, and whether the new parent has them from the same place."""
@@ -102,24 +122,33 @@ class _Piece(NamedTuple):
     def cut(self, length: int) -> tuple[_Piece, _Piece]:
         """The first `length` bytes, and the rest."""
         run = self.run
-        host_offset = run.host_offset + length if run.kind is Kind.DATA else 0
-        rest = run._replace(offset=run.offset + length, length=run.length - length, host_offset=host_offset)
+        moved = length if run.kind is Kind.DATA else 0
+        rest = run._replace(
+            offset=run.offset + length, length=run.length - length, host_offset=run.host_offset + moved
+        )
         return self._replace(run=run._replace(length=length)), self._replace(run=rest)
 
 
-def write_merged(fd: int, place: str, view: View, over: View | None, report: Report) -> Copied:
-    """Fill the empty file `fd` with an image of `view` over that of `over`, or a full one. Nothing is synced."""
+def write_merged(
+    fd: int, place: str, view: View, over: View | None, report: Report
+) -> tuple[Copied, CompressionType | None]:
+    """Fill the empty file `fd` with an image of `view` over that of `over`, or a full one. Nothing is synced.
+
+    Also answers how clusters of it are compressed, if any are.
+    """
     entry = view.entry
     writer = Qcow2Writer(
         ImageFile(fd, place),
         size=entry.disk_size,
         cluster_bits=entry.cluster_size.bit_length() - 1,
         backing_file=None if over is None else over.entry.file,
+        compression_type=view.compression_type,
     )
     merger = _Merger(view, writer, fd, place, report)
     for piece in _pieces(view, over):
         merger.take(piece)
-    return Copied(merger.bytes_changed, merger.bytes_zero, writer.finish())
+    copied = Copied(merger.bytes_changed, merger.bytes_zero, writer.finish())
+    return copied, view.compression_type if merger.keeps_packed else None
 
 
 def _pieces(view: View, over: View | None) -> Iterator[_Piece]:
@@ -158,6 +187,8 @@ class _Merger:
         self._report = report
         self._parts: list[_Piece] = []
         """Of a cluster that is not complete yet."""
+        self.keeps_packed = False
+        """Whether a cluster was taken over compressed."""
         self.bytes_changed = 0
         self.bytes_zero = 0
 
@@ -186,7 +217,7 @@ class _Merger:
         offset, length = parts[0].run.offset, parts[-1].run.end - parts[0].run.offset
         if all(part.inherited for part in parts):
             return
-        if all(part.run.kind is not Kind.DATA for part in parts):
+        if not any(part.run.is_stored for part in parts):
             self._put_zeroes(offset, length)
         else:
             self._put_read(offset, length)
@@ -202,13 +233,27 @@ class _Merger:
         run = piece.run
         if piece.inherited:
             return
-        if run.kind is not Kind.DATA:
-            self._put_zeroes(run.offset, run.length)
-            return
         source = self._view.file_of(run)
-        if source is None:
+        if not run.is_stored:
+            self._put_zeroes(run.offset, run.length)
+        elif source is None:
+            self._put_read(run.offset, run.length)
+        elif run.kind is Kind.COMPRESSED:
+            self._put_packed(run)
+        else:
+            self._put_data(run, source)
+
+    def _put_packed(self, run: Run) -> None:
+        packed = self._view.packed(run, self._writer.cluster_size, self._view.compression_type)
+        fits = packed is not None and len(packed) < self._writer.cluster_size
+        if packed is None or not fits or not self._writer.can_point_to_compressed:
             self._put_read(run.offset, run.length)
             return
+        self._writer.write_compressed(run.offset, packed)
+        self.keeps_packed = True
+        self._count(run.length)
+
+    def _put_data(self, run: Run, source: PooledFile) -> None:
         host_offset = self._writer.reserve(run.offset, run.length)
         for done in range(0, run.length, PIECE_BYTES):
             length = min(PIECE_BYTES, run.length - done)

@@ -181,9 +181,10 @@ def _written(folder: BackupFolder, manifest: Manifest, rewrite: _Rewrite, report
     with FilePool() as pool, files.replacing(path) as file:
         view = View(pool, folder, chain, down_to=len(chain) - len(merged))
         over = _over(pool, folder, manifest, onto, is_below=len(merged) < len(chain))
-        copied = write_merged(file.fileno(), path, view, over, report)
+        copied, compression = write_merged(file.fileno(), path, view, over, report)
         proof = synced_proof(folder, entry.file, file.fileno())
-    return _entry(entry, onto, merged, copied, proof)
+    merged_entry = _entry(entry, onto, merged, copied, proof)
+    return dataclasses.replace(merged_entry, compression=compression)
 
 
 def _over(

@@ -62,9 +62,9 @@ class Prunes(RuleBasedStateMachine):
         self.disk.resize(size)
         self.size = size
 
-    @rule(kind=kinds, hours=st.integers(0, 100))
-    def back_up(self, kind: BackupType, hours: int) -> None:
-        entry = self.disk.backup(kind)
+    @rule(kind=kinds, compression=st.sampled_from([None, "zlib", "zstd"]))
+    def back_up(self, kind: BackupType, compression: str | None) -> None:
+        entry = self.disk.backup(kind, compression=compression)
         self.contents[entry.id] = self.disk.content()
         if kind is INCREMENTAL and len(self.contents) > 1:
             assert entry.type_actual is INCREMENTAL, "a prune takes nothing from the next increment"

@@ -84,7 +84,7 @@ def test_a_merged_image_reads_as_the_chain_did(
     with FilePool(most_open=2) as pool, open(path, "xb") as file:
         over = View(pool, folder, below, down_to=down_to) if down_to else None
         view = View(pool, folder, chain, down_to=down_to)
-        copied = write_merged(file.fileno(), path, view, over, Report(None, 0))
+        copied, _ = write_merged(file.fileno(), path, view, over, Report(None, 0))
     assert copied.bytes_stored == os.path.getsize(path)
     truth = folder.path_of("truth.raw")
     Path(truth).write_bytes(content(folder, number) + bytes(-SIZES[number] % 512))

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,6 +20,7 @@ from lmdbitmap.repository import BackupFolder
 from lmdbitmap.retention import Retention
 from lmdbitmap.verify import verify
 from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
+from tests.support import requires, run
 from tests.tracked import NAME
 from tests.unit.test_verify import few_open_files, flip
 
@@ -328,3 +330,20 @@ def test_several_disks_are_pruned_each_for_itself(disk: BackedUpDisk) -> None:
             Path(other.path_of(name)).write_bytes(Path(disk.backup_folder().path_of(name)).read_bytes())
     results = prune(folder, keep=Retention(last=1))
     assert [(result.disk, len(result.removed)) for result in results] == [(NAME, 1), ("sdb", 1)]
+
+
+@requires("qemu-img")
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
+def test_compressed_clusters_stay_packed_where_backups_are_merged(tmp_path: Path, compression: str) -> None:
+    with closing(BackedUpDisk(tmp_path, 1 << 20)) as disk:
+        disk.write(b"compressible" * 40_000, 0)
+        full = disk.backup(compression=compression)
+        disk.write(b"another text" * 1000, 0)
+        disk.backup(compression=compression)
+        [result] = prune(tmp_path / "backups", [NAME], keep=Retention(last=1))
+        [entry] = disk.manifest().backups
+        assert result.rewritten == (entry.id,)
+        assert entry.compression == full.compression
+        assert entry.bytes_stored < 480_000 / 4
+        assert disk.restored() == disk.content()
+        run("qemu-img", "check", "-q", disk.backup_folder().path_of(entry.file))
