@@ -32,10 +32,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from lmdbitmap import bits, chain, files, mending
+from lmdbitmap import backup_chain, bits, files, mending
 from lmdbitmap.access import Access, PointInTime, access
+from lmdbitmap.backup_chain import BackupChain
+from lmdbitmap.backup_plan import Plan, newest, plan_for
 from lmdbitmap.bits import Run
 from lmdbitmap.changes import Changes, changes
 from lmdbitmap.copier import (
@@ -53,7 +54,7 @@ from lmdbitmap.errors import (
     FormatError,
     InvalidArgument,
     LmdbitmapError,
-    NotFound,
+    Untrusted,
     os_errors_at,
 )
 from lmdbitmap.extents import Trust
@@ -62,7 +63,6 @@ from lmdbitmap.geometry import Geometry
 from lmdbitmap.image import open_image
 from lmdbitmap.interfaces import TrackableDevice
 from lmdbitmap.manifest import (
-    MAX_TEXT_BYTES,
     BackupEntry,
     BackupType,
     CheckpointRef,
@@ -72,6 +72,7 @@ from lmdbitmap.manifest import (
     Reason,
     chain_to,
 )
+from lmdbitmap.pieces import Metered, Readable
 from lmdbitmap.qcow2.compression import Compression, chosen
 from lmdbitmap.qcow2.layout import SECTOR, CompressionType
 from lmdbitmap.repository import (
@@ -81,6 +82,7 @@ from lmdbitmap.repository import (
     image_name,
     is_checkpoint_name,
 )
+from lmdbitmap.rescan import differing
 from lmdbitmap.schema import Checkpoint, Disk
 from lmdbitmap.session import OpenDevice
 from lmdbitmap.snapshot import Scratch
@@ -100,16 +102,9 @@ class BackupResult:
     disk: str
     entry: BackupEntry
     path: str
+    bytes_read: int
+    """Of the disk."""
     seconds: float
-
-
-class _Plan(NamedTuple):
-    """Which backup it will be. One that is not full has a parent, and that one's checkpoint to count from."""
-
-    type_actual: BackupType
-    parent: BackupEntry | None = None
-    since: Checkpoint | None = None
-    reason: Reason | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +116,7 @@ class _Job:
     folder: BackupFolder
     manifest: Manifest
     requested: BackupType
-    plan: _Plan
+    plan: Plan
     sequence: int
     leftovers: Sequence[Unfinished]
     """Checkpoints of killed runs that cannot go before there is another one."""
@@ -130,6 +125,17 @@ class _Job:
     def file(self) -> str:
         return image_name(self.sequence, self.plan.type_actual)
 
+    @contextlib.contextmanager
+    def parent_chain(self) -> Iterator[BackupChain]:
+        """The backup that this one is stacked on, as a disk. Raises `FormatError` in the block where it is damaged."""
+        assert self.plan.parent is not None
+        try:
+            with backup_chain.opened(self.folder, chain_to(self.manifest, self.plan.parent.id)) as past:
+                yield past
+        except FormatError as damaged:
+            damaged.next_step = "begin a new chain with `backup --full`"
+            raise
+
 
 def backup(
     store: Store,
@@ -137,6 +143,7 @@ def backup(
     repository_path: str | os.PathLike[str],
     *,
     kind: BackupType = BackupType.INCREMENTAL,
+    only_that: bool = False,
     attached: Mapping[str, Filter] | None = None,
     scratch: Scratch | None = None,
     quiesced: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
@@ -150,7 +157,9 @@ def backup(
     keep old data where `scratch` says; their guests go on. In `quiesced()` the moment is taken: a guest may be
     asked there to bring its file systems in order.
 
-    Where an incremental or differential backup is not possible, a full one is made, and the entry says why.
+    Where no bitmap can say what an incremental or differential backup has to hold, the disk is compared with its last
+    backup (a rescan), and where that is not whole, a full one is made; the entry says why. With `only_that` it is
+    `Untrusted` instead, and nothing is done.
     `compression` is `zlib` or `zstd`, or one of them with `:LEVEL`; None stores clusters as they are.
     Raises `Busy` for a disk or image that somebody else holds, and for a folder that somebody backs up to;
     `NotFound` without such a disk or image; `FormatError` for a manifest that cannot be read; `StorageError` where
@@ -162,6 +171,8 @@ def backup(
     with contextlib.ExitStack() as locks:
         way = locks.enter_context(access(store, names, open_device or _open_to_read, attached, scratch))
         jobs = [_prepare(store, way, disk, repository_path, kind, locks) for disk in way.disks]
+        if only_that:
+            _require_as_asked(jobs)
         try:
             points = _one_point_in_time(way, jobs, quiesced)
             sources = [_Source.of(store, *pair) for pair in zip(jobs, points, strict=True)]
@@ -201,10 +212,20 @@ def _prepare(
             next_step="back up to another repository, or move that folder away",
         )
     plan = (
-        _plan(store, disk, folder, manifest, kind) if unreadable is None else _Plan(kind, reason=unreadable)
+        plan_for(store, disk, folder, manifest, kind) if unreadable is None else Plan(kind, reason=unreadable)
     )
     sequence = folder.next_sequence(manifest.backups)
     return _Job(way, disk, folder, manifest, kind, plan, sequence, leftovers)
+
+
+def _require_as_asked(jobs: Sequence[_Job]) -> None:
+    for job in jobs:
+        if job.plan.type_actual is not job.requested:
+            assert job.plan.reason is not None
+            raise Untrusted(
+                f"disk {job.disk.name!r} cannot have an {job.requested.value} backup: {job.plan.reason.words}",
+                next_step="leave out --require-incremental, or make a full one",
+            )
 
 
 def _manifest_of(folder: BackupFolder, kind: BackupType) -> tuple[Manifest | None, Reason | None]:
@@ -218,55 +239,6 @@ def _manifest_of(folder: BackupFolder, kind: BackupType) -> tuple[Manifest | Non
             raise
         log.error("%s; images stay as they are, and a new chain begins", error.problem)
         return None, _UNREADABLE
-
-
-def _plan(store: Store, disk: Disk, folder: BackupFolder, manifest: Manifest, kind: BackupType) -> _Plan:
-    """Which backup it will be: the one that was asked for, or a full one and why."""
-    if kind is BackupType.FULL:
-        return _Plan(BackupType.FULL)
-    parent = _newest(manifest, full=kind is BackupType.DIFFERENTIAL)
-    if parent is None:
-        return _Plan(BackupType.FULL, reason=Reason("no-earlier-backup", "no earlier backup"))
-    since = _checkpoint_of(store, disk, parent)
-    reason = _why_full(disk, folder, chain_to(manifest, parent.id), since)
-    return _Plan(BackupType.FULL, reason=reason) if reason else _Plan(kind, parent, since)
-
-
-def _why_full(
-    disk: Disk, folder: BackupFolder, images: Sequence[BackupEntry], since: Checkpoint | None
-) -> Reason | None:
-    parent = images[-1]
-    if parent.epoch != disk.epoch:
-        return Reason("new-epoch", _printable(disk.epoch_reason))
-    if since is None:
-        return Reason(
-            "checkpoint-forgotten", _printable(f"checkpoint {parent.checkpoint.name} was forgotten")
-        )
-    try:
-        folder.check_images(images)
-    except NotFound as missing:
-        return Reason("image-missing", _printable(missing.problem))
-    except FormatError as changed:
-        return Reason("image-changed", _printable(changed.problem))
-    return None
-
-
-def _newest(manifest: Manifest, *, full: bool = False) -> BackupEntry | None:
-    entries = reversed(manifest.backups)
-    return next((entry for entry in entries if entry.type_actual is BackupType.FULL or not full), None)
-
-
-def _checkpoint_of(store: Store, disk: Disk, entry: BackupEntry) -> Checkpoint | None:
-    """The checkpoint that a backup holds, if the disk still has it."""
-    with store.read() as reader:
-        members = chain.epoch_chain(reader, disk)
-    return next((member for member in members if member.uuid == entry.checkpoint.uuid), None)
-
-
-def _printable(words: str) -> str:
-    """As a manifest can hold it: an epoch's reason may quote file names, which may be anything."""
-    shown = "".join(character if character.isprintable() else "?" for character in words)
-    return shown.encode(errors="replace")[:MAX_TEXT_BYTES].decode(errors="ignore") or "unknown"
 
 
 # --- the checkpoint ---
@@ -301,7 +273,7 @@ class _Source:
     point: PointInTime
     clusters: Geometry
     changes: Changes | None
-    """None for a full backup."""
+    """None for a full backup, and for a rescan."""
     trust: Trust
     bytes_to_copy: int
 
@@ -315,13 +287,21 @@ class _Source:
         summary = changed.summary
         return cls(job, point, clusters, changed, summary.standing.trust, summary.dirty_bytes)
 
-    def runs(self) -> Iterator[Run]:
-        """Clusters to copy, ascending; no run touches the next."""
-        if self.changes is None:
-            return iter([(0, self.clusters.block_count)])
-        geometry = self.changes.geometry
+    @contextlib.contextmanager
+    def runs(self, device: Readable, report: Report) -> Iterator[Iterator[Run]]:
+        """Clusters to copy, ascending; no run touches the next. Only a rescan reads the device for that."""
+        if self.job.plan.type_actual is BackupType.RESCAN:
+            with self.job.parent_chain() as past:
+                yield self._with_tail(differing(device, past, self.clusters, report.advance), self.clusters)
+        elif self.changes is None:
+            yield iter([(0, self.clusters.block_count)])
+        else:
+            yield self._with_tail(self.changes.runs(), self.changes.geometry)
+
+    def _with_tail(self, runs: Iterator[Run], geometry: Geometry) -> Iterator[Run]:
+        """Runs of blocks of `geometry` in clusters, with the last one where that is needed."""
         last_block = (geometry.block_count - 1, geometry.block_count)
-        blocks = itertools.chain(self.changes.runs(), [last_block] if self._cut_in_a_sector() else [])
+        blocks = itertools.chain(runs, [last_block] if self._cut_in_a_sector() else [])
         return bits.regrain_outward(blocks, geometry, self.clusters.granularity_bits)
 
     def _cut_in_a_sector(self) -> bool:
@@ -339,13 +319,15 @@ class _Source:
 def _make(store: Store, source: _Source, report: Report, packing: Compression | None) -> BackupResult:
     started = time.monotonic()
     job = source.job
-    entry = _write_image(source, report, packing)
+    device = Metered(source.point.device)
+    entry = _write_image(source, device, report, packing)
     released = _still_there(store, job)
     manifest = dataclasses.replace(job.manifest, backups=(*job.manifest.backups, entry), released=released)
     job.folder.replace_manifest(manifest, keep_old=job.plan.reason == _UNREADABLE)
     _forget_unneeded(store, source, manifest)  # law 3: not before this line
     job.folder.drop_note()
-    return BackupResult(job.disk.name, entry, job.folder.path_of(entry.file), time.monotonic() - started)
+    path, seconds = job.folder.path_of(entry.file), time.monotonic() - started
+    return BackupResult(job.disk.name, entry, path, device.bytes_read, seconds)
 
 
 def _still_there(store: Store, job: _Job) -> tuple[CheckpointRef, ...]:
@@ -355,19 +337,22 @@ def _still_there(store: Store, job: _Job) -> tuple[CheckpointRef, ...]:
     return tuple(checkpoint for checkpoint in job.manifest.released if checkpoint.uuid in members)
 
 
-def _write_image(source: _Source, report: Report, packing: Compression | None) -> BackupEntry:
+def _write_image(
+    source: _Source, device: Readable, report: Report, packing: Compression | None
+) -> BackupEntry:
     """The image, durable in the folder under its final name, and what the manifest will say of it."""
     job, parent = source.job, source.job.plan.parent
     path = job.folder.path_of(job.file)
+    rescans = job.plan.type_actual is BackupType.RESCAN
     with files.replacing(path) as file:
-        with os_errors_at(job.disk.image):
+        with os_errors_at(job.disk.image), source.runs(device, report) as runs:
             copied = copy_clusters(
-                source.point.device,
+                device,
                 ImageFile(file.fileno(), path),
                 source.clusters,
-                source.runs(),
+                runs,
                 backing_file=None if parent is None else parent.file,
-                report=report,
+                report=Report(None, 0) if rescans else report,
                 compression=packing,
             )
         proof = synced_proof(job.folder, job.file, file.fileno())
@@ -392,7 +377,8 @@ def _entry(source: _Source, copied: Copied, proof: Proof, compression: Compressi
 def _forget_unneeded(store: Store, source: _Source, manifest: Manifest) -> None:
     """Let go of checkpoints that no coming backup counts from. The backup is made, whatever happens here."""
     job, disk = source.job, source.point.disk
-    needed = {entry.checkpoint.uuid for entry in (_newest(manifest), _newest(manifest, full=True)) if entry}
+    counted_from = (newest(manifest), newest(manifest, full=True))
+    needed = {entry.checkpoint.uuid for entry in counted_from if entry and entry.epoch == disk.epoch}
     held = {entry.checkpoint.uuid for entry in manifest.backups}
     unneeded = (held | {checkpoint.uuid for checkpoint in manifest.released}) - needed
     abandoned = {work.checkpoint for work in job.leftovers}

@@ -10,8 +10,8 @@ from typing import NamedTuple, TypeAlias
 from lmdbitmap.bits import Run
 from lmdbitmap.errors import os_errors_at
 from lmdbitmap.geometry import Geometry
-from lmdbitmap.interfaces import BlockDevice, Buffer
-from lmdbitmap.pieces import Pieces
+from lmdbitmap.interfaces import Buffer
+from lmdbitmap.pieces import Pieces, Readable
 from lmdbitmap.qcow2 import (
     DEFAULT_CLUSTER_BITS,
     CompressingWriter,
@@ -87,7 +87,7 @@ def cluster_bits_for(disk: Geometry) -> int:
 
 
 def copy_clusters(
-    device: BlockDevice,
+    device: Readable,
     file: Sink,
     clusters: Geometry,
     runs: Iterable[Run],
@@ -123,7 +123,7 @@ def _compressing(
 class _Copier:
     def __init__(
         self,
-        device: BlockDevice,
+        device: Readable,
         writer: Qcow2Writer | CompressingWriter,
         clusters: Geometry,
         report: Report,

@@ -7,7 +7,7 @@
       id, sequence                 unique; rising
       file                         the image, a plain name in the manifest's own folder
       parent                       the id of the backup that this one's image is stacked on; null for a full one
-      type_requested, type_actual  full, incremental, differential
+      type_requested, type_actual  full, incremental, differential, rescan
       reason                       code and words, when the two differ; null or a remark otherwise
       time_ns                      Unix time of the checkpoint
       checkpoint, epoch            uuid and name; uuid
@@ -67,6 +67,8 @@ class BackupType(enum.Enum):
     """What changed since the backup before."""
     DIFFERENTIAL = "differential"
     """What changed since the last full backup."""
+    RESCAN = "rescan"
+    """What differs from the backup that it is stacked on, found out by reading both."""
 
 
 @dataclass(frozen=True, slots=True)

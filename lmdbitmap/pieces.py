@@ -7,14 +7,42 @@ looking, block by block.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from lmdbitmap.bits import Run
 from lmdbitmap.geometry import Geometry
-from lmdbitmap.interfaces import BlockDevice
+from lmdbitmap.interfaces import Allocation
 
 CHUNK_BYTES = 1 << 20
 """Read at once, unless a block is larger: what stays in the processor's cache is copied fastest."""
+
+
+class Readable(Protocol):
+    """What copying a device takes of a `BlockDevice`."""
+
+    @property
+    def size(self) -> int: ...
+    def pread_into(self, buffer: memoryview, offset: int) -> None: ...
+    def allocation(self, offset: int, length: int) -> Iterator[Allocation]: ...
+
+
+class Metered:
+    """A device, and how much of it was read."""
+
+    def __init__(self, device: Readable) -> None:
+        self._device = device
+        self.bytes_read = 0
+
+    @property
+    def size(self) -> int:
+        return self._device.size
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        self._device.pread_into(buffer, offset)
+        self.bytes_read += len(buffer)
+
+    def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
+        return self._device.allocation(offset, length)
 
 
 class Piece(NamedTuple):
@@ -28,7 +56,7 @@ class Piece(NamedTuple):
 class Pieces:
     """Reads runs of `blocks`, which are as large as what is told apart: a block is data if any byte of it is."""
 
-    def __init__(self, device: BlockDevice, blocks: Geometry) -> None:
+    def __init__(self, device: Readable, blocks: Geometry) -> None:
         self._device = device
         self._blocks = blocks
         self._chunk_bytes = max(CHUNK_BYTES, blocks.granularity)

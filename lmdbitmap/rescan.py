@@ -11,14 +11,15 @@ from typing import Final
 
 from lmdbitmap.bits import Run
 from lmdbitmap.geometry import Geometry
-from lmdbitmap.interfaces import Allocation, BlockDevice
+from lmdbitmap.interfaces import Allocation
+from lmdbitmap.pieces import Readable
 
 _CHUNK_BYTES: Final = 1 << 20
 
 
 def differing(
-    device: BlockDevice,
-    past: BlockDevice,
+    device: Readable,
+    past: Readable,
     clusters: Geometry,
     advance: Callable[[int], None] = lambda length: None,
 ) -> Iterator[Run]:
@@ -40,7 +41,7 @@ def differing(
 
 
 class _Comparison:
-    def __init__(self, device: BlockDevice, past: BlockDevice, clusters: Geometry) -> None:
+    def __init__(self, device: Readable, past: Readable, clusters: Geometry) -> None:
         self._device = device
         self._past = past
         self._clusters = clusters
@@ -107,7 +108,7 @@ class _Comparison:
 _NOWHERE: Final = (1 << 64, 1 << 64)
 
 
-def _zeroes(device: BlockDevice, size: int) -> Iterator[tuple[int, int]]:
+def _zeroes(device: Readable, size: int) -> Iterator[tuple[int, int]]:
     """Byte ranges [start, stop) below `size` that are known to read as zeroes; what is past the device's end is."""
     start = stop = 0
     for position, part in _placed(device, min(device.size, size)):
@@ -128,7 +129,7 @@ def _zeroes(device: BlockDevice, size: int) -> Iterator[tuple[int, int]]:
         yield start, stop
 
 
-def _placed(device: BlockDevice, size: int) -> Iterator[tuple[int, Allocation]]:
+def _placed(device: Readable, size: int) -> Iterator[tuple[int, Allocation]]:
     position = 0
     for part in device.allocation(0, size):
         yield position, part

@@ -57,7 +57,9 @@ class Voucher:
         with self._changing:
             if self.lost is None:
                 log.error(
-                    "disk %s: %s: the guest goes on, the next backup will be a full one", self._name, reason
+                    "disk %s: %s: the guest goes on, the next backup will read the whole disk",
+                    self._name,
+                    reason,
                 )
                 try:
                     self._owner.declare_distrust(reason, time.time_ns())

@@ -14,7 +14,7 @@ from lmdbitmap.restore import restore
 from tests.support import PATIENCE_SECONDS
 from tests.tracked import NAME, TrackedDisk
 
-FULL, INCREMENTAL, DIFFERENTIAL = BackupType
+FULL, INCREMENTAL, DIFFERENTIAL, RESCAN = BackupType
 
 
 @dataclass

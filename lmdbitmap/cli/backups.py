@@ -6,13 +6,15 @@ What they need is imported when they run: it would cost all other verbs a third 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 from click.core import ParameterSource
 
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import progress, say, say_json
+from lmdbitmap.cli.quiesce import quiesced
 from lmdbitmap.cli.sizes import format_duration, format_size, format_time, iso_time
 from lmdbitmap.cli.streams import STDIN, StreamOptions, stream_in, stream_out
 from lmdbitmap.store import Store
@@ -43,6 +45,22 @@ _FOLDER = click.Path(file_okay=False)
     help="Copy what changed since the last full backup; everything, and say why, where that is not known.",
 )  # fmt: skip
 @click.option(
+    "--rescan", "kind", flag_value="rescan",
+    help="Compare the disk with its last backup, whatever the bitmap says, and copy what differs.",
+)  # fmt: skip
+@click.option(
+    "--require-incremental", "only_that", is_flag=True,
+    help="Fail with exit code 3 where the backup cannot be of the kind that was asked for.",
+)  # fmt: skip
+@click.option(
+    "--hook", metavar="COMMAND",
+    help="Run `COMMAND freeze NAME…` right before the point in time, and `COMMAND thaw NAME…` right after it.",
+)  # fmt: skip
+@click.option(
+    "--hook-limit", metavar="SECONDS", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True,
+    help="How long each of these may take.",
+)  # fmt: skip
+@click.option(
     "--compress", metavar="zlib|zstd[:LEVEL]",
     help="Compress what is stored, as QEMU reads it: zlib everywhere (level 1 to 9, [6]), zstd faster (1 to 22, [3]).",
 )  # fmt: skip
@@ -61,13 +79,15 @@ _FOLDER = click.Path(file_okay=False)
 )
 @click.pass_obj
 def backup(
-    asked: Session, words: Sequence[str], kind: str, compress: str | None,
-    to_stdout: bool, since: str | None, checkpoint: str | None, diff_version: str | None,
+    asked: Session, words: Sequence[str], kind: str, only_that: bool, hook: str | None, hook_limit: float,
+    compress: str | None, to_stdout: bool, since: str | None, checkpoint: str | None, diff_version: str | None,
 ) -> None:  # fmt: skip
-    """Back up disks that nobody serves.
+    """Back up disks, while their guests write on.
 
     All of them are copied as they are at one point in time, each into a folder of its own in REPO, as qcow2
-    images that stack on each other.
+    images that stack on each other. Several disks must all be unserved, or all served by one process.
+
+    Where nobody knows what changed, the disk is compared with its last backup; the answer says why.
 
     With --stdout one disk goes to standard output, in the format of `rbd export-diff`. Its new checkpoint stays:
     the next stream counts from it.
@@ -80,7 +100,7 @@ def backup(
     options.require_none()
     if len(words) < 2:
         raise click.UsageError("Missing argument 'REPO'.")
-    _back_up(asked, words[:-1], words[-1], kind, compress)
+    _back_up(asked, words[:-1], words[-1], _Wishes(kind, only_that, compress, hook, hook_limit))
 
 
 def _require_stream(words: Sequence[str]) -> None:
@@ -90,7 +110,20 @@ def _require_stream(words: Sequence[str]) -> None:
         raise click.UsageError("With --stdout it is --since that says what to count from.")
 
 
-def _back_up(asked: Session, names: Sequence[str], repository: str, kind: str, compress: str | None) -> None:
+class _Wishes(NamedTuple):
+    """What a backup into a repository can be told."""
+
+    kind: str
+    only_that: bool
+    compress: str | None
+    hook: str | None
+    hook_limit_s: float
+
+    def quiesced(self, names: Sequence[str]) -> AbstractContextManager[object]:
+        return nullcontext() if self.hook is None else quiesced(self.hook, names, self.hook_limit_s)
+
+
+def _back_up(asked: Session, names: Sequence[str], repository: str, wishes: _Wishes) -> None:
     from lmdbitmap.backup import backup as back_up
     from lmdbitmap.manifest import BackupType
 
@@ -98,7 +131,11 @@ def _back_up(asked: Session, names: Sequence[str], repository: str, kind: str, c
         Store.open(asked.store_path) as store,
         progress(f"backing up {', '.join(names)}", shown=asked.shows_progress) as report,
     ):
-        made = back_up(store, names, repository, kind=BackupType(kind), progress=report, compression=compress)
+        made = back_up(
+            store, names, repository,
+            kind=BackupType(wishes.kind), only_that=wishes.only_that, compression=wishes.compress,
+            quiesced=lambda: wishes.quiesced(names), progress=report,
+        )  # fmt: skip
     if asked.as_json:
         say_json({"backups": [_backup_facts(result) for result in made]})
         return
@@ -136,6 +173,7 @@ def _backup_facts(result: BackupResult) -> dict[str, object]:
         "size": entry.disk_size,
         "trust": entry.trust.value,
         "bytes_changed": entry.bytes_changed,
+        "bytes_read": result.bytes_read,
         "bytes_zero": entry.bytes_zero,
         "bytes_stored": entry.bytes_stored,
         "sha256": entry.sha256,

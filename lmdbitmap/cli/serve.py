@@ -216,14 +216,14 @@ def _attach(store: Store, name: str, max_armed: int) -> Iterator[Filter]:
     require_unowned(store, before)
     with Filter.attach(store, name, max_armed=max_armed) as disk:
         if disk.disk.epoch != before.epoch:
-            log.warning("disk %s: the next backup is a full one: %s", name, disk.disk.epoch_reason)
+            log.warning("disk %s: the next backup reads the whole disk: %s", name, disk.disk.epoch_reason)
         yield disk
 
 
 def _take_in(disk: Filter, path: str) -> None:
     reason = flat_bitmap_file.begin(disk, path)
     if reason is not None:
-        log.warning("disk %s: the next backup is a full one: %s", disk.disk.name, reason)
+        log.warning("disk %s: the next backup reads the whole disk: %s", disk.disk.name, reason)
 
 
 def _announce(asked: Session, uris: list[str], metrics_url: str | None) -> None:

@@ -50,7 +50,7 @@ def test_the_first_backup_is_full_and_says_why(cli: Cli) -> None:
         "type": "full", "requested": "incremental",
         "reason": {"code": "no-earlier-backup", "words": "no earlier backup"},
         "parent": None, "checkpoint": made["checkpoint"], "time": made["time"], "size": SIZE, "trust": "exact",
-        "bytes_changed": SIZE, "bytes_zero": SIZE, "bytes_stored": os.path.getsize(made["file"]),
+        "bytes_read": 0, "bytes_changed": SIZE, "bytes_zero": SIZE, "bytes_stored": os.path.getsize(made["file"]),
         "sha256": made["sha256"], "compression": None, "seconds": made["seconds"],
     }  # fmt: skip
     assert cli.json("info", "sda")["since"] == made["checkpoint"]
@@ -102,10 +102,24 @@ def test_full_and_differential_are_made_when_asked_for(cli: Cli, repository: Pat
     assert (made["type"], made["reason"]) == ("full", None)
 
 
-def test_where_nobody_knows_what_changed_it_is_full_and_says_why(cli: Cli, repository: Path) -> None:
+def test_where_nobody_knows_what_changed_the_disk_is_compared_with_its_last_backup(
+    cli: Cli, repository: Path
+) -> None:
+    with open(cli.folder / "sda.raw", "r+b") as image:
+        image.seek(3 * MIB)
+        image.write(b"stranger")
     os.utime(cli.folder / "sda.raw", ns=(2**61, 2**61))
+    said = cli.fails(3, "backup", "sda", repository, "--require-incremental")
+    assert said == (
+        "disk 'sda' cannot have an incremental backup: the image was written while nobody tracked it;"
+        " leave out --require-incremental, or make a full one"
+    )
     said = cli.ok("backup", "sda", repository)
-    assert said.startswith("sda: full: the image was written while nobody tracked it · 8 MiB of 8 MiB · ")
+    assert said.startswith("sda: rescan: the image was written while nobody tracked it · 64 KiB of 8 MiB · ")
+    assert _restored(cli, repository) == (cli.folder / "sda.raw").read_bytes()
+    assert (
+        cli.json("backup", "sda", repository, "--require-incremental")["backups"][0]["type"] == "incremental"
+    )
 
 
 def test_several_disks_are_one_point_in_time(cli: Cli) -> None:

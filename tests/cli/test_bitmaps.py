@@ -239,7 +239,7 @@ def test_after_a_kill_the_bitmap_file_is_worth_nothing_and_the_store_is(cli: Cli
     assert cli.dirty("sda") == ("superset", [(MIB, 128 * KIB)])
     with cli.serving("sda", f"--bitmap-file={flat}", log=True) as served:
         pass
-    assert "the next backup is a full one" in served.child.stderr
+    assert "the next backup reads the whole disk" in served.child.stderr
     assert cli.json("inspect", flat)["dirty_count"] == 128
 
 

@@ -335,7 +335,7 @@ class Inquest:
     def _backups_tell_the_truth(self) -> None:
         entry = self.disk.backup()
         self.seen[f"{entry.type_actual.value} backups after"] += 1
-        if entry.type_actual.value == "full":
+        if entry.type_actual.value in ("full", "rescan"):
             assert entry.reason is not None
             assert entry.reason.words
         assert self.disk.restored() == self.image

@@ -67,6 +67,8 @@ SWITCH_S = 1e-6
 DAWDLING = 0.03
 """How many of the landings wait a while between their mark and their data, so that others may overtake them."""
 DAWDLE_S = 0.003
+LEAST_LANDINGS = 100
+"""In a melee, however slow the machine is."""
 HOT_BLOCKS = 12
 """Of each of three extents, in which the writers meet for a while."""
 
@@ -207,6 +209,7 @@ class Melee:
             if self.troupe.ending.wait(CHECKPOINT_PAUSE_S):
                 break
             self.checkpoint()
+        self.troupe.await_until(lambda: len(self.watcher.landings) > LEAST_LANDINGS)
 
     def end(self) -> None:
         """Everybody goes home; the last period is closed."""

@@ -392,7 +392,9 @@ STATES: dict[str, State] = {
     "repository of another disk": State(
         lasting(repository_is_of_another_disk), why_no_backup="back up to another repository"
     ),
-    "attached elsewhere": State(attached_elsewhere, why_no_backup="stop that process first"),
+    "attached elsewhere": State(
+        attached_elsewhere, why_no_backup="owned by a process that serves it to nobody"
+    ),
     "read by somebody slow": State(read_by_somebody_slow, 0, "transactions ago", "or end it"),
 }
 """By their names in docs/store.md."""

@@ -73,7 +73,7 @@ def expect_a_full_backup(disk: BackedUpDisk, capsys: pytest.CaptureFixture[str],
     code, said = told(disk, capsys, "check")
     assert (code, reason in said, "make a full backup, or `lmdbitmap adopt sda`" in said) == (3, True, True)
     entry = disk.backup()
-    assert entry.type_actual is BackupType.FULL
+    assert entry.type_actual is BackupType.RESCAN
     assert reason in str(entry.reason)
     assert disk.restored() == disk.content()
     assert told(disk, capsys, "check")[0] == 0
@@ -128,7 +128,7 @@ DEEDS: list[tuple[Deed, str]] = [
 
 @pytest.mark.parametrize("durability", schema.DURABILITIES)
 @pytest.mark.parametrize(("deed", "reason"), DEEDS, ids=lambda value: getattr(value, "__name__", ""))
-def test_image_changed_while_detached_costs_a_full_backup_that_says_why(
+def test_image_changed_while_detached_costs_a_rescan_that_says_why(
     folder: Path, capsys: pytest.CaptureFixture[str], deed: Deed, reason: str, durability: str
 ) -> None:
     with closing(prepared(folder, durability)) as disk:

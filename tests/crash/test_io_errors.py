@@ -188,7 +188,7 @@ def test_server_says_untrusted_while_its_store_fails_and_recovers_by_itself(
         assert (answer["trust"], answer["dirty_bytes"]) == ("exact", 4096)
         assert served.end(signal.SIGTERM) == 0
     entry = disk.backup()
-    assert entry.type_actual is BackupType.FULL
+    assert entry.type_actual is BackupType.RESCAN
     assert entry.reason is not None
     assert "tracking failed" in entry.reason.words
     assert disk.restored() == disk.content()
@@ -204,7 +204,7 @@ def test_killed_while_its_store_fails_a_server_has_said_so_already(disk: BackedU
         assert "Input/output error" in said.reason
     assert trust_of(disk.changes("start")) is Trust.UNTRUSTED
     entry = disk.backup()
-    assert entry.type_actual is BackupType.FULL
+    assert entry.type_actual is BackupType.RESCAN
     assert disk.restored() == disk.content()
 
 
@@ -219,7 +219,7 @@ def test_where_not_even_that_can_be_written_silence_says_it(disk: BackedUpDisk) 
     assert trust_of(answer) is Trust.UNTRUSTED
     assert "last sign of life" in str(answer.standing.reason)
     entry = disk.backup()
-    assert entry.type_actual is BackupType.FULL
+    assert entry.type_actual is BackupType.RESCAN
     assert disk.restored() == disk.content()
 
 

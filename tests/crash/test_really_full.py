@@ -92,7 +92,7 @@ def test_guest_goes_on_while_the_store_is_full_and_the_next_backup_is_full_and_s
                 attached.changes(since="start")
             attached.detach()
         entry = disk.backup()
-        assert (entry.type_actual, entry.reason and entry.reason.code) == (BackupType.FULL, "new-epoch")
+        assert (entry.type_actual, entry.reason and entry.reason.code) == (BackupType.RESCAN, "new-epoch")
         assert entry.reason is not None
         assert "No space left" in entry.reason.words
         assert is_restored(disk)

@@ -26,7 +26,7 @@ from lmdbitmap.extents import Trust
 from lmdbitmap.salvage import SALVAGED
 from lmdbitmap.schema import Disk
 from lmdbitmap.store import Store
-from tests.backed_up import FULL, INCREMENTAL, BackedUpDisk
+from tests.backed_up import INCREMENTAL, RESCAN, BackedUpDisk
 from tests.crash.dying import Death, Deaths
 from tests.crash.lives import ROT
 from tests.support import make_raw_image, run, spawn
@@ -137,9 +137,9 @@ def test_damaged_store_is_made_anew_with_its_disks(
 
 
 def backs_up_as_ever(tracked: BackedUpDisk) -> None:
-    """The next backup is a full one that says why, and the one after it an increment."""
+    """The next backup is a rescan that says why, and the one after it an increment."""
     entry = tracked.backup()
-    assert (entry.type_actual, entry.reason and entry.reason.words) == (FULL, SALVAGED)
+    assert (entry.type_actual, entry.reason and entry.reason.words) == (RESCAN, SALVAGED)
     assert tracked.restored() == tracked.content()
     tracked.write(b"later", 20 * BLOCK)
     assert tracked.backup().type_actual is INCREMENTAL
@@ -324,7 +324,7 @@ def test_server_whose_store_is_damaged_lets_its_guest_write_and_heals_when_it_st
     tracked.store.close()
     reopened(tracked)
     entry = tracked.backup()
-    assert entry.type_actual is FULL
+    assert entry.type_actual is RESCAN
     assert entry.reason is not None
     assert "tracking failed" in entry.reason.words
     assert tracked.restored() == tracked.content()

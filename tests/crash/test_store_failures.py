@@ -334,7 +334,7 @@ def test_backup_of_an_image_that_cannot_be_flushed_is_none_and_the_next_is_full(
             backup(disk.store, [NAME], disk.folder / "backups", open_device=Unflushable.open)
         assert trust_of(disk.changes()) is Trust.UNTRUSTED
         entry = disk.backup()
-        assert entry.type_actual is BackupType.FULL
+        assert entry.type_actual is BackupType.RESCAN
         assert "could not be flushed" in (entry.reason.words if entry.reason else "")
         assert disk.restored() == disk.content()
 

@@ -18,7 +18,7 @@ from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.extents import Trust
 from lmdbitmap.manifest import BackupEntry, BackupType
 from lmdbitmap.schema import DEFERRED, WRITE_AHEAD
-from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
+from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
 from tests.tracked import quick_folder
 
 BLOCK = 4096
@@ -131,29 +131,33 @@ class Lives(RuleBasedStateMachine):
     @rule(to=repositories, kind=kinds)
     def back_up(self, to: str, kind: BackupType) -> None:
         parent = self._parent(to, kind)
+        is_known = parent is not None and self._is_known_since(parent)
         entry = self.disk.backup(kind, to)
         self.killed_in.discard(to)
         assert (entry.type_requested, entry.disk_size) == (kind, self.size)
-        if parent is None:
+        if parent is None or (kind is DIFFERENTIAL and not is_known):
             assert (entry.type_actual, entry.bytes_changed) == (FULL, self.size)
             assert (entry.reason is None) == (kind is FULL)
-        else:
+        elif is_known:
             assert (entry.type_actual, entry.parent) == (kind, parent.entry.id)
-            self._check_bytes(entry, parent)
+            self._check_bytes(entry, parent, parent.changed)
+        else:
+            assert (entry.type_actual, entry.parent) == (RESCAN, parent.entry.id)
+            self._check_bytes(entry, parent, differing(self.disk.content(), parent.content))
         self._note(to, entry)
         assert self.disk.restored(to=to) == self.points[to][-1].content
 
     def _parent(self, to: str, kind: BackupType) -> Point | None:
-        """The backup that the next one can count from; None if it has to be full."""
+        """The backup that the next one is stacked on; None if it is a full one."""
         wanted = (FULL,) if kind is DIFFERENTIAL else tuple(BackupType)
         found = [point for point in self.points[to] if point.entry.type_actual in wanted]
-        if kind is FULL or not found:
-            return None
-        gone = found[-1].epoch != self.epoch or found[-1].entry.checkpoint.name in self.forgotten
-        return None if gone else found[-1]
+        return None if kind is FULL or not found else found[-1]
 
-    def _check_bytes(self, entry: BackupEntry, parent: Point) -> None:
-        changed = set(parent.changed)
+    def _is_known_since(self, point: Point) -> bool:
+        return point.epoch == self.epoch and point.entry.checkpoint.name not in self.forgotten
+
+    def _check_bytes(self, entry: BackupEntry, parent: Point, blocks: set[int]) -> None:
+        changed = set(blocks)
         if self.size < parent.entry.disk_size and self.size % 512:
             changed.add(self.size // BLOCK)
         least = sum(min(BLOCK, self.size - block * BLOCK) for block in changed)
@@ -180,7 +184,8 @@ class Lives(RuleBasedStateMachine):
         needed: set[str] = set()
         for points in self.points.values():
             fulls = [point for point in points if point.entry.type_actual is FULL]
-            needed |= {point.entry.checkpoint.name for point in (points[-1:] + fulls[-1:])}
+            counted_from = [point for point in points[-1:] + fulls[-1:] if point.epoch == points[-1].epoch]
+            needed |= {point.entry.checkpoint.name for point in counted_from}
         if any(self.points.values()):
             assert set(self.disk.backup_checkpoints()) == needed - self.forgotten
 
@@ -191,6 +196,12 @@ class Lives(RuleBasedStateMachine):
                     assert self.disk.restored(point.entry.id, to) == point.content
             self.disk.close()
         self._cleanup.close()
+
+
+def differing(new: bytes, old: bytes) -> set[int]:
+    old = old[: len(new)] + bytes(max(len(new) - len(old), 0))
+    offsets = range(0, len(new), BLOCK)
+    return {at // BLOCK for at in offsets if new[at : at + BLOCK] != old[at : at + BLOCK]}
 
 
 TestLives = Lives.TestCase

@@ -14,7 +14,7 @@ from typing import cast
 import pytest
 
 from lmdbitmap import backup as backup_module
-from lmdbitmap import schema, session
+from lmdbitmap import backup_plan, schema, session
 from lmdbitmap.backup import backup
 from lmdbitmap.check import Gravity, check_store
 from lmdbitmap.device import FileDevice
@@ -107,24 +107,26 @@ def test_a_full_backup_that_was_asked_for_needs_no_reason(disk: BackedUpDisk) ->
     assert disk.backup(DIFFERENTIAL).parent == "2"
 
 
-@pytest.mark.parametrize("kind", [INCREMENTAL, DIFFERENTIAL])
-def test_a_new_epoch_makes_it_full_and_its_reason_is_told(disk: BackedUpDisk, kind: BackupType) -> None:
+@pytest.mark.parametrize(("kind", "becomes"), [(INCREMENTAL, "rescan"), (DIFFERENTIAL, "full")])
+def test_in_a_new_epoch_it_is_another_and_the_reason_is_told(
+    disk: BackedUpDisk, kind: BackupType, becomes: str
+) -> None:
     disk.backup()
     disk.write_behind_our_back(b"stranger", 100)
     entry = disk.backup(kind)
-    assert told(entry) == ("full", "new-epoch")
+    assert told(entry) == (becomes, "new-epoch")
     assert entry.reason is not None
     assert entry.reason.words == "the image was written while nobody tracked it"
     assert disk.restored() == disk.content()
     assert told(disk.backup()) == ("incremental", None)
 
 
-def test_a_forgotten_checkpoint_makes_it_full(disk: BackedUpDisk) -> None:
+def test_a_forgotten_checkpoint_makes_it_a_rescan(disk: BackedUpDisk) -> None:
     disk.backup()
     with disk.attach() as attached:
         attached.forget(disk.backup_checkpoints()[0])
     entry = disk.backup()
-    assert told(entry) == ("full", "checkpoint-forgotten")
+    assert told(entry) == ("rescan", "checkpoint-forgotten")
     assert told(disk.backup()) == ("incremental", None)
 
 
@@ -184,7 +186,7 @@ def test_a_size_that_somebody_else_changed_begins_a_new_epoch(disk: BackedUpDisk
     disk.backup()
     os.truncate(disk.image, 50 * KIB)
     entry = disk.backup()
-    assert (told(entry), entry.disk_size) == (("full", "new-epoch"), 50 * KIB)
+    assert (told(entry), entry.disk_size) == (("rescan", "new-epoch"), 50 * KIB)
     assert disk.restored() == disk.content()
 
 
@@ -581,6 +583,7 @@ def test_images_and_manifest_are_for_their_owners_eyes(disk: BackedUpDisk) -> No
 def test_every_field_and_every_reason_is_documented() -> None:
     text = (Path(__file__).parents[2] / "docs" / "backup.md").read_text()
     assert [field.name for field in dataclasses.fields(BackupEntry) if f"`{field.name}`" not in text] == []
-    codes = re.findall(r'Reason\(\s*"([a-z-]+)"', Path(backup_module.__file__).read_text())
+    sources = [Path(str(module.__file__)).read_text() for module in (backup_module, backup_plan)]
+    codes = re.findall(r'Reason\(\s*"([a-z-]+)"', "".join(sources))
     assert len(codes) == 6
     assert [code for code in codes if f"`{code}`" not in text] == []

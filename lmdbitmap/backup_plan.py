@@ -1,0 +1,89 @@
+"""Which backup it will be: the one that was asked for, or the next best and why.
+
+    incremental, differential    a bitmap says what changed since the backup that it is stacked on
+    rescan                       no bitmap can, but that backup is there: the disk is compared with it
+    full                         everything
+
+A differential one is not replaced by a rescan: all those after it would have to read the whole disk as well, until
+there is another full one to count from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from lmdbitmap import chain
+from lmdbitmap.errors import FormatError, NotFound
+from lmdbitmap.manifest import MAX_TEXT_BYTES, BackupEntry, BackupType, Manifest, Reason, chain_to
+from lmdbitmap.repository import BackupFolder
+from lmdbitmap.schema import Checkpoint, Disk
+from lmdbitmap.store import Store
+
+
+class Plan(NamedTuple):
+    """One that is not full has a parent, and but for a rescan that one's checkpoint to count from."""
+
+    type_actual: BackupType
+    parent: BackupEntry | None = None
+    since: Checkpoint | None = None
+    reason: Reason | None = None
+
+
+def plan_for(store: Store, disk: Disk, folder: BackupFolder, manifest: Manifest, kind: BackupType) -> Plan:
+    """The highest rung that holds, for a disk whose backups are in `folder`."""
+    if kind is BackupType.FULL:
+        return Plan(BackupType.FULL)
+    parent = newest(manifest, full=kind is BackupType.DIFFERENTIAL)
+    if parent is None:
+        return Plan(BackupType.FULL, reason=Reason("no-earlier-backup", "no earlier backup"))
+    missing = _what_is_missing(folder, chain_to(manifest, parent.id))
+    if missing is not None:
+        return Plan(BackupType.FULL, reason=missing)
+    since = _checkpoint_of(store, disk, parent)
+    lost = _why_unknown(disk, parent, since)
+    if kind is BackupType.RESCAN:
+        return Plan(kind, parent)
+    if lost is None:
+        return Plan(kind, parent, since)
+    if kind is BackupType.DIFFERENTIAL:
+        return Plan(BackupType.FULL, reason=lost)
+    return Plan(BackupType.RESCAN, parent, reason=lost)
+
+
+def newest(manifest: Manifest, *, full: bool = False) -> BackupEntry | None:
+    """The newest backup, or the newest full one."""
+    entries = reversed(manifest.backups)
+    return next((entry for entry in entries if entry.type_actual is BackupType.FULL or not full), None)
+
+
+def _what_is_missing(folder: BackupFolder, images: Sequence[BackupEntry]) -> Reason | None:
+    try:
+        folder.check_images(images)
+    except NotFound as missing:
+        return Reason("image-missing", _printable(missing.problem))
+    except FormatError as changed:
+        return Reason("image-changed", _printable(changed.problem))
+    return None
+
+
+def _why_unknown(disk: Disk, parent: BackupEntry, since: Checkpoint | None) -> Reason | None:
+    if parent.epoch != disk.epoch:
+        return Reason("new-epoch", _printable(disk.epoch_reason))
+    if since is None:
+        words = f"checkpoint {parent.checkpoint.name} was forgotten"
+        return Reason("checkpoint-forgotten", _printable(words))
+    return None
+
+
+def _checkpoint_of(store: Store, disk: Disk, entry: BackupEntry) -> Checkpoint | None:
+    """The checkpoint that a backup holds, if the disk still has it."""
+    with store.read() as reader:
+        members = chain.epoch_chain(reader, disk)
+    return next((member for member in members if member.uuid == entry.checkpoint.uuid), None)
+
+
+def _printable(words: str) -> str:
+    """As a manifest can hold it: an epoch's reason may quote file names, which may be anything."""
+    shown = "".join(character if character.isprintable() else "?" for character in words)
+    return shown.encode(errors="replace")[:MAX_TEXT_BYTES].decode(errors="ignore") or "unknown"
