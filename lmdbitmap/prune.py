@@ -32,7 +32,7 @@ from lmdbitmap.extents import Trust
 from lmdbitmap.file_pool import FilePool
 from lmdbitmap.manifest import BackupEntry, BackupType, Manifest, Reason, chain_to
 from lmdbitmap.merge import View, write_merged
-from lmdbitmap.repository import BackupFolder, folders_of
+from lmdbitmap.repository import BackupFolder, known_backups_of
 from lmdbitmap.retention import Retention, kept
 from lmdbitmap.verify import require_sound
 
@@ -75,15 +75,14 @@ def prune(
     `dry_run` says what would be done and touches nothing. Raises `NotFound` without such a disk, `Busy` for a
     folder that somebody backs up to, `FormatError` for images that are not what they were when they were made.
     """
-    folders = folders_of(repository_path, names)
-    manifests = [folder.known_backups() for folder in folders]
+    known = known_backups_of(repository_path, names)
     if dry_run:
         return [
             _told(folder, manifest, None, kept(manifest.backups, keep, zone), time.monotonic())
-            for folder, manifest in zip(folders, manifests, strict=True)
+            for folder, manifest in known
         ]
-    report = Report(progress, sum(_bytes_to_copy(each, kept(each.backups, keep, zone)) for each in manifests))
-    return [_prune(folder, keep, zone, report) for folder in folders]
+    report = Report(progress, sum(_bytes_to_copy(each, kept(each.backups, keep, zone)) for _, each in known))
+    return [_prune(folder, keep, zone, report) for folder, _ in known]
 
 
 def _prune(folder: BackupFolder, keep: Retention, zone: tzinfo | None, report: Report) -> PruneResult:

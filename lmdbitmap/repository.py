@@ -360,6 +360,17 @@ def folders_of(repository_path: str | os.PathLike[str], names: Sequence[str] = (
     return [BackupFolder(repository_path, name) for name in names or known]
 
 
+def known_backups_of(
+    repository_path: str | os.PathLike[str], names: Sequence[str] = ()
+) -> list[tuple[BackupFolder, Manifest]]:
+    """The folders and backups of the disks called `names`, each of which must have some, or of all that have some."""
+    folders = folders_of(repository_path, names)
+    if names:
+        return [(folder, folder.known_backups()) for folder in folders]
+    found = [(folder, folder.manifest()) for folder in folders]
+    return [(folder, known) for folder, known in found if known is not None and known.backups]
+
+
 def sha256_of(fd: int, stopped: Callable[[], bool] = lambda: False) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal; of its beginning only, if `stopped` says so meanwhile."""
     digest, buffer, offset = hashlib.sha256(), bytearray(_HASHED_AT_ONCE), 0

@@ -23,7 +23,7 @@ from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import AlreadyExists, Busy, FormatError, InvalidArgument, NotFound, os_errors_at
 from lmdbitmap.file_copy import PIECE_BYTES, FileCopier
 from lmdbitmap.manifest import BackupEntry, Manifest
-from lmdbitmap.repository import BackupFolder, folders_of, sha256_of
+from lmdbitmap.repository import BackupFolder, known_backups_of, sha256_of
 
 _USE_ANOTHER = "look at it with `verify`, and get the file from another copy of the repository"
 
@@ -52,18 +52,17 @@ def copy_backups(
     `FormatError` for an image that is not what it was, `Busy` for a target that somebody writes to, and for a source
     that changes meanwhile. Disks before the one that failed are copied, and of that one the backups before.
     """
-    sources = folders_of(repository_path, names)
-    manifests = [source.known_backups() for source in sources]
+    known = known_backups_of(repository_path, names)
     if os.path.realpath(repository_path) == os.path.realpath(target_path):
         raise InvalidArgument(
             f"{os.path.abspath(target_path)} is where the backups are", next_step="name another folder"
         )
-    for source, manifest in zip(sources, manifests, strict=True):
+    for source, manifest in known:
         source.check_names(manifest.backups)
-    report = Report(progress, sum(entry.bytes_stored for each in manifests for entry in each.backups))
+    report = Report(progress, sum(entry.bytes_stored for _, each in known for entry in each.backups))
     return [
         _copy_disk(source, manifest, BackupFolder(target_path, source.disk_name), report)
-        for source, manifest in zip(sources, manifests, strict=True)
+        for source, manifest in known
     ]
 
 

@@ -6,7 +6,7 @@ are neither written nor read. See docs/qcow2.md.
 
 from __future__ import annotations
 
-from lmdbitmap.qcow2.chain import Layer, chain_extents, chain_read_into
+from lmdbitmap.qcow2.chain import chain_extents, chain_read_into
 from lmdbitmap.qcow2.compressing import CompressingWriter
 from lmdbitmap.qcow2.compression import Compression
 from lmdbitmap.qcow2.layout import (
@@ -28,7 +28,6 @@ __all__ = [
     "CompressionType",
     "Header",
     "Kind",
-    "Layer",
     "Qcow2Reader",
     "Qcow2Writer",
     "Run",

@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.qcow2.reader import Kind, Qcow2Reader, Run, joined
 
 
-class Layer(Protocol):
-    """What a chain is made of: a `Qcow2Reader`, or at the bottom something that stands for several."""
-
-    size: int
-    backing_file: str | None
-
-    def extents(self, offset: int, length: int) -> Iterator[Run]: ...
-
-
-def chain_extents(readers: Sequence[Layer], offset: int, length: int) -> Iterator[Run]:
+def chain_extents(readers: Sequence[Qcow2Reader], offset: int, length: int) -> Iterator[Run]:
     """Where each byte of the newest image comes from: stored in `readers[run.layer]`, or zero. Newest first.
 
     Past the end of a shorter backing image there are zeroes, whatever a still older one holds.
@@ -37,7 +27,7 @@ def chain_read_into(readers: Sequence[Qcow2Reader], buffer: memoryview, offset: 
         readers[run.layer].fill(buffer[run.offset - offset : run.end - offset], run)
 
 
-def _resolved(readers: Sequence[Layer], newest: Iterator[Run]) -> Iterator[Run]:
+def _resolved(readers: Sequence[Qcow2Reader], newest: Iterator[Run]) -> Iterator[Run]:
     """Follow unallocated runs down, with a stack of our own: a chain may be deeper than Python's calls."""
     stack = [(0, newest)]
     while stack:

@@ -185,3 +185,16 @@ def test_progress_counts_what_was_there_too(disk: BackedUpDisk) -> None:
     copy_backups(disk.folder / "backups", disk.folder / "copy", progress=lambda *news: told.append(news))
     total = sum(entry.bytes_stored for entry in disk.manifest().backups)
     assert told[-1] == (total, total)
+
+
+def test_a_disk_without_backups_yet_is_in_nobodys_way(disk: BackedUpDisk) -> None:
+    """As a first copy leaves it that was killed early."""
+    back_up(disk, FULL, INCREMENTAL)
+    empty = BackupFolder(disk.folder / "backups", "empty")
+    with empty.locked():
+        empty.replace_manifest(Manifest(disk.manifest().disk))
+    assert [result.disk for result in copy_backups(disk.folder / "backups", disk.folder / "copy")] == [NAME]
+    assert [result.disk for result in prune(disk.folder / "backups", keep=Retention(last=1))] == [NAME]
+    assert verify(disk.folder / "backups").is_sound
+    with pytest.raises(NotFound):
+        copy_backups(disk.folder / "backups", disk.folder / "copy", ["empty"])
