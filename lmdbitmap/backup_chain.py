@@ -8,12 +8,14 @@ caller's business.
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
+import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from lmdbitmap.device import DATA, HOLE, FileDevice
-from lmdbitmap.errors import FormatError, os_errors_at
+from lmdbitmap.errors import FormatError, InvalidArgument, os_errors_at
 from lmdbitmap.geometry import ceil_div, check_range
 from lmdbitmap.interfaces import Allocation, Buffer, joined
 from lmdbitmap.manifest import BackupEntry
@@ -34,9 +36,10 @@ class Image(NamedTuple):
 
 
 class BackupChain:
-    """A disk as it was at one backup. For one thread: the readers keep the table that they read last.
+    """A disk as it was at one backup: a `BlockDevice` that refuses what would change it. Make one with `opened`.
 
-    A `BlockDevice` that refuses what would change it. Make one with `opened`.
+    Safe for many threads. A reader keeps the table that it read last, so each thread has readers of its own;
+    the files and the first tables are shared.
     """
 
     fd = None
@@ -46,7 +49,8 @@ class BackupChain:
         self.images = images
         """Newest first, as a chain is read."""
         self.entry = images[0].entry
-        self._readers = [image.reader for image in images]
+        self._threads = threading.local()
+        self._closed = False
 
     @property
     def size(self) -> int:
@@ -55,10 +59,25 @@ class BackupChain:
 
     def extents(self, offset: int, length: int) -> Iterator[Run]:
         """Where each byte of the range is: stored in the file of `images[run.layer]`, or zero."""
-        check_range(offset, length, self.size)
+        self._check(offset, length)
         return chain_extents(self._readers, offset, length) if length else iter(())
 
+    @property
+    def _readers(self) -> Sequence[Qcow2Reader]:
+        """The calling thread's."""
+        try:
+            return self._threads.readers  # type: ignore[no-any-return]
+        except AttributeError:
+            self._threads.readers = [copy.copy(image.reader) for image in self.images]
+            return self._threads.readers  # type: ignore[no-any-return]
+
+    def _check(self, offset: int, length: int) -> None:
+        check_range(offset, length, self.size)
+        if self._closed:
+            raise OSError(errno.EBADF, "the backup is closed")
+
     def pread(self, length: int, offset: int) -> bytes:
+        self._check(offset, length)
         buffer = bytearray(length)
         self.pread_into(memoryview(buffer), offset)
         return bytes(buffer)
@@ -69,9 +88,7 @@ class BackupChain:
 
     def fill(self, buffer: memoryview, run: Run) -> None:
         """Fill `buffer` with the bytes of a run that `extents` told of."""
-        image = self.images[run.layer]
-        with os_errors_at(image.device.path):
-            image.reader.fill(buffer, run)
+        self._readers[run.layer].fill(buffer, run)
 
     def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
         return joined(
@@ -79,23 +96,30 @@ class BackupChain:
         )
 
     def pwrite(self, data: Buffer, offset: int) -> None:
-        raise _read_only_error()
+        self._refuse(offset, len(data))
 
     def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool = True, fast_only: bool = False
     ) -> None:
-        raise _read_only_error()
+        self._refuse(offset, length)
 
     def discard(self, offset: int, length: int) -> None:
-        raise _read_only_error()
+        self._refuse(offset, length)
+
+    def _refuse(self, offset: int, length: int) -> None:
+        """EPERM, because that is what an NBD server answers for the same thing."""
+        self._check(offset, length)
+        raise OSError(errno.EPERM, "a backup is read-only", self.images[0].device.path)
 
     def resize(self, size: int) -> None:
-        raise _read_only_error()
+        raise InvalidArgument("a backup has the size that it has", next_step="resize what it is restored to")
 
     def flush(self) -> None:
         """Nothing was written."""
+        self._check(0, 0)
 
     def close(self) -> None:
+        self._closed = True
         for image in self.images:
             image.device.close()
 
@@ -114,8 +138,7 @@ def opened(folder: BackupFolder, entries: Sequence[BackupEntry]) -> Iterator[Bac
         for entry, parent in zip(entries, parents, strict=False):
             path = folder.image_path(entry.file)
             device = stack.enter_context(FileDevice.open(path, read_only=True))
-            with os_errors_at(path):
-                images.append(Image(entry, device, image_reader(device, entry, parent)))
+            images.append(Image(entry, device, image_reader(_Named(device), entry, parent)))
         yield BackupChain(images[::-1])
 
 
@@ -123,6 +146,23 @@ class ImageSource(Source, Protocol):
     """An image's file, with the path that complaints name."""
 
     path: str
+
+
+class _Named:
+    """A file whose refusals say which one it is: a chain has many."""
+
+    def __init__(self, device: FileDevice) -> None:
+        self._device = device
+        self.path = device.path
+        self.size = device.size
+
+    def pread(self, length: int, offset: int) -> bytes:
+        with os_errors_at(self.path):
+            return self._device.pread(length, offset)
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        with os_errors_at(self.path):
+            self._device.pread_into(buffer, offset)
 
 
 def image_reader(device: ImageSource, entry: BackupEntry, parent: str | None) -> Qcow2Reader:
@@ -139,8 +179,3 @@ def image_reader(device: ImageSource, entry: BackupEntry, parent: str | None) ->
                 f"{device.path}: {what}", expected=str(expected), found=ascii(found), next_step=_USE_ANOTHER
             )
     return reader
-
-
-def _read_only_error() -> OSError:
-    """EPERM, because that is what an NBD server answers for the same thing."""
-    return OSError(errno.EPERM, "a backup is read-only")
