@@ -10,19 +10,20 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from lmdbitmap.device import DATA, HOLE, FileDevice
-from lmdbitmap.errors import FormatError, InvalidArgument, os_errors_at
+from lmdbitmap.errors import FormatError, InvalidArgument, NotFound, os_errors_at
 from lmdbitmap.geometry import ceil_div, check_range
 from lmdbitmap.interfaces import Allocation, Buffer, joined
-from lmdbitmap.manifest import BackupEntry
+from lmdbitmap.manifest import BackupEntry, chain_to
 from lmdbitmap.qcow2 import Qcow2Reader, Run, Source, chain_extents
 from lmdbitmap.qcow2.compression import require
 from lmdbitmap.qcow2.layout import SECTOR
-from lmdbitmap.repository import BackupFolder
+from lmdbitmap.repository import BackupFolder, disk_names
 
 _USE_ANOTHER = "use an earlier backup, or get the file from a copy of the repository"
 
@@ -122,6 +123,18 @@ class BackupChain:
         self._closed = True
         for image in self.images:
             image.device.close()
+
+
+def entries_at(folder: BackupFolder, at: str | None = None) -> Sequence[BackupEntry]:
+    """The chain of the backup with the id `at`, or of the newest one, the full one first. `NotFound` without it."""
+    manifest = folder.manifest() if os.path.isdir(folder.path) else None
+    if manifest is None or not manifest.backups:
+        known = ", ".join(disk_names(folder.repository_path)) or "none"
+        raise NotFound(
+            f"{folder.repository_path} has no backup of a disk called {os.path.basename(folder.path)!r}",
+            next_step=f"name another: it has backups of {known}",
+        )
+    return chain_to(manifest, at if at is not None else manifest.backups[-1].id)
 
 
 @contextlib.contextmanager

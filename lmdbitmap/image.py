@@ -36,6 +36,21 @@ def lasting_name(image: str) -> str:
     return _lasting_path(image)
 
 
+def is_same_image(one: str, other: str) -> bool:
+    """Whether two names lead to one image, links and other names of a device included."""
+    if is_far(one) or is_far(other):
+        return is_far(one) and is_far(other) and lasting_name(one) == lasting_name(other)
+    if os.path.realpath(one) == os.path.realpath(other):
+        return True
+    try:
+        here, there = os.stat(one), os.stat(other)
+    except (OSError, ValueError):
+        return False
+    if stat.S_ISBLK(here.st_mode) and stat.S_ISBLK(there.st_mode):
+        return here.st_rdev == there.st_rdev
+    return os.path.samestat(here, there)
+
+
 def _lasting_path(image: str) -> str:
     """A file without the links on the way; a block device as it was called.
 

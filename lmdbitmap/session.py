@@ -27,7 +27,7 @@ from lmdbitmap.errors import (
     os_errors_at,
 )
 from lmdbitmap.flushing import forget_unwritten, unflushed
-from lmdbitmap.image import is_far, lasting_name, open_image
+from lmdbitmap.image import is_far, is_same_image, lasting_name, open_image
 from lmdbitmap.interfaces import ImageIdentity, StoreMark, TrackableDevice
 from lmdbitmap.owner import Distrust, Owner
 from lmdbitmap.schema import Disk
@@ -350,7 +350,7 @@ def _sweep_owners(store: Store, writer: Writer) -> None:
 def _refuse_tracked(store: Store, image: str) -> None:
     with store.read() as reader:
         for other in reader.disks():
-            if os.path.realpath(other.image) == os.path.realpath(image):
+            if is_same_image(other.image, image):
                 raise AlreadyExists(
                     f"{image} is tracked already, as {other.name!r}", next_step="use that disk"
                 )

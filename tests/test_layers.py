@@ -85,6 +85,7 @@ FLOORS: dict[str, float] = {
     "rescan": 3.2,
     "pieces": 3,
     "digests": 3.1,
+    "proof": 3.2,
     "chain": 3.5,
     "standalone": 3.6,
     "mending": 3.6,
@@ -95,6 +96,8 @@ FLOORS: dict[str, float] = {
     "snapshot": 4.2,
     "changes": 4,
     "filter": 4.5,
+    "target": 4.6,
+    "putting_back": 4.7,
     # 5 jobs
     "nbd.contexts": 5,
     "nbd.dirty_contexts": 5.5,

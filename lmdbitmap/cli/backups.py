@@ -5,6 +5,8 @@ What they need is imported when they run: it would cost all other verbs a third 
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,6 +19,7 @@ from lmdbitmap.cli.output import progress, say, say_json
 from lmdbitmap.cli.quiesce import quiesced
 from lmdbitmap.cli.sizes import format_duration, format_size, format_time, iso_time
 from lmdbitmap.cli.streams import STDIN, StreamOptions, stream_in, stream_out
+from lmdbitmap.image import is_far
 from lmdbitmap.store import Store
 
 if TYPE_CHECKING:
@@ -187,18 +190,28 @@ def _backup_facts(result: BackupResult) -> dict[str, object]:
         "lmdbitmap restore /srv/backups sda sda-restored.raw",
         "lmdbitmap restore /srv/backups sda sda-restored.raw --at 3",
         "lmdbitmap restore - sda-received.raw",
+        "lmdbitmap restore /srv/backups sda /srv/images/sda.raw --in-place",
+        "lmdbitmap restore /srv/backups sda nbd://other-host/sda",
     ]
 )
 @click.argument("repository", metavar="REPO", type=_FOLDER)
 @click.argument("name", metavar="NAME")
 @click.argument("out", metavar="OUT", type=click.Path(), required=False)
 @click.option("--at", metavar="BACKUP", help="The number of the backup to go back to. [default: the newest]")
+@click.option(
+    "--in-place", is_flag=True,
+    help="OUT is there already, and only what differs is written to it. If it is the image of a disk that is tracked,"
+    " that goes through the tracker, and the disk's next backup is an increment.",
+)  # fmt: skip
 @click.pass_obj
-def restore(asked: Session, repository: str, name: str, out: str | None, at: str | None) -> None:
+def restore(
+    asked: Session, repository: str, name: str, out: str | None, at: str | None, in_place: bool
+) -> None:
     """Write a disk out as it was at a backup.
 
-    OUT is a new raw file, which will be sparse, or a block device of the disk's size. The backup is proven by
-    its digests on the way, and needs no store.
+    OUT is a new raw file, which will be sparse; or a block device or the URI of an NBD export, of the disk's size;
+    or, in place, any of these or a file that is there. The backup is proven by its digests: on the way to a new file,
+    before the first write to anything else. The store is only asked whether OUT is tracked.
 
     With - and OUT alone, standard input is a stream in the format of `rbd export-diff`. A full one makes a new
     file; a diff changes OUT, which is the disk that it counts from, in place.
@@ -214,18 +227,35 @@ def restore(asked: Session, repository: str, name: str, out: str | None, at: str
         raise click.UsageError("Missing argument 'OUT'.")
     from lmdbitmap.restore import restore as write_out
 
-    with progress(f"restoring {name}", shown=asked.shows_progress) as report:
-        result = write_out(repository, name, out, at=at, progress=report)
+    with contextlib.ExitStack() as opened:
+        store = opened.enter_context(Store.open(asked.store_path)) if _may_be_tracked(asked, out) else None
+        report = opened.enter_context(progress(f"restoring {name}", shown=asked.shows_progress))
+        result = write_out(repository, name, out, at=at, in_place=in_place, store=store, progress=report)
     if asked.as_json:
         say_json(_restore_facts(name, result))
-        return
+    else:
+        say(f"{out}: {name} as of {_restore_words(result, in_place)}")
+
+
+def _may_be_tracked(asked: Session, out: str) -> bool:
+    """Nothing else needs a store, and on a machine where backups are only kept there is none."""
+    return (is_far(out) or os.path.exists(out)) and os.path.isdir(asked.store_path)
+
+
+def _restore_words(result: RestoreResult, in_place: bool) -> str:
     entry = result.entry
-    words = [
-        f"{out}: {name} as of {format_time(entry.time_ns)} (backup {entry.id})",
-        f"{format_size(result.bytes_written)} of data on {format_size(entry.disk_size)}",
-        format_duration(result.seconds),
-    ]
-    say(" · ".join(words))
+    written, size = format_size(result.bytes_written), format_size(entry.disk_size)
+    words = [f"{format_time(entry.time_ns)} (backup {entry.id})"]
+    if in_place:
+        words += [
+            f"{written} written and {format_size(result.bytes_zeroed)} zeroed on {size}",
+            f"{format_size(result.bytes_read)} read to compare",
+        ]
+    else:
+        words += [f"{written} of data on {size}"]
+    if result.tracked is not None:
+        words += [f"tracked as {result.tracked}"]
+    return " · ".join([*words, format_duration(result.seconds)])
 
 
 def _restore_facts(name: str, result: RestoreResult) -> dict[str, object]:
@@ -236,5 +266,8 @@ def _restore_facts(name: str, result: RestoreResult) -> dict[str, object]:
         "time": iso_time(result.entry.time_ns),
         "size": result.entry.disk_size,
         "bytes_written": result.bytes_written,
+        "bytes_zeroed": result.bytes_zeroed,
+        "bytes_read": result.bytes_read,
+        "tracked": result.tracked,
         "seconds": round(result.seconds, 3),
     }

@@ -135,7 +135,7 @@ def test_a_restore_tells_what_it_wrote(cli: Cli, repository: Path) -> None:
     told = cli.json("restore", repository, "sda", out, "--store", cli.folder / "none")
     assert told == {
         "disk": "sda", "file": str(out), "backup": "1", "time": told["time"], "size": SIZE,
-        "bytes_written": MIB // 2, "seconds": told["seconds"],
+        "bytes_written": MIB // 2, "bytes_zeroed": 0, "bytes_read": 0, "tracked": None, "seconds": told["seconds"],
     }  # fmt: skip
     assert os.stat(out).st_blocks * 512 < SIZE, "sparse"
     out.unlink()
@@ -159,7 +159,72 @@ def test_what_cannot_be_restored_is_told(
 
 
 def test_nothing_is_overwritten(cli: Cli, repository: Path) -> None:
-    assert "exists, and is not empty" in cli.fails(1, "restore", repository, "sda", cli.folder / "sda.raw")
+    (cli.folder / "mine").write_bytes(b"mine")
+    said = cli.fails(1, "restore", repository, "sda", cli.folder / "mine")
+    assert said.endswith(
+        "exists, and is not empty; name a new file, remove that one, or say --in-place to write what differs into it"
+    )
+    assert (cli.folder / "mine").read_bytes() == b"mine"
+
+
+def test_a_tracked_image_is_not_restored_around_its_tracker(cli: Cli, repository: Path) -> None:
+    before = (cli.folder / "sda.raw").read_bytes()
+    link = cli.folder / "link"
+    link.symlink_to("sda.raw")
+    for name in ("sda.raw", "link"):
+        said = cli.fails(1, "restore", repository, "sda", cli.folder / name)
+        assert said == (
+            f"{cli.folder / name} is the image of disk 'sda', and its tracker would not know what was written to it;"
+            " say --in-place, which goes through the tracker, or name a new file"
+        )
+    assert (cli.folder / "sda.raw").read_bytes() == before
+
+
+def test_restored_in_place_through_the_tracker_the_chain_goes_on(cli: Cli, repository: Path) -> None:
+    image = cli.folder / "sda.raw"
+    first = image.read_bytes()
+    epoch = cli.json("ls")["disks"]
+    _write(cli, MIB, b"y" * 100)
+    _write(cli, 5 * MIB, b"y" * 100)
+    cli.ok("backup", "sda", repository)
+    told = cli.json("restore", repository, "sda", image, "--in-place", "--at", "1")
+    assert (told["tracked"], told["bytes_zeroed"], told["bytes_written"]) == ("sda", 8 * KIB, 0)
+    assert image.read_bytes() == first
+    [made] = cli.json("backup", "sda", repository)["backups"]
+    assert (made["type"], made["reason"], made["bytes_changed"]) == ("incremental", None, 128 * KIB)
+    assert _restored(cli, repository) == first
+    assert cli.json("ls")["disks"] == [{**one, "since": made["checkpoint"]} for one in epoch]
+
+
+def test_restored_in_place_it_says_what_was_read_and_written(cli: Cli, repository: Path) -> None:
+    out = cli.folder / "copy.raw"
+    cli.ok("restore", repository, "sda", out)
+    with open(out, "r+b") as file:
+        file.write(b"other")
+    said = cli.ok("restore", repository, "sda", out, "--in-place")
+    assert " · 4 KiB written and 0 B zeroed on 8 MiB · 512 KiB read to compare · " in said
+    assert _restored(cli, repository) == out.read_bytes()
+
+
+def test_a_served_disk_is_not_restored_in_place(cli: Cli, repository: Path) -> None:
+    with cli.serving("sda"):
+        said = cli.fails(4, "restore", repository, "sda", cli.folder / "sda.raw", "--in-place")
+    assert "attached by another process" in said
+    assert "stop whoever serves it" in said
+
+
+@requires("qemu-io")
+def test_through_the_export_of_a_served_disk_its_server_tracks_the_restore(
+    cli: Cli, repository: Path
+) -> None:
+    first = (cli.folder / "sda.raw").read_bytes()
+    with cli.serving("sda") as served:
+        write(served.uris["sda"], 3 * MIB, 64 * KIB)
+        told = cli.json("restore", repository, "sda", served.uris["sda"], "--in-place")
+        assert (told["tracked"], told["bytes_zeroed"]) == (None, 64 * KIB)
+    assert (cli.folder / "sda.raw").read_bytes() == first
+    [made] = cli.json("backup", "sda", repository)["backups"]
+    assert (made["type"], made["bytes_changed"]) == ("incremental", 64 * KIB)
 
 
 def test_a_backup_that_was_damaged_is_not_restored(cli: Cli, repository: Path) -> None:

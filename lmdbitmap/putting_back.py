@@ -1,0 +1,182 @@
+"""Puts a disk back onto something: run by run of a backup's chain, in one of two ways.
+
+- `Overwriting` looks at nothing: data is written, and what reads as zeroes is zeroed, unless all of the target is
+  zeroes yet. The kernel copies from file to file where it can, so that no byte passes through this program. One thread
+  does it: a second one only makes both wait for the same memory and disk.
+- `Comparing` reads the target first, and writes the pages that differ and no other. So a target that is nearly right
+  is hardly written, a tracked one has no more dirt than need be, and a restore that was killed goes on where it was.
+  Zeroes that the target knows of are not even read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Protocol
+
+from lmdbitmap.backup_chain import BackupChain
+from lmdbitmap.copier import Report
+from lmdbitmap.device import PAGE_BYTES, FileDevice
+from lmdbitmap.interfaces import Allocation
+from lmdbitmap.qcow2 import Kind, Run
+from lmdbitmap.target import Target
+
+_PIECE_BYTES = 8 << 20
+"""Copied by the kernel in one call, between two reports."""
+_CHUNK_BYTES = 1 << 20
+"""In our memory at once."""
+_COARSE_BYTES = 1 << 16
+_SECTION_BYTES = 1 << 30
+"""Of zeroes, asked about and zeroed at once."""
+_ZEROES = bytes(_CHUNK_BYTES)
+
+
+class PuttingBack(Protocol):
+    """`bytes_read` are the target's; `bytes_written` were data and `bytes_zeroed` zeroes that it did not have."""
+
+    bytes_read: int
+    bytes_written: int
+    bytes_zeroed: int
+
+    def put(self, run: Run) -> None: ...
+
+
+class Overwriting:
+    """Writes all of the target; what it held before does not matter."""
+
+    def __init__(self, chain: BackupChain, target: Target, report: Report) -> None:
+        self._chain = chain
+        self._target = target
+        self._report = report
+        self._buffer = memoryview(bytearray(_CHUNK_BYTES))
+        self._kernel_can = target.fd is not None
+        self.bytes_read = self.bytes_written = self.bytes_zeroed = 0
+
+    def put(self, run: Run) -> None:
+        if run.kind is Kind.ZERO:
+            if not self._target.is_fresh:
+                self._zero(run)
+            self._report.advance(run.length)
+        else:
+            self._copy(run)
+
+    def _zero(self, run: Run) -> None:
+        for offset, part in _allocation(self._target, run):
+            if not part.zero:
+                self._target.write_zeroes(offset, part.length)
+                self.bytes_zeroed += part.length
+
+    def _copy(self, run: Run) -> None:
+        offset = run.offset
+        while offset < run.end:
+            copied = self._copy_in_kernel(run, offset) or self._copy_by_hand(offset, run.end)
+            offset += copied
+            self._report.advance(copied)
+        self.bytes_written += run.length
+
+    def _copy_in_kernel(self, run: Run, offset: int) -> int:
+        """How many bytes the kernel copied: 0 where it cannot, or where copying by hand will tell why not."""
+        if not self._kernel_can or run.kind is not Kind.DATA:
+            return 0
+        source, target = self._chain.images[run.layer].device, self._target.fd
+        assert target is not None
+        try:
+            return _copy_file_range(source, target, run, offset)
+        except OSError:
+            self._kernel_can = False
+            return 0
+
+    def _copy_by_hand(self, offset: int, end: int) -> int:
+        piece = self._buffer[: end - offset]
+        self._chain.pread_into(piece, offset)
+        self._target.write_many([(offset, piece)])
+        return len(piece)
+
+
+def _copy_file_range(source: FileDevice, target: int, run: Run, offset: int) -> int:
+    assert source.fd is not None
+    length = min(_PIECE_BYTES, run.end - offset)
+    return os.copy_file_range(source.fd, target, length, run.host_offset + offset - run.offset, offset)
+
+
+class Comparing:
+    """Writes what differs."""
+
+    def __init__(self, chain: BackupChain, target: Target, report: Report) -> None:
+        self._chain = chain
+        self._target = target
+        self._report = report
+        self._wanted, self._present = bytearray(_CHUNK_BYTES), bytearray(_CHUNK_BYTES)
+        self.bytes_read = self.bytes_written = self.bytes_zeroed = 0
+
+    def put(self, run: Run) -> None:
+        if run.kind is not Kind.ZERO:
+            for offset, length in _pieces(run.offset, run.end, _CHUNK_BYTES):
+                self._mend_data(offset, length)
+            return
+        for offset, part in _allocation(self._target, run):
+            if part.zero:
+                self._report.advance(part.length)
+            else:
+                self._mend_zeroes(offset, offset + part.length)
+
+    def _mend_data(self, offset: int, length: int) -> None:
+        wanted = memoryview(self._wanted)[:length]
+        self._chain.pread_into(wanted, offset)
+        self._read(offset, length)
+        writes = [
+            (offset + start, wanted[start:stop])
+            for start, stop in differences(self._wanted, self._present, length)
+        ]
+        self._target.write_many(writes)
+        self.bytes_written += sum(len(data) for _, data in writes)
+        self._report.advance(length)
+
+    def _mend_zeroes(self, offset: int, end: int) -> None:
+        for start, length in _pieces(offset, end, _CHUNK_BYTES):
+            self._read(start, length)
+            for first, stop in differences(_ZEROES, self._present, length):
+                self._target.write_zeroes(start + first, stop - first)
+                self.bytes_zeroed += stop - first
+            self._report.advance(length)
+
+    def _read(self, offset: int, length: int) -> None:
+        self._target.pread_into(memoryview(self._present)[:length], offset)
+        self.bytes_read += length
+
+
+def _allocation(target: Target, run: Run) -> Iterator[tuple[int, Allocation]]:
+    """(offset, part) of all of a run."""
+    for section, length in _pieces(run.offset, run.end, _SECTION_BYTES):
+        offset = section
+        for part in target.allocation(section, length):
+            yield offset, part
+            offset += part.length
+
+
+def _pieces(offset: int, end: int, most: int) -> Iterator[tuple[int, int]]:
+    """[offset, end) as (offset, length) of pieces that end on multiples of `most`."""
+    while offset < end:
+        stop = min(end, offset - offset % most + most)
+        yield offset, stop - offset
+        offset = stop
+
+
+def differences(one: bytes | bytearray, other: bytes | bytearray, length: int) -> Iterator[tuple[int, int]]:
+    """Ranges (start, stop) of the first `length` bytes, in whole pages but for the last, that differ; none touch."""
+    if one == other or not length:
+        return
+    begun = None
+    for coarse in range(0, length, _COARSE_BYTES):
+        end = min(coarse + _COARSE_BYTES, length)
+        alike = one[coarse:end] == other[coarse:end]
+        for page in range(coarse, end, end - coarse if alike else PAGE_BYTES):
+            stop = min(page + PAGE_BYTES, end)
+            if alike or one[page:stop] == other[page:stop]:
+                if begun is not None:
+                    yield begun, page
+                    begun = None
+            elif begun is None:
+                begun = page
+    if begun is not None:
+        yield begun, length

@@ -1,0 +1,274 @@
+"""What a restore writes into, and what it refuses before it touches anything.
+
+| target | is opened | what it held before |
+|---|---|---|
+| a new file | as `*.partial`, renamed at the end | nothing: all of it reads as zeroes |
+| a block device, an export of an NBD server | for writing, of the disk's size | does not matter, or is compared |
+| a file, in place | for writing, of the disk's size | is compared |
+| the image of a disk that is tracked, in place | by attaching the disk | is compared, and what changes becomes dirty |
+
+An image that is tracked is never written but through its tracker: the backup after the restore would not know of it, or
+be a full one. A size is the disk's, or that rounded up to a sector, of which the rest is zeroed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from lmdbitmap import files, kernel
+from lmdbitmap.backup_chain import BackupChain
+from lmdbitmap.device import FileDevice
+from lmdbitmap.errors import AlreadyExists, InvalidArgument, NotFound, StorageError, os_errors_at
+from lmdbitmap.filter import Filter
+from lmdbitmap.geometry import ceil_div
+from lmdbitmap.image import is_far, is_same_image
+from lmdbitmap.interfaces import Allocation, BlockDevice, FarAway
+from lmdbitmap.lane import FilterLane, WritesTogether
+from lmdbitmap.nbd.client import NbdDevice
+from lmdbitmap.qcow2.layout import SECTOR
+from lmdbitmap.repository import BackupFolder
+from lmdbitmap.schema import Disk
+from lmdbitmap.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """An open target. For one thread; its own refusals are raised as errors that name `place`."""
+
+    place: str
+    device: BlockDevice
+    is_fresh: bool = False
+    """Whether all of it reads as zeroes yet."""
+    fd: int | None = None
+    """Where the kernel may copy to; None where a write has to be told to somebody."""
+    lane: FilterLane | None = None
+    disk: str | None = None
+    """The name of the disk that is tracked here."""
+
+    @property
+    def size(self) -> int:
+        return self.device.size
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        with self._refusals():
+            self.device.pread_into(buffer, offset)
+
+    def write_many(self, writes: Sequence[tuple[int, memoryview]]) -> None:
+        """Write all (offset, data) pairs, or raise."""
+        with self._refusals():
+            if self.lane is not None:
+                for code in self.lane.write_many(writes).values():
+                    raise OSError(code, os.strerror(code))
+            elif isinstance(self.device, WritesTogether):
+                for failure in self.device.pwrite_many(writes).values():
+                    raise failure
+            else:
+                for offset, data in writes:
+                    self.device.pwrite(data, offset)
+
+    def write_zeroes(self, offset: int, length: int) -> None:
+        with self._refusals():
+            (self.lane or self.device).write_zeroes(offset, length)
+
+    def allocation(self, offset: int, length: int) -> list[Allocation]:
+        """A part of a disk at a time, as all of it is held in memory."""
+        with self._refusals():
+            return list(self.device.allocation(offset, length))
+
+    def flush(self) -> None:
+        with self._refusals():
+            (self.lane or self.device).flush()
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            with os_errors_at(self.place):
+                yield
+        except StorageError as failure:
+            if isinstance(failure.__cause__, FarAway):
+                raise StorageError(
+                    self.place, failure.__cause__, next_step="see to its server, and restore again"
+                ) from failure
+            raise
+
+
+@contextlib.contextmanager
+def opened_target(
+    out: str, folder: BackupFolder, chain: BackupChain, *, in_place: bool, store: Store | None
+) -> Iterator[Target]:
+    """Open what `out` names for the disk of `chain`. What was flushed is durable after the block.
+
+    A path or an NBD URI. `store` is asked whether it is the image of a disk that is tracked. Raises
+    `AlreadyExists`, `NotFound`, `InvalidArgument` for what does not fit, `Busy` for what is in use.
+    """
+    _refuse_sources(out, folder, chain)
+    with _opener(out, in_place, store)(chain.size) as target:
+        if target.size not in (chain.size, ceil_div(chain.size, SECTOR) * SECTOR):
+            raise _other_size(target, chain.size)
+        yield target
+
+
+def _opener(out: str, in_place: bool, store: Store | None) -> Callable[[int], AbstractContextManager[Target]]:
+    tracked = None if store is None else _disk_at(store, out)
+    if store is not None and tracked is not None:
+        if in_place:
+            return lambda size: _tracked(store, tracked, out)
+        if is_far(out) or os.path.exists(out):
+            raise _is_tracked(out, tracked)
+    if is_far(out):
+        return lambda size: _far(out)
+    if _is_block_device(out):
+        return lambda size: _device(out)
+    return (lambda size: _existing_file(out)) if in_place else (lambda size: _new_file(out, size))
+
+
+# --- what is refused ---
+
+
+def _refuse_sources(out: str, folder: BackupFolder, chain: BackupChain) -> None:
+    """Raise `InvalidArgument` for what would destroy the backup, or be taken for one."""
+    if is_far(out):
+        return
+    inside = os.path.join(os.path.realpath(folder.repository_path), "")
+    if os.path.realpath(out).startswith(inside):
+        raise InvalidArgument(
+            f"{out} is inside of the repository {folder.repository_path}",
+            next_step="name a place outside of it",
+        )
+    for image in chain.images:
+        if is_same_image(image.device.path, out):
+            raise InvalidArgument(
+                f"{out} is the backup {image.device.path} itself", next_step="name another file"
+            )
+    if _carries(out, folder.path):
+        raise InvalidArgument(
+            f"the repository {folder.repository_path} lies on a file system inside {out}",
+            next_step="restore to another place, or from a copy of the repository that lies elsewhere",
+        )
+
+
+def _carries(out: str, path: str) -> bool:
+    try:
+        return kernel.is_kept_in(path, out)
+    except (OSError, ValueError):
+        return False  # no such image, or no path: whoever opens it says so
+
+
+def _disk_at(store: Store, out: str) -> Disk | None:
+    with store.read() as reader:
+        return next((disk for disk in reader.disks() if is_same_image(disk.image, out)), None)
+
+
+def _is_tracked(out: str, disk: Disk) -> AlreadyExists:
+    return AlreadyExists(
+        f"{out} is the image of disk {disk.name!r}, and its tracker would not know what was written to it",
+        next_step="say --in-place, which goes through the tracker, or name a new file",
+    )
+
+
+def _other_size(target: Target, size: int) -> InvalidArgument:
+    if target.disk is not None:
+        step = f"make the image that long (truncate --size={size}), and `lmdbitmap adopt {target.disk}`"
+    elif isinstance(target.device, FileDevice) and not target.device.is_block_device:
+        step = f"make it that long first (truncate --size={size}), or name a new file"
+    else:
+        step = "name one of that size, or a new file"
+    return InvalidArgument(f"{target.place} has {target.size} bytes, and the disk had {size}", next_step=step)
+
+
+def _is_block_device(path: str) -> bool:
+    with os_errors_at(path):
+        return os.path.exists(path) and stat.S_ISBLK(os.stat(path).st_mode)
+
+
+def _require_free(path: str) -> None:
+    if os.path.isdir(path):
+        raise InvalidArgument(f"{path} is a folder", next_step="name a new file in it")
+    if os.path.exists(path) and os.path.getsize(path) > 0:
+        raise AlreadyExists(
+            f"{path} exists, and is not empty",
+            next_step="name a new file, remove that one, or say --in-place to write what differs into it",
+        )
+
+
+# --- what is opened ---
+
+
+@contextlib.contextmanager
+def _tracked(store: Store, disk: Disk, out: str) -> Iterator[Target]:
+    """Detached at the end, also after a failure: what was written until then is dirty."""
+    with Filter.attach(store, disk.name) as attached:
+        yield Target(out, attached, lane=attached.lane(), disk=disk.name)
+
+
+@contextlib.contextmanager
+def _far(uri: str) -> Iterator[Target]:
+    with NbdDevice.open(uri) as device:
+        yield Target(uri, device)
+
+
+@contextlib.contextmanager
+def _device(path: str) -> Iterator[Target]:
+    with FileDevice.open(path) as device:
+        yield Target(path, device, fd=device.fd)
+
+
+@contextlib.contextmanager
+def _existing_file(path: str) -> Iterator[Target]:
+    if not os.path.exists(path):
+        raise NotFound(f"{path} does not exist", next_step="leave out --in-place to make it")
+    with FileDevice.open(path) as device:
+        yield Target(path, device)
+        if not _leads_to(path, device.fd):
+            raise NotFound(f"{path} was removed or replaced while it was written", next_step="restore again")
+
+
+@contextlib.contextmanager
+def _new_file(path: str, size: int) -> Iterator[Target]:
+    _require_free(path)
+    with _taken_away_on_failure(path) as watched, files.replacing(path) as file:
+        watched(file.fileno())
+        with os_errors_at(path):
+            os.ftruncate(file.fileno(), size)
+        device = FileDevice(path, file.fileno(), read_only=False)
+        yield Target(path, device, is_fresh=True, fd=device.fd)
+        _require_free(path)  # again: a restore may take hours
+
+
+@contextlib.contextmanager
+def _taken_away_on_failure(path: str) -> Iterator[Callable[[int], None]]:
+    """A file that got its name, but perhaps not durably, must not be in the way of the next restore.
+
+    Only the file of the descriptor that is given to the block's function: it is held open, so that no other
+    file can have its number.
+    """
+    with contextlib.ExitStack() as held:
+        fds: list[int] = []
+
+        def watch(fd: int) -> None:
+            fds.append(os.dup(fd))
+            held.callback(os.close, fds[-1])
+
+        try:
+            yield watch
+        except BaseException:
+            with contextlib.suppress(OSError):
+                if fds and _leads_to(path, fds[0]):
+                    os.unlink(path)
+            raise
+
+
+def _leads_to(path: str, fd: int | None) -> bool:
+    """Whether a path is the name of an open file."""
+    try:
+        return fd is not None and os.path.samestat(os.fstat(fd), os.stat(path))
+    except OSError as gone:
+        if gone.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EBADF):
+            raise
+        return False
