@@ -450,6 +450,30 @@ def restoring_to_a_device(tracked: BackedUpDisk) -> Life:
     yield "restored"
 
 
+def restoring_in_place(tracked: BackedUpDisk) -> Life:
+    """A copy of the disk that nobody tracks, written all over since, also where it was zero."""
+    tracked.zero(200 * BLOCK, 64 * BLOCK)
+    _backed_up(tracked, 2)
+    content = bytearray(tracked.content())
+    for block in (10, 100, 150, 210, 240, 390):
+        content[block * BLOCK : (block + 1) * BLOCK] = b"?" * BLOCK
+    (tracked.folder / "copy.raw").write_bytes(content)
+    yield GROWN_UP
+    restore(_repository(tracked), NAME, tracked.folder / "copy.raw", in_place=True)
+    yield "restored"
+
+
+def restoring_what_is_tracked(tracked: BackedUpDisk) -> Life:
+    """Back to the first of two backups, through the tracker."""
+    tracked.zero(200 * BLOCK, 64 * BLOCK)
+    _backed_up(tracked, 2)
+    for block in (10, 150, 210, 240, 390):
+        tracked.write(b"?" * BLOCK, block * BLOCK)
+    yield GROWN_UP
+    restore(_repository(tracked), NAME, tracked.image, at="1", in_place=True, store=tracked.store)
+    yield "restored"
+
+
 # --- streams ---
 
 
@@ -508,7 +532,7 @@ def _written_since_start(tracked: BackedUpDisk) -> None:
 
 ARCHIVE_LIVES = (
     backing_up_first, backing_up, backing_up_compressed, backing_up_full, backing_up_two,
-    restoring, restoring_by_hand, restoring_to_a_device, streaming, receiving, receiving_a_diff,
+    restoring, restoring_by_hand, restoring_to_a_device, restoring_in_place, restoring_what_is_tracked, streaming, receiving, receiving_a_diff,
     pruning, thinning, merging, copying, copying_first,
 )  # fmt: skip
 LIVES: dict[str, Callable[[BackedUpDisk], Life]] = {

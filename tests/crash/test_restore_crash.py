@@ -1,4 +1,7 @@
-"""A restore killed at any step: its name is not there, or what it names is whole; and it can be had again."""
+"""A restore killed at any step: its name is not there, or what it names is whole; and it can be had again.
+
+Of one that goes through a tracker, the next increment has whatever it changed.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from lmdbitmap import chain
+from lmdbitmap.backup import backup
 from lmdbitmap.errors import AlreadyExists
+from lmdbitmap.manifest import BackupType
 from lmdbitmap.restore import restore
+from lmdbitmap.store import Store
 from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.crash.dying import Death, Deaths
 from tests.crash.lives import BLOCK, FEW_BLOCKS
@@ -49,3 +56,36 @@ def test_a_killed_restore_onto_a_block_device_is_done_by_doing_it_again(deaths: 
         last = deaths("restoring_to_a_device", side_by_side=1)[-1]
         assert (last.step, last.told) == ("at the end", ("restored",))
         assert node.read_bytes() == (last.folder / "2.raw").read_bytes()
+
+
+def test_a_killed_restore_in_place_is_done_by_doing_it_again(deaths: Deaths) -> None:
+    """Some are killed when a part is written; what is right by then is not written again."""
+    written = []
+    for death in deaths("restoring_in_place"):
+        copy = death.folder / "copy.raw"
+        again = restore(death.folder / "backups", NAME, copy, in_place=True)
+        written.append(again.bytes_written + again.bytes_zeroed)
+        assert copy.read_bytes() == (death.folder / "2.raw").read_bytes(), death
+        assert again.bytes_written == 0 or not death.told, death
+    assert len(set(written)) >= 3, "killed with nothing, a part and all of it written"
+    assert written[-1] == 0
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_whatever_a_killed_restore_changed_is_in_the_next_increment(deaths: Deaths, again: bool) -> None:
+    """Through the tracker: the epoch stays, and the backup is right whether the restore is done again or not."""
+    survivors = set()
+    for death in deaths("restoring_what_is_tracked"):
+        image, repository = death.folder / "disk.raw", death.folder / "backups"
+        survivors.add(image.read_bytes())
+        with Store.open(str(death.folder / "store")) as store:
+            with store.read() as reader:
+                epoch = chain.find_disk(reader, NAME).epoch
+            if again:
+                restore(repository, NAME, image, at="1", in_place=True, store=store)
+                assert image.read_bytes() == (death.folder / "1.raw").read_bytes(), death
+            [made] = backup(store, [NAME], repository)
+        assert (made.entry.type_actual, made.entry.epoch) == (BackupType.INCREMENTAL, epoch), death
+        restore(repository, NAME, death.folder / "out.raw")
+        assert (death.folder / "out.raw").read_bytes() == image.read_bytes(), death
+    assert len(survivors) >= 3, "killed with nothing, a part and all of it written"
