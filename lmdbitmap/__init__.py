@@ -22,6 +22,7 @@ from lmdbitmap.version import __version__
 if TYPE_CHECKING:
     from lmdbitmap.backup import BackupResult
     from lmdbitmap.backup import backup as back_up
+    from lmdbitmap.backup_chain import BackupChain, open_backup
     from lmdbitmap.changes import Changes, Standing
     from lmdbitmap.changes import changes as changes_of
     from lmdbitmap.check import Finding, Gravity, check_store
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "AlreadyExists": "errors",
     "AppliedResult": "stream_restore",
+    "BackupChain": "backup_chain",
     "BackupResult": "backup",
     "BackupType": "manifest",
     "Busy": "errors",
@@ -107,6 +109,7 @@ _HOMES = {
     "inspect_file": "export",
     "keep_changes": "export",
     "prune_backups": "prune",
+    "open_backup": "backup_chain",
     "remove": "session",
     "restore_backup": "restore",
     "stream_backup": "stream",
@@ -126,6 +129,7 @@ _OTHER_NAMES = {
 __all__ = [
     "AlreadyExists",
     "AppliedResult",
+    "BackupChain",
     "BackupResult",
     "BackupType",
     "Busy",
@@ -168,6 +172,7 @@ __all__ = [
     "import_file",
     "inspect_file",
     "keep_changes",
+    "open_backup",
     "prune_backups",
     "remove",
     "restore_backup",

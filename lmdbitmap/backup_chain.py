@@ -138,6 +138,16 @@ def entries_at(folder: BackupFolder, at: str | None = None) -> Sequence[BackupEn
 
 
 @contextlib.contextmanager
+def open_backup(
+    repository_path: str | os.PathLike[str], name: str, at: str | None = None
+) -> Iterator[BackupChain]:
+    """The disk called `name` as it was at the backup with the id `at`, or at the newest one."""
+    folder = BackupFolder(repository_path, name)
+    with opened(folder, entries_at(folder, at)) as chain:
+        yield chain
+
+
+@contextlib.contextmanager
 def opened(folder: BackupFolder, entries: Sequence[BackupEntry]) -> Iterator[BackupChain]:
     """The chain of `entries`, the full one first; nobody writes to its images in the block.
 

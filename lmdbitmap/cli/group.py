@@ -9,6 +9,7 @@ from lmdbitmap.cli.bitmaps import export, import_, inspect
 from lmdbitmap.cli.changed import changes
 from lmdbitmap.cli.disks import add, info, ls, rm
 from lmdbitmap.cli.metrics import metrics
+from lmdbitmap.cli.mount import mount
 from lmdbitmap.cli.options import STORE_VARIABLE, default_store, new_session
 from lmdbitmap.cli.points import adopt, checkpoint, forget, mark, release, snapshot
 from lmdbitmap.cli.repositories import copy, prune, verify
@@ -64,6 +65,7 @@ _VERBS = (
     verify,
     prune,
     copy,
+    mount,
     export,
     import_,
     inspect,

@@ -1,4 +1,4 @@
-"""Where `serve` listens: sockets that a service manager passed, TCP addresses, and who may open a socket file."""
+"""Where verbs that serve listen: passed sockets, TCP addresses, socket files and who may open them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _FOR_OTHERS = 0o007
 
 
 class Places:
-    """All places where clients find us; `passed` are descriptors, `tls` is for those who come over TCP."""
+    """All places where clients find us; `passed` are descriptors, `tls` is for those who come over TCP.
+
+    `insecure` says that other hosts may reach what has no TLS.
+    """
 
     def __init__(
         self,
@@ -27,7 +30,10 @@ class Places:
         address: tuple[str, int] | None,
         passed: range,
         tls: str | None,
+        *,
+        insecure: bool = False,
     ) -> None:
+        self.insecure = insecure
         self._socket = socket
         self._address = address
         self._passed = passed

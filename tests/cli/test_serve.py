@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.cli.serve import _Ending
+from lmdbitmap.cli.serving import Ending
 from lmdbitmap.device import FileDevice
 from lmdbitmap.nbd.server import Server
 from tests.cli.conftest import MIB, SIZE, Cli
@@ -82,7 +82,7 @@ def test_signals_end_it_cleanly_even_when_sent_twice(cli: Cli, number: signal.Si
 
 def test_a_signal_that_comes_before_there_is_a_server_ends_it_too() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with contextlib.suppress(KeyError), _Ending() as ending:
+    with contextlib.suppress(KeyError), Ending() as ending:
         signal.raise_signal(signal.SIGTERM)
         server = Server({})
         ending.ends(server)

@@ -532,7 +532,8 @@ def _written_since_start(tracked: BackedUpDisk) -> None:
 
 ARCHIVE_LIVES = (
     backing_up_first, backing_up, backing_up_compressed, backing_up_full, backing_up_two,
-    restoring, restoring_by_hand, restoring_to_a_device, restoring_in_place, restoring_what_is_tracked, streaming, receiving, receiving_a_diff,
+    restoring, restoring_by_hand, restoring_to_a_device, restoring_in_place, restoring_what_is_tracked,
+    streaming, receiving, receiving_a_diff,
     pruning, thinning, merging, copying, copying_first,
 )  # fmt: skip
 LIVES: dict[str, Callable[[BackedUpDisk], Life]] = {

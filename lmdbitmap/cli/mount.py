@@ -1,0 +1,91 @@
+"""The verb `mount`: a disk as it was at a backup, over NBD and read-only, until a signal asks for the end.
+
+Of a large chain a few files are wanted, and at once: so the digests, for which all of it is read, are proven only where
+that is asked for. Tables are checked as they are read in any case, and what does not fit is an error for the client.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+import click
+
+from lmdbitmap.cli import logs
+from lmdbitmap.cli.options import Session, verb
+from lmdbitmap.cli.places import Places
+from lmdbitmap.cli.serving import Ending, announce, listening, logging_as_asked
+from lmdbitmap.errors import LmdbitmapError
+from lmdbitmap.nbd.server import Server
+from lmdbitmap.nbd.supervisor import Supervisor
+from lmdbitmap.plain import PlainDisk
+
+log = logging.getLogger(__name__)
+
+
+@verb(
+    examples=[
+        "lmdbitmap mount /srv/backups sda --socket /run/sda-backup.sock",
+        "lmdbitmap mount /srv/backups sda --at 3 --listen 127.0.0.1:10809 --verify",
+    ]
+)
+@click.argument("repository", metavar="REPO", type=click.Path(file_okay=False))
+@click.argument("name")
+@click.option("--at", metavar="BACKUP", help="The number of the backup to look at. [default: the newest]")
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Prove the backup by its digests before the first client is let in, for which all of it is read. Without it"
+    " only its tables are checked, as they are needed.",
+)
+@listening("read the disk")
+@logging_as_asked
+@click.pass_obj
+def mount(
+    asked: Session,
+    repository: str,
+    name: str,
+    at: str | None,
+    verify: bool,
+    places: Places,
+    log_style: str,
+    verbose: bool,
+) -> None:
+    """Serve a disk as it was at a backup, read-only.
+
+    So a single file of it can be fetched, with guestfish, nbdcopy or nbd-client. The disk is exported over NBD under
+    its name, and as the default export. Prints `ready` and the URIs once clients can connect; SIGTERM or Ctrl-C ends
+    it. It needs no store, and changes nothing.
+    """
+    from lmdbitmap.backup_chain import open_backup
+    from lmdbitmap.proof import prove
+
+    logs.choose(log_style, verbose=verbose)
+    supervisor = Supervisor(os.environ.pop("NOTIFY_SOCKET", ""))
+    with Ending() as ending, open_backup(repository, name, at) as chain:
+        if verify:
+            prove(chain.images, lambda: ending.is_wished)
+        else:
+            log.warning("disk %s: its data is served unproven; --verify compares the digests first", name)
+        with _served(Server({name: PlainDisk(chain)})) as server:
+            places.open_all(server)
+            ending.ends(server)
+            if not ending.is_wished:
+                announce(asked, server.uris)
+                supervisor.tell("READY=1")
+            server.serve_forever()
+            supervisor.tell("STOPPING=1")
+
+
+@contextlib.contextmanager
+def _served(server: Server) -> Iterator[Server]:
+    try:
+        yield server
+    finally:
+        if not server.stop():
+            raise LmdbitmapError(
+                "a request hangs in the backup's files",
+                next_step="see why their disk does not answer (dmesg)",
+            )

@@ -1,0 +1,168 @@
+"""What the verbs that serve share: where they listen, how they tell that they are ready, how they end.
+
+A signal is only ever a wish: the second one, or the tenth, finds it wished already and interrupts nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, TypeAlias
+
+import click
+
+from lmdbitmap.cli.logs import HUMAN, STYLES, VARIABLE
+from lmdbitmap.cli.options import Session, utf8_path
+from lmdbitmap.cli.output import say
+from lmdbitmap.cli.places import Places, group_id, host_and_port, is_loopback, passed_sockets, socket_mode
+from lmdbitmap.errors import InvalidArgument
+from lmdbitmap.nbd.server import Server
+
+Function: TypeAlias = Callable[..., Any]
+_ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def listening(power: str) -> Callable[[Function], Function]:
+    """Add the options that say where to listen; the verb gets them as `places`. `power` is what a client may do."""
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def with_places(*arguments: Any, **options: Any) -> Any:
+            own = {name: options.pop(name) for name in _OPTIONS}
+            return function(*arguments, places=_places(power, **own), **options)
+
+        made: Function = with_places
+        for option in _listening_options(power):
+            made = option(made)
+        return made
+
+    return decorate
+
+
+_OPTIONS = ("socket", "socket_mode", "socket_group", "listen", "tls", "insecure")
+
+
+def _listening_options(power: str) -> list[Callable[[Function], Function]]:
+    """Last one first, as decorators are applied."""
+    return [
+        click.option(
+            "--insecure",
+            is_flag=True,
+            help=f"Listen without TLS where other hosts can reach it: whoever connects may {power}.",
+        ),
+        click.option(
+            "--tls",
+            metavar="FOLDER",
+            type=utf8_path,
+            help="Of those who come over TCP, serve only clients with a certificate: ca-cert.pem, server-cert.pem and"
+            " server-key.pem are in that folder, as QEMU has them.",
+        ),
+        click.option(
+            "--listen",
+            metavar="HOST:PORT",
+            help="Serve at this TCP address; port 0 is any that is free.",
+        ),
+        click.option("--socket-group", metavar="GROUP", type=group_id, help="The group that they are for."),
+        click.option(
+            "--socket-mode", metavar="MODE", type=socket_mode,
+            help="Permissions of that socket, in octal: 0660 lets a group in. [default: 0600]",
+        ),
+        click.option(
+            "--socket", metavar="PATH", type=utf8_path, help="Serve at this unix socket, for its owner only."
+        ),
+    ]  # fmt: skip
+
+
+def logging_as_asked(function: Function) -> Function:
+    """Add the options `log_style` and `verbose`."""
+    with_verbose = click.option(
+        "--verbose", is_flag=True, help="Also log clients that come and go, and checkpoints."
+    )(function)
+    return click.option(
+        "--log", "log_style", type=click.Choice(STYLES), envvar=VARIABLE, show_envvar=True,
+        default=HUMAN, show_default=True,
+        help="Write the log on stderr as sentences, or as one JSON object a line, which also tells what --verbose"
+        " does.",
+    )(with_verbose)  # fmt: skip
+
+
+def _places(
+    power: str,
+    *,
+    socket: str | None,
+    socket_mode: int | None,
+    socket_group: int | None,
+    listen: str | None,
+    tls: str | None,
+    insecure: bool,
+) -> Places:
+    passed = passed_sockets(os.environ)
+    remedy = "give certificates with --tls, or serve at a unix socket"
+    is_safe = insecure or tls is not None
+    address = None if listen is None else address_of(listen, power, remedy, insecure=is_safe)
+    if socket is None and address is None and not passed:
+        raise click.UsageError("say where to serve: --socket PATH or --listen HOST:PORT")
+    if socket is None and not (socket_mode is None and socket_group is None):
+        raise click.UsageError("--socket-mode and --socket-group are for --socket")
+    if tls is not None and address is None and not passed:
+        raise click.UsageError("--tls is for --listen: a unix socket is the owner's alone")
+    file = None if socket is None else (socket, socket_mode or 0o600, socket_group)
+    return Places(file, address, passed, tls, insecure=insecure)
+
+
+def address_of(text: str, power: str, remedy: str, *, insecure: bool) -> tuple[str, int]:
+    """HOST:PORT to listen at; other hosts must not reach it, and have that power, unless that is wanted."""
+    host, port = host_and_port(text)
+    if not insecure and not is_loopback(host):
+        raise InvalidArgument(
+            f"whoever reaches {host} could {power}", next_step=f"{remedy}, or say --insecure"
+        )
+    return host, port
+
+
+def announce(asked: Session, uris: list[str], metrics_url: str | None = None) -> None:
+    """Clients can connect from now on."""
+    if asked.as_json:
+        metrics = {} if metrics_url is None else {"metrics": metrics_url}
+        print(json.dumps({"ready": True, "uris": uris, **metrics}), flush=True)
+        return
+    for line in ("ready", *uris, *([] if metrics_url is None else [f"metrics {metrics_url}"])):
+        say(line)
+    sys.stdout.flush()
+
+
+class Ending:
+    """Turns signals into the wish to end, for good; if the block fails, signals are what they were before."""
+
+    def __init__(self) -> None:
+        self._wished = False
+        self._server: Server | None = None
+
+    def __enter__(self) -> Ending:
+        self._before = {number: signal.signal(number, self._wish) for number in _ENDING_SIGNALS}
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        if failure is not None:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+    def ends(self, server: Server) -> None:
+        """From now on a signal ends this server; one that came before ends it at once."""
+        self._server = server
+        if self._wished:
+            server.request_stop()
+
+    @property
+    def is_wished(self) -> bool:
+        return self._wished
+
+    def _wish(self, number: int, frame: FrameType | None) -> None:
+        self._wished = True
+        if self._server is not None:
+            self._server.request_stop()
