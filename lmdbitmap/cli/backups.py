@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,6 +19,7 @@ from lmdbitmap.cli.output import progress, say, say_json
 from lmdbitmap.cli.quiesce import quiesced
 from lmdbitmap.cli.sizes import format_duration, format_size, format_time, iso_time
 from lmdbitmap.cli.streams import STDIN, StreamOptions, stream_in, stream_out
+from lmdbitmap.errors import NotFound
 from lmdbitmap.image import is_far
 from lmdbitmap.store import Store
 
@@ -203,9 +204,19 @@ def _backup_facts(result: BackupResult) -> dict[str, object]:
     help="OUT is there already, and only what differs is written to it. If it is the image of a disk that is tracked,"
     " that goes through the tracker, and the disk's next backup is an increment.",
 )  # fmt: skip
+@click.option(
+    "--no-verify", is_flag=True,
+    help="Do not compare the digests, for which all of the backup is read, but its structure only.",
+)  # fmt: skip
 @click.pass_obj
 def restore(
-    asked: Session, repository: str, name: str, out: str | None, at: str | None, in_place: bool
+    asked: Session,
+    repository: str,
+    name: str,
+    out: str | None,
+    at: str | None,
+    in_place: bool,
+    no_verify: bool,
 ) -> None:
     """Write a disk out as it was at a backup.
 
@@ -228,18 +239,33 @@ def restore(
     from lmdbitmap.restore import restore as write_out
 
     with contextlib.ExitStack() as opened:
-        store = opened.enter_context(Store.open(asked.store_path)) if _may_be_tracked(asked, out) else None
+        store = opened.enter_context(_store_that_may_track(asked, out))
         report = opened.enter_context(progress(f"restoring {name}", shown=asked.shows_progress))
-        result = write_out(repository, name, out, at=at, in_place=in_place, store=store, progress=report)
+        result = write_out(
+            repository,
+            name,
+            out,
+            at=at,
+            verify=not no_verify,
+            in_place=in_place,
+            store=store,
+            progress=report,
+        )
     if asked.as_json:
         say_json(_restore_facts(name, result))
     else:
         say(f"{out}: {name} as of {_restore_words(result, in_place)}")
 
 
-def _may_be_tracked(asked: Session, out: str) -> bool:
+@contextlib.contextmanager
+def _store_that_may_track(asked: Session, out: str) -> Iterator[Store | None]:
     """Nothing else needs a store, and on a machine where backups are only kept there is none."""
-    return (is_far(out) or os.path.exists(out)) and os.path.isdir(asked.store_path)
+    with contextlib.ExitStack() as opened:
+        store = None
+        if is_far(out) or os.path.exists(out):
+            with contextlib.suppress(NotFound):
+                store = opened.enter_context(Store.open(asked.store_path))
+        yield store
 
 
 def _restore_words(result: RestoreResult, in_place: bool) -> str:

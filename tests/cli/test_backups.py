@@ -206,6 +206,14 @@ def test_restored_in_place_it_says_what_was_read_and_written(cli: Cli, repositor
     assert _restored(cli, repository) == out.read_bytes()
 
 
+@pytest.mark.parametrize("store", ["none", "empty"])
+def test_without_a_store_nothing_is_tracked(cli: Cli, repository: Path, store: str) -> None:
+    (cli.folder / "empty").mkdir()
+    image = cli.folder / "sda.raw"
+    told = cli.json("restore", repository, "sda", image, "--in-place", "--store", cli.folder / store)
+    assert (told["tracked"], told["bytes_written"]) == (None, 0)
+
+
 def test_a_served_disk_is_not_restored_in_place(cli: Cli, repository: Path) -> None:
     with cli.serving("sda"):
         said = cli.fails(4, "restore", repository, "sda", cli.folder / "sda.raw", "--in-place")
@@ -234,6 +242,7 @@ def test_a_backup_that_was_damaged_is_not_restored(cli: Cli, repository: Path) -
         file.write(b"damaged")
     assert "expected SHA-256" in cli.fails(1, "restore", repository, "sda", cli.folder / "out.raw")
     assert not (cli.folder / "out.raw").exists()
+    cli.ok("restore", repository, "sda", cli.folder / "out.raw", "--no-verify")
 
 
 def test_a_served_disk_is_backed_up_too(cli: Cli, repository: Path) -> None:

@@ -1,4 +1,4 @@
-"""A block device that the kernel itself writes is refused: its writes would pass us by."""
+"""A block device that the kernel itself writes is refused: its writes would pass us by. Nor is one below our feet."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap.device import FileDevice
-from lmdbitmap.errors import Busy
+from lmdbitmap.errors import Busy, InvalidArgument
+from lmdbitmap.restore import restore
+from tests.backed_up import BackedUpDisk
 from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.support import requires, run
+from tests.tracked import NAME
 
 
 @requires("mkfs.ext4")
@@ -30,3 +33,23 @@ def test_a_mounted_device_is_opened_for_reading_only(tmp_path: Path, read_only: 
         finally:
             run("umount", str(mount_point))
     assert not list(mount_point.iterdir())
+
+
+@requires("mkfs.ext4")
+@pytest.mark.skipif(not can_make_loop_devices(), reason="a loop device cannot be had here: run as root")
+def test_nothing_is_restored_onto_what_holds_the_repository(tmp_path: Path) -> None:
+    """Neither onto the device that is mounted there, nor into the file behind it."""
+    backups = tmp_path / "backups"
+    backups.mkdir()
+    disk = BackedUpDisk(tmp_path, 8 << 20)
+    with loop_node(tmp_path, 8 << 20) as node:
+        run("mkfs.ext4", "-q", str(node))
+        run("mount", str(node), str(backups))
+        try:
+            disk.backup()
+            for place in (node, tmp_path / "backing.raw"):
+                with pytest.raises(InvalidArgument, match="lies on a file system inside"):
+                    restore(backups, NAME, place, in_place=True)
+        finally:
+            run("umount", str(backups))
+    disk.close()

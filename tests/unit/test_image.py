@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
-from lmdbitmap.image import is_far, lasting_name, open_image
+from lmdbitmap.image import is_far, is_same_image, lasting_name, open_image
 from lmdbitmap.nbd.client import NbdDevice
 from lmdbitmap.store import Store
 from tests.nbd_far import Asked, FarServer, far_server, until_it_works
 from tests.nbd_raw import WRITE
+from tests.support import make_raw_image
 from tests.tracked import blocks_of, trust_of
 
 
@@ -125,3 +127,22 @@ def test_writes_that_fail_are_dirty(far: FarServer, store: Store) -> None:
         far.listen()
         until_it_works(lambda: attached.pwrite(b"x", 5000))
     assert blocks_of(changes(store, "sda", since="start")) == {1}
+
+
+def test_one_image_has_many_names(tmp_path: Path) -> None:
+    image = make_raw_image(tmp_path / "disk.raw", 4096)
+    other = make_raw_image(tmp_path / "other.raw", 4096)
+    (tmp_path / "symbolic").symlink_to("disk.raw")
+    os.link(image, tmp_path / "hard")
+    names = [image, tmp_path / "symbolic", tmp_path / "hard", tmp_path / "x" / ".." / "disk.raw"]
+    assert [is_same_image(str(image), str(name)) for name in names] == [True] * 4
+    missing = str(tmp_path / "none")
+    assert not is_same_image(str(image), str(other))
+    assert not is_same_image(str(image), missing)
+    assert is_same_image(missing, missing)
+
+
+def test_one_export_has_many_uris() -> None:
+    assert is_same_image("nbd://host/sda", "nbd://host:10809/sda")
+    assert not is_same_image("nbd://host/sda", "nbd://host/sdb")
+    assert not is_same_image("nbd://host/sda", "/nbd://host/sda")

@@ -1,0 +1,109 @@
+"""Restores against `qemu-img convert` of the same chain to a raw file: whole processes, in turns.
+
+The peer compares no digest and syncs nothing. Where all is in memory a digest costs more than the copy, and one core
+does it; with `--no-verify` the two do the same work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.table import Line  # noqa: E402
+from benchmarks.tracked import command, workplace  # noqa: E402
+from lmdbitmap.filter import Filter  # noqa: E402
+from lmdbitmap.store import Store  # noqa: E402
+
+DATA_BYTES = 1 << 30
+SIZE = 2 * DATA_BYTES
+MIB = 1 << 20
+INCREMENTS = 10
+
+
+def measure() -> Iterator[Line]:
+    yield from restores("in memory", memory=True)
+    yield from restores("on disk", memory=False)
+
+
+def restores(where: str, *, memory: bool, rounds: int = 3) -> Iterator[Line]:
+    """Of a full backup, and of one with increments on top, to a new file; and in place, where nothing differs."""
+    unproven, in_place = "--no-verify", "--in-place"
+    with workplace(4 * SIZE) if memory else folder_on_disk() as folder:
+        make_backup(folder)
+        yield compared(folder, f"restore, 1 GiB of 2, {where}", rounds)
+        yield compared(folder, f"the same {unproven}", rounds, unproven)
+        make_increments(folder)
+        yield compared(folder, f"restore of {INCREMENTS} increments {unproven}, {where}", rounds, unproven)
+        yield compared(folder, f"restore {in_place} {unproven}, nothing differs", rounds, in_place, unproven)
+
+
+def compared(folder: Path, name: str, rounds: int, *options: str) -> Line:
+    ours, theirs = folder / "ours.raw", folder / "theirs.raw"
+    newest = max((folder / "backups" / "disk").glob("*.qcow2"))
+    if "--in-place" in options:
+        restore(folder, ours)
+    works: list[tuple[Path, Callable[[], object]]] = [
+        (ours, lambda: restore(folder, ours, *options)),
+        (theirs, lambda: subprocess.run(["qemu-img", "convert", "-O", "raw", newest, theirs], check=True)),
+    ]
+    taken: list[list[float]] = [[], []]
+    for _ in range(rounds):
+        for (out, work), seconds in zip(works, taken, strict=True):
+            if out is theirs or "--in-place" not in options:
+                out.unlink(missing_ok=True)
+            start = time.monotonic()
+            work()
+            seconds.append(time.monotonic() - start)
+    subprocess.run(["cmp", ours, theirs], check=True)
+    for out, _ in works:
+        out.unlink()
+    mine, peers = (statistics.median(seconds) for seconds in taken)
+    return Line(name, DATA_BYTES / mine / 1e9, "GB/s", "qemu-img convert", peers / mine, ">= 1")
+
+
+def restore(folder: Path, out: Path, *options: str) -> None:
+    command(str(folder), "restore", f"{folder}/backups", "disk", str(out), *options)
+
+
+def make_backup(folder: Path) -> None:
+    """Half of the disk is data that cannot be compressed, in pieces of a megabyte."""
+    noise = os.urandom(MIB)
+    with (folder / "disk.raw").open("xb") as image:
+        image.truncate(SIZE)
+        for number in range(DATA_BYTES // MIB):
+            image.seek(2 * number * MIB)
+            image.write(noise[number:] + noise[:number])
+    command(str(folder), "add", "disk", f"{folder}/disk.raw")
+    command(str(folder), "backup", "disk", f"{folder}/backups")
+
+
+def make_increments(folder: Path) -> None:
+    """A hundredth of the disk in each."""
+    for number in range(INCREMENTS):
+        with Store.open(f"{folder}/store") as store, Filter.attach(store, "disk") as disk:
+            for piece in range(SIZE // 100 // 65536):
+                offset = (piece * 6553 + number * 977) * 65536 % (SIZE - 65536)
+                disk.pwrite(os.urandom(65536), offset)
+        command(str(folder), "backup", "disk", f"{folder}/backups")
+
+
+@contextlib.contextmanager
+def folder_on_disk() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+if __name__ == "__main__":
+    from benchmarks.table import as_text
+
+    print(as_text(list(measure())))
