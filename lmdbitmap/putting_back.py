@@ -26,8 +26,6 @@ _PIECE_BYTES = 8 << 20
 _CHUNK_BYTES = 1 << 20
 """In our memory at once."""
 _COARSE_BYTES = 1 << 16
-_SECTION_BYTES = 1 << 30
-"""Of zeroes, asked about and zeroed at once."""
 _ZEROES = bytes(_CHUNK_BYTES)
 
 
@@ -128,7 +126,8 @@ class Comparing:
             (offset + start, wanted[start:stop])
             for start, stop in differences(self._wanted, self._present, length)
         ]
-        self._target.write_many(writes)
+        if writes:
+            self._target.write_many(writes)
         self.bytes_written += sum(len(data) for _, data in writes)
         self._report.advance(length)
 
@@ -146,12 +145,11 @@ class Comparing:
 
 
 def _allocation(target: Target, run: Run) -> Iterator[tuple[int, Allocation]]:
-    """(offset, part) of all of a run."""
-    for section, length in _pieces(run.offset, run.end, _SECTION_BYTES):
-        offset = section
-        for part in target.allocation(section, length):
-            yield offset, part
-            offset += part.length
+    """(offset, part) of all of a run. What is changed meanwhile is behind it."""
+    offset = run.offset
+    for part in target.allocation(offset, run.length):
+        yield offset, part
+        offset += part.length
 
 
 def _pieces(offset: int, end: int, most: int) -> Iterator[tuple[int, int]]:

@@ -76,10 +76,9 @@ class Target:
         with self._refusals():
             (self.lane or self.device).write_zeroes(offset, length)
 
-    def allocation(self, offset: int, length: int) -> list[Allocation]:
-        """A part of a disk at a time, as all of it is held in memory."""
+    def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
         with self._refusals():
-            return list(self.device.allocation(offset, length))
+            yield from self.device.allocation(offset, length)
 
     def flush(self) -> None:
         with self._refusals():
