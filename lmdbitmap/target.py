@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,8 @@ from lmdbitmap.qcow2.layout import SECTOR
 from lmdbitmap.repository import BackupFolder
 from lmdbitmap.schema import Disk
 from lmdbitmap.store import Store
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +206,8 @@ def _require_free(path: str) -> None:
 def _tracked(store: Store, disk: Disk, out: str) -> Iterator[Target]:
     """Detached at the end, also after a failure: what was written until then is dirty."""
     with Filter.attach(store, disk.name) as attached:
+        if attached.disk.epoch != disk.epoch:
+            log.warning("disk %s: its next backup is a full one: %s", disk.name, attached.disk.epoch_reason)
         yield Target(out, attached, lane=attached.lane(), disk=disk.name)
 
 
