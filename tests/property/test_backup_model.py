@@ -10,6 +10,7 @@ import contextlib
 import os
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -17,9 +18,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.extents import Trust
 from lmdbitmap.manifest import BackupEntry, BackupType
+from lmdbitmap.restore import restore
 from lmdbitmap.schema import DEFERRED, WRITE_AHEAD
 from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
-from tests.tracked import quick_folder
+from tests.tracked import NAME, quick_folder
 
 BLOCK = 4096
 MAX_SIZE = 40 * BLOCK
@@ -93,6 +95,32 @@ class Lives(RuleBasedStateMachine):
             for point in points:
                 point.changed = {block for block in point.changed if block * BLOCK < size}
         self.size = size
+
+    @rule(of=repositories, which=st.integers(0, 100))
+    def go_back_to_a_backup(self, of: str, which: int) -> None:
+        """In place, through the tracker: what differs is changed, and nothing else."""
+        if not self.points[of]:
+            return
+        point = self.points[of][which % len(self.points[of])]
+        before = self.disk.content()
+        if len(point.content) != self.size:
+            with pytest.raises(InvalidArgument):
+                self._go_back(of, point)
+            assert self.disk.content() == before
+            return
+        self._go_back(of, point)
+        assert self.disk.content() == point.content
+        self._each_changed(
+            {
+                offset // BLOCK
+                for offset in range(0, self.size, BLOCK)
+                if before[offset : offset + BLOCK] != point.content[offset : offset + BLOCK]
+            }
+        )
+
+    def _go_back(self, of: str, point: Point) -> None:
+        folder = self.disk.folder / of
+        restore(folder, NAME, self.disk.image, at=point.entry.id, in_place=True, store=self.disk.store)
 
     @rule(offset=places)
     def be_written_by_a_stranger(self, offset: int) -> None:
