@@ -96,12 +96,13 @@ class Lives(RuleBasedStateMachine):
                 point.changed = {block for block in point.changed if block * BLOCK < size}
         self.size = size
 
-    @rule(of=repositories, which=st.integers(0, 100))
-    def go_back_to_a_backup(self, of: str, which: int) -> None:
+    @precondition(lambda self: any(self.points.values()))
+    @rule(which=st.integers(0, 100), then=st.none() | repositories)
+    def go_back_to_a_backup(self, which: int, then: str | None) -> None:
         """In place, through the tracker: what differs is changed, and nothing else."""
-        if not self.points[of]:
-            return
-        point = self.points[of][which % len(self.points[of])]
+        points = [(of, point) for of in self.points for point in self.points[of]]
+        fitting = [(of, point) for of, point in points if len(point.content) == self.size]
+        of, point = (fitting or points)[which % len(fitting or points)]
         before = self.disk.content()
         if len(point.content) != self.size:
             with pytest.raises(InvalidArgument):
@@ -117,6 +118,8 @@ class Lives(RuleBasedStateMachine):
                 if before[offset : offset + BLOCK] != point.content[offset : offset + BLOCK]
             }
         )
+        if then is not None:
+            self.back_up(then, INCREMENTAL)
 
     def _go_back(self, of: str, point: Point) -> None:
         folder = self.disk.folder / of
