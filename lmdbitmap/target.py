@@ -110,24 +110,24 @@ def opened_target(
     `AlreadyExists`, `NotFound`, `InvalidArgument` for what does not fit, `Busy` for what is in use.
     """
     _refuse_sources(out, folder, chain)
-    with _opener(out, in_place, store)(chain.size) as target:
+    with _opening(out, chain.size, in_place, store) as target:
         if target.size not in (chain.size, ceil_div(chain.size, SECTOR) * SECTOR):
             raise _other_size(target, chain.size)
         yield target
 
 
-def _opener(out: str, in_place: bool, store: Store | None) -> Callable[[int], AbstractContextManager[Target]]:
+def _opening(out: str, size: int, in_place: bool, store: Store | None) -> AbstractContextManager[Target]:
     tracked = None if store is None else _disk_at(store, out)
     if store is not None and tracked is not None:
         if in_place:
-            return lambda size: _tracked(store, tracked, out)
+            return _tracked(store, tracked, out)
         if is_far(out) or os.path.exists(out):
             raise _is_tracked(out, tracked)
     if is_far(out):
-        return lambda size: _far(out)
+        return _far(out)
     if _is_block_device(out):
-        return lambda size: _device(out)
-    return (lambda size: _existing_file(out)) if in_place else (lambda size: _new_file(out, size))
+        return _device(out)
+    return _existing_file(out) if in_place else _new_file(out, size)
 
 
 # --- what is refused ---
