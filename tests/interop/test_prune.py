@@ -18,10 +18,13 @@ from tests.tracked import NAME, quick_folder
 pytestmark = [requires("qemu-img")]
 
 
-@pytest.fixture(params=[12, 16], ids=["4 KiB", "64 KiB"])
+@pytest.fixture(
+    params=[(12, None), (16, None), (12, "zlib"), (16, "zstd")],
+    ids=["4 KiB", "64 KiB", "4 KiB zlib", "64 KiB zstd"],
+)
 def backups(request: pytest.FixtureRequest) -> Iterator[Backups]:
     with quick_folder() as folder:
-        made = Backups(folder, request.param)
+        made = Backups(folder, *request.param)
         yield made
         made.disk.close()
 
