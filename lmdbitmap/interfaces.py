@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -137,6 +137,13 @@ class Lane(Protocol):
     def discard(self, offset: int, length: int) -> None: ...
     def flush(self) -> None: ...
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class PatientLane(Lane, Protocol):
+    """A lane whose writes may have to wait for more than the image; it tells after each that had to."""
+
+    has_waited: Callable[[], None]
 
 
 @runtime_checkable

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 _CLOSED = -1
 _DRAIN_POLL_S = 0.0001
+_WAIT_S = 0.0002
+"""What takes longer was a wait: new dirt in an armed extent takes microseconds, a commit many times this."""
 _NO_FAILURES: Mapping[int, int] = {}
 _OFF_THE_DISK_OR_REFUSED = (IndexError, InvalidArgument, OSError)
 """What the fast way meets that does not look left: a negative offset, an empty write at the end, a full disk."""
@@ -131,12 +133,15 @@ class FilterLane:
         "_pwrite_many",
         "_shift",
         "busy",
+        "has_waited",
         "settled",
         "size",
     )
 
     settled: bitarray
     size: int
+    has_waited: Callable[[], None]
+    """Called after a write that had to wait for a commit, or at the gate."""
 
     def __init__(
         self,
@@ -146,6 +151,7 @@ class FilterLane:
         flush: Callable[[], None] | None = None,
     ) -> None:
         self.busy = False
+        self.has_waited = _nothing
         self._flush = flush or device.flush
         self._device = device
         self._gate = gate
@@ -260,6 +266,7 @@ class FilterLane:
     def _write_slowly(self, writes: Sequence[tuple[int, memoryview]]) -> dict[int, Exception]:
         """Make the dirt of all `writes` durable in one commit, then write. Answers what failed, by position."""
         failed: dict[int, Exception] = {}
+        begun_s = time.monotonic()
         with self._gate.entering(self) as geometry:
             runs: dict[int, Run] = {}
             for position, (offset, data) in enumerate(writes):
@@ -272,6 +279,8 @@ class FilterLane:
                 self._mark(list(runs.values()))
             except StorageError as error:
                 return failed | dict.fromkeys(runs, error)
+            if time.monotonic() - begun_s > _WAIT_S:
+                self.has_waited()
             failed |= self._write_marked({position: writes[position] for position in runs})
         return failed
 
@@ -317,6 +326,10 @@ class FilterLane:
 
     def close(self) -> None:
         """Nothing to give back: the gate forgets a lane that nobody holds."""
+
+
+def _nothing() -> None:
+    """What is done about a wait where nobody minds."""
 
 
 def _shortest_pwrite(device: BlockDevice) -> Callable[[int, Buffer, int], int]:

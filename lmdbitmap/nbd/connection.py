@@ -1,6 +1,6 @@
 """The transmission phase of one client: the server's hot loop. Speed outranks beauty here and in `replies`.
 
-One thread, one blocking socket, one lane to the disk. What has arrived is served as a batch:
+One blocking socket, one lane to the disk, one thread at a time. What has arrived is served as a batch:
 
     receive what is there -> take every whole request out of it -> one `write_many` for all writes,
     one flush for all who asked for one, then the reads -> all replies in one send
@@ -18,7 +18,7 @@ What holds all the time:
 - Memory is bounded by constants. A WRITE longer than `_STREAM_FROM` is done in pieces as its data arrives: what
   is there is written while the client sends the rest. Pieces end on multiples of `_PIECE`, so that no page and
   hardly a block is written in two halves.
-- Of a disk that has a descriptor, a WRITE of `_SPLICE_FROM` bytes or more goes from the socket into the image by
+- Of a disk that has a descriptor, such a WRITE goes from the socket into the image by
   reference (conduit.py), which spares it a copy. So that it is not in the buffer already when it is recognized, the
   next header is received by itself behind such a write, until another kind of request comes. Replies that
   wait then are sent before the thread sleeps, and after `_MOST_WAITING` at the latest.
@@ -31,18 +31,20 @@ import logging
 import socket
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Final
 
 from lmdbitmap.errors import LmdbitmapError
-from lmdbitmap.interfaces import ServedDisk, SplicingLane
+from lmdbitmap.interfaces import PatientLane, ServedDisk, SplicingLane
 from lmdbitmap.latencies import Latencies
 from lmdbitmap.nbd import commands, traffic
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.conduit import Conduit
 from lmdbitmap.nbd.contexts import StatusSource
+from lmdbitmap.nbd.deeds import Deeds
 from lmdbitmap.nbd.handshake import MAX_PAYLOAD
 from lmdbitmap.nbd.inlet import Inlet
+from lmdbitmap.nbd.notice import Notice, nobody
 from lmdbitmap.nbd.replies import Read, Replies
 from lmdbitmap.nbd.requests import error_of, refusal
 from lmdbitmap.nbd.traffic import Traffic
@@ -53,7 +55,6 @@ _BATCH: Final = 512 << 10
 """Bytes received before they are served: little enough to stay in a core's cache until they are written."""
 _STREAM_FROM: Final = 128 << 10
 _PIECE: Final = 64 << 10
-_SPLICE_FROM: Final = 48 << 10
 _PAGE: Final = 4096
 _MOST_WAITING: Final = 8
 _UNTIMED: Final = 15
@@ -85,19 +86,25 @@ class Connection:
         encrypted: bool = False,
     ) -> None:
         self.stopping = False
+        self.notice = Notice()
+        """Given before the connection waits for anything but more requests."""
         self.counts = [0] * len(traffic.KINDS)
         self.bytes_received = len(received)
-        self._batches, self._flushes = Latencies(), Latencies()
+        self._batches = Latencies()
         self._inlet = Inlet(sock, encrypted=encrypted)
         self._disk = disk
         self._lane = disk.lane()
+        if isinstance(self._lane, PatientLane):
+            self._lane.has_waited = self.notice.give
+        self._deeds = Deeds(self._lane, self.notice)
         self._structured = structured
         self._contexts = contexts
-        self._replies = Replies(sock, self._lane, disk.fd, structured=structured, encrypted=encrypted)
+        self._replies = Replies(
+            sock, self._lane, disk.fd, self.notice, structured=structured, encrypted=encrypted
+        )
         self._conduit: Conduit | None = None
         if disk.fd is not None and not encrypted and isinstance(self._lane, SplicingLane):
             self._conduit = Conduit(sock, self._lane)
-        self._stream_from = _STREAM_FROM if self._conduit is None else _SPLICE_FROM - 1
         self._appetite = _BATCH
         self._waiting = 0
         self._buffer = bytearray(_BATCH)
@@ -113,49 +120,65 @@ class Connection:
     @property
     def traffic(self) -> Traffic:
         counts, sent = tuple(self.counts), self._replies.bytes_sent
-        return Traffic(1, counts, self.bytes_received, sent, self._batches, self._flushes)
+        return Traffic(1, counts, self.bytes_received, sent, self._batches, self._deeds.flushes)
 
     def run(self) -> None:
         """Serve until the client is gone. Raises `FormatError` when it lies, `OSError` when the socket breaks."""
         try:
-            goes_on = self._serve_batches(1)  # what came behind the handshake, if anything did
-            while goes_on:
-                goes_on = self._serve_timed_batch() and self._serve_batches(_UNTIMED)
-            if self._waiting:
-                self._send()
+            while self.serve_some():
+                pass
         finally:
-            self._replies.close()
-            if self._conduit is not None:
-                self._conduit.close()
-            self._lane.close()
+            self.close()
+
+    def serve_some(self) -> bool:
+        """Serve what is at hand, and wait for some batches more; False when the client is gone."""
+        goes_on = self._serve_batch() and self._receive() and self._serve_timed_batch()
+        left = _UNTIMED
+        while goes_on and left:
+            goes_on = self._receive() and self._serve_batch()
+            left -= 1
+        if self._waiting:
+            self._send()
+        return goes_on
+
+    def turn(self) -> bool:
+        """Receive what is there and serve it, as `serve_some`, but wait for nothing without notice."""
+        room = self._view[self._end : min(self._start + self._appetite, _BATCH)]
+        count = self._inlet.receive_at_once(room)
+        if not count:
+            return count is None
+        self._end += count
+        self.bytes_received += count
+        return self._serve_batch()
+
+    def close(self) -> None:
+        """Give back what it holds, but not the socket."""
+        self.notice.to = nobody
+        self._replies.close()
+        if self._conduit is not None:
+            self._conduit.close()
+        self._lane.close()
 
     # -- requests in ---------------------------------------------------------------------------------------
 
     def _receive(self) -> bool:
         """Wait for more, and put it behind an unfinished request; False when the client is gone."""
         room = self._view[self._end : min(self._start + self._appetite, _BATCH)]
-        count = self._inlet.receive_at_once(room) if self._waiting else -1
-        if count <= 0:
+        count = self._inlet.receive_at_once(room) if self._waiting else None
+        if not count:
             self._send()
-        if count < 0:
+        if count is None:
             count = self._inlet.receive(room)
         self._end += count
         self.bytes_received += count
         return count > 0
 
     def _serve_timed_batch(self) -> bool:
-        """Serve what is at hand, and wait for more; False when the client is gone."""
+        """As `_serve_batch`. To time each would cost a client of small requests a tenth."""
         begun_ns = time.perf_counter_ns()
         goes_on = self._serve_batch()
         self._batches.count(time.perf_counter_ns() - begun_ns)
-        return goes_on and not self.stopping and self._receive()
-
-    def _serve_batches(self, count: int) -> bool:
-        """The same for some batches, untimed: to time each would cost a client of small requests a tenth."""
-        left = count
-        while left and self._serve_batch() and not self.stopping and self._receive():
-            left -= 1
-        return left == 0
+        return goes_on
 
     def _serve_batch(self) -> bool:
         """Do and answer every whole request at hand; False when the client said goodbye."""
@@ -187,9 +210,10 @@ class Connection:
         if self._waiting == 0 or position > self._start or leaving:
             self._send()
         self._start = position
-        if not leaving:
-            self._keep_rest()
-        return not leaving
+        if leaving or self.stopping:
+            return False
+        self._keep_rest()
+        return True
 
     def _send(self) -> None:
         self._replies.send()
@@ -202,7 +226,7 @@ class Connection:
         if at_hand >= _HEADER_SIZE:
             request = nbd.parse_request(self._view[self._start : self._start + _HEADER_SIZE])
             needed += request.length
-            if request.length > self._stream_from:
+            if request.length > _STREAM_FROM:
                 self._stream_write(request)
                 return
         if at_hand == 0 or at_hand >= _HEADER_SIZE:
@@ -213,6 +237,7 @@ class Connection:
 
     def _stream_write(self, request: nbd.Request) -> None:
         """Do a WRITE whose data is still arriving, piece by piece; of one that is refused, drain the data."""
+        self.notice.give()
         error = self._refusal(request)
         offset, left, start = request.offset, request.length, self._start + _HEADER_SIZE
         if self._conduit is not None and not error and self._conduit.opens():
@@ -222,14 +247,14 @@ class Connection:
             at_hand = self._end - start
             ready = left if at_hand == left else at_hand - (offset + at_hand) % _PIECE
             if ready > 0:
-                error = error or self._write_piece(offset, self._view[start : start + ready])
+                error = error or self._deeds.write(offset, self._view[start : start + ready])
                 offset, left, start = offset + ready, left - ready, start + ready
             else:
                 self._receive_of_write(start, left)
                 start = 0
         self._start = self._end = 0
         if request.flags & nbd.NBD_CMD_FLAG_FUA:
-            error = error or self._flush()
+            error = error or self._deeds.flush()
         self.counts[traffic.WRITES] += 1
         self._replies.add(nbd.simple_reply(request.cookie, error))
         self._waiting += 1
@@ -245,7 +270,7 @@ class Connection:
         self._appetite = _HEADER_SIZE
         at_hand = self._end - start
         whole = max(at_hand - (offset + at_hand) % _PAGE, 0)
-        error = self._write_piece(offset, self._view[start : start + whole]) if whole else 0
+        error = self._deeds.write(offset, self._view[start : start + whole]) if whole else 0
         if not error:
             conduit.put(self._view[start + whole : self._end])
         offset, missing = offset + whole, left - at_hand
@@ -255,7 +280,7 @@ class Connection:
             if missing:
                 ready -= (offset + ready) % _PAGE
             if ready > 0:
-                error = self._write_held(conduit, ready, offset)
+                error = self._deeds.write_held(conduit, ready, offset)
                 offset += ready
         return error, offset, missing
 
@@ -268,15 +293,6 @@ class Connection:
         self.bytes_received += count
         return count
 
-    def _write_held(self, conduit: Conduit, length: int, offset: int) -> int:
-        try:
-            conduit.write(length, offset)
-        except (OSError, LmdbitmapError) as failure:
-            _log.warning("a write failed: %s", failure)
-            conduit.close()
-            return error_of(failure)
-        return 0
-
     def _receive_of_write(self, start: int, left: int) -> None:
         """Move what is at hand from `start` to the front, and put more of the `left` bytes behind it."""
         at_hand = self._end - start
@@ -287,9 +303,6 @@ class Connection:
             raise ConnectionResetError(errno.ECONNRESET, "the client left in the middle of a WRITE")
         self._end = at_hand + count
         self.bytes_received += count
-
-    def _write_piece(self, offset: int, data: memoryview) -> int:
-        return self._write_many([(offset, data)]).get(0, 0)
 
     def _take_rare(self, request: nbd.Request, cookie: bytes, data: int) -> None:
         """A request that has flags, asks for what is not allowed, or is neither READ nor WRITE."""
@@ -334,8 +347,8 @@ class Connection:
             self._reads.clear()
 
     def _settle_writes(self) -> None:
-        failed = self._write_many(self._writes) if self._writes else {}
-        flush_error = self._flush() if self._fua_writes or self._flush_cookies else 0
+        failed = self._deeds.write_many(self._writes) if self._writes else {}
+        flush_error = self._deeds.flush() if self._fua_writes or self._flush_cookies else 0
         if failed or flush_error:
             self._answer_one_by_one(failed, flush_error)
         else:
@@ -351,32 +364,8 @@ class Connection:
         for cookie, error in answers:
             self._replies.add(nbd.simple_reply(int.from_bytes(cookie, "big"), error))
 
-    def _write_many(self, writes: Sequence[tuple[int, memoryview]]) -> Mapping[int, int]:
-        """{index: NBD error} of the writes that failed: all of them when the lane refuses as a whole."""
-        try:
-            failed = self._lane.write_many(writes)
-        except (OSError, LmdbitmapError) as refused:
-            _log.warning("%d writes failed: %s", len(writes), refused)
-            return dict.fromkeys(range(len(writes)), error_of(refused))
-        if not failed:
-            return failed
-        _log.warning(
-            "%d of %d writes failed: errno %s", len(failed), len(writes), sorted(set(failed.values()))
-        )
-        return {index: nbd.nbd_error(number) for index, number in failed.items()}
-
-    def _flush(self) -> int:
-        begun_ns = time.perf_counter_ns()
-        try:
-            self._lane.flush()
-        except (OSError, LmdbitmapError) as failure:
-            _log.warning("a flush failed: %s", failure)
-            return error_of(failure)
-        finally:
-            self._flushes.count(time.perf_counter_ns() - begun_ns)
-        return 0
-
     def _perform(self, request: nbd.Request) -> None:
+        self.notice.give()
         try:
             reply = commands.perform(request, self._lane, self._contexts, self._structured)
         except (OSError, LmdbitmapError) as failure:

@@ -11,11 +11,42 @@ from __future__ import annotations
 
 import socket
 import time
-from typing import Final
+from collections.abc import Callable
+from typing import Final, Generic, ParamSpec, TypeVar
 
 _LOOK_S: Final = 50e-6
 _MOST_NAPS: Final = 64
 _FOR_EVER: Final = 1 << 62
+
+Asked = ParamSpec("Asked")
+Found = TypeVar("Found")
+
+
+class Lookout(Generic[Asked, Found]):
+    """Waits for something: `look` answers None when it is not there yet, and `sleep` returns when it is."""
+
+    def __init__(
+        self, look: Callable[Asked, Found | None], sleep: Callable[Asked, Found], *, blind: bool = False
+    ) -> None:
+        self._look = look
+        self._sleep = sleep
+        self._naps_left = _FOR_EVER if blind else 0
+        self._next_naps = 1
+
+    def wait(self, *args: Asked.args, **names: Asked.kwargs) -> Found:
+        if self._naps_left:
+            self._naps_left -= 1
+            return self._sleep(*args, **names)
+        look, now = self._look, time.perf_counter
+        stop = now() + _LOOK_S
+        while now() < stop:
+            found = look(*args, **names)
+            if found is not None:
+                self._next_naps = 1
+                return found
+        self._naps_left = self._next_naps
+        self._next_naps = min(2 * self._next_naps, _MOST_NAPS)
+        return self._sleep(*args, **names)
 
 
 class Inlet:
@@ -23,36 +54,15 @@ class Inlet:
 
     def __init__(self, sock: socket.socket, *, encrypted: bool = False) -> None:
         self._recv_into = sock.recv_into
-        self._naps_left = _FOR_EVER if encrypted else 0
-        self._next_naps = 1
+        self._lookout = Lookout(self.receive_at_once, self._recv_into, blind=encrypted)
 
     def receive(self, buffer: memoryview) -> int:
         """Wait for bytes and put them into `buffer`; their number, 0 when the client is gone."""
-        if self._naps_left:
-            self._naps_left -= 1
-            return self._recv_into(buffer)
-        count = self._look(buffer)
-        if count >= 0:
-            self._next_naps = 1
-            return count
-        self._naps_left = self._next_naps
-        self._next_naps = min(2 * self._next_naps, _MOST_NAPS)
-        return self._recv_into(buffer)
+        return self._lookout.wait(buffer)
 
-    def receive_at_once(self, buffer: memoryview) -> int:
-        """What is there already, as `receive` does; -1 when nothing is. Not of an encrypted socket."""
+    def receive_at_once(self, buffer: memoryview) -> int | None:
+        """What is there already, as `receive` does; None when nothing is. Not of an encrypted socket."""
         try:
             return self._recv_into(buffer, 0, socket.MSG_DONTWAIT)
         except BlockingIOError:
-            return -1
-
-    def _look(self, buffer: memoryview) -> int:
-        """As `receive`, but -1 when nothing came in a moment."""
-        recv_into, now = self._recv_into, time.perf_counter
-        stop = now() + _LOOK_S
-        while now() < stop:
-            try:
-                return recv_into(buffer, 0, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                pass
-        return -1
+            return None

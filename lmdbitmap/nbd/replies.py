@@ -21,6 +21,7 @@ from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.interfaces import Lane
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.conduit import new_pipe
+from lmdbitmap.nbd.notice import Notice
 from lmdbitmap.nbd.requests import error_of
 
 _log = logging.getLogger(__name__)
@@ -49,17 +50,26 @@ class Replies:
     """
 
     def __init__(
-        self, sock: socket.socket, lane: Lane, fd: int | None, *, structured: bool, encrypted: bool = False
+        self,
+        sock: socket.socket,
+        lane: Lane,
+        fd: int | None,
+        notice: Notice,
+        *,
+        structured: bool,
+        encrypted: bool = False,
     ) -> None:
         self.bytes_sent = 0
         self._sock = sock
+        self._notice = notice
+        self._send_at_once = None if encrypted else sock.send
         self._structured = structured
         self._header_size = _DATA.size if structured else nbd.SIMPLE_REPLY.size
         self._buffer = bytearray(_BUFFER)
         self._view = memoryview(self._buffer)
         self._used = 0
         self._fd = -1 if fd is None else fd
-        self._read_into = lane.pread_into if fd is None else _reader(fd, lane.pread_into)
+        self._read_into = lane.pread_into if fd is None else _reader(fd, lane.pread_into, notice)
         self._splice_from = _NEVER if fd is None or encrypted else SPLICE_FROM
         self._pipe: tuple[int, int] | None = None
 
@@ -70,10 +80,22 @@ class Replies:
 
     def send(self) -> None:
         """Send all that was added. Waits for a client that does not read; nobody else waits with it."""
-        if self._used:
-            self._sock.sendall(self._view[: self._used])
-            self.bytes_sent += self._used
+        used = self._used
+        if used:
+            self._send_all(self._view[:used])
+            self.bytes_sent += used
             self._used = 0
+
+    def _send_all(self, data: memoryview) -> None:
+        sent = 0
+        if self._send_at_once is not None:
+            try:
+                sent = self._send_at_once(data, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                pass
+        if sent < len(data):
+            self._notice.give()
+            self._sock.sendall(data[sent:])
 
     def add(self, reply: bytes) -> None:
         if len(reply) > _BUFFER - self._used:
@@ -115,6 +137,7 @@ class Replies:
 
     def add_whole_read(self, cookie: bytes, offset: int, length: int) -> None:
         """Do one READ through memory of its own, and answer it in one chunk."""
+        self._notice.give()
         data = bytearray(length)
         try:
             self._read_into(memoryview(data), offset)
@@ -126,6 +149,7 @@ class Replies:
         self._send_past_buffer(data)
 
     def _send_past_buffer(self, data: bytes | bytearray) -> None:
+        self._notice.give()
         self._sock.sendall(data)
         self.bytes_sent += len(data)
 
@@ -146,6 +170,7 @@ class Replies:
 
     def _splice(self, cookie: bytes, offset: int, length: int) -> None:
         """One READ through the pipe, a chunk for every filling; what cannot go this way is read and sent."""
+        self._notice.give()
         self.send()
         start, stop = offset, offset + length
         while offset < stop and (count := self._fill_pipe(offset, stop - offset)):
@@ -180,12 +205,30 @@ class Replies:
             length -= moved
 
 
-def _reader(fd: int, otherwise: Callable[[memoryview, int], None]) -> Callable[[memoryview, int], None]:
-    """The shortest way to read: the system call, and the lane for what that leaves undone."""
-    preadv = os.preadv
+def _reader(
+    fd: int, otherwise: Callable[[memoryview, int], None], notice: Notice
+) -> Callable[[memoryview, int], None]:
+    """The shortest way to read: the system call for what is in memory, and the lane for what that leaves undone."""
+    preadv, flags = os.preadv, _without_waiting(fd)
 
     def read_into(buffer: memoryview, offset: int) -> None:
-        if preadv(fd, (buffer,), offset) != len(buffer):
-            otherwise(buffer, offset)
+        try:
+            if preadv(fd, (buffer,), offset, flags) == len(buffer):
+                return
+        except BlockingIOError:
+            pass
+        notice.give()
+        otherwise(buffer, offset)
 
     return read_into
+
+
+def _without_waiting(fd: int) -> int:
+    """The flag of a read that fails rather than wait for the disk, where this kind of file knows it."""
+    try:
+        os.preadv(fd, (bytearray(1),), 0, os.RWF_NOWAIT)
+    except BlockingIOError:
+        pass
+    except OSError:
+        return 0
+    return os.RWF_NOWAIT

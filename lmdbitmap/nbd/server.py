@@ -1,7 +1,8 @@
-"""The NBD server: takes clients in, gives each a thread, and lets all of them go in good order.
+"""The NBD server: takes clients in, has each served (rounds.py), and lets all of them go in good order.
 
-A client can cost the others nothing but its share of the processor: it has its own thread, socket, lane and
-buffers, and whatever it sends, or fails to send or to read, ends at worst its own connection.
+A client can cost the others nothing but its share of the processor: it has its own socket, lane and buffers,
+no thread waits for it that others need, and whatever it sends, or fails to send or to read, ends at worst its
+own connection.
 
 Stopping: no more clients; every connection finishes the requests it has taken in, answers them and closes;
 one that has not managed after `grace_s`, because its client does not read, is cut off. One that has not ended
@@ -25,6 +26,7 @@ from lmdbitmap.errors import AlreadyExists
 from lmdbitmap.interfaces import ServedDisk
 from lmdbitmap.nbd.contexts import ContextsOf, base_contexts
 from lmdbitmap.nbd.listeners import InheritedListener, Listener, TcpListener, UnixListener
+from lmdbitmap.nbd.rounds import Rounds
 from lmdbitmap.nbd.traffic import NO_TRAFFIC, Traffic, summed
 from lmdbitmap.nbd.visit import Served, Visit
 
@@ -68,6 +70,7 @@ class Server:
         self._listeners: list[Listener] = []
         self._lock = threading.Lock()
         self._visits: set[Visit] = set()
+        self._rounds = Rounds()
         self._connections = 0
         self._turned_away = 0
         self._past_traffic = dict.fromkeys([*self._disks, _BESIDE], NO_TRAFFIC)
@@ -207,7 +210,12 @@ class Server:
 
     def _welcome(self, sock: socket.socket, tls: ssl.SSLContext | None) -> bool:
         visit = Visit(
-            sock, self._served, handshake_timeout_s=self._handshake_timeout_s, ended=self._forget, tls=tls
+            sock,
+            self._served,
+            handshake_timeout_s=self._handshake_timeout_s,
+            ended=self._forget,
+            rounds=self._rounds,
+            tls=tls,
         )
         if not self._admit(visit):
             _log.warning("a client was turned away: %d are connected already", self._max_connections)

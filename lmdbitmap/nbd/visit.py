@@ -17,6 +17,7 @@ from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.connection import Connection
 from lmdbitmap.nbd.contexts import StatusSource
 from lmdbitmap.nbd.handshake import Agreed, Export, Handshake
+from lmdbitmap.nbd.rounds import Rounds
 from lmdbitmap.nbd.traffic import KINDS, NO_TRAFFIC, Traffic
 
 _log = logging.getLogger(__name__)
@@ -45,8 +46,8 @@ class Served(NamedTuple):
 
 
 class Visit:
-    """Serves one client in a thread of its own, where `served` is asked what there is; `ended` is called there
-    before it hangs up."""
+    """Serves one client: shakes hands in a thread of its own, where `served` is asked what there is, and joins the
+    `rounds` then. `ended` is called before it hangs up."""
 
     def __init__(
         self,
@@ -55,6 +56,7 @@ class Visit:
         *,
         handshake_timeout_s: float,
         ended: Callable[[Visit], None],
+        rounds: Rounds,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self._sock = sock
@@ -62,10 +64,13 @@ class Visit:
         self._served = served
         self._handshake_timeout_s = handshake_timeout_s
         self._ended = ended
+        self._rounds = rounds
         self.export_name: str | None = None
         self.client = _who(sock)
         self._connection: Connection | None = None
+        self._alone = False
         self._leaving = False
+        self._gone = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"nbd-{sock.fileno()}", daemon=True)
 
     @property
@@ -89,8 +94,7 @@ class Visit:
 
     def join(self, timeout_s: float) -> bool:
         """Wait for its end; whether it has come."""
-        self._thread.join(max(timeout_s, 0))
-        return not self._thread.is_alive()
+        return self._gone.wait(max(timeout_s, 0))
 
     def _shut(self, how: int) -> None:
         try:
@@ -100,19 +104,30 @@ class Visit:
 
     def _run(self) -> None:
         try:
-            self._serve()
-        except FormatError as lie:
-            _log.warning("a client was dropped: %s", lie, extra=self._names)
-        except ssl.SSLError as refused:
-            _log.warning("a client was dropped: TLS failed: %s", refused, extra=self._names)
-        except OSError as broken:
-            _log.info("a client was lost: %s", broken, extra=self._names)
-        except Exception:
-            _log.exception("a client was dropped: this is a mistake of the server", extra=self._names)
-        finally:
-            self._say_goodbye()
-            self._ended(self)
-            self._sock.close()
+            connection = self._connect()
+        except Exception as failure:
+            self._end(failure)
+            return
+        if connection is None:
+            self._end(None)
+        else:
+            self._rounds.serve(connection, self._sock.fileno(), self._end, alone=self._alone)
+
+    def _end(self, failure: Exception | None) -> None:
+        """Say how it went, and hang up. Whoever served it last is here."""
+        if isinstance(failure, FormatError):
+            _log.warning("a client was dropped: %s", failure, extra=self._names)
+        elif isinstance(failure, ssl.SSLError):
+            _log.warning("a client was dropped: TLS failed: %s", failure, extra=self._names)
+        elif isinstance(failure, OSError):
+            _log.info("a client was lost: %s", failure, extra=self._names)
+        elif failure is not None:
+            words = "a client was dropped: this is a mistake of the server"
+            _log.error(words, exc_info=failure, extra=self._names)
+        self._say_goodbye()
+        self._ended(self)
+        self._sock.close()
+        self._gone.set()
 
     @property
     def _names(self) -> dict[str, str | None]:
@@ -124,12 +139,13 @@ class Visit:
             words, names = _traffic_words(self.traffic), self._names
             _log.info("disk %s: %s is gone: %s", self.export_name, self.client, words, extra=names)
 
-    def _serve(self) -> None:
+    def _connect(self) -> Connection | None:
+        """Come to an agreement with the client, if it wants any."""
         all_served = self._served()
         handshake = self._shake_hands(all_served)
         agreed = handshake.outcome
         if not isinstance(agreed, Agreed):
-            return
+            return None
         served = all_served[agreed.export_name]
         self.export_name = agreed.export_name
         _log.info("disk %s: %s is connected", self.export_name, self.client, extra=self._names)
@@ -141,8 +157,9 @@ class Visit:
             received=handshake.trailing,
             encrypted=self._tls is not None,
         )
+        self._alone = self._tls is not None or served.disk.fd is None
         self._connection.stopping = self._leaving
-        self._connection.run()
+        return self._connection
 
     def _shake_hands(self, all_served: Mapping[str, Served]) -> Handshake:
         """Until both agree, the client leaves, or its time is up (`TimeoutError`)."""

@@ -99,6 +99,12 @@ class Wire:
         self._piece = self._piece[len(taken) :]
         return len(taken)
 
+    def send(self, data: memoryview, _flags: int = 0) -> int:
+        """Takes half of what is more than a few bytes, as a full socket would."""
+        count = len(data) if len(data) < 64 else len(data) // 2
+        self.sent += data[:count]
+        return count
+
     def sendall(self, data: bytes | memoryview, _flags: int = 0) -> None:
         self.sent += data
 

@@ -22,7 +22,7 @@ from tests.unit.test_nbd_connection import MIB, Peer, connected
 
 SIZE = 4 * MIB + 333
 KIB = 1 << 10
-LARGE = 64 * KIB
+LARGE = 144 * KIB
 
 
 @pytest.fixture

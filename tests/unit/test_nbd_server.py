@@ -15,6 +15,7 @@ import pytest
 
 from lmdbitmap.device import MemoryDevice
 from lmdbitmap.interfaces import BlockDevice, ServedDisk
+from lmdbitmap.nbd.rounds import Rounds
 from lmdbitmap.nbd.server import Server
 from lmdbitmap.nbd.visit import Served, Visit
 from lmdbitmap.plain import PlainDisk, PlainLane
@@ -242,6 +243,7 @@ def test_what_was_not_taken_in_before_the_end_is_not_done() -> None:
         lambda: {"disk": Served(disk, {})},
         handshake_timeout_s=PATIENCE_SECONDS,
         ended=lambda _: forgotten.set(),
+        rounds=Rounds(),
     )
     visit.start()
     with RawClient(theirs) as client:
