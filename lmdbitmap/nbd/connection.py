@@ -63,6 +63,8 @@ _UNTIMED: Final = 15
 _HEADER: Final = struct.Struct(">Q8sQI")
 """`nbd.REQUEST` with magic, flags and type as one word, and the cookie as the bytes that go back."""
 _HEADER_SIZE: Final = 28
+_RUN: Final = 4 * _HEADER_SIZE
+"""Worth looking for a run of READs."""
 _PLAIN_READ: Final = nbd.NBD_REQUEST_MAGIC << 32 | nbd.NBD_CMD_READ
 _PLAIN_WRITE: Final = nbd.NBD_REQUEST_MAGIC << 32 | nbd.NBD_CMD_WRITE
 assert _HEADER.size == nbd.REQUEST.size == _HEADER_SIZE
@@ -132,6 +134,7 @@ class Connection:
 
     def serve_some(self) -> bool:
         """Serve what is at hand, and wait for some batches more; False when the client is gone."""
+        self._replies.hurry(False)
         goes_on = self._serve_batch() and self._receive() and self._serve_timed_batch()
         left = _UNTIMED
         while goes_on and left:
@@ -143,6 +146,7 @@ class Connection:
 
     def turn(self) -> bool:
         """Receive what is there and serve it, as `serve_some`, but wait for nothing without notice."""
+        self._replies.hurry(True)
         room = self._view[self._end : min(self._start + self._appetite, _BATCH)]
         count = self._inlet.receive_at_once(room)
         if not count:
@@ -152,7 +156,6 @@ class Connection:
         return self._serve_batch()
 
     def close(self) -> None:
-        """Give back what it holds, but not the socket."""
         self.notice.to = nobody
         self._replies.close()
         if self._conduit is not None:
@@ -188,7 +191,8 @@ class Connection:
         writable = -1 if self._disk.read_only else size
         leaving = False
         while end - position >= _HEADER_SIZE:
-            head, cookie, offset, length = unpack(buffer, position)
+            fields = unpack(buffer, position)
+            head, cookie, offset, length = fields
             data = position + _HEADER_SIZE
             stop = data + length
             if head == _PLAIN_WRITE and data < stop <= end and offset + length <= writable:
@@ -196,8 +200,10 @@ class Connection:
                 cookies.append(cookie)
                 position = stop
             elif head == _PLAIN_READ and 0 < length <= MAX_PAYLOAD and offset + length <= size:
-                reads.append((cookie, offset, length))
+                reads.append(fields)
                 position = data
+                if end - position >= _RUN:
+                    position = self._take_run_of_reads(position)
             else:
                 request = nbd.parse_request(view[position:data])
                 carries_data = request.type == nbd.NBD_CMD_WRITE
@@ -214,6 +220,17 @@ class Connection:
             return False
         self._keep_rest()
         return True
+
+    def _take_run_of_reads(self, position: int) -> int:
+        """Collect the plain READs that follow each other from `position` on: in a long run each costs less."""
+        reads, size, end = self._reads, self._disk.size, self._end
+        for fields in _HEADER.iter_unpack(self._view[position : end - (end - position) % _HEADER_SIZE]):
+            head, _, offset, length = fields
+            if head != _PLAIN_READ or not 0 < length <= MAX_PAYLOAD or offset + length > size:
+                break
+            reads.append(fields)
+            position += _HEADER_SIZE
+        return position
 
     def _send(self) -> None:
         self._replies.send()

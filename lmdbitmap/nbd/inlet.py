@@ -12,41 +12,48 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable
-from typing import Final, Generic, ParamSpec, TypeVar
+from typing import Final, Generic, TypeVar
 
 _LOOK_S: Final = 50e-6
 _MOST_NAPS: Final = 64
 _FOR_EVER: Final = 1 << 62
 
-Asked = ParamSpec("Asked")
 Found = TypeVar("Found")
 
 
-class Lookout(Generic[Asked, Found]):
+class Lookout(Generic[Found]):
     """Waits for something: `look` answers None when it is not there yet, and `sleep` returns when it is."""
 
     def __init__(
-        self, look: Callable[Asked, Found | None], sleep: Callable[Asked, Found], *, blind: bool = False
+        self, look: Callable[..., Found | None], sleep: Callable[..., Found], *, blind: bool = False
     ) -> None:
         self._look = look
         self._sleep = sleep
         self._naps_left = _FOR_EVER if blind else 0
         self._next_naps = 1
 
-    def wait(self, *args: Asked.args, **names: Asked.kwargs) -> Found:
+    def wait(self, *args: object) -> Found:
         if self._naps_left:
             self._naps_left -= 1
-            return self._sleep(*args, **names)
+            return self._sleep(*args)
+        found = self._look(*args)
+        if found is None:
+            found = self._look_for_a_moment(*args)
+        if found is not None:
+            self._next_naps = 1
+            return found
+        self._naps_left = self._next_naps
+        self._next_naps = min(2 * self._next_naps, _MOST_NAPS)
+        return self._sleep(*args)
+
+    def _look_for_a_moment(self, *args: object) -> Found | None:
         look, now = self._look, time.perf_counter
         stop = now() + _LOOK_S
         while now() < stop:
-            found = look(*args, **names)
+            found = look(*args)
             if found is not None:
-                self._next_naps = 1
                 return found
-        self._naps_left = self._next_naps
-        self._next_naps = min(2 * self._next_naps, _MOST_NAPS)
-        return self._sleep(*args, **names)
+        return None
 
 
 class Inlet:
@@ -54,11 +61,8 @@ class Inlet:
 
     def __init__(self, sock: socket.socket, *, encrypted: bool = False) -> None:
         self._recv_into = sock.recv_into
-        self._lookout = Lookout(self.receive_at_once, self._recv_into, blind=encrypted)
-
-    def receive(self, buffer: memoryview) -> int:
-        """Wait for bytes and put them into `buffer`; their number, 0 when the client is gone."""
-        return self._lookout.wait(buffer)
+        self.receive = Lookout(self.receive_at_once, self._recv_into, blind=encrypted).wait
+        """Wait for bytes and put them into a buffer; their number, 0 when the client is gone."""
 
     def receive_at_once(self, buffer: memoryview) -> int | None:
         """What is there already, as `receive` does; None when nothing is. Not of an encrypted socket."""

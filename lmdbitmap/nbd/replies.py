@@ -1,15 +1,17 @@
 """What goes back to one client, and the data of its READs: the outgoing half of the hot loop.
 
-Replies gather in one buffer and leave in one send. Small READs are read straight into that buffer, behind
-their headers. Long ones travel by reference: from the page cache into a pipe, and from the pipe to the socket;
-the pipe is filled before the header is sent, so that an error of the disk can still be told. What the client
+Replies gather in a list and leave in one send, at most `_MOST_GATHERED` bytes and one READ. Long READs travel by
+reference: from the page cache into a pipe, and from the pipe to the socket; the pipe is filled before the
+header is sent, so that an error of the disk can still be told. What the client
 receives that way is the page as it is when it gets there: a write that overlaps a READ in flight may show in
 it, as the protocol allows. A disk that must not show it (a point in time) has no `fd`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import logging
 import os
 import socket
@@ -26,10 +28,12 @@ from lmdbitmap.nbd.requests import error_of
 
 _log = logging.getLogger(__name__)
 
-Read: TypeAlias = tuple[bytes, int, int]
-"""(cookie, offset, length)"""
+Read: TypeAlias = tuple[int, bytes, int, int]
+"""A request's (magic, flags and type; cookie; offset; length)."""
 
-_BUFFER: Final = 512 << 10
+_MOST_GATHERED: Final = 512 << 10
+_MOST_PARTS: Final = 1000
+"""The kernel takes 1024 at once."""
 SPLICE_FROM: Final = 32 << 10
 """READs of this many bytes travel by reference: below it, copying is cheaper than two more system calls."""
 _NEVER: Final = 1 << 62
@@ -62,14 +66,16 @@ class Replies:
         self.bytes_sent = 0
         self._sock = sock
         self._notice = notice
-        self._send_at_once = None if encrypted else sock.send
+        self._encrypted = encrypted
         self._structured = structured
         self._header_size = _DATA.size if structured else nbd.SIMPLE_REPLY.size
-        self._buffer = bytearray(_BUFFER)
-        self._view = memoryview(self._buffer)
-        self._used = 0
+        self._gathered: list[bytes | bytearray] = []
+        self._gathered_bytes = 0
         self._fd = -1 if fd is None else fd
-        self._read_into = lane.pread_into if fd is None else _reader(fd, lane.pread_into, notice)
+        self._pread_into = lane.pread_into
+        self._pread_patiently = _by_lane(lane.pread_into) if fd is None else functools.partial(os.pread, fd)
+        self._pread_in_haste = self._pread_patiently if not _knows_haste(fd) else self._pread_at_once
+        self._pread = self._pread_patiently
         self._splice_from = _NEVER if fd is None or encrypted else SPLICE_FROM
         self._pipe: tuple[int, int] | None = None
 
@@ -78,80 +84,103 @@ class Replies:
             os.close(end)
         self._pipe = None
 
+    def hurry(self, haste: bool) -> None:
+        """From now on give notice before a small READ waits for the disk, or do not care."""
+        self._pread = self._pread_in_haste if haste else self._pread_patiently
+
     def send(self) -> None:
         """Send all that was added. Waits for a client that does not read; nobody else waits with it."""
-        used = self._used
-        if used:
-            self._send_all(self._view[:used])
-            self.bytes_sent += used
-            self._used = 0
+        gathered = self._gathered
+        if gathered:
+            if len(gathered) == 1 or self._encrypted:
+                self._send_all(b"".join(gathered))
+            else:
+                self._send_parts(gathered)
+            gathered.clear()
+            self._gathered_bytes = 0
 
-    def _send_all(self, data: memoryview) -> None:
+    def _send_parts(self, parts: list[bytes | bytearray]) -> None:
+        """They are not joined unless they have to wait: to join them costs as much as to read them."""
+        try:
+            sent = self._sock.sendmsg(parts, (), socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            sent = 0
+        self.bytes_sent += sent
+        if sent < self._gathered_bytes:
+            self._send_rest(memoryview(b"".join(parts))[sent:])
+
+    def _send_all(self, data: bytes | bytearray) -> None:
         sent = 0
-        if self._send_at_once is not None:
+        if not self._encrypted:
             try:
-                sent = self._send_at_once(data, socket.MSG_DONTWAIT)
+                sent = self._sock.send(data, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 pass
+        self.bytes_sent += sent
         if sent < len(data):
-            self._notice.give()
-            self._sock.sendall(data[sent:])
+            self._send_rest(memoryview(data)[sent:])
+
+    def _send_rest(self, data: memoryview) -> None:
+        self._notice.give()
+        self._sock.sendall(data)
+        self.bytes_sent += len(data)
 
     def add(self, reply: bytes) -> None:
-        if len(reply) > _BUFFER - self._used:
+        self._gathered.append(reply)
+        self._gathered_bytes += len(reply)
+        if self._gathered_bytes > _MOST_GATHERED or len(self._gathered) >= _MOST_PARTS:
             self.send()
-            if len(reply) > _BUFFER:
-                self._send_past_buffer(reply)
-                return
-        self._view[self._used : self._used + len(reply)] = reply
-        self._used += len(reply)
 
     def add_successes(self, cookies: list[bytes]) -> None:
         self.add(_SIMPLE_OK + _SIMPLE_OK.join(cookies))
 
     def add_reads(self, reads: list[Read]) -> None:
         """Do these READs, none of them empty, and answer each with its data or its error."""
-        buffer, view, header_size, structured = self._buffer, self._view, self._header_size, self._structured
-        read_into, splice_from = self._read_into, self._splice_from
-        for cookie, offset, length in reads:
+        structured, pack, splice_from = self._structured, _DATA.pack, self._splice_from
+        gathered, header_size = self._gathered, self._header_size
+        for _, cookie, offset, length in reads:
             if length >= splice_from:
                 self._splice(cookie, offset, length)
                 continue
-            if header_size + length > _BUFFER - self._used:
-                self.send()
-                if header_size + length > _BUFFER:
-                    self.add_whole_read(cookie, offset, length)
-                    continue
-            header = self._used
-            data = header + header_size
             try:
-                read_into(view[data : data + length], offset)
+                data = self._pread(length, offset)
             except (OSError, LmdbitmapError) as failure:
                 self._refuse(cookie, failure)
                 continue
-            if structured:
-                _DATA.pack_into(buffer, header, _DATA_DONE, cookie, length + 8, offset)
-            else:
-                view[header:data] = _SIMPLE_OK + cookie
-            self._used = data + length
+            if len(data) != length:
+                self.add_whole_read(cookie, offset, length)
+                continue
+            gathered.append(
+                pack(_DATA_DONE, cookie, length + 8, offset) if structured else _SIMPLE_OK + cookie
+            )
+            gathered.append(data)
+            self._gathered_bytes += header_size + length
+            if self._gathered_bytes > _MOST_GATHERED or len(gathered) >= _MOST_PARTS:
+                self.send()
+
+    def _pread_at_once(self, length: int, offset: int) -> bytes | bytearray:
+        data = bytearray(length)
+        with contextlib.suppress(BlockingIOError):
+            if os.preadv(self._fd, (data,), offset, os.RWF_NOWAIT) == length:
+                return data
+        self._notice.give()
+        self.hurry(False)
+        return self._pread(length, offset)
 
     def add_whole_read(self, cookie: bytes, offset: int, length: int) -> None:
         """Do one READ through memory of its own, and answer it in one chunk."""
         self._notice.give()
-        data = bytearray(length)
         try:
-            self._read_into(memoryview(data), offset)
+            data = self._pread_patiently(length, offset)
+            if len(data) < length:  # the lane says why
+                data = bytearray(length)
+                self._pread_into(memoryview(data), offset)
         except (OSError, LmdbitmapError) as failure:
             self._refuse(cookie, failure)
             return
         self.add(self._header(cookie, offset, length, done=True))
         self.send()
-        self._send_past_buffer(data)
-
-    def _send_past_buffer(self, data: bytes | bytearray) -> None:
-        self._notice.give()
-        self._sock.sendall(data)
-        self.bytes_sent += len(data)
+        self._send_all(data)
 
     def _header(self, cookie: bytes, offset: int, length: int, *, done: bool) -> bytes:
         if self._structured:
@@ -205,30 +234,20 @@ class Replies:
             length -= moved
 
 
-def _reader(
-    fd: int, otherwise: Callable[[memoryview, int], None], notice: Notice
-) -> Callable[[memoryview, int], None]:
-    """The shortest way to read: the system call for what is in memory, and the lane for what that leaves undone."""
-    preadv, flags = os.preadv, _without_waiting(fd)
+def _by_lane(pread_into: Callable[[memoryview, int], None]) -> Callable[[int, int], bytes | bytearray]:
+    """Reads of a disk without a descriptor."""
 
-    def read_into(buffer: memoryview, offset: int) -> None:
-        try:
-            if preadv(fd, (buffer,), offset, flags) == len(buffer):
-                return
-        except BlockingIOError:
-            pass
-        notice.give()
-        otherwise(buffer, offset)
+    def pread(length: int, offset: int) -> bytearray:
+        data = bytearray(length)
+        pread_into(memoryview(data), offset)
+        return data
 
-    return read_into
+    return pread
 
 
-def _without_waiting(fd: int) -> int:
-    """The flag of a read that fails rather than wait for the disk, where this kind of file knows it."""
+def _knows_haste(fd: int | None) -> bool:
+    """Whether a read of this file can fail rather than wait for the disk."""
     try:
-        os.preadv(fd, (bytearray(1),), 0, os.RWF_NOWAIT)
-    except BlockingIOError:
-        pass
-    except OSError:
-        return 0
-    return os.RWF_NOWAIT
+        return fd is not None and os.preadv(fd, (bytearray(1),), 0, os.RWF_NOWAIT) >= 0
+    except OSError as refused:
+        return isinstance(refused, BlockingIOError)

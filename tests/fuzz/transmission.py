@@ -105,6 +105,9 @@ class Wire:
         self.sent += data[:count]
         return count
 
+    def sendmsg(self, parts: list[bytes], _ancillary: tuple[()] = (), _flags: int = 0) -> int:
+        return self.send(memoryview(b"".join(parts)))
+
     def sendall(self, data: bytes | memoryview, _flags: int = 0) -> None:
         self.sent += data
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from lmdbitmap.device import FileDevice
 from lmdbitmap.geometry import REGION_BYTES, Geometry
 from lmdbitmap.interfaces import BlockDevice, ServedDisk
 from lmdbitmap.lane import FilterLane, Gate
-from lmdbitmap.nbd import rounds
+from lmdbitmap.nbd import replies, rounds
 from lmdbitmap.nbd.server import Server
 from lmdbitmap.plain import PlainDisk, PlainLane
 from tests.nbd_raw import DISC, FLUSH, READ, WRITE, WRITE_ZEROES, RawClient, request, write
@@ -211,6 +212,21 @@ def test_who_waits_leaves_the_rounds_and_comes_back(
             assert len(threads_of(disk, clients)) == 2
             be_quick(client)
             assert len(threads_of(disk, clients)) == 1
+
+
+def test_data_that_is_not_in_memory_is_waited_for_outside_the_rounds(
+    device: FileDevice, tmp_path: Path
+) -> None:
+    """Where the file system can say so: a tmpfs, whose data always is in memory, cannot."""
+    disk, data = StagedDisk(device), random.Random(1).randbytes(MIB)
+    device.pwrite(data, 2 * MIB)
+    with clients_of(disk, tmp_path, 3) as clients:
+        device.flush()
+        os.posix_fadvise(device.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        assert clients[0].do(READ, 2 * MIB, 4096).data == data[:4096]
+        assert len(threads_of(disk, clients)) == 1 + replies._knows_haste(device.fd)
+        be_quick(clients[0])
+        assert len(threads_of(disk, clients)) == 1
 
 
 @pytest.mark.parametrize("stuck", [1, 3])
