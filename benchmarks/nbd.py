@@ -3,7 +3,8 @@
 Every peer has its own copy of the image, because an image that is served by one is locked for the others.
 All copies are in the page cache before the first round. A round gives every peer the same few seconds of the
 same work; the figure is the median of the rounds, and the ratio the median of the rounds' ratios, so that a
-noisy moment of the machine hits all of them or is left out.
+noisy moment of the machine hits all of them or is left out. Beside the rate stands the processor time that the
+server spent on a request, and in the end the memory that a busy connection takes.
 
 Run alone it measures an untracked disk: `python benchmarks/nbd.py [SECONDS [ROUNDS]]`.
 """
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +35,9 @@ PATIENCE_S = 20.0
 IMAGE_BYTES = 1 << 30
 EXPORT = "disk"
 CONNECTIONS = 4
+CROWD = 8
+"""Connections over which memory is measured: what qemu-nbd is told to allow."""
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 class Load(NamedTuple):
@@ -62,6 +66,13 @@ LOADS = [
     Load("randwrite", "4k", 1, SINGLE),
     Load("randread", "4k", 1, SINGLE),
 ]
+
+
+class Sample(NamedTuple):
+    """What fio got through, and what a request cost the server."""
+
+    rate: float
+    processor_us: float
 
 
 class Peer(NamedTuple):
@@ -102,20 +113,18 @@ def nbdkit_file(image: Path, folder: Path) -> Peer:
 
 
 @contextlib.contextmanager
-def running(peers: Iterable[Peer]) -> Iterator[None]:
-    """Start all of them, wait until they take connections, and end them afterwards."""
+def running(peers: Iterable[Peer]) -> Iterator[dict[str, int]]:
+    """Start all of them, wait until they take connections, and end them afterwards. Yields their pids by name."""
     with contextlib.ExitStack() as stack:
-        for peer in peers:
-            stack.enter_context(_running(peer))
-        yield
+        yield {peer.name: stack.enter_context(_running(peer)) for peer in peers}
 
 
 @contextlib.contextmanager
-def _running(peer: Peer) -> Iterator[None]:
+def _running(peer: Peer) -> Iterator[int]:
     process = subprocess.Popen(peer.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _await_listening(peer, process)
-        yield
+        yield process.pid
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -149,7 +158,31 @@ def _listens(path: Path) -> bool:
 
 def fio_rate(uri: str, load: Load, seconds: float, extra: Sequence[str] = ()) -> float:
     """Requests per second that fio got through."""
-    command = [
+    return _fio(uri, load, seconds, extra)[0]
+
+
+def sample(peer: Peer, pid: int, load: Load, seconds: float, extra: Sequence[str] = ()) -> Sample:
+    begun_s = processor_s(pid)
+    rate, requests = _fio(peer.uri, load, seconds, extra)
+    return Sample(rate, (processor_s(pid) - begun_s) * 1e6 / max(requests, 1))
+
+
+def _fio(uri: str, load: Load, seconds: float, extra: Sequence[str]) -> tuple[float, int]:
+    """Requests per second, and all of them."""
+    with tempfile.TemporaryDirectory() as folder:  # fio leaves files where it runs
+        done = subprocess.run(
+            [*fio_command(uri, load, seconds), *extra],
+            capture_output=True, text=True, check=True, timeout=seconds + PATIENCE_S, cwd=folder,
+        )  # fmt: skip
+    report = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
+    if report["error"]:
+        raise RuntimeError(f"fio failed: {done.stdout}")
+    both = report["read"], report["write"]
+    return sum(float(way["iops"]) for way in both), sum(int(way["total_ios"]) for way in both)
+
+
+def fio_command(uri: str, load: Load, seconds: float) -> list[str]:
+    return [
         "fio",
         "--name=bench",
         "--ioengine=nbd",
@@ -162,25 +195,30 @@ def fio_rate(uri: str, load: Load, seconds: float, extra: Sequence[str] = ()) ->
         "--norandommap",
         "--randrepeat=0",
         "--output-format=json",
-        *extra,
     ]
-    with tempfile.TemporaryDirectory() as folder:  # fio leaves files where it runs
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=seconds + PATIENCE_S, cwd=folder
-        )
-    report = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
-    if report["error"]:
-        raise RuntimeError(f"fio failed: {done.stdout}")
-    return float(report["read"]["iops"] + report["write"]["iops"])
 
 
-def rates(peers: Sequence[Peer], load: Load, rounds: int, seconds: float) -> list[list[float]]:
-    """The rate of every peer in every round, the peers taking turns and beginning in turn."""
-    measured: list[list[float]] = [[] for _ in peers]
+def processor_s(pid: int) -> float:
+    """Processor time that a process has spent, its own and the kernel's for it."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
+
+
+def private_bytes(pid: int) -> int:
+    """Memory that a process shares with nobody, and no file holds."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) << 10
+
+
+def samples(
+    peers: Sequence[Peer], pids: Mapping[str, int], load: Load, rounds: int, seconds: float
+) -> list[list[Sample]]:
+    """Of every peer in every round, the peers taking turns and beginning in turn."""
+    measured: list[list[Sample]] = [[] for _ in peers]
     for turn in range(rounds):
         for index in range(len(peers)):
             peer = (index + turn) % len(peers)
-            measured[peer].append(fio_rate(peers[peer].uri, load, seconds))
+            measured[peer].append(sample(peers[peer], pids[peers[peer].name], load, seconds))
     return measured
 
 
@@ -200,16 +238,17 @@ def measure_nbd(
             copy = folder / f"{make.__name__}.raw"
             write_out(copy, image.stat().st_size)
             peers.append(make(copy, folder))
-        with running(peers):
+        with running(peers) as pids:
             for load in loads:
-                yield from _lines(load, peers, rates(peers, load, rounds, seconds))
+                yield from _lines(load, peers, samples(peers, pids, load, rounds, seconds))
             for load in loads[:4]:
                 yield many_connections(ours, load, rounds, seconds)
+            yield from memory_lines(peers, pids, seconds)
 
 
 def many_connections(ours: Peer, load: Load, rounds: int, seconds: float) -> Line:
     """The same requests in flight over four connections, against one."""
-    apart = ["--thread", f"--numjobs={CONNECTIONS}", "--group_reporting", f"--size={IMAGE_BYTES}"]
+    apart = _over(CONNECTIONS)
     fewer = load._replace(depth=load.depth // CONNECTIONS)
     ratios, measured = [], []
     for _ in range(rounds):
@@ -222,12 +261,46 @@ def many_connections(ours: Peer, load: Load, rounds: int, seconds: float) -> Lin
     )
 
 
-def _lines(load: Load, peers: Sequence[Peer], measured: list[list[float]]) -> Iterator[Line]:
+def _over(connections: int) -> list[str]:
+    """What fio has to be told."""
+    return ["--thread", f"--numjobs={connections}", "--group_reporting", f"--size={IMAGE_BYTES}"]
+
+
+def memory_lines(peers: Sequence[Peer], pids: Mapping[str, int], seconds: float) -> Iterator[Line]:
+    """What `CROWD` connections that read and write take, each."""
+    taken = [_memory_per_connection(peer, pids[peer.name], seconds) / (1 << 10) for peer in peers]
+    for peer, theirs in zip(peers[1:], taken[1:], strict=True):
+        ratio = taken[0] / theirs if theirs > 0 else None
+        yield Line("NBD memory per busy connection", taken[0], "KiB", peer.name, ratio, "", peers[0].name)
+
+
+def _memory_per_connection(peer: Peer, pid: int, seconds: float) -> float:
+    """The most that is seen while fio works, over what there was before."""
+    load = Load("randrw", "4k", 32, {})
+    before = most = private_bytes(pid)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*fio_command(peer.uri, load, seconds), *_over(CROWD)]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=folder) as fio:
+            while fio.poll() is None:
+                most = max(most, private_bytes(pid))
+                time.sleep(0.05)
+    return (most - before) / CROWD
+
+
+def _lines(load: Load, peers: Sequence[Peer], measured: list[list[Sample]]) -> Iterator[Line]:
     mine = measured[0]
     for peer, theirs in zip(peers[1:], measured[1:], strict=True):
-        ratio = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
-        owed = load.owed[peer.name]
-        yield Line(load.name, statistics.median(mine), "/s", peer.name, ratio, f">= {owed:g}", peers[0].name)
+        pairs = list(zip(mine, theirs, strict=True))
+        rate, ratio = _median(a.rate for a in mine), _median(a.rate / b.rate for a, b in pairs)
+        owed = f">= {load.owed[peer.name]:g}"
+        yield Line(load.name, rate, "/s", peer.name, ratio, owed, peers[0].name)
+        cost = _median(a.processor_us for a in mine)
+        ratio = cost / _median(b.processor_us for b in theirs)
+        yield Line(f"{load.name}, processor", cost, "us each", peer.name, ratio, "", peers[0].name)
+
+
+def _median(figures: Iterable[float]) -> float:
+    return statistics.median(list(figures))
 
 
 def write_out(path: Path, size: int) -> None:

@@ -221,6 +221,7 @@ def test_data_that_is_not_in_memory_is_waited_for_outside_the_rounds(
     disk, data = StagedDisk(device), random.Random(1).randbytes(MIB)
     device.pwrite(data, 2 * MIB)
     with clients_of(disk, tmp_path, 3) as clients:
+        assert device.fd is not None
         device.flush()
         os.posix_fadvise(device.fd, 0, 0, os.POSIX_FADV_DONTNEED)
         assert clients[0].do(READ, 2 * MIB, 4096).data == data[:4096]
