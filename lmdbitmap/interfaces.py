@@ -1,4 +1,4 @@
-"""The shapes that floors agree on: a block device, a thread's lane to a disk, a disk that can be served."""
+"""The shapes that floors agree on: a block device, a lane to a disk, a disk that can be served."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class TrackableDevice(BlockDevice, Protocol):
 
 
 class Lane(Protocol):
-    """One thread's way to a disk. Not to be shared between threads; make one per thread or connection."""
+    """A way to a disk, for one thread at a time: make one per thread or connection."""
 
     def write_many(self, writes: Sequence[tuple[int, memoryview]]) -> Mapping[int, int]:
         """Do all (offset, data) pairs, in any order; answer {index: errno} of those that failed."""

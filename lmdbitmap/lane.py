@@ -1,4 +1,4 @@
-"""The hot path: a thread's lane through the filter, and the gate that closes all lanes for a moment.
+"""The hot path: lanes through the filter, one thread in each, and the gate that closes all of them for a moment.
 
 Speed outranks beauty in `FilterLane.pwrite` and `write_many`, and nowhere else. A write whose blocks are all
 settled costs one look at the bitmap and the system call; everything else takes the slow path below them.
@@ -117,7 +117,8 @@ class Gate:
 
 
 class FilterLane:
-    """One thread's way through the filter. `mark` returns when the runs are settled, or raises StorageError.
+    """A way through the filter, for one thread at a time. `mark` returns when the runs are settled, or raises
+    StorageError.
 
     `flush` is the disk's, if it is not just the device's.
     """
@@ -174,13 +175,13 @@ class FilterLane:
         """
         self.busy = True
         try:
-            end, shift = offset + len(data), self._shift
-            first = offset >> shift
+            length, shift = len(data), self._shift
+            end, first = offset + length, offset >> shift
             if (
                 end <= self.size
                 and self.settled[first]
                 and ((end - 1) >> shift == first or self.settled.find(0, first, ((end - 1) >> shift) + 1) < 0)
-                and self._pwrite(self._fd, data, offset) == end - offset
+                and self._pwrite(self._fd, data, offset) == length
             ):
                 return
         except _OFF_THE_DISK_OR_REFUSED:

@@ -74,19 +74,20 @@ class Replies:
         self._fd = -1 if fd is None else fd
         self._pread_into = lane.pread_into
         self._pread_patiently = _by_lane(lane.pread_into) if fd is None else functools.partial(os.pread, fd)
-        self._pread_in_haste = self._pread_patiently if not _knows_haste(fd) else self._pread_at_once
+        self._knows_haste = _knows_haste(fd)
         self._pread = self._pread_patiently
         self._splice_from = _NEVER if fd is None or encrypted else SPLICE_FROM
         self._pipe: tuple[int, int] | None = None
 
     def close(self) -> None:
+        self.hurry(False)
         for end in self._pipe or ():
             os.close(end)
         self._pipe = None
 
     def hurry(self, haste: bool) -> None:
         """From now on give notice before a small READ waits for the disk, or do not care."""
-        self._pread = self._pread_in_haste if haste else self._pread_patiently
+        self._pread = self._pread_at_once if haste and self._knows_haste else self._pread_patiently
 
     def send(self) -> None:
         """Send all that was added. Waits for a client that does not read; nobody else waits with it."""

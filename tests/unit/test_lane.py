@@ -309,3 +309,16 @@ def test_gate_forgets_lanes_that_nobody_holds(device: BlockDevice) -> None:
     del lanes[1:]
     gc.collect()
     assert len(marker.gate._lanes) == 1
+
+
+@pytest.mark.parametrize(("wait_s", "told"), [(-1.0, 1), (PATIENCE_SECONDS, 0)])
+def test_a_lane_tells_of_writes_that_had_to_wait(
+    device: BlockDevice, monkeypatch: pytest.MonkeyPatch, wait_s: float, told: int
+) -> None:
+    monkeypatch.setattr("lmdbitmap.lane._WAIT_S", wait_s)
+    marker, waits = Marker(), list[int]()
+    lane = FilterLane(marker.gate, device, marker)
+    lane.has_waited = lambda: waits.append(len(marker.marked))
+    for _ in range(2):  # the second time the block is settled
+        assert lane.write_many([(0, memoryview(b"new dirt"))]) == {}
+    assert waits == [1] * told
