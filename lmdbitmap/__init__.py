@@ -46,9 +46,10 @@ if TYPE_CHECKING:
         keep_changes,
     )
     from lmdbitmap.extents import Extent, Trust
-    from lmdbitmap.filter import Filter, take_checkpoint
+    from lmdbitmap.filter import Filter, take_checkpoint, take_snapshot
     from lmdbitmap.manifest import BackupType
     from lmdbitmap.nbd.control import ControlServer
+    from lmdbitmap.nbd.held import HeldSnapshots
     from lmdbitmap.nbd.server import Server
     from lmdbitmap.prune import PruneResult
     from lmdbitmap.prune import prune as prune_backups
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from lmdbitmap.restore import restore as restore_backup
     from lmdbitmap.retention import Retention
     from lmdbitmap.session import add, adopt, remove
+    from lmdbitmap.snapshot import Scratch, Snapshot
     from lmdbitmap.store import Store
     from lmdbitmap.stream import StreamResult, stream_backup
     from lmdbitmap.stream_restore import AppliedResult, apply_stream
@@ -80,6 +82,7 @@ _HOMES = {
     "Flaw": "verify",
     "FormatError": "errors",
     "Gravity": "check",
+    "HeldSnapshots": "nbd.held",
     "Inspection": "export",
     "InvalidArgument": "errors",
     "LmdbitmapError": "errors",
@@ -88,7 +91,9 @@ _HOMES = {
     "PruneResult": "prune",
     "RestoreResult": "restore",
     "Retention": "retention",
+    "Scratch": "snapshot",
     "Server": "nbd.server",
+    "Snapshot": "snapshot",
     "Standing": "changes",
     "StorageError": "errors",
     "Store": "store",
@@ -114,6 +119,7 @@ _HOMES = {
     "restore_backup": "restore",
     "stream_backup": "stream",
     "take_checkpoint": "filter",
+    "take_snapshot": "filter",
     "verify_backups": "verify",
 }
 """Where each public name lives."""
@@ -143,6 +149,7 @@ __all__ = [
     "Flaw",
     "FormatError",
     "Gravity",
+    "HeldSnapshots",
     "Inspection",
     "InvalidArgument",
     "LmdbitmapError",
@@ -151,7 +158,9 @@ __all__ = [
     "PruneResult",
     "RestoreResult",
     "Retention",
+    "Scratch",
     "Server",
+    "Snapshot",
     "Standing",
     "StorageError",
     "Store",
@@ -178,6 +187,7 @@ __all__ = [
     "restore_backup",
     "stream_backup",
     "take_checkpoint",
+    "take_snapshot",
     "verify_backups",
 ]
 

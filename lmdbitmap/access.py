@@ -21,7 +21,8 @@ from lmdbitmap.copier import cluster_bits_for
 from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError
 from lmdbitmap.filter import Filter, take_snapshot
 from lmdbitmap.geometry import Geometry
-from lmdbitmap.interfaces import BlockDevice
+from lmdbitmap.image import open_image
+from lmdbitmap.interfaces import BlockDevice, TrackableDevice
 from lmdbitmap.nbd import control_client
 from lmdbitmap.nbd.client import NbdDevice
 from lmdbitmap.nbd.client_link import agreed
@@ -99,6 +100,11 @@ def access(
         way = Unowned(store, names, open_device)
     with contextlib.closing(way):
         yield way
+
+
+def open_to_read(image: str) -> TrackableDevice:
+    """Reading is enough, and others may read too; who writes is kept out."""
+    return open_image(image, read_only=True)
 
 
 def _is_owned(store: Store, name: str) -> bool:

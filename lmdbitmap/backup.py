@@ -34,7 +34,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from lmdbitmap import backup_chain, bits, files, mending
-from lmdbitmap.access import Access, PointInTime, access
+from lmdbitmap.access import Access, PointInTime, access, open_to_read
 from lmdbitmap.backup_chain import BackupChain
 from lmdbitmap.backup_plan import Plan, newest, plan_for
 from lmdbitmap.bits import Run
@@ -60,8 +60,6 @@ from lmdbitmap.errors import (
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import Geometry
-from lmdbitmap.image import open_image
-from lmdbitmap.interfaces import TrackableDevice
 from lmdbitmap.manifest import (
     BackupEntry,
     BackupType,
@@ -148,7 +146,7 @@ def backup(
     scratch: Scratch | None = None,
     quiesced: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
     progress: Progress | None = None,
-    open_device: OpenDevice | None = None,
+    open_device: OpenDevice = open_to_read,
     compression: str | None = None,
 ) -> list[BackupResult]:
     """Back up disks as they are at one point in time; every backup is durable when this returns.
@@ -169,7 +167,7 @@ def backup(
     if len(set(names)) != len(names):
         raise InvalidArgument("a disk is named twice", next_step="name each disk once")
     with contextlib.ExitStack() as locks:
-        way = locks.enter_context(access(store, names, open_device or _open_to_read, attached, scratch))
+        way = locks.enter_context(access(store, names, open_device, attached, scratch))
         jobs = [_prepare(store, way, disk, repository_path, kind, locks) for disk in way.disks]
         if only_that:
             _require_as_asked(jobs)
@@ -183,11 +181,6 @@ def backup(
             for job in jobs:
                 _undo_after_failure(job)
             raise
-
-
-def _open_to_read(image: str) -> TrackableDevice:
-    """Reading is enough, and others may read too; who writes is kept out."""
-    return open_image(image, read_only=True)
 
 
 # --- before the checkpoint ---

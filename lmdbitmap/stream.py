@@ -3,7 +3,7 @@
 The receiver counts from checkpoints: a stream leads from one of them, or from nothing, to one that is taken for
 it, and that stays. So the order is:
 
-    own the disk, judge continuity      as backup.py does; what is not known begins a new epoch
+    get at the disk (access.py)         own it, or reach who does; what is not known begins a new epoch
     refuse what cannot be counted from  before anything is made
     take the checkpoint                 the point in time that the receiver will hold
     stream what changed up to it        dirty and zero is told as zeroes, never left out
@@ -17,27 +17,31 @@ count from is ever forgotten here: whoever runs both ends forgets old checkpoint
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from lmdbitmap import bits, chain, session
+from lmdbitmap import bits, chain
+from lmdbitmap.access import Access, PointInTime, access, open_to_read
 from lmdbitmap.bits import Run
 from lmdbitmap.changes import Changes, changes
 from lmdbitmap.copier import Progress, Report, cluster_bits_for
 from lmdbitmap.errors import LmdbitmapError, StorageError, os_errors_at
 from lmdbitmap.extents import Trust
+from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import Geometry
-from lmdbitmap.image import open_image
-from lmdbitmap.interfaces import BlockDevice, Buffer, TrackableDevice
+from lmdbitmap.interfaces import BlockDevice, Buffer
 from lmdbitmap.pieces import Pieces
 from lmdbitmap.rbd_diff import Encoder, Head
 from lmdbitmap.schema import Checkpoint, Disk
 from lmdbitmap.session import OpenDevice
+from lmdbitmap.snapshot import Scratch
 from lmdbitmap.store import Store
 
 log = logging.getLogger(__name__)
@@ -192,7 +196,7 @@ class _Out:
         return count
 
 
-# --- a disk that nobody serves ---
+# --- a tracked disk ---
 
 
 def stream_backup(
@@ -203,38 +207,47 @@ def stream_backup(
     since: str | None = None,
     checkpoint: str | None = None,
     version: int = 1,
+    attached: Mapping[str, Filter] | None = None,
+    scratch: Scratch | None = None,
+    quiesced: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
     progress: Progress | None = None,
-    open_device: OpenDevice | None = None,
+    open_device: OpenDevice = open_to_read,
 ) -> StreamResult:
     """Stream the disk called `name` as it is now: what changed since the checkpoint `since`, or all of it.
 
     A checkpoint is taken, called `checkpoint`, or as the result says; it stays, for the next stream to count from.
-    Raises `Untrusted` where nobody knows what changed since, `NotFound` without such a disk, image or checkpoint,
-    `AlreadyExists` for a checkpoint of that name, `Busy` for a disk or image that somebody writes.
+    A disk that is served, here (`attached`) or by another process, is held as it was, and its guest goes on; as for
+    `backup`. Raises `Untrusted` where nobody knows what changed since, `NotFound` without such a disk, image or
+    checkpoint, `AlreadyExists` for a checkpoint of that name, `Busy` for a disk or image that somebody else holds.
     """
     started = time.monotonic()
-    with session.owning(store, name, open_device or _open_to_read) as held:
-        disk = session.reconcile(store, held)
-        time_ns = time.time_ns()
-        head = Head(version, disk.size, since, checkpoint or _checkpoint_name(time_ns))
-        _require_countable(store, disk, head)
-        point = _take_checkpoint(store, disk, head, time_ns)
+    with access(store, [name], open_device, attached, scratch) as way:
+        [disk] = way.disks
+        head = Head(version, disk.size, since, checkpoint or _checkpoint_name(time.time_ns()))
+        counted_from = _require_countable(store, disk, head)
+        with quiesced():
+            [point] = way.take_point(str(head.to_name), [counted_from])
         try:
-            changed = None if since is None else changes(store, name, since=since, until=point.name)
-            with os_errors_at(disk.image):
-                streamed = write_stream(
-                    out, held.device, head, disk.geometry, changed,
-                    progress=progress, before_end=lambda: session.require_untouched(held, disk),
-                )  # fmt: skip
+            streamed, trust = _stream_point(store, way, point, head, out, progress)
         except BaseException:
-            _take_back(store, disk, point)
+            _take_back(way, point)
             raise
-    trust = Trust.EXACT if changed is None else changed.summary.standing.trust
-    return StreamResult(name, since, point.name, disk.size, trust, streamed, time.monotonic() - started)
+    size, seconds = point.disk.size, time.monotonic() - started
+    return StreamResult(name, since, point.checkpoint.name, size, trust, streamed, seconds)
 
 
-def _open_to_read(image: str) -> TrackableDevice:
-    return open_image(image, read_only=True)
+def _stream_point(
+    store: Store, way: Access, point: PointInTime, head: Head, out: Sink, progress: Progress | None
+) -> tuple[Streamed, Trust]:
+    disk, changed = point.disk, None
+    if head.from_name is not None:
+        changed = changes(store, disk.name, since=head.from_name, until=point.checkpoint.name)
+    with os_errors_at(disk.image):
+        streamed = write_stream(
+            out, point.device, head._replace(size=disk.size), disk.geometry, changed,
+            progress=progress, before_end=lambda: way.prove(point),
+        )  # fmt: skip
+    return streamed, Trust.EXACT if changed is None else changed.summary.standing.trust
 
 
 def _checkpoint_name(time_ns: int) -> str:
@@ -242,23 +255,23 @@ def _checkpoint_name(time_ns: int) -> str:
     return f"stream-{moment}-{os.urandom(3).hex()}"
 
 
-def _require_countable(store: Store, disk: Disk, head: Head) -> None:
-    """Refuse what can be told before a checkpoint is taken."""
+def _require_countable(store: Store, disk: Disk, head: Head) -> Checkpoint | None:
+    """Refuse what can be told before a checkpoint is taken. Answers the one that is counted from."""
     Encoder(head)
-    if head.from_name is not None:
-        with store.read() as reader:
-            chain.require_same_epoch(disk, chain.find_checkpoint(reader, disk, head.from_name))
+    if head.from_name is None:
+        return None
+    with store.read() as reader:
+        counted_from = chain.find_checkpoint(reader, disk, head.from_name)
+    chain.require_same_epoch(disk, counted_from)
+    return counted_from
 
 
-def _take_checkpoint(store: Store, disk: Disk, head: Head, time_ns: int) -> Checkpoint:
-    assert head.to_name is not None
-    name = head.to_name
-    return store.update(lambda writer: chain.add_checkpoint(writer, disk, name, time_ns)[1])
-
-
-def _take_back(store: Store, disk: Disk, point: Checkpoint) -> None:
+def _take_back(way: Access, point: PointInTime) -> None:
     """Nobody can count from a checkpoint whose stream has no end."""
+    way.end_reading()
     try:
-        store.update(lambda writer: chain.forget(writer, disk, point.name))
+        way.forget(point.disk, lambda member: member.uuid == point.checkpoint.uuid)
     except LmdbitmapError as error:
-        log.warning("disk %s: checkpoint %s of no use stays: %s", disk.name, point.name, error)
+        log.warning(
+            "disk %s: checkpoint %s of no use stays: %s", point.disk.name, point.checkpoint.name, error
+        )

@@ -124,7 +124,7 @@ FLOORS: dict[str, float] = {
     "backup_plan": 5.3,
     "backup": 5.5,
     "restore": 5,
-    "stream": 5,
+    "stream": 5.5,
     "stream_restore": 5,
     "verify": 5,
     "prune": 5.2,

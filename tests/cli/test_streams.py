@@ -13,6 +13,7 @@ import pytest
 
 from tests import naive_rbd_diff
 from tests.cli.conftest import MIB, SIZE, Cli
+from tests.cli.test_serve import write
 
 
 class Said(NamedTuple):
@@ -126,10 +127,19 @@ def test_a_checkpoint_that_cannot_be_trusted_is_exit_code_3(cli: Cli, image: Pat
     assert said.err.endswith("; make a full backup\n")
 
 
-def test_a_served_disk_is_not_streamed(cli: Cli, image: Path) -> None:
-    with cli.serving("sda"):
-        said = say(cli, "backup", "sda", "--stdout")
-    assert (said.code, said.out) == (4, b"")
+def test_a_served_disk_is_streamed_as_it_was(cli: Cli, image: Path) -> None:
+    """Its guest writes before the stream and after it; what nobody wrote is not named."""
+    with cli.serving("sda") as served:
+        cli.ok("checkpoint", "sda", "sunday")
+        before = image.read_bytes()
+        write(served.uris["sda"], MIB, 100)
+        then = image.read_bytes()
+        said = say(cli, "backup", "sda", "--stdout", "--since", "sunday", "--checkpoint", "monday")
+        write(served.uris["sda"], 3 * MIB, 100)
+        assert cli.json("info", "sda")["served"]["snapshots"] == []
+    assert said.code == 0, said.err
+    assert naive_rbd_diff.applied(naive_rbd_diff.read(said.out), before) == then != before
+    assert len(said.out) < 70_000
 
 
 def test_a_reader_that_goes_away_is_told_of_and_costs_nothing(cli: Cli, image: Path) -> None:
