@@ -26,8 +26,8 @@ SERVE = "lmdbitmap serve sda --socket sda.sock &"
 CRASH = "kill -9 %1"
 SESSION = [
     "lmdbitmap add sda sda.raw                       # start tracking an image",
-    "lmdbitmap backup sda backups                    # the first backup is a full one",
     SERVE + "        # the guest writes through NBD",
+    "lmdbitmap backup sda backups                    # while it does; the first backup is a full one",
     "qemu-io -f raw -c 'write -q 1G 12M' -c 'write -q -z 1536M 256M' 'nbd+unix:///sda?socket=sda.sock'",
     CRASH + "                                      # the tracker dies without a word",
     "lmdbitmap changes sda",
