@@ -29,10 +29,13 @@ def test_the_session_and_the_help_still_print_what_the_documents_show() -> None:
     )
 
 
-def test_the_library_block_prints_what_its_comments_say(capsys: pytest.CaptureFixture[str]) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+@pytest.mark.parametrize("document", ["README.md", "docs/backup.md"])
+def test_the_library_block_prints_what_its_comments_say(
+    document: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
     promised = re.findall(r"print\(.*\) +# (.*)", block)
-    exec(compile(block, "README.md", "exec"), {})
+    exec(compile(block, document, "exec"), {})
     assert capsys.readouterr().out.splitlines() == promised != []
 
 
