@@ -48,10 +48,13 @@ class Access(Protocol):
     def disks(self) -> Sequence[Disk]:
         """As they are described now: a new epoch may have begun because of what was found out."""
 
-    def take_point(self, name: str, since: Sequence[Checkpoint | None]) -> list[PointInTime]:
+    def take_point(
+        self, name: str, since: Sequence[Checkpoint | None], *, once: bool = False
+    ) -> list[PointInTime]:
         """A checkpoint on all disks at one moment, or on none.
 
-        Of a disk with a checkpoint in `since` only what changed since then will be read, and its last block.
+        Of a disk with a checkpoint in `since` only what changed since then will be read, and its last block; with
+        `once`, nothing twice: what was read need not be kept any longer.
         """
 
     def prove(self, point: PointInTime) -> None:
@@ -140,7 +143,9 @@ class Unowned:
             self.disks: Sequence[Disk] = [session.reconcile(store, held) for held in self._held]
             on_failure.pop_all()
 
-    def take_point(self, name: str, since: Sequence[Checkpoint | None]) -> list[PointInTime]:
+    def take_point(
+        self, name: str, since: Sequence[Checkpoint | None], *, once: bool = False
+    ) -> list[PointInTime]:
         time_ns = time.time_ns()
         checkpoints = self._store.update(
             lambda writer: [chain.add_checkpoint(writer, disk, name, time_ns)[1] for disk in self.disks]
@@ -215,11 +220,15 @@ class Attached(_Owned):
         self._scratch = scratch
         self._snapshots: list[Snapshot] = []
 
-    def take_point(self, name: str, since: Sequence[Checkpoint | None]) -> list[PointInTime]:
+    def take_point(
+        self, name: str, since: Sequence[Checkpoint | None], *, once: bool = False
+    ) -> list[PointInTime]:
         self._snapshots = take_snapshot(list(self._filters.values()), name, self._scratch)
         for snapshot, checkpoint in zip(self._snapshots, since, strict=True):
             if checkpoint is not None:
                 want_changes(snapshot, checkpoint.name)
+            if once:
+                snapshot.read_once()
         return [PointInTime(snapshot.disk, snapshot.checkpoint, snapshot) for snapshot in self._snapshots]
 
     def prove(self, point: PointInTime) -> None:
@@ -259,9 +268,13 @@ class Served(_Owned):
         self._held: list[tuple[str, str]] = []
         """Names of disks and checkpoints whose snapshots are not released yet."""
 
-    def take_point(self, name: str, since: Sequence[Checkpoint | None]) -> list[PointInTime]:
+    def take_point(
+        self, name: str, since: Sequence[Checkpoint | None], *, once: bool = False
+    ) -> list[PointInTime]:
         counted_from = ["" if checkpoint is None else checkpoint.name for checkpoint in since]
-        told = self._client.call("snapshot", disks=self._names, name=name, since=counted_from, bound=True)
+        told = self._client.call(
+            "snapshot", disks=self._names, name=name, since=counted_from, bound=True, once=once
+        )
         self._held = [(disk, name) for disk in self._names]
         points = []
         for disk, held in zip(self.disks, told["snapshots"], strict=True):

@@ -245,7 +245,8 @@ def _one_point_in_time(
     for job in jobs:
         job.folder.note_unfinished([*job.leftovers, Unfinished(name, job.file)])
     with quiesced():
-        points = way.take_point(name, [job.plan.since for job in jobs])
+        rescans = any(job.plan.type_actual is BackupType.RESCAN for job in jobs)
+        points = way.take_point(name, [job.plan.since for job in jobs], once=not rescans)
     for job, point in zip(jobs, points, strict=True):
         if point.checkpoint.epoch != job.disk.epoch:
             raise Busy(

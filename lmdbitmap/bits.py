@@ -24,6 +24,8 @@ from lmdbitmap.interfaces import Buffer
 
 Bits: TypeAlias = Buffer | mmap.mmap
 """A buffer that holds a bitmap."""
+BitView: TypeAlias = bitarray
+"""What `bitmap_view` answers, for those who do not know bitarray."""
 Run: TypeAlias = tuple[int, int]
 """Bits [start, stop), all ones, with a zero or an end on either side."""
 
@@ -50,6 +52,24 @@ def set_range(view: bitarray, start: int, stop: int) -> None:
     """Set bits [start, stop)."""
     _check_range(view, start, stop)
     view[start:stop] = 1
+
+
+def one_runs(view: bitarray, start: int, stop: int) -> Iterator[Run]:
+    """As `runs`, of a view, and one search for each: for ranges with few of them."""
+    return _alike_runs(view, start, stop, 1)
+
+
+def zero_runs(view: bitarray, start: int, stop: int) -> Iterator[Run]:
+    """The runs of zeros inside [start, stop), as `one_runs`."""
+    return _alike_runs(view, start, stop, 0)
+
+
+def _alike_runs(view: bitarray, start: int, stop: int, bit: int) -> Iterator[Run]:
+    _check_range(view, start, stop)
+    while (first := view.find(bit, start, stop)) >= 0:
+        last = view.find(1 - bit, first, stop)
+        start = stop if last < 0 else last
+        yield first, start
 
 
 def any_one(view: bitarray, start: int, stop: int) -> bool:

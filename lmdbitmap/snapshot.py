@@ -6,8 +6,9 @@ Each cluster of the disk is, at any moment, one of
     zero        its old data is known to be zeroes
     slot N      its old data is in slot N of the scratch file; the image may hold newer
 
-and goes from untouched to one of the others, once. Clusters may be called unwanted: nothing is kept of them from then
-on, and nobody may read them. What holds all the time:
+and goes from untouched to one of the others, once. Clusters may be unwanted: nothing is kept of them from then on, and
+nobody may read them. Those are all but some (`want_only`), and, where it is known that each is read but once, as a
+backup does, those that were read (`read_once`). What holds all the time:
 
 1. A write reaches the image only when no wanted cluster that it touches is untouched any more: `keep` comes before
    it. An old cluster is whole in the scratch file before its state says so.
@@ -27,7 +28,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import mmap
 import os
 import tempfile
 import threading
@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from lmdbitmap import bits
-from lmdbitmap.bits import Run
+from lmdbitmap.bits import BitView, Run
 from lmdbitmap.changes import Changes, changes
 from lmdbitmap.device import DATA, HOLE
 from lmdbitmap.errors import InvalidArgument, StorageError, os_errors_at
@@ -118,8 +118,10 @@ class Snapshot(ReadOnlyDevice):
         self._device = device
         self._file = file
         self._states = memoryview(bits.anonymous_memory(self.clusters.block_count * _STATE_BYTES)).cast("I")
-        self._wanted: mmap.mmap | None = None
-        """A bit for each wanted cluster; None where all are."""
+        self._wanted: BitView | None = None
+        """A bit for each cluster that will be read; None where all may be."""
+        self._passed: BitView | None = None
+        """A bit for each cluster that was read and will not be again; None where any may be read again."""
         self._keeping = threading.Lock()
         """Held by whoever changes states."""
         self._slot_count = min(file.limit_bytes >> cluster_bits, _MAX_SLOTS)
@@ -170,11 +172,19 @@ class Snapshot(ReadOnlyDevice):
 
     def _untouched(self, start: int, stop: int) -> Iterator[Run]:
         """The runs of wanted clusters in [start, stop) that are untouched."""
-        wanted = self._wanted
-        for first, last in [(start, stop)] if wanted is None else bits.runs(wanted, start, stop):
+        for first, last in self._wanted_runs(start, stop):
             for state, begin, end in self._state_runs(first, last):
                 if state == _UNTOUCHED:
                     yield begin, end
+
+    def _wanted_runs(self, start: int, stop: int) -> Iterator[Run]:
+        for first, last in (
+            [(start, stop)] if self._wanted is None else bits.one_runs(self._wanted, start, stop)
+        ):
+            if self._passed is None:
+                yield first, last
+            else:
+                yield from bits.zero_runs(self._passed, first, last)
 
     def _keep_run(self, start: int, stop: int) -> None:
         offset, length = self.clusters.bytes_of(start, stop)
@@ -252,6 +262,7 @@ class Snapshot(ReadOnlyDevice):
             for state, start, stop in self._state_runs(clusters.start, clusters.stop):
                 if state != _UNTOUCHED:
                     self._read_kept(buffer, offset, start, stop, state)
+        self._pass(offset, len(buffer))
 
     def _read_untouched(self, buffer: memoryview, offset: int, start: int, stop: int) -> None:
         part, at = self._part(buffer, offset, start, stop)
@@ -324,18 +335,29 @@ class Snapshot(ReadOnlyDevice):
 
         Once, before anybody reads.
         """
-        wanted = bits.anonymous_memory(ceil_div(self.clusters.block_count, 8))
-        view = bits.bitmap_view(wanted)
+        wanted = self._bit_for_each()
         for start, stop in bits.regrain_outward(runs, geometry, self.clusters.granularity_bits):
-            bits.set_range(view, start, stop)
+            bits.set_range(wanted, start, stop)
         self._wanted = wanted
 
+    def read_once(self) -> None:
+        """From now on, keep nothing of what was read: it will not be read again. Once, before anybody reads."""
+        self._passed = self._bit_for_each()
+
+    def _bit_for_each(self) -> BitView:
+        return bits.bitmap_view(bits.anonymous_memory(ceil_div(self.clusters.block_count, 8)))
+
+    def _pass(self, offset: int, length: int) -> None:
+        """Clusters that were read whole need not be kept: whoever reads has what they held."""
+        if self._passed is not None:
+            clusters = self.clusters.blocks_inward(offset, length)
+            bits.set_range(self._passed, clusters.start, clusters.stop)
+
     def _require_wanted(self, clusters: range) -> None:
-        if self._wanted is None:
-            return
-        if bits.bitmap_view(self._wanted).find(0, clusters.start, clusters.stop) >= 0:
+        found = sum(stop - start for start, stop in self._wanted_runs(clusters.start, clusters.stop))
+        if found < len(clusters):
             raise InvalidArgument(
-                f"clusters {clusters.start}..{clusters.stop} are not kept by this snapshot",
+                f"clusters {clusters.start}..{clusters.stop} are not kept by this snapshot, or not any more",
                 next_step="read only what it was made for",
             )
 

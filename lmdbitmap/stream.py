@@ -226,7 +226,7 @@ def stream_backup(
         head = Head(version, disk.size, since, checkpoint or _checkpoint_name(time.time_ns()))
         counted_from = _require_countable(store, disk, head)
         with quiesced():
-            [point] = way.take_point(str(head.to_name), [counted_from])
+            [point] = way.take_point(str(head.to_name), [counted_from], once=True)
         try:
             streamed, trust = _stream_point(store, way, point, head, out, progress)
         except BaseException:

@@ -138,7 +138,12 @@ def snapshot(store: Store, names: Sequence[str], checkpoint_name: str, since: st
     disks = [find_disk(store, name) for name in names]
     with _server_of(store, disks[0]) as client:
         told = client.call(
-            "snapshot", disks=list(names), name=checkpoint_name, since=[since] * len(disks), bound=False
+            "snapshot",
+            disks=list(names),
+            name=checkpoint_name,
+            since=[since] * len(disks),
+            bound=False,
+            once=False,
         )
     return [str(held["export"]) for held in told["snapshots"]]
 

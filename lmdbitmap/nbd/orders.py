@@ -111,7 +111,7 @@ def _require_ours(scene: Scene, disks: list[Any]) -> None:
         )
 
 
-def _snapshot(scene: Scene, disks: list[Any], name: str, since: list[Any], bound: bool) -> Answer:
+def _snapshot(scene: Scene, disks: list[Any], name: str, since: list[Any], bound: bool, once: bool) -> Answer:
     """Hold the disks. Of those that have a checkpoint in `since`, only what changed since then will be read."""
     _require_ours(scene, disks)
     if len(since) != len(disks) or not all(isinstance(one, str) for one in since):
@@ -122,6 +122,8 @@ def _snapshot(scene: Scene, disks: list[Any], name: str, since: list[Any], bound
         for snapshot, checkpoint in zip(taken, since, strict=True):
             if checkpoint:
                 want_changes(snapshot, checkpoint)
+            if once:
+                snapshot.read_once()
     except BaseException:
         for snapshot in taken:
             held.release(snapshot)
@@ -193,7 +195,9 @@ class _Operation(NamedTuple):
 _OPERATIONS: Final = {
     "info": _Operation(_info, {}),
     "checkpoint": _Operation(_checkpoint, {"disks": list, "name": str}),
-    "snapshot": _Operation(_snapshot, {"disks": list, "name": str, "since": list, "bound": bool}),
+    "snapshot": _Operation(
+        _snapshot, {"disks": list, "name": str, "since": list, "bound": bool, "once": bool}
+    ),
     "release": _Operation(_release, {"disk": str, "checkpoint": str}),
     "persist": _Operation(_persist, {"disk": str}),
     "mark": _Operation(_mark, {"disk": str, "offset": int, "length": int}),

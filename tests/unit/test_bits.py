@@ -7,6 +7,8 @@ import tracemalloc
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lmdbitmap import bits
 from lmdbitmap.geometry import Geometry
@@ -147,3 +149,13 @@ def test_coarser_blocks_are_every_one_touched_and_merged() -> None:
 def test_runs_past_the_end_of_the_disk_are_dropped() -> None:
     disk = Geometry(size=3 * 512, granularity_bits=9)
     assert list(bits.regrain_outward([(2, 70), (80, 81)], disk, 10)) == [(1, 2)]
+
+
+@given(st.integers(0, 2**40 - 1), st.integers(0, 40), st.integers(0, 40))
+def test_runs_by_search_are_those_of_a_look_at_each_bit(value: int, start: int, length: int) -> None:
+    stop = min(start + length, 40)
+    start = min(start, stop)
+    view = bits.bitmap_view(bytearray(value.to_bytes(5, "little")))
+    for runs, wanted in ((bits.one_runs, 1), (bits.zero_runs, 0)):
+        found = [bit for first, last in runs(view, start, stop) for bit in range(first, last)]
+        assert found == [bit for bit in range(start, stop) if value >> bit & 1 == wanted]

@@ -235,6 +235,18 @@ def test_nothing_is_kept_of_what_is_not_wanted(disk: Filter, folder: Path) -> No
         snapshot.pread(2 * BLOCK, 7 * BLOCK)
 
 
+def test_nothing_is_kept_of_what_was_read_and_will_not_be_again(disk: Filter, folder: Path) -> None:
+    snapshot = disk.snapshot("s", scratch(folder))
+    snapshot.read_once()
+    assert snapshot.pread(10 * BLOCK, 0) == OLD * 10
+    assert snapshot.pread(BLOCK - 1, 10 * BLOCK) == OLD[1:]
+    disk.pwrite(NEW * 12, 0)
+    assert snapshot.kept_bytes == 2 * BLOCK
+    assert snapshot.pread(2 * BLOCK, 10 * BLOCK) == OLD * 2
+    with pytest.raises(InvalidArgument, match="not any more"):
+        snapshot.pread(1, 9 * BLOCK)
+
+
 # --- torn reads ---
 
 
