@@ -1,0 +1,112 @@
+"""snapshot and release, and what a backup of a served disk can be told: hooks, kinds, room for old data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import MIB, SIZE, Cli, Served
+from tests.cli.test_serve import write
+
+KIB = 1 << 10
+
+
+@pytest.fixture
+def served(cli: Cli) -> Iterator[Served]:
+    cli.add("sda")
+    cli.add("sdb")
+    with cli.serving("sda", "sdb") as served:
+        yield served
+
+
+def held(cli: Cli, name: str) -> list[str]:
+    return [one["checkpoint"] for one in cli.json("info", name)["served"]["snapshots"]]
+
+
+def test_disks_are_held_together_and_released_one_by_one(cli: Cli, served: Served) -> None:
+    told = cli.json("snapshot", "sda,sdb", "monday")
+    assert told == {"disks": ["sda", "sdb"], "checkpoint": "monday", "exports": ["sda@monday", "sdb@monday"]}
+    write(served.uris["sda"], MIB, 100)
+    assert cli.json("release", "sda", "monday")["kept_bytes"] == 0, "zeroes take no room"
+    assert (held(cli, "sda"), held(cli, "sdb")) == ([], ["monday"])
+    assert "held      as at monday: 0 B of old data, room for 10 GiB" in " ".join(
+        line for line in cli.ok("info", "sdb").splitlines()
+    ).replace("held        ", "held      ")
+    assert cli.ok("release", "sdb", "monday") == "sdb@monday: released; 0 B of old data had been kept\n"
+
+
+def test_refusals_say_what_to_do(cli: Cli, served: Served) -> None:
+    cli.ok("snapshot", "sda", "monday")
+    assert "has a checkpoint 'monday' already" in cli.fails(1, "snapshot", "sda", "monday")
+    assert "has no checkpoint 'friday'" in cli.fails(1, "snapshot", "sda", "tuesday", "--since", "friday")
+    assert "holds no snapshot of checkpoint 'sunday'" in cli.fails(1, "release", "sda", "sunday")
+    assert cli.fails(4, "forget", "sda", "monday").endswith(
+        "release that snapshot first, or wait for who reads it"
+    )
+    assert held(cli, "sda") == ["monday"], "what failed holds nothing"
+
+
+def test_disk_that_nobody_serves_cannot_be_held(cli: Cli) -> None:
+    cli.add("sda")
+    for words in (["snapshot", "sda", "monday"], ["release", "sda", "monday"]):
+        assert cli.fails(1, *words).startswith("disk 'sda' is not served; ")
+
+
+def test_hook_is_run_around_the_point_in_time(cli: Cli, served: Served) -> None:
+    hook, log = cli.folder / "hook", cli.folder / "asked"
+    hook.write_text(f'#!/bin/sh\necho "$@" >> {log}\n[ "$1" != "$(cat {cli.folder}/fails 2>/dev/null)" ]\n')
+    hook.chmod(0o755)
+    cli.ok("backup", "sda", "sdb", cli.folder / "backups", "--hook", hook)
+    assert log.read_text().splitlines() == ["freeze sda sdb", "thaw sda sdb"]
+    (cli.folder / "fails").write_text("freeze")
+    before = manifest(cli, "sda")
+    said = cli.fails(1, "backup", "sda", "sdb", cli.folder / "backups", "--hook", hook)
+    assert "freeze sda sdb` ended with 1" in said
+    assert log.read_text().splitlines()[2:] == ["freeze sda sdb", "thaw sda sdb"]
+    assert manifest(cli, "sda") == before
+    assert len(cli.json("info", "sda")["checkpoints"]) == 2, "no checkpoint was made"
+
+
+def manifest(cli: Cli, name: str) -> object:
+    return json.loads((cli.folder / "backups" / name / "manifest.json").read_text())
+
+
+def test_rescan_that_is_asked_for_finds_what_the_bitmap_does_not_know(cli: Cli, served: Served) -> None:
+    """As of a disk that some program wrote around the tracker and set the mtime back."""
+    cli.ok("backup", "sda", cli.folder / "backups")
+    with open(cli.folder / "sda.raw", "r+b", buffering=0) as image:
+        image.seek(5 * MIB)
+        image.write(b"stranger")
+    [made] = cli.json("backup", "sda", cli.folder / "backups")["backups"]
+    assert (made["type"], made["bytes_changed"]) == ("incremental", 0)
+    [made] = cli.json("backup", "sda", cli.folder / "backups", "--rescan")["backups"]
+    assert (made["type"], made["reason"], made["bytes_changed"]) == ("rescan", None, 64 * KIB)
+    assert 0 < made["bytes_read"] <= SIZE
+    out = cli.folder / "out.raw"
+    cli.ok("restore", cli.folder / "backups", "sda", out)
+    assert out.read_bytes() == (cli.folder / "sda.raw").read_bytes()
+
+
+def test_one_bad_disk_of_three_leaves_two_incremental(cli: Cli) -> None:
+    names = ["sda", "sdb", "sdc"]
+    images: list[Path] = [cli.add(name) for name in names]
+    cli.ok("backup", *names, cli.folder / "backups")
+    with images[1].open("r+b") as image:
+        image.write(b"stranger")
+    made = cli.json("backup", *names, cli.folder / "backups")["backups"]
+    assert [one["type"] for one in made] == ["incremental", "rescan", "incremental"]
+    assert made[1]["reason"]["code"] == "new-epoch"
+    said = cli.fails(3, "backup", *names, cli.folder / "other", "--require-incremental")
+    assert "no earlier backup" in said
+
+
+def test_scratch_folder_that_is_not_there_fails_the_backup_only(cli: Cli) -> None:
+    cli.add("sda")
+    with cli.serving("sda", f"--scratch={cli.folder}/none") as served:
+        said = cli.fails(1, "backup", "sda", cli.folder / "backups")
+        assert f"scratch file in {cli.folder}/none does not exist" in said
+        write(served.uris["sda"], MIB, 100)
+        assert len(cli.json("info", "sda")["checkpoints"]) == 1
