@@ -66,7 +66,7 @@ def image(folder: BackupFolder, number: int) -> BackupEntry:
 
 
 def content(folder: BackupFolder, number: int) -> bytes:
-    out = Path(folder.repository_path) / "out.raw"
+    out = Path(folder.repository_path).parent / "out.raw"
     restore(folder.repository_path, "sda", out, at=f"b{number}", verify=False)
     try:
         return out.read_bytes()
