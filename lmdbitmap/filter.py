@@ -329,9 +329,14 @@ class Filter:
 
     def _let_go_of(self, snapshot: Snapshot) -> None:
         """Writers have nothing to keep for it any more."""
-        if not self._detached and snapshot in self.snapshots:
+        if self._detached or snapshot not in self.snapshots:
+            return
+        try:
             with self._gate.drained():
                 self._hold([other for other in self.snapshots if other is not snapshot])
+        except StorageError:
+            if not self._detached:  # else it ends with the filter, at this very moment
+                raise
 
     def _as_stored(self, reader: Reader) -> Disk:
         """The disk as the store has it: after an interruption memory may lag behind."""

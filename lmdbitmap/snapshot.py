@@ -367,11 +367,14 @@ class Snapshot(ReadOnlyDevice):
         return PlainLane(self)
 
     def release(self) -> None:
-        """Give everything back; whoever reads is waited for, and told when it comes again. Idempotent."""
-        self.before_release()
+        """Give everything back; whoever reads is waited for, and told when it comes again. Idempotent.
+
+        Until the last reader is through, writers keep old data for it.
+        """
         with self._reading:
             self._released = True
             self._reading.wait_for(lambda: self._readers == 0)
+        self.before_release()
         with self._keeping:
             self._file.close()
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from lmdbitmap.errors import Busy, InvalidArgument, NotFound, StorageError
 from lmdbitmap.filter import Filter, take_snapshot
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Buffer
-from lmdbitmap.snapshot import Scratch
+from lmdbitmap.snapshot import Scratch, Snapshot
 from tests.crash.tapped import WRITES, TappedDevice, Turnstile, join, start
 from tests.support import PATIENCE_SECONDS, make_raw_image
 from tests.tracked import NAME, TrackedDisk, quick_folder
@@ -130,6 +131,20 @@ def test_released_snapshot_tells_its_readers(disk: Filter, folder: Path) -> None
 def test_detach_releases_it(tracked: TrackedDisk, folder: Path) -> None:
     with tracked.attach() as disk:
         snapshot = disk.snapshot("s", scratch(folder))
+    with pytest.raises(StorageError, match="released"):
+        snapshot.pread(1, 0)
+
+
+def test_release_at_the_moment_of_the_detach_is_a_release(disk: Filter, folder: Path) -> None:
+    snapshot, drained = disk.snapshot("s", scratch(folder)), disk._gate.drained
+
+    def detach_first() -> AbstractContextManager[None]:
+        disk._gate.drained = drained  # type: ignore[method-assign]
+        disk.detach()
+        return drained()
+
+    disk._gate.drained = detach_first  # type: ignore[method-assign]
+    snapshot.release()
     with pytest.raises(StorageError, match="released"):
         snapshot.pread(1, 0)
 
@@ -280,22 +295,29 @@ def test_reader_that_is_overtaken_by_a_writer_sees_old_data(slow: Filter, folder
     assert found == [OLD * 4]
 
 
-def test_reader_before_whom_the_writer_lands_sees_old_data(tracked: TrackedDisk, folder: Path) -> None:
-    """The image changes between the reader's look at the states and its read."""
+class OvertakenDevice(TappedDevice):
+    """Whoever reads it is held before the read, as often as there are turnstiles."""
 
-    class OvertakenDevice(TappedDevice):
-        overtake: list[Turnstile]
+    overtake: list[Turnstile]
 
-        def pread_into(self, buffer: memoryview, offset: int) -> None:
-            if self.overtake and threading.current_thread() is not threading.main_thread():
-                self.overtake.pop()(offset, len(buffer))
-            super().pread_into(buffer, offset)
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        if self.overtake and threading.current_thread() is not threading.main_thread():
+            self.overtake.pop()(offset, len(buffer))
+        super().pread_into(buffer, offset)
 
-    turnstile = Turnstile()
+
+@contextmanager
+def overtaken(tracked: TrackedDisk) -> Iterator[tuple[Filter, Turnstile]]:
     OvertakenDevice.overtake = []
     with Filter.attach(tracked.store, NAME, open_device=OvertakenDevice.open, background=False) as disk:
+        yield disk, Turnstile()
+
+
+def test_reader_before_whom_the_writer_lands_sees_old_data(tracked: TrackedDisk, folder: Path) -> None:
+    """The image changes between the reader's look at the states and its read."""
+    with overtaken(tracked) as (disk, turnstile):
         snapshot, found = disk.snapshot("s", scratch(folder)), []
-        OvertakenDevice.overtake = [turnstile]
+        disk.device.overtake = [turnstile]  # type: ignore[attr-defined]
         reader = start(lambda: found.append(snapshot.pread(BLOCK, 0)))
         assert turnstile.arrived.wait(PATIENCE_SECONDS)
         disk.pwrite(NEW, 0)
@@ -329,6 +351,29 @@ def test_release_waits_for_whoever_reads(slow: Filter, folder: Path) -> None:
     held.go_on.set()
     join(reader, releasing)
     assert found == [OLD]
+
+
+def await_release(snapshot: Snapshot) -> None:
+    """Return once it is being released: then who begins to read is refused."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    with suppress(StorageError):
+        while time.monotonic() < deadline:
+            snapshot.pread(1, SIZE - 1)
+
+
+def test_reader_that_is_still_there_at_the_release_sees_old_data(tracked: TrackedDisk, folder: Path) -> None:
+    """The snapshot is released, and the guest writes, while somebody is about to read the image."""
+    with overtaken(tracked) as (disk, turnstile):
+        snapshot, found = disk.snapshot("s", scratch(folder)), []
+        disk.device.overtake = [turnstile]  # type: ignore[attr-defined]
+        reader = start(lambda: found.append(snapshot.pread(BLOCK, 0)))
+        assert turnstile.arrived.wait(PATIENCE_SECONDS)
+        releasing = start(snapshot.release)
+        await_release(snapshot)
+        disk.pwrite(NEW, 0)
+        turnstile.go_on.set()
+        join(reader, releasing)
+        assert found == [OLD]
 
 
 def test_threads_that_write_and_read_all_the_time_tear_nothing(disk: Filter, folder: Path) -> None:
