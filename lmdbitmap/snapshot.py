@@ -39,7 +39,7 @@ from lmdbitmap import bits
 from lmdbitmap.bits import BitView, Run
 from lmdbitmap.changes import Changes, changes
 from lmdbitmap.device import DATA, HOLE
-from lmdbitmap.errors import InvalidArgument, StorageError, os_errors_at
+from lmdbitmap.errors import InvalidArgument, LmdbitmapError, StorageError, os_errors_at
 from lmdbitmap.geometry import REGION_BYTES, Geometry, ceil_div, check_range
 from lmdbitmap.interfaces import Allocation, BlockDevice, joined
 from lmdbitmap.plain import PlainLane
@@ -167,7 +167,7 @@ class Snapshot(ReadOnlyDevice):
             try:
                 for start, stop in self._untouched(clusters.start, clusters.stop):
                     self._keep_run(start, stop)
-            except (OSError, InvalidArgument) as error:
+            except (OSError, LmdbitmapError) as error:
                 self._break(f"old data could not be kept ({error})")
 
     def _untouched(self, start: int, stop: int) -> Iterator[Run]:
@@ -255,10 +255,10 @@ class Snapshot(ReadOnlyDevice):
             return
         with self._being_read():
             clusters = self.clusters.blocks_outward(offset, len(buffer))
-            self._require_wanted(clusters)
             for state, start, stop in self._state_runs(clusters.start, clusters.stop):
                 if state == _UNTOUCHED:
                     self._read_untouched(buffer, offset, start, stop)
+            self._require_wanted(clusters)  # as the states, looked at afterwards
             for state, start, stop in self._state_runs(clusters.start, clusters.stop):
                 if state != _UNTOUCHED:
                     self._read_kept(buffer, offset, start, stop, state)
@@ -301,7 +301,8 @@ class Snapshot(ReadOnlyDevice):
             first = index
 
     def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
-        """What the image said of untouched clusters is believed if they are so still afterwards, else they are data."""
+        """What the image said of clusters is believed if they are untouched and wanted still afterwards, else they are
+        data."""
         check_range(offset, length, self.size)
         return joined(self._allocation(offset, length))
 
@@ -326,14 +327,16 @@ class Snapshot(ReadOnlyDevice):
     def _allocation_of_untouched(self, begin: int, end: int, start: int, stop: int) -> list[Allocation]:
         found = list(self._device.allocation(begin, end - begin))
         is_untouched = not any(self._states[cluster] for cluster in range(start, stop))
-        return found if is_untouched else [Allocation(end - begin, *DATA)]
+        if is_untouched and self._are_wanted(range(start, stop)):
+            return found
+        return [Allocation(end - begin, *DATA)]
 
     # -- whose data is wanted ------------------------------------------------------------------------------
 
     def want_only(self, runs: Iterable[Run], geometry: Geometry) -> None:
         """Keep nothing more but for runs of blocks of `geometry`, ascending, each rounded outward to clusters.
 
-        Once, before anybody reads.
+        Once. Whoever reads something else meanwhile is refused.
         """
         wanted = self._bit_for_each()
         for start, stop in bits.regrain_outward(runs, geometry, self.clusters.granularity_bits):
@@ -354,12 +357,14 @@ class Snapshot(ReadOnlyDevice):
             bits.set_range(self._passed, clusters.start, clusters.stop)
 
     def _require_wanted(self, clusters: range) -> None:
-        found = sum(stop - start for start, stop in self._wanted_runs(clusters.start, clusters.stop))
-        if found < len(clusters):
+        if not self._are_wanted(clusters):
             raise InvalidArgument(
                 f"clusters {clusters.start}..{clusters.stop} are not kept by this snapshot, or not any more",
                 next_step="read only what it was made for",
             )
+
+    def _are_wanted(self, clusters: range) -> bool:
+        return list(self._wanted_runs(clusters.start, clusters.stop)) == [(clusters.start, clusters.stop)]
 
     # -- the end -------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.errors import Busy, InvalidArgument, NotFound, StorageError
+from lmdbitmap.errors import Busy, FormatError, InvalidArgument, NotFound, StorageError
 from lmdbitmap.filter import Filter, take_snapshot
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Buffer
@@ -143,7 +143,7 @@ def test_release_at_the_moment_of_the_detach_is_a_release(disk: Filter, folder: 
         disk.detach()
         return drained()
 
-    disk._gate.drained = detach_first  # type: ignore[method-assign]
+    disk._gate.drained = detach_first  # type: ignore[assignment, method-assign]
     snapshot.release()
     with pytest.raises(StorageError, match="released"):
         snapshot.pread(1, 0)
@@ -262,6 +262,31 @@ def test_nothing_is_kept_of_what_was_read_and_will_not_be_again(disk: Filter, fo
         snapshot.pread(1, 9 * BLOCK)
 
 
+def test_what_is_not_wanted_is_not_called_zero(disk: Filter, folder: Path) -> None:
+    """A block that held data then, and is a hole in the image now."""
+    snapshot = disk.snapshot("s", scratch(folder))
+    snapshot.want_only([(7, 8)], Geometry(SIZE, 12))
+    disk.discard(50 * BLOCK, BLOCK)
+    assert not any(part.zero for part in snapshot.allocation(0, SIZE))
+
+
+def test_image_that_cannot_be_read_breaks_the_snapshot_and_not_the_guest(
+    tracked: TrackedDisk, folder: Path
+) -> None:
+    """Whatever it says: an NBD server may also talk nonsense."""
+
+    class LyingDevice(TappedDevice):
+        def pread_into(self, buffer: memoryview, offset: int) -> None:
+            raise FormatError("far image", expected="a reply", found="none", next_step="mend the server")
+
+    with Filter.attach(tracked.store, NAME, open_device=LyingDevice.open, background=False) as disk:
+        snapshot = disk.snapshot("s", scratch(folder))
+        disk.pwrite(NEW, 0)
+        assert snapshot.broken is not None
+        assert "expected a reply" in snapshot.broken
+        assert disk.pread(BLOCK, 0) == NEW
+
+
 # --- torn reads ---
 
 
@@ -351,6 +376,27 @@ def test_release_waits_for_whoever_reads(slow: Filter, folder: Path) -> None:
     held.go_on.set()
     join(reader, releasing)
     assert found == [OLD]
+
+
+def test_reader_of_what_is_not_wanted_any_more_is_refused(tracked: TrackedDisk, folder: Path) -> None:
+    """It began to read when everything was wanted still."""
+    with overtaken(tracked) as (disk, turnstile):
+        snapshot, refusals = disk.snapshot("s", scratch(folder)), []
+        disk.device.overtake = [turnstile]  # type: ignore[attr-defined]
+
+        def read() -> None:
+            try:
+                snapshot.pread(BLOCK, 0)
+            except InvalidArgument as refusal:
+                refusals.append(refusal)
+
+        reader = start(read)
+        assert turnstile.arrived.wait(PATIENCE_SECONDS)
+        snapshot.want_only([(7, 8)], Geometry(SIZE, 12))
+        disk.pwrite(NEW, 0)
+        turnstile.go_on.set()
+        join(reader)
+        assert len(refusals) == 1
 
 
 def await_release(snapshot: Snapshot) -> None:
