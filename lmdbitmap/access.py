@@ -307,6 +307,11 @@ class Served(_Owned):
                 self._client.call("release", disk=disk, checkpoint=checkpoint)
         self._held.clear()
 
+    def forget(self, disk: Disk, is_unneeded: Callable[[Checkpoint], bool]) -> list[str]:
+        """Raises `Busy` where a checkpoint may be made still, by a request that we gave up."""
+        self._client.require_in_step()
+        return super().forget(disk, is_unneeded)
+
     def _forget(self, disk: Disk, name: str) -> None:
         self._client.call("forget", disk=disk.name, checkpoint=name)
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from lmdbitmap.errors import Busy, FormatError, os_errors_at
@@ -76,12 +77,17 @@ def short_path(path: str) -> Iterator[str]:
 
 
 class Client:
-    """A connection to an owner, whose hello names its disks. For one thread at a time."""
+    """A connection to an owner, whose hello names its disks. For one thread at a time.
+
+    A call that was given up, as by Ctrl-C, may be answered yet, and no later call must take that answer for its own:
+    there are no calls after it.
+    """
 
     def __init__(self, sock: socket.socket, path: str) -> None:
         self._sock = sock
         self._place = f"control socket {path}"
         self._lines = wire.LineBuffer(self._place)
+        self._owes_answer = False
         hello = self._receive(CONNECT_S)
         self._check_protocol(wire.field(hello, "protocol", int, self._place))
         self.version = wire.field(hello, "version", str, self._place)
@@ -90,33 +96,54 @@ class Client:
 
     def call(self, operation: str, *, timeout_s: float = ANSWER_S, **arguments: object) -> dict[str, Any]:
         """The owner's answer; raises what it raised. Without an answer it may have been done or not."""
+        self._ask(operation, arguments)
+        return wire.field(self._receive(timeout_s), "answer", dict, self._place)
+
+    def connection(self) -> socket.socket:
+        """A new connection to the owner's NBD server: another end of it is there already."""
+        self._ask("connect", {})
+        try:
+            data, fds, *_ = socket.recv_fds(self._sock, _RECEIVE, 1)
+        except OSError as refusal:
+            raise self._went_away() from refusal
+        self._lines.add(data)
+        try:
+            wire.field(self._receive(CONNECT_S), "answer", dict, self._place)
+            return self._passed(fds)
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+
+    def _passed(self, fds: Sequence[int]) -> socket.socket:
+        """What the owner handed over: the end of a connection, and nothing else."""
+        if len(fds) != 1 or not stat.S_ISSOCK(os.fstat(fds[0]).st_mode):
+            raise FormatError(
+                self._place,
+                expected="one socket with its answer",
+                found=f"{len(fds)} descriptors" if len(fds) != 1 else "a descriptor of something else",
+                next_step="use the version of lmdbitmap that owns the disk",
+            )
+        os.set_inheritable(fds[0], False)
+        return socket.socket(fileno=fds[0])
+
+    def require_in_step(self) -> None:
+        """Raise `Busy` unless every call was answered, so that the store shows what they did."""
+        if self._owes_answer:
+            raise Busy(
+                f"{self._place}: the owner has not answered an earlier request, which may be under way still",
+                next_step="see with `lmdbitmap info` what was done, and try again",
+            )
+
+    def _ask(self, operation: str, arguments: Mapping[str, object]) -> None:
+        self.require_in_step()
         line = wire.encode({"operation": operation, "arguments": arguments})
+        self._owes_answer = True
         try:
             self._sock.settimeout(CONNECT_S)
             self._sock.sendall(line)
         except OSError as refusal:
             raise self._went_away() from refusal
-        return wire.field(self._receive(timeout_s), "answer", dict, self._place)
-
-    def connection(self) -> socket.socket:
-        """A new connection to the owner's NBD server: another end of it is there already."""
-        try:
-            self._sock.settimeout(CONNECT_S)
-            self._sock.sendall(wire.encode({"operation": "connect", "arguments": {}}))
-            data, fds, *_ = socket.recv_fds(self._sock, _RECEIVE, 1)
-        except OSError as refusal:
-            raise self._went_away() from refusal
-        self._lines.add(data)
-        passed = [socket.socket(fileno=fd) for fd in fds]
-        try:
-            wire.field(self._receive(CONNECT_S), "answer", dict, self._place)
-            if len(passed) != 1:
-                raise self._went_away()
-        except BaseException:
-            for sock in passed:
-                sock.close()
-            raise
-        return passed[0]
 
     def close(self) -> None:
         self._sock.close()
@@ -140,6 +167,7 @@ class Client:
         if line is None:
             raise self._went_away()
         message = wire.decode(line, self._place)
+        self._owes_answer = False
         if "error" in message:
             raise wire.error_from(wire.field(message, "error", dict, self._place), self._place)
         return message

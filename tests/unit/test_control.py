@@ -11,8 +11,9 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -537,3 +538,73 @@ def test_an_owner_that_says_nothing_is_not_waited_for_without_end(tmp_path: Path
     path = str(tmp_path / "socket")
     with an_owner_that_says(path, HELLO, hangs_up=False), pytest.raises(Busy, match="did not answer"):
         control_client.call(path, "info", timeout_s=0.01)
+
+
+@contextmanager
+def a_pair() -> Iterator[tuple[control_client.Client, socket.socket]]:
+    """A caller past the hello, and the owner's end."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        theirs.sendall(HELLO)
+        with control_client.Client(ours, "here") as client:
+            yield client, theirs
+
+
+def test_answer_that_comes_too_late_is_not_taken_for_that_of_the_next_call() -> None:
+    with a_pair() as (client, owner):
+        with pytest.raises(Busy, match="did not answer"):
+            client.call("snapshot", timeout_s=0.01)
+        owner.sendall(b'{"answer": {}}\n')
+        for again in (partial(client.call, "forget"), client.connection):
+            with pytest.raises(Busy, match="has not answered an earlier request"):
+                again()
+
+
+def test_error_of_the_owner_is_an_answer() -> None:
+    with a_pair() as (client, owner):
+        owner.sendall(wire.encode({"error": {"class": "Busy", "problem": "no", "next_step": "go"}}))
+        with pytest.raises(Busy, match="no; go"):
+            client.call("info")
+        owner.sendall(b'{"answer": {}}\n')
+        assert client.call("info") == {}
+
+
+def hand_over(owner: socket.socket, words: bytes, fds: Sequence[int]) -> None:
+    socket.send_fds(owner, [words], fds) if fds else owner.sendall(words)
+    owner.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.parametrize(
+    ("words", "sockets", "files", "refusal", "said"),
+    [
+        (b'{"answer": {}}\n', 0, 0, FormatError, "one socket.*found 0"),
+        (b'{"answer": {}}\n', 0, 1, FormatError, "found a descriptor of something else"),
+        (b'{"answer": {}}', 1, 0, Busy, "went away"),
+        (b'{"answer": 5}\n', 1, 0, FormatError, "answer"),
+        (
+            wire.encode({"error": {"class": "Busy", "problem": "no", "next_step": "go"}}),
+            1,
+            0,
+            Busy,
+            "no; go",
+        ),
+    ],
+)
+def test_what_is_no_connection_is_an_error_and_leaves_no_descriptor(
+    words: bytes, sockets: int, files: int, refusal: type[LmdbitmapError], said: str
+) -> None:
+    with a_pair() as (client, owner), socket.socket() as spare, open(os.devnull, "rb") as file:
+        before = os.listdir("/proc/self/fd")
+        hand_over(owner, words, [spare.fileno()] * sockets + [file.fileno()] * files)
+        with pytest.raises(refusal, match=said):
+            client.connection()
+        assert os.listdir("/proc/self/fd") == before
+
+
+def test_of_several_connections_one_is_taken_and_none_is_left_over() -> None:
+    with a_pair() as (client, owner), socket.socket() as spare:
+        before = os.listdir("/proc/self/fd")
+        hand_over(owner, b'{"answer": {}}\n', [spare.fileno()] * 3)
+        with client.connection() as taken:
+            assert not taken.get_inheritable()
+        assert os.listdir("/proc/self/fd") == before

@@ -1,0 +1,60 @@
+"""How a job gets at disks that another process serves: what it may believe of an owner that did not answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+
+from lmdbitmap.access import Served
+from lmdbitmap.errors import Busy
+from lmdbitmap.filter import Filter
+from lmdbitmap.nbd.control import ControlServer
+from lmdbitmap.nbd.dirty_contexts import tracked_contexts
+from lmdbitmap.nbd.held import HeldSnapshots
+from lmdbitmap.nbd.server import Server
+from lmdbitmap.snapshot import Scratch
+from tests.tracked import NAME, TrackedDisk, quick_folder
+
+SIZE = 100 * 4096
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with quick_folder() as folder:
+        yield folder
+
+
+@pytest.fixture
+def served(folder: Path) -> Iterator[Filter]:
+    """With its control socket; the NBD server listens nowhere, and is reached by what is handed over."""
+    with ExitStack() as stack:
+        tracked = stack.enter_context(closing(TrackedDisk(folder, SIZE).clean()))
+        disk = stack.enter_context(tracked.attach())
+        server = Server({NAME: disk}, contexts_of=tracked_contexts)
+        server.start()
+        stack.callback(server.stop)
+        held = HeldSnapshots({NAME: disk}, server, Scratch(str(folder)))
+        stack.enter_context(ControlServer({NAME: disk}, held=held))
+        yield disk
+
+
+def test_nothing_is_called_forgotten_while_a_request_may_be_under_way(served: Filter) -> None:
+    """A checkpoint that was asked for, by a run that gives up, may be made after that run has looked for it."""
+    with closing(Served(served.store, [NAME])) as way:
+        with pytest.raises(Busy, match="did not answer"):
+            way._client.call("info", timeout_s=0)
+        with pytest.raises(Busy, match="has not answered"):
+            way.forget(served.disk, lambda checkpoint: False)
+
+
+def test_snapshot_is_read_through_a_connection_that_the_owner_hands_over(served: Filter) -> None:
+    served.pwrite(b"old", 0)
+    with closing(Served(served.store, [NAME])) as way:
+        (point,) = way.take_point("now", [None])
+        served.pwrite(b"new", 0)
+        assert point.device.pread(3, 0) == b"old"
+        way.prove(point)
+    assert served.snapshots == ()
