@@ -58,7 +58,7 @@ class HeldSnapshots:
     def release(self, snapshot: Snapshot) -> None:
         """Once more does nothing."""
         if self._server is not None:
-            self._server.remove(snapshot.name)
+            self._server.remove(snapshot.name, snapshot)
         snapshot.release()
 
     def connect(self) -> socket.socket:

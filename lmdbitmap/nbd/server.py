@@ -119,10 +119,15 @@ class Server:
                 raise AlreadyExists(f"{name!r} is served already", next_step="choose another name")
             self._disks[name] = disk
 
-    def remove(self, name: str) -> None:
-        """Serve a disk no more: its clients are cut off. Whoever still reads of it is told by the disk itself."""
+    def remove(self, name: str, disk: ServedDisk) -> None:
+        """Serve a disk no more: its clients are cut off. Whoever still reads of it is told by the disk itself.
+
+        Nothing happens where another one has its name by now.
+        """
         with self._lock:
-            self._disks.pop(name, None)
+            if self._disks.get(name) is not disk:
+                return
+            del self._disks[name]
             visits = [visit for visit in self._visits if visit.export_name == name]
         for visit in visits:
             visit.cut_off()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -16,6 +18,7 @@ from lmdbitmap.nbd.dirty_contexts import tracked_contexts
 from lmdbitmap.nbd.held import HeldSnapshots
 from lmdbitmap.nbd.server import Server
 from lmdbitmap.snapshot import Scratch
+from tests.support import PATIENCE_SECONDS
 from tests.tracked import NAME, TrackedDisk, quick_folder
 
 SIZE = 100 * 4096
@@ -58,3 +61,22 @@ def test_snapshot_is_read_through_a_connection_that_the_owner_hands_over(served:
         assert point.device.pread(3, 0) == b"old"
         way.prove(point)
     assert served.snapshots == ()
+
+
+def test_caller_that_hangs_up_takes_no_later_snapshot_of_that_name_with_it(served: Filter) -> None:
+    """Its own was released, and the checkpoint forgotten, long before."""
+    with closing(Served(served.store, [NAME])) as early, closing(Served(served.store, [NAME])) as late:
+        early.prove(*early.take_point("now", [None]))
+        served.forget("now")
+        (point,) = late.take_point("now", [None])
+        early.close()
+        await_callers(1)
+        assert point.device.pread(3, 0) == bytes(3)
+        late.prove(point)
+
+
+def await_callers(count: int) -> None:
+    """Return when so many threads of callers are left."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while sum(thread.name == "lmdbitmap caller" for thread in threading.enumerate()) > count:
+        assert time.monotonic() < deadline
