@@ -154,10 +154,18 @@ class ControlServer:
             is_welcome = len(self._callers) < self._max_callers
             if is_welcome:
                 self._callers.add(caller)
-        if is_welcome:
-            caller.start()
-        else:
+        if not is_welcome or not self._begin(caller):
             caller.turn_away()
+
+    def _begin(self, caller: _Caller) -> bool:
+        """Whether there was a thread for it: others may be taken once one has ended."""
+        try:
+            caller.start()
+        except RuntimeError as refused:
+            _log.warning("cannot serve a caller: %s", refused)
+            self.forget_caller(caller)
+            return False
+        return True
 
 
 class _Listener:
@@ -215,7 +223,12 @@ class _Caller(threading.Thread):
     def _release_bound(self) -> None:
         for snapshot in self._bound:
             assert self._server.held is not None
-            self._server.held.release(snapshot)
+            try:
+                self._server.held.release(snapshot)
+            except LmdbitmapError as error:
+                _log.warning(
+                    "disk %s: %s could not be released: %s", snapshot.disk.name, snapshot.name, error
+                )
 
     def turn_away(self) -> None:
         """There are too many. Does not wait: the line fits into any socket's buffer."""

@@ -410,6 +410,16 @@ def test_too_many_callers_are_told_so(tmp_path: Path) -> None:
         assert house.call("info")["disks"]
 
 
+def test_caller_for_whom_there_is_no_thread_costs_the_others_nothing(house: House) -> None:
+    usual = threading.stack_size(1 << 46)  # of that size none can be had
+    try:
+        with pytest.raises(Busy, match="try again"):
+            house.call("info")
+    finally:
+        threading.stack_size(usual)
+    assert house.call("info")["disks"]
+
+
 def await_room(house: House) -> None:
     """Its callers have hung up; the threads that served them end by themselves."""
     for caller in list(house.server._callers):
