@@ -2,15 +2,22 @@
 
 COMMAND freeze NAME…     before it; one that fails or takes too long ends the backup
 COMMAND thaw NAME…       after it, whatever happened, also to a freeze that failed
+
+Nobody can work in a guest that stays frozen. So a signal that ends the backup lets it be thawed first, the next ones
+wait for that, and what a freeze began is over before: else it might freeze the guest when that was thawed already.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shlex
+import signal
 import subprocess
+import threading
 from collections.abc import Iterator, Sequence
+from types import FrameType
 
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError
 
@@ -18,20 +25,66 @@ log = logging.getLogger(__name__)
 
 _MOST_WORDS = 400
 """Of what a hook says, shown where it fails."""
+_ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @contextlib.contextmanager
 def quiesced(command: str, names: Sequence[str], limit_s: float) -> Iterator[None]:
     """The hook's guest is frozen in the block. Each of its two runs may take `limit_s`."""
     words = _words(command)
-    try:
-        _run([*words, "freeze", *names], limit_s)
-        yield
-    finally:
+    with _Signals() as signals:
         try:
-            _run([*words, "thaw", *names], limit_s)
-        except LmdbitmapError as error:
-            log.error("%s", error)
+            try:
+                _run([*words, "freeze", *names], limit_s)
+                yield
+            finally:
+                signals.wait()
+        finally:
+            _thaw([*words, "thaw", *names], limit_s)
+
+
+def _thaw(words: Sequence[str], limit_s: float) -> None:
+    try:
+        _run(words, limit_s)
+    except LmdbitmapError as error:
+        log.error("%s", error)
+
+
+class _Signals:
+    """One ends the block by an exception; the others, and all after `wait`, come when the block has ended.
+
+    What is ignored stays so, as under nohup. Only a main thread can do this; in another one signals are what they were.
+    """
+
+    def __init__(self) -> None:
+        self._waiting = False
+        self._came: int | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in _ENDING_SIGNALS:
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._before[number] = signal.signal(number, self._take)
+        return self
+
+    def wait(self) -> None:
+        self._waiting = True
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self._waiting:
+            self._came = number
+            return
+        self._waiting = True
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + number)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        if self._came is not None:
+            signal.raise_signal(self._came)
 
 
 def _words(command: str) -> list[str]:
@@ -49,17 +102,30 @@ def _words(command: str) -> list[str]:
 def _run(words: Sequence[str], limit_s: float) -> None:
     shown = shlex.join(words)
     try:
-        done = subprocess.run(  # noqa: S603 - the command that its user gave, without a shell
-            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, errors="replace", timeout=limit_s, check=False,
-        )  # fmt: skip
+        code, said = _outcome(words, limit_s)
     except subprocess.TimeoutExpired as late:
         raise _failed(f"hook `{shown}` took more than {limit_s:g} s") from late
     except OSError as refusal:
         raise _failed(f"hook `{shown}` cannot be run ({refusal.strerror})") from refusal
-    if done.returncode != 0:
-        said = " ".join(done.stdout.split())[:_MOST_WORDS]
-        raise _failed(f"hook `{shown}` ended with {done.returncode}" + (f": {said}" if said else ""))
+    if code != 0:
+        words_said = " ".join(said.split())[:_MOST_WORDS]
+        raise _failed(f"hook `{shown}` ended with {code}" + (f": {words_said}" if words_said else ""))
+
+
+def _outcome(words: Sequence[str], limit_s: float) -> tuple[int, str]:
+    """What it ended with, and what it said. In a session of its own: Ctrl-C is told to us alone, and all that it began
+    can be ended with it."""
+    with subprocess.Popen(  # noqa: S603 - the command that its user gave, without a shell
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, errors="replace", start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            said, _ = process.communicate(timeout=limit_s)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+        return process.returncode, said
 
 
 def _failed(problem: str) -> LmdbitmapError:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from lmdbitmap.cli.quiesce import quiesced
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError
+from tests.support import PATIENCE_SECONDS
 
 
 @pytest.fixture
@@ -20,7 +27,7 @@ def hook(tmp_path: Path) -> Path:
         f"""#!/bin/sh
 echo "$@" >> '{tmp_path}/asked'
 [ "$1" = "$(cat '{tmp_path}/fails' 2>/dev/null)" ] && {{ echo "no  such guest"; exit 3; }}
-[ "$1" = "$(cat '{tmp_path}/hangs' 2>/dev/null)" ] && exec cat '{tmp_path}/fifo'
+[ "$1" = "$(cat '{tmp_path}/hangs' 2>/dev/null)" ] && {{ cat '{tmp_path}/fifo'; echo over >> '{tmp_path}/asked'; }}
 exit 0
 """
     )
@@ -75,3 +82,101 @@ def test_failing_thaw_is_told_and_costs_nothing(hook: Path, caplog: pytest.LogCa
 def test_what_is_no_command_is_told(command: str, said: str) -> None:
     with pytest.raises((InvalidArgument, LmdbitmapError), match=said), quiesced(command, ["sda"], 10):
         raise AssertionError("the block is not entered")
+
+
+# --- signals ---
+
+_FREEZES = """
+import signal
+import sys
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from lmdbitmap.cli.quiesce import quiesced
+with quiesced(sys.argv[1], ["sda"], 60):
+    print("frozen", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def a_backup_that_freezes(hook: Path) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [sys.executable, "-c", _FREEZES, f"'{hook}'"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_guest_is_thawed_after_a_signal_in_the_block(hook: Path, number: signal.Signals) -> None:
+    with a_backup_that_freezes(hook) as backup:
+        assert backup.stdout is not None
+        assert backup.stdout.readline() == "frozen\n"
+        backup.send_signal(number)
+        assert backup.wait(PATIENCE_SECONDS) != 0
+    assert asked(hook) == ["freeze sda", "thaw sda"]
+
+
+def test_guest_is_thawed_after_a_signal_during_the_freeze(hook: Path) -> None:
+    os.mkfifo(hook.parent / "fifo")
+    (hook.parent / "hangs").write_text("freeze")
+    with a_backup_that_freezes(hook) as backup, open(hook.parent / "fifo", "w"):
+        backup.send_signal(signal.SIGTERM)
+        assert backup.wait(PATIENCE_SECONDS) == 128 + signal.SIGTERM
+    assert asked(hook) == ["freeze sda", "thaw sda"]
+
+
+def test_second_signal_waits_for_the_thaw(hook: Path) -> None:
+    os.mkfifo(hook.parent / "fifo")
+    (hook.parent / "hangs").write_text("thaw")
+    with a_backup_that_freezes(hook) as backup:
+        assert backup.stdout is not None
+        assert backup.stdout.readline() == "frozen\n"
+        backup.send_signal(signal.SIGINT)
+        with open(hook.parent / "fifo", "w") as thaw:
+            backup.send_signal(signal.SIGTERM)
+            backup.send_signal(signal.SIGINT)
+            thaw.write("it is read to its end, or writing it fails")
+            thaw.flush()
+        assert backup.wait(PATIENCE_SECONDS) != 0
+    assert asked(hook) == ["freeze sda", "thaw sda", "over"]
+
+
+def test_signal_that_is_ignored_stays_so(hook: Path) -> None:
+    with ignored(signal.SIGHUP), quiesced(f"'{hook}'", ["sda"], 10):
+        signal.raise_signal(signal.SIGHUP)
+    assert asked(hook) == ["freeze sda", "thaw sda"]
+
+
+@contextmanager
+def ignored(number: signal.Signals) -> Iterator[None]:
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def test_what_a_hanging_freeze_began_is_over_before_the_thaw(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    freeze = f"cat {tmp_path}/fifo >> {tmp_path}/late; true"
+    with (
+        pytest.raises(LmdbitmapError, match="took more than"),
+        quiesced(f"sh -c 'test $0 = thaw || {{ {freeze}; }}'", ["sda"], 0.2),
+    ):
+        raise AssertionError("the block is not entered")
+    feed(tmp_path / "fifo")
+    assert (tmp_path / "late").read_bytes() == b""
+
+
+def feed(fifo: Path) -> None:
+    """Write to whoever reads it, until nobody does."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    with suppress(OSError):
+        while time.monotonic() < deadline:
+            with open(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK), "wb") as reader:
+                reader.write(b"x")
