@@ -6,6 +6,7 @@ last. A word that it yields later was acknowledged: it tells the world that some
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import os
@@ -23,6 +24,7 @@ from lmdbitmap.manifest import BackupType
 from lmdbitmap.prune import prune
 from lmdbitmap.restore import restore
 from lmdbitmap.retention import Retention
+from lmdbitmap.snapshot import Scratch
 from lmdbitmap.store import Store
 from lmdbitmap.stream import stream_backup
 from lmdbitmap.stream_restore import apply_stream
@@ -177,6 +179,20 @@ def checkpointing_two(tracked: BackedUpDisk) -> Life:
     other.pwrite(b"later", BLOCK)
     for one in (disk, other):
         one.abandon()
+
+
+def holding(tracked: BackedUpDisk) -> Life:
+    """A snapshot, taken and released, while the disk is written."""
+    disk, scratch = attach_and_write(tracked), scratch_of(tracked.folder)
+    yield GROWN_UP
+    snapshot = disk.snapshot("held", scratch)
+    yield "held"
+    disk.pwrite(b"over old data", 5 * BLOCK)
+    disk.pwrite(b"over what was zeroed" * BLOCK, 3000 * BLOCK)
+    snapshot.release()
+    yield "released"
+    disk.pwrite(b"later", 5 * BLOCK)
+    disk.abandon()
 
 
 def forgetting(tracked: BackedUpDisk) -> Life:
@@ -363,6 +379,37 @@ def backing_up_two(tracked: BackedUpDisk) -> Life:
     yield "both"
 
 
+def scratch_of(folder: Path) -> Scratch:
+    """Where lives keep old data."""
+    (folder / "scratch").mkdir(exist_ok=True)
+    return Scratch(str(folder / "scratch"))
+
+
+def backing_up_attached(tracked: BackedUpDisk) -> Life:
+    """Of a disk whose guest writes on: over what is to be copied, beside it, and over what was copied."""
+    _backed_up(tracked, 2)
+    disk, scratch = tracked.attach(max_armed=MAX_ARMED), scratch_of(tracked.folder)
+
+    @contextlib.contextmanager
+    def moment() -> Iterator[None]:
+        shutil.copy(tracked.image, tracked.folder / "3.raw")
+        yield
+        disk.pwrite(b"during the backup", 0)
+        disk.write_zeroes(80 * BLOCK, 8 * BLOCK)
+
+    def write_on(done: int, total: int) -> None:
+        disk.pwrite(b"copied already", 0)
+        disk.pwrite(b"not in this one", 300 * BLOCK)
+
+    yield GROWN_UP
+    backup(
+        tracked.store, [NAME], _repository(tracked),
+        attached={NAME: disk}, scratch=scratch, quiesced=moment, progress=write_on,
+    )  # fmt: skip
+    yield "3"
+    disk.abandon()
+
+
 def pruning(tracked: BackedUpDisk) -> Life:
     """Of four backups two stay: the third becomes full."""
     _backed_up(tracked, 4)
@@ -531,7 +578,7 @@ def _written_since_start(tracked: BackedUpDisk) -> None:
 
 
 ARCHIVE_LIVES = (
-    backing_up_first, backing_up, backing_up_compressed, backing_up_full, backing_up_two,
+    backing_up_first, backing_up, backing_up_compressed, backing_up_full, backing_up_two, backing_up_attached,
     restoring, restoring_by_hand, restoring_to_a_device, restoring_in_place, restoring_what_is_tracked,
     streaming, receiving, receiving_a_diff,
     pruning, thinning, merging, copying, copying_first,
@@ -539,8 +586,8 @@ ARCHIVE_LIVES = (
 LIVES: dict[str, Callable[[BackedUpDisk], Life]] = {
     life.__name__: life
     for life in (
-        adding, attaching, arming, writing, passing, asking, marking, checkpointing, checkpointing_two, forgetting,
-        growing, shrinking, detaching, adopting, living_twice, removing, healing,
+        adding, attaching, arming, writing, passing, asking, marking, checkpointing, checkpointing_two, holding,
+        forgetting, growing, shrinking, detaching, adopting, living_twice, removing, healing,
         exporting, exporting_anew, importing, serving_beside_a_file,
         *ARCHIVE_LIVES,
     )

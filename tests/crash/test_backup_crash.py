@@ -108,6 +108,24 @@ def test_of_two_disks_each_has_its_backup_or_not_and_both_of_one_moment(deaths: 
     assert set(made) == {(False, False), (True, False), (True, True)}
 
 
+def test_a_backup_of_an_attached_disk_killed_at_any_step_is_followed_by_a_right_increment(
+    deaths: Deaths,
+) -> None:
+    """Its disk died in the middle of being written: what was armed is copied once."""
+    made = []
+    for death in deaths("backing_up_attached"):
+        with closing(Store.open(str(death.folder / "store"))) as store:
+            made.append(is_true(death, store, NAME) > 2)
+            assert made[-1] or not death.told, death
+            [result] = backup(store, [NAME], death.folder / "backups")
+            assert (result.entry.type_actual, result.entry.reason) == (INCREMENTAL, None), death
+            leaves_no_trace(death, store, NAME)
+            [again] = backup(store, [NAME], death.folder / "backups")
+            assert (again.entry.trust, again.entry.bytes_changed) == (Trust.EXACT, 0), death
+        assert os.listdir(death.folder / "scratch") == [], death
+    assert min(made.count(True), made.count(False)) >= 5
+
+
 def survives(death: Death, earlier: dict[str, int]) -> tuple[bool, ...]:
     """Judge what a dead backup left of disks that had so many backups; whether each disk has one more."""
     with closing(Store.open(str(death.folder / "store"))) as store:
@@ -179,14 +197,19 @@ def goes_on(death: Death, store: Store, counts: dict[str, int], made: dict[str, 
             assert (entry.type_actual, entry.reason and entry.reason.code) == (FULL, "no-earlier-backup"), (
                 death
             )
-        folder = BackupFolder(death.folder / "backups", name)
-        entries = entries_of(folder)
-        files = {file for entry in entries for file in (entry.file, entry.chunks and entry.chunks.file)}
-        assert set(os.listdir(folder.path)) == files | {"lock", "manifest.json"}, death
-        assert backup_checkpoints(store, name) == {entry.checkpoint.name for entry in needed(entries)}, death
-        restore(folder.repository_path, name, death.folder / "out.raw")
-        assert filecmp.cmp(death.folder / "out.raw", death.folder / IMAGES[name], shallow=False), death
-        (death.folder / "out.raw").unlink()
+        leaves_no_trace(death, store, name)
+
+
+def leaves_no_trace(death: Death, store: Store, name: str) -> None:
+    """The newest backup is the image as it is, and there is nothing beside what the manifest names."""
+    folder = BackupFolder(death.folder / "backups", name)
+    entries = entries_of(folder)
+    files = {file for entry in entries for file in (entry.file, entry.chunks and entry.chunks.file)}
+    assert set(os.listdir(folder.path)) == files | {"lock", "manifest.json"}, death
+    assert backup_checkpoints(store, name) == {entry.checkpoint.name for entry in needed(entries)}, death
+    restore(folder.repository_path, name, death.folder / "out.raw")
+    assert filecmp.cmp(death.folder / "out.raw", death.folder / IMAGES[name], shallow=False), death
+    (death.folder / "out.raw").unlink()
 
 
 def test_one_backup_killed_after_another_is_followed_by_their_union() -> None:

@@ -158,6 +158,22 @@ def counts_from_the_checkpoint(store: Store, death: Death) -> None:
     assert later <= reported <= armed_blocks(store, NAME) | {10, 2000}, death
 
 
+def test_a_snapshot_dies_with_its_owner_and_leaves_its_checkpoint(deaths: Deaths) -> None:
+    fates = {True: 0, False: 0}
+    for death in deaths("holding"):
+        with opened(death) as store:
+            is_there = "held" in checkpoint_names(store, NAME)
+            assert is_there or "held" not in death.told, death
+            fates[is_there] += 1
+            if b"over old data" in (death.folder / IMAGES[NAME]).read_bytes():
+                assert 5 in blocks_of(changes(store, NAME, since="held")), death
+            is_sound(store, death)
+            with Filter.attach(store, NAME, background=False) as disk:
+                assert disk.snapshots == (), death
+        assert list((death.folder / "scratch").iterdir()) == [], death
+    assert min(fates.values()) >= 1
+
+
 def test_what_is_forgotten_is_merged_or_still_there(deaths: Deaths) -> None:
     states = [["epoch-1", "start", "monday", "tuesday", "wednesday"]]
     for gone in ("tuesday", "wednesday", "epoch-1"):
