@@ -54,6 +54,10 @@ class Guest:
     def wait_for_line(self, pattern: str, timeout: float = BOOT_SECONDS) -> re.Match[str]:
         return self._until(pattern, timeout)[1]
 
+    def lines(self) -> list[str]:
+        """All that it said so far."""
+        return list(self._said)
+
     def power_off(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write("poweroff -f\n")
@@ -86,8 +90,11 @@ class Guest:
 
 
 @contextlib.contextmanager
-def booted(socket: Path, export: str) -> Iterator[Guest]:
-    """A guest on the export at a unix socket; QEMU waits for a server that is gone, as long as it may take."""
+def booted(socket: Path, export: str, *more: str) -> Iterator[Guest]:
+    """A guest on the export at a unix socket; QEMU waits for a server that is gone, as long as it may take.
+
+    `more` are further words for QEMU.
+    """
     blockdev = (
         f"driver=nbd,node-name=disk,server.type=unix,server.path={socket},export={export},"
         f"discard=unmap,reconnect-delay={RECONNECT_SECONDS}"
@@ -96,6 +103,7 @@ def booted(socket: Path, export: str) -> Iterator[Guest]:
         "qemu-system-x86_64", "-accel", "tcg", "-m", "192", "-nodefaults", "-display", "none", "-no-reboot",
         "-serial", "stdio", "-kernel", str(GUEST / "vmlinuz"), "-initrd", str(GUEST / "initramfs"),
         "-append", "console=ttyS0 quiet panic=-1", "-blockdev", blockdev, "-device", "virtio-blk-pci,drive=disk",
+        *more,
     ]  # fmt: skip
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     guest = Guest(process)
