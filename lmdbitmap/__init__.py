@@ -61,6 +61,9 @@ if TYPE_CHECKING:
     from lmdbitmap.store import Store
     from lmdbitmap.stream import StreamResult, stream_backup
     from lmdbitmap.stream_restore import AppliedResult, apply_stream
+    from lmdbitmap.sync import SyncResult
+    from lmdbitmap.sync import sync as sync_disk
+    from lmdbitmap.sync_plan import SyncKind
     from lmdbitmap.transfer import CopyResult, copy_backups
     from lmdbitmap.verify import Flaw, VerifyResult
     from lmdbitmap.verify import verify as verify_backups
@@ -98,6 +101,8 @@ _HOMES = {
     "StorageError": "errors",
     "Store": "store",
     "StreamResult": "stream",
+    "SyncKind": "sync_plan",
+    "SyncResult": "sync",
     "Trust": "extents",
     "Untrusted": "errors",
     "VerifyResult": "verify",
@@ -118,6 +123,7 @@ _HOMES = {
     "remove": "session",
     "restore_backup": "restore",
     "stream_backup": "stream",
+    "sync_disk": "sync",
     "take_checkpoint": "filter",
     "take_snapshot": "filter",
     "verify_backups": "verify",
@@ -128,6 +134,7 @@ _OTHER_NAMES = {
     "changes_of": "changes",
     "prune_backups": "prune",
     "restore_backup": "restore",
+    "sync_disk": "sync",
     "verify_backups": "verify",
 }
 """What a name is called at home. A package's attribute `changes` is its module, whatever we say here."""
@@ -165,6 +172,8 @@ __all__ = [
     "StorageError",
     "Store",
     "StreamResult",
+    "SyncKind",
+    "SyncResult",
     "Trust",
     "Untrusted",
     "VerifyResult",
@@ -186,6 +195,7 @@ __all__ = [
     "remove",
     "restore_backup",
     "stream_backup",
+    "sync_disk",
     "take_checkpoint",
     "take_snapshot",
     "verify_backups",

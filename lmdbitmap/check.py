@@ -28,11 +28,12 @@ from lmdbitmap.changes import open_period_standing
 from lmdbitmap.errors import FormatError, InvalidArgument, LmdbitmapError
 from lmdbitmap.extents import Trust
 from lmdbitmap.files import PARTIAL_SUFFIX
-from lmdbitmap.founding import DAMAGED_PREFIX, FRESH_PREFIX
+from lmdbitmap.founding import DAMAGED_PREFIX, FOLDERS, FRESH_PREFIX
 from lmdbitmap.geometry import REGION_BLOCKS
 from lmdbitmap.records import BITMAP_ID_KEY
 from lmdbitmap.schema import Bitmap, Checkpoint, Disk
 from lmdbitmap.store import WENT_BACK, Reader, Store
+from lmdbitmap.sync_note import disk_of
 from lmdbitmap.tally import Tally
 
 Progress = Callable[[int, int], None]
@@ -400,7 +401,7 @@ def next_step_for(store: Store, disk: Disk) -> str:
 def _folder(store: Store, inventory: _Inventory) -> Iterator[Finding]:
     """Who may write the store can make the tracker lie; what was left lying about only takes space."""
     known = {str(disk_uuid) for disk_uuid in inventory.disks}
-    for folder in ("", "lmdb", "owners", "control"):
+    for folder in ("", "lmdb", *FOLDERS):
         path = os.path.join(store.path, folder)
         if not os.path.isdir(path):
             yield Finding(Gravity.NOTE, path, "the folder is missing", f"make it: mkdir -m 700 {path}")
@@ -419,8 +420,8 @@ def _leftovers(store: Store, known: set[str] | None) -> Iterator[str]:
     for name in sorted(os.listdir(store.path)):
         if name.startswith(FRESH_PREFIX) or name.endswith(PARTIAL_SUFFIX):
             yield os.path.join(store.path, name)
-    for folder in ("owners", "control"):
+    for folder in FOLDERS:
         place = os.path.join(store.path, folder)
         for name in sorted(os.listdir(place)) if os.path.isdir(place) else ():
-            if name.endswith(PARTIAL_SUFFIX) or (known is not None and name not in known):
+            if name.endswith(PARTIAL_SUFFIX) or (known is not None and (disk_of(name) or name) not in known):
                 yield os.path.join(place, name)

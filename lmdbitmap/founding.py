@@ -24,6 +24,8 @@ from lmdbitmap.schema import StoreHeader
 
 DAMAGED_PREFIX = "lmdb.damaged-"
 FRESH_PREFIX = "lmdb.new-"
+FOLDERS = ("owners", "control", "syncs")
+"""Beside the environment, each with files that belong to one disk."""
 _FIRST_WORDS = "This folder is an lmdbitmap store."
 _README = f"""{_FIRST_WORDS} While a process uses it, do not open, copy or hash the files in lmdb/:
 closing them would drop that process's locks. A bitmap leaves the store with `lmdbitmap export`.
@@ -64,12 +66,12 @@ def prepare_folder(path: str) -> None:
 
 def make_folders(path: str) -> None:
     """Those beside the environment. What was in one that is gone is missed by whoever needs it."""
-    for name in ("owners", "control"):
+    for name in FOLDERS:
         os.makedirs(os.path.join(path, name), mode=0o700, exist_ok=True)
 
 
 def _belongs(name: str) -> bool:
-    return name in ("owners", "control", "lmdb", USERS, NEWEST) or name.startswith(
+    return name in (*FOLDERS, "lmdb", USERS, NEWEST) or name.startswith(
         ("README", ".nobackup", FRESH_PREFIX, DAMAGED_PREFIX)
     )
 

@@ -32,6 +32,7 @@ from lmdbitmap.interfaces import ImageIdentity, StoreMark, TrackableDevice
 from lmdbitmap.owner import Distrust, Owner
 from lmdbitmap.schema import Disk
 from lmdbitmap.store import Reader, Store, Writer
+from lmdbitmap.sync_note import remove_notes
 
 OpenDevice = Callable[[str], TrackableDevice]
 _CLOCK_REALTIME_COARSE = 5
@@ -363,6 +364,7 @@ def remove(store: Store, name: str) -> None:
     with contextlib.closing(_own(store, name, disk.uuid)):
         store.update(lambda writer: chain.remove_disk(writer, disk))
         _remove_all([store.owner_path(disk.uuid)])
+        remove_notes(store.path, disk.uuid)
 
 
 def _own(store: Store, name: str, disk_uuid: UUID) -> Owner:

@@ -3,6 +3,7 @@
     STORE/lmdb/        the environment (never open, copy or hash these files: see the README beside it)
     STORE/owners/      one small file per disk, for its owner process (owner.py)
     STORE/control/     sockets of processes that serve disks
+    STORE/syncs/       what copies of disks are at (sync_note.py)
     STORE/users        locked by every process that has the environment open (presence.py)
     STORE/newest       how far it has come (highwater.py)
 

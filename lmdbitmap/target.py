@@ -95,7 +95,7 @@ class Target:
         except StorageError as failure:
             if isinstance(failure.__cause__, FarAway):
                 raise StorageError(
-                    self.place, failure.__cause__, next_step="see to its server, and restore again"
+                    self.place, failure.__cause__, next_step="see to its server, and do it again"
                 ) from failure
             raise
 
@@ -229,7 +229,7 @@ def _existing_file(path: str) -> Iterator[Target]:
         raise NotFound(f"{path} does not exist", next_step="leave out --in-place to make it")
     with FileDevice.open(path) as device:
         yield Target(path, device)
-        if not _leads_to(path, device.fd):
+        if not leads_to(path, device.fd):
             raise NotFound(f"{path} was removed or replaced while it was written", next_step="restore again")
 
 
@@ -263,12 +263,12 @@ def _taken_away_on_failure(path: str) -> Iterator[Callable[[int], None]]:
             yield watch
         except BaseException:
             with contextlib.suppress(OSError):
-                if fds and _leads_to(path, fds[0]):
+                if fds and leads_to(path, fds[0]):
                     os.unlink(path)
             raise
 
 
-def _leads_to(path: str, fd: int | None) -> bool:
+def leads_to(path: str, fd: int | None) -> bool:
     """Whether a path is the name of an open file."""
     try:
         return fd is not None and os.path.samestat(os.fstat(fd), os.stat(path))

@@ -15,6 +15,7 @@ from lmdbitmap.cli.points import adopt, checkpoint, forget, mark, release, snaps
 from lmdbitmap.cli.repositories import copy, prune, verify
 from lmdbitmap.cli.serve import serve
 from lmdbitmap.cli.soundness import check
+from lmdbitmap.cli.syncing import sync
 from lmdbitmap.version import __version__
 
 _AFTERWORD = """\
@@ -60,6 +61,7 @@ _VERBS = (
     changes,
     backup,
     restore,
+    sync,
     snapshot,
     release,
     verify,

@@ -28,6 +28,7 @@ from lmdbitmap.snapshot import Scratch
 from lmdbitmap.store import Store
 from lmdbitmap.stream import stream_backup
 from lmdbitmap.stream_restore import apply_stream
+from lmdbitmap.sync import sync
 from lmdbitmap.transfer import copy_backups
 from tests import naive_flat
 from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
@@ -570,6 +571,38 @@ def _receiving(tracked: BackedUpDisk, since: str | None) -> Life:
     yield "received"
 
 
+def syncing_first(tracked: BackedUpDisk) -> Life:
+    """To a file that is not there yet."""
+    tracked.zero(200 * BLOCK, 64 * BLOCK)
+    yield GROWN_UP
+    sync(tracked.store, NAME, tracked.folder / "copy.raw")
+    yield "synced"
+
+
+def syncing(tracked: BackedUpDisk) -> Life:
+    """What changed since the sync before, in several places; the disk has grown, too."""
+    sync(tracked.store, NAME, tracked.folder / "copy.raw")
+    tracked.resize(tracked.size + 10 * BLOCK)
+    _written_since_start(tracked)
+    yield GROWN_UP
+    sync(tracked.store, NAME, tracked.folder / "copy.raw")
+    yield "synced"
+
+
+def comparing(tracked: BackedUpDisk) -> Life:
+    """A copy that somebody else has written, and that has to be compared."""
+    copy = tracked.folder / "copy.raw"
+    sync(tracked.store, NAME, copy)
+    _written_since_start(tracked)
+    with copy.open("r+b") as file:
+        for block in (60, 250, 390):
+            file.seek(block * BLOCK)
+            file.write(b"?" * BLOCK)
+    yield GROWN_UP
+    sync(tracked.store, NAME, copy)
+    yield "synced"
+
+
 def _written_since_start(tracked: BackedUpDisk) -> None:
     shutil.copy(tracked.image, tracked.folder / "start.raw")
     for block in (0, 80, 160):
@@ -580,7 +613,7 @@ def _written_since_start(tracked: BackedUpDisk) -> None:
 ARCHIVE_LIVES = (
     backing_up_first, backing_up, backing_up_compressed, backing_up_full, backing_up_two, backing_up_attached,
     restoring, restoring_by_hand, restoring_to_a_device, restoring_in_place, restoring_what_is_tracked,
-    streaming, receiving, receiving_a_diff,
+    streaming, receiving, receiving_a_diff, syncing_first, syncing, comparing,
     pruning, thinning, merging, copying, copying_first,
 )  # fmt: skip
 LIVES: dict[str, Callable[[BackedUpDisk], Life]] = {

@@ -1,0 +1,110 @@
+"""The verb that keeps a second copy of a disk up to date: sync."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import click
+
+from lmdbitmap.cli.options import Session, verb
+from lmdbitmap.cli.output import progress, say, say_json
+from lmdbitmap.cli.quiesce import quiesced
+from lmdbitmap.cli.sizes import format_duration, format_size
+from lmdbitmap.store import Store
+
+if TYPE_CHECKING:
+    from lmdbitmap.sync import SyncResult
+
+
+@verb(
+    examples=[
+        "lmdbitmap sync sda /mnt/other/sda.raw",
+        "lmdbitmap sync sda nbd://other-host/sda --require-incremental",
+        "lmdbitmap sync sda /dev/vg/sda-copy --compare",
+    ]
+)
+@click.argument("name", metavar="NAME")
+@click.argument("target", metavar="TARGET", type=click.Path())
+@click.option(
+    "--compare", is_flag=True,
+    help="Read the disk and the copy, whatever is known, and write what differs.",
+)  # fmt: skip
+@click.option(
+    "--require-incremental", "only_incremental", is_flag=True,
+    help="Fail with exit code 3, and do nothing, where it is not known what changed.",
+)  # fmt: skip
+@click.option(
+    "--hook", metavar="COMMAND",
+    help="Run `COMMAND freeze NAME` right before the point in time, and `COMMAND thaw NAME` right after it.",
+)  # fmt: skip
+@click.option(
+    "--hook-limit", metavar="SECONDS", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True,
+    help="How long each of these may take.",
+)  # fmt: skip
+@click.pass_obj
+def sync(
+    asked: Session,
+    name: str,
+    target: str,
+    compare: bool,
+    only_incremental: bool,
+    hook: str | None,
+    hook_limit: float,
+) -> None:
+    """Bring a second copy of a disk up to date.
+
+    TARGET is a raw file, which is made if it is not there, a block device, or the URI of an NBD export. It becomes
+    what the disk is at one point in time, while the guest writes on: only what changed since the last sync to it is
+    copied. The first time, or where that is not known, both are read and what differs is written; the answer says why.
+
+    Nobody else may write TARGET. Until a sync that failed or was killed has been repeated, it is of no use.
+    """
+    from lmdbitmap.sync import sync as bring_up_to_date
+
+    if compare and only_incremental:
+        raise click.UsageError("--compare and --require-incremental exclude each other.")
+
+    def frozen() -> AbstractContextManager[object]:
+        return nullcontext() if hook is None else quiesced(hook, [name], hook_limit)
+
+    with (
+        Store.open(asked.store_path) as store,
+        progress(f"syncing {name}", shown=asked.shows_progress) as report,
+    ):
+        done = bring_up_to_date(
+            store, name, target,
+            compare=compare, only_incremental=only_incremental, quiesced=frozen, progress=report,
+        )  # fmt: skip
+    if asked.as_json:
+        say_json(_facts(done))
+    else:
+        say(f"{done.target}: {name} as of now · {_words(done)}")
+
+
+def _words(done: SyncResult) -> str:
+    words = [
+        done.kind.value + ("" if done.reason is None else f": {done.reason.words}"),
+        f"{format_size(done.bytes_changed)} of {format_size(done.size)} changed",
+        f"{format_size(done.bytes_written)} written and {format_size(done.bytes_zeroed)} zeroed",
+        format_duration(done.seconds),
+    ]
+    return " · ".join(words)
+
+
+def _facts(done: SyncResult) -> dict[str, object]:
+    return {
+        "disk": done.disk,
+        "target": done.target,
+        "kind": done.kind.value,
+        "reason": None if done.reason is None else {"code": done.reason.code, "words": done.reason.words},
+        "checkpoint": done.checkpoint,
+        "size": done.size,
+        "trust": done.trust.value,
+        "bytes_changed": done.bytes_changed,
+        "bytes_read": done.bytes_read,
+        "bytes_compared": done.bytes_compared,
+        "bytes_written": done.bytes_written,
+        "bytes_zeroed": done.bytes_zeroed,
+        "seconds": round(done.seconds, 3),
+    }

@@ -1,0 +1,165 @@
+"""The target of a sync: a file, a block device or an NBD export that becomes, and stays, a copy of a disk.
+
+A file that is not there is made, and one that is the disk's copy follows the disk's size. What nobody has synced to
+yet must have that size: a wrong name should not cost a file. A device's or an export's size may be that of
+the disk rounded up to a sector, of which the rest is zeroed.
+
+Refused, before anything is touched: an image that is tracked, what lies inside of the store, what the store or the
+disk's image lies in, the copy of another disk. What others have open is refused by the locks (image_locks.py).
+"""
+
+from __future__ import annotations
+
+import os
+from uuid import UUID
+
+from lmdbitmap import files, kernel, sync_note
+from lmdbitmap.device import FileDevice
+from lmdbitmap.errors import AlreadyExists, InvalidArgument, NotFound, os_errors_at
+from lmdbitmap.geometry import ceil_div
+from lmdbitmap.image import is_far, is_same_image, open_image
+from lmdbitmap.interfaces import ImageIdentity, TrackableDevice
+from lmdbitmap.schema import Disk
+from lmdbitmap.session import identity_to_keep
+from lmdbitmap.store import Store
+from lmdbitmap.target import Target, leads_to
+
+_SECTOR = 512
+
+
+def refuse_target(store: Store, disk: Disk, place: str) -> None:
+    """Raise what hinders `place` from being a copy of `disk`, as far as names tell."""
+    with store.read() as reader:
+        disks = list(reader.disks())
+    tracked = next((other for other in disks if is_same_image(other.image, place)), None)
+    if tracked is not None:
+        own = "itself" if tracked.uuid == disk.uuid else "and is not to be written around its tracker"
+        raise InvalidArgument(
+            f"{place} is the image of disk {tracked.name!r}, {own}", next_step="name another target"
+        )
+    _refuse_copies(store, {other.uuid: other.name for other in disks if other.uuid != disk.uuid}, place)
+    if is_far(place):
+        return
+    if os.path.join(os.path.realpath(place), "").startswith(os.path.join(os.path.realpath(store.path), "")):
+        raise InvalidArgument(
+            f"{place} is inside of the store {store.path}", next_step="name a place outside of it"
+        )
+    for ground in (store.path, *(() if is_far(disk.image) else (disk.image,))):
+        if _carries(place, ground):
+            raise InvalidArgument(
+                f"{ground} lies on a file system inside {place}", next_step="name another target"
+            )
+
+
+def _refuse_copies(store: Store, others: dict[UUID, str], place: str) -> None:
+    for path, note in sync_note.notes(store.path):
+        name = others.get(UUID(sync_note.disk_of(os.path.basename(path))))
+        if name is not None and note.is_of_a_copy and is_same_image(note.target, place):
+            raise AlreadyExists(
+                f"{place} is the copy of disk {name!r}",
+                next_step=f"name another target, or remove {path} if that copy is to be given up",
+            )
+
+
+def _carries(image: str, path: str) -> bool:
+    try:
+        return kernel.is_kept_in(path, image)
+    except (OSError, ValueError):
+        return False  # no such image, or no path: whoever opens it says so
+
+
+class SyncTarget:
+    """A target that is open, unless it is a file that is to be made: `device` is None then."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+        self.device: TrackableDevice | None = None
+        if is_far(place) or os.path.lexists(place):
+            self.device = open_image(place)
+        elif not os.path.isdir(os.path.dirname(place)):
+            raise NotFound(
+                f"there is no folder {os.path.dirname(place)}", next_step="make it, or name another target"
+            )
+
+    @property
+    def is_far(self) -> bool:
+        return is_far(self.place)
+
+    @property
+    def is_file(self) -> bool:
+        return isinstance(self.device, FileDevice) and not self.device.is_block_device
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether there is no file yet, or an empty one."""
+        return self.device is None or (self.is_file and self.device.size == 0)
+
+    def identity(self) -> ImageIdentity | None:
+        """What it is now; None of an export, of which nothing tells, and of a file to be made."""
+        if not isinstance(self.device, FileDevice):
+            return None
+        if self.device.is_block_device:
+            self.flush()  # the kernel counts what has reached it
+        with os_errors_at(self.place):
+            return self.device.identity()
+
+    def require_fit(self, size: int, *, is_copy: bool) -> None:
+        """Refuse a target that neither has the size of the disk nor can get it."""
+        if self.is_blank or (self.is_file and is_copy):
+            return
+        assert self.device is not None
+        fitting = {size} if self.is_file else {size, ceil_div(size, _SECTOR) * _SECTOR}
+        if self.device.size not in fitting:
+            step = "name a new file, or one of that size" if self.is_file else "give it that size"
+            raise InvalidArgument(
+                f"{self.place} has {self.device.size} bytes, and the disk has {size}", next_step=step
+            )
+
+    def needs_fitting(self, size: int) -> bool:
+        """Whether `fit` has to write."""
+        if self.device is None or (self.is_file and self.device.size != size):
+            return True
+        rest = self.device.size - size
+        with os_errors_at(self.place):
+            return rest > 0 and any(self.device.pread(rest, size))
+
+    def fit(self, size: int) -> None:
+        """Make what is not there, of that size; what lies beyond it is cut off, or zeroed."""
+        device = self.device if self.device is not None else self._made()
+        with os_errors_at(self.place):
+            if self.is_file and device.size != size:
+                device.resize(size)
+            elif device.size > size:
+                device.write_zeroes(size, device.size - size)
+
+    def _made(self) -> TrackableDevice:
+        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
+        with os_errors_at(self.place):
+            os.close(os.open(self.place, flags, files.PRIVATE_MODE))
+        files.fsync_folder(os.path.dirname(self.place))
+        self.device = open_image(self.place)
+        return self.device
+
+    def writable(self, *, is_fresh: bool) -> Target:
+        assert self.device is not None
+        return Target(self.place, self.device, is_fresh=is_fresh)
+
+    def flush(self) -> None:
+        assert self.device is not None
+        with os_errors_at(self.place):
+            self.device.flush()
+
+    def identity_to_keep(self) -> ImageIdentity | None:
+        """What it is now that all of it is durable; refuses a file that has lost its name meanwhile."""
+        if not isinstance(self.device, FileDevice):
+            return None
+        if self.is_file and not leads_to(self.place, self.device.fd):
+            raise NotFound(
+                f"{self.place} was removed or replaced while it was written", next_step="sync again"
+            )
+        with os_errors_at(self.place):
+            return identity_to_keep(self.device)
+
+    def close(self) -> None:
+        if self.device is not None:
+            self.device.close()

@@ -1,0 +1,225 @@
+"""Random lives of a disk with two copies: after every sync that succeeds the copy is what the disk is then.
+
+Beside it a naive model, which knows of each copy whether it was ever whole, and what may have broken that: the kind
+of each sync has to follow from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from lmdbitmap import sync_note
+from lmdbitmap.errors import InvalidArgument, StorageError
+from lmdbitmap.schema import DEFERRED, WRITE_AHEAD
+from lmdbitmap.sync import sync
+from lmdbitmap.sync_plan import SyncKind
+from tests.backed_up import BackedUpDisk
+from tests.tracked import LATER_NS, NAME, quick_folder
+from tests.unit.test_sync import failing_after
+
+BLOCK = 4096
+MAX_SIZE = 40 * BLOCK
+
+sizes = st.integers(0, MAX_SIZE) | st.integers(0, 40).map(lambda blocks: blocks * BLOCK)
+places = st.integers(0, MAX_SIZE)
+targets = st.sampled_from(["left", "right"])
+
+
+@dataclass
+class Copy:
+    """Of what a sync can count on: `known_in` is the epoch of the last sync that was right, `changed` since then."""
+
+    known_in: int | None = None
+    checkpoint: str = ""
+    changed: set[int] = field(default_factory=set)
+
+
+class Stop(Exception):
+    """What a caller's progress may raise."""
+
+
+class Lives(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self._cleanup = contextlib.ExitStack()
+        self.copies = {"left": Copy(), "right": Copy()}
+        self.epoch = 0
+        self.ticks = 0
+
+    @initialize(durability=st.sampled_from([WRITE_AHEAD, DEFERRED]), size=sizes)
+    def begin(self, durability: str, size: int) -> None:
+        folder = self._cleanup.enter_context(quick_folder())
+        self.disk = BackedUpDisk(folder, size, durability=durability)
+        self.size = size
+
+    # -- what happens to the disk --------------------------------------------------------------------------
+
+    def _mark(self, offset: int, length: int) -> None:
+        blocks = set(range(offset // BLOCK, -(-(offset + length) // BLOCK))) if length else set()
+        for copy in self.copies.values():
+            copy.changed |= blocks
+
+    @rule(offset=places, length=st.integers(0, 5 * BLOCK), value=st.integers(0, 255))
+    def write(self, offset: int, length: int, value: int) -> None:
+        offset = min(offset, self.size)
+        length = min(length, self.size - offset)
+        self.disk.write(bytes([value]) * length, offset)
+        self._mark(offset, length)
+
+    @rule(offset=places, length=st.integers(0, 20 * BLOCK))
+    def write_zeroes(self, offset: int, length: int) -> None:
+        offset = min(offset, self.size)
+        length = min(length, self.size - offset)
+        self.disk.zero(offset, length)
+        self._mark(offset, length)
+
+    @rule(size=sizes)
+    def resize(self, size: int) -> None:
+        self.disk.resize(size)
+        self._mark(min(self.size, size), max(size - self.size, 0))
+        self.size = size
+
+    @rule(offset=places)
+    def be_written_by_a_stranger(self, offset: int) -> None:
+        if self.size:
+            self.disk.write_behind_our_back(b"!", min(offset, self.size - 1), shift_ns=-LATER_NS)
+            self.epoch += 1
+
+    @rule(offset=places)
+    def lose_its_owner(self, offset: int) -> None:
+        if self.size:
+            attached = self.disk.attach()
+            attached.pwrite(b"?", min(offset, self.size - 1))
+            attached.abandon()
+            self._mark(min(offset, self.size - 1), 1)
+            if self.disk.durability == DEFERRED:
+                self.epoch += 1
+
+    @rule(which=st.integers(0, 100))
+    def forget_a_checkpoint(self, which: int) -> None:
+        with self.disk.attach() as attached:
+            names = self.disk.checkpoints()
+            name = names[which % len(names)]
+            with contextlib.suppress(InvalidArgument):  # the only one of its epoch
+                attached.forget(name)
+                for copy in self.copies.values():
+                    if copy.checkpoint == name:
+                        copy.known_in = None
+
+    @rule()
+    def back_up(self) -> None:
+        self.disk.backup()
+
+    # -- what happens to a copy ----------------------------------------------------------------------------
+
+    def _path(self, to: str) -> Path:
+        return self.disk.folder / f"{to}.raw"
+
+    @rule(to=targets, offset=places)
+    def copy_is_written_by_a_stranger(self, to: str, offset: int) -> None:
+        path = self._path(to)
+        if path.exists() and path.stat().st_size and self._is_settled(to):
+            with path.open("r+b") as file:
+                file.seek(min(offset, path.stat().st_size - 1))
+                file.write(b"#")
+            self.ticks += 1
+            status = path.stat()
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns - self.ticks * LATER_NS))
+            self.copies[to].known_in = None
+
+    def _is_settled(self, to: str) -> bool:
+        """Whether no sync is under way: what a stranger writes then is not noticed, as the documents say."""
+        notes = [
+            note for _, note in sync_note.notes(self.disk.store.path) if note.target == str(self._path(to))
+        ]
+        return not any(note.under_way and note.at is not None for note in notes)
+
+    @rule(to=targets)
+    def copy_is_removed(self, to: str) -> None:
+        self._path(to).unlink(missing_ok=True)
+        self.copies[to].known_in = None
+
+    # -- syncs ---------------------------------------------------------------------------------------------
+
+    def _expected(self, to: str, *, compare: bool) -> SyncKind:
+        path, copy = self._path(to), self.copies[to]
+        if copy.known_in == self.epoch and not compare:
+            return SyncKind.INCREMENTAL
+        return SyncKind.COMPARE if path.exists() and path.stat().st_size else SyncKind.FULL
+
+    def _fits(self, to: str) -> bool:
+        """Whether the target may be given another size, if it needs one: see sync_target.py."""
+        path = self._path(to)
+        return not path.exists() or path.stat().st_size in (0, self.size) or self._is_ours(to)
+
+    def _is_ours(self, to: str) -> bool:
+        return self._expected(to, compare=False) is SyncKind.INCREMENTAL
+
+    @rule(to=targets, compare=st.booleans())
+    def sync(self, to: str, compare: bool) -> None:
+        path, copy = self._path(to), self.copies[to]
+        expected = self._expected(to, compare=compare)
+        try:
+            result = sync(self.disk.store, NAME, path, compare=compare)
+        except InvalidArgument:
+            assert not self._fits(to)
+            path.unlink()
+            copy.known_in = None
+            return
+        assert path.read_bytes() == self.disk.content()
+        assert result.kind is expected
+        if expected is SyncKind.INCREMENTAL:
+            least = {block for block in copy.changed if block * BLOCK < self.size}
+            assert result.bytes_changed >= sum(min(BLOCK, self.size - block * BLOCK) for block in least)
+        self.copies[to] = Copy(self.epoch, result.checkpoint)
+        held = {each.checkpoint for each in self.copies.values() if each.known_in == self.epoch}
+        assert held <= set(self.disk.checkpoints())
+
+    @precondition(lambda self: self.size > 0)
+    @rule(to=targets, reads=st.integers(0, 3), compare=st.booleans(), late=st.booleans())
+    def sync_and_fail(self, to: str, reads: int, compare: bool, late: bool) -> None:
+        """What it wrote is inside of what the next one copies; a comparison leaves nothing to count from."""
+        path = self._path(to)
+        expected = self._expected(to, compare=compare)
+
+        def stop(done: int, total: int) -> None:
+            raise Stop
+
+        opened = None if late else failing_after(reads)
+        points = self.disk.checkpoints()
+        try:
+            result = sync(
+                self.disk.store, NAME, path,
+                compare=compare, open_device=opened, progress=stop if late else None,
+            )  # fmt: skip
+        except InvalidArgument:
+            assert not self._fits(to)
+        except (StorageError, Stop):
+            lost = {name for name in points if name.startswith("sync-")} - set(self.disk.checkpoints())
+            assert lost <= {self.copies[to].checkpoint}
+            if expected is not SyncKind.INCREMENTAL:
+                self.copies[to].known_in = None
+        else:
+            self.copies[to] = Copy(self.epoch, result.checkpoint)
+            assert path.read_bytes() == self.disk.content()
+
+    def teardown(self) -> None:
+        if hasattr(self, "disk"):
+            for to in self.copies:
+                if self._fits(to):
+                    self.sync(to, False)
+            self.disk.close()
+        self._cleanup.close()
+
+
+TestLives = Lives.TestCase
+TestLives.settings = settings(
+    max_examples=25, stateful_step_count=25, suppress_health_check=[HealthCheck.too_slow], deadline=None
+)

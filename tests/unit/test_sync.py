@@ -1,0 +1,478 @@
+"""A second copy of a disk: what is copied and why, what is refused, and what a failure leaves."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+
+from lmdbitmap import session, sync_note
+from lmdbitmap.device import FileDevice
+from lmdbitmap.errors import (
+    AlreadyExists,
+    Busy,
+    FormatError,
+    InvalidArgument,
+    NotFound,
+    StorageError,
+    Untrusted,
+)
+from lmdbitmap.extents import Trust
+from lmdbitmap.filter import Filter
+from lmdbitmap.interfaces import TrackableDevice
+from lmdbitmap.sync import SyncResult, sync
+from lmdbitmap.sync_plan import SyncKind
+from tests.backed_up import BackedUpDisk
+from tests.nbd_far import FarServer
+from tests.support import make_raw_image
+from tests.tracked import LATER_NS, NAME
+
+BLOCK = 4096
+SIZE = 50 * BLOCK + 100
+INCREMENTAL, COMPARE, FULL = SyncKind
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[BackedUpDisk]:
+    made = BackedUpDisk(tmp_path, SIZE)
+    made.write(os.urandom(10 * BLOCK), BLOCK)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def copy(disk: BackedUpDisk) -> Path:
+    """A copy that is up to date."""
+    path = disk.folder / "copy.raw"
+    assert synced(disk, path).kind is FULL
+    return path
+
+
+def synced(disk: BackedUpDisk, target: Path | str, *, compare: bool = False) -> SyncResult:
+    """Synced, and what it must be; of the checkpoints of syncs only the newest is left, for each target one."""
+    result = sync(disk.store, NAME, target, compare=compare)
+    if isinstance(target, Path):
+        assert target.read_bytes() == disk.content()
+    assert result.checkpoint == disk.checkpoints()[-1]
+    assert result.size == len(disk.content())
+    held = {note.at.name for _, note in sync_note.notes(disk.store.path) if note.at is not None}
+    assert {name for name in disk.checkpoints() if sync_note.is_checkpoint_name(name)} == held
+    return result
+
+
+def reason(result: SyncResult) -> str | None:
+    return None if result.reason is None else result.reason.code
+
+
+def write_as_a_stranger(path: Path, data: bytes, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+# --- what is copied ---
+
+
+def test_a_new_copy_is_made_whole_and_sparse(disk: BackedUpDisk) -> None:
+    disk.zero(3 * BLOCK, 2 * BLOCK)
+    disk.write(bytes(5 * BLOCK), 30 * BLOCK)
+    result = synced(disk, disk.folder / "copy.raw")
+    assert (result.kind, reason(result), result.bytes_changed) == (FULL, "first-sync", SIZE)
+    assert (result.bytes_written, result.bytes_zeroed, result.bytes_compared) == (8 * BLOCK, 0, 0)
+    status = (disk.folder / "copy.raw").stat()
+    assert status.st_blocks * 512 <= 8 * BLOCK
+    assert status.st_mode & 0o777 == 0o600
+
+
+def test_afterwards_what_changed_is_copied_and_nothing_else(disk: BackedUpDisk, copy: Path) -> None:
+    disk.write(b"new", 5 * BLOCK)
+    disk.zero(8 * BLOCK, 2 * BLOCK)
+    disk.write(b"tail", SIZE - 4)
+    result = synced(disk, copy)
+    assert (result.kind, result.reason, result.trust) == (INCREMENTAL, None, Trust.EXACT)
+    assert result.bytes_changed == 3 * BLOCK + 100
+    assert (result.bytes_written, result.bytes_zeroed) == (BLOCK + 100, 2 * BLOCK)
+    assert result.bytes_read <= BLOCK + 100
+    assert result.bytes_compared == 0
+
+
+def test_a_copy_that_is_up_to_date_is_not_touched(disk: BackedUpDisk, copy: Path) -> None:
+    before = copy.stat().st_mtime_ns
+    result = synced(disk, copy)
+    assert (result.kind, result.bytes_changed, result.bytes_read) == (INCREMENTAL, 0, 0)
+    assert copy.stat().st_mtime_ns == before
+
+
+def test_zeroes_are_holes_in_the_copy_too(disk: BackedUpDisk, copy: Path) -> None:
+    before = copy.stat().st_blocks
+    disk.write(bytes(10 * BLOCK), BLOCK)
+    assert synced(disk, copy).bytes_zeroed == 10 * BLOCK
+    assert copy.stat().st_blocks == before - 10 * BLOCK // 512
+
+
+def test_each_target_counts_from_its_own_sync(disk: BackedUpDisk, copy: Path) -> None:
+    other = disk.folder / "other.raw"
+    disk.write(b"1", 0)
+    synced(disk, other)
+    disk.write(b"2", 20 * BLOCK)
+    assert synced(disk, copy).bytes_changed == 2 * BLOCK
+    assert synced(disk, other).bytes_changed == BLOCK
+
+
+def test_a_backup_in_between_disturbs_no_sync(disk: BackedUpDisk, copy: Path) -> None:
+    disk.backup()
+    disk.write(b"1", 0)
+    disk.backup()
+    assert synced(disk, copy).bytes_changed == BLOCK
+    assert disk.backup().bytes_changed == 0
+
+
+@pytest.mark.parametrize("size", [5 * BLOCK + 1, 80 * BLOCK, SIZE - 1])
+def test_the_copy_follows_the_size_of_the_disk(disk: BackedUpDisk, copy: Path, size: int) -> None:
+    disk.resize(size)
+    assert synced(disk, copy).kind is INCREMENTAL
+    disk.write(b"tail", size - 4)
+    assert synced(disk, copy).kind is INCREMENTAL
+
+
+def test_shrunk_and_grown_again_is_not_what_it_was(disk: BackedUpDisk, copy: Path) -> None:
+    disk.resize(3 * BLOCK)
+    disk.resize(SIZE)
+    assert synced(disk, copy).kind is INCREMENTAL
+
+
+def test_a_disk_without_a_byte_has_a_copy(tmp_path: Path) -> None:
+    disk = BackedUpDisk(tmp_path, 0)
+    copy = tmp_path / "copy.raw"
+    assert synced(disk, copy).kind is FULL
+    assert synced(disk, copy).kind is INCREMENTAL
+    disk.resize(2 * BLOCK)
+    disk.write(b"x", BLOCK)
+    assert synced(disk, copy).kind is INCREMENTAL
+    disk.close()
+
+
+def test_after_a_crash_more_is_copied_and_the_result_says_so(disk: BackedUpDisk, copy: Path) -> None:
+    with disk.attach(max_armed=4) as attached:
+        attached.pwrite(b"x", 0)
+        attached.abandon()
+    result = synced(disk, copy)
+    assert (result.kind, result.trust) == (INCREMENTAL, Trust.SUPERSET)
+
+
+def test_a_copy_is_known_by_another_name(disk: BackedUpDisk, copy: Path) -> None:
+    (disk.folder / "link.raw").symlink_to(copy)
+    os.link(copy, disk.folder / "hard.raw")
+    assert synced(disk, disk.folder / "link.raw").kind is INCREMENTAL
+    assert synced(disk, disk.folder / "hard.raw").kind is INCREMENTAL
+    assert synced(disk, copy).kind is INCREMENTAL
+
+
+def test_a_disk_that_we_serve_ourselves_is_synced_while_it_is_written(disk: BackedUpDisk, copy: Path) -> None:
+    with disk.attach() as attached:
+        attached.pwrite(b"before", 0)
+        at_the_point = []
+
+        @contextmanager
+        def noted() -> Iterator[None]:
+            yield
+            at_the_point.append(disk.content())
+            attached.pwrite(b"after!", 0)
+
+        result = sync(disk.store, NAME, copy, attached={NAME: attached}, quiesced=noted)
+        assert [copy.read_bytes()] == at_the_point != [disk.content()]
+        assert result.kind is INCREMENTAL
+        sync(disk.store, NAME, copy, attached={NAME: attached})
+        assert copy.read_bytes() == disk.content()
+
+
+# --- why both are read ---
+
+
+def test_what_is_there_already_is_only_read(disk: BackedUpDisk) -> None:
+    copy = disk.folder / "copy.raw"
+    content = bytearray(disk.content())
+    content[2 * BLOCK : 3 * BLOCK] = b"?" * BLOCK
+    content[40 * BLOCK : 41 * BLOCK] = b"?" * BLOCK
+    copy.write_bytes(content)
+    result = synced(disk, copy)
+    assert (result.kind, reason(result)) == (COMPARE, "first-sync")
+    assert (result.bytes_written, result.bytes_zeroed, result.bytes_changed) == (BLOCK, BLOCK, 2 * BLOCK)
+    assert synced(disk, copy).kind is INCREMENTAL
+
+
+def test_it_can_be_asked_for(disk: BackedUpDisk, copy: Path) -> None:
+    disk.write(b"x", 0)
+    result = synced(disk, copy, compare=True)
+    assert (result.kind, result.reason, result.bytes_written) == (COMPARE, None, BLOCK)
+
+
+def test_a_new_epoch_is_compared(disk: BackedUpDisk, copy: Path) -> None:
+    disk.write_behind_our_back(b"!", 30 * BLOCK)
+    result = synced(disk, copy)
+    assert (result.kind, reason(result), result.bytes_written) == (COMPARE, "new-epoch", BLOCK)
+    assert synced(disk, copy).kind is INCREMENTAL
+
+
+def test_a_forgotten_checkpoint_is_no_secret(disk: BackedUpDisk, copy: Path) -> None:
+    [name] = [name for name in disk.checkpoints() if name.startswith("sync-")]
+    with disk.attach() as attached:
+        attached.checkpoint("mine")
+        attached.forget(name)
+    assert reason(synced(disk, copy)) == "checkpoint-forgotten"
+
+
+def test_a_copy_that_somebody_wrote_is_compared(disk: BackedUpDisk, copy: Path) -> None:
+    write_as_a_stranger(copy, b"!", 30 * BLOCK)
+    disk.write(b"x", 0)
+    result = synced(disk, copy)
+    assert (result.kind, reason(result), result.bytes_changed) == (COMPARE, "target-changed", 2 * BLOCK)
+    assert synced(disk, copy).kind is INCREMENTAL
+
+
+def test_a_copy_that_was_replaced_is_compared(disk: BackedUpDisk, copy: Path) -> None:
+    status = copy.stat()
+    another = make_raw_image(disk.folder / "another.raw", SIZE)
+    os.utime(another, ns=(status.st_atime_ns, status.st_mtime_ns))
+    os.replace(another, copy)
+    assert reason(synced(disk, copy)) == "target-changed"
+
+
+def test_a_copy_that_is_gone_is_made_anew(disk: BackedUpDisk, copy: Path) -> None:
+    copy.unlink()
+    result = synced(disk, copy)
+    assert (result.kind, reason(result)) == (FULL, "target-gone")
+
+
+def test_a_note_that_cannot_be_read_says_nothing(disk: BackedUpDisk, copy: Path) -> None:
+    [path] = (disk.folder / "store/syncs").glob("*.json")
+    path.write_bytes(b"{}")
+    result = sync(disk.store, NAME, copy)
+    assert (result.kind, reason(result)) == (COMPARE, "first-sync")
+
+
+def test_a_note_of_a_newer_version_is_left_alone(disk: BackedUpDisk, copy: Path) -> None:
+    [path] = (disk.folder / "store/syncs").glob("*.json")
+    text = path.read_text().replace('"format_version": 1', '"format_version": 2')
+    path.write_text(text)
+    with pytest.raises(FormatError, match="expected version 1, found 2; update lmdbitmap"):
+        sync(disk.store, NAME, copy)
+    assert path.read_text() == text
+
+
+def test_only_incrementally_or_not_at_all(disk: BackedUpDisk, copy: Path) -> None:
+    assert sync(disk.store, NAME, copy, only_incremental=True).kind is INCREMENTAL
+    write_as_a_stranger(copy, b"!", 30 * BLOCK)
+    before = copy.read_bytes(), disk.checkpoints()
+    with pytest.raises(Untrusted, match="incrementally: the target was written by somebody else"):
+        sync(disk.store, NAME, copy, only_incremental=True)
+    with pytest.raises(Untrusted, match="it was never synced"):
+        sync(disk.store, NAME, disk.folder / "other.raw", only_incremental=True)
+    assert (copy.read_bytes(), disk.checkpoints()) == before
+    assert not (disk.folder / "other.raw").exists()
+
+
+# --- what is refused, with nothing touched ---
+
+
+def refused(disk: BackedUpDisk, target: Path | str, error: type[Exception], words: str) -> None:
+    before = disk.content(), disk.checkpoints()
+    with pytest.raises(error, match=words):
+        sync(disk.store, NAME, target)
+    assert (disk.content(), disk.checkpoints()) == before
+
+
+def test_targets_that_are_no_place_for_a_copy(disk: BackedUpDisk, tmp_path: Path) -> None:
+    another = make_raw_image(tmp_path / "another.raw", SIZE)
+    session.add(disk.store, "sdb", str(another), granularity_bits=12)
+    os.link(disk.image, tmp_path / "hard.raw")
+    refused(disk, disk.image, InvalidArgument, "is the image of disk 'sda', itself")
+    refused(disk, tmp_path / "hard.raw", InvalidArgument, "is the image of disk 'sda', itself")
+    refused(disk, another, InvalidArgument, "is the image of disk 'sdb', and is not to be written")
+    refused(disk, tmp_path / "store/copy.raw", InvalidArgument, "is inside of the store")
+    refused(disk, tmp_path, InvalidArgument, "neither a regular file nor a block device")
+    refused(disk, tmp_path / "no/copy.raw", NotFound, f"there is no folder {re.escape(str(tmp_path))}/no")
+    os.mkfifo(tmp_path / "fifo")
+    refused(disk, tmp_path / "fifo", InvalidArgument, "neither a regular file nor a block device")
+
+
+def test_a_file_of_another_size_that_nobody_synced_to(disk: BackedUpDisk, copy: Path) -> None:
+    stranger = disk.folder / "letters"
+    stranger.write_bytes(b"Dear Ada" * 1000)
+    refused(disk, stranger, InvalidArgument, f"has 8000 bytes, and the disk has {SIZE}; name a new file")
+    assert stranger.read_bytes() == b"Dear Ada" * 1000
+    os.replace(stranger, copy)
+    refused(disk, copy, InvalidArgument, "has 8000 bytes")
+
+
+def test_the_copy_of_another_disk(disk: BackedUpDisk, copy: Path, tmp_path: Path) -> None:
+    another = make_raw_image(tmp_path / "another.raw", SIZE)
+    session.add(disk.store, "sdb", str(another), granularity_bits=12)
+    before = copy.read_bytes()
+    with pytest.raises(AlreadyExists, match="is the copy of disk 'sda'; name another target, or remove "):
+        sync(disk.store, "sdb", copy)
+    assert copy.read_bytes() == before
+    session.remove(disk.store, NAME)
+    assert sync(disk.store, "sdb", copy).kind is COMPARE
+
+
+def test_what_somebody_else_has_open(disk: BackedUpDisk, copy: Path) -> None:
+    with FileDevice.open(copy):
+        refused(disk, copy, Busy, "is open in QEMU or in another lmdbitmap")
+    with disk.attach():
+        refused(disk, copy, Busy, "is owned by a process that serves it to nobody")
+
+
+def test_two_syncs_to_one_target_at_once(disk: BackedUpDisk, copy: Path) -> None:
+    def meanwhile() -> AbstractContextManager[None]:
+        refused(disk, copy, Busy, "in use")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sync(disk.store, NAME, copy, quiesced=meanwhile)
+
+
+# --- what fails ---
+
+
+class Failing(FileDevice):
+    """Whose reads fail after so many."""
+
+    reads_left = 0
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        self.reads_left -= 1
+        if self.reads_left < 0:
+            raise OSError(5, "the disk fails")
+        super().pread_into(buffer, offset)
+
+
+def failing_after(reads: int) -> Callable[[str], TrackableDevice]:
+    def opened(image: str) -> TrackableDevice:
+        device = Failing.open(image, read_only=True)
+        assert isinstance(device, Failing)
+        device.reads_left = reads
+        return device
+
+    return opened
+
+
+def test_what_failed_before_it_wrote_costs_nothing(disk: BackedUpDisk, copy: Path) -> None:
+    """Not even the proof that nobody else wrote the target."""
+
+    def failing() -> AbstractContextManager[None]:
+        raise ValueError("no")
+
+    points = disk.checkpoints()
+    with pytest.raises(ValueError, match="no"):
+        sync(disk.store, NAME, copy, quiesced=failing)
+    assert disk.checkpoints() == points
+    assert synced(disk, copy).kind is INCREMENTAL
+    with pytest.raises(ValueError, match="no"):
+        sync(disk.store, NAME, copy, quiesced=failing)
+    write_as_a_stranger(copy, b"!", 30 * BLOCK)
+    assert reason(synced(disk, copy)) == "target-changed"
+
+
+def test_what_failed_in_the_middle_is_copied_again_with_what_changed_since(
+    disk: BackedUpDisk, copy: Path
+) -> None:
+    disk.write(b"1", 0)
+    disk.write(b"2", 20 * BLOCK)
+    points = disk.checkpoints()
+    with pytest.raises(StorageError, match=f"{disk.image}: "):
+        sync(disk.store, NAME, copy, open_device=failing_after(1))
+    assert copy.read_bytes()[:1] == b"1", "some of it was written"
+    assert disk.checkpoints() == points
+    disk.write(bytes(BLOCK), 0)
+    result = synced(disk, copy)
+    assert (result.kind, result.bytes_changed) == (INCREMENTAL, 2 * BLOCK)
+
+
+def test_a_first_sync_that_failed_goes_on_where_it_was(disk: BackedUpDisk) -> None:
+    copy = disk.folder / "copy.raw"
+    disk.write(b"2", 20 * BLOCK)
+    with pytest.raises(StorageError):
+        sync(disk.store, NAME, copy, open_device=failing_after(1))
+    disk.write(b"3", 30 * BLOCK)
+    result = synced(disk, copy)
+    assert (result.kind, reason(result), result.bytes_written) == (COMPARE, "interrupted", 2 * BLOCK)
+
+
+def test_a_comparison_that_failed_is_followed_by_another(disk: BackedUpDisk, copy: Path) -> None:
+    """What somebody else wrote is still there, and nobody can tell any more by the target's mtime."""
+    disk.write(b"x", 20 * BLOCK)
+    write_as_a_stranger(copy, b"!", 30 * BLOCK)
+    with pytest.raises(StorageError):
+        sync(disk.store, NAME, copy, open_device=failing_after(1))
+    assert reason(synced(disk, copy)) in ("interrupted", "target-changed")
+
+
+def test_a_copy_that_vanishes_meanwhile_is_an_error(disk: BackedUpDisk, copy: Path) -> None:
+    def progress(done: int, total: int) -> None:
+        copy.unlink()
+
+    disk.write(b"x", 0)
+    with pytest.raises(NotFound, match="was removed or replaced while it was written; sync again"):
+        sync(disk.store, NAME, copy, progress=progress)
+    assert reason(synced(disk, copy)) == "target-gone"
+
+
+def test_a_disk_that_is_written_around_its_locks_is_no_point_in_time(disk: BackedUpDisk, copy: Path) -> None:
+    def progress(done: int, total: int) -> None:
+        disk.write_behind_our_back(b"!", 30 * BLOCK, shift_ns=LATER_NS)
+
+    disk.write(b"x", 0)
+    with pytest.raises(Busy, match="was written by another program"):
+        sync(disk.store, NAME, copy, progress=progress)
+    assert reason(synced(disk, copy)) == "new-epoch"
+
+
+# --- far targets ---
+
+
+@pytest.fixture
+def far(tmp_path: Path) -> Iterator[FarServer]:
+    server = FarServer(tmp_path / "far", 51 * BLOCK)
+    yield server
+    server.close()
+
+
+def test_an_export_of_another_size_is_refused(disk: BackedUpDisk, far: FarServer) -> None:
+    refused(disk, far.uri, InvalidArgument, f"has {51 * BLOCK} bytes, and the disk has {SIZE}; give it")
+
+
+def test_an_export_becomes_a_copy_and_follows(disk: BackedUpDisk, far: FarServer) -> None:
+    disk.resize(51 * BLOCK - 100)
+    far.data[:] = os.urandom(51 * BLOCK)
+    result = synced(disk, far.uri)
+    assert (result.kind, reason(result)) == (COMPARE, "first-sync")
+    assert far.stable == disk.content() + bytes(100), "rounded up to a sector, and flushed"
+    disk.write(b"x", 0)
+    disk.resize(51 * BLOCK - 200)
+    result = synced(disk, far.uri)
+    assert (result.kind, result.bytes_compared) == (INCREMENTAL, 0)
+    assert far.stable == disk.content() + bytes(200)
+
+
+# --- notes ---
+
+
+def test_a_disk_that_is_removed_takes_its_notes_along(disk: BackedUpDisk, copy: Path) -> None:
+    session.remove(disk.store, NAME)
+    assert list((disk.folder / "store/syncs").iterdir()) == []
+
+
+def test_a_name_that_is_no_syncs_is_never_forgotten(disk: BackedUpDisk, copy: Path) -> None:
+    with Filter.attach(disk.store, NAME, background=False) as attached:
+        attached.checkpoint("mine")
+    [(path, note)] = sync_note.notes(disk.store.path)
+    Path(path).write_bytes(
+        sync_note.encode(sync_note.Note(note.target, note.at, unneeded=("mine", "epoch-1")))
+    )
+    synced(disk, copy)
+    assert "mine" in disk.checkpoints()
