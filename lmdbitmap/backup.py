@@ -278,6 +278,11 @@ class _Source:
         if since is None:
             return cls(job, point, clusters, None, Trust.EXACT, disk.size)
         changed = changes(store, disk.name, since=since.name, until=point.checkpoint.name)
+        if changed.since.uuid != since.uuid:  # what changed before the new one would be missing
+            raise Busy(
+                f"checkpoint {since.name!r} of disk {disk.name!r} was forgotten just now, and another has its name",
+                next_step="make the backup again",
+            )
         summary = changed.summary
         return cls(job, point, clusters, changed, summary.standing.trust, summary.dirty_bytes)
 
@@ -361,7 +366,7 @@ def _entry(source: _Source, copied: Copied, proof: Proof, compression: Compressi
         parent=None if plan.parent is None else plan.parent.id,
         type_requested=job.requested, type_actual=plan.type_actual, reason=plan.reason,
         time_ns=checkpoint.time_ns, checkpoint=CheckpointRef(checkpoint.uuid, checkpoint.name),
-        epoch=disk.epoch, disk_size=disk.size, granularity=disk.geometry.granularity,
+        epoch=checkpoint.epoch, disk_size=disk.size, granularity=disk.geometry.granularity,
         cluster_size=source.clusters.granularity, trust=source.trust, bytes_changed=copied.bytes_changed,
         bytes_zero=copied.bytes_zero, bytes_stored=copied.bytes_stored,
         sha256=proof.sha256, chunks=proof.chunks, compression=compression,

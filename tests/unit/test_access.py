@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
 
 from lmdbitmap.access import Served
+from lmdbitmap.backup import backup
 from lmdbitmap.errors import Busy
 from lmdbitmap.filter import Filter
 from lmdbitmap.nbd.control import ControlServer
 from lmdbitmap.nbd.dirty_contexts import tracked_contexts
 from lmdbitmap.nbd.held import HeldSnapshots
 from lmdbitmap.nbd.server import Server
-from lmdbitmap.snapshot import Scratch
+from lmdbitmap.snapshot import Scratch, Snapshot
+from lmdbitmap.store import Store
 from tests.support import PATIENCE_SECONDS
 from tests.tracked import NAME, TrackedDisk, quick_folder
 
@@ -32,6 +34,12 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def served(folder: Path) -> Iterator[Filter]:
+    with serving(folder) as disk:
+        yield disk
+
+
+@contextmanager
+def serving(folder: Path, holding: type[HeldSnapshots] = HeldSnapshots) -> Iterator[Filter]:
     """With its control socket; the NBD server listens nowhere, and is reached by what is handed over."""
     with ExitStack() as stack:
         tracked = stack.enter_context(closing(TrackedDisk(folder, SIZE).clean()))
@@ -39,7 +47,7 @@ def served(folder: Path) -> Iterator[Filter]:
         server = Server({NAME: disk}, contexts_of=tracked_contexts)
         server.start()
         stack.callback(server.stop)
-        held = HeldSnapshots({NAME: disk}, server, Scratch(str(folder)))
+        held = holding({NAME: disk}, server, Scratch(str(folder)))
         stack.enter_context(ControlServer({NAME: disk}, held=held))
         yield disk
 
@@ -61,6 +69,26 @@ def test_snapshot_is_read_through_a_connection_that_the_owner_hands_over(served:
         assert point.device.pread(3, 0) == b"old"
         way.prove(point)
     assert served.snapshots == ()
+
+
+class Unsteady(HeldSnapshots):
+    """Loses track as soon as a snapshot is taken."""
+
+    def take(self, disks: Sequence[str], name: str) -> list[Snapshot]:
+        taken = super().take(disks, name)
+        self._filters[NAME].start_epoch("by intent")
+        return taken
+
+
+def test_backup_is_of_the_epoch_of_its_checkpoint(folder: Path) -> None:
+    """A new one that begins meanwhile is not its own, and the next backup says so."""
+    with serving(folder, Unsteady) as disk:
+        [full] = backup(disk.store, [NAME], folder / "backups")
+        assert full.entry.epoch != disk.disk.epoch
+    with closing(Store.open(str(folder / "store"))) as store:
+        [later] = backup(store, [NAME], folder / "backups")
+    assert later.entry.reason is not None
+    assert later.entry.reason.code == "new-epoch"
 
 
 def test_caller_that_hangs_up_takes_no_later_snapshot_of_that_name_with_it(served: Filter) -> None:

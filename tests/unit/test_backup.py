@@ -7,6 +7,7 @@ import errno
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -297,6 +298,27 @@ def unchanged(disk: BackedUpDisk) -> Iterator[BackedUpDisk]:
     before = disk.checkpoints(), disk.manifest(), disk.files()
     yield disk
     assert (disk.checkpoints(), disk.manifest(), disk.files()) == before
+
+
+def test_backup_counts_from_no_other_checkpoint_of_the_same_name(disk: BackedUpDisk) -> None:
+    """Forgotten and made again between the plan and the moment: since then nothing has changed."""
+    counted_from = disk.backup().checkpoint.name
+    with disk.attach() as attached:
+        attached.pwrite(b"changed", 0)
+
+        @contextmanager
+        def replace_checkpoint() -> Iterator[None]:
+            attached.forget(counted_from)
+            attached.checkpoint(counted_from)
+            yield
+
+        with pytest.raises(Busy, match="another has its name"):
+            backup(
+                disk.store, [NAME], disk.folder / "backups",
+                attached={NAME: attached}, quiesced=replace_checkpoint,
+            )  # fmt: skip
+    assert told(disk.backup()) == ("rescan", "checkpoint-forgotten")
+    assert disk.restored() == disk.content()
 
 
 def test_an_attached_disk_is_busy(unchanged: BackedUpDisk) -> None:
