@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from lmdbitmap.device import DATA, HOLE, FileDevice
-from lmdbitmap.errors import FormatError, InvalidArgument, NotFound, os_errors_at
+from lmdbitmap.errors import Busy, FormatError, InvalidArgument, NotFound, os_errors_at
 from lmdbitmap.geometry import ceil_div, check_range
 from lmdbitmap.interfaces import Allocation, Buffer, joined
 from lmdbitmap.manifest import BackupEntry, chain_to
@@ -151,18 +151,37 @@ def open_backup(
 def opened(folder: BackupFolder, entries: Sequence[BackupEntry]) -> Iterator[BackupChain]:
     """The chain of `entries`, the full one first; nobody writes to its images in the block.
 
-    Raises `NotFound` or `FormatError` where an image is not what the manifest says, and `NotFound` where the library
-    is missing that decompresses one.
+    Raises `NotFound` or `FormatError` where an image is not what the manifest says, `Busy` where that says something
+    else by now, and `NotFound` where the library is missing that decompresses one.
     """
+    with contextlib.ExitStack() as stack:
+        try:
+            images = _opened_images(folder, entries, stack)
+        except (FormatError, NotFound):
+            _require_unchanged(folder, entries)
+            raise
+        yield BackupChain(images[::-1])
+
+
+def _opened_images(
+    folder: BackupFolder, entries: Sequence[BackupEntry], stack: contextlib.ExitStack
+) -> list[Image]:
     folder.check_images(entries)
     parents = [None, *(entry.file for entry in entries)]
-    with contextlib.ExitStack() as stack:
-        images = []
-        for entry, parent in zip(entries, parents, strict=False):
-            path = folder.image_path(entry.file)
-            device = stack.enter_context(FileDevice.open(path, read_only=True))
-            images.append(Image(entry, device, image_reader(_Named(device), entry, parent)))
-        yield BackupChain(images[::-1])
+    images = []
+    for entry, parent in zip(entries, parents, strict=False):
+        path = folder.image_path(entry.file)
+        device = stack.enter_context(FileDevice.open(path, read_only=True))
+        images.append(Image(entry, device, image_reader(_Named(device), entry, parent)))
+    return images
+
+
+def _require_unchanged(folder: BackupFolder, entries: Sequence[BackupEntry]) -> None:
+    """Raise `Busy` if a prune took some of these backups, or wrote them anew, since the manifest was read."""
+    found = folder.manifest()
+    known = {(entry.id, entry.sha256) for entry in found.backups} if found else set()
+    if not {(entry.id, entry.sha256) for entry in entries} <= known:
+        raise Busy(f"{folder.path} was changed at this very moment, as by `prune`", next_step="try again")
 
 
 class ImageSource(Source, Protocol):

@@ -15,9 +15,12 @@ import pytest
 
 from lmdbitmap import backup_chain
 from lmdbitmap.backup_chain import BackupChain
-from lmdbitmap.errors import FormatError, InvalidArgument, NotFound, StorageError
+from lmdbitmap.errors import Busy, FormatError, InvalidArgument, NotFound, StorageError
+from lmdbitmap.prune import prune
 from lmdbitmap.qcow2 import Kind
+from lmdbitmap.retention import Retention
 from tests.backed_up import FULL, BackedUpDisk
+from tests.tracked import NAME
 
 KIB = 1 << 10
 SIZE = 300 * KIB + 5
@@ -44,6 +47,15 @@ def disk(tmp_path: Path) -> Iterator[BackedUpDisk]:
 def chain(disk: BackedUpDisk) -> Iterator[BackupChain]:
     with backup_chain.opened(disk.backup_folder(), disk.manifest().backups) as opened:
         yield opened
+
+
+def test_backups_that_are_pruned_while_they_are_opened_are_not_called_damaged(disk: BackedUpDisk) -> None:
+    before = disk.manifest().backups
+    prune(disk.folder / "backups", [NAME], keep=Retention(last=1))
+    with pytest.raises(Busy, match="try again"), backup_chain.opened(disk.backup_folder(), before):
+        raise AssertionError("the block is not entered")
+    with backup_chain.opened(disk.backup_folder(), disk.manifest().backups) as opened:
+        assert opened.pread(SIZE, 0) == disk.content()
 
 
 def image(disk: BackedUpDisk, number: int) -> Path:
