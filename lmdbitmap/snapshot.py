@@ -14,7 +14,8 @@ backup does, those that were read (`read_once`). What holds all the time:
    it. An old cluster is whole in the scratch file before its state says so.
 2. A reader reads what is untouched from the image, and looks at the states *afterwards*: what is untouched then was
    so while it read, so no write had landed; all else it takes from where the state says. It never sees a torn block.
-3. The scratch file is bounded. Where it is full, or fails, the snapshot is *broken*: its readers are told why, after
+3. The scratch file is bounded, and does not take the last space of its file system. Where it is full, or fails, the
+   snapshot is *broken*: its readers are told why, after
    their read too, and writers go on at once. The guest never waits for whoever reads.
 4. The scratch file has no name: whatever dies, nothing is left of it.
 5. The disk keeps its size while it is held: a shrink would drop bits that readers still count on (`Filter.resize`).
@@ -59,6 +60,9 @@ _COPY_BYTES: Final = 1 << 20
 """Read and kept at once."""
 _LOOK_CLUSTERS: Final = 4096
 """Of which the allocation is asked at once."""
+_SPARE_BYTES: Final = 1 << 30
+_SPARE_PART: Final = 100
+"""A hundredth of a file system, `_SPARE_BYTES` at most, is left to the others there: an image that grows, the store."""
 
 
 class Scratch(NamedTuple):
@@ -75,6 +79,7 @@ class ScratchFile:
     def __init__(self, scratch: Scratch) -> None:
         self.place = f"scratch file in {scratch.folder}"
         self.limit_bytes = scratch.limit_bytes
+        self._has_its_room = scratch.preallocate
         with os_errors_at(self.place):
             self.fd = _nameless_file(scratch.folder)
             try:
@@ -83,6 +88,15 @@ class ScratchFile:
             except BaseException:
                 os.close(self.fd)
                 raise
+
+    def leaves_room(self) -> bool:
+        """Whether it can grow without taking the last space from the others in its file system."""
+        if self._has_its_room:
+            return True
+        found = os.fstatvfs(self.fd)
+        return found.f_bavail * found.f_frsize >= min(
+            found.f_blocks * found.f_frsize // _SPARE_PART, _SPARE_BYTES
+        )
 
     def close(self) -> None:
         fd, self.fd = self.fd, -1
@@ -166,9 +180,16 @@ class Snapshot(ReadOnlyDevice):
                 return
             try:
                 for start, stop in self._untouched(clusters.start, clusters.stop):
+                    self._require_room()
                     self._keep_run(start, stop)
             except (OSError, LmdbitmapError) as error:
                 self._break(f"old data could not be kept ({error})")
+
+    def _require_room(self) -> None:
+        if not self._file.leaves_room():
+            raise OSError(
+                errno.ENOSPC, "the guest and the store may need what is left where its scratch file is"
+            )
 
     def _untouched(self, start: int, stop: int) -> Iterator[Run]:
         """The runs of wanted clusters in [start, stop) that are untouched."""

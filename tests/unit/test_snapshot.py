@@ -232,6 +232,23 @@ def test_refused_scratch_file_breaks_the_snapshot(
     assert "by intent" in snapshot.broken
 
 
+@pytest.mark.parametrize("preallocate", [False, True])
+def test_last_space_of_a_file_system_is_left_to_the_guest(
+    disk: Filter, folder: Path, monkeypatch: pytest.MonkeyPatch, preallocate: bool
+) -> None:
+    """The image may grow there. What was taken before is not asked for."""
+    snapshot = disk.snapshot("s", Scratch(str(folder), SIZE, preallocate))
+    disk.pwrite(NEW, 0)
+    assert snapshot.broken is None
+    full = list(os.statvfs(folder))
+    full[4] = full[2] // 100 - 1  # available, of all blocks
+    monkeypatch.setattr(os, "fstatvfs", lambda fd: os.statvfs_result(full))
+    disk.pwrite(NEW, BLOCK)
+    assert disk.pread(2 * BLOCK, 0) == NEW * 2
+    assert (snapshot.broken is None) == preallocate
+    assert preallocate or "the guest and the store may need" in (snapshot.broken or "")
+
+
 def test_preallocated_scratch_takes_its_room_at_once(disk: Filter, folder: Path) -> None:
     free = os.statvfs(folder).f_bfree
     snapshot = disk.snapshot("s", Scratch(str(folder), 64 << 20, preallocate=True))
