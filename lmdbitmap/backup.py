@@ -344,7 +344,7 @@ def _write_image(
     path = job.folder.path_of(job.file)
     rescans = job.plan.type_actual is BackupType.RESCAN
     with files.replacing(path) as file:
-        with os_errors_at(job.disk.image), source.runs(device, report) as runs:
+        with _told_why(source), os_errors_at(job.disk.image), source.runs(device, report) as runs:
             copied = copy_clusters(
                 device,
                 ImageFile(file.fileno(), path),
@@ -357,6 +357,17 @@ def _write_image(
         proof = synced_proof(job.folder, job.file, file.fileno())
         job.access.prove(source.point)
     return _entry(source, copied, proof, None if packing is None else packing.type)
+
+
+@contextlib.contextmanager
+def _told_why(source: _Source) -> Iterator[None]:
+    """Where a snapshot is read, that it broke is just an error, as of a disk that fails: whoever holds it knows."""
+    try:
+        yield
+    except OSError:
+        if not source.job.access.holds_alone:
+            source.job.access.prove(source.point)
+        raise
 
 
 def _entry(source: _Source, copied: Copied, proof: Proof, compression: CompressionType | None) -> BackupEntry:

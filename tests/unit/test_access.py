@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from lmdbitmap.access import Served
 from lmdbitmap.backup import backup
-from lmdbitmap.errors import Busy
+from lmdbitmap.errors import Busy, StorageError
 from lmdbitmap.filter import Filter
 from lmdbitmap.nbd.control import ControlServer
 from lmdbitmap.nbd.dirty_contexts import tracked_contexts
@@ -69,6 +70,42 @@ def test_snapshot_is_read_through_a_connection_that_the_owner_hands_over(served:
         assert point.device.pread(3, 0) == b"old"
         way.prove(point)
     assert served.snapshots == ()
+
+
+class Narrow(HeldSnapshots):
+    """Has room for a block of old data."""
+
+    def __init__(self, filters: Mapping[str, Filter], server: Server | None, scratch: Scratch) -> None:
+        super().__init__(filters, server, scratch._replace(limit_bytes=4096))
+
+
+def test_backup_whose_snapshot_broke_says_so(folder: Path) -> None:
+    """And not that the disk fails, which is what the owner's NBD server can say of it."""
+    with serving(folder, Narrow) as disk:
+        disk.pwrite(b"old" * (SIZE // 3), 0)
+
+        with pytest.raises(StorageError, match=r"scratch file is full.*make the backup again"):
+            backup(disk.store, [NAME], folder / "backups", quiesced=partial(after, disk))
+        assert disk.snapshots == ()
+
+
+def test_backup_whose_snapshot_broke_after_the_last_read_is_none_either(folder: Path) -> None:
+    with serving(folder, Narrow) as disk:
+        disk.pwrite(b"old" * (SIZE // 3), 0)
+
+        def write_at_the_end(done: int, total: int) -> None:
+            if done == total:
+                disk.pwrite(b"new" * 4096, 0)
+
+        with pytest.raises(StorageError, match=r"scratch file is full.*make the backup again"):
+            backup(disk.store, [NAME], folder / "backups", progress=write_at_the_end)
+
+
+@contextmanager
+def after(disk: Filter) -> Iterator[None]:
+    """Writes as soon as the moment was taken."""
+    yield
+    disk.pwrite(b"new" * 4096, 0)
 
 
 class Unsteady(HeldSnapshots):
