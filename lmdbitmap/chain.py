@@ -241,6 +241,22 @@ def _truncate(writer: Writer, bitmap_id: int, geometry: Geometry) -> None:
         writer.put_region(bitmap_id, last, 0, bytes(block_bits))
 
 
+def begin_resize(writer: Writer, disk: Disk, size: int) -> Disk:
+    """Either size is right from now on; the image decides, and may refuse one that it cannot have.
+
+    What is about to be cut off is dirty first (law 1): a power cut may leave zeroes there, and the old size.
+    """
+    check_trackable(Geometry(size, disk.granularity_bits))
+    if size < disk.size:
+        recording = writer.bitmap(current_checkpoint(writer, disk).bitmap_id)
+        mark_outward(writer, recording, size, disk.size - size)
+    return dataclasses.replace(disk, resizing_from=size)
+
+
+def end_resize(writer: Writer, disk: Disk, size: int) -> Disk:
+    return dataclasses.replace(resize(writer, disk, size), resizing_from=None)
+
+
 def require_same_epoch(disk: Disk, checkpoint: Checkpoint) -> None:
     """Raise `Untrusted` for a checkpoint of an older epoch: what changed since cannot be known."""
     if checkpoint.epoch != disk.epoch:

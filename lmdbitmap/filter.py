@@ -38,16 +38,17 @@ from lmdbitmap.changes import Changes, Standing, changes
 from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, StorageError, Untrusted, os_errors_at
 from lmdbitmap.extents import Trust
 from lmdbitmap.flushing import Flusher
+from lmdbitmap.front import Front
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.image import open_image
-from lmdbitmap.interfaces import Allocation, Buffer, TrackableDevice
+from lmdbitmap.interfaces import TrackableDevice
 from lmdbitmap.lane import FilterLane, Gate
 from lmdbitmap.owner import Owner
 from lmdbitmap.period import DEFAULT_MAX_ARMED, Period
 from lmdbitmap.schema import Checkpoint, Disk
 from lmdbitmap.snapshot import Holding, Scratch, ScratchFile, Snapshot
-from lmdbitmap.store import CommitInDoubt, Reader, Store, Writer
-from lmdbitmap.vouching import Voucher, write_refused
+from lmdbitmap.store import Reader, Store, Writer
+from lmdbitmap.vouching import Voucher, changed_together, write_refused
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ _DISARM_PER_PASS = 512
 _CARRIED_REGIONS = 256
 
 
-class Filter:
+class Filter(Front):
     """An attached disk: the one writer of its image until `detach`. Safe for many threads.
 
     A `BlockDevice` and a `ServedDisk`: its own methods find the calling thread's lane, a server takes
@@ -67,9 +68,9 @@ class Filter:
     def __init__(
         self, store: Store, disk: Disk, device: TrackableDevice, lock: Owner, *, max_armed: int
     ) -> None:
+        super().__init__(device)
         self.store = store
         self.disk = disk
-        self.device = device
         self._voucher = Voucher(disk.name, device, lock)
         self._flusher = Flusher(disk.name, device, self._voucher.lose_track)
         self._max_armed = max_armed
@@ -81,7 +82,6 @@ class Filter:
         self._gate = Gate(disk.geometry, self._period.settled)
         self._holding: Holding | None = None
         """The snapshots that are held now, if any; changed while the gate is closed."""
-        self._threads = threading.local()
         self._stop = threading.Event()
         self._background = [
             threading.Thread(target=self._every_interval, args=(work,), name=f"lmdbitmap {name}", daemon=True)
@@ -121,53 +121,16 @@ class Filter:
     def size(self) -> int:
         return self.disk.size
 
-    @property
-    def read_only(self) -> bool:
-        return False
-
-    @property
-    def fd(self) -> int | None:
-        """The image's descriptor, for reads only: a write to it would not be tracked."""
-        return self.device.fd
-
     def lane(self) -> FilterLane:
         """A new lane, for one thread at a time."""
         return FilterLane(self._gate, self.device, self._mark, self._flusher.flush)
-
-    def pread(self, length: int, offset: int) -> bytes:
-        return self.device.pread(length, offset)
-
-    def pread_into(self, buffer: memoryview, offset: int) -> None:
-        self.device.pread_into(buffer, offset)
-
-    def pwrite(self, data: Buffer, offset: int) -> None:
-        """As `FilterLane.pwrite`, through the calling thread's lane."""
-        self._my_lane().pwrite(data, offset)
-
-    def write_zeroes(
-        self, offset: int, length: int, *, may_unmap: bool = True, fast_only: bool = False
-    ) -> None:
-        self._my_lane().write_zeroes(offset, length, may_unmap=may_unmap, fast_only=fast_only)
-
-    def discard(self, offset: int, length: int) -> None:
-        self._my_lane().discard(offset, length)
 
     def flush(self) -> None:
         """Raises `StorageError`; then so does every flush until the disk is attached anew."""
         self._flusher.flush()
 
-    def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
-        return self.device.allocation(offset, length)
-
     def close(self) -> None:
         self.detach()
-
-    def _my_lane(self) -> FilterLane:
-        try:
-            return self._threads.lane  # type: ignore[no-any-return]
-        except AttributeError:
-            self._threads.lane = self.lane()
-            return self._threads.lane  # type: ignore[no-any-return]
 
     # -- points in time ------------------------------------------------------------------------------------
 
@@ -243,7 +206,7 @@ class Filter:
         with self._frozen():
             if self.snapshots:
                 raise _held_error(self.snapshots[0])
-            self._change_chain(lambda writer, disk: _begin_resize(writer, disk, size))
+            self._change_chain(lambda writer, disk: chain.begin_resize(writer, disk, size))
             try:
                 with os_errors_at(self.disk.image):
                     self.device.resize(size)
@@ -255,7 +218,7 @@ class Filter:
         """However a resize went, the image says how large it is. A size that cannot be recorded loses track:
         a write past the new end would bring back zeroes that no bit names."""
         try:
-            self._change_chain(lambda writer, disk: _end_resize(writer, disk, self.device.size))
+            self._change_chain(lambda writer, disk: chain.end_resize(writer, disk, self.device.size))
         except LmdbitmapError as error:
             self._voucher.lose_track(f"a resize could not be recorded: {error.problem}")
             raise
@@ -311,7 +274,7 @@ class Filter:
             writer.put_disk(disk)
             return disk, self._open_period(writer, disk)
 
-        with _together([self]):
+        with changed_together([self._voucher]):
             self._go_on_with(*self.store.update(persist_and_change))
 
     def _go_on_with(self, disk: Disk, period: Period) -> None:
@@ -425,7 +388,7 @@ class Filter:
             disk = chain.start_epoch(writer, disk, reason, time.time_ns())
             return disk, self._open_period(writer, disk)
 
-        with _together([self]):
+        with changed_together([self._voucher]):
             self._go_on_with(*self.store.update(start))
 
     def _every_interval(self, work: Callable[[], None]) -> None:
@@ -585,7 +548,7 @@ def _take_points(
             attached._begin_again()  # a write that was drained just now may have lost track
             prepare(attached)
         time_ns = time.time_ns()
-        with _together(filters):
+        with changed_together([attached._voucher for attached in filters]):
             points = store.update(
                 lambda writer: [_next_period(writer, attached, name, time_ns) for attached in filters]
             )
@@ -625,48 +588,9 @@ def _next_period(
     return checkpoint, disk, period
 
 
-@contextlib.contextmanager
-def _together(filters: Sequence[Filter]) -> Iterator[None]:
-    """The chains in the store and the periods in memory change together in the block.
-
-    Where an interruption (Ctrl-C) may have come between the two, or the store cannot say whether it took the
-    change, nobody can say which bitmap records: nothing is believed then.
-    """
-    try:
-        yield
-    except CommitInDoubt as error:
-        for attached in filters:
-            attached._voucher.lose_track(
-                f"a change of its checkpoints may have taken place or not ({error.problem})"
-            )
-        raise
-    except LmdbitmapError:
-        raise  # the store is as it was before
-    except BaseException:
-        for attached in filters:
-            attached._voucher.lose_track("a change of its checkpoints was interrupted")
-        raise
-
-
 def _forget(writer: Writer, disk: Disk, name: str) -> Disk:
     chain.forget(writer, disk, name)
     return disk
-
-
-def _begin_resize(writer: Writer, disk: Disk, size: int) -> Disk:
-    """Either size is right from now on; the image decides, and may refuse one that it cannot have.
-
-    What is about to be cut off is dirty first (law 1): a power cut may leave zeroes there, and the old size.
-    """
-    chain.check_trackable(Geometry(size, disk.granularity_bits))
-    if size < disk.size:
-        recording = writer.bitmap(chain.current_checkpoint(writer, disk).bitmap_id)
-        chain.mark_outward(writer, recording, size, disk.size - size)
-    return dataclasses.replace(disk, resizing_from=size)
-
-
-def _end_resize(writer: Writer, disk: Disk, size: int) -> Disk:
-    return dataclasses.replace(chain.resize(writer, disk, size), resizing_from=None)
 
 
 def _detached_error(disk: Disk) -> StorageError:

@@ -95,6 +95,7 @@ FLOORS: dict[str, float] = {
     # 4 tracker
     "lane": 4,
     "snapshot": 4.2,
+    "front": 4.2,
     "changes": 4,
     "filter": 4.5,
     "target": 4.6,
