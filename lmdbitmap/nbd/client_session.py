@@ -247,7 +247,8 @@ class Conversation:
         with self._state:
             if self._outage_since == math.inf:
                 self._outage_since = now
-                log.warning("%s: %s; trying again for %g s", self._name, _words(why), self._reconnect_s)
+                if self._reconnect_s:
+                    log.warning("%s: %s; trying again for %g s", self._name, _words(why), self._reconnect_s)
             for request in self._waiting.values():
                 request.since = min(request.since, now)
         self._fail_those_since(time.monotonic() - self._reconnect_s, why)
@@ -258,7 +259,7 @@ class Conversation:
             for request in lost:
                 request.error = AWAY
                 self._conclude(request)
-        if lost:
+        if lost and self._reconnect_s:  # else whoever asked is told, at once
             log.error("%s: %d requests failed: %s", self._name, len(lost), _words(why))
 
     def _reconnect(self) -> None:

@@ -105,7 +105,7 @@ class Client:
         try:
             data, fds, *_ = socket.recv_fds(self._sock, _RECEIVE, 1)
         except OSError as refusal:
-            raise self._went_away() from refusal
+            raise self._lost(refusal) from refusal
         self._lines.add(data)
         try:
             wire.field(self._receive(CONNECT_S), "answer", dict, self._place)
@@ -143,7 +143,7 @@ class Client:
             self._sock.settimeout(CONNECT_S)
             self._sock.sendall(line)
         except OSError as refusal:
-            raise self._went_away() from refusal
+            raise self._lost(refusal) from refusal
 
     def close(self) -> None:
         self._sock.close()
@@ -163,16 +163,18 @@ class Client:
                 next_step="see with `lmdbitmap info` what was done",
             ) from late
         except OSError as refusal:
-            raise self._went_away() from refusal
+            raise self._lost(refusal) from refusal
         if line is None:
-            raise self._went_away()
+            raise self._lost(ConnectionResetError())
         message = wire.decode(line, self._place)
         self._owes_answer = False
         if "error" in message:
             raise wire.error_from(wire.field(message, "error", dict, self._place), self._place)
         return message
 
-    def _went_away(self) -> Busy:
+    def _lost(self, refusal: OSError) -> Busy:
+        """A connection that broke owes nothing: whoever hangs up, or dies, does nothing more for us."""
+        self._owes_answer = isinstance(refusal, TimeoutError)
         return Busy(
             f"{self._place}: the owner went away before it answered",
             next_step="see with `lmdbitmap info` what was done, and try again",

@@ -9,7 +9,7 @@ import signal
 import struct
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -140,14 +140,15 @@ def backup_stopped_in_the_middle(cli: Cli, served: Served) -> Iterator[Child]:
     with guest_of(served.uris["sda"]) as disk:
         disk.pwrite(os.urandom(32 * MIB), 0)
     folder = cli.folder / "backups" / "sda"
-    with spawn(*cli.command("backup", "sda", cli.folder / "backups")) as child:
-        while not list(folder.glob("*.partial")):
+    with spawn(*cli.command("backup", "--compress=zlib:9", "sda", cli.folder / "backups")) as child:
+        while not list(folder.glob("*.qcow2.*partial")):  # its note has one too
             assert child.process.poll() is None
         os.kill(served.child.process.pid, signal.SIGSTOP)
         try:
             yield child
         finally:
-            os.kill(served.child.process.pid, signal.SIGCONT)
+            with suppress(ProcessLookupError):  # it was waited for
+                os.kill(served.child.process.pid, signal.SIGCONT)
 
 
 def guest_of(uri: str) -> closing[NbdDevice]:
@@ -174,11 +175,53 @@ def test_killed_server_fails_the_backup_and_the_next_one_is_right(cli: Cli) -> N
         with backup_stopped_in_the_middle(cli, served) as child:
             served.child.process.kill()
             assert child.wait() in (1, 4)
-    assert child.stderr.startswith("lmdbitmap: ")
-    assert child.stderr.count("\n") == 1
+    cleans_up, failed = child.stderr.splitlines()
+    assert "the next backup will clean up" in cleans_up
+    assert "the owner went away" in failed
     [made] = cli.json("backup", "sda", cli.folder / "backups")["backups"]
     assert made["type"] == "incremental"
     assert restored(cli, "sda") == (cli.folder / "sda.raw").read_bytes()
+
+
+@contextmanager
+def stopped(child: Child) -> Iterator[None]:
+    """It neither reads nor hangs up."""
+    os.kill(child.process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(child.process.pid, signal.SIGCONT)
+
+
+def test_server_that_ends_does_not_wait_for_a_stuck_backup(cli: Cli) -> None:
+    """Its detach is clean, the backup fails, and the next one is an increment."""
+    with cli.serving("sda") as served:
+        back_up(cli, "sda", cli.folder / "backups")
+        with backup_stopped_in_the_middle(cli, served) as child:
+            with stopped(child):
+                os.kill(served.child.process.pid, signal.SIGCONT)
+                served.child.process.terminate()
+                assert served.child.wait() == 0
+            assert child.wait() in (1, 4)
+    assert cli.json("info", "sda")["trust"] == "exact"
+    [made] = cli.json("backup", "sda", cli.folder / "backups")["backups"]
+    assert made["type"] == "incremental"
+    assert restored(cli, "sda") == (cli.folder / "sda.raw").read_bytes()
+    checkpoints = [one["name"] for one in cli.json("info", "sda")["checkpoints"]]
+    assert len([name for name in checkpoints if is_checkpoint_name(name)]) == 2
+
+
+def test_snapshot_of_a_stuck_backup_can_be_released(cli: Cli) -> None:
+    with cli.serving("sda") as served:
+        back_up(cli, "sda", cli.folder / "backups")
+        with backup_stopped_in_the_middle(cli, served) as child:
+            with stopped(child):
+                os.kill(served.child.process.pid, signal.SIGCONT)
+                [held] = snapshots(cli, "sda")
+                assert "released" in cli.ok("release", "sda", held)
+            assert child.wait() in (1, 4)
+        assert "incremental" in back_up(cli, "sda", cli.folder / "backups")
+        assert restored(cli, "sda") == (cli.folder / "sda.raw").read_bytes()
 
 
 def test_backup_that_runs_out_of_room_fails_and_the_guest_does_not_notice(cli: Cli) -> None:

@@ -570,6 +570,16 @@ def test_answer_that_comes_too_late_is_not_taken_for_that_of_the_next_call() -> 
                 again()
 
 
+def test_owner_that_hung_up_owes_no_answer() -> None:
+    """What it did is in the store."""
+    with a_pair() as (client, owner):
+        owner.close()
+        for _ in range(2):
+            with pytest.raises(Busy, match="went away"):
+                client.call("snapshot")
+            client.require_in_step()
+
+
 def test_error_of_the_owner_is_an_answer() -> None:
     with a_pair() as (client, owner):
         owner.sendall(wire.encode({"error": {"class": "Busy", "problem": "no", "next_step": "go"}}))
