@@ -5,6 +5,7 @@
 
 Callers are few, short-lived, and of our own user or root; still, none is trusted. A line is bounded, a caller
 that is slow is dropped, one that is stuck costs its own thread, and of those there are at most `MAX_CALLERS`.
+Backups, which stay for as long as they read, take none of these places: however many there are, others are heard.
 What cannot be understood costs the connection. What can be asked is in orders.py.
 
 Whoever makes a `ControlServer` holds the owner's lock of every disk in it, as a `Filter` does. So a socket that
@@ -151,7 +152,7 @@ class ControlServer:
             return
         caller = _Caller(self, sock)
         with self._lock:
-            is_welcome = len(self._callers) < self._max_callers
+            is_welcome = sum(not other.holds for other in self._callers) < self._max_callers
             if is_welcome:
                 self._callers.add(caller)
         if not is_welcome or not self._begin(caller):
@@ -209,6 +210,11 @@ class _Caller(threading.Thread):
         self._sock = sock
         self._sending = False
         self._bound: list[Snapshot] = []
+
+    @property
+    def holds(self) -> bool:
+        """Whether snapshots are bound to it, as to a backup: those are limited by their own number."""
+        return bool(self._bound)
 
     def run(self) -> None:
         try:

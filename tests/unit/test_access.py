@@ -15,6 +15,7 @@ from lmdbitmap.access import Served
 from lmdbitmap.backup import backup
 from lmdbitmap.errors import Busy, StorageError
 from lmdbitmap.filter import Filter
+from lmdbitmap.nbd import control, control_client
 from lmdbitmap.nbd.control import ControlServer
 from lmdbitmap.nbd.dirty_contexts import tracked_contexts
 from lmdbitmap.nbd.held import HeldSnapshots
@@ -145,3 +146,14 @@ def await_callers(count: int) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while sum(thread.name == "lmdbitmap caller" for thread in threading.enumerate()) > count:
         assert time.monotonic() < deadline
+
+
+def test_backups_leave_room_for_other_callers(served: Filter) -> None:
+    with ExitStack() as backups:
+        for number in range(control.MAX_CALLERS):
+            way = backups.enter_context(closing(Served(served.store, [NAME])))
+            way.take_point(f"point-{number}", [None])
+        path = served.store.control_path(served.disk.uuid)
+        assert len(control_client.call(path, "info")["disks"][0]["snapshots"]) == control.MAX_CALLERS
+        with pytest.raises(Busy, match="holds 16 snapshots"):
+            control_client.call(path, "snapshot", disks=[NAME], name="one more", since=[""], bound=True)
