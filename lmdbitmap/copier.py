@@ -109,8 +109,7 @@ def copy_clusters(
     )
     with _compressing(writer, compression) as target:
         copier = _Copier(device, target, clusters, report)
-        for run in runs:
-            copier.copy(run)
+        copier.copy(runs)
         return Copied(copier.bytes_changed, copier.bytes_zero, target.finish())
 
 
@@ -134,8 +133,8 @@ class _Copier:
         self.bytes_changed = 0
         self.bytes_zero = 0
 
-    def copy(self, run: Run) -> None:
-        for offset, length, data in self._pieces.of(run):
+    def copy(self, runs: Iterable[Run]) -> None:
+        for offset, length, data in self._pieces.of_all(runs):
             if data is None:
                 self._writer.write_zeroes(offset, length)
                 self.bytes_zero += length

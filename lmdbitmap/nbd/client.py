@@ -143,6 +143,25 @@ class NbdDevice:
             part = buffer[start : start + longest]
             self._do(Request(nbd.NBD_CMD_READ, offset + start, len(part), into=part))
 
+    def pread_many(self, parts: Sequence[tuple[memoryview, int]]) -> None:
+        """Fill every (buffer, offset), many at a time."""
+        for start in range(0, len(parts), WINDOW):
+            together = parts[start : start + WINDOW]
+            if all(self._is_one_request(offset, len(buffer)) for buffer, offset in together):
+                requests = [Request(nbd.NBD_CMD_READ, at, len(into), into=into) for into, at in together]
+                self._conversation.do(requests)
+                for request in requests:
+                    if request.error:
+                        raise failure(request, self.place.uri)
+            else:
+                for buffer, offset in together:
+                    self.pread_into(buffer, offset)
+
+    def _is_one_request(self, offset: int, length: int) -> bool:
+        check_range(offset, length, self.size)
+        stop = offset + length
+        return 0 < length <= self.export.maximum and self._outward(offset, stop) == (offset, stop)
+
     # -- writing -------------------------------------------------------------------------------------------
 
     def pwrite(self, data: Buffer, offset: int) -> None:

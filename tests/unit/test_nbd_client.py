@@ -365,6 +365,24 @@ def test_requests_keep_to_the_servers_block_sizes(far: FarServer) -> None:
         assert asked.command not in (READ, WRITE) or 0 < asked.length <= 8192
 
 
+@pytest.mark.parametrize("block_sizes", [None, (512, 4096, 8192)])
+def test_many_reads_in_one_call_are_what_they_are_one_by_one(
+    far: FarServer, block_sizes: tuple[int, int, int] | None
+) -> None:
+    far.block_sizes = block_sizes
+    far.data[:] = PATTERN[:SIZE]
+    places = [(number * 64, number % 90) for number in range(500)] + [(0, 30_000), (512, 1024)]
+    buffers = [bytearray(length) for _, length in places]
+    with opened(far) as device:
+        device.pread_many([(memoryview(into), at) for into, (at, _) in zip(buffers, places, strict=True)])
+        with pytest.raises(InvalidArgument):
+            device.pread_many([(memoryview(bytearray(2)), SIZE - 1)])
+        far.behave = once(lambda asked: simple(asked.cookie, EIO), READ)
+        with pytest.raises(OSError, match="Input/output error"):
+            device.pread_many([(memoryview(bytearray(512)), at) for at in (0, 512)])
+    assert buffers == [PATTERN[at : at + length] for at, length in places]
+
+
 def test_parts_of_one_block_may_be_written_at_once(far: FarServer) -> None:
     far.block_sizes = (4096, 4096, 65536)
     with opened(far) as device, ThreadPoolExecutor(8) as pool:

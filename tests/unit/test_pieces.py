@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator, Sequence
 
 import pytest
 
+from lmdbitmap.bits import Run
 from lmdbitmap.device import MemoryDevice
 from lmdbitmap.geometry import Geometry
-from lmdbitmap.pieces import CHUNK_BYTES, Pieces
+from lmdbitmap.pieces import CHUNK_BYTES, SMALL_BYTES, Metered, Pieces, Readable
 
 BLOCK_BITS = 13
 BLOCK = 1 << BLOCK_BITS
@@ -47,3 +49,60 @@ def test_the_pieces_are_the_run(block_count: int, tail: int) -> None:
         position += length
     assert position == end
     assert len(kinds) == 2 or block_count == 1
+
+
+class Far(MemoryDevice):
+    """Reads many ranges in one go, and notes how many."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.together: list[int] = []
+
+    def pread_many(self, parts: Sequence[tuple[memoryview, int]]) -> None:
+        self.together.append(len(parts))
+        for buffer, offset in parts:
+            self.pread_into(buffer, offset)
+
+
+@pytest.mark.parametrize("tail", [0, 1, 4097])
+def test_small_runs_are_read_together_and_are_what_they_are_one_by_one(tail: int) -> None:
+    randomness = random.Random(tail)
+    near = device_with(randomness, 4 * CHUNK_BYTES // BLOCK, tail)
+    far = Far(near.size)
+    far.pwrite(near.pread(near.size, 0), 0)
+    blocks = Geometry(near.size, BLOCK_BITS)
+    lengths = [*[1, 2, 3] * 9, SMALL_BYTES // BLOCK, SMALL_BYTES // BLOCK + 1, 1, CHUNK_BYTES // BLOCK + 5]
+    runs = list(separate_runs(blocks.block_count, lengths, randomness))
+    asked, read = copied(near, blocks, runs), copied(Metered(far), blocks, runs)
+    assert content_of(asked) == content_of(read)
+    assert sum(length for _, length, _ in read) == sum(blocks.bytes_of(*run)[1] for run in runs)
+    assert max(far.together) > 10
+    assert sum(far.together) == sum(blocks.bytes_of(*run)[1] <= SMALL_BYTES for run in runs)
+
+
+def copied(device: Readable, blocks: Geometry, runs: Sequence[Run]) -> list[tuple[int, int, bytes | None]]:
+    pieces = Pieces(device, blocks).of_all(runs)
+    return [(offset, length, None if data is None else bytes(data)) for offset, length, data in pieces]
+
+
+def separate_runs(
+    block_count: int, lengths: Sequence[int], randomness: random.Random
+) -> Iterator[tuple[int, int]]:
+    """Up to the last block, with gaps between them."""
+    position = 0
+    while position < block_count:
+        stop = min(position + randomness.choice(lengths), block_count)
+        yield position, stop
+        position = stop + 1
+    if stop < block_count:
+        yield block_count - 1, block_count
+
+
+def content_of(pieces: Sequence[tuple[int, int, bytes | None]]) -> dict[int, bytes]:
+    """By block, as pieces may be cut in another way."""
+    found = {}
+    for offset, length, data in pieces:
+        for at in range(0, length, BLOCK):
+            size = min(BLOCK, length - at)
+            found[offset + at] = bytes(size) if data is None else data[at : at + size]
+    return found
