@@ -210,9 +210,10 @@ class Snapshot(ReadOnlyDevice):
                 yield from bits.zero_runs(self._passed, first, last)
 
     def _keep_run(self, start: int, stop: int) -> None:
+        """Little is read without asking for holes: to find where data ends may take a file system longer than that."""
         offset, length = self.clusters.bytes_of(start, stop)
         position = start
-        for part in self._device.allocation(offset, length):
+        for part in self._device.allocation(offset, length) if length > _COPY_BYTES else ():
             zero = self.clusters.blocks_inward(offset, part.length) if part.zero else range(0)
             if zero:
                 self._keep_data(position, zero.start)

@@ -16,7 +16,7 @@ import pytest
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, NotFound, StorageError
 from lmdbitmap.filter import Filter, take_snapshot
 from lmdbitmap.geometry import Geometry
-from lmdbitmap.interfaces import Buffer
+from lmdbitmap.interfaces import Allocation, Buffer
 from lmdbitmap.snapshot import Scratch, Snapshot
 from tests.crash.tapped import WRITES, TappedDevice, Turnstile, join, start
 from tests.support import PATIENCE_SECONDS, make_raw_image
@@ -87,6 +87,25 @@ def test_zeroes_take_no_room(disk: Filter, folder: Path) -> None:
     disk.pwrite(NEW, 20 * BLOCK)
     assert snapshot.kept_bytes == 0
     assert snapshot.pread(BLOCK, 20 * BLOCK) == bytes(BLOCK)
+
+
+def test_a_write_does_not_wait_for_the_file_system_to_look_for_holes(
+    disk: Filter, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To say where data ends some read all of it; only where much is overwritten a hole may save more than that."""
+    snapshot, allocation = disk.snapshot("s", scratch(folder)), disk.device.allocation
+    asked: list[int] = []
+
+    def note(offset: int, length: int) -> Iterator[Allocation]:
+        asked.append(length)
+        return allocation(offset, length)
+
+    monkeypatch.setattr(disk.device, "allocation", note)
+    disk.pwrite(NEW * 9, 3 * BLOCK)
+    assert asked == []
+    disk.write_zeroes(0, SIZE)
+    assert asked == [SIZE - 12 * BLOCK]
+    assert snapshot.pread(SIZE, 0) == OLD * BLOCKS
 
 
 def test_nothing_is_left_of_it_in_its_folder(disk: Filter, folder: Path) -> None:
