@@ -27,9 +27,10 @@ from tests.unit.test_sync import failing_after
 BLOCK = 4096
 MAX_SIZE = 40 * BLOCK
 
-sizes = st.integers(0, MAX_SIZE) | st.integers(0, 40).map(lambda blocks: blocks * BLOCK)
+sizes = st.integers(0, MAX_SIZE) | st.integers(1, 40).map(lambda blocks: blocks * BLOCK)
 places = st.integers(0, MAX_SIZE)
 targets = st.sampled_from(["left", "right"])
+rarely = st.sampled_from([False, False, False, True])
 
 
 @dataclass
@@ -58,6 +59,8 @@ class Lives(RuleBasedStateMachine):
         folder = self._cleanup.enter_context(quick_folder())
         self.disk = BackedUpDisk(folder, size, durability=durability)
         self.size = size
+        for to in self.copies:
+            self.sync(to, False)
 
     # -- what happens to the disk --------------------------------------------------------------------------
 
@@ -122,8 +125,8 @@ class Lives(RuleBasedStateMachine):
     def _path(self, to: str) -> Path:
         return self.disk.folder / f"{to}.raw"
 
-    @rule(to=targets, offset=places)
-    def copy_is_written_by_a_stranger(self, to: str, offset: int) -> None:
+    @rule(to=targets, offset=places, then=st.booleans())
+    def copy_is_written_by_a_stranger(self, to: str, offset: int, then: bool) -> None:
         path = self._path(to)
         if path.exists() and path.stat().st_size and self._is_settled(to):
             with path.open("r+b") as file:
@@ -133,6 +136,8 @@ class Lives(RuleBasedStateMachine):
             status = path.stat()
             os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns - self.ticks * LATER_NS))
             self.copies[to].known_in = None
+        if then:
+            self.sync(to, False)
 
     def _is_settled(self, to: str) -> bool:
         """Whether no sync is under way: what a stranger writes then is not noticed, as the documents say."""
@@ -141,10 +146,11 @@ class Lives(RuleBasedStateMachine):
         ]
         return not any(note.under_way and note.at is not None for note in notes)
 
-    @rule(to=targets)
-    def copy_is_removed(self, to: str) -> None:
-        self._path(to).unlink(missing_ok=True)
-        self.copies[to].known_in = None
+    @rule(to=targets, really=rarely)
+    def copy_is_removed(self, to: str, really: bool) -> None:
+        if really:
+            self._path(to).unlink(missing_ok=True)
+            self.copies[to].known_in = None
 
     # -- syncs ---------------------------------------------------------------------------------------------
 
@@ -162,7 +168,7 @@ class Lives(RuleBasedStateMachine):
     def _is_ours(self, to: str) -> bool:
         return self._expected(to, compare=False) is SyncKind.INCREMENTAL
 
-    @rule(to=targets, compare=st.booleans())
+    @rule(to=targets, compare=rarely)
     def sync(self, to: str, compare: bool) -> None:
         path, copy = self._path(to), self.copies[to]
         expected = self._expected(to, compare=compare)
@@ -183,8 +189,8 @@ class Lives(RuleBasedStateMachine):
         assert held <= set(self.disk.checkpoints())
 
     @precondition(lambda self: self.size > 0)
-    @rule(to=targets, reads=st.integers(0, 3), compare=st.booleans(), late=st.booleans())
-    def sync_and_fail(self, to: str, reads: int, compare: bool, late: bool) -> None:
+    @rule(to=targets, reads=st.integers(0, 3), compare=rarely, late=st.booleans(), then=st.booleans())
+    def sync_and_fail(self, to: str, reads: int, compare: bool, late: bool, then: bool) -> None:
         """What it wrote is inside of what the next one copies; a comparison leaves nothing to count from."""
         path = self._path(to)
         expected = self._expected(to, compare=compare)
@@ -209,6 +215,8 @@ class Lives(RuleBasedStateMachine):
         else:
             self.copies[to] = Copy(self.epoch, result.checkpoint)
             assert path.read_bytes() == self.disk.content()
+        if then:
+            self.sync(to, False)
 
     def teardown(self) -> None:
         if hasattr(self, "disk"):
@@ -221,5 +229,5 @@ class Lives(RuleBasedStateMachine):
 
 TestLives = Lives.TestCase
 TestLives.settings = settings(
-    max_examples=25, stateful_step_count=25, suppress_health_check=[HealthCheck.too_slow], deadline=None
+    max_examples=20, stateful_step_count=30, suppress_health_check=[HealthCheck.too_slow], deadline=None
 )

@@ -1,0 +1,92 @@
+"""sync: what it says, in words and in JSON, its exit codes, and what the other verbs make of its notes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lmdbitmap import Filter, Store
+from tests.cli.conftest import MIB, SIZE, Cli
+
+
+@pytest.fixture
+def copy(cli: Cli) -> Path:
+    """A copy of disk `sda`, half a MiB of data, that is up to date."""
+    image = cli.add("sda")
+    with image.open("r+b") as file:
+        file.write(b"x" * (MIB // 2))
+    cli.ok("adopt", "sda")
+    target = cli.folder / "copy.raw"
+    said = cli.ok("sync", "sda", target)
+    assert said.startswith(
+        f"{target}: sda as of now · full: it was never synced to this target · 8 MiB of 8 MiB changed"
+        " · 512 KiB written and 0 B zeroed · "
+    )
+    return target
+
+
+def _write(cli: Cli, offset: int, data: bytes) -> None:
+    """As a guest would, through the tracker."""
+    with Store.open(str(cli.store)) as store, Filter.attach(store, "sda", background=False) as disk:
+        disk.pwrite(data, offset)
+
+
+def test_what_changed_is_copied_and_told(cli: Cli, copy: Path) -> None:
+    _write(cli, MIB, b"y" * 100)
+    told = cli.json("sync", "sda", copy)
+    assert told == {
+        "disk": "sda", "target": str(copy), "kind": "incremental", "reason": None,
+        "checkpoint": told["checkpoint"], "size": SIZE, "trust": "exact",
+        "bytes_changed": 65536, "bytes_read": 65536, "bytes_compared": 0,
+        "bytes_written": 65536, "bytes_zeroed": 0, "seconds": told["seconds"],
+    }  # fmt: skip
+    assert copy.read_bytes() == (cli.folder / "sda.raw").read_bytes()
+    assert cli.json("info", "sda")["since"] == told["checkpoint"]
+
+
+def test_a_copy_that_somebody_wrote_is_compared_and_the_reason_told(cli: Cli, copy: Path) -> None:
+    copy.write_bytes(b"?" * SIZE)
+    told = cli.json("sync", "sda", copy)
+    assert (told["kind"], told["reason"]["code"]) == ("compare", "target-changed")
+    assert copy.read_bytes() == (cli.folder / "sda.raw").read_bytes()
+    assert cli.ok("sync", "sda", copy, "--compare").startswith(f"{copy}: sda as of now · compare · 0 B of")
+
+
+def test_only_incrementally(cli: Cli, copy: Path) -> None:
+    cli.ok("sync", "sda", copy, "--require-incremental")
+    copy.write_bytes(b"?" * SIZE)
+    said = cli.fails(3, "sync", "sda", copy, "--require-incremental")
+    assert said.endswith("leave out --require-incremental")
+    assert copy.read_bytes() == b"?" * SIZE
+    both = cli("sync", "sda", copy, "--require-incremental", "--compare")
+    assert both.code == 2
+    assert "exclude each other" in both.err
+
+
+def test_what_is_refused_says_what_to_do(cli: Cli, copy: Path) -> None:
+    assert "is the image of disk 'sda'" in cli.fails(2, "sync", "sda", cli.folder / "sda.raw")
+    assert "no disk is called 'sdx'" in cli.fails(1, "sync", "sdx", copy)
+    with Store.open(str(cli.store)) as store, Filter.attach(store, "sda", background=False):
+        assert "is owned by" in cli.fails(4, "sync", "sda", copy)
+    cli.add("sdb")
+    assert "is the copy of disk 'sda'" in cli.fails(1, "sync", "sdb", copy)
+
+
+def test_the_hook_runs_around_the_point_in_time(cli: Cli, copy: Path) -> None:
+    hook = cli.folder / "hook"
+    hook.write_text(f'#!/bin/sh\necho "$*" >> {cli.folder}/said\n')
+    hook.chmod(0o700)
+    cli.ok("sync", "sda", copy, "--hook", hook)
+    assert (cli.folder / "said").read_text() == "freeze sda\nthaw sda\n"
+
+
+def test_other_verbs_know_of_the_notes(cli: Cli, copy: Path) -> None:
+    assert cli.json("check")["findings"] == []
+    [note] = (cli.store / "syncs").glob("*.json")
+    kept = note.read_bytes()
+    cli.ok("rm", "sda")
+    assert list((cli.store / "syncs").iterdir()) == []
+    note.write_bytes(kept)
+    [finding] = cli.json("check")["findings"]
+    assert (finding["place"], finding["next_step"]) == (str(note), "remove it")

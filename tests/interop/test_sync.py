@@ -1,0 +1,60 @@
+"""Syncs onto what other programs serve, and of disks that a server serves to a guest that writes."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from lmdbitmap.sync import sync
+from lmdbitmap.sync_plan import SyncKind
+from tests.backed_up import BackedUpDisk
+from tests.cli.conftest import Cli
+from tests.interop.test_live_backups import SIZE, Stamper
+from tests.interop.test_restore_targets import MIB, Served, modest, qcow2
+from tests.interop.test_restore_targets import SIZE as TARGET_SIZE
+from tests.support import requires, run
+from tests.tracked import NAME
+
+pytestmark = [requires("qemu-img"), requires("qemu-nbd"), requires("nbdkit")]
+
+
+@pytest.mark.parametrize("target", [qcow2, modest])
+def test_what_another_server_has_becomes_a_copy_and_follows(tmp_path: Path, target: Served) -> None:
+    disk = BackedUpDisk(tmp_path, TARGET_SIZE, 16)
+    disk.write(os.urandom(MIB), MIB)
+    chosen = random.Random(7)
+    with target(tmp_path) as uri:
+        first = sync(disk.store, NAME, uri)
+        assert (first.kind, first.bytes_written + first.bytes_zeroed) == (SyncKind.COMPARE, TARGET_SIZE)
+        for _ in range(5):
+            disk.write(os.urandom(chosen.randrange(1, MIB)), chosen.randrange(7 * MIB))
+            disk.zero(chosen.randrange(7 * MIB), MIB)
+            result = sync(disk.store, NAME, uri)
+            assert result.kind is SyncKind.INCREMENTAL
+            assert result.bytes_changed <= 3 * MIB
+            run("qemu-img", "compare", "-f", "raw", "-F", "raw", uri, disk.image)
+    disk.close()
+
+
+def test_every_copy_of_a_busy_guest_holds_a_prefix_of_its_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli = Cli(tmp_path, capsys)
+    cli.add("sda", SIZE)
+    copy = tmp_path / "copy.raw"
+    counts = []
+    with cli.serving("sda") as served:
+        with Stamper(served.uris["sda"]) as stamper:
+            for number in range(6):
+                told = run(*cli.command("sync", "sda", copy, "--json")).stdout
+                assert f'"kind": "{"incremental" if number else "full"}"' in told
+                counts.append(stamper.require_prefix(copy.read_bytes()))
+        run(*cli.command("sync", "sda", copy, "--require-incremental"))
+        assert stamper.require_prefix(copy.read_bytes()) == len(stamper.history)
+        assert cli.json("info", "sda")["served"]["snapshots"] == []
+    assert counts == sorted(counts)
+    assert counts[-1] > counts[0]
+    assert copy.read_bytes() == (tmp_path / "sda.raw").read_bytes()
