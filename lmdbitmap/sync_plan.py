@@ -96,4 +96,6 @@ def _gap_of_device(before: ImageIdentity, now: ImageIdentity, under_way: bool) -
     written = now.trace.sectors_written - before.trace.sectors_written
     if under_way or (written == 0 and before.size == now.size):
         return None
+    if before.size != now.size:
+        return f"the target had {before.size} bytes when it was synced, and has {now.size}"
     return f"{written * _SECTOR_BYTES} bytes of the target were written by somebody else since it was synced"

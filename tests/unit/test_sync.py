@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lmdbitmap import session, sync_note
 from lmdbitmap.device import FileDevice
@@ -23,10 +27,11 @@ from lmdbitmap.errors import (
 )
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
-from lmdbitmap.interfaces import TrackableDevice
+from lmdbitmap.interfaces import DeviceTrace, ImageIdentity, TrackableDevice
 from lmdbitmap.sync import SyncResult, sync
-from lmdbitmap.sync_plan import SyncKind
+from lmdbitmap.sync_plan import SyncKind, gap_between
 from tests.backed_up import BackedUpDisk
+from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.nbd_far import FarServer
 from tests.support import make_raw_image
 from tests.tracked import LATER_NS, NAME
@@ -459,7 +464,92 @@ def test_an_export_becomes_a_copy_and_follows(disk: BackedUpDisk, far: FarServer
     assert far.stable == disk.content() + bytes(200)
 
 
+# --- block devices ---
+
+
+@pytest.mark.skipif(not can_make_loop_devices(), reason="a loop device cannot be had here: run as root")
+def test_a_block_device_becomes_a_copy_and_is_believed_until_somebody_writes_it(tmp_path: Path) -> None:
+    disk = BackedUpDisk(tmp_path, 1 << 20)
+    disk.write(os.urandom(10 * BLOCK), BLOCK)
+    with loop_node(tmp_path, 1 << 20) as node:
+        node.write_bytes(b"old" * 1000)
+        assert reason(synced(disk, node)) == "first-sync"
+        disk.write(b"x", 0)
+        result = synced(disk, node)
+        assert (result.kind, result.bytes_changed) == (INCREMENTAL, BLOCK)
+        write_as_a_stranger(node, b"!", 30 * BLOCK)
+        result = synced(disk, node)
+        assert (result.kind, reason(result), result.bytes_changed) == (COMPARE, "target-changed", BLOCK)
+        assert result.reason is not None
+        assert result.reason.words.startswith("4096 bytes of the target were written by somebody else")
+        disk.resize(2 << 20)
+        refused(disk, node, InvalidArgument, "has 1048576 bytes, and the disk has 2097152; give it that size")
+        disk.resize(1 << 20)
+        assert synced(disk, node).kind is INCREMENTAL
+    disk.close()
+
+
+BOOT = DeviceTrace("this boot", disk_sequence=5, sectors_written=100, label="loop")
+DEVICE = ImageIdentity(device=7, inode=0, size=SIZE, mtime_ns=0, trace=BOOT)
+FILE = ImageIdentity(device=7, inode=9, size=SIZE, mtime_ns=100)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "gap", "gap_under_way"),
+    [
+        (FILE, FILE, None, None),
+        (FILE, FILE._replace(mtime_ns=99), "written by somebody else", None),
+        (FILE, FILE._replace(size=SIZE + 1), "written by somebody else", None),
+        (FILE, FILE._replace(inode=10), "another file", "another file"),
+        (FILE, DEVICE, "another file or device", "another file or device"),
+        (DEVICE, DEVICE, None, None),
+        (DEVICE, DEVICE._replace(trace=BOOT._replace(sectors_written=108)), "4096 bytes of the target", None),
+        (DEVICE, DEVICE._replace(trace=BOOT._replace(boot_id="next")), "was started", "was started"),
+        (DEVICE, DEVICE._replace(trace=BOOT._replace(disk_sequence=6)), "another device", "another device"),
+        (DEVICE, DEVICE._replace(trace=BOOT._replace(label="sdb")), "another device", "another device"),
+        (DEVICE, DEVICE._replace(trace=None), "does not tell", "does not tell"),
+        (DEVICE, DEVICE._replace(size=SIZE + 1), "the target had", None),
+        (None, FILE, "nothing was noted", "nothing was noted"),
+    ],
+)
+def test_what_is_believed_of_a_target(
+    before: ImageIdentity | None, now: ImageIdentity, gap: str | None, gap_under_way: str | None
+) -> None:
+    """Under way, the writes since were ours: it has to be the same file or device, and no more."""
+    for under_way, expected in ((False, gap), (True, gap_under_way)):
+        found = gap_between(before, now, under_way=under_way)
+        assert (found is None) if expected is None else (found is not None and expected in found)
+
+
 # --- notes ---
+
+
+@pytest.mark.parametrize("identity", [None, FILE, DEVICE])
+def test_a_note_is_read_as_it_was_written(identity: ImageIdentity | None) -> None:
+    at = sync_note.At(uuid4(), "sync-1", uuid4(), identity)
+    for note in (
+        sync_note.Note("/a"),
+        sync_note.Note("/a", at, under_way=True),
+        sync_note.Note("/a", at, unneeded=("sync-2",)),
+    ):
+        assert sync_note.decode(sync_note.encode(note), "note") == note
+
+
+WHOLE = sync_note.encode(
+    sync_note.Note("/a", sync_note.At(uuid4(), "sync-1", uuid4(), DEVICE), unneeded=("sync-2",))
+)
+
+
+@given(st.integers(0, len(WHOLE) - 1), st.binary(max_size=3), st.integers(0, 40))
+def test_bytes_that_are_no_note_are_refused_and_nothing_else(at: int, new: bytes, cut: int) -> None:
+    with contextlib.suppress(FormatError):
+        sync_note.decode(WHOLE[:at] + new + WHOLE[at + cut :], "note")
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "nul", '{"format_version": true}', "[" * 100_000, "1" * 9999])
+def test_text_that_is_no_note_is_refused(text: str) -> None:
+    with pytest.raises(FormatError, match="expected the note of a sync"):
+        sync_note.decode(text.encode(), "note")
 
 
 def test_a_disk_that_is_removed_takes_its_notes_along(disk: BackedUpDisk, copy: Path) -> None:
