@@ -14,8 +14,7 @@ compressed cluster stays as it is packed, where the new image can have it: an im
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from lmdbitmap.backup_chain import image_reader
@@ -25,8 +24,8 @@ from lmdbitmap.file_copy import PIECE_BYTES, FileCopier
 from lmdbitmap.file_pool import FilePool, PooledFile
 from lmdbitmap.manifest import BackupEntry
 from lmdbitmap.qcow2 import Kind, Qcow2Reader, Qcow2Writer, Run, chain_extents
+from lmdbitmap.qcow2.chain import merged, overlaid, stored
 from lmdbitmap.qcow2.layout import SECTOR, CompressionType
-from lmdbitmap.qcow2.reader import joined
 from lmdbitmap.repository import BackupFolder
 
 
@@ -60,18 +59,16 @@ class View:
 
     def runs(self, size: int) -> Iterator[tuple[Run, object]]:
         """Each run of the first `size` bytes and its place; past the disk's end there are zeroes."""
-        for run in joined(_overlaid(self._stored(size), size)):
+        for run in overlaid(merged(self._stored(size)), 0, size):
             yield run, self._place(run)
 
-    def _stored(self, size: int) -> Iterator[Run]:
-        """What each layer says of the first `size` bytes, ascending; one that is shorter hides what is below it."""
-        streams = [
-            _stored_in(reader, layer, size) for layer, reader in enumerate(self._readers[: self._above])
-        ]
+    def _stored(self, size: int) -> list[Iterator[Run]]:
+        """What each layer says of the first `size` bytes."""
+        streams = stored(self._readers[: self._above], 0, size)
         if self._below is not None:
             end = min(self._below, size)
             streams.append(iter([Run(0, end, Kind.DATA, 0, self._above)] if end else []))
-        return heapq.merge(*streams, key=lambda run: run.offset)
+        return streams
 
     def _place(self, run: Run) -> object:
         """Equal for two runs that begin with the same bytes of the same file, or with zeroes."""
@@ -110,66 +107,6 @@ class View:
         return named[0] if named else CompressionType.ZLIB
 
 
-def _stored_in(reader: Qcow2Reader, layer: int, size: int) -> Iterator[Run]:
-    end = min(reader.size, size)
-    for run in reader.extents(0, end):
-        if run.kind is not Kind.UNALLOCATED:
-            yield run._replace(layer=layer)
-    if end < size:
-        yield Run(end, size - end, Kind.ZERO, layer=layer)
-
-
-def _overlaid(stored: Iterable[Run], size: int) -> Iterator[Run]:
-    """What is seen from above of runs in ascending order: of those that cover a byte, that of the least layer.
-
-    Each run is looked at once, whatever the number of layers: to ask the layers one after the other about each gap
-    of those above would take a chain of a thousand minutes for a gigabyte.
-    """
-    position, covering = 0, _Covering()
-    for run in stored:
-        yield from covering.seen(position, run.offset)
-        position = run.offset
-        covering.add(run)
-    yield from covering.seen(position, size)
-
-
-_MOST_COVERING = 1024
-
-
-class _Covering:
-    """Runs that have begun, uppermost first; those that have ended are dropped when they come to the top."""
-
-    def __init__(self) -> None:
-        self._runs: list[tuple[int, int, Run]] = []
-        self._most = _MOST_COVERING
-
-    def add(self, run: Run) -> None:
-        if len(self._runs) > self._most:  # some may lie under a long one, and have ended
-            self._runs = [each for each in self._runs if each[2].end > run.offset]
-            heapq.heapify(self._runs)
-            self._most = max(_MOST_COVERING, 2 * len(self._runs))
-        heapq.heappush(self._runs, (run.layer, run.offset, run))
-
-    def seen(self, position: int, stop: int) -> Iterator[Run]:
-        while position < stop:
-            while self._runs and self._runs[0][2].end <= position:
-                heapq.heappop(self._runs)
-            if not self._runs:
-                yield Run(position, stop - position, Kind.ZERO)
-                return
-            top = self._runs[0][2]
-            end = min(top.end, stop)
-            yield _part(top, position, end)
-            position = end
-
-
-def _part(run: Run, start: int, end: int) -> Run:
-    if not run.is_stored:
-        return Run(start, end - start, Kind.ZERO)
-    moved = start - run.offset if run.kind is Kind.DATA else 0
-    return run._replace(offset=start, length=end - start, host_offset=run.host_offset + moved)
-
-
 class _Piece(NamedTuple):
     """A stretch of the disk, where its bytes are, and whether the new parent has them from the same place."""
 
@@ -178,12 +115,8 @@ class _Piece(NamedTuple):
 
     def cut(self, length: int) -> tuple[_Piece, _Piece]:
         """The first `length` bytes, and the rest."""
-        run = self.run
-        moved = length if run.kind is Kind.DATA else 0
-        rest = run._replace(
-            offset=run.offset + length, length=run.length - length, host_offset=run.host_offset + moved
-        )
-        return self._replace(run=run._replace(length=length)), self._replace(run=rest)
+        run, middle = self.run, self.run.offset + length
+        return self._replace(run=run.part(run.offset, middle)), self._replace(run=run.part(middle, run.end))
 
 
 def write_merged(

@@ -99,6 +99,11 @@ class Run(NamedTuple):
     def end(self) -> int:
         return self.offset + self.length
 
+    def part(self, start: int, end: int) -> Run:
+        """Bytes [start, end) of it. What is compressed keeps the place of its whole cluster."""
+        moved = start - self.offset if self.kind is Kind.DATA else 0
+        return self._replace(offset=start, length=end - start, host_offset=self.host_offset + moved)
+
     def continues(self, other: Run) -> bool:
         """Whether this run begins where `other` ends: on the disk and, if data, in the file too.
 

@@ -6,18 +6,14 @@ import dataclasses
 import os
 import random
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from lmdbitmap import merge
 from lmdbitmap.copier import ImageFile, Report
 from lmdbitmap.file_pool import FilePool
 from lmdbitmap.manifest import BackupEntry, Manifest
 from lmdbitmap.merge import View, write_merged
-from lmdbitmap.qcow2 import Kind, Qcow2Writer, Run
+from lmdbitmap.qcow2 import Qcow2Writer
 from lmdbitmap.repository import BackupFolder
 from lmdbitmap.restore import restore
 from tests.support import requires, run
@@ -128,28 +124,3 @@ def test_the_end_of_a_disk_that_shrank_into_a_sector_is_stored_over_a_longer_par
         write_merged(file.fileno(), path, View(pool, folder, entries, down_to=1), over, Report(None, 0))
     Path(truth).write_bytes(b"x" * 5000 + bytes(120))
     run("qemu-img", "compare", "-q", "-f", "qcow2", "-F", "raw", path, truth)
-
-
-@given(st.data())
-def test_what_is_seen_from_above_is_what_a_painter_would_leave(data: st.DataObject) -> None:
-    """Layers are painted from the lowest up, a byte at a time."""
-    size, layers = 60, data.draw(st.integers(0, 5))
-    painted: list[tuple[int, int] | None] = [None] * size
-    stored: list[Run] = []
-    for layer in reversed(range(layers)):
-        edges = sorted(data.draw(st.sets(st.integers(0, size), max_size=12)))
-        for start, stop in zip(edges[::2], edges[1::2], strict=False):
-            kind = data.draw(st.sampled_from([Kind.DATA, Kind.ZERO]))
-            stored.append(
-                Run(start, stop - start, kind, 1000 * layer + start if kind is Kind.DATA else 0, layer)
-            )
-            for byte in range(start, stop):
-                painted[byte] = (layer, 1000 * layer + byte) if kind is Kind.DATA else None
-    with patch.object(merge, "_MOST_COVERING", data.draw(st.sampled_from([0, 1024]))):
-        seen = list(merge._overlaid(iter(sorted(stored, key=lambda run: run.offset)), size))
-    found: list[tuple[int, int] | None] = []
-    for part in seen:
-        assert (part.offset, part.length > 0) == (len(found), True)
-        is_data = part.kind is Kind.DATA
-        found += [(part.layer, part.host_offset + byte) if is_data else None for byte in range(part.length)]
-    assert found == painted
