@@ -172,7 +172,9 @@ def _opened_images(
     for entry, parent in zip(entries, parents, strict=False):
         path = folder.image_path(entry.file)
         device = stack.enter_context(FileDevice.open(path, read_only=True))
-        images.append(Image(entry, device, image_reader(_Named(device), entry, parent)))
+        reader = image_reader(_Named(device), entry, parent)
+        require(reader.compression_type)
+        images.append(Image(entry, device, reader))
     return images
 
 
@@ -210,7 +212,6 @@ class _Named:
 def image_reader(device: ImageSource, entry: BackupEntry, parent: str | None) -> Qcow2Reader:
     """The image's reader, if its header says what the manifest says."""
     reader = Qcow2Reader(device, name=device.path)
-    require(reader.compression_type)
     size = ceil_div(entry.disk_size, SECTOR) * SECTOR
     for what, expected, found in (
         ("image size", size, reader.size),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -347,3 +348,25 @@ def test_compressed_clusters_stay_packed_where_backups_are_merged(tmp_path: Path
         assert entry.bytes_stored < 480_000 / 4
         assert disk.restored() == disk.content()
         run("qemu-img", "check", "-q", disk.backup_folder().path_of(entry.file))
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_the_library_for_zstd_is_needed_only_for_what_cannot_stay_packed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: bool
+) -> None:
+    """An image has one kind of compression: of another one clusters are packed anew."""
+    with closing(BackedUpDisk(tmp_path, 1 << 20)) as disk:
+        for number, compression in enumerate(["zstd", "zstd" if fits else "zlib"]):
+            disk.write(b"compressible" * 20_000, number * 300_000)
+            disk.backup(compression=compression)
+        before, truth = disk.files(), disk.content()
+        with monkeypatch.context() as lacking:
+            for package in ("backports", "compression"):
+                lacking.setitem(sys.modules, package, None)
+            if fits:
+                pruned(disk, 1)
+            else:
+                with pytest.raises(NotFound, match="pip install"):
+                    pruned(disk, 1)
+                assert disk.files() == before
+        assert disk.restored() == truth

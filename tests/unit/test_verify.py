@@ -6,6 +6,7 @@ import dataclasses
 import os
 import resource
 import struct
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -235,6 +236,18 @@ def test_a_folder_that_changes_meanwhile_is_busy(disk: BackedUpDisk) -> None:
     with pytest.raises(Busy, match="was changed while it was verified; verify it again"):
         verify(disk.folder / "backups", progress=change)
     assert changed
+
+
+def test_the_library_for_zstd_is_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = BackedUpDisk(tmp_path, MIB)
+    disk.write(b"compressible" * 40_000, 0)
+    disk.backup(compression="zstd")
+    for package in ("backports", "compression"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert verified(disk).is_sound
+    flip(path_of(disk, 0), 5000)
+    assert [flaw.offset for flaw in verified(disk).flaws] == [0]
+    disk.close()
 
 
 @contextmanager
