@@ -1,7 +1,7 @@
 """Restores against `qemu-img convert` of the same chain to a raw file, in turns. The interpreter's start is left out.
 
-The peer compares no digest and syncs nothing. Where all is in memory a digest costs more than the copy, and one core
-does it; with `--no-verify` the two do the same work.
+The peer compares no digest and syncs nothing. Where all is in memory a digest costs as much as the copy, and all cores
+compute them; with `--no-verify` the two do the same work.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def restores(where: str, *, memory: bool, rounds: int = 3) -> Iterator[Line]:
     unproven, in_place = "--no-verify", "--in-place"
     with workplace(4 * SIZE) if memory else folder_on_disk() as folder:
         make_backup(folder)
-        yield compared(folder, f"restore, 1 GiB of 2, {where}", rounds)
+        data, size = DATA_BYTES / (1 << 30), SIZE / (1 << 30)
+        yield compared(folder, f"restore, {data:g} GiB of {size:g}, {where}", rounds)
         yield compared(folder, f"the same {unproven}", rounds, unproven)
         make_increments(folder)
         yield compared(folder, f"restore of {INCREMENTS} increments {unproven}, {where}", rounds, unproven)

@@ -1,8 +1,13 @@
 """The images of one backup, open to be read: the disk as it was at that backup, as a read-only block device.
 
 Which images make it up, how long they are and what they are stacked on is the manifest's word. The names that
-the images carry are compared with it, and never followed. Tables are checked as they are read; digests are the
-caller's business.
+the images carry are compared with it, and never followed. Tables are checked as they are read. With `verify` every
+byte of an image, a table's too, is proven by the digest of its chunk before it is used (proof.py); an image without
+such digests is in `unproven`, and is the caller's business.
+
+A chain may have more images than files can be open: half of what the system allows is used. In memory is each
+image's first table (8 bytes for 512 MiB of a disk with clusters of 64 KiB, for 2 MiB with clusters of 4 KiB), for each
+thread that reads one second table of each image (a cluster), and with `verify` 33 bytes for each MiB of the images.
 """
 
 from __future__ import annotations
@@ -15,11 +20,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-from lmdbitmap.device import DATA, HOLE, FileDevice
+from lmdbitmap.device import DATA, HOLE
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, NotFound, os_errors_at
+from lmdbitmap.file_pool import FilePool, PooledFile, half_of_what_may_be_open
 from lmdbitmap.geometry import ceil_div, check_range
 from lmdbitmap.interfaces import Allocation, Buffer, joined
 from lmdbitmap.manifest import BackupEntry, chain_to
+from lmdbitmap.proof import ChunkProof, chunk_proof
 from lmdbitmap.qcow2 import Qcow2Reader, Run, Source, chain_extents
 from lmdbitmap.qcow2.compression import require
 from lmdbitmap.qcow2.layout import SECTOR
@@ -32,8 +39,10 @@ class Image(NamedTuple):
     """One file of the chain."""
 
     entry: BackupEntry
-    device: FileDevice
+    file: PooledFile
     reader: Qcow2Reader
+    proof: ChunkProof | None = None
+    """What proves it before it is read."""
 
 
 class BackupChain:
@@ -46,7 +55,8 @@ class BackupChain:
     fd = None
     read_only = True
 
-    def __init__(self, images: Sequence[Image]) -> None:
+    def __init__(self, images: Sequence[Image], pool: FilePool) -> None:
+        self._pool = pool
         self.images = images
         """Newest first, as a chain is read."""
         self.entry = images[0].entry
@@ -62,6 +72,11 @@ class BackupChain:
         """Where each byte of the range is: stored in the file of `images[run.layer]`, or zero."""
         self._check(offset, length)
         return chain_extents(self._readers, offset, length) if length else iter(())
+
+    @property
+    def unproven(self) -> Sequence[tuple[PooledFile, BackupEntry]]:
+        """The images that are read without being proven."""
+        return [(image.file, image.entry) for image in self.images if image.proof is None]
 
     @property
     def _readers(self) -> Sequence[Qcow2Reader]:
@@ -91,6 +106,21 @@ class BackupChain:
         """Fill `buffer` with the bytes of a run that `extents` told of."""
         self._readers[run.layer].fill(buffer, run)
 
+    def prove(self, run: Run) -> None:
+        """Return when the bytes of a run are proven, if their image can prove them; else raise `FormatError`."""
+        proof = self.images[run.layer].proof
+        if proof is not None and run.is_stored:
+            proof.require(run.host_offset, run.host_length or run.length)
+
+    def claim(self, run: Run) -> bool:
+        """Whether there is something to prove about the run that nobody has claimed yet."""
+        proof = self.images[run.layer].proof
+        return (
+            proof is not None
+            and run.is_stored
+            and proof.claim(run.host_offset, run.host_length or run.length)
+        )
+
     def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
         return joined(
             Allocation(run.length, *(DATA if run.is_stored else HOLE)) for run in self.extents(offset, length)
@@ -110,7 +140,7 @@ class BackupChain:
     def _refuse(self, offset: int, length: int) -> None:
         """EPERM, because that is what an NBD server answers for the same thing."""
         self._check(offset, length)
-        raise OSError(errno.EPERM, "a backup is read-only", self.images[0].device.path)
+        raise OSError(errno.EPERM, "a backup is read-only", self.images[0].file.path)
 
     def resize(self, size: int) -> None:
         raise InvalidArgument("a backup has the size that it has", next_step="resize what it is restored to")
@@ -121,8 +151,7 @@ class BackupChain:
 
     def close(self) -> None:
         self._closed = True
-        for image in self.images:
-            image.device.close()
+        self._pool.close()
 
 
 def entries_at(folder: BackupFolder, at: str | None = None) -> Sequence[BackupEntry]:
@@ -139,43 +168,54 @@ def entries_at(folder: BackupFolder, at: str | None = None) -> Sequence[BackupEn
 
 @contextlib.contextmanager
 def open_backup(
-    repository_path: str | os.PathLike[str], name: str, at: str | None = None
+    repository_path: str | os.PathLike[str], name: str, at: str | None = None, *, verify: bool = True
 ) -> Iterator[BackupChain]:
-    """The disk called `name` as it was at the backup with the id `at`, or at the newest one."""
+    """The disk called `name` as it was at the backup with the id `at`, or at the newest one.
+
+    What is read is proven first, but of images in `unproven`; `verify=False` leaves that out.
+    """
     folder = BackupFolder(repository_path, name)
-    with opened(folder, entries_at(folder, at)) as chain:
+    with opened(folder, entries_at(folder, at), verify=verify) as chain:
         yield chain
 
 
 @contextlib.contextmanager
-def opened(folder: BackupFolder, entries: Sequence[BackupEntry]) -> Iterator[BackupChain]:
+def opened(
+    folder: BackupFolder, entries: Sequence[BackupEntry], *, verify: bool = False
+) -> Iterator[BackupChain]:
     """The chain of `entries`, the full one first; nobody writes to its images in the block.
 
     Raises `NotFound` or `FormatError` where an image is not what the manifest says, `Busy` where that says something
     else by now, and `NotFound` where the library is missing that decompresses one.
     """
-    with contextlib.ExitStack() as stack:
+    with FilePool(half_of_what_may_be_open()) as pool:
         try:
-            images = _opened_images(folder, entries, stack)
+            images = _opened_images(pool, folder, entries, verify)
         except (FormatError, NotFound):
             _require_unchanged(folder, entries)
             raise
-        yield BackupChain(images[::-1])
+        yield BackupChain(images[::-1], pool)
 
 
 def _opened_images(
-    folder: BackupFolder, entries: Sequence[BackupEntry], stack: contextlib.ExitStack
+    pool: FilePool, folder: BackupFolder, entries: Sequence[BackupEntry], verify: bool
 ) -> list[Image]:
     folder.check_images(entries)
     parents = [None, *(entry.file for entry in entries)]
-    images = []
-    for entry, parent in zip(entries, parents, strict=False):
-        path = folder.image_path(entry.file)
-        device = stack.enter_context(FileDevice.open(path, read_only=True))
-        reader = image_reader(_Named(device), entry, parent)
-        require(reader.compression_type)
-        images.append(Image(entry, device, reader))
-    return images
+    return [
+        _opened_image(pool, folder, entry, parent, verify)
+        for entry, parent in zip(entries, parents, strict=False)
+    ]
+
+
+def _opened_image(
+    pool: FilePool, folder: BackupFolder, entry: BackupEntry, parent: str | None, verify: bool
+) -> Image:
+    file = PooledFile(pool, folder.image_path(entry.file))
+    proof = chunk_proof(folder, entry, file) if verify else None
+    reader = image_reader(_Named(file, proof), entry, parent)
+    require(reader.compression_type)
+    return Image(entry, file, reader, proof)
 
 
 def _require_unchanged(folder: BackupFolder, entries: Sequence[BackupEntry]) -> None:
@@ -193,20 +233,25 @@ class ImageSource(Source, Protocol):
 
 
 class _Named:
-    """A file whose refusals say which one it is: a chain has many."""
+    """A file whose refusals say which one it is: a chain has many. What is read is proven first, where it can be."""
 
-    def __init__(self, device: FileDevice) -> None:
-        self._device = device
-        self.path = device.path
-        self.size = device.size
+    def __init__(self, file: PooledFile, proof: ChunkProof | None) -> None:
+        self._file = file
+        self._proof = proof
+        self.path = file.path
+        self.size = file.size
 
     def pread(self, length: int, offset: int) -> bytes:
         with os_errors_at(self.path):
-            return self._device.pread(length, offset)
+            if self._proof is not None:
+                self._proof.require(offset, length)
+            return self._file.pread(length, offset)
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
         with os_errors_at(self.path):
-            self._device.pread_into(buffer, offset)
+            if self._proof is not None:
+                self._proof.require(offset, len(buffer))
+            self._file.pread_into(buffer, offset)
 
 
 def image_reader(device: ImageSource, entry: BackupEntry, parent: str | None) -> Qcow2Reader:

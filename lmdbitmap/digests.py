@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from lmdbitmap import files
-from lmdbitmap.errors import os_errors_at
+from lmdbitmap.errors import FormatError, os_errors_at
 from lmdbitmap.geometry import ceil_div
 from lmdbitmap.manifest import ChunkDigests
 from lmdbitmap.repository import BackupFolder, digests_name, sha256_of
@@ -65,6 +65,25 @@ def digest_at(fd: int, offset: int, length: int) -> bytes:
         digest.update(data)
         offset += len(data)
     return digest.digest()
+
+
+def read_digests(folder: BackupFolder, image_length: int, chunks: ChunkDigests) -> bytes:
+    """The file with the digests of an image, if it is the one that the manifest vouches for.
+
+    Else `NotFound`, or `FormatError`. It is no longer in memory than the image's length on the disk allows.
+    """
+    path = folder.path_of(chunks.file)
+    expected = digests_length(image_length, chunks.chunk_size)
+    found = files.read_bounded(path, expected)
+    sha256 = hashlib.sha256(found).hexdigest()
+    if (len(found), sha256) != (expected, chunks.sha256):
+        raise FormatError(
+            path,
+            expected=f"{expected} bytes with SHA-256 {chunks.sha256}",
+            found=f"{len(found)} bytes with {sha256}",
+            next_step="get the file from a copy of the repository",
+        )
+    return found
 
 
 def digests_length(image_length: int, chunk_size: int) -> int:

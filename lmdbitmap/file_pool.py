@@ -1,33 +1,84 @@
-"""Files that are read from, any number of them, a few of which are open at a time."""
+"""Files that are read from, any number of them, some of which are open at a time.
+
+A file that is opened again must be the one that it was: same inode, size and mtime. Else what was learned of it, the
+tables of an image, would be used on another. While it is open it has its locks, as any image; in between others may
+do with it as they like, which is noticed then.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import resource
+import threading
 from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from lmdbitmap.device import FileDevice
+from lmdbitmap.errors import Busy
+from lmdbitmap.interfaces import ImageIdentity
 
 MOST_OPEN = 64
+_MOST_EVER = 4096
+
+
+def half_of_what_may_be_open() -> int:
+    """Of the descriptors that the system lets this process have."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(1, min(soft // 2, _MOST_EVER)) if soft != resource.RLIM_INFINITY else _MOST_EVER
+
+
+@dataclass(slots=True)
+class _Opened:
+    device: FileDevice
+    users: int = 0
 
 
 class FilePool:
-    """Opens files when they are read, and closes what was not read for longest. For one thread."""
+    """Opens files when they are read, and closes what was not read for longest. Safe for many threads.
+
+    What is being read is never closed: so there may be one more open for each thread.
+    """
 
     def __init__(self, most_open: int = MOST_OPEN) -> None:
         self._most_open = most_open
-        self._open: OrderedDict[str, FileDevice] = OrderedDict()
+        self._lock = threading.Lock()
+        self._open: OrderedDict[str, _Opened] = OrderedDict()
+        self._closed = False
 
-    def device(self, path: str) -> FileDevice:
-        """The file, open until others are asked for. Nobody writes to it meanwhile; else `Busy`."""
+    @contextlib.contextmanager
+    def reading(self, path: str, known: ImageIdentity | None = None) -> Iterator[FileDevice]:
+        """The file, open in the block. Nobody writes to it meanwhile; `Busy` if somebody does, or it is not `known`."""
+        with self._lock:
+            opened = self._opened(path, known)
+            opened.users += 1
+        try:
+            yield opened.device
+        finally:
+            with self._lock:
+                opened.users -= 1
+
+    def _opened(self, path: str, known: ImageIdentity | None) -> _Opened:
+        if self._closed:
+            raise OSError(errno.EBADF, "the files are closed", path)
         if path not in self._open:
-            while len(self._open) >= self._most_open:
-                self._open.popitem(last=False)[1].close()
-            self._open[path] = FileDevice.open(path, read_only=True)
+            if len(self._open) >= self._most_open:
+                self._make_room()
+            self._open[path] = _Opened(_the_same(FileDevice.open(path, read_only=True), known))
         self._open.move_to_end(path)
         return self._open[path]
 
+    def _make_room(self) -> None:
+        idle = [path for path, opened in self._open.items() if not opened.users]
+        for path in idle[: len(self._open) - self._most_open + 1]:
+            self._open.pop(path).device.close()
+
     def close(self) -> None:
-        while self._open:
-            self._open.popitem()[1].close()
+        with self._lock:
+            self._closed = True
+            while self._open:
+                self._open.popitem()[1].device.close()
 
     def __enter__(self) -> FilePool:
         return self
@@ -36,20 +87,31 @@ class FilePool:
         self.close()
 
 
+def _the_same(device: FileDevice, known: ImageIdentity | None) -> FileDevice:
+    if known is not None and device.identity() != known:
+        device.close()
+        raise Busy(f"{device.path} was changed or replaced while it was read", next_step="begin again")
+    return device
+
+
 class PooledFile:
     """One file of a pool."""
 
     def __init__(self, pool: FilePool, path: str) -> None:
         self.path = path
-        self.size = pool.device(path).size
         self._pool = pool
+        with pool.reading(path) as device:
+            self.size = device.size
+            self._identity = device.identity()
 
-    @property
-    def device(self) -> FileDevice:
-        return self._pool.device(self.path)
+    def reading(self) -> contextlib.AbstractContextManager[FileDevice]:
+        """Its device, which stays open in the block."""
+        return self._pool.reading(self.path, self._identity)
 
     def pread(self, length: int, offset: int) -> bytes:
-        return self.device.pread(length, offset)
+        with self.reading() as device:
+            return device.pread(length, offset)
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
-        self.device.pread_into(buffer, offset)
+        with self.reading() as device:
+            device.pread_into(buffer, offset)

@@ -247,7 +247,8 @@ class _Merger:
         host_offset = self._writer.reserve(run.offset, run.length)
         for done in range(0, run.length, PIECE_BYTES):
             length = min(PIECE_BYTES, run.length - done)
-            self._copier.copy(source.device, run.host_offset + done, host_offset + done, length)
+            with source.reading() as device:
+                self._copier.copy(device, run.host_offset + done, host_offset + done, length)
             self._count(length)
 
     def _put_zeroes(self, offset: int, length: int) -> None:

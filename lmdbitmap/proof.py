@@ -1,40 +1,120 @@
-"""Proves the images of a backup by their digests, beside other work.
+"""Proves images by their digests: chunk by chunk as they are read, or as a whole beside other work.
 
-A digest that fits says that every byte is what it was when the backup was made. To compute it all of the file is read,
-so who needs a few bytes of a large chain may do without.
+A chunk whose digest fits is what it was when the backup was made, to the bit. It is proven once, before the first of
+its bytes is used, by whichever thread comes first; what nobody reads is not proven. An image whose digests by chunks
+are missing or damaged is proven by its digest as a whole, for which all of it is read, on one processor.
+
+A proof holds as long as nobody writes to the image: whoever reads it keeps it open, with its locks.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from lmdbitmap.backup_chain import Image
-from lmdbitmap.errors import FormatError, os_errors_at
-from lmdbitmap.repository import sha256_of
+from lmdbitmap.digests import DIGEST_BYTES, digest_at, read_digests
+from lmdbitmap.errors import FormatError, NotFound, os_errors_at
+from lmdbitmap.file_pool import PooledFile
+from lmdbitmap.geometry import ceil_div
+from lmdbitmap.manifest import BackupEntry
+from lmdbitmap.repository import BackupFolder, sha256_of
+
+log = logging.getLogger(__name__)
 
 _USE_ANOTHER = "restore an earlier backup, or get the file from a copy of the repository"
+_STRIPES = 64
+_MOST_THREADS = 8
 
 
-def prove(images: Sequence[Image], stopped: Callable[[], bool] = lambda: False) -> None:
-    """Raise `FormatError` for an image that is not to the bit what the manifest says; give up if `stopped` says so."""
-    for image in images:
-        path, fd = image.device.path, image.device.fd
-        assert fd is not None
-        with os_errors_at(path):
-            found = sha256_of(fd, stopped)
-        if stopped():
-            return
-        if found != image.entry.sha256:
+def thread_count() -> int:
+    """How many threads can compute digests at once."""
+    return min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+
+
+class ChunkProof:
+    """What of an image is proven, by the digests of its chunks. Safe for many threads."""
+
+    def __init__(self, file: PooledFile, chunk_size: int, digests: bytes) -> None:
+        self._file = file
+        self._chunk_size = chunk_size
+        self._digests = digests
+        self._is_proven = bytearray(ceil_div(file.size, chunk_size))
+        self._is_claimed = bytearray(len(self._is_proven))
+        self._locks = [threading.Lock() for _ in range(min(_STRIPES, len(self._is_proven)))]
+
+    def require(self, offset: int, length: int) -> None:
+        """Return when all chunks of the range are proven; raise `FormatError` for one that is not what it was."""
+        for chunk in self._chunks(offset, length):
+            if not self._is_proven[chunk]:
+                with self._locks[chunk % len(self._locks)]:  # who comes second finds it proven
+                    if not self._is_proven[chunk]:
+                        self._prove(chunk)
+
+    def claim(self, offset: int, length: int) -> bool:
+        """Whether no one has claimed all chunks of the range before: so who shares out work does so once."""
+        chunks = self._chunks(offset, length)
+        if self._is_claimed.find(0, chunks.start, chunks.stop) < 0:
+            return False
+        self._is_claimed[chunks.start : chunks.stop] = b"\1" * len(chunks)
+        return True
+
+    def _chunks(self, offset: int, length: int) -> range:
+        stop = min(ceil_div(offset + length, self._chunk_size), len(self._is_proven))
+        return range(offset // self._chunk_size, stop)
+
+    def _prove(self, chunk: int) -> None:
+        start = chunk * self._chunk_size
+        end = min(start + self._chunk_size, self._file.size)
+        expected = self._digests[DIGEST_BYTES * chunk : DIGEST_BYTES * (chunk + 1)].hex()
+        with os_errors_at(self._file.path), self._file.reading() as device:
+            assert device.fd is not None
+            found = digest_at(device.fd, start, end - start).hex()
+        if found != expected:
             raise FormatError(
-                path, expected=f"SHA-256 {image.entry.sha256}", found=found, next_step=_USE_ANOTHER
+                f"{self._file.path}: bytes {start}..{end}",
+                expected=f"SHA-256 {expected}",
+                found=found,
+                next_step=_USE_ANOTHER,
             )
+        self._is_proven[chunk] = 1
+
+
+def chunk_proof(folder: BackupFolder, entry: BackupEntry, file: PooledFile) -> ChunkProof | None:
+    """None where there are no digests by chunks that could prove it."""
+    if entry.chunks is None:
+        return None
+    try:
+        digests = read_digests(folder, file.size, entry.chunks)
+    except (FormatError, NotFound) as unusable:
+        log.warning("%s: the image is proven as a whole, which takes longer", unusable.problem)
+        return None
+    return ChunkProof(file, entry.chunks.chunk_size, digests)
+
+
+def prove_whole(file: PooledFile, sha256: str, stopped: Callable[[], bool] = lambda: False) -> None:
+    """Raise `FormatError` unless the image has this digest to the bit; give up if `stopped` says so."""
+    with os_errors_at(file.path), file.reading() as device:
+        assert device.fd is not None
+        found = sha256_of(device.fd, stopped)
+    if found != sha256 and not stopped():
+        raise FormatError(file.path, expected=f"SHA-256 {sha256}", found=found, next_step=_USE_ANOTHER)
+
+
+def prove(
+    images: Sequence[tuple[PooledFile, BackupEntry]], stopped: Callable[[], bool] = lambda: False
+) -> None:
+    """The same of all of these."""
+    for file, entry in images:
+        if not stopped():
+            prove_whole(file, entry.sha256, stopped)
 
 
 @contextlib.contextmanager
-def proven_beside(images: Sequence[Image]) -> Iterator[Future[None]]:
+def proven_beside(images: Sequence[tuple[PooledFile, BackupEntry]]) -> Iterator[Future[None]]:
     """The same in a thread of its own, until the block ends; the future's result raises what is wrong."""
     stop = threading.Event()
     with ThreadPoolExecutor(max_workers=1) as beside:

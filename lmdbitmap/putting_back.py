@@ -1,8 +1,7 @@
-"""Puts a disk back onto something: run by run of a backup's chain, in one of two ways.
+"""Puts a disk back onto something: run by run of a backup's chain, in one of two ways. One thread writes.
 
 - `Overwriting` looks at nothing: data is written, and what reads as zeroes is zeroed, unless all of the target is
-  zeroes yet. The kernel copies from file to file where it can, so that no byte passes through this program. One thread
-  does it: a second one only makes both wait for the same memory and disk.
+  zeroes yet. The kernel copies from file to file where it can, so that no byte passes through this program.
 - `Comparing` reads the target first, and writes the pages that differ and no other. So a target that is nearly right
   is hardly written, a tracked one has no more dirt than need be, and a restore that was killed goes on where it was.
   Zeroes that the target knows of are not even read.
@@ -11,18 +10,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Protocol
 
 from lmdbitmap.backup_chain import BackupChain
 from lmdbitmap.copier import Report
-from lmdbitmap.device import PAGE_BYTES, FileDevice
+from lmdbitmap.device import PAGE_BYTES
 from lmdbitmap.interfaces import Allocation
 from lmdbitmap.qcow2 import Kind, Run
 from lmdbitmap.target import Target
 
-_PIECE_BYTES = 8 << 20
-"""Copied by the kernel in one call, between two reports."""
 _CHUNK_BYTES = 1 << 20
 """In our memory at once."""
 _COARSE_BYTES = 1 << 16
@@ -36,7 +33,12 @@ class PuttingBack(Protocol):
     bytes_written: int
     bytes_zeroed: int
 
-    def put(self, run: Run) -> None: ...
+    @property
+    def reads(self) -> Collection[Kind]:
+        """The kinds of runs whose data is asked for."""
+
+    def put(self, run: Run, data: bytearray | None) -> None:
+        """Put a run back, the next one of the disk, with its data or without."""
 
 
 class Overwriting:
@@ -50,13 +52,21 @@ class Overwriting:
         self._kernel_can = target.fd is not None
         self.bytes_read = self.bytes_written = self.bytes_zeroed = 0
 
-    def put(self, run: Run) -> None:
+    @property
+    def reads(self) -> Collection[Kind]:
+        return (Kind.COMPRESSED,) if self._kernel_can else (Kind.DATA, Kind.COMPRESSED)
+
+    def put(self, run: Run, data: bytearray | None) -> None:
         if run.kind is Kind.ZERO:
             if not self._target.is_fresh:
                 self._zero(run)
-            self._report.advance(run.length)
+        elif data is not None:
+            self._target.write_many([(run.offset, memoryview(data))])
+            self.bytes_written += run.length
         else:
             self._copy(run)
+            self.bytes_written += run.length
+        self._report.advance(run.length)
 
     def _zero(self, run: Run) -> None:
         for offset, part in _allocation(self._target, run):
@@ -67,34 +77,28 @@ class Overwriting:
     def _copy(self, run: Run) -> None:
         offset = run.offset
         while offset < run.end:
-            copied = self._copy_in_kernel(run, offset) or self._copy_by_hand(offset, run.end)
-            offset += copied
-            self._report.advance(copied)
-        self.bytes_written += run.length
+            rest = run.part(offset, run.end)
+            offset += self._copy_in_kernel(rest) or self._copy_by_hand(rest)
 
-    def _copy_in_kernel(self, run: Run, offset: int) -> int:
+    def _copy_in_kernel(self, run: Run) -> int:
         """How many bytes the kernel copied: 0 where it cannot, or where copying by hand will tell why not."""
         if not self._kernel_can or run.kind is not Kind.DATA:
             return 0
-        source, target = self._chain.images[run.layer].device, self._target.fd
+        target = self._target.fd
         assert target is not None
-        try:
-            return _copy_file_range(source, target, run, offset)
-        except OSError:
-            self._kernel_can = False
-            return 0
+        with self._chain.images[run.layer].file.reading() as source:
+            assert source.fd is not None
+            try:
+                return os.copy_file_range(source.fd, target, run.length, run.host_offset, run.offset)
+            except OSError:
+                self._kernel_can = False
+                return 0
 
-    def _copy_by_hand(self, offset: int, end: int) -> int:
-        piece = self._buffer[: end - offset]
-        self._chain.pread_into(piece, offset)
-        self._target.write_many([(offset, piece)])
+    def _copy_by_hand(self, run: Run) -> int:
+        piece = self._buffer[: run.length]
+        self._chain.fill(piece, run)
+        self._target.write_many([(run.offset, piece)])
         return len(piece)
-
-
-def _copy_file_range(source: FileDevice, target: int, run: Run, offset: int) -> int:
-    assert source.fd is not None
-    length = min(_PIECE_BYTES, run.end - offset)
-    return os.copy_file_range(source.fd, target, length, run.host_offset + offset - run.offset, offset)
 
 
 class Comparing:
@@ -107,9 +111,12 @@ class Comparing:
         self._wanted, self._present = bytearray(_CHUNK_BYTES), bytearray(_CHUNK_BYTES)
         self.bytes_read = self.bytes_written = self.bytes_zeroed = 0
 
-    def put(self, run: Run) -> None:
+    reads: Collection[Kind] = (Kind.DATA, Kind.COMPRESSED)
+
+    def put(self, run: Run, data: bytearray | None) -> None:
         if run.kind is not Kind.ZERO:
             for offset, length in _pieces(run.offset, run.end, _CHUNK_BYTES):
+                self._fill_wanted(run.part(offset, offset + length), data, offset - run.offset)
                 self._mend_data(offset, length)
             return
         for offset, part in _allocation(self._target, run):
@@ -118,9 +125,16 @@ class Comparing:
             else:
                 self._mend_zeroes(offset, offset + part.length)
 
+    def _fill_wanted(self, part: Run, data: bytearray | None, start: int) -> None:
+        """With a part of a run, of whose data it begins at byte `start`."""
+        wanted = memoryview(self._wanted)[: part.length]
+        if data is None:
+            self._chain.fill(wanted, part)
+        else:
+            wanted[:] = memoryview(data)[start : start + part.length]
+
     def _mend_data(self, offset: int, length: int) -> None:
         wanted = memoryview(self._wanted)[:length]
-        self._chain.pread_into(wanted, offset)
         self._read(offset, length)
         writes = [
             (offset + start, wanted[start:stop])

@@ -1,21 +1,25 @@
 """Restores a disk as it was at one of its backups.
 
-backup_chain.py reads the images, target.py opens what is written into, putting_back.py writes. Digests are computed
-beside the writing, in a thread, where the result is a new file: it gets its name only if they are right. Whatever
-holds something already is written only after they are known to be right.
+backup_chain.py reads the images, making_ready.py proves what is read of them, target.py opens what is written into,
+putting_back.py writes. No byte of a backup is written before the digest of its chunk is known to be right. What holds
+something already is not touched before that is known of all that is going to be written. An image that has no digests
+by chunks is proven as a whole, beside the writing of a new file, which gets its name only if that is right too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lmdbitmap import backup_chain
 from lmdbitmap.backup_chain import BackupChain
 from lmdbitmap.copier import Progress, Report
+from lmdbitmap.making_ready import made_ready
 from lmdbitmap.manifest import BackupEntry
 from lmdbitmap.proof import proven_beside
 from lmdbitmap.putting_back import Comparing, Overwriting, PuttingBack
@@ -66,7 +70,7 @@ def restore(
     started = time.monotonic()
     folder, place = BackupFolder(repository_path, name), os.fspath(out_path)
     with (
-        backup_chain.opened(folder, backup_chain.entries_at(folder, at)) as chain,
+        backup_chain.opened(folder, backup_chain.entries_at(folder, at), verify=verify) as chain,
         opened_target(place, folder, chain, in_place=in_place, store=store) as target,
     ):
         report = Report(progress, chain.size)
@@ -79,13 +83,21 @@ def restore(
 
 
 def _write(chain: BackupChain, target: Target, way: PuttingBack, verify: bool) -> None:
-    with proven_beside(chain.images if verify else []) as proven:
-        if not target.is_fresh:
+    with proven_beside(chain.unproven if verify else []) as proven:
+        if verify and not target.is_fresh:
+            _prove_all(chain, target)
             proven.result()
-        for run in _runs(chain, target.size):
-            way.put(run)
-        target.flush()  # beside the digests, which mostly take longer than the copy
+        with contextlib.closing(made_ready(chain, _runs(chain, target.size), way.reads)) as ready:
+            for run, data in ready:
+                way.put(run, data)
+        target.flush()
         proven.result()
+
+
+def _prove_all(chain: BackupChain, target: Target) -> None:
+    """Of what is going to be written, before anything is."""
+    with contextlib.closing(made_ready(chain, _runs(chain, target.size), ())) as ready:
+        deque(ready, maxlen=0)
 
 
 def _runs(chain: BackupChain, target_size: int) -> Iterator[Run]:

@@ -144,9 +144,9 @@ def _refuse_sources(out: str, folder: BackupFolder, chain: BackupChain) -> None:
             next_step="name a place outside of it",
         )
     for image in chain.images:
-        if is_same_image(image.device.path, out):
+        if is_same_image(image.file.path, out):
             raise InvalidArgument(
-                f"{out} is the backup {image.device.path} itself", next_step="name another file"
+                f"{out} is the backup {image.file.path} itself", next_step="name another file"
             )
     if _carries(out, folder.path):
         raise InvalidArgument(

@@ -25,18 +25,17 @@ from typing import NamedTuple
 from lmdbitmap.backup_chain import image_reader
 from lmdbitmap.copier import Progress, Report
 from lmdbitmap.device import FileDevice
-from lmdbitmap.digests import DIGEST_BYTES, digest_at, digests_length
+from lmdbitmap.digests import DIGEST_BYTES, digest_at, read_digests
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError, NotFound, os_errors_at
 from lmdbitmap.geometry import ceil_div
 from lmdbitmap.manifest import BackupEntry, ChunkDigests, Manifest, chain_to
+from lmdbitmap.proof import thread_count
 from lmdbitmap.repository import BackupFolder, folders_of, sha256_of
 
 MAX_FLAWS = 1000
 """Told one by one; more are counted."""
 _BATCH_BYTES = 16 << 20
 """Hashed in one go by a thread."""
-_MOST_THREADS = 8
-_USE_ANOTHER = "get the file from a copy of the repository"
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,19 +156,15 @@ def require_sound(folder: BackupFolder, manifest: Manifest, entries: Sequence[Ba
 
 def _found(task: _Task) -> Iterator[tuple[list[Flaw], int]]:
     """What is wrong, piece by piece in the order of the files, and how many bytes are proven by each piece."""
-    with ThreadPoolExecutor(max_workers=_thread_count()) as pool:
+    with ThreadPoolExecutor(max_workers=thread_count()) as pool:
         pending: deque[tuple[Future[list[Flaw]], int]] = deque()
         for job in _jobs(task):
             pending.append((pool.submit(job.run), job.length))
-            if len(pending) > 4 * _thread_count():
+            if len(pending) > 4 * thread_count():
                 found, length = pending.popleft()
                 yield found.result(), length
         for found, length in pending:
             yield found.result(), length
-
-
-def _thread_count() -> int:
-    return min(len(os.sched_getaffinity(0)), _MOST_THREADS)
 
 
 class _Job(NamedTuple):
@@ -229,22 +224,11 @@ class _Image:
 
     def _wrong_with(self, chunks: ChunkDigests) -> Flaw | None:
         """Why the digests of the chunks cannot be used, if they cannot."""
-        path = self._folder.path_of(chunks.file)
-        expected = digests_length(self._entry.bytes_stored, chunks.chunk_size)
         try:
-            with _opened(path) as fd, os_errors_at(path):
-                length, found = os.fstat(fd).st_size, sha256_of(fd)
-        except NotFound as missing:
-            return self._flaw(missing, path)
-        if (length, found) == (expected, chunks.sha256):
-            return None
-        wrong = FormatError(
-            path,
-            expected=f"{expected} bytes with SHA-256 {chunks.sha256}",
-            found=f"{length} bytes with {found}",
-            next_step=_USE_ANOTHER,
-        )
-        return self._flaw(wrong, path)
+            read_digests(self._folder, self._entry.bytes_stored, chunks)
+        except (FormatError, NotFound) as wrong:
+            return self._flaw(wrong, self._folder.path_of(chunks.file))
+        return None
 
     def _check_whole(self) -> list[Flaw]:
         with _opened(self._path) as fd, os_errors_at(self._path):

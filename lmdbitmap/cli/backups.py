@@ -206,7 +206,7 @@ def _backup_facts(result: BackupResult) -> dict[str, object]:
 )  # fmt: skip
 @click.option(
     "--no-verify", is_flag=True,
-    help="Do not compare the digests, for which all of the backup is read, but its structure only.",
+    help="Do not prove what is read by its digests; look at the structure only.",
 )  # fmt: skip
 @click.pass_obj
 def restore(

@@ -1,7 +1,7 @@
 """The verb `mount`: a disk as it was at a backup, over NBD and read-only, until a signal asks for the end.
 
-Of a large chain a few files are wanted, and at once: so the digests, for which all of it is read, are proven only where
-that is asked for. Tables are checked as they are read in any case, and what does not fit is an error for the client.
+Of a large chain a few files are wanted, and at once: so each chunk of an image is proven by its digest when it is read
+for the first time. What does not fit is an error for the client, and so is a table that lies.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 @click.option(
     "--verify",
     is_flag=True,
-    help="Prove the backup by its digests before the first client is let in, for which all of it is read. Without it"
-    " only its tables are checked, as they are needed.",
+    help="Prove the backup as a whole by its digests before the first client is let in, for which all of it is read."
+    " Without it each piece is proven when it is read for the first time.",
 )
 @listening("read the disk")
 @logging_as_asked
@@ -66,9 +66,12 @@ def mount(
     supervisor = Supervisor(os.environ.pop("NOTIFY_SOCKET", ""))
     with Ending() as ending, open_backup(repository, name, at) as chain:
         if verify:
-            prove(chain.images, lambda: ending.is_wished)
-        else:
-            log.warning("disk %s: its data is served unproven; --verify compares the digests first", name)
+            prove([(image.file, image.entry) for image in chain.images], lambda: ending.is_wished)
+        elif chain.unproven:
+            log.warning(
+                "disk %s: %s has no digests by chunks, and is served unproven; --verify proves it as a whole first",
+                name, chain.unproven[-1][0].path,
+            )  # fmt: skip
         with _served(Server({name: PlainDisk(chain)})) as server:
             places.open_all(server)
             ending.ends(server)

@@ -16,9 +16,11 @@ import pytest
 
 from tests.backed_up import BackedUpDisk
 from tests.cli.conftest import Cli
+from tests.deep_chain import make_deep_chain
 from tests.interop.test_tracked_clients import DEBIAN_PYTHON
 from tests.support import Child, requires, run, spawn
 from tests.tracked import NAME
+from tests.unit.test_verify import few_open_files
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 6 * MIB
@@ -157,13 +159,49 @@ def image(backups: Backups, number: int) -> Path:
     return Path(backups.disk.backup_folder().path_of(backups.disk.manifest().backups[number].file))
 
 
-def test_that_digests_were_not_looked_at_is_said(cli: Cli, backups: Backups) -> None:
+def test_that_an_image_cannot_be_proven_as_it_is_read_is_said(cli: Cli, backups: Backups) -> None:
     with mounted(cli) as served:
         pass
-    assert "sda: its data is served unproven; --verify compares the digests first" in served.child.stderr
+    assert served.child.stderr == ""
+    lose_digests(backups, 1)
+    with mounted(cli) as served:
+        pass
+    assert f"sda: {image(backups, 1)} has no digests by chunks, and is served unproven" in served.child.stderr
     with mounted(cli, "--verify") as served:
         pass
-    assert served.child.stderr == ""
+    assert "served unproven" not in served.child.stderr
+
+
+def lose_digests(backups: Backups, number: int) -> None:
+    chunks = backups.disk.manifest().backups[number].chunks
+    assert chunks is not None
+    Path(backups.disk.backup_folder().path_of(chunks.file)).unlink()
+
+
+@requires("nbdsh")
+def test_a_wrong_bit_is_an_error_for_the_client_who_reads_its_piece(cli: Cli, backups: Backups) -> None:
+    """The image has a chunk of digests for its header and tables, and others for data only."""
+    backups.disk.write(random.Random(5).randbytes(4 * MIB), 0)
+    backups.disk.backup()
+    path = image(backups, 2)
+    content = bytearray(path.read_bytes())
+    content[2 * MIB + 5] ^= 1
+    path.write_bytes(content)
+    tries = (
+        f"for offset in range(0, {4 * MIB}, 4096):\n    try: h.pread(4096, offset)\n"
+        "    except nbd.Error as refused: print(refused.errno)"
+    )
+    with mounted(cli) as served:
+        assert nbdsh(served.uri, tries).split() == ["EIO"] * (MIB // 4096)
+    assert f"a read failed: {path}: bytes {2 * MIB}..{3 * MIB}: expected SHA-256" in served.child.stderr
+
+
+@requires("nbdcopy")
+def test_a_chain_of_more_images_than_files_can_be_open_is_served(cli: Cli) -> None:
+    _, truth = make_deep_chain(cli.folder / "backups", 1000, size=MIB, written=2)
+    with few_open_files(256), mounted(cli) as served:
+        run("nbdcopy", served.uri, cli.folder / "copy")
+    assert (cli.folder / "copy").read_bytes() == truth
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -189,6 +227,7 @@ def test_a_table_that_is_damaged_is_an_error_for_the_client_and_never_data(
     place = (l2_offset & 0x00FFFFFFFFFFFE00) + 8 * (MIB // CLUSTER)
     struct.pack_into(">Q", content, place, 1 << 63 | 1 << 40)
     path.write_bytes(content)
+    lose_digests(backups, 0)
     tries = (
         "try: h.pread(512, 1 << 20)\nexcept nbd.Error as refused: print(refused.errno)\n"
         f"print(h.pread(512, {2 * MIB - 700 + 512 * KIB}) is not None)"

@@ -84,7 +84,7 @@ def test_an_extent_of_data_is_where_its_file_says(disk: BackedUpDisk, chain: Bac
     seen = 0
     for run in chain.extents(0, SIZE):
         if run.kind is Kind.DATA:
-            data = chain.images[run.layer].device.pread(run.length, run.host_offset)
+            data = chain.images[run.layer].file.pread(run.length, run.host_offset)
             assert data == disk.content()[run.offset : run.end]
             seen += 1
     assert seen == 4

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
+import threading
 from pathlib import Path
 
 import pytest
 
-from lmdbitmap.errors import NotFound
+from lmdbitmap.device import FileDevice
+from lmdbitmap.errors import Busy, NotFound
 from lmdbitmap.file_pool import FilePool, PooledFile
 
 
@@ -31,11 +34,71 @@ def test_what_was_read_last_stays_open(tmp_path: Path) -> None:
     for name in "abc":
         (tmp_path / name).write_bytes(b"x")
     with FilePool(most_open=2) as pool:
-        first = pool.device(str(tmp_path / "a"))
-        pool.device(str(tmp_path / "b"))
-        assert pool.device(str(tmp_path / "a")) is first
-        pool.device(str(tmp_path / "c"))
-        assert pool.device(str(tmp_path / "a")) is first
+        first = read(pool, tmp_path / "a")
+        read(pool, tmp_path / "b")
+        assert read(pool, tmp_path / "a") is first
+        read(pool, tmp_path / "c")
+        assert read(pool, tmp_path / "a") is first
+
+
+def read(pool: FilePool, path: Path) -> FileDevice:
+    with pool.reading(str(path)) as device:
+        assert device.pread(1, 0) == b"x"
+    return device
+
+
+def test_what_is_being_read_stays_open_whatever_else_is_asked_for(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / name).write_bytes(b"x")
+    with FilePool(most_open=1) as pool:
+        with pool.reading(str(tmp_path / "a")) as held:
+            read(pool, tmp_path / "b")
+            read(pool, tmp_path / "c")
+            assert held.pread(1, 0) == b"x"
+        read(pool, tmp_path / "b")
+        assert held.fd is None
+
+
+def test_threads_that_read_more_files_than_may_be_open_get_what_is_in_them(tmp_path: Path) -> None:
+    names = [str(tmp_path / f"{number:02}") for number in range(20)]
+    for name in names:
+        Path(name).write_bytes(name.encode())
+    wrong: list[str] = []
+    rounds: list[int] = []
+    with FilePool(most_open=2) as pool:
+        files = [PooledFile(pool, name) for name in names]
+
+        def read_all(seed: int) -> None:
+            for number in random.Random(seed).choices(range(20), k=300):
+                if files[number].pread(files[number].size, 0) != names[number].encode():
+                    wrong.append(names[number])
+                rounds.append(number)
+
+        threads = [threading.Thread(target=read_all, args=[seed]) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert (len(rounds), wrong) == (1200, [])
+
+
+def test_a_file_that_was_replaced_while_it_was_closed_is_told(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / name).write_bytes(b"x")
+    with FilePool(most_open=1) as pool:
+        file = PooledFile(pool, str(tmp_path / "a"))
+        read(pool, tmp_path / "b")
+        (tmp_path / "c").rename(tmp_path / "a")
+        with pytest.raises(Busy, match="a was changed or replaced while it was read; begin again"):
+            file.pread(1, 0)
+
+
+def test_a_pool_that_is_closed_opens_nothing_more(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x")
+    with FilePool() as pool:
+        file = PooledFile(pool, str(tmp_path / "a"))
+    with pytest.raises(OSError, match="the files are closed"):
+        file.pread(1, 0)
 
 
 def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:

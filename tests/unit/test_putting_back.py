@@ -77,7 +77,7 @@ def chain(disk: BackedUpDisk) -> Iterator[BackupChain]:
 def compared(chain: BackupChain, device: Watched) -> Comparing:
     way = Comparing(chain, Target("memory", device), Report(None, chain.size))
     for run in chain.extents(0, chain.size):
-        way.put(run)
+        way.put(run, None)
     return way
 
 
@@ -134,7 +134,7 @@ def test_overwriting_zeroes_only_what_may_hold_something(
     device = Watched(bytes(SIZE) if fresh else b"\xff" * SIZE)
     way = Overwriting(chain, Target("memory", device, is_fresh=fresh), Report(None, SIZE))
     for run in chain.extents(0, SIZE):
-        way.put(run)
+        way.put(run, None)
     assert device.content() == disk.content()
     assert device.bytes_read == way.bytes_read == 0
     assert (way.bytes_zeroed == 0) is fresh
@@ -144,7 +144,7 @@ def test_overwriting_leaves_zeroes_that_the_target_knows_of(disk: BackedUpDisk, 
     device = Watched(bytes(SIZE))
     way = Overwriting(chain, Target("memory", device), Report(None, SIZE))
     for run in chain.extents(0, SIZE):
-        way.put(run)
+        way.put(run, None)
     assert (device.content(), way.bytes_zeroed) == (disk.content(), 0)
 
 
@@ -154,7 +154,7 @@ def test_progress_comes_to_the_end_either_way(chain: BackupChain) -> None:
         report = Report(lambda done, total: told.append(done), SIZE)  # noqa: B023
         putting = way(chain, Target("memory", Watched(b"x" * SIZE)), report)
         for run in chain.extents(0, SIZE):
-            putting.put(run)
+            putting.put(run, None)
         assert told[-1] == SIZE
 
 

@@ -324,7 +324,11 @@ def accept_bytes(disk: BackedUpDisk, number: int) -> BackupEntry:
     """Make the manifest vouch for an image as it is now, as an attacker would."""
     with path_of(disk, number).open("rb") as image:
         change_entry(
-            disk, number, sha256=sha256_of(image.fileno()), bytes_stored=path_of(disk, number).stat().st_size
+            disk,
+            number,
+            sha256=sha256_of(image.fileno()),
+            bytes_stored=path_of(disk, number).stat().st_size,
+            chunks=None,
         )
     return disk.manifest().backups[number]
 
@@ -334,8 +338,36 @@ def test_one_wrong_bit_in_any_image_of_the_chain_is_found(disk: BackedUpDisk, nu
     flip(path_of(disk, number), 5000)
     refusal = refused(disk)
     assert isinstance(refusal, FormatError)
+    path = path_of(disk, number)
+    assert refusal.place == f"{path}: bytes 0..{path.stat().st_size}"
+    assert refusal.expected.startswith("SHA-256 ")
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("lack", ["never made", "gone", "damaged"])
+def test_without_digests_by_chunks_one_wrong_bit_is_found_by_the_digest_of_the_whole(
+    disk: BackedUpDisk, number: int, lack: str
+) -> None:
+    lose_digests(disk, number, lack)
+    assert restored(disk).entry.id == "3"
+    out(disk).unlink()
+    flip(path_of(disk, number), 5000)
+    refusal = refused(disk)
+    assert isinstance(refusal, FormatError)
     assert refusal.place == str(path_of(disk, number))
     assert refusal.expected == f"SHA-256 {disk.manifest().backups[number].sha256}"
+
+
+def lose_digests(disk: BackedUpDisk, number: int, lack: str = "never made") -> None:
+    chunks = disk.manifest().backups[number].chunks
+    assert chunks is not None
+    path = Path(disk.backup_folder().path_of(chunks.file))
+    if lack == "never made":
+        change_entry(disk, number, chunks=None)
+    elif lack == "gone":
+        path.unlink()
+    else:
+        flip(path, 0)
 
 
 def test_digests_can_be_left_out(disk: BackedUpDisk) -> None:

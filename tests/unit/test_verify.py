@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import resource
 import struct
 import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap import verify as verify_module
-from lmdbitmap.backup_chain import opened
 from lmdbitmap.digests import CHUNK_BYTES
 from lmdbitmap.errors import Busy, InvalidArgument, NotFound
 from lmdbitmap.manifest import BackupEntry, Manifest
@@ -265,6 +266,7 @@ def test_a_chain_may_have_more_images_than_files_can_be_open(tmp_path: Path) -> 
     entries: list[BackupEntry] = [disk.backup() for _ in range(80)]
     with few_open_files(64):
         assert verified(disk).image_count == 80
-        with pytest.raises(OSError, match="open files"), opened(disk.backup_folder(), entries):
-            pass  # the limit is real
+        paths = [disk.backup_folder().image_path(entry.file) for entry in entries]
+        with contextlib.ExitStack() as stack, pytest.raises(OSError, match="open files"):
+            deque(map(stack.enter_context, map(open, paths)))  # the limit is real
     disk.close()
