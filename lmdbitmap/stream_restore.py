@@ -8,6 +8,7 @@
 | a diff (`f`) | a file | changed in place, after it got the stream's size |
 | a diff | a block device or an NBD export of the size | changed in place |
 | a diff | nothing | refused: it needs the disk that it counts from |
+| any | the image of a disk that is tracked | refused: its next backup would not know of it |
 
 What is changed in place and does not come to its end is neither the old disk nor the new one: the same stream has to
 be applied again, which does all of it again. Whether the target is the disk that a diff counts from nobody can see
@@ -32,6 +33,8 @@ from lmdbitmap.errors import AlreadyExists, InvalidArgument, LmdbitmapError, Not
 from lmdbitmap.image import is_far, open_image
 from lmdbitmap.interfaces import BlockDevice
 from lmdbitmap.rbd_diff import Data, Decoder, Event, Head, Zeroes
+from lmdbitmap.store import Store
+from lmdbitmap.target import refuse_tracked
 
 _PLACE = "the stream"
 _READ_BYTES = 1 << 20
@@ -55,16 +58,23 @@ class AppliedResult:
 
 
 def apply_stream(
-    stream: Source, target_path: str | os.PathLike[str], *, progress: Progress | None = None
+    stream: Source,
+    target_path: str | os.PathLike[str],
+    *,
+    store: Store | None = None,
+    progress: Progress | None = None,
 ) -> AppliedResult:
     """Read a stream to its end and make the target, durably, what it says: see above.
 
-    The target is the path of a file or a block device, or an NBD URI. Raises `FormatError` for what is no whole
+    The target is the path of a file or a block device, or an NBD URI. It must not be the image of a disk in `store`:
+    nobody would know what was changed (`AlreadyExists`). Raises `FormatError` for what is no whole
     stream, `NotFound`, `AlreadyExists` and `InvalidArgument` for a target that does not fit, `Busy` for one that
     somebody uses, `StorageError` where the system refuses.
     """
     started = time.monotonic()
     place = os.fspath(target_path)
+    if store is not None:
+        refuse_tracked(store, place)
     events = _events(stream)
     head = next(events)
     assert isinstance(head, Head)

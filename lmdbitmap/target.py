@@ -167,10 +167,22 @@ def _disk_at(store: Store, out: str) -> Disk | None:
         return next((disk for disk in reader.disks() if is_same_image(disk.image, out)), None)
 
 
-def _is_tracked(out: str, disk: Disk) -> AlreadyExists:
+def refuse_tracked(store: Store, out: str) -> None:
+    """Raise `AlreadyExists` for the image of a disk in `store`, where what is written cannot go by its tracker."""
+    tracked = _disk_at(store, out)
+    if tracked is not None and (is_far(out) or os.path.exists(out)):
+        step = f"write it elsewhere, or give the disk up before (`lmdbitmap rm {tracked.name}`)"
+        raise _is_tracked(out, tracked, step)
+
+
+def _is_tracked(
+    out: str,
+    disk: Disk,
+    next_step: str = "say --in-place, which goes through the tracker, or name a new file",
+) -> AlreadyExists:
     return AlreadyExists(
         f"{out} is the image of disk {disk.name!r}, and its tracker would not know what was written to it",
-        next_step="say --in-place, which goes through the tracker, or name a new file",
+        next_step=next_step,
     )
 
 
@@ -207,7 +219,9 @@ def _tracked(store: Store, disk: Disk, out: str) -> Iterator[Target]:
     """Detached at the end, also after a failure: what was written until then is dirty."""
     with Filter.attach(store, disk.name) as attached:
         if attached.disk.epoch != disk.epoch:
-            log.warning("disk %s: its next backup is a full one: %s", disk.name, attached.disk.epoch_reason)
+            log.warning(
+                "disk %s: its next backup reads the whole disk: %s", disk.name, attached.disk.epoch_reason
+            )
         yield Target(out, attached, lane=attached.lane(), disk=disk.name)
 
 

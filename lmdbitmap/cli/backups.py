@@ -232,7 +232,8 @@ def restore(
             raise click.UsageError(
                 "With - it is OUT alone that is named: the stream is one disk at one time."
             )
-        stream_in(asked, name)
+        with _store_that_may_track(asked, name) as store:
+            stream_in(asked, name, store)
         return
     if out is None:
         raise click.UsageError("Missing argument 'OUT'.")

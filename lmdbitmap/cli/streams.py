@@ -79,14 +79,14 @@ def _stream_facts(made: StreamResult) -> dict[str, object]:
     }
 
 
-def stream_in(asked: Session, out: str) -> None:
+def stream_in(asked: Session, out: str, store: Store | None) -> None:
     from lmdbitmap.stream_restore import apply_stream
 
     with (
         _standard(0, "rb") as stream,
         progress(f"restoring {out}", shown=asked.shows_progress) as report,
     ):
-        made = apply_stream(stream, out, progress=report)
+        made = apply_stream(stream, out, store=store, progress=report)
     if asked.as_json:
         say_json(_applied_facts(made))
     else:

@@ -191,3 +191,16 @@ def test_a_terminal_is_spared_the_bytes(cli: Cli, image: Path, words: tuple[str,
         os.close(controller)
     assert done.returncode == 2
     assert b"this is a terminal; lead it " in done.stderr
+
+
+def test_tracked_image_is_not_changed_by_a_stream(cli: Cli, image: Path) -> None:
+    """Of a far one or a block device nobody would notice, and the next backup would lack what the stream brought."""
+    before = image.read_bytes()
+    cli.ok("checkpoint", "sda", "monday")
+    data = say(cli, "backup", "sda", "--stdout", "--since", "monday").out
+    said = say(cli, "restore", "-", image, stdin=data)
+    assert said.code == 1
+    assert "is the image of disk 'sda', and its tracker would not know" in said.err
+    assert image.read_bytes() == before
+    cli.ok("rm", "sda")
+    assert say(cli, "restore", "-", image, stdin=data).code == 0

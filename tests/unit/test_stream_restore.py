@@ -7,6 +7,7 @@ import os
 import random
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from lmdbitmap.stream_restore import AppliedResult, apply_stream
 from tests import naive_rbd_diff
 from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.naive_rbd_diff import Stream
+from tests.tracked import TrackedDisk
 
 MIB = 1 << 20
 SIZE = 3 * MIB + 513
@@ -39,6 +41,14 @@ def disk(tmp_path: Path) -> Path:
     path = tmp_path / "disk.raw"
     path.write_bytes(random.Random(1).randbytes(SIZE))
     return path
+
+
+def test_image_of_a_tracked_disk_is_left_alone(tmp_path: Path) -> None:
+    with closing(TrackedDisk(tmp_path, SIZE)) as tracked:
+        data = io.BytesIO(naive_rbd_diff.written(stream([(0, b"untracked")], since="monday")))
+        with pytest.raises(AlreadyExists, match="its tracker would not know"):
+            apply_stream(data, tracked.image, store=tracked.store)
+        assert tracked.image.read_bytes() == bytes(SIZE)
 
 
 # --- a new file ---
