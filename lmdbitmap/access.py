@@ -32,6 +32,9 @@ from lmdbitmap.session import Held, OpenDevice
 from lmdbitmap.snapshot import Scratch, Snapshot, broken_error
 from lmdbitmap.store import Store, Writer
 
+LAST_WORD_S = 10.0
+"""How long an owner may take to release what was not read to its end: whoever gave up, as by Ctrl-C, wants to go."""
+
 
 class PointInTime(NamedTuple):
     """A disk at a checkpoint: `device` reads as it was then, until the access to it ends."""
@@ -304,7 +307,7 @@ class Served(_Owned):
     def end_reading(self) -> None:
         for disk, checkpoint in self._held:
             with contextlib.suppress(LmdbitmapError):  # the owner does it when we hang up
-                self._client.call("release", disk=disk, checkpoint=checkpoint)
+                self._client.call("release", timeout_s=LAST_WORD_S, disk=disk, checkpoint=checkpoint)
         self._held.clear()
 
     def forget(self, disk: Disk, is_unneeded: Callable[[Checkpoint], bool]) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lmdbitmap import access
 from lmdbitmap.access import Served
 from lmdbitmap.backup import backup
 from lmdbitmap.errors import Busy, StorageError
@@ -107,6 +108,29 @@ def after(disk: Filter) -> Iterator[None]:
     """Writes as soon as the moment was taken."""
     yield
     disk.pwrite(b"new" * 4096, 0)
+
+
+class Stuck(HeldSnapshots):
+    """Releases nothing before it is let go."""
+
+    let_go = threading.Event()
+    was_let_go = True
+
+    def release(self, snapshot: Snapshot) -> None:
+        Stuck.was_let_go = self.let_go.wait(PATIENCE_SECONDS)
+        super().release(snapshot)
+
+
+def test_who_gives_up_does_not_wait_for_an_owner_that_hangs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(access, "LAST_WORD_S", 0.01)
+    with serving(folder, Stuck) as disk, closing(Served(disk.store, [NAME])) as way:
+        way.take_point("now", [None])
+        way.end_reading()
+        assert Stuck.was_let_go
+        assert disk.snapshots != ()
+        Stuck.let_go.set()
 
 
 class Unsteady(HeldSnapshots):
