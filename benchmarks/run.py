@@ -1,7 +1,7 @@
 """All figures: a table for people on stdout, the same as JSON in benchmarks/results/latest.json.
 
     make bench                     everything, a few minutes
-    make bench ARGS="core"         only benchmarks/core.py; or "tracked", "compressed", "backups", "restored"
+    make bench ARGS="core"         only benchmarks/core.py; or "tracked", "compressed", "backups", "restored", "live"
 
 Ratios are measured against a peer in the same run. The machine and the date are part of the JSON.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import backups, compressed, core, restored, tracked  # noqa: E402
+from benchmarks import backups, compressed, core, live, restored, tracked  # noqa: E402
 from benchmarks.table import Line, as_text, write_json  # noqa: E402
 
 PARTS: dict[str, Callable[[], Iterator[Line]]] = {
@@ -28,6 +28,7 @@ PARTS: dict[str, Callable[[], Iterator[Line]]] = {
     "compressed": compressed.measure,
     "backups": backups.measure,
     "restored": restored.measure,
+    "live": live.measure,
 }
 RESULTS = ROOT / "benchmarks" / "results"
 

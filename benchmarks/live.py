@@ -1,0 +1,245 @@
+"""Backups of disks while they are served, each figure in one run with its peer.
+
+A *full* backup is held against `qemu-img convert` of the same image from raw to qcow2, which computes no digests and
+syncs nothing. An *increment* of 1 % is held against `qemu-img convert` of the whole: both go with the bytes they copy,
+so that of a 100 GiB image with `DATA_BYTES` of data the ratio is that of one which is full, but for what a run costs
+in any case. Rates leave out the start of the interpreter; lines that say "whole process" do not.
+
+*Latencies* are those of fio over NBD, at a steady rate, while one full backup follows another, and without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import nbd  # noqa: E402
+from benchmarks.table import Line  # noqa: E402
+from benchmarks.tracked import command, workplace  # noqa: E402
+
+MIB = 1 << 20
+GIB = 1 << 30
+DATA_BYTES = 2 * GIB
+SPARSE_BYTES = 100 * GIB
+HUGE_BYTES = 64 << 40
+BLOCK = 1 << 16
+LATENCY_SECONDS = 4.0
+
+
+def measure() -> Iterator[Line]:
+    with workplace(4 * DATA_BYTES) as folder:
+        yield from full_backups(folder)
+    with workplace(4 * DATA_BYTES) as folder:
+        yield from increments(folder)
+    with workplace(0) as folder:
+        yield from huge_disk(folder)
+    yield from latencies("in memory", memory=True)
+    yield from latencies("on disk", memory=False)
+
+
+# -- a backup ----------------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """One `lmdbitmap backup`: the seconds that it says it took, those of the whole process, and its memory."""
+
+    seconds: float
+    whole_s: float
+    memory_bytes: int
+
+
+def back_up(folder: Path, *options: str) -> Run:
+    words = ["--store", f"{folder}/store", "backup", "disk", f"{folder}/backups", "--json", *options]
+    start = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-m", "lmdbitmap", *words], stdout=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout is not None
+    told = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise RuntimeError(f"a backup ended with {process.returncode}")
+    [made] = json.loads(told)["backups"]
+    return Run(float(made["seconds"]), time.monotonic() - start, usage.ru_maxrss << 10)
+
+
+def back_up_anew(folder: Path) -> Run:
+    """A full backup, of which nothing stays: the next one has as much room."""
+    run = back_up(folder, "--full")
+    for image in Path(folder, "backups", "disk").glob("*.qcow2"):
+        image.unlink()
+    return run
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[nbd.Peer]:
+    listen_at = folder / "served.sock"
+    words = ["--store", f"{folder}/store", "serve", "disk", "--socket", str(listen_at)]
+    peer = nbd.Peer("served", [sys.executable, "-m", "lmdbitmap", *words], listen_at)
+    with nbd.running([peer]):
+        yield peer
+
+
+def convert(folder: Path) -> float:
+    out = folder / "theirs.qcow2"
+    start = time.monotonic()
+    subprocess.run(["qemu-img", "convert", "-O", "qcow2", folder / "disk.raw", out], check=True)
+    seconds = time.monotonic() - start
+    out.unlink()
+    return seconds
+
+
+def make_disk(folder: Path, size: int, places: Sequence[int], noise: bytes) -> None:
+    with (folder / "disk.raw").open("xb") as image:
+        image.truncate(size)
+        for place in places:
+            image.seek(place)
+            image.write(noise)
+    command(str(folder), "add", "disk", f"{folder}/disk.raw")
+
+
+# -- figures -----------------------------------------------------------------------------------------------
+
+
+def full_backups(folder: Path, rounds: int = 3) -> Iterator[Line]:
+    """Half of the disk is data that cannot be compressed, in pieces of a megabyte."""
+    make_disk(folder, 2 * DATA_BYTES, range(0, 2 * DATA_BYTES, 2 * MIB), os.urandom(MIB))
+    runs: dict[str, list[Run]] = {"unserved": [], "served": []}
+    theirs = []
+    for _ in range(rounds):
+        runs["unserved"].append(back_up_anew(folder))
+        with served(folder):
+            runs["served"].append(back_up_anew(folder))
+        theirs.append(convert(folder))
+    peer = statistics.median(theirs)
+    for kind, made in runs.items():
+        seconds = statistics.median(run.seconds for run in made)
+        whole = statistics.median(run.whole_s for run in made)
+        name = f"full backup, {kind}, 2 GiB of 4"
+        yield Line(name, DATA_BYTES / seconds / 1e9, "GB/s", "qemu-img convert", peer / seconds, ">= 1")
+        yield Line(f"{name}, whole process", whole, "s", "qemu-img convert", peer / whole, "")
+        yield memory_line(name, made)
+
+
+def memory_line(name: str, runs: Sequence[Run]) -> Line:
+    most = max(run.memory_bytes for run in runs)
+    return Line(f"{name}, memory", most / MIB, "MiB", "", None, "< 256", "peak RSS of the backup")
+
+
+def increments(folder: Path, rounds: int = 3) -> Iterator[Line]:
+    """A hundredth of the data is written anew, in blocks of 64 KiB by lot."""
+    places = range(0, SPARSE_BYTES, SPARSE_BYTES // (DATA_BYTES // MIB))
+    make_disk(folder, SPARSE_BYTES, places, os.urandom(MIB))
+    theirs = statistics.median(convert(folder) for _ in range(rounds))
+    back_up(folder)
+    runs = []
+    with served(folder) as peer:
+        for number in range(rounds):
+            rewrite(peer, random.Random(number).sample(places, DATA_BYTES // 100 // BLOCK))
+            runs.append(back_up(folder))
+    seconds = statistics.median(run.seconds for run in runs)
+    whole = statistics.median(run.whole_s for run in runs)
+    name = "increment, served, 1 % of 2 GiB in 100 GiB sparse"
+    yield Line(name, seconds, "s", "qemu-img convert", theirs / seconds, ">= 20", "of the whole")
+    yield Line(f"{name}, whole process", whole, "s", "qemu-img convert", theirs / whole, "")
+    yield memory_line(name, runs)
+
+
+def rewrite(peer: nbd.Peer, places: Sequence[int]) -> None:
+    from lmdbitmap.nbd.client import NbdDevice
+
+    with contextlib.closing(NbdDevice.open(peer.uri)) as disk:
+        for place in places:
+            disk.pwrite(os.urandom(BLOCK), place)
+
+
+def huge_disk(folder: Path, rounds: int = 3) -> Iterator[Line]:
+    """64 TiB, sparse, on which nothing changes."""
+    make_disk(folder, HUGE_BYTES, [], b"")
+    size = f"{HUGE_BYTES >> 40} TiB sparse"
+    with served(folder):
+        full = back_up(folder)
+        runs = [back_up(folder) for _ in range(rounds)]
+    unserved = [back_up(folder) for _ in range(rounds)]
+    yield Line(f"full backup, served, {size}, whole process", full.whole_s, "s", "", None, "")
+    for kind, made in (("served", runs), ("unserved", unserved)):
+        whole = statistics.median(run.whole_s for run in made)
+        yield Line(f"no-change increment, {kind}, {size}, whole process", whole, "s", "", None, "< 3")
+    yield memory_line(f"full backup and increments, {size}", [full, *runs, *unserved])
+
+
+# -- what a guest notices ----------------------------------------------------------------------------------
+
+GUESTS = (("4k", 2000), ("64k", 500))
+"""Size of a write, and how many a second."""
+
+
+def latencies(where: str, *, memory: bool) -> Iterator[Line]:
+    with workplace(4 * DATA_BYTES) if memory else on_disk() as folder:
+        make_disk(folder, DATA_BYTES, range(0, DATA_BYTES, MIB), os.urandom(MIB))
+        with served(folder) as peer:
+            back_up_anew(folder)
+            for block, rate in GUESTS:
+                alone = p99_us(peer, block, rate)
+                with backups_all_the_time(folder) as made:
+                    meanwhile = p99_us(peer, block, rate)
+                note = f"{rate}/s at random, {len(made)} full backups meanwhile"
+                name = f"guest's {block} write, p99 during a backup, {where}"
+                yield Line(name, meanwhile, "us", "without", meanwhile / alone, "<= 2", note)
+
+
+@contextlib.contextmanager
+def on_disk() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+def p99_us(peer: nbd.Peer, block: str, rate: int) -> float:
+    load = nbd.Load("randwrite", block, 4, {})
+    words = [*nbd.fio_command(peer.uri, load, LATENCY_SECONDS), f"--rate_iops={rate}"]
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=folder)
+    [job] = json.loads(done.stdout[done.stdout.index("{") :])["jobs"]
+    return float(job["write"]["clat_ns"]["percentile"]["99.000000"]) / 1e3
+
+
+@contextlib.contextmanager
+def backups_all_the_time(folder: Path) -> Iterator[list[Run]]:
+    """One after another until the block ends; the first is under way when it begins."""
+    made: list[Run] = []
+    begun, ending = threading.Event(), threading.Event()
+
+    def work() -> None:
+        for _ in itertools.takewhile(lambda _: not ending.is_set(), itertools.count()):
+            begun.set()
+            made.append(back_up_anew(folder))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        begun.wait()
+        yield made
+    finally:
+        ending.set()
+        thread.join()
+
+
+if __name__ == "__main__":
+    from benchmarks.table import as_text
+
+    for line in measure():
+        print(as_text([line]).splitlines()[-1], flush=True)
