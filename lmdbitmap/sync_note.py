@@ -41,7 +41,9 @@ SYNCS: Final = "syncs"
 FORMAT_VERSION: Final = 1
 _MAX_NOTE_BYTES: Final = 1 << 20
 _CHECKPOINT_NAME = re.compile(r"sync-[0-9]{8}T[0-9]{6}Z-[0-9a-f]{6}")
-_FILE_NAME = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})-[0-9a-f]{16}\.(?:json|lock)")
+_FILE_NAME = re.compile(
+    r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})-[0-9a-f]{16}\.(?:json(?:\.[0-9a-f]{16}\.partial)?|lock)"
+)
 
 
 class At(NamedTuple):
@@ -109,7 +111,7 @@ def notes(store_path: str, disk: UUID | None = None) -> Iterator[tuple[str, Note
 
 
 def disk_of(file_name: str) -> str | None:
-    """The uuid of the disk whose note or lock a file of that name is."""
+    """The uuid of the disk whose note, beginning of a note, or lock a file of that name is."""
     match = _FILE_NAME.fullmatch(file_name)
     return None if match is None else match[1]
 

@@ -90,7 +90,8 @@ def test_creating_what_is_there_opens_it(path: str, opened: Store) -> None:
 
 def test_files_are_for_their_owner_only(path: str, opened: Store) -> None:
     modes = {
-        name: os.stat(os.path.join(path, name)).st_mode & 0o777 for name in ("", "lmdb", "owners", "control")
+        name: os.stat(os.path.join(path, name)).st_mode & 0o777
+        for name in ("", "lmdb", "owners", "control", "syncs")
     }
     assert set(modes.values()) == {0o700}
     for name in os.listdir(os.path.join(path, "lmdb")):

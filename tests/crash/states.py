@@ -203,7 +203,7 @@ def small_files_garbage(tracked: BackedUpDisk) -> None:
 
 
 def folders_missing(tracked: BackedUpDisk) -> None:
-    for name in ("owners", "control"):
+    for name in ("owners", "control", "syncs"):
         shutil.rmtree(os.path.join(tracked.store.path, name))
 
 
@@ -216,6 +216,7 @@ def leftovers(tracked: BackedUpDisk) -> None:
         f"owners/{uuid4()}",
         f"control/{uuid4()}",
         "owners/x.partial",
+        f"syncs/{uuid4()}-0123456789abcdef.json",
         "README.0123456789abcdef.partial",
     ):
         Path(tracked.store.path, name).touch()

@@ -350,9 +350,17 @@ def test_death_while_healing_is_healed_by_the_next_command(deaths: Deaths) -> No
 def is_left_to_nobody(death: Death) -> None:
     left = {name.partition("-")[0] for name in os.listdir(death.folder / "store")}
     assert "lmdb.new" not in left, death
-    assert left <= {"README", ".nobackup", "control", "owners", "lmdb", "lmdb.damaged", "users", "newest"}, (
-        death
-    )
+    assert left <= {
+        "README",
+        ".nobackup",
+        "control",
+        "owners",
+        "syncs",
+        "lmdb",
+        "lmdb.damaged",
+        "users",
+        "newest",
+    }, death
 
 
 # --- a file too large to be looked through each time ---

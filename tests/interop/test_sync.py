@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
 
 from lmdbitmap.sync import sync
+from lmdbitmap.sync_note import is_checkpoint_name
 from lmdbitmap.sync_plan import SyncKind
 from tests.backed_up import BackedUpDisk
 from tests.cli.conftest import Cli
-from tests.interop.test_live_backups import SIZE, Stamper
+from tests.interop.test_live_backups import SIZE, Stamper, guest_of, snapshots
 from tests.interop.test_restore_targets import MIB, Served, modest, qcow2
 from tests.interop.test_restore_targets import SIZE as TARGET_SIZE
-from tests.support import requires, run
+from tests.support import PATIENCE_SECONDS, requires, run, spawn
 from tests.tracked import NAME
 
 pytestmark = [requires("qemu-img"), requires("qemu-nbd"), requires("nbdkit")]
@@ -58,3 +60,38 @@ def test_every_copy_of_a_busy_guest_holds_a_prefix_of_its_writes(
     assert counts == sorted(counts)
     assert counts[-1] > counts[0]
     assert copy.read_bytes() == (tmp_path / "sda.raw").read_bytes()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_killed_sync_is_released_by_the_server_and_followed_by_a_right_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], first: bool
+) -> None:
+    cli = Cli(tmp_path, capsys)
+    cli.add("sda", SIZE)
+    copy = tmp_path / "copy.raw"
+    with cli.serving("sda") as served:
+        with guest_of(served.uris["sda"]) as disk:
+            if not first:
+                run(*cli.command("sync", "sda", copy))
+            disk.pwrite(os.urandom(32 * MIB), 0)
+        with spawn(*cli.command("sync", "sda", copy)) as child:
+            while not is_under_way(tmp_path / "store/syncs"):
+                assert child.process.poll() is None
+            os.kill(served.child.process.pid, signal.SIGSTOP)
+            try:
+                child.process.kill()
+                child.process.wait(PATIENCE_SECONDS)
+            finally:
+                os.kill(served.child.process.pid, signal.SIGCONT)
+        with guest_of(served.uris["sda"]) as disk:
+            disk.pwrite(os.urandom(MIB), 40 * MIB)
+        told = run(*cli.command("sync", "sda", copy, "--json")).stdout
+        assert ('"incremental"' in told) is not first
+        assert snapshots(cli, "sda") == []
+        checkpoints = [one["name"] for one in cli.json("info", "sda")["checkpoints"]]
+        assert len([name for name in checkpoints if is_checkpoint_name(name)]) == 1
+        assert copy.read_bytes() == (tmp_path / "sda.raw").read_bytes()
+
+
+def is_under_way(folder: Path) -> bool:
+    return any('"under_way": true' in note.read_text() for note in folder.glob("*.json"))

@@ -330,7 +330,14 @@ def test_what_others_may_write_is_worth_a_note(store: Store, disk: Disk) -> None
 
 
 @pytest.mark.parametrize(
-    "name", [f"owners/{ANOTHER}", f"control/{ANOTHER}", "owners/x.partial", "lmdb.new-1"]
+    "name",
+    [
+        f"owners/{ANOTHER}",
+        f"control/{ANOTHER}",
+        "owners/x.partial",
+        f"syncs/{ANOTHER}-0123456789abcdef.lock",
+        "lmdb.new-1",
+    ],
 )
 def test_what_was_left_lying_about_is_worth_a_note(store: Store, disk: Disk, name: str) -> None:
     (Path(store.path) / name).touch()
