@@ -125,8 +125,8 @@ class Lives(RuleBasedStateMachine):
     def _path(self, to: str) -> Path:
         return self.disk.folder / f"{to}.raw"
 
-    @rule(to=targets, offset=places, then=st.booleans())
-    def copy_is_written_by_a_stranger(self, to: str, offset: int, then: bool) -> None:
+    @rule(to=targets, offset=places, then=st.sampled_from(["", "sync", "fail"]))
+    def copy_is_written_by_a_stranger(self, to: str, offset: int, then: str) -> None:
         path = self._path(to)
         if path.exists() and path.stat().st_size and self._is_settled(to):
             with path.open("r+b") as file:
@@ -136,7 +136,9 @@ class Lives(RuleBasedStateMachine):
             status = path.stat()
             os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns - self.ticks * LATER_NS))
             self.copies[to].known_in = None
-        if then:
+        if then == "fail" and self.size:
+            self.sync_and_fail(to, 0, False, False, True)
+        elif then:
             self.sync(to, False)
 
     def _is_settled(self, to: str) -> bool:
