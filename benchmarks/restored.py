@@ -23,17 +23,21 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.table import Line  # noqa: E402
 from benchmarks.tracked import command, workplace  # noqa: E402
 from lmdbitmap.filter import Filter  # noqa: E402
+from lmdbitmap.restore import restore as restored_in_library  # noqa: E402
 from lmdbitmap.store import Store  # noqa: E402
+from tests.deep_chain import make_deep_chain  # noqa: E402
 
 DATA_BYTES = 1 << 30
 SIZE = 2 * DATA_BYTES
 MIB = 1 << 20
 INCREMENTS = 10
+DEEP_BYTES = 64 << 20
 
 
 def measure() -> Iterator[Line]:
     yield from restores("in memory", memory=True)
     yield from restores("on disk", memory=False)
+    yield deep_chain()
 
 
 def restores(where: str, *, memory: bool, rounds: int = 3) -> Iterator[Line]:
@@ -47,6 +51,17 @@ def restores(where: str, *, memory: bool, rounds: int = 3) -> Iterator[Line]:
         make_increments(folder)
         yield compared(folder, f"restore of {INCREMENTS} increments {unproven}, {where}", rounds, unproven)
         yield compared(folder, f"restore {in_place} {unproven}, nothing differs", rounds, in_place, unproven)
+
+
+def deep_chain() -> Line:
+    """A thousand images of 25 scattered clusters of 4 KiB each, and every byte of them proven."""
+    with workplace(4 * DEEP_BYTES) as folder:
+        made, truth = make_deep_chain(folder / "backups", 1000, size=DEEP_BYTES, written=25)
+        start = time.monotonic()
+        restored_in_library(made.repository_path, made.disk_name, folder / "out.raw")
+        seconds = time.monotonic() - start
+        assert (folder / "out.raw").read_bytes() == truth
+    return Line(f"restore of 1000 images, {DEEP_BYTES // MIB} MiB", seconds, "s", "", None, "< 10 s")
 
 
 def compared(folder: Path, name: str, rounds: int, *options: str) -> Line:
