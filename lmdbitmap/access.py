@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 from uuid import UUID
 
 from lmdbitmap import bits, chain, owner, session
@@ -34,6 +34,9 @@ from lmdbitmap.store import Store, Writer
 
 LAST_WORD_S = 10.0
 """How long an owner may take to release what was not read to its end: whoever gave up, as by Ctrl-C, wants to go."""
+
+_SNAPSHOT_S: Final = 60.0
+"""A guest may be frozen until the owner has answered: it is not kept so for as long as other answers may take."""
 
 
 class PointInTime(NamedTuple):
@@ -276,8 +279,9 @@ class Served(_Owned):
     ) -> list[PointInTime]:
         counted_from = ["" if checkpoint is None else checkpoint.name for checkpoint in since]
         told = self._client.call(
-            "snapshot", disks=self._names, name=name, since=counted_from, bound=True, once=once
-        )
+            "snapshot", disks=self._names, name=name, since=counted_from, bound=True, once=once,
+            timeout_s=_SNAPSHOT_S,
+        )  # fmt: skip
         self._held = [(disk, name) for disk in self._names]
         points = []
         for disk, held in zip(self.disks, told["snapshots"], strict=True):

@@ -95,12 +95,14 @@ def test_backup_whose_snapshot_broke_after_the_last_read_is_none_either(folder: 
     with serving(folder, Narrow) as disk:
         disk.pwrite(b"old" * (SIZE // 3), 0)
 
-        def write_at_the_end(done: int, total: int) -> None:
+        def break_at_the_end(done: int, total: int) -> None:
+            """No write could: nothing is kept any more of what was read."""
             if done == total:
-                disk.pwrite(b"new" * 4096, 0)
+                [held] = disk.snapshots
+                held._break("its scratch file is full")
 
         with pytest.raises(StorageError, match=r"scratch file is full.*make the backup again"):
-            backup(disk.store, [NAME], folder / "backups", progress=write_at_the_end)
+            backup(disk.store, [NAME], folder / "backups", progress=break_at_the_end)
 
 
 @contextmanager
@@ -180,4 +182,6 @@ def test_backups_leave_room_for_other_callers(served: Filter) -> None:
         path = served.store.control_path(served.disk.uuid)
         assert len(control_client.call(path, "info")["disks"][0]["snapshots"]) == control.MAX_CALLERS
         with pytest.raises(Busy, match="holds 16 snapshots"):
-            control_client.call(path, "snapshot", disks=[NAME], name="one more", since=[""], bound=True)
+            control_client.call(
+                path, "snapshot", disks=[NAME], name="one more", since=[""], bound=True, once=False
+            )
