@@ -62,6 +62,7 @@ def race_failures(seed: int, checkpoints: int) -> Counter[str]:
         fighting.play_writers()
         fighting.play_others()
         fighting.take_checkpoints(checkpoints)
+        fighting.troupe.await_until(lambda: fighting.sda.disk.epoch_number > 1)
         fighting.end()
         fighting.judge()
         return fighting.figures() + Counter({"epoch began": fighting.sda.disk.epoch_number})
