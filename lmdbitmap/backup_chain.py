@@ -24,12 +24,13 @@ from lmdbitmap.device import DATA, HOLE
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, NotFound, os_errors_at
 from lmdbitmap.file_pool import FilePool, PooledFile, half_of_what_may_be_open
 from lmdbitmap.geometry import ceil_div, check_range
-from lmdbitmap.interfaces import Allocation, Buffer, joined
+from lmdbitmap.interfaces import Allocation, joined
 from lmdbitmap.manifest import BackupEntry, chain_to
 from lmdbitmap.proof import ChunkProof, chunk_proof
 from lmdbitmap.qcow2 import Qcow2Reader, Run, Source, chain_extents
 from lmdbitmap.qcow2.compression import require
 from lmdbitmap.qcow2.layout import SECTOR
+from lmdbitmap.read_only import ReadOnlyDevice
 from lmdbitmap.repository import BackupFolder, disk_names
 
 _USE_ANOTHER = "use an earlier backup, or get the file from a copy of the repository"
@@ -45,15 +46,12 @@ class Image(NamedTuple):
     """What proves it before it is read."""
 
 
-class BackupChain:
+class BackupChain(ReadOnlyDevice):
     """A disk as it was at one backup: a `BlockDevice` that refuses what would change it. Make one with `opened`.
 
     Safe for many threads. A reader keeps the table that it read last, so each thread has readers of its own;
     the files and the first tables are shared.
     """
-
-    fd = None
-    read_only = True
 
     def __init__(self, images: Sequence[Image], pool: FilePool) -> None:
         self._pool = pool
@@ -126,19 +124,7 @@ class BackupChain:
             Allocation(run.length, *(DATA if run.is_stored else HOLE)) for run in self.extents(offset, length)
         )
 
-    def pwrite(self, data: Buffer, offset: int) -> None:
-        self._refuse(offset, len(data))
-
-    def write_zeroes(
-        self, offset: int, length: int, *, may_unmap: bool = True, fast_only: bool = False
-    ) -> None:
-        self._refuse(offset, length)
-
-    def discard(self, offset: int, length: int) -> None:
-        self._refuse(offset, length)
-
     def _refuse(self, offset: int, length: int) -> None:
-        """EPERM, because that is what an NBD server answers for the same thing."""
         self._check(offset, length)
         raise OSError(errno.EPERM, "a backup is read-only", self.images[0].file.path)
 
