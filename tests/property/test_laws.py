@@ -17,6 +17,7 @@ import pytest
 from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Buffer
+from lmdbitmap.snapshot import Scratch
 from tests.crash.tapped import WRITES, TappedDevice, Turnstile, join, start
 from tests.support import PATIENCE_SECONDS
 from tests.tracked import NAME, TrackedDisk, blocks_of, quick_folder
@@ -81,6 +82,26 @@ def test_no_data_is_written_before_its_dirt_is_durable(tracked: TrackedDisk, max
         steps[chosen.choice([0, 0, 0, 1, 2, 2, 3, 4, 5, 5, 6, 7]) if number else 0]()
     assert witness.breaches == []
     assert witness.changes > 400
+    disk.detach()
+
+
+def test_law_holds_while_a_snapshot_is_held(tracked: TrackedDisk) -> None:
+    """Lanes look at another map then: it lets nothing through that is not durably dirty."""
+    disk, chosen = attach_tapped(tracked, max_armed=3), random.Random(2)
+    witness = Witness(tracked)
+    disk.device.before_change = witness  # type: ignore[attr-defined]
+    snapshot = disk.snapshot("held", Scratch(str(tracked.folder)))
+    for number in range(150):
+        offset = chosen.randrange(40 * BLOCK)
+        disk.pwrite(b"new", offset)
+        disk.lane().write_many([(offset, memoryview(b"x"))])
+        if number % 40 == 39:
+            disk.checkpoint(f"c{number}")
+        if number % 7 == 0:
+            disk.background_pass()
+    assert witness.breaches == []
+    assert witness.changes == 300
+    assert snapshot.pread(40 * BLOCK, 0) == bytes(40 * BLOCK)
     disk.detach()
 
 
