@@ -47,7 +47,7 @@ from lmdbitmap.copier import (
     cluster_bits_for,
     copy_clusters,
 )
-from lmdbitmap.digests import Proof, synced_proof
+from lmdbitmap.digests import synced_digests
 from lmdbitmap.errors import (
     AlreadyExists,
     Busy,
@@ -60,10 +60,12 @@ from lmdbitmap.errors import (
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import Geometry
+from lmdbitmap.hashing import ChunkHasher
 from lmdbitmap.manifest import (
     BackupEntry,
     BackupType,
     CheckpointRef,
+    ChunkDigests,
     DiskRef,
     Manifest,
     NewerManifest,
@@ -343,20 +345,20 @@ def _write_image(
     job, parent = source.job, source.job.plan.parent
     path = job.folder.path_of(job.file)
     rescans = job.plan.type_actual is BackupType.RESCAN
-    with files.replacing(path) as file:
+    with files.replacing(path) as file, ChunkHasher(file.fileno()) as hasher:
         with _told_why(source), os_errors_at(job.disk.image), source.runs(device, report) as runs:
             copied = copy_clusters(
                 device,
-                ImageFile(file.fileno(), path),
+                ImageFile(file.fileno(), path, hasher.wrote),
                 source.clusters,
                 runs,
                 backing_file=None if parent is None else parent.file,
                 report=Report(None, 0) if rescans else report,
                 compression=packing,
             )
-        proof = synced_proof(job.folder, job.file, file.fileno())
+        chunks = synced_digests(job.folder, job.file, file.fileno(), hasher)
         job.access.prove(source.point)
-    return _entry(source, copied, proof, None if packing is None else packing.type)
+    return _entry(source, copied, chunks, None if packing is None else packing.type)
 
 
 @contextlib.contextmanager
@@ -370,7 +372,9 @@ def _told_why(source: _Source) -> Iterator[None]:
         raise
 
 
-def _entry(source: _Source, copied: Copied, proof: Proof, compression: CompressionType | None) -> BackupEntry:
+def _entry(
+    source: _Source, copied: Copied, chunks: ChunkDigests, compression: CompressionType | None
+) -> BackupEntry:
     job, disk, plan, checkpoint = source.job, source.point.disk, source.job.plan, source.point.checkpoint
     return BackupEntry(
         id=str(job.sequence), sequence=job.sequence, file=job.file,
@@ -380,7 +384,7 @@ def _entry(source: _Source, copied: Copied, proof: Proof, compression: Compressi
         epoch=checkpoint.epoch, disk_size=disk.size, granularity=disk.geometry.granularity,
         cluster_size=source.clusters.granularity, trust=source.trust, bytes_changed=copied.bytes_changed,
         bytes_zero=copied.bytes_zero, bytes_stored=copied.bytes_stored,
-        sha256=proof.sha256, chunks=proof.chunks, compression=compression,
+        sha256=None, chunks=chunks, compression=compression,
     )  # fmt: skip
 
 

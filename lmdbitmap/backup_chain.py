@@ -207,8 +207,8 @@ def _opened_image(
 def _require_unchanged(folder: BackupFolder, entries: Sequence[BackupEntry]) -> None:
     """Raise `Busy` if a prune took some of these backups, or wrote them anew, since the manifest was read."""
     found = folder.manifest()
-    known = {(entry.id, entry.sha256) for entry in found.backups} if found else set()
-    if not {(entry.id, entry.sha256) for entry in entries} <= known:
+    known = {(entry.id, entry.digest) for entry in found.backups} if found else set()
+    if not {(entry.id, entry.digest) for entry in entries} <= known:
         raise Busy(f"{folder.path} was changed at this very moment, as by `prune`", next_step="try again")
 
 

@@ -62,15 +62,20 @@ class Report:
 class ImageFile:
     """An empty file to write an image into; its refusals name the `place` where it will be."""
 
-    def __init__(self, fd: int, place: str) -> None:
+    def __init__(
+        self, fd: int, place: str, wrote: Callable[[int, int], None] = lambda offset, length: None
+    ) -> None:
+        """`wrote` is told of the (offset, length) of every write."""
         self._fd = fd
         self._place = place
+        self._wrote = wrote
 
     def pwrite(self, data: Buffer, offset: int) -> None:
         rest = memoryview(data)
         with os_errors_at(self._place):
             while rest:
                 count = os.pwrite(self._fd, rest, offset)
+                self._wrote(offset, count)
                 rest, offset = rest[count:], offset + count
 
 

@@ -1,70 +1,54 @@
 """Digests of an image by chunks, in a file beside it: they say where it is damaged, and can be checked in parallel.
 
 The file is the SHA-256 of each chunk, 32 bytes each, in order, and nothing else; the manifest has its own SHA-256,
-and so vouches for all of them. A chunk is 1 MiB: a finding names a place that small, a call of the hash function is
-lost in it, and the file is 32 KiB for a GiB.
+and so vouches for all of them, and for the image. A chunk is 1 MiB: a finding names a place that small, a call of the
+hash function is lost in it, and the file is 32 KiB for a GiB.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 from lmdbitmap import files
 from lmdbitmap.errors import FormatError, os_errors_at
 from lmdbitmap.geometry import ceil_div
-from lmdbitmap.manifest import ChunkDigests
+from lmdbitmap.hashing import DIGEST_BYTES, ChunkHasher, chunk_digests
+from lmdbitmap.manifest import BackupEntry, ChunkDigests
 from lmdbitmap.repository import BackupFolder, digests_name, sha256_of
 
-CHUNK_BYTES = 1 << 20
-DIGEST_BYTES = 32
-_READ_AT_ONCE = 1 << 20
 
-
-class Proof(NamedTuple):
-    """What a manifest says of an image: its SHA-256, and where those of its chunks are."""
-
-    sha256: str
-    chunks: ChunkDigests
-
-
-def synced_proof(folder: BackupFolder, file: str, fd: int) -> Proof:
+def synced_digests(folder: BackupFolder, file: str, fd: int, hasher: ChunkHasher) -> ChunkDigests:
     """Sync the image `file`, which is in `fd`, and make its digests durable in the folder.
 
-    Both digests are computed while the system is busy bringing the image to the disk, each in a thread of its own:
-    the image is read from memory, and hashing lets go of Python's lock. The digests get
-    their name when the image is synced.
+    What is not hashed yet is hashed while the system is busy bringing the image to the disk. The digests get their
+    name when the image is synced.
     """
     name = digests_name(file)
-    with ThreadPoolExecutor(max_workers=2) as beside, os_errors_at(folder.path_of(file)):
-        synced, whole = beside.submit(os.fsync, fd), beside.submit(sha256_of, fd)
+    with ThreadPoolExecutor(max_workers=1) as beside, os_errors_at(folder.path_of(file)):
+        synced = beside.submit(os.fsync, fd)
         own_digest = hashlib.sha256()
         with files.replacing(folder.path_of(name)) as made:
-            for digest in chunk_digests(fd):
+            for digest in hasher.digests():
                 made.write(digest)
                 own_digest.update(digest)
             synced.result()
-            sha256 = whole.result()
-        return Proof(sha256, ChunkDigests(name, CHUNK_BYTES, own_digest.hexdigest()))
+        return ChunkDigests(name, hasher.chunk_size, own_digest.hexdigest())
 
 
-def chunk_digests(fd: int, chunk_size: int = CHUNK_BYTES) -> Iterator[bytes]:
-    """The SHA-256 of each chunk of a file; the last chunk may be short."""
-    size = os.fstat(fd).st_size
-    for offset in range(0, size, chunk_size):
-        yield digest_at(fd, offset, min(chunk_size, size - offset))
-
-
-def digest_at(fd: int, offset: int, length: int) -> bytes:
-    """The SHA-256 of a range of a file; of less, where the file has become shorter."""
-    digest, end = hashlib.sha256(), offset + length
-    while offset < end and (data := os.pread(fd, min(_READ_AT_ONCE, end - offset), offset)):
-        digest.update(data)
-        offset += len(data)
-    return digest.digest()
+def found_digest(entry: BackupEntry, fd: int, stopped: Callable[[], bool] = lambda: False) -> str:
+    """What `entry.digest` is of the image in `fd`; of its beginning only, if `stopped` says so meanwhile."""
+    if entry.sha256 is not None:
+        return sha256_of(fd, stopped)
+    assert entry.chunks is not None
+    own_digest = hashlib.sha256()
+    for digest in chunk_digests(fd, entry.chunks.chunk_size):
+        own_digest.update(digest)
+        if stopped():
+            break
+    return own_digest.hexdigest()
 
 
 def read_digests(folder: BackupFolder, image_length: int, chunks: ChunkDigests) -> bytes:

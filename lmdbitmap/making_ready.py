@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from lmdbitmap.backup_chain import BackupChain
-from lmdbitmap.proof import thread_count
+from lmdbitmap.hashing import thread_count
 from lmdbitmap.qcow2 import Kind, Run
 
 BATCH_BYTES = 4 << 20

@@ -1,6 +1,6 @@
 """The manifest of one disk's backups: what each image in a repository's folder is, as JSON. See design section 7.
 
-    format_version   1; a newer one is refused
+    format_version   1 or 2, the least that can say what follows; a newer one is refused
     disk             name, uuid
     released         uuid and name of checkpoints that pruned backups held: the next backup forgets them; may be absent
     backups          oldest first
@@ -15,13 +15,14 @@
       granularity, cluster_size
       trust                        exact or superset
       bytes_changed, bytes_zero    of the disk: stored as data or as zero clusters; those that are zero clusters
-      bytes_stored, sha256         of the file
+      bytes_stored                 of the file
+      sha256                       of the file; absent where `chunks` vouches for all of it, from version 2 on
       compression                  zlib or zstd, where clusters may be compressed; else there is no such key
-      chunks                       file, chunk_size and sha256 of the file with the image's digests; may be absent
+      chunks                       file, chunk_size and sha256 of the file with its digests; optional beside `sha256`
 
 Invariants of what `decode` answers: every parent stands before its children, so a chain always ends, in a full
 backup; ids and files are unique. Encoding is deterministic: sorted keys, indent 2, a newline at the end; what may
-be absent and is nothing is left out. Keys that version 1 does not know are ignored, and lost when the manifest is
+be absent and is nothing is left out. Keys that these versions do not know are ignored, and lost when the manifest is
 written again.
 """
 
@@ -41,7 +42,7 @@ from lmdbitmap.extents import Trust
 from lmdbitmap.geometry import MAX_GRANULARITY_BITS, MAX_SIZE, MIN_GRANULARITY_BITS
 from lmdbitmap.qcow2.layout import CompressionType
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 MAX_MANIFEST_BYTES: Final = 16 << 20
 """Room for some 15 000 backups; parsing hostile JSON of this size takes hundreds of MiB, and no more."""
 MAX_TEXT_BYTES: Final = 1023
@@ -93,7 +94,10 @@ class Reason:
 
 @dataclass(frozen=True, slots=True)
 class ChunkDigests:
-    """The file that holds an image's digests, one for each `chunk_size` bytes, and its own SHA-256."""
+    """The file that holds an image's digests, one for each `chunk_size` bytes, and its own SHA-256.
+
+    That one is of every digest there is, and so vouches for the whole image, whether the file is there or not.
+    """
 
     file: str
     chunk_size: int
@@ -119,17 +123,29 @@ class BackupEntry:
     bytes_changed: int
     bytes_zero: int
     bytes_stored: int
-    sha256: str
+    sha256: str | None
     compression: CompressionType | None = None
     chunks: ChunkDigests | None = None
+
+    @property
+    def digest(self) -> str:
+        """What proves the image as a whole: `sha256`, or that of the digests of its chunks."""
+        if self.sha256 is not None:
+            return self.sha256
+        assert self.chunks is not None
+        return self.chunks.sha256
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
     disk: DiskRef
     backups: tuple[BackupEntry, ...] = ()
-    format_version: int = FORMAT_VERSION
     released: tuple[CheckpointRef, ...] = ()
+
+    @property
+    def format_version(self) -> int:
+        """Version 1 is for programs that know no image without a digest of the whole file."""
+        return 1 if all(entry.sha256 is not None for entry in self.backups) else 2
 
 
 def chain_to(manifest: Manifest, backup_id: str) -> tuple[BackupEntry, ...]:
@@ -164,9 +180,9 @@ def encode(manifest: Manifest) -> bytes:
 
 
 def _tree(manifest: Manifest) -> dict[str, Any]:
-    tree = dataclasses.asdict(manifest)
+    tree = {"format_version": manifest.format_version, **dataclasses.asdict(manifest)}
     for entry in tree["backups"]:
-        for absent in ("compression", "chunks"):
+        for absent in ("compression", "chunks", "sha256"):
             if entry[absent] is None:
                 del entry[absent]
     if not tree["released"]:
@@ -187,18 +203,21 @@ def _plain(value: object) -> str:
 def decode(data: bytes, *, max_bytes: int = MAX_MANIFEST_BYTES) -> Manifest:
     """Read a manifest whose every byte may lie; anything wrong with it is a `FormatError` that names the place."""
     root = _Fields(_parsed(data, max_bytes), "manifest")
-    version = root.integer("format_version", 0)
-    if version != FORMAT_VERSION:
-        kind = NewerManifest if version > FORMAT_VERSION else FormatError
-        step = "use a newer lmdbitmap, or another repository" if kind is NewerManifest else _RESTORE
-        raise kind("manifest format_version", expected=str(FORMAT_VERSION), found=version, next_step=step)
+    version = _version(root)
     disk = root.fields("disk")
-    backups = tuple(_backup(fields) for fields in root.list_of_fields("backups"))
+    backups = tuple(_backup(fields, version) for fields in root.list_of_fields("backups"))
     _check_order(backups)
     released = root.if_there("released", root.list_of_fields) or []
-    return Manifest(
-        DiskRef(disk.text("name"), disk.uuid("uuid")), backups, version, tuple(map(_checkpoint, released))
-    )
+    return Manifest(DiskRef(disk.text("name"), disk.uuid("uuid")), backups, tuple(map(_checkpoint, released)))
+
+
+def _version(root: _Fields) -> int:
+    version = root.integer("format_version", 0)
+    if 1 <= version <= FORMAT_VERSION:
+        return version
+    kind = NewerManifest if version > FORMAT_VERSION else FormatError
+    step = "use a newer lmdbitmap, or another repository" if kind is NewerManifest else _RESTORE
+    raise kind("manifest format_version", expected=f"1 to {FORMAT_VERSION}", found=version, next_step=step)
 
 
 def _parsed(data: bytes, max_bytes: int) -> object:
@@ -240,7 +259,7 @@ def _constant(name: str) -> NoReturn:
     raise _refusal("manifest", "finite numbers", name)
 
 
-def _backup(fields: _Fields) -> BackupEntry:
+def _backup(fields: _Fields, version: int) -> BackupEntry:
     entry = BackupEntry(
         id=fields.text("id"),
         sequence=fields.integer("sequence", 0),
@@ -259,12 +278,14 @@ def _backup(fields: _Fields) -> BackupEntry:
         bytes_changed=fields.integer("bytes_changed", 0),
         bytes_zero=fields.integer("bytes_zero", 0),
         bytes_stored=fields.integer("bytes_stored", 0),
-        sha256=fields.digest("sha256"),
+        sha256=fields.digest("sha256") if version == 1 else fields.if_there("sha256", fields.digest),
         compression=fields.if_there("compression", lambda name: fields.choice(name, list(CompressionType))),
         chunks=fields.if_there("chunks", lambda name: _chunks(fields.fields(name))),
     )
     if entry.reason is None and entry.type_requested is not entry.type_actual:
         raise _refusal(f"{fields.place}.reason", "one, as the type is not the requested one", "null")
+    if entry.sha256 is None and entry.chunks is None:
+        raise _refusal(f"{fields.place}.chunks", "digests of chunks, as there is none of the file", "none")
     return entry
 
 

@@ -11,28 +11,22 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from lmdbitmap.digests import DIGEST_BYTES, digest_at, read_digests
+from lmdbitmap.digests import found_digest, read_digests
 from lmdbitmap.errors import FormatError, NotFound, os_errors_at
 from lmdbitmap.file_pool import PooledFile
 from lmdbitmap.geometry import ceil_div
+from lmdbitmap.hashing import DIGEST_BYTES, digest_at
 from lmdbitmap.manifest import BackupEntry
-from lmdbitmap.repository import BackupFolder, sha256_of
+from lmdbitmap.repository import BackupFolder
 
 log = logging.getLogger(__name__)
 
 _USE_ANOTHER = "restore an earlier backup, or get the file from a copy of the repository"
 _STRIPES = 64
-_MOST_THREADS = 8
-
-
-def thread_count() -> int:
-    """How many threads can compute digests at once."""
-    return min(len(os.sched_getaffinity(0)), _MOST_THREADS)
 
 
 class ChunkProof:
@@ -95,13 +89,13 @@ def chunk_proof(folder: BackupFolder, entry: BackupEntry, file: PooledFile) -> C
     return ChunkProof(file, entry.chunks.chunk_size, digests)
 
 
-def prove_whole(file: PooledFile, sha256: str, stopped: Callable[[], bool] = lambda: False) -> None:
+def prove_whole(file: PooledFile, entry: BackupEntry, stopped: Callable[[], bool] = lambda: False) -> None:
     """Raise `FormatError` unless the image has this digest to the bit; give up if `stopped` says so."""
     with os_errors_at(file.path), file.reading() as device:
         assert device.fd is not None
-        found = sha256_of(device.fd, stopped)
-    if found != sha256 and not stopped():
-        raise FormatError(file.path, expected=f"SHA-256 {sha256}", found=found, next_step=_USE_ANOTHER)
+        found = found_digest(entry, device.fd, stopped)
+    if found != entry.digest and not stopped():
+        raise FormatError(file.path, expected=f"SHA-256 {entry.digest}", found=found, next_step=_USE_ANOTHER)
 
 
 def prove(
@@ -110,7 +104,7 @@ def prove(
     """The same of all of these."""
     for file, entry in images:
         if not stopped():
-            prove_whole(file, entry.sha256, stopped)
+            prove_whole(file, entry, stopped)
 
 
 @contextlib.contextmanager

@@ -26,11 +26,12 @@ from typing import NamedTuple
 
 from lmdbitmap import files
 from lmdbitmap.copier import Copied, Progress, Report
-from lmdbitmap.digests import Proof, synced_proof
+from lmdbitmap.digests import synced_digests
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.extents import Trust
 from lmdbitmap.file_pool import FilePool
-from lmdbitmap.manifest import BackupEntry, BackupType, Manifest, Reason, chain_to
+from lmdbitmap.hashing import ChunkHasher
+from lmdbitmap.manifest import BackupEntry, BackupType, ChunkDigests, Manifest, Reason, chain_to
 from lmdbitmap.merge import View, write_merged
 from lmdbitmap.repository import BackupFolder, known_backups_of
 from lmdbitmap.retention import Retention, kept
@@ -181,8 +182,9 @@ def _written(folder: BackupFolder, manifest: Manifest, rewrite: _Rewrite, report
         view = View(pool, folder, chain, down_to=len(chain) - len(merged))
         over = _over(pool, folder, manifest, onto, is_below=len(merged) < len(chain))
         copied, compression = write_merged(file.fileno(), path, view, over, report)
-        proof = synced_proof(folder, entry.file, file.fileno())
-    merged_entry = _entry(entry, onto, merged, copied, proof)
+        with ChunkHasher(file.fileno()) as hasher:
+            chunks = synced_digests(folder, entry.file, file.fileno(), hasher)
+    merged_entry = _entry(entry, onto, merged, copied, chunks)
     return dataclasses.replace(merged_entry, compression=compression)
 
 
@@ -201,13 +203,13 @@ def _entry(
     onto: BackupEntry | None,
     merged: Sequence[BackupEntry],
     copied: Copied,
-    proof: Proof,
+    chunks: ChunkDigests,
 ) -> BackupEntry:
     is_superset = onto is not None and any(each.trust is Trust.SUPERSET for each in merged)
     changed = dataclasses.replace(
         entry, parent=None if onto is None else onto.id, trust=Trust.SUPERSET if is_superset else Trust.EXACT,
         bytes_changed=copied.bytes_changed, bytes_zero=copied.bytes_zero, bytes_stored=copied.bytes_stored,
-        sha256=proof.sha256, chunks=proof.chunks,
+        sha256=None, chunks=chunks,
     )  # fmt: skip
     if onto is not None:
         return changed

@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from lmdbitmap import files
 from lmdbitmap.copier import Progress, Report
 from lmdbitmap.device import FileDevice
+from lmdbitmap.digests import found_digest
 from lmdbitmap.errors import AlreadyExists, Busy, FormatError, InvalidArgument, NotFound, os_errors_at
 from lmdbitmap.file_copy import PIECE_BYTES, FileCopier
 from lmdbitmap.manifest import BackupEntry, Manifest
-from lmdbitmap.repository import BackupFolder, known_backups_of, sha256_of
+from lmdbitmap.repository import BackupFolder, known_backups_of
 
 _USE_ANOTHER = "look at it with `verify`, and get the file from another copy of the repository"
 
@@ -150,9 +151,9 @@ def _copy_image(source: BackupFolder, target: BackupFolder, entry: BackupEntry, 
             report.advance(length)
         with os_errors_at(copy), ThreadPoolExecutor(max_workers=1) as beside:
             synced = beside.submit(os.fsync, file.fileno())
-            found = sha256_of(file.fileno())
+            found = found_digest(entry, file.fileno())
             synced.result()
-        _require(path, entry.sha256, found)
+        _require(path, entry.digest, found)
 
 
 def _require(path: str, expected: str, found: str) -> None:
@@ -164,8 +165,8 @@ def _require_same(path: str, entry: BackupEntry) -> None:
     """Take an image that a killed copy left for what it is; any other is somebody's."""
     with FileDevice.open(path, read_only=True) as device, os_errors_at(path):
         assert device.fd is not None
-        found = sha256_of(device.fd)
-    if found != entry.sha256:
+        found = found_digest(entry, device.fd)
+    if found != entry.digest:
         raise AlreadyExists(
             f"{path} is there, and is another image than backup {entry.id}",
             next_step="copy to another repository, or move that file away",

@@ -25,12 +25,12 @@ from typing import NamedTuple
 from lmdbitmap.backup_chain import image_reader
 from lmdbitmap.copier import Progress, Report
 from lmdbitmap.device import FileDevice
-from lmdbitmap.digests import DIGEST_BYTES, digest_at, read_digests
+from lmdbitmap.digests import found_digest, read_digests
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError, NotFound, os_errors_at
 from lmdbitmap.geometry import ceil_div
+from lmdbitmap.hashing import DIGEST_BYTES, digest_at, thread_count
 from lmdbitmap.manifest import BackupEntry, ChunkDigests, Manifest, chain_to
-from lmdbitmap.proof import thread_count
-from lmdbitmap.repository import BackupFolder, folders_of, sha256_of
+from lmdbitmap.repository import BackupFolder, folders_of
 
 MAX_FLAWS = 1000
 """Told one by one; more are counted."""
@@ -232,10 +232,10 @@ class _Image:
 
     def _check_whole(self) -> list[Flaw]:
         with _opened(self._path) as fd, os_errors_at(self._path):
-            found = sha256_of(fd)
-        if found == self._entry.sha256:
+            found = found_digest(self._entry, fd)
+        if found == self._entry.digest:
             return []
-        problem = f"expected SHA-256 {self._entry.sha256}, found {found}"
+        problem = f"expected SHA-256 {self._entry.digest}, found {found}"
         return [self._bytes_flaw(problem, 0, self._entry.bytes_stored)]
 
     def _check_chunks(self, chunks: ChunkDigests, start: int, stop: int) -> list[Flaw]:

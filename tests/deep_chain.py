@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 from lmdbitmap.copier import ImageFile
-from lmdbitmap.digests import CHUNK_BYTES, chunk_digests
+from lmdbitmap.hashing import CHUNK_BYTES, chunk_digests
 from lmdbitmap.manifest import BackupEntry, ChunkDigests, Manifest
 from lmdbitmap.qcow2 import Qcow2Writer
 from lmdbitmap.repository import BackupFolder, digests_name, sha256_of

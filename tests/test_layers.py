@@ -78,6 +78,7 @@ FLOORS: dict[str, float] = {
     "repository": 3,
     "sync_note": 3,
     "retention": 3,
+    "hashing": 2.7,
     "file_pool": 2.7,
     "merge": 3.3,
     "file_copy": 2.7,

@@ -181,6 +181,7 @@ def _backup_facts(result: BackupResult) -> dict[str, object]:
         "bytes_zero": entry.bytes_zero,
         "bytes_stored": entry.bytes_stored,
         "sha256": entry.sha256,
+        "chunks_sha256": None if entry.chunks is None else entry.chunks.sha256,
         "compression": None if entry.compression is None else entry.compression.value,
         "seconds": round(result.seconds, 3),
     }

@@ -277,4 +277,5 @@ def _point_facts(entry: BackupEntry, depth: int) -> dict[str, object]:
         "checkpoint": entry.checkpoint.name, "size": entry.disk_size, "bytes_changed": entry.bytes_changed,
         "bytes_zero": entry.bytes_zero, "bytes_stored": entry.bytes_stored, "chain_depth": depth,
         "trust": entry.trust.value, "sha256": entry.sha256,
+        "chunks_sha256": None if entry.chunks is None else entry.chunks.sha256,
     }  # fmt: skip

@@ -51,7 +51,7 @@ def test_the_first_backup_is_full_and_says_why(cli: Cli) -> None:
         "reason": {"code": "no-earlier-backup", "words": "no earlier backup"},
         "parent": None, "checkpoint": made["checkpoint"], "time": made["time"], "size": SIZE, "trust": "exact",
         "bytes_read": 0, "bytes_changed": SIZE, "bytes_zero": SIZE, "bytes_stored": os.path.getsize(made["file"]),
-        "sha256": made["sha256"], "compression": None, "seconds": made["seconds"],
+        "sha256": None, "chunks_sha256": made["chunks_sha256"], "compression": None, "seconds": made["seconds"],
     }  # fmt: skip
     assert cli.json("info", "sda")["since"] == made["checkpoint"]
 

@@ -49,6 +49,7 @@ def entries(draw: st.DrawFn, number: int, ids: list[str], file: str, sequence: i
     actual = draw(types) if number else BackupType.FULL
     requested = draw(types)
     reasons = st.builds(Reason, texts, texts)
+    sha256 = draw(st.none() | digests)
     return BackupEntry(
         id=ids[number],
         sequence=sequence,
@@ -67,8 +68,8 @@ def entries(draw: st.DrawFn, number: int, ids: list[str], file: str, sequence: i
         bytes_changed=draw(sizes),
         bytes_zero=draw(sizes),
         bytes_stored=draw(sizes),
-        sha256=draw(digests),
-        chunks=draw(st.none() | chunks),
+        sha256=sha256,
+        chunks=draw(chunks if sha256 is None else st.none() | chunks),
         compression=draw(st.sampled_from([None, *CompressionType])),
     )
 

@@ -406,7 +406,7 @@ def spoil(path: Path, damage: str) -> None:
 def test_a_manifest_of_a_newer_version_is_never_replaced(disk: BackedUpDisk) -> None:
     disk.backup()
     path = Path(disk.backup_folder().path_of("manifest.json"))
-    newer = path.read_bytes().replace(b'"format_version": 1', b'"format_version": 2')
+    newer = path.read_bytes().replace(b'"format_version": 2', b'"format_version": 3')
     path.write_bytes(newer)
     with pytest.raises(FormatError, match="use a newer lmdbitmap, or another repository"):
         disk.backup(FULL)

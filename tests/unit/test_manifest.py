@@ -195,8 +195,8 @@ def test_the_frame_must_be_right_too(place: str, value: object) -> None:
 
 
 def test_a_newer_version_is_refused_whatever_else_it_has() -> None:
-    with pytest.raises(FormatError, match="expected 1, found 2; use a newer lmdbitmap"):
-        decode(b'{"format_version": 2, "disks": []}')
+    with pytest.raises(FormatError, match="expected 1 to 2, found 3; use a newer lmdbitmap"):
+        decode(b'{"format_version": 3, "disks": []}')
 
 
 def test_keys_that_version_1_does_not_know_are_ignored() -> None:
@@ -316,6 +316,27 @@ CHUNKS = ChunkDigests("0000.qcow2.01234567.digests", 1 << 20, "f" * 64)
 def test_an_entry_without_digests_of_chunks_is_written_as_it_always_was() -> None:
     assert b"chunks" not in encode(CHAIN)
     assert decode(encode(CHAIN)).backups[0].chunks is None
+
+
+def test_digests_of_chunks_may_stand_for_the_whole_image_in_version_2() -> None:
+    made = Manifest(DISK, (entry(0), entry(1, 0, sha256=None, chunks=CHUNKS)))
+    text = json.loads(encode(made))
+    assert (text["format_version"], "sha256" in text["backups"][1]) == (2, False)
+    assert decode(encode(made)) == made
+    assert [entry.digest for entry in made.backups] == [entry(0).sha256, CHUNKS.sha256]
+
+
+def test_version_1_has_a_digest_of_every_image() -> None:
+    text = json.loads(encode(Manifest(DISK, (entry(0, sha256=None, chunks=CHUNKS),))))
+    with pytest.raises(FormatError, match=r"manifest backups\[0\]\.sha256: expected a value, found none"):
+        decode(json.dumps({**text, "format_version": 1}).encode())
+
+
+def test_an_image_that_nothing_vouches_for_is_refused() -> None:
+    text = json.loads(encode(Manifest(DISK, (entry(0, sha256=None, chunks=CHUNKS),))))
+    del text["backups"][0]["chunks"]
+    with pytest.raises(FormatError, match=r"manifest backups\[0\]\.chunks: expected digests of chunks"):
+        decode(json.dumps(text).encode())
 
 
 def test_digests_of_chunks_are_read_back() -> None:

@@ -23,11 +23,11 @@ from lmdbitmap.errors import (
 )
 from lmdbitmap.manifest import BackupEntry, chain_to
 from lmdbitmap.qcow2 import CompressionType
-from lmdbitmap.repository import sha256_of
 from lmdbitmap.restore import RestoreResult, restore
 from tests.backed_up import DIFFERENTIAL, FULL, BackedUpDisk
 from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.tracked import NAME
+from tests.unit.test_verify import change_entry, vouch_as_a_whole
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -311,25 +311,9 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(content)
 
 
-def change_entry(disk: BackedUpDisk, number: int, **changes: object) -> None:
-    known = disk.manifest()
-    entries = list(known.backups)
-    entries[number] = dataclasses.replace(entries[number], **changes)  # type: ignore[arg-type]
-    Path(disk.backup_folder().path_of("manifest.json")).write_bytes(
-        manifest.encode(dataclasses.replace(known, backups=tuple(entries)))
-    )
-
-
 def accept_bytes(disk: BackedUpDisk, number: int) -> BackupEntry:
     """Make the manifest vouch for an image as it is now, as an attacker would."""
-    with path_of(disk, number).open("rb") as image:
-        change_entry(
-            disk,
-            number,
-            sha256=sha256_of(image.fileno()),
-            bytes_stored=path_of(disk, number).stat().st_size,
-            chunks=None,
-        )
+    vouch_as_a_whole(disk, number)
     return disk.manifest().backups[number]
 
 
@@ -355,7 +339,7 @@ def test_without_digests_by_chunks_one_wrong_bit_is_found_by_the_digest_of_the_w
     refusal = refused(disk)
     assert isinstance(refusal, FormatError)
     assert refusal.place == str(path_of(disk, number))
-    assert refusal.expected == f"SHA-256 {disk.manifest().backups[number].sha256}"
+    assert refusal.expected == f"SHA-256 {disk.manifest().backups[number].digest}"
 
 
 def lose_digests(disk: BackedUpDisk, number: int, lack: str = "never made") -> None:
@@ -363,7 +347,7 @@ def lose_digests(disk: BackedUpDisk, number: int, lack: str = "never made") -> N
     assert chunks is not None
     path = Path(disk.backup_folder().path_of(chunks.file))
     if lack == "never made":
-        change_entry(disk, number, chunks=None)
+        vouch_as_a_whole(disk, number)
     elif lack == "gone":
         path.unlink()
     else:

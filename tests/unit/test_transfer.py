@@ -19,7 +19,7 @@ from lmdbitmap.verify import verify
 from tests.backed_up import FULL, INCREMENTAL, BackedUpDisk
 from tests.tracked import NAME
 from tests.unit.test_prune import back_up, path_of, reads_as
-from tests.unit.test_verify import change_entry, digests_of, flip
+from tests.unit.test_verify import digests_of, flip, vouch_as_a_whole
 
 MIB = 1 << 20
 
@@ -156,7 +156,7 @@ def test_damaged_digests_are_not_copied(disk: BackedUpDisk) -> None:
 def test_a_backup_without_digests_of_chunks_is_copied_as_it_is(disk: BackedUpDisk) -> None:
     back_up(disk, FULL)
     digests_of(disk, 0).unlink()
-    change_entry(disk, 0, chunks=None)
+    vouch_as_a_whole(disk, 0)
     copied(disk)
     assert folder_of(disk, "copy") == folder_of(disk, "backups")
 

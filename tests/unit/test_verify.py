@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap import verify as verify_module
-from lmdbitmap.digests import CHUNK_BYTES
 from lmdbitmap.errors import Busy, InvalidArgument, NotFound
+from lmdbitmap.hashing import CHUNK_BYTES
 from lmdbitmap.manifest import BackupEntry, Manifest
 from lmdbitmap.repository import sha256_of
 from lmdbitmap.verify import MAX_FLAWS, Flaw, VerifyResult, verify
@@ -122,6 +122,14 @@ def test_a_missing_or_cut_image_is_a_flaw_and_the_others_are_looked_at(disk: Bac
     assert problems[1][1].endswith("found 100 bytes")
 
 
+def vouch_as_a_whole(disk: BackedUpDisk, number: int) -> None:
+    """Have the manifest vouch for the image as it is, as before there were digests of chunks."""
+    path = path_of(disk, number)
+    with path.open("rb") as image:
+        sha256 = sha256_of(image.fileno())
+    change_entry(disk, number, sha256=sha256, bytes_stored=path.stat().st_size, chunks=None)
+
+
 # --- structure ---
 
 
@@ -131,8 +139,7 @@ def rewrite(disk: BackedUpDisk, number: int, offset: int, data: bytes) -> None:
     with path.open("r+b") as file:
         file.seek(offset)
         file.write(data)
-    with path.open("rb") as file:
-        change_entry(disk, number, sha256=sha256_of(file.fileno()), chunks=None)
+    vouch_as_a_whole(disk, number)
 
 
 def first_l2_entry(disk: BackedUpDisk) -> int:
@@ -178,7 +185,7 @@ def test_without_digests_of_chunks_the_image_is_proven_as_a_whole(disk: BackedUp
     elif damage == "flipped":
         flip(digests, 40)
     else:
-        change_entry(disk, 0, chunks=None)
+        vouch_as_a_whole(disk, 0)
     flaws = verified(disk).flaws
     assert [flaw.path for flaw in flaws] == ([] if damage == "none" else [str(digests)])
     flip(path_of(disk, 0), 7 * MIB)

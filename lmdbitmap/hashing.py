@@ -1,0 +1,113 @@
+"""Computes the digests of a file's chunks in threads, beside the work that fills the file.
+
+    writer ── wrote(offset, length) ──▶ chunks that the file has gone beyond ──▶ threads: read back, hash
+                                                                                        │
+    writer is done ── digests() ──▶ in order, with what was written to once more ◀──────┘
+
+Hashing lets go of Python's lock, and the bytes are still in the processor's cache, or at least in memory. A chunk
+that is written to after it was hashed is hashed again in the end: so the digests are right in whatever order
+a file is written, and a file that grows from its beginning to its end is read once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Final
+
+from lmdbitmap.geometry import ceil_div
+
+CHUNK_BYTES: Final = 1 << 20
+DIGEST_BYTES: Final = 32
+_BATCH_CHUNKS: Final = 4
+"""Hashed in one go: what a thread costs is lost in it."""
+_READ_AT_ONCE: Final = 256 << 10
+_MOST_THREADS: Final = 8
+
+
+def thread_count() -> int:
+    """How many threads can compute digests at once."""
+    return min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+
+
+class ChunkHasher:
+    """The digests of the file `fd`, for one thread that writes it; a context, which owns its threads."""
+
+    def __init__(self, fd: int, chunk_size: int = CHUNK_BYTES) -> None:
+        self._fd = fd
+        self.chunk_size = chunk_size
+        self._threads = ThreadPoolExecutor(max_workers=thread_count())
+        self._batches: list[Future[list[bytes]]] = []
+        self._under_way: deque[Future[list[bytes]]] = deque()
+        self._end = 0
+        self._hashed_chunks = 0
+        self._stale: set[int] = set()
+
+    def __enter__(self) -> ChunkHasher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+    def wrote(self, offset: int, length: int) -> None:
+        """The file has these bytes now."""
+        end = offset + length
+        if offset < self._hashed_chunks * self.chunk_size:
+            touched = range(offset // self.chunk_size, ceil_div(end, self.chunk_size))
+            self._stale.update(touched[: self._hashed_chunks - touched.start])
+        self._end = max(self._end, end)
+        while (self._hashed_chunks + _BATCH_CHUNKS) * self.chunk_size <= self._end:
+            self._hash_next(_BATCH_CHUNKS)
+
+    def digests(self) -> Iterator[bytes]:
+        """All of them in order, once nothing is written any more; the last chunk may be short."""
+        chunks = ceil_div(os.fstat(self._fd).st_size, self.chunk_size)
+        while self._hashed_chunks < chunks:
+            self._hash_next(min(_BATCH_CHUNKS, chunks - self._hashed_chunks))
+        chunk = 0
+        for batch in self._batches:
+            for digest in batch.result():
+                yield _digests_of(self._fd, self.chunk_size, chunk, 1)[0] if chunk in self._stale else digest
+                chunk += 1
+
+    def _hash_next(self, count: int) -> None:
+        """Hand over the next chunks; a writer that is far ahead waits."""
+        batch = self._threads.submit(_digests_of, self._fd, self.chunk_size, self._hashed_chunks, count)
+        self._batches.append(batch)
+        self._under_way.append(batch)
+        self._hashed_chunks += count
+        if len(self._under_way) > 2 * thread_count():
+            self._under_way.popleft().result()
+
+
+def chunk_digests(fd: int, chunk_size: int = CHUNK_BYTES) -> Iterator[bytes]:
+    """The SHA-256 of each chunk of a file; the last chunk may be short."""
+    for chunk in range(ceil_div(os.fstat(fd).st_size, chunk_size)):
+        yield from _digests_of(fd, chunk_size, chunk, 1)
+
+
+def _digests_of(fd: int, chunk_size: int, first: int, count: int) -> list[bytes]:
+    buffer = memoryview(bytearray(min(_READ_AT_ONCE, chunk_size)))
+    return [
+        _digest_at(fd, chunk * chunk_size, chunk_size, buffer).digest()
+        for chunk in range(first, first + count)
+    ]
+
+
+def digest_at(fd: int, offset: int, length: int) -> bytes:
+    """The SHA-256 of a range of a file; of less, where the file has become shorter."""
+    return _digest_at(fd, offset, length, memoryview(bytearray(min(_READ_AT_ONCE, length)))).digest()
+
+
+def _digest_at(fd: int, offset: int, length: int, buffer: memoryview) -> hashlib._Hash:
+    digest, end = hashlib.sha256(), offset + length
+    while offset < end and (count := os.preadv(fd, [buffer[: end - offset]], offset)):
+        digest.update(buffer[:count])
+        offset += count
+    return digest

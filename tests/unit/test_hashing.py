@@ -1,0 +1,78 @@
+"""Digests of a file's chunks that are computed while the file is written, beside those of its final bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lmdbitmap.hashing import CHUNK_BYTES, ChunkHasher, chunk_digests
+
+CHUNK = 4096
+LENGTHS = [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES + 7]
+
+
+@pytest.fixture
+def fd(tmp_path: Path) -> Iterator[int]:
+    opened = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    yield opened
+    os.close(opened)
+
+
+def naive(content: bytes, chunk_size: int) -> bytes:
+    chunks = [content[start : start + chunk_size] for start in range(0, len(content), chunk_size)]
+    return b"".join(hashlib.sha256(chunk).digest() for chunk in chunks)
+
+
+def content_of(fd: int) -> bytes:
+    return os.pread(fd, os.fstat(fd).st_size, 0)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("chunk_size", [4096, CHUNK_BYTES])
+def test_each_chunk_has_its_digest_and_the_last_may_be_short(fd: int, length: int, chunk_size: int) -> None:
+    content = os.urandom(length)
+    os.pwrite(fd, content, 0)
+    assert b"".join(chunk_digests(fd, chunk_size)) == naive(content, chunk_size)
+    with ChunkHasher(fd, chunk_size) as hasher:
+        assert b"".join(hasher.digests()) == naive(content, chunk_size)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_in_whatever_order_a_file_is_written_the_digests_are_of_what_it_holds_in_the_end(
+    fd: int, seed: int
+) -> None:
+    lot = random.Random(seed)
+    with ChunkHasher(fd, CHUNK) as hasher:
+        for _ in range(lot.randrange(60)):
+            end = os.fstat(fd).st_size
+            offset = end if lot.random() < 0.7 else lot.randrange(end + 5 * CHUNK)
+            length = os.pwrite(fd, lot.randbytes(lot.randrange(1, 9 * CHUNK)), offset)
+            hasher.wrote(offset, length)
+        assert b"".join(hasher.digests()) == naive(content_of(fd), CHUNK)
+
+
+def test_what_was_written_once_is_hashed_before_the_file_is_whole(fd: int) -> None:
+    with ChunkHasher(fd, CHUNK) as hasher:
+        hasher.wrote(0, os.pwrite(fd, b"a" * 64 * CHUNK, 0))
+        hasher._threads.shutdown()
+        os.pwrite(fd, b"b" * 64 * CHUNK, 0)  # behind its back
+        assert b"".join(hasher.digests()) == naive(b"a" * 64 * CHUNK, CHUNK)
+
+
+def test_a_header_that_is_written_last_is_hashed_again(fd: int) -> None:
+    with ChunkHasher(fd, CHUNK) as hasher:
+        hasher.wrote(CHUNK, os.pwrite(fd, b"d" * 40 * CHUNK, CHUNK))
+        hasher.wrote(0, os.pwrite(fd, b"header", 0))
+        assert b"".join(hasher.digests()) == naive(content_of(fd), CHUNK)
+
+
+def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb", buffering=0) as file, ChunkHasher(file.fileno(), CHUNK) as hasher:
+        os.pwrite(file.fileno(), bytes(64 * CHUNK), 0)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            list(hasher.digests())
