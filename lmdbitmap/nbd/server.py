@@ -34,6 +34,8 @@ _log = logging.getLogger(__name__)
 
 _ACCEPT_PAUSE_S: Final = 0.1
 _SLACK_S: Final = 1.0
+_SEND_BUFFER_BYTES: Final = 2 << 20
+"""Of a unix socket, which else has room for three READs of 64 KiB only; TCP finds its own. The kernel may allow less."""
 _BESIDE: Final = ""
 """Stands for all disks that come and go, where past traffic is counted; no disk has that name."""
 
@@ -285,6 +287,8 @@ def _still_there(visits: Iterable[Visit], patience_s: float) -> list[Visit]:
 
 def _tune(sock: socket.socket) -> None:
     """Replies leave at once; a peer whose host vanished is noticed in the end."""
-    if sock.family != socket.AF_UNIX:
+    if sock.family == socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+    else:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
