@@ -36,7 +36,10 @@ _MOST_PARTS: Final = 1000
 """The kernel takes 1024 at once."""
 SPLICE_FROM: Final = 32 << 10
 """READs of this many bytes travel by reference: below it, copying is cheaper than two more system calls."""
-_NEVER: Final = 1 << 62
+_APART_FROM: Final = 128 << 10
+"""READs of this many bytes that cannot are answered by themselves, out of memory that is used again."""
+_MOST_KEPT: Final = 1 << 20
+"""Memory for READs that do not travel by reference, for as long as the connection lasts."""
 
 _SIMPLE_OK: Final = struct.pack(">II", nbd.NBD_SIMPLE_REPLY_MAGIC, 0)
 """A simple reply but for its cookie."""
@@ -76,8 +79,11 @@ class Replies:
         self._pread_patiently = _by_lane(lane.pread_into) if fd is None else functools.partial(os.pread, fd)
         self._knows_haste = _knows_haste(fd)
         self._pread = self._pread_patiently
-        self._splice_from = _NEVER if fd is None or encrypted else SPLICE_FROM
+        self._apart_from, self._read_apart = _APART_FROM, self.add_whole_read
+        if fd is not None and not encrypted:
+            self._apart_from, self._read_apart = SPLICE_FROM, self._splice
         self._pipe: tuple[int, int] | None = None
+        self._large = memoryview(b"")
 
     def close(self) -> None:
         self.hurry(False)
@@ -110,7 +116,7 @@ class Replies:
         if sent < self._gathered_bytes:
             self._send_rest(memoryview(b"".join(parts))[sent:])
 
-    def _send_all(self, data: bytes | bytearray) -> None:
+    def _send_all(self, data: bytes | bytearray | memoryview) -> None:
         sent = 0
         if not self._encrypted:
             try:
@@ -137,11 +143,11 @@ class Replies:
 
     def add_reads(self, reads: list[Read]) -> None:
         """Do these READs, none of them empty, and answer each with its data or its error."""
-        structured, pack, splice_from = self._structured, _DATA.pack, self._splice_from
+        structured, pack, apart_from = self._structured, _DATA.pack, self._apart_from
         gathered, header_size = self._gathered, self._header_size
         for _, cookie, offset, length in reads:
-            if length >= splice_from:
-                self._splice(cookie, offset, length)
+            if length >= apart_from:
+                self._read_apart(cookie, offset, length)
                 continue
             try:
                 data = self._pread(length, offset)
@@ -171,17 +177,27 @@ class Replies:
     def add_whole_read(self, cookie: bytes, offset: int, length: int) -> None:
         """Do one READ through memory of its own, and answer it in one chunk."""
         self._notice.give()
+        data = self._room_for(length)
         try:
-            data = self._pread_patiently(length, offset)
-            if len(data) < length:  # the lane says why
-                data = bytearray(length)
-                self._pread_into(memoryview(data), offset)
+            self._fill(data, offset)
         except (OSError, LmdbitmapError) as failure:
             self._refuse(cookie, failure)
             return
         self.add(self._header(cookie, offset, length, done=True))
         self.send()
         self._send_all(data)
+
+    def _fill(self, data: memoryview, offset: int) -> None:
+        if self._fd < 0 or os.preadv(self._fd, [data], offset) < len(data):
+            self._pread_into(data, offset)  # where that is less than was asked for, the lane says why
+
+    def _room_for(self, length: int) -> memoryview:
+        """The same memory each time, unless that is not enough: Python clears new memory with its lock held."""
+        if length > _MOST_KEPT:
+            return memoryview(bytearray(length))
+        if length > len(self._large):
+            self._large = memoryview(bytearray(_MOST_KEPT))
+        return self._large[:length]
 
     def _header(self, cookie: bytes, offset: int, length: int, *, done: bool) -> bytes:
         if self._structured:
@@ -224,7 +240,7 @@ class Replies:
             return os.splice(self._fd, self._pipe[1], length, offset_src=offset)
         except OSError as refused:
             if refused.errno == errno.EINVAL:  # not a kind of file that can
-                self._splice_from = _NEVER
+                self._apart_from, self._read_apart = _APART_FROM, self.add_whole_read
             return 0
 
     def _empty_pipe(self, length: int) -> None:

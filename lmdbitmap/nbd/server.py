@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 _ACCEPT_PAUSE_S: Final = 0.1
 _SLACK_S: Final = 1.0
 _SEND_BUFFER_BYTES: Final = 2 << 20
-"""Of a unix socket, which else has room for three READs of 64 KiB only; TCP finds its own. The kernel may allow less."""
+"""Of a unix socket, which else has room for three READs of 64 KiB. TCP finds its own; the kernel may allow less."""
 _BESIDE: Final = ""
 """Stands for all disks that come and go, where past traffic is counted; no disk has that name."""
 
