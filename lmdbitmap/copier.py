@@ -139,11 +139,12 @@ class _Copier:
         self.bytes_zero = 0
 
     def copy(self, runs: Iterable[Run]) -> None:
-        for offset, length, data in self._pieces.of_all(runs):
-            if data is None:
-                self._writer.write_zeroes(offset, length)
-                self.bytes_zero += length
-            else:
-                self._writer.write(offset, data)
-            self.bytes_changed += length
-            self._report.advance(length)
+        with contextlib.closing(self._pieces.of_all(runs)) as pieces:
+            for offset, length, data in pieces:
+                if data is None:
+                    self._writer.write_zeroes(offset, length)
+                    self.bytes_zero += length
+                else:
+                    self._writer.write(offset, data)
+                self.bytes_changed += length
+                self._report.advance(length)

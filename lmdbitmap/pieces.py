@@ -3,12 +3,19 @@
 Holes are found by asking, and not even read unless they cover a block in part only. Other zeroes are found by
 looking, block by block. Where every question travels, as to an NBD server, small runs are read together, and without
 asking.
+
+A thread reads ahead by a buffer or two, so that what takes its time to read does so while what came before is put
+somewhere.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple, Protocol, TypeAlias
 
 from lmdbitmap.bits import Run
@@ -20,6 +27,12 @@ CHUNK_BYTES = 1 << 20
 
 SMALL_BYTES = CHUNK_BYTES // 4
 """Runs up to here are read together with others."""
+
+_BUFFERS = 3
+"""One whose pieces are looked at, and those that are filled meanwhile."""
+
+_MOST_AHEAD = 64
+"""Zeroes take no buffer, and wait behind what is being read."""
 
 ReadMany: TypeAlias = Callable[[Sequence[tuple[memoryview, int]]], None]
 """Fills every (buffer, offset), many at a time."""
@@ -43,6 +56,7 @@ class Metered:
         self.pread_many = None if self._read_many is None else self._pread_many
         """Of a device that has it."""
         self.bytes_read = 0
+        self._counting = threading.Lock()
 
     @property
     def size(self) -> int:
@@ -50,12 +64,16 @@ class Metered:
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
         self._device.pread_into(buffer, offset)
-        self.bytes_read += len(buffer)
+        self._count(len(buffer))
 
     def _pread_many(self, parts: Sequence[tuple[memoryview, int]]) -> None:
         assert self._read_many is not None
         self._read_many(parts)
-        self.bytes_read += sum(len(buffer) for buffer, _ in parts)
+        self._count(sum(len(buffer) for buffer, _ in parts))
+
+    def _count(self, length: int) -> None:
+        with self._counting:
+            self.bytes_read += length
 
     def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
         return self._device.allocation(offset, length)
@@ -69,6 +87,20 @@ class Piece(NamedTuple):
     data: memoryview | None
 
 
+class _Read(NamedTuple):
+    """Ranges (offset, length) of the device that one buffer has room for; `together` if they are small runs."""
+
+    places: Sequence[tuple[int, int]]
+    together: bool = False
+
+
+class _Ahead(NamedTuple):
+    """The next pieces; `result` waits until their buffer is filled. Zeroes have none."""
+
+    result: Callable[[], Sequence[Piece]]
+    buffer: bytearray | None = None
+
+
 class Pieces:
     """Reads runs of `blocks`, which are as large as what is told apart: a block is data if any byte of it is."""
 
@@ -77,49 +109,54 @@ class Pieces:
         self._read_many: ReadMany | None = getattr(device, "pread_many", None)
         self._blocks = blocks
         self._chunk_bytes = max(CHUNK_BYTES, blocks.granularity)
-        self._buffer = bytearray(min(self._chunk_bytes, blocks.size))
-        self._chunk = memoryview(self._buffer)
         self._zeroes = bytes(blocks.granularity)
 
-    def of_all(self, runs: Iterable[Run]) -> Iterator[Piece]:
-        """What `of` says of each of the runs, which ascend."""
+    def of_all(self, runs: Iterable[Run]) -> Generator[Piece, None, None]:
+        """The runs, which ascend, without a gap in one of them. Raises `OSError` as the device does.
+
+        Close it where it is left before its end: its thread may be reading.
+        """
+        free = [bytearray(min(self._chunk_bytes, self._blocks.size)) for _ in range(_BUFFERS)]
+        ahead: deque[_Ahead] = deque()
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            for step in self._steps(runs):
+                while len(ahead) > _MOST_AHEAD or not free:
+                    yield from _taken(ahead, free)
+                if isinstance(step, _Read):
+                    buffer = free.pop()
+                    ahead.append(_Ahead(reader.submit(self._read, step, buffer).result, buffer))
+                elif ahead:
+                    ahead.append(_Ahead(partial(tuple, [step])))
+                else:
+                    yield step
+            while ahead:
+                yield from _taken(ahead, free)
+
+    # -- what to read --------------------------------------------------------------------------------------
+
+    def _steps(self, runs: Iterable[Run]) -> Iterator[Piece | _Read]:
         together: list[tuple[int, int]] = []
         for run in runs:
             offset, length = self._blocks.bytes_of(*run)
-            if sum(size for _, size in together) + length > len(self._buffer):
-                yield from self._of_small(together)
+            is_small = self._read_many is not None and length <= SMALL_BYTES
+            if together and (not is_small or sum(size for _, size in together) + length > self._chunk_bytes):
+                yield _Read(together, together=True)
                 together = []
-            if self._read_many is None or length > SMALL_BYTES:
-                yield from self._of_small(together)
-                together = []
-                yield from self.of(run)
-            else:
+            if is_small:
                 together.append((offset, length))
-        yield from self._of_small(together)
+            else:
+                yield from self._steps_of(run)
+        if together:
+            yield _Read(together, together=True)
 
-    def _of_small(self, places: Sequence[tuple[int, int]]) -> Iterator[Piece]:
-        """Of (offset, length) that fit into the buffer."""
-        if not places:
-            return
-        ends = itertools.accumulate(length for _, length in places)
-        parts = [
-            (self._chunk[end - length : end], offset, end)
-            for (offset, length), end in zip(places, ends, strict=True)
-        ]
-        assert self._read_many is not None
-        self._read_many([(part, offset) for part, offset, _ in parts])
-        for part, offset, end in parts:
-            yield from self._pieces_at(offset, end - len(part), end)
-
-    def of(self, run: Run) -> Iterator[Piece]:
-        """The run without a gap, ascending. Raises `OSError` as the device does."""
+    def _steps_of(self, run: Run) -> Iterator[Piece | _Read]:
         for start, stop, zero in self._parts(run):
             offset, length = self._blocks.bytes_of(start, stop)
             if zero:
                 yield Piece(offset, length, None)
-            else:
-                for position in range(offset, offset + length, self._chunk_bytes):
-                    yield from self._read(position, min(self._chunk_bytes, offset + length - position))
+                continue
+            for position in range(offset, offset + length, self._chunk_bytes):
+                yield _Read([(position, min(self._chunk_bytes, offset + length - position))])
 
     def _parts(self, run: Run) -> Iterator[tuple[int, int, bool]]:
         """The run in parts (first block, stop, whether the device knows that all of it is zero)."""
@@ -136,28 +173,44 @@ class Pieces:
         if position < stop:
             yield position, stop, False
 
-    def _read(self, offset: int, length: int) -> Iterator[Piece]:
-        self._device.pread_into(self._chunk[:length], offset)
-        return self._pieces_at(offset, 0, length)
+    # -- reading, in the thread that does ------------------------------------------------------------------
 
-    def _pieces_at(self, offset: int, begin: int, end: int) -> Iterator[Piece]:
-        """Of the buffer's [begin, end), which is at `offset` of the device."""
-        for start, stop, zero in self._stretches(begin, end):
-            yield Piece(offset + start - begin, stop - start, None if zero else self._chunk[start:stop])
+    def _read(self, step: _Read, buffer: bytearray) -> list[Piece]:
+        view = memoryview(buffer)
+        ends = list(itertools.accumulate(length for _, length in step.places))
+        places = [(end - length, end, at) for (at, length), end in zip(step.places, ends, strict=True)]
+        if step.together and self._read_many is not None:
+            self._read_many([(view[begin:end], at) for begin, end, at in places])
+        else:
+            for begin, end, at in places:
+                self._device.pread_into(view[begin:end], at)
+        return [
+            Piece(at + start - begin, stop - start, None if zero else view[start:stop])
+            for begin, end, at in places
+            for start, stop, zero in self._stretches(buffer, begin, end)
+        ]
 
-    def _stretches(self, begin: int, end: int) -> Iterator[tuple[int, int, bool]]:
+    def _stretches(self, buffer: bytearray, begin: int, end: int) -> Iterator[tuple[int, int, bool]]:
         """Stretches (start, stop, zero) of the buffer's [begin, end) in blocks, neighbours differing."""
-        start, was_zero = begin, self._is_zero(begin, end)
+        start, was_zero = begin, self._is_zero(buffer, begin, end)
         for position in range(begin + len(self._zeroes), end, len(self._zeroes)):
-            zero = self._is_zero(position, end)
+            zero = self._is_zero(buffer, position, end)
             if zero is not was_zero:
                 yield start, position, was_zero
                 start, was_zero = position, zero
         yield start, end, was_zero
 
-    def _is_zero(self, start: int, end: int) -> bool:
+    def _is_zero(self, buffer: bytearray, start: int, end: int) -> bool:
         """`startswith` is a memcmp: data that is not zero mostly differs early, and costs next to nothing."""
         stop = start + len(self._zeroes)
         if stop <= end:
-            return self._buffer.startswith(self._zeroes, start, stop)
-        return self._buffer.startswith(self._zeroes[: end - start], start, end)
+            return buffer.startswith(self._zeroes, start, stop)
+        return buffer.startswith(self._zeroes[: end - start], start, end)
+
+
+def _taken(ahead: deque[_Ahead], free: list[bytearray]) -> Iterator[Piece]:
+    """The next pieces; their buffer is free when they were looked at."""
+    result, buffer = ahead.popleft()
+    yield from result()
+    if buffer is not None:
+        free.append(buffer)

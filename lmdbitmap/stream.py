@@ -100,8 +100,8 @@ def write_stream(
     blocks = Geometry(geometry.size, cluster_bits_for(geometry))
     pieces, writer = Pieces(device, blocks), _StreamWriter(_Out(out), Encoder(head))
     report = Report(progress, geometry.size if changed is None else changed.summary.dirty_bytes)
-    for run in _runs(blocks, changed):
-        for offset, length, data in pieces.of(run):
+    with contextlib.closing(pieces.of_all(_runs(blocks, changed))) as found:
+        for offset, length, data in found:
             if data is None:
                 writer.zeroes(offset, length)
             else:

@@ -210,11 +210,10 @@ def _copied(store: Store, job: _Job, point: PointInTime, progress: Progress | No
     mirror: Mirror = Mending(open_target) if plan.kind is SyncKind.COMPARE else Overwriting(open_target)
     source, report = Metered(point.device), Report(progress, bytes_changed)
     pieces = Pieces(source, clusters)
-    with os_errors_at(disk.image):
-        for run in runs:
-            for piece in pieces.of(run):
-                mirror.put(piece)
-                report.advance(piece.length)
+    with os_errors_at(disk.image), contextlib.closing(pieces.of_all(runs)) as found:
+        for piece in found:
+            mirror.put(piece)
+            report.advance(piece.length)
     if plan.kind is SyncKind.COMPARE:
         bytes_changed = mirror.bytes_written + mirror.bytes_zeroed
     return SyncResult(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import random
+import threading
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -38,7 +41,7 @@ def test_the_pieces_are_the_run(block_count: int, tail: int) -> None:
     start = randomness.randrange(block_count)
     position, end = start * BLOCK, device.size
     kinds = set()
-    for offset, length, data in Pieces(device, blocks).of((start, blocks.block_count)):
+    for offset, length, data in Pieces(device, blocks).of_all([(start, blocks.block_count)]):
         assert offset == position
         assert 0 < length <= CHUNK_BYTES or data is None
         whole = device.pread(length, offset)
@@ -106,3 +109,70 @@ def content_of(pieces: Sequence[tuple[int, int, bytes | None]]) -> dict[int, byt
             size = min(BLOCK, length - at)
             found[offset + at] = bytes(size) if data is None else data[at : at + size]
     return found
+
+
+class Slow(MemoryDevice):
+    """Reads when it is let, and fails at one place."""
+
+    def __init__(self, content: bytes, fails_at: int | None = None) -> None:
+        super().__init__(len(content))
+        self.pwrite(content, 0)
+        self.reads = threading.Semaphore(0)
+        self.let = threading.Semaphore(0)
+        self._fails_at = fails_at
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        self.reads.release()
+        self.let.acquire()
+        if offset == self._fails_at:
+            raise OSError(errno.EIO, "a bad sector")
+        super().pread_into(buffer, offset)
+
+
+def test_it_reads_ahead_by_two_buffers_and_no_more() -> None:
+    content = random.Random(1).randbytes(6 * CHUNK_BYTES)
+    device = Slow(content)
+    device.let.release(5)
+    blocks = Geometry(device.size, BLOCK_BITS)
+    with contextlib.closing(Pieces(device, blocks).of_all([(0, blocks.block_count)])) as pieces:
+        for number, piece in enumerate(pieces):
+            assert bytes(piece.data or b"") == content[piece.offset : piece.offset + piece.length]
+            for _ in range({0: 3}.get(number, number < 4)):
+                assert device.reads.acquire(timeout=10)
+            assert not device.reads.acquire(blocking=False)
+            device.let.release()
+
+
+@pytest.mark.parametrize("bad", [0, 1, 4])
+def test_an_error_comes_in_its_place(bad: int) -> None:
+    content = random.Random(bad).randbytes(5 * CHUNK_BYTES)
+    device = Slow(content, bad * CHUNK_BYTES)
+    device.let.release(99)
+    blocks = Geometry(device.size, BLOCK_BITS)
+    pieces = Pieces(device, blocks).of_all([(0, blocks.block_count)])
+    assert [next(pieces).offset for _ in range(bad)] == [CHUNK_BYTES * number for number in range(bad)]
+    with pytest.raises(OSError, match="a bad sector"):
+        next(pieces)
+
+
+def test_who_leaves_before_the_end_leaves_no_thread_behind() -> None:
+    device = Slow(random.Random(5).randbytes(5 * CHUNK_BYTES))
+    device.let.release(99)
+    blocks = Geometry(device.size, BLOCK_BITS)
+    before = threading.active_count()
+    pieces = Pieces(device, blocks).of_all([(0, blocks.block_count)])
+    assert next(pieces).offset == 0
+    pieces.close()
+    assert threading.active_count() == before
+
+
+def test_zeroes_between_data_come_in_their_place_and_take_no_memory() -> None:
+    size = 900 * BLOCK
+    device = MemoryDevice(size)
+    for block in range(0, 900, 100):
+        device.pwrite(b"x" * BLOCK, block * BLOCK)
+    blocks = Geometry(size, BLOCK_BITS)
+    runs = [(block, block + 1) for block in range(0, 900, 2)]
+    pieces = copied(device, blocks, runs)
+    assert [offset for offset, _, _ in pieces] == [start * BLOCK for start, _ in runs]
+    assert [data is not None for _, _, data in pieces] == [start % 100 == 0 for start, _ in runs]

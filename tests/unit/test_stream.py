@@ -246,5 +246,5 @@ def test_memory_does_not_grow_with_the_stream() -> None:
     device = HugeDevice(1 << 30, (0, 1 << 30))
     tracemalloc.start()
     write_all(device, Nowhere(), [])
-    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    assert tracemalloc.get_traced_memory()[1] < 6 << 20
     tracemalloc.stop()
