@@ -56,8 +56,9 @@ if TYPE_CHECKING:
     from lmdbitmap.restore import RestoreResult
     from lmdbitmap.restore import restore as restore_backup
     from lmdbitmap.retention import Retention
+    from lmdbitmap.scratch import Scratch
     from lmdbitmap.session import add, adopt, remove
-    from lmdbitmap.snapshot import Scratch, Snapshot
+    from lmdbitmap.snapshot import Snapshot
     from lmdbitmap.store import Store
     from lmdbitmap.stream import StreamResult, stream_backup
     from lmdbitmap.stream_restore import AppliedResult, apply_stream
@@ -94,7 +95,7 @@ _HOMES = {
     "PruneResult": "prune",
     "RestoreResult": "restore",
     "Retention": "retention",
-    "Scratch": "snapshot",
+    "Scratch": "scratch",
     "Server": "nbd.server",
     "Snapshot": "snapshot",
     "Standing": "changes",

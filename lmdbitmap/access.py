@@ -28,8 +28,9 @@ from lmdbitmap.nbd.client import NbdDevice
 from lmdbitmap.nbd.client_link import agreed
 from lmdbitmap.nbd.uri import Place
 from lmdbitmap.schema import Checkpoint, Disk
+from lmdbitmap.scratch import Scratch
 from lmdbitmap.session import Held, OpenDevice
-from lmdbitmap.snapshot import Scratch, Snapshot, broken_error
+from lmdbitmap.snapshot import Snapshot, broken_error
 from lmdbitmap.store import Store, Writer
 
 LAST_WORD_S = 10.0

@@ -84,8 +84,8 @@ from lmdbitmap.repository import (
 )
 from lmdbitmap.rescan import differing
 from lmdbitmap.schema import Checkpoint, Disk
+from lmdbitmap.scratch import Scratch
 from lmdbitmap.session import OpenDevice
-from lmdbitmap.snapshot import Scratch
 from lmdbitmap.store import Store
 
 log = logging.getLogger(__name__)

@@ -46,7 +46,8 @@ from lmdbitmap.lane import FilterLane, Gate
 from lmdbitmap.owner import Owner
 from lmdbitmap.period import DEFAULT_MAX_ARMED, Period
 from lmdbitmap.schema import Checkpoint, Disk
-from lmdbitmap.snapshot import Holding, Scratch, ScratchFile, Snapshot
+from lmdbitmap.scratch import Scratch, ScratchFile
+from lmdbitmap.snapshot import Holding, Snapshot
 from lmdbitmap.store import Reader, Store, Writer
 from lmdbitmap.vouching import Voucher, changed_together, write_refused
 

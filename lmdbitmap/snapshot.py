@@ -14,11 +14,9 @@ backup does, those that were read (`read_once`). What holds all the time:
    it. An old cluster is whole in the scratch file before its state says so.
 2. A reader reads what is untouched from the image, and looks at the states *afterwards*: what is untouched then was
    so while it read, so no write had landed; all else it takes from where the state says. It never sees a torn block.
-3. The scratch file is bounded, and does not take the last space of its file system. Where it is full, or fails, the
-   snapshot is *broken*: its readers are told why, after
+3. Where the scratch file (scratch.py) is full, or fails, the snapshot is *broken*: its readers are told why, after
    their read too, and writers go on at once. The guest never waits for whoever reads.
-4. The scratch file has no name: whatever dies, nothing is left of it.
-5. The disk keeps its size while it is held: a shrink would drop bits that readers still count on (`Filter.resize`).
+4. The disk keeps its size while it is held: a shrink would drop bits that readers still count on (`Filter.resize`).
 
 A `Holding` is the snapshots of a disk, and its `let_through` the blocks whose writes concern none of them any more
 and are durably dirty: what a lane looks at instead of the period's `settled` map while there are any.
@@ -27,30 +25,27 @@ and are durably dirty: what a lane looks at instead of the period's `settled` ma
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
-import os
-import tempfile
 import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 from lmdbitmap import bits
 from lmdbitmap.bits import BitView, Run
 from lmdbitmap.changes import Changes, changes
 from lmdbitmap.device import DATA, HOLE
-from lmdbitmap.errors import InvalidArgument, LmdbitmapError, StorageError, os_errors_at
+from lmdbitmap.errors import InvalidArgument, LmdbitmapError, StorageError
 from lmdbitmap.geometry import REGION_BYTES, Geometry, ceil_div, check_range
 from lmdbitmap.interfaces import Allocation, BlockDevice, joined
 from lmdbitmap.plain import PlainLane
 from lmdbitmap.read_only import ReadOnlyDevice
 from lmdbitmap.schema import Checkpoint, Disk
+from lmdbitmap.scratch import ScratchFile
 from lmdbitmap.store import Store
 
 log = logging.getLogger(__name__)
 
-DEFAULT_LIMIT_BYTES: Final = 10 << 30
 SMALLEST_CLUSTER_BITS: Final = 12
 LARGEST_CLUSTER_BITS: Final = 16
 _UNTOUCHED, _ZERO, _FIRST_SLOT = 0, 1, 2
@@ -61,59 +56,6 @@ _COPY_BYTES: Final = 1 << 20
 _LOOK_CLUSTERS: Final = 1 << 14
 """Of which the allocation is asked at once."""
 _ALL_UNTOUCHED: Final = bytes(_LOOK_CLUSTERS * _STATE_BYTES)
-_SPARE_BYTES: Final = 1 << 30
-_SPARE_PART: Final = 100
-"""A hundredth of a file system, `_SPARE_BYTES` at most, is left to the others there: an image that grows, the store."""
-
-
-class Scratch(NamedTuple):
-    """Where old data goes, and how much of it at most, for each disk. Preallocated, it cannot lack space later."""
-
-    folder: str
-    limit_bytes: int = DEFAULT_LIMIT_BYTES
-    preallocate: bool = False
-
-
-class ScratchFile:
-    """A file without a name, for at most `limit_bytes`. Raises what the system refuses."""
-
-    def __init__(self, scratch: Scratch) -> None:
-        self.place = f"scratch file in {scratch.folder}"
-        self.limit_bytes = scratch.limit_bytes
-        self._has_its_room = scratch.preallocate
-        with os_errors_at(self.place):
-            self.fd = _nameless_file(scratch.folder)
-            try:
-                if scratch.preallocate:
-                    os.posix_fallocate(self.fd, 0, scratch.limit_bytes)
-            except BaseException:
-                os.close(self.fd)
-                raise
-
-    def leaves_room(self) -> bool:
-        """Whether it can grow without taking the last space from the others in its file system."""
-        if self._has_its_room:
-            return True
-        found = os.fstatvfs(self.fd)
-        return found.f_bavail * found.f_frsize >= min(
-            found.f_blocks * found.f_frsize // _SPARE_PART, _SPARE_BYTES
-        )
-
-    def close(self) -> None:
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-
-def _nameless_file(folder: str) -> int:
-    try:
-        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except OSError as refusal:
-        if refusal.errno not in (errno.EISDIR, errno.EOPNOTSUPP):  # what file systems say that cannot
-            raise
-    fd, path = tempfile.mkstemp(dir=folder)
-    os.unlink(path)
-    return fd
 
 
 class Snapshot(ReadOnlyDevice):
@@ -178,20 +120,14 @@ class Snapshot(ReadOnlyDevice):
             return
         clusters = self.clusters.blocks_outward(offset, length)
         with self._keeping:
-            if self._file.fd < 0 or self.broken is not None:
+            if not self._file.is_open or self.broken is not None:
                 return
             try:
                 for start, stop in self._untouched(clusters.start, clusters.stop):
-                    self._require_room()
+                    self._file.require_room()
                     self._keep_run(start, stop)
             except (OSError, LmdbitmapError) as error:
                 self._break(f"old data could not be kept ({error})")
-
-    def _require_room(self) -> None:
-        if not self._file.leaves_room():
-            raise OSError(
-                errno.ENOSPC, "the guest and the store may need what is left where its scratch file is"
-            )
 
     def _untouched(self, start: int, stop: int) -> Iterator[Run]:
         """The runs of wanted clusters in [start, stop) that are untouched."""
@@ -238,7 +174,7 @@ class Snapshot(ReadOnlyDevice):
             return
         states = [_ZERO] * (stop - start)
         for at in data:
-            self._put(memoryview(self._buffer)[at : min(at + cluster_size, length)], self._used_slots)
+            self._file.put(memoryview(self._buffer)[at : min(at + cluster_size, length)], self.kept_bytes)
             states[at // cluster_size] = _FIRST_SLOT + self._used_slots
             self._used_slots += 1
         self._set_states(start, states)
@@ -250,19 +186,12 @@ class Snapshot(ReadOnlyDevice):
     def _set_states(self, start: int, states: Sequence[int]) -> None:
         self._states[start : start + len(states)] = memoryview(array("I", states))
 
-    def _put(self, data: memoryview, slot: int) -> None:
-        offset = slot << self.clusters.granularity_bits
-        while data:
-            count = os.pwrite(self._file.fd, data, offset)
-            data, offset = data[count:], offset + count
-
     def _break(self, reason: str) -> None:
         """Nothing is kept from now on. Called with `_keeping`."""
         if self.broken is None:
             self.broken = f"the snapshot broke: {reason}"
             log.warning("disk %s: %s", self.disk.name, self.broken)
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._file.fd, 0)
+            self._file.empty()
 
     # -- reading -------------------------------------------------------------------------------------------
 
@@ -296,23 +225,15 @@ class Snapshot(ReadOnlyDevice):
         part, at = self._part(buffer, offset, start, stop)
         if state == _ZERO:
             part[:] = bytes(len(part))
-        else:
+        else:  # short where it broke meanwhile, which its reader is told in the end
             inside = at - (start << self.clusters.granularity_bits)
-            self._get(part, ((state - _FIRST_SLOT) << self.clusters.granularity_bits) + inside)
+            self._file.fill(part, ((state - _FIRST_SLOT) << self.clusters.granularity_bits) + inside)
 
     def _part(self, buffer: memoryview, offset: int, start: int, stop: int) -> tuple[memoryview, int]:
         """The part of a buffer that clusters [start, stop) fill, and where on the disk it begins."""
         first, length = self.clusters.bytes_of(start, stop)
         begin, end = max(first, offset), min(first + length, offset + len(buffer))
         return buffer[begin - offset : end - offset], begin
-
-    def _get(self, part: memoryview, file_offset: int) -> None:
-        """Short where the snapshot broke meanwhile, which its reader is told in the end."""
-        while part:
-            count = os.preadv(self._file.fd, [part], file_offset)
-            if count == 0:
-                return
-            part, file_offset = part[count:], file_offset + count
 
     def _state_runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(state of the first, start, stop) of clusters that are alike, slots by themselves unless they follow."""

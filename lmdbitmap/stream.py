@@ -40,8 +40,8 @@ from lmdbitmap.interfaces import BlockDevice, Buffer
 from lmdbitmap.pieces import Pieces
 from lmdbitmap.rbd_diff import Encoder, Head
 from lmdbitmap.schema import Checkpoint, Disk
+from lmdbitmap.scratch import Scratch
 from lmdbitmap.session import OpenDevice
-from lmdbitmap.snapshot import Scratch
 from lmdbitmap.store import Store
 
 log = logging.getLogger(__name__)

@@ -44,8 +44,8 @@ from lmdbitmap.manifest import Reason
 from lmdbitmap.mirror import Mending, Mirror, Overwriting
 from lmdbitmap.pieces import Metered, Pieces
 from lmdbitmap.schema import Disk
+from lmdbitmap.scratch import Scratch
 from lmdbitmap.session import OpenDevice
-from lmdbitmap.snapshot import Scratch
 from lmdbitmap.store import Store
 from lmdbitmap.sync_note import At, NoteFile, checkpoint_name, is_checkpoint_name
 from lmdbitmap.sync_plan import Plan, SyncKind, plan_for

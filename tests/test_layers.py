@@ -61,6 +61,7 @@ FLOORS: dict[str, float] = {
     "nbd.supervisor": 2.5,
     "image": 2.6,
     "flatfile": 2.5,
+    "scratch": 2.2,
     "plain": 2.7,
     "read_only": 2.5,
     "measured": 2.8,

@@ -30,7 +30,7 @@ from lmdbitmap.nbd.server import Server
 from lmdbitmap.nbd.supervisor import Supervisor
 from lmdbitmap.nbd.watch import Watch
 from lmdbitmap.period import DEFAULT_MAX_ARMED
-from lmdbitmap.snapshot import Scratch
+from lmdbitmap.scratch import Scratch
 from lmdbitmap.store import Store
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from lmdbitmap.errors import Busy, NotFound
 from lmdbitmap.filter import Filter, take_snapshot
 from lmdbitmap.nbd.server import Server
-from lmdbitmap.snapshot import Scratch, Snapshot
+from lmdbitmap.scratch import Scratch
+from lmdbitmap.snapshot import Snapshot
 
 _log = logging.getLogger(__name__)
 

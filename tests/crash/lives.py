@@ -24,7 +24,7 @@ from lmdbitmap.manifest import BackupType
 from lmdbitmap.prune import prune
 from lmdbitmap.restore import restore
 from lmdbitmap.retention import Retention
-from lmdbitmap.snapshot import Scratch
+from lmdbitmap.scratch import Scratch
 from lmdbitmap.store import Store
 from lmdbitmap.stream import stream_backup
 from lmdbitmap.stream_restore import apply_stream

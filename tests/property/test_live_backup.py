@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from lmdbitmap.backup import backup
 from lmdbitmap.errors import StorageError
 from lmdbitmap.manifest import BackupType
-from lmdbitmap.snapshot import Scratch
+from lmdbitmap.scratch import Scratch
 from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
 from tests.tracked import NAME, quick_folder
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from lmdbitmap.errors import Busy
-from lmdbitmap.snapshot import Scratch, Snapshot
+from lmdbitmap.scratch import Scratch
+from lmdbitmap.snapshot import Snapshot
 from tests.tracked import NAME, TrackedDisk, quick_folder
 
 SIZES = [10_000, 70_000, 1_000_000]

@@ -21,7 +21,8 @@ from lmdbitmap.nbd.control import ControlServer
 from lmdbitmap.nbd.dirty_contexts import tracked_contexts
 from lmdbitmap.nbd.held import HeldSnapshots
 from lmdbitmap.nbd.server import Server
-from lmdbitmap.snapshot import Scratch, Snapshot
+from lmdbitmap.scratch import Scratch
+from lmdbitmap.snapshot import Snapshot
 from lmdbitmap.store import Store
 from tests.support import PATIENCE_SECONDS
 from tests.tracked import NAME, TrackedDisk, quick_folder

@@ -17,7 +17,8 @@ from lmdbitmap.errors import Busy, FormatError, InvalidArgument, NotFound, Stora
 from lmdbitmap.filter import Filter, take_snapshot
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Allocation, Buffer
-from lmdbitmap.snapshot import Scratch, Snapshot
+from lmdbitmap.scratch import Scratch
+from lmdbitmap.snapshot import Snapshot
 from tests.crash.tapped import WRITES, TappedDevice, Turnstile, join, start
 from tests.support import PATIENCE_SECONDS, make_raw_image
 from tests.tracked import NAME, TrackedDisk, quick_folder
@@ -266,13 +267,6 @@ def test_last_space_of_a_file_system_is_left_to_the_guest(
     assert disk.pread(2 * BLOCK, 0) == NEW * 2
     assert (snapshot.broken is None) == preallocate
     assert preallocate or "the guest and the store may need" in (snapshot.broken or "")
-
-
-def test_preallocated_scratch_takes_its_room_at_once(disk: Filter, folder: Path) -> None:
-    free = os.statvfs(folder).f_bfree
-    snapshot = disk.snapshot("s", Scratch(str(folder), 64 << 20, preallocate=True))
-    assert (free - os.statvfs(folder).f_bfree) * os.statvfs(folder).f_frsize > 60 << 20
-    snapshot.release()
 
 
 def test_nothing_is_kept_of_what_is_not_wanted(disk: Filter, folder: Path) -> None:

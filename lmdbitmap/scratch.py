@@ -1,0 +1,94 @@
+"""Where a snapshot keeps old data (snapshot.py): a bounded file of its own, which leaves nothing behind.
+
+1. It has no name: whatever dies, nothing is left of it.
+2. It is bounded, and does not take the last space of its file system: an image that grows, and the store, may need it.
+   One that was preallocated has taken its room at once, and cannot lack space later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+from typing import Final, NamedTuple
+
+from lmdbitmap.errors import os_errors_at
+
+DEFAULT_LIMIT_BYTES: Final = 10 << 30
+_SPARE_BYTES: Final = 1 << 30
+_SPARE_PART: Final = 100
+"""A hundredth of a file system, `_SPARE_BYTES` at most, is left to the others there."""
+
+
+class Scratch(NamedTuple):
+    """Where old data goes, and how much of it at most, for each disk."""
+
+    folder: str
+    limit_bytes: int = DEFAULT_LIMIT_BYTES
+    preallocate: bool = False
+
+
+class ScratchFile:
+    """A file without a name, for at most `limit_bytes`, open until `close`. Raises what the system refuses."""
+
+    def __init__(self, scratch: Scratch) -> None:
+        self.limit_bytes = scratch.limit_bytes
+        self._has_its_room = scratch.preallocate
+        with os_errors_at(f"scratch file in {scratch.folder}"):
+            self._fd = _nameless_file(scratch.folder)
+            try:
+                if scratch.preallocate:
+                    os.posix_fallocate(self._fd, 0, scratch.limit_bytes)
+            except BaseException:
+                os.close(self._fd)
+                raise
+
+    @property
+    def is_open(self) -> bool:
+        return self._fd >= 0
+
+    def require_room(self) -> None:
+        """Raise where it could grow only by taking the last space from the others in its file system."""
+        if self._has_its_room:
+            return
+        found = os.fstatvfs(self._fd)
+        spare_bytes = min(found.f_blocks * found.f_frsize // _SPARE_PART, _SPARE_BYTES)
+        if found.f_bavail * found.f_frsize < spare_bytes:
+            raise OSError(
+                errno.ENOSPC, "the guest and the store may need what is left where its scratch file is"
+            )
+
+    def put(self, data: memoryview, offset: int) -> None:
+        while data:
+            count = os.pwrite(self._fd, data, offset)
+            data, offset = data[count:], offset + count
+
+    def fill(self, buffer: memoryview, offset: int) -> None:
+        """With what was put there. Short where the file was emptied meanwhile."""
+        while buffer:
+            count = os.preadv(self._fd, [buffer], offset)
+            if count == 0:
+                return
+            buffer, offset = buffer[count:], offset + count
+
+    def empty(self) -> None:
+        """Give its space back, as far as the system lets us."""
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._fd, 0)
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _nameless_file(folder: str) -> int:
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as refusal:
+        if refusal.errno not in (errno.EISDIR, errno.EOPNOTSUPP):  # what file systems say that cannot
+            raise
+    fd, path = tempfile.mkstemp(dir=folder)
+    os.unlink(path)
+    return fd
