@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 import click
@@ -16,7 +15,7 @@ from click.core import ParameterSource
 
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import progress, say, say_json
-from lmdbitmap.cli.quiesce import quiesced
+from lmdbitmap.cli.quiesce import Hook, hooked
 from lmdbitmap.cli.sizes import format_duration, format_size, format_time, iso_time
 from lmdbitmap.cli.streams import STDIN, StreamOptions, stream_in, stream_out
 from lmdbitmap.errors import NotFound
@@ -56,14 +55,7 @@ _FOLDER = click.Path(file_okay=False)
     "--require-incremental", "only_that", is_flag=True,
     help="Fail with exit code 3 where the backup cannot be of the kind that was asked for.",
 )  # fmt: skip
-@click.option(
-    "--hook", metavar="COMMAND",
-    help="Run `COMMAND freeze NAME…` right before the point in time, and `COMMAND thaw NAME…` right after it.",
-)  # fmt: skip
-@click.option(
-    "--hook-limit", metavar="SECONDS", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True,
-    help="How long each of these may take.",
-)  # fmt: skip
+@hooked("NAME…")
 @click.option(
     "--compress", metavar="zlib|zstd[:LEVEL]",
     help="Compress what is stored, as QEMU reads it: zlib everywhere (level 1 to 9, [6]), zstd faster (1 to 22, [3]).",
@@ -83,7 +75,7 @@ _FOLDER = click.Path(file_okay=False)
 )
 @click.pass_obj
 def backup(
-    asked: Session, words: Sequence[str], kind: str, only_that: bool, hook: str | None, hook_limit: float,
+    asked: Session, words: Sequence[str], kind: str, only_that: bool, hook: Hook,
     compress: str | None, to_stdout: bool, since: str | None, checkpoint: str | None, diff_version: str | None,
 ) -> None:  # fmt: skip
     """Back up disks, while their guests write on.
@@ -104,7 +96,7 @@ def backup(
     options.require_none()
     if len(words) < 2:
         raise click.UsageError("Missing argument 'REPO'.")
-    _back_up(asked, words[:-1], words[-1], _Wishes(kind, only_that, compress, hook, hook_limit))
+    _back_up(asked, words[:-1], words[-1], _Wishes(kind, only_that, compress, hook))
 
 
 def _require_stream(words: Sequence[str]) -> None:
@@ -120,11 +112,7 @@ class _Wishes(NamedTuple):
     kind: str
     only_that: bool
     compress: str | None
-    hook: str | None
-    hook_limit_s: float
-
-    def quiesced(self, names: Sequence[str]) -> AbstractContextManager[object]:
-        return nullcontext() if self.hook is None else quiesced(self.hook, names, self.hook_limit_s)
+    hook: Hook
 
 
 def _back_up(asked: Session, names: Sequence[str], repository: str, wishes: _Wishes) -> None:
@@ -138,7 +126,7 @@ def _back_up(asked: Session, names: Sequence[str], repository: str, wishes: _Wis
         made = back_up(
             store, names, repository,
             kind=BackupType(wishes.kind), only_that=wishes.only_that, compression=wishes.compress,
-            quiesced=lambda: wishes.quiesced(names), progress=report,
+            quiesced=lambda: wishes.hook.freezing(names), progress=report,
         )  # fmt: skip
     if asked.as_json:
         say_json({"backups": [_backup_facts(result) for result in made]})

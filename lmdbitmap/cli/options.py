@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias
 
 import click
 
@@ -17,7 +17,8 @@ from lmdbitmap.cli.sizes import parse_size
 from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.geometry import granularity_bits_of
 
-F = TypeVar("F", bound=Callable[..., Any])
+Function: TypeAlias = Callable[..., Any]
+"""A verb, or what becomes one."""
 
 STORE_VARIABLE = "LMDBITMAP_STORE"
 

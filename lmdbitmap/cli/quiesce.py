@@ -10,15 +10,21 @@ wait for that, and what a freeze began is over before: else it might freeze the 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import shlex
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
+from typing import Any, NamedTuple
 
+import click
+
+from lmdbitmap.cli.options import Function
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError
 
 log = logging.getLogger(__name__)
@@ -26,6 +32,48 @@ log = logging.getLogger(__name__)
 _MOST_WORDS = 400
 """Of what a hook says, shown where it fails."""
 _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class Hook(NamedTuple):
+    """What a verb was told to run around its point in time, if anything."""
+
+    command: str | None
+    limit_s: float
+
+    def freezing(self, names: Sequence[str]) -> AbstractContextManager[object]:
+        return nullcontext() if self.command is None else quiesced(self.command, names, self.limit_s)
+
+
+def hooked(names: str) -> Callable[[Function], Function]:
+    """Add the options that name a hook; the verb gets them as `hook`. `names` is how it calls its disks."""
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def with_hook(*arguments: Any, hook: str | None, hook_limit: float, **options: Any) -> Any:
+            return function(*arguments, hook=Hook(hook, hook_limit), **options)
+
+        return _hook_option(names)(_limit_option()(with_hook))
+
+    return decorate
+
+
+def _hook_option(names: str) -> Callable[[Function], Function]:
+    return click.option(
+        "--hook",
+        metavar="COMMAND",
+        help=f"Run `COMMAND freeze {names}` right before the point in time, and `COMMAND thaw {names}` right after it.",
+    )
+
+
+def _limit_option() -> Callable[[Function], Function]:
+    return click.option(
+        "--hook-limit",
+        metavar="SECONDS",
+        type=click.FloatRange(min=0, min_open=True),
+        default=30.0,
+        show_default=True,
+        help="How long each of these may take.",
+    )
 
 
 @contextlib.contextmanager

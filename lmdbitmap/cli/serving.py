@@ -12,18 +12,17 @@ import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, TypeAlias
+from typing import Any
 
 import click
 
 from lmdbitmap.cli.logs import HUMAN, STYLES, VARIABLE
-from lmdbitmap.cli.options import Session, utf8_path
+from lmdbitmap.cli.options import Function, Session, utf8_path
 from lmdbitmap.cli.output import say
 from lmdbitmap.cli.places import Places, group_id, host_and_port, is_loopback, passed_sockets, socket_mode
 from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.nbd.server import Server
 
-Function: TypeAlias = Callable[..., Any]
 _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 

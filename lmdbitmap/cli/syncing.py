@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import click
 
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import progress, say, say_json
-from lmdbitmap.cli.quiesce import quiesced
+from lmdbitmap.cli.quiesce import Hook, hooked
 from lmdbitmap.cli.sizes import format_duration, format_size
 from lmdbitmap.store import Store
 
@@ -34,14 +33,7 @@ if TYPE_CHECKING:
     "--require-incremental", "only_incremental", is_flag=True,
     help="Fail with exit code 3, and do nothing, where it is not known what changed.",
 )  # fmt: skip
-@click.option(
-    "--hook", metavar="COMMAND",
-    help="Run `COMMAND freeze NAME` right before the point in time, and `COMMAND thaw NAME` right after it.",
-)  # fmt: skip
-@click.option(
-    "--hook-limit", metavar="SECONDS", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True,
-    help="How long each of these may take.",
-)  # fmt: skip
+@hooked("NAME")
 @click.pass_obj
 def sync(
     asked: Session,
@@ -49,8 +41,7 @@ def sync(
     target: str,
     compare: bool,
     only_incremental: bool,
-    hook: str | None,
-    hook_limit: float,
+    hook: Hook,
 ) -> None:
     """Bring a second copy of a disk up to date.
 
@@ -65,16 +56,13 @@ def sync(
     if compare and only_incremental:
         raise click.UsageError("--compare and --require-incremental exclude each other.")
 
-    def frozen() -> AbstractContextManager[object]:
-        return nullcontext() if hook is None else quiesced(hook, [name], hook_limit)
-
     with (
         Store.open(asked.store_path) as store,
         progress(f"syncing {name}", shown=asked.shows_progress) as report,
     ):
         done = bring_up_to_date(
             store, name, target,
-            compare=compare, only_incremental=only_incremental, quiesced=frozen, progress=report,
+            compare=compare, only_incremental=only_incremental, quiesced=lambda: hook.freezing([name]), progress=report,
         )  # fmt: skip
     if asked.as_json:
         say_json(_facts(done))
