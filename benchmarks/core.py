@@ -250,7 +250,7 @@ def scene_load(store: str) -> None:
     with Store.open(store) as opened, Filter.attach(opened, "huge", background=False) as attached:
         start = time.perf_counter()
         for region in range(attached.disk.geometry.region_count):
-            attached._period.make_durable([(region * REGION_BLOCKS, region * REGION_BLOCKS + 1)])
+            attached._tracking.period.make_durable([(region * REGION_BLOCKS, region * REGION_BLOCKS + 1)])
         tell(start)
 
 

@@ -1,11 +1,8 @@
 """The filter: stands in front of an image, lets writes through, and keeps the dirty bitmap true.
 
-A `Filter` is an attached disk: it holds the owner's lock, QEMU's locks on the image, and the open period.
-Where the laws of the design are kept:
-
-1. **Write**: `FilterLane` (lane.py) asks `_mark` before it writes what is not settled, and `Period`
-   (period.py) answers when the dirtiness is durable.
-2. **Freeze**: whatever ends a period happens inside `_frozen`, which is `Gate.drained` (lane.py) and more.
+A `Filter` is an attached disk: it holds the owner's lock and QEMU's locks on the image, from the beginning of a session
+to its end. What happens to a write in between, and where the laws of the design are kept, is in tracking.py; how points
+in time are made is in points.py.
 
 The order of attach and detach, and what a death in between costs, is in DESIGN.md's crash table:
 
@@ -14,10 +11,6 @@ The order of attach and detach, and what a death in between costs, is in DESIGN.
 
 An image that could not be flushed is not known any more, whatever the bits say (flushing.py): track is lost until
 it is attached anew, which begins a new epoch. Until then there are no checkpoints and no clean detach.
-
-When tracking fails, policy `guest-first` lets the guest's write through, but takes the owner's word for the
-bitmap back before (vouching.py); a new epoch begins as soon as the store can be written again. Policy
-`strict` fails the write.
 """
 
 from __future__ import annotations
@@ -25,38 +18,33 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import functools
 import logging
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Sequence
 
-from lmdbitmap import chain, forks, schema, session
-from lmdbitmap.bits import Run
+from lmdbitmap import forks, points, session
 from lmdbitmap.changes import Changes, Standing, changes
-from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, StorageError, Untrusted, os_errors_at
+from lmdbitmap.errors import InvalidArgument, LmdbitmapError, StorageError
 from lmdbitmap.extents import Trust
-from lmdbitmap.flushing import Flusher
 from lmdbitmap.front import Front
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.image import open_image
 from lmdbitmap.interfaces import TrackableDevice
-from lmdbitmap.lane import FilterLane, Gate
+from lmdbitmap.lane import FilterLane
 from lmdbitmap.owner import Owner
-from lmdbitmap.period import DEFAULT_MAX_ARMED, Period
+from lmdbitmap.period import DEFAULT_MAX_ARMED
 from lmdbitmap.schema import Checkpoint, Disk
-from lmdbitmap.scratch import Scratch, ScratchFile
-from lmdbitmap.snapshot import Holding, Snapshot
-from lmdbitmap.store import Reader, Store, Writer
-from lmdbitmap.vouching import Voucher, changed_together, write_refused
+from lmdbitmap.scratch import Scratch
+from lmdbitmap.snapshot import Snapshot
+from lmdbitmap.store import Store
+from lmdbitmap.tracking import Tracking, detached_error
+from lmdbitmap.vouching import Voucher
 
 log = logging.getLogger(__name__)
 
 PASS_INTERVAL_S = 0.5
 """Between background passes, and between signs of life."""
 _DISARM_PER_PASS = 512
-_CARRIED_REGIONS = 256
 
 
 class Filter(Front):
@@ -71,18 +59,10 @@ class Filter(Front):
     ) -> None:
         super().__init__(device)
         self.store = store
-        self.disk = disk
         self._voucher = Voucher(disk.name, device, lock)
-        self._flusher = Flusher(disk.name, device, self._voucher.lose_track)
-        self._max_armed = max_armed
-        self._detached = False
+        self._tracking = Tracking(store, disk, device, self._voucher, max_armed=max_armed)
         self._ending = threading.RLock()
         self._last_acts: list[Callable[[], None]] = []
-        with store.read() as reader:
-            self._period = self._open_period(reader, disk)
-        self._gate = Gate(disk.geometry, self._period.settled)
-        self._holding: Holding | None = None
-        """The snapshots that are held now, if any; changed while the gate is closed."""
         self._stop = threading.Event()
         self._background = [
             threading.Thread(target=self._every_interval, args=(work,), name=f"lmdbitmap {name}", daemon=True)
@@ -119,16 +99,22 @@ class Filter(Front):
     # -- what a server and an agent use --------------------------------------------------------------------
 
     @property
+    def disk(self) -> Disk:
+        """As it is described now."""
+        return self._tracking.disk
+
+    @property
     def size(self) -> int:
-        return self.disk.size
+        return self._tracking.size
 
     def lane(self) -> FilterLane:
         """A new lane, for one thread at a time."""
-        return FilterLane(self._gate, self.device, self._mark, self._flusher.flush)
+        tracking = self._tracking
+        return FilterLane(tracking.gate, self.device, tracking.mark, tracking.flusher.flush)
 
     def flush(self) -> None:
         """Raises `StorageError`; then so does every flush until the disk is attached anew."""
-        self._flusher.flush()
+        self._tracking.flusher.flush()
 
     def close(self) -> None:
         self.detach()
@@ -144,41 +130,31 @@ class Filter(Front):
 
         Writers wait only if it is the newest one, into which they record.
         """
-        if self._detached:
-            raise _detached_error(self.disk)
-        for snapshot in self.snapshots:
-            if snapshot.checkpoint.name == name:
-                raise _held_error(snapshot)
-        if not self.store.update(lambda writer: self._forget_unless_newest(writer, name)):
-            self._between_periods(lambda writer, disk: _forget(writer, disk, name))
+        points.forget(self._tracking, name)
 
-    def _forget_unless_newest(self, writer: Writer, name: str) -> bool:
-        disk = self._as_stored(writer)
-        if chain.current_checkpoint(writer, disk).name == name:
-            return False
-        chain.forget(writer, disk, name)
-        return True
+    @property
+    def snapshots(self) -> Sequence[Snapshot]:
+        """Those that are held now."""
+        return self._tracking.snapshots
 
-    def _take_back(self, name: str) -> None:
-        """Lose a checkpoint that nobody was told of; where the store refuses that, nothing is believed any more."""
-        try:
-            self.forget(name)
-        except LmdbitmapError as error:
-            if not self._detached:
-                self._voucher.lose_track(f"checkpoint {name} could not be taken back: {error.problem}")
+    def snapshot(self, name: str, scratch: Scratch) -> Snapshot:
+        """A checkpoint, and the disk as it was then, until that is released; see `take_snapshot`."""
+        return take_snapshot([self], name, scratch)[0]
+
+    # -- changes by hand -----------------------------------------------------------------------------------
 
     def mark(self, offset: int, length: int) -> None:
         """Make every block that the range touches dirty, by hand; durable on return."""
-        with self._gate.entering(self._my_lane()) as geometry:
+        with self._tracking.gate.entering(self._my_lane()) as geometry:
             blocks = geometry.blocks_outward(offset, length)
-            self._mark([(blocks.start, blocks.stop)])
+            self._tracking.mark([(blocks.start, blocks.stop)])
 
     def mark_regions(self, dirt: Iterable[tuple[int, bytes]], geometry: Geometry) -> None:
         """As `mark`, for many blocks at once: regions of a disk of `geometry`, which must be ours, with their bits.
 
         One commit for all of them. Raises what the store raises.
         """
-        with self._gate.entering(self._my_lane()) as ours:
+        with self._tracking.gate.entering(self._my_lane()) as ours:
             if geometry != ours:
                 raise InvalidArgument(
                     f"disk {self.disk.name!r} has {ours.size} bytes in blocks of {ours.granularity},"
@@ -186,16 +162,7 @@ class Filter(Front):
                     next_step="try again if it was resized just now",
                 )
             if self._voucher.lost is None:
-                self._period.add_dirt(dirt)
-
-    @property
-    def snapshots(self) -> Sequence[Snapshot]:
-        """Those that are held now."""
-        return () if self._holding is None else self._holding.snapshots
-
-    def snapshot(self, name: str, scratch: Scratch) -> Snapshot:
-        """A checkpoint, and the disk as it was then, until that is released; see `take_snapshot`."""
-        return take_snapshot([self], name, scratch)[0]
+                self._tracking.period.add_dirt(dirt)
 
     def resize(self, size: int) -> None:
         """Grow (the new area is dirty) or shrink (bits past the end are gone for good) disk and image.
@@ -203,153 +170,40 @@ class Filter(Front):
         Durable on return. A death in between leaves either size, and the bitmap right for it. Raises `Busy` while a
         snapshot is held: whoever reads it counts on the bits past the end.
         """
-        self._flusher.require_sound()
-        with self._frozen():
-            if self.snapshots:
-                raise _held_error(self.snapshots[0])
-            self._change_chain(lambda writer, disk: chain.begin_resize(writer, disk, size))
-            try:
-                with os_errors_at(self.disk.image):
-                    self.device.resize(size)
-                self._flusher.flush()
-            finally:
-                self._take_size_of_image()
-
-    def _take_size_of_image(self) -> None:
-        """However a resize went, the image says how large it is. A size that cannot be recorded loses track:
-        a write past the new end would bring back zeroes that no bit names."""
-        try:
-            self._change_chain(lambda writer, disk: chain.end_resize(writer, disk, self.device.size))
-        except LmdbitmapError as error:
-            self._voucher.lose_track(f"a resize could not be recorded: {error.problem}")
-            raise
+        self._tracking.resize(size)
 
     def start_epoch(self, reason: str) -> None:
         """Begin anew, everything dirty: what was known cannot be believed. Durable on return."""
-        with self._frozen():
-            self._start_epoch(reason)
+        with self._tracking.frozen():
+            self._tracking.start_epoch(reason)
+
+    # -- what is known -------------------------------------------------------------------------------------
 
     def persist(self) -> None:
         """Write everything that only memory knows: the store names exactly what is dirty at this moment.
 
         Raises what the store raises, and `Untrusted` where tracking was lost: then it names nothing.
         """
-        if self._voucher.lost is not None:
-            raise Untrusted(f"disk {self.disk.name!r}: {self._voucher.lost}", next_step="make a full backup")
-        self._persist()
-
-    def _persist(self) -> None:
-        if self._detached:
-            raise _detached_error(self.disk)
-        while True:
-            period = self._period
-            period.persist()
-            if period is self._period:
-                return
+        self._tracking.require_track()
+        self._tracking.persist()
 
     def changes(self, *, since: str | None = None, until: str | None = None) -> Changes:
         """What changed up to this moment; see changes.py. Raises what the store raises."""
         if self._voucher.lost is None:
-            self._persist()
+            self._tracking.persist()
         answer = changes(self.store, self.disk.name, since=since, until=until, persisted=True)
         if self._voucher.lost is None or until is not None:
             return answer
         return dataclasses.replace(answer, standing=Standing(Trust.UNTRUSTED, self._voucher.lost))
 
-    def _between_periods(self, change: Callable[[Writer, Disk], Disk]) -> None:
-        with self._frozen():
-            self._change_chain(change)
-
-    @contextlib.contextmanager
-    def _frozen(self) -> Iterator[None]:
-        """No write is in flight and no commit of the period runs in the block (law 2)."""
-        with self._gate.drained(), self._period.held():
-            yield
-
-    def _change_chain(self, change: Callable[[Writer, Disk], Disk]) -> None:
-        """Persist, change the chain, and open its newest bitmap afresh. Called inside `_frozen`."""
-
-        def persist_and_change(writer: Writer) -> tuple[Disk, Period]:
-            self._period.put_exact(writer)
-            disk = change(writer, self._as_stored(writer))
-            writer.put_disk(disk)
-            return disk, self._open_period(writer, disk)
-
-        with changed_together([self._voucher]):
-            self._go_on_with(*self.store.update(persist_and_change))
-
-    def _go_on_with(self, disk: Disk, period: Period) -> None:
-        """The chain is another now, durably: track into its newest bitmap. Called inside `_frozen`."""
-        self._period.end()
-        self.disk = disk
-        self._period = period
-        self._gate.geometry = disk.geometry
-        self._hold(self.snapshots)
-
-    def _hold(self, snapshots: Sequence[Snapshot]) -> None:
-        """Have these snapshots, and no others, kept from now on. Called while the gate is closed."""
-        self._holding = Holding(snapshots, self.disk.geometry) if snapshots else None
-        self._gate.settled = self._period.settled if self._holding is None else self._holding.let_through
-
-    def _let_go_of(self, snapshot: Snapshot) -> None:
-        """Writers have nothing to keep for it any more."""
-        if self._detached or snapshot not in self.snapshots:
-            return
-        try:
-            with self._gate.drained():
-                self._hold([other for other in self.snapshots if other is not snapshot])
-        except StorageError:
-            if not self._detached:  # else it ends with the filter, at this very moment
-                raise
-
-    def _as_stored(self, reader: Reader) -> Disk:
-        """The disk as the store has it: after an interruption memory may lag behind."""
-        return reader.disk(self.disk.uuid) or self.disk
-
-    def _open_period(self, reader: Reader, disk: Disk) -> Period:
-        """Opened inside the transaction that makes its bitmap, so that nothing can fail once that is durable."""
-        bitmap = reader.bitmap(chain.current_checkpoint(reader, disk).bitmap_id)
-        write_ahead = disk.durability == schema.WRITE_AHEAD
-        return Period(self.store, bitmap, write_ahead=write_ahead, max_armed=self._max_armed)
-
-    # -- marking, and what happens when it fails -----------------------------------------------------------
-
-    def _mark(self, runs: list[Run]) -> None:
-        """Have the old data of `runs` kept where a snapshot wants it, and settle them (law 1).
-
-        Where they cannot be settled, do what the policy says.
-        """
-        holding = self._holding
-        if holding is not None:
-            holding.keep(runs)
-        if self._voucher.lost is not None:
-            return
-        try:
-            self._period.make_durable(runs)
-        except LmdbitmapError as error:
-            self._tracking_failed(error)
-            return
-        if holding is not None:
-            holding.let(runs)
-
-    def _tracking_failed(self, error: LmdbitmapError) -> None:
-        if self.disk.policy == schema.STRICT:
-            raise write_refused(self.disk.name, error) from error
-        self._voucher.lose_track(f"tracking failed: {error.problem}")
-
     def standing(self) -> Standing:
         """Whether the open period's answer is exact, a superset, or worth nothing."""
-        if self._voucher.lost is not None:
-            return Standing(Trust.UNTRUSTED, self._voucher.lost)
-        with self.store.read() as reader:  # of before or after the checkpoint that memory knows
-            bitmap = reader.bitmap(chain.current_checkpoint(reader, self.disk).bitmap_id)
-        reason = bitmap.superset or bitmap.all_dirty
-        return Standing(Trust.SUPERSET if reason else Trust.EXACT, reason)
+        return self._tracking.standing()
 
     @property
     def armed_count(self) -> int:
         """Extents that a crash at this moment would report dirty as a whole."""
-        return self._period.armed_count
+        return self._tracking.period.armed_count
 
     # -- background ----------------------------------------------------------------------------------------
 
@@ -361,36 +215,16 @@ class Filter(Front):
         """Disarm what was quiet; when tracking was lost, begin a new epoch if the store lets us."""
         self.store.keep_house()
         self.regain_trust()
-        self._period.disarm_quiet(_DISARM_PER_PASS)
+        self._tracking.period.disarm_quiet(_DISARM_PER_PASS)
 
     def regain_trust(self) -> None:
         """If tracking was lost, begin a new epoch, which is all dirty. Raises what the store raises.
 
         Not where the image could not be flushed: that is lost until it is attached anew.
         """
-        if self._voucher.lost is not None and not self._flusher.failed:
-            with self._frozen():
-                self._begin_again()
-
-    def _begin_again(self) -> None:
-        reason = self._voucher.lost
-        if reason is None:  # another thread was first
-            return
-        self._voucher.require_a_voice()
-        self._start_epoch(reason)
-        self._voucher.vouch_again()
-        log.warning("disk %s: tracking begins again", self.disk.name)
-
-    def _start_epoch(self, reason: str) -> None:
-        """Called inside `_frozen`."""
-
-        def start(writer: Writer) -> tuple[Disk, Period]:
-            disk = chain.resize(writer, self._as_stored(writer), self.device.size)
-            disk = chain.start_epoch(writer, disk, reason, time.time_ns())
-            return disk, self._open_period(writer, disk)
-
-        with changed_together([self._voucher]):
-            self._go_on_with(*self.store.update(start))
+        if self._voucher.lost is not None and not self._tracking.flusher.failed:
+            with self._tracking.frozen():
+                self._tracking.begin_again()
 
     def _every_interval(self, work: Callable[[], None]) -> None:
         while not self._stop.wait(PASS_INTERVAL_S):
@@ -408,20 +242,7 @@ class Filter(Front):
 
         If the store refuses, the session stays open on disk, which the next attach takes for a crash.
         """
-        with self._ending:  # whoever else detaches waits for the end
-            if self._detached:
-                return
-            self._detached = True
-            self._stop_background()
-            with self._frozen():
-                self._gate.shut(_detached_error(self.disk))
-                try:
-                    self._end_session()
-                    if self.disk.session is None:
-                        for act in self._last_acts:
-                            act()
-                finally:
-                    self._let_go()
+        self._end(self._end_session)
 
     def at_detach(self, act: Callable[[], None]) -> None:
         """Have `act` called when a clean detach is durable, while the disk is still ours and nobody can write.
@@ -432,32 +253,19 @@ class Filter(Front):
 
     def abandon(self) -> None:
         """Let go of everything at once, as a crash would, without any last write."""
-        with self._ending:
-            if self._detached:
+        self._end(lambda: None)
+
+    def _end(self, last_act: Callable[[], None]) -> None:
+        with self._ending:  # whoever else ends it waits for the end
+            if self._tracking.is_over:
                 return
-            self._detached = True
+            self._tracking.is_over = True
             self._stop_background()
-            with self._frozen():
-                self._gate.shut(_detached_error(self.disk))
-                self._let_go()
-
-    def forsake(self) -> None:
-        """We are in a forked child: nobody tracks its writes, so it has none; and the locks stay our parent's alone."""
-        self._detached = True
-        self._ending = threading.RLock()
-        self._gate.forsake(_inherited_error(self.disk))
-        if self.device.fd is not None:  # a connection would be ended for our parent too
-            self.device.close()
-        self._voucher.forsake()
-
-    def _let_go(self) -> None:
-        """What we know is not ours to write any more: the disk may have another owner at once."""
-        for snapshot in self.snapshots:
-            snapshot.release()
-        self._period.end()
-        self._flusher.close(_detached_error(self.disk))
-        self.device.close()
-        self._voucher.close()
+            with self._tracking.shut(detached_error(self.disk)):
+                try:
+                    last_act()
+                finally:
+                    self._let_go()
 
     def _stop_background(self) -> None:
         self._stop.set()
@@ -466,20 +274,28 @@ class Filter(Front):
                 thread.join()
 
     def _end_session(self) -> None:
-        self._flusher.flush()
+        self.flush()
         with contextlib.suppress(LmdbitmapError):  # the commit says more than a sign of life
             self.beat()
         if self._voucher.lost is None:
-            disk = dataclasses.replace(
-                self.disk, session=None, identity=session.identity_to_keep(self.device)
-            )
+            self._tracking.end_session(session.identity_to_keep(self.device))
+            for act in self._last_acts:
+                act()
 
-            def commit(writer: Writer) -> None:
-                self._period.put_exact(writer)
-                writer.put_disk(disk)
+    def _let_go(self) -> None:
+        """What we know is not ours to write any more: the disk may have another owner at once."""
+        self._tracking.let_go(detached_error(self.disk))
+        self.device.close()
+        self._voucher.close()
 
-            self.store.update(commit)
-            self.disk = disk
+    def forsake(self) -> None:
+        """We are in a forked child: nobody tracks its writes, so it has none; and the locks stay our parent's alone."""
+        self._tracking.is_over = True
+        self._ending = threading.RLock()
+        self._tracking.gate.forsake(_inherited_error(self.disk))
+        if self.device.fd is not None:  # a connection would be ended for our parent too
+            self.device.close()
+        self._voucher.forsake()
 
     def __enter__(self) -> Filter:
         return self
@@ -497,9 +313,7 @@ def take_checkpoint(filters: Sequence[Filter], name: str) -> list[Checkpoint]:
     Returns after the images are flushed, so that a power cut cannot take back a write that the new period
     calls clean. The writers go on meanwhile. An image that cannot be flushed loses the checkpoint again.
     """
-    checkpoints = _take_points(filters, name, lambda attached, checkpoint: None)
-    _flush_images(filters, name)
-    return checkpoints
+    return points.checkpoint([attached._tracking for attached in filters], name)
 
 
 def take_snapshot(filters: Sequence[Filter], name: str, scratch: Scratch) -> list[Snapshot]:
@@ -508,96 +322,7 @@ def take_snapshot(filters: Sequence[Filter], name: str, scratch: Scratch) -> lis
     Each keeps old data in a scratch file of its own. A snapshot ends with its filter. Raises `StorageError` where a
     scratch file cannot be made; then there is no checkpoint.
     """
-    _require_each_once(filters)
-    snapshots: dict[Filter, Snapshot] = {}
-    store = filters[0].store
-
-    def hold(attached: Filter, checkpoint: Checkpoint) -> None:
-        snapshots[attached].checkpoint = checkpoint
-        attached._hold([*attached.snapshots, snapshots[attached]])
-
-    with contextlib.ExitStack() as on_failure:
-        files = {attached: on_failure.enter_context(closing(ScratchFile(scratch))) for attached in filters}
-
-        def prepare(attached: Filter) -> None:
-            snapshots[attached] = Snapshot(store, attached.disk, attached.device, files[attached])
-
-        _take_points(filters, name, hold, prepare)
-        for attached, snapshot in snapshots.items():
-            snapshot.before_release = functools.partial(attached._let_go_of, snapshot)
-            on_failure.callback(snapshot.release)
-        _flush_images(filters, name, on_failure.close)
-        on_failure.pop_all()
-    return [snapshots[attached] for attached in filters]
-
-
-def _take_points(
-    filters: Sequence[Filter],
-    name: str,
-    taken: Callable[[Filter, Checkpoint], None],
-    prepare: Callable[[Filter], None] = lambda attached: None,
-) -> list[Checkpoint]:
-    """Freeze all disks, and begin their next periods in one transaction. `prepare` may fail, `taken` must not."""
-    _require_each_once(filters)
-    store = filters[0].store
-    assert all(other.store.uuid == store.uuid for other in filters)
-    with contextlib.ExitStack() as frozen:
-        for attached in sorted(filters, key=lambda other: other.disk.uuid):
-            frozen.enter_context(attached._frozen())
-        for attached in filters:
-            attached._flusher.require_sound()
-            attached._begin_again()  # a write that was drained just now may have lost track
-            prepare(attached)
-        time_ns = time.time_ns()
-        with changed_together([attached._voucher for attached in filters]):
-            points = store.update(
-                lambda writer: [_next_period(writer, attached, name, time_ns) for attached in filters]
-            )
-            for attached, (checkpoint, disk, period) in zip(filters, points, strict=True):
-                attached._go_on_with(disk, period)
-                taken(attached, checkpoint)
-    return [checkpoint for checkpoint, _, _ in points]
-
-
-def _flush_images(filters: Sequence[Filter], name: str, let_go: Callable[[], None] = lambda: None) -> None:
-    try:
-        for attached in filters:
-            attached.flush()
-    except StorageError as error:
-        let_go()
-        for attached in filters:
-            attached._take_back(name)
-        error.next_step = f"no checkpoint was made; {error.next_step}"
-        raise
-
-
-def _require_each_once(filters: Sequence[Filter]) -> None:
-    if not filters or len({attached.disk.uuid for attached in filters}) < len(filters):
-        raise InvalidArgument("a checkpoint is of one disk or of several", next_step="name each disk once")
-
-
-def _next_period(
-    writer: Writer, attached: Filter, name: str, time_ns: int
-) -> tuple[Checkpoint, Disk, Period]:
-    attached._period.put_exact(writer)
-    disk, checkpoint = chain.add_checkpoint(writer, attached._as_stored(writer), name, time_ns)
-    armed = dict(list(attached._period.active_extents().items())[-_CARRIED_REGIONS:])
-    for region, mask in armed.items():
-        writer.put_region(checkpoint.bitmap_id, region, mask, schema.ALL_CLEAN_BITS)
-    period = attached._open_period(writer, disk)
-    period.adopt_armed(armed)
-    return checkpoint, disk, period
-
-
-def _forget(writer: Writer, disk: Disk, name: str) -> Disk:
-    chain.forget(writer, disk, name)
-    return disk
-
-
-def _detached_error(disk: Disk) -> StorageError:
-    return StorageError(
-        f"disk {disk.name!r} is detached", OSError(errno.ESHUTDOWN, "detached"), next_step="attach it again"
-    )
+    return points.snapshot([attached._tracking for attached in filters], name, scratch)
 
 
 def _inherited_error(disk: Disk) -> StorageError:
@@ -605,11 +330,4 @@ def _inherited_error(disk: Disk) -> StorageError:
         f"disk {disk.name!r} was attached before this process was forked",
         OSError(errno.ESHUTDOWN, "of another process"),
         next_step="attach it in the process that writes, and write nowhere else",
-    )
-
-
-def _held_error(snapshot: Snapshot) -> Busy:
-    return Busy(
-        f"disk {snapshot.disk.name!r} is held as at checkpoint {snapshot.checkpoint.name!r}",
-        next_step="release that snapshot first, or wait for who reads it",
     )

@@ -100,6 +100,8 @@ FLOORS: dict[str, float] = {
     "snapshot": 4.2,
     "front": 4.2,
     "changes": 4,
+    "tracking": 4.3,
+    "points": 4.4,
     "filter": 4.5,
     "target": 4.6,
     "putting_back": 4.7,

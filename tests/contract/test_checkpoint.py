@@ -98,13 +98,13 @@ def test_a_write_that_loses_track_while_a_checkpoint_waits_for_it_is_not_called_
     with attach(store, tmp_path, "sda") as disk:
         disk.checkpoint("monday")
         lane = disk.lane()
-        real_drain = disk._gate.drained
+        real_drain = disk._tracking.gate.drained
 
         def drained() -> AbstractContextManager[None]:
             draining.set()
             return real_drain()
 
-        monkeypatch.setattr(disk._gate, "drained", drained)
+        monkeypatch.setattr(disk._tracking.gate, "drained", drained)
         monkeypatch.setattr(store, "update", fail_once)
         writer = threading.Thread(target=lane.pwrite, args=(b"x" * 4096, 40960))
         writer.start()

@@ -42,9 +42,9 @@ class LateStorm(Storm):
     LATE = """
 import threading
 from lmdbitmap.cli import main
-from lmdbitmap.filter import Filter
-mark = Filter._mark
-Filter._mark = lambda disk, runs: threading.Timer(0.05, mark, (disk, runs)).start()
+from lmdbitmap.tracking import Tracking
+mark = Tracking.mark
+Tracking.mark = lambda disk, runs: threading.Timer(0.05, mark, (disk, runs)).start()
 main.main()
 """
 

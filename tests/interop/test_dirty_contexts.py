@@ -174,7 +174,7 @@ def test_what_cannot_be_known_is_an_error_and_never_clean(house: House) -> None:
 def test_lost_track_is_all_dirty(house: House) -> None:
     with house.client() as client:
         [number] = client.go(NAME, contexts=[context("start")]).values()
-        house.disk._voucher.lose_track("the store is full")
+        house.disk._tracking.voucher.lose_track("the store is full")
         assert client.do(BLOCK_STATUS, 5, 4096).statuses == {number: [(4096, 1)]}
 
 

@@ -386,7 +386,7 @@ class Tracker(RuleBasedStateMachine):
     def look_around(self) -> None:
         if not hasattr(self, "disk"):
             return
-        attached = not self.disk._detached
+        attached = not self.disk._tracking.is_over
         if attached:
             self.disk.beat()
             self.check_memory()
@@ -428,12 +428,12 @@ class Tracker(RuleBasedStateMachine):
     def check_image(self) -> None:
         assert self.tracked.image.read_bytes() == self.model.image
         assert self.tracked.disk().size == self.model.geometry.size
-        if not self.disk._detached:
+        if not self.disk._tracking.is_over:
             assert self.disk.size == self.disk.device.size == self.model.geometry.size
 
     def check_memory(self) -> None:
         """Law 1: what memory takes for settled is durably dirty, and dirty it is."""
-        settled = {block for run in bits.runs(self.disk._period._memory) for block in range(*run)}
+        settled = {block for run in bits.runs(self.disk._tracking.period._memory) for block in range(*run)}
         current = self.model.current
         if not current.all_dirty:
             assert settled <= current.dirty | current.loose

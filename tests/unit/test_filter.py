@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from lmdbitmap import filter as filters
-from lmdbitmap import schema, session
+from lmdbitmap import schema, session, tracking
 from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, NotFound, StorageError, Untrusted
 from lmdbitmap.extents import Trust
@@ -196,7 +195,7 @@ def test_period_that_cannot_be_opened_makes_no_checkpoint(
         raise StorageError("memory", OSError(errno.ENOMEM, "none"), next_step="free some")
 
     with monkeypatch.context() as patched:
-        patched.setattr(filters, "Period", refuse)
+        patched.setattr(tracking, "Period", refuse)
         for change in (
             lambda: disk.checkpoint("monday"),
             lambda: disk.resize(10),
@@ -343,7 +342,7 @@ def test_pass_that_comes_too_late_writes_over_nothing(
     """It looked up the period, and then the chain changed: the period after may record into the same bitmap."""
     disk.checkpoint("monday")
     disk.pwrite(b"x", 0)
-    late = disk._period
+    late = disk._tracking.period
     changes: dict[str, Callable[[], object]] = {
         "resize": lambda: disk.resize(150 * BLOCK),
         "forget": lambda: disk.forget("monday"),

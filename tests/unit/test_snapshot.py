@@ -132,9 +132,9 @@ def test_the_disk_keeps_its_size_and_the_checkpoint_while_it_is_held(disk: Filte
 def test_writers_are_fast_again_after_the_release(disk: Filter, folder: Path) -> None:
     lane = disk.lane()
     snapshot = disk.snapshot("s", scratch(folder))
-    assert lane.settled is not disk._period.settled
+    assert lane.settled is not disk._tracking.period.settled
     snapshot.release()
-    assert lane.settled is disk._period.settled
+    assert lane.settled is disk._tracking.period.settled
     assert disk.snapshots == ()
 
 
@@ -156,14 +156,14 @@ def test_detach_releases_it(tracked: TrackedDisk, folder: Path) -> None:
 
 
 def test_release_at_the_moment_of_the_detach_is_a_release(disk: Filter, folder: Path) -> None:
-    snapshot, drained = disk.snapshot("s", scratch(folder)), disk._gate.drained
+    snapshot, drained = disk.snapshot("s", scratch(folder)), disk._tracking.gate.drained
 
     def detach_first() -> AbstractContextManager[None]:
-        disk._gate.drained = drained  # type: ignore[method-assign]
+        disk._tracking.gate.drained = drained  # type: ignore[method-assign]
         disk.detach()
         return drained()
 
-    disk._gate.drained = detach_first  # type: ignore[assignment, method-assign]
+    disk._tracking.gate.drained = detach_first  # type: ignore[assignment, method-assign]
     snapshot.release()
     with pytest.raises(StorageError, match="released"):
         snapshot.pread(1, 0)
