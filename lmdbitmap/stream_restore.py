@@ -20,21 +20,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-from lmdbitmap import files
 from lmdbitmap.copier import Progress, Report
-from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import AlreadyExists, InvalidArgument, LmdbitmapError, NotFound, os_errors_at
 from lmdbitmap.image import is_far, open_image
 from lmdbitmap.interfaces import BlockDevice
 from lmdbitmap.rbd_diff import Data, Decoder, Event, Head, Zeroes
 from lmdbitmap.store import Store
-from lmdbitmap.target import refuse_tracked
+from lmdbitmap.target import Target, holds_something, is_block_device, new_file, refuse_tracked
 
 _PLACE = "the stream"
 _READ_BYTES = 1 << 20
@@ -79,7 +76,7 @@ def apply_stream(
     head = next(events)
     assert isinstance(head, Head)
     with _target(place, head) as target:
-        applying = _Applying(target, place, head, Report(progress, head.size))
+        applying = _Applying(target, head, Report(progress, head.size))
         for event in events:
             applying.put(event)
         applying.finish()
@@ -106,65 +103,38 @@ def _read(stream: Source, buffer: memoryview) -> int:
 # --- the target ---
 
 
-class _Target(NamedTuple):
-    device: BlockDevice
-    is_fresh: bool
-    """All of it reads as zeroes, and nothing is there yet."""
-
-
 @contextlib.contextmanager
-def _target(path: str, head: Head) -> Iterator[_Target]:
+def _target(path: str, head: Head) -> Iterator[Target]:
     """What to write into, of the stream's size. What was flushed is durable after the block."""
-    if not is_far(path) and not _is_block_device(path):
+    if not is_far(path) and not is_block_device(path):
         if head.from_name is None:
-            with _new_file(path, head.size) as device:
-                yield _Target(device, is_fresh=True)
+            with new_file(path, head.size, _is_not_empty(path)) as target:
+                yield target
             return
         _require_disk(path, head)
     with contextlib.closing(open_image(path)) as existing, _in_place(path, head):
         _fit(existing, path, head)
-        yield _Target(existing, is_fresh=False)
+        yield Target(path, existing)
 
 
-@contextlib.contextmanager
-def _new_file(path: str, size: int) -> Iterator[FileDevice]:
-    _require_free(path)
-    with files.replacing(path) as file:
-        with os_errors_at(path):
-            os.ftruncate(file.fileno(), size)
-        yield FileDevice(path, file.fileno(), read_only=False)
-        _require_free(path)  # again: a stream may take hours
-
-
-def _require_free(path: str) -> None:
-    if os.path.isdir(path):
-        raise InvalidArgument(f"{path} is a folder", next_step="name a new file in it")
-    if _holds_something(path):
-        raise AlreadyExists(
-            f"{path} is not empty, and a full stream makes a new disk", next_step="name a new file"
-        )
+def _is_not_empty(path: str) -> AlreadyExists:
+    return AlreadyExists(
+        f"{path} is not empty, and a full stream makes a new disk", next_step="name a new file"
+    )
 
 
 def _require_disk(path: str, head: Head) -> None:
-    if not os.path.isdir(path) and not _holds_something(path):
+    if not os.path.isdir(path) and not holds_something(path):
         raise NotFound(
             f"the stream counts from {head.from_name!r}, and there is no disk at {path}",
             next_step=f"apply the full stream first, and those that lead to {head.from_name!r}",
         )
 
 
-def _holds_something(path: str) -> bool:
-    return os.path.exists(path) and os.path.getsize(path) > 0
-
-
-def _is_block_device(path: str) -> bool:
-    return os.path.exists(path) and stat.S_ISBLK(os.stat(path).st_mode)
-
-
 def _fit(device: BlockDevice, path: str, head: Head) -> None:
     if device.size == head.size:
         return
-    if is_far(path) or _is_block_device(path):
+    if is_far(path) or is_block_device(path):
         raise InvalidArgument(
             f"{path} has {device.size} bytes, and the stream's disk has {head.size}",
             next_step="give it that size, or name another target",
@@ -188,9 +158,8 @@ def _in_place(path: str, head: Head) -> Iterator[None]:
 class _Applying:
     """Puts what the stream says where it belongs. Ranges may come in any order; the last one counts."""
 
-    def __init__(self, target: _Target, place: str, head: Head, report: Report) -> None:
-        self._device, self._is_fresh = target
-        self._place = place
+    def __init__(self, target: Target, head: Head, report: Report) -> None:
+        self._target = target
         self._head = head
         self._report = report
         self._position = 0
@@ -201,8 +170,7 @@ class _Applying:
     def put(self, event: Event) -> None:
         if isinstance(event, Data):
             self._pass_over(event.offset)
-            with os_errors_at(self._place):
-                self._device.pwrite(event.data, event.offset)
+            self._target.write_many([(event.offset, memoryview(event.data))])
             self.bytes_written += len(event.data)
             self._come_to(event.offset + len(event.data))
         elif isinstance(event, Zeroes):
@@ -214,8 +182,7 @@ class _Applying:
     def finish(self) -> None:
         self._pass_over(self._head.size)
         self._come_to(self._head.size)
-        with os_errors_at(self._place):
-            self._device.flush()
+        self._target.flush()
 
     def _pass_over(self, offset: int) -> None:
         """What a full stream leaves out is zero."""
@@ -223,10 +190,9 @@ class _Applying:
             self._zero(self._position, offset - self._position)
 
     def _zero(self, offset: int, length: int) -> None:
-        if length == 0 or (self._is_fresh and offset >= self._position):
+        if length == 0 or (self._target.is_fresh and offset >= self._position):
             return
-        with os_errors_at(self._place):
-            self._device.write_zeroes(offset, length)
+        self._target.write_zeroes(offset, length)
 
     def _come_to(self, offset: int) -> None:
         if offset > self._position:

@@ -125,9 +125,9 @@ def _opening(out: str, size: int, in_place: bool, store: Store | None) -> Abstra
             raise _is_tracked(out, tracked)
     if is_far(out):
         return _far(out)
-    if _is_block_device(out):
+    if is_block_device(out):
         return _device(out)
-    return _existing_file(out) if in_place else _new_file(out, size)
+    return _existing_file(out) if in_place else new_file(out, size, _is_not_empty(out))
 
 
 # --- what is refused ---
@@ -196,19 +196,27 @@ def _other_size(target: Target, size: int) -> InvalidArgument:
     return InvalidArgument(f"{target.place} has {target.size} bytes, and the disk had {size}", next_step=step)
 
 
-def _is_block_device(path: str) -> bool:
+def is_block_device(path: str) -> bool:
     with os_errors_at(path):
         return os.path.exists(path) and stat.S_ISBLK(os.stat(path).st_mode)
 
 
-def _require_free(path: str) -> None:
+def _require_free(path: str, if_taken: AlreadyExists) -> None:
     if os.path.isdir(path):
         raise InvalidArgument(f"{path} is a folder", next_step="name a new file in it")
-    if os.path.exists(path) and os.path.getsize(path) > 0:
-        raise AlreadyExists(
-            f"{path} exists, and is not empty",
-            next_step="name a new file, remove that one, or say --in-place to write what differs into it",
-        )
+    if holds_something(path):
+        raise if_taken
+
+
+def holds_something(path: str) -> bool:
+    return os.path.exists(path) and os.path.getsize(path) > 0
+
+
+def _is_not_empty(path: str) -> AlreadyExists:
+    return AlreadyExists(
+        f"{path} exists, and is not empty",
+        next_step="name a new file, remove that one, or say --in-place to write what differs into it",
+    )
 
 
 # --- what is opened ---
@@ -248,15 +256,16 @@ def _existing_file(path: str) -> Iterator[Target]:
 
 
 @contextlib.contextmanager
-def _new_file(path: str, size: int) -> Iterator[Target]:
-    _require_free(path)
+def new_file(path: str, size: int, if_taken: AlreadyExists) -> Iterator[Target]:
+    """All zeroes, and without its name before the end; `if_taken` is raised where something is there."""
+    _require_free(path, if_taken)
     with _taken_away_on_failure(path) as watched, files.replacing(path) as file:
         watched(file.fileno())
         with os_errors_at(path):
             os.ftruncate(file.fileno(), size)
         device = FileDevice(path, file.fileno(), read_only=False)
         yield Target(path, device, is_fresh=True, fd=device.fd)
-        _require_free(path)  # again: a restore may take hours
+        _require_free(path, if_taken)  # again: a restore may take hours
 
 
 @contextlib.contextmanager

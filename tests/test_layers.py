@@ -104,6 +104,7 @@ FLOORS: dict[str, float] = {
     "points": 4.4,
     "filter": 4.5,
     "target": 4.6,
+    "differences": 4.65,
     "putting_back": 4.7,
     "sync_target": 4.65,
     "mirror": 4.75,

@@ -2,57 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lmdbitmap import backup_chain
 from lmdbitmap.backup_chain import BackupChain
 from lmdbitmap.copier import Report
-from lmdbitmap.device import PAGE_BYTES, MemoryDevice
-from lmdbitmap.putting_back import Comparing, Overwriting, differences
+from lmdbitmap.device import PAGE_BYTES
+from lmdbitmap.putting_back import Comparing, Overwriting
 from lmdbitmap.target import Target
 from tests.backed_up import BackedUpDisk
+from tests.watched import Watched, differing_pages
 
 MIB = 1 << 20
 SIZE = 3 * MIB + 700
-
-
-class Watched(MemoryDevice):
-    """Notes every change, and every read."""
-
-    def __init__(self, content: bytes) -> None:
-        super().__init__(len(content))
-        super().pwrite(content, 0)
-        self.written: set[int] = set()
-        self.zeroed: set[int] = set()
-        self.bytes_read = 0
-
-    def pwrite(self, data: bytes | bytearray | memoryview, offset: int) -> None:
-        super().pwrite(data, offset)
-        self.written |= pages(offset, len(data))
-
-    def write_zeroes(
-        self, offset: int, length: int, *, may_unmap: bool = True, fast_only: bool = False
-    ) -> None:
-        super().write_zeroes(offset, length, may_unmap=may_unmap, fast_only=fast_only)
-        self.zeroed |= pages(offset, length)
-
-    def pread_into(self, buffer: memoryview, offset: int) -> None:
-        super().pread_into(buffer, offset)
-        self.bytes_read += len(buffer)
-
-    def content(self) -> bytes:
-        return self.pread(self.size, 0)
-
-
-def pages(offset: int, length: int) -> set[int]:
-    return set(range(offset // PAGE_BYTES, -(-(offset + length) // PAGE_BYTES)))
 
 
 @pytest.fixture
@@ -79,14 +45,6 @@ def compared(chain: BackupChain, device: Watched) -> Comparing:
     for run in chain.extents(0, chain.size):
         way.put(run, None)
     return way
-
-
-def differing_pages(one: bytes, other: bytes) -> set[int]:
-    return {
-        offset // PAGE_BYTES
-        for offset in range(0, len(one), PAGE_BYTES)
-        if one[offset : offset + PAGE_BYTES] != other[offset : offset + PAGE_BYTES]
-    }
 
 
 def test_exactly_the_pages_that_differ_are_changed(disk: BackedUpDisk, chain: BackupChain) -> None:
@@ -156,27 +114,3 @@ def test_progress_comes_to_the_end_either_way(chain: BackupChain) -> None:
         for run in chain.extents(0, SIZE):
             putting.put(run, None)
         assert told[-1] == SIZE
-
-
-# --- comparing two buffers ---
-
-lengths = st.one_of(st.integers(0, 5 * PAGE_BYTES), st.integers(0, 300_000))
-
-
-@given(length=lengths, places=st.lists(st.integers(0, 299_999), max_size=12))
-def test_differences_are_those_that_a_look_at_each_page_finds(length: int, places: list[int]) -> None:
-    one, other = bytearray(300_000), bytearray(300_000)
-    for place in places:
-        other[place] = 1
-    found = list(differences(one, other, length))
-    assert all(stop < start for (_, stop), (start, _) in itertools.pairwise(found))
-    covered = {page for start, stop in found for page in pages(start, stop - start)}
-    assert covered == differing_pages(bytes(one[:length]), bytes(other[:length]))
-    assert all(
-        start % PAGE_BYTES == 0 and (stop % PAGE_BYTES == 0 or stop == length) for start, stop in found
-    )
-
-
-def test_runs_go_on_over_the_edge_of_a_coarse_piece() -> None:
-    one, other = bytearray(200_000), bytearray(b"x" * 200_000)
-    assert list(differences(one, other, 200_000)) == [(0, 200_000)]
