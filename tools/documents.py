@@ -9,6 +9,8 @@ alone where there is none. Sizes, times and names that differ from run to run ar
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -18,9 +20,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from lmdbitmap.cli.main import run
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 REFERENCE = ROOT / "docs" / "cli.md"
+IN_MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
+"""A disk with large holes is compared there without a page of memory for each of them."""
 
 SERVE = "lmdbitmap serve sda --socket sda.sock &"
 CRASH = "kill -9 %1"
@@ -39,7 +45,7 @@ SESSION = [
 
 def session() -> str:
     """The README's session, run in a folder of its own: every command, and what it printed."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
         with open(f"{folder}/sda.raw", "wb") as image:
             image.write(os.urandom(20 << 20))
             image.truncate(2 << 30)
@@ -84,7 +90,7 @@ def shell(command: str, folder: str) -> str:
 def environment(folder: str) -> dict[str, str]:
     """Our command first on the path, and a store in the folder."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "LMDBITMAP_STORE": f"{folder}/store", "COLUMNS": "110"}
+    return os.environ | {"PATH": path, "LMDBITMAP_STORE": f"{folder}/store"}
 
 
 def speed() -> str:
@@ -135,10 +141,14 @@ def command_line() -> str:
 
 
 def help_of(*words: str) -> str:
-    return shell(f"lmdbitmap {' '.join(words)} --help", str(ROOT))
+    """As the command says it, without a process for each of its pages."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert run([*words, "--help"]) == 0
+    return said.getvalue()
 
 
 def main(words: list[str]) -> int:
+    os.environ["COLUMNS"] = "110"
     text = README.read_text()
     fresh = text
     for name in PARTS if "--check" not in words else ["session"]:
