@@ -31,7 +31,7 @@ from lmdbitmap.qcow2 import Qcow2Reader, Run, Source, chain_extents
 from lmdbitmap.qcow2.compression import require
 from lmdbitmap.qcow2.layout import SECTOR
 from lmdbitmap.read_only import ReadOnlyDevice
-from lmdbitmap.repository import BackupFolder, disk_names
+from lmdbitmap.repository import BackupFolder
 
 _USE_ANOTHER = "use an earlier backup, or get the file from a copy of the repository"
 
@@ -142,13 +142,7 @@ class BackupChain(ReadOnlyDevice):
 
 def entries_at(folder: BackupFolder, at: str | None = None) -> Sequence[BackupEntry]:
     """The chain of the backup with the id `at`, or of the newest one, the full one first. `NotFound` without it."""
-    manifest = folder.manifest() if os.path.isdir(folder.path) else None
-    if manifest is None or not manifest.backups:
-        known = ", ".join(disk_names(folder.repository_path)) or "none"
-        raise NotFound(
-            f"{folder.repository_path} has no backup of a disk called {os.path.basename(folder.path)!r}",
-            next_step=f"name another: it has backups of {known}",
-        )
+    manifest = folder.known_backups()
     return chain_to(manifest, at if at is not None else manifest.backups[-1].id)
 
 

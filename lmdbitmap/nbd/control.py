@@ -29,6 +29,7 @@ from lmdbitmap.errors import Busy, LmdbitmapError, error_from_os, os_errors_at
 from lmdbitmap.nbd import control_wire as wire
 from lmdbitmap.nbd.control_client import receive_line, short_path
 from lmdbitmap.nbd.held import HeldSnapshots
+from lmdbitmap.nbd.listeners import accepted
 from lmdbitmap.nbd.orders import Answer, Filters, Scene, answer
 from lmdbitmap.nbd.watch import TICK_S, Watch
 from lmdbitmap.snapshot import Snapshot
@@ -44,7 +45,6 @@ GRACE_S: Final = 30.0
 LAST_WORD_S: Final = 0.5
 """How long a caller may take over reading its answer when the owner stops."""
 _BACKLOG: Final = 16
-_ACCEPT_PAUSE_S: Final = 0.1
 _PEER: Final = struct.Struct("3i")
 _REQUEST: Final = "request"
 _CONNECT: Final = {"operation": "connect", "arguments": {}}
@@ -142,13 +142,8 @@ class ControlServer:
                     next_tick_s = time.monotonic() + TICK_S
 
     def _accept(self, listening: socket.socket) -> None:
-        try:
-            sock, _ = listening.accept()
-        except (BlockingIOError, ConnectionError):  # it left before we came to the door
-            return
-        except OSError as refused:
-            _log.warning("cannot take a caller: %s", refused)
-            time.sleep(_ACCEPT_PAUSE_S)  # out of descriptors or memory: asking again at once would only spin
+        sock = accepted(listening, "caller")
+        if sock is None:
             return
         caller = _Caller(self, sock)
         with self._lock:

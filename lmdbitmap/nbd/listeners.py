@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import socket
 import ssl
@@ -28,6 +29,22 @@ _BACKLOG: Final = 64
 _FAMILIES: Final = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
 _FOLDER_LOCK_S: Final = 2.0
 _FOLDER_LOCK_PAUSE_S: Final = 0.01
+_ACCEPT_PAUSE_S: Final = 0.1
+
+_log = logging.getLogger(__name__)
+
+
+def accepted(listening: socket.socket, whom: str) -> socket.socket | None:
+    """Who is at the door; None where they left meanwhile, or nobody can be taken in, which is logged."""
+    try:
+        sock, _ = listening.accept()
+    except (BlockingIOError, ConnectionError):  # it left before we came to the door
+        return None
+    except OSError as refused:
+        _log.warning("cannot take a %s in: %s", whom, refused)
+        time.sleep(_ACCEPT_PAUSE_S)  # out of descriptors or memory: asking again at once would only spin
+        return None
+    return sock
 
 
 class Listener(Protocol):

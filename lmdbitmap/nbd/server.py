@@ -25,14 +25,13 @@ from typing import Final, NamedTuple
 from lmdbitmap.errors import AlreadyExists
 from lmdbitmap.interfaces import ServedDisk
 from lmdbitmap.nbd.contexts import ContextsOf, base_contexts
-from lmdbitmap.nbd.listeners import InheritedListener, Listener, TcpListener, UnixListener
+from lmdbitmap.nbd.listeners import InheritedListener, Listener, TcpListener, UnixListener, accepted
 from lmdbitmap.nbd.rounds import Rounds
 from lmdbitmap.nbd.traffic import NO_TRAFFIC, Traffic, summed
 from lmdbitmap.nbd.visit import Served, Visit
 
 _log = logging.getLogger(__name__)
 
-_ACCEPT_PAUSE_S: Final = 0.1
 _SLACK_S: Final = 1.0
 _SEND_BUFFER_BYTES: Final = 2 << 20
 """Of a unix socket, which else has room for three READs of 64 KiB. TCP finds its own; the kernel may allow less."""
@@ -205,15 +204,9 @@ class Server:
             self._wind_up()
 
     def _accept(self, listener: Listener) -> None:
-        try:
-            sock, _ = listener.sock.accept()
-        except (BlockingIOError, ConnectionError):  # it left before we came to the door
-            return
-        except OSError as refused:
-            _log.warning("cannot take a client in: %s", refused)
-            time.sleep(_ACCEPT_PAUSE_S)  # out of descriptors or memory: asking again at once would only spin
-            return
-        self._welcome(sock, listener.tls)
+        sock = accepted(listener.sock, "client")
+        if sock is not None:
+            self._welcome(sock, listener.tls)
 
     def _welcome(self, sock: socket.socket, tls: ssl.SSLContext | None) -> bool:
         visit = Visit(
