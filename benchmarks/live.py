@@ -2,8 +2,8 @@
 
 A *full* backup is held against `qemu-img convert` of the same image from raw to qcow2, which computes no digests and
 syncs nothing. An *increment* of 1 % is held against `qemu-img convert` of the whole: both go with the bytes they copy,
-so that of a 100 GiB image with `DATA_BYTES` of data the ratio is that of one which is full, but for what a run costs
-in any case. Rates leave out the start of the interpreter; lines that say "whole process" do not.
+so that of a 100 GiB image with `INCREMENT_OF_BYTES` of data the ratio is that of one which is full, but for what a run
+costs in any case. Rates leave out the start of the interpreter; lines that say "whole process" do not.
 
 *Latencies* are those of fio over NBD, at a steady rate, while one full backup follows another, and without.
 """
@@ -35,6 +35,7 @@ from benchmarks.tracked import command, workplace  # noqa: E402
 MIB = 1 << 20
 GIB = 1 << 30
 DATA_BYTES = 2 * GIB
+INCREMENT_OF_BYTES = 4 * GIB
 SPARSE_BYTES = 100 * GIB
 HUGE_BYTES = 64 << 40
 BLOCK = 1 << 16
@@ -44,7 +45,7 @@ LATENCY_SECONDS = 4.0
 def measure() -> Iterator[Line]:
     with workplace(4 * DATA_BYTES) as folder:
         yield from full_backups(folder)
-    with workplace(4 * DATA_BYTES) as folder:
+    with workplace(3 * INCREMENT_OF_BYTES) as folder:
         yield from increments(folder)
     with workplace(0) as folder:
         yield from huge_disk(folder)
@@ -142,18 +143,18 @@ def memory_line(name: str, runs: Sequence[Run]) -> Line:
 
 def increments(folder: Path, rounds: int = 3) -> Iterator[Line]:
     """A hundredth of the data is written anew, in blocks of 64 KiB by lot."""
-    places = range(0, SPARSE_BYTES, SPARSE_BYTES // (DATA_BYTES // MIB))
+    places = range(0, SPARSE_BYTES, SPARSE_BYTES // (INCREMENT_OF_BYTES // MIB))
     make_disk(folder, SPARSE_BYTES, places, os.urandom(MIB))
     theirs = statistics.median(convert(folder) for _ in range(rounds))
     back_up(folder)
     runs = []
     with served(folder) as peer:
         for number in range(rounds):
-            rewrite(peer, random.Random(number).sample(places, DATA_BYTES // 100 // BLOCK))
+            rewrite(peer, random.Random(number).sample(places, INCREMENT_OF_BYTES // 100 // BLOCK))
             runs.append(back_up(folder))
     seconds = statistics.median(run.seconds for run in runs)
     whole = statistics.median(run.whole_s for run in runs)
-    name = "increment, served, 1 % of 2 GiB in 100 GiB sparse"
+    name = f"increment, served, 1 % of {INCREMENT_OF_BYTES // GIB} GiB in 100 GiB sparse"
     yield Line(name, seconds, "s", "qemu-img convert", theirs / seconds, ">= 20", "of the whole")
     yield Line(f"{name}, whole process", whole, "s", "qemu-img convert", theirs / whole, "")
     yield memory_line(name, runs)

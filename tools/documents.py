@@ -94,14 +94,16 @@ def environment(folder: str) -> dict[str, str]:
 
 
 def speed() -> str:
-    """Some lines of the newest benchmark, with the machine and the date; what stands there if there is none."""
-    results = ROOT / "benchmarks" / "results"
-    if not (results / "latest.json").exists():
-        return between(README.read_text(), "speed")
-    lines = {(row["name"], row["peer"]): row for row in json.loads((results / "latest.json").read_text())}
-    machine = json.loads((results / "machine.json").read_text())
+    """Lines of the newest benchmark, with the machine and the date; what stands there if it has not all of them."""
     wanted = [("NBD write 4k, depth 32", "qemu-nbd"), ("NBD write 4k, depth 32", "nbdkit file")]
     wanted += [("NBD read 1m, depth 4", "qemu-nbd"), ("NBD first touch, 64 GiB sparse", "untracked")]
+    results = ROOT / "benchmarks" / "results"
+    newest = results / "latest.json"
+    rows_found = json.loads(newest.read_text()) if newest.exists() else []
+    lines = {(row["name"], row["peer"]): row for row in rows_found}
+    if not lines.keys() >= set(wanted):
+        return between(README.read_text(), "speed")
+    machine = json.loads((results / "machine.json").read_text())
     rows = [f"| {name} | {peer} | {lines[name, peer]['ratio']:.2f}x |" for name, peer in wanted]
     head = f"`make bench`, {machine['date']}, {machine['cores']} cores, Python {machine['python']}:"
     tail = (

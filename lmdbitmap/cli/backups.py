@@ -15,6 +15,7 @@ from click.core import ParameterSource
 
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import progress, say, say_json
+from lmdbitmap.cli.politeness import nice_after, polite
 from lmdbitmap.cli.quiesce import Hook, hooked
 from lmdbitmap.cli.sizes import format_duration, format_size, format_time, iso_time
 from lmdbitmap.cli.streams import STDIN, StreamOptions, stream_in, stream_out
@@ -56,6 +57,7 @@ _FOLDER = click.Path(file_okay=False)
     help="Fail with exit code 3 where the backup cannot be of the kind that was asked for.",
 )  # fmt: skip
 @hooked("NAME…")
+@polite
 @click.option(
     "--compress", metavar="zlib|zstd[:LEVEL]",
     help="Compress what is stored, as QEMU reads it: zlib everywhere (level 1 to 9, [6]), zstd faster (1 to 22, [3]).",
@@ -75,7 +77,7 @@ _FOLDER = click.Path(file_okay=False)
 )
 @click.pass_obj
 def backup(
-    asked: Session, words: Sequence[str], kind: str, only_that: bool, hook: Hook,
+    asked: Session, words: Sequence[str], kind: str, only_that: bool, hook: Hook, nice: int,
     compress: str | None, to_stdout: bool, since: str | None, checkpoint: str | None, diff_version: str | None,
 ) -> None:  # fmt: skip
     """Back up disks, while their guests write on.
@@ -91,12 +93,12 @@ def backup(
     options = StreamOptions(since, checkpoint, diff_version)
     if to_stdout:
         _require_stream(words)
-        stream_out(asked, words[0], options)
+        stream_out(asked, words[0], options, nice)
         return
     options.require_none()
     if len(words) < 2:
         raise click.UsageError("Missing argument 'REPO'.")
-    _back_up(asked, words[:-1], words[-1], _Wishes(kind, only_that, compress, hook))
+    _back_up(asked, words[:-1], words[-1], _Wishes(kind, only_that, compress, hook, nice))
 
 
 def _require_stream(words: Sequence[str]) -> None:
@@ -113,6 +115,7 @@ class _Wishes(NamedTuple):
     only_that: bool
     compress: str | None
     hook: Hook
+    nice: int
 
 
 def _back_up(asked: Session, names: Sequence[str], repository: str, wishes: _Wishes) -> None:
@@ -126,7 +129,7 @@ def _back_up(asked: Session, names: Sequence[str], repository: str, wishes: _Wis
         made = back_up(
             store, names, repository,
             kind=BackupType(wishes.kind), only_that=wishes.only_that, compression=wishes.compress,
-            quiesced=lambda: wishes.hook.freezing(names), progress=report,
+            quiesced=lambda: nice_after(wishes.hook.freezing(names), wishes.nice, asked), progress=report,
         )  # fmt: skip
     if asked.as_json:
         say_json({"backups": [_backup_facts(result) for result in made]})

@@ -47,7 +47,7 @@ class Verbs(click.Group):
 @click.pass_context
 def verbs(context: click.Context, store: str | None, as_json: bool) -> None:
     """Remember which blocks of a disk image changed since the last backup, also after a crash."""
-    context.obj = new_session(store, as_json)
+    context.obj = new_session(store, as_json, owns_process=context.obj is True)
     if context.invoked_subcommand is None:
         raise click.UsageError("no command given", context)
 

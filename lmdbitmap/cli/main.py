@@ -38,13 +38,13 @@ def main() -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may lack a letter of a name
     logs.begin()
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(run(sys.argv[1:], owns_process=True))
 
 
-def run(words: Sequence[str]) -> int:
-    """Do what `words` say; answer the exit code."""
+def run(words: Sequence[str], *, owns_process: bool = False) -> int:
+    """Do what `words` say; answer the exit code. A process that is its own may be given another priority."""
     try:
-        code = _run_verb(words)
+        code = _run_verb(words, owns_process)
         sys.stdout.flush()
         return code
     except LmdbitmapError as error:
@@ -65,13 +65,13 @@ def run(words: Sequence[str]) -> int:
         return _own_bug(bug)
 
 
-def _run_verb(words: Sequence[str]) -> int:
+def _run_verb(words: Sequence[str], owns_process: bool) -> int:
     import click
 
     from lmdbitmap.cli.group import verbs
 
     try:
-        with verbs.make_context(PROGRAM, list(words)) as context:
+        with verbs.make_context(PROGRAM, list(words), obj=owns_process) as context:
             verbs.invoke(context)
     except click.exceptions.Exit as end:
         return end.exit_code

@@ -29,6 +29,8 @@ class Session:
 
     store_path: str
     as_json: bool = False
+    owns_process: bool = False
+    """Whether nothing else lives in this process."""
 
     @property
     def shows_progress(self) -> bool:
@@ -46,8 +48,8 @@ def default_store(environment: Mapping[str, str], uid: int) -> str:
     return os.path.join(state_home, "lmdbitmap")
 
 
-def new_session(store: str | None, as_json: bool) -> Session:
-    return Session(store or default_store(os.environ, os.getuid()), as_json)
+def new_session(store: str | None, as_json: bool, *, owns_process: bool) -> Session:
+    return Session(store or default_store(os.environ, os.getuid()), as_json, owns_process)
 
 
 class Verb(click.Command):

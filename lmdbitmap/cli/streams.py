@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import click
 
 from lmdbitmap.cli.options import Session
 from lmdbitmap.cli.output import progress, say, say_json
+from lmdbitmap.cli.politeness import nice_after
 from lmdbitmap.cli.sizes import format_duration, format_size
 from lmdbitmap.store import Store
 
@@ -36,7 +38,7 @@ class StreamOptions:
             raise click.UsageError(f"{' and '.join(given)} belong to a backup with --stdout.")
 
 
-def stream_out(asked: Session, name: str, options: StreamOptions) -> None:
+def stream_out(asked: Session, name: str, options: StreamOptions, nice: int) -> None:
     """Nothing but the stream ever comes to standard output."""
     from lmdbitmap.stream import stream_backup
 
@@ -47,7 +49,8 @@ def stream_out(asked: Session, name: str, options: StreamOptions) -> None:
     ):
         made = stream_backup(
             store, name, out,
-            since=options.since, checkpoint=options.checkpoint, version=int(options.version or 1), progress=report,
+            since=options.since, checkpoint=options.checkpoint, version=int(options.version or 1),
+            quiesced=lambda: nice_after(nullcontext(), nice, asked), progress=report,
         )  # fmt: skip
     if asked.as_json:
         say_json(_stream_facts(made), aside=True)

@@ -8,6 +8,7 @@ import click
 
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import progress, say, say_json
+from lmdbitmap.cli.politeness import nice_after, polite
 from lmdbitmap.cli.quiesce import Hook, hooked
 from lmdbitmap.cli.sizes import format_duration, format_size
 from lmdbitmap.store import Store
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     help="Fail with exit code 3, and do nothing, where it is not known what changed.",
 )  # fmt: skip
 @hooked("NAME")
+@polite
 @click.pass_obj
 def sync(
     asked: Session,
@@ -42,6 +44,7 @@ def sync(
     compare: bool,
     only_incremental: bool,
     hook: Hook,
+    nice: int,
 ) -> None:
     """Bring a second copy of a disk up to date.
 
@@ -62,7 +65,8 @@ def sync(
     ):
         done = bring_up_to_date(
             store, name, target,
-            compare=compare, only_incremental=only_incremental, quiesced=lambda: hook.freezing([name]), progress=report,
+            compare=compare, only_incremental=only_incremental,
+            quiesced=lambda: nice_after(hook.freezing([name]), nice, asked), progress=report,
         )  # fmt: skip
     if asked.as_json:
         say_json(_facts(done))

@@ -1,0 +1,35 @@
+"""How much a verb that copies gives way to the guests, whose requests need the same processors.
+
+It does so once the point in time is taken: until then it may be a guest that waits for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
+import click
+
+from lmdbitmap.cli.options import Function, Session
+
+
+def polite(function: Function) -> Function:
+    """Add the option that says how much; the verb gets it as `nice`."""
+    return click.option(
+        "--nice",
+        type=click.IntRange(0, 19),
+        default=10,
+        show_default=True,
+        help="How far to give way to guests while copying, as nice(1) counts; 0 is not at all.",
+    )(function)
+
+
+@contextlib.contextmanager
+def nice_after(moment: AbstractContextManager[object], niceness: int, asked: Session) -> Iterator[None]:
+    """When `moment` is over a process of our own gives way, and so do the threads that it starts from then on."""
+    with moment:
+        yield
+    if asked.owns_process:
+        os.setpriority(os.PRIO_PROCESS, 0, max(os.getpriority(os.PRIO_PROCESS, 0), niceness))

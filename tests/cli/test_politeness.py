@@ -1,0 +1,59 @@
+"""Verbs that copy give way to guests once the point in time is taken, and not before."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Cli
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def image(cli: Cli) -> Path:
+    path = cli.folder / "sda.raw"
+    path.write_bytes(os.urandom(4 * MIB))
+    cli.ok("add", "sda", path)
+    return path
+
+
+@pytest.mark.parametrize(("options", "niceness"), [((), 10), (("--nice", "3"), 3), (("--nice", "0"), 0)])
+def test_a_stream_gives_way_as_far_as_it_is_told(
+    cli: Cli, image: Path, options: tuple[str, ...], niceness: int
+) -> None:
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    command = cli.command("backup", "sda", "--stdout", *options)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+        assert child.stdout is not None
+        assert child.stdout.read(12) == b"rbd diff v1\n"
+        assert os.getpriority(os.PRIO_PROCESS, child.pid) == max(ours, niceness)
+        child.stdout.read()
+
+
+@pytest.mark.parametrize("verb", ["backup", "sync"])
+def test_a_guest_is_frozen_and_thawed_by_a_hook_that_gives_way_to_nobody(
+    cli: Cli, image: Path, verb: str
+) -> None:
+    hook, noted = cli.folder / "hook", cli.folder / "noted"
+    hook.write_text(f'#!/bin/sh\necho "$1 $(nice)" >> {noted}\n')
+    hook.chmod(0o700)
+    subprocess.run(
+        cli.command(verb, "sda", cli.folder / "copy", "--hook", hook), check=True, capture_output=True
+    )
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    assert noted.read_text().split("\n") == [f"freeze {ours}", f"thaw {ours}", ""]
+
+
+def test_a_process_that_is_not_its_own_keeps_its_priority(cli: Cli, image: Path) -> None:
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    cli.ok("backup", "sda", cli.folder / "copy")
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
+
+
+@pytest.mark.parametrize("verb", ["backup", "sync"])
+def test_how_far_is_0_to_19(cli: Cli, image: Path, verb: str) -> None:
+    assert "20 is not in the range 0<=x<=19" in cli.fails(2, verb, "sda", cli.folder / "x", "--nice", "20")
