@@ -25,7 +25,7 @@ from lmdbitmap.image import open_image
 from lmdbitmap.interfaces import BlockDevice, TrackableDevice
 from lmdbitmap.nbd import control_client
 from lmdbitmap.nbd.client import NbdDevice
-from lmdbitmap.nbd.client_link import agreed
+from lmdbitmap.nbd.client_dial import agreed
 from lmdbitmap.nbd.uri import Place
 from lmdbitmap.schema import Checkpoint, Disk
 from lmdbitmap.scratch import Scratch

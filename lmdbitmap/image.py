@@ -32,14 +32,18 @@ def lasting_name(image: str) -> str:
     if uri.is_uri(image):
         place = uri.parse(image)
         path = place.socket_path and _real_path(place.socket_path)
-        return uri.parse(place._replace(socket_path=path).uri).uri
+        lasting = place._replace(socket_path=path, tls=place.tls and _lasting_credentials(place.tls))
+        return uri.parse(lasting.uri).uri
     return _lasting_path(image)
 
 
 def is_same_image(one: str, other: str) -> bool:
-    """Whether two names lead to one image, links and other names of a device included."""
+    """Whether two names lead to one image, links and other names of a device included.
+
+    What a server exports is the same with TLS and without, and with any credentials.
+    """
     if is_far(one) or is_far(other):
-        return is_far(one) and is_far(other) and lasting_name(one) == lasting_name(other)
+        return is_far(one) and is_far(other) and _lasting_place(one) == _lasting_place(other)
     if os.path.realpath(one) == os.path.realpath(other):
         return True
     try:
@@ -49,6 +53,15 @@ def is_same_image(one: str, other: str) -> bool:
     if stat.S_ISBLK(here.st_mode) and stat.S_ISBLK(there.st_mode):
         return here.st_rdev == there.st_rdev
     return os.path.samestat(here, there)
+
+
+def _lasting_place(image: str) -> uri.Place:
+    return uri.parse(lasting_name(image)).bare
+
+
+def _lasting_credentials(tls: uri.Credentials) -> uri.Credentials:
+    """Links on the way to the folder stay: who renews certificates may do so by changing one."""
+    return tls._replace(folder=tls.folder and _as_text(os.path.abspath(tls.folder)))
 
 
 def _lasting_path(image: str) -> str:

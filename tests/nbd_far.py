@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -21,8 +22,8 @@ from tests.nbd_raw import BLOCK_STATUS, DISC, FLUSH, GO, READ, SET_META_CONTEXT,
 TRIM, WRITE_ZEROES = 4, 6
 READ_ONLY, SEND_FLUSH, SEND_FUA, SEND_TRIM, SEND_WRITE_ZEROES, SEND_FAST_ZERO = 2, 4, 8, 32, 64, 2048
 ALL = 1 | SEND_FLUSH | SEND_FUA | SEND_TRIM | SEND_WRITE_ZEROES | SEND_FAST_ZERO
-EXPORT_NAME = 1
-ACK, INFO, META_CONTEXT, UNSUP = 1, 3, 4, (1 << 31) + 1
+EXPORT_NAME, STARTTLS = 1, 5
+ACK, INFO, META_CONTEXT, UNSUP, TLS_REQD = 1, 3, 4, (1 << 31) + 1, (1 << 31) + 5
 EIO, EINVAL, EOVERFLOW, ENOTSUP, ESHUTDOWN = 5, 22, 75, 95, 108
 CONTEXT_ID = 77
 
@@ -78,6 +79,10 @@ class FarServer:
         """Hang up after so many bytes of the handshake."""
         self.handshake_bytes = 0
         self.is_silent = False
+        self.tls: ssl.SSLContext | None = None
+        """What every client has to begin TLS with, if anything."""
+        self.in_plain_text = b""
+        """Said behind the last word before TLS, as by somebody in between."""
         self.asked: list[Asked] = []
         self.handshakes = 0
         self.options: list[tuple[int, bytes]] = []
@@ -157,10 +162,11 @@ class FarServer:
                 self._start(self._serve, sock)
 
     def _serve(self, sock: socket.socket) -> None:
-        with sock:
+        with contextlib.ExitStack() as sockets:
+            sockets.enter_context(sock)
             with contextlib.suppress(OSError, EOFError, HangUp):
                 self.handshake_bytes = 0
-                self._shake_hands(sock)
+                sock = self._shake_hands(sock, sockets)
                 self.handshakes += 1
                 while self._answer(sock, self.handshakes):
                     pass
@@ -169,7 +175,8 @@ class FarServer:
 
     # -- handshake -----------------------------------------------------------------------------------------
 
-    def _shake_hands(self, sock: socket.socket) -> None:
+    def _shake_hands(self, sock: socket.socket, sockets: contextlib.ExitStack) -> socket.socket:
+        """The socket that is spoken over from then on; `sockets` closes it."""
         if self.is_silent:
             _exactly(sock, 1)
         self._say(sock, self.greeting + struct.pack(">H", 1 | (2 if self.no_zeroes else 0)))
@@ -179,13 +186,33 @@ class FarServer:
             assert magic == b"IHAVEOPT"
             data = _exactly(sock, length)
             self.options.append((number, data))
+            if self.tls is not None and not isinstance(sock, ssl.SSLSocket):
+                sock = sockets.enter_context(self._encrypted(sock, self.tls, number))
+                continue
             if number == EXPORT_NAME:
                 padding = b"" if self.no_zeroes else bytes(124)
                 self._say(sock, struct.pack(">QH", self.size, self.flags) + padding)
-                return
+                return sock
             self._say(sock, b"".join(self.option_replies(number)))
             if number == GO and self.knows_go:
-                return
+                return sock
+
+    def _encrypted(self, sock: socket.socket, tls: ssl.SSLContext, number: int) -> socket.socket:
+        if number != STARTTLS:
+            self._say(sock, option_reply(number, TLS_REQD))
+            return sock
+        self._say(sock, option_reply(number, ACK))
+        sock.sendall(self.in_plain_text)
+        with self._lock:  # whoever makes us die meanwhile waits for the one socket or the other
+            self._connections.discard(sock)
+            encrypted = tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+            self._connections.add(encrypted)
+        try:
+            encrypted.do_handshake()
+        except BaseException:
+            encrypted.close()
+            raise
+        return encrypted
 
     def _say(self, sock: socket.socket, data: bytes) -> None:
         """A part of the handshake."""
@@ -318,4 +345,4 @@ def _exactly(sock: socket.socket, count: int) -> bytes:
 
 def _hang_up(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)

@@ -38,6 +38,7 @@ from lmdbitmap.store import Store
         "lmdbitmap add sda /srv/vm/sda.raw",
         "lmdbitmap add data /dev/vg0/data --granularity 1M --policy strict",
         "lmdbitmap add sdb 'nbd+unix:///sdb?socket=/run/sdb.sock'",
+        "lmdbitmap add sdc 'nbds://other-host/sdc?tls-certificates=/etc/pki/nbd'",
     ]
 )
 @click.argument("name")
@@ -59,8 +60,9 @@ from lmdbitmap.store import Store
 def add(asked: Session, name: str, image: str, granularity_bits: int, durability: str, policy: str) -> None:
     """Start tracking a disk image.
 
-    IMAGE is a raw file, a block device or the nbd:// or nbd+unix:// URI of what another server exports, NAME
-    what to call it. The first checkpoint is made. Everything counts as dirty until the first full backup.
+    IMAGE is a raw file, a block device or the nbd:// or nbd+unix:// URI of what another server exports, nbds://
+    or nbds+unix:// over TLS; NAME is what to call it. The first checkpoint is made. Everything counts as dirty
+    until the first full backup.
     """
     _refuse_odd_uri(image)
     lasting_name(image)  # refuses what names nothing, before a store is made for it

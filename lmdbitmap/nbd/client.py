@@ -8,7 +8,8 @@
 - A broken connection is mended within `reconnect_s`, unseen (client_session.py says how, and what is kept
   for it); after that requests fail with ETIMEDOUT, a guest's with EIO, until the server is back.
 - Of a far image nothing is known but its place and its size: as with a block device, **a write around us while
-  nobody is attached is not noticed**. A place is an address and an export's name; another one is another image.
+  nobody is attached is not noticed**. A place is an address and an export's name; another one is another image,
+  and other credentials are not.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Final
 
-from lmdbitmap.errors import Busy, InvalidArgument, NotFound
+from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, NotFound
 from lmdbitmap.geometry import ceil_div, check_range
 from lmdbitmap.interfaces import Allocation, Buffer, ImageIdentity, joined
 from lmdbitmap.nbd import protocol as nbd
+from lmdbitmap.nbd.client_dial import DIAL_S, dial
 from lmdbitmap.nbd.client_handshake import FarExport
-from lmdbitmap.nbd.client_link import DIAL_S, WINDOW, Link, Request, dial
+from lmdbitmap.nbd.client_link import WINDOW, Link, Request
 from lmdbitmap.nbd.client_session import Conversation, failure
 from lmdbitmap.nbd.uri import Place, parse
 
@@ -82,8 +84,8 @@ class NbdDevice:
         """Connect to what an NBD URI names, once.
 
         Raises `NotFound` where nobody serves it, `Busy` for a server that does not answer, `InvalidArgument`
-        for an export that is read-only or cannot flush although it is to be written, `FormatError` for what
-        is no NBD server.
+        for an export that is read-only or cannot flush although it is to be written, and where TLS is not agreed
+        on, `FormatError` for what is no NBD server.
         """
         place = parse(uri)
         try:
@@ -93,6 +95,8 @@ class NbdDevice:
                 f"{place.uri}: the server did not answer within {DIAL_S:.0f} s",
                 next_step="see whether it serves another client and takes only one (qemu-nbd --shared=2)",
             ) from late
+        except LmdbitmapError:
+            raise
         except OSError as refusal:
             raise NotFound(
                 f"nobody serves {place.uri} ({refusal.strerror or refusal})",
@@ -115,7 +119,7 @@ class NbdDevice:
 
     def identity(self) -> ImageIdentity:
         """A digest of the place, and the size that the server told; a far image has no mtime."""
-        digest = hashlib.blake2b(self.place.uri.encode(), digest_size=16).digest()
+        digest = hashlib.blake2b(self.place.bare.uri.encode(), digest_size=16).digest()
         place, more = int.from_bytes(digest[:8], "big") >> 1, int.from_bytes(digest[8:], "big") >> 1
         return ImageIdentity(place, more, self.size, 0)
 

@@ -1,15 +1,18 @@
 """The client's side of NBD option haggling: bytes in, bytes out, no socket and no clock.
 
     greeting -> STRUCTURED_REPLY -> SET_META_CONTEXT base:allocation -> GO (or, of old servers, EXPORT_NAME)
+    with TLS, before all but the greeting: STARTTLS, and both sides shake hands anew
 
-`negotiation` is a generator: it yields bytes to be sent, or how many bytes it wants next, and returns what
-the server has agreed to. Every number that a server sends is judged before it is waited for or used; what is
-wanted at once is never more than `_MAX_REPLY_DATA`, and replies to one option are counted.
+`negotiation` is a generator: it yields bytes to be sent, how many bytes it wants next, or `BEGIN_TLS`, and returns
+what the server has agreed to. Where TLS is wanted the server's greeting is all that is heard without it. Every number
+that a server sends is judged before it is waited for or used; what is wanted at once is never more than
+`_MAX_REPLY_DATA`, and replies to one option are counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator
+from enum import Enum
 from typing import Final, NamedTuple, NoReturn, TypeAlias
 
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError, NotFound
@@ -41,17 +44,25 @@ class FarExport(NamedTuple):
         return bool(self.flags & flag)
 
 
-Step: TypeAlias = "bytes | int"
+class _Act(Enum):
+    BEGIN_TLS = "begin TLS"
+
+
+BEGIN_TLS: Final = _Act.BEGIN_TLS
+"""All that follows is encrypted, in both directions; no byte that the server sent before may be taken for it."""
+Step: TypeAlias = "bytes | int | _Act"
 Reply: TypeAlias = tuple[int, bytes]
 
 
-def negotiation(name: str) -> Generator[Step, bytes, FarExport]:
-    """Haggle for the export called `name`. Yields bytes to send or a number of bytes to receive.
+def negotiation(name: str, *, tls: bool = False) -> Generator[Step, bytes, FarExport]:
+    """Haggle for the export called `name`. Yields bytes to send, a number of bytes to receive, or `BEGIN_TLS`.
 
     Raises `FormatError` when the other side does not speak NBD, `NotFound` for a name that it does not know,
     `InvalidArgument` for an export that cannot be used, `Busy` while the server shuts down.
     """
     handshake_flags = yield from _greeting()
+    if tls:
+        yield from _begin_tls(handshake_flags)
     if not handshake_flags & nbd.NBD_FLAG_FIXED_NEWSTYLE:
         return (yield from _export_name(name, handshake_flags, structured=False, allocation_id=None))
     structured = (yield from _ask(nbd.NBD_OPT_STRUCTURED_REPLY))[-1][0] == nbd.NBD_REP_ACK
@@ -76,6 +87,25 @@ def _greeting() -> Generator[Step, bytes, int]:
     known = nbd.NBD_FLAG_FIXED_NEWSTYLE | nbd.NBD_FLAG_NO_ZEROES
     yield nbd.CLIENT_FLAGS.pack(flags & known)
     return int(flags)
+
+
+def _begin_tls(handshake_flags: int) -> Generator[Step, bytes, None]:
+    if not handshake_flags & nbd.NBD_FLAG_FIXED_NEWSTYLE:
+        raise _no_tls("it is too old for it")
+    *before, (outcome, message) = yield from _ask(nbd.NBD_OPT_STARTTLS)
+    if outcome != nbd.NBD_REP_ACK:
+        yield nbd.OPTION.pack(nbd.IHAVEOPT, nbd.NBD_OPT_ABORT, 0)
+        raise _no_tls(_said(message) or f"error {outcome & ~nbd.NBD_REP_FLAG_ERROR}")
+    if before or message:
+        raise nonsense("reply to STARTTLS", "an acknowledgement and nothing else", f"{len(before)} more")
+    yield BEGIN_TLS
+
+
+def _no_tls(why: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"the NBD server does not speak TLS ({why}), and without it nothing is said to an nbds: URI",
+        next_step="give the server its certificates; where its network may be trusted, write nbd: for nbds:",
+    )
 
 
 def _ask(option: int, data: bytes = b"") -> Generator[Step, bytes, list[Reply]]:
@@ -174,8 +204,12 @@ def _sized(data: bytes, size: int) -> bytes:
 
 
 def _refuse(name: str, outcome: int, message: bytes) -> NoReturn:
-    said = message[: nbd.NBD_MAX_STRING].decode(errors="replace")
+    said = _said(message)
     raise _refusal(name, outcome, f" ({said})" if said else "")
+
+
+def _said(message: bytes) -> str:
+    return message[: nbd.NBD_MAX_STRING].decode(errors="replace")
 
 
 def _refusal(name: str, outcome: int, said: str) -> LmdbitmapError:
@@ -186,8 +220,8 @@ def _refusal(name: str, outcome: int, said: str) -> LmdbitmapError:
         )
     if outcome == nbd.NBD_REP_ERR_TLS_REQD:
         return InvalidArgument(
-            f"the NBD server insists on TLS, which this version does not speak to other servers{said}",
-            next_step="serve the image on a unix socket, or reach its server through a tunnel",
+            f"the NBD server speaks to nobody without TLS{said}",
+            next_step="write nbds: for nbd:, and with tls-certificates= the folder that has ca-cert.pem",
         )
     if outcome == nbd.NBD_REP_ERR_SHUTDOWN:
         return Busy(f"the NBD server is shutting down{said}", next_step="start it again")

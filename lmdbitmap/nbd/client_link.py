@@ -1,4 +1,4 @@
-"""One connection to a far NBD server: dialling, sending requests, and putting together what comes back.
+"""One connection to a far NBD server: sending requests, and putting together what comes back.
 
 Any thread may `post`; one thread at a time may `receive`. A thread that posts while another one is sending
 leaves its requests to that one: so requests of many threads leave in one system call. Nobody who is to receive
@@ -19,15 +19,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 from lmdbitmap.interfaces import Buffer
 from lmdbitmap.nbd import protocol as nbd
-from lmdbitmap.nbd.client_handshake import FarExport, Step, negotiation, nonsense
-from lmdbitmap.nbd.uri import Place
+from lmdbitmap.nbd.client_handshake import FarExport, nonsense
 
-DIAL_S: Final = 10.0
-"""Until a server that is there has connected and agreed."""
 WINDOW: Final = 256
 """Requests of one kind that may be sent without receiving: what answers them fits into a socket's buffer."""
 _PART_S: Final = 1.0
@@ -38,17 +35,6 @@ _FREE_PIECES: Final = 1024
 _U32: Final = struct.Struct(">I")
 _U64: Final = struct.Struct(">Q")
 _HOLE: Final = struct.Struct(">QI")
-_KEEPALIVE: Final = (
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
-    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 20_000),
-)
-"""A host that vanished is noticed within some 20 s."""
-
-
 AWAY: Final = -1
 """In place of an error of the server's: it was not there for too long."""
 
@@ -116,10 +102,22 @@ class Request:
         )
 
 
-class Link:
-    """A connection in its transmission phase. Make one with `dial`."""
+class Wire(Protocol):
+    """What a connection uses of its socket: a plain one, or client_tls.py's."""
 
-    def __init__(self, sock: socket.socket, export: FarExport) -> None:
+    def settimeout(self, value: float | None, /) -> None: ...
+    def sendmsg(self, buffers: Sequence[Buffer], /) -> int: ...
+    def sendall(self, data: Buffer, /) -> None: ...
+    def recv_into(self, buffer: memoryview, /) -> int: ...
+    def recv(self, bufsize: int, /) -> bytes: ...
+    def shutdown(self, how: int, /) -> None: ...
+    def close(self) -> None: ...
+
+
+class Link:
+    """A connection in its transmission phase. Make one with `dial` (client_dial.py)."""
+
+    def __init__(self, sock: Wire, export: FarExport) -> None:
         self.export = export
         self._sock = sock
         self._outbox: deque[Request] = deque()
@@ -141,6 +139,9 @@ class Link:
                     self._send(requests)
             except OSError:
                 self.hang_up()
+            except BaseException:  # half a request may be sent: nothing can follow it
+                self.hang_up()
+                raise
             finally:
                 self._sending.release()
 
@@ -240,7 +241,7 @@ class Link:
             self._view[:at_hand] = self._view[self._start : self._end]
             self._start, self._end = 0, at_hand
         while self._end - self._start < count:
-            self._end += _some(self._sock, self._view[self._end :])
+            self._end += some(self._sock, self._view[self._end :])
 
     def _take(self, count: int) -> bytes:
         if count > _BUFFER:
@@ -259,7 +260,7 @@ class Link:
         target[:at_hand] = self._view[self._start : self._start + at_hand]
         self._start += at_hand
         while at_hand < len(target):
-            at_hand += _some(self._sock, target[at_hand:])
+            at_hand += some(self._sock, target[at_hand:])
 
     # -- the end -------------------------------------------------------------------------------------------
 
@@ -336,69 +337,9 @@ def _tail(parts: Sequence[Buffer], count: int) -> list[Buffer]:
     return tail[::-1]
 
 
-def _some(sock: socket.socket, target: memoryview) -> int:
+def some(sock: Wire, target: memoryview) -> int:
+    """Receive at least one byte; how many."""
     count = sock.recv_into(target)
     if count == 0:
         raise ConnectionResetError(errno.ECONNRESET, "the NBD server closed the connection")
     return count
-
-
-# --- dialling ---
-
-
-def dial(place: Place, timeout_s: float = DIAL_S) -> Link:
-    """Connect and agree on the export. Raises what `negotiation` raises, and `OSError` where nobody answers."""
-    return agreed(_connected(place, timeout_s), place.export, timeout_s)
-
-
-def agreed(sock: socket.socket, export_name: str, timeout_s: float = DIAL_S) -> Link:
-    """Agree on an export over a connection that is there. The socket is the link's, or closed."""
-    try:
-        export = _negotiated(sock, export_name, time.monotonic() + timeout_s)
-        sock.settimeout(None)
-        return Link(sock, export)
-    except BaseException:
-        sock.close()
-        raise
-
-
-def _connected(place: Place, timeout_s: float) -> socket.socket:
-    if not place.socket_path:
-        sock = socket.create_connection((place.host, place.port), timeout_s)
-        for option in _KEEPALIVE:
-            sock.setsockopt(*option)
-        return sock
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.settimeout(timeout_s)
-        sock.connect(place.socket_path)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def _negotiated(sock: socket.socket, name: str, deadline: float) -> FarExport:
-    steps = negotiation(name)
-    step: Step = next(steps)
-    try:
-        while True:
-            sock.settimeout(max(deadline - time.monotonic(), 0.001))
-            if isinstance(step, bytes):
-                sock.sendall(step)
-                step = steps.send(b"")
-            else:
-                step = steps.send(_exactly(sock, step, deadline))
-    except StopIteration as agreed:
-        export: FarExport = agreed.value
-        return export
-
-
-def _exactly(sock: socket.socket, count: int, deadline: float) -> bytes:
-    data = bytearray(count)
-    view = memoryview(data)
-    while view:
-        if time.monotonic() > deadline:
-            raise TimeoutError(errno.ETIMEDOUT, "the NBD server takes too long")
-        view = view[_some(sock, view) :]
-    return bytes(data)

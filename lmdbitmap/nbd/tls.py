@@ -1,19 +1,23 @@
-"""TLS for NBD over TCP, with X.509 on both sides, from a folder laid out as QEMU and libnbd have it.
+"""TLS for NBD, with X.509 certificates from a folder laid out as QEMU and libnbd have it.
 
-    FOLDER/ca-cert.pem       whose word is believed about clients
-    FOLDER/server-cert.pem   who this server is, and those who vouch for it
-    FOLDER/server-key.pem    its secret
-    FOLDER/ca-crl.pem        clients who are believed no more; may be missing
+    FOLDER/ca-cert.pem       whose word is believed about the other side
+    FOLDER/server-cert.pem   who this server is, and those who vouch for it; of a client, client-cert.pem
+    FOLDER/server-key.pem    its secret; of a client, client-key.pem
+    FOLDER/ca-crl.pem        who is believed no more; may be missing
 
-A client without a certificate of that authority is refused before it learns which disks there are.
+A client of ours without a certificate of that authority is refused before it learns which disks there are. As
+clients we show a certificate where we have one, and insist on the server's.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import os
 import ssl
 import stat
+from collections.abc import Iterator
 from typing import Final
 
 from lmdbitmap.errors import InvalidArgument, os_errors_at
@@ -23,6 +27,8 @@ _log = logging.getLogger(__name__)
 AUTHORITY: Final = "ca-cert.pem"
 CERTIFICATE: Final = "server-cert.pem"
 KEY: Final = "server-key.pem"
+CLIENT_CERTIFICATE: Final = "client-cert.pem"
+CLIENT_KEY: Final = "client-key.pem"
 REVOKED: Final = "ca-crl.pem"
 
 
@@ -31,32 +37,73 @@ def server_context(folder: str) -> ssl.SSLContext:
 
     Raises `NotFound` or `StorageError` for files that cannot be read, `InvalidArgument` for what is in them.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context = _context(ssl.PROTOCOL_TLS_SERVER)
     context.verify_mode = ssl.CERT_REQUIRED
-    certificate, key, authority, revoked = (
-        os.path.join(folder, name) for name in (CERTIFICATE, KEY, AUTHORITY, REVOKED)
-    )
-    for path in (certificate, key, authority):
-        with os_errors_at(path), open(path, "rb"):
-            pass
-    _warn_of_open_key(key)
-    try:
-        context.load_cert_chain(certificate, key, password=_no_password)
+    _show(context, folder, CERTIFICATE, KEY)
+    _believe(context, folder)
+    return context
+
+
+def client_context(folder: str = "", *, verifies: bool = True) -> ssl.SSLContext:
+    """What a client needs; without a `folder` those are believed whom the system trusts. Raises as above."""
+    context = _context(ssl.PROTOCOL_TLS_CLIENT)
+    if not verifies:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    if not folder:
+        context.load_default_certs(ssl.Purpose.SERVER_AUTH)
+        return context
+    if any(os.path.lexists(os.path.join(folder, name)) for name in (CLIENT_CERTIFICATE, CLIENT_KEY)):
+        _show(context, folder, CLIENT_CERTIFICATE, CLIENT_KEY)
+    if verifies:
+        _believe(context, folder)
+    return context
+
+
+def _context(protocol: int) -> ssl.SSLContext:
+    """Nobody may haggle again in the middle of it: who sends would have to receive for that."""
+    context = ssl.SSLContext(protocol)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    return context
+
+
+def _show(context: ssl.SSLContext, folder: str, certificate: str, key: str) -> None:
+    """Have the other side shown who we are."""
+    certificate_path, key_path = _readable(folder, certificate), _readable(folder, key)
+    _warn_of_open_key(key_path)
+    with _said_plainly(folder, certificate, key):
+        context.load_cert_chain(certificate_path, key_path, password=functools.partial(_no_password, key))
+
+
+def _believe(context: ssl.SSLContext, folder: str) -> None:
+    """Verify the other side by the folder's authority, and by nobody else's word."""
+    authority, revoked = _readable(folder, AUTHORITY), os.path.join(folder, REVOKED)
+    with _said_plainly(folder, AUTHORITY):
         context.load_verify_locations(authority)
         if os.path.exists(revoked):
             context.load_verify_locations(revoked)
             context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+
+
+def _readable(folder: str, name: str) -> str:
+    path = os.path.join(folder, name)
+    with os_errors_at(path), open(path, "rb"):
+        return path
+
+
+@contextlib.contextmanager
+def _said_plainly(folder: str, *names: str) -> Iterator[None]:
+    try:
+        yield
     except (ssl.SSLError, ValueError) as error:
         raise InvalidArgument(
-            f"the certificates in {folder} cannot be used ({error})",
-            next_step=f"put {AUTHORITY}, {CERTIFICATE} and {KEY} there, in PEM, the key without a password",
+            f"{' and '.join(names)} in {folder} cannot be used ({error})",
+            next_step="put them there in PEM, a key without a password",
         ) from error
-    return context
 
 
-def _no_password() -> str:
-    raise ValueError(f"{KEY} is encrypted")
+def _no_password(key: str) -> str:
+    raise ValueError(f"{key} is encrypted")
 
 
 def _warn_of_open_key(path: str) -> None:

@@ -2,8 +2,15 @@
 
     nbd://host[:port]/export                     over TCP, port 10809 unless another is named
     nbd+unix:///export?socket=/path/of/socket    over a unix socket
+    nbds://…, nbds+unix://…                      the same over TLS, and never without it
 
-The export's name and the socket's path are percent-encoded UTF-8. What asks for TLS is refused.
+The export's name and all parameters are percent-encoded UTF-8. Those of TLS are the ones that libnbd has:
+
+    tls-certificates=FOLDER    ca-cert.pem, whose word is believed; client-cert.pem and client-key.pem, if we have
+                               to show who we are. Without it those are believed whom the system trusts
+    tls-hostname=NAME          whose certificate the server must have, where that is not the host's name
+    tls-verify-peer=false      whoever answers is believed; `true` is what is meant without it
+    tls-type=x509              the only kind there is here
 """
 
 from __future__ import annotations
@@ -20,6 +27,25 @@ _HOST: Final = re.compile(r"[a-z0-9_.-]+|[0-9a-f:.]+(?:%[a-z0-9_.-]+)?")
 _MAX_UNIX_PATH: Final = 107
 _PLAIN: Final = ("nbd", "nbd+unix")
 _ENCRYPTED: Final = ("nbds", "nbds+unix")
+_TRUTHS: Final = {"true": True, "1": True, "false": False, "0": False}
+
+
+class Credentials(NamedTuple):
+    """How TLS is spoken to a server. What is empty was not said."""
+
+    folder: str = ""
+    hostname: str = ""
+    verifies: bool = True
+
+    @property
+    def arguments(self) -> list[str]:
+        """As parameters of a URI, in their one order."""
+        said = [
+            ("tls-certificates", self.folder),
+            ("tls-hostname", self.hostname),
+            ("tls-verify-peer", "" if self.verifies else "false"),
+        ]
+        return [f"{name}={quote(value)}" for name, value in said if value]
 
 
 class Place(NamedTuple):
@@ -29,14 +55,30 @@ class Place(NamedTuple):
     socket_path: str = ""
     host: str = ""
     port: int = 0
+    tls: Credentials | None = None
+    """None where no TLS is spoken."""
 
     @property
     def uri(self) -> str:
         """The one way to write this place down: two URIs of one place become the same."""
         name = quote(self.export, safe="")
+        scheme = "nbd" if self.tls is None else "nbds"
+        arguments = [] if self.tls is None else self.tls.arguments
         if self.socket_path:
-            return f"nbd+unix:///{name}?socket={quote(self.socket_path)}"
-        return f"nbd://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}/{name}"
+            words = "&".join([f"socket={quote(self.socket_path)}", *arguments])
+            return f"{scheme}+unix:///{name}?{words}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{scheme}://{host}:{self.port}/{name}" + "?" * bool(arguments) + "&".join(arguments)
+
+    @property
+    def bare(self) -> Place:
+        """Where it is, however it is spoken to."""
+        return self._replace(tls=None)
+
+    @property
+    def certified_name(self) -> str:
+        """The name that the server's certificate must have. A unix socket is on this very host."""
+        return (self.tls.hostname if self.tls else "") or self.host or "localhost"
 
 
 def is_uri(image: str) -> bool:
@@ -55,31 +97,42 @@ def parse(uri: str) -> Place:
         raise _refused(uri, str(error)) from error
     if port == 0:
         raise _refused(uri, "nobody listens at port 0")
-    if parts.scheme in _ENCRYPTED:
-        raise InvalidArgument(
-            f"{uri} asks for TLS, which this version does not speak to other servers",
-            next_step="serve the image on a unix socket, or reach its server through a tunnel",
-        )
-    if parts.scheme not in _PLAIN:
-        raise _refused(uri, "it begins with neither nbd:// nor nbd+unix://")
+    if parts.scheme not in _PLAIN + _ENCRYPTED:
+        raise _refused(uri, "it begins with neither nbd:// nor nbd+unix://, nor nbds for TLS")
     if parts.fragment or parts.username is not None:
         raise _refused(uri, "user names and fragments mean nothing here")
     export = _text(uri, parts.path.removeprefix("/"))
     if len(export.encode()) > NBD_MAX_STRING:
         raise _refused(uri, f"the export's name is longer than {NBD_MAX_STRING} bytes")
     arguments = _arguments(uri, parts.query)
-    if parts.scheme == "nbd":
+    tls = _credentials(uri, arguments) if parts.scheme in _ENCRYPTED else None
+    if not parts.scheme.endswith("+unix"):
         _refuse_arguments(uri, arguments)
-        return Place(export, host=_host(uri, parts.hostname), port=NBD_PORT if port is None else port)
+        port = NBD_PORT if port is None else port
+        return Place(export, host=_host(uri, parts.hostname) or "localhost", port=port, tls=tls)
     if parts.netloc:
         raise _refused(uri, f"with a socket there is no host {parts.netloc}: three slashes come first")
-    return Place(export, socket_path=_socket_path(uri, arguments))
+    return Place(export, socket_path=_socket_path(uri, arguments), tls=tls)
 
 
 def _host(uri: str, host: str | None) -> str:
     if host and not _HOST.fullmatch(host):
         raise _refused(uri, f"{host!r} is no name or address of a host")
-    return host or "localhost"
+    return host or ""
+
+
+def _credentials(uri: str, arguments: dict[str, str]) -> Credentials:
+    """Takes what is about TLS out of `arguments`."""
+    for name, value in arguments.items():
+        if name.startswith("tls-") and not value:
+            raise _refused(uri, f"{name} is empty")
+    if arguments.pop("tls-type", "x509") != "x509":
+        raise _refused(uri, "TLS is spoken with certificates alone (tls-type=x509)")
+    verifies = _TRUTHS.get(arguments.pop("tls-verify-peer", "true"))
+    if verifies is None:
+        raise _refused(uri, "tls-verify-peer is either true or false")
+    hostname = _host(uri, arguments.pop("tls-hostname", "").lower())
+    return Credentials(arguments.pop("tls-certificates", ""), hostname, verifies)
 
 
 def _arguments(uri: str, query: str) -> dict[str, str]:
@@ -118,5 +171,5 @@ def _text(uri: str, encoded: str) -> str:
 def _refused(uri: str, why: str) -> InvalidArgument:
     return InvalidArgument(
         f"{uri!r} is no NBD URI that can be used: {why}",
-        next_step="write nbd://HOST:PORT/EXPORT or nbd+unix:///EXPORT?socket=PATH",
+        next_step="write nbd://HOST:PORT/EXPORT or nbd+unix:///EXPORT?socket=PATH, or nbds in place of nbd",
     )

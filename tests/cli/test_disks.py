@@ -40,8 +40,8 @@ def test_adding_answers_in_json_what_ls_lists(cli: Cli) -> None:
     [
         ("ssh://host/image", "is a URI of a kind that cannot be tracked; serve it with qemu-nbd or nbdkit"),
         (
-            "nbds://host/sda",
-            "asks for TLS, which this version does not speak to other servers; serve the image",
+            "nbds://host/sda?tls-type=psk",
+            "TLS is spoken with certificates alone (tls-type=x509); write nbd://",
         ),
         ("nbd+unix:///sda", "it does not say which socket (?socket=/path); write nbd://HOST:PORT/EXPORT or"),
     ],

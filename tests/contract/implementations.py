@@ -20,7 +20,9 @@ from lmdbitmap.files import filesystem_kind
 from lmdbitmap.interfaces import BlockDevice
 from lmdbitmap.nbd.client import NbdDevice
 from lmdbitmap.nbd.server import Server
+from lmdbitmap.nbd.tls import server_context
 from lmdbitmap.plain import PlainDisk
+from tests.papers import Papers
 from tests.support import Argument, make_raw_image, run, spawn, wait_for_socket, why_unusable
 from tests.tracked import TrackedDisk
 
@@ -45,6 +47,8 @@ def implementations() -> list[Implementation]:
         Implementation("filter", attached_filter, can_be_read_only=False),
         Implementation("NBD client of our server", client_of_our_server, is_resizable=False),
     ]
+    if why_unusable("openssl") is None:
+        found.append(Implementation("NBD client over TLS", client_over_tls, is_resizable=False))
     if why_unusable("nbdkit") is None:
         found.append(Implementation("NBD client of nbdkit", client_of_nbdkit, 512, is_resizable=False))
     if why_unusable("qemu-nbd") is None:
@@ -117,6 +121,21 @@ def client_of_our_server(folder: Path, size: int, read_only: bool) -> Iterator[B
         server.start()
         try:
             with NbdDevice.open(server.uris[0], read_only=read_only) as device:
+                yield device
+        finally:
+            assert server.stop()
+
+
+@contextmanager
+def client_over_tls(folder: Path, size: int, read_only: bool) -> Iterator[BlockDevice]:
+    papers = Papers(folder / "papers").folder
+    with FileDevice.open(make_raw_image(folder / "disk.raw", size), read_only=read_only) as image:
+        server = Server({"disk": PlainDisk(image)})
+        server.listen_tcp("127.0.0.1", 0, server_context(str(papers)))
+        server.start()
+        try:
+            uri = f"{server.uris[0]}?tls-certificates={papers}"
+            with NbdDevice.open(uri, read_only=read_only) as device:
                 yield device
         finally:
             assert server.stop()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
@@ -22,6 +23,11 @@ MIB = 1 << 20
 SIZE = 16 * MIB
 
 pytestmark = [requires(tool) for tool in ("qemu-img", "qemu-nbd", "nbdkit", "nbdinfo")]
+
+
+class Mortal(Protocol):
+    def kill(self) -> None: ...
+    def start(self) -> object: ...
 
 
 class Far:
@@ -184,43 +190,50 @@ def test_writes_that_a_killed_server_held_in_its_memory_are_not_lost(tmp_path: P
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
 def test_threads_at_work_do_not_notice_that_the_server_is_killed(tmp_path: Path, image_format: str) -> None:
-    """Each thread owns a part of the disk and knows what it wrote there; the server is killed five times."""
     image = made(tmp_path, image_format)
+    with qemu_nbd(tmp_path, image, image_format) as far, NbdDevice.open(far.uri) as device:
+        model = work_while_it_is_killed(device, far)
+        device.flush()
+        far.kill()
+    assert content(tmp_path, image, image_format) == model
+
+
+def work_while_it_is_killed(device: NbdDevice, far: Mortal) -> bytes:
+    """Each thread owns a part of the disk and knows what it wrote there; the server is killed five times.
+
+    What the disk must hold in the end.
+    """
     threads, kills, part = 8, 5, SIZE // 8
     models = [bytearray(part) for _ in range(threads)]
     over = threading.Event()
     gate = threading.Semaphore(0)
+    steps: list[Callable[[random.Random, int], None]] = [
+        lambda chance, number: write(device, models[number], chance, number * part),
+        lambda chance, number: zero(device, models[number], chance, number * part),
+        lambda chance, number: check(device, models[number], chance, number * part),
+        lambda chance, number: device.flush(),
+    ]
 
-    with qemu_nbd(tmp_path, image, image_format) as far, NbdDevice.open(far.uri) as device:
-        steps: list[Callable[[random.Random, int], None]] = [
-            lambda chance, number: write(device, models[number], chance, number * part),
-            lambda chance, number: zero(device, models[number], chance, number * part),
-            lambda chance, number: check(device, models[number], chance, number * part),
-            lambda chance, number: device.flush(),
-        ]
+    def work(number: int) -> int:
+        chance, rounds = random.Random(number), 0
+        while not over.is_set():
+            chance.choices(steps, (10, 2, 10, 1))[0](chance, number)
+            rounds += 1
+            gate.release()
+        return rounds
 
-        def work(number: int) -> int:
-            chance, rounds = random.Random(number), 0
-            while not over.is_set():
-                chance.choices(steps, (10, 2, 10, 1))[0](chance, number)
-                rounds += 1
-                gate.release()
-            return rounds
-
-        with ThreadPoolExecutor(threads) as pool:
-            working = [pool.submit(work, number) for number in range(threads)]
-            try:
-                for _ in range(kills):
-                    for _ in range(300):
-                        assert gate.acquire(timeout=20)
-                    far.kill()
-                    far.start()
-            finally:
-                over.set()
-            assert all(one.result() > 0 for one in working)
-        device.flush()
-        far.kill()
-    assert content(tmp_path, image, image_format) == b"".join(models)
+    with ThreadPoolExecutor(threads) as pool:
+        working = [pool.submit(work, number) for number in range(threads)]
+        try:
+            for _ in range(kills):
+                for _ in range(300):
+                    assert gate.acquire(timeout=20)
+                far.kill()
+                far.start()
+        finally:
+            over.set()
+        assert all(one.result() > 0 for one in working)
+    return b"".join(models)
 
 
 def write(device: NbdDevice, model: bytearray, chance: random.Random, base: int) -> None:

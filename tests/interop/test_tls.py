@@ -18,6 +18,7 @@ from lmdbitmap.nbd.tls import server_context
 from lmdbitmap.plain import PlainDisk
 from tests.cli.conftest import Cli, cli
 from tests.nbd_raw import GO, READ, WRITE, RawClient, string
+from tests.papers import Papers
 from tests.support import PATIENCE_SECONDS, requires, run, spawn
 
 __all__ = ["cli"]
@@ -27,36 +28,6 @@ STARTTLS, LIST = 5, 3
 ACK, TLS_REQUIRED = 1, 2**31 + 5
 
 pytestmark = [requires("openssl"), requires("nbdinfo"), requires("qemu-img"), requires("qemu-io")]
-
-
-class Papers:
-    """Certificates of one authority, for a server and a client, in the layout that QEMU and libnbd share."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir()
-        self._openssl(
-            "req", "-x509", "-subj", "/CN=authority", "-keyout", "ca-key.pem", "-out", "ca-cert.pem"
-        )
-        self._issue("server")
-        self._issue("client")
-
-    def _issue(self, name: str) -> None:
-        (self.folder / "extensions").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
-        self._openssl("req", "-subj", "/CN=localhost", "-keyout", f"{name}-key.pem", "-out", "request.pem")
-        run(
-            "openssl", "x509", "-req", "-in", "request.pem", "-CA", "ca-cert.pem", "-CAkey", "ca-key.pem",
-            "-CAcreateserial", "-days", "9", "-extfile", "extensions", "-out", f"{name}-cert.pem", cwd=self.folder,
-        )  # fmt: skip
-
-    def _openssl(self, *words: str) -> None:
-        curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1")
-        run("openssl", *words, *curve, "-nodes", "-days", "9", cwd=self.folder)
-
-    def client_context(self) -> ssl.SSLContext:
-        context = ssl.create_default_context(cafile=self.folder / "ca-cert.pem")
-        context.load_cert_chain(self.folder / "client-cert.pem", self.folder / "client-key.pem")
-        return context
 
 
 class House(NamedTuple):

@@ -15,6 +15,7 @@ from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.image import is_far, is_same_image, lasting_name, open_image
 from lmdbitmap.nbd.client import NbdDevice
+from lmdbitmap.nbd.uri import parse
 from lmdbitmap.store import Store
 from tests.nbd_far import Asked, FarServer, far_server, until_it_works
 from tests.nbd_raw import WRITE
@@ -55,7 +56,7 @@ def test_name_lasts_whatever_folder_one_is_in(tmp_path: Path, monkeypatch: pytes
 
 
 def test_name_that_cannot_last_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for image in ("caf\udce9.raw", "nbds://host/x", "nbd+unix:///x"):
+    for image in ("caf\udce9.raw", "nbds://host/x?tls-type=psk", "nbd+unix:///x"):
         with pytest.raises(InvalidArgument):
             lasting_name(image)
     (tmp_path / ("f" * 100)).mkdir()
@@ -146,3 +147,21 @@ def test_one_export_has_many_uris() -> None:
     assert is_same_image("nbd://host/sda", "nbd://host:10809/sda")
     assert not is_same_image("nbd://host/sda", "nbd://host/sdb")
     assert not is_same_image("nbd://host/sda", "/nbd://host/sda")
+
+
+def test_one_export_is_one_image_however_it_is_spoken_to() -> None:
+    assert is_same_image("nbd://host/sda", "nbds://host/sda?tls-certificates=/etc/pki")
+    assert is_same_image(
+        "nbds+unix:///?socket=/s&tls-hostname=a", "nbds+unix:///?socket=/s&tls-verify-peer=false"
+    )
+    assert not is_same_image("nbds://host/sda", "nbds://host/sdb")
+    assert parse("nbds://host/sda?tls-hostname=a").bare.uri == "nbd://host:10809/sda"
+
+
+def test_certificates_are_found_from_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the link that leads to them, so that it may lead to others some day."""
+    (tmp_path / "of 2026").mkdir()
+    (tmp_path / "present").symlink_to("of 2026")
+    monkeypatch.chdir(tmp_path)
+    lasting = lasting_name("nbds://host/sda?tls-certificates=present")
+    assert lasting == f"nbds://host:10809/sda?tls-certificates={tmp_path}/present"

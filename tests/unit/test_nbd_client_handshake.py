@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError, NotFound
 from lmdbitmap.nbd.client_handshake import FarExport, negotiation
-from tests.nbd_far import ACK, INFO, META_CONTEXT, UNSUP, option_reply
+from tests.nbd_far import ACK, INFO, META_CONTEXT, STARTTLS, TLS_REQD, UNSUP, option_reply
 from tests.nbd_raw import GO, SET_META_CONTEXT, STRUCTURED_REPLY, option, string
 
 GREETING = b"NBDMAGICIHAVEOPT\0\3"
@@ -33,14 +33,17 @@ def negotiated(heard: bytes) -> tuple[FarExport, bytes]:
     return export, said
 
 
-def played(heard: bytes) -> tuple[FarExport, bytes, bytes]:
-    """The same, and what is left of `heard`."""
-    said, steps = b"", negotiation("disk")
+def played(heard: bytes, *, tls: bool = False) -> tuple[FarExport, bytes, bytes]:
+    """The same, and what is left of `heard`. Where TLS begins, `|` is said."""
+    said, steps = b"", negotiation("disk", tls=tls)
     step = next(steps)
     try:
         while True:
             if isinstance(step, bytes):
                 said += step
+                step = steps.send(b"")
+            elif not isinstance(step, int):
+                said += b"|"
                 step = steps.send(b"")
             else:
                 assert 0 < step <= 64 << 10
@@ -53,9 +56,9 @@ def played(heard: bytes) -> tuple[FarExport, bytes, bytes]:
         return export, said, heard
 
 
-def agreed(*infos: bytes) -> bytes:
+def agreed(*infos: bytes, greeting: bytes = GREETING) -> bytes:
     """A server without structured replies that lets us in."""
-    return GREETING + option_reply(STRUCTURED_REPLY, UNSUP) + b"".join(infos) + ack(GO)
+    return greeting + option_reply(STRUCTURED_REPLY, UNSUP) + b"".join(infos) + ack(GO)
 
 
 def refused(outcome: int, message: bytes = b"") -> bytes:
@@ -200,3 +203,39 @@ def test_any_server_is_understood_or_refused(words: Iterable[bytes]) -> None:
     except (LmdbitmapError, EOFError):
         return
     assert export.size % export.minimum == 0
+
+
+# --- TLS ---
+
+
+def test_nothing_is_said_before_tls_but_that_it_is_wanted() -> None:
+    heard = agreed(EXPORT, greeting=GREETING + ack(STARTTLS))
+    export, said, rest = played(heard, tls=True)
+    assert (export, rest) == (FarExport(SIZE, 5, 1, 32 << 20), b"")
+    assert said.startswith(b"\0\0\0\3" + option(STARTTLS) + b"|" + option(STRUCTURED_REPLY))
+    assert b"disk" not in said[: said.index(b"|")]
+
+
+@pytest.mark.parametrize("kind", [UNSUP, UNSUP + 1, TLS_REQD])
+def test_server_that_does_not_begin_tls_is_told_nothing_more(kind: int) -> None:
+    with pytest.raises(InvalidArgument, match=r"does not speak TLS.*nbds"):
+        played(GREETING + option_reply(STARTTLS, kind) + agreed(EXPORT, greeting=b""), tls=True)
+
+
+def test_server_that_is_too_old_for_tls_is_told_nothing_more() -> None:
+    with pytest.raises(InvalidArgument, match="does not speak TLS"):
+        played(b"NBDMAGICIHAVEOPT\0\0" + struct.pack(">QH", SIZE, 5) + bytes(124), tls=True)
+
+
+@pytest.mark.parametrize(
+    "reply", [option_reply(STARTTLS, ACK, b"x"), option_reply(STARTTLS, INFO, b"\0\0") + ack(STARTTLS)]
+)
+def test_acknowledgement_of_tls_is_one_and_empty(reply: bytes) -> None:
+    with pytest.raises(FormatError, match="STARTTLS"):
+        played(agreed(EXPORT, greeting=GREETING + reply), tls=True)
+
+
+def test_server_that_insists_on_tls_is_said_how_to_be_reached() -> None:
+    heard = GREETING + option_reply(STRUCTURED_REPLY, TLS_REQD) + option_reply(GO, TLS_REQD)
+    with pytest.raises(InvalidArgument, match="without TLS; write nbds: for nbd:"):
+        played(heard)

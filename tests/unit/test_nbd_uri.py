@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.nbd.listeners import tcp_uri, unix_uri
-from lmdbitmap.nbd.uri import Place, is_uri, parse
+from lmdbitmap.nbd.uri import Credentials, Place, is_uri, parse
 
 names = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
 
@@ -24,6 +24,17 @@ names = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]
         ("nbd:///disk", Place("disk", host="localhost", port=10809)),
         ("nbd+unix:///disk?socket=nbd.sock", Place("disk", socket_path="nbd.sock")),
         ("nbd+unix://?socket=/a+b%26c", Place("", socket_path="/a+b&c")),
+        ("nbds://host/disk", Place("disk", host="host", port=10809, tls=Credentials())),
+        ("NBDS+unix:///?socket=/s", Place("", socket_path="/s", tls=Credentials())),
+        (
+            "nbds://host:1/d?tls-hostname=A.org&tls-certificates=/etc/p%20q&tls-type=x509",
+            Place("d", host="host", port=1, tls=Credentials("/etc/p q", "a.org")),
+        ),
+        (
+            "nbds+unix:///d?tls-verify-peer=0&socket=/s&tls-hostname=::1",
+            Place("d", socket_path="/s", tls=Credentials(hostname="::1", verifies=False)),
+        ),
+        ("nbds://[::1]/?tls-verify-peer=true", Place("", host="::1", port=10809, tls=Credentials())),
     ],
 )
 def test_uri_names_a_place(uri: str, place: Place) -> None:
@@ -34,8 +45,15 @@ def test_uri_names_a_place(uri: str, place: Place) -> None:
 @pytest.mark.parametrize(
     ("uri", "said"),
     [
-        ("nbds://host/disk", "TLS"),
-        ("nbds+unix:///disk?socket=/s", "TLS"),
+        ("nbds://host/disk?socket=/s", "mean nothing here: socket"),
+        ("nbds+unix:///disk", "which socket"),
+        ("nbds://host/?tls-type=psk", "certificates alone"),
+        ("nbds://host/?tls-certificates=", "tls-certificates is empty"),
+        ("nbds://host/?tls-hostname=a_b%20c", "no name or address"),
+        ("nbds://host/?tls-verify-peer=no", "either true or false"),
+        ("nbds://host/?tls-certificates=/a&tls-certificates=/b", "twice"),
+        ("nbds://host/?tls-priority=x", "tls-priority"),
+        ("nbd://host/?tls-certificates=/a", "mean nothing here: tls-certificates"),
         ("http://host/disk", "begins with neither nbd://"),
         ("nbd://user@host/disk", "user names"),
         ("nbd://host/disk#part", "fragments"),
@@ -71,15 +89,27 @@ def test_paths_are_no_uris() -> None:
         assert is_uri(image)
 
 
+def test_name_that_the_certificate_must_have_is_the_hosts_unless_another_is_given() -> None:
+    certified = {
+        "nbds://host/": "host",
+        "nbds:///": "localhost",
+        "nbds+unix:///?socket=/s": "localhost",
+        "nbds://10.0.0.1/?tls-hostname=store.example": "store.example",
+    }
+    assert {uri: parse(uri).certified_name for uri in certified} == certified
+
+
 @given(name=names, path=names.filter(lambda text: 0 < len(text.encode()) < 100))
 def test_what_our_server_calls_itself_leads_back_to_it(name: str, path: str) -> None:
     assert parse(unix_uri("/" + path, name)) == Place(name, socket_path="/" + path)
     assert parse(tcp_uri("::1", 5, name)) == Place(name, host="::1", port=5)
+    assert parse(tcp_uri("a", 5, name, encrypted=True)) == Place(name, host="a", port=5, tls=Credentials())
 
 
 @given(text=st.text(max_size=60))
 def test_any_text_is_a_place_or_refused(text: str) -> None:
-    for uri in (text, "nbd://" + text, "nbd+unix://" + text, "nbd+unix:///?socket=" + text):
+    behind = ("", "nbd://", "nbd+unix://", "nbd+unix:///?socket=", "nbds://", "nbds://h/?tls-certificates=")
+    for uri in (before + text for before in (*behind, "nbds+unix:///?socket=/s&tls-hostname=")):
         try:
             place = parse(uri)
         except InvalidArgument:

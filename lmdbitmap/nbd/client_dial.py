@@ -1,0 +1,126 @@
+"""Dialling: from a place to a connection that its server has agreed on, within one deadline."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Final
+
+from lmdbitmap.nbd.client_handshake import FarExport, Step, negotiation
+from lmdbitmap.nbd.client_link import Link, Wire, some
+from lmdbitmap.nbd.uri import Place
+
+if TYPE_CHECKING:
+    from lmdbitmap.nbd.client_tls import Encryption
+
+DIAL_S: Final = 10.0
+"""Until a server that is there has connected and agreed."""
+_KEEPALIVE: Final = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 20_000),
+)
+"""A host that vanished is noticed within some 20 s."""
+
+
+def dial(place: Place, timeout_s: float = DIAL_S) -> Link:
+    """Connect and agree on the export. Raises what `negotiation` and TLS raise, `OSError` where nobody answers."""
+    encryption = _encryption(place)
+    return agreed(_connected(place, timeout_s), place.export, timeout_s, encryption)
+
+
+def _encryption(place: Place) -> Encryption | None:
+    """`ssl` is a heavy import, which most places do without."""
+    if place.tls is None:
+        return None
+    from lmdbitmap.nbd.client_tls import Encryption
+
+    return Encryption.of(place, place.tls)
+
+
+def agreed(
+    sock: socket.socket, export_name: str, timeout_s: float = DIAL_S, encryption: Encryption | None = None
+) -> Link:
+    """Agree on an export over a connection that is there. The socket is the link's, or closed."""
+    haggling = _Haggling(sock, time.monotonic() + timeout_s, encryption)
+    try:
+        export = haggling.come_to_terms(export_name)
+        haggling.wire.settimeout(None)
+        return Link(haggling.wire, export)
+    except BaseException:
+        haggling.wire.close()
+        raise
+
+
+def _connected(place: Place, timeout_s: float) -> socket.socket:
+    if not place.socket_path:
+        sock = socket.create_connection((place.host, place.port), timeout_s)
+        for option in _KEEPALIVE:
+            sock.setsockopt(*option)
+        return sock
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(timeout_s)
+        sock.connect(place.socket_path)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+class _Haggling:
+    """Does what `negotiation` wants, until the deadline. `wire` is the socket, from TLS on what is around it."""
+
+    def __init__(self, sock: socket.socket, deadline: float, encryption: Encryption | None) -> None:
+        self.wire: Wire = sock
+        self._sock = sock
+        self._deadline = deadline
+        self._encryption = encryption
+        self._refusals: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+        """Around what may fail because the server does not believe us."""
+
+    def come_to_terms(self, name: str) -> FarExport:
+        steps = negotiation(name, tls=self._encryption is not None)
+        step: Step = next(steps)
+        try:
+            while True:
+                step = steps.send(self._done(step))
+        except StopIteration as agreed:
+            export: FarExport = agreed.value
+            return export
+
+    def _done(self, step: Step) -> bytes:
+        """What came of it."""
+        self.wire.settimeout(max(self._deadline - time.monotonic(), 0.001))
+        if not isinstance(step, (bytes, int)):
+            self._begin_tls()
+            return b""
+        with self._refusals():
+            if isinstance(step, bytes):
+                self.wire.sendall(step)
+                return b""
+            data = self._exactly(step)
+        self._refusals = contextlib.nullcontext
+        return data
+
+    def _begin_tls(self) -> None:
+        assert self._encryption is not None
+        self.wire = self._encryption.begin(self._sock)
+        self.wire.settimeout(max(self._deadline - time.monotonic(), 0.001))
+        self._refusals = self._encryption.refusals
+
+    def _exactly(self, count: int) -> bytes:
+        data = bytearray(count)
+        view = memoryview(data)
+        while view:
+            if time.monotonic() > self._deadline:
+                raise TimeoutError(errno.ETIMEDOUT, "the NBD server takes too long")
+            view = view[some(self.wire, view) :]
+        return bytes(data)
