@@ -149,6 +149,12 @@ class Filter(Front):
             blocks = geometry.blocks_outward(offset, length)
             self._tracking.mark([(blocks.start, blocks.stop)])
 
+    def _mark_doubts(self) -> None:
+        """A new period has them from its start; these are those that came up since."""
+        if self._tracking.in_doubt(self.disk.geometry):
+            with self._tracking.gate.entering(self._my_lane()) as geometry:
+                self._tracking.mark(self._tracking.in_doubt(geometry))
+
     def mark_regions(self, dirt: Iterable[tuple[int, bytes]], geometry: Geometry) -> None:
         """As `mark`, for many blocks at once: regions of a disk of `geometry`, which must be ours, with their bits.
 
@@ -185,12 +191,17 @@ class Filter(Front):
         Raises what the store raises, and `Untrusted` where tracking was lost: then it names nothing.
         """
         self._tracking.require_track()
+        self._persist()
+
+    def _persist(self) -> None:
+        if not self._tracking.is_over:
+            self._mark_doubts()
         self._tracking.persist()
 
     def changes(self, *, since: str | None = None, until: str | None = None) -> Changes:
         """What changed up to this moment; see changes.py. Raises what the store raises."""
         if self._voucher.lost is None:
-            self._tracking.persist()
+            self._persist()
         answer = changes(self.store, self.disk.name, since=since, until=until, persisted=True)
         if self._voucher.lost is None or until is not None:
             return answer
@@ -215,6 +226,7 @@ class Filter(Front):
         """Disarm what was quiet; when tracking was lost, begin a new epoch if the store lets us."""
         self.store.keep_house()
         self.regain_trust()
+        self._mark_doubts()
         self._tracking.period.disarm_quiet(_DISARM_PER_PASS)
 
     def regain_trust(self) -> None:
@@ -242,7 +254,7 @@ class Filter(Front):
 
         If the store refuses, the session stays open on disk, which the next attach takes for a crash.
         """
-        self._end(self._end_session)
+        self._end(self._end_session, self._mark_last_doubts)
 
     def at_detach(self, act: Callable[[], None]) -> None:
         """Have `act` called when a clean detach is durable, while the disk is still ours and nobody can write.
@@ -255,17 +267,22 @@ class Filter(Front):
         """Let go of everything at once, as a crash would, without any last write."""
         self._end(lambda: None)
 
-    def _end(self, last_act: Callable[[], None]) -> None:
+    def _end(self, last_act: Callable[[], None], before: Callable[[], None] = lambda: None) -> None:
         with self._ending:  # whoever else ends it waits for the end
             if self._tracking.is_over:
                 return
             self._tracking.is_over = True
             self._stop_background()
+            before()
             with self._tracking.shut(detached_error(self.disk)):
                 try:
                     last_act()
                 finally:
                     self._let_go()
+
+    def _mark_last_doubts(self) -> None:
+        with contextlib.suppress(LmdbitmapError):  # a store that refuses them refuses what comes next
+            self._mark_doubts()
 
     def _stop_background(self) -> None:
         self._stop.set()

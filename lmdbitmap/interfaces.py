@@ -123,6 +123,14 @@ class TrackableDevice(BlockDevice, Protocol):
         ...
 
 
+@runtime_checkable
+class LeavesDoubt(Protocol):
+    """A device whose writes may take place long after they failed, or once more after they were done."""
+
+    def in_doubt(self) -> Sequence[tuple[int, int]]:
+        """Bytes of which that is true, as (start, stop). A write that has ended is among them by then, if at all."""
+
+
 class Lane(Protocol):
     """A way to a disk, for one thread at a time: make one per thread or connection."""
 

@@ -361,12 +361,21 @@ class Period:
         """The armed masks by region: where dirt is likely next."""
         return dict(self._armed)
 
-    def adopt_armed(self, armed: Mapping[int, int]) -> None:
-        """Take extents as armed that the caller's transaction, durable now, armed for this bitmap, all clean."""
+    def begin(self, writer: Writer, armed: Mapping[int, int], dirty: Iterable[Run]) -> None:
+        """Have extents armed, by region, and blocks dirty from the start.
+
+        Inside the transaction that makes the bitmap, which is all clean; without it there is no period either.
+        """
+        regions = set(armed)
+        for region, start, stop in (piece for run in dirty for piece in _pieces(*run)):
+            base = region * REGION_BLOCKS
+            bits.set_range(self.settled, base + start, base + stop)
+            regions.add(region)
         with self._state:
-            self._settle(_Plan({}, [], armed))
-            for region in armed:
+            for region in sorted(regions):
                 self._loaded[region] = 1  # what the record says is ours, not a dead owner's
+                writer.put_region(self.bitmap_id, region, armed.get(region, 0), bytes(self._known(region)))
+            self._settle(_Plan({}, [], armed))
 
     def _take_all(self) -> dict[int, tuple[int, bytes]]:
         """Disarm everything; what is behind stays so until `_write` has written it. Caller holds `_state`."""

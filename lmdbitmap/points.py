@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 
-from lmdbitmap import chain, schema
+from lmdbitmap import chain
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError, StorageError
 from lmdbitmap.period import Period
 from lmdbitmap.schema import Checkpoint, Disk
@@ -100,10 +100,8 @@ def _next_period(
     tracking.period.put_exact(writer)
     disk, checkpoint = chain.add_checkpoint(writer, tracking.as_stored(writer), name, time_ns)
     armed = dict(list(tracking.period.active_extents().items())[-_CARRIED_REGIONS:])
-    for region, mask in armed.items():
-        writer.put_region(checkpoint.bitmap_id, region, mask, schema.ALL_CLEAN_BITS)
     period = tracking.open_period(writer, disk)
-    period.adopt_armed(armed)
+    period.begin(writer, armed, tracking.in_doubt(disk.geometry))
     return checkpoint, disk, period
 
 

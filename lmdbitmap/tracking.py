@@ -27,7 +27,8 @@ from lmdbitmap.changes import Standing
 from lmdbitmap.errors import Busy, LmdbitmapError, StorageError, Untrusted, os_errors_at
 from lmdbitmap.extents import Trust
 from lmdbitmap.flushing import Flusher
-from lmdbitmap.interfaces import ImageIdentity, TrackableDevice
+from lmdbitmap.geometry import Geometry
+from lmdbitmap.interfaces import ImageIdentity, LeavesDoubt, TrackableDevice
 from lmdbitmap.lane import Gate
 from lmdbitmap.period import Period
 from lmdbitmap.schema import Disk
@@ -85,6 +86,14 @@ class Tracking:
         if self.disk.policy == schema.STRICT:
             raise write_refused(self.disk.name, error) from error
         self.voucher.lose_track(f"tracking failed: {error.problem}")
+
+    def in_doubt(self, geometry: Geometry) -> list[Run]:
+        """Blocks that may change yet by writes that ended before: dirty in each period that comes meanwhile (law 2)."""
+        if not isinstance(self.device, LeavesDoubt):
+            return []
+        ranges = [(start, min(stop, geometry.size)) for start, stop in self.device.in_doubt()]
+        blocks = [geometry.blocks_outward(start, stop - start) for start, stop in ranges if start < stop]
+        return [(some.start, some.stop) for some in blocks]
 
     # -- snapshots -----------------------------------------------------------------------------------------
 

@@ -53,6 +53,7 @@ FLOORS: dict[str, float] = {
     "files": 2.2,
     "device": 2.5,
     "owner": 2.5,
+    "nbd.doubts": 2.15,
     "nbd.client_tls": 2.15,
     "nbd.client_link": 2.2,
     "nbd.client_dial": 2.25,

@@ -292,6 +292,10 @@ class NbdDevice:
         with nullcontext() if self._edges is None else self._edges.left_alone():
             self._do(request)
 
+    def in_doubt(self) -> Sequence[tuple[int, int]]:
+        """As `LeavesDoubt` has it; nothing is taken off the list while the device is open."""
+        return self._conversation.in_doubt()
+
     # -- the rest ------------------------------------------------------------------------------------------
 
     def flush(self) -> None:

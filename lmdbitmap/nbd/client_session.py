@@ -19,7 +19,8 @@ A new connection is taken only if the server still offers what it did: size, blo
 
 What this cannot know: whether a server that lost us is still busy with a request of the old connection. Its
 write may then come after a later one to the same place. A server that died has no such ghosts; where we break
-off ourselves we wait a moment for the old connection's end.
+off ourselves we wait a moment for the old connection's end. What may have such a ghost is told by `in_doubt`, whether
+it was done again or failed (doubts.py).
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
+from lmdbitmap.bits import Run
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.interfaces import FarAway
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.client_handshake import FarExport, nonsense
 from lmdbitmap.nbd.client_link import AWAY, WINDOW, Call, Link, Request
+from lmdbitmap.nbd.doubts import Doubts
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +88,7 @@ class Conversation:
         """Kept requests that a flush has let go of, ever: the number of the oldest one in `_kept`."""
         self._flushing = False
         self._making_room = threading.Lock()
+        self._doubts = Doubts()
         self._link: Link | None = connect()
         self.export = self._link.export
         self._keeps = self.export.has(nbd.NBD_FLAG_SEND_FLUSH)
@@ -111,6 +115,10 @@ class Conversation:
             link, self._link = self._link, None
         if link is not None:
             link.say_goodbye()
+
+    def in_doubt(self) -> Sequence[Run]:
+        """Bytes, as (start, stop), that may change yet because of a connection that was lost."""
+        return self._doubts.runs
 
     def _post(self, call: Call, requests: Sequence[Request]) -> None:
         with self._state:
@@ -142,6 +150,7 @@ class Conversation:
         """The caller was interrupted: a late answer to it must not be taken for anything else."""
         with self._state:
             left = [self._waiting.pop(request.cookie, None) for request in requests]
+            self._doubt(request for request in left if request is not None and request.link is not None)
             link = self._link
             if self._leader is call:
                 self._hand_on()
@@ -236,8 +245,17 @@ class Conversation:
     def _lose(self, link: Link, why: BaseException) -> None:
         with self._state:
             self._link = None
+            self._doubt(request for request in self._waiting.values() if request.link is link)
         link.part()
         self._note_trouble(why)
+
+    def _doubt(self, sent: Iterable[Request]) -> None:
+        """Called with `_state` held, before any of them ends: whoever was told of its end finds it in doubt."""
+        self._doubts.add(
+            (request.offset, request.offset + request.length)
+            for request in sent
+            if request.command in _CHANGES
+        )
 
     def _note_trouble(self, why: BaseException) -> None:
         """Fail what was in trouble for too long; the rest is tried again, a little later each time."""
@@ -327,14 +345,19 @@ class Conversation:
         """Send requests and receive their answers, alone on a new connection."""
         for request in window:
             request.link = link
-        link.post(window)
         left = len(window)
-        while left:
-            answered = link.receive(waiting)
-            if answered is not None:
-                finish(answered)
-                waiting.pop(answered.cookie, None)
-                left -= 1
+        try:
+            link.post(window)
+            while left:
+                answered = link.receive(waiting)
+                if answered is not None:
+                    finish(answered)
+                    waiting.pop(answered.cookie, None)
+                    left -= 1
+        finally:
+            if left:
+                with self._state:
+                    self._doubt(window)
 
 
 def failure(request: Request, place: str) -> OSError:

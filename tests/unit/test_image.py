@@ -17,8 +17,8 @@ from lmdbitmap.image import is_far, is_same_image, lasting_name, open_image
 from lmdbitmap.nbd.client import NbdDevice
 from lmdbitmap.nbd.uri import parse
 from lmdbitmap.store import Store
-from tests.nbd_far import Asked, FarServer, far_server, until_it_works
-from tests.nbd_raw import WRITE
+from tests.nbd_far import Asked, Crash, FarServer, HangUp, far_server, until_it_works
+from tests.nbd_raw import FLUSH, WRITE
 from tests.support import make_raw_image
 from tests.tracked import blocks_of, trust_of
 
@@ -128,6 +128,62 @@ def test_writes_that_fail_are_dirty(far: FarServer, store: Store) -> None:
         far.listen()
         until_it_works(lambda: attached.pwrite(b"x", 5000))
     assert blocks_of(changes(store, "sda", since="start")) == {1}
+
+
+@pytest.mark.parametrize("patience_s", [0.0, 20.0])
+def test_write_in_flight_on_a_connection_that_broke_is_dirty_in_every_period_that_follows(
+    far: FarServer, store: Store, patience_s: float
+) -> None:
+    """It may take place whenever the old connection is looked at, also where a second copy was acknowledged."""
+
+    def open_device(image: str) -> NbdDevice:
+        return NbdDevice.open(image, reconnect_s=patience_s)
+
+    with Filter.attach(store, "sda", background=False, open_device=open_device) as attached:
+        attached.pwrite(b"x", 9 * 4096)
+        lost: list[Asked] = []
+
+        def lose_one(server: FarServer, asked: Asked) -> bytes | None:
+            if asked.command != WRITE or lost:
+                return None
+            lost.append(asked)
+            raise HangUp
+
+        far.behave = lose_one
+        if patience_s:
+            attached.pwrite(b"x" * 5000, 4000)
+        else:
+            with pytest.raises(OSError):
+                attached.pwrite(b"x" * 5000, 4000)
+        assert blocks_of(attached.changes(since="start")) == {0, 1, 2, 9}
+        for name in ("first", "second"):
+            until_it_works(lambda: attached.flush())
+            attached.checkpoint(name)
+            assert blocks_of(attached.changes(since=name)) == {0, 1, 2}
+        attached.pwrite(b"y", 14 * 4096)
+    assert blocks_of(changes(store, "sda", since="second")) == {0, 1, 2, 14}
+    assert blocks_of(changes(store, "sda", since="first", until="second")) == {0, 1, 2}
+
+
+def test_write_that_was_repeated_on_a_connection_that_broke_too_is_dirty_at_once(
+    far: FarServer, store: Store
+) -> None:
+    """It was acknowledged, and counted for the period before, but its copies are under way in this one."""
+
+    def die_twice(server: FarServer, asked: Asked) -> bytes | None:
+        if (asked.connection, asked.command) == (before, FLUSH):
+            raise Crash
+        if (asked.connection, asked.command) == (before + 1, WRITE):
+            raise HangUp
+        return None
+
+    with Filter.attach(store, "sda", background=False) as attached:
+        before, far.behave = far.handshakes, die_twice
+        attached.pwrite(b"x", 5000)
+        attached.checkpoint("next")
+        assert far.handshakes == before + 2
+        assert blocks_of(attached.changes(since="next")) == {1}
+    assert far.stable[5000:5001] == b"x"
 
 
 def test_one_image_has_many_names(tmp_path: Path) -> None:

@@ -306,14 +306,32 @@ def test_all_dirty_bitmap_needs_no_commit(tmp_path: Path) -> None:
 
 def test_extents_carried_over_are_armed_and_not_dirty(notebook: Notebook) -> None:
     """After a checkpoint the busy extents are armed in a bitmap that is all clean."""
-    notebook.put(0, 0b110, schema.ALL_CLEAN_BITS)
     period = notebook.period()
-    period.adopt_armed({0: 0b110})
+    notebook.store.update(lambda writer: period.begin(writer, {0: 0b110}, []))
+    before = notebook.commits
     period.make_durable([(100, 101)])
-    assert notebook.commits == 0
+    assert notebook.commits == before
     assert settled(period) == {100}
     period.persist()
     assert notebook.dirty() == {100}
+
+
+@pytest.mark.parametrize("armed", [{}, {0: 0b110}])
+def test_what_is_dirty_from_the_start_is_so_at_once_and_stays(
+    notebook: Notebook, armed: dict[int, int]
+) -> None:
+    from_the_start = {3, 4, *range(REGION_BLOCKS - 2, REGION_BLOCKS + 2), BLOCKS - 1}
+    runs = [(3, 5), (REGION_BLOCKS - 2, REGION_BLOCKS + 2), (BLOCKS - 1, BLOCKS)]
+    period = notebook.period()
+    notebook.store.update(lambda writer: period.begin(writer, armed, runs))
+    assert from_the_start <= notebook.dirty()
+    assert settled(period) == from_the_start
+    before = notebook.commits
+    period.make_durable(runs)
+    assert notebook.commits == before
+    period.make_durable([(7, 8)])
+    period.persist()
+    assert notebook.dirty() == {*from_the_start, 7}
 
 
 # --- the background pass ---

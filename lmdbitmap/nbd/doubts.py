@@ -1,0 +1,55 @@
+"""Ranges of a far image that may change yet, although nobody waits for it any more.
+
+A connection that breaks may have carried writes to a server that does not see them before much later: it was stopped,
+or its own disk hung. Whether it ever does them we are never told, not even by another connection of the same server.
+So their ranges are remembered for as long as the image is open. They are few; of too many, near ones become one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
+
+from lmdbitmap.bits import Run
+
+MOST: Final = 4096
+_FIRST_GAP: Final = 64 << 10
+
+
+class Doubts:
+    """A set of bytes. One that was added is never missing; between ranges some are that were not."""
+
+    def __init__(self, most: int = MOST) -> None:
+        self._most = most
+        self._gap = 0
+        self._runs: Sequence[Run] = ()
+
+    @property
+    def runs(self) -> Sequence[Run]:
+        """As (start, stop) in bytes, sorted, with gaps between them. Is not changed afterwards, but replaced."""
+        return self._runs
+
+    def add(self, runs: Iterable[Run]) -> None:
+        """For one thread at a time."""
+        found = list(_joined(sorted([*self._runs, *runs]), self._gap))
+        while len(found) > self._most:
+            self._gap = max(2 * self._gap, _FIRST_GAP)
+            found = list(_joined(found, self._gap))
+        self._runs = found
+
+
+def _joined(runs: Iterable[Run], gap: int) -> Iterator[Run]:
+    """One run for all that overlap, touch, or have no more than `gap` bytes between them."""
+    last: Run | None = None
+    for start, stop in runs:
+        if start >= stop:
+            continue
+        if last is None:
+            last = start, stop
+        elif start <= last[1] + gap:
+            last = last[0], max(last[1], stop)
+        else:
+            yield last
+            last = start, stop
+    if last is not None:
+        yield last
