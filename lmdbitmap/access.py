@@ -36,6 +36,10 @@ from lmdbitmap.store import Store, Writer
 LAST_WORD_S = 10.0
 """How long an owner may take to release what was not read to its end: whoever gave up, as by Ctrl-C, wants to go."""
 
+OWNER_LIMIT_S: Final = 60.0
+"""How long an owner through which a disk is read may send nothing of what it was asked for. A far image that is away
+fails its requests in half of that."""
+
 _SNAPSHOT_S: Final = 60.0
 """A guest may be frozen until the owner has answered: it is not kept so for as long as other answers may take."""
 
@@ -87,11 +91,12 @@ def access(
     open_device: OpenDevice,
     attached: Mapping[str, Filter] | None = None,
     scratch: Scratch | None = None,
+    owner_limit_s: float = OWNER_LIMIT_S,
 ) -> Iterator[Access]:
     """Get at the disks. `attached` are filters of this process, which keep old data where `scratch` says.
 
-    Raises `Busy` where some of the disks are served and some are not, or not all by one process; `NotFound` without
-    such a disk or image.
+    Reading a disk of another process is `Busy` once that sends nothing for `owner_limit_s`. Raises `Busy` where some of
+    the disks are served and some are not, or not all by one process; `NotFound` without such a disk or image.
     """
     ours = [name for name in names if name in (attached or {})]
     served = [] if ours else [name for name in names if _is_owned(store, name)]
@@ -105,7 +110,7 @@ def access(
         assert attached is not None
         way = Attached([attached[name] for name in names], scratch or Scratch(store.path))
     elif served:
-        way = Served(store, names)
+        way = Served(store, names, owner_limit_s)
     else:
         way = Unowned(store, names, open_device)
     with contextlib.closing(way):
@@ -258,8 +263,9 @@ class Attached(_Owned):
 class Served(_Owned):
     """Disks of another process. What is held there for us is released when we hang up, or die."""
 
-    def __init__(self, store: Store, names: Sequence[str]) -> None:
+    def __init__(self, store: Store, names: Sequence[str], limit_s: float = OWNER_LIMIT_S) -> None:
         self._store = store
+        self._limit_s = limit_s
         with store.read() as reader:
             disks = [chain.find_disk(reader, name) for name in names]
         self._uuids = [disk.uuid for disk in disks]
@@ -288,31 +294,36 @@ class Served(_Owned):
         for disk, held in zip(self.disks, told["snapshots"], strict=True):
             with self._store.read() as reader:
                 checkpoint = chain.find_checkpoint(reader, disk, name)
-            self._devices.append(self._opened(str(held["export"])))
+            self._devices.append(self._opened(disk, str(held["export"])))
             points.append(PointInTime(disk, checkpoint, self._devices[-1]))
         return points
 
-    def _opened(self, export: str) -> NbdDevice:
+    def _opened(self, disk: Disk, export: str) -> NbdDevice:
         """Through a connection that the owner hands over: no socket has to be found, and none admits us."""
         place = Place(export, socket_path="the owner's")
         return NbdDevice(
             place,
             read_only=True,
             reconnect_s=0,
-            connect=lambda: agreed(self._client.connection(), export),
+            connect=lambda: agreed(self._client.connection(), export, silence_s=self._limit_s),
+            name=f"disk {disk.name!r} through the process that serves it",
+            silence_s=self._limit_s,
         )
 
     def prove(self, point: PointInTime) -> None:
         """The process that took the snapshot has held it all the time: it is the one that answers."""
         self._held.remove((point.disk.name, point.checkpoint.name))
-        told = self._client.call("release", disk=point.disk.name, checkpoint=point.checkpoint.name)
+        told = self._client.call(
+            "release", disk=point.disk.name, checkpoint=point.checkpoint.name, timeout_s=self._limit_s
+        )
         if told["broken"] is not None:
             raise broken_error(point.disk, str(told["broken"]))
 
     def end_reading(self) -> None:
         for disk, checkpoint in self._held:
             with contextlib.suppress(LmdbitmapError):  # the owner does it when we hang up
-                self._client.call("release", timeout_s=LAST_WORD_S, disk=disk, checkpoint=checkpoint)
+                last_word_s = min(LAST_WORD_S, self._limit_s)
+                self._client.call("release", timeout_s=last_word_s, disk=disk, checkpoint=checkpoint)
         self._held.clear()
 
     def forget(self, disk: Disk, is_unneeded: Callable[[Checkpoint], bool]) -> list[str]:

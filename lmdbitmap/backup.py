@@ -34,7 +34,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from lmdbitmap import backup_chain, bits, files, mending
-from lmdbitmap.access import Access, PointInTime, access, open_to_read
+from lmdbitmap.access import OWNER_LIMIT_S, Access, PointInTime, access, open_to_read
 from lmdbitmap.backup_chain import BackupChain
 from lmdbitmap.backup_plan import Plan, newest, plan_for
 from lmdbitmap.bits import Run
@@ -150,6 +150,7 @@ def backup(
     progress: Progress | None = None,
     open_device: OpenDevice = open_to_read,
     compression: str | None = None,
+    owner_limit_s: float = OWNER_LIMIT_S,
 ) -> list[BackupResult]:
     """Back up disks as they are at one point in time; every backup is durable when this returns.
 
@@ -160,6 +161,7 @@ def backup(
     Where no bitmap can say what an incremental or differential backup has to hold, the disk is compared with its last
     backup (a rescan), and where that is not whole, a full one is made; the entry says why. With `only_that` it is
     `Untrusted` instead, and nothing is done.
+    A process through which a disk is read may send nothing for `owner_limit_s`; then the backup fails (`Busy`).
     `compression` is `zlib` or `zstd`, or one of them with `:LEVEL`; None stores clusters as they are.
     Raises `Busy` for a disk or image that somebody else holds, and for a folder that somebody backs up to;
     `NotFound` without such a disk or image; `FormatError` for a manifest that cannot be read; `StorageError` where
@@ -169,7 +171,7 @@ def backup(
     if len(set(names)) != len(names):
         raise InvalidArgument("a disk is named twice", next_step="name each disk once")
     with contextlib.ExitStack() as locks:
-        way = locks.enter_context(access(store, names, open_device, attached, scratch))
+        way = locks.enter_context(access(store, names, open_device, attached, scratch, owner_limit_s))
         jobs = [_prepare(store, way, disk, repository_path, kind, locks) for disk in way.disks]
         if only_that:
             _require_as_asked(jobs)

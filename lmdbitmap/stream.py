@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from lmdbitmap import bits, chain
-from lmdbitmap.access import Access, PointInTime, access, open_to_read
+from lmdbitmap.access import OWNER_LIMIT_S, Access, PointInTime, access, open_to_read
 from lmdbitmap.bits import Run
 from lmdbitmap.changes import Changes, changes
 from lmdbitmap.copier import Progress, Report, cluster_bits_for
@@ -212,16 +212,18 @@ def stream_backup(
     quiesced: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
     progress: Progress | None = None,
     open_device: OpenDevice = open_to_read,
+    owner_limit_s: float = OWNER_LIMIT_S,
 ) -> StreamResult:
     """Stream the disk called `name` as it is now: what changed since the checkpoint `since`, or all of it.
 
     A checkpoint is taken, called `checkpoint`, or as the result says; it stays, for the next stream to count from.
     A disk that is served, here (`attached`) or by another process, is held as it was, and its guest goes on; as for
-    `backup`. Raises `Untrusted` where nobody knows what changed since, `NotFound` without such a disk, image or
-    checkpoint, `AlreadyExists` for a checkpoint of that name, `Busy` for a disk or image that somebody else holds.
+    `backup`, with the same `owner_limit_s`. Raises `Untrusted` where nobody knows what changed since, `NotFound`
+    without such a disk, image or checkpoint, `AlreadyExists` for a checkpoint of that name, `Busy` for a disk or image
+    that somebody else holds.
     """
     started = time.monotonic()
-    with access(store, [name], open_device, attached, scratch) as way:
+    with access(store, [name], open_device, attached, scratch, owner_limit_s) as way:
         [disk] = way.disks
         head = Head(version, disk.size, since, checkpoint or _checkpoint_name(time.time_ns()))
         counted_from = _require_countable(store, disk, head)

@@ -30,7 +30,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from lmdbitmap import bits, chain
-from lmdbitmap.access import Access, PointInTime, access
+from lmdbitmap.access import OWNER_LIMIT_S, Access, PointInTime, access
 from lmdbitmap.bits import Run
 from lmdbitmap.changes import changes
 from lmdbitmap.copier import Progress, Report, cluster_bits_for
@@ -90,12 +90,13 @@ def sync(
     quiesced: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
     progress: Progress | None = None,
     open_device: OpenDevice | None = None,
+    owner_limit_s: float = OWNER_LIMIT_S,
 ) -> SyncResult:
     """Make `target`, a path or an NBD URI, what the disk called `name` is now; durable when this returns.
 
     Only what changed since the last sync to that target is copied, where that is known. `compare` reads both
     whatever is known; `only_incremental` raises `Untrusted` where that is not known, and nothing is done.
-    `attached`, `scratch` and `quiesced` are as for a backup. Nobody else may write the target.
+    `attached`, `scratch`, `quiesced` and `owner_limit_s` are as for a backup. Nobody else may write the target.
 
     Raises `InvalidArgument` and `AlreadyExists` for a target that does not fit, `Busy` for a disk or a target that
     somebody else holds, `NotFound` without such a disk or image, `StorageError` where a snapshot broke. The target is
@@ -109,7 +110,9 @@ def sync(
     notes = NoteFile.of(store.path, disk.uuid, place)
     with contextlib.ExitStack() as held:
         held.enter_context(notes.locked())
-        way = held.enter_context(access(store, [name], open_device or _open_to_read, attached, scratch))
+        way = held.enter_context(
+            access(store, [name], open_device or _open_to_read, attached, scratch, owner_limit_s)
+        )
         copy = held.enter_context(contextlib.closing(SyncTarget(place)))
         job = _prepare(store, way, notes, copy, compare=compare)
         if only_incremental:

@@ -59,6 +59,10 @@ _FOLDER = click.Path(file_okay=False)
 @hooked("NAME…")
 @polite
 @click.option(
+    "--owner-limit", metavar="SECONDS", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True,
+    help="How long the process that serves a disk may send nothing of it before the backup fails.",
+)  # fmt: skip
+@click.option(
     "--compress", metavar="zlib|zstd[:LEVEL]",
     help="Compress what is stored, as QEMU reads it: zlib everywhere (level 1 to 9, [6]), zstd faster (1 to 22, [3]).",
 )  # fmt: skip
@@ -78,7 +82,8 @@ _FOLDER = click.Path(file_okay=False)
 @click.pass_obj
 def backup(
     asked: Session, words: Sequence[str], kind: str, only_that: bool, hook: Hook, nice: int,
-    compress: str | None, to_stdout: bool, since: str | None, checkpoint: str | None, diff_version: str | None,
+    owner_limit: float, compress: str | None, to_stdout: bool, since: str | None, checkpoint: str | None,
+    diff_version: str | None,
 ) -> None:  # fmt: skip
     """Back up disks, while their guests write on.
 
@@ -93,12 +98,12 @@ def backup(
     options = StreamOptions(since, checkpoint, diff_version)
     if to_stdout:
         _require_stream(words)
-        stream_out(asked, words[0], options, nice)
+        stream_out(asked, words[0], options, nice, owner_limit)
         return
     options.require_none()
     if len(words) < 2:
         raise click.UsageError("Missing argument 'REPO'.")
-    _back_up(asked, words[:-1], words[-1], _Wishes(kind, only_that, compress, hook, nice))
+    _back_up(asked, words[:-1], words[-1], _Wishes(kind, only_that, compress, hook, nice, owner_limit))
 
 
 def _require_stream(words: Sequence[str]) -> None:
@@ -116,6 +121,7 @@ class _Wishes(NamedTuple):
     compress: str | None
     hook: Hook
     nice: int
+    owner_limit_s: float
 
 
 def _back_up(asked: Session, names: Sequence[str], repository: str, wishes: _Wishes) -> None:
@@ -130,6 +136,7 @@ def _back_up(asked: Session, names: Sequence[str], repository: str, wishes: _Wis
             store, names, repository,
             kind=BackupType(wishes.kind), only_that=wishes.only_that, compression=wishes.compress,
             quiesced=lambda: nice_after(wishes.hook.freezing(names), wishes.nice, asked), progress=report,
+            owner_limit_s=wishes.owner_limit_s,
         )  # fmt: skip
     if asked.as_json:
         say_json({"backups": [_backup_facts(result) for result in made]})

@@ -38,7 +38,7 @@ class StreamOptions:
             raise click.UsageError(f"{' and '.join(given)} belong to a backup with --stdout.")
 
 
-def stream_out(asked: Session, name: str, options: StreamOptions, nice: int) -> None:
+def stream_out(asked: Session, name: str, options: StreamOptions, nice: int, owner_limit_s: float) -> None:
     """Nothing but the stream ever comes to standard output."""
     from lmdbitmap.stream import stream_backup
 
@@ -51,6 +51,7 @@ def stream_out(asked: Session, name: str, options: StreamOptions, nice: int) -> 
             store, name, out,
             since=options.since, checkpoint=options.checkpoint, version=int(options.version or 1),
             quiesced=lambda: nice_after(nullcontext(), nice, asked), progress=report,
+            owner_limit_s=owner_limit_s,
         )  # fmt: skip
     if asked.as_json:
         say_json(_stream_facts(made), aside=True)

@@ -29,7 +29,7 @@ from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.client_dial import DIAL_S, dial
 from lmdbitmap.nbd.client_handshake import FarExport
 from lmdbitmap.nbd.client_link import WINDOW, Link, Request
-from lmdbitmap.nbd.client_session import Conversation, failure
+from lmdbitmap.nbd.client_session import Conversation
 from lmdbitmap.nbd.uri import Place, parse
 
 RECONNECT_S: Final = 30.0
@@ -56,15 +56,22 @@ class NbdDevice:
         reconnect_s: float = RECONNECT_S,
         keep_bytes: int = KEEP_BYTES,
         connect: Callable[[], Link] | None = None,
+        name: str | None = None,
+        silence_s: float | None = None,
     ) -> None:
-        """`connect` makes each connection, where that takes more than to dial the place."""
+        """`connect` makes each connection, where that takes more than to dial the place.
+
+        Errors say `name`, if not the place. A request is `Busy` after `silence_s` without a byte of any answer; the
+        links that `connect` makes have to be as impatient.
+        """
         self.place = place
         self._read_only = read_only
         self._conversation = Conversation(
             connect or (lambda: dial(place, DIAL_S)),
-            place.uri,
+            name or place.uri,
             reconnect_s=reconnect_s,
             keep_bytes=keep_bytes,
+            silence_s=silence_s,
         )
         self.export = self._conversation.export
         self._minimum = self.export.minimum
@@ -156,7 +163,7 @@ class NbdDevice:
                 self._conversation.do(requests)
                 for request in requests:
                     if request.error:
-                        raise failure(request, self.place.uri)
+                        raise self._conversation.failure(request)
             else:
                 for buffer, offset in together:
                     self.pread_into(buffer, offset)
@@ -205,7 +212,7 @@ class NbdDevice:
         except OSError as refusal:
             return dict.fromkeys(requests, refusal)
         return {
-            position: failure(request, self.place.uri)
+            position: self._conversation.failure(request)
             for position, request in requests.items()
             if request.error
         }
@@ -346,7 +353,7 @@ class NbdDevice:
     def _do(self, request: Request) -> None:
         self._conversation.do([request])
         if request.error:
-            raise failure(request, self.place.uri)
+            raise self._conversation.failure(request)
 
     def _check_write(self, offset: int, length: int) -> None:
         check_range(offset, length, self.size)

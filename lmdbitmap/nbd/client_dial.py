@@ -46,13 +46,21 @@ def _encryption(place: Place) -> Encryption | None:
 
 
 def agreed(
-    sock: socket.socket, export_name: str, timeout_s: float = DIAL_S, encryption: Encryption | None = None
+    sock: socket.socket,
+    export_name: str,
+    timeout_s: float = DIAL_S,
+    encryption: Encryption | None = None,
+    *,
+    silence_s: float | None = None,
 ) -> Link:
-    """Agree on an export over a connection that is there. The socket is the link's, or closed."""
+    """Agree on an export over a connection that is there. The socket is the link's, or closed.
+
+    Afterwards the link raises `TimeoutError` when it waits for `silence_s` without a byte; None waits for ever.
+    """
     haggling = _Haggling(sock, time.monotonic() + timeout_s, encryption)
     try:
         export = haggling.come_to_terms(export_name)
-        haggling.wire.settimeout(None)
+        haggling.wire.settimeout(silence_s)
         return Link(haggling.wire, export)
     except BaseException:
         haggling.wire.close()

@@ -37,6 +37,8 @@ _U64: Final = struct.Struct(">Q")
 _HOLE: Final = struct.Struct(">QI")
 AWAY: Final = -1
 """In place of an error of the server's: it was not there for too long."""
+SILENT: Final = -2
+"""The same of a server that is there: it sent nothing for too long."""
 
 
 class Call:
@@ -56,7 +58,7 @@ class Call:
 
 
 class Request:
-    """One request and what is known of its answer. `error` is the protocol's number, 0 for success, or `AWAY`."""
+    """One request and what is known of its answer. `error` is the protocol's number, 0, `AWAY` or `SILENT`."""
 
     __slots__ = (
         "call", "command", "cookie", "covered", "data", "error", "flags", "into", "length", "link", "mark",

@@ -15,6 +15,10 @@ anything else is. At most about `keep_bytes` are kept: half of that starts a flu
 makes writers wait for one. A server that cannot flush but write through (FUA) is asked for that; then nothing
 needs to be kept.
 
+**A server that is silent**, though it is there, is waited for as long as it likes: a far disk may hang, and its
+guest is to see no error. Only with `silence_s` a request is `Busy` once no byte came for so long, and so are all
+that follow.
+
 A new connection is taken only if the server still offers what it did: size, block sizes, transmission flags.
 
 What this cannot know: whether a server that lost us is still busy with a request of the old connection. Its
@@ -37,11 +41,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 from lmdbitmap.bits import Run
-from lmdbitmap.errors import LmdbitmapError
+from lmdbitmap.errors import Busy, LmdbitmapError
 from lmdbitmap.interfaces import FarAway
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.client_handshake import FarExport, nonsense
-from lmdbitmap.nbd.client_link import AWAY, WINDOW, Call, Link, Request
+from lmdbitmap.nbd.client_link import AWAY, SILENT, WINDOW, Call, Link, Request
 from lmdbitmap.nbd.doubts import Doubts
 
 log = logging.getLogger(__name__)
@@ -68,12 +72,20 @@ class Conversation:
     """Requests to one export, by any thread. `connect` makes a connection, now and whenever one has broken."""
 
     def __init__(
-        self, connect: Callable[[], Link], name: str, *, reconnect_s: float, keep_bytes: int
+        self,
+        connect: Callable[[], Link],
+        name: str,
+        *,
+        reconnect_s: float,
+        keep_bytes: int,
+        silence_s: float | None = None,
     ) -> None:
         self._connect = connect
         self._name = name
         self._reconnect_s = reconnect_s
         self._keep_bytes = keep_bytes
+        self._silence_s = silence_s
+        self._is_silent = False
         self._state = threading.Lock()
         self._cookies = itertools.count(1)
         self._waiting: dict[int, Request] = {}
@@ -107,6 +119,18 @@ class Conversation:
         except BaseException:
             self._abandon(call, requests)
             raise
+
+    def failure(self, request: Request) -> OSError | Busy:
+        """What the caller is told: an error that the protocol does not know counts as EINVAL, as it demands."""
+        if request.error == AWAY:
+            return FarAway(errno.ETIMEDOUT, "its server went away and has not come back", self._name)
+        if request.error == SILENT:
+            return Busy(
+                f"{self._name}: not a byte of an answer came within {self._silence_s:g} s",
+                next_step="see what keeps it waiting, end it if need be, and try again",
+            )
+        number = request.error if request.error in _KNOWN_ERRORS else errno.EINVAL
+        return OSError(number, os.strerror(number), self._name)
 
     def close(self) -> None:
         """Say goodbye. Nothing may be in flight; what was not flushed may be lost."""
@@ -231,7 +255,7 @@ class Conversation:
                 flush = Request(nbd.NBD_CMD_FLUSH)
                 self.do([flush])
                 if flush.error:
-                    raise failure(flush, self._name)
+                    raise self.failure(flush)
 
     def _flush_by_the_way(self) -> None:
         with self._state:
@@ -243,6 +267,8 @@ class Conversation:
     # -- when the connection breaks ------------------------------------------------------------------------
 
     def _lose(self, link: Link, why: BaseException) -> None:
+        if self._silence_s is not None and isinstance(why, TimeoutError):
+            self._is_silent = True
         with self._state:
             self._link = None
             self._doubt(request for request in self._waiting.values() if request.link is link)
@@ -275,13 +301,16 @@ class Conversation:
         with self._state:
             lost = [request for request in self._waiting.values() if request.since <= last_start]
             for request in lost:
-                request.error = AWAY
+                request.error = SILENT if self._is_silent else AWAY
                 self._conclude(request)
         if lost and self._reconnect_s:  # else whoever asked is told, at once
             log.error("%s: %d requests failed: %s", self._name, len(lost), _words(why))
 
     def _reconnect(self) -> None:
         """Try once more, when it is time for it. What cannot wait for that fails."""
+        if self._is_silent:
+            self._fail_those_since(math.inf, "the server is silent")
+            return
         self._closing.wait(max(0.0, min(self._next_dial, self._patience_ends()) - time.monotonic()))
         now = time.monotonic()
         if self._closing.is_set():
@@ -358,14 +387,6 @@ class Conversation:
             if left:
                 with self._state:
                     self._doubt(window)
-
-
-def failure(request: Request, place: str) -> OSError:
-    """What the caller is told: an error that the protocol does not know counts as EINVAL, as it demands."""
-    if request.error == AWAY:
-        return FarAway(errno.ETIMEDOUT, "its server went away and has not come back", place)
-    number = request.error if request.error in _KNOWN_ERRORS else errno.EINVAL
-    return OSError(number, os.strerror(number), place)
 
 
 def _cost(request: Request) -> int:

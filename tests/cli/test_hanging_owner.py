@@ -1,0 +1,102 @@
+"""A disk whose server hangs while it is read: the reader fails in time, and costs nobody anything else."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from lmdbitmap.backup import backup
+from lmdbitmap.errors import Busy
+from lmdbitmap.store import Store
+from lmdbitmap.stream import stream_backup
+from lmdbitmap.sync import sync
+from tests.cli.conftest import SIZE, Cli, Served
+from tests.support import requires, run
+
+pytestmark = requires("qemu-io")
+
+LIMIT_S = 0.2
+
+
+def by_backup(store: Store, folder: Path, **how: object) -> object:
+    return backup(store, ["sda"], folder / "backups", **how)  # type: ignore[arg-type]
+
+
+def by_stream(store: Store, folder: Path, **how: object) -> object:
+    return stream_backup(store, "sda", io.BytesIO(), **how)  # type: ignore[arg-type]
+
+
+def by_sync(store: Store, folder: Path, **how: object) -> object:
+    return sync(store, "sda", folder / "copy.raw", **how)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def stopping(pid: int) -> Iterator[None]:
+    """Stops a process as soon as the moment was taken."""
+    yield
+    os.kill(pid, signal.SIGSTOP)
+
+
+@contextlib.contextmanager
+def going_on(pid: int) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def write(served: Served, offset: str, byte: int) -> None:
+    run("qemu-io", "-f", "raw", "-c", f"write -q -P {byte} {offset} 64k", served.uris["sda"])
+
+
+@pytest.mark.parametrize("read", [by_backup, by_stream, by_sync])
+def test_reader_of_an_owner_that_hangs_fails_in_time_and_in_one_sentence(
+    cli: Cli, read: Callable[..., object]
+) -> None:
+    cli.add("sda")
+    with cli.serving("sda", log=True) as served, Store.open(str(cli.store)) as store:
+        pid = served.child.pid
+        with (
+            going_on(pid),
+            pytest.raises(Busy, match=r"'sda' through .*: not a byte .* within 0\.2 s; see what"),
+        ):
+            read(store, cli.folder, owner_limit_s=LIMIT_S, quiesced=partial(stopping, pid))
+        read(store, cli.folder)
+
+
+def test_backup_after_one_whose_owner_hung_is_a_right_increment(cli: Cli) -> None:
+    image, repository = cli.add("sda"), cli.folder / "backups"
+    with cli.serving("sda", log=True) as served, Store.open(str(cli.store)) as store:
+        cli.ok("backup", "sda", repository)
+        write(served, "1M", 7)
+        pid = served.child.pid
+        with going_on(pid), pytest.raises(Busy):
+            by_backup(store, cli.folder, owner_limit_s=LIMIT_S, quiesced=partial(stopping, pid))
+        write(served, "2M", 9)
+        [made] = cli.json("backup", "sda", repository)["backups"]
+        assert (made["type"], made["bytes_changed"]) == ("incremental", 2 * 65536)
+        assert len(cli.json("info", "sda")["checkpoints"]) == 3, "the first, and those of two backups"
+    cli.ok("restore", repository, "sda", cli.folder / "new.raw")
+    assert (cli.folder / "new.raw").read_bytes() == image.read_bytes()
+    assert len(image.read_bytes()) == SIZE
+
+
+def test_limit_is_an_option_of_the_command(cli: Cli) -> None:
+    cli.add("sda")
+    with cli.serving("sda", log=True) as served:
+        pid = served.child.pid
+        hook = cli.folder / "hook"
+        hook.write_text(f"#!{sys.executable}\nimport os, sys\nsys.argv[1] == 'thaw' and os.kill({pid}, 19)\n")
+        hook.chmod(0o755)
+        words = ["backup", "sda", cli.folder / "backups", "--hook", hook, "--owner-limit", LIMIT_S]
+        with going_on(pid):
+            assert "not a byte of an answer came within 0.2 s" in cli(*words).err
+        assert cli(*words[:3]).code == 0
