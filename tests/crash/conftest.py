@@ -20,4 +20,6 @@ def forking_process() -> Iterator[subprocess.Popen[str]]:
 @pytest.fixture
 def deaths(forking_process: subprocess.Popen[str]) -> Iterator[Deaths]:
     with quick_folder() as graves:
-        yield Deaths(forking_process, graves)
+        dying = Deaths(forking_process, graves)
+        yield dying
+        dying.hear_out()

@@ -7,8 +7,9 @@ committed, and the moment after it: between two steps nothing changes that a sur
 nothing of it: the child wraps the calls.
 
 Children are forked by one process that has imported everything and done nothing: `python -m tests.crash.dying`. Each
-line that it reads, `LIFE DURABILITY SIDE_BY_SIDE FOLDER`, is answered by what each child told the world, and the step
-at which it died; then comes an empty line.
+line that it reads, `LIFE DURABILITY SIDE_BY_SIDE FOLDER`, is answered by what each child told the world, the step at
+which it died, and that it is gone; after the last child comes an empty line. It does not wait for whoever looks at the
+dead: the next ones live and die meanwhile.
 """
 
 from __future__ import annotations
@@ -58,32 +59,51 @@ class Deaths:
 
     def __init__(self, process: subprocess.Popen[str], graves: Path) -> None:
         self._process = process
+        self._is_answering = False
         self.graves = graves
 
-    def __call__(self, life: str, durability: str = WRITE_AHEAD, *, side_by_side: int = 3) -> list[Death]:
-        """Live until each step of the life was the last one of some child."""
-        told: dict[str, list[str]] = {}
-        steps: dict[str, str] = {}
+    def __call__(self, life: str, durability: str = WRITE_AHEAD, *, side_by_side: int = 3) -> Iterator[Death]:
+        """Live until each step of the life was the last one of some child: in the order of the steps."""
+        told: dict[int, list[str]] = {}
+        steps: dict[int, str] = {}
+        gone: set[int] = set()
+        looked_at = 0
         for line in self._asked(f"{life} {durability} {side_by_side} {self.graves}"):
             number, what, word = line.split(" ", 2)
             if what == "told":
-                told.setdefault(number, []).append(word)
+                told.setdefault(int(number), []).append(word)
+            elif what == "died":
+                steps[int(number)] = word
             else:
-                steps[number] = word
+                gone.add(int(number))
+            while looked_at + 1 in gone:
+                looked_at += 1
+                if looked_at in steps:
+                    yield Death(
+                        self.graves / str(looked_at), steps[looked_at], tuple(told.get(looked_at, ()))
+                    )
         assert len(steps) >= 3, "a life that dies too seldom proves nothing"
-        return [
-            Death(self.graves / number, step, tuple(told.get(number, ()))) for number, step in steps.items()
-        ]
+        assert len(gone) == looked_at > len(steps), "somebody was not looked at, or nobody outlived its end"
 
     def _asked(self, question: str) -> Iterator[str]:
+        assert not self._is_answering, "it was not heard out"
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         print(question, file=self._process.stdin, flush=True)
-        for line in self._process.stdout:
-            if line == "\n":
-                return
-            yield line.rstrip("\n")
-        raise AssertionError("a child failed, and said why on standard error")
+        self._is_answering = True
+        yield from self._answer()
+        assert not self._is_answering, "a child failed, and said why on standard error"
+
+    def _answer(self) -> Iterator[str]:
+        assert self._process.stdout is not None
+        while self._is_answering and (line := self._process.stdout.readline()):
+            self._is_answering = line != "\n"
+            if self._is_answering:
+                yield line.rstrip("\n")
+
+    def hear_out(self) -> None:
+        """Wait for the end of a life that nobody looks at any more."""
+        for _ in self._answer():
+            pass
 
 
 @contextmanager
@@ -119,7 +139,7 @@ class Fate:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def say(self, words: str) -> None:
-        os.write(1, f"{self._fatal_step} {words}\n".encode())
+        say(f"{self._fatal_step} {words}")
 
     def follow(self, place: object, name: str, counts: Callable[..., bool] = lambda *_: True) -> None:
         call = getattr(place, name)
@@ -161,19 +181,28 @@ def main() -> None:
     for line in sys.stdin:
         life, durability, side_by_side, folder = line.rstrip("\n").split(" ", 3)
         die_at_each_step(life, durability, Path(folder), int(side_by_side))
-        print(flush=True)
+        say("")
+
+
+def say(line: str) -> None:
+    """In one piece, whoever else speaks."""
+    os.write(1, f"{line}\n".encode())
 
 
 def die_at_each_step(life: str, durability: str, folder: Path, side_by_side: int) -> None:
-    """Children that live side by side are started together, and are the last if one of them outlives its end."""
-    for first in count(1, side_by_side):
-        numbers = range(first, first + side_by_side)
-        children = [start(life, durability, folder / str(number), number) for number in numbers]
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        if not set(codes) <= {0, -signal.SIGKILL}:
-            sys.exit(f"{life}: children ended with {codes}")
-        if 0 in codes:
-            return
+    """So many children live side by side. None is started once one of them outlived its end."""
+    numbers, living = count(1), dict[int, int]()
+    outlived = False
+    while living or not outlived:
+        while len(living) < side_by_side and not outlived:
+            number = next(numbers)
+            living[start(life, durability, folder / str(number), number)] = number
+        child, status = os.wait()
+        code = os.waitstatus_to_exitcode(status)
+        if code not in (0, -signal.SIGKILL):
+            sys.exit(f"{life}: child {living[child]} ended with {code}")
+        outlived |= code == 0
+        say(f"{living.pop(child)} gone {code}")
 
 
 def start(life: str, durability: str, folder: Path, fatal_step: int) -> int:

@@ -53,7 +53,7 @@ def test_a_killed_restore_onto_a_block_device_is_done_by_doing_it_again(deaths: 
     with loop_node(deaths.graves, FEW_BLOCKS * BLOCK) as node:
         node.write_bytes(b"old" * (FEW_BLOCKS * BLOCK // 3) + b"!")
         (deaths.graves / "device").symlink_to(node)
-        last = deaths("restoring_to_a_device", side_by_side=1)[-1]
+        *_, last = deaths("restoring_to_a_device", side_by_side=1)
         assert (last.step, last.told) == ("at the end", ("restored",))
         assert node.read_bytes() == (last.folder / "2.raw").read_bytes()
 
