@@ -14,6 +14,7 @@ import pytest
 
 from lmdbitmap.cli.main import run
 from tests.support import Child, make_raw_image, spawn
+from tests.tracked import quick_folder
 
 MIB = 1 << 20
 SIZE = 8 * MIB
@@ -105,3 +106,10 @@ Serving: TypeAlias = AbstractContextManager[Served]
 @pytest.fixture
 def cli(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Cli:
     return Cli(tmp_path, capsys)
+
+
+@pytest.fixture
+def quick_cli(capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
+    """All of it in memory: for what is about processes that die, and moves hundreds of megabytes."""
+    with quick_folder() as folder:
+        yield Cli(folder, capsys)

@@ -19,10 +19,10 @@ import pytest
 
 from lmdbitmap.nbd.client import NbdDevice
 from lmdbitmap.repository import BackupFolder, is_checkpoint_name
-from tests.cli.conftest import MIB, Cli, Served, cli
+from tests.cli.conftest import MIB, Cli, Served, quick_cli
 from tests.support import PATIENCE_SECONDS, Child, run, spawn
 
-__all__ = ["cli"]
+__all__ = ["quick_cli"]
 
 STEP = 4 * MIB
 """Between two reports of progress."""
@@ -68,7 +68,8 @@ with Store.open(store_path) as store:
 
 @pytest.mark.parametrize("percent", [0, 50, 99])
 @pytest.mark.parametrize("victims", ["backup", "server", "both"])
-def test_the_backup_after_one_that_was_killed_is_right(cli: Cli, victims: str, percent: int) -> None:
+def test_the_backup_after_one_that_was_killed_is_right(quick_cli: Cli, victims: str, percent: int) -> None:
+    cli = quick_cli
     cli.add("sda", SIZE)
     with serving(cli) as served:
         stored = set(os.listdir(cli.store))

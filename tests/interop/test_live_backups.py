@@ -10,14 +10,15 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from pathlib import Path
 
 import pytest
 
 from lmdbitmap.nbd.client import NbdDevice
 from lmdbitmap.repository import is_checkpoint_name
-from tests.cli.conftest import Cli, Served
+from tests.cli.conftest import Cli, Served, quick_cli
 from tests.support import PATIENCE_SECONDS, Child, requires, run, spawn
+
+__all__ = ["quick_cli"]
 
 MIB = 1 << 20
 SIZE = 64 * MIB
@@ -71,11 +72,10 @@ class Stamper:
 
 
 @pytest.fixture
-def cli(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Cli:
-    cli = Cli(tmp_path, capsys)
+def cli(quick_cli: Cli) -> Cli:
     for name in ("sda", "sdb"):
-        cli.add(name, SIZE)
-    return cli
+        quick_cli.add(name, SIZE)
+    return quick_cli
 
 
 def back_up(cli: Cli, *words: object, check: bool = True) -> str:
