@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import TypeAlias
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.support import make_raw_image
 
 # A slow example is no failure: the machine may be busy, and pytest-timeout catches what hangs.
 settings.register_profile("dev", deadline=None)
-settings.register_profile("ci", deadline=None, derandomize=True, max_examples=100, print_blob=True)
+settings.register_profile(
+    "ci", deadline=None, database=None, max_examples=100, print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)  # fmt: skip
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 
 NO_SKIP = os.environ.get("LMDBITMAP_NO_SKIP", "") not in ("", "0")

@@ -237,5 +237,5 @@ def differing(new: bytes, old: bytes) -> set[int]:
 
 TestLives = Lives.TestCase
 TestLives.settings = settings(
-    max_examples=25, stateful_step_count=20, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=15, stateful_step_count=20, suppress_health_check=[HealthCheck.too_slow]
 )

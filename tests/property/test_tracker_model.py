@@ -443,7 +443,7 @@ class Tracker(RuleBasedStateMachine):
 
 
 Tracker.TestCase.settings = settings(
-    max_examples=80, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=50, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestTracker = pytest.mark.timeout(400)(Tracker.TestCase)
 """A failure takes minutes to be made small, and is worth them."""
