@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lmdbitmap.changes import Changes, Standing
     from lmdbitmap.changes import changes as changes_of
     from lmdbitmap.check import Finding, Gravity, check_store
+    from lmdbitmap.consumers import drop_hold, hold_lapse_days, holds_of, set_hold_lapse_days
     from lmdbitmap.device import FileDevice, MemoryDevice
     from lmdbitmap.errors import (
         AlreadyExists,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     )
     from lmdbitmap.extents import Extent, Trust
     from lmdbitmap.filter import Filter, take_checkpoint, take_snapshot
+    from lmdbitmap.holds import Hold
     from lmdbitmap.manifest import BackupType
     from lmdbitmap.nbd.control import ControlServer
     from lmdbitmap.nbd.held import HeldSnapshots
@@ -87,6 +89,7 @@ _HOMES = {
     "FormatError": "errors",
     "Gravity": "check",
     "HeldSnapshots": "nbd.held",
+    "Hold": "holds",
     "Inspection": "export",
     "InvalidArgument": "errors",
     "LmdbitmapError": "errors",
@@ -114,8 +117,11 @@ _HOMES = {
     "changes_of": "changes",
     "check_store": "check",
     "copy_backups": "transfer",
+    "drop_hold": "consumers",
     "export_bitmap": "export",
     "export_changes": "export",
+    "hold_lapse_days": "consumers",
+    "holds_of": "consumers",
     "import_file": "export",
     "inspect_file": "export",
     "keep_changes": "export",
@@ -123,6 +129,7 @@ _HOMES = {
     "open_backup": "backup_chain",
     "remove": "session",
     "restore_backup": "restore",
+    "set_hold_lapse_days": "consumers",
     "stream_backup": "stream",
     "sync_disk": "sync",
     "take_checkpoint": "filter",
@@ -158,6 +165,7 @@ __all__ = [
     "FormatError",
     "Gravity",
     "HeldSnapshots",
+    "Hold",
     "Inspection",
     "InvalidArgument",
     "LmdbitmapError",
@@ -186,8 +194,11 @@ __all__ = [
     "changes_of",
     "check_store",
     "copy_backups",
+    "drop_hold",
     "export_bitmap",
     "export_changes",
+    "hold_lapse_days",
+    "holds_of",
     "import_file",
     "inspect_file",
     "keep_changes",
@@ -195,6 +206,7 @@ __all__ = [
     "prune_backups",
     "remove",
     "restore_backup",
+    "set_hold_lapse_days",
     "stream_backup",
     "sync_disk",
     "take_checkpoint",

@@ -5,20 +5,21 @@ Law 3: the archive is durable before anything forgets that it was needed. From t
     get at the disks (access.py)         own them, or reach who does; what is not known begins a new epoch
     lock their folders                   nobody else backs up here
     undo what a killed run left          its image goes, its checkpoint is merged into the one before
-    note what will be made, synced       a run that is killed from here on is known by it
+    note what will be made, synced       in the folder and in the store: a run that died from here on is known by it
     checkpoint, on all disks at once     the point in time that the images will hold
     copy, sync, rename the image         the digests of its chunks get their name before it
+    note that it is held, synced         a manifest may name the checkpoint from now on
     replace the manifest, synced         the archive is durable
-    forget checkpoints                   those of this repository that no coming backup counts from
+    forget checkpoints                   of this repository, if no coming backup counts from them; and what nobody holds
     mend what is damaged                 of a full backup: no coming one needs what older records said
     drop the note
 
 A death anywhere costs this run's work: its checkpoint records on, or is merged away, and the next backup
 counts from the last one in the manifest, whatever happened since.
 
-A repository forgets only checkpoints that its own manifest or note names, so that any number of them can
-back up one disk. It holds two: the newest backup's, for increments, and the newest full one's, for
-differential backups.
+A repository forgets checkpoints that its own manifest or note names and no other one holds (holds.py), and those that
+nobody holds any more (consumers.py), so that any number of them can back up one disk. It holds two: the newest
+backup's, for increments, and the newest full one's, for differential backups.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from uuid import uuid4
 
-from lmdbitmap import backup_chain, bits, files, mending
+from lmdbitmap import backup_chain, bits, consumers, files, mending
 from lmdbitmap.access import OWNER_LIMIT_S, Access, PointInTime, access, open_to_read
 from lmdbitmap.backup_chain import BackupChain
 from lmdbitmap.backup_plan import Plan, newest, plan_for
@@ -61,6 +63,7 @@ from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.hashing import ChunkHasher
+from lmdbitmap.holds import HoldFile, UnderWay
 from lmdbitmap.manifest import (
     BackupEntry,
     BackupType,
@@ -120,6 +123,8 @@ class _Job:
     sequence: int
     leftovers: Sequence[Unfinished]
     """Checkpoints of killed runs that cannot go before there is another one."""
+    hold: HoldFile
+    """What the store knows of the folder, locked."""
 
     @property
     def file(self) -> str:
@@ -176,14 +181,14 @@ def backup(
         if only_that:
             _require_as_asked(jobs)
         try:
-            points = _one_point_in_time(way, jobs, quiesced)
+            points = _one_point_in_time(store, way, jobs, quiesced)
             sources = [_Source.of(store, *pair) for pair in zip(jobs, points, strict=True)]
             report = Report(progress, sum(source.bytes_to_copy for source in sources))
             return [_make(store, source, report, packing) for source in sources]
         except BaseException:
             way.end_reading()
             for job in jobs:
-                _undo_after_failure(job)
+                _undo_after_failure(store, job)
             raise
 
 
@@ -208,11 +213,17 @@ def _prepare(
             f"{folder.path} has the backups of another disk that was called {manifest.disk.name!r} too",
             next_step="back up to another repository, or move that folder away",
         )
+    manifest = dataclasses.replace(manifest, holder=manifest.holder or uuid4())
+    assert manifest.holder is not None
+    hold = locks.enter_context(HoldFile(store.path, disk.uuid, manifest.holder).locked())
+    ended = None if hold.hold is None else hold.hold.ended
     plan = (
-        plan_for(store, disk, folder, manifest, kind) if unreadable is None else Plan(kind, reason=unreadable)
+        plan_for(store, disk, folder, manifest, kind, ended)
+        if unreadable is None
+        else Plan(kind, reason=unreadable)
     )
     sequence = folder.next_sequence(manifest.backups)
-    return _Job(way, disk, folder, manifest, kind, plan, sequence, leftovers)
+    return _Job(way, disk, folder, manifest, kind, plan, sequence, leftovers, hold)
 
 
 def _require_as_asked(jobs: Sequence[_Job]) -> None:
@@ -242,12 +253,18 @@ def _manifest_of(folder: BackupFolder, kind: BackupType) -> tuple[Manifest | Non
 
 
 def _one_point_in_time(
-    way: Access, jobs: Sequence[_Job], quiesced: Callable[[], AbstractContextManager[object]]
+    store: Store,
+    way: Access,
+    jobs: Sequence[_Job],
+    quiesced: Callable[[], AbstractContextManager[object]],
 ) -> list[PointInTime]:
     """Note what will be made, then take one checkpoint on all disks, or on none."""
-    name = checkpoint_name(time.time_ns())
+    time_ns = time.time_ns()
+    name = checkpoint_name(time_ns)
     for job in jobs:
         job.folder.note_unfinished([*job.leftovers, Unfinished(name, job.file)])
+        held = _still_there(store, job, _counted_from(job.manifest, job.disk))
+        job.hold.begin(job.folder.repository_path, held, UnderWay(name), time_ns)
     with quiesced():
         rescans = any(job.plan.type_actual is BackupType.RESCAN for job in jobs)
         points = way.take_point(name, [job.plan.since for job in jobs], once=not rescans)
@@ -324,7 +341,8 @@ def _make(store: Store, source: _Source, report: Report, packing: Compression | 
     job = source.job
     device = Metered(source.point.device)
     entry = _write_image(source, device, report, packing)
-    released = _still_there(store, job)
+    released = tuple(_still_there(store, job, job.manifest.released))
+    job.hold.keep(entry.checkpoint, time.time_ns())
     manifest = dataclasses.replace(job.manifest, backups=(*job.manifest.backups, entry), released=released)
     job.folder.replace_manifest(manifest, keep_old=job.plan.reason == _UNREADABLE)
     _forget_unneeded(store, source, manifest)  # law 3: not before this line
@@ -333,11 +351,18 @@ def _make(store: Store, source: _Source, report: Report, packing: Compression | 
     return BackupResult(job.disk.name, entry, path, device.bytes_read, seconds)
 
 
-def _still_there(store: Store, job: _Job) -> tuple[CheckpointRef, ...]:
-    """Checkpoints that pruned backups held, and that nobody has forgotten yet."""
+def _still_there(store: Store, job: _Job, checkpoints: Sequence[CheckpointRef]) -> Sequence[CheckpointRef]:
+    """Those that nobody has forgotten yet."""
     with store.read() as reader:
         members = {member.uuid for member in reader.checkpoints(job.disk.uuid)}
-    return tuple(checkpoint for checkpoint in job.manifest.released if checkpoint.uuid in members)
+    return [checkpoint for checkpoint in checkpoints if checkpoint.uuid in members]
+
+
+def _counted_from(manifest: Manifest, disk: Disk) -> Sequence[CheckpointRef]:
+    """The checkpoints from which coming backups count: the newest backup's, and the newest full one's."""
+    entries = (newest(manifest, full=True), newest(manifest))
+    found = {entry.checkpoint: None for entry in entries if entry and entry.epoch == disk.epoch}
+    return list(found)
 
 
 def _write_image(
@@ -393,8 +418,9 @@ def _entry(
 def _forget_unneeded(store: Store, source: _Source, manifest: Manifest) -> None:
     """Let go of checkpoints that no coming backup counts from. The backup is made, whatever happens here."""
     job, disk = source.job, source.point.disk
-    counted_from = (newest(manifest), newest(manifest, full=True))
-    needed = {entry.checkpoint.uuid for entry in counted_from if entry and entry.epoch == disk.epoch}
+    assert manifest.holder is not None
+    needed = {checkpoint.uuid for checkpoint in _counted_from(manifest, disk)}
+    needed |= consumers.held_by_others(store, disk, manifest.holder)
     held = {entry.checkpoint.uuid for entry in manifest.backups}
     unneeded = (held | {checkpoint.uuid for checkpoint in manifest.released}) - needed
     abandoned = {work.checkpoint for work in job.leftovers}
@@ -404,6 +430,7 @@ def _forget_unneeded(store: Store, source: _Source, manifest: Manifest) -> None:
             mending.mend_closed_periods(store, disk)
     except LmdbitmapError as error:
         log.warning("disk %s: old checkpoints stay until the next backup: %s", disk.name, error)
+    consumers.merge_unheld(store, job.access, disk)
 
 
 def _forget(way: Access, disk: Disk, is_unneeded: Callable[[Checkpoint], bool]) -> list[str]:
@@ -424,8 +451,11 @@ def _undo_unfinished(way: Access, disk: Disk, folder: BackupFolder) -> list[Unfi
     return [work for work in abandoned if work.checkpoint in stay]
 
 
-def _undo_after_failure(job: _Job) -> None:
+def _undo_after_failure(store: Store, job: _Job) -> None:
     try:
         _undo_unfinished(job.access, job.disk, job.folder)
+        with store.read() as reader:
+            members = reader.checkpoints(job.disk.uuid)
+        job.hold.settle(members)
     except LmdbitmapError as error:
         log.warning("disk %s: the next backup will clean up after this one: %s", job.disk.name, error)

@@ -30,8 +30,15 @@ class Plan(NamedTuple):
     reason: Reason | None = None
 
 
-def plan_for(store: Store, disk: Disk, folder: BackupFolder, manifest: Manifest, kind: BackupType) -> Plan:
-    """The highest rung that holds, for a disk whose backups are in `folder`."""
+def plan_for(
+    store: Store,
+    disk: Disk,
+    folder: BackupFolder,
+    manifest: Manifest,
+    kind: BackupType,
+    ended: Reason | None = None,
+) -> Plan:
+    """The highest rung that holds, for a disk whose backups are in `folder`; `ended` says why its checkpoints went."""
     if kind is BackupType.FULL:
         return Plan(BackupType.FULL)
     parent = newest(manifest, full=kind is BackupType.DIFFERENTIAL)
@@ -41,7 +48,7 @@ def plan_for(store: Store, disk: Disk, folder: BackupFolder, manifest: Manifest,
     if missing is not None:
         return Plan(BackupType.FULL, reason=missing)
     since = _checkpoint_of(store, disk, parent)
-    lost = _why_unknown(disk, parent, since)
+    lost = _why_unknown(disk, parent, since, ended)
     if kind is BackupType.RESCAN:
         return Plan(kind, parent)
     if lost is None:
@@ -67,9 +74,13 @@ def _what_is_missing(folder: BackupFolder, images: Sequence[BackupEntry]) -> Rea
     return None
 
 
-def _why_unknown(disk: Disk, parent: BackupEntry, since: Checkpoint | None) -> Reason | None:
+def _why_unknown(
+    disk: Disk, parent: BackupEntry, since: Checkpoint | None, ended: Reason | None
+) -> Reason | None:
     if parent.epoch != disk.epoch:
         return Reason("new-epoch", _printable(disk.epoch_reason))
+    if since is None and ended is not None:
+        return Reason(ended.code, _printable(ended.words))
     if since is None:
         words = f"checkpoint {parent.checkpoint.name} was forgotten"
         return Reason("checkpoint-forgotten", _printable(words))

@@ -23,7 +23,7 @@ from itertools import groupby
 from typing import NamedTuple, TypeVar
 from uuid import UUID
 
-from lmdbitmap import owner, schema, session, tally
+from lmdbitmap import holds, owner, schema, session, sync_note, tally
 from lmdbitmap.changes import open_period_standing
 from lmdbitmap.errors import FormatError, InvalidArgument, LmdbitmapError
 from lmdbitmap.extents import Trust
@@ -33,7 +33,6 @@ from lmdbitmap.geometry import REGION_BLOCKS
 from lmdbitmap.records import BITMAP_ID_KEY
 from lmdbitmap.schema import Bitmap, Checkpoint, Disk
 from lmdbitmap.store import WENT_BACK, Reader, Store
-from lmdbitmap.sync_note import disk_of
 from lmdbitmap.tally import Tally
 
 Progress = Callable[[int, int], None]
@@ -423,5 +422,10 @@ def _leftovers(store: Store, known: set[str] | None) -> Iterator[str]:
     for folder in FOLDERS:
         place = os.path.join(store.path, folder)
         for name in sorted(os.listdir(place)) if os.path.isdir(place) else ():
-            if name.endswith(PARTIAL_SUFFIX) or (known is not None and (disk_of(name) or name) not in known):
+            if name.endswith(PARTIAL_SUFFIX) or (known is not None and _disk_of(name) not in known):
                 yield os.path.join(place, name)
+
+
+def _disk_of(name: str) -> str:
+    """The uuid of the disk that a file belongs to: notes have it at their beginning, other files are called so."""
+    return sync_note.disk_of(name) or holds.disk_of(name) or name

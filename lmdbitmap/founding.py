@@ -24,7 +24,7 @@ from lmdbitmap.schema import StoreHeader
 
 DAMAGED_PREFIX = "lmdb.damaged-"
 FRESH_PREFIX = "lmdb.new-"
-FOLDERS = ("owners", "control", "syncs")
+FOLDERS = ("owners", "control", "syncs", "holds")
 """Beside the environment, each with files that belong to one disk."""
 _FIRST_WORDS = "This folder is an lmdbitmap store."
 _README = f"""{_FIRST_WORDS} While a process uses it, do not open, copy or hash the files in lmdb/:

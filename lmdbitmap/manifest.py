@@ -3,6 +3,7 @@
     format_version   1 or 2, the least that can say what follows; a newer one is refused
     disk             name, uuid
     released         uuid and name of checkpoints that pruned backups held: the next backup forgets them; may be absent
+    holder           uuid by which stores know these backups as a holder of checkpoints; may be absent
     backups          oldest first
       id, sequence                 unique; rising
       file                         the image, a plain name in the manifest's own folder
@@ -141,6 +142,7 @@ class Manifest:
     disk: DiskRef
     backups: tuple[BackupEntry, ...] = ()
     released: tuple[CheckpointRef, ...] = ()
+    holder: UUID | None = None
 
     @property
     def format_version(self) -> int:
@@ -185,8 +187,9 @@ def _tree(manifest: Manifest) -> dict[str, Any]:
         for absent in ("compression", "chunks", "sha256"):
             if entry[absent] is None:
                 del entry[absent]
-    if not tree["released"]:
-        del tree["released"]
+    for absent in ("released", "holder"):
+        if not tree[absent]:
+            del tree[absent]
     return tree
 
 
@@ -208,7 +211,12 @@ def decode(data: bytes, *, max_bytes: int = MAX_MANIFEST_BYTES) -> Manifest:
     backups = tuple(_backup(fields, version) for fields in root.list_of_fields("backups"))
     _check_order(backups)
     released = root.if_there("released", root.list_of_fields) or []
-    return Manifest(DiskRef(disk.text("name"), disk.uuid("uuid")), backups, tuple(map(_checkpoint, released)))
+    return Manifest(
+        DiskRef(disk.text("name"), disk.uuid("uuid")),
+        backups,
+        tuple(map(_checkpoint, released)),
+        root.if_there("holder", root.uuid),
+    )
 
 
 def _version(root: _Fields) -> int:

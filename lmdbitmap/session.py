@@ -27,6 +27,7 @@ from lmdbitmap.errors import (
     os_errors_at,
 )
 from lmdbitmap.flushing import forget_unwritten, unflushed
+from lmdbitmap.holds import remove_holds
 from lmdbitmap.image import is_far, is_same_image, lasting_name, open_image
 from lmdbitmap.interfaces import ImageIdentity, StoreMark, TrackableDevice
 from lmdbitmap.owner import Distrust, Owner
@@ -365,6 +366,7 @@ def remove(store: Store, name: str) -> None:
         store.update(lambda writer: chain.remove_disk(writer, disk))
         _remove_all([store.owner_path(disk.uuid)])
         remove_notes(store.path, disk.uuid)
+        remove_holds(store.path, disk.uuid)
 
 
 def _own(store: Store, name: str, disk_uuid: UUID) -> Owner:

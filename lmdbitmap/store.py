@@ -4,6 +4,7 @@
     STORE/owners/      one small file per disk, for its owner process (owner.py)
     STORE/control/     sockets of processes that serve disks
     STORE/syncs/       what copies of disks are at (sync_note.py)
+    STORE/holds/       which checkpoints repositories count from (holds.py)
     STORE/users        locked by every process that has the environment open (presence.py)
     STORE/newest       how far it has come (highwater.py)
 

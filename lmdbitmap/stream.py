@@ -5,14 +5,18 @@ it, and that stays. So the order is:
 
     get at the disk (access.py)         own it, or reach who does; what is not known begins a new epoch
     refuse what cannot be counted from  before anything is made
+    note its name, synced               in the store (holds.py): who finds a dead run's may merge it away
     take the checkpoint                 the point in time that the receiver will hold
     stream what changed up to it        dirty and zero is told as zeroes, never left out
     see that nobody wrote the image     the copy is of one point in time
+    drop the note, synced               from now on somebody may count from the checkpoint
     the end record                      only now can the receiver take it for whole
 
-What fails before the end record takes the checkpoint back, and a death there leaves it: the receiver has no whole
-stream, and the next one counts from where the last one that was received ended. Nothing that a receiver may still
-count from is ever forgotten here: whoever runs both ends forgets old checkpoints (law 3 is theirs to keep).
+What fails before the end record takes the checkpoint back, and a death there leaves it to the next stream or backup
+of that disk: the receiver has no whole stream, and the next one counts from where the last one that was received ended.
+A name that was given could be another checkpoint's, so it is known by its uuid then, noted right after it was taken.
+Nothing that a receiver may still count from is ever forgotten here: whoever runs both ends forgets old checkpoints
+(law 3 is theirs to keep).
 """
 
 from __future__ import annotations
@@ -26,8 +30,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
+from uuid import uuid4
 
-from lmdbitmap import bits, chain
+from lmdbitmap import bits, chain, consumers
 from lmdbitmap.access import OWNER_LIMIT_S, Access, PointInTime, access, open_to_read
 from lmdbitmap.bits import Run
 from lmdbitmap.changes import Changes, changes
@@ -36,6 +41,7 @@ from lmdbitmap.errors import LmdbitmapError, StorageError, os_errors_at
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import Geometry
+from lmdbitmap.holds import HoldFile, UnderWay, is_given_name
 from lmdbitmap.interfaces import BlockDevice, Buffer
 from lmdbitmap.pieces import Pieces
 from lmdbitmap.rbd_diff import Encoder, Head
@@ -225,29 +231,70 @@ def stream_backup(
     started = time.monotonic()
     with access(store, [name], open_device, attached, scratch, owner_limit_s) as way:
         [disk] = way.disks
+        consumers.merge_unheld(store, way, disk)
         head = Head(version, disk.size, since, checkpoint or _checkpoint_name(time.time_ns()))
         counted_from = _require_countable(store, disk, head)
-        with quiesced():
-            [point] = way.take_point(str(head.to_name), [counted_from], once=True)
-        try:
-            streamed, trust = _stream_point(store, way, point, head, out, progress)
-        except BaseException:
-            _take_back(way, point)
-            raise
+        with HoldFile(store.path, disk.uuid, uuid4()).locked() as note:
+            run = _Run(store, way, note, head, out, progress)
+            streamed, trust, point = _stream_noted(run, counted_from, quiesced)
     size, seconds = point.disk.size, time.monotonic() - started
     return StreamResult(name, since, point.checkpoint.name, size, trust, streamed, seconds)
 
 
-def _stream_point(
-    store: Store, way: Access, point: PointInTime, head: Head, out: Sink, progress: Progress | None
-) -> tuple[Streamed, Trust]:
-    disk, changed = point.disk, None
+class _Run(NamedTuple):
+    """A stream that is under way, and the note by which others know it."""
+
+    store: Store
+    way: Access
+    note: HoldFile
+    head: Head
+    out: Sink
+    progress: Progress | None
+
+
+def _stream_noted(
+    run: _Run, counted_from: Checkpoint | None, quiesced: Callable[[], AbstractContextManager[object]]
+) -> tuple[Streamed, Trust, PointInTime]:
+    name, time_ns = str(run.head.to_name), time.time_ns()
+    try:
+        run.note.begin(None, (), UnderWay(name), time_ns)
+        with quiesced():
+            [point] = run.way.take_point(name, [counted_from], once=True)
+        try:
+            if not is_given_name(name):
+                run.note.begin(None, (), UnderWay(name, point.checkpoint.uuid), time_ns)
+            streamed, trust = _stream_point(run, point)
+        except BaseException:
+            _take_back(run.way, point)
+            raise
+    finally:
+        _let_go(run.store, run.note)
+    return streamed, trust, point
+
+
+def _let_go(store: Store, note: HoldFile) -> None:
+    """Of a stream that failed; its checkpoint, if it could not be taken back, is left to whoever comes next."""
+    try:
+        with store.read() as reader:
+            members = reader.checkpoints(note.disk)
+        note.settle(members)
+    except LmdbitmapError as error:
+        log.warning("the note of a stream that failed stays: %s", error)
+
+
+def _stream_point(run: _Run, point: PointInTime) -> tuple[Streamed, Trust]:
+    disk, head, changed = point.disk, run.head, None
     if head.from_name is not None:
-        changed = changes(store, disk.name, since=head.from_name, until=point.checkpoint.name)
+        changed = changes(run.store, disk.name, since=head.from_name, until=point.checkpoint.name)
+
+    def before_end() -> None:
+        run.way.prove(point)
+        run.note.remove()
+
     with os_errors_at(disk.image):
         streamed = write_stream(
-            out, point.device, head._replace(size=disk.size), disk.geometry, changed,
-            progress=progress, before_end=lambda: way.prove(point),
+            run.out, point.device, head._replace(size=disk.size), disk.geometry, changed,
+            progress=run.progress, before_end=before_end,
         )  # fmt: skip
     return streamed, Trust.EXACT if changed is None else changed.summary.standing.trust
 

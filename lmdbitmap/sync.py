@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from lmdbitmap import bits, chain
+from lmdbitmap import bits, chain, consumers
 from lmdbitmap.access import OWNER_LIMIT_S, Access, PointInTime, access
 from lmdbitmap.bits import Run
 from lmdbitmap.changes import changes
@@ -176,6 +176,7 @@ def _carry_out(
         _forget_unneeded(job)  # its checkpoint; what it wrote to the target is known by the note
         raise
     _forget_unneeded(job)  # law 3: not before it is noted where the copy is
+    consumers.merge_unheld(store, job.access, job.disk)
     return made
 
 

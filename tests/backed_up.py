@@ -88,7 +88,7 @@ class BackedUpDisk(TrackedDisk):
 
 _BACKUP_AND_DIE = f"""
 import os, signal, sys, threading
-from lmdbitmap import backup, files, repository, session, store
+from lmdbitmap import backup, files, holds, repository, session, store
 from lmdbitmap.manifest import BackupType
 from lmdbitmap.qcow2 import Qcow2Writer
 
@@ -118,6 +118,7 @@ with store.Store.open(store_path) as opened:
     followed_by_death(Qcow2Writer, "write", "data written")
     followed_by_death(Qcow2Writer, "finish", "image written")
     followed_by_death(repository.BackupFolder, "note_unfinished", "noted")
+    followed_by_death(holds.HoldFile, "replace", "held")
     followed_by_death(repository.BackupFolder, "replace_manifest", "manifest replaced")
     backup.backup(opened, [{NAME!r}], repository_path, kind=BackupType(kind))
 """

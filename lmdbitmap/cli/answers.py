@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from lmdbitmap import standalone
+from lmdbitmap import consumers, standalone
 from lmdbitmap.changes import Standing, Summary
+from lmdbitmap.cli.holding import hold_facts, holder_facts
 from lmdbitmap.cli.options import Session
 from lmdbitmap.cli.output import say, say_json
 from lmdbitmap.cli.ownership import ask_changes, is_attached
 from lmdbitmap.cli.sizes import format_latency, format_size, iso_time
+from lmdbitmap.consumers import Holder
 from lmdbitmap.geometry import Geometry
+from lmdbitmap.holds import Hold
 from lmdbitmap.schema import Bitmap, Checkpoint, Disk
 from lmdbitmap.store import Store
 
@@ -27,6 +30,8 @@ class Report:
     newest: Checkpoint
     dirt: Summary
     """Since the newest checkpoint."""
+    holds: Sequence[Hold]
+    """Of repositories; those that ended too."""
 
     def facts(self) -> dict[str, object]:
         disk, standing = self.disk, self.dirt.standing
@@ -43,12 +48,14 @@ class Report:
             "reason": standing.reason,
             "dirty_bytes": self.dirt.dirty_bytes,
             "since": self.newest.name,
+            "holds": [hold_facts(hold) for hold in self.holds],
         }
 
 
 def report_on(store: Store, disk: Disk) -> Report:
     asked = ask_changes(store, disk.name)
-    return Report(disk, is_attached(store, disk), asked.since, asked.summary)
+    holds = consumers.holds_of(store, disk.name)
+    return Report(disk, is_attached(store, disk), asked.since, asked.summary, holds)
 
 
 def served_words(served: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -89,6 +96,7 @@ class Period:
 
     checkpoint: Checkpoint
     dirty_bytes: int | None
+    holders: Sequence[Holder]
 
     def facts(self) -> dict[str, object]:
         return {
@@ -97,6 +105,7 @@ class Period:
             "time": iso_time(self.checkpoint.time_ns),
             "epoch": str(self.checkpoint.epoch),
             "dirty_bytes": self.dirty_bytes,
+            "held_by": [holder_facts(holder) for holder in self.holders],
         }
 
 
@@ -104,8 +113,10 @@ def periods_of(store: Store, disk: Disk) -> Iterator[Period]:
     """The disk's checkpoints, oldest first, older epochs included."""
     with store.read() as reader:
         checkpoints = reader.checkpoints(disk.uuid)
+    holders = consumers.holders_of(store, disk)
     for checkpoint, following in zip_longest(checkpoints, checkpoints[1:]):
-        yield Period(checkpoint, _dirty_bytes(store, disk, checkpoint, following))
+        dirty_bytes = _dirty_bytes(store, disk, checkpoint, following)
+        yield Period(checkpoint, dirty_bytes, holders(checkpoint))
 
 
 def _dirty_bytes(store: Store, disk: Disk, since: Checkpoint, until: Checkpoint | None) -> int | None:

@@ -21,6 +21,7 @@ from lmdbitmap.cli.answers import (
     size_words,
     standing_words,
 )
+from lmdbitmap.cli.holding import holder_words
 from lmdbitmap.cli.options import Session, granularity, utf8_path, verb
 from lmdbitmap.cli.output import say, say_json, say_table
 from lmdbitmap.cli.ownership import ask_owner, find_disk_or_bitmap, require_unowned
@@ -106,8 +107,8 @@ def ls(asked: Session, repository: str | None) -> None:
         say_json({"store": store.path, "disks": disk_facts, "bitmaps": bitmap_facts})
         return
     if reports:
-        headings = ("disk", "size", "dirty", "since", "trust", "attached", "image")
-        say_table(headings, map(_disk_row, reports), right=("size", "dirty"))
+        headings = ("disk", "size", "dirty", "since", "trust", "attached", "holders", "image")
+        say_table(headings, map(_disk_row, reports), right=("size", "dirty", "holders"))
     if reports and kept:
         say("")
     if kept:
@@ -125,6 +126,7 @@ def _disk_row(report: Report) -> list[str]:
         report.newest.name,
         dirt.standing.trust.value,
         "yes" if report.attached else "no",
+        str(sum(hold.ended is None and hold.repository is not None for hold in report.holds)),
         disk.image,
     ]
 
@@ -140,8 +142,8 @@ def _bitmap_row(kept: Kept) -> list[str]:
 def info(asked: Session, name: str) -> None:
     """Tell all about one disk or one stand-alone bitmap.
 
-    What changed since each checkpoint, how far that is to be trusted, and why. Of a disk that is served also what
-    its clients do, and how long they wait.
+    What changed since each checkpoint, how far that is to be trusted, and why; and who holds it. Of a disk that is
+    served also what its clients do, and how long they wait.
     """
     with Store.open(asked.store_path) as store:
         found = find_disk_or_bitmap(store, name)
@@ -176,10 +178,16 @@ def _tell_disk(
         _tell_pairs(served_words(served))
     say("")
     say_table(
-        ("checkpoint", "made", "changed until the next"),
-        ([p.checkpoint.name, format_time(p.checkpoint.time_ns), _dirt_words(p.dirty_bytes)] for p in periods),
+        ("checkpoint", "made", "changed until the next", "held by"),
+        map(_period_row, periods),
         right=("changed until the next",),
     )
+
+
+def _period_row(period: Period) -> list[str]:
+    checkpoint = period.checkpoint
+    made, dirt = format_time(checkpoint.time_ns), _dirt_words(period.dirty_bytes)
+    return [checkpoint.name, made, dirt, holder_words(period.holders)]
 
 
 def _portrait(report: Report, next_step: str | None) -> Iterator[tuple[str, str]]:

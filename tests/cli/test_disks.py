@@ -17,7 +17,7 @@ def test_a_disk_is_added_and_all_of_it_counts_as_dirty(cli: Cli) -> None:
         "name": "sda", "uuid": disk["uuid"], "image": str(image), "size": SIZE, "granularity": 65536,
         "durability": "write-ahead", "policy": "guest-first", "attached": False, "trust": "superset",
         "reason": "everything counts as dirty until the first full backup",
-        "dirty_bytes": SIZE, "since": "epoch-1",
+        "dirty_bytes": SIZE, "since": "epoch-1", "holds": [],
     }  # fmt: skip
 
 
@@ -99,9 +99,9 @@ def test_ls_is_a_table_for_people(cli: Cli) -> None:
     cli.ok("checkpoint", "a,b", "monday")
     cli.ok("mark", "b", MIB, 1)
     assert cli.ok("ls").splitlines() == [
-        "disk   size   dirty  since   trust  attached  image",
-        f"a     8 MiB     0 B  monday  exact  no        {first}",
-        f"b     3 MiB  64 KiB  monday  exact  no        {second}",
+        "disk   size   dirty  since   trust  attached  holders  image",
+        f"a     8 MiB     0 B  monday  exact  no              0  {first}",
+        f"b     3 MiB  64 KiB  monday  exact  no              0  {second}",
     ]
 
 
@@ -141,10 +141,10 @@ def test_info_is_a_portrait_for_people(cli: Cli) -> None:
         "epoch       1: tracking began here",
         "durability  write-ahead, guest-first",
         "",
-        "checkpoint  made                 changed until the next",
+        "checkpoint  made                 changed until the next  held by",
     ]
     assert lines[9].startswith("epoch-1     20")
-    assert lines[9].endswith("  8 MiB")
+    assert lines[9].endswith("  8 MiB  the tracker")
 
 
 def test_a_new_epoch_is_told_with_its_reason(cli: Cli) -> None:

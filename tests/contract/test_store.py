@@ -91,7 +91,7 @@ def test_creating_what_is_there_opens_it(path: str, opened: Store) -> None:
 def test_files_are_for_their_owner_only(path: str, opened: Store) -> None:
     modes = {
         name: os.stat(os.path.join(path, name)).st_mode & 0o777
-        for name in ("", "lmdb", "owners", "control", "syncs")
+        for name in ("", "lmdb", "owners", "control", "syncs", "holds")
     }
     assert set(modes.values()) == {0o700}
     for name in os.listdir(os.path.join(path, "lmdb")):

@@ -18,7 +18,9 @@ from typing import NoReturn, TypeAlias
 
 from lmdbitmap import bitmap_file, export, session
 from lmdbitmap.backup import backup
+from lmdbitmap.consumers import drop_hold
 from lmdbitmap.filter import Filter, take_checkpoint
+from lmdbitmap.holds import hold_files
 from lmdbitmap.interfaces import Buffer
 from lmdbitmap.manifest import BackupType
 from lmdbitmap.prune import prune
@@ -411,6 +413,25 @@ def backing_up_attached(tracked: BackedUpDisk) -> Life:
     disk.abandon()
 
 
+def letting_lapse(tracked: BackedUpDisk) -> Life:
+    """A backup to another repository, long after anybody used the one with two backups."""
+    _backed_up(tracked, 2)
+    for file in hold_files(tracked.store.path, tracked.disk().uuid):
+        assert file.hold is not None
+        file.replace(dataclasses.replace(file.hold, used_ns=0))
+    yield GROWN_UP
+    backup(tracked.store, [NAME], tracked.folder / "elsewhere")
+    yield "backed up"
+
+
+def dropping(tracked: BackedUpDisk) -> Life:
+    """By hand, what a repository with two backups holds."""
+    _backed_up(tracked, 2)
+    yield GROWN_UP
+    drop_hold(tracked.store, NAME, _repository(tracked))
+    yield "dropped"
+
+
 def pruning(tracked: BackedUpDisk) -> Life:
     """Of four backups two stay: the third becomes full."""
     _backed_up(tracked, 4)
@@ -548,6 +569,15 @@ def streaming(tracked: BackedUpDisk) -> Life:
     yield "streamed"
 
 
+def streaming_without_a_name(tracked: BackedUpDisk) -> Life:
+    """Of its checkpoint, which gets a name that nothing else has; in records that are written as they come."""
+    _written_since_start(tracked)
+    tracked.write(os.urandom(tracked.size), 0)
+    yield GROWN_UP
+    stream_backup(tracked.store, NAME, _Stream(tracked.folder / "out.diff"), since="start")
+    yield "streamed"
+
+
 def receiving(tracked: BackedUpDisk) -> Life:
     """A full stream, into a new file."""
     yield from _receiving(tracked, since=None)
@@ -612,8 +642,9 @@ def _written_since_start(tracked: BackedUpDisk) -> None:
 
 ARCHIVE_LIVES = (
     backing_up_first, backing_up, backing_up_compressed, backing_up_full, backing_up_two, backing_up_attached,
+    letting_lapse, dropping,
     restoring, restoring_by_hand, restoring_to_a_device, restoring_in_place, restoring_what_is_tracked,
-    streaming, receiving, receiving_a_diff, syncing_first, syncing, comparing,
+    streaming, streaming_without_a_name, receiving, receiving_a_diff, syncing_first, syncing, comparing,
     pruning, thinning, merging, copying, copying_first,
 )  # fmt: skip
 LIVES: dict[str, Callable[[BackedUpDisk], Life]] = {

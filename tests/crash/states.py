@@ -203,7 +203,7 @@ def small_files_garbage(tracked: BackedUpDisk) -> None:
 
 
 def folders_missing(tracked: BackedUpDisk) -> None:
-    for name in ("owners", "control", "syncs"):
+    for name in ("owners", "control", "syncs", "holds"):
         shutil.rmtree(os.path.join(tracked.store.path, name))
 
 
@@ -217,6 +217,7 @@ def leftovers(tracked: BackedUpDisk) -> None:
         f"control/{uuid4()}",
         "owners/x.partial",
         f"syncs/{uuid4()}-0123456789abcdef.json",
+        f"holds/{uuid4()}-{uuid4()}.json",
         "README.0123456789abcdef.partial",
     ):
         Path(tracked.store.path, name).touch()

@@ -15,6 +15,7 @@ import pytest
 from lmdbitmap import chain
 from lmdbitmap.backup import backup
 from lmdbitmap.changes import changes
+from lmdbitmap.consumers import holds_of
 from lmdbitmap.errors import StorageError
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
@@ -23,7 +24,7 @@ from lmdbitmap.repository import BackupFolder, is_checkpoint_name
 from lmdbitmap.restore import restore
 from lmdbitmap.schema import DEFERRED, WRITE_AHEAD
 from lmdbitmap.store import Store
-from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
+from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
 from tests.crash.dying import Death, Deaths
 from tests.crash.full_disk import CRAMPED_BYTES, can_mount, file_size_limit, full_tmpfs
 from tests.crash.lives import CLUSTER, IMAGES, OTHER
@@ -37,8 +38,10 @@ STEPS = [
     "synced", "committed", "judged",
     "folder made", "synced", "folder made", "synced",
     "synced", "renamed", "synced", "noted",
+    "synced", "renamed", "synced", "held",
     "committed",
     "data written", "image written", "synced", "renamed", "synced", "synced", "renamed", "synced",
+    "synced", "renamed", "synced", "held",
     "synced", "renamed", "synced", "manifest replaced",
     "committed", "removed",
 ]  # fmt: skip
@@ -124,6 +127,66 @@ def test_a_backup_of_an_attached_disk_killed_at_any_step_is_followed_by_a_right_
             assert (again.entry.trust, again.entry.bytes_changed) == (Trust.EXACT, 0), death
         assert os.listdir(death.folder / "scratch") == [], death
     assert min(made.count(True), made.count(False)) >= 5
+
+
+def test_a_backup_elsewhere_merges_away_what_a_killed_one_left(deaths: Deaths) -> None:
+    """But not where a manifest may name it; and the repository's own next backup is right in any case."""
+    fates = {True: 0, False: 0}
+    for death in deaths("backing_up"):
+        with closing(Store.open(str(death.folder / "store"))) as store:
+            made = is_true(death, store, NAME)
+            left = backup_checkpoints(store, NAME) - names_of(death)
+            is_noted = any(hold.under_way for hold in holds_of(store, NAME))
+            [elsewhere] = backup(store, [NAME], death.folder / "elsewhere")
+            after = backup_checkpoints(store, NAME) - names_of(death) - {elsewhere.entry.checkpoint.name}
+            assert after == (set() if is_noted else left), death
+            fates[bool(left - after)] += 1
+            [result] = backup(store, [NAME], death.folder / "backups")
+            assert (result.entry.type_actual, result.entry.reason) == (INCREMENTAL, None), death
+            assert result.entry.bytes_changed == (0 if made > 2 else CLUSTER), death
+            assert backup_checkpoints(store, NAME) == {
+                *(
+                    entry.checkpoint.name
+                    for entry in needed(entries_of(BackupFolder(death.folder / "backups", NAME)))
+                ),
+                elsewhere.entry.checkpoint.name,
+            }, death
+    assert min(fates.values()) >= 5
+
+
+def names_of(death: Death) -> set[str]:
+    """The checkpoints that the manifest names."""
+    return {entry.checkpoint.name for entry in entries_of(BackupFolder(death.folder / "backups", NAME))}
+
+
+@pytest.mark.parametrize(("life", "code"), [("letting_lapse", "hold-lapsed"), ("dropping", "hold-dropped")])
+def test_a_hold_is_ended_or_not_and_its_repository_gets_what_changed(
+    life: str, code: str, deaths: Deaths
+) -> None:
+    fates = {True: 0, False: 0}
+    for death in deaths(life):
+        with closing(Store.open(str(death.folder / "store"))) as store:
+            is_true_but_for_checkpoints(death)
+            there = names_of(death) & backup_checkpoints(store, NAME)
+            assert not there or not death.told, death
+            newest = newest_checkpoint(death, NAME)
+            [result] = backup(store, [NAME], death.folder / "backups")
+            kept = newest in there
+            fates[kept] += 1
+            assert result.entry.type_actual is (INCREMENTAL if kept else RESCAN), death
+            assert (result.entry.reason and result.entry.reason.code) == (None if kept else code), death
+            assert result.entry.bytes_changed == CLUSTER, death
+            restore(death.folder / "backups", NAME, death.folder / "out.raw")
+            assert filecmp.cmp(death.folder / "out.raw", death.folder / "disk.raw", shallow=False), death
+    assert min(fates.values()) >= 2
+
+
+def is_true_but_for_checkpoints(death: Death) -> None:
+    for number in ("1", "2"):
+        out = death.folder / "out.raw"
+        restore(death.folder / "backups", NAME, out, at=number)
+        assert filecmp.cmp(out, death.folder / f"{number}.raw", shallow=False), death
+        out.unlink()
 
 
 def survives(death: Death, earlier: dict[str, int]) -> tuple[bool, ...]:

@@ -356,6 +356,7 @@ def is_left_to_nobody(death: Death) -> None:
         "control",
         "owners",
         "syncs",
+        "holds",
         "lmdb",
         "lmdb.damaged",
         "users",

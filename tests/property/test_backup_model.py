@@ -1,12 +1,14 @@
 """Random lives of a disk with two repositories, beside a naive model: sets of blocks, and copies of everything.
 
 The model says of every backup which type it must have and how many bytes it must store, and keeps what the disk
-held; at the end every restore point of both repositories is compared with that.
+held; at the end every restore point of both repositories is compared with that. A repository that was not used for
+long loses its hold to whoever comes next, and then only reads the disk once more.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from dataclasses import dataclass, field
 
@@ -15,8 +17,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from lmdbitmap import chain
+from lmdbitmap.consumers import drop_hold, holds_of
 from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.extents import Trust
+from lmdbitmap.holds import DROPPED as HOLD_DROPPED
+from lmdbitmap.holds import LAPSED as HOLD_LAPSED
+from lmdbitmap.holds import Hold, hold_files
 from lmdbitmap.manifest import BackupEntry, BackupType
 from lmdbitmap.restore import restore
 from lmdbitmap.schema import DEFERRED, WRITE_AHEAD
@@ -51,6 +58,11 @@ class Lives(RuleBasedStateMachine):
         self.points: dict[str, list[Point]] = {"left": [], "right": []}
         self.epoch = 0
         self.forgotten: set[str] = set()
+        self.ended: dict[str, str] = {}
+        """Checkpoints whose hold ended, and the reason's code."""
+        self.unused: set[str] = set()
+        """Repositories that were not used for long."""
+        self.dropped: set[str] = set()
         self.killed_in: set[str] = set()
         self.kills = 0
         self.names = 0
@@ -163,8 +175,15 @@ class Lives(RuleBasedStateMachine):
     def back_up(self, to: str, kind: BackupType) -> None:
         parent = self._parent(to, kind)
         is_known = parent is not None and self._is_known_since(parent)
+        dead = {hold.under_way.name for hold in holds_of(self.disk.store, NAME) if hold.under_way}
         entry = self.disk.backup(kind, to)
         self.killed_in.discard(to)
+        for of in (self.unused, self.dropped):
+            of.discard(to)
+        self._holds_end(HOLD_LAPSED, *self.unused)
+        self._holds_end(HOLD_DROPPED, *self.dropped)
+        assert not dead & set(self.disk.checkpoints()), "what died is merged away by whoever comes next"
+        assert all(hold.under_way is None for hold in holds_of(self.disk.store, NAME))
         assert (entry.type_requested, entry.disk_size) == (kind, self.size)
         if parent is None or (kind is DIFFERENTIAL and not is_known):
             assert (entry.type_actual, entry.bytes_changed) == (FULL, self.size)
@@ -174,6 +193,8 @@ class Lives(RuleBasedStateMachine):
             self._check_bytes(entry, parent, parent.changed)
         else:
             assert (entry.type_actual, entry.parent) == (RESCAN, parent.entry.id)
+            assert entry.reason is not None
+            assert entry.reason.code in self._reasons(parent)
             self._check_bytes(entry, parent, differing(self.disk.content(), parent.content))
         self._note(to, entry)
         assert self.disk.restored(to=to) == self.points[to][-1].content
@@ -185,7 +206,52 @@ class Lives(RuleBasedStateMachine):
         return None if kind is FULL or not found else found[-1]
 
     def _is_known_since(self, point: Point) -> bool:
-        return point.epoch == self.epoch and point.entry.checkpoint.name not in self.forgotten
+        name = point.entry.checkpoint.name
+        return point.epoch == self.epoch and name not in self.forgotten and name not in self.ended
+
+    def _reasons(self, point: Point) -> set[str]:
+        """Codes that say why nobody knows what changed since; one that went by hand may have had a hold that ended."""
+        name = point.entry.checkpoint.name
+        if point.epoch != self.epoch:
+            return {"new-epoch"}
+        if name in self.forgotten:
+            return {"checkpoint-forgotten", HOLD_LAPSED, HOLD_DROPPED}
+        return {self.ended[name]}
+
+    @rule(of=repositories)
+    def be_unused_for_long(self, of: str) -> None:
+        """Its next backup, if it is the first to come, finds all as it was."""
+        for file in hold_files(self.disk.store.path, self.disk.disk().uuid):
+            with file.locked():
+                if file.hold is not None and self._is_of(file.hold, of):
+                    file.replace(dataclasses.replace(file.hold, used_ns=1))
+                    self.unused.add(of)
+
+    @rule(of=repositories)
+    def drop_what_it_holds(self, of: str) -> None:
+        """Once more, and no note says any longer why."""
+        for hold in [hold for hold in holds_of(self.disk.store, NAME) if self._is_of(hold, of)]:
+            drop_hold(self.disk.store, NAME, str(hold.holder))
+            self.dropped.add(of)
+            self._holds_end(HOLD_DROPPED, of)
+            if hold.ended is not None and not hold.checkpoints:
+                self.forgotten |= {point.entry.checkpoint.name for point in self.points[of]}
+
+    def _is_of(self, hold: Hold, repository: str) -> bool:
+        return hold.repository == str(self.disk.folder / repository)
+
+    def _holds_end(self, code: str, *repositories: str) -> None:
+        """All that they held goes, but for one that alone records, which has to wait for another."""
+        held = {point.entry.checkpoint.name for of in repositories for point in self.points[of]}
+        stay = held & set(self.disk.checkpoints())
+        assert not stay or self._alone_records() == stay
+        for name in held - stay:
+            self.ended.setdefault(name, code)
+
+    def _alone_records(self) -> set[str]:
+        with self.disk.store.read() as reader:
+            members = chain.epoch_chain(reader, self.disk.disk())
+        return {member.name for member in members} if len(members) == 1 else set()
 
     def _check_bytes(self, entry: BackupEntry, parent: Point, blocks: set[int]) -> None:
         changed = set(blocks)
@@ -198,7 +264,7 @@ class Lives(RuleBasedStateMachine):
         self.points[to].append(Point(entry, self.disk.content(), self.epoch))
 
     @precondition(lambda self: self.kills < KILLS)
-    @rule(to=repositories, kind=kinds, step=st.integers(1, 22))
+    @rule(to=repositories, kind=kinds, step=st.integers(1, 30))
     def back_up_and_die(self, to: str, kind: BackupType, step: int) -> None:
         self.kills += 1
         self.disk.backup_and_die(step, kind, to)
@@ -218,7 +284,7 @@ class Lives(RuleBasedStateMachine):
             counted_from = [point for point in points[-1:] + fulls[-1:] if point.epoch == points[-1].epoch]
             needed |= {point.entry.checkpoint.name for point in counted_from}
         if any(self.points.values()):
-            assert set(self.disk.backup_checkpoints()) == needed - self.forgotten
+            assert set(self.disk.backup_checkpoints()) == needed - self.forgotten - set(self.ended)
 
     def teardown(self) -> None:
         if hasattr(self, "disk"):

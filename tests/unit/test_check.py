@@ -336,6 +336,7 @@ def test_what_others_may_write_is_worth_a_note(store: Store, disk: Disk) -> None
         f"control/{ANOTHER}",
         "owners/x.partial",
         f"syncs/{ANOTHER}-0123456789abcdef.lock",
+        f"holds/{ANOTHER}-{ANOTHER}.json",
         "lmdb.new-1",
     ],
 )
