@@ -104,6 +104,16 @@ def is_kept_in(path: str, image: str, devices: str = _BLOCK_DEVICES) -> bool:
     return _place_of(image) in _ground_of(path, devices)
 
 
+def rests_on(device: str, image: str, devices: str = _BLOCK_DEVICES) -> bool:
+    """Whether a block device is made of `image`, so that whoever writes the one writes the other.
+
+    It may be a loop device of that file, a partition or a volume of that device, several layers up. Raises `OSError`
+    if there is no such device or image.
+    """
+    place = _place_of(device)
+    return stat.S_ISBLK(os.stat(device).st_mode) and _place_of(image) in _all_under(place, devices)
+
+
 def _place_of(path: str) -> Place:
     status = os.stat(path)
     return (status.st_rdev, 0) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
@@ -111,8 +121,12 @@ def _place_of(path: str) -> Place:
 
 def _ground_of(path: str, devices: str) -> set[Place]:
     """The block devices under `path`, and the files behind those that are loop devices."""
+    return _all_under((_filesystem_device(path, devices), 0), devices)
+
+
+def _all_under(top: Place, devices: str) -> set[Place]:
     found: set[Place] = set()
-    todo = [(_filesystem_device(path, devices), 0)]
+    todo = [top]
     while todo:
         place = todo.pop()
         if place not in found:

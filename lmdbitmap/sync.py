@@ -141,6 +141,7 @@ class _Job:
 
 def _prepare(store: Store, way: Access, notes: NoteFile, copy: SyncTarget, *, compare: bool) -> _Job:
     [disk] = way.disks
+    copy.refuse_itself(disk)
     plan = plan_for(store, disk, notes.note, copy, compare=compare)
     is_same = plan.reason is None or plan.reason.code != "target-changed"
     job = _Job(way, disk, notes, copy, plan, notes.note.is_of_a_copy and is_same)

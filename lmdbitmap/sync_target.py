@@ -6,11 +6,17 @@ the disk rounded up to a sector, of which the rest is zeroed.
 
 Refused, before anything is touched: an image that is tracked, what lies inside of the store, what the store or the
 disk's image lies in, the copy of another disk. What others have open is refused by the locks (image_locks.py).
+
+Above all the disk itself, by whatever name: what was read a moment ago would be written over what the guest has
+written since. It is known by its file or device; by the kernel's word where a loop device, a partition or a volume
+is made of it, or it of one; and where it is served, by its uuid, which our server tells with the export. Not known
+are the ways of others: an NBD client of the kernel (/dev/nbd0), another program's server that has the image open.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from uuid import UUID
 
 from lmdbitmap import files, kernel, sync_note
@@ -19,6 +25,7 @@ from lmdbitmap.errors import AlreadyExists, InvalidArgument, NotFound, os_errors
 from lmdbitmap.geometry import ceil_div
 from lmdbitmap.image import is_far, is_same_image, open_image
 from lmdbitmap.interfaces import ImageIdentity, TrackableDevice
+from lmdbitmap.nbd.client import NbdDevice
 from lmdbitmap.schema import Disk
 from lmdbitmap.session import identity_to_keep
 from lmdbitmap.store import Store
@@ -37,6 +44,8 @@ def refuse_target(store: Store, disk: Disk, place: str) -> None:
         raise InvalidArgument(
             f"{place} is the image of disk {tracked.name!r}, {own}", next_step="name another target"
         )
+    if not is_far(place) and not is_far(disk.image):
+        _refuse_layers(disk, place)
     _refuse_copies(store, {other.uuid: other.name for other in disks if other.uuid != disk.uuid}, place)
     if is_far(place):
         return
@@ -45,10 +54,24 @@ def refuse_target(store: Store, disk: Disk, place: str) -> None:
             f"{place} is inside of the store {store.path}", next_step="name a place outside of it"
         )
     for ground in (store.path, *(() if is_far(disk.image) else (disk.image,))):
-        if _carries(place, ground):
+        if _is_so(kernel.is_kept_in, ground, place):
             raise InvalidArgument(
                 f"{ground} lies on a file system inside {place}", next_step="name another target"
             )
+
+
+def _refuse_layers(disk: Disk, place: str) -> None:
+    """Where the one is made of the other, or lies on a file system in it."""
+    ground = place if os.path.lexists(place) else os.path.dirname(place)
+    if (
+        _is_so(kernel.rests_on, place, disk.image)
+        or _is_so(kernel.rests_on, disk.image, place)
+        or _is_so(kernel.is_kept_in, ground, disk.image)
+    ):
+        raise InvalidArgument(
+            f"whoever writes {place} writes disk {disk.name!r} itself, {disk.image}",
+            next_step="name another target",
+        )
 
 
 def _refuse_copies(store: Store, others: dict[UUID, str], place: str) -> None:
@@ -61,9 +84,9 @@ def _refuse_copies(store: Store, others: dict[UUID, str], place: str) -> None:
             )
 
 
-def _carries(image: str, path: str) -> bool:
+def _is_so(asked: Callable[[str, str], bool], one: str, other: str) -> bool:
     try:
-        return kernel.is_kept_in(path, image)
+        return asked(one, other)
     except (OSError, ValueError):
         return False  # no such image, or no path: whoever opens it says so
 
@@ -79,6 +102,13 @@ class SyncTarget:
         elif not os.path.isdir(os.path.dirname(place)):
             raise NotFound(
                 f"there is no folder {os.path.dirname(place)}", next_step="make it, or name another target"
+            )
+
+    def refuse_itself(self, disk: Disk) -> None:
+        """Raise `InvalidArgument` if the export is the disk, as far as its server says."""
+        if isinstance(self.device, NbdDevice) and self.device.export.is_of(disk.uuid):
+            raise InvalidArgument(
+                f"{self.place} is disk {disk.name!r} itself, as it is served", next_step="name another target"
             )
 
     @property

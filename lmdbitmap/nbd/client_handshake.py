@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from enum import Enum
 from typing import Final, NamedTuple, NoReturn, TypeAlias
+from uuid import UUID
 
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError, NotFound
 from lmdbitmap.geometry import MAX_SIZE
@@ -39,9 +40,15 @@ class FarExport(NamedTuple):
     structured: bool = False
     allocation_id: int | None = None
     """How BLOCK_STATUS replies name `base:allocation`; None where the server has no such thing."""
+    description: str = ""
+    """For people, but for `is_of`."""
 
     def has(self, flag: int) -> bool:
         return bool(self.flags & flag)
+
+    def is_of(self, disk: UUID) -> bool:
+        """Whether it is that tracked disk, as our own server says: a false word does no more than have it refused."""
+        return self.description.endswith(nbd.of_disk(disk))
 
 
 class _Act(Enum):
@@ -138,8 +145,10 @@ def _allocation_context(name: str) -> Generator[Step, bytes, int | None]:
 
 
 def _info_query(name: str) -> bytes:
-    """u32 length of the name, name, u16 1, u16 `NBD_INFO_BLOCK_SIZE`: whoever asks must respect the answer."""
-    return _string(name) + (1).to_bytes(2, "big") + nbd.NBD_INFO_BLOCK_SIZE.to_bytes(2, "big")
+    """u32 length of the name, name, u16 2, u16 `NBD_INFO_BLOCK_SIZE`: whoever asks must respect the answer; u16
+    `NBD_INFO_DESCRIPTION`."""
+    wanted = (nbd.NBD_INFO_BLOCK_SIZE, nbd.NBD_INFO_DESCRIPTION)
+    return _string(name) + b"".join(number.to_bytes(2, "big") for number in (len(wanted), *wanted))
 
 
 def _string(text: str) -> bytes:
@@ -162,7 +171,7 @@ def _export_name(
 def _export(infos: list[Reply], structured: bool, allocation_id: int | None) -> FarExport:
     """What `NBD_REP_INFO` replies say; those of a type that we did not ask for mean nothing."""
     found: FarExport | None = None
-    minimum, maximum = 1, MAX_PAYLOAD
+    minimum, maximum, description = 1, MAX_PAYLOAD, ""
     for kind, data in infos:
         info = int.from_bytes(data[:2], "big")
         if kind != nbd.NBD_REP_INFO or len(data) < 2:
@@ -172,9 +181,11 @@ def _export(infos: list[Reply], structured: bool, allocation_id: int | None) -> 
             found = FarExport(size, flags, structured=structured, allocation_id=allocation_id)
         elif info == nbd.NBD_INFO_BLOCK_SIZE:
             _, minimum, _, maximum = nbd.INFO_BLOCK_SIZE.unpack(_sized(data, nbd.INFO_BLOCK_SIZE.size))
+        elif info == nbd.NBD_INFO_DESCRIPTION:
+            description = data[2 : 2 + nbd.NBD_MAX_STRING].decode(errors="replace")
     if found is None:
         raise nonsense("reply to GO", "the export's size", "none")
-    return _checked(_constrained(found, minimum, maximum))
+    return _checked(_constrained(found._replace(description=description), minimum, maximum))
 
 
 def _constrained(export: FarExport, minimum: int, maximum: int) -> FarExport:

@@ -13,6 +13,7 @@ import errno
 import struct
 from collections.abc import Iterable
 from typing import Final, NamedTuple
+from uuid import UUID
 
 from lmdbitmap.errors import FormatError
 from lmdbitmap.interfaces import Buffer
@@ -284,6 +285,11 @@ def info_export(size: int, flags: int) -> bytes:
 def info_text(info_type: int, text: str) -> bytes:
     """Payload of `NBD_INFO_NAME` and `NBD_INFO_DESCRIPTION`: u16 type, text."""
     return _U16.pack(info_type) + text.encode()
+
+
+def of_disk(disk: UUID) -> str:
+    """How the description of a tracked disk ends: by that it is known again, whatever way leads to it."""
+    return f", disk {disk}"
 
 
 def info_block_size(minimum: int, preferred: int, maximum: int) -> bytes:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
 from lmdbitmap.errors import FormatError
+from lmdbitmap.filter import Filter
 from lmdbitmap.interfaces import ServedDisk
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.connection import Connection
@@ -19,6 +20,7 @@ from lmdbitmap.nbd.contexts import StatusSource
 from lmdbitmap.nbd.handshake import Agreed, Export, Handshake
 from lmdbitmap.nbd.rounds import Rounds
 from lmdbitmap.nbd.traffic import KINDS, NO_TRAFFIC, Traffic
+from lmdbitmap.snapshot import Snapshot
 
 _log = logging.getLogger(__name__)
 
@@ -221,4 +223,6 @@ def _export(name: str, served: Served) -> Export:
     disk = served.disk
     flags = _COMMON_FLAGS | nbd.NBD_FLAG_READ_ONLY if disk.read_only else _WRITABLE_FLAGS
     described = f"{name}, {'read-only' if disk.read_only else 'writable'}, served by lmdbitmap"
+    if isinstance(disk, (Filter, Snapshot)):
+        described += nbd.of_disk(disk.disk.uuid)
     return Export(name, disk.size, flags, described, tuple(served.contexts), served.beside)

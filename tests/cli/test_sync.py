@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -90,3 +95,66 @@ def test_other_verbs_know_of_the_notes(cli: Cli, copy: Path) -> None:
     note.write_bytes(kept)
     [finding] = cli.json("check")["findings"]
     assert (finding["place"], finding["next_step"]) == (str(note), "remove it")
+
+
+@pytest.fixture
+def own_export(cli: Cli) -> Iterator[str]:
+    cli.add("sda")
+    with cli.serving("sda") as served:
+        yield served.uris["sda"]
+
+
+def test_a_served_disk_is_not_synced_onto_itself(cli: Cli, own_export: str) -> None:
+    own = cli.folder / "sda.sock"
+    elsewhere = cli.folder / "elsewhere.sock"
+    elsewhere.symlink_to(own)
+    os.link(own, cli.folder / "other.sock")
+    before = cli.json("info", "sda")["checkpoints"]
+    for uri in (
+        own_export,
+        f"nbd+unix:///?socket={own}",
+        f"nbd+unix:///sda?socket={elsewhere}",
+        f"nbd+unix:///sda?socket={cli.folder / 'other.sock'}",
+    ):
+        said = cli.fails(2, "sync", "sda", uri)
+        assert said.endswith(" is disk 'sda' itself, as it is served; name another target")
+    assert cli.json("info", "sda")["checkpoints"] == before
+
+
+def test_a_served_disk_is_known_behind_a_tunnel_too(cli: Cli, own_export: str) -> None:
+    with tunnel_to(cli.folder / "sda.sock") as port:
+        said = cli.fails(2, "sync", "sda", f"nbd://127.0.0.1:{port}/sda")
+    assert "is disk 'sda' itself, as it is served" in said
+
+
+def test_another_disk_that_is_served_can_be_a_copy(cli: Cli, own_export: str) -> None:
+    cli.add("sdb")
+    with cli.serving("sdb") as served:
+        assert "sda as of now" in cli.ok("sync", "sda", served.uris["sdb"])
+
+
+@contextlib.contextmanager
+def tunnel_to(socket_path: Path) -> Iterator[int]:
+    """A port of this host that leads to that socket, for one connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket(socket.AF_UNIX) as inside:
+        inside.connect(str(socket_path))
+        carrying = threading.Thread(target=_carry_one, args=(listening, inside), daemon=True)
+        carrying.start()
+        yield listening.getsockname()[1]
+        carrying.join()
+
+
+def _carry_one(listening: socket.socket, inside: socket.socket) -> None:
+    outside, _ = listening.accept()
+    with outside:
+        back = threading.Thread(target=_carry, args=(inside, outside), daemon=True)
+        back.start()
+        _carry(outside, inside)
+        back.join()
+
+
+def _carry(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)

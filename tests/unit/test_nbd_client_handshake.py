@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
+from uuid import UUID
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError, NotFound
+from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.client_handshake import FarExport, negotiation
 from tests.nbd_far import ACK, INFO, META_CONTEXT, STARTTLS, TLS_REQD, UNSUP, option_reply
 from tests.nbd_raw import GO, SET_META_CONTEXT, STRUCTURED_REPLY, option, string
@@ -70,9 +72,24 @@ def test_all_that_is_asked_for_is_agreed_on() -> None:
     export, said = negotiated(heard + block_sizes(512, 4096, 1 << 20) + EXPORT + ack(GO))
     assert export == FarExport(SIZE, 5, 512, 1 << 20, structured=True, allocation_id=7)
     context = string("disk") + b"\0\0\0\1" + string("base:allocation")
-    go = string("disk") + b"\0\1\0\3"
+    go = string("disk") + b"\0\2\0\3\0\2"
     asked = option(STRUCTURED_REPLY) + option(SET_META_CONTEXT, context) + option(GO, go)
     assert said == b"\0\0\0\3" + asked
+
+
+def test_a_disk_is_known_by_what_our_server_says_of_it() -> None:
+    uuid, another = UUID(int=1), UUID(int=2)
+    said = nbd.info_text(nbd.NBD_INFO_DESCRIPTION, "sda, writable" + nbd.of_disk(uuid))
+    export, _ = negotiated(agreed(EXPORT, option_reply(GO, nbd.NBD_REP_INFO, said)))
+    assert export.is_of(uuid)
+    assert not export.is_of(another)
+    assert not FarExport(SIZE, 5).is_of(uuid)
+
+
+def test_a_description_may_be_anything() -> None:
+    wild = nbd.NBD_INFO_DESCRIPTION.to_bytes(2, "big") + b"\xff" * 60_000
+    export, _ = negotiated(agreed(EXPORT, option_reply(GO, nbd.NBD_REP_INFO, wild)))
+    assert len(export.description) == nbd.NBD_MAX_STRING
 
 
 def test_server_without_extras_is_used_with_the_defaults() -> None:

@@ -305,6 +305,21 @@ def test_targets_that_are_no_place_for_a_copy(disk: BackedUpDisk, tmp_path: Path
     refused(disk, tmp_path / "fifo", InvalidArgument, "neither a regular file nor a block device")
 
 
+@pytest.mark.skipif(not can_make_loop_devices(), reason="needs root and loop devices")
+def test_a_disk_on_a_loop_device_and_the_file_behind_it_are_one(disk: BackedUpDisk, tmp_path: Path) -> None:
+    with loop_node(tmp_path) as node:
+        backing = tmp_path / "backing.raw"
+        session.add(disk.store, "sdb", str(node), granularity_bits=12)
+        with pytest.raises(
+            InvalidArgument, match=f"writes {re.escape(str(backing))} writes disk 'sdb' itself"
+        ):
+            sync(disk.store, "sdb", backing)
+        session.remove(disk.store, "sdb")
+        session.add(disk.store, "sdb", str(backing), granularity_bits=12)
+        with pytest.raises(InvalidArgument, match=f"writes {node} writes disk 'sdb' itself"):
+            sync(disk.store, "sdb", node)
+
+
 def test_a_file_of_another_size_that_nobody_synced_to(disk: BackedUpDisk, copy: Path) -> None:
     stranger = disk.folder / "letters"
     stranger.write_bytes(b"Dear Ada" * 1000)
