@@ -40,7 +40,7 @@ OWNER_LIMIT_S: Final = 60.0
 """How long an owner through which a disk is read may send nothing of what it was asked for. A far image that is away
 fails its requests in half of that."""
 
-_SNAPSHOT_S: Final = 60.0
+FREEZE_LIMIT_S: Final = 60.0
 """A guest may be frozen until the owner has answered: it is not kept so for as long as other answers may take."""
 
 
@@ -92,11 +92,15 @@ def access(
     attached: Mapping[str, Filter] | None = None,
     scratch: Scratch | None = None,
     owner_limit_s: float = OWNER_LIMIT_S,
+    freeze_limit_s: float = FREEZE_LIMIT_S,
 ) -> Iterator[Access]:
     """Get at the disks. `attached` are filters of this process, which keep old data where `scratch` says.
 
-    Reading a disk of another process is `Busy` once that sends nothing for `owner_limit_s`. Raises `Busy` where some of
-    the disks are served and some are not, or not all by one process; `NotFound` without such a disk or image.
+    Another process that serves them may take `freeze_limit_s` to take a point, and send nothing of what is read for
+    `owner_limit_s`; then it is given up, as `Busy`.
+
+    Raises `Busy` where some of the disks are served and some are not, or not all by one process; `NotFound` without
+    such a disk or image.
     """
     ours = [name for name in names if name in (attached or {})]
     served = [] if ours else [name for name in names if _is_owned(store, name)]
@@ -110,7 +114,7 @@ def access(
         assert attached is not None
         way = Attached([attached[name] for name in names], scratch or Scratch(store.path))
     elif served:
-        way = Served(store, names, owner_limit_s)
+        way = Served(store, names, owner_limit_s, freeze_limit_s)
     else:
         way = Unowned(store, names, open_device)
     with contextlib.closing(way):
@@ -263,9 +267,16 @@ class Attached(_Owned):
 class Served(_Owned):
     """Disks of another process. What is held there for us is released when we hang up, or die."""
 
-    def __init__(self, store: Store, names: Sequence[str], limit_s: float = OWNER_LIMIT_S) -> None:
+    def __init__(
+        self,
+        store: Store,
+        names: Sequence[str],
+        owner_limit_s: float = OWNER_LIMIT_S,
+        freeze_limit_s: float = FREEZE_LIMIT_S,
+    ) -> None:
         self._store = store
-        self._limit_s = limit_s
+        self._limit_s = owner_limit_s
+        self._freeze_limit_s = freeze_limit_s
         with store.read() as reader:
             disks = [chain.find_disk(reader, name) for name in names]
         self._uuids = [disk.uuid for disk in disks]
@@ -287,7 +298,7 @@ class Served(_Owned):
         counted_from = ["" if checkpoint is None else checkpoint.name for checkpoint in since]
         told = self._client.call(
             "snapshot", disks=self._names, name=name, since=counted_from, bound=True, once=once,
-            timeout_s=_SNAPSHOT_S,
+            timeout_s=self._freeze_limit_s,
         )  # fmt: skip
         self._held = [(disk, name) for disk in self._names]
         points = []

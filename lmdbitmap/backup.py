@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from uuid import uuid4
 
 from lmdbitmap import backup_chain, bits, consumers, files, mending
-from lmdbitmap.access import OWNER_LIMIT_S, Access, PointInTime, access, open_to_read
+from lmdbitmap.access import FREEZE_LIMIT_S, OWNER_LIMIT_S, Access, PointInTime, access, open_to_read
 from lmdbitmap.backup_chain import BackupChain
 from lmdbitmap.backup_plan import Plan, newest, plan_for
 from lmdbitmap.bits import Run
@@ -152,6 +152,7 @@ def backup(
     attached: Mapping[str, Filter] | None = None,
     scratch: Scratch | None = None,
     quiesced: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+    freeze_limit_s: float = FREEZE_LIMIT_S,
     progress: Progress | None = None,
     open_device: OpenDevice = open_to_read,
     compression: str | None = None,
@@ -161,7 +162,8 @@ def backup(
 
     Disks that another process serves are read through it, those of `attached` through these filters of ours, which
     keep old data where `scratch` says; their guests go on. In `quiesced()` the moment is taken: a guest may be
-    asked there to bring its file systems in order.
+    asked there to bring its file systems in order. A process that serves the disks may take `freeze_limit_s` for that,
+    in which a guest stays frozen; then the backup fails, as `Busy`.
 
     Where no bitmap can say what an incremental or differential backup has to hold, the disk is compared with its last
     backup (a rescan), and where that is not whole, a full one is made; the entry says why. With `only_that` it is
@@ -176,7 +178,9 @@ def backup(
     if len(set(names)) != len(names):
         raise InvalidArgument("a disk is named twice", next_step="name each disk once")
     with contextlib.ExitStack() as locks:
-        way = locks.enter_context(access(store, names, open_device, attached, scratch, owner_limit_s))
+        way = locks.enter_context(
+            access(store, names, open_device, attached, scratch, owner_limit_s, freeze_limit_s)
+        )
         jobs = [_prepare(store, way, disk, repository_path, kind, locks) for disk in way.disks]
         if only_that:
             _require_as_asked(jobs)

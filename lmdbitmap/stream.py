@@ -33,7 +33,7 @@ from typing import NamedTuple, Protocol
 from uuid import uuid4
 
 from lmdbitmap import bits, chain, consumers
-from lmdbitmap.access import OWNER_LIMIT_S, Access, PointInTime, access, open_to_read
+from lmdbitmap.access import FREEZE_LIMIT_S, OWNER_LIMIT_S, Access, PointInTime, access, open_to_read
 from lmdbitmap.bits import Run
 from lmdbitmap.changes import Changes, changes
 from lmdbitmap.copier import Progress, Report, cluster_bits_for
@@ -216,6 +216,7 @@ def stream_backup(
     attached: Mapping[str, Filter] | None = None,
     scratch: Scratch | None = None,
     quiesced: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+    freeze_limit_s: float = FREEZE_LIMIT_S,
     progress: Progress | None = None,
     open_device: OpenDevice = open_to_read,
     owner_limit_s: float = OWNER_LIMIT_S,
@@ -229,7 +230,7 @@ def stream_backup(
     that somebody else holds.
     """
     started = time.monotonic()
-    with access(store, [name], open_device, attached, scratch, owner_limit_s) as way:
+    with access(store, [name], open_device, attached, scratch, owner_limit_s, freeze_limit_s) as way:
         [disk] = way.disks
         consumers.merge_unheld(store, way, disk)
         head = Head(version, disk.size, since, checkpoint or _checkpoint_name(time.time_ns()))

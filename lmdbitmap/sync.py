@@ -30,7 +30,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from lmdbitmap import bits, chain, consumers
-from lmdbitmap.access import OWNER_LIMIT_S, Access, PointInTime, access
+from lmdbitmap.access import FREEZE_LIMIT_S, OWNER_LIMIT_S, Access, PointInTime, access
 from lmdbitmap.bits import Run
 from lmdbitmap.changes import changes
 from lmdbitmap.copier import Progress, Report, cluster_bits_for
@@ -88,6 +88,7 @@ def sync(
     attached: Mapping[str, Filter] | None = None,
     scratch: Scratch | None = None,
     quiesced: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+    freeze_limit_s: float = FREEZE_LIMIT_S,
     progress: Progress | None = None,
     open_device: OpenDevice | None = None,
     owner_limit_s: float = OWNER_LIMIT_S,
@@ -111,7 +112,9 @@ def sync(
     with contextlib.ExitStack() as held:
         held.enter_context(notes.locked())
         way = held.enter_context(
-            access(store, [name], open_device or _open_to_read, attached, scratch, owner_limit_s)
+            access(
+                store, [name], open_device or _open_to_read, attached, scratch, owner_limit_s, freeze_limit_s
+            )
         )
         copy = held.enter_context(contextlib.closing(SyncTarget(place)))
         job = _prepare(store, way, notes, copy, compare=compare)

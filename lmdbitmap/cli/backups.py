@@ -16,7 +16,7 @@ from click.core import ParameterSource
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import progress, say, say_json
 from lmdbitmap.cli.politeness import nice_after, polite
-from lmdbitmap.cli.quiesce import Hook, hooked
+from lmdbitmap.cli.quiesce import Hook, Thaw, hooked
 from lmdbitmap.cli.sizes import format_duration, format_size, format_time, iso_time
 from lmdbitmap.cli.streams import STDIN, StreamOptions, stream_in, stream_out
 from lmdbitmap.errors import NotFound
@@ -128,6 +128,7 @@ def _back_up(asked: Session, names: Sequence[str], repository: str, wishes: _Wis
     from lmdbitmap.backup import backup as back_up
     from lmdbitmap.manifest import BackupType
 
+    thaw = Thaw()
     with (
         Store.open(asked.store_path) as store,
         progress(f"backing up {', '.join(names)}", shown=asked.shows_progress) as report,
@@ -135,14 +136,15 @@ def _back_up(asked: Session, names: Sequence[str], repository: str, wishes: _Wis
         made = back_up(
             store, names, repository,
             kind=BackupType(wishes.kind), only_that=wishes.only_that, compression=wishes.compress,
-            quiesced=lambda: nice_after(wishes.hook.freezing(names), wishes.nice, asked), progress=report,
-            owner_limit_s=wishes.owner_limit_s,
+            quiesced=lambda: nice_after(wishes.hook.freezing(names, thaw), wishes.nice, asked), progress=report,
+            freeze_limit_s=wishes.hook.freeze_limit_s, owner_limit_s=wishes.owner_limit_s,
         )  # fmt: skip
     if asked.as_json:
-        say_json({"backups": [_backup_facts(result) for result in made]})
-        return
-    for result in made:
-        say(f"{result.disk}: {_backup_words(result)}")
+        say_json({"backups": [_backup_facts(result) for result in made], "thaw_failure": thaw.problem})
+    else:
+        for result in made:
+            say(f"{result.disk}: {_backup_words(result)}")
+    thaw.require()
 
 
 def _backup_words(result: BackupResult) -> str:

@@ -1,7 +1,8 @@
 """The hook of a backup: a command that brings a guest in order for the moment of the checkpoint, and lets it go on.
 
 COMMAND freeze NAME…     before it; one that fails or takes too long ends the backup
-COMMAND thaw NAME…       after it, whatever happened, also to a freeze that failed
+COMMAND thaw NAME…       after it, whatever happened, also to a freeze that failed; where it fails itself, the backup
+                         goes on, for it is good, and the command ends with exit code 1 and tells of the guest
 
 Nobody can work in a guest that stays frozen. So a signal that ends the backup lets it be thawed first, the next ones
 wait for that, and what a freeze began is over before: else it might freeze the guest when that was thawed already.
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 
 import click
 
+from lmdbitmap.access import FREEZE_LIMIT_S
 from lmdbitmap.cli.options import Function
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError
 
@@ -34,14 +36,35 @@ _MOST_WORDS = 400
 _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
+class Thaw:
+    """What became of the guest that a hook froze."""
+
+    def __init__(self) -> None:
+        self.failure: LmdbitmapError | None = None
+
+    @property
+    def problem(self) -> str | None:
+        """For programs."""
+        return None if self.failure is None else self.failure.problem
+
+    def require(self) -> None:
+        """Raise, once all else was told, where the guest may be frozen still."""
+        if self.failure is not None:
+            raise LmdbitmapError(
+                f"what was asked for is done, but the guest may be frozen still: {self.failure.problem}",
+                next_step="thaw it by hand",
+            )
+
+
 class Hook(NamedTuple):
-    """What a verb was told to run around its point in time, if anything."""
+    """What a verb was told to run around its point in time, if anything, and how long its guest may stay frozen."""
 
     command: str | None
     limit_s: float
+    freeze_limit_s: float
 
-    def freezing(self, names: Sequence[str]) -> AbstractContextManager[object]:
-        return nullcontext() if self.command is None else quiesced(self.command, names, self.limit_s)
+    def freezing(self, names: Sequence[str], thaw: Thaw) -> AbstractContextManager[object]:
+        return nullcontext() if self.command is None else quiesced(self.command, names, self.limit_s, thaw)
 
 
 def hooked(names: str) -> Callable[[Function], Function]:
@@ -49,10 +72,12 @@ def hooked(names: str) -> Callable[[Function], Function]:
 
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
-        def with_hook(*arguments: Any, hook: str | None, hook_limit: float, **options: Any) -> Any:
-            return function(*arguments, hook=Hook(hook, hook_limit), **options)
+        def with_hook(
+            *arguments: Any, hook: str | None, hook_limit: float, freeze_limit: float, **options: Any
+        ) -> Any:
+            return function(*arguments, hook=Hook(hook, hook_limit, freeze_limit), **options)
 
-        return _hook_option(names)(_limit_option()(with_hook))
+        return _hook_option(names)(_limit_option()(_freeze_limit_option()(with_hook)))
 
     return decorate
 
@@ -76,9 +101,24 @@ def _limit_option() -> Callable[[Function], Function]:
     )
 
 
+def _freeze_limit_option() -> Callable[[Function], Function]:
+    return click.option(
+        "--freeze-limit",
+        metavar="SECONDS",
+        type=click.FloatRange(min=0, min_open=True),
+        default=FREEZE_LIMIT_S,
+        show_default=True,
+        help="How long the guest may stay frozen until the process that serves the disk has taken the point in time;"
+        " then it is thawed, and nothing is made.",
+    )
+
+
 @contextlib.contextmanager
-def quiesced(command: str, names: Sequence[str], limit_s: float) -> Iterator[None]:
-    """The hook's guest is frozen in the block. Each of its two runs may take `limit_s`."""
+def quiesced(command: str, names: Sequence[str], limit_s: float, thaw: Thaw | None = None) -> Iterator[None]:
+    """The hook's guest is frozen in the block. Each of its two runs may take `limit_s`.
+
+    How the second one failed is told at once in the log, as a backup may go on for hours, and kept in `thaw`.
+    """
     words = _words(command)
     with _Signals() as signals:
         try:
@@ -88,14 +128,18 @@ def quiesced(command: str, names: Sequence[str], limit_s: float) -> Iterator[Non
             finally:
                 signals.wait()
         finally:
-            _thaw([*words, "thaw", *names], limit_s)
+            failure = _thaw([*words, "thaw", *names], limit_s)
+            if thaw is not None:
+                thaw.failure = failure
 
 
-def _thaw(words: Sequence[str], limit_s: float) -> None:
+def _thaw(words: Sequence[str], limit_s: float) -> LmdbitmapError | None:
     try:
         _run(words, limit_s)
     except LmdbitmapError as error:
         log.error("%s", error)
+        return error
+    return None
 
 
 class _Signals:

@@ -9,7 +9,7 @@ import click
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import progress, say, say_json
 from lmdbitmap.cli.politeness import nice_after, polite
-from lmdbitmap.cli.quiesce import Hook, hooked
+from lmdbitmap.cli.quiesce import Hook, Thaw, hooked
 from lmdbitmap.cli.sizes import format_duration, format_size
 from lmdbitmap.store import Store
 
@@ -59,19 +59,21 @@ def sync(
     if compare and only_incremental:
         raise click.UsageError("--compare and --require-incremental exclude each other.")
 
+    thaw = Thaw()
     with (
         Store.open(asked.store_path) as store,
         progress(f"syncing {name}", shown=asked.shows_progress) as report,
     ):
         done = bring_up_to_date(
             store, name, target,
-            compare=compare, only_incremental=only_incremental,
-            quiesced=lambda: nice_after(hook.freezing([name]), nice, asked), progress=report,
+            compare=compare, only_incremental=only_incremental, freeze_limit_s=hook.freeze_limit_s,
+            quiesced=lambda: nice_after(hook.freezing([name], thaw), nice, asked), progress=report,
         )  # fmt: skip
     if asked.as_json:
-        say_json(_facts(done))
+        say_json({**_facts(done), "thaw_failure": thaw.problem})
     else:
         say(f"{done.target}: {name} as of now · {_words(done)}")
+    thaw.require()
 
 
 def _words(done: SyncResult) -> str:

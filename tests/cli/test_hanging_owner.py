@@ -6,7 +6,6 @@ import contextlib
 import io
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -40,9 +39,15 @@ def by_sync(store: Store, folder: Path, **how: object) -> object:
 
 @contextlib.contextmanager
 def stopping(pid: int) -> Iterator[None]:
-    """Stops a process as soon as the moment was taken."""
+    """Stops a child as soon as the moment was taken, and waits until every thread of it stands still."""
     yield
     os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+
+
+def stop_and_wait(pid: int) -> str:
+    """The same for a shell that is not its parent."""
+    return f"{{ kill -STOP {pid}; while grep -L '^State:.T' /proc/{pid}/task/*/status | grep -q .; do :; done; }}"
 
 
 @contextlib.contextmanager
@@ -94,7 +99,7 @@ def test_limit_is_an_option_of_the_command(cli: Cli) -> None:
     with cli.serving("sda", log=True) as served:
         pid = served.child.pid
         hook = cli.folder / "hook"
-        hook.write_text(f"#!{sys.executable}\nimport os, sys\nsys.argv[1] == 'thaw' and os.kill({pid}, 19)\n")
+        hook.write_text(f"#!/bin/sh\n[ $1 = freeze ] || {stop_and_wait(pid)}\n")
         hook.chmod(0o755)
         words = ["backup", "sda", cli.folder / "backups", "--hook", hook, "--owner-limit", LIMIT_S]
         with going_on(pid):

@@ -70,6 +70,36 @@ def test_hook_is_run_around_the_point_in_time(cli: Cli, served: Served) -> None:
     assert len(cli.json("info", "sda")["checkpoints"]) == 2, "no checkpoint was made"
 
 
+def test_a_failed_thaw_is_told_by_the_answer_and_the_exit_code(cli: Cli, served: Served) -> None:
+    """The backup is good; the guest may be frozen still."""
+    hook = cli.folder / "hook"
+    hook.write_text('#!/bin/sh\n[ "$1" != thaw ] || { echo "no such guest"; exit 3; }\n')
+    hook.chmod(0o755)
+    words = ("sda", cli.folder / "backups", "--hook", hook)
+    answer = cli("backup", *words, "--json")
+    told = json.loads(answer.out)
+    assert answer.code == 1
+    assert told["thaw_failure"] == f"hook `{hook} thaw sda` ended with 3: no such guest"
+    assert [made["type"] for made in told["backups"]] == ["full"]
+    assert "what was asked for is done, but the guest may be frozen still: hook `" in answer.err
+    assert answer.err.endswith("thaw it by hand\n")
+    answer = cli("backup", *words)
+    assert answer.code == 1
+    assert answer.out.startswith("sda: incremental · ")
+    assert cli.json("backup", "sda", cli.folder / "backups")["thaw_failure"] is None
+    answer = cli("sync", "sda", cli.folder / "copy.raw", "--hook", hook, "--json")
+    assert (answer.code, json.loads(answer.out)["thaw_failure"]) == (1, told["thaw_failure"])
+    assert "sda as of now" in cli.ok("sync", "sda", cli.folder / "copy.raw")
+
+
+def test_how_long_a_guest_may_stay_frozen_is_said(cli: Cli, served: Served) -> None:
+    said = cli.fails(4, "backup", "sda", cli.folder / "backups", "--freeze-limit", "0.000001")
+    assert "did not answer within" in said
+    cli.ok("backup", "sda", cli.folder / "backups", "--freeze-limit", "50")
+    assert "0" in cli.fails(2, "backup", "sda", cli.folder / "backups", "--freeze-limit", "0")
+    cli.ok("sync", "sda", cli.folder / "copy.raw", "--freeze-limit", "50")
+
+
 def manifest(cli: Cli, name: str) -> object:
     return json.loads((cli.folder / "backups" / name / "manifest.json").read_text())
 

@@ -136,6 +136,37 @@ def test_who_gives_up_does_not_wait_for_an_owner_that_hangs(
         Stuck.let_go.set()
 
 
+class Slow(HeldSnapshots):
+    """Takes nothing before it is let go."""
+
+    let_go = threading.Event()
+
+    def take(self, disks: Sequence[str], name: str) -> list[Snapshot]:
+        self.let_go.wait(PATIENCE_SECONDS)
+        return super().take(disks, name)
+
+
+def test_a_guest_is_kept_frozen_no_longer_than_was_said(folder: Path) -> None:
+    """The owner, which comes to it later, lets go of it at once, as nobody is there any more."""
+    steps: list[str] = []
+
+    @contextmanager
+    def frozen() -> Iterator[None]:
+        steps.append("frozen")
+        try:
+            yield
+        finally:
+            steps.append(f"thawed before the owner answered: {not Slow.let_go.is_set()}")
+
+    with serving(folder, Slow) as disk:
+        with pytest.raises(Busy, match="did not answer within"):
+            backup(disk.store, [NAME], folder / "backups", quiesced=frozen, freeze_limit_s=0.05)
+        assert steps == ["frozen", "thawed before the owner answered: True"]
+        Slow.let_go.set()
+        await_callers(0)
+        assert disk.snapshots == ()
+
+
 class Unsteady(HeldSnapshots):
     """Loses track as soon as a snapshot is taken."""
 

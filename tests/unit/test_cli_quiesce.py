@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.cli.quiesce import quiesced
+from lmdbitmap.cli.quiesce import Thaw, quiesced
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError
 from tests.support import PATIENCE_SECONDS
 
@@ -69,10 +69,17 @@ def test_hanging_freeze_ends_it_and_is_thawed(hook: Path) -> None:
     assert asked(hook) == ["freeze sda", "thaw sda"]
 
 
-def test_failing_thaw_is_told_and_costs_nothing(hook: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_failing_thaw_is_told_at_once_and_kept(hook: Path, caplog: pytest.LogCaptureFixture) -> None:
     (hook.parent / "fails").write_text("thaw")
-    with caplog.at_level(logging.ERROR), quiesced(f"'{hook}'", ["sda"], 10):
-        pass
+    thaw = Thaw()
+    with caplog.at_level(logging.ERROR), quiesced(f"'{hook}'", ["sda"], 10, thaw):
+        thaw.require()
+    assert thaw.problem is not None
+    assert thaw.problem.endswith("thaw sda` ended with 3: no such guest")
+    with pytest.raises(
+        LmdbitmapError, match=r"is done, but the guest may be frozen still: .*; thaw it by hand"
+    ):
+        thaw.require()
     assert "thaw sda` ended with 3" in caplog.text
 
 
@@ -92,7 +99,7 @@ import sys
 for number in (signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from lmdbitmap.cli.quiesce import quiesced
+from lmdbitmap.cli.quiesce import Thaw, quiesced
 with quiesced(sys.argv[1], ["sda"], 60):
     print("frozen", flush=True)
     sys.stdin.read()
