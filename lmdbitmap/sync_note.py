@@ -213,7 +213,8 @@ def decode(data: bytes, place: str) -> Note:
 def _at(fields: Any) -> At:
     told = fields["identity"]
     identity = None if told is None else _identity(told)
-    return At(UUID(fields["checkpoint"]), _as(str, fields["name"]), UUID(fields["epoch"]), identity)
+    checkpoint, epoch = (UUID(_as(str, fields[name])) for name in ("checkpoint", "epoch"))
+    return At(checkpoint, _as(str, fields["name"]), epoch, identity)
 
 
 def _identity(fields: Any) -> ImageIdentity:

@@ -16,6 +16,7 @@ from tests.fuzz.far_server import far_server, uris
 from tests.fuzz.flat_files import flat_file, flat_import
 from tests.fuzz.images import qcow2
 from tests.fuzz.manifests import manifest_bytes
+from tests.fuzz.notes import notes
 from tests.fuzz.records import store_records
 from tests.fuzz.sizes import sizes
 from tests.fuzz.streams import control_lines, handshake
@@ -37,6 +38,7 @@ TARGETS = {
     "records": Target(store_records, 1_200_000),
     "qcow2": Target(qcow2, 600_000),
     "manifest": Target(manifest_bytes, 550_000),
+    "notes": Target(notes, 300_000),
     "rbd-diff": Target(rbd_diff, 500_000),
     "handshake": Target(handshake, 700_000),
     "requests": Target(requests, 600_000),
