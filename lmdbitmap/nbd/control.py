@@ -5,7 +5,8 @@
 
 Callers are few, short-lived, and of our own user or root; still, none is trusted. A line is bounded, a caller
 that is slow is dropped, one that is stuck costs its own thread, and of those there are at most `MAX_CALLERS`.
-Backups, which stay for as long as they read, take none of these places: however many there are, others are heard.
+Backups, which stay for as long as they read, take none of these places while they hold snapshots: however many there
+are, others are heard. Once all is released, such a caller is one as any other, with more time for what it still asks.
 What cannot be understood costs the connection. What can be asked is in orders.py.
 
 Whoever makes a `ControlServer` holds the owner's lock of every disk in it, as a `Filter` does. So a socket that
@@ -49,6 +50,8 @@ _PEER: Final = struct.Struct("3i")
 _REQUEST: Final = "request"
 _CONNECT: Final = {"operation": "connect", "arguments": {}}
 _WHILE_BOUND_S: Final = 1e7
+_AFTER_BOUND: Final = 6
+"""So many times as long as others a caller may be silent when its snapshots are released: it syncs what it read."""
 
 # -- who asks ----------------------------------------------------------------------------------------------
 
@@ -208,8 +211,9 @@ class _Caller(threading.Thread):
 
     @property
     def holds(self) -> bool:
-        """Whether snapshots are bound to it, as to a backup: those are limited by their own number."""
-        return bool(self._bound)
+        """Whether snapshots that are held are bound to it, as to a backup: those are limited by their own number."""
+        held = self._server.held
+        return held is not None and any(held.is_held(snapshot) for snapshot in self._bound)
 
     def run(self) -> None:
         try:
@@ -261,7 +265,9 @@ class _Caller(threading.Thread):
 
     def _receive(self, lines: wire.LineBuffer) -> bytes | None:
         """Whoever has a snapshot bound to it may be silent for as long as it reads that."""
-        patience_s = _WHILE_BOUND_S if self._bound else self._server.patience_s
+        patience_s = self._server.patience_s
+        if self._bound:
+            patience_s = _WHILE_BOUND_S if self.holds else patience_s * _AFTER_BOUND
         return receive_line(self._sock, lines, time.monotonic() + patience_s)
 
     def _respond(self, request: wire.Message) -> None:

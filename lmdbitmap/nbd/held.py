@@ -56,6 +56,10 @@ class HeldSnapshots:
             next_step=f"`lmdbitmap info {disk}` lists those there are",
         )
 
+    def is_held(self, snapshot: Snapshot) -> bool:
+        """Whether nobody has released it yet, whoever asked for it."""
+        return any(one is snapshot for one in self._filters[snapshot.disk.name].snapshots)
+
     def release(self, snapshot: Snapshot) -> None:
         """Once more does nothing."""
         if self._server is not None:

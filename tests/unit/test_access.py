@@ -217,3 +217,31 @@ def test_backups_leave_room_for_other_callers(served: Filter) -> None:
             control_client.call(
                 path, "snapshot", disks=[NAME], name="one more", since=[""], bound=True, once=False
             )
+
+
+def test_a_backup_that_has_released_all_takes_a_callers_place_again(served: Filter) -> None:
+    """Else whoever stays after it has read, and asks for nothing more, would be beside every limit."""
+    path = served.store.control_path(served.disk.uuid)
+    with ExitStack() as backups:
+        for number in range(control.MAX_CALLERS):
+            way = backups.enter_context(closing(Served(served.store, [NAME])))
+            way.prove(*way.take_point(f"point-{number}", [None]))
+        with pytest.raises(Busy, match="too many callers"):
+            control_client.call(path, "info")
+    await_callers(0)
+    assert control_client.call(path, "info")["disks"][0]["snapshots"] == []
+
+
+def test_a_snapshot_that_another_caller_releases_exempts_nobody_any_more(served: Filter) -> None:
+    path = served.store.control_path(served.disk.uuid)
+    with ExitStack() as callers:
+        another = control_client.reach(path)
+        assert another is not None
+        callers.enter_context(another)
+        for number in range(control.MAX_CALLERS):
+            way = callers.enter_context(closing(Served(served.store, [NAME])))
+            way.take_point(f"point-{number}", [None])
+        for number in range(control.MAX_CALLERS):
+            another.call("release", disk=NAME, checkpoint=f"point-{number}")
+        with pytest.raises(Busy, match="too many callers"):
+            control_client.call(path, "info")
