@@ -3,7 +3,7 @@
 Repositories hold theirs by notes (holds.py), copies by theirs (sync_note.py); those that a person made by name are
 that person's, and never merged away. What is:
 
-    of a run that died        its checkpoint, which no archive names
+    of a run that died        its checkpoint, which no archive names; of a sync, all that its note calls unneeded
     of a hold that lapsed     its repository was not used for so many days
     of a hold dropped by hand
 
@@ -32,6 +32,7 @@ from lmdbitmap.repository import BackupFolder, is_checkpoint_name
 from lmdbitmap.schema import Checkpoint, Disk
 from lmdbitmap.session import OpenDevice
 from lmdbitmap.store import Store
+from lmdbitmap.sync_note import NoteFile
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +126,7 @@ def merge_unheld(store: Store, way: Access, disk: Disk) -> None:
     try:
         with contextlib.ExitStack() as locks:
             _merge(store, way, disk, _locked(store, disk, locks, time.time_ns()))
+            _merge_of_copies(store, way, disk, _locked_copies(store, disk, locks))
     except LmdbitmapError as error:
         log.warning("disk %s: checkpoints that nobody holds stay until later: %s", disk.name, error)
 
@@ -135,7 +137,9 @@ def merge_unheld_of(store: Store, names: list[str], open_device: OpenDevice = op
         with store.read() as reader:
             disk = chain.find_disk(reader, name)
         with contextlib.ExitStack() as locks:
-            is_needed = bool(_locked(store, disk, locks, time.time_ns()))
+            is_needed = bool(
+                _locked(store, disk, locks, time.time_ns()) or _locked_copies(store, disk, locks)
+            )
         if is_needed:
             try:
                 with access(store, [name], open_device) as way:
@@ -163,6 +167,29 @@ def _locked(store: Store, disk: Disk, locks: contextlib.ExitStack, time_ns: int)
                 if lets_go(file.hold):
                     found.append(file)
     return found
+
+
+def _locked_copies(store: Store, disk: Disk, locks: contextlib.ExitStack) -> list[NoteFile]:
+    """Those of copies to which nobody syncs now, and whose last sync left something."""
+    found = []
+    for path, note in sync_note.notes(store.path, disk.uuid):
+        if note.unneeded:
+            file = NoteFile(path, note)
+            with contextlib.suppress(Busy):
+                locks.enter_context(file.locked())
+                found.append(file)
+    return found
+
+
+def _merge_of_copies(store: Store, way: Access, disk: Disk, files: list[NoteFile]) -> None:
+    names = {name for file in files for name in file.note.unneeded if sync_note.is_checkpoint_name(name)}
+    if names:
+        way.forget(disk, lambda member: member.name in names)
+    left = {member.name for member in _members(store, disk)}
+    for file in files:
+        unneeded = tuple(name for name in file.note.unneeded if name in left)
+        if unneeded != file.note.unneeded:
+            file.replace(dataclasses.replace(file.note, unneeded=unneeded))
 
 
 def _merge(store: Store, way: Access, disk: Disk, files: list[HoldFile]) -> None:

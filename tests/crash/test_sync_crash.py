@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 
 from lmdbitmap import sync_note
+from lmdbitmap.backup import backup
 from lmdbitmap.filter import Filter
 from lmdbitmap.store import Store
 from lmdbitmap.sync import SyncResult, sync
@@ -60,3 +61,18 @@ def test_a_comparison_killed_at_any_step_is_followed_by_another(deaths: Deaths) 
         kinds.add(result.kind)
         assert result.kind is SyncKind.INCREMENTAL or not death.told, death
     assert kinds == {SyncKind.COMPARE, SyncKind.INCREMENTAL}
+
+
+def test_a_backup_merges_away_what_a_killed_sync_left_and_the_next_sync_is_right(deaths: Deaths) -> None:
+    gone = 0
+    for death in deaths("syncing"):
+        with closing(Store.open(str(death.folder / "store"))) as store:
+            before = {name for name in checkpoints(store) if sync_note.is_checkpoint_name(name)}
+            backup(store, [NAME], death.folder / "backups")
+            left = {name for name in checkpoints(store) if sync_note.is_checkpoint_name(name)}
+            [(_, note)] = sync_note.notes(store.path)
+            assert note.at is not None
+            assert left == {note.at.name}, death
+            gone += before != left
+        assert synced_again(death, write=True).kind is SyncKind.INCREMENTAL, death
+    assert gone >= 5

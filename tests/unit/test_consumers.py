@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import pytest
 
-from lmdbitmap import session
+from lmdbitmap import session, sync_note
 from lmdbitmap.backup import backup
 from lmdbitmap.consumers import (
     drop_hold,
@@ -26,6 +26,7 @@ from lmdbitmap.holds import Hold, HoldFile, UnderWay, hold_files
 from lmdbitmap.manifest import CheckpointRef
 from lmdbitmap.stream import stream_backup
 from lmdbitmap.sync import sync
+from lmdbitmap.sync_plan import SyncKind
 from lmdbitmap.transfer import copy_backups
 from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
 from tests.tracked import NAME
@@ -299,6 +300,26 @@ def test_a_backup_that_fails_leaves_no_note(disk: BackedUpDisk) -> None:
         backup(disk.store, [NAME], disk.folder / "backups", progress=cancel)
     assert holds_of(disk.store, NAME) == []
     assert disk.checkpoints() == ["epoch-1"]
+
+
+def test_what_a_dead_sync_left_goes_with_the_next_backup(disk: BackedUpDisk) -> None:
+    """What its note calls unneeded and is called as we call it; not what the copy is at."""
+    at = sync(disk.store, NAME, disk.folder / "copy.raw").checkpoint
+    left = "sync-20260101T000000Z-abcdef"
+    with disk.attach() as attached:
+        attached.checkpoint(left)
+        attached.checkpoint("mine")
+    [(path, note)] = sync_note.notes(disk.store.path)
+    file = sync_note.NoteFile(path, note)
+    with file.locked():
+        file.replace(dataclasses.replace(note, unneeded=(left, "mine", "gone")))
+        disk.backup()
+        assert left in disk.checkpoints(), "somebody syncs"
+    disk.backup()
+    assert left not in disk.checkpoints()
+    assert {at, "mine"} <= set(disk.checkpoints())
+    assert [note.unneeded for _, note in sync_note.notes(disk.store.path)] == [("mine",)]
+    assert sync(disk.store, NAME, disk.folder / "copy.raw").kind is SyncKind.INCREMENTAL
 
 
 # --- by hand ---
