@@ -116,9 +116,18 @@ def parse(uri: str) -> Place:
 
 
 def _host(uri: str, host: str | None) -> str:
-    if host and not _HOST.fullmatch(host):
+    if host and not (_HOST.fullmatch(host) and _has_good_labels(host)):
         raise _refused(uri, f"{host!r} is no name or address of a host")
     return host or ""
+
+
+def _has_good_labels(host: str) -> bool:
+    """What is between dots is there, and not too long: the resolver would fail in words of its own."""
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        return False
+    return True
 
 
 def _credentials(uri: str, arguments: dict[str, str]) -> Credentials:

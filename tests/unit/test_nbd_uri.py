@@ -63,6 +63,8 @@ def test_uri_names_a_place(uri: str, place: Place) -> None:
         ("nbd://local\0host/disk", "no name or address"),
         ("nbd://[v1.[v1.x]/disk", "no name or address"),
         ("nbd://ho%20st/disk", "no name or address"),
+        ("nbd://a..b/disk", "no name or address"),
+        ("nbds://host/?tls-hostname=" + 64 * "a", "no name or address"),
         ("nbd://host/%ff", "UTF-8"),
         ("nbd://\udcff/", "utf-8"),
         ("nbd://host/%00", "NUL"),
