@@ -311,15 +311,23 @@ class Served(_Owned):
 
     def _opened(self, disk: Disk, export: str) -> NbdDevice:
         """Through a connection that the owner hands over: no socket has to be found, and none admits us."""
-        place = Place(export, socket_path="the owner's")
-        return NbdDevice(
-            place,
-            read_only=True,
-            reconnect_s=0,
-            connect=lambda: agreed(self._client.connection(), export, silence_s=self._limit_s),
-            name=f"disk {disk.name!r} through the process that serves it",
-            silence_s=self._limit_s,
-        )
+        name = f"disk {disk.name!r} through the process that serves it"
+        try:
+            return NbdDevice(
+                Place(export, socket_path="the owner's"),
+                read_only=True,
+                reconnect_s=0,
+                connect=lambda: agreed(self._client.connection(), export, silence_s=self._limit_s),
+                name=name,
+                silence_s=self._limit_s,
+            )
+        except LmdbitmapError:
+            raise
+        except OSError as lost:
+            raise Busy(
+                f"{name}: its connection was lost ({lost.strerror or lost})",
+                next_step="see how that process is, and try again",
+            ) from lost
 
     def prove(self, point: PointInTime) -> None:
         """The process that took the snapshot has held it all the time: it is the one that answers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,6 +74,26 @@ def test_snapshot_is_read_through_a_connection_that_the_owner_hands_over(served:
         assert point.device.pread(3, 0) == b"old"
         way.prove(point)
     assert served.snapshots == ()
+
+
+class HangsUp(HeldSnapshots):
+    """Hands connections over that are at their end."""
+
+    def connect(self) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        ours.close()
+        return theirs
+
+
+def test_connection_that_ends_before_anything_was_read_is_one_sentence(folder: Path) -> None:
+    with (
+        serving(folder, HangsUp) as disk,
+        closing(Served(disk.store, [NAME])) as way,
+        pytest.raises(
+            Busy, match=r"through the process that serves it: its connection was lost \(the NBD server"
+        ),
+    ):
+        way.take_point("now", [None])
 
 
 class Narrow(HeldSnapshots):
