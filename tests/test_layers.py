@@ -57,6 +57,8 @@ FLOORS: dict[str, float] = {
     "nbd.client_tls": 2.15,
     "nbd.client_link": 2.2,
     "nbd.client_dial": 2.25,
+    "nbd.client_windows": 2.25,
+    "nbd.edges": 2.15,
     "nbd.client_session": 2.3,
     "nbd.client": 2.5,
     "nbd.control_client": 2.5,

@@ -17,19 +17,19 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Final
 
 from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, NotFound
 from lmdbitmap.geometry import ceil_div, check_range
 from lmdbitmap.interfaces import Allocation, Buffer, ImageIdentity, joined
 from lmdbitmap.nbd import protocol as nbd
-from lmdbitmap.nbd.client_dial import DIAL_S, dial
+from lmdbitmap.nbd.client_dial import DIAL_S, dial, warn_about
 from lmdbitmap.nbd.client_handshake import FarExport
 from lmdbitmap.nbd.client_link import WINDOW, Link, Request
 from lmdbitmap.nbd.client_session import Conversation
+from lmdbitmap.nbd.edges import Edges
 from lmdbitmap.nbd.uri import Place, parse
 
 RECONNECT_S: Final = 30.0
@@ -76,7 +76,7 @@ class NbdDevice:
         self.export = self._conversation.export
         self._minimum = self.export.minimum
         self._effect_chunk = _EFFECT_CHUNK
-        self._edges = _Edges() if self._minimum > 1 else None
+        self._edges = Edges() if self._minimum > 1 else None
         self._change_flags = nbd.NBD_CMD_FLAG_FUA if _writes_through(self.export) else 0
 
     @classmethod
@@ -95,6 +95,7 @@ class NbdDevice:
         on, `FormatError` for what is no NBD server.
         """
         place = parse(uri)
+        warn_about(place)
         try:
             device = cls(place, read_only=read_only, reconnect_s=reconnect_s, keep_bytes=keep_bytes)
         except TimeoutError as late:
@@ -365,34 +366,6 @@ class NbdDevice:
 
     def _inward(self, start: int, stop: int) -> tuple[int, int]:
         return ceil_div(start, self._minimum) * self._minimum, stop // self._minimum * self._minimum
-
-
-class _Edges:
-    """Lets whole blocks be written by many at once, and parts of blocks by one alone."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._writers = 0
-        self._mending = threading.Lock()
-
-    @contextmanager
-    def left_alone(self) -> Iterator[None]:
-        """Whole blocks are written in the block."""
-        with self._mending, self._changed:
-            self._writers += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._writers -= 1
-                self._changed.notify_all()
-
-    @contextmanager
-    def mended(self) -> Iterator[None]:
-        """Nobody else writes in the block, so that what surrounds a write can be read and written back."""
-        with self._mending, self._changed:
-            self._changed.wait_for(lambda: self._writers == 0)
-            yield
 
 
 def _writes_through(export: FarExport) -> bool:

@@ -45,6 +45,14 @@ def _encryption(place: Place) -> Encryption | None:
     return Encryption.of(place, place.tls)
 
 
+def warn_about(place: Place) -> None:
+    """Log what of the place's credentials is weak; for whoever is about to dial it for the first time."""
+    if place.tls is not None:
+        from lmdbitmap.nbd import client_tls
+
+        client_tls.warn_about(place, place.tls)
+
+
 def agreed(
     sock: socket.socket,
     export_name: str,

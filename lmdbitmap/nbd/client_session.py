@@ -37,7 +37,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from lmdbitmap.bits import Run
@@ -45,7 +45,8 @@ from lmdbitmap.errors import Busy, LmdbitmapError
 from lmdbitmap.interfaces import FarAway
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.client_handshake import FarExport, nonsense
-from lmdbitmap.nbd.client_link import AWAY, SILENT, WINDOW, Call, Link, Request
+from lmdbitmap.nbd.client_link import AWAY, SILENT, Call, Link, Request
+from lmdbitmap.nbd.client_windows import apart, of_a_kind
 from lmdbitmap.nbd.doubts import Doubts
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,6 @@ _KNOWN_ERRORS: Final = frozenset(
     )
 )  # fmt: skip
 _CHANGES: Final = (nbd.NBD_CMD_WRITE, nbd.NBD_CMD_WRITE_ZEROES, nbd.NBD_CMD_TRIM)
-_ANSWERED_WITH_DATA: Final = (nbd.NBD_CMD_READ, nbd.NBD_CMD_BLOCK_STATUS)
 _CHANGEABLE_FLAGS: Final = (
     nbd.NBD_FLAG_ROTATIONAL | nbd.NBD_FLAG_SEND_DF | nbd.NBD_FLAG_CAN_MULTI_CONN | nbd.NBD_FLAG_SEND_CACHE
 )
@@ -345,10 +345,10 @@ class Conversation:
         """Write again what was kept, do what is in flight, and only then let others send."""
         kept = list(self._kept)
         waiting = {request.cookie: request for request in kept}
-        for window in _apart(kept):
+        for window in apart(kept):
             self._exchange(link, window, waiting, self._require_success)
         while todo := self._not_sent(link):
-            for window in _of_a_kind(todo):
+            for window in of_a_kind(todo):
                 self._exchange(link, window, self._waiting, self._finish)
         log.warning("%s: connected again; %d writes were written again", self._name, len(kept))
 
@@ -395,28 +395,3 @@ def _cost(request: Request) -> int:
 
 def _words(why: object) -> object:
     return (why.strerror if isinstance(why, OSError) else None) or why
-
-
-def _apart(changes: Iterable[Request]) -> Iterator[list[Request]]:
-    """Windows of changes none of which touches another: a server does what is in flight in any order."""
-    window: list[Request] = []
-    for change in changes:
-        start, stop = change.offset, change.offset + change.length
-        if len(window) == WINDOW or any(
-            one.offset < stop and start < one.offset + one.length for one in window
-        ):
-            yield window
-            window = []
-        window.append(change)
-    if window:
-        yield window
-
-
-def _of_a_kind(requests: Iterable[Request]) -> Iterator[list[Request]]:
-    """Windows of requests that carry data there, and of requests that carry data back: see `WINDOW`."""
-    by_kind: dict[bool, list[Request]] = {False: [], True: []}
-    for request in requests:
-        by_kind[request.command in _ANSWERED_WITH_DATA].append(request)
-    for kind in by_kind.values():
-        for start in range(0, len(kind), WINDOW):
-            yield kind[start : start + WINDOW]

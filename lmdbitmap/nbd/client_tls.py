@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import os
 import select
 import socket
 import ssl
@@ -31,7 +32,7 @@ from typing import Final, NamedTuple, TypeVar
 
 from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.interfaces import Buffer
-from lmdbitmap.nbd.tls import client_context
+from lmdbitmap.nbd.tls import CLIENT_KEY, client_context, warn_of_open_key
 from lmdbitmap.nbd.uri import Credentials, Place
 
 _log = logging.getLogger(__name__)
@@ -120,6 +121,14 @@ def _joined(buffers: Sequence[Buffer]) -> Iterator[Buffer]:
     yield small
 
 
+def warn_about(place: Place, tls: Credentials) -> None:
+    """Say what makes this weaker than it looks. Not at each connection: a server that is away is dialled often."""
+    if not tls.verifies:
+        _log.warning("%s: whoever answers there is believed", place.uri)
+    if tls.folder:
+        warn_of_open_key(os.path.join(tls.folder, CLIENT_KEY))
+
+
 class Encryption(NamedTuple):
     """How TLS is begun with the server at `place`."""
 
@@ -129,8 +138,6 @@ class Encryption(NamedTuple):
     @classmethod
     def of(cls, place: Place, tls: Credentials) -> Encryption:
         """Reads the certificates, which may have been renewed. Raises as `client_context` does."""
-        if not tls.verifies:
-            _log.warning("%s: whoever answers there is believed", place.uri)
         return cls(place, client_context(tls.folder, verifies=tls.verifies))
 
     def begin(self, sock: socket.socket) -> TlsWire:

@@ -40,6 +40,7 @@ def server_context(folder: str) -> ssl.SSLContext:
     context = _context(ssl.PROTOCOL_TLS_SERVER)
     context.verify_mode = ssl.CERT_REQUIRED
     _show(context, folder, CERTIFICATE, KEY)
+    warn_of_open_key(os.path.join(folder, KEY))
     _believe(context, folder)
     return context
 
@@ -70,7 +71,6 @@ def _context(protocol: int) -> ssl.SSLContext:
 def _show(context: ssl.SSLContext, folder: str, certificate: str, key: str) -> None:
     """Have the other side shown who we are."""
     certificate_path, key_path = _readable(folder, certificate), _readable(folder, key)
-    _warn_of_open_key(key_path)
     with _said_plainly(folder, certificate, key):
         context.load_cert_chain(certificate_path, key_path, password=functools.partial(_no_password, key))
 
@@ -106,6 +106,6 @@ def _no_password(key: str) -> str:
     raise ValueError(f"{key} is encrypted")
 
 
-def _warn_of_open_key(path: str) -> None:
-    if stat.S_IMODE(os.stat(path).st_mode) & 0o077:
+def warn_of_open_key(path: str) -> None:
+    if os.path.exists(path) and stat.S_IMODE(os.stat(path).st_mode) & 0o077:
         _log.warning("other users may read %s; run: chmod 600 %s", path, path)
