@@ -150,10 +150,11 @@ class Filter(Front):
             self._tracking.mark([(blocks.start, blocks.stop)])
 
     def _mark_doubts(self) -> None:
-        """A new period has them from its start; these are those that came up since."""
+        """A new period has them from its start; these are those that came up since. Nothing is kept for snapshots:
+        whether and when these blocks change is nothing that anybody here decides."""
         if self._tracking.in_doubt(self.disk.geometry):
             with self._tracking.gate.entering(self._my_lane()) as geometry:
-                self._tracking.mark(self._tracking.in_doubt(geometry))
+                self._tracking.settle(self._tracking.in_doubt(geometry))
 
     def mark_regions(self, dirt: Iterable[tuple[int, bytes]], geometry: Geometry) -> None:
         """As `mark`, for many blocks at once: regions of a disk of `geometry`, which must be ours, with their bits.

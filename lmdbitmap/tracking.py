@@ -72,15 +72,19 @@ class Tracking:
         holding = self._holding
         if holding is not None:
             holding.keep(runs)
+        if self.settle(runs) and holding is not None:
+            holding.let(runs)
+
+    def settle(self, runs: list[Run]) -> bool:
+        """Whether they are settled now (law 1). Where not, what the policy says is done."""
         if self.voucher.lost is not None:
-            return
+            return False
         try:
             self.period.make_durable(runs)
         except LmdbitmapError as error:
             self._tracking_failed(error)
-            return
-        if holding is not None:
-            holding.let(runs)
+            return False
+        return True
 
     def _tracking_failed(self, error: LmdbitmapError) -> None:
         if self.disk.policy == schema.STRICT:

@@ -16,6 +16,7 @@ from lmdbitmap.filter import Filter
 from lmdbitmap.image import is_far, is_same_image, lasting_name, open_image
 from lmdbitmap.nbd.client import NbdDevice
 from lmdbitmap.nbd.uri import parse
+from lmdbitmap.snapshot import Scratch
 from lmdbitmap.store import Store
 from tests.nbd_far import Asked, Crash, FarServer, HangUp, far_server, until_it_works
 from tests.nbd_raw import FLUSH, WRITE
@@ -163,6 +164,28 @@ def test_write_in_flight_on_a_connection_that_broke_is_dirty_in_every_period_tha
         attached.pwrite(b"y", 14 * 4096)
     assert blocks_of(changes(store, "sda", since="second")) == {0, 1, 2, 14}
     assert blocks_of(changes(store, "sda", since="first", until="second")) == {0, 1, 2}
+
+
+def test_doubt_makes_no_snapshot_keep_anything(far: FarServer, store: Store, tmp_path: Path) -> None:
+    """Else a large piece of zeroes that was in flight once would break the snapshot of each backup."""
+    lost: list[Asked] = []
+
+    def lose_one(server: FarServer, asked: Asked) -> bytes | None:
+        if asked.command != WRITE or lost:
+            return None
+        lost.append(asked)
+        raise HangUp
+
+    with Filter.attach(store, "sda", background=False) as attached:
+        far.behave = lose_one
+        attached.pwrite(b"x" * 32768, 0)
+        snapshot = attached.snapshot("now", Scratch(str(tmp_path)))
+        attached.background_pass()
+        assert blocks_of(attached.changes(since="now")) == set(range(8))
+        assert (snapshot.kept_bytes, snapshot.broken) == (0, None)
+        attached.pwrite(b"y", 0)
+        assert snapshot.kept_bytes > 0
+        assert snapshot.pread(1, 0) == b"x"
 
 
 def test_write_that_was_repeated_on_a_connection_that_broke_too_is_dirty_at_once(
