@@ -16,7 +16,7 @@ from lmdbitmap.filter import Filter
 from lmdbitmap.image import is_far, is_same_image, lasting_name, open_image
 from lmdbitmap.nbd.client import NbdDevice
 from lmdbitmap.nbd.uri import parse
-from lmdbitmap.snapshot import Scratch
+from lmdbitmap.scratch import Scratch
 from lmdbitmap.store import Store
 from tests.nbd_far import Asked, Crash, FarServer, HangUp, far_server, until_it_works
 from tests.nbd_raw import FLUSH, WRITE
