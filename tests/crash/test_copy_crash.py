@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 
+from lmdbitmap.manifest import encode
 from lmdbitmap.repository import BackupFolder
 from lmdbitmap.transfer import copy_backups
 from lmdbitmap.verify import verify
@@ -38,4 +42,8 @@ def whole_backups(death: Death) -> int:
 
 
 def contents(death: Death, name: str) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (death.folder / name / NAME).iterdir()}
+    """To the byte, but for who holds the checkpoints: a copy is a holder of its own."""
+    folder = BackupFolder(death.folder / name, NAME)
+    manifest = dataclasses.replace(folder.known_backups(), holder=None)
+    found = {path.name: path.read_bytes() for path in Path(folder.path).iterdir()}
+    return {**found, "manifest.json": encode(manifest)}
