@@ -58,7 +58,7 @@ def _on_terminal(code: str) -> tuple[str, str]:
 def test_log_lines_cannot_reach_the_terminal() -> None:
     code = (
         "import logging; from lmdbitmap.cli import main as boundary;"
-        "boundary.run = lambda words: logging.getLogger('lmdbitmap.x').warning('disk %s', '\\x1b[2J\\n') or 0;"
+        "boundary.run = lambda words, **how: logging.getLogger('lmdbitmap.x').warning('disk %s', '\\x1b[2J\\n') or 0;"
         "boundary.main()"
     )
     assert run(sys.executable, "-c", code).stderr == "lmdbitmap: disk \\x1b[2J\\n\n"
@@ -92,7 +92,7 @@ def test_closed_streams_are_never_taken_by_files(closed: str) -> None:
     """A store opened as descriptor 1 would get the answer written into it."""
     code = (
         "import os; from lmdbitmap.cli import main as boundary;"
-        "boundary.run = lambda words: 0 if os.open('/dev/null', os.O_RDONLY) > 2 else 9; boundary.main()"
+        "boundary.run = lambda words, **how: 0 if os.open('/dev/null', os.O_RDONLY) > 2 else 9; boundary.main()"
     )
     done = run("sh", "-c", f'"$0" -c "$1" {closed}', sys.executable, code, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
