@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import nbd  # noqa: E402
 from benchmarks.table import Line  # noqa: E402
-from benchmarks.tracked import command, workplace  # noqa: E402
+from benchmarks.tracked import command, warm_memory, workplace  # noqa: E402
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -97,6 +97,7 @@ def served(folder: Path) -> Iterator[nbd.Peer]:
 
 def convert(folder: Path) -> float:
     out = folder / "theirs.qcow2"
+    warm_memory(DATA_BYTES * 3 // 2)
     start = time.monotonic()
     subprocess.run(["qemu-img", "convert", "-O", "qcow2", folder / "disk.raw", out], check=True)
     seconds = time.monotonic() - start
@@ -122,8 +123,10 @@ def full_backups(folder: Path, rounds: int = 3) -> Iterator[Line]:
     runs: dict[str, list[Run]] = {"unserved": [], "served": []}
     theirs = []
     for _ in range(rounds):
+        warm_memory(DATA_BYTES * 3 // 2)
         runs["unserved"].append(back_up_anew(folder))
         with served(folder):
+            warm_memory(DATA_BYTES * 3 // 2)
             runs["served"].append(back_up_anew(folder))
         theirs.append(convert(folder))
     peer = statistics.median(theirs)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import random
 import shutil
@@ -115,6 +116,11 @@ def nothing_changed(rounds: int = 5) -> Iterator[Line]:
 def command(folder: str, *words: str) -> str:
     whole = [sys.executable, "-m", "lmdbitmap", "--store", f"{folder}/store", *words]
     return subprocess.run(whole, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+
+
+def warm_memory(size: int) -> None:
+    """Have a virtual machine's host give it the memory that will be filled: else who fills it first waits for it."""
+    mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
 
 
 @contextlib.contextmanager

@@ -75,6 +75,7 @@ from lmdbitmap.manifest import (
     Reason,
     chain_to,
 )
+from lmdbitmap.pace import Pace, pace_of
 from lmdbitmap.pieces import Metered, Readable
 from lmdbitmap.qcow2.compression import Compression, chosen
 from lmdbitmap.qcow2.layout import SECTOR, CompressionType
@@ -156,6 +157,7 @@ def backup(
     progress: Progress | None = None,
     open_device: OpenDevice = open_to_read,
     compression: str | None = None,
+    bytes_per_s: int | None = None,
     owner_limit_s: float = OWNER_LIMIT_S,
 ) -> list[BackupResult]:
     """Back up disks as they are at one point in time; every backup is durable when this returns.
@@ -169,12 +171,13 @@ def backup(
     backup (a rescan), and where that is not whole, a full one is made; the entry says why. With `only_that` it is
     `Untrusted` instead, and nothing is done.
     A process through which a disk is read may send nothing for `owner_limit_s`; then the backup fails (`Busy`).
+    With `bytes_per_s` the disks are read no faster than that, all of them together.
     `compression` is `zlib` or `zstd`, or one of them with `:LEVEL`; None stores clusters as they are.
     Raises `Busy` for a disk or image that somebody else holds, and for a folder that somebody backs up to;
     `NotFound` without such a disk or image; `FormatError` for a manifest that cannot be read; `StorageError` where
     a snapshot broke. Disks before the one that failed then have their backup, those after it do not.
     """
-    packing = None if compression is None else chosen(compression)
+    packing, pace = None if compression is None else chosen(compression), pace_of(bytes_per_s)
     if len(set(names)) != len(names):
         raise InvalidArgument("a disk is named twice", next_step="name each disk once")
     with contextlib.ExitStack() as locks:
@@ -188,7 +191,7 @@ def backup(
             points = _one_point_in_time(store, way, jobs, quiesced)
             sources = [_Source.of(store, *pair) for pair in zip(jobs, points, strict=True)]
             report = Report(progress, sum(source.bytes_to_copy for source in sources))
-            return [_make(store, source, report, packing) for source in sources]
+            return [_make(store, source, report, packing, pace) for source in sources]
         except BaseException:
             way.end_reading()
             for job in jobs:
@@ -340,10 +343,12 @@ class _Source:
 # --- the archive, and what comes after it is durable ---
 
 
-def _make(store: Store, source: _Source, report: Report, packing: Compression | None) -> BackupResult:
+def _make(
+    store: Store, source: _Source, report: Report, packing: Compression | None, pace: Pace | None
+) -> BackupResult:
     started = time.monotonic()
     job = source.job
-    device = Metered(source.point.device)
+    device = Metered(source.point.device, pace)
     entry = _write_image(source, device, report, packing)
     released = tuple(_still_there(store, job, job.manifest.released))
     job.hold.keep(entry.checkpoint, time.time_ns())

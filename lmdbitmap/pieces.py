@@ -21,6 +21,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 from lmdbitmap.bits import Run
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Allocation
+from lmdbitmap.pace import Pace
 
 CHUNK_BYTES = 1 << 20
 """Read at once, unless a block is larger: what stays in the processor's cache is copied fastest."""
@@ -48,10 +49,11 @@ class Readable(Protocol):
 
 
 class Metered:
-    """A device, and how much of it was read."""
+    """A device, and how much of it was read: no faster than `pace` allows."""
 
-    def __init__(self, device: Readable) -> None:
+    def __init__(self, device: Readable, pace: Pace | None = None) -> None:
         self._device = device
+        self._pace = pace
         self._read_many: ReadMany | None = getattr(device, "pread_many", None)
         self.pread_many = None if self._read_many is None else self._pread_many
         """Of a device that has it."""
@@ -63,15 +65,17 @@ class Metered:
         return self._device.size
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
+        self._admit(len(buffer))
         self._device.pread_into(buffer, offset)
-        self._count(len(buffer))
 
     def _pread_many(self, parts: Sequence[tuple[memoryview, int]]) -> None:
         assert self._read_many is not None
+        self._admit(sum(len(buffer) for buffer, _ in parts))
         self._read_many(parts)
-        self._count(sum(len(buffer) for buffer, _ in parts))
 
-    def _count(self, length: int) -> None:
+    def _admit(self, length: int) -> None:
+        if self._pace is not None:
+            self._pace.admit(length)
         with self._counting:
             self.bytes_read += length
 

@@ -42,6 +42,7 @@ from lmdbitmap.image import lasting_name, open_image
 from lmdbitmap.interfaces import TrackableDevice
 from lmdbitmap.manifest import Reason
 from lmdbitmap.mirror import Mending, Mirror, Overwriting
+from lmdbitmap.pace import Pace, pace_of
 from lmdbitmap.pieces import Metered, Pieces
 from lmdbitmap.schema import Disk
 from lmdbitmap.scratch import Scratch
@@ -91,19 +92,20 @@ def sync(
     freeze_limit_s: float = FREEZE_LIMIT_S,
     progress: Progress | None = None,
     open_device: OpenDevice | None = None,
+    bytes_per_s: int | None = None,
     owner_limit_s: float = OWNER_LIMIT_S,
 ) -> SyncResult:
     """Make `target`, a path or an NBD URI, what the disk called `name` is now; durable when this returns.
 
-    Only what changed since the last sync to that target is copied, where that is known. `compare` reads both
-    whatever is known; `only_incremental` raises `Untrusted` where that is not known, and nothing is done.
-    `attached`, `scratch`, `quiesced` and `owner_limit_s` are as for a backup. Nobody else may write the target.
+    Only what changed since the last sync to that target is copied, where that is known. `compare` reads both whatever
+    is known; `only_incremental` raises `Untrusted` where that is not known, and nothing is done. `attached`,
+    `scratch`, `quiesced`, `bytes_per_s` and `owner_limit_s` are as for a backup. Nobody else may write the target.
 
     Raises `InvalidArgument` and `AlreadyExists` for a target that does not fit, `Busy` for a disk or a target that
     somebody else holds, `NotFound` without such a disk or image, `StorageError` where a snapshot broke. The target is
     neither the old copy nor the new one then: sync again.
     """
-    started = time.monotonic()
+    started, pace = time.monotonic(), pace_of(bytes_per_s)
     place = lasting_name(os.fspath(target))
     with store.read() as reader:
         disk = chain.find_disk(reader, name)
@@ -117,7 +119,7 @@ def sync(
             )
         )
         copy = held.enter_context(contextlib.closing(SyncTarget(place)))
-        job = _prepare(store, way, notes, copy, compare=compare)
+        job = _prepare(store, way, notes, copy, pace, compare=compare)
         if only_incremental:
             _require_incremental(job)
         done = _carry_out(store, job, quiesced, progress)
@@ -137,17 +139,20 @@ class _Job:
     plan: Plan
     is_copy: bool
     """Whether syncs have written to the target before."""
+    pace: Pace | None
 
     def require_fit(self, size: int) -> None:
         self.target.require_fit(size, is_copy=self.is_copy)
 
 
-def _prepare(store: Store, way: Access, notes: NoteFile, copy: SyncTarget, *, compare: bool) -> _Job:
+def _prepare(
+    store: Store, way: Access, notes: NoteFile, copy: SyncTarget, pace: Pace | None, *, compare: bool
+) -> _Job:
     [disk] = way.disks
     copy.refuse_itself(disk)
     plan = plan_for(store, disk, notes.note, copy, compare=compare)
     is_same = plan.reason is None or plan.reason.code != "target-changed"
-    job = _Job(way, disk, notes, copy, plan, notes.note.is_of_a_copy and is_same)
+    job = _Job(way, disk, notes, copy, plan, notes.note.is_of_a_copy and is_same, pace)
     job.require_fit(disk.size)
     return job
 
@@ -216,7 +221,7 @@ def _copied(store: Store, job: _Job, point: PointInTime, progress: Progress | No
         target.fit(disk.size)
     open_target = target.writable(is_fresh=is_fresh)
     mirror: Mirror = Mending(open_target) if plan.kind is SyncKind.COMPARE else Overwriting(open_target)
-    source, report = Metered(point.device), Report(progress, bytes_changed)
+    source, report = Metered(point.device, job.pace), Report(progress, bytes_changed)
     pieces = Pieces(source, clusters)
     with os_errors_at(disk.image), contextlib.closing(pieces.of_all(runs)) as found:
         for piece in found:

@@ -81,7 +81,7 @@ _FOLDER = click.Path(file_okay=False)
 )
 @click.pass_obj
 def backup(
-    asked: Session, words: Sequence[str], kind: str, only_that: bool, hook: Hook, nice: int,
+    asked: Session, words: Sequence[str], kind: str, only_that: bool, hook: Hook, nice: int, speed_limit: int | None,
     owner_limit: float, compress: str | None, to_stdout: bool, since: str | None, checkpoint: str | None,
     diff_version: str | None,
 ) -> None:  # fmt: skip
@@ -97,16 +97,20 @@ def backup(
     """
     options = StreamOptions(since, checkpoint, diff_version)
     if to_stdout:
-        _require_stream(words)
+        _require_stream(words, speed_limit)
         stream_out(asked, words[0], options, nice, owner_limit)
         return
     options.require_none()
     if len(words) < 2:
         raise click.UsageError("Missing argument 'REPO'.")
-    _back_up(asked, words[:-1], words[-1], _Wishes(kind, only_that, compress, hook, nice, owner_limit))
+    _back_up(
+        asked, words[:-1], words[-1], _Wishes(kind, only_that, compress, hook, nice, speed_limit, owner_limit)
+    )
 
 
-def _require_stream(words: Sequence[str]) -> None:
+def _require_stream(words: Sequence[str], speed_limit: int | None) -> None:
+    if speed_limit is not None:
+        raise click.UsageError("A stream is as fast as its reader: limit that, as with pv -L, not --stdout.")
     if len(words) > 1:
         raise click.UsageError("--stdout takes one NAME, and no REPO.")
     if click.get_current_context().get_parameter_source("kind") is ParameterSource.COMMANDLINE:
@@ -121,6 +125,7 @@ class _Wishes(NamedTuple):
     compress: str | None
     hook: Hook
     nice: int
+    speed_limit: int | None
     owner_limit_s: float
 
 
@@ -138,6 +143,7 @@ def _back_up(asked: Session, names: Sequence[str], repository: str, wishes: _Wis
             kind=BackupType(wishes.kind), only_that=wishes.only_that, compression=wishes.compress,
             quiesced=lambda: nice_after(wishes.hook.freezing(names, thaw), wishes.nice, asked), progress=report,
             freeze_limit_s=wishes.hook.freeze_limit_s, owner_limit_s=wishes.owner_limit_s,
+            bytes_per_s=wishes.speed_limit,
         )  # fmt: skip
     if asked.as_json:
         say_json({"backups": [_backup_facts(result) for result in made], "thaw_failure": thaw.problem})

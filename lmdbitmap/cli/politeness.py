@@ -12,11 +12,24 @@ from contextlib import AbstractContextManager
 
 import click
 
-from lmdbitmap.cli.options import Function, Session
+from lmdbitmap.cli.options import Function, Session, size
 
 
 def polite(function: Function) -> Function:
-    """Add the option that says how much; the verb gets it as `nice`."""
+    """Add the options that say how much; the verb gets them as `nice` and `speed_limit`, bytes a second or None."""
+    return _nice(_speed_limit(function))
+
+
+def _speed_limit(function: Function) -> Function:
+    return click.option(
+        "--speed-limit",
+        type=size,
+        metavar="SIZE",
+        help="Read no more than that a second, 1M at least.",
+    )(function)
+
+
+def _nice(function: Function) -> Function:
     return click.option(
         "--nice",
         type=click.IntRange(0, 19),

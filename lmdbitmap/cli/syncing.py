@@ -45,6 +45,7 @@ def sync(
     only_incremental: bool,
     hook: Hook,
     nice: int,
+    speed_limit: int | None,
 ) -> None:
     """Bring a second copy of a disk up to date.
 
@@ -67,7 +68,8 @@ def sync(
         done = bring_up_to_date(
             store, name, target,
             compare=compare, only_incremental=only_incremental, freeze_limit_s=hook.freeze_limit_s,
-            quiesced=lambda: nice_after(hook.freezing([name], thaw), nice, asked), progress=report,
+            quiesced=lambda: nice_after(hook.freezing([name], thaw), nice, asked),
+            progress=report, bytes_per_s=speed_limit,
         )  # fmt: skip
     if asked.as_json:
         say_json({**_facts(done), "thaw_failure": thaw.problem})

@@ -57,3 +57,23 @@ def test_a_process_that_is_not_its_own_keeps_its_priority(cli: Cli, image: Path)
 @pytest.mark.parametrize("verb", ["backup", "sync"])
 def test_how_far_is_0_to_19(cli: Cli, image: Path, verb: str) -> None:
     assert "20 is not in the range 0<=x<=19" in cli.fails(2, verb, "sda", cli.folder / "x", "--nice", "20")
+
+
+@pytest.mark.parametrize("verb", ["backup", "sync"])
+def test_a_speed_limit_holds(cli: Cli, image: Path, verb: str) -> None:
+    """Of four reads at two a second the last begins a second and a half after the first, or later."""
+    answer = cli.json(verb, "sda", cli.folder / "copy", "--speed-limit", "2M")
+    [facts] = answer.get("backups", [answer])
+    assert facts["bytes_read"] == 4 * MIB
+    assert facts["seconds"] >= 1.5
+
+
+@pytest.mark.parametrize("verb", ["backup", "sync"])
+def test_a_speed_limit_that_would_take_for_ever_is_refused(cli: Cli, image: Path, verb: str) -> None:
+    said = cli.fails(2, verb, "sda", cli.folder / "copy", "--speed-limit", "1000")
+    assert said.startswith("1000 bytes a second are too few; allow 1048576 at least")
+    assert not (cli.folder / "copy").exists()
+
+
+def test_a_stream_is_as_fast_as_its_reader(cli: Cli, image: Path) -> None:
+    assert "limit that, as with pv -L" in cli.fails(2, "backup", "sda", "--stdout", "--speed-limit", "2M")
