@@ -5,6 +5,10 @@ reference: from the page cache into a pipe, and from the pipe to the socket; the
 header is sent, so that an error of the disk can still be told. What the client
 receives that way is the page as it is when it gets there: a write that overlaps a READ in flight may show in
 it, as the protocol allows. A disk that must not show it (a point in time) has no `fd`.
+
+What is long depends on the socket. The client at the other end of a unix socket copies cold pages itself, alone, and
+one by one: it gets its data half as fast again when our processor has copied it to warm memory before. So only
+READs that are too long for the memory that a connection keeps travel by reference there.
 """
 
 from __future__ import annotations
@@ -35,11 +39,13 @@ _MOST_GATHERED: Final = 512 << 10
 _MOST_PARTS: Final = 1000
 """The kernel takes 1024 at once."""
 SPLICE_FROM: Final = 32 << 10
-"""READs of this many bytes travel by reference: below it, copying is cheaper than two more system calls."""
+"""READs of this many bytes travel by reference over TCP: below it, copying is cheaper than two more system calls."""
 _APART_FROM: Final = 128 << 10
-"""READs of this many bytes that cannot are answered by themselves, out of memory that is used again."""
+"""READs of this many bytes that do not are answered by themselves, out of memory that is used again."""
 _MOST_KEPT: Final = 1 << 20
-"""Memory for READs that do not travel by reference, for as long as the connection lasts."""
+"""That memory, for as long as the connection lasts."""
+SPLICE_FROM_UNIX: Final = _MOST_KEPT + 1
+_NEVER: Final = 1 << 62
 
 _SIMPLE_OK: Final = struct.pack(">II", nbd.NBD_SIMPLE_REPLY_MAGIC, 0)
 """A simple reply but for its cookie."""
@@ -79,9 +85,10 @@ class Replies:
         self._pread_patiently = _by_lane(lane.pread_into) if fd is None else functools.partial(os.pread, fd)
         self._knows_haste = _knows_haste(fd)
         self._pread = self._pread_patiently
-        self._apart_from, self._read_apart = _APART_FROM, self.add_whole_read
-        if fd is not None and not encrypted:
-            self._apart_from, self._read_apart = SPLICE_FROM, self._splice
+        self._splice_from = SPLICE_FROM_UNIX if sock.family == socket.AF_UNIX else SPLICE_FROM
+        if fd is None or encrypted:
+            self._splice_from = _NEVER
+        self._apart_from = min(_APART_FROM, self._splice_from)
         self._pipe: tuple[int, int] | None = None
         self._large = memoryview(b"")
 
@@ -147,7 +154,7 @@ class Replies:
         gathered, header_size = self._gathered, self._header_size
         for _, cookie, offset, length in reads:
             if length >= apart_from:
-                self._read_apart(cookie, offset, length)
+                self._add_long_read(cookie, offset, length)
                 continue
             try:
                 data = self._pread(length, offset)
@@ -173,6 +180,12 @@ class Replies:
         self._notice.give()
         self.hurry(False)
         return self._pread(length, offset)
+
+    def _add_long_read(self, cookie: bytes, offset: int, length: int) -> None:
+        if length >= self._splice_from:
+            self._splice(cookie, offset, length)
+        else:
+            self.add_whole_read(cookie, offset, length)
 
     def add_whole_read(self, cookie: bytes, offset: int, length: int) -> None:
         """Do one READ through memory of its own, and answer it in one chunk."""
@@ -240,7 +253,7 @@ class Replies:
             return os.splice(self._fd, self._pipe[1], length, offset_src=offset)
         except OSError as refused:
             if refused.errno == errno.EINVAL:  # not a kind of file that can
-                self._apart_from, self._read_apart = _APART_FROM, self.add_whole_read
+                self._splice_from, self._apart_from = _NEVER, _APART_FROM
             return 0
 
     def _empty_pipe(self, length: int) -> None:

@@ -18,7 +18,7 @@ from lmdbitmap.errors import FormatError, LmdbitmapError, StorageError
 from lmdbitmap.interfaces import BlockDevice, ServedDisk
 from lmdbitmap.nbd.connection import Connection
 from lmdbitmap.nbd.contexts import MAX_DESCRIPTORS, StatusSource
-from lmdbitmap.nbd.replies import SPLICE_FROM
+from lmdbitmap.nbd.replies import SPLICE_FROM_UNIX
 from lmdbitmap.nbd.traffic import KINDS
 from lmdbitmap.plain import PlainDisk, PlainLane
 from tests.nbd_raw import (
@@ -429,7 +429,7 @@ def test_reads_of_a_file_of_any_length_are_right(
 
 
 @pytest.mark.parametrize("structured", [True, False], ids=["structured", "simple"])
-@pytest.mark.parametrize("length", [4096, MIB])
+@pytest.mark.parametrize("length", [4096, MIB, SPLICE_FROM_UNIX])
 def test_a_file_cut_behind_our_back_fails_the_read_and_nothing_else(
     image: FileDevice, tmp_path: Path, structured: bool, length: int
 ) -> None:
@@ -454,7 +454,7 @@ def test_a_connection_leaves_no_descriptor_behind(image: FileDevice) -> None:
 
     before = len(descriptors())
     with connected(PlainDisk(image)) as peer:
-        assert peer.do(READ, 0, MIB).error == 0
+        assert peer.do(READ, 0, SPLICE_FROM_UNIX).error == 0
         assert len(descriptors()) == before + 4  # two ends of the socket, two of the pipe
     assert len(descriptors()) == before
 
@@ -473,12 +473,13 @@ def test_a_simple_read_that_fails_after_its_reply_began_costs_the_connection(
 
 def test_long_reads_of_a_file_that_cannot_travel_by_reference_are_copied() -> None:
     """A process's memory is such a file: its addresses are the offsets."""
-    content = ctypes.create_string_buffer(pattern(MIB), MIB)
+    length = SPLICE_FROM_UNIX
+    content = ctypes.create_string_buffer(pattern(length), length)
     fd = os.open("/proc/self/mem", os.O_RDONLY)
     try:
         with connected(DiskOnDescriptor(fd)) as peer:
             for _ in range(2):
-                assert peer.do(READ, ctypes.addressof(content), MIB).data == pattern(MIB)
+                assert peer.do(READ, ctypes.addressof(content), length).data == pattern(length)
     finally:
         os.close(fd)
 
@@ -511,7 +512,7 @@ def test_counters_tell_what_was_answered_and_carried(device: MemoryDevice) -> No
     with connected(PlainDisk(device)) as peer:
         peer.do(WRITE, 0, 1000, data=bytes(1000))
         peer.do(READ, 0, 100)
-        peer.do(READ, 0, SPLICE_FROM)
+        peer.do(READ, 0, SPLICE_FROM_UNIX)
         peer.do(TRIM, SIZE, 1)
         peer.do(WRITE_ZEROES, 0, 1)
         peer.do(FLUSH)
@@ -522,7 +523,7 @@ def test_counters_tell_what_was_answered_and_carried(device: MemoryDevice) -> No
     assert counted == {"reads": 2, "writes": 1, "zeroes": 2, "flushes": 1, "block_status": 1, "other": 1}
     assert (traffic.connections, traffic.requests) == (1, 8)
     assert traffic.bytes_received == 8 * 28 + 1000
-    assert traffic.bytes_sent > 2 * 28 + 100 + SPLICE_FROM
+    assert traffic.bytes_sent > 2 * 28 + 100 + SPLICE_FROM_UNIX
     assert sum(traffic.flushes.counts) == 1
 
 

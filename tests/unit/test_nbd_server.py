@@ -125,7 +125,7 @@ def test_a_client_too_many_is_turned_away_until_another_leaves(path: str) -> Non
             assert first.is_closed_by_server()
         with transmitting(path) as third:
             assert third.do(READ, 0, 1).error == 0
-        assert server.counters[:3] == (2, 1, 1)
+            assert server.counters[:3] == (2, 1, 1)
 
 
 def test_counters_outlive_the_connections_they_count(path: str) -> None:
