@@ -103,7 +103,7 @@ def access(
     such a disk or image.
     """
     ours = [name for name in names if name in (attached or {})]
-    served = [] if ours else [name for name in names if _is_owned(store, name)]
+    served = [] if ours else [name for name in names if is_served(store, name)]
     if 0 < len(ours + served) < len(names):
         raise Busy(
             f"of these disks only {', '.join(ours + served)} is served",
@@ -126,7 +126,8 @@ def open_to_read(image: str) -> TrackableDevice:
     return open_image(image, read_only=True)
 
 
-def _is_owned(store: Store, name: str) -> bool:
+def is_served(store: Store, name: str) -> bool:
+    """Whether a process has the disk attached now."""
     with store.read() as reader:
         return owner.is_owned(store.owner_path(chain.find_disk(reader, name).uuid))
 

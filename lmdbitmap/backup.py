@@ -381,7 +381,7 @@ def _write_image(
     job, parent = source.job, source.job.plan.parent
     path = job.folder.path_of(job.file)
     rescans = job.plan.type_actual is BackupType.RESCAN
-    with files.replacing(path) as file, ChunkHasher(file.fileno()) as hasher:
+    with files.replacing(path) as file, ChunkHasher(file.fileno(), job.folder.path) as hasher:
         with _told_why(source), os_errors_at(job.disk.image), source.runs(device, report) as runs:
             copied = copy_clusters(
                 device,
@@ -428,12 +428,12 @@ def _forget_unneeded(store: Store, source: _Source, manifest: Manifest) -> None:
     """Let go of checkpoints that no coming backup counts from. The backup is made, whatever happens here."""
     job, disk = source.job, source.point.disk
     assert manifest.holder is not None
-    needed = {checkpoint.uuid for checkpoint in _counted_from(manifest, disk)}
-    needed |= consumers.held_by_others(store, disk, manifest.holder)
     held = {entry.checkpoint.uuid for entry in manifest.backups}
-    unneeded = (held | {checkpoint.uuid for checkpoint in manifest.released}) - needed
+    held |= {checkpoint.uuid for checkpoint in manifest.released}
+    needed = {checkpoint.uuid for checkpoint in _counted_from(manifest, disk)}
     abandoned = {work.checkpoint for work in job.leftovers}
     try:
+        unneeded = held - needed - consumers.held_by_others(store, disk, manifest.holder)
         _forget(job.access, disk, lambda member: member.uuid in unneeded or member.name in abandoned)
         if job.plan.type_actual is BackupType.FULL and job.access.holds_alone:
             mending.mend_closed_periods(store, disk)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,8 @@ DIGEST_BYTES: Final = 32
 _BATCH_CHUNKS: Final = 4
 """Hashed in one go: what a thread costs is lost in it."""
 _READ_AT_ONCE: Final = 256 << 10
+_MOST_IN_MEMORY: Final = 8 << 20
+"""Of digests: those of 256 GiB."""
 _MOST_THREADS: Final = 8
 
 
@@ -35,14 +38,18 @@ def thread_count() -> int:
 
 
 class ChunkHasher:
-    """The digests of the file `fd`, for one thread that writes it; a context, which owns its threads."""
+    """The digests of the file `fd`, for one thread that writes it; a context, which owns its threads.
 
-    def __init__(self, fd: int, chunk_size: int = CHUNK_BYTES) -> None:
+    Digests beyond some megabytes are in a file without a name in `folder`, so that memory is bounded.
+    """
+
+    def __init__(self, fd: int, folder: str, chunk_size: int = CHUNK_BYTES) -> None:
         self._fd = fd
         self.chunk_size = chunk_size
         self._threads = ThreadPoolExecutor(max_workers=thread_count())
-        self._batches: list[Future[list[bytes]]] = []
-        self._under_way: deque[Future[list[bytes]]] = deque()
+        self._digests = tempfile.SpooledTemporaryFile(_MOST_IN_MEMORY, dir=folder)
+        """Of the first chunks, one behind the other."""
+        self._under_way: deque[Future[bytes]] = deque()
         self._end = 0
         self._hashed_chunks = 0
         self._stale: set[int] = set()
@@ -54,6 +61,7 @@ class ChunkHasher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._threads.shutdown(cancel_futures=True)
+        self._digests.close()
 
     def wrote(self, offset: int, length: int) -> None:
         """The file has these bytes now."""
@@ -70,34 +78,38 @@ class ChunkHasher:
         chunks = ceil_div(os.fstat(self._fd).st_size, self.chunk_size)
         while self._hashed_chunks < chunks:
             self._hash_next(min(_BATCH_CHUNKS, chunks - self._hashed_chunks))
-        chunk = 0
-        for batch in self._batches:
-            for digest in batch.result():
-                yield _digests_of(self._fd, self.chunk_size, chunk, 1)[0] if chunk in self._stale else digest
-                chunk += 1
+        while self._under_way:
+            self._take_next()
+        self._digests.seek(0)
+        for chunk in range(chunks):
+            digest = self._digests.read(DIGEST_BYTES)
+            yield _digests_of(self._fd, self.chunk_size, chunk, 1) if chunk in self._stale else digest
 
     def _hash_next(self, count: int) -> None:
         """Hand over the next chunks; a writer that is far ahead waits."""
         batch = self._threads.submit(_digests_of, self._fd, self.chunk_size, self._hashed_chunks, count)
-        self._batches.append(batch)
         self._under_way.append(batch)
         self._hashed_chunks += count
         if len(self._under_way) > 2 * thread_count():
-            self._under_way.popleft().result()
+            self._take_next()
+
+    def _take_next(self) -> None:
+        self._digests.write(self._under_way.popleft().result())
 
 
 def chunk_digests(fd: int, chunk_size: int = CHUNK_BYTES) -> Iterator[bytes]:
     """The SHA-256 of each chunk of a file; the last chunk may be short."""
     for chunk in range(ceil_div(os.fstat(fd).st_size, chunk_size)):
-        yield from _digests_of(fd, chunk_size, chunk, 1)
+        yield _digests_of(fd, chunk_size, chunk, 1)
 
 
-def _digests_of(fd: int, chunk_size: int, first: int, count: int) -> list[bytes]:
+def _digests_of(fd: int, chunk_size: int, first: int, count: int) -> bytes:
+    """One behind the other."""
     buffer = memoryview(bytearray(min(_READ_AT_ONCE, chunk_size)))
-    return [
+    return b"".join(
         _digest_at(fd, chunk * chunk_size, chunk_size, buffer).digest()
         for chunk in range(first, first + count)
-    ]
+    )
 
 
 def digest_at(fd: int, offset: int, length: int) -> bytes:

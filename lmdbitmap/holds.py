@@ -30,7 +30,7 @@ from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from lmdbitmap import files
-from lmdbitmap.errors import FormatError, InvalidArgument, LmdbitmapError, os_errors_at
+from lmdbitmap.errors import FormatError, InvalidArgument, LmdbitmapError, NotFound, os_errors_at
 from lmdbitmap.manifest import CheckpointRef, Reason
 from lmdbitmap.repository import is_checkpoint_name
 from lmdbitmap.schema import Checkpoint
@@ -51,7 +51,7 @@ _STREAM_NAME = re.compile(r"stream-[0-9]{8}T[0-9]{6}Z-[0-9a-f]{6}")
 
 
 class UnderWay(NamedTuple):
-    """The checkpoint of a run; its uuid where its name could also be another one's."""
+    """The checkpoint of a run; its uuid where its name could be another one's too, and no name before that is known."""
 
     name: str
     uuid: UUID | None = None
@@ -240,8 +240,10 @@ def _lapse_path(store_path: str, disk: UUID) -> str:
 def _read(path: str) -> Hold | None:
     try:
         return decode(files.read_bounded(path, _MAX_NOTE_BYTES), path) if os.path.lexists(path) else None
-    except FormatError as damaged:
-        log.warning("%s; the checkpoints that it named stay", damaged.problem)
+    except NotFound:  # just now: its run ended
+        return None
+    except LmdbitmapError as unreadable:
+        log.warning("%s; the checkpoints that it named stay", unreadable.problem)
         return None
 
 
@@ -268,7 +270,7 @@ def decode(data: bytes, place: str) -> Hold:
         return Hold(
             UUID(_as(str, fields["holder"])),
             None if fields["repository"] is None else _as(str, fields["repository"]),
-            _as(int, fields["used_ns"]),
+            _time(fields["used_ns"]),
             tuple(_checkpoint(one) for one in _as(list, fields["checkpoints"])),
             None if fields["under_way"] is None else _run(fields["under_way"]),
             None if fields["ended"] is None else _ended(fields["ended"]),
@@ -279,6 +281,12 @@ def decode(data: bytes, place: str) -> Hold:
             found=f"{type(wrong).__name__} ({str(wrong)[:100]})",
             next_step="remove it, and forget the checkpoints of a repository that is gone by their names",
         ) from wrong  # fmt: skip
+
+
+def _time(value: Any) -> int:
+    if not 0 <= _as(int, value) < 1 << 63:
+        raise ValueError("a time before 1970, or far from now")
+    return int(value)
 
 
 def _checkpoint(fields: Any) -> CheckpointRef:

@@ -34,7 +34,7 @@ from lmdbitmap.bits import Run
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.geometry import EXTENT_BLOCKS, REGION_BLOCKS, REGION_BYTES, REGION_EXTENTS
 from lmdbitmap.schema import Bitmap
-from lmdbitmap.store import Store, Writer
+from lmdbitmap.store import Reader, Store, Writer
 
 DEFAULT_MAX_ARMED = 1024
 _ARM_AHEAD_EXTENTS = 8
@@ -343,13 +343,30 @@ class Period:
         with self._commit:
             yield
 
-    def put_exact(self, writer: Writer) -> None:
+    def put_exact(self, writer: Writer, dirty: Iterable[Run] = ()) -> None:
         """As `persist`, inside a transaction of the caller's, who has drained all writers and holds the period.
 
-        Changes nothing in memory: the caller ends the period once the transaction is durable.
+        The blocks of `dirty` are dirty in it too. Changes nothing in memory: the caller ends the period once the
+        transaction is durable.
         """
-        for region in sorted(self._behind | set(self._armed)):
-            writer.put_region(self.bitmap_id, region, 0, bytes(self._known(region)))
+        added: dict[int, list[Run]] = {}
+        for region, start, stop in (piece for run in dirty for piece in _pieces(*run)):
+            added.setdefault(region, []).append((start, stop))
+        for region in sorted(self._behind | set(self._armed) | added.keys()):
+            exact = self._known(region) if self._loaded[region] else self._stored(writer, region)
+            for run in added.get(region, ()):
+                bits.set_range(bits.bitmap_view(exact), *run)
+            writer.put_region(self.bitmap_id, region, 0, bytes(exact))
+
+    def _stored(self, reader: Reader, region: int) -> bytearray:
+        if self._all_dirty:
+            return bytearray(schema.ALL_DIRTY_BITS)
+        record = reader.region(self.bitmap_id, region)
+        return (
+            bytearray(REGION_BYTES)
+            if record is None
+            else bytearray(bits.dirty_bits(record.armed, record.bits))
+        )
 
     def end(self) -> None:
         """Another period goes on from here: nothing of this one is left to write. Called inside `held`."""

@@ -57,6 +57,7 @@ class Metered:
         self._read_many: ReadMany | None = getattr(device, "pread_many", None)
         self.pread_many = None if self._read_many is None else self._pread_many
         """Of a device that has it."""
+        self.interrupt: Callable[[], None] = getattr(device, "interrupt", _nothing)
         self.bytes_read = 0
         self._counting = threading.Lock()
 
@@ -91,6 +92,10 @@ class Piece(NamedTuple):
     data: memoryview | None
 
 
+def _nothing() -> None:
+    """A device that cannot hang, or nobody can help it."""
+
+
 class _Read(NamedTuple):
     """Ranges (offset, length) of the device that one buffer has room for; `together` if they are small runs."""
 
@@ -111,6 +116,7 @@ class Pieces:
     def __init__(self, device: Readable, blocks: Geometry) -> None:
         self._device = device
         self._read_many: ReadMany | None = getattr(device, "pread_many", None)
+        self._interrupt: Callable[[], None] = getattr(device, "interrupt", _nothing)
         self._blocks = blocks
         self._chunk_bytes = max(CHUNK_BYTES, blocks.granularity)
         self._zeroes = bytes(blocks.granularity)
@@ -118,11 +124,13 @@ class Pieces:
     def of_all(self, runs: Iterable[Run]) -> Generator[Piece, None, None]:
         """The runs, which ascend, without a gap in one of them. Raises `OSError` as the device does.
 
-        Close it where it is left before its end: its thread may be reading.
+        Close it where it is left before its end: its thread may be reading. A device that can be interrupted is, and is
+        of no use afterwards.
         """
         free = [bytearray(min(self._chunk_bytes, self._blocks.size)) for _ in range(_BUFFERS)]
         ahead: deque[_Ahead] = deque()
-        with ThreadPoolExecutor(max_workers=1) as reader:
+        reader = ThreadPoolExecutor(max_workers=1)
+        try:
             for step in self._steps(runs):
                 while len(ahead) > _MOST_AHEAD or not free:
                     yield from _taken(ahead, free)
@@ -135,6 +143,11 @@ class Pieces:
                     yield step
             while ahead:
                 yield from _taken(ahead, free)
+        except BaseException:
+            self._interrupt()
+            raise
+        finally:
+            reader.shutdown(cancel_futures=True)
 
     # -- what to read --------------------------------------------------------------------------------------
 

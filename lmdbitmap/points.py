@@ -97,7 +97,7 @@ def _next_period(
     writer: Writer, tracking: Tracking, name: str, time_ns: int
 ) -> tuple[Checkpoint, Disk, Period]:
     """Extents that are being written stay armed in it, so that their writers do not all commit at once."""
-    tracking.period.put_exact(writer)
+    tracking.put_exact(writer)
     disk, checkpoint = chain.add_checkpoint(writer, tracking.as_stored(writer), name, time_ns)
     armed = dict(list(tracking.period.active_extents().items())[-_CARRIED_REGIONS:])
     period = tracking.open_period(writer, disk)

@@ -182,7 +182,7 @@ def _written(folder: BackupFolder, manifest: Manifest, rewrite: _Rewrite, report
         view = View(pool, folder, chain, down_to=len(chain) - len(merged))
         over = _over(pool, folder, manifest, onto, is_below=len(merged) < len(chain))
         copied, compression = write_merged(file.fileno(), path, view, over, report)
-        with ChunkHasher(file.fileno()) as hasher:
+        with ChunkHasher(file.fileno(), folder.path) as hasher:
             chunks = synced_digests(folder, entry.file, file.fileno(), hasher)
     merged_entry = _entry(entry, onto, merged, copied, chunks)
     return dataclasses.replace(merged_entry, compression=compression)

@@ -37,11 +37,11 @@ from lmdbitmap.access import FREEZE_LIMIT_S, OWNER_LIMIT_S, Access, PointInTime,
 from lmdbitmap.bits import Run
 from lmdbitmap.changes import Changes, changes
 from lmdbitmap.copier import Progress, Report, cluster_bits_for
-from lmdbitmap.errors import LmdbitmapError, StorageError, os_errors_at
+from lmdbitmap.errors import Busy, LmdbitmapError, StorageError, os_errors_at
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import Geometry
-from lmdbitmap.holds import HoldFile, UnderWay, is_given_name
+from lmdbitmap.holds import HoldFile, UnderWay
 from lmdbitmap.interfaces import BlockDevice, Buffer
 from lmdbitmap.pieces import Pieces
 from lmdbitmap.rbd_diff import Encoder, Head
@@ -236,8 +236,8 @@ def stream_backup(
         head = Head(version, disk.size, since, checkpoint or _checkpoint_name(time.time_ns()))
         counted_from = _require_countable(store, disk, head)
         with HoldFile(store.path, disk.uuid, uuid4()).locked() as note:
-            run = _Run(store, way, note, head, out, progress)
-            streamed, trust, point = _stream_noted(run, counted_from, quiesced)
+            run = _Run(store, way, note, head, out, progress, counted_from, names_itself=checkpoint is None)
+            streamed, trust, point = _stream_noted(run, quiesced)
     size, seconds = point.disk.size, time.monotonic() - started
     return StreamResult(name, since, point.checkpoint.name, size, trust, streamed, seconds)
 
@@ -251,34 +251,43 @@ class _Run(NamedTuple):
     head: Head
     out: Sink
     progress: Progress | None
+    counted_from: Checkpoint | None
+    names_itself: bool
+    """Whether we made up the checkpoint's name, so that nobody else's has it."""
 
 
 def _stream_noted(
-    run: _Run, counted_from: Checkpoint | None, quiesced: Callable[[], AbstractContextManager[object]]
+    run: _Run, quiesced: Callable[[], AbstractContextManager[object]]
 ) -> tuple[Streamed, Trust, PointInTime]:
+    """A name that the caller gave may be another checkpoint's: it is not noted before there is a uuid to go with it."""
     name, time_ns = str(run.head.to_name), time.time_ns()
     try:
-        run.note.begin(None, (), UnderWay(name), time_ns)
+        run.note.begin(None, (), UnderWay(name if run.names_itself else ""), time_ns)
         with quiesced():
-            [point] = run.way.take_point(name, [counted_from], once=True)
+            [point] = run.way.take_point(name, [run.counted_from], once=True)
         try:
-            if not is_given_name(name):
+            if not run.names_itself:
                 run.note.begin(None, (), UnderWay(name, point.checkpoint.uuid), time_ns)
             streamed, trust = _stream_point(run, point)
         except BaseException:
             _take_back(run.way, point)
             raise
     finally:
-        _let_go(run.store, run.note)
+        _let_go(run)
     return streamed, trust, point
 
 
-def _let_go(store: Store, note: HoldFile) -> None:
-    """Of a stream that failed; its checkpoint, if it could not be taken back, is left to whoever comes next."""
+def _let_go(run: _Run) -> None:
+    """Of a stream that failed; its checkpoint, if it could not be taken back, is left to whoever comes next.
+
+    The note stays where an owner that we gave up may make the checkpoint yet.
+    """
     try:
-        with store.read() as reader:
-            members = reader.checkpoints(note.disk)
-        note.settle(members)
+        [disk] = run.way.disks
+        run.way.forget(disk, lambda member: False)
+        with run.store.read() as reader:
+            members = reader.checkpoints(disk.uuid)
+        run.note.settle(members)
     except LmdbitmapError as error:
         log.warning("the note of a stream that failed stays: %s", error)
 
@@ -287,6 +296,12 @@ def _stream_point(run: _Run, point: PointInTime) -> tuple[Streamed, Trust]:
     disk, head, changed = point.disk, run.head, None
     if head.from_name is not None:
         changed = changes(run.store, disk.name, since=head.from_name, until=point.checkpoint.name)
+        assert run.counted_from is not None
+        if changed.since.uuid != run.counted_from.uuid:  # what changed before the new one would be missing
+            raise Busy(
+                f"checkpoint {head.from_name!r} of disk {disk.name!r} was forgotten just now, and another has its name",
+                next_step="stream everything, or what changed since another checkpoint that the receiver has",
+            )
 
     def before_end() -> None:
         run.way.prove(point)

@@ -243,6 +243,11 @@ def _what_to_copy(
     if plan.since is None:
         return iter([(0, clusters.block_count)]), disk.size, Trust.EXACT
     changed = changes(store, disk.name, since=plan.since.name, until=point.checkpoint.name)
+    if changed.since.uuid != plan.since.uuid:  # what changed before the new one would be missing
+        raise Busy(
+            f"checkpoint {plan.since.name!r} of disk {disk.name!r} was forgotten just now, and another has its name",
+            next_step="sync again",
+        )
     summary = changed.summary
     runs = bits.regrain_outward(changed.runs(), changed.geometry, clusters.granularity_bits)
     return runs, summary.dirty_bytes, summary.standing.trust

@@ -134,13 +134,17 @@ class Tracking:
         """Persist, change the chain, and open its newest bitmap afresh. Called inside `frozen`."""
 
         def persist_and_change(writer: Writer) -> tuple[Disk, Period]:
-            self.period.put_exact(writer)
+            self.put_exact(writer)
             disk = change(writer, self.as_stored(writer))
             writer.put_disk(disk)
             return disk, self.open_period(writer, disk)
 
         with changed_together([self.voucher]):
             self.go_on_with(*self.store.update(persist_and_change))
+
+    def put_exact(self, writer: Writer) -> None:
+        """Write what the period knows, with what may have changed by writes in doubt. Called inside `frozen`."""
+        self.period.put_exact(writer, self.in_doubt(self.disk.geometry))
 
     def go_on_with(self, disk: Disk, period: Period) -> None:
         """The chain is another now, durably: track into its newest bitmap. Called inside `frozen`."""
@@ -218,7 +222,7 @@ class Tracking:
         disk = dataclasses.replace(self.disk, session=None, identity=identity)
 
         def commit(writer: Writer) -> None:
-            self.period.put_exact(writer)
+            self.put_exact(writer)
             writer.put_disk(disk)
 
         self.store.update(commit)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 from click.core import ParameterSource
 
+from lmdbitmap.access import is_served
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import progress, say, say_json
 from lmdbitmap.cli.politeness import nice_after, polite
@@ -138,10 +139,13 @@ def _back_up(asked: Session, names: Sequence[str], repository: str, wishes: _Wis
         Store.open(asked.store_path) as store,
         progress(f"backing up {', '.join(names)}", shown=asked.shows_progress) as report,
     ):
+        served = is_served(store, names[0])  # not by ourselves yet
         made = back_up(
             store, names, repository,
             kind=BackupType(wishes.kind), only_that=wishes.only_that, compression=wishes.compress,
-            quiesced=lambda: nice_after(wishes.hook.freezing(names, thaw), wishes.nice, asked), progress=report,
+            quiesced=lambda: nice_after(
+                wishes.hook.freezing(names, thaw), wishes.nice, asked, served=served
+            ), progress=report,
             freeze_limit_s=wishes.hook.freeze_limit_s, owner_limit_s=wishes.owner_limit_s,
             bytes_per_s=wishes.speed_limit,
         )  # fmt: skip

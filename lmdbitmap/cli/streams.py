@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lmdbitmap.access import is_served
 from lmdbitmap.cli.options import Session
 from lmdbitmap.cli.output import progress, say, say_json
 from lmdbitmap.cli.politeness import nice_after
@@ -47,10 +48,11 @@ def stream_out(asked: Session, name: str, options: StreamOptions, nice: int, own
         Store.open(asked.store_path) as store,
         progress(f"streaming {name}", shown=asked.shows_progress) as report,
     ):
+        served = is_served(store, name)  # not by ourselves yet
         made = stream_backup(
             store, name, out,
             since=options.since, checkpoint=options.checkpoint, version=int(options.version or 1),
-            quiesced=lambda: nice_after(nullcontext(), nice, asked), progress=report,
+            quiesced=lambda: nice_after(nullcontext(), nice, asked, served=served), progress=report,
             owner_limit_s=owner_limit_s,
         )  # fmt: skip
     if asked.as_json:

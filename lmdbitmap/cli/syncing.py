@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lmdbitmap.access import is_served
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import progress, say, say_json
 from lmdbitmap.cli.politeness import nice_after, polite
@@ -65,10 +66,11 @@ def sync(
         Store.open(asked.store_path) as store,
         progress(f"syncing {name}", shown=asked.shows_progress) as report,
     ):
+        served = is_served(store, name)  # not by ourselves yet
         done = bring_up_to_date(
             store, name, target,
             compare=compare, only_incremental=only_incremental, freeze_limit_s=hook.freeze_limit_s,
-            quiesced=lambda: nice_after(hook.freezing([name], thaw), nice, asked),
+            quiesced=lambda: nice_after(hook.freezing([name], thaw), nice, asked, served=served),
             progress=report, bytes_per_s=speed_limit,
         )  # fmt: skip
     if asked.as_json:

@@ -342,6 +342,10 @@ class NbdDevice:
             next_step="detach the disk, resize the image on its server, restart that, and `adopt` the disk",
         )
 
+    def interrupt(self) -> None:
+        """From any thread: what others wait for fails, and so does all that follows. Close it then."""
+        self._conversation.interrupt()
+
     def close(self) -> None:
         self._conversation.close()
 

@@ -140,6 +140,13 @@ class Conversation:
         if link is not None:
             link.say_goodbye()
 
+    def interrupt(self) -> None:
+        """Have whatever is in flight fail, and all that follows: whoever waits for it is to wait no more."""
+        self._closing.set()
+        link = self._link
+        if link is not None:
+            link.hang_up()
+
     def in_doubt(self) -> Sequence[Run]:
         """Bytes, as (start, stop), that may change yet because of a connection that was lost."""
         return self._doubts.runs

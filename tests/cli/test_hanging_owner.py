@@ -6,6 +6,8 @@ import contextlib
 import io
 import os
 import signal
+import subprocess
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -105,3 +107,30 @@ def test_limit_is_an_option_of_the_command(cli: Cli) -> None:
         with going_on(pid):
             assert "not a byte of an answer came within 0.2 s" in cli(*words).err
         assert cli(*words[:3]).code == 0
+
+
+def interruptible(command: list[str]) -> list[str]:
+    """Also where these tests run in the background, and who is started there ignores SIGINT."""
+    begin = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    return [command[0], "-c", f"{begin} from lmdbitmap.cli.main import main; main()", *command[3:]]
+
+
+def test_one_interrupt_ends_a_reader_whose_owner_hangs(cli: Cli) -> None:
+    cli.add("sda").write_bytes(os.urandom(SIZE))
+    cli.ok("adopt", "sda")
+    with cli.serving("sda", log=True) as served:
+        pid, hook, noted = served.child.pid, cli.folder / "hook", cli.folder / "noted"
+        hook.write_text(f"#!/bin/sh\n[ $1 = freeze ] || {{ {stop_and_wait(pid)}; touch {noted}; }}\n")
+        hook.chmod(0o755)
+        with (
+            going_on(pid),
+            subprocess.Popen(
+                interruptible(cli.command("backup", "sda", cli.folder / "backups", "--hook", hook))
+            ) as reader,
+        ):
+            children = Path(f"/proc/{reader.pid}/task/{reader.pid}/children")
+            while not noted.exists() or children.read_text():
+                assert reader.poll() is None
+                time.sleep(0.01)
+            reader.send_signal(signal.SIGINT)
+            assert reader.wait(30) == 130

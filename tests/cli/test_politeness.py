@@ -26,12 +26,22 @@ def test_a_stream_gives_way_as_far_as_it_is_told(
     cli: Cli, image: Path, options: tuple[str, ...], niceness: int
 ) -> None:
     ours = os.getpriority(os.PRIO_PROCESS, 0)
+    with cli.serving("sda"):
+        assert niceness_while_streaming(cli, *options) == max(ours, niceness)
+
+
+def test_nobody_gives_way_who_changes_the_store_himself(cli: Cli, image: Path) -> None:
+    assert niceness_while_streaming(cli) == os.getpriority(os.PRIO_PROCESS, 0)
+
+
+def niceness_while_streaming(cli: Cli, *options: str) -> int:
     command = cli.command("backup", "sda", "--stdout", *options)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
         assert child.stdout is not None
         assert child.stdout.read(12) == b"rbd diff v1\n"
-        assert os.getpriority(os.PRIO_PROCESS, child.pid) == max(ours, niceness)
+        niceness = os.getpriority(os.PRIO_PROCESS, child.pid)
         child.stdout.read()
+    return niceness
 
 
 @pytest.mark.parametrize("verb", ["backup", "sync"])

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import pty
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+from lmdbitmap.errors import Busy
+from lmdbitmap.store import Store
+from lmdbitmap.stream import stream_backup
+from lmdbitmap.sync import sync
 from tests import naive_rbd_diff
 from tests.cli.conftest import MIB, SIZE, Cli
 from tests.cli.test_serve import write
@@ -204,3 +211,29 @@ def test_tracked_image_is_not_changed_by_a_stream(cli: Cli, image: Path) -> None
     assert image.read_bytes() == before
     cli.ok("rm", "sda")
     assert say(cli, "restore", "-", image, stdin=data).code == 0
+
+
+@pytest.mark.parametrize("to", ["stream", "sync"])
+def test_a_checkpoint_that_gave_its_name_away_meanwhile_is_not_counted_from(
+    cli: Cli, image: Path, to: str
+) -> None:
+    """What changed before the new one of that name would be missing."""
+    with cli.serving("sda") as served, Store.open(str(cli.store)) as store:
+        cli.ok("checkpoint", "sda", "daily")
+        if to == "sync":
+            since = sync(store, "sda", cli.folder / "copy").checkpoint
+        else:
+            since = "daily"
+        write(served.uris["sda"], MIB, 100)
+
+        @contextlib.contextmanager
+        def forgotten_and_made_anew() -> Iterator[None]:
+            cli.ok("forget", "sda", since)
+            cli.ok("checkpoint", "sda", since)
+            yield
+
+        with pytest.raises(Busy, match="was forgotten just now, and another has its name"):
+            if to == "sync":
+                sync(store, "sda", cli.folder / "copy", quiesced=forgotten_and_made_anew)
+            else:
+                stream_backup(store, "sda", io.BytesIO(), since=since, quiesced=forgotten_and_made_anew)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import re
 from typing import Any
@@ -27,7 +26,6 @@ PERSONS = ("mine", "epoch-1", "backup-of-monday", "stream")
 
 
 def notes(data: bytes) -> None:
-    logging.getLogger("lmdbitmap").setLevel(logging.CRITICAL)
     source = Input(data)
     source.pick((raw_sync, built_sync, raw_hold, built_hold, sync_file, hold_file))(source)
 

@@ -85,6 +85,8 @@ class Script(NamedTuple):
 class Wire:
     """The half of a socket that a connection uses: what arrives is given, what is sent is kept."""
 
+    family = socket.AF_UNIX
+
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces
         self._piece = b""

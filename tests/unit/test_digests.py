@@ -43,14 +43,22 @@ def test_a_backup_has_digests_beside_it_that_the_manifest_vouches_for(disk: Back
 
 def test_two_images_of_one_name_have_digests_of_two_names(tmp_path: Path) -> None:
     folder = BackupFolder(tmp_path, "sda")
-    with folder.locked(), (tmp_path / "image").open("w+b") as file, ChunkHasher(file.fileno()) as hasher:
+    with (
+        folder.locked(),
+        (tmp_path / "image").open("w+b") as file,
+        ChunkHasher(file.fileno(), str(tmp_path)) as hasher,
+    ):
         made = [synced_digests(folder, "000001-full.qcow2", file.fileno(), hasher) for _ in range(2)]
     assert len({chunks.file for chunks in made} & set(os.listdir(folder.path))) == 2
 
 
 def test_what_cannot_be_read_back_is_told_with_the_images_name(tmp_path: Path) -> None:
     folder = BackupFolder(tmp_path, "sda")
-    with folder.locked(), (tmp_path / "image").open("wb") as file, ChunkHasher(file.fileno()) as hasher:
+    with (
+        folder.locked(),
+        (tmp_path / "image").open("wb") as file,
+        ChunkHasher(file.fileno(), str(tmp_path)) as hasher,
+    ):
         hasher.wrote(0, file.write(b"?"))
         file.flush()
         with pytest.raises(StorageError, match=r"sda/000001-full\.qcow2: Bad file descriptor"):

@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import tempfile
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from lmdbitmap import hashing
 from lmdbitmap.hashing import CHUNK_BYTES, ChunkHasher, chunk_digests
 
 CHUNK = 4096
+FOLDER = tempfile.gettempdir()
 LENGTHS = [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES + 7]
 
 
@@ -38,7 +42,7 @@ def test_each_chunk_has_its_digest_and_the_last_may_be_short(fd: int, length: in
     content = os.urandom(length)
     os.pwrite(fd, content, 0)
     assert b"".join(chunk_digests(fd, chunk_size)) == naive(content, chunk_size)
-    with ChunkHasher(fd, chunk_size) as hasher:
+    with ChunkHasher(fd, FOLDER, chunk_size) as hasher:
         assert b"".join(hasher.digests()) == naive(content, chunk_size)
 
 
@@ -47,7 +51,7 @@ def test_in_whatever_order_a_file_is_written_the_digests_are_of_what_it_holds_in
     fd: int, seed: int
 ) -> None:
     lot = random.Random(seed)
-    with ChunkHasher(fd, CHUNK) as hasher:
+    with ChunkHasher(fd, FOLDER, CHUNK) as hasher:
         for _ in range(lot.randrange(60)):
             end = os.fstat(fd).st_size
             offset = end if lot.random() < 0.7 else lot.randrange(end + 5 * CHUNK)
@@ -57,7 +61,7 @@ def test_in_whatever_order_a_file_is_written_the_digests_are_of_what_it_holds_in
 
 
 def test_what_was_written_once_is_hashed_before_the_file_is_whole(fd: int) -> None:
-    with ChunkHasher(fd, CHUNK) as hasher:
+    with ChunkHasher(fd, FOLDER, CHUNK) as hasher:
         hasher.wrote(0, os.pwrite(fd, b"a" * 64 * CHUNK, 0))
         hasher._threads.shutdown()
         os.pwrite(fd, b"b" * 64 * CHUNK, 0)  # behind its back
@@ -65,14 +69,32 @@ def test_what_was_written_once_is_hashed_before_the_file_is_whole(fd: int) -> No
 
 
 def test_a_header_that_is_written_last_is_hashed_again(fd: int) -> None:
-    with ChunkHasher(fd, CHUNK) as hasher:
+    with ChunkHasher(fd, FOLDER, CHUNK) as hasher:
         hasher.wrote(CHUNK, os.pwrite(fd, b"d" * 40 * CHUNK, CHUNK))
         hasher.wrote(0, os.pwrite(fd, b"header", 0))
         assert b"".join(hasher.digests()) == naive(content_of(fd), CHUNK)
 
 
 def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
-    with (tmp_path / "file").open("wb", buffering=0) as file, ChunkHasher(file.fileno(), CHUNK) as hasher:
+    with (
+        (tmp_path / "file").open("wb", buffering=0) as file,
+        ChunkHasher(file.fileno(), FOLDER, CHUNK) as hasher,
+    ):
         os.pwrite(file.fileno(), bytes(64 * CHUNK), 0)
         with pytest.raises(OSError, match="Bad file descriptor"):
             list(hasher.digests())
+
+
+def test_memory_does_not_grow_with_the_file(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hashing, "_MOST_IN_MEMORY", 1 << 16)
+    content = os.urandom(CHUNK) * 50_000
+    tracemalloc.start()
+    with ChunkHasher(fd, FOLDER, CHUNK) as hasher:
+        for offset in range(0, len(content), 8 * CHUNK):
+            hasher.wrote(offset, os.pwrite(fd, content[offset : offset + 8 * CHUNK], offset))
+        digests = hashlib.sha256()
+        for digest in hasher.digests():
+            digests.update(digest)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+    assert digests.digest() == hashlib.sha256(hashlib.sha256(content[:CHUNK]).digest() * 50_000).digest()

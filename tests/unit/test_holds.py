@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 from pathlib import Path
 from uuid import UUID, uuid4
@@ -35,7 +36,7 @@ notes = st.builds(
     Hold,
     st.uuids(),
     st.none() | st.text(max_size=50),
-    st.integers(0, 2**63),
+    st.integers(0, 2**63 - 1),
     st.lists(refs, max_size=3).map(tuple),
     st.none() | st.builds(UnderWay, st.text(max_size=20), st.none() | st.uuids()),
     st.none() | st.builds(Reason, st.sampled_from([LAPSED, DROPPED]), st.text(max_size=20)),
@@ -205,3 +206,10 @@ def test_where_nobody_knows_after_how_many_days_holds_do_not_lapse(tmp_path: Pat
     holds.set_lapse_days(str(tmp_path), DISK, 7)
     (tmp_path / "holds" / f"{DISK}-lapse.json").write_bytes(damage)
     assert holds.lapse_days(str(tmp_path), DISK) == 0
+
+
+@pytest.mark.parametrize("time_ns", [-1, -(10**25), 1 << 63, 10**30])
+def test_a_time_that_no_clock_shows_is_refused(time_ns: int) -> None:
+    told = json.loads(holds.encode(HOLD)) | {"used_ns": time_ns}
+    with pytest.raises(FormatError, match="a time before 1970, or far from now"):
+        holds.decode(json.dumps(told).encode(), "a note")

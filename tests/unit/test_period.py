@@ -488,3 +488,19 @@ def test_deferred_dirt_that_comes_while_persist_commits_is_written_next(notebook
     assert notebook.dirty() == {70}
     notebook.store.update(period.put_exact)
     assert notebook.dirty() == {70, 71}
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_the_last_word_of_a_period_has_what_it_is_told_and_all_that_it_had(
+    notebook: Notebook, loaded: bool
+) -> None:
+    notebook.period().make_durable([(70, 71), (REGION_BLOCKS - 1, REGION_BLOCKS)])
+    period = notebook.period()
+    if loaded:
+        period.make_durable([(72, 73)])
+    notebook.store.update(
+        lambda writer: period.put_exact(writer, [(75, 77), (REGION_BLOCKS - 2, REGION_BLOCKS + 1)])
+    )
+    told = {75, 76, REGION_BLOCKS - 2, REGION_BLOCKS - 1, REGION_BLOCKS}
+    assert {70, *told, *([72] if loaded else [])} <= notebook.dirty()
+    assert notebook.armed() == set()

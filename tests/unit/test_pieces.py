@@ -176,3 +176,37 @@ def test_zeroes_between_data_come_in_their_place_and_take_no_memory() -> None:
     pieces = copied(device, blocks, runs)
     assert [offset for offset, _, _ in pieces] == [start * BLOCK for start, _ in runs]
     assert [data is not None for _, _, data in pieces] == [start % 100 == 0 for start, _ in runs]
+
+
+class Hanging(MemoryDevice):
+    """Answers the first read, and no other until it is interrupted."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.pwrite(random.Random(1).randbytes(size), 0)
+        self.reads: list[int] = []
+        self.hangs = threading.Event()
+        self.interrupted = threading.Event()
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        self.reads.append(offset)
+        if offset:
+            self.hangs.set()
+            assert self.interrupted.wait(30)
+            raise OSError(errno.ESHUTDOWN, "interrupted")
+        super().pread_into(buffer, offset)
+
+    def interrupt(self) -> None:
+        self.interrupted.set()
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_who_leaves_while_a_read_hangs_interrupts_it_and_begins_no_other(wrapped: bool) -> None:
+    device = Hanging(6 * CHUNK_BYTES)
+    blocks = Geometry(device.size, BLOCK_BITS)
+    pieces = Pieces(Metered(device) if wrapped else device, blocks).of_all([(0, blocks.block_count)])
+    assert next(pieces).offset == 0
+    assert device.hangs.wait(30)
+    pieces.close()
+    assert device.interrupted.is_set()
+    assert device.reads == [0, CHUNK_BYTES]

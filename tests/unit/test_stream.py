@@ -248,3 +248,16 @@ def test_memory_does_not_grow_with_the_stream() -> None:
     write_all(device, Nowhere(), [])
     assert tracemalloc.get_traced_memory()[1] < 6 << 20
     tracemalloc.stop()
+
+
+def test_a_name_that_another_stream_has_is_refused_again_and_again_and_takes_nothing_from_it(
+    disk: BackedUpDisk,
+) -> None:
+    name = stream_backup(disk.store, NAME, io.BytesIO()).checkpoint
+    disk.write(b"new", 5 * BLOCK)
+    for _ in range(2):
+        with pytest.raises(AlreadyExists):
+            stream_backup(disk.store, NAME, io.BytesIO(), checkpoint=name)
+        disk.backup()
+    stream = streamed(disk, since=name)
+    assert [offset for offset, _ in stream.ranges] == [5 * BLOCK]
