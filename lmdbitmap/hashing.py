@@ -46,9 +46,9 @@ class ChunkHasher:
     def __init__(self, fd: int, folder: str, chunk_size: int = CHUNK_BYTES) -> None:
         self._fd = fd
         self.chunk_size = chunk_size
-        self._threads = ThreadPoolExecutor(max_workers=thread_count())
-        self._digests = tempfile.SpooledTemporaryFile(_MOST_IN_MEMORY, dir=folder)
+        self._digests = tempfile.SpooledTemporaryFile(_MOST_IN_MEMORY, dir=folder)  # noqa: SIM115 - see __exit__
         """Of the first chunks, one behind the other."""
+        self._threads = ThreadPoolExecutor(max_workers=thread_count())
         self._under_way: deque[Future[bytes]] = deque()
         self._end = 0
         self._hashed_chunks = 0

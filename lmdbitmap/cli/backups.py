@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 from click.core import ParameterSource
 
-from lmdbitmap.access import is_served
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import progress, say, say_json
 from lmdbitmap.cli.politeness import nice_after, polite
@@ -131,6 +130,7 @@ class _Wishes(NamedTuple):
 
 
 def _back_up(asked: Session, names: Sequence[str], repository: str, wishes: _Wishes) -> None:
+    from lmdbitmap.access import is_served
     from lmdbitmap.backup import backup as back_up
     from lmdbitmap.manifest import BackupType
 

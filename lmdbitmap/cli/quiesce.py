@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import click
 
-from lmdbitmap.access import FREEZE_LIMIT_S
 from lmdbitmap.cli.options import Function
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError
 
@@ -106,7 +105,7 @@ def _freeze_limit_option() -> Callable[[Function], Function]:
         "--freeze-limit",
         metavar="SECONDS",
         type=click.FloatRange(min=0, min_open=True),
-        default=FREEZE_LIMIT_S,
+        default=60.0,
         show_default=True,
         help="How long the guest may stay frozen until the process that serves the disk has taken the point in time;"
         " then it is thawed, and nothing is made.",

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lmdbitmap.access import is_served
 from lmdbitmap.cli.options import Session
 from lmdbitmap.cli.output import progress, say, say_json
 from lmdbitmap.cli.politeness import nice_after
@@ -41,6 +40,7 @@ class StreamOptions:
 
 def stream_out(asked: Session, name: str, options: StreamOptions, nice: int, owner_limit_s: float) -> None:
     """Nothing but the stream ever comes to standard output."""
+    from lmdbitmap.access import is_served
     from lmdbitmap.stream import stream_backup
 
     with (

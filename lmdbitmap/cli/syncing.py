@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lmdbitmap.access import is_served
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import progress, say, say_json
 from lmdbitmap.cli.politeness import nice_after, polite
@@ -56,6 +55,7 @@ def sync(
 
     Nobody else may write TARGET. Until a sync that failed or was killed has been repeated, it is of no use.
     """
+    from lmdbitmap.access import is_served
     from lmdbitmap.sync import sync as bring_up_to_date
 
     if compare and only_incremental:

@@ -8,7 +8,8 @@ import json
 import os
 import pty
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -220,10 +221,7 @@ def test_a_checkpoint_that_gave_its_name_away_meanwhile_is_not_counted_from(
     """What changed before the new one of that name would be missing."""
     with cli.serving("sda") as served, Store.open(str(cli.store)) as store:
         cli.ok("checkpoint", "sda", "daily")
-        if to == "sync":
-            since = sync(store, "sda", cli.folder / "copy").checkpoint
-        else:
-            since = "daily"
+        since = "daily" if to == "stream" else sync(store, "sda", cli.folder / "copy").checkpoint
         write(served.uris["sda"], MIB, 100)
 
         @contextlib.contextmanager
@@ -232,8 +230,9 @@ def test_a_checkpoint_that_gave_its_name_away_meanwhile_is_not_counted_from(
             cli.ok("checkpoint", "sda", since)
             yield
 
+        again: dict[str, Callable[..., object]] = {
+            "stream": partial(stream_backup, store, "sda", io.BytesIO(), since=since),
+            "sync": partial(sync, store, "sda", cli.folder / "copy"),
+        }
         with pytest.raises(Busy, match="was forgotten just now, and another has its name"):
-            if to == "sync":
-                sync(store, "sda", cli.folder / "copy", quiesced=forgotten_and_made_anew)
-            else:
-                stream_backup(store, "sda", io.BytesIO(), since=since, quiesced=forgotten_and_made_anew)
+            again[to](quiesced=forgotten_and_made_anew)

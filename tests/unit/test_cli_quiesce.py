@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from lmdbitmap.access import FREEZE_LIMIT_S, OWNER_LIMIT_S
+from lmdbitmap.cli.backups import backup
 from lmdbitmap.cli.quiesce import Thaw, quiesced
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError
 from tests.support import PATIENCE_SECONDS
@@ -99,6 +101,8 @@ import sys
 for number in (signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+from lmdbitmap.access import FREEZE_LIMIT_S, OWNER_LIMIT_S
+from lmdbitmap.cli.backups import backup
 from lmdbitmap.cli.quiesce import Thaw, quiesced
 with quiesced(sys.argv[1], ["sda"], 60):
     print("frozen", flush=True)
@@ -187,3 +191,9 @@ def feed(fifo: Path) -> None:
         while time.monotonic() < deadline:
             with open(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK), "wb") as reader:
                 reader.write(b"x")
+
+
+def test_limits_that_nobody_names_are_those_of_the_library() -> None:
+    """They are written out in the command line, as what they belong to is imported when a verb runs."""
+    defaults = {option.name: option.default for option in backup.params}
+    assert (defaults["freeze_limit"], defaults["owner_limit"]) == (FREEZE_LIMIT_S, OWNER_LIMIT_S)
