@@ -98,7 +98,7 @@ def backup(
     options = StreamOptions(since, checkpoint, diff_version)
     if to_stdout:
         _require_stream(words, speed_limit)
-        stream_out(asked, words[0], options, nice, owner_limit)
+        stream_out(asked, words[0], options, hook, nice, owner_limit)
         return
     options.require_none()
     if len(words) < 2:

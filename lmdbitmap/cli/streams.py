@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ import click
 from lmdbitmap.cli.options import Session
 from lmdbitmap.cli.output import progress, say, say_json
 from lmdbitmap.cli.politeness import nice_after
+from lmdbitmap.cli.quiesce import Hook, Thaw
 from lmdbitmap.cli.sizes import format_duration, format_size
 from lmdbitmap.store import Store
 
@@ -38,11 +38,14 @@ class StreamOptions:
             raise click.UsageError(f"{' and '.join(given)} belong to a backup with --stdout.")
 
 
-def stream_out(asked: Session, name: str, options: StreamOptions, nice: int, owner_limit_s: float) -> None:
+def stream_out(
+    asked: Session, name: str, options: StreamOptions, hook: Hook, nice: int, owner_limit_s: float
+) -> None:
     """Nothing but the stream ever comes to standard output."""
     from lmdbitmap.access import is_served
     from lmdbitmap.stream import stream_backup
 
+    thaw = Thaw()
     with (
         _standard(1, "wb") as out,
         Store.open(asked.store_path) as store,
@@ -52,13 +55,14 @@ def stream_out(asked: Session, name: str, options: StreamOptions, nice: int, own
         made = stream_backup(
             store, name, out,
             since=options.since, checkpoint=options.checkpoint, version=int(options.version or 1),
-            quiesced=lambda: nice_after(nullcontext(), nice, asked, served=served), progress=report,
-            owner_limit_s=owner_limit_s,
+            quiesced=lambda: nice_after(hook.freezing([name], thaw), nice, asked, served=served), progress=report,
+            owner_limit_s=owner_limit_s, freeze_limit_s=hook.freeze_limit_s,
         )  # fmt: skip
     if asked.as_json:
-        say_json(_stream_facts(made), aside=True)
+        say_json({**_stream_facts(made), "thaw_failure": thaw.problem}, aside=True)
     else:
         say(f"{name}: {_stream_words(made)}", aside=True)
+    thaw.require()
 
 
 def _stream_words(made: StreamResult) -> str:

@@ -159,7 +159,7 @@ class Client:
             line = receive_line(self._sock, self._lines, time.monotonic() + timeout_s)
         except TimeoutError as late:
             raise Busy(
-                f"{self._place}: the owner did not answer within {timeout_s:.0f} s",
+                f"{self._place}: the owner did not answer within {timeout_s:g} s",
                 next_step="see with `lmdbitmap info` what was done",
             ) from late
         except OSError as refusal:

@@ -44,16 +44,15 @@ def niceness_while_streaming(cli: Cli, *options: str) -> int:
     return niceness
 
 
-@pytest.mark.parametrize("verb", ["backup", "sync"])
+@pytest.mark.parametrize("verb", ["backup", "sync", "stream"])
 def test_a_guest_is_frozen_and_thawed_by_a_hook_that_gives_way_to_nobody(
     cli: Cli, image: Path, verb: str
 ) -> None:
     hook, noted = cli.folder / "hook", cli.folder / "noted"
     hook.write_text(f'#!/bin/sh\necho "$1 $(nice)" >> {noted}\n')
     hook.chmod(0o700)
-    subprocess.run(
-        cli.command(verb, "sda", cli.folder / "copy", "--hook", hook), check=True, capture_output=True
-    )
+    words = ("backup", "sda", "--stdout") if verb == "stream" else (verb, "sda", cli.folder / "copy")
+    subprocess.run(cli.command(*words, "--hook", hook), check=True, capture_output=True)
     ours = os.getpriority(os.PRIO_PROCESS, 0)
     assert noted.read_text().split("\n") == [f"freeze {ours}", f"thaw {ours}", ""]
 

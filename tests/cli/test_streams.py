@@ -83,6 +83,7 @@ def test_what_was_made_is_told_beside_the_stream(cli: Cli, image: Path) -> None:
     assert told == {
         "disk": "sda", "since": "monday", "checkpoint": stream.to_name, "size": SIZE, "trust": told["trust"],
         "bytes_changed": 65536, "bytes_zero": 0, "bytes_streamed": told["bytes_streamed"], "seconds": told["seconds"],
+        "thaw_failure": None,
     }  # fmt: skip
     names = [point["name"] for point in cli.json("info", "sda")["checkpoints"]]
     assert names[-2:] == ["monday", stream.to_name]

@@ -385,3 +385,17 @@ def test_a_disk_that_is_removed_takes_its_holds_along(disk: BackedUpDisk) -> Non
     set_hold_lapse_days(disk.store, NAME, 7)
     session.remove(disk.store, NAME)
     assert list(Path(disk.store.path, "holds").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["link to nowhere", "folder"])
+def test_a_note_that_cannot_be_read_fails_no_backup_and_no_question(disk: BackedUpDisk, kind: str) -> None:
+    disk.backup()
+    note = Path(disk.store.path, "holds", f"{disk.disk().uuid}-{uuid4()}.json")
+    if kind == "folder":
+        note.mkdir()
+    else:
+        note.symlink_to("nowhere")
+    disk.write(b"new", 0)
+    assert disk.backup().type_actual is INCREMENTAL
+    assert [hold.repository for hold in holds_of(disk.store, NAME)] == [str(disk.folder / "backups")]
+    assert disk.restored() == disk.content()
