@@ -40,8 +40,10 @@ _MOST_PARTS: Final = 1000
 """The kernel takes 1024 at once."""
 SPLICE_FROM: Final = 32 << 10
 """READs of this many bytes travel by reference over TCP: below it, copying is cheaper than two more system calls."""
-_APART_FROM: Final = 128 << 10
+_APART_FROM: Final = 32 << 10
 """READs of this many bytes that do not are answered by themselves, out of memory that is used again."""
+_MOST_JOINED: Final = 128 << 10
+"""These leave together with what is before them, and are copied once more where the client is slow to receive."""
 _MOST_KEPT: Final = 1 << 20
 """That memory, for as long as the connection lasts."""
 SPLICE_FROM_UNIX: Final = _MOST_KEPT + 1
@@ -78,7 +80,7 @@ class Replies:
         self._encrypted = encrypted
         self._structured = structured
         self._header_size = _DATA.size if structured else nbd.SIMPLE_REPLY.size
-        self._gathered: list[bytes | bytearray] = []
+        self._gathered: list[bytes | bytearray | memoryview] = []
         self._gathered_bytes = 0
         self._fd = -1 if fd is None else fd
         self._pread_into = lane.pread_into
@@ -113,7 +115,7 @@ class Replies:
             gathered.clear()
             self._gathered_bytes = 0
 
-    def _send_parts(self, parts: list[bytes | bytearray]) -> None:
+    def _send_parts(self, parts: list[bytes | bytearray | memoryview]) -> None:
         """They are not joined unless they have to wait: to join them costs as much as to read them."""
         try:
             sent = self._sock.sendmsg(parts, (), socket.MSG_DONTWAIT)
@@ -197,8 +199,13 @@ class Replies:
             self._refuse(cookie, failure)
             return
         self.add(self._header(cookie, offset, length, done=True))
-        self.send()
-        self._send_all(data)
+        if length > _MOST_JOINED:
+            self.send()
+            self._send_all(data)
+        else:
+            self._gathered.append(data)
+            self._gathered_bytes += length
+            self.send()
 
     def _fill(self, data: memoryview, offset: int) -> None:
         if self._fd < 0 or os.preadv(self._fd, [data], offset) < len(data):
