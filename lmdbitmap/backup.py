@@ -40,7 +40,7 @@ from lmdbitmap.access import FREEZE_LIMIT_S, OWNER_LIMIT_S, Access, PointInTime,
 from lmdbitmap.backup_chain import BackupChain
 from lmdbitmap.backup_plan import Plan, newest, plan_for
 from lmdbitmap.bits import Run
-from lmdbitmap.changes import Changes, changes
+from lmdbitmap.changes import Changes, changes_since
 from lmdbitmap.copier import (
     Copied,
     ImageFile,
@@ -305,12 +305,7 @@ class _Source:
         clusters = Geometry(disk.size, cluster_bits_for(disk.geometry))
         if since is None:
             return cls(job, point, clusters, None, Trust.EXACT, disk.size)
-        changed = changes(store, disk.name, since=since.name, until=point.checkpoint.name)
-        if changed.since.uuid != since.uuid:  # what changed before the new one would be missing
-            raise Busy(
-                f"checkpoint {since.name!r} of disk {disk.name!r} was forgotten just now, and another has its name",
-                next_step="make the backup again",
-            )
+        changed = changes_since(store, disk.name, since, point.checkpoint.name)
         summary = changed.summary
         return cls(job, point, clusters, changed, summary.standing.trust, summary.dirty_bytes)
 

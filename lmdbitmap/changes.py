@@ -19,7 +19,7 @@ from typing import NamedTuple
 from lmdbitmap import bits, chain, continuity, owner, schema, session
 from lmdbitmap.bits import Run
 from lmdbitmap.continuity import Judge
-from lmdbitmap.errors import InvalidArgument, LmdbitmapError, Untrusted
+from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, Untrusted
 from lmdbitmap.extents import Extent, Trust, with_zeroes
 from lmdbitmap.geometry import REGION_BLOCKS, REGION_BYTES, Geometry
 from lmdbitmap.image import is_far
@@ -185,6 +185,17 @@ class Changes:
         active = Standing(Trust.SUPERSET, "some of it was being written, or its record is damaged")
         standing = self.standing.and_also(active) if loose else self.standing
         return Summary(blocks, self.geometry.bytes_in(blocks, with_last=tail_dirty), standing)
+
+
+def changes_since(store: Store, name: str, since: Checkpoint, until: str) -> Changes:
+    """As `changes`, from that very checkpoint on: what changed before another of its name would be missing."""
+    answer = changes(store, name, since=since.name, until=until)
+    if answer.since.uuid != since.uuid:
+        raise Busy(
+            f"checkpoint {since.name!r} of disk {name!r} was forgotten just now, and another has its name",
+            next_step="try again",
+        )
+    return answer
 
 
 def changes(

@@ -143,13 +143,12 @@ class Period:
         return True
 
     def _load(self, region: int) -> None:
-        """Bring a region's dirt from the store. Extents that a dead owner left armed are all dirty."""
+        """Bring a region's dirt from the store."""
         if self._all_dirty:
             known = schema.ALL_DIRTY_BITS
         else:
             with self._store.read() as reader:
-                record = reader.region(self.bitmap_id, region)
-            known = schema.ALL_CLEAN_BITS if record is None else bits.dirty_bits(record.armed, record.bits)
+                known = self._stored(reader, region)
         bits.or_into(self._memory, known, region * REGION_BYTES)
         if region == self._region_count - 1:
             bits.truncate(self._memory, self.block_count)
@@ -350,23 +349,18 @@ class Period:
         transaction is durable.
         """
         added: dict[int, list[Run]] = {}
-        for region, start, stop in (piece for run in dirty for piece in _pieces(*run)):
+        for region, start, stop in (piece for run in dirty for piece in _pieces(*run) if not self._all_dirty):
             added.setdefault(region, []).append((start, stop))
         for region in sorted(self._behind | set(self._armed) | added.keys()):
-            exact = self._known(region) if self._loaded[region] else self._stored(writer, region)
+            exact = self._known(region) if self._loaded[region] else bytearray(self._stored(writer, region))
             for run in added.get(region, ()):
                 bits.set_range(bits.bitmap_view(exact), *run)
             writer.put_region(self.bitmap_id, region, 0, bytes(exact))
 
-    def _stored(self, reader: Reader, region: int) -> bytearray:
-        if self._all_dirty:
-            return bytearray(schema.ALL_DIRTY_BITS)
+    def _stored(self, reader: Reader, region: int) -> bytes:
+        """The region's dirt as the store has it. Extents that a dead owner left armed are all dirty."""
         record = reader.region(self.bitmap_id, region)
-        return (
-            bytearray(REGION_BYTES)
-            if record is None
-            else bytearray(bits.dirty_bits(record.armed, record.bits))
-        )
+        return schema.ALL_CLEAN_BITS if record is None else bits.dirty_bits(record.armed, record.bits)
 
     def end(self) -> None:
         """Another period goes on from here: nothing of this one is left to write. Called inside `held`."""

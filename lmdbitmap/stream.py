@@ -35,9 +35,9 @@ from uuid import uuid4
 from lmdbitmap import bits, chain, consumers
 from lmdbitmap.access import FREEZE_LIMIT_S, OWNER_LIMIT_S, Access, PointInTime, access, open_to_read
 from lmdbitmap.bits import Run
-from lmdbitmap.changes import Changes, changes
+from lmdbitmap.changes import Changes, changes_since
 from lmdbitmap.copier import Progress, Report, cluster_bits_for
-from lmdbitmap.errors import Busy, LmdbitmapError, StorageError, os_errors_at
+from lmdbitmap.errors import LmdbitmapError, StorageError, os_errors_at
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import Geometry
@@ -293,15 +293,9 @@ def _let_go(run: _Run) -> None:
 
 
 def _stream_point(run: _Run, point: PointInTime) -> tuple[Streamed, Trust]:
-    disk, head, changed = point.disk, run.head, None
-    if head.from_name is not None:
-        changed = changes(run.store, disk.name, since=head.from_name, until=point.checkpoint.name)
-        assert run.counted_from is not None
-        if changed.since.uuid != run.counted_from.uuid:  # what changed before the new one would be missing
-            raise Busy(
-                f"checkpoint {head.from_name!r} of disk {disk.name!r} was forgotten just now, and another has its name",
-                next_step="stream everything, or what changed since another checkpoint that the receiver has",
-            )
+    disk, changed = point.disk, None
+    if run.counted_from is not None:
+        changed = changes_since(run.store, disk.name, run.counted_from, point.checkpoint.name)
 
     def before_end() -> None:
         run.way.prove(point)
@@ -309,7 +303,7 @@ def _stream_point(run: _Run, point: PointInTime) -> tuple[Streamed, Trust]:
 
     with os_errors_at(disk.image):
         streamed = write_stream(
-            run.out, point.device, head._replace(size=disk.size), disk.geometry, changed,
+            run.out, point.device, run.head._replace(size=disk.size), disk.geometry, changed,
             progress=run.progress, before_end=before_end,
         )  # fmt: skip
     return streamed, Trust.EXACT if changed is None else changed.summary.standing.trust

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from lmdbitmap import bits, chain, consumers
 from lmdbitmap.access import FREEZE_LIMIT_S, OWNER_LIMIT_S, Access, PointInTime, access
 from lmdbitmap.bits import Run
-from lmdbitmap.changes import changes
+from lmdbitmap.changes import changes_since
 from lmdbitmap.copier import Progress, Report, cluster_bits_for
 from lmdbitmap.errors import Busy, LmdbitmapError, Untrusted, os_errors_at
 from lmdbitmap.extents import Trust
@@ -242,12 +242,7 @@ def _what_to_copy(
     disk = point.disk
     if plan.since is None:
         return iter([(0, clusters.block_count)]), disk.size, Trust.EXACT
-    changed = changes(store, disk.name, since=plan.since.name, until=point.checkpoint.name)
-    if changed.since.uuid != plan.since.uuid:  # what changed before the new one would be missing
-        raise Busy(
-            f"checkpoint {plan.since.name!r} of disk {disk.name!r} was forgotten just now, and another has its name",
-            next_step="sync again",
-        )
+    changed = changes_since(store, disk.name, plan.since, point.checkpoint.name)
     summary = changed.summary
     runs = bits.regrain_outward(changed.runs(), changed.geometry, clusters.granularity_bits)
     return runs, summary.dirty_bytes, summary.standing.trust
