@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from lmdbitmap.store import Store
 from tests.nbd_far import Asked, Crash, FarServer, HangUp, far_server, until_it_works
 from tests.nbd_raw import FLUSH, WRITE
 from tests.support import make_raw_image
-from tests.tracked import blocks_of, trust_of
+from tests.tracked import TrackedDisk, blocks_of, trust_of
 
 
 @pytest.fixture
@@ -244,3 +245,35 @@ def test_certificates_are_found_from_every_folder(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     lasting = lasting_name("nbds://host/sda?tls-certificates=present")
     assert lasting == f"nbds://host:10809/sda?tls-certificates={tmp_path}/present"
+
+
+class Doubtful(FileDevice):
+    """Has doubts, and more of them after its next flush."""
+
+    doubts: Sequence[tuple[int, int]] = ()
+    after_flush: Sequence[tuple[int, int]] = ()
+
+    def in_doubt(self) -> Sequence[tuple[int, int]]:
+        return self.doubts
+
+    def flush(self) -> None:
+        super().flush()
+        self.doubts, self.after_flush = [*self.doubts, *self.after_flush], ()
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_doubt_that_comes_up_at_the_end_of_a_period_is_in_it(tmp_path: Path, loaded: bool) -> None:
+    """A write of an earlier period may land before the next checkpoint, of which no pass had time to tell (law 2)."""
+    tracked = TrackedDisk(tmp_path, 64 * 4096).clean()
+    with closing(tracked.store):
+        with Filter.attach(tracked.store, "sda", open_device=Doubtful.open, background=False) as attached:
+            attached.checkpoint("first")
+            if loaded:
+                attached.pwrite(b"x", 9 * 4096)
+            device = attached.device
+            assert isinstance(device, Doubtful)
+            device.doubts = [(5 * 4096, 5 * 4096 + 1)]
+            attached.checkpoint("second")
+            device.after_flush = [(7 * 4096, 7 * 4096 + 1)]
+        assert blocks_of(tracked.changes("first", "second")) == ({5, 9} if loaded else {5})
+        assert blocks_of(tracked.changes("second")) == {5, 7}
