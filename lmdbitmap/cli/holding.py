@@ -56,7 +56,7 @@ def holds(asked: Session, name: str, days: int | None) -> None:
 def _row(hold: Hold) -> list[str]:
     words = [checkpoint.name for checkpoint in hold.checkpoints]
     if hold.under_way is not None:
-        words.append(f"{hold.under_way.name} (under way, or left by a run that died)")
+        words.append(f"{hold.under_way.name or 'one to come'} (under way, or left by a run that died)")
     if hold.ended is not None:
         words = [f"nothing: {hold.ended.words}"]
     return [
@@ -73,7 +73,7 @@ def hold_facts(hold: Hold) -> dict[str, object]:
         "repository": hold.repository,
         "used": iso_time(hold.used_ns),
         "checkpoints": [checkpoint.name for checkpoint in hold.checkpoints],
-        "under_way": None if hold.under_way is None else hold.under_way.name,
+        "under_way": None if hold.under_way is None else hold.under_way.name or None,
         "ended": None if hold.ended is None else {"code": hold.ended.code, "words": hold.ended.words},
     }
 
