@@ -87,6 +87,7 @@ class Replies:
         self._pread_patiently = _by_lane(lane.pread_into) if fd is None else functools.partial(os.pread, fd)
         self._knows_haste = _knows_haste(fd)
         self._pread = self._pread_patiently
+        self._in_haste = False
         self._splice_from = SPLICE_FROM_UNIX if sock.family == socket.AF_UNIX else SPLICE_FROM
         if fd is None or encrypted:
             self._splice_from = _NEVER
@@ -101,8 +102,9 @@ class Replies:
         self._pipe = None
 
     def hurry(self, haste: bool) -> None:
-        """From now on give notice before a small READ waits for the disk, or do not care."""
-        self._pread = self._pread_at_once if haste and self._knows_haste else self._pread_patiently
+        """From now on give notice only before a READ waits for the disk, or do not care."""
+        self._in_haste = haste and self._knows_haste
+        self._pread = self._pread_at_once if self._in_haste else self._pread_patiently
 
     def send(self) -> None:
         """Send all that was added. Waits for a client that does not read; nobody else waits with it."""
@@ -191,7 +193,6 @@ class Replies:
 
     def add_whole_read(self, cookie: bytes, offset: int, length: int) -> None:
         """Do one READ through memory of its own, and answer it in one chunk."""
-        self._notice.give()
         data = self._room_for(length)
         try:
             self._fill(data, offset)
@@ -208,8 +209,19 @@ class Replies:
             self.send()
 
     def _fill(self, data: memoryview, offset: int) -> None:
+        if self._in_haste and len(data) <= _MOST_KEPT and self._fill_at_once(data, offset):
+            return
+        if self._knows_haste or len(data) > _MOST_JOINED:
+            self._notice.give()
         if self._fd < 0 or os.preadv(self._fd, [data], offset) < len(data):
             self._pread_into(data, offset)  # where that is less than was asked for, the lane says why
+
+    def _fill_at_once(self, data: memoryview, offset: int) -> bool:
+        """Whether the data was in memory: to copy so much of it is no reason to leave the rounds."""
+        try:
+            return os.preadv(self._fd, [data], offset, os.RWF_NOWAIT) == len(data)
+        except BlockingIOError:
+            return False
 
     def _room_for(self, length: int) -> memoryview:
         """The same memory each time, unless that is not enough: Python clears new memory with its lock held."""

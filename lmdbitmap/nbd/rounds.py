@@ -14,7 +14,7 @@ There are as many threads as connections, and any of them may serve any connecti
 What holds all the time:
 - A connection is in the rounds, or some thread has it for itself. One thread at a time serves it.
 - In a turn nothing is waited for that is known to wait. Before a connection waits for its client to read, for a
-  flush, a large request or data that is not in memory, and after it waited for a commit, it gives notice: the
+  flush, a long request or data that is not in memory, and after it waited for a commit, it gives notice: the
   driver leaves the rounds to the next thread, and has this connection for itself from then on.
 - Whatever else waits in a turn (a slow write, a gate that a checkpoint closed) holds up the others for `_PATIENCE_S`
   and a tick at most. The thread that is next looks after the driver, and takes the rounds from one that does

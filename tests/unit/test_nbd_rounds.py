@@ -190,7 +190,7 @@ def flush(client: RawClient) -> None:
 
 
 def read_much(client: RawClient) -> None:
-    assert client.do(READ, 0, MIB).error == 0
+    assert client.do(READ, 0, 2 * MIB).error == 0
 
 
 def write_much(client: RawClient) -> None:
@@ -214,10 +214,24 @@ def test_who_waits_leaves_the_rounds_and_comes_back(
             assert len(threads_of(disk, clients)) == 1
 
 
+@pytest.mark.parametrize("length", [128 * KIB, MIB])
+def test_copying_up_to_a_mebibyte_of_memory_is_no_reason_to_leave_the_rounds(
+    device: FileDevice, tmp_path: Path, length: int
+) -> None:
+    """A file system that cannot tell what is in memory is trusted with less."""
+    disk, data = StagedDisk(device), random.Random(2).randbytes(MIB)
+    with clients_of(disk, tmp_path, 3) as clients:
+        device.pwrite(data, 0)
+        assert clients[0].do(READ, 0, length).data == data[:length]
+        assert device.fd is not None
+        stays = length <= 128 * KIB or replies._knows_haste(device.fd)
+        assert len(threads_of(disk, clients)) == (1 if stays else 2)
+
+
 def test_data_that_is_not_in_memory_is_waited_for_outside_the_rounds(
     device: FileDevice, tmp_path: Path
 ) -> None:
-    """Where the file system can say so: a tmpfs, whose data always is in memory, cannot."""
+    """Where the file system can say so."""
     disk, data = StagedDisk(device), random.Random(1).randbytes(MIB)
     device.pwrite(data, 2 * MIB)
     with clients_of(disk, tmp_path, 3) as clients:
@@ -231,20 +245,24 @@ def test_data_that_is_not_in_memory_is_waited_for_outside_the_rounds(
 
 
 @pytest.mark.parametrize("stuck", [1, 3])
-@pytest.mark.parametrize("offset", [HELD, SIZE], ids=["write", "read"])
+@pytest.mark.parametrize(
+    ("offset", "length"),
+    [(HELD, 4), (SIZE, 4096), (SIZE, 256 * KIB)],
+    ids=["write", "read", "long_read"],
+)
 def test_disk_that_does_not_answer_some_holds_up_no_other(
-    device: FileDevice, tmp_path: Path, stuck: int, offset: int
+    device: FileDevice, tmp_path: Path, stuck: int, offset: int, length: int
 ) -> None:
     stage = Stage()
     with clients_of(StagedDisk(device, stage), tmp_path, 4) as clients:
         for client in clients[:stuck]:
-            client.send(write(HELD, b"held") if offset == HELD else request(READ, SIZE, 4096))
+            client.send(write(HELD, b"held") if offset == HELD else request(READ, SIZE, length))
             stage.await_arrivals(1)
             for other in clients[stuck:]:
                 works(other)
         stage.open()
         for client in clients[:stuck]:
-            assert client.reply(0 if offset == HELD else 4096, SIZE).error == 0
+            assert client.reply(0 if offset == HELD else length, SIZE).error == 0
             works(client, ENOUGH)
 
 
