@@ -1,22 +1,16 @@
-"""The `lmdbitmap` command itself: its help, its own options, and its verbs in the order in which one meets them."""
+"""The `lmdbitmap` command itself: its help, its own options, and its verbs in the order in which one meets them.
+
+A verb is imported when it is called: all of them together would cost each half of its start.
+"""
 
 from __future__ import annotations
 
+import importlib
+from typing import Final
+
 import click
 
-from lmdbitmap.cli.backups import backup, restore
-from lmdbitmap.cli.bitmaps import export, import_, inspect
-from lmdbitmap.cli.changed import changes
-from lmdbitmap.cli.disks import add, info, ls, rm
-from lmdbitmap.cli.holding import holds
-from lmdbitmap.cli.metrics import metrics
-from lmdbitmap.cli.mount import mount
 from lmdbitmap.cli.options import STORE_VARIABLE, default_store, new_session
-from lmdbitmap.cli.points import adopt, checkpoint, forget, mark, release, snapshot
-from lmdbitmap.cli.repositories import copy, prune, verify
-from lmdbitmap.cli.serve import serve
-from lmdbitmap.cli.soundness import check
-from lmdbitmap.cli.syncing import sync
 from lmdbitmap.version import __version__
 
 _AFTERWORD = """\
@@ -27,11 +21,53 @@ trusted and a full backup is needed, 4 busy or locked.
 """
 
 
+_VERBS: Final = {
+    "add": "disks.add",
+    "ls": "disks.ls",
+    "info": "disks.info",
+    "serve": "serve.serve",
+    "checkpoint": "points.checkpoint",
+    "changes": "changed.changes",
+    "backup": "backups.backup",
+    "restore": "backups.restore",
+    "sync": "syncing.sync",
+    "snapshot": "points.snapshot",
+    "release": "points.release",
+    "verify": "repositories.verify",
+    "prune": "repositories.prune",
+    "copy": "repositories.copy",
+    "mount": "mount.mount",
+    "export": "bitmaps.export",
+    "import": "bitmaps.import_",
+    "inspect": "bitmaps.inspect",
+    "mark": "points.mark",
+    "holds": "holding.holds",
+    "forget": "points.forget",
+    "adopt": "points.adopt",
+    "rm": "disks.rm",
+    "check": "soundness.check",
+    "metrics": "metrics.metrics",
+}
+"""Where in this package each verb is."""
+
+
 class Verbs(click.Group):
-    """Lists its verbs in the order in which they were added."""
+    """Lists its verbs in the order of `_VERBS`, and imports them one by one."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
+        return list(dict.fromkeys([*_VERBS, *self.commands]))
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.commands and cmd_name in _VERBS:
+            self.add_command(_imported(_VERBS[cmd_name]))
+        return super().get_command(ctx, cmd_name)
+
+
+def _imported(place: str) -> click.Command:
+    module, _, name = place.partition(".")
+    command = getattr(importlib.import_module(f"lmdbitmap.cli.{module}"), name)
+    assert isinstance(command, click.Command)
+    return command
 
 
 @click.group(cls=Verbs, invoke_without_command=True, subcommand_metavar="COMMAND …", epilog=_AFTERWORD)
@@ -51,34 +87,3 @@ def verbs(context: click.Context, store: str | None, as_json: bool) -> None:
     context.obj = new_session(store, as_json, owns_process=context.obj is True)
     if context.invoked_subcommand is None:
         raise click.UsageError("no command given", context)
-
-
-_VERBS = (
-    add,
-    ls,
-    info,
-    serve,
-    checkpoint,
-    changes,
-    backup,
-    restore,
-    sync,
-    snapshot,
-    release,
-    verify,
-    prune,
-    copy,
-    mount,
-    export,
-    import_,
-    inspect,
-    mark,
-    holds,
-    forget,
-    adopt,
-    rm,
-    check,
-    metrics,
-)
-for _verb in _VERBS:
-    verbs.add_command(_verb)

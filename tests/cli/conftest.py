@@ -10,8 +10,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import click
 import pytest
 
+from lmdbitmap.cli.group import verbs
 from lmdbitmap.cli.main import run
 from tests.support import Child, make_raw_image, spawn
 from tests.tracked import quick_folder
@@ -19,6 +21,16 @@ from tests.tracked import quick_folder
 MIB = 1 << 20
 SIZE = 8 * MIB
 """Of the disks that `Cli.add` makes."""
+
+
+CONTEXT = click.Context(verbs)
+ALL_VERBS = sorted(verbs.list_commands(CONTEXT))
+
+
+def verb_named(name: str) -> click.Command:
+    verb = verbs.get_command(CONTEXT, name)
+    assert verb is not None
+    return verb
 
 
 class Answer(NamedTuple):

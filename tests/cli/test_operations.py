@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.cli.group import verbs
 from lmdbitmap.cli.options import Session
 from tests import guest
-from tests.cli.conftest import SIZE, Cli
+from tests.cli.conftest import SIZE, Cli, verb_named
 from tests.cli.test_serve import write
 from tests.support import requires, run, spawn, wait_for_socket
 
@@ -70,7 +69,7 @@ def service_command(cli: Cli) -> list[str]:
 
 def test_service_runs_a_command_that_is_understood() -> None:
     _, verb, *words = shlex.split(settings(SERVICE)["ExecStart"])
-    verbs.commands[verb].make_context(verb, words, obj=Session("store"))
+    verb_named(verb).make_context(verb, words, obj=Session("store"))
 
 
 @requires("systemd-socket-activate")
@@ -173,4 +172,4 @@ def test_every_metric_is_documented_and_no_other(cli: Cli) -> None:
 def test_commands_of_the_document_are_understood(line: str) -> None:
     verb, *words = shlex.split(line.replace("--socket-group kvm", "--socket-group 0"))
     if "…" not in words:
-        verbs.commands[verb].make_context(verb, words, obj=Session("store"))
+        verb_named(verb).make_context(verb, words, obj=Session("store"))
