@@ -19,24 +19,22 @@ import contextlib
 import errno
 import logging
 import os
-import struct
 import threading
 import time
 from collections.abc import Iterator
 
 import lmdb
 
-from lmdbitmap import files, forks, presence, schema
-from lmdbitmap.errors import Busy, FormatError, LmdbitmapError, StorageError
+from lmdbitmap import forks, lmdb_opening, presence, schema
+from lmdbitmap.errors import StorageError
 from lmdbitmap.highwater import NEWEST, HighWater
+from lmdbitmap.lmdb_errors import DamagedStore, dead_error, in_doubt, not_a_store, not_open, translated
+from lmdbitmap.lmdb_opening import open_lmdb, require_sound_tree
+from lmdbitmap.lmdb_tree import data_path_of, structural_problems
 from lmdbitmap.schema import StoreHeader
 
 log = logging.getLogger(__name__)
 
-MAP_BYTES = 64 << 30
-"""Address space reserved at open; it costs no memory and no disk, and is more than most stores ever need."""
-MIN_MAP_BYTES = 1 << 30
-MAX_READERS = 1024
 HOUSEKEEPING_S = 60.0
 LOCK_LOOK_S = 0.4
 """Less than an opener's patience in presence.py, and than the pause between two background passes."""
@@ -48,35 +46,7 @@ YOUTH_S = 10.0
 HEADER_KEY = b"store"
 _MOST_MISSING_BYTES = 64 << 20
 _BEGIN_TRIES = 16
-_MAX_DATABASES = 16
-FULL_STEPS = {
-    errno.ENOSPC: "free some space there and try again",
-    errno.EDQUOT: "raise the quota or free some space there, and try again",
-    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or use another file system",
-    errno.ENOMEM: "give the process more address space (ulimit -v): the store's file is mapped as a whole",
-    errno.ENOBUFS: "change less at once: forget checkpoints one by one, or choose a larger granularity",
-}
-MAKE_ANEW = (
-    "its file is damaged: look at the disk under it, then stop and start every program that uses the store; it is"
-    " made anew then, and the next backups are full ones"
-)
 DATABASES = ("meta", "disks", "checkpoints", "bitmaps", "regions", "tallies")
-
-
-class CommitInDoubt(StorageError):
-    """The last step of a commit failed, the write of a meta page: it may have taken place all the same, now or
-    after a power cut. Whoever goes on from what was before must not rely on it."""
-
-
-class DamagedStore(FormatError):
-    """The file is not what LMDB and we wrote. Where nobody else has it open it is made anew (salvage.py)."""
-
-    def __init__(self, path: str, *, expected: str, found: object) -> None:
-        super().__init__(f"store {path}", expected=expected, found=found, next_step=MAKE_ANEW)
-
-
-class FullMapError(Exception):
-    """The map is too small for a transaction: grow it, and run the transaction again."""
 
 
 class _Databases(dict[str, lmdb._Database]):
@@ -109,7 +79,7 @@ class Environment:
         with translated(path), presence.entering(path) as self._presence:
             self.is_proven = not self._presence.is_first
             if self._presence.is_first and self._is_suspect():
-                _require_sound_tree(path)
+                require_sound_tree(path)
             self._lmdb = open_lmdb(path)
             try:
                 self._presence.settle()
@@ -125,7 +95,7 @@ class Environment:
     def _is_suspect(self) -> bool:
         """Whether the file is to be looked through first: it is small, or whoever opened it died of something."""
         deaths = self._presence.begin_life()
-        return os.path.getsize(_data_path(self.path)) <= LOOKED_THROUGH_BYTES or deaths >= DEATHS_IN_A_ROW
+        return os.path.getsize(data_path_of(self.path)) <= LOOKED_THROUGH_BYTES or deaths >= DEATHS_IN_A_ROW
 
     @contextlib.contextmanager
     def transaction(self, *, write: bool) -> Iterator[lmdb.Transaction]:
@@ -144,7 +114,7 @@ class Environment:
             except lmdb.Error as error:
                 txn.abort()
                 if self._is_spent():  # looked up before we are counted out, as somebody may open it anew then
-                    raise _in_doubt(self.path, error) from error
+                    raise in_doubt(self.path, error) from error
                 raise
             except BaseException:
                 if self.pid == os.getpid():
@@ -157,7 +127,7 @@ class Environment:
         """Double the map."""
         with translated(self.path):
             size = self._lmdb.info()["map_size"]
-            self._resize_map(max(2 * size, size + MIN_MAP_BYTES))
+            self._resize_map(max(2 * size, size + lmdb_opening.MIN_MAP_BYTES))
             log.info("store %s: map grown to %d bytes", self.path, self._lmdb.info()["map_size"])
 
     def keep_house(self) -> None:
@@ -240,7 +210,7 @@ class Environment:
             self._count(1)
         try:
             if not self._has_handle:
-                raise _not_open(self.path)
+                raise not_open(self.path)
             return self._lmdb.begin(write=write)
         except BaseException:
             self._count(-1)
@@ -270,7 +240,7 @@ class Environment:
     def _open_anew(self) -> None:
         """Begin again with what is in the file, as a restart would."""
         if self._has_one_open():
-            raise _not_open(self.path)  # the caller's own view is in the way
+            raise not_open(self.path)  # the caller's own view is in the way
         with self._exclusively():
             if self._has_handle and not self._is_spent():
                 return  # another thread was first
@@ -343,7 +313,7 @@ class Environment:
 
         A sound file may lack pages that were never used, so its length alone proves nothing.
         """
-        data_path = _data_path(self.path)
+        data_path = data_path_of(self.path)
         size, used = os.path.getsize(data_path), self._used_bytes()
         if size >= used:
             return
@@ -402,7 +372,7 @@ def acquire(path: str) -> Environment:
 
 def _file_key(path: str) -> tuple[int, int]:
     try:
-        status = os.stat(_data_path(path))
+        status = os.stat(data_path_of(path))
     except FileNotFoundError as error:  # somebody is making it anew at this moment
         raise DamagedStore(path, expected="an environment", found="none") from error
     return status.st_dev, status.st_ino
@@ -417,170 +387,3 @@ def release(environment: Environment) -> None:
             for key in [key for key, value in open_ones.by_file.items() if value is environment]:
                 del open_ones.by_file[key]
             environment.close()
-
-
-# --- opening ---
-
-
-def open_lmdb(path: str, *, create: bool = False) -> lmdb.Environment:
-    """Open with the settings that durability rests on; ask for less address space where there is a limit."""
-    _refuse_network_filesystem(path)
-    data_path = _data_path(path)
-    wanted = max(MAP_BYTES, 2 * os.path.getsize(data_path) if os.path.exists(data_path) else 0)
-    while True:
-        try:
-            with translated(path):
-                return lmdb.open(
-                    path, map_size=wanted, subdir=True, create=create, mode=0o600, lock=True,
-                    sync=True, metasync=True, writemap=False, map_async=False, meminit=True, readahead=False,
-                    max_readers=MAX_READERS, max_dbs=_MAX_DATABASES, max_spare_txns=0, lib_version=0,
-                )  # fmt: skip
-        except StorageError as error:
-            if error.errno != errno.ENOMEM or wanted // 2 < MIN_MAP_BYTES:
-                raise
-            wanted //= 2
-
-
-def _refuse_network_filesystem(path: str) -> None:
-    kind = files.filesystem_kind(path)
-    if files.is_network_filesystem(kind):
-        raise StorageError(
-            f"store {path} on {kind}",
-            OSError(errno.ENOTSUP, "network file system"),
-            next_step="keep the store on a local disk: LMDB's locks and memory map do not work across a network",
-        )
-
-
-# --- the tree of pages ---
-
-
-def _require_sound_tree(path: str) -> None:
-    """Of a file that nobody has open. LMDB trusts its pages: a damaged one can take the process with it."""
-    try:
-        problems = structural_problems(_data_path(path))
-    except ValueError as error:
-        raise DamagedStore(path, expected="an LMDB file", found=error) from error
-    if problems:
-        found = f"{problems[0]} ({len(problems)} in all)"
-        raise DamagedStore(path, expected="a sound tree of pages", found=found)
-
-
-def _is_unsound(path: str) -> bool:
-    """Whether the file is damaged, rather than of a kind that we do not know."""
-    try:
-        return bool(structural_problems(_data_path(path)))
-    except ValueError:
-        return True
-    except OSError:
-        return False
-
-
-def structural_problems(data_path: str) -> list[str]:
-    """What is wrong with the tree of pages in a file that does not change; it is read without LMDB.
-
-    A page that is only lost for use harms nobody, and the count of overflow pages, which we have in the list of free
-    pages only, is known to be called wrong where it is right. Raises `ValueError` for what is no LMDB file at all.
-    """
-    from lmdb import verify  # longer to import than all the rest, and not needed for a store that is shared
-
-    try:
-        found: list[str] = verify.verify(data_path, subdir=False)  # type: ignore[no-untyped-call]
-    except verify.VerifyError as error:
-        raise ValueError(str(error)) from error
-    except (struct.error, IndexError) as error:
-        return [str(error)]
-    return [problem for problem in found if "overflow" not in problem and "leak" not in problem]
-
-
-def _data_path(path: str) -> str:
-    return os.path.join(path, "data.mdb")
-
-
-# --- refusals ---
-
-
-@contextlib.contextmanager
-def translated(path: str) -> Iterator[None]:
-    """LMDB's refusals as errors of ours, except a full map, which the caller mends."""
-    try:
-        yield
-    except lmdb.MapFullError as error:
-        raise FullMapError from error
-    except lmdb.Error as error:
-        raise our_error(path, error) from error
-    except SystemError as error:  # what some of py-lmdb's methods make of a refusal, such as `Cursor.delete`
-        if isinstance(error.__cause__, lmdb.Error):
-            raise our_error(path, error.__cause__) from error
-        raise
-    except PermissionError as error:
-        raise StorageError(f"store {path}", error, next_step="run as the user who owns the store") from error
-
-
-def our_error(path: str, error: lmdb.Error) -> LmdbitmapError:
-    if isinstance(error, lmdb.LockError) or error.code == errno.EAGAIN:
-        return Busy(
-            f"store {path} cannot be locked: a process with this one's number, in another container, has it open",
-            next_step="let one process own the store, and reach it over its socket",
-        )
-    if isinstance(error, lmdb.CorruptedError | lmdb.PageNotFoundError):
-        return DamagedStore(path, expected="a sound environment", found=str(error))
-    if isinstance(error, lmdb.InvalidError | lmdb.VersionMismatchError):
-        is_damaged = _is_unsound(path)
-        return (
-            DamagedStore(path, expected="an LMDB file", found=error)
-            if is_damaged
-            else not_a_store(path, error)
-        )
-    if isinstance(error, lmdb.ReadonlyError) or error.code in (errno.EACCES, errno.EROFS, errno.EPERM):
-        cause = OSError(error.code if 0 < error.code < 1000 else errno.EACCES, str(error))
-        return StorageError(
-            f"store {path}", cause, next_step="run as the user who owns the store, on a writable folder"
-        )
-    return _refusal(path, error)
-
-
-def _in_doubt(path: str, error: lmdb.Error) -> CommitInDoubt:
-    refused = _refusal(path, error)
-    cause = OSError(refused.errno, str(error))
-    return CommitInDoubt(refused.place, cause, next_step=refused.next_step)
-
-
-def _not_open(path: str) -> StorageError:
-    return StorageError(
-        f"store {path}",
-        OSError(errno.EIO, "not open"),
-        next_step="see what the system's log says, and try again",
-    )
-
-
-def _refusal(path: str, error: lmdb.Error) -> StorageError:
-    """LMDB reports a full disk as a short write (EIO); the free space tells which it was."""
-    code = error.code if 0 < error.code < 1000 else errno.EIO
-    if isinstance(error, lmdb.TxnFullError):
-        code = errno.ENOBUFS
-    if code == errno.EIO and _is_full(path):
-        code = errno.ENOSPC
-    step = FULL_STEPS.get(code) or f"see what the system's log says ({error})"
-    return StorageError(f"store {path}", OSError(code, str(error)), next_step=step)
-
-
-def _is_full(path: str) -> bool:
-    try:
-        return files.free_bytes(path) < 1 << 20
-    except OSError:
-        return False
-
-
-def not_a_store(path: str, found: object) -> FormatError:
-    return FormatError(
-        f"store {path}", expected=f"{schema.STORE_MAGIC!r}, schema {schema.SCHEMA_VERSION}", found=found,
-        next_step="name another folder, or an empty one to make a new store",
-    )  # fmt: skip
-
-
-def dead_error(path: str) -> StorageError:
-    return StorageError(
-        f"store {path}",
-        OSError(errno.EBADF, "of another process"),
-        next_step="open the store in the process that uses it: a forked child cannot go on with its parent's",
-    )

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from uuid import uuid4
 
-from lmdbitmap import environment, files, schema
+from lmdbitmap import environment, files, lmdb_errors, lmdb_opening, schema
 from lmdbitmap.errors import LmdbitmapError, StorageError
 from lmdbitmap.highwater import NEWEST
 from lmdbitmap.presence import USERS
@@ -57,7 +57,7 @@ def prepare_folder(path: str) -> None:
         files.make_folders(path)
         strangers = sorted(name for name in os.listdir(path) if not _belongs(name))
     if strangers:
-        raise environment.not_a_store(path, f"a folder with {strangers[0]!r} in it")
+        raise lmdb_errors.not_a_store(path, f"a folder with {strangers[0]!r} in it")
     with refusals(path):
         make_folders(path)
         files.replace_atomically(os.path.join(path, "README"), _README.encode())
@@ -102,7 +102,7 @@ def _sweep_unfinished(path: str) -> None:
 
 
 def _write_environment(path: str, fresh: str, fill: Callable[[Writer], None]) -> None:
-    with environment.translated(path), environment.open_lmdb(fresh, create=True) as made:
+    with lmdb_errors.translated(path), lmdb_opening.open_lmdb(fresh, create=True) as made:
         databases = {name: made.open_db(name.encode()) for name in environment.DATABASES}
         with made.begin(write=True) as txn:
             writer = Writer(txn, databases, path)
@@ -133,5 +133,5 @@ def refusals(path: str) -> Iterator[None]:
     except LmdbitmapError:
         raise
     except OSError as error:
-        step = environment.FULL_STEPS.get(error.errno or 0, "choose a folder that this user can write")
+        step = lmdb_errors.FULL_STEPS.get(error.errno or 0, "choose a folder that this user can write")
         raise StorageError(f"store {path}", error, next_step=step) from error

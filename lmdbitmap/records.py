@@ -18,7 +18,7 @@ from uuid import UUID
 import lmdb
 
 from lmdbitmap import environment, schema, tally
-from lmdbitmap.environment import DamagedStore
+from lmdbitmap.lmdb_errors import DamagedStore
 from lmdbitmap.schema import Bitmap, Checkpoint, Disk, Region, StoreHeader
 from lmdbitmap.tally import GROUP_REGIONS, Tally
 

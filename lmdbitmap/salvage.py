@@ -26,9 +26,9 @@ import time
 from collections.abc import Iterator, Sequence
 from uuid import uuid4
 
-from lmdbitmap import environment, files, founding, owner, presence, schema
-from lmdbitmap.environment import DamagedStore
+from lmdbitmap import files, founding, lmdb_errors, owner, presence, schema
 from lmdbitmap.errors import LmdbitmapError
+from lmdbitmap.lmdb_errors import DamagedStore
 from lmdbitmap.records import Writer
 from lmdbitmap.schema import Bitmap, Checkpoint, Disk
 
@@ -53,7 +53,7 @@ def heal(path: str, damage: DamagedStore, looked_at: tuple[int, int] | None) -> 
     may be first: then nothing is done.
     """
     if not founding.is_ours(path) and not known_disks(path):
-        raise environment.not_a_store(path, damage.found) from damage
+        raise lmdb_errors.not_a_store(path, damage.found) from damage
     with (
         files.lock_folder(path),
         contextlib.ExitStack() as afterwards,

@@ -26,10 +26,11 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 from uuid import UUID
 
-from lmdbitmap import environment, founding, salvage, schema
-from lmdbitmap.environment import CommitInDoubt as CommitInDoubt
-from lmdbitmap.environment import DamagedStore, Environment, FullMapError
+from lmdbitmap import environment, founding, lmdb_errors, salvage, schema
+from lmdbitmap.environment import Environment
 from lmdbitmap.errors import NotFound, StorageError
+from lmdbitmap.lmdb_errors import CommitInDoubt as CommitInDoubt
+from lmdbitmap.lmdb_errors import DamagedStore, FullMapError
 from lmdbitmap.records import Reader as Reader
 from lmdbitmap.records import Writer as Writer
 from lmdbitmap.schema import Bitmap
@@ -181,7 +182,7 @@ class Store:
 
     def _alive(self) -> Environment:
         if self._environment.pid != os.getpid():
-            raise environment.dead_error(self.path)
+            raise lmdb_errors.dead_error(self.path)
         if self._closed:
             raise StorageError(
                 f"store {self.path}",

@@ -16,7 +16,7 @@ from uuid import UUID, uuid4
 import lmdb
 import pytest
 
-from lmdbitmap import environment, files, schema, tally
+from lmdbitmap import environment, files, lmdb_errors, lmdb_opening, schema, tally
 from lmdbitmap.errors import Busy, FormatError, LmdbitmapError, NotFound, StorageError
 from lmdbitmap.schema import Bitmap, Checkpoint, Disk, StoreHeader
 from lmdbitmap.store import Reader, Store, Writer
@@ -42,8 +42,8 @@ def opened(path: str) -> Iterator[Store]:
 @pytest.fixture
 def small_map(monkeypatch: pytest.MonkeyPatch) -> None:
     """A map that a hundred records fill, and that grows in small steps."""
-    monkeypatch.setattr(environment, "MAP_BYTES", SMALL_MAP_BYTES)
-    monkeypatch.setattr(environment, "MIN_MAP_BYTES", SMALL_MAP_BYTES)
+    monkeypatch.setattr(lmdb_opening, "MAP_BYTES", SMALL_MAP_BYTES)
+    monkeypatch.setattr(lmdb_opening, "MIN_MAP_BYTES", SMALL_MAP_BYTES)
 
 
 def a_bitmap(number: int, name: str | None = None) -> Bitmap:
@@ -249,9 +249,9 @@ def test_map_grows_while_others_read(path: str, small_map: None) -> None:
 
 WRITE_RECORDS = """
 import sys
-from lmdbitmap import environment
+from lmdbitmap import lmdb_opening
 from lmdbitmap.store import Store
-environment.MAP_BYTES = environment.MIN_MAP_BYTES = 64 << 10
+lmdb_opening.MAP_BYTES = lmdb_opening.MIN_MAP_BYTES = 64 << 10
 opened = Store.create(sys.argv[1])
 number, count = int(sys.argv[2]), int(sys.argv[3])
 print("ready", flush=True)
@@ -378,7 +378,7 @@ print(store.update(lambda writer: writer.new_bitmap_id()))
 
 
 def test_readers_that_died_do_not_hold_their_places(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "MAX_READERS", 3)
+    monkeypatch.setattr(lmdb_opening, "MAX_READERS", 3)
     die_reading = f"""
 import os, signal
 from lmdbitmap.store import Store
@@ -860,7 +860,7 @@ def lmdb_error(kind: type[lmdb.Error], code: int) -> lmdb.Error:
 def test_refusal_of_lmdb_is_an_error_of_ours(
     opened: Store, error: lmdb.Error, kind: type[LmdbitmapError], code: int | None
 ) -> None:
-    with pytest.raises(kind) as refused, environment.translated(opened.path):
+    with pytest.raises(kind) as refused, lmdb_errors.translated(opened.path):
         raise error
     assert code is None or getattr(refused.value, "errno", None) == code
     assert refused.value.__cause__ is error
@@ -870,9 +870,9 @@ def test_refusal_that_the_binding_hides_in_an_error_of_python_is_one_of_ours(ope
     """As `Cursor.delete` does on a damaged page."""
     hidden = SystemError("returned a result with an exception set")
     hidden.__cause__ = lmdb_error(lmdb.CorruptedError, -30796)
-    with pytest.raises(FormatError), environment.translated(opened.path):
+    with pytest.raises(FormatError), lmdb_errors.translated(opened.path):
         raise hidden
-    with pytest.raises(SystemError), environment.translated(opened.path):
+    with pytest.raises(SystemError), lmdb_errors.translated(opened.path):
         raise SystemError("something else")
 
 
@@ -880,7 +880,7 @@ def test_short_write_on_a_full_disk_is_called_a_full_disk(
     opened: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "free_bytes", lambda path: 0)
-    with pytest.raises(StorageError) as refused, environment.translated(opened.path):
+    with pytest.raises(StorageError) as refused, lmdb_errors.translated(opened.path):
         raise lmdb_error(lmdb.Error, errno.EIO)
     assert refused.value.errno == errno.ENOSPC
 

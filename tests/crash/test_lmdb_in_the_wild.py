@@ -18,7 +18,7 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from lmdbitmap import environment, schema
+from lmdbitmap import environment, lmdb_errors, lmdb_opening, schema
 from lmdbitmap.check import check_store
 from lmdbitmap.errors import Busy, StorageError
 from lmdbitmap.extents import Trust
@@ -316,8 +316,8 @@ def test_check_names_a_view_that_lives_too_long(store: Store, monkeypatch: pytes
 
 LIMITED = """
 import resource, sys
-from lmdbitmap import environment
-environment.MAP_BYTES = environment.MIN_MAP_BYTES = 64 << 10
+from lmdbitmap import lmdb_opening
+lmdb_opening.MAP_BYTES = lmdb_opening.MIN_MAP_BYTES = 64 << 10
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.store import Store
 def fill(writer, count):
@@ -356,8 +356,8 @@ try_to_fill(store)
 def test_change_inside_a_view_that_needs_a_larger_map_is_one_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(environment, "MAP_BYTES", 64 << 10)
-    monkeypatch.setattr(environment, "MIN_MAP_BYTES", 64 << 10)
+    monkeypatch.setattr(lmdb_opening, "MAP_BYTES", 64 << 10)
+    monkeypatch.setattr(lmdb_opening, "MIN_MAP_BYTES", 64 << 10)
     with Store.create(str(tmp_path / "store")) as opened:
         with opened.read(), pytest.raises(StorageError) as refused:
             opened.update(lambda writer: fill(writer, 0, 1000))
@@ -558,7 +558,7 @@ def test_background_pass_of_an_idle_disk_mends_lost_locks(
 def test_transaction_that_is_too_large_is_told_as_that() -> None:
     error = lmdb.TxnFullError("what LMDB says")
     vars(error)["code"] = -30788
-    refused = environment.our_error("store", error)
+    refused = lmdb_errors.our_error("store", error)
     assert isinstance(refused, StorageError)
     assert "change less at once" in str(refused)
 

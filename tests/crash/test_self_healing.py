@@ -18,11 +18,11 @@ from uuid import uuid4
 import lmdb
 import pytest
 
-from lmdbitmap import chain, environment, founding, owner, salvage, schema, session, tally
+from lmdbitmap import chain, environment, founding, lmdb_tree, owner, salvage, schema, session, tally
 from lmdbitmap.check import Gravity, check_store
-from lmdbitmap.environment import DamagedStore
 from lmdbitmap.errors import AlreadyExists, FormatError, NotFound
 from lmdbitmap.extents import Trust
+from lmdbitmap.lmdb_errors import DamagedStore
 from lmdbitmap.salvage import SALVAGED
 from lmdbitmap.schema import Disk
 from lmdbitmap.store import Store
@@ -388,13 +388,13 @@ def test_large_store_is_looked_through_once_its_openers_die_young(
     """A damaged page of LMDB's own may be what they die of, again and again."""
     monkeypatch.setattr(environment, "LOOKED_THROUGH_BYTES", 0)
     looked: list[str] = []
-    problems = environment.structural_problems
+    problems = lmdb_tree.structural_problems
 
     def look(data_path: str) -> list[str]:
         looked.append(data_path)
         return problems(data_path)
 
-    monkeypatch.setattr(environment, "structural_problems", look)
+    monkeypatch.setattr(lmdb_tree, "structural_problems", look)
     path = tracked.store.path
     tracked.close()
     for end in ends:
