@@ -35,10 +35,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from uuid import uuid4
 
-from lmdbitmap import backup_chain, bits, consumers, files, mending
+from lmdbitmap import backup_chain, bits, consumers, digest_algorithms, files, mending
 from lmdbitmap.access import FREEZE_LIMIT_S, OWNER_LIMIT_S, Access, PointInTime, access, open_to_read
 from lmdbitmap.backup_chain import BackupChain
-from lmdbitmap.backup_plan import Plan, newest, plan_for
+from lmdbitmap.backup_plan import DigestChoice, Plan, digests_for, newest, plan_for
 from lmdbitmap.bits import Run
 from lmdbitmap.changes import Changes, changes_since
 from lmdbitmap.copier import (
@@ -49,6 +49,7 @@ from lmdbitmap.copier import (
     cluster_bits_for,
     copy_clusters,
 )
+from lmdbitmap.digest_algorithms import DigestAlgorithm
 from lmdbitmap.digests import synced_digests
 from lmdbitmap.errors import (
     AlreadyExists,
@@ -109,6 +110,8 @@ class BackupResult:
     bytes_read: int
     """Of the disk."""
     seconds: float
+    digest_reason: Reason | None = None
+    """Why its digests are not of the algorithm that those of the backup before are of, if that was not asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +124,7 @@ class _Job:
     manifest: Manifest
     requested: BackupType
     plan: Plan
+    digests: DigestChoice
     sequence: int
     leftovers: Sequence[Unfinished]
     """Checkpoints of killed runs that cannot go before there is another one."""
@@ -157,6 +161,7 @@ def backup(
     progress: Progress | None = None,
     open_device: OpenDevice = open_to_read,
     compression: str | None = None,
+    digest: str | None = None,
     bytes_per_s: int | None = None,
     owner_limit_s: float = OWNER_LIMIT_S,
 ) -> list[BackupResult]:
@@ -173,18 +178,22 @@ def backup(
     A process through which a disk is read may send nothing for `owner_limit_s`; then the backup fails (`Busy`).
     With `bytes_per_s` the disks are read no faster than that, all of them together.
     `compression` is `zlib` or `zstd`, or one of them with `:LEVEL`; None stores clusters as they are.
+    `digest` is `sha256` or `blake3`; with None a chain goes on with that of its newest backup, and a new one begins
+    with the fastest that there is.
     Raises `Busy` for a disk or image that somebody else holds, and for a folder that somebody backs up to;
-    `NotFound` without such a disk or image; `FormatError` for a manifest that cannot be read; `StorageError` where
-    a snapshot broke. Disks before the one that failed then have their backup, those after it do not.
+    `NotFound` without such a disk or image, or the package for what was asked for; `FormatError` for a manifest that
+    cannot be read; `StorageError` where a snapshot broke. Disks before the one that failed then have their backup,
+    those after it do not.
     """
     packing, pace = None if compression is None else chosen(compression), pace_of(bytes_per_s)
+    algorithm = None if digest is None else digest_algorithms.named(digest)
     if len(set(names)) != len(names):
         raise InvalidArgument("a disk is named twice", next_step="name each disk once")
     with contextlib.ExitStack() as locks:
         way = locks.enter_context(
             access(store, names, open_device, attached, scratch, owner_limit_s, freeze_limit_s)
         )
-        jobs = [_prepare(store, way, disk, repository_path, kind, locks) for disk in way.disks]
+        jobs = [_prepare(store, way, disk, repository_path, kind, algorithm, locks) for disk in way.disks]
         if only_that:
             _require_as_asked(jobs)
         try:
@@ -208,6 +217,7 @@ def _prepare(
     disk: Disk,
     repository_path: str | os.PathLike[str],
     kind: BackupType,
+    algorithm: DigestAlgorithm | None,
     locks: contextlib.ExitStack,
 ) -> _Job:
     folder = BackupFolder(repository_path, disk.name)
@@ -229,8 +239,8 @@ def _prepare(
         if unreadable is None
         else Plan(kind, reason=unreadable)
     )
-    sequence = folder.next_sequence(manifest.backups)
-    return _Job(way, disk, folder, manifest, kind, plan, sequence, leftovers, hold)
+    digests, sequence = digests_for(plan, manifest, algorithm), folder.next_sequence(manifest.backups)
+    return _Job(way, disk, folder, manifest, kind, plan, digests, sequence, leftovers, hold)
 
 
 def _require_as_asked(jobs: Sequence[_Job]) -> None:
@@ -352,7 +362,7 @@ def _make(
     _forget_unneeded(store, source, manifest)  # law 3: not before this line
     job.folder.drop_note()
     path, seconds = job.folder.path_of(entry.file), time.monotonic() - started
-    return BackupResult(job.disk.name, entry, path, device.bytes_read, seconds)
+    return BackupResult(job.disk.name, entry, path, device.bytes_read, seconds, job.digests.reason)
 
 
 def _still_there(store: Store, job: _Job, checkpoints: Sequence[CheckpointRef]) -> Sequence[CheckpointRef]:
@@ -376,7 +386,10 @@ def _write_image(
     job, parent = source.job, source.job.plan.parent
     path = job.folder.path_of(job.file)
     rescans = job.plan.type_actual is BackupType.RESCAN
-    with files.replacing(path) as file, ChunkHasher(file.fileno(), job.folder.path) as hasher:
+    with (
+        files.replacing(path) as file,
+        ChunkHasher(file.fileno(), job.folder.path, job.digests.algorithm) as hasher,
+    ):
         with _told_why(source), os_errors_at(job.disk.image), source.runs(device, report) as runs:
             copied = copy_clusters(
                 device,

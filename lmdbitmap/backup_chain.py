@@ -166,7 +166,7 @@ def opened(
     """The chain of `entries`, the full one first; nobody writes to its images in the block.
 
     Raises `NotFound` or `FormatError` where an image is not what the manifest says, `Busy` where that says something
-    else by now, and `NotFound` where the library is missing that decompresses one.
+    else by now, and `NotFound` where the library is missing that decompresses one, or with `verify` that proves one.
     """
     with FilePool(half_of_what_may_be_open()) as pool:
         try:

@@ -4,6 +4,8 @@
     rescan                       no bitmap can, but that backup is there: the disk is compared with it
     full                         everything
 
+Its digests are of the algorithm of the chain that it goes on with, or of the fastest one that there is.
+
 A differential one is not replaced by a rescan: all those after it would have to read the whole disk as well, until
 there is another full one to count from.
 """
@@ -14,6 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lmdbitmap import chain
+from lmdbitmap.digest_algorithms import DigestAlgorithm, fastest, is_available
 from lmdbitmap.errors import FormatError, NotFound
 from lmdbitmap.manifest import MAX_TEXT_BYTES, BackupEntry, BackupType, Manifest, Reason, chain_to
 from lmdbitmap.repository import BackupFolder
@@ -56,6 +59,25 @@ def plan_for(
     if kind is BackupType.DIFFERENTIAL:
         return Plan(BackupType.FULL, reason=lost)
     return Plan(BackupType.RESCAN, parent, reason=lost)
+
+
+class DigestChoice(NamedTuple):
+    """What a backup's digests will be made with; `reason` says why not with what the chain's newest are of."""
+
+    algorithm: DigestAlgorithm
+    reason: Reason | None = None
+
+
+def digests_for(plan: Plan, manifest: Manifest, asked: DigestAlgorithm | None = None) -> DigestChoice:
+    """What was `asked` for. Else a chain goes on as it is, unless this Python cannot: its images may differ in it."""
+    before = newest(manifest)
+    if asked is not None or plan.parent is None or before is None:
+        return DigestChoice(asked or fastest())
+    usual = before.digest_algorithm
+    if is_available(usual):
+        return DigestChoice(usual)
+    words = f"there is no package {usual.value} here, which digests like those of backup {before.id} need"
+    return DigestChoice(DigestAlgorithm.SHA256, Reason("package-missing", words))
 
 
 def newest(manifest: Manifest, *, full: bool = False) -> BackupEntry | None:

@@ -1,7 +1,8 @@
 """Digests of an image by chunks, in a file beside it: they say where it is damaged, and can be checked in parallel.
 
-The file is the SHA-256 of each chunk, 32 bytes each, in order, and nothing else; the manifest has its own SHA-256,
-and so vouches for all of them, and for the image. A chunk is 1 MiB: a finding names a place that small, a call of the
+The file is the digest of each chunk, 32 bytes each, in order, and nothing else; the manifest says which algorithm
+they are of (digest_algorithms.py), and has the file's own SHA-256, and so vouches for all of them, and for the image.
+A chunk is 1 MiB: a finding names a place that small, a call of the
 hash function is lost in it, and the file is 32 KiB for a GiB.
 """
 
@@ -9,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-from lmdbitmap import files
+from lmdbitmap import digest_algorithms, files
+from lmdbitmap.digest_algorithms import DIGEST_BYTES
 from lmdbitmap.errors import FormatError, os_errors_at
 from lmdbitmap.geometry import ceil_div
-from lmdbitmap.hashing import DIGEST_BYTES, ChunkHasher, chunk_digests
+from lmdbitmap.hashing import ChunkHasher, chunk_digests
 from lmdbitmap.manifest import BackupEntry, ChunkDigests
 from lmdbitmap.repository import BackupFolder, digests_name, sha256_of
 
@@ -35,7 +37,7 @@ def synced_digests(folder: BackupFolder, file: str, fd: int, hasher: ChunkHasher
                 made.write(digest)
                 own_digest.update(digest)
             synced.result()
-        return ChunkDigests(name, hasher.chunk_size, own_digest.hexdigest())
+        return ChunkDigests(name, hasher.chunk_size, own_digest.hexdigest(), hasher.algorithm)
 
 
 def found_digest(entry: BackupEntry, fd: int, stopped: Callable[[], bool] = lambda: False) -> str:
@@ -44,11 +46,17 @@ def found_digest(entry: BackupEntry, fd: int, stopped: Callable[[], bool] = lamb
         return sha256_of(fd, stopped)
     assert entry.chunks is not None
     own_digest = hashlib.sha256()
-    for digest in chunk_digests(fd, entry.chunks.chunk_size):
+    for digest in chunk_digests(fd, entry.chunks.algorithm, entry.chunks.chunk_size):
         own_digest.update(digest)
         if stopped():
             break
     return own_digest.hexdigest()
+
+
+def require_algorithms(folder: BackupFolder, entries: Iterable[BackupEntry], *, instead: str = "") -> None:
+    """Raise `NotFound` where this Python lacks what the digests of one of these images are computed with."""
+    for entry in entries:
+        digest_algorithms.require(entry.digest_algorithm, folder.path_of(entry.file), instead=instead)
 
 
 def read_digests(folder: BackupFolder, image_length: int, chunks: ChunkDigests) -> bytes:

@@ -11,7 +11,6 @@ a file is written, and a file that grows from its beginning to its end is read o
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 from collections import deque
@@ -20,10 +19,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Final
 
+from lmdbitmap.digest_algorithms import DIGEST_BYTES, DigestAlgorithm, new_hasher
 from lmdbitmap.geometry import ceil_div
 
 CHUNK_BYTES: Final = 1 << 20
-DIGEST_BYTES: Final = 32
 _BATCH_CHUNKS: Final = 4
 """Hashed in one go: what a thread costs is lost in it."""
 _READ_AT_ONCE: Final = 256 << 10
@@ -43,8 +42,11 @@ class ChunkHasher:
     Digests beyond some megabytes are in a file without a name in `folder`, so that memory is bounded.
     """
 
-    def __init__(self, fd: int, folder: str, chunk_size: int = CHUNK_BYTES) -> None:
+    def __init__(
+        self, fd: int, folder: str, algorithm: DigestAlgorithm, chunk_size: int = CHUNK_BYTES
+    ) -> None:
         self._fd = fd
+        self.algorithm = algorithm
         self.chunk_size = chunk_size
         self._digests = tempfile.SpooledTemporaryFile(_MOST_IN_MEMORY, dir=folder)  # noqa: SIM115 - see __exit__
         """Of the first chunks, one behind the other."""
@@ -83,11 +85,16 @@ class ChunkHasher:
         self._digests.seek(0)
         for chunk in range(chunks):
             digest = self._digests.read(DIGEST_BYTES)
-            yield _digests_of(self._fd, self.chunk_size, chunk, 1) if chunk in self._stale else digest
+            yield self._digest_anew(chunk) if chunk in self._stale else digest
+
+    def _digest_anew(self, chunk: int) -> bytes:
+        return _digests_of(self._fd, self.algorithm, self.chunk_size, chunk, 1)
 
     def _hash_next(self, count: int) -> None:
         """Hand over the next chunks; a writer that is far ahead waits."""
-        batch = self._threads.submit(_digests_of, self._fd, self.chunk_size, self._hashed_chunks, count)
+        batch = self._threads.submit(
+            _digests_of, self._fd, self.algorithm, self.chunk_size, self._hashed_chunks, count
+        )
         self._under_way.append(batch)
         self._hashed_chunks += count
         if len(self._under_way) > 2 * thread_count():
@@ -97,29 +104,29 @@ class ChunkHasher:
         self._digests.write(self._under_way.popleft().result())
 
 
-def chunk_digests(fd: int, chunk_size: int = CHUNK_BYTES) -> Iterator[bytes]:
-    """The SHA-256 of each chunk of a file; the last chunk may be short."""
+def chunk_digests(fd: int, algorithm: DigestAlgorithm, chunk_size: int = CHUNK_BYTES) -> Iterator[bytes]:
+    """The digest of each chunk of a file; the last chunk may be short."""
     for chunk in range(ceil_div(os.fstat(fd).st_size, chunk_size)):
-        yield _digests_of(fd, chunk_size, chunk, 1)
+        yield _digests_of(fd, algorithm, chunk_size, chunk, 1)
 
 
-def _digests_of(fd: int, chunk_size: int, first: int, count: int) -> bytes:
+def _digests_of(fd: int, algorithm: DigestAlgorithm, chunk_size: int, first: int, count: int) -> bytes:
     """One behind the other."""
     buffer = memoryview(bytearray(min(_READ_AT_ONCE, chunk_size)))
     return b"".join(
-        _digest_at(fd, chunk * chunk_size, chunk_size, buffer).digest()
+        _digest_at(fd, algorithm, chunk * chunk_size, chunk_size, buffer)
         for chunk in range(first, first + count)
     )
 
 
-def digest_at(fd: int, offset: int, length: int) -> bytes:
-    """The SHA-256 of a range of a file; of less, where the file has become shorter."""
-    return _digest_at(fd, offset, length, memoryview(bytearray(min(_READ_AT_ONCE, length)))).digest()
+def digest_at(fd: int, algorithm: DigestAlgorithm, offset: int, length: int) -> bytes:
+    """The digest of a range of a file; of less, where the file has become shorter."""
+    return _digest_at(fd, algorithm, offset, length, memoryview(bytearray(min(_READ_AT_ONCE, length))))
 
 
-def _digest_at(fd: int, offset: int, length: int, buffer: memoryview) -> hashlib._Hash:
-    digest, end = hashlib.sha256(), offset + length
+def _digest_at(fd: int, algorithm: DigestAlgorithm, offset: int, length: int, buffer: memoryview) -> bytes:
+    digest, end = new_hasher(algorithm), offset + length
     while offset < end and (count := os.preadv(fd, [buffer[: end - offset]], offset)):
         digest.update(buffer[:count])
         offset += count
-    return digest
+    return digest.digest()

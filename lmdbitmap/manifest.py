@@ -1,6 +1,6 @@
 """The manifest of one disk's backups: what each image in a repository's folder is, as JSON. See design section 7.
 
-    format_version   1 or 2, the least that can say what follows; a newer one is refused
+    format_version   1 to 3, the least that can say what follows; a newer one is refused
     disk             name, uuid
     released         uuid and name of checkpoints that pruned backups held: the next backup forgets them; may be absent
     holder           uuid by which stores know these backups as a holder of checkpoints; may be absent
@@ -19,7 +19,8 @@
       bytes_stored                 of the file
       sha256                       of the file; absent where `chunks` vouches for all of it, from version 2 on
       compression                  zlib or zstd, where clusters may be compressed; else there is no such key
-      chunks                       file, chunk_size and sha256 of the file with its digests; optional beside `sha256`
+      chunks                       file, chunk_size and sha256 of the file with its digests; optional beside `sha256`.
+                                   From version 3 on `algorithm`, where they are not SHA-256
 
 Invariants of what `decode` answers: every parent stands before its children, so a chain always ends, in a full
 backup; ids and files are unique. Encoding is deterministic: sorted keys, indent 2, a newline at the end; what may
@@ -38,12 +39,13 @@ from dataclasses import dataclass
 from typing import Any, Final, NoReturn, TypeVar
 from uuid import UUID
 
+from lmdbitmap.digest_algorithms import DigestAlgorithm
 from lmdbitmap.errors import FormatError, InvalidArgument, NotFound
 from lmdbitmap.extents import Trust
 from lmdbitmap.geometry import MAX_GRANULARITY_BITS, MAX_SIZE, MIN_GRANULARITY_BITS
 from lmdbitmap.qcow2.layout import CompressionType
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 MAX_MANIFEST_BYTES: Final = 16 << 20
 """Room for some 15 000 backups; parsing hostile JSON of this size takes hundreds of MiB, and no more."""
 MAX_TEXT_BYTES: Final = 1023
@@ -103,6 +105,8 @@ class ChunkDigests:
     file: str
     chunk_size: int
     sha256: str
+    algorithm: DigestAlgorithm = DigestAlgorithm.SHA256
+    """Of the digests in the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +140,11 @@ class BackupEntry:
         assert self.chunks is not None
         return self.chunks.sha256
 
+    @property
+    def digest_algorithm(self) -> DigestAlgorithm:
+        """What the digests are with which the image is proven."""
+        return DigestAlgorithm.SHA256 if self.chunks is None else self.chunks.algorithm
+
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
@@ -146,7 +155,10 @@ class Manifest:
 
     @property
     def format_version(self) -> int:
-        """Version 1 is for programs that know no image without a digest of the whole file."""
+        """Version 1 is for programs that know no image without a digest of the whole file, 2 for those that know no
+        other digests than SHA-256: they would call sound images damaged."""
+        if any(entry.digest_algorithm is not DigestAlgorithm.SHA256 for entry in self.backups):
+            return 3
         return 1 if all(entry.sha256 is not None for entry in self.backups) else 2
 
 
@@ -187,6 +199,8 @@ def _tree(manifest: Manifest) -> dict[str, Any]:
         for absent in ("compression", "chunks", "sha256"):
             if entry[absent] is None:
                 del entry[absent]
+        if "chunks" in entry and entry["chunks"]["algorithm"] is DigestAlgorithm.SHA256:
+            del entry["chunks"]["algorithm"]
     for absent in ("released", "holder"):
         if not tree[absent]:
             del tree[absent]
@@ -307,7 +321,10 @@ def _reason(fields: _Fields) -> Reason:
 
 def _chunks(fields: _Fields) -> ChunkDigests:
     chunk_size = fields.power_of_two("chunk_size", MIN_CHUNK_SIZE, MAX_CHUNK_SIZE)
-    return ChunkDigests(fields.file_name("file"), chunk_size, fields.digest("sha256"))
+    algorithm = fields.if_there("algorithm", lambda name: fields.choice(name, list(DigestAlgorithm)))
+    return ChunkDigests(
+        fields.file_name("file"), chunk_size, fields.digest("sha256"), algorithm or DigestAlgorithm.SHA256
+    )
 
 
 def _check_order(backups: Sequence[BackupEntry]) -> None:

@@ -15,12 +15,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from lmdbitmap.digests import found_digest, read_digests
+from lmdbitmap.digest_algorithms import DIGEST_BYTES
+from lmdbitmap.digests import found_digest, read_digests, require_algorithms
 from lmdbitmap.errors import FormatError, NotFound, os_errors_at
 from lmdbitmap.file_pool import PooledFile
 from lmdbitmap.geometry import ceil_div
-from lmdbitmap.hashing import DIGEST_BYTES, digest_at
-from lmdbitmap.manifest import BackupEntry
+from lmdbitmap.hashing import digest_at
+from lmdbitmap.manifest import BackupEntry, ChunkDigests
 from lmdbitmap.repository import BackupFolder
 
 log = logging.getLogger(__name__)
@@ -32,11 +33,12 @@ _STRIPES = 64
 class ChunkProof:
     """What of an image is proven, by the digests of its chunks. Safe for many threads."""
 
-    def __init__(self, file: PooledFile, chunk_size: int, digests: bytes) -> None:
+    def __init__(self, file: PooledFile, chunks: ChunkDigests, digests: bytes) -> None:
         self._file = file
-        self._chunk_size = chunk_size
+        self._algorithm = chunks.algorithm
+        self._chunk_size = chunks.chunk_size
         self._digests = digests
-        self._is_proven = bytearray(ceil_div(file.size, chunk_size))
+        self._is_proven = bytearray(ceil_div(file.size, chunks.chunk_size))
         self._is_claimed = bytearray(len(self._is_proven))
         self._locks = [threading.Lock() for _ in range(min(_STRIPES, len(self._is_proven)))]
 
@@ -66,11 +68,11 @@ class ChunkProof:
         expected = self._digests[DIGEST_BYTES * chunk : DIGEST_BYTES * (chunk + 1)].hex()
         with os_errors_at(self._file.path), self._file.reading() as device:
             assert device.fd is not None
-            found = digest_at(device.fd, start, end - start).hex()
+            found = digest_at(device.fd, self._algorithm, start, end - start).hex()
         if found != expected:
             raise FormatError(
                 f"{self._file.path}: bytes {start}..{end}",
-                expected=f"SHA-256 {expected}",
+                expected=f"{self._algorithm.title} {expected}",
                 found=found,
                 next_step=_USE_ANOTHER,
             )
@@ -78,15 +80,16 @@ class ChunkProof:
 
 
 def chunk_proof(folder: BackupFolder, entry: BackupEntry, file: PooledFile) -> ChunkProof | None:
-    """None where there are no digests by chunks that could prove it."""
+    """None where there are no digests by chunks that could prove it; `NotFound` where none can be computed."""
     if entry.chunks is None:
         return None
+    require_algorithms(folder, [entry])
     try:
         digests = read_digests(folder, file.size, entry.chunks)
     except (FormatError, NotFound) as unusable:
         log.warning("%s: the image is proven as a whole, which takes longer", unusable.problem)
         return None
-    return ChunkProof(file, entry.chunks.chunk_size, digests)
+    return ChunkProof(file, entry.chunks, digests)
 
 
 def prove_whole(file: PooledFile, entry: BackupEntry, stopped: Callable[[], bool] = lambda: False) -> None:

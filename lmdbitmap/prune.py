@@ -7,7 +7,8 @@ backup are kept small: the first of them becomes full, the others are moved onto
 
 Each merge is proven, durable and decided by itself (`BackupFolder.succeed`), and what nothing needs any more goes with
 it: so the folder is never larger than by the images that are being written. A death costs the merge under way.
-Images are checked by their digests before they are merged: a new digest must not vouch for old damage.
+Images are checked by their digests before they are merged: a new digest must not vouch for old damage. The merged
+one's digests are of the algorithm that those of the backup that stays were of.
 
 The store is not needed. A checkpoint that a backup held which goes is named in the manifest, as `released`, until the
 next backup has forgotten it.
@@ -17,16 +18,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import tzinfo
 from typing import NamedTuple
 
 from lmdbitmap import files
 from lmdbitmap.copier import Copied, Progress, Report
-from lmdbitmap.digests import synced_digests
+from lmdbitmap.digests import require_algorithms, synced_digests
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.extents import Trust
 from lmdbitmap.file_pool import FilePool
@@ -74,7 +76,8 @@ def prune(
     """Let go of all backups but those that `keep` wants, of the disks called `names` or of all; durable on return.
 
     `dry_run` says what would be done and touches nothing. Raises `NotFound` without such a disk, `Busy` for a
-    folder that somebody backs up to, `FormatError` for images that are not what they were when they were made.
+    folder that somebody backs up to, `FormatError` for images that are not what they were when they were made,
+    `NotFound` where one is to be merged whose digests need a missing package; nothing is done to that disk then.
     """
     known = known_backups_of(repository_path, names)
     if dry_run:
@@ -92,6 +95,7 @@ def _prune(folder: BackupFolder, keep: Retention, zone: tzinfo | None, report: R
         before = manifest = folder.known_backups()
         folder.check_names(before.backups)
         stay = kept(before.backups, keep, zone)
+        require_algorithms(folder, _to_merge(before, stay))
         try:
             manifest = _let_go(folder, manifest, stay)
             for group in _groups(manifest, stay):
@@ -163,9 +167,14 @@ def _merged_of(manifest: Manifest, rewrite: _Rewrite) -> Sequence[BackupEntry]:
     return chain[ids.index(rewrite.onto.id) + 1 :]
 
 
+def _to_merge(manifest: Manifest, stay: set[str]) -> Iterator[BackupEntry]:
+    """All images that are read, as often as they are."""
+    for rewrite in itertools.chain(*_groups(manifest, stay)):
+        yield from _merged_of(manifest, rewrite)
+
+
 def _bytes_to_copy(manifest: Manifest, stay: set[str]) -> int:
-    rewrites = [rewrite for group in _groups(manifest, stay) for rewrite in group]
-    return sum(entry.bytes_stored for rewrite in rewrites for entry in _merged_of(manifest, rewrite))
+    return sum(entry.bytes_stored for entry in _to_merge(manifest, stay))
 
 
 # --- merging ---
@@ -182,7 +191,7 @@ def _written(folder: BackupFolder, manifest: Manifest, rewrite: _Rewrite, report
         view = View(pool, folder, chain, down_to=len(chain) - len(merged))
         over = _over(pool, folder, manifest, onto, is_below=len(merged) < len(chain))
         copied, compression = write_merged(file.fileno(), path, view, over, report)
-        with ChunkHasher(file.fileno(), folder.path) as hasher:
+        with ChunkHasher(file.fileno(), folder.path, entry.digest_algorithm) as hasher:
             chunks = synced_digests(folder, entry.file, file.fileno(), hasher)
     merged_entry = _entry(entry, onto, merged, copied, chunks)
     return dataclasses.replace(merged_entry, compression=compression)

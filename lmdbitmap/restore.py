@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from lmdbitmap import backup_chain
 from lmdbitmap.backup_chain import BackupChain
 from lmdbitmap.copier import Progress, Report
+from lmdbitmap.digests import require_algorithms
 from lmdbitmap.making_ready import made_ready
 from lmdbitmap.manifest import BackupEntry
 from lmdbitmap.proof import proven_beside
@@ -63,14 +64,17 @@ def restore(
     the image of a disk in `store`, it has to be in place, and goes through the tracker: the disk's next backup is an
     increment of what the restore changed. `verify=False` leaves out the digests, not the structure.
 
-    Raises `NotFound` without such a disk or backup, `FormatError` for a manifest or image that is not what it
-    must be, `AlreadyExists` for a file with something in it, `InvalidArgument` for a target that does not fit,
-    `Busy` for one that somebody uses, `StorageError` where the system refuses.
+    Raises `NotFound` without such a disk or backup, or the package that its digests need, `FormatError` for a manifest
+    or image that is not what it must be, `AlreadyExists` for a file with something in it, `InvalidArgument` for a
+    target that does not fit, `Busy` for one that somebody uses, `StorageError` where the system refuses.
     """
     started = time.monotonic()
     folder, place = BackupFolder(repository_path, name), os.fspath(out_path)
+    entries = backup_chain.entries_at(folder, at)
+    if verify:
+        require_algorithms(folder, entries, instead="restore without proof: --no-verify")
     with (
-        backup_chain.opened(folder, backup_chain.entries_at(folder, at), verify=verify) as chain,
+        backup_chain.opened(folder, entries, verify=verify) as chain,
         opened_target(place, folder, chain, in_place=in_place, store=store) as target,
     ):
         report = Report(progress, chain.size)

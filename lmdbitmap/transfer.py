@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from lmdbitmap import files
 from lmdbitmap.copier import Progress, Report
 from lmdbitmap.device import FileDevice
-from lmdbitmap.digests import found_digest
+from lmdbitmap.digests import found_digest, require_algorithms
 from lmdbitmap.errors import AlreadyExists, Busy, FormatError, InvalidArgument, NotFound, os_errors_at
 from lmdbitmap.file_copy import PIECE_BYTES, FileCopier
 from lmdbitmap.manifest import BackupEntry, Manifest
@@ -49,9 +49,10 @@ def copy_backups(
 ) -> list[CopyResult]:
     """Copy all backups of the disks called `names`, or of all, to the repository at `target_path`; durable on return.
 
-    Raises `NotFound` without such a disk, `AlreadyExists` where the target has other backups of a disk of that name,
-    `FormatError` for an image that is not what it was, `Busy` for a target that somebody writes to, and for a source
-    that changes meanwhile. Disks before the one that failed are copied, and of that one the backups before.
+    Raises `NotFound` without such a disk, or the package that the digests of an image need, `AlreadyExists` where the
+    target has other backups of a disk of that name, `FormatError` for an image that is not what it was, `Busy` for a
+    target that somebody writes to, and for a source that changes meanwhile. Disks before the one that failed are
+    copied, and of that one the backups before.
     """
     known = known_backups_of(repository_path, names)
     if os.path.realpath(repository_path) == os.path.realpath(target_path):
@@ -70,9 +71,10 @@ def copy_backups(
 def _copy_disk(source: BackupFolder, wanted: Manifest, target: BackupFolder, report: Report) -> CopyResult:
     started = time.monotonic()
     with target.locked():
-        there = target.manifest()
-        if there is None:
-            there = Manifest(wanted.disk)
+        found = target.manifest()
+        there = Manifest(wanted.disk) if found is None else found
+        require_algorithms(source, wanted.backups[len(there.backups) :])
+        if found is None:
             target.replace_manifest(there)  # from now on, an image without its entry is no lost backup
         _require_beginning(target, there, source, wanted)
         target.check_images(there.backups)

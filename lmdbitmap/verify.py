@@ -25,10 +25,11 @@ from typing import NamedTuple
 from lmdbitmap.backup_chain import image_reader
 from lmdbitmap.copier import Progress, Report
 from lmdbitmap.device import FileDevice
-from lmdbitmap.digests import found_digest, read_digests
+from lmdbitmap.digest_algorithms import DIGEST_BYTES
+from lmdbitmap.digests import found_digest, read_digests, require_algorithms
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError, NotFound, os_errors_at
 from lmdbitmap.geometry import ceil_div
-from lmdbitmap.hashing import DIGEST_BYTES, digest_at, thread_count
+from lmdbitmap.hashing import digest_at, thread_count
 from lmdbitmap.manifest import BackupEntry, ChunkDigests, Manifest, chain_to
 from lmdbitmap.repository import BackupFolder, folders_of
 
@@ -76,14 +77,16 @@ def verify(
 ) -> VerifyResult:
     """Prove all backups of a repository, or of one disk, or those that a restore of the backup `at` needs.
 
-    What is wrong is in the answer. Raises `NotFound` without such a disk or backup, `Busy` for a folder that was
-    changed meanwhile, `StorageError` where the system refuses.
+    What is wrong is in the answer. Raises `NotFound` without such a disk or backup, or the package that digests need,
+    `Busy` for a folder that was changed meanwhile, `StorageError` where the system refuses.
     """
     if at is not None and name is None:
         raise InvalidArgument(f"backup {at} of which disk", next_step="name the disk too")
     started = time.monotonic()
     flaws = _Flaws()
     tasks = list(_tasks(repository_path, name, at, flaws))
+    for task in tasks:
+        require_algorithms(task.folder, task.entries)
     report = Report(progress, sum(entry.bytes_stored for task in tasks for entry in task.entries))
     for task in tasks:
         _prove(task, flaws, report)
@@ -143,7 +146,7 @@ def _prove(task: _Task, flaws: _Flaws, report: Report) -> None:
 
 
 def require_sound(folder: BackupFolder, manifest: Manifest, entries: Sequence[BackupEntry]) -> None:
-    """Raise `FormatError` unless every byte of the images is what was backed up."""
+    """Raise `FormatError` unless every byte of the images is what was backed up. See `require_algorithms` before."""
     for found, _ in _found(_Task(folder, folder.disk_name, manifest, entries)):
         if found:
             raise FormatError(
@@ -248,10 +251,8 @@ class _Image:
         with _opened(self._path) as fd, os_errors_at(self._path):
             for number, offset in enumerate(range(start, stop, chunks.chunk_size)):
                 length = min(chunks.chunk_size, stop - offset)
-                if (
-                    digest_at(fd, offset, length)
-                    != digests[DIGEST_BYTES * number : DIGEST_BYTES * (number + 1)]
-                ):
+                digest = digests[DIGEST_BYTES * number : DIGEST_BYTES * (number + 1)]
+                if digest_at(fd, chunks.algorithm, offset, length) != digest:
                     _lengthen(damaged, offset, length)
         return [self._bytes_flaw("the data is not what was backed up", *run) for run in damaged]
 

@@ -37,9 +37,12 @@ class BackedUpDisk(TrackedDisk):
         return self.image.read_bytes()
 
     def backup(
-        self, kind: BackupType = INCREMENTAL, to: str = "backups", compression: str | None = None
-    ) -> BackupEntry:
-        [result] = backup(self.store, [NAME], self.folder / to, kind=kind, compression=compression)
+        self, kind: BackupType = INCREMENTAL, to: str = "backups", compression: str | None = None,
+        digest: str | None = None,
+    ) -> BackupEntry:  # fmt: skip
+        [result] = backup(
+            self.store, [NAME], self.folder / to, kind=kind, compression=compression, digest=digest
+        )
         assert result.entry == self.manifest(to).backups[-1]
         return result.entry
 

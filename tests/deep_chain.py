@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 from lmdbitmap.copier import ImageFile
+from lmdbitmap.digest_algorithms import fastest
 from lmdbitmap.hashing import CHUNK_BYTES, chunk_digests
 from lmdbitmap.manifest import BackupEntry, ChunkDigests, Manifest
 from lmdbitmap.qcow2 import Qcow2Writer
@@ -57,12 +58,12 @@ def _image(
                 truth[start : start + CLUSTER] = randomness.randbytes(CLUSTER)
                 writer.write(start, truth[start : start + CLUSTER])
         stored = writer.finish()
-        digests = b"".join(chunk_digests(file.fileno()))
+        digests = b"".join(chunk_digests(file.fileno(), fastest()))
         sha256 = sha256_of(file.fileno())
     sidecar = digests_name(name)
     Path(folder.path_of(sidecar)).write_bytes(digests)
     return entry(
         number, number - 1 if number else None, file=name, disk_size=size, cluster_size=CLUSTER,
         granularity=CLUSTER, bytes_stored=stored, sha256=sha256,
-        chunks=ChunkDigests(sidecar, CHUNK_BYTES, hashlib.sha256(digests).hexdigest()),
+        chunks=ChunkDigests(sidecar, CHUNK_BYTES, hashlib.sha256(digests).hexdigest(), fastest()),
     )  # fmt: skip

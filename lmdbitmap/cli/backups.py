@@ -25,7 +25,7 @@ from lmdbitmap.store import Store
 
 if TYPE_CHECKING:
     from lmdbitmap.backup import BackupResult
-    from lmdbitmap.manifest import BackupEntry
+    from lmdbitmap.manifest import BackupEntry, Reason
     from lmdbitmap.restore import RestoreResult
 
 _FOLDER = click.Path(file_okay=False)
@@ -67,6 +67,11 @@ _FOLDER = click.Path(file_okay=False)
     help="Compress what is stored, as QEMU reads it: zlib everywhere (level 1 to 9, [6]), zstd faster (1 to 22, [3]).",
 )  # fmt: skip
 @click.option(
+    "--digest", type=click.Choice(["sha256", "blake3"]),
+    help="What each MiB is proven with. blake3 is faster, and needs the extra [fast] wherever its digests are made or"
+    " proven. [default: as the backup before; for a new chain blake3, if it is installed]",
+)  # fmt: skip
+@click.option(
     "--stdout",
     "to_stdout",
     is_flag=True,
@@ -82,8 +87,8 @@ _FOLDER = click.Path(file_okay=False)
 @click.pass_obj
 def backup(
     asked: Session, words: Sequence[str], kind: str, only_that: bool, hook: Hook, nice: int, speed_limit: int | None,
-    owner_limit: float, compress: str | None, to_stdout: bool, since: str | None, checkpoint: str | None,
-    diff_version: str | None,
+    owner_limit: float, compress: str | None, digest: str | None, to_stdout: bool, since: str | None,
+    checkpoint: str | None, diff_version: str | None,
 ) -> None:  # fmt: skip
     """Back up disks, while their guests write on.
 
@@ -97,20 +102,21 @@ def backup(
     """
     options = StreamOptions(since, checkpoint, diff_version)
     if to_stdout:
-        _require_stream(words, speed_limit)
+        _require_stream(words, speed_limit, digest)
         stream_out(asked, words[0], options, hook, nice, owner_limit)
         return
     options.require_none()
     if len(words) < 2:
         raise click.UsageError("Missing argument 'REPO'.")
-    _back_up(
-        asked, words[:-1], words[-1], _Wishes(kind, only_that, compress, hook, nice, speed_limit, owner_limit)
-    )
+    wishes = _Wishes(kind, only_that, compress, digest, hook, nice, speed_limit, owner_limit)
+    _back_up(asked, words[:-1], words[-1], wishes)
 
 
-def _require_stream(words: Sequence[str], speed_limit: int | None) -> None:
+def _require_stream(words: Sequence[str], speed_limit: int | None, digest: str | None) -> None:
     if speed_limit is not None:
         raise click.UsageError("A stream is as fast as its reader: limit that, as with pv -L, not --stdout.")
+    if digest is not None:
+        raise click.UsageError("A stream has no digests: leave out --digest, or --stdout.")
     if len(words) > 1:
         raise click.UsageError("--stdout takes one NAME, and no REPO.")
     if click.get_current_context().get_parameter_source("kind") is ParameterSource.COMMANDLINE:
@@ -123,6 +129,7 @@ class _Wishes(NamedTuple):
     kind: str
     only_that: bool
     compress: str | None
+    digest: str | None
     hook: Hook
     nice: int
     speed_limit: int | None
@@ -142,7 +149,7 @@ def _back_up(asked: Session, names: Sequence[str], repository: str, wishes: _Wis
         served = is_served(store, names[0])  # not by ourselves yet
         made = back_up(
             store, names, repository,
-            kind=BackupType(wishes.kind), only_that=wishes.only_that, compression=wishes.compress,
+            kind=BackupType(wishes.kind), only_that=wishes.only_that, compression=wishes.compress, digest=wishes.digest,
             quiesced=lambda: nice_after(
                 wishes.hook.freezing(names, thaw), wishes.nice, asked, served=served
             ), progress=report,
@@ -165,6 +172,8 @@ def _backup_words(result: BackupResult) -> str:
         f"{format_size(entry.bytes_stored)} stored {_how(entry)}in {entry.file}",
         format_duration(result.seconds),
     ]
+    if result.digest_reason is not None:
+        words.append(f"its digests are {entry.digest_algorithm.title}: {result.digest_reason.words}")
     return " · ".join(words)
 
 
@@ -173,14 +182,14 @@ def _how(entry: BackupEntry) -> str:
 
 
 def _backup_facts(result: BackupResult) -> dict[str, object]:
-    entry, reason = result.entry, result.entry.reason
+    entry = result.entry
     return {
         "disk": result.disk,
         "backup": entry.id,
         "file": result.path,
         "type": entry.type_actual.value,
         "requested": entry.type_requested.value,
-        "reason": None if reason is None else {"code": reason.code, "words": reason.words},
+        "reason": _reason_facts(entry.reason),
         "parent": entry.parent,
         "checkpoint": entry.checkpoint.name,
         "time": iso_time(entry.time_ns),
@@ -192,9 +201,15 @@ def _backup_facts(result: BackupResult) -> dict[str, object]:
         "bytes_stored": entry.bytes_stored,
         "sha256": entry.sha256,
         "chunks_sha256": None if entry.chunks is None else entry.chunks.sha256,
+        "digest": entry.digest_algorithm.value,
+        "digest_reason": _reason_facts(result.digest_reason),
         "compression": None if entry.compression is None else entry.compression.value,
         "seconds": round(result.seconds, 3),
     }
+
+
+def _reason_facts(reason: Reason | None) -> dict[str, str] | None:
+    return None if reason is None else {"code": reason.code, "words": reason.words}
 
 
 @verb(

@@ -278,4 +278,5 @@ def _point_facts(entry: BackupEntry, depth: int) -> dict[str, object]:
         "bytes_zero": entry.bytes_zero, "bytes_stored": entry.bytes_stored, "chain_depth": depth,
         "trust": entry.trust.value, "sha256": entry.sha256,
         "chunks_sha256": None if entry.chunks is None else entry.chunks.sha256,
+        "digest": entry.digest_algorithm.value,
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import subprocess
@@ -51,7 +52,8 @@ def test_the_first_backup_is_full_and_says_why(cli: Cli) -> None:
         "reason": {"code": "no-earlier-backup", "words": "no earlier backup"},
         "parent": None, "checkpoint": made["checkpoint"], "time": made["time"], "size": SIZE, "trust": "exact",
         "bytes_read": 0, "bytes_changed": SIZE, "bytes_zero": SIZE, "bytes_stored": os.path.getsize(made["file"]),
-        "sha256": None, "chunks_sha256": made["chunks_sha256"], "compression": None, "seconds": made["seconds"],
+        "sha256": None, "chunks_sha256": made["chunks_sha256"], "digest": "blake3", "digest_reason": None,
+        "compression": None, "seconds": made["seconds"],
     }  # fmt: skip
     assert cli.json("info", "sda")["since"] == made["checkpoint"]
 
@@ -241,7 +243,7 @@ def test_a_backup_that_was_damaged_is_not_restored(cli: Cli, repository: Path) -
     with open(image, "r+b") as file:
         file.seek(-10, os.SEEK_END)
         file.write(b"damaged")
-    assert "expected SHA-256" in cli.fails(1, "restore", repository, "sda", cli.folder / "out.raw")
+    assert "expected BLAKE3" in cli.fails(1, "restore", repository, "sda", cli.folder / "out.raw")
     assert not (cli.folder / "out.raw").exists()
     cli.ok("restore", repository, "sda", cli.folder / "out.raw", "--no-verify")
 
@@ -295,3 +297,61 @@ def test_on_a_terminal_there_is_a_bar(cli: Cli, repository: Path) -> None:
     assert done.returncode == 0
     assert "backing up sda" in seen
     assert "8.0/8.0 MiB" in seen
+
+
+# --- what digests are made with ---
+
+
+@pytest.mark.parametrize("digest", ["sha256", "blake3"])
+def test_a_backup_has_the_digests_that_are_asked_for(cli: Cli, digest: str) -> None:
+    cli.add("sda")
+    [made] = cli.json("backup", "sda", cli.folder / "backups", "--digest", digest)["backups"]
+    [listed] = cli.json("ls", cli.folder / "backups")["disks"][0]["backups"]
+    assert (made["digest"], made["digest_reason"], listed["digest"]) == (digest, None, digest)
+    cli.ok("verify", cli.folder / "backups")
+
+
+def test_digests_that_cannot_be_are_refused(cli: Cli, repository: Path) -> None:
+    assert "'md5' is not one of 'sha256', 'blake3'" in cli("backup", "sda", repository, "--digest", "md5").err
+    said = cli("backup", "sda", "--stdout", "--digest", "sha256")
+    assert (said.code, "A stream has no digests" in said.err) == (2, True)
+
+
+@pytest.fixture
+def without_blake3(tmp_path: Path) -> dict[str, str]:
+    """The environment of a Python that cannot import it, as where it is not installed."""
+    folder = tmp_path / "hides"
+    folder.mkdir()
+    (folder / "blake3.py").write_text("raise ModuleNotFoundError('No module named blake3', name='blake3')")
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+def test_without_the_package_digests_are_sha256_and_what_others_made_is_refused_in_one_sentence(
+    cli: Cli, repository: Path, without_blake3: dict[str, str]
+) -> None:
+    """A whole process, which never sees the package."""
+
+    def says(*words: object) -> tuple[int, str, str]:
+        done = subprocess.run(cli.command(*words), capture_output=True, text=True, env=without_blake3)
+        return done.returncode, done.stdout, done.stderr
+
+    image = repository / "sda" / "000001-full.qcow2"
+    missing = f"lmdbitmap: {image}: expected the package blake3, which BLAKE3 digests need, found none; "
+    install, out = "run: pip install 'lmdbitmap[fast]'", cli.folder / "out.raw"
+    assert says("verify", repository) == (1, "", f"{missing}{install}\n")
+    assert says("copy", repository, cli.folder / "copy") == (1, "", f"{missing}{install}\n")
+    assert says("mount", repository, "sda", "--socket", cli.folder / "s") == (1, "", f"{missing}{install}\n")
+    without = f"{install}, or restore without proof: --no-verify"
+    assert says("restore", repository, "sda", out) == (1, "", f"{missing}{without}\n")
+    assert not out.exists()
+    assert says("restore", repository, "sda", out, "--no-verify")[0] == 0
+    assert out.read_bytes() == (cli.folder / "sda.raw").read_bytes()
+    code, _, said = says("backup", "sda", repository, "--digest", "blake3")
+    assert (code, said.startswith("lmdbitmap: digest blake3: expected the package blake3")) == (1, True)
+    code, said, _ = says("backup", "sda", repository)
+    words = "there is no package blake3 here, which digests like those of backup 1 need"
+    assert (code, said.endswith(f" · its digests are SHA-256: {words}\n")) == (0, True)
+    code, said, _ = says("backup", "sda", cli.folder / "another", "--json")
+    assert (code, json.loads(said)["backups"][0]["digest"]) == (0, "sha256")
+    assert says("verify", cli.folder / "another")[0] == 0
+    assert cli.json("verify", repository)["sound"] is True

@@ -193,7 +193,7 @@ def test_a_wrong_bit_is_an_error_for_the_client_who_reads_its_piece(cli: Cli, ba
     )
     with mounted(cli) as served:
         assert nbdsh(served.uri, tries).split() == ["EIO"] * (MIB // 4096)
-    assert f"a read failed: {path}: bytes {2 * MIB}..{3 * MIB}: expected SHA-256" in served.child.stderr
+    assert f"a read failed: {path}: bytes {2 * MIB}..{3 * MIB}: expected BLAKE3" in served.child.stderr
 
 
 @requires("nbdcopy")
@@ -210,7 +210,7 @@ def test_a_wrong_bit_is_found_before_anybody_is_let_in(cli: Cli, backups: Backup
     content[-1] ^= 1
     image(backups, number).write_bytes(content)
     said = cli.fails(1, "mount", backups.repository, NAME, "--verify", "--socket", cli.folder / "sock")
-    assert "expected SHA-256" in said
+    assert "expected BLAKE3" in said
     assert not (cli.folder / "sock").exists()
 
 

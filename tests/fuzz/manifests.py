@@ -15,7 +15,7 @@ from lmdbitmap.repository import MANIFEST, UNFINISHED, BackupFolder, is_checkpoi
 from tests.fuzz.inputs import Input, check_words, scratch_folder
 
 TEXTS = ("", "b0", "b1", "b2", "000001-full.qcow2", "../x", "a:b", "..", "full", "incremental", "exact", "\ud800",
-         "untrusted", "0" * 64, str(UUID(int=7)), "\n", "x" * 256, "ß" * 512)  # fmt: skip
+         "untrusted", "blake3", "sha256", "0" * 64, str(UUID(int=7)), "\n", "x" * 256, "ß" * 512)  # fmt: skip
 MOST_COPIES = 6
 NUMBERS = (0, 1, 2, 3, 511, 512, 65536, 2**31, 2**32, 2**63 - 1, 2**63, -1, 10**19, 10**21, 1e300, True)
 
@@ -44,7 +44,7 @@ def built(source: Input) -> bytes:
 
 def sound(count: int) -> dict[str, Any]:
     return {
-        "format_version": 1,
+        "format_version": 3,
         "disk": {"name": "sda", "uuid": str(UUID(int=1))},
         "backups": [entry(number) for number in range(count)],
     }
@@ -59,7 +59,10 @@ def entry(number: int) -> dict[str, Any]:
         "checkpoint": {"uuid": str(UUID(int=number)), "name": "c"}, "epoch": str(UUID(int=4)),
         "disk_size": 1 << 20, "granularity": 65536, "cluster_size": 65536, "trust": "exact",
         "bytes_changed": 1, "bytes_zero": 0, "bytes_stored": 4096, "sha256": "0" * 64,
-        "chunks": {"file": f"{number}.digests", "chunk_size": 4096, "sha256": "0" * 64},
+        "chunks": {
+            "file": f"{number}.digests", "chunk_size": 4096, "sha256": "0" * 64,
+            "algorithm": ("blake3", "sha256")[number % 2],
+        },
     }  # fmt: skip
 
 
@@ -104,7 +107,16 @@ def check_manifest(data: bytes) -> Manifest | None:
     assert manifest.decode(written) == found
     assert manifest.encode(manifest.decode(written)) == written
     check_chains(found)
+    check_algorithms(json.loads(data), found)
     return found
+
+
+def check_algorithms(document: Any, found: Manifest) -> None:
+    """Digests are of the algorithm that stands there, or of SHA-256 where none does; older programs read no other."""
+    for said, backup in zip(document["backups"], found.backups, strict=True):
+        assert backup.digest_algorithm.value == said.get("chunks", {}).get("algorithm", "sha256")
+    kinds = {backup.digest_algorithm.value for backup in found.backups}
+    assert (found.format_version == 3) == ("blake3" in kinds)
 
 
 def check_chains(found: Manifest) -> None:

@@ -171,12 +171,15 @@ class Lives(RuleBasedStateMachine):
 
     # -- backups -------------------------------------------------------------------------------------------
 
-    @rule(to=repositories, kind=kinds)
-    def back_up(self, to: str, kind: BackupType) -> None:
+    @rule(to=repositories, kind=kinds, digest=st.sampled_from([None, None, "sha256", "blake3"]))
+    def back_up(self, to: str, kind: BackupType, digest: str | None = None) -> None:
         parent = self._parent(to, kind)
         is_known = parent is not None and self._is_known_since(parent)
         dead = {hold.under_way.name for hold in holds_of(self.disk.store, NAME) if hold.under_way}
-        entry = self.disk.backup(kind, to)
+        before = self.points[to][-1].entry.digest_algorithm.value if self.points[to] else "blake3"
+        entry = self.disk.backup(kind, to, digest=digest)
+        usual = "blake3" if entry.type_actual is FULL else before
+        assert entry.digest_algorithm.value == (digest or usual)
         self.killed_in.discard(to)
         for of in (self.unused, self.dropped):
             of.discard(to)

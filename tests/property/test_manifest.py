@@ -9,6 +9,7 @@ from uuid import UUID
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lmdbitmap.digest_algorithms import DigestAlgorithm
 from lmdbitmap.errors import FormatError
 from lmdbitmap.extents import Trust
 from lmdbitmap.manifest import (
@@ -31,7 +32,8 @@ texts = st.text(min_size=1, max_size=40).filter(str.isprintable)
 file_names = texts.filter(lambda text: not set(text) & {"/", ":"} and text not in (".", ".."))
 types = st.sampled_from(BackupType)
 digests = st.binary(min_size=32, max_size=32).map(bytes.hex)
-chunks = st.builds(ChunkDigests, file_names, st.sampled_from([1 << bits for bits in range(12, 27)]), digests)
+chunk_sizes = st.sampled_from([1 << bits for bits in range(12, 27)])
+chunks = st.builds(ChunkDigests, file_names, chunk_sizes, digests, st.sampled_from(DigestAlgorithm))
 
 
 @st.composite
@@ -79,6 +81,8 @@ def test_a_manifest_reads_back_the_same_and_encodes_to_the_same_bytes(manifest: 
     data = encode(manifest)
     assert decode(data) == manifest
     assert encode(decode(data)) == data
+    kinds = [entry["chunks"].get("algorithm") for entry in json.loads(data)["backups"] if "chunks" in entry]
+    assert (json.loads(data)["format_version"] == 3) == ("blake3" in kinds)
 
 
 @given(manifests())

@@ -62,9 +62,13 @@ class Prunes(RuleBasedStateMachine):
         self.disk.resize(size)
         self.size = size
 
-    @rule(kind=kinds, compression=st.sampled_from([None, "zlib", "zstd"]))
-    def back_up(self, kind: BackupType, compression: str | None) -> None:
-        entry = self.disk.backup(kind, compression=compression)
+    @rule(
+        kind=kinds,
+        compression=st.sampled_from([None, "zlib", "zstd"]),
+        digest=st.sampled_from([None, "sha256", "blake3"]),
+    )
+    def back_up(self, kind: BackupType, compression: str | None, digest: str | None) -> None:
+        entry = self.disk.backup(kind, compression=compression, digest=digest)
         self.contents[entry.id] = self.disk.content()
         if kind is INCREMENTAL and len(self.contents) > 1:
             assert entry.type_actual is INCREMENTAL, "a prune takes nothing from the next increment"
@@ -91,7 +95,8 @@ class Prunes(RuleBasedStateMachine):
         for entry in manifest.backups:
             assert self.disk.restored(entry.id) == self.contents[entry.id]
             old = was[entry.id]
-            for name in ("sequence", "file", "time_ns", "checkpoint", "epoch", "disk_size", "granularity"):
+            for name in ("sequence", "file", "time_ns", "checkpoint", "epoch", "disk_size", "granularity",
+                         "digest_algorithm"):  # fmt: skip
                 assert getattr(entry, name) == getattr(old, name)
         assert verify(self.disk.folder / "backups").is_sound
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -31,9 +32,10 @@ from lmdbitmap.extents import Trust
 from lmdbitmap.interfaces import TrackableDevice
 from lmdbitmap.manifest import BackupEntry, BackupType
 from lmdbitmap.schema import DEFERRED
-from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
+from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
 from tests.support import make_raw_image
 from tests.tracked import NAME
+from tests.unit.test_digest_algorithms import forget_blake3
 
 KIB = 1 << 10
 SIZE = 256 * KIB + 3
@@ -406,7 +408,7 @@ def spoil(path: Path, damage: str) -> None:
 def test_a_manifest_of_a_newer_version_is_never_replaced(disk: BackedUpDisk) -> None:
     disk.backup()
     path = Path(disk.backup_folder().path_of("manifest.json"))
-    newer = path.read_bytes().replace(b'"format_version": 2', b'"format_version": 3')
+    newer = path.read_bytes().replace(b'"format_version": 3', b'"format_version": 4')
     path.write_bytes(newer)
     with pytest.raises(FormatError, match="use a newer lmdbitmap, or another repository"):
         disk.backup(FULL)
@@ -607,5 +609,90 @@ def test_every_field_and_every_reason_is_documented() -> None:
     assert [field.name for field in dataclasses.fields(BackupEntry) if f"`{field.name}`" not in text] == []
     sources = [Path(str(module.__file__)).read_text() for module in (backup_module, backup_plan)]
     codes = re.findall(r'Reason\(\s*"([a-z-]+)"', "".join(sources))
-    assert len(codes) == 6
+    assert len(codes) == 7
     assert [code for code in codes if f"`{code}`" not in text] == []
+
+
+# --- what its digests are made with ---
+
+
+def digests(disk: BackedUpDisk) -> list[str]:
+    return [entry.digest_algorithm.value for entry in disk.manifest().backups]
+
+
+def test_a_chain_goes_on_with_the_digests_of_its_newest_backup(disk: BackedUpDisk) -> None:
+    for digest in ("sha256", None, "blake3", None, "sha256", None):
+        disk.write(b"x", 0)
+        disk.backup(digest=digest)
+    assert disk.backup(DIFFERENTIAL).digest_algorithm.value == "sha256"
+    assert digests(disk) == ["sha256", "sha256", "blake3", "blake3", "sha256", "sha256", "sha256"]
+    assert disk.manifest().format_version == 3
+    assert [disk.restored(str(number)) for number in (1, 7)] == [disk.content()] * 2
+
+
+def test_a_new_chain_begins_with_the_fastest(disk: BackedUpDisk) -> None:
+    disk.backup(digest="sha256")
+    disk.backup()
+    disk.backup(FULL)
+    assert digests(disk) == ["sha256", "sha256", "blake3"]
+
+
+def test_a_chain_of_sha256_alone_is_one_that_older_programs_read(disk: BackedUpDisk) -> None:
+    disk.backup(digest="sha256")
+    disk.backup()
+    text = json.loads(Path(disk.backup_folder().path_of("manifest.json")).read_bytes())
+    assert text["format_version"] == 2
+    assert [set(entry["chunks"]) for entry in text["backups"]] == [{"file", "chunk_size", "sha256"}] * 2
+
+
+@pytest.mark.parametrize("changed", [True, False])
+@pytest.mark.parametrize("digest", ["sha256", "blake3"])
+def test_a_rescan_compares_data_whatever_the_digests_are(
+    disk: BackedUpDisk, digest: str, changed: bool
+) -> None:
+    """Digests of two kinds are never compared: both differ for the same data."""
+    disk.backup(digest=digest)
+    if changed:
+        disk.write(b"changed", 9 * BLOCK)
+    entry = disk.backup(RESCAN, digest="sha256" if digest == "blake3" else "blake3")
+    assert (told(entry), entry.bytes_changed) == (("rescan", None), BLOCK if changed else 0)
+    assert disk.restored() == disk.content()
+
+
+def test_without_its_package_a_chain_goes_on_in_sha256_and_that_is_said(
+    disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk.backup(digest="blake3")
+    forget_blake3(monkeypatch)
+    disk.write(b"x", 0)
+    [result] = backup(disk.store, [NAME], disk.folder / "backups")
+    assert told(result.entry) == ("incremental", None)
+    assert result.entry.digest_algorithm.value == "sha256"
+    assert result.digest_reason is not None
+    assert result.digest_reason.code == "package-missing"
+    assert "no package blake3 here, which digests like those of backup 1 need" in result.digest_reason.words
+    monkeypatch.undo()
+    assert disk.restored() == disk.content()
+    [result] = backup(disk.store, [NAME], disk.folder / "backups")
+    assert (result.digest_reason, digests(disk)) == (None, ["blake3", "sha256", "sha256"])
+
+
+def test_a_rescan_needs_no_package_either(disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk.backup(digest="blake3")
+    disk.write(b"x", 0)
+    forget_blake3(monkeypatch)
+    entry = disk.backup(RESCAN)
+    assert (told(entry), entry.bytes_changed) == (("rescan", None), BLOCK)
+    assert digests(disk) == ["blake3", "sha256"]
+
+
+def test_digests_that_were_asked_for_and_cannot_be_made_are_refused_before_anything_is_done(
+    disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InvalidArgument, match="'md5' is no kind of digest; choose sha256 or blake3"):
+        disk.backup(digest="md5")
+    forget_blake3(monkeypatch)
+    with pytest.raises(NotFound, match=r"digest blake3: expected the package blake3.*'lmdbitmap\[fast\]'"):
+        disk.backup(digest="blake3")
+    assert not (disk.folder / "backups").exists()
+    assert disk.backup_checkpoints() == []

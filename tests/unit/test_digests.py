@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from lmdbitmap.digest_algorithms import DigestAlgorithm
 from lmdbitmap.digests import synced_digests
 from lmdbitmap.errors import StorageError
 from lmdbitmap.hashing import CHUNK_BYTES, ChunkHasher
 from lmdbitmap.repository import BackupFolder
 from tests.backed_up import BackedUpDisk
+from tests.naive_digests import naive_digests
 
 
 @pytest.fixture
@@ -24,17 +26,16 @@ def disk(tmp_path: Path) -> Iterator[BackedUpDisk]:
     made.close()
 
 
-def naive(content: bytes, chunk_size: int) -> bytes:
-    chunks = [content[start : start + chunk_size] for start in range(0, len(content), chunk_size)]
-    return b"".join(hashlib.sha256(chunk).digest() for chunk in chunks)
-
-
-def test_a_backup_has_digests_beside_it_that_the_manifest_vouches_for(disk: BackedUpDisk) -> None:
-    entry = disk.backup()
+@pytest.mark.parametrize("algorithm", DigestAlgorithm)
+def test_a_backup_has_digests_beside_it_that_the_manifest_vouches_for(
+    disk: BackedUpDisk, algorithm: DigestAlgorithm
+) -> None:
+    entry = disk.backup(digest=algorithm.value)
     assert entry.chunks is not None
+    assert entry.chunks.algorithm is entry.digest_algorithm is algorithm
     image, digests = (Path(disk.backup_folder().path_of(name)) for name in (entry.file, entry.chunks.file))
     assert entry.chunks.chunk_size == CHUNK_BYTES
-    assert digests.read_bytes() == naive(image.read_bytes(), CHUNK_BYTES)
+    assert digests.read_bytes() == naive_digests(algorithm, image.read_bytes(), CHUNK_BYTES)
     assert hashlib.sha256(digests.read_bytes()).hexdigest() == entry.chunks.sha256
     assert entry.digest == entry.chunks.sha256
     assert digests.stat().st_mode & 0o777 == 0o600
@@ -46,7 +47,7 @@ def test_two_images_of_one_name_have_digests_of_two_names(tmp_path: Path) -> Non
     with (
         folder.locked(),
         (tmp_path / "image").open("w+b") as file,
-        ChunkHasher(file.fileno(), str(tmp_path)) as hasher,
+        ChunkHasher(file.fileno(), str(tmp_path), DigestAlgorithm.SHA256) as hasher,
     ):
         made = [synced_digests(folder, "000001-full.qcow2", file.fileno(), hasher) for _ in range(2)]
     assert len({chunks.file for chunks in made} & set(os.listdir(folder.path))) == 2
@@ -57,7 +58,7 @@ def test_what_cannot_be_read_back_is_told_with_the_images_name(tmp_path: Path) -
     with (
         folder.locked(),
         (tmp_path / "image").open("wb") as file,
-        ChunkHasher(file.fileno(), str(tmp_path)) as hasher,
+        ChunkHasher(file.fileno(), str(tmp_path), DigestAlgorithm.SHA256) as hasher,
     ):
         hasher.wrote(0, file.write(b"?"))
         file.flush()

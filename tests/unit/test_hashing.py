@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import tempfile
@@ -13,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap import hashing
+from lmdbitmap.digest_algorithms import DigestAlgorithm
 from lmdbitmap.hashing import CHUNK_BYTES, ChunkHasher, chunk_digests
+from tests.naive_digests import naive_digest, naive_digests
 
 CHUNK = 4096
 FOLDER = tempfile.gettempdir()
@@ -27,9 +28,10 @@ def fd(tmp_path: Path) -> Iterator[int]:
     os.close(opened)
 
 
-def naive(content: bytes, chunk_size: int) -> bytes:
-    chunks = [content[start : start + chunk_size] for start in range(0, len(content), chunk_size)]
-    return b"".join(hashlib.sha256(chunk).digest() for chunk in chunks)
+@pytest.fixture(params=DigestAlgorithm, ids=lambda algorithm: algorithm.value)
+def algorithm(request: pytest.FixtureRequest) -> DigestAlgorithm:
+    chosen: DigestAlgorithm = request.param
+    return chosen
 
 
 def content_of(fd: int) -> bytes:
@@ -38,63 +40,67 @@ def content_of(fd: int) -> bytes:
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("chunk_size", [4096, CHUNK_BYTES])
-def test_each_chunk_has_its_digest_and_the_last_may_be_short(fd: int, length: int, chunk_size: int) -> None:
+def test_each_chunk_has_its_digest_and_the_last_may_be_short(
+    fd: int, algorithm: DigestAlgorithm, length: int, chunk_size: int
+) -> None:
     content = os.urandom(length)
     os.pwrite(fd, content, 0)
-    assert b"".join(chunk_digests(fd, chunk_size)) == naive(content, chunk_size)
-    with ChunkHasher(fd, FOLDER, chunk_size) as hasher:
-        assert b"".join(hasher.digests()) == naive(content, chunk_size)
+    assert b"".join(chunk_digests(fd, algorithm, chunk_size)) == naive_digests(algorithm, content, chunk_size)
+    with ChunkHasher(fd, FOLDER, algorithm, chunk_size) as hasher:
+        assert b"".join(hasher.digests()) == naive_digests(algorithm, content, chunk_size)
 
 
 @pytest.mark.parametrize("seed", range(30))
 def test_in_whatever_order_a_file_is_written_the_digests_are_of_what_it_holds_in_the_end(
-    fd: int, seed: int
+    fd: int, algorithm: DigestAlgorithm, seed: int
 ) -> None:
     lot = random.Random(seed)
-    with ChunkHasher(fd, FOLDER, CHUNK) as hasher:
+    with ChunkHasher(fd, FOLDER, algorithm, CHUNK) as hasher:
         for _ in range(lot.randrange(60)):
             end = os.fstat(fd).st_size
             offset = end if lot.random() < 0.7 else lot.randrange(end + 5 * CHUNK)
             length = os.pwrite(fd, lot.randbytes(lot.randrange(1, 9 * CHUNK)), offset)
             hasher.wrote(offset, length)
-        assert b"".join(hasher.digests()) == naive(content_of(fd), CHUNK)
+        assert b"".join(hasher.digests()) == naive_digests(algorithm, content_of(fd), CHUNK)
 
 
-def test_what_was_written_once_is_hashed_before_the_file_is_whole(fd: int) -> None:
-    with ChunkHasher(fd, FOLDER, CHUNK) as hasher:
+def test_what_was_written_once_is_hashed_before_the_file_is_whole(
+    fd: int, algorithm: DigestAlgorithm
+) -> None:
+    with ChunkHasher(fd, FOLDER, algorithm, CHUNK) as hasher:
         hasher.wrote(0, os.pwrite(fd, b"a" * 64 * CHUNK, 0))
         hasher._threads.shutdown()
         os.pwrite(fd, b"b" * 64 * CHUNK, 0)  # behind its back
-        assert b"".join(hasher.digests()) == naive(b"a" * 64 * CHUNK, CHUNK)
+        assert b"".join(hasher.digests()) == naive_digests(algorithm, b"a" * 64 * CHUNK, CHUNK)
 
 
-def test_a_header_that_is_written_last_is_hashed_again(fd: int) -> None:
-    with ChunkHasher(fd, FOLDER, CHUNK) as hasher:
+def test_a_header_that_is_written_last_is_hashed_again(fd: int, algorithm: DigestAlgorithm) -> None:
+    with ChunkHasher(fd, FOLDER, algorithm, CHUNK) as hasher:
         hasher.wrote(CHUNK, os.pwrite(fd, b"d" * 40 * CHUNK, CHUNK))
         hasher.wrote(0, os.pwrite(fd, b"header", 0))
-        assert b"".join(hasher.digests()) == naive(content_of(fd), CHUNK)
+        assert b"".join(hasher.digests()) == naive_digests(algorithm, content_of(fd), CHUNK)
 
 
 def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     with (
         (tmp_path / "file").open("wb", buffering=0) as file,
-        ChunkHasher(file.fileno(), FOLDER, CHUNK) as hasher,
+        ChunkHasher(file.fileno(), FOLDER, DigestAlgorithm.SHA256, CHUNK) as hasher,
     ):
         os.pwrite(file.fileno(), bytes(64 * CHUNK), 0)
         with pytest.raises(OSError, match="Bad file descriptor"):
             list(hasher.digests())
 
 
-def test_memory_does_not_grow_with_the_file(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_does_not_grow_with_the_file(
+    fd: int, algorithm: DigestAlgorithm, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hashing, "_MOST_IN_MEMORY", 1 << 16)
     content = os.urandom(CHUNK) * 50_000
     tracemalloc.start()
-    with ChunkHasher(fd, FOLDER, CHUNK) as hasher:
+    with ChunkHasher(fd, FOLDER, algorithm, CHUNK) as hasher:
         for offset in range(0, len(content), 8 * CHUNK):
             hasher.wrote(offset, os.pwrite(fd, content[offset : offset + 8 * CHUNK], offset))
-        digests = hashlib.sha256()
-        for digest in hasher.digests():
-            digests.update(digest)
+        one = naive_digest(algorithm, content[:CHUNK])
+        assert sum(digest == one for digest in hasher.digests()) == 50_000
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
-    assert digests.digest() == hashlib.sha256(hashlib.sha256(content[:CHUNK]).digest() * 50_000).digest()

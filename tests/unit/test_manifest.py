@@ -9,6 +9,7 @@ from uuid import UUID
 
 import pytest
 
+from lmdbitmap.digest_algorithms import DigestAlgorithm
 from lmdbitmap.errors import FormatError, InvalidArgument, NotFound
 from lmdbitmap.extents import Trust
 from lmdbitmap.manifest import (
@@ -195,8 +196,8 @@ def test_the_frame_must_be_right_too(place: str, value: object) -> None:
 
 
 def test_a_newer_version_is_refused_whatever_else_it_has() -> None:
-    with pytest.raises(FormatError, match="expected 1 to 2, found 3; use a newer lmdbitmap"):
-        decode(b'{"format_version": 3, "disks": []}')
+    with pytest.raises(FormatError, match="expected 1 to 3, found 4; use a newer lmdbitmap"):
+        decode(b'{"format_version": 4, "disks": []}')
 
 
 def test_keys_that_version_1_does_not_know_are_ignored() -> None:
@@ -362,3 +363,51 @@ def test_digests_of_chunks_that_cannot_be_are_refused(name: str, value: object) 
     text["backups"][0]["chunks"][name] = value
     with pytest.raises(FormatError, match=rf"manifest backups\[0\]\.chunks\.{name}: expected "):
         decode(json.dumps(text).encode())
+
+
+# --- digests of another algorithm, which version 3 knows ---
+
+OTHERS = dataclasses.replace(CHUNKS, algorithm=DigestAlgorithm.BLAKE3)
+
+
+def test_digests_of_sha256_are_written_as_they_always_were() -> None:
+    made = Manifest(DISK, (entry(0, sha256=None, chunks=CHUNKS),))
+    assert json.loads(encode(made))["format_version"] == 2
+    assert b"algorithm" not in encode(made)
+
+
+@pytest.mark.parametrize("sha256", [None, "0" * 64])
+def test_one_backup_with_other_digests_makes_it_version_3(sha256: str | None) -> None:
+    """Older programs refuse that; of version 2 they would take the digests for SHA-256, and call images damaged."""
+    made = Manifest(DISK, (entry(0), entry(1, 0, chunks=CHUNKS), entry(2, 1, sha256=sha256, chunks=OTHERS)))
+    text = json.loads(encode(made))
+    assert text["format_version"] == 3
+    assert ["algorithm" in backup.get("chunks", {}) for backup in text["backups"]] == [False, False, True]
+    assert text["backups"][2]["chunks"]["algorithm"] == "blake3"
+    assert decode(encode(made)) == made
+    assert [each.digest_algorithm.value for each in made.backups] == ["sha256", "sha256", "blake3"]
+
+
+def test_when_the_last_such_backup_goes_older_programs_read_it_again() -> None:
+    made = Manifest(DISK, (entry(0, sha256=None, chunks=CHUNKS), entry(1, 0, sha256=None, chunks=OTHERS)))
+    assert [made.format_version, dataclasses.replace(made, backups=made.backups[:1]).format_version] == [3, 2]
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("value", ["sha512", "BLAKE3", "", None, 3, ["blake3"], "blake3 "])
+def test_an_algorithm_that_nobody_knows_is_refused_and_never_guessed(version: int, value: object) -> None:
+    text = json.loads(encode(Manifest(DISK, (entry(0, chunks=OTHERS),))))
+    text["backups"][0]["chunks"]["algorithm"] = value
+    place = r"manifest backups\[0\]\.chunks\.algorithm: expected one of sha256, blake3, found "
+    with pytest.raises(FormatError, match=place) as refused:
+        decode(json.dumps({**text, "format_version": version}).encode())
+    assert "restore the manifest from a copy" in refused.value.next_step
+
+
+def test_what_an_entry_says_of_its_digests_counts_in_any_version() -> None:
+    made = Manifest(DISK, (entry(0, chunks=OTHERS),))
+    text = json.loads(encode(made))
+    assert decode(json.dumps({**text, "format_version": 2}).encode()) == made
+    text["backups"][0]["chunks"]["algorithm"] = "sha256"
+    [read] = decode(json.dumps(text).encode()).backups
+    assert read.chunks == CHUNKS

@@ -23,6 +23,7 @@ from lmdbitmap.verify import verify
 from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
 from tests.support import requires, run
 from tests.tracked import NAME
+from tests.unit.test_digest_algorithms import forget_blake3
 from tests.unit.test_verify import few_open_files, flip
 
 KIB = 1 << 10
@@ -370,3 +371,48 @@ def test_the_library_for_zstd_is_needed_only_for_what_cannot_stay_packed(
                     pruned(disk, 1)
                 assert disk.files() == before
         assert disk.restored() == truth
+
+
+# --- digests of two kinds ---
+
+SHA, BLAKE = "sha256", "blake3"
+
+
+@pytest.mark.parametrize(
+    "kinds", [(SHA, BLAKE, SHA, BLAKE), (BLAKE, SHA, BLAKE, SHA), (SHA, SHA, BLAKE, SHA)]
+)
+def test_a_merged_backup_keeps_its_own_kind_of_digests(disk: BackedUpDisk, kinds: tuple[str, ...]) -> None:
+    contents = {}
+    for number, kind in enumerate(kinds):
+        disk.write(os.urandom(BLOCK), number * BLOCK)
+        contents[disk.backup(digest=kind).id] = disk.content()
+    assert pruned(disk, last=2).rewritten == ("3",)
+    assert [entry.digest_algorithm.value for entry in disk.manifest().backups] == list(kinds[2:])
+    assert verify(disk.folder / "backups").is_sound
+    assert [disk.restored(name) for name in ("3", "4")] == [contents["3"], contents["4"]]
+
+
+@pytest.mark.parametrize("kinds", [(BLAKE, SHA), (SHA, BLAKE)])
+def test_damage_of_either_kind_is_not_merged(disk: BackedUpDisk, kinds: tuple[str, str]) -> None:
+    for kind in (*kinds, SHA):
+        disk.write(os.urandom(BLOCK), 0)
+        disk.backup(digest=kind)
+    flip(path_of(disk, 0), 9 * BLOCK)
+    with pytest.raises(FormatError, match="expected sound images"):
+        pruned(disk, last=2)
+
+
+def test_without_the_package_for_digests_nothing_is_merged_and_what_only_goes_does(
+    disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for digest in (BLAKE, SHA, SHA):
+        disk.write(os.urandom(BLOCK), 0)
+        disk.backup(FULL if digest is BLAKE else INCREMENTAL, digest=digest)
+    before = disk.manifest()
+    forget_blake3(monkeypatch)
+    with pytest.raises(NotFound, match=r"000001-full\.qcow2: expected the package blake3"):
+        pruned(disk, last=2)
+    assert disk.manifest() == before
+    disk.backup(FULL)
+    assert pruned(disk, last=1).rewritten == ()
+    assert disk.manifest().format_version == 2

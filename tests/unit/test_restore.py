@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap import backup_chain, manifest
+from lmdbitmap.backup_chain import open_backup
 from lmdbitmap.errors import (
     AlreadyExists,
     FormatError,
@@ -27,6 +28,7 @@ from lmdbitmap.restore import RestoreResult, restore
 from tests.backed_up import DIFFERENTIAL, FULL, BackedUpDisk
 from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.tracked import NAME
+from tests.unit.test_digest_algorithms import forget_blake3
 from tests.unit.test_verify import change_entry, vouch_as_a_whole
 
 KIB = 1 << 10
@@ -36,15 +38,15 @@ SIZE = 300 * KIB + 5
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[BackedUpDisk]:
-    """Three backups: full, incremental, incremental."""
+    """Three backups: full, incremental, incremental; the digests of the second are of another kind."""
     made = BackedUpDisk(tmp_path, SIZE)
     made.write(os.urandom(100 * KIB), 50 * KIB)
-    made.backup()
+    made.backup(digest="blake3")
     made.write(os.urandom(20 * KIB), 140 * KIB)
-    made.backup()
+    made.backup(digest="sha256")
     made.zero(60 * KIB, 50 * KIB)
     made.write(b"end", SIZE - 3)
-    made.backup()
+    made.backup(digest="blake3")
     yield made
     made.close()
 
@@ -161,6 +163,29 @@ def test_a_backup_without_the_library_for_zstd_is_refused_before_anything_is_don
     with pytest.raises(NotFound, match="pip install"):
         disk.backup(compression="zstd")
     assert (disk.checkpoints(), disk.files()) == before
+
+
+def test_without_the_package_for_digests_a_restore_is_refused_unless_it_leaves_them_out(
+    disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forget_blake3(monkeypatch)
+    refusal = refused(disk)
+    assert isinstance(refusal, NotFound)
+    assert str(refusal).startswith(f"{path_of(disk, 0)}: expected the package blake3, which BLAKE3 digests ")
+    assert refusal.next_step == ("run: pip install 'lmdbitmap[fast]', or restore without proof: --no-verify")
+    assert restored(disk, verify=False).entry.id == "3"
+    assert out(disk).read_bytes() == disk.content()
+
+
+def test_an_open_backup_cannot_be_proven_without_the_package_for_digests(
+    disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forget_blake3(monkeypatch)
+    repository = disk.folder / "backups"
+    with pytest.raises(NotFound, match="expected the package blake3"), open_backup(repository, NAME):
+        raise AssertionError("nothing is served unproven")
+    with open_backup(repository, NAME, verify=False) as chain:
+        assert chain.pread(SIZE, 0) == disk.content()
 
 
 def test_what_reads_as_zeroes_takes_no_space(tmp_path: Path) -> None:
@@ -324,7 +349,7 @@ def test_one_wrong_bit_in_any_image_of_the_chain_is_found(disk: BackedUpDisk, nu
     assert isinstance(refusal, FormatError)
     path = path_of(disk, number)
     assert refusal.place == f"{path}: bytes 0..{path.stat().st_size}"
-    assert refusal.expected.startswith("SHA-256 ")
+    assert refusal.expected.startswith(["BLAKE3 ", "SHA-256 ", "BLAKE3 "][number])
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])

@@ -98,7 +98,7 @@ def test_nothing_in_place_is_touched_before_the_digests_are_known_to_be_right(di
     content = bytearray(image.read_bytes())
     content[-1] ^= 1
     image.write_bytes(content)
-    with pytest.raises(FormatError, match="expected SHA-256"):
+    with pytest.raises(FormatError, match="expected BLAKE3"):
         in_place(disk, path)
     assert path.read_bytes() == before
 

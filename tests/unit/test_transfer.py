@@ -19,6 +19,7 @@ from lmdbitmap.transfer import CopyResult, copy_backups
 from lmdbitmap.verify import verify
 from tests.backed_up import FULL, INCREMENTAL, BackedUpDisk
 from tests.tracked import NAME
+from tests.unit.test_digest_algorithms import forget_blake3
 from tests.unit.test_prune import back_up, path_of, reads_as
 from tests.unit.test_verify import digests_of, flip, vouch_as_a_whole
 
@@ -210,3 +211,29 @@ def test_a_disk_without_backups_yet_is_in_nobodys_way(disk: BackedUpDisk) -> Non
     assert verify(disk.folder / "backups").is_sound
     with pytest.raises(NotFound):
         copy_backups(disk.folder / "backups", disk.folder / "copy", ["empty"])
+
+
+def test_a_chain_with_digests_of_two_kinds_is_copied_as_it_is(disk: BackedUpDisk) -> None:
+    for digest in ("sha256", "blake3", "sha256"):
+        disk.write(os.urandom(9000), MIB)
+        disk.backup(digest=digest)
+    copied(disk)
+    assert is_same(disk)
+    assert verify(disk.folder / "copy").is_sound
+
+
+def test_without_the_package_for_digests_nothing_that_needs_it_is_copied(
+    disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk.backup(digest="sha256")
+    copied(disk)
+    before = folder_of(disk, "copy")
+    disk.backup(digest="blake3")
+    forget_blake3(monkeypatch)
+    with pytest.raises(NotFound, match=r"backups/.*000002-incremental\.qcow2: expected the package blake3"):
+        copied(disk)
+    assert folder_of(disk, "copy") == before
+    monkeypatch.undo()
+    assert [entry.id for entry in copied(disk).copied] == ["2"]
+    forget_blake3(monkeypatch)
+    assert copied(disk).already_there == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import resource
 import struct
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap import verify as verify_module
+from lmdbitmap.digest_algorithms import DigestAlgorithm
 from lmdbitmap.errors import Busy, InvalidArgument, NotFound
 from lmdbitmap.hashing import CHUNK_BYTES
 from lmdbitmap.manifest import BackupEntry, Manifest
@@ -23,20 +25,25 @@ from lmdbitmap.repository import sha256_of
 from lmdbitmap.verify import MAX_FLAWS, Flaw, VerifyResult, verify
 from tests.backed_up import BackedUpDisk
 from tests.tracked import NAME
+from tests.unit.test_digest_algorithms import forget_blake3
 
 MIB = 1 << 20
 SIZE = 20 * MIB
 """More than one batch of chunks."""
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[BackedUpDisk]:
+CHAINS = {"sha256": ["sha256"] * 3, "blake3": ["blake3"] * 3, "mixed": ["sha256", "blake3", "sha256"]}
+"""What the digests of its backups are made with."""
+
+
+@pytest.fixture(params=CHAINS)
+def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[BackedUpDisk]:
     """A disk with a full backup and two increments."""
     made = BackedUpDisk(tmp_path, SIZE)
     made.write(os.urandom(SIZE), 0)
-    for number in range(3):
+    for number, digest in enumerate(CHAINS[request.param]):
         made.write(os.urandom(5 * MIB // 2), number * MIB)
-        made.backup()
+        assert made.backup(digest=digest).digest_algorithm.value == digest
     yield made
     made.close()
 
@@ -277,3 +284,19 @@ def test_a_chain_may_have_more_images_than_files_can_be_open(tmp_path: Path) -> 
         with contextlib.ExitStack() as stack, pytest.raises(OSError, match="open files"):
             deque(map(stack.enter_context, map(open, paths)))  # the limit is real
     disk.close()
+
+
+def test_without_the_package_for_digests_nothing_is_called_sound_or_damaged(
+    disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = [
+        entry for entry in disk.manifest().backups if entry.digest_algorithm is not DigestAlgorithm.SHA256
+    ]
+    forget_blake3(monkeypatch)
+    if not other:
+        assert verified(disk).is_sound
+        return
+    wanted = f"{disk.backup_folder().path_of(other[0].file)}: expected the package blake3"
+    with pytest.raises(NotFound, match=re.escape(wanted)) as refused:
+        verified(disk)
+    assert refused.value.next_step == "run: pip install 'lmdbitmap[fast]'"

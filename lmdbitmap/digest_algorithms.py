@@ -1,0 +1,88 @@
+"""What the digests of an image's chunks are made with, by the names that a manifest has for it.
+
+Both are cryptographic and 32 bytes long: where one fits, the data is what it was, to the bit. SHA-256 is in the
+standard library. BLAKE3 takes half of its time or less, and is the package `blake3`, which is imported when the first
+digest is wanted. Both let other threads run while they work.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from lmdbitmap.errors import InvalidArgument, NotFound
+from lmdbitmap.interfaces import Buffer
+
+DIGEST_BYTES: Final = 32
+
+
+class DigestAlgorithm(enum.Enum):
+    SHA256 = "sha256"
+    BLAKE3 = "blake3"
+
+    @property
+    def title(self) -> str:
+        """As people write it."""
+        return _TITLES[self]
+
+
+_TITLES = {DigestAlgorithm.SHA256: "SHA-256", DigestAlgorithm.BLAKE3: "BLAKE3"}
+INSTALL: Final = "run: pip install 'lmdbitmap[fast]'"
+
+
+class Hasher(Protocol):
+    """Of one digest: fed piece by piece."""
+
+    def update(self, data: Buffer, /) -> object: ...
+    def digest(self) -> bytes: ...
+
+
+def named(name: str) -> DigestAlgorithm:
+    """The one called `sha256` or `blake3`; `NotFound` where its package is missing."""
+    for algorithm in DigestAlgorithm:
+        if algorithm.value == name:
+            require(algorithm, f"digest {name}")
+            return algorithm
+    known = " or ".join(algorithm.value for algorithm in DigestAlgorithm)
+    raise InvalidArgument(f"{name!r} is no kind of digest", next_step=f"choose {known}")
+
+
+def fastest() -> DigestAlgorithm:
+    """Of those that this Python has."""
+    blake3 = DigestAlgorithm.BLAKE3
+    return blake3 if is_available(blake3) else DigestAlgorithm.SHA256
+
+
+def is_available(algorithm: DigestAlgorithm) -> bool:
+    try:
+        _maker(algorithm)
+    except ImportError:
+        return False
+    return True
+
+
+def require(algorithm: DigestAlgorithm, place: str, *, instead: str = "") -> None:
+    """Raise `NotFound` where its package is missing: better before the work than in the middle of it.
+
+    `place` needs it; `instead` is what else a user can do.
+    """
+    if not is_available(algorithm):
+        raise NotFound(
+            f"{place}: expected the package {algorithm.value}, which {algorithm.title} digests need, found none",
+            next_step=INSTALL + (f", or {instead}" if instead else ""),
+        )
+
+
+def new_hasher(algorithm: DigestAlgorithm) -> Hasher:
+    """Of no byte yet. Who may have to do without a package asks `require` before."""
+    return _maker(algorithm)()
+
+
+def _maker(algorithm: DigestAlgorithm) -> Callable[[], Hasher]:
+    if algorithm is DigestAlgorithm.SHA256:
+        return hashlib.sha256
+    from blake3 import blake3
+
+    return blake3
