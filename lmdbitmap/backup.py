@@ -393,7 +393,7 @@ def _write_image(
         with _told_why(source), os_errors_at(job.disk.image), source.runs(device, report) as runs:
             copied = copy_clusters(
                 device,
-                ImageFile(file.fileno(), path, hasher.wrote),
+                ImageFile(file.fileno(), path, hasher.writing),
                 source.clusters,
                 runs,
                 backing_file=None if parent is None else parent.file,

@@ -59,24 +59,34 @@ class Report:
                 self._progress(self._done, self._total)
 
 
+Writing: TypeAlias = Callable[[int, memoryview], Callable[[], None]]
+"""Told the offset and the bytes of a write before it, and by what it answers that they are written."""
+
+
+def _nobody_minds(offset: int, data: memoryview) -> Callable[[], None]:
+    return _nothing
+
+
+def _nothing() -> None:
+    pass
+
+
 class ImageFile:
     """An empty file to write an image into; its refusals name the `place` where it will be."""
 
-    def __init__(
-        self, fd: int, place: str, wrote: Callable[[int, int], None] = lambda offset, length: None
-    ) -> None:
-        """`wrote` is told of the (offset, length) of every write."""
+    def __init__(self, fd: int, place: str, writing: Writing = _nobody_minds) -> None:
         self._fd = fd
         self._place = place
-        self._wrote = wrote
+        self._writing = writing
 
     def pwrite(self, data: Buffer, offset: int) -> None:
         rest = memoryview(data)
         with os_errors_at(self._place):
+            wrote = self._writing(offset, rest)
             while rest:
                 count = os.pwrite(self._fd, rest, offset)
-                self._wrote(offset, count)
                 rest, offset = rest[count:], offset + count
+            wrote()
 
 
 def cluster_bits_for(disk: Geometry) -> int:

@@ -1,12 +1,15 @@
 """Computes the digests of a file's chunks in threads, beside the work that fills the file.
 
-    writer ── wrote(offset, length) ──▶ chunks that the file has gone beyond ──▶ threads: read back, hash
-                                                                                        │
-    writer is done ── digests() ──▶ in order, with what was written to once more ◀──────┘
+    writer ── writing(offset, data), large and at the end ──▶ a thread hashes `data` while it is written ─────┐
+         └─── otherwise ──▶ chunks that the file has gone beyond ──▶ threads read them back, and hash them ───┤
+                                                                                                              │
+    writer is done ── digests() ──▶ in order, with what was written to once more ◀────────────────────────────┘
 
-Hashing lets go of Python's lock, and the bytes are still in the processor's cache, or at least in memory. A chunk
-that is written to after it was hashed is hashed again in the end: so the digests are right in whatever order
-a file is written, and a file that grows from its beginning to its end is read once.
+Hashing lets go of Python's lock, and the bytes are still in the processor's cache, or at least in memory. To read them
+back costs about as much as half of a BLAKE3, so what comes in large pieces is not; for small ones to hand each over
+would cost more. A chunk that is written to after it was hashed is hashed again in the end: so the digests are right in
+whatever order a file is written. Invariant: `_open` is a hasher of all bytes from the beginning of the chunk that the
+file ends in to that end, or None; any other write than one that it is fed with drops it, and that chunk is read back.
 """
 
 from __future__ import annotations
@@ -14,17 +17,20 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import Final
 
-from lmdbitmap.digest_algorithms import DIGEST_BYTES, DigestAlgorithm, new_hasher
+from lmdbitmap.digest_algorithms import DIGEST_BYTES, DigestAlgorithm, Hasher, new_hasher
 from lmdbitmap.geometry import ceil_div
 
 CHUNK_BYTES: Final = 1 << 20
 _BATCH_CHUNKS: Final = 4
 """Hashed in one go: what a thread costs is lost in it."""
+_FED_AT_LEAST: Final = 256 << 10
+"""In one write, for the handing over to be lost in it."""
 _READ_AT_ONCE: Final = 256 << 10
 _MOST_IN_MEMORY: Final = 8 << 20
 """Of digests: those of 256 GiB."""
@@ -51,7 +57,8 @@ class ChunkHasher:
         self._digests = tempfile.SpooledTemporaryFile(_MOST_IN_MEMORY, dir=folder)  # noqa: SIM115 - see __exit__
         """Of the first chunks, one behind the other."""
         self._threads = ThreadPoolExecutor(max_workers=thread_count())
-        self._under_way: deque[Future[bytes]] = deque()
+        self._under_way: deque[Callable[[], bytes]] = deque()
+        self._open: Hasher | None = None
         self._end = 0
         self._hashed_chunks = 0
         self._stale: set[int] = set()
@@ -65,13 +72,45 @@ class ChunkHasher:
         self._threads.shutdown(cancel_futures=True)
         self._digests.close()
 
+    def writing(self, offset: int, data: memoryview) -> Callable[[], None]:
+        """The file is about to get these bytes. Call what this answers when it has them, and before `data` changes."""
+        if len(data) < _FED_AT_LEAST or offset != self._end:
+            return partial(self.wrote, offset, len(data))
+        return partial(self._wrote_fed, self._threads.submit(self._feed, offset, data), offset + len(data))
+
+    def _feed(self, offset: int, data: memoryview) -> list[tuple[int, bytes]]:
+        """Hash what goes on where the file ends, in a thread for which the writer waits; answers (chunk, digest)."""
+        whole = []
+        while data:
+            chunk, start = divmod(offset, self.chunk_size)
+            part = data[: self.chunk_size - start]
+            if start == 0:
+                self._open = new_hasher(self.algorithm)
+            if self._open is not None:
+                self._open.update(part)
+                if start + len(part) == self.chunk_size:
+                    whole.append((chunk, self._open.digest()))
+            offset, data = offset + len(part), data[len(part) :]
+        return whole
+
+    def _wrote_fed(self, feeding: Future[list[tuple[int, bytes]]], end: int) -> None:
+        for chunk, digest in feeding.result():
+            while self._hashed_chunks < chunk:
+                self._hash_next(min(_BATCH_CHUNKS, chunk - self._hashed_chunks))
+            self._add(partial(bytes, digest), 1)
+        self._grow(end)
+
     def wrote(self, offset: int, length: int) -> None:
         """The file has these bytes now."""
+        self._open = None
         end = offset + length
         if offset < self._hashed_chunks * self.chunk_size:
             touched = range(offset // self.chunk_size, ceil_div(end, self.chunk_size))
             self._stale.update(touched[: self._hashed_chunks - touched.start])
-        self._end = max(self._end, end)
+        self._grow(max(self._end, end))
+
+    def _grow(self, end: int) -> None:
+        self._end = end
         while (self._hashed_chunks + _BATCH_CHUNKS) * self.chunk_size <= self._end:
             self._hash_next(_BATCH_CHUNKS)
 
@@ -91,17 +130,21 @@ class ChunkHasher:
         return _digests_of(self._fd, self.algorithm, self.chunk_size, chunk, 1)
 
     def _hash_next(self, count: int) -> None:
-        """Hand over the next chunks; a writer that is far ahead waits."""
+        """Hand over the next chunks, to be read back."""
         batch = self._threads.submit(
             _digests_of, self._fd, self.algorithm, self.chunk_size, self._hashed_chunks, count
         )
-        self._under_way.append(batch)
+        self._add(batch.result, count)
+
+    def _add(self, digests: Callable[[], bytes], count: int) -> None:
+        """The digests of the next chunks; a writer that is far ahead waits."""
+        self._under_way.append(digests)
         self._hashed_chunks += count
         if len(self._under_way) > 2 * thread_count():
             self._take_next()
 
     def _take_next(self) -> None:
-        self._digests.write(self._under_way.popleft().result())
+        self._digests.write(self._under_way.popleft()())
 
 
 def chunk_digests(fd: int, algorithm: DigestAlgorithm, chunk_size: int = CHUNK_BYTES) -> Iterator[bytes]:

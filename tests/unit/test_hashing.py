@@ -52,16 +52,43 @@ def test_each_chunk_has_its_digest_and_the_last_may_be_short(
 
 @pytest.mark.parametrize("seed", range(30))
 def test_in_whatever_order_a_file_is_written_the_digests_are_of_what_it_holds_in_the_end(
-    fd: int, algorithm: DigestAlgorithm, seed: int
+    fd: int, algorithm: DigestAlgorithm, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Half of what comes at the end is hashed as it is written, the other half is read back."""
+    monkeypatch.setattr(hashing, "_FED_AT_LEAST", 4 * CHUNK)
     lot = random.Random(seed)
     with ChunkHasher(fd, FOLDER, algorithm, CHUNK) as hasher:
         for _ in range(lot.randrange(60)):
             end = os.fstat(fd).st_size
             offset = end if lot.random() < 0.7 else lot.randrange(end + 5 * CHUNK)
-            length = os.pwrite(fd, lot.randbytes(lot.randrange(1, 9 * CHUNK)), offset)
-            hasher.wrote(offset, length)
+            write(fd, hasher, lot.randbytes(lot.randrange(1, 9 * CHUNK)), offset)
         assert b"".join(hasher.digests()) == naive_digests(algorithm, content_of(fd), CHUNK)
+
+
+def write(fd: int, hasher: ChunkHasher, data: bytes, offset: int) -> None:
+    """In two calls, as a full file system or a signal may have it; the bytes are used otherwise as soon as they may."""
+    buffer = bytearray(data)
+    wrote = hasher.writing(offset, memoryview(buffer))
+    half = len(data) // 2
+    for start, stop in ((0, half), (half, len(data))):
+        os.pwrite(fd, buffer[start:stop], offset + start)
+    wrote()
+    buffer[:] = bytes(len(buffer))
+
+
+@pytest.mark.parametrize("first", [0, 1, 300_000, CHUNK_BYTES])
+def test_large_pieces_at_the_end_are_hashed_as_they_are_written(
+    fd: int, algorithm: DigestAlgorithm, first: int
+) -> None:
+    """All but the chunk that something small is in, and the last one, if it is short: those are read back."""
+    small, large = os.urandom(first), [os.urandom(CHUNK_BYTES + 70_001) for _ in range(5)]
+    content = b"".join([small, *large])
+    with ChunkHasher(fd, FOLDER, algorithm) as hasher:
+        hasher.wrote(0, os.pwrite(fd, small, 0))
+        for number, piece in enumerate(large):
+            write(fd, hasher, piece, first + number * len(piece))
+        os.pwrite(fd, bytes(4 * CHUNK_BYTES), CHUNK_BYTES)  # behind its back
+        assert b"".join(hasher.digests()) == naive_digests(algorithm, content, CHUNK_BYTES)
 
 
 def test_what_was_written_once_is_hashed_before_the_file_is_whole(
