@@ -30,7 +30,7 @@ format: setup-python ## let ruff lay out the code
 	@$(BIN)/ruff format .
 
 bench: setup ## one table of ratios against peers, and the same as JSON
-	@$(BIN)/python benchmarks/run.py $(ARGS)
+	@$(BIN)/python -m benchmarks.run $(ARGS)
 
 fuzz: setup ## coverage-guided fuzzing of all that reads bytes, an hour or two; ARGS="qcow2 --runs 100000" for less
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[fuzz]'

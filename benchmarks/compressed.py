@@ -9,16 +9,12 @@ import functools
 import json
 import random
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.core import interleaved  # noqa: E402
-from benchmarks.table import Line  # noqa: E402
-from benchmarks.tracked import command, workplace  # noqa: E402
+from benchmarks.core import interleaved
+from benchmarks.table import Line
+from benchmarks.tracked import command, workplace
 
 IMAGE_BYTES = 1 << 29
 PIECE_BYTES = 1 << 20

@@ -1,7 +1,7 @@
 """What tracking costs without a network: the settled write, attach, export, changes, checkpoints, over-report.
 
 Every figure comes with its peer from the same run, or is a bound on time or memory of one whole process.
-Processes that are measured as a whole are this file, run as `python benchmarks/core.py SCENE ARGUMENT…`:
+Processes that are measured as a whole are this file, run as `python -m benchmarks.core SCENE ARGUMENT…`:
 they print one JSON object.
 """
 
@@ -21,16 +21,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks.table import Line
+from lmdbitmap import session
+from lmdbitmap.chain import current_checkpoint
+from lmdbitmap.changes import changes
+from lmdbitmap.filter import Filter
+from lmdbitmap.geometry import REGION_BLOCKS, REGION_BYTES
+from lmdbitmap.store import Store, Writer
 
-from benchmarks.table import Line  # noqa: E402
-from lmdbitmap import session  # noqa: E402
-from lmdbitmap.chain import current_checkpoint  # noqa: E402
-from lmdbitmap.changes import changes  # noqa: E402
-from lmdbitmap.filter import Filter  # noqa: E402
-from lmdbitmap.geometry import REGION_BLOCKS, REGION_BYTES  # noqa: E402
-from lmdbitmap.store import Store, Writer  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 TIB = 1 << 40
 BLOCK = 1 << 16
@@ -212,9 +211,10 @@ def over_report() -> Iterator[Line]:
 def killed_load(store_path: str, moved: bool) -> tuple[int, int]:
     """Blocks that a child wrote before it was killed, and blocks that count as dirty after that."""
     load = subprocess.Popen(
-        [sys.executable, __file__, "load-until-killed", store_path, str(moved)],
+        [sys.executable, "-m", "benchmarks.core", "load-until-killed", store_path, str(moved)],
         stdout=subprocess.PIPE,
         text=True,
+        cwd=ROOT,
     )
     assert load.stdout is not None
     written = int(load.stdout.readline())
@@ -316,7 +316,11 @@ SCENES: dict[str, Callable[..., None]] = {
 def child(scene: str, *arguments: str) -> dict[str, float]:
     """What a process of its own tells about `scene`."""
     done = subprocess.run(
-        [sys.executable, __file__, scene, *arguments], stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT
+        [sys.executable, "-m", "benchmarks.core", scene, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        cwd=ROOT,
     )
     told: dict[str, float] = json.loads(done.stdout)
     return told

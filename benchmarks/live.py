@@ -26,12 +26,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks import nbd
+from benchmarks.table import Line
+from benchmarks.tracked import command, warm_memory, workplace
 
-from benchmarks import nbd  # noqa: E402
-from benchmarks.table import Line  # noqa: E402
-from benchmarks.tracked import command, warm_memory, workplace  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 MIB = 1 << 20
 GIB = 1 << 30

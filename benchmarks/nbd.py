@@ -6,7 +6,7 @@ same work; the figure is the median of the rounds, and the ratio the median of t
 noisy moment of the machine hits all of them or is left out. Beside the rate stands the processor time that the
 server spent on a request, and in the end the memory that a busy connection takes.
 
-Run alone it measures an untracked disk: `python benchmarks/nbd.py [SECONDS [ROUNDS]]`.
+Run alone it measures an untracked disk: `python -m benchmarks.nbd [SECONDS [ROUNDS]]`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.table import Line, as_text
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.table import Line, as_text  # noqa: E402
-
 PATIENCE_S = 20.0
 IMAGE_BYTES = 1 << 30
 EXPORT = "disk"
@@ -94,7 +92,9 @@ class Peer(NamedTuple):
 def ours_untracked(image: Path, folder: Path) -> Peer:
     """Our server on the bare image: what tracking is measured against."""
     listen_at = folder / "ours.sock"
-    return Peer("untracked", [sys.executable, __file__, "serve", str(image), str(listen_at)], listen_at)
+    return Peer(
+        "untracked", [sys.executable, "-m", "benchmarks.nbd", "serve", str(image), str(listen_at)], listen_at
+    )
 
 
 def qemu_nbd(image: Path, folder: Path) -> Peer:
@@ -121,7 +121,7 @@ def running(peers: Iterable[Peer]) -> Iterator[dict[str, int]]:
 
 @contextlib.contextmanager
 def _running(peer: Peer) -> Iterator[int]:
-    process = subprocess.Popen(peer.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(peer.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
     try:
         _await_listening(peer, process)
         yield process.pid

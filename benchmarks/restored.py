@@ -12,22 +12,18 @@ import os
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.table import Line  # noqa: E402
-from benchmarks.tracked import command, warm_memory, workplace  # noqa: E402
-from lmdbitmap.digest_algorithms import fastest  # noqa: E402
-from lmdbitmap.filter import Filter  # noqa: E402
-from lmdbitmap.restore import restore as restored_in_library  # noqa: E402
-from lmdbitmap.store import Store  # noqa: E402
-from tests.deep_chain import make_deep_chain  # noqa: E402
+from benchmarks.table import Line
+from benchmarks.tracked import command, warm_memory, workplace
+from lmdbitmap.digest_algorithms import fastest
+from lmdbitmap.filter import Filter
+from lmdbitmap.restore import restore as restored_in_library
+from lmdbitmap.store import Store
+from tests.deep_chain import make_deep_chain
 
 DATA_BYTES = 1 << 30
 SIZE = 2 * DATA_BYTES

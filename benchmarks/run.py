@@ -16,11 +16,10 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks import backups, compressed, core, live, restored, tracked
+from benchmarks.table import Line, as_text, write_json
 
-from benchmarks import backups, compressed, core, live, restored, tracked  # noqa: E402
-from benchmarks.table import Line, as_text, write_json  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 PARTS: dict[str, Callable[[], Iterator[Line]]] = {
     "core": core.measure,

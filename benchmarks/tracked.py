@@ -20,11 +20,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks import nbd
+from benchmarks.table import Line
 
-from benchmarks import nbd  # noqa: E402
-from benchmarks.table import Line  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 SPARSE_BYTES = 64 << 30
 BLOCK = 1 << 16
@@ -134,8 +133,8 @@ def workplace(needed: int) -> Iterator[Path]:
 def tracked_peer(image: Path, folder: Path, period: str = "clean") -> nbd.Peer:
     """Our server with a write-ahead tracker in front; `period` says how the open period begins."""
     listen_at = folder / "tracked.sock"
-    words = [sys.executable, __file__, "serve", str(image), str(listen_at), f"{folder}/store", period]
-    return nbd.Peer("tracked", words, listen_at)
+    words = ["serve", str(image), str(listen_at), f"{folder}/store", period]
+    return nbd.Peer("tracked", [sys.executable, "-m", "benchmarks.tracked", *words], listen_at)
 
 
 def serve(image: str, listen_at: str, store_path: str, period: str) -> None:
