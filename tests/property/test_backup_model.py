@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import initialize, invariant, precondition, rule
 
 from lmdbitmap import chain
 from lmdbitmap.consumers import drop_hold, holds_of
@@ -27,16 +27,13 @@ from lmdbitmap.holds import Hold, hold_files
 from lmdbitmap.manifest import BackupEntry, BackupType
 from lmdbitmap.restore import restore
 from lmdbitmap.schema import DEFERRED, WRITE_AHEAD
-from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
-from tests.tracked import NAME, quick_folder
+from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN
+from tests.property.random_disk import BLOCK, UnluckyDisk, sizes
+from tests.tracked import NAME
 
-BLOCK = 4096
-MAX_SIZE = 40 * BLOCK
 KILLS = 2
 """In one life: each costs a process."""
 
-sizes = st.integers(0, MAX_SIZE) | st.integers(0, 40).map(lambda blocks: blocks * BLOCK)
-places = st.integers(0, MAX_SIZE)
 repositories = st.sampled_from(["left", "right"])
 kinds = st.sampled_from([INCREMENTAL, INCREMENTAL, DIFFERENTIAL, FULL])
 
@@ -51,12 +48,10 @@ class Point:
     changed: set[int] = field(default_factory=set)
 
 
-class Lives(RuleBasedStateMachine):
+class Lives(UnluckyDisk):
     def __init__(self) -> None:
         super().__init__()
-        self._cleanup = contextlib.ExitStack()
         self.points: dict[str, list[Point]] = {"left": [], "right": []}
-        self.epoch = 0
         self.forgotten: set[str] = set()
         self.ended: dict[str, str] = {}
         """Checkpoints whose hold ended, and the reason's code."""
@@ -69,44 +64,19 @@ class Lives(RuleBasedStateMachine):
 
     @initialize(durability=st.sampled_from([WRITE_AHEAD, DEFERRED]), size=sizes)
     def begin(self, durability: str, size: int) -> None:
-        folder = self._cleanup.enter_context(quick_folder())
-        self.disk = BackedUpDisk(folder, size, durability=durability)
-        self.size = size
+        self.begin_with(size, durability)
 
     # -- what happens to the disk --------------------------------------------------------------------------
 
-    def _mark(self, offset: int, length: int) -> None:
-        if length:
-            self._each_changed(set(range(offset // BLOCK, (offset + length - 1) // BLOCK + 1)))
-
-    def _each_changed(self, blocks: set[int]) -> None:
+    def note_changed(self, blocks: set[int]) -> None:
         for points in self.points.values():
             for point in points:
                 point.changed |= blocks
 
-    @rule(offset=places, length=st.integers(0, 5 * BLOCK), value=st.integers(0, 255))
-    def write(self, offset: int, length: int, value: int) -> None:
-        offset = min(offset, self.size)
-        length = min(length, self.size - offset)
-        self.disk.write(bytes([value]) * length, offset)
-        self._mark(offset, length)
-
-    @rule(offset=places, length=st.integers(0, 20 * BLOCK))
-    def write_zeroes(self, offset: int, length: int) -> None:
-        offset = min(offset, self.size)
-        length = min(length, self.size - offset)
-        self.disk.zero(offset, length)
-        self._mark(offset, length)
-
-    @rule(size=sizes)
-    def resize(self, size: int) -> None:
-        self.disk.resize(size)
-        if size > self.size:
-            self._mark(self.size, size - self.size)
+    def note_resized(self, size: int) -> None:
         for points in self.points.values():
             for point in points:
                 point.changed = {block for block in point.changed if block * BLOCK < size}
-        self.size = size
 
     @precondition(lambda self: any(self.points.values()))
     @rule(which=st.integers(0, 100), then=st.none() | repositories)
@@ -123,7 +93,7 @@ class Lives(RuleBasedStateMachine):
             return
         self._go_back(of, point)
         assert self.disk.content() == point.content
-        self._each_changed(
+        self.note_changed(
             {
                 offset // BLOCK
                 for offset in range(0, self.size, BLOCK)
@@ -136,23 +106,6 @@ class Lives(RuleBasedStateMachine):
     def _go_back(self, of: str, point: Point) -> None:
         folder = self.disk.folder / of
         restore(folder, NAME, self.disk.image, at=point.entry.id, in_place=True, store=self.disk.store)
-
-    @rule(offset=places)
-    def be_written_by_a_stranger(self, offset: int) -> None:
-        if self.size:
-            # An hour ago: another mtime than any before, and older than the next owner's.
-            self.disk.write_behind_our_back(b"!", min(offset, self.size - 1), shift_ns=-3_600_000_000_000)
-            self.epoch += 1
-
-    @rule(offset=places)
-    def lose_its_owner(self, offset: int) -> None:
-        if self.size:
-            attached = self.disk.attach()
-            attached.pwrite(b"?", min(offset, self.size - 1))
-            attached.abandon()
-            self._mark(min(offset, self.size - 1), 1)
-            if self.disk.durability == DEFERRED:
-                self.epoch += 1
 
     @rule()
     def checkpoint_of_its_own(self) -> None:
@@ -289,13 +242,10 @@ class Lives(RuleBasedStateMachine):
         if any(self.points.values()):
             assert set(self.disk.backup_checkpoints()) == needed - self.forgotten - set(self.ended)
 
-    def teardown(self) -> None:
-        if hasattr(self, "disk"):
-            for to, points in self.points.items():
-                for point in points:
-                    assert self.disk.restored(point.entry.id, to) == point.content
-            self.disk.close()
-        self._cleanup.close()
+    def check_at_the_end(self) -> None:
+        for to, points in self.points.items():
+            for point in points:
+                assert self.disk.restored(point.entry.id, to) == point.content
 
 
 def differing(new: bytes, old: bytes) -> set[int]:

@@ -5,7 +5,6 @@ The model keeps what the disk held at each backup, and which of them the rules k
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import shutil
 import subprocess
@@ -14,53 +13,32 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import initialize, precondition, rule
 
 from lmdbitmap.manifest import BackupEntry, BackupType
 from lmdbitmap.prune import prune
 from lmdbitmap.retention import Retention
 from lmdbitmap.verify import verify
 from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
-from tests.tracked import NAME, quick_folder
+from tests.property.random_disk import RandomDisk, sizes
+from tests.tracked import NAME
 
-BLOCK = 4096
-MAX_SIZE = 40 * BLOCK
 UTC = datetime.timezone.utc
 
-sizes = st.integers(0, MAX_SIZE) | st.integers(0, 40).map(lambda blocks: blocks * BLOCK)
-places = st.integers(0, MAX_SIZE)
 kinds = st.sampled_from([INCREMENTAL, INCREMENTAL, INCREMENTAL, DIFFERENTIAL, FULL])
 counts = st.integers(0, 4)
 rules = st.tuples(counts, counts, counts, counts).filter(any).map(lambda numbers: Retention(*numbers))
 
 
-class Prunes(RuleBasedStateMachine):
+class Prunes(RandomDisk):
     def __init__(self) -> None:
         super().__init__()
-        self._cleanup = contextlib.ExitStack()
         self.contents: dict[str, bytes] = {}
         self.pruned = False
 
     @initialize(size=sizes)
     def begin(self, size: int) -> None:
-        folder = self._cleanup.enter_context(quick_folder())
-        self.disk = BackedUpDisk(folder, size)
-        self.size = size
-
-    @rule(offset=places, length=st.integers(1, 6 * BLOCK), value=st.integers(0, 255))
-    def write(self, offset: int, length: int, value: int) -> None:
-        offset = min(offset, self.size)
-        self.disk.write(bytes([value]) * min(length, self.size - offset), offset)
-
-    @rule(offset=places, length=st.integers(1, 20 * BLOCK))
-    def write_zeroes(self, offset: int, length: int) -> None:
-        offset = min(offset, self.size)
-        self.disk.zero(offset, min(length, self.size - offset))
-
-    @rule(size=sizes)
-    def resize(self, size: int) -> None:
-        self.disk.resize(size)
-        self.size = size
+        self.begin_with(size)
 
     @rule(
         kind=kinds,
@@ -100,13 +78,10 @@ class Prunes(RuleBasedStateMachine):
                 assert getattr(entry, name) == getattr(old, name)
         assert verify(self.disk.folder / "backups").is_sound
 
-    def teardown(self) -> None:
-        if hasattr(self, "disk"):
-            if self.contents:
-                self._check(self.disk.manifest().backups)
-                agrees_with_qemu(self.disk, self.contents)
-            self.disk.close()
-        self._cleanup.close()
+    def check_at_the_end(self) -> None:
+        if self.contents:
+            self._check(self.disk.manifest().backups)
+            agrees_with_qemu(self.disk, self.contents)
 
 
 def agrees_with_qemu(disk: BackedUpDisk, contents: dict[str, bytes]) -> None:

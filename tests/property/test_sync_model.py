@@ -13,22 +13,17 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import initialize, precondition, rule
 
 from lmdbitmap import sync_note
 from lmdbitmap.errors import InvalidArgument, StorageError
 from lmdbitmap.schema import DEFERRED, WRITE_AHEAD
 from lmdbitmap.sync import sync
 from lmdbitmap.sync_plan import SyncKind
-from tests.backed_up import BackedUpDisk
-from tests.tracked import LATER_NS, NAME, quick_folder
+from tests.property.random_disk import BLOCK, UnluckyDisk, places, sizes
+from tests.tracked import LATER_NS, NAME
 from tests.unit.test_sync import failing_after
 
-BLOCK = 4096
-MAX_SIZE = 40 * BLOCK
-
-sizes = st.integers(0, MAX_SIZE) | st.integers(1, 40).map(lambda blocks: blocks * BLOCK)
-places = st.integers(0, MAX_SIZE)
 targets = st.sampled_from(["left", "right"])
 rarely = st.sampled_from([False, False, False, True])
 
@@ -46,64 +41,25 @@ class Stop(Exception):
     """What a caller's progress may raise."""
 
 
-class Lives(RuleBasedStateMachine):
+class Lives(UnluckyDisk):
     def __init__(self) -> None:
         super().__init__()
-        self._cleanup = contextlib.ExitStack()
         self.copies = {"left": Copy(), "right": Copy()}
-        self.epoch = 0
+        self.left_behind: dict[str, set[str]] = {"left": set(), "right": set()}
+        """Checkpoints of syncs that failed: the only one of an epoch stays until another follows it."""
         self.ticks = 0
 
     @initialize(durability=st.sampled_from([WRITE_AHEAD, DEFERRED]), size=sizes)
     def begin(self, durability: str, size: int) -> None:
-        folder = self._cleanup.enter_context(quick_folder())
-        self.disk = BackedUpDisk(folder, size, durability=durability)
-        self.size = size
+        self.begin_with(size, durability)
         for to in self.copies:
             self.sync(to, False)
 
     # -- what happens to the disk --------------------------------------------------------------------------
 
-    def _mark(self, offset: int, length: int) -> None:
-        blocks = set(range(offset // BLOCK, -(-(offset + length) // BLOCK))) if length else set()
+    def note_changed(self, blocks: set[int]) -> None:
         for copy in self.copies.values():
             copy.changed |= blocks
-
-    @rule(offset=places, length=st.integers(0, 5 * BLOCK), value=st.integers(0, 255))
-    def write(self, offset: int, length: int, value: int) -> None:
-        offset = min(offset, self.size)
-        length = min(length, self.size - offset)
-        self.disk.write(bytes([value]) * length, offset)
-        self._mark(offset, length)
-
-    @rule(offset=places, length=st.integers(0, 20 * BLOCK))
-    def write_zeroes(self, offset: int, length: int) -> None:
-        offset = min(offset, self.size)
-        length = min(length, self.size - offset)
-        self.disk.zero(offset, length)
-        self._mark(offset, length)
-
-    @rule(size=sizes)
-    def resize(self, size: int) -> None:
-        self.disk.resize(size)
-        self._mark(min(self.size, size), max(size - self.size, 0))
-        self.size = size
-
-    @rule(offset=places)
-    def be_written_by_a_stranger(self, offset: int) -> None:
-        if self.size:
-            self.disk.write_behind_our_back(b"!", min(offset, self.size - 1), shift_ns=-LATER_NS)
-            self.epoch += 1
-
-    @rule(offset=places)
-    def lose_its_owner(self, offset: int) -> None:
-        if self.size:
-            attached = self.disk.attach()
-            attached.pwrite(b"?", min(offset, self.size - 1))
-            attached.abandon()
-            self._mark(min(offset, self.size - 1), 1)
-            if self.disk.durability == DEFERRED:
-                self.epoch += 1
 
     @rule(which=st.integers(0, 100))
     def forget_a_checkpoint(self, which: int) -> None:
@@ -190,6 +146,9 @@ class Lives(RuleBasedStateMachine):
         held = {each.checkpoint for each in self.copies.values() if each.known_in == self.epoch}
         assert held <= set(self.disk.checkpoints())
 
+    def _sync_checkpoints(self) -> set[str]:
+        return {name for name in self.disk.checkpoints() if name.startswith("sync-")}
+
     @precondition(lambda self: self.size > 0)
     @rule(to=targets, reads=st.integers(0, 3), compare=rarely, late=st.booleans(), then=st.booleans())
     def sync_and_fail(self, to: str, reads: int, compare: bool, late: bool, then: bool) -> None:
@@ -201,7 +160,7 @@ class Lives(RuleBasedStateMachine):
             raise Stop
 
         opened = None if late else failing_after(reads)
-        points = self.disk.checkpoints()
+        points = self._sync_checkpoints()
         try:
             result = sync(
                 self.disk.store, NAME, path,
@@ -210,8 +169,9 @@ class Lives(RuleBasedStateMachine):
         except InvalidArgument:
             assert not self._fits(to)
         except (StorageError, Stop):
-            lost = {name for name in points if name.startswith("sync-")} - set(self.disk.checkpoints())
-            assert lost <= {self.copies[to].checkpoint}
+            now = self._sync_checkpoints()
+            assert points - now <= {self.copies[to].checkpoint, *self.left_behind[to]}
+            self.left_behind[to] |= now - points
             if expected is not SyncKind.INCREMENTAL:
                 self.copies[to].known_in = None
         else:
@@ -220,13 +180,10 @@ class Lives(RuleBasedStateMachine):
         if then:
             self.sync(to, False)
 
-    def teardown(self) -> None:
-        if hasattr(self, "disk"):
-            for to in self.copies:
-                if self._fits(to):
-                    self.sync(to, False)
-            self.disk.close()
-        self._cleanup.close()
+    def check_at_the_end(self) -> None:
+        for to in self.copies:
+            if self._fits(to):
+                self.sync(to, False)
 
 
 TestLives = Lives.TestCase
