@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,13 +13,13 @@ from lmdbitmap.nbd.server import Server
 from lmdbitmap.nbd.tls import server_context
 from lmdbitmap.plain import PlainDisk
 from tests.nbd_far import FarServer, far_server
-from tests.papers import Papers
-from tests.support import Argument, Child, spawn, wait_for_socket
+from tests.papers import Papers, shared_papers
+from tests.support import Argument, Child, free_port, spawn, wait_for_socket
 
 
 @pytest.fixture(scope="session")
-def papers(tmp_path_factory: pytest.TempPathFactory) -> Papers:
-    return Papers(tmp_path_factory.mktemp("papers") / "ours")
+def papers() -> Papers:
+    return shared_papers()
 
 
 @pytest.fixture
@@ -89,8 +88,3 @@ def ours(folder: Path, image: Path) -> Iterator[str]:
             yield f"nbds://localhost:{listener.sock.getsockname()[1]}/disk"
         finally:
             assert server.stop()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])

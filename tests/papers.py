@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import shutil
 import ssl
+import tempfile
 from pathlib import Path
 
 from tests.support import run
@@ -55,3 +59,11 @@ class Papers:
         context = ssl.create_default_context(cafile=self.folder / "ca-cert.pem")
         context.load_cert_chain(self.folder / "client-cert.pem", self.folder / "client-key.pem")
         return context
+
+
+@functools.cache
+def shared_papers() -> Papers:
+    """For all tests of this process that leave them as they are: openssl takes its time."""
+    folder = tempfile.mkdtemp(prefix="lmdbitmap-test-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Papers(Path(folder, "papers"))

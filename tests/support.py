@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import random
 import re
 import shutil
 import socket
@@ -219,6 +220,17 @@ def wait_for_socket(address: Address, child: Child, timeout: float = PATIENCE_SE
             child.fail(f"ended with {child.process.returncode} before it listened at {address}")
         if time.monotonic() > deadline:
             child.fail(f"does not listen at {address} after {timeout} s")
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 where nobody listens, for a server that wants to be told one.
+
+    The kernel gives none of these to a connection, so it stays free while its server is away.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_768)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def _connects(address: Address) -> bool:

@@ -22,7 +22,7 @@ from lmdbitmap.nbd.client import NbdDevice
 from lmdbitmap.nbd.server import Server
 from lmdbitmap.nbd.tls import server_context
 from lmdbitmap.plain import PlainDisk
-from tests.papers import Papers
+from tests.papers import shared_papers
 from tests.support import Argument, make_raw_image, run, spawn, wait_for_socket, why_unusable
 from tests.tracked import TrackedDisk
 
@@ -128,7 +128,7 @@ def client_of_our_server(folder: Path, size: int, read_only: bool) -> Iterator[B
 
 @contextmanager
 def client_over_tls(folder: Path, size: int, read_only: bool) -> Iterator[BlockDevice]:
-    papers = Papers(folder / "papers").folder
+    papers = shared_papers().folder
     with FileDevice.open(make_raw_image(folder / "disk.raw", size), read_only=read_only) as image:
         server = Server({"disk": PlainDisk(image)})
         server.listen_tcp("127.0.0.1", 0, server_context(str(papers)))

@@ -81,10 +81,14 @@ def served_backup(folder: Path) -> Iterator[BlockDevice]:
             assert server.stop()
 
 
-@pytest.fixture(params=[file, backup, served_backup], ids=lambda opener: opener.__name__)
-def device(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BlockDevice]:
+OPENERS: list[Opener] = [file, backup, served_backup]
+
+
+@pytest.fixture(scope="module", params=OPENERS, ids=lambda opener: opener.__name__)
+def device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BlockDevice]:
+    """One for all tests: what refuses every change stays as it is."""
     opener: Opener = request.param
-    with opener(tmp_path) as opened:
+    with opener(tmp_path_factory.mktemp("device")) as opened:
         yield opened
 
 
@@ -141,14 +145,16 @@ def test_writes_are_refused(device: BlockDevice) -> None:
     assert device.pread(SIZE, 0) == content()
 
 
-def test_a_closed_device_refuses_and_may_be_closed_again(device: BlockDevice) -> None:
-    device.pread(SIZE, 0)
-    device.close()
-    device.close()
-    for use in (lambda: device.pread(1, 0), device.flush):
-        with pytest.raises(OSError) as refused:
-            use()
-        assert refused.value.errno is not None
+@pytest.mark.parametrize("opener", OPENERS)
+def test_a_closed_device_refuses_and_may_be_closed_again(opener: Opener, tmp_path: Path) -> None:
+    with opener(tmp_path) as device:
+        device.pread(SIZE, 0)
+        device.close()
+        device.close()
+        for use in (lambda: device.pread(1, 0), device.flush):
+            with pytest.raises(OSError) as refused:
+                use()
+            assert refused.value.errno is not None
 
 
 def test_threads_read_what_they_asked_for(device: BlockDevice) -> None:

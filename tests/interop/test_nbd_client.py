@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ import pytest
 from lmdbitmap.errors import Busy, InvalidArgument, NotFound
 from lmdbitmap.interfaces import Allocation
 from lmdbitmap.nbd.client import NbdDevice
-from tests.support import Argument, Child, make_raw_image, requires, run, spawn, wait_for_socket
+from tests.support import Argument, Child, free_port, make_raw_image, requires, run, spawn, wait_for_socket
 
 MIB = 1 << 20
 SIZE = 16 * MIB
@@ -105,8 +104,7 @@ def test_holes_are_those_that_nbdinfo_finds(tmp_path: Path) -> None:
 
 
 def test_tcp_is_spoken_too(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     with spawn(
         "nbdkit", "--foreground", "--ipaddr", "127.0.0.1", "--port", str(port), "memory", "1M"
     ) as server:

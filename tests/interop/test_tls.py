@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import socket
 import ssl
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from lmdbitmap.nbd.tls import server_context
 from lmdbitmap.plain import PlainDisk
 from tests.cli.conftest import Cli, cli
 from tests.nbd_raw import GO, READ, WRITE, RawClient, string
-from tests.papers import Papers
+from tests.papers import Papers, shared_papers
 from tests.support import PATIENCE_SECONDS, requires, run, spawn
 
 __all__ = ["cli"]
@@ -55,7 +56,7 @@ class House(NamedTuple):
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     folder = tmp_path_factory.mktemp("tls")
-    papers, strangers = Papers(folder / "ours"), Papers(folder / "strangers")
+    papers, strangers = shared_papers(), Papers(folder / "strangers")
     image = folder / "disk.raw"
     image.write_bytes(random.Random(1).randbytes(SIZE))
     with FileDevice.open(image) as device:
@@ -172,30 +173,32 @@ def test_noise_instead_of_a_tls_handshake_costs_the_connection(house: House, noi
 # --- the certificates themselves ---
 
 
+@pytest.fixture
+def papers(tmp_path: Path) -> Path:
+    return shutil.copytree(shared_papers().folder, tmp_path / "papers")
+
+
 @pytest.mark.parametrize("missing", ["ca-cert.pem", "server-cert.pem", "server-key.pem"])
-def test_missing_file_is_named(tmp_path: Path, missing: str) -> None:
-    papers = Papers(tmp_path / "papers")
-    (papers.folder / missing).unlink()
+def test_missing_file_is_named(papers: Path, missing: str) -> None:
+    (papers / missing).unlink()
     with pytest.raises(NotFound, match=missing):
-        server_context(str(papers.folder))
+        server_context(str(papers))
 
 
-def test_what_is_no_certificate_is_said(tmp_path: Path) -> None:
-    papers = Papers(tmp_path / "papers")
-    (papers.folder / "server-key.pem").write_text((papers.folder / "client-key.pem").read_text())
+def test_what_is_no_certificate_is_said(papers: Path) -> None:
+    (papers / "server-key.pem").write_text((papers / "client-key.pem").read_text())
     with pytest.raises(InvalidArgument, match="cannot be used"):
-        server_context(str(papers.folder))
-    (papers.folder / "server-cert.pem").write_bytes(b"\0")
+        server_context(str(papers))
+    (papers / "server-cert.pem").write_bytes(b"\0")
     with pytest.raises(InvalidArgument, match="cannot be used"):
-        server_context(str(papers.folder))
+        server_context(str(papers))
 
 
-def test_encrypted_key_is_not_asked_about_at_the_terminal(tmp_path: Path) -> None:
-    papers = Papers(tmp_path / "papers")
-    key = papers.folder / "server-key.pem"
+def test_encrypted_key_is_not_asked_about_at_the_terminal(papers: Path) -> None:
+    key = papers / "server-key.pem"
     run("openssl", "ec", "-aes128", "-passout", "pass:word", "-in", key, "-out", key)
     with pytest.raises(InvalidArgument, match="encrypted"):
-        server_context(str(papers.folder))
+        server_context(str(papers))
 
 
 def test_serve_speaks_tls(cli: Cli, house: House) -> None:
