@@ -28,6 +28,8 @@ HELD = 8 * MIB
 """Requests at or behind this offset wait, where a stage says so."""
 ENOUGH = 40
 """Requests after which a connection that was quick is in the rounds."""
+COLD_READS = 20
+"""Of which one at least is waited for."""
 
 
 class Stage:
@@ -115,6 +117,12 @@ def watchfulness(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(rounds, "_LONGEST_LEAVE_S", 0.0)
 
 
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody takes the rounds from a driver: on a busy machine a turn may be long in which nothing waits."""
+    monkeypatch.setattr(rounds, "_PATIENCE_S", PATIENCE_SECONDS)
+
+
 @contextlib.contextmanager
 def clients_of(
     disk: ServedDisk, folder: Path, count: int, *, go_round: bool = True, grace_s: float = PATIENCE_SECONDS
@@ -156,6 +164,7 @@ def threads_of(disk: StagedDisk, clients: Sequence[RawClient]) -> set[int]:
     return set(disk.threads)
 
 
+@pytest.mark.usefixtures("patience")
 def test_quick_connections_share_a_thread(device: FileDevice, tmp_path: Path) -> None:
     disk = StagedDisk(device)
     with clients_of(disk, tmp_path, 4) as clients:
@@ -201,6 +210,7 @@ def zero(client: RawClient) -> None:
     assert client.do(WRITE_ZEROES, 0, MIB).error == 0
 
 
+@pytest.mark.usefixtures("patience")
 @pytest.mark.parametrize("wait", [flush, read_much, write_much, zero])
 def test_who_waits_leaves_the_rounds_and_comes_back(
     device: FileDevice, tmp_path: Path, wait: Callable[[RawClient], None]
@@ -214,6 +224,7 @@ def test_who_waits_leaves_the_rounds_and_comes_back(
             assert len(threads_of(disk, clients)) == 1
 
 
+@pytest.mark.usefixtures("patience")
 @pytest.mark.parametrize("length", [128 * KIB, MIB])
 def test_copying_up_to_a_mebibyte_of_memory_is_no_reason_to_leave_the_rounds(
     device: FileDevice, tmp_path: Path, length: int
@@ -228,20 +239,28 @@ def test_copying_up_to_a_mebibyte_of_memory_is_no_reason_to_leave_the_rounds(
         assert len(threads_of(disk, clients)) == (1 if stays else 2)
 
 
+@pytest.mark.usefixtures("patience")
 def test_data_that_is_not_in_memory_is_waited_for_outside_the_rounds(
     device: FileDevice, tmp_path: Path
 ) -> None:
-    """Where the file system can say so."""
+    """Where the file system can say so.
+
+    On a busy machine with a quick disk the data may be there by the time that the kernel looks for it: try again.
+    """
     disk, data = StagedDisk(device), random.Random(1).randbytes(MIB)
     device.pwrite(data, 2 * MIB)
     with clients_of(disk, tmp_path, 3) as clients:
         assert device.fd is not None
         device.flush()
-        os.posix_fadvise(device.fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        assert clients[0].do(READ, 2 * MIB, 4096).data == data[:4096]
-        assert len(threads_of(disk, clients)) == 1 + replies._knows_haste(device.fd)
-        be_quick(clients[0])
-        assert len(threads_of(disk, clients)) == 1
+        for _ in range(COLD_READS):
+            os.posix_fadvise(device.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            assert clients[0].do(READ, 2 * MIB, 4096).data == data[:4096]
+            count = len(threads_of(disk, clients))
+            be_quick(clients[0])
+            assert len(threads_of(disk, clients)) == 1
+            if count == 2:
+                break
+        assert count == 1 + replies._knows_haste(device.fd)
 
 
 @pytest.mark.parametrize("stuck", [1, 3])
