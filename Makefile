@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# As many tests at once as there are processors, four at the most; ARGS="-n0" for one after the other in one process.
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --max-worker-restart 0 --dist worksteal
 CHECKED := lmdbitmap tests $(wildcard benchmarks/*.py demo/*.py tools/*.py)
 
 export PYTHON
@@ -17,7 +19,7 @@ demo: setup ## track, crash, back up, restore: the whole job on a real file syst
 	@$(BIN)/python demo/run.py $(ARGS)
 
 test: setup ## every test; ARGS="-k crash" for some of them
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 lint: setup-python ## style and formatting
 	@$(BIN)/ruff check --quiet .

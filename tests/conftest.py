@@ -1,4 +1,4 @@
-"""Hypothesis profiles, shared fixtures, and the rule that in CI a skipped test is a failure."""
+"""Hypothesis profiles, shared fixtures, the order of tests, and the rule that in CI a skipped test is a failure."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.support import make_raw_image
+from tests.turns import Turns, Workers, wants_to_be_alone
 
 # A slow example is no failure: the machine may be busy, and pytest-timeout catches what hangs.
 settings.register_profile("dev", deadline=None)
@@ -23,7 +24,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.enviro
 NO_SKIP = os.environ.get("LMDBITMAP_NO_SKIP", "") not in ("", "0")
 
 TIERS = ("unit", "property", "fuzz", "golden", "contract", "crash", "interop", "cli")
-"""Cheap to dear: the first failure is the lowest thing that broke. What is in no tier goes first."""
+"""Cheap to dear: the first failure is the lowest thing that broke.
+
+What is in no tier goes first, what is `alone` last."""
 
 RawImage: TypeAlias = Callable[..., Path]
 
@@ -68,14 +71,18 @@ class SkipIsFailure:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=_tier_of)
+    items.sort(key=_place_of)
 
 
-def _tier_of(item: pytest.Item) -> int:
+def _place_of(item: pytest.Item) -> tuple[bool, int]:
     folder = item.path.parent.name
-    return TIERS.index(folder) if folder in TIERS else -1
+    return wants_to_be_alone(item), TIERS.index(folder) if folder in TIERS else -1
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if NO_SKIP:
         config.pluginmanager.register(SkipIsFailure())
+    if hasattr(config, "workerinput"):
+        config.pluginmanager.register(Turns(Path(config.workerinput["turns"])))
+    elif config.getoption("tx", None):
+        config.pluginmanager.register(Workers())

@@ -214,7 +214,7 @@ def test_clock_that_was_set_hides_no_write_after_a_death(disk: BackedUpDisk, ahe
     assert trust_of(disk.changes()) is Trust.UNTRUSTED
 
 
-@pytest.mark.parametrize("mtime_ns", [1, time.time_ns() + LATER_NS, 2**62])
+@pytest.mark.parametrize("mtime_ns", [1, time.time_ns() + LATER_NS, 2**62], ids=["long ago", "soon", "never"])
 def test_strange_mtime_hides_no_write(disk: BackedUpDisk, mtime_ns: int) -> None:
     os.utime(disk.image, ns=(mtime_ns, mtime_ns))
     session.adopt(disk.store, NAME)

@@ -22,6 +22,7 @@ from tests.tracked import NAME, quick_folder
 SECTORS = 4000
 
 
+@pytest.mark.alone
 @requires("fio")
 def test_server_that_is_killed_again_and_again_loses_nothing() -> None:
     raging = storm(kills=6, seed=3)
@@ -59,6 +60,7 @@ def folder() -> Iterator[Path]:
         yield folder
 
 
+@pytest.mark.alone
 def test_storm_notices_dirt_that_is_durable_too_late(folder: Path) -> None:
     late = LateStorm(folder, 1)
     complaints = (complaint_of(late) for _ in range(5))

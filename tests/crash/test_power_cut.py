@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -39,7 +37,7 @@ from tests.crash.power_cut.recording import (
     record,
 )
 from tests.crash.power_cut.strace import NEVER, Blind
-from tests.crash.power_cut.torture import EXPLAINED, PROCESSES, Outcome, run_trial, unexplained
+from tests.crash.power_cut.torture import EXPLAINED, Outcome, run_trial, unexplained
 from tests.support import requires
 from tests.tracked import quick_folder
 
@@ -64,23 +62,13 @@ pytestmark = [requires("strace", "5.3"), pytest.mark.timeout(240)]
 # --- the sample, and the flaws ---
 
 
-@pytest.fixture(scope="module")
-def trials() -> Iterator[dict[str, Future[Outcome]]]:
-    """All of them under way at once; a test waits for the one that it is about."""
-    sound = list(LIVES)
-    with ThreadPoolExecutor(PROCESSES) as pool:
-        running = {
-            f"sound {number}": pool.submit(run_trial, SEED, STATES_PER_LIFE, sound[number::GROUPS])
-            for number in range(GROUPS)
-        }
-        for flaw, life in NOTICED_IN.items():
-            running[flaw] = pool.submit(run_trial, SEED, NOTICED_WITHIN, [life], flaw)
-        yield running
+@pytest.fixture(scope="module", params=range(GROUPS))
+def outcome(request: pytest.FixtureRequest) -> Outcome:
+    """Of one group; all tests about it come one after the other."""
+    return run_trial(SEED, STATES_PER_LIFE, list(LIVES)[request.param :: GROUPS])
 
 
-@pytest.mark.parametrize("number", range(GROUPS))
-def test_no_power_cut_of_the_sample_loses_anything(number: int, trials: dict[str, Future[Outcome]]) -> None:
-    outcome = trials[f"sound {number}"].result()
+def test_no_power_cut_of_the_sample_loses_anything(outcome: Outcome) -> None:
     assert outcome.failure is None, outcome.failure
     assert len(outcome.tallies) >= len(LIVES) // GROUPS
     for tally in outcome.tallies:
@@ -91,18 +79,14 @@ def test_no_power_cut_of_the_sample_loses_anything(number: int, trials: dict[str
             assert tally.clean_blocks > 0, f"everything dirty is no answer: {tally}"
 
 
-@pytest.mark.parametrize("number", range(GROUPS))
-def test_a_power_cut_costs_no_full_backup_without_need(
-    number: int, trials: dict[str, Future[Outcome]]
-) -> None:
-    tallies = trials[f"sound {number}"].result().tallies
-    assert len(tallies) >= len(LIVES) // GROUPS
-    assert unexplained(tallies) == []
+def test_a_power_cut_costs_no_full_backup_without_need(outcome: Outcome) -> None:
+    assert len(outcome.tallies) >= len(LIVES) // GROUPS
+    assert unexplained(outcome.tallies) == []
 
 
 @pytest.mark.parametrize("flaw", NOTICED_IN)
-def test_the_laboratory_notices(flaw: str, trials: dict[str, Future[Outcome]]) -> None:
-    failure = trials[flaw].result().failure
+def test_the_laboratory_notices(flaw: str) -> None:
+    failure = run_trial(SEED, NOTICED_WITHIN, [NOTICED_IN[flaw]], flaw).failure
     assert failure is not None
     assert f"life {NOTICED_IN[flaw]!r}" in failure
     assert "on the disk:" in failure

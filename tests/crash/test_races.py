@@ -25,6 +25,7 @@ TRIES = 10
 """In which a broken gate must be noticed."""
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("durability", schema.DURABILITIES)
 def test_no_write_is_lost_among_checkpoints_and_all_else(durability: str) -> None:
     done = race_checkpoints(seed=1, checkpoints=12, durability=durability)
@@ -32,6 +33,7 @@ def test_no_write_is_lost_among_checkpoints_and_all_else(durability: str) -> Non
     assert all(done[deed] for deed in ("ask", "export", "forget", "import", "over NBD", "mirrored")), done
 
 
+@pytest.mark.alone
 def test_no_write_is_lost_while_the_disk_grows_and_shrinks() -> None:
     done = race_resizes(seed=2, checkpoints=12)
     assert done["landings"] > 100
@@ -39,6 +41,7 @@ def test_no_write_is_lost_while_the_disk_grows_and_shrinks() -> None:
     assert done["resize"] > 2
 
 
+@pytest.mark.alone
 def test_no_write_is_lost_while_commits_fail_and_trust_is_regained() -> None:
     done = race_failures(seed=4, checkpoints=12)
     assert done["landings"] > 100
@@ -46,6 +49,7 @@ def test_no_write_is_lost_while_commits_fail_and_trust_is_regained() -> None:
     assert done["epoch began"] > 1
 
 
+@pytest.mark.alone
 def test_write_beside_a_detach_is_dirty_or_refused() -> None:
     done = race_detach(seed=3, rounds=4)
     assert done["landings"] > 40
@@ -128,11 +132,13 @@ def test_freeze_that_does_not_drain_loses_the_write_between_its_mark_and_its_dat
     disk.detach()
 
 
+@pytest.mark.alone
 @pytest.mark.usefixtures("broken_gate")
 def test_melee_notices_a_freeze_that_does_not_drain() -> None:
     assert any("before their dirt was durable" in said for said in complaints(Melee.judge))
 
 
+@pytest.mark.alone
 @pytest.mark.usefixtures("broken_gate")
 def test_melee_notices_by_the_periods_alone_that_a_write_is_lost() -> None:
     def judge_periods(fighting: Melee) -> None:

@@ -1,0 +1,166 @@
+"""Tests side by side: one that is alone is alone, and nothing that would fail in one process passes in two."""
+
+from __future__ import annotations
+
+import fcntl
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.support import PATIENCE_SECONDS, run
+from tests.turns import Turns
+
+ROOT = Path(__file__).parent.parent
+
+
+def is_free(path: Path, kind: int) -> bool:
+    """Whether somebody else could have this lock now."""
+    with path.open() as lock:
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Iterator[tuple[Turns, Turns]]:
+    with closing(Turns(tmp_path)) as ours, closing(Turns(tmp_path)) as theirs:
+        yield ours, theirs
+
+
+def test_others_run_side_by_side_and_not_beside_one_that_is_alone(
+    two: tuple[Turns, Turns], tmp_path: Path
+) -> None:
+    ours, theirs = two
+    with ours.taken(alone=False), theirs.taken(alone=False):
+        assert not is_free(tmp_path / "room", fcntl.LOCK_EX)
+    with ours.taken(alone=True):
+        assert not is_free(tmp_path / "room", fcntl.LOCK_SH)
+    assert is_free(tmp_path / "room", fcntl.LOCK_EX)
+
+
+def test_nobody_overtakes_one_that_waits_to_be_alone(two: tuple[Turns, Turns], tmp_path: Path) -> None:
+    (ours, theirs), entered = two, threading.Event()
+
+    def be_alone() -> None:
+        with theirs.taken(alone=True):
+            entered.set()
+
+    waiting = threading.Thread(target=be_alone)
+    with ours.taken(alone=False):
+        waiting.start()
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while is_free(tmp_path / "door", fcntl.LOCK_EX):
+            assert time.monotonic() < deadline
+        assert not entered.is_set()
+    waiting.join(PATIENCE_SECONDS)
+    assert entered.is_set()
+    assert is_free(tmp_path / "door", fcntl.LOCK_EX)
+
+
+def test_a_test_that_fails_gives_its_turn_away(two: tuple[Turns, Turns], tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), two[0].taken(alone=True):
+        raise ZeroDivisionError
+    assert is_free(tmp_path / "room", fcntl.LOCK_EX)
+
+
+HELD = """
+import fcntl, os
+from pathlib import Path
+import pytest
+
+def kind(request):
+    folder = Path(request.config.workerinput["turns"])
+    for kind in ("EX", "SH"):
+        with (folder / "room").open() as lock:
+            try:
+                fcntl.flock(lock, getattr(fcntl, f"LOCK_{kind}") | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            return kind
+    return None
+
+@pytest.fixture
+def held_in_fixture(request):
+    return kind(request)
+
+@pytest.mark.alone
+def test_alone(request, held_in_fixture):
+    assert kind(request) is held_in_fixture is None
+
+@pytest.mark.parametrize("number", range(8))
+def test_beside_others(request, held_in_fixture, number):
+    assert kind(request) == held_in_fixture == "SH"
+"""
+SKIPPING = """
+import pytest
+
+def test_fine(): pass
+
+@pytest.mark.skip(reason="the moon is full")
+def test_skipped(): pass
+"""
+SKIPPED_WHOLE = "import pytest\npytest.skip('no moon at all', allow_module_level=True)\n"
+DYING = "import os\n\ndef test_fine(): pass\n\ndef test_dying(): os._exit(0)\n\ndef test_more(): pass\n"
+DYING_AT_ITS_END = """
+import os, pytest
+
+@pytest.fixture(scope="session", autouse=True)
+def end():
+    yield
+    os._exit(0)
+
+def test_fine(): pass
+"""
+SEEDED = """
+from hypothesis import given, strategies
+
+@given(strategies.integers())
+def test_random(number):
+    with open("seen", "a") as seen:
+        seen.write(f"{number} ")
+"""
+
+
+def outcome(folder: Path, *options: str, **sources: str) -> tuple[int, str]:
+    """Exit code and output of pytest with two workers, under the rules of `.ci/run`, for modules of these names."""
+    for name, source in sources.items():
+        (folder / f"test_{name}.py").write_text(source)
+    done = run(
+        sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider", f"--rootdir={folder}",
+        "--numprocesses=2", "--max-worker-restart=0", *options, folder, cwd=folder, check=False,
+        env={"LMDBITMAP_NO_SKIP": "1", "PYTHONPATH": str(ROOT), "CI": "true"},
+    )  # fmt: skip
+    return done.returncode, done.stdout
+
+
+def test_workers_hold_their_turn_from_set_up_to_the_end_and_a_skip_is_a_failure(tmp_path: Path) -> None:
+    code, said = outcome(tmp_path, held=HELD, skipping=SKIPPING, whole=SKIPPED_WHOLE)
+    assert code == 1, said
+    assert "10 passed, 2 skipped" in said
+    assert "test_skipping.py::test_skipped: the moon is full" in said
+    assert "test_whole.py: no moon at all" in said
+
+
+@pytest.mark.parametrize("source", [DYING, DYING_AT_ITS_END], ids=["in a test", "at its end"])
+def test_a_worker_that_dies_is_a_failure(tmp_path: Path, source: str) -> None:
+    code, said = outcome(tmp_path, dying=source)
+    assert code == 1, said
+    assert "workers that died" in said
+
+
+def test_a_seed_chooses_the_same_examples_in_a_worker(tmp_path: Path) -> None:
+    seen = set()
+    for processes in (0, 2):
+        code, said = outcome(tmp_path, "--hypothesis-seed=42", f"--numprocesses={processes}", seeded=SEEDED)
+        assert code == 0, said
+        seen.add((tmp_path / "seen").read_text())
+        (tmp_path / "seen").unlink()
+    assert len(seen) == 1
+    assert len(seen.pop().split()) == 100
