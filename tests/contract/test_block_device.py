@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import tempfile
 import threading
@@ -17,7 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lmdbitmap.errors import InvalidArgument
-from lmdbitmap.interfaces import Allocation, BlockDevice, Buffer
+from lmdbitmap.interfaces import BlockDevice, Buffer
+from tests.contract.checks import (
+    check_allocation,
+    check_closed_says_so,
+    check_side_by_side,
+    check_writes_are_refused,
+)
 from tests.contract.implementations import Implementation, implementations
 
 SIZE = 24 * 4096
@@ -201,18 +206,6 @@ def test_discard_leaves_the_neighbours_alone(device: BlockDevice, offset: int, l
 # --- allocation ---
 
 
-def check_allocation(parts: list[Allocation], data: bytes) -> None:
-    """`parts` describe `data` without a gap, neighbours differ, and no zero is claimed in vain."""
-    assert sum(part.length for part in parts) == len(data)
-    assert all(part.length > 0 for part in parts)
-    assert all(left[1:] != right[1:] for left, right in itertools.pairwise(parts))
-    offset = 0
-    for part in parts:
-        if part.zero:
-            assert data[offset : offset + part.length] == bytes(part.length)
-        offset += part.length
-
-
 @pytest.mark.parametrize(("offset", "length"), RANGES)
 def test_allocation_covers_what_was_asked(device: BlockDevice, offset: int, length: int) -> None:
     device.pwrite(pattern(4096), 4096)
@@ -278,51 +271,26 @@ def test_read_only_device_reads_and_refuses_writes(workbench: Workbench) -> None
         assert content(device) == bytes(SIZE)
         check_allocation(list(device.allocation(0, SIZE)), bytes(SIZE))
         device.flush()
-        writes: list[Callable[[], None]] = [
-            lambda: device.pwrite(b"x", 0),
-            lambda: device.write_zeroes(0, 1),
-            lambda: device.discard(0, SIZE),
-        ]
-        for write in writes:
-            with pytest.raises(PermissionError) as refused:
-                write()
-            assert refused.value.errno == errno.EPERM
+        check_writes_are_refused(device)
 
 
 def test_closed_device_refuses_and_may_be_closed_again(device: BlockDevice) -> None:
-    device.close()
-    device.close()
-    for use in (lambda: device.pread(1, 0), lambda: device.pwrite(b"x", 0), device.flush):
-        with pytest.raises(OSError) as refused:
-            use()
-        assert refused.value.errno is not None
+    check_closed_says_so(device, lambda: device.pwrite(b"x", 0))
 
 
 # --- threads ---
 
 
 def test_threads_do_not_mix_up_each_others_bytes(device: BlockDevice) -> None:
-    threads, rounds, piece = 4, 20, 1000
-    start = threading.Barrier(threads)
-    wrong: list[tuple[int, int]] = []
-    done: list[int] = []
+    rounds, piece = 20, 1000
 
-    def work(number: int) -> None:
-        start.wait()
-        for turn in range(rounds):
-            mine = pattern(piece, seed=number * rounds + turn)
-            device.pwrite(mine, number * piece)
-            list(device.allocation(0, SIZE))
-            if device.pread(piece, number * piece) != mine:
-                wrong.append((number, turn))
-        done.append(number)
+    def finds_its_own(number: int, turn: int) -> bool:
+        mine = pattern(piece, seed=number * rounds + turn)
+        device.pwrite(mine, number * piece)
+        list(device.allocation(0, SIZE))
+        return device.pread(piece, number * piece) == mine
 
-    workers = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert (sorted(done), wrong) == (list(range(threads)), [])
+    check_side_by_side(rounds, finds_its_own)
 
 
 def test_allocation_ends_while_the_disk_changes(device: BlockDevice) -> None:

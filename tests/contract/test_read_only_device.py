@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import random
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
@@ -20,7 +18,12 @@ from lmdbitmap.nbd.client import NbdDevice
 from lmdbitmap.nbd.server import Server
 from lmdbitmap.plain import PlainDisk
 from tests.backed_up import BackedUpDisk
-from tests.contract.test_block_device import check_allocation
+from tests.contract.checks import (
+    check_allocation,
+    check_closed_says_so,
+    check_side_by_side,
+    check_writes_are_refused,
+)
 from tests.support import make_raw_image
 
 PAGE = 4096
@@ -132,15 +135,7 @@ def test_two_walks_at_once_do_not_disturb_each_other(device: BlockDevice) -> Non
 
 
 def test_writes_are_refused(device: BlockDevice) -> None:
-    writes: list[Callable[[], None]] = [
-        lambda: device.pwrite(b"x", 0),
-        lambda: device.write_zeroes(0, 1),
-        lambda: device.discard(0, SIZE),
-    ]
-    for write in writes:
-        with pytest.raises(PermissionError) as refused:
-            write()
-        assert refused.value.errno == errno.EPERM
+    check_writes_are_refused(device)
     device.flush()
     assert device.pread(SIZE, 0) == content()
 
@@ -149,33 +144,16 @@ def test_writes_are_refused(device: BlockDevice) -> None:
 def test_a_closed_device_refuses_and_may_be_closed_again(opener: Opener, tmp_path: Path) -> None:
     with opener(tmp_path) as device:
         device.pread(SIZE, 0)
-        device.close()
-        device.close()
-        for use in (lambda: device.pread(1, 0), device.flush):
-            with pytest.raises(OSError) as refused:
-                use()
-            assert refused.value.errno is not None
+        check_closed_says_so(device)
 
 
 def test_threads_read_what_they_asked_for(device: BlockDevice) -> None:
-    truth, threads, rounds = content(), 4, 60
-    start = threading.Barrier(threads)
-    wrong: list[tuple[int, int]] = []
-    done: list[int] = []
+    truth = content()
 
-    def work(number: int) -> None:
-        randomness = random.Random(number)
-        start.wait()
-        for _ in range(rounds):
-            offset = randomness.randrange(SIZE)
-            length = randomness.randrange(SIZE - offset)
-            if device.pread(length, offset) != truth[offset : offset + length]:
-                wrong.append((offset, length))
-        done.append(number)
+    def reads_the_truth(number: int, turn: int) -> bool:
+        randomness = random.Random(f"{number} {turn}")
+        offset = randomness.randrange(SIZE)
+        length = randomness.randrange(SIZE - offset)
+        return device.pread(length, offset) == truth[offset : offset + length]
 
-    workers = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert (sorted(done), wrong) == (list(range(threads)), [])
+    check_side_by_side(60, reads_the_truth)
