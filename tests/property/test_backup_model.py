@@ -254,7 +254,7 @@ def differing(new: bytes, old: bytes) -> set[int]:
     return {at // BLOCK for at in offsets if new[at : at + BLOCK] != old[at : at + BLOCK]}
 
 
-TestLives = Lives.TestCase
+TestLives = pytest.mark.timeout(240)(Lives.TestCase)  # a minute, if the machine is busy
 TestLives.settings = settings(
     max_examples=15, stateful_step_count=20, suppress_health_check=[HealthCheck.too_slow]
 )

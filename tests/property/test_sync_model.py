@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
@@ -186,7 +187,7 @@ class Lives(UnluckyDisk):
                 self.sync(to, False)
 
 
-TestLives = Lives.TestCase
+TestLives = pytest.mark.timeout(240)(Lives.TestCase)  # a minute, if the machine is busy
 TestLives.settings = settings(
     max_examples=20, stateful_step_count=30, suppress_health_check=[HealthCheck.too_slow], deadline=None
 )
