@@ -106,6 +106,7 @@ class Between:
 @contextmanager
 def stopped(child: Child) -> Iterator[None]:
     os.kill(child.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)  # by then every thread of it stands still
     try:
         yield
     finally:
