@@ -31,6 +31,7 @@ from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN
 from tests.property.random_disk import BLOCK, UnluckyDisk, sizes
 from tests.tracked import NAME
 
+LONG_AGO_NS = 1
 KILLS = 2
 """In one life: each costs a process."""
 
@@ -180,7 +181,7 @@ class Lives(UnluckyDisk):
         for file in hold_files(self.disk.store.path, self.disk.disk().uuid):
             with file.locked():
                 if file.hold is not None and self._is_of(file.hold, of):
-                    file.replace(dataclasses.replace(file.hold, used_ns=1))
+                    file.replace(dataclasses.replace(file.hold, used_ns=LONG_AGO_NS))
                     self.unused.add(of)
 
     @rule(of=repositories)
@@ -229,6 +230,18 @@ class Lives(UnluckyDisk):
         if made is not None and len(made.backups) > len(self.points[to]):
             self._note(to, made.backups[-1])
         self.killed_in.add(to)
+        for hold in holds_of(self.disk.store, NAME):
+            if self._is_of(hold, to):
+                self._mind_what_was_noted(hold, to)
+
+    def _mind_what_was_noted(self, hold: Hold, of: str) -> None:
+        """What died had said that its repository is in use, or what that holds from now on, and no longer why not."""
+        if hold.used_ns > LONG_AGO_NS:
+            self.unused.discard(of)
+        if of in self.dropped and hold.ended is None:
+            self.dropped.discard(of)
+            names = {point.entry.checkpoint.name for point in self.points[of]}
+            self.forgotten |= names - set(self.disk.checkpoints())
 
     @invariant()
     def checkpoints_are_those_that_are_needed(self) -> None:
