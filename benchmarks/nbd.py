@@ -242,23 +242,24 @@ def measure_nbd(
             for load in loads:
                 yield from _lines(load, peers, samples(peers, pids, load, rounds, seconds))
             for load in loads[:4]:
-                yield many_connections(ours, load, rounds, seconds)
+                yield from many_connections(ours, load, rounds, seconds)
             yield from memory_lines(peers, pids, seconds)
 
 
-def many_connections(ours: Peer, load: Load, rounds: int, seconds: float) -> Line:
-    """The same requests in flight over four connections, against one."""
+def many_connections(ours: Peer, load: Load, rounds: int, seconds: float) -> Iterator[Line]:
+    """Four connections against one: with as many requests in flight over all of them, and with as many over each."""
     apart = _over(CONNECTIONS)
-    fewer = load._replace(depth=load.depth // CONNECTIONS)
-    ratios, measured = [], []
+    shared = load._replace(depth=load.depth // CONNECTIONS)
+    rates: list[tuple[float, float, float]] = []
     for _ in range(rounds):
         alone = fio_rate(ours.uri, load, seconds)
-        measured.append(fio_rate(ours.uri, fewer, seconds, apart))
-        ratios.append(measured[-1] / alone)
-    name = f"{load.name}, over {CONNECTIONS} connections"
-    return Line(
-        name, statistics.median(measured), "/s", "over one", statistics.median(ratios), ">= 1", ours.name
-    )
+        rates.append(
+            (alone, fio_rate(ours.uri, shared, seconds, apart), fio_rate(ours.uri, load, seconds, apart))
+        )
+    for way, kind in ((1, "together"), (2, "each")):
+        ratio = _median(row[way] / row[0] for row in rates)
+        name = f"{load.name} {kind}, over {CONNECTIONS} connections"
+        yield Line(name, _median(row[way] for row in rates), "/s", "over one", ratio, ">= 1", ours.name)
 
 
 def _over(connections: int) -> list[str]:
