@@ -41,7 +41,7 @@ main() {
     fi
     if has_ensurepip; then
         make_venv
-        [ "${1:-}" = --python ] || make_guest
+        [ "${1:-}" = --python ] || make_peers
     fi
     if [ -n "$missing" ]; then
         tell_what_to_install $missing
@@ -126,10 +126,12 @@ make_venv() {
     full_key >$key_file
 }
 
-# The Linux guest of the tests. Without Debian's packages there is none, and the tests that boot it are skipped.
-make_guest() {
+# The Linux guest of the tests, and newer NBD programs than this machine's. Without Debian's packages there are none, and
+# the tests that need them are skipped.
+make_peers() {
     if command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null; then
         $venv/bin/python tools/guest.py $venv/guest || say "no guest could be made: its tests will be skipped"
+        $venv/bin/python tools/newer.py $venv/newer || say "no newer NBD programs: their tests will be skipped"
     fi
 }
 

@@ -1,0 +1,19 @@
+"""NBD programs of a newer Debian than the one that tests run on: they ask for extended headers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+NEWER = Path(__file__).parent.parent / ".venv" / "newer"
+"""What tools/newer.py made."""
+
+requires_newer = pytest.mark.skipif(
+    not (NEWER / "key").exists(),
+    reason="needs the newer NBD programs that tools/newer.py makes of Debian's packages",
+)
+
+
+def newer(program: str) -> Path:
+    return NEWER / "bin" / program

@@ -1,0 +1,134 @@
+"""Make a tree of newer NBD programs for tests to speak to: those of the Debian release after 12.
+
+    python tools/newer.py FOLDER      leaves FOLDER/bin/qemu-img and the others, unless they are there
+
+Nothing is installed, and root is not needed: apt fetches the packages and all they depend on from this machine's own
+mirror into a state of its own, proves their signatures with Debian's keyring, and they are unpacked. The programs run
+with the libraries of their own tree. Needs apt-get and dpkg-deb, and Debian's keyring.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+RELEASE = "trixie"
+PACKAGES = ("qemu-utils", "libnbd-bin", "python3-libnbd")
+PROGRAMS = ("qemu-img", "qemu-io", "qemu-nbd", "nbdinfo", "nbdcopy")
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+KEY = f"{RELEASE}: {' '.join(PACKAGES)}: {' '.join(PROGRAMS)}, 1\n"
+"""What a tree was made from; another one is made anew."""
+RUN = """#!/bin/sh
+# {name} of Debian {release}, with the libraries of its own tree.
+tree=$(dirname "$0")/..
+{environment}exec "$tree/{loader}" --library-path "$tree/{libraries}" --argv0 {name} "$tree/{program}" {arguments}"$@"
+"""
+PYTHON = """export PYTHONHOME="$tree/usr" PYTHONPATH="$tree/usr/lib/python3/dist-packages" PYTHONDONTWRITEBYTECODE=1
+"""
+
+
+def main(folder: Path) -> None:
+    """The tree gets its name when it is whole."""
+    if key_of(folder) == KEY:
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
+        work = Path(name)
+        tree = work / "tree"
+        for package in fetched(work / "apt"):
+            subprocess.run(["dpkg-deb", "-x", package, tree], check=True)
+        add_programs(tree)
+        (tree / "key").write_text(KEY)
+        shutil.rmtree(folder, ignore_errors=True)
+        if key_of(folder) != KEY:  # or another one was made meanwhile
+            os.rename(tree, folder)
+
+
+def key_of(folder: Path) -> str | None:
+    try:
+        return (folder / "key").read_text()
+    except OSError:
+        return None
+
+
+# --- packages ---
+
+
+def fetched(place: Path) -> list[Path]:
+    """The packages and all that they need, as apt chooses for a machine on which nothing is installed."""
+    for folder in ("state/lists/partial", "cache/archives/partial"):
+        (place / folder).mkdir(parents=True)
+    (place / "status").touch()
+    (place / "newer.sources").write_text(
+        f"Types: deb\nURIs: {mirror()}\nSuites: {RELEASE}\nComponents: main\nSigned-By: {KEYRING}\n"
+    )
+    options = apart(place)
+    apt(*options, "update")
+    apt(*options, "install", "--yes", "--download-only", "--no-install-recommends", *PACKAGES)
+    return sorted((place / "cache/archives").glob("*.deb"))
+
+
+def mirror() -> str:
+    """Where this machine gets Debian itself from."""
+    told = subprocess.run(
+        ["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE)", "Created-By: Packages"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    places = [line.split() for line in told.stdout.splitlines()]
+    return next(uri for uri, release in places if "-" not in release and uri.rstrip("/").endswith("/debian"))
+
+
+def apart(place: Path) -> list[str]:
+    """Options with which apt looks at nothing of this machine's but how to reach the mirror."""
+    settings = {
+        "Dir::State": place / "state",
+        "Dir::State::status": place / "status",
+        "Dir::Cache": place / "cache",
+        "Dir::Etc::sourcelist": place / "newer.sources",
+        "Dir::Etc::sourceparts": "/dev/null",
+        "Dir::Etc::preferencesparts": "/dev/null",
+        "Dir::Etc::preferences": "/dev/null",
+        "APT::Sandbox::User": "root",
+        "Acquire::Languages": "none",
+        "Acquire::AllowInsecureRepositories": "false",
+    }
+    return [word for name, value in settings.items() for word in ("-o", f"{name}={value}")]
+
+
+def apt(*words: str) -> None:
+    done = subprocess.run(
+        ["apt-get", "-qq", *words], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    if done.returncode:
+        raise SystemExit(f"newer: apt-get could not fetch Debian {RELEASE}'s programs: {done.stderr.strip()}")
+
+
+# --- programs ---
+
+
+def add_programs(tree: Path) -> None:
+    (tree / "bin").mkdir()
+    for name in PROGRAMS:
+        add_program(tree, name, f"usr/bin/{name}")
+    python = next(tree.glob("usr/bin/python3.??"))
+    add_program(tree, "nbdsh", str(python.relative_to(tree)), environment=PYTHON, arguments="-m nbd ")
+
+
+def add_program(tree: Path, name: str, program: str, *, environment: str = "", arguments: str = "") -> None:
+    loader = next(tree.glob("usr/lib*/ld-linux*.so.?"))
+    libraries = next(tree.glob("usr/lib/*/libnbd.so.0")).parent
+    script = tree / "bin" / name
+    words = RUN.format(
+        name=name, release=RELEASE, environment=environment, program=program, arguments=arguments,
+        loader=loader.relative_to(tree), libraries=libraries.relative_to(tree),
+    )  # fmt: skip
+    script.write_text(words)
+    script.chmod(0o755)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).absolute())
