@@ -47,6 +47,7 @@ FLOORS: dict[str, float] = {
     "nbd.client_handshake": 1.3,
     "nbd.handshake": 1.3,
     "nbd.requests": 1.5,
+    "nbd.forms": 1.5,
     "nbd.control_wire": 1.5,
     # 2 resources: files, devices, sockets, the store
     "linux": 2,

@@ -6,8 +6,8 @@ One blocking socket, one lane to the disk, one thread at a time. What has arrive
     one flush for all who asked for one, then the reads -> all replies in one send
 
 A request costs a `struct.unpack_from`, a comparison and its own system call. Magic, flags and type of a
-request are read as one 64-bit word, so that a READ or WRITE without flags is known by one comparison;
-everything else takes the unhurried path, `_take_rare`.
+request are read as one 64-bit word, so that a READ or WRITE without flags is known by one comparison; everything
+else takes the unhurried path, `_take_rare`. How requests and replies are laid out is known to a form (forms.py).
 
 What holds all the time:
 - Every request gets exactly one reply, DISC none. A request that fails costs an error reply; bytes that are
@@ -29,7 +29,6 @@ from __future__ import annotations
 import errno
 import logging
 import socket
-import struct
 import time
 from collections.abc import Mapping
 from typing import Final
@@ -42,6 +41,7 @@ from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.conduit import Conduit
 from lmdbitmap.nbd.contexts import StatusSource
 from lmdbitmap.nbd.deeds import Deeds
+from lmdbitmap.nbd.forms import EXTENDED, SIMPLE, STRUCTURED
 from lmdbitmap.nbd.handshake import MAX_PAYLOAD
 from lmdbitmap.nbd.inlet import Inlet
 from lmdbitmap.nbd.notice import Notice, nobody
@@ -59,15 +59,8 @@ _PAGE: Final = 4096
 _MOST_WAITING: Final = 8
 _UNTIMED: Final = 15
 """Batches between two that are timed."""
-
-_HEADER: Final = struct.Struct(">Q8sQI")
-"""`nbd.REQUEST` with magic, flags and type as one word, and the cookie as the bytes that go back."""
-_HEADER_SIZE: Final = 28
-_RUN: Final = 4 * _HEADER_SIZE
-"""Worth looking for a run of READs."""
-_PLAIN_READ: Final = nbd.NBD_REQUEST_MAGIC << 32 | nbd.NBD_CMD_READ
-_PLAIN_WRITE: Final = nbd.NBD_REQUEST_MAGIC << 32 | nbd.NBD_CMD_WRITE
-assert _HEADER.size == nbd.REQUEST.size == _HEADER_SIZE
+_RUN: Final = 4
+"""Headers at hand that make it worth looking for a run of READs."""
 
 
 class Connection:
@@ -86,6 +79,7 @@ class Connection:
         contexts: Mapping[int, StatusSource],
         received: bytes = b"",
         encrypted: bool = False,
+        extended: bool = False,
     ) -> None:
         self.stopping = False
         self.notice = Notice()
@@ -99,11 +93,11 @@ class Connection:
         if isinstance(self._lane, PatientLane):
             self._lane.has_waited = self.notice.give
         self._deeds = Deeds(self._lane, self.notice)
-        self._structured = structured
+        self._form = EXTENDED if extended else STRUCTURED if structured else SIMPLE
+        self._header_size = self._form.header.size
+        self._plain_write = self._form.plain_writes[0]
         self._contexts = contexts
-        self._replies = Replies(
-            sock, self._lane, disk.fd, self.notice, structured=structured, encrypted=encrypted
-        )
+        self._replies = Replies(sock, self._lane, disk.fd, self.notice, form=self._form, encrypted=encrypted)
         self._conduit: Conduit | None = None
         if disk.fd is not None and not encrypted and isinstance(self._lane, SplicingLane):
             self._conduit = Conduit(sock, self._lane)
@@ -116,7 +110,7 @@ class Connection:
         self._writes: list[tuple[int, memoryview]] = []
         self._write_cookies: list[bytes] = []
         self._fua_writes: list[int] = []
-        self._flush_cookies: list[bytes] = []
+        self._flush_labels: list[bytes] = []
         self._reads: list[Read] = []
 
     @property
@@ -186,32 +180,35 @@ class Connection:
     def _serve_batch(self) -> bool:
         """Do and answer every whole request at hand; False when the client said goodbye."""
         buffer, view, position, end = self._buffer, self._view, self._start, self._end
-        writes, cookies, reads, unpack = self._writes, self._write_cookies, self._reads, _HEADER.unpack_from
-        size = self._disk.size
+        writes, cookies, reads, form = self._writes, self._write_cookies, self._reads, self._form
+        unpack, plain_read, plain_write = form.header.unpack_from, form.plain_read, self._plain_write
+        header_size, run, size = self._header_size, _RUN * self._header_size, self._disk.size
         writable = -1 if self._disk.read_only else size
         leaving = False
-        while end - position >= _HEADER_SIZE:
+        while end - position >= header_size:
             fields = unpack(buffer, position)
             head, cookie, offset, length = fields
-            data = position + _HEADER_SIZE
+            data = position + header_size
             stop = data + length
-            if head == _PLAIN_WRITE and data < stop <= end and offset + length <= writable:
+            if head == plain_write and data < stop <= end and offset + length <= writable:
                 writes.append((offset, view[data:stop]))
                 cookies.append(cookie)
                 position = stop
-            elif head == _PLAIN_READ and 0 < length <= MAX_PAYLOAD and offset + length <= size:
+            elif head == plain_read and 0 < length <= MAX_PAYLOAD and offset + length <= size:
                 reads.append(fields)
                 position = data
-                if end - position >= _RUN:
+                if end - position >= run:
                     position = self._take_run_of_reads(position)
             else:
-                request = nbd.parse_request(view[position:data])
-                carries_data = request.type == nbd.NBD_CMD_WRITE
+                request = form.parse(view[position:data])
+                stop = data + request.payload
                 leaving = request.type == nbd.NBD_CMD_DISC
-                if leaving or (carries_data and stop > end):
+                if leaving or stop > end:
                     break
                 self._take_rare(request, cookie, data)
-                position = stop if carries_data else data
+                position = stop
+                if head in form.plain_writes:
+                    plain_write = self._plain_write = head
         self._settle()
         if self._waiting == 0 or position > self._start or leaving:
             self._send()
@@ -224,12 +221,13 @@ class Connection:
     def _take_run_of_reads(self, position: int) -> int:
         """Collect the plain READs that follow each other from `position` on: in a long run each costs less."""
         reads, size, end = self._reads, self._disk.size, self._end
-        for fields in _HEADER.iter_unpack(self._view[position : end - (end - position) % _HEADER_SIZE]):
+        header, header_size, plain_read = self._form.header, self._header_size, self._form.plain_read
+        for fields in header.iter_unpack(self._view[position : end - (end - position) % header_size]):
             head, _, offset, length = fields
-            if head != _PLAIN_READ or not 0 < length <= MAX_PAYLOAD or offset + length > size:
+            if head != plain_read or not 0 < length <= MAX_PAYLOAD or offset + length > size:
                 break
             reads.append(fields)
-            position += _HEADER_SIZE
+            position += header_size
         return position
 
     def _send(self) -> None:
@@ -237,26 +235,26 @@ class Connection:
         self._waiting = 0
 
     def _keep_rest(self) -> None:
-        """Make room for the rest of an unfinished request, or do it as it comes when it is a long WRITE."""
+        """Make room for the rest of an unfinished request, or do it as it comes when its data is long."""
         at_hand = self._end - self._start
-        needed = _HEADER_SIZE
-        if at_hand >= _HEADER_SIZE:
-            request = nbd.parse_request(self._view[self._start : self._start + _HEADER_SIZE])
-            needed += request.length
-            if request.length > _STREAM_FROM:
+        needed = self._header_size
+        if at_hand >= needed:
+            request = self._form.parse(self._view[self._start : self._start + needed])
+            needed += request.payload
+            if request.payload > _STREAM_FROM:
                 self._stream_write(request)
                 return
-        if at_hand == 0 or at_hand >= _HEADER_SIZE:
+        if at_hand == 0 or at_hand >= self._header_size:
             self._appetite = _BATCH
         if at_hand == 0 or self._start + needed > _BATCH:
             self._view[:at_hand] = self._view[self._start : self._end]
             self._start, self._end = 0, at_hand
 
     def _stream_write(self, request: nbd.Request) -> None:
-        """Do a WRITE whose data is still arriving, piece by piece; of one that is refused, drain the data."""
+        """Do a WRITE whose data is still arriving, piece by piece; of what is refused, drain the data."""
         self.notice.give()
         error = self._refusal(request)
-        offset, left, start = request.offset, request.length, self._start + _HEADER_SIZE
+        offset, left, start = request.offset, request.payload, self._start + self._header_size
         if self._conduit is not None and not error and self._conduit.opens():
             error, offset, left = self._splice_write(self._conduit, offset, left, start)
             start = self._end = 0
@@ -272,8 +270,7 @@ class Connection:
         self._start = self._end = 0
         if request.flags & nbd.NBD_CMD_FLAG_FUA:
             error = error or self._deeds.flush()
-        self.counts[traffic.WRITES] += 1
-        self._replies.add(nbd.simple_reply(request.cookie, error))
+        self._answer(request, error)
         self._waiting += 1
         if self._conduit is None or self._waiting >= _MOST_WAITING:
             self._send()
@@ -284,7 +281,7 @@ class Connection:
         Pieces end where pages do: a death between two of them must not tear a sector. Answers the error or 0,
         and the offset and number of bytes that are left to drain after an error.
         """
-        self._appetite = _HEADER_SIZE
+        self._appetite = self._header_size
         at_hand = self._end - start
         whole = max(at_hand - (offset + at_hand) % _PAGE, 0)
         error = self._deeds.write(offset, self._view[start : start + whole]) if whole else 0
@@ -327,7 +324,7 @@ class Connection:
         if error:
             self._answer(request, error)
         elif request.type == nbd.NBD_CMD_FLUSH:
-            self._flush_cookies.append(cookie)
+            self._flush_labels.append(self._form.label(cookie, request.offset))
         elif request.type == nbd.NBD_CMD_WRITE and request.length:
             if request.flags & nbd.NBD_CMD_FLAG_FUA:
                 self._fua_writes.append(len(self._writes))
@@ -336,7 +333,7 @@ class Connection:
         elif request.type == nbd.NBD_CMD_READ and request.length:
             self._settle()
             self.counts[traffic.READS] += 1
-            self._replies.add_whole_read(cookie, request.offset, request.length)
+            self._replies.add_whole_read(self._form.label_of(request), request.offset, request.length)
         else:
             self._settle()
             self._perform(request)
@@ -346,7 +343,8 @@ class Connection:
             request,
             size=self._disk.size,
             read_only=self._disk.read_only,
-            structured=self._structured,
+            in_chunks=self._form.in_chunks,
+            extended=self._form is EXTENDED,
             contexts=bool(self._contexts),
         )
 
@@ -354,9 +352,9 @@ class Connection:
 
     def _settle(self) -> None:
         """Do and answer what was collected: the writes in one call, one flush for all, then the reads."""
-        if self._write_cookies or self._flush_cookies:
+        if self._write_cookies or self._flush_labels:
             self.counts[traffic.WRITES] += len(self._write_cookies)
-            self.counts[traffic.FLUSHES] += len(self._flush_cookies)
+            self.counts[traffic.FLUSHES] += len(self._flush_labels)
             self._settle_writes()
         if self._reads:
             self.counts[traffic.READS] += len(self._reads)
@@ -365,26 +363,28 @@ class Connection:
 
     def _settle_writes(self) -> None:
         failed = self._deeds.write_many(self._writes) if self._writes else {}
-        flush_error = self._deeds.flush() if self._fua_writes or self._flush_cookies else 0
+        flush_error = self._deeds.flush() if self._fua_writes or self._flush_labels else 0
         if failed or flush_error:
             self._answer_one_by_one(failed, flush_error)
         else:
-            self._replies.add_successes(self._write_cookies + self._flush_cookies)
-        for collected in (self._writes, self._write_cookies, self._fua_writes, self._flush_cookies):
+            self._replies.add(self._form.successes(self._write_cookies, self._writes, self._flush_labels))
+        for collected in (self._writes, self._write_cookies, self._fua_writes, self._flush_labels):
             collected.clear()
 
     def _answer_one_by_one(self, failed: Mapping[int, int], flush_error: int) -> None:
         errors = dict.fromkeys(self._fua_writes, flush_error)
         errors.update(failed)
-        answers = [(cookie, errors.get(index, 0)) for index, cookie in enumerate(self._write_cookies)]
-        answers += [(cookie, flush_error) for cookie in self._flush_cookies]
-        for cookie, error in answers:
-            self._replies.add(nbd.simple_reply(int.from_bytes(cookie, "big"), error))
+        form = self._form
+        for index, (cookie, (offset, _)) in enumerate(zip(self._write_cookies, self._writes, strict=True)):
+            label = form.label(cookie, offset)
+            self._replies.add(form.outcome(nbd.NBD_CMD_WRITE, label, errors.get(index, 0)))
+        for label in self._flush_labels:
+            self._replies.add(form.outcome(nbd.NBD_CMD_FLUSH, label, flush_error))
 
     def _perform(self, request: nbd.Request) -> None:
         self.notice.give()
         try:
-            reply = commands.perform(request, self._lane, self._contexts, self._structured)
+            reply = commands.perform(request, self._lane, self._contexts, self._form)
         except (OSError, LmdbitmapError) as failure:
             _log.warning("%s failed: %s", request, failure)
             self._answer(request, error_of(failure))
@@ -394,7 +394,7 @@ class Connection:
 
     def _answer(self, request: nbd.Request, error: int) -> None:
         self._count(request)
-        self._replies.add(commands.failure(request, error, self._structured))
+        self._replies.add(self._form.outcome(request.type, self._form.label_of(request), error))
 
     def _count(self, request: nbd.Request) -> None:
         self.counts[traffic.kind_of(request.type)] += 1

@@ -44,11 +44,13 @@ class Export(NamedTuple):
 
 
 class Agreed(NamedTuple):
-    """`contexts` pairs the ids given to the client with the names it selected."""
+    """`contexts` pairs the ids given to the client with the names it selected. `extended` are the headers, whether
+    structured replies were agreed on or not."""
 
     export_name: str
     structured: bool
     contexts: tuple[tuple[int, str], ...]
+    extended: bool = False
 
 
 class Ending(enum.Enum):
@@ -72,6 +74,7 @@ class Handshake:
         self._flags: int | None = None
         self._options_seen = 0
         self._structured = False
+        self._extended = False
         self._selected: tuple[str, tuple[tuple[int, str], ...]] = ("", ())
         self.outcome: Outcome | None = None
         self.greeting = nbd.greeting()
@@ -172,10 +175,17 @@ class Handshake:
         return self._exports.get(name)
 
     def _transmission_flags(self, export: Export) -> int:
-        return export.flags | (nbd.NBD_FLAG_SEND_DF if self._structured else 0)
+        return export.flags | (nbd.NBD_FLAG_SEND_DF if self._in_chunks else 0)
+
+    @property
+    def _in_chunks(self) -> bool:
+        """Whether replies may come in chunks, on which DF and metadata contexts depend."""
+        return self._structured or self._extended
 
     def _answer_export_name(self, option: int, data: bytes) -> bytes:
         """This option has no way to say no: an unknown name ends the connection."""
+        if self._extended:
+            raise nbd.malformed("handshake", "NBD_OPT_GO behind extended headers", "NBD_OPT_EXPORT_NAME")
         name = nbd.parse_export_name(data)
         export = self._find(name)
         if export is None:
@@ -213,7 +223,14 @@ class Handshake:
         return infos
 
     def _answer_structured_reply(self, option: int, data: bytes) -> bytes:
+        if self._extended:
+            return _error(option, nbd.NBD_REP_ERR_EXT_HEADER_REQD, "extended headers are agreed on already")
         self._structured = True
+        return nbd.option_reply(option, nbd.NBD_REP_ACK)
+
+    def _answer_extended_headers(self, option: int, data: bytes) -> bytes:
+        """From the end of haggling on, and for good: they do all that structured replies do."""
+        self._extended = True
         return nbd.option_reply(option, nbd.NBD_REP_ACK)
 
     def _answer_list_meta_context(self, option: int, data: bytes) -> bytes:
@@ -240,19 +257,22 @@ class Handshake:
         return _listing(option, nbd.NBD_REP_META_CONTEXT, *(nbd.meta_context(*pair) for pair in numbered))
 
     def _meta_query(self, data: bytes) -> tuple[nbd.MetaQuery, Export | None]:
-        if not self._structured:
-            raise nbd.malformed("metadata query", "NBD_OPT_STRUCTURED_REPLY before it", "none")
+        if not self._in_chunks:
+            raise nbd.malformed(
+                "metadata query", "NBD_OPT_STRUCTURED_REPLY or NBD_OPT_EXTENDED_HEADERS before it", "none"
+            )
         query = nbd.parse_meta_query(data)
         return query, self._find(query.export_name)
 
     def _agree(self, export: Export) -> None:
         """Contexts that were selected for another export do not count for this one."""
         name, contexts = self._selected
-        self.outcome = Agreed(export.name, self._structured, contexts if name == export.name else ())
+        selected = contexts if name == export.name else ()
+        self.outcome = Agreed(export.name, self._structured, selected, self._extended)
 
 
 _OPTIONS_WITHOUT_DATA: Final = frozenset(
-    {nbd.NBD_OPT_LIST, nbd.NBD_OPT_STRUCTURED_REPLY, nbd.NBD_OPT_STARTTLS}
+    {nbd.NBD_OPT_LIST, nbd.NBD_OPT_STRUCTURED_REPLY, nbd.NBD_OPT_EXTENDED_HEADERS, nbd.NBD_OPT_STARTTLS}
 )
 _OPTIONS_BEFORE_TLS: Final = frozenset({nbd.NBD_OPT_STARTTLS, nbd.NBD_OPT_ABORT})
 
@@ -264,6 +284,7 @@ _ANSWERS: Final[Mapping[int, Callable[[Handshake, int, bytes], bytes]]] = {
     nbd.NBD_OPT_INFO: Handshake._answer_info,
     nbd.NBD_OPT_GO: Handshake._answer_info,
     nbd.NBD_OPT_STRUCTURED_REPLY: Handshake._answer_structured_reply,
+    nbd.NBD_OPT_EXTENDED_HEADERS: Handshake._answer_extended_headers,
     nbd.NBD_OPT_LIST_META_CONTEXT: Handshake._answer_list_meta_context,
     nbd.NBD_OPT_SET_META_CONTEXT: Handshake._answer_set_meta_context,
 }

@@ -4,14 +4,15 @@ Values in, values out: no socket, no clock, no state. All integers on the wire a
 what its header announced, whole, and raises `FormatError` when the bytes do not say what they must; the
 length of a header's payload is checked by whoever reads it, before anything is allocated.
 
-The specification: https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md
+The specification: https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md, and for extended headers that of
+its branch extension-ext-header.
 """
 
 from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 from uuid import UUID
 
@@ -66,6 +67,7 @@ NBD_REP_ERR_UNKNOWN: Final = NBD_REP_FLAG_ERROR + 6
 NBD_REP_ERR_SHUTDOWN: Final = NBD_REP_FLAG_ERROR + 7
 NBD_REP_ERR_BLOCK_SIZE_REQD: Final = NBD_REP_FLAG_ERROR + 8
 NBD_REP_ERR_TOO_BIG: Final = NBD_REP_FLAG_ERROR + 9
+NBD_REP_ERR_EXT_HEADER_REQD: Final = NBD_REP_FLAG_ERROR + 10
 
 NBD_INFO_EXPORT: Final = 0
 NBD_INFO_NAME: Final = 1
@@ -92,6 +94,8 @@ EXPORT_NAME_PADDING: Final = bytes(124)
 NBD_REQUEST_MAGIC: Final = 0x25609513
 NBD_SIMPLE_REPLY_MAGIC: Final = 0x67446698
 NBD_STRUCTURED_REPLY_MAGIC: Final = 0x668E33EF
+NBD_EXTENDED_REQUEST_MAGIC: Final = 0x21E41C71
+NBD_EXTENDED_REPLY_MAGIC: Final = 0x6E8A278C
 
 NBD_CMD_READ: Final = 0
 NBD_CMD_WRITE: Final = 1
@@ -107,12 +111,14 @@ NBD_CMD_FLAG_NO_HOLE: Final = 1 << 1
 NBD_CMD_FLAG_DF: Final = 1 << 2
 NBD_CMD_FLAG_REQ_ONE: Final = 1 << 3
 NBD_CMD_FLAG_FAST_ZERO: Final = 1 << 4
+NBD_CMD_FLAG_PAYLOAD_LEN: Final = 1 << 5
 
 NBD_REPLY_FLAG_DONE: Final = 1 << 0
 NBD_REPLY_TYPE_NONE: Final = 0
 NBD_REPLY_TYPE_OFFSET_DATA: Final = 1
 NBD_REPLY_TYPE_OFFSET_HOLE: Final = 2
 NBD_REPLY_TYPE_BLOCK_STATUS: Final = 5
+NBD_REPLY_TYPE_BLOCK_STATUS_EXT: Final = 6
 NBD_REPLY_TYPE_ERROR: Final = (1 << 15) + 1
 NBD_REPLY_TYPE_ERROR_OFFSET: Final = (1 << 15) + 2
 
@@ -136,6 +142,12 @@ OFFSET_DATA_REPLY: Final = struct.Struct(">IHHQIQ")
 """A structured reply header and the offset that begins the payload of `NBD_REPLY_TYPE_OFFSET_DATA`."""
 ERROR_PAYLOAD: Final = struct.Struct(">IH")
 BLOCK_DESCRIPTOR: Final = struct.Struct(">II")
+EXTENDED_REQUEST: Final = struct.Struct(">IHHQQQ")
+EXTENDED_REPLY: Final = struct.Struct(">IHHQQQ")
+EXTENDED_DATA_REPLY: Final = struct.Struct(">IHHQQQQ")
+"""An extended reply header and the offset that begins the payload of `NBD_REPLY_TYPE_OFFSET_DATA`."""
+BLOCK_STATUS_EXT: Final = struct.Struct(">II")
+BLOCK_DESCRIPTOR_EXT: Final = struct.Struct(">QQ")
 
 
 class OptionHeader(NamedTuple):
@@ -163,6 +175,8 @@ class Request(NamedTuple):
     cookie: int
     offset: int
     length: int
+    payload: int = 0
+    """Bytes of data that follow."""
 
 
 # --- From the client -------------------------------------------------------------------------------------
@@ -219,7 +233,21 @@ def parse_request(data: Buffer) -> Request:
     magic, flags, command, cookie, offset, length = REQUEST.unpack(data)
     if magic != NBD_REQUEST_MAGIC:
         raise malformed("request", f"magic {NBD_REQUEST_MAGIC:#x}", f"{magic:#x}")
-    return Request(flags, command, cookie, offset, length)
+    return Request(flags, command, cookie, offset, length, length if command == NBD_CMD_WRITE else 0)
+
+
+def parse_extended_request(data: Buffer) -> Request:
+    """u32 magic, u16 flags, u16 type, u64 cookie, u64 offset, u64 length: of the payload that follows if the flags have
+    PAYLOAD_LEN, else of what the request is about.
+
+    A WRITE must have the flag. QEMU's client (10.0) leaves it off and sends the data all the same, and its server takes
+    that: so a WRITE has a payload in any case.
+    """
+    magic, flags, command, cookie, offset, length = EXTENDED_REQUEST.unpack(data)
+    if magic != NBD_EXTENDED_REQUEST_MAGIC:
+        raise malformed("extended request", f"magic {NBD_EXTENDED_REQUEST_MAGIC:#x}", f"{magic:#x}")
+    has_payload = flags & NBD_CMD_FLAG_PAYLOAD_LEN or command == NBD_CMD_WRITE
+    return Request(flags, command, cookie, offset, length, length if has_payload else 0)
 
 
 def malformed(place: str, expected: str, found: object) -> FormatError:
@@ -313,6 +341,15 @@ def structured_reply(cookie: int, reply_type: int, payload: bytes = b"", *, done
     return header + payload
 
 
+def extended_reply(
+    cookie: int, offset: int, reply_type: int, payload: bytes = b"", *, done: bool = True
+) -> bytes:
+    """u32 magic, u16 flags, u16 type, u64 cookie, u64 offset of the request, u64 length, payload."""
+    flags = NBD_REPLY_FLAG_DONE if done else 0
+    fields = (NBD_EXTENDED_REPLY_MAGIC, flags, reply_type, cookie, offset, len(payload))
+    return EXTENDED_REPLY.pack(*fields) + payload
+
+
 def error_payload(error: int, message: str = "") -> bytes:
     """Payload of `NBD_REPLY_TYPE_ERROR`: u32 error, u16 length of the message, message."""
     encoded = bounded_text(message)
@@ -327,6 +364,12 @@ def bounded_text(message: str) -> bytes:
 def block_status_payload(context_id: int, descriptors: Iterable[tuple[int, int]]) -> bytes:
     """Payload of `NBD_REPLY_TYPE_BLOCK_STATUS`: u32 context id, then (u32 length, u32 status) each."""
     return _U32.pack(context_id) + b"".join(BLOCK_DESCRIPTOR.pack(*descriptor) for descriptor in descriptors)
+
+
+def block_status_ext_payload(context_id: int, descriptors: Sequence[tuple[int, int]]) -> bytes:
+    """Payload of `NBD_REPLY_TYPE_BLOCK_STATUS_EXT`: u32 context id, u32 count, then (u64 length, u64 status) each."""
+    packed = (BLOCK_DESCRIPTOR_EXT.pack(*descriptor) for descriptor in descriptors)
+    return BLOCK_STATUS_EXT.pack(context_id, len(descriptors)) + b"".join(packed)
 
 
 _NBD_ERRORS: Final = {

@@ -19,7 +19,6 @@ import functools
 import logging
 import os
 import socket
-import struct
 from collections.abc import Callable
 from typing import Final, TypeAlias
 
@@ -27,6 +26,16 @@ from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.interfaces import Lane
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.conduit import new_pipe
+from lmdbitmap.nbd.forms import (
+    DATA,
+    DATA_DONE,
+    EXTENDED,
+    EXTENDED_DATA,
+    EXTENDED_DATA_DONE,
+    SIMPLE_OK,
+    STRUCTURED,
+    Form,
+)
 from lmdbitmap.nbd.notice import Notice
 from lmdbitmap.nbd.requests import error_of
 
@@ -49,19 +58,12 @@ _MOST_KEPT: Final = 1 << 20
 SPLICE_FROM_UNIX: Final = _MOST_KEPT + 1
 _NEVER: Final = 1 << 62
 
-_SIMPLE_OK: Final = struct.pack(">II", nbd.NBD_SIMPLE_REPLY_MAGIC, 0)
-"""A simple reply but for its cookie."""
-_DATA: Final = struct.Struct(">Q8sIQ")
-"""`nbd.OFFSET_DATA_REPLY` with magic, flags and type as one word and the cookie as bytes."""
-_DATA_MORE: Final = nbd.NBD_STRUCTURED_REPLY_MAGIC << 32 | nbd.NBD_REPLY_TYPE_OFFSET_DATA
-_DATA_DONE: Final = _DATA_MORE | nbd.NBD_REPLY_FLAG_DONE << 16
-assert _DATA.size == nbd.OFFSET_DATA_REPLY.size
-
 
 class Replies:
     """The outgoing side of one connection. `fd` is the disk's descriptor for reads, or None.
 
-    What is encrypted has to be copied: nothing travels by reference then.
+    What is encrypted has to be copied: nothing travels by reference then. A READ that leaves the common path goes by
+    its label (forms.py).
     """
 
     def __init__(
@@ -71,15 +73,14 @@ class Replies:
         fd: int | None,
         notice: Notice,
         *,
-        structured: bool,
+        form: Form,
         encrypted: bool = False,
     ) -> None:
         self.bytes_sent = 0
         self._sock = sock
         self._notice = notice
         self._encrypted = encrypted
-        self._structured = structured
-        self._header_size = _DATA.size if structured else nbd.SIMPLE_REPLY.size
+        self._form = form
         self._gathered: list[bytes | bytearray | memoryview] = []
         self._gathered_bytes = 0
         self._fd = -1 if fd is None else fd
@@ -149,27 +150,30 @@ class Replies:
         if self._gathered_bytes > _MOST_GATHERED or len(self._gathered) >= _MOST_PARTS:
             self.send()
 
-    def add_successes(self, cookies: list[bytes]) -> None:
-        self.add(_SIMPLE_OK + _SIMPLE_OK.join(cookies))
-
     def add_reads(self, reads: list[Read]) -> None:
         """Do these READs, none of them empty, and answer each with its data or its error."""
-        structured, pack, apart_from = self._structured, _DATA.pack, self._apart_from
-        gathered, header_size = self._gathered, self._header_size
+        form, apart_from = self._form, self._apart_from
+        structured, extended = form is STRUCTURED, form is EXTENDED
+        pack = EXTENDED_DATA.pack if extended else DATA.pack
+        gathered, header_size = self._gathered, form.data_size
         for _, cookie, offset, length in reads:
             if length >= apart_from:
-                self._add_long_read(cookie, offset, length)
+                self._add_long_read(form.label(cookie, offset), offset, length)
                 continue
             try:
                 data = self._pread(length, offset)
             except (OSError, LmdbitmapError) as failure:
-                self._refuse(cookie, failure)
+                self._refuse(form.label(cookie, offset), failure)
                 continue
             if len(data) != length:
-                self.add_whole_read(cookie, offset, length)
+                self.add_whole_read(form.label(cookie, offset), offset, length)
                 continue
             gathered.append(
-                pack(_DATA_DONE, cookie, length + 8, offset) if structured else _SIMPLE_OK + cookie
+                pack(DATA_DONE, cookie, length + 8, offset)
+                if structured
+                else pack(EXTENDED_DATA_DONE, cookie, offset, length + 8, offset)
+                if extended
+                else SIMPLE_OK + cookie
             )
             gathered.append(data)
             self._gathered_bytes += header_size + length
@@ -185,21 +189,21 @@ class Replies:
         self.hurry(False)
         return self._pread(length, offset)
 
-    def _add_long_read(self, cookie: bytes, offset: int, length: int) -> None:
+    def _add_long_read(self, label: bytes, offset: int, length: int) -> None:
         if length >= self._splice_from:
-            self._splice(cookie, offset, length)
+            self._splice(label, offset, length)
         else:
-            self.add_whole_read(cookie, offset, length)
+            self.add_whole_read(label, offset, length)
 
-    def add_whole_read(self, cookie: bytes, offset: int, length: int) -> None:
+    def add_whole_read(self, label: bytes, offset: int, length: int) -> None:
         """Do one READ through memory of its own, and answer it in one chunk."""
         data = self._room_for(length)
         try:
             self._fill(data, offset)
         except (OSError, LmdbitmapError) as failure:
-            self._refuse(cookie, failure)
+            self._refuse(label, failure)
             return
-        self.add(self._header(cookie, offset, length, done=True))
+        self.add(self._form.data(label, offset, length, done=True))
         if length > _MOST_JOINED:
             self.send()
             self._send_all(data)
@@ -231,38 +235,29 @@ class Replies:
             self._large = memoryview(bytearray(_MOST_KEPT))
         return self._large[:length]
 
-    def _header(self, cookie: bytes, offset: int, length: int, *, done: bool) -> bytes:
-        if self._structured:
-            return _DATA.pack(_DATA_DONE if done else _DATA_MORE, cookie, length + 8, offset)
-        return _SIMPLE_OK + cookie
-
-    def _refuse(self, cookie: bytes, failure: Exception) -> None:
+    def _refuse(self, label: bytes, failure: Exception) -> None:
         _log.warning("a read failed: %s", failure)
-        error, number = error_of(failure), int.from_bytes(cookie, "big")
-        if self._structured:
-            self.add(nbd.structured_reply(number, nbd.NBD_REPLY_TYPE_ERROR, nbd.error_payload(error)))
-        else:
-            self.add(nbd.simple_reply(number, error))
+        self.add(self._form.outcome(nbd.NBD_CMD_READ, label, error_of(failure)))
 
     # -- by reference --------------------------------------------------------------------------------------
 
-    def _splice(self, cookie: bytes, offset: int, length: int) -> None:
+    def _splice(self, label: bytes, offset: int, length: int) -> None:
         """One READ through the pipe, a chunk for every filling; what cannot go this way is read and sent."""
         self._notice.give()
         self.send()
         start, stop = offset, offset + length
         while offset < stop and (count := self._fill_pipe(offset, stop - offset)):
-            if self._structured or offset == start:
-                header = self._header(cookie, offset, count, done=offset + count == stop)
+            if self._form.in_chunks or offset == start:
+                header = self._form.data(label, offset, count, done=offset + count == stop)
                 self._sock.sendall(header, socket.MSG_MORE)
                 self.bytes_sent += len(header)
             self._empty_pipe(count)
             offset += count
         if offset == stop:
             return
-        if offset > start and not self._structured:
+        if offset > start and not self._form.in_chunks:
             raise OSError(errno.EIO, "a read failed after its simple reply had begun")
-        self.add_whole_read(cookie, offset, stop - offset)
+        self.add_whole_read(label, offset, stop - offset)
 
     def _fill_pipe(self, offset: int, length: int) -> int:
         """How many bytes of the image are in the pipe now; 0 when they have to be read the other way."""

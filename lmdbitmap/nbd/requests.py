@@ -26,15 +26,28 @@ _WITH_PAYLOAD: Final = frozenset({nbd.NBD_CMD_READ, nbd.NBD_CMD_WRITE})
 _FILLING: Final = frozenset({nbd.NBD_CMD_WRITE, nbd.NBD_CMD_WRITE_ZEROES})
 
 
-def refusal(request: nbd.Request, *, size: int, read_only: bool, structured: bool, contexts: bool) -> int:
+def refusal(
+    request: nbd.Request,
+    *,
+    size: int,
+    read_only: bool,
+    in_chunks: bool,
+    contexts: bool,
+    extended: bool = False,
+) -> int:
     """The NBD error that answers a request which must not be done on a disk of `size` bytes, or 0.
 
-    `structured` and `contexts`: whether the client agreed on structured replies, and selected any context.
+    Whether the client agreed on replies `in_chunks`, selected any `contexts`, and agreed on `extended` headers: behind
+    those a WRITE may say that it has a payload, and nothing else may have one.
     """
     allowed_flags = _FLAGS_ALLOWED.get(request.type)
-    if allowed_flags is None or request.flags & ~allowed_flags:
+    if allowed_flags is None:
         return nbd.NBD_EINVAL
-    if request.flags & nbd.NBD_CMD_FLAG_DF and not structured:
+    if extended and request.type == nbd.NBD_CMD_WRITE:
+        allowed_flags |= nbd.NBD_CMD_FLAG_PAYLOAD_LEN
+    if request.flags & ~allowed_flags:
+        return nbd.NBD_EINVAL
+    if request.flags & nbd.NBD_CMD_FLAG_DF and not in_chunks:
         return nbd.NBD_EINVAL
     if request.type == nbd.NBD_CMD_BLOCK_STATUS and not (contexts and request.length):
         return nbd.NBD_EINVAL

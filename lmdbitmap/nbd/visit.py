@@ -155,6 +155,7 @@ class Visit:
             self._sock,
             served.disk,
             structured=agreed.structured,
+            extended=agreed.extended,
             contexts={context_id: served.contexts[name] for context_id, name in agreed.contexts},
             received=handshake.trailing,
             encrypted=self._tls is not None,

@@ -19,7 +19,7 @@ EXPORTS = {
 }
 NAMES = (b"sda", "ß".encode(), "ß".encode("latin-1"), b"", b"nobody")
 QUERIES = (b"base:allocation", b"base:", b"lmdbitmap:", b"lmdbitmap:dirty:", b"lmdbitmap:dirty:monday", b"")
-ENDS = {0x80000000 + kind for kind in range(1, 10)} | {1}
+ENDS = {0x80000000 + kind for kind in range(1, 11)} | {1}
 IHAVEOPT, STARTTLS = 0x49484156454F5054, 5
 SCRIPTED, FEW, TLS, ASKS_FOR_TLS = (1 << bit for bit in range(4))
 MOST_TEXT = 4096
@@ -123,8 +123,11 @@ def check_agreement(talk: Talk, said: bytes, exports: dict[str, Export]) -> None
     ids = [number for number, _ in outcome.contexts]
     assert len(set(ids)) == len(ids)
     assert {name for _, name in outcome.contexts} <= set(export.contexts)
-    assert not outcome.contexts or outcome.structured
-    assert not outcome.structured or (8, b"") in options_of(said)
+    options = options_of(said)
+    assert not outcome.contexts or outcome.structured or outcome.extended
+    assert not outcome.structured or (8, b"") in options
+    assert outcome.extended == ((11, b"") in options)
+    assert not outcome.extended or options[-1][0] == 7
 
 
 def check_silence(talk: Talk) -> None:

@@ -23,6 +23,7 @@ from tests.nbd_raw import (
     FLUSH,
     FUA,
     NO_HOLE,
+    PAYLOAD_LEN,
     READ,
     REQ_ONE,
     TRIM,
@@ -41,12 +42,17 @@ ALLOWED = {
 }  # fmt: skip
 CHANGING = (WRITE, TRIM, WRITE_ZEROES)
 EINVAL, EPERM, ENOSPC = 22, 1, 28
-SCRIPTED, STRUCTURED, READ_ONLY, FAILING, LARGE = (1 << bit for bit in range(5))
+SCRIPTED, STRUCTURED, READ_ONLY, FAILING, LARGE, EXTENDED = (1 << bit for bit in range(6))
+"""Extended are the headers of those that are structured too."""
+REQUEST_MAGIC, EXTENDED_MAGIC, CHUNK_MAGIC, EXTENDED_CHUNK_MAGIC = (
+    0x25609513, 0x21E41C71, 0x668E33EF, 0x6E8A278C,
+)  # fmt: skip
 MOST_SCRIPT = 2 * LARGE_SIZE
 """Bytes of a stream, about."""
 FAULTS = ("pwrite", "pread_into", "flush", "write_zeroes", "discard", "allocation")
 LENGTHS = (0, 1, 100, 512, SMALL_SIZE, SMALL_SIZE + 1, 32768, 131072, 131073, LARGE_SIZE, LARGE_SIZE + 1,
            MOST, MOST + 1, 2**32 - 1)  # fmt: skip
+LONG_LENGTHS = (*LENGTHS[:-3], MOST, MOST + 1, 2**32, 2**33 + 512, 2**63, 2**64 - 1)
 OFFSETS = (
     0,
     1,
@@ -125,7 +131,7 @@ def requests(data: bytes) -> None:
     source = Input(data)
     mode, cut = source.byte(), source.byte()
     fault = source.pick(FAULTS) if mode & FAILING else None
-    stream = scripted(source, size_of(mode)) if mode & SCRIPTED else source.rest()
+    stream = scripted(source, mode) if mode & SCRIPTED else source.rest()
     script = modelled(stream, mode)
     serve(script, mode, 2 if cut == BYTEWISE and len(stream) > MOST_PIECES else cut, fault)
 
@@ -134,16 +140,25 @@ def size_of(mode: int) -> int:
     return LARGE_SIZE if mode & LARGE else SMALL_SIZE
 
 
-def scripted(source: Input, size: int) -> bytes:
+def is_extended(mode: int) -> bool:
+    return bool(mode & EXTENDED and mode & STRUCTURED)
+
+
+def scripted(source: Input, mode: int) -> bytes:
     """Requests whose magic is right, with as much data behind a WRITE as it announces, up to a limit."""
-    said = bytearray()
+    said, size, long = bytearray(), size_of(mode), is_extended(mode)
     while source.left and len(said) < MOST_SCRIPT:
         command, shape = source.byte() % 10, source.byte()
-        flags = 1 << source.byte() % 5 if shape & 1 else 0
+        flags = 1 << source.byte() % (6 if long else 5) if shape & 1 else 0
+        flags |= PAYLOAD_LEN if long and command == WRITE and shape & 8 else 0
         offset = source.pick(OFFSETS) if shape & 2 else source.number(2)
-        length = source.pick(LENGTHS) if shape & 4 else source.number(1)
-        content = bytes([source.byte() | 1]) * min(length, size + 1) if command == WRITE else b""
-        said += request(command, offset, length, flags=flags, data=content)
+        length = source.pick(LONG_LENGTHS if long else LENGTHS) if shape & 4 else source.number(1)
+        carries = command == WRITE or flags & PAYLOAD_LEN
+        content = bytes([source.byte() | 1]) * min(length, size + 1) if carries else b""
+        if long:
+            said += struct.pack(">IHHQQQ", EXTENDED_MAGIC, flags, command, 0, offset, length) + content
+        else:
+            said += request(command, offset, length, flags=flags, data=content)
         if shape & 128:
             said += source.take(shape >> 4 & 7)
     return bytes(said)
@@ -156,28 +171,33 @@ def modelled(stream: bytes, mode: int) -> Script:
     """The stream with the requests' cookies numbered, done one after the other on a disk of bytes."""
     numbered, content = bytearray(stream), bytes(size_of(mode))
     asked: list[Asked] = []
-    position = 0
-    while len(stream) - position >= 28:
-        magic, flags, command, _, offset, length = struct.unpack_from(">IHHQQI", stream, position)
-        if magic != 0x25609513:
+    position, long = 0, is_extended(mode)
+    layout, expected = (">IHHQQQ", EXTENDED_MAGIC) if long else (">IHHQQI", REQUEST_MAGIC)
+    header_size = struct.calcsize(layout)
+    while len(stream) - position >= header_size:
+        magic, flags, command, _, offset, length = struct.unpack_from(layout, stream, position)
+        payload = length if command == WRITE or (long and flags & PAYLOAD_LEN) else 0
+        if magic != expected or (long and payload > MOST):
             return Script(bytes(numbered), asked, lie=True, cut=None)
         if command == DISC:
             break
         struct.pack_into(">Q", numbered, position + 8, len(asked))
-        position += 28
+        position += header_size
         error = error_of(command, flags, offset, length, mode)
-        if command == WRITE and length > len(stream) - position:
+        if payload > len(stream) - position:
             unwritten = (len(content), len(content)) if error else (offset, offset + length)
             return Script(bytes(numbered), asked, lie=False, cut=unwritten)
         if not error and command in CHANGING and length:
             new = stream[position : position + length] if command == WRITE else bytes(length)
             content = content[:offset] + new + content[offset + length :]
-        position += length if command == WRITE else 0
+        position += payload
         asked.append(Asked(command, flags, offset, length, error, content))
     return Script(bytes(numbered), asked, lie=False, cut=None)
 
 
 def error_of(command: int, flags: int, offset: int, length: int, mode: int) -> int:
+    if is_extended(mode) and command == WRITE:
+        flags &= ~PAYLOAD_LEN
     if command not in ALLOWED or flags & ~ALLOWED[command]:
         return EINVAL
     if (flags & DF or command == BLOCK_STATUS) and not mode & STRUCTURED:
@@ -203,8 +223,9 @@ def serve(script: Script, mode: int, choice: int, fault: str | None) -> None:
     disk, wire = PlainDisk(device), Wire(pieces_of(script.stream, choice))
     contexts = {ALLOCATION: allocation_source(disk)} if mode & STRUCTURED else {}
     connection = Connection(
-        cast(socket.socket, wire), disk, structured=bool(mode & STRUCTURED), contexts=contexts
-    )
+        cast(socket.socket, wire), disk, structured=bool(mode & STRUCTURED), contexts=contexts,
+        extended=is_extended(mode),
+    )  # fmt: skip
     ended = None
     try:
         connection.run()
@@ -274,6 +295,7 @@ def replies_of(script: Script, sent: bytes, mode: int) -> Iterator[Reply]:
         assert cookie < len(script.asked)
         asked = script.asked[cookie]
         if magic == 0x67446698:
+            assert not is_extended(mode)
             assert not (mode & STRUCTURED and asked.command in (READ, BLOCK_STATUS))
             length = asked.length if asked.command == READ and not middle else 0
             data = sent[position + 16 : position + 16 + length]
@@ -281,14 +303,20 @@ def replies_of(script: Script, sent: bytes, mode: int) -> Iterator[Reply]:
             yield Reply(cookie, middle, data, [])
             position += 16 + length
         else:
-            assert magic == 0x668E33EF
+            assert magic == (EXTENDED_CHUNK_MAGIC if is_extended(mode) else CHUNK_MAGIC)
             assert mode & STRUCTURED
-            (length,) = struct.unpack_from(">I", sent, position + 16)
-            payload = sent[position + 20 : position + 20 + length]
+            if is_extended(mode):
+                offset, length = struct.unpack_from(">QQ", sent, position + 16)
+                assert offset == asked.offset
+                position += 32
+            else:
+                (length,) = struct.unpack_from(">I", sent, position + 16)
+                position += 20
+            payload = sent[position : position + length]
             assert len(payload) == length
             assert middle >> 16 == 1, "more than one chunk"
             yield structured(cookie, middle & 0xFFFF, payload, asked)
-            position += 20 + length
+            position += length
 
 
 def structured(cookie: int, kind: int, payload: bytes, asked: Asked) -> Reply:
@@ -301,9 +329,14 @@ def structured(cookie: int, kind: int, payload: bytes, asked: Asked) -> Reply:
         assert asked.command == READ
         assert struct.unpack_from(">Q", payload) == (asked.offset,)
         return Reply(cookie, 0, payload[8:], [])
+    if kind == 6:
+        context, count = struct.unpack_from(">II", payload)
+        assert (context, len(payload)) == (ALLOCATION, 8 + 16 * count)
+        return Reply(cookie, 0, b"", list(struct.iter_unpack(">QQ", payload[8:])))
     if kind == 5:
         numbers = struct.unpack(f">{len(payload) // 4}I", payload)
         assert numbers[0] == ALLOCATION
         return Reply(cookie, 0, b"", list(zip(numbers[1::2], numbers[2::2], strict=True)))
-    assert (kind, payload, asked.length) == (0, b"", 0)
+    assert (kind, payload) == (0, b"")
+    assert asked.command not in (READ, BLOCK_STATUS) or asked.length == 0
     return Reply(cookie, 0, b"", [])

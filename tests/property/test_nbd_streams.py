@@ -35,6 +35,8 @@ from tests.nbd_raw import (
     WRITE,
     WRITE_ZEROES,
     RawClient,
+    Reply,
+    extended,
     option,
     request,
     string,
@@ -43,11 +45,13 @@ from tests.support import PATIENCE_SECONDS, make_raw_image
 
 SIZE = 3 << 20
 ALLOCATION = 1
+FORMS = SIMPLE, STRUCTURED, EXTENDED = "simple", "structured", "extended"
 
 # --- any bytes ---
 
 HONEST_OPTIONS = [
     option(8),
+    option(11),
     option(3),
     option(6, string("") + b"\0\2\0\1\0\3"),
     option(10, string("disk") + struct.pack(">I", 1) + string("base:allocation")),
@@ -58,7 +62,7 @@ HONEST_OPTIONS = [
 ]
 options = st.one_of(
     st.sampled_from(HONEST_OPTIONS),
-    st.builds(option, st.integers(0, 12), st.binary(max_size=40)),
+    st.builds(option, st.integers(0, 13), st.binary(max_size=40)),
     st.binary(max_size=40),
 )
 requests = st.one_of(
@@ -69,6 +73,15 @@ requests = st.one_of(
         st.integers(0, 5000) | st.integers(0, 2**32 - 1),
         cookie=st.integers(0, 2**64 - 1),
         flags=st.sampled_from([0, 0, 0, 1, 2, 4, 8, 16]) | st.integers(0, 2**16 - 1),
+        data=st.binary(max_size=100),
+    ),
+    st.builds(
+        extended,
+        st.integers(0, 9),
+        st.integers(0, SIZE + 10) | st.integers(0, 2**64 - 1),
+        st.integers(0, 5000) | st.integers(0, 2**64 - 1),
+        cookie=st.integers(0, 2**64 - 1),
+        flags=st.sampled_from([0, 0, 0, 1, 2, 4, 8, 16, 32]) | st.integers(0, 2**16 - 1),
         data=st.binary(max_size=100),
     ),
     st.binary(max_size=60),
@@ -109,10 +122,14 @@ class Served(NamedTuple):
     outcome: Exception | None
 
 
-def serve(device: BlockDevice, stream: bytes, structured: bool) -> Served:
-    """Give a connection the whole stream and then the end of it; gather the answer meanwhile."""
+def connection_of(form: str, ours: socket.socket, device: BlockDevice) -> Connection:
     disk = PlainDisk(device)
-    contexts = {ALLOCATION: allocation_source(disk)} if structured else {}
+    contexts = {ALLOCATION: allocation_source(disk)} if form != SIMPLE else {}
+    return Connection(ours, disk, structured=form != SIMPLE, extended=form == EXTENDED, contexts=contexts)
+
+
+def serve(device: BlockDevice, stream: bytes, form: str) -> Served:
+    """Give a connection the whole stream and then the end of it; gather the answer meanwhile."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.settimeout(PATIENCE_SECONDS)
@@ -123,7 +140,7 @@ def serve(device: BlockDevice, stream: bytes, structured: bool) -> Served:
         listener.start()
         outcome: Exception | None = None
         try:
-            Connection(ours, disk, structured=structured, contexts=contexts).run()
+            connection_of(form, ours, device).run()
         except (FormatError, ConnectionResetError) as error:
             outcome = error
         ours.close()
@@ -149,10 +166,10 @@ def _listen(sock: socket.socket, answers: list[bytes]) -> None:
         pass
 
 
-@given(said=st.lists(requests, max_size=8), structured=st.booleans())
-@example(said=[b"\x25\x60\x95\x13"], structured=True)
-def test_transmission_ends_with_the_stream_or_in_format_error(said: list[bytes], structured: bool) -> None:
-    served = serve(MemoryDevice(SIZE), b"".join(said), structured)
+@given(said=st.lists(requests, max_size=8), form=st.sampled_from(FORMS))
+@example(said=[b"\x25\x60\x95\x13"], form=STRUCTURED)
+def test_transmission_ends_with_the_stream_or_in_format_error(said: list[bytes], form: str) -> None:
+    served = serve(MemoryDevice(SIZE), b"".join(said), form)
     assert served.outcome is None or isinstance(served.outcome, (FormatError, ConnectionResetError))
 
 
@@ -213,11 +230,11 @@ def data_of(step: Step) -> bytes:
     return bytes([step.seed]) * step.length
 
 
-def wire(cookie: int, offset: int, step: Step) -> bytes:
+def wire(client: RawClient, cookie: int, offset: int, step: Step) -> bytes:
     if step.command == FLUSH:
-        return request(FLUSH, cookie=cookie)
+        return client.request(FLUSH, cookie=cookie)
     data = data_of(step) if step.command == WRITE else b""
-    return request(step.command, offset, step.length, cookie=cookie, flags=step.flags, data=data)
+    return client.request(step.command, offset, step.length, cookie=cookie, flags=step.flags, data=data)
 
 
 def check_group(
@@ -226,7 +243,7 @@ def check_group(
     """Send a group in pieces, and compare every answer with the model."""
     places = model.placed(group)
     placed = dict(enumerate(places))
-    stream = b"".join(wire(cookie, *place) for cookie, place in placed.items())
+    stream = b"".join(wire(client, cookie, *place) for cookie, place in placed.items())
     sender = threading.Thread(target=send_all, args=(client, pieces_of(stream, cuts)))
     sender.start()
     for place in places:
@@ -236,6 +253,8 @@ def check_group(
         offset, step = placed.pop(cookie)
         reply = client.reply(step.length if step.command == READ else 0, offset)
         assert reply.error == 0
+        if client.extended:
+            assert reply.offset == (0 if step.command == FLUSH else offset)
         if step.command == READ:
             assert reply.data == model.content[offset : offset + step.length]
         if step.command == BLOCK_STATUS:
@@ -262,13 +281,10 @@ def check_status(model: Model, offset: int, length: int, extents: list[tuple[int
 
 
 @contextlib.contextmanager
-def connection_to(device: BlockDevice, structured: bool) -> Iterator[RawClient]:
-    disk = PlainDisk(device)
-    contexts = {ALLOCATION: allocation_source(disk)} if structured else {}
+def connection_to(device: BlockDevice, form: str) -> Iterator[RawClient]:
     ours, theirs = socket.socketpair()
-    connection = Connection(ours, disk, structured=structured, contexts=contexts)
-    server = threading.Thread(target=connection.run)
-    with ours, RawClient(theirs, structured=structured) as client:
+    server = threading.Thread(target=connection_of(form, ours, device).run)
+    with ours, RawClient(theirs, structured=form != SIMPLE, extended=form == EXTENDED) as client:
         server.start()
         try:
             yield client
@@ -289,17 +305,59 @@ def disk_of(kind: str) -> Iterator[BlockDevice]:
             yield device
 
 
-@pytest.mark.parametrize("structured", [True, False], ids=["structured", "simple"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["memory", "file"])
 @given(groups=groups, cuts=st.lists(st.integers(0), max_size=5))
 @settings(max_examples=25)
 def test_an_honest_stream_does_what_the_model_says(
-    kind: str, structured: bool, groups: list[list[Step]], cuts: list[int]
+    kind: str, form: str, groups: list[list[Step]], cuts: list[int]
 ) -> None:
     model = Model()
     with disk_of(kind) as device:
-        with connection_to(device, structured) as client:
+        with connection_to(device, form) as client:
             for group in groups:
-                usable = [step for step in group if structured or step.command != BLOCK_STATUS]
+                usable = [step for step in group if form != SIMPLE or step.command != BLOCK_STATUS]
                 check_group(client, device, model, usable, cuts)
         assert device.pread(SIZE, 0) == model.content
+
+
+# --- one form beside another ---
+
+
+class Question(NamedTuple):
+    """One request, allowed or not."""
+
+    command: int
+    offset: int
+    length: int
+    flags: int
+
+
+questions = st.builds(
+    Question,
+    st.sampled_from([READ, WRITE, TRIM, WRITE_ZEROES, FLUSH, BLOCK_STATUS, 5, 8]),
+    st.integers(0, SIZE + 10) | st.sampled_from([0, SIZE - 1, SIZE, 2**64 - 1]),
+    st.integers(0, 5000) | st.sampled_from([0, 32768, 131073, SIZE]),
+    st.sampled_from([0, 0, 0, FUA, 2, 4, 8, 16, 64]),
+)
+
+
+@given(asked=st.lists(questions, max_size=20))
+@settings(max_examples=50)
+def test_structured_and_extended_clients_are_answered_alike(asked: list[Question]) -> None:
+    answers: list[list[Reply]] = []
+    contents = []
+    for form in (STRUCTURED, EXTENDED):
+        device = MemoryDevice(SIZE)
+        with connection_to(device, form) as client:
+            answers.append([answer_to(client, question) for question in asked])
+        contents.append(device.pread(SIZE, 0))
+    assert contents[0] == contents[1]
+    assert [reply[1:4] for reply in answers[0]] == [reply[1:4] for reply in answers[1]]
+    for question, reply in zip(asked, answers[1], strict=True):
+        assert reply.error or question.command == FLUSH or question.offset + question.length <= SIZE
+
+
+def answer_to(client: RawClient, question: Question) -> Reply:
+    data = b"\1" * question.length if question.command == WRITE else b""
+    return client.do(question.command, question.offset, question.length, flags=question.flags, data=data)

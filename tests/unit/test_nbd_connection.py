@@ -43,6 +43,7 @@ from tests.support import PATIENCE_SECONDS
 
 SIZE = 4 << 20
 MIB = 1 << 20
+FORMS = SIMPLE, STRUCTURED, EXTENDED = "simple", "structured", "extended"
 
 
 class Peer(RawClient):
@@ -64,13 +65,16 @@ class Peer(RawClient):
 def connected(
     disk: ServedDisk,
     *,
-    structured: bool = True,
+    form: str = STRUCTURED,
     contexts: Mapping[int, StatusSource] | None = None,
     received: bytes = b"",
 ) -> Iterator[Peer]:
     ours, theirs = socket.socketpair()
-    connection = Connection(ours, disk, structured=structured, contexts=contexts or {}, received=received)
-    with Peer(theirs, structured=structured) as peer:
+    structured, extended = form != SIMPLE, form == EXTENDED
+    connection = Connection(
+        ours, disk, structured=structured, extended=extended, contexts=contexts or {}, received=received
+    )
+    with Peer(theirs, structured=structured, extended=extended) as peer:
         thread = threading.Thread(target=peer.serve, args=(connection, ours))
         thread.start()
         try:
@@ -137,9 +141,9 @@ def device() -> MemoryDevice:
     return MemoryDevice(SIZE)
 
 
-@pytest.fixture(params=[True, False], ids=["structured", "simple"])
+@pytest.fixture(params=FORMS)
 def peer(device: MemoryDevice, request: pytest.FixtureRequest) -> Iterator[Peer]:
-    with connected(PlainDisk(device), structured=request.param) as peer:
+    with connected(PlainDisk(device), form=request.param) as peer:
         yield peer
 
 
@@ -184,7 +188,7 @@ def test_requests_of_no_bytes_succeed_and_do_nothing(peer: Peer, command: int, f
 
 
 def test_a_goodbye_is_answered_by_closing_once_everything_is_answered(peer: Peer) -> None:
-    peer.send(write(0, b"last", cookie=9) + request(DISC))
+    peer.send(peer.request(WRITE, 0, 4, data=b"last", cookie=9) + peer.request(DISC))
     assert peer.reply().cookie == 9
     assert peer.is_closed_by_server()
     assert peer.outcome is None
@@ -274,6 +278,8 @@ def test_requests_past_the_end_fail_and_change_nothing(
 
 @pytest.mark.parametrize("length", [100, MIB, 40 * MIB])
 def test_a_refused_write_is_drained_and_the_next_request_understood(peer: Peer, length: int) -> None:
+    if peer.extended and length > 32 * MIB:
+        return  # which may be 64 bits long, and costs the connection: test_nbd_forms.py
     reply = peer.do(WRITE, SIZE - 50, length, data=bytes(length))
     assert reply.error == (errno.ENOSPC if length <= 32 * MIB else errno.EINVAL)
     assert peer.do(READ, 0, 16).data == bytes(16)
@@ -330,25 +336,34 @@ def test_a_failing_disk_is_told_as_the_protocol_can(
     assert peer.do(command, 0, length, data=data).error == 0
 
 
-def test_one_failing_write_of_a_batch_fails_alone(device: MemoryDevice) -> None:
+def test_one_failing_write_of_a_batch_fails_alone(peer: Peer, device: MemoryDevice) -> None:
     device.fail_next["pwrite"] = errno.ENOSPC
-    burst = b"".join(write(offset, b"x", cookie=offset) for offset in range(3))
-    with connected(PlainDisk(device), received=burst) as peer:
-        assert [peer.reply()[:2] for _ in range(3)] == [(0, errno.ENOSPC), (1, 0), (2, 0)]
+    peer.send(b"".join(peer.request(WRITE, at, 1, data=b"x", cookie=at) for at in range(3)))
+    replies = [peer.reply() for _ in range(3)]
+    assert [reply[:2] for reply in replies] == [(0, errno.ENOSPC), (1, 0), (2, 0)]
+    assert [reply.offset for reply in replies] == ([0, 1, 2] if peer.extended else [None] * 3)
 
 
-def test_a_failing_flush_fails_those_who_asked_for_it(device: MemoryDevice) -> None:
+def test_a_failing_flush_fails_those_who_asked_for_it(peer: Peer, device: MemoryDevice) -> None:
     device.fail_next["flush"] = errno.EIO
-    burst = write(0, b"x", cookie=1) + write(1, b"x", cookie=2, flags=FUA) + request(FLUSH, cookie=3)
-    with connected(PlainDisk(device), received=burst) as peer:
-        assert [peer.reply()[:2] for _ in range(3)] == [(1, 0), (2, errno.EIO), (3, errno.EIO)]
+    peer.send(
+        peer.request(WRITE, 0, 1, data=b"x", cookie=1)
+        + peer.request(WRITE, 1, 1, data=b"x", cookie=2, flags=FUA)
+        + peer.request(FLUSH, 7, cookie=3)
+    )
+    replies = [peer.reply() for _ in range(3)]
+    assert [reply[:2] for reply in replies] == [(1, 0), (2, errno.EIO), (3, errno.EIO)]
+    assert [reply.offset for reply in replies] == ([0, 1, 7] if peer.extended else [None] * 3)
 
 
 @pytest.mark.parametrize("length", [1, MIB])
-def test_a_lane_that_refuses_as_a_whole_fails_every_write(device: MemoryDevice, length: int) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_a_lane_that_refuses_as_a_whole_fails_every_write(
+    device: MemoryDevice, form: str, length: int
+) -> None:
     disk = RecordingDisk(device)
     disk.lane_refuses = StorageError("store", OSError(errno.ENOSPC, "full"), next_step="free some space")
-    with connected(disk) as peer:
+    with connected(disk, form=form) as peer:
         assert peer.do(WRITE, 0, length, data=bytes(length)).error == errno.ENOSPC
 
 
@@ -364,9 +379,10 @@ def failing(offset: int, length: int) -> Iterable[tuple[int, int]]:
     raise OSError(errno.EIO, "the map is gone")
 
 
-def test_every_selected_context_answers_clipped_to_the_request(device: MemoryDevice) -> None:
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_every_selected_context_answers_clipped_to_the_request(device: MemoryDevice, form: str) -> None:
     contexts = {7: status((100, 1), (0, 5), (1 << 40, 0)), 9: status((4096, 3))}
-    with connected(PlainDisk(device), contexts=contexts) as peer:
+    with connected(PlainDisk(device), contexts=contexts, form=form) as peer:
         reply = peer.do(BLOCK_STATUS, 0, 4096)
     assert reply.statuses == {7: [(100, 1), (3996, 0)], 9: [(4096, 3)]}
     assert reply.chunks == 2
@@ -389,10 +405,12 @@ def test_a_status_reply_ends_at_its_limit_of_extents(device: MemoryDevice) -> No
 
 
 @pytest.mark.parametrize("source", [failing, status()])
+@pytest.mark.parametrize("form", FORMS[1:])
 def test_a_context_that_fails_is_an_error_and_never_a_status(
-    device: MemoryDevice, source: StatusSource
+    device: MemoryDevice, source: StatusSource, form: str
 ) -> None:
-    with connected(PlainDisk(device), contexts={1: status((SIZE, 1)), 2: source}) as peer:
+    contexts = {1: status((SIZE, 1)), 2: source}
+    with connected(PlainDisk(device), contexts=contexts, form=form) as peer:
         reply = peer.do(BLOCK_STATUS, 0, SIZE)
         assert (reply.error, reply.statuses) == (errno.EIO, {})
         assert peer.do(FLUSH).error == 0
@@ -416,34 +434,35 @@ def image(tmp_path: Path) -> Iterator[FileDevice]:
         yield image
 
 
-@pytest.mark.parametrize("structured", [True, False], ids=["structured", "simple"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("length", [1, 32768, MIB, MIB + 1, SIZE - 777])
 @pytest.mark.parametrize("flags", [0, DF])
 def test_reads_of_a_file_of_any_length_are_right(
-    image: FileDevice, structured: bool, length: int, flags: int
+    image: FileDevice, form: str, length: int, flags: int
 ) -> None:
-    with connected(PlainDisk(image), structured=structured) as peer:
-        reply = peer.do(READ, 777, length, flags=flags if structured else 0)
+    with connected(PlainDisk(image), form=form) as peer:
+        reply = peer.do(READ, 777, length, flags=flags if peer.structured else 0)
     assert reply.data == pattern(SIZE)[777 : 777 + length]
-    assert reply.chunks == 1 or not (flags and structured)
+    assert reply.chunks == 1 or not (flags and peer.structured)
 
 
-@pytest.mark.parametrize("structured", [True, False], ids=["structured", "simple"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("length", [4096, MIB, SPLICE_FROM_UNIX])
 def test_a_file_cut_behind_our_back_fails_the_read_and_nothing_else(
-    image: FileDevice, tmp_path: Path, structured: bool, length: int
+    image: FileDevice, tmp_path: Path, form: str, length: int
 ) -> None:
     os.truncate(tmp_path / "disk.raw", MIB)
-    with connected(PlainDisk(image), structured=structured) as peer:
+    with connected(PlainDisk(image), form=form) as peer:
         assert peer.do(READ, 2 * MIB, length).error == errno.EIO
         assert peer.do(READ, 0, 16).data == pattern(16)
 
 
+@pytest.mark.parametrize("form", FORMS[1:])
 def test_a_file_cut_in_the_middle_of_a_long_read_is_an_error_behind_the_data(
-    image: FileDevice, tmp_path: Path
+    image: FileDevice, tmp_path: Path, form: str
 ) -> None:
     os.truncate(tmp_path / "disk.raw", MIB)
-    with connected(PlainDisk(image)) as peer:
+    with connected(PlainDisk(image), form=form) as peer:
         assert peer.do(READ, 0, 2 * MIB).error == errno.EIO
         assert peer.do(READ, 0, 16).data == pattern(16)
 
@@ -463,7 +482,7 @@ def test_a_simple_read_that_fails_after_its_reply_began_costs_the_connection(
     image: FileDevice, tmp_path: Path
 ) -> None:
     os.truncate(tmp_path / "disk.raw", MIB)
-    with connected(PlainDisk(image), structured=False) as peer:
+    with connected(PlainDisk(image), form=SIMPLE) as peer:
         peer.send(request(READ, 0, 2 * MIB))
         with pytest.raises(EOFError):
             peer.reply(2 * MIB)

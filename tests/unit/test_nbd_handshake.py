@@ -155,7 +155,7 @@ def test_abort_is_acknowledged_whatever_it_carries() -> None:
     assert handshake.outcome is ABORTED
 
 
-@pytest.mark.parametrize("number", [0, 4, nbd.NBD_OPT_EXTENDED_HEADERS, 99, 2**32 - 1])
+@pytest.mark.parametrize("number", [0, 4, 12, 99, 2**32 - 1])
 def test_an_option_we_lack_is_answered_so_and_the_haggling_goes_on(number: int) -> None:
     handshake = started()
     [reply] = replies(handshake.receive(option(number, b"whatever")))
@@ -168,6 +168,7 @@ def test_an_option_we_lack_is_answered_so_and_the_haggling_goes_on(number: int) 
     [
         option(nbd.NBD_OPT_LIST, b"x"),
         option(nbd.NBD_OPT_STRUCTURED_REPLY, b"x"),
+        option(nbd.NBD_OPT_EXTENDED_HEADERS, b"x"),
         option(nbd.NBD_OPT_GO, b"x"),
         option(nbd.NBD_OPT_INFO),
         option(nbd.NBD_OPT_LIST_META_CONTEXT, b"\0\0\0\7sda"),
@@ -365,3 +366,58 @@ def test_words_in_plain_text_behind_starttls_are_not_taken_for_the_clients_own()
     assert only_type(handshake, STARTTLS + go("sda")) == nbd.NBD_REP_ACK
     with pytest.raises(FormatError, match="nothing more in plain text"):
         handshake.secured()
+
+
+# --- extended headers ---
+
+
+def extended() -> Handshake:
+    handshake = started()
+    assert replies(handshake.receive(option(nbd.NBD_OPT_EXTENDED_HEADERS))) == [ACKNOWLEDGED]
+    return handshake
+
+
+ACKNOWLEDGED = Reply(nbd.NBD_OPT_EXTENDED_HEADERS, nbd.NBD_REP_ACK, b"")
+
+
+def test_extended_headers_bring_what_structured_replies_bring() -> None:
+    handshake = extended()
+    told = contexts_in(handshake.receive(meta(nbd.NBD_OPT_LIST_META_CONTEXT, "sda")))
+    assert [name for _, name in told] == list(SDA.contexts)
+    chosen = contexts_in(handshake.receive(meta(nbd.NBD_OPT_SET_META_CONTEXT, "sda", "base:allocation")))
+    [export, *_] = replies(handshake.receive(go("sda")))
+    assert struct.unpack(">HQH", export.data) == (0, 1 << 40, FLAGS | nbd.NBD_FLAG_SEND_DF)
+    assert handshake.outcome == Agreed("sda", structured=False, contexts=tuple(chosen), extended=True)
+
+
+def test_extended_headers_may_follow_structured_replies_and_be_asked_for_twice() -> None:
+    handshake = structured()
+    for _ in range(2):
+        assert replies(handshake.receive(option(nbd.NBD_OPT_EXTENDED_HEADERS))) == [ACKNOWLEDGED]
+    handshake.receive(go("sda"))
+    assert handshake.outcome == Agreed("sda", structured=True, contexts=(), extended=True)
+
+
+def test_behind_extended_headers_there_is_no_way_back_to_structured_replies() -> None:
+    handshake = extended()
+    [reply] = replies(handshake.receive(option(nbd.NBD_OPT_STRUCTURED_REPLY)))
+    assert reply.type == nbd.NBD_REP_ERR_EXT_HEADER_REQD == 2**31 + 10
+    handshake.receive(go("sda"))
+    assert handshake.outcome == Agreed("sda", structured=False, contexts=(), extended=True)
+
+
+def test_behind_extended_headers_the_old_way_in_costs_the_connection() -> None:
+    handshake = extended()
+    with pytest.raises(FormatError, match="NBD_OPT_GO"):
+        handshake.receive(option(nbd.NBD_OPT_EXPORT_NAME, b"sda"))
+    assert handshake.outcome is None
+
+
+def test_extended_headers_are_not_spoken_of_before_tls() -> None:
+    handshake = Handshake(BOTH, tls_required=True)
+    [reply] = replies(handshake.receive(FIXED + option(nbd.NBD_OPT_EXTENDED_HEADERS)))
+    assert reply.type == nbd.NBD_REP_ERR_TLS_REQD
+    handshake.receive(option(nbd.NBD_OPT_STARTTLS))
+    handshake.secured()
+    handshake.receive(go("sda"))
+    assert handshake.outcome == Agreed("sda", structured=False, contexts=(), extended=False)

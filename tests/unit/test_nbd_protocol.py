@@ -35,6 +35,46 @@ def test_request_with_another_magic_is_refused() -> None:
         nbd.parse_request(bytes(28))
 
 
+def test_extended_request_fields_lie_where_the_wire_table_puts_them() -> None:
+    fields = "0102030405060708 00000000deadbeef 0000000200001000"
+    zeroes = nbd.parse_extended_request(bytes.fromhex(f"21e41c71 0001 0006 {fields}"))
+    assert zeroes == nbd.Request(
+        flags=nbd.NBD_CMD_FLAG_FUA,
+        type=nbd.NBD_CMD_WRITE_ZEROES,
+        cookie=0x0102030405060708,
+        offset=0xDEADBEEF,
+        length=0x200001000,
+        payload=0,
+    )
+    with_payload = nbd.parse_extended_request(bytes.fromhex(f"21e41c71 0020 0007 {fields}"))
+    assert (with_payload.flags, with_payload.payload) == (nbd.NBD_CMD_FLAG_PAYLOAD_LEN, 0x200001000)
+
+
+def test_a_write_has_a_payload_whether_its_flags_say_so_or_not() -> None:
+    plain = nbd.parse_request(bytes.fromhex("25609513 0000 0001 0102030405060708 00000000deadbeef 00001000"))
+    assert (plain.length, plain.payload) == (4096, 4096)
+    for flags in ("0000", "0020"):
+        fields = f"21e41c71 {flags} 0001 0102030405060708 00000000deadbeef 0000000000001000"
+        assert nbd.parse_extended_request(bytes.fromhex(fields)).payload == 4096
+
+
+def test_extended_request_with_another_magic_is_refused() -> None:
+    with pytest.raises(FormatError, match="0x21e41c71"):
+        nbd.parse_extended_request(bytes.fromhex("25609513") + bytes(28))
+
+
+def test_extended_replies_lie_where_the_wire_tables_put_them() -> None:
+    reply = nbd.extended_reply(7, 0xDEADBEEF, nbd.NBD_REPLY_TYPE_ERROR, b"abc", done=False)
+    assert reply == bytes.fromhex(
+        "6e8a278c 0000 8001 0000000000000007 00000000deadbeef 0000000000000003 616263"
+    )
+    assert nbd.extended_reply(7, 1, nbd.NBD_REPLY_TYPE_NONE) == bytes.fromhex(
+        "6e8a278c 0001 0000 0000000000000007 0000000000000001 0000000000000000"
+    )
+    payload = nbd.block_status_ext_payload(9, [(1 << 33, 3), (1, 0)])
+    assert payload == struct.pack(">IIQQQQ", 9, 2, 1 << 33, 3, 1, 0)
+
+
 def test_client_flags_may_only_be_the_two_known_ones() -> None:
     assert nbd.parse_client_flags(b"\0\0\0\3") == 3
     with pytest.raises(FormatError, match="0x4"):

@@ -23,11 +23,14 @@ def refused(
     flags: int = 0,
     *,
     read_only: bool = False,
-    structured: bool = True,
+    in_chunks: bool = True,
+    extended: bool = False,
     contexts: bool = True,
 ) -> int:
     request = nbd.Request(flags, command, 1, offset, length)
-    return refusal(request, size=SIZE, read_only=read_only, structured=structured, contexts=contexts)
+    return refusal(
+        request, size=SIZE, read_only=read_only, in_chunks=in_chunks, contexts=contexts, extended=extended
+    )
 
 
 @pytest.mark.parametrize("command", ALL)
@@ -102,8 +105,24 @@ def test_of_no_bytes_only_a_status_is_refused(command: int) -> None:
 
 
 def test_what_was_not_agreed_on_is_invalid() -> None:
-    assert refused(nbd.NBD_CMD_READ, flags=nbd.NBD_CMD_FLAG_DF, structured=False) == nbd.NBD_EINVAL
+    assert refused(nbd.NBD_CMD_READ, flags=nbd.NBD_CMD_FLAG_DF, in_chunks=False) == nbd.NBD_EINVAL
     assert refused(nbd.NBD_CMD_BLOCK_STATUS, contexts=False) == nbd.NBD_EINVAL
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_a_payload_is_announced_behind_extended_headers_and_by_a_write_only(command: int) -> None:
+    flags = nbd.NBD_CMD_FLAG_PAYLOAD_LEN
+    assert refused(command, flags=flags) == nbd.NBD_EINVAL
+    expected = 0 if command == nbd.NBD_CMD_WRITE else nbd.NBD_EINVAL
+    assert refused(command, flags=flags, extended=True) == expected
+    assert refused(command, extended=True) == 0
+
+
+def test_64_bits_of_length_are_judged_as_32_are() -> None:
+    for command in ALL:
+        if command != nbd.NBD_CMD_FLUSH:
+            assert refused(command, 1, 2**64 - 1, extended=True) != 0
+    assert refused(nbd.NBD_CMD_READ, 0, MAX_PAYLOAD + 1, extended=True) == nbd.NBD_EINVAL
 
 
 @pytest.mark.parametrize(
