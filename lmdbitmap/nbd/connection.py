@@ -59,8 +59,8 @@ _PAGE: Final = 4096
 _MOST_WAITING: Final = 8
 _UNTIMED: Final = 15
 """Batches between two that are timed."""
-_RUN: Final = 4
-"""Headers at hand that make it worth looking for a run of READs."""
+_RUN: Final = 112
+"""Four headers, about, are worth looking for a run of READs."""
 
 
 class Connection:
@@ -94,7 +94,7 @@ class Connection:
             self._lane.has_waited = self.notice.give
         self._deeds = Deeds(self._lane, self.notice)
         self._form = EXTENDED if extended else STRUCTURED if structured else SIMPLE
-        self._header_size = self._form.header.size
+        self._layout, self._header_size = self._form.layout, self._form.header.size
         self._plain_write = self._form.plain_writes[0]
         self._contexts = contexts
         self._replies = Replies(sock, self._lane, disk.fd, self.notice, form=self._form, encrypted=encrypted)
@@ -180,9 +180,8 @@ class Connection:
     def _serve_batch(self) -> bool:
         """Do and answer every whole request at hand; False when the client said goodbye."""
         buffer, view, position, end = self._buffer, self._view, self._start, self._end
-        writes, cookies, reads, form = self._writes, self._write_cookies, self._reads, self._form
-        unpack, plain_read, plain_write = form.header.unpack_from, form.plain_read, self._plain_write
-        header_size, run, size = self._header_size, _RUN * self._header_size, self._disk.size
+        writes, cookies, reads, size = self._writes, self._write_cookies, self._reads, self._disk.size
+        (unpack, header_size, plain_read), plain_write = self._layout, self._plain_write
         writable = -1 if self._disk.read_only else size
         leaving = False
         while end - position >= header_size:
@@ -197,17 +196,17 @@ class Connection:
             elif head == plain_read and 0 < length <= MAX_PAYLOAD and offset + length <= size:
                 reads.append(fields)
                 position = data
-                if end - position >= run:
+                if end - position >= _RUN:
                     position = self._take_run_of_reads(position)
             else:
-                request = form.parse(view[position:data])
+                request = self._form.parse(view[position:data])
                 stop = data + request.payload
                 leaving = request.type == nbd.NBD_CMD_DISC
                 if leaving or stop > end:
                     break
                 self._take_rare(request, cookie, data)
                 position = stop
-                if head in form.plain_writes:
+                if head in self._form.plain_writes:
                     plain_write = self._plain_write = head
         self._settle()
         if self._waiting == 0 or position > self._start or leaving:

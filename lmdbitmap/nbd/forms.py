@@ -9,15 +9,16 @@
 What a reply repeats of its request is its *label*: the cookie as it came, and in the extended form the request's
 offset.
 
-Magic, flags and type are one word here, and the cookie is bytes, as the hot loop has them (connection.py). It takes
-`header`, its size and the head of a READ without flags from its form once for a whole batch.
+Magic, flags and type are one word here, and the cookie is bytes, as the hot loop has them (connection.py).
 """
 
 from __future__ import annotations
 
+import operator
 import struct
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
+from itertools import repeat
+from typing import Final, NamedTuple
 
 from lmdbitmap.interfaces import Buffer
 from lmdbitmap.nbd import protocol as nbd
@@ -37,6 +38,7 @@ EXTENDED_DATA_DONE: Final = _EXTENDED_DATA_MORE | _DONE
 _EXTENDED_OK: Final = nbd.NBD_EXTENDED_REPLY_MAGIC << 32 | _DONE | nbd.NBD_REPLY_TYPE_NONE
 _EXTENDED_EMPTY: Final = struct.Struct(">Q8sQQ")
 _EXTENDED_LABELLED: Final = struct.Struct(">Q16sQQ")
+_FIRST: Final = operator.itemgetter(0)
 _LABEL: Final = struct.Struct(">QQ")
 """Of the extended form."""
 _OFFSET: Final = struct.Struct(">Q")
@@ -45,17 +47,30 @@ assert DATA.size == nbd.OFFSET_DATA_REPLY.size
 assert EXTENDED_DATA.size == nbd.EXTENDED_DATA_REPLY.size
 
 
+class Layout(NamedTuple):
+    """What the hot loop looks at in every batch."""
+
+    unpack: Callable[[Buffer, int], tuple[int, bytes, int, int]]
+    header_size: int
+    plain_read: int
+
+
 class Form:
     """The simple form, and what the others change of it."""
 
     header = struct.Struct(">Q8sQI")
     """`nbd.REQUEST`."""
     plain_read = nbd.NBD_REQUEST_MAGIC << 32 | nbd.NBD_CMD_READ
+    """The head of a READ without flags."""
     plain_writes: tuple[int, ...] = (nbd.NBD_REQUEST_MAGIC << 32 | nbd.NBD_CMD_WRITE,)
-    """The ways in which it may be said; a client has one."""
+    """The same of a WRITE, in each of the ways in which it may be said; a client has one."""
     in_chunks = False
     data_size = nbd.SIMPLE_REPLY.size
     """Bytes before the data of a READ."""
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.header.unpack_from, self.header.size, self.plain_read)
 
     def parse(self, header: Buffer) -> nbd.Request:
         """A request, its payload still to come; raises `FormatError` when it is none."""
@@ -131,11 +146,11 @@ class _Extended(Form):
     def successes(
         self, cookies: list[bytes], writes: Sequence[tuple[int, memoryview]], labels: list[bytes]
     ) -> bytes:
-        pack = _EXTENDED_EMPTY.pack
-        done = [
-            pack(_EXTENDED_OK, cookie, offset, 0) for cookie, (offset, _) in zip(cookies, writes, strict=True)
-        ]
-        return b"".join(done + [self.outcome(nbd.NBD_CMD_FLUSH, label) for label in labels])
+        if len(cookies) == 1 and not labels:
+            return _EXTENDED_EMPTY.pack(_EXTENDED_OK, cookies[0], writes[0][0], 0)
+        offsets = map(_FIRST, writes)
+        done = b"".join(map(_EXTENDED_EMPTY.pack, repeat(_EXTENDED_OK), cookies, offsets, repeat(0)))
+        return done + b"".join(self.outcome(nbd.NBD_CMD_FLUSH, label) for label in labels) if labels else done
 
     def outcome(self, command: int, label: bytes, error: int = 0) -> bytes:
         return _extended(label, *_told(error))
