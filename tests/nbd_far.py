@@ -17,7 +17,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from tests.nbd_raw import BLOCK_STATUS, DISC, FLUSH, GO, READ, SET_META_CONTEXT, STRUCTURED_REPLY, WRITE
+from tests.nbd_raw import (
+    BLOCK_STATUS,
+    DISC,
+    EXTENDED_HEADERS,
+    FLUSH,
+    GO,
+    PAYLOAD_LEN,
+    READ,
+    SET_META_CONTEXT,
+    STRUCTURED_REPLY,
+    WRITE,
+)
 
 TRIM, WRITE_ZEROES = 4, 6
 READ_ONLY, SEND_FLUSH, SEND_FUA, SEND_TRIM, SEND_WRITE_ZEROES, SEND_FAST_ZERO = 2, 4, 8, 32, 64, 2048
@@ -26,6 +37,7 @@ EXPORT_NAME, STARTTLS = 1, 5
 ACK, INFO, META_CONTEXT, UNSUP, TLS_REQD = 1, 3, 4, (1 << 31) + 1, (1 << 31) + 5
 EIO, EINVAL, EOVERFLOW, ENOTSUP, ESHUTDOWN = 5, 22, 75, 95, 108
 CONTEXT_ID = 77
+_OF_STRUCTURED = (SET_META_CONTEXT, STRUCTURED_REPLY)
 
 
 class Asked(NamedTuple):
@@ -65,6 +77,8 @@ class FarServer:
         self.size = size
         self.flags = flags
         self.structured = True
+        self.extended = False
+        """Whether it agrees on extended headers; it is structured too then."""
         self.knows_go = True
         self.no_zeroes = True
         self.block_sizes: tuple[int, int, int] | None = None
@@ -238,7 +252,7 @@ class FarServer:
         elif number == SET_META_CONTEXT and self.statuses is not None:
             yield option_reply(number, META_CONTEXT, struct.pack(">I", CONTEXT_ID) + b"base:allocation")
             yield option_reply(number, ACK)
-        elif number in (SET_META_CONTEXT, STRUCTURED_REPLY) and self.structured:
+        elif self.extended if number == EXTENDED_HEADERS else self.structured and number in _OF_STRUCTURED:
             yield option_reply(number, ACK)
         else:
             yield option_reply(number, UNSUP, b"never heard of it")
@@ -246,8 +260,13 @@ class FarServer:
     # -- transmission --------------------------------------------------------------------------------------
 
     def _answer(self, sock: socket.socket, connection: int) -> bool:
-        magic, flags, command, cookie, offset, length = struct.unpack(">IHHQQI", _exactly(sock, 28))
-        assert magic == 0x25609513
+        layout, expected = (">IHHQQQ", 0x21E41C71) if self.extended else (">IHHQQI", 0x25609513)
+        header = _exactly(sock, struct.calcsize(layout))
+        magic, flags, command, cookie, offset, length = struct.unpack(layout, header)
+        assert magic == expected
+        if self.extended:
+            assert bool(flags & PAYLOAD_LEN) == (command == WRITE)
+            flags &= ~PAYLOAD_LEN
         data = _exactly(sock, length) if command == WRITE else b""
         asked = Asked(connection, flags, command, cookie, offset, length, data)
         if command == DISC:
@@ -279,20 +298,35 @@ class FarServer:
         if asked.command == READ:
             return self.read_reply(asked, bytes(self.data[part]))
         if asked.command == BLOCK_STATUS:
-            descriptors = b"".join(struct.pack(">II", *status) for status in self.statuses or [])
-            return chunk(asked.cookie, 5, struct.pack(">I", CONTEXT_ID) + descriptors)
+            return self.status_reply(asked, self.statuses or [])
         if asked.command == WRITE:
             self.data[part] = asked.data
         elif asked.command in (TRIM, WRITE_ZEROES):
             self.data[part] = bytes(asked.length)
         if asked.command == FLUSH or asked.flags & 1:
             self.stable[:] = self.data
-        return simple(asked.cookie)
+        return extended_chunk(asked, 0) if self.extended else simple(asked.cookie)
 
     def read_reply(self, asked: Asked, data: bytes) -> bytes:
+        if self.extended:
+            return extended_chunk(asked, 1, struct.pack(">Q", asked.offset) + data)
         if self.structured:
             return chunk(asked.cookie, 1, struct.pack(">Q", asked.offset) + data)
         return simple(asked.cookie) + data
+
+    def status_reply(self, asked: Asked, statuses: list[tuple[int, int]]) -> bytes:
+        if self.extended:
+            descriptors = b"".join(struct.pack(">QQ", *status) for status in statuses)
+            return extended_chunk(asked, 6, struct.pack(">II", CONTEXT_ID, len(statuses)) + descriptors)
+        descriptors = b"".join(struct.pack(">II", *status) for status in statuses)
+        return chunk(asked.cookie, 5, struct.pack(">I", CONTEXT_ID) + descriptors)
+
+    def error_reply(self, asked: Asked, error: int) -> bytes:
+        if self.extended:
+            return extended_chunk(asked, 0x8001, struct.pack(">IH", error, 0))
+        if self.structured and asked.command in (READ, BLOCK_STATUS):
+            return error_chunk(asked.cookie, error)
+        return simple(asked.cookie, error)
 
 
 @contextmanager
@@ -327,6 +361,11 @@ def simple(cookie: int, error: int = 0) -> bytes:
 
 def chunk(cookie: int, kind: int, payload: bytes = b"", *, done: bool = True) -> bytes:
     return struct.pack(">IHHQI", 0x668E33EF, int(done), kind, cookie, len(payload)) + payload
+
+
+def extended_chunk(asked: Asked, kind: int, payload: bytes = b"", *, done: bool = True) -> bytes:
+    fields = (int(done), kind, asked.cookie, asked.offset, len(payload))
+    return struct.pack(">IHHQQQ", 0x6E8A278C, *fields) + payload
 
 
 def error_chunk(cookie: int, error: int, message: bytes = b"", *, done: bool = True) -> bytes:

@@ -3,6 +3,7 @@
 - What the far side does not offer is done another way: zeroes are written out, a discard is dropped, without
   block status all is data. A server that can neither flush nor write through is refused for writing: no
   checkpoint on it would survive a power cut.
+- With extended headers the allocation of the whole image is one question. Zeroes and discards stay short all the same.
 - Requests keep to the server's block sizes. Where its smallest block is larger than a byte, the rest of a
   block at either edge of a write is read and written back, while no other write is under way.
 - A broken connection is mended within `reconnect_s`, unseen (client_session.py says how, and what is kept
@@ -38,7 +39,8 @@ KEEP_BYTES: Final = 64 << 20
 """How much that was written and not flushed is kept, to be written again on a new connection."""
 _ZERO_CHUNK: Final = 1 << 20
 _EFFECT_CHUNK: Final = 1 << 30
-"""Bytes zeroed, discarded or asked about in one request."""
+"""Bytes zeroed or discarded in one request, however long it may be: servers are slow at it, and a request that is not
+answered holds up whatever comes after. And asked about, unless headers are extended: then it is all at once."""
 _TOO_LONG: Final = (nbd.NBD_EINVAL, nbd.NBD_EOVERFLOW)
 _DATA: Final = Allocation(0, hole=False, zero=False)
 
@@ -319,12 +321,11 @@ class NbdDevice:
     def _statuses(self, start: int, stop: int) -> Iterator[Allocation]:
         position, end = self._outward(start, stop)
         while position < end:
-            request = Request(nbd.NBD_CMD_BLOCK_STATUS, position, min(end - position, _EFFECT_CHUNK))
+            asked = end - position if self.export.extended else min(end - position, _EFFECT_CHUNK)
+            request = Request(nbd.NBD_CMD_BLOCK_STATUS, position, asked)
             if self.export.allocation_id is not None:
                 self._conversation.do([request])
-            for length, flags in nbd.BLOCK_DESCRIPTOR.iter_unpack(
-                request.statuses if request.statuses is not None and not request.error else b""
-            ):
+            for length, flags in request.extents():
                 extent = min(position + length, stop) - max(position, start)
                 yield Allocation(
                     max(extent, 0), bool(flags & nbd.NBD_STATE_HOLE), bool(flags & nbd.NBD_STATE_ZERO)

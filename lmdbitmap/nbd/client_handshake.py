@@ -1,6 +1,7 @@
 """The client's side of NBD option haggling: bytes in, bytes out, no socket and no clock.
 
-    greeting -> STRUCTURED_REPLY -> SET_META_CONTEXT base:allocation -> GO (or, of old servers, EXPORT_NAME)
+    greeting -> EXTENDED_HEADERS, or STRUCTURED_REPLY -> SET_META_CONTEXT base:allocation -> GO
+    (old servers refuse the first, or all three; in the end they are asked by EXPORT_NAME)
     with TLS, before all but the greeting: STARTTLS, and both sides shake hands anew
 
 `negotiation` is a generator: it yields bytes to be sent, how many bytes it wants next, or `BEGIN_TLS`, and returns
@@ -38,10 +39,13 @@ class FarExport(NamedTuple):
     maximum: int = MAX_PAYLOAD
     """The longest READ and WRITE, a multiple of `minimum`."""
     structured: bool = False
+    """Whether replies may come in chunks."""
     allocation_id: int | None = None
     """How BLOCK_STATUS replies name `base:allocation`; None where the server has no such thing."""
     description: str = ""
     """For people, but for `is_of`."""
+    extended: bool = False
+    """Whether headers are the extended ones, with lengths of 64 bits; they are structured too."""
 
     def has(self, flag: int) -> bool:
         return bool(self.flags & flag)
@@ -72,16 +76,17 @@ def negotiation(name: str, *, tls: bool = False) -> Generator[Step, bytes, FarEx
         yield from _begin_tls(handshake_flags)
     if not handshake_flags & nbd.NBD_FLAG_FIXED_NEWSTYLE:
         return (yield from _export_name(name, handshake_flags, structured=False, allocation_id=None))
-    structured = (yield from _ask(nbd.NBD_OPT_STRUCTURED_REPLY))[-1][0] == nbd.NBD_REP_ACK
+    extended = (yield from _ask(nbd.NBD_OPT_EXTENDED_HEADERS))[-1][0] == nbd.NBD_REP_ACK
+    structured = extended or (yield from _ask(nbd.NBD_OPT_STRUCTURED_REPLY))[-1][0] == nbd.NBD_REP_ACK
     allocation_id = (yield from _allocation_context(name)) if structured else None
     replies = yield from _ask(nbd.NBD_OPT_GO, _info_query(name))
     outcome, message = replies[-1]
-    if outcome == nbd.NBD_REP_ERR_UNSUP:
+    if outcome == nbd.NBD_REP_ERR_UNSUP and not extended:
         return (yield from _export_name(name, handshake_flags, structured, allocation_id))
     if outcome != nbd.NBD_REP_ACK:
         yield nbd.OPTION.pack(nbd.IHAVEOPT, nbd.NBD_OPT_ABORT, 0)
         _refuse(name, outcome, message)
-    return _export(replies[:-1], structured, allocation_id)
+    return _export(replies[:-1], structured, allocation_id)._replace(extended=extended)
 
 
 def _greeting() -> Generator[Step, bytes, int]:

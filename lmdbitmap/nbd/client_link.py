@@ -18,7 +18,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, Protocol
 
 from lmdbitmap.interfaces import Buffer
@@ -29,7 +29,9 @@ WINDOW: Final = 256
 """Requests of one kind that may be sent without receiving: what answers them fits into a socket's buffer."""
 _PART_S: Final = 1.0
 _BUFFER: Final = 64 << 10
-_MAX_STATUS: Final = 4 + 8 * (1 << 20)
+_MOST_EXTENTS: Final = 1 << 20
+_LONGEST: Final = (1 << 32) - (1 << 16)
+"""What a compact header can ask for, in whole blocks of any size."""
 _MAX_ERROR: Final = 64 << 10
 _FREE_PIECES: Final = 1024
 _U32: Final = struct.Struct(">I")
@@ -61,8 +63,8 @@ class Request:
     """One request and what is known of its answer. `error` is the protocol's number, 0, `AWAY` or `SILENT`."""
 
     __slots__ = (
-        "call", "command", "cookie", "covered", "data", "error", "flags", "into", "length", "link", "mark",
-        "offset", "pieces", "since", "statuses",
+        "call", "command", "cookie", "covered", "data", "descriptor", "error", "flags", "into", "length", "link",
+        "mark", "offset", "pieces", "since", "statuses",
     )  # fmt: skip
 
     def __init__(
@@ -84,7 +86,8 @@ class Request:
         self.cookie = 0
         self.error = 0
         self.statuses: bytes | None = None
-        """Of BLOCK_STATUS: descriptors of (u32 length, u32 flags), one at least, none of them empty."""
+        """Of BLOCK_STATUS: descriptors as the next line has them, one at least, none of them empty."""
+        self.descriptor = nbd.BLOCK_DESCRIPTOR
         self.call: Call | None = None
         self.link: Link | None = None
         """The connection it is for; None while there is none."""
@@ -98,10 +101,21 @@ class Request:
         self.error, self.covered, self.statuses = 0, 0, None
         self.pieces.clear()
 
-    def header(self) -> bytes:
+    def header(self, *, extended: bool) -> bytes:
+        """Where lengths have 32 bits, a BLOCK_STATUS that is longer asks for less: its length is a wish. Nothing else
+        is ever longer."""
+        if extended:
+            flags = self.flags | (nbd.NBD_CMD_FLAG_PAYLOAD_LEN if self.command == nbd.NBD_CMD_WRITE else 0)
+            fields = (flags, self.command, self.cookie, self.offset, self.length)
+            return nbd.EXTENDED_REQUEST.pack(nbd.NBD_EXTENDED_REQUEST_MAGIC, *fields)
+        length = min(self.length, _LONGEST)
         return nbd.REQUEST.pack(
-            nbd.NBD_REQUEST_MAGIC, self.flags, self.command, self.cookie, self.offset, self.length
+            nbd.NBD_REQUEST_MAGIC, self.flags, self.command, self.cookie, self.offset, length
         )
+
+    def extents(self) -> Iterable[tuple[int, int]]:
+        """(bytes, flags) that answer a BLOCK_STATUS; none where it failed."""
+        return () if self.error or self.statuses is None else self.descriptor.iter_unpack(self.statuses)
 
 
 class Wire(Protocol):
@@ -121,6 +135,9 @@ class Link:
 
     def __init__(self, sock: Wire, export: FarExport) -> None:
         self.export = export
+        self._status_kind = (
+            nbd.NBD_REPLY_TYPE_BLOCK_STATUS_EXT if export.extended else nbd.NBD_REPLY_TYPE_BLOCK_STATUS
+        )
         self._sock = sock
         self._outbox: deque[Request] = deque()
         self._sending = threading.Lock()
@@ -158,7 +175,7 @@ class Link:
         parts: list[Buffer] = []
         for request in requests:
             request.begin()
-            parts.append(request.header())
+            parts.append(request.header(extended=self.export.extended))
             if request.command == nbd.NBD_CMD_WRITE:
                 parts.append(request.data)
         left = sum(map(len, parts)) - self._sock.sendmsg(parts)
@@ -172,6 +189,8 @@ class Link:
 
         Raises `FormatError` for what no server may send, `OSError` when the connection breaks.
         """
+        if self.export.extended:
+            return self._receive_extended(waiting)
         self._await(nbd.SIMPLE_REPLY.size)
         (magic,) = _U32.unpack_from(self._buffer, self._start)
         if magic == nbd.NBD_SIMPLE_REPLY_MAGIC:
@@ -180,9 +199,23 @@ class Link:
         if magic != nbd.NBD_STRUCTURED_REPLY_MAGIC or not self.export.structured:
             raise nonsense("reply", "a magic of those agreed on", f"{magic:#x}")
         _, flags, kind, cookie, length = nbd.STRUCTURED_REPLY.unpack(self._take(nbd.STRUCTURED_REPLY.size))
+        return self._chunk(self._sent(waiting, cookie), kind, length, flags)
+
+    def _receive_extended(self, waiting: Mapping[int, Request]) -> Request | None:
+        header = self._take(nbd.EXTENDED_REPLY.size)
+        magic, flags, kind, cookie, offset, length = nbd.EXTENDED_REPLY.unpack(header)
+        if magic != nbd.NBD_EXTENDED_REPLY_MAGIC:
+            raise nonsense("reply", f"magic {nbd.NBD_EXTENDED_REPLY_MAGIC:#x}", f"{magic:#x}")
         request = self._sent(waiting, cookie)
-        self._chunk(request, kind, length, bool(flags & nbd.NBD_REPLY_FLAG_DONE))
-        return _whole(request) if flags & nbd.NBD_REPLY_FLAG_DONE else None
+        if offset != request.offset:
+            raise nonsense("reply", f"the request's offset {request.offset}", offset)
+        return self._chunk(request, kind, length, flags)
+
+    def _chunk(self, request: Request, kind: int, length: int, flags: int) -> Request | None:
+        """Take in a chunk's payload; the request, if it is whole with it."""
+        is_last = bool(flags & nbd.NBD_REPLY_FLAG_DONE)
+        self._payload(request, kind, length, is_last)
+        return _whole(request) if is_last else None
 
     def _sent(self, waiting: Mapping[int, Request], cookie: int) -> Request:
         request = waiting.get(cookie)
@@ -202,7 +235,7 @@ class Link:
             self._receive_into(request.into)
         return request
 
-    def _chunk(self, request: Request, kind: int, length: int, is_last: bool) -> None:
+    def _payload(self, request: Request, kind: int, length: int, is_last: bool) -> None:
         if kind == nbd.NBD_REPLY_TYPE_NONE and length == 0 and is_last:
             return
         if kind == nbd.NBD_REPLY_TYPE_OFFSET_DATA and 0 < length - _U64.size <= _room(request):
@@ -211,7 +244,7 @@ class Link:
         elif kind == nbd.NBD_REPLY_TYPE_OFFSET_HOLE and length == _HOLE.size and _room(request):
             offset, hole = _HOLE.unpack(self._take(_HOLE.size))
             _part(request, offset, hole)[:] = bytes(hole)
-        elif kind == nbd.NBD_REPLY_TYPE_BLOCK_STATUS and request.command == nbd.NBD_CMD_BLOCK_STATUS:
+        elif kind == self._status_kind and request.command == nbd.NBD_CMD_BLOCK_STATUS:
             self._status_chunk(request, length)
         elif kind & 1 << 15 and nbd.ERROR_PAYLOAD.size <= length <= _MAX_ERROR:
             error, said = nbd.ERROR_PAYLOAD.unpack_from(self._take(length))
@@ -226,14 +259,21 @@ class Link:
             )
 
     def _status_chunk(self, request: Request, length: int) -> None:
-        if request.statuses is not None or not 12 <= length <= _MAX_STATUS or length % 8 != 4:
+        """u32 context id, with extended headers the u32 number of descriptors, and the descriptors."""
+        extended = self.export.extended
+        head, one = (
+            (nbd.BLOCK_STATUS_EXT, nbd.BLOCK_DESCRIPTOR_EXT) if extended else (_U32, nbd.BLOCK_DESCRIPTOR)
+        )
+        count, rest = divmod(length - head.size, one.size)
+        if request.statuses is not None or not 1 <= count <= _MOST_EXTENTS or rest:
             raise nonsense("block status", "one list of descriptors", f"{length} bytes")
         payload = self._take(length)
-        (context_id,) = _U32.unpack_from(payload)
-        if context_id != self.export.allocation_id:
-            raise nonsense("block status", f"context {self.export.allocation_id}", context_id)
-        request.statuses = payload[_U32.size :]
-        if any(extent == 0 for extent, _ in nbd.BLOCK_DESCRIPTOR.iter_unpack(request.statuses)):
+        context_id, *counted = head.unpack_from(payload)
+        if context_id != self.export.allocation_id or counted not in ([], [count]):
+            expected = f"{count} descriptors of context {self.export.allocation_id}"
+            raise nonsense("block status", expected, f"{counted} of {context_id}")
+        request.statuses, request.descriptor = payload[head.size :], one
+        if any(extent == 0 for extent, _ in one.iter_unpack(request.statuses)):
             raise nonsense("block status", "extents with a length", "an empty one")
 
     def _await(self, count: int) -> None:
@@ -287,7 +327,7 @@ class Link:
         """Close it in the way that the protocol asks for; nothing may be in flight."""
         with contextlib.suppress(OSError):
             self._sock.settimeout(_PART_S)
-            self._sock.sendall(Request(nbd.NBD_CMD_DISC).header())
+            self._sock.sendall(Request(nbd.NBD_CMD_DISC).header(extended=self.export.extended))
         self.part()
 
 

@@ -10,8 +10,8 @@ from lmdbitmap.nbd.client_handshake import MAX_PAYLOAD, FarExport, negotiation
 from tests.fuzz.inputs import MOST_WORDS, Input, check_words
 
 SCRIPTED = 1
-OPTIONS = (8, 10, 7)
-"""In the order in which our client asks."""
+OPTIONS = (11, 8, 10, 7)
+"""In the order in which our client asks; the second is left out behind a yes to the first."""
 KINDS = (1, 3, 4, 2, 0x80000001, 0x80000005, 0x80000006, 0x80000007, 0x80000009)
 MOST_WANTED = 64 << 10
 
@@ -31,12 +31,16 @@ def far_server(data: bytes) -> None:
 def haggling(source: Input) -> bytes:
     """A greeting, and replies to the options that our client asks, with right magics and lengths."""
     said = bytearray(struct.pack(">QQH", 0x4E42444D41474943, 0x49484156454F5054, source.byte() % 4))
+    is_extended = False
     for option in OPTIONS:
+        if option == 8 and is_extended:
+            continue
         kind = 0
         while source.left and kind != 1 and not kind >> 31:
             kind = source.pick(KINDS)
             payload = payload_of(source)
             said += struct.pack(">QIII", 0x3E889045565A9, option, kind, len(payload)) + payload
+        is_extended = is_extended or (option, kind) == (11, 1)
     return bytes(said + source.rest())
 
 
@@ -79,6 +83,7 @@ def check_export(export: FarExport) -> None:
     assert export.minimum <= export.maximum <= MAX_PAYLOAD
     assert export.maximum % export.minimum == 0
     assert export.allocation_id is None or export.structured
+    assert export.structured or not export.extended
 
 
 def uris(data: bytes) -> None:

@@ -1,4 +1,7 @@
-"""Lengths of 64 bits, as the programs of a newer Debian ask for them: of a tracked disk of more than 4 GiB."""
+"""Lengths of 64 bits, as the programs of a newer Debian ask for them: of a tracked disk of more than 4 GiB.
+
+And as we ask a newer qemu-nbd for them.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,16 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from lmdbitmap import session
 from lmdbitmap.filter import Filter
+from lmdbitmap.interfaces import Allocation
+from lmdbitmap.nbd.client import NbdDevice
 from lmdbitmap.nbd.dirty_contexts import tracked_contexts
 from lmdbitmap.nbd.server import Server
 from lmdbitmap.nbd.traffic import BLOCK_STATUS, ZEROES
+from lmdbitmap.store import Store
 from tests.newer import newer, requires_newer
-from tests.support import make_raw_image, requires, run
+from tests.support import make_raw_image, requires, run, spawn, wait_for_socket
 from tests.tracked import NAME, TrackedDisk
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -184,3 +191,50 @@ def test_qemu_img_maps_converts_and_compares(house: House, tmp_path: Path) -> No
     compared = run(newer("qemu-img"), "compare", tmp_path / "copy.qcow2", house.uri).stdout
     assert "identical" in compared
     assert (tmp_path / "copy.qcow2").stat().st_size < 8 * MIB
+
+
+# --- the other end: our client, and a newer qemu-nbd ---
+
+
+@pytest.fixture
+def far(tmp_path: Path) -> Iterator[str]:
+    """The URI of a qcow2 image with data at 11 GiB."""
+    image, path = tmp_path / "far.qcow2", tmp_path / "far.sock"
+    run(newer("qemu-img"), "create", "-f", "qcow2", image, str(SIZE))
+    words = ("-f", "qcow2", "-x", "disk", "-k", path, "--shared=4", "--persistent", "--discard=unmap", image)
+    with spawn(newer("qemu-nbd"), *words) as server:
+        wait_for_socket(path, server)
+        uri = f"nbd+unix:///disk?socket={path}"
+        with NbdDevice.open(uri) as device:
+            device.pwrite(b"x" * MIB, 11 * GIB)
+        yield uri
+
+
+def test_our_client_asks_a_newer_qemu_nbd_for_the_allocation_of_a_whole_disk_at_once(far: str) -> None:
+    with NbdDevice.open(far) as device:
+        assert device.export.extended
+        assert list(device.allocation(0, SIZE)) == [
+            Allocation(11 * GIB, hole=True, zero=True),
+            Allocation(MIB, hole=False, zero=False),
+            Allocation(SIZE - 11 * GIB - MIB, hole=True, zero=True),
+        ]
+        device.write_zeroes(11 * GIB + 4096, 9 * GIB)
+        device.discard(0, 10 * GIB)
+        device.flush()
+        assert device.pread(8192, 11 * GIB) == b"x" * 4096 + bytes(4096)
+
+
+def test_a_far_disk_of_a_newer_qemu_nbd_is_tracked_and_read_back(far: str, tmp_path: Path) -> None:
+    with closing(Store.create(str(tmp_path / "store"))) as store:
+        session.add(store, NAME, far, granularity_bits=16)
+        with Filter.attach(store, NAME, background=False) as disk:
+            disk.checkpoint("start")
+            disk.write_zeroes(8 * GIB, 8 * GIB)
+            disk.pwrite(b"y" * 4096, 20 * GIB)
+            assert [(e.offset, e.length) for e in disk.changes(since="start").extents() if e.dirty] == [
+                (8 * GIB, 8 * GIB),
+                (20 * GIB, 65536),
+            ]
+    with NbdDevice.open(far, read_only=True) as device:
+        assert device.pread(MIB, 11 * GIB) == bytes(MIB)
+        assert device.pread(4096, 20 * GIB) == b"y" * 4096

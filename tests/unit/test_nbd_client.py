@@ -77,6 +77,13 @@ def once(behave: Callable[[Asked], bytes], command: int) -> Callable[[FarServer,
     return first
 
 
+FORMS = ["simple", "structured", "extended"]
+
+
+def agree(far: FarServer, form: str) -> None:
+    far.structured, far.extended = form != "simple", form == "extended"
+
+
 def hang_up(asked: Asked) -> bytes:
     raise HangUp
 
@@ -148,9 +155,10 @@ def test_resizing_is_refused(far: FarServer) -> None:
 # --- answers ---
 
 
-@pytest.mark.parametrize("structured", [True, False])
-def test_replies_may_come_in_any_pieces(far: FarServer, structured: bool) -> None:
-    far.structured, far.dribbles = structured, True
+@pytest.mark.parametrize("form", FORMS)
+def test_replies_may_come_in_any_pieces(far: FarServer, form: str) -> None:
+    agree(far, form)
+    far.dribbles = True
     far.data[:1000] = PATTERN[:1000]
     with opened(far) as device:
         assert device.pread(1000, 0) == PATTERN[:1000]
@@ -174,13 +182,13 @@ def test_pieces_of_a_read_may_come_in_any_order_and_as_holes(far: FarServer) -> 
         assert buffer == b"a" * 100 + bytes(400) + b"c" * 100
 
 
-@pytest.mark.parametrize("structured", [True, False])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("told", "heard"), [(EIO, errno.EIO), (28, errno.ENOSPC), (12345, errno.EINVAL)])
 def test_error_of_the_server_is_the_callers_and_costs_no_connection(
-    far: FarServer, structured: bool, told: int, heard: int
+    far: FarServer, form: str, told: int, heard: int
 ) -> None:
-    far.structured = structured
-    far.behave = once(lambda asked: simple(asked.cookie, told), WRITE)
+    agree(far, form)
+    far.behave = once(lambda asked: far.error_reply(asked, told), WRITE)
     with opened(far) as device:
         with pytest.raises(OSError) as refused:
             device.pwrite(b"x", 0)
@@ -260,9 +268,9 @@ def test_structured_reply_that_was_not_agreed_on_costs_the_connection(far: FarSe
     assert far.handshakes == 2
 
 
-@pytest.mark.parametrize("structured", [True, False])
-def test_disconnect_at_every_byte_of_a_reply_is_mended(far: FarServer, structured: bool) -> None:
-    far.structured = structured
+@pytest.mark.parametrize("form", FORMS)
+def test_disconnect_at_every_byte_of_a_reply_is_mended(far: FarServer, form: str) -> None:
+    agree(far, form)
     far.data[:50] = PATTERN[:50]
     whole = far.read_reply(Asked(1, 0, READ, 1, 0, 50), PATTERN[:50])
 

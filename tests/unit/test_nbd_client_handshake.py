@@ -12,9 +12,11 @@ from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError,
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.client_handshake import FarExport, negotiation
 from tests.nbd_far import ACK, INFO, META_CONTEXT, STARTTLS, TLS_REQD, UNSUP, option_reply
-from tests.nbd_raw import GO, SET_META_CONTEXT, STRUCTURED_REPLY, option, string
+from tests.nbd_raw import EXTENDED_HEADERS, GO, SET_META_CONTEXT, STRUCTURED_REPLY, option, string
 
 GREETING = b"NBDMAGICIHAVEOPT\0\3"
+COMPACT = option_reply(EXTENDED_HEADERS, UNSUP)
+"""What servers say that do not know extended headers."""
 SIZE = 1 << 20
 EXPORT = option_reply(GO, INFO, struct.pack(">HQH", 0, SIZE, 5))
 CONTEXT = option_reply(SET_META_CONTEXT, META_CONTEXT, b"\0\0\0\7base:allocation")
@@ -60,20 +62,25 @@ def played(heard: bytes, *, tls: bool = False) -> tuple[FarExport, bytes, bytes]
 
 def agreed(*infos: bytes, greeting: bytes = GREETING) -> bytes:
     """A server without structured replies that lets us in."""
-    return greeting + option_reply(STRUCTURED_REPLY, UNSUP) + b"".join(infos) + ack(GO)
+    return greeting + COMPACT + option_reply(STRUCTURED_REPLY, UNSUP) + b"".join(infos) + ack(GO)
 
 
 def refused(outcome: int, message: bytes = b"") -> bytes:
-    return GREETING + option_reply(STRUCTURED_REPLY, UNSUP) + option_reply(GO, outcome, message)
+    return GREETING + COMPACT + option_reply(STRUCTURED_REPLY, UNSUP) + option_reply(GO, outcome, message)
 
 
 def test_all_that_is_asked_for_is_agreed_on() -> None:
-    heard = GREETING + ack(STRUCTURED_REPLY) + CONTEXT + ack(SET_META_CONTEXT)
+    heard = GREETING + COMPACT + ack(STRUCTURED_REPLY) + CONTEXT + ack(SET_META_CONTEXT)
     export, said = negotiated(heard + block_sizes(512, 4096, 1 << 20) + EXPORT + ack(GO))
     assert export == FarExport(SIZE, 5, 512, 1 << 20, structured=True, allocation_id=7)
     context = string("disk") + b"\0\0\0\1" + string("base:allocation")
     go = string("disk") + b"\0\2\0\3\0\2"
-    asked = option(STRUCTURED_REPLY) + option(SET_META_CONTEXT, context) + option(GO, go)
+    asked = (
+        option(EXTENDED_HEADERS)
+        + option(STRUCTURED_REPLY)
+        + option(SET_META_CONTEXT, context)
+        + option(GO, go)
+    )
     assert said == b"\0\0\0\3" + asked
 
 
@@ -107,14 +114,27 @@ def test_server_without_extras_is_used_with_the_defaults() -> None:
     ],
 )
 def test_server_that_does_not_select_the_context_is_not_asked_for_it(context_replies: bytes) -> None:
-    heard = GREETING + ack(STRUCTURED_REPLY) + context_replies + EXPORT + ack(GO)
+    heard = GREETING + COMPACT + ack(STRUCTURED_REPLY) + context_replies + EXPORT + ack(GO)
     assert negotiated(heard)[0] == FarExport(SIZE, 5, structured=True, allocation_id=None)
+
+
+def test_behind_extended_headers_structured_replies_are_not_asked_for() -> None:
+    heard = GREETING + ack(EXTENDED_HEADERS) + CONTEXT + ack(SET_META_CONTEXT) + EXPORT + ack(GO)
+    export, said = negotiated(heard)
+    assert export == FarExport(SIZE, 5, structured=True, allocation_id=7, extended=True)
+    assert option(STRUCTURED_REPLY) not in said
+
+
+def test_a_server_of_extended_headers_has_no_excuse_not_to_know_go() -> None:
+    said = option_reply(SET_META_CONTEXT, UNSUP) + option_reply(GO, UNSUP)
+    with pytest.raises(InvalidArgument, match="refuses export 'disk' with error 1"):
+        negotiated(GREETING + ack(EXTENDED_HEADERS) + said)
 
 
 @pytest.mark.parametrize(("flags", "padding"), [(1, bytes(124)), (3, b"")])
 def test_server_without_go_is_asked_by_export_name(flags: int, padding: bytes) -> None:
     heard = b"NBDMAGICIHAVEOPT" + struct.pack(">H", flags)
-    heard += option_reply(STRUCTURED_REPLY, UNSUP) + option_reply(GO, UNSUP)
+    heard += COMPACT + option_reply(STRUCTURED_REPLY, UNSUP) + option_reply(GO, UNSUP)
     export, said = negotiated(heard + struct.pack(">QH", SIZE, 5) + padding)
     assert export == FarExport(SIZE, 5)
     assert said.startswith(struct.pack(">I", flags))
@@ -178,7 +198,7 @@ def test_refusal_says_why_and_says_goodbye(outcome: int, kind: type[LmdbitmapErr
         (b"NBDMAGIC\0\0\x42\x02\x81\x86\x12\x53\0\0", "oldstyle"),
         (GREETING + bytes(20), "option reply"),
         (GREETING + ack(GO), "option reply"),
-        (GREETING + option_reply(STRUCTURED_REPLY, 2) * 256, "option replies"),
+        (GREETING + COMPACT + option_reply(STRUCTURED_REPLY, 2) * 256, "option replies"),
         (GREETING + struct.pack(">QIII", 0x3E889045565A9, STRUCTURED_REPLY, ACK, 1 << 17), "option reply"),
         (agreed(), "size"),
         (agreed(EXPORT, option_reply(GO, 2, b"")), "reply to GO"),
@@ -199,7 +219,7 @@ def test_information_that_nobody_asked_for_is_passed_over() -> None:
 
 
 def test_every_cut_is_waited_out_and_not_guessed() -> None:
-    heard = GREETING + ack(STRUCTURED_REPLY) + CONTEXT + ack(SET_META_CONTEXT) + EXPORT + ack(GO)
+    heard = GREETING + COMPACT + ack(STRUCTURED_REPLY) + CONTEXT + ack(SET_META_CONTEXT) + EXPORT + ack(GO)
     for length in range(len(heard)):
         with pytest.raises(EOFError):
             negotiated(heard[:length])
@@ -208,7 +228,7 @@ def test_every_cut_is_waited_out_and_not_guessed() -> None:
 
 def server_words() -> st.SearchStrategy[Iterable[bytes]]:
     kinds = st.sampled_from([ACK, 2, INFO, META_CONTEXT, UNSUP, (1 << 31) + 6, 99])
-    options = st.sampled_from([STRUCTURED_REPLY, SET_META_CONTEXT, GO, 1])
+    options = st.sampled_from([EXTENDED_HEADERS, STRUCTURED_REPLY, SET_META_CONTEXT, GO, 1])
     replies = st.builds(option_reply, options, kinds, st.binary(max_size=20))
     return st.lists(st.one_of(replies, st.just(EXPORT), st.just(CONTEXT), st.binary(max_size=30)), max_size=8)
 
@@ -229,7 +249,7 @@ def test_nothing_is_said_before_tls_but_that_it_is_wanted() -> None:
     heard = agreed(EXPORT, greeting=GREETING + ack(STARTTLS))
     export, said, rest = played(heard, tls=True)
     assert (export, rest) == (FarExport(SIZE, 5, 1, 32 << 20), b"")
-    assert said.startswith(b"\0\0\0\3" + option(STARTTLS) + b"|" + option(STRUCTURED_REPLY))
+    assert said.startswith(b"\0\0\0\3" + option(STARTTLS) + b"|" + option(EXTENDED_HEADERS))
     assert b"disk" not in said[: said.index(b"|")]
 
 
@@ -253,6 +273,6 @@ def test_acknowledgement_of_tls_is_one_and_empty(reply: bytes) -> None:
 
 
 def test_server_that_insists_on_tls_is_said_how_to_be_reached() -> None:
-    heard = GREETING + option_reply(STRUCTURED_REPLY, TLS_REQD) + option_reply(GO, TLS_REQD)
+    heard = GREETING + COMPACT + option_reply(STRUCTURED_REPLY, TLS_REQD) + option_reply(GO, TLS_REQD)
     with pytest.raises(InvalidArgument, match="without TLS; write nbds: for nbd:"):
         played(heard)
