@@ -79,7 +79,10 @@ def mirror() -> str:
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     places = [line.split() for line in told.stdout.splitlines()]
-    return next(uri for uri, release in places if "-" not in release and uri.rstrip("/").endswith("/debian"))
+    for uri, release in places:
+        if "-" not in release and uri.rstrip("/").endswith("/debian"):
+            return uri
+    raise SystemExit("newer: apt's sources name no mirror of Debian")
 
 
 def apart(place: Path) -> list[str]:

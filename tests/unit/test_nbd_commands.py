@@ -1,0 +1,56 @@
+"""Requests that are done one at a time: in pieces, between which others have their turn."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import closing
+from pathlib import Path
+
+from lmdbitmap.device import FileDevice
+from lmdbitmap.filter import Filter
+from lmdbitmap.nbd import protocol as nbd
+from lmdbitmap.nbd.commands import PIECE_BYTES, perform
+from lmdbitmap.nbd.forms import EXTENDED
+from tests.support import PATIENCE_SECONDS
+from tests.tracked import NAME, TrackedDisk
+
+SIZE = 4 * PIECE_BYTES
+
+
+class HeldUpDevice(FileDevice):
+    """Zeroes its first piece when it is let go."""
+
+    zeroing, go_on = threading.Event(), threading.Event()
+
+    def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool = True, fast_only: bool = False
+    ) -> None:
+        self.zeroing.set()
+        assert self.go_on.wait(PATIENCE_SECONDS)
+        super().write_zeroes(offset, length, may_unmap=may_unmap, fast_only=fast_only)
+
+
+def test_a_checkpoint_gets_in_behind_the_piece_that_is_under_way(tmp_path: Path) -> None:
+    """What is zeroed before it counts for the period that ends, the rest for the new one (law 2)."""
+    request = nbd.Request(0, nbd.NBD_CMD_WRITE_ZEROES, 1, 0, SIZE)
+    with closing(TrackedDisk(tmp_path, SIZE, 20).clean()) as tracked:
+        disk = Filter.attach(tracked.store, NAME, open_device=HeldUpDevice.open, background=False)
+        lane = disk.lane()
+        zeroer = threading.Thread(target=lambda: perform(request, lane, {}, EXTENDED))
+        zeroer.start()
+        assert HeldUpDevice.zeroing.wait(PATIENCE_SECONDS)
+        pointer = threading.Thread(target=disk.checkpoint, args=("monday",))
+        pointer.start()
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while lane.size >= 0:  # until the gate is closed, for which there is no event
+            assert time.monotonic() < deadline
+        HeldUpDevice.go_on.set()
+        for thread in (zeroer, pointer):
+            thread.join(PATIENCE_SECONDS)
+            assert not thread.is_alive()
+        before, after = disk.changes(since="start", until="monday"), disk.changes(since="monday")
+        blocks = PIECE_BYTES >> 20
+        assert list(before.runs()) == [(0, blocks)]
+        assert list(after.runs()) == [(blocks, 4 * blocks)]
+        disk.detach()
