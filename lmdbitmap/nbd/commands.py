@@ -12,7 +12,7 @@ from lmdbitmap.nbd.contexts import MAX_DESCRIPTORS, StatusSource, descriptors
 from lmdbitmap.nbd.forms import Form
 
 PIECE_BYTES: Final = 1 << 30
-"""Zeroed or discarded in one go. A range without its own bits for it (written out, on a slow disk) takes seconds."""
+"""Zeroed or discarded in one go. Where zeroes have to be written out, that takes some seconds."""
 
 
 def perform(request: nbd.Request, lane: Lane, contexts: Mapping[int, StatusSource], form: Form) -> bytes:
