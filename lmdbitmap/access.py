@@ -2,7 +2,8 @@
 
     Unowned     nobody has them: we own them, so nobody writes, and the image itself is the point in time
     Attached    a filter of this very process has them: a snapshot, which it holds for us
-    Served      another process has them: it is told by its control socket to take a snapshot, which we read over NBD
+    Served      another process has them: it is told by its control socket to take a snapshot, which we read from the
+                image and over NBD (nbd/through_owner.py)
 
 All of a job's disks are of one kind, so that one moment can be taken of all of them, or of none.
 """
@@ -18,6 +19,7 @@ from uuid import UUID
 
 from lmdbitmap import bits, chain, owner, session
 from lmdbitmap.copier import cluster_bits_for
+from lmdbitmap.direct import DirectDevice
 from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError
 from lmdbitmap.filter import Filter, take_snapshot
 from lmdbitmap.geometry import Geometry
@@ -25,8 +27,7 @@ from lmdbitmap.image import open_image
 from lmdbitmap.interfaces import BlockDevice, TrackableDevice
 from lmdbitmap.nbd import control_client
 from lmdbitmap.nbd.client import NbdDevice
-from lmdbitmap.nbd.client_dial import agreed
-from lmdbitmap.nbd.uri import Place
+from lmdbitmap.nbd.through_owner import open_held
 from lmdbitmap.schema import Checkpoint, Disk
 from lmdbitmap.scratch import Scratch
 from lmdbitmap.session import Held, OpenDevice
@@ -289,7 +290,7 @@ class Served(_Owned):
                 next_step="wait for that process, or stop it",
             )
         self._client = client
-        self._devices: list[NbdDevice] = []
+        self._devices: list[NbdDevice | DirectDevice] = []
         self._held: list[tuple[str, str]] = []
         """Names of disks and checkpoints whose snapshots are not released yet."""
 
@@ -306,29 +307,9 @@ class Served(_Owned):
         for disk, held in zip(self.disks, told["snapshots"], strict=True):
             with self._store.read() as reader:
                 checkpoint = chain.find_checkpoint(reader, disk, name)
-            self._devices.append(self._opened(disk, str(held["export"])))
+            self._devices.append(open_held(self._client, disk, held, name, self._limit_s))
             points.append(PointInTime(disk, checkpoint, self._devices[-1]))
         return points
-
-    def _opened(self, disk: Disk, export: str) -> NbdDevice:
-        """Through a connection that the owner hands over: no socket has to be found, and none admits us."""
-        name = f"disk {disk.name!r} through the process that serves it"
-        try:
-            return NbdDevice(
-                Place(export, socket_path="the owner's"),
-                read_only=True,
-                reconnect_s=0,
-                connect=lambda: agreed(self._client.connection(), export, silence_s=self._limit_s),
-                name=name,
-                silence_s=self._limit_s,
-            )
-        except LmdbitmapError:
-            raise
-        except OSError as lost:
-            raise Busy(
-                f"{name}: its connection was lost ({lost.strerror or lost})",
-                next_step="see how that process is, and try again",
-            ) from lost
 
     def prove(self, point: PointInTime) -> None:
         """The process that took the snapshot has held it all the time: it is the one that answers."""

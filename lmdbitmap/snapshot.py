@@ -14,12 +14,11 @@ backup does, those that were read (`read_once`). What holds all the time:
    it. An old cluster is whole in the scratch file before its state says so.
 2. A reader reads what is untouched from the image, and looks at the states *afterwards*: what is untouched then was
    so while it read, so no write had landed; all else it takes from where the state says. It never sees a torn block.
+   One in another process does the same in steps: it reads the image itself, then asks (`kept`), and takes from here
+   what is not as it was (direct.py). What need not be kept any longer is so by the answer, never by the read before it.
 3. Where the scratch file (scratch.py) is full, or fails, the snapshot is *broken*: its readers are told why, after
    their read too, and writers go on at once. The guest never waits for whoever reads.
 4. The disk keeps its size while it is held: a shrink would drop bits that readers still count on (`Filter.resize`).
-
-A `Holding` is the snapshots of a disk, and its `let_through` the blocks whose writes concern none of them any more
-and are durably dirty: what a lane looks at instead of the period's `settled` map while there are any.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from lmdbitmap.bits import BitView, Run
 from lmdbitmap.changes import Changes, changes
 from lmdbitmap.device import DATA, HOLE
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError, StorageError
-from lmdbitmap.geometry import REGION_BYTES, Geometry, ceil_div, check_range
+from lmdbitmap.geometry import Geometry, ceil_div, check_range
 from lmdbitmap.interfaces import Allocation, BlockDevice, joined
 from lmdbitmap.plain import PlainLane
 from lmdbitmap.read_only import ReadOnlyDevice
@@ -76,6 +75,8 @@ class Snapshot(ReadOnlyDevice):
         self._file = file
         self._state_bytes = bits.anonymous_memory(self.clusters.block_count * _STATE_BYTES)
         self._states = memoryview(self._state_bytes).cast("I")
+        self._touched = bytearray(ceil_div(self.clusters.block_count, _LOOK_CLUSTERS))
+        """A byte for each `_LOOK_CLUSTERS`: 0 while all of them are untouched, which saves to look at each."""
         self._wanted: BitView | None = None
         """A bit for each cluster that will be read; None where all may be."""
         self._passed: BitView | None = None
@@ -98,6 +99,11 @@ class Snapshot(ReadOnlyDevice):
     @property
     def size(self) -> int:
         return self.clusters.size
+
+    @property
+    def image_fd(self) -> int | None:
+        """A descriptor of the image; whoever reads that has to ask afterwards what was `kept`."""
+        return self._device.fd
 
     @property
     def kept_bytes(self) -> int:
@@ -184,6 +190,8 @@ class Snapshot(ReadOnlyDevice):
         return self._buffer.startswith(self._zeroes[: stop - at], at, stop)
 
     def _set_states(self, start: int, states: Sequence[int]) -> None:
+        looks = _looks(start, start + len(states))
+        self._touched[looks.start : looks.stop] = b"\1" * len(looks)  # first: who finds a 0 looks no further
         self._states[start : start + len(states)] = memoryview(array("I", states))
 
     def _break(self, reason: str) -> None:
@@ -231,9 +239,13 @@ class Snapshot(ReadOnlyDevice):
 
     def _part(self, buffer: memoryview, offset: int, start: int, stop: int) -> tuple[memoryview, int]:
         """The part of a buffer that clusters [start, stop) fill, and where on the disk it begins."""
-        first, length = self.clusters.bytes_of(start, stop)
-        begin, end = max(first, offset), min(first + length, offset + len(buffer))
+        begin, end = self._inside(offset, offset + len(buffer), start, stop)
         return buffer[begin - offset : end - offset], begin
+
+    def _inside(self, begin: int, end: int, start: int, stop: int) -> tuple[int, int]:
+        """What clusters [start, stop) have of bytes [begin, end)."""
+        offset, length = self.clusters.bytes_of(start, stop)
+        return max(offset, begin), min(offset + length, end)
 
     def _state_runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(state of the first, start, stop) of clusters that are alike, slots by themselves unless they follow."""
@@ -250,10 +262,34 @@ class Snapshot(ReadOnlyDevice):
 
     def _are_untouched(self, start: int, stop: int) -> bool:
         """At the speed of memory, for what is the rule on a large disk."""
+        looks = _looks(start, stop)
+        if self._touched.find(1, looks.start, looks.stop) < 0:
+            return True
         if stop - start > _LOOK_CLUSTERS:
             return False
         states = self._state_bytes[start * _STATE_BYTES : stop * _STATE_BYTES]
         return _ALL_UNTOUCHED.startswith(states)
+
+    def kept(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        """Of a range that the caller has read from the image: (bytes, whether to read them again, here), without a gap.
+
+        The rest was as it is to be when it was read, and is given up where nothing is read twice (`read_once`).
+        Raises as `pread_into`: nothing is known then of what was read.
+        """
+        check_range(offset, length, self.size)
+        clusters = self.clusters.blocks_outward(offset, length)
+        found = []
+        with self._being_read():
+            self._require_wanted(clusters)
+            for state, start, stop in self._state_runs(clusters.start, clusters.stop):
+                begin, end = self._inside(offset, offset + length, start, stop)
+                found.append((end - begin, state != _UNTOUCHED))
+        position = offset
+        for size, is_kept in found:
+            if not is_kept:
+                self._pass(position, size)
+            position += size
+        return found
 
     def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
         """What the image said of clusters is believed if they are untouched and wanted still afterwards, else they are
@@ -272,8 +308,7 @@ class Snapshot(ReadOnlyDevice):
     def _allocation_of(self, offset: int, length: int) -> Iterator[Allocation]:
         clusters = self.clusters.blocks_outward(offset, length)
         for state, start, stop in self._state_runs(clusters.start, clusters.stop):
-            first, size = self.clusters.bytes_of(start, stop)
-            begin, end = max(first, offset), min(first + size, offset + length)
+            begin, end = self._inside(offset, offset + length, start, stop)
             if state == _UNTOUCHED:
                 yield from self._allocation_of_untouched(begin, end, start, stop)
             else:
@@ -364,29 +399,12 @@ class Snapshot(ReadOnlyDevice):
         )
 
 
+def _looks(start: int, stop: int) -> range:
+    return range(start // _LOOK_CLUSTERS, ceil_div(stop, _LOOK_CLUSTERS))
+
+
 def _following(state: int, distance: int) -> int:
     return state + distance if state >= _FIRST_SLOT else state
-
-
-class Holding:
-    """The snapshots that a disk of `geometry` holds in one period. `keep` and `let` may be called from any thread."""
-
-    def __init__(self, snapshots: Sequence[Snapshot], geometry: Geometry) -> None:
-        self.snapshots = tuple(snapshots)
-        self._geometry = geometry
-        self.let_through = bits.bitmap_view(bits.anonymous_memory(geometry.region_count * REGION_BYTES))
-
-    def keep(self, runs: Iterable[Run]) -> None:
-        """Return when runs of blocks may change, as far as snapshots are concerned. Never raises."""
-        for start, stop in runs:
-            offset, length = self._geometry.bytes_of(start, stop)
-            for snapshot in self.snapshots:
-                snapshot.keep(offset, length)
-
-    def let(self, runs: Iterable[Run]) -> None:
-        """Let writes to these runs through from now on: they are durably dirty (law 1), and their old data is kept."""
-        for start, stop in runs:
-            bits.set_range(self.let_through, start, stop)
 
 
 def broken_error(disk: Disk, reason: str) -> StorageError:

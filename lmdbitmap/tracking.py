@@ -28,11 +28,12 @@ from lmdbitmap.errors import Busy, LmdbitmapError, StorageError, Untrusted, os_e
 from lmdbitmap.extents import Trust
 from lmdbitmap.flushing import Flusher
 from lmdbitmap.geometry import Geometry
+from lmdbitmap.holding import Holding
 from lmdbitmap.interfaces import ImageIdentity, LeavesDoubt, TrackableDevice
 from lmdbitmap.lane import Gate
 from lmdbitmap.period import Period
 from lmdbitmap.schema import Disk
-from lmdbitmap.snapshot import Holding, Snapshot
+from lmdbitmap.snapshot import Snapshot
 from lmdbitmap.store import Reader, Store, Writer
 from lmdbitmap.vouching import Voucher, changed_together, write_refused
 

@@ -64,6 +64,8 @@ FLOORS: dict[str, float] = {
     "nbd.edges": 2.15,
     "nbd.client_session": 2.3,
     "nbd.client": 2.5,
+    "nbd.kept_question": 2.5,
+    "nbd.through_owner": 2.8,
     "nbd.control_client": 2.5,
     "nbd.tls": 2.1,
     "nbd.supervisor": 2.5,
@@ -72,6 +74,7 @@ FLOORS: dict[str, float] = {
     "scratch": 2.2,
     "plain": 2.7,
     "read_only": 2.5,
+    "direct": 2.7,
     "measured": 2.8,
     "presence": 2.3,
     "highwater": 2.3,
@@ -110,6 +113,7 @@ FLOORS: dict[str, float] = {
     # 4 tracker
     "lane": 4,
     "snapshot": 4.2,
+    "holding": 4.25,
     "front": 4.2,
     "changes": 4,
     "tracking": 4.3,
@@ -122,6 +126,7 @@ FLOORS: dict[str, float] = {
     "mirror": 4.75,
     # 5 jobs
     "nbd.contexts": 5,
+    "nbd.kept_context": 5.3,
     "nbd.dirty_contexts": 5.5,
     "nbd.inlet": 5,
     "nbd.notice": 4.9,

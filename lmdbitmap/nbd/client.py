@@ -323,7 +323,7 @@ class NbdDevice:
         while position < end:
             asked = end - position if self.export.extended else min(end - position, _EFFECT_CHUNK)
             request = Request(nbd.NBD_CMD_BLOCK_STATUS, position, asked)
-            if self.export.allocation_id is not None:
+            if self.export.context_id is not None:
                 self._conversation.do([request])
             for length, flags in request.extents():
                 extent = min(position + length, stop) - max(position, start)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Final
 
+from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.client_handshake import FarExport, Step, negotiation
 from lmdbitmap.nbd.client_link import Link, Wire, some
 from lmdbitmap.nbd.uri import Place
@@ -60,14 +61,16 @@ def agreed(
     encryption: Encryption | None = None,
     *,
     silence_s: float | None = None,
+    context: str = nbd.NBD_META_BASE_ALLOCATION,
 ) -> Link:
-    """Agree on an export over a connection that is there. The socket is the link's, or closed.
+    """Agree on an export over a connection that is there, and on the `context` that its BLOCK_STATUS will tell of, if
+    it has that. The socket is the link's, or closed.
 
     Afterwards the link raises `TimeoutError` when it waits for `silence_s` without a byte; None waits for ever.
     """
     haggling = _Haggling(sock, time.monotonic() + timeout_s, encryption)
     try:
-        export = haggling.come_to_terms(export_name)
+        export = haggling.come_to_terms(export_name, context)
         haggling.wire.settimeout(silence_s)
         return Link(haggling.wire, export)
     except BaseException:
@@ -102,8 +105,8 @@ class _Haggling:
         self._refusals: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
         """Around what may fail because the server does not believe us."""
 
-    def come_to_terms(self, name: str) -> FarExport:
-        steps = negotiation(name, tls=self._encryption is not None)
+    def come_to_terms(self, name: str, context: str) -> FarExport:
+        steps = negotiation(name, tls=self._encryption is not None, context=context)
         step: Step = next(steps)
         try:
             while True:

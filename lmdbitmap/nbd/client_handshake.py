@@ -1,6 +1,6 @@
 """The client's side of NBD option haggling: bytes in, bytes out, no socket and no clock.
 
-    greeting -> EXTENDED_HEADERS, or STRUCTURED_REPLY -> SET_META_CONTEXT base:allocation -> GO
+    greeting -> EXTENDED_HEADERS, or STRUCTURED_REPLY -> SET_META_CONTEXT -> GO
     (old servers refuse the first, or all three; in the end they are asked by EXPORT_NAME)
     with TLS, before all but the greeting: STARTTLS, and both sides shake hands anew
 
@@ -40,8 +40,8 @@ class FarExport(NamedTuple):
     """The longest READ and WRITE, a multiple of `minimum`."""
     structured: bool = False
     """Whether replies may come in chunks."""
-    allocation_id: int | None = None
-    """How BLOCK_STATUS replies name `base:allocation`; None where the server has no such thing."""
+    context_id: int | None = None
+    """How BLOCK_STATUS replies name the context that was wanted; None where the server has no such thing."""
     description: str = ""
     """For people, but for `is_of`."""
     extended: bool = False
@@ -65,28 +65,31 @@ Step: TypeAlias = "bytes | int | _Act"
 Reply: TypeAlias = tuple[int, bytes]
 
 
-def negotiation(name: str, *, tls: bool = False) -> Generator[Step, bytes, FarExport]:
+def negotiation(
+    name: str, *, tls: bool = False, context: str = nbd.NBD_META_BASE_ALLOCATION
+) -> Generator[Step, bytes, FarExport]:
     """Haggle for the export called `name`. Yields bytes to send, a number of bytes to receive, or `BEGIN_TLS`.
 
-    Raises `FormatError` when the other side does not speak NBD, `NotFound` for a name that it does not know,
-    `InvalidArgument` for an export that cannot be used, `Busy` while the server shuts down.
+    BLOCK_STATUS will tell of `context`, if the server has it. Raises `FormatError` when the other side does not speak
+    NBD, `NotFound` for a name that it does not know, `InvalidArgument` for an export that cannot be used, `Busy` while
+    the server shuts down.
     """
     handshake_flags = yield from _greeting()
     if tls:
         yield from _begin_tls(handshake_flags)
     if not handshake_flags & nbd.NBD_FLAG_FIXED_NEWSTYLE:
-        return (yield from _export_name(name, handshake_flags, structured=False, allocation_id=None))
+        return (yield from _export_name(name, handshake_flags, structured=False, context_id=None))
     extended = (yield from _ask(nbd.NBD_OPT_EXTENDED_HEADERS))[-1][0] == nbd.NBD_REP_ACK
     structured = extended or (yield from _ask(nbd.NBD_OPT_STRUCTURED_REPLY))[-1][0] == nbd.NBD_REP_ACK
-    allocation_id = (yield from _allocation_context(name)) if structured else None
+    context_id = (yield from _selected_context(name, context)) if structured else None
     replies = yield from _ask(nbd.NBD_OPT_GO, _info_query(name))
     outcome, message = replies[-1]
     if outcome == nbd.NBD_REP_ERR_UNSUP and not extended:
-        return (yield from _export_name(name, handshake_flags, structured, allocation_id))
+        return (yield from _export_name(name, handshake_flags, structured, context_id))
     if outcome != nbd.NBD_REP_ACK:
         yield nbd.OPTION.pack(nbd.IHAVEOPT, nbd.NBD_OPT_ABORT, 0)
         _refuse(name, outcome, message)
-    return _export(replies[:-1], structured, allocation_id)._replace(extended=extended)
+    return _export(replies[:-1], structured, context_id)._replace(extended=extended)
 
 
 def _greeting() -> Generator[Step, bytes, int]:
@@ -134,13 +137,13 @@ def _ask(option: int, data: bytes = b"") -> Generator[Step, bytes, list[Reply]]:
     raise nonsense("option replies", f"at most {_MAX_REPLIES}", "one more")
 
 
-def _allocation_context(name: str) -> Generator[Step, bytes, int | None]:
-    """Select `base:allocation`; its id, or None of a server that has nothing to say about it."""
-    query = _string(name) + (1).to_bytes(4, "big") + _string(nbd.NBD_META_BASE_ALLOCATION)
+def _selected_context(name: str, context: str) -> Generator[Step, bytes, int | None]:
+    """Its id, or None of a server that has nothing to say about it."""
+    query = _string(name) + (1).to_bytes(4, "big") + _string(context)
     replies = yield from _ask(nbd.NBD_OPT_SET_META_CONTEXT, query)
     if replies[-1][0] != nbd.NBD_REP_ACK:
         return None
-    wanted = nbd.NBD_META_BASE_ALLOCATION.encode()
+    wanted = context.encode()
     ids = [
         int.from_bytes(data[:4], "big")
         for kind, data in replies
@@ -162,7 +165,7 @@ def _string(text: str) -> bytes:
 
 
 def _export_name(
-    name: str, handshake_flags: int, structured: bool, allocation_id: int | None
+    name: str, handshake_flags: int, structured: bool, context_id: int | None
 ) -> Generator[Step, bytes, FarExport]:
     """The old way in, which cannot say no: a server that will not hangs up. u64 size, u16 flags, 124 zeroes."""
     encoded = name.encode()
@@ -170,10 +173,10 @@ def _export_name(
     size, flags = nbd.EXPORT_NAME_REPLY.unpack((yield nbd.EXPORT_NAME_REPLY.size))
     if not handshake_flags & nbd.NBD_FLAG_NO_ZEROES:
         yield len(nbd.EXPORT_NAME_PADDING)
-    return _checked(FarExport(size, flags, structured=structured, allocation_id=allocation_id))
+    return _checked(FarExport(size, flags, structured=structured, context_id=context_id))
 
 
-def _export(infos: list[Reply], structured: bool, allocation_id: int | None) -> FarExport:
+def _export(infos: list[Reply], structured: bool, context_id: int | None) -> FarExport:
     """What `NBD_REP_INFO` replies say; those of a type that we did not ask for mean nothing."""
     found: FarExport | None = None
     minimum, maximum, description = 1, MAX_PAYLOAD, ""
@@ -183,7 +186,7 @@ def _export(infos: list[Reply], structured: bool, allocation_id: int | None) -> 
             raise nonsense("reply to GO", "information", f"reply {kind} of {len(data)} bytes")
         if info == nbd.NBD_INFO_EXPORT:
             _, size, flags = nbd.INFO_EXPORT.unpack(_sized(data, nbd.INFO_EXPORT.size))
-            found = FarExport(size, flags, structured=structured, allocation_id=allocation_id)
+            found = FarExport(size, flags, structured=structured, context_id=context_id)
         elif info == nbd.NBD_INFO_BLOCK_SIZE:
             _, minimum, _, maximum = nbd.INFO_BLOCK_SIZE.unpack(_sized(data, nbd.INFO_BLOCK_SIZE.size))
         elif info == nbd.NBD_INFO_DESCRIPTION:

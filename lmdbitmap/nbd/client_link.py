@@ -269,8 +269,8 @@ class Link:
             raise nonsense("block status", "one list of descriptors", f"{length} bytes")
         payload = self._take(length)
         context_id, *counted = head.unpack_from(payload)
-        if context_id != self.export.allocation_id or counted not in ([], [count]):
-            expected = f"{count} descriptors of context {self.export.allocation_id}"
+        if context_id != self.export.context_id or counted not in ([], [count]):
+            expected = f"{count} descriptors of context {self.export.context_id}"
             raise nonsense("block status", expected, f"{counted} of {context_id}")
         request.statuses, request.descriptor = payload[head.size :], one
         if any(extent == 0 for extent, _ in one.iter_unpack(request.statuses)):

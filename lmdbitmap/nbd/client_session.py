@@ -345,7 +345,7 @@ class Conversation:
         old = self.export
         missing = (old.flags ^ new.flags) & (old.flags | nbd.NBD_FLAG_READ_ONLY) & ~_CHANGEABLE_FLAGS
         same_sizes = (new.size, new.minimum) == (old.size, old.minimum) and new.maximum >= old.maximum
-        if missing or not same_sizes or (old.allocation_id is not None and new.allocation_id is None):
+        if missing or not same_sizes or (old.context_id is not None and new.context_id is None):
             raise nonsense("export after a new connection", str(old), new)
 
     def _catch_up(self, link: Link) -> None:

@@ -23,7 +23,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from lmdbitmap.errors import Busy, LmdbitmapError, error_from_os, os_errors_at
@@ -48,7 +48,6 @@ LAST_WORD_S: Final = 0.5
 _BACKLOG: Final = 16
 _PEER: Final = struct.Struct("3i")
 _REQUEST: Final = "request"
-_CONNECT: Final = {"operation": "connect", "arguments": {}}
 _WHILE_BOUND_S: Final = 1e7
 _AFTER_BOUND: Final = 6
 """So many times as long as others a caller may be silent when its snapshots are released: it syncs what it read."""
@@ -271,25 +270,15 @@ class _Caller(threading.Thread):
         return receive_line(self._sock, lines, time.monotonic() + patience_s)
 
     def _respond(self, request: wire.Message) -> None:
-        if request == _CONNECT:
-            self._hand_over_connection()
-        else:
-            self._send(self._answer(request))
-
-    def _hand_over_connection(self) -> None:
-        """Give the caller the other end of a connection to the NBD server."""
+        passed: list[int] = []
         try:
-            if self._server.held is None:
-                raise Busy("nothing is held here for others", next_step="serve the disk instead")
-            connection = self._server.held.connect()
-        except LmdbitmapError as error:
-            self._send(_error(error))
-            return
-        with connection:
-            self._send({"answer": {}}, connection.fileno())
+            self._send(self._answer(request, passed), passed)
+        finally:
+            for fd in passed:
+                os.close(fd)
 
-    def _answer(self, request: wire.Message) -> Answer:
-        scene = Scene(self._server.filters, self._server.watch, self._server.held, self._bound)
+    def _answer(self, request: wire.Message, passed: list[int]) -> Answer:
+        scene = Scene(self._server.filters, self._server.watch, self._server.held, self._bound, passed)
         try:
             return {"answer": answer(scene, request)}
         except LmdbitmapError as error:
@@ -299,12 +288,12 @@ class _Caller(threading.Thread):
             problem = f"the owner failed with {type(bug).__name__}: {bug}"
             return _error(LmdbitmapError(problem[:1000], next_step="see its log, and report this as a fault"))
 
-    def _send(self, message: wire.Message, fd: int | None = None) -> None:
+    def _send(self, message: wire.Message, passed: Sequence[int] = ()) -> None:
         patience_s = self._server.patience_s
         self._sock.settimeout(min(LAST_WORD_S, patience_s) if self._server.stopping else patience_s)
         self._sending = True
         data = wire.encode(message)
-        sent = 0 if fd is None else socket.send_fds(self._sock, [data], [fd])
+        sent = socket.send_fds(self._sock, [data], passed) if passed else 0
         self._sock.sendall(data[sent:])
         self._sending = False
 

@@ -13,7 +13,7 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from lmdbitmap.errors import Busy, FormatError, os_errors_at
@@ -101,7 +101,20 @@ class Client:
 
     def connection(self) -> socket.socket:
         """A new connection to the owner's NBD server: another end of it is there already."""
-        self._ask("connect", {})
+        return socket.socket(fileno=self._passed("connect", {}, "one socket", stat.S_ISSOCK))
+
+    def image(self, disk: str, checkpoint: str) -> int:
+        """A descriptor of the image of a disk that is held for us; see direct.py for what may be believed of it."""
+        arguments = {"disk": disk, "checkpoint": checkpoint}
+        return self._passed(
+            "image", arguments, "one image", lambda mode: stat.S_ISREG(mode) or stat.S_ISBLK(mode)
+        )
+
+    def _passed(
+        self, operation: str, arguments: Mapping[str, object], what: str, is_it: Callable[[int], bool]
+    ) -> int:
+        """The descriptor that comes with the answer: of what was asked for, and nothing else."""
+        self._ask(operation, arguments)
         try:
             data, fds, *_ = socket.recv_fds(self._sock, _RECEIVE, 1)
         except OSError as refusal:
@@ -109,23 +122,22 @@ class Client:
         self._lines.add(data)
         try:
             wire.field(self._receive(CONNECT_S), "answer", dict, self._place)
-            return self._passed(fds)
+            self._require_one(fds, what, is_it)
         except BaseException:
             for fd in fds:
                 os.close(fd)
             raise
+        os.set_inheritable(fds[0], False)
+        return fds[0]
 
-    def _passed(self, fds: Sequence[int]) -> socket.socket:
-        """What the owner handed over: the end of a connection, and nothing else."""
-        if len(fds) != 1 or not stat.S_ISSOCK(os.fstat(fds[0]).st_mode):
+    def _require_one(self, fds: Sequence[int], what: str, is_it: Callable[[int], bool]) -> None:
+        if len(fds) != 1 or not is_it(os.fstat(fds[0]).st_mode):
             raise FormatError(
                 self._place,
-                expected="one socket with its answer",
+                expected=f"{what} with its answer",
                 found=f"{len(fds)} descriptors" if len(fds) != 1 else "a descriptor of something else",
                 next_step="use the version of lmdbitmap that owns the disk",
             )
-        os.set_inheritable(fds[0], False)
-        return socket.socket(fileno=fds[0])
 
     def require_in_step(self) -> None:
         """Raise `Busy` unless every call was answered, so that the store shows what they did."""

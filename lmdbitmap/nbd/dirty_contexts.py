@@ -20,7 +20,9 @@ from lmdbitmap.changes import Changes
 from lmdbitmap.errors import LmdbitmapError, NotFound
 from lmdbitmap.filter import Filter
 from lmdbitmap.interfaces import ServedDisk
+from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.contexts import StatusSource, base_contexts
+from lmdbitmap.nbd.kept_context import kept_source
 from lmdbitmap.schema import Checkpoint
 from lmdbitmap.snapshot import Snapshot
 
@@ -32,11 +34,16 @@ CLEAN: Final = 0
 
 
 def tracked_contexts(name: str, disk: ServedDisk) -> Mapping[str, StatusSource]:
-    """What a tracked disk can say at this moment: where it is allocated, and what changed since when."""
+    """What a tracked disk can say at this moment: where it is allocated, and what changed since when.
+
+    Of a snapshot also what was kept aside for it.
+    """
     contexts = dict(base_contexts(name, disk))
     if isinstance(disk, (Filter, Snapshot)):
         for checkpoint in _checkpoints(disk):
             contexts[NAMESPACE + checkpoint.name] = dirty_source(disk, checkpoint)
+    if isinstance(disk, Snapshot):
+        contexts[nbd.LMDBITMAP_META_KEPT] = kept_source(disk)
     return contexts
 
 

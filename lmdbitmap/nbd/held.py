@@ -8,10 +8,11 @@ detached.
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from collections.abc import Mapping, Sequence
 
-from lmdbitmap.errors import Busy, NotFound
+from lmdbitmap.errors import Busy, NotFound, os_errors_at
 from lmdbitmap.filter import Filter, take_snapshot
 from lmdbitmap.nbd.server import Server
 from lmdbitmap.scratch import Scratch
@@ -65,6 +66,16 @@ class HeldSnapshots:
         if self._server is not None:
             self._server.remove(snapshot.name, snapshot)
         snapshot.release()
+
+    def open_image(self, disk: str, checkpoint: str) -> int:
+        """A new descriptor of the image of a disk that is held, for reading only: see direct.py."""
+        snapshot = self.find(disk, checkpoint)
+        if snapshot.image_fd is None:
+            raise Busy(
+                f"the image of disk {disk!r} has no descriptor", next_step="read it through its export"
+            )
+        with os_errors_at(snapshot.disk.image):
+            return os.open(f"/proc/self/fd/{snapshot.image_fd}", os.O_RDONLY | os.O_CLOEXEC)
 
     def connect(self) -> socket.socket:
         """The other end of a connection to the NBD server."""

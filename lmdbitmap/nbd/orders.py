@@ -35,6 +35,8 @@ class Scene(NamedTuple):
     held: HeldSnapshots | None = None
     bound: list[Snapshot] | None = None
     """Snapshots that are to be released when whoever asks hangs up."""
+    passed: list[int] | None = None
+    """Descriptors that go with the answer, and are closed then; whoever asks in another way gets none."""
 
 
 def answer(scene: Scene, request: wire.Message) -> Answer:
@@ -131,7 +133,8 @@ def _snapshot(scene: Scene, disks: list[Any], name: str, since: list[Any], bound
     if bound and scene.bound is not None:
         scene.bound.extend(taken)
     return {"snapshots": [{"disk": snapshot.disk.name, "export": snapshot.name, "epoch": str(snapshot.checkpoint.epoch),
-                           "uuid": str(snapshot.checkpoint.uuid), "time_ns": snapshot.checkpoint.time_ns}
+                           "uuid": str(snapshot.checkpoint.uuid), "time_ns": snapshot.checkpoint.time_ns,
+                           "direct": snapshot.image_fd is not None}
                           for snapshot in taken]}  # fmt: skip
 
 
@@ -143,6 +146,23 @@ def _release(scene: Scene, disk: str, checkpoint: str) -> Answer:
     facts = _snapshot_facts(snapshot)
     held.release(snapshot)
     return {**facts, "broken": snapshot.broken}
+
+
+def _connect(scene: Scene) -> Answer:
+    _passed(scene).append(_held(scene).connect().detach())
+    return {}
+
+
+def _image(scene: Scene, disk: str, checkpoint: str) -> Answer:
+    _named(scene, disk)
+    _passed(scene).append(_held(scene).open_image(disk, checkpoint))
+    return {}
+
+
+def _passed(scene: Scene) -> list[int]:
+    if scene.passed is None:
+        raise Busy("nothing can be passed with the answer", next_step="ask at the control socket")
+    return scene.passed
 
 
 def _held(scene: Scene) -> HeldSnapshots:
@@ -199,6 +219,8 @@ _OPERATIONS: Final = {
         _snapshot, {"disks": list, "name": str, "since": list, "bound": bool, "once": bool}
     ),
     "release": _Operation(_release, {"disk": str, "checkpoint": str}),
+    "connect": _Operation(_connect, {}),
+    "image": _Operation(_image, {"disk": str, "checkpoint": str}),
     "persist": _Operation(_persist, {"disk": str}),
     "mark": _Operation(_mark, {"disk": str, "offset": int, "length": int}),
     "merge": _Operation(_merge, {"disk": str, "bitmap": str}),

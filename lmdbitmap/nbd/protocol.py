@@ -134,6 +134,9 @@ NBD_ESHUTDOWN: Final = 108
 NBD_META_BASE_ALLOCATION: Final = "base:allocation"
 NBD_STATE_HOLE: Final = 1 << 0
 NBD_STATE_ZERO: Final = 1 << 1
+LMDBITMAP_META_KEPT: Final = "lmdbitmap:kept"
+"""Ours (kept_context.py)."""
+LMDBITMAP_STATE_KEPT: Final = 1 << 0
 
 REQUEST: Final = struct.Struct(">IHHQQI")
 SIMPLE_REPLY: Final = struct.Struct(">IIQ")

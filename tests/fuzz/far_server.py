@@ -82,7 +82,7 @@ def check_export(export: FarExport) -> None:
     assert export.size % export.minimum == 0
     assert export.minimum <= export.maximum <= MAX_PAYLOAD
     assert export.maximum % export.minimum == 0
-    assert export.allocation_id is None or export.structured
+    assert export.context_id is None or export.structured
     assert export.structured or not export.extended
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import re
 import signal
 import struct
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -95,17 +97,38 @@ def snapshots(cli: Cli, name: str) -> list[str]:
 
 
 def test_every_backup_of_a_busy_guest_holds_a_prefix_of_its_writes(cli: Cli) -> None:
-    with cli.serving("sda") as served:
+    with cli.serving("sda", "--verbose", log=True) as served:
         with Stamper(served.uris["sda"]) as stamper:
             for _ in range(3):
                 back_up(cli, "sda", cli.folder / "backups")
         counts = [stamper.require_prefix(restored(cli, "sda", "--at", number)) for number in range(1, 4)]
         assert snapshots(cli, "sda") == []
+    assert len(sent_of_held("sda", served)) == 2 * 3  # what was kept is asked on a connection of its own
     assert counts == sorted(counts)
     assert counts[-1] > counts[0]
     [last] = cli.json("backup", "sda", cli.folder / "backups")["backups"]
     assert last["type"] == "incremental"
     assert stamper.require_prefix(restored(cli, "sda")) == len(stamper.history)
+
+
+def sent_of_held(name: str, served: Served) -> list[int]:
+    """Bytes that a server, which has ended, has sent to each client of snapshots of a disk."""
+    gone = re.compile(rf"disk {name}@.* is gone: .* (\d+) out$", re.MULTILINE)
+    return [int(found.group(1)) for found in gone.finditer(served.child.stderr)]
+
+
+def test_data_of_a_backup_does_not_go_through_the_server(cli: Cli) -> None:
+    with cli.serving("sda", "--verbose", log=True) as served:
+        with guest_of(served.uris["sda"]) as disk:
+            disk.pwrite(os.urandom(16 * MIB), 4 * MIB)
+        back_up(cli, "sda", cli.folder / "backups")
+        with (cli.folder / "stream").open("wb") as stream:
+            subprocess.run(cli.command("backup", "sda", "--stdout"), stdout=stream, check=True)
+        run(*cli.command("sync", "sda", cli.folder / "copy.raw"))
+    sent = sent_of_held("sda", served)
+    assert len(sent) == 2 * 3
+    assert sum(sent) < MIB
+    assert (cli.folder / "copy.raw").read_bytes() == (cli.folder / "sda.raw").read_bytes()
 
 
 def test_two_disks_of_one_server_are_of_one_moment(cli: Cli) -> None:

@@ -1,4 +1,8 @@
-"""Snapshots beside plain copies of the image, compared after every step of anything that may happen to a disk."""
+"""Snapshots beside plain copies of the image, compared after every step of anything that may happen to a disk.
+
+They are read through themselves, and from the image as another process does, with a guest that writes between the
+steps of that. Of some nothing is read twice: what was read of those is compared once.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from lmdbitmap.errors import Busy
 from lmdbitmap.scratch import Scratch
 from lmdbitmap.snapshot import Snapshot
+from tests.directly import STEPS, directly
 from tests.tracked import NAME, TrackedDisk, quick_folder
 
 SIZES = [10_000, 70_000, 1_000_000]
@@ -23,6 +28,8 @@ SIZES = [10_000, 70_000, 1_000_000]
 class Held:
     snapshot: Snapshot
     truth: bytes
+    unread: list[int] | None
+    """Clusters that are to be read yet, of one of which nothing is read twice."""
 
 
 class SnapshotMachine(RuleBasedStateMachine):
@@ -54,13 +61,16 @@ class SnapshotMachine(RuleBasedStateMachine):
         return offset, min(length, self.disk.size - offset)
 
     @precondition(lambda self: len(self.held) < 3)
-    @rule()
-    def take(self) -> None:
+    @rule(once=st.booleans())
+    def take(self, once: bool) -> None:
         self.points += 1
         snapshot = self.disk.snapshot(f"s{self.points}", self.scratch)
+        if once:
+            snapshot.read_once()
         assert snapshot.checkpoint is not None
         assert snapshot.checkpoint.name == f"s{self.points}"
-        self.held.append(Held(snapshot, self.image()))
+        unread = list(range(snapshot.clusters.block_count)) if once else None
+        self.held.append(Held(snapshot, self.image(), unread))
 
     @precondition(lambda self: self.held)
     @rule(which=st.integers(0, 2))
@@ -71,6 +81,47 @@ class SnapshotMachine(RuleBasedStateMachine):
     def write(self, at: float, length: int) -> None:
         offset, length = self.place(at, length)
         self.disk.pwrite(self.chosen.randbytes(length), offset)
+
+    @precondition(lambda self: self.held)
+    @rule(
+        which=st.integers(0, 2),
+        at=st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=3),
+        length=st.sampled_from([1, 4096, 30_000, 200_000]),
+        meanwhile=st.lists(st.sampled_from([*STEPS, None]), max_size=3),
+    )
+    def read_the_image(self, which: int, at: list[float], length: int, meanwhile: list[str | None]) -> None:
+        """Some ranges at once, as another process does; before some of its steps the guest writes there."""
+        held = self.held[which % len(self.held)]
+        ranges = [part for one in at for part in self.unread_part(held, one, length)]
+        overwritten = self.chosen.choice(ranges) if ranges else (0, 0)
+
+        def write(next_step: str) -> None:
+            if next_step in meanwhile:
+                offset = overwritten[0] + self.chosen.randrange(overwritten[1] + 1) // 2
+                self.disk.pwrite(self.chosen.randbytes(min(600, held.snapshot.size - offset)), offset)
+
+        parts = [(bytearray(size), offset) for offset, size in ranges]
+        with closing(directly(held.snapshot, self.tracked.image, write)) as device:
+            device.pread_many([(memoryview(data), offset) for data, offset in parts])
+        for data, offset in parts:
+            assert data == held.truth[offset : offset + len(data)]
+
+    def unread_part(self, held: Held, at: float, length: int) -> list[tuple[int, int]]:
+        """A range (offset, length), in whole clusters and not for a second time where nothing is read twice."""
+        size = held.snapshot.size
+        if held.unread is None:
+            offset = int(at * size)
+            return [(offset, min(length, size - offset))]
+        if not held.unread:
+            return []
+        clusters = held.snapshot.clusters
+        index = int(at * len(held.unread))
+        first, count = held.unread[index], 1
+        most = max(length >> clusters.granularity_bits, 1)
+        while count < most and held.unread[index : index + count + 1][-1] == first + count:
+            count += 1
+        del held.unread[index : index + count]
+        return [clusters.bytes_of(first, first + count)]
 
     @rule(at=st.lists(st.floats(0, 1), min_size=1, max_size=5))
     def write_many(self, at: list[float]) -> None:
@@ -111,7 +162,8 @@ class SnapshotMachine(RuleBasedStateMachine):
     def every_snapshot_reads_as_the_image_did(self) -> None:
         for held in self.held:
             assert held.snapshot.broken is None
-            assert held.snapshot.pread(len(held.truth), 0) == held.truth
+            if held.unread is None:
+                assert held.snapshot.pread(len(held.truth), 0) == held.truth
 
     @invariant()
     def what_is_called_zero_was_zero(self) -> None:

@@ -18,13 +18,12 @@ from lmdbitmap.backup import backup
 from lmdbitmap.errors import Busy, StorageError
 from lmdbitmap.filter import Filter
 from lmdbitmap.nbd import control, control_client
-from lmdbitmap.nbd.control import ControlServer
-from lmdbitmap.nbd.dirty_contexts import tracked_contexts
 from lmdbitmap.nbd.held import HeldSnapshots
 from lmdbitmap.nbd.server import Server
 from lmdbitmap.scratch import Scratch
 from lmdbitmap.snapshot import Snapshot
 from lmdbitmap.store import Store
+from tests.serving import serving as serving_tracked
 from tests.support import PATIENCE_SECONDS
 from tests.tracked import NAME, TrackedDisk, quick_folder
 
@@ -45,16 +44,8 @@ def served(folder: Path) -> Iterator[Filter]:
 
 @contextmanager
 def serving(folder: Path, holding: type[HeldSnapshots] = HeldSnapshots) -> Iterator[Filter]:
-    """With its control socket; the NBD server listens nowhere, and is reached by what is handed over."""
-    with ExitStack() as stack:
-        tracked = stack.enter_context(closing(TrackedDisk(folder, SIZE).clean()))
-        disk = stack.enter_context(tracked.attach())
-        server = Server({NAME: disk}, contexts_of=tracked_contexts)
-        server.start()
-        stack.callback(server.stop)
-        held = holding({NAME: disk}, server, Scratch(str(folder)))
-        stack.enter_context(ControlServer({NAME: disk}, held=held))
-        yield disk
+    with serving_tracked(TrackedDisk(folder, SIZE).clean(), folder, holding) as serves:
+        yield serves.disk
 
 
 def test_nothing_is_called_forgotten_while_a_request_may_be_under_way(served: Filter) -> None:

@@ -72,7 +72,7 @@ def refused(outcome: int, message: bytes = b"") -> bytes:
 def test_all_that_is_asked_for_is_agreed_on() -> None:
     heard = GREETING + COMPACT + ack(STRUCTURED_REPLY) + CONTEXT + ack(SET_META_CONTEXT)
     export, said = negotiated(heard + block_sizes(512, 4096, 1 << 20) + EXPORT + ack(GO))
-    assert export == FarExport(SIZE, 5, 512, 1 << 20, structured=True, allocation_id=7)
+    assert export == FarExport(SIZE, 5, 512, 1 << 20, structured=True, context_id=7)
     context = string("disk") + b"\0\0\0\1" + string("base:allocation")
     go = string("disk") + b"\0\2\0\3\0\2"
     asked = (
@@ -115,13 +115,13 @@ def test_server_without_extras_is_used_with_the_defaults() -> None:
 )
 def test_server_that_does_not_select_the_context_is_not_asked_for_it(context_replies: bytes) -> None:
     heard = GREETING + COMPACT + ack(STRUCTURED_REPLY) + context_replies + EXPORT + ack(GO)
-    assert negotiated(heard)[0] == FarExport(SIZE, 5, structured=True, allocation_id=None)
+    assert negotiated(heard)[0] == FarExport(SIZE, 5, structured=True, context_id=None)
 
 
 def test_behind_extended_headers_structured_replies_are_not_asked_for() -> None:
     heard = GREETING + ack(EXTENDED_HEADERS) + CONTEXT + ack(SET_META_CONTEXT) + EXPORT + ack(GO)
     export, said = negotiated(heard)
-    assert export == FarExport(SIZE, 5, structured=True, allocation_id=7, extended=True)
+    assert export == FarExport(SIZE, 5, structured=True, context_id=7, extended=True)
     assert option(STRUCTURED_REPLY) not in said
 
 

@@ -1,0 +1,29 @@
+"""`lmdbitmap:kept`: what of a snapshot is not in the image any more, for whoever reads the image itself (direct.py).
+
+A status is 1 for what was kept aside and has to be read through the export, and 0 for what whoever asks has read
+rightly from the image before it asked. Where that is not known, as of a snapshot that broke or was released, the answer
+is an error.
+
+The question has a consequence: of a snapshot of which nothing is read twice, what is answered 0 is not kept any longer.
+So it is a context of its own, asked on a connection that has selected no other, and only of what was read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lmdbitmap.nbd import protocol as nbd
+from lmdbitmap.nbd.contexts import MAX_DESCRIPTORS, StatusSource
+from lmdbitmap.snapshot import Snapshot
+
+
+def kept_source(snapshot: Snapshot) -> StatusSource:
+    """Answers no more at once than fits into one reply: what the client is not told, it has not asked."""
+    most = MAX_DESCRIPTORS << snapshot.clusters.granularity_bits
+
+    def source(offset: int, length: int) -> Iterator[tuple[int, int]]:
+        unaligned = offset % snapshot.clusters.granularity
+        for size, is_kept in snapshot.kept(offset, min(length, most - unaligned)):
+            yield size, nbd.LMDBITMAP_STATE_KEPT if is_kept else 0
+
+    return source

@@ -1,0 +1,37 @@
+"""A tracked disk that this process serves to whoever asks at its control socket, as `lmdbitmap serve` does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from lmdbitmap.filter import Filter
+from lmdbitmap.nbd.control import ControlServer
+from lmdbitmap.nbd.dirty_contexts import tracked_contexts
+from lmdbitmap.nbd.held import HeldSnapshots
+from lmdbitmap.nbd.server import Server
+from lmdbitmap.scratch import Scratch
+from tests.tracked import NAME, TrackedDisk
+
+
+class Serving(NamedTuple):
+    disk: Filter
+    server: Server
+
+
+@contextmanager
+def serving(
+    tracked: TrackedDisk, scratch: Path, holding: type[HeldSnapshots] = HeldSnapshots, **limits: int
+) -> Iterator[Serving]:
+    """With its control socket; the NBD server listens nowhere, and is reached by what is handed over."""
+    with ExitStack() as stack:
+        stack.enter_context(closing(tracked))
+        disk = stack.enter_context(tracked.attach())
+        server = Server({NAME: disk}, contexts_of=tracked_contexts, **limits)
+        server.start()
+        stack.callback(server.stop)
+        held = holding({NAME: disk}, server, Scratch(str(scratch)))
+        stack.enter_context(ControlServer({NAME: disk}, held=held))
+        yield Serving(disk, server)
