@@ -64,6 +64,7 @@ FLOORS: dict[str, float] = {
     "nbd.edges": 2.15,
     "nbd.client_session": 2.3,
     "nbd.client": 2.5,
+    "nbd.client_statuses": 2.25,
     "nbd.kept_question": 2.5,
     "nbd.through_owner": 2.8,
     "nbd.control_client": 2.5,

@@ -30,6 +30,7 @@ from lmdbitmap.nbd.client_dial import DIAL_S, dial, warn_about
 from lmdbitmap.nbd.client_handshake import FarExport
 from lmdbitmap.nbd.client_link import WINDOW, Link, Request
 from lmdbitmap.nbd.client_session import Conversation
+from lmdbitmap.nbd.client_statuses import statuses
 from lmdbitmap.nbd.edges import Edges
 from lmdbitmap.nbd.uri import Place, parse
 
@@ -320,22 +321,19 @@ class NbdDevice:
 
     def _statuses(self, start: int, stop: int) -> Iterator[Allocation]:
         position, end = self._outward(start, stop)
-        while position < end:
-            asked = end - position if self.export.extended else min(end - position, _EFFECT_CHUNK)
-            request = Request(nbd.NBD_CMD_BLOCK_STATUS, position, asked)
-            if self.export.context_id is not None:
-                self._conversation.do([request])
-            for length, flags in request.extents():
-                extent = min(position + length, stop) - max(position, start)
-                yield Allocation(
-                    max(extent, 0), bool(flags & nbd.NBD_STATE_HOLE), bool(flags & nbd.NBD_STATE_ZERO)
-                )
-                position += length
-                if position >= end:
-                    return
-            if request.statuses is None or request.error:
-                yield _DATA._replace(length=stop - max(position, start))
-                return
+        most = max(end - position, 1) if self.export.extended else _EFFECT_CHUNK
+        for length, flags in statuses(self._ask_statuses, position, end, most):
+            extent = min(position + length, stop) - max(position, start)
+            yield Allocation(
+                max(extent, 0), bool(flags & nbd.NBD_STATE_HOLE), bool(flags & nbd.NBD_STATE_ZERO)
+            )
+            position += length
+        if position < end:
+            yield _DATA._replace(length=stop - max(position, start))
+
+    def _ask_statuses(self, requests: Sequence[Request]) -> None:
+        if self.export.context_id is not None:
+            self._conversation.do(requests)
 
     def resize(self, size: int) -> None:
         raise InvalidArgument(
