@@ -26,13 +26,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from lmdbitmap import bits
 from lmdbitmap.bits import BitView, Run
 from lmdbitmap.changes import Changes, changes
+from lmdbitmap.cluster_states import FIRST_SLOT, LOOK_CLUSTERS, MOST_SLOTS, UNTOUCHED, ZERO, ClusterStates
 from lmdbitmap.device import DATA, HOLE
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError, StorageError
 from lmdbitmap.geometry import Geometry, ceil_div, check_range
@@ -47,14 +47,8 @@ log = logging.getLogger(__name__)
 
 SMALLEST_CLUSTER_BITS: Final = 12
 LARGEST_CLUSTER_BITS: Final = 16
-_UNTOUCHED, _ZERO, _FIRST_SLOT = 0, 1, 2
-_STATE_BYTES: Final = 4
-_MAX_SLOTS: Final = (1 << 32) - 1 - _FIRST_SLOT
 _COPY_BYTES: Final = 1 << 20
 """Read and kept at once."""
-_LOOK_CLUSTERS: Final = 1 << 14
-"""Of which the allocation is asked at once."""
-_ALL_UNTOUCHED: Final = bytes(_LOOK_CLUSTERS * _STATE_BYTES)
 
 
 class Snapshot(ReadOnlyDevice):
@@ -73,17 +67,14 @@ class Snapshot(ReadOnlyDevice):
         self.before_release: Callable[[], None] = lambda: None
         self._device = device
         self._file = file
-        self._state_bytes = bits.anonymous_memory(self.clusters.block_count * _STATE_BYTES)
-        self._states = memoryview(self._state_bytes).cast("I")
-        self._touched = bytearray(ceil_div(self.clusters.block_count, _LOOK_CLUSTERS))
-        """A byte for each `_LOOK_CLUSTERS`: 0 while all of them are untouched, which saves to look at each."""
+        self._states = ClusterStates(self.clusters.block_count)
         self._wanted: BitView | None = None
         """A bit for each cluster that will be read; None where all may be."""
         self._passed: BitView | None = None
         """A bit for each cluster that was read and will not be again; None where any may be read again."""
         self._keeping = threading.Lock()
         """Held by whoever changes states."""
-        self._slot_count = min(file.limit_bytes >> cluster_bits, _MAX_SLOTS)
+        self._slot_count = min(file.limit_bytes >> cluster_bits, MOST_SLOTS)
         self._used_slots = 0
         self._readers = 0
         self._reading = threading.Condition()
@@ -138,8 +129,8 @@ class Snapshot(ReadOnlyDevice):
     def _untouched(self, start: int, stop: int) -> Iterator[Run]:
         """The runs of wanted clusters in [start, stop) that are untouched."""
         for first, last in self._wanted_runs(start, stop):
-            for state, begin, end in self._state_runs(first, last):
-                if state == _UNTOUCHED:
+            for state, begin, end in self._states.runs(first, last):
+                if state == UNTOUCHED:
                     yield begin, end
 
     def _wanted_runs(self, start: int, stop: int) -> Iterator[Run]:
@@ -159,7 +150,7 @@ class Snapshot(ReadOnlyDevice):
             zero = self.clusters.blocks_inward(offset, part.length) if part.zero else range(0)
             if zero:
                 self._keep_data(position, zero.start)
-                self._set_states(zero.start, [_ZERO] * len(zero))
+                self._states.set(zero.start, [ZERO] * len(zero))
                 position = zero.stop
             offset += part.length
         self._keep_data(position, stop)
@@ -178,21 +169,16 @@ class Snapshot(ReadOnlyDevice):
         if self._used_slots + len(data) > self._slot_count:
             self._break(f"its scratch file is full ({self.limit_bytes} bytes)")
             return
-        states = [_ZERO] * (stop - start)
+        states = [ZERO] * (stop - start)
         for at in data:
             self._file.put(memoryview(self._buffer)[at : min(at + cluster_size, length)], self.kept_bytes)
-            states[at // cluster_size] = _FIRST_SLOT + self._used_slots
+            states[at // cluster_size] = FIRST_SLOT + self._used_slots
             self._used_slots += 1
-        self._set_states(start, states)
+        self._states.set(start, states)
 
     def _is_zero(self, at: int, length: int) -> bool:
         stop = min(at + self.clusters.granularity, length)
         return self._buffer.startswith(self._zeroes[: stop - at], at, stop)
-
-    def _set_states(self, start: int, states: Sequence[int]) -> None:
-        looks = _looks(start, start + len(states))
-        self._touched[looks.start : looks.stop] = b"\1" * len(looks)  # first: who finds a 0 looks no further
-        self._states[start : start + len(states)] = memoryview(array("I", states))
 
     def _break(self, reason: str) -> None:
         """Nothing is kept from now on. Called with `_keeping`."""
@@ -216,12 +202,12 @@ class Snapshot(ReadOnlyDevice):
             return
         with self._being_read():
             clusters = self.clusters.blocks_outward(offset, len(buffer))
-            for state, start, stop in self._state_runs(clusters.start, clusters.stop):
-                if state == _UNTOUCHED:
+            for state, start, stop in self._states.runs(clusters.start, clusters.stop):
+                if state == UNTOUCHED:
                     self._read_untouched(buffer, offset, start, stop)
             self._require_wanted(clusters)  # as the states, looked at afterwards
-            for state, start, stop in self._state_runs(clusters.start, clusters.stop):
-                if state != _UNTOUCHED:
+            for state, start, stop in self._states.runs(clusters.start, clusters.stop):
+                if state != UNTOUCHED:
                     self._read_kept(buffer, offset, start, stop, state)
         self._pass(offset, len(buffer))
 
@@ -231,11 +217,11 @@ class Snapshot(ReadOnlyDevice):
 
     def _read_kept(self, buffer: memoryview, offset: int, start: int, stop: int, state: int) -> None:
         part, at = self._part(buffer, offset, start, stop)
-        if state == _ZERO:
+        if state == ZERO:
             part[:] = bytes(len(part))
         else:  # short where it broke meanwhile, which its reader is told in the end
             inside = at - (start << self.clusters.granularity_bits)
-            self._file.fill(part, ((state - _FIRST_SLOT) << self.clusters.granularity_bits) + inside)
+            self._file.fill(part, ((state - FIRST_SLOT) << self.clusters.granularity_bits) + inside)
 
     def _part(self, buffer: memoryview, offset: int, start: int, stop: int) -> tuple[memoryview, int]:
         """The part of a buffer that clusters [start, stop) fill, and where on the disk it begins."""
@@ -246,29 +232,6 @@ class Snapshot(ReadOnlyDevice):
         """What clusters [start, stop) have of bytes [begin, end)."""
         offset, length = self.clusters.bytes_of(start, stop)
         return max(offset, begin), min(offset + length, end)
-
-    def _state_runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """(state of the first, start, stop) of clusters that are alike, slots by themselves unless they follow."""
-        if self._are_untouched(start, stop):
-            yield _UNTOUCHED, start, stop
-            return
-        states = self._states[start:stop].tolist()
-        first = 0
-        for index in range(1, len(states) + 1):
-            if index < len(states) and states[index] == _following(states[first], index - first):
-                continue
-            yield states[first], start + first, start + index
-            first = index
-
-    def _are_untouched(self, start: int, stop: int) -> bool:
-        """At the speed of memory, for what is the rule on a large disk."""
-        looks = _looks(start, stop)
-        if self._touched.find(1, looks.start, looks.stop) < 0:
-            return True
-        if stop - start > _LOOK_CLUSTERS:
-            return False
-        states = self._state_bytes[start * _STATE_BYTES : stop * _STATE_BYTES]
-        return _ALL_UNTOUCHED.startswith(states)
 
     def kept(self, offset: int, length: int) -> list[tuple[int, bool]]:
         """Of a range that the caller has read from the image: (bytes, whether to read them again, here), without a gap.
@@ -281,9 +244,9 @@ class Snapshot(ReadOnlyDevice):
         found = []
         with self._being_read():
             self._require_wanted(clusters)
-            for state, start, stop in self._state_runs(clusters.start, clusters.stop):
+            for state, start, stop in self._states.runs(clusters.start, clusters.stop):
                 begin, end = self._inside(offset, offset + length, start, stop)
-                found.append((end - begin, state != _UNTOUCHED))
+                found.append((end - begin, state != UNTOUCHED))
         position = offset
         for size, is_kept in found:
             if not is_kept:
@@ -298,7 +261,7 @@ class Snapshot(ReadOnlyDevice):
         return joined(self._allocation(offset, length))
 
     def _allocation(self, offset: int, length: int) -> Iterator[Allocation]:
-        step = _LOOK_CLUSTERS << self.clusters.granularity_bits
+        step = LOOK_CLUSTERS << self.clusters.granularity_bits
         for position in range(offset - offset % step, offset + length, step):
             begin, end = max(position, offset), min(position + step, offset + length)
             with self._being_read():
@@ -307,16 +270,16 @@ class Snapshot(ReadOnlyDevice):
 
     def _allocation_of(self, offset: int, length: int) -> Iterator[Allocation]:
         clusters = self.clusters.blocks_outward(offset, length)
-        for state, start, stop in self._state_runs(clusters.start, clusters.stop):
+        for state, start, stop in self._states.runs(clusters.start, clusters.stop):
             begin, end = self._inside(offset, offset + length, start, stop)
-            if state == _UNTOUCHED:
+            if state == UNTOUCHED:
                 yield from self._allocation_of_untouched(begin, end, start, stop)
             else:
-                yield Allocation(end - begin, *(HOLE if state == _ZERO else DATA))
+                yield Allocation(end - begin, *(HOLE if state == ZERO else DATA))
 
     def _allocation_of_untouched(self, begin: int, end: int, start: int, stop: int) -> list[Allocation]:
         found = list(self._device.allocation(begin, end - begin))
-        if self._are_untouched(start, stop) and self._are_wanted(range(start, stop)):
+        if self._states.are_untouched(start, stop) and self._are_wanted(range(start, stop)):
             return found
         return [Allocation(end - begin, *DATA)]
 
@@ -397,14 +360,6 @@ class Snapshot(ReadOnlyDevice):
             OSError(problem),
             next_step="make another one, with more room for old data if that was lacking",
         )
-
-
-def _looks(start: int, stop: int) -> range:
-    return range(start // _LOOK_CLUSTERS, ceil_div(stop, _LOOK_CLUSTERS))
-
-
-def _following(state: int, distance: int) -> int:
-    return state + distance if state >= _FIRST_SLOT else state
 
 
 def broken_error(disk: Disk, reason: str) -> StorageError:

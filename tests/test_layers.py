@@ -32,6 +32,7 @@ FLOORS: dict[str, float] = {
     "format": 1.5,
     "schema": 1.5,
     "tally": 1.5,
+    "cluster_states": 1.5,
     "qcow2.layout": 1,
     "qcow2.compression": 1.1,
     "qcow2.reader": 1.2,
