@@ -52,6 +52,9 @@ class Question(Protocol):
 class DirectDevice(ReadOnlyDevice):
     """The snapshot as a `BlockDevice`, for many threads. All three are its own from now on."""
 
+    chunk_bytes = 4 << 20
+    """To be read at once: each question takes the holder from its guest for a moment."""
+
     def __init__(self, image: FileDevice, export: HeldExport, question: Question) -> None:
         self._image = image
         self._export = export

@@ -24,7 +24,8 @@ from lmdbitmap.interfaces import Allocation
 from lmdbitmap.pace import Pace
 
 CHUNK_BYTES = 1 << 20
-"""Read at once, unless a block is larger: what stays in the processor's cache is copied fastest."""
+"""Read at once, unless a block is larger, or the device says more in its `chunk_bytes`: what stays in the processor's
+cache is copied fastest."""
 
 SMALL_BYTES = CHUNK_BYTES // 4
 """Runs up to here are read together with others."""
@@ -58,6 +59,7 @@ class Metered:
         self.pread_many = None if self._read_many is None else self._pread_many
         """Of a device that has it."""
         self.interrupt: Callable[[], None] = getattr(device, "interrupt", _nothing)
+        self.chunk_bytes: int = getattr(device, "chunk_bytes", CHUNK_BYTES)
         self.bytes_read = 0
         self._counting = threading.Lock()
 
@@ -118,7 +120,7 @@ class Pieces:
         self._read_many: ReadMany | None = getattr(device, "pread_many", None)
         self._interrupt: Callable[[], None] = getattr(device, "interrupt", _nothing)
         self._blocks = blocks
-        self._chunk_bytes = max(CHUNK_BYTES, blocks.granularity)
+        self._chunk_bytes = max(getattr(device, "chunk_bytes", CHUNK_BYTES), blocks.granularity)
         self._zeroes = bytes(blocks.granularity)
 
     def of_all(self, runs: Iterable[Run]) -> Generator[Piece, None, None]:

@@ -67,6 +67,28 @@ class Far(MemoryDevice):
             self.pread_into(buffer, offset)
 
 
+class InLargeChunks(MemoryDevice):
+    chunk_bytes = 3 * CHUNK_BYTES
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.pwrite(b"x" * size, 0)
+        self.reads: list[int] = []
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        self.reads.append(len(buffer))
+        super().pread_into(buffer, offset)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_device_may_say_how_much_is_to_be_read_at_once(wrapped: bool) -> None:
+    device = InLargeChunks(7 * CHUNK_BYTES)
+    blocks = Geometry(device.size, BLOCK_BITS)
+    found = list(Pieces(Metered(device) if wrapped else device, blocks).of_all([(0, blocks.block_count)]))
+    assert device.reads == [3 * CHUNK_BYTES, 3 * CHUNK_BYTES, CHUNK_BYTES]
+    assert sum(piece.length for piece in found) == device.size
+
+
 @pytest.mark.parametrize("tail", [0, 1, 4097])
 def test_small_runs_are_read_together_and_are_what_they_are_one_by_one(tail: int) -> None:
     randomness = random.Random(tail)
