@@ -70,14 +70,24 @@ def back_up(folder: Path, *options: str) -> Run:
     start = time.monotonic()
     process = subprocess.Popen([sys.executable, "-m", "lmdbitmap", *words], stdout=subprocess.PIPE, cwd=ROOT)
     assert process.stdout is not None
+    memory_bytes = peak_bytes(process)
     told = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
         raise RuntimeError(f"a backup ended with {process.returncode}")
     [made] = json.loads(told)["backups"]
     whole_s = time.monotonic() - start
-    return Run(float(made["seconds"]), whole_s, usage.ru_maxrss << 10, made["digest"])
+    return Run(float(made["seconds"]), whole_s, memory_bytes, made["digest"])
+
+
+def peak_bytes(process: subprocess.Popen[bytes]) -> int:
+    """The most memory that a process has had, when it has ended; what `wait4` tells includes its parent's before."""
+    most = 0
+    while process.poll() is None:
+        with contextlib.suppress(OSError):
+            told = Path(f"/proc/{process.pid}/status").read_text()
+            most = max(most, int(told.partition("VmHWM:")[2].split()[0]) << 10) if "VmHWM:" in told else most
+        time.sleep(0.01)
+    return most
 
 
 def back_up_anew(folder: Path, *options: str) -> Run:
