@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 from lmdbitmap.interfaces import Lane
@@ -15,23 +15,32 @@ PIECE_BYTES: Final = 1 << 30
 """Zeroed or discarded in one go. Where zeroes have to be written out, that takes some seconds."""
 
 
-def perform(request: nbd.Request, lane: Lane, contexts: Mapping[int, StatusSource], form: Form) -> bytes:
-    """Do an allowed request that is no READ or WRITE of data, and return its reply; raises as the disk does."""
+def perform(
+    request: nbd.Request,
+    lane: Lane,
+    contexts: Mapping[int, StatusSource],
+    form: Form,
+    stopping: Callable[[], bool],
+) -> bytes:
+    """Do an allowed request that is no READ or WRITE of data, and return its reply; raises as the disk does.
+
+    A change of many pieces ends between two of them, with `ESHUTDOWN`, once `stopping` says so.
+    """
     if request.type == nbd.NBD_CMD_BLOCK_STATUS:
         return _block_status(request, contexts, form)
     if request.length:
-        _change(request, lane)
+        _change(request, lane, stopping)
     return form.outcome(request.type, form.label_of(request))
 
 
-def _change(request: nbd.Request, lane: Lane) -> None:
+def _change(request: nbd.Request, lane: Lane, stopping: Callable[[], bool]) -> None:
     """In pieces: whoever waits for the lane to pause, a checkpoint or the end, waits for one of them at most."""
     flags = request.flags
     if request.type == nbd.NBD_CMD_TRIM:
-        for offset, length in _pieces(request):
+        for offset, length in _pieces(request, stopping):
             lane.discard(offset, length)
     elif request.type == nbd.NBD_CMD_WRITE_ZEROES:
-        for offset, length in _pieces(request):
+        for offset, length in _pieces(request, stopping):
             lane.write_zeroes(
                 offset,
                 length,
@@ -42,13 +51,15 @@ def _change(request: nbd.Request, lane: Lane) -> None:
         lane.flush()
 
 
-def _pieces(request: nbd.Request) -> Iterator[tuple[int, int]]:
+def _pieces(request: nbd.Request, stopping: Callable[[], bool]) -> Iterator[tuple[int, int]]:
     """(offset, length), all but the last of them to a multiple of `PIECE_BYTES`."""
     offset, end = request.offset, request.offset + request.length
     while offset < end:
         length = min(PIECE_BYTES - offset % PIECE_BYTES, end - offset)
         yield offset, length
         offset += length
+        if offset < end and stopping():
+            raise OSError(errno.ESHUTDOWN, f"the server stops, and {end - offset} bytes of it are not done")
 
 
 def _block_status(request: nbd.Request, contexts: Mapping[int, StatusSource], form: Form) -> bytes:

@@ -383,7 +383,7 @@ class Connection:
     def _perform(self, request: nbd.Request) -> None:
         self.notice.give()
         try:
-            reply = commands.perform(request, self._lane, self._contexts, self._form)
+            reply = commands.perform(request, self._lane, self._contexts, self._form, lambda: self.stopping)
         except (OSError, LmdbitmapError) as failure:
             _log.warning("%s failed: %s", request, failure)
             self._answer(request, error_of(failure))

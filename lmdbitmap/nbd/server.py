@@ -4,7 +4,8 @@ A client can cost the others nothing but its share of the processor: it has its 
 no thread waits for it that others need, and whatever it sends, or fails to send or to read, ends at worst its
 own connection.
 
-Stopping: no more clients; every connection finishes the requests it has taken in, answers them and closes;
+Stopping: no more clients; every connection finishes the requests it has taken in, answers them and closes (a change of
+many gigabytes is done as far as it is, and the client told so);
 one that has not managed after `grace_s`, because its client does not read, is cut off. One that has not ended
 after as long again hangs in its disk; `stop` says so by False, and the disks must not be closed under it.
 """

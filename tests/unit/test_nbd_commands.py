@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from contextlib import closing
 from pathlib import Path
+
+import pytest
 
 from lmdbitmap.device import FileDevice
 from lmdbitmap.filter import Filter
@@ -16,6 +19,10 @@ from tests.support import PATIENCE_SECONDS
 from tests.tracked import NAME, TrackedDisk
 
 SIZE = 4 * PIECE_BYTES
+
+
+def never() -> bool:
+    return False
 
 
 class HeldUpDevice(FileDevice):
@@ -37,7 +44,7 @@ def test_a_checkpoint_gets_in_behind_the_piece_that_is_under_way(tmp_path: Path)
     with closing(TrackedDisk(tmp_path, SIZE, 20).clean()) as tracked:
         disk = Filter.attach(tracked.store, NAME, open_device=HeldUpDevice.open, background=False)
         lane = disk.lane()
-        zeroer = threading.Thread(target=lambda: perform(request, lane, {}, EXTENDED))
+        zeroer = threading.Thread(target=lambda: perform(request, lane, {}, EXTENDED, never))
         zeroer.start()
         assert HeldUpDevice.zeroing.wait(PATIENCE_SECONDS)
         pointer = threading.Thread(target=disk.checkpoint, args=("monday",))
@@ -54,3 +61,13 @@ def test_a_checkpoint_gets_in_behind_the_piece_that_is_under_way(tmp_path: Path)
         assert list(before.runs()) == [(0, blocks)]
         assert list(after.runs()) == [(blocks, 4 * blocks)]
         disk.detach()
+
+
+@pytest.mark.parametrize("command", [nbd.NBD_CMD_WRITE_ZEROES, nbd.NBD_CMD_TRIM])
+def test_a_change_that_ends_between_two_pieces_has_marked_what_it_did(tmp_path: Path, command: int) -> None:
+    request, stopping = nbd.Request(0, command, 1, 0, SIZE), iter([False, True])
+    with closing(TrackedDisk(tmp_path, SIZE, 20).clean()) as tracked, tracked.attach() as disk:
+        with pytest.raises(OSError, match="the server stops") as told:
+            perform(request, disk.lane(), {}, EXTENDED, lambda: next(stopping))
+        assert told.value.errno == errno.ESHUTDOWN
+        assert list(disk.changes(since="start").runs()) == [(0, 2 * PIECE_BYTES >> 20)]

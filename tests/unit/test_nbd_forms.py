@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -188,18 +188,20 @@ def test_a_client_that_dies_inside_a_request_is_let_go(device: MemoryDevice, sen
 
 
 class NotingDisk(PlainDisk):
-    """Notes what its lane is asked to change; an item of `fails` at its turn."""
+    """Notes what its lane is asked to change; an item of `fails` at its turn, `on_call` at each."""
 
     def __init__(self, device: FileDevice) -> None:
         super().__init__(device)
         self.calls: list[tuple[str, int, int]] = []
         self.fails: dict[int, OSError] = {}
+        self.on_call: Callable[[int], None] = lambda number: None
 
     def lane(self) -> PlainLane:
         return NotingLane(self, self._device)
 
     def note(self, name: str, offset: int, length: int) -> None:
         self.calls.append((name, offset, length))
+        self.on_call(len(self.calls) - 1)
         if len(self.calls) - 1 in self.fails:
             raise self.fails[len(self.calls) - 1]
 
@@ -267,6 +269,24 @@ def test_a_piece_that_fails_is_the_last_one_and_fails_the_request(huge: NotingDi
         assert peer.do(WRITE_ZEROES, 0, HUGE).error == errno.ENOSPC
         assert len(huge.calls) == 3
         assert peer.do(READ, 0, 16).data == bytes(16)
+
+
+@pytest.mark.parametrize("command", [WRITE_ZEROES, TRIM])
+def test_a_change_of_many_pieces_ends_with_the_one_under_way_when_the_server_stops(
+    huge: NotingDisk, command: int
+) -> None:
+    with huge_peer(huge) as peer:
+        huge.on_call = lambda number: setattr(peer.connection, "stopping", number == 2)
+        assert peer.do(command, 0, HUGE, flags=FUA).error == errno.ESHUTDOWN
+        assert peer.is_closed_by_server()
+    assert len(huge.calls) == 3
+
+
+def test_the_last_piece_is_done_and_answered_although_the_server_stops(huge: NotingDisk) -> None:
+    with huge_peer(huge) as peer:
+        huge.on_call = lambda number: setattr(peer.connection, "stopping", number == 1)
+        assert peer.do(WRITE_ZEROES, 0, 2 * GIB, flags=FUA).error == 0
+    assert [name for name, *_ in huge.calls] == ["write_zeroes", "write_zeroes", "flush"]
 
 
 def test_one_extent_of_a_status_may_be_as_long_as_the_disk(huge: NotingDisk) -> None:
