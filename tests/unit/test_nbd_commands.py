@@ -5,20 +5,24 @@ from __future__ import annotations
 import errno
 import threading
 import time
+import tracemalloc
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from lmdbitmap.device import FileDevice
+from lmdbitmap.device import FileDevice, MemoryDevice
 from lmdbitmap.filter import Filter
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.commands import PIECE_BYTES, perform
-from lmdbitmap.nbd.forms import EXTENDED
+from lmdbitmap.nbd.forms import EXTENDED, STRUCTURED
+from lmdbitmap.plain import PlainDisk
 from tests.support import PATIENCE_SECONDS
 from tests.tracked import NAME, TrackedDisk
 
 SIZE = 4 * PIECE_BYTES
+CONTEXTS, EXTENTS = 24, 4096
 
 
 def never() -> bool:
@@ -71,3 +75,20 @@ def test_a_change_that_ends_between_two_pieces_has_marked_what_it_did(tmp_path: 
             perform(request, disk.lane(), {}, EXTENDED, lambda: next(stopping))
         assert told.value.errno == errno.ESHUTDOWN
         assert list(disk.changes(since="start").runs()) == [(0, 2 * PIECE_BYTES >> 20)]
+
+
+def test_statuses_of_many_contexts_take_little_more_room_than_their_reply() -> None:
+    def every_other(offset: int, length: int) -> Iterator[tuple[int, int]]:
+        return ((4096, block % 2) for block in range(EXTENTS))
+
+    request = nbd.Request(0, nbd.NBD_CMD_BLOCK_STATUS, 1, 0, EXTENTS * 4096)
+    contexts = dict.fromkeys(range(CONTEXTS), every_other)
+    lane = PlainDisk(MemoryDevice(0)).lane()
+    tracemalloc.start()
+    try:
+        reply = perform(request, lane, contexts, STRUCTURED, never)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(reply) > CONTEXTS * EXTENTS * nbd.BLOCK_DESCRIPTOR.size
+    assert peak_bytes < 4 * len(reply)
