@@ -34,7 +34,10 @@ def perform(
 
 
 def _change(request: nbd.Request, lane: Lane, stopping: Callable[[], bool]) -> None:
-    """In pieces: whoever waits for the lane to pause, a checkpoint or the end, waits for one of them at most."""
+    """In pieces: whoever waits for the lane to pause, a checkpoint or the end, waits for one of them at most.
+
+    Of zeroes that are wanted only if that is fast, the first piece shows whether it is: the others are done in any way.
+    """
     flags = request.flags
     if request.type == nbd.NBD_CMD_TRIM:
         for offset, length in _pieces(request, stopping):
@@ -45,7 +48,7 @@ def _change(request: nbd.Request, lane: Lane, stopping: Callable[[], bool]) -> N
                 offset,
                 length,
                 may_unmap=not flags & nbd.NBD_CMD_FLAG_NO_HOLE,
-                fast_only=bool(flags & nbd.NBD_CMD_FLAG_FAST_ZERO),
+                fast_only=bool(flags & nbd.NBD_CMD_FLAG_FAST_ZERO) and offset == request.offset,
             )
     if flags & nbd.NBD_CMD_FLAG_FUA and request.type != nbd.NBD_CMD_CACHE:
         lane.flush()

@@ -23,6 +23,7 @@ from tests.nbd_raw import (
     BLOCK_STATUS,
     CACHE,
     DISC,
+    FAST_ZERO,
     FLUSH,
     FUA,
     PAYLOAD_LEN,
@@ -187,6 +188,10 @@ def test_a_client_that_dies_inside_a_request_is_let_go(device: MemoryDevice, sen
 # --- 64 bits of length ---
 
 
+HUGE = (1 << 43) + 512
+"""8 TiB: what ext4 takes of one file, whose blocks are of 4 KiB, and some of it less."""
+
+
 class NotingDisk(PlainDisk):
     """Notes what its lane is asked to change; an item of `fails` at its turn, `on_call` at each."""
 
@@ -194,6 +199,8 @@ class NotingDisk(PlainDisk):
         super().__init__(device)
         self.calls: list[tuple[str, int, int]] = []
         self.fails: dict[int, OSError] = {}
+        self.fast_bytes = HUGE
+        """From here on nothing is zeroed fast."""
         self.on_call: Callable[[int], None] = lambda number: None
 
     def lane(self) -> PlainLane:
@@ -215,6 +222,8 @@ class NotingLane(PlainLane):
         self, offset: int, length: int, *, may_unmap: bool = True, fast_only: bool = False
     ) -> None:
         self._disk.note("write_zeroes", offset, length)
+        if fast_only and self._disk.fast_bytes <= offset:
+            raise OSError(errno.ENOTSUP, "slow here")
         super().write_zeroes(offset, length, may_unmap=may_unmap, fast_only=fast_only)
 
     def discard(self, offset: int, length: int) -> None:
@@ -224,10 +233,6 @@ class NotingLane(PlainLane):
     def flush(self) -> None:
         self._disk.note("flush", 0, 0)
         super().flush()
-
-
-HUGE = (1 << 43) + 512
-"""8 TiB: what ext4 takes of one file, whose blocks are of 4 KiB, and some of it less."""
 
 
 @pytest.fixture
@@ -287,6 +292,17 @@ def test_the_last_piece_is_done_and_answered_although_the_server_stops(huge: Not
         huge.on_call = lambda number: setattr(peer.connection, "stopping", number == 1)
         assert peer.do(WRITE_ZEROES, 0, 2 * GIB, flags=FUA).error == 0
     assert [name for name, *_ in huge.calls] == ["write_zeroes", "write_zeroes", "flush"]
+
+
+def test_zeroes_that_have_to_be_fast_are_refused_before_anything_is_zeroed_or_not_at_all(
+    huge: NotingDisk,
+) -> None:
+    huge.fast_bytes = 3 * GIB
+    with huge_peer(huge) as peer:
+        assert peer.do(WRITE_ZEROES, 512, 5 * GIB, flags=FAST_ZERO).error == 0
+        assert len(huge.calls) == 6
+        assert peer.do(WRITE_ZEROES, 3 * GIB, 5 * GIB, flags=FAST_ZERO).error == errno.ENOTSUP
+        assert len(huge.calls) == 7
 
 
 def test_one_extent_of_a_status_may_be_as_long_as_the_disk(huge: NotingDisk) -> None:
