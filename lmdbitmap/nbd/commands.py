@@ -15,6 +15,12 @@ PIECE_BYTES: Final = 1 << 30
 """Zeroed or discarded in one go. Where zeroes have to be written out, that takes some seconds."""
 
 
+def is_long(request: nbd.Request) -> bool:
+    """Whether replies that are ready had better not wait for it."""
+    changes = request.type in (nbd.NBD_CMD_TRIM, nbd.NBD_CMD_WRITE_ZEROES)
+    return changes and request.length > PIECE_BYTES
+
+
 def perform(
     request: nbd.Request,
     lane: Lane,

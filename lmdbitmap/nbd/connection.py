@@ -101,8 +101,7 @@ class Connection:
         self._conduit: Conduit | None = None
         if disk.fd is not None and not encrypted and isinstance(self._lane, SplicingLane):
             self._conduit = Conduit(sock, self._lane)
-        self._appetite = _BATCH
-        self._waiting = 0
+        self._appetite, self._waiting = _BATCH, 0
         self._buffer = bytearray(_BATCH)
         self._view = memoryview(self._buffer)
         self._buffer[: len(received)] = received
@@ -371,8 +370,7 @@ class Connection:
             collected.clear()
 
     def _answer_one_by_one(self, failed: Mapping[int, int], flush_error: int) -> None:
-        errors = dict.fromkeys(self._fua_writes, flush_error)
-        errors.update(failed)
+        errors = {**dict.fromkeys(self._fua_writes, flush_error), **failed}
         form = self._form
         for index, (cookie, (offset, _)) in enumerate(zip(self._write_cookies, self._writes, strict=True)):
             label = form.label(cookie, offset)
@@ -382,6 +380,8 @@ class Connection:
 
     def _perform(self, request: nbd.Request) -> None:
         self.notice.give()
+        if commands.is_long(request):
+            self._send()
         try:
             reply = commands.perform(request, self._lane, self._contexts, self._form, lambda: self.stopping)
         except (OSError, LmdbitmapError) as failure:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import struct
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -33,6 +34,7 @@ from tests.nbd_raw import (
     WRITE_ZEROES,
     extended,
 )
+from tests.support import PATIENCE_SECONDS
 from tests.unit import test_nbd_connection
 from tests.unit.test_nbd_connection import Peer, connected
 
@@ -292,6 +294,27 @@ def test_the_last_piece_is_done_and_answered_although_the_server_stops(huge: Not
         huge.on_call = lambda number: setattr(peer.connection, "stopping", number == 1)
         assert peer.do(WRITE_ZEROES, 0, 2 * GIB, flags=FUA).error == 0
     assert [name for name, *_ in huge.calls] == ["write_zeroes", "write_zeroes", "flush"]
+
+
+@pytest.mark.parametrize("command", [WRITE_ZEROES, TRIM])
+def test_replies_that_are_ready_do_not_wait_for_a_change_of_many_pieces(
+    huge: NotingDisk, command: int
+) -> None:
+    changing, go_on = threading.Event(), threading.Event()
+
+    def hold_up(number: int) -> None:
+        changing.set()
+        assert go_on.wait(PATIENCE_SECONDS)
+
+    with huge_peer(huge) as peer:
+        huge.on_call = hold_up
+        peer.send(peer.request(READ, 0, 16, cookie=1) + peer.request(command, 0, 3 * GIB, cookie=2))
+        assert changing.wait(PATIENCE_SECONDS)
+        try:
+            assert peer.reply(16).cookie == 1
+        finally:
+            go_on.set()
+        assert peer.reply().cookie == 2
 
 
 def test_zeroes_that_have_to_be_fast_are_refused_before_anything_is_zeroed_or_not_at_all(
