@@ -9,8 +9,8 @@ with the libraries of their own tree. Needs apt-get and dpkg-deb, and Debian's k
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -43,9 +43,19 @@ def main(folder: Path) -> None:
             subprocess.run(["dpkg-deb", "-x", package, tree], check=True)
         add_programs(tree)
         (tree / "key").write_text(KEY)
-        shutil.rmtree(folder, ignore_errors=True)
-        if key_of(folder) != KEY:  # or another one was made meanwhile
-            os.rename(tree, folder)
+        put_in_place(tree, folder, work / "older")
+
+
+def put_in_place(tree: Path, folder: Path, aside: Path) -> None:
+    """At no moment is there half a tree under the name: an older one gives way as a whole, and is deleted `aside`.
+
+    One that another run made meanwhile stays: somebody may use it already.
+    """
+    if key_of(folder) == KEY:
+        return
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(folder, aside)
+    os.rename(tree, folder)
 
 
 def key_of(folder: Path) -> str | None:
