@@ -29,7 +29,8 @@ WINDOW: Final = 256
 """Requests of one kind that may be sent without receiving: what answers them fits into a socket's buffer."""
 _PART_S: Final = 1.0
 _BUFFER: Final = 64 << 10
-_MOST_EXTENTS: Final = 1 << 20
+MOST_EXTENTS: Final = 1 << 20
+"""That an answer to BLOCK_STATUS may have."""
 _LONGEST: Final = (1 << 32) - (1 << 16)
 """What a compact header can ask for, in whole blocks of any size."""
 _MAX_ERROR: Final = 64 << 10
@@ -64,7 +65,7 @@ class Request:
 
     __slots__ = (
         "call", "command", "cookie", "covered", "data", "descriptor", "error", "flags", "into", "length", "link",
-        "mark", "offset", "pieces", "since", "statuses",
+        "mark", "most_extents", "offset", "pieces", "since", "statuses",
     )  # fmt: skip
 
     def __init__(
@@ -76,6 +77,7 @@ class Request:
         flags: int = 0,
         data: Buffer = b"",
         into: memoryview | None = None,
+        most_extents: int = MOST_EXTENTS,
     ) -> None:
         self.command = command
         self.offset = offset
@@ -83,6 +85,8 @@ class Request:
         self.flags = flags
         self.data = data
         self.into = into
+        self.most_extents = most_extents
+        """Of a longer answer the rest is forgotten, as if the server had said no more."""
         self.cookie = 0
         self.error = 0
         self.statuses: bytes | None = None
@@ -265,16 +269,17 @@ class Link:
             (nbd.BLOCK_STATUS_EXT, nbd.BLOCK_DESCRIPTOR_EXT) if extended else (_U32, nbd.BLOCK_DESCRIPTOR)
         )
         count, rest = divmod(length - head.size, one.size)
-        if request.statuses is not None or not 1 <= count <= _MOST_EXTENTS or rest:
+        if request.statuses is not None or not 1 <= count <= MOST_EXTENTS or rest:
             raise nonsense("block status", "one list of descriptors", f"{length} bytes")
         payload = self._take(length)
         context_id, *counted = head.unpack_from(payload)
         if context_id != self.export.context_id or counted not in ([], [count]):
             expected = f"{count} descriptors of context {self.export.context_id}"
             raise nonsense("block status", expected, f"{counted} of {context_id}")
-        request.statuses, request.descriptor = payload[head.size :], one
-        if any(extent == 0 for extent, _ in one.iter_unpack(request.statuses)):
+        statuses = payload[head.size :]
+        if any(extent == 0 for extent, _ in one.iter_unpack(statuses)):
             raise nonsense("block status", "extents with a length", "an empty one")
+        request.statuses, request.descriptor = statuses[: request.most_extents * one.size], one
 
     def _await(self, count: int) -> None:
         """Have `count` bytes, which fit into the buffer, at `_start`."""

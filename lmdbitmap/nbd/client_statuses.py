@@ -1,6 +1,8 @@
 """What a far server says of long ranges: many questions travel together while its answers are short.
 
 Of a disk that is alike for long, it is the way there and back that takes the time: 64 TiB are 65,536 questions.
+
+All answers to questions that travel together are held at once, and have no more extents than one answer may have.
 """
 
 from __future__ import annotations
@@ -9,11 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from lmdbitmap.nbd import protocol as nbd
-from lmdbitmap.nbd.client_link import Request
+from lmdbitmap.nbd.client_link import MOST_EXTENTS, Request
 
 _MOST_QUESTIONS: Final = 64
 _SHORT_ANSWER: Final = 16 * nbd.BLOCK_DESCRIPTOR.size
-"""Answers to many questions could be much to hold, if they are longer than that."""
+"""Where answers are longer than that, the way there and back is not what takes the time."""
 
 
 def statuses(
@@ -26,7 +28,11 @@ def statuses(
     together = 1
     while start < stop:
         ends = range(start, min(start + together * most_bytes, stop), most_bytes)
-        requests = [Request(nbd.NBD_CMD_BLOCK_STATUS, at, min(stop - at, most_bytes)) for at in ends]
+        most = MOST_EXTENTS // len(ends)
+        requests = [
+            Request(nbd.NBD_CMD_BLOCK_STATUS, at, min(stop - at, most_bytes), most_extents=most)
+            for at in ends
+        ]
         ask(requests)
         for request in requests:
             if request.error or request.statuses is None:

@@ -11,6 +11,7 @@ import pytest
 
 from lmdbitmap.interfaces import Allocation
 from lmdbitmap.nbd.client import NbdDevice
+from lmdbitmap.nbd.client_link import Request
 from tests.nbd_far import (
     CONTEXT_ID,
     EIO,
@@ -160,6 +161,17 @@ def test_wide_statuses_that_were_not_agreed_on_cost_the_connection(far: FarServe
     with opened(far) as device:
         assert list(device.allocation(0, SIZE)) == [Allocation(SIZE, hole=True, zero=True)]
     assert far.handshakes == 2
+
+
+@pytest.mark.parametrize("is_extended", [True, False])
+def test_of_a_longer_answer_than_there_is_room_for_the_beginning_counts(
+    far: FarServer, is_extended: bool
+) -> None:
+    far.statuses, far.extended = [(512, 0), (512, 3), (SIZE - 1024, 0)], is_extended
+    with opened(far) as device:
+        request = Request(BLOCK_STATUS, 0, SIZE, most_extents=2)
+        device._conversation.do([request])
+        assert list(request.extents()) == [(512, 0), (512, 3)]
 
 
 # --- 64 bits of length ---

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from lmdbitmap.nbd import client_statuses
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.client_link import Request
 from lmdbitmap.nbd.client_statuses import statuses
@@ -27,7 +28,8 @@ class Far:
     def ask(self, requests: Sequence[Request]) -> None:
         self.batches.append(len(requests))
         for request in requests:
-            request.statuses = self.answer(request.offset, request.length)
+            answer = self.answer(request.offset, request.length)
+            request.statuses = answer[: request.most_extents * nbd.BLOCK_DESCRIPTOR.size]
 
     def answer(self, offset: int, length: int) -> bytes:
         assert 0 < length <= CHUNK
@@ -72,6 +74,24 @@ def test_long_answers_come_one_by_one() -> None:
     far = Far(2)
     flags_of(far.ask, 0, SIZE)
     assert set(far.batches) == {1}
+
+
+@pytest.mark.parametrize("most", [1, 64, 100, 1000])
+def test_answers_to_questions_that_travel_together_are_no_more_to_hold_than_one(
+    monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """A disk that is alike for long at first, so that many are asked at once, and changes everywhere then."""
+    monkeypatch.setattr(client_statuses, "MOST_EXTENTS", most)
+    monkeypatch.setattr(client_statuses, "_MOST_QUESTIONS", min(64, most))
+    far, held = Far(SIZE), list[int]()
+    far.flags[SIZE // 2 :] = [3 * (at % 2) for at in range(SIZE // 2, len(far.flags))]
+
+    def ask(requests: Sequence[Request]) -> None:
+        far.ask(requests)
+        held.append(sum(len(list(request.extents())) for request in requests))
+
+    assert flags_of(ask, 0, SIZE) == far.flags[:SIZE]
+    assert max(held) <= most
 
 
 def test_server_that_answers_a_part_is_not_asked_for_more_than_it_answers() -> None:
