@@ -23,13 +23,19 @@ class Serving(NamedTuple):
 
 @contextmanager
 def serving(
-    tracked: TrackedDisk, scratch: Path, holding: type[HeldSnapshots] = HeldSnapshots, **limits: int
+    tracked: TrackedDisk,
+    scratch: Path,
+    holding: type[HeldSnapshots] = HeldSnapshots,
+    listening: Path | None = None,
+    **limits: int,
 ) -> Iterator[Serving]:
-    """With its control socket; the NBD server listens nowhere, and is reached by what is handed over."""
+    """With its control socket; the NBD server is reached by what is handed over, and where it is `listening`."""
     with ExitStack() as stack:
         stack.enter_context(closing(tracked))
         disk = stack.enter_context(tracked.attach())
         server = Server({NAME: disk}, contexts_of=tracked_contexts, **limits)
+        if listening is not None:
+            server.listen_unix(str(listening))
         server.start()
         stack.callback(server.stop)
         held = holding({NAME: disk}, server, Scratch(str(scratch)))

@@ -8,7 +8,7 @@ from typing import Final
 
 from lmdbitmap.interfaces import Lane
 from lmdbitmap.nbd import protocol as nbd
-from lmdbitmap.nbd.contexts import MAX_DESCRIPTORS, StatusSource, descriptors
+from lmdbitmap.nbd.contexts import MAX_DESCRIPTORS, Consequential, StatusSource, descriptors
 from lmdbitmap.nbd.forms import Form
 
 PIECE_BYTES: Final = 1 << 30
@@ -76,11 +76,20 @@ def _block_status(request: nbd.Request, contexts: Mapping[int, StatusSource], fo
 
     Each is packed before the next is asked: descriptors take a dozen times as much room as what they are packed to.
     """
+    _require_all_is_told(request, contexts)
     label, last = form.label_of(request), len(contexts) - 1
     chunks = []
     for index, (context_id, source) in enumerate(contexts.items()):
         chunks.append(form.status(label, context_id, _found(request, source), done=index == last))
     return b"".join(chunks)
+
+
+def _require_all_is_told(request: nbd.Request, contexts: Mapping[int, StatusSource]) -> None:
+    """Where an answer has consequences, none may be cut, nor be lost because another context fails."""
+    if any(isinstance(source, Consequential) for source in contexts.values()) and (
+        len(contexts) > 1 or request.flags & nbd.NBD_CMD_FLAG_REQ_ONE
+    ):
+        raise OSError(errno.EINVAL, "one of its contexts has to be asked alone, and without REQ_ONE")
 
 
 def _found(request: nbd.Request, source: StatusSource) -> list[tuple[int, int]]:

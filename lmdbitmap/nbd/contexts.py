@@ -20,6 +20,24 @@ MAX_DESCRIPTORS: Final = 1 << 17
 """Descriptors in one reply, as QEMU limits it; the client asks again where the reply ends."""
 
 
+class Consequential:
+    """A source of which each answer has a consequence: whoever asks has to hear all of it, and to be meant by it.
+
+    It is for those to whom the disk's owner handed their connection, and answers where nothing else was selected.
+    """
+
+    def __init__(self, source: StatusSource) -> None:
+        self._source = source
+
+    def __call__(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
+        return self._source(offset, length)
+
+
+def for_strangers(contexts: Mapping[str, StatusSource]) -> Mapping[str, StatusSource]:
+    """Those that may be offered to whoever comes."""
+    return {name: source for name, source in contexts.items() if not isinstance(source, Consequential)}
+
+
 def base_contexts(name: str, disk: ServedDisk) -> Mapping[str, StatusSource]:
     """What every disk can say: where it is allocated."""
     return {nbd.NBD_META_BASE_ALLOCATION: allocation_source(disk)}

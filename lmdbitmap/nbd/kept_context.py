@@ -5,7 +5,8 @@ rightly from the image before it asked. Where that is not known, as of a snapsho
 is an error.
 
 The question has a consequence: of a snapshot of which nothing is read twice, what is answered 0 is not kept any longer.
-So it is a context of its own, asked on a connection that has selected no other, and only of what was read.
+So it is `Consequential`: offered on connections that the owner handed over and on no others, and asked on one that has
+selected no other context, without NBD_CMD_FLAG_REQ_ONE, and only of what was read.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lmdbitmap.nbd import protocol as nbd
-from lmdbitmap.nbd.contexts import MAX_DESCRIPTORS, StatusSource
+from lmdbitmap.nbd.contexts import MAX_DESCRIPTORS, Consequential
 from lmdbitmap.snapshot import Snapshot
 
 
-def kept_source(snapshot: Snapshot) -> StatusSource:
+def kept_source(snapshot: Snapshot) -> Consequential:
     """Answers no more at once than fits into one reply: what the client is not told, it has not asked."""
     most = MAX_DESCRIPTORS << snapshot.clusters.granularity_bits
 
@@ -26,4 +27,4 @@ def kept_source(snapshot: Snapshot) -> StatusSource:
         for size, is_kept in snapshot.kept(offset, min(length, most - unaligned)):
             yield size, nbd.LMDBITMAP_STATE_KEPT if is_kept else 0
 
-    return source
+    return Consequential(source)

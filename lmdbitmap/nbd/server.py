@@ -20,12 +20,12 @@ import ssl
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final, NamedTuple
 
 from lmdbitmap.errors import AlreadyExists
 from lmdbitmap.interfaces import ServedDisk
-from lmdbitmap.nbd.contexts import ContextsOf, base_contexts
+from lmdbitmap.nbd.contexts import ContextsOf, base_contexts, for_strangers
 from lmdbitmap.nbd.listeners import InheritedListener, Listener, TcpListener, UnixListener, accepted
 from lmdbitmap.nbd.rounds import Rounds
 from lmdbitmap.nbd.traffic import NO_TRAFFIC, Traffic, summed
@@ -135,8 +135,11 @@ class Server:
             visit.cut_off()
 
     def take_in(self, sock: socket.socket) -> bool:
-        """Serve a client that is connected already, and need not begin TLS; whether there was room for it."""
-        return self._welcome(sock, None)
+        """Serve a client that is connected already, and need not begin TLS; whether there was room for it.
+
+        It is offered every context, others only what is for strangers.
+        """
+        return self._welcome(sock, None, self._served)
 
     def _served_now(self) -> dict[str, ServedDisk]:
         with self._lock:
@@ -207,12 +210,14 @@ class Server:
     def _accept(self, listener: Listener) -> None:
         sock = accepted(listener.sock, "client")
         if sock is not None:
-            self._welcome(sock, listener.tls)
+            self._welcome(sock, listener.tls, self._served_to_strangers)
 
-    def _welcome(self, sock: socket.socket, tls: ssl.SSLContext | None) -> bool:
+    def _welcome(
+        self, sock: socket.socket, tls: ssl.SSLContext | None, served: Callable[[], Mapping[str, Served]]
+    ) -> bool:
         visit = Visit(
             sock,
-            self._served,
+            served,
             handshake_timeout_s=self._handshake_timeout_s,
             ended=self._forget,
             rounds=self._rounds,
@@ -237,6 +242,12 @@ class Server:
         return {
             name: Served(disk, self._contexts_of(name, disk), beside=name not in self._residents)
             for name, disk in self._served_now().items()
+        }
+
+    def _served_to_strangers(self) -> Mapping[str, Served]:
+        return {
+            name: served._replace(contexts=for_strangers(served.contexts))
+            for name, served in self._served().items()
         }
 
     def _admit(self, visit: Visit) -> bool:

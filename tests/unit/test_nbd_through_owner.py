@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,7 @@ from lmdbitmap.snapshot import Snapshot
 from lmdbitmap.store import Store
 from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.crash.tapped import TappedDevice
+from tests.nbd_raw import BLOCK_STATUS, REQ_ONE, RawClient
 from tests.serving import Serving, serving
 from tests.tracked import NAME, TrackedDisk, quick_folder
 
@@ -261,6 +263,40 @@ def test_question_gives_up_what_it_tells_of_and_nothing_else(served: Serving) ->
         assert snapshot.kept_bytes == (101 - 11) * BLOCK
         with pytest.raises(OSError, match="the owner"):
             question.ask([(0, BLOCK)])
+
+
+@contextmanager
+def asking_raw(served: Serving, *more: str, once: bool = True) -> Iterator[tuple[RawClient, Snapshot]]:
+    """Of a snapshot of which nothing is read twice, by a client that selects `more` contexts."""
+    with closing(Served(served.disk.store, [NAME])) as way:
+        way.take_point("now", [None], once=once)
+        with RawClient(way._client.connection()) as client:
+            client.go(f"{NAME}@now", contexts=[nbd.LMDBITMAP_META_KEPT, *more])
+            yield client, served.disk.snapshots[0]
+
+
+def test_question_that_would_be_answered_in_part_is_refused_and_gives_up_nothing(served: Serving) -> None:
+    with asking_raw(served) as (client, snapshot):
+        assert client.do(BLOCK_STATUS, 0, SIZE, flags=REQ_ONE).error == errno.EINVAL
+        served.disk.pwrite(NEW, 0)
+        assert snapshot.kept_bytes == 101 * BLOCK
+
+
+def test_question_beside_another_context_is_refused_and_gives_up_nothing(served: Serving) -> None:
+    with asking_raw(served, nbd.NBD_META_BASE_ALLOCATION) as (client, snapshot):
+        assert client.do(BLOCK_STATUS, 0, SIZE).error == errno.EINVAL
+        served.disk.pwrite(NEW, 0)
+        assert snapshot.kept_bytes == 101 * BLOCK
+
+
+def test_who_comes_by_himself_is_not_offered_the_question(tracked: TrackedDisk, folder: Path) -> None:
+    names = [nbd.LMDBITMAP_META_KEPT, nbd.NBD_META_BASE_ALLOCATION]
+    with (
+        serving(tracked, folder, listening=folder / "nbd") as served,
+        held(served.disk, once=True),
+        RawClient.connect(str(folder / "nbd")) as stranger,
+    ):
+        assert list(stranger.go(f"{NAME}@now", contexts=names)) == [nbd.NBD_META_BASE_ALLOCATION]
 
 
 def test_broken_snapshot_answers_with_an_error(served: Serving) -> None:
