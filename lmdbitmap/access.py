@@ -27,7 +27,7 @@ from lmdbitmap.image import open_image
 from lmdbitmap.interfaces import BlockDevice, TrackableDevice
 from lmdbitmap.nbd import control_client
 from lmdbitmap.nbd.client import NbdDevice
-from lmdbitmap.nbd.through_owner import open_held
+from lmdbitmap.nbd.through_owner import HeldThere, open_held
 from lmdbitmap.schema import Checkpoint, Disk
 from lmdbitmap.scratch import Scratch
 from lmdbitmap.session import Held, OpenDevice
@@ -291,8 +291,8 @@ class Served(_Owned):
             )
         self._client = client
         self._devices: list[NbdDevice | DirectDevice] = []
-        self._held: list[tuple[str, str]] = []
-        """Names of disks and checkpoints whose snapshots are not released yet."""
+        self._held: list[HeldThere] = []
+        """What is not released yet."""
 
     def take_point(
         self, name: str, since: Sequence[Checkpoint | None], *, once: bool = False
@@ -302,29 +302,41 @@ class Served(_Owned):
             "snapshot", disks=self._names, name=name, since=counted_from, bound=True, once=once,
             timeout_s=self._freeze_limit_s,
         )  # fmt: skip
-        self._held = [(disk, name) for disk in self._names]
-        points = []
         for disk, held in zip(self.disks, told["snapshots"], strict=True):
-            with self._store.read() as reader:
-                checkpoint = chain.find_checkpoint(reader, disk, name)
-            self._devices.append(open_held(self._client, disk, held, name, self._limit_s))
-            points.append(PointInTime(disk, checkpoint, self._devices[-1]))
-        return points
+            checkpoint = self._found(disk, name, held["uuid"])
+            self._held.append(HeldThere(disk, checkpoint, str(held["export"]), held.get("direct")))
+        self._devices = open_held(self._client, self._held, self._limit_s)
+        return [
+            PointInTime(held.disk, held.checkpoint, device)
+            for held, device in zip(self._held, self._devices, strict=True)
+        ]
+
+    def _found(self, disk: Disk, name: str, uuid: str) -> Checkpoint:
+        """The checkpoint of this name, if it is still the one that was made."""
+        with self._store.read() as reader:
+            found = chain.find_checkpoint(reader, disk, name)
+        if str(found.uuid) != uuid:
+            raise Busy(
+                f"checkpoint {name!r} of disk {disk.name!r} was forgotten, and another one has its name",
+                next_step="see who does that, and try again",
+            )
+        return found
 
     def prove(self, point: PointInTime) -> None:
         """The process that took the snapshot has held it all the time: it is the one that answers."""
-        self._held.remove((point.disk.name, point.checkpoint.name))
-        told = self._client.call(
-            "release", disk=point.disk.name, checkpoint=point.checkpoint.name, timeout_s=self._limit_s
-        )
+        held = next(held for held in self._held if held.checkpoint == point.checkpoint)
+        self._held.remove(held)
+        told = self._client.call("release", timeout_s=self._limit_s, **held.named)
         if told["broken"] is not None:
             raise broken_error(point.disk, str(told["broken"]))
+        if not held.takes_uuid:  # a name is nobody else's as long as its checkpoint is there
+            self._found(point.disk, point.checkpoint.name, str(point.checkpoint.uuid))
 
     def end_reading(self) -> None:
-        for disk, checkpoint in self._held:
+        for held in self._held:
             with contextlib.suppress(LmdbitmapError):  # the owner does it when we hang up
                 last_word_s = min(LAST_WORD_S, self._limit_s)
-                self._client.call("release", timeout_s=last_word_s, disk=disk, checkpoint=checkpoint)
+                self._client.call("release", timeout_s=last_word_s, **held.named)
         self._held.clear()
 
     def forget(self, disk: Disk, is_unneeded: Callable[[Checkpoint], bool]) -> list[str]:

@@ -103,12 +103,12 @@ class Client:
         """A new connection to the owner's NBD server: another end of it is there already."""
         return socket.socket(fileno=self._passed("connect", {}, "one socket", stat.S_ISSOCK))
 
-    def image(self, disk: str, checkpoint: str) -> int:
-        """A descriptor of the image of a disk that is held for us; see direct.py for what may be believed of it."""
-        arguments = {"disk": disk, "checkpoint": checkpoint}
-        return self._passed(
-            "image", arguments, "one image", lambda mode: stat.S_ISREG(mode) or stat.S_ISBLK(mode)
-        )
+    def image(self, **held: str) -> int:
+        """A descriptor of the image of a disk that is held for us; see direct.py for what may be believed of it.
+
+        `held` are the arguments that name the snapshot.
+        """
+        return self._passed("image", held, "one image", lambda mode: stat.S_ISREG(mode) or stat.S_ISBLK(mode))
 
     def _passed(
         self, operation: str, arguments: Mapping[str, object], what: str, is_it: Callable[[int], bool]

@@ -48,12 +48,14 @@ class HeldSnapshots:
             _log.info("disk %s: held as at checkpoint %s", snapshot.disk.name, name)
         return taken
 
-    def find(self, disk: str, checkpoint: str) -> Snapshot:
+    def find(self, disk: str, checkpoint: str, uuid: str | None = None) -> Snapshot:
+        """With the `uuid` of the checkpoint, no other one that has its name by now."""
         for snapshot in self._filters[disk].snapshots:
-            if snapshot.checkpoint.name == checkpoint:
+            if snapshot.checkpoint.name == checkpoint and uuid in (None, str(snapshot.checkpoint.uuid)):
                 return snapshot
+        which = "" if uuid is None else f" with uuid {uuid[:40]}"
         raise NotFound(
-            f"disk {disk!r} holds no snapshot of checkpoint {checkpoint!r}",
+            f"disk {disk!r} holds no snapshot of checkpoint {checkpoint!r}{which}",
             next_step=f"`lmdbitmap info {disk}` lists those there are",
         )
 
@@ -67,9 +69,9 @@ class HeldSnapshots:
             self._server.remove(snapshot.name, snapshot)
         snapshot.release()
 
-    def open_image(self, disk: str, checkpoint: str) -> int:
+    def open_image(self, disk: str, checkpoint: str, uuid: str | None = None) -> int:
         """A new descriptor of the image of a disk that is held, for reading only: see direct.py."""
-        snapshot = self.find(disk, checkpoint)
+        snapshot = self.find(disk, checkpoint, uuid)
         if snapshot.image_fd is None:
             raise Busy(
                 f"the image of disk {disk!r} has no descriptor", next_step="read it through its export"

@@ -49,10 +49,10 @@ def answer(scene: Scene, request: wire.Message) -> Answer:
             next_step="use the same version of lmdbitmap on both sides",
         )
     arguments = wire.field(request, "arguments", dict, _REQUEST)
-    wire.require_names(arguments, operation.arguments, _REQUEST)
-    values: Answer = {
-        name: wire.field(arguments, name, kind, _REQUEST) for name, kind in operation.arguments.items()
-    }
+    optional = {name: kind for name, kind in operation.optional.items() if name in arguments}
+    expected = {**operation.arguments, **optional}
+    wire.require_names(arguments, expected, _REQUEST)
+    values: Answer = {name: wire.field(arguments, name, kind, _REQUEST) for name, kind in expected.items()}
     return operation.act(scene, **values)
 
 
@@ -138,11 +138,11 @@ def _snapshot(scene: Scene, disks: list[Any], name: str, since: list[Any], bound
                           for snapshot in taken]}  # fmt: skip
 
 
-def _release(scene: Scene, disk: str, checkpoint: str) -> Answer:
+def _release(scene: Scene, disk: str, checkpoint: str, uuid: str | None = None) -> Answer:
     """Release a snapshot, and say whether all that was read of it is the disk at that checkpoint."""
     _named(scene, disk)
     held = _held(scene)
-    snapshot = held.find(disk, checkpoint)
+    snapshot = held.find(disk, checkpoint, uuid)
     facts = _snapshot_facts(snapshot)
     held.release(snapshot)
     return {**facts, "broken": snapshot.broken}
@@ -153,9 +153,9 @@ def _connect(scene: Scene) -> Answer:
     return {}
 
 
-def _image(scene: Scene, disk: str, checkpoint: str) -> Answer:
+def _image(scene: Scene, disk: str, checkpoint: str, uuid: str | None = None) -> Answer:
     _named(scene, disk)
-    _passed(scene).append(_held(scene).open_image(disk, checkpoint))
+    _passed(scene).append(_held(scene).open_image(disk, checkpoint, uuid))
     return {}
 
 
@@ -210,6 +210,7 @@ def _named(scene: Scene, disk: str) -> Filter:
 class _Operation(NamedTuple):
     act: Callable[..., Answer]
     arguments: Mapping[str, type]
+    optional: Mapping[str, type] = {}
 
 
 _OPERATIONS: Final = {
@@ -218,9 +219,9 @@ _OPERATIONS: Final = {
     "snapshot": _Operation(
         _snapshot, {"disks": list, "name": str, "since": list, "bound": bool, "once": bool}
     ),
-    "release": _Operation(_release, {"disk": str, "checkpoint": str}),
+    "release": _Operation(_release, {"disk": str, "checkpoint": str}, {"uuid": str}),
     "connect": _Operation(_connect, {}),
-    "image": _Operation(_image, {"disk": str, "checkpoint": str}),
+    "image": _Operation(_image, {"disk": str, "checkpoint": str}, {"uuid": str}),
     "persist": _Operation(_persist, {"disk": str}),
     "mark": _Operation(_mark, {"disk": str, "offset": int, "length": int}),
     "merge": _Operation(_merge, {"disk": str, "bitmap": str}),

@@ -1,8 +1,18 @@
-"""Opens a snapshot that the owner of a disk holds for us, by what it passes: nothing has to be found, or let us in.
+"""Opens snapshots that the owner of disks holds for us, by what it passes: nothing has to be found, or let us in.
 
 Where the owner offers that, the image itself is read (direct.py), by a descriptor of it, and a second connection asks
 what has to be read through the first, the export. An older owner, and one without a descriptor of its own, as of an
 image behind another NBD server, does not: then all is read through the export.
+
+Export and question are opened by a name, NAME@CHECKPOINT, which another snapshot may get once ours is released and its
+checkpoint forgotten. **What is read is of ours nevertheless, or is not believed**: a name is one snapshot's until that
+is released, and one that was released is never held again, nor has another the uuid of its checkpoint. So an owner
+that finds ours by this uuid has held it ever since it took it, and what was opened by its name meanwhile is of it. The
+image is asked for by uuid after the other two are open; and whoever has read all releases by uuid, which fails if ours
+was not held to the end (access.py).
+
+Exports are opened before anything else, of all disks: the owner has room for so many connections, and can be read
+without a question.
 """
 
 from __future__ import annotations
@@ -10,7 +20,9 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import NamedTuple
 
 from lmdbitmap.device import FileDevice
 from lmdbitmap.direct import DirectDevice
@@ -21,60 +33,89 @@ from lmdbitmap.nbd.client_dial import agreed
 from lmdbitmap.nbd.control_client import Client
 from lmdbitmap.nbd.kept_question import KeptQuestion
 from lmdbitmap.nbd.uri import Place
-from lmdbitmap.schema import Disk
+from lmdbitmap.schema import Checkpoint, Disk
 
 log = logging.getLogger(__name__)
 
 
-def open_held(
-    owner: Client, disk: Disk, held: Mapping[str, object], checkpoint: str, silence_s: float
-) -> NbdDevice | DirectDevice:
-    """`held` is what the owner told of the snapshot. Raises `Busy` where its connection is lost.
+class HeldThere(NamedTuple):
+    """A snapshot that the owner holds for us; `direct` is what it told of its image, which an older owner does not."""
+
+    disk: Disk
+    checkpoint: Checkpoint
+    export: str
+    direct: bool | None
+
+    @property
+    def takes_uuid(self) -> bool:
+        """Whether the owner knows a snapshot by its checkpoint's uuid too."""
+        return self.direct is not None
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The arguments of an operation on it."""
+        names = {"disk": self.disk.name, "checkpoint": self.checkpoint.name}
+        return {**names, "uuid": str(self.checkpoint.uuid)} if self.takes_uuid else names
+
+
+def open_held(owner: Client, held: Sequence[HeldThere], silence_s: float) -> list[NbdDevice | DirectDevice]:
+    """To be read. Raises `Busy` where a connection of the owner's is lost.
 
     A request of which it sends nothing for `silence_s` is `Busy` too.
     """
-    export = _opened(owner, disk, str(held["export"]), silence_s)
-    if held.get("direct") is not True:
-        return export
-    try:
-        return _direct(owner, disk, export, str(held["export"]), checkpoint, silence_s)
-    except (OSError, LmdbitmapError) as why:
-        log.info("%s: all of it is read there, and none from the image: %s", _name(disk), why)
-        return export
-    except BaseException:
-        export.close()
-        raise
+    exports: list[NbdDevice] = []
+    devices: list[NbdDevice | DirectDevice] = []
+    with ExitStack() as on_failure:
+        for each in held:
+            exports.append(_opened(owner, each, silence_s))
+            on_failure.callback(exports[-1].close)
+        for each, export in zip(held, exports, strict=True):
+            devices.append(_direct_if_offered(owner, each, export, silence_s))
+            on_failure.callback(devices[-1].close)
+        on_failure.pop_all()
+    return devices
 
 
-def _opened(owner: Client, disk: Disk, export: str, silence_s: float) -> NbdDevice:
+def _opened(owner: Client, held: HeldThere, silence_s: float) -> NbdDevice:
+    name = _name(held.disk)
     try:
         return NbdDevice(
-            Place(export, socket_path="the owner's"),
+            Place(held.export, socket_path="the owner's"),
             read_only=True,
             reconnect_s=0,
-            connect=lambda: agreed(owner.connection(), export, silence_s=silence_s),
-            name=_name(disk),
+            connect=lambda: agreed(owner.connection(), held.export, silence_s=silence_s),
+            name=name,
             silence_s=silence_s,
         )
     except LmdbitmapError:
         raise
     except OSError as lost:
         raise Busy(
-            f"{_name(disk)}: its connection was lost ({lost.strerror or lost})",
+            f"{name}: its connection was lost ({lost.strerror or lost})",
             next_step="see how that process is, and try again",
         ) from lost
 
 
-def _direct(
-    owner: Client, disk: Disk, export: NbdDevice, name: str, checkpoint: str, silence_s: float
-) -> DirectDevice:
+def _direct_if_offered(
+    owner: Client, held: HeldThere, export: NbdDevice, silence_s: float
+) -> NbdDevice | DirectDevice:
+    if held.direct is not True:
+        return export
+    try:
+        return _direct(owner, held, export, silence_s)
+    except (OSError, LmdbitmapError) as why:
+        log.info("%s: all of it is read there, and none from the image: %s", _name(held.disk), why)
+        return export
+
+
+def _direct(owner: Client, held: HeldThere, export: NbdDevice, silence_s: float) -> DirectDevice:
     question = KeptQuestion(
-        lambda: agreed(owner.connection(), name, silence_s=silence_s, context=nbd.LMDBITMAP_META_KEPT),
-        _name(disk),
+        lambda: agreed(owner.connection(), held.export, silence_s=silence_s, context=nbd.LMDBITMAP_META_KEPT),
+        _name(held.disk),
         silence_s=silence_s,
     )
     try:
-        image = _image(owner.image(disk.name, checkpoint), disk)
+        image = _image(owner.image(**held.named), held.disk)
     except BaseException:
         question.close()
         raise

@@ -16,12 +16,14 @@ from lmdbitmap import session
 from lmdbitmap.access import Served
 from lmdbitmap.backup import backup
 from lmdbitmap.direct import DirectDevice
-from lmdbitmap.errors import InvalidArgument, NotFound, StorageError
+from lmdbitmap.errors import Busy, InvalidArgument, NotFound, StorageError
 from lmdbitmap.filter import Filter
-from lmdbitmap.nbd import control_client, orders
+from lmdbitmap.nbd import control_client, orders, through_owner
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.client import NbdDevice
 from lmdbitmap.nbd.client_dial import agreed
+from lmdbitmap.nbd.control import ControlServer
+from lmdbitmap.nbd.dirty_contexts import tracked_contexts
 from lmdbitmap.nbd.held import HeldSnapshots
 from lmdbitmap.nbd.kept_question import KeptQuestion
 from lmdbitmap.nbd.server import Server
@@ -138,21 +140,103 @@ def test_snapshot_that_another_releases_fails_whoever_reads(served: Serving) -> 
             device.pread(BLOCK, 5 * BLOCK)
 
 
+# --- another snapshot of the same name ---
+
+
+def take_the_name(disk: Filter) -> None:
+    """Have the snapshot released, its checkpoint forgotten, and another one taken by its name, of newer data."""
+    path = disk.store.control_path(disk.disk.uuid)
+    control_client.call(path, "release", disk=NAME, checkpoint="now")
+    disk.pwrite(NEW, 0)
+    disk.checkpoint("between")
+    control_client.call(path, "forget", disk=NAME, checkpoint="now")
+    control_client.call(path, "snapshot", disks=[NAME], name="now", since=[""], bound=False, once=False)
+
+
+def with_another_by(served: Serving, monkeypatch: pytest.MonkeyPatch, place: Any, name: str) -> None:
+    """Have the name taken just before that function of a module is called."""
+    function = getattr(place, name)
+
+    def meddled(*words: Any, **named: Any) -> Any:
+        monkeypatch.setattr(place, name, function)
+        take_the_name(served.disk)
+        return function(*words, **named)
+
+    monkeypatch.setattr(place, name, meddled)
+
+
+@pytest.mark.parametrize(
+    ("offers", "place"),
+    [(True, "_opened"), (True, "_direct"), (True, "_image"), (False, "_opened"), (False, "_direct_if_offered"),
+     (None, "_opened"), (None, "_direct_if_offered")],
+)  # fmt: skip
+def test_newer_data_under_the_same_name_is_not_believed(
+    served: Serving, monkeypatch: pytest.MonkeyPatch, offers: bool | None, place: str
+) -> None:
+    offer(offers, monkeypatch)
+    with_another_by(served, monkeypatch, through_owner, place)
+    with closing(Served(served.disk.store, [NAME])) as way:
+        (point,) = way.take_point("now", [None], once=True)
+
+        def read_and_prove() -> None:
+            point.device.pread(SIZE, 0)
+            way.prove(point)
+
+        with pytest.raises((OSError, Busy, NotFound)):
+            read_and_prove()
+        way.end_reading()
+    if offers is not None:  # an older owner knows them by their names alone
+        assert len(served.disk.snapshots) == 1, "somebody else's is held still"
+
+
+def test_checkpoint_that_another_has_replaced_at_once_is_refused(
+    served: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_another_by(served, monkeypatch, Served, "_found")
+    with closing(Served(served.disk.store, [NAME])) as way, pytest.raises(Busy, match="another one has its"):
+        way.take_point("now", [None])
+
+
+def test_snapshot_is_found_by_its_uuid_too(served: Serving) -> None:
+    path = served.disk.store.control_path(served.disk.disk.uuid)
+    snapshot = served.disk.snapshot("now", Scratch(str(Path(served.disk.store.path).parent)))
+    ours: dict[str, Any] = {"disk": NAME, "checkpoint": "now", "uuid": str(snapshot.checkpoint.uuid)}
+    owner = control_client.reach(path)
+    assert owner is not None
+    with owner:
+        for operation in ("image", "release"):
+            with pytest.raises(NotFound, match="no snapshot of checkpoint 'now' with uuid 0"):
+                owner.call(operation, **{**ours, "uuid": "0"})
+        os.close(owner.image(**ours))
+        assert owner.call("release", **ours)["broken"] is None
+
+
+def offer(direct: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the owner say this of its image; None as an older one, which knows of neither image nor uuids."""
+    if direct:
+        return
+    operations = dict(orders._OPERATIONS)
+    take = operations["snapshot"]
+
+    def told(*words: Any, **named: Any) -> orders.Answer:
+        [one] = take.act(*words, **named)["snapshots"]
+        return {"snapshots": [{key: one[key] for key in one if key != "direct"} if direct is None
+                              else {**one, "direct": False}]}  # fmt: skip
+
+    operations["snapshot"] = take._replace(act=told)
+    if direct is None:
+        del operations["image"]
+        operations["release"] = operations["release"]._replace(optional={})
+    monkeypatch.setattr(orders, "_OPERATIONS", operations)
+
+
 # --- where it is not offered, or cannot be had ---
 
 
 def test_owner_that_does_not_know_of_it_is_read_through(
     served: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take = orders._OPERATIONS["snapshot"]
-
-    def without(*words: Any, **named: Any) -> orders.Answer:
-        told = take.act(*words, **named)
-        return {"snapshots": [{key: one[key] for key in one if key != "direct"} for one in told["snapshots"]]}
-
-    older = {**orders._OPERATIONS, "snapshot": take._replace(act=without)}
-    del older["image"]
-    monkeypatch.setattr(orders, "_OPERATIONS", older)
+    offer(None, monkeypatch)
     with held(served.disk) as device:
         assert isinstance(device, NbdDevice)
         served.disk.pwrite(NEW, 0)
@@ -160,14 +244,14 @@ def test_owner_that_does_not_know_of_it_is_read_through(
 
 
 class CannotOpen(HeldSnapshots):
-    def open_image(self, disk: str, checkpoint: str) -> int:
+    def open_image(self, disk: str, checkpoint: str, uuid: str | None = None) -> int:
         raise StorageError("image", OSError(13, "Permission denied"), next_step="none")
 
 
 class OpensAnother(HeldSnapshots):
     """Of another size."""
 
-    def open_image(self, disk: str, checkpoint: str) -> int:
+    def open_image(self, disk: str, checkpoint: str, uuid: str | None = None) -> int:
         return os.memfd_create("another")
 
 
@@ -187,6 +271,27 @@ def test_owner_with_room_for_one_more_connection_is_read_through(tracked: Tracke
         assert device.pread(SIZE, 0) == bytes(SIZE)
 
 
+def test_owner_with_room_for_the_exports_alone_serves_them_all(folder: Path) -> None:
+    with ExitStack() as stack:
+        disks = {}
+        store = Store.create(str(folder / "store"))
+        for name in ("a", "b", "c"):
+            (folder / name).write_bytes(bytes(SIZE))
+            session.add(store, name, str(folder / name), granularity_bits=12)
+            disks[name] = stack.enter_context(Filter.attach(store, name, background=False))
+        server = Server(disks, contexts_of=tracked_contexts, max_connections=4)
+        server.start()
+        stack.callback(server.stop)
+        holding = HeldSnapshots(disks, server, Scratch(str(folder)))
+        stack.enter_context(ControlServer(disks, held=holding))
+        way = stack.enter_context(closing(Served(store, list(disks))))
+        points = way.take_point("now", [None] * 3)
+        assert [type(point.device) for point in points] == [DirectDevice, NbdDevice, NbdDevice]
+        for point in points:
+            assert point.device.pread(SIZE, 0) == bytes(SIZE)
+            way.prove(point)
+
+
 def test_image_without_a_descriptor_is_read_through_the_owner(tracked: TrackedDisk, folder: Path) -> None:
     class Tapped(TrackedDisk):
         def attach(self, *, max_armed: int = 1024) -> Filter:
@@ -200,7 +305,7 @@ def test_image_without_a_descriptor_is_read_through_the_owner(tracked: TrackedDi
         owner = control_client.reach(path)
         assert owner is not None
         with owner, pytest.raises(Exception, match="has no descriptor"):
-            owner.image(NAME, "now")
+            owner.image(disk=NAME, checkpoint="now")
 
 
 def test_image_of_what_is_not_held_is_not_passed(served: Serving) -> None:
@@ -208,9 +313,9 @@ def test_image_of_what_is_not_held_is_not_passed(served: Serving) -> None:
     assert owner is not None
     with owner:
         with pytest.raises(NotFound, match="holds no snapshot"):
-            owner.image(NAME, "now")
+            owner.image(disk=NAME, checkpoint="now")
         with pytest.raises(NotFound, match="not served"):
-            owner.image("other", "now")
+            owner.image(disk="other", checkpoint="now")
 
 
 # --- the question ---
