@@ -119,6 +119,12 @@ def end():
 
 def test_fine(): pass
 """
+DYING_AFTER_ITS_END = """
+import atexit, os, signal
+
+def test_fine():
+    atexit.register(os.kill, os.getpid(), signal.SIGSEGV)
+"""
 SEEDED = """
 from hypothesis import given, strategies
 
@@ -150,7 +156,11 @@ def test_workers_hold_their_turn_from_set_up_to_the_end_and_a_skip_is_a_failure(
     assert "test_whole.py: no moon at all" in said
 
 
-@pytest.mark.parametrize("source", [DYING, DYING_AT_ITS_END], ids=["in a test", "at its end"])
+@pytest.mark.parametrize(
+    "source",
+    [DYING, DYING_AT_ITS_END, DYING_AFTER_ITS_END],
+    ids=["in a test", "at its end", "when its interpreter exits"],
+)
 def test_a_worker_that_dies_is_a_failure(tmp_path: Path, source: str) -> None:
     code, said = outcome(tmp_path, 1, dying=source)
     assert code == 1, said

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import subprocess
 import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+_END_S = 10
+"""How long a worker may take to end, once it is let go."""
 
 
 def wants_to_be_alone(item: pytest.Item) -> bool:
@@ -57,9 +61,11 @@ class Workers:
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="lmdbitmap-turns-")
         self._deaths: list[str] = []
+        self._processes: list[tuple[str, subprocess.Popen[bytes]]] = []
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
+        self._processes.append((node.gateway.id, node.gateway._io.popen))
         node.workerinput["turns"] = self._folder.name
 
     @pytest.hookimpl(optionalhook=True)
@@ -67,9 +73,22 @@ class Workers:
         if error:
             self._deaths.append(f"{node.gateway.id}: {error}")
 
+    @pytest.hookimpl(trylast=True)  # after xdist has let its workers go
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        for name, process in self._processes:
+            self._await_end(name, process)
         if self._deaths and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def _await_end(self, name: str, process: subprocess.Popen[bytes]) -> None:
+        """One that has told all of its tests can die yet, while its interpreter exits."""
+        try:
+            code = process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            self._deaths.append(f"{name}: it had not ended {_END_S} s after its last test")
+            return
+        if code:
+            self._deaths.append(f"{name}: it ended with {code}")
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self._deaths:
