@@ -4,7 +4,8 @@
     rescan                       no bitmap can, but that backup is there: the disk is compared with it
     full                         everything
 
-Its digests are of the algorithm of the chain that it goes on with, or of the fastest one that there is.
+Its digests are of the algorithm of the newest backup. The fastest one that there is comes with a full one that was
+asked for, and with the first of all: no program that cannot read it is surprised by a full one that had to be.
 
 A differential one is not replaced by a rescan: all those after it would have to read the whole disk as well, until
 there is another full one to count from.
@@ -69,9 +70,12 @@ class DigestChoice(NamedTuple):
 
 
 def digests_for(plan: Plan, manifest: Manifest, asked: DigestAlgorithm | None = None) -> DigestChoice:
-    """What was `asked` for. Else a chain goes on as it is, unless this Python cannot: its images may differ in it."""
-    before = newest(manifest)
-    if asked is not None or plan.parent is None or before is None:
+    """What was `asked` for. Else all goes on as it is, unless this Python cannot: a chain's images may differ in it.
+
+    A full backup that was asked for is one without a reason.
+    """
+    before, is_full_by_wish = newest(manifest), plan.parent is None and plan.reason is None
+    if asked is not None or is_full_by_wish or before is None:
         return DigestChoice(asked or fastest())
     usual = before.digest_algorithm
     if is_available(usual):

@@ -132,7 +132,7 @@ class Lives(UnluckyDisk):
         dead = {hold.under_way.name for hold in holds_of(self.disk.store, NAME) if hold.under_way}
         before = self.points[to][-1].entry.digest_algorithm.value if self.points[to] else "blake3"
         entry = self.disk.backup(kind, to, digest=digest)
-        usual = "blake3" if entry.type_actual is FULL else before
+        usual = "blake3" if kind is FULL else before
         assert entry.digest_algorithm.value == (digest or usual)
         self.killed_in.discard(to)
         for of in (self.unused, self.dropped):

@@ -637,6 +637,17 @@ def test_a_new_chain_begins_with_the_fastest(disk: BackedUpDisk) -> None:
     assert digests(disk) == ["sha256", "sha256", "blake3"]
 
 
+@pytest.mark.parametrize("kind", [INCREMENTAL, DIFFERENTIAL, RESCAN])
+def test_a_full_backup_that_nobody_asked_for_changes_no_digests(disk: BackedUpDisk, kind: BackupType) -> None:
+    """Or older programs could not read the repository from one night to the next."""
+    disk.backup(digest="sha256")
+    Path(disk.backup_folder().path_of(disk.manifest().backups[0].file)).unlink()
+    entry = disk.backup(kind)
+    assert (entry.type_requested, entry.type_actual) == (kind, FULL)
+    assert digests(disk) == ["sha256"] * 2
+    assert disk.manifest().format_version == 2
+
+
 def test_a_chain_of_sha256_alone_is_one_that_older_programs_read(disk: BackedUpDisk) -> None:
     disk.backup(digest="sha256")
     disk.backup()
