@@ -9,7 +9,8 @@ Hashing lets go of Python's lock, and the bytes are still in the processor's cac
 back costs about as much as half of a BLAKE3, so what comes in large pieces is not; for small ones to hand each over
 would cost more. A chunk that is written to after it was hashed is hashed again in the end: so the digests are right in
 whatever order a file is written. Invariant: `_open` is a hasher of all bytes from the beginning of the chunk that the
-file ends in to that end, or None; any other write than one that it is fed with drops it, and that chunk is read back.
+file ends in to that end, or None; any other write than one that it is fed with drops it, and that chunk is read back,
+and so does one that it is fed with, until the file has its bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
-from typing import Final
+from typing import Final, NamedTuple
 
 from lmdbitmap.digest_algorithms import DIGEST_BYTES, DigestAlgorithm, Hasher, new_hasher
 from lmdbitmap.geometry import ceil_div
@@ -40,6 +41,13 @@ _MOST_THREADS: Final = 8
 def thread_count() -> int:
     """How many threads can compute digests at once."""
     return min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+
+
+class _Fed(NamedTuple):
+    """What came of a write: (chunk, digest) of those that it filled, and the hasher of the one that it ended in."""
+
+    whole: list[tuple[int, bytes]]
+    opened: Hasher | None
 
 
 class ChunkHasher:
@@ -76,25 +84,28 @@ class ChunkHasher:
         """The file is about to get these bytes. Call what this answers when it has them, and before `data` changes."""
         if len(data) < _FED_AT_LEAST or offset != self._end:
             return partial(self.wrote, offset, len(data))
-        return partial(self._wrote_fed, self._threads.submit(self._feed, offset, data), offset + len(data))
+        opened, self._open = self._open, None  # back once the file has the bytes: a write may fail
+        feeding = self._threads.submit(self._feed, opened, offset, data)
+        return partial(self._wrote_fed, feeding, offset + len(data))
 
-    def _feed(self, offset: int, data: memoryview) -> list[tuple[int, bytes]]:
-        """Hash what goes on where the file ends, in a thread for which the writer waits; answers (chunk, digest)."""
+    def _feed(self, opened: Hasher | None, offset: int, data: memoryview) -> _Fed:
+        """Hash what goes on where the file ends, in a thread for which the writer waits."""
         whole = []
         while data:
             chunk, start = divmod(offset, self.chunk_size)
             part = data[: self.chunk_size - start]
             if start == 0:
-                self._open = new_hasher(self.algorithm)
-            if self._open is not None:
-                self._open.update(part)
+                opened = new_hasher(self.algorithm)
+            if opened is not None:
+                opened.update(part)
                 if start + len(part) == self.chunk_size:
-                    whole.append((chunk, self._open.digest()))
+                    whole.append((chunk, opened.digest()))
             offset, data = offset + len(part), data[len(part) :]
-        return whole
+        return _Fed(whole, opened)
 
-    def _wrote_fed(self, feeding: Future[list[tuple[int, bytes]]], end: int) -> None:
-        for chunk, digest in feeding.result():
+    def _wrote_fed(self, feeding: Future[_Fed], end: int) -> None:
+        whole, self._open = feeding.result()
+        for chunk, digest in whole:
             while self._hashed_chunks < chunk:
                 self._hash_next(min(_BATCH_CHUNKS, chunk - self._hashed_chunks))
             self._add(partial(bytes, digest), 1)

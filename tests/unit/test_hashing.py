@@ -76,6 +76,20 @@ def write(fd: int, hasher: ChunkHasher, data: bytes, offset: int) -> None:
     buffer[:] = bytes(len(buffer))
 
 
+@pytest.mark.parametrize("before", [0, 300_000])
+def test_a_write_that_failed_and_is_tried_again_is_hashed_once(
+    fd: int, algorithm: DigestAlgorithm, before: int
+) -> None:
+    """With other data, and without: what was hashed beside the first attempt is not in the file."""
+    with ChunkHasher(fd, FOLDER, algorithm) as hasher:
+        if before:
+            write(fd, hasher, os.urandom(before), 0)
+        hasher.writing(before, memoryview(os.urandom(400_000)))  # fails, and what it answers is not called
+        write(fd, hasher, os.urandom(400_000), before)
+        write(fd, hasher, os.urandom(CHUNK_BYTES), before + 400_000)
+        assert b"".join(hasher.digests()) == naive_digests(algorithm, content_of(fd), CHUNK_BYTES)
+
+
 @pytest.mark.parametrize("first", [0, 1, 300_000, CHUNK_BYTES])
 def test_large_pieces_at_the_end_are_hashed_as_they_are_written(
     fd: int, algorithm: DigestAlgorithm, first: int
