@@ -5,6 +5,7 @@
   looked at: no reader of a backup needs them.
 - Its chunks have the digests that the file beside it lists, and that file has the digest that the manifest
   has. Where it is missing or damaged, or none was ever made, the image is proven by its digest as a whole.
+- What cannot be proven, because this Python lacks what the digests are computed with, is not sound either.
 
 Digests are computed in as many threads as there are processors. Images are opened one after the other, so that
 a chain may be of any length. Nobody is kept from backing up meanwhile; what changes under our eyes is `Busy`.
@@ -77,16 +78,14 @@ def verify(
 ) -> VerifyResult:
     """Prove all backups of a repository, or of one disk, or those that a restore of the backup `at` needs.
 
-    What is wrong is in the answer. Raises `NotFound` without such a disk or backup, or the package that digests need,
-    `Busy` for a folder that was changed meanwhile, `StorageError` where the system refuses.
+    What is wrong is in the answer, and of which images nobody knows for want of a package. Raises `NotFound` without
+    such a disk or backup, `Busy` for a folder that was changed meanwhile, `StorageError` where the system refuses.
     """
     if at is not None and name is None:
         raise InvalidArgument(f"backup {at} of which disk", next_step="name the disk too")
     started = time.monotonic()
     flaws = _Flaws()
     tasks = list(_tasks(repository_path, name, at, flaws))
-    for task in tasks:
-        require_algorithms(task.folder, task.entries)
     report = Report(progress, sum(entry.bytes_stored for task in tasks for entry in task.entries))
     for task in tasks:
         _prove(task, flaws, report)
@@ -204,6 +203,11 @@ class _Image:
         if chunks is not None and (wrong := self._wrong_with(chunks)) is not None:
             yield _Job(partial(list, [wrong]))
             chunks = None
+        try:
+            require_algorithms(self._folder, [self._entry])
+        except NotFound as lacking:
+            yield _Job(partial(list, [self._unproven(lacking)]))
+            return
         yield from self._digest_jobs(chunks)
 
     def _digest_jobs(self, chunks: ChunkDigests | None) -> Iterator[_Job]:
@@ -258,6 +262,10 @@ class _Image:
 
     def _flaw(self, wrong: LmdbitmapError, path: str | None = None) -> Flaw:
         return Flaw(self._folder.disk_name, self._entry.id, path or self._path, wrong.problem)
+
+    def _unproven(self, lacking: NotFound) -> Flaw:
+        problem = f"{lacking.problem}; {lacking.next_step}"
+        return Flaw(self._folder.disk_name, self._entry.id, self._path, problem)
 
     def _bytes_flaw(self, problem: str, offset: int, length: int) -> Flaw:
         where = f"{self._path}: bytes {offset}..{offset + length}: {problem}"

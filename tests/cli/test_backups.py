@@ -338,7 +338,9 @@ def test_without_the_package_digests_are_sha256_and_what_others_made_is_refused_
     image = repository / "sda" / "000001-full.qcow2"
     missing = f"lmdbitmap: {image}: expected the package blake3, which BLAKE3 digests need, found none; "
     install, out = "run: pip install 'lmdbitmap[fast]'", cli.folder / "out.raw"
-    assert says("verify", repository) == (1, "", f"{missing}{install}\n")
+    code, said, _ = says("verify", repository)
+    flaw = missing.replace("lmdbitmap: ", "sda backup 1: ") + install
+    assert (code, said.splitlines()[0]) == (1, flaw)
     assert says("copy", repository, cli.folder / "copy") == (1, "", f"{missing}{install}\n")
     assert says("mount", repository, "sda", "--socket", cli.folder / "s") == (1, "", f"{missing}{install}\n")
     without = f"{install}, or restore without proof: --no-verify"
