@@ -81,12 +81,17 @@ def prune(
     """
     known = known_backups_of(repository_path, names)
     if dry_run:
-        return [
-            _told(folder, manifest, None, kept(manifest.backups, keep, zone), time.monotonic())
-            for folder, manifest in known
-        ]
+        return [_would_prune(folder, manifest, keep, zone) for folder, manifest in known]
     report = Report(progress, sum(_bytes_to_copy(each, kept(each.backups, keep, zone)) for _, each in known))
     return [_prune(folder, keep, zone, report) for folder, _ in known]
+
+
+def _would_prune(
+    folder: BackupFolder, manifest: Manifest, keep: Retention, zone: tzinfo | None
+) -> PruneResult:
+    started, stay = time.monotonic(), kept(manifest.backups, keep, zone)
+    require_algorithms(folder, _to_merge(manifest, stay))
+    return _told(folder, manifest, None, stay, started)
 
 
 def _prune(folder: BackupFolder, keep: Retention, zone: tzinfo | None, report: Report) -> PruneResult:

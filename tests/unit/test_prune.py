@@ -410,8 +410,9 @@ def test_without_the_package_for_digests_nothing_is_merged_and_what_only_goes_do
         disk.backup(FULL if digest is BLAKE else INCREMENTAL, digest=digest)
     before = disk.manifest()
     forget_blake3(monkeypatch)
-    with pytest.raises(NotFound, match=r"000001-full\.qcow2: expected the package blake3"):
-        pruned(disk, last=2)
+    for dry_run in (True, False):
+        with pytest.raises(NotFound, match=r"000001-full\.qcow2: expected the package blake3"):
+            prune(disk.folder / "backups", keep=Retention(last=2), dry_run=dry_run)
     assert disk.manifest() == before
     disk.backup(FULL)
     assert pruned(disk, last=1).rewritten == ()
