@@ -70,6 +70,8 @@ def copy_backups(
 
 def _copy_disk(source: BackupFolder, wanted: Manifest, target: BackupFolder, report: Report) -> CopyResult:
     started = time.monotonic()
+    if not os.path.lexists(target.path):
+        require_algorithms(source, wanted.backups)  # or a folder would be left where nothing comes into
     with target.locked():
         found = target.manifest()
         there = Manifest(wanted.disk) if found is None else found

@@ -222,6 +222,16 @@ def test_a_chain_with_digests_of_two_kinds_is_copied_as_it_is(disk: BackedUpDisk
     assert verify(disk.folder / "copy").is_sound
 
 
+def test_without_the_package_for_digests_no_folder_is_made(
+    disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk.backup(digest="blake3")
+    forget_blake3(monkeypatch)
+    with pytest.raises(NotFound, match="expected the package blake3"):
+        copied(disk)
+    assert not (disk.folder / "copy").exists()
+
+
 def test_without_the_package_for_digests_nothing_that_needs_it_is_copied(
     disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
