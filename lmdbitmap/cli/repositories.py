@@ -42,7 +42,8 @@ def verify(asked: Session, repository: str, name: str | None, at: str | None) ->
     """Prove backups by their digests, without restoring them.
 
     Every byte of every image is read, and its structure is looked at: of all disks, or of one. What is damaged is
-    told by file and bytes. Nothing is changed. Exit code 1: something is damaged.
+    told by file and bytes. Nothing is changed. Exit code 1: something is damaged, or its digests cannot be computed
+    here.
     """
     from lmdbitmap.verify import verify as prove
 
