@@ -53,7 +53,8 @@ class _Fed(NamedTuple):
 class ChunkHasher:
     """The digests of the file `fd`, for one thread that writes it; a context, which owns its threads.
 
-    Digests beyond some megabytes are in a file without a name in `folder`, so that memory is bounded.
+    Digests beyond some megabytes are in a file without a name in `folder`, so that memory is bounded: what is left is a
+    byte for each chunk, 1 MiB for a TiB, of a file that is written to where it was hashed before.
     """
 
     def __init__(
@@ -69,7 +70,8 @@ class ChunkHasher:
         self._open: Hasher | None = None
         self._end = 0
         self._hashed_chunks = 0
-        self._stale: set[int] = set()
+        self._stale = bytearray()
+        """1 for each chunk that was written to after it was hashed; no longer than up to the last of them."""
 
     def __enter__(self) -> ChunkHasher:
         return self
@@ -116,9 +118,14 @@ class ChunkHasher:
         self._open = None
         end = offset + length
         if offset < self._hashed_chunks * self.chunk_size:
-            touched = range(offset // self.chunk_size, ceil_div(end, self.chunk_size))
-            self._stale.update(touched[: self._hashed_chunks - touched.start])
+            self._call_stale(
+                offset // self.chunk_size, min(ceil_div(end, self.chunk_size), self._hashed_chunks)
+            )
         self._grow(max(self._end, end))
+
+    def _call_stale(self, first: int, stop: int) -> None:
+        self._stale.extend(bytes(max(stop - len(self._stale), 0)))
+        self._stale[first:stop] = b"\1" * (stop - first)
 
     def _grow(self, end: int) -> None:
         self._end = end
@@ -135,7 +142,8 @@ class ChunkHasher:
         self._digests.seek(0)
         for chunk in range(chunks):
             digest = self._digests.read(DIGEST_BYTES)
-            yield self._digest_anew(chunk) if chunk in self._stale else digest
+            is_stale = chunk < len(self._stale) and self._stale[chunk]
+            yield self._digest_anew(chunk) if is_stale else digest
 
     def _digest_anew(self, chunk: int) -> bytes:
         return _digests_of(self._fd, self.algorithm, self.chunk_size, chunk, 1)

@@ -132,14 +132,16 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
             list(hasher.digests())
 
 
+@pytest.mark.parametrize("times", [1, 2])
 def test_memory_does_not_grow_with_the_file(
-    fd: int, algorithm: DigestAlgorithm, monkeypatch: pytest.MonkeyPatch
+    fd: int, algorithm: DigestAlgorithm, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
+    """Nor with what is written again."""
     monkeypatch.setattr(hashing, "_MOST_IN_MEMORY", 1 << 16)
     content = os.urandom(CHUNK) * 50_000
     tracemalloc.start()
     with ChunkHasher(fd, FOLDER, algorithm, CHUNK) as hasher:
-        for offset in range(0, len(content), 8 * CHUNK):
+        for offset in [*range(0, len(content), 8 * CHUNK)] * times:
             hasher.wrote(offset, os.pwrite(fd, content[offset : offset + 8 * CHUNK], offset))
         one = naive_digest(algorithm, content[:CHUNK])
         assert sum(digest == one for digest in hasher.digests()) == 50_000
