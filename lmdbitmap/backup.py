@@ -380,7 +380,7 @@ def _counted_from(manifest: Manifest, disk: Disk) -> Sequence[CheckpointRef]:
 
 
 def _write_image(
-    source: _Source, device: Readable, report: Report, packing: Compression | None
+    source: _Source, device: Metered, report: Report, packing: Compression | None
 ) -> BackupEntry:
     """The image, durable in the folder under its final name, and what the manifest will say of it."""
     job, parent = source.job, source.job.plan.parent
@@ -388,7 +388,9 @@ def _write_image(
     rescans = job.plan.type_actual is BackupType.RESCAN
     with (
         files.replacing(path) as file,
-        ChunkHasher(file.fileno(), job.folder.path, job.digests.algorithm) as hasher,
+        ChunkHasher(
+            file.fileno(), job.folder.path, job.digests.algorithm, spared_processors=device.spared_processors
+        ) as hasher,
     ):
         with _told_why(source), os_errors_at(job.disk.image), source.runs(device, report) as runs:
             copied = copy_clusters(

@@ -122,16 +122,18 @@ def copy_clusters(
         backing_file=backing_file,
         compression_type=CompressionType.ZLIB if compression is None else compression.type,
     )
-    with _compressing(writer, compression) as target:
+    with _compressing(writer, compression, getattr(device, "spared_processors", 0)) as target:
         copier = _Copier(device, target, clusters, report)
         copier.copy(runs)
         return Copied(copier.bytes_changed, copier.bytes_zero, target.finish())
 
 
 def _compressing(
-    writer: Qcow2Writer, compression: Compression | None
+    writer: Qcow2Writer, compression: Compression | None, spared: int
 ) -> contextlib.AbstractContextManager[Qcow2Writer | CompressingWriter]:
-    return contextlib.nullcontext(writer) if compression is None else CompressingWriter(writer, compression)
+    if compression is None:
+        return contextlib.nullcontext(writer)
+    return CompressingWriter(writer, compression, spared=spared)
 
 
 class _Copier:

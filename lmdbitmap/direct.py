@@ -54,6 +54,8 @@ class DirectDevice(ReadOnlyDevice):
 
     chunk_bytes = 4 << 20
     """To be read at once: each question takes the holder from its guest for a moment."""
+    spared_processors = 1
+    """For that guest."""
 
     def __init__(self, image: FileDevice, export: HeldExport, question: Question) -> None:
         self._image = image

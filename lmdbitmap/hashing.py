@@ -19,11 +19,12 @@ import os
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
 from typing import Final, NamedTuple
 
+from lmdbitmap.crew import crew, processors
 from lmdbitmap.digest_algorithms import DIGEST_BYTES, DigestAlgorithm, Hasher, new_hasher
 from lmdbitmap.geometry import ceil_div
 
@@ -40,7 +41,7 @@ _MOST_THREADS: Final = 8
 
 def thread_count() -> int:
     """How many threads can compute digests at once."""
-    return min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+    return min(processors(), _MOST_THREADS)
 
 
 class _Fed(NamedTuple):
@@ -54,18 +55,25 @@ class ChunkHasher:
     """The digests of the file `fd`, for one thread that writes it; a context, which owns its threads.
 
     Digests beyond some megabytes are in a file without a name in `folder`, so that memory is bounded: what is left is a
-    byte for each chunk, 1 MiB for a TiB, of a file that is written to where it was hashed before.
+    byte for each chunk, 1 MiB for a TiB, of a file that is written to where it was hashed before. Of the processors,
+    `spared_processors` are left to others (crew.py); the writer has one, and who reads for it another.
     """
 
     def __init__(
-        self, fd: int, folder: str, algorithm: DigestAlgorithm, chunk_size: int = CHUNK_BYTES
+        self,
+        fd: int,
+        folder: str,
+        algorithm: DigestAlgorithm,
+        chunk_size: int = CHUNK_BYTES,
+        *,
+        spared_processors: int = 0,
     ) -> None:
         self._fd = fd
         self.algorithm = algorithm
         self.chunk_size = chunk_size
         self._digests = tempfile.SpooledTemporaryFile(_MOST_IN_MEMORY, dir=folder)  # noqa: SIM115 - see __exit__
         """Of the first chunks, one behind the other."""
-        self._threads = ThreadPoolExecutor(max_workers=thread_count())
+        self._threads = crew(thread_count(), spared=spared_processors, busy=2)
         self._under_way: deque[Callable[[], bytes]] = deque()
         self._open: Hasher | None = None
         self._end = 0

@@ -5,7 +5,7 @@ looking, block by block. Where every question travels, as to an NBD server, smal
 asking.
 
 A thread reads ahead by a buffer or two, so that what takes its time to read does so while what came before is put
-somewhere.
+somewhere. Beside a guest, as the device says in its `spared_processors`, it does if there is a processor for it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple, Protocol, TypeAlias
 
 from lmdbitmap.bits import Run
+from lmdbitmap.crew import crew
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Allocation
 from lmdbitmap.pace import Pace
@@ -60,6 +60,7 @@ class Metered:
         """Of a device that has it."""
         self.interrupt: Callable[[], None] = getattr(device, "interrupt", _nothing)
         self.chunk_bytes: int = getattr(device, "chunk_bytes", CHUNK_BYTES)
+        self.spared_processors: int = getattr(device, "spared_processors", 0)
         self.bytes_read = 0
         self._counting = threading.Lock()
 
@@ -121,6 +122,7 @@ class Pieces:
         self._interrupt: Callable[[], None] = getattr(device, "interrupt", _nothing)
         self._blocks = blocks
         self._chunk_bytes = max(getattr(device, "chunk_bytes", CHUNK_BYTES), blocks.granularity)
+        self._spared: int = getattr(device, "spared_processors", 0)
         self._zeroes = bytes(blocks.granularity)
 
     def of_all(self, runs: Iterable[Run]) -> Generator[Piece, None, None]:
@@ -131,7 +133,7 @@ class Pieces:
         """
         free = [bytearray(min(self._chunk_bytes, self._blocks.size)) for _ in range(_BUFFERS)]
         ahead: deque[_Ahead] = deque()
-        reader = ThreadPoolExecutor(max_workers=1)
+        reader = crew(1, spared=self._spared)
         try:
             for step in self._steps(runs):
                 while len(ahead) > _MOST_AHEAD or not free:

@@ -56,6 +56,8 @@ class Snapshot(ReadOnlyDevice):
 
     checkpoint: Checkpoint
     """Set by whoever takes it."""
+    spared_processors = 1
+    """Of whoever reads it, for the guest that writes on."""
 
     def __init__(self, store: Store, disk: Disk, device: BlockDevice, file: ScratchFile) -> None:
         self.store = store

@@ -25,6 +25,7 @@ FLOORS: dict[str, float] = {
     "interfaces": 0.5,
     "forks": 0.5,
     "latencies": 0.5,
+    "crew": 0,
     "pace": 0.5,
     "nbd": 0,  # the package itself: empty
     # 1 codecs: values in, values out

@@ -18,13 +18,13 @@ Invariants:
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from itertools import groupby
 from typing import Final, TypeAlias
 
+from lmdbitmap.crew import crew, processors
 from lmdbitmap.interfaces import Buffer
 from lmdbitmap.qcow2.compression import Compression, compressor
 from lmdbitmap.qcow2.layout import SECTOR
@@ -46,13 +46,15 @@ class CompressingWriter:
     call, at the latest by `finish`.
     """
 
-    def __init__(self, writer: Qcow2Writer, compression: Compression, *, workers: int | None = None) -> None:
+    def __init__(
+        self, writer: Qcow2Writer, compression: Compression, *, workers: int | None = None, spared: int = 0
+    ) -> None:
         assert writer.compression_type is compression.type
         self._writer = writer
         self._compress = compressor(compression)
-        workers = workers or min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
+        workers = workers or min(processors(), _MAX_WORKERS)
         self._most_under_way = PIECES_PER_WORKER * workers
-        self._workers = ThreadPoolExecutor(workers, thread_name_prefix="compress")
+        self._workers = crew(workers, spared=spared, busy=2)
         self._under_way: deque[Callable[[], None]] = deque()
         self._piece_bytes = max(PIECE_BYTES, writer.cluster_size)
 
