@@ -6,7 +6,8 @@ image behind another NBD server, does not: then all is read through the export.
 
 Export and question are opened by a name, NAME@CHECKPOINT, which another snapshot may get once ours is released and its
 checkpoint forgotten. **What is read is of ours nevertheless, or is not believed**: a name is one snapshot's until that
-is released, and one that was released is never held again, nor has another the uuid of its checkpoint. So an owner
+is released, as a checkpoint that is held cannot be forgotten (points.py); and one that was released is never held
+again, nor has another the uuid of its checkpoint. So an owner
 that finds ours by this uuid has held it ever since it took it, and what was opened by its name meanwhile is of it. The
 image is asked for by uuid after the other two are open; and whoever has read all releases by uuid, which fails if ours
 was not held to the end (access.py).
