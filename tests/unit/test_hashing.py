@@ -18,6 +18,7 @@ from tests.naive_digests import naive_digest, naive_digests
 
 CHUNK = 4096
 FOLDER = tempfile.gettempdir()
+MORE_THAN_THERE_ARE = 1 << 20
 LENGTHS = [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES + 7]
 
 
@@ -50,14 +51,15 @@ def test_each_chunk_has_its_digest_and_the_last_may_be_short(
         assert b"".join(hasher.digests()) == naive_digests(algorithm, content, chunk_size)
 
 
+@pytest.mark.parametrize("spared", [0, MORE_THAN_THERE_ARE])
 @pytest.mark.parametrize("seed", range(30))
 def test_in_whatever_order_a_file_is_written_the_digests_are_of_what_it_holds_in_the_end(
-    fd: int, algorithm: DigestAlgorithm, seed: int, monkeypatch: pytest.MonkeyPatch
+    fd: int, algorithm: DigestAlgorithm, seed: int, spared: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of what comes at the end is hashed as it is written, the other half is read back."""
     monkeypatch.setattr(hashing, "_FED_AT_LEAST", 4 * CHUNK)
     lot = random.Random(seed)
-    with ChunkHasher(fd, FOLDER, algorithm, CHUNK) as hasher:
+    with ChunkHasher(fd, FOLDER, algorithm, CHUNK, spared_processors=spared) as hasher:
         for _ in range(lot.randrange(60)):
             end = os.fstat(fd).st_size
             offset = end if lot.random() < 0.7 else lot.randrange(end + 5 * CHUNK)
@@ -76,12 +78,13 @@ def write(fd: int, hasher: ChunkHasher, data: bytes, offset: int) -> None:
     buffer[:] = bytes(len(buffer))
 
 
+@pytest.mark.parametrize("spared", [0, MORE_THAN_THERE_ARE])
 @pytest.mark.parametrize("before", [0, 300_000])
 def test_a_write_that_failed_and_is_tried_again_is_hashed_once(
-    fd: int, algorithm: DigestAlgorithm, before: int
+    fd: int, algorithm: DigestAlgorithm, before: int, spared: int
 ) -> None:
     """With other data, and without: what was hashed beside the first attempt is not in the file."""
-    with ChunkHasher(fd, FOLDER, algorithm) as hasher:
+    with ChunkHasher(fd, FOLDER, algorithm, spared_processors=spared) as hasher:
         if before:
             write(fd, hasher, os.urandom(before), 0)
         hasher.writing(before, memoryview(os.urandom(400_000)))  # fails, and what it answers is not called

@@ -67,6 +67,28 @@ class Far(MemoryDevice):
             self.pread_into(buffer, offset)
 
 
+class BesideAGuest(MemoryDevice):
+    """No processor is left for a thread that reads ahead."""
+
+    spared_processors = 1 << 20
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        assert threading.current_thread() is threading.main_thread()
+        super().pread_into(buffer, offset)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_beside_a_guest_the_pieces_are_the_same(wrapped: bool) -> None:
+    device, guarded = device_with(random.Random(5), 700, 4097), BesideAGuest(700 * BLOCK + 4097)
+    guarded.pwrite(device.pread(device.size, 0), 0)
+    blocks = Geometry(device.size, BLOCK_BITS)
+    alone = [
+        (at, length, data and bytes(data)) for at, length, data in Pieces(device, blocks).of_all([(0, 701)])
+    ]
+    pieces = Pieces(Metered(guarded) if wrapped else guarded, blocks)
+    assert [(at, length, data and bytes(data)) for at, length, data in pieces.of_all([(0, 701)])] == alone
+
+
 class InLargeChunks(MemoryDevice):
     chunk_bytes = 3 * CHUNK_BYTES
 
