@@ -26,31 +26,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from uuid import uuid4
 
-from lmdbitmap import backup_chain, bits, consumers, digest_algorithms, files, mending
+from lmdbitmap import consumers, digest_algorithms, mending
 from lmdbitmap.access import FREEZE_LIMIT_S, OWNER_LIMIT_S, Access, PointInTime, access, open_to_read
-from lmdbitmap.backup_chain import BackupChain
-from lmdbitmap.backup_plan import DigestChoice, Plan, digests_for, newest, plan_for
-from lmdbitmap.bits import Run
-from lmdbitmap.changes import Changes, changes_since
-from lmdbitmap.copier import (
-    Copied,
-    ImageFile,
-    Progress,
-    Report,
-    cluster_bits_for,
-    copy_clusters,
-)
+from lmdbitmap.backup_image import Job, Source, write_image
+from lmdbitmap.backup_plan import Plan, digests_for, newest, plan_for
+from lmdbitmap.copier import Progress, Report
 from lmdbitmap.digest_algorithms import DigestAlgorithm
-from lmdbitmap.digests import synced_digests
 from lmdbitmap.errors import (
     AlreadyExists,
     Busy,
@@ -58,36 +47,22 @@ from lmdbitmap.errors import (
     InvalidArgument,
     LmdbitmapError,
     Untrusted,
-    os_errors_at,
 )
-from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
-from lmdbitmap.geometry import Geometry
-from lmdbitmap.hashing import ChunkHasher
 from lmdbitmap.holds import HoldFile, UnderWay
 from lmdbitmap.manifest import (
     BackupEntry,
     BackupType,
     CheckpointRef,
-    ChunkDigests,
     DiskRef,
     Manifest,
     NewerManifest,
     Reason,
-    chain_to,
 )
 from lmdbitmap.pace import Pace, pace_of
-from lmdbitmap.pieces import Metered, Readable
+from lmdbitmap.pieces import Metered
 from lmdbitmap.qcow2.compression import Compression, chosen
-from lmdbitmap.qcow2.layout import SECTOR, CompressionType
-from lmdbitmap.repository import (
-    BackupFolder,
-    Unfinished,
-    checkpoint_name,
-    image_name,
-    is_checkpoint_name,
-)
-from lmdbitmap.rescan import differing
+from lmdbitmap.repository import BackupFolder, Unfinished, checkpoint_name, is_checkpoint_name
 from lmdbitmap.schema import Checkpoint, Disk
 from lmdbitmap.scratch import Scratch
 from lmdbitmap.session import OpenDevice
@@ -112,39 +87,6 @@ class BackupResult:
     seconds: float
     digest_reason: Reason | None = None
     """Why its digests are not of the algorithm that those of the backup before are of, if that was not asked for."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """One disk's part of a run: its folder locked, its backup planned."""
-
-    access: Access
-    disk: Disk
-    folder: BackupFolder
-    manifest: Manifest
-    requested: BackupType
-    plan: Plan
-    digests: DigestChoice
-    sequence: int
-    leftovers: Sequence[Unfinished]
-    """Checkpoints of killed runs that cannot go before there is another one."""
-    hold: HoldFile
-    """What the store knows of the folder, locked."""
-
-    @property
-    def file(self) -> str:
-        return image_name(self.sequence, self.plan.type_actual)
-
-    @contextlib.contextmanager
-    def parent_chain(self) -> Iterator[BackupChain]:
-        """The backup that this one is stacked on, as a disk. Raises `FormatError` in the block where it is damaged."""
-        assert self.plan.parent is not None
-        try:
-            with backup_chain.opened(self.folder, chain_to(self.manifest, self.plan.parent.id)) as past:
-                yield past
-        except FormatError as damaged:
-            damaged.next_step = "begin a new chain with `backup --full`"
-            raise
 
 
 def backup(
@@ -198,7 +140,7 @@ def backup(
             _require_as_asked(jobs)
         try:
             points = _one_point_in_time(store, way, jobs, quiesced)
-            sources = [_Source.of(store, *pair) for pair in zip(jobs, points, strict=True)]
+            sources = [Source.of(store, *pair) for pair in zip(jobs, points, strict=True)]
             report = Report(progress, sum(source.bytes_to_copy for source in sources))
             return [_make(store, source, report, packing, pace) for source in sources]
         except BaseException:
@@ -219,7 +161,7 @@ def _prepare(
     kind: BackupType,
     algorithm: DigestAlgorithm | None,
     locks: contextlib.ExitStack,
-) -> _Job:
+) -> Job:
     folder = BackupFolder(repository_path, disk.name)
     locks.enter_context(folder.locked())
     found, unreadable = _manifest_of(folder, kind)
@@ -240,10 +182,10 @@ def _prepare(
         else Plan(kind, reason=unreadable)
     )
     digests, sequence = digests_for(plan, manifest, algorithm), folder.next_sequence(manifest.backups)
-    return _Job(way, disk, folder, manifest, kind, plan, digests, sequence, leftovers, hold)
+    return Job(way, disk, folder, manifest, kind, plan, digests, sequence, leftovers, hold)
 
 
-def _require_as_asked(jobs: Sequence[_Job]) -> None:
+def _require_as_asked(jobs: Sequence[Job]) -> None:
     for job in jobs:
         if job.plan.type_actual is not job.requested:
             assert job.plan.reason is not None
@@ -272,7 +214,7 @@ def _manifest_of(folder: BackupFolder, kind: BackupType) -> tuple[Manifest | Non
 def _one_point_in_time(
     store: Store,
     way: Access,
-    jobs: Sequence[_Job],
+    jobs: Sequence[Job],
     quiesced: Callable[[], AbstractContextManager[object]],
 ) -> list[PointInTime]:
     """Note what will be made, then take one checkpoint on all disks, or on none."""
@@ -294,67 +236,16 @@ def _one_point_in_time(
     return points
 
 
-# --- the copy ---
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """What one image is made of: the blocks that changed up to the point in time, in whole clusters."""
-
-    job: _Job
-    point: PointInTime
-    clusters: Geometry
-    changes: Changes | None
-    """None for a full backup, and for a rescan."""
-    trust: Trust
-    bytes_to_copy: int
-
-    @classmethod
-    def of(cls, store: Store, job: _Job, point: PointInTime) -> _Source:
-        disk, since = point.disk, job.plan.since
-        clusters = Geometry(disk.size, cluster_bits_for(disk.geometry))
-        if since is None:
-            return cls(job, point, clusters, None, Trust.EXACT, disk.size)
-        changed = changes_since(store, disk.name, since, point.checkpoint.name)
-        summary = changed.summary
-        return cls(job, point, clusters, changed, summary.standing.trust, summary.dirty_bytes)
-
-    @contextlib.contextmanager
-    def runs(self, device: Readable, report: Report) -> Iterator[Iterator[Run]]:
-        """Clusters to copy, ascending; no run touches the next. Only a rescan reads the device for that."""
-        if self.job.plan.type_actual is BackupType.RESCAN:
-            with self.job.parent_chain() as past:
-                yield self._with_tail(differing(device, past, self.clusters, report.advance), self.clusters)
-        elif self.changes is None:
-            yield iter([(0, self.clusters.block_count)])
-        else:
-            yield self._with_tail(self.changes.runs(), self.changes.geometry)
-
-    def _with_tail(self, runs: Iterator[Run], geometry: Geometry) -> Iterator[Run]:
-        """Runs of blocks of `geometry` in clusters, with the last one where that is needed."""
-        last_block = (geometry.block_count - 1, geometry.block_count)
-        blocks = itertools.chain(runs, [last_block] if self._cut_in_a_sector() else [])
-        return bits.regrain_outward(blocks, geometry, self.clusters.granularity_bits)
-
-    def _cut_in_a_sector(self) -> bool:
-        """Whether the parent has something where this image, longer than the disk, rounds up to a sector.
-
-        No byte of that belongs to the disk, but QEMU shows it, and it is to be zeroes.
-        """
-        parent, size = self.job.plan.parent, self.clusters.size
-        return parent is not None and size < parent.disk_size and size % SECTOR != 0
-
-
 # --- the archive, and what comes after it is durable ---
 
 
 def _make(
-    store: Store, source: _Source, report: Report, packing: Compression | None, pace: Pace | None
+    store: Store, source: Source, report: Report, packing: Compression | None, pace: Pace | None
 ) -> BackupResult:
     started = time.monotonic()
     job = source.job
     device = Metered(source.point.device, pace)
-    entry = _write_image(source, device, report, packing)
+    entry = write_image(source, device, report, packing)
     released = tuple(_still_there(store, job, job.manifest.released))
     job.hold.keep(entry.checkpoint, time.time_ns())
     manifest = dataclasses.replace(job.manifest, backups=(*job.manifest.backups, entry), released=released)
@@ -365,7 +256,7 @@ def _make(
     return BackupResult(job.disk.name, entry, path, device.bytes_read, seconds, job.digests.reason)
 
 
-def _still_there(store: Store, job: _Job, checkpoints: Sequence[CheckpointRef]) -> Sequence[CheckpointRef]:
+def _still_there(store: Store, job: Job, checkpoints: Sequence[CheckpointRef]) -> Sequence[CheckpointRef]:
     """Those that nobody has forgotten yet."""
     with store.read() as reader:
         members = {member.uuid for member in reader.checkpoints(job.disk.uuid)}
@@ -379,62 +270,7 @@ def _counted_from(manifest: Manifest, disk: Disk) -> Sequence[CheckpointRef]:
     return list(found)
 
 
-def _write_image(
-    source: _Source, device: Metered, report: Report, packing: Compression | None
-) -> BackupEntry:
-    """The image, durable in the folder under its final name, and what the manifest will say of it."""
-    job, parent = source.job, source.job.plan.parent
-    path = job.folder.path_of(job.file)
-    rescans = job.plan.type_actual is BackupType.RESCAN
-    with (
-        files.replacing(path) as file,
-        ChunkHasher(
-            file.fileno(), job.folder.path, job.digests.algorithm, spared_processors=device.spared_processors
-        ) as hasher,
-    ):
-        with _told_why(source), os_errors_at(job.disk.image), source.runs(device, report) as runs:
-            copied = copy_clusters(
-                device,
-                ImageFile(file.fileno(), path, hasher.writing),
-                source.clusters,
-                runs,
-                backing_file=None if parent is None else parent.file,
-                report=Report(None, 0) if rescans else report,
-                compression=packing,
-            )
-        chunks = synced_digests(job.folder, job.file, file.fileno(), hasher)
-        job.access.prove(source.point)
-    return _entry(source, copied, chunks, None if packing is None else packing.type)
-
-
-@contextlib.contextmanager
-def _told_why(source: _Source) -> Iterator[None]:
-    """Where a snapshot is read, that it broke is just an error, as of a disk that fails: whoever holds it knows."""
-    try:
-        yield
-    except OSError:
-        if not source.job.access.holds_alone:
-            source.job.access.prove(source.point)
-        raise
-
-
-def _entry(
-    source: _Source, copied: Copied, chunks: ChunkDigests, compression: CompressionType | None
-) -> BackupEntry:
-    job, disk, plan, checkpoint = source.job, source.point.disk, source.job.plan, source.point.checkpoint
-    return BackupEntry(
-        id=str(job.sequence), sequence=job.sequence, file=job.file,
-        parent=None if plan.parent is None else plan.parent.id,
-        type_requested=job.requested, type_actual=plan.type_actual, reason=plan.reason,
-        time_ns=checkpoint.time_ns, checkpoint=CheckpointRef(checkpoint.uuid, checkpoint.name),
-        epoch=checkpoint.epoch, disk_size=disk.size, granularity=disk.geometry.granularity,
-        cluster_size=source.clusters.granularity, trust=source.trust, bytes_changed=copied.bytes_changed,
-        bytes_zero=copied.bytes_zero, bytes_stored=copied.bytes_stored,
-        sha256=None, chunks=chunks, compression=compression,
-    )  # fmt: skip
-
-
-def _forget_unneeded(store: Store, source: _Source, manifest: Manifest) -> None:
+def _forget_unneeded(store: Store, source: Source, manifest: Manifest) -> None:
     """Let go of checkpoints that no coming backup counts from. The backup is made, whatever happens here."""
     job, disk = source.job, source.point.disk
     assert manifest.holder is not None
@@ -470,7 +306,7 @@ def _undo_unfinished(way: Access, disk: Disk, folder: BackupFolder) -> list[Unfi
     return [work for work in abandoned if work.checkpoint in stay]
 
 
-def _undo_after_failure(store: Store, job: _Job) -> None:
+def _undo_after_failure(store: Store, job: Job) -> None:
     try:
         _undo_unfinished(job.access, job.disk, job.folder)
         with store.read() as reader:

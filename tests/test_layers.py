@@ -152,6 +152,7 @@ FLOORS: dict[str, float] = {
     "export": 5,
     "bitmap_file": 5.2,
     "backup_plan": 5.3,
+    "backup_image": 5.4,
     "consumers": 5.4,
     "backup": 5.5,
     "sync_plan": 5.3,

@@ -1,0 +1,168 @@
+"""What one backup is made of, and the image that it becomes.
+
+The image has its final name once it is durable, and so are the digests of its chunks; nothing knows of it before the
+manifest does (backup.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from lmdbitmap import backup_chain, bits, files
+from lmdbitmap.access import Access, PointInTime
+from lmdbitmap.backup_chain import BackupChain
+from lmdbitmap.backup_plan import DigestChoice, Plan
+from lmdbitmap.bits import Run
+from lmdbitmap.changes import Changes, changes_since
+from lmdbitmap.copier import Copied, ImageFile, Report, cluster_bits_for, copy_clusters
+from lmdbitmap.digests import synced_digests
+from lmdbitmap.errors import FormatError, os_errors_at
+from lmdbitmap.extents import Trust
+from lmdbitmap.geometry import Geometry
+from lmdbitmap.hashing import ChunkHasher
+from lmdbitmap.holds import HoldFile
+from lmdbitmap.manifest import BackupEntry, BackupType, CheckpointRef, ChunkDigests, Manifest, chain_to
+from lmdbitmap.pieces import Metered, Readable
+from lmdbitmap.qcow2.compression import Compression
+from lmdbitmap.qcow2.layout import SECTOR, CompressionType
+from lmdbitmap.repository import BackupFolder, Unfinished, image_name
+from lmdbitmap.rescan import differing
+from lmdbitmap.schema import Disk
+from lmdbitmap.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One disk's part of a run: its folder locked, its backup planned."""
+
+    access: Access
+    disk: Disk
+    folder: BackupFolder
+    manifest: Manifest
+    requested: BackupType
+    plan: Plan
+    digests: DigestChoice
+    sequence: int
+    leftovers: Sequence[Unfinished]
+    """Checkpoints of killed runs that cannot go before there is another one."""
+    hold: HoldFile
+    """What the store knows of the folder, locked."""
+
+    @property
+    def file(self) -> str:
+        return image_name(self.sequence, self.plan.type_actual)
+
+    @contextlib.contextmanager
+    def parent_chain(self) -> Iterator[BackupChain]:
+        """The backup that this one is stacked on, as a disk. Raises `FormatError` in the block where it is damaged."""
+        assert self.plan.parent is not None
+        try:
+            with backup_chain.opened(self.folder, chain_to(self.manifest, self.plan.parent.id)) as past:
+                yield past
+        except FormatError as damaged:
+            damaged.next_step = "begin a new chain with `backup --full`"
+            raise
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What one image is made of: the blocks that changed up to the point in time, in whole clusters."""
+
+    job: Job
+    point: PointInTime
+    clusters: Geometry
+    changes: Changes | None
+    """None for a full backup, and for a rescan."""
+    trust: Trust
+    bytes_to_copy: int
+
+    @classmethod
+    def of(cls, store: Store, job: Job, point: PointInTime) -> Source:
+        disk, since = point.disk, job.plan.since
+        clusters = Geometry(disk.size, cluster_bits_for(disk.geometry))
+        if since is None:
+            return cls(job, point, clusters, None, Trust.EXACT, disk.size)
+        changed = changes_since(store, disk.name, since, point.checkpoint.name)
+        summary = changed.summary
+        return cls(job, point, clusters, changed, summary.standing.trust, summary.dirty_bytes)
+
+    @contextlib.contextmanager
+    def runs(self, device: Readable, report: Report) -> Iterator[Iterator[Run]]:
+        """Clusters to copy, ascending; no run touches the next. Only a rescan reads the device for that."""
+        if self.job.plan.type_actual is BackupType.RESCAN:
+            with self.job.parent_chain() as past:
+                yield self._with_tail(differing(device, past, self.clusters, report.advance), self.clusters)
+        elif self.changes is None:
+            yield iter([(0, self.clusters.block_count)])
+        else:
+            yield self._with_tail(self.changes.runs(), self.changes.geometry)
+
+    def _with_tail(self, runs: Iterator[Run], geometry: Geometry) -> Iterator[Run]:
+        """Runs of blocks of `geometry` in clusters, with the last one where that is needed."""
+        last_block = (geometry.block_count - 1, geometry.block_count)
+        blocks = itertools.chain(runs, [last_block] if self._cut_in_a_sector() else [])
+        return bits.regrain_outward(blocks, geometry, self.clusters.granularity_bits)
+
+    def _cut_in_a_sector(self) -> bool:
+        """Whether the parent has something where this image, longer than the disk, rounds up to a sector.
+
+        No byte of that belongs to the disk, but QEMU shows it, and it is to be zeroes.
+        """
+        parent, size = self.job.plan.parent, self.clusters.size
+        return parent is not None and size < parent.disk_size and size % SECTOR != 0
+
+
+def write_image(source: Source, device: Metered, report: Report, packing: Compression | None) -> BackupEntry:
+    """The image, durable in the folder under its final name, and what the manifest will say of it."""
+    job, parent = source.job, source.job.plan.parent
+    path = job.folder.path_of(job.file)
+    rescans = job.plan.type_actual is BackupType.RESCAN
+    with (
+        files.replacing(path) as file,
+        ChunkHasher(
+            file.fileno(), job.folder.path, job.digests.algorithm, spared_processors=device.spared_processors
+        ) as hasher,
+    ):
+        with _told_why(source), os_errors_at(job.disk.image), source.runs(device, report) as runs:
+            copied = copy_clusters(
+                device,
+                ImageFile(file.fileno(), path, hasher.writing),
+                source.clusters,
+                runs,
+                backing_file=None if parent is None else parent.file,
+                report=Report(None, 0) if rescans else report,
+                compression=packing,
+            )
+        chunks = synced_digests(job.folder, job.file, file.fileno(), hasher)
+        job.access.prove(source.point)
+    return _entry(source, copied, chunks, None if packing is None else packing.type)
+
+
+@contextlib.contextmanager
+def _told_why(source: Source) -> Iterator[None]:
+    """Where a snapshot is read, that it broke is just an error, as of a disk that fails: whoever holds it knows."""
+    try:
+        yield
+    except OSError:
+        if not source.job.access.holds_alone:
+            source.job.access.prove(source.point)
+        raise
+
+
+def _entry(
+    source: Source, copied: Copied, chunks: ChunkDigests, compression: CompressionType | None
+) -> BackupEntry:
+    job, disk, plan, checkpoint = source.job, source.point.disk, source.job.plan, source.point.checkpoint
+    return BackupEntry(
+        id=str(job.sequence), sequence=job.sequence, file=job.file,
+        parent=None if plan.parent is None else plan.parent.id,
+        type_requested=job.requested, type_actual=plan.type_actual, reason=plan.reason,
+        time_ns=checkpoint.time_ns, checkpoint=CheckpointRef(checkpoint.uuid, checkpoint.name),
+        epoch=checkpoint.epoch, disk_size=disk.size, granularity=disk.geometry.granularity,
+        cluster_size=source.clusters.granularity, trust=source.trust, bytes_changed=copied.bytes_changed,
+        bytes_zero=copied.bytes_zero, bytes_stored=copied.bytes_stored,
+        sha256=None, chunks=chunks, compression=compression,
+    )  # fmt: skip
