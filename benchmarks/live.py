@@ -169,6 +169,7 @@ def increments(folder: Path, rounds: int = 3) -> Iterator[Line]:
     with served(folder) as peer:
         for number in range(rounds):
             rewrite(peer, random.Random(number).sample(places, INCREMENT_OF_BYTES // 100 // BLOCK))
+            warm_memory(INCREMENT_OF_BYTES // 10)
             runs.append(back_up(folder))
     seconds = statistics.median(run.seconds for run in runs)
     whole = statistics.median(run.whole_s for run in runs)
