@@ -50,6 +50,6 @@ class _Undone(Future[T]):
         if not self.done():
             try:
                 self.set_result(self._work())
-            except BaseException as error:
+            except BaseException as error:  # raised below, and to whoever asks again
                 self.set_exception(error)
         return super().result(timeout)

@@ -66,12 +66,6 @@ class DirectDevice(ReadOnlyDevice):
     def size(self) -> int:
         return self._export.size
 
-    def pread(self, length: int, offset: int) -> bytes:
-        check_range(offset, length, self.size)
-        buffer = bytearray(length)
-        self.pread_into(memoryview(buffer), offset)
-        return bytes(buffer)
-
     def pread_into(self, buffer: memoryview, offset: int) -> None:
         self.pread_many([(buffer, offset)])
 

@@ -18,6 +18,15 @@ class ReadOnlyDevice:
     def size(self) -> int:
         raise NotImplementedError  # pragma: no cover
 
+    def pread(self, length: int, offset: int) -> bytes:
+        check_range(offset, length, self.size)
+        buffer = bytearray(length)
+        self.pread_into(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        raise NotImplementedError  # pragma: no cover
+
     def pwrite(self, data: Buffer, offset: int) -> None:
         self._refuse(offset, len(data))
 

@@ -191,12 +191,6 @@ class Snapshot(ReadOnlyDevice):
 
     # -- reading -------------------------------------------------------------------------------------------
 
-    def pread(self, length: int, offset: int) -> bytes:
-        check_range(offset, length, self.size)
-        buffer = bytearray(length)
-        self.pread_into(memoryview(buffer), offset)
-        return bytes(buffer)
-
     def pread_into(self, buffer: memoryview, offset: int) -> None:
         """Old data. Raises `StorageError` once the snapshot is broken or released."""
         check_range(offset, len(buffer), self.size)
