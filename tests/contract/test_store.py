@@ -348,10 +348,11 @@ def test_opened_by_many_threads_at_once_it_is_one_environment(path: str) -> None
     for thread in threads:
         thread.join(PATIENCE_SECONDS)
     assert len(found) == 8
-    assert len({id(opened._environment) for opened in found}) == 1
+    [shared] = {opened._environment for opened in found}
+    assert shared in environment.open_ones.by_file.values()
     for opened in found:
         opened.close()
-    assert environment.open_ones.by_file == {}
+    assert shared not in environment.open_ones.by_file.values()  # others of this process may be open
 
 
 def test_handle_from_before_a_fork_is_dead_and_a_new_one_works(path: str) -> None:
