@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from lmdbitmap.buffers import new_buffer
 from lmdbitmap.device import PAGE_BYTES
 from lmdbitmap.interfaces import Allocation
 from lmdbitmap.target import Target
@@ -27,7 +28,7 @@ class Mender:
     def __init__(self, target: Target, advance: Callable[[int], None] = lambda length: None) -> None:
         self._target = target
         self._advance = advance
-        self._present = bytearray(CHUNK_BYTES)
+        self._present = new_buffer(CHUNK_BYTES)
         self.bytes_compared = self.bytes_written = self.bytes_zeroed = 0
 
     def mend_data(self, offset: int, wanted: bytes | bytearray, length: int) -> None:

@@ -24,6 +24,7 @@ from functools import partial
 from types import TracebackType
 from typing import Final, NamedTuple
 
+from lmdbitmap.buffers import new_buffer
 from lmdbitmap.crew import crew, processors
 from lmdbitmap.digest_algorithms import DIGEST_BYTES, DigestAlgorithm, Hasher, new_hasher
 from lmdbitmap.geometry import ceil_div
@@ -182,7 +183,7 @@ def chunk_digests(fd: int, algorithm: DigestAlgorithm, chunk_size: int = CHUNK_B
 
 def _digests_of(fd: int, algorithm: DigestAlgorithm, chunk_size: int, first: int, count: int) -> bytes:
     """One behind the other."""
-    buffer = memoryview(bytearray(min(_READ_AT_ONCE, chunk_size)))
+    buffer = memoryview(new_buffer(min(_READ_AT_ONCE, chunk_size)))
     return b"".join(
         _digest_at(fd, algorithm, chunk * chunk_size, chunk_size, buffer)
         for chunk in range(first, first + count)
@@ -191,7 +192,7 @@ def _digests_of(fd: int, algorithm: DigestAlgorithm, chunk_size: int, first: int
 
 def digest_at(fd: int, algorithm: DigestAlgorithm, offset: int, length: int) -> bytes:
     """The digest of a range of a file; of less, where the file has become shorter."""
-    return _digest_at(fd, algorithm, offset, length, memoryview(bytearray(min(_READ_AT_ONCE, length))))
+    return _digest_at(fd, algorithm, offset, length, memoryview(new_buffer(min(_READ_AT_ONCE, length))))
 
 
 def _digest_at(fd: int, algorithm: DigestAlgorithm, offset: int, length: int, buffer: memoryview) -> bytes:

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from lmdbitmap.backup_chain import BackupChain
+from lmdbitmap.buffers import new_buffer
 from lmdbitmap.hashing import thread_count
 from lmdbitmap.qcow2 import Kind, Run
 
@@ -58,7 +59,7 @@ def _made_ready(
 
 
 def _data(chain: BackupChain, run: Run) -> bytearray:
-    data = bytearray(run.length)
+    data = new_buffer(run.length)
     chain.fill(memoryview(data), run)
     return data
 

@@ -18,6 +18,7 @@ from functools import partial
 from typing import NamedTuple, Protocol, TypeAlias
 
 from lmdbitmap.bits import Run
+from lmdbitmap.buffers import new_buffer
 from lmdbitmap.crew import crew
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Allocation
@@ -131,7 +132,7 @@ class Pieces:
         Close it where it is left before its end: its thread may be reading. A device that can be interrupted is, and is
         of no use afterwards.
         """
-        free = [bytearray(min(self._chunk_bytes, self._blocks.size)) for _ in range(_BUFFERS)]
+        free = [new_buffer(min(self._chunk_bytes, self._blocks.size)) for _ in range(_BUFFERS)]
         ahead: deque[_Ahead] = deque()
         reader = crew(1, spared=self._spared)
         try:

@@ -12,6 +12,7 @@ from collections.abc import Collection
 from typing import Protocol
 
 from lmdbitmap.backup_chain import BackupChain
+from lmdbitmap.buffers import new_buffer
 from lmdbitmap.copier import Report
 from lmdbitmap.differences import CHUNK_BYTES, Mender, allocated, chunks
 from lmdbitmap.qcow2 import Kind, Run
@@ -42,7 +43,7 @@ class Overwriting:
         self._chain = chain
         self._target = target
         self._report = report
-        self._buffer = memoryview(bytearray(CHUNK_BYTES))
+        self._buffer = memoryview(new_buffer(CHUNK_BYTES))
         self._kernel_can = target.fd is not None
         self.bytes_read = self.bytes_written = self.bytes_zeroed = 0
 
@@ -101,7 +102,7 @@ class Comparing(Mender):
     def __init__(self, chain: BackupChain, target: Target, report: Report) -> None:
         super().__init__(target, report.advance)
         self._chain = chain
-        self._wanted = bytearray(CHUNK_BYTES)
+        self._wanted = new_buffer(CHUNK_BYTES)
 
     reads: Collection[Kind] = (Kind.DATA, Kind.COMPRESSED)
 

@@ -38,6 +38,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from lmdbitmap import files, manifest, schema
+from lmdbitmap.buffers import new_buffer
 from lmdbitmap.errors import FormatError, NotFound, os_errors_at
 from lmdbitmap.manifest import BackupEntry, BackupType, Manifest
 
@@ -373,7 +374,7 @@ def known_backups_of(
 
 def sha256_of(fd: int, stopped: Callable[[], bool] = lambda: False) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal; of its beginning only, if `stopped` says so meanwhile."""
-    digest, buffer, offset = hashlib.sha256(), bytearray(_HASHED_AT_ONCE), 0
+    digest, buffer, offset = hashlib.sha256(), new_buffer(_HASHED_AT_ONCE), 0
     view = memoryview(buffer)
     while not stopped() and (count := os.preadv(fd, [buffer], offset)):
         digest.update(view[:count])

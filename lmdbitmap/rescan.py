@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from lmdbitmap.bits import Run
+from lmdbitmap.buffers import new_buffer
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Allocation
 from lmdbitmap.pieces import Readable
@@ -46,8 +47,8 @@ class _Comparison:
         self._past = past
         self._clusters = clusters
         self._chunk_bytes = max(_CHUNK_BYTES, clusters.granularity)
-        self._new = bytearray(self._chunk_bytes)
-        self._old = bytearray(self._chunk_bytes)
+        self._new = new_buffer(self._chunk_bytes)
+        self._old = new_buffer(self._chunk_bytes)
 
     def runs(self, advance: Callable[[int], None]) -> Iterator[Run]:
         """Differing clusters; neighbours may come apart."""

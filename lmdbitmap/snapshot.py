@@ -31,6 +31,7 @@ from typing import Final
 
 from lmdbitmap import bits
 from lmdbitmap.bits import BitView, Run
+from lmdbitmap.buffers import new_buffer
 from lmdbitmap.changes import Changes, changes
 from lmdbitmap.cluster_states import FIRST_SLOT, LOOK_CLUSTERS, MOST_SLOTS, UNTOUCHED, ZERO, ClusterStates
 from lmdbitmap.device import DATA, HOLE
@@ -81,7 +82,7 @@ class Snapshot(ReadOnlyDevice):
         self._readers = 0
         self._reading = threading.Condition()
         self._released = False
-        self._buffer = bytearray(_COPY_BYTES)
+        self._buffer = new_buffer(_COPY_BYTES)
         self._zeroes = bytes(self.clusters.granularity)
 
     @property

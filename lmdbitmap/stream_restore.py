@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from lmdbitmap.buffers import new_buffer
 from lmdbitmap.copier import Progress, Report
 from lmdbitmap.errors import AlreadyExists, InvalidArgument, LmdbitmapError, NotFound, os_errors_at
 from lmdbitmap.image import is_far, open_image
@@ -86,7 +87,7 @@ def apply_stream(
 def _events(stream: Source) -> Iterator[Event]:
     """All that the stream says, once it is known that nothing comes behind its end."""
     decoder = Decoder(_PLACE)
-    buffer = memoryview(bytearray(_READ_BYTES))
+    buffer = memoryview(new_buffer(_READ_BYTES))
     while count := _read(stream, buffer):
         yield from decoder.feed(buffer[:count])
     decoder.finish()

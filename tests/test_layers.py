@@ -25,6 +25,7 @@ FLOORS: dict[str, float] = {
     "interfaces": 0.5,
     "forks": 0.5,
     "latencies": 0.5,
+    "buffers": 0,
     "crew": 0,
     "pace": 0.5,
     "nbd": 0,  # the package itself: empty

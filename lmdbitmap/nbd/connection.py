@@ -33,6 +33,7 @@ import time
 from collections.abc import Mapping
 from typing import Final
 
+from lmdbitmap.buffers import new_buffer
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.interfaces import PatientLane, ServedDisk, SplicingLane
 from lmdbitmap.latencies import Latencies
@@ -102,7 +103,7 @@ class Connection:
         if disk.fd is not None and not encrypted and isinstance(self._lane, SplicingLane):
             self._conduit = Conduit(sock, self._lane)
         self._appetite, self._waiting = _BATCH, 0
-        self._buffer = bytearray(_BATCH)
+        self._buffer = new_buffer(_BATCH)
         self._view = memoryview(self._buffer)
         self._buffer[: len(received)] = received
         self._start, self._end = 0, len(received)

@@ -22,6 +22,7 @@ import socket
 from collections.abc import Callable
 from typing import Final, TypeAlias
 
+from lmdbitmap.buffers import new_buffer
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.interfaces import Lane
 from lmdbitmap.nbd import protocol as nbd
@@ -230,9 +231,9 @@ class Replies:
     def _room_for(self, length: int) -> memoryview:
         """The same memory each time, unless that is not enough: Python clears new memory with its lock held."""
         if length > _MOST_KEPT:
-            return memoryview(bytearray(length))
+            return memoryview(new_buffer(length))
         if length > len(self._large):
-            self._large = memoryview(bytearray(_MOST_KEPT))
+            self._large = memoryview(new_buffer(_MOST_KEPT))
         return self._large[:length]
 
     def _refuse(self, label: bytes, failure: Exception) -> None:
