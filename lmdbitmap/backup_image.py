@@ -32,6 +32,7 @@ from lmdbitmap.repository import BackupFolder, Unfinished, image_name
 from lmdbitmap.rescan import differing
 from lmdbitmap.schema import Disk
 from lmdbitmap.store import Store
+from lmdbitmap.write_behind import WriteBehind
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,17 +126,22 @@ def write_image(source: Source, device: Metered, report: Report, packing: Compre
         ChunkHasher(
             file.fileno(), job.folder.path, job.digests.algorithm, spared_processors=device.spared_processors
         ) as hasher,
+        WriteBehind(
+            ImageFile(file.fileno(), path), hasher, spared_processors=device.spared_processors
+        ) as behind,
     ):
         with _told_why(source), os_errors_at(job.disk.image), source.runs(device, report) as runs:
             copied = copy_clusters(
                 device,
-                ImageFile(file.fileno(), path, hasher.writing),
+                behind,
                 source.clusters,
                 runs,
                 backing_file=None if parent is None else parent.file,
                 report=Report(None, 0) if rescans else report,
                 compression=packing,
+                borrower=behind,
             )
+            behind.settle()
         chunks = synced_digests(job.folder, job.file, file.fileno(), hasher)
         job.access.prove(source.point)
     return _entry(source, copied, chunks, None if packing is None else packing.type)

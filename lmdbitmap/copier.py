@@ -11,7 +11,7 @@ from lmdbitmap.bits import Run
 from lmdbitmap.errors import os_errors_at
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Buffer
-from lmdbitmap.pieces import Pieces, Readable
+from lmdbitmap.pieces import Borrower, Pieces, Readable
 from lmdbitmap.qcow2 import (
     DEFAULT_CLUSTER_BITS,
     CompressingWriter,
@@ -59,34 +59,19 @@ class Report:
                 self._progress(self._done, self._total)
 
 
-Writing: TypeAlias = Callable[[int, memoryview], Callable[[], None]]
-"""Told the offset and the bytes of a write before it, and by what it answers that they are written."""
-
-
-def _nobody_minds(offset: int, data: memoryview) -> Callable[[], None]:
-    return _nothing
-
-
-def _nothing() -> None:
-    pass
-
-
 class ImageFile:
     """An empty file to write an image into; its refusals name the `place` where it will be."""
 
-    def __init__(self, fd: int, place: str, writing: Writing = _nobody_minds) -> None:
+    def __init__(self, fd: int, place: str) -> None:
         self._fd = fd
         self._place = place
-        self._writing = writing
 
     def pwrite(self, data: Buffer, offset: int) -> None:
         rest = memoryview(data)
         with os_errors_at(self._place):
-            wrote = self._writing(offset, rest)
             while rest:
                 count = os.pwrite(self._fd, rest, offset)
                 rest, offset = rest[count:], offset + count
-            wrote()
 
 
 def cluster_bits_for(disk: Geometry) -> int:
@@ -110,9 +95,11 @@ def copy_clusters(
     backing_file: str | None,
     report: Report,
     compression: Compression | None = None,
+    borrower: Borrower | None = None,
 ) -> Copied:
     """Fill `file` with an image of runs of `clusters`, ascending; what is between is left to the backing file.
 
+    `borrower` is the file, if it writes behind.
     Raises `OSError` as the device does, and errors of ours as the file does. Nothing is synced.
     """
     writer = Qcow2Writer(
@@ -123,7 +110,7 @@ def copy_clusters(
         compression_type=CompressionType.ZLIB if compression is None else compression.type,
     )
     with _compressing(writer, compression, getattr(device, "spared_processors", 0)) as target:
-        copier = _Copier(device, target, clusters, report)
+        copier = _Copier(Pieces(device, clusters, borrower), target, report)
         copier.copy(runs)
         return Copied(copier.bytes_changed, copier.bytes_zero, target.finish())
 
@@ -139,12 +126,11 @@ def _compressing(
 class _Copier:
     def __init__(
         self,
-        device: Readable,
+        pieces: Pieces,
         writer: Qcow2Writer | CompressingWriter,
-        clusters: Geometry,
         report: Report,
     ) -> None:
-        self._pieces = Pieces(device, clusters)
+        self._pieces = pieces
         self._writer = writer
         self._report = report
         self.bytes_changed = 0

@@ -8,11 +8,14 @@ that works beside a guest spares a processor. Where none is left for a thread, w
 
 from __future__ import annotations
 
+import contextlib
 import os
+import queue
+import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
-from typing import ParamSpec, TypeVar
+from typing import Generic, NamedTuple, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -24,12 +27,14 @@ def processors() -> int:
 
 
 def crew(most: int, *, spared: int = 0, busy: int = 1) -> Executor:
-    """Up to `most` threads, beside `busy` others of the job, so that `spared` processors are left to others.
+    """Up to `most` threads, beside `busy` others of the job, so that `spared` processors are left to others."""
+    count = crew_size(most, spared=spared, busy=busy)
+    return ThreadPoolExecutor(count) if count else _Nobody()
 
-    Where nothing is to be spared there are `most`, whatever else they do.
-    """
-    count = min(most, processors() - busy - spared) if spared else most
-    return ThreadPoolExecutor(count) if count > 0 else _Nobody()
+
+def crew_size(most: int, *, spared: int = 0, busy: int = 1) -> int:
+    """How many threads such a crew has: where nothing is to be spared `most`, whatever else the others do."""
+    return max(min(most, processors() - busy - spared), 0) if spared else most
 
 
 class _Nobody(Executor):
@@ -53,3 +58,65 @@ class _Undone(Future[T]):
             except BaseException as error:  # raised below, and to whoever asks again
                 self.set_exception(error)
         return super().result(timeout)
+
+
+class _Failed(NamedTuple):
+    error: BaseException
+
+
+class Follower(Generic[T]):
+    """One thread, if there is a processor for it, that does what it is handed in order. For one thread, which takes the
+    answers in that order.
+
+    Where there is none, whoever takes an answer does the work. After work that failed nothing more is done, and each
+    answer is that failure. It is a `ThreadPoolExecutor` of one, less what that spends on each piece of work: in as
+    long the kernel copies some 100 KiB.
+    """
+
+    def __init__(self, *, spared: int = 0, busy: int = 1) -> None:
+        self.is_beside = crew_size(1, spared=spared, busy=busy) > 0
+        self._thread: threading.Thread | None = None
+        self._handed: queue.SimpleQueue[Callable[[], T] | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[T | _Failed] = queue.SimpleQueue()
+        self._failure: BaseException | None = None
+
+    def hand(self, work: Callable[[], T]) -> None:
+        self._handed.put(work)
+        if self.is_beside and self._thread is None:
+            self._thread = threading.Thread(target=self._work_on)
+            self._thread.start()
+
+    def answer(self) -> T:
+        """What came of the oldest work that was not asked after."""
+        if self._failure is None:
+            if not self.is_beside:
+                self._do_next()
+            done = self._done.get()
+            if not isinstance(done, _Failed):
+                return done
+            self._failure = done.error
+        raise self._failure
+
+    def close(self) -> None:
+        """Return when nothing is done any more; what was not begun will not be."""
+        if self._thread is not None:
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    self._handed.get_nowait()
+            self._handed.put(None)
+            self._thread.join()
+
+    def _work_on(self) -> None:
+        while self._do_next():
+            pass
+
+    def _do_next(self) -> bool:
+        work = self._handed.get()
+        if work is None:
+            return False
+        try:
+            self._done.put(work())
+        except BaseException as failure:  # raised to whoever asks
+            self._done.put(_Failed(failure))
+            return False
+        return True

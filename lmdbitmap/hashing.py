@@ -1,16 +1,15 @@
-"""Computes the digests of a file's chunks in threads, beside the work that fills the file.
+"""Computes the digests of a file's chunks while it is filled.
 
-    writer ── writing(offset, data), large and at the end ──▶ a thread hashes `data` while it is written ─────┐
-         └─── otherwise ──▶ chunks that the file has gone beyond ──▶ threads read them back, and hash them ───┤
-                                                                                                              │
-    writer is done ── digests() ──▶ in order, with what was written to once more ◀────────────────────────────┘
+    who writes ── feed(offset, data), large and at the end ──▶ hashed at once, before the bytes leave the cache ──┐
+         └─── otherwise ──▶ chunks that the file has gone beyond ──▶ threads read them back, and hash them ───────┤
+                                                                                                                  │
+    all is written ── digests() ──▶ in order, with what was written to once more ◀────────────────────────────────┘
 
-Hashing lets go of Python's lock, and the bytes are still in the processor's cache, or at least in memory. To read them
-back costs about as much as half of a BLAKE3, so what comes in large pieces is not; for small ones to hand each over
-would cost more. A chunk that is written to after it was hashed is hashed again in the end: so the digests are right in
-whatever order a file is written. Invariant: `_open` is a hasher of all bytes from the beginning of the chunk that the
-file ends in to that end, or None; any other write than one that it is fed with drops it, and that chunk is read back,
-and so does one that it is fed with, until the file has its bytes.
+Hashing lets go of Python's lock: what is fed may be written meanwhile by another thread (write_behind.py), and what is
+small is left to threads that hash many chunks at once. A chunk that is written to after it was hashed is hashed again
+in the end: so the digests are right in whatever order a file is written. Invariant: `_open` is a hasher of all bytes
+from the beginning of the chunk that the file ends in to that end, or None; any write that it is not fed with drops it,
+and that chunk is read back.
 """
 
 from __future__ import annotations
@@ -19,10 +18,9 @@ import os
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
-from typing import Final, NamedTuple
+from typing import Final
 
 from lmdbitmap.buffers import new_buffer
 from lmdbitmap.crew import crew, processors
@@ -33,7 +31,7 @@ CHUNK_BYTES: Final = 1 << 20
 _BATCH_CHUNKS: Final = 4
 """Hashed in one go: what a thread costs is lost in it."""
 _FED_AT_LEAST: Final = 256 << 10
-"""In one write, for the handing over to be lost in it."""
+"""In one write: many small ones are hashed faster by many threads."""
 _READ_AT_ONCE: Final = 256 << 10
 _MOST_IN_MEMORY: Final = 8 << 20
 """Of digests: those of 256 GiB."""
@@ -43,13 +41,6 @@ _MOST_THREADS: Final = 8
 def thread_count() -> int:
     """How many threads can compute digests at once."""
     return min(processors(), _MOST_THREADS)
-
-
-class _Fed(NamedTuple):
-    """What came of a write: (chunk, digest) of those that it filled, and the hasher of the one that it ended in."""
-
-    whole: list[tuple[int, bytes]]
-    opened: Hasher | None
 
 
 class ChunkHasher:
@@ -72,8 +63,11 @@ class ChunkHasher:
         self._fd = fd
         self.algorithm = algorithm
         self.chunk_size = chunk_size
+        self.before_reading: Callable[[], None] = _nothing
+        """Called before any of the file is read back."""
         self._digests = tempfile.SpooledTemporaryFile(_MOST_IN_MEMORY, dir=folder)  # noqa: SIM115 - see __exit__
         """Of the first chunks, one behind the other."""
+        self._most_under_way = 2 * thread_count()
         self._threads = crew(thread_count(), spared=spared_processors, busy=2)
         self._under_way: deque[Callable[[], bytes]] = deque()
         self._open: Hasher | None = None
@@ -91,36 +85,29 @@ class ChunkHasher:
         self._threads.shutdown(cancel_futures=True)
         self._digests.close()
 
-    def writing(self, offset: int, data: memoryview) -> Callable[[], None]:
-        """The file is about to get these bytes. Call what this answers when it has them, and before `data` changes."""
+    def feed(self, offset: int, data: memoryview) -> None:
+        """The file has these bytes, or will when `before_reading` returns."""
         if len(data) < _FED_AT_LEAST or offset != self._end:
-            return partial(self.wrote, offset, len(data))
-        opened, self._open = self._open, None  # back once the file has the bytes: a write may fail
-        feeding = self._threads.submit(self._feed, opened, offset, data)
-        return partial(self._wrote_fed, feeding, offset + len(data))
-
-    def _feed(self, opened: Hasher | None, offset: int, data: memoryview) -> _Fed:
-        """Hash what goes on where the file ends, in a thread for which the writer waits."""
-        whole = []
+            self.wrote(offset, len(data))
+            return
+        end = offset + len(data)
         while data:
             chunk, start = divmod(offset, self.chunk_size)
             part = data[: self.chunk_size - start]
-            if start == 0:
-                opened = new_hasher(self.algorithm)
-            if opened is not None:
-                opened.update(part)
-                if start + len(part) == self.chunk_size:
-                    whole.append((chunk, opened.digest()))
+            self._feed_chunk(chunk, start, part)
             offset, data = offset + len(part), data[len(part) :]
-        return _Fed(whole, opened)
+        self._grow(end)
 
-    def _wrote_fed(self, feeding: Future[_Fed], end: int) -> None:
-        whole, self._open = feeding.result()
-        for chunk, digest in whole:
+    def _feed_chunk(self, chunk: int, start: int, data: memoryview) -> None:
+        if start == 0:
+            self._open = new_hasher(self.algorithm)
+        if self._open is None:
+            return
+        self._open.update(data)
+        if start + len(data) == self.chunk_size:
             while self._hashed_chunks < chunk:
                 self._hash_next(min(_BATCH_CHUNKS, chunk - self._hashed_chunks))
-            self._add(partial(bytes, digest), 1)
-        self._grow(end)
+            self._add(partial(bytes, self._open.digest()), 1)
 
     def wrote(self, offset: int, length: int) -> None:
         """The file has these bytes now."""
@@ -159,6 +146,7 @@ class ChunkHasher:
 
     def _hash_next(self, count: int) -> None:
         """Hand over the next chunks, to be read back."""
+        self.before_reading()
         batch = self._threads.submit(
             _digests_of, self._fd, self.algorithm, self.chunk_size, self._hashed_chunks, count
         )
@@ -168,11 +156,15 @@ class ChunkHasher:
         """The digests of the next chunks; a writer that is far ahead waits."""
         self._under_way.append(digests)
         self._hashed_chunks += count
-        if len(self._under_way) > 2 * thread_count():
+        if len(self._under_way) > self._most_under_way:
             self._take_next()
 
     def _take_next(self) -> None:
         self._digests.write(self._under_way.popleft()())
+
+
+def _nothing() -> None:
+    """What there is to do before reading where nobody writes behind."""
 
 
 def chunk_digests(fd: int, algorithm: DigestAlgorithm, chunk_size: int = CHUNK_BYTES) -> Iterator[bytes]:

@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 from lmdbitmap.bits import Run
 from lmdbitmap.buffers import new_buffer
-from lmdbitmap.crew import crew
+from lmdbitmap.crew import Follower
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Allocation
 from lmdbitmap.pace import Pace
@@ -31,11 +31,21 @@ cache is copied fastest."""
 SMALL_BYTES = CHUNK_BYTES // 4
 """Runs up to here are read together with others."""
 
-_BUFFERS = 3
-"""One whose pieces are looked at, and those that are filled meanwhile."""
+_MOST_FILLED = 2
+"""Buffers that are filled while the pieces of another are looked at."""
 
 _MOST_AHEAD = 64
 """Zeroes take no buffer, and wait behind what is being read."""
+
+
+class Borrower(Protocol):
+    """Whoever takes pieces, and uses up to `most_held` buffers for longer than until the next piece."""
+
+    @property
+    def most_held(self) -> int: ...
+    def let_go(self, buffer: bytearray) -> None:
+        """Return when the buffer can be filled anew. What it raises ends the reading."""
+
 
 ReadMany: TypeAlias = Callable[[Sequence[tuple[memoryview, int]]], None]
 """Fills every (buffer, offset), many at a time."""
@@ -108,17 +118,18 @@ class _Read(NamedTuple):
 
 
 class _Ahead(NamedTuple):
-    """The next pieces; `result` waits until their buffer is filled. Zeroes have none."""
+    """The next pieces; `answer` waits until their buffer is filled. Zeroes have none."""
 
-    result: Callable[[], Sequence[Piece]]
+    answer: Callable[[], Sequence[Piece]]
     buffer: bytearray | None = None
 
 
 class Pieces:
     """Reads runs of `blocks`, which are as large as what is told apart: a block is data if any byte of it is."""
 
-    def __init__(self, device: Readable, blocks: Geometry) -> None:
+    def __init__(self, device: Readable, blocks: Geometry, borrower: Borrower | None = None) -> None:
         self._device = device
+        self._borrower = borrower
         self._read_many: ReadMany | None = getattr(device, "pread_many", None)
         self._interrupt: Callable[[], None] = getattr(device, "interrupt", _nothing)
         self._blocks = blocks
@@ -132,16 +143,20 @@ class Pieces:
         Close it where it is left before its end: its thread may be reading. A device that can be interrupted is, and is
         of no use afterwards.
         """
-        free = [new_buffer(min(self._chunk_bytes, self._blocks.size)) for _ in range(_BUFFERS)]
+        held = 0 if self._borrower is None else self._borrower.most_held
         ahead: deque[_Ahead] = deque()
-        reader = crew(1, spared=self._spared)
+        reader: Follower[Sequence[Piece]] = Follower(spared=self._spared)
+        free = self._buffers(held + _MOST_FILLED * reader.is_beside)
         try:
             for step in self._steps(runs):
-                while len(ahead) > _MOST_AHEAD or not free:
+                while len(ahead) > _MOST_AHEAD or len(free) <= held:
                     yield from _taken(ahead, free)
                 if isinstance(step, _Read):
-                    buffer = free.pop()
-                    ahead.append(_Ahead(reader.submit(self._read, step, buffer).result, buffer))
+                    buffer = free.popleft()
+                    if self._borrower is not None:
+                        self._borrower.let_go(buffer)
+                    reader.hand(partial(self._read, step, buffer))
+                    ahead.append(_Ahead(reader.answer, buffer))
                 elif ahead:
                     ahead.append(_Ahead(partial(tuple, [step])))
                 else:
@@ -152,7 +167,11 @@ class Pieces:
             self._interrupt()
             raise
         finally:
-            reader.shutdown(cancel_futures=True)
+            reader.close()
+
+    def _buffers(self, more: int) -> deque[bytearray]:
+        """One to look at, and `more`. All are free, the one that was used last at the end."""
+        return deque(new_buffer(min(self._chunk_bytes, self._blocks.size)) for _ in range(1 + more))
 
     # -- what to read --------------------------------------------------------------------------------------
 
@@ -230,9 +249,9 @@ class Pieces:
         return buffer.startswith(self._zeroes[: end - start], start, end)
 
 
-def _taken(ahead: deque[_Ahead], free: list[bytearray]) -> Iterator[Piece]:
+def _taken(ahead: deque[_Ahead], free: deque[bytearray]) -> Iterator[Piece]:
     """The next pieces; their buffer is free when they were looked at."""
-    result, buffer = ahead.popleft()
-    yield from result()
+    answer, buffer = ahead.popleft()
+    yield from answer()
     if buffer is not None:
         free.append(buffer)

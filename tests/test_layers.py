@@ -104,6 +104,7 @@ FLOORS: dict[str, float] = {
     "file_copy": 2.7,
     "backup_chain": 3.1,
     "copier": 3.2,
+    "write_behind": 3.25,
     "rescan": 3.2,
     "making_ready": 3.2,
     "pieces": 3,

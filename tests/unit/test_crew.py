@@ -1,13 +1,16 @@
-"""Threads for work that goes on beside, or nobody, where no processor is left for one."""
+"""Threads for work that goes on beside, or nobody, where no processor is left for one; and one that keeps the order."""
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 
 import pytest
 
-from lmdbitmap.crew import crew, processors
+from lmdbitmap.crew import Follower, crew, processors
 
 NOBODY = 1 << 20
 """Processors to be spared: more than there are."""
@@ -51,3 +54,66 @@ def test_without_threads_what_the_work_raises_is_raised_each_time() -> None:
     for _ in range(2):
         with pytest.raises(OSError, match="no"):
             undone.result()
+
+
+# --- one that keeps the order ---
+
+
+@pytest.mark.parametrize("spared", [0, NOBODY])
+def test_a_follower_answers_in_the_order_in_which_it_was_handed_work(spared: int) -> None:
+    follower: Follower[int] = Follower(spared=spared)
+    with contextlib.closing(follower):
+        for number in range(50):
+            follower.hand(lambda number=number: number)  # type: ignore[misc]
+        assert [follower.answer() for _ in range(50)] == list(range(50))
+
+
+def test_a_follower_works_beside_if_there_is_a_processor_for_it() -> None:
+    for spared, beside in ((0, True), (NOBODY, False)):
+        follower: Follower[int] = Follower(spared=spared)
+        with contextlib.closing(follower):
+            follower.hand(threading.get_ident)
+            assert follower.is_beside is beside
+            assert (follower.answer() != threading.get_ident()) is beside
+
+
+@pytest.mark.parametrize("spared", [0, NOBODY])
+def test_after_a_failure_a_follower_does_nothing_more_and_says_so_each_time(spared: int) -> None:
+    done: list[int] = []
+    follower: Follower[None] = Follower(spared=spared)
+    with contextlib.closing(follower):
+        follower.hand(lambda: done.append(1))
+        follower.hand(lambda: [][0])
+        follower.hand(lambda: done.append(3))
+        follower.answer()
+        for _ in range(3):
+            with pytest.raises(IndexError):
+                follower.answer()
+    assert done == [1]
+
+
+def test_a_follower_that_is_closed_ends_what_it_does_and_leaves_the_rest() -> None:
+    begun, told_to_end, done = threading.Event(), threading.Event(), []
+    before = threading.active_count()
+
+    class Handed(queue.SimpleQueue[Callable[[], None] | None]):
+        def put(
+            self, item: Callable[[], None] | None, block: bool = True, timeout: float | None = None
+        ) -> None:
+            super().put(item)
+            if item is None:
+                told_to_end.set()
+
+    def slow() -> None:
+        begun.set()
+        assert told_to_end.wait(10)
+        done.append("slow")
+
+    follower: Follower[None] = Follower()
+    follower._handed = Handed()
+    follower.hand(slow)
+    follower.hand(lambda: done.append("never"))
+    assert begun.wait(10)
+    follower.close()
+    assert done == ["slow"]
+    assert threading.active_count() == before

@@ -56,7 +56,7 @@ def test_each_chunk_has_its_digest_and_the_last_may_be_short(
 def test_in_whatever_order_a_file_is_written_the_digests_are_of_what_it_holds_in_the_end(
     fd: int, algorithm: DigestAlgorithm, seed: int, spared: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of what comes at the end is hashed as it is written, the other half is read back."""
+    """Half of what comes at the end is hashed when it comes, the other half is read back."""
     monkeypatch.setattr(hashing, "_FED_AT_LEAST", 4 * CHUNK)
     lot = random.Random(seed)
     with ChunkHasher(fd, FOLDER, algorithm, CHUNK, spared_processors=spared) as hasher:
@@ -68,29 +68,19 @@ def test_in_whatever_order_a_file_is_written_the_digests_are_of_what_it_holds_in
 
 
 def write(fd: int, hasher: ChunkHasher, data: bytes, offset: int) -> None:
-    """In two calls, as a full file system or a signal may have it; the bytes are used otherwise as soon as they may."""
-    buffer = bytearray(data)
-    wrote = hasher.writing(offset, memoryview(buffer))
-    half = len(data) // 2
-    for start, stop in ((0, half), (half, len(data))):
-        os.pwrite(fd, buffer[start:stop], offset + start)
-    wrote()
-    buffer[:] = bytes(len(buffer))
+    """Before it is hashed, or behind that, when the hasher wants to read."""
+    if len(data) % 2:
+        os.pwrite(fd, data, offset)
+        hasher.feed(offset, memoryview(data))
+        return
 
+    def late() -> None:
+        os.pwrite(fd, data, offset)
 
-@pytest.mark.parametrize("spared", [0, MORE_THAN_THERE_ARE])
-@pytest.mark.parametrize("before", [0, 300_000])
-def test_a_write_that_failed_and_is_tried_again_is_hashed_once(
-    fd: int, algorithm: DigestAlgorithm, before: int, spared: int
-) -> None:
-    """With other data, and without: what was hashed beside the first attempt is not in the file."""
-    with ChunkHasher(fd, FOLDER, algorithm, spared_processors=spared) as hasher:
-        if before:
-            write(fd, hasher, os.urandom(before), 0)
-        hasher.writing(before, memoryview(os.urandom(400_000)))  # fails, and what it answers is not called
-        write(fd, hasher, os.urandom(400_000), before)
-        write(fd, hasher, os.urandom(CHUNK_BYTES), before + 400_000)
-        assert b"".join(hasher.digests()) == naive_digests(algorithm, content_of(fd), CHUNK_BYTES)
+    hasher.before_reading = late
+    hasher.feed(offset, memoryview(data))
+    late()
+    hasher.before_reading = lambda: None
 
 
 @pytest.mark.parametrize("first", [0, 1, 300_000, CHUNK_BYTES])

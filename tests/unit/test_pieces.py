@@ -164,6 +164,7 @@ class Slow(MemoryDevice):
         self.reads = threading.Semaphore(0)
         self.let = threading.Semaphore(0)
         self._fails_at = fails_at
+        self.spared_processors = 0
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
         self.reads.release()
@@ -185,6 +186,42 @@ def test_it_reads_ahead_by_two_buffers_and_no_more() -> None:
                 assert device.reads.acquire(timeout=10)
             assert not device.reads.acquire(blocking=False)
             device.let.release()
+
+
+class Holding:
+    """Has the pieces of up to two buffers for longer, and looks at them when it is to let go."""
+
+    most_held = 2
+
+    def __init__(self) -> None:
+        self.held: dict[int, tuple[bytearray, bytes]] = {}
+        self.asked_after: list[int] = []
+
+    def take(self, data: memoryview) -> None:
+        assert isinstance(data.obj, bytearray)
+        self.held.pop(id(data.obj), None)  # the last one, from here on
+        self.held[id(data.obj)] = (data.obj, bytes(data))
+
+    def let_go(self, buffer: bytearray) -> None:
+        if id(buffer) in self.held:
+            assert list(self.held).index(id(buffer)) < len(self.held) - self.most_held, "it is still needed"
+            kept, content = self.held.pop(id(buffer))
+            assert kept.startswith(content), "filled before it was let go"
+            self.asked_after.append(id(buffer))
+
+
+@pytest.mark.parametrize("spared", [0, 1 << 20])
+def test_a_buffer_is_filled_anew_once_its_borrower_lets_go(spared: int) -> None:
+    content = random.Random(8).randbytes(20 * CHUNK_BYTES)
+    device = Slow(content)
+    device.let.release(99)
+    device.spared_processors = spared
+    blocks, borrower = Geometry(device.size, BLOCK_BITS), Holding()
+    for piece in Pieces(device, blocks, borrower).of_all([(0, blocks.block_count)]):
+        assert piece.data is not None
+        assert piece.data == content[piece.offset : piece.offset + piece.length]
+        borrower.take(piece.data)
+    assert len(borrower.asked_after) > 10
 
 
 @pytest.mark.parametrize("bad", [0, 1, 4])
