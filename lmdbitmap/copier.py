@@ -11,7 +11,7 @@ from lmdbitmap.bits import Run
 from lmdbitmap.errors import os_errors_at
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Buffer
-from lmdbitmap.pieces import Borrower, Pieces, Readable
+from lmdbitmap.pieces import Borrower, Pieces, Readable, ways_of
 from lmdbitmap.qcow2 import (
     DEFAULT_CLUSTER_BITS,
     CompressingWriter,
@@ -109,7 +109,7 @@ def copy_clusters(
         backing_file=backing_file,
         compression_type=CompressionType.ZLIB if compression is None else compression.type,
     )
-    with _compressing(writer, compression, getattr(device, "spared_processors", 0)) as target:
+    with _compressing(writer, compression, ways_of(device).spared_processors) as target:
         copier = _Copier(Pieces(device, clusters, borrower), target, report)
         copier.copy(runs)
         return Copied(copier.bytes_changed, copier.bytes_zero, target.finish())

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -123,6 +124,11 @@ class FileDevice:
                 raise OSError(errno.EIO, f"the image was cut at byte {offset} or before", self.path)
             buffer = buffer[count:]
             offset += count
+
+    def will_need(self, offset: int, length: int) -> None:
+        """Have the kernel begin to read a range that will be asked for soon. Does not wait, and promises nothing."""
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def pwrite(self, data: Buffer, offset: int) -> None:
         self._check_write(offset, len(data))

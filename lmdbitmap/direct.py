@@ -78,6 +78,9 @@ class DirectDevice(ReadOnlyDevice):
         if kept:
             self._export.pread_many(list(_places(parts, kept)))
 
+    def will_need(self, offset: int, length: int) -> None:
+        self._image.will_need(offset, length)
+
     def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
         return self._export.allocation(offset, length)
 

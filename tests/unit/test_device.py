@@ -177,6 +177,21 @@ def test_short_reads_and_writes_are_completed(raw_image: RawImage, monkeypatch: 
         assert device.pread(12, 6) == b"\x000123456789\0"
 
 
+def test_the_kernel_is_told_what_will_be_read_and_need_not_listen(
+    raw_image: RawImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+
+    def fadvise(fd: int, offset: int, length: int, advice: int) -> None:
+        told.append((offset, length, advice))
+        raise OSError(errno.ESPIPE, "Illegal seek")
+
+    with FileDevice.open(raw_image(1 << 20)) as device:
+        monkeypatch.setattr(os, "posix_fadvise", fadvise)
+        device.will_need(4096, 8192)
+    assert told == [(4096, 8192, os.POSIX_FADV_WILLNEED)]
+
+
 def test_write_that_gets_nowhere_fails(raw_image: RawImage, monkeypatch: pytest.MonkeyPatch) -> None:
     with FileDevice.open(raw_image(100)) as device:
         monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: 0)

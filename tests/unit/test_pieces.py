@@ -111,6 +111,42 @@ def test_a_device_may_say_how_much_is_to_be_read_at_once(wrapped: bool) -> None:
     assert sum(piece.length for piece in found) == device.size
 
 
+class Announced(InLargeChunks):
+    """Is told what will be read."""
+
+    def __init__(self, size: int, spared_processors: int) -> None:
+        super().__init__(size)
+        self.spared_processors = spared_processors
+        self.told: list[tuple[str, int, int]] = []
+
+    def will_need(self, offset: int, length: int) -> None:
+        self.told.append(("will need", offset, length))
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        self.told.append(("read", offset, len(buffer)))
+        super().pread_into(buffer, offset)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_without_a_thread_the_device_is_told_two_buffers_ahead_what_will_be_read(wrapped: bool) -> None:
+    device, chunk = Announced(15 * CHUNK_BYTES, spared_processors=1 << 20), 3 * CHUNK_BYTES
+    blocks = Geometry(device.size, BLOCK_BITS)
+    pieces = Pieces(Metered(device) if wrapped else device, blocks).of_all([(0, blocks.block_count)])
+    assert sum(piece.length for piece in pieces) == device.size
+    coming = [("will need", number * chunk, chunk) for number in range(5)]
+    read = [("read", number * chunk, chunk) for number in range(5)]
+    assert device.told == [*coming[:3], read[0], coming[3], read[1], coming[4], *read[2:]]
+
+
+def test_with_a_thread_that_reads_ahead_nothing_needs_to_be_announced() -> None:
+    device = Announced(6 * CHUNK_BYTES, spared_processors=0)
+    blocks = Geometry(device.size, BLOCK_BITS)
+    assert (
+        sum(piece.length for piece in Pieces(device, blocks).of_all([(0, blocks.block_count)])) == device.size
+    )
+    assert [what for what, _, _ in device.told] == ["read", "read"]
+
+
 @pytest.mark.parametrize("tail", [0, 1, 4097])
 def test_small_runs_are_read_together_and_are_what_they_are_one_by_one(tail: int) -> None:
     randomness = random.Random(tail)
