@@ -242,24 +242,45 @@ def measure_nbd(
             for load in loads:
                 yield from _lines(load, peers, samples(peers, pids, load, rounds, seconds))
             for load in loads[:4]:
-                yield from many_connections(ours, load, rounds, seconds)
+                yield from many_connections(ours, pids[ours.name], load, rounds, seconds)
+            write_out(folder / "source.raw", image.stat().st_size)
+            for connections in (1, CONNECTIONS):
+                yield from copies(peers, folder / "source.raw", connections, rounds)
             yield from memory_lines(peers, pids, seconds)
 
 
-def many_connections(ours: Peer, load: Load, rounds: int, seconds: float) -> Iterator[Line]:
+def many_connections(ours: Peer, pid: int, load: Load, rounds: int, seconds: float) -> Iterator[Line]:
     """Four connections against one: with as many requests in flight over all of them, and with as many over each."""
     apart = _over(CONNECTIONS)
-    shared = load._replace(depth=load.depth // CONNECTIONS)
-    rates: list[tuple[float, float, float]] = []
-    for _ in range(rounds):
-        alone = fio_rate(ours.uri, load, seconds)
-        rates.append(
-            (alone, fio_rate(ours.uri, shared, seconds, apart), fio_rate(ours.uri, load, seconds, apart))
-        )
+    ways = ((load, ()), (load._replace(depth=load.depth // CONNECTIONS), apart), (load, apart))
+    rows = [[sample(ours, pid, each, seconds, extra) for each, extra in ways] for _ in range(rounds)]
     for way, kind in ((1, "together"), (2, "each")):
-        ratio = _median(row[way] / row[0] for row in rates)
+        ratio = _median(row[way].rate / row[0].rate for row in rows)
         name = f"{load.name} {kind}, over {CONNECTIONS} connections"
-        yield Line(name, _median(row[way] for row in rates), "/s", "over one", ratio, ">= 1", ours.name)
+        yield Line(name, _median(row[way].rate for row in rows), "/s", "over one", ratio, ">= 1", ours.name)
+        cost, alone = (_median(row[each].processor_us for row in rows) for each in (way, 0))
+        yield Line(f"{name}, processor", cost, "us each", "over one", cost / alone, "", ours.name)
+
+
+def copies(peers: Sequence[Peer], source: Path, connections: int, rounds: int) -> Iterator[Line]:
+    """nbdcopy of a whole disk into nothing, and of another onto it, over so many connections."""
+    for work, ends in (("read", ("{uri}", "null:")), ("write", ("{source}", "{uri}"))):
+        rates: list[list[float]] = [[] for _ in peers]
+        for turn in range(rounds):
+            for index in range(len(peers)):
+                which = (index + turn) % len(peers)
+                words = [end.format(uri=peers[which].uri, source=source) for end in ends]
+                rates[which].append(_copy_rate(f"--connections={connections}", *words))
+        for peer, theirs in zip(peers[1:], rates[1:], strict=True):
+            ratio = _median(a / b for a, b in zip(rates[0], theirs, strict=True))
+            name, owed = f"nbdcopy {work}, connections: {connections}", f">= {LARGE[peer.name]:g}"
+            yield Line(name, _median(rates[0]), "GB/s", peer.name, ratio, owed, peers[0].name)
+
+
+def _copy_rate(*words: str) -> float:
+    start = time.monotonic()
+    subprocess.run(["nbdcopy", *words], check=True, timeout=PATIENCE_S)
+    return IMAGE_BYTES / (time.monotonic() - start) / 1e9
 
 
 def _over(connections: int) -> list[str]:
