@@ -127,9 +127,13 @@ def write_image(source: Source, device: Metered, report: Report, packing: Compre
         ChunkHasher(
             file.fileno(), job.folder.path, job.digests.algorithm, spared_processors=spared
         ) as hasher,
-        WriteBehind(ImageFile(file.fileno(), path), hasher, spared_processors=spared) as behind,
     ):
-        with _told_why(source), os_errors_at(job.disk.image), source.runs(device, report) as runs:
+        with (
+            WriteBehind(ImageFile(file.fileno(), path), hasher, spared_processors=spared) as behind,
+            _told_why(source),
+            os_errors_at(job.disk.image),
+            source.runs(device, report) as runs,
+        ):
             copied = copy_clusters(
                 device,
                 behind,
@@ -138,9 +142,7 @@ def write_image(source: Source, device: Metered, report: Report, packing: Compre
                 backing_file=None if parent is None else parent.file,
                 report=Report(None, 0) if rescans else report,
                 compression=packing,
-                borrower=behind,
             )
-            behind.settle()
         chunks = synced_digests(job.folder, job.file, file.fileno(), hasher)
         job.access.prove(source.point)
     return _entry(source, copied, chunks, None if packing is None else packing.type)

@@ -15,9 +15,10 @@ _FURTHER: Final = 48
 
 
 def new_buffer(length: int) -> bytearray:
-    """So many zeroes, as `bytearray` has them; what is copied to, or from, their beginning is copied fast.
+    """So many zeroes, as `bytearray` has them.
 
-    Taking bytes off its front moves a bytearray's beginning, and nothing else.
+    Taking bytes off the front of a large bytearray moves its beginning, and nothing else. One that `malloc` has from
+    memory that was freed before lies anywhere, and only by chance in a bad place.
     """
     buffer = bytearray(_FURTHER + length)
     del buffer[:_FURTHER]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from lmdbitmap.bits import Run
 from lmdbitmap.errors import os_errors_at
@@ -59,19 +60,30 @@ class Report:
                 self._progress(self._done, self._total)
 
 
+class ImageSink(Sink, Borrower, Protocol):
+    """Where an image is written to, perhaps behind who writes."""
+
+
 class ImageFile:
-    """An empty file to write an image into; its refusals name the `place` where it will be."""
+    """An empty file to write an image into, at once; its refusals name the `place` where it will be."""
+
+    most_held = 0
 
     def __init__(self, fd: int, place: str) -> None:
         self._fd = fd
-        self._place = place
+        self.place = place
 
     def pwrite(self, data: Buffer, offset: int) -> None:
         rest = memoryview(data)
-        with os_errors_at(self._place):
+        with os_errors_at(self.place):
             while rest:
                 count = os.pwrite(self._fd, rest, offset)
+                if count == 0:
+                    raise OSError(errno.EIO, "it takes no more bytes")
                 rest, offset = rest[count:], offset + count
+
+    def let_go(self, buffer: bytearray) -> None:
+        """All of it is written."""
 
 
 def cluster_bits_for(disk: Geometry) -> int:
@@ -88,18 +100,15 @@ def cluster_bits_for(disk: Geometry) -> int:
 
 def copy_clusters(
     device: Readable,
-    file: Sink,
+    file: ImageSink,
     clusters: Geometry,
     runs: Iterable[Run],
     *,
     backing_file: str | None,
     report: Report,
     compression: Compression | None = None,
-    borrower: Borrower | None = None,
 ) -> Copied:
     """Fill `file` with an image of runs of `clusters`, ascending; what is between is left to the backing file.
-
-    `borrower` is the file, if it writes behind.
     Raises `OSError` as the device does, and errors of ours as the file does. Nothing is synced.
     """
     writer = Qcow2Writer(
@@ -110,6 +119,7 @@ def copy_clusters(
         compression_type=CompressionType.ZLIB if compression is None else compression.type,
     )
     with _compressing(writer, compression, ways_of(device).spared_processors) as target:
+        borrower = file if compression is None else None  # what is compressed is copied
         copier = _Copier(Pieces(device, clusters, borrower), target, report)
         copier.copy(runs)
         return Copied(copier.bytes_changed, copier.bytes_zero, target.finish())

@@ -68,9 +68,9 @@ class Follower(Generic[T]):
     """One thread, if there is a processor for it, that does what it is handed in order. For one thread, which takes the
     answers in that order.
 
-    Where there is none, whoever takes an answer does the work. After work that failed nothing more is done, and each
-    answer is that failure. It is a `ThreadPoolExecutor` of one, less what that spends on each piece of work: in as
-    long the kernel copies some 100 KiB.
+    Where there is none, whoever takes an answer does the work. After work that failed, or `close`, nothing more is
+    done, and each answer is that failure. It is a `ThreadPoolExecutor` of one, less what that spends on each piece of
+    work: in as long the kernel copies some 100 KiB.
     """
 
     def __init__(self, *, spared: int = 0, busy: int = 1) -> None:
@@ -83,8 +83,14 @@ class Follower(Generic[T]):
     def hand(self, work: Callable[[], T]) -> None:
         self._handed.put(work)
         if self.is_beside and self._thread is None:
-            self._thread = threading.Thread(target=self._work_on)
-            self._thread.start()
+            # A daemon: whoever forgot to close it can end nevertheless. Who closes it waits for it.
+            thread = threading.Thread(target=self._work_on, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # the system gives us no more threads
+                self.is_beside = False
+            else:
+                self._thread = thread
 
     def answer(self) -> T:
         """What came of the oldest work that was not asked after."""
@@ -98,13 +104,23 @@ class Follower(Generic[T]):
         raise self._failure
 
     def close(self) -> None:
-        """Return when nothing is done any more; what was not begun will not be."""
+        """Return, or raise what interrupts it, when nothing is done any more: what the work uses may go then.
+
+        What was not begun will not be.
+        """
+        if self._failure is None:
+            self._failure = RuntimeError("this follower was closed")
         if self._thread is not None:
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    self._handed.get_nowait()
-            self._handed.put(None)
-            self._thread.join()
+            try:
+                self._end()
+            finally:
+                self._handed.put(None)
+                _joined(self._thread)
+
+    def _end(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._handed.get_nowait()
 
     def _work_on(self) -> None:
         while self._do_next():
@@ -120,3 +136,14 @@ class Follower(Generic[T]):
             self._done.put(_Failed(failure))
             return False
         return True
+
+
+def _joined(thread: threading.Thread) -> None:
+    interruption: BaseException | None = None
+    while thread.is_alive():
+        try:
+            thread.join()
+        except BaseException as raised:  # it must not go on behind whoever closed it
+            interruption = raised
+    if interruption is not None:
+        raise interruption

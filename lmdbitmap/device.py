@@ -27,6 +27,7 @@ from lmdbitmap.interfaces import Allocation, Buffer, ImageIdentity, joined
 
 ZERO_CHUNK_BYTES = 1 << 20
 PAGE_BYTES = 4096
+_READ_AHEAD_BYTES = 512 << 10
 
 DATA = (False, False)
 HOLE = (True, True)
@@ -126,9 +127,14 @@ class FileDevice:
             offset += count
 
     def will_need(self, offset: int, length: int) -> None:
-        """Have the kernel begin to read a range that will be asked for soon. Does not wait, and promises nothing."""
+        """Have the kernel begin to read a range that will be asked for soon. Promises nothing.
+
+        In steps: of one range Linux reads no more than the device takes in one request, or its `read_ahead_kb`.
+        """
         with contextlib.suppress(OSError):
-            os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
+            for start in range(offset, offset + length, _READ_AHEAD_BYTES):
+                step = min(_READ_AHEAD_BYTES, offset + length - start)
+                os.posix_fadvise(self._fd, start, step, os.POSIX_FADV_WILLNEED)
 
     def pwrite(self, data: Buffer, offset: int) -> None:
         self._check_write(offset, len(data))

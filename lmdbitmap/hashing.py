@@ -48,7 +48,7 @@ class ChunkHasher:
 
     Digests beyond some megabytes are in a file without a name in `folder`, so that memory is bounded: what is left is a
     byte for each chunk, 1 MiB for a TiB, of a file that is written to where it was hashed before. Of the processors,
-    `spared_processors` are left to others (crew.py); the writer has one, and who reads for it another.
+    `spared_processors` are left to others (crew.py); who hashes, who reads ahead and who writes behind have one each.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class ChunkHasher:
         self.algorithm = algorithm
         self.chunk_size = chunk_size
         self.before_reading: Callable[[], None] = _nothing
-        """Called before any of the file is read back."""
+        """Called before what the file has is looked at."""
         self._digests = tempfile.SpooledTemporaryFile(_MOST_IN_MEMORY, dir=folder)  # noqa: SIM115 - see __exit__
         """Of the first chunks, one behind the other."""
         self._most_under_way = 2 * thread_count()
-        self._threads = crew(thread_count(), spared=spared_processors, busy=2)
+        self._threads = crew(thread_count(), spared=spared_processors, busy=3)
         self._under_way: deque[Callable[[], bytes]] = deque()
         self._open: Hasher | None = None
         self._end = 0
@@ -110,7 +110,7 @@ class ChunkHasher:
             self._add(partial(bytes, self._open.digest()), 1)
 
     def wrote(self, offset: int, length: int) -> None:
-        """The file has these bytes now."""
+        """The file has these bytes, or will when `before_reading` returns, and they are not at hand."""
         self._open = None
         end = offset + length
         if offset < self._hashed_chunks * self.chunk_size:
@@ -130,6 +130,7 @@ class ChunkHasher:
 
     def digests(self) -> Iterator[bytes]:
         """All of them in order, once nothing is written any more; the last chunk may be short."""
+        self.before_reading()
         chunks = ceil_div(os.fstat(self._fd).st_size, self.chunk_size)
         while self._hashed_chunks < chunks:
             self._hash_next(min(_BATCH_CHUNKS, chunks - self._hashed_chunks))
@@ -153,7 +154,7 @@ class ChunkHasher:
         self._add(batch.result, count)
 
     def _add(self, digests: Callable[[], bytes], count: int) -> None:
-        """The digests of the next chunks; a writer that is far ahead waits."""
+        """The digests of the next chunks; who is far ahead of the threads that compute some waits."""
         self._under_way.append(digests)
         self._hashed_chunks += count
         if len(self._under_way) > self._most_under_way:

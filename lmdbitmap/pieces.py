@@ -101,7 +101,7 @@ class Metered:
         self._pace = pace
         self._ways = ways_of(device)
         self.ways = self._ways
-        """The same, metered."""
+        """The same, metered; what is announced is when it is read."""
         if self._ways.pread_many is not None:
             self.ways = self._ways._replace(pread_many=self._pread_many)
         self.bytes_read = 0
@@ -203,7 +203,7 @@ class Pieces:
                 self._ways.will_need(offset, length)
 
     def _buffers(self, held: int) -> deque[bytearray]:
-        """All are free, the one that was used last at the end."""
+        """One to look at, some to fill ahead, and `held`: so many of the last that are free may still be in use."""
         length = min(self._chunk_bytes, self._blocks.size)
         return deque(new_buffer(length) for _ in range(1 + _MOST_FILLED + held))
 

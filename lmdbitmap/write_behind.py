@@ -7,20 +7,23 @@ To read, to hash and to write a byte take a processor about as long each, and al
 copy is a pipe of three threads, each piece goes through it without being copied, and the slowest of the three says how
 fast it is. What is small is written at once, as to hand it over would cost more.
 
-After an error only `close` is of use: each other call raises it again.
+After an error each later call raises it again.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
+from collections.abc import Iterator
 from functools import partial
 from types import TracebackType
 from typing import Final
 
+from lmdbitmap.copier import ImageFile
 from lmdbitmap.crew import Follower
+from lmdbitmap.errors import os_errors_at
 from lmdbitmap.hashing import ChunkHasher
 from lmdbitmap.interfaces import Buffer
-from lmdbitmap.qcow2 import Sink
 
 _BEHIND_FROM: Final = 256 << 10
 """Bytes in a write."""
@@ -31,11 +34,11 @@ _MOST_BEHIND: Final = 2
 class WriteBehind:
     """Writes to `file`, which `hasher` is to know. A sink for an image, and who takes pieces for it; for one thread.
 
-    A context, which owns its thread. Of the processors, `spared_processors` are left to others: where none is left for
-    that thread, all is written at once.
+    A context, which owns its thread, and ends without an error when all is written. Of the processors,
+    `spared_processors` are left to others: where none is left for that thread, all is written at once.
     """
 
-    def __init__(self, file: Sink, hasher: ChunkHasher, *, spared_processors: int = 0) -> None:
+    def __init__(self, file: ImageFile, hasher: ChunkHasher, *, spared_processors: int = 0) -> None:
         self._file = file
         self._hasher = hasher
         hasher.before_reading = self.settle
@@ -43,6 +46,7 @@ class WriteBehind:
         self.most_held = _MOST_BEHIND * self._writer.is_beside
         self._under_way: deque[object] = deque()
         """Whose bytes are being written, oldest first."""
+        self._failure: Exception | None = None
 
     def __enter__(self) -> WriteBehind:
         return self
@@ -50,28 +54,46 @@ class WriteBehind:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._writer.close()
+        try:
+            if error is None:
+                self.settle()
+        finally:
+            self._writer.close()
 
     def pwrite(self, data: Buffer, offset: int) -> None:
         """Write the bytes, now or soon: they are not to change before `let_go` or `settle`."""
-        view = memoryview(data)
-        if self.most_held and len(view) >= _BEHIND_FROM:
-            self._settle_down_to(self.most_held - 1)
-            self._writer.hand(partial(self._file.pwrite, view, offset))
-            self._under_way.append(view.obj)
-        else:
-            self.settle()
-            self._file.pwrite(view, offset)
-        self._hasher.feed(offset, view)
+        with self._remembering():
+            view = memoryview(data)
+            if self.most_held and len(view) >= _BEHIND_FROM:
+                self._settle_down_to(self.most_held - 1)
+                self._writer.hand(partial(self._file.pwrite, view, offset))
+                self._under_way.append(view.obj)
+            else:
+                self._settle_down_to(0)
+                self._file.pwrite(view, offset)
+            with os_errors_at(self._file.place):
+                self._hasher.feed(offset, view)
 
     def let_go(self, buffer: bytearray) -> None:
         """Return when nothing of this buffer is still to be written."""
-        while any(owner is buffer for owner in self._under_way):
-            self._settle_down_to(len(self._under_way) - 1)
+        with self._remembering():
+            while any(owner is buffer for owner in self._under_way):
+                self._settle_down_to(len(self._under_way) - 1)
 
     def settle(self) -> None:
         """Return when all is written."""
-        self._settle_down_to(0)
+        with self._remembering():
+            self._settle_down_to(0)
+
+    @contextlib.contextmanager
+    def _remembering(self) -> Iterator[None]:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            yield
+        except Exception as failure:
+            self._failure = failure
+            raise
 
     def _settle_down_to(self, most: int) -> None:
         while len(self._under_way) > most:

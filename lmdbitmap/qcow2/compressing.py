@@ -54,7 +54,7 @@ class CompressingWriter:
         self._compress = compressor(compression)
         workers = workers or min(processors(), _MAX_WORKERS)
         self._most_under_way = PIECES_PER_WORKER * workers
-        self._workers = crew(workers, spared=spared, busy=2)
+        self._workers = crew(workers, spared=spared, busy=3)
         self._under_way: deque[Callable[[], None]] = deque()
         self._piece_bytes = max(PIECE_BYTES, writer.cluster_size)
 

@@ -42,6 +42,13 @@ class WatchedDevice(MemoryDevice):
         super().pread_into(buffer, offset)
 
 
+class Sink(MemoryFile):
+    most_held = 0
+
+    def let_go(self, buffer: bytearray) -> None:
+        """It has its own copy."""
+
+
 def copied(
     device: MemoryDevice,
     runs: list[tuple[int, int]],
@@ -50,7 +57,7 @@ def copied(
     cluster_bits: int = 13,
     compression: str | None = None,
 ) -> tuple[Copied, MemoryFile]:
-    file = MemoryFile()
+    file = Sink()
     clusters = Geometry(device.size, cluster_bits)
     report = Report(None, 0)
     packing = None if compression is None else chosen(compression)

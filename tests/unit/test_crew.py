@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -117,3 +119,54 @@ def test_a_follower_that_is_closed_ends_what_it_does_and_leaves_the_rest() -> No
     follower.close()
     assert done == ["slow"]
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("spared", [0, NOBODY])
+def test_a_follower_that_was_closed_says_so(spared: int) -> None:
+    follower: Follower[int] = Follower(spared=spared)
+    follower.hand(lambda: 1)
+    follower.close()
+    follower.close()
+    follower.hand(lambda: 2)
+    with pytest.raises(RuntimeError, match="was closed"):
+        follower.answer()
+
+
+def test_a_follower_whose_thread_cannot_start_has_whoever_asks_do_the_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    follower: Follower[int] = Follower()
+    with contextlib.closing(follower):
+        for _ in range(2):
+            follower.hand(threading.get_ident)
+            assert follower.answer() == threading.get_ident()
+
+
+def test_closing_a_follower_waits_for_its_work_whatever_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the work uses, as a descriptor, is given back after that."""
+    go_on, done = threading.Event(), []
+    join = threading.Thread.join
+
+    def interrupted(thread: threading.Thread, timeout: float | None = None) -> None:
+        if not go_on.is_set():
+            go_on.set()
+            raise KeyboardInterrupt
+        join(thread, timeout)
+
+    follower: Follower[None] = Follower()
+    follower.hand(lambda: done.append(go_on.wait(10)))
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    while not follower._handed.empty():
+        pass
+    with pytest.raises(KeyboardInterrupt):
+        follower.close()
+    assert done == [True]
+
+
+def test_a_program_ends_though_it_forgot_to_close_a_follower() -> None:
+    program = "from lmdbitmap.crew import Follower; f = Follower(); f.hand(print); f.answer()"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=30, capture_output=True)

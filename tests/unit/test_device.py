@@ -184,12 +184,18 @@ def test_the_kernel_is_told_what_will_be_read_and_need_not_listen(
 
     def fadvise(fd: int, offset: int, length: int, advice: int) -> None:
         told.append((offset, length, advice))
-        raise OSError(errno.ESPIPE, "Illegal seek")
+        if offset > 1 << 20:
+            raise OSError(errno.ESPIPE, "Illegal seek")
 
+    step = 512 << 10
     with FileDevice.open(raw_image(1 << 20)) as device:
         monkeypatch.setattr(os, "posix_fadvise", fadvise)
-        device.will_need(4096, 8192)
-    assert told == [(4096, 8192, os.POSIX_FADV_WILLNEED)]
+        device.will_need(4096, 2 * step + 8192)
+        device.will_need(2 << 20, 1)
+    assert [(offset, length) for offset, length, _ in told] == [
+        (4096, step), (4096 + step, step), (4096 + 2 * step, 8192), (2 << 20, 1),
+    ]  # fmt: skip
+    assert {advice for _, _, advice in told} == {os.POSIX_FADV_WILLNEED}
 
 
 def test_write_that_gets_nowhere_fails(raw_image: RawImage, monkeypatch: pytest.MonkeyPatch) -> None:

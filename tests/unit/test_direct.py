@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import InvalidArgument, StorageError
 from lmdbitmap.filter import Filter
+from lmdbitmap.pieces import ways_of
 from lmdbitmap.scratch import Scratch
 from lmdbitmap.snapshot import Snapshot
 from tests.directly import STEPS, directly
@@ -87,6 +89,18 @@ def test_many_ranges_are_read_with_one_question(
         device.pread_many([(memoryview(one), at) for one, at in zip(found, places, strict=True)])
     assert [bytes(one) for one in found] == [OLD, OLD * 3, OLD[:10]]
     assert steps.count("ask") == 1
+
+
+def test_what_will_be_read_is_announced_to_the_image(
+    tracked: TrackedDisk, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(FileDevice, "will_need", lambda self, offset, length: told.append((offset, length)))
+    with closing(directly(snapshot, tracked.image)) as device:
+        announce = ways_of(device).will_need
+        assert announce is not None
+        announce(BLOCK, 2 * BLOCK)
+    assert told == [(BLOCK, 2 * BLOCK)]
 
 
 def test_what_was_read_and_answered_for_is_given_up(

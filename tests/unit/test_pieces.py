@@ -163,6 +163,14 @@ def test_small_runs_are_read_together_and_are_what_they_are_one_by_one(tail: int
     assert sum(far.together) == sum(blocks.bytes_of(*run)[1] <= SMALL_BYTES for run in runs)
 
 
+def test_what_is_read_together_is_metered() -> None:
+    far = Far(64 * BLOCK)
+    far.pwrite(b"x" * far.size, 0)
+    metered = Metered(far)
+    found = copied(metered, Geometry(far.size, BLOCK_BITS), [(0, 1), (2, 4), (10, 13)])
+    assert sum(length for _, length, _ in found) == metered.bytes_read == 6 * BLOCK
+
+
 def copied(device: Readable, blocks: Geometry, runs: Sequence[Run]) -> list[tuple[int, int, bytes | None]]:
     pieces = Pieces(device, blocks).of_all(runs)
     return [(offset, length, None if data is None else bytes(data)) for offset, length, data in pieces]

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from lmdbitmap.copier import ImageFile
+from lmdbitmap.copier import ImageFile, Report, copy_clusters
+from lmdbitmap.device import MemoryDevice
 from lmdbitmap.digest_algorithms import DigestAlgorithm
-from lmdbitmap.errors import StorageError
+from lmdbitmap.errors import StorageError, os_errors_at
+from lmdbitmap.geometry import Geometry
 from lmdbitmap.hashing import CHUNK_BYTES, ChunkHasher
 from lmdbitmap.interfaces import Buffer
 from lmdbitmap.write_behind import WriteBehind
 from tests.naive_digests import naive_digests
+from tests.qcow2_model import naive_chain_read
 
 LARGE = 256 << 10
 NOBODY = 1 << 20
@@ -37,17 +42,17 @@ def hasher(fd: int, tmp_path: Path) -> Iterator[ChunkHasher]:
         yield made
 
 
-class Gated:
+class Gated(ImageFile):
     """A file whose writes wait until they are let."""
 
     def __init__(self, fd: int) -> None:
-        self._file = ImageFile(fd, "image")
+        super().__init__(fd, "image")
         self.begun, self.let = threading.Semaphore(0), threading.Semaphore(0)
 
     def pwrite(self, data: Buffer, offset: int) -> None:
         self.begun.release()
         assert self.let.acquire(timeout=PATIENCE_S)
-        self._file.pwrite(data, offset)
+        super().pwrite(data, offset)
 
 
 @pytest.mark.parametrize("spared", [0, NOBODY])
@@ -120,11 +125,11 @@ def test_nothing_is_read_back_before_it_is_written(fd: int, hasher: ChunkHasher)
     gated.let.release()
     with WriteBehind(gated, hasher) as behind:
 
-        def settle() -> None:
+        def let_and(settle: Callable[[], None]) -> None:
             gated.let.release(99)
-            behind.settle()
+            settle()
 
-        hasher.before_reading = settle
+        hasher.before_reading = partial(let_and, hasher.before_reading)
         behind.pwrite(content[:100], 0)
         for start in range(100, len(content), CHUNK_BYTES):
             behind.pwrite(content[start : start + CHUNK_BYTES], start)
@@ -132,23 +137,83 @@ def test_nothing_is_read_back_before_it_is_written(fd: int, hasher: ChunkHasher)
         assert b"".join(hasher.digests()) == naive_digests(DigestAlgorithm.SHA256, content, CHUNK_BYTES)
 
 
-def test_a_write_that_fails_is_told_by_every_later_call() -> None:
+@pytest.mark.parametrize("length", [1, LARGE])
+@pytest.mark.parametrize("spared", [0, NOBODY])
+def test_a_write_that_fails_is_told_by_every_later_call(length: int, spared: int) -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
-    piece = bytearray(LARGE)
     with (
         ChunkHasher(write_end, "/", DigestAlgorithm.SHA256) as hasher,
-        WriteBehind(ImageFile(write_end, "image.qcow2"), hasher) as behind,
+        pytest.raises(StorageError, match=r"^image\.qcow2: Illegal seek"),
+        WriteBehind(ImageFile(write_end, "image.qcow2"), hasher, spared_processors=spared) as behind,
     ):
-        behind.pwrite(piece, 0)
-        for call in (behind.settle, lambda: behind.let_go(piece), lambda: behind.pwrite(b"x", LARGE)):
-            with pytest.raises(StorageError, match=r"^image\.qcow2: Illegal seek"):
-                call()
+        fail_again_and_again(behind, bytearray(length))
     os.close(write_end)
 
 
-def test_whoever_leaves_early_leaves_no_thread_behind(fd: int, hasher: ChunkHasher) -> None:
-    before = threading.active_count()
-    with WriteBehind(ImageFile(fd, "image"), hasher) as behind:
+def fail_again_and_again(behind: WriteBehind, piece: bytearray) -> None:
+    with contextlib.suppress(StorageError):
+        behind.pwrite(piece, 0)
+    for call in (behind.settle, lambda: behind.let_go(piece), lambda: behind.pwrite(b"x", len(piece))):
+        with pytest.raises(StorageError, match=r"^image\.qcow2: Illegal seek"):
+            call()
+
+
+def test_a_file_that_cannot_be_read_back_is_named(tmp_path: Path) -> None:
+    """And not the disk that is being read meanwhile."""
+    with (
+        (tmp_path / "file").open("wb", buffering=0) as file,
+        ChunkHasher(file.fileno(), str(tmp_path), DigestAlgorithm.SHA256) as hasher,
+        pytest.raises(StorageError, match=r"^image\.qcow2: Bad file descriptor"),
+        WriteBehind(ImageFile(file.fileno(), "image.qcow2"), hasher) as behind,
+    ):
+        write_on(behind, bytes(5 * CHUNK_BYTES))
+
+
+def write_on(behind: WriteBehind, content: bytes) -> None:
+    with os_errors_at("the disk"):
+        behind.pwrite(content[:1], 0)
+        for number in range(20):
+            behind.pwrite(content, 1 + number * len(content))
+
+
+def test_an_image_that_is_written_slowly_holds_what_was_read(fd: int, hasher: ChunkHasher) -> None:
+    """No buffer is filled anew while it is being written, and all is written when the digests are there."""
+
+    class Slow(ImageFile):
+        def pwrite(self, data: Buffer, offset: int) -> None:
+            if len(memoryview(data)) >= LARGE:
+                for_a_moment.wait(0.005)
+            super().pwrite(data, offset)
+
+    for_a_moment = threading.Event()
+    content = random.Random(4).randbytes(24 << 20)
+    device, clusters = MemoryDevice(len(content)), Geometry(len(content), 18)
+    device.pwrite(content, 0)
+    with WriteBehind(Slow(fd, "image"), hasher) as behind:
+        runs = [(0, clusters.block_count)]
+        copy_clusters(device, behind, clusters, runs, backing_file=None, report=Report(None, 0))
+        digests = b"".join(hasher.digests())
+    written = os.pread(fd, os.fstat(fd).st_size, 0)
+    assert naive_chain_read([written]) == content
+    assert digests == naive_digests(DigestAlgorithm.SHA256, written, CHUNK_BYTES)
+
+
+def test_whoever_leaves_has_written_all_and_leaves_no_thread_behind(fd: int, hasher: ChunkHasher) -> None:
+    before, gated = threading.active_count(), Gated(fd)
+    with WriteBehind(gated, hasher) as behind:
         behind.pwrite(bytes(LARGE), 0)
+        behind.pwrite(bytes(LARGE), LARGE)
+        gated.let.release(2)
+    assert os.fstat(fd).st_size == 2 * LARGE
     assert threading.active_count() == before
+
+
+def test_a_write_that_fails_last_fails_whoever_leaves(tmp_path: Path, hasher: ChunkHasher) -> None:
+    with (
+        (tmp_path / "read only").open("xb", buffering=0),
+        (tmp_path / "read only").open("rb", buffering=0) as file,
+        pytest.raises(StorageError, match=r"^image\.qcow2: Bad file descriptor"),
+        WriteBehind(ImageFile(file.fileno(), "image.qcow2"), hasher) as behind,
+    ):
+        behind.pwrite(bytes(LARGE), 0)
