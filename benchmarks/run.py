@@ -1,6 +1,6 @@
 """All figures: a table for people on stdout, the same as JSON in benchmarks/results/latest.json.
 
-    make bench                     everything, a few minutes
+    make bench                     everything, twenty minutes or so
     make bench ARGS="core"         only benchmarks/core.py; or "tracked", "compressed", "backups", "restored", "live"
 
 Ratios are measured against a peer in the same run. The machine and the date are part of the JSON.

@@ -20,6 +20,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
+from lmdbitmap.buffers import read_whole
 from lmdbitmap.device import DATA, HOLE
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, NotFound, os_errors_at
 from lmdbitmap.file_pool import FilePool, PooledFile, half_of_what_may_be_open
@@ -92,9 +93,7 @@ class BackupChain(ReadOnlyDevice):
 
     def pread(self, length: int, offset: int) -> bytes:
         self._check(offset, length)
-        buffer = bytearray(length)
-        self.pread_into(memoryview(buffer), offset)
-        return bytes(buffer)
+        return read_whole(self.pread_into, length, offset)
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
         for run in self.extents(offset, len(buffer)):

@@ -8,6 +8,7 @@ read slowly.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 _FURTHER: Final = 48
@@ -23,3 +24,10 @@ def new_buffer(length: int) -> bytearray:
     buffer = bytearray(_FURTHER + length)
     del buffer[:_FURTHER]
     return buffer
+
+
+def read_whole(pread_into: Callable[[memoryview, int], None], length: int, offset: int) -> bytes:
+    """The bytes that `pread_into` fills a buffer with. Check the length before: so much memory is taken."""
+    buffer = new_buffer(length)
+    pread_into(memoryview(buffer), offset)
+    return bytes(buffer)

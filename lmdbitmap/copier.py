@@ -109,6 +109,7 @@ def copy_clusters(
     compression: Compression | None = None,
 ) -> Copied:
     """Fill `file` with an image of runs of `clusters`, ascending; what is between is left to the backing file.
+
     Raises `OSError` as the device does, and errors of ours as the file does. Nothing is synced.
     """
     writer = Qcow2Writer(

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lmdbitmap import kernel, linux
+from lmdbitmap.buffers import read_whole
 from lmdbitmap.errors import InvalidArgument, os_errors_at
 from lmdbitmap.geometry import MAX_SIZE, ceil_div, check_range
 from lmdbitmap.image_locks import lock_image
@@ -113,9 +114,7 @@ class FileDevice:
         data = os.pread(self._fd, length, offset)
         if len(data) == length:
             return data
-        buffer = bytearray(length)
-        self.pread_into(memoryview(buffer), offset)
-        return bytes(buffer)
+        return read_whole(self.pread_into, length, offset)
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
         check_range(offset, len(buffer), self._size)

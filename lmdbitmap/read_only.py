@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 
+from lmdbitmap.buffers import read_whole
 from lmdbitmap.geometry import check_range
 from lmdbitmap.interfaces import Buffer
 
@@ -20,9 +21,7 @@ class ReadOnlyDevice:
 
     def pread(self, length: int, offset: int) -> bytes:
         check_range(offset, length, self.size)
-        buffer = bytearray(length)
-        self.pread_into(memoryview(buffer), offset)
-        return bytes(buffer)
+        return read_whole(self.pread_into, length, offset)
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
         raise NotImplementedError  # pragma: no cover

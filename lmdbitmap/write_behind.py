@@ -3,9 +3,9 @@
     pieces.py ──▶ pwrite(data) ──▶ a thread writes `data` ────────────▶ let_go(its buffer) ──▶ pieces.py fills it anew
                        └──▶ meanwhile the caller hashes it (hashing.py)
 
-To read, to hash and to write a byte take a processor about as long each, and all three let go of Python's lock: so a
-copy is a pipe of three threads, each piece goes through it without being copied, and the slowest of the three says how
-fast it is. What is small is written at once, as to hand it over would cost more.
+To read, to hash and to write each take a processor a while, and all three let go of Python's lock: so a copy is a pipe
+of three threads, each piece goes through it without being copied, and the slowest of the three says how fast it is.
+What is small is written at once, as to hand it over would cost more.
 
 After an error each later call raises it again.
 """

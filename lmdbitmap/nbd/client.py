@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Final
 
+from lmdbitmap.buffers import read_whole
 from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, NotFound
 from lmdbitmap.geometry import ceil_div, check_range
 from lmdbitmap.interfaces import Allocation, Buffer, ImageIdentity, joined
@@ -138,9 +139,7 @@ class NbdDevice:
 
     def pread(self, length: int, offset: int) -> bytes:
         check_range(offset, length, self.size)
-        buffer = bytearray(length)
-        self.pread_into(memoryview(buffer), offset)
-        return bytes(buffer)
+        return read_whole(self.pread_into, length, offset)
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
         check_range(offset, len(buffer), self.size)

@@ -148,8 +148,12 @@ def test_a_follower_whose_thread_cannot_start_has_whoever_asks_do_the_work(
 
 def test_closing_a_follower_waits_for_its_work_whatever_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the work uses, as a descriptor, is given back after that."""
-    go_on, done = threading.Event(), []
+    begun, go_on, done = threading.Event(), threading.Event(), []
     join = threading.Thread.join
+
+    def work() -> None:
+        begun.set()
+        done.append(go_on.wait(10))
 
     def interrupted(thread: threading.Thread, timeout: float | None = None) -> None:
         if not go_on.is_set():
@@ -158,10 +162,9 @@ def test_closing_a_follower_waits_for_its_work_whatever_interrupts(monkeypatch: 
         join(thread, timeout)
 
     follower: Follower[None] = Follower()
-    follower.hand(lambda: done.append(go_on.wait(10)))
+    follower.hand(work)
+    assert begun.wait(10)
     monkeypatch.setattr(threading.Thread, "join", interrupted)
-    while not follower._handed.empty():
-        pass
     with pytest.raises(KeyboardInterrupt):
         follower.close()
     assert done == [True]
