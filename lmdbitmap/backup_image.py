@@ -121,15 +121,13 @@ def write_image(source: Source, device: Metered, report: Report, packing: Compre
     job, parent = source.job, source.job.plan.parent
     path = job.folder.path_of(job.file)
     rescans = job.plan.type_actual is BackupType.RESCAN
-    spared = device.ways.spared_processors
+    spared = device.ways.spared
     with (
         files.replacing(path) as file,
-        ChunkHasher(
-            file.fileno(), job.folder.path, job.digests.algorithm, spared_processors=spared
-        ) as hasher,
+        ChunkHasher(file.fileno(), job.folder.path, job.digests.algorithm, spared=spared) as hasher,
     ):
         with (
-            WriteBehind(ImageFile(file.fileno(), path), hasher, spared_processors=spared) as behind,
+            WriteBehind(ImageFile(file.fileno(), path), hasher, spared=spared) as behind,
             _told_why(source),
             os_errors_at(job.disk.image),
             source.runs(device, report) as runs,

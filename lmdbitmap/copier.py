@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol, TypeAlias
 
 from lmdbitmap.bits import Run
+from lmdbitmap.crew import Spared
 from lmdbitmap.errors import os_errors_at
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Buffer
@@ -119,7 +120,7 @@ def copy_clusters(
         backing_file=backing_file,
         compression_type=CompressionType.ZLIB if compression is None else compression.type,
     )
-    with _compressing(writer, compression, ways_of(device).spared_processors) as target:
+    with _compressing(writer, compression, ways_of(device).spared) as target:
         borrower = file if compression is None else None  # what is compressed is copied
         copier = _Copier(Pieces(device, clusters, borrower), target, report)
         copier.copy(runs)
@@ -127,7 +128,7 @@ def copy_clusters(
 
 
 def _compressing(
-    writer: Qcow2Writer, compression: Compression | None, spared: int
+    writer: Qcow2Writer, compression: Compression | None, spared: Spared
 ) -> contextlib.AbstractContextManager[Qcow2Writer | CompressingWriter]:
     if compression is None:
         return contextlib.nullcontext(writer)

@@ -4,6 +4,8 @@ A thread that is never idle costs nobody anything while another processor is. As
 make everybody else wait for the end of a slice of time, however nice they are: two that did nothing but count made the
 slowest of a hundred writes of a guest wait 3 to 12 ms on two processors, one of them no longer than none. So a job
 that works beside a guest spares a processor. Where none is left for a thread, whoever waits for its work does it.
+
+How many are to be spared is asked anew for each piece of work: a guest that asks for nothing needs none.
 """
 
 from __future__ import annotations
@@ -12,13 +14,22 @@ import contextlib
 import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
-from typing import Generic, NamedTuple, ParamSpec, TypeVar
+from typing import Generic, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+Spared: TypeAlias = Callable[[], int]
+"""How many processors are to be left to others now. Called from any thread, often."""
+
+
+def none_spared() -> int:
+    """Nobody else needs one."""
+    return 0
 
 
 def processors() -> int:
@@ -26,15 +37,33 @@ def processors() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def crew(most: int, *, spared: int = 0, busy: int = 1) -> Executor:
-    """Up to `most` threads, beside `busy` others of the job, so that `spared` processors are left to others."""
-    count = crew_size(most, spared=spared, busy=busy)
-    return ThreadPoolExecutor(count) if count else _Nobody()
+def crew_size(most: int, *, spared: int, busy: int) -> int:
+    """How many threads, beside `busy` others of a job, leave `spared` processors to others.
 
-
-def crew_size(most: int, *, spared: int = 0, busy: int = 1) -> int:
-    """How many threads such a crew has: where nothing is to be spared `most`, whatever else the others do."""
+    Where nothing is to be spared they are `most`, whatever else the others do.
+    """
     return max(min(most, processors() - busy - spared), 0) if spared else most
+
+
+class Crew(Executor):
+    """Up to `most` threads, beside `busy` others of the job, so that `spared` processors are left to others."""
+
+    def __init__(self, most: int, *, spared: Spared = none_spared, busy: int = 1) -> None:
+        self._most = most
+        self._spared = spared
+        self._busy = busy
+        self._crews: dict[int, Executor] = {}
+        """By their sizes; mostly there is one, and one more for when a guest is quiet."""
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        size = crew_size(self._most, spared=self._spared(), busy=self._busy)
+        if size not in self._crews:
+            self._crews[size] = ThreadPoolExecutor(size) if size else _Nobody()
+        return self._crews[size].submit(fn, *args, **kwargs)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        for crew in self._crews.values():
+            crew.shutdown(wait, cancel_futures=cancel_futures)
 
 
 class _Nobody(Executor):
@@ -65,39 +94,47 @@ class _Failed(NamedTuple):
 
 
 class Follower(Generic[T]):
-    """One thread, if there is a processor for it, that does what it is handed in order. For one thread, which takes the
-    answers in that order.
+    """One thread, while there is a processor for it, that does what it is handed in order. For one thread, which takes
+    the answers in that order.
 
-    Where there is none, whoever takes an answer does the work. After work that failed, or `close`, nothing more is
+    While there is none, whoever takes an answer does the work. After work that failed, or `close`, nothing more is
     done, and each answer is that failure. It is a `ThreadPoolExecutor` of one, less what that spends on each piece of
     work: in as long the kernel copies some 100 KiB.
+
+    Invariant: what `_own` has was handed later than all that the thread was told. So the order is kept, and no two
+    pieces of work are done at once.
     """
 
-    def __init__(self, *, spared: int = 0, busy: int = 1) -> None:
-        self.is_beside = crew_size(1, spared=spared, busy=busy) > 0
+    def __init__(self, *, spared: Spared = none_spared, busy: int = 1) -> None:
+        self._spared = spared
+        self._busy = busy
         self._thread: threading.Thread | None = None
+        self._refused = False
+        """The system gives us no thread."""
         self._handed: queue.SimpleQueue[Callable[[], T] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[T | _Failed] = queue.SimpleQueue()
+        self._told = 0
+        """Pieces of work that the thread was told, and nobody has asked after."""
+        self._own: deque[Callable[[], T]] = deque()
+        """What whoever asks does, unless the thread is told until then."""
         self._failure: BaseException | None = None
 
+    @property
+    def is_beside(self) -> bool:
+        """Whether what is handed now would be done by the thread."""
+        return not self._refused and crew_size(1, spared=self._spared(), busy=self._busy) > 0
+
     def hand(self, work: Callable[[], T]) -> None:
-        self._handed.put(work)
-        if self.is_beside and self._thread is None:
-            # A daemon: whoever forgot to close it can end nevertheless. Who closes it waits for it.
-            thread = threading.Thread(target=self._work_on, daemon=True)
-            try:
-                thread.start()
-            except RuntimeError:  # the system gives us no more threads
-                self.is_beside = False
-            else:
-                self._thread = thread
+        self._own.append(work)
+        if self.is_beside and self._has_thread():
+            self._told += len(self._own)
+            while self._own:
+                self._handed.put(self._own.popleft())
 
     def answer(self) -> T:
         """What came of the oldest work that was not asked after."""
         if self._failure is None:
-            if not self.is_beside:
-                self._do_next()
-            done = self._done.get()
+            done = self._next_done()
             if not isinstance(done, _Failed):
                 return done
             self._failure = done.error
@@ -117,25 +154,42 @@ class Follower(Generic[T]):
                 self._handed.put(None)
                 _joined(self._thread)
 
+    def _next_done(self) -> T | _Failed:
+        if not self._told:
+            return _come_of(self._own.popleft())
+        self._told -= 1
+        return self._done.get()
+
     def _end(self) -> None:
         with contextlib.suppress(queue.Empty):
             while True:
                 self._handed.get_nowait()
 
-    def _work_on(self) -> None:
-        while self._do_next():
-            pass
+    def _has_thread(self) -> bool:
+        if self._thread is None:
+            # A daemon: whoever forgot to close it can end nevertheless. Who closes it waits for it.
+            thread = threading.Thread(target=self._work_on, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                self._refused = True
+            else:
+                self._thread = thread
+        return not self._refused
 
-    def _do_next(self) -> bool:
-        work = self._handed.get()
-        if work is None:
-            return False
-        try:
-            self._done.put(work())
-        except BaseException as failure:  # raised to whoever asks
-            self._done.put(_Failed(failure))
-            return False
-        return True
+    def _work_on(self) -> None:
+        while (work := self._handed.get()) is not None:
+            done = _come_of(work)
+            self._done.put(done)
+            if isinstance(done, _Failed):
+                break
+
+
+def _come_of(work: Callable[[], T]) -> T | _Failed:
+    try:
+        return work()
+    except BaseException as failure:  # raised to whoever asks
+        return _Failed(failure)
 
 
 def _joined(thread: threading.Thread) -> None:

@@ -44,6 +44,10 @@ class HeldExport(Protocol):
 class Question(Protocol):
     """`ask` answers which of (offset, length), read just before, were kept aside; raises where nobody can say."""
 
+    @property
+    def guests_are_quiet(self) -> bool:
+        """Whether they wanted nothing when it was asked last; False before that."""
+
     def ask(self, ranges: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]: ...
     def interrupt(self) -> None: ...
     def close(self) -> None: ...
@@ -54,13 +58,16 @@ class DirectDevice(ReadOnlyDevice):
 
     chunk_bytes = 4 << 20
     """To be read at once: each question takes the holder from its guest for a moment."""
-    spared_processors = 1
-    """For that guest."""
 
     def __init__(self, image: FileDevice, export: HeldExport, question: Question) -> None:
         self._image = image
         self._export = export
         self._question = question
+
+    @property
+    def spared_processors(self) -> int:
+        """For that guest, unless it wants nothing."""
+        return 0 if self._question.guests_are_quiet else 1
 
     @property
     def size(self) -> int:

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Final
 
 from lmdbitmap.buffers import new_buffer
-from lmdbitmap.crew import crew, processors
+from lmdbitmap.crew import Crew, Spared, none_spared, processors
 from lmdbitmap.digest_algorithms import DIGEST_BYTES, DigestAlgorithm, Hasher, new_hasher
 from lmdbitmap.geometry import ceil_div
 
@@ -48,7 +48,7 @@ class ChunkHasher:
 
     Digests beyond some megabytes are in a file without a name in `folder`, so that memory is bounded: what is left is a
     byte for each chunk, 1 MiB for a TiB, of a file that is written to where it was hashed before. Of the processors,
-    `spared_processors` are left to others (crew.py); who hashes, who reads ahead and who writes behind have one each.
+    `spared` are left to others (crew.py); who hashes, who reads ahead and who writes behind have one each.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ChunkHasher:
         algorithm: DigestAlgorithm,
         chunk_size: int = CHUNK_BYTES,
         *,
-        spared_processors: int = 0,
+        spared: Spared = none_spared,
     ) -> None:
         self._fd = fd
         self.algorithm = algorithm
@@ -68,7 +68,7 @@ class ChunkHasher:
         self._digests = tempfile.SpooledTemporaryFile(_MOST_IN_MEMORY, dir=folder)  # noqa: SIM115 - see __exit__
         """Of the first chunks, one behind the other."""
         self._most_under_way = 2 * thread_count()
-        self._threads = crew(thread_count(), spared=spared_processors, busy=3)
+        self._threads = Crew(thread_count(), spared=spared, busy=3)
         self._under_way: deque[Callable[[], bytes]] = deque()
         self._open: Hasher | None = None
         self._end = 0

@@ -5,7 +5,7 @@ looking, block by block. Where every question travels, as to an NBD server, smal
 asking.
 
 A thread reads ahead by two buffers, so that what takes its time to read does so while what came before is put
-somewhere. Where the processor for that is left to a guest, as the device says in its `spared_processors`, the kernel is
+somewhere. While the processor for that is left to a guest, as the device says in its `spared_processors`, the kernel is
 told ahead what will be read: an image that is not in memory is copied nearly twice as fast.
 """
 
@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 from lmdbitmap.bits import Run
 from lmdbitmap.buffers import new_buffer
-from lmdbitmap.crew import Follower
+from lmdbitmap.crew import Follower, Spared
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Allocation
 from lmdbitmap.pace import Pace
@@ -73,8 +73,8 @@ class Ways(NamedTuple):
     interrupt: Callable[[], None]
     """Has a read that hangs fail, from any thread."""
     chunk_bytes: int
-    spared_processors: int
-    """To be left to others while it is read."""
+    spared: Spared
+    """What it says at this moment of its `spared_processors`, to be left to others while it is read."""
 
 
 def ways_of(device: Readable) -> Ways:
@@ -85,7 +85,7 @@ def ways_of(device: Readable) -> Ways:
         getattr(device, "will_need", None),
         getattr(device, "interrupt", _nothing),
         getattr(device, "chunk_bytes", CHUNK_BYTES),
-        getattr(device, "spared_processors", 0),
+        partial(getattr, device, "spared_processors", 0),
     )
 
 
@@ -171,7 +171,7 @@ class Pieces:
         """
         held = 0 if self._borrower is None else self._borrower.most_held
         ahead: deque[_Ahead] = deque()
-        reader: Follower[Sequence[Piece]] = Follower(spared=self._ways.spared_processors)
+        reader: Follower[Sequence[Piece]] = Follower(spared=self._ways.spared)
         free = self._buffers(held)
         try:
             for step in self._steps(runs):

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Final
 
 from lmdbitmap.copier import ImageFile
-from lmdbitmap.crew import Follower
+from lmdbitmap.crew import Follower, Spared, none_spared
 from lmdbitmap.errors import os_errors_at
 from lmdbitmap.hashing import ChunkHasher
 from lmdbitmap.interfaces import Buffer
@@ -35,15 +35,16 @@ class WriteBehind:
     """Writes to `file`, which `hasher` is to know. A sink for an image, and who takes pieces for it; for one thread.
 
     A context, which owns its thread, and ends without an error when all is written. Of the processors,
-    `spared_processors` are left to others: where none is left for that thread, all is written at once.
+    `spared` are left to others: while none is left for that thread, all is written at once.
     """
 
-    def __init__(self, file: ImageFile, hasher: ChunkHasher, *, spared_processors: int = 0) -> None:
+    most_held = _MOST_BEHIND
+
+    def __init__(self, file: ImageFile, hasher: ChunkHasher, *, spared: Spared = none_spared) -> None:
         self._file = file
         self._hasher = hasher
         hasher.before_reading = self.settle
-        self._writer: Follower[None] = Follower(spared=spared_processors, busy=2)
-        self.most_held = _MOST_BEHIND * self._writer.is_beside
+        self._writer: Follower[None] = Follower(spared=spared, busy=2)
         self._under_way: deque[object] = deque()
         """Whose bytes are being written, oldest first."""
         self._failure: Exception | None = None
@@ -64,8 +65,8 @@ class WriteBehind:
         """Write the bytes, now or soon: they are not to change before `let_go` or `settle`."""
         with self._remembering():
             view = memoryview(data)
-            if self.most_held and len(view) >= _BEHIND_FROM:
-                self._settle_down_to(self.most_held - 1)
+            if len(view) >= _BEHIND_FROM and self._writer.is_beside:
+                self._settle_down_to(_MOST_BEHIND - 1)
                 self._writer.hand(partial(self._file.pwrite, view, offset))
                 self._under_way.append(view.obj)
             else:

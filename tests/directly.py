@@ -33,6 +33,8 @@ class _Image(FileDevice):
 
 
 class _Question:
+    guests_are_quiet = False
+
     def __init__(self, snapshot: Snapshot, between: Between) -> None:
         self._snapshot = snapshot
         self._between = between

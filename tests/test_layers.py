@@ -136,6 +136,7 @@ FLOORS: dict[str, float] = {
     "nbd.inlet": 5,
     "nbd.notice": 4.9,
     "nbd.traffic": 5.3,
+    "nbd.quiet": 5.3,
     "nbd.listeners": 5,
     "nbd.conduit": 4.9,
     "nbd.replies": 5,

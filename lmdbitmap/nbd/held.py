@@ -44,6 +44,7 @@ class HeldSnapshots:
         taken = take_snapshot(filters, name, self._scratch)
         for snapshot in taken:
             if self._server is not None:
+                snapshot.guests_are_quiet = self._server.quiet.look
                 self._server.add(snapshot.name, snapshot)
             _log.info("disk %s: held as at checkpoint %s", snapshot.disk.name, name)
         return taken

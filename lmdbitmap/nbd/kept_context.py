@@ -1,8 +1,9 @@
 """`lmdbitmap:kept`: what of a snapshot is not in the image any more, for whoever reads the image itself (direct.py).
 
-A status is 1 for what was kept aside and has to be read through the export, and 0 for what whoever asks has read
-rightly from the image before it asked. Where that is not known, as of a snapshot that broke or was released, the answer
-is an error.
+Bit 0 of a status says that this was kept aside and has to be read through the export; without it, whoever asks has
+read it rightly from the image before it asked. Where that is not known, as of a snapshot that broke or was released,
+the answer is an error. Bit 1 says that guests are quiet (quiet.py): it goes with the question, as whoever copies a disk
+wants to know it each time.
 
 The question has a consequence: of a snapshot of which nothing is read twice, what is answered 0 is not kept any longer.
 So it is `Consequential`: offered on connections that the owner handed over and on no others, and asked on one that has
@@ -24,7 +25,8 @@ def kept_source(snapshot: Snapshot) -> Consequential:
 
     def source(offset: int, length: int) -> Iterator[tuple[int, int]]:
         unaligned = offset % snapshot.clusters.granularity
+        quiet = nbd.LMDBITMAP_STATE_QUIET if snapshot.guests_are_quiet() else 0
         for size, is_kept in snapshot.kept(offset, min(length, most - unaligned)):
-            yield size, nbd.LMDBITMAP_STATE_KEPT if is_kept else 0
+            yield size, quiet | (nbd.LMDBITMAP_STATE_KEPT if is_kept else 0)
 
     return Consequential(source)

@@ -25,6 +25,8 @@ class KeptQuestion:
 
     def __init__(self, connect: Callable[[], Link], name: str, *, silence_s: float | None = None) -> None:
         self._name = name
+        self.guests_are_quiet = False
+        """As the last answer had it."""
         self._conversation = Conversation(connect, name, reconnect_s=0, keep_bytes=0, silence_s=silence_s)
         if self._conversation.export.context_id is None:
             self._conversation.close()
@@ -51,6 +53,7 @@ class KeptQuestion:
         position, end = request.offset, request.offset + request.length
         for length, status in request.extents():
             stop = min(position + length, end)
+            self.guests_are_quiet = bool(status & nbd.LMDBITMAP_STATE_QUIET)
             if status & nbd.LMDBITMAP_STATE_KEPT and position < stop:
                 found.append((position, stop - position))
             position = stop

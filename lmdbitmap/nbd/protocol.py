@@ -137,6 +137,7 @@ NBD_STATE_ZERO: Final = 1 << 1
 LMDBITMAP_META_KEPT: Final = "lmdbitmap:kept"
 """Ours (kept_context.py)."""
 LMDBITMAP_STATE_KEPT: Final = 1 << 0
+LMDBITMAP_STATE_QUIET: Final = 1 << 1
 
 REQUEST: Final = struct.Struct(">IHHQQI")
 SIMPLE_REPLY: Final = struct.Struct(">IIQ")

@@ -27,6 +27,7 @@ from lmdbitmap.errors import AlreadyExists
 from lmdbitmap.interfaces import ServedDisk
 from lmdbitmap.nbd.contexts import ContextsOf, base_contexts, for_strangers
 from lmdbitmap.nbd.listeners import InheritedListener, Listener, TcpListener, UnixListener, accepted
+from lmdbitmap.nbd.quiet import Quiet
 from lmdbitmap.nbd.rounds import Rounds
 from lmdbitmap.nbd.traffic import NO_TRAFFIC, Traffic, summed
 from lmdbitmap.nbd.visit import Served, Visit
@@ -76,6 +77,8 @@ class Server:
         self._connections = 0
         self._turned_away = 0
         self._past_traffic = dict.fromkeys([*self._disks, _BESIDE], NO_TRAFFIC)
+        self.quiet = Quiet(self._requests_of_guests)
+        """Of the clients of the disks that it was made for."""
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         weakref.finalize(self, os.close, self._wake_fd)  # no sooner: a late signal may still write to it
         self._stopping = False
@@ -159,6 +162,13 @@ class Server:
         with self._lock:
             present = [visit.traffic for visit in self._visits if visit.export_name == name]
             return len(present), summed([self._past_traffic[name], *present])
+
+    def _requests_of_guests(self) -> int:
+        with self._lock:
+            past = sum(self._past_traffic[name].requests for name in self._residents)
+            return past + sum(
+                visit.requests for visit in self._visits if visit.export_name in self._residents
+            )
 
     def start(self) -> None:
         """Serve in a thread of its own."""

@@ -80,6 +80,11 @@ class Visit:
         """What it carried so far, the handshake left out."""
         return NO_TRAFFIC if self._connection is None else self._connection.traffic
 
+    @property
+    def requests(self) -> int:
+        """How many were answered so far."""
+        return 0 if self._connection is None else sum(self._connection.counts)
+
     def start(self) -> None:
         self._thread.start()
 

@@ -37,6 +37,7 @@ class Watch:
         self.tick()
 
     def tick(self) -> None:
+        self._server.quiet.look()
         for name, ticks in self._ticks.items():
             ticks.append(self._sample(name)[1])
 

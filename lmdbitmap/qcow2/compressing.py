@@ -24,7 +24,7 @@ from concurrent.futures import Future
 from itertools import groupby
 from typing import Final, TypeAlias
 
-from lmdbitmap.crew import crew, processors
+from lmdbitmap.crew import Crew, Spared, none_spared, processors
 from lmdbitmap.interfaces import Buffer
 from lmdbitmap.qcow2.compression import Compression, compressor
 from lmdbitmap.qcow2.layout import SECTOR
@@ -47,14 +47,19 @@ class CompressingWriter:
     """
 
     def __init__(
-        self, writer: Qcow2Writer, compression: Compression, *, workers: int | None = None, spared: int = 0
+        self,
+        writer: Qcow2Writer,
+        compression: Compression,
+        *,
+        workers: int | None = None,
+        spared: Spared = none_spared,
     ) -> None:
         assert writer.compression_type is compression.type
         self._writer = writer
         self._compress = compressor(compression)
         workers = workers or min(processors(), _MAX_WORKERS)
         self._most_under_way = PIECES_PER_WORKER * workers
-        self._workers = crew(workers, spared=spared, busy=3)
+        self._workers = Crew(workers, spared=spared, busy=3)
         self._under_way: deque[Callable[[], None]] = deque()
         self._piece_bytes = max(PIECE_BYTES, writer.cluster_size)
 

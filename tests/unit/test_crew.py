@@ -4,33 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import random
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 
 import pytest
 
-from lmdbitmap.crew import Follower, crew, processors
-
-NOBODY = 1 << 20
-"""Processors to be spared: more than there are."""
+from lmdbitmap.crew import Crew, Follower, Spared, none_spared, processors
+from tests.spared import EACH, MORE_THAN_THERE_ARE, NowAndThen, all_spared
 
 
-def thread_of_the_work(**spared: int) -> int:
-    with crew(1, **spared) as workers:
-        return workers.submit(threading.get_ident).result()
+def thread_of_the_work(workers: Crew) -> int:
+    return workers.submit(threading.get_ident).result()
 
 
 def test_work_is_done_beside_where_nothing_is_spared() -> None:
-    assert thread_of_the_work(busy=NOBODY) != threading.get_ident()
+    with Crew(1, busy=MORE_THAN_THERE_ARE) as workers:
+        assert thread_of_the_work(workers) != threading.get_ident()
 
 
 @pytest.mark.parametrize("busy", range(1, 4))
 def test_a_thread_is_made_if_one_processor_more_than_is_busy_and_spared_is_there(busy: int) -> None:
     left = processors() - busy - 1
-    assert (thread_of_the_work(spared=1, busy=busy) == threading.get_ident()) is (left < 1)
+    with Crew(1, spared=lambda: 1, busy=busy) as workers:
+        assert (thread_of_the_work(workers) == threading.get_ident()) is (left < 1)
+
+
+def test_a_crew_is_asked_for_as_many_threads_as_can_be_spared_each_time() -> None:
+    spared = [0]
+    with Crew(1, spared=lambda: spared[0]) as workers:
+        for spared[0], beside in ((0, True), (MORE_THAN_THERE_ARE, False), (0, True)):
+            assert (thread_of_the_work(workers) != threading.get_ident()) is beside
 
 
 def test_without_threads_work_is_done_once_by_whoever_wants_its_result() -> None:
@@ -40,7 +48,7 @@ def test_without_threads_work_is_done_once_by_whoever_wants_its_result() -> None
         done.append(number)
         return number * times
 
-    with crew(8, spared=NOBODY) as workers:
+    with Crew(8, spared=all_spared) as workers:
         undone: list[Future[int]] = [workers.submit(work, number, times=10) for number in range(3)]
         assert done == []
         assert [undone[number].result() for number in (2, 0, 2)] == [20, 0, 20]
@@ -51,7 +59,7 @@ def test_without_threads_what_the_work_raises_is_raised_each_time() -> None:
     def work() -> None:
         raise OSError("no")
 
-    with crew(1, spared=NOBODY) as workers:
+    with Crew(1, spared=all_spared) as workers:
         undone = workers.submit(work)
     for _ in range(2):
         with pytest.raises(OSError, match="no"):
@@ -61,8 +69,8 @@ def test_without_threads_what_the_work_raises_is_raised_each_time() -> None:
 # --- one that keeps the order ---
 
 
-@pytest.mark.parametrize("spared", [0, NOBODY])
-def test_a_follower_answers_in_the_order_in_which_it_was_handed_work(spared: int) -> None:
+@pytest.mark.parametrize("spared", EACH.values(), ids=EACH)
+def test_a_follower_answers_in_the_order_in_which_it_was_handed_work(spared: Spared) -> None:
     follower: Follower[int] = Follower(spared=spared)
     with contextlib.closing(follower):
         for number in range(50):
@@ -71,7 +79,7 @@ def test_a_follower_answers_in_the_order_in_which_it_was_handed_work(spared: int
 
 
 def test_a_follower_works_beside_if_there_is_a_processor_for_it() -> None:
-    for spared, beside in ((0, True), (NOBODY, False)):
+    for spared, beside in ((none_spared, True), (all_spared, False)):
         follower: Follower[int] = Follower(spared=spared)
         with contextlib.closing(follower):
             follower.hand(threading.get_ident)
@@ -79,8 +87,45 @@ def test_a_follower_works_beside_if_there_is_a_processor_for_it() -> None:
             assert (follower.answer() != threading.get_ident()) is beside
 
 
-@pytest.mark.parametrize("spared", [0, NOBODY])
-def test_after_a_failure_a_follower_does_nothing_more_and_says_so_each_time(spared: int) -> None:
+@pytest.mark.parametrize("seed", range(20))
+def test_a_follower_keeps_the_order_while_its_processor_comes_and_goes(seed: int) -> None:
+    """And does one thing at a time, whoever does it."""
+    lot, at_work, follower = random.Random(seed), threading.Lock(), Follower[int](spared=NowAndThen(seed))
+    handed = answered = 0
+    done: list[int] = []
+
+    def work(number: int) -> int:
+        assert at_work.acquire(blocking=False), "two at once"
+        done.append(number)
+        at_work.release()
+        return number
+
+    with contextlib.closing(follower):
+        while answered < 200:
+            if handed == answered or lot.random() < 0.5:
+                follower.hand(partial(work, handed))
+                handed += 1
+            else:
+                assert follower.answer() == answered
+                answered += 1
+        while answered < handed:
+            assert follower.answer() == answered
+            answered += 1
+    assert done == list(range(handed))
+
+
+def test_what_waits_for_whoever_asks_is_the_threads_once_there_is_a_processor() -> None:
+    spared = [MORE_THAN_THERE_ARE]
+    follower: Follower[int] = Follower(spared=lambda: spared[0])
+    with contextlib.closing(follower):
+        follower.hand(threading.get_ident)
+        spared[0] = 0
+        follower.hand(threading.get_ident)
+        assert threading.get_ident() not in {follower.answer(), follower.answer()}
+
+
+@pytest.mark.parametrize("spared", EACH.values(), ids=EACH)
+def test_after_a_failure_a_follower_does_nothing_more_and_says_so_each_time(spared: Spared) -> None:
     done: list[int] = []
     follower: Follower[None] = Follower(spared=spared)
     with contextlib.closing(follower):
@@ -121,8 +166,8 @@ def test_a_follower_that_is_closed_ends_what_it_does_and_leaves_the_rest() -> No
     assert threading.active_count() == before
 
 
-@pytest.mark.parametrize("spared", [0, NOBODY])
-def test_a_follower_that_was_closed_says_so(spared: int) -> None:
+@pytest.mark.parametrize("spared", EACH.values(), ids=EACH)
+def test_a_follower_that_was_closed_says_so(spared: Spared) -> None:
     follower: Follower[int] = Follower(spared=spared)
     follower.hand(lambda: 1)
     follower.close()

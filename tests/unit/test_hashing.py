@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap import hashing
+from lmdbitmap.crew import Spared
 from lmdbitmap.digest_algorithms import DigestAlgorithm
 from lmdbitmap.hashing import CHUNK_BYTES, ChunkHasher, chunk_digests
 from tests.naive_digests import naive_digest, naive_digests
+from tests.spared import EACH
 
 CHUNK = 4096
 FOLDER = tempfile.gettempdir()
-MORE_THAN_THERE_ARE = 1 << 20
 LENGTHS = [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES + 7]
 
 
@@ -51,15 +52,15 @@ def test_each_chunk_has_its_digest_and_the_last_may_be_short(
         assert b"".join(hasher.digests()) == naive_digests(algorithm, content, chunk_size)
 
 
-@pytest.mark.parametrize("spared", [0, MORE_THAN_THERE_ARE])
+@pytest.mark.parametrize("spared", EACH.values(), ids=EACH)
 @pytest.mark.parametrize("seed", range(30))
 def test_in_whatever_order_a_file_is_written_the_digests_are_of_what_it_holds_in_the_end(
-    fd: int, algorithm: DigestAlgorithm, seed: int, spared: int, monkeypatch: pytest.MonkeyPatch
+    fd: int, algorithm: DigestAlgorithm, seed: int, spared: Spared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of what comes at the end is hashed when it comes, the other half is read back."""
     monkeypatch.setattr(hashing, "_FED_AT_LEAST", 4 * CHUNK)
     lot = random.Random(seed)
-    with ChunkHasher(fd, FOLDER, algorithm, CHUNK, spared_processors=spared) as hasher:
+    with ChunkHasher(fd, FOLDER, algorithm, CHUNK, spared=spared) as hasher:
         for _ in range(lot.randrange(60)):
             end = os.fstat(fd).st_size
             offset = end if lot.random() < 0.7 else lot.randrange(end + 5 * CHUNK)

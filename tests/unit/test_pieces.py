@@ -14,6 +14,7 @@ from lmdbitmap.bits import Run
 from lmdbitmap.device import MemoryDevice
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.pieces import CHUNK_BYTES, SMALL_BYTES, Metered, Pieces, Readable
+from tests.spared import MORE_THAN_THERE_ARE, NowAndThen
 
 BLOCK_BITS = 13
 BLOCK = 1 << BLOCK_BITS
@@ -70,7 +71,7 @@ class Far(MemoryDevice):
 class BesideAGuest(MemoryDevice):
     """No processor is left for a thread that reads ahead."""
 
-    spared_processors = 1 << 20
+    spared_processors = MORE_THAN_THERE_ARE
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
         assert threading.current_thread() is threading.main_thread()
@@ -129,7 +130,7 @@ class Announced(InLargeChunks):
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_without_a_thread_the_device_is_told_two_buffers_ahead_what_will_be_read(wrapped: bool) -> None:
-    device, chunk = Announced(15 * CHUNK_BYTES, spared_processors=1 << 20), 3 * CHUNK_BYTES
+    device, chunk = Announced(15 * CHUNK_BYTES, spared_processors=MORE_THAN_THERE_ARE), 3 * CHUNK_BYTES
     blocks = Geometry(device.size, BLOCK_BITS)
     pieces = Pieces(Metered(device) if wrapped else device, blocks).of_all([(0, blocks.block_count)])
     assert sum(piece.length for piece in pieces) == device.size
@@ -254,7 +255,7 @@ class Holding:
             self.asked_after.append(id(buffer))
 
 
-@pytest.mark.parametrize("spared", [0, 1 << 20])
+@pytest.mark.parametrize("spared", [0, MORE_THAN_THERE_ARE])
 def test_a_buffer_is_filled_anew_once_its_borrower_lets_go(spared: int) -> None:
     content = random.Random(8).randbytes(20 * CHUNK_BYTES)
     device = Slow(content)
@@ -266,6 +267,26 @@ def test_a_buffer_is_filled_anew_once_its_borrower_lets_go(spared: int) -> None:
         assert piece.data == content[piece.offset : piece.offset + piece.length]
         borrower.take(piece.data)
     assert len(borrower.asked_after) > 10
+
+
+class BesideAGuestNowAndThen(MemoryDevice):
+    def __init__(self, content: bytes) -> None:
+        super().__init__(len(content))
+        self.pwrite(content, 0)
+        self._guest = NowAndThen()
+
+    @property
+    def spared_processors(self) -> int:
+        return self._guest()
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_beside_a_guest_that_is_quiet_now_and_then_the_pieces_come_in_their_order(wrapped: bool) -> None:
+    content = random.Random(9).randbytes(40 * CHUNK_BYTES)
+    device = BesideAGuestNowAndThen(content)
+    blocks = Geometry(device.size, BLOCK_BITS)
+    pieces = Pieces(Metered(device) if wrapped else device, blocks)
+    assert b"".join(bytes(piece.data or b"") for piece in pieces.of_all([(0, blocks.block_count)])) == content
 
 
 @pytest.mark.parametrize("bad", [0, 1, 4])

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 
 import pytest
 
+from lmdbitmap.crew import Spared, none_spared
 from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.interfaces import Buffer
 from lmdbitmap.qcow2 import CompressingWriter, CompressionType, Kind, Qcow2Reader, Qcow2Writer, Run
 from lmdbitmap.qcow2.compressing import PIECE_BYTES, PIECES_PER_WORKER
 from lmdbitmap.qcow2.compression import chosen, compressor
 from tests.qcow2_model import MemoryFile, naive_chain_read, structure_problems, u64
+from tests.spared import EACH
 
 CLUSTER = 4096
 Ranges = Sequence[tuple[int, bytes | int]]
@@ -37,7 +39,7 @@ def image(
     cluster_bits: int = 12,
     backing_file: str | None = None,
     workers: int = 3,
-    spared: int = 0,
+    spared: Spared = none_spared,
 ) -> MemoryFile:
     """A finished image; a range is (offset, data) or (offset, length of zeroes)."""
     sink, chosen_one = MemoryFile(), chosen(compression)
@@ -151,8 +153,8 @@ def test_zeroes_gaps_and_data_come_in_the_order_of_the_disk(compression: str) ->
 def test_however_many_workers_there_are_the_image_is_the_same(compression: str) -> None:
     data = texts(3 * PIECE_BYTES // CLUSTER + 5)
     made = [image(len(data), [(0, data)], compression, workers=workers).content for workers in (1, 2, 7)]
-    made.append(image(len(data), [(0, data)], compression, spared=1 << 20).content)
-    assert made == made[:1] * 4
+    made += [image(len(data), [(0, data)], compression, spared=spared).content for spared in EACH.values()]
+    assert made == made[:1] * 6
 
 
 def test_the_buffer_can_be_used_again_at_once() -> None:

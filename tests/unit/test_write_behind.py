@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap.copier import ImageFile, Report, copy_clusters
+from lmdbitmap.crew import Spared
 from lmdbitmap.device import MemoryDevice
 from lmdbitmap.digest_algorithms import DigestAlgorithm
 from lmdbitmap.errors import StorageError, os_errors_at
@@ -22,10 +23,9 @@ from lmdbitmap.interfaces import Buffer
 from lmdbitmap.write_behind import WriteBehind
 from tests.naive_digests import naive_digests
 from tests.qcow2_model import naive_chain_read
+from tests.spared import EACH
 
 LARGE = 256 << 10
-NOBODY = 1 << 20
-"""Processors to be spared: more than there are."""
 PATIENCE_S = 10.0
 
 
@@ -55,15 +55,15 @@ class Gated(ImageFile):
         super().pwrite(data, offset)
 
 
-@pytest.mark.parametrize("spared", [0, NOBODY])
+@pytest.mark.parametrize("spared", EACH.values(), ids=EACH)
 @pytest.mark.parametrize("seed", range(20))
 def test_the_file_holds_what_was_written_and_so_do_the_digests(
-    fd: int, hasher: ChunkHasher, seed: int, spared: int
+    fd: int, hasher: ChunkHasher, seed: int, spared: Spared
 ) -> None:
     """Large and small, at the end and elsewhere, out of buffers that are used again as soon as they are let go."""
     lot, expected = random.Random(seed), bytearray()
     buffers = [bytearray(3 * LARGE) for _ in range(3)]
-    with WriteBehind(ImageFile(fd, "image"), hasher, spared_processors=spared) as behind:
+    with WriteBehind(ImageFile(fd, "image"), hasher, spared=spared) as behind:
         for number in range(lot.randrange(1, 25)):
             buffer = buffers[number % len(buffers)]
             behind.let_go(buffer)
@@ -138,14 +138,14 @@ def test_nothing_is_read_back_before_it_is_written(fd: int, hasher: ChunkHasher)
 
 
 @pytest.mark.parametrize("length", [1, LARGE])
-@pytest.mark.parametrize("spared", [0, NOBODY])
-def test_a_write_that_fails_is_told_by_every_later_call(length: int, spared: int) -> None:
+@pytest.mark.parametrize("spared", EACH.values(), ids=EACH)
+def test_a_write_that_fails_is_told_by_every_later_call(length: int, spared: Spared) -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
     with (
         ChunkHasher(write_end, "/", DigestAlgorithm.SHA256) as hasher,
         pytest.raises(StorageError, match=r"^image\.qcow2: Illegal seek"),
-        WriteBehind(ImageFile(write_end, "image.qcow2"), hasher, spared_processors=spared) as behind,
+        WriteBehind(ImageFile(write_end, "image.qcow2"), hasher, spared=spared) as behind,
     ):
         fail_again_and_again(behind, bytearray(length))
     os.close(write_end)
