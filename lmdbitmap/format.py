@@ -22,9 +22,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, NamedTuple, TypeAlias, TypeVar, get_type_hints
 
-import msgpack
-
-from lmdbitmap import bits
+from lmdbitmap import bits, plain_map
+from lmdbitmap.checksum import crc32_with_zeroes
 from lmdbitmap.errors import FormatError, InvalidArgument, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.geometry import MAX_GRANULARITY_BITS, MAX_SIZE, MIN_GRANULARITY_BITS, Geometry, ceil_div
@@ -40,13 +39,6 @@ MAX_HEADER_SIZE = 1 << 20
 """As many bytes from the start of a file are enough for `decode_header`, whatever the file says."""
 WORD_BITS = 64
 """The bits are padded with zeroes to a multiple of this."""
-
-_CRC32_POLYNOMIAL = 0xEDB88320
-
-MAX_METADATA_ITEMS = 1024
-"""Items in any one map or array of the metadata."""
-MAX_METADATA_DEPTH = 8
-"""Maps and arrays inside each other, the outermost map counted."""
 
 Metadata: TypeAlias = Mapping[str, object]
 """Names and remarks for people: strings, integers, booleans, None, and lists and dicts of them."""
@@ -183,7 +175,10 @@ def encode_header(header: FlatHeader, metadata: Metadata) -> bytes:
     The same header and metadata always give the same bytes. Raises `InvalidArgument` for metadata that
     the file cannot hold.
     """
-    plain, packed = _pack_metadata(metadata)
+    try:
+        plain, packed = plain_map.pack(metadata)
+    except ValueError as error:
+        raise _bad_metadata(str(error)) from None
     header_size = HEADER_ALIGNMENT * ceil_div(FIXED_SIZE + len(packed), HEADER_ALIGNMENT)
     if header_size > MAX_HEADER_SIZE:
         raise _bad_metadata(f"{len(packed)} bytes are more than a header holds")
@@ -234,7 +229,7 @@ class BitsTally:
 
     def add(self, chunk: Chunk) -> None:
         if isinstance(chunk, Zeroes):
-            self.checksum = _checksum_with_zeroes(self.checksum, chunk.length)
+            self.checksum = crc32_with_zeroes(self.checksum, chunk.length)
             self.size += chunk.length
             return
         stop = 8 * len(chunk)
@@ -334,32 +329,6 @@ def _checksummed(area: bytes) -> bytes:
     return area[:start] + struct.pack("<I", _header_checksum(area)) + area[start + 4 :]
 
 
-def _checksum_with_zeroes(checksum: int, count: int) -> int:
-    """CRC-32 of what has `checksum` and `count` zero bytes behind it, in as many steps as `count` has bits.
-
-    A zero byte multiplies the register, a polynomial over GF(2), by x^8; so `count` of them multiply it by
-    x^(8 count), which is had by squaring. As in the checksum itself, the top bit stands for x^0.
-    """
-    register, power = checksum ^ 0xFFFFFFFF, 1 << 31 - 8
-    while count:
-        if count & 1:
-            register = _multiplied(register, power)
-        power = _multiplied(power, power)
-        count >>= 1
-    return register ^ 0xFFFFFFFF
-
-
-def _multiplied(left: int, right: int) -> int:
-    """The product of two polynomials modulo that of CRC-32."""
-    product = 0
-    while left:
-        if left & 1 << 31:
-            product ^= right
-        left = left << 1 & 0xFFFFFFFF
-        right = right >> 1 ^ (_CRC32_POLYNOMIAL if right & 1 else 0)
-    return product
-
-
 def _decode_fixed(prefix: bytes, place: str) -> _Fields:
     _require(len(prefix) >= FIXED_SIZE, place, f"at least {FIXED_SIZE} bytes", len(prefix))
     fields = _Fields(*_LAYOUT.unpack_from(prefix))
@@ -421,67 +390,14 @@ def _unpack_metadata(fields: _Fields, area: bytes, place: str) -> Metadata:
     end = FIXED_SIZE + length
     _require(not any(area[end:]), f"{place}, byte {end}", "zeroes after the metadata", "other bytes")
     try:
-        return _plain_map(_unpack(area[FIXED_SIZE:end]), depth=1)
-    except (ValueError, msgpack.exceptions.UnpackException) as error:
+        return plain_map.unpack(area[FIXED_SIZE:end])
+    except ValueError as error:
         raise FormatError(
             f"{place}, metadata at byte {FIXED_SIZE}",
             expected="one msgpack map with sorted string keys",
-            found=f"other bytes ({str(error) or type(error).__name__})",
+            found=f"other bytes ({error})",
             next_step=_EXPORT_AGAIN,
         ) from None
-
-
-def _unpack(packed: bytes) -> object:
-    """Every length is bounded before anything is made for it, and only plain types are made."""
-    return msgpack.unpackb(
-        packed,
-        raw=False,
-        strict_map_key=True,
-        object_pairs_hook=_sorted_map,
-        max_array_len=MAX_METADATA_ITEMS,
-        max_map_len=MAX_METADATA_ITEMS,
-        max_bin_len=0,
-        max_ext_len=0,
-    )
-
-
-def _sorted_map(pairs: list[tuple[object, object]]) -> dict[str, object]:
-    """A map whose keys ascend strictly, so that none stands twice."""
-    result: dict[str, object] = {}
-    last: str | None = None
-    for key, value in pairs:
-        if not isinstance(key, str) or (last is not None and key <= last):
-            raise ValueError(f"key {key!r:.40} after {last!r:.40}")
-        result[key] = value
-        last = key
-    return result
-
-
-def _pack_metadata(metadata: Metadata) -> tuple[Metadata, bytes]:
-    try:
-        plain = _plain_map(metadata, depth=1)
-        packed: bytes = msgpack.packb(plain)
-        _unpack(packed)
-    except (ValueError, OverflowError) as error:
-        raise _bad_metadata(str(error)) from None
-    return plain, packed
-
-
-def _plain_map(value: object, depth: int) -> dict[str, object]:
-    """A copy of a map with its keys in order, all the way down; raises ValueError for anything not plain."""
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise ValueError(f"{type(value).__name__} where plain values and maps with string keys belong")
-    return {key: _plain(value[key], depth) for key in sorted(value)}
-
-
-def _plain(value: object, depth: int) -> object:
-    if value is None or type(value) in (bool, int, str):
-        return value
-    if depth == MAX_METADATA_DEPTH:
-        raise ValueError(f"more than {MAX_METADATA_DEPTH} maps or arrays inside each other")
-    if type(value) is list:
-        return [_plain(item, depth + 1) for item in value]
-    return _plain_map(value, depth + 1)
 
 
 def _bad_metadata(problem: str) -> InvalidArgument:

@@ -32,6 +32,8 @@ FLOORS: dict[str, float] = {
     # 1 codecs: values in, values out
     "bits": 1,
     "format": 1.5,
+    "plain_map": 1,
+    "checksum": 1,
     "schema": 1.5,
     "tally": 1.5,
     "cluster_states": 1.5,
@@ -175,7 +177,7 @@ FLOORS: dict[str, float] = {
 
 PRIVATE_LIBRARIES: dict[str, set[str]] = {
     "lmdb": {"records", "environment", "lmdb_errors", "lmdb_opening", "lmdb_tree"},
-    "msgpack": {"schema", "format"},
+    "msgpack": {"schema", "plain_map"},
     "bitarray": {"bits", "lane"},
     "compression": {"qcow2.compression"},
     "backports": {"qcow2.compression"},
@@ -463,7 +465,7 @@ FUTURE = "from __future__ import annotations\n"
         ("store", "from . import errors", "relative"),
         ("filter", "import lmdb", "lmdb belongs to environment, lmdb_errors"),
         ("bits", "from lmdb import Environment as E", "lmdb belongs to environment, lmdb_errors"),
-        ("store", "import msgpack", "msgpack belongs to format, schema"),
+        ("store", "import msgpack", "msgpack belongs to plain_map, schema"),
         ("store", "from bitarray import bitarray", "bitarray belongs to bits, lane"),
         ("store", "import socket", "socket belongs to nbd"),
         ("export", "import ssl", "ssl belongs to nbd"),
