@@ -19,7 +19,8 @@ from typing import NamedTuple
 from lmdbitmap import chain
 from lmdbitmap.digest_algorithms import DigestAlgorithm, fastest, is_available
 from lmdbitmap.errors import FormatError, NotFound
-from lmdbitmap.manifest import MAX_TEXT_BYTES, BackupEntry, BackupType, Manifest, Reason, chain_to
+from lmdbitmap.json_fields import MAX_TEXT_BYTES
+from lmdbitmap.manifest import BackupEntry, BackupType, Manifest, Reason, chain_to
 from lmdbitmap.repository import BackupFolder
 from lmdbitmap.schema import Checkpoint, Disk
 from lmdbitmap.store import Store

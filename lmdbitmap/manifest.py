@@ -33,36 +33,28 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, Final
 from uuid import UUID
 
 from lmdbitmap.digest_algorithms import DigestAlgorithm
 from lmdbitmap.errors import FormatError, InvalidArgument, NotFound
 from lmdbitmap.extents import Trust
-from lmdbitmap.geometry import MAX_GRANULARITY_BITS, MAX_SIZE, MIN_GRANULARITY_BITS
+from lmdbitmap.geometry import MAX_GRANULARITY_BITS, MIN_GRANULARITY_BITS
+from lmdbitmap.json_fields import Fields, shown
 from lmdbitmap.qcow2.layout import CompressionType
 
 FORMAT_VERSION: Final = 3
 MAX_MANIFEST_BYTES: Final = 16 << 20
 """Room for some 15 000 backups; parsing hostile JSON of this size takes hundreds of MiB, and no more."""
-MAX_TEXT_BYTES: Final = 1023
-MAX_FILE_NAME_BYTES: Final = 255
 MIN_CLUSTER_SIZE, MAX_CLUSTER_SIZE = 512, 2 << 20
 MIN_CHUNK_SIZE, MAX_CHUNK_SIZE = 4096, 64 << 20
-_MAX_DIGITS = 20
-"""Of an integer: enough for 64 bits, and too few to keep Python busy."""
 _RESTORE = "restore the manifest from a copy of the repository, or begin a new chain with `backup --full`"
 
 
 class NewerManifest(FormatError):
     """One that a newer version wrote: it is sound, and not for us to replace."""
-
-
-Choice = TypeVar("Choice", bound=enum.Enum)
-Result = TypeVar("Result")
 
 
 class BackupType(enum.Enum):
@@ -219,7 +211,7 @@ def _plain(value: object) -> str:
 
 def decode(data: bytes, *, max_bytes: int = MAX_MANIFEST_BYTES) -> Manifest:
     """Read a manifest whose every byte may lie; anything wrong with it is a `FormatError` that names the place."""
-    root = _Fields(_parsed(data, max_bytes), "manifest")
+    root = Fields.of_document(data, "manifest", max_bytes=max_bytes, next_step=_RESTORE)
     version = _version(root)
     disk = root.fields("disk")
     backups = tuple(_backup(fields, version) for fields in root.list_of_fields("backups"))
@@ -233,7 +225,7 @@ def decode(data: bytes, *, max_bytes: int = MAX_MANIFEST_BYTES) -> Manifest:
     )
 
 
-def _version(root: _Fields) -> int:
+def _version(root: Fields) -> int:
     version = root.integer("format_version", 0)
     if 1 <= version <= FORMAT_VERSION:
         return version
@@ -242,46 +234,7 @@ def _version(root: _Fields) -> int:
     raise kind("manifest format_version", expected=f"1 to {FORMAT_VERSION}", found=version, next_step=step)
 
 
-def _parsed(data: bytes, max_bytes: int) -> object:
-    if len(data) > max_bytes:
-        raise _refusal("manifest", f"at most {max_bytes} bytes", f"{len(data)} bytes")
-    try:
-        return json.loads(
-            data.decode(),
-            object_pairs_hook=_object,
-            parse_int=_integer,
-            parse_constant=_constant,
-        )
-    except UnicodeDecodeError as error:
-        raise _refusal("manifest", "UTF-8", f"another byte at offset {error.start}") from error
-    except json.JSONDecodeError as error:
-        raise _refusal(
-            "manifest", "JSON", f"{error.msg} in line {error.lineno}, column {error.colno}"
-        ) from error
-    except RecursionError as error:
-        raise _refusal("manifest", "a few nested levels", "too many") from error
-
-
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """An object, whose keys must differ: which of two values counts is nothing to guess."""
-    unique = dict(pairs)
-    if len(unique) != len(pairs):
-        (key, times), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise _refusal("manifest", "each key of an object once", f"{_shown(key)} {times} times")
-    return unique
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > _MAX_DIGITS:
-        raise _refusal("manifest", f"integers of at most {_MAX_DIGITS} digits", f"one of {len(digits)}")
-    return int(digits)
-
-
-def _constant(name: str) -> NoReturn:
-    raise _refusal("manifest", "finite numbers", name)
-
-
-def _backup(fields: _Fields, version: int) -> BackupEntry:
+def _backup(fields: Fields, version: int) -> BackupEntry:
     entry = BackupEntry(
         id=fields.text("id"),
         sequence=fields.integer("sequence", 0),
@@ -311,15 +264,15 @@ def _backup(fields: _Fields, version: int) -> BackupEntry:
     return entry
 
 
-def _checkpoint(fields: _Fields) -> CheckpointRef:
+def _checkpoint(fields: Fields) -> CheckpointRef:
     return CheckpointRef(fields.uuid("uuid"), fields.text("name"))
 
 
-def _reason(fields: _Fields) -> Reason:
+def _reason(fields: Fields) -> Reason:
     return Reason(fields.text("code"), fields.text("words"))
 
 
-def _chunks(fields: _Fields) -> ChunkDigests:
+def _chunks(fields: Fields) -> ChunkDigests:
     chunk_size = fields.power_of_two("chunk_size", MIN_CHUNK_SIZE, MAX_CHUNK_SIZE)
     algorithm = fields.if_there("algorithm", lambda name: fields.choice(name, list(DigestAlgorithm)))
     return ChunkDigests(
@@ -335,112 +288,19 @@ def _check_order(backups: Sequence[BackupEntry]) -> None:
     for index, entry in enumerate(backups):
         place = f"manifest backups[{index}]"
         if entry.id in ids:
-            raise _refusal(f"{place}.id", "an id of its own", _shown(entry.id))
+            raise _refusal(f"{place}.id", "an id of its own", shown(entry.id))
         if entry.file in files:
-            raise _refusal(f"{place}.file", "a file of its own", _shown(entry.file))
+            raise _refusal(f"{place}.file", "a file of its own", shown(entry.file))
         if entry.sequence <= last_sequence:
             raise _refusal(f"{place}.sequence", f"more than {last_sequence}", entry.sequence)
         if entry.type_actual is BackupType.FULL and entry.parent is not None:
-            raise _refusal(f"{place}.parent", "null, as the backup is full", _shown(entry.parent))
+            raise _refusal(f"{place}.parent", "null, as the backup is full", shown(entry.parent))
         if entry.type_actual is not BackupType.FULL and entry.parent not in ids:
-            raise _refusal(f"{place}.parent", "the id of an earlier backup", _shown(entry.parent))
+            raise _refusal(f"{place}.parent", "the id of an earlier backup", shown(entry.parent))
         ids.add(entry.id)
         files.add(entry.file)
         last_sequence = entry.sequence
 
 
-class _Fields:
-    """One JSON object and its place, read field by field; whatever is missing or of another type is refused."""
-
-    def __init__(self, value: object, place: str) -> None:
-        if not isinstance(value, dict):
-            raise _refusal(place, "an object", _shown(value))
-        self._values: dict[str, Any] = value
-        self.place = place
-
-    def fields(self, name: str) -> _Fields:
-        return _Fields(self._value(name), self._place(name))
-
-    def list_of_fields(self, name: str) -> list[_Fields]:
-        values = self._value(name)
-        if not isinstance(values, list):
-            raise self._refusal(name, "a list")
-        return [_Fields(value, f"{self._place(name)}[{index}]") for index, value in enumerate(values)]
-
-    def optional(self, name: str, read: Callable[[str], Result]) -> Result | None:
-        return None if self._value(name) is None else read(name)
-
-    def if_there(self, name: str, read: Callable[[str], Result]) -> Result | None:
-        return read(name) if name in self._values else None
-
-    def integer(self, name: str, least: int, most: int = MAX_SIZE) -> int:
-        value = self._value(name)
-        # A bool is an int to Python, and is none here.
-        if type(value) is not int or not least <= value <= most:
-            raise self._refusal(name, f"an integer from {least} to {most}")
-        return int(value)
-
-    def power_of_two(self, name: str, least: int, most: int) -> int:
-        value = self.integer(name, least, most)
-        if value & (value - 1):
-            raise self._refusal(name, f"a power of two from {least} to {most}")
-        return value
-
-    def text(self, name: str, most_bytes: int = MAX_TEXT_BYTES) -> str:
-        """1 to `most_bytes` bytes of printable UTF-8; lone surrogates, which JSON can write, are not."""
-        value = self._value(name)
-        if not (isinstance(value, str) and value.isprintable() and 1 <= len(value.encode()) <= most_bytes):
-            raise self._refusal(name, f"1 to {most_bytes} bytes of printable text")
-        return str(value)
-
-    def file_name(self, name: str) -> str:
-        """A name that stays in its folder, and that QEMU does not take for a protocol's."""
-        value = self.text(name, MAX_FILE_NAME_BYTES)
-        if value in (".", "..") or "/" in value or ":" in value:
-            raise self._refusal(name, "a plain file name without slash or colon")
-        return value
-
-    def choice(self, name: str, choices: Sequence[Choice]) -> Choice:
-        value = self._value(name)
-        for choice in choices:
-            if choice.value == value:
-                return choice
-        raise self._refusal(name, f"one of {', '.join(str(choice.value) for choice in choices)}")
-
-    def uuid(self, name: str) -> UUID:
-        value = self._value(name)
-        try:
-            if isinstance(value, str) and str(UUID(value)) == value:
-                return UUID(value)
-        except ValueError:
-            pass
-        raise self._refusal(name, "a uuid in lower case with its four dashes")
-
-    def digest(self, name: str) -> str:
-        value = self._value(name)
-        if not (isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")):
-            raise self._refusal(name, "64 hexadecimal digits in lower case")
-        return str(value)
-
-    def _value(self, name: str) -> object:
-        if name not in self._values:
-            raise _refusal(self._place(name), "a value", "none")
-        return self._values[name]
-
-    def _place(self, name: str) -> str:
-        return f"{self.place} {name}" if self.place == "manifest" else f"{self.place}.{name}"
-
-    def _refusal(self, name: str, expected: str) -> FormatError:
-        return _refusal(self._place(name), expected, _shown(self._values[name]))
-
-
 def _refusal(place: str, expected: str, found: object) -> FormatError:
     return FormatError(place, expected=expected, found=found, next_step=_RESTORE)
-
-
-def _shown(value: object) -> str:
-    """A value as a complaint can show it: short, in ASCII, and never walked into."""
-    if isinstance(value, (dict, list)):
-        return f"an {'object' if isinstance(value, dict) else 'array'} of {len(value)}"
-    text = ascii(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
