@@ -28,6 +28,7 @@ from lmdbitmap.errors import InvalidArgument, LmdbitmapError, StorageError
 from lmdbitmap.extents import Trust
 from lmdbitmap.front import Front
 from lmdbitmap.geometry import Geometry
+from lmdbitmap.identity import identity_to_keep
 from lmdbitmap.image import open_image
 from lmdbitmap.interfaces import TrackableDevice
 from lmdbitmap.lane import FilterLane
@@ -296,7 +297,7 @@ class Filter(Front):
         with contextlib.suppress(LmdbitmapError):  # the commit says more than a sign of life
             self.beat()
         if self._voucher.lost is None:
-            self._tracking.end_session(session.identity_to_keep(self.device))
+            self._tracking.end_session(identity_to_keep(self.device))
             for act in self._last_acts:
                 act()
 

@@ -1,4 +1,4 @@
-"""Owning a disk: to begin a session, to vouch for an image, to add a disk, to remove one.
+"""Owning a disk: to begin a session, to vouch for an image, to add a disk, to say where it is now, to remove one.
 
 Whoever does any of these holds two locks, taken in this order and let go when the block ends: the owner's
 lock on the disk (owner.py), and QEMU's locks on the image (device.py). What is judged about the image is
@@ -28,6 +28,7 @@ from lmdbitmap.errors import (
 )
 from lmdbitmap.flushing import forget_unwritten, unflushed
 from lmdbitmap.holds import remove_holds
+from lmdbitmap.identity import identity_to_keep, settled_identity
 from lmdbitmap.image import is_far, is_same_image, lasting_name, open_image
 from lmdbitmap.interfaces import ImageIdentity, StoreMark, TrackableDevice
 from lmdbitmap.owner import Distrust, Owner
@@ -36,11 +37,6 @@ from lmdbitmap.store import Reader, Store, Writer
 from lmdbitmap.sync_note import remove_notes
 
 OpenDevice = Callable[[str], TrackableDevice]
-_CLOCK_REALTIME_COARSE = 5
-"""Linux has it; Python has no name for it."""
-_SECOND_NS = 1_000_000_000
-_LONGEST_STEP_NS = 2 * _SECOND_NS
-_STEP_POLL_S = 0.001
 _OWNER_FILE = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})(?:\.[0-9a-f]{16}\.partial)?")
 """The file of a disk's owner, or the beginning of one."""
 
@@ -92,7 +88,7 @@ def _opened(store: Store, disk: Disk, open_device: OpenDevice) -> TrackableDevic
             raise
         raise NotFound(
             f"the image of disk {disk.name!r}, {disk.image}, does not exist any more",
-            next_step="put it back, or leave a symbolic link there to where it went;"
+            next_step=f"say where it went (`lmdbitmap relocate {disk.name} IMAGE`), or put it back;"
             f" `lmdbitmap rm {disk.name}` if it is gone for good",
         ) from error
 
@@ -196,32 +192,6 @@ def _resume(store: Store, held: Held, identity: ImageIdentity, *, session: UUID 
     if distrust is not None:
         held.lock.restore_trust()
     return disk
-
-
-def identity_to_keep(device: TrackableDevice) -> ImageIdentity:
-    """The image's identity, when it is to be compared with much later: it survives a power cut, mtime included.
-
-    The data was flushed before. But that (fdatasync) leaves the mtime in memory for half a minute, and a power
-    cut would set it back, as if an older image had been put there.
-    """
-    identity = settled_identity(device)
-    if device.fd is not None:
-        os.fsync(device.fd)
-    return identity
-
-
-def settled_identity(device: TrackableDevice) -> ImageIdentity:
-    """The image's identity, once the clock that files' times are taken from shows a later time than its mtime.
-
-    That clock stands still for milliseconds, or for two seconds on some file systems: a stranger's write in
-    the moment of our last one would leave the same mtime. Nobody may write through us meanwhile, and a block
-    device was flushed.
-    """
-    identity = device.identity()
-    step_ns = _LONGEST_STEP_NS if identity.mtime_ns % _SECOND_NS == 0 else 1
-    while 0 <= time.clock_gettime_ns(_CLOCK_REALTIME_COARSE) - identity.mtime_ns < step_ns:
-        time.sleep(_STEP_POLL_S)
-    return identity
 
 
 def require_untouched(held: Held, disk: Disk) -> None:
@@ -349,13 +319,38 @@ def _sweep_owners(store: Store, writer: Writer) -> None:
     )
 
 
-def _refuse_tracked(store: Store, image: str) -> None:
+def _refuse_tracked(store: Store, image: str, *, unless: UUID | None = None) -> None:
+    """Raise `AlreadyExists` for the image of a disk, unless it is that one."""
     with store.read() as reader:
         for other in reader.disks():
-            if is_same_image(other.image, image):
+            if other.uuid != unless and is_same_image(other.image, image):
                 raise AlreadyExists(
                     f"{image} is tracked already, as {other.name!r}", next_step="use that disk"
                 )
+
+
+def relocate(store: Store, name: str, image: str) -> Disk:
+    """Say where the image of a disk is now. Durable on return; raises `Busy` while the disk is owned.
+
+    Whether it is the same image is judged as ever, by its identity, when somebody attaches it or asks what changed: a
+    file that was moved within its file system is. A copy is not, unless somebody vouches for it (`adopt`).
+    """
+    image = lasting_name(image)
+    with store.read() as reader:
+        disk = chain.find_disk(reader, name)
+    with contextlib.closing(_own(store, name, disk.uuid)) as lock:
+        _refuse_tracked(store, image, unless=disk.uuid)
+        refuse_own_ground(store, image)
+        _open_to_look(image).close()
+
+        def change(writer: Writer) -> Disk:
+            moved = dataclasses.replace(_existing(writer, disk.uuid), image=image)
+            writer.put_disk(moved)
+            return moved
+
+        moved = store.update(change)
+        lock.keep_description(schema.encode(schema.portrait(moved)))
+    return moved
 
 
 def remove(store: Store, name: str) -> None:

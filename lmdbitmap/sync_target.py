@@ -23,11 +23,11 @@ from lmdbitmap import files, kernel, sync_note
 from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import AlreadyExists, InvalidArgument, NotFound, os_errors_at
 from lmdbitmap.geometry import ceil_div
+from lmdbitmap.identity import identity_to_keep
 from lmdbitmap.image import is_far, is_same_image, open_image
 from lmdbitmap.interfaces import ImageIdentity, TrackableDevice
 from lmdbitmap.nbd.client import NbdDevice
 from lmdbitmap.schema import Disk
-from lmdbitmap.session import identity_to_keep
 from lmdbitmap.store import Store
 from lmdbitmap.target import Target, leads_to
 

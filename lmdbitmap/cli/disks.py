@@ -1,4 +1,4 @@
-"""Verbs that begin and end the tracking of a disk, and tell how it stands: add, ls, info, rm."""
+"""Verbs that begin and end the tracking of a disk, and tell how it stands and where: add, ls, info, relocate, rm."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lmdbitmap.cli.answers import (
 from lmdbitmap.cli.holding import holder_words
 from lmdbitmap.cli.options import Session, granularity, utf8_path, verb
 from lmdbitmap.cli.output import say, say_json, say_table
-from lmdbitmap.cli.ownership import ask_owner, find_disk_or_bitmap, require_unowned
+from lmdbitmap.cli.ownership import ask_owner, find_disk, find_disk_or_bitmap, require_unowned
 from lmdbitmap.cli.repositories import FOLDER, list_backups
 from lmdbitmap.cli.sizes import format_size, format_time
 from lmdbitmap.errors import InvalidArgument
@@ -222,6 +222,37 @@ def _tell_bitmap(asked: Session, kept: Kept) -> None:
 def _tell_pairs(pairs: Iterable[tuple[str, str]]) -> None:
     for label, words in pairs:
         say(f"{label:<12}{words}")
+
+
+@verb(
+    examples=[
+        "lmdbitmap relocate sda /srv/vm/new/sda.raw",
+        "lmdbitmap relocate sdc 'nbds://other-host/sdc?tls-certificates=/etc/pki/nbd'",
+    ]
+)
+@click.argument("name")
+@click.argument("image", type=utf8_path)
+@click.pass_obj
+def relocate(asked: Session, name: str, image: str) -> None:
+    """Say where the image of a disk is now.
+
+    IMAGE is as for `add`. A file that was moved within its file system, or an export that is reached over TLS now, is
+    known again, and the next backup is an increment. What cannot be known again, as a copy, counts as another image:
+    then `adopt` vouches for it, or the next backup reads the disk.
+    """
+    _refuse_odd_uri(image)
+    with Store.open(asked.store_path) as store:
+        require_unowned(store, find_disk(store, name))
+        report = report_on(store, session.relocate(store, name, image))
+        standing = report.dirt.standing
+        is_lost = standing.trust is Trust.UNTRUSTED
+        next_step = next_step_for(store, report.disk) if is_lost else None
+    if asked.as_json:
+        say_json({**report.facts(), "next_step": next_step})
+        return
+    say(f"{name}: its image is {report.disk.image}, {standing_words(standing)}")
+    if next_step is not None:
+        say(f"next step: {next_step}")
 
 
 @verb(examples=["lmdbitmap rm sda"])

@@ -44,6 +44,7 @@ _VERBS: Final = {
     "holds": "holding.holds",
     "forget": "points.forget",
     "adopt": "points.adopt",
+    "relocate": "disks.relocate",
     "rm": "disks.rm",
     "check": "soundness.check",
     "metrics": "metrics.metrics",

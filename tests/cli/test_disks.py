@@ -1,9 +1,10 @@
-"""add, ls, info, rm: the beginning and the end of a disk, and how it stands in between."""
+"""add, ls, info, relocate, rm: the beginning and the end of a disk, and how it stands, and where, in between."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 
@@ -181,3 +182,31 @@ def test_rm_forgets_the_disk_and_leaves_the_image(cli: Cli) -> None:
     assert cli.json("ls")["disks"] == []
     assert cli.json("check")["findings"] == []
     assert "nothing is called 'sda'" in cli.fails(1, "rm", "sda")
+
+
+def test_an_image_that_was_moved_is_tracked_on(cli: Cli) -> None:
+    image = cli.add("sda")
+    cli.ok("checkpoint", "sda", "monday")
+    moved = image.rename(cli.folder / "moved.raw")
+    assert "lmdbitmap relocate sda IMAGE" in cli.ok("info", "sda")
+    assert cli.ok("relocate", "sda", moved) == f"sda: its image is {moved}, exact\n"
+    assert cli.dirty("sda", "--since", "monday") == ("exact", [])
+    assert cli.json("relocate", "sda", moved) == {**cli.json("ls")["disks"][0], "next_step": None}
+
+
+def test_a_copy_that_takes_the_place_of_an_image_wants_to_be_vouched_for(cli: Cli) -> None:
+    image = cli.add("sda")
+    cli.ok("checkpoint", "sda", "monday")
+    shutil.copy2(image, cli.folder / "copy.raw")
+    said, next_step = cli.ok("relocate", "sda", cli.folder / "copy.raw").splitlines()
+    assert "untrusted: the image is another file than the one that was tracked" in said
+    assert "`lmdbitmap adopt sda`" in next_step
+    cli.ok("adopt", "sda")
+    assert cli.dirty("sda", "--since", "monday") == ("exact", [])
+
+
+def test_an_image_cannot_be_relocated_to_where_nothing_is(cli: Cli) -> None:
+    image = cli.add("sda")
+    assert "none.raw" in cli.fails(1, "relocate", "sda", cli.folder / "none.raw")
+    assert "is a URI of a kind that cannot be tracked" in cli.fails(2, "relocate", "sda", "ssh://host/image")
+    assert cli.json("ls")["disks"][0]["image"] == str(image)

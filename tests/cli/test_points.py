@@ -105,7 +105,7 @@ def test_an_image_that_is_gone_is_told(cli: Cli) -> None:
     image = cli.add("sda")
     os.unlink(image)
     assert cli.fails(1, "checkpoint", "sda", "monday") == (
-        f"the image of disk 'sda', {image}, does not exist any more; put it back, or leave a symbolic link there to"
-        " where it went; `lmdbitmap rm sda` if it is gone for good"
+        f"the image of disk 'sda', {image}, does not exist any more; say where it went (`lmdbitmap relocate sda"
+        " IMAGE`), or put it back; `lmdbitmap rm sda` if it is gone for good"
     )
     assert cli.json("info", "sda")["trust"] == "untrusted"

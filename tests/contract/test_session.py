@@ -22,6 +22,8 @@ def test_a_disk_that_is_attached_is_refused_by_its_name(tmp_path: Path) -> None:
             for attempt in (Filter.attach, session.remove, session.adopt):
                 with pytest.raises(Busy, match="disk 'sda' is attached"):
                     attempt(store, "sda")
+            with pytest.raises(Busy, match="disk 'sda' is attached"):
+                session.relocate(store, "sda", str(image))
         session.remove(store, "sda")
         with pytest.raises(NotFound):
             session.remove(store, "sda")

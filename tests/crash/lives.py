@@ -48,6 +48,7 @@ BEFORE = b"\x11" * BLOCK
 """What every block holds at the checkpoint `start`."""
 OTHER = "sdb"
 IMAGES = {NAME: "disk.raw", OTHER: "other.raw"}
+MOVED = "moved.raw"
 MAX_ARMED = 3
 EXTENT_BLOCKS = 64
 CLUSTER = 4096
@@ -267,6 +268,14 @@ def removing(tracked: BackedUpDisk) -> Life:
     yield GROWN_UP
     session.remove(tracked.store, NAME)
     yield "removed"
+
+
+def relocating(tracked: BackedUpDisk) -> Life:
+    tracked.write(b"new", 5 * BLOCK)
+    os.rename(tracked.image, tracked.folder / MOVED)
+    yield GROWN_UP
+    session.relocate(tracked.store, NAME, str(tracked.folder / MOVED))
+    yield "relocated"
 
 
 def healing(tracked: BackedUpDisk) -> Life:
@@ -651,7 +660,7 @@ LIVES: dict[str, Callable[[BackedUpDisk], Life]] = {
     life.__name__: life
     for life in (
         adding, attaching, arming, writing, passing, asking, marking, checkpointing, checkpointing_two, holding,
-        forgetting, growing, shrinking, detaching, adopting, living_twice, removing, healing,
+        forgetting, growing, shrinking, detaching, adopting, living_twice, relocating, removing, healing,
         exporting, exporting_anew, importing, serving_beside_a_file,
         *ARCHIVE_LIVES,
     )

@@ -356,7 +356,11 @@ STATES: dict[str, State] = {
     "image grown": State(lasting(image_grown), 3, "size went from", "`lmdbitmap adopt sda`"),
     "image shrunk": State(lasting(image_shrunk), 3, "size went from", "`lmdbitmap adopt sda`"),
     "image missing": State(
-        lasting(image_missing), 3, "does not exist", "put it back", why_no_backup="does not exist any more"
+        lasting(image_missing),
+        3,
+        "does not exist",
+        "`lmdbitmap relocate sda IMAGE`",
+        why_no_backup="does not exist any more",
     ),
     "image is a folder": State(
         lasting(image_is_a_folder), 3, "neither a regular file", "", why_no_backup="neither a regular file"

@@ -7,6 +7,7 @@ lies in extents that were armed, or in the one request that was under way.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,18 @@ from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import EXTENT_BLOCKS, MIN_GRANULARITY_BITS, REGION_BLOCKS
 from lmdbitmap.store import Store
 from tests.crash.dying import Death, Deaths
-from tests.crash.lives import BEFORE, BLOCK, BLOCKS, IMAGES, MAX_ARMED, OTHER, SHRUNK_BLOCKS, SIZE, prepare
+from tests.crash.lives import (
+    BEFORE,
+    BLOCK,
+    BLOCKS,
+    IMAGES,
+    MAX_ARMED,
+    MOVED,
+    OTHER,
+    SHRUNK_BLOCKS,
+    SIZE,
+    prepare,
+)
 from tests.support import spawn
 from tests.tracked import NAME, blocks_of, quick_folder, trust_of
 
@@ -272,6 +284,22 @@ def test_an_image_is_vouched_for_or_not(deaths: Deaths) -> None:
             fates[trust] += 1
             assert trust is Trust.SUPERSET or not death.told, death
             assert session.adopt(store, NAME).size == SIZE + 100 * BLOCK, death
+            is_whole(store, NAME, death)
+    assert min(fates.values()) >= 1
+
+
+def test_a_disk_is_where_it_was_or_where_its_image_is_now(deaths: Deaths) -> None:
+    fates = {True: 0, False: 0}
+    for death in deaths("relocating"):
+        with opened(death) as store:
+            with store.read() as reader:
+                image = chain.find_disk(reader, NAME).image
+            has_moved = image == str(death.folder / MOVED)
+            fates[has_moved] += 1
+            assert has_moved or not death.told, death
+            os.rename(death.folder / MOVED, death.folder / IMAGES[NAME])
+            session.relocate(store, NAME, str(death.folder / IMAGES[NAME]))
+            assert blocks_of(changes(store, NAME, since="start")) == {5}, death
             is_whole(store, NAME, death)
     assert min(fates.values()) >= 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -12,8 +13,9 @@ import pytest
 
 from lmdbitmap import owner, schema, session
 from lmdbitmap.device import FileDevice
-from lmdbitmap.errors import AlreadyExists, Busy, NotFound
+from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, NotFound
 from lmdbitmap.extents import Trust
+from lmdbitmap.identity import identity_to_keep
 from lmdbitmap.interfaces import ImageIdentity
 from tests.tracked import NAME, TrackedDisk, blocks_of, trust_of
 
@@ -47,7 +49,7 @@ def test_identity_is_kept_when_no_later_write_can_leave_the_same(
 ) -> None:
     monkeypatch.setattr(CoarseDevice, "step_ns", step_ns)
     with closing(CoarseDevice.open(tracked.image)) as device:
-        kept = session.identity_to_keep(device)
+        kept = identity_to_keep(device)
         assert device.identity().mtime_ns > kept.mtime_ns
 
 
@@ -55,7 +57,7 @@ def test_identity_is_kept_when_no_later_write_can_leave_the_same(
 def test_old_and_future_times_are_not_waited_for(tracked: TrackedDisk, mtime_ns: int) -> None:
     os.utime(tracked.image, ns=(mtime_ns, mtime_ns))
     with closing(FileDevice.open(tracked.image)) as device:
-        assert session.identity_to_keep(device).mtime_ns == mtime_ns
+        assert identity_to_keep(device).mtime_ns == mtime_ns
 
 
 def test_identity_is_kept_only_with_its_mtime_on_the_disk(
@@ -135,6 +137,72 @@ def test_lost_owners_file_is_distrust_until_the_next_owner(tracked: TrackedDisk)
     assert tracked.disk().epoch_number == 2
     assert "missing" in tracked.disk().epoch_reason
     assert trust_of(tracked.changes("epoch-2")) is not Trust.UNTRUSTED
+
+
+# --- where it is ---
+
+
+def test_image_that_was_moved_within_its_file_system_is_known_again(
+    tmp_path: Path, tracked: TrackedDisk
+) -> None:
+    with tracked.attach() as disk:
+        disk.pwrite(b"x", 3 * BLOCK)
+    os.rename(tracked.image, tmp_path / "moved.raw")
+    moved = session.relocate(tracked.store, NAME, str(tmp_path / "moved.raw"))
+    assert moved == tracked.disk()
+    assert moved.image == str(tmp_path / "moved.raw")
+    assert trust_of(tracked.changes("start")) is Trust.EXACT
+    assert 3 in blocks_of(tracked.changes("start"))
+    tracked.attach().detach()
+    assert tracked.disk().epoch_number == 1
+
+
+def test_image_that_was_moved_while_its_owner_was_dead_is_known_again(
+    tmp_path: Path, tracked: TrackedDisk
+) -> None:
+    disk = tracked.attach()
+    disk.pwrite(b"x", 0)
+    disk.abandon()
+    os.rename(tracked.image, tmp_path / "moved.raw")
+    session.relocate(tracked.store, NAME, str(tmp_path / "moved.raw"))
+    assert trust_of(tracked.changes("start")) is Trust.SUPERSET
+
+
+def test_copy_is_another_image_until_somebody_vouches_for_it(tmp_path: Path, tracked: TrackedDisk) -> None:
+    with tracked.attach() as disk:
+        disk.pwrite(b"x", 3 * BLOCK)
+    shutil.copy2(tracked.image, tmp_path / "copy.raw")
+    session.relocate(tracked.store, NAME, str(tmp_path / "copy.raw"))
+    assert trust_of(tracked.changes("start")) is Trust.UNTRUSTED
+    session.adopt(tracked.store, NAME)
+    assert trust_of(tracked.changes("start")) is Trust.EXACT
+    assert 3 in blocks_of(tracked.changes("start"))
+
+
+def test_disk_stays_where_it_is_if_nothing_else_can_be_tracked_there(
+    tmp_path: Path, tracked: TrackedDisk
+) -> None:
+    before, other = tracked.disk(), tmp_path / "other.raw"
+    other.write_bytes(bytes(SIZE))
+    session.add(tracked.store, "sdb", str(other), granularity_bits=12)
+    for image, refusal in (
+        (other, AlreadyExists),
+        (tmp_path / "none", NotFound),
+        (tmp_path, InvalidArgument),
+    ):
+        with pytest.raises(refusal):
+            session.relocate(tracked.store, NAME, str(image))
+    assert tracked.disk() == before
+    assert session.relocate(tracked.store, NAME, str(tracked.image)) == before
+
+
+def test_where_it_is_now_is_in_the_description_that_outlives_a_damaged_store(
+    tmp_path: Path, tracked: TrackedDisk
+) -> None:
+    os.rename(tracked.image, tmp_path / "moved.raw")
+    moved = session.relocate(tracked.store, NAME, str(tmp_path / "moved.raw"))
+    kept = owner.description(tracked.store.owner_path(moved.uuid))
+    assert kept == schema.encode(schema.portrait(moved))
 
 
 # --- reconciling ---
