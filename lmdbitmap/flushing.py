@@ -9,6 +9,8 @@ time. So what was written since the last good flush is not known any more, and:
 2. Flushes run one at a time, so that none succeeds beside the one that took the error. Those that wait for
    their turn share the next.
 3. What the kernel calls clean is dropped from its memory: the image reads from now on as the disk has it.
+4. Whoever has to know is told at once, also of a flush that was the device's own idea (`lose`): whoever dies then
+   leaves word of it.
 
 A server that is away (`FarAway`) has lost nothing: a flush of its image fails, and the next one may succeed.
 """
@@ -16,12 +18,15 @@ A server that is away (`FarAway`) has lost nothing: a flush of its image fails, 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Callable
 
-from lmdbitmap.errors import StorageError
+from lmdbitmap.errors import LmdbitmapError, StorageError
 from lmdbitmap.interfaces import BlockDevice, FarAway
+
+log = logging.getLogger(__name__)
 
 MEND_IT = "look at the kernel log (dmesg), mend the disk, then stop and start whoever serves it"
 
@@ -29,7 +34,7 @@ MEND_IT = "look at the kernel log (dmesg), mend the disk, then stop and start wh
 class Flusher:
     """Flushes `device`, the image of the disk called `name`; `on_failure` is told why, once, before anybody else.
 
-    Safe for many threads.
+    Where it raises it is told again at the next occasion. Safe for many threads.
     """
 
     def __init__(self, name: str, device: BlockDevice, on_failure: Callable[[str], None]) -> None:
@@ -40,6 +45,8 @@ class Flusher:
         self._begun = 0
         self._done = 0
         self._failure: OSError | None = None
+        self._telling = threading.Lock()
+        self._untold: str | None = None
 
     @property
     def failed(self) -> bool:
@@ -55,12 +62,26 @@ class Flusher:
     def require_sound(self) -> None:
         """Raise as the flush that failed did, if one did."""
         if self._failure is not None:
+            self._tell()
             raise unflushed(self._name, self._failure) from self._failure
+
+    def lose(self, error: OSError) -> None:
+        """The device says that what was written may be lost: as a flush that failed, and from any thread."""
+        self._fail(error)
+        try:
+            self._tell()
+        except (LmdbitmapError, OSError) as refusal:  # the next flush says so
+            log.error("disk %s: nothing can say yet that track is lost: %s", self._name, refusal)
+
+    def tell_again(self) -> None:
+        """If a flush failed, whoever is told of it may have been deaf just then."""
+        if self._failure is not None:
+            self._on_failure(unflushed(self._name, self._failure).problem)
 
     def close(self, refusal: OSError) -> None:
         """Wait for the flush that is under way; all others fail like this."""
-        with self._turn:
-            self._failure = refusal
+        with self._turn, self._telling:
+            self._failure, self._untold = refusal, None
 
     def _flush_now(self) -> None:
         self.require_sound()
@@ -70,12 +91,21 @@ class Flusher:
         except FarAway as away:
             raise unflushed(self._name, away) from away
         except OSError as error:
-            self._failure = error
+            self._fail(error)
             forget_unwritten(self._device)
-            failure = unflushed(self._name, error)
-            self._on_failure(failure.problem)
-            raise failure from error
+        self.require_sound()
         self._done = self._begun
+
+    def _fail(self, error: OSError) -> None:
+        with self._telling:
+            if self._failure is None:
+                self._failure, self._untold = error, unflushed(self._name, error).problem
+
+    def _tell(self) -> None:
+        with self._telling:
+            if self._untold is not None:
+                self._on_failure(self._untold)
+                self._untold = None
 
 
 def unflushed(name: str, error: OSError) -> StorageError:

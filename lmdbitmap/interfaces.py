@@ -131,6 +131,14 @@ class LeavesDoubt(Protocol):
         """Bytes of which that is true, as (start, stop). A write that has ended is among them by then, if at all."""
 
 
+@runtime_checkable
+class FlushesByItself(Protocol):
+    """A device that also flushes where nobody asked it to, and so may be the only one to hear that data was lost."""
+
+    def tell_of_loss(self, tell: Callable[[OSError], None]) -> None:
+        """Have `tell` called, by any thread, when a flush has failed that will not be tried again."""
+
+
 class Lane(Protocol):
     """A way to a disk, for one thread at a time: make one per thread or connection."""
 

@@ -29,7 +29,7 @@ from lmdbitmap.extents import Trust
 from lmdbitmap.flushing import Flusher
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.holding import Holding
-from lmdbitmap.interfaces import ImageIdentity, LeavesDoubt, TrackableDevice
+from lmdbitmap.interfaces import FlushesByItself, ImageIdentity, LeavesDoubt, TrackableDevice
 from lmdbitmap.lane import Gate
 from lmdbitmap.period import Period
 from lmdbitmap.schema import Disk
@@ -55,6 +55,8 @@ class Tracking:
         self.device = device
         self.voucher = voucher
         self.flusher = Flusher(disk.name, device, voucher.lose_track)
+        if isinstance(device, FlushesByItself):
+            device.tell_of_loss(self.flusher.lose)
         self.is_over = False
         self._max_armed = max_armed
         with store.read() as reader:
@@ -184,6 +186,7 @@ class Tracking:
         self.voucher.require_a_voice()
         self.start_epoch(reason)
         self.voucher.vouch_again()
+        self.flusher.tell_again()  # a flush that failed meanwhile found track lost already
         log.warning("disk %s: tracking begins again", self.disk.name)
 
     def resize(self, size: int) -> None:

@@ -67,6 +67,8 @@ FLOORS: dict[str, float] = {
     "nbd.client_link": 2.2,
     "nbd.client_dial": 2.25,
     "nbd.client_windows": 2.25,
+    "nbd.client_kept": 2.25,
+    "nbd.client_flushes": 2.25,
     "nbd.edges": 2.15,
     "nbd.client_session": 2.3,
     "nbd.client": 2.5,

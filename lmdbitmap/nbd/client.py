@@ -308,10 +308,17 @@ class NbdDevice:
 
     # -- the rest ------------------------------------------------------------------------------------------
 
+    def tell_of_loss(self, tell: Callable[[OSError], None]) -> None:
+        """As `FlushesByItself` has it: how much is kept is bounded by flushes of our own."""
+        self._conversation.tell_of_loss(tell)
+
     def flush(self) -> None:
-        """A server that writes through has nothing to flush, nor one whose export is read-only for everybody."""
+        """A server that writes through has nothing to flush, nor one whose export is read-only for everybody.
+
+        One that failed fails for good, unless the server was only away.
+        """
         if self.export.has(nbd.NBD_FLAG_SEND_FLUSH):
-            self._do(Request(nbd.NBD_CMD_FLUSH))
+            self._conversation.flush()
 
     def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
         """What the server says; where it says nothing, or refuses to, all is data."""

@@ -27,6 +27,10 @@ _MAX_BLOCK: Final = 1 << 16
 _MAX_REPLY_DATA: Final = 64 << 10
 _MAX_REPLIES: Final = 256
 _OLDSTYLE_MAGIC: Final = 0x00420281861253
+_CHANGEABLE_FLAGS: Final = (
+    nbd.NBD_FLAG_ROTATIONAL | nbd.NBD_FLAG_SEND_DF | nbd.NBD_FLAG_CAN_MULTI_CONN | nbd.NBD_FLAG_SEND_CACHE
+)
+"""Transmission flags that we never count on."""
 
 
 class FarExport(NamedTuple):
@@ -53,6 +57,14 @@ class FarExport(NamedTuple):
     def is_of(self, disk: UUID) -> bool:
         """Whether it is that tracked disk, as our own server says: a false word does no more than have it refused."""
         return self.description.endswith(nbd.of_disk(disk))
+
+
+def require_same(old: FarExport, new: FarExport) -> None:
+    """Raise `FormatError` unless what was agreed on anew holds all that was counted on before."""
+    missing = (old.flags ^ new.flags) & (old.flags | nbd.NBD_FLAG_READ_ONLY) & ~_CHANGEABLE_FLAGS
+    same_sizes = (new.size, new.minimum) == (old.size, old.minimum) and new.maximum >= old.maximum
+    if missing or not same_sizes or (old.context_id is not None and new.context_id is None):
+        raise nonsense("export after a new connection", str(old), new)
 
 
 class _Act(Enum):

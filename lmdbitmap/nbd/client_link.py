@@ -45,15 +45,13 @@ SILENT: Final = -2
 
 
 class Call:
-    """Requests that one thread waits for together: `turn` is released when it has to look up."""
+    """Requests that one thread, if any, waits for together: `turn` is released when it has to look up."""
 
-    __slots__ = ("left", "listens", "turn", "waited")
+    __slots__ = ("left", "listens", "turn")
 
-    def __init__(self, left: int, *, waited: bool = True) -> None:
+    def __init__(self, left: int) -> None:
         self.left = left
         """Requests not answered yet."""
-        self.waited = waited
-        """False for what is done by the way: nobody sleeps on its `turn`."""
         self.listens = False
         """Whether its thread has done with sending: only then it may be the one who receives for all."""
         self.turn = threading.Lock()

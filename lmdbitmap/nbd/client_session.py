@@ -12,8 +12,8 @@ fails with ETIMEDOUT; after that each new one tries once, and fails at once whil
 the flush that comes later, on a new connection, knows nothing of them. So what was acknowledged is kept until
 a flush that was sent after it has succeeded, and on a new connection it is written again, in its order, before
 anything else is. At most about `keep_bytes` are kept: half of that starts a flush of our own, and all of it
-makes writers wait for one. A server that cannot flush but write through (FUA) is asked for that; then nothing
-needs to be kept.
+makes writers wait for one. That one failed is final (client_flushes.py). A server that cannot flush but write
+through (FUA) is asked for that; then nothing needs to be kept.
 
 **A server that is silent**, though it is there, is waited for as long as it likes: a far disk may hang, and its
 guest is to see no error. Only with `silence_s` a request is `Busy` once no byte came for so long, and so are all
@@ -36,7 +36,6 @@ import math
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
@@ -44,7 +43,9 @@ from lmdbitmap.bits import Run
 from lmdbitmap.errors import Busy, LmdbitmapError
 from lmdbitmap.interfaces import FarAway
 from lmdbitmap.nbd import protocol as nbd
-from lmdbitmap.nbd.client_handshake import FarExport, nonsense
+from lmdbitmap.nbd.client_flushes import Flushes
+from lmdbitmap.nbd.client_handshake import require_same
+from lmdbitmap.nbd.client_kept import Kept
 from lmdbitmap.nbd.client_link import AWAY, SILENT, Call, Link, Request
 from lmdbitmap.nbd.client_windows import apart, of_a_kind
 from lmdbitmap.nbd.doubts import Doubts
@@ -53,8 +54,6 @@ log = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S: Final = 0.02
 _LONGEST_PAUSE_S: Final = 1.0
-_KEPT_OVERHEAD: Final = 512
-"""What a kept request costs beside its data, in bytes."""
 _KNOWN_ERRORS: Final = frozenset(
     (
         nbd.NBD_EPERM, nbd.NBD_EIO, nbd.NBD_ENOMEM, nbd.NBD_EINVAL, nbd.NBD_ENOSPC, nbd.NBD_EOVERFLOW,
@@ -62,10 +61,6 @@ _KNOWN_ERRORS: Final = frozenset(
     )
 )  # fmt: skip
 _CHANGES: Final = (nbd.NBD_CMD_WRITE, nbd.NBD_CMD_WRITE_ZEROES, nbd.NBD_CMD_TRIM)
-_CHANGEABLE_FLAGS: Final = (
-    nbd.NBD_FLAG_ROTATIONAL | nbd.NBD_FLAG_SEND_DF | nbd.NBD_FLAG_CAN_MULTI_CONN | nbd.NBD_FLAG_SEND_CACHE
-)
-"""Transmission flags that we never count on."""
 
 
 class Conversation:
@@ -94,12 +89,9 @@ class Conversation:
         self._outage_since = math.inf
         self._pause_s = 0.0
         self._next_dial = 0.0
-        self._kept: deque[Request] = deque()
-        self._kept_bytes = 0
-        self._dropped = 0
-        """Kept requests that a flush has let go of, ever: the number of the oldest one in `_kept`."""
-        self._flushing = False
+        self._kept = Kept()
         self._making_room = threading.Lock()
+        self._flushes = Flushes(self)
         self._doubts = Doubts()
         self._link: Link | None = connect()
         self.export = self._link.export
@@ -108,17 +100,26 @@ class Conversation:
     # -- the caller's thread -------------------------------------------------------------------------------
 
     def do(self, requests: Sequence[Request]) -> None:
-        """Return when all are answered; each one's `error` says how. At most `WINDOW`, all of one kind."""
-        if self._kept_bytes > self._keep_bytes // 2 and requests[0].command in _CHANGES:
+        """Return when all are answered; each one's `error` says how. At most `WINDOW`, all of one kind.
+
+        None of them is a flush: for that see there.
+        """
+        if self._kept.byte_count > self._keep_bytes // 2 and requests[0].command in _CHANGES:
             self._make_room()
-        call = Call(len(requests))
-        try:
-            self._post(call, requests)
-            while call.left:
-                self._lead_or_wait(call)
-        except BaseException:
-            self._abandon(call, requests)
-            raise
+        self.ask(requests)
+
+    def flush(self) -> None:
+        """Return after everything acknowledged before is on stable storage. Raises `OSError`.
+
+        That is final, unless it is `FarAway`.
+        """
+        flush = self._flushes.flush()
+        if flush.error:
+            raise self.failure(flush)
+
+    def tell_of_loss(self, tell: Callable[[OSError], None]) -> None:
+        """Have `tell` called, once, when a flush failed for good, by whichever thread hears of it first."""
+        self._flushes.tell_of_loss = tell
 
     def failure(self, request: Request) -> OSError | Busy:
         """What the caller is told: an error that the protocol does not know counts as EINVAL, as it demands."""
@@ -129,7 +130,10 @@ class Conversation:
                 f"{self._name}: not a byte of an answer came within {self._silence_s:g} s",
                 next_step="see what keeps it waiting, end it if need be, and try again",
             )
-        number = request.error if request.error in _KNOWN_ERRORS else errno.EINVAL
+        return self.refusal(request.error)
+
+    def refusal(self, error: int) -> OSError:
+        number = error if error in _KNOWN_ERRORS else errno.EINVAL
         return OSError(number, os.strerror(number), self._name)
 
     def close(self) -> None:
@@ -151,7 +155,33 @@ class Conversation:
         """Bytes, as (start, stop), that may change yet because of a connection that was lost."""
         return self._doubts.runs
 
-    def _post(self, call: Call, requests: Sequence[Request]) -> None:
+    # -- what client_flushes.py uses too -------------------------------------------------------------------
+
+    def ask(self, requests: Sequence[Request]) -> None:
+        """As `do`, of anything, and whatever is kept."""
+        call = Call(len(requests))
+        try:
+            self.post(call, requests)
+        except BaseException:
+            self._abandon(call, requests)
+            raise
+        self.wait_for(call, requests)
+
+    def wait_for(self, call: Call, requests: Sequence[Request]) -> None:
+        """Return when all that were posted as this call are answered. For one thread."""
+        try:
+            while call.left:
+                self._lead_or_wait(call)
+        except BaseException:
+            self._abandon(call, requests)
+            raise
+
+    def is_unanswered(self, request: Request) -> bool:
+        with self._state:
+            return request.cookie in self._waiting
+
+    def post(self, call: Call, requests: Sequence[Request]) -> None:
+        """Have them sent, if not now then on the next connection."""
         with self._state:
             if self._closing.is_set():
                 raise OSError(errno.EBADF, "the image is closed")
@@ -161,7 +191,7 @@ class Conversation:
                 request.call = call
                 request.link = link
                 request.since = self._outage_since
-                request.mark = self._dropped + len(self._kept)
+                request.mark = self._kept.mark
                 self._waiting[request.cookie] = request
         if link is not None:
             link.post(requests)
@@ -224,6 +254,8 @@ class Conversation:
         """It is answered. A server that only says it is shutting down has answered nothing."""
         if request.error == nbd.NBD_ESHUTDOWN:
             raise ConnectionAbortedError(errno.ECONNABORTED, "the NBD server is shutting down")
+        if request.command == nbd.NBD_CMD_FLUSH:
+            self._flushes.judge(request)
         with self._state:
             self._outage_since, self._pause_s = math.inf, 0.0
             if request.error == 0:
@@ -236,40 +268,25 @@ class Conversation:
             return
         call = request.call
         call.left -= 1
-        if not call.waited:
-            self._flushing = False
-        elif call.left == 0 and call is not self._leader:
+        if call.left == 0 and call is not self._leader:
             call.turn.release()
 
     # -- what is kept --------------------------------------------------------------------------------------
 
     def _keep_or_let_go(self, request: Request) -> None:
         if request.command == nbd.NBD_CMD_FLUSH:
-            while self._dropped < request.mark:
-                self._kept_bytes -= _cost(self._kept.popleft())
-                self._dropped += 1
+            self._kept.let_go(request.mark)
         elif self._keeps and request.command in _CHANGES:
-            self._kept.append(request)
-            self._kept_bytes += _cost(request)
+            self._kept.add(request)
 
     def _make_room(self) -> None:
         """Start a flush, or wait for one. Raises `OSError` when it fails: more cannot be promised then."""
-        if self._kept_bytes <= self._keep_bytes:
-            self._flush_by_the_way()
+        if self._kept.byte_count <= self._keep_bytes:
+            self._flushes.begin_one()
             return
         with self._making_room:
-            if self._kept_bytes > self._keep_bytes:
-                flush = Request(nbd.NBD_CMD_FLUSH)
-                self.do([flush])
-                if flush.error:
-                    raise self.failure(flush)
-
-    def _flush_by_the_way(self) -> None:
-        with self._state:
-            if self._flushing:
-                return
-            self._flushing = True
-        self._post(Call(1, waited=False), [Request(nbd.NBD_CMD_FLUSH)])
+            if self._kept.byte_count > self._keep_bytes:
+                self.flush()
 
     # -- when the connection breaks ------------------------------------------------------------------------
 
@@ -329,7 +346,7 @@ class Conversation:
         link = None
         try:
             link = self._connect()
-            self._require_same(link.export)
+            require_same(self.export, link.export)
             self._catch_up(link)
         except (OSError, LmdbitmapError) as why:
             if link is not None:
@@ -341,16 +358,9 @@ class Conversation:
             since = min((request.since for request in self._waiting.values()), default=math.inf)
         return since + self._reconnect_s
 
-    def _require_same(self, new: FarExport) -> None:
-        old = self.export
-        missing = (old.flags ^ new.flags) & (old.flags | nbd.NBD_FLAG_READ_ONLY) & ~_CHANGEABLE_FLAGS
-        same_sizes = (new.size, new.minimum) == (old.size, old.minimum) and new.maximum >= old.maximum
-        if missing or not same_sizes or (old.context_id is not None and new.context_id is None):
-            raise nonsense("export after a new connection", str(old), new)
-
     def _catch_up(self, link: Link) -> None:
         """Write again what was kept, do what is in flight, and only then let others send."""
-        kept = list(self._kept)
+        kept = self._kept.changes()
         waiting = {request.cookie: request for request in kept}
         for window in apart(kept):
             self._exchange(link, window, waiting, self._require_success)
@@ -394,10 +404,6 @@ class Conversation:
             if left:
                 with self._state:
                     self._doubt(window)
-
-
-def _cost(request: Request) -> int:
-    return len(request.data) + _KEPT_OVERHEAD
 
 
 def _words(why: object) -> object:

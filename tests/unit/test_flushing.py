@@ -154,3 +154,50 @@ def test_after_close_flushes_fail_as_they_are_told() -> None:
         flusher.flush()
     assert refused.value.errno == errno.ESHUTDOWN
     assert told == []
+
+
+def test_what_a_device_lost_by_itself_is_told_at_once_and_fails_every_flush() -> None:
+    told: list[str] = []
+    device = MemoryDevice(4096)
+    flusher = Flusher("sda", device, told.append)
+    flusher.lose(OSError(errno.EIO, "injected"))
+    assert (flusher.failed, told) == (True, ["the image of disk 'sda' could not be flushed: Input/output error"])
+    with pytest.raises(StorageError, match="Input/output error"):
+        flusher.flush()
+    assert len(told) == 1
+
+
+def test_loss_while_a_flush_is_under_way_fails_that_one_too() -> None:
+    device = SlowDevice()
+    flusher = Flusher("sda", device, lambda _: None)
+    ends, waiter = flush_in_threads(flusher, device, 2)
+    flusher.lose(OSError(errno.EIO, "injected"))
+    for _ in range(3):
+        device.go_on.release()
+    waiter.join(PATIENCE_SECONDS)
+    assert ends == ["failed"] * 3
+    assert device.flushes == 1
+
+
+def test_failure_that_could_not_be_told_is_told_at_the_next_occasion() -> None:
+    told: list[str] = []
+
+    def hear(reason: str) -> None:
+        told.append(reason)
+        if len(told) == 1:
+            raise StorageError("nobody listens", OSError(errno.EIO, "injected"), next_step="speak up")
+
+    flusher = Flusher("sda", MemoryDevice(4096), hear)
+    flusher.lose(OSError(errno.EIO, "injected"))
+    for _ in range(2):
+        with pytest.raises(StorageError, match="could not be flushed"):
+            flusher.flush()
+    assert len(told) == 2
+
+
+def test_nothing_is_told_of_a_loss_after_close() -> None:
+    told: list[str] = []
+    flusher = Flusher("sda", MemoryDevice(4096), told.append)
+    flusher.close(OSError(errno.ESHUTDOWN, "detached"))
+    flusher.lose(OSError(errno.EIO, "injected"))
+    assert told == []

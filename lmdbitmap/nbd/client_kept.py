@@ -1,0 +1,43 @@
+"""What a far server acknowledged and may not have on its disk yet, in the order in which it was acknowledged."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Final
+
+from lmdbitmap.nbd.client_link import Request
+
+_OVERHEAD: Final = 512
+"""What a kept request costs beside its data, in bytes."""
+
+
+class Kept:
+    """Changes that have to be written again on a new connection. For one thread at a time."""
+
+    def __init__(self) -> None:
+        self._changes: deque[Request] = deque()
+        self._let_go = 0
+        """How many were, ever: the number of the oldest one that is kept."""
+        self.byte_count = 0
+
+    @property
+    def mark(self) -> int:
+        """The number of the next change: a flush that is sent now is about those before it."""
+        return self._let_go + len(self._changes)
+
+    def add(self, change: Request) -> None:
+        self._changes.append(change)
+        self.byte_count += _cost(change)
+
+    def let_go(self, mark: int) -> None:
+        """All before the mark are on stable storage."""
+        while self._let_go < mark:
+            self.byte_count -= _cost(self._changes.popleft())
+            self._let_go += 1
+
+    def changes(self) -> list[Request]:
+        return list(self._changes)
+
+
+def _cost(change: Request) -> int:
+    return len(change.data) + _OVERHEAD

@@ -1,0 +1,237 @@
+"""A far image never calls durable what its server may have lost: one flush that failed is never forgotten."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from lmdbitmap import session
+from lmdbitmap.changes import changes
+from lmdbitmap.device import FileDevice
+from lmdbitmap.errors import StorageError
+from lmdbitmap.extents import Trust
+from lmdbitmap.filter import Filter
+from lmdbitmap.nbd.client import NbdDevice
+from lmdbitmap.store import Store
+from tests.nbd_far import EIO, Asked, Behaviour, FarServer, HangUp, far_server, simple
+from tests.nbd_raw import FLUSH, READ, WRITE
+from tests.support import PATIENCE_SECONDS
+from tests.tracked import TrackedDisk, trust_of
+
+SIZE = 64 << 10
+KEEP_BYTES = 20_000
+PIECE = b"x" * 4096
+UNTIL_ONE_OF_OUR_OWN = 4
+"""Pieces that are written before a flush of our own begins: more than half of what may be kept."""
+
+
+@pytest.fixture
+def far(tmp_path: Path) -> Iterator[FarServer]:
+    with far_server(tmp_path, SIZE) as server:
+        yield server
+
+
+def opened(uri: str) -> NbdDevice:
+    return NbdDevice.open(uri, reconnect_s=PATIENCE_SECONDS, keep_bytes=KEEP_BYTES)
+
+
+def failing_flush(number: int) -> Behaviour:
+    """Only that flush fails, counted from 1; the server is well before and afterwards."""
+    flushes: list[Asked] = []
+
+    def fail_one(server: FarServer, asked: Asked) -> bytes | None:
+        if asked.command == FLUSH:
+            flushes.append(asked)
+        return simple(asked.cookie, EIO) if asked.command == FLUSH and len(flushes) == number else None
+
+    return fail_one
+
+
+def write_until_flushed(far: FarServer, write: Callable[[bytes, int], None]) -> None:
+    """Returns when a flush of our own was answered: what comes later on the connection is answered later."""
+    for piece in range(UNTIL_ONE_OF_OUR_OWN):
+        write(PIECE, piece * len(PIECE))
+    write(b"end", SIZE - 3)
+    assert far.commands().count(FLUSH) == 1
+
+
+def flush_error(device: NbdDevice) -> int | None:
+    with pytest.raises(OSError) as refused:
+        device.flush()
+    return refused.value.errno
+
+
+def test_flush_of_our_own_that_failed_fails_all_that_follow(far: FarServer) -> None:
+    far.behave = failing_flush(1)
+    with opened(far.uri) as device:
+        write_until_flushed(far, device.pwrite)
+        assert [flush_error(device) for _ in range(3)] == [errno.EIO] * 3
+        assert device.pread(4, 0) == b"xxxx"
+        device.pwrite(b"still", 0)
+    assert far.commands().count(FLUSH) == 1, "asking again would be to hope for a lie"
+
+
+def test_flush_of_a_callers_that_failed_fails_all_that_follow(far: FarServer) -> None:
+    far.behave = failing_flush(2)
+    with opened(far.uri) as device:
+        device.pwrite(b"x", 0)
+        device.flush()
+        device.pwrite(b"y", 0)
+        assert [flush_error(device) for _ in range(3)] == [errno.EIO] * 3
+
+
+def test_flush_that_failed_is_not_forgotten_on_a_new_connection(far: FarServer) -> None:
+    far.behave = failing_flush(1)
+    with opened(far.uri) as device:
+        write_until_flushed(far, device.pwrite)
+        far.crash()
+        assert device.pread(4, 0) == b"xxxx"
+        assert far.handshakes == 2
+        assert flush_error(device) == errno.EIO
+
+
+def test_flush_waits_for_the_one_that_is_under_way_and_shares_its_failure(far: FarServer) -> None:
+    """A server's kernel tells of lost data once: of two flushes at a time only one might hear of it."""
+    held: list[Asked] = []
+
+    def hold_the_first_flush(server: FarServer, asked: Asked) -> bytes | None:
+        if asked.command == FLUSH and not held:
+            held.append(asked)
+            return b""
+        if asked.command == READ:
+            return simple(held[0].cookie, EIO) + server.reply(asked)
+        return None
+
+    far.behave = hold_the_first_flush
+    with opened(far.uri) as device, ThreadPoolExecutor(1) as pool:
+        write_until_flushed(far, device.pwrite)
+        flushing = pool.submit(device.flush)
+        device.pread(1, 0)
+        error = flushing.exception(PATIENCE_SECONDS)
+        assert isinstance(error, OSError)
+        assert error.errno == errno.EIO
+    assert far.commands().count(FLUSH) == 1
+
+
+def test_flush_that_waited_for_one_of_our_own_is_sent_after_it(far: FarServer) -> None:
+    held: list[Asked] = []
+
+    def hold_the_first_flush(server: FarServer, asked: Asked) -> bytes | None:
+        if asked.command == FLUSH and not held:
+            held.append(asked)
+            return b""
+        return simple(held[0].cookie) + server.reply(asked) if asked.command == READ else None
+
+    far.behave = hold_the_first_flush
+    with opened(far.uri) as device, ThreadPoolExecutor(2) as pool:
+        write_until_flushed(far, device.pwrite)
+        flushing = [pool.submit(device.flush) for _ in range(2)]
+        device.pread(1, 0)
+        for flush in flushing:
+            flush.result(PATIENCE_SECONDS)
+    assert far.commands()[-4:].count(FLUSH) >= 2
+    assert far.stable == far.data
+
+
+def test_flush_of_our_own_whose_connection_broke_is_sent_again(far: FarServer) -> None:
+    cut: list[Asked] = []
+
+    def hang_up_on_the_first_flush(server: FarServer, asked: Asked) -> bytes | None:
+        if asked.command == FLUSH and not cut:
+            cut.append(asked)
+            raise HangUp
+        return None
+
+    far.behave = hang_up_on_the_first_flush
+    with opened(far.uri) as device:
+        for piece in range(UNTIL_ONE_OF_OUR_OWN):
+            device.pwrite(PIECE, piece * len(PIECE))
+        device.pwrite(b"end", SIZE - 3)
+        device.flush()
+        assert far.stable == far.data
+    assert far.handshakes == 2
+
+
+# --- what is told of a tracked disk ---
+
+
+@pytest.fixture
+def store(far: FarServer, tmp_path: Path) -> Iterator[Store]:
+    with closing(Store.create(str(tmp_path / "store"))) as store:
+        session.add(store, "sda", far.uri, granularity_bits=12)
+        with attached(store) as disk:
+            disk.checkpoint("start")
+        far.asked.clear()
+        yield store
+
+
+def attached(store: Store) -> Filter:
+    return Filter.attach(store, "sda", background=False, open_device=opened)
+
+
+def test_flush_that_failed_unseen_loses_track_at_once_and_durably(far: FarServer, store: Store) -> None:
+    """What the server lost may go back to what it was when a later period is open, which would call it clean."""
+    disk = attached(store)
+    far.behave = failing_flush(1)
+    far.asked.clear()
+    write_until_flushed(far, disk.pwrite)
+    assert trust_of(changes(store, "sda", since="start")) is Trust.UNTRUSTED, "whoever dies now has said so"
+    assert trust_of(disk.changes(since="start")) is Trust.UNTRUSTED
+    for _ in range(2):
+        with pytest.raises(StorageError, match="could not be flushed"):
+            disk.checkpoint("lie")
+        with pytest.raises(StorageError, match="could not be flushed"):
+            disk.flush()
+    disk.background_pass()
+    assert trust_of(disk.changes(since="start")) is Trust.UNTRUSTED, "only a new attach begins anew"
+    disk.abandon()
+    with attached(store) as disk:
+        assert "could not be flushed" in str(disk.standing().reason)
+        disk.checkpoint("true")
+        assert trust_of(disk.changes(since="true")) is Trust.EXACT
+
+
+class LosesWhenMeasured(FileDevice):
+    """Tells of a loss just when its size is asked for."""
+
+    tell: Callable[[OSError], None] | None = None
+    is_losing = False
+
+    def tell_of_loss(self, tell: Callable[[OSError], None]) -> None:
+        self.tell = tell
+
+    @property
+    def size(self) -> int:
+        if self.is_losing and self.tell is not None:
+            self.tell(OSError(errno.EIO, "injected"))
+        return super().size
+
+
+def test_loss_while_tracking_begins_again_is_not_forgotten_with_what_was_lost_before(tmp_path: Path) -> None:
+    tracked = TrackedDisk(tmp_path, 64 * 4096).clean()
+    with closing(tracked.store):
+        disk = Filter.attach(tracked.store, "sda", open_device=LosesWhenMeasured.open, background=False)
+        disk._voucher.lose_track("another reason")
+        device = disk.device
+        assert isinstance(device, LosesWhenMeasured)
+        device.is_losing = True
+        disk.regain_trust()
+        assert trust_of(disk.changes()) is Trust.UNTRUSTED
+        assert trust_of(tracked.changes()) is Trust.UNTRUSTED
+        disk.abandon()
+
+
+def test_guest_writes_on_after_a_flush_that_failed_unseen(far: FarServer, store: Store) -> None:
+    disk = attached(store)
+    far.behave = failing_flush(1)
+    far.asked.clear()
+    write_until_flushed(far, disk.pwrite)
+    disk.pwrite(b"goes on", 5 * 4096)
+    assert disk.pread(7, 5 * 4096) == b"goes on"
+    disk.abandon()
+    assert far.commands().count(WRITE) == UNTIL_ONE_OF_OUR_OWN + 2
