@@ -68,6 +68,7 @@ FLOORS: dict[str, float] = {
     "nbd.client_dial": 2.25,
     "nbd.client_windows": 2.25,
     "nbd.client_kept": 2.25,
+    "nbd.client_errors": 2.22,
     "nbd.client_flushes": 2.25,
     "nbd.edges": 2.15,
     "nbd.client_session": 2.3,

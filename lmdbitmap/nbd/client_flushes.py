@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from lmdbitmap.nbd import protocol as nbd
+from lmdbitmap.nbd.client_errors import refusal
 from lmdbitmap.nbd.client_link import Call, Request
 
 
@@ -25,14 +26,14 @@ class Talk(Protocol):
     def post(self, call: Call, requests: Sequence[Request]) -> None: ...
     def wait_for(self, call: Call, requests: Sequence[Request]) -> None: ...
     def is_unanswered(self, request: Request) -> bool: ...
-    def refusal(self, error: int) -> OSError: ...
 
 
 class Flushes:
     """Safe for many threads."""
 
-    def __init__(self, talk: Talk) -> None:
+    def __init__(self, talk: Talk, name: str) -> None:
         self._talk = talk
+        self._name = name
         self._turn = threading.Lock()
         self._own: Request | None = None
         """The newest that nobody asked for."""
@@ -73,12 +74,12 @@ class Flushes:
         """Something that was acknowledged may never be on stable storage."""
         if not self._failure:
             self._failure = error
-            self.tell_of_loss(self._talk.refusal(error))
+            self.tell_of_loss(refusal(error, self._name))
 
     def require_sound(self) -> None:
         """Raise as the flush that failed did, if one did."""
         if self._failure:
-            raise self._talk.refusal(self._failure)
+            raise refusal(self._failure, self._name)
 
     def _own_under_way(self) -> Request | None:
         """Called with `_turn` held: no other one begins meanwhile."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Final
 
+from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.client_link import Request
 
 _OVERHEAD: Final = 512
@@ -26,6 +27,8 @@ class Kept:
         return self._let_go + len(self._changes)
 
     def add(self, change: Request) -> None:
+        """Zeroes that were fast once need not be fast again: they are promised by now, at any speed."""
+        change.flags &= ~nbd.NBD_CMD_FLAG_FAST_ZERO
         self._changes.append(change)
         self.byte_count += _cost(change)
 

@@ -19,7 +19,9 @@ through (FUA) is asked for that; then nothing needs to be kept.
 guest is to see no error. Only with `silence_s` a request is `Busy` once no byte came for so long, and so are all
 that follow.
 
-A new connection is taken only if the server still offers what it did: size, block sizes, transmission flags.
+A new connection is taken only if the server still offers what it did: size, block sizes, transmission flags. Where it
+then refuses to write again what it had acknowledged (it is full by now), that is a flush that failed: what was
+promised is lost. The connection is used all the same, so that the image can be read.
 
 What this cannot know: whether a server that lost us is still busy with a request of the old connection. Its
 write may then come after a later one to the same place. A server that died has no such ghosts; where we break
@@ -33,7 +35,6 @@ import errno
 import itertools
 import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -41,8 +42,8 @@ from typing import Final
 
 from lmdbitmap.bits import Run
 from lmdbitmap.errors import Busy, LmdbitmapError
-from lmdbitmap.interfaces import FarAway
 from lmdbitmap.nbd import protocol as nbd
+from lmdbitmap.nbd.client_errors import failure, refusal, require_answer, words
 from lmdbitmap.nbd.client_flushes import Flushes
 from lmdbitmap.nbd.client_handshake import require_same
 from lmdbitmap.nbd.client_kept import Kept
@@ -54,12 +55,6 @@ log = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S: Final = 0.02
 _LONGEST_PAUSE_S: Final = 1.0
-_KNOWN_ERRORS: Final = frozenset(
-    (
-        nbd.NBD_EPERM, nbd.NBD_EIO, nbd.NBD_ENOMEM, nbd.NBD_EINVAL, nbd.NBD_ENOSPC, nbd.NBD_EOVERFLOW,
-        nbd.NBD_ENOTSUP,
-    )
-)  # fmt: skip
 _CHANGES: Final = (nbd.NBD_CMD_WRITE, nbd.NBD_CMD_WRITE_ZEROES, nbd.NBD_CMD_TRIM)
 
 
@@ -91,7 +86,7 @@ class Conversation:
         self._next_dial = 0.0
         self._kept = Kept()
         self._making_room = threading.Lock()
-        self._flushes = Flushes(self)
+        self._flushes = Flushes(self, name)
         self._doubts = Doubts()
         self._link: Link | None = connect()
         self.export = self._link.export
@@ -122,19 +117,8 @@ class Conversation:
         self._flushes.tell_of_loss = tell
 
     def failure(self, request: Request) -> OSError | Busy:
-        """What the caller is told: an error that the protocol does not know counts as EINVAL, as it demands."""
-        if request.error == AWAY:
-            return FarAway(errno.ETIMEDOUT, "its server went away and has not come back", self._name)
-        if request.error == SILENT:
-            return Busy(
-                f"{self._name}: not a byte of an answer came within {self._silence_s:g} s",
-                next_step="see what keeps it waiting, end it if need be, and try again",
-            )
-        return self.refusal(request.error)
-
-    def refusal(self, error: int) -> OSError:
-        number = error if error in _KNOWN_ERRORS else errno.EINVAL
-        return OSError(number, os.strerror(number), self._name)
+        """What the caller is told."""
+        return failure(request.error, self._name, self._silence_s)
 
     def close(self) -> None:
         """Say goodbye. Nothing may be in flight; what was not flushed may be lost."""
@@ -251,9 +235,8 @@ class Conversation:
             self._lose(link, broken)
 
     def _finish(self, request: Request) -> None:
-        """It is answered. A server that only says it is shutting down has answered nothing."""
-        if request.error == nbd.NBD_ESHUTDOWN:
-            raise ConnectionAbortedError(errno.ECONNABORTED, "the NBD server is shutting down")
+        """It is answered."""
+        require_answer(request)
         if request.command == nbd.NBD_CMD_FLUSH:
             self._flushes.judge(request)
         with self._state:
@@ -316,7 +299,7 @@ class Conversation:
             if self._outage_since == math.inf:
                 self._outage_since = now
                 if self._reconnect_s:
-                    log.warning("%s: %s; trying again for %g s", self._name, _words(why), self._reconnect_s)
+                    log.warning("%s: %s; trying again for %g s", self._name, words(why), self._reconnect_s)
             for request in self._waiting.values():
                 request.since = min(request.since, now)
         self._fail_those_since(time.monotonic() - self._reconnect_s, why)
@@ -328,7 +311,7 @@ class Conversation:
                 request.error = SILENT if self._is_silent else AWAY
                 self._conclude(request)
         if lost and self._reconnect_s:  # else whoever asked is told, at once
-            log.error("%s: %d requests failed: %s", self._name, len(lost), _words(why))
+            log.error("%s: %d requests failed: %s", self._name, len(lost), words(why))
 
     def _reconnect(self) -> None:
         """Try once more, when it is time for it. What cannot wait for that fails."""
@@ -360,14 +343,31 @@ class Conversation:
 
     def _catch_up(self, link: Link) -> None:
         """Write again what was kept, do what is in flight, and only then let others send."""
-        kept = self._kept.changes()
-        waiting = {request.cookie: request for request in kept}
-        for window in apart(kept):
-            self._exchange(link, window, waiting, self._require_success)
+        self._write_again(link, self._kept.changes())
         while todo := self._not_sent(link):
             for window in of_a_kind(todo):
                 self._exchange(link, window, self._waiting, self._finish)
-        log.warning("%s: connected again; %d writes were written again", self._name, len(kept))
+
+    def _write_again(self, link: Link, kept: Sequence[Request]) -> None:
+        waiting = {change.cookie: change for change in kept}
+        for window in apart(kept):
+            self._exchange(link, window, waiting, require_answer)
+        refused = [change for change in kept if change.error]
+        done = len(kept) - len(refused)
+        log.warning("%s: connected again; %d writes were written again", self._name, done)
+        if refused:
+            self._give_up(refused)
+
+    def _give_up(self, refused: Sequence[Request]) -> None:
+        """They may have been done, undone, or half done, and are kept: another connection may take them. A discard was
+        only advice."""
+        why = words(refusal(refused[0].error, self._name))
+        log.error("%s: %d writes that were acknowledged are refused now: %s", self._name, len(refused), why)
+        with self._state:
+            self._doubt(refused)
+        for change in refused:
+            if change.command != nbd.NBD_CMD_TRIM:
+                self._flushes.lose(change.error)
 
     def _not_sent(self, link: Link) -> list[Request]:
         """What waits and is not yet sent on `link`; where nothing is, `link` is from now on the connection."""
@@ -376,10 +376,6 @@ class Conversation:
             if not todo:
                 self._link = link
         return todo
-
-    def _require_success(self, request: Request) -> None:
-        if request.error:
-            raise OSError(request.error, "the server refuses to write again what it had acknowledged")
 
     def _exchange(
         self,
@@ -404,7 +400,3 @@ class Conversation:
             if left:
                 with self._state:
                     self._doubt(window)
-
-
-def _words(why: object) -> object:
-    return (why.strerror if isinstance(why, OSError) else None) or why

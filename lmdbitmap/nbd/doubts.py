@@ -3,6 +3,8 @@
 A connection that breaks may have carried writes to a server that does not see them before much later: it was stopped,
 or its own disk hung. Whether it ever does them we are never told, not even by another connection of the same server.
 So their ranges are remembered for as long as the image is open. They are few; of too many, near ones become one.
+
+So are those of changes that a server had acknowledged, lost, and refused to do again: each new connection is asked to.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""A real server whose disk loses what was written tells of it once, perhaps at a flush that nobody asked us for."""
+"""Real servers that lose what they acknowledged: at a flush that nobody asked us for, or coming back full."""
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.nbd.client import NbdDevice
 from lmdbitmap.store import Store
-from tests.support import make_raw_image, requires, spawn, wait_for_socket
+from tests.support import Argument, Child, make_raw_image, requires, spawn, wait_for_socket
 from tests.tracked import blocks_of, trust_of
 
 pytestmark = requires("nbdkit")
@@ -68,3 +69,47 @@ def test_no_checkpoint_is_made_after_a_flush_of_our_own_failed_once(tmp_path: Pa
             disk.checkpoint("anew")
             disk.pwrite(b"y", 7 * PIECE)
             assert blocks_of(disk.changes(since="anew")) == {7}
+
+
+def test_image_of_a_server_that_came_back_full_can_be_read(tmp_path: Path) -> None:
+    """What it had acknowledged and not flushed is refused when it is written again; that is never called durable."""
+    image, full = make_raw_image(tmp_path / "disk.raw", SIZE), tmp_path / "full"
+    command: list[Argument] = [
+        "nbdkit",
+        "--foreground",
+        "--unix",
+        tmp_path / "nbd",
+        "--filter=error",
+        "file",
+        image,
+    ]
+    command += ["error=ENOSPC", "error-pwrite-rate=100%", f"error-pwrite-file={full}"]
+    with ExitStack() as stack:
+
+        def serve() -> Child:
+            child = stack.enter_context(spawn(*command))
+            wait_for_socket(tmp_path / "nbd", child)
+            return child
+
+        server = serve()
+        store = stack.enter_context(closing(Store.create(str(tmp_path / "store"))))
+        session.add(store, "sda", f"nbd+unix:///?socket={tmp_path / 'nbd'}", granularity_bits=16)
+        disk = Filter.attach(store, "sda", background=False, open_device=open_device)
+        disk.checkpoint("before")
+        disk.pwrite(b"x" * PIECE, 3 * PIECE)
+        server.process.kill()
+        server.wait()
+        (tmp_path / "nbd").unlink()
+        full.touch()
+        serve()
+        assert disk.pread(4, 5 * PIECE) == bytes(4)
+        with pytest.raises(OSError) as refused:
+            disk.pwrite(b"y", 0)
+        assert refused.value.errno == errno.ENOSPC
+        full.unlink()
+        disk.pwrite(b"y", 0)
+        assert disk.pread(1, 0) == b"y"
+        with pytest.raises(StorageError, match="could not be flushed: No space left on device"):
+            disk.checkpoint("after")
+        disk.abandon()
+        assert trust_of(changes(store, "sda", since="before")) is Trust.UNTRUSTED

@@ -161,7 +161,10 @@ def test_what_a_device_lost_by_itself_is_told_at_once_and_fails_every_flush() ->
     device = MemoryDevice(4096)
     flusher = Flusher("sda", device, told.append)
     flusher.lose(OSError(errno.EIO, "injected"))
-    assert (flusher.failed, told) == (True, ["the image of disk 'sda' could not be flushed: Input/output error"])
+    assert (flusher.failed, told) == (
+        True,
+        ["the image of disk 'sda' could not be flushed: Input/output error"],
+    )
     with pytest.raises(StorageError, match="Input/output error"):
         flusher.flush()
     assert len(told) == 1

@@ -18,12 +18,27 @@ from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.nbd.client import NbdDevice
 from lmdbitmap.store import Store
-from tests.nbd_far import EIO, Asked, Behaviour, FarServer, HangUp, far_server, simple
-from tests.nbd_raw import FLUSH, READ, WRITE
+from tests.nbd_far import (
+    EIO,
+    ENOTSUP,
+    ESHUTDOWN,
+    TRIM,
+    WRITE_ZEROES,
+    Asked,
+    Behaviour,
+    Crash,
+    FarServer,
+    HangUp,
+    far_server,
+    honest,
+    simple,
+)
+from tests.nbd_raw import FAST_ZERO, FLUSH, NO_HOLE, READ, WRITE
 from tests.support import PATIENCE_SECONDS
-from tests.tracked import TrackedDisk, trust_of
+from tests.tracked import TrackedDisk, blocks_of, trust_of
 
 SIZE = 64 << 10
+ENOSPC = 28
 KEEP_BYTES = 20_000
 PIECE = b"x" * 4096
 UNTIL_ONE_OF_OUR_OWN = 4
@@ -157,6 +172,107 @@ def test_flush_of_our_own_whose_connection_broke_is_sent_again(far: FarServer) -
     assert far.handshakes == 2
 
 
+# --- what cannot be written again ---
+
+
+def refusing_again(command: int, error: int) -> Behaviour:
+    """A server that has lost what was not flushed, and takes no request of that kind from its next connection."""
+    return lambda server, asked: (
+        simple(asked.cookie, error) if asked.connection > 1 and asked.command == command else None
+    )
+
+
+def test_server_that_refuses_what_it_had_acknowledged_can_be_read_and_never_flushed(far: FarServer) -> None:
+    far.data[:4] = far.stable[:4] = b"old."
+    far.behave = refusing_again(WRITE, ENOSPC)
+    with opened(far.uri) as device:
+        device.pwrite(b"new.", 0)
+        device.write_zeroes(8192, 100)
+        device.pwrite(b"more", 4096)
+        far.crash()
+        assert device.pread(4, 0) == b"old."
+        assert device.in_doubt() == [(0, 4), (4096, 4100)]
+        assert [flush_error(device) for _ in range(2)] == [errno.ENOSPC] * 2
+        with pytest.raises(OSError):
+            device.pwrite(b"new", 9000)
+        device.write_zeroes(9000, 10)
+    assert far.handshakes == 2
+    assert far.commands() == [
+        WRITE,
+        WRITE_ZEROES,
+        WRITE,
+        *[WRITE, WRITE_ZEROES, WRITE],
+        READ,
+        WRITE,
+        WRITE_ZEROES,
+    ]
+
+
+def test_flush_under_way_while_what_was_acknowledged_is_refused_fails(far: FarServer) -> None:
+    def die_once(server: FarServer, asked: Asked) -> bytes | None:
+        if asked.connection == 1 and asked.command == FLUSH:
+            raise Crash
+        return refusing_again(WRITE, EIO)(server, asked)
+
+    far.behave = die_once
+    with opened(far.uri) as device:
+        device.pwrite(b"lost", 0)
+        assert flush_error(device) == errno.EIO
+    assert far.commands() == [WRITE, FLUSH, WRITE, FLUSH]
+
+
+def test_what_was_refused_is_tried_again_on_each_new_connection(far: FarServer) -> None:
+    far.behave = refusing_again(WRITE, ENOSPC)
+    with opened(far.uri) as device:
+        device.pwrite(b"data", 0)
+        far.crash()
+        assert device.pread(4, 0) == bytes(4)
+        far.behave = honest
+        far.crash()
+        assert device.pread(4, 0) == b"data"
+        assert flush_error(device) == errno.ENOSPC, "what came between may rest on what was lost"
+
+
+def test_server_that_shuts_down_while_it_is_written_to_again_has_refused_nothing(far: FarServer) -> None:
+    def shut_down_twice(server: FarServer, asked: Asked) -> bytes | None:
+        return simple(asked.cookie, ESHUTDOWN) if asked.connection in (2, 3) else None
+
+    far.behave = shut_down_twice
+    with opened(far.uri) as device:
+        device.pwrite(b"kept", 0)
+        far.crash()
+        device.flush()
+        assert far.stable[:4] == b"kept"
+    assert far.handshakes == 4
+
+
+def test_zeroes_that_were_fast_are_written_again_at_any_speed(far: FarServer) -> None:
+    """They may not be fast any more where the server lost nothing, and wrote them out by then."""
+
+    def none_is_fast_again(server: FarServer, asked: Asked) -> bytes | None:
+        return simple(asked.cookie, ENOTSUP) if asked.connection > 1 and asked.flags & FAST_ZERO else None
+
+    far.behave = none_is_fast_again
+    with opened(far.uri) as device:
+        device.write_zeroes(0, 4096, fast_only=True)
+        device.write_zeroes(4096, 4096, may_unmap=False)
+        far.crash()
+        device.flush()
+    assert [asked.flags for asked in far.asked if asked.command == WRITE_ZEROES] == [
+        FAST_ZERO, NO_HOLE, 0, NO_HOLE,
+    ]  # fmt: skip
+
+
+def test_discard_that_is_refused_the_second_time_is_in_doubt_and_no_loss(far: FarServer) -> None:
+    """It was advice; but what is read there now may be what was there before."""
+    far.behave = refusing_again(TRIM, EIO)
+    with opened(far.uri) as device:
+        device.discard(4096, 4096)
+        far.crash()
+        device.flush()
+        assert device.in_doubt() == [(4096, 8192)]
+
+
 # --- what is told of a tracked disk ---
 
 
@@ -224,6 +340,41 @@ def test_loss_while_tracking_begins_again_is_not_forgotten_with_what_was_lost_be
         assert trust_of(disk.changes()) is Trust.UNTRUSTED
         assert trust_of(tracked.changes()) is Trust.UNTRUSTED
         disk.abandon()
+
+
+def test_track_is_lost_where_what_was_acknowledged_is_refused(far: FarServer, store: Store) -> None:
+    disk = attached(store)
+    first = far.handshakes
+
+    def refuse(server: FarServer, asked: Asked) -> bytes | None:
+        return simple(asked.cookie, ENOSPC) if asked.connection > first and asked.command == WRITE else None
+
+    far.behave = refuse
+    disk.pwrite(b"x", 5000)
+    far.crash()
+    assert disk.pread(1, 5000) == b"\0"
+    assert trust_of(changes(store, "sda", since="start")) is Trust.UNTRUSTED
+    with pytest.raises(StorageError, match="could not be flushed: No space left on device"):
+        disk.checkpoint("lie")
+    disk.abandon()
+
+
+def test_discard_that_is_refused_the_second_time_is_dirty_in_each_period(
+    far: FarServer, store: Store
+) -> None:
+    with attached(store) as disk:
+        first = far.handshakes
+
+        def refuse(server: FarServer, asked: Asked) -> bytes | None:
+            return simple(asked.cookie, EIO) if asked.connection > first and asked.command == TRIM else None
+
+        far.behave = refuse
+        disk.discard(5 * 4096, 4096)
+        far.crash()
+        disk.pread(1, 0)
+        for name in ("one", "two"):
+            disk.checkpoint(name)
+            assert blocks_of(disk.changes(since=name)) == {5}
 
 
 def test_guest_writes_on_after_a_flush_that_failed_unseen(far: FarServer, store: Store) -> None:
