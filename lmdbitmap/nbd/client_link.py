@@ -245,7 +245,8 @@ class Link:
             self._receive_into(_part(request, offset, length - _U64.size))
         elif kind == nbd.NBD_REPLY_TYPE_OFFSET_HOLE and length == _HOLE.size and _room(request):
             offset, hole = _HOLE.unpack(self._take(_HOLE.size))
-            _part(request, offset, hole)[:] = bytes(hole)
+            part = _part(request, offset, hole)  # judged before memory is taken for as many zeroes
+            part[:] = bytes(len(part))
         elif kind == self._status_kind and request.command == nbd.NBD_CMD_BLOCK_STATUS:
             self._status_chunk(request, length)
         elif kind & 1 << 15 and nbd.ERROR_PAYLOAD.size <= length <= _MAX_ERROR:

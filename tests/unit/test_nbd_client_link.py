@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -242,3 +243,18 @@ def test_a_server_that_only_writes_through_is_told_so_with_each_write(far: FarSe
     with opened(far) as device:
         device.pwrite(b"x", 0)
     assert [(asked.command, asked.flags) for asked in far.asked] == [(WRITE, FUA)]
+
+
+def test_no_memory_is_taken_for_a_hole_that_is_larger_than_what_was_asked_for(far: FarServer) -> None:
+    def four_gibibytes(asked: Asked) -> bytes:
+        return extended_chunk(asked, 2, struct.pack(">QI", asked.offset, (1 << 32) - 1))
+
+    far.behave = once(four_gibibytes, READ)
+    with opened(far) as device:
+        tracemalloc.start()
+        try:
+            assert device.pread(4096, 0) == bytes(4096)
+            assert tracemalloc.get_traced_memory()[1] < 16 << 20
+        finally:
+            tracemalloc.stop()
+    assert far.handshakes == 2
