@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import threading
 import time
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 
 _CLOSED = -1
 _DRAIN_POLL_S = 0.0001
+_QUICK_POLLS = 100
+_LONGEST_POLL_S = 0.01
+_SLOWER = 1.1
 _WAIT_S = 0.0002
 """What takes longer was a wait: new dirt in an armed extent takes microseconds, a commit many times this."""
 _NO_FAILURES: Mapping[int, int] = {}
@@ -91,9 +95,7 @@ class Gate:
             try:
                 for lane in lanes:
                     lane.size = _CLOSED
-                for lane in lanes:
-                    while lane.busy:  # a write in flight ends by itself, and its lane is too fast to tell us
-                        time.sleep(_DRAIN_POLL_S)
+                _await_idle(lanes)
                 yield
             finally:
                 for lane in lanes:
@@ -327,6 +329,25 @@ class FilterLane:
 
     def close(self) -> None:
         """Nothing to give back: the gate forgets a lane that nobody holds."""
+
+
+def _await_idle(lanes: Sequence[FilterLane]) -> None:
+    """A write in flight ends by itself, and its lane is too fast to tell us."""
+    pauses = poll_pauses_s()
+    for lane in lanes:
+        while lane.busy:
+            time.sleep(next(pauses))
+
+
+def poll_pauses_s() -> Iterator[float]:
+    """Between looks at lanes that are busy: short for as long as any local write takes, since writers wait at the gate
+    meanwhile. A far image may hang for hours: then they get longer, by no more than a tenth of what was waited already.
+    """
+    yield from itertools.repeat(_DRAIN_POLL_S, _QUICK_POLLS)
+    pause_s = _DRAIN_POLL_S
+    while True:
+        pause_s = min(_SLOWER * pause_s, _LONGEST_POLL_S)
+        yield pause_s
 
 
 def _nothing() -> None:

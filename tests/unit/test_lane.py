@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import gc
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from lmdbitmap.device import FileDevice, MemoryDevice
 from lmdbitmap.errors import InvalidArgument, StorageError
 from lmdbitmap.geometry import REGION_BYTES, Geometry
 from lmdbitmap.interfaces import BlockDevice, Buffer
-from lmdbitmap.lane import FilterLane, Gate
+from lmdbitmap.lane import FilterLane, Gate, poll_pauses_s
 from tests.support import make_raw_image
 
 GRANULARITY = 512
@@ -244,6 +245,16 @@ def test_drained_waits_for_the_write_in_flight(settled: bool) -> None:
     for thread in (writer, drainer):
         thread.join(PATIENCE_SECONDS)
     assert order == ["let go", "drained"]
+
+
+def test_a_write_that_takes_long_is_looked_at_less_and_less_often() -> None:
+    """An hour's wait costs a hundred looks a second, and none is late by more than a tenth of the wait."""
+    pauses = list(itertools.islice(poll_pauses_s(), 400))
+    assert set(pauses[:100]) == {0.0001}
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == pauses[-2] == 0.01
+    assert all(pause <= sum(pauses[:number]) / 10 for number, pause in enumerate(pauses[100:], 100))
+    assert 2.4 < sum(pauses) < 3
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:
