@@ -200,9 +200,12 @@ class Filter(Front):
             self._mark_doubts()
         self._tracking.persist()
 
-    def changes(self, *, since: str | None = None, until: str | None = None) -> Changes:
-        """What changed up to this moment; see changes.py. Raises what the store raises."""
-        if self._voucher.lost is None:
+    def changes(self, *, since: str | None = None, until: str | None = None, persist: bool = True) -> Changes:
+        """What changed up to this moment; see changes.py. Raises what the store raises.
+
+        Without `persist` it is what changed up to the last moment at which that was done, and perhaps more.
+        """
+        if persist and self._voucher.lost is None:
             self._persist()
         answer = changes(self.store, self.disk.name, since=since, until=until, persisted=True)
         if self._voucher.lost is None or until is not None:

@@ -8,7 +8,7 @@ from typing import Final
 
 from lmdbitmap.interfaces import Lane
 from lmdbitmap.nbd import protocol as nbd
-from lmdbitmap.nbd.contexts import MAX_DESCRIPTORS, Consequential, StatusSource, descriptors
+from lmdbitmap.nbd.contexts import MAX_DESCRIPTORS, Consequential, StatusSource, descriptors, one_question
 from lmdbitmap.nbd.forms import Form
 
 PIECE_BYTES: Final = 1 << 30
@@ -79,8 +79,9 @@ def _block_status(request: nbd.Request, contexts: Mapping[int, StatusSource], fo
     _require_all_is_told(request, contexts)
     label, last = form.label_of(request), len(contexts) - 1
     chunks = []
-    for index, (context_id, source) in enumerate(contexts.items()):
-        chunks.append(form.status(label, context_id, _found(request, source), done=index == last))
+    with one_question():
+        for index, (context_id, source) in enumerate(contexts.items()):
+            chunks.append(form.status(label, context_id, _found(request, source), done=index == last))
     return b"".join(chunks)
 
 

@@ -6,6 +6,8 @@ status 0 means *clean*, so a source that does not know raises; it never answers 
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final, TypeAlias
 
@@ -15,6 +17,8 @@ from lmdbitmap.nbd import protocol as nbd
 StatusSource: TypeAlias = Callable[[int, int], Iterable[tuple[int, int]]]
 ContextsOf: TypeAlias = Callable[[str, ServedDisk], Mapping[str, StatusSource]]
 """The contexts of the disk served under a name, by their names on the wire."""
+
+_asking = threading.local()
 
 MAX_DESCRIPTORS: Final = 1 << 17
 """Descriptors in one reply, as QEMU limits it; the client asks again where the reply ends."""
@@ -31,6 +35,21 @@ class Consequential:
 
     def __call__(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
         return self._source(offset, length)
+
+
+@contextlib.contextmanager
+def one_question() -> Iterator[None]:
+    """Whatever sources this thread asks in the block answers one request, and may be of the moment when that began."""
+    _asking.question = object()
+    try:
+        yield
+    finally:
+        _asking.question = None
+
+
+def question() -> object | None:
+    """What stands for the question that this thread asks now, until that is answered; None outside of any."""
+    return getattr(_asking, "question", None)
 
 
 def for_strangers(contexts: Mapping[str, StatusSource]) -> Mapping[str, StatusSource]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Final
+from typing import Final, Protocol
 
 from lmdbitmap import chain
 from lmdbitmap.changes import Changes
@@ -21,7 +21,7 @@ from lmdbitmap.errors import LmdbitmapError, NotFound
 from lmdbitmap.filter import Filter
 from lmdbitmap.interfaces import ServedDisk
 from lmdbitmap.nbd import protocol as nbd
-from lmdbitmap.nbd.contexts import StatusSource, base_contexts
+from lmdbitmap.nbd.contexts import StatusSource, base_contexts, question
 from lmdbitmap.nbd.kept_context import kept_source
 from lmdbitmap.schema import Checkpoint
 from lmdbitmap.snapshot import Snapshot
@@ -40,18 +40,42 @@ def tracked_contexts(name: str, disk: ServedDisk) -> Mapping[str, StatusSource]:
     """
     contexts = dict(base_contexts(name, disk))
     if isinstance(disk, (Filter, Snapshot)):
+        changes_since = _Asked(disk) if isinstance(disk, Filter) else disk.changes
         for checkpoint in _checkpoints(disk):
-            contexts[NAMESPACE + checkpoint.name] = dirty_source(disk, checkpoint)
+            contexts[NAMESPACE + checkpoint.name] = _dirty_source(disk, checkpoint, changes_since)
     if isinstance(disk, Snapshot):
         contexts[nbd.LMDBITMAP_META_KEPT] = kept_source(disk)
     return contexts
 
 
-def dirty_source(disk: Filter | Snapshot, checkpoint: Checkpoint) -> StatusSource:
+class _ChangesSince(Protocol):
+    def __call__(self, *, since: str) -> Changes: ...
+
+
+class _Asked:
+    """An attached disk that writes down what it knows once for all contexts of one question: doing so disarms what
+    a guest is writing to, so that its next write there has to wait for a commit."""
+
+    def __init__(self, disk: Filter) -> None:
+        self._disk = disk
+        self._persisted_for: object | None = None
+
+    def __call__(self, *, since: str) -> Changes:
+        asked = question()
+        if asked is not None and asked is self._persisted_for:
+            return self._disk.changes(since=since, persist=False)
+        answer = self._disk.changes(since=since)
+        self._persisted_for = asked
+        return answer
+
+
+def _dirty_source(
+    disk: Filter | Snapshot, checkpoint: Checkpoint, changes_since: _ChangesSince
+) -> StatusSource:
     """What changed since `checkpoint`; raises what `Filter.changes` does, and `NotFound` once another has its name."""
 
     def source(offset: int, length: int) -> Iterator[tuple[int, int]]:
-        answer = disk.changes(since=checkpoint.name)
+        answer = changes_since(since=checkpoint.name)
         if answer.since.uuid != checkpoint.uuid:
             raise NotFound(
                 f"checkpoint {checkpoint.name!r} of disk {disk.disk.name!r} was forgotten, and another has its name",
