@@ -319,6 +319,8 @@ class NbdDevice:
         """
         if self.export.has(nbd.NBD_FLAG_SEND_FLUSH):
             self._conversation.flush()
+        else:
+            self._conversation.require_sound()
 
     def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
         """What the server says; where it says nothing, or refuses to, all is data."""

@@ -6,17 +6,23 @@ the image is opened anew; whoever asked to be told of it is told at once.
 
 They are sent one at a time, so that none succeeds beside the one that took the error. One of our own is waited for by
 nobody but the flush that comes after it.
+
+A server that only writes through (FUA) flushes with each change, and many of those at a time: one that fails is a flush
+that failed, unless its error is about the request.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.client_errors import refusal
 from lmdbitmap.nbd.client_link import Call, Request
+
+_NOT_OF_THE_DISK: Final = (nbd.NBD_EPERM, nbd.NBD_EINVAL, nbd.NBD_ENOTSUP, nbd.NBD_EOVERFLOW)
+"""Errors about a request, of which nothing was done."""
 
 
 class Talk(Protocol):
@@ -69,6 +75,11 @@ class Flushes:
         if flush.error:
             self.lose(flush.error)
         flush.error = self._failure
+
+    def judge_written_through(self, change: Request) -> None:
+        """It failed on a server that has no flush: the news may be of any change that was under way beside it."""
+        if change.error not in _NOT_OF_THE_DISK:
+            self.lose(change.error)
 
     def lose(self, error: int) -> None:
         """Something that was acknowledged may never be on stable storage."""

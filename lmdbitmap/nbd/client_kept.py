@@ -8,6 +8,7 @@ from typing import Final
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.client_link import Request
 
+CHANGES: Final = (nbd.NBD_CMD_WRITE, nbd.NBD_CMD_WRITE_ZEROES, nbd.NBD_CMD_TRIM)
 _OVERHEAD: Final = 512
 """What a kept request costs beside its data, in bytes."""
 
@@ -26,14 +27,20 @@ class Kept:
         """The number of the next change: a flush that is sent now is about those before it."""
         return self._let_go + len(self._changes)
 
-    def add(self, change: Request) -> None:
+    def note(self, done: Request) -> None:
+        """It was done: a change is kept, and a flush lets go of what was there when it was sent."""
+        if done.command == nbd.NBD_CMD_FLUSH:
+            self._let_go_before(done.mark)
+        elif done.command in CHANGES:
+            self._add(done)
+
+    def _add(self, change: Request) -> None:
         """Zeroes that were fast once need not be fast again: they are promised by now, at any speed."""
         change.flags &= ~nbd.NBD_CMD_FLAG_FAST_ZERO
         self._changes.append(change)
         self.byte_count += _cost(change)
 
-    def let_go(self, mark: int) -> None:
-        """All before the mark are on stable storage."""
+    def _let_go_before(self, mark: int) -> None:
         while self._let_go < mark:
             self.byte_count -= _cost(self._changes.popleft())
             self._let_go += 1

@@ -46,7 +46,7 @@ from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.client_errors import failure, refusal, require_answer, words
 from lmdbitmap.nbd.client_flushes import Flushes
 from lmdbitmap.nbd.client_handshake import require_same
-from lmdbitmap.nbd.client_kept import Kept
+from lmdbitmap.nbd.client_kept import CHANGES, Kept
 from lmdbitmap.nbd.client_link import AWAY, SILENT, Call, Link, Request
 from lmdbitmap.nbd.client_windows import apart, of_a_kind
 from lmdbitmap.nbd.doubts import Doubts
@@ -55,7 +55,6 @@ log = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S: Final = 0.02
 _LONGEST_PAUSE_S: Final = 1.0
-_CHANGES: Final = (nbd.NBD_CMD_WRITE, nbd.NBD_CMD_WRITE_ZEROES, nbd.NBD_CMD_TRIM)
 
 
 class Conversation:
@@ -99,7 +98,7 @@ class Conversation:
 
         None of them is a flush: for that see there.
         """
-        if self._kept.byte_count > self._keep_bytes // 2 and requests[0].command in _CHANGES:
+        if self._kept.byte_count > self._keep_bytes // 2 and requests[0].command in CHANGES:
             self._make_room()
         self.ask(requests)
 
@@ -111,6 +110,10 @@ class Conversation:
         flush = self._flushes.flush()
         if flush.error:
             raise self.failure(flush)
+
+    def require_sound(self) -> None:
+        """Raise as a flush that failed for good did, if one did."""
+        self._flushes.require_sound()
 
     def tell_of_loss(self, tell: Callable[[OSError], None]) -> None:
         """Have `tell` called, once, when a flush failed for good, by whichever thread hears of it first."""
@@ -239,10 +242,12 @@ class Conversation:
         require_answer(request)
         if request.command == nbd.NBD_CMD_FLUSH:
             self._flushes.judge(request)
+        elif request.error and request.command in CHANGES and not self._keeps:
+            self._flushes.judge_written_through(request)
         with self._state:
             self._outage_since, self._pause_s = math.inf, 0.0
-            if request.error == 0:
-                self._keep_or_let_go(request)
+            if request.error == 0 and self._keeps:
+                self._kept.note(request)
             self._conclude(request)
 
     def _conclude(self, request: Request) -> None:
@@ -253,14 +258,6 @@ class Conversation:
         call.left -= 1
         if call.left == 0 and call is not self._leader:
             call.turn.release()
-
-    # -- what is kept --------------------------------------------------------------------------------------
-
-    def _keep_or_let_go(self, request: Request) -> None:
-        if request.command == nbd.NBD_CMD_FLUSH:
-            self._kept.let_go(request.mark)
-        elif self._keeps and request.command in _CHANGES:
-            self._kept.add(request)
 
     def _make_room(self) -> None:
         """Start a flush, or wait for one. Raises `OSError` when it fails: more cannot be promised then."""
@@ -287,7 +284,7 @@ class Conversation:
         self._doubts.add(
             (request.offset, request.offset + request.length)
             for request in sent
-            if request.command in _CHANGES
+            if request.command in CHANGES
         )
 
     def _note_trouble(self, why: BaseException) -> None:

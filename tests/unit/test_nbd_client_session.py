@@ -19,9 +19,12 @@ from lmdbitmap.filter import Filter
 from lmdbitmap.nbd.client import NbdDevice
 from lmdbitmap.store import Store
 from tests.nbd_far import (
+    ALL,
+    EINVAL,
     EIO,
     ENOTSUP,
     ESHUTDOWN,
+    SEND_FLUSH,
     TRIM,
     WRITE_ZEROES,
     Asked,
@@ -170,6 +173,39 @@ def test_flush_of_our_own_whose_connection_broke_is_sent_again(far: FarServer) -
         device.flush()
         assert far.stable == far.data
     assert far.handshakes == 2
+
+
+@pytest.mark.parametrize("error", [EIO, ENOSPC])
+def test_change_that_failed_where_each_one_is_a_flush_fails_all_flushes(far: FarServer, error: int) -> None:
+    """Its server may have told it, and no other one, of the loss of what was written beside it."""
+    far.flags = ALL & ~SEND_FLUSH
+    with opened(far.uri) as device:
+        device.pwrite(b"x", 0)
+        device.flush()
+        far.behave = lambda server, asked: simple(asked.cookie, error) if asked.offset == 5 else None
+        with pytest.raises(OSError):
+            device.pwrite(b"y", 5)
+        assert [flush_error(device) for _ in range(2)] == [error] * 2
+        device.pwrite(b"z", 0)
+        assert device.pread(1, 0) == b"z"
+
+
+@pytest.mark.parametrize("error", [EINVAL, ENOTSUP])
+def test_change_that_cannot_be_done_at_all_is_no_flush_that_failed(far: FarServer, error: int) -> None:
+    far.flags = ALL & ~SEND_FLUSH
+    far.behave = lambda server, asked: simple(asked.cookie, error) if asked.command == WRITE_ZEROES else None
+    with opened(far.uri) as device:
+        with pytest.raises(OSError):
+            device.write_zeroes(0, 100)
+        device.flush()
+
+
+def test_write_that_failed_where_flushes_are_asked_for_is_the_callers_alone(far: FarServer) -> None:
+    far.behave = lambda server, asked: simple(asked.cookie, ENOSPC) if asked.offset == 5 else None
+    with opened(far.uri) as device:
+        with pytest.raises(OSError):
+            device.pwrite(b"y", 5)
+        device.flush()
 
 
 # --- what cannot be written again ---
