@@ -3,19 +3,22 @@
     greeting -> client flags -> option, reply, option, reply, … -> `Agreed` (transmission) or `ABORTED`
                                               `START_TLS` -> the caller encrypts, `secured` -> option, reply, …
 
-Feed `receive` whatever arrived, in pieces of any size, and send what it returns. When `outcome` is set the
-haggling is over and `trailing` holds what came after it. A client that breaks a MUST of the specification
-gets `FormatError` and is to be dropped; one that merely asks for something odd gets an error reply. What is
-kept never grows past one option of `MAX_OPTION_LENGTH`, checked before its data is awaited.
+Feed `receive` whatever arrived, in pieces of any size, and send each answer before the next one is asked for. When
+`outcome` is set the haggling is over and `trailing` holds what came after it. A client that breaks a MUST of the
+specification gets `FormatError` and is to be dropped; one that merely asks for something odd gets an error reply. What
+is kept never grows past one option of `MAX_OPTION_LENGTH`, checked before its data is awaited, and the answer to one;
+an answer takes work for `MAX_QUERIES` at most.
 
-Where TLS is required, a client learns nothing and chooses nothing before it. What it said in plain text is
-void then, and so is a client that said more than it should have: those bytes may be somebody else's.
+What there is to choose from is looked up when a client first asks. Where TLS is required, a client learns nothing and
+chooses nothing before it, and so nothing is looked up. What it said in plain text is void then, and so is a client that
+said more than it should have: those bytes may be somebody else's.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final, NamedTuple, TypeAlias
 
 from lmdbitmap.errors import FormatError
@@ -25,6 +28,8 @@ MAX_OPTION_LENGTH: Final = 64 << 10
 """Bytes of option data that are listened to; a longer option is an attack, not a question."""
 MAX_OPTIONS: Final = 1024
 """Options a client may send before it must have chosen; `nbdinfo --list` sends a handful per export."""
+MAX_QUERIES: Final = 256
+"""Contexts that one option may ask for; clients ask for one or two, or for all without naming any."""
 MIN_BLOCK_SIZE: Final = 1
 PREFERRED_BLOCK_SIZE: Final = 4096
 MAX_PAYLOAD: Final = 32 << 20
@@ -64,10 +69,10 @@ Outcome: TypeAlias = "Agreed | Ending"
 
 
 class Handshake:
-    """One client's haggling over `exports`, which maps the names it may use; in plain text, or behind TLS only."""
+    """One client's haggling over what `look_up` finds, by the names it may use; in plain text, or behind TLS only."""
 
-    def __init__(self, exports: Mapping[str, Export], *, tls_required: bool = False) -> None:
-        self._exports = exports
+    def __init__(self, look_up: Callable[[], Mapping[str, Export]], *, tls_required: bool = False) -> None:
+        self._look_up = look_up
         self._tls_required = tls_required
         self._secured = False
         self._inbox = bytearray()
@@ -78,6 +83,10 @@ class Handshake:
         self._selected: tuple[str, tuple[tuple[int, str], ...]] = ("", ())
         self.outcome: Outcome | None = None
         self.greeting = nbd.greeting()
+
+    @functools.cached_property
+    def _exports(self) -> Mapping[str, Export]:
+        return self._look_up()
 
     @property
     def trailing(self) -> bytes:
@@ -96,15 +105,16 @@ class Handshake:
         self._tls_required, self._secured = False, True
         self.outcome = None
 
-    def receive(self, data: bytes) -> bytes:
-        """Take in bytes from the client and return the answer; raises `FormatError` when it must be dropped."""
+    def receive(self, data: bytes) -> Iterator[bytes]:
+        """Take in bytes from the client and yield the answer to each option that is whole with them.
+
+        Raises `FormatError` when the client must be dropped.
+        """
         self._inbox += data
         if self._flags is None and not self._take_client_flags():
-            return b""
-        replies = []
+            return
         while self.outcome is None and (message := self._take_option()) is not None:
-            replies.append(self._answer(*message))
-        return b"".join(replies)
+            yield self._answer(*message)
 
     def _take_client_flags(self) -> bool:
         if len(self._inbox) < nbd.CLIENT_FLAGS.size:
@@ -236,22 +246,23 @@ class Handshake:
     def _answer_list_meta_context(self, option: int, data: bytes) -> bytes:
         """No query lists everything; `namespace:` and `namespace:part:` list what begins so."""
         query, export = self._meta_query(data)
+        if len(query.queries) > MAX_QUERIES:
+            return _too_many(option)
         if export is None:
             return _unknown_export(option, query.export_name)
-        listed = [
-            name
-            for name in export.contexts
-            if not query.queries or any(_matches(wanted, name) for wanted in query.queries)
-        ]
+        listed = _matching(query.queries, export.contexts) if query.queries else export.contexts
         return _listing(option, nbd.NBD_REP_META_CONTEXT, *(nbd.meta_context(0, name) for name in listed))
 
     def _answer_set_meta_context(self, option: int, data: bytes) -> bytes:
         """Selects by exact name; names this export lacks are passed over. Replaces any earlier selection."""
         self._selected = ("", ())
         query, export = self._meta_query(data)
+        if len(query.queries) > MAX_QUERIES:
+            return _too_many(option)
         if export is None:
             return _unknown_export(option, query.export_name)
-        chosen = [name for name in export.contexts if name in query.queries]
+        wanted = set(query.queries)
+        chosen = [name for name in export.contexts if name in wanted]
         numbered = tuple(enumerate(chosen, start=1))
         self._selected = (export.name, numbered)
         return _listing(option, nbd.NBD_REP_META_CONTEXT, *(nbd.meta_context(*pair) for pair in numbered))
@@ -290,8 +301,11 @@ _ANSWERS: Final[Mapping[int, Callable[[Handshake, int, bytes], bytes]]] = {
 }
 
 
-def _matches(query: str, context: str) -> bool:
-    return context.startswith(query) if query.endswith(":") else context == query
+def _matching(queries: Iterable[str], contexts: Iterable[str]) -> list[str]:
+    """Those of the contexts that a query names, or begins."""
+    wanted = set(queries)
+    beginnings = tuple(query for query in wanted if query.endswith(":"))
+    return [name for name in contexts if name in wanted or name.startswith(beginnings)]
 
 
 def _listing(option: int, reply_type: int, *payloads: bytes) -> bytes:
@@ -301,6 +315,10 @@ def _listing(option: int, reply_type: int, *payloads: bytes) -> bytes:
 
 def _error(option: int, reply_type: int, message: str) -> bytes:
     return nbd.option_reply(option, reply_type, nbd.bounded_text(message))
+
+
+def _too_many(option: int) -> bytes:
+    return _error(option, nbd.NBD_REP_ERR_TOO_BIG, f"ask for {MAX_QUERIES} contexts at most")
 
 
 def _unknown_export(option: int, name: str) -> bytes:

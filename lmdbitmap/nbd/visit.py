@@ -48,8 +48,8 @@ class Served(NamedTuple):
 
 
 class Visit:
-    """Serves one client: shakes hands in a thread of its own, where `served` is asked what there is, and joins the
-    `rounds` then. `ended` is called before it hangs up."""
+    """Serves one client: shakes hands in a thread of its own, where `served` is asked what there is once the client
+    asks for it, and joins the `rounds` then. `ended` is called before it hangs up."""
 
     def __init__(
         self,
@@ -69,6 +69,7 @@ class Visit:
         self._rounds = rounds
         self.export_name: str | None = None
         self.client = _who(sock)
+        self._offered: Mapping[str, Served] = {}
         self._connection: Connection | None = None
         self._alone = False
         self._leaving = False
@@ -148,12 +149,11 @@ class Visit:
 
     def _connect(self) -> Connection | None:
         """Come to an agreement with the client, if it wants any."""
-        all_served = self._served()
-        handshake = self._shake_hands(all_served)
+        handshake = self._shake_hands()
         agreed = handshake.outcome
         if not isinstance(agreed, Agreed):
             return None
-        served = all_served[agreed.export_name]
+        served = self._offered[agreed.export_name]
         self.export_name = agreed.export_name
         _log.info("disk %s: %s is connected", self.export_name, self.client, extra=self._names)
         self._connection = Connection(
@@ -169,23 +169,27 @@ class Visit:
         self._connection.stopping = self._leaving
         return self._connection
 
-    def _shake_hands(self, all_served: Mapping[str, Served]) -> Handshake:
-        """Until both agree, the client leaves, or its time is up (`TimeoutError`)."""
+    def _shake_hands(self) -> Handshake:
+        """Until both agree, the client leaves, or its time is up (`TimeoutError`), whoever used it."""
         deadline = time.monotonic() + self._handshake_timeout_s
-        exports = {name: _export(name, served) for name, served in all_served.items()}
-        handshake = Handshake(exports, tls_required=self._tls is not None)
+        handshake = Handshake(self._look_up, tls_required=self._tls is not None)
         self._send_before(deadline, handshake.greeting)
         while handshake.outcome is None:
             self._sock.settimeout(_left(deadline))
             data = self._sock.recv(_RECEIVE)
             if not data:
                 break
-            self._send_before(deadline, handshake.receive(data))
+            for answer in handshake.receive(data):
+                self._send_before(deadline, answer)
             if handshake.wants_tls:
                 handshake.secured()
                 self._encrypt(deadline)
         self._sock.settimeout(None)
         return handshake
+
+    def _look_up(self) -> Mapping[str, Export]:
+        self._offered = self._served()
+        return {name: _export(name, served) for name, served in self._offered.items()}
 
     def _encrypt(self, deadline: float) -> None:
         """From here on the socket speaks TLS, with a client whose certificate was verified."""

@@ -97,15 +97,15 @@ def string(text: bytes) -> bytes:
 
 
 def converse(exports: dict[str, Export], parts: tuple[bytes, bytes], choice: int, tls: bool) -> Talk:
-    talk, answers, in_plain = Handshake(exports, tls_required=tls), bytearray(), None
+    talk, answers, in_plain = Handshake(lambda: exports, tls_required=tls), bytearray(), None
     try:
         for piece in pieces_of(parts[0], choice):
-            answers += talk.receive(piece)
+            answers += b"".join(talk.receive(piece))
         if talk.wants_tls:
             talk.secured()
             in_plain = len(answers)
             for piece in pieces_of(parts[1], choice):
-                answers += talk.receive(piece)
+                answers += b"".join(talk.receive(piece))
     except FormatError as lie:
         assert not isinstance(talk.outcome, Agreed)
         return Talk(bytes(answers), in_plain, str(lie), None, b"")

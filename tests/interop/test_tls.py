@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 import pytest
 
-from lmdbitmap.device import FileDevice
+from lmdbitmap.device import FileDevice, MemoryDevice
 from lmdbitmap.errors import InvalidArgument, NotFound
+from lmdbitmap.interfaces import ServedDisk
+from lmdbitmap.nbd.contexts import StatusSource
 from lmdbitmap.nbd.server import Server
 from lmdbitmap.nbd.tls import server_context
 from lmdbitmap.plain import PlainDisk
@@ -125,15 +127,35 @@ def test_plain_client_is_told_to_begin_tls_and_learns_nothing_else(house: House)
         assert (kind, b"disk" in said) == (TLS_REQUIRED, False)
 
 
+def test_nothing_is_asked_of_the_disks_before_a_certificate_is_verified(house: House) -> None:
+    asked: list[str] = []
+
+    def contexts_of(name: str, disk: ServedDisk) -> dict[str, StatusSource]:
+        asked.append(name)
+        return {}
+
+    server = Server({"disk": PlainDisk(MemoryDevice(SIZE))}, contexts_of=contexts_of)
+    listener = server.listen_tcp("127.0.0.1", 0, server_context(str(house.papers.folder)))
+    server.start()
+    elsewhere = house._replace(server=server, port=listener.sock.getsockname()[1])
+    with elsewhere.plain_client() as client:
+        client.greet()
+        assert client.ask(LIST)[0][0] == TLS_REQUIRED
+        assert client.ask(STARTTLS) == [(ACK, b"")]
+        assert no_service(stranger_who_believes(house), client)
+    assert asked == []
+    assert run("nbdinfo", "--size", elsewhere.uri(house.papers)).stdout.strip() == str(SIZE)
+    assert set(asked) == {"disk"}
+    assert server.stop()
+
+
 def test_certificate_of_another_authority_is_refused(house: House) -> None:
     stranger = run("nbdinfo", "--size", house.uri(house.strangers), check=False)
     assert (stranger.returncode != 0, stranger.stdout) == (True, "")
     with house.plain_client() as client:
         client.greet()
         assert client.ask(STARTTLS) == [(ACK, b"")]
-        context = house.strangers.client_context()
-        context.load_verify_locations(house.papers.folder / "ca-cert.pem")
-        assert no_service(context, client)
+        assert no_service(stranger_who_believes(house), client)
 
 
 def test_client_without_a_certificate_is_refused(house: House) -> None:
@@ -141,6 +163,13 @@ def test_client_without_a_certificate_is_refused(house: House) -> None:
         client.greet()
         assert client.ask(STARTTLS) == [(ACK, b"")]
         assert no_service(ssl.create_default_context(cafile=house.papers.folder / "ca-cert.pem"), client)
+
+
+def stranger_who_believes(house: House) -> ssl.SSLContext:
+    """Shows a certificate of another authority, and verifies the server's by ours."""
+    context = house.strangers.client_context()
+    context.load_verify_locations(house.papers.folder / "ca-cert.pem")
+    return context
 
 
 def no_service(context: ssl.SSLContext, client: RawClient) -> bool:

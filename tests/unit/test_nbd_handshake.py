@@ -13,6 +13,7 @@ from lmdbitmap.nbd.handshake import (
     ABORTED,
     MAX_OPTION_LENGTH,
     MAX_OPTIONS,
+    MAX_QUERIES,
     START_TLS,
     Agreed,
     Export,
@@ -24,6 +25,11 @@ SDA = Export("sda", 1 << 40, FLAGS, "the first", ("base:allocation", "qemu:dirty
 SDB = Export("sdb", 512, FLAGS)
 BOTH = {"sda": SDA, "sdb": SDB}
 FIXED = struct.pack(">I", nbd.NBD_FLAG_C_FIXED_NEWSTYLE | nbd.NBD_FLAG_C_NO_ZEROES)
+
+
+def heard(handshake: Handshake, data: bytes) -> bytes:
+    """All answers to it."""
+    return b"".join(handshake.receive(data))
 
 
 class Reply(NamedTuple):
@@ -61,14 +67,14 @@ def replies(data: bytes) -> list[Reply]:
 
 
 def started(exports: dict[str, Export] = BOTH, flags: bytes = FIXED) -> Handshake:
-    handshake = Handshake(exports)
-    assert handshake.receive(flags) == b""
+    handshake = Handshake(lambda: exports)
+    assert heard(handshake, flags) == b""
     return handshake
 
 
 def structured(exports: dict[str, Export] = BOTH) -> Handshake:
     handshake = started(exports)
-    [reply] = replies(handshake.receive(option(nbd.NBD_OPT_STRUCTURED_REPLY)))
+    [reply] = replies(heard(handshake, option(nbd.NBD_OPT_STRUCTURED_REPLY)))
     assert reply.type == nbd.NBD_REP_ACK
     return handshake
 
@@ -81,7 +87,7 @@ def contexts_in(answer: bytes) -> list[tuple[int, str]]:
 
 def test_go_agrees_and_describes_the_disk() -> None:
     handshake = started()
-    answer = replies(handshake.receive(go("sda", nbd.NBD_INFO_NAME, nbd.NBD_INFO_DESCRIPTION)))
+    answer = replies(heard(handshake, go("sda", nbd.NBD_INFO_NAME, nbd.NBD_INFO_DESCRIPTION)))
     assert [reply.type for reply in answer] == [nbd.NBD_REP_INFO] * 4 + [nbd.NBD_REP_ACK]
     infos = {struct.unpack(">H", reply.data[:2])[0]: reply.data[2:] for reply in answer[:-1]}
     assert infos == {
@@ -94,13 +100,13 @@ def test_go_agrees_and_describes_the_disk() -> None:
 
 
 def test_df_is_offered_only_behind_structured_replies() -> None:
-    [export, *_] = replies(structured().receive(go("sda")))
+    [export, *_] = replies(heard(structured(), go("sda")))
     assert struct.unpack(">HQH", export.data) == (0, 1 << 40, FLAGS | nbd.NBD_FLAG_SEND_DF)
 
 
 def test_info_describes_without_ending_the_haggling() -> None:
     handshake = started()
-    answer = replies(handshake.receive(go("sdb", number=nbd.NBD_OPT_INFO)))
+    answer = replies(heard(handshake, go("sdb", number=nbd.NBD_OPT_INFO)))
     assert [reply.type for reply in answer] == [nbd.NBD_REP_INFO, nbd.NBD_REP_INFO, nbd.NBD_REP_ACK]
     assert handshake.outcome is None
 
@@ -108,16 +114,16 @@ def test_info_describes_without_ending_the_haggling() -> None:
 @pytest.mark.parametrize("number", [nbd.NBD_OPT_GO, nbd.NBD_OPT_INFO])
 def test_an_unknown_disk_is_named_in_the_error_and_another_may_be_tried(number: int) -> None:
     handshake = started()
-    [reply] = replies(handshake.receive(go("sdz", number=number)))
+    [reply] = replies(heard(handshake, go("sdz", number=number)))
     assert reply.type == nbd.NBD_REP_ERR_UNKNOWN
     assert b"sdz" in reply.data
-    handshake.receive(go("sda"))
+    heard(handshake, go("sda"))
     assert handshake.outcome is not None
 
 
 @pytest.mark.parametrize("name", ["ß" * 2047, "a" + "ß" * 2047, "日" * 1365])
 def test_a_long_name_is_cut_between_two_characters(name: str) -> None:
-    [reply] = replies(started().receive(go(name)))
+    [reply] = replies(heard(started(), go(name)))
     assert reply.type == nbd.NBD_REP_ERR_UNKNOWN
     assert nbd.NBD_MAX_STRING - 4 < len(reply.data) <= nbd.NBD_MAX_STRING
     assert name[:1000] in reply.data.decode()
@@ -125,42 +131,42 @@ def test_a_long_name_is_cut_between_two_characters(name: str) -> None:
 
 def test_the_empty_name_is_the_only_disk_and_ambiguous_with_two() -> None:
     alone = started({"sda": SDA})
-    assert replies(alone.receive(go("", nbd.NBD_INFO_NAME)))[-2].data[2:] == b"sda"
+    assert replies(heard(alone, go("", nbd.NBD_INFO_NAME)))[-2].data[2:] == b"sda"
     assert alone.outcome == Agreed("sda", structured=False, contexts=())
-    assert replies(started().receive(go("")))[0].type == nbd.NBD_REP_ERR_UNKNOWN
+    assert replies(heard(started(), go("")))[0].type == nbd.NBD_REP_ERR_UNKNOWN
 
 
 @pytest.mark.parametrize(("flags", "padding"), [(FIXED, 0), (b"\0\0\0\1", 124), (b"\0\0\0\0", 124)])
 def test_export_name_answers_without_a_header_and_padded_unless_waived(flags: bytes, padding: int) -> None:
     handshake = started(flags=flags)
-    answer = handshake.receive(option(nbd.NBD_OPT_EXPORT_NAME, b"sdb"))
+    answer = heard(handshake, option(nbd.NBD_OPT_EXPORT_NAME, b"sdb"))
     assert answer == struct.pack(">QH", 512, FLAGS) + bytes(padding)
     assert handshake.outcome == Agreed("sdb", structured=False, contexts=())
 
 
 def test_export_name_of_an_unknown_disk_costs_the_connection() -> None:
     with pytest.raises(FormatError, match="sdz"):
-        started().receive(option(nbd.NBD_OPT_EXPORT_NAME, b"sdz"))
+        heard(started(), option(nbd.NBD_OPT_EXPORT_NAME, b"sdz"))
 
 
 def test_list_names_every_disk() -> None:
-    answer = replies(started().receive(option(nbd.NBD_OPT_LIST)))
+    answer = replies(heard(started(), option(nbd.NBD_OPT_LIST)))
     assert [reply.data for reply in answer] == [string("sda") + b"the first", string("sdb"), b""]
     assert [reply.type for reply in answer] == [nbd.NBD_REP_SERVER, nbd.NBD_REP_SERVER, nbd.NBD_REP_ACK]
 
 
 def test_abort_is_acknowledged_whatever_it_carries() -> None:
     handshake = started()
-    assert replies(handshake.receive(option(nbd.NBD_OPT_ABORT, b"bye")))[0].type == nbd.NBD_REP_ACK
+    assert replies(heard(handshake, option(nbd.NBD_OPT_ABORT, b"bye")))[0].type == nbd.NBD_REP_ACK
     assert handshake.outcome is ABORTED
 
 
 @pytest.mark.parametrize("number", [0, 4, 12, 99, 2**32 - 1])
 def test_an_option_we_lack_is_answered_so_and_the_haggling_goes_on(number: int) -> None:
     handshake = started()
-    [reply] = replies(handshake.receive(option(number, b"whatever")))
+    [reply] = replies(heard(handshake, option(number, b"whatever")))
     assert (reply.option, reply.type) == (number, nbd.NBD_REP_ERR_UNSUP)
-    assert len(replies(handshake.receive(option(nbd.NBD_OPT_LIST)))) == 3
+    assert len(replies(heard(handshake, option(nbd.NBD_OPT_LIST)))) == 3
 
 
 @pytest.mark.parametrize(
@@ -178,7 +184,7 @@ def test_an_option_we_lack_is_answered_so_and_the_haggling_goes_on(number: int) 
 )
 def test_a_malformed_option_is_invalid_and_the_haggling_goes_on(request_: bytes) -> None:
     handshake = structured()
-    [reply] = replies(handshake.receive(request_))
+    [reply] = replies(heard(handshake, request_))
     assert reply.type == nbd.NBD_REP_ERR_INVALID
     assert handshake.outcome is None
 
@@ -186,7 +192,7 @@ def test_a_malformed_option_is_invalid_and_the_haggling_goes_on(request_: bytes)
 def test_contexts_need_structured_replies_first() -> None:
     handshake = started()
     for number in (nbd.NBD_OPT_LIST_META_CONTEXT, nbd.NBD_OPT_SET_META_CONTEXT):
-        [reply] = replies(handshake.receive(meta(number, "sda")))
+        [reply] = replies(heard(handshake, meta(number, "sda")))
         assert reply.type == nbd.NBD_REP_ERR_INVALID
 
 
@@ -202,7 +208,7 @@ def test_contexts_need_structured_replies_first() -> None:
     ],
 )
 def test_contexts_are_listed_by_name_and_by_namespace(queries: list[str], listed: list[str]) -> None:
-    answer = structured().receive(meta(nbd.NBD_OPT_LIST_META_CONTEXT, "sda", *queries))
+    answer = heard(structured(), meta(nbd.NBD_OPT_LIST_META_CONTEXT, "sda", *queries))
     assert [name for _, name in contexts_in(answer)] == listed
 
 
@@ -218,10 +224,10 @@ def test_contexts_are_listed_by_name_and_by_namespace(queries: list[str], listed
 )
 def test_contexts_are_selected_by_exact_name_alone(queries: list[str], selected: list[str]) -> None:
     handshake = structured()
-    told = contexts_in(handshake.receive(meta(nbd.NBD_OPT_SET_META_CONTEXT, "sda", *queries)))
+    told = contexts_in(heard(handshake, meta(nbd.NBD_OPT_SET_META_CONTEXT, "sda", *queries)))
     assert [name for _, name in told] == selected
     assert len({number for number, _ in told}) == len(selected)
-    handshake.receive(go("sda"))
+    heard(handshake, go("sda"))
     assert handshake.outcome == Agreed("sda", structured=True, contexts=tuple(told))
 
 
@@ -235,23 +241,23 @@ def test_contexts_are_selected_by_exact_name_alone(queries: list[str], selected:
 )
 def test_a_later_selection_replaces_the_earlier_even_when_it_fails(afterwards: bytes) -> None:
     handshake = structured()
-    handshake.receive(meta(nbd.NBD_OPT_SET_META_CONTEXT, "sda", "base:allocation"))
-    handshake.receive(afterwards)
-    handshake.receive(go("sda"))
+    heard(handshake, meta(nbd.NBD_OPT_SET_META_CONTEXT, "sda", "base:allocation"))
+    heard(handshake, afterwards)
+    heard(handshake, go("sda"))
     assert handshake.outcome == Agreed("sda", structured=True, contexts=())
 
 
 def test_contexts_selected_for_another_disk_do_not_count() -> None:
     handshake = structured()
-    handshake.receive(meta(nbd.NBD_OPT_SET_META_CONTEXT, "sda", "base:allocation"))
-    handshake.receive(go("sdb"))
+    heard(handshake, meta(nbd.NBD_OPT_SET_META_CONTEXT, "sda", "base:allocation"))
+    heard(handshake, go("sdb"))
     assert handshake.outcome == Agreed("sdb", structured=True, contexts=())
 
 
 def test_contexts_selected_under_the_empty_name_count_for_the_only_disk() -> None:
     handshake = structured({"sda": SDA})
-    handshake.receive(meta(nbd.NBD_OPT_SET_META_CONTEXT, "", "base:allocation"))
-    handshake.receive(go("sda"))
+    heard(handshake, meta(nbd.NBD_OPT_SET_META_CONTEXT, "", "base:allocation"))
+    heard(handshake, go("sda"))
     assert handshake.outcome == Agreed("sda", structured=True, contexts=((1, "base:allocation"),))
 
 
@@ -269,13 +275,13 @@ def test_contexts_selected_under_the_empty_name_count_for_the_only_disk() -> Non
 )
 def test_a_breach_of_the_protocol_costs_the_connection(wire: bytes, said: str) -> None:
     with pytest.raises(FormatError, match=said):
-        Handshake(BOTH).receive(wire)
+        heard(Handshake(lambda: BOTH), wire)
 
 
 def test_an_endless_option_is_refused_before_its_data_is_kept() -> None:
     handshake = started()
     with pytest.raises(FormatError):
-        handshake.receive(nbd.OPTION.pack(nbd.IHAVEOPT, nbd.NBD_OPT_GO, 1 << 31))
+        heard(handshake, nbd.OPTION.pack(nbd.IHAVEOPT, nbd.NBD_OPT_GO, 1 << 31))
 
 
 CONVERSATION = (
@@ -290,15 +296,49 @@ FIRST_REQUEST = nbd.REQUEST.pack(nbd.NBD_REQUEST_MAGIC, 0, nbd.NBD_CMD_READ, 1, 
 
 @pytest.mark.parametrize("step", [1, 3, 17, len(CONVERSATION) + 28])
 def test_the_size_of_the_pieces_changes_nothing(step: int) -> None:
-    whole = Handshake(BOTH)
-    expected = whole.receive(CONVERSATION)
+    whole = Handshake(lambda: BOTH)
+    expected = heard(whole, CONVERSATION)
     wire = CONVERSATION + FIRST_REQUEST
-    handshake = Handshake(BOTH)
+    handshake = Handshake(lambda: BOTH)
     pieces = [wire[at : at + step] for at in range(0, len(wire), step)]
-    answer = b"".join(handshake.receive(piece) for piece in pieces)
+    answer = b"".join(heard(handshake, piece) for piece in pieces)
     assert answer == expected
     assert handshake.outcome == whole.outcome is not None
     assert handshake.trailing == FIRST_REQUEST
+
+
+def test_each_answer_is_given_before_the_next_option_is_looked_at() -> None:
+    handshake = started()
+    answers = handshake.receive(option(nbd.NBD_OPT_LIST) * 3 + option(nbd.NBD_OPT_ABORT))
+    for left in (3, 2, 1):
+        assert len(replies(next(answers))) == 3
+        assert len(handshake.trailing) == left * nbd.OPTION.size
+    assert handshake.outcome is None
+    assert len(list(answers)) == 1
+    assert handshake.outcome is ABORTED
+
+
+@pytest.mark.parametrize("number", [nbd.NBD_OPT_LIST_META_CONTEXT, nbd.NBD_OPT_SET_META_CONTEXT])
+def test_contexts_are_asked_for_by_a_bounded_number_of_queries(number: int) -> None:
+    handshake, queries = structured(), ["base:allocation"] * MAX_QUERIES
+    assert contexts_in(heard(handshake, meta(number, "sda", *queries)))
+    [reply] = replies(heard(handshake, meta(number, "sda", *queries, "base:allocation")))
+    assert reply.type == nbd.NBD_REP_ERR_TOO_BIG
+    assert handshake.outcome is None
+
+
+def test_what_there_is_is_looked_up_once_and_not_before_it_is_asked_for() -> None:
+    looked: list[int] = []
+
+    def look_up() -> dict[str, Export]:
+        looked.append(1)
+        return BOTH
+
+    handshake = Handshake(look_up)
+    heard(handshake, FIXED + option(nbd.NBD_OPT_STRUCTURED_REPLY) + option(99))
+    assert looked == []
+    heard(handshake, option(nbd.NBD_OPT_LIST) * 2 + go("sda"))
+    assert (looked, handshake.outcome) == ([1], Agreed("sda", structured=True, contexts=()))
 
 
 # --- TLS ---
@@ -307,13 +347,13 @@ STARTTLS = option(nbd.NBD_OPT_STARTTLS)
 
 
 def only_type(handshake: Handshake, data: bytes) -> int:
-    [reply] = replies(handshake.receive(data))
+    [reply] = replies(heard(handshake, data))
     return reply.type
 
 
 def guarded(flags: bytes = FIXED) -> Handshake:
-    handshake = Handshake(BOTH, tls_required=True)
-    assert handshake.receive(flags) == b""
+    handshake = Handshake(lambda: BOTH, tls_required=True)
+    assert heard(handshake, flags) == b""
     return handshake
 
 
@@ -338,7 +378,7 @@ def test_nothing_is_told_before_tls_where_it_is_required(asked: bytes) -> None:
 
 def test_export_name_before_tls_costs_the_connection() -> None:
     with pytest.raises(FormatError, match="NBD_OPT_STARTTLS before it"):
-        guarded().receive(option(nbd.NBD_OPT_EXPORT_NAME, b"sda"))
+        heard(guarded(), option(nbd.NBD_OPT_EXPORT_NAME, b"sda"))
 
 
 def test_haggling_goes_on_behind_tls_and_tls_begins_once() -> None:
@@ -347,8 +387,24 @@ def test_haggling_goes_on_behind_tls_and_tls_begins_once() -> None:
     assert handshake.outcome is START_TLS
     handshake.secured()
     assert only_type(handshake, STARTTLS) == nbd.NBD_REP_ERR_INVALID
-    assert handshake.receive(go("sda"))
+    assert heard(handshake, go("sda"))
     assert isinstance(handshake.outcome, Agreed)
+
+
+def test_nothing_is_looked_up_before_tls_where_it_is_required() -> None:
+    looked: list[int] = []
+
+    def look_up() -> dict[str, Export]:
+        looked.append(1)
+        return BOTH
+
+    handshake = Handshake(look_up, tls_required=True)
+    meddling = meta(nbd.NBD_OPT_LIST_META_CONTEXT, "sda")
+    heard(handshake, FIXED + option(nbd.NBD_OPT_LIST) + go("sda") + meddling + STARTTLS)
+    handshake.secured()
+    assert looked == []
+    heard(handshake, go("sda"))
+    assert looked == [1]
 
 
 def test_abort_is_heard_before_tls() -> None:
@@ -373,7 +429,7 @@ def test_words_in_plain_text_behind_starttls_are_not_taken_for_the_clients_own()
 
 def extended() -> Handshake:
     handshake = started()
-    assert replies(handshake.receive(option(nbd.NBD_OPT_EXTENDED_HEADERS))) == [ACKNOWLEDGED]
+    assert replies(heard(handshake, option(nbd.NBD_OPT_EXTENDED_HEADERS))) == [ACKNOWLEDGED]
     return handshake
 
 
@@ -382,10 +438,10 @@ ACKNOWLEDGED = Reply(nbd.NBD_OPT_EXTENDED_HEADERS, nbd.NBD_REP_ACK, b"")
 
 def test_extended_headers_bring_what_structured_replies_bring() -> None:
     handshake = extended()
-    told = contexts_in(handshake.receive(meta(nbd.NBD_OPT_LIST_META_CONTEXT, "sda")))
+    told = contexts_in(heard(handshake, meta(nbd.NBD_OPT_LIST_META_CONTEXT, "sda")))
     assert [name for _, name in told] == list(SDA.contexts)
-    chosen = contexts_in(handshake.receive(meta(nbd.NBD_OPT_SET_META_CONTEXT, "sda", "base:allocation")))
-    [export, *_] = replies(handshake.receive(go("sda")))
+    chosen = contexts_in(heard(handshake, meta(nbd.NBD_OPT_SET_META_CONTEXT, "sda", "base:allocation")))
+    [export, *_] = replies(heard(handshake, go("sda")))
     assert struct.unpack(">HQH", export.data) == (0, 1 << 40, FLAGS | nbd.NBD_FLAG_SEND_DF)
     assert handshake.outcome == Agreed("sda", structured=False, contexts=tuple(chosen), extended=True)
 
@@ -393,31 +449,31 @@ def test_extended_headers_bring_what_structured_replies_bring() -> None:
 def test_extended_headers_may_follow_structured_replies_and_be_asked_for_twice() -> None:
     handshake = structured()
     for _ in range(2):
-        assert replies(handshake.receive(option(nbd.NBD_OPT_EXTENDED_HEADERS))) == [ACKNOWLEDGED]
-    handshake.receive(go("sda"))
+        assert replies(heard(handshake, option(nbd.NBD_OPT_EXTENDED_HEADERS))) == [ACKNOWLEDGED]
+    heard(handshake, go("sda"))
     assert handshake.outcome == Agreed("sda", structured=True, contexts=(), extended=True)
 
 
 def test_behind_extended_headers_there_is_no_way_back_to_structured_replies() -> None:
     handshake = extended()
-    [reply] = replies(handshake.receive(option(nbd.NBD_OPT_STRUCTURED_REPLY)))
+    [reply] = replies(heard(handshake, option(nbd.NBD_OPT_STRUCTURED_REPLY)))
     assert reply.type == nbd.NBD_REP_ERR_EXT_HEADER_REQD == 2**31 + 10
-    handshake.receive(go("sda"))
+    heard(handshake, go("sda"))
     assert handshake.outcome == Agreed("sda", structured=False, contexts=(), extended=True)
 
 
 def test_behind_extended_headers_the_old_way_in_costs_the_connection() -> None:
     handshake = extended()
     with pytest.raises(FormatError, match="NBD_OPT_GO"):
-        handshake.receive(option(nbd.NBD_OPT_EXPORT_NAME, b"sda"))
+        heard(handshake, option(nbd.NBD_OPT_EXPORT_NAME, b"sda"))
     assert handshake.outcome is None
 
 
 def test_extended_headers_are_not_spoken_of_before_tls() -> None:
-    handshake = Handshake(BOTH, tls_required=True)
-    [reply] = replies(handshake.receive(FIXED + option(nbd.NBD_OPT_EXTENDED_HEADERS)))
+    handshake = Handshake(lambda: BOTH, tls_required=True)
+    [reply] = replies(heard(handshake, FIXED + option(nbd.NBD_OPT_EXTENDED_HEADERS)))
     assert reply.type == nbd.NBD_REP_ERR_TLS_REQD
-    handshake.receive(option(nbd.NBD_OPT_STARTTLS))
+    heard(handshake, option(nbd.NBD_OPT_STARTTLS))
     handshake.secured()
-    handshake.receive(go("sda"))
+    heard(handshake, go("sda"))
     assert handshake.outcome == Agreed("sda", structured=False, contexts=(), extended=False)

@@ -1,0 +1,74 @@
+"""A visit by itself: what it asks of its server and when, and how it ends."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Mapping
+from types import SimpleNamespace
+
+import pytest
+
+from lmdbitmap.device import MemoryDevice
+from lmdbitmap.nbd import visit as visiting
+from lmdbitmap.nbd.rounds import Rounds
+from lmdbitmap.nbd.visit import Served, Visit
+from lmdbitmap.plain import PlainDisk
+from tests.nbd_raw import GO, RawClient, option, string
+from tests.support import PATIENCE_SECONDS
+
+LIST = 3
+
+
+class House:
+    """Serves one disk, and remembers how often it was asked what it has, and which visits have ended."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.ended = threading.Event()
+
+    def served(self) -> Mapping[str, Served]:
+        self.asked += 1
+        return {"disk": Served(PlainDisk(MemoryDevice(1 << 20)), {})}
+
+    def visit(self) -> tuple[Visit, RawClient]:
+        ours, theirs = socket.socketpair()
+        visit = Visit(
+            ours,
+            self.served,
+            handshake_timeout_s=PATIENCE_SECONDS,
+            ended=lambda _: self.ended.set(),
+            rounds=Rounds(),
+        )
+        return visit, RawClient(theirs)
+
+
+def test_nothing_is_looked_up_for_who_does_not_ask() -> None:
+    house = House()
+    visit, client = house.visit()
+    visit.start()
+    with client:
+        client.greet()
+        client.send(option(99))
+        client.receive(20)
+    assert house.ended.wait(PATIENCE_SECONDS)
+    assert house.asked == 0
+
+
+def test_time_that_an_answer_took_counts_for_the_handshake(monkeypatch: pytest.MonkeyPatch) -> None:
+    class SlowHouse(House):
+        def served(self) -> Mapping[str, Served]:
+            clock.now_s += PATIENCE_SECONDS + 1
+            return super().served()
+
+    clock = SimpleNamespace(now_s=0.0)
+    monkeypatch.setattr(visiting, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
+    house = SlowHouse()
+    visit, client = house.visit()
+    visit.start()
+    with client:
+        client.greet()
+        client.send(option(LIST) + option(GO, string("disk") + b"\0\0"))
+        assert client.is_closed_by_server()
+    assert house.ended.wait(PATIENCE_SECONDS)
+    assert (house.asked, visit.export_name) == (1, None)
