@@ -63,6 +63,7 @@ FLOORS: dict[str, float] = {
     "device": 2.5,
     "owner": 2.5,
     "nbd.doubts": 2.15,
+    "nbd.keepalive": 2.15,
     "nbd.client_tls": 2.15,
     "nbd.client_link": 2.2,
     "nbd.client_dial": 2.25,

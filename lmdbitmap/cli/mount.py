@@ -16,7 +16,7 @@ import click
 from lmdbitmap.cli import logs
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.places import Places
-from lmdbitmap.cli.serving import Ending, announce, listening, logging_as_asked
+from lmdbitmap.cli.serving import Ending, allow_many_descriptors, announce, listening, logging_as_asked
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.nbd.server import Server
 from lmdbitmap.nbd.supervisor import Supervisor
@@ -63,6 +63,7 @@ def mount(
     from lmdbitmap.proof import prove
 
     logs.choose(log_style, verbose=verbose)
+    allow_many_descriptors()
     supervisor = Supervisor(os.environ.pop("NOTIFY_SOCKET", ""))
     with Ending() as ending, open_backup(repository, name, at) as chain:
         if verify:

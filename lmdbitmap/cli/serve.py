@@ -19,7 +19,14 @@ from lmdbitmap.cli.metrics import metrics_served
 from lmdbitmap.cli.options import Session, size, utf8_path, verb
 from lmdbitmap.cli.ownership import find_disk, require_unowned
 from lmdbitmap.cli.places import Places
-from lmdbitmap.cli.serving import Ending, address_of, announce, listening, logging_as_asked
+from lmdbitmap.cli.serving import (
+    Ending,
+    address_of,
+    allow_many_descriptors,
+    announce,
+    listening,
+    logging_as_asked,
+)
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError
 from lmdbitmap.filter import Filter
 from lmdbitmap.measured import MeasuredStore
@@ -87,6 +94,7 @@ def serve(
     """
     logs.choose(log_style, verbose=verbose)
     _require_sense(names, bitmap_file)
+    allow_many_descriptors()
     supervisor = Supervisor(os.environ.pop("NOTIFY_SOCKET", ""))
     scraped = (
         None if metrics is None else address_of(metrics, _TOLD, "use 127.0.0.1", insecure=places.insecure)

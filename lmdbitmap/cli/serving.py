@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -122,6 +123,12 @@ def address_of(text: str, power: str, remedy: str, *, insecure: bool) -> tuple[s
             f"whoever reaches {host} could {power}", next_step=f"{remedy}, or say --insecure"
         )
     return host, port
+
+
+def allow_many_descriptors() -> None:
+    """As many as this process may have: connections of one disk, up to five each, must not use up those of another."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def announce(asked: Session, uris: list[str], metrics_url: str | None = None) -> None:

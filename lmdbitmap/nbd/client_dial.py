@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Final
 
+from lmdbitmap.nbd import keepalive
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.client_handshake import FarExport, Step, negotiation
 from lmdbitmap.nbd.client_link import Link, Wire, some
@@ -20,15 +21,8 @@ if TYPE_CHECKING:
 
 DIAL_S: Final = 10.0
 """Until a server that is there has connected and agreed."""
-_KEEPALIVE: Final = (
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
-    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 20_000),
-)
-"""A host that vanished is noticed within some 20 s."""
+_USER_TIMEOUT_MS: Final = 20_000
+"""A host that vanished is noticed within that, whatever is on its way to it."""
 
 
 def dial(place: Place, timeout_s: float = DIAL_S) -> Link:
@@ -81,8 +75,8 @@ def agreed(
 def _connected(place: Place, timeout_s: float) -> socket.socket:
     if not place.socket_path:
         sock = socket.create_connection((place.host, place.port), timeout_s)
-        for option in _KEEPALIVE:
-            sock.setsockopt(*option)
+        keepalive.tune(sock)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
         return sock
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:

@@ -17,7 +17,6 @@ said more than it should have: those bytes may be somebody else's.
 from __future__ import annotations
 
 import enum
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final, NamedTuple, TypeAlias
 
@@ -69,10 +68,21 @@ Outcome: TypeAlias = "Agreed | Ending"
 
 
 class Handshake:
-    """One client's haggling over what `look_up` finds, by the names it may use; in plain text, or behind TLS only."""
+    """One client's haggling over what `look_up` finds, by the names it may use; in plain text, or behind TLS only.
 
-    def __init__(self, look_up: Callable[[], Mapping[str, Export]], *, tls_required: bool = False) -> None:
+    It gets what it chooses if there is room at that export, as `enter` says.
+    """
+
+    def __init__(
+        self,
+        look_up: Callable[[], Mapping[str, Export]],
+        *,
+        tls_required: bool = False,
+        enter: Callable[[str], bool] = lambda name: True,
+    ) -> None:
         self._look_up = look_up
+        self._found: Mapping[str, Export] | None = None
+        self._enter = enter
         self._tls_required = tls_required
         self._secured = False
         self._inbox = bytearray()
@@ -84,9 +94,12 @@ class Handshake:
         self.outcome: Outcome | None = None
         self.greeting = nbd.greeting()
 
-    @functools.cached_property
+    @property
     def _exports(self) -> Mapping[str, Export]:
-        return self._look_up()
+        """Looked up once. Not a `cached_property`: in Python 3.11 and older all handshakes wait for each other's."""
+        if self._found is None:
+            self._found = self._look_up()
+        return self._found
 
     @property
     def trailing(self) -> bytes:
@@ -200,7 +213,8 @@ class Handshake:
         export = self._find(name)
         if export is None:
             raise nbd.malformed("NBD_OPT_EXPORT_NAME", "the name of a served disk", repr(name))
-        self._agree(export)
+        if not self._agree(export):
+            return b""
         padded = not self._has_flag(nbd.NBD_FLAG_C_NO_ZEROES)
         return nbd.export_name_reply(export.size, self._transmission_flags(export), padded=padded)
 
@@ -217,8 +231,8 @@ class Handshake:
         export = self._find(query.export_name)
         if export is None:
             return _unknown_export(option, query.export_name)
-        if option == nbd.NBD_OPT_GO:
-            self._agree(export)
+        if option == nbd.NBD_OPT_GO and not self._agree(export):
+            return _error(option, nbd.NBD_REP_ERR_POLICY, f"{export.name!r} has no room for one more client")
         return _listing(option, nbd.NBD_REP_INFO, *self._describe(export, query.info_types))
 
     def _describe(self, export: Export, wanted: tuple[int, ...]) -> list[bytes]:
@@ -275,11 +289,16 @@ class Handshake:
         query = nbd.parse_meta_query(data)
         return query, self._find(query.export_name)
 
-    def _agree(self, export: Export) -> None:
-        """Contexts that were selected for another export do not count for this one."""
+    def _agree(self, export: Export) -> bool:
+        """Whether there is room for it; else the haggling is over. Contexts that were selected for another export do
+        not count for this one."""
+        if not self._enter(export.name):
+            self.outcome = ABORTED
+            return False
         name, contexts = self._selected
         selected = contexts if name == export.name else ()
         self.outcome = Agreed(export.name, self._structured, selected, self._extended)
+        return True
 
 
 _OPTIONS_WITHOUT_DATA: Final = frozenset(

@@ -1,8 +1,15 @@
 """The NBD server: takes clients in, has each served (rounds.py), and lets all of them go in good order.
 
-A client can cost the others nothing but its share of the processor: it has its own socket, lane and buffers,
-no thread waits for it that others need, and whatever it sends, or fails to send or to read, ends at worst its
-own connection.
+A client can cost the others nothing but its share of the processor, and of the places at its own export: it has its
+own socket, lane and buffers, no thread waits for it that others need, and whatever it sends, or fails to send or to
+read, ends at worst its own connection. Places are counted so that nobody is in the way of those who have nothing to do
+with him:
+
+- Whoever has not chosen an export yet is a newcomer. There is room for `max_newcomers` at each listener; one more gets
+  the place of the one who has been there for longest, who is cut off. Nobody can hold a door by standing in it.
+- An export has room for `max_connections` who came by themselves, and for as many who were handed over (`take_in`) by
+  its owner, as a backup's connections are. One more is refused. Those whose host vanished lose their place in time
+  (keepalive.py).
 
 Stopping: no more clients; every connection finishes the requests it has taken in, answers them and closes (a change of
 many gigabytes is done as far as it is, and the client told so);
@@ -20,11 +27,12 @@ import ssl
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
 from lmdbitmap.errors import AlreadyExists
 from lmdbitmap.interfaces import ServedDisk
+from lmdbitmap.nbd import keepalive
 from lmdbitmap.nbd.contexts import ContextsOf, base_contexts, for_strangers
 from lmdbitmap.nbd.listeners import InheritedListener, Listener, TcpListener, UnixListener, accepted
 from lmdbitmap.nbd.quiet import Quiet
@@ -42,7 +50,7 @@ _BESIDE: Final = ""
 
 
 class Counters(NamedTuple):
-    """What a server did so far. `connections` were taken in, `connected` of them are there now."""
+    """What a server did so far. `connections` were taken in, newcomers too, and `connected` of them are there now."""
 
     connections: int
     connected: int
@@ -60,6 +68,7 @@ class Server:
         disks: Mapping[str, ServedDisk],
         *,
         max_connections: int = 64,
+        max_newcomers: int = 64,
         handshake_timeout_s: float = 10.0,
         grace_s: float = 10.0,
         contexts_of: ContextsOf = base_contexts,
@@ -68,11 +77,13 @@ class Server:
         self._residents = tuple(disks)
         self._contexts_of = contexts_of
         self._max_connections = max_connections
+        self._max_newcomers = max_newcomers
         self._handshake_timeout_s = handshake_timeout_s
         self._grace_s = grace_s
         self._listeners: list[Listener] = []
         self._lock = threading.Lock()
-        self._visits: set[Visit] = set()
+        self._visits: dict[Visit, None] = {}
+        """In the order in which they came."""
         self._rounds = Rounds()
         self._connections = 0
         self._turned_away = 0
@@ -142,7 +153,7 @@ class Server:
 
         It is offered every context, others only what is for strangers.
         """
-        return self._welcome(sock, None, self._served)
+        return self._welcome(sock, None)
 
     def _served_now(self) -> dict[str, ServedDisk]:
         with self._lock:
@@ -220,32 +231,27 @@ class Server:
     def _accept(self, listener: Listener) -> None:
         sock = accepted(listener.sock, "client")
         if sock is not None:
-            self._welcome(sock, listener.tls, self._served_to_strangers)
+            self._welcome(sock, listener)
 
-    def _welcome(
-        self, sock: socket.socket, tls: ssl.SSLContext | None, served: Callable[[], Mapping[str, Served]]
-    ) -> bool:
+    def _welcome(self, sock: socket.socket, door: Listener | None) -> bool:
+        """Have somebody shake hands who came through a `door`, or was handed over."""
         visit = Visit(
             sock,
-            served,
+            self._served if door is None else self._served_to_strangers,
             handshake_timeout_s=self._handshake_timeout_s,
+            enter=self._enter,
             ended=self._forget,
             rounds=self._rounds,
-            tls=tls,
+            door=door,
+            tls=None if door is None else door.tls,
         )
         if not self._admit(visit):
-            _log.warning("a client was turned away: %d are connected already", self._max_connections)
+            _log.warning("%s was turned away: too many come at once", visit.client)
             sock.close()
             return False
+        self._make_room(door)
         _tune(sock)
-        try:
-            visit.start()
-        except RuntimeError as refused:  # no more threads
-            _log.warning("cannot serve a client: %s", refused)
-            sock.close()
-            self._forget(visit)
-            return False
-        return True
+        return visit.start()
 
     def _served(self) -> Mapping[str, Served]:
         """The disks, with what can be asked of each at this moment: a visitor may pick from that."""
@@ -261,17 +267,45 @@ class Server:
         }
 
     def _admit(self, visit: Visit) -> bool:
+        """As a newcomer. Those who were let go are gone in a moment, and until then there may be as many of them."""
         with self._lock:
-            if self._stopping or len(self._visits) >= self._max_connections:
+            if self._stopping or len(self._newcomers(visit.door)) >= 2 * self._max_newcomers:
                 self._turned_away += 1
                 return False
-            self._visits.add(visit)
+            self._visits[visit] = None
             self._connections += 1
             return True
 
+    def _make_room(self, door: Listener | None) -> None:
+        """Let the newcomer go who has been at this door for longest, if there are too many."""
+        with self._lock:
+            staying = [visit for visit in self._newcomers(door) if not visit.is_let_go]
+            if len(staying) <= self._max_newcomers:
+                return
+            staying[0].let_go()
+            self._turned_away += 1
+        _log.warning("%s was turned away: others came, and it had not chosen a disk", staying[0].client)
+
+    def _newcomers(self, door: object) -> list[Visit]:
+        """Who came through this door and has no place at an export, in the order in which they came."""
+        return [visit for visit in self._visits if visit.door is door and visit.export_name is None]
+
+    def _enter(self, visit: Visit, name: str) -> bool:
+        """Whether a newcomer gets a place at this export."""
+        with self._lock:
+            there = [other for other in self._visits if other.export_name == name]
+            alike = sum((other.door is None) == (visit.door is None) for other in there)
+            if alike < self._max_connections:
+                visit.export_name = name
+                return True
+            self._turned_away += 1
+        words = "disk %s: %s was turned away: %d are connected already"
+        _log.warning(words, name, visit.client, alike, extra={"disk": name, "client": visit.client})
+        return False
+
     def _forget(self, visit: Visit) -> None:
         with self._lock:
-            self._visits.discard(visit)
+            self._visits.pop(visit, None)
             if visit.export_name is not None:
                 name = visit.export_name if visit.export_name in self._residents else _BESIDE
                 self._past_traffic[name] = summed([self._past_traffic[name], visit.traffic])
@@ -305,5 +339,4 @@ def _tune(sock: socket.socket) -> None:
     if sock.family == socket.AF_UNIX:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
     else:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        keepalive.tune(sock)

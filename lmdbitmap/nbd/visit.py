@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import socket
 import ssl
@@ -48,8 +49,9 @@ class Served(NamedTuple):
 
 
 class Visit:
-    """Serves one client: shakes hands in a thread of its own, where `served` is asked what there is once the client
-    asks for it, and joins the `rounds` then. `ended` is called before it hangs up."""
+    """Serves one client, who came through `door`: shakes hands in a thread of its own, where `served` is asked what
+    there is once the client asks for it, and `enter` whether there is room where it wants to go, and joins the `rounds`
+    then. `ended` is called before it hangs up."""
 
     def __init__(
         self,
@@ -57,22 +59,30 @@ class Visit:
         served: Callable[[], Mapping[str, Served]],
         *,
         handshake_timeout_s: float,
+        enter: Callable[[Visit, str], bool],
         ended: Callable[[Visit], None],
         rounds: Rounds,
+        door: object = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self._sock = sock
         self._tls = tls
         self._served = served
         self._handshake_timeout_s = handshake_timeout_s
+        self._enter = enter
         self._ended = ended
         self._rounds = rounds
+        self.door: Final = door
         self.export_name: str | None = None
+        """Of the export that it has a place at; without one it is a newcomer."""
+        self.is_let_go = False
+        """Whether it was cut off because it stayed a newcomer."""
         self.client = _who(sock)
         self._offered: Mapping[str, Served] = {}
         self._connection: Connection | None = None
         self._alone = False
         self._leaving = False
+        self._was_shut: int | None = None
         self._gone = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"nbd-{sock.fileno()}", daemon=True)
 
@@ -86,8 +96,15 @@ class Visit:
         """How many were answered so far."""
         return 0 if self._connection is None else sum(self._connection.counts)
 
-    def start(self) -> None:
-        self._thread.start()
+    def start(self) -> bool:
+        """Whether there was a thread for it; without one it has ended."""
+        try:
+            self._thread.start()
+        except RuntimeError as refused:  # no more threads
+            _log.warning("cannot serve a client: %s", refused)
+            self._hang_up()
+            return False
+        return True
 
     def ask_to_leave(self) -> None:
         """Let it finish and answer what it has taken in, and nothing more."""
@@ -100,14 +117,20 @@ class Visit:
         """Wake it from waiting for a client that does not read."""
         self._shut(socket.SHUT_RDWR)
 
+    def let_go(self) -> None:
+        """Cut off a newcomer: another one gets its place."""
+        self.is_let_go = True
+        self.cut_off()
+
     def join(self, timeout_s: float) -> bool:
         """Wait for its end; whether it has come."""
         return self._gone.wait(max(timeout_s, 0))
 
     def _shut(self, how: int) -> None:
+        self._was_shut = how
         try:
             socket.socket.shutdown(self._sock, how)  # not TLS's own, which goes on in plain text after it
-        except OSError:  # it is gone already
+        except OSError:  # it is gone already, or is about to speak TLS
             pass
 
     def _run(self) -> None:
@@ -133,6 +156,9 @@ class Visit:
             words = "a client was dropped: this is a mistake of the server"
             _log.error(words, exc_info=failure, extra=self._names)
         self._say_goodbye()
+        self._hang_up()
+
+    def _hang_up(self) -> None:
         self._ended(self)
         self._sock.close()
         self._gone.set()
@@ -143,7 +169,7 @@ class Visit:
         return {"disk": self.export_name, "client": self.client}
 
     def _say_goodbye(self) -> None:
-        if self.export_name is not None:
+        if self._connection is not None:
             words, names = _traffic_words(self.traffic), self._names
             _log.info("disk %s: %s is gone: %s", self.export_name, self.client, words, extra=names)
 
@@ -154,7 +180,6 @@ class Visit:
         if not isinstance(agreed, Agreed):
             return None
         served = self._offered[agreed.export_name]
-        self.export_name = agreed.export_name
         _log.info("disk %s: %s is connected", self.export_name, self.client, extra=self._names)
         self._connection = Connection(
             self._sock,
@@ -172,7 +197,8 @@ class Visit:
     def _shake_hands(self) -> Handshake:
         """Until both agree, the client leaves, or its time is up (`TimeoutError`), whoever used it."""
         deadline = time.monotonic() + self._handshake_timeout_s
-        handshake = Handshake(self._look_up, tls_required=self._tls is not None)
+        enter = functools.partial(self._enter, self)
+        handshake = Handshake(self._look_up, tls_required=self._tls is not None, enter=enter)
         self._send_before(deadline, handshake.greeting)
         while handshake.outcome is None:
             self._sock.settimeout(_left(deadline))
@@ -195,6 +221,8 @@ class Visit:
         """From here on the socket speaks TLS, with a client whose certificate was verified."""
         assert self._tls is not None
         self._sock = self._tls.wrap_socket(self._sock, server_side=True, do_handshake_on_connect=False)
+        if self._was_shut is not None:
+            self._shut(self._was_shut)
         self._sock.settimeout(_left(deadline))
         self._sock.do_handshake()
 

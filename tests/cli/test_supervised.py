@@ -99,3 +99,14 @@ def test_manager_that_does_not_listen_costs_nothing(cli: Cli, tmp_path: Path) ->
     with spawn(*command, env={"NOTIFY_SOCKET": str(tmp_path / "nobody")}) as child:
         child.wait_for_line("^ready$")
     assert (child.process.returncode, child.stderr) == (0, "")
+
+
+def test_server_may_open_as_many_files_as_the_system_lets_it(cli: Cli) -> None:
+    """Else the connections of one disk could use up those of another."""
+    cli.add("sda")
+    command = cli.command("serve", "sda", "--socket", cli.folder / "s")
+    with spawn("sh", "-c", 'ulimit -Sn 256; ulimit -Hn 2000; exec "$@"', "sh", *command) as child:
+        child.wait_for_line("^ready$")
+        limits = Path(f"/proc/{child.process.pid}/limits").read_text()
+    [line] = [line for line in limits.splitlines() if line.startswith("Max open files")]
+    assert line.split()[3:5] == ["2000", "2000"]

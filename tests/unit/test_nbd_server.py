@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import signal
 import socket
@@ -15,14 +16,19 @@ import pytest
 
 from lmdbitmap.device import MemoryDevice
 from lmdbitmap.interfaces import BlockDevice, ServedDisk
+from lmdbitmap.nbd.contexts import StatusSource
 from lmdbitmap.nbd.rounds import Rounds
 from lmdbitmap.nbd.server import Server
 from lmdbitmap.nbd.visit import Served, Visit
 from lmdbitmap.plain import PlainDisk, PlainLane
-from tests.nbd_raw import BLOCK_STATUS, DISC, READ, WRITE, RawClient, request, write
+from tests.nbd_raw import BLOCK_STATUS, DISC, GO, READ, WRITE, RawClient, option, request, string, write
 from tests.support import PATIENCE_SECONDS
 
 SIZE = 64 << 20
+EXPORT_NAME = 1
+POLICY = 2**31 + 2
+KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 0}
+"""What makes 20 s of silence; the last would cut off a client that lives and does not read."""
 
 
 class Gate:
@@ -116,16 +122,141 @@ def test_allocation_can_be_asked_for(path: str) -> None:
     assert statuses == {ids["base:allocation"]: [(8192, 3), (4096, 0), (4096, 3)]}
 
 
+# --- places ---
+
+
+def refused(client: RawClient, name: str) -> bool:
+    """Whether there is no room for it at that export, and it is sent away."""
+    client.greet()
+    [(kind, said)] = client.ask(GO, string(name) + b"\0\0")
+    return (kind, b"no room" in said, client.is_closed_by_server()) == (POLICY, True, True)
+
+
 def test_a_client_too_many_is_turned_away_until_another_leaves(path: str) -> None:
     with serving(path, max_connections=1) as server:
         with transmitting(path) as first:
             with RawClient.connect(path) as second:
-                assert second.is_closed_by_server()
+                assert refused(second, "disk")
             first.send(request(DISC))
             assert first.is_closed_by_server()
         with transmitting(path) as third:
             assert third.do(READ, 0, 1).error == 0
-            assert server.counters[:3] == (2, 1, 1)
+            assert server.counters[2] == 1
+
+
+def test_one_too_many_of_the_old_kind_is_sent_away_without_a_word(path: str) -> None:
+    with serving(path, max_connections=1), transmitting(path), RawClient.connect(path) as second:
+        second.greet()
+        second.send(option(EXPORT_NAME, b"disk"))
+        assert second.is_closed_by_server()
+
+
+def test_clients_of_one_disk_keep_none_of_another_out(path: str) -> None:
+    disks: dict[str, ServedDisk] = {name: PlainDisk(MemoryDevice(SIZE)) for name in ("a", "b")}
+    with serving(path, disks, max_connections=1), transmitting(path, "a"), transmitting(path, "b") as guest:
+        assert guest.do(READ, 0, 1).error == 0
+        with RawClient.connect(path) as one_more:
+            assert refused(one_more, "a")
+
+
+@pytest.mark.parametrize("handed_over_first", [True, False])
+def test_those_who_were_handed_over_and_others_keep_each_other_out_of_no_export(
+    path: str, handed_over_first: bool
+) -> None:
+    with serving(path, max_connections=1) as server, contextlib.ExitStack() as clients:
+        ways = [functools.partial(handed_over, server), functools.partial(RawClient.connect, path)]
+        for come in ways if handed_over_first else reversed(ways):
+            clients.enter_context(come()).go("disk")
+            assert refused(clients.enter_context(come()), "disk")
+
+
+def handed_over(server: Server) -> RawClient:
+    ours, theirs = socket.socketpair()
+    assert server.take_in(ours)
+    return RawClient(theirs)
+
+
+def test_newcomers_take_no_place_of_clients(path: str) -> None:
+    with serving(path, max_connections=1, max_newcomers=3), contextlib.ExitStack() as newcomers:
+        for _ in range(2):
+            newcomers.enter_context(RawClient.connect(path)).greet()
+        with transmitting(path) as client:
+            assert client.do(READ, 0, 1).error == 0
+
+
+def test_the_newcomer_who_stood_at_the_door_for_longest_makes_room(path: str) -> None:
+    with serving(path, max_newcomers=2) as server, contextlib.ExitStack() as stack:
+        first, second, third = (stack.enter_context(RawClient.connect(path)) for _ in range(3))
+        assert first.hears_the_end()
+        for client in (second, third):
+            client.go("disk")
+        assert server.counters[2] == 1
+        with transmitting(path) as fourth:
+            assert fourth.do(READ, 0, 1).error == 0
+
+
+def test_newcomers_at_one_door_make_no_room_for_those_at_another(path: str) -> None:
+    other_path = path + "-other"
+    server = Server({"disk": PlainDisk(MemoryDevice(SIZE))}, max_newcomers=1)
+    for place in (path, other_path):
+        server.listen_unix(place)
+    server.start()
+    with RawClient.connect(other_path) as newcomer, handed_over(server) as backup:
+        newcomer.greet()
+        backup.greet()
+        with RawClient.connect(path) as first, transmitting(path) as guest:
+            assert first.hears_the_end()
+            assert guest.do(READ, 0, 1).error == 0
+        for client in (newcomer, backup):
+            assert client.ask(GO, string("disk") + b"\0\0")[-1] == (1, b"")
+    assert server.stop()
+
+
+def test_clients_take_no_place_of_newcomers(path: str) -> None:
+    with serving(path, max_newcomers=1), contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(transmitting(path)) for _ in range(3)]
+        assert [client.do(READ, 0, 1).error for client in clients] == [0, 0, 0]
+
+
+def test_newcomers_who_were_let_go_and_hang_in_the_server_are_bounded_too(path: str) -> None:
+    gate = Gate()
+    entered = threading.Semaphore(0)
+
+    def contexts_of(name: str, disk: ServedDisk) -> Mapping[str, StatusSource]:
+        entered.release()
+        assert gate.open.wait(PATIENCE_SECONDS)
+        return {}
+
+    server = Server({"disk": PlainDisk(MemoryDevice(SIZE))}, max_newcomers=1, contexts_of=contexts_of)
+    server.listen_unix(path)
+    server.start()
+    with contextlib.ExitStack() as clients:
+        hanging = []
+        for _ in range(2):
+            hanging.append(clients.enter_context(RawClient.connect(path)))
+            hanging[-1].greet()
+            hanging[-1].send(option(GO, string("disk") + b"\0\0"))
+            assert entered.acquire(timeout=PATIENCE_SECONDS)
+        with RawClient.connect(path) as third:
+            assert third.is_closed_by_server()
+        gate.open.set()
+        assert hanging[0].is_closed_by_server()
+        assert hanging[1].receive(20)
+        assert server.traffic("disk")[0] == 1
+    assert server.stop()
+
+
+def test_a_host_that_vanished_keeps_no_place_of_a_tcp_server() -> None:
+    server = Server({"disk": PlainDisk(MemoryDevice(SIZE))})
+    listener = server.listen_tcp("127.0.0.1", 0)
+    server.start()
+    with socket.create_connection(listener.sock.getsockname()) as sock:
+        RawClient(sock).go("disk")
+        [visit] = server._visits
+        told = {name: visit._sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in KEEPALIVE}
+        assert visit._sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    assert told == KEEPALIVE
+    assert server.stop()
 
 
 def test_counters_outlive_the_connections_they_count(path: str) -> None:
@@ -242,6 +373,7 @@ def test_what_was_not_taken_in_before_the_end_is_not_done() -> None:
         ours,
         lambda: {"disk": Served(disk, {})},
         handshake_timeout_s=PATIENCE_SECONDS,
+        enter=lambda visit, name: True,
         ended=lambda _: forgotten.set(),
         rounds=Rounds(),
     )

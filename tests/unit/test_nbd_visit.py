@@ -31,12 +31,17 @@ class House:
         self.asked += 1
         return {"disk": Served(PlainDisk(MemoryDevice(1 << 20)), {})}
 
+    def enter(self, visit: Visit, name: str) -> bool:
+        visit.export_name = name
+        return True
+
     def visit(self) -> tuple[Visit, RawClient]:
         ours, theirs = socket.socketpair()
         visit = Visit(
             ours,
             self.served,
             handshake_timeout_s=PATIENCE_SECONDS,
+            enter=self.enter,
             ended=lambda _: self.ended.set(),
             rounds=Rounds(),
         )
@@ -72,3 +77,19 @@ def test_time_that_an_answer_took_counts_for_the_handshake(monkeypatch: pytest.M
         assert client.is_closed_by_server()
     assert house.ended.wait(PATIENCE_SECONDS)
     assert (house.asked, visit.export_name) == (1, None)
+
+
+def test_a_visit_without_a_thread_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for all to end waits for nothing else."""
+
+    def no_more_threads(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_more_threads)
+    house = House()
+    visit, client = house.visit()
+    with client:
+        assert not visit.start()
+        assert client.is_closed_by_server()
+    assert house.ended.is_set()
+    assert visit.join(0)
