@@ -32,8 +32,12 @@ class HeldSnapshots:
         self._server = server
         self._scratch = scratch
 
-    def take(self, disks: Sequence[str], name: str) -> list[Snapshot]:
-        """One checkpoint on all disks, or on none, and each of them held as it was then."""
+    def take(self, disks: Sequence[str], name: str, *, private: bool = False) -> list[Snapshot]:
+        """One checkpoint on all disks, or on none, and each of them held as it was then.
+
+        A `private` one is for whoever reads it through connections that it asked for (`connect`): what a stranger read
+        of one that is read only once, its reader would not get any more.
+        """
         filters = [self._filters[disk] for disk in disks]
         for attached in filters:
             if len(attached.snapshots) >= MOST_OF_A_DISK:
@@ -45,7 +49,7 @@ class HeldSnapshots:
         for snapshot in taken:
             if self._server is not None:
                 snapshot.guests_are_quiet = self._server.quiet.look
-                self._server.add(snapshot.name, snapshot)
+                self._server.add(snapshot.name, snapshot, private=private)
             _log.info("disk %s: held as at checkpoint %s", snapshot.disk.name, name)
         return taken
 

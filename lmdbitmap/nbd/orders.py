@@ -119,7 +119,7 @@ def _snapshot(scene: Scene, disks: list[Any], name: str, since: list[Any], bound
     if len(since) != len(disks) or not all(isinstance(one, str) for one in since):
         raise InvalidArgument("`since` is a checkpoint or nothing for each disk", next_step="name as many")
     held = _held(scene)
-    taken = held.take(disks, name)
+    taken = held.take(disks, name, private=bound and once)
     try:
         for snapshot, checkpoint in zip(taken, since, strict=True):
             if checkpoint:

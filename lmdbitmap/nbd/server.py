@@ -75,6 +75,7 @@ class Server:
     ) -> None:
         self._disks = dict(disks)
         self._residents = tuple(disks)
+        self._private: set[str] = set()
         self._contexts_of = contexts_of
         self._max_connections = max_connections
         self._max_newcomers = max_newcomers
@@ -128,12 +129,17 @@ class Server:
         """One for every listener."""
         return [listener.uri(name) for listener in self._listeners]
 
-    def add(self, name: str, disk: ServedDisk) -> None:
-        """Serve one more disk, beside those that it was made for. Raises `AlreadyExists` for a name that is taken."""
+    def add(self, name: str, disk: ServedDisk, *, private: bool = False) -> None:
+        """Serve one more disk, beside those that it was made for; a `private` one to those who are handed over alone.
+
+        Raises `AlreadyExists` for a name that is taken.
+        """
         with self._lock:
             if name in self._disks:
                 raise AlreadyExists(f"{name!r} is served already", next_step="choose another name")
             self._disks[name] = disk
+            if private:
+                self._private.add(name)
 
     def remove(self, name: str, disk: ServedDisk) -> None:
         """Serve a disk no more: its clients are cut off. Whoever still reads of it is told by the disk itself.
@@ -144,6 +150,7 @@ class Server:
             if self._disks.get(name) is not disk:
                 return
             del self._disks[name]
+            self._private.discard(name)
             visits = [visit for visit in self._visits if visit.export_name == name]
         for visit in visits:
             visit.cut_off()
@@ -151,13 +158,9 @@ class Server:
     def take_in(self, sock: socket.socket) -> bool:
         """Serve a client that is connected already, and need not begin TLS; whether there was room for it.
 
-        It is offered every context, others only what is for strangers.
+        It is offered every disk and context, others only what is for strangers.
         """
         return self._welcome(sock, None)
-
-    def _served_now(self) -> dict[str, ServedDisk]:
-        with self._lock:
-            return dict(self._disks)
 
     @property
     def counters(self) -> Counters:
@@ -255,15 +258,22 @@ class Server:
 
     def _served(self) -> Mapping[str, Served]:
         """The disks, with what can be asked of each at this moment: a visitor may pick from that."""
-        return {
-            name: Served(disk, self._contexts_of(name, disk), beside=name not in self._residents)
-            for name, disk in self._served_now().items()
-        }
+        with self._lock:
+            disks = dict(self._disks)
+        return self._described(disks)
 
     def _served_to_strangers(self) -> Mapping[str, Served]:
+        with self._lock:
+            disks = {name: disk for name, disk in self._disks.items() if name not in self._private}
         return {
             name: served._replace(contexts=for_strangers(served.contexts))
-            for name, served in self._served().items()
+            for name, served in self._described(disks).items()
+        }
+
+    def _described(self, disks: Mapping[str, ServedDisk]) -> Mapping[str, Served]:
+        return {
+            name: Served(disk, self._contexts_of(name, disk), beside=name not in self._residents)
+            for name, disk in disks.items()
         }
 
     def _admit(self, visit: Visit) -> bool:

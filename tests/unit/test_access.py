@@ -153,9 +153,9 @@ class Slow(HeldSnapshots):
 
     let_go = threading.Event()
 
-    def take(self, disks: Sequence[str], name: str) -> list[Snapshot]:
+    def take(self, disks: Sequence[str], name: str, *, private: bool = False) -> list[Snapshot]:
         self.let_go.wait(PATIENCE_SECONDS)
-        return super().take(disks, name)
+        return super().take(disks, name, private=private)
 
 
 def test_a_guest_is_kept_frozen_no_longer_than_was_said(folder: Path) -> None:
@@ -182,8 +182,8 @@ def test_a_guest_is_kept_frozen_no_longer_than_was_said(folder: Path) -> None:
 class Unsteady(HeldSnapshots):
     """Loses track as soon as a snapshot is taken."""
 
-    def take(self, disks: Sequence[str], name: str) -> list[Snapshot]:
-        taken = super().take(disks, name)
+    def take(self, disks: Sequence[str], name: str, *, private: bool = False) -> list[Snapshot]:
+        taken = super().take(disks, name, private=private)
         self._filters[NAME].start_epoch("by intent")
         return taken
 

@@ -32,11 +32,12 @@ from lmdbitmap.snapshot import Snapshot
 from lmdbitmap.store import Store
 from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.crash.tapped import TappedDevice
-from tests.nbd_raw import BLOCK_STATUS, REQ_ONE, RawClient
+from tests.nbd_raw import BLOCK_STATUS, GO, READ, REQ_ONE, RawClient, string
 from tests.serving import Serving, serving
 from tests.tracked import NAME, TrackedDisk, quick_folder
 
 BLOCK = 4096
+ACK, LIST = 1, 3
 SIZE = 100 * BLOCK + 512
 OLD, NEW = os.urandom(SIZE), os.urandom(SIZE)
 
@@ -138,6 +139,35 @@ def test_snapshot_that_another_releases_fails_whoever_reads(served: Serving) -> 
         served.disk.pwrite(NEW, 0)
         with pytest.raises(OSError, match=r"went away|nput/output"):
             device.pread(BLOCK, 5 * BLOCK)
+
+
+def test_stranger_who_reads_every_export_makes_no_backup_fail(tracked: TrackedDisk, folder: Path) -> None:
+    with serving(tracked, folder, listening=folder / "nbd") as served:
+        served.disk.pwrite(OLD, 0)
+        with held(served.disk, once=True) as device:
+            seen = read_all_that_is_listed(folder / "nbd")
+            served.disk.pwrite(NEW, 0)
+            assert device.pread(SIZE, 0) == OLD
+        assert seen == [NAME]
+        path = served.disk.store.control_path(served.disk.disk.uuid)
+        ordered: dict[str, Any] = {"name": "ordered", "since": [""], "bound": False, "once": False}
+        control_client.call(path, "snapshot", disks=[NAME], **ordered)
+        assert read_all_that_is_listed(folder / "nbd") == [NAME, f"{NAME}@ordered"]
+
+
+def read_all_that_is_listed(listening: Path) -> list[str]:
+    """As a tool does that shows a server's disks; and those whose name it guesses."""
+    with RawClient.connect(str(listening)) as client:
+        client.greet()
+        listed = [data for _, data in client.ask(LIST)[:-1]]
+    names = [data[4 : 4 + int.from_bytes(data[:4], "big")].decode() for data in listed]
+    for name in {*names, f"{NAME}@now"}:
+        with RawClient.connect(str(listening)) as client:
+            client.greet()
+            if client.ask(GO, string(name) + b"\0\0")[-1][0] == ACK:
+                client.structured = False
+                client.do(READ, 0, SIZE)
+    return names
 
 
 # --- another snapshot of the same name ---
@@ -400,7 +430,7 @@ def test_who_comes_by_himself_is_not_offered_the_question(tracked: TrackedDisk, 
     names = [nbd.LMDBITMAP_META_KEPT, nbd.NBD_META_BASE_ALLOCATION]
     with (
         serving(tracked, folder, listening=folder / "nbd") as served,
-        held(served.disk, once=True),
+        held(served.disk),
         RawClient.connect(str(folder / "nbd")) as stranger,
     ):
         assert list(stranger.go(f"{NAME}@now", contexts=names)) == [nbd.NBD_META_BASE_ALLOCATION]
