@@ -107,8 +107,10 @@ def test_no_descriptor_of_the_image_stays_open(served: Serving, tracked: Tracked
         return sum(os.path.lexists(link) and os.readlink(link) == str(tracked.image) for link in links)
 
     before = opened()
-    with held(served.disk) as device:
-        device.pread(BLOCK, 0)
+    with closing(Served(served.disk.store, [NAME])) as way:
+        (point,) = way.take_point("now", [None])
+        point.device.pread(BLOCK, 0)
+        way._client.call("info")  # answered when the owner's own copy is closed
         assert opened() == before + 1
     assert opened() == before
 
