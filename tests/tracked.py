@@ -89,6 +89,16 @@ class TrackedDisk:
         self.store.close()
 
 
+def changed_blocks(before: bytes, now: bytes, granularity: int) -> set[int]:
+    """Those whose bytes differ: what must be dirty, whatever anybody says."""
+    assert len(before) == len(now)
+    return {
+        offset // granularity
+        for offset in range(0, len(before), granularity)
+        if before[offset : offset + granularity] != now[offset : offset + granularity]
+    }
+
+
 def blocks_of(answer: Changes) -> set[int]:
     return {block for run in answer.runs() for block in range(*run)}
 

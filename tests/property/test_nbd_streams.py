@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from lmdbitmap.device import FileDevice, MemoryDevice
 from lmdbitmap.errors import FormatError
-from lmdbitmap.interfaces import BlockDevice
+from lmdbitmap.interfaces import BlockDevice, ServedDisk
 from lmdbitmap.nbd.connection import Connection
 from lmdbitmap.nbd.contexts import allocation_source
 from lmdbitmap.nbd.handshake import Agreed, Export, Handshake
@@ -122,13 +122,12 @@ class Served(NamedTuple):
     outcome: Exception | None
 
 
-def connection_of(form: str, ours: socket.socket, device: BlockDevice) -> Connection:
-    disk = PlainDisk(device)
+def connection_of(form: str, ours: socket.socket, disk: ServedDisk) -> Connection:
     contexts = {ALLOCATION: allocation_source(disk)} if form != SIMPLE else {}
     return Connection(ours, disk, structured=form != SIMPLE, extended=form == EXTENDED, contexts=contexts)
 
 
-def serve(device: BlockDevice, stream: bytes, form: str) -> Served:
+def serve_disk(disk: ServedDisk, stream: bytes, form: str) -> Served:
     """Give a connection the whole stream and then the end of it; gather the answer meanwhile."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -140,7 +139,7 @@ def serve(device: BlockDevice, stream: bytes, form: str) -> Served:
         listener.start()
         outcome: Exception | None = None
         try:
-            connection_of(form, ours, device).run()
+            connection_of(form, ours, disk).run()
         except (FormatError, ConnectionResetError) as error:
             outcome = error
         ours.close()
@@ -169,7 +168,7 @@ def _listen(sock: socket.socket, answers: list[bytes]) -> None:
 @given(said=st.lists(requests, max_size=8), form=st.sampled_from(FORMS))
 @example(said=[b"\x25\x60\x95\x13"], form=STRUCTURED)
 def test_transmission_ends_with_the_stream_or_in_format_error(said: list[bytes], form: str) -> None:
-    served = serve(MemoryDevice(SIZE), b"".join(said), form)
+    served = serve_disk(PlainDisk(MemoryDevice(SIZE)), b"".join(said), form)
     assert served.outcome is None or isinstance(served.outcome, (FormatError, ConnectionResetError))
 
 
@@ -283,7 +282,7 @@ def check_status(model: Model, offset: int, length: int, extents: list[tuple[int
 @contextlib.contextmanager
 def connection_to(device: BlockDevice, form: str) -> Iterator[RawClient]:
     ours, theirs = socket.socketpair()
-    server = threading.Thread(target=connection_of(form, ours, device).run)
+    server = threading.Thread(target=connection_of(form, ours, PlainDisk(device)).run)
     with ours, RawClient(theirs, structured=form != SIMPLE, extended=form == EXTENDED) as client:
         server.start()
         try:
