@@ -143,6 +143,7 @@ FLOORS: dict[str, float] = {
     "nbd.dirty_contexts": 5.5,
     "nbd.inlet": 5,
     "nbd.notice": 4.9,
+    "nbd.complaints": 4.9,
     "nbd.traffic": 5.3,
     "nbd.quiet": 5.3,
     "nbd.listeners": 5,

@@ -27,7 +27,6 @@ What holds all the time:
 from __future__ import annotations
 
 import errno
-import logging
 import socket
 import time
 from collections.abc import Mapping
@@ -39,6 +38,7 @@ from lmdbitmap.interfaces import PatientLane, ServedDisk, SplicingLane
 from lmdbitmap.latencies import Latencies
 from lmdbitmap.nbd import commands, traffic
 from lmdbitmap.nbd import protocol as nbd
+from lmdbitmap.nbd.complaints import Complaints
 from lmdbitmap.nbd.conduit import Conduit
 from lmdbitmap.nbd.contexts import StatusSource
 from lmdbitmap.nbd.deeds import Deeds
@@ -47,10 +47,8 @@ from lmdbitmap.nbd.handshake import MAX_PAYLOAD
 from lmdbitmap.nbd.inlet import Inlet
 from lmdbitmap.nbd.notice import Notice, nobody
 from lmdbitmap.nbd.replies import Read, Replies
-from lmdbitmap.nbd.requests import error_of, refusal
+from lmdbitmap.nbd.requests import Terms, error_of, named, refusal
 from lmdbitmap.nbd.traffic import Traffic
-
-_log = logging.getLogger(__name__)
 
 _BATCH: Final = 512 << 10
 """Bytes received before they are served: little enough to stay in a core's cache until they are written."""
@@ -81,6 +79,7 @@ class Connection:
         received: bytes = b"",
         encrypted: bool = False,
         extended: bool = False,
+        complaints: Complaints | None = None,
     ) -> None:
         self.stopping = False
         self.notice = Notice()
@@ -93,12 +92,16 @@ class Connection:
         self._lane = disk.lane()
         if isinstance(self._lane, PatientLane):
             self._lane.has_waited = self.notice.give
-        self._deeds = Deeds(self._lane, self.notice)
+        self._complaints = complaints or Complaints()
+        self._deeds = Deeds(self._lane, self.notice, self._complaints)
         self._form = EXTENDED if extended else STRUCTURED if structured else SIMPLE
         self._layout, self._header_size = self._form.layout, self._form.header.size
         self._plain_write = self._form.plain_writes[0]
         self._contexts = contexts
-        self._replies = Replies(sock, self._lane, disk.fd, self.notice, form=self._form, encrypted=encrypted)
+        self._terms = Terms(self._form.in_chunks, bool(contexts), extended)
+        self._replies = Replies(
+            sock, self._lane, disk.fd, self.notice, self._complaints, form=self._form, encrypted=encrypted
+        )
         self._conduit: Conduit | None = None
         if disk.fd is not None and not encrypted and isinstance(self._lane, SplicingLane):
             self._conduit = Conduit(sock, self._lane)
@@ -338,14 +341,11 @@ class Connection:
             self._perform(request)
 
     def _refusal(self, request: nbd.Request) -> int:
-        return refusal(
-            request,
-            size=self._disk.size,
-            read_only=self._disk.read_only,
-            in_chunks=self._form.in_chunks,
-            extended=self._form is EXTENDED,
-            contexts=bool(self._contexts),
-        )
+        refused = refusal(request, self._terms, self._disk.size, read_only=self._disk.read_only)
+        if refused is None:
+            return 0
+        self._complaints.refused(*named(request), expected=refused.expected, found=refused.found)
+        return refused.error
 
     # -- doing what they ask -------------------------------------------------------------------------------
 
@@ -386,7 +386,7 @@ class Connection:
         try:
             reply = commands.perform(request, self._lane, self._contexts, self._form, lambda: self.stopping)
         except (OSError, LmdbitmapError) as failure:
-            _log.warning("%s failed: %s", request, failure)
+            self._complaints.failed(*named(request), failure)
             self._answer(request, error_of(failure))
         else:
             self._count(request)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 
@@ -10,32 +10,35 @@ from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.interfaces import Lane
 from lmdbitmap.latencies import Latencies
 from lmdbitmap.nbd import protocol as nbd
+from lmdbitmap.nbd.complaints import Complaints
 from lmdbitmap.nbd.conduit import Conduit
 from lmdbitmap.nbd.notice import Notice
-from lmdbitmap.nbd.requests import error_of
-
-_log = logging.getLogger(__name__)
+from lmdbitmap.nbd.requests import error_of, place
 
 
 class Deeds:
     """Done by way of `lane`. `flushes` are how long they took."""
 
-    def __init__(self, lane: Lane, notice: Notice) -> None:
+    def __init__(self, lane: Lane, notice: Notice, complaints: Complaints) -> None:
         self.flushes = Latencies()
         self._lane = lane
         self._notice = notice
+        self._complaints = complaints
 
     def write_many(self, writes: Sequence[tuple[int, memoryview]]) -> Mapping[int, int]:
         """{index: error} of the writes that failed: all of them when the lane refuses as a whole."""
         try:
             failed = self._lane.write_many(writes)
         except (OSError, LmdbitmapError) as refused:
-            _log.warning("%d writes failed: %s", len(writes), refused)
+            offset, data = writes[0]
+            self._complaints.failed("WRITE", place(offset, len(data)), refused, times=len(writes))
             return dict.fromkeys(range(len(writes)), error_of(refused))
         if not failed:
             return failed
-        numbers = sorted(set(failed.values()))
-        _log.warning("%d of %d writes failed: errno %s", len(failed), len(writes), numbers)
+        for index, number in failed.items():
+            offset, data = writes[index]
+            failure = OSError(number, os.strerror(number))
+            self._complaints.failed("WRITE", place(offset, len(data)), failure)
         return {index: nbd.nbd_error(number) for index, number in failed.items()}
 
     def write(self, offset: int, data: memoryview) -> int:
@@ -46,7 +49,7 @@ class Deeds:
         try:
             conduit.write(length, offset)
         except (OSError, LmdbitmapError) as failure:
-            _log.warning("a write failed: %s", failure)
+            self._complaints.failed("WRITE", place(offset, length), failure)
             conduit.close()
             return error_of(failure)
         return 0
@@ -57,7 +60,7 @@ class Deeds:
         try:
             self._lane.flush()
         except (OSError, LmdbitmapError) as failure:
-            _log.warning("a flush failed: %s", failure)
+            self._complaints.failed("FLUSH", "the image", failure)
             return error_of(failure)
         finally:
             self.flushes.count(time.perf_counter_ns() - begun_ns)

@@ -29,6 +29,8 @@ MAX_OPTIONS: Final = 1024
 """Options a client may send before it must have chosen; `nbdinfo --list` sends a handful per export."""
 MAX_QUERIES: Final = 256
 """Contexts that one option may ask for; clients ask for one or two, or for all without naming any."""
+_MOST_SHOWN: Final = 200
+"""Characters of a name that nobody knows."""
 MIN_BLOCK_SIZE: Final = 1
 PREFERRED_BLOCK_SIZE: Final = 4096
 MAX_PAYLOAD: Final = 32 << 20
@@ -88,6 +90,8 @@ class Handshake:
         self._inbox = bytearray()
         self._flags: int | None = None
         self._options_seen = 0
+        self.refuse: Callable[[FormatError], None] = lambda refusal: None
+        """Told of what is answered by an error, and had better be known to whoever runs the server."""
         self._structured = False
         self._extended = False
         self._selected: tuple[str, tuple[tuple[int, str], ...]] = ("", ())
@@ -180,6 +184,7 @@ class Handshake:
     def _insist_on_tls(self, option: int) -> bytes:
         if option == nbd.NBD_OPT_EXPORT_NAME:
             raise nbd.malformed("NBD_OPT_EXPORT_NAME", "NBD_OPT_STARTTLS before it", "none")
+        self.refuse(nbd.malformed(f"option {option}", "NBD_OPT_STARTTLS before it", "none"))
         return _error(option, nbd.NBD_REP_ERR_TLS_REQD, "this server speaks to nobody without TLS")
 
     def _answer_starttls(self, option: int, data: bytes) -> bytes:
@@ -194,7 +199,11 @@ class Handshake:
         """The export of that name; the empty name is the only export when there is just one."""
         if name == "":
             alone = [export for export in self._exports.values() if not export.beside]
-            return alone[0] if len(alone) == 1 else self._exports.get(name)
+            if len(alone) == 1:
+                return alone[0]
+        if name not in self._exports:
+            shown = repr(name[:_MOST_SHOWN])
+            self.refuse(nbd.malformed("export name", "the name of a served disk", shown))
         return self._exports.get(name)
 
     def _transmission_flags(self, export: Export) -> int:

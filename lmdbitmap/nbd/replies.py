@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import logging
 import os
 import socket
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from lmdbitmap.buffers import new_buffer
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.interfaces import Lane
 from lmdbitmap.nbd import protocol as nbd
+from lmdbitmap.nbd.complaints import Complaints
 from lmdbitmap.nbd.conduit import new_pipe
 from lmdbitmap.nbd.forms import (
     DATA,
@@ -38,9 +38,7 @@ from lmdbitmap.nbd.forms import (
     Form,
 )
 from lmdbitmap.nbd.notice import Notice
-from lmdbitmap.nbd.requests import error_of
-
-_log = logging.getLogger(__name__)
+from lmdbitmap.nbd.requests import error_of, place
 
 Read: TypeAlias = tuple[int, bytes, int, int]
 """A request's (magic, flags and type; cookie; offset; length)."""
@@ -73,6 +71,7 @@ class Replies:
         lane: Lane,
         fd: int | None,
         notice: Notice,
+        complaints: Complaints,
         *,
         form: Form,
         encrypted: bool = False,
@@ -80,6 +79,7 @@ class Replies:
         self.bytes_sent = 0
         self._sock = sock
         self._notice = notice
+        self._complaints = complaints
         self._encrypted = encrypted
         self._form = form
         self._gathered: list[bytes | bytearray | memoryview] = []
@@ -164,7 +164,7 @@ class Replies:
             try:
                 data = self._pread(length, offset)
             except (OSError, LmdbitmapError) as failure:
-                self._refuse(form.label(cookie, offset), failure)
+                self._refuse(form.label(cookie, offset), offset, length, failure)
                 continue
             if len(data) != length:
                 self.add_whole_read(form.label(cookie, offset), offset, length)
@@ -202,7 +202,7 @@ class Replies:
         try:
             self._fill(data, offset)
         except (OSError, LmdbitmapError) as failure:
-            self._refuse(label, failure)
+            self._refuse(label, offset, length, failure)
             return
         self.add(self._form.data(label, offset, length, done=True))
         if length > _MOST_JOINED:
@@ -236,8 +236,8 @@ class Replies:
             self._large = memoryview(new_buffer(_MOST_KEPT))
         return self._large[:length]
 
-    def _refuse(self, label: bytes, failure: Exception) -> None:
-        _log.warning("a read failed: %s", failure)
+    def _refuse(self, label: bytes, offset: int, length: int, failure: Exception) -> None:
+        self._complaints.failed("READ", place(offset, length), failure)
         self.add(self._form.outcome(nbd.NBD_CMD_READ, label, error_of(failure)))
 
     # -- by reference --------------------------------------------------------------------------------------
@@ -257,7 +257,9 @@ class Replies:
         if offset == stop:
             return
         if offset > start and not self._form.in_chunks:
-            raise OSError(errno.EIO, "a read failed after its simple reply had begun")
+            failure = OSError(errno.EIO, "it failed after its simple reply had begun")
+            self._complaints.failed("READ", place(offset, stop - offset), failure)
+            raise failure
         self.add_whole_read(label, offset, stop - offset)
 
     def _fill_pipe(self, offset: int, length: int) -> int:

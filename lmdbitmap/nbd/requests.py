@@ -6,12 +6,21 @@ bytes succeeds and does nothing; a BLOCK_STATUS of no bytes is EINVAL; FUA is ac
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.handshake import MAX_PAYLOAD
 
+_NAMES: Final = {
+    nbd.NBD_CMD_READ: "READ",
+    nbd.NBD_CMD_WRITE: "WRITE",
+    nbd.NBD_CMD_FLUSH: "FLUSH",
+    nbd.NBD_CMD_TRIM: "TRIM",
+    nbd.NBD_CMD_CACHE: "CACHE",
+    nbd.NBD_CMD_WRITE_ZEROES: "WRITE_ZEROES",
+    nbd.NBD_CMD_BLOCK_STATUS: "BLOCK_STATUS",
+}
 _FLAGS_ALLOWED: Final = {
     nbd.NBD_CMD_READ: nbd.NBD_CMD_FLAG_FUA | nbd.NBD_CMD_FLAG_DF,
     nbd.NBD_CMD_WRITE: nbd.NBD_CMD_FLAG_FUA,
@@ -26,40 +35,58 @@ _WITH_PAYLOAD: Final = frozenset({nbd.NBD_CMD_READ, nbd.NBD_CMD_WRITE})
 _FILLING: Final = frozenset({nbd.NBD_CMD_WRITE, nbd.NBD_CMD_WRITE_ZEROES})
 
 
-def refusal(
-    request: nbd.Request,
-    *,
-    size: int,
-    read_only: bool,
-    in_chunks: bool,
-    contexts: bool,
-    extended: bool = False,
-) -> int:
-    """The NBD error that answers a request which must not be done on a disk of `size` bytes, or 0.
+class Refusal(NamedTuple):
+    """The NBD error that answers a request, and for the log what was expected of it and found."""
 
-    Whether the client agreed on replies `in_chunks`, selected any `contexts`, and agreed on `extended` headers: behind
-    those a WRITE may say that it has a payload, and nothing else may have one.
+    error: int
+    expected: str
+    found: object
+
+
+class Terms(NamedTuple):
+    """Whether the client agreed on replies `in_chunks`, selected any `contexts`, and agreed on `extended` headers.
+
+    Behind those a WRITE may say that it has a payload, and nothing else may have one.
     """
+
+    in_chunks: bool
+    contexts: bool
+    extended: bool = False
+
+
+def named(request: nbd.Request) -> tuple[str, str]:
+    """Command and place, for the log."""
+    return _NAMES.get(request.type, "an unknown command"), place(request.offset, request.length)
+
+
+def place(offset: int, length: int) -> str:
+    return f"{length} bytes at {offset}"
+
+
+def refusal(request: nbd.Request, terms: Terms, size: int, *, read_only: bool) -> Refusal | None:
+    """Why a request must not be done on a disk of `size` bytes, if so."""
     allowed_flags = _FLAGS_ALLOWED.get(request.type)
     if allowed_flags is None:
-        return nbd.NBD_EINVAL
-    if extended and request.type == nbd.NBD_CMD_WRITE:
+        return Refusal(nbd.NBD_EINVAL, "a command that is known", request.type)
+    if terms.extended and request.type == nbd.NBD_CMD_WRITE:
         allowed_flags |= nbd.NBD_CMD_FLAG_PAYLOAD_LEN
     if request.flags & ~allowed_flags:
-        return nbd.NBD_EINVAL
-    if request.flags & nbd.NBD_CMD_FLAG_DF and not in_chunks:
-        return nbd.NBD_EINVAL
-    if request.type == nbd.NBD_CMD_BLOCK_STATUS and not (contexts and request.length):
-        return nbd.NBD_EINVAL
+        return Refusal(nbd.NBD_EINVAL, f"no flags but {allowed_flags:#x}", f"{request.flags:#x}")
+    if request.flags & nbd.NBD_CMD_FLAG_DF and not terms.in_chunks:
+        return Refusal(nbd.NBD_EINVAL, "no flag DF without structured replies", f"{request.flags:#x}")
+    if request.type == nbd.NBD_CMD_BLOCK_STATUS and not terms.contexts:
+        return Refusal(nbd.NBD_EINVAL, "a metadata context that was selected", "none")
+    if request.type == nbd.NBD_CMD_BLOCK_STATUS and not request.length:
+        return Refusal(nbd.NBD_EINVAL, "a byte at least", "none")
     if read_only and request.type in _CHANGING:
-        return nbd.NBD_EPERM
+        return Refusal(nbd.NBD_EPERM, "no change of a disk that is read-only", "one")
     if request.length > MAX_PAYLOAD and request.type in _WITH_PAYLOAD:
-        return nbd.NBD_EINVAL
-    if request.type == nbd.NBD_CMD_FLUSH:
-        return 0
-    if request.offset + request.length > size:
-        return nbd.NBD_ENOSPC if request.type in _FILLING else nbd.NBD_EINVAL
-    return 0
+        return Refusal(nbd.NBD_EINVAL, f"at most {MAX_PAYLOAD} bytes", request.length)
+    end = request.offset + request.length
+    if request.type != nbd.NBD_CMD_FLUSH and end > size:
+        error = nbd.NBD_ENOSPC if request.type in _FILLING else nbd.NBD_EINVAL
+        return Refusal(error, f"an end at {size} at most", end)
+    return None
 
 
 def error_of(failure: Exception) -> int:

@@ -16,6 +16,7 @@ from lmdbitmap.errors import FormatError
 from lmdbitmap.filter import Filter
 from lmdbitmap.interfaces import ServedDisk
 from lmdbitmap.nbd import protocol as nbd
+from lmdbitmap.nbd.complaints import Complaints
 from lmdbitmap.nbd.connection import Connection
 from lmdbitmap.nbd.contexts import StatusSource
 from lmdbitmap.nbd.handshake import Agreed, Export, Handshake
@@ -81,6 +82,7 @@ class Visit:
         self._offered: Mapping[str, Served] = {}
         self._connection: Connection | None = None
         self._alone = False
+        self._complaints = Complaints(self.client)
         self._leaving = False
         self._was_shut: int | None = None
         self._gone = threading.Event()
@@ -136,6 +138,9 @@ class Visit:
     def _run(self) -> None:
         try:
             connection = self._connect()
+        except TimeoutError:
+            self._end(nbd.malformed("handshake", f"its end within {self._handshake_timeout_s:g} s", "none"))
+            return
         except Exception as failure:
             self._end(failure)
             return
@@ -146,15 +151,13 @@ class Visit:
 
     def _end(self, failure: Exception | None) -> None:
         """Say how it went, and hang up. Whoever served it last is here."""
-        if isinstance(failure, FormatError):
-            _log.warning("a client was dropped: %s", failure, extra=self._names)
-        elif isinstance(failure, ssl.SSLError):
-            _log.warning("a client was dropped: TLS failed: %s", failure, extra=self._names)
+        if isinstance(failure, (FormatError, ssl.SSLError)):
+            self._complaints.dropped(failure)
         elif isinstance(failure, OSError):
-            _log.info("a client was lost: %s", failure, extra=self._names)
+            _log.info("%s was lost: %s", self._complaints.whom, failure, extra=self._names)
         elif failure is not None:
-            words = "a client was dropped: this is a mistake of the server"
-            _log.error(words, exc_info=failure, extra=self._names)
+            words = "%s was dropped: this is a mistake of the server"
+            _log.error(words, self._complaints.whom, exc_info=failure, extra=self._names)
         self._say_goodbye()
         self._hang_up()
 
@@ -181,6 +184,7 @@ class Visit:
             return None
         served = self._offered[agreed.export_name]
         _log.info("disk %s: %s is connected", self.export_name, self.client, extra=self._names)
+        self._complaints = Complaints(self.client, self.export_name)
         self._connection = Connection(
             self._sock,
             served.disk,
@@ -189,6 +193,7 @@ class Visit:
             contexts={context_id: served.contexts[name] for context_id, name in agreed.contexts},
             received=handshake.trailing,
             encrypted=self._tls is not None,
+            complaints=self._complaints,
         )
         self._alone = self._tls is not None or served.disk.fd is None
         self._connection.stopping = self._leaving
@@ -200,6 +205,7 @@ class Visit:
         enter = functools.partial(self._enter, self)
         handshake = Handshake(self._look_up, tls_required=self._tls is not None, enter=enter)
         self._send_before(deadline, handshake.greeting)
+        handshake.refuse = self._complaints.turned_down
         while handshake.outcome is None:
             self._sock.settimeout(_left(deadline))
             data = self._sock.recv(_RECEIVE)

@@ -149,6 +149,20 @@ def test_nothing_is_asked_of_the_disks_before_a_certificate_is_verified(house: H
     assert server.stop()
 
 
+def test_plain_client_is_one_sentence_in_the_log(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    with house.plain_client() as client:
+        client.greet()
+        for _ in range(3):
+            assert client.ask(LIST)[0][0] == TLS_REQUIRED
+        who = "{}:{}".format(*client.sock.getsockname())
+    [record] = caplog.records
+    assert record.getMessage() == (
+        f"{who}: NBD option 3: expected NBD_OPT_STARTTLS before it, found none; "
+        "connect with a client that speaks NBD newstyle"
+    )
+    assert record.__dict__["client"] == who
+
+
 def test_certificate_of_another_authority_is_refused(house: House) -> None:
     stranger = run("nbdinfo", "--size", house.uri(house.strangers), check=False)
     assert (stranger.returncode != 0, stranger.stdout) == (True, "")

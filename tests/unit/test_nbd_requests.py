@@ -9,7 +9,7 @@ import pytest
 from lmdbitmap.errors import Busy, InvalidArgument, StorageError
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.handshake import MAX_PAYLOAD
-from lmdbitmap.nbd.requests import error_of, refusal
+from lmdbitmap.nbd.requests import Terms, error_of, refusal
 
 SIZE = 1 << 30
 CHANGING = [nbd.NBD_CMD_WRITE, nbd.NBD_CMD_TRIM, nbd.NBD_CMD_WRITE_ZEROES]
@@ -28,9 +28,9 @@ def refused(
     contexts: bool = True,
 ) -> int:
     request = nbd.Request(flags, command, 1, offset, length)
-    return refusal(
-        request, size=SIZE, read_only=read_only, in_chunks=in_chunks, contexts=contexts, extended=extended
-    )
+    refused = refusal(request, Terms(in_chunks, contexts, extended), SIZE, read_only=read_only)
+    assert refused is None or (refused.error and refused.expected)
+    return 0 if refused is None else refused.error
 
 
 @pytest.mark.parametrize("command", ALL)

@@ -1,0 +1,71 @@
+"""What goes wrong for one client, told in the log without flooding it.
+
+A guest tries again what failed, and a client that lies may lie a million times. So of each kind of complaint the
+first is told at once, and then at most one in `_SILENCE_S`, with how many there were in between. No thread and no
+timer: whoever complains looks at the clock, and whoever has nothing to complain about does not. A kind is told by
+words that the client cannot choose, so there is an end of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import time
+from collections.abc import Callable, Hashable
+from typing import Final
+
+from lmdbitmap.errors import FormatError
+
+_log = logging.getLogger(__name__)
+
+_SILENCE_S: Final = 60.0
+
+
+class Complaints:
+    """About a client, and the disk that it has chosen. For one thread at a time."""
+
+    def __init__(
+        self,
+        client: str = "a client",
+        disk: str | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.names = {"disk": disk, "client": client}
+        """For logs that are read by programs."""
+        self.whom: Final = client if disk is None else f"disk {disk}: {client}"
+        self._clock = clock
+        self._told_s: dict[Hashable, float] = {}
+        self._untold: dict[Hashable, int] = {}
+
+    def refused(self, command: str, place: str, *, expected: str, found: object) -> None:
+        """A request that is not done, for a mistake of the client's."""
+        sentence = f": {command} of {place} is refused: expected {expected}, found {found}"
+        self._add((command, expected), sentence)
+
+    def failed(self, command: str, place: str, failure: Exception, *, times: int = 1) -> None:
+        """A request that could not be done, and `times` in all that were like it."""
+        kind = command, getattr(failure, "errno", None) or type(failure).__name__
+        self._add(kind, f": {command} of {place} failed: {failure}", times)
+
+    def turned_down(self, refusal: FormatError) -> None:
+        """What it wanted of the handshake."""
+        self._add(refusal.expected, f": {refusal}")
+
+    def dropped(self, failure: FormatError | ssl.SSLError) -> None:
+        """The client itself. What it was turned down for is not said again."""
+        if isinstance(failure, FormatError):
+            self._add(failure.expected, f" was dropped: {failure}")
+        else:
+            self._add("TLS", f" was dropped: TLS failed: {failure}")
+
+    def _add(self, kind: Hashable, sentence: str, times: int = 1) -> None:
+        now_s, untold = self._clock(), self._untold.pop(kind, 0)
+        told_s = self._told_s.get(kind)
+        if told_s is not None and now_s - told_s < _SILENCE_S:
+            self._untold[kind] = untold + times
+            return
+        self._told_s[kind] = now_s
+        self._untold[kind] = times - 1
+        since = f" ({untold} more like it since that was last told)" if untold else ""
+        _log.warning("%s%s%s", self.whom, sentence, since, extra=self.names)
