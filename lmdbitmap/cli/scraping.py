@@ -1,13 +1,16 @@
 """The HTTP server that Prometheus scrapes. Whoever connects can cost it a few threads for a few seconds, and no more:
-it runs in the process that a guest's disk depends on.
+it runs in the process that a guest's disk depends on. A scraper has `_PATIENCE_S` to say all that it has to say, and as
+long again to take each part of the answer, whether it is silent or sends byte after byte.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final
@@ -25,10 +28,12 @@ _PATIENCE_S: Final = 5.0
 
 
 @contextlib.contextmanager
-def serving(registry: CollectorRegistry, host: str, port: int) -> Iterator[str]:
+def serving(
+    registry: CollectorRegistry, host: str, port: int, *, patience_s: float = _PATIENCE_S
+) -> Iterator[str]:
     """Answers GET with what the registry collects, until the block ends; yields the URL. Raises `Busy` if taken."""
     listener = TcpListener(host, port)
-    server = _Server(listener, _handler(registry))
+    server = _Server(listener, _handler(registry, patience_s))
     thread = threading.Thread(target=server.serve_forever, name="lmdbitmap metrics", daemon=True)
     thread.start()
     try:
@@ -66,9 +71,36 @@ class _Server(ThreadingHTTPServer):
         log.warning("a scrape failed: %s", sys.exc_info()[1])
 
 
-def _handler(registry: CollectorRegistry) -> type[BaseHTTPRequestHandler]:
+def _handler(registry: CollectorRegistry, patience_s: float) -> type[BaseHTTPRequestHandler]:
     class Handler(MetricsHandler):
-        timeout = _PATIENCE_S
+        timeout = patience_s
+
+        def setup(self) -> None:
+            super().setup()
+            self.rfile = io.BufferedReader(_Hurried(self.connection, patience_s))
+
+        def do_GET(self) -> None:  # noqa: N802  # as HTTP spells it
+            self.connection.settimeout(patience_s)
+            super().do_GET()
 
     Handler.registry = registry
     return Handler
+
+
+class _Hurried(io.RawIOBase):
+    """What a socket receives within `patience_s` in all. A socket's own timeout begins anew with every byte."""
+
+    def __init__(self, sock: Any, patience_s: float) -> None:
+        self._sock = sock
+        self._deadline_s = time.monotonic() + patience_s
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        left_s = self._deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("the request took too long")
+        self._sock.settimeout(left_s)
+        count: int = self._sock.recv_into(buffer)
+        return count

@@ -1,0 +1,88 @@
+"""Whoever scrapes has a while to ask and a while to listen, and costs no more than that."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import socket
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack
+from urllib.parse import urlsplit
+
+import pytest
+from prometheus_client import Gauge
+from prometheus_client.registry import CollectorRegistry
+
+from lmdbitmap.cli.scraping import serving
+from tests.support import PATIENCE_SECONDS
+
+PLACES = 4
+TRIES = 100
+SHORT_S = 0.3
+BETWEEN_BYTES_S = 0.05
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    registry = CollectorRegistry()
+    Gauge("tracked", "a figure", registry=registry).set(7)
+    with serving(registry, "127.0.0.1", 0, patience_s=SHORT_S) as url:
+        yield url
+
+
+def scraper(url: str) -> socket.socket:
+    place = urlsplit(url)
+    assert place.hostname is not None
+    return socket.create_connection((place.hostname, place.port or 0), PATIENCE_SECONDS)
+
+
+def figures(url: str) -> str:
+    """Nothing where the door is still closed: a place is free a moment after its scraper hears the end."""
+    with (
+        contextlib.suppress(OSError, http.client.HTTPException),
+        urllib.request.urlopen(url, timeout=PATIENCE_SECONDS) as answer,
+    ):
+        told: bytes = answer.read()
+        return told.decode()
+    return ""
+
+
+def bytes_until_hung_up_on(sock: socket.socket, said: bytes) -> int:
+    """Send one byte after the other, none of them late, until the server hangs up; how many it took."""
+    sock.settimeout(BETWEEN_BYTES_S)
+    for count in range(len(said)):
+        try:
+            sock.send(said[count : count + 1])
+            assert sock.recv(100) == b""
+        except TimeoutError:
+            continue
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        return count
+    pytest.fail("the server listened to the end")
+
+
+@pytest.mark.parametrize("said", [b"GET /metrics?" + b"x" * 1000, b"GET / HTTP/1.1\r\nX: " + b"x" * 1000])
+def test_a_scraper_that_trickles_is_hung_up_on_and_gives_its_place_back(url: str, said: bytes) -> None:
+    with ExitStack() as stack:
+        trickling = [stack.enter_context(scraper(url)) for _ in range(PLACES)]
+        for sock in trickling:
+            sock.sendall(said[:1])
+        assert bytes_until_hung_up_on(trickling[0], said[1:]) > 0
+        assert all(hears_the_end(sock) for sock in trickling[1:])
+        assert any("tracked 7.0" in figures(url) for _ in range(TRIES))
+
+
+def hears_the_end(sock: socket.socket) -> bool:
+    try:
+        return sock.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_a_request_in_several_pieces_is_answered(url: str) -> None:
+    with scraper(url) as sock:
+        for piece in (b"GET /met", b"rics HTTP/1.0\r\n", b"\r\n"):
+            sock.sendall(piece)
+        assert sock.recv(15) == b"HTTP/1.0 200 OK"
