@@ -1,7 +1,7 @@
 """All figures: a table for people on stdout, the same as JSON in benchmarks/results/latest.json.
 
     make bench                     everything, twenty minutes or so
-    make bench ARGS="core"         only benchmarks/core.py; or "tracked", "compressed", "backups", "restored", "live"
+    make bench ARGS="core"         only benchmarks/core.py; or another one of PARTS
 
 Ratios are measured against a peer in the same run. The machine and the date are part of the JSON.
 """
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks import backups, compressed, core, live, restored, tracked
+from benchmarks import backups, compressed, core, live, restarts, restored, tracked
 from benchmarks.table import Line, as_text, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +28,7 @@ PARTS: dict[str, Callable[[], Iterator[Line]]] = {
     "backups": backups.measure,
     "restored": restored.measure,
     "live": live.measure,
+    "restarts": restarts.measure,
 }
 RESULTS = ROOT / "benchmarks" / "results"
 
