@@ -9,6 +9,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lmdbitmap import session
 from lmdbitmap.changes import changes
@@ -38,7 +40,7 @@ from tests.nbd_far import (
 )
 from tests.nbd_raw import FAST_ZERO, FLUSH, NO_HOLE, READ, WRITE
 from tests.support import PATIENCE_SECONDS
-from tests.tracked import TrackedDisk, blocks_of, trust_of
+from tests.tracked import TrackedDisk, blocks_of, quick_folder, trust_of
 
 SIZE = 64 << 10
 ENOSPC = 28
@@ -206,6 +208,81 @@ def test_write_that_failed_where_flushes_are_asked_for_is_the_callers_alone(far:
         with pytest.raises(OSError):
             device.pwrite(b"y", 5)
         device.flush()
+
+
+class Forgetful:
+    """As Linux does it: what a flush fails to write is clean from then on, and gone with the next crash."""
+
+    def __init__(self) -> None:
+        self.unwritten: list[slice] = []
+        self.next_flush_fails = False
+        self.crash_in = 0
+
+    def __call__(self, server: FarServer, asked: Asked) -> bytes | None:
+        self.crash_in -= 1
+        if self.crash_in == 0:
+            self.unwritten.clear()
+            raise Crash
+        if asked.command == FLUSH:
+            error, self.next_flush_fails = EIO if self.next_flush_fails else 0, False
+            for part in self.unwritten if not error else ():
+                server.stable[part] = server.data[part]
+            self.unwritten.clear()
+            return simple(asked.cookie, error)
+        if asked.command == WRITE:
+            self.unwritten.append(slice(asked.offset, asked.offset + asked.length))
+        return None
+
+
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(["write"] * 8 + ["read", "flush", "fail", "crash", "crash in"]),
+        st.integers(0, 7000),
+        st.integers(1, 1000),
+    ),
+    min_size=10,
+    max_size=60,
+)
+
+
+@settings(max_examples=80)
+@given(steps=steps)
+def test_what_was_flushed_survives_and_what_was_acknowledged_can_be_read(
+    steps: list[tuple[str, int, int]],
+) -> None:
+    """Whichever flush fails, one of a caller's or one of our own; and none succeeds after it."""
+    with quick_folder() as folder, far_server(folder, 8192) as far:
+        far.behave = forgetful = Forgetful()
+        with NbdDevice.open(far.uri, reconnect_s=PATIENCE_SECONDS, keep_bytes=8192) as device:
+            model, lost = bytearray(8192), list[OSError]()
+            device.tell_of_loss(lost.append)
+            for number, (step, offset, length) in enumerate(steps):
+                data = bytes([number + 1]) * length
+                if step == "write":
+                    try:
+                        device.pwrite(data, offset)
+                    except OSError:
+                        assert lost, "no more can be kept"
+                    else:
+                        model[offset : offset + length] = data
+                elif step == "read":
+                    assert device.pread(8192, 0) == model
+                elif step == "fail":
+                    forgetful.next_flush_fails = True
+                elif step == "crash in":
+                    forgetful.crash_in = length % 8 + 1
+                elif step == "crash":
+                    forgetful.unwritten.clear()
+                    far.crash()
+                else:
+                    try:
+                        device.flush()
+                    except OSError:
+                        assert lost
+                    else:
+                        assert not lost
+                        assert far.stable == model
+            assert device.pread(8192, 0) == model
 
 
 # --- what cannot be written again ---
