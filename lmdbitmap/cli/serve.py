@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 
 _WRITABLE = "read and write the disks"
 _TOLD = "read the disks' names and figures"
+_REMEDY = "use 127.0.0.1, or say --insecure-metrics"
 
 
 @verb(
@@ -56,6 +57,11 @@ _TOLD = "read the disks' names and figures"
 @click.argument("names", metavar="NAME…", nargs=-1, required=True)
 @listening(_WRITABLE)
 @click.option("--metrics", metavar="HOST:PORT", help="Answer Prometheus over HTTP at this TCP address.")
+@click.option(
+    "--insecure-metrics",
+    is_flag=True,
+    help=f"Answer where other hosts can reach it: whoever connects may {_TOLD}. --insecure implies it, and more.",
+)
 @logging_as_asked
 @click.option(
     "--bitmap-file", metavar="FILE.dbm", type=utf8_path,
@@ -78,6 +84,7 @@ def serve(
     names: Sequence[str],
     places: Places,
     metrics: str | None,
+    insecure_metrics: bool,
     log_style: str,
     verbose: bool,
     bitmap_file: str | None,
@@ -96,9 +103,8 @@ def serve(
     _require_sense(names, bitmap_file)
     allow_many_descriptors()
     supervisor = Supervisor(os.environ.pop("NOTIFY_SOCKET", ""))
-    scraped = (
-        None if metrics is None else address_of(metrics, _TOLD, "use 127.0.0.1", insecure=places.insecure)
-    )
+    insecure_metrics = insecure_metrics or places.insecure
+    scraped = None if metrics is None else address_of(metrics, _TOLD, _REMEDY, insecure=insecure_metrics)
     with Ending() as ending, Store.open(asked.store_path) as store, contextlib.ExitStack() as attached:
         stores = {name: attached.enter_context(MeasuredStore.open(asked.store_path)) for name in names}
         disks = {name: attached.enter_context(_attach(stores[name], name, max_armed)) for name in names}

@@ -22,6 +22,7 @@ from lmdbitmap.cli.options import Function, Session, utf8_path
 from lmdbitmap.cli.output import say
 from lmdbitmap.cli.places import Places, group_id, host_and_port, is_loopback, passed_sockets, socket_mode
 from lmdbitmap.errors import InvalidArgument
+from lmdbitmap.nbd.listeners import passed_host
 from lmdbitmap.nbd.server import Server
 
 _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -102,9 +103,11 @@ def _places(
     insecure: bool,
 ) -> Places:
     passed = passed_sockets(os.environ)
-    remedy = "give certificates with --tls, or serve at a unix socket"
+    remedy = "give certificates with --tls, or serve at a unix socket, or say --insecure"
     is_safe = insecure or tls is not None
     address = None if listen is None else address_of(listen, power, remedy, insecure=is_safe)
+    for host in filter(None, map(passed_host, passed)):
+        require_private(host, power, remedy, insecure=is_safe)
     if socket is None and address is None and not passed:
         raise click.UsageError("say where to serve: --socket PATH or --listen HOST:PORT")
     if socket is None and not (socket_mode is None and socket_group is None):
@@ -116,13 +119,16 @@ def _places(
 
 
 def address_of(text: str, power: str, remedy: str, *, insecure: bool) -> tuple[str, int]:
-    """HOST:PORT to listen at; other hosts must not reach it, and have that power, unless that is wanted."""
+    """HOST:PORT to listen at, if other hosts may reach it."""
     host, port = host_and_port(text)
-    if not insecure and not is_loopback(host):
-        raise InvalidArgument(
-            f"whoever reaches {host} could {power}", next_step=f"{remedy}, or say --insecure"
-        )
+    require_private(host, power, remedy, insecure=insecure)
     return host, port
+
+
+def require_private(host: str, power: str, remedy: str, *, insecure: bool) -> None:
+    """Other hosts must not reach it, and have that power, unless that is wanted."""
+    if not insecure and not is_loopback(host):
+        raise InvalidArgument(f"whoever reaches {host} could {power}", next_step=remedy)
 
 
 def allow_many_descriptors() -> None:

@@ -136,6 +136,15 @@ def tcp_uri(host: str, port: int, name: str, *, encrypted: bool = False) -> str:
     return f"{scheme}://{address}:{port}/{quote(name, safe='')}"
 
 
+def passed_host(fd: int) -> str | None:
+    """The address that a passed TCP socket is bound to; None of a unix socket. Raises as `InheritedListener`."""
+    sock = _listening_socket(fd)
+    try:
+        return None if sock.family == socket.AF_UNIX else str(sock.getsockname()[0])
+    finally:
+        sock.detach()
+
+
 def _listening_socket(fd: int) -> socket.socket:
     try:
         sock = socket.socket(fileno=fd)

@@ -173,6 +173,7 @@ def test_a_socket_that_is_in_use_is_refused(cli: Cli) -> None:
         ([], "say where to serve"),
         (["--listen", "0.0.0.0:0"], "say --insecure"),
         (["--listen", "[::]:0"], "say --insecure"),
+        (["--listen", "0.0.0.0:0", "--insecure-metrics"], "say --insecure"),
         (["--listen", "example.org:10809"], "say --insecure"),
         (["--listen", "10809"], "is not HOST:PORT"),
         (["--listen", "127.0.0.1:65536"], "is not HOST:PORT"),

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import SIZE, Cli
+from tests.papers import shared_papers
 from tests.support import PATIENCE_SECONDS, Child, requires, run, spawn
 
 pytestmark = requires("nbdinfo")
@@ -20,7 +21,7 @@ MANAGER = """
 import os, socket, sys
 kind, address, sockets, *command = sys.argv[1:]
 with socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET) as bound:
-    bound.bind(address if kind == "unix" else ("127.0.0.1", int(address)))
+    bound.bind(address if kind == "unix" else ("0.0.0.0" if kind == "open" else "127.0.0.1", int(address)))
     if kind != "deaf":
         bound.listen()
     os.dup2(bound.fileno(), 3)
@@ -31,8 +32,8 @@ with socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET) as boun
 
 
 @contextlib.contextmanager
-def managed(cli: Cli, kind: str, address: object, *, sockets: str = "1") -> Iterator[Child]:
-    command = cli.command("serve", "sda")
+def managed(cli: Cli, kind: str, address: object, *options: str, sockets: str = "1") -> Iterator[Child]:
+    command = cli.command("serve", "sda", *options)
     with spawn(sys.executable, "-c", MANAGER, kind, str(address), sockets, *command) as child:
         yield child
 
@@ -68,6 +69,19 @@ def test_what_is_passed_and_cannot_be_served_is_said(cli: Cli, kind: str, socket
         assert child.wait() == 2
     assert said in child.stderr
     assert cli.json("info", "sda")["attached"] is False
+
+
+@pytest.mark.parametrize(("options", "is_right"), [([], False), (["--insecure"], True), (["--tls"], True)])
+def test_passed_socket_that_other_hosts_reach_needs_tls_or_a_word(
+    cli: Cli, options: list[str], is_right: bool
+) -> None:
+    """It is never served: what is passed beside it is no socket, which is said where all is right with this one."""
+    cli.add("sda")
+    folder = [str(shared_papers().folder)] if options == ["--tls"] else []
+    with managed(cli, "open", 0, *options, *folder, sockets="2") as child:
+        assert child.wait() == 2
+    refused = "whoever reaches 0.0.0.0 could read and write the disks; give certificates with --tls"
+    assert ("descriptor 4 is no listening" if is_right else refused) in child.stderr
 
 
 def test_sockets_of_another_process_are_not_ours(cli: Cli) -> None:

@@ -221,8 +221,16 @@ def test_metrics_are_for_this_host_only_unless_that_is_wanted(cli: Cli) -> None:
     cli.add("sda")
     said = cli.fails(2, "serve", "sda", "--socket", cli.folder / "s", "--metrics", "0.0.0.0:0")
     assert said == (
-        "whoever reaches 0.0.0.0 could read the disks' names and figures; use 127.0.0.1, or say --insecure"
+        "whoever reaches 0.0.0.0 could read the disks' names and figures; use 127.0.0.1, or say --insecure-metrics"
     )
+
+
+@pytest.mark.parametrize("flag", ["--insecure-metrics", "--insecure"])
+def test_metrics_may_be_for_other_hosts_where_that_is_said(cli: Cli, flag: str) -> None:
+    """Only asked for, not connected to: servers in tests keep to this host."""
+    cli.add("sda")
+    at = ["--socket", cli.folder / "s", "--metrics", "no-such-host.invalid:0"]
+    assert "is no address" in cli.fails(2, "serve", "sda", *at, flag)
 
 
 # --- the log ---
