@@ -75,13 +75,15 @@ def _block_status(request: nbd.Request, contexts: Mapping[int, StatusSource], fo
     """One chunk per selected context. All are asked before anything is sent: an error must not follow data.
 
     Each is packed before the next is asked: descriptors take a dozen times as much room as what they are packed to.
+    They share the room of one reply, whatever a client chose.
     """
     _require_all_is_told(request, contexts)
+    limit = 1 if request.flags & nbd.NBD_CMD_FLAG_REQ_ONE else MAX_DESCRIPTORS // len(contexts)
     label, last = form.label_of(request), len(contexts) - 1
     chunks = []
     with one_question():
         for index, (context_id, source) in enumerate(contexts.items()):
-            chunks.append(form.status(label, context_id, _found(request, source), done=index == last))
+            chunks.append(form.status(label, context_id, _found(request, source, limit), done=index == last))
     return b"".join(chunks)
 
 
@@ -93,8 +95,7 @@ def _require_all_is_told(request: nbd.Request, contexts: Mapping[int, StatusSour
         raise OSError(errno.EINVAL, "one of its contexts has to be asked alone, and without REQ_ONE")
 
 
-def _found(request: nbd.Request, source: StatusSource) -> list[tuple[int, int]]:
-    limit = 1 if request.flags & nbd.NBD_CMD_FLAG_REQ_ONE else MAX_DESCRIPTORS
+def _found(request: nbd.Request, source: StatusSource, limit: int) -> list[tuple[int, int]]:
     found = descriptors(source, request.offset, request.length, limit)
     if not found:
         raise OSError(errno.EIO, "a metadata context said nothing")

@@ -21,7 +21,8 @@ ContextsOf: TypeAlias = Callable[[str, ServedDisk], Mapping[str, StatusSource]]
 _asking = threading.local()
 
 MAX_DESCRIPTORS: Final = 1 << 17
-"""Descriptors in one reply, as QEMU limits it; the client asks again where the reply ends."""
+"""Descriptors in one reply, of all its contexts together; QEMU has as many of each. The client asks again where it
+ends."""
 
 
 class Consequential:

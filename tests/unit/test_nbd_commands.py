@@ -16,7 +16,9 @@ from lmdbitmap.device import FileDevice, MemoryDevice
 from lmdbitmap.filter import Filter
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.commands import PIECE_BYTES, perform
-from lmdbitmap.nbd.forms import EXTENDED, STRUCTURED
+from lmdbitmap.nbd.contexts import MAX_DESCRIPTORS
+from lmdbitmap.nbd.forms import EXTENDED, STRUCTURED, Form
+from lmdbitmap.nbd.handshake import MAX_QUERIES
 from lmdbitmap.plain import PlainDisk
 from tests.support import PATIENCE_SECONDS
 from tests.tracked import NAME, TrackedDisk
@@ -92,3 +94,17 @@ def test_statuses_of_many_contexts_take_little_more_room_than_their_reply() -> N
         tracemalloc.stop()
     assert len(reply) > CONTEXTS * EXTENTS * nbd.BLOCK_DESCRIPTOR.size
     assert peak_bytes < 4 * len(reply)
+
+
+@pytest.mark.parametrize("form", [STRUCTURED, EXTENDED])
+@pytest.mark.parametrize("count", [1, 7, MAX_QUERIES])
+def test_reply_has_so_many_statuses_however_many_contexts_there_are(form: Form, count: int) -> None:
+    def endless(offset: int, length: int) -> Iterator[tuple[int, int]]:
+        return ((1, block % 2) for block in range(length))
+
+    request = nbd.Request(0, nbd.NBD_CMD_BLOCK_STATUS, 1, 0, MAX_DESCRIPTORS + 1)
+    lane = PlainDisk(MemoryDevice(0)).lane()
+    reply = perform(request, lane, dict.fromkeys(range(count), endless), form, never)
+    descriptor = nbd.BLOCK_DESCRIPTOR if form is STRUCTURED else nbd.BLOCK_DESCRIPTOR_EXT
+    most = MAX_DESCRIPTORS * descriptor.size
+    assert most - count * descriptor.size < len(reply) < most + count * 100
