@@ -1,4 +1,4 @@
-"""NBD programs of a newer Debian than the one that tests run on: they ask for extended headers."""
+"""Programs of a newer Debian than the one that tests run on: of NBD, which ask for extended headers, and of libvirt."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NEWER = Path(__file__).parent.parent / ".venv" / "newer"
 
 requires_newer = pytest.mark.skipif(
     not (NEWER / "key").exists(),
-    reason="needs the newer NBD programs that tools/newer.py makes of Debian's packages",
+    reason="needs the newer programs that tools/newer.py makes of Debian's packages",
 )
 
 

@@ -1,4 +1,4 @@
-"""Make a tree of newer NBD programs for tests to speak to: those of the Debian release after 12.
+"""Make a tree of newer programs for tests to speak to, of NBD and libvirt: those of the Debian release after 12.
 
     python tools/newer.py FOLDER      leaves FOLDER/bin/qemu-img and the others, unless they are there
 
@@ -17,10 +17,12 @@ import tempfile
 from pathlib import Path
 
 RELEASE = "trixie"
-PACKAGES = ("qemu-utils", "libnbd-bin", "python3-libnbd")
-PROGRAMS = ("qemu-img", "qemu-io", "qemu-nbd", "nbdinfo", "nbdcopy")
+PACKAGES = ("qemu-utils", "libnbd-bin", "python3-libnbd", "libvirt-clients", "libxml2-utils")
+ALONE = ("libvirt-daemon-driver-qemu",)
+"""Without what they depend on: of the daemon, tests want what makes a QEMU command line and starts it."""
+PROGRAMS = ("qemu-img", "qemu-io", "qemu-nbd", "nbdinfo", "nbdcopy", "xmllint", "virt-qemu-run")
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-KEY = f"{RELEASE}: {' '.join(PACKAGES)}: {' '.join(PROGRAMS)}, 1\n"
+KEY = f"{RELEASE}: {' '.join(PACKAGES + ALONE)}: {' '.join(PROGRAMS)}, 1\n"
 """What a tree was made from; another one is made anew."""
 RUN = """#!/bin/sh
 # {name} of Debian {release}, with the libraries of its own tree.
@@ -79,7 +81,9 @@ def fetched(place: Path) -> list[Path]:
     options = apart(place)
     apt(*options, "update")
     apt(*options, "install", "--yes", "--download-only", "--no-install-recommends", *PACKAGES)
-    return sorted((place / "cache/archives").glob("*.deb"))
+    archives = place / "cache/archives"
+    apt(*options, "download", *ALONE, cwd=archives)
+    return sorted(archives.glob("*.deb"))
 
 
 def mirror() -> str:
@@ -112,9 +116,9 @@ def apart(place: Path) -> list[str]:
     return [word for name, value in settings.items() for word in ("-o", f"{name}={value}")]
 
 
-def apt(*words: str) -> None:
+def apt(*words: str, cwd: Path | None = None) -> None:
     done = subprocess.run(
-        ["apt-get", "-qq", *words], capture_output=True, text=True, stdin=subprocess.DEVNULL
+        ["apt-get", "-qq", *words], capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=cwd
     )
     if done.returncode:
         raise SystemExit(f"newer: apt-get could not fetch Debian {RELEASE}'s programs: {done.stderr.strip()}")

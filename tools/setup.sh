@@ -29,6 +29,7 @@ PROGRAMS="
     openssl:openssl
     mkfs.ext4:e2fsprogs
     rbd:ceph-common
+    virsh:libvirt-clients
 "
 
 # shellcheck disable=SC2086  # $missing is a list of words
@@ -126,12 +127,12 @@ make_venv() {
     full_key >$key_file
 }
 
-# The Linux guest of the tests, and newer NBD programs than this machine's. Without Debian's packages there are none, and
+# The Linux guest of the tests, and newer programs than this machine's. Without Debian's packages there are none, and
 # the tests that need them are skipped.
 make_peers() {
     if command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null; then
         $venv/bin/python tools/guest.py $venv/guest || say "no guest could be made: its tests will be skipped"
-        $venv/bin/python tools/newer.py $venv/newer || say "no newer NBD programs: their tests will be skipped"
+        $venv/bin/python tools/newer.py $venv/newer || say "no newer programs: their tests will be skipped"
     fi
 }
 
