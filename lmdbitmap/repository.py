@@ -3,9 +3,9 @@
     REPO/<disk>/manifest.json            what each image is; images that it does not name are nobody's backup
     REPO/<disk>/000001-full.qcow2 ...    the images
     REPO/<disk>/….qcow2.<8 hex>.digests  the SHA-256 of each chunk of an image
-    REPO/<disk>/manifest.next            while a prune takes effect: the true manifest, and
-    REPO/<disk>/….qcow2.next             images that take the place of those without `.next`
-    REPO/<disk>/lock                     held by the one backup or prune that writes here
+    REPO/<disk>/manifest.next            while a prune or copy takes effect: the true manifest, and
+    REPO/<disk>/….qcow2.next             images that take the place of those without `.next`, if there are any
+    REPO/<disk>/lock                     held by the one backup, prune or copy that writes here
     REPO/<disk>/unfinished               while a backup is under way: its checkpoint, and its image
 
 Invariants, which hold at every moment, also after a power cut:
@@ -262,9 +262,12 @@ class BackupFolder:
         return sorted(name for name in gone if _IMAGE_NAME.fullmatch(name) or _DIGESTS_NAME.fullmatch(name))
 
     def _stale_digests(self, known: Manifest | None) -> list[str]:
-        """Digests that an image of the manifest does not have any more, or never got."""
-        named = _files_of(known)
-        return [m[0] for m in self._names_like(_DIGESTS_NAME) if m[1] in named and m[0] not in named]
+        """Digests that an image of the manifest does not have any more, or never got; and those of no image at all."""
+        if known is None:
+            return []
+        named, images = _files_of(known), {image[0] for image in self._images()}
+        others = [match for match in self._names_like(_DIGESTS_NAME) if match[0] not in named]
+        return [match[0] for match in others if match[1] in named or match[1] not in images]
 
     # -- what is under way ---------------------------------------------------------------------------------
 

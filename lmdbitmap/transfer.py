@@ -1,10 +1,15 @@
-"""Copies backups to another repository, one after the other: what is there is always a beginning of the chain, whole.
+"""Copies backups to another repository, one after the other; nothing that is there is taken away, or written anew.
 
-An image is copied with the digests of its chunks, synced, and read back; only if it has the digest that the manifest
-says does it get its name, and the other manifest one more entry after that. A copy that was killed goes on where it
-was: backups that the other manifest has are not copied again, nor is an image that is there already and is the same.
+The digests of an image are copied, then the image beside its name, synced, and read back; only if it has the digest
+that the manifest says do the image and its entry take effect, together (`BackupFolder.succeed`). A copy that was
+killed goes on where it was.
 
-The other folder may hold nothing but what is copied: a backup there that is not the source's is a reason to refuse.
+What is there stays as it is, even if a prune wrote that backup anew at the source, or let go of it: a damaged or wiped
+source takes nothing from its copy. That fits, as a prune keeps what a backup reads as, and its file's name: what is
+copied later reads the same, stacked on the old image or on the new one. So each side is pruned by itself. What was
+let go of at the target does not come back, unless something new is stacked on it.
+
+The other folder may hold no backup that is another than the source's of that number, nor a newer one.
 """
 
 from __future__ import annotations
@@ -31,11 +36,16 @@ _USE_ANOTHER = "look at it with `verify`, and get the file from another copy of 
 
 @dataclass(frozen=True, slots=True)
 class CopyResult:
-    """One disk's backups: those that were copied now, and how many had been there before."""
+    """One disk's backups: those that were copied now, and how many of the others are where."""
 
     disk: str
     copied: tuple[BackupEntry, ...]
     already_there: int
+    """Of the source's."""
+    only_there: int
+    """That the source let go of."""
+    left_out: int
+    """That the target let go of."""
     bytes_copied: int
     seconds: float
 
@@ -50,9 +60,9 @@ def copy_backups(
     """Copy all backups of the disks called `names`, or of all, to the repository at `target_path`; durable on return.
 
     Raises `NotFound` without such a disk, or the package that the digests of an image need, `AlreadyExists` where the
-    target has other backups of a disk of that name, `FormatError` for an image that is not what it was, `Busy` for a
-    target that somebody writes to, and for a source that changes meanwhile. Disks before the one that failed are
-    copied, and of that one the backups before.
+    target has other backups of a disk of that name, or newer ones, `FormatError` for an image that is not what it
+    was, `Busy` for a target that somebody writes to, and for a source that changes meanwhile. Disks before the one
+    that failed are copied, and of that one the backups before.
     """
     known = known_backups_of(repository_path, names)
     if os.path.realpath(repository_path) == os.path.realpath(target_path):
@@ -74,41 +84,87 @@ def _copy_disk(source: BackupFolder, wanted: Manifest, target: BackupFolder, rep
         require_algorithms(source, wanted.backups)  # or a folder would be left where nothing comes into
     with target.locked():
         found = target.manifest()
-        there = Manifest(wanted.disk) if found is None else found
-        require_algorithms(source, wanted.backups[len(there.backups) :])
+        before = Manifest(wanted.disk) if found is None else found
+        _require_kin(target, before, source, wanted)
+        missing = _missing(before, wanted)
+        require_algorithms(source, missing)
         if found is None:
-            target.replace_manifest(there)  # from now on, an image without its entry is no lost backup
-        _require_beginning(target, there, source, wanted)
-        target.check_images(there.backups)
-        already, missing = there.backups, wanted.backups[len(there.backups) :]
-        report.advance(sum(entry.bytes_stored for entry in already))
+            target.replace_manifest(before)  # from now on, an image without its entry is no lost backup
+        target.check_images(before.backups)
+        report.advance(sum(entry.bytes_stored for entry in {*wanted.backups} - {*missing}))
+        there = dataclasses.replace(before, disk=wanted.disk)
         for entry in missing:
             _copy_unless_changed(source, wanted, target, entry, report)
-            there = dataclasses.replace(there, backups=(*there.backups, entry))
-            target.replace_manifest(there)
+            there = _with(there, entry)
+            target.succeed(there)
+    return _told(source.disk_name, before, wanted, missing, started)
+
+
+def _told(
+    disk: str, before: Manifest, wanted: Manifest, copied: Sequence[BackupEntry], started: float
+) -> CopyResult:
+    there, ours = ({entry.id for entry in each.backups} for each in (before, wanted))
     return CopyResult(
-        disk=source.disk_name,
-        copied=missing,
-        already_there=len(already),
-        bytes_copied=sum(entry.bytes_stored for entry in missing),
+        disk=disk,
+        copied=tuple(copied),
+        already_there=len(there & ours),
+        only_there=len(there - ours),
+        left_out=len(ours - there) - len(copied),
+        bytes_copied=sum(entry.bytes_stored for entry in copied),
         seconds=time.monotonic() - started,
     )
 
 
-def _require_beginning(target: BackupFolder, there: Manifest, source: BackupFolder, wanted: Manifest) -> None:
-    """Refuse a target whose backups are not the first ones of the source."""
-    if there.disk.uuid != wanted.disk.uuid:
-        raise AlreadyExists(
-            f"{target.path} has the backups of another disk that is called {there.disk.name!r} too",
-            next_step="copy to another repository, or move that folder away",
+# --- what is to be copied ---
+
+
+def _point(entry: BackupEntry) -> tuple[object, ...]:
+    """What makes it this backup and no other: what it holds, and what images above it call it. A prune keeps it."""
+    return (
+        entry.id, entry.sequence, entry.file, entry.time_ns, entry.checkpoint, entry.epoch, entry.disk_size,
+    )  # fmt: skip
+
+
+def _require_kin(target: BackupFolder, there: Manifest, source: BackupFolder, wanted: Manifest) -> None:
+    """Refuse a target that goes on from the source's backups in another way, or has those of another disk."""
+    ours, theirs = {_point(entry) for entry in wanted.backups}, there.backups
+    was_added_anew = bool(theirs) and _point(theirs[-1]) in ours
+    if there.disk.uuid != wanted.disk.uuid and not was_added_anew:
+        raise _not_kin(
+            f"{target.path} has the backups of another disk that is called {there.disk.name!r} too"
         )
-    pairs = zip(there.backups, (*wanted.backups, *[None] * len(there.backups)), strict=False)
-    other = next((theirs for theirs, ours in pairs if theirs != ours), None)
-    if other is not None:
-        raise AlreadyExists(
-            f"{target.path} has a backup {other.id} that {source.path} does not have, or not any more as it was",
-            next_step="copy to another repository, or move that folder away",
-        )
+    taken = {word for entry in wanted.backups for word in (entry.id, entry.sequence, entry.file)}
+    for entry in theirs:
+        is_ahead = entry.sequence > wanted.backups[-1].sequence
+        if _point(entry) not in ours and (is_ahead or not taken.isdisjoint(_point(entry)[:3])):
+            raise _not_kin(
+                f"{target.path} has a backup {entry.id} that {source.path} does not have, or another of that number"
+            )
+
+
+def _not_kin(problem: str) -> AlreadyExists:
+    return AlreadyExists(problem, next_step="copy to another repository, or move that folder away")
+
+
+def _missing(there: Manifest, wanted: Manifest) -> list[BackupEntry]:
+    """The backups that are newer than all that are there, and those below them that are not there."""
+    known = {entry.id for entry in there.backups}
+    newest = max((entry.sequence for entry in there.backups), default=-1)
+    missing: list[BackupEntry] = []
+    below: set[str | None] = set()
+    for entry in reversed(wanted.backups):
+        if entry.id not in known and (entry.sequence > newest or entry.id in below):
+            missing.append(entry)
+            below.add(entry.parent)
+    return missing[::-1]
+
+
+def _with(manifest: Manifest, entry: BackupEntry) -> Manifest:
+    backups = sorted((*manifest.backups, entry), key=lambda each: each.sequence)
+    return dataclasses.replace(manifest, backups=tuple(backups))
+
+
+# --- copying ---
 
 
 def _copy_unless_changed(
@@ -147,7 +203,10 @@ def _copy_image(source: BackupFolder, target: BackupFolder, entry: BackupEntry, 
         _require_same(copy, entry)
         report.advance(entry.bytes_stored)
         return
-    with FileDevice.open(path, read_only=True) as device, files.replacing(copy) as file:
+    with (
+        FileDevice.open(path, read_only=True) as device,
+        files.replacing(target.successor_path(entry.file)) as file,
+    ):
         copier = FileCopier(file.fileno(), copy)
         for offset in range(0, entry.bytes_stored, PIECE_BYTES):
             length = min(PIECE_BYTES, entry.bytes_stored - offset)

@@ -194,8 +194,9 @@ def _kept_facts(entry: BackupEntry) -> dict[str, object]:
 def copy(asked: Session, repository: str, target: str, names: Sequence[str]) -> None:
     """Copy backups to another repository, of all disks or of some.
 
-    What REPO2 has already is not copied again, also after a copy that was killed. Every image is proven by its
-    digest. REPO2 may hold no other backups of these disks.
+    What REPO2 has already is not copied again, also after a copy that was killed, and nothing there is changed or
+    removed: each of the two is pruned by itself. Every image is proven by its digest. REPO2 may hold no backups of
+    these disks that REPO never had.
     """
     from lmdbitmap.transfer import copy_backups
 
@@ -205,12 +206,21 @@ def copy(asked: Session, repository: str, target: str, names: Sequence[str]) -> 
         say_json({"disks": [*map(_copy_facts, results)]})
         return
     for result in results:
-        words = [
-            f"{result.disk}: copied {plural(len(result.copied), 'backup')}, {result.already_there:,} were there",
-            format_size(result.bytes_copied),
-            format_duration(result.seconds),
-        ]
-        say(" · ".join(words))
+        say(f"{result.disk}: {_copy_words(result)}")
+
+
+def _copy_words(result: CopyResult) -> str:
+    counts = [
+        f"copied {plural(len(result.copied), 'backup')}, {result.already_there:,} were there",
+        f"{result.only_there:,} are only there" if result.only_there else "",
+        f"{result.left_out:,} were let go of there" if result.left_out else "",
+    ]
+    words = [
+        ", ".join(filter(None, counts)),
+        format_size(result.bytes_copied),
+        format_duration(result.seconds),
+    ]
+    return " · ".join(words)
 
 
 def _copy_facts(result: CopyResult) -> dict[str, object]:
@@ -218,6 +228,8 @@ def _copy_facts(result: CopyResult) -> dict[str, object]:
         "disk": result.disk,
         "copied": [entry.id for entry in result.copied],
         "already_there": result.already_there,
+        "only_there": result.only_there,
+        "left_out": result.left_out,
         "bytes_copied": result.bytes_copied,
         "seconds": round(result.seconds, 3),
     }

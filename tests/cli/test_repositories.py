@@ -185,8 +185,8 @@ def test_backups_are_copied_once(cli: Cli, chain: Path) -> None:
     told = cli.json("copy", chain, copy, "sda")
     assert told == {
         "disks": [{
-            "disk": "sda", "copied": [], "already_there": 4, "bytes_copied": 0,
-            "seconds": told["disks"][0]["seconds"],
+            "disk": "sda", "copied": [], "already_there": 4, "only_there": 0, "left_out": 0,
+            "bytes_copied": 0, "seconds": told["disks"][0]["seconds"],
         }],
     }  # fmt: skip
     assert cli.json("verify", copy)["images"] == 4
@@ -200,7 +200,21 @@ def test_what_cannot_be_copied_is_told_and_nothing_is_made(cli: Cli, chain: Path
     assert "is a file" in cli.fails(2, "copy", chain, cli.folder / "sda.raw")
     assert not copy.exists()
     cli.ok("copy", chain, copy)
-    cli.ok("prune", chain, "--keep", "1")
+    cli.ok("backup", "sda", copy)
     said = cli.fails(1, "copy", chain, copy)
-    assert "has a backup 1 that " in said
+    assert "has a backup 5 that " in said
     assert said.endswith("; copy to another repository, or move that folder away")
+
+
+def test_a_copy_goes_on_after_a_prune_of_either_side_and_says_what_is_where(cli: Cli, chain: Path) -> None:
+    copy = cli.folder / "copy"
+    cli.ok("copy", chain, copy)
+    cli.ok("prune", chain, "--keep", "2")
+    cli.ok("backup", "sda", chain)
+    said = cli.ok("copy", chain, copy)
+    assert said.startswith("sda: copied 1 backup, 2 were there, 2 are only there · ")
+    cli.ok("prune", copy, "--keep", "1")
+    cli.ok("backup", "sda", chain)
+    said = cli.ok("copy", chain, copy)
+    assert said.startswith("sda: copied 1 backup, 1 were there, 2 were let go of there · ")
+    assert cli.json("verify", copy)["images"] == 2

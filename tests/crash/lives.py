@@ -492,6 +492,20 @@ def copying_first(tracked: BackedUpDisk) -> Life:
     yield "copied"
 
 
+def copying_what_was_pruned(tracked: BackedUpDisk) -> Life:
+    """To a folder that has the first three of five backups, of which the source has let go of the first two."""
+    _backed_up(tracked, 3)
+    copy_backups(_repository(tracked), tracked.folder / "copy")
+    for number in (4, 5):
+        tracked.write(bytes([number]) * 100, 50 * BLOCK)
+        shutil.copy(tracked.image, tracked.folder / f"{number}.raw")
+        tracked.backup()
+    prune(_repository(tracked), keep=Retention(last=3))
+    yield GROWN_UP
+    copy_backups(_repository(tracked), tracked.folder / "copy")
+    yield "copied"
+
+
 def _dated(tracked: BackedUpDisk, days: Sequence[int]) -> None:
     """Let the manifest say on which day of 1970 each backup was made."""
     entries = zip(tracked.manifest().backups, days, strict=True)
@@ -654,7 +668,7 @@ ARCHIVE_LIVES = (
     letting_lapse, dropping,
     restoring, restoring_by_hand, restoring_to_a_device, restoring_in_place, restoring_what_is_tracked,
     streaming, streaming_without_a_name, receiving, receiving_a_diff, syncing_first, syncing, comparing,
-    pruning, thinning, merging, copying, copying_first,
+    pruning, thinning, merging, copying, copying_first, copying_what_was_pruned,
 )  # fmt: skip
 LIVES: dict[str, Callable[[BackedUpDisk], Life]] = {
     life.__name__: life

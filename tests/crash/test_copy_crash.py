@@ -1,17 +1,20 @@
-"""A copy of a repository killed at any step holds a beginning of the chain, whole; the next copy completes it."""
+"""A copy of a repository killed at any step has nothing but whole backups; the next copy completes it."""
 
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 from pathlib import Path
 
 import pytest
 
 from lmdbitmap.manifest import encode
 from lmdbitmap.repository import BackupFolder
+from lmdbitmap.restore import restore
 from lmdbitmap.transfer import copy_backups
 from lmdbitmap.verify import verify
 from tests.crash.dying import Death, Deaths
+from tests.crash.test_prune_crash import leaves_nothing
 from tests.tracked import NAME
 
 
@@ -27,6 +30,30 @@ def test_a_killed_copy_holds_a_beginning_of_the_chain(life: str, deaths: Deaths)
         assert (result.already_there, len(result.copied)) == (count, len(wanted) - count), death
         assert contents(death, "copy") == contents(death, "backups"), death
     assert seen == ({1, 2, 3} if life == "copying" else {0, 1, 2})
+
+
+def test_a_copy_that_was_killed_after_a_prune_keeps_all_that_was_there(deaths: Deaths) -> None:
+    seen = set()
+    for death in deaths("copying_what_was_pruned"):
+        ids = backups_read_as_they_did(death)
+        seen.add(ids)
+        assert ids == "12345" or not death.told, death
+        copy_backups(death.folder / "backups", death.folder / "copy")
+        assert backups_read_as_they_did(death) == "12345", death
+        leaves_nothing(death, "copy")
+    assert seen == {"123", "1234", "12345"}
+
+
+def backups_read_as_they_did(death: Death) -> str:
+    """The ids of all that the copy names, read without a lock, as a person would who needs them now."""
+    folder = BackupFolder(death.folder / "copy", NAME)
+    entries, restored = folder.known_backups().backups, death.folder / "restored.raw"
+    for entry in entries:
+        restore(folder.repository_path, NAME, restored, at=entry.id)
+        assert filecmp.cmp(restored, death.folder / f"{entry.id}.raw", shallow=False), (death, entry.id)
+        restored.unlink()
+    assert verify(folder.repository_path).is_sound, death
+    return "".join(entry.id for entry in entries)
 
 
 def whole_backups(death: Death) -> int:

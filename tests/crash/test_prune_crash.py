@@ -92,8 +92,8 @@ def makes_an_increment(death: Death) -> None:
     )
 
 
-def leaves_nothing(death: Death) -> None:
-    folder = BackupFolder(death.folder / "backups", NAME)
+def leaves_nothing(death: Death, place: str = "backups") -> None:
+    folder = BackupFolder(death.folder / place, NAME)
     entries = folder.known_backups().backups
     files = {file for entry in entries for file in (entry.file, entry.chunks and entry.chunks.file)}
     assert {path.name for path in Path(folder.path).iterdir()} == files | {"lock", "manifest.json"}, death

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from collections.abc import Iterator
+from datetime import timezone
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
 from lmdbitmap import transfer
 from lmdbitmap.errors import AlreadyExists, Busy, FormatError, NotFound
-from lmdbitmap.manifest import Manifest, encode
+from lmdbitmap.manifest import BackupType, DiskRef, Manifest, encode
 from lmdbitmap.prune import prune
 from lmdbitmap.repository import BackupFolder
 from lmdbitmap.retention import Retention
 from lmdbitmap.transfer import CopyResult, copy_backups
 from lmdbitmap.verify import verify
-from tests.backed_up import FULL, INCREMENTAL, BackedUpDisk
+from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
 from tests.tracked import NAME
 from tests.unit.test_digest_algorithms import forget_blake3
 from tests.unit.test_prune import back_up, path_of, reads_as
@@ -115,7 +118,8 @@ def test_a_target_with_other_backups_is_refused(disk: BackedUpDisk) -> None:
     disk.backup(to="copy")
     before = folder_of(disk, "copy")
     with pytest.raises(
-        AlreadyExists, match=r"has a backup 1 that .* does not have, or not any more as it was"
+        AlreadyExists,
+        match=r"has a backup 1 that .* does not have, or another of that number; copy to another",
     ):
         copied(disk)
     assert folder_of(disk, "copy") == before
@@ -174,13 +178,172 @@ def test_a_backup_without_digests_of_chunks_is_copied_as_it_is(disk: BackedUpDis
     assert is_same(disk)
 
 
-def test_a_source_that_was_pruned_is_copied_to_a_new_place_only(disk: BackedUpDisk) -> None:
+# --- and prune, on either side ---
+
+
+def test_a_source_that_was_pruned_is_copied_to_a_new_place(disk: BackedUpDisk) -> None:
     contents = back_up(disk, FULL, INCREMENTAL, INCREMENTAL)
     prune(disk.folder / "backups", keep=Retention(last=2))
     copied(disk)
     reads_as(disk, contents)
     assert disk.restored("2", "copy") == contents["2"]
     assert disk.manifest("copy").released == ()
+
+
+def more(disk: BackedUpDisk, contents: dict[str, bytes], *kinds: BackupType) -> None:
+    """Backups after those of `contents`, each with another block."""
+    for kind in kinds or (INCREMENTAL,):
+        disk.write(os.urandom(4096), (len(contents) + 1) * 4096)
+        contents[disk.backup(kind).id] = disk.content()
+
+
+def prune_to(disk: BackedUpDisk, place: str, last: int) -> None:
+    prune(disk.folder / place, keep=Retention(last=last))
+
+
+def holds(disk: BackedUpDisk, contents: dict[str, bytes], *ids: str) -> None:
+    """The copy has these backups and no others, each reads as it did, also for QEMU, and no file besides them."""
+    backups = disk.manifest("copy").backups
+    assert [entry.id for entry in backups] == list(ids)
+    for entry in backups:
+        assert disk.restored(entry.id, "copy") == contents[entry.id], entry.id
+    assert disk.files("copy") == sorted(entry.file for entry in backups)
+    assert verify(disk.folder / "copy").is_sound
+
+
+def test_what_the_source_let_go_of_stays_in_the_copy_and_nothing_there_is_written_anew(
+    disk: BackedUpDisk,
+) -> None:
+    contents = back_up(disk, FULL, INCREMENTAL, INCREMENTAL)
+    copied(disk)
+    before = folder_of(disk, "copy")
+    more(disk, contents)
+    prune_to(disk, "backups", 2)
+    result = copied(disk)
+    assert [entry.id for entry in result.copied] == ["4"]
+    assert (result.already_there, result.only_there, result.left_out) == (1, 2, 0)
+    holds(disk, contents, "1", "2", "3", "4")
+    after = folder_of(disk, "copy")
+    assert {name for name in before if after[name] != before[name]} == {"manifest.json"}
+
+
+def test_a_nightly_backup_prune_and_copy_go_on_for_ever(disk: BackedUpDisk) -> None:
+    contents = back_up(disk, FULL)
+    for _ in range(8):
+        more(disk, contents)
+        prune_to(disk, "backups", 2)
+        assert [entry.id for entry in copied(disk).copied][-1:] == [str(len(contents))]
+        prune_to(disk, "copy", 4)
+        ids = [str(number) for number in range(1, len(contents) + 1)]
+        holds(disk, contents, *ids[-4:])
+        assert [entry.id for entry in disk.manifest().backups] == ids[-2:]
+
+
+def test_what_the_copy_let_go_of_does_not_come_back(disk: BackedUpDisk) -> None:
+    contents = back_up(disk, FULL, INCREMENTAL, INCREMENTAL)
+    copied(disk)
+    prune_to(disk, "copy", 1)
+    more(disk, contents)
+    result = copied(disk)
+    assert ([entry.id for entry in result.copied], result.left_out) == (["4"], 2)
+    holds(disk, contents, "3", "4")
+
+
+def test_what_the_copy_let_go_of_comes_back_where_something_new_is_stacked_on_it(disk: BackedUpDisk) -> None:
+    contents = back_up(disk, FULL, INCREMENTAL, INCREMENTAL)
+    copied(disk)
+    prune_to(disk, "copy", 1)
+    more(disk, contents, DIFFERENTIAL)
+    result = copied(disk)
+    assert ([entry.id for entry in result.copied], result.left_out) == (["1", "4"], 1)
+    holds(disk, contents, "1", "3", "4")
+
+
+def dated(disk: BackedUpDisk, place: str, *days: int) -> None:
+    """Let the manifest say on which day of 1970 each backup was made."""
+    manifest = disk.manifest(place)
+    backups = tuple(
+        dataclasses.replace(entry, time_ns=day * 86_400 * 10**9)
+        for entry, day in zip(manifest.backups, days, strict=True)
+    )
+    disk.backup_folder(place).replace_manifest(dataclasses.replace(manifest, backups=backups))
+
+
+def test_a_backup_that_was_merged_before_it_is_copied_fits_onto_the_copy(disk: BackedUpDisk) -> None:
+    """Of five the third and fourth go at the source, and the fifth holds what they changed."""
+    contents = back_up(disk, FULL, INCREMENTAL)
+    copied(disk)
+    disk.resize(disk.size + 4096)
+    more(disk, contents)
+    disk.resize(disk.size)
+    more(disk, contents, INCREMENTAL, INCREMENTAL)
+    dated(disk, "backups", 1, 2, 3, 3, 3)
+    dated(disk, "copy", 1, 2)
+    prune(disk.folder / "backups", keep=Retention(daily=3), zone=timezone.utc)
+    assert [(entry.id, entry.parent) for entry in disk.manifest().backups][1:] == [("2", "1"), ("5", "2")]
+    prune_to(disk, "copy", 1)
+    assert [entry.id for entry in copied(disk).copied] == ["5"]
+    holds(disk, contents, "2", "5")
+
+
+def test_a_source_that_let_go_of_all_that_the_copy_has_is_copied_beside_it(disk: BackedUpDisk) -> None:
+    contents = back_up(disk, FULL, INCREMENTAL)
+    copied(disk)
+    more(disk, contents, INCREMENTAL, INCREMENTAL)
+    prune_to(disk, "backups", 1)
+    result = copied(disk)
+    assert ([entry.id for entry in result.copied], result.already_there, result.only_there) == (["4"], 0, 2)
+    holds(disk, contents, "1", "2", "4")
+
+
+def test_what_is_damaged_at_the_source_takes_nothing_from_the_copy(disk: BackedUpDisk) -> None:
+    contents = back_up(disk, FULL, INCREMENTAL, INCREMENTAL)
+    copied(disk)
+    prune_to(disk, "backups", 1)
+    flip(path_of(disk, 0), 4096 + 70)
+    more(disk, contents)
+    copied(disk)
+    holds(disk, contents, "1", "2", "3", "4")
+    assert not verify(disk.folder / "backups").is_sound
+
+
+def test_a_source_that_was_begun_anew_takes_nothing_from_the_copy(disk: BackedUpDisk) -> None:
+    back_up(disk, FULL, INCREMENTAL, INCREMENTAL)
+    copied(disk)
+    shutil.rmtree(disk.folder / "backups")
+    prune_to(disk, "copy", 2)
+    before, refusals = folder_of(disk, "copy"), []
+    for _ in range(4):
+        disk.backup(FULL)
+        prune_to(disk, "backups", 2)
+        with pytest.raises(AlreadyExists, match=r"has a backup . that .* does not have") as refused:
+            copied(disk)
+        refusals.append(refused.value.problem.partition(" that")[0][-1])
+    assert refusals == ["2", "2", "2", "3"]
+    assert folder_of(disk, "copy") == before
+
+
+def test_the_copy_follows_a_disk_that_was_added_anew(disk: BackedUpDisk) -> None:
+    contents = back_up(disk, FULL, INCREMENTAL)
+    copied(disk)
+    more(disk, contents)
+    anew = dataclasses.replace(disk.manifest(), disk=DiskRef(NAME, uuid4()))
+    disk.backup_folder().replace_manifest(anew)
+    copied(disk)
+    assert disk.manifest("copy").disk == anew.disk
+    holds(disk, contents, "1", "2", "3")
+
+
+def test_what_a_killed_copy_left_of_a_backup_that_was_merged_since_goes(disk: BackedUpDisk) -> None:
+    contents = back_up(disk, FULL, INCREMENTAL)
+    copied(disk)
+    more(disk, contents)
+    target = disk.backup_folder("copy")
+    for name in (digests_of(disk, 2).name, f"{path_of(disk, 2).name}.next"):
+        Path(target.path_of(name)).write_bytes(b"of a copy that was killed")
+    prune_to(disk, "backups", 1)
+    copied(disk)
+    holds(disk, contents, "1", "2", "3")
 
 
 def test_nothing_to_copy_is_not_found(tmp_path: Path) -> None:
