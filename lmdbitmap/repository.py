@@ -1,6 +1,7 @@
 """A repository of backups: a folder that holds a folder for each disk (docs/backup.md).
 
     REPO/<disk>/manifest.json            what each image is; images that it does not name are nobody's backup
+    REPO/<disk>/manifest.json.copy       the same once more (manifest_file.py)
     REPO/<disk>/000001-full.qcow2 ...    the images
     REPO/<disk>/….qcow2.<8 hex>.digests  the SHA-256 of each chunk of an image
     REPO/<disk>/manifest.next            while a prune or copy takes effect: the true manifest, and
@@ -15,19 +16,19 @@ Invariants, which hold at every moment, also after a power cut:
    name that nobody holds locked, and images that `unfinished` names and the manifest does not, with their digests.
 3. A manifest that is missing beside images, or cannot be read, stops a backup. It is never made anew: a full
    backup that is asked for begins another chain, numbered after all images that are there, and what was in the
-   manifest's place stays beside it as `manifest.json.damaged-…`.
+   manifest's place stays beside it as `manifest.json.damaged-…`, and its second copy likewise.
 4. Where there is a `manifest.next`, it alone is true. It got its name when all its `.next` images were durable
-   under theirs. From then on they are renamed over the images that they replace, what only the old manifest named
-   is removed, and `manifest.next` is renamed over it, each durable before the next begins. An image and its
-   successor read the same at the file's place in every chain. So whoever comes finds the truth without a lock;
-   whoever has the lock carries on where the dead left off. Without a `manifest.next`, `.next` images are nobody's.
+   under theirs. From then on the second copy says the same, `.next` images are renamed over those that they replace,
+   what only the old manifest named is removed, and `manifest.next` is renamed over it, each durable before the next
+   begins. An image and its successor read the same at the file's place in every chain. So whoever comes finds the
+   truth without a lock; whoever has the lock carries on where the dead left off. Without a `manifest.next`, `.next`
+   images are nobody's.
 5. A note of what is unfinished that cannot be read is put aside too: whatever it named stays, and only takes space.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import logging
 import os
@@ -37,15 +38,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from lmdbitmap import files, manifest, schema
+from lmdbitmap import files, schema
 from lmdbitmap.buffers import new_buffer
 from lmdbitmap.errors import FormatError, NotFound, os_errors_at
 from lmdbitmap.manifest import BackupEntry, BackupType, Manifest
+from lmdbitmap.manifest_file import COPY, MANIFEST, ManifestFile, put_aside, remove
 
 log = logging.getLogger(__name__)
 
-MANIFEST, LOCK, UNFINISHED = "manifest.json", "lock", "unfinished"
-NEXT = "manifest.next"
+LOCK, UNFINISHED = "lock", "unfinished"
 _NEXT_SUFFIX = ".next"
 _NOTE_BYTES = 1 << 16
 _HASHED_AT_ONCE = 1 << 20
@@ -70,6 +71,7 @@ class BackupFolder:
         self.repository_path = os.path.abspath(repository_path)
         self.disk_name = disk_name
         self.path = os.path.join(self.repository_path, schema.check_disk_name(disk_name))
+        self._manifest = ManifestFile(self.path)
 
     def path_of(self, file: str) -> str:
         return os.path.join(self.path, file)
@@ -77,7 +79,7 @@ class BackupFolder:
     def image_path(self, file: str) -> str:
         """Where an image is that the manifest names: under its own name, or as its successor beside it."""
         successor = self.path_of(file + _NEXT_SUFFIX)
-        is_under_way = os.path.lexists(self.path_of(NEXT)) and os.path.lexists(successor)
+        is_under_way = self._manifest.is_succession_decided and os.path.lexists(successor)
         return successor if is_under_way else self.path_of(file)
 
     @contextlib.contextmanager
@@ -96,9 +98,9 @@ class BackupFolder:
 
     def manifest(self) -> Manifest | None:
         """What backups there are; None before the first. `FormatError` where that cannot be known."""
-        found = self._manifest_file()
+        found = self._manifest.read()
         if found is None and self._has_images_of_old():
-            raise _no_manifest(self.path, f"{MANIFEST} beside the images", "none")
+            raise self._manifest.missing()
         return found
 
     def known_backups(self) -> Manifest:
@@ -112,51 +114,9 @@ class BackupFolder:
             )
         return found
 
-    def _backups(self) -> Sequence[BackupEntry]:
-        found = self._manifest_file()
-        return found.backups if found is not None else ()
-
     def replace_manifest(self, new: Manifest, *, keep_old: bool = False) -> None:
         """Durable on return; a death leaves the old manifest or the new one. What cannot be read can be kept."""
-        if keep_old and os.path.lexists(self.path_of(MANIFEST)):
-            self._put_aside(MANIFEST)
-        files.replace_atomically(self.path_of(MANIFEST), manifest.encode(new))
-        if keep_old and os.path.lexists(self.path_of(NEXT)):  # one that cannot be read either
-            self._put_aside(NEXT)
-            _remove(self.path_of(NEXT))
-
-    def _put_aside(self, name: str) -> str:
-        """Keep a file under another name; where that can be, its old name stays until it is replaced."""
-        kept = f"{name}.damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.urandom(3).hex()}"
-        old, new = self.path_of(name), self.path_of(kept)
-        with os_errors_at(old):
-            try:
-                if os.path.islink(old):
-                    raise OSError(errno.ELOOP, "a link")
-                os.link(old, new)
-            except OSError:  # a folder, or a file system without hard links
-                os.rename(old, new)
-        files.fsync_folder(self.path)
-        return kept
-
-    def _manifest_file(self, name: str | None = None) -> Manifest | None:
-        """What a file says; that of the true manifest unless it is named."""
-        path = self.path_of(name or (NEXT if os.path.lexists(self.path_of(NEXT)) else MANIFEST))
-        if not os.path.lexists(path):
-            return None
-        try:
-            if not os.path.isfile(path):
-                raise _no_manifest(path, "a regular file", "something else")
-            return manifest.decode(files.read_bounded(path, manifest.MAX_MANIFEST_BYTES))
-        except FormatError as refused:
-            if refused.place.startswith(path):
-                raise
-            raise type(refused)(
-                f"{path}: {refused.place}",
-                expected=refused.expected,
-                found=refused.found,
-                next_step=refused.next_step,
-            ) from refused
+        self._manifest.replace(new, keep_old=keep_old)
 
     # -- images --------------------------------------------------------------------------------------------
 
@@ -221,40 +181,41 @@ class BackupFolder:
     def succeed(self, new: Manifest) -> None:
         """Let `new` take the manifest's place, and durable successors that of their images; what only the old one
         named goes. A death leaves the one or the other, and whoever locks the folder next comes to the end."""
-        files.replace_atomically(self.path_of(NEXT), manifest.encode(new))
+        self._manifest.decide_succession(new)
         self._carry_on(new)
 
     def settle(self) -> None:
         """Carry on a succession that was decided; undo one that was not. For whoever holds the lock."""
         try:
-            found = self._manifest_file()
+            found = self._manifest.read()
         except FormatError:
             return  # whoever needs the manifest is told, and nothing is removed
-        if os.path.lexists(self.path_of(NEXT)) and found is not None:
+        if found is not None and self._manifest.is_succession_decided:
             self._carry_on(found)
             return
+        if found is not None:
+            self._manifest.mend_copy()
         undecided = [match[0] for match in self._names_like(_SUCCESSOR_NAME)]
         for name in [*undecided, *self._stale_digests(found)]:
-            _remove(self.path_of(name))
+            remove(self.path_of(name))
         if undecided:  # they must not be back when there is a `manifest.next`
             files.fsync_folder(self.path)
 
     def _carry_on(self, new: Manifest) -> None:
+        self._manifest.copy_successor()
         for name in [match[1] for match in self._names_like(_SUCCESSOR_NAME)]:
             with os_errors_at(self.path_of(name)):
                 os.rename(self.successor_path(name), self.path_of(name))
         files.fsync_folder(self.path)
         for name in self._names_only_in_the_old(new):
-            _remove(self.path_of(name))
+            remove(self.path_of(name))
         files.fsync_folder(self.path)
-        with os_errors_at(self.path_of(NEXT)):
-            os.rename(self.path_of(NEXT), self.path_of(MANIFEST))
-        files.fsync_folder(self.path)
+        self._manifest.end_succession()
 
     def _names_only_in_the_old(self, new: Manifest) -> list[str]:
         """Files that can go. Only those whose names have our form: a manifest may name anything."""
         try:
-            old = self._manifest_file(MANIFEST)
+            old = self._manifest.read_predecessor()
         except FormatError as damaged:
             log.error("%s; what it named besides stays, and takes space", damaged.problem)
             return []
@@ -279,18 +240,18 @@ class BackupFolder:
     def unfinished(self) -> list[Unfinished]:
         """What backups that never got into the manifest have made, or were about to; their images are removed."""
         noted = self._noted()
-        known = {entry.file for entry in self._backups()} if noted else set()
+        known = {entry.file for entry in _entries_of(self._manifest.read())} if noted else set()
         abandoned = [work for work in noted if work.file not in known]
         for work in abandoned:
             for name in [work.file, *self._digests_of(work.file)]:
-                _remove(self.path_of(name))
+                remove(self.path_of(name))
         if noted:  # the manifest and what was removed must be durable before the note can go
             files.fsync_folder(self.path)
         return abandoned
 
     def drop_note(self) -> None:
         """Nothing is unfinished any more. Not synced: a note that comes back after a power cut does no harm."""
-        _remove(self.path_of(UNFINISHED))
+        remove(self.path_of(UNFINISHED))
 
     def _noted(self) -> list[Unfinished]:
         path = self.path_of(UNFINISHED)
@@ -298,8 +259,8 @@ class BackupFolder:
             return []
         text = _note_text(path)
         if text is None or not _NOTE.fullmatch(text):
-            kept = self._put_aside(UNFINISHED)
-            _remove(path)
+            kept = put_aside(self.path, UNFINISHED)
+            remove(path)
             log.error(
                 "%s cannot be read, and is kept as %s: what it named stays, and takes space", path, kept
             )
@@ -307,8 +268,12 @@ class BackupFolder:
         return [Unfinished(*line.split(" ")) for line in text.splitlines()]
 
 
+def _entries_of(known: Manifest | None) -> Sequence[BackupEntry]:
+    return known.backups if known is not None else ()
+
+
 def _files_of(known: Manifest | None) -> set[str]:
-    entries = known.backups if known is not None else ()
+    entries = _entries_of(known)
     return {entry.file for entry in entries} | {entry.chunks.file for entry in entries if entry.chunks}
 
 
@@ -320,11 +285,6 @@ def _note_text(path: str) -> str | None:
         )
     except FormatError:
         return None
-
-
-def _no_manifest(place: str, expected: str, found: str) -> FormatError:
-    step = "restore the manifest from a copy of the repository, or begin a new chain with `backup --full`"
-    return FormatError(place, expected=expected, found=found, next_step=step)
 
 
 def checkpoint_name(time_ns: int) -> str:
@@ -352,7 +312,9 @@ def disk_names(repository_path: str | os.PathLike[str]) -> list[str]:
     place = os.path.abspath(repository_path)
     with os_errors_at(place):
         return sorted(
-            name for name in os.listdir(place) if os.path.lexists(os.path.join(place, name, MANIFEST))
+            name
+            for name in os.listdir(place)
+            if any(os.path.lexists(os.path.join(place, name, file)) for file in (MANIFEST, COPY))
         )
 
 
@@ -383,8 +345,3 @@ def sha256_of(fd: int, stopped: Callable[[], bool] = lambda: False) -> str:
         digest.update(view[:count])
         offset += count
     return digest.hexdigest()
-
-
-def _remove(path: str) -> None:
-    with contextlib.suppress(NotFound), os_errors_at(path):
-        os.unlink(path)

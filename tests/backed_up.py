@@ -15,6 +15,8 @@ from tests.support import PATIENCE_SECONDS
 from tests.tracked import NAME, TrackedDisk
 
 FULL, INCREMENTAL, DIFFERENTIAL, RESCAN = BackupType
+ALWAYS_THERE = {"lock", "manifest.json", "manifest.json.copy"}
+"""In the folder of a disk that has backups."""
 
 
 @dataclass
@@ -71,7 +73,7 @@ class BackedUpDisk(TrackedDisk):
         digests = {entry.chunks.file for entry in found.backups if entry.chunks} if found else set()
         there = set(os.listdir(folder.path))
         assert digests <= there
-        return sorted(there - digests - {"lock", "manifest.json"})
+        return sorted(there - digests - ALWAYS_THERE)
 
     def backup_checkpoints(self) -> list[str]:
         """The checkpoints that backups hold, or left behind."""

@@ -102,6 +102,7 @@ FLOORS: dict[str, float] = {
     "period": 3,
     "flushing": 3,
     "continuity": 3,
+    "manifest_file": 2.7,
     "repository": 3,
     "sync_note": 3,
     "holds": 3.1,

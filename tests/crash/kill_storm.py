@@ -41,8 +41,9 @@ from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import EXTENT_BLOCKS
 from lmdbitmap.manifest import BackupType
+from lmdbitmap.manifest_file import MANIFEST
 from lmdbitmap.nbd import control_client
-from lmdbitmap.repository import MANIFEST, BackupFolder
+from lmdbitmap.repository import BackupFolder
 from lmdbitmap.restore import restore
 from lmdbitmap.store import Store
 from tests.crash.stamped_load import SECTOR, Load, stamps_of

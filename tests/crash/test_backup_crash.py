@@ -19,12 +19,13 @@ from lmdbitmap.consumers import holds_of
 from lmdbitmap.errors import StorageError
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
-from lmdbitmap.manifest import BackupEntry
+from lmdbitmap.manifest import BackupEntry, decode
+from lmdbitmap.manifest_file import COPY
 from lmdbitmap.repository import BackupFolder, is_checkpoint_name
 from lmdbitmap.restore import restore
 from lmdbitmap.schema import DEFERRED, WRITE_AHEAD
 from lmdbitmap.store import Store
-from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
+from tests.backed_up import ALWAYS_THERE, DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
 from tests.crash.dying import Death, Deaths
 from tests.crash.full_disk import CRAMPED_BYTES, can_mount, file_size_limit, full_tmpfs
 from tests.crash.lives import CLUSTER, IMAGES, OTHER
@@ -42,6 +43,7 @@ STEPS = [
     "committed",
     "data written", "image written", "synced", "renamed", "synced", "synced", "renamed", "synced",
     "synced", "renamed", "synced", "held",
+    "synced", "renamed", "synced",
     "synced", "renamed", "synced", "manifest replaced",
     "committed", "removed",
 ]  # fmt: skip
@@ -84,6 +86,21 @@ def test_a_backup_killed_at_any_step_is_followed_by_a_right_increment(
 ) -> None:
     made = [survives(death, {NAME: 2})[0] for death in deaths("backing_up", durability)]
     assert min(made.count(True), made.count(False)) >= 5
+
+
+def test_the_manifest_and_its_second_copy_are_never_further_apart_than_one_backup(deaths: Deaths) -> None:
+    """What the copy has more is whole: it may be brought back. Whoever locks the folder makes it the manifest's."""
+    ahead = []
+    for death in deaths("backing_up"):
+        folder = BackupFolder(death.folder / "backups", NAME)
+        entries = entries_of(folder)
+        copied = decode(Path(folder.path_of(COPY)).read_bytes()).backups
+        assert copied[: len(entries)] == entries, death
+        folder.check_images(copied)
+        ahead.append(len(copied) - len(entries))
+        with folder.locked():
+            assert decode(Path(folder.path_of(COPY)).read_bytes()).backups == entries, death
+    assert set(ahead) == {0, 1}
 
 
 def test_a_compressed_backup_killed_at_any_step_is_followed_by_a_right_increment(deaths: Deaths) -> None:
@@ -268,7 +285,7 @@ def leaves_no_trace(death: Death, store: Store, name: str) -> None:
     folder = BackupFolder(death.folder / "backups", name)
     entries = entries_of(folder)
     files = {file for entry in entries for file in (entry.file, entry.chunks and entry.chunks.file)}
-    assert set(os.listdir(folder.path)) == files | {"lock", "manifest.json"}, death
+    assert set(os.listdir(folder.path)) == files | ALWAYS_THERE, death
     assert backup_checkpoints(store, name) == {entry.checkpoint.name for entry in needed(entries)}, death
     restore(folder.repository_path, name, death.folder / "out.raw")
     assert filecmp.cmp(death.folder / "out.raw", death.folder / IMAGES[name], shallow=False), death

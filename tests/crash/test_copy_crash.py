@@ -71,6 +71,6 @@ def whole_backups(death: Death) -> int:
 def contents(death: Death, name: str) -> dict[str, bytes]:
     """To the byte, but for who holds the checkpoints: a copy is a holder of its own."""
     folder = BackupFolder(death.folder / name, NAME)
-    manifest = dataclasses.replace(folder.known_backups(), holder=None)
+    manifest = encode(dataclasses.replace(folder.known_backups(), holder=None))
     found = {path.name: path.read_bytes() for path in Path(folder.path).iterdir()}
-    return {**found, "manifest.json": encode(manifest)}
+    return {**found, "manifest.json": manifest, "manifest.json.copy": manifest}

@@ -19,6 +19,7 @@ import pytest
 
 from lmdbitmap.nbd.client import NbdDevice
 from lmdbitmap.repository import BackupFolder, is_checkpoint_name
+from tests.backed_up import ALWAYS_THERE
 from tests.cli.conftest import MIB, Cli, Served, quick_cli
 from tests.support import PATIENCE_SECONDS, Child, run, spawn
 
@@ -155,7 +156,7 @@ def leaves_no_trace(cli: Cli, stored: set[str]) -> None:
     assert manifest is not None
     assert [entry.sequence for entry in manifest.backups] == [1, 2]
     files = {file for entry in manifest.backups for file in (entry.file, entry.chunks and entry.chunks.file)}
-    assert set(os.listdir(folder.path)) == files | {"lock", "manifest.json"}
+    assert set(os.listdir(folder.path)) == files | ALWAYS_THERE
     assert os.listdir(cli.folder / "scratch") == []
     assert set(os.listdir(cli.store)) == stored
     points = {one["name"] for one in cli.json("info", "sda")["checkpoints"]}

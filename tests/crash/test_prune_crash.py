@@ -18,7 +18,7 @@ from lmdbitmap.restore import restore
 from lmdbitmap.retention import Retention
 from lmdbitmap.store import Store
 from lmdbitmap.verify import verify
-from tests.backed_up import INCREMENTAL
+from tests.backed_up import ALWAYS_THERE, INCREMENTAL
 from tests.crash.dying import Death, Deaths
 from tests.support import requires, run
 from tests.tracked import NAME
@@ -96,5 +96,5 @@ def leaves_nothing(death: Death, place: str = "backups") -> None:
     folder = BackupFolder(death.folder / place, NAME)
     entries = folder.known_backups().backups
     files = {file for entry in entries for file in (entry.file, entry.chunks and entry.chunks.file)}
-    assert {path.name for path in Path(folder.path).iterdir()} == files | {"lock", "manifest.json"}, death
+    assert {path.name for path in Path(folder.path).iterdir()} == files | ALWAYS_THERE, death
     assert verify(folder.repository_path).is_sound, death
