@@ -172,7 +172,9 @@ def opened(
             images = _opened_images(pool, folder, entries, verify)
         except (FormatError, NotFound):
             _require_unchanged(folder, entries)
-            raise
+            images = _opened_images(
+                pool, folder, entries, verify
+            )  # under the names that a prune gave them just now
         yield BackupChain(images[::-1], pool)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lmdbitmap.device import FileDevice
-from lmdbitmap.errors import Busy
+from lmdbitmap.errors import Busy, NotFound
 from lmdbitmap.interfaces import ImageIdentity
 
 MOST_OPEN = 64
@@ -65,7 +65,7 @@ class FilePool:
         if path not in self._open:
             if len(self._open) >= self._most_open:
                 self._make_room()
-            self._open[path] = _Opened(_the_same(FileDevice.open(path, read_only=True), known))
+            self._open[path] = _Opened(_the_same(path, known))
         self._open.move_to_end(path)
         return self._open[path]
 
@@ -87,11 +87,21 @@ class FilePool:
         self.close()
 
 
-def _the_same(device: FileDevice, known: ImageIdentity | None) -> FileDevice:
+def _the_same(path: str, known: ImageIdentity | None) -> FileDevice:
+    try:
+        device = FileDevice.open(path, read_only=True)
+    except NotFound as gone:
+        if known is None:
+            raise
+        raise _changed(path) from gone
     if known is not None and device.identity() != known:
         device.close()
-        raise Busy(f"{device.path} was changed or replaced while it was read", next_step="begin again")
+        raise _changed(path)
     return device
+
+
+def _changed(path: str) -> Busy:
+    return Busy(f"{path} was changed or replaced while it was read", next_step="begin again")
 
 
 class PooledFile:

@@ -129,9 +129,7 @@ class BackupFolder:
     def check_images(self, entries: Iterable[BackupEntry]) -> None:
         """Raise `NotFound` or `FormatError` unless every image is there, as long as it was when it was made."""
         for entry in entries:
-            path = self.image_path(entry.file)
-            with os_errors_at(path):
-                status = os.lstat(path)
+            path, status = self._image_status(entry.file)
             if not stat.S_ISREG(status.st_mode) or status.st_size != entry.bytes_stored:
                 raise FormatError(
                     path,
@@ -139,6 +137,14 @@ class BackupFolder:
                     found=f"{status.st_size} bytes" if stat.S_ISREG(status.st_mode) else "something else",
                     next_step="restore the file from a copy of the repository, or use an earlier full backup",
                 )
+
+    def _image_status(self, file: str) -> tuple[str, os.stat_result]:
+        path = self.image_path(file)
+        with contextlib.suppress(FileNotFoundError):
+            return path, os.lstat(path)
+        path = self.path_of(file)  # where a successor is, if a prune came to its end at this very moment
+        with os_errors_at(path):
+            return path, os.lstat(path)
 
     def check_names(self, entries: Iterable[BackupEntry]) -> None:
         """Raise `FormatError` unless all files are called as we call them: no others are written or removed."""

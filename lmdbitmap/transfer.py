@@ -170,11 +170,12 @@ def _with(manifest: Manifest, entry: BackupEntry) -> Manifest:
 def _copy_unless_changed(
     source: BackupFolder, wanted: Manifest, target: BackupFolder, entry: BackupEntry, report: Report
 ) -> None:
+    place = source.image_path(entry.file)
     try:
         _copy_digests(source, target, entry)
         _copy_image(source, target, entry, report)
     except (FormatError, NotFound) as wrong:
-        if source.manifest() == wanted:
+        if source.manifest() == wanted and source.image_path(entry.file) == place:
             raise
         raise Busy(f"{source.path} was changed while it was copied", next_step="copy it again") from wrong
 

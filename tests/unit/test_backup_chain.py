@@ -6,10 +6,12 @@ import dataclasses
 import errno
 import os
 import random
+import shutil
 import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -201,3 +203,29 @@ def test_a_file_that_cannot_be_read_is_named(chain: BackupChain, monkeypatch: py
 def opened(disk: BackedUpDisk, first: int = 0) -> None:
     with backup_chain.opened(disk.backup_folder(), disk.manifest().backups[first:]):
         pass
+
+
+@pytest.mark.parametrize("call", ["lstat", "open"])
+def test_a_succession_that_ends_while_the_chain_is_opened_is_not_taken_for_damage(
+    disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """What is beside its name when it is looked for has it when it is opened."""
+    prune(disk.folder / "backups", [NAME], keep=Retention(last=1))
+    folder, [entry] = disk.backup_folder(), disk.manifest().backups
+    os.rename(folder.path_of(entry.file), folder.successor_path(entry.file))
+    shutil.copy(folder.path_of("manifest.json"), folder.path_of("manifest.next"))
+    do, when = getattr(os, call), {"lstat": 1, "open": 0}[call]  # it is looked for by `lstat` first
+    asked: list[Any] = []
+
+    def ended_before(path: Any, *arguments: Any, **options: Any) -> Any:
+        if str(path).endswith(".qcow2.next"):
+            asked.append(path)
+            if len(asked) == when + 1:
+                folder.settle()
+        return do(path, *arguments, **options)
+
+    monkeypatch.setattr(os, call, ended_before)
+    with backup_chain.opened(folder, [entry]) as opened:
+        assert opened.pread(SIZE, 0) == disk.content()
+    assert len(asked) > when
+    assert disk.files() == [entry.file]

@@ -82,13 +82,18 @@ def test_threads_that_read_more_files_than_may_be_open_get_what_is_in_them(tmp_p
     assert (len(rounds), wrong) == (1200, [])
 
 
-def test_a_file_that_was_replaced_while_it_was_closed_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_file_that_was_replaced_or_renamed_while_it_was_closed_is_told(
+    tmp_path: Path, is_there: bool
+) -> None:
     for name in "abc":
         (tmp_path / name).write_bytes(b"x")
     with FilePool(most_open=1) as pool:
         file = PooledFile(pool, str(tmp_path / "a"))
         read(pool, tmp_path / "b")
-        (tmp_path / "c").rename(tmp_path / "a")
+        (tmp_path / "a").rename(tmp_path / "d")
+        if is_there:
+            (tmp_path / "c").rename(tmp_path / "a")
         with pytest.raises(Busy, match="a was changed or replaced while it was read; begin again"):
             file.pread(1, 0)
 
