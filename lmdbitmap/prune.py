@@ -75,14 +75,15 @@ def prune(
 ) -> list[PruneResult]:
     """Let go of all backups but those that `keep` wants, of the disks called `names` or of all; durable on return.
 
-    `dry_run` says what would be done and touches nothing. Raises `NotFound` without such a disk, `Busy` for a
+    `dry_run` says what would be done and touches nothing. What `progress` raises ends the work, also while images are
+    proven; merges that are done stay. Raises `NotFound` without such a disk, `Busy` for a
     folder that somebody backs up to, `FormatError` for images that are not what they were when they were made,
     `NotFound` where one is to be merged whose digests need a missing package; nothing is done to that disk then.
     """
     known = known_backups_of(repository_path, names)
     if dry_run:
         return [_would_prune(folder, manifest, keep, zone) for folder, manifest in known]
-    report = Report(progress, sum(_bytes_to_copy(each, kept(each.backups, keep, zone)) for _, each in known))
+    report = Report(progress, sum(_bytes_to_read(each, kept(each.backups, keep, zone)) for _, each in known))
     return [_prune(folder, keep, zone, report) for folder, _ in known]
 
 
@@ -178,8 +179,9 @@ def _to_merge(manifest: Manifest, stay: set[str]) -> Iterator[BackupEntry]:
         yield from _merged_of(manifest, rewrite)
 
 
-def _bytes_to_copy(manifest: Manifest, stay: set[str]) -> int:
-    return sum(entry.bytes_stored for entry in _to_merge(manifest, stay))
+def _bytes_to_read(manifest: Manifest, stay: set[str]) -> int:
+    """All is read twice: to be proven, and to be copied."""
+    return 2 * sum(entry.bytes_stored for entry in _to_merge(manifest, stay))
 
 
 # --- merging ---
@@ -189,7 +191,7 @@ def _written(folder: BackupFolder, manifest: Manifest, rewrite: _Rewrite, report
     """A backup merged with those that go, its image durable beside the one that it will take the place of."""
     entry, onto = rewrite
     merged = _merged_of(manifest, rewrite)
-    require_sound(folder, manifest, merged)
+    require_sound(folder, manifest, merged, report)
     chain = chain_to(manifest, entry.id)
     path = folder.successor_path(entry.file)
     with FilePool() as pool, files.replacing(path) as file:

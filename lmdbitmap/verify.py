@@ -144,9 +144,12 @@ def _prove(task: _Task, flaws: _Flaws, report: Report) -> None:
         raise Busy(f"{task.folder.path} was changed while it was verified", next_step="verify it again")
 
 
-def require_sound(folder: BackupFolder, manifest: Manifest, entries: Sequence[BackupEntry]) -> None:
+def require_sound(
+    folder: BackupFolder, manifest: Manifest, entries: Sequence[BackupEntry], report: Report
+) -> None:
     """Raise `FormatError` unless every byte of the images is what was backed up. See `require_algorithms` before."""
-    for found, _ in _found(_Task(folder, folder.disk_name, manifest, entries)):
+    for found, length in _found(_Task(folder, folder.disk_name, manifest, entries)):
+        report.advance(length)
         if found:
             raise FormatError(
                 folder.path,

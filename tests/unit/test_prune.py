@@ -183,6 +183,31 @@ def test_progress_tells_of_bytes_and_what_it_raises_ends_the_work(disk: BackedUp
     reads_as(disk, contents)
 
 
+def test_progress_tells_of_what_is_proven_and_what_it_raises_ends_that(disk: BackedUpDisk) -> None:
+    disk.resize(12 << 20)
+    disk.write(os.urandom(11 << 20), SIZE)
+    contents = back_up(disk, FULL, INCREMENTAL)
+    folder, stored = disk.backup_folder(), disk.manifest().backups[0].bytes_stored
+    told: list[tuple[int, bool]] = []
+
+    def listen(done: int, total: int) -> None:
+        assert total == 2 * sum(entry.bytes_stored for entry in entries)
+        told.append((done, any(".next" in name for name in os.listdir(folder.path))))
+
+    def cancel(done: int, total: int) -> NoReturn:
+        raise KeyboardInterrupt
+
+    entries = disk.manifest().backups
+    with pytest.raises(KeyboardInterrupt):
+        prune(disk.folder / "backups", keep=Retention(last=1), progress=cancel)
+    assert disk.manifest().backups == entries
+    reads_as(disk, contents)
+    prune(disk.folder / "backups", keep=Retention(last=1), progress=listen)
+    assert max(done for done, is_written in told if not is_written) >= stored
+    assert told[0][1] is False
+    assert told[-1][1] is True
+
+
 # --- what comes after it ---
 
 
