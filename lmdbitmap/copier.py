@@ -60,6 +60,10 @@ class Report:
             if self._progress is not None:
                 self._progress(self._done, self._total)
 
+    def reach(self, done: int) -> None:
+        """At least so many bytes are done."""
+        self.advance(max(done - self._done, 0))
+
 
 class ImageSink(Sink, Borrower, Protocol):
     """Where an image is written to, perhaps behind who writes."""

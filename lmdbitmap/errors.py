@@ -9,6 +9,7 @@
 | `Busy`           | waits, or asks the process that owns it      | 4         |
 | `FormatError`    | does not use these bytes                     | 1         |
 | `StorageError`   | mends the disk, the folder, the permissions  | 1         |
+| `SomeFailed`     | looks at the class of each of its `causes`   | theirs, if it is the same; else 1 |
 
 Every message is one sentence that ends with the next step. Exit codes are given out by `cli/` alone.
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -71,6 +72,14 @@ class StorageError(LmdbitmapError, OSError):
         super().__init__(f"{place}: {reason}", next_step=next_step)
         self.place = place
         self.errno = cause.errno
+
+
+class SomeFailed(LmdbitmapError):
+    """Some of the things that were asked for could not be done, each for a reason of its own; the others are done."""
+
+    def __init__(self, problem: str, causes: Sequence[LmdbitmapError], *, next_step: str) -> None:
+        super().__init__(problem, next_step=next_step)
+        self.causes = tuple(causes)
 
 
 _NEXT_STEPS = {

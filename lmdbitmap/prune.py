@@ -27,15 +27,17 @@ from datetime import tzinfo
 from typing import NamedTuple
 
 from lmdbitmap import files
+from lmdbitmap.apart import Failures
 from lmdbitmap.copier import Copied, Progress, Report
 from lmdbitmap.digests import require_algorithms, synced_digests
+from lmdbitmap.disks_failed import DisksFailed
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.extents import Trust
 from lmdbitmap.file_pool import FilePool
 from lmdbitmap.hashing import ChunkHasher
 from lmdbitmap.manifest import BackupEntry, BackupType, ChunkDigests, Manifest, Reason, chain_to
 from lmdbitmap.merge import View, write_merged
-from lmdbitmap.repository import BackupFolder, known_backups_of
+from lmdbitmap.repository import BackupFolder, folders_of, known_backups_of
 from lmdbitmap.retention import Retention, kept
 from lmdbitmap.verify import require_sound
 
@@ -55,6 +57,14 @@ class PruneResult:
     bytes_after: int | None
     """Of images; None where nothing was done yet."""
     seconds: float
+
+
+class PrunesFailed(DisksFailed):
+    """Some of several disks were not pruned, or not to the end; those in `results` are."""
+
+    def __init__(self, results: Sequence[PruneResult], failures: Mapping[str, LmdbitmapError]) -> None:
+        super().__init__("pruned", len(results), failures)
+        self.results = tuple(results)
 
 
 class _Rewrite(NamedTuple):
@@ -79,12 +89,24 @@ def prune(
     proven; merges that are done stay. Raises `NotFound` without such a disk, `Busy` for a
     folder that somebody backs up to, `FormatError` for images that are not what they were when they were made,
     `NotFound` where one is to be merged whose digests need a missing package; nothing is done to that disk then.
+    Of several disks one that fails for such a reason is left out, and `PrunesFailed` tells of it in the end.
     """
-    known = known_backups_of(repository_path, names)
-    if dry_run:
-        return [_would_prune(folder, manifest, keep, zone) for folder, manifest in known]
-    report = Report(progress, sum(_bytes_to_read(each, kept(each.backups, keep, zone)) for _, each in known))
-    return [_prune(folder, keep, zone, report) for folder, _ in known]
+    folders = folders_of(repository_path, names)
+    failures = Failures(at_once=len(folders) == 1)
+    known = known_backups_of(folders, failures, named=bool(names))
+    bytes_to_read = [_bytes_to_read(each, kept(each.backups, keep, zone)) for _, each in known]
+    report, passed, results = Report(failures.heeding(progress), sum(bytes_to_read)), 0, []
+    for (folder, manifest), count in zip(known, bytes_to_read, strict=True):
+        with failures.of(folder.disk_name):
+            done = (
+                _would_prune(folder, manifest, keep, zone) if dry_run else _prune(folder, keep, zone, report)
+            )
+            results.append(done)
+        passed += count
+        report.reach(passed)
+    if failures.errors:
+        raise PrunesFailed(results, failures.errors)
+    return results
 
 
 def _would_prune(

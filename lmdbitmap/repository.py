@@ -39,6 +39,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from lmdbitmap import files, schema
+from lmdbitmap.apart import Failures
 from lmdbitmap.buffers import new_buffer
 from lmdbitmap.errors import FormatError, NotFound, os_errors_at
 from lmdbitmap.manifest import BackupEntry, BackupType, Manifest
@@ -333,14 +334,22 @@ def folders_of(repository_path: str | os.PathLike[str], names: Sequence[str] = (
 
 
 def known_backups_of(
-    repository_path: str | os.PathLike[str], names: Sequence[str] = ()
+    folders: Sequence[BackupFolder], failures: Failures, *, named: bool
 ) -> list[tuple[BackupFolder, Manifest]]:
-    """The folders and backups of the disks called `names`, each of which must have some, or of all that have some."""
-    folders = folders_of(repository_path, names)
-    if names:
-        return [(folder, folder.known_backups()) for folder in folders]
-    found = [(folder, folder.manifest()) for folder in folders]
-    return [(folder, known) for folder, known in found if known is not None and known.backups]
+    """The folders and their backups. Of those that were `named` each must have some, others without are left out.
+
+    A manifest that cannot be read is set aside; a name without backups is a slip, and ends the run.
+    """
+    known = []
+    for folder in folders:
+        with failures.of(folder.disk_name):
+            found = folder.known_backups() if named else folder.manifest()
+            if found is not None and found.backups:
+                known.append((folder, found))
+    for error in failures.errors.values():
+        if named and isinstance(error, NotFound):
+            raise error
+    return known
 
 
 def sha256_of(fd: int, stopped: Callable[[], bool] = lambda: False) -> str:

@@ -18,18 +18,28 @@ import dataclasses
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from lmdbitmap import files
+from lmdbitmap.apart import Failures
 from lmdbitmap.copier import Progress, Report
 from lmdbitmap.device import FileDevice
 from lmdbitmap.digests import found_digest, require_algorithms
-from lmdbitmap.errors import AlreadyExists, Busy, FormatError, InvalidArgument, NotFound, os_errors_at
+from lmdbitmap.disks_failed import DisksFailed
+from lmdbitmap.errors import (
+    AlreadyExists,
+    Busy,
+    FormatError,
+    InvalidArgument,
+    LmdbitmapError,
+    NotFound,
+    os_errors_at,
+)
 from lmdbitmap.file_copy import PIECE_BYTES, FileCopier
 from lmdbitmap.manifest import BackupEntry, Manifest
-from lmdbitmap.repository import BackupFolder, known_backups_of
+from lmdbitmap.repository import BackupFolder, folders_of, known_backups_of
 
 _USE_ANOTHER = "look at it with `verify`, and get the file from another copy of the repository"
 
@@ -50,6 +60,14 @@ class CopyResult:
     seconds: float
 
 
+class CopiesFailed(DisksFailed):
+    """Some of several disks were not copied, or not to the end; those in `results` are."""
+
+    def __init__(self, results: Sequence[CopyResult], failures: Mapping[str, LmdbitmapError]) -> None:
+        super().__init__("copied", len(results), failures)
+        self.results = tuple(results)
+
+
 def copy_backups(
     repository_path: str | os.PathLike[str],
     target_path: str | os.PathLike[str],
@@ -61,25 +79,32 @@ def copy_backups(
 
     Raises `NotFound` without such a disk, or the package that the digests of an image need, `AlreadyExists` where the
     target has other backups of a disk of that name, or newer ones, `FormatError` for an image that is not what it
-    was, `Busy` for a target that somebody writes to, and for a source that changes meanwhile. Disks before the one
-    that failed are copied, and of that one the backups before.
+    was, `Busy` for a target that somebody writes to, and for a source that changes meanwhile. The backups before the
+    one that failed are copied. Of several disks one that fails is left out, and `CopiesFailed` tells of it in the end.
     """
-    known = known_backups_of(repository_path, names)
+    folders = folders_of(repository_path, names)
     if os.path.realpath(repository_path) == os.path.realpath(target_path):
         raise InvalidArgument(
             f"{os.path.abspath(target_path)} is where the backups are", next_step="name another folder"
         )
-    for source, manifest in known:
-        source.check_names(manifest.backups)
-    report = Report(progress, sum(entry.bytes_stored for _, each in known for entry in each.backups))
-    return [
-        _copy_disk(source, manifest, BackupFolder(target_path, source.disk_name), report)
-        for source, manifest in known
-    ]
+    failures = Failures(at_once=len(folders) == 1)
+    known = known_backups_of(folders, failures, named=bool(names))
+    bytes_stored = [sum(entry.bytes_stored for entry in each.backups) for _, each in known]
+    report, passed, results = Report(failures.heeding(progress), sum(bytes_stored)), 0, []
+    for (source, manifest), count in zip(known, bytes_stored, strict=True):
+        with failures.of(source.disk_name):
+            target = BackupFolder(target_path, source.disk_name)
+            results.append(_copy_disk(source, manifest, target, report))
+        passed += count
+        report.reach(passed)
+    if failures.errors:
+        raise CopiesFailed(results, failures.errors)
+    return results
 
 
 def _copy_disk(source: BackupFolder, wanted: Manifest, target: BackupFolder, report: Report) -> CopyResult:
     started = time.monotonic()
+    source.check_names(wanted.backups)
     if not os.path.lexists(target.path):
         require_algorithms(source, wanted.backups)  # or a folder would be left where nothing comes into
     with target.locked():

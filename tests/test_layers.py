@@ -19,7 +19,9 @@ PACKAGE = Path(__file__).parent.parent / "lmdbitmap"
 FLOORS: dict[str, float] = {
     # 0 vocabulary. Decimals order neighbours on one floor: geometry speaks in errors.
     "errors": 0,
+    "apart": 0.5,
     "version": 0,
+    "disks_failed": 0.5,
     "extents": 0.5,
     "geometry": 0.5,
     "interfaces": 0.5,

@@ -15,6 +15,7 @@ from datetime import datetime, timezone
 from typing import Final
 
 from lmdbitmap.cli.output import complain, printable
+from lmdbitmap.errors import LmdbitmapError
 
 HUMAN: Final = "human"
 JSON: Final = "json"
@@ -57,6 +58,14 @@ def _disk_of(record: logging.LogRecord) -> object:
     if named is None and str(record.msg).startswith("disk %s") and isinstance(record.args, tuple):
         return record.args[0]
     return named
+
+
+class AlreadyTold(Exception):
+    """What a verb ends with that has said itself what failed: only the exit code is left."""
+
+    def __init__(self, error: LmdbitmapError) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # generic for type checkers only

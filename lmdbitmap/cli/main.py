@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from lmdbitmap.cli import logs
-from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, Untrusted, error_from_os
+from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, SomeFailed, Untrusted, error_from_os
 
 PROGRAM = "lmdbitmap"
 FAILED = 1
@@ -49,6 +49,9 @@ def run(words: Sequence[str], *, owns_process: bool = False) -> int:
         return code
     except LmdbitmapError as error:
         return _fail_as(error)
+    except logs.AlreadyTold as end:
+        sys.stdout.flush()
+        return exit_code_of(end.error)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
@@ -86,6 +89,9 @@ def _run_verb(words: Sequence[str], owns_process: bool) -> int:
 
 
 def exit_code_of(error: LmdbitmapError) -> int:
+    if isinstance(error, SomeFailed):
+        codes = {exit_code_of(cause) for cause in error.causes}
+        return codes.pop() if len(codes) == 1 else FAILED
     return next((code for kind, code in _EXIT_CODES.items() if isinstance(error, kind)), FAILED)
 
 

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lmdbitmap.cli.logs import AlreadyTold, last_words
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import progress, say, say_json, say_table
 from lmdbitmap.cli.sizes import format_duration, format_size, format_time, iso_time
 from lmdbitmap.errors import FormatError
 
 if TYPE_CHECKING:
+    from lmdbitmap.disks_failed import DisksFailed
     from lmdbitmap.manifest import BackupEntry, Manifest
     from lmdbitmap.prune import PruneResult
     from lmdbitmap.transfer import CopyResult
@@ -94,6 +96,29 @@ def _flaw_facts(flaw: Flaw) -> dict[str, object]:
     }  # fmt: skip
 
 
+# --- where one disk of several failed ---
+
+
+def failure_facts(failed: DisksFailed | None) -> list[dict[str, object]]:
+    from lmdbitmap.disks_failed import code_of
+
+    return [
+        {"disk": disk, "reason": {"code": code_of(error), "words": str(error)}}
+        for disk, error in (failed.failures if failed is not None else {}).items()
+    ]
+
+
+def end_as(failed: DisksFailed | None, what: str) -> None:
+    """Tell of each disk that failed, and end with the exit code for that."""
+    if failed is None:
+        return
+    for disk, error in failed.failures.items():
+        last_words(f"{disk}: {what}: {error}")
+    raise AlreadyTold(failed)
+
+
+# --- prune ---
+
 _COUNT = click.IntRange(min=1)
 
 
@@ -129,17 +154,33 @@ def prune(
 
     A backup stays if one of the rules wants it; days without a backup do not count. What stays is merged with what
     it was stacked on, without the disk and the store, and reads as before. Merging needs room for the images that
-    are being written.
+    are being written. A disk that fails is told of in the end, and the others are pruned.
     """
+    from lmdbitmap.prune import PrunesFailed
     from lmdbitmap.prune import prune as let_go
     from lmdbitmap.retention import Retention
 
     keep = Retention(last or 0, daily or 0, weekly or 0, monthly or 0)
+    failed: DisksFailed | None = None
+    results: Sequence[PruneResult]
     with progress("pruning", shown=asked.shows_progress) as report:
-        results = let_go(repository, names, keep=keep, dry_run=dry_run, progress=report)
+        try:
+            results = let_go(repository, names, keep=keep, dry_run=dry_run, progress=report)
+        except PrunesFailed as some:
+            results, failed = some.results, some
     if asked.as_json:
-        say_json({"dry_run": dry_run, "disks": [*map(_prune_facts, results)]})
-        return
+        facts = {
+            "dry_run": dry_run,
+            "disks": [*map(_prune_facts, results)],
+            "failures": failure_facts(failed),
+        }
+        say_json(facts)
+    else:
+        _say_pruned(results, dry_run)
+    end_as(failed, "not pruned")
+
+
+def _say_pruned(results: Sequence[PruneResult], dry_run: bool) -> None:
     for result in results:
         for entry in result.removed if dry_run else ():
             say(f"{result.disk}: would let go of backup {_entry_words(entry)}")
@@ -181,6 +222,9 @@ def _kept_facts(entry: BackupEntry) -> dict[str, object]:
     return {"backup": entry.id, "type": entry.type_actual.value, "time": iso_time(entry.time_ns)}
 
 
+# --- copy ---
+
+
 @verb(
     examples=[
         "lmdbitmap copy /srv/backups /mnt/usb/backups",
@@ -196,17 +240,23 @@ def copy(asked: Session, repository: str, target: str, names: Sequence[str]) -> 
 
     What REPO2 has already is not copied again, also after a copy that was killed, and nothing there is changed or
     removed: each of the two is pruned by itself. Every image is proven by its digest. REPO2 may hold no backups of
-    these disks that REPO never had.
+    these disks that REPO never had. A disk that fails is told of in the end, and the others are copied.
     """
-    from lmdbitmap.transfer import copy_backups
+    from lmdbitmap.transfer import CopiesFailed, copy_backups
 
+    failed: DisksFailed | None = None
+    results: Sequence[CopyResult]
     with progress("copying", shown=asked.shows_progress) as report:
-        results = copy_backups(repository, target, names, progress=report)
+        try:
+            results = copy_backups(repository, target, names, progress=report)
+        except CopiesFailed as some:
+            results, failed = some.results, some
     if asked.as_json:
-        say_json({"disks": [*map(_copy_facts, results)]})
-        return
-    for result in results:
-        say(f"{result.disk}: {_copy_words(result)}")
+        say_json({"disks": [*map(_copy_facts, results)], "failures": failure_facts(failed)})
+    else:
+        for result in results:
+            say(f"{result.disk}: {_copy_words(result)}")
+    end_as(failed, "not copied")
 
 
 def _copy_words(result: CopyResult) -> str:
@@ -241,24 +291,31 @@ _HEADINGS = ("disk", "backup", "time", "type", "size", "changed", "stored", "cha
 
 
 def list_backups(asked: Session, repository: str) -> None:
-    """All restore points of a repository."""
-    from lmdbitmap.repository import folders_of
+    """All restore points of a repository; a disk whose manifest cannot be read is told of after the others."""
+    from lmdbitmap.apart import Failures
+    from lmdbitmap.disks_failed import DisksFailed
+    from lmdbitmap.repository import folders_of, known_backups_of
 
-    manifests = [(folder.disk_name, folder.manifest()) for folder in folders_of(repository)]
-    listed = [(name, manifest, _depths(manifest)) for name, manifest in manifests if manifest is not None]
+    folders = folders_of(repository)
+    failures = Failures(at_once=len(folders) == 1)
+    known = known_backups_of(folders, failures, named=False)
+    failed = DisksFailed("listed", len(known), failures.errors) if failures.errors else None
+    listed = [(folder.disk_name, manifest, _depths(manifest)) for folder, manifest in known]
     if asked.as_json:
         disks = [
             {"disk": name, "backups": [_point_facts(entry, depths[entry.id]) for entry in manifest.backups]}
             for name, manifest, depths in listed
         ]
-        say_json({"repository": os.path.abspath(repository), "disks": disks})
-        return
-    rows = [
-        _point_row(name, entry, depths[entry.id])
-        for name, manifest, depths in listed
-        for entry in manifest.backups
-    ]
-    say_table(_HEADINGS, rows, right=("backup", "size", "changed", "stored", "chain"))
+        place = os.path.abspath(repository)
+        say_json({"repository": place, "disks": disks, "failures": failure_facts(failed)})
+    else:
+        rows = [
+            _point_row(name, entry, depths[entry.id])
+            for name, manifest, depths in listed
+            for entry in manifest.backups
+        ]
+        say_table(_HEADINGS, rows, right=("backup", "size", "changed", "stored", "chain"))
+    end_as(failed, "not listed")
 
 
 def _depths(manifest: Manifest | None) -> dict[str, int]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from lmdbitmap.repository import BackupFolder
 from tests.cli.conftest import SIZE, Cli
 from tests.cli.test_backups import _write, repository
 from tests.unit.test_verify import flip
@@ -176,6 +179,62 @@ def test_what_holds_no_backups_cannot_be_listed(cli: Cli, chain: Path) -> None:
     assert "manifest: expected JSON" in cli.fails(1, "ls", chain)
 
 
+# --- where one disk of several is damaged ---
+
+
+@pytest.fixture
+def two(chain: Path) -> Path:
+    """Beside `sda` a disk whose manifest is damaged, which would come first."""
+    shutil.copytree(chain / "sda", chain / "boot")
+    (chain / "boot" / "manifest.json").write_bytes(b"{")
+    return chain
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "what"),
+    [
+        (["ls", "REPO"], "disk ", "not listed"),
+        (["prune", "REPO", "--keep", "2", "--dry-run"], "sda: would let go of backup 1", "not pruned"),
+        (["prune", "REPO", "--keep", "2"], "sda: kept 2 backups, let go of 2", "not pruned"),
+        (["copy", "REPO", "COPY"], "sda: copied 4 backups", "not copied"),
+    ],
+)
+def test_a_damaged_manifest_is_told_of_after_the_others_are_done(
+    cli: Cli, two: Path, words: list[str], said: str, what: str
+) -> None:
+    places = {"REPO": str(two), "COPY": str(cli.folder / "copy")}
+    done = cli(*[places.get(word, word) for word in words])
+    assert done.code == 1
+    assert done.out.startswith(said)
+    assert done.err.startswith(
+        f"lmdbitmap: boot: {what}: {two / 'boot' / 'manifest.json'}: manifest: expected JSON"
+    )
+    assert done.err.count("\n") == 1
+    assert f"bring it back with `cp {two / 'boot' / 'manifest.json.copy'} " in done.err
+
+
+@pytest.mark.parametrize(
+    "words", [["ls", "REPO"], ["prune", "REPO", "--keep", "2"], ["copy", "REPO", "COPY"]]
+)
+def test_a_program_is_told_of_each_disk(cli: Cli, two: Path, words: list[str]) -> None:
+    places = {"REPO": str(two), "COPY": str(cli.folder / "copy")}
+    done = cli(*[places.get(word, word) for word in words], "--json")
+    told = json.loads(done.out)
+    assert done.code == 1
+    assert [disk["disk"] for disk in told["disks"]] == ["sda"]
+    [failure] = told["failures"]
+    assert (failure["disk"], failure["reason"]["code"]) == ("boot", "damaged")
+    assert failure["reason"]["words"] in done.err
+
+
+def test_a_disk_that_is_backed_up_to_is_busy_and_the_others_are_pruned(cli: Cli, chain: Path) -> None:
+    shutil.copytree(chain / "sda", chain / "boot")
+    with BackupFolder(chain, "boot").locked():
+        done = cli("prune", chain, "--keep", "2")
+    assert (done.code, done.out.partition(" · ")[0]) == (4, "sda: kept 2 backups, let go of 2")
+    assert done.err.startswith("lmdbitmap: boot: not pruned: ")
+
+
 # --- copy ---
 
 
@@ -188,6 +247,7 @@ def test_backups_are_copied_once(cli: Cli, chain: Path) -> None:
             "disk": "sda", "copied": [], "already_there": 4, "only_there": 0, "left_out": 0,
             "bytes_copied": 0, "seconds": told["disks"][0]["seconds"],
         }],
+        "failures": [],
     }  # fmt: skip
     assert cli.json("verify", copy)["images"] == 4
     assert cli.json("ls", copy)["disks"] == cli.json("ls", chain)["disks"]

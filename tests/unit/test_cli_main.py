@@ -9,6 +9,7 @@ import click
 import pytest
 
 from lmdbitmap.cli.group import verbs
+from lmdbitmap.cli.logs import AlreadyTold
 from lmdbitmap.cli.main import run
 from lmdbitmap.cli.options import verb
 from lmdbitmap.errors import (
@@ -18,6 +19,7 @@ from lmdbitmap.errors import (
     InvalidArgument,
     LmdbitmapError,
     NotFound,
+    SomeFailed,
     StorageError,
     Untrusted,
 )
@@ -67,6 +69,23 @@ def test_errors_with_fields_end_in_one_sentence_too(fall: Fall, capsys: Captured
         "lmdbitmap: a.dbm: expected a magic, found b'\\x1b\\n'; look",
         "lmdbitmap: /srv: Read-only file system; remount",
     ]
+
+
+@pytest.mark.parametrize(
+    ("causes", "code"),
+    [
+        ([Busy("this", next_step="that")] * 2, 4),
+        ([Busy("this", next_step="that"), NotFound("this", next_step="that")], 1),
+    ],
+)
+def test_of_several_failures_the_code_is_theirs_if_they_agree(
+    fall: Fall, capsys: Captured, causes: list[LmdbitmapError], code: int
+) -> None:
+    failed = SomeFailed("2 failed", causes, next_step="look")
+    assert fall(failed) == code
+    assert capsys.readouterr().err == "lmdbitmap: 2 failed; look\n"
+    assert fall(AlreadyTold(failed)) == code
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_message_cannot_reach_the_terminal(fall: Fall, capsys: Captured) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -15,7 +16,7 @@ import pytest
 
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, NotFound, StorageError
 from lmdbitmap.manifest import BackupType
-from lmdbitmap.prune import PruneResult, prune
+from lmdbitmap.prune import PruneResult, PrunesFailed, prune
 from lmdbitmap.qcow2 import Qcow2Writer
 from lmdbitmap.repository import BackupFolder
 from lmdbitmap.retention import Retention
@@ -205,7 +206,8 @@ def test_progress_tells_of_what_is_proven_and_what_it_raises_ends_that(disk: Bac
     prune(disk.folder / "backups", keep=Retention(last=1), progress=listen)
     assert max(done for done, is_written in told if not is_written) >= stored
     assert told[0][1] is False
-    assert told[-1][1] is True
+    assert any(is_written for _, is_written in told)
+    assert told[-1][0] == 2 * sum(entry.bytes_stored for entry in entries)
 
 
 # --- what comes after it ---
@@ -348,15 +350,57 @@ def test_a_successor_manifest_that_cannot_be_read_is_told_and_put_aside_by_a_ful
     assert disk.restored() == disk.content()
 
 
+def beside(disk: BackedUpDisk, name: str) -> Path:
+    """The folder of another disk in the same repository, with the same backups."""
+    other = BackupFolder(disk.folder / "backups", name)
+    shutil.copytree(disk.backup_folder().path, other.path)
+    return Path(other.path)
+
+
 def test_several_disks_are_pruned_each_for_itself(disk: BackedUpDisk) -> None:
     back_up(disk, FULL, INCREMENTAL)
-    folder = disk.folder / "backups"
-    other = BackupFolder(folder, "sdb")
-    with other.locked():
-        for name in os.listdir(disk.backup_folder().path):
-            Path(other.path_of(name)).write_bytes(Path(disk.backup_folder().path_of(name)).read_bytes())
-    results = prune(folder, keep=Retention(last=1))
+    beside(disk, "sdb")
+    results = prune(disk.folder / "backups", keep=Retention(last=1))
     assert [(result.disk, len(result.removed)) for result in results] == [(NAME, 1), ("sdb", 1)]
+
+
+def test_a_disk_that_fails_costs_the_others_nothing_and_is_told_of_in_the_end(disk: BackedUpDisk) -> None:
+    """The manifest of one is damaged, an image of another, and a third is backed up to."""
+    back_up(disk, FULL, INCREMENTAL)
+    (beside(disk, "a") / "manifest.json").write_bytes(b"{")
+    flip(beside(disk, "b") / "000001-full.qcow2", 9 * BLOCK)
+    beside(disk, "c")
+    beside(disk, "z")
+    for dry_run in (True, False):
+        with (
+            BackupFolder(disk.folder / "backups", "c").locked(),
+            pytest.raises(PrunesFailed, match=r"^[123] of 5 disks (was|were) not pruned: a: .*") as failed,
+        ):
+            prune(disk.folder / "backups", keep=Retention(last=1), dry_run=dry_run)
+        failures = {name: type(error) for name, error in failed.value.failures.items()}
+        assert failures == (
+            {"a": FormatError} if dry_run else {"a": FormatError, "b": FormatError, "c": Busy}
+        )
+        done = [result.disk for result in failed.value.results]
+        assert done == (["b", "c", NAME, "z"] if dry_run else [NAME, "z"])
+    assert failed.value.causes == tuple(failed.value.failures.values())
+    assert [len(BackupFolder(disk.folder / "backups", name).known_backups().backups) for name in "bcz"] == [
+        2, 2, 1,
+    ]  # fmt: skip
+
+
+def test_what_a_listener_raises_is_no_failure_of_a_disk(disk: BackedUpDisk) -> None:
+    disk.resize(12 << 20)
+    disk.write(os.urandom(11 << 20), SIZE)
+    back_up(disk, FULL, INCREMENTAL)
+    beside(disk, "z")
+
+    def cancel(done: int, total: int) -> NoReturn:
+        raise Busy("enough", next_step="stop")
+
+    with pytest.raises(Busy, match="enough"):
+        prune(disk.folder / "backups", keep=Retention(last=1), progress=cancel)
+    assert len(BackupFolder(disk.folder / "backups", "z").known_backups().backups) == 2
 
 
 @requires("qemu-img")

@@ -18,12 +18,12 @@ from lmdbitmap.manifest import BackupType, DiskRef, Manifest, encode
 from lmdbitmap.prune import prune
 from lmdbitmap.repository import BackupFolder
 from lmdbitmap.retention import Retention
-from lmdbitmap.transfer import CopyResult, copy_backups
+from lmdbitmap.transfer import CopiesFailed, CopyResult, copy_backups
 from lmdbitmap.verify import verify
 from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
 from tests.tracked import NAME
 from tests.unit.test_digest_algorithms import forget_blake3
-from tests.unit.test_prune import back_up, path_of, reads_as
+from tests.unit.test_prune import back_up, beside, path_of, reads_as
 from tests.unit.test_verify import digests_of, flip, vouch_as_a_whole
 
 MIB = 1 << 20
@@ -374,6 +374,21 @@ def test_a_disk_without_backups_yet_is_in_nobodys_way(disk: BackedUpDisk) -> Non
     assert verify(disk.folder / "backups").is_sound
     with pytest.raises(NotFound):
         copy_backups(disk.folder / "backups", disk.folder / "copy", ["empty"])
+
+
+def test_a_disk_that_fails_costs_the_others_nothing_and_is_told_of_in_the_end(disk: BackedUpDisk) -> None:
+    back_up(disk, FULL, INCREMENTAL)
+    (beside(disk, "a") / "manifest.json").write_bytes(b"{")
+    flip(beside(disk, "b") / "000001-full.qcow2", 4096 + 70)
+    beside(disk, "z")
+    with pytest.raises(CopiesFailed, match=r"^2 of 4 disks were not copied: a: .*, b: ") as failed:
+        copy_backups(disk.folder / "backups", disk.folder / "copy")
+    assert [(result.disk, len(result.copied)) for result in failed.value.results] == [(NAME, 2), ("z", 2)]
+    assert [*failed.value.failures] == ["a", "b"]
+    assert failed.value.next_step == "see each of the `failures`"
+    with pytest.raises(NotFound, match="has no backup of a disk called 'sdx'"):
+        copy_backups(disk.folder / "backups", disk.folder / "other", ["z", "a", "sdx"])
+    assert not (disk.folder / "other").exists()
 
 
 def test_a_chain_with_digests_of_two_kinds_is_copied_as_it_is(disk: BackedUpDisk) -> None:
