@@ -31,7 +31,7 @@ from lmdbitmap.apart import Failures
 from lmdbitmap.copier import Copied, Progress, Report
 from lmdbitmap.digests import require_algorithms, synced_digests
 from lmdbitmap.disks_failed import DisksFailed
-from lmdbitmap.errors import LmdbitmapError
+from lmdbitmap.errors import InvalidArgument, LmdbitmapError
 from lmdbitmap.extents import Trust
 from lmdbitmap.file_pool import FilePool
 from lmdbitmap.hashing import ChunkHasher
@@ -46,7 +46,8 @@ from lmdbitmap.verify import require_sound
 class PruneResult:
     """What became of one disk's backups, or would; entries that go are as they were, the others as they are now.
 
-    A backup goes that no rule keeps. `rewritten` are the ids of those that are merged with some that go.
+    A backup goes that no rule keeps, or that is dropped. `rewritten` are the ids of those that are merged with some
+    that go.
     """
 
     disk: str
@@ -67,6 +68,24 @@ class PrunesFailed(DisksFailed):
         self.results = tuple(results)
 
 
+class _Wish(NamedTuple):
+    """What is to stay: all that the rules want, or without any all there is, but never what is to be dropped."""
+
+    keep: Retention | None
+    drop: frozenset[str]
+    zone: tzinfo | None
+
+    def stay(self, manifest: Manifest) -> set[str]:
+        for backup_id in sorted(self.drop):
+            chain_to(manifest, backup_id)  # `NotFound` if there is none
+        left = [entry for entry in manifest.backups if entry.id not in self.drop]
+        if not left or (self.keep is None and not self.drop):
+            raise InvalidArgument(
+                "no backup would be kept", next_step="keep one at least, or make a full one first"
+            )
+        return {entry.id for entry in left} if self.keep is None else kept(left, self.keep, self.zone)
+
+
 class _Rewrite(NamedTuple):
     """A backup that stays and loses its parent, and what it will be stacked on."""
 
@@ -78,30 +97,32 @@ def prune(
     repository_path: str | os.PathLike[str],
     names: Sequence[str] = (),
     *,
-    keep: Retention,
+    keep: Retention | None = None,
+    drop: Sequence[str] = (),
     zone: tzinfo | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> list[PruneResult]:
     """Let go of all backups but those that `keep` wants, of the disks called `names` or of all; durable on return.
 
+    `drop` names backups of one disk, by their ids, that go in any case; without `keep` all others stay.
     `dry_run` says what would be done and touches nothing. What `progress` raises ends the work, also while images are
-    proven; merges that are done stay. Raises `NotFound` without such a disk, `Busy` for a
-    folder that somebody backs up to, `FormatError` for images that are not what they were when they were made,
-    `NotFound` where one is to be merged whose digests need a missing package; nothing is done to that disk then.
+    proven; merges that are done stay. Raises `NotFound` without such a disk or backup, `Busy` for a folder that
+    somebody backs up to, `FormatError` for images that are not what they were when they were made, `NotFound` where
+    one is to be merged whose digests need a missing package; nothing is done to that disk then.
     Of several disks one that fails for such a reason is left out, and `PrunesFailed` tells of it in the end.
     """
+    wish = _Wish(keep, frozenset(drop), zone)
+    if drop and len(names) != 1:
+        raise InvalidArgument(f"backup {drop[0]} of which disk", next_step="name the disk too, and no other")
     folders = folders_of(repository_path, names)
     failures = Failures(at_once=len(folders) == 1)
     known = known_backups_of(folders, failures, named=bool(names))
-    bytes_to_read = [_bytes_to_read(each, kept(each.backups, keep, zone)) for _, each in known]
+    bytes_to_read = [_bytes_to_read(each, wish.stay(each)) for _, each in known]
     report, passed, results = Report(failures.heeding(progress), sum(bytes_to_read)), 0, []
     for (folder, manifest), count in zip(known, bytes_to_read, strict=True):
         with failures.of(folder.disk_name):
-            done = (
-                _would_prune(folder, manifest, keep, zone) if dry_run else _prune(folder, keep, zone, report)
-            )
-            results.append(done)
+            results.append(_would_prune(folder, manifest, wish) if dry_run else _prune(folder, wish, report))
         passed += count
         report.reach(passed)
     if failures.errors:
@@ -109,20 +130,18 @@ def prune(
     return results
 
 
-def _would_prune(
-    folder: BackupFolder, manifest: Manifest, keep: Retention, zone: tzinfo | None
-) -> PruneResult:
-    started, stay = time.monotonic(), kept(manifest.backups, keep, zone)
+def _would_prune(folder: BackupFolder, manifest: Manifest, wish: _Wish) -> PruneResult:
+    started, stay = time.monotonic(), wish.stay(manifest)
     require_algorithms(folder, _to_merge(manifest, stay))
     return _told(folder, manifest, None, stay, started)
 
 
-def _prune(folder: BackupFolder, keep: Retention, zone: tzinfo | None, report: Report) -> PruneResult:
+def _prune(folder: BackupFolder, wish: _Wish, report: Report) -> PruneResult:
     started = time.monotonic()
     with folder.locked():
         before = manifest = folder.known_backups()
         folder.check_names(before.backups)
-        stay = kept(before.backups, keep, zone)
+        stay = wish.stay(before)
         require_algorithms(folder, _to_merge(before, stay))
         try:
             manifest = _let_go(folder, manifest, stay)

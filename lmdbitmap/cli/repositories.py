@@ -126,6 +126,7 @@ _COUNT = click.IntRange(min=1)
     examples=[
         "lmdbitmap prune /srv/backups --keep 30",
         "lmdbitmap prune /srv/backups sda --keep-daily 7 --keep-weekly 5 --keep-monthly 12 --dry-run",
+        "lmdbitmap prune /srv/backups sda --drop 3",
     ],
 )
 @click.argument("repository", metavar="REPO", type=FOLDER)
@@ -138,6 +139,13 @@ _COUNT = click.IntRange(min=1)
 @click.option(
     "--keep-monthly", "monthly", type=_COUNT, metavar="N", help="The newest backup of each of N months."
 )
+@click.option(
+    "--drop",
+    "drop",
+    multiple=True,
+    metavar="BACKUP",
+    help="The backup with this number goes, whatever the rules want; without rules all others stay. May be repeated.",
+)
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 @click.pass_obj
 def prune(
@@ -148,6 +156,7 @@ def prune(
     daily: int | None,
     weekly: int | None,
     monthly: int | None,
+    drop: Sequence[str],
     dry_run: bool,
 ) -> None:
     """Let go of old backups, of all disks in REPO or of some.
@@ -160,12 +169,13 @@ def prune(
     from lmdbitmap.prune import prune as let_go
     from lmdbitmap.retention import Retention
 
-    keep = Retention(last or 0, daily or 0, weekly or 0, monthly or 0)
+    counts = [count or 0 for count in (last, daily, weekly, monthly)]
+    keep = Retention(*counts) if any(counts) or not drop else None
     failed: DisksFailed | None = None
     results: Sequence[PruneResult]
     with progress("pruning", shown=asked.shows_progress) as report:
         try:
-            results = let_go(repository, names, keep=keep, dry_run=dry_run, progress=report)
+            results = let_go(repository, names, keep=keep, drop=drop, dry_run=dry_run, progress=report)
         except PrunesFailed as some:
             results, failed = some.results, some
     if asked.as_json:

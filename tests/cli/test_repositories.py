@@ -115,6 +115,8 @@ def test_a_prune_tells_programs_what_it_did(cli: Cli, chain: Path) -> None:
         (["--keep", "many"], 2, "not a valid integer"),
         (["sdx", "--keep", "1"], 1, "has no backup of a disk called 'sdx'"),
         (["sda", "sdx", "--keep", "1"], 1, "has no backup of a disk called 'sdx'"),
+        (["--drop", "1"], 2, "backup 1 of which disk; name the disk too, and no other"),
+        (["sda", "--drop", "9"], 1, "has no backup 9"),
     ],
 )
 def test_what_cannot_be_pruned_is_told_and_nothing_goes(
@@ -122,6 +124,14 @@ def test_what_cannot_be_pruned_is_told_and_nothing_goes(
 ) -> None:
     assert said in cli.fails(code, "prune", chain, *words)
     assert len(list((chain / "sda").glob("*.qcow2"))) == 4
+
+
+def test_backups_that_are_named_go_and_all_others_stay(cli: Cli, chain: Path) -> None:
+    assert cli.ok("prune", chain, "sda", "--drop", "2", "--drop", "3").startswith(
+        "sda: kept 2 backups, let go of 2"
+    )
+    assert [one["backup"] for one in cli.json("ls", chain)["disks"][0]["backups"]] == ["1", "4"]
+    assert cli.json("verify", chain)["sound"] is True
 
 
 def test_a_damaged_backup_is_not_merged(cli: Cli, chain: Path) -> None:

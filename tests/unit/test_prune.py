@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -21,7 +21,7 @@ from lmdbitmap.qcow2 import Qcow2Writer
 from lmdbitmap.repository import BackupFolder
 from lmdbitmap.retention import Retention
 from lmdbitmap.verify import verify
-from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
+from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
 from tests.support import requires, run
 from tests.tracked import NAME
 from tests.unit.test_digest_algorithms import forget_blake3
@@ -208,6 +208,60 @@ def test_progress_tells_of_what_is_proven_and_what_it_raises_ends_that(disk: Bac
     assert told[0][1] is False
     assert any(is_written for _, is_written in told)
     assert told[-1][0] == 2 * sum(entry.bytes_stored for entry in entries)
+
+
+# --- backups that are named to go ---
+
+
+def dropped(disk: BackedUpDisk, *ids: str, **options: Any) -> PruneResult:
+    [result] = prune(disk.folder / "backups", [NAME], drop=ids, **options)
+    return result
+
+
+def test_a_backup_that_is_dropped_goes_and_all_others_stay(disk: BackedUpDisk) -> None:
+    contents = back_up(disk, FULL, INCREMENTAL, INCREMENTAL, INCREMENTAL)
+    result = dropped(disk, "2")
+    assert ([entry.id for entry in result.removed], result.rewritten) == (["2"], ("3",))
+    assert tree(disk) == [("1", "full", None), ("3", "incremental", "1"), ("4", "incremental", "3")]
+    reads_as(disk, contents)
+    assert disk.backup().type_actual is INCREMENTAL
+
+
+def test_what_is_dropped_goes_though_the_rules_want_it(disk: BackedUpDisk) -> None:
+    contents = back_up(disk, FULL, INCREMENTAL, INCREMENTAL, INCREMENTAL)
+    dropped(disk, "3", keep=Retention(last=2))
+    assert [entry.id for entry in disk.manifest().backups] == ["2", "4"]
+    reads_as(disk, contents)
+
+
+def test_a_damaged_backup_is_dropped_with_what_is_stacked_on_it(disk: BackedUpDisk) -> None:
+    """By themselves those above it cannot be merged; what is below is not touched."""
+    contents = back_up(disk, FULL, INCREMENTAL, INCREMENTAL, INCREMENTAL)
+    flip(path_of(disk, 2), path_of(disk, 2).stat().st_size - BLOCK)
+    with pytest.raises(FormatError, match=r"found a flaw: .*000003-incremental"):
+        dropped(disk, "3")
+    dropped(disk, "3", "4")
+    assert [entry.id for entry in disk.manifest().backups] == ["1", "2"]
+    reads_as(disk, contents)
+    disk.write(os.urandom(BLOCK), 50 * BLOCK)
+    entry = disk.backup()
+    assert (entry.type_actual, entry.reason and entry.reason.code) == (RESCAN, "checkpoint-forgotten")
+    assert disk.restored() == disk.content()
+
+
+def test_what_cannot_be_dropped_is_told(disk: BackedUpDisk) -> None:
+    back_up(disk, FULL, INCREMENTAL)
+    before = disk.manifest()
+    with pytest.raises(NotFound, match="has no backup 7"):
+        dropped(disk, "1", "7")
+    with pytest.raises(InvalidArgument, match="no backup would be kept; keep one at least"):
+        dropped(disk, "1", "2")
+    for names in ([], [NAME, NAME]):
+        with pytest.raises(InvalidArgument, match="backup 1 of which disk"):
+            prune(disk.folder / "backups", names, drop=["1"])
+    with pytest.raises(InvalidArgument, match="no backup would be kept"):
+        prune(disk.folder / "backups", [NAME])
+    assert disk.manifest() == before
 
 
 # --- what comes after it ---
