@@ -171,10 +171,12 @@ def opened(
         try:
             images = _opened_images(pool, folder, entries, verify)
         except (FormatError, NotFound):
-            _require_unchanged(folder, entries)
-            images = _opened_images(
-                pool, folder, entries, verify
-            )  # under the names that a prune gave them just now
+            if not are_still(folder, entries):
+                raise Busy(
+                    f"{folder.path} was changed at this very moment, as by `prune`", next_step="try again"
+                ) from None
+            # under the names that a prune gave them just now
+            images = _opened_images(pool, folder, entries, verify)
         yield BackupChain(images[::-1], pool)
 
 
@@ -199,12 +201,18 @@ def _opened_image(
     return Image(entry, file, reader, proof)
 
 
-def _require_unchanged(folder: BackupFolder, entries: Sequence[BackupEntry]) -> None:
-    """Raise `Busy` if a prune took some of these backups, or wrote them anew, since the manifest was read."""
-    found = folder.manifest()
+def are_still(folder: BackupFolder, entries: Sequence[BackupEntry]) -> bool:
+    """Whether the manifest says of these backups what it said when they were read from it.
+
+    If not, a prune took some of them or wrote them anew, and what is wrong with their images may be right by now:
+    it decides by the manifest before it touches any file. A manifest that cannot be read by now excuses nothing.
+    """
+    try:
+        found = folder.manifest()
+    except FormatError:
+        return True
     known = {(entry.id, entry.digest) for entry in found.backups} if found else set()
-    if not {(entry.id, entry.digest) for entry in entries} <= known:
-        raise Busy(f"{folder.path} was changed at this very moment, as by `prune`", next_step="try again")
+    return {(entry.id, entry.digest) for entry in entries} <= known
 
 
 class ImageSource(Source, Protocol):

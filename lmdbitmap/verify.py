@@ -8,7 +8,9 @@
 - What cannot be proven, because this Python lacks what the digests are computed with, is not sound either.
 
 Digests are computed in as many threads as there are processors. Images are opened one after the other, so that
-a chain may be of any length. Nobody is kept from backing up meanwhile; what changes under our eyes is `Busy`.
+a chain may be of any length. Nobody is kept from backing up or pruning meanwhile. What is found wrong with an image
+that a prune took or wrote anew under our eyes says nothing: it is left out, and the answer is `Busy` if nothing else
+is wrong. Every other flaw stands, whatever else was changed.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import NamedTuple
 
-from lmdbitmap.backup_chain import image_reader
+from lmdbitmap.backup_chain import are_still, image_reader
 from lmdbitmap.copier import Progress, Report
 from lmdbitmap.device import FileDevice
 from lmdbitmap.digest_algorithms import DIGEST_BYTES
@@ -79,7 +82,8 @@ def verify(
     """Prove all backups of a repository, or of one disk, or those that a restore of the backup `at` needs.
 
     What is wrong is in the answer, and of which images nobody knows for want of a package. Raises `NotFound` without
-    such a disk or backup, `Busy` for a folder that was changed meanwhile, `StorageError` where the system refuses.
+    such a disk or backup, `Busy` where nothing is wrong but with images that were pruned meanwhile, `StorageError`
+    where the system refuses.
     """
     if at is not None and name is None:
         raise InvalidArgument(f"backup {at} of which disk", next_step="name the disk too")
@@ -89,6 +93,7 @@ def verify(
     report = Report(progress, sum(entry.bytes_stored for task in tasks for entry in task.entries))
     for task in tasks:
         _prove(task, flaws, report)
+    flaws.require_settled()
     return VerifyResult(
         disks=tuple(task.disk for task in tasks),
         image_count=sum(len(task.entries) for task in tasks),
@@ -104,10 +109,23 @@ class _Flaws:
         self.told: list[Flaw] = []
         self.count = 0
         self.bytes_read = 0
+        self._pruned_at: str | None = None
 
     def add(self, found: Sequence[Flaw]) -> None:
         self.told += found[: MAX_FLAWS - len(self.told)]
         self.count += len(found)
+
+    def add_all(self, others: _Flaws) -> None:
+        self.told += others.told[: MAX_FLAWS - len(self.told)]
+        self.count += others.count
+
+    def excuse(self, folder_path: str) -> None:
+        """An image of that folder was flawed, and is not what the manifest means any more."""
+        self._pruned_at = folder_path
+
+    def require_settled(self) -> None:
+        if self._pruned_at is not None and not self.count:
+            raise Busy(f"{self._pruned_at} was pruned while it was verified", next_step="verify it again")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,20 +153,23 @@ def _tasks(
 
 
 def _prove(task: _Task, flaws: _Flaws, report: Report) -> None:
-    found_before = flaws.count
-    for found, length in _found(task):
-        flaws.add(found)
-        flaws.bytes_read += length
-        report.advance(length)
-    if flaws.count > found_before and task.folder.manifest() != task.manifest:
-        raise Busy(f"{task.folder.path} was changed while it was verified", next_step="verify it again")
+    for _, pieces in groupby(_found(task), key=lambda piece: piece.entry.id):
+        of_image = _Flaws()
+        for piece in pieces:
+            of_image.add(piece.found)
+            flaws.bytes_read += piece.length
+            report.advance(piece.length)
+        if of_image.count == 0 or are_still(task.folder, [piece.entry]):
+            flaws.add_all(of_image)
+        else:
+            flaws.excuse(task.folder.path)
 
 
 def require_sound(
     folder: BackupFolder, manifest: Manifest, entries: Sequence[BackupEntry], report: Report
 ) -> None:
     """Raise `FormatError` unless every byte of the images is what was backed up. See `require_algorithms` before."""
-    for found, length in _found(_Task(folder, folder.disk_name, manifest, entries)):
+    for _, found, length in _found(_Task(folder, folder.disk_name, manifest, entries)):
         report.advance(length)
         if found:
             raise FormatError(
@@ -159,17 +180,28 @@ def require_sound(
             )
 
 
-def _found(task: _Task) -> Iterator[tuple[list[Flaw], int]]:
-    """What is wrong, piece by piece in the order of the files, and how many bytes are proven by each piece."""
+class _Piece(NamedTuple):
+    """What is wrong with a piece of an image, and how many bytes of it are proven by that."""
+
+    entry: BackupEntry
+    found: list[Flaw]
+    length: int
+
+
+def _found(task: _Task) -> Iterator[_Piece]:
+    """Piece by piece in the order of the files, and at least one of each."""
     with ThreadPoolExecutor(max_workers=thread_count()) as pool:
-        pending: deque[tuple[Future[list[Flaw]], int]] = deque()
-        for job in _jobs(task):
-            pending.append((pool.submit(job.run), job.length))
+        pending: deque[tuple[BackupEntry, Future[list[Flaw]], int]] = deque()
+        for entry, job in _jobs(task):
+            pending.append((entry, pool.submit(job.run), job.length))
             if len(pending) > 4 * thread_count():
-                found, length = pending.popleft()
-                yield found.result(), length
-        for found, length in pending:
-            yield found.result(), length
+                yield _piece(*pending.popleft())
+        while pending:
+            yield _piece(*pending.popleft())
+
+
+def _piece(entry: BackupEntry, found: Future[list[Flaw]], length: int) -> _Piece:
+    return _Piece(entry, found.result(), length)
 
 
 class _Job(NamedTuple):
@@ -179,11 +211,12 @@ class _Job(NamedTuple):
     length: int = 0
 
 
-def _jobs(task: _Task) -> Iterator[_Job]:
+def _jobs(task: _Task) -> Iterator[tuple[BackupEntry, _Job]]:
     files_by_id = {entry.id: entry.file for entry in task.manifest.backups}
     for entry in task.entries:
         parent = None if entry.parent is None else files_by_id[entry.parent]
-        yield from _Image(task, entry, parent).jobs()
+        for job in _Image(task, entry, parent).jobs():
+            yield entry, job
 
 
 class _Image:
@@ -201,7 +234,7 @@ class _Image:
         except (FormatError, NotFound) as refused:
             yield _Job(partial(list, [self._flaw(refused)]), self._entry.bytes_stored)
             return
-        yield _Job(self._check_structure)
+        yield _Job(partial(self._unless_gone, self._check_structure))
         chunks = self._entry.chunks
         if chunks is not None and (wrong := self._wrong_with(chunks)) is not None:
             yield _Job(partial(list, [wrong]))
@@ -216,20 +249,25 @@ class _Image:
     def _digest_jobs(self, chunks: ChunkDigests | None) -> Iterator[_Job]:
         length = self._entry.bytes_stored
         if chunks is None:
-            yield _Job(self._check_whole, length)
+            yield _Job(partial(self._unless_gone, self._check_whole), length)
             return
         batch = max(_BATCH_BYTES, chunks.chunk_size)
         for start in range(0, length, batch):
             stop = min(start + batch, length)
-            yield _Job(partial(self._check_chunks, chunks, start, stop), stop - start)
+            check = partial(self._check_chunks, chunks, start, stop)
+            yield _Job(partial(self._unless_gone, check), stop - start)
 
-    def _check_structure(self) -> list[Flaw]:
+    def _unless_gone(self, check: Callable[[], list[Flaw]]) -> list[Flaw]:
+        """What a check finds, whatever became of the files since its turn was due."""
         try:
-            with FileDevice.open(self._path, read_only=True) as device, os_errors_at(self._path):
-                reader = image_reader(device, self._entry, self._parent)
-                deque(reader.extents(0, reader.size), maxlen=0)
+            return check()
         except (FormatError, NotFound) as wrong:
             return [self._flaw(wrong)]
+
+    def _check_structure(self) -> list[Flaw]:
+        with FileDevice.open(self._path, read_only=True) as device, os_errors_at(self._path):
+            reader = image_reader(device, self._entry, self._parent)
+            deque(reader.extents(0, reader.size), maxlen=0)
         return []
 
     def _wrong_with(self, chunks: ChunkDigests) -> Flaw | None:

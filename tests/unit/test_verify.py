@@ -6,10 +6,11 @@ import contextlib
 import dataclasses
 import os
 import resource
+import shutil
 import struct
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from lmdbitmap import verify as verify_module
 from lmdbitmap.digest_algorithms import DigestAlgorithm
 from lmdbitmap.errors import Busy, InvalidArgument, NotFound
 from lmdbitmap.hashing import CHUNK_BYTES
-from lmdbitmap.manifest import BackupEntry, Manifest
+from lmdbitmap.manifest import BackupEntry, BackupType
+from lmdbitmap.prune import prune
 from lmdbitmap.repository import sha256_of
+from lmdbitmap.retention import Retention
 from lmdbitmap.verify import MAX_FLAWS, Flaw, VerifyResult, verify
 from tests.backed_up import BackedUpDisk
 from tests.tracked import NAME
@@ -237,19 +240,77 @@ def test_flaws_are_counted_and_the_first_thousand_told() -> None:
     assert (len(flaws.told), flaws.count) == (MAX_FLAWS, MAX_FLAWS + 5)
 
 
-def test_a_folder_that_changes_meanwhile_is_busy(disk: BackedUpDisk) -> None:
-    """As by a prune: what is found wrong may be right for the manifest that is there now."""
-    changed: list[Manifest] = []
+# --- what is changed meanwhile ---
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of what is to be proven is not even read when the first progress is told."""
+    monkeypatch.setattr(verify_module, "_BATCH_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(verify_module, "thread_count", lambda: 1)
+
+
+def verified_while(disk: BackedUpDisk, change: Callable[[], object]) -> VerifyResult:
+    """What comes of it if the folder is changed when the first pieces are proven, and the rest not yet."""
+    changes = [change]
+    result = verify(disk.folder / "backups", progress=lambda *_: _once(changes))
+    assert not changes
+    return result
+
+
+def _once(changes: list[Callable[[], object]]) -> None:
+    if changes:
+        changes.pop()()
+
+
+def test_damage_is_named_although_a_backup_lands_meanwhile(disk: BackedUpDisk) -> None:
     flip(path_of(disk, 2), MIB)
+    result = verified_while(disk, disk.backup)
+    assert [(flaw.backup, flaw.offset) for flaw in result.flaws] == [("3", MIB)]
+    assert len(disk.manifest().backups) == 4
 
-    def change(*_: int) -> None:
-        if not changed:
-            changed.append(disk.manifest())
-            change_entry(disk, 2, time_ns=1)
 
-    with pytest.raises(Busy, match="was changed while it was verified; verify it again"):
-        verify(disk.folder / "backups", progress=change)
-    assert changed
+def test_damage_is_named_although_other_backups_are_pruned_meanwhile(disk: BackedUpDisk) -> None:
+    disk.backup(BackupType.FULL)
+    flip(path_of(disk, 3), MIB)
+    result = verified_while(
+        disk, lambda: prune(disk.folder / "backups", keep=Retention(last=2))
+    )  # merges backup 3, and takes the two before it
+    assert [(flaw.backup, flaw.offset) for flaw in result.flaws] == [("4", MIB)]
+
+
+@pytest.mark.parametrize("name", ["sdb", "a"])  # proven after the disk, and before it
+def test_damage_is_named_although_another_disk_is_pruned_meanwhile(disk: BackedUpDisk, name: str) -> None:
+    folder = disk.folder / "backups"
+    shutil.copytree(folder / NAME, folder / name)
+    flip(folder / name / disk.manifest().backups[1].file, MIB)
+    result = verified_while(disk, lambda: prune(folder, [NAME], keep=Retention(last=1)))
+    assert [(flaw.disk, flaw.backup, flaw.offset) for flaw in result.flaws] == [(name, "2", MIB)]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.usefixtures("small_batches")
+def test_what_is_wrong_with_what_was_pruned_meanwhile_says_nothing(disk: BackedUpDisk, keep: int) -> None:
+    """Images are gone, and others have their names."""
+    repository = disk.folder / "backups"
+    with pytest.raises(Busy, match="was pruned while it was verified; verify it again"):
+        verified_while(disk, lambda: prune(repository, keep=Retention(last=keep)))
+    assert verified(disk).is_sound
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_files_that_go_meanwhile_are_flaws_if_the_manifest_has_them_still(disk: BackedUpDisk) -> None:
+    result = verified_while(disk, path_of(disk, 0).unlink)
+    assert {flaw.backup for flaw in result.flaws} == {"1"}
+    assert result.flaws[0].problem.endswith("000001-full.qcow2 does not exist")
+
+
+def test_a_manifest_that_is_damaged_meanwhile_excuses_nothing(disk: BackedUpDisk) -> None:
+    flip(path_of(disk, 2), MIB)
+    result = verified_while(
+        disk, lambda: (disk.folder / "backups" / NAME / "manifest.json").write_bytes(b"{")
+    )
+    assert [(flaw.backup, flaw.offset) for flaw in result.flaws] == [("3", MIB)]
 
 
 def test_the_library_for_zstd_is_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
