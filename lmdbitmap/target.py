@@ -8,7 +8,7 @@
 | the image of a disk that is tracked, in place | by attaching the disk | is compared, and what changes becomes dirty |
 
 An image that is tracked is never written but through its tracker: the backup after the restore would not know of it, or
-be a full one. A size is the disk's, or that rounded up to a sector, of which the rest is zeroed.
+read the whole disk. A size is the disk's, or that rounded up to a sector, of which the rest is zeroed.
 """
 
 from __future__ import annotations
