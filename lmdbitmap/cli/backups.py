@@ -11,14 +11,20 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import click
-from click.core import ParameterSource
 
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import progress, say, say_json
 from lmdbitmap.cli.politeness import nice_after, polite
 from lmdbitmap.cli.quiesce import Hook, Thaw, hooked
 from lmdbitmap.cli.sizes import format_duration, format_size, format_time, iso_time
-from lmdbitmap.cli.streams import STDIN, StreamOptions, stream_in, stream_out
+from lmdbitmap.cli.streams import (
+    STDIN,
+    StreamOptions,
+    require_stream_in,
+    require_stream_out,
+    stream_in,
+    stream_out,
+)
 from lmdbitmap.errors import NotFound
 from lmdbitmap.image import is_far
 from lmdbitmap.store import Store
@@ -102,7 +108,9 @@ def backup(
     """
     options = StreamOptions(since, checkpoint, diff_version)
     if to_stdout:
-        _require_stream(words, speed_limit, digest)
+        require_stream_out()
+        if len(words) > 1:
+            raise click.UsageError("--stdout takes one NAME, and no REPO.")
         stream_out(asked, words[0], options, hook, nice, owner_limit)
         return
     options.require_none()
@@ -110,17 +118,6 @@ def backup(
         raise click.UsageError("Missing argument 'REPO'.")
     wishes = _Wishes(kind, only_that, compress, digest, hook, nice, speed_limit, owner_limit)
     _back_up(asked, words[:-1], words[-1], wishes)
-
-
-def _require_stream(words: Sequence[str], speed_limit: int | None, digest: str | None) -> None:
-    if speed_limit is not None:
-        raise click.UsageError("A stream is as fast as its reader: limit that, as with pv -L, not --stdout.")
-    if digest is not None:
-        raise click.UsageError("A stream has no digests: leave out --digest, or --stdout.")
-    if len(words) > 1:
-        raise click.UsageError("--stdout takes one NAME, and no REPO.")
-    if click.get_current_context().get_parameter_source("kind") is ParameterSource.COMMANDLINE:
-        raise click.UsageError("With --stdout it is --since that says what to count from.")
 
 
 class _Wishes(NamedTuple):
@@ -254,10 +251,7 @@ def restore(
     file; a diff changes OUT, which is the disk that it counts from, in place.
     """
     if repository == STDIN:
-        if out is not None or at is not None:
-            raise click.UsageError(
-                "With - it is OUT alone that is named: the stream is one disk at one time."
-            )
+        require_stream_in()
         with _store_that_may_track(asked, name) as store:
             stream_in(asked, name, store)
         return

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from lmdbitmap.cli.options import Session
 from lmdbitmap.cli.output import progress, say, say_json
@@ -21,6 +23,46 @@ if TYPE_CHECKING:
     from lmdbitmap.stream_restore import AppliedResult
 
 STDIN = "-"
+
+_OUT_TAKES = frozenset({
+    "words", "to_stdout", "since", "checkpoint", "diff_version", "hook", "hook_limit", "freeze_limit", "nice",
+    "owner_limit", "store", "json",
+})  # fmt: skip
+_NOT_OUT = {
+    "kind": "With --stdout it is --since that says what to count from.",
+    "only_that": "A stream with --since is an increment or fails: leave out --require-incremental, or --stdout.",
+    "speed_limit": "A stream is as fast as its reader: limit that, as with pv -L, not --stdout.",
+    "compress": "A stream is not compressed: lead it through zstd, and leave out --compress, or --stdout.",
+    "digest": "A stream has no digests: leave out --digest, or --stdout.",
+}
+_IN_TAKES = frozenset({"repository", "name", "store", "json"})
+_NOT_IN = {
+    "out": "With - it is OUT alone that is named: the stream is one disk at one time.",
+    "at": "With - it is OUT alone that is named: the stream is one disk at one time.",
+    "in_place": "A stream says itself whether it is the whole disk or changes one in place: leave out --in-place.",
+    "no_verify": "A stream has no digests to prove it by: leave out --no-verify.",
+}
+
+
+def require_stream_out() -> None:
+    """Raise `UsageError` for what a backup to standard output would ignore."""
+    _refuse_others(_OUT_TAKES, _NOT_OUT)
+
+
+def require_stream_in() -> None:
+    """Raise `UsageError` for what a restore from standard input would ignore."""
+    _refuse_others(_IN_TAKES, _NOT_IN)
+
+
+def _refuse_others(taken: frozenset[str], refused: Mapping[str, str]) -> None:
+    """What nobody has thought of is refused too."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        assert option.name is not None
+        given = context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
+        if given and option.name not in taken:
+            unknown = f"{option.opts[-1]} means nothing to a stream: leave it out."
+            raise click.UsageError(refused.get(option.name, unknown))
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import click
 import pytest
+from click.testing import CliRunner
 
+from lmdbitmap.cli.backups import backup, restore
+from lmdbitmap.cli.options import Verb
+from lmdbitmap.cli.streams import require_stream_out
 from lmdbitmap.errors import Busy
 from lmdbitmap.store import Store
 from lmdbitmap.stream import stream_backup
@@ -178,6 +183,52 @@ def test_options_of_a_stream_belong_to_a_stream(cli: Cli, image: Path) -> None:
     assert "it is OUT alone that is named" in cli.fails(2, "restore", "-", "sda", "out.raw")
     assert "it is OUT alone that is named" in cli.fails(2, "restore", "-", "out.raw", "--at", "1")
     assert not (cli.folder / "backups").exists()
+
+
+IGNORED = [
+    ("backup", ["--incremental"], "it is --since that says what to count from"),
+    ("backup", ["--full"], "it is --since that says what to count from"),
+    ("backup", ["--require-incremental"], "A stream with --since is an increment or fails"),
+    ("backup", ["--speed-limit", "1M"], "A stream is as fast as its reader"),
+    ("backup", ["--compress", "zstd"], "A stream is not compressed"),
+    ("backup", ["--digest", "sha256"], "A stream has no digests"),
+    ("restore", ["--at", "1"], "it is OUT alone that is named"),
+    ("restore", ["--in-place"], "A stream says itself whether"),
+    ("restore", ["--no-verify"], "A stream has no digests to prove it by"),
+]
+"""What a backup or a restore can be told and a stream has no use for, and what is said to it."""
+
+TAKEN = {
+    "backup": {
+        "stdout", "since", "checkpoint", "diff-version", "hook", "hook-limit", "freeze-limit", "nice", "owner-limit",
+        "store", "json", "differential", "rescan",  # these two as the other kinds of backups
+    },
+    "restore": {"store", "json"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("verb", "option", "refusal"), IGNORED)
+def test_what_a_stream_would_ignore_is_refused(
+    cli: Cli, image: Path, verb: str, option: list[str], refusal: str
+) -> None:
+    words = ["sda", "--stdout"] if verb == "backup" else ["-", cli.folder / "out.raw"]
+    said = say(cli, verb, *words, *option)
+    assert (said.code, said.out) == (2, b"")
+    assert refusal in said.err
+    assert not (cli.folder / "out.raw").exists()
+
+
+def test_every_option_was_thought_of() -> None:
+    for verb, command in (("backup", backup), ("restore", restore)):
+        options = {name for option in command.params for name in option.opts if name.startswith("--")}
+        refused = {option[0] for of, option, _ in IGNORED if of == verb}
+        assert options - refused == {f"--{name}" for name in TAKEN[verb]}
+
+
+def test_an_option_that_nobody_thought_of_is_refused() -> None:
+    command = Verb("backup", params=[click.Option(["--new"])], callback=lambda new: require_stream_out())
+    assert "--new means nothing to a stream" in CliRunner().invoke(command, ["--new", "x"]).output
+    assert CliRunner().invoke(command, []).exit_code == 0
 
 
 def test_a_cut_stream_is_exit_code_1_and_leaves_no_file(cli: Cli, image: Path) -> None:
