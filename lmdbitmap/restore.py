@@ -29,6 +29,8 @@ from lmdbitmap.repository import BackupFolder
 from lmdbitmap.store import Store
 from lmdbitmap.target import Target, opened_target
 
+_TAIL_BYTES = 1 << 30
+
 
 @dataclass(frozen=True, slots=True)
 class RestoreResult:
@@ -44,6 +46,8 @@ class RestoreResult:
     bytes_zeroed: int = 0
     bytes_read: int = 0
     tracked: str | None = None
+    bytes_behind: int = 0
+    """Of the target, behind the disk's end: they are zeroes."""
 
 
 def restore(
@@ -54,15 +58,17 @@ def restore(
     at: str | None = None,
     verify: bool = True,
     in_place: bool = False,
+    larger: bool = False,
     store: Store | None = None,
     progress: Progress | None = None,
 ) -> RestoreResult:
     """Write the disk called `name` as it was at the backup with the id `at`, or at the newest one.
 
     `out_path` is a file that is not there yet, or empty; a block device or the URI of an NBD export, of the disk's
-    size; or, `in_place`, any of these or a file, of which only what differs is written. Durable on return. Where it is
-    the image of a disk in `store`, it has to be in place, and goes through the tracker: the disk's next backup is an
-    increment of what the restore changed. `verify=False` leaves out the digests, not the structure.
+    size; or, `in_place`, any of these or a file, of which only what differs is written. What is there may be `larger`
+    than the disk, if you say so: whatever is behind that becomes zero. Durable on return. Where it is the image of a
+    disk in `store`, it has to be in place, and goes through the tracker: the disk's next backup is an increment of what
+    the restore changed. `verify=False` leaves out the digests, not the structure.
 
     Raises `NotFound` without such a disk or backup, or the package that its digests need, `FormatError` for a manifest
     or image that is not what it must be, `AlreadyExists` for a file with something in it, `InvalidArgument` for a
@@ -75,14 +81,14 @@ def restore(
         require_algorithms(folder, entries, instead="restore without proof: --no-verify")
     with (
         backup_chain.opened(folder, entries, verify=verify) as chain,
-        opened_target(place, folder, chain, in_place=in_place, store=store) as target,
+        opened_target(place, folder, chain, in_place=in_place, larger=larger, store=store) as target,
     ):
-        report = Report(progress, chain.size)
+        report = Report(progress, target.size)
         way = Comparing(chain, target, report) if in_place else Overwriting(chain, target, report)
         _write(chain, target, way, verify)
     return RestoreResult(
         chain.entry, place, way.bytes_written, time.monotonic() - started,
-        way.bytes_zeroed, way.bytes_read, target.disk,
+        way.bytes_zeroed, way.bytes_read, target.disk, target.size - chain.size,
     )  # fmt: skip
 
 
@@ -105,6 +111,11 @@ def _prove_all(chain: BackupChain, target: Target) -> None:
 
 
 def _runs(chain: BackupChain, target_size: int) -> Iterator[Run]:
-    """The disk, and what of the target's last sector is none of it."""
-    rest = target_size - chain.size
-    return itertools.chain(chain.extents(0, chain.size), [Run(chain.size, rest, Kind.ZERO)] if rest else [])
+    """The disk, and what is behind it of the target, as zeroes."""
+    return itertools.chain(chain.extents(0, chain.size), _tail(chain.size, target_size))
+
+
+def _tail(start: int, end: int) -> Iterator[Run]:
+    """In pieces: to zero a large one may take a device long, and nobody could stop it meanwhile."""
+    for offset in range(start, end, _TAIL_BYTES):
+        yield Run(offset, min(_TAIL_BYTES, end - offset), Kind.ZERO)

@@ -10,6 +10,9 @@
 | a diff | nothing | refused: it needs the disk that it counts from |
 | any | the image of a disk that is tracked | refused: its next backup would not know of it |
 
+Of "the size" means the disk's; with `larger` what is there may be larger, also a file that a diff changes, and keeps
+its size. What is behind the disk becomes zero then (target.py says why).
+
 What is changed in place and does not come to its end is neither the old disk nor the new one: the same stream has to
 be applied again, which does all of it again. Whether the target is the disk that a diff counts from nobody can see
 from the bytes of a disk: that is the caller's to know.
@@ -27,12 +30,20 @@ from typing import Protocol
 
 from lmdbitmap.buffers import new_buffer
 from lmdbitmap.copier import Progress, Report
+from lmdbitmap.differences import Mender
 from lmdbitmap.errors import AlreadyExists, InvalidArgument, LmdbitmapError, NotFound, os_errors_at
 from lmdbitmap.image import is_far, open_image
 from lmdbitmap.interfaces import BlockDevice
 from lmdbitmap.rbd_diff import Data, Decoder, Event, Head, Zeroes
 from lmdbitmap.store import Store
-from lmdbitmap.target import Target, holds_something, is_block_device, new_file, refuse_tracked
+from lmdbitmap.target import (
+    Target,
+    holds_something,
+    is_block_device,
+    new_file,
+    refuse_tracked,
+    unless_larger,
+)
 
 _PLACE = "the stream"
 _READ_BYTES = 1 << 20
@@ -53,12 +64,15 @@ class AppliedResult:
     bytes_written: int
     bytes_zero: int
     seconds: float
+    bytes_behind: int = 0
+    """Of the target, behind the disk's end: they are zeroes."""
 
 
 def apply_stream(
     stream: Source,
     target_path: str | os.PathLike[str],
     *,
+    larger: bool = False,
     store: Store | None = None,
     progress: Progress | None = None,
 ) -> AppliedResult:
@@ -76,12 +90,15 @@ def apply_stream(
     events = _events(stream)
     head = next(events)
     assert isinstance(head, Head)
-    with _target(place, head) as target:
-        applying = _Applying(target, head, Report(progress, head.size))
+    with _target(place, head, larger) as target:
+        applying = _Applying(target, head, Report(progress, target.size))
         for event in events:
             applying.put(event)
         applying.finish()
-    return AppliedResult(head, place, applying.bytes_written, applying.bytes_zero, time.monotonic() - started)
+    return AppliedResult(
+        head, place, applying.bytes_written, applying.bytes_zero, time.monotonic() - started,
+        target.size - head.size,
+    )  # fmt: skip
 
 
 def _events(stream: Source) -> Iterator[Event]:
@@ -105,8 +122,8 @@ def _read(stream: Source, buffer: memoryview) -> int:
 
 
 @contextlib.contextmanager
-def _target(path: str, head: Head) -> Iterator[Target]:
-    """What to write into, of the stream's size. What was flushed is durable after the block."""
+def _target(path: str, head: Head, larger: bool) -> Iterator[Target]:
+    """What to write into, of the stream's size, or `larger`. What was flushed is durable after the block."""
     if not is_far(path) and not is_block_device(path):
         if head.from_name is None:
             with new_file(path, head.size, _is_not_empty(path)) as target:
@@ -114,7 +131,7 @@ def _target(path: str, head: Head) -> Iterator[Target]:
             return
         _require_disk(path, head)
     with contextlib.closing(open_image(path)) as existing, _in_place(path, head):
-        _fit(existing, path, head)
+        _fit(existing, path, head, larger)
         yield Target(path, existing)
 
 
@@ -132,13 +149,13 @@ def _require_disk(path: str, head: Head) -> None:
         )
 
 
-def _fit(device: BlockDevice, path: str, head: Head) -> None:
-    if device.size == head.size:
+def _fit(device: BlockDevice, path: str, head: Head, larger: bool) -> None:
+    if device.size == head.size or (larger and device.size > head.size):
         return
     if is_far(path) or is_block_device(path):
+        step = unless_larger("give it that size, or name another target", device.size, head.size)
         raise InvalidArgument(
-            f"{path} has {device.size} bytes, and the stream's disk has {head.size}",
-            next_step="give it that size, or name another target",
+            f"{path} has {device.size} bytes, and the stream's disk has {head.size}", next_step=step
         )
     with os_errors_at(path):
         device.resize(head.size)
@@ -183,6 +200,9 @@ class _Applying:
     def finish(self) -> None:
         self._pass_over(self._head.size)
         self._come_to(self._head.size)
+        behind = self._target.size - self._head.size
+        if behind:
+            Mender(self._target, self._report.advance).mend_zeroes(self._head.size, behind)
         self._target.flush()
 
     def _pass_over(self, offset: int) -> None:

@@ -48,7 +48,7 @@ from lmdbitmap.schema import Disk
 from lmdbitmap.scratch import Scratch
 from lmdbitmap.session import OpenDevice
 from lmdbitmap.store import Store
-from lmdbitmap.sync_note import At, NoteFile, checkpoint_name, is_checkpoint_name
+from lmdbitmap.sync_note import At, NoteFile, Sizes, checkpoint_name, is_checkpoint_name
 from lmdbitmap.sync_plan import Plan, SyncKind, plan_for
 from lmdbitmap.sync_target import SyncTarget, refuse_target
 
@@ -77,6 +77,8 @@ class SyncResult:
     bytes_written: int
     bytes_zeroed: int
     seconds: float
+    bytes_behind: int = 0
+    """Of the target, behind the disk's end: they are zeroes."""
 
 
 def sync(
@@ -86,6 +88,7 @@ def sync(
     *,
     compare: bool = False,
     only_incremental: bool = False,
+    larger: bool = False,
     attached: Mapping[str, Filter] | None = None,
     scratch: Scratch | None = None,
     quiesced: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
@@ -98,7 +101,8 @@ def sync(
     """Make `target`, a path or an NBD URI, what the disk called `name` is now; durable when this returns.
 
     Only what changed since the last sync to that target is copied, where that is known. `compare` reads both whatever
-    is known; `only_incremental` raises `Untrusted` where that is not known, and nothing is done. `attached`,
+    is known; `only_incremental` raises `Untrusted` where that is not known, and nothing is done. `larger` lets
+    the target be larger than the disk, and what is behind that be zeroed. `attached`,
     `scratch`, `quiesced`, `bytes_per_s` and `owner_limit_s` are as for a backup. Nobody else may write the target.
 
     Raises `InvalidArgument` and `AlreadyExists` for a target that does not fit, `Busy` for a disk or a target that
@@ -118,7 +122,7 @@ def sync(
                 store, [name], open_device or _open_to_read, attached, scratch, owner_limit_s, freeze_limit_s
             )
         )
-        copy = held.enter_context(contextlib.closing(SyncTarget(place)))
+        copy = held.enter_context(contextlib.closing(SyncTarget(place, larger=larger)))
         job = _prepare(store, way, notes, copy, pace, compare=compare)
         if only_incremental:
             _require_incremental(job)
@@ -140,6 +144,13 @@ class _Job:
     is_copy: bool
     """Whether syncs have written to the target before."""
     pace: Pace | None
+
+    def bytes_behind(self, size: int) -> int:
+        """Of the target, behind the disk, that are not known to be zero: a sync that died may have written there, when
+        the disk was larger."""
+        note = self.notes.note
+        is_known = self.plan.kind is SyncKind.INCREMENTAL and note.at is not None and not note.under_way
+        return self.target.bytes_behind(size, note.at.sizes if note.at is not None and is_known else None)
 
     def require_fit(self, size: int) -> None:
         self.target.require_fit(size, is_copy=self.is_copy)
@@ -215,13 +226,14 @@ def _copied(store: Store, job: _Job, point: PointInTime, progress: Progress | No
     disk, target, plan = point.disk, job.target, job.plan
     clusters = Geometry(disk.size, cluster_bits_for(disk.geometry))
     runs, bytes_changed, trust = _what_to_copy(store, plan, point, clusters)
-    is_fresh = plan.kind is SyncKind.FULL
-    if is_fresh or plan.kind is SyncKind.COMPARE or bytes_changed or target.needs_fitting(disk.size):
+    is_fresh, behind = plan.kind is SyncKind.FULL, job.bytes_behind(disk.size)
+    report = Report(progress, bytes_changed + behind)
+    if plan.kind is not SyncKind.INCREMENTAL or bytes_changed or target.needs_fitting(disk.size, behind):
         _note_under_way(job)
-        target.fit(disk.size)
+        target.fit(disk.size, behind, report.advance)
     open_target = target.writable(is_fresh=is_fresh)
     mirror: Mirror = Mending(open_target) if plan.kind is SyncKind.COMPARE else Overwriting(open_target)
-    source, report = Metered(point.device, job.pace), Report(progress, bytes_changed)
+    source = Metered(point.device, job.pace)
     pieces = Pieces(source, clusters)
     with os_errors_at(disk.image), contextlib.closing(pieces.of_all(runs)) as found:
         for piece in found:
@@ -232,6 +244,7 @@ def _copied(store: Store, job: _Job, point: PointInTime, progress: Progress | No
     return SyncResult(
         disk.name, target.place, plan.kind, plan.reason, point.checkpoint.name, disk.size, trust, bytes_changed,
         source.bytes_read, mirror.bytes_compared, mirror.bytes_written, mirror.bytes_zeroed, seconds=0,
+        bytes_behind=target.size - disk.size,
     )  # fmt: skip
 
 
@@ -262,7 +275,8 @@ def _note_under_way(job: _Job) -> None:
 def _note_where_it_is(job: _Job, point: PointInTime) -> None:
     note, checkpoint = job.notes.note, point.checkpoint
     unneeded = tuple(name for name in note.unneeded if name != checkpoint.name)
-    at = At(checkpoint.uuid, checkpoint.name, point.disk.epoch, job.target.identity_to_keep())
+    sizes = Sizes(point.disk.size, job.target.size)
+    at = At(checkpoint.uuid, checkpoint.name, point.disk.epoch, job.target.identity_to_keep(), sizes)
     job.notes.replace(
         dataclasses.replace(note, at=at, under_way=False, unneeded=_with_old(unneeded, note.at))
     )

@@ -46,6 +46,13 @@ _FILE_NAME = re.compile(
 )
 
 
+class Sizes(NamedTuple):
+    """In bytes. What the target had behind the disk was zero."""
+
+    disk: int
+    target: int
+
+
 class At(NamedTuple):
     """The point in time that a copy is at, and what the target was then; None where nothing tells of it."""
 
@@ -53,6 +60,8 @@ class At(NamedTuple):
     name: str
     epoch: UUID
     identity: ImageIdentity | None
+    sizes: Sizes | None = None
+    """None where an older version wrote the note."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -173,6 +182,7 @@ def encode(note: Note) -> bytes:
             "name": note.at.name,
             "epoch": str(note.at.epoch),
             "identity": None if note.at.identity is None else _told(note.at.identity),
+            "sizes": None if note.at.sizes is None else note.at.sizes._asdict(),
         }
     fields = {
         "format_version": FORMAT_VERSION,
@@ -214,7 +224,11 @@ def _at(fields: Any) -> At:
     told = fields["identity"]
     identity = None if told is None else _identity(told)
     checkpoint, epoch = (UUID(_as(str, fields[name])) for name in ("checkpoint", "epoch"))
-    return At(checkpoint, _as(str, fields["name"]), epoch, identity)
+    return At(checkpoint, _as(str, fields["name"]), epoch, identity, _sizes(fields.get("sizes")))
+
+
+def _sizes(fields: Any) -> Sizes | None:
+    return None if fields is None else Sizes(_as(int, fields["disk"]), _as(int, fields["target"]))
 
 
 def _identity(fields: Any) -> ImageIdentity:

@@ -2,7 +2,8 @@
 
 A file that is not there is made, and one that is the disk's copy follows the disk's size. What nobody has synced to
 yet must have that size: a wrong name should not cost a file. A device's or an export's size may be that of
-the disk rounded up to a sector, of which the rest is zeroed.
+the disk rounded up to a sector. What is `larger`, and is allowed to be, keeps its size. What is behind the disk's end
+is zeroed, also where the disk has shrunk since (target.py says why).
 
 Refused, before anything is touched: an image that is tracked, what lies inside of the store, what the store or the
 disk's image lies in, the copy of another disk. What others have open is refused by the locks (image_locks.py).
@@ -21,17 +22,18 @@ from uuid import UUID
 
 from lmdbitmap import files, kernel, sync_note
 from lmdbitmap.device import FileDevice
+from lmdbitmap.differences import Mender
 from lmdbitmap.errors import AlreadyExists, InvalidArgument, NotFound, os_errors_at
 from lmdbitmap.geometry import ceil_div
 from lmdbitmap.identity import identity_to_keep
 from lmdbitmap.image import is_far, is_same_image, open_image
 from lmdbitmap.interfaces import ImageIdentity, TrackableDevice
 from lmdbitmap.nbd.client import NbdDevice
+from lmdbitmap.qcow2.layout import SECTOR
 from lmdbitmap.schema import Disk
 from lmdbitmap.store import Store
-from lmdbitmap.target import Target, leads_to
-
-_SECTOR = 512
+from lmdbitmap.sync_note import Sizes
+from lmdbitmap.target import Target, fits, leads_to, unless_larger
 
 
 def refuse_target(store: Store, disk: Disk, place: str) -> None:
@@ -94,8 +96,9 @@ def _is_so(asked: Callable[[str, str], bool], one: str, other: str) -> bool:
 class SyncTarget:
     """A target that is open, unless it is a file that is to be made: `device` is None then."""
 
-    def __init__(self, place: str) -> None:
+    def __init__(self, place: str, *, larger: bool = False) -> None:
         self.place = place
+        self._may_be_larger = larger
         self.device: TrackableDevice | None = None
         if is_far(place) or os.path.lexists(place):
             self.device = open_image(place)
@@ -138,29 +141,48 @@ class SyncTarget:
         if self.is_blank or (self.is_file and is_copy):
             return
         assert self.device is not None
-        fitting = {size} if self.is_file else {size, ceil_div(size, _SECTOR) * _SECTOR}
-        if self.device.size not in fitting:
-            step = "name a new file, or one of that size" if self.is_file else "give it that size"
-            raise InvalidArgument(
-                f"{self.place} has {self.device.size} bytes, and the disk has {size}", next_step=step
-            )
+        found = self.device.size
+        if self._has_its_size(size) or (not self.is_file and fits(found, size, larger=False)):
+            return
+        step = "name a new file, or one of that size" if self.is_file else "give it that size"
+        raise InvalidArgument(
+            f"{self.place} has {found} bytes, and the disk has {size}",
+            next_step=unless_larger(step, found, size),
+        )
 
-    def needs_fitting(self, size: int) -> bool:
+    def _has_its_size(self, size: int) -> bool:
+        """Whether it need not be cut or lengthened for a disk of `size`."""
+        assert self.device is not None
+        return self.device.size == size or (self._may_be_larger and self.device.size > size)
+
+    @property
+    def size(self) -> int:
+        return 0 if self.device is None else self.device.size
+
+    def bytes_behind(self, size: int, noted: Sizes | None) -> int:
+        """How much behind a disk of `size` may not be zero. If all was when that was `noted`: what the disk had."""
+        if self.device is None or self.device.size <= size or (self.is_file and not self._has_its_size(size)):
+            return 0
+        end = self.device.size
+        if noted is not None and noted.target == end:
+            end = min(end, max(noted.disk, ceil_div(size, SECTOR) * SECTOR))
+        return end - size
+
+    def needs_fitting(self, size: int, bytes_behind: int) -> bool:
         """Whether `fit` has to write."""
-        if self.device is None or (self.is_file and self.device.size != size):
+        if self.device is None or (self.is_file and not self._has_its_size(size)):
             return True
-        rest = self.device.size - size
         with os_errors_at(self.place):
-            return rest > 0 and any(self.device.pread(rest, size))
+            return bytes_behind > SECTOR or (bytes_behind > 0 and any(self.device.pread(bytes_behind, size)))
 
-    def fit(self, size: int) -> None:
-        """Make what is not there, of that size; what lies beyond it is cut off, or zeroed."""
+    def fit(self, size: int, bytes_behind: int, advance: Callable[[int], None]) -> None:
+        """Make what is not there, of that size; what lies beyond it is cut off, or zeroed where it is not zero."""
         device = self.device if self.device is not None else self._made()
-        with os_errors_at(self.place):
-            if self.is_file and device.size != size:
+        if self.is_file and not self._has_its_size(size):
+            with os_errors_at(self.place):
                 device.resize(size)
-            elif device.size > size:
-                device.write_zeroes(size, device.size - size)
+        elif bytes_behind:
+            Mender(self.writable(is_fresh=False), advance).mend_zeroes(size, bytes_behind)
 
     def _made(self) -> TrackableDevice:
         flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC

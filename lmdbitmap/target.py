@@ -3,12 +3,15 @@
 | target | is opened | what it held before |
 |---|---|---|
 | a new file | as `*.partial`, renamed at the end | nothing: all of it reads as zeroes |
-| a block device, an export of an NBD server | for writing, of the disk's size | does not matter, or is compared |
-| a file, in place | for writing, of the disk's size | is compared |
+| a block device, an export of an NBD server | for writing | does not matter, or is compared |
+| a file, in place | for writing | is compared |
 | the image of a disk that is tracked, in place | by attaching the disk | is compared, and what changes becomes dirty |
 
 An image that is tracked is never written but through its tracker: the backup after the restore would not know of it, or
-read the whole disk. A size is the disk's, or that rounded up to a sector, of which the rest is zeroed.
+read the whole disk. A size is the disk's, or that rounded up to a sector; or `larger`, if the caller allows that.
+What is behind the disk's end is zeroed: a target reads as the disk would that was made larger. Whatever stood there
+could be taken for the end of the new disk, as the second partition table, a RAID's or a pool's label is, or be read by
+a guest that is not meant to.
 """
 
 from __future__ import annotations
@@ -102,16 +105,23 @@ class Target:
 
 @contextlib.contextmanager
 def opened_target(
-    out: str, folder: BackupFolder, chain: BackupChain, *, in_place: bool, store: Store | None
+    out: str,
+    folder: BackupFolder,
+    chain: BackupChain,
+    *,
+    in_place: bool,
+    larger: bool = False,
+    store: Store | None,
 ) -> Iterator[Target]:
     """Open what `out` names for the disk of `chain`. What was flushed is durable after the block.
 
-    A path or an NBD URI. `store` is asked whether it is the image of a disk that is tracked. Raises
-    `AlreadyExists`, `NotFound`, `InvalidArgument` for what does not fit, `Busy` for what is in use.
+    A path or an NBD URI; what is there may be `larger` than the disk. `store` is asked whether it is the image of a
+    disk that is tracked. Raises `AlreadyExists`, `NotFound`, `InvalidArgument` for what does not fit, `Busy` for what
+    is in use.
     """
     _refuse_sources(out, folder, chain)
     with _opening(out, chain.size, in_place, store) as target:
-        if target.size not in (chain.size, ceil_div(chain.size, SECTOR) * SECTOR):
+        if not fits(target.size, chain.size, larger=larger):
             raise _other_size(target, chain.size)
         yield target
 
@@ -186,6 +196,18 @@ def _is_tracked(
     )
 
 
+def fits(target_size: int, size: int, *, larger: bool) -> bool:
+    """Whether a disk of `size` may be put onto that; what is behind it has to be zeroed."""
+    return target_size in (size, ceil_div(size, SECTOR) * SECTOR) or (larger and target_size > size)
+
+
+def unless_larger(step: str, target_size: int, size: int) -> str:
+    """The next step for a target that does not fit, and how one that is larger may."""
+    if target_size < size:
+        return step
+    return f"{step}, or say --larger, which zeroes the {target_size - size} bytes behind the disk"
+
+
 def _other_size(target: Target, size: int) -> InvalidArgument:
     if target.disk is not None:
         step = f"make the image that long (truncate --size={size}), and `lmdbitmap adopt {target.disk}`"
@@ -193,6 +215,7 @@ def _other_size(target: Target, size: int) -> InvalidArgument:
         step = f"make it that long first (truncate --size={size}), or name a new file"
     else:
         step = "name one of that size, or a new file"
+    step = unless_larger(step, target.size, size)
     return InvalidArgument(f"{target.place} has {target.size} bytes, and the disk had {size}", next_step=step)
 
 

@@ -24,6 +24,7 @@ from lmdbitmap.cli.streams import (
     require_stream_out,
     stream_in,
     stream_out,
+    words_of_what_is_behind,
 )
 from lmdbitmap.errors import NotFound
 from lmdbitmap.image import is_far
@@ -228,6 +229,10 @@ def _reason_facts(reason: Reason | None) -> dict[str, str] | None:
     " that goes through the tracker, and the disk's next backup is an increment.",
 )  # fmt: skip
 @click.option(
+    "--larger", is_flag=True,
+    help="OUT, if it is there already, may be larger than the disk was; what is behind it is zeroed.",
+)  # fmt: skip
+@click.option(
     "--no-verify", is_flag=True,
     help="Do not prove what is read by its digests; look at the structure only.",
 )  # fmt: skip
@@ -239,6 +244,7 @@ def restore(
     out: str | None,
     at: str | None,
     in_place: bool,
+    larger: bool,
     no_verify: bool,
 ) -> None:
     """Write a disk out as it was at a backup.
@@ -253,7 +259,7 @@ def restore(
     if repository == STDIN:
         require_stream_in()
         with _store_that_may_track(asked, name) as store:
-            stream_in(asked, name, store)
+            stream_in(asked, name, store, larger=larger)
         return
     if out is None:
         raise click.UsageError("Missing argument 'OUT'.")
@@ -269,6 +275,7 @@ def restore(
             at=at,
             verify=not no_verify,
             in_place=in_place,
+            larger=larger,
             store=store,
             progress=report,
         )
@@ -300,6 +307,7 @@ def _restore_words(result: RestoreResult, in_place: bool) -> str:
         ]
     else:
         words += [f"{written} of data on {size}"]
+    words += words_of_what_is_behind(result.bytes_behind)
     if result.tracked is not None:
         words += [f"tracked as {result.tracked}"]
     return " · ".join([*words, format_duration(result.seconds)])
@@ -315,6 +323,7 @@ def _restore_facts(name: str, result: RestoreResult) -> dict[str, object]:
         "bytes_written": result.bytes_written,
         "bytes_zeroed": result.bytes_zeroed,
         "bytes_read": result.bytes_read,
+        "bytes_behind": result.bytes_behind,
         "tracked": result.tracked,
         "seconds": round(result.seconds, 3),
     }

@@ -35,7 +35,7 @@ _NOT_OUT = {
     "compress": "A stream is not compressed: lead it through zstd, and leave out --compress, or --stdout.",
     "digest": "A stream has no digests: leave out --digest, or --stdout.",
 }
-_IN_TAKES = frozenset({"repository", "name", "store", "json"})
+_IN_TAKES = frozenset({"repository", "name", "larger", "store", "json"})
 _NOT_IN = {
     "out": "With - it is OUT alone that is named: the stream is one disk at one time.",
     "at": "With - it is OUT alone that is named: the stream is one disk at one time.",
@@ -131,14 +131,14 @@ def _stream_facts(made: StreamResult) -> dict[str, object]:
     }
 
 
-def stream_in(asked: Session, out: str, store: Store | None) -> None:
+def stream_in(asked: Session, out: str, store: Store | None, *, larger: bool) -> None:
     from lmdbitmap.stream_restore import apply_stream
 
     with (
         _standard(0, "rb") as stream,
         progress(f"restoring {out}", shown=asked.shows_progress) as report,
     ):
-        made = apply_stream(stream, out, store=store, progress=report)
+        made = apply_stream(stream, out, larger=larger, store=store, progress=report)
     if asked.as_json:
         say_json(_applied_facts(made))
     else:
@@ -151,9 +151,15 @@ def _applied_words(made: AppliedResult) -> str:
     words = [
         f"{made.path}: as of {head.to_name or 'now'}{since}",
         f"{format_size(made.bytes_written)} of data on {format_size(head.size)}",
+        *words_of_what_is_behind(made.bytes_behind),
         format_duration(made.seconds),
     ]
     return " · ".join(words)
+
+
+def words_of_what_is_behind(length: int) -> list[str]:
+    """Of a target that is larger than the disk."""
+    return [f"zeroes on the {format_size(length)} behind it"] if length else []
 
 
 def _applied_facts(made: AppliedResult) -> dict[str, object]:
@@ -166,6 +172,7 @@ def _applied_facts(made: AppliedResult) -> dict[str, object]:
         "diff_version": head.version,
         "bytes_written": made.bytes_written,
         "bytes_zero": made.bytes_zero,
+        "bytes_behind": made.bytes_behind,
         "seconds": round(made.seconds, 3),
     }
 

@@ -11,6 +11,7 @@ from lmdbitmap.cli.output import progress, say, say_json
 from lmdbitmap.cli.politeness import nice_after, polite
 from lmdbitmap.cli.quiesce import Hook, Thaw, hooked
 from lmdbitmap.cli.sizes import format_duration, format_size
+from lmdbitmap.cli.streams import words_of_what_is_behind
 from lmdbitmap.store import Store
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
     "--require-incremental", "only_incremental", is_flag=True,
     help="Fail with exit code 3, and do nothing, where it is not known what changed.",
 )  # fmt: skip
+@click.option(
+    "--larger", is_flag=True,
+    help="TARGET may be larger than the disk, and keeps its size; what is behind the disk is zeroed.",
+)  # fmt: skip
 @hooked("NAME")
 @polite
 @click.pass_obj
@@ -43,6 +48,7 @@ def sync(
     target: str,
     compare: bool,
     only_incremental: bool,
+    larger: bool,
     hook: Hook,
     nice: int,
     speed_limit: int | None,
@@ -69,7 +75,7 @@ def sync(
         served = is_served(store, name)  # not by ourselves yet
         done = bring_up_to_date(
             store, name, target,
-            compare=compare, only_incremental=only_incremental, freeze_limit_s=hook.freeze_limit_s,
+            compare=compare, only_incremental=only_incremental, larger=larger, freeze_limit_s=hook.freeze_limit_s,
             quiesced=lambda: nice_after(hook.freezing([name], thaw), nice, asked, served=served),
             progress=report, bytes_per_s=speed_limit,
         )  # fmt: skip
@@ -85,6 +91,7 @@ def _words(done: SyncResult) -> str:
         done.kind.value + ("" if done.reason is None else f": {done.reason.words}"),
         f"{format_size(done.bytes_changed)} of {format_size(done.size)} changed",
         f"{format_size(done.bytes_written)} written and {format_size(done.bytes_zeroed)} zeroed",
+        *words_of_what_is_behind(done.bytes_behind),
         format_duration(done.seconds),
     ]
     return " · ".join(words)
@@ -104,5 +111,6 @@ def _facts(done: SyncResult) -> dict[str, object]:
         "bytes_compared": done.bytes_compared,
         "bytes_written": done.bytes_written,
         "bytes_zeroed": done.bytes_zeroed,
+        "bytes_behind": done.bytes_behind,
         "seconds": round(done.seconds, 3),
     }

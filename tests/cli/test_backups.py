@@ -217,6 +217,19 @@ def test_without_a_store_nothing_is_tracked(cli: Cli, repository: Path, store: s
     assert (told["tracked"], told["bytes_written"]) == (None, 0)
 
 
+def test_a_larger_target_is_said_to_be_one(cli: Cli, repository: Path) -> None:
+    out = cli.folder / "out.raw"
+    out.write_bytes(b"x" * (SIZE + MIB))
+    said = cli.fails(2, "restore", repository, "sda", out, "--in-place")
+    assert f"or say --larger, which zeroes the {MIB} bytes behind the disk" in said
+    assert " · zeroes on the 1 MiB behind it · " in cli.ok(
+        "restore", repository, "sda", out, "--in-place", "--larger"
+    )
+    assert out.stat().st_size == SIZE + MIB
+    told = cli.json("restore", repository, "sda", out, "--in-place", "--larger")
+    assert (told["bytes_behind"], told["bytes_zeroed"]) == (MIB, 0)
+
+
 def test_a_served_disk_is_not_restored_in_place(cli: Cli, repository: Path) -> None:
     with cli.serving("sda"):
         said = cli.fails(4, "restore", repository, "sda", cli.folder / "sda.raw", "--in-place")

@@ -37,6 +37,15 @@ def _write(cli: Cli, offset: int, data: bytes) -> None:
         disk.pwrite(data, offset)
 
 
+def test_a_larger_target_may_be_asked_for(cli: Cli, copy: Path) -> None:
+    target = cli.folder / "larger.raw"
+    target.write_bytes(b"x" * (SIZE + MIB))
+    assert "or say --larger" in cli.fails(2, "sync", "sda", target)
+    assert " · zeroes on the 1 MiB behind it · " in cli.ok("sync", "sda", target, "--larger")
+    assert cli.json("sync", "sda", target, "--larger")["bytes_behind"] == MIB
+    assert target.read_bytes() == copy.read_bytes() + bytes(MIB)
+
+
 def test_what_changed_is_copied_and_told(cli: Cli, copy: Path) -> None:
     _write(cli, MIB, b"y" * 100)
     told = cli.json("sync", "sda", copy)
@@ -44,7 +53,7 @@ def test_what_changed_is_copied_and_told(cli: Cli, copy: Path) -> None:
         "disk": "sda", "target": str(copy), "kind": "incremental", "reason": None,
         "checkpoint": told["checkpoint"], "size": SIZE, "trust": "exact",
         "bytes_changed": 65536, "bytes_read": 65536, "bytes_compared": 0,
-        "bytes_written": 65536, "bytes_zeroed": 0, "seconds": told["seconds"], "thaw_failure": None,
+        "bytes_written": 65536, "bytes_zeroed": 0, "bytes_behind": 0, "seconds": told["seconds"], "thaw_failure": None,
     }  # fmt: skip
     assert copy.read_bytes() == (cli.folder / "sda.raw").read_bytes()
     assert cli.json("info", "sda")["since"] == told["checkpoint"]

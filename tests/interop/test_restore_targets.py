@@ -31,11 +31,11 @@ def served(folder: Path, *command: Argument) -> Iterator[str]:
 
 
 @contextmanager
-def qcow2(folder: Path) -> Iterator[str]:
+def qcow2(folder: Path, size: int = SIZE) -> Iterator[str]:
     """Behind qemu-nbd, full of something else."""
     image = folder / "target.qcow2"
-    run("qemu-img", "create", "-q", "-f", "qcow2", image, str(SIZE))
-    run("qemu-io", "-f", "qcow2", "-c", f"write -P 0x77 0 {SIZE}", image)
+    run("qemu-img", "create", "-q", "-f", "qcow2", image, str(size))
+    run("qemu-io", "-f", "qcow2", "-c", f"write -P 0x77 0 {size}", image)
     with served(
         folder, "qemu-nbd", "--persistent", "--format=qcow2", f"--socket={folder / 'nbd'}", image
     ) as uri:
@@ -78,6 +78,15 @@ def test_what_another_server_has_is_restored_to_the_byte(
         again = restore(tmp_path / "backups", NAME, uri, in_place=True)
     assert result.bytes_written + result.bytes_zeroed == SIZE
     assert (again.bytes_written, again.bytes_zeroed) == (0, 0)
+
+
+def test_a_larger_export_is_alike_to_qemu_which_takes_what_is_missing_for_zeroes(
+    disk: BackedUpDisk, tmp_path: Path
+) -> None:
+    with qcow2(tmp_path, SIZE + 3 * MIB) as uri:
+        result = restore(tmp_path / "backups", NAME, uri, larger=True)
+        run("qemu-img", "compare", "-f", "raw", "-F", "raw", uri, disk.image)
+    assert result.bytes_behind == 3 * MIB
 
 
 def test_zeroes_take_no_space_in_the_qcow2_image_behind_a_server(disk: BackedUpDisk, tmp_path: Path) -> None:

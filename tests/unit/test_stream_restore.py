@@ -30,9 +30,11 @@ def stream(
     return Stream(version, size, since, "tuesday", ranges)
 
 
-def apply(made: Stream, target: Path, *, cut: int = 0, more: bytes = b"") -> AppliedResult:
+def apply(
+    made: Stream, target: Path, *, cut: int = 0, more: bytes = b"", larger: bool = False
+) -> AppliedResult:
     data = naive_rbd_diff.written(made)
-    return apply_stream(io.BytesIO(data[: len(data) - cut] + more), target)
+    return apply_stream(io.BytesIO(data[: len(data) - cut] + more), target, larger=larger)
 
 
 @pytest.fixture
@@ -183,6 +185,25 @@ def test_a_block_device_of_another_size_is_refused_untouched(loop: Path, since: 
     with pytest.raises(InvalidArgument, match=r"has 4194304 bytes, and the stream's disk has 4194303; give"):
         apply(stream([(0, b"x")], size=4 * MIB - 1, since=since), loop)
     assert loop.read_bytes() == before
+
+
+@needs_loop
+@pytest.mark.parametrize("since", [None, "monday"])
+def test_what_is_behind_the_disk_on_a_larger_block_device_is_zeroed_if_that_is_asked_for(
+    loop: Path, since: str | None
+) -> None:
+    before, made = loop.read_bytes(), stream([(0, b"x")], size=MIB, since=since)
+    with pytest.raises(InvalidArgument, match=f"or say --larger, which zeroes the {3 * MIB} bytes behind"):
+        apply(made, loop)
+    result = apply(made, loop, larger=True)
+    assert loop.read_bytes() == naive_rbd_diff.applied(made, before[:MIB] if since else b"") + bytes(3 * MIB)
+    assert result.bytes_behind == 3 * MIB
+
+
+def test_a_larger_file_keeps_its_size_if_that_is_asked_for(disk: Path) -> None:
+    before, made = disk.read_bytes(), stream([(0, b"x")], size=MIB, since="monday")
+    apply(made, disk, larger=True)
+    assert disk.read_bytes() == naive_rbd_diff.applied(made, before[:MIB]) + bytes(SIZE - MIB)
 
 
 def test_progress_ends_at_the_end(tmp_path: Path) -> None:

@@ -479,6 +479,84 @@ def test_an_export_becomes_a_copy_and_follows(disk: BackedUpDisk, far: FarServer
     assert far.stable == disk.content() + bytes(200)
 
 
+# --- larger than the disk ---
+
+
+def synced_onto_larger(disk: BackedUpDisk, far: FarServer) -> SyncResult:
+    result = sync(disk.store, NAME, far.uri, larger=True)
+    size = len(disk.content())
+    assert far.stable == disk.content() + bytes(far.size - size)
+    return result
+
+
+def test_a_larger_export_may_be_asked_for_and_stays_zero_behind_the_disk(
+    disk: BackedUpDisk, far: FarServer
+) -> None:
+    far.size = 80 * BLOCK
+    far.data[:] = os.urandom(far.size)
+    behind = far.size - SIZE
+    refused(disk, far.uri, InvalidArgument, f"or say --larger, which zeroes the {behind} bytes behind")
+    assert synced_onto_larger(disk, far).kind is COMPARE
+    for size in (SIZE + 20 * BLOCK, SIZE - 10, 3 * BLOCK, 5 * BLOCK, SIZE):
+        disk.resize(size)
+        disk.write(b"tail", size - 4)
+        assert synced_onto_larger(disk, far).kind is INCREMENTAL
+    disk.resize(3 * BLOCK)
+    assert synced_onto_larger(disk, far).kind is INCREMENTAL
+
+
+def test_what_is_known_to_be_zero_behind_the_disk_is_not_read_again(
+    disk: BackedUpDisk, far: FarServer
+) -> None:
+    far.size = 80 * BLOCK
+    far.data[:] = os.urandom(far.size)
+    synced_onto_larger(disk, far)
+    disk.write(b"x", 0)
+    far.asked.clear()
+    synced_onto_larger(disk, far)
+    assert far.asked
+    assert all(asked.offset < SIZE // 512 * 512 + 512 for asked in far.asked)
+
+
+def test_an_export_that_grew_since_is_looked_at_behind_the_disk(disk: BackedUpDisk, far: FarServer) -> None:
+    far.size = 60 * BLOCK
+    far.data[:] = os.urandom(far.size)
+    synced_onto_larger(disk, far)
+    far.size = 80 * BLOCK
+    far.data[:] = far.data[: 60 * BLOCK] + b"o" * (20 * BLOCK)
+    assert synced_onto_larger(disk, far).kind is INCREMENTAL
+
+
+def test_what_a_sync_that_failed_wrote_behind_the_disk_is_zeroed(disk: BackedUpDisk, far: FarServer) -> None:
+    far.size = 80 * BLOCK
+    far.data[:] = bytes(far.size)
+    synced_onto_larger(disk, far)
+    disk.resize(70 * BLOCK)
+    disk.write(os.urandom(4 * BLOCK), 64 * BLOCK)
+
+    def fail(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sync(disk.store, NAME, far.uri, larger=True, progress=fail)
+    assert any(far.data[SIZE:])
+    disk.resize(SIZE)
+    assert synced_onto_larger(disk, far).kind is INCREMENTAL
+
+
+def test_a_larger_file_that_nobody_synced_to_keeps_its_size_while_that_is_asked_for(
+    disk: BackedUpDisk, tmp_path: Path
+) -> None:
+    path = tmp_path / "copy.raw"
+    path.write_bytes(b"o" * (80 * BLOCK))
+    refused(disk, path, InvalidArgument, "name a new file, or one of that size, or say --larger")
+    for size in (SIZE, 3 * BLOCK):
+        disk.resize(size)
+        sync(disk.store, NAME, path, larger=True)
+        assert path.read_bytes() == disk.content() + bytes(80 * BLOCK - size)
+    assert synced(disk, path).kind is INCREMENTAL  # which cuts it
+
+
 # --- block devices ---
 
 
@@ -501,6 +579,10 @@ def test_a_block_device_becomes_a_copy_and_is_believed_until_somebody_writes_it(
         refused(disk, node, InvalidArgument, "has 1048576 bytes, and the disk has 2097152; give it that size")
         disk.resize(1 << 20)
         assert synced(disk, node).kind is INCREMENTAL
+        disk.resize(100 * BLOCK)
+        result = sync(disk.store, NAME, node, larger=True)
+        assert (result.kind, result.bytes_compared) == (INCREMENTAL, 0)
+        assert node.read_bytes() == disk.content() + bytes((1 << 20) - 100 * BLOCK)
     disk.close()
 
 
@@ -551,7 +633,11 @@ def test_a_note_is_read_as_it_was_written(identity: ImageIdentity | None) -> Non
 
 
 WHOLE = sync_note.encode(
-    sync_note.Note("/a", sync_note.At(uuid4(), "sync-1", uuid4(), DEVICE), unneeded=("sync-2",))
+    sync_note.Note(
+        "/a",
+        sync_note.At(uuid4(), "sync-1", uuid4(), DEVICE, sync_note.Sizes(SIZE, 1 << 20)),
+        unneeded=("sync-2",),
+    )
 )
 
 

@@ -256,6 +256,89 @@ def test_a_restore_that_fails_in_the_middle_leaves_what_it_wrote_dirty(disk: Bac
     assert disk.restored() == now
 
 
+# --- larger than the disk ---
+
+
+@pytest.mark.parametrize("more", [1, 512, BLOCK, 3 << 20])
+def test_a_larger_file_may_be_asked_for_and_what_is_behind_the_disk_is_zeroed(
+    disk: BackedUpDisk, more: int
+) -> None:
+    path = disk.folder / "out.raw"
+    path.write_bytes(b"x" * (SIZE + more))
+    with pytest.raises(InvalidArgument, match=f"say --larger, which zeroes the {more} bytes behind the disk"):
+        in_place(disk, path)
+    told: list[tuple[int, int]] = []
+    result = in_place(disk, path, larger=True, progress=lambda *news: told.append(news))
+    assert path.read_bytes() == disk.content() + bytes(more)
+    assert (result.bytes_behind, told[-1]) == (more, (SIZE + more, SIZE + more))
+    again = in_place(disk, path, larger=True)
+    assert (again.bytes_written, again.bytes_zeroed, again.bytes_behind) == (0, 0, more)
+
+
+@pytest.mark.parametrize("size", [0, BLOCK, SIZE - 1])
+def test_nothing_smaller_is_larger(disk: BackedUpDisk, size: int) -> None:
+    path = disk.folder / "out.raw"
+    path.write_bytes(b"x" * size)
+    with pytest.raises(InvalidArgument, match=r"or name a new file$"):
+        in_place(disk, path, larger=True)
+    assert path.read_bytes() == b"x" * size
+
+
+def test_a_disk_that_grew_since_keeps_its_size_and_its_next_backup_is_an_increment(
+    disk: BackedUpDisk,
+) -> None:
+    disk.resize(SIZE + 20 * BLOCK)
+    disk.write(b"newer" * 1000, SIZE)
+    disk.backup()
+    result = in_place(disk, disk.image, at="2", larger=True)
+    assert (result.tracked, result.bytes_behind) == (NAME, 20 * BLOCK)
+    assert disk.content() == disk.restored(at="2") + bytes(20 * BLOCK)
+    assert disk.backup().type_actual is INCREMENTAL
+    assert disk.restored() == disk.content()
+
+
+@pytest.mark.skipif(not can_make_loop_devices(), reason="a loop device cannot be had here: run as root")
+@pytest.mark.parametrize("place", [True, False])
+def test_nothing_is_left_behind_the_disk_on_a_larger_block_device(
+    disk: BackedUpDisk, tmp_path: Path, place: bool
+) -> None:
+    with loop_node(tmp_path, 2 << 20) as node:
+        node.write_bytes(b"o" * (2 << 20))
+        with pytest.raises(InvalidArgument, match="or say --larger"):
+            restore(tmp_path / "backups", NAME, node, in_place=place)
+        assert node.read_bytes() == b"o" * (2 << 20)
+        result = restore(tmp_path / "backups", NAME, node, in_place=place, larger=True)
+        assert node.read_bytes() == disk.content() + bytes((2 << 20) - SIZE)
+    assert result.bytes_behind == (2 << 20) - SIZE
+
+
+@pytest.mark.parametrize("place", [True, False])
+def test_nothing_is_left_behind_the_disk_on_a_larger_export(
+    disk: BackedUpDisk, far: FarServer, place: bool
+) -> None:
+    far.size = SIZE + 5 * BLOCK
+    far.data[:] = b"o" * far.size
+    result = restore(disk.folder / "backups", NAME, far.uri, in_place=place, larger=True)
+    assert far.stable == disk.content() + bytes(5 * BLOCK)
+    assert result.bytes_behind == 5 * BLOCK
+
+
+def test_what_is_behind_the_disk_is_zeroed_in_pieces_between_which_it_can_be_cancelled(
+    disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmdbitmap.restore._TAIL_BYTES", 4 << 20)
+    path = disk.folder / "out.raw"
+    path.write_bytes(b"x" * (20 << 20))
+
+    def stop(done: int, total: int) -> None:
+        if done > 8 << 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        in_place(disk, path, larger=True, progress=stop)
+    assert path.read_bytes()[16 << 20 :] == b"x" * (4 << 20)
+
+
 # --- devices and servers ---
 
 
