@@ -5,9 +5,10 @@ the images carry are compared with it, and never followed. Tables are checked as
 byte of an image, a table's too, is proven by the digest of its chunk before it is used (proof.py); an image without
 such digests is in `unproven`, and is the caller's business.
 
-A chain may have more images than files can be open: half of what the system allows is used. In memory is each
-image's first table (8 bytes for 512 MiB of a disk with clusters of 64 KiB, for 2 MiB with clusters of 4 KiB), for each
-thread that reads one second table of each image (a cluster), and with `verify` 33 bytes for each MiB of the images.
+A chain may have more images than files can be open: half of what the system allows is used. In memory is of each
+image's first table what differs (12 bytes at most for 512 MiB that it maps with clusters of 64 KiB, for 2 MiB with
+clusters of 4 KiB), for each thread that reads one second table of each image that has some (a cluster), and with
+`verify` 34 bytes for each MiB of the images.
 """
 
 from __future__ import annotations

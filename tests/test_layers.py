@@ -41,6 +41,7 @@ FLOORS: dict[str, float] = {
     "cluster_states": 1.5,
     "qcow2.layout": 1,
     "qcow2.compression": 1.1,
+    "qcow2.first_table": 1.1,
     "qcow2.reader": 1.2,
     "qcow2.writer": 1.2,
     "qcow2.compressing": 1.4,

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import enum
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
 from typing import NamedTuple, Protocol
 
 from lmdbitmap.errors import FormatError, InvalidArgument
 from lmdbitmap.geometry import MAX_SIZE, ceil_div, check_range
 from lmdbitmap.qcow2.compression import decompressed
+from lmdbitmap.qcow2.first_table import FirstTable
 from lmdbitmap.qcow2.layout import (
     COMPRESSED,
     COMPRESSION_FEATURE,
@@ -132,8 +131,10 @@ class Qcow2Reader:
         first_cluster = source.pread(min(self.cluster_size, self._file_size), 0)
         self.backing_file = self._decode_backing_file(first_cluster)
         self.backing_format = self._decode_backing_format(first_cluster)
-        self._l1 = self._read_l1()
-        self._shared_tables = _repeated(entry & OFFSET_MASK for entry in self._l1)
+        # Of more entries, for a machine's memory and as anchors, nothing is asked.
+        needed = l1_entries(self.size, self.header.cluster_bits)
+        self._first_table = FirstTable(source, self.header.l1_table_offset, needed)
+        self._shared_tables = self._first_table.shared()
         self._cached_table = (0, _UNMAPPED, True)
         self._cached_cluster = (0, 0, b"")
 
@@ -271,15 +272,6 @@ class Qcow2Reader:
             raise self._refusal(place, "UTF-8 without a zero byte", repr(data[:80]))
         return data.decode()
 
-    def _read_l1(self) -> array[int]:
-        """The entries that the disk's size needs. More may follow, for a machine's memory and as anchors."""
-        needed = l1_entries(self.size, self.header.cluster_bits)
-        return (
-            decode_entries(self._source.pread(8 * needed, self.header.l1_table_offset))
-            if needed
-            else array("Q")
-        )
-
     def _runs(self, offset: int, end: int) -> Iterator[Run]:
         bits = self.header.cluster_bits
         for first, stop, entry in self._mapped(offset >> bits, ceil_div(end, self.cluster_size)):
@@ -314,17 +306,15 @@ class Qcow2Reader:
     def _mapped(self, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(first cluster, stop, L2 entry of the first) of stretches that lie in the file as on the disk."""
         per_table = self._table_entries
-        index = first // per_table
-        for pointer, group in groupby(self._l1[index : ceil_div(stop, per_table)]):
-            end_index = index + sum(1 for _ in group)
+        pointers = self._first_table.runs(first // per_table, ceil_div(stop, per_table))
+        for index, end_index, pointer in pointers:
             table, uniform = self._load_table(index, pointer)
             if uniform:
                 yield max(index * per_table, first), min(end_index * per_table, stop), table[0]
             else:
                 for base in range(index * per_table, end_index * per_table, per_table):
-                    start, entries = max(first, base), table[max(first - base, 0) : stop - base]
-                    yield from _stretches(entries, start, self.cluster_size)
-            index = end_index
+                    start, end = max(first - base, 0), min(stop - base, per_table)
+                    yield from _stretches(table, start, end, base, self.cluster_size)
 
     def _load_table(self, index: int, pointer: int) -> tuple[array[int], bool]:
         """The L2 table that an L1 entry points to, and whether all of it is one entry without an offset."""
@@ -355,16 +345,14 @@ def _compression_number(header: Header) -> int:
     return header.compression_type if header.header_length > MIN_HEADER_BYTES else 0
 
 
-def _repeated(offsets: Iterable[int]) -> set[int]:
-    return {offset for offset, times in Counter(offsets).items() if times > 1}
-
-
-def _stretches(entries: Sequence[int], base: int, cluster_size: int) -> Iterator[tuple[int, int, int]]:
+def _stretches(
+    entries: Sequence[int], start: int, count: int, base: int, cluster_size: int
+) -> Iterator[tuple[int, int, int]]:
     """(first cluster, stop, first entry) of stretches whose offsets rise by a cluster, or are all absent.
 
-    A compressed cluster is a stretch of its own, wherever the next one begins.
+    Of the entries [start, count) of the table whose first cluster is `base`. A compressed cluster is a stretch of its
+    own, wherever the next one begins.
     """
-    start, count = 0, len(entries)
     while start < count:
         entry = entries[start]
         step = cluster_size if entry & OFFSET_MASK else 0
