@@ -134,18 +134,20 @@ def merge_unheld(store: Store, way: Access, disk: Disk) -> None:
 def merge_unheld_of(store: Store, names: list[str], open_device: OpenDevice = open_to_read) -> None:
     """As `merge_unheld`, for whoever has no access to the disks; they are left alone where there is nothing to do."""
     for name in names:
-        with store.read() as reader:
-            disk = chain.find_disk(reader, name)
-        with contextlib.ExitStack() as locks:
-            is_needed = bool(
-                _locked(store, disk, locks, time.time_ns()) or _locked_copies(store, disk, locks)
-            )
-        if is_needed:
-            try:
-                with access(store, [name], open_device) as way:
-                    merge_unheld(store, way, disk)
-            except LmdbitmapError as error:
-                log.warning("disk %s: checkpoints that nobody holds stay until later: %s", name, error)
+        try:
+            _merge_unheld_of(store, name, open_device)
+        except LmdbitmapError as error:
+            log.warning("disk %s: checkpoints that nobody holds stay until later: %s", name, error)
+
+
+def _merge_unheld_of(store: Store, name: str, open_device: OpenDevice) -> None:
+    with store.read() as reader:
+        disk = chain.find_disk(reader, name)
+    with contextlib.ExitStack() as locks:
+        is_needed = bool(_locked(store, disk, locks, time.time_ns()) or _locked_copies(store, disk, locks))
+    if is_needed:
+        with access(store, [name], open_device) as way:
+            merge_unheld(store, way, disk)
 
 
 def _locked(store: Store, disk: Disk, locks: contextlib.ExitStack, time_ns: int) -> list[HoldFile]:

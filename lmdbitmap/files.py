@@ -13,6 +13,9 @@ A file is replaced in seven steps. Death between any two of them leaves the old 
 A failure in steps 1 to 6 removes the temporary file and leaves the old one. A killed process cannot tidy
 up: whoever replaces the same file next does it for the dead. What they leave is called as nothing else is
 (`NAME.<16 hexadecimal digits>.partial`), and a lock tells it from the work of the living.
+
+What is made `like_folder` belongs to whom its folder does: root's work in somebody's store would otherwise be closed to
+the one whose store it is. Only what we made ourselves is given away, by its descriptor: a name may have been exchanged.
 """
 
 from __future__ import annotations
@@ -86,7 +89,9 @@ NETWORK_FILESYSTEMS = {
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str], mode: int = PRIVATE_MODE) -> Iterator[BinaryIO]:
+def replacing(
+    path: str | os.PathLike[str], mode: int = PRIVATE_MODE, *, like_folder: bool = False
+) -> Iterator[BinaryIO]:
     """A new file to fill; when the block ends well it is durable at `path`, in place of what was there.
 
     The file can be written, read and sought; its `name` is the temporary one. If the block raises, `path`
@@ -99,6 +104,9 @@ def replacing(path: str | os.PathLike[str], mode: int = PRIVATE_MODE) -> Iterato
         file = _create_locked(target)
     try:
         with file:
+            if like_folder:
+                with os_errors_at(target):
+                    give_to_owner_of(os.path.dirname(target), file.fileno())
             yield file
             with os_errors_at(target):
                 _publish(file, target, mode)
@@ -109,10 +117,51 @@ def replacing(path: str | os.PathLike[str], mode: int = PRIVATE_MODE) -> Iterato
     fsync_folder(os.path.dirname(target))
 
 
-def replace_atomically(path: str | os.PathLike[str], data: Buffer, mode: int = PRIVATE_MODE) -> None:
+def replace_atomically(
+    path: str | os.PathLike[str], data: Buffer, mode: int = PRIVATE_MODE, *, like_folder: bool = False
+) -> None:
     """Return after `data` is durable at `path`; readers see the old content or the new, never a mixture."""
-    with replacing(path, mode) as file:
+    with replacing(path, mode, like_folder=like_folder) as file:
         file.write(data)
+
+
+def give_to_owner_of(folder: str, fd: int) -> None:
+    """Have root's new file or folder belong to whom the folder that it is in does. Others can give nothing away."""
+    status = os.stat(folder or ".")
+    if os.geteuid() == 0 and status.st_uid != 0:
+        with suppress(PermissionError):  # a root that may not
+            os.fchown(fd, status.st_uid, status.st_gid)
+
+
+def open_like_folder(path: str) -> int:
+    """A descriptor of a file, for reading and writing; one that is not there is made empty."""
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+    while True:
+        with suppress(FileExistsError):
+            fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, PRIVATE_MODE)
+            break
+        with suppress(FileNotFoundError):  # removed just now
+            return os.open(path, flags)
+    try:
+        give_to_owner_of(os.path.dirname(path), fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def make_folder_like(path: str) -> None:
+    """Make a folder, if it is not there, in one that is; durable on return."""
+    try:
+        os.mkdir(path, PRIVATE_FOLDER_MODE)
+    except FileExistsError:
+        return
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        give_to_owner_of(os.path.dirname(path), fd)
+    finally:
+        os.close(fd)
+    fsync_folder(os.path.dirname(path))
 
 
 def _replaceable(path: str | os.PathLike[str]) -> str:
@@ -307,12 +356,12 @@ class LockedFile:
         self.close()
 
 
-def lock_file(path: str | os.PathLike[str]) -> LockedFile:
+def lock_file(path: str | os.PathLike[str], *, like_folder: bool = False) -> LockedFile:
     """Hold the file at `path`, made empty if it is not there; raises `Busy` at once if somebody else does."""
     place = os.fspath(path)
     with os_errors_at(place):
         while True:
-            fd = os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, PRIVATE_MODE)
+            fd = open_like_folder(place) if like_folder else _open_or_make(place)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if _is_named(fd, place):
@@ -321,6 +370,10 @@ def lock_file(path: str | os.PathLike[str]) -> LockedFile:
                 os.close(fd)
                 raise
             os.close(fd)
+
+
+def _open_or_make(path: str) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, PRIVATE_MODE)
 
 
 @contextmanager

@@ -60,14 +60,14 @@ def prepare_folder(path: str) -> None:
         raise lmdb_errors.not_a_store(path, f"a folder with {strangers[0]!r} in it")
     with refusals(path):
         make_folders(path)
-        files.replace_atomically(os.path.join(path, "README"), _README.encode())
-        files.replace_atomically(os.path.join(path, ".nobackup"), b"")
+        files.replace_atomically(os.path.join(path, "README"), _README.encode(), like_folder=True)
+        files.replace_atomically(os.path.join(path, ".nobackup"), b"", like_folder=True)
 
 
 def make_folders(path: str) -> None:
     """Those beside the environment. What was in one that is gone is missed by whoever needs it."""
     for name in FOLDERS:
-        os.makedirs(os.path.join(path, name), mode=0o700, exist_ok=True)
+        files.make_folder_like(os.path.join(path, name))
 
 
 def _belongs(name: str) -> bool:
@@ -110,6 +110,17 @@ def _write_environment(path: str, fresh: str, fill: Callable[[Writer], None]) ->
             fill(writer)
             writer.seal()
     files.fsync_folder(fresh)
+    _give(path, fresh)
+
+
+def _give(path: str, fresh: str) -> None:
+    """Have an environment that root makes belong to the store's owner, the folder last: nobody else gets in before."""
+    for place in (*(os.path.join(fresh, name) for name in os.listdir(fresh)), fresh):
+        fd = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            files.give_to_owner_of(path, fd)
+        finally:
+            os.close(fd)
 
 
 def _put_aside(path: str) -> str | None:

@@ -20,6 +20,8 @@ import struct
 from uuid import UUID
 from zlib import crc32
 
+from lmdbitmap import files
+
 NEWEST = "newest"
 _NOTE = struct.Struct("<8s16sQI")
 _MAGIC = b"LDBMmark"
@@ -32,7 +34,7 @@ class HighWater:
         self._store = store
         self._fd = -1
         with contextlib.suppress(OSError):
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._fd = files.open_like_folder(path)
 
     def read(self) -> int:
         """The number of a transaction that was durable; 0 if none is noted for this store."""

@@ -109,8 +109,9 @@ class HoldFile:
     @contextmanager
     def locked(self) -> Iterator[HoldFile]:
         """Raises `Busy` while another run holds it. The note is read anew."""
-        files.make_folders(self._folder)
-        with files.lock_file(f"{self._path.removesuffix('.json')}.lock"):
+        with os_errors_at(self._folder):
+            files.make_folder_like(self._folder)
+        with files.lock_file(f"{self._path.removesuffix('.json')}.lock", like_folder=True):
             self.read()
             yield self
 
@@ -120,7 +121,7 @@ class HoldFile:
 
     def replace(self, hold: Hold) -> None:
         """Durable on return; a death leaves the old note or the new one."""
-        files.replace_atomically(self._path, encode(hold))
+        files.replace_atomically(self._path, encode(hold), like_folder=True)
         self.hold = hold
 
     def remove(self) -> None:
@@ -218,8 +219,11 @@ def lapse_days(store_path: str, disk: UUID) -> int:
 def set_lapse_days(store_path: str, disk: UUID, days: int) -> None:
     """Durable on return."""
     fields = {"format_version": FORMAT_VERSION, "lapse_days": _days(days)}
-    files.make_folders(os.path.join(store_path, HOLDS))
-    files.replace_atomically(_lapse_path(store_path, disk), json.dumps(fields).encode() + b"\n")
+    with os_errors_at(store_path):
+        files.make_folder_like(os.path.join(store_path, HOLDS))
+    files.replace_atomically(
+        _lapse_path(store_path, disk), json.dumps(fields).encode() + b"\n", like_folder=True
+    )
 
 
 def _days(days: int) -> int:

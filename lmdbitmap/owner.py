@@ -73,7 +73,7 @@ class Distrust(NamedTuple):
 def create(path: str, why: Distrust | None = None, description: bytes = b"") -> None:
     """Make the file of a disk, whole or not at all; durable on return."""
     beat, trust = _sealed(b"").ljust(_PAGE_BYTES, b"\0"), _trust_record(why).ljust(_PAGE_BYTES, b"\0")
-    files.replace_atomically(path, beat + trust + _disk_record(description))
+    files.replace_atomically(path, beat + trust + _disk_record(description), like_folder=True)
 
 
 def last_beat(path: str) -> Beat | None:
@@ -177,10 +177,10 @@ def _lock_patiently(path: str) -> files.LockedFile:
     """Somebody who only asks `is_owned` holds the lock too, for a moment: ask a few times."""
     for _ in range(_LOCK_TRIES - 1):
         try:
-            return files.lock_file(path)
+            return files.lock_file(path, like_folder=True)
         except Busy:
             time.sleep(_LOCK_PAUSE_S)
-    return files.lock_file(path)
+    return files.lock_file(path, like_folder=True)
 
 
 def _trust_record(why: Distrust | None) -> bytes:

@@ -22,6 +22,7 @@ import struct
 import time
 from collections.abc import Iterator
 
+from lmdbitmap import files
 from lmdbitmap.errors import Busy, os_errors_at
 
 USERS = "users"
@@ -128,7 +129,7 @@ def entering(folder: str) -> Iterator[Presence]:
     _require_unopened(lock_path, store)
     users_path = os.path.join(store, USERS)
     with os_errors_at(users_path):
-        presence = Presence(os.open(users_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), lock_path)
+        presence = Presence(files.open_like_folder(users_path), lock_path)
     try:
         with _turn(presence._users_fd, store):
             with os_errors_at(lock_path):

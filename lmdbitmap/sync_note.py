@@ -19,6 +19,7 @@ A note that cannot be read says nothing: the target is compared. Checkpoints tha
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -31,7 +32,7 @@ from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from lmdbitmap import files
-from lmdbitmap.errors import FormatError, os_errors_at
+from lmdbitmap.errors import FormatError, StorageError, os_errors_at
 from lmdbitmap.image import is_same_image
 from lmdbitmap.interfaces import DeviceTrace, ImageIdentity
 
@@ -95,7 +96,7 @@ class NoteFile:
 
     def locked(self) -> files.LockedFile:
         """Raises `Busy` while another sync holds it. The note is read anew."""
-        lock = files.lock_file(f"{self._path.removesuffix('.json')}.lock")
+        lock = files.lock_file(f"{self._path.removesuffix('.json')}.lock", like_folder=True)
         try:
             self.note = dataclasses.replace(
                 _read_or_unknown(self._path) or self.note, target=self.note.target
@@ -107,7 +108,7 @@ class NoteFile:
 
     def replace(self, note: Note) -> None:
         """Durable on return; a death leaves the old note or the new one."""
-        files.replace_atomically(self._path, encode(note))
+        files.replace_atomically(self._path, encode(note), like_folder=True)
         self.note = note
 
 
@@ -165,8 +166,10 @@ def _read_or_unknown(path: str) -> Note | None:
         return decode(files.read_bounded(path, _MAX_NOTE_BYTES), path)
     except NewerNote:
         raise
-    except FormatError as damaged:
-        log.warning("%s; the target will be compared, and checkpoints that it named stay", damaged.problem)
+    except (FormatError, StorageError) as unreadable:
+        if isinstance(unreadable, StorageError) and unreadable.errno not in (errno.EACCES, errno.EPERM):
+            raise
+        log.warning("%s; the target will be compared, and checkpoints that it named stay", unreadable.problem)
         return None
 
 
