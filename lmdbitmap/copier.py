@@ -57,8 +57,12 @@ class Report:
         news = self._done - self._told
         if news >= _BYTES_BETWEEN_REPORTS or (news and self._done == self._total):
             self._told = self._done
-            if self._progress is not None:
-                self._progress(self._done, self._total)
+            self.repeat()
+
+    def repeat(self) -> None:
+        """Tell how far it is, also where it is no further: whoever listens may want to cancel."""
+        if self._progress is not None:
+            self._progress(self._done, self._total)
 
     def reach(self, done: int) -> None:
         """At least so many bytes are done."""

@@ -12,8 +12,8 @@ import contextlib
 import itertools
 import os
 import time
-from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
 from lmdbitmap import backup_chain
@@ -30,6 +30,7 @@ from lmdbitmap.store import Store
 from lmdbitmap.target import Target, opened_target
 
 _TAIL_BYTES = 1 << 30
+_TELL_AGAIN_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,8 @@ def restore(
     than the disk, if you say so: whatever is behind that becomes zero. Durable on return. Where it is the image of a
     disk in `store`, it has to be in place, and goes through the tracker: the disk's next backup is an increment of what
     the restore changed. `verify=False` leaves out the digests, not the structure.
+    `progress` counts what is proven and then what is written, so to twice the size of what was there before; what it
+    raises cancels the restore, and while it proves nothing was written yet.
 
     Raises `NotFound` without such a disk or backup, or the package that its digests need, `FormatError` for a manifest
     or image that is not what it must be, `AlreadyExists` for a file with something in it, `InvalidArgument` for a
@@ -83,31 +86,40 @@ def restore(
         backup_chain.opened(folder, entries, verify=verify) as chain,
         opened_target(place, folder, chain, in_place=in_place, larger=larger, store=store) as target,
     ):
-        report = Report(progress, target.size)
+        proves_first = verify and not target.is_fresh
+        report = Report(progress, target.size * (2 if proves_first else 1))
         way = Comparing(chain, target, report) if in_place else Overwriting(chain, target, report)
-        _write(chain, target, way, verify)
+        with proven_beside(chain.unproven if verify else []) as proven:
+            if proves_first:
+                _prove_all(chain, target, report)
+                _await(proven, report)
+            _write(chain, target, way)
+            _await(proven, report)
     return RestoreResult(
         chain.entry, place, way.bytes_written, time.monotonic() - started,
         way.bytes_zeroed, way.bytes_read, target.disk, target.size - chain.size,
     )  # fmt: skip
 
 
-def _write(chain: BackupChain, target: Target, way: PuttingBack, verify: bool) -> None:
-    with proven_beside(chain.unproven if verify else []) as proven:
-        if verify and not target.is_fresh:
-            _prove_all(chain, target)
-            proven.result()
-        with contextlib.closing(made_ready(chain, _runs(chain, target.size), way.reads)) as ready:
-            for run, data in ready:
-                way.put(run, data)
-        target.flush()
-        proven.result()
+def _write(chain: BackupChain, target: Target, way: PuttingBack) -> None:
+    with contextlib.closing(made_ready(chain, _runs(chain, target.size), way.reads)) as ready:
+        for run, data in ready:
+            way.put(run, data)
+    target.flush()
 
 
-def _prove_all(chain: BackupChain, target: Target) -> None:
+def _prove_all(chain: BackupChain, target: Target, report: Report) -> None:
     """Of what is going to be written, before anything is."""
     with contextlib.closing(made_ready(chain, _runs(chain, target.size), ())) as ready:
-        deque(ready, maxlen=0)
+        for run, _ in ready:
+            report.advance(run.length)
+
+
+def _await(proven: Future[None], report: Report) -> None:
+    """Images are proven as a whole by a thread of its own. Whoever waits for it can be cancelled."""
+    while wait([proven], timeout=_TELL_AGAIN_S).not_done:
+        report.repeat()
+    proven.result()
 
 
 def _runs(chain: BackupChain, target_size: int) -> Iterator[Run]:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 
-from lmdbitmap import files, session
+from lmdbitmap import files, proof, session
 from lmdbitmap.device import FileDevice
+from lmdbitmap.digests import found_digest
 from lmdbitmap.errors import AlreadyExists, Busy, FormatError, InvalidArgument, NotFound, StorageError
+from lmdbitmap.manifest import BackupEntry
 from lmdbitmap.nbd.client import NbdDevice
 from lmdbitmap.restore import RestoreResult, restore
 from lmdbitmap.target import Target
@@ -256,6 +260,56 @@ def test_a_restore_that_fails_in_the_middle_leaves_what_it_wrote_dirty(disk: Bac
     assert disk.restored() == now
 
 
+# --- proven before it is written ---
+
+
+def test_it_is_told_how_far_the_proof_is_and_whoever_listens_can_cancel(tmp_path: Path) -> None:
+    size, told = 16 << 20, []
+    with closing(BackedUpDisk(tmp_path, size, 16)) as disk:
+        disk.write(os.urandom(size), 0)
+        disk.backup()
+        path = tmp_path / "out.raw"
+        path.write_bytes(b"x" * size)
+
+        def cancel(done: int, total: int) -> None:
+            told.append((done, total))
+            if done >= size // 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            in_place(disk, path, progress=cancel)
+        assert path.read_bytes() == b"x" * size
+        assert len(told) >= 2
+        assert {total for _, total in told} == {2 * size}
+
+
+def test_whoever_listens_can_cancel_while_an_image_is_proven_as_a_whole(
+    disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = disk.folder / "out.raw"
+    path.write_bytes(b"x" * SIZE)
+    chunks = disk.manifest().backups[0].chunks
+    assert chunks is not None
+    Path(disk.backup_folder().path_of(chunks.file)).unlink()
+    began = Event()
+
+    def slow_digest(entry: BackupEntry, fd: int, stopped: Callable[[], bool]) -> str:
+        began.set()
+        while not stopped():
+            found_digest(entry, fd)
+        return "cancelled"
+
+    def cancel(done: int, total: int) -> None:
+        if began.is_set():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(proof, "found_digest", slow_digest)
+    monkeypatch.setattr("lmdbitmap.restore._TELL_AGAIN_S", 0.01)
+    with pytest.raises(KeyboardInterrupt):
+        in_place(disk, path, progress=cancel)
+    assert path.read_bytes() == b"x" * SIZE
+
+
 # --- larger than the disk ---
 
 
@@ -270,7 +324,7 @@ def test_a_larger_file_may_be_asked_for_and_what_is_behind_the_disk_is_zeroed(
     told: list[tuple[int, int]] = []
     result = in_place(disk, path, larger=True, progress=lambda *news: told.append(news))
     assert path.read_bytes() == disk.content() + bytes(more)
-    assert (result.bytes_behind, told[-1]) == (more, (SIZE + more, SIZE + more))
+    assert (result.bytes_behind, told[-1]) == (more, (2 * (SIZE + more), 2 * (SIZE + more)))
     again = in_place(disk, path, larger=True)
     assert (again.bytes_written, again.bytes_zeroed, again.bytes_behind) == (0, 0, more)
 
@@ -331,7 +385,7 @@ def test_what_is_behind_the_disk_is_zeroed_in_pieces_between_which_it_can_be_can
     path.write_bytes(b"x" * (20 << 20))
 
     def stop(done: int, total: int) -> None:
-        if done > 8 << 20:
+        if done > 28 << 20:  # 20 MiB were proven
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
