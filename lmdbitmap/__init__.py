@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 from lmdbitmap.version import __version__
 
 if TYPE_CHECKING:
-    from lmdbitmap.backup import BackupResult
     from lmdbitmap.backup import backup as back_up
     from lmdbitmap.backup_chain import BackupChain, open_backup
+    from lmdbitmap.backup_result import BackupFailure, BackupResult, BackupsFailed
     from lmdbitmap.changes import Changes, Standing
     from lmdbitmap.changes import changes as changes_of
     from lmdbitmap.check import Finding, Gravity, check_store
@@ -75,8 +75,10 @@ _HOMES = {
     "AlreadyExists": "errors",
     "AppliedResult": "stream_restore",
     "BackupChain": "backup_chain",
-    "BackupResult": "backup",
+    "BackupFailure": "backup_result",
+    "BackupResult": "backup_result",
     "BackupType": "manifest",
+    "BackupsFailed": "backup_result",
     "Busy": "errors",
     "Changes": "changes",
     "ControlServer": "nbd.control",
@@ -151,8 +153,10 @@ __all__ = [
     "AlreadyExists",
     "AppliedResult",
     "BackupChain",
+    "BackupFailure",
     "BackupResult",
     "BackupType",
+    "BackupsFailed",
     "Busy",
     "Changes",
     "ControlServer",

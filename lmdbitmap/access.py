@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple, Protocol
 from uuid import UUID
 
-from lmdbitmap import bits, chain, owner, session
+from lmdbitmap import bits, chain, reach, session
+from lmdbitmap.apart import Failures
 from lmdbitmap.copier import cluster_bits_for
 from lmdbitmap.direct import DirectDevice
 from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError
@@ -25,7 +26,6 @@ from lmdbitmap.filter import Filter, take_snapshot
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.image import open_image
 from lmdbitmap.interfaces import BlockDevice, TrackableDevice
-from lmdbitmap.nbd import control_client
 from lmdbitmap.nbd.client import NbdDevice
 from lmdbitmap.nbd.through_owner import HeldThere, open_held
 from lmdbitmap.schema import Checkpoint, Disk
@@ -69,11 +69,17 @@ class Access(Protocol):
         `once`, nothing twice: what was read need not be kept any longer.
         """
 
+    def leave_out(self, disk: Disk) -> None:
+        """Take no point of that disk. For whoever has taken none yet, and has nothing to forget of it."""
+
     def prove(self, point: PointInTime) -> None:
         """Return if all that was read is the disk at that point; raises what hinders. Nothing is read afterwards."""
 
+    def let_go(self, point: PointInTime) -> None:
+        """Release what is held of a point that will not be proved. Does not raise."""
+
     def end_reading(self) -> None:
-        """Release what is held of points that were not proved. Does not raise."""
+        """The same of all points that were not proved."""
 
     def forget(self, disk: Disk, is_unneeded: Callable[[Checkpoint], bool]) -> list[str]:
         """Merge checkpoints into the ones before. Something has to record: answers the names of those that stay."""
@@ -94,8 +100,11 @@ def access(
     scratch: Scratch | None = None,
     owner_limit_s: float = OWNER_LIMIT_S,
     freeze_limit_s: float = FREEZE_LIMIT_S,
+    failures: Failures | None = None,
 ) -> Iterator[Access]:
     """Get at the disks. `attached` are filters of this process, which keep old data where `scratch` says.
+
+    With `failures` a disk that nobody can get at is set aside there, and the others are got at.
 
     Another process that serves them may take `freeze_limit_s` to take a point, and send nothing of what is read for
     `owner_limit_s`; then it is given up, as `Busy`.
@@ -103,9 +112,12 @@ def access(
     Raises `Busy` where some of the disks are served and some are not, or not all by one process; `NotFound` without
     such a disk or image.
     """
+    apart = failures or Failures(at_once=True)
     ours = [name for name in names if name in (attached or {})]
-    served = [] if ours else [name for name in names if is_served(store, name)]
-    if 0 < len(ours + served) < len(names):
+    there = names if ours else reach.tracked(store, names, apart)
+    served = [] if ours else reach.served(store, there, apart)
+    there = [name for name in there if name not in apart]
+    if 0 < len(ours + served) < len(there):
         raise Busy(
             f"of these disks only {', '.join(ours + served)} is served",
             next_step="serve all of them in one process, or none, or name them one by one",
@@ -115,9 +127,9 @@ def access(
         assert attached is not None
         way = Attached([attached[name] for name in names], scratch or Scratch(store.path))
     elif served:
-        way = Served(store, names, owner_limit_s, freeze_limit_s)
+        way = Served(store, served, owner_limit_s, freeze_limit_s)
     else:
-        way = Unowned(store, names, open_device)
+        way = Unowned(store, there, open_device, apart)
     with contextlib.closing(way):
         yield way
 
@@ -127,15 +139,15 @@ def open_to_read(image: str) -> TrackableDevice:
     return open_image(image, read_only=True)
 
 
-def is_served(store: Store, name: str) -> bool:
-    """Whether a process has the disk attached now."""
-    with store.read() as reader:
-        return owner.is_owned(store.owner_path(chain.find_disk(reader, name).uuid))
-
-
 def want_changes(snapshot: Snapshot, since: str) -> None:
-    """Have a snapshot keep only what a backup reads that counts from checkpoint `since`."""
-    changed = snapshot.changes(since=since)
+    """Have a snapshot keep only what a backup reads that counts from checkpoint `since`.
+
+    Where nobody knows what that is, all is kept: whoever asks what changed is told, and of its disk alone.
+    """
+    try:
+        changed = snapshot.changes(since=since)
+    except LmdbitmapError:
+        return
     geometry = changed.geometry
     clusters = Geometry(geometry.size, cluster_bits_for(geometry))
     last = (max(geometry.block_count - 1, 0), geometry.block_count)
@@ -150,16 +162,31 @@ class Unowned:
 
     holds_alone = True
 
-    def __init__(self, store: Store, names: Sequence[str], open_device: OpenDevice) -> None:
+    def __init__(
+        self, store: Store, names: Sequence[str], open_device: OpenDevice, apart: Failures | None = None
+    ) -> None:
         self._store = store
-        self._locks = contextlib.ExitStack()
-        with contextlib.ExitStack() as on_failure:
-            on_failure.enter_context(self._locks)
-            self._held = [
-                self._locks.enter_context(session.owning(store, name, open_device)) for name in names
-            ]
-            self.disks: Sequence[Disk] = [session.reconcile(store, held) for held in self._held]
-            on_failure.pop_all()
+        self._held: dict[UUID, Held] = {}
+        self._disks: dict[UUID, Disk] = {}
+        self._locks: dict[UUID, contextlib.ExitStack] = {}
+        try:
+            for name in names:
+                with (apart or Failures(at_once=True)).of(name):
+                    self._own(name, open_device)
+        except BaseException:
+            self.close()
+            raise
+
+    def _own(self, name: str, open_device: OpenDevice) -> None:
+        with contextlib.ExitStack() as lock:
+            held = lock.enter_context(session.owning(self._store, name, open_device))
+            disk = session.reconcile(self._store, held)
+            self._held[disk.uuid], self._disks[disk.uuid] = held, disk
+            self._locks[disk.uuid] = lock.pop_all()
+
+    @property
+    def disks(self) -> Sequence[Disk]:
+        return list(self._disks.values())
 
     def take_point(
         self, name: str, since: Sequence[Checkpoint | None], *, once: bool = False
@@ -168,14 +195,19 @@ class Unowned:
         checkpoints = self._store.update(
             lambda writer: [chain.add_checkpoint(writer, disk, name, time_ns)[1] for disk in self.disks]
         )
-        devices = [held.device for held in self._held]
+        devices = [self._held[disk.uuid].device for disk in self.disks]
         return list(map(PointInTime, self.disks, checkpoints, devices))
 
-    def prove(self, point: PointInTime) -> None:
-        session.require_untouched(self._held_of(point.disk), point.disk)
+    def leave_out(self, disk: Disk) -> None:
+        """Others can have it from now on."""
+        del self._disks[disk.uuid], self._held[disk.uuid]
+        self._locks.pop(disk.uuid).close()
 
-    def _held_of(self, disk: Disk) -> Held:
-        return next(held for held in self._held if held.disk.uuid == disk.uuid)
+    def prove(self, point: PointInTime) -> None:
+        session.require_untouched(self._held[point.disk.uuid], point.disk)
+
+    def let_go(self, point: PointInTime) -> None:
+        """Nothing is held but the disk itself."""
 
     def end_reading(self) -> None:
         """Nothing is held but the disks themselves."""
@@ -197,7 +229,9 @@ class Unowned:
         return self._store.update(change)
 
     def close(self) -> None:
-        self._locks.close()
+        with contextlib.ExitStack() as all_of_them:
+            for lock in self._locks.values():
+                all_of_them.push(lock)
 
 
 class _Owned:
@@ -205,13 +239,16 @@ class _Owned:
 
     holds_alone = False
     _store: Store
-    _uuids: Sequence[UUID]
+    _uuids: list[UUID]
 
     @property
     def disks(self) -> Sequence[Disk]:
         with self._store.read() as reader:
             found = {disk.uuid: disk for disk in reader.disks()}
         return [found[uuid] for uuid in self._uuids]
+
+    def leave_out(self, disk: Disk) -> None:
+        self._uuids.remove(disk.uuid)
 
     def forget(self, disk: Disk, is_unneeded: Callable[[Checkpoint], bool]) -> list[str]:
         with self._store.read() as reader:
@@ -241,7 +278,8 @@ class Attached(_Owned):
     def take_point(
         self, name: str, since: Sequence[Checkpoint | None], *, once: bool = False
     ) -> list[PointInTime]:
-        self._snapshots = take_snapshot(list(self._filters.values()), name, self._scratch)
+        filters = [self._filters[uuid] for uuid in self._uuids]
+        self._snapshots = take_snapshot(filters, name, self._scratch)
         for snapshot, checkpoint in zip(self._snapshots, since, strict=True):
             if checkpoint is not None:
                 want_changes(snapshot, checkpoint.name)
@@ -254,6 +292,10 @@ class Attached(_Owned):
         point.device.release()
         if point.device.broken is not None:
             raise broken_error(point.disk, point.device.broken)
+
+    def let_go(self, point: PointInTime) -> None:
+        assert isinstance(point.device, Snapshot)
+        point.device.release()
 
     def end_reading(self) -> None:
         for snapshot in self._snapshots:
@@ -282,14 +324,7 @@ class Served(_Owned):
         with store.read() as reader:
             disks = [chain.find_disk(reader, name) for name in names]
         self._uuids = [disk.uuid for disk in disks]
-        self._names = list(names)
-        client = control_client.reach(store.control_path(self._uuids[0]))
-        if client is None:
-            raise Busy(
-                f"disk {names[0]!r} is owned by a process that serves it to nobody, such as another backup",
-                next_step="wait for that process, or stop it",
-            )
-        self._client = client
+        self._client = reach.owner_of(store, disks[0])
         self._devices: list[NbdDevice | DirectDevice] = []
         self._held: list[HeldThere] = []
         """What is not released yet."""
@@ -298,11 +333,12 @@ class Served(_Owned):
         self, name: str, since: Sequence[Checkpoint | None], *, once: bool = False
     ) -> list[PointInTime]:
         counted_from = ["" if checkpoint is None else checkpoint.name for checkpoint in since]
+        disks = self.disks
         told = self._client.call(
-            "snapshot", disks=self._names, name=name, since=counted_from, bound=True, once=once,
+            "snapshot", disks=[disk.name for disk in disks], name=name, since=counted_from, bound=True, once=once,
             timeout_s=self._freeze_limit_s,
         )  # fmt: skip
-        for disk, held in zip(self.disks, told["snapshots"], strict=True):
+        for disk, held in zip(disks, told["snapshots"], strict=True):
             checkpoint = self._found(disk, name, held["uuid"])
             self._held.append(HeldThere(disk, checkpoint, str(held["export"]), held.get("direct")))
         self._devices = open_held(self._client, self._held, self._limit_s)
@@ -332,12 +368,18 @@ class Served(_Owned):
         if not held.takes_uuid:  # a name is nobody else's as long as its checkpoint is there
             self._found(point.disk, point.checkpoint.name, str(point.checkpoint.uuid))
 
+    def let_go(self, point: PointInTime) -> None:
+        self._release([held for held in self._held if held.checkpoint == point.checkpoint])
+
     def end_reading(self) -> None:
-        for held in self._held:
+        self._release(list(self._held))
+
+    def _release(self, unread: Sequence[HeldThere]) -> None:
+        for held in unread:
+            self._held.remove(held)
             with contextlib.suppress(LmdbitmapError):  # the owner does it when we hang up
                 last_word_s = min(LAST_WORD_S, self._limit_s)
                 self._client.call("release", timeout_s=last_word_s, **held.named)
-        self._held.clear()
 
     def forget(self, disk: Disk, is_unneeded: Callable[[Checkpoint], bool]) -> list[str]:
         """Raises `Busy` where a checkpoint may be made still, by a request that we gave up."""

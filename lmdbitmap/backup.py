@@ -17,6 +17,9 @@ Law 3: the archive is durable before anything forgets that it was needed. From t
 A death anywhere costs this run's work: its checkpoint records on, or is merged away, and the next backup
 counts from the last one in the manifest, whatever happened since.
 
+A disk that fails by itself is left out, before the checkpoint or after it; what was made of it is undone at once, and
+the others go on as if it had not been named. The moment is one of all that take part in it, or of none.
+
 A repository forgets checkpoints that its own manifest or note names and no other one holds (holds.py), and those that
 nobody holds any more (consumers.py), so that any number of them can back up one disk. It holds two: the newest
 backup's, for increments, and the newest full one's, for differential backups.
@@ -29,15 +32,17 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from typing import NamedTuple
 from uuid import uuid4
 
 from lmdbitmap import consumers, digest_algorithms, mending
 from lmdbitmap.access import FREEZE_LIMIT_S, OWNER_LIMIT_S, Access, PointInTime, access, open_to_read
+from lmdbitmap.apart import Failures
 from lmdbitmap.backup_image import Job, Source, write_image
 from lmdbitmap.backup_plan import Plan, digests_for, newest, plan_for
+from lmdbitmap.backup_result import BackupFailure, BackupResult, BackupsFailed
 from lmdbitmap.copier import Progress, Report
 from lmdbitmap.digest_algorithms import DigestAlgorithm
 from lmdbitmap.errors import (
@@ -51,7 +56,6 @@ from lmdbitmap.errors import (
 from lmdbitmap.filter import Filter
 from lmdbitmap.holds import HoldFile, UnderWay
 from lmdbitmap.manifest import (
-    BackupEntry,
     BackupType,
     CheckpointRef,
     DiskRef,
@@ -73,20 +77,6 @@ log = logging.getLogger(__name__)
 _UNREADABLE = Reason(
     "manifest-unreadable", "the manifest is missing or damaged: older images stay, and a new chain begins"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class BackupResult:
-    """One disk's new backup. `entry` says what was asked for, what it became and why, and the bytes."""
-
-    disk: str
-    entry: BackupEntry
-    path: str
-    bytes_read: int
-    """Of the disk."""
-    seconds: float
-    digest_reason: Reason | None = None
-    """Why its digests are not of the algorithm that those of the backup before are of, if that was not asked for."""
 
 
 def backup(
@@ -124,45 +114,93 @@ def backup(
     with the fastest that there is.
     Raises `Busy` for a disk or image that somebody else holds, and for a folder that somebody backs up to;
     `NotFound` without such a disk or image, or the package for what was asked for; `FormatError` for a manifest that
-    cannot be read; `StorageError` where a snapshot broke. Disks before the one that failed then have their backup,
-    those after it do not.
+    cannot be read; `StorageError` where a snapshot broke. Of several disks one that fails for such a reason is left
+    out, and `BackupsFailed` tells of it when the others are done; what `progress` or `quiesced` raises ends the run.
     """
     packing, pace = None if compression is None else chosen(compression), pace_of(bytes_per_s)
     algorithm = None if digest is None else digest_algorithms.named(digest)
     if len(set(names)) != len(names):
         raise InvalidArgument("a disk is named twice", next_step="name each disk once")
-    with contextlib.ExitStack() as locks:
+    failures = Failures(at_once=len(names) == 1)
+    with contextlib.ExitStack() as locks, _told(failures):
         way = locks.enter_context(
-            access(store, names, open_device, attached, scratch, owner_limit_s, freeze_limit_s)
+            access(store, names, open_device, attached, scratch, owner_limit_s, freeze_limit_s, failures)
         )
-        jobs = [_prepare(store, way, disk, repository_path, kind, algorithm, locks) for disk in way.disks]
+        wanted = _Wanted(repository_path, kind, algorithm)
+        jobs = _prepared(store, way, wanted, locks, failures)
         if only_that:
             _require_as_asked(jobs)
         try:
-            points = _one_point_in_time(store, way, jobs, quiesced)
-            sources = [Source.of(store, *pair) for pair in zip(jobs, points, strict=True)]
-            report = Report(progress, sum(source.bytes_to_copy for source in sources))
-            return [_make(store, source, report, packing, pace) for source in sources]
+            sources = _one_point_in_time(store, way, jobs, quiesced, failures)
+            listener = failures.heeding(progress)
+            results = _made(store, sources, listener, packing, pace, failures)
         except BaseException:
             way.end_reading()
             for job in jobs:
-                _undo_after_failure(store, job)
+                if job.disk.name not in failures:
+                    _undo_after_failure(store, job)
+            raise
+    if failures.errors:
+        raise BackupsFailed(results, [BackupFailure(*failed) for failed in failures.errors.items()])
+    return results
+
+
+@contextlib.contextmanager
+def _told(failures: Failures) -> Iterator[None]:
+    """Where the whole run fails, the log tells of the disks that were left out before."""
+    try:
+        yield
+    except BaseException:
+        for name, error in failures.errors.items():
+            log.error("disk %s was left out: %s", name, error)
+        raise
+
+
+@contextlib.contextmanager
+def _apart(failures: Failures, store: Store, job: Job, point: PointInTime | None = None) -> Iterator[None]:
+    """What fails in the block about one of several disks is undone, and the others go on."""
+    with failures.of(job.disk.name):
+        try:
+            yield
+        except (LmdbitmapError, OSError):
+            if point is not None:
+                job.access.let_go(point)
+            _undo_after_failure(store, job)
             raise
 
 
 # --- before the checkpoint ---
 
 
+class _Wanted(NamedTuple):
+    repository_path: str | os.PathLike[str]
+    kind: BackupType
+    algorithm: DigestAlgorithm | None
+
+
+def _prepared(
+    store: Store, way: Access, wanted: _Wanted, locks: contextlib.ExitStack, failures: Failures
+) -> list[Job]:
+    """The parts of all disks that can take part, each with its locks."""
+    jobs = []
+    for disk in list(way.disks):
+        with failures.of(disk.name), contextlib.ExitStack() as own:
+            jobs.append(_prepare(store, way, disk, wanted, own))
+            locks.push(own.pop_all())
+        if disk.name in failures:
+            way.leave_out(disk)
+    return jobs
+
+
 def _prepare(
     store: Store,
     way: Access,
     disk: Disk,
-    repository_path: str | os.PathLike[str],
-    kind: BackupType,
-    algorithm: DigestAlgorithm | None,
+    wanted: _Wanted,
     locks: contextlib.ExitStack,
 ) -> Job:
-    folder = BackupFolder(repository_path, disk.name)
+    kind = wanted.kind
+    folder = BackupFolder(wanted.repository_path, disk.name)
     locks.enter_context(folder.locked())
     found, unreadable = _manifest_of(folder, kind)
     leftovers = _undo_unfinished(way, disk, folder) if unreadable is None else []
@@ -181,7 +219,7 @@ def _prepare(
         if unreadable is None
         else Plan(kind, reason=unreadable)
     )
-    digests, sequence = digests_for(plan, manifest, algorithm), folder.next_sequence(manifest.backups)
+    digests, sequence = digests_for(plan, manifest, wanted.algorithm), folder.next_sequence(manifest.backups)
     return Job(way, disk, folder, manifest, kind, plan, digests, sequence, leftovers, hold)
 
 
@@ -216,27 +254,63 @@ def _one_point_in_time(
     way: Access,
     jobs: Sequence[Job],
     quiesced: Callable[[], AbstractContextManager[object]],
-) -> list[PointInTime]:
-    """Note what will be made, then take one checkpoint on all disks, or on none."""
+    failures: Failures,
+) -> list[Source]:
+    """Note what will be made, then take one checkpoint on all disks that take part, or on none."""
     time_ns = time.time_ns()
     name = checkpoint_name(time_ns)
     for job in jobs:
-        job.folder.note_unfinished([*job.leftovers, Unfinished(name, job.file)])
-        held = _still_there(store, job, _counted_from(job.manifest, job.disk))
-        job.hold.begin(job.folder.repository_path, held, UnderWay(name), time_ns)
+        with _apart(failures, store, job):
+            _note(store, job, name, time_ns)
+        if job.disk.name in failures:
+            way.leave_out(job.disk)
+    taking_part = [job for job in jobs if job.disk.name not in failures]
+    if not taking_part:
+        return []
     with quiesced():
-        rescans = any(job.plan.type_actual is BackupType.RESCAN for job in jobs)
-        points = way.take_point(name, [job.plan.since for job in jobs], once=not rescans)
-    for job, point in zip(jobs, points, strict=True):
-        if point.checkpoint.epoch != job.disk.epoch:
-            raise Busy(
-                f"tracking of disk {job.disk.name!r} began again just now: {point.disk.epoch_reason}",
-                next_step="make the backup again",
-            )
-    return points
+        rescans = any(job.plan.type_actual is BackupType.RESCAN for job in taking_part)
+        points = way.take_point(name, [job.plan.since for job in taking_part], once=not rescans)
+    sources = []
+    for job, point in zip(taking_part, points, strict=True):
+        with _apart(failures, store, job, point):
+            sources.append(_source(store, job, point))
+    return sources
+
+
+def _note(store: Store, job: Job, name: str, time_ns: int) -> None:
+    job.folder.note_unfinished([*job.leftovers, Unfinished(name, job.file)])
+    held = _still_there(store, job, _counted_from(job.manifest, job.disk))
+    job.hold.begin(job.folder.repository_path, held, UnderWay(name), time_ns)
+
+
+def _source(store: Store, job: Job, point: PointInTime) -> Source:
+    if point.checkpoint.epoch != job.disk.epoch:
+        raise Busy(
+            f"tracking of disk {job.disk.name!r} began again just now: {point.disk.epoch_reason}",
+            next_step="make the backup again",
+        )
+    return Source.of(store, job, point)
 
 
 # --- the archive, and what comes after it is durable ---
+
+
+def _made(
+    store: Store,
+    sources: Sequence[Source],
+    listener: Progress | None,
+    packing: Compression | None,
+    pace: Pace | None,
+    failures: Failures,
+) -> list[BackupResult]:
+    """Of all disks that come to their end. What is not copied any more of one that fails counts as done."""
+    report, passed, results = Report(listener, sum(source.bytes_to_copy for source in sources)), 0, []
+    for source in sources:
+        with _apart(failures, store, source.job, source.point):
+            results.append(_make(store, source, report, packing, pace))
+        passed += source.bytes_to_copy
+        report.reach(passed)
+    return results
 
 
 def _make(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
+from lmdbitmap.cli.logs import AlreadyTold, last_words
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import progress, say, say_json
 from lmdbitmap.cli.politeness import nice_after, polite
@@ -26,12 +27,12 @@ from lmdbitmap.cli.streams import (
     stream_out,
     words_of_what_is_behind,
 )
-from lmdbitmap.errors import NotFound
+from lmdbitmap.errors import LmdbitmapError, NotFound
 from lmdbitmap.image import is_far
 from lmdbitmap.store import Store
 
 if TYPE_CHECKING:
-    from lmdbitmap.backup import BackupResult
+    from lmdbitmap.backup_result import BackupResult, BackupsFailed
     from lmdbitmap.manifest import BackupEntry, Reason
     from lmdbitmap.restore import RestoreResult
 
@@ -100,7 +101,8 @@ def backup(
     """Back up disks, while their guests write on.
 
     All of them are copied as they are at one point in time, each into a folder of its own in REPO, as qcow2
-    images that stack on each other. Several disks must all be unserved, or all served by one process.
+    images that stack on each other. Several disks must all be unserved, or all served by one process. One that
+    fails by itself is left out, and told of in the end; the others have their backups.
 
     Where nobody knows what changed, the disk is compared with its last backup; the answer says why.
 
@@ -135,31 +137,63 @@ class _Wishes(NamedTuple):
 
 
 def _back_up(asked: Session, names: Sequence[str], repository: str, wishes: _Wishes) -> None:
-    from lmdbitmap.access import is_served
     from lmdbitmap.backup import backup as back_up
+    from lmdbitmap.backup_result import BackupsFailed
     from lmdbitmap.manifest import BackupType
 
     thaw = Thaw()
+    made: Sequence[BackupResult]
+    failed: BackupsFailed | None = None
     with (
         Store.open(asked.store_path) as store,
         progress(f"backing up {', '.join(names)}", shown=asked.shows_progress) as report,
     ):
-        served = is_served(store, names[0])  # not by ourselves yet
-        made = back_up(
-            store, names, repository,
-            kind=BackupType(wishes.kind), only_that=wishes.only_that, compression=wishes.compress, digest=wishes.digest,
-            quiesced=lambda: nice_after(
-                wishes.hook.freezing(names, thaw), wishes.nice, asked, served=served
-            ), progress=report,
-            freeze_limit_s=wishes.hook.freeze_limit_s, owner_limit_s=wishes.owner_limit_s,
-            bytes_per_s=wishes.speed_limit,
-        )  # fmt: skip
+        served = _is_any_served(store, names)  # not by ourselves yet
+        try:
+            made = back_up(
+                store, names, repository,
+                kind=BackupType(wishes.kind), only_that=wishes.only_that, compression=wishes.compress,
+                digest=wishes.digest,
+                quiesced=lambda: nice_after(
+                    wishes.hook.freezing(names, thaw), wishes.nice, asked, served=served
+                ), progress=report,
+                freeze_limit_s=wishes.hook.freeze_limit_s, owner_limit_s=wishes.owner_limit_s,
+                bytes_per_s=wishes.speed_limit,
+            )  # fmt: skip
+        except BackupsFailed as some:
+            made, failed = some.results, some
+    _tell(asked, made, failed, thaw)
+
+
+def _is_any_served(store: Store, names: Sequence[str]) -> bool:
+    from lmdbitmap.reach import is_served
+
+    for name in names:
+        with contextlib.suppress(LmdbitmapError):  # of an unknown one the backup tells
+            if is_served(store, name):
+                return True
+    return False
+
+
+def _tell(asked: Session, made: Sequence[BackupResult], failed: BackupsFailed | None, thaw: Thaw) -> None:
+    """Of each disk; then end as it has to where a disk has no backup, or a guest may be frozen still."""
+    failures = () if failed is None else failed.failures
     if asked.as_json:
-        say_json({"backups": [_backup_facts(result) for result in made], "thaw_failure": thaw.problem})
+        say_json(
+            {
+                "backups": [_backup_facts(result) for result in made],
+                "failures": [{"disk": one.disk, "reason": _reason_facts(one.reason)} for one in failures],
+                "thaw_failure": thaw.problem,
+            }
+        )
     else:
         for result in made:
             say(f"{result.disk}: {_backup_words(result)}")
+    for one in failures:
+        last_words(f"{one.disk}: not backed up ({one.reason.code}): {one.reason.words}")
     thaw.require()
+    if failed is not None:
+        raise AlreadyTold(failed)
 
 
 def _backup_words(result: BackupResult) -> str:
@@ -168,6 +202,7 @@ def _backup_words(result: BackupResult) -> str:
         entry.type_actual.value + ("" if entry.reason is None else f": {entry.reason.words}"),
         f"{format_size(entry.bytes_changed)} of {format_size(entry.disk_size)}",
         f"{format_size(entry.bytes_stored)} stored {_how(entry)}in {entry.file}",
+        f"{format_size(result.bytes_read)} read",
         format_duration(result.seconds),
     ]
     if result.digest_reason is not None:

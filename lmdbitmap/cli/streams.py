@@ -84,7 +84,7 @@ def stream_out(
     asked: Session, name: str, options: StreamOptions, hook: Hook, nice: int, owner_limit_s: float
 ) -> None:
     """Nothing but the stream ever comes to standard output."""
-    from lmdbitmap.access import is_served
+    from lmdbitmap.reach import is_served
     from lmdbitmap.stream import stream_backup
 
     thaw = Thaw()

@@ -61,7 +61,7 @@ def sync(
 
     Nobody else may write TARGET. Until a sync that failed or was killed has been repeated, it is of no use.
     """
-    from lmdbitmap.access import is_served
+    from lmdbitmap.reach import is_served
     from lmdbitmap.sync import sync as bring_up_to_date
 
     if compare and only_incremental:

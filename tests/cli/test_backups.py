@@ -371,3 +371,71 @@ def test_without_the_package_digests_are_sha256_and_what_others_made_is_refused_
     assert (code, json.loads(said)["backups"][0]["digest"]) == (0, "sha256")
     assert says("verify", cli.folder / "another")[0] == 0
     assert cli.json("verify", repository)["sound"] is True
+
+
+# --- one bad disk of several ---
+
+
+@pytest.fixture
+def three(cli: Cli) -> Path:
+    """Where disks `a`, `b` and `c` have their full backups."""
+    for name in ("a", "b", "c"):
+        cli.add(name)
+    cli.ok("backup", "a", "b", "c", cli.folder / "backups")
+    return cli.folder / "backups"
+
+
+def test_of_three_disks_one_fails_and_two_are_incremental(cli: Cli, three: Path) -> None:
+    (cli.folder / "b.raw").unlink()
+    said = cli("backup", "a", "b", "c", three)
+    assert said.code == 1
+    assert [line.split(" · ")[0] for line in said.out.splitlines()] == ["a: incremental", "c: incremental"]
+    assert said.err == (
+        f"lmdbitmap: b: not backed up (not-found): the image of disk 'b', {cli.folder}/b.raw, does not exist any more;"
+        " put it back, or leave a symbolic link there to where it went; `lmdbitmap rm b` if it is gone for good\n"
+    )
+
+
+def test_programs_are_told_of_each_disk(cli: Cli, three: Path) -> None:
+    (three / "a" / "manifest.json").write_text("no manifest")
+    said = cli("backup", "a", "b", "c", three, "--json")
+    told = json.loads(said.out)
+    assert [(made["disk"], made["type"]) for made in told["backups"]] == [
+        ("b", "incremental"),
+        ("c", "incremental"),
+    ]
+    [failure] = told["failures"]
+    assert (failure["disk"], failure["reason"]["code"]) == ("a", "damaged")
+    assert failure["reason"]["words"].endswith("or begin a new chain with `backup a REPO --full`")
+    assert (said.code, said.err.count("\n")) == (1, 1)
+    assert cli.json("backup", "b", "c", three)["failures"] == []
+
+
+def test_the_exit_code_is_that_of_the_failures_if_they_agree(cli: Cli, three: Path) -> None:
+    with Store.open(str(cli.store)) as store, Filter.attach(store, "b", background=False):
+        assert cli("backup", "a", "b", "c", three).code == 4
+        (cli.folder / "c.raw").unlink()
+        said = cli("backup", "a", "b", "c", three)
+    assert (said.code, said.err.count("not backed up (busy)"), said.err.count("(not-found)")) == (1, 1, 1)
+
+
+def test_with_require_incremental_nothing_is_made_if_one_disk_cannot_have_it(cli: Cli, three: Path) -> None:
+    os.utime(cli.folder / "b.raw", ns=(2**61, 2**61))
+    said = cli.fails(3, "backup", "a", "b", "c", three, "--require-incremental")
+    assert said.startswith("disk 'b' cannot have an incremental backup")
+    assert [len(list((three / name).glob("*.qcow2"))) for name in ("a", "b", "c")] == [1, 1, 1]
+
+
+@requires("qemu-io")
+def test_of_served_disks_one_that_fails_leaves_the_others_too(cli: Cli, three: Path) -> None:
+    (three / "b" / "manifest.json").write_text("no manifest")
+    with cli.serving("a", "b", "c") as served:
+        write(served.uris["c"], MIB, 1)
+        said = cli("backup", "a", "b", "c", three, "--json")
+        told = json.loads(said.out)
+        assert [(made["disk"], made["bytes_changed"]) for made in told["backups"]] == [
+            ("a", 0),
+            ("c", 64 * KIB),
+        ]
+        assert [failure["disk"] for failure in told["failures"]] == ["b"]
+        assert cli.json("info", "b")["served"]["snapshots"] == []

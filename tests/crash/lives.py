@@ -18,7 +18,9 @@ from typing import NoReturn, TypeAlias
 
 from lmdbitmap import bitmap_file, export, session
 from lmdbitmap.backup import backup
+from lmdbitmap.backup_result import BackupsFailed
 from lmdbitmap.consumers import drop_hold
+from lmdbitmap.device import FileDevice
 from lmdbitmap.filter import Filter, take_checkpoint
 from lmdbitmap.holds import hold_files
 from lmdbitmap.interfaces import Buffer
@@ -391,6 +393,27 @@ def backing_up_two(tracked: BackedUpDisk) -> Life:
     yield "both"
 
 
+def backing_up_beside_a_failure(tracked: BackedUpDisk) -> Life:
+    """Of two disks the first one's image cannot be read when it comes to that."""
+    _backed_up(tracked, 1)
+    with_another(tracked)
+
+    class Unreadable(FileDevice):
+        def pread_into(self, buffer: memoryview, offset: int) -> None:
+            if os.path.basename(self.path) == IMAGES[NAME]:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            super().pread_into(buffer, offset)
+
+    yield GROWN_UP
+    try:
+        backup(
+            tracked.store, [NAME, OTHER], _repository(tracked),
+            open_device=lambda image: Unreadable.open(image, read_only=True),
+        )  # fmt: skip
+    except BackupsFailed as failed:
+        yield " ".join(result.disk for result in failed.results)
+
+
 def scratch_of(folder: Path) -> Scratch:
     """Where lives keep old data."""
     (folder / "scratch").mkdir(exist_ok=True)
@@ -664,7 +687,8 @@ def _written_since_start(tracked: BackedUpDisk) -> None:
 
 
 ARCHIVE_LIVES = (
-    backing_up_first, backing_up, backing_up_compressed, backing_up_full, backing_up_two, backing_up_attached,
+    backing_up_first, backing_up, backing_up_compressed, backing_up_full, backing_up_two,
+    backing_up_beside_a_failure, backing_up_attached,
     letting_lapse, dropping,
     restoring, restoring_by_hand, restoring_to_a_device, restoring_in_place, restoring_what_is_tracked,
     streaming, streaming_without_a_name, receiving, receiving_a_diff, syncing_first, syncing, comparing,

@@ -128,6 +128,22 @@ def test_of_two_disks_each_has_its_backup_or_not_and_both_of_one_moment(deaths: 
     assert set(made) == {(False, False), (True, False), (True, True)}
 
 
+def test_killed_beside_a_disk_that_fails_the_other_has_its_backup_or_not_and_both_go_on(
+    deaths: Deaths,
+) -> None:
+    """What was made of the one that fails is undone while the other is not begun yet."""
+    made = []
+    for death in deaths("backing_up_beside_a_failure"):
+        with closing(Store.open(str(death.folder / "store"))) as store:
+            counts = {name: is_true(death, store, name) for name in (NAME, OTHER)}
+            assert counts[NAME] == 1, death
+            made.append(counts[OTHER] == 1)
+            assert death.told in ((), (OTHER,)), death
+            assert made[-1] or not death.told, death
+            goes_on(death, store, counts, {NAME: False, OTHER: made[-1]})
+    assert min(made.count(True), made.count(False)) >= 5
+
+
 def test_a_backup_of_an_attached_disk_killed_at_any_step_is_followed_by_a_right_increment(
     deaths: Deaths,
 ) -> None:

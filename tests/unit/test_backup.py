@@ -276,15 +276,6 @@ def test_several_disks_have_one_point_in_time(two: BackedUpDisk) -> None:
     ]
 
 
-def test_one_disk_that_cannot_be_backed_up_costs_the_others_nothing(two: BackedUpDisk) -> None:
-    os.unlink(two.folder / "other.raw")
-    before = two.checkpoints()
-    with pytest.raises(NotFound, match=r"other\.raw"):
-        backup(two.store, [NAME, "sdb"], two.folder / "backups")
-    assert two.checkpoints() == before
-    assert not (two.folder / "backups").exists()
-
-
 def test_a_disk_named_twice_is_refused(disk: BackedUpDisk) -> None:
     with pytest.raises(InvalidArgument, match="named twice"):
         backup(disk.store, [NAME, NAME], disk.folder / "backups")

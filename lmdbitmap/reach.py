@@ -1,0 +1,52 @@
+"""Which disks are there, which of them a process has, and how that process is reached.
+
+Of several, one that is not there or that its process serves to nobody is set aside: it keeps none of the others away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lmdbitmap import chain, owner
+from lmdbitmap.apart import Failures
+from lmdbitmap.errors import Busy
+from lmdbitmap.nbd import control_client
+from lmdbitmap.nbd.control_client import Client
+from lmdbitmap.schema import Disk
+from lmdbitmap.store import Store
+
+
+def tracked(store: Store, names: Sequence[str], apart: Failures) -> list[str]:
+    """Those that the store knows."""
+    found = []
+    for name in names:
+        with apart.of(name), store.read() as reader:
+            found.append(chain.find_disk(reader, name).name)
+    return found
+
+
+def served(store: Store, names: Sequence[str], apart: Failures) -> list[str]:
+    """Those that a process has attached, and of several also can be asked for."""
+    owned = [name for name in names if is_served(store, name)]
+    if len(names) > 1:
+        for name in owned:
+            with apart.of(name), store.read() as reader:
+                owner_of(store, chain.find_disk(reader, name)).close()
+    return [name for name in owned if name not in apart]
+
+
+def is_served(store: Store, name: str) -> bool:
+    """Whether a process has the disk attached now."""
+    with store.read() as reader:
+        return owner.is_owned(store.owner_path(chain.find_disk(reader, name).uuid))
+
+
+def owner_of(store: Store, disk: Disk) -> Client:
+    """A connection to the process that has the disk; `Busy` where it takes none."""
+    client = control_client.reach(store.control_path(disk.uuid))
+    if client is None:
+        raise Busy(
+            f"disk {disk.name!r} is owned by a process that serves it to nobody, such as another backup",
+            next_step="wait for that process, or stop it",
+        )
+    return client
