@@ -422,24 +422,32 @@ def test_of_disks_that_are_served_one_is_left_out_too(
     have_increments_of_one_moment(disks, failed.results, GOOD)
 
 
-def test_what_is_kept_for_a_disk_that_failed_is_let_go_at_once(disks: Disks) -> None:
-    """Its guest does not pay for a backup that there will not be."""
-    seen: list[int] = []
-    with attached(disks) as filters:
+@pytest.mark.parametrize("way", [attached, served], ids=["attached", "served"])
+def test_what_is_kept_for_a_disk_that_failed_is_let_go_at_once(
+    disks: Disks,
+    way: Callable[[Disks], AbstractContextManager[dict[str, Filter]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its guest does not pay for a backup that there will not be, and its checkpoint can go."""
+    rename = os.rename
 
-        @contextmanager
-        def moment() -> Iterator[None]:
-            yield
-            filters["a"].snapshots[0]._break("it broke")
+    def refuse(source: str, target: str) -> None:
+        if target == str(disks.path("a", "000002-incremental.qcow2")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rename(source, target)
 
-        disks.fails(
-            attached=filters,
-            scratch=Scratch(str(disks.folder)),
-            quiesced=moment,
-            progress=lambda done, total: seen.append(len(filters["a"].snapshots)),
-        )
-    assert seen
-    assert set(seen) == {0}
+    monkeypatch.setattr(os, "rename", refuse)
+    seen: list[tuple[int, int]] = []
+    with way(disks) as filters:
+
+        def look(done: int, total: int) -> None:
+            seen.append((len(filters["a"].snapshots), len(filters["e"].snapshots)))
+
+        options: dict[str, Any] = {"attached": filters} if way is attached else {}
+        failed = disks.fails(scratch=Scratch(str(disks.folder)), progress=look, **options)
+        assert len(disks.checkpoints("a")) == 1
+    assert seen[-1] == (0, 1)
+    have_increments_of_one_moment(disks, failed.results, FIVE[1:])
 
 
 def test_a_disk_whose_tracking_begins_anew_at_that_moment_is_told_alone(disks: Disks) -> None:
