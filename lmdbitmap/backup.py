@@ -40,7 +40,7 @@ from uuid import uuid4
 from lmdbitmap import consumers, digest_algorithms, mending
 from lmdbitmap.access import FREEZE_LIMIT_S, OWNER_LIMIT_S, Access, PointInTime, access, open_to_read
 from lmdbitmap.apart import Failures
-from lmdbitmap.backup_image import Job, Source, write_image
+from lmdbitmap.backup_image import Job, ParentDamaged, Source, write_image
 from lmdbitmap.backup_plan import Plan, digests_for, newest, plan_for
 from lmdbitmap.backup_result import BackupFailure, BackupResult, BackupsFailed
 from lmdbitmap.copier import Progress, Report
@@ -51,7 +51,6 @@ from lmdbitmap.errors import (
     FormatError,
     InvalidArgument,
     LmdbitmapError,
-    Untrusted,
 )
 from lmdbitmap.filter import Filter
 from lmdbitmap.holds import HoldFile, UnderWay
@@ -126,10 +125,11 @@ def backup(
         way = locks.enter_context(
             access(store, names, open_device, attached, scratch, owner_limit_s, freeze_limit_s, failures)
         )
-        wanted = _Wanted(repository_path, kind, algorithm)
+        wanted = _Wanted(repository_path, kind, algorithm, only_that)
         jobs = _prepared(store, way, wanted, locks, failures)
         if only_that:
-            _require_as_asked(jobs)
+            for job in jobs:
+                job.require_as_asked()
         try:
             sources = _one_point_in_time(store, way, jobs, quiesced, failures)
             listener = failures.heeding(progress)
@@ -176,6 +176,7 @@ class _Wanted(NamedTuple):
     repository_path: str | os.PathLike[str]
     kind: BackupType
     algorithm: DigestAlgorithm | None
+    only_that: bool
 
 
 def _prepared(
@@ -220,17 +221,7 @@ def _prepare(
         else Plan(kind, reason=unreadable)
     )
     digests, sequence = digests_for(plan, manifest, wanted.algorithm), folder.next_sequence(manifest.backups)
-    return Job(way, disk, folder, manifest, kind, plan, digests, sequence, leftovers, hold)
-
-
-def _require_as_asked(jobs: Sequence[Job]) -> None:
-    for job in jobs:
-        if job.plan.type_actual is not job.requested:
-            assert job.plan.reason is not None
-            raise Untrusted(
-                f"disk {job.disk.name!r} cannot have an {job.requested.value} backup: {job.plan.reason.words}",
-                next_step="leave out --require-incremental, or make a full one",
-            )
+    return Job(way, disk, folder, manifest, kind, plan, digests, sequence, leftovers, hold, wanted.only_that)
 
 
 def _manifest_of(folder: BackupFolder, kind: BackupType) -> tuple[Manifest | None, Reason | None]:
@@ -317,9 +308,13 @@ def _make(
     store: Store, source: Source, report: Report, packing: Compression | None, pace: Pace | None
 ) -> BackupResult:
     started = time.monotonic()
-    job = source.job
     device = Metered(source.point.device, pace)
-    entry = write_image(source, device, report, packing)
+    try:
+        entry = write_image(source, device, report, packing)
+    except ParentDamaged as damaged:
+        source = source.full_instead(damaged.error)
+        entry = write_image(source, device, report, packing)
+    job = source.job
     released = tuple(_still_there(store, job, job.manifest.released))
     job.hold.keep(entry.checkpoint, time.time_ns())
     manifest = dataclasses.replace(job.manifest, backups=(*job.manifest.backups, entry), released=released)

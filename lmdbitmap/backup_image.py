@@ -7,23 +7,27 @@ manifest does (backup.py).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import errno
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lmdbitmap import backup_chain, bits, files
 from lmdbitmap.access import Access, PointInTime
 from lmdbitmap.backup_chain import BackupChain
-from lmdbitmap.backup_plan import DigestChoice, Plan
+from lmdbitmap.backup_plan import DigestChoice, Plan, full_instead
 from lmdbitmap.bits import Run
 from lmdbitmap.changes import Changes, changes_since
 from lmdbitmap.copier import Copied, ImageFile, Report, cluster_bits_for, copy_clusters
 from lmdbitmap.digests import synced_digests
-from lmdbitmap.errors import FormatError, os_errors_at
+from lmdbitmap.errors import FormatError, LmdbitmapError, StorageError, Untrusted, os_errors_at
 from lmdbitmap.extents import Trust
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.hashing import ChunkHasher
 from lmdbitmap.holds import HoldFile
+from lmdbitmap.interfaces import Allocation
 from lmdbitmap.manifest import BackupEntry, BackupType, CheckpointRef, ChunkDigests, Manifest, chain_to
 from lmdbitmap.pieces import Metered, Readable
 from lmdbitmap.qcow2.compression import Compression
@@ -33,6 +37,8 @@ from lmdbitmap.rescan import differing
 from lmdbitmap.schema import Disk
 from lmdbitmap.store import Store
 from lmdbitmap.write_behind import WriteBehind
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,21 +57,68 @@ class Job:
     """Checkpoints of killed runs that cannot go before there is another one."""
     hold: HoldFile
     """What the store knows of the folder, locked."""
+    only_that: bool = False
+    """Whether no other type will do than the one that was requested."""
 
     @property
     def file(self) -> str:
         return image_name(self.sequence, self.plan.type_actual)
 
+    def require_as_asked(self) -> None:
+        """Raise `Untrusted` where it will be of another type than the one that was requested."""
+        if self.plan.type_actual is self.requested:
+            return
+        assert self.plan.reason is not None
+        article = "an" if self.requested is BackupType.INCREMENTAL else "a"
+        raise Untrusted(
+            f"disk {self.disk.name!r} cannot have {article} {self.requested.value} backup: {self.plan.reason.words}",
+            next_step="leave out --require-incremental, or make a full one",
+        )
+
     @contextlib.contextmanager
-    def parent_chain(self) -> Iterator[BackupChain]:
-        """The backup that this one is stacked on, as a disk. Raises `FormatError` in the block where it is damaged."""
+    def parent_chain(self) -> Iterator[Readable]:
+        """The backup that this one is stacked on, as a disk. It raises `ParentDamaged`, also to be opened."""
         assert self.plan.parent is not None
-        try:
-            with backup_chain.opened(self.folder, chain_to(self.manifest, self.plan.parent.id)) as past:
-                yield past
-        except FormatError as damaged:
-            damaged.next_step = "begin a new chain with `backup --full`"
+        with contextlib.ExitStack() as opened:
+            with _of_the_parent():
+                entries = chain_to(self.manifest, self.plan.parent.id)
+                past = opened.enter_context(backup_chain.opened(self.folder, entries))
+            yield _Parent(past)
+
+
+class ParentDamaged(Exception):
+    """The backup that a disk is compared with cannot be read: no error yet, as there is a full one to be made."""
+
+    def __init__(self, error: LmdbitmapError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+@contextlib.contextmanager
+def _of_the_parent() -> Iterator[None]:
+    """Tells what was damaged from the refusals of the disk, and from what nobody knows."""
+    try:
+        yield
+    except FormatError as damaged:
+        raise ParentDamaged(damaged) from damaged
+    except StorageError as refusal:
+        if refusal.errno != errno.EIO:
             raise
+        raise ParentDamaged(refusal) from refusal
+
+
+class _Parent:
+    def __init__(self, chain: BackupChain) -> None:
+        self._chain = chain
+        self.size = chain.size
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        with _of_the_parent():
+            self._chain.pread_into(buffer, offset)
+
+    def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
+        with _of_the_parent():
+            yield from self._chain.allocation(offset, length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +143,28 @@ class Source:
         summary = changed.summary
         return cls(job, point, clusters, changed, summary.standing.trust, summary.dirty_bytes)
 
+    def full_instead(self, damage: LmdbitmapError) -> Source:
+        """Of the same point in time, but all of it; its image is noted before it is begun."""
+        job = dataclasses.replace(self.job, plan=full_instead(damage))
+        if job.only_that:
+            job.require_as_asked()
+        log.warning("%s; a full backup of disk %s is made instead", damage.problem, job.disk.name)
+        job.folder.note_unfinished([*job.leftovers, Unfinished(self.point.checkpoint.name, job.file)])
+        return dataclasses.replace(self, job=job)
+
     @contextlib.contextmanager
     def runs(self, device: Readable, report: Report) -> Iterator[Iterator[Run]]:
-        """Clusters to copy, ascending; no run touches the next. Only a rescan reads the device for that."""
+        """Clusters to copy, ascending; no run touches the next. Only a rescan reads the device for that.
+
+        Raises `ParentDamaged`, in the end: the device can be read once more.
+        """
         if self.job.plan.type_actual is BackupType.RESCAN:
+            lost: list[ParentDamaged] = []
             with self.job.parent_chain() as past:
-                yield self._with_tail(differing(device, past, self.clusters, report.advance), self.clusters)
+                runs = _until_lost(differing(device, past, self.clusters, report.advance), lost)
+                yield self._with_tail(runs, self.clusters)
+            if lost:
+                raise lost[0]
         elif self.changes is None:
             yield iter([(0, self.clusters.block_count)])
         else:
@@ -116,8 +185,19 @@ class Source:
         return parent is not None and size < parent.disk_size and size % SECTOR != 0
 
 
+def _until_lost(runs: Iterator[Run], lost: list[ParentDamaged]) -> Iterator[Run]:
+    """What fails while a device is read for an image leaves it of no use: so this ends instead, and says why."""
+    try:
+        yield from runs
+    except ParentDamaged as damaged:
+        lost.append(damaged)
+
+
 def write_image(source: Source, device: Metered, report: Report, packing: Compression | None) -> BackupEntry:
-    """The image, durable in the folder under its final name, and what the manifest will say of it."""
+    """The image, durable in the folder under its final name, and what the manifest will say of it.
+
+    Raises `ParentDamaged` where a rescan cannot be, and there is no image.
+    """
     job, parent = source.job, source.job.plan.parent
     path = job.folder.path_of(job.file)
     rescans = job.plan.type_actual is BackupType.RESCAN

@@ -2,7 +2,7 @@
 
     incremental, differential    a bitmap says what changed since the backup that it is stacked on
     rescan                       no bitmap can, but that backup is there: the disk is compared with it
-    full                         everything
+    full                         everything; also where that backup is not there, or nobody could read it
 
 Its digests are of the algorithm of the newest backup. The fastest one that there is comes with a full one that was
 asked for, and with the first of all: no program that cannot read it is surprised by a full one that had to be.
@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lmdbitmap import chain
+from lmdbitmap.chain_tables import what_is_broken
 from lmdbitmap.digest_algorithms import DigestAlgorithm, fastest, is_available
-from lmdbitmap.errors import FormatError, NotFound
+from lmdbitmap.errors import FormatError, LmdbitmapError, NotFound
 from lmdbitmap.json_fields import MAX_TEXT_BYTES
 from lmdbitmap.manifest import BackupEntry, BackupType, Manifest, Reason, chain_to
 from lmdbitmap.repository import BackupFolder
@@ -49,9 +50,19 @@ def plan_for(
     parent = newest(manifest, full=kind is BackupType.DIFFERENTIAL)
     if parent is None:
         return Plan(BackupType.FULL, reason=Reason("no-earlier-backup", "no earlier backup"))
-    missing = _what_is_missing(folder, chain_to(manifest, parent.id))
+    images = chain_to(manifest, parent.id)
+    missing = _what_is_missing(folder, images)
     if missing is not None:
         return Plan(BackupType.FULL, reason=missing)
+    plan = _stacked(store, disk, parent, kind, ended)
+    if plan.parent is None:
+        return plan
+    broken = what_is_broken(folder, images, thoroughly=plan.type_actual is BackupType.RESCAN)
+    return plan if broken is None else full_instead(broken)
+
+
+def _stacked(store: Store, disk: Disk, parent: BackupEntry, kind: BackupType, ended: Reason | None) -> Plan:
+    """What it can be, if it can be stacked on `parent`."""
     since = _checkpoint_of(store, disk, parent)
     lost = _why_unknown(disk, parent, since, ended)
     if kind is BackupType.RESCAN:
@@ -99,6 +110,11 @@ def _what_is_missing(folder: BackupFolder, images: Sequence[BackupEntry]) -> Rea
     except FormatError as changed:
         return Reason("image-changed", _printable(changed.problem))
     return None
+
+
+def full_instead(damage: LmdbitmapError) -> Plan:
+    """Where an image of the chain cannot be read."""
+    return Plan(BackupType.FULL, reason=Reason("image-damaged", _printable(damage.problem)))
 
 
 def _why_unknown(

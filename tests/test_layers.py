@@ -115,6 +115,7 @@ FLOORS: dict[str, float] = {
     "merge": 3.3,
     "file_copy": 2.7,
     "backup_chain": 3.1,
+    "chain_tables": 3.15,
     "copier": 3.2,
     "write_behind": 3.25,
     "rescan": 3.2,

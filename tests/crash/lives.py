@@ -26,6 +26,7 @@ from lmdbitmap.holds import hold_files
 from lmdbitmap.interfaces import Buffer
 from lmdbitmap.manifest import BackupType
 from lmdbitmap.prune import prune
+from lmdbitmap.qcow2 import Kind, Qcow2Reader
 from lmdbitmap.restore import restore
 from lmdbitmap.retention import Retention
 from lmdbitmap.scratch import Scratch
@@ -384,6 +385,19 @@ def backing_up_full(tracked: BackedUpDisk) -> Life:
     yield "3"
 
 
+def backing_up_onto_rot(tracked: BackedUpDisk) -> Life:
+    """What was to be a rescan becomes a full one when it comes to data of the backup before that cannot be read."""
+    tracked.write(b"backed up 1" * 500, 80 * BLOCK)
+    image = tracked.backup_folder().path_of(tracked.backup(compression="zlib").file)
+    with FileDevice.open(image) as device:
+        runs = Qcow2Reader(device).extents(0, tracked.size)
+        device.pwrite(b"\xff" * 64, next(run for run in runs if run.kind is Kind.COMPRESSED).host_offset)
+    tracked.write_behind_our_back(b"stranger", 0)
+    yield GROWN_UP
+    backup(tracked.store, [NAME], _repository(tracked))
+    yield "2"
+
+
 def backing_up_two(tracked: BackedUpDisk) -> Life:
     """The one for the second time, the other for the first."""
     _backed_up(tracked, 1)
@@ -687,7 +701,7 @@ def _written_since_start(tracked: BackedUpDisk) -> None:
 
 
 ARCHIVE_LIVES = (
-    backing_up_first, backing_up, backing_up_compressed, backing_up_full, backing_up_two,
+    backing_up_first, backing_up, backing_up_compressed, backing_up_full, backing_up_onto_rot, backing_up_two,
     backing_up_beside_a_failure, backing_up_attached,
     letting_lapse, dropping,
     restoring, restoring_by_hand, restoring_to_a_device, restoring_in_place, restoring_what_is_tracked,

@@ -113,6 +113,18 @@ def test_a_full_backup_killed_at_any_step_takes_nothing_from_the_chain_before_it
     assert min(made.count(True), made.count(False)) >= 5
 
 
+def test_a_full_backup_in_place_of_a_rescan_killed_at_any_step_is_made_by_the_next(deaths: Deaths) -> None:
+    made = []
+    for death in deaths("backing_up_onto_rot"):
+        with closing(Store.open(str(death.folder / "store"))) as store:
+            made.append(len(entries_of(BackupFolder(death.folder / "backups", NAME))) == 2)
+            assert made[-1] or not death.told, death
+            [result] = backup(store, [NAME], death.folder / "backups")
+            assert result.entry.type_actual is (INCREMENTAL if made[-1] else FULL), death
+            leaves_no_trace(death, store, NAME)
+    assert min(made.count(True), made.count(False)) >= 5
+
+
 def test_a_first_backup_killed_at_any_step_is_followed_by_a_right_one(deaths: Deaths) -> None:
     made = [survives(death, {NAME: 0})[0] for death in deaths("backing_up_first")]
     assert min(made.count(True), made.count(False)) >= 5

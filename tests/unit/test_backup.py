@@ -27,10 +27,12 @@ from lmdbitmap.errors import (
     InvalidArgument,
     NotFound,
     StorageError,
+    Untrusted,
 )
 from lmdbitmap.extents import Trust
 from lmdbitmap.interfaces import TrackableDevice
 from lmdbitmap.manifest import BackupEntry, BackupType
+from lmdbitmap.qcow2 import Kind, Qcow2Reader
 from lmdbitmap.schema import DEFERRED
 from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
 from tests.support import make_raw_image
@@ -147,6 +149,66 @@ def test_an_image_of_the_chain_that_is_gone_or_cut_makes_it_full(
     assert told(entry) == ("full", code)
     assert disk.restored() == disk.content()
     assert told(disk.backup()) == ("incremental", None)
+
+
+@pytest.fixture
+def rotten(disk: BackedUpDisk) -> BackedUpDisk:
+    """Its last backup has data that cannot be decompressed, and nobody knows what changed since."""
+    disk.write(b"much the same" * 5000, 0)
+    image = Path(disk.backup_folder().path_of(disk.backup(compression="zlib").file))
+    with FileDevice.open(image, read_only=True) as device:
+        runs = list(Qcow2Reader(device).extents(0, device.size))
+    packed = [run for run in runs if run.kind is Kind.COMPRESSED][-1]
+    with image.open("r+b") as file:
+        file.seek(packed.host_offset)
+        file.write(b"\xff" * 64)
+    disk.write_behind_our_back(b"stranger", 200 * KIB)
+    return disk
+
+
+@pytest.mark.parametrize("kind", [INCREMENTAL, RESCAN])
+def test_a_rescan_that_cannot_read_the_last_backup_becomes_a_full_one(
+    rotten: BackedUpDisk, kind: BackupType
+) -> None:
+    entry = rotten.backup(kind)
+    assert (told(entry), entry.bytes_changed, entry.parent) == (("full", "image-damaged"), SIZE, None)
+    assert entry.reason is not None
+    assert "compressed cluster of byte" in entry.reason.words
+    assert rotten.restored() == rotten.content()
+    assert rotten.files() == ["000001-full.qcow2", "000002-full.qcow2"]
+    rotten.write(b"x", 0)
+    assert told(rotten.backup()) == ("incremental", None)
+
+
+def test_a_rescan_that_is_required_and_cannot_be_is_refused(rotten: BackedUpDisk) -> None:
+    before = rotten.backup_checkpoints(), rotten.files()
+    with pytest.raises(Untrusted, match=r"cannot have a rescan backup: .*compressed cluster"):
+        backup(rotten.store, [NAME], rotten.folder / "backups", kind=RESCAN, only_that=True)
+    assert (rotten.backup_checkpoints(), rotten.files()) == before
+
+
+def test_of_a_disk_that_is_attached_it_becomes_a_full_one_of_the_same_moment(rotten: BackedUpDisk) -> None:
+    with rotten.attach() as attached:
+        before = rotten.content()
+
+        @contextmanager
+        def moment() -> Iterator[None]:
+            yield
+            attached.pwrite(b"later" * BLOCK, 0)
+
+        [result] = backup(
+            rotten.store, [NAME], rotten.folder / "backups", attached={NAME: attached}, quiesced=moment
+        )
+    assert told(result.entry) == ("full", "image-damaged")
+    assert rotten.restored() == before != rotten.content()
+
+
+def test_on_a_damaged_chain_no_increment_is_required(unchanged: BackedUpDisk) -> None:
+    image = Path(unchanged.backup_folder().path_of(unchanged.manifest().backups[0].file))
+    content = image.read_bytes()
+    image.write_bytes(b"rot" + content[3:])
+    with pytest.raises(Untrusted, match=r"cannot have an incremental backup: .*header magic"):
+        backup(unchanged.store, [NAME], unchanged.folder / "backups", only_that=True)
 
 
 def test_after_a_crash_of_its_owner_an_increment_is_a_superset(disk: BackedUpDisk) -> None:
@@ -602,7 +664,7 @@ def test_every_field_and_every_reason_is_documented() -> None:
     assert [field.name for field in dataclasses.fields(BackupEntry) if f"`{field.name}`" not in text] == []
     sources = [Path(str(module.__file__)).read_text() for module in (backup_module, backup_plan)]
     codes = re.findall(r'Reason\(\s*"([a-z-]+)"', "".join(sources))
-    assert len(codes) == 7
+    assert len(codes) == 8
     assert [code for code in codes if f"`{code}`" not in text] == []
 
 
