@@ -88,6 +88,10 @@ class Access(Protocol):
     def holds_alone(self) -> bool:
         """Whether nobody else writes to the disks or their records."""
 
+    @property
+    def may_be_behind(self) -> bool:
+        """Whether a checkpoint may be made still that a run asked for which is gone by now."""
+
     def close(self) -> None: ...
 
 
@@ -117,11 +121,7 @@ def access(
     there = names if ours else reach.tracked(store, names, apart)
     served = [] if ours else reach.served(store, there, apart)
     there = [name for name in there if name not in apart]
-    if 0 < len(ours + served) < len(there):
-        raise Busy(
-            f"of these disks only {', '.join(ours + served)} is served",
-            next_step="serve all of them in one process, or none, or name them one by one",
-        )
+    reach.require_all_or_none(there, ours + served)
     way: Access
     if ours:
         assert attached is not None
@@ -140,13 +140,10 @@ def open_to_read(image: str) -> TrackableDevice:
 
 
 def want_changes(snapshot: Snapshot, since: str) -> None:
-    """Have a snapshot keep only what a backup reads that counts from checkpoint `since`.
-
-    Where nobody knows what that is, all is kept: whoever asks what changed is told, and of its disk alone.
-    """
+    """Have a snapshot keep only what a backup reads that counts from checkpoint `since`; all, if nobody knows that."""
     try:
         changed = snapshot.changes(since=since)
-    except LmdbitmapError:
+    except LmdbitmapError:  # whoever asks what changed is told, and of its disk alone
         return
     geometry = changed.geometry
     clusters = Geometry(geometry.size, cluster_bits_for(geometry))
@@ -161,6 +158,7 @@ class Unowned:
     """Disks that we own, without a session: not even one in deferred mode loses what it knew."""
 
     holds_alone = True
+    may_be_behind = False
 
     def __init__(
         self, store: Store, names: Sequence[str], open_device: OpenDevice, apart: Failures | None = None
@@ -238,6 +236,7 @@ class _Owned:
     """What goes the same way through any owner."""
 
     holds_alone = False
+    may_be_behind = False
     _store: Store
     _uuids: list[UUID]
 
@@ -309,7 +308,12 @@ class Attached(_Owned):
 
 
 class Served(_Owned):
-    """Disks of another process. What is held there for us is released when we hang up, or die."""
+    """Disks of another process. What is held there for us is released when we hang up, or die.
+
+    Points are taken there one after the other: when ours is, those that were asked for earlier are there.
+    """
+
+    may_be_behind = True
 
     def __init__(
         self,
@@ -338,6 +342,7 @@ class Served(_Owned):
             "snapshot", disks=[disk.name for disk in disks], name=name, since=counted_from, bound=True, once=once,
             timeout_s=self._freeze_limit_s,
         )  # fmt: skip
+        self.may_be_behind = False
         for disk, held in zip(disks, told["snapshots"], strict=True):
             checkpoint = self._found(disk, name, held["uuid"])
             self._held.append(HeldThere(disk, checkpoint, str(held["export"]), held.get("direct")))

@@ -54,6 +54,7 @@ from lmdbitmap.errors import (
 )
 from lmdbitmap.filter import Filter
 from lmdbitmap.holds import HoldFile, UnderWay
+from lmdbitmap.leftovers import forget, undo_unfinished
 from lmdbitmap.manifest import (
     BackupType,
     CheckpointRef,
@@ -65,8 +66,8 @@ from lmdbitmap.manifest import (
 from lmdbitmap.pace import Pace, pace_of
 from lmdbitmap.pieces import Metered
 from lmdbitmap.qcow2.compression import Compression, chosen
-from lmdbitmap.repository import BackupFolder, Unfinished, checkpoint_name, is_checkpoint_name
-from lmdbitmap.schema import Checkpoint, Disk
+from lmdbitmap.repository import BackupFolder, Unfinished, checkpoint_name
+from lmdbitmap.schema import Disk
 from lmdbitmap.scratch import Scratch
 from lmdbitmap.session import OpenDevice
 from lmdbitmap.store import Store
@@ -204,7 +205,7 @@ def _prepare(
     folder = BackupFolder(wanted.repository_path, disk.name)
     locks.enter_context(folder.locked())
     found, unreadable = _manifest_of(folder, kind)
-    leftovers = _undo_unfinished(way, disk, folder) if unreadable is None else []
+    leftovers = undo_unfinished(way, disk, folder) if unreadable is None else []
     manifest = found or Manifest(DiskRef(disk.name, disk.uuid))
     if manifest.disk.uuid != disk.uuid:
         raise AlreadyExists(
@@ -349,7 +350,7 @@ def _forget_unneeded(store: Store, source: Source, manifest: Manifest) -> None:
     abandoned = {work.checkpoint for work in job.leftovers}
     try:
         unneeded = held - needed - consumers.held_by_others(store, disk, manifest.holder)
-        _forget(job.access, disk, lambda member: member.uuid in unneeded or member.name in abandoned)
+        forget(job.access, disk, lambda member: member.uuid in unneeded or member.name in abandoned)
         if job.plan.type_actual is BackupType.FULL and job.access.holds_alone:
             mending.mend_closed_periods(store, disk)
     except LmdbitmapError as error:
@@ -357,27 +358,13 @@ def _forget_unneeded(store: Store, source: Source, manifest: Manifest) -> None:
     consumers.merge_unheld(store, job.access, disk)
 
 
-def _forget(way: Access, disk: Disk, is_unneeded: Callable[[Checkpoint], bool]) -> list[str]:
-    """Merge checkpoints of backups, and no others, into the ones before. Answers the names of those that stay."""
-    return way.forget(disk, lambda member: is_checkpoint_name(member.name) and is_unneeded(member))
-
-
 # --- what did not come so far ---
-
-
-def _undo_unfinished(way: Access, disk: Disk, folder: BackupFolder) -> list[Unfinished]:
-    """Undo what runs made that the manifest does not know: they were killed, or failed. Answers what is left."""
-    abandoned = folder.unfinished()
-    names = {work.checkpoint for work in abandoned}
-    stay = _forget(way, disk, lambda member: member.name in names) if names else []
-    if not stay:
-        folder.drop_note()
-    return [work for work in abandoned if work.checkpoint in stay]
 
 
 def _undo_after_failure(store: Store, job: Job) -> None:
     try:
-        _undo_unfinished(job.access, job.disk, job.folder)
+        others = [work.checkpoint for work in job.leftovers]
+        undo_unfinished(job.access, job.disk, job.folder, others)
         with store.read() as reader:
             members = reader.checkpoints(job.disk.uuid)
         job.hold.settle(members)

@@ -35,6 +35,15 @@ def served(store: Store, names: Sequence[str], apart: Failures) -> list[str]:
     return [name for name in owned if name not in apart]
 
 
+def require_all_or_none(names: Sequence[str], served: Sequence[str]) -> None:
+    """Raise `Busy` where no one moment can be taken of all of them."""
+    if 0 < len(served) < len(names):
+        raise Busy(
+            f"of these disks only {', '.join(served)} is served",
+            next_step="serve all of them in one process, or none, or name them one by one",
+        )
+
+
 def is_served(store: Store, name: str) -> bool:
     """Whether a process has the disk attached now."""
     with store.read() as reader:

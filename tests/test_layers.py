@@ -171,6 +171,7 @@ FLOORS: dict[str, float] = {
     "bitmap_file": 5.2,
     "backup_plan": 5.3,
     "backup_result": 5.3,
+    "leftovers": 5.3,
     "backup_image": 5.4,
     "consumers": 5.4,
     "backup": 5.5,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from lmdbitmap.filter import Filter
 from lmdbitmap.nbd import control, control_client
 from lmdbitmap.nbd.held import HeldSnapshots
 from lmdbitmap.nbd.server import Server
+from lmdbitmap.repository import is_checkpoint_name
 from lmdbitmap.scratch import Scratch
 from lmdbitmap.snapshot import Snapshot
 from lmdbitmap.store import Store
@@ -177,6 +179,65 @@ def test_a_guest_is_kept_frozen_no_longer_than_was_said(folder: Path) -> None:
         Slow.let_go.set()
         await_callers(0)
         assert disk.snapshots == ()
+
+
+class Late(HeldSnapshots):
+    """Takes the first point when it is let go; its backup has given up by then."""
+
+    let_go = threading.Event()
+    took = threading.Event()
+
+    def take(self, disks: Sequence[str], name: str) -> list[Snapshot]:
+        self.let_go.wait(PATIENCE_SECONDS)
+        taken = super().take(disks, name)
+        self.took.set()
+        return taken
+
+
+@pytest.mark.parametrize("later", ["made", "refused and then made"])
+def test_a_checkpoint_that_comes_when_its_backup_is_gone_goes_with_the_next_backup(
+    folder: Path, later: str
+) -> None:
+    """Whose first look at what the dead one left does not find it yet."""
+
+    def refused() -> AbstractContextManager[object]:
+        raise Busy("the guest does not listen", next_step="ask it again")
+
+    @contextmanager
+    def when_the_late_one_is_there() -> Iterator[None]:
+        assert len(backups_of(disk)) == 1
+        Late.let_go.set()
+        assert Late.took.wait(PATIENCE_SECONDS)
+        yield
+
+    with serving(folder, Late) as disk:
+        Late.let_go.set()
+        [first] = backup(disk.store, [NAME], folder / "backups")
+        Late.let_go.clear()
+        Late.took.clear()
+        with pytest.raises(Busy, match="did not answer within"):
+            backup(disk.store, [NAME], folder / "backups", freeze_limit_s=0.05)
+        if later != "made":
+            with pytest.raises(Busy, match="does not listen"):
+                backup(disk.store, [NAME], folder / "backups", quiesced=refused)
+        [made] = backup(disk.store, [NAME], folder / "backups", quiesced=when_the_late_one_is_there)
+        assert backups_of(disk) == [first.entry.checkpoint.name, made.entry.checkpoint.name]
+        assert "unfinished" not in os.listdir(folder / "backups" / NAME)
+
+
+def backups_of(disk: Filter) -> list[str]:
+    with disk.store.read() as reader:
+        return [one.name for one in reader.checkpoints(disk.disk.uuid) if is_checkpoint_name(one.name)]
+
+
+def test_a_served_backup_that_is_refused_leaves_no_note(folder: Path) -> None:
+    def refused() -> AbstractContextManager[object]:
+        raise Busy("the guest does not listen", next_step="ask it again")
+
+    with serving(folder) as disk:
+        with pytest.raises(Busy, match="does not listen"):
+            backup(disk.store, [NAME], folder / "backups", quiesced=refused)
+        assert os.listdir(folder / "backups" / NAME) == ["lock"]
 
 
 class Unsteady(HeldSnapshots):
