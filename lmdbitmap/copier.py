@@ -68,10 +68,6 @@ class Report:
         """At least so many bytes are done."""
         self.advance(max(done - self._done, 0))
 
-    def reach(self, done: int) -> None:
-        """At least so many bytes are done."""
-        self.advance(max(done - self._done, 0))
-
 
 class ImageSink(Sink, Borrower, Protocol):
     """Where an image is written to, perhaps behind who writes."""
