@@ -37,16 +37,16 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple
 from uuid import uuid4
 
-from lmdbitmap import consumers, digest_algorithms, mending
+from lmdbitmap import backup_place, consumers, digest_algorithms, mending
 from lmdbitmap.access import FREEZE_LIMIT_S, OWNER_LIMIT_S, Access, PointInTime, access, open_to_read
 from lmdbitmap.apart import Failures
 from lmdbitmap.backup_image import Job, ParentDamaged, Source, write_image
+from lmdbitmap.backup_place import Permission
 from lmdbitmap.backup_plan import Plan, digests_for, newest, plan_for
 from lmdbitmap.backup_result import BackupFailure, BackupResult, BackupsFailed
 from lmdbitmap.copier import Progress, Report
 from lmdbitmap.digest_algorithms import DigestAlgorithm
 from lmdbitmap.errors import (
-    AlreadyExists,
     Busy,
     FormatError,
     InvalidArgument,
@@ -58,7 +58,6 @@ from lmdbitmap.leftovers import forget, undo_unfinished
 from lmdbitmap.manifest import (
     BackupType,
     CheckpointRef,
-    DiskRef,
     Manifest,
     NewerManifest,
     Reason,
@@ -96,6 +95,8 @@ def backup(
     digest: str | None = None,
     bytes_per_s: int | None = None,
     owner_limit_s: float = OWNER_LIMIT_S,
+    take_over: bool = False,
+    new_repository: bool = False,
 ) -> list[BackupResult]:
     """Back up disks as they are at one point in time; every backup is durable when this returns.
 
@@ -112,6 +113,10 @@ def backup(
     `compression` is `zlib` or `zstd`, or one of them with `:LEVEL`; None stores clusters as they are.
     `digest` is `sha256` or `blake3`; with None a chain goes on with that of its newest backup, and a new one begins
     with the fastest that there is.
+    A folder that has the backups of another disk of the same name is refused (`AlreadyExists`). With `take_over` they
+    are this very disk's, which was tracked elsewhere, or added anew: the next one is a rescan of them, and the folder
+    this disk's from then on. Where the store knows that the disk was backed up to that place, and nothing is there, it
+    is `NotFound`: as when a file system is not mounted. With `new_repository` another one begins.
     Raises `Busy` for a disk or image that somebody else holds, and for a folder that somebody backs up to;
     `NotFound` without such a disk or image, or the package for what was asked for; `FormatError` for a manifest that
     cannot be read; `StorageError` where a snapshot broke. Of several disks one that fails for such a reason is left
@@ -126,7 +131,8 @@ def backup(
         way = locks.enter_context(
             access(store, names, open_device, attached, scratch, owner_limit_s, freeze_limit_s, failures)
         )
-        wanted = _Wanted(repository_path, kind, algorithm, only_that)
+        permission = Permission(take_over, new_repository)
+        wanted = _Wanted(repository_path, kind, algorithm, only_that, permission)
         jobs = _prepared(store, way, wanted, locks, failures)
         if only_that:
             for job in jobs:
@@ -178,6 +184,7 @@ class _Wanted(NamedTuple):
     kind: BackupType
     algorithm: DigestAlgorithm | None
     only_that: bool
+    permission: Permission
 
 
 def _prepared(
@@ -203,15 +210,11 @@ def _prepare(
 ) -> Job:
     kind = wanted.kind
     folder = BackupFolder(wanted.repository_path, disk.name)
+    backup_place.require_meant(store, disk, folder, wanted.permission)
     locks.enter_context(folder.locked())
     found, unreadable = _manifest_of(folder, kind)
+    manifest = backup_place.owned(found, disk, folder, wanted.permission)
     leftovers = undo_unfinished(way, disk, folder) if unreadable is None else []
-    manifest = found or Manifest(DiskRef(disk.name, disk.uuid))
-    if manifest.disk.uuid != disk.uuid:
-        raise AlreadyExists(
-            f"{folder.path} has the backups of another disk that was called {manifest.disk.name!r} too",
-            next_step="back up to another repository, or move that folder away",
-        )
     manifest = dataclasses.replace(manifest, holder=manifest.holder or uuid4())
     assert manifest.holder is not None
     hold = locks.enter_context(HoldFile(store.path, disk.uuid, manifest.holder).locked())

@@ -21,7 +21,7 @@ from lmdbitmap.chain_tables import what_is_broken
 from lmdbitmap.digest_algorithms import DigestAlgorithm, fastest, is_available
 from lmdbitmap.errors import FormatError, LmdbitmapError, NotFound
 from lmdbitmap.json_fields import MAX_TEXT_BYTES
-from lmdbitmap.manifest import BackupEntry, BackupType, Manifest, Reason, chain_to
+from lmdbitmap.manifest import TAKEN_OVER_EPOCH, BackupEntry, BackupType, Manifest, Reason, chain_to
 from lmdbitmap.repository import BackupFolder
 from lmdbitmap.schema import Checkpoint, Disk
 from lmdbitmap.store import Store
@@ -120,6 +120,9 @@ def full_instead(damage: LmdbitmapError) -> Plan:
 def _why_unknown(
     disk: Disk, parent: BackupEntry, since: Checkpoint | None, ended: Reason | None
 ) -> Reason | None:
+    if parent.epoch == TAKEN_OVER_EPOCH:
+        words = f"backup {parent.id}, before it, was made while the disk was tracked elsewhere"
+        return Reason("tracked-elsewhere", _printable(words))
     if parent.epoch != disk.epoch:
         return Reason("new-epoch", _printable(disk.epoch_reason))
     if since is None and ended is not None:

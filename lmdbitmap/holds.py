@@ -78,6 +78,15 @@ class Hold:
         """Of the checkpoints that it holds, or held until it ended."""
         return frozenset(checkpoint.uuid for checkpoint in self.checkpoints)
 
+    @property
+    def expects_backups(self) -> bool:
+        """Whether its repository has backups, as far as is known, that nobody gave up by hand."""
+        return bool(self.checkpoints) if self.ended is None else self.ended.code == LAPSED
+
+    def was_at(self, repository: str) -> bool:
+        """Whether the repository was last used at that absolute path."""
+        return self.repository == _shown(repository)
+
     def is_stale(self, days: int, time_ns: int) -> bool:
         """Whether it holds something, and was not used for so many days; 0 is for ever."""
         is_old = days > 0 and time_ns - self.used_ns > days * _DAY_NS
@@ -88,6 +97,11 @@ class Hold:
         if self.under_way is not None and self.under_way.is_of(member):
             return True
         return self.ended is not None and member.uuid in self.uuids and is_checkpoint_name(member.name)
+
+
+def _shown(path: str) -> str:
+    """As a note can hold it."""
+    return path.encode(errors="replace").decode()
 
 
 def is_given_name(name: str) -> bool:
@@ -141,7 +155,7 @@ class HoldFile:
         """A run is about to take a checkpoint; `held` are those that are there to count from."""
         still = tuple(held)
         ended = self.hold.ended if self.hold is not None and not still else None
-        shown = None if repository is None else repository.encode(errors="replace").decode()
+        shown = None if repository is None else _shown(repository)
         self.replace(Hold(self.holder, shown, time_ns, still, run, ended))
 
     def keep(self, checkpoint: CheckpointRef, time_ns: int) -> None:

@@ -11,7 +11,7 @@
       type_requested, type_actual  full, incremental, differential, rescan
       reason                       code and words, when the two differ; null or a remark otherwise
       time_ns                      Unix time of the checkpoint
-      checkpoint, epoch            uuid and name; uuid
+      checkpoint, epoch            uuid and name; uuid, all zeroes where the disk took the backup over from another one
       disk_size                    the true one: the image's is rounded up to 512 bytes
       granularity, cluster_size
       trust                        exact or superset
@@ -50,6 +50,8 @@ MAX_MANIFEST_BYTES: Final = 16 << 20
 """Room for some 15 000 backups; parsing hostile JSON of this size takes hundreds of MiB, and no more."""
 MIN_CLUSTER_SIZE, MAX_CLUSTER_SIZE = 512, 2 << 20
 MIN_CHUNK_SIZE, MAX_CHUNK_SIZE = 4096, 64 << 20
+TAKEN_OVER_EPOCH: Final = UUID(int=0)
+"""Of a backup that was made for another disk, by its uuid, than the manifest's is now: no disk is in this epoch."""
 _RESTORE = "restore the manifest from a copy of the repository, or begin a new chain with `backup --full`"
 
 

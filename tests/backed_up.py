@@ -40,11 +40,12 @@ class BackedUpDisk(TrackedDisk):
 
     def backup(
         self, kind: BackupType = INCREMENTAL, to: str = "backups", compression: str | None = None,
-        digest: str | None = None,
+        digest: str | None = None, take_over: bool = False, new_repository: bool = False,
     ) -> BackupEntry:  # fmt: skip
         [result] = backup(
-            self.store, [NAME], self.folder / to, kind=kind, compression=compression, digest=digest
-        )
+            self.store, [NAME], self.folder / to, kind=kind, compression=compression, digest=digest,
+            take_over=take_over, new_repository=new_repository,
+        )  # fmt: skip
         assert result.entry == self.manifest(to).backups[-1]
         return result.entry
 

@@ -174,6 +174,7 @@ FLOORS: dict[str, float] = {
     "leftovers": 5.3,
     "backup_image": 5.4,
     "consumers": 5.4,
+    "backup_place": 5.45,
     "backup": 5.5,
     "sync_plan": 5.3,
     "sync": 5.5,

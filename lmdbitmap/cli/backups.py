@@ -43,6 +43,7 @@ _FOLDER = click.Path(file_okay=False)
     examples=[
         "lmdbitmap backup sda /srv/backups",
         "lmdbitmap backup sda sdb /srv/backups --full --compress zstd",
+        "lmdbitmap backup sda /srv/backups --take-over",
         "lmdbitmap backup sda --stdout --since monday --checkpoint tuesday | rbd import-diff - pool/sda",
     ]
 )
@@ -80,6 +81,15 @@ _FOLDER = click.Path(file_okay=False)
     " proven. [default: as the backup before; for a new chain blake3, if it is installed]",
 )  # fmt: skip
 @click.option(
+    "--take-over", is_flag=True,
+    help="REPO has backups of these very disks, made while they were tracked elsewhere, or before they were added anew:"
+    " go on with them. They are compared with the disks.",
+)  # fmt: skip
+@click.option(
+    "--new-repository", is_flag=True,
+    help="Begin anew where these disks were backed up to, and nothing is now, as if its file system were not mounted.",
+)  # fmt: skip
+@click.option(
     "--stdout",
     "to_stdout",
     is_flag=True,
@@ -95,8 +105,8 @@ _FOLDER = click.Path(file_okay=False)
 @click.pass_obj
 def backup(
     asked: Session, words: Sequence[str], kind: str, only_that: bool, hook: Hook, nice: int, speed_limit: int | None,
-    owner_limit: float, compress: str | None, digest: str | None, to_stdout: bool, since: str | None,
-    checkpoint: str | None, diff_version: str | None,
+    owner_limit: float, compress: str | None, digest: str | None, take_over: bool, new_repository: bool,
+    to_stdout: bool, since: str | None, checkpoint: str | None, diff_version: str | None,
 ) -> None:  # fmt: skip
     """Back up disks, while their guests write on.
 
@@ -119,7 +129,9 @@ def backup(
     options.require_none()
     if len(words) < 2:
         raise click.UsageError("Missing argument 'REPO'.")
-    wishes = _Wishes(kind, only_that, compress, digest, hook, nice, speed_limit, owner_limit)
+    wishes = _Wishes(
+        kind, only_that, compress, digest, hook, nice, speed_limit, owner_limit, take_over, new_repository
+    )
     _back_up(asked, words[:-1], words[-1], wishes)
 
 
@@ -134,6 +146,8 @@ class _Wishes(NamedTuple):
     nice: int
     speed_limit: int | None
     owner_limit_s: float
+    take_over: bool
+    new_repository: bool
 
 
 def _back_up(asked: Session, names: Sequence[str], repository: str, wishes: _Wishes) -> None:
@@ -158,7 +172,7 @@ def _back_up(asked: Session, names: Sequence[str], repository: str, wishes: _Wis
                     wishes.hook.freezing(names, thaw), wishes.nice, asked, served=served
                 ), progress=report,
                 freeze_limit_s=wishes.hook.freeze_limit_s, owner_limit_s=wishes.owner_limit_s,
-                bytes_per_s=wishes.speed_limit,
+                bytes_per_s=wishes.speed_limit, take_over=wishes.take_over, new_repository=wishes.new_repository,
             )  # fmt: skip
         except BackupsFailed as some:
             made, failed = some.results, some

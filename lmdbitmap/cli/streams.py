@@ -34,6 +34,8 @@ _NOT_OUT = {
     "speed_limit": "A stream is as fast as its reader: limit that, as with pv -L, not --stdout.",
     "compress": "A stream is not compressed: lead it through zstd, and leave out --compress, or --stdout.",
     "digest": "A stream has no digests: leave out --digest, or --stdout.",
+    "take_over": "A stream has no REPO: leave out --take-over.",
+    "new_repository": "A stream has no REPO: leave out --new-repository.",
 }
 _IN_TAKES = frozenset({"repository", "name", "larger", "store", "json"})
 _NOT_IN = {

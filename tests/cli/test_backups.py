@@ -313,6 +313,48 @@ def test_on_a_terminal_there_is_a_bar(cli: Cli, repository: Path) -> None:
     assert "8.0/8.0 MiB" in seen
 
 
+# --- where it goes ---
+
+
+def test_a_disk_that_was_added_anew_takes_its_repository_over_when_that_is_said(
+    cli: Cli, repository: Path
+) -> None:
+    cli.ok("rm", "sda")
+    cli.ok("add", "sda", cli.folder / "sda.raw")
+    said = cli.fails(1, "backup", "sda", repository)
+    assert said == (
+        f"{repository}/sda has the backups of another disk that was called 'sda' too; back up to another repository,"
+        " or, if it is this very disk that was tracked elsewhere or added anew, say --take-over"
+    )
+    said = cli.fails(3, "backup", "sda", repository, "--take-over", "--require-incremental")
+    assert "backup 1, before it, was made while the disk was tracked elsewhere" in said
+    [made] = cli.json("backup", "sda", repository, "--take-over")["backups"]
+    assert (made["type"], made["reason"]["code"]) == ("rescan", "tracked-elsewhere")
+    assert (made["parent"], made["bytes_changed"]) == ("1", 0)
+    assert cli.ok("backup", "sda", repository).startswith("sda: incremental · ")
+    assert _restored(cli, repository) == (cli.folder / "sda.raw").read_bytes()
+
+
+def test_where_a_repository_is_not_mounted_none_begins_by_itself(cli: Cli, repository: Path) -> None:
+    repository.rename(cli.folder / "away")
+    said = cli.fails(1, "backup", "sda", repository)
+    assert said.startswith(
+        f"{repository}/sda has no backups, but disk 'sda' was backed up to {repository} on "
+    )
+    assert said.endswith(
+        "; see whether its file system is mounted; to begin another repository there, say --new-repository"
+    )
+    assert "no backups to take over" in cli.fails(1, "backup", "sda", repository, "--take-over")
+    assert not repository.exists()
+    assert cli.ok("backup", "sda", repository, "--new-repository").startswith("sda: full: no earlier backup")
+
+
+@pytest.mark.parametrize("option", ["--take-over", "--new-repository"])
+def test_a_stream_goes_to_no_repository(cli: Cli, option: str) -> None:
+    said = cli("backup", "sda", "--stdout", option)
+    assert (said.code, "A stream has no REPO" in said.err) == (2, True)
+
+
 # --- what digests are made with ---
 
 

@@ -478,6 +478,16 @@ def dropping(tracked: BackedUpDisk) -> Life:
     yield "dropped"
 
 
+def taking_over(tracked: BackedUpDisk) -> Life:
+    """A repository of two backups, after the disk was added anew: nothing in the store is as old as they are."""
+    _backed_up(tracked, 2)
+    session.remove(tracked.store, NAME)
+    session.add(tracked.store, NAME, str(tracked.image), granularity_bits=GRANULARITY_BITS)
+    yield GROWN_UP
+    backup(tracked.store, [NAME], _repository(tracked), take_over=True)
+    yield "3"
+
+
 def pruning(tracked: BackedUpDisk) -> Life:
     """Of four backups two stay: the third becomes full."""
     _backed_up(tracked, 4)
@@ -703,7 +713,7 @@ def _written_since_start(tracked: BackedUpDisk) -> None:
 ARCHIVE_LIVES = (
     backing_up_first, backing_up, backing_up_compressed, backing_up_full, backing_up_onto_rot, backing_up_two,
     backing_up_beside_a_failure, backing_up_attached,
-    letting_lapse, dropping,
+    letting_lapse, dropping, taking_over,
     restoring, restoring_by_hand, restoring_to_a_device, restoring_in_place, restoring_what_is_tracked,
     streaming, streaming_without_a_name, receiving, receiving_a_diff, syncing_first, syncing, comparing,
     pruning, thinning, merging, copying, copying_first, copying_what_was_pruned,

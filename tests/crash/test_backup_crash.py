@@ -16,7 +16,7 @@ from lmdbitmap import chain
 from lmdbitmap.backup import backup
 from lmdbitmap.changes import changes
 from lmdbitmap.consumers import holds_of
-from lmdbitmap.errors import StorageError
+from lmdbitmap.errors import AlreadyExists, StorageError
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.manifest import BackupEntry, decode
@@ -224,6 +224,42 @@ def test_a_hold_is_ended_or_not_and_its_repository_gets_what_changed(
             restore(death.folder / "backups", NAME, death.folder / "out.raw")
             assert filecmp.cmp(death.folder / "out.raw", death.folder / "disk.raw", shallow=False), death
     assert min(fates.values()) >= 2
+
+
+def test_a_folder_that_was_being_taken_over_is_the_one_disks_or_the_others_and_whole(deaths: Deaths) -> None:
+    """And until it is the other's, that has to be asked for again; from then on its own checkpoints count."""
+    made = []
+    for death in deaths("taking_over"):
+        with closing(Store.open(str(death.folder / "store"))) as store:
+            is_true_but_for_checkpoints(death)
+            folder = BackupFolder(death.folder / "backups", NAME)
+            made.append(is_ours(store, folder))
+            assert made[-1] == (len(entries_of(folder)) == 3) >= bool(death.told), death
+            if not made[-1]:
+                with pytest.raises(AlreadyExists):
+                    backup(store, [NAME], death.folder / "backups")
+            [result] = backup(store, [NAME], death.folder / "backups", take_over=not made[-1])
+            if made[-1]:
+                assert (result.entry.type_actual, result.entry.bytes_changed) == (INCREMENTAL, 0), death
+            else:
+                assert result.entry.reason is not None, death
+                assert (result.entry.type_actual, result.entry.reason.code) == (RESCAN, "tracked-elsewhere")
+                assert result.entry.bytes_changed == CLUSTER, death
+            assert is_ours(store, folder), death
+            assert backup_checkpoints(store, NAME) == {result.entry.checkpoint.name}, death
+            [hold] = holds_of(store, NAME)
+            assert [held.name for held in hold.checkpoints] == [result.entry.checkpoint.name], death
+            restore(death.folder / "backups", NAME, death.folder / "out.raw")
+            assert filecmp.cmp(death.folder / "out.raw", death.folder / "disk.raw", shallow=False), death
+    assert min(made.count(True), made.count(False)) >= 5
+
+
+def is_ours(store: Store, folder: BackupFolder) -> bool:
+    """Whether the folder is that of the disk that the store has."""
+    found = folder.manifest()
+    assert found is not None
+    with store.read() as reader:
+        return found.disk.uuid == chain.find_disk(reader, folder.disk_name).uuid
 
 
 def is_true_but_for_checkpoints(death: Death) -> None:

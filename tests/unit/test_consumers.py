@@ -105,7 +105,8 @@ def test_disks_that_take_turns_at_one_place_are_two_holders(disk: BackedUpDisk) 
     for turn in ("a", "b", "a", "b"):
         if (disk.folder / turn).exists():
             shutil.move(disk.folder / turn, disk.folder / "mnt")
-        disk.backup(to="mnt")
+        is_new = not (disk.folder / "mnt").exists()
+        disk.backup(to="mnt", new_repository=is_new)
         shutil.move(disk.folder / "mnt", disk.folder / turn)
     kinds_made = {turn: [entry.type_actual for entry in disk.manifest(turn).backups] for turn in "ab"}
     assert kinds_made == {"a": [FULL, INCREMENTAL], "b": [FULL, INCREMENTAL]}
@@ -354,7 +355,7 @@ def test_of_two_repositories_that_were_at_one_place_the_one_that_is_there_is_mea
 ) -> None:
     disk.backup(to="mnt")
     shutil.move(disk.folder / "mnt", disk.folder / "a")
-    disk.backup(to="mnt")
+    disk.backup(to="mnt", new_repository=True)
     there = disk.manifest("mnt").holder
     assert drop_hold(disk.store, NAME, str(disk.folder / "mnt")).holder == there
     shutil.move(disk.folder / "mnt", disk.folder / "b")
