@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lmdbitmap.backup import backup as back_up
     from lmdbitmap.backup_chain import BackupChain, open_backup
     from lmdbitmap.backup_result import BackupFailure, BackupResult, BackupsFailed
+    from lmdbitmap.backup_server import serve_backup
     from lmdbitmap.changes import Changes, Standing
     from lmdbitmap.changes import changes as changes_of
     from lmdbitmap.check import Finding, Gravity, check_store
@@ -49,16 +50,23 @@ if TYPE_CHECKING:
     from lmdbitmap.extents import Extent, Trust
     from lmdbitmap.filter import Filter, take_checkpoint, take_snapshot
     from lmdbitmap.holds import Hold
-    from lmdbitmap.manifest import BackupType
+    from lmdbitmap.manifest import BackupEntry, BackupType, CheckpointRef, Reason
     from lmdbitmap.nbd.control import ControlServer
     from lmdbitmap.nbd.held import HeldSnapshots
     from lmdbitmap.nbd.server import Server
+    from lmdbitmap.plain import PlainDisk
     from lmdbitmap.prune import PruneResult
     from lmdbitmap.prune import prune as prune_backups
     from lmdbitmap.restore import RestoreResult
     from lmdbitmap.restore import restore as restore_backup
+    from lmdbitmap.restore_points import backed_up_disks, backups_of
     from lmdbitmap.retention import Retention
     from lmdbitmap.scratch import Scratch
+    from lmdbitmap.served_snapshots import (
+        ServedSnapshot,
+        release_served_snapshot,
+        take_served_snapshot,
+    )
     from lmdbitmap.session import add, adopt, remove
     from lmdbitmap.snapshot import Snapshot
     from lmdbitmap.store import Store
@@ -77,10 +85,12 @@ _HOMES = {
     "BackupChain": "backup_chain",
     "BackupFailure": "backup_result",
     "BackupResult": "backup_result",
+    "BackupEntry": "manifest",
     "BackupType": "manifest",
     "BackupsFailed": "backup_result",
     "Busy": "errors",
     "Changes": "changes",
+    "CheckpointRef": "manifest",
     "ControlServer": "nbd.control",
     "CopyResult": "transfer",
     "Extent": "extents",
@@ -97,10 +107,13 @@ _HOMES = {
     "LmdbitmapError": "errors",
     "MemoryDevice": "device",
     "NotFound": "errors",
+    "PlainDisk": "plain",
     "PruneResult": "prune",
+    "Reason": "manifest",
     "RestoreResult": "restore",
     "Retention": "retention",
     "Scratch": "scratch",
+    "ServedSnapshot": "served_snapshots",
     "Server": "nbd.server",
     "Snapshot": "snapshot",
     "Standing": "changes",
@@ -116,6 +129,8 @@ _HOMES = {
     "adopt": "session",
     "apply_stream": "stream_restore",
     "back_up": "backup",
+    "backed_up_disks": "restore_points",
+    "backups_of": "restore_points",
     "changes_of": "changes",
     "check_store": "check",
     "copy_backups": "transfer",
@@ -127,14 +142,17 @@ _HOMES = {
     "import_file": "export",
     "inspect_file": "export",
     "keep_changes": "export",
-    "prune_backups": "prune",
     "open_backup": "backup_chain",
+    "prune_backups": "prune",
+    "release_served_snapshot": "served_snapshots",
     "remove": "session",
     "restore_backup": "restore",
+    "serve_backup": "backup_server",
     "set_hold_lapse_days": "consumers",
     "stream_backup": "stream",
     "sync_disk": "sync",
     "take_checkpoint": "filter",
+    "take_served_snapshot": "served_snapshots",
     "take_snapshot": "filter",
     "verify_backups": "verify",
 }
@@ -153,12 +171,14 @@ __all__ = [
     "AlreadyExists",
     "AppliedResult",
     "BackupChain",
+    "BackupEntry",
     "BackupFailure",
     "BackupResult",
     "BackupType",
     "BackupsFailed",
     "Busy",
     "Changes",
+    "CheckpointRef",
     "ControlServer",
     "CopyResult",
     "Extent",
@@ -175,10 +195,13 @@ __all__ = [
     "LmdbitmapError",
     "MemoryDevice",
     "NotFound",
+    "PlainDisk",
     "PruneResult",
+    "Reason",
     "RestoreResult",
     "Retention",
     "Scratch",
+    "ServedSnapshot",
     "Server",
     "Snapshot",
     "Standing",
@@ -195,6 +218,8 @@ __all__ = [
     "adopt",
     "apply_stream",
     "back_up",
+    "backed_up_disks",
+    "backups_of",
     "changes_of",
     "check_store",
     "copy_backups",
@@ -208,12 +233,15 @@ __all__ = [
     "keep_changes",
     "open_backup",
     "prune_backups",
+    "release_served_snapshot",
     "remove",
     "restore_backup",
+    "serve_backup",
     "set_hold_lapse_days",
     "stream_backup",
     "sync_disk",
     "take_checkpoint",
+    "take_served_snapshot",
     "take_snapshot",
     "verify_backups",
 ]

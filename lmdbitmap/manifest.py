@@ -77,6 +77,8 @@ class DiskRef:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRef:
+    """A checkpoint that is kept elsewhere: in a store, as long as somebody holds it."""
+
     uuid: UUID
     name: str
 
@@ -105,10 +107,14 @@ class ChunkDigests:
 
 @dataclass(frozen=True, slots=True)
 class BackupEntry:
+    """One backup, as the manifest describes it (docs/backup.md has every field)."""
+
     id: str
+    """What a restore is asked to go back to."""
     sequence: int
     file: str
     parent: str | None
+    """The id of the backup that it is stacked on; None for a full one."""
     type_requested: BackupType
     type_actual: BackupType
     reason: Reason | None

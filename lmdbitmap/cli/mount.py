@@ -6,10 +6,7 @@ for the first time. What does not fit is an error for the client, and so is a ta
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
-from collections.abc import Iterator
 
 import click
 
@@ -17,12 +14,9 @@ from lmdbitmap.cli import logs
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.places import Places
 from lmdbitmap.cli.serving import Ending, allow_many_descriptors, announce, listening, logging_as_asked
-from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.nbd.server import Server
 from lmdbitmap.nbd.supervisor import Supervisor
 from lmdbitmap.plain import PlainDisk
-
-log = logging.getLogger(__name__)
 
 
 @verb(
@@ -60,20 +54,14 @@ def mount(
     it. It needs no store, and changes nothing.
     """
     from lmdbitmap.backup_chain import open_backup
-    from lmdbitmap.proof import prove
+    from lmdbitmap.backup_server import ended, prove_first
 
     logs.choose(log_style, verbose=verbose)
     allow_many_descriptors()
     supervisor = Supervisor(os.environ.pop("NOTIFY_SOCKET", ""))
     with Ending() as ending, open_backup(repository, name, at) as chain:
-        if verify:
-            prove([(image.file, image.entry) for image in chain.images], lambda: ending.is_wished)
-        elif chain.unproven:
-            log.warning(
-                "disk %s: %s has no digests by chunks, and is served unproven; --verify proves it as a whole first",
-                name, chain.unproven[-1][0].path,
-            )  # fmt: skip
-        with _served(Server({name: PlainDisk(chain)})) as server:
+        prove_first(name, chain, wanted=verify, stopped=lambda: ending.is_wished)
+        with ended(Server({name: PlainDisk(chain)})) as server:
             places.open_all(server)
             ending.ends(server)
             if not ending.is_wished:
@@ -81,15 +69,3 @@ def mount(
                 supervisor.tell("READY=1")
             server.serve_forever()
             supervisor.tell("STOPPING=1")
-
-
-@contextlib.contextmanager
-def _served(server: Server) -> Iterator[Server]:
-    try:
-        yield server
-    finally:
-        if not server.stop():
-            raise LmdbitmapError(
-                "a request hangs in the backup's files",
-                next_step="see why their disk does not answer (dmesg)",
-            )

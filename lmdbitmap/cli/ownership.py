@@ -20,7 +20,6 @@ from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter, take_checkpoint
 from lmdbitmap.nbd import control_client
 from lmdbitmap.schema import Bitmap, Disk
-from lmdbitmap.snapshot import broken_error
 from lmdbitmap.store import Store
 
 log = logging.getLogger(__name__)
@@ -131,40 +130,6 @@ def checkpoint(store: Store, names: Sequence[str], checkpoint_name: str) -> None
     else:
         with attached_for_a_moment(store, names) as filters:
             take_checkpoint(filters, checkpoint_name)
-
-
-def snapshot(store: Store, names: Sequence[str], checkpoint_name: str, since: str) -> list[str]:
-    """Have whoever serves the disks hold them; the names under which they are exported."""
-    disks = [find_disk(store, name) for name in names]
-    with _server_of(store, disks[0]) as client:
-        told = client.call(
-            "snapshot",
-            disks=list(names),
-            name=checkpoint_name,
-            since=[since] * len(disks),
-            bound=False,
-            once=False,
-        )
-    return [str(held["export"]) for held in told["snapshots"]]
-
-
-def release(store: Store, name: str, checkpoint_name: str) -> int:
-    """Bytes of old data that were kept. Raises `StorageError` if not all was."""
-    disk = find_disk(store, name)
-    with _server_of(store, disk) as client:
-        told = client.call("release", disk=name, checkpoint=checkpoint_name)
-    if told["broken"] is not None:
-        raise broken_error(disk, str(told["broken"]))
-    return int(told["kept_bytes"])
-
-
-def _server_of(store: Store, disk: Disk) -> control_client.Client:
-    if not is_attached(store, disk):
-        raise NotFound(
-            f"disk {disk.name!r} is not served",
-            next_step="serve it; of a disk that nobody serves, a backup needs no snapshot",
-        )
-    return _owner_of(store, disk)
 
 
 def forget(store: Store, name: str, checkpoint_name: str) -> None:

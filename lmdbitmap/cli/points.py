@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from lmdbitmap import consumers, session
+from lmdbitmap import consumers, served_snapshots, session
 from lmdbitmap.cli import ownership
 from lmdbitmap.cli.answers import confirm
 from lmdbitmap.cli.holding import hold_facts
@@ -46,7 +46,8 @@ def snapshot(asked: Session, disks: list[str], checkpoint_name: str, since: str)
     what changed since older checkpoints (qemu:dirty-bitmap:…), until it is released.
     """
     with Store.open(asked.store_path) as store:
-        exports = ownership.snapshot(store, disks, checkpoint_name, since)
+        held = served_snapshots.take_served_snapshot(store, disks, checkpoint_name, since=since)
+    exports = [snapshot.export for snapshot in held]
     confirm(asked, f"held, and served as {', '.join(exports)}",
             disks=disks, checkpoint=checkpoint_name, exports=exports)  # fmt: skip
 
@@ -61,7 +62,7 @@ def release(asked: Session, name: str, checkpoint_name: str) -> None:
     The checkpoint stays. Fails if old data could not be kept: then what was read is of no use.
     """
     with Store.open(asked.store_path) as store:
-        kept_bytes = ownership.release(store, name, checkpoint_name)
+        kept_bytes = served_snapshots.release_served_snapshot(store, name, checkpoint_name)
     confirm(asked, f"{name}@{checkpoint_name}: released; {format_size(kept_bytes)} of old data had been kept",
             disk=name, checkpoint=checkpoint_name, kept_bytes=kept_bytes)  # fmt: skip
 

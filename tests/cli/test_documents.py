@@ -29,14 +29,24 @@ def test_the_session_and_the_help_still_print_what_the_documents_show() -> None:
     )
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/backup.md"])
+def library_blocks(document: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("document", "number"), [("README.md", 0), ("docs/backup.md", 0), ("docs/backup.md", 1)]
+)
 def test_the_library_block_prints_what_its_comments_say(
-    document: str, capsys: pytest.CaptureFixture[str]
+    document: str, number: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+    block = library_blocks(document)[number]
     promised = re.findall(r"print\(.*\) +# (.*)", block)
     exec(compile(block, document, "exec"), {})
     assert capsys.readouterr().out.splitlines() == promised != []
+
+
+def test_no_library_block_is_left_untried() -> None:
+    assert [len(library_blocks(document)) for document in ("README.md", "docs/backup.md")] == [1, 2]
 
 
 def test_the_first_runnable_line_comes_early_and_the_whole_is_short() -> None:

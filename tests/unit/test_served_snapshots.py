@@ -1,0 +1,86 @@
+"""Snapshots of a disk that is served: asked for from outside, read over NBD, released by whoever comes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from lmdbitmap.errors import AlreadyExists, Busy, NotFound, StorageError
+from lmdbitmap.nbd.client import NbdDevice
+from lmdbitmap.served_snapshots import release_served_snapshot, take_served_snapshot
+from tests.serving import Serving, serving
+from tests.tracked import NAME, TrackedDisk, quick_folder
+
+BLOCK = 4096
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with quick_folder() as folder:
+        yield folder
+
+
+@pytest.fixture
+def tracked(folder: Path) -> TrackedDisk:
+    return TrackedDisk(folder, 100 * BLOCK).clean()
+
+
+@pytest.fixture
+def serves(tracked: TrackedDisk, folder: Path) -> Iterator[Serving]:
+    with serving(tracked, folder, listening=folder / "s") as serves:
+        yield serves
+
+
+def test_what_is_held_is_read_as_it_was_and_released(serves: Serving) -> None:
+    disk, store = serves.disk, serves.disk.store
+    disk.pwrite(b"old", 0)
+    [held] = take_served_snapshot(store, [NAME], "monday")
+    [snapshot] = disk.snapshots
+    assert (held.disk, held.checkpoint, held.export) == (NAME, "monday", "sda@monday")
+    assert (held.uuid, held.time_ns) == (snapshot.checkpoint.uuid, snapshot.checkpoint.time_ns)
+    disk.pwrite(b"new", 0)
+    [uri] = serves.server.uris_of(held.export)
+    with closing(NbdDevice.open(uri, read_only=True)) as device:
+        assert device.pread(3, 0) == b"old"
+    assert release_served_snapshot(store, NAME, "monday") >= 3
+    assert disk.snapshots == ()
+    with pytest.raises(NotFound, match="holds no snapshot of checkpoint 'monday'"):
+        release_served_snapshot(store, NAME, "monday")
+
+
+def test_it_is_held_for_nobody_in_particular(serves: Serving) -> None:
+    """Who asked has hung up long ago."""
+    take_served_snapshot(serves.disk.store, [NAME], "monday")
+    take_served_snapshot(serves.disk.store, [NAME], "tuesday", since="monday")
+    assert [snapshot.checkpoint.name for snapshot in serves.disk.snapshots] == ["monday", "tuesday"]
+    with pytest.raises(AlreadyExists, match="has a checkpoint 'monday' already"):
+        take_served_snapshot(serves.disk.store, [NAME], "monday")
+
+
+def test_of_one_that_broke_nobody_believes_what_was_read(serves: Serving) -> None:
+    take_served_snapshot(serves.disk.store, [NAME], "monday")
+    serves.disk.snapshots[0]._break("the room is full")
+    with pytest.raises(StorageError, match="the room is full"):
+        release_served_snapshot(serves.disk.store, NAME, "monday")
+    assert serves.disk.snapshots == ()
+
+
+def test_an_owner_that_takes_too_long_is_given_up(serves: Serving) -> None:
+    with pytest.raises(Busy, match="did not answer within"):
+        take_served_snapshot(serves.disk.store, [NAME], "monday", freeze_limit_s=0)
+
+
+def test_a_disk_that_nobody_serves_is_not_held(tracked: TrackedDisk) -> None:
+    for ask in (
+        lambda: take_served_snapshot(tracked.store, [NAME], "monday"),
+        lambda: release_served_snapshot(tracked.store, NAME, "monday"),
+    ):
+        with pytest.raises(NotFound, match="disk 'sda' is not served; serve it"):
+            ask()
+    with pytest.raises(NotFound, match="no disk is called 'sdx'"):
+        take_served_snapshot(tracked.store, [NAME, "sdx"], "monday")
+    with tracked.attach(), pytest.raises(Busy, match="owned by another process"):
+        take_served_snapshot(tracked.store, [NAME], "monday")
