@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # As many tests at once as there are processors, four at the most; ARGS="-n0" for one after the other in one process.
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --max-worker-restart 0 --dist worksteal
-CHECKED := lmdbitmap tests $(wildcard benchmarks/*.py demo/*.py tools/*.py)
+CHECKED := lmdbitmap tests $(wildcard benchmarks/*.py contrib/*.py demo/*.py tools/*.py)
 
 export PYTHON
 export PATH := $(PATH):/usr/sbin:/sbin

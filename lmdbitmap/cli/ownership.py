@@ -115,8 +115,8 @@ def ask_owner(store: Store, disk: Disk) -> dict[str, Any] | None:
 # --- deeds ---
 
 
-def checkpoint(store: Store, names: Sequence[str], checkpoint_name: str) -> None:
-    """One durable point in time on all of the disks, or on none."""
+def checkpoint(store: Store, names: Sequence[str], checkpoint_name: str, limit_s: float) -> None:
+    """One durable point in time on all of the disks, or on none. Who serves them may take `limit_s`."""
     disks = [find_disk(store, name) for name in names]
     served = [disk.name for disk in disks if is_attached(store, disk)]
     if served and len(served) < len(disks):
@@ -126,7 +126,7 @@ def checkpoint(store: Store, names: Sequence[str], checkpoint_name: str) -> None
         )
     if served:
         with _owner_of(store, disks[0]) as client:
-            client.call("checkpoint", disks=list(names), name=checkpoint_name)
+            client.call("checkpoint", disks=list(names), name=checkpoint_name, timeout_s=limit_s)
     else:
         with attached_for_a_moment(store, names) as filters:
             take_checkpoint(filters, checkpoint_name)

@@ -9,6 +9,7 @@ from lmdbitmap.cli import ownership
 from lmdbitmap.cli.answers import confirm
 from lmdbitmap.cli.holding import hold_facts
 from lmdbitmap.cli.options import Session, names, size, verb
+from lmdbitmap.cli.quiesce import Hook, Thaw, hooked
 from lmdbitmap.cli.sizes import format_size
 from lmdbitmap.store import Store
 
@@ -16,19 +17,23 @@ from lmdbitmap.store import Store
 @verb(examples=["lmdbitmap checkpoint sda monday", "lmdbitmap checkpoint sda,sdb monday"])
 @click.argument("disks", metavar="NAME[,NAME…]", type=names)
 @click.argument("checkpoint_name", metavar="CHECKPOINT")
+@hooked("NAME…")
 @click.pass_obj
-def checkpoint(asked: Session, disks: list[str], checkpoint_name: str) -> None:
+def checkpoint(asked: Session, disks: list[str], checkpoint_name: str, hook: Hook) -> None:
     """Make a point in time to ask about later.
 
     It is made, durably, on all of the disks or on none. Several disks must all be unserved, or all served by
     one process. It is yours, and stays until you forget it. Checkpoints of backups that nobody holds any more are
     merged away.
     """
+    thaw = Thaw()
     with Store.open(asked.store_path) as store:
-        ownership.checkpoint(store, disks, checkpoint_name)
+        with hook.freezing(disks, thaw):
+            ownership.checkpoint(store, disks, checkpoint_name, hook.answer_limit_s)
         consumers.merge_unheld_of(store, disks)
     confirm(asked, f"{', '.join(disks)}: checkpoint {checkpoint_name} made",
-             disks=disks, checkpoint=checkpoint_name)  # fmt: skip
+             disks=disks, checkpoint=checkpoint_name, thaw_failure=thaw.problem)  # fmt: skip
+    thaw.require()
 
 
 @verb(examples=["lmdbitmap snapshot sda monday", "lmdbitmap snapshot sda,sdb monday --since sunday"])
@@ -38,18 +43,23 @@ def checkpoint(asked: Session, disks: list[str], checkpoint_name: str) -> None:
     "--since", metavar="CHECKPOINT", default="",
     help="Keep only what a backup reads that counts from that checkpoint: it costs less, and the rest cannot be read.",
 )  # fmt: skip
+@hooked("NAME…")
 @click.pass_obj
-def snapshot(asked: Session, disks: list[str], checkpoint_name: str, since: str) -> None:
+def snapshot(asked: Session, disks: list[str], checkpoint_name: str, since: str, hook: Hook) -> None:
     """Hold served disks as they are, for other programs to read.
 
     A checkpoint is made on all of them at one moment, and each is exported as NAME@CHECKPOINT, read-only, with
     what changed since older checkpoints (qemu:dirty-bitmap:…), until it is released.
     """
-    with Store.open(asked.store_path) as store:
-        held = served_snapshots.take_served_snapshot(store, disks, checkpoint_name, since=since)
+    thaw = Thaw()
+    with Store.open(asked.store_path) as store, hook.freezing(disks, thaw):
+        held = served_snapshots.take_served_snapshot(
+            store, disks, checkpoint_name, since=since, freeze_limit_s=hook.answer_limit_s
+        )
     exports = [snapshot.export for snapshot in held]
     confirm(asked, f"held, and served as {', '.join(exports)}",
-            disks=disks, checkpoint=checkpoint_name, exports=exports)  # fmt: skip
+            disks=disks, checkpoint=checkpoint_name, exports=exports, thaw_failure=thaw.problem)  # fmt: skip
+    thaw.require()
 
 
 @verb(examples=["lmdbitmap release sda monday"])

@@ -1,4 +1,4 @@
-"""The hook of a backup: a command that brings a guest in order for the moment of the checkpoint, and lets it go on.
+"""The hook of a point in time: a command that brings a guest in order for that moment, and lets it go on.
 
 COMMAND freeze NAME…     before it; one that fails or takes too long ends the backup
 COMMAND thaw NAME…       after it, whatever happened, also to a freeze that failed; where it fails itself, the backup
@@ -27,6 +27,7 @@ import click
 
 from lmdbitmap.cli.options import Function
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError
+from lmdbitmap.nbd.control_client import ANSWER_S
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,11 @@ class Hook(NamedTuple):
     command: str | None
     limit_s: float
     freeze_limit_s: float
+
+    @property
+    def answer_limit_s(self) -> float:
+        """How long whoever takes the point in time may take: no guest waits where there is no hook."""
+        return ANSWER_S if self.command is None else self.freeze_limit_s
 
     def freezing(self, names: Sequence[str], thaw: Thaw) -> AbstractContextManager[object]:
         return nullcontext() if self.command is None else quiesced(self.command, names, self.limit_s, thaw)

@@ -23,7 +23,11 @@ def test_a_checkpoint_is_made_on_all_disks_or_on_none(cli: Cli) -> None:
     cli.ok("checkpoint", "b", "monday")
     assert "has a checkpoint 'monday' already" in cli.fails(1, "checkpoint", "a,b", "monday")
     assert len(cli.json("info", "a")["checkpoints"]) == 1
-    assert cli.json("checkpoint", "a,b", "tuesday") == {"disks": ["a", "b"], "checkpoint": "tuesday"}
+    assert cli.json("checkpoint", "a,b", "tuesday") == {
+        "disks": ["a", "b"],
+        "checkpoint": "tuesday",
+        "thaw_failure": None,
+    }
     times = {cli.json("info", name)["checkpoints"][-1]["time"] for name in "ab"}
     assert len(times) == 1
 

@@ -28,7 +28,10 @@ def held(cli: Cli, name: str) -> list[str]:
 
 def test_disks_are_held_together_and_released_one_by_one(cli: Cli, served: Served) -> None:
     told = cli.json("snapshot", "sda,sdb", "monday")
-    assert told == {"disks": ["sda", "sdb"], "checkpoint": "monday", "exports": ["sda@monday", "sdb@monday"]}
+    assert told == {
+        "disks": ["sda", "sdb"], "checkpoint": "monday", "exports": ["sda@monday", "sdb@monday"],
+        "thaw_failure": None,
+    }  # fmt: skip
     write(served.uris["sda"], MIB, 100)
     assert cli.json("release", "sda", "monday")["kept_bytes"] == 0, "zeroes take no room"
     assert (held(cli, "sda"), held(cli, "sdb")) == ([], ["monday"])
@@ -68,6 +71,41 @@ def test_hook_is_run_around_the_point_in_time(cli: Cli, served: Served) -> None:
     assert log.read_text().splitlines()[2:] == ["freeze sda sdb", "thaw sda sdb"]
     assert manifest(cli, "sda") == before
     assert len(cli.json("info", "sda")["checkpoints"]) == 2, "no checkpoint was made"
+
+
+@pytest.mark.parametrize("verb", ["checkpoint", "snapshot"])
+def test_hook_is_run_around_a_point_that_somebody_else_reads(cli: Cli, served: Served, verb: str) -> None:
+    """As a backup's: frozen before it, thawed after it, and where the one fails nothing is made."""
+    hook, log = cli.folder / "hook", cli.folder / "asked"
+    hook.write_text(f'#!/bin/sh\necho "$@" >> {log}\n[ "$1" != "$(cat {cli.folder}/fails 2>/dev/null)" ]\n')
+    hook.chmod(0o755)
+    told = cli.json(verb, "sda,sdb", "monday", "--hook", hook)
+    assert (told["checkpoint"], told["thaw_failure"]) == ("monday", None)
+    (cli.folder / "fails").write_text("freeze")
+    assert "freeze sda sdb` ended with 1" in cli.fails(1, verb, "sda,sdb", "tuesday", "--hook", hook)
+    (cli.folder / "fails").write_text("thaw")
+    answer = cli(verb, "sda,sdb", "wednesday", "--hook", hook, "--json")
+    assert (answer.code, json.loads(answer.out)["thaw_failure"]) == (
+        1,
+        f"hook `{hook} thaw sda sdb` ended with 1",
+    )
+    assert log.read_text().splitlines() == ["freeze sda sdb", "thaw sda sdb"] * 3
+    made = [one["name"] for one in cli.json("info", "sda")["checkpoints"]]
+    assert made[1:] == ["monday", "wednesday"]
+    assert held(cli, "sdb") == (["monday", "wednesday"] if verb == "snapshot" else [])
+    (cli.folder / "fails").unlink()
+    said = cli.fails(4, verb, "sda", "thursday", "--hook", hook, "--freeze-limit", "0.000001")
+    assert "did not answer within" in said
+    assert log.read_text().splitlines()[-1] == "thaw sda"
+
+
+def test_hook_is_run_for_a_checkpoint_of_a_disk_that_nobody_serves(cli: Cli) -> None:
+    cli.add("sda")
+    hook, log = cli.folder / "hook", cli.folder / "asked"
+    hook.write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
+    hook.chmod(0o755)
+    cli.ok("checkpoint", "sda", "monday", "--hook", hook)
+    assert log.read_text().splitlines() == ["freeze sda", "thaw sda"]
 
 
 def test_a_failed_thaw_is_told_by_the_answer_and_the_exit_code(cli: Cli, served: Served) -> None:
