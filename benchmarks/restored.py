@@ -56,7 +56,7 @@ def sha256_line(folder: Path, name: str, rounds: int) -> Line:
     """Of another repository, which is gone afterwards."""
     backups, other = folder / "backups", folder / "aside"
     backups.rename(other)
-    command(str(folder), "backup", "disk", str(backups), "--digest", "sha256")
+    command(str(folder), "backup", "disk", str(backups), "--digest", "sha256", "--new-repository")
     line = compared(folder, name, rounds)
     shutil.rmtree(backups)
     other.rename(backups)

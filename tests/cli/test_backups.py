@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import Filter, Store
+from lmdbitmap import Filter, Store, back_up
 from tests.cli.conftest import MIB, SIZE, Cli
 from tests.cli.test_serve import write
 from tests.support import requires, run
@@ -353,6 +353,21 @@ def test_where_a_repository_is_not_mounted_none_begins_by_itself(cli: Cli, repos
 def test_a_stream_goes_to_no_repository(cli: Cli, option: str) -> None:
     said = cli("backup", "sda", "--stdout", option)
     assert (said.code, "A stream has no REPO" in said.err) == (2, True)
+
+
+def test_a_disk_that_is_backed_up_while_nobody_serves_it_is_served_once_that_is_over(cli: Cli) -> None:
+    cli.add("sda")
+    told = []
+
+    def serve(done: int, total: int) -> None:
+        told.append(cli("serve", "sda", "--socket", cli.folder / "s"))
+
+    with Store.open(str(cli.store)) as store:
+        back_up(store, ["sda"], cli.folder / "backups", progress=serve)
+    assert {answer.code for answer in told} == {4}
+    assert "disk 'sda' is owned by another process; " in told[0].err
+    with cli.serving("sda"):
+        assert cli.json("backup", "sda", cli.folder / "backups")["backups"][0]["type"] == "incremental"
 
 
 # --- what digests are made with ---

@@ -394,9 +394,9 @@ STATES: dict[str, State] = {
     "image of a backup missing": State(lasting(backed_up_image_missing)),
     "image of a backup cut": State(lasting(backed_up_image_cut)),
     "backup died": State(lasting(backup_died)),
-    "repository gone": State(lasting(repository_gone)),
+    "repository gone": State(lasting(repository_gone), why_no_backup="say --new-repository"),
     "repository of another disk": State(
-        lasting(repository_is_of_another_disk), why_no_backup="back up to another repository"
+        lasting(repository_is_of_another_disk), why_no_backup="say --take-over"
     ),
     "attached elsewhere": State(
         attached_elsewhere, why_no_backup="owned by a process that serves it to nobody"

@@ -187,9 +187,9 @@ class Late(HeldSnapshots):
     let_go = threading.Event()
     took = threading.Event()
 
-    def take(self, disks: Sequence[str], name: str) -> list[Snapshot]:
+    def take(self, disks: Sequence[str], name: str, *, private: bool = False) -> list[Snapshot]:
         self.let_go.wait(PATIENCE_SECONDS)
-        taken = super().take(disks, name)
+        taken = super().take(disks, name, private=private)
         self.took.set()
         return taken
 
