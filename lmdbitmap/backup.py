@@ -42,7 +42,7 @@ from lmdbitmap.access import FREEZE_LIMIT_S, OWNER_LIMIT_S, Access, PointInTime,
 from lmdbitmap.apart import Failures
 from lmdbitmap.backup_image import Job, ParentDamaged, Source, write_image
 from lmdbitmap.backup_place import Permission
-from lmdbitmap.backup_plan import Plan, digests_for, newest, plan_for
+from lmdbitmap.backup_plan import Plan, digests_for, newest, plan_for, require_room
 from lmdbitmap.backup_result import BackupFailure, BackupResult, BackupsFailed
 from lmdbitmap.copier import Progress, Report
 from lmdbitmap.digest_algorithms import DigestAlgorithm
@@ -215,6 +215,7 @@ def _prepare(
     found, unreadable = _manifest_of(folder, kind)
     manifest = backup_place.owned(found, disk, folder, wanted.permission)
     leftovers = undo_unfinished(way, disk, folder) if unreadable is None else []
+    require_room(folder, manifest)
     manifest = dataclasses.replace(manifest, holder=manifest.holder or uuid4())
     assert manifest.holder is not None
     hold = locks.enter_context(HoldFile(store.path, disk.uuid, manifest.holder).locked())

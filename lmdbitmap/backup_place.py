@@ -27,7 +27,8 @@ from lmdbitmap.consumers import holds_of
 from lmdbitmap.errors import AlreadyExists, NotFound, os_errors_at
 from lmdbitmap.holds import Hold
 from lmdbitmap.manifest import TAKEN_OVER_EPOCH, DiskRef, Manifest
-from lmdbitmap.repository import LOCK, MANIFEST, NEXT, BackupFolder
+from lmdbitmap.manifest_file import COPY, MANIFEST, NEXT
+from lmdbitmap.repository import LOCK, BackupFolder
 from lmdbitmap.schema import Disk
 from lmdbitmap.store import Store
 
@@ -41,7 +42,9 @@ class Permission(NamedTuple):
 
 def require_meant(store: Store, disk: Disk, folder: BackupFolder, permission: Permission) -> None:
     """Raise `NotFound` where the folder lacks what it should have; nothing is made or changed."""
-    if permission.take_over and not any(os.path.lexists(folder.path_of(name)) for name in (MANIFEST, NEXT)):
+    if permission.take_over and not any(
+        os.path.lexists(folder.path_of(name)) for name in (MANIFEST, COPY, NEXT)
+    ):
         raise NotFound(
             f"{folder.path} has no backups to take over",
             next_step="see whether its file system is mounted, name another repository, or leave out --take-over",

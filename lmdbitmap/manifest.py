@@ -48,6 +48,8 @@ from lmdbitmap.qcow2.layout import CompressionType
 FORMAT_VERSION: Final = 3
 MAX_MANIFEST_BYTES: Final = 16 << 20
 """Room for some 15 000 backups; parsing hostile JSON of this size takes hundreds of MiB, and no more."""
+MOST_ENTRY_BYTES: Final = 8 << 10
+"""Of one backup that this program makes; most take one or two KiB."""
 MIN_CLUSTER_SIZE, MAX_CLUSTER_SIZE = 512, 2 << 20
 MIN_CHUNK_SIZE, MAX_CHUNK_SIZE = 4096, 64 << 20
 TAKEN_OVER_EPOCH: Final = UUID(int=0)
@@ -183,14 +185,24 @@ def chain_to(manifest: Manifest, backup_id: str) -> tuple[BackupEntry, ...]:
 
 def encode(manifest: Manifest) -> bytes:
     """The manifest as it stands in its file; `InvalidArgument` if it is one that `decode` would refuse."""
-    text = json.dumps(_tree(manifest), default=_plain, sort_keys=True, indent=2, ensure_ascii=False)
-    data = text.encode(errors="surrogatepass") + b"\n"
+    data = _text(manifest)
     try:
         decoded = decode(data)
     except FormatError as refused:
         raise InvalidArgument(refused.problem, next_step="mend the entry before it is written") from refused
     assert decoded == manifest
     return data
+
+
+def has_room(manifest: Manifest) -> bool:
+    """Whether its file can take one more backup. Only of one with thousands the length is looked at."""
+    is_short = 2 * len(manifest.backups) * MOST_ENTRY_BYTES < MAX_MANIFEST_BYTES
+    return is_short or len(_text(manifest)) + MOST_ENTRY_BYTES <= MAX_MANIFEST_BYTES
+
+
+def _text(manifest: Manifest) -> bytes:
+    text = json.dumps(_tree(manifest), default=_plain, sort_keys=True, indent=2, ensure_ascii=False)
+    return text.encode(errors="surrogatepass") + b"\n"
 
 
 def _tree(manifest: Manifest) -> dict[str, Any]:

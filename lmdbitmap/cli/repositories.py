@@ -359,4 +359,5 @@ def _point_facts(entry: BackupEntry, depth: int) -> dict[str, object]:
         "trust": entry.trust.value, "sha256": entry.sha256,
         "chunks_sha256": None if entry.chunks is None else entry.chunks.sha256,
         "digest": entry.digest_algorithm.value,
+        "reason": None if entry.reason is None else {"code": entry.reason.code, "words": entry.reason.words},
     }  # fmt: skip

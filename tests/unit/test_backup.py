@@ -17,6 +17,7 @@ import pytest
 
 from lmdbitmap import backup as backup_module
 from lmdbitmap import backup_plan, schema, session
+from lmdbitmap import manifest as manifest_module
 from lmdbitmap.backup import backup
 from lmdbitmap.check import Gravity, check_store
 from lmdbitmap.device import FileDevice
@@ -484,6 +485,25 @@ def test_a_full_backup_makes_damaged_records_whole(disk: BackedUpDisk) -> None:
         assert reader.bitmap(bitmap_id).all_dirty == "some of its records were damaged"
 
 
+def test_a_manifest_without_room_for_one_more_is_told_before_anything_is_copied(
+    unchanged: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(unchanged.backup_folder().path_of("manifest.json"))
+    with monkeypatch.context() as patched:
+        most = path.stat().st_size + manifest_module.MOST_ENTRY_BYTES
+        patched.setattr(manifest_module, "MAX_MANIFEST_BYTES", most - 1)
+        for kind in (INCREMENTAL, FULL):
+            with pytest.raises(StorageError) as refused:
+                back_up_with(fail_to_read, unchanged, kind)
+            assert str(refused.value) == (
+                f"{path}: 1 backups leave no room for one more;"
+                " merge old ones with `lmdbitmap prune`, or back up to another repository"
+            )
+        patched.setattr(manifest_module, "MAX_MANIFEST_BYTES", most)
+        with pytest.raises(StorageError, match="Input/output error"):
+            back_up_with(fail_to_read, unchanged)
+
+
 def test_an_unknown_disk_makes_no_folder(disk: BackedUpDisk) -> None:
     with pytest.raises(NotFound, match="no disk is called 'sdx'"):
         backup(disk.store, ["sdx"], disk.folder / "backups")
@@ -503,13 +523,13 @@ class TroubledDevice(FileDevice):
         super().pread_into(buffer, offset)
 
 
-def back_up_with(trouble: Callable[[], None], disk: BackedUpDisk) -> None:
+def back_up_with(trouble: Callable[[], None], disk: BackedUpDisk, kind: BackupType = FULL) -> None:
     def opened(image: str) -> TrackableDevice:
         device = cast(TroubledDevice, TroubledDevice.open(image, read_only=True))
         device.trouble = trouble
         return device
 
-    backup(disk.store, [NAME], disk.folder / "backups", kind=FULL, open_device=opened)
+    backup(disk.store, [NAME], disk.folder / "backups", kind=kind, open_device=opened)
 
 
 def fail_to_read() -> None:
