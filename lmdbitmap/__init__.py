@@ -22,7 +22,7 @@ from lmdbitmap.version import __version__
 if TYPE_CHECKING:
     from lmdbitmap.backup import backup as back_up
     from lmdbitmap.backup_chain import BackupChain, open_backup
-    from lmdbitmap.backup_result import BackupFailure, BackupResult, BackupsFailed
+    from lmdbitmap.backup_result import BackupResult, BackupsFailed
     from lmdbitmap.backup_server import serve_backup
     from lmdbitmap.changes import Changes, Standing
     from lmdbitmap.changes import changes as changes_of
@@ -67,7 +67,7 @@ if TYPE_CHECKING:
         release_served_snapshot,
         take_served_snapshot,
     )
-    from lmdbitmap.session import add, adopt, remove
+    from lmdbitmap.session import add, adopt, relocate, remove
     from lmdbitmap.snapshot import Snapshot
     from lmdbitmap.store import Store
     from lmdbitmap.stream import StreamResult, stream_backup
@@ -83,7 +83,6 @@ _HOMES = {
     "AlreadyExists": "errors",
     "AppliedResult": "stream_restore",
     "BackupChain": "backup_chain",
-    "BackupFailure": "backup_result",
     "BackupResult": "backup_result",
     "BackupEntry": "manifest",
     "BackupType": "manifest",
@@ -145,6 +144,7 @@ _HOMES = {
     "open_backup": "backup_chain",
     "prune_backups": "prune",
     "release_served_snapshot": "served_snapshots",
+    "relocate": "session",
     "remove": "session",
     "restore_backup": "restore",
     "serve_backup": "backup_server",
@@ -172,7 +172,6 @@ __all__ = [
     "AppliedResult",
     "BackupChain",
     "BackupEntry",
-    "BackupFailure",
     "BackupResult",
     "BackupType",
     "BackupsFailed",
@@ -234,6 +233,7 @@ __all__ = [
     "open_backup",
     "prune_backups",
     "release_served_snapshot",
+    "relocate",
     "remove",
     "restore_backup",
     "serve_backup",

@@ -43,7 +43,7 @@ from lmdbitmap.apart import Failures
 from lmdbitmap.backup_image import Job, ParentDamaged, Source, write_image
 from lmdbitmap.backup_place import Permission
 from lmdbitmap.backup_plan import Plan, digests_for, newest, plan_for, require_room
-from lmdbitmap.backup_result import BackupFailure, BackupResult, BackupsFailed
+from lmdbitmap.backup_result import BackupResult, BackupsFailed
 from lmdbitmap.copier import Progress, Report
 from lmdbitmap.digest_algorithms import DigestAlgorithm
 from lmdbitmap.errors import (
@@ -148,7 +148,7 @@ def backup(
                     _undo_after_failure(store, job)
             raise
     if failures.errors:
-        raise BackupsFailed(results, [BackupFailure(*failed) for failed in failures.errors.items()])
+        raise BackupsFailed(results, failures.errors)
     return results
 
 

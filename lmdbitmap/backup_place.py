@@ -18,7 +18,6 @@ A place that the store knows nothing of may be as new as it likes.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from typing import NamedTuple
@@ -26,7 +25,7 @@ from typing import NamedTuple
 from lmdbitmap.consumers import holds_of
 from lmdbitmap.errors import AlreadyExists, NotFound, os_errors_at
 from lmdbitmap.holds import Hold
-from lmdbitmap.manifest import TAKEN_OVER_EPOCH, DiskRef, Manifest
+from lmdbitmap.manifest import DiskRef, Manifest, taken_over
 from lmdbitmap.manifest_file import COPY, MANIFEST, NEXT
 from lmdbitmap.repository import LOCK, BackupFolder
 from lmdbitmap.schema import Disk
@@ -69,8 +68,7 @@ def owned(found: Manifest | None, disk: Disk, folder: BackupFolder, permission: 
             next_step="back up to another repository, or, if it is this very disk that was tracked elsewhere or"
             " added anew, say --take-over",
         )
-    taken = tuple(dataclasses.replace(entry, epoch=TAKEN_OVER_EPOCH) for entry in found.backups)
-    return dataclasses.replace(found, disk=ours, backups=taken)
+    return taken_over(found, ours)
 
 
 def _is_empty(folder: BackupFolder) -> bool:

@@ -164,6 +164,12 @@ class Manifest:
         return 1 if all(entry.sha256 is not None for entry in self.backups) else 2
 
 
+def taken_over(manifest: Manifest, disk: DiskRef) -> Manifest:
+    """Another disk's backups as those of `disk`: what it was tracked by is not theirs, and none is counted from."""
+    backups = tuple(dataclasses.replace(entry, epoch=TAKEN_OVER_EPOCH) for entry in manifest.backups)
+    return dataclasses.replace(manifest, disk=disk, backups=backups)
+
+
 def chain_to(manifest: Manifest, backup_id: str) -> tuple[BackupEntry, ...]:
     """The backups whose images a restore of `backup_id` needs, the full one first; `NotFound` if it is not there."""
     chain: list[BackupEntry] = []

@@ -38,7 +38,7 @@ from lmdbitmap.errors import (
     os_errors_at,
 )
 from lmdbitmap.file_copy import PIECE_BYTES, FileCopier
-from lmdbitmap.manifest import BackupEntry, Manifest
+from lmdbitmap.manifest import BackupEntry, Manifest, taken_over
 from lmdbitmap.repository import BackupFolder, folders_of, known_backups_of
 
 _USE_ANOTHER = "look at it with `verify`, and get the file from another copy of the repository"
@@ -117,7 +117,7 @@ def _copy_disk(source: BackupFolder, wanted: Manifest, target: BackupFolder, rep
             target.replace_manifest(before)  # from now on, an image without its entry is no lost backup
         target.check_images(before.backups)
         report.advance(sum(entry.bytes_stored for entry in {*wanted.backups} - {*missing}))
-        there = dataclasses.replace(before, disk=wanted.disk)
+        there = before if before.disk == wanted.disk else taken_over(before, wanted.disk)
         for entry in missing:
             _copy_unless_changed(source, wanted, target, entry, report)
             there = _with(there, entry)
@@ -144,10 +144,11 @@ def _told(
 
 
 def _point(entry: BackupEntry) -> tuple[object, ...]:
-    """What makes it this backup and no other: what it holds, and what images above it call it. A prune keeps it."""
-    return (
-        entry.id, entry.sequence, entry.file, entry.time_ns, entry.checkpoint, entry.epoch, entry.disk_size,
-    )  # fmt: skip
+    """What makes it this backup and no other: what it holds, and what images above it call it.
+
+    A prune keeps it, and so does whoever takes the chain over. The epoch goes then; the checkpoint is of one alone.
+    """
+    return entry.id, entry.sequence, entry.file, entry.time_ns, entry.checkpoint, entry.disk_size
 
 
 def _require_kin(target: BackupFolder, there: Manifest, source: BackupFolder, wanted: Manifest) -> None:
@@ -159,8 +160,9 @@ def _require_kin(target: BackupFolder, there: Manifest, source: BackupFolder, wa
             f"{target.path} has the backups of another disk that is called {there.disk.name!r} too"
         )
     taken = {word for entry in wanted.backups for word in (entry.id, entry.sequence, entry.file)}
+    newest = max((entry.sequence for entry in wanted.backups), default=-1)
     for entry in theirs:
-        is_ahead = entry.sequence > wanted.backups[-1].sequence
+        is_ahead = entry.sequence > newest
         if _point(entry) not in ours and (is_ahead or not taken.isdisjoint(_point(entry)[:3])):
             raise _not_kin(
                 f"{target.path} has a backup {entry.id} that {source.path} does not have, or another of that number"

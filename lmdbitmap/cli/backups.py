@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from lmdbitmap.cli.logs import AlreadyTold, last_words
+from lmdbitmap.cli.failing import failure_facts, tell_failures
+from lmdbitmap.cli.logs import AlreadyTold
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import progress, say, say_json
-from lmdbitmap.cli.politeness import nice_after, polite
+from lmdbitmap.cli.politeness import nice_after, owner_limited, polite
 from lmdbitmap.cli.quiesce import Hook, Thaw, hooked
 from lmdbitmap.cli.sizes import format_duration, format_size, format_time, iso_time
 from lmdbitmap.cli.streams import (
@@ -67,10 +68,7 @@ _FOLDER = click.Path(file_okay=False)
 )  # fmt: skip
 @hooked("NAME…")
 @polite
-@click.option(
-    "--owner-limit", metavar="SECONDS", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True,
-    help="How long the process that serves a disk may send nothing of it before the backup fails.",
-)  # fmt: skip
+@owner_limited
 @click.option(
     "--compress", metavar="zlib|zstd[:LEVEL]",
     help="Compress what is stored, as QEMU reads it: zlib everywhere (level 1 to 9, [6]), zstd faster (1 to 22, [3]).",
@@ -191,20 +189,13 @@ def _is_any_served(store: Store, names: Sequence[str]) -> bool:
 
 def _tell(asked: Session, made: Sequence[BackupResult], failed: BackupsFailed | None, thaw: Thaw) -> None:
     """Of each disk; then end as it has to where a disk has no backup, or a guest may be frozen still."""
-    failures = () if failed is None else failed.failures
     if asked.as_json:
-        say_json(
-            {
-                "backups": [_backup_facts(result) for result in made],
-                "failures": [{"disk": one.disk, "reason": _reason_facts(one.reason)} for one in failures],
-                "thaw_failure": thaw.problem,
-            }
-        )
+        facts = [_backup_facts(result) for result in made]
+        say_json({"backups": facts, "failures": failure_facts(failed), "thaw_failure": thaw.problem})
     else:
         for result in made:
             say(f"{result.disk}: {_backup_words(result)}")
-    for one in failures:
-        last_words(f"{one.disk}: not backed up ({one.reason.code}): {one.reason.words}")
+    tell_failures(failed, "not backed up")
     thaw.require()
     if failed is not None:
         raise AlreadyTold(failed)

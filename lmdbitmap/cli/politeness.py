@@ -1,4 +1,4 @@
-"""How much a verb that copies gives way to the guests, whose requests need the same processors.
+"""How much a verb that copies gives way to the guests, whose requests need the same processors; and how patient it is.
 
 It does so once the point in time is taken: until then it may be a guest that waits for it.
 """
@@ -18,6 +18,18 @@ from lmdbitmap.cli.options import Function, Session, size
 def polite(function: Function) -> Function:
     """Add the options that say how much; the verb gets them as `nice` and `speed_limit`, bytes a second or None."""
     return _nice(_speed_limit(function))
+
+
+def owner_limited(function: Function) -> Function:
+    """Add the option for how patient the verb itself is; it gets it as `owner_limit`, in seconds."""
+    return click.option(
+        "--owner-limit",
+        metavar="SECONDS",
+        type=click.FloatRange(min=0, min_open=True),
+        default=60.0,
+        show_default=True,
+        help="How long the process that serves a disk may send nothing of it before this fails.",
+    )(function)
 
 
 def _speed_limit(function: Function) -> Function:

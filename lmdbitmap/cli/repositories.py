@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lmdbitmap.cli.logs import AlreadyTold, last_words
+from lmdbitmap.cli.failing import end_as, failure_facts
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import progress, say, say_json, say_table
 from lmdbitmap.cli.sizes import format_duration, format_size, format_time, iso_time
@@ -94,27 +94,6 @@ def _flaw_facts(flaw: Flaw) -> dict[str, object]:
         "disk": flaw.disk, "backup": flaw.backup, "file": flaw.path, "problem": flaw.problem,
         "offset": flaw.offset, "length": flaw.length,
     }  # fmt: skip
-
-
-# --- where one disk of several failed ---
-
-
-def failure_facts(failed: DisksFailed | None) -> list[dict[str, object]]:
-    from lmdbitmap.disks_failed import code_of
-
-    return [
-        {"disk": disk, "reason": {"code": code_of(error), "words": str(error)}}
-        for disk, error in (failed.failures if failed is not None else {}).items()
-    ]
-
-
-def end_as(failed: DisksFailed | None, what: str) -> None:
-    """Tell of each disk that failed, and end with the exit code for that."""
-    if failed is None:
-        return
-    for disk, error in failed.failures.items():
-        last_words(f"{disk}: {what}: {error}")
-    raise AlreadyTold(failed)
 
 
 # --- prune ---

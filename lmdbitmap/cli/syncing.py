@@ -8,7 +8,7 @@ import click
 
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import progress, say, say_json
-from lmdbitmap.cli.politeness import nice_after, polite
+from lmdbitmap.cli.politeness import nice_after, owner_limited, polite
 from lmdbitmap.cli.quiesce import Hook, Thaw, hooked
 from lmdbitmap.cli.sizes import format_duration, format_size
 from lmdbitmap.cli.streams import words_of_what_is_behind
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @hooked("NAME")
 @polite
+@owner_limited
 @click.pass_obj
 def sync(
     asked: Session,
@@ -52,6 +53,7 @@ def sync(
     hook: Hook,
     nice: int,
     speed_limit: int | None,
+    owner_limit: float,
 ) -> None:
     """Bring a second copy of a disk up to date.
 
@@ -77,7 +79,7 @@ def sync(
             store, name, target,
             compare=compare, only_incremental=only_incremental, larger=larger, freeze_limit_s=hook.freeze_limit_s,
             quiesced=lambda: nice_after(hook.freezing([name], thaw), nice, asked, served=served),
-            progress=report, bytes_per_s=speed_limit,
+            progress=report, bytes_per_s=speed_limit, owner_limit_s=owner_limit,
         )  # fmt: skip
     if asked.as_json:
         say_json({**_facts(done), "thaw_failure": thaw.problem})

@@ -96,14 +96,18 @@ def test_backup_after_one_whose_owner_hung_is_a_right_increment(cli: Cli) -> Non
     assert len(image.read_bytes()) == SIZE
 
 
-def test_limit_is_an_option_of_the_command(cli: Cli) -> None:
+@pytest.mark.parametrize("verb", [("backup", "sda", "backups"), ("sync", "sda", "copy.raw")])
+def test_limit_is_an_option_of_the_command(
+    cli: Cli, verb: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(cli.folder)
     cli.add("sda")
     with cli.serving("sda", log=True) as served:
         pid = served.child.pid
         hook = cli.folder / "hook"
         hook.write_text(f"#!/bin/sh\n[ $1 = freeze ] || {stop_and_wait(pid)}\n")
         hook.chmod(0o755)
-        words = ["backup", "sda", cli.folder / "backups", "--hook", hook, "--owner-limit", LIMIT_S]
+        words = [*verb, "--hook", hook, "--owner-limit", LIMIT_S]
         with going_on(pid):
             assert "not a byte of an answer came within 0.2 s" in cli(*words).err
         assert cli(*words[:3]).code == 0

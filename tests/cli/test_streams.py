@@ -193,6 +193,8 @@ IGNORED = [
     ("backup", ["--speed-limit", "1M"], "A stream is as fast as its reader"),
     ("backup", ["--compress", "zstd"], "A stream is not compressed"),
     ("backup", ["--digest", "sha256"], "A stream has no digests"),
+    ("backup", ["--take-over"], "A stream has no REPO"),
+    ("backup", ["--new-repository"], "A stream has no REPO"),
     ("restore", ["--at", "1"], "it is OUT alone that is named"),
     ("restore", ["--in-place"], "A stream says itself whether"),
     ("restore", ["--no-verify"], "A stream has no digests to prove it by"),

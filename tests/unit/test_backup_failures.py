@@ -13,8 +13,9 @@ import pytest
 
 from lmdbitmap import chain, files, session
 from lmdbitmap.backup import backup
-from lmdbitmap.backup_result import BackupFailure, BackupResult, BackupsFailed
+from lmdbitmap.backup_result import BackupResult, BackupsFailed
 from lmdbitmap.device import FileDevice
+from lmdbitmap.disks_failed import code_of
 from lmdbitmap.errors import (
     AlreadyExists,
     Busy,
@@ -166,10 +167,10 @@ def another_disks_folder(disks: Disks) -> Iterator[None]:
 def folder_that_takes_no_note(disks: Disks) -> Iterator[None]:
     replace = files.replace_atomically
 
-    def refuse(path: str, data: bytes) -> None:
+    def refuse(path: str, data: bytes, **options: bool) -> None:
         if path == str(disks.path(BAD, "unfinished")):
             raise StorageError(path, OSError(errno.ENOSPC, "full"), next_step="free some space")
-        replace(path, data)
+        replace(path, data, **options)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(files, "replace_atomically", refuse)
@@ -195,10 +196,10 @@ def test_a_disk_that_cannot_be_prepared_is_left_out_before_the_checkpoint(
     before = disks.checkpoints(BAD), disks.images(BAD)
     with trouble(disks):
         failed = disks.fails()
-        [failure] = failed.failures
-        assert (failure.disk, type(failure.error), failure.reason.code) == (BAD, kind, code)
-        assert failed.causes == (failure.error,)
-        assert str(failed).startswith(f"1 of 5 disks was not backed up: {BAD}: {failure.error.problem}; ")
+        [(failed_disk, failure)] = failed.failures.items()
+        assert (failed_disk, type(failure), code_of(failure)) == (BAD, kind, code)
+        assert failed.causes == (failure,)
+        assert str(failed).startswith(f"1 of 5 disks was not backed up: {BAD}: {failure.problem}; ")
         have_increments_of_one_moment(disks, failed.results, GOOD)
         assert (disks.checkpoints(BAD), disks.images(BAD)) == before
     [later] = backup(disks.store, [BAD], disks.repository)
@@ -220,7 +221,7 @@ def test_an_unknown_disk_is_left_out_too(disks: Disks) -> None:
 def test_the_advice_makes_no_other_disk_full(disks: Disks) -> None:
     with damaged_manifest(disks):
         failed = disks.fails()
-        assert "begin a new chain with `backup b REPO --full`" in failed.failures[0].reason.words
+        assert "begin a new chain with `backup b REPO --full`" in str(failed.failures[BAD])
         assert "begin a new chain with `backup b REPO --full`" in str(failed)
         with pytest.raises(FormatError, match="begin a new chain with `backup --full`"):
             backup(disks.store, [BAD], disks.repository)
@@ -250,7 +251,7 @@ def test_where_all_fail_nothing_is_made_and_nobody_is_frozen(disks: Disks) -> No
         for name in FIVE:
             held.enter_context(files.lock_file(str(disks.path(name, "lock"))))
         failed = disks.fails(quiesced=frozen)
-    assert (failed.results, [failure.disk for failure in failed.failures]) == ((), list(FIVE))
+    assert (failed.results, [*failed.failures]) == ((), list(FIVE))
     assert str(failed).endswith("; see each of the `failures`")
 
 
@@ -304,8 +305,8 @@ def fail_to_read() -> None:
 def test_an_image_that_cannot_be_read_costs_its_own_backup_only(disks: Disks, bad: str) -> None:
     before = disks.checkpoints(bad)
     failed = disks.fails(open_device=opening({bad: fail_to_read}))
-    [failure] = failed.failures
-    assert (failure.disk, failure.reason.code) == (bad, "storage-failed")
+    [(failed_disk, failure)] = failed.failures.items()
+    assert (failed_disk, code_of(failure)) == (bad, "storage-failed")
     have_increments_of_one_moment(disks, failed.results, tuple(name for name in FIVE if name != bad))
     assert (disks.checkpoints(bad), disks.images(bad)) == (before, ["000001-full.qcow2"])
     assert not disks.path(bad, "unfinished").exists()
@@ -319,7 +320,7 @@ def test_an_image_that_cannot_be_read_costs_its_own_backup_only(disks: Disks, ba
 
 def test_several_that_fail_are_all_told_of(disks: Disks) -> None:
     failed = disks.fails(open_device=opening({"a": fail_to_read, "e": fail_to_read}))
-    assert [failure.disk for failure in failed.failures] == ["a", "e"]
+    assert [*failed.failures] == ["a", "e"]
     assert str(failed) == (
         f"2 of 5 disks were not backed up: a: {disks.folder}/a.raw: Input/output error,"
         f" e: {disks.folder}/e.raw: Input/output error; see each of the `failures`"
@@ -401,9 +402,9 @@ def test_a_snapshot_that_breaks_costs_its_own_backup_only(
         options: dict[str, Any] = {"attached": filters} if way is attached else {}
         failed = disks.fails(quiesced=moment, scratch=Scratch(str(disks.folder)), **options)
         assert [len(disk.snapshots) for disk in filters.values()] == [0] * 5
-    [failure] = failed.failures
-    assert (failure.disk, type(failure.error)) == (BAD, StorageError)
-    assert "its scratch file is full" in failure.reason.words
+    [(failed_disk, failure)] = failed.failures.items()
+    assert (failed_disk, type(failure)) == (BAD, StorageError)
+    assert "its scratch file is full" in str(failure)
     assert [result.disk for result in failed.results] == list(GOOD)
     assert [disks.restored(name) for name in GOOD] == [contents[name] for name in GOOD]
     assert len(disks.checkpoints(BAD)) == 1
@@ -459,7 +460,7 @@ def test_a_disk_whose_tracking_begins_anew_at_that_moment_is_told_alone(disks: D
             yield
 
         failed = disks.fails(attached=filters, scratch=Scratch(str(disks.folder)), quiesced=moment)
-    assert "began again just now: by intent" in failed.failures[0].reason.words
+    assert "began again just now: by intent" in str(failed.failures[BAD])
     have_increments_of_one_moment(disks, failed.results, GOOD)
 
 
@@ -467,7 +468,7 @@ def test_a_disk_whose_tracking_begins_anew_at_that_moment_is_told_alone(disks: D
 
 
 def test_it_is_one_of_several_that_failed() -> None:
-    failed = BackupsFailed((), [BackupFailure("a", LmdbitmapError("it broke", next_step="mend it"))])
+    failed = BackupsFailed((), {"a": LmdbitmapError("it broke", next_step="mend it")})
     assert isinstance(failed, SomeFailed)
     assert str(failed) == "1 of 1 disks was not backed up: a: it broke; mend it"
-    assert failed.failures[0].reason.code == "failed"
+    assert code_of(failed.failures["a"]) == "failed"

@@ -17,6 +17,7 @@ import pytest
 from lmdbitmap.access import FREEZE_LIMIT_S, OWNER_LIMIT_S
 from lmdbitmap.cli.backups import backup
 from lmdbitmap.cli.quiesce import Thaw, quiesced
+from lmdbitmap.cli.syncing import sync
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError
 from tests.support import PATIENCE_SECONDS
 
@@ -103,6 +104,7 @@ for number in (signal.SIGTERM, signal.SIGHUP):
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from lmdbitmap.access import FREEZE_LIMIT_S, OWNER_LIMIT_S
 from lmdbitmap.cli.backups import backup
+from lmdbitmap.cli.syncing import sync
 from lmdbitmap.cli.quiesce import Thaw, quiesced
 with quiesced(sys.argv[1], ["sda"], 60):
     print("frozen", flush=True)
@@ -195,5 +197,6 @@ def feed(fifo: Path) -> None:
 
 def test_limits_that_nobody_names_are_those_of_the_library() -> None:
     """They are written out in the command line, as what they belong to is imported when a verb runs."""
-    defaults = {option.name: option.default for option in backup.params}
-    assert (defaults["freeze_limit"], defaults["owner_limit"]) == (FREEZE_LIMIT_S, OWNER_LIMIT_S)
+    for verb in (backup, sync):
+        defaults = {option.name: option.default for option in verb.params}
+        assert (defaults["freeze_limit"], defaults["owner_limit"]) == (FREEZE_LIMIT_S, OWNER_LIMIT_S)

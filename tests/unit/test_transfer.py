@@ -14,7 +14,7 @@ import pytest
 
 from lmdbitmap import transfer
 from lmdbitmap.errors import AlreadyExists, Busy, FormatError, NotFound
-from lmdbitmap.manifest import BackupType, DiskRef, Manifest, encode
+from lmdbitmap.manifest import TAKEN_OVER_EPOCH, BackupType, DiskRef, Manifest, encode, taken_over
 from lmdbitmap.prune import prune
 from lmdbitmap.repository import BackupFolder
 from lmdbitmap.retention import Retention
@@ -314,7 +314,7 @@ def test_a_source_that_was_begun_anew_takes_nothing_from_the_copy(disk: BackedUp
     prune_to(disk, "copy", 2)
     before, refusals = folder_of(disk, "copy"), []
     for _ in range(4):
-        disk.backup(FULL)
+        disk.backup(FULL, new_repository=True)
         prune_to(disk, "backups", 2)
         with pytest.raises(AlreadyExists, match=r"has a backup . that .* does not have") as refused:
             copied(disk)
@@ -323,15 +323,18 @@ def test_a_source_that_was_begun_anew_takes_nothing_from_the_copy(disk: BackedUp
     assert folder_of(disk, "copy") == before
 
 
-def test_the_copy_follows_a_disk_that_was_added_anew(disk: BackedUpDisk) -> None:
-    contents = back_up(disk, FULL, INCREMENTAL)
+def test_the_copy_follows_a_disk_that_took_the_chain_over(disk: BackedUpDisk) -> None:
+    """And nothing counts from the checkpoints of the disk that it was, there either."""
+    contents = back_up(disk, FULL, INCREMENTAL, INCREMENTAL)
     copied(disk)
+    prune_to(disk, "backups", 2)
     more(disk, contents)
-    anew = dataclasses.replace(disk.manifest(), disk=DiskRef(NAME, uuid4()))
+    anew = taken_over(disk.manifest(), DiskRef(NAME, uuid4()))
     disk.backup_folder().replace_manifest(anew)
     copied(disk)
     assert disk.manifest("copy").disk == anew.disk
-    holds(disk, contents, "1", "2", "3")
+    assert {entry.epoch for entry in disk.manifest("copy").backups} == {TAKEN_OVER_EPOCH}
+    holds(disk, contents, "1", "2", "3", "4")
 
 
 def test_what_a_killed_copy_left_of_a_backup_that_was_merged_since_goes(disk: BackedUpDisk) -> None:
