@@ -25,9 +25,6 @@ from lmdbitmap.cli.main import run
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 REFERENCE = ROOT / "docs" / "cli.md"
-IN_MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
-"""A disk with large holes is compared there without a page of memory for each of them."""
-
 SERVE = "lmdbitmap serve sda --socket sda.sock &"
 CRASH = "kill -9 %1"
 SESSION = [
@@ -44,8 +41,11 @@ SESSION = [
 
 
 def session() -> str:
-    """The README's session, run in a folder of its own: every command, and what it printed."""
-    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
+    """The README's session, run in a folder of its own: every command, and what it printed.
+
+    On a disk: a file system in memory has no zeroes that are not holes.
+    """
+    with tempfile.TemporaryDirectory() as folder:
         with open(f"{folder}/sda.raw", "wb") as image:
             image.write(os.urandom(20 << 20))
             image.truncate(2 << 30)
