@@ -21,6 +21,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -29,6 +30,8 @@ AGENT_S = 20.0
 """Until the agent has answered: a freeze waits until the guest has written what it had in memory."""
 THAW_S, BETWEEN_THAWS_S = 20.0, 1.0
 """Less than the 30 s that `--hook-limit` gives unless told otherwise: then the reason would be lost."""
+MOST_BYTES = 1 << 16
+"""Of an answer: the guest may be anybody's."""
 OVER = b"\xff"
 """What was said before this byte is nobody's: guest-sync-delimited, in both directions."""
 
@@ -75,7 +78,7 @@ class Agent:
         try:
             with self._connected() as line:
                 _asked(line, command)
-        except (OSError, ValueError) as refusal:
+        except (OSError, ValueError, RecursionError) as refusal:
             raise Failure(f"{command} at {self.name}: {refusal}") from refusal
 
     @contextlib.contextmanager
@@ -88,9 +91,11 @@ class Agent:
                 mark = int.from_bytes(os.urandom(4), "little")
                 line.write(OVER)
                 _say(line, "guest-sync-delimited", {"id": mark})
-                while (byte := line.read(1)) != OVER:
-                    if not byte:
-                        raise ValueError("the agent hung up")
+                for _ in range(MOST_BYTES):
+                    if (byte := line.read(1)) in (OVER, b""):
+                        break
+                if byte != OVER:
+                    raise ValueError("the agent hung up, or speaks of something else")
                 if _answer(line) != mark:
                     raise ValueError("the answer is another caller's")
                 yield line
@@ -107,10 +112,12 @@ def _say(line: Any, command: str, arguments: dict[str, object]) -> None:
 
 
 def _answer(line: Any) -> object:
-    told = json.loads(line.readline() or b"{}")
-    if "return" not in told:
-        raise ValueError(told.get("error", {}).get("desc", "the agent hung up"))
-    return told["return"]
+    told = json.loads(line.readline(MOST_BYTES) or b"{}")
+    if isinstance(told, dict) and "return" in told:
+        return told["return"]
+    error = told.get("error") if isinstance(told, dict) else None
+    words = error.get("desc") if isinstance(error, dict) else None
+    raise ValueError(words or (f"the agent says {json.dumps(told)[:200]}" if told else "the agent hung up"))
 
 
 def freeze(guests: list[Domain | Agent]) -> None:
@@ -119,20 +126,33 @@ def freeze(guests: list[Domain | Agent]) -> None:
 
 
 def thaw(guests: list[Domain | Agent]) -> None:
-    """Raises `Failure` if some guest is not thawed by then; all others are."""
+    """All at once, so that none waits for another's. Raises `Failure` if some guest is not thawed in time."""
     deadline = time.monotonic() + THAW_S
-    frozen = dict.fromkeys(guests, "")
-    while frozen:
-        for guest in list(frozen):
-            try:
-                guest.thaw()
-                del frozen[guest]
-            except Failure as failure:
-                frozen[guest] = str(failure)
-        if frozen and time.monotonic() > deadline:
-            raise Failure("; ".join(frozen.values()))
-        if frozen:
-            time.sleep(BETWEEN_THAWS_S)
+    frozen = {guest: f"{guest.name} does not answer" for guest in guests}
+    threads = [
+        threading.Thread(target=thaw_one, args=(guest, frozen, deadline), daemon=True) for guest in guests
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(deadline - time.monotonic(), 0))
+    if frozen:
+        raise Failure("; ".join(list(frozen.values())))
+
+
+def thaw_one(guest: Domain | Agent, frozen: dict[Domain | Agent, str], deadline: float) -> None:
+    """Until it is not `frozen` any more, which says why it is."""
+    while True:
+        try:
+            guest.thaw()
+        except Failure as failure:
+            frozen[guest] = str(failure)
+        else:
+            del frozen[guest]
+            return
+        if time.monotonic() > deadline - BETWEEN_THAWS_S:
+            return
+        time.sleep(BETWEEN_THAWS_S)
 
 
 def main() -> int:

@@ -21,7 +21,7 @@ from lmdbitmap import bits, chain, reach, session
 from lmdbitmap.apart import Failures
 from lmdbitmap.copier import cluster_bits_for
 from lmdbitmap.direct import DirectDevice
-from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError
+from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, NotFound
 from lmdbitmap.filter import Filter, take_snapshot
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.image import open_image
@@ -117,15 +117,15 @@ def access(
     such a disk or image.
     """
     apart = failures or Failures(at_once=True)
-    ours = [name for name in names if name in (attached or {})]
-    there = names if ours else reach.tracked(store, names, apart)
+    there = reach.tracked(store, names, apart)
+    ours = [name for name in there if name in (attached or {})]
     served = [] if ours else reach.served(store, there, apart)
     there = [name for name in there if name not in apart]
     reach.require_all_or_none(there, ours + served)
     way: Access
     if ours:
         assert attached is not None
-        way = Attached([attached[name] for name in names], scratch or Scratch(store.path))
+        way = Attached([attached[name] for name in ours], scratch or Scratch(store.path))
     elif served:
         way = Served(store, served, owner_limit_s, freeze_limit_s)
     else:
@@ -140,9 +140,14 @@ def open_to_read(image: str) -> TrackableDevice:
 
 
 def want_changes(snapshot: Snapshot, since: str) -> None:
-    """Have a snapshot keep only what a backup reads that counts from checkpoint `since`; all, if nobody knows that."""
+    """Have a snapshot keep only what a backup reads that counts from checkpoint `since`; all, if nobody knows that.
+
+    Raises `NotFound` without such a checkpoint.
+    """
     try:
         changed = snapshot.changes(since=since)
+    except NotFound:
+        raise
     except LmdbitmapError:  # whoever asks what changed is told, and of its disk alone
         return
     geometry = changed.geometry

@@ -42,7 +42,7 @@ from lmdbitmap.access import FREEZE_LIMIT_S, OWNER_LIMIT_S, Access, PointInTime,
 from lmdbitmap.apart import Failures
 from lmdbitmap.backup_image import Job, ParentDamaged, Source, write_image
 from lmdbitmap.backup_place import Permission
-from lmdbitmap.backup_plan import Plan, digests_for, newest, plan_for, require_room
+from lmdbitmap.backup_plan import Plan, digests_for, newest, plan_for
 from lmdbitmap.backup_result import BackupResult, BackupsFailed
 from lmdbitmap.copier import Progress, Report
 from lmdbitmap.digest_algorithms import DigestAlgorithm
@@ -170,9 +170,10 @@ def _apart(failures: Failures, store: Store, job: Job, point: PointInTime | None
         try:
             yield
         except (LmdbitmapError, OSError):
-            if point is not None:
-                job.access.let_go(point)
-            _undo_after_failure(store, job)
+            if not failures.at_once:  # else all of it is undone together
+                if point is not None:
+                    job.access.let_go(point)
+                _undo_after_failure(store, job)
             raise
 
 
@@ -215,7 +216,7 @@ def _prepare(
     found, unreadable = _manifest_of(folder, kind)
     manifest = backup_place.owned(found, disk, folder, wanted.permission)
     leftovers = undo_unfinished(way, disk, folder) if unreadable is None else []
-    require_room(folder, manifest)
+    folder.require_room(manifest)
     manifest = dataclasses.replace(manifest, holder=manifest.holder or uuid4())
     assert manifest.holder is not None
     hold = locks.enter_context(HoldFile(store.path, disk.uuid, manifest.holder).locked())
@@ -225,7 +226,7 @@ def _prepare(
         if unreadable is None
         else Plan(kind, reason=unreadable)
     )
-    digests, sequence = digests_for(plan, manifest, wanted.algorithm), folder.next_sequence(manifest.backups)
+    digests, sequence = digests_for(plan, manifest, wanted.algorithm), folder.next_sequence(manifest)
     return Job(way, disk, folder, manifest, kind, plan, digests, sequence, leftovers, hold, wanted.only_that)
 
 
@@ -300,12 +301,13 @@ def _made(
     failures: Failures,
 ) -> list[BackupResult]:
     """Of all disks that come to their end. What is not copied any more of one that fails counts as done."""
-    report, passed, results = Report(listener, sum(source.bytes_to_copy for source in sources)), 0, []
+    rest = sum(source.bytes_to_copy for source in sources)
+    report, results = Report(listener, rest), []
     for source in sources:
         with _apart(failures, store, source.job, source.point):
             results.append(_make(store, source, report, packing, pace))
-        passed += source.bytes_to_copy
-        report.reach(passed)
+        rest -= source.bytes_to_copy
+        report.reach_all_but(rest)
     return results
 
 
@@ -318,6 +320,7 @@ def _make(
         entry = write_image(source, device, report, packing)
     except ParentDamaged as damaged:
         source = source.full_instead(damaged.error)
+        report.expect(source.bytes_to_copy)
         entry = write_image(source, device, report, packing)
     job = source.job
     released = tuple(_still_there(store, job, job.manifest.released))

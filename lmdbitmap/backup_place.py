@@ -18,13 +18,13 @@ A place that the store knows nothing of may be as new as it likes.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from typing import NamedTuple
 
-from lmdbitmap.consumers import holds_of
 from lmdbitmap.errors import AlreadyExists, NotFound, os_errors_at
-from lmdbitmap.holds import Hold
+from lmdbitmap.holds import Hold, hold_files
 from lmdbitmap.manifest import DiskRef, Manifest, taken_over
 from lmdbitmap.manifest_file import COPY, MANIFEST, NEXT
 from lmdbitmap.repository import LOCK, BackupFolder
@@ -50,8 +50,9 @@ def require_meant(store: Store, disk: Disk, folder: BackupFolder, permission: Pe
         )
     if permission.new_repository or not _is_empty(folder):
         return
-    for hold in holds_of(store, disk.name):
-        if hold.was_at(folder.repository_path) and hold.expects_backups:
+    for file in hold_files(store.path, disk.uuid):
+        hold = file.hold
+        if hold is not None and hold.was_at(folder.repository_path) and hold.expects_backups:
             raise _gone(disk, folder, hold)
 
 
@@ -60,8 +61,8 @@ def owned(found: Manifest | None, disk: Disk, folder: BackupFolder, permission: 
     ours = DiskRef(disk.name, disk.uuid)
     if found is None:
         return Manifest(ours)
-    if found.disk.uuid == disk.uuid:
-        return found
+    if found.disk.uuid == disk.uuid or not found.backups:
+        return dataclasses.replace(found, disk=ours)
     if not permission.take_over:
         raise AlreadyExists(
             f"{folder.path} has the backups of another disk that was called {found.disk.name!r} too",

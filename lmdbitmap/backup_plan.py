@@ -19,7 +19,7 @@ from typing import NamedTuple
 from lmdbitmap import chain
 from lmdbitmap.chain_tables import what_is_broken
 from lmdbitmap.digest_algorithms import DigestAlgorithm, fastest, is_available
-from lmdbitmap.errors import FormatError, LmdbitmapError, NotFound, StorageError
+from lmdbitmap.errors import FormatError, LmdbitmapError, NotFound
 from lmdbitmap.json_fields import MAX_TEXT_BYTES
 from lmdbitmap.manifest import (
     TAKEN_OVER_EPOCH,
@@ -28,9 +28,7 @@ from lmdbitmap.manifest import (
     Manifest,
     Reason,
     chain_to,
-    has_room,
 )
-from lmdbitmap.manifest_file import MANIFEST
 from lmdbitmap.repository import BackupFolder
 from lmdbitmap.schema import Checkpoint, Disk
 from lmdbitmap.store import Store
@@ -81,16 +79,6 @@ def _stacked(store: Store, disk: Disk, parent: BackupEntry, kind: BackupType, en
     if kind is BackupType.DIFFERENTIAL:
         return Plan(BackupType.FULL, reason=lost)
     return Plan(BackupType.RESCAN, parent, reason=lost)
-
-
-def require_room(folder: BackupFolder, manifest: Manifest) -> None:
-    """Raise `StorageError` where the manifest could not name one more backup: before that is copied."""
-    if not has_room(manifest):
-        raise StorageError(
-            folder.path_of(MANIFEST),
-            OSError(f"{len(manifest.backups):,} backups leave no room for one more"),
-            next_step="merge old ones with `lmdbitmap prune`, or back up to another repository",
-        )
 
 
 class DigestChoice(NamedTuple):

@@ -68,6 +68,14 @@ class Report:
         """At least so many bytes are done."""
         self.advance(max(done - self._done, 0))
 
+    def reach_all_but(self, rest: int) -> None:
+        """No more than so many bytes are to be done yet."""
+        self.reach(self._total - rest)
+
+    def expect(self, length: int) -> None:
+        """So many bytes more will be done than was said in the beginning."""
+        self._total += length
+
 
 class ImageSink(Sink, Borrower, Protocol):
     """Where an image is written to, perhaps behind who writes."""

@@ -96,9 +96,10 @@ def replacing(
 
     The file can be written, read and sought; its `name` is the temporary one. If the block raises, `path`
     is as it was. A symbolic link stays and what it leads to is replaced; anything but a regular file there
-    is refused with `InvalidArgument`, so that nobody renames a file over /dev/null.
+    is refused with `InvalidArgument`, so that nobody renames a file over /dev/null. `like_folder` gives the file to
+    the owner of its folder, who may have put a link there for root to follow: that is refused too.
     """
-    target = _replaceable(path)
+    target = _replaceable(path, follow=not like_folder)
     _sweep(target)
     with os_errors_at(target):
         file = _create_locked(target)
@@ -164,8 +165,9 @@ def make_folder_like(path: str) -> None:
     fsync_folder(os.path.dirname(path))
 
 
-def _replaceable(path: str | os.PathLike[str]) -> str:
-    target = os.path.realpath(path)
+def _replaceable(path: str | os.PathLike[str], *, follow: bool) -> str:
+    folder, name = os.path.split(os.path.abspath(path))
+    target = os.path.realpath(path) if follow else os.path.join(os.path.realpath(folder), name)
     with os_errors_at(target):
         if os.path.lexists(target) and not stat.S_ISREG(os.lstat(target).st_mode):
             raise InvalidArgument(

@@ -4,6 +4,7 @@
     disk             name, uuid
     released         uuid and name of checkpoints that pruned backups held: the next backup forgets them; may be absent
     holder           uuid by which stores know these backups as a holder of checkpoints; may be absent
+    last_sequence    the highest number that a backup had which was dropped; may be absent
     backups          oldest first
       id, sequence                 unique; rising
       file                         the image, a plain name in the manifest's own folder
@@ -154,6 +155,12 @@ class Manifest:
     backups: tuple[BackupEntry, ...] = ()
     released: tuple[CheckpointRef, ...] = ()
     holder: UUID | None = None
+    last_sequence: int = 0
+
+    @property
+    def newest_sequence(self) -> int:
+        """The highest number that a backup has, or had before it was let go of; 0 before the first."""
+        return max([self.last_sequence, *(entry.sequence for entry in self.backups)])
 
     @property
     def format_version(self) -> int:
@@ -219,7 +226,7 @@ def _tree(manifest: Manifest) -> dict[str, Any]:
                 del entry[absent]
         if "chunks" in entry and entry["chunks"]["algorithm"] is DigestAlgorithm.SHA256:
             del entry["chunks"]["algorithm"]
-    for absent in ("released", "holder"):
+    for absent in ("released", "holder", "last_sequence"):
         if not tree[absent]:
             del tree[absent]
     return tree
@@ -248,6 +255,7 @@ def decode(data: bytes, *, max_bytes: int = MAX_MANIFEST_BYTES) -> Manifest:
         backups,
         tuple(map(_checkpoint, released)),
         root.if_there("holder", root.uuid),
+        root.if_there("last_sequence", lambda name: root.integer(name, 1)) or 0,
     )
 
 

@@ -173,7 +173,10 @@ def _let_go(folder: BackupFolder, manifest: Manifest, stay: set[str], *, changed
     remaining = tuple(entry for entry in manifest.backups if entry.id in needed)
     gone = tuple(entry.checkpoint for entry in manifest.backups if entry.id not in needed)
     if gone or changed:
-        manifest = dataclasses.replace(manifest, backups=remaining, released=(*manifest.released, *gone))
+        released, last = (*manifest.released, *gone), manifest.last_sequence
+        if remaining[-1] is not manifest.backups[-1]:  # its number is not to be another one's: copies have it
+            last = manifest.newest_sequence
+        manifest = dataclasses.replace(manifest, backups=remaining, released=released, last_sequence=last)
         folder.succeed(manifest)
     return manifest
 

@@ -41,8 +41,8 @@ from typing import NamedTuple
 from lmdbitmap import files, schema
 from lmdbitmap.apart import Failures
 from lmdbitmap.buffers import new_buffer
-from lmdbitmap.errors import FormatError, NotFound, os_errors_at
-from lmdbitmap.manifest import BackupEntry, BackupType, Manifest
+from lmdbitmap.errors import FormatError, NotFound, StorageError, os_errors_at
+from lmdbitmap.manifest import BackupEntry, BackupType, Manifest, has_room
 from lmdbitmap.manifest_file import COPY, MANIFEST, ManifestFile, put_aside, remove
 
 log = logging.getLogger(__name__)
@@ -119,13 +119,20 @@ class BackupFolder:
         """Durable on return; a death leaves the old manifest or the new one. What cannot be read can be kept."""
         self._manifest.replace(new, keep_old=keep_old)
 
+    def require_room(self, known: Manifest) -> None:
+        """Raise `StorageError` where the manifest could not name one more backup: before that is copied."""
+        if not has_room(known):
+            raise StorageError(
+                self.path_of(MANIFEST),
+                OSError(f"{len(known.backups):,} backups leave no room for one more"),
+                next_step="merge old ones with `lmdbitmap prune`, or use another repository",
+            )
+
     # -- images --------------------------------------------------------------------------------------------
 
-    def next_sequence(self, backups: Iterable[BackupEntry]) -> int:
-        """A number that no backup has, nor any image that the manifest does not know."""
-        return (
-            max([0, *(entry.sequence for entry in backups), *(int(image[1]) for image in self._images())]) + 1
-        )
+    def next_sequence(self, known: Manifest) -> int:
+        """A number that no backup has or had, nor any image that the manifest does not know."""
+        return max([known.newest_sequence, *(int(image[1]) for image in self._images())]) + 1
 
     def check_images(self, entries: Iterable[BackupEntry]) -> None:
         """Raise `NotFound` or `FormatError` unless every image is there, as long as it was when it was made."""

@@ -14,6 +14,7 @@ The other folder may hold no backup that is another than the source's of that nu
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -38,7 +39,7 @@ from lmdbitmap.errors import (
     os_errors_at,
 )
 from lmdbitmap.file_copy import PIECE_BYTES, FileCopier
-from lmdbitmap.manifest import BackupEntry, Manifest, taken_over
+from lmdbitmap.manifest import TAKEN_OVER_EPOCH, BackupEntry, Manifest, taken_over
 from lmdbitmap.repository import BackupFolder, folders_of, known_backups_of
 
 _USE_ANOTHER = "look at it with `verify`, and get the file from another copy of the repository"
@@ -113,15 +114,21 @@ def _copy_disk(source: BackupFolder, wanted: Manifest, target: BackupFolder, rep
         _require_kin(target, before, source, wanted)
         missing = _missing(before, wanted)
         require_algorithms(source, missing)
-        if found is None:
-            target.replace_manifest(before)  # from now on, an image without its entry is no lost backup
-        target.check_images(before.backups)
+        there = _following(before, wanted)
+        if found != there:
+            target.replace_manifest(there)  # from now on, an image without its entry is no lost backup
+        target.check_images(there.backups)
         report.advance(sum(entry.bytes_stored for entry in {*wanted.backups} - {*missing}))
-        there = before if before.disk == wanted.disk else taken_over(before, wanted.disk)
-        for entry in missing:
-            _copy_unless_changed(source, wanted, target, entry, report)
-            there = _with(there, entry)
-            target.succeed(there)
+        try:
+            for entry in missing:
+                target.require_room(there)
+                _copy_unless_changed(source, wanted, target, entry, report)
+                there = _with(there, entry)
+                target.succeed(there)
+        except BaseException:
+            with contextlib.suppress(LmdbitmapError):
+                target.settle()  # what was copied and not decided takes space
+            raise
     return _told(source.disk_name, before, wanted, missing, started)
 
 
@@ -154,15 +161,14 @@ def _point(entry: BackupEntry) -> tuple[object, ...]:
 def _require_kin(target: BackupFolder, there: Manifest, source: BackupFolder, wanted: Manifest) -> None:
     """Refuse a target that goes on from the source's backups in another way, or has those of another disk."""
     ours, theirs = {_point(entry) for entry in wanted.backups}, there.backups
-    was_added_anew = bool(theirs) and _point(theirs[-1]) in ours
+    was_added_anew = not theirs or _point(theirs[-1]) in ours
     if there.disk.uuid != wanted.disk.uuid and not was_added_anew:
         raise _not_kin(
             f"{target.path} has the backups of another disk that is called {there.disk.name!r} too"
         )
     taken = {word for entry in wanted.backups for word in (entry.id, entry.sequence, entry.file)}
-    newest = max((entry.sequence for entry in wanted.backups), default=-1)
     for entry in theirs:
-        is_ahead = entry.sequence > newest
+        is_ahead = entry.sequence > wanted.newest_sequence
         if _point(entry) not in ours and (is_ahead or not taken.isdisjoint(_point(entry)[:3])):
             raise _not_kin(
                 f"{target.path} has a backup {entry.id} that {source.path} does not have, or another of that number"
@@ -171,6 +177,19 @@ def _require_kin(target: BackupFolder, there: Manifest, source: BackupFolder, wa
 
 def _not_kin(problem: str) -> AlreadyExists:
     return AlreadyExists(problem, next_step="copy to another repository, or move that folder away")
+
+
+def _following(there: Manifest, wanted: Manifest) -> Manifest:
+    """What is there, as the disk's whose the source is now: what it took over there counts from nothing here either."""
+    if there.disk != wanted.disk:
+        return taken_over(there, wanted.disk)
+    taken = [entry.sequence for entry in wanted.backups if entry.epoch == TAKEN_OVER_EPOCH]
+    last = max(taken, default=-1)
+    backups = tuple(
+        dataclasses.replace(entry, epoch=TAKEN_OVER_EPOCH) if entry.sequence <= last else entry
+        for entry in there.backups
+    )
+    return dataclasses.replace(there, backups=backups)
 
 
 def _missing(there: Manifest, wanted: Manifest) -> list[BackupEntry]:

@@ -5,6 +5,7 @@ A signal is only ever a wish: the second one, or the tenth, finds it wished alre
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -134,7 +135,10 @@ def require_private(host: str, power: str, remedy: str, *, insecure: bool) -> No
 def allow_many_descriptors() -> None:
     """As many as this process may have: connections of one disk, up to five each, must not use up those of another."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with contextlib.suppress(
+        ValueError, OSError
+    ):  # the kernel may allow less by now than when we were started
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def announce(asked: Session, uris: list[str], metrics_url: str | None = None) -> None:

@@ -53,6 +53,32 @@ def question() -> object | None:
     return getattr(_asking, "question", None)
 
 
+class Later(Mapping[str, StatusSource]):
+    """Contexts that are looked up once somebody asks which there are: of a disk with many, the store is read for that.
+
+    For one thread.
+    """
+
+    def __init__(self, look_up: Callable[[], Mapping[str, StatusSource]]) -> None:
+        self._look_up = look_up
+        self._looked_up: Mapping[str, StatusSource] | None = None
+
+    @property
+    def _found(self) -> Mapping[str, StatusSource]:
+        if self._looked_up is None:
+            self._looked_up = self._look_up()
+        return self._looked_up
+
+    def __getitem__(self, name: str) -> StatusSource:
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
 def for_strangers(contexts: Mapping[str, StatusSource]) -> Mapping[str, StatusSource]:
     """Those that may be offered to whoever comes."""
     return {name: source for name, source in contexts.items() if not isinstance(source, Consequential)}

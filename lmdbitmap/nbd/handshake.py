@@ -17,7 +17,7 @@ said more than it should have: those bytes may be somebody else's.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Final, NamedTuple, TypeAlias
 
 from lmdbitmap.errors import FormatError
@@ -44,7 +44,7 @@ class Export(NamedTuple):
     size: int
     flags: int
     description: str = ""
-    contexts: tuple[str, ...] = ()
+    contexts: Collection[str] = ()
     beside: bool = False
     """Whether it does not count where the only export is looked for: a disk as it was, beside itself."""
 
@@ -202,8 +202,7 @@ class Handshake:
             if len(alone) == 1:
                 return alone[0]
         if name not in self._exports:
-            shown = repr(name[:_MOST_SHOWN])
-            self.refuse(nbd.malformed("export name", "the name of a served disk", shown))
+            self.refuse(_not_served("export name", name))
         return self._exports.get(name)
 
     def _transmission_flags(self, export: Export) -> int:
@@ -221,7 +220,7 @@ class Handshake:
         name = nbd.parse_export_name(data)
         export = self._find(name)
         if export is None:
-            raise nbd.malformed("NBD_OPT_EXPORT_NAME", "the name of a served disk", repr(name))
+            raise _not_served("NBD_OPT_EXPORT_NAME", name)
         if not self._agree(export):
             return b""
         padded = not self._has_flag(nbd.NBD_FLAG_C_NO_ZEROES)
@@ -285,7 +284,7 @@ class Handshake:
         if export is None:
             return _unknown_export(option, query.export_name)
         wanted = set(query.queries)
-        chosen = [name for name in export.contexts if name in wanted]
+        chosen = [name for name in export.contexts if name in wanted] if wanted else []
         numbered = tuple(enumerate(chosen, start=1))
         self._selected = (export.name, numbered)
         return _listing(option, nbd.NBD_REP_META_CONTEXT, *(nbd.meta_context(*pair) for pair in numbered))
@@ -347,6 +346,15 @@ def _error(option: int, reply_type: int, message: str) -> bytes:
 
 def _too_many(option: int) -> bytes:
     return _error(option, nbd.NBD_REP_ERR_TOO_BIG, f"ask for {MAX_QUERIES} contexts at most")
+
+
+def _not_served(place: str, name: str) -> FormatError:
+    return FormatError(
+        f"NBD {place}",
+        expected="the name of a served disk",
+        found=repr(name[:_MOST_SHOWN]),
+        next_step="name one that `nbdinfo --list` shows",
+    )
 
 
 def _unknown_export(option: int, name: str) -> bytes:

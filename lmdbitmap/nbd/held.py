@@ -46,12 +46,21 @@ class HeldSnapshots:
                     next_step=f"release one (`lmdbitmap release {attached.disk.name} CHECKPOINT`)",
                 )
         taken = take_snapshot(filters, name, self._scratch)
+        try:
+            self._export(taken, private=private)
+        except BaseException:
+            for snapshot in taken:
+                self.release(snapshot)
+            raise
+        return taken
+
+    def _export(self, taken: Sequence[Snapshot], *, private: bool) -> None:
         for snapshot in taken:
             if self._server is not None:
                 snapshot.guests_are_quiet = self._server.quiet.look
                 self._server.add(snapshot.name, snapshot, private=private)
-            _log.info("disk %s: held as at checkpoint %s", snapshot.disk.name, name)
-        return taken
+            checkpoint = snapshot.checkpoint.name
+            _log.info("disk %s: held as at checkpoint %s", snapshot.disk.name, checkpoint)
 
     def find(self, disk: str, checkpoint: str, uuid: str | None = None) -> Snapshot:
         """With the `uuid` of the checkpoint, no other one that has its name by now."""

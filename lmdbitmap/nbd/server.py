@@ -28,12 +28,13 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Final, NamedTuple
 
 from lmdbitmap.errors import AlreadyExists
 from lmdbitmap.interfaces import ServedDisk
 from lmdbitmap.nbd import keepalive
-from lmdbitmap.nbd.contexts import ContextsOf, base_contexts, for_strangers
+from lmdbitmap.nbd.contexts import ContextsOf, Later, base_contexts, for_strangers
 from lmdbitmap.nbd.listeners import InheritedListener, Listener, TcpListener, UnixListener, accepted
 from lmdbitmap.nbd.quiet import Quiet
 from lmdbitmap.nbd.rounds import Rounds
@@ -260,19 +261,16 @@ class Server:
         """The disks, with what can be asked of each at this moment: a visitor may pick from that."""
         with self._lock:
             disks = dict(self._disks)
-        return self._described(disks)
+        return self._described(disks, self._contexts_of)
 
     def _served_to_strangers(self) -> Mapping[str, Served]:
         with self._lock:
             disks = {name: disk for name, disk in self._disks.items() if name not in self._private}
-        return {
-            name: served._replace(contexts=for_strangers(served.contexts))
-            for name, served in self._described(disks).items()
-        }
+        return self._described(disks, lambda name, disk: for_strangers(self._contexts_of(name, disk)))
 
-    def _described(self, disks: Mapping[str, ServedDisk]) -> Mapping[str, Served]:
+    def _described(self, disks: Mapping[str, ServedDisk], contexts_of: ContextsOf) -> Mapping[str, Served]:
         return {
-            name: Served(disk, self._contexts_of(name, disk), beside=name not in self._residents)
+            name: Served(disk, Later(partial(contexts_of, name, disk)), beside=name not in self._residents)
             for name, disk in disks.items()
         }
 
@@ -303,6 +301,8 @@ class Server:
     def _enter(self, visit: Visit, name: str) -> bool:
         """Whether a newcomer gets a place at this export."""
         with self._lock:
+            if visit.is_let_go or name not in self._disks:
+                return False
             there = [other for other in self._visits if other.export_name == name]
             alike = sum((other.door is None) == (visit.door is None) for other in there)
             if alike < self._max_connections:

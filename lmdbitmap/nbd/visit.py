@@ -182,7 +182,7 @@ class Visit:
         agreed = handshake.outcome
         if not isinstance(agreed, Agreed):
             return None
-        served = self._offered[agreed.export_name]
+        served, self._offered = self._offered[agreed.export_name], {}  # the others are not for us to keep
         _log.info("disk %s: %s is connected", self.export_name, self.client, extra=self._names)
         self._complaints = Complaints(self.client, self.export_name)
         self._connection = Connection(
@@ -269,4 +269,4 @@ def _export(name: str, served: Served) -> Export:
     described = f"{name}, {'read-only' if disk.read_only else 'writable'}, served by lmdbitmap"
     if isinstance(disk, (Filter, Snapshot)):
         described += nbd.of_disk(disk.disk.uuid)
-    return Export(name, disk.size, flags, described, tuple(served.contexts), served.beside)
+    return Export(name, disk.size, flags, described, served.contexts, served.beside)

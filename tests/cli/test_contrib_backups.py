@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -108,7 +108,7 @@ def test_document_names_all_files() -> None:
 def hook(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """With a `virsh` that may be another one, and no patience."""
     code = f"import runpy, sys; sys.argv = {['hook', *map(str, words)]!r};"
-    code += f"hook = runpy.run_path({str(HOOK)!r}); hook['main'].__globals__.update(THAW_S=0.2, BETWEEN_THAWS_S=0.01);"
+    code += f"hook = runpy.run_path({str(HOOK)!r}); hook['main'].__globals__.update(THAW_S=2.0, BETWEEN_THAWS_S=0.01);"
     code += "hook['main'].__globals__.update(AGENT_S=5.0); sys.exit(hook['main']())"
     path = "/usr/sbin:/usr/bin:/sbin:/bin"
     return run(
@@ -134,9 +134,9 @@ def virsh(tmp_path: Path) -> Path:
         f"""#!/bin/sh
 echo "$2 $4" >> '{tmp_path}/asked'
 [ "$2" = domstate ] && {{ cat "{tmp_path}/$4.state" 2>/dev/null || echo running; exit 0; }}
-left=$(cat "{tmp_path}/$2.fails" 2>/dev/null || echo 0)
+left=$(cat "{tmp_path}/$2.$4.fails" 2>/dev/null || echo 0)
 [ "$left" = 0 ] && exit 0
-echo $((left - 1)) > "{tmp_path}/$2.fails"
+echo $((left - 1)) > "{tmp_path}/$2.$4.fails"
 echo "error: Guest agent is not responding" >&2
 exit 1
 """
@@ -156,20 +156,34 @@ def told(virsh: Path, *words: str) -> tuple[int, list[str], str]:
 def test_hook_freezes_each_guest_once_and_stops_at_one_that_does_not(virsh: Path) -> None:
     both = ("--domain", "a", "--domain", "b")
     assert told(virsh, *both, "freeze", "sda", "sdb") == (0, ["domfsfreeze a", "domfsfreeze b"], "")
-    (virsh / "domfsfreeze.fails").write_text("1")
+    (virsh / "domfsfreeze.a.fails").write_text("1")
     said = "virsh domfsfreeze a: error: Guest agent is not responding\n"
     assert told(virsh, *both, "freeze", "sda") == (1, ["domfsfreeze a"], said)
 
 
 def test_hook_thaws_again_until_all_are_thawed_or_it_is_too_late(virsh: Path) -> None:
-    (virsh / "domfsthaw.fails").write_text("2")
+    (virsh / "domfsthaw.a.fails").write_text("2")
     code, asked, said = told(virsh, "--domain", "a", "--domain", "b", "thaw", "sda")
     assert (code, said, len(asked)) == (0, "", 4)
     assert {"domfsthaw a", "domfsthaw b"} == set(asked)
-    (virsh / "domfsthaw.fails").write_text("99999")
+    (virsh / "domfsthaw.a.fails").write_text("99999")
     code, asked, said = told(virsh, "--domain", "a", "thaw", "sda")
     assert (code, said) == (1, "virsh domfsthaw a: error: Guest agent is not responding\n")
     assert len(asked) >= 2
+
+
+@pytest.mark.parametrize(
+    "says", [b"[]\n", b"5\n", b'"return"\n', b'{"error": 5}\n', b"[" * 60000 + b"\n", b"x" * 99999]
+)
+def test_hook_thaws_a_guest_beside_one_whose_agent_says_anything(tmp_path: Path, says: bytes) -> None:
+    with (
+        agent(tmp_path / "bad", refuses="guest-fsfreeze-thaw", refusal=says, visits=99),
+        agent(tmp_path / "good") as asked,
+    ):
+        done = hook("--agent", tmp_path / "bad", "--agent", tmp_path / "good", "thaw", "sda", "sdb")
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert done.stderr.startswith(f"guest-fsfreeze-thaw at {tmp_path}/bad: ")
+    assert asked == ["guest-sync-delimited", "guest-fsfreeze-thaw"]
 
 
 def test_hook_leaves_a_domain_alone_that_is_shut_off(virsh: Path) -> None:
@@ -190,13 +204,26 @@ def test_a_backup_freezes_and_thaws_by_it(cli: Cli, virsh: Path, monkeypatch: py
 # --- the hook, through an agent's socket ---
 
 
+REFUSAL = b'{"error": {"class": "GenericError", "desc": "no such disk"}}\n'
+
+
 @contextmanager
-def agent(path: Path, before: bytes = b"", refuses: str | None = None) -> Iterator[list[str]]:
+def agent(
+    path: Path, before: bytes = b"", refuses: str | None = None, refusal: bytes = REFUSAL, visits: int = 1
+) -> Iterator[list[str]]:
     """One as QEMU's: it has half an answer for somebody else yet, and does what it is told."""
     asked: list[str] = []
 
     def serve(listening: socket.socket) -> None:
-        sock, _ = listening.accept()
+        for _ in range(visits):
+            try:
+                sock, _ = listening.accept()
+            except OSError:  # closed
+                return
+            with suppress(OSError):
+                serve_one(sock)
+
+    def serve_one(sock: socket.socket) -> None:
         with sock, sock.makefile("rwb") as line:
             line.write(before)
             for words in line:
@@ -205,7 +232,7 @@ def agent(path: Path, before: bytes = b"", refuses: str | None = None) -> Iterat
                 if request["execute"] == "guest-sync-delimited":
                     line.write(b"\xff" + json.dumps({"return": request["arguments"]["id"]}).encode() + b"\n")
                 elif request["execute"] == refuses:
-                    line.write(b'{"error": {"class": "GenericError", "desc": "no such disk"}}\n')
+                    line.write(refusal)
                 else:
                     line.write(b'{"return": 2}\n')
                 line.flush()
@@ -216,6 +243,7 @@ def agent(path: Path, before: bytes = b"", refuses: str | None = None) -> Iterat
         thread = threading.Thread(target=serve, args=[listening])
         thread.start()
         yield asked
+        listening.shutdown(socket.SHUT_RDWR)
         thread.join()
 
 

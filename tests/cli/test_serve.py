@@ -50,11 +50,13 @@ def test_several_disks_are_served_under_their_names(cli: Cli) -> None:
     cli.add("b", 3 * MIB)
     cli.ok("checkpoint", "a,b", "monday")
     source = make_raw_image(cli.folder / "source", 3 * MIB, [(MIB, b"x" * MIB)])
-    with cli.serving("a", "b") as served:
+    with cli.serving("a", "b", log=True) as served:
         assert run("nbdinfo", "--size", served.uris["a"]).stdout == f"{SIZE}\n"
         run("nbdcopy", source, served.uris["b"])
         default = served.uris["a"].replace("/a?", "/?")
         assert run("nbdinfo", "--size", default, check=False).returncode != 0
+    [said] = served.child.stderr.splitlines()
+    assert "expected the name of a served disk, found ''; name one that `nbdinfo --list` shows" in said
     assert (cli.folder / "b.raw").read_bytes() == source.read_bytes()
     assert (MIB, MIB) in cli.dirty("b")[1] or (0, 3 * MIB) in cli.dirty("b")[1]
     assert cli.dirty("a") == ("exact", [])

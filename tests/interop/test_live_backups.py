@@ -264,7 +264,7 @@ def test_backup_that_runs_out_of_room_fails_and_the_guest_does_not_notice(cli: C
 @requires("nbdinfo", "1.0")
 @requires("qemu-img", "7.0")
 def test_other_programs_read_a_held_disk_and_what_changed(cli: Cli) -> None:
-    with cli.serving("sda") as served:
+    with cli.serving("sda", log=True) as served:
         with guest_of(served.uris["sda"]) as disk:
             disk.pwrite(os.urandom(8 * MIB), 0)
             cli.ok("checkpoint", "sda", "sunday")
@@ -287,3 +287,4 @@ def test_other_programs_read_a_held_disk_and_what_changed(cli: Cli) -> None:
         cli.ok("release", "sda", "monday")
         assert run("nbdinfo", uri, check=False).returncode != 0
         assert run("nbdinfo", served.uris["sda"].replace("/sda?", "/?")).returncode == 0
+    assert "found 'sda@monday'; name one that `nbdinfo --list` shows" in served.child.stderr

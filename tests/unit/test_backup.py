@@ -16,7 +16,7 @@ from typing import cast
 import pytest
 
 from lmdbitmap import backup as backup_module
-from lmdbitmap import backup_plan, schema, session
+from lmdbitmap import backup_plan, copier, schema, session
 from lmdbitmap import manifest as manifest_module
 from lmdbitmap.backup import backup
 from lmdbitmap.check import Gravity, check_store
@@ -179,6 +179,18 @@ def test_a_rescan_that_cannot_read_the_last_backup_becomes_a_full_one(
     assert rotten.files() == ["000001-full.qcow2", "000002-full.qcow2"]
     rotten.write(b"x", 0)
     assert told(rotten.backup()) == ("incremental", None)
+
+
+def test_a_full_backup_in_place_of_a_rescan_tells_how_far_it_is(
+    rotten: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so can be cancelled, though the rescan told as much already."""
+    monkeypatch.setattr(copier, "_BYTES_BETWEEN_REPORTS", BLOCK)
+    told_of: list[tuple[int, int]] = []
+    backup(rotten.store, [NAME], rotten.folder / "backups", progress=lambda *news: told_of.append(news))
+    done = [number for number, _ in told_of]
+    assert done == sorted(done)
+    assert told_of[-1] == (2 * SIZE, 2 * SIZE)
 
 
 def test_a_rescan_that_is_required_and_cannot_be_is_refused(rotten: BackedUpDisk) -> None:
@@ -497,7 +509,7 @@ def test_a_manifest_without_room_for_one_more_is_told_before_anything_is_copied(
                 back_up_with(fail_to_read, unchanged, kind)
             assert str(refused.value) == (
                 f"{path}: 1 backups leave no room for one more;"
-                " merge old ones with `lmdbitmap prune`, or back up to another repository"
+                " merge old ones with `lmdbitmap prune`, or use another repository"
             )
         patched.setattr(manifest_module, "MAX_MANIFEST_BYTES", most)
         with pytest.raises(StorageError, match="Input/output error"):

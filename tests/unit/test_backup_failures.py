@@ -218,6 +218,14 @@ def test_an_unknown_disk_is_left_out_too(disks: Disks) -> None:
     assert not (disks.repository / "f").exists()
 
 
+def test_an_unknown_disk_is_left_out_beside_those_that_are_attached(disks: Disks) -> None:
+    with attached(disks) as filters, pytest.raises(BackupsFailed, match="f: no disk is called 'f'") as some:
+        backup(
+            disks.store, ["f", *FIVE], disks.repository, attached=filters, scratch=Scratch(str(disks.folder))
+        )
+    have_increments_of_one_moment(disks, some.value.results, FIVE)
+
+
 def test_the_advice_makes_no_other_disk_full(disks: Disks) -> None:
     with damaged_manifest(disks):
         failed = disks.fails()

@@ -273,6 +273,16 @@ def test_a_repository_that_was_given_up_by_hand_is_not_missed(disk: BackedUpDisk
     assert told(disk.backup()) == ("full", "no-earlier-backup")
 
 
+def test_a_repository_is_missed_also_when_its_checkpoints_were_forgotten_by_name(disk: BackedUpDisk) -> None:
+    disk.backup()
+    unmount(disk)
+    with disk.attach() as attached:
+        for name in disk.backup_checkpoints():
+            attached.forget(name)
+    with pytest.raises(NotFound, match="has no backups, but disk 'sda' was backed up to"):
+        disk.backup()
+
+
 def test_a_repository_whose_hold_lapsed_is_missed(disk: BackedUpDisk) -> None:
     disk.backup()
     [file] = hold_files(disk.store.path, disk.disk().uuid)

@@ -121,6 +121,15 @@ def test_symbolic_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
     assert names_in(tmp_path / "folder") == ["file"]
 
 
+def test_a_link_in_a_folder_of_somebody_else_is_not_followed(tmp_path: Path) -> None:
+    """Root writes there for its owner, who may lead it anywhere."""
+    (tmp_path / "target").write_bytes(b"root's")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    with pytest.raises(InvalidArgument, match="link is not a regular file"):
+        files.replace_atomically(tmp_path / "link", b"new", like_folder=True)
+    assert (tmp_path / "target").read_bytes() == b"root's"
+
+
 def make_null_device_link(path: Path) -> None:
     path.symlink_to("/dev/null")
 

@@ -117,7 +117,9 @@ def test_behind_extended_headers_it_costs_the_connection_and_is_one_sentence_too
     assert told(caplog, "sda") == f" was dropped: {sentence}{HINT}"
 
 
-UNKNOWN = f"NBD export name: expected the name of a served disk, found 'sdz'{HINT}"
+UNKNOWN = (
+    "NBD export name: expected the name of a served disk, found 'sdz'; name one that `nbdinfo --list` shows"
+)
 
 
 @pytest.mark.parametrize(

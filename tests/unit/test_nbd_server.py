@@ -16,14 +16,26 @@ import pytest
 
 from lmdbitmap.device import MemoryDevice
 from lmdbitmap.interfaces import BlockDevice, ServedDisk
-from lmdbitmap.nbd.contexts import StatusSource
+from lmdbitmap.nbd.contexts import StatusSource, base_contexts
 from lmdbitmap.nbd.rounds import Rounds
 from lmdbitmap.nbd.server import Server
 from lmdbitmap.nbd.visit import Served, Visit
 from lmdbitmap.plain import PlainDisk, PlainLane
-from tests.nbd_raw import BLOCK_STATUS, DISC, GO, READ, WRITE, RawClient, option, request, string, write
+from tests.nbd_raw import (
+    BLOCK_STATUS,
+    DISC,
+    GO,
+    READ,
+    WRITE,
+    RawClient,
+    option,
+    request,
+    string,
+    write,
+)
 from tests.support import PATIENCE_SECONDS
 
+STRUCTURED_REPLY, LIST_META_CONTEXT = 8, 9
 SIZE = 64 << 20
 EXPORT_NAME = 1
 POLICY = 2**31 + 2
@@ -235,15 +247,40 @@ def test_newcomers_who_were_let_go_and_hang_in_the_server_are_bounded_too(path: 
         for _ in range(2):
             hanging.append(clients.enter_context(RawClient.connect(path)))
             hanging[-1].greet()
-            hanging[-1].send(option(GO, string("disk") + b"\0\0"))
+            assert hanging[-1].ask(STRUCTURED_REPLY) == [(1, b"")]
+            hanging[-1].send(option(LIST_META_CONTEXT, string("disk") + bytes(4)))
             assert entered.acquire(timeout=PATIENCE_SECONDS)
         with RawClient.connect(path) as third:
             assert third.is_closed_by_server()
         gate.open.set()
         assert hanging[0].is_closed_by_server()
         assert hanging[1].receive(20)
+        hanging[1].send(option(GO, string("disk") + b"\0\0"))
+        assert hanging[1].receive(20)
         assert server.traffic("disk")[0] == 1
     assert server.stop()
+
+
+def test_contexts_are_looked_up_of_the_disk_alone_of_which_they_are_asked(path: str) -> None:
+    asked: list[str] = []
+
+    def contexts_of(name: str, disk: ServedDisk) -> Mapping[str, StatusSource]:
+        asked.append(name)
+        return base_contexts(name, disk)
+
+    disks = {name: PlainDisk(MemoryDevice(SIZE)) for name in ("a", "b", "c")}
+    server = Server(disks, contexts_of=contexts_of)
+    server.listen_unix(path)
+    server.start()
+    try:
+        with RawClient.connect(path) as client:
+            client.go("a")
+        assert asked == []
+        with RawClient.connect(path) as client:
+            assert list(client.go("b", contexts=["base:allocation"])) == ["base:allocation"]
+        assert asked == ["b"]
+    finally:
+        assert server.stop()
 
 
 def test_a_host_that_vanished_keeps_no_place_of_a_tcp_server() -> None:

@@ -14,7 +14,7 @@ from lmdbitmap.nbd import visit as visiting
 from lmdbitmap.nbd.rounds import Rounds
 from lmdbitmap.nbd.visit import Served, Visit
 from lmdbitmap.plain import PlainDisk
-from tests.nbd_raw import GO, RawClient, option, string
+from tests.nbd_raw import GO, READ, RawClient, option, string
 from tests.support import PATIENCE_SECONDS
 
 LIST = 3
@@ -58,6 +58,17 @@ def test_nothing_is_looked_up_for_who_does_not_ask() -> None:
         client.receive(20)
     assert house.ended.wait(PATIENCE_SECONDS)
     assert house.asked == 0
+
+
+def test_a_client_keeps_nothing_but_the_disk_that_it_chose() -> None:
+    """It may stay for weeks, and the others are given up meanwhile."""
+    house = House()
+    visit, client = house.visit()
+    visit.start()
+    with client:
+        client.go("disk")
+        assert client.do(READ, 0, 1).error == 0
+        assert visit._offered == {}
 
 
 def test_time_that_an_answer_took_counts_for_the_handshake(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from pathlib import Path
@@ -170,12 +171,14 @@ def test_images_are_named_so_that_they_sort() -> None:
 
 
 def test_the_next_number_is_above_every_backup_and_every_unknown_image(folder: BackupFolder) -> None:
-    assert folder.next_sequence([]) == 1
-    assert folder.next_sequence([entry(4), entry(9)]) == 10
+    none, some = Manifest(DISK), Manifest(DISK, (entry(4), entry(9)))
+    assert folder.next_sequence(none) == 1
+    assert folder.next_sequence(some) == 10
+    assert folder.next_sequence(dataclasses.replace(some, last_sequence=10)) == 11
     put(folder, "000012-differential.qcow2")
-    assert folder.next_sequence([entry(4), entry(9)]) == 13
+    assert folder.next_sequence(some) == 13
     put(folder, "99-full.qcow2.bak")
-    assert folder.next_sequence([]) == 13
+    assert folder.next_sequence(none) == 13
 
 
 def test_whole_images_pass(folder: BackupFolder) -> None:

@@ -12,8 +12,9 @@ from uuid import uuid4
 
 import pytest
 
+from lmdbitmap import manifest as manifest_module
 from lmdbitmap import transfer
-from lmdbitmap.errors import AlreadyExists, Busy, FormatError, NotFound
+from lmdbitmap.errors import AlreadyExists, Busy, FormatError, NotFound, StorageError
 from lmdbitmap.manifest import TAKEN_OVER_EPOCH, BackupType, DiskRef, Manifest, encode, taken_over
 from lmdbitmap.prune import prune
 from lmdbitmap.repository import BackupFolder
@@ -335,6 +336,78 @@ def test_the_copy_follows_a_disk_that_took_the_chain_over(disk: BackedUpDisk) ->
     assert disk.manifest("copy").disk == anew.disk
     assert {entry.epoch for entry in disk.manifest("copy").backups} == {TAKEN_OVER_EPOCH}
     holds(disk, contents, "1", "2", "3", "4")
+
+
+def test_a_copy_goes_on_after_the_newest_backup_was_dropped(disk: BackedUpDisk) -> None:
+    """Its number is not another backup's: the copy has it."""
+    contents = back_up(disk, FULL, INCREMENTAL)
+    copied(disk)
+    prune(disk.folder / "backups", [NAME], drop=["2"])
+    assert copied(disk).only_there == 1
+    disk.write(os.urandom(4096), 3 * 4096)
+    contents["3"] = (disk.backup(), disk.content())[1]
+    assert [entry.id for entry in disk.manifest().backups] == ["1", "3"]
+    copied(disk)
+    holds(disk, contents, "1", "2", "3")
+    prune(disk.folder / "backups", [NAME], drop=["3"])
+    assert disk.manifest().last_sequence == 3
+    assert disk.backup().id == "4"
+
+
+def test_nothing_counts_from_an_old_checkpoint_in_the_copy_when_a_disk_has_come_back(
+    disk: BackedUpDisk,
+) -> None:
+    """Its uuid is the one that it was, and between the two copies it was another one's."""
+    back_up(disk, FULL, INCREMENTAL, INCREMENTAL)
+    copied(disk)
+    prune_to(disk, "backups", 1)
+    mine, elsewhere = disk.manifest().disk, DiskRef(NAME, uuid4())
+    disk.backup_folder().replace_manifest(taken_over(taken_over(disk.manifest(), elsewhere), mine))
+    assert copied(disk).copied == ()
+    assert {entry.epoch for entry in disk.manifest("copy").backups} == {TAKEN_OVER_EPOCH}
+
+
+def test_a_copy_for_which_there_is_no_room_is_refused_before_it_is_made(
+    disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    back_up(disk, FULL, INCREMENTAL)
+    copied(disk)
+    disk.write(os.urandom(4096), 0)
+    disk.backup()
+    before = folder_of(disk, "copy")
+    with monkeypatch.context() as patched:
+        patched.setattr(manifest_module, "MAX_MANIFEST_BYTES", manifest_module.MOST_ENTRY_BYTES)
+        with pytest.raises(StorageError, match="2 backups leave no room for one more; merge old ones"):
+            copied(disk)
+    assert folder_of(disk, "copy") == before
+    copied(disk)
+    assert is_same(disk)
+
+
+def test_a_copy_that_fails_leaves_nothing_behind(disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    back_up(disk, FULL)
+    copied(disk)
+    before = folder_of(disk, "copy")
+    disk.write(os.urandom(4096), 0)
+    disk.backup()
+
+    def refuse(folder: BackupFolder, manifest: Manifest) -> None:
+        raise StorageError("copy", OSError("no"), next_step="mend it")
+
+    monkeypatch.setattr(BackupFolder, "succeed", refuse)
+    with pytest.raises(StorageError):
+        copied(disk)
+    assert folder_of(disk, "copy") == before
+
+
+def test_a_folder_without_backups_yet_is_whoevers_copies_there(disk: BackedUpDisk) -> None:
+    """As of a copy that was killed, before another disk took the chain over."""
+    contents = back_up(disk, FULL)
+    target = disk.backup_folder("copy")
+    with target.locked():
+        target.replace_manifest(Manifest(DiskRef(NAME, uuid4())))
+    copied(disk)
+    holds(disk, contents, "1")
 
 
 def test_what_a_killed_copy_left_of_a_backup_that_was_merged_since_goes(disk: BackedUpDisk) -> None:
