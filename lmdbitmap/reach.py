@@ -47,7 +47,13 @@ def require_all_or_none(names: Sequence[str], served: Sequence[str]) -> None:
 def is_served(store: Store, name: str) -> bool:
     """Whether a process has the disk attached now."""
     with store.read() as reader:
-        return owner.is_owned(store.owner_path(chain.find_disk(reader, name).uuid))
+        disk = chain.find_disk(reader, name)
+    return is_attached(store, disk)
+
+
+def is_attached(store: Store, disk: Disk) -> bool:
+    """The same of a disk that is known."""
+    return owner.is_owned(store.owner_path(disk.uuid))
 
 
 def owner_of(store: Store, disk: Disk) -> Client:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 from uuid import UUID
 
-from lmdbitmap import chain, owner
-from lmdbitmap.errors import Busy, NotFound
+from lmdbitmap import chain, reach
+from lmdbitmap.errors import NotFound
 from lmdbitmap.nbd import control_client
 from lmdbitmap.schema import Disk
 from lmdbitmap.snapshot import broken_error
@@ -77,17 +77,12 @@ def release_served_snapshot(store: Store, name: str, checkpoint: str) -> int:
 
 def _server_of(store: Store, disk: Disk) -> control_client.Client:
     """A connection to the process that serves a disk. `NotFound` where none does, `Busy` where one owns it only."""
-    if not owner.is_owned(store.owner_path(disk.uuid)):
+    if not reach.is_attached(store, disk):
         raise NotFound(
             f"disk {disk.name!r} is not served",
             next_step="serve it; of a disk that nobody serves, a backup needs no snapshot",
         )
-    client = control_client.reach(store.control_path(disk.uuid))
-    if client is None:
-        raise Busy(
-            f"disk {disk.name!r} is owned by another process", next_step="wait for that process, or stop it"
-        )
-    return client
+    return reach.owner_of(store, disk)
 
 
 def _disk(store: Store, name: str) -> Disk:

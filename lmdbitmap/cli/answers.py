@@ -12,11 +12,12 @@ from lmdbitmap.changes import Standing, Summary
 from lmdbitmap.cli.holding import hold_facts, holder_facts
 from lmdbitmap.cli.options import Session
 from lmdbitmap.cli.output import say, say_json
-from lmdbitmap.cli.ownership import ask_changes, is_attached
+from lmdbitmap.cli.ownership import ask_changes
 from lmdbitmap.cli.sizes import format_latency, format_size, iso_time
 from lmdbitmap.consumers import Holder
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.holds import Hold
+from lmdbitmap.reach import is_attached
 from lmdbitmap.schema import Bitmap, Checkpoint, Disk
 from lmdbitmap.store import Store
 

@@ -19,10 +19,11 @@ import click
 from lmdbitmap.changes import changes
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import say_json
-from lmdbitmap.cli.ownership import ask_owner, find_disk, is_attached
+from lmdbitmap.cli.ownership import ask_owner, find_disk
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.extents import Trust
 from lmdbitmap.latencies import BUCKETS, bound_us
+from lmdbitmap.reach import is_attached
 from lmdbitmap.schema import Checkpoint, Disk
 from lmdbitmap.store import Store
 

@@ -13,12 +13,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lmdbitmap import chain, owner
+from lmdbitmap import chain
 from lmdbitmap.changes import Changes, Standing, changes
 from lmdbitmap.errors import Busy, LmdbitmapError, NotFound, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter, take_checkpoint
 from lmdbitmap.nbd import control_client
+from lmdbitmap.reach import is_attached, owner_of, require_all_or_none
 from lmdbitmap.schema import Bitmap, Disk
 from lmdbitmap.store import Store
 
@@ -43,14 +44,13 @@ def find_disk_or_bitmap(store: Store, name: str) -> Disk | Bitmap:
     raise NotFound(f"nothing is called {name!r}", next_step="`lmdbitmap ls` lists what there is")
 
 
-def is_attached(store: Store, disk: Disk) -> bool:
-    return owner.is_owned(store.owner_path(disk.uuid))
-
-
 def require_unowned(store: Store, disk: Disk) -> None:
     """For what no owner can do for us."""
     if is_attached(store, disk):
-        raise _held(disk, "stop the process that serves it, or wait for it")
+        raise Busy(
+            f"disk {disk.name!r} is owned by another process",
+            next_step="stop the process that serves it, or wait for it",
+        )
 
 
 # --- questions ---
@@ -119,13 +119,9 @@ def checkpoint(store: Store, names: Sequence[str], checkpoint_name: str, limit_s
     """One durable point in time on all of the disks, or on none. Who serves them may take `limit_s`."""
     disks = [find_disk(store, name) for name in names]
     served = [disk.name for disk in disks if is_attached(store, disk)]
-    if served and len(served) < len(disks):
-        raise Busy(
-            f"of these disks only {', '.join(served)} is served",
-            next_step="serve all of them in one process, or none",
-        )
+    require_all_or_none(names, served)
     if served:
-        with _owner_of(store, disks[0]) as client:
+        with owner_of(store, disks[0]) as client:
             client.call("checkpoint", disks=list(names), name=checkpoint_name, timeout_s=limit_s)
     else:
         with attached_for_a_moment(store, names) as filters:
@@ -135,7 +131,7 @@ def checkpoint(store: Store, names: Sequence[str], checkpoint_name: str, limit_s
 def forget(store: Store, name: str, checkpoint_name: str) -> None:
     disk = find_disk(store, name)
     if is_attached(store, disk):
-        with _owner_of(store, disk) as client:
+        with owner_of(store, disk) as client:
             client.call("forget", disk=name, checkpoint=checkpoint_name)
     else:
         with attached_for_a_moment(store, [name]) as [attached]:
@@ -147,7 +143,7 @@ def mark(store: Store, name: str, offset: int, length: int) -> None:
     disk = find_disk(store, name)
     disk.geometry.check_range(offset, length)
     if is_attached(store, disk):
-        with _owner_of(store, disk) as client:
+        with owner_of(store, disk) as client:
             client.call("mark", disk=name, offset=offset, length=length)
     else:
         with attached_for_a_moment(store, [name]) as [attached]:
@@ -159,15 +155,3 @@ def attached_for_a_moment(store: Store, names: Sequence[str]) -> Iterator[list[F
     """Own all of the disks, or none, until the block ends. Nobody writes to them, so nothing is armed."""
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(Filter.attach(store, name, background=False)) for name in names]
-
-
-def _owner_of(store: Store, disk: Disk) -> control_client.Client:
-    """A connection to the process that owns the disk."""
-    client = control_client.reach(store.control_path(disk.uuid))
-    if client is None:
-        raise _held(disk, "wait for that process, or stop it")
-    return client
-
-
-def _held(disk: Disk, next_step: str) -> Busy:
-    return Busy(f"disk {disk.name!r} is owned by another process", next_step=next_step)
