@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 
 _RECEIVE: Final = 64 << 10
 _PEER: Final = struct.Struct("3i")
+_ENTERED: Final = NO_TRAFFIC._replace(connections=1)
 _COMMON_FLAGS: Final = (
     nbd.NBD_FLAG_HAS_FLAGS
     | nbd.NBD_FLAG_SEND_FLUSH
@@ -90,8 +91,11 @@ class Visit:
 
     @property
     def traffic(self) -> Traffic:
-        """What it carried so far, the handshake left out."""
-        return NO_TRAFFIC if self._connection is None else self._connection.traffic
+        """What it carried so far, the handshake left out. It is a connection from when it has its place: clients hear
+        of that a moment before there is anything to carry for them."""
+        if self._connection is not None:
+            return self._connection.traffic
+        return NO_TRAFFIC if self.export_name is None else _ENTERED
 
     @property
     def requests(self) -> int:

@@ -76,6 +76,15 @@ class GatedLane(PlainLane):
         return super().write_many(writes)
 
 
+class SlowlyBegunDisk(GatedDisk):
+    """Its lanes wait at the gate before they are there."""
+
+    def lane(self) -> PlainLane:
+        self.gate.entered.set()
+        assert self.gate.open.wait(PATIENCE_SECONDS)
+        return PlainLane(self._device)
+
+
 class BrokenDisk(PlainDisk):
     """A disk with a mistake in its program."""
 
@@ -322,6 +331,18 @@ def test_traffic_is_told_for_each_disk(path: str) -> None:
         connected, traffic = server.traffic("b")
         assert (connected, traffic.connections, traffic.requests) == (0, 1, 1)
         assert server.counters.requests == 2
+
+
+def test_who_heard_that_it_may_come_in_is_counted(path: str) -> None:
+    gate = Gate()
+    disks: dict[str, ServedDisk] = {"disk": SlowlyBegunDisk(gate)}
+    with serving(path, disks) as server, transmitting(path) as client:
+        assert gate.entered.wait(PATIENCE_SECONDS)
+        connected, traffic = server.traffic("disk")
+        gate.open.set()
+        assert client.do(READ, 0, 1).error == 0
+        assert (connected, traffic.connections, traffic.requests) == (1, 1, 0)
+        assert server.traffic("disk")[1].connections == 1
 
 
 def test_log_tells_who_came_and_what_they_did(path: str, caplog: pytest.LogCaptureFixture) -> None:
