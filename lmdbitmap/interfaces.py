@@ -30,6 +30,22 @@ def joined(parts: Iterable[Allocation]) -> Iterator[Allocation]:
         yield last
 
 
+def overlaid(
+    below: Iterable[Allocation], above: Iterable[tuple[int, tuple[bool, bool] | None]]
+) -> Iterator[Allocation]:
+    """What `above` says of (length, (hole, zero)), and what `below` says of the same bytes where that is None."""
+    parts = iter(below)
+    part = Allocation(0, hole=False, zero=False)
+    for length, known in above:
+        while length:
+            if not part.length:
+                part = next(parts)
+            size = min(part.length, length)
+            yield part._replace(length=size) if known is None else Allocation(size, *known)
+            part = part._replace(length=part.length - size)
+            length -= size
+
+
 class DeviceTrace(NamedTuple):
     """What the kernel knows of a block device in one boot: it changes with every write, and with the device."""
 

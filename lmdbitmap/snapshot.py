@@ -37,7 +37,7 @@ from lmdbitmap.cluster_states import FIRST_SLOT, LOOK_CLUSTERS, MOST_SLOTS, UNTO
 from lmdbitmap.device import DATA, HOLE
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError, StorageError
 from lmdbitmap.geometry import Geometry, ceil_div, check_range
-from lmdbitmap.interfaces import Allocation, BlockDevice, joined
+from lmdbitmap.interfaces import Allocation, BlockDevice, joined, overlaid
 from lmdbitmap.plain import PlainLane
 from lmdbitmap.read_only import ReadOnlyDevice
 from lmdbitmap.schema import Checkpoint, Disk
@@ -271,19 +271,20 @@ class Snapshot(ReadOnlyDevice):
             yield from found
 
     def _allocation_of(self, offset: int, length: int) -> Iterator[Allocation]:
+        """The image is asked once, however much was touched: to find where data ends takes some file systems long, and
+        makes whoever writes wait."""
+        of_image = list(self._device.allocation(offset, length))
+        return overlaid(of_image, self._known_of(offset, length))
+
+    def _known_of(self, offset: int, length: int) -> Iterator[tuple[int, tuple[bool, bool] | None]]:
+        """Runs of bytes, and what they are whatever the image says; None where it is to be believed."""
         clusters = self.clusters.blocks_outward(offset, length)
         for state, start, stop in self._states.runs(clusters.start, clusters.stop):
             begin, end = self._inside(offset, offset + length, start, stop)
             if state == UNTOUCHED:
-                yield from self._allocation_of_untouched(begin, end, start, stop)
+                yield end - begin, None if self._are_wanted(range(start, stop)) else DATA
             else:
-                yield Allocation(end - begin, *(HOLE if state == ZERO else DATA))
-
-    def _allocation_of_untouched(self, begin: int, end: int, start: int, stop: int) -> list[Allocation]:
-        found = list(self._device.allocation(begin, end - begin))
-        if self._states.are_untouched(start, stop) and self._are_wanted(range(start, stop)):
-            return found
-        return [Allocation(end - begin, *DATA)]
+                yield end - begin, HOLE if state == ZERO else DATA
 
     # -- whose data is wanted ------------------------------------------------------------------------------
 

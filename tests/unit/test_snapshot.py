@@ -396,6 +396,29 @@ def test_allocation_of_what_was_written_meanwhile_is_not_believed(
     assert not any(part.zero for part in snapshot.allocation(0, BLOCK))
 
 
+def test_image_is_asked_once_where_it_is_allocated_however_much_was_touched(
+    disk: Filter, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some file systems go through all data to say where it ends, and have writers wait meanwhile."""
+    disk.discard(100 * BLOCK, 100 * BLOCK)
+    snapshot, allocation = disk.snapshot("s", scratch(folder)), disk.device.allocation
+    asked: list[tuple[int, int]] = []
+
+    def note(offset: int, length: int) -> Iterator[Allocation]:
+        asked.append((offset, length))
+        return allocation(offset, length)
+
+    for number in range(0, 150, 10):
+        disk.pwrite(NEW, number * BLOCK)
+    monkeypatch.setattr(disk.device, "allocation", note)
+    assert list(snapshot.allocation(BLOCK, 399 * BLOCK)) == [
+        Allocation(99 * BLOCK, hole=False, zero=False),
+        Allocation(100 * BLOCK, hole=True, zero=True),
+        Allocation(200 * BLOCK, hole=False, zero=False),
+    ]
+    assert asked == [(BLOCK, 399 * BLOCK)]
+
+
 def test_release_waits_for_whoever_reads(slow: Filter, folder: Path) -> None:
     snapshot, found = slow.snapshot("s", scratch(folder)), []
     held = Turnstile()
