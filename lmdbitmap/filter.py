@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 PASS_INTERVAL_S = 0.5
 """Between background passes, and between signs of life."""
 _DISARM_PER_PASS = 512
+_QUIET_PASSES = 10
+"""How long a guest may stay away from an extent without having to wait for a commit when it comes back."""
 
 
 class Filter(Front):
@@ -67,7 +69,7 @@ class Filter(Front):
         self._stop = threading.Event()
         self._background = [
             threading.Thread(target=self._every_interval, args=(work,), name=f"lmdbitmap {name}", daemon=True)
-            for name, work in (("beat", self.beat), ("pass", self.background_pass))
+            for name, work in (("beat", self.beat), ("pass", self._patient_pass))
         ]
 
     @classmethod
@@ -228,11 +230,17 @@ class Filter(Front):
         self._voucher.beat()
 
     def background_pass(self) -> None:
-        """Disarm what was quiet; when tracking was lost, begin a new epoch if the store lets us."""
+        """Disarm what was quiet since the last one; when tracking was lost, begin a new epoch if the store lets us."""
+        self._pass(1)
+
+    def _patient_pass(self) -> None:
+        self._pass(_QUIET_PASSES)
+
+    def _pass(self, quiet_passes: int) -> None:
         self.store.keep_house()
         self.regain_trust()
         self._mark_doubts()
-        self._tracking.period.disarm_quiet(_DISARM_PER_PASS)
+        self._tracking.period.disarm_quiet(_DISARM_PER_PASS, passes=quiet_passes)
 
     def regain_trust(self) -> None:
         """If tracking was lost, begin a new epoch, which is all dirty. Raises what the store raises.

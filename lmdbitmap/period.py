@@ -295,16 +295,16 @@ class Period:
     def armed_count(self) -> int:
         return len(self._last_dirt)
 
-    def disarm_quiet(self, limit: int) -> int:
-        """Persist the exact bits of extents without new dirt since the last pass, and disarm them.
+    def disarm_quiet(self, limit: int, *, passes: int = 1) -> int:
+        """Persist the exact bits of extents without new dirt in the last `passes` passes, and disarm them.
 
-        At most `limit` extents; answers how many. Raises what the store raises; then the extents stay
-        armed on disk, which is the safe direction.
+        At most `limit` extents; answers how many. Where more than half of what may be armed is, one pass will do.
+        Raises what the store raises; then the extents stay armed on disk, which is the safe direction.
         """
         with self._commit:
             with self._state:
                 before = len(self._last_dirt)
-                records = self._take_quiet(limit)
+                records = self._take_quiet(limit, passes)
                 disarmed = before - len(self._last_dirt)
                 self._pass_number += 1
             error = self._write(records)
@@ -312,11 +312,12 @@ class Period:
             raise error
         return disarmed
 
-    def _take_quiet(self, limit: int) -> dict[int, tuple[int, bytes]]:
+    def _take_quiet(self, limit: int, passes: int) -> dict[int, tuple[int, bytes]]:
         regions: set[int] = set()
         while self._last_dirt and limit > 0:
             number, pass_number = next(iter(self._last_dirt.items()))
-            if pass_number >= self._pass_number:
+            are_many = len(self._last_dirt) > self._max_armed // 2
+            if self._pass_number - pass_number < (1 if are_many else passes):
                 break
             region, extent = divmod(number, REGION_EXTENTS)
             self._disarm(region, 1 << extent)

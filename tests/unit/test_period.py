@@ -348,6 +348,25 @@ def test_extent_is_disarmed_after_a_whole_pass_without_new_dirt(notebook: Notebo
     assert notebook.armed() == set()
 
 
+def test_extent_stays_armed_for_as_many_passes_as_one_asks_for(notebook: Notebook) -> None:
+    period = notebook.period()
+    period.make_durable([(70, 71)])
+    assert [period.disarm_quiet(10, passes=3) for _ in range(2)] == [0, 0]
+    before = notebook.commits
+    period.make_durable([(71, 72)])
+    assert notebook.commits == before
+    assert [period.disarm_quiet(10, passes=3) for _ in range(4)] == [0, 0, 0, 1]
+    assert notebook.dirty() == {70, 71}
+
+
+def test_one_quiet_pass_will_do_where_more_than_half_of_what_may_be_armed_is(notebook: Notebook) -> None:
+    period = notebook.period(max_armed=8)
+    for extent in range(6):
+        period.make_durable([(extent * 64 + 1, extent * 64 + 2)])
+    assert [period.disarm_quiet(10, passes=3) for _ in range(4)] == [0, 2, 0, 4]
+    assert notebook.armed() == set()
+
+
 def test_pass_disarms_a_bounded_number_longest_quiet_first(notebook: Notebook) -> None:
     period = notebook.period()
     for extent in (5, 3, 9, 1):
