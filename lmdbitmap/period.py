@@ -87,6 +87,8 @@ class Period:
         """Armed mask by region; a region with nothing armed is absent."""
         self._last_dirt: OrderedDict[int, int] = OrderedDict()
         """Every armed extent with the background pass that saw its last new dirt, longest quiet first."""
+        self._disarmed: OrderedDict[int, None] = OrderedDict()
+        """Extents with dirt that were armed before, the last one last, and no more of them than may be armed."""
         self._behind: set[int] = set()
         """Regions whose record lacks bits (deferred mode) or arms too much (a commit failed or was interrupted)."""
         self._pass_number = 0
@@ -287,7 +289,19 @@ class Period:
         else:
             self._armed.pop(region, None)
         for extent in _ones(mask):
-            self._last_dirt.pop(region * REGION_EXTENTS + extent, None)
+            number = region * REGION_EXTENTS + extent
+            if self._last_dirt.pop(number, None) is not None:
+                self._remember(number)
+
+    def _remember(self, number: int) -> None:
+        """An extent that is disarmed; not one that was armed because dirt was likely, and had none."""
+        first = number * EXTENT_BLOCKS
+        if self.settled.find(1, first, first + EXTENT_BLOCKS) < 0:
+            return
+        self._disarmed[number] = None
+        self._disarmed.move_to_end(number)
+        if len(self._disarmed) > self._max_armed:
+            self._disarmed.popitem(last=False)
 
     # -- the background pass, checkpoint, detach ---------------------------------------------------------
 
@@ -369,9 +383,19 @@ class Period:
             self._take_all()
             self._behind.clear()
 
-    def active_extents(self) -> dict[int, int]:
-        """The armed masks by region: where dirt is likely next."""
-        return dict(self._armed)
+    def likely_extents(self) -> dict[int, int]:
+        """Masks by region of where dirt is likely next, likeliest last: what is armed, and what was before.
+
+        Of the latter so much that half of what may be armed is not exceeded: the background pass is patient with that.
+        """
+        with self._state:
+            room = max(self._max_armed // 2 - len(self._last_dirt), 0)
+            before = [number for number in reversed(self._disarmed) if number not in self._last_dirt][:room]
+            likely: dict[int, int] = {}
+            for number in (*reversed(before), *self._last_dirt):
+                region, extent = divmod(number, REGION_EXTENTS)
+                likely[region] = likely.pop(region, 0) | 1 << extent
+            return likely
 
     def begin(self, writer: Writer, armed: Mapping[int, int], dirty: Iterable[Run]) -> None:
         """Have extents armed, by region, and blocks dirty from the start.
@@ -392,6 +416,8 @@ class Period:
     def _take_all(self) -> dict[int, tuple[int, bytes]]:
         """Disarm everything; what is behind stays so until `_write` has written it. Caller holds `_state`."""
         regions = self._behind | set(self._armed)
+        for number in self._last_dirt:
+            self._remember(number)
         self._armed.clear()
         self._last_dirt.clear()
         return {region: (0, bytes(self._known(region))) for region in regions}

@@ -96,10 +96,10 @@ def _require_each_once(disks: Sequence[Tracking]) -> None:
 def _next_period(
     writer: Writer, tracking: Tracking, name: str, time_ns: int
 ) -> tuple[Checkpoint, Disk, Period]:
-    """Extents that are being written stay armed in it, so that their writers do not all commit at once."""
+    """Extents that were written of late are armed in it, so that their writers do not all commit at once."""
     tracking.put_exact(writer)
     disk, checkpoint = chain.add_checkpoint(writer, tracking.as_stored(writer), name, time_ns)
-    armed = dict(list(tracking.period.active_extents().items())[-_CARRIED_REGIONS:])
+    armed = dict(list(tracking.period.likely_extents().items())[-_CARRIED_REGIONS:])
     period = tracking.open_period(writer, disk)
     period.begin(writer, armed, tracking.in_doubt(disk.geometry))
     return checkpoint, disk, period

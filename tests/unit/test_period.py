@@ -334,6 +334,51 @@ def test_what_is_dirty_from_the_start_is_so_at_once_and_stays(
     assert notebook.dirty() == {*from_the_start, 7}
 
 
+# --- where dirt is likely next ---
+
+
+def likely(period: Period) -> list[tuple[int, int]]:
+    return list(period.likely_extents().items())
+
+
+@pytest.mark.parametrize("how", ["pass", "persist"])
+def test_dirt_is_likely_where_it_was_before_and_likelier_where_extents_are_armed(
+    notebook: Notebook, how: str
+) -> None:
+    period = notebook.period()
+    period.make_durable([(REGION_BLOCKS + 1, REGION_BLOCKS + 2)])
+    period.make_durable([(70, 71)])
+    if how == "persist":
+        period.persist()
+    else:
+        period.disarm_quiet(0)
+        assert period.disarm_quiet(10) == 2
+    period.make_durable([(1, 2)])
+    assert likely(period) == [(1, 0b1), (0, 0b11)]
+    period.make_durable([(REGION_BLOCKS + 2, REGION_BLOCKS + 3)])
+    assert likely(period) == [(0, 0b11), (1, 0b1)]
+
+
+def test_dirt_is_not_likely_where_it_did_not_come_though_it_was(notebook: Notebook) -> None:
+    period = notebook.period()
+    notebook.store.update(lambda writer: period.begin(writer, {0: 0b101}, []))
+    period.make_durable([(1, 2)])
+    period.disarm_quiet(0)
+    assert period.disarm_quiet(10) == 2
+    assert likely(period) == [(0, 0b1)]
+
+
+def test_half_of_what_may_be_armed_is_likely_the_last_that_was(notebook: Notebook) -> None:
+    period = notebook.period(max_armed=6)
+    for extent in range(5):
+        period.make_durable([(extent * 64 + 1, extent * 64 + 2)])
+        period.persist()
+    assert likely(period) == [(0, 0b11100)]
+    for extent in range(8, 13):
+        period.make_durable([(extent * 64 + 1, extent * 64 + 2)])
+    assert likely(period) == [(0, 0b11111 << 8)]
+
+
 # --- the background pass ---
 
 
