@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import random
 import re
@@ -28,6 +29,15 @@ Address: TypeAlias = str | os.PathLike[str] | tuple[str, int]
 
 PATIENCE_SECONDS = 20.0
 """How long anything may take before it counts as hung; a busy machine of one core is the measure."""
+
+
+# --- this process ---
+
+
+def open_files() -> list[str]:
+    """Its descriptors, once those are closed that nobody uses any more; to be compared with the same later."""
+    gc.collect()
+    return os.listdir("/proc/self/fd")
 
 
 # --- tools ---

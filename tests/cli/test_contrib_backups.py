@@ -108,7 +108,7 @@ def test_document_names_all_files() -> None:
 def hook(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """With a `virsh` that may be another one, and no patience."""
     code = f"import runpy, sys; sys.argv = {['hook', *map(str, words)]!r};"
-    code += f"hook = runpy.run_path({str(HOOK)!r}); hook['main'].__globals__.update(THAW_S=2.0, BETWEEN_THAWS_S=0.01);"
+    code += f"hook = runpy.run_path({str(HOOK)!r}); hook['main'].__globals__.update(THAW_S=5.0, BETWEEN_THAWS_S=0.01);"
     code += "hook['main'].__globals__.update(AGENT_S=5.0); sys.exit(hook['main']())"
     path = "/usr/sbin:/usr/bin:/sbin:/bin"
     return run(

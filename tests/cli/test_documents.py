@@ -22,7 +22,7 @@ def test_the_session_and_the_help_still_print_what_the_documents_show() -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=150,
     )
     assert done.returncode == 0, (
         f"run tools/documents.py and look at what changed\n{done.stdout}{done.stderr}"

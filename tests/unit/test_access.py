@@ -208,6 +208,7 @@ def test_a_checkpoint_that_comes_when_its_backup_is_gone_goes_with_the_next_back
         assert len(backups_of(disk)) == 1
         Late.let_go.set()
         assert Late.took.wait(PATIENCE_SECONDS)
+        await_release(disk)
         yield
 
     with serving(folder, Late) as disk:
@@ -270,6 +271,13 @@ def test_caller_that_hangs_up_takes_no_later_snapshot_of_that_name_with_it(serve
         await_callers(1)
         assert point.device.pread(3, 0) == bytes(3)
         late.prove(point)
+
+
+def await_release(disk: Filter) -> None:
+    """Return when nothing of the disk is held."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while disk.snapshots:
+        assert time.monotonic() < deadline
 
 
 def await_callers(count: int) -> None:

@@ -67,7 +67,7 @@ def test_failing_freeze_ends_it_and_is_thawed(hook: Path) -> None:
 def test_hanging_freeze_ends_it_and_is_thawed(hook: Path) -> None:
     os.mkfifo(hook.parent / "fifo")
     (hook.parent / "hangs").write_text("freeze")
-    with pytest.raises(LmdbitmapError, match=r"took more than 0\.2 s"), quiesced(f"'{hook}'", ["sda"], 0.2):
+    with pytest.raises(LmdbitmapError, match=r"took more than 2 s"), quiesced(f"'{hook}'", ["sda"], 2):
         raise AssertionError("the block is not entered")
     assert asked(hook) == ["freeze sda", "thaw sda"]
 
@@ -179,7 +179,7 @@ def test_what_a_hanging_freeze_began_is_over_before_the_thaw(tmp_path: Path) -> 
     freeze = f"cat {tmp_path}/fifo >> {tmp_path}/late; true"
     with (
         pytest.raises(LmdbitmapError, match="took more than"),
-        quiesced(f"sh -c 'test $0 = thaw || {{ {freeze}; }}'", ["sda"], 0.2),
+        quiesced(f"sh -c 'test $0 = thaw || {{ {freeze}; }}'", ["sda"], 2),
     ):
         raise AssertionError("the block is not entered")
     feed(tmp_path / "fifo")

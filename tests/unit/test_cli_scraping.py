@@ -19,7 +19,7 @@ from tests.support import PATIENCE_SECONDS
 
 PLACES = 4
 TRIES = 100
-SHORT_S = 0.3
+SHORT_S = 1.0
 BETWEEN_BYTES_S = 0.05
 
 

@@ -35,7 +35,7 @@ from lmdbitmap.nbd import control_wire as wire
 from lmdbitmap.nbd.control import ControlServer
 from lmdbitmap.store import Store, Writer
 from tests import naive_flat
-from tests.support import PATIENCE_SECONDS, make_raw_image, run
+from tests.support import PATIENCE_SECONDS, make_raw_image, open_files, run
 from tests.tracked import blocks_of, quick_folder
 
 SIZE = 100 * 4096
@@ -346,7 +346,7 @@ def test_a_stuck_caller_does_not_keep_others_waiting(house: House) -> None:
 
 
 def test_a_slow_caller_is_dropped(tmp_path: Path) -> None:
-    house = House(tmp_path, patience_s=0.05)
+    house = House(tmp_path, patience_s=0.5)
     with house.stack, connected(house.path()) as slow:
         slow.sendall(b"{")
         assert slow.recv(100) == b""
@@ -614,7 +614,7 @@ def test_what_is_no_connection_is_an_error_and_leaves_no_descriptor(
     words: bytes, sockets: int, files: int, refusal: type[LmdbitmapError], said: str
 ) -> None:
     with a_pair() as (client, owner), socket.socket() as spare, open(os.devnull, "rb") as file:
-        before = os.listdir("/proc/self/fd")
+        before = open_files()
         hand_over(owner, words, [spare.fileno()] * sockets + [file.fileno()] * files)
         with pytest.raises(refusal, match=said):
             client.connection()
@@ -623,7 +623,7 @@ def test_what_is_no_connection_is_an_error_and_leaves_no_descriptor(
 
 def test_of_several_connections_one_is_taken_and_none_is_left_over() -> None:
     with a_pair() as (client, owner), socket.socket() as spare:
-        before = os.listdir("/proc/self/fd")
+        before = open_files()
         hand_over(owner, b'{"answer": {}}\n', [spare.fileno()] * 3)
         with client.connection() as taken:
             assert not taken.get_inheritable()

@@ -18,6 +18,7 @@ from lmdbitmap.rescan import differing
 from lmdbitmap.restore import restore
 from tests.backed_up import RESCAN, BackedUpDisk
 from tests.deep_chain import CLUSTER, make_deep_chain
+from tests.support import open_files
 from tests.tracked import NAME
 from tests.unit.test_verify import few_open_files, flip
 
@@ -45,7 +46,7 @@ def test_it_is_restored_and_restored_in_place(deep: tuple[BackupFolder, bytes], 
 
 def test_it_is_read_here_and_there_with_half_of_the_descriptors(deep: tuple[BackupFolder, bytes]) -> None:
     folder, truth = deep
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_files())
     randomness = random.Random(2)
     with backup_chain.open_backup(folder.repository_path, NAME) as chain:
         assert (len(chain.images), list(chain.unproven)) == (IMAGES, [])

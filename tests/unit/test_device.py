@@ -19,13 +19,10 @@ from lmdbitmap.device import FileDevice, MemoryDevice
 from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, NotFound, StorageError
 from lmdbitmap.interfaces import Allocation, ImageIdentity
 from tests.conftest import RawImage
+from tests.support import open_files
 
 MIB = 1 << 20
 PAGE = 4096
-
-
-def open_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 # --- opening ---
@@ -77,10 +74,10 @@ def test_what_is_no_image_is_refused_by_name(
 ) -> None:
     path = tmp_path / "image"
     make(path)
-    before = open_descriptors()
+    before = len(open_files())
     with pytest.raises(error, match=r"image.*; "):
         FileDevice.open(path, read_only=read_only)
-    assert open_descriptors() == before
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize(
@@ -405,7 +402,7 @@ def test_who_may_open_an_image_that_is_open(
     raw_image: RawImage, holder: dict[str, bool], other: dict[str, bool], allowed: bool
 ) -> None:
     path = raw_image(100)
-    before = open_descriptors()
+    before = len(open_files())
     with FileDevice.open(path, **holder):
         if allowed:
             FileDevice.open(path, **other).close()
@@ -413,7 +410,7 @@ def test_who_may_open_an_image_that_is_open(
             with pytest.raises(Busy, match=f"{path} is open in QEMU or in another lmdbitmap"):
                 FileDevice.open(path, **other)
     FileDevice.open(path, **other).close()
-    assert open_descriptors() == before
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize(
@@ -476,11 +473,11 @@ def test_lock_that_fails_fails_the_opening(
         return ask(fd, command, request)
 
     path = raw_image(100)
-    before = open_descriptors()
+    before = len(open_files())
     monkeypatch.setattr(fcntl, "fcntl", refuse)
     with pytest.raises(error):
         FileDevice.open(path)
-    assert open_descriptors() == before
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 # --- the fake ---

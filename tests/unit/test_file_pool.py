@@ -12,12 +12,13 @@ import pytest
 from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import Busy, NotFound
 from lmdbitmap.file_pool import FilePool, PooledFile
+from tests.support import open_files
 
 
 def test_more_files_than_may_be_open_are_read_again_and_again(tmp_path: Path) -> None:
     for number in range(10):
         (tmp_path / str(number)).write_bytes(b"%d" % number * 10)
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_files())
     with FilePool(most_open=3) as pool:
         files = [PooledFile(pool, str(tmp_path / str(number))) for number in range(10)]
         for _ in range(3):

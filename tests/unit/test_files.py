@@ -11,7 +11,7 @@ import pytest
 
 from lmdbitmap import files, linux
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError, NotFound, StorageError
-from tests.support import run
+from tests.support import open_files, run
 
 KIB = 1024
 
@@ -378,7 +378,7 @@ def test_lock_is_not_taken_through_a_symbolic_link(tmp_path: Path) -> None:
 
 def test_failed_lock_leaves_no_descriptor_open(tmp_path: Path) -> None:
     with files.lock_file(tmp_path / "lock"):
-        before = len(os.listdir("/proc/self/fd"))
+        before = len(open_files())
         with pytest.raises(Busy):
             files.lock_file(tmp_path / "lock")
         assert len(os.listdir("/proc/self/fd")) == before

@@ -794,7 +794,7 @@ def test_request_that_kills_the_server_each_time_fails_in_the_end(far: FarServer
         return None
 
     far.behave = poisoned
-    with opened(far, reconnect_s=0.3) as device, ThreadPoolExecutor(2) as pool:
+    with opened(far, reconnect_s=2) as device, ThreadPoolExecutor(2) as pool:
         poison = pool.submit(device.pread, 1, 666)
         rounds = 0
         while not poison.done():

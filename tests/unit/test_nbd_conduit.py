@@ -17,6 +17,7 @@ from lmdbitmap.interfaces import BlockDevice, SplicingLane
 from lmdbitmap.linux import splice_to_file
 from lmdbitmap.plain import PlainDisk, PlainLane
 from tests.nbd_raw import FLUSH, FUA, READ, WRITE, request, write
+from tests.support import open_files
 from tests.tracked import TrackedDisk, blocks_of
 from tests.unit.test_nbd_connection import MIB, Peer, connected
 
@@ -257,7 +258,7 @@ def test_process_that_gets_no_pipe_writes_all_the_same(
 
 
 def test_nothing_is_left_open(image: FileDevice) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_files())
     with connected(PlainDisk(image)) as peer:
         assert peer.do(WRITE, 0, MIB, data=bytes(MIB)).error == 0
     assert len(os.listdir("/proc/self/fd")) == before

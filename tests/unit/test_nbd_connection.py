@@ -39,7 +39,7 @@ from tests.nbd_raw import (
     request,
     write,
 )
-from tests.support import PATIENCE_SECONDS
+from tests.support import PATIENCE_SECONDS, open_files
 
 SIZE = 4 << 20
 MIB = 1 << 20
@@ -471,7 +471,7 @@ def test_a_connection_leaves_no_descriptor_behind(image: FileDevice) -> None:
     def descriptors() -> list[str]:
         return os.listdir("/proc/self/fd")
 
-    before = len(descriptors())
+    before = len(open_files())
     with connected(PlainDisk(image)) as peer:
         assert peer.do(READ, 0, SPLICE_FROM_UNIX).error == 0
         assert len(descriptors()) == before + 4  # two ends of the socket, two of the pipe

@@ -358,13 +358,13 @@ def test_log_tells_who_came_and_what_they_did(path: str, caplog: pytest.LogCaptu
 
 
 def test_a_client_that_says_nothing_is_dropped_when_its_time_is_up(path: str) -> None:
-    with serving(path, handshake_timeout_s=0.05), RawClient.connect(path) as client:
+    with serving(path, handshake_timeout_s=0.5), RawClient.connect(path) as client:
         client.receive(18)
         assert client.is_closed_by_server()
 
 
 def test_a_client_in_transmission_may_be_silent_for_ever(path: str) -> None:
-    with serving(path, handshake_timeout_s=0.5), transmitting(path) as client:
+    with serving(path, handshake_timeout_s=2), transmitting(path) as client:
         with RawClient.connect(path) as impatient:
             impatient.receive(18)
             assert impatient.is_closed_by_server()  # so the time was up for the other too

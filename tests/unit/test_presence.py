@@ -11,7 +11,7 @@ import pytest
 from lmdbitmap import presence
 from lmdbitmap.errors import Busy, StorageError
 from lmdbitmap.presence import entering
-from tests.support import run
+from tests.support import open_files, run
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_lost_locks_are_taken_again_once(folder: Path) -> None:
 
 
 def test_failure_inside_leaves_nothing_behind(folder: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_files())
     with pytest.raises(ZeroDivisionError), entering(str(folder)):
         raise ZeroDivisionError
     assert len(os.listdir("/proc/self/fd")) == before
