@@ -20,7 +20,7 @@ from lmdbitmap.store import Store
 from lmdbitmap.stream import stream_backup
 from lmdbitmap.sync import sync
 from tests.cli.conftest import SIZE, Cli, Served
-from tests.support import requires, run
+from tests.support import PATIENCE_SECONDS, requires, run
 
 pytestmark = requires("qemu-io")
 
@@ -64,6 +64,13 @@ def write(served: Served, offset: str, byte: int) -> None:
     run("qemu-io", "-f", "raw", "-c", f"write -q -P {byte} {offset} 64k", served.uris["sda"])
 
 
+def await_release(cli: Cli) -> None:
+    """Return when the owner, which goes on, has let go of what it held for a reader that is gone."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while cli.json("info", "sda")["served"]["snapshots"]:
+        assert time.monotonic() < deadline
+
+
 @pytest.mark.parametrize("read", [by_backup, by_stream, by_sync])
 def test_reader_of_an_owner_that_hangs_fails_in_time_and_in_one_sentence(
     cli: Cli, read: Callable[..., object]
@@ -87,6 +94,7 @@ def test_backup_after_one_whose_owner_hung_is_a_right_increment(cli: Cli) -> Non
         pid = served.child.pid
         with going_on(pid), pytest.raises(Busy):
             by_backup(store, cli.folder, owner_limit_s=LIMIT_S, quiesced=partial(stopping, pid))
+        await_release(cli)
         write(served, "2M", 9)
         [made] = cli.json("backup", "sda", repository)["backups"]
         assert (made["type"], made["bytes_changed"]) == ("incremental", 2 * 65536)
