@@ -74,7 +74,7 @@ def test_a_killed_sync_is_released_by_the_server_and_followed_by_a_right_one(
             if not first:
                 run(*cli.command("sync", "sda", copy))
             disk.pwrite(os.urandom(32 * MIB), 0)
-        with spawn(*cli.command("sync", "sda", copy)) as child:
+        with spawn(*cli.command("sync", "sda", copy, "--speed-limit=8M")) as child:
             while not is_under_way(tmp_path / "store/syncs"):
                 assert child.process.poll() is None
             os.kill(served.child.process.pid, signal.SIGSTOP)
