@@ -5,6 +5,7 @@ The function makes a disk of zeroes of `size` bytes in `folder`, opens it and cl
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import subprocess
@@ -104,9 +105,18 @@ def loop_device(folder: Path, size: int, read_only: bool) -> Iterator[BlockDevic
 
 
 @contextmanager
+def loop_devices_to_oneself() -> Iterator[None]:
+    """No test in another process gets one meanwhile: it might be one that is to be free for a moment only."""
+    with open(Path(tempfile.gettempdir(), f"lmdbitmap-tests-loop-{os.getuid()}"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
 def loop_node(folder: Path, size: int = 1 << 20) -> Iterator[Path]:
     """The path of a block device over a file of zeroes."""
-    node = run("losetup", "--find", "--show", make_raw_image(folder / "backing.raw", size)).stdout.strip()
+    with loop_devices_to_oneself():
+        node = run("losetup", "--find", "--show", make_raw_image(folder / "backing.raw", size)).stdout.strip()
     try:
         yield Path(node)
     finally:

@@ -24,7 +24,7 @@ from lmdbitmap.manifest import BackupType
 from lmdbitmap.owner import Owner
 from lmdbitmap.schema import Disk
 from lmdbitmap.store import Store
-from tests.contract.implementations import can_make_loop_devices, loop_node
+from tests.contract.implementations import can_make_loop_devices, loop_devices_to_oneself, loop_node
 from tests.support import make_raw_image, requires, run
 from tests.tracked import NAME, blocks_of, quick_folder, trust_of
 
@@ -139,16 +139,18 @@ def test_write_during_a_backup_is_noticed(device: TrackedDevice) -> None:
 
 def test_device_that_was_taken_away_and_made_anew_is_another(device: TrackedDevice) -> None:
     """The same number and the same file: nobody knows what happened to that file meanwhile."""
-    run("losetup", "--detach", device.node)
-    run("losetup", device.node, device.folder / "backing.raw")
+    with loop_devices_to_oneself():
+        run("losetup", "--detach", device.node)
+        run("losetup", device.node, device.folder / "backing.raw")
     assert "taken away and made anew" in device.reason()
     device.attach().detach()
     assert trust_of(device.changes()) is not Trust.UNTRUSTED
 
 
 def test_device_with_another_file_behind_it_is_another(device: TrackedDevice) -> None:
-    run("losetup", "--detach", device.node)
-    run("losetup", device.node, make_raw_image(device.folder / "other.raw", SIZE))
+    with loop_devices_to_oneself():
+        run("losetup", "--detach", device.node)
+        run("losetup", device.node, make_raw_image(device.folder / "other.raw", SIZE))
     assert device.reason().endswith("/backing.raw' was tracked under its number")
 
 

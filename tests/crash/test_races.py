@@ -21,7 +21,7 @@ from tests.crash.tapped import WRITES, TappedDevice, Turnstile, join, start
 from tests.support import PATIENCE_SECONDS
 from tests.tracked import NAME, TrackedDisk, blocks_of, quick_folder
 
-TRIES = 10
+TRIES = 40
 """In which a broken gate must be noticed."""
 
 

@@ -372,7 +372,7 @@ def test_a_client_in_transmission_may_be_silent_for_ever(path: str) -> None:
 
 
 def test_a_client_that_never_reads_holds_up_nobody_and_is_cut_off_at_the_end(path: str) -> None:
-    with serving(path, grace_s=0.2) as server, RawClient.connect(path) as deaf:
+    with serving(path, grace_s=2) as server, RawClient.connect(path) as deaf:
         deaf.go("disk")
         deaf.send(request(READ, 0, 32 << 20) * 4)
         with transmitting(path) as other:
