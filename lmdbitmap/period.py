@@ -25,11 +25,11 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeAlias
 
 from lmdbitmap import bits, schema
+from lmdbitmap.armed import ArmedExtents
 from lmdbitmap.bits import Run
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.geometry import EXTENT_BLOCKS, REGION_BLOCKS, REGION_BYTES, REGION_EXTENTS
@@ -76,22 +76,15 @@ class Period:
         self._store = store
         self._all_dirty = bitmap.all_dirty is not None
         self._write_ahead = write_ahead
-        self._max_armed = max_armed
         self._memory = bits.anonymous_memory(self._region_count * REGION_BYTES)
         self.settled = bits.bitmap_view(self._memory)
         self._loaded = bits.anonymous_memory(self._region_count)
         self._state = threading.Lock()
         self._commit = threading.Lock()
         self._queue: list[_Ticket] = []
-        self._armed: dict[int, int] = {}
-        """Armed mask by region; a region with nothing armed is absent."""
-        self._last_dirt: OrderedDict[int, int] = OrderedDict()
-        """Every armed extent with the background pass that saw its last new dirt, longest quiet first."""
-        self._disarmed: OrderedDict[int, None] = OrderedDict()
-        """Extents with dirt that were armed before, the last one last, and no more of them than may be armed."""
+        self._armed = ArmedExtents(max_armed, self._has_dirt)
         self._behind: set[int] = set()
         """Regions whose record lacks bits (deferred mode) or arms too much (a commit failed or was interrupted)."""
-        self._pass_number = 0
 
     # -- marking ---------------------------------------------------------------------------------------
 
@@ -125,7 +118,7 @@ class Period:
     def _record_with(self, region: int, dirty: bytes) -> tuple[int, bytes]:
         exact = self._known(region)
         bits.or_into(exact, dirty)
-        return self._armed.get(region, 0), bytes(exact)
+        return self._armed.mask(region), bytes(exact)
 
     def _settle_in_memory(self, piece: Piece) -> bool:
         """Settle a piece that needs no commit: dirty already, or armed, or deferred. Caller holds `_state`."""
@@ -137,10 +130,10 @@ class Period:
             return True
         if not self._write_ahead:
             self._behind.add(region)
-        elif _extent_mask(start, stop) & ~self._armed.get(region, 0):
+        elif _extent_mask(start, stop) & ~self._armed.mask(region):
             return False
         else:
-            self._touch(region, range(start // EXTENT_BLOCKS, (stop - 1) // EXTENT_BLOCKS + 1))
+            self._armed.touch(region, range(start // EXTENT_BLOCKS, (stop - 1) // EXTENT_BLOCKS + 1))
         bits.set_range(self.settled, base + start, base + stop)
         return True
 
@@ -156,11 +149,9 @@ class Period:
             bits.truncate(self._memory, self.block_count)
         self._loaded[region] = 1
 
-    def _touch(self, region: int, extents: Iterable[int]) -> None:
-        for extent in extents:
-            number = region * REGION_EXTENTS + extent
-            self._last_dirt[number] = self._pass_number
-            self._last_dirt.move_to_end(number)
+    def _has_dirt(self, region: int, extent: int) -> bool:
+        first = region * REGION_BLOCKS + extent * EXTENT_BLOCKS
+        return self.settled.find(1, first, first + EXTENT_BLOCKS) >= 0
 
     # -- committing ------------------------------------------------------------------------------------
 
@@ -231,7 +222,7 @@ class Period:
             arming[region] = arming.get(region, 0) | mask
         self._limit_armed(exact, arming)
         records = {
-            region: (self._armed.get(region, 0) | arming.get(region, 0), bytes(record))
+            region: (self._armed.mask(region) | arming.get(region, 0), bytes(record))
             for region, record in exact.items()
         }
         return _Plan(records, pieces, arming)
@@ -254,18 +245,18 @@ class Period:
 
         What does not fit even so is not armed: its blocks are in the records one by one.
         """
-        excess = len(self._last_dirt) + sum(mask.bit_count() for mask in arming.values()) - self._max_armed
+        excess = len(self._armed) + sum(mask.bit_count() for mask in arming.values()) - self._armed.most
         for region in list(arming):
             if excess <= 0:
                 return
-            old = self._armed.get(region, 0) & ~arming[region]
-            self._disarm(region, old)
+            old = self._armed.mask(region) & ~arming[region]
+            self._armed.disarm(region, old)
             excess -= old.bit_count()
-        while excess > 0 and self._last_dirt:
-            region, extent = divmod(next(iter(self._last_dirt)), REGION_EXTENTS)
+        while excess > 0 and (victim := self._armed.longest_quiet()) is not None:
+            region, extent = victim
             if region not in exact:
                 exact[region] = self._known(region)
-            self._disarm(region, 1 << extent)
+            self._armed.disarm(region, 1 << extent)
             excess -= 1
         while excess > 0:
             _, mask = arming.popitem()
@@ -278,36 +269,13 @@ class Period:
             base = region * REGION_BLOCKS
             settled[base + start : base + stop] = 1
         for region, mask in plan.arming.items():
-            self._armed[region] = self._armed.get(region, 0) | mask
-            self._touch(region, _ones(mask))
-
-    def _disarm(self, region: int, mask: int) -> None:
-        """Take extents out of `_armed`; the caller writes the region's record next (invariant 3)."""
-        left = self._armed.get(region, 0) & ~mask
-        if left:
-            self._armed[region] = left
-        else:
-            self._armed.pop(region, None)
-        for extent in _ones(mask):
-            number = region * REGION_EXTENTS + extent
-            if self._last_dirt.pop(number, None) is not None:
-                self._remember(number)
-
-    def _remember(self, number: int) -> None:
-        """An extent that is disarmed; not one that was armed because dirt was likely, and had none."""
-        first = number * EXTENT_BLOCKS
-        if self.settled.find(1, first, first + EXTENT_BLOCKS) < 0:
-            return
-        self._disarmed[number] = None
-        self._disarmed.move_to_end(number)
-        if len(self._disarmed) > self._max_armed:
-            self._disarmed.popitem(last=False)
+            self._armed.arm(region, mask)
 
     # -- the background pass, checkpoint, detach ---------------------------------------------------------
 
     @property
     def armed_count(self) -> int:
-        return len(self._last_dirt)
+        return len(self._armed)
 
     def disarm_quiet(self, limit: int, *, passes: int = 1) -> int:
         """Persist the exact bits of extents without new dirt in the last `passes` passes, and disarm them.
@@ -317,10 +285,10 @@ class Period:
         """
         with self._commit:
             with self._state:
-                before = len(self._last_dirt)
+                before = len(self._armed)
                 records = self._take_quiet(limit, passes)
-                disarmed = before - len(self._last_dirt)
-                self._pass_number += 1
+                disarmed = before - len(self._armed)
+                self._armed.end_pass()
             error = self._write(records)
         if error is not None:
             raise error
@@ -328,16 +296,12 @@ class Period:
 
     def _take_quiet(self, limit: int, passes: int) -> dict[int, tuple[int, bytes]]:
         regions: set[int] = set()
-        while self._last_dirt and limit > 0:
-            number, pass_number = next(iter(self._last_dirt.items()))
-            are_many = len(self._last_dirt) > self._max_armed // 2
-            if self._pass_number - pass_number < (1 if are_many else passes):
-                break
-            region, extent = divmod(number, REGION_EXTENTS)
-            self._disarm(region, 1 << extent)
+        while limit > 0 and (quiet := self._armed.longest_quiet(passes)) is not None:
+            region, extent = quiet
+            self._armed.disarm(region, 1 << extent)
             regions.add(region)
             limit -= 1
-        return {region: (self._armed.get(region, 0), bytes(self._known(region))) for region in regions}
+        return {region: (self._armed.mask(region), bytes(self._known(region))) for region in regions}
 
     def persist(self) -> None:
         """Write all that only memory knows and disarm everything: the store is exact when this returns.
@@ -366,7 +330,7 @@ class Period:
         added: dict[int, list[Run]] = {}
         for region, start, stop in (piece for run in dirty for piece in _pieces(*run) if not self._all_dirty):
             added.setdefault(region, []).append((start, stop))
-        for region in sorted(self._behind | set(self._armed) | added.keys()):
+        for region in sorted(self._behind | self._armed.regions | added.keys()):
             exact = self._known(region) if self._loaded[region] else bytearray(self._stored(writer, region))
             for run in added.get(region, ()):
                 bits.set_range(bits.bitmap_view(exact), *run)
@@ -384,18 +348,9 @@ class Period:
             self._behind.clear()
 
     def likely_extents(self) -> dict[int, int]:
-        """Masks by region of where dirt is likely next, likeliest last: what is armed, and what was before.
-
-        Of the latter so much that half of what may be armed is not exceeded: the background pass is patient with that.
-        """
+        """Masks by region of where dirt is likely next, likeliest last."""
         with self._state:
-            room = max(self._max_armed // 2 - len(self._last_dirt), 0)
-            before = [number for number in reversed(self._disarmed) if number not in self._last_dirt][:room]
-            likely: dict[int, int] = {}
-            for number in (*reversed(before), *self._last_dirt):
-                region, extent = divmod(number, REGION_EXTENTS)
-                likely[region] = likely.pop(region, 0) | 1 << extent
-            return likely
+            return self._armed.likely()
 
     def begin(self, writer: Writer, armed: Mapping[int, int], dirty: Iterable[Run]) -> None:
         """Have extents armed, by region, and blocks dirty from the start.
@@ -415,11 +370,8 @@ class Period:
 
     def _take_all(self) -> dict[int, tuple[int, bytes]]:
         """Disarm everything; what is behind stays so until `_write` has written it. Caller holds `_state`."""
-        regions = self._behind | set(self._armed)
-        for number in self._last_dirt:
-            self._remember(number)
-        self._armed.clear()
-        self._last_dirt.clear()
+        regions = self._behind | self._armed.regions
+        self._armed.disarm_all()
         return {region: (0, bytes(self._known(region))) for region in regions}
 
 
@@ -451,10 +403,3 @@ def _edge_mask(start: int, stop: int) -> int:
 def _ahead_mask(stop: int) -> int:
     """The next few extents of the region, from the one that block `stop` would be in."""
     return (((1 << _ARM_AHEAD_EXTENTS) - 1) << stop // EXTENT_BLOCKS) & _ALL_EXTENTS
-
-
-def _ones(mask: int) -> Iterator[int]:
-    while mask:
-        low = mask & -mask
-        yield low.bit_length() - 1
-        mask ^= low

@@ -39,6 +39,7 @@ FLOORS: dict[str, float] = {
     "schema": 1.5,
     "tally": 1.5,
     "cluster_states": 1.5,
+    "armed": 1.5,
     "qcow2.layout": 1,
     "qcow2.compression": 1.1,
     "qcow2.first_table": 1.1,

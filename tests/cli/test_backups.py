@@ -302,14 +302,16 @@ def test_on_a_terminal_there_is_a_bar(cli: Cli, repository: Path) -> None:
     terminal, stderr = pty.openpty()
     with ThreadPoolExecutor(1) as pool:
         screen = pool.submit(all_that_appears, terminal)
-        done = subprocess.run(
-            cli.command("backup", "sda", repository, "--full"),
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
-            timeout=20,
-        )
-        os.close(stderr)
+        try:
+            done = subprocess.run(
+                cli.command("backup", "sda", repository, "--full"),
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
+                timeout=20,
+            )
+        finally:
+            os.close(stderr)
         seen = screen.result().decode()
     os.close(terminal)
     assert done.returncode == 0

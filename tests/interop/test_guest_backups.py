@@ -95,6 +95,9 @@ def backed_up(cli: Cli, guest: Guest, number: int, line: Path) -> Moment:
         words += ["--hook", shlex.join([sys.executable, guest_console.__file__, str(line)])]
     told = run(*cli.command(*words), timeout=60).stdout
     assert f'"type": "{"full" if number == 1 else "incremental"}"' in told
+    # What the guest said before this was read, however far behind its console is.
+    assert guest_console.tell(str(line), f"echo backed up {number} >/dev/ttyS0") == 0
+    guest.wait_for_line(f"^backed up {number}$")
     return Moment(done, rounds_done(guest) + 1)
 
 

@@ -121,7 +121,7 @@ def test_guest_that_libvirt_starts_with_the_snippet_has_our_disk(tmp_path: Path,
         }
         command = [*home.as_user, newer("virt-qemu-run"), "-v", f"--root={home.folder}/libvirt", xml]
         with spawn(*AS_ONE, *command, env=environment) as child:
-            child.wait_for_line("guest running")
+            child.wait_for_line("guest running", timeout=90)
             connected, _ = served.server.traffic(NAME)
             assert connected == 1
             child.process.send_signal(signal.SIGTERM)

@@ -92,7 +92,7 @@ def house(tmp_path: Path) -> Iterator[House]:
         tracked.image.write_bytes(random.Random(1).randbytes(SIZE))
         with tracked.attach() as disk:
             disk.checkpoint("start")
-            server = Server({NAME: disk}, grace_s=0.5)
+            server = Server({NAME: disk})
             server.listen_unix(path)
             listener = server.listen_tcp("127.0.0.1", 0, server_context(str(papers.folder)))
             server.start()

@@ -62,7 +62,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     image = folder / "disk.raw"
     image.write_bytes(random.Random(1).randbytes(SIZE))
     with FileDevice.open(image) as device:
-        server = Server({"disk": PlainDisk(device)}, handshake_timeout_s=4, grace_s=0.5)
+        server = Server({"disk": PlainDisk(device)}, handshake_timeout_s=4)
         listener = server.listen_tcp("127.0.0.1", 0, server_context(str(papers.folder)))
         server.start()
         yield House(server, image, listener.sock.getsockname()[1], papers, strangers)

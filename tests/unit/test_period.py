@@ -374,6 +374,9 @@ def test_half_of_what_may_be_armed_is_likely_the_last_that_was(notebook: Noteboo
         period.make_durable([(extent * 64 + 1, extent * 64 + 2)])
         period.persist()
     assert likely(period) == [(0, 0b11100)]
+    period.make_durable([(2, 3)])
+    period.persist()
+    assert likely(period) == [(0, 0b11001)]
     for extent in range(8, 13):
         period.make_durable([(extent * 64 + 1, extent * 64 + 2)])
     assert likely(period) == [(0, 0b11111 << 8)]
