@@ -14,18 +14,18 @@ import pytest
 
 from tests.support import make_raw_image
 
+ROOT = Path(__file__).resolve().parents[2]
 USER, GROUP = 65534, 65533
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0, reason="whose file it is only root can choose: run as root"
 )
 
 _AS_USER = f"""
-import ctypes, encodings.ascii, encodings.idna, importlib, os, pkgutil, rich.console, rich.progress, rich.table, sys
-import lmdbitmap, lmdbitmap.cli.main, lmdbitmap.nbd
-for package in (lmdbitmap, lmdbitmap.cli, lmdbitmap.nbd):  # the user may not be let in where they are
-    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-        if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
+import encodings.ascii, encodings.idna, importlib.metadata, os, sys
+# By descriptor, as the user may not be let in where they are.
+folders = [path for path in ({str(ROOT)!r}, *sys.path) if os.path.isdir(path)]
+sys.path[:] = ["/proc/self/fd/%d" % os.open(folder, os.O_PATH) for folder in folders]
+import lmdbitmap.cli.main
 os.setgroups([])
 os.setresgid({GROUP}, {GROUP}, {GROUP})
 os.setresuid({USER}, {USER}, {USER})

@@ -34,9 +34,9 @@ DRIVERS = next(NEWER.glob("usr/lib/*/libvirt/connection-driver"), NEWER)
 NOBODY = 65534
 AS_NOBODY = [
     "setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups",
-    "--inh-caps=+dac_override", "--ambient-caps=+dac_override",
+    "--inh-caps=+dac_override", "--ambient-caps=+dac_override", "--securebits=+no_setuid_fixup",
 ]  # fmt: skip
-"""Who may go through all folders, so that the programs may lie anywhere."""
+"""Who may go through all folders, so that the programs may lie anywhere; access(2) says so too by the last word."""
 
 AS_ONE = ["sh", "-c", 'exec "$@" 2>&1', "sh"]
 """For a command that says all on standard error."""
