@@ -7,12 +7,14 @@ shows what the program said.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import gc
 import os
 import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -214,6 +216,12 @@ def _end(process: subprocess.Popen[str]) -> None:
         process.wait(PATIENCE_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
+
+
+def signal_another_thread(child: Child, number: signal.Signals) -> None:
+    """Send a signal that wakes no system call of the main thread, as one does that comes right before such a call."""
+    other = next(task for name in os.listdir(f"/proc/{child.pid}/task") if (task := int(name)) != child.pid)
+    assert ctypes.CDLL(None).tgkill(child.pid, other, int(number)) == 0
 
 
 def wait_for_socket(address: Address, child: Child, timeout: float = PATIENCE_SECONDS) -> None:

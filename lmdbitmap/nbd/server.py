@@ -19,6 +19,7 @@ after as long again hangs in its disk; `stop` says so by False, and the disks mu
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import selectors
@@ -46,6 +47,7 @@ _log = logging.getLogger(__name__)
 _SLACK_S: Final = 1.0
 _SEND_BUFFER_BYTES: Final = 2 << 20
 """Of a unix socket, which else has room for three READs of 64 KiB. TCP finds its own; the kernel may allow less."""
+_MOST_WAKING: Final = 64 << 10
 _BESIDE: Final = ""
 """Stands for all disks that come and go, where past traffic is counted; no disk has that name."""
 
@@ -92,8 +94,11 @@ class Server:
         self._past_traffic = dict.fromkeys([*self._disks, _BESIDE], NO_TRAFFIC)
         self.quiet = Quiet(self._requests_of_guests)
         """Of the clients of the disks that it was made for."""
-        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        weakref.finalize(self, os.close, self._wake_fd)  # no sooner: a late signal may still write to it
+        self._woken_fd, self.wake_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        """A byte written to `wake_fd` has the serving thread look up. It is made for `signal.set_wakeup_fd`: a signal
+        that comes right before that thread sleeps, or to another one, would not end its sleep."""
+        for fd in (self._woken_fd, self.wake_fd):
+            weakref.finalize(self, os.close, fd)  # no sooner: a late signal may still write to it
         self._stopping = False
         self._serving_thread: threading.Thread | None = None
         self._wound_up = threading.Event()
@@ -198,7 +203,8 @@ class Server:
     def request_stop(self) -> None:
         """Ask the serving thread to wind up. Takes no lock and waits for nothing: made for signal handlers."""
         self._stopping = True
-        os.eventfd_write(self._wake_fd, 1)
+        with contextlib.suppress(BlockingIOError):  # it is full: they will wake up
+            os.write(self.wake_fd, b"\0")
 
     def stop(self) -> bool:
         """Stop serving and wait for it, for a bounded time; True when nobody uses the disks any more.
@@ -221,13 +227,15 @@ class Server:
     def _serve(self) -> None:
         try:
             with selectors.DefaultSelector() as selector:
-                selector.register(self._wake_fd, selectors.EVENT_READ)
+                selector.register(self._woken_fd, selectors.EVENT_READ)
                 for listener in self._listeners:
                     listener.sock.setblocking(False)
                     selector.register(listener.sock, selectors.EVENT_READ, listener)
                 while not self._stopping:
                     for key, _ in selector.select():
-                        if key.data is not None:
+                        if key.data is None:
+                            os.read(self._woken_fd, _MOST_WAKING)
+                        else:
                             self._accept(key.data)
         finally:
             self._wind_up()

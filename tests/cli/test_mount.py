@@ -18,13 +18,16 @@ from tests.backed_up import BackedUpDisk
 from tests.cli.conftest import Cli
 from tests.deep_chain import make_deep_chain
 from tests.interop.test_tracked_clients import DEBIAN_PYTHON
-from tests.support import Child, requires, run, spawn
+from tests.nbd_raw import RawClient
+from tests.support import Child, requires, run, signal_another_thread, spawn
 from tests.tracked import NAME
 from tests.unit.test_verify import few_open_files
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 6 * MIB
 CLUSTER = 4 * KIB
+GREETING = 18
+"""Bytes that a server begins with; one that sent them has a thread for its client."""
 
 
 class Backups(NamedTuple):
@@ -141,6 +144,13 @@ def test_a_backup_that_is_made_meanwhile_disturbs_nobody(cli: Cli, backups: Back
 def test_signals_end_it(cli: Cli, backups: Backups, number: signal.Signals) -> None:
     with mounted(cli) as served:
         served.child.process.send_signal(number)
+        assert served.child.wait() == 0
+
+
+def test_a_signal_that_does_not_wake_the_main_thread_ends_it_too(cli: Cli, backups: Backups) -> None:
+    with mounted(cli) as served, RawClient.connect(str(cli.folder / "backup.sock")) as client:
+        client.receive(GREETING)
+        signal_another_thread(served.child, signal.SIGTERM)
         assert served.child.wait() == 0
 
 

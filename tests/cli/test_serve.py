@@ -15,7 +15,7 @@ from lmdbitmap.cli.serving import Ending
 from lmdbitmap.device import FileDevice
 from lmdbitmap.nbd.server import Server
 from tests.cli.conftest import MIB, SIZE, Cli
-from tests.support import PATIENCE_SECONDS, make_raw_image, requires, run, spawn
+from tests.support import PATIENCE_SECONDS, make_raw_image, requires, run, signal_another_thread, spawn
 
 KIB = 1 << 10
 
@@ -80,6 +80,13 @@ def test_signals_end_it_cleanly_even_when_sent_twice(cli: Cli, number: signal.Si
         assert served.child.wait() == 0
     assert cli.json("info", "sda")["attached"] is False
     assert cli.ok("check") == f"{cli.store}: sound\n"
+
+
+def test_a_signal_that_does_not_wake_the_main_thread_ends_it_too(cli: Cli) -> None:
+    cli.add("sda")
+    with cli.serving("sda") as served:
+        signal_another_thread(served.child, signal.SIGTERM)
+        assert served.child.wait() == 0
 
 
 def test_a_signal_that_comes_before_there_is_a_server_ends_it_too() -> None:
