@@ -63,8 +63,8 @@ from lmdbitmap.manifest import (
     Reason,
 )
 from lmdbitmap.pace import Pace, pace_of
-from lmdbitmap.pieces import Metered
 from lmdbitmap.qcow2.compression import Compression, chosen
+from lmdbitmap.readable import Metered
 from lmdbitmap.repository import BackupFolder, Unfinished, checkpoint_name
 from lmdbitmap.schema import Disk
 from lmdbitmap.scratch import Scratch

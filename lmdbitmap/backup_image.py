@@ -29,14 +29,13 @@ from lmdbitmap.hashing import ChunkHasher
 from lmdbitmap.holds import HoldFile
 from lmdbitmap.interfaces import Allocation
 from lmdbitmap.manifest import BackupEntry, BackupType, CheckpointRef, ChunkDigests, Manifest, chain_to
-from lmdbitmap.pieces import Metered, Readable
 from lmdbitmap.qcow2.compression import Compression
 from lmdbitmap.qcow2.layout import SECTOR, CompressionType
+from lmdbitmap.readable import Metered, Readable
 from lmdbitmap.repository import BackupFolder, Unfinished, image_name
 from lmdbitmap.rescan import differing
 from lmdbitmap.schema import Disk
 from lmdbitmap.store import Store
-from lmdbitmap.write_behind import WriteBehind
 
 log = logging.getLogger(__name__)
 
@@ -207,14 +206,14 @@ def write_image(source: Source, device: Metered, report: Report, packing: Compre
         ChunkHasher(file.fileno(), job.folder.path, job.digests.algorithm, spared=spared) as hasher,
     ):
         with (
-            WriteBehind(ImageFile(file.fileno(), path), hasher, spared=spared) as behind,
             _told_why(source),
             os_errors_at(job.disk.image),
             source.runs(device, report) as runs,
         ):
             copied = copy_clusters(
                 device,
-                behind,
+                ImageFile(file.fileno(), path),
+                hasher,
                 source.clusters,
                 runs,
                 backing_file=None if parent is None else parent.file,

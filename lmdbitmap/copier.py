@@ -6,14 +6,15 @@ import contextlib
 import errno
 import os
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from lmdbitmap.bits import Run
-from lmdbitmap.crew import Spared
+from lmdbitmap.carriers import Carriers, Hashing, Shelf, Target
 from lmdbitmap.errors import os_errors_at
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Buffer
-from lmdbitmap.pieces import Borrower, Pieces, Readable, ways_of
+from lmdbitmap.loads import Loads
+from lmdbitmap.pieces import Pieces
 from lmdbitmap.qcow2 import (
     DEFAULT_CLUSTER_BITS,
     CompressingWriter,
@@ -23,6 +24,7 @@ from lmdbitmap.qcow2 import (
     Sink,
 )
 from lmdbitmap.qcow2.layout import MAX_L1_ENTRIES, l1_entries
+from lmdbitmap.readable import Readable, ways_of
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with (bytes done, bytes in all), in the thread that works; what it raises ends the work."""
@@ -77,14 +79,8 @@ class Report:
         self._total += length
 
 
-class ImageSink(Sink, Borrower, Protocol):
-    """Where an image is written to, perhaps behind who writes."""
-
-
 class ImageFile:
     """An empty file to write an image into, at once; its refusals name the `place` where it will be."""
-
-    most_held = 0
 
     def __init__(self, fd: int, place: str) -> None:
         self._fd = fd
@@ -98,9 +94,6 @@ class ImageFile:
                 if count == 0:
                     raise OSError(errno.EIO, "it takes no more bytes")
                 rest, offset = rest[count:], offset + count
-
-    def let_go(self, buffer: bytearray) -> None:
-        """All of it is written."""
 
 
 def cluster_bits_for(disk: Geometry) -> int:
@@ -117,7 +110,8 @@ def cluster_bits_for(disk: Geometry) -> int:
 
 def copy_clusters(
     device: Readable,
-    file: ImageSink,
+    file: Target,
+    hashing: Hashing,
     clusters: Geometry,
     runs: Iterable[Run],
     *,
@@ -129,48 +123,64 @@ def copy_clusters(
 
     Raises `OSError` as the device does, and errors of ours as the file does. Nothing is synced.
     """
-    writer = Qcow2Writer(
-        file,
+    if compression is not None:
+        return _compressed(
+            device, _Followed(file, hashing), clusters, runs, backing_file, report, compression
+        )
+    shelf, loads = Shelf(), Loads(device, clusters)
+    writer = _writer(shelf, clusters, backing_file, CompressionType.ZLIB)
+    carriers = Carriers(loads, ways_of(device), writer, shelf, file, hashing)
+    carriers.carry(runs, report.advance)
+    return Copied(carriers.bytes_changed, carriers.bytes_zero, carriers.finish())
+
+
+def _writer(
+    sink: Sink, clusters: Geometry, backing_file: str | None, compression_type: CompressionType
+) -> Qcow2Writer:
+    return Qcow2Writer(
+        sink,
         size=clusters.size,
         cluster_bits=clusters.granularity_bits,
         backing_file=backing_file,
-        compression_type=CompressionType.ZLIB if compression is None else compression.type,
+        compression_type=compression_type,
     )
-    with _compressing(writer, compression, ways_of(device).spared) as target:
-        borrower = file if compression is None else None  # what is compressed is copied
-        copier = _Copier(Pieces(device, clusters, borrower), target, report)
-        copier.copy(runs)
-        return Copied(copier.bytes_changed, copier.bytes_zero, target.finish())
 
 
-def _compressing(
-    writer: Qcow2Writer, compression: Compression | None, spared: Spared
-) -> contextlib.AbstractContextManager[Qcow2Writer | CompressingWriter]:
-    if compression is None:
-        return contextlib.nullcontext(writer)
-    return CompressingWriter(writer, compression, spared=spared)
+class _Followed:
+    """A file whose digests are computed behind whoever writes it, in small pieces."""
+
+    def __init__(self, file: Target, hashing: Hashing) -> None:
+        self._file = file
+        self._hashing = hashing
+
+    def pwrite(self, data: Buffer, offset: int) -> None:
+        self._file.pwrite(data, offset)
+        with os_errors_at(self._file.place):
+            self._hashing.wrote(offset, len(data))
 
 
-class _Copier:
-    def __init__(
-        self,
-        pieces: Pieces,
-        writer: Qcow2Writer | CompressingWriter,
-        report: Report,
-    ) -> None:
-        self._pieces = pieces
-        self._writer = writer
-        self._report = report
-        self.bytes_changed = 0
-        self.bytes_zero = 0
-
-    def copy(self, runs: Iterable[Run]) -> None:
-        with contextlib.closing(self._pieces.of_all(runs)) as pieces:
-            for offset, length, data in pieces:
-                if data is None:
-                    self._writer.write_zeroes(offset, length)
-                    self.bytes_zero += length
-                else:
-                    self._writer.write(offset, data)
-                self.bytes_changed += length
-                self._report.advance(length)
+def _compressed(
+    device: Readable,
+    file: Sink,
+    clusters: Geometry,
+    runs: Iterable[Run],
+    backing_file: str | None,
+    report: Report,
+    compression: Compression,
+) -> Copied:
+    """One thread reads ahead, the caller's puts the image together, others compress."""
+    plain = _writer(file, clusters, backing_file, compression.type)
+    bytes_changed = bytes_zero = 0
+    with (
+        CompressingWriter(plain, compression, spared=ways_of(device).spared) as writer,
+        contextlib.closing(Pieces(device, clusters).of_all(runs)) as pieces,
+    ):
+        for offset, length, data in pieces:
+            if data is None:
+                writer.write_zeroes(offset, length)
+                bytes_zero += length
+            else:
+                writer.write(offset, data)
+            bytes_changed += length
+            report.advance(length)
+        return Copied(bytes_changed, bytes_zero, writer.finish())

@@ -152,7 +152,7 @@ class Follower(Generic[T]):
                 self._end()
             finally:
                 self._handed.put(None)
-                _joined(self._thread)
+                joined(self._thread)
 
     def _next_done(self) -> T | _Failed:
         if not self._told:
@@ -192,7 +192,8 @@ def _come_of(work: Callable[[], T]) -> T | _Failed:
         return _Failed(failure)
 
 
-def _joined(thread: threading.Thread) -> None:
+def joined(thread: threading.Thread) -> None:
+    """Wait for its end, and then raise what interrupted that."""
     interruption: BaseException | None = None
     while thread.is_alive():
         try:

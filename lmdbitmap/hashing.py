@@ -1,23 +1,25 @@
-"""Computes the digests of a file's chunks while it is filled.
+"""Computes the digests of a file's chunks while it is filled, in one of two ways.
 
-    who writes ── feed(offset, data), large and at the end ──▶ hashed at once, before the bytes leave the cache ──┐
-         └─── otherwise ──▶ chunks that the file has gone beyond ──▶ threads read them back, and hash them ───────┤
-                                                                                                                  │
-    all is written ── digests() ──▶ in order, with what was written to once more ◀────────────────────────────────┘
+    feed(offset, data) ───▶ by whoever has the bytes, before they leave its processor's cache ─────────▶ digests
+    wrote(offset, length) ──▶ of chunks that the file has gone beyond, by threads that read them back ─▶ digests
 
-Hashing lets go of Python's lock: what is fed may be written meanwhile by another thread (write_behind.py), and what is
-small is left to threads that hash many chunks at once. A chunk that is written to after it was hashed is hashed again
+    all is written ── digests() ──▶ in order, with what was written to once more
+
+Hashing lets go of Python's lock. What is fed comes in the order of the file, and may be hashed in any: only the
+beginning of a chunk that ends in what is fed next is hashed at once. What comes in small pieces is left to threads
+that hash many chunks in one go. A chunk that is written to after it was hashed, or of which not all was fed, is hashed
 in the end: so the digests are right in whatever order a file is written. Invariant: `_open` is a hasher of all bytes
-from the beginning of the chunk that the file ends in to that end, or None; any write that it is not fed with drops it,
-and that chunk is read back.
+from the beginning of the chunk that the file ends in to that end, or None.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
 from typing import Final
@@ -30,8 +32,6 @@ from lmdbitmap.geometry import ceil_div
 CHUNK_BYTES: Final = 1 << 20
 _BATCH_CHUNKS: Final = 4
 """Hashed in one go: what a thread costs is lost in it."""
-_FED_AT_LEAST: Final = 256 << 10
-"""In one write: many small ones are hashed faster by many threads."""
 _READ_AT_ONCE: Final = 256 << 10
 _MOST_IN_MEMORY: Final = 8 << 20
 """Of digests: those of 256 GiB."""
@@ -44,11 +44,13 @@ def thread_count() -> int:
 
 
 class ChunkHasher:
-    """The digests of the file `fd`, for one thread that writes it; a context, which owns its threads.
+    """The digests of the file `fd`; a context, which owns its threads.
 
     Digests beyond some megabytes are in a file without a name in `folder`, so that memory is bounded: what is left is a
     byte for each chunk, 1 MiB for a TiB, of a file that is written to where it was hashed before. Of the processors,
-    `spared` are left to others (crew.py); who hashes, who reads ahead and who writes behind have one each.
+    `spared` are left to others (crew.py).
+
+    For one thread at a time, and what `feed` answers for any.
     """
 
     def __init__(
@@ -63,18 +65,18 @@ class ChunkHasher:
         self._fd = fd
         self.algorithm = algorithm
         self.chunk_size = chunk_size
-        self.before_reading: Callable[[], None] = _nothing
-        """Called before what the file has is looked at."""
         self._digests = tempfile.SpooledTemporaryFile(_MOST_IN_MEMORY, dir=folder)  # noqa: SIM115 - see __exit__
-        """Of the first chunks, one behind the other."""
+        """Each in its place, once there is one."""
+        self._putting = threading.Lock()
         self._most_under_way = 2 * thread_count()
         self._threads = Crew(thread_count(), spared=spared, busy=3)
-        self._under_way: deque[Callable[[], bytes]] = deque()
+        self._under_way: deque[Future[None]] = deque()
         self._open: Hasher | None = None
         self._end = 0
         self._hashed_chunks = 0
+        """Of the first ones each is hashed, or will be soon, or is stale."""
         self._stale = bytearray()
-        """1 for each chunk that was written to after it was hashed; no longer than up to the last of them."""
+        """1 for each chunk that is to be hashed in the end; no longer than up to the last of them."""
 
     def __enter__(self) -> ChunkHasher:
         return self
@@ -85,57 +87,69 @@ class ChunkHasher:
         self._threads.shutdown(cancel_futures=True)
         self._digests.close()
 
-    def feed(self, offset: int, data: memoryview) -> None:
-        """The file has these bytes, or will when `before_reading` returns."""
-        if len(data) < _FED_AT_LEAST or offset != self._end:
-            self.wrote(offset, len(data))
-            return
-        end = offset + len(data)
+    def feed(self, offset: int, data: memoryview) -> Callable[[], None]:
+        """The file will have these bytes before it is `wrote` to and before `digests`.
+
+        Call the answer, in any thread, while `data` is what it was.
+        """
+        if offset != self._end:
+            self._leave_open(offset, len(data))
+            return _nothing
+        works = []
+        for chunk, start, part in self._parts(offset, data):
+            if start == 0:
+                self._open = new_hasher(self.algorithm)
+            if self._open is None:
+                continue
+            if start + len(part) < self.chunk_size:
+                self._open.update(part)  # what is fed next goes on from here
+            else:
+                self._call_stale(self._hashed_chunks, chunk)
+                self._hashed_chunks = chunk + 1
+                works.append(partial(self._finish, chunk, self._open, part))
+        self._end += len(data)
+        return partial(_all_of, works)
+
+    def _parts(self, offset: int, data: memoryview) -> Iterator[tuple[int, int, memoryview]]:
+        """(chunk, first byte in it, bytes)"""
         while data:
             chunk, start = divmod(offset, self.chunk_size)
             part = data[: self.chunk_size - start]
-            self._feed_chunk(chunk, start, part)
+            yield chunk, start, part
             offset, data = offset + len(part), data[len(part) :]
-        self._grow(end)
 
-    def _feed_chunk(self, chunk: int, start: int, data: memoryview) -> None:
-        if start == 0:
-            self._open = new_hasher(self.algorithm)
-        if self._open is None:
-            return
-        self._open.update(data)
-        if start + len(data) == self.chunk_size:
-            while self._hashed_chunks < chunk:
-                self._hash_next(min(_BATCH_CHUNKS, chunk - self._hashed_chunks))
-            self._add(partial(bytes, self._open.digest()), 1)
+    def _finish(self, chunk: int, hasher: Hasher, data: memoryview) -> None:
+        hasher.update(data)
+        self._put(chunk, hasher.digest())
 
     def wrote(self, offset: int, length: int) -> None:
-        """The file has these bytes, or will when `before_reading` returns, and they are not at hand."""
+        """The file has these bytes, and all that were fed."""
+        self._leave_open(offset, length)
+        while (self._hashed_chunks + _BATCH_CHUNKS) * self.chunk_size <= self._end:
+            self._hash_next(_BATCH_CHUNKS)
+
+    def _leave_open(self, offset: int, length: int) -> None:
+        """What chunks have that are written to is not at hand."""
         self._open = None
         end = offset + length
         if offset < self._hashed_chunks * self.chunk_size:
             self._call_stale(
                 offset // self.chunk_size, min(ceil_div(end, self.chunk_size), self._hashed_chunks)
             )
-        self._grow(max(self._end, end))
+        self._end = max(self._end, end)
 
     def _call_stale(self, first: int, stop: int) -> None:
-        self._stale.extend(bytes(max(stop - len(self._stale), 0)))
-        self._stale[first:stop] = b"\1" * (stop - first)
-
-    def _grow(self, end: int) -> None:
-        self._end = end
-        while (self._hashed_chunks + _BATCH_CHUNKS) * self.chunk_size <= self._end:
-            self._hash_next(_BATCH_CHUNKS)
+        if first < stop:
+            self._stale.extend(bytes(max(stop - len(self._stale), 0)))
+            self._stale[first:stop] = b"\1" * (stop - first)
 
     def digests(self) -> Iterator[bytes]:
         """All of them in order, once nothing is written any more; the last chunk may be short."""
-        self.before_reading()
         chunks = ceil_div(os.fstat(self._fd).st_size, self.chunk_size)
         while self._hashed_chunks < chunks:
             self._hash_next(min(_BATCH_CHUNKS, chunks - self._hashed_chunks))
         while self._under_way:
-            self._take_next()
+            self._under_way.popleft().result()
         self._digests.seek(0)
         for chunk in range(chunks):
             digest = self._digests.read(DIGEST_BYTES)
@@ -146,26 +160,28 @@ class ChunkHasher:
         return _digests_of(self._fd, self.algorithm, self.chunk_size, chunk, 1)
 
     def _hash_next(self, count: int) -> None:
-        """Hand over the next chunks, to be read back."""
-        self.before_reading()
-        batch = self._threads.submit(
-            _digests_of, self._fd, self.algorithm, self.chunk_size, self._hashed_chunks, count
-        )
-        self._add(batch.result, count)
-
-    def _add(self, digests: Callable[[], bytes], count: int) -> None:
-        """The digests of the next chunks; who is far ahead of the threads that compute some waits."""
-        self._under_way.append(digests)
+        """Hand over the next chunks, to be read back; who is far ahead of the threads that do waits."""
+        self._under_way.append(self._threads.submit(self._read_back, self._hashed_chunks, count))
         self._hashed_chunks += count
         if len(self._under_way) > self._most_under_way:
-            self._take_next()
+            self._under_way.popleft().result()
 
-    def _take_next(self) -> None:
-        self._digests.write(self._under_way.popleft()())
+    def _read_back(self, first: int, count: int) -> None:
+        self._put(first, _digests_of(self._fd, self.algorithm, self.chunk_size, first, count))
+
+    def _put(self, first: int, digests: bytes) -> None:
+        with self._putting:
+            self._digests.seek(first * DIGEST_BYTES)
+            self._digests.write(digests)
 
 
 def _nothing() -> None:
-    """What there is to do before reading where nobody writes behind."""
+    """There is nothing to be hashed."""
+
+
+def _all_of(works: Iterable[Callable[[], None]]) -> None:
+    for work in works:
+        work()
 
 
 def chunk_digests(fd: int, algorithm: DigestAlgorithm, chunk_size: int = CHUNK_BYTES) -> Iterator[bytes]:

@@ -13,7 +13,7 @@ from lmdbitmap.bits import Run
 from lmdbitmap.buffers import new_buffer
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Allocation
-from lmdbitmap.pieces import Readable
+from lmdbitmap.readable import Readable
 
 _CHUNK_BYTES: Final = 1 << 20
 

@@ -43,7 +43,8 @@ from lmdbitmap.interfaces import TrackableDevice
 from lmdbitmap.manifest import Reason
 from lmdbitmap.mirror import Mending, Mirror, Overwriting
 from lmdbitmap.pace import Pace, pace_of
-from lmdbitmap.pieces import Metered, Pieces
+from lmdbitmap.pieces import Pieces
+from lmdbitmap.readable import Metered
 from lmdbitmap.schema import Disk
 from lmdbitmap.scratch import Scratch
 from lmdbitmap.session import OpenDevice

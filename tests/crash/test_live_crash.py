@@ -38,9 +38,11 @@ KEPT = {0: (WRITES, WRITES), 50: (WRITES // 3, WRITES // 2), 99: (0, 1)}
 _BACKUP_THAT_STOPS = """
 import contextlib, os, signal, sys
 from lmdbitmap.backup import backup
+from lmdbitmap.direct import DirectDevice
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.store import Store
 
+DirectDevice.chunk_bytes = 1 << 16  # so that it has not read much more than it tells
 store_path, repository_path, percent = sys.argv[1:]
 stopped = []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,9 @@ from lmdbitmap.copier import (
 from lmdbitmap.device import MemoryDevice
 from lmdbitmap.errors import StorageError
 from lmdbitmap.geometry import Geometry
-from lmdbitmap.pieces import CHUNK_BYTES
 from lmdbitmap.qcow2 import Kind, Qcow2Reader
 from lmdbitmap.qcow2.compression import chosen
+from lmdbitmap.readable import CHUNK_BYTES
 from tests.qcow2_model import MemoryFile, naive_chain_read
 
 CLUSTER = 8192
@@ -42,11 +43,18 @@ class WatchedDevice(MemoryDevice):
         super().pread_into(buffer, offset)
 
 
-class Sink(MemoryFile):
-    most_held = 0
+class Image(MemoryFile):
+    place = "image"
 
-    def let_go(self, buffer: bytearray) -> None:
-        """It has its own copy."""
+
+class NoDigests:
+    """Nobody wants any."""
+
+    def feed(self, offset: int, data: memoryview) -> Callable[[], None]:
+        return lambda: None
+
+    def wrote(self, offset: int, length: int) -> None:
+        pass
 
 
 def copied(
@@ -57,12 +65,19 @@ def copied(
     cluster_bits: int = 13,
     compression: str | None = None,
 ) -> tuple[Copied, MemoryFile]:
-    file = Sink()
+    file = Image()
     clusters = Geometry(device.size, cluster_bits)
     report = Report(None, 0)
     packing = None if compression is None else chosen(compression)
     counts = copy_clusters(
-        device, file, clusters, runs, backing_file=backing_file, report=report, compression=packing
+        device,
+        file,
+        NoDigests(),
+        clusters,
+        runs,
+        backing_file=backing_file,
+        report=report,
+        compression=packing,
     )
     return counts, file
 

@@ -11,7 +11,7 @@ import pytest
 from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import InvalidArgument, StorageError
 from lmdbitmap.filter import Filter
-from lmdbitmap.pieces import ways_of
+from lmdbitmap.readable import ways_of
 from lmdbitmap.scratch import Scratch
 from lmdbitmap.snapshot import Snapshot
 from tests.directly import STEPS, directly

@@ -6,7 +6,7 @@ import os
 import random
 import tempfile
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -55,46 +55,42 @@ def test_each_chunk_has_its_digest_and_the_last_may_be_short(
 @pytest.mark.parametrize("spared", EACH.values(), ids=EACH)
 @pytest.mark.parametrize("seed", range(30))
 def test_in_whatever_order_a_file_is_written_the_digests_are_of_what_it_holds_in_the_end(
-    fd: int, algorithm: DigestAlgorithm, seed: int, spared: Spared, monkeypatch: pytest.MonkeyPatch
+    fd: int, algorithm: DigestAlgorithm, seed: int, spared: Spared
 ) -> None:
-    """Half of what comes at the end is hashed when it comes, the other half is read back."""
-    monkeypatch.setattr(hashing, "_FED_AT_LEAST", 4 * CHUNK)
+    """Half of it is fed, in turn or not, and hashed some time later; the other half is read back."""
     lot = random.Random(seed)
+    later: list[Callable[[], None]] = []
     with ChunkHasher(fd, FOLDER, algorithm, CHUNK, spared=spared) as hasher:
         for _ in range(lot.randrange(60)):
             end = os.fstat(fd).st_size
             offset = end if lot.random() < 0.7 else lot.randrange(end + 5 * CHUNK)
-            write(fd, hasher, lot.randbytes(lot.randrange(1, 9 * CHUNK)), offset)
+            data = lot.randbytes(lot.randrange(1, 9 * CHUNK))
+            if lot.random() < 0.5:
+                later.append(hasher.feed(offset, memoryview(data)))
+                os.pwrite(fd, data, offset)
+            else:
+                hasher.wrote(offset, os.pwrite(fd, data, offset))
+        lot.shuffle(later)
+        for work in later:
+            work()
         assert b"".join(hasher.digests()) == naive_digests(algorithm, content_of(fd), CHUNK)
 
 
-def write(fd: int, hasher: ChunkHasher, data: bytes, offset: int) -> None:
-    """Before it is hashed, or behind that, when the hasher wants to read."""
-    if len(data) % 2:
-        os.pwrite(fd, data, offset)
-        hasher.feed(offset, memoryview(data))
-        return
-
-    def late() -> None:
-        os.pwrite(fd, data, offset)
-
-    hasher.before_reading = late
-    hasher.feed(offset, memoryview(data))
-    late()
-    hasher.before_reading = lambda: None
-
-
 @pytest.mark.parametrize("first", [0, 1, 300_000, CHUNK_BYTES])
-def test_large_pieces_at_the_end_are_hashed_as_they_are_written(
+def test_what_is_fed_in_the_order_of_the_file_is_not_read_back(
     fd: int, algorithm: DigestAlgorithm, first: int
 ) -> None:
-    """All but the chunk that something small is in, and the last one, if it is short: those are read back."""
+    """All but the chunk that something else is in, and the last one, if it is short."""
     small, large = os.urandom(first), [os.urandom(CHUNK_BYTES + 70_001) for _ in range(5)]
     content = b"".join([small, *large])
     with ChunkHasher(fd, FOLDER, algorithm) as hasher:
         hasher.wrote(0, os.pwrite(fd, small, 0))
-        for number, piece in enumerate(large):
-            write(fd, hasher, piece, first + number * len(piece))
+        works = [
+            hasher.feed(first + number * len(piece), memoryview(piece)) for number, piece in enumerate(large)
+        ]
+        for work in reversed(works):
+            work()
+        os.pwrite(fd, content, 0)
         os.pwrite(fd, bytes(4 * CHUNK_BYTES), CHUNK_BYTES)  # behind its back
         assert b"".join(hasher.digests()) == naive_digests(algorithm, content, CHUNK_BYTES)
 

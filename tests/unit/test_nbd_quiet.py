@@ -13,7 +13,7 @@ from lmdbitmap.direct import DirectDevice
 from lmdbitmap.latencies import Latencies
 from lmdbitmap.nbd.quiet import QUIET_S, Quiet
 from lmdbitmap.nbd.watch import Watch
-from lmdbitmap.pieces import Metered, ways_of
+from lmdbitmap.readable import Metered, ways_of
 from tests.nbd_raw import READ, WRITE, RawClient
 from tests.serving import Serving, serving
 from tests.tracked import NAME, TrackedDisk, quick_folder

@@ -360,8 +360,9 @@ def test_two_syncs_to_one_target_at_once(disk: BackedUpDisk, copy: Path) -> None
 
 
 class Failing(FileDevice):
-    """Whose reads fail after so many."""
+    """Is read block by block, and fails after so many."""
 
+    chunk_bytes = BLOCK
     reads_left = 0
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
@@ -417,7 +418,7 @@ def test_a_first_sync_that_failed_goes_on_where_it_was(disk: BackedUpDisk) -> No
     copy = disk.folder / "copy.raw"
     disk.write(b"2", 20 * BLOCK)
     with pytest.raises(StorageError):
-        sync(disk.store, NAME, copy, open_device=failing_after(1))
+        sync(disk.store, NAME, copy, open_device=failing_after(10))
     disk.write(b"3", 30 * BLOCK)
     result = synced(disk, copy)
     assert (result.kind, reason(result), result.bytes_written) == (COMPARE, "interrupted", 2 * BLOCK)
