@@ -158,15 +158,12 @@ class Ending:
     def __init__(self) -> None:
         self._wished = False
         self._server: Server | None = None
-        self._woke_before: int | None = None
 
     def __enter__(self) -> Ending:
         self._before = {number: signal.signal(number, self._wish) for number in _ENDING_SIGNALS}
         return self
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
-        if self._woke_before is not None:
-            signal.set_wakeup_fd(self._woke_before)
         if failure is not None:
             for number, handler in self._before.items():
                 signal.signal(number, handler)
@@ -174,7 +171,6 @@ class Ending:
     def ends(self, server: Server) -> None:
         """From now on a signal ends this server; one that came before ends it at once."""
         self._server = server
-        self._woke_before = signal.set_wakeup_fd(server.wake_fd, warn_on_full_buffer=False)
         if self._wished:
             server.request_stop()
 

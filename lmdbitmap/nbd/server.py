@@ -23,12 +23,13 @@ import contextlib
 import logging
 import os
 import selectors
+import signal
 import socket
 import ssl
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Final, NamedTuple
 
@@ -94,10 +95,8 @@ class Server:
         self._past_traffic = dict.fromkeys([*self._disks, _BESIDE], NO_TRAFFIC)
         self.quiet = Quiet(self._requests_of_guests)
         """Of the clients of the disks that it was made for."""
-        self._woken_fd, self.wake_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        """A byte written to `wake_fd` has the serving thread look up. It is made for `signal.set_wakeup_fd`: a signal
-        that comes right before that thread sleeps, or to another one, would not end its sleep."""
-        for fd in (self._woken_fd, self.wake_fd):
+        self._woken_fd, self._wake_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        for fd in (self._woken_fd, self._wake_fd):
             weakref.finalize(self, os.close, fd)  # no sooner: a late signal may still write to it
         self._stopping = False
         self._serving_thread: threading.Thread | None = None
@@ -196,15 +195,19 @@ class Server:
         self._serving_thread.start()
 
     def serve_forever(self) -> None:
-        """Serve in this thread until asked to stop, and wind up; then ask `stop` how it went."""
+        """Serve in this thread until asked to stop, and wind up; then ask `stop` how it went.
+
+        In the main thread any signal wakes it, so that its handler runs at once.
+        """
         self._serving_thread = threading.current_thread()
-        self._serve()
+        with _woken_by_signals(self._wake_fd):
+            self._serve()
 
     def request_stop(self) -> None:
         """Ask the serving thread to wind up. Takes no lock and waits for nothing: made for signal handlers."""
         self._stopping = True
         with contextlib.suppress(BlockingIOError):  # it is full: they will wake up
-            os.write(self.wake_fd, b"\0")
+            os.write(self._wake_fd, b"\0")
 
     def stop(self) -> bool:
         """Stop serving and wait for it, for a bounded time; True when nobody uses the disks any more.
@@ -344,6 +347,20 @@ class Server:
         if hung:
             _log.error("%d connections do not end: their disk does not answer", len(hung))
         self._wound_up.set()
+
+
+@contextlib.contextmanager
+def _woken_by_signals(fd: int) -> Iterator[None]:
+    """Python runs handlers when the main thread goes on, and a signal ends no sleep of it where it comes right before
+    that, or to another thread: so the byte that it writes has to."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.set_wakeup_fd(fd, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
 
 
 def _still_there(visits: Iterable[Visit], patience_s: float) -> list[Visit]:

@@ -470,14 +470,18 @@ def test_stopping_twice_or_before_the_start_is_no_mistake(path: str) -> None:
     assert server.stop()
 
 
-def test_a_signal_handler_may_stop_the_server_of_its_own_thread(path: str) -> None:
+@pytest.mark.parametrize("comes_to", ["the thread that serves", "another thread"])
+def test_a_signal_handler_may_stop_the_server_of_its_own_thread(path: str, comes_to: str) -> None:
+    """Python runs it in the main thread either way."""
     server = Server({"disk": PlainDisk(MemoryDevice(SIZE))})
     server.listen_unix(path)
     answers = []
 
     def connect_and_signal() -> None:
         with transmitting(path) as client:
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+            serving = comes_to == "the thread that serves"
+            thread = threading.main_thread() if serving else threading.current_thread()
+            signal.pthread_kill(thread.ident or 0, signal.SIGUSR1)
             answers.append(client.is_closed_by_server())
 
     before = signal.signal(signal.SIGUSR1, lambda number, frame: answers.append(server.stop()))
