@@ -119,6 +119,12 @@ class BackupChain(ReadOnlyDevice):
             and proof.claim(run.host_offset, run.host_length or run.length)
         )
 
+    def announce(self, run: Run) -> None:
+        """Have the kernel begin to read the bytes of a run. Promises nothing."""
+        if run.is_stored:
+            with self.images[run.layer].file.reading() as device:
+                device.will_need(run.host_offset, run.host_length or run.length)
+
     def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
         return joined(
             Allocation(run.length, *(DATA if run.is_stored else HOLE)) for run in self.extents(offset, length)
@@ -239,9 +245,10 @@ class _Named:
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
         with os_errors_at(self.path):
-            if self._proof is not None:
-                self._proof.require(offset, len(buffer))
-            self._file.pread_into(buffer, offset)
+            if self._proof is None:
+                self._file.pread_into(buffer, offset)
+            else:
+                self._proof.fill(buffer, offset)
 
 
 def image_reader(device: ImageSource, entry: BackupEntry, parent: str | None) -> Qcow2Reader:

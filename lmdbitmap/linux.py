@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
+FICLONERANGE = 0x4020940D
 BLKDISCARD = 0x1277
 BLKSSZGET = 0x1268
 STATFS_BYTES = 256
@@ -37,6 +38,17 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
             return False
         if refusal.errno != errno.EINTR:
             raise refusal
+    return True
+
+
+def clone_range(source_fd: int, source_offset: int, length: int, fd: int, offset: int) -> bool:
+    """Have two files share what one of them holds (ioctl_ficlonerange(2)); False if their file system cannot."""
+    try:
+        fcntl.ioctl(fd, FICLONERANGE, struct.pack("qQQQ", source_fd, source_offset, length, offset))
+    except OSError as refusal:
+        if refusal.errno in UNSUPPORTED | {errno.EXDEV, errno.EPERM, errno.EBADF}:
+            return False
+        raise
     return True
 
 

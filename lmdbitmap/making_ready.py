@@ -6,7 +6,6 @@ takes what they made, in order, and puts it somewhere, so that the target is wri
     chain.extents ─▶ batches ─▶ threads: prove, read ─▶ in order ─▶ (run, data) ─▶ the target
 
 A batch is 4 MiB of data or many small runs, and a few are on the way: so some 10 MiB for each processor are in memory.
-Where the kernel is to copy from file to file, nothing is read but what is compressed.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def made_ready(
     """
     with ThreadPoolExecutor(max_workers=thread_count()) as threads:
         pending: deque[tuple[list[Run], Future[list[Ready]]]] = deque()
-        for batch in _batches(runs):
+        for batch in batches(runs):
             claimed = [run for run in batch if chain.claim(run)]
             pending.append((batch, threads.submit(_made_ready, chain, batch, claimed, read)))
             if len(pending) > 2 * thread_count():
@@ -72,14 +71,16 @@ def _taken(chain: BackupChain, batch: Iterable[Run], made: Future[list[Ready]]) 
     yield from ready
 
 
-def _batches(runs: Iterable[Run]) -> Iterator[list[Run]]:
+def batches(runs: Iterable[Run]) -> Iterator[list[Run]]:
+    """The runs in pieces, together as many as make `BATCH_BYTES` or end where a batch of their file does."""
     batch: list[Run] = []
     length = 0
     for run in runs:
         for piece in _pieces(run):
             batch.append(piece)
             length += piece.length if piece.is_stored else 0
-            if length >= BATCH_BYTES or len(batch) >= _BATCH_RUNS:
+            ends = piece.kind is Kind.DATA and (piece.host_offset + piece.length) % BATCH_BYTES == 0
+            if ends or length >= BATCH_BYTES or len(batch) >= _BATCH_RUNS:
                 yield batch
                 batch, length = [], 0
     if batch:

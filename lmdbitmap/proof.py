@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from lmdbitmap.digest_algorithms import DIGEST_BYTES
+from lmdbitmap.digest_algorithms import DIGEST_BYTES, new_hasher
 from lmdbitmap.digests import found_digest, read_digests, require_algorithms
 from lmdbitmap.errors import FormatError, NotFound, os_errors_at
 from lmdbitmap.file_pool import PooledFile
@@ -50,6 +50,20 @@ class ChunkProof:
                     if not self._is_proven[chunk]:
                         self._prove(chunk)
 
+    def fill(self, buffer: memoryview, offset: int) -> None:
+        """Fill the buffer with proven bytes. Chunks that it has whole are proven by what it has, and read once."""
+        self._file.pread_into(buffer, offset)
+        for chunk in self._chunks(offset, len(buffer)):
+            start, end = self._bounds(chunk)
+            if self._is_proven[chunk]:
+                continue
+            if offset <= start and end <= offset + len(buffer):
+                hasher = new_hasher(self._algorithm)
+                hasher.update(buffer[start - offset : end - offset])
+                self._judge(chunk, hasher.digest())
+            else:
+                self.require(start, end - start)
+
     def claim(self, offset: int, length: int) -> bool:
         """Whether no one has claimed all chunks of the range before: so who shares out work does so once."""
         chunks = self._chunks(offset, length)
@@ -62,18 +76,24 @@ class ChunkProof:
         stop = min(ceil_div(offset + length, self._chunk_size), len(self._is_proven))
         return range(offset // self._chunk_size, stop)
 
-    def _prove(self, chunk: int) -> None:
+    def _bounds(self, chunk: int) -> tuple[int, int]:
         start = chunk * self._chunk_size
-        end = min(start + self._chunk_size, self._file.size)
-        expected = self._digests[DIGEST_BYTES * chunk : DIGEST_BYTES * (chunk + 1)].hex()
+        return start, min(start + self._chunk_size, self._file.size)
+
+    def _prove(self, chunk: int) -> None:
+        start, end = self._bounds(chunk)
         with os_errors_at(self._file.path), self._file.reading() as device:
             assert device.fd is not None
-            found = digest_at(device.fd, self._algorithm, start, end - start).hex()
+            self._judge(chunk, digest_at(device.fd, self._algorithm, start, end - start))
+
+    def _judge(self, chunk: int, found: bytes) -> None:
+        expected = self._digests[DIGEST_BYTES * chunk : DIGEST_BYTES * (chunk + 1)]
         if found != expected:
+            start, end = self._bounds(chunk)
             raise FormatError(
                 f"{self._file.path}: bytes {start}..{end}",
-                expected=f"{self._algorithm.title} {expected}",
-                found=found,
+                expected=f"{self._algorithm.title} {expected.hex()}",
+                found=found.hex(),
                 next_step=_USE_ANOTHER,
             )
         self._is_proven[chunk] = 1

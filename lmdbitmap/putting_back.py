@@ -1,39 +1,39 @@
 """Puts a disk back onto something: run by run of a backup's chain, in one of two ways. One thread writes.
 
 - `Overwriting` looks at nothing: data is written, and what reads as zeroes is zeroed, unless all of the target is
-  zeroes yet. The kernel copies from file to file where it can, so that no byte passes through this program.
+  zeroes yet. Onto what has a descriptor carrying_back.py does that with many threads.
 - `Comparing` reads the target first, and writes the pages that differ and no other (differences.py).
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection
+import contextlib
+from collections.abc import Iterable
 from typing import Protocol
 
 from lmdbitmap.backup_chain import BackupChain
 from lmdbitmap.buffers import new_buffer
 from lmdbitmap.copier import Report
 from lmdbitmap.differences import CHUNK_BYTES, Mender, allocated, chunks
+from lmdbitmap.making_ready import made_ready
 from lmdbitmap.qcow2 import Kind, Run
 from lmdbitmap.target import Target
+
+_STORED = (Kind.DATA, Kind.COMPRESSED)
 
 
 class PuttingBack(Protocol):
     """`bytes_read` are the target's; `bytes_written` were data and `bytes_zeroed` zeroes that it did not have."""
 
-    bytes_written: int
-    bytes_zeroed: int
-
+    @property
+    def bytes_written(self) -> int: ...
+    @property
+    def bytes_zeroed(self) -> int: ...
     @property
     def bytes_read(self) -> int: ...
 
-    @property
-    def reads(self) -> Collection[Kind]:
-        """The kinds of runs whose data is asked for."""
-
-    def put(self, run: Run, data: bytearray | None) -> None:
-        """Put a run back, the next one of the disk, with its data or without."""
+    def put_all(self, runs: Iterable[Run]) -> None:
+        """Put all of the runs back, which are the disk; nothing is synced. Raises `FormatError` for what is damaged."""
 
 
 class Overwriting:
@@ -43,57 +43,27 @@ class Overwriting:
         self._chain = chain
         self._target = target
         self._report = report
-        self._buffer = memoryview(new_buffer(CHUNK_BYTES))
-        self._kernel_can = target.fd is not None
         self.bytes_read = self.bytes_written = self.bytes_zeroed = 0
 
-    @property
-    def reads(self) -> Collection[Kind]:
-        return (Kind.COMPRESSED,) if self._kernel_can else (Kind.DATA, Kind.COMPRESSED)
+    def put_all(self, runs: Iterable[Run]) -> None:
+        with contextlib.closing(made_ready(self._chain, runs, _STORED)) as ready:
+            for run, data in ready:
+                if data is not None:
+                    self._target.write_many([(run.offset, memoryview(data))])
+                    self.bytes_written += run.length
+                elif not self._target.is_fresh:
+                    self.bytes_zeroed += zeroed(self._target, run)
+                self._report.advance(run.length)
 
-    def put(self, run: Run, data: bytearray | None) -> None:
-        if run.kind is Kind.ZERO:
-            if not self._target.is_fresh:
-                self._zero(run)
-        elif data is not None:
-            self._target.write_many([(run.offset, memoryview(data))])
-            self.bytes_written += run.length
-        else:
-            self._copy(run)
-            self.bytes_written += run.length
-        self._report.advance(run.length)
 
-    def _zero(self, run: Run) -> None:
-        for offset, part in allocated(self._target, run.offset, run.length):
-            if not part.zero:
-                self._target.write_zeroes(offset, part.length)
-                self.bytes_zeroed += part.length
-
-    def _copy(self, run: Run) -> None:
-        offset = run.offset
-        while offset < run.end:
-            rest = run.part(offset, run.end)
-            offset += self._copy_in_kernel(rest) or self._copy_by_hand(rest)
-
-    def _copy_in_kernel(self, run: Run) -> int:
-        """How many bytes the kernel copied: 0 where it cannot, or where copying by hand will tell why not."""
-        if not self._kernel_can or run.kind is not Kind.DATA:
-            return 0
-        target = self._target.fd
-        assert target is not None
-        with self._chain.images[run.layer].file.reading() as source:
-            assert source.fd is not None
-            try:
-                return os.copy_file_range(source.fd, target, run.length, run.host_offset, run.offset)
-            except OSError:
-                self._kernel_can = False
-                return 0
-
-    def _copy_by_hand(self, run: Run) -> int:
-        piece = self._buffer[: run.length]
-        self._chain.fill(piece, run)
-        self._target.write_many([(run.offset, piece)])
-        return len(piece)
+def zeroed(target: Target, run: Run) -> int:
+    """Make zeroes of a run where they are not known to be; answer how many."""
+    done = 0
+    for offset, part in allocated(target, run.offset, run.length):
+        if not part.zero:
+            target.write_zeroes(offset, part.length)
+            done += part.length
+    return done
 
 
 class Comparing(Mender):
@@ -104,24 +74,20 @@ class Comparing(Mender):
         self._chain = chain
         self._wanted = new_buffer(CHUNK_BYTES)
 
-    reads: Collection[Kind] = (Kind.DATA, Kind.COMPRESSED)
-
     @property
     def bytes_read(self) -> int:
         return self.bytes_compared
 
-    def put(self, run: Run, data: bytearray | None) -> None:
-        if run.kind is Kind.ZERO:
-            self.mend_zeroes(run.offset, run.length)
-            return
-        for offset, length in chunks(run.offset, run.end):
-            self._fill_wanted(run.part(offset, offset + length), data, offset - run.offset)
-            self.mend_data(offset, self._wanted, length)
+    def put_all(self, runs: Iterable[Run]) -> None:
+        with contextlib.closing(made_ready(self._chain, runs, _STORED)) as ready:
+            for run, data in ready:
+                if data is None:
+                    self.mend_zeroes(run.offset, run.length)
+                else:
+                    self._mend(run, memoryview(data))
 
-    def _fill_wanted(self, part: Run, data: bytearray | None, start: int) -> None:
-        """With a part of a run, of whose data it begins at byte `start`."""
-        wanted = memoryview(self._wanted)[: part.length]
-        if data is None:
-            self._chain.fill(wanted, part)
-        else:
-            wanted[:] = memoryview(data)[start : start + part.length]
+    def _mend(self, run: Run, data: memoryview) -> None:
+        for offset, length in chunks(run.offset, run.end):
+            start = offset - run.offset
+            memoryview(self._wanted)[:length] = data[start : start + length]
+            self.mend_data(offset, self._wanted, length)

@@ -1,9 +1,10 @@
 """Restores a disk as it was at one of its backups.
 
 backup_chain.py reads the images, making_ready.py proves what is read of them, target.py opens what is written into,
-putting_back.py writes. No byte of a backup is written before the digest of its chunk is known to be right. What holds
-something already is not touched before that is known of all that is going to be written. An image that has no digests
-by chunks is proven as a whole, beside the writing of a new file, which gets its name only if that is right too.
+putting_back.py or carrying_back.py writes. No byte of a backup is written before the digest of its chunk is known to be
+right. What holds something already is not touched before that is known of all that is going to be written. An image
+that has no digests by chunks is proven as a whole, beside the writing of a new file, which gets its name only if that
+is right too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 
 from lmdbitmap import backup_chain
 from lmdbitmap.backup_chain import BackupChain
+from lmdbitmap.carrying_back import CarryingBack
 from lmdbitmap.copier import Progress, Report
 from lmdbitmap.digests import require_algorithms
 from lmdbitmap.making_ready import made_ready
@@ -88,12 +90,13 @@ def restore(
     ):
         proves_first = verify and not target.is_fresh
         report = Report(progress, target.size * (2 if proves_first else 1))
-        way = Comparing(chain, target, report) if in_place else Overwriting(chain, target, report)
+        way = _way(chain, target, report, in_place=in_place)
         with proven_beside(chain.unproven if verify else []) as proven:
             if proves_first:
                 _prove_all(chain, target, report)
                 _await(proven, report)
-            _write(chain, target, way)
+            way.put_all(_runs(chain, target.size))
+            target.flush()
             _await(proven, report)
     return RestoreResult(
         chain.entry, place, way.bytes_written, time.monotonic() - started,
@@ -101,11 +104,12 @@ def restore(
     )  # fmt: skip
 
 
-def _write(chain: BackupChain, target: Target, way: PuttingBack) -> None:
-    with contextlib.closing(made_ready(chain, _runs(chain, target.size), way.reads)) as ready:
-        for run, data in ready:
-            way.put(run, data)
-    target.flush()
+def _way(chain: BackupChain, target: Target, report: Report, *, in_place: bool) -> PuttingBack:
+    if in_place:
+        return Comparing(chain, target, report)
+    if target.fd is not None:
+        return CarryingBack(chain, target, report)
+    return Overwriting(chain, target, report)
 
 
 def _prove_all(chain: BackupChain, target: Target, report: Report) -> None:

@@ -45,14 +45,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """An open target. For one thread; its own refusals are raised as errors that name `place`."""
+    """An open target. For one thread, or many where it has an `fd`; its own refusals are raised as errors that name
+    `place`."""
 
     place: str
     device: BlockDevice
     is_fresh: bool = False
     """Whether all of it reads as zeroes yet."""
     fd: int | None = None
-    """Where the kernel may copy to; None where a write has to be told to somebody."""
+    """Where others may write too; None where a write has to be told to somebody."""
     lane: FilterLane | None = None
     disk: str | None = None
     """The name of the disk that is tracked here."""

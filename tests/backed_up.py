@@ -94,7 +94,7 @@ class BackedUpDisk(TrackedDisk):
 
 _BACKUP_AND_DIE = f"""
 import os, signal, sys, threading
-from lmdbitmap import backup, carriers, files, holds, repository, session, store
+from lmdbitmap import backup, carriers, files, gang, holds, repository, session, store
 from lmdbitmap.manifest import BackupType
 
 store_path, repository_path, kind, fatal_step = sys.argv[1:]
@@ -120,7 +120,7 @@ with store.Store.open(store_path) as opened:
     followed_by_death(os, "fsync", "synced")
     followed_by_death(os, "rename", "renamed")
     followed_by_death(os, "unlink", "removed")
-    followed_by_death(carriers.Carriers, "_carry_next", "data written")
+    followed_by_death(gang.Gang, "_do_next", "data written")
     followed_by_death(carriers.Carriers, "finish", "image written")
     followed_by_death(repository.BackupFolder, "note_unfinished", "noted")
     followed_by_death(holds.HoldFile, "replace", "held")

@@ -124,6 +124,7 @@ FLOORS: dict[str, float] = {
     "readable": 2.9,
     "loads": 2.95,
     "pieces": 3,
+    "gang": 2.9,
     "carriers": 3.1,
     "digests": 3.05,
     "proof": 3.08,
@@ -144,6 +145,7 @@ FLOORS: dict[str, float] = {
     "target": 4.6,
     "differences": 4.65,
     "putting_back": 4.7,
+    "carrying_back": 4.8,
     "sync_target": 4.7,
     "mirror": 4.75,
     # 5 jobs

@@ -28,6 +28,7 @@ PROGRAMS="
     nbd-client:nbd-client
     openssl:openssl
     mkfs.ext4:e2fsprogs
+    mkfs.xfs:xfsprogs
     rbd:ceph-common
     virsh:libvirt-clients
 "

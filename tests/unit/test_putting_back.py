@@ -42,8 +42,7 @@ def chain(disk: BackedUpDisk) -> Iterator[BackupChain]:
 
 def compared(chain: BackupChain, device: Watched) -> Comparing:
     way = Comparing(chain, Target("memory", device), Report(None, chain.size))
-    for run in chain.extents(0, chain.size):
-        way.put(run, None)
+    way.put_all(chain.extents(0, chain.size))
     return way
 
 
@@ -91,8 +90,7 @@ def test_overwriting_zeroes_only_what_may_hold_something(
 ) -> None:
     device = Watched(bytes(SIZE) if fresh else b"\xff" * SIZE)
     way = Overwriting(chain, Target("memory", device, is_fresh=fresh), Report(None, SIZE))
-    for run in chain.extents(0, SIZE):
-        way.put(run, None)
+    way.put_all(chain.extents(0, SIZE))
     assert device.content() == disk.content()
     assert device.bytes_read == way.bytes_read == 0
     assert (way.bytes_zeroed == 0) is fresh
@@ -101,8 +99,7 @@ def test_overwriting_zeroes_only_what_may_hold_something(
 def test_overwriting_leaves_zeroes_that_the_target_knows_of(disk: BackedUpDisk, chain: BackupChain) -> None:
     device = Watched(bytes(SIZE))
     way = Overwriting(chain, Target("memory", device), Report(None, SIZE))
-    for run in chain.extents(0, SIZE):
-        way.put(run, None)
+    way.put_all(chain.extents(0, SIZE))
     assert (device.content(), way.bytes_zeroed) == (disk.content(), 0)
 
 
@@ -111,6 +108,5 @@ def test_progress_comes_to_the_end_either_way(chain: BackupChain) -> None:
         told: list[int] = []
         report = Report(lambda done, total: told.append(done), SIZE)  # noqa: B023
         putting = way(chain, Target("memory", Watched(b"x" * SIZE)), report)
-        for run in chain.extents(0, SIZE):
-            putting.put(run, None)
+        putting.put_all(chain.extents(0, SIZE))
         assert told[-1] == SIZE
