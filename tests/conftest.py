@@ -10,6 +10,8 @@ from typing import TypeAlias
 import pytest
 from hypothesis import HealthCheck, settings
 
+from lmdbitmap import continuity
+from tests.patience import EXACT_GRACE_NS, let_beats_be_late
 from tests.support import make_raw_image
 from tests.turns import Turns, Workers, wants_to_be_alone
 
@@ -20,6 +22,8 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
+
+let_beats_be_late()
 
 NO_SKIP = os.environ.get("LMDBITMAP_NO_SKIP", "") not in ("", "0")
 
@@ -39,6 +43,12 @@ def raw_image(tmp_path: Path) -> RawImage:
         return make_raw_image(tmp_path / name, size, data)
 
     return make
+
+
+@pytest.fixture
+def exact_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An owner's beat vouches for as long as it does for users."""
+    monkeypatch.setattr(continuity, "_BEAT_GRACE_NS", EXACT_GRACE_NS)
 
 
 class SkipIsFailure:

@@ -31,6 +31,7 @@ from lmdbitmap.schema import WRITE_AHEAD
 from lmdbitmap.store import Store
 from tests.backed_up import BackedUpDisk
 from tests.crash.lives import ARCHIVE_LIVES, BLOCKS, FEW_BLOCKS, GROWN_UP, LIVES, Life, prepare
+from tests.patience import let_beats_be_late
 
 CALLS = (
     "pwrite", "ftruncate", "truncate", "fdatasync", "fsync", "fchmod", "rename", "unlink", "mkdir", "copy_file_range",
@@ -178,6 +179,7 @@ def _creates(_: object, flags: int, *__: object) -> bool:
 
 
 def main() -> None:
+    let_beats_be_late()
     for line in sys.stdin:
         life, durability, side_by_side, folder = line.rstrip("\n").split(" ", 3)
         die_at_each_step(life, durability, Path(folder), int(side_by_side))

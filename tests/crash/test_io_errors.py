@@ -208,6 +208,7 @@ def test_killed_while_its_store_fails_a_server_has_said_so_already(disk: BackedU
     assert disk.restored() == disk.content()
 
 
+@pytest.mark.usefixtures("exact_grace")
 def test_where_not_even_that_can_be_written_silence_says_it(disk: BackedUpDisk) -> None:
     """Waits for real: the write comes later than any beat can vouch for."""
     with serving(disk) as served:

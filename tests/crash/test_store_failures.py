@@ -416,7 +416,7 @@ def test_strict_write_to_settled_blocks_needs_no_store(strict: Patient) -> None:
 
 
 @pytest.fixture
-def silent(guest_first: Patient, monkeypatch: pytest.MonkeyPatch) -> Patient:
+def silent(guest_first: Patient, exact_grace: None, monkeypatch: pytest.MonkeyPatch) -> Patient:
     """Neither the store nor the owner's file can be written. Nobody really waits three seconds."""
     wait_s = vouching.SILENCE_S
     real_write = owner.Owner._write_trust

@@ -127,6 +127,7 @@ AFTER_A_POWER_CUT: list[Case] = [
 ]
 
 
+@pytest.mark.usefixtures("exact_grace")
 @pytest.mark.parametrize(("image", "last_beat", "holds"), SAME_BOOT + AFTER_A_POWER_CUT)
 def test_image_must_be_what_the_last_sign_of_life_vouches_for(
     image: ImageIdentity, last_beat: Beat | None, holds: bool

@@ -40,6 +40,7 @@ from tests.crash.power_cut.stage import (
     tell_mtime,
     telling,
 )
+from tests.patience import let_beats_be_late
 
 Life: TypeAlias = Callable[[Stage], None]
 
@@ -433,6 +434,7 @@ LIVES: dict[str, Life] = {
 
 
 def main(folder: str, lives: str, flaw: str = "") -> None:
+    let_beats_be_late()
     if flaw:
         FLAWS[flaw]()
     for life in lives.split(","):
