@@ -78,12 +78,22 @@ class DirectDevice(ReadOnlyDevice):
 
     def pread_many(self, parts: Sequence[tuple[memoryview, int]]) -> None:
         """Fill every (buffer, offset). None overlaps another: a second read may find given up what the first had."""
+        self.pread_covered(parts, [(offset, len(buffer)) for buffer, offset in parts])
+
+    def pread_covered(
+        self, parts: Sequence[tuple[memoryview, int]], ranges: Sequence[tuple[int, int]]
+    ) -> None:
+        """The same, of (offset, length) in which the parts lie, and of which the rest is not going to be read.
+
+        Each range is a question, and that costs more than its length. As what was asked about is given up, reading the
+        rest nevertheless fails once a guest has written there.
+        """
         for buffer, offset in parts:
             check_range(offset, len(buffer), self.size)
             self._image.pread_into(buffer, offset)
-        kept = self._question.ask([(offset, len(buffer)) for buffer, offset in parts])
-        if kept:
-            self._export.pread_many(list(_places(parts, kept)))
+        kept = self._question.ask(ranges)
+        if kept and (again := list(_places(parts, kept))):
+            self._export.pread_many(again)
 
     def will_need(self, offset: int, length: int) -> None:
         self._image.will_need(offset, length)

@@ -117,12 +117,12 @@ class Loads:
             if not zero:
                 parts.append((view[filled : filled + length], offset))
                 filled += length
-        self._read_parts(parts)
+        self._read_parts(parts, load)
         return list(self._stretches(load, buffer))
 
-    def _read_parts(self, parts: list[tuple[memoryview, int]]) -> None:
+    def _read_parts(self, parts: list[tuple[memoryview, int]], load: Load) -> None:
         if self._ways.pread_many is not None and parts:
-            self._ways.pread_many(parts)
+            self._ways.pread_many(parts, list(_ranges(load)))
         else:
             for into, offset in parts:
                 self._device.pread_into(into, offset)
@@ -153,3 +153,15 @@ class Loads:
         if stop <= end:
             return buffer.startswith(self._zeroes, start, stop)
         return buffer.startswith(self._zeroes[: end - start], start, end)
+
+
+def _ranges(load: Load) -> Iterator[tuple[int, int]]:
+    """Where its places are, from data to data, those that adjoin as one."""
+    data = [number for number, place in enumerate(load) if not place.zero]
+    begin = end = load[data[0]].offset
+    for offset, length, _ in load[data[0] : data[-1] + 1]:
+        if offset != end:
+            yield begin, end - begin
+            begin = offset
+        end = offset + length
+    yield begin, end - begin

@@ -14,8 +14,12 @@ from lmdbitmap.pace import Pace
 CHUNK_BYTES = 1 << 20
 """Read at once, unless the device says more in its `chunk_bytes`."""
 
-ReadMany: TypeAlias = Callable[[Sequence[tuple[memoryview, int]]], None]
-"""Fills every (buffer, offset), many at a time."""
+Parts: TypeAlias = "Sequence[tuple[memoryview, int]]"
+"""(buffer, offset) each."""
+Ranges: TypeAlias = "Sequence[tuple[int, int]]"
+"""(offset, length) each."""
+ReadMany: TypeAlias = Callable[[Parts, Ranges], None]
+"""Fills all parts at once. They lie in the ranges, of which the rest is zeroes and is not going to be read."""
 WillNeed: TypeAlias = Callable[[int, int], None]
 """Is told (offset, length)."""
 
@@ -33,7 +37,7 @@ class Ways(NamedTuple):
     """How a device is best read: what it says of itself in attributes of these names, or what goes for any."""
 
     pread_many: ReadMany | None
-    """Of a device to which every question travels."""
+    """Of a device to which every question travels; `pread_covered`, if it wants to know the ranges."""
     will_need: WillNeed | None
     """Of a device that can begin to read before that is waited for."""
     interrupt: Callable[[], None]
@@ -47,12 +51,18 @@ def ways_of(device: Readable) -> Ways:
     if isinstance(device, Metered):
         return device.ways
     return Ways(
-        getattr(device, "pread_many", None),
+        _read_many_of(device),
         getattr(device, "will_need", None),
         getattr(device, "interrupt", _nothing),
         getattr(device, "chunk_bytes", CHUNK_BYTES),
         partial(getattr, device, "spared_processors", 0),
     )
+
+
+def _read_many_of(device: Readable) -> ReadMany | None:
+    covered: ReadMany | None = getattr(device, "pread_covered", None)
+    many: Callable[[Parts], None] | None = getattr(device, "pread_many", None)
+    return covered if covered is not None or many is None else lambda parts, _: many(parts)
 
 
 def _nothing() -> None:
@@ -81,10 +91,10 @@ class Metered:
         self._admit(len(buffer))
         self._device.pread_into(buffer, offset)
 
-    def _pread_many(self, parts: Sequence[tuple[memoryview, int]]) -> None:
+    def _pread_many(self, parts: Parts, ranges: Ranges) -> None:
         assert self._ways.pread_many is not None
         self._admit(sum(len(buffer) for buffer, _ in parts))
-        self._ways.pread_many(parts)
+        self._ways.pread_many(parts, ranges)
 
     def _admit(self, length: int) -> None:
         if self._pace is not None:

@@ -7,7 +7,7 @@ wants to know it each time.
 
 The question has a consequence: of a snapshot of which nothing is read twice, what is answered 0 is not kept any longer.
 So it is `Consequential`: offered on connections that the owner handed over and on no others, and asked on one that has
-selected no other context, without NBD_CMD_FLAG_REQ_ONE, and only of what was read.
+selected no other context, without NBD_CMD_FLAG_REQ_ONE, and only of what was read or is not going to be.
 """
 
 from __future__ import annotations

@@ -91,6 +91,24 @@ def test_many_ranges_are_read_with_one_question(
     assert steps.count("ask") == 1
 
 
+def test_what_lies_between_can_be_asked_about_too(
+    tracked: TrackedDisk, disk: Filter, snapshot: Snapshot
+) -> None:
+    """Whether it was kept or not, it is nothing to the parts; and reading it later is an error, never new data."""
+    snapshot.read_once()
+    first, last = bytearray(BLOCK), bytearray(BLOCK)
+    disk.pwrite(NEW * 2, BLOCK)
+    steps: list[str] = []
+    with closing(directly(snapshot, tracked.image, steps.append)) as device:
+        device.pread_covered([(memoryview(first), 0), (memoryview(last), 5 * BLOCK)], [(0, 6 * BLOCK)])
+        assert first == last == bytearray(OLD)
+        assert steps == ["read", "read", "ask", "read again"], "and then nothing needs to be"
+        disk.pwrite(NEW * 7, 0)
+        assert device.pread(BLOCK, 6 * BLOCK) == OLD
+        with pytest.raises(InvalidArgument, match="not any more"):
+            device.pread(BLOCK, 3 * BLOCK)
+
+
 def test_what_will_be_read_is_announced_to_the_image(
     tracked: TrackedDisk, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:

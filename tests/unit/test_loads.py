@@ -114,6 +114,33 @@ def test_of_small_runs_no_question_travels(travels: bool) -> None:
     assert asked == ([large * BLOCK] if travels else [BLOCK, small * BLOCK, large * BLOCK])
 
 
+def test_a_device_is_told_which_ranges_it_reads_in() -> None:
+    """Holes between data are part of them, what nobody asked for is not."""
+
+    class Covered(MemoryDevice):
+        def pread_covered(
+            self, parts: Sequence[tuple[memoryview, int]], ranges: Sequence[tuple[int, int]]
+        ) -> None:
+            told.append(([(offset, len(into)) for into, offset in parts], list(ranges)))
+
+    told: list[tuple[list[tuple[int, int]], list[tuple[int, int]]]] = []
+    large, mib = SMALL_BYTES + BLOCK, MIB
+    device = Covered(8 * mib)
+    for offset in (0, mib, 3 * mib):
+        device.pwrite(b"x" * large, offset)
+    loads = Loads(device, Geometry(device.size, 12))
+    runs = [(0, (mib + large) // BLOCK + 100), (2 * mib // BLOCK, 4 * mib // BLOCK), (1800, 1801)]
+    [load] = loads.planned(runs)
+    loads.read(load, bytearray(loads.buffer_bytes))
+    small = 1800 * BLOCK
+    assert told == [
+        (
+            [(0, large), (mib, large), (3 * mib, large), (small, BLOCK)],
+            [(0, mib + large + 100 * BLOCK), (2 * mib, 2 * mib), (small, BLOCK)],
+        )
+    ]
+
+
 def test_a_block_larger_than_a_chunk_is_read_at_once() -> None:
     device = MemoryDevice(5 * MIB)
     device.pwrite(random.Random(1).randbytes(device.size), 0)
