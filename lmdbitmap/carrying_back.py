@@ -1,8 +1,8 @@
 """Puts a backup's chain onto a file or a block device, batch by batch, in any order: each is read, proven and written
 by one thread of a gang (gang.py).
 
-What is written are the very bytes that were proven, while they are in the processor's cache. Where the file system can
-share what files hold (reflinks), what was proven is shared and not written: it costs no room then.
+What is written are mostly the very bytes that were proven, while they are in the processor's cache. Where the file
+system can share what files hold (reflinks), what was proven is shared and not written: it costs no room then.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from lmdbitmap import linux
 from lmdbitmap.backup_chain import BackupChain
 from lmdbitmap.buffers import new_buffer
 from lmdbitmap.copier import Report
-from lmdbitmap.errors import os_errors_at
+from lmdbitmap.device import PAGE_BYTES
 from lmdbitmap.gang import Gang, Work
+from lmdbitmap.hashing import thread_count
 from lmdbitmap.making_ready import BATCH_BYTES, batches
 from lmdbitmap.putting_back import zeroed
 from lmdbitmap.qcow2 import Kind, Run
@@ -24,7 +25,7 @@ from lmdbitmap.target import Target
 
 
 class CarryingBack:
-    """Writes all of the target, which has a descriptor; what it held before does not matter. For one call."""
+    """Writes all of the target, which has a descriptor; what it held before does not matter."""
 
     bytes_read = 0
     """Of the target."""
@@ -42,7 +43,7 @@ class CarryingBack:
 
     def put_all(self, runs: Iterable[Run]) -> None:
         """All is written when it returns, and not synced. Raises `FormatError` for what is not what it was."""
-        Gang(self._new_carrier).do(self._announced(runs), self._tell)
+        Gang(self._new_carrier, most=thread_count()).do(self._announced(runs), self._tell)
 
     def _announced(self, runs: Iterable[Run]) -> Iterator[list[Run]]:
         for batch in batches(runs):
@@ -83,15 +84,16 @@ class CarryingBack:
 
     def _share(self, group: list[Run]) -> bool:
         """Whether the target has what its images hold now, as its own."""
-        return all(self._can_share and run.kind is Kind.DATA and self._is_shared(run) for run in group)
+        return self._can_share and all(run.kind is Kind.DATA and self._is_shared(run) for run in group)
 
     def _is_shared(self, run: Run) -> bool:
-        with self._chain.images[run.layer].file.reading() as source, os_errors_at(self._target.place):
+        """A refusal is of all that follows, but for one of the disk's end, which may be no whole block."""
+        with self._chain.images[run.layer].file.reading() as source:
             assert source.fd is not None
-            self._can_share = linux.clone_range(
-                source.fd, run.host_offset, run.length, self._target_fd, run.offset
-            )
-        return self._can_share
+            is_shared = linux.clone_range(source.fd, run.host_offset, run.length, self._target_fd, run.offset)
+        if not is_shared and run.length % PAGE_BYTES == 0:
+            self._can_share = False  # others ask too, and what one is told is not what another is
+        return is_shared
 
 
 def _groups(stored: Iterable[Run]) -> Iterator[list[Run]]:

@@ -22,8 +22,8 @@ from lmdbitmap.errors import LmdbitmapError
 
 T = TypeVar("T")
 
-_MOST_WORKERS: Final = 4
-"""More are not faster than memory, and each has a buffer."""
+MOST_WORKERS: Final = 4
+"""More do not copy faster than memory can, and each has a buffer."""
 _PLANNED_EACH: Final = 2
 """Pieces for each worker, beside those that are being done."""
 
@@ -44,8 +44,11 @@ class Gang(Generic[T]):
         *,
         spared: Spared = none_spared,
         interrupt: Callable[[], None] = _nothing,
+        most: int = MOST_WORKERS,
     ) -> None:
         self._new_work = new_work
+        self._most = min(max(processors(), 2), most)
+        """Two where there is one processor: who waits for a disk needs none."""
         self._spared = spared
         self._interrupt = interrupt
         self._news = threading.Condition()
@@ -55,6 +58,8 @@ class Gang(Generic[T]):
         """Pieces that were planned."""
         self._done = 0
         self._is_all_planned = False
+        self._is_through = False
+        """The caller did its part, and nothing failed."""
         self._ends = False
         self._wanted = 0
         self._turn = 0
@@ -64,7 +69,7 @@ class Gang(Generic[T]):
     def do(self, plan: Iterable[T], told: Callable[[], None] = _nothing) -> None:
         """Do all of the plan, which this thread makes. All is done when it returns, and no thread of it is left.
 
-        `told` is called in this thread, after each piece that it did and in the end; what it raises ends the work.
+        `told` is called in this thread, now and then and in the end; what it raises ends the work.
         """
         try:
             self._do_all(iter(plan), told)
@@ -74,6 +79,8 @@ class Gang(Generic[T]):
             self._dismiss()
         if self._failure is not None:
             raise self._failure
+        self._require_all()
+        told()
 
     @contextlib.contextmanager
     def in_turn(self, number: int) -> Iterator[None]:
@@ -95,19 +102,23 @@ class Gang(Generic[T]):
         while self._plan(plan) and self._failure is None:
             self._do_next(work)
             told()
-        self._dismiss()
-        if self._failure is None:
-            self._require_all()
-            told()
+        self._is_through = self._failure is None
 
     def _plan(self, plan: Iterator[T]) -> bool:
-        """Have enough for everybody to do, and say how many may; whether there was anything left."""
-        self._wanted = crew_size(_most() - 1, spared=self._spared(), busy=1)
-        while len(self._planned) <= _PLANNED_EACH * self._wanted:
+        """Have enough for everybody to do, and say how many may; whether there was anything left.
+
+        Others may be faster than the plan: it comes in portions, so that whoever listens is told meanwhile.
+        """
+        self._want(crew_size(self._most - 1, spared=self._spared(), busy=1))
+        portion = _PLANNED_EACH * self._wanted + 1
+        for _ in range(portion):
+            if len(self._planned) >= portion or self._failure is not None:
+                break
             try:
                 piece = next(plan)
             except StopIteration:
                 self._is_all_planned = True
+                self._call_more()
                 return bool(self._planned)  # or the others have it all
             with self._news:
                 self._planned.append((self._count, piece))
@@ -116,23 +127,42 @@ class Gang(Generic[T]):
         self._call_more()
         return True
 
+    def _want(self, helpers: int) -> None:
+        if helpers != self._wanted:
+            with self._news:
+                self._wanted = helpers
+                self._news.notify_all()
+
     def _call_more(self) -> None:
         while len(self._threads) < min(self._wanted, len(self._planned) - 1):
             # A daemon, as who forgot to dismiss it can end nevertheless.
             thread = threading.Thread(target=self._help, args=[len(self._threads)], daemon=True)
+            self._threads.append(thread)  # before it starts: who interrupts that is to wait for it
             try:
                 thread.start()
             except RuntimeError:  # the system gives us no more
+                self._threads.pop()
                 break
-            self._threads.append(thread)
 
     def _dismiss(self) -> None:
-        """Return when what was begun is over."""
-        with self._news:
-            self._ends = True
-            self._news.notify_all()
-        for thread in self._threads:
-            joined(thread)
+        """Return when what was begun is over, whoever interrupts that: what it uses may go then."""
+        interruption: BaseException | None = None
+        while True:
+            try:
+                if (
+                    not self._is_through and self._failure is None
+                ):  # it was not noted before the next one came
+                    self._fail(interruption or KeyboardInterrupt())
+                with self._news:
+                    self._ends = True
+                    self._news.notify_all()
+                for thread in self._threads:
+                    joined(thread)
+                break
+            except BaseException as raised:
+                interruption = raised
+        if interruption is not None:
+            raise interruption
 
     def _require_all(self) -> None:
         """What is left out would be taken for done, and missed when it is too late: so reasoning is not all we have."""
@@ -176,8 +206,3 @@ class Gang(Generic[T]):
             self._failure = self._failure or failure
             self._news.notify_all()
         self._interrupt()
-
-
-def _most() -> int:
-    """Two where there is one processor: who waits for a disk needs none."""
-    return min(max(processors(), 2), _MOST_WORKERS)

@@ -34,14 +34,14 @@ class Pace:
         self._lock = threading.Lock()
         self._next_s = now_s()
 
-    def admit(self, length: int) -> None:
-        """Return when so many bytes may be read."""
+    def admit(self, length: int, sleep_s: Callable[[float], object] | None = None) -> None:
+        """Return when so many bytes may be read, or what is given to sleep returns before that."""
         with self._lock:
             now_s = self._now_s()
             begin_s = max(self._next_s, now_s)
             self._next_s = begin_s + length / self._bytes_per_s
         if begin_s > now_s:
-            self._sleep_s(begin_s - now_s)
+            (sleep_s or self._sleep_s)(begin_s - now_s)
 
 
 def pace_of(bytes_per_s: int | None) -> Pace | None:

@@ -51,7 +51,8 @@ class ChunkProof:
                         self._prove(chunk)
 
     def fill(self, buffer: memoryview, offset: int) -> None:
-        """Fill the buffer with proven bytes. Chunks that it has whole are proven by what it has, and read once."""
+        """Fill the buffer with bytes of chunks that are proven. What it has whole, and nobody proved before, is proven
+        by what it has, and read once."""
         self._file.pread_into(buffer, offset)
         for chunk in self._chunks(offset, len(buffer)):
             start, end = self._bounds(chunk)

@@ -76,10 +76,11 @@ class Metered:
         self._device = device
         self._pace = pace
         self._ways = ways_of(device)
-        self.ways = self._ways
+        self._is_interrupted = threading.Event()
+        self.ways = self._ways._replace(interrupt=self._interrupt)
         """The same, metered; what is announced is when it is read."""
         if self._ways.pread_many is not None:
-            self.ways = self._ways._replace(pread_many=self._pread_many)
+            self.ways = self.ways._replace(pread_many=self._pread_many)
         self.bytes_read = 0
         self._counting = threading.Lock()
 
@@ -96,9 +97,14 @@ class Metered:
         self._admit(sum(len(buffer) for buffer, _ in parts))
         self._ways.pread_many(parts, ranges)
 
+    def _interrupt(self) -> None:
+        """Whoever waits for his turn to read waits no more."""
+        self._is_interrupted.set()
+        self._ways.interrupt()
+
     def _admit(self, length: int) -> None:
         if self._pace is not None:
-            self._pace.admit(length)
+            self._pace.admit(length, self._is_interrupted.wait)
         with self._counting:
             self.bytes_read += length
 

@@ -95,7 +95,8 @@ def restore(
             if proves_first:
                 _prove_all(chain, target, report)
                 _await(proven, report)
-            way.put_all(_runs(chain, target.size))
+            way.put_all(chain.extents(0, chain.size))
+            way.put_all(_tail(chain.size, target.size))  # by itself: it may begin within a page
             target.flush()
             _await(proven, report)
     return RestoreResult(

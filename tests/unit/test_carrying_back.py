@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,9 +19,11 @@ from lmdbitmap.carrying_back import CarryingBack
 from lmdbitmap.copier import Report
 from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import FormatError
+from lmdbitmap.file_pool import PooledFile
 from lmdbitmap.target import Target
 from tests.backed_up import BackedUpDisk
 
+PATIENCE_S = 10.0
 MIB = 1 << 20
 SIZE = 9 * MIB + 700
 
@@ -110,14 +115,17 @@ class Sharing:
 
     def __init__(self, until: int) -> None:
         self.until = until
-        self.shared = 0
-        self.calls = 0
+        self._shared: list[int] = []
+        self._calls = itertools.count(1)
+
+    @property
+    def shared(self) -> int:
+        return sum(self._shared)
 
     def clone_range(self, source: int, source_offset: int, length: int, target: int, offset: int) -> bool:
-        self.calls += 1
-        if self.calls > self.until:
+        if next(self._calls) > self.until:
             return False
-        self.shared += os.pwrite(target, os.pread(source, length, source_offset), offset)
+        self._shared.append(os.pwrite(target, os.pread(source, length, source_offset), offset))
         return True
 
 
@@ -140,6 +148,57 @@ def test_what_can_be_shared_is(
     assert carrying.bytes_written <= sharing.shared + sum(written)
     assert (sum(written) == 0) is (until == 999)
     assert (sharing.shared > 0) is (until > 0)
+
+
+def test_who_is_refused_writes_though_another_one_could_share_meanwhile(
+    disk: BackedUpDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other's answer comes between the refusal and whatever is made of it."""
+    sharing, calls = Sharing(999), itertools.count()
+    refused: list[threading.Thread] = []
+    other_asks, refusal_is_known, other_has_shared = (threading.Event() for _ in range(3))
+
+    def clone_range(*call: int) -> bool:
+        if next(calls) == 0:
+            refused.append(threading.current_thread())
+            assert other_asks.wait(PATIENCE_S)
+            return False
+        if threading.current_thread() not in refused:
+            other_asks.set()
+            assert refusal_is_known.wait(PATIENCE_S)
+        return sharing.clone_range(*call)
+
+    @contextlib.contextmanager
+    def reading(file: PooledFile) -> Iterator[FileDevice]:
+        with real(file) as device:
+            yield device
+        if other_asks.is_set():
+            if threading.current_thread() in refused:
+                refusal_is_known.set()
+                assert other_has_shared.wait(PATIENCE_S)
+            elif refusal_is_known.is_set():
+                other_has_shared.set()
+
+    real = PooledFile.reading
+    monkeypatch.setattr(linux, "clone_range", clone_range)
+    monkeypatch.setattr(PooledFile, "reading", reading)
+    carried(disk, tmp_path / "out.raw")
+    assert (tmp_path / "out.raw").read_bytes() == disk.content()
+    assert other_has_shared.is_set()
+
+
+def test_a_disks_end_that_cannot_be_shared_does_not_keep_the_rest_from_it(
+    disk: BackedUpDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sharing = Sharing(999)
+
+    def whole_blocks_only(source: int, source_offset: int, length: int, target: int, offset: int) -> bool:
+        return length % 4096 == 0 and sharing.clone_range(source, source_offset, length, target, offset)
+
+    monkeypatch.setattr(linux, "clone_range", whole_blocks_only)
+    carrying = carried(disk, tmp_path / "out.raw")
+    assert (tmp_path / "out.raw").read_bytes() == disk.content()
+    assert sharing.shared > carrying.bytes_written - 4 * MIB - 4096
 
 
 def test_nothing_is_shared_that_is_not_what_it_was(

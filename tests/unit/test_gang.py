@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -155,3 +157,150 @@ def test_a_piece_that_got_lost_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
         LmdbitmapError, match=r"^\d of 3 pieces or more were done: this is a mistake of lmdbitmap"
     ):
         Losing(lambda: lambda number, piece: None, spared=lambda: MORE_THAN_THERE_ARE).do("abc")
+
+
+def test_a_plan_that_is_slower_than_the_helpers_is_told_of_and_can_be_cancelled() -> None:
+    """They take each piece as soon as it is planned."""
+    planned: list[int] = []
+
+    def plan() -> Iterator[str]:
+        for number in range(1000):
+            planned.append(number)
+            yield str(number)
+            _wait_until(lambda: len(done) == len(planned))
+
+    def cancel() -> None:
+        if len(done) >= 20:
+            raise KeyboardInterrupt
+
+    done: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        gang(lambda number, piece: done.append(number)).do(plan(), cancel)
+    assert len(planned) < 50
+
+
+def _wait_until(holds: Callable[[], bool]) -> None:
+    """For a moment: where the caller is to do a piece itself, nobody else does."""
+    stop = time.monotonic() + 0.002
+    while not holds() and time.monotonic() < stop:
+        pass
+
+
+def test_a_failure_of_a_helper_ends_a_plan_that_goes_on() -> None:
+    planned: list[int] = []
+    failed = threading.Event()
+
+    def plan() -> Iterator[str]:
+        for number in range(1000):
+            planned.append(number)
+            yield str(number)
+            if number > 5:
+                assert failed.wait(PATIENCE_S)
+
+    def work(number: int, piece: str) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise KeyError(piece)
+
+    with pytest.raises(KeyError):
+        gang(work, interrupt=failed.set).do(plan())
+    assert len(planned) < 20
+
+
+def test_a_guest_that_wakes_up_gets_its_processor_though_nothing_new_is_planned() -> None:
+    asleep = threading.Event()
+    asleep.set()
+    by: list[threading.Thread] = []
+
+    def spared() -> int:
+        return 0 if asleep.is_set() else MORE_THAN_THERE_ARE
+
+    def work(number: int, piece: str) -> None:
+        if number == 10:
+            asleep.clear()
+        by.append(threading.current_thread())
+
+    gang(work, spared).do(map(str, range(1000)))
+    assert set(by[50:]) == {threading.main_thread()}
+
+
+def test_few_pieces_are_shared_too() -> None:
+    barrier = threading.Barrier(2)
+    gang(lambda number, piece: _meet(barrier)).do("ab")
+
+
+@pytest.mark.parametrize("helpers", [1, 3])
+def test_whoever_interrupts_the_end_waits_for_it_nevertheless(
+    helpers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first interruption ends the work, the others come while that is waited for."""
+    monkeypatch.setattr("lmdbitmap.gang.processors", lambda: helpers + 1)
+    monkeypatch.setattr("lmdbitmap.crew.processors", lambda: helpers + 1)
+    working, let = threading.Semaphore(0), threading.Event()
+    ended: list[int] = []
+    joins = itertools.count()
+    real = threading.Thread.join
+
+    def interrupted(thread: threading.Thread, timeout: float | None = None) -> None:
+        if next(joins) < 3:
+            raise KeyboardInterrupt
+        let.set()
+        real(thread, timeout)
+
+    def work(number: int, piece: str) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for _ in range(helpers):
+                assert working.acquire(timeout=PATIENCE_S)
+            raise KeyboardInterrupt
+        working.release()
+        assert let.wait(PATIENCE_S)
+        ended.append(number)
+
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gang(work).do(map(str, range(100)))
+    assert len(ended) == helpers
+
+
+def test_a_thread_whose_start_was_interrupted_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, ended = threading.Thread.start, []
+    started, interrupted = threading.Event(), threading.Event()
+
+    def start(thread: threading.Thread) -> None:
+        real(thread)
+        assert started.wait(PATIENCE_S)
+        raise KeyboardInterrupt
+
+    def work(number: int, piece: str) -> None:
+        started.set()
+        assert interrupted.wait(PATIENCE_S)
+        ended.append(number)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(KeyboardInterrupt):
+        gang(work, interrupt=interrupted.set).do(map(str, range(100)))
+    assert ended
+
+
+def test_an_interruption_of_the_noting_of_a_failure_leaves_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else whoever waits for a turn would wait for ever, and the caller for him."""
+    waits, real, calls = threading.Event(), Gang._fail, itertools.count()
+
+    def fail(self: Gang[str], failure: BaseException) -> None:
+        if next(calls) == 0:
+            raise KeyboardInterrupt
+        real(self, failure)
+
+    def work(number: int, piece: str) -> None:
+        if threading.current_thread() is threading.main_thread():
+            assert waits.wait(PATIENCE_S)
+            raise KeyError(piece)
+        waits.set()
+        with made.in_turn(1000):
+            raise AssertionError("it had its turn")
+
+    monkeypatch.setattr(Gang, "_fail", fail)
+    made = gang(work)
+    with pytest.raises(KeyboardInterrupt):
+        made.do("abcd")

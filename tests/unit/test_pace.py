@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+import threading
 
 import pytest
 
+from lmdbitmap.device import MemoryDevice
 from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.pace import LEAST_BYTES_PER_S, Pace, pace_of
+from lmdbitmap.readable import Metered
 
 MIB = 1 << 20
 
@@ -50,3 +53,17 @@ def test_too_low_a_limit_is_refused_and_none_is_none() -> None:
     with pytest.raises(InvalidArgument, match="1048575 bytes a second are too few; allow 1048576 at least"):
         pace_of(LEAST_BYTES_PER_S - 1)
     assert pace_of(None) is None
+
+
+def test_who_waits_to_read_a_device_that_is_interrupted_waits_no_more() -> None:
+    metered = Metered(MemoryDevice(600 * MIB), Pace(LEAST_BYTES_PER_S))
+    readers = [
+        threading.Thread(target=metered.pread_into, args=(memoryview(bytearray(50 * MIB)), 0))
+        for _ in range(4)
+    ]
+    for reader in readers:
+        reader.start()
+    metered.ways.interrupt()
+    for reader in readers:
+        reader.join(10)
+        assert not reader.is_alive()
