@@ -24,8 +24,8 @@ T = TypeVar("T")
 
 MOST_WORKERS: Final = 4
 """More do not copy faster than memory can, and each has a buffer."""
-_PLANNED_EACH: Final = 2
-"""Pieces for each worker, beside those that are being done."""
+_MOST_PLANNED: Final = 16
+"""Pieces: as who plans may announce what they read, and disks want to know that early."""
 
 Work: TypeAlias = Callable[[int, T], None]
 """Does a piece, whose number in the plan it is told. It may use what is its thread's alone."""
@@ -110,9 +110,8 @@ class Gang(Generic[T]):
         Others may be faster than the plan: it comes in portions, so that whoever listens is told meanwhile.
         """
         self._want(crew_size(self._most - 1, spared=self._spared(), busy=1))
-        portion = _PLANNED_EACH * self._wanted + 1
-        for _ in range(portion):
-            if len(self._planned) >= portion or self._failure is not None:
+        for _ in range(2 * self._wanted + 2):
+            if len(self._planned) >= _MOST_PLANNED or self._failure is not None:
                 break
             try:
                 piece = next(plan)
@@ -149,9 +148,7 @@ class Gang(Generic[T]):
         interruption: BaseException | None = None
         while True:
             try:
-                if (
-                    not self._is_through and self._failure is None
-                ):  # it was not noted before the next one came
+                if not self._is_through and self._failure is None:  # the next one came before it was noted
                     self._fail(interruption or KeyboardInterrupt())
                 with self._news:
                     self._ends = True

@@ -169,6 +169,23 @@ def test_beside_a_guest_the_caller_carries_alone(fd: int) -> None:
     assert readers == {threading.current_thread()}
 
 
+@pytest.mark.parametrize("spared", EACH.values(), ids=EACH)
+def test_what_will_be_read_is_announced_long_before(fd: int, spared: Spared) -> None:
+    """Beside a guest too, where nobody reads ahead."""
+
+    class Announced(Disk):
+        def will_need(self, offset: int, length: int) -> None:
+            told.append(offset)
+
+    told: list[int] = []
+    ahead: dict[int, int] = {}
+    disk = Announced(random.Random(3).randbytes(40 * MIB), spared)
+    disk.before_read = lambda offset: ahead.update({offset // MIB: len(told)})
+    copied(fd, disk)
+    assert told == [number * MIB for number in range(40)]
+    assert all(ahead[number] >= number + 8 for number in range(15, 30))
+
+
 def test_a_system_without_threads_copies_too(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
