@@ -169,9 +169,8 @@ def test_beside_a_guest_the_caller_carries_alone(fd: int) -> None:
     assert readers == {threading.current_thread()}
 
 
-@pytest.mark.parametrize("spared", EACH.values(), ids=EACH)
-def test_what_will_be_read_is_announced_long_before(fd: int, spared: Spared) -> None:
-    """Beside a guest too, where nobody reads ahead."""
+def test_what_will_be_read_is_announced_long_before(fd: int) -> None:
+    """Beside a guest, where nobody else reads."""
 
     class Announced(Disk):
         def will_need(self, offset: int, length: int) -> None:
@@ -179,7 +178,7 @@ def test_what_will_be_read_is_announced_long_before(fd: int, spared: Spared) -> 
 
     told: list[int] = []
     ahead: dict[int, int] = {}
-    disk = Announced(random.Random(3).randbytes(40 * MIB), spared)
+    disk = Announced(random.Random(3).randbytes(40 * MIB), lambda: MORE_THAN_THERE_ARE)
     disk.before_read = lambda offset: ahead.update({offset // MIB: len(told)})
     copied(fd, disk)
     assert told == [number * MIB for number in range(40)]
