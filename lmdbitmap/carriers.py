@@ -20,7 +20,6 @@ from lmdbitmap.gang import Gang, Work
 from lmdbitmap.interfaces import Buffer
 from lmdbitmap.loads import Load, Loads, Stretch
 from lmdbitmap.qcow2 import Qcow2Writer, Sink
-from lmdbitmap.readable import Ways
 
 Advance: TypeAlias = Callable[[int], None]
 """Called with bytes of the device that were done, in the caller's thread; what it raises ends the work."""
@@ -38,7 +37,7 @@ class Hashing(Protocol):
         """The file has these bytes."""
 
 
-class Target(Sink, Protocol):
+class ImageSink(Sink, Protocol):
     """The image file, written to by many threads; its refusals name the `place`."""
 
     @property
@@ -61,17 +60,19 @@ class Shelf:
 
 
 class Carriers:
-    """Fills `target` with what `writer` maps, which puts all its own on the `shelf`. For one call of `carry`."""
+    """Fills `image` with what `writer` maps, which puts all its own on the `shelf`. For one call of `carry`."""
 
     def __init__(
-        self, loads: Loads, ways: Ways, writer: Qcow2Writer, shelf: Shelf, target: Target, hashing: Hashing
+        self, loads: Loads, writer: Qcow2Writer, shelf: Shelf, image: ImageSink, hashing: Hashing
     ) -> None:
         self._loads = loads
         self._writer = writer
         self._shelf = shelf
-        self._target = target
+        self._image = image
         self._hashing = hashing
-        self._gang: Gang[Load] = Gang(self._new_carrier, spared=ways.spared, interrupt=ways.interrupt)
+        self._gang: Gang[Load] = Gang(
+            self._new_carrier, spared=loads.ways.spared, interrupt=loads.ways.interrupt
+        )
         self.bytes_changed = 0
         self.bytes_zero = 0
 
@@ -135,6 +136,6 @@ class Carriers:
 
     def _put_away(self, parts: Iterable[Part]) -> None:
         for offset, data, hash_it in parts:
-            self._target.pwrite(data, offset)
-            with os_errors_at(self._target.place):
+            self._image.pwrite(data, offset)
+            with os_errors_at(self._image.place):
                 hash_it()

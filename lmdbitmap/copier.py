@@ -1,4 +1,4 @@
-"""Copies clusters of a device into a backup image. What reads as zeroes (pieces.py finds out) is not stored as data."""
+"""Copies clusters of a device into a backup image. What reads as zeroes (loads.py finds out) is not stored as data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeAlias
 
 from lmdbitmap.bits import Run
-from lmdbitmap.carriers import Carriers, Hashing, Shelf, Target
+from lmdbitmap.carriers import Carriers, Hashing, ImageSink, Shelf
 from lmdbitmap.errors import os_errors_at
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Buffer
@@ -110,7 +110,7 @@ def cluster_bits_for(disk: Geometry) -> int:
 
 def copy_clusters(
     device: Readable,
-    file: Target,
+    file: ImageSink,
     hashing: Hashing,
     clusters: Geometry,
     runs: Iterable[Run],
@@ -127,9 +127,9 @@ def copy_clusters(
         return _compressed(
             device, _Followed(file, hashing), clusters, runs, backing_file, report, compression
         )
-    shelf, loads = Shelf(), Loads(device, clusters)
+    shelf = Shelf()
     writer = _writer(shelf, clusters, backing_file, CompressionType.ZLIB)
-    carriers = Carriers(loads, ways_of(device), writer, shelf, file, hashing)
+    carriers = Carriers(Loads(device, clusters), writer, shelf, file, hashing)
     carriers.carry(runs, report.advance)
     return Copied(carriers.bytes_changed, carriers.bytes_zero, carriers.finish())
 
@@ -149,7 +149,7 @@ def _writer(
 class _Followed:
     """A file whose digests are computed behind whoever writes it, in small pieces."""
 
-    def __init__(self, file: Target, hashing: Hashing) -> None:
+    def __init__(self, file: ImageSink, hashing: Hashing) -> None:
         self._file = file
         self._hashing = hashing
 

@@ -3,7 +3,7 @@
 It keeps old data aside before the guest's new data reaches the image, and knows of what (snapshot.py). So each read is
 
     1. read the image              what comes may be old, new, or torn
-    2. ask what was kept           of these very bytes (nbd/kept_context.py); an error is an error of the read
+    2. ask what was kept           of these bytes, and of holes between (nbd/kept_context.py); or fail
     3. read that once more         from where it was kept, through the export
     4. give up                     what was not kept by the answer to 2, what was kept by the reads of 3
 

@@ -48,7 +48,7 @@ class ChunkHasher:
 
     Digests beyond some megabytes are in a file without a name in `folder`, so that memory is bounded: what is left is a
     byte for each chunk, 1 MiB for a TiB, of a file that is written to where it was hashed before. Of the processors,
-    `spared` are left to others (crew.py).
+    `spared` are left to others (crew.py): who puts the image together, reads ahead and compresses have one each.
 
     For one thread at a time, and what `feed` answers for any.
     """

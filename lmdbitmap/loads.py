@@ -49,9 +49,9 @@ class Loads:
 
     def __init__(self, device: Readable, blocks: Geometry) -> None:
         self._device = device
-        self._ways = ways_of(device)
+        self.ways: Final = ways_of(device)
         self._blocks = blocks
-        self.buffer_bytes: Final = min(max(self._ways.chunk_bytes, blocks.granularity), blocks.size)
+        self.buffer_bytes: Final = min(max(self.ways.chunk_bytes, blocks.granularity), blocks.size)
         self._zeroes = bytes(blocks.granularity)
 
     # -- what to read --------------------------------------------------------------------------------------
@@ -77,13 +77,13 @@ class Loads:
 
     def announce(self, load: Load) -> None:
         """Tell the device that this will be read, if it wants to know."""
-        if self._ways.will_need is not None:
+        if self.ways.will_need is not None:
             for offset, length, zero in load:
                 if not zero:
-                    self._ways.will_need(offset, length)
+                    self.ways.will_need(offset, length)
 
     def _places(self, runs: Iterable[Run]) -> Iterator[Place]:
-        travels = self._ways.pread_many is not None
+        travels = self.ways.pread_many is not None
         for run in runs:
             offset, length = self._blocks.bytes_of(*run)
             if travels and length <= SMALL_BYTES:
@@ -121,8 +121,8 @@ class Loads:
         return list(self._stretches(load, buffer))
 
     def _read_parts(self, parts: list[tuple[memoryview, int]], load: Load) -> None:
-        if self._ways.pread_many is not None and parts:
-            self._ways.pread_many(parts, list(_ranges(load)))
+        if self.ways.pread_many is not None and parts:
+            self.ways.pread_many(parts, list(_ranges(load)))
         else:
             for into, offset in parts:
                 self._device.pread_into(into, offset)

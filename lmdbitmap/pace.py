@@ -21,7 +21,6 @@ class Pace:
         bytes_per_s: int,
         *,
         now_s: Callable[[], float] = time.monotonic,
-        sleep_s: Callable[[float], None] = time.sleep,
     ) -> None:
         if bytes_per_s < LEAST_BYTES_PER_S:
             raise InvalidArgument(
@@ -30,18 +29,17 @@ class Pace:
             )
         self._bytes_per_s = bytes_per_s
         self._now_s = now_s
-        self._sleep_s = sleep_s
         self._lock = threading.Lock()
         self._next_s = now_s()
 
-    def admit(self, length: int, sleep_s: Callable[[float], object] | None = None) -> None:
+    def admit(self, length: int, sleep_s: Callable[[float], object] = time.sleep) -> None:
         """Return when so many bytes may be read, or what is given to sleep returns before that."""
         with self._lock:
             now_s = self._now_s()
             begin_s = max(self._next_s, now_s)
             self._next_s = begin_s + length / self._bytes_per_s
         if begin_s > now_s:
-            (sleep_s or self._sleep_s)(begin_s - now_s)
+            sleep_s(begin_s - now_s)
 
 
 def pace_of(bytes_per_s: int | None) -> Pace | None:

@@ -17,7 +17,7 @@ from lmdbitmap.buffers import new_buffer
 from lmdbitmap.crew import Follower
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.loads import Loads, Stretch
-from lmdbitmap.readable import Readable, ways_of
+from lmdbitmap.readable import Readable
 
 _MOST_FILLED = 2
 """Buffers that are filled while the pieces of another are looked at."""
@@ -35,8 +35,8 @@ class Pieces:
     """Reads runs of `blocks`, which are as large as what is told apart: a block is data if any byte of it is."""
 
     def __init__(self, device: Readable, blocks: Geometry) -> None:
-        self._ways = ways_of(device)
         self._loads = Loads(device, blocks)
+        self._ways = self._loads.ways
 
     def of_all(self, runs: Iterable[Run]) -> Generator[Piece, None, None]:
         """The runs, which ascend, without a gap in one of them. Raises `OSError` as the device does.

@@ -28,11 +28,11 @@ class Clock:
 def test_no_more_is_admitted_than_the_rate_allows_and_no_less_while_somebody_wants(seed: int) -> None:
     lot, clock = random.Random(seed), Clock()
     rate = lot.randrange(LEAST_BYTES_PER_S, 100 * MIB)
-    pace = Pace(rate, now_s=lambda: clock.now_s, sleep_s=clock.sleep)
+    pace = Pace(rate, now_s=lambda: clock.now_s)
     begun, done = clock.now_s, 0
     for _ in range(200):
         length = lot.randrange(1, 2 * MIB)
-        pace.admit(length)
+        pace.admit(length, clock.sleep)
         assert done <= rate * (clock.now_s - begun) + 1, "what was read before this one was read too fast"
         done += length
         clock.now_s += lot.random() * length / rate  # the read itself, faster than the limit
@@ -41,11 +41,11 @@ def test_no_more_is_admitted_than_the_rate_allows_and_no_less_while_somebody_wan
 
 def test_a_pause_is_not_made_up_for() -> None:
     clock = Clock()
-    pace = Pace(MIB, now_s=lambda: clock.now_s, sleep_s=clock.sleep)
+    pace = Pace(MIB, now_s=lambda: clock.now_s)
     clock.now_s += 60
-    pace.admit(MIB)
+    pace.admit(MIB, clock.sleep)
     begun = clock.now_s
-    pace.admit(MIB)
+    pace.admit(MIB, clock.sleep)
     assert clock.now_s == begun + 1
 
 
