@@ -265,6 +265,14 @@ def _connects(address: Address) -> bool:
 # --- images ---
 
 
+def no_ascii(length: int) -> bytes:
+    """Random bytes; whatever a test writes over them in letters is a change, of each single byte."""
+    return os.urandom(length).translate(_WITH_HIGH_BIT)
+
+
+_WITH_HIGH_BIT = bytes(byte | 0x80 for byte in range(256))
+
+
 def make_raw_image(path: Path, size: int, data: Iterable[tuple[int, bytes]] = ()) -> Path:
     """A sparse raw image of `size` bytes: `data` is pairs of (offset, bytes), the rest reads as zeroes."""
     with path.open("xb") as image:

@@ -37,7 +37,7 @@ from lmdbitmap.sync import sync
 from lmdbitmap.transfer import copy_backups
 from tests import naive_flat
 from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
-from tests.support import make_raw_image
+from tests.support import make_raw_image, no_ascii
 from tests.tracked import NAME, TrackedDisk
 
 GRANULARITY_BITS = 9
@@ -642,7 +642,7 @@ def streaming(tracked: BackedUpDisk) -> Life:
 def streaming_without_a_name(tracked: BackedUpDisk) -> Life:
     """Of its checkpoint, which gets a name that nothing else has; in records that are written as they come."""
     _written_since_start(tracked)
-    tracked.write(os.urandom(tracked.size), 0)
+    tracked.write(no_ascii(tracked.size), 0)
     yield GROWN_UP
     stream_backup(tracked.store, NAME, _Stream(tracked.folder / "out.diff"), since="start")
     yield "streamed"
@@ -706,7 +706,7 @@ def comparing(tracked: BackedUpDisk) -> Life:
 def _written_since_start(tracked: BackedUpDisk) -> None:
     shutil.copy(tracked.image, tracked.folder / "start.raw")
     for block in (0, 80, 160):
-        tracked.write(os.urandom(CLUSTER * 5), block * BLOCK)
+        tracked.write(no_ascii(CLUSTER * 5), block * BLOCK)
     tracked.zero(240 * BLOCK, 40 * BLOCK)
 
 

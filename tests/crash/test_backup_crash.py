@@ -29,7 +29,7 @@ from tests.backed_up import ALWAYS_THERE, DIFFERENTIAL, FULL, INCREMENTAL, RESCA
 from tests.crash.dying import Death, Deaths
 from tests.crash.full_disk import CRAMPED_BYTES, can_mount, file_size_limit, full_tmpfs
 from tests.crash.lives import CLUSTER, IMAGES, OTHER
-from tests.support import run
+from tests.support import no_ascii, run
 from tests.tracked import NAME, quick_folder, trust_of
 
 SIZE = 200_003
@@ -56,12 +56,12 @@ def disk_before(first: bool, durability: str = WRITE_AHEAD) -> Iterator[BackedUp
     """A disk that was written; unless its next backup is the first, with a full and an incremental one before."""
     with quick_folder() as folder:
         disk = BackedUpDisk(folder, SIZE, durability=durability)
-        disk.write(os.urandom(SIZE), 0)
+        disk.write(no_ascii(SIZE), 0)
         if not first:
             disk.backup()
-            disk.write(os.urandom(3 * BLOCK), 10 * BLOCK)
+            disk.write(no_ascii(3 * BLOCK), 10 * BLOCK)
             disk.backup()
-        disk.write(os.urandom(2 * BLOCK), 20 * BLOCK)
+        disk.write(no_ascii(2 * BLOCK), 20 * BLOCK)
         yield disk
         disk.close()
 
@@ -397,7 +397,7 @@ def test_a_repository_on_a_full_disk_gets_nothing_half_made(
     tmp_path: Path, cramp: Callable[[Path], AbstractContextManager[Path]]
 ) -> None:
     disk = BackedUpDisk(tmp_path, 2 * CRAMPED_BYTES)
-    disk.write(os.urandom(disk.size), 0)
+    disk.write(no_ascii(disk.size), 0)
     (tmp_path / "backups").mkdir()
     with cramp(tmp_path / "backups"):
         with pytest.raises(StorageError) as refused:
@@ -415,7 +415,7 @@ def test_a_repository_on_a_full_disk_gets_nothing_half_made(
 def test_a_restore_to_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "cramped").mkdir()
     disk = BackedUpDisk(tmp_path, 2 * CRAMPED_BYTES)
-    disk.write(os.urandom(disk.size), 0)
+    disk.write(no_ascii(disk.size), 0)
     disk.backup()
     with full_tmpfs(tmp_path / "cramped") as cramped:
         with pytest.raises(StorageError, match="No space left on device; free some space"):

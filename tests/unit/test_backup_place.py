@@ -21,7 +21,7 @@ from lmdbitmap.prune import prune
 from lmdbitmap.retention import Retention
 from lmdbitmap.transfer import copy_backups
 from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
-from tests.support import run
+from tests.support import no_ascii, run
 from tests.tracked import NAME
 
 BLOCK = 4096
@@ -32,7 +32,7 @@ SIZE = 50 * BLOCK + 7
 def disk(tmp_path: Path) -> Iterator[BackedUpDisk]:
     (tmp_path / "here").mkdir()
     made = BackedUpDisk(tmp_path / "here", SIZE)
-    made.write(os.urandom(SIZE), 0)
+    made.write(no_ascii(SIZE), 0)
     yield made
     made.close()
 

@@ -18,6 +18,7 @@ from lmdbitmap.repository import BackupFolder, disk_names
 from lmdbitmap.retention import Retention
 from lmdbitmap.verify import verify
 from tests.backed_up import FULL, INCREMENTAL, BackedUpDisk
+from tests.support import no_ascii
 from tests.unit.test_manifest import CHAIN, DISK
 from tests.unit.test_prune import SIZE, back_up, reads_as
 
@@ -37,7 +38,7 @@ def folder(tmp_path: Path) -> BackupFolder:
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[BackedUpDisk]:
     made = BackedUpDisk(tmp_path, SIZE)
-    made.write(os.urandom(SIZE), 0)
+    made.write(no_ascii(SIZE), 0)
     yield made
     made.close()
 

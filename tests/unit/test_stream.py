@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from lmdbitmap.stream import Sink, stream_backup, write_stream
 from tests import naive_rbd_diff
 from tests.backed_up import BackedUpDisk
 from tests.naive_rbd_diff import Stream
+from tests.support import no_ascii
 from tests.tracked import NAME
 
 BLOCK = 4096
@@ -30,7 +30,7 @@ SIZE = 50 * BLOCK + 100
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[BackedUpDisk]:
     made = BackedUpDisk(tmp_path, SIZE)
-    made.write(os.urandom(10 * BLOCK), BLOCK)
+    made.write(no_ascii(10 * BLOCK), BLOCK)
     yield made
     made.close()
 
@@ -168,8 +168,8 @@ def test_a_stream_that_was_cut_takes_its_checkpoint_back(
     disk: BackedUpDisk, room: int, otherwise: Exception | None
 ) -> None:
     streamed(disk, checkpoint="monday")
-    disk.write(os.urandom(8 * BLOCK), 0)
-    disk.write(os.urandom(30 * BLOCK), 10 * BLOCK)
+    disk.write(no_ascii(8 * BLOCK), 0)
+    disk.write(no_ascii(30 * BLOCK), 10 * BLOCK)
     points, held = disk.checkpoints(), Failing(room, otherwise)
     with pytest.raises(
         StorageError if otherwise is None or isinstance(otherwise, OSError) else KeyboardInterrupt
@@ -188,7 +188,7 @@ def test_an_image_that_was_written_meanwhile_gets_no_end(disk: BackedUpDisk) -> 
             return super().write(data)  # type: ignore[arg-type]
 
     streamed(disk, checkpoint="monday")
-    disk.write(os.urandom(30 * BLOCK), 0)
+    disk.write(no_ascii(30 * BLOCK), 0)
     out = Meddling()
     with pytest.raises(Busy, match="was written by another program"):
         stream_backup(disk.store, NAME, out, since="monday")

@@ -33,7 +33,7 @@ from lmdbitmap.sync_plan import SyncKind, gap_between
 from tests.backed_up import BackedUpDisk
 from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.nbd_far import FarServer
-from tests.support import make_raw_image
+from tests.support import make_raw_image, no_ascii
 from tests.tracked import LATER_NS, NAME
 
 BLOCK = 4096
@@ -44,7 +44,7 @@ INCREMENTAL, COMPARE, FULL = SyncKind
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[BackedUpDisk]:
     made = BackedUpDisk(tmp_path, SIZE)
-    made.write(os.urandom(10 * BLOCK), BLOCK)
+    made.write(no_ascii(10 * BLOCK), BLOCK)
     yield made
     made.close()
 
@@ -469,7 +469,7 @@ def test_an_export_of_another_size_is_refused(disk: BackedUpDisk, far: FarServer
 
 def test_an_export_becomes_a_copy_and_follows(disk: BackedUpDisk, far: FarServer) -> None:
     disk.resize(51 * BLOCK - 100)
-    far.data[:] = os.urandom(51 * BLOCK)
+    far.data[:] = no_ascii(51 * BLOCK)
     result = synced(disk, far.uri)
     assert (result.kind, reason(result)) == (COMPARE, "first-sync")
     assert far.stable == disk.content() + bytes(100), "rounded up to a sector, and flushed"
@@ -494,7 +494,7 @@ def test_a_larger_export_may_be_asked_for_and_stays_zero_behind_the_disk(
     disk: BackedUpDisk, far: FarServer
 ) -> None:
     far.size = 80 * BLOCK
-    far.data[:] = os.urandom(far.size)
+    far.data[:] = no_ascii(far.size)
     behind = far.size - SIZE
     refused(disk, far.uri, InvalidArgument, f"or say --larger, which zeroes the {behind} bytes behind")
     assert synced_onto_larger(disk, far).kind is COMPARE
@@ -510,7 +510,7 @@ def test_what_is_known_to_be_zero_behind_the_disk_is_not_read_again(
     disk: BackedUpDisk, far: FarServer
 ) -> None:
     far.size = 80 * BLOCK
-    far.data[:] = os.urandom(far.size)
+    far.data[:] = no_ascii(far.size)
     synced_onto_larger(disk, far)
     disk.write(b"x", 0)
     far.asked.clear()
@@ -521,7 +521,7 @@ def test_what_is_known_to_be_zero_behind_the_disk_is_not_read_again(
 
 def test_an_export_that_grew_since_is_looked_at_behind_the_disk(disk: BackedUpDisk, far: FarServer) -> None:
     far.size = 60 * BLOCK
-    far.data[:] = os.urandom(far.size)
+    far.data[:] = no_ascii(far.size)
     synced_onto_larger(disk, far)
     far.size = 80 * BLOCK
     far.data[:] = far.data[: 60 * BLOCK] + b"o" * (20 * BLOCK)
@@ -533,7 +533,7 @@ def test_what_a_sync_that_failed_wrote_behind_the_disk_is_zeroed(disk: BackedUpD
     far.data[:] = bytes(far.size)
     synced_onto_larger(disk, far)
     disk.resize(70 * BLOCK)
-    disk.write(os.urandom(4 * BLOCK), 64 * BLOCK)
+    disk.write(no_ascii(4 * BLOCK), 64 * BLOCK)
 
     def fail(done: int, total: int) -> None:
         raise KeyboardInterrupt
@@ -564,7 +564,7 @@ def test_a_larger_file_that_nobody_synced_to_keeps_its_size_while_that_is_asked_
 @pytest.mark.skipif(not can_make_loop_devices(), reason="a loop device cannot be had here: run as root")
 def test_a_block_device_becomes_a_copy_and_is_believed_until_somebody_writes_it(tmp_path: Path) -> None:
     disk = BackedUpDisk(tmp_path, 1 << 20)
-    disk.write(os.urandom(10 * BLOCK), BLOCK)
+    disk.write(no_ascii(10 * BLOCK), BLOCK)
     with loop_node(tmp_path, 1 << 20) as node:
         node.write_bytes(b"old" * 1000)
         assert reason(synced(disk, node)) == "first-sync"

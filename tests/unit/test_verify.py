@@ -26,6 +26,7 @@ from lmdbitmap.repository import sha256_of
 from lmdbitmap.retention import Retention
 from lmdbitmap.verify import MAX_FLAWS, Flaw, VerifyResult, verify
 from tests.backed_up import BackedUpDisk
+from tests.support import no_ascii
 from tests.tracked import NAME
 from tests.unit.test_digest_algorithms import forget_blake3
 
@@ -42,9 +43,9 @@ CHAINS = {"sha256": ["sha256"] * 3, "blake3": ["blake3"] * 3, "mixed": ["sha256"
 def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[BackedUpDisk]:
     """A disk with a full backup and two increments."""
     made = BackedUpDisk(tmp_path, SIZE)
-    made.write(os.urandom(SIZE), 0)
+    made.write(no_ascii(SIZE), 0)
     for number, digest in enumerate(CHAINS[request.param]):
-        made.write(os.urandom(5 * MIB // 2), number * MIB)
+        made.write(no_ascii(5 * MIB // 2), number * MIB)
         assert made.backup(digest=digest).digest_algorithm.value == digest
     yield made
     made.close()
