@@ -108,10 +108,10 @@ class BackupFolder:
         """What backups there are, at least one; else `NotFound` tells of which disks there are any."""
         found = self.manifest() if os.path.isdir(self.path) else None
         if found is None or not found.backups:
-            known = ", ".join(disk_names(self.repository_path)) or "none"
+            others = [name for name in disk_names(self.repository_path) if name != self.disk_name]
             raise NotFound(
                 f"{self.repository_path} has no backup of a disk called {self.disk_name!r}",
-                next_step=f"name another: it has backups of {known}",
+                next_step=f"name another: it has backups of {', '.join(others) or 'none'}",
             )
         return found
 

@@ -54,6 +54,8 @@ class Flaw:
     problem: str
     offset: int | None = None
     length: int | None = None
+    next_step: str | None = None
+    """What to do about this one, where that is not the same as about any damaged file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +147,22 @@ def _tasks(
         try:
             manifest = folder.known_backups() if name is not None else folder.manifest()
         except FormatError as damaged:
-            flaws.add([Flaw(folder.disk_name, None, damaged.place, damaged.problem)])
+            step = damaged.next_step
+            flaws.add([Flaw(folder.disk_name, None, damaged.place, damaged.problem, next_step=step)])
             continue
-        if manifest is not None:
+        if manifest is not None and not manifest.backups:
+            flaws.add([_without_backups(folder)])
+        elif manifest is not None:
             entries = manifest.backups if at is None else chain_to(manifest, at)
             yield _Task(folder, folder.disk_name, manifest, entries)
+
+
+def _without_backups(folder: BackupFolder) -> Flaw:
+    """Whoever proves a copy every night is to hear that it never came about."""
+    problem = (
+        f"{folder.path}: there is no backup in it: a copy into it is under way, or did not come to its end"
+    )
+    return Flaw(folder.disk_name, None, folder.path, problem, next_step="copy the backups there again")
 
 
 def _prove(task: _Task, flaws: _Flaws, report: Report) -> None:

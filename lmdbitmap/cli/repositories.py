@@ -56,15 +56,21 @@ def verify(asked: Session, repository: str, name: str | None, at: str | None) ->
     else:
         for flaw in result.flaws:
             whose = flaw.disk if flaw.backup is None else f"{flaw.disk} backup {flaw.backup}"
-            say(f"{whose}: {flaw.problem}")
+            say(f"{whose}: {flaw.problem}" + (f"; {flaw.next_step}" if flaw.next_step else ""))
         say(_verify_words(result))
     if not result.is_sound:
         raise FormatError(
             repository,
             expected="sound backups",
             found=plural(result.flaw_count, "flaw"),
-            next_step="get the files that are named from a copy of the repository, or make a full backup",
+            next_step=_step_after(result),
         )
+
+
+def _step_after(result: VerifyResult) -> str:
+    if all(flaw.next_step for flaw in result.flaws):
+        return "do what is said of each"
+    return "get the files that are named from a copy of the repository, or begin a new chain: `backup --full`"
 
 
 def _verify_words(result: VerifyResult) -> str:
@@ -92,7 +98,7 @@ def _verify_facts(result: VerifyResult) -> dict[str, object]:
 def _flaw_facts(flaw: Flaw) -> dict[str, object]:
     return {
         "disk": flaw.disk, "backup": flaw.backup, "file": flaw.path, "problem": flaw.problem,
-        "offset": flaw.offset, "length": flaw.length,
+        "offset": flaw.offset, "length": flaw.length, "next_step": flaw.next_step,
     }  # fmt: skip
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -50,6 +53,30 @@ def test_a_flipped_bit_is_named_and_the_exit_code_is_1(cli: Cli, chain: Path) ->
     )
     assert done.out.splitlines()[1].startswith("sda: 4 images, 1 flaw · ")
     assert f"{chain}: expected sound backups, found 1 flaw; " in done.err
+
+
+def test_a_copy_that_never_came_about_is_not_called_sound(cli: Cli, chain: Path) -> None:
+    """Whoever proves it every night would learn that there is no copy on the day it is needed."""
+    folder = BackupFolder(cli.folder / "copy", "sda")
+    known = BackupFolder(chain, "sda").known_backups()
+    with folder.locked():
+        folder.replace_manifest(dataclasses.replace(known, backups=()))
+    done = cli("verify", cli.folder / "copy")
+    assert done.code == 1
+    assert "there is no backup in it: a copy into it" in done.out
+    assert done.err.endswith("expected sound backups, found 1 flaw; do what is said of each\n")
+    said = cli.fails(1, "verify", cli.folder / "copy", "sda")
+    assert "has no backup of a disk called 'sda'; name another: it has backups of none" in said
+
+
+def test_a_manifest_that_is_missing_is_told_with_the_step_that_brings_it_back(cli: Cli, chain: Path) -> None:
+    (chain / "sda" / "manifest.json").unlink()
+    done = cli("verify", chain)
+    command = re.search(r"`(cp .*?)`", done.out)
+    assert command is not None
+    assert (done.code, done.err.rpartition("; ")[2]) == (1, "do what is said of each\n")
+    subprocess.run(command[1], shell=True, check=True)
+    cli.ok("verify", chain)
 
 
 @pytest.mark.parametrize(
