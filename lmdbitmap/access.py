@@ -21,7 +21,7 @@ from lmdbitmap import bits, chain, reach, session
 from lmdbitmap.apart import Failures
 from lmdbitmap.copier import cluster_bits_for
 from lmdbitmap.direct import DirectDevice
-from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, NotFound
+from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, NotFound, os_errors_at
 from lmdbitmap.filter import Filter, take_snapshot
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.image import open_image
@@ -157,6 +157,24 @@ def want_changes(snapshot: Snapshot, since: str) -> None:
         itertools.chain(changed.runs(), [last]), geometry, clusters.granularity_bits
     )
     snapshot.want_only(wanted, clusters)
+
+
+@contextlib.contextmanager
+def reading(way: Access, point: PointInTime) -> Iterator[None]:
+    """What the system refuses in the block is told as of the disk's image, or as why its snapshot broke.
+
+    That a snapshot broke is, to whoever reads it from another process, just an error as of a disk that fails: the
+    process that holds it knows.
+    """
+    with os_errors_at(point.disk.image):
+        try:
+            yield
+        except LmdbitmapError:
+            raise
+        except OSError:
+            if not way.holds_alone:
+                way.prove(point)
+            raise
 
 
 class Unowned:

@@ -15,14 +15,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lmdbitmap import backup_chain, bits, files
-from lmdbitmap.access import Access, PointInTime
+from lmdbitmap.access import Access, PointInTime, reading
 from lmdbitmap.backup_chain import BackupChain
 from lmdbitmap.backup_plan import DigestChoice, Plan, full_instead
 from lmdbitmap.bits import Run
 from lmdbitmap.changes import Changes, changes_since
 from lmdbitmap.copier import Copied, ImageFile, Report, cluster_bits_for, copy_clusters
 from lmdbitmap.digests import synced_digests
-from lmdbitmap.errors import FormatError, LmdbitmapError, StorageError, Untrusted, os_errors_at
+from lmdbitmap.errors import FormatError, LmdbitmapError, StorageError, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.hashing import ChunkHasher
@@ -205,11 +205,7 @@ def write_image(source: Source, device: Metered, report: Report, packing: Compre
         files.replacing(path) as file,
         ChunkHasher(file.fileno(), job.folder.path, job.digests.algorithm, spared=spared) as hasher,
     ):
-        with (
-            _told_why(source),
-            os_errors_at(job.disk.image),
-            source.runs(device, report) as runs,
-        ):
+        with reading(job.access, source.point), source.runs(device, report) as runs:
             copied = copy_clusters(
                 device,
                 ImageFile(file.fileno(), path),
@@ -223,17 +219,6 @@ def write_image(source: Source, device: Metered, report: Report, packing: Compre
         chunks = synced_digests(job.folder, job.file, file.fileno(), hasher)
         job.access.prove(source.point)
     return _entry(source, copied, chunks, None if packing is None else packing.type)
-
-
-@contextlib.contextmanager
-def _told_why(source: Source) -> Iterator[None]:
-    """Where a snapshot is read, that it broke is just an error, as of a disk that fails: whoever holds it knows."""
-    try:
-        yield
-    except OSError:
-        if not source.job.access.holds_alone:
-            source.job.access.prove(source.point)
-        raise
 
 
 def _entry(

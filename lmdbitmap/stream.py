@@ -33,7 +33,15 @@ from typing import NamedTuple, Protocol
 from uuid import uuid4
 
 from lmdbitmap import bits, chain, consumers
-from lmdbitmap.access import FREEZE_LIMIT_S, OWNER_LIMIT_S, Access, PointInTime, access, open_to_read
+from lmdbitmap.access import (
+    FREEZE_LIMIT_S,
+    OWNER_LIMIT_S,
+    Access,
+    PointInTime,
+    access,
+    open_to_read,
+    reading,
+)
 from lmdbitmap.bits import Run
 from lmdbitmap.changes import Changes, changes_since
 from lmdbitmap.copier import Progress, Report, cluster_bits_for
@@ -301,7 +309,7 @@ def _stream_point(run: _Run, point: PointInTime) -> tuple[Streamed, Trust]:
         run.way.prove(point)
         run.note.remove()
 
-    with os_errors_at(disk.image):
+    with reading(run.way, point):
         streamed = write_stream(
             run.out, point.device, run.head._replace(size=disk.size), disk.geometry, changed,
             progress=run.progress, before_end=before_end,

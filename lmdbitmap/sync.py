@@ -30,11 +30,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from lmdbitmap import bits, chain, consumers
-from lmdbitmap.access import FREEZE_LIMIT_S, OWNER_LIMIT_S, Access, PointInTime, access
+from lmdbitmap.access import FREEZE_LIMIT_S, OWNER_LIMIT_S, Access, PointInTime, access, reading
 from lmdbitmap.bits import Run
 from lmdbitmap.changes import changes_since
 from lmdbitmap.copier import Progress, Report, cluster_bits_for
-from lmdbitmap.errors import Busy, LmdbitmapError, Untrusted, os_errors_at
+from lmdbitmap.errors import Busy, LmdbitmapError, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import Geometry
@@ -236,7 +236,7 @@ def _copied(store: Store, job: _Job, point: PointInTime, progress: Progress | No
     mirror: Mirror = Mending(open_target) if plan.kind is SyncKind.COMPARE else Overwriting(open_target)
     source = Metered(point.device, job.pace)
     pieces = Pieces(source, clusters)
-    with os_errors_at(disk.image), contextlib.closing(pieces.of_all(runs)) as found:
+    with reading(job.access, point), contextlib.closing(pieces.of_all(runs)) as found:
         for piece in found:
             mirror.put(piece)
             report.advance(piece.length)

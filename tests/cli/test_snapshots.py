@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,6 +72,37 @@ def test_hook_is_run_around_the_point_in_time(cli: Cli, served: Served) -> None:
     assert log.read_text().splitlines()[2:] == ["freeze sda sdb", "thaw sda sdb"]
     assert manifest(cli, "sda") == before
     assert len(cli.json("info", "sda")["checkpoints"]) == 2, "no checkpoint was made"
+
+
+GUEST = """
+import sys
+from lmdbitmap.nbd.client import NbdDevice
+if sys.argv[1] == "thaw":
+    disk = NbdDevice.open({uri!r})
+    disk.pwrite(bytes([7]) * {length}, 0)
+    disk.close()
+"""
+"""As a hook: it writes as soon as the point in time is taken, before anything of it is read."""
+
+
+@pytest.mark.parametrize(
+    "verb", [("backup", "sda", "backups"), ("sync", "sda", "copy"), ("backup", "--stdout", "sda")]
+)
+def test_a_snapshot_that_broke_is_told_as_that_by_whoever_reads_it(
+    cli: Cli, verb: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not as a disk that fails: to a reader in another process both are an I/O error."""
+    monkeypatch.chdir(cli.folder)
+    cli.add("sda").write_bytes(bytes([1]) * SIZE)
+    cli.ok("adopt", "sda")
+    with cli.serving("sda", "--scratch-limit=1M", log=True) as served:
+        guest, hook = cli.folder / "guest.py", cli.folder / "hook"
+        guest.write_text(GUEST.format(uri=served.uris["sda"], length=2 * MIB))
+        hook.write_text(f"#!/bin/sh\nexec {sys.executable} {guest} $1\n")
+        hook.chmod(0o755)
+        said = cli.fails(1, *verb, "--hook", hook)
+        assert said.startswith("disk 'sda': the snapshot broke: its scratch file is full (1048576 bytes); ")
+        assert said.endswith("with more room for old data if that was lacking; the guest noticed nothing")
 
 
 @pytest.mark.parametrize("verb", ["checkpoint", "snapshot"])
