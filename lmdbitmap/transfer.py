@@ -193,9 +193,9 @@ def _following(there: Manifest, wanted: Manifest) -> Manifest:
 
 
 def _missing(there: Manifest, wanted: Manifest) -> list[BackupEntry]:
-    """The backups that are newer than all that are there, and those below them that are not there."""
+    """The backups that are newer than all that are or were there, and those below them that are not there."""
     known = {entry.id for entry in there.backups}
-    newest = max((entry.sequence for entry in there.backups), default=-1)
+    newest = there.newest_sequence
     missing: list[BackupEntry] = []
     below: set[str | None] = set()
     for entry in reversed(wanted.backups):

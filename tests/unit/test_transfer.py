@@ -354,6 +354,20 @@ def test_a_copy_goes_on_after_the_newest_backup_was_dropped(disk: BackedUpDisk) 
     assert disk.backup().id == "4"
 
 
+def test_the_newest_backup_that_the_copy_let_go_of_does_not_come_back(disk: BackedUpDisk) -> None:
+    """Somebody dropped it there on purpose; what is stacked on it later brings it back, and says so."""
+    contents = back_up(disk, FULL, INCREMENTAL)
+    copied(disk)
+    prune(disk.folder / "copy", [NAME], drop=["2"])
+    again = copied(disk)
+    assert ([entry.id for entry in again.copied], again.left_out) == ([], 1)
+    holds(disk, contents, "1")
+    disk.write(os.urandom(4096), 3 * 4096)
+    contents["3"] = (disk.backup(), disk.content())[1]
+    assert [entry.id for entry in copied(disk).copied] == ["2", "3"]
+    holds(disk, contents, "1", "2", "3")
+
+
 def test_nothing_counts_from_an_old_checkpoint_in_the_copy_when_a_disk_has_come_back(
     disk: BackedUpDisk,
 ) -> None:
@@ -447,7 +461,8 @@ def test_a_disk_without_backups_yet_is_in_nobodys_way(disk: BackedUpDisk) -> Non
         empty.replace_manifest(Manifest(disk.manifest().disk))
     assert [result.disk for result in copy_backups(disk.folder / "backups", disk.folder / "copy")] == [NAME]
     assert [result.disk for result in prune(disk.folder / "backups", keep=Retention(last=1))] == [NAME]
-    assert verify(disk.folder / "backups").is_sound
+    [flaw] = verify(disk.folder / "backups").flaws
+    assert flaw.disk == "empty", "whoever copies it there is to hear that it has not come about"
     with pytest.raises(NotFound):
         copy_backups(disk.folder / "backups", disk.folder / "copy", ["empty"])
 
