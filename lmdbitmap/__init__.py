@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         InvalidArgument,
         LmdbitmapError,
         NotFound,
+        OwnerGone,
         StorageError,
         Untrusted,
     )
@@ -106,6 +107,7 @@ _HOMES = {
     "LmdbitmapError": "errors",
     "MemoryDevice": "device",
     "NotFound": "errors",
+    "OwnerGone": "errors",
     "PlainDisk": "plain",
     "PruneResult": "prune",
     "Reason": "manifest",
@@ -194,6 +196,7 @@ __all__ = [
     "LmdbitmapError",
     "MemoryDevice",
     "NotFound",
+    "OwnerGone",
     "PlainDisk",
     "PruneResult",
     "Reason",

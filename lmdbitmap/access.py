@@ -21,7 +21,7 @@ from lmdbitmap import bits, chain, reach, session
 from lmdbitmap.apart import Failures
 from lmdbitmap.copier import cluster_bits_for
 from lmdbitmap.direct import DirectDevice
-from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, NotFound, os_errors_at
+from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, NotFound, OwnerGone, os_errors_at
 from lmdbitmap.filter import Filter, take_snapshot
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.image import open_image
@@ -175,6 +175,18 @@ def reading(way: Access, point: PointInTime) -> Iterator[None]:
             if not way.holds_alone:
                 way.prove(point)
             raise
+
+
+@contextlib.contextmanager
+def _told_of(disk: Disk) -> Iterator[None]:
+    """Of whose owner went away in the block: all that it held is gone with it."""
+    try:
+        yield
+    except OwnerGone as gone:
+        raise OwnerGone(
+            f"disk {disk.name!r}: the process that served it ended while its disk was read",
+            next_step="serve the disk again, and do this again",
+        ) from gone
 
 
 class Unowned:
@@ -390,7 +402,8 @@ class Served(_Owned):
         """The process that took the snapshot has held it all the time: it is the one that answers."""
         held = next(held for held in self._held if held.checkpoint == point.checkpoint)
         self._held.remove(held)
-        told = self._client.call("release", timeout_s=self._limit_s, **held.named)
+        with _told_of(held.disk):
+            told = self._client.call("release", timeout_s=self._limit_s, **held.named)
         if told["broken"] is not None:
             raise broken_error(point.disk, str(told["broken"]))
         if not held.takes_uuid:  # a name is nobody else's as long as its checkpoint is there

@@ -118,6 +118,7 @@ def backup(
     this disk's from then on. Where the store knows that the disk was backed up to that place, and nothing is there, it
     is `NotFound`: as when a file system is not mounted. With `new_repository` another one begins.
     Raises `Busy` for a disk or image that somebody else holds, and for a folder that somebody backs up to;
+    `OwnerGone` where a process through which a disk is read ends meanwhile;
     `NotFound` without such a disk or image, or the package for what was asked for; `FormatError` for a manifest that
     cannot be read; `StorageError` where a snapshot broke. Of several disks one that fails for such a reason is left
     out, and `BackupsFailed` tells of it when the others are done; what `progress` or `quiesced` raises ends the run.

@@ -7,6 +7,7 @@
 | `AlreadyExists`  | picks another name                           | 1         |
 | `Untrusted`      | makes a full backup                          | 3         |
 | `Busy`           | waits, or asks the process that owns it      | 4         |
+| `OwnerGone`      | sees what was done, and asks the next owner   | 1         |
 | `FormatError`    | does not use these bytes                     | 1         |
 | `StorageError`   | mends the disk, the folder, the permissions  | 1         |
 | `SomeFailed`     | looks at the class of each of its `causes`   | theirs, if it is the same; else 1 |
@@ -52,6 +53,10 @@ class Untrusted(LmdbitmapError):
 
 class Busy(LmdbitmapError):
     """Another process or job holds the disk, the image or the store."""
+
+
+class OwnerGone(LmdbitmapError):
+    """The process that owned the disk ended before it had answered: what it was asked for may be done or not."""
 
 
 class FormatError(LmdbitmapError, ValueError):

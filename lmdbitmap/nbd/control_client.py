@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from lmdbitmap.errors import Busy, FormatError, os_errors_at
+from lmdbitmap.errors import Busy, FormatError, OwnerGone, os_errors_at
 from lmdbitmap.nbd import control_wire as wire
 
 CONNECT_S: Final = 10.0
@@ -184,10 +184,10 @@ class Client:
             raise wire.error_from(wire.field(message, "error", dict, self._place), self._place)
         return message
 
-    def _lost(self, refusal: OSError) -> Busy:
+    def _lost(self, refusal: OSError) -> OwnerGone:
         """A connection that broke owes nothing: whoever hangs up, or dies, does nothing more for us."""
         self._owes_answer = isinstance(refusal, TimeoutError)
-        return Busy(
+        return OwnerGone(
             f"{self._place}: the owner went away before it answered",
             next_step="see with `lmdbitmap info` what was done, and try again",
         )

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from lmdbitmap.device import FileDevice
 from lmdbitmap.direct import DirectDevice
-from lmdbitmap.errors import Busy, LmdbitmapError
+from lmdbitmap.errors import Busy, LmdbitmapError, OwnerGone
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.client import NbdDevice
 from lmdbitmap.nbd.client_dial import agreed
@@ -60,7 +60,7 @@ class HeldThere(NamedTuple):
 
 
 def open_held(owner: Client, held: Sequence[HeldThere], silence_s: float) -> list[NbdDevice | DirectDevice]:
-    """To be read. Raises `Busy` where a connection of the owner's is lost.
+    """To be read. Raises `OwnerGone` where a connection of the owner's is lost.
 
     A request of which it sends nothing for `silence_s` is `Busy` too.
     """
@@ -91,7 +91,7 @@ def _opened(owner: Client, held: HeldThere, silence_s: float) -> NbdDevice:
     except LmdbitmapError:
         raise
     except OSError as lost:
-        raise Busy(
+        raise OwnerGone(
             f"{name}: its connection was lost ({lost.strerror or lost})",
             next_step="see how that process is, and try again",
         ) from lost

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap import export
-from lmdbitmap.errors import Busy
+from lmdbitmap.errors import Busy, OwnerGone
 from lmdbitmap.nbd import control_client
 from lmdbitmap.nbd.control import ControlServer
 from tests import naive_flat
@@ -63,7 +63,7 @@ def test_killed_owner_is_reached_by_nobody_and_followed_by_anybody(tracked: Trac
             client.call("mark", disk=NAME, offset=4096, length=1)
             owner.process.kill()
             owner.wait()
-            with pytest.raises(Busy, match="went away"):
+            with pytest.raises(OwnerGone, match="went away"):
                 client.call("mark", disk=NAME, offset=0, length=1)
     assert os.path.lexists(path)
     assert control_client.reach(path) is None

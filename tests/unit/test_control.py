@@ -27,6 +27,7 @@ from lmdbitmap.errors import (
     InvalidArgument,
     LmdbitmapError,
     NotFound,
+    OwnerGone,
     StorageError,
 )
 from lmdbitmap.filter import Filter
@@ -533,7 +534,7 @@ HELLO = wire.encode({"protocol": 1, "version": "1", "pid": 1, "disks": []})
         (wire.encode({"error": 5}), FormatError, "error"),
         (HELLO + b"{}\n", FormatError, "answer"),
         (HELLO + b'{"answer": 5}\n', FormatError, "answer"),
-        (HELLO, Busy, "went away"),
+        (HELLO, OwnerGone, "went away"),
     ],
 )
 def test_an_owner_that_talks_nonsense_is_an_error_of_ours(
@@ -575,7 +576,7 @@ def test_owner_that_hung_up_owes_no_answer() -> None:
     with a_pair() as (client, owner):
         owner.close()
         for _ in range(2):
-            with pytest.raises(Busy, match="went away"):
+            with pytest.raises(OwnerGone, match="went away"):
                 client.call("snapshot")
             client.require_in_step()
 
@@ -599,7 +600,7 @@ def hand_over(owner: socket.socket, words: bytes, fds: Sequence[int]) -> None:
     [
         (b'{"answer": {}}\n', 0, 0, FormatError, "one socket.*found 0"),
         (b'{"answer": {}}\n', 0, 1, FormatError, "found a descriptor of something else"),
-        (b'{"answer": {}}', 1, 0, Busy, "went away"),
+        (b'{"answer": {}}', 1, 0, OwnerGone, "went away"),
         (b'{"answer": 5}\n', 1, 0, FormatError, "answer"),
         (
             wire.encode({"error": {"class": "Busy", "problem": "no", "next_step": "go"}}),
