@@ -7,7 +7,8 @@
 | 2 | the command was not understood |
 | 3 | the bitmap cannot be trusted, a full backup is needed |
 | 4 | busy or locked |
-| 130, 141 | Ctrl-C; whoever read our output went away |
+| 130, 143, 129 | ended by Ctrl-C, SIGTERM, SIGHUP; what was begun is undone first |
+| 141 | whoever read our output went away |
 
 click and rich are imported inside, so that an installation without them is told what it lacks.
 """
@@ -16,9 +17,11 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from types import FrameType
 from typing import NoReturn
 
 from lmdbitmap.cli import logs
@@ -28,7 +31,8 @@ PROGRAM = "lmdbitmap"
 FAILED = 1
 USAGE = 2
 _EXIT_CODES: dict[type[LmdbitmapError], int] = {InvalidArgument: USAGE, Untrusted: 3, Busy: 4}
-INTERRUPTED = 130
+SIGNALLED = 128
+"""And the number of the signal, as shells count."""
 READER_GONE = 141
 
 
@@ -38,6 +42,7 @@ def main() -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may lack a letter of a name
     logs.begin()
+    _heed_signals()
     sys.exit(run(sys.argv[1:], owns_process=True))
 
 
@@ -53,7 +58,9 @@ def run(words: Sequence[str], *, owns_process: bool = False) -> int:
         sys.stdout.flush()
         return exit_code_of(end.error)
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return _fail_by(signal.SIGINT)
+    except _Ended as end:
+        return _fail_by(end.signal)
     except BrokenPipeError:
         _drop_output()  # and be quiet about it, as cat and grep are
         return READER_GONE
@@ -79,13 +86,36 @@ def _run_verb(words: Sequence[str], owns_process: bool) -> int:
     except click.exceptions.Exit as end:
         return end.exit_code
     except click.Abort:
-        return INTERRUPTED
+        return _fail_by(signal.SIGINT)
     except click.UsageError as error:
         path = PROGRAM if error.ctx is None else error.ctx.command_path
         return _fail(f"{_one_line(error.format_message())} (see '{path} --help')", error.exit_code)
     except click.ClickException as error:
         return _fail(_one_line(error.format_message()), error.exit_code)
     return 0
+
+
+def _heed_signals() -> None:
+    """Have them end a verb as Ctrl-C does, which undoes what it began; what is ignored stays so, as under nohup."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _end)
+
+
+class _Ended(BaseException):
+    """As `KeyboardInterrupt`, by another signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = signal.Signals(number)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Ended(number)
+
+
+def _fail_by(ending: signal.Signals) -> int:
+    return _fail(f"ended by {ending.name} before it was done; do it again", SIGNALLED + ending)
 
 
 def exit_code_of(error: LmdbitmapError) -> int:

@@ -173,8 +173,9 @@ class _Signals:
             self._came = number
             return
         self._waiting = True
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
+        before = self._before[number]
+        if callable(before):
+            before(number, frame)
         raise SystemExit(128 + number)
 
     def __exit__(self, *_: object) -> None:

@@ -127,7 +127,8 @@ def interruptible(command: list[str]) -> list[str]:
     return [command[0], "-c", f"{begin} from lmdbitmap.cli.main import main; main()", *command[3:]]
 
 
-def test_one_interrupt_ends_a_reader_whose_owner_hangs(cli: Cli) -> None:
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_one_signal_ends_a_reader_whose_owner_hangs(cli: Cli, ending: signal.Signals) -> None:
     cli.add("sda").write_bytes(os.urandom(SIZE))
     cli.ok("adopt", "sda")
     with cli.serving("sda", log=True) as served:
@@ -144,5 +145,29 @@ def test_one_interrupt_ends_a_reader_whose_owner_hangs(cli: Cli) -> None:
             while not noted.exists() or children.read_text():
                 assert reader.poll() is None
                 time.sleep(0.01)
-            reader.send_signal(signal.SIGINT)
-            assert reader.wait(30) == 130
+            reader.send_signal(ending)
+            assert reader.wait(30) == 128 + ending
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("served", [True, False])
+def test_what_a_signal_ends_in_the_middle_is_undone_and_a_word_is_said(
+    cli: Cli, ending: signal.Signals, served: bool
+) -> None:
+    """As systemd ends a unit, and a terminal that is closed its programs."""
+    cli.add("sda").write_bytes(os.urandom(SIZE))
+    cli.ok("adopt", "sda")
+    folder = cli.folder / "backups" / "sda"
+    with cli.serving("sda") if served else contextlib.nullcontext():
+        words = cli.command("backup", "sda", folder.parent, "--speed-limit", "1M")
+        with subprocess.Popen(interruptible(words), stderr=subprocess.PIPE, text=True) as backup:
+            while not any(folder.glob("*.partial")):
+                assert backup.poll() is None
+                time.sleep(0.01)
+            backup.send_signal(ending)
+            assert backup.wait(30) == 128 + ending
+            assert backup.stderr is not None
+            said = f"lmdbitmap: ended by {ending.name} before it was done; do it again\n"
+            assert backup.stderr.read() == said
+        assert sorted(path.name for path in folder.iterdir()) == ["lock"]
+        assert len(cli.json("info", "sda")["checkpoints"]) == 1, "the first"
