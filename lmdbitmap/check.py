@@ -23,9 +23,9 @@ from itertools import groupby
 from typing import NamedTuple, TypeVar
 from uuid import UUID
 
-from lmdbitmap import holds, owner, schema, session, sync_note, tally
+from lmdbitmap import continuity, holds, owner, schema, session, sync_note, tally
 from lmdbitmap.changes import open_period_standing
-from lmdbitmap.errors import FormatError, InvalidArgument, LmdbitmapError
+from lmdbitmap.errors import FormatError, InvalidArgument, LmdbitmapError, NotFound
 from lmdbitmap.extents import Trust
 from lmdbitmap.files import PARTIAL_SUFFIX
 from lmdbitmap.founding import DAMAGED_PREFIX, FOLDERS, FRESH_PREFIX
@@ -34,6 +34,7 @@ from lmdbitmap.records import BITMAP_ID_KEY
 from lmdbitmap.schema import Bitmap, Checkpoint, Disk
 from lmdbitmap.store import WENT_BACK, Reader, Store
 from lmdbitmap.tally import Tally
+from lmdbitmap.whereabouts import WHILE_THERE_IS_TIME
 
 Progress = Callable[[int, int], None]
 """Called with (bytes of disk whose records were read, bytes in all)."""
@@ -383,11 +384,14 @@ def _standing(store: Store, disk: Disk) -> Iterator[Finding]:
 
 def next_step_for(store: Store, disk: Disk) -> str:
     """What to do about a disk that cannot be trusted; nothing is offered that would be refused."""
+    is_owned = owner.is_owned(store.owner_path(disk.uuid))
     try:
-        session.look_at(store, disk)
+        image = session.look_at(store, disk)
     except LmdbitmapError as error:
-        return error.next_step
-    if owner.is_owned(store.owner_path(disk.uuid)):
+        return WHILE_THERE_IS_TIME if is_owned and isinstance(error, NotFound) else error.next_step
+    if is_owned and disk.identity is not None and not continuity.is_same_file(disk.identity, image):
+        return WHILE_THERE_IS_TIME
+    if is_owned:
         return (
             "see what the process that serves it has logged, and stop and start it if this lasts; the next backup is"
             " a full one"

@@ -104,7 +104,7 @@ def _gap_since_detach(disk: Disk, image: ImageIdentity, beat: Beat | None, now: 
     before = disk.identity
     if before is None:
         return _never_seen(disk)
-    if not _is_same_file(before, image):
+    if not is_same_file(before, image):
         return _other_file(image)
     if image.size != before.size:
         return f"the image's size went from {before.size} to {image.size} bytes while nobody tracked it"
@@ -124,7 +124,7 @@ def _gap_since_sign_of_life(disk: Disk, image: ImageIdentity, beat: Beat | None,
     begun = disk.identity
     if begun is None:
         return _never_seen(disk)
-    if not _is_same_file(begun, image):
+    if not is_same_file(begun, image):
         return _other_file(image)
     if image.size not in (disk.size, disk.resizing_from):
         return f"the image has {image.size} bytes, and {disk.size} were tracked"
@@ -141,7 +141,8 @@ def _gap_since_sign_of_life(disk: Disk, image: ImageIdentity, beat: Beat | None,
     return None
 
 
-def _is_same_file(before: ImageIdentity, image: ImageIdentity) -> bool:
+def is_same_file(before: ImageIdentity, image: ImageIdentity) -> bool:
+    """Whether it has the number that it had, whatever was written to it."""
     return (image.device, image.inode) == (before.device, before.inode)
 
 

@@ -40,6 +40,7 @@ from lmdbitmap.snapshot import Snapshot
 from lmdbitmap.store import Store
 from lmdbitmap.tracking import Tracking, detached_error
 from lmdbitmap.vouching import Voucher
+from lmdbitmap.whereabouts import Whereabouts
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class Filter(Front):
         self.store = store
         self._voucher = Voucher(disk.name, device, lock)
         self._tracking = Tracking(store, disk, device, self._voucher, max_armed=max_armed)
+        self._whereabouts = Whereabouts(disk.name, disk.image, device.fd)
         self._ending = threading.RLock()
         self._last_acts: list[Callable[[], None]] = []
         self._stop = threading.Event()
@@ -223,6 +225,11 @@ class Filter(Front):
         """Extents that a crash at this moment would report dirty as a whole."""
         return self._tracking.period.armed_count
 
+    @property
+    def image_lost(self) -> str | None:
+        """What became of the image's name, if it does not lead to what is served any more; see whereabouts.py."""
+        return self._whereabouts.look()
+
     # -- background ----------------------------------------------------------------------------------------
 
     def beat(self) -> None:
@@ -237,6 +244,7 @@ class Filter(Front):
         self._pass(_QUIET_PASSES)
 
     def _pass(self, quiet_passes: int) -> None:
+        self._whereabouts.look()
         self.store.keep_house()
         self.regain_trust()
         self._mark_doubts()

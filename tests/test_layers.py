@@ -85,6 +85,7 @@ FLOORS: dict[str, float] = {
     "nbd.tls": 2.1,
     "nbd.supervisor": 2.5,
     "image": 2.6,
+    "whereabouts": 2.7,
     "identity": 2.6,
     "flatfile": 2.5,
     "scratch": 2.2,

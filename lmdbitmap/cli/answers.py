@@ -20,6 +20,7 @@ from lmdbitmap.holds import Hold
 from lmdbitmap.reach import is_attached
 from lmdbitmap.schema import Bitmap, Checkpoint, Disk
 from lmdbitmap.store import Store
+from lmdbitmap.whereabouts import WHILE_THERE_IS_TIME
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ def served_words(served: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     rates, latencies = served["rates"], served["latencies"]
     connections, carried = served["connections"], served["bytes"]
     yield "served by", f"process {served['pid']}, lmdbitmap {served['version']}"
+    if served["image_lost"] is not None:
+        yield "image lost", f"{served['image_lost']}; {WHILE_THERE_IS_TIME}"
     yield "clients", f"{connections['now']} now, {connections['ever']} ever"
     yield "requests", _listed(served["requests"], "{:d} {}") or "none"
     yield "traffic", f"{format_size(carried['received'])} in, {format_size(carried['sent'])} out"

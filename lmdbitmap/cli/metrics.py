@@ -201,6 +201,11 @@ def _of_servers(served: _Served) -> Iterator[Metric]:
         ((name, told["armed"]) for name, told in served),
     )
     yield _gauge(
+        "image_lost",
+        "1 if the image was removed or replaced under its server, and ends with it.",
+        ((name, told["image_lost"] is not None) for name, told in served),
+    )
+    yield _gauge(
         "connected_clients",
         "Clients that are connected.",
         ((name, told["connections"]["now"]) for name, told in served),

@@ -88,6 +88,10 @@ def _persisted_by_owner(store: Store, disk: Disk) -> bool:
     return True
 
 
+_OF_SERVED = ("image_lost", "armed", "snapshots")
+"""Owners of older versions do not look after their image."""
+
+
 def ask_owner(store: Store, disk: Disk) -> dict[str, Any] | None:
     """What the process that serves the disk says of it (docs/control.md); None where nobody does, or says it.
 
@@ -108,7 +112,8 @@ def ask_owner(store: Store, disk: Disk) -> dict[str, Any] | None:
     entry: dict[str, Any] | None = next((one for one in told if one["name"] == disk.name), None)
     if entry is None or "served" not in entry:  # it only embeds a tracker
         return None
-    entry["served"] = {**process, "armed": entry["armed"], "snapshots": entry["snapshots"], **entry["served"]}
+    of_disk = {"image_lost": None, **{name: entry[name] for name in _OF_SERVED if name in entry}}
+    entry["served"] = {**process, **of_disk, **entry["served"]}
     return entry
 
 

@@ -81,6 +81,7 @@ def _described(attached: Filter) -> Answer:
         "recording_since_ns": recording.time_ns,
         "trust": standing.trust.value,
         "reason": standing.reason,
+        "image_lost": attached.image_lost,
         "armed": attached.armed_count,
         "snapshots": [_snapshot_facts(snapshot) for snapshot in attached.snapshots],
     }

@@ -35,6 +35,7 @@ from lmdbitmap.nbd.control_client import Client
 from lmdbitmap.nbd.kept_question import KeptQuestion
 from lmdbitmap.nbd.uri import Place
 from lmdbitmap.schema import Checkpoint, Disk
+from lmdbitmap.whereabouts import WHILE_THERE_IS_TIME, why_lost
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +134,8 @@ def _image(fd: int, disk: Disk) -> FileDevice:
     except BaseException:
         os.close(fd)
         raise
+    if lost := why_lost(disk.image, fd):
+        log.warning("disk %s: %s; %s", disk.name, lost, WHILE_THERE_IS_TIME)
     return image
 
 

@@ -309,3 +309,27 @@ def test_mode_and_group_are_of_a_socket(cli: Cli) -> None:
 def test_modes_and_groups_that_cannot_be_are_refused(cli: Cli, option: str, said: str) -> None:
     cli.add("sda")
     assert said in cli.fails(2, "serve", "sda", "--socket", cli.folder / "s", option)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_an_image_that_is_lost_under_its_server_is_told_wherever_somebody_looks(
+    cli: Cli, replaced: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While there is time: what the guest wrote ends with the server."""
+    image = cli.add("sda")
+    step = "do not stop the process that serves it before you have a backup"
+    with cli.serving("sda", log=True) as served:
+        cli.ok("backup", "sda", cli.folder / "backups")
+        assert cli.json("info", "sda")["served"]["image_lost"] is None
+        image.unlink()
+        if replaced:
+            image.write_bytes(bytes(SIZE))
+        write(served.uris["sda"], 65536, 100)
+        assert step in " ".join(cli.ok("info", "sda").split())
+        assert str(image) in cli.json("info", "sda")["served"]["image_lost"]
+        assert 'lmdbitmap_image_lost{disk="sda"} 1.0' in cli.ok("metrics", "sda")
+        assert "incremental" in cli.ok("backup", "sda", cli.folder / "backups")
+        assert step in caplog.text
+        assert step in cli("check").out
+    cli.ok("restore", cli.folder / "backups", "sda", cli.folder / "new.raw")
+    assert (cli.folder / "new.raw").read_bytes()[65536:][:100] == bytes([0xA5]) * 100

@@ -1,0 +1,58 @@
+"""Whether the image of a disk is still to be found by its name. Where it is not, its data lives as long as its owner.
+
+A file that is removed, or replaced by another one, under the process that has it open is written and read on as if
+nothing had happened, guest and backups included. It ends with that process, and everything written since with it. So
+somebody has to be told while there is time for a backup.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from typing import Final
+
+from lmdbitmap.image import is_far
+
+log = logging.getLogger(__name__)
+
+WHILE_THERE_IS_TIME: Final = (
+    "do not stop the process that serves it before you have a backup, or a copy of its NBD export: what the guest"
+    " wrote ends with that process"
+)
+
+
+def why_lost(image: str, fd: int) -> str | None:
+    """What became of the name of the image that is open as `fd`, if it does not lead there any more."""
+    try:
+        there = os.stat(image)
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{image} was removed, or moved away"
+    except OSError:
+        return None  # nobody can say
+    here = os.fstat(fd)
+    if stat.S_ISBLK(here.st_mode) and stat.S_ISBLK(there.st_mode):
+        is_same = here.st_rdev == there.st_rdev
+    else:
+        is_same = os.path.samestat(here, there)
+    return None if is_same else f"{image} is another file now than the one that is open"
+
+
+class Whereabouts:
+    """Tells the log when the image of disk `name` is lost, and when it is found again. `fd` is None of a far one."""
+
+    def __init__(self, name: str, image: str, fd: int | None) -> None:
+        self._name = name
+        self._image = image
+        self._fd = None if is_far(image) else fd
+        self._lost: str | None = None
+
+    def look(self) -> str | None:
+        """What became of the image's name, if it is lost."""
+        lost = None if self._fd is None else why_lost(self._image, self._fd)
+        before, self._lost = self._lost, lost
+        if lost is not None and before is None:
+            log.error("disk %s: %s; %s", self._name, lost, WHILE_THERE_IS_TIME)
+        elif lost is None and before is not None:
+            log.warning("disk %s: its image is in its place again", self._name)
+        return lost

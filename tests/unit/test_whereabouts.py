@@ -1,0 +1,102 @@
+"""An image that is removed or replaced under the process that has it open: it is told, once, while there is time."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from lmdbitmap.whereabouts import Whereabouts, why_lost
+from tests.tracked import NAME, TrackedDisk
+
+SIZE = 1 << 20
+
+
+def removed(image: Path) -> None:
+    image.unlink()
+
+
+def moved(image: Path) -> None:
+    image.rename(image.with_name("elsewhere"))
+
+
+def without_its_folder(image: Path) -> None:
+    image.parent.rename(image.parent.with_name("other"))
+    image.parent.write_text("a file where the folder was")
+
+
+def replaced(image: Path) -> None:
+    (image.parent / "new").write_bytes(bytes(SIZE))
+    os.replace(image.parent / "new", image)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / "folder" / "disk.raw"
+    path.write_bytes(bytes(SIZE))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("happens", "said"),
+    [
+        (removed, "was removed"),
+        (moved, "was removed"),
+        (without_its_folder, "was removed"),
+        (replaced, "another file"),
+    ],
+)
+def test_what_becomes_of_a_name_is_told(image: Path, happens: object, said: str) -> None:
+    with image.open("r+b") as file:
+        assert why_lost(str(image), file.fileno()) is None
+        assert callable(happens)
+        happens(image)
+        assert said in str(why_lost(str(image), file.fileno()))
+
+
+def test_other_names_of_an_image_are_as_good(image: Path) -> None:
+    hard, soft = image.with_name("hard"), image.with_name("soft")
+    os.link(image, hard)
+    soft.symlink_to(image)
+    with image.open("r+b") as file:
+        assert [why_lost(str(name), file.fileno()) for name in (hard, soft)] == [None, None]
+
+
+def test_an_image_that_nobody_may_look_at_is_not_called_lost(image: Path) -> None:
+    """Nor one whose server is away: nothing is known of it."""
+    with image.open("r+b") as file:
+        loop = image.with_name("loop")
+        loop.symlink_to(loop)
+        assert why_lost(str(loop), file.fileno()) is None
+    assert Whereabouts(NAME, "nbd://somewhere/else", None).look() is None
+
+
+def test_it_is_logged_once_and_once_more_when_it_is_back(
+    image: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with image.open("r+b") as file:
+        whereabouts = Whereabouts(NAME, str(image), file.fileno())
+        away = image.with_name("away")
+        with caplog.at_level(logging.WARNING):
+            for name in (image, away, away, image, image):
+                Path(away if away.exists() else image).rename(name)
+                whereabouts.look()
+    gone, back = (record.getMessage() for record in caplog.records)
+    assert (
+        "was removed, or moved away; do not stop the process that serves it before you have a backup" in gone
+    )
+    assert gone.startswith(f"disk {NAME}: ")
+    assert back == f"disk {NAME}: its image is in its place again"
+
+
+def test_an_attached_disk_looks_by_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with TrackedDisk(tmp_path, SIZE).attach() as disk:
+        assert disk.image_lost is None
+        (tmp_path / "disk.raw").unlink()
+        with caplog.at_level(logging.WARNING):
+            disk.background_pass()
+        assert "was removed" in caplog.text
+        assert disk.image_lost is not None
