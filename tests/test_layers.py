@@ -194,6 +194,7 @@ FLOORS: dict[str, float] = {
     "prune": 5.2,
     "transfer": 5,
     # 6 surface: what embedders import, and over it the command line
+    "render": 5.9,
     "": 6,
     "cli": 7,
     "__main__": 8,
