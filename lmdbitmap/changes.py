@@ -68,7 +68,7 @@ class Changes:
     since: Checkpoint
     until: Checkpoint | None
     standing: Standing
-    """Without what only reading all records shows; see `summary`."""
+    """Without what only reading all records shows; see `standing_if`."""
 
     @property
     def geometry(self) -> Geometry:
@@ -182,9 +182,14 @@ class Changes:
             position = last - part.region * REGION_BLOCKS
             if 0 <= position < 8 * _SLICE_BYTES:
                 tail_dirty = bool(bits.bitmap_view(part.dirty)[position])
+        return Summary(
+            blocks, self.geometry.bytes_in(blocks, with_last=tail_dirty), self.standing_if(loose=loose)
+        )
+
+    def standing_if(self, *, loose: bool) -> Standing:
+        """How far the slices can be believed now that all were read, and one of them was loose or none was."""
         active = Standing(Trust.SUPERSET, "some of it was being written, or its record is damaged")
-        standing = self.standing.and_also(active) if loose else self.standing
-        return Summary(blocks, self.geometry.bytes_in(blocks, with_last=tail_dirty), standing)
+        return self.standing.and_also(active) if loose else self.standing
 
 
 def changes_since(store: Store, name: str, since: Checkpoint, until: str) -> Changes:

@@ -48,14 +48,14 @@ def changes(asked: Session, name: str, since: str | None, until: str | None, for
     as_json = asked.as_json if form is None else form == "json"
     bar_shown = sys.stderr.isatty() and not sys.stdout.isatty() and not asked.as_json
     with Store.open(asked.store_path) as store:
-        answer = _ask(store, name, since, until)
+        answer = ask_or_everything(store, name, since, until)
         with _image(answer) as device, progress(f"reading changes of {name}", shown=bar_shown) as report:
             extents = _reported(answer.extents(device), answer.disk.size, report)
             (_tell_json if as_json else _tell_text)(answer, extents)
-        _insist_on_trust(answer)
+        insist_on_trust(answer)
 
 
-def _ask(store: Store, name: str, since: str | None, until: str | None) -> Changes:
+def ask_or_everything(store: Store, name: str, since: str | None, until: str | None) -> Changes:
     """The answer; where nobody knows what changed, the answer that everything did."""
     try:
         return ask_changes(store, name, since=since, until=until)
@@ -87,18 +87,23 @@ def _reported(extents: Iterable[Extent], size: int, report: Report) -> Iterator[
 
 
 def _tell_json(answer: Changes, extents: Iterable[Extent]) -> None:
-    disk, summary = answer.disk, answer.summary
-    head = {
+    head = head_facts(answer, answer.summary.standing, answer.summary.dirty_bytes)
+    stream_json(head, "extents", map(_extent_as_json, extents))
+
+
+def head_facts(answer: Changes, standing: Standing, dirty_bytes: int) -> dict[str, object]:
+    """What was asked, how far the answer can be believed, and the sum of it."""
+    disk = answer.disk
+    return {
         "disk": disk.name,
         "size": disk.size,
         "granularity": disk.geometry.granularity,
         "since": answer.since.name,
         "until": None if answer.until is None else answer.until.name,
-        "trust": summary.standing.trust.value,
-        "reason": summary.standing.reason,
-        "dirty_bytes": summary.dirty_bytes,
+        "trust": standing.trust.value,
+        "reason": standing.reason,
+        "dirty_bytes": dirty_bytes,
     }
-    stream_json(head, "extents", map(_extent_as_json, extents))
 
 
 def _extent_as_json(extent: Extent) -> str:
@@ -108,16 +113,22 @@ def _extent_as_json(extent: Extent) -> str:
 
 
 def _tell_text(answer: Changes, extents: Iterable[Extent]) -> None:
-    disk, summary = answer.disk, answer.summary
-    stretch = f"since {answer.since.name}" + (f" until {answer.until.name}" if answer.until else "")
-    dirty = f"{format_size(summary.dirty_bytes)} of {format_size(disk.size)}"
-    say(f"# {disk.name}: {dirty} changed {stretch}; {standing_words(summary.standing)}")
+    summary = answer.summary
+    say(f"# {head_words(answer, summary.dirty_bytes)}; {standing_words(summary.standing)}")
     say(f"#{'offset':>19} {'length':>19}")
     stream_lines(f"{e.offset:>20} {e.length:>19}{'  reads as zeroes' if e.zero else ''}" for e in extents)
 
 
-def _insist_on_trust(answer: Changes) -> None:
-    standing = answer.summary.standing
+def head_words(answer: Changes, dirty_bytes: int) -> str:
+    """`sda: 1.1 MiB of 8 MiB changed since monday`."""
+    stretch = f"since {answer.since.name}" + (f" until {answer.until.name}" if answer.until else "")
+    dirty = f"{format_size(dirty_bytes)} of {format_size(answer.disk.size)}"
+    return f"{answer.disk.name}: {dirty} changed {stretch}"
+
+
+def insist_on_trust(answer: Changes) -> None:
+    """Raise `Untrusted`, once the answer was told, if nobody knows what changed."""
+    standing = answer.standing
     if standing.trust is Trust.UNTRUSTED:
         raise Untrusted(
             f"what changed on disk {answer.disk.name!r} is not known: {standing.reason}",

@@ -29,6 +29,7 @@ _VERBS: Final = {
     "serve": "serve.serve",
     "checkpoint": "points.checkpoint",
     "changes": "changed.changes",
+    "show": "show.show",
     "backup": "backups.backup",
     "restore": "backups.restore",
     "sync": "syncing.sync",

@@ -20,9 +20,9 @@ from tests.tracked import NAME, quick_folder
 
 SIZE = 64 * BLOCK + 512
 VERBS: list[tuple[str, ...]] = [
-    ("ls",), ("info", NAME), ("check",), ("changes", NAME), ("export", NAME, "OUT"), ("checkpoint", NAME, "now"),
-    ("mark", NAME, "0", "1"), ("backup", NAME, "REPO"), ("backup", NAME, "REPO", "--differential"),
-    ("backup", NAME, "REPO", "--full"),
+    ("ls",), ("info", NAME), ("check",), ("changes", NAME), ("show", NAME), ("export", NAME, "OUT"),
+    ("checkpoint", NAME, "now"), ("mark", NAME, "0", "1"), ("backup", NAME, "REPO"),
+    ("backup", NAME, "REPO", "--differential"), ("backup", NAME, "REPO", "--full"),
 ]  # fmt: skip
 
 
