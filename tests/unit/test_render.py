@@ -82,10 +82,15 @@ def test_an_svg_has_a_square_for_each_cell() -> None:
 
 
 def _svg_squares(page: ElementTree.Element) -> Iterator[tuple[str, int, int]]:
+    """The shade and the upper left corner of each dash of the lines."""
     for path in page.iter(f"{SVG}path"):
-        corners = re.findall(r"M(\d+) (\d+)h7v7h-7z", path.attrib["d"])
-        assert len(path.attrib["d"]) == sum(len(f"M{x} {y}h7v7h-7z") for x, y in corners)
-        yield from ((path.attrib["class"], int(x), int(y)) for x, y in corners)
+        assert (path.attrib["stroke-width"], path.attrib["stroke-dasharray"]) == ("7", "7 1")
+        lines = re.findall(r"M(\d+) (\d+)\.5h(\d+)", path.attrib["d"])
+        assert path.attrib["d"] == "".join(f"M{x} {y}.5h{length}" for x, y, length in lines)
+        for x, y, length in lines:
+            dashes = range(int(x), int(x) + int(length), 8)
+            assert dashes[-1] + 7 == int(x) + int(length), "the last dash is not cut short"
+            yield from ((path.attrib["class"], dash, int(y) - 3) for dash in dashes)
 
 
 def test_all_of_an_svg_lies_on_it() -> None:
