@@ -1,6 +1,6 @@
 """Run what the documents show and paste what it printed; with --check, only say whether it still prints the same.
 
-docs/cli.md is the help of every command, as it is. In README.md only parts are made:
+docs/cli.md is the help of every command, as it is, docs/map.svg what `show` draws. In README.md only parts are made:
 
 Between `<!-- NAME -->` and `<!-- end -->` stands what a script printed. `session` is a shell session with a real
 server that is killed in the middle of it; `speed` comes from the newest benchmark on this machine, and is left
@@ -13,6 +13,7 @@ import contextlib
 import io
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -20,11 +21,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from lmdbitmap import Filter, Store, add
 from lmdbitmap.cli.main import run
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 REFERENCE = ROOT / "docs" / "cli.md"
+PICTURE = ROOT / "docs" / "map.svg"
 SERVE = "lmdbitmap serve sda --socket sda.sock &"
 CRASH = "kill -9 %1"
 SESSION = [
@@ -149,17 +152,43 @@ def help_of(*words: str) -> str:
     return said.getvalue()
 
 
+def picture() -> str:
+    """What `show` draws of a disk that a guest wrote to here and there: each time the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        with open(f"{folder}/sda.raw", "wb") as image:
+            image.truncate(40 << 30)
+        with Store.create(f"{folder}/store") as store:
+            add(store, "sda", f"{folder}/sda.raw", granularity_bits=16, durability="deferred")
+            with Filter.attach(store, "sda", background=False) as disk:
+                disk.checkpoint("monday")
+                write_as_a_guest_does(disk)
+        shell("lmdbitmap show sda --svg map.svg", folder)
+        return Path(folder, "map.svg").read_text()
+
+
+def write_as_a_guest_does(disk: Filter) -> None:
+    """One large file, and small ones around a few places."""
+    disk.mark(23 << 29, 5 << 29)
+    chance = random.Random(4)
+    for number in range(400):
+        place = (2, 5, 9, 17, 30, 31)[number % 6] << 30
+        spread = int((chance.random() + chance.random() + chance.random() - 1.5) * (1 << 30))
+        disk.mark(place + spread, (4 << 10, 1 << 20, 16 << 20)[number % 5 % 3])
+
+
 def main(words: list[str]) -> int:
     os.environ["COLUMNS"] = "110"
     text = README.read_text()
     fresh = text
     for name in PARTS if "--check" not in words else ["session"]:
         fresh = replaced(fresh, name, PARTS[name]())
-    reference = command_line()
+    made = {REFERENCE: command_line(), PICTURE: picture()}
     if "--check" in words:
-        return int(alike(fresh) != alike(text) or reference != REFERENCE.read_text())
+        stale = [path for path, content in made.items() if content != path.read_text()]
+        return int(alike(fresh) != alike(text) or stale != [])
     README.write_text(fresh)
-    REFERENCE.write_text(reference)
+    for path, content in made.items():
+        path.write_text(content)
     return 0
 
 
