@@ -21,14 +21,16 @@ from lmdbitmap.backup_plan import DigestChoice, Plan, full_instead
 from lmdbitmap.bits import Run
 from lmdbitmap.changes import Changes, changes_since
 from lmdbitmap.copier import Copied, ImageFile, Report, cluster_bits_for, copy_clusters
-from lmdbitmap.digests import synced_digests
-from lmdbitmap.errors import FormatError, LmdbitmapError, StorageError, Untrusted
+from lmdbitmap.digests import require_algorithms, synced_digests
+from lmdbitmap.errors import FormatError, LmdbitmapError, NotFound, StorageError, Untrusted
 from lmdbitmap.extents import Trust
+from lmdbitmap.file_pool import PooledFile
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.hashing import ChunkHasher
 from lmdbitmap.holds import HoldFile
 from lmdbitmap.interfaces import Allocation
 from lmdbitmap.manifest import BackupEntry, BackupType, CheckpointRef, ChunkDigests, Manifest, chain_to
+from lmdbitmap.proof import proven_beside
 from lmdbitmap.qcow2.compression import Compression
 from lmdbitmap.qcow2.layout import SECTOR, CompressionType
 from lmdbitmap.readable import Metered, Readable
@@ -76,13 +78,38 @@ class Job:
 
     @contextlib.contextmanager
     def parent_chain(self) -> Iterator[Readable]:
-        """The backup that this one is stacked on, as a disk. It raises `ParentDamaged`, also to be opened."""
+        """The backup that this one is stacked on, as a disk. It raises `ParentDamaged`, also to be opened or left.
+
+        What is read of it is proven, as a restore will prove it: what it has in common with the disk is taken from
+        there then. That is left out where this Python lacks the package for one of its digests, and of images that
+        have none by chunks.
+        """
         assert self.plan.parent is not None
+        entries = chain_to(self.manifest, self.plan.parent.id)
+        can_prove = _can_prove(self.folder, entries)
         with contextlib.ExitStack() as opened:
             with _of_the_parent():
-                entries = chain_to(self.manifest, self.plan.parent.id)
-                past = opened.enter_context(backup_chain.opened(self.folder, entries))
+                past = opened.enter_context(backup_chain.opened(self.folder, entries, verify=can_prove))
+                proven = opened.enter_context(
+                    proven_beside(_without_their_digests(past) if can_prove else [])
+                )
             yield _Parent(past)
+            with _of_the_parent():
+                proven.result()
+
+
+def _can_prove(folder: BackupFolder, entries: Sequence[BackupEntry]) -> bool:
+    try:
+        require_algorithms(folder, entries)
+    except NotFound as lacking:
+        log.warning("%s; what the disk is compared with is not proven", lacking.problem)
+        return False
+    return True
+
+
+def _without_their_digests(past: BackupChain) -> Sequence[tuple[PooledFile, BackupEntry]]:
+    """The images whose digests by chunks are lost or damaged: only as a whole can they be proven."""
+    return [(file, entry) for file, entry in past.unproven if entry.chunks is not None]
 
 
 class ParentDamaged(Exception):
@@ -162,8 +189,8 @@ class Source:
             with self.job.parent_chain() as past:
                 runs = _until_lost(differing(device, past, self.clusters, report.advance), lost)
                 yield self._with_tail(runs, self.clusters)
-            if lost:
-                raise lost[0]
+                if lost:
+                    raise lost[0]
         elif self.changes is None:
             yield iter([(0, self.clusters.block_count)])
         else:

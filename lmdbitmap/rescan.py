@@ -1,7 +1,7 @@
 """Where a disk differs from a backup of it, found out by reading both: when no bitmap can say what changed.
 
-What both know to be zero is not read. Past the end of the shorter one the other must be zero, or it differs. The
-comparison is of the data itself: a backup that rotted differs, and is mended by what is stored then.
+What both know to be zero is not read. Past the end of the shorter one the other must be zero, or it differs. All else
+is read, of both: so what a restore will take from the backup is what `past` was read for, and can prove meanwhile.
 """
 
 from __future__ import annotations
