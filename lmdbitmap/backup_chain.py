@@ -18,7 +18,8 @@ import copy
 import errno
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from lmdbitmap.buffers import read_whole
@@ -28,24 +29,30 @@ from lmdbitmap.file_pool import FilePool, PooledFile, half_of_what_may_be_open
 from lmdbitmap.geometry import ceil_div, check_range
 from lmdbitmap.interfaces import Allocation, joined
 from lmdbitmap.manifest import BackupEntry, chain_to
-from lmdbitmap.proof import ChunkProof, chunk_proof
+from lmdbitmap.proof import ChunkProof, Whole, chunk_proof
 from lmdbitmap.qcow2 import Qcow2Reader, Run, Source, chain_extents
 from lmdbitmap.qcow2.compression import require
 from lmdbitmap.qcow2.layout import SECTOR
 from lmdbitmap.read_only import ReadOnlyDevice
 from lmdbitmap.repository import BackupFolder
 
-_USE_ANOTHER = "use an earlier backup, or get the file from a copy of the repository"
+_FROM_A_COPY = "get the file from a copy of the repository"
 
 
 class Image(NamedTuple):
     """One file of the chain."""
 
+    folder: BackupFolder
     entry: BackupEntry
     file: PooledFile
     reader: Qcow2Reader
     proof: ChunkProof | None = None
     """What proves it before it is read."""
+
+    @property
+    def whole(self) -> Whole:
+        """As it is proven otherwise."""
+        return Whole(self.folder, self.entry, self.file)
 
 
 class BackupChain(ReadOnlyDevice):
@@ -74,9 +81,9 @@ class BackupChain(ReadOnlyDevice):
         return chain_extents(self._readers, offset, length) if length else iter(())
 
     @property
-    def unproven(self) -> Sequence[tuple[PooledFile, BackupEntry]]:
+    def unproven(self) -> Sequence[Whole]:
         """The images that are read without being proven."""
-        return [(image.file, image.entry) for image in self.images if image.proof is None]
+        return [image.whole for image in self.images if image.proof is None]
 
     @property
     def _readers(self) -> Sequence[Qcow2Reader]:
@@ -203,9 +210,9 @@ def _opened_image(
 ) -> Image:
     file = PooledFile(pool, folder.image_path(entry.file))
     proof = chunk_proof(folder, entry, file) if verify else None
-    reader = image_reader(_Named(file, proof), entry, parent)
+    reader = image_reader(_Named(file, proof), entry, parent, partial(folder.step_without, entry))
     require(reader.compression_type)
-    return Image(entry, file, reader, proof)
+    return Image(folder, entry, file, reader, proof)
 
 
 def are_still(folder: BackupFolder, entries: Sequence[BackupEntry]) -> bool:
@@ -251,8 +258,13 @@ class _Named:
                 self._proof.fill(buffer, offset)
 
 
-def image_reader(device: ImageSource, entry: BackupEntry, parent: str | None) -> Qcow2Reader:
-    """The image's reader, if its header says what the manifest says."""
+def image_reader(
+    device: ImageSource,
+    entry: BackupEntry,
+    parent: str | None,
+    next_step: Callable[[], str] = lambda: _FROM_A_COPY,
+) -> Qcow2Reader:
+    """The image's reader, if its header says what the manifest says; else `FormatError` with this next step."""
     reader = Qcow2Reader(device, name=device.path)
     size = ceil_div(entry.disk_size, SECTOR) * SECTOR
     for what, expected, found in (
@@ -261,6 +273,6 @@ def image_reader(device: ImageSource, entry: BackupEntry, parent: str | None) ->
     ):
         if found != expected:
             raise FormatError(
-                f"{device.path}: {what}", expected=str(expected), found=ascii(found), next_step=_USE_ANOTHER
+                f"{device.path}: {what}", expected=str(expected), found=ascii(found), next_step=next_step()
             )
     return reader

@@ -24,13 +24,12 @@ from lmdbitmap.copier import Copied, ImageFile, Report, cluster_bits_for, copy_c
 from lmdbitmap.digests import require_algorithms, synced_digests
 from lmdbitmap.errors import FormatError, LmdbitmapError, NotFound, StorageError, Untrusted
 from lmdbitmap.extents import Trust
-from lmdbitmap.file_pool import PooledFile
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.hashing import ChunkHasher
 from lmdbitmap.holds import HoldFile
 from lmdbitmap.interfaces import Allocation
 from lmdbitmap.manifest import BackupEntry, BackupType, CheckpointRef, ChunkDigests, Manifest, chain_to
-from lmdbitmap.proof import proven_beside
+from lmdbitmap.proof import Whole, proven_beside
 from lmdbitmap.qcow2.compression import Compression
 from lmdbitmap.qcow2.layout import SECTOR, CompressionType
 from lmdbitmap.readable import Metered, Readable
@@ -107,9 +106,9 @@ def _can_prove(folder: BackupFolder, entries: Sequence[BackupEntry]) -> bool:
     return True
 
 
-def _without_their_digests(past: BackupChain) -> Sequence[tuple[PooledFile, BackupEntry]]:
+def _without_their_digests(past: BackupChain) -> Sequence[Whole]:
     """The images whose digests by chunks are lost or damaged: only as a whole can they be proven."""
-    return [(file, entry) for file, entry in past.unproven if entry.chunks is not None]
+    return [image for image in past.unproven if image.entry.chunks is not None]
 
 
 class ParentDamaged(Exception):

@@ -50,11 +50,11 @@ def prove_first(
 ) -> None:
     """Prove all of a backup, if that is wanted; else tell the log of images that nobody can prove piece by piece."""
     if wanted:
-        prove([(image.file, image.entry) for image in backup.images], stopped)
+        prove([image.whole for image in backup.images], stopped)
     elif backup.unproven:
         log.warning(
             "disk %s: %s has no digests by chunks, and is served unproven; --verify proves it as a whole first",
-            name, backup.unproven[-1][0].path,
+            name, backup.unproven[-1].file.path,
         )  # fmt: skip
 
 

@@ -14,6 +14,8 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
 
 from lmdbitmap.digest_algorithms import DIGEST_BYTES, new_hasher
 from lmdbitmap.digests import found_digest, read_digests, require_algorithms
@@ -26,15 +28,18 @@ from lmdbitmap.repository import BackupFolder
 
 log = logging.getLogger(__name__)
 
-_USE_ANOTHER = "restore an earlier backup, or get the file from a copy of the repository"
 _STRIPES = 64
 
 
 class ChunkProof:
     """What of an image is proven, by the digests of its chunks. Safe for many threads."""
 
-    def __init__(self, file: PooledFile, chunks: ChunkDigests, digests: bytes) -> None:
+    def __init__(
+        self, file: PooledFile, chunks: ChunkDigests, digests: bytes, next_step: Callable[[], str]
+    ) -> None:
+        """`next_step` is asked where a chunk is not what it was: what to do without it."""
         self._file = file
+        self._next_step = next_step
         self._algorithm = chunks.algorithm
         self._chunk_size = chunks.chunk_size
         self._digests = digests
@@ -95,7 +100,7 @@ class ChunkProof:
                 f"{self._file.path}: bytes {start}..{end}",
                 expected=f"{self._algorithm.title} {expected.hex()}",
                 found=found.hex(),
-                next_step=_USE_ANOTHER,
+                next_step=self._next_step(),
             )
         self._is_proven[chunk] = 1
 
@@ -110,29 +115,39 @@ def chunk_proof(folder: BackupFolder, entry: BackupEntry, file: PooledFile) -> C
     except (FormatError, NotFound) as unusable:
         log.warning("%s: the image is proven as a whole, which takes longer", unusable.problem)
         return None
-    return ChunkProof(file, entry.chunks, digests)
+    return ChunkProof(file, entry.chunks, digests, partial(folder.step_without, entry))
 
 
-def prove_whole(file: PooledFile, entry: BackupEntry, stopped: Callable[[], bool] = lambda: False) -> None:
-    """Raise `FormatError` unless the image has this digest to the bit; give up if `stopped` says so."""
-    with os_errors_at(file.path), file.reading() as device:
-        assert device.fd is not None
-        found = found_digest(entry, device.fd, stopped)
-    if found != entry.digest and not stopped():
-        raise FormatError(file.path, expected=f"SHA-256 {entry.digest}", found=found, next_step=_USE_ANOTHER)
+class Whole(NamedTuple):
+    """An image that is to be proven as a whole."""
+
+    folder: BackupFolder
+    entry: BackupEntry
+    file: PooledFile
+
+    def prove(self, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Raise `FormatError` unless the image has its digest to the bit; give up if `stopped` says so."""
+        with os_errors_at(self.file.path), self.file.reading() as device:
+            assert device.fd is not None
+            found = found_digest(self.entry, device.fd, stopped)
+        if found != self.entry.digest and not stopped():
+            raise FormatError(
+                self.file.path,
+                expected=f"SHA-256 {self.entry.digest}",
+                found=found,
+                next_step=self.folder.step_without(self.entry),
+            )
 
 
-def prove(
-    images: Sequence[tuple[PooledFile, BackupEntry]], stopped: Callable[[], bool] = lambda: False
-) -> None:
+def prove(images: Sequence[Whole], stopped: Callable[[], bool] = lambda: False) -> None:
     """The same of all of these."""
-    for file, entry in images:
+    for image in images:
         if not stopped():
-            prove_whole(file, entry, stopped)
+            image.prove(stopped)
 
 
 @contextlib.contextmanager
-def proven_beside(images: Sequence[tuple[PooledFile, BackupEntry]]) -> Iterator[Future[None]]:
+def proven_beside(images: Sequence[Whole]) -> Iterator[Future[None]]:
     """The same in a thread of its own, until the block ends; the future's result raises what is wrong."""
     stop = threading.Event()
     with ThreadPoolExecutor(max_workers=1) as beside:

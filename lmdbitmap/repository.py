@@ -41,7 +41,7 @@ from typing import NamedTuple
 from lmdbitmap import files, schema
 from lmdbitmap.apart import Failures
 from lmdbitmap.buffers import new_buffer
-from lmdbitmap.errors import FormatError, NotFound, StorageError, os_errors_at
+from lmdbitmap.errors import FormatError, LmdbitmapError, NotFound, StorageError, os_errors_at
 from lmdbitmap.manifest import BackupEntry, BackupType, Manifest, has_room
 from lmdbitmap.manifest_file import COPY, MANIFEST, ManifestFile, put_aside, remove
 
@@ -143,8 +143,32 @@ class BackupFolder:
                     path,
                     expected=f"a regular file of {entry.bytes_stored} bytes",
                     found=f"{status.st_size} bytes" if stat.S_ISREG(status.st_mode) else "something else",
-                    next_step="restore the file from a copy of the repository, or use an earlier full backup",
+                    next_step=self.step_without(entry),
                 )
+
+    def step_without(self, damaged: BackupEntry) -> str:
+        """The next step of who needs an image that is damaged; it names the newest backup without it, if any is."""
+        spare = self._newest_without(damaged)
+        if spare is None:
+            return "get the file from a copy of the repository, or use another repository"
+        return (
+            f"use backup {spare.id}, the newest that does without this file, "
+            "or get the file from a copy of the repository"
+        )
+
+    def _newest_without(self, damaged: BackupEntry) -> BackupEntry | None:
+        """The newest backup that can be restored without that one's image, as far as anybody knows."""
+        try:
+            known = self.manifest()
+        except LmdbitmapError:
+            return None
+        spare, needing = None, {damaged.id}
+        for entry in known.backups if known else ():
+            if entry.id in needing or entry.parent in needing:  # a parent comes before
+                needing.add(entry.id)
+            else:
+                spare = entry
+        return spare
 
     def _image_status(self, file: str) -> tuple[str, os.stat_result]:
         path = self.image_path(file)

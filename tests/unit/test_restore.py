@@ -22,7 +22,7 @@ from lmdbitmap.errors import (
     NotFound,
     StorageError,
 )
-from lmdbitmap.manifest import BackupEntry, chain_to
+from lmdbitmap.manifest import BackupEntry, BackupType, chain_to
 from lmdbitmap.qcow2 import CompressionType
 from lmdbitmap.restore import RestoreResult, restore
 from tests.backed_up import DIFFERENTIAL, FULL, BackedUpDisk
@@ -365,6 +365,46 @@ def lose_digests(disk: BackedUpDisk, number: int, lack: str = "never made") -> N
         path.unlink()
     else:
         flip(path, 0)
+
+
+FROM_ELSEWHERE = "get the file from a copy of the repository, or use another repository"
+
+
+@pytest.mark.parametrize("lack", [None, "gone"])
+@pytest.mark.parametrize(("number", "kind", "spare"), [
+    (0, None, None), (1, None, "1"), (2, None, "2"), (0, FULL, "4"), (2, FULL, "4"),
+    (0, DIFFERENTIAL, None), (1, DIFFERENTIAL, "4"),
+])  # fmt: skip
+def test_where_an_image_is_damaged_the_newest_backup_without_it_is_named(
+    disk: BackedUpDisk, number: int, kind: BackupType | None, spare: str | None, lack: str | None
+) -> None:
+    if kind is not None:
+        disk.backup(kind)
+    if lack is not None:
+        lose_digests(disk, number, lack)
+    flip(path_of(disk, number), 5000)
+    step = refused(disk, at="3").next_step
+    if spare is None:
+        assert step == FROM_ELSEWHERE
+    else:
+        assert step.startswith(
+            f"use backup {spare}, the newest that does without this file, or get the file "
+        )
+        assert restored(disk, at=spare).entry.id == spare
+
+
+def test_where_nobody_can_say_which_backups_there_are_none_is_named(disk: BackedUpDisk) -> None:
+    newest = disk.manifest().backups[-1]
+    assert disk.backup_folder().step_without(newest).startswith("use backup 2, ")
+    Path(disk.backup_folder().path_of("manifest.json")).write_bytes(b"rot")
+    assert disk.backup_folder().step_without(newest) == FROM_ELSEWHERE
+
+
+def test_a_cut_image_or_one_with_another_header_has_the_same_next_step(disk: BackedUpDisk) -> None:
+    change_entry(disk, 2, disk_size=SIZE + 512)
+    assert refused(disk).next_step.startswith("use backup 2, ")
+    os.truncate(path_of(disk, 1), 10000)
+    assert refused(disk, at="2").next_step.startswith("use backup 1, ")
 
 
 def test_digests_can_be_left_out(disk: BackedUpDisk) -> None:
