@@ -15,12 +15,11 @@ from __future__ import annotations
 import errno
 import os
 
-from lmdbitmap import chain, export, files
-from lmdbitmap import format as flat
+from lmdbitmap import chain, export
 from lmdbitmap.changes import changes
 from lmdbitmap.errors import FormatError, NotFound, Untrusted, error_from_os, os_errors_at
 from lmdbitmap.filter import Filter
-from lmdbitmap.flatfile import FlatFile
+from lmdbitmap.flatfile import FlatFile, begins_like_ours
 from lmdbitmap.format import Flags, FlatHeader
 
 
@@ -50,7 +49,7 @@ def _take_in(attached: Filter, path: str) -> str | None:
     except NotFound:
         return None
     except FormatError as error:
-        if not _begins_like_ours(path):
+        if not begins_like_ours(path):
             raise
         attached.start_epoch(error.problem)
         return error.problem
@@ -63,12 +62,6 @@ def _take_in(attached: Filter, path: str) -> str | None:
             attached.start_epoch(reason)
         file.clear_clean()
     return reason
-
-
-def _begins_like_ours(path: str) -> bool:
-    ours = flat.MAGIC + flat.MAJOR_VERSION.to_bytes(2, "little")
-    with os_errors_at(path), open(path, "rb", opener=files.open_nonblocking) as file:
-        return (file.read(len(ours)) or b"") == ours
 
 
 def _why_unbelievable(file: FlatFile, attached: Filter) -> str | None:

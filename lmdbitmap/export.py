@@ -35,6 +35,7 @@ from lmdbitmap.nbd import control_client
 from lmdbitmap.schema import Bitmap, Disk
 from lmdbitmap.standalone import Dirt, Origin
 from lmdbitmap.store import Reader, Store, Writer
+from lmdbitmap.target import refuse_tracked
 
 _BATCH_REGIONS = 512
 """Regions that are marked in one commit: many enough that commits cost little, so few that no guest waits long."""
@@ -45,9 +46,11 @@ _BATCH_REGIONS = 512
 def export_changes(changes: Changes, path: str | os.PathLike[str]) -> FlatHeader:
     """Write the changes to a flat file, durable at `path` on return; answer its header.
 
-    Raises `Untrusted`, and writes nothing, where nothing is known. If it raises, the old file is still there.
+    Raises `Untrusted`, and writes nothing, where nothing is known; `AlreadyExists` for the image of a tracked disk, and
+    `FormatError` for any other file that is neither empty nor a flat file. If it raises, the old file is still there.
     """
     _require_known(changes)
+    refuse_tracked(changes.store, os.fspath(path))
     disk, since, until = changes.disk, changes.since, changes.until
     header = FlatHeader(
         disk_size=disk.size,
@@ -69,6 +72,7 @@ def export_bitmap(store: Store, name: str, path: str | os.PathLike[str]) -> Flat
     """Write the stand-alone bitmap called `name` to a flat file, as `export_changes` does."""
     with store.read() as reader:
         bitmap = standalone.find(reader, name)
+    refuse_tracked(store, os.fspath(path))
     header = FlatHeader(
         disk_size=bitmap.size,
         granularity_bits=bitmap.granularity_bits,

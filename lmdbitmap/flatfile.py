@@ -146,10 +146,34 @@ class NewFlatFile:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str], header: FlatHeader, metadata: Metadata) -> Iterator[NewFlatFile]:
-    """A new file at `path`, CLEAN and durable when the block ends well; if it raises, nothing has changed."""
+    """A new file at `path`, CLEAN and durable when the block ends well; if it raises, nothing has changed.
+
+    Raises `FormatError` where there is a file already that is neither empty nor a flat file of this version.
+    """
     place = os.fspath(path)
+    _refuse_foreign(place)
     with files.replacing(place) as file:
         new = NewFlatFile(file, header, metadata)
         yield new
         with os_errors_at(place):
             new.seal()
+
+
+def begins_like_ours(path: str) -> bool:
+    """Whether the first bytes are those of a flat file of this version, whatever comes after them."""
+    ours = flat.MAGIC + flat.MAJOR_VERSION.to_bytes(2, "little")
+    with os_errors_at(path), open(path, "rb", opener=files.open_nonblocking) as file:
+        return (file.read(len(ours)) or b"") == ours
+
+
+def _refuse_foreign(place: str) -> None:
+    """Its content would be gone, and whoever has it open would go on with what has no name any more."""
+    with os_errors_at(place):
+        if not os.path.isfile(place) or os.stat(place).st_size == 0 or begins_like_ours(place):
+            return
+    raise FormatError(
+        place,
+        expected="a flat bitmap file of this version, an empty file or none",
+        found="a file with something else in it",
+        next_step="name a new file: nothing was written",
+    )

@@ -33,6 +33,7 @@ def export(asked: Session, name: str, file: str, since: str | None, until: str |
     """Write a bitmap to a flat file.
 
     NAME is a disk, whose changes are written, or a stand-alone bitmap. The file is there whole or not at all.
+    One that is there already is replaced if it is a flat file or empty; any other is refused.
     """
     with (
         Store.open(asked.store_path) as store,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,45 @@ def test_what_is_not_known_is_not_exported(cli: Cli, flat: Path) -> None:
 def test_an_export_to_nowhere_is_told(cli: Cli, flat: Path) -> None:
     assert "does not exist" in cli.fails(1, "export", "sda", cli.folder / "nowhere" / "x.dbm")
     assert "nothing is called 'sdx'" in cli.fails(1, "export", "sdx", flat)
+
+
+@pytest.mark.parametrize("name", ["sda", "kept"])
+def test_an_export_takes_the_place_of_bitmaps_and_of_nothing_else(cli: Cli, flat: Path, name: str) -> None:
+    cli.ok("import", flat, "kept")
+    manifest = cli.folder / "manifest.json"
+    manifest.write_text("{}")
+    said = cli.fails(1, "export", name, manifest)
+    assert said == (
+        f"{manifest}: expected a flat bitmap file of this version, an empty file or none, found a file with something"
+        " else in it; name a new file: nothing was written"
+    )
+    assert manifest.read_text() == "{}"
+    manifest.write_bytes(b"")
+    cli.ok("export", name, manifest)
+    cli.ok("export", name, _with_byte(manifest, FIRST_BITS_BYTE, 1))
+    assert cli.json("inspect", manifest)["trust"] == "exact"
+
+
+@pytest.mark.parametrize("name", ["sda", "kept"])
+def test_an_export_never_takes_the_place_of_an_image(cli: Cli, flat: Path, name: str) -> None:
+    """Not even of one whose guest wrote what a bitmap begins with, nor by another name."""
+    cli.ok("import", flat, "kept")
+    image, other = cli.add("sdb"), cli.folder / "other.raw"
+    with image.open("r+b") as file:
+        file.write(flat.read_bytes()[:4096])
+    other.hardlink_to(image)
+    before = image.stat()
+    for path in (image, other):
+        assert "is the image of disk 'sdb'" in cli.fails(1, "export", name, path)
+    assert (image.stat().st_ino, image.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_an_export_goes_to_a_file_alone(cli: Cli, flat: Path) -> None:
+    fifo = cli.folder / "fifo"
+    os.mkfifo(fifo)
+    assert "is not a regular file" in cli.fails(2, "export", "sda", fifo)
+    assert "is a directory" in cli.fails(2, "export", "sda", cli.folder)
+    assert fifo.is_fifo()
 
 
 # --- described ---
