@@ -119,6 +119,7 @@ def _snapshot(scene: Scene, disks: list[Any], name: str, since: list[Any], bound
     _require_ours(scene, disks)
     if len(since) != len(disks) or not all(isinstance(one, str) for one in since):
         raise InvalidArgument("`since` is a checkpoint or nothing for each disk", next_step="name as many")
+    _require_checkpoints(scene, disks, since)
     held = _held(scene)
     taken = held.take(disks, name, private=bound and once)
     try:
@@ -137,6 +138,15 @@ def _snapshot(scene: Scene, disks: list[Any], name: str, since: list[Any], bound
                            "uuid": str(snapshot.checkpoint.uuid), "time_ns": snapshot.checkpoint.time_ns,
                            "direct": snapshot.image_fd is not None}
                           for snapshot in taken]}  # fmt: skip
+
+
+def _require_checkpoints(scene: Scene, disks: list[Any], since: list[Any]) -> None:
+    """Before one is made: it would stay, and its name be taken when whoever mistyped another asks again."""
+    for name, checkpoint in zip(disks, since, strict=True):
+        attached = scene.filters[name]
+        with attached.store.read() as reader:
+            if checkpoint:
+                chain.find_checkpoint(reader, attached.disk, checkpoint)
 
 
 def _release(scene: Scene, disk: str, checkpoint: str, uuid: str | None = None) -> Answer:

@@ -60,6 +60,18 @@ def test_it_is_held_for_nobody_in_particular(serves: Serving) -> None:
         take_served_snapshot(serves.disk.store, [NAME], "monday")
 
 
+@pytest.mark.parametrize("since", ["sunday", "tuesday"])
+def test_nothing_is_made_where_nobody_knows_what_to_count_from(serves: Serving, since: str) -> None:
+    """Nor is the checkpoint that is asked for one to count from."""
+    store = serves.disk.store
+    with pytest.raises(NotFound, match=f"has no checkpoint '{since}'"):
+        take_served_snapshot(store, [NAME], "tuesday", since=since)
+    with store.read() as reader:
+        assert "tuesday" not in [made.name for made in reader.checkpoints(serves.disk.disk.uuid)]
+    assert serves.disk.snapshots == ()
+    take_served_snapshot(store, [NAME], "tuesday")
+
+
 def test_of_one_that_broke_nobody_believes_what_was_read(serves: Serving) -> None:
     take_served_snapshot(serves.disk.store, [NAME], "monday")
     serves.disk.snapshots[0]._break("the room is full")
