@@ -37,7 +37,7 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple
 from uuid import uuid4
 
-from lmdbitmap import backup_place, consumers, digest_algorithms, mending
+from lmdbitmap import backup_place, consumers, digest_algorithms, founding, mending
 from lmdbitmap.access import FREEZE_LIMIT_S, OWNER_LIMIT_S, Access, PointInTime, access, open_to_read
 from lmdbitmap.apart import Failures
 from lmdbitmap.backup_image import Job, ParentDamaged, Source, write_image
@@ -125,6 +125,7 @@ def backup(
     """
     packing, pace = None if compression is None else chosen(compression), pace_of(bytes_per_s)
     algorithm = None if digest is None else digest_algorithms.named(digest)
+    founding.refuse_inside(repository_path)
     if len(set(names)) != len(names):
         raise InvalidArgument("a disk is named twice", next_step="name each disk once")
     failures = Failures(at_once=len(names) == 1)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import enum
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,7 +28,7 @@ from lmdbitmap import continuity, holds, owner, schema, session, sync_note, tall
 from lmdbitmap.changes import open_period_standing
 from lmdbitmap.errors import FormatError, InvalidArgument, LmdbitmapError, NotFound
 from lmdbitmap.extents import Trust
-from lmdbitmap.files import PARTIAL_SUFFIX
+from lmdbitmap.files import is_unfinished_name
 from lmdbitmap.founding import DAMAGED_PREFIX, FOLDERS, FRESH_PREFIX
 from lmdbitmap.geometry import REGION_BLOCKS
 from lmdbitmap.records import BITMAP_ID_KEY
@@ -52,6 +53,7 @@ _OLD_VIEW_TRANSACTIONS = 1000
 _REGION_KEY_BYTES = len(schema.region_key(0, 0))
 _REGIONS_PER_REPORT = 4096
 _OTHERS_WRITE = 0o022
+_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 class Gravity(enum.IntEnum):
@@ -419,17 +421,29 @@ def _folder(store: Store, inventory: _Inventory) -> Iterator[Finding]:
 
 
 def _leftovers(store: Store, known: set[str] | None) -> Iterator[str]:
-    """What killed processes left, and what belongs to disks that are gone; `known` is None where unknown."""
+    """What killed processes left, and what belongs to disks that are gone; `known` is None where unknown.
+
+    Only what is called as our files are: what somebody else keeps here, backups even, is not for us to judge.
+    """
     for name in sorted(os.listdir(store.path)):
-        if name.startswith(FRESH_PREFIX) or name.endswith(PARTIAL_SUFFIX):
-            yield os.path.join(store.path, name)
+        path = os.path.join(store.path, name)
+        if name.startswith(FRESH_PREFIX) or (is_unfinished_name(name) and not os.path.isdir(path)):
+            yield path
     for folder in FOLDERS:
         place = os.path.join(store.path, folder)
         for name in sorted(os.listdir(place)) if os.path.isdir(place) else ():
-            if name.endswith(PARTIAL_SUFFIX) or (known is not None and _disk_of(name) not in known):
-                yield os.path.join(place, name)
+            path = os.path.join(place, name)
+            if _is_left_over(name, known) and not os.path.isdir(path):
+                yield path
 
 
-def _disk_of(name: str) -> str:
+def _is_left_over(name: str, known: set[str] | None) -> bool:
+    if is_unfinished_name(name):
+        return True
+    disk = _disk_of(name)
+    return known is not None and disk is not None and disk not in known
+
+
+def _disk_of(name: str) -> str | None:
     """The uuid of the disk that a file belongs to: notes have it at their beginning, other files are called so."""
-    return sync_note.disk_of(name) or holds.disk_of(name) or name
+    return sync_note.disk_of(name) or holds.disk_of(name) or (name if _UUID.fullmatch(name) else None)

@@ -264,6 +264,11 @@ _NO_FOLDER_SYNC = {
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
+def is_unfinished_name(name: str) -> bool:
+    """Whether a file is called as one on its way is, and as nothing else."""
+    return _LEFTOVER.fullmatch(name) is not None
+
+
 def remove_leftovers(folder: str | os.PathLike[str], of: str | None = None) -> list[str]:
     """Remove what killed processes left of the file named `of`, or of any; returns the names, sorted.
 

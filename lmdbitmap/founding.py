@@ -13,10 +13,11 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from uuid import uuid4
 
 from lmdbitmap import environment, files, lmdb_errors, lmdb_opening, schema
-from lmdbitmap.errors import LmdbitmapError, StorageError
+from lmdbitmap.errors import InvalidArgument, LmdbitmapError, StorageError
 from lmdbitmap.highwater import NEWEST
 from lmdbitmap.presence import USERS
 from lmdbitmap.records import Writer
@@ -45,10 +46,27 @@ def environment_file(path: str) -> tuple[int, int] | None:
 def is_ours(path: str) -> bool:
     """Whether a store was made in that folder once, whatever became of its environment."""
     try:
-        with open(os.path.join(path, "README"), "rb") as readme:
+        with open(os.path.join(path, "README"), "rb", opener=files.open_nonblocking) as readme:
             return readme.read(len(_FIRST_WORDS)) == _FIRST_WORDS.encode()
     except OSError:
         return False
+
+
+def refuse_inside(place: str | os.PathLike[str]) -> None:
+    """Raise `InvalidArgument` for a store, whichever, and for what is inside of one, by whatever links.
+
+    What is there is the store's own: `check` calls files that nothing needs left over.
+    """
+    path = os.path.realpath(place)
+    above = [path, *map(str, Path(path).parents)]
+    for folder in filter(_was_made_a_store, above):
+        raise InvalidArgument(
+            f"{os.fspath(place)} is inside of the store {folder}", next_step="name a place outside of it"
+        )
+
+
+def _was_made_a_store(path: str) -> bool:
+    return is_ours(path) or all(os.path.isdir(os.path.join(path, name)) for name in ("lmdb", *FOLDERS))
 
 
 def prepare_folder(path: str) -> None:

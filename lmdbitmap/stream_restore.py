@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from lmdbitmap import founding
 from lmdbitmap.buffers import new_buffer
 from lmdbitmap.copier import Progress, Report
 from lmdbitmap.differences import Mender
@@ -87,6 +88,8 @@ def apply_stream(
     place = os.fspath(target_path)
     if store is not None:
         refuse_tracked(store, place)
+    if not is_far(place):
+        founding.refuse_inside(place)
     events = _events(stream)
     head = next(events)
     assert isinstance(head, Head)

@@ -5,7 +5,7 @@ yet must have that size: a wrong name should not cost a file. A device's or an e
 the disk rounded up to a sector. What is `larger`, and is allowed to be, keeps its size. What is behind the disk's end
 is zeroed, also where the disk has shrunk since (target.py says why).
 
-Refused, before anything is touched: an image that is tracked, what lies inside of the store, what the store or the
+Refused, before anything is touched: an image that is tracked, what lies inside of a store, what the store or the
 disk's image lies in, the copy of another disk. What others have open is refused by the locks (image_locks.py).
 
 Above all the disk itself, by whatever name: what was read a moment ago would be written over what the guest has
@@ -20,7 +20,7 @@ import os
 from collections.abc import Callable
 from uuid import UUID
 
-from lmdbitmap import files, kernel, sync_note
+from lmdbitmap import files, founding, kernel, sync_note
 from lmdbitmap.device import FileDevice
 from lmdbitmap.differences import Mender
 from lmdbitmap.errors import AlreadyExists, InvalidArgument, NotFound, os_errors_at
@@ -51,10 +51,7 @@ def refuse_target(store: Store, disk: Disk, place: str) -> None:
     _refuse_copies(store, {other.uuid: other.name for other in disks if other.uuid != disk.uuid}, place)
     if is_far(place):
         return
-    if os.path.join(os.path.realpath(place), "").startswith(os.path.join(os.path.realpath(store.path), "")):
-        raise InvalidArgument(
-            f"{place} is inside of the store {store.path}", next_step="name a place outside of it"
-        )
+    founding.refuse_inside(place)
     for ground in (store.path, *(() if is_far(disk.image) else (disk.image,))):
         if _is_so(kernel.is_kept_in, ground, place):
             raise InvalidArgument(

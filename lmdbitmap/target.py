@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from lmdbitmap import files, kernel
+from lmdbitmap import files, founding, kernel
 from lmdbitmap.backup_chain import BackupChain
 from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import AlreadyExists, InvalidArgument, NotFound, StorageError, os_errors_at
@@ -136,6 +136,7 @@ def _opening(out: str, size: int, in_place: bool, store: Store | None) -> Abstra
             raise _is_tracked(out, tracked)
     if is_far(out):
         return _far(out)
+    founding.refuse_inside(out)
     if is_block_device(out):
         return _device(out)
     return _existing_file(out) if in_place else new_file(out, size, _is_not_empty(out))

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from lmdbitmap import files
+from lmdbitmap import files, founding
 from lmdbitmap.apart import Failures
 from lmdbitmap.copier import Progress, Report
 from lmdbitmap.device import FileDevice
@@ -88,6 +88,7 @@ def copy_backups(
         raise InvalidArgument(
             f"{os.path.abspath(target_path)} is where the backups are", next_step="name another folder"
         )
+    founding.refuse_inside(target_path)
     failures = Failures(at_once=len(folders) == 1)
     known = known_backups_of(folders, failures, named=bool(names))
     bytes_stored = [sum(entry.bytes_stored for entry in each.backups) for _, each in known]

@@ -212,6 +212,25 @@ def test_restored_in_place_it_says_what_was_read_and_written(cli: Cli, repositor
     assert _restored(cli, repository) == out.read_bytes()
 
 
+@pytest.mark.parametrize("inside", ["", "backups", "holds", "new/deep"])
+def test_nothing_is_backed_up_copied_or_restored_into_a_store(
+    cli: Cli, repository: Path, inside: str
+) -> None:
+    """Whichever store it is, and by whatever name: `check` would take it for a leftover."""
+    (cli.folder / "link").symlink_to(cli.store)
+    before = sorted(cli.store.rglob("*"))
+    place = cli.folder / "link" / inside
+    for words in (
+        ["backup", "sda", place],
+        ["copy", repository, place],
+        ["restore", repository, "sda", place / "x.raw"],
+        ["sync", "sda", place / "x.raw"],
+        ["restore", repository, "sda", place / "x.raw", "--store", cli.folder / "none"],
+    ):
+        assert f"is inside of the store {cli.store}; name a place outside of it" in cli.fails(2, *words)
+    assert sorted(cli.store.rglob("*")) == before
+
+
 @pytest.mark.parametrize("store", ["none", "empty"])
 def test_without_a_store_nothing_is_tracked(cli: Cli, repository: Path, store: str) -> None:
     (cli.folder / "empty").mkdir()

@@ -55,7 +55,7 @@ def test_a_disk_that_needs_a_full_backup_ends_in_3(cli: Cli) -> None:
 
 def test_notes_are_no_failure(cli: Cli) -> None:
     cli.add("sda")
-    (cli.store / "owners" / "stray.partial").touch()
+    (cli.store / "owners" / "stray.0123456789abcdef.partial").touch()
     assert cli.ok("check").startswith("note: ")
 
 

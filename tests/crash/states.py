@@ -215,7 +215,7 @@ def leftovers(tracked: BackedUpDisk) -> None:
     for name in (
         f"owners/{uuid4()}",
         f"control/{uuid4()}",
-        "owners/x.partial",
+        "owners/x.0123456789abcdef.partial",
         f"syncs/{uuid4()}-0123456789abcdef.json",
         f"holds/{uuid4()}-{uuid4()}.json",
         "README.0123456789abcdef.partial",

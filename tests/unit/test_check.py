@@ -334,7 +334,7 @@ def test_what_others_may_write_is_worth_a_note(store: Store, disk: Disk) -> None
     [
         f"owners/{ANOTHER}",
         f"control/{ANOTHER}",
-        "owners/x.partial",
+        "owners/x.0123456789abcdef.partial",
         f"syncs/{ANOTHER}-0123456789abcdef.lock",
         f"holds/{ANOTHER}-{ANOTHER}.json",
         "lmdb.new-1",
@@ -344,6 +344,19 @@ def test_what_was_left_lying_about_is_worth_a_note(store: Store, disk: Disk, nam
     (Path(store.path) / name).touch()
     found = _only(check_store(store))
     assert (found.gravity, found.place) == (Gravity.NOTE, os.path.join(store.path, name))
+
+
+@pytest.mark.parametrize(
+    "folder", ["sda", "holds/sda", "owners/sda", f"owners/{ANOTHER}", "syncs/x.0123456789abcdef.partial"]
+)
+def test_backups_that_somebody_keeps_in_a_store_are_not_called_left_over(
+    store: Store, disk: Disk, folder: str
+) -> None:
+    inside = Path(store.path) / folder
+    inside.mkdir()
+    (inside / "manifest.json").touch()
+    (inside.parent / "notes.partial").touch()
+    assert check_store(store) == []
 
 
 def test_checking_changes_nothing(store: Store, disk: Disk) -> None:

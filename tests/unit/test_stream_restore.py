@@ -14,6 +14,7 @@ import pytest
 
 from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import AlreadyExists, Busy, FormatError, InvalidArgument, NotFound
+from lmdbitmap.store import Store
 from lmdbitmap.stream_restore import AppliedResult, apply_stream
 from tests import naive_rbd_diff
 from tests.contract.implementations import can_make_loop_devices, loop_node
@@ -43,6 +44,12 @@ def disk(tmp_path: Path) -> Path:
     path = tmp_path / "disk.raw"
     path.write_bytes(random.Random(1).randbytes(SIZE))
     return path
+
+
+def test_no_stream_becomes_a_disk_inside_of_a_store(tmp_path: Path) -> None:
+    Store.create(str(tmp_path / "store")).close()
+    with pytest.raises(InvalidArgument, match="is inside of the store"):
+        apply(stream([]), tmp_path / "store" / "x.raw")
 
 
 def test_image_of_a_tracked_disk_is_left_alone(tmp_path: Path) -> None:
