@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 
 from lmdbitmap.cli.failing import failure_facts, tell_failures
+from lmdbitmap.cli.kinds import of_a_kind
 from lmdbitmap.cli.logs import AlreadyTold
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import progress, say, say_json
@@ -49,19 +50,7 @@ _FOLDER = click.Path(file_okay=False)
     ]
 )
 @click.argument("words", metavar="NAME… REPO", nargs=-1, required=True)
-@click.option("--full", "kind", flag_value="full", help="Copy everything.")
-@click.option(
-    "--incremental", "kind", flag_value="incremental", default=True,
-    help="Copy what changed since the last backup; everything, and say why, where that is not known. [default]",
-)  # fmt: skip
-@click.option(
-    "--differential", "kind", flag_value="differential",
-    help="Copy what changed since the last full backup; everything, and say why, where that is not known.",
-)  # fmt: skip
-@click.option(
-    "--rescan", "kind", flag_value="rescan",
-    help="Compare the disk with its last backup, whatever the bitmap says, and copy what differs.",
-)  # fmt: skip
+@of_a_kind
 @click.option(
     "--require-incremental", "only_that", is_flag=True,
     help="Fail with exit code 3 where the backup cannot be of the kind that was asked for.",

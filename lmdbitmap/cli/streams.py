@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
+from lmdbitmap.cli.kinds import KINDS
 from lmdbitmap.cli.options import Session
 from lmdbitmap.cli.output import progress, say, say_json
 from lmdbitmap.cli.politeness import nice_after
@@ -29,7 +30,7 @@ _OUT_TAKES = frozenset({
     "owner_limit", "store", "json",
 })  # fmt: skip
 _NOT_OUT = {
-    "kind": "With --stdout it is --since that says what to count from.",
+    **dict.fromkeys(KINDS, "With --stdout it is --since that says what to count from."),
     "only_that": "A stream with --since is an increment or fails: leave out --require-incremental, or --stdout.",
     "speed_limit": "A stream is as fast as its reader: limit that, as with pv -L, not --stdout.",
     "compress": "A stream is not compressed: lead it through zstd, and leave out --compress, or --stdout.",

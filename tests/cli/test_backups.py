@@ -231,6 +231,32 @@ def test_nothing_is_backed_up_copied_or_restored_into_a_store(
     assert sorted(cli.store.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--full", "--incremental"], "--full and --incremental ask for 2"),
+        (["--incremental", "--full", "--full"], "--full and --incremental ask for 2"),
+        (["--rescan", "--differential"], "--differential and --rescan ask for 2"),
+        (["--rescan", "--full", "--differential"], "--full and --differential and --rescan ask for 3"),
+    ],
+)
+def test_two_kinds_are_refused_instead_of_taking_one(
+    cli: Cli, repository: Path, words: list[str], named: str
+) -> None:
+    said = cli.fails(2, "backup", "sda", repository, *words)
+    assert said.startswith(f"A backup is of one kind, and {named}: leave all but one out")
+    assert len(cli.json("ls", repository)["disks"][0]["backups"]) == 1
+
+
+def test_a_kind_may_be_said_twice_and_need_not_be_said(cli: Cli, repository: Path) -> None:
+    def requested(*words: str) -> str:
+        [made] = cli.json("backup", "sda", repository, *words)["backups"]
+        return str(made["requested"])
+
+    assert (requested(), requested("--full", "--full")) == ("incremental", "full")
+    assert (requested("--incremental"), requested("--rescan")) == ("incremental", "rescan")
+
+
 @pytest.mark.parametrize("store", ["none", "empty"])
 def test_without_a_store_nothing_is_tracked(cli: Cli, repository: Path, store: str) -> None:
     (cli.folder / "empty").mkdir()
