@@ -28,7 +28,7 @@ from lmdbitmap.errors import Busy, FormatError, InvalidArgument, NotFound, os_er
 from lmdbitmap.file_pool import FilePool, PooledFile, half_of_what_may_be_open
 from lmdbitmap.geometry import ceil_div, check_range
 from lmdbitmap.interfaces import Allocation, joined
-from lmdbitmap.manifest import BackupEntry, chain_to
+from lmdbitmap.manifest import BackupEntry, chain_to, id_at
 from lmdbitmap.proof import ChunkProof, Whole, chunk_proof
 from lmdbitmap.qcow2 import Qcow2Reader, Run, Source, chain_extents
 from lmdbitmap.qcow2.compression import require
@@ -154,16 +154,19 @@ class BackupChain(ReadOnlyDevice):
 
 
 def entries_at(folder: BackupFolder, at: str | None = None) -> Sequence[BackupEntry]:
-    """The chain of the backup with the id `at`, or of the newest one, the full one first. `NotFound` without it."""
+    """The chain of the backup that `at` names, or of the newest one, the full one first. `NotFound` without it.
+
+    `at` is an id, or a time, for the newest backup not later (see `id_at`).
+    """
     manifest = folder.known_backups()
-    return chain_to(manifest, at if at is not None else manifest.backups[-1].id)
+    return chain_to(manifest, id_at(manifest, at))
 
 
 @contextlib.contextmanager
 def open_backup(
     repository_path: str | os.PathLike[str], name: str, at: str | None = None, *, verify: bool = True
 ) -> Iterator[BackupChain]:
-    """The disk called `name` as it was at the backup with the id `at`, or at the newest one.
+    """The disk called `name` as it was at the backup that `at` names, as for a restore, or at the newest one.
 
     What is read is proven first, but of images in `unproven`; `verify=False` leaves that out.
     """

@@ -25,7 +25,7 @@ def serve_backup(
     at: str | None = None,
     verify_first: bool = False,
 ) -> Iterator[Server]:
-    """Serve the disk called `name` as it was at the backup with the id `at`, or at the newest one, during the block.
+    """Serve the disk called `name` as it was at the backup that `at` names, as for `open_backup`, during the block.
 
     Clients find it at the unix socket `socket_path`, which is for the user of this process alone, under its name and
     as the default export; `uris` of the server that is yielded says how. The folder is not locked, and nothing is

@@ -36,6 +36,7 @@ import enum
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import tzinfo
 from typing import Any, Final
 from uuid import UUID
 
@@ -44,6 +45,7 @@ from lmdbitmap.errors import FormatError, InvalidArgument, NotFound
 from lmdbitmap.extents import Trust
 from lmdbitmap.geometry import MAX_GRANULARITY_BITS, MIN_GRANULARITY_BITS
 from lmdbitmap.json_fields import Fields, shown
+from lmdbitmap.moments import last_ns_of
 from lmdbitmap.qcow2.layout import CompressionType
 
 FORMAT_VERSION: Final = 3
@@ -55,6 +57,8 @@ MIN_CLUSTER_SIZE, MAX_CLUSTER_SIZE = 512, 2 << 20
 MIN_CHUNK_SIZE, MAX_CHUNK_SIZE = 4096, 64 << 20
 TAKEN_OVER_EPOCH: Final = UUID(int=0)
 """Of a backup that was made for another disk, by its uuid, than the manifest's is now: no disk is in this epoch."""
+_MOST_IDS_SHOWN: Final = 12
+_MOST_SHOWN_OF_AN_ID: Final = 40
 _RESTORE = "restore the manifest from a copy of the repository, or begin a new chain with `backup --full`"
 
 
@@ -177,6 +181,23 @@ def taken_over(manifest: Manifest, disk: DiskRef) -> Manifest:
     return dataclasses.replace(manifest, disk=disk, backups=backups)
 
 
+def id_at(manifest: Manifest, at: str | None, zone: tzinfo | None = None) -> str:
+    """The id that `at` stands for: itself, or that of the newest backup not later than it, where it is a time.
+
+    A time is what moments.py takes for one, in `zone`, or by the local clock. Without `at` it is the newest backup's.
+    Whether a backup has the id is not looked at. Raises `NotFound` where all backups are later.
+    """
+    if at is None:
+        return manifest.backups[-1].id
+    last_ns = None if any(entry.id == at for entry in manifest.backups) else last_ns_of(at, zone)
+    if last_ns is None:
+        return at
+    early = [entry.id for entry in manifest.backups if entry.time_ns <= last_ns]
+    if not early:
+        raise NotFound(f"disk {manifest.disk.name} has no backup as old as {at}", next_step=_choice(manifest))
+    return early[-1]
+
+
 def chain_to(manifest: Manifest, backup_id: str) -> tuple[BackupEntry, ...]:
     """The backups whose images a restore of `backup_id` needs, the full one first; `NotFound` if it is not there."""
     chain: list[BackupEntry] = []
@@ -188,9 +209,23 @@ def chain_to(manifest: Manifest, backup_id: str) -> tuple[BackupEntry, ...]:
     if wanted is not None:
         raise NotFound(
             f"disk {manifest.disk.name} has no backup {wanted}",
-            next_step="list the backups of this repository",
+            next_step=_choice(manifest),
         )
     return tuple(reversed(chain))
+
+
+def _choice(manifest: Manifest) -> str:
+    return f"name one of {_ids_shown(manifest)}; `lmdbitmap ls REPO` tells of each"
+
+
+def _ids_shown(manifest: Manifest) -> str:
+    """All of them, as far as that is short."""
+    ids = [entry.id for entry in manifest.backups]
+    first = manifest.backups[0].sequence if ids else 0
+    if len(ids) > 2 and ids == [str(first + index) for index in range(len(ids))]:
+        return f"{ids[0]} to {ids[-1]}"
+    short = ids if len(ids) <= _MOST_IDS_SHOWN else [*ids[: _MOST_IDS_SHOWN - 2], "…", ids[-1]]
+    return ", ".join(each[:_MOST_SHOWN_OF_AN_ID] for each in short) or "none"
 
 
 # --- encoding ---

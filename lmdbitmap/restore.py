@@ -67,6 +67,7 @@ def restore(
 ) -> RestoreResult:
     """Write the disk called `name` as it was at the backup with the id `at`, or at the newest one.
 
+    `at` may also be a time (`2026-11-29`, `2026-11-29T02:38:24Z`): it is the newest backup not later that counts then.
     `out_path` is a file that is not there yet, or empty; a block device or the URI of an NBD export, of the disk's
     size; or, `in_place`, any of these or a file, of which only what differs is written. What is there may be `larger`
     than the disk, if you say so: whatever is behind that becomes zero. Durable on return. Where it is the image of a

@@ -50,6 +50,7 @@ FLOORS: dict[str, float] = {
     "qcow2": 1.6,
     "digest_algorithms": 1,
     "json_fields": 1,
+    "moments": 1,
     "manifest": 1.1,
     "rbd_diff": 1,
     "nbd.protocol": 1,

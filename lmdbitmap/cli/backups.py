@@ -15,7 +15,7 @@ import click
 from lmdbitmap.cli.failing import failure_facts, tell_failures
 from lmdbitmap.cli.kinds import of_a_kind
 from lmdbitmap.cli.logs import AlreadyTold
-from lmdbitmap.cli.options import Session, verb
+from lmdbitmap.cli.options import Session, at_backup, verb
 from lmdbitmap.cli.output import progress, say, say_json
 from lmdbitmap.cli.politeness import nice_after, owner_limited, polite
 from lmdbitmap.cli.quiesce import Hook, Thaw, hooked
@@ -243,6 +243,7 @@ def _reason_facts(reason: Reason | None) -> dict[str, str] | None:
     examples=[
         "lmdbitmap restore /srv/backups sda sda-restored.raw",
         "lmdbitmap restore /srv/backups sda sda-restored.raw --at 3",
+        "lmdbitmap restore /srv/backups sda sda-restored.raw --at '2026-11-29 02:38'",
         "lmdbitmap restore - sda-received.raw",
         "lmdbitmap restore /srv/backups sda /srv/images/sda.raw --in-place",
         "lmdbitmap restore /srv/backups sda nbd://other-host/sda",
@@ -251,7 +252,7 @@ def _reason_facts(reason: Reason | None) -> dict[str, str] | None:
 @click.argument("repository", metavar="REPO", type=_FOLDER)
 @click.argument("name", metavar="NAME")
 @click.argument("out", metavar="OUT", type=click.Path(), required=False)
-@click.option("--at", metavar="BACKUP", help="The number of the backup to go back to. [default: the newest]")
+@at_backup("go back to")
 @click.option(
     "--in-place", is_flag=True,
     help="OUT is there already, and only what differs is written to it. If it is the image of a disk that is tracked,"

@@ -11,7 +11,7 @@ import os
 import click
 
 from lmdbitmap.cli import logs
-from lmdbitmap.cli.options import Session, verb
+from lmdbitmap.cli.options import Session, at_backup, verb
 from lmdbitmap.cli.places import Places
 from lmdbitmap.cli.serving import Ending, allow_many_descriptors, announce, listening, logging_as_asked
 from lmdbitmap.nbd.server import Server
@@ -27,7 +27,7 @@ from lmdbitmap.plain import PlainDisk
 )
 @click.argument("repository", metavar="REPO", type=click.Path(file_okay=False))
 @click.argument("name")
-@click.option("--at", metavar="BACKUP", help="The number of the backup to look at. [default: the newest]")
+@at_backup("look at")
 @click.option(
     "--verify",
     is_flag=True,

@@ -102,6 +102,16 @@ def _choose_json(context: click.Context, _: click.Parameter, value: bool) -> Non
         context.ensure_object(Session).as_json = True
 
 
+def at_backup(purpose: str) -> Callable[[Function], Function]:
+    """Add the option that chooses a backup of a disk; the verb gets it as `at`. `purpose` follows "the backup to"."""
+    return click.option(
+        "--at",
+        metavar="BACKUP|TIME",
+        help=f"The number of the backup to {purpose}, or a time, for the newest backup not later: 2026-11-29 is the end"
+        " of that day, 2026-11-29T02:38:24 the local clock's, and with a Z behind it UTC's. [default: the newest]",
+    )
+
+
 # --- kinds of arguments, for `type=` ---
 
 

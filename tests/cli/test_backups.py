@@ -257,6 +257,27 @@ def test_a_kind_may_be_said_twice_and_need_not_be_said(cli: Cli, repository: Pat
     assert (requested("--incremental"), requested("--rescan")) == ("incremental", "rescan")
 
 
+def test_a_disk_is_restored_as_it_was_at_a_time(cli: Cli, repository: Path) -> None:
+    before = _restored(cli, repository)
+    _write(cli, 0, b"later" * 1000)
+    [made] = cli.json("backup", "sda", repository)["backups"]
+    times = [each["time"] for each in cli.json("ls", repository)["disks"][0]["backups"]]
+    for at, backup in ((times[0], "1"), (times[1], made["backup"]), (times[1][:10], made["backup"])):
+        out = cli.folder / f"at-{len(at)}-{backup}.raw"
+        assert cli.json("restore", repository, "sda", out, "--at", at)["backup"] == backup
+        assert (out.read_bytes() == before) is (backup == "1")
+    out = cli.folder / "no.raw"
+    said = cli.fails(1, "restore", repository, "sda", out, "--at", "1999-12-31")
+    assert (
+        said
+        == "disk sda has no backup as old as 1999-12-31; name one of 1, 2; `lmdbitmap ls REPO` tells of each"
+    )
+    assert "write it like" in cli.fails(2, "restore", repository, "sda", out, "--at", "2026-02-30")
+    assert "name one of 1, 2;" in cli.fails(1, "verify", repository, "sda", "--at", "9")
+    assert "name one of 1, 2;" in cli.fails(1, "prune", repository, "sda", "--drop", "9")
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("store", ["none", "empty"])
 def test_without_a_store_nothing_is_tracked(cli: Cli, repository: Path, store: str) -> None:
     (cli.folder / "empty").mkdir()

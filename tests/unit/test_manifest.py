@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from datetime import timezone
 from typing import Any
 from uuid import UUID
 
@@ -24,6 +25,7 @@ from lmdbitmap.manifest import (
     chain_to,
     decode,
     encode,
+    id_at,
 )
 from lmdbitmap.qcow2 import CompressionType
 
@@ -301,6 +303,62 @@ def test_the_chain_to_a_backup_begins_with_its_full_one(wanted: str, chain: list
 def test_the_chain_to_an_unknown_backup_is_not_found() -> None:
     with pytest.raises(NotFound, match="disk sda has no backup b9"):
         chain_to(CHAIN, "b9")
+
+
+def numbered(*numbers: int) -> Manifest:
+    return Manifest(DISK, tuple(entry(number, id=str(number)) for number in numbers))
+
+
+@pytest.mark.parametrize(
+    ("manifest", "named"),
+    [
+        (Manifest(DISK), "none"),
+        (numbered(7), "7"),
+        (numbered(7, 8), "7, 8"),
+        (numbered(1, 2, 3), "1 to 3"),
+        (numbered(*range(7, 2000)), "7 to 1999"),
+        (numbered(1, 2, 4), "1, 2, 4"),
+        (numbered(1, 3, *range(5, 2000)), "1, 3, 5, 6, 7, 8, 9, 10, 11, 12, …, 1999"),
+        (Manifest(DISK, (entry(0, id="x" * 99),)), "x" * 40),
+    ],
+)
+def test_whoever_names_an_unknown_backup_is_told_of_those_there_are(manifest: Manifest, named: str) -> None:
+    with pytest.raises(NotFound) as refused:
+        chain_to(manifest, "0")
+    assert refused.value.next_step == f"name one of {named}; `lmdbitmap ls REPO` tells of each"
+
+
+TIMES = [("b0", 100), ("b1", 200), ("2023-11-15", 150), ("b3", 300)]
+"""Of backups, in seconds; the clock was put back once."""
+BEGAN = 1_700_000_000
+"""At 22:13:20 on 2023-11-14, UTC."""
+
+
+@pytest.mark.parametrize(
+    ("at", "found"),
+    [
+        (None, "b3"),
+        ("b1", "b1"),
+        ("b9", "b9"),
+        ("2023-11-15", "2023-11-15"),
+        ("2023-11-16", "b3"),
+        ("2023-11-14 22:15:00", "b0"),
+        ("2023-11-14T22:16:39Z", "2023-11-15"),
+        ("2023-11-14 22:16:40", "2023-11-15"),
+        ("2023-11-14 22:18:20", "b3"),
+        ("2023-11-14 22:18:20.0", "b3"),
+        ("2023-11-14 22:18:19", "2023-11-15"),
+    ],
+)
+def test_a_time_is_that_of_the_newest_backup_not_later(at: str | None, found: str) -> None:
+    """The newest is the one that was made last, whatever the clock said; and what is an id is no time."""
+    backups = [entry(index, id=name, time_ns=(BEGAN + s) * 10**9) for index, (name, s) in enumerate(TIMES)]
+    assert id_at(Manifest(DISK, tuple(backups)), at, timezone.utc) == found
+
+
+def test_a_time_before_all_backups_is_not_found() -> None:
+    with pytest.raises(NotFound, match=r"^disk sda has no backup as old as 2020-01-01; name one of b0, b1"):
+        id_at(CHAIN, "2020-01-01")
 
 
 def test_even_a_hand_made_cycle_ends() -> None:

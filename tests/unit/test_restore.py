@@ -462,7 +462,11 @@ def test_a_header_that_lies_is_refused_in_our_words(disk: BackedUpDisk, position
 
 
 def test_an_unknown_backup_is_not_found(disk: BackedUpDisk) -> None:
-    assert str(refused(disk, at="17")) == "disk sda has no backup 17; list the backups of this repository"
+    said = "disk sda has no backup 17; name one of 1 to 3; `lmdbitmap ls REPO` tells of each"
+    assert str(refused(disk, at="17")) == said
+    assert str(refused(disk, at="1999-12-31")).startswith(
+        "disk sda has no backup as old as 1999-12-31; name one"
+    )
 
 
 def test_a_disk_without_backups_is_not_found_and_the_others_are_named(disk: BackedUpDisk) -> None:

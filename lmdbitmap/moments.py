@@ -1,0 +1,55 @@
+"""A time as people write one, in ISO 8601: `2026-11-29`, `2026-11-29 02:38`, `2026-11-29T02:38:24.5Z`.
+
+Without a zone it is the local clock's, as `ls` shows times; with `Z` it is UTC's, as `ls --json` does. A date stands
+for all of its day and a second for all of itself, because what is shown of a time has no fraction: so what was shown of
+a backup finds that backup.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime, timedelta, timezone, tzinfo
+
+from lmdbitmap.errors import InvalidArgument
+
+_FORM = re.compile(
+    r"(?P<date>\d{4}-\d\d-\d\d)"
+    r"(?:[T ](?P<minute>\d\d:\d\d)(?:(?P<second>:\d\d)(?:\.(?P<fraction>\d{1,9}))?)?"
+    r"(?P<zone>Z|[+-]\d\d:\d\d)?)?",
+    re.ASCII,
+)
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_LAST_NS_OF_A_SECOND = 999_999_999
+
+
+def last_ns_of(text: str, zone: tzinfo | None = None) -> int | None:
+    """The last nanosecond, in Unix time, of what `text` stands for; None where it has not the form of a time.
+
+    `zone` is that of a time that names none; None is the local clock's. Raises `InvalidArgument` for a day or an hour
+    that no calendar has.
+    """
+    found = _FORM.fullmatch(text)
+    if found is None:
+        return None
+    try:
+        return _last_ns(found, zone)
+    except (ValueError, OverflowError) as no_time:
+        raise InvalidArgument(
+            f"{text} is no time of any calendar ({no_time})", next_step="write it like 2026-11-29T02:38:24Z"
+        ) from no_time
+
+
+def _last_ns(found: re.Match[str], zone: tzinfo | None) -> int:
+    date, minute, fraction = found["date"], found["minute"], found["fraction"]
+    if minute is None:
+        return _start_ns(datetime.fromisoformat(date) + timedelta(days=1), zone) - 1
+    offset = (found["zone"] or "").replace("Z", "+00:00")
+    moment = datetime.fromisoformat(f"{date} {minute}{found['second'] or ':00'}{offset}")
+    within = _LAST_NS_OF_A_SECOND if fraction is None else int(fraction.ljust(9, "0"))
+    return _start_ns(moment, zone) + within
+
+
+def _start_ns(moment: datetime, zone: tzinfo | None) -> int:
+    if moment.tzinfo is None and zone is not None:
+        moment = moment.replace(tzinfo=zone)
+    return (moment.astimezone(timezone.utc) - _EPOCH) // timedelta(seconds=1) * 10**9
