@@ -19,7 +19,7 @@ from typing import NamedTuple
 from lmdbitmap import bits, chain, continuity, owner, schema, session
 from lmdbitmap.bits import Run
 from lmdbitmap.continuity import Judge
-from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, Untrusted
+from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, NotFound, Untrusted
 from lmdbitmap.extents import Extent, Trust, with_zeroes
 from lmdbitmap.geometry import REGION_BLOCKS, REGION_BYTES, Geometry
 from lmdbitmap.image import is_far
@@ -251,6 +251,20 @@ def _bitmaps_standing(asked: Changes) -> Standing:
         if bitmap.all_dirty or bitmap.superset:
             return Standing(Trust.SUPERSET, bitmap.all_dirty or bitmap.superset)
     return EXACT
+
+
+def unknown_error(asked: Changes) -> Untrusted:
+    """What is raised where it has to be known what changed. No backup is advised of an image that is not there."""
+    step = "make a full backup"
+    try:
+        session.look_at(asked.store, asked.disk)
+    except NotFound as gone:
+        step = gone.next_step
+    except LmdbitmapError:  # the reason tells of it
+        pass
+    return Untrusted(
+        f"what changed on disk {asked.disk.name!r} is not known: {asked.standing.reason}", next_step=step
+    )
 
 
 def open_period_standing(store: Store, disk: Disk, persisted: bool = False) -> Standing:

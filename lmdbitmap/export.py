@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from lmdbitmap import bits, chain, files, schema, standalone
 from lmdbitmap import format as flat
-from lmdbitmap.changes import Changes
+from lmdbitmap.changes import Changes, unknown_error
 from lmdbitmap.errors import FormatError, InvalidArgument, Untrusted, error_from_os
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
@@ -115,10 +115,7 @@ def keep_changes(changes: Changes, name: str) -> Bitmap:
 
 def _require_known(changes: Changes) -> None:
     if changes.standing.trust is Trust.UNTRUSTED:
-        raise Untrusted(
-            f"what changed on disk {changes.disk.name!r} is not known: {changes.standing.reason}",
-            next_step="make a full backup",
-        )
+        raise unknown_error(changes)
 
 
 def _uuid_of(changes: Changes) -> uuid.UUID:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 import click
 
 from lmdbitmap import chain
-from lmdbitmap.changes import Changes, Standing
+from lmdbitmap.changes import Changes, Standing, unknown_error
 from lmdbitmap.cli.answers import standing_words
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import Report, progress, say, stream_json, stream_lines
@@ -128,9 +128,5 @@ def head_words(answer: Changes, dirty_bytes: int) -> str:
 
 def insist_on_trust(answer: Changes) -> None:
     """Raise `Untrusted`, once the answer was told, if nobody knows what changed."""
-    standing = answer.standing
-    if standing.trust is Trust.UNTRUSTED:
-        raise Untrusted(
-            f"what changed on disk {answer.disk.name!r} is not known: {standing.reason}",
-            next_step="make a full backup",
-        )
+    if answer.standing.trust is Trust.UNTRUSTED:
+        raise unknown_error(answer)

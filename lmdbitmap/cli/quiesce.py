@@ -122,29 +122,42 @@ def _freeze_limit_option() -> Callable[[Function], Function]:
 def quiesced(command: str, names: Sequence[str], limit_s: float, thaw: Thaw | None = None) -> Iterator[None]:
     """The hook's guest is frozen in the block. Each of its two runs may take `limit_s`.
 
-    How the second one failed is told at once in the log, as a backup may go on for hours, and kept in `thaw`.
+    How the second one failed is told at once in the log, as a backup may go on for hours, and kept in `thaw`. Where the
+    first one has failed, one error tells of both, in that order.
     """
     words = _words(command)
     with _Signals() as signals:
+        refused = failure = None
         try:
             try:
-                _run([*words, "freeze", *names], limit_s)
-                yield
+                refused = _failure_of([*words, "freeze", *names], limit_s)
+                if refused is None:
+                    yield
             finally:
                 signals.wait()
         finally:
-            failure = _thaw([*words, "thaw", *names], limit_s)
+            failure = _failure_of([*words, "thaw", *names], limit_s)
             if thaw is not None:
                 thaw.failure = failure
+            if failure is not None and refused is None:
+                log.error("%s", failure)
+        if refused is not None:
+            raise refused if failure is None else _neither(refused, failure)
 
 
-def _thaw(words: Sequence[str], limit_s: float) -> LmdbitmapError | None:
+def _failure_of(words: Sequence[str], limit_s: float) -> LmdbitmapError | None:
     try:
         _run(words, limit_s)
     except LmdbitmapError as error:
-        log.error("%s", error)
         return error
     return None
+
+
+def _neither(refused: LmdbitmapError, failure: LmdbitmapError) -> LmdbitmapError:
+    return LmdbitmapError(
+        f"{refused.problem}, and then {failure.problem}: the guest may be frozen still",
+        next_step="thaw it by hand, and see what the hook says when it is run by hand",
+    )
 
 
 class _Signals:

@@ -80,7 +80,8 @@ class StreamOptions:
         options = {"--since": self.since, "--checkpoint": self.checkpoint, "--diff-version": self.version}
         given = [name for name, value in options.items() if value is not None]
         if given:
-            raise click.UsageError(f"{' and '.join(given)} belong to a backup with --stdout.")
+            belong = "belongs" if len(given) == 1 else "belong"
+            raise click.UsageError(f"{' and '.join(given)} {belong} to a backup with --stdout.")
 
 
 def stream_out(

@@ -120,6 +120,16 @@ def test_a_checkpoint_of_an_older_epoch_is_answered_with_everything(cli: Cli, un
     assert len(answer["extents"]) == 1
 
 
+def test_of_an_image_that_is_gone_no_backup_is_advised(cli: Cli) -> None:
+    cli.add("sda").rename(cli.folder / "moved.raw")
+    for words in (["changes", "sda"], ["export", "sda", cli.folder / "sda.dbm"]):
+        code, _, err = cli(*words)
+        assert code == 3
+        assert f"{cli.folder / 'sda.raw'}, does not exist any more" in err
+        assert "say where it went (`lmdbitmap relocate sda IMAGE`), or put it back" in err
+        assert "full backup" not in err
+
+
 def test_a_closed_period_is_known_without_the_image(cli: Cli) -> None:
     _two_periods(cli)
     os.unlink(cli.folder / "sda.raw")

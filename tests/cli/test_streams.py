@@ -179,6 +179,8 @@ def test_a_reader_that_goes_away_is_told_of_and_costs_nothing(cli: Cli, image: P
 def test_options_of_a_stream_belong_to_a_stream(cli: Cli, image: Path) -> None:
     said = cli.fails(2, "backup", "sda", cli.folder / "backups", "--since", "x", "--diff-version", "1")
     assert said.startswith("--since and --diff-version belong to a backup with --stdout")
+    said = cli.fails(2, "backup", "sda", cli.folder / "backups", "--since", "x")
+    assert said.startswith("--since belongs to a backup with --stdout")
     assert "Missing argument 'REPO'" in cli.fails(2, "backup", "sda")
     assert "Missing argument 'OUT'" in cli.fails(2, "restore", cli.folder, "sda")
     assert "it is OUT alone that is named" in cli.fails(2, "restore", "-", "sda", "out.raw")

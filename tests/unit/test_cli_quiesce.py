@@ -64,6 +64,19 @@ def test_failing_freeze_ends_it_and_is_thawed(hook: Path) -> None:
     assert asked(hook) == ["freeze sda", "thaw sda"]
 
 
+def test_what_fails_twice_is_told_once_the_cause_first(hook: Path, caplog: pytest.LogCaptureFixture) -> None:
+    hook.write_text('#!/bin/sh\necho "$1: no such guest"; exit 3\n')
+    thaw = Thaw()
+    with pytest.raises(LmdbitmapError) as failed, quiesced(f"'{hook}'", ["sda"], 10, thaw):
+        raise AssertionError("the block is not entered")
+    said = str(failed.value)
+    assert said.index("ended with 3: freeze: no such guest") < said.index("ended with 3: thaw: no such guest")
+    assert said.endswith(
+        "the guest may be frozen still; thaw it by hand, and see what the hook says when it is run by hand"
+    )
+    assert (caplog.text, thaw.problem is None) == ("", False)
+
+
 def test_hanging_freeze_ends_it_and_is_thawed(hook: Path) -> None:
     os.mkfifo(hook.parent / "fifo")
     (hook.parent / "hangs").write_text("freeze")
