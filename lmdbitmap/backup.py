@@ -38,7 +38,8 @@ from typing import NamedTuple
 from uuid import uuid4
 
 from lmdbitmap import backup_place, consumers, digest_algorithms, founding, mending
-from lmdbitmap.access import FREEZE_LIMIT_S, OWNER_LIMIT_S, Access, PointInTime, access, open_to_read
+from lmdbitmap.access import Access, access, open_to_read
+from lmdbitmap.access_ways import FREEZE_LIMIT_S, OWNER_LIMIT_S, PointInTime
 from lmdbitmap.apart import Failures
 from lmdbitmap.backup_image import Job, ParentDamaged, Source, write_image
 from lmdbitmap.backup_place import Permission

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lmdbitmap import backup_chain, bits, files
-from lmdbitmap.access import Access, PointInTime, reading
+from lmdbitmap.access import Access, reading
+from lmdbitmap.access_ways import PointInTime
 from lmdbitmap.backup_chain import BackupChain
 from lmdbitmap.backup_plan import DigestChoice, Plan, full_instead
 from lmdbitmap.bits import Run

@@ -14,9 +14,6 @@ counted, and held against the tally of its group (tally.py): so that what is not
 from __future__ import annotations
 
 import enum
-import os
-import re
-import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,12 +21,11 @@ from itertools import groupby
 from typing import NamedTuple, TypeVar
 from uuid import UUID
 
-from lmdbitmap import continuity, holds, owner, schema, session, sync_note, tally
+from lmdbitmap import continuity, owner, schema, session, tally
 from lmdbitmap.changes import open_period_standing
+from lmdbitmap.check_folder import remarks_on
 from lmdbitmap.errors import FormatError, InvalidArgument, LmdbitmapError, NotFound
 from lmdbitmap.extents import Trust
-from lmdbitmap.files import is_unfinished_name
-from lmdbitmap.founding import DAMAGED_PREFIX, FOLDERS, FRESH_PREFIX
 from lmdbitmap.geometry import REGION_BLOCKS
 from lmdbitmap.records import BITMAP_ID_KEY
 from lmdbitmap.schema import Bitmap, Checkpoint, Disk
@@ -52,8 +48,6 @@ _LOST_STEP = "what they stand for counts as dirty; look at the disk under the st
 _OLD_VIEW_TRANSACTIONS = 1000
 _REGION_KEY_BYTES = len(schema.region_key(0, 0))
 _REGIONS_PER_REPORT = 4096
-_OTHERS_WRITE = 0o022
-_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 class Gravity(enum.IntEnum):
@@ -404,46 +398,6 @@ def next_step_for(store: Store, disk: Disk) -> str:
 
 
 def _folder(store: Store, inventory: _Inventory) -> Iterator[Finding]:
-    """Who may write the store can make the tracker lie; what was left lying about only takes space."""
     known = {str(disk_uuid) for disk_uuid in inventory.disks}
-    for folder in ("", "lmdb", *FOLDERS):
-        path = os.path.join(store.path, folder)
-        if not os.path.isdir(path):
-            yield Finding(Gravity.NOTE, path, "the folder is missing", f"make it: mkdir -m 700 {path}")
-        elif stat.S_IMODE(os.stat(path).st_mode) & _OTHERS_WRITE:
-            yield Finding(Gravity.NOTE, path, "other users may write to it", f"chmod go-w {path}")
-    for name in sorted(name for name in os.listdir(store.path) if name.startswith(DAMAGED_PREFIX)):
-        problem = "the store was damaged, and was made anew; this is what it was"
-        step = "look at the disk under it; remove it once you do not want to look at it any more"
-        yield Finding(Gravity.NOTE, os.path.join(store.path, name), problem, step)
-    for path in _leftovers(store, known if inventory.complete else None):
-        yield Finding(Gravity.NOTE, path, "nothing needs it", "remove it")
-
-
-def _leftovers(store: Store, known: set[str] | None) -> Iterator[str]:
-    """What killed processes left, and what belongs to disks that are gone; `known` is None where unknown.
-
-    Only what is called as our files are: what somebody else keeps here, backups even, is not for us to judge.
-    """
-    for name in sorted(os.listdir(store.path)):
-        path = os.path.join(store.path, name)
-        if name.startswith(FRESH_PREFIX) or (is_unfinished_name(name) and not os.path.isdir(path)):
-            yield path
-    for folder in FOLDERS:
-        place = os.path.join(store.path, folder)
-        for name in sorted(os.listdir(place)) if os.path.isdir(place) else ():
-            path = os.path.join(place, name)
-            if _is_left_over(name, known) and not os.path.isdir(path):
-                yield path
-
-
-def _is_left_over(name: str, known: set[str] | None) -> bool:
-    if is_unfinished_name(name):
-        return True
-    disk = _disk_of(name)
-    return known is not None and disk is not None and disk not in known
-
-
-def _disk_of(name: str) -> str | None:
-    """The uuid of the disk that a file belongs to: notes have it at their beginning, other files are called so."""
-    return sync_note.disk_of(name) or holds.disk_of(name) or (name if _UUID.fullmatch(name) else None)
+    for remark in remarks_on(store, known if inventory.complete else None):
+        yield Finding(Gravity.NOTE, *remark)

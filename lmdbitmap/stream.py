@@ -33,15 +33,8 @@ from typing import NamedTuple, Protocol
 from uuid import uuid4
 
 from lmdbitmap import bits, chain, consumers
-from lmdbitmap.access import (
-    FREEZE_LIMIT_S,
-    OWNER_LIMIT_S,
-    Access,
-    PointInTime,
-    access,
-    open_to_read,
-    reading,
-)
+from lmdbitmap.access import Access, access, open_to_read, reading
+from lmdbitmap.access_ways import FREEZE_LIMIT_S, OWNER_LIMIT_S, PointInTime
 from lmdbitmap.bits import Run
 from lmdbitmap.changes import Changes, changes_since
 from lmdbitmap.copier import Progress, Report, cluster_bits_for

@@ -30,7 +30,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from lmdbitmap import bits, chain, consumers
-from lmdbitmap.access import FREEZE_LIMIT_S, OWNER_LIMIT_S, Access, PointInTime, access, reading
+from lmdbitmap.access import Access, access, reading
+from lmdbitmap.access_ways import FREEZE_LIMIT_S, OWNER_LIMIT_S, PointInTime
 from lmdbitmap.bits import Run
 from lmdbitmap.changes import changes_since
 from lmdbitmap.copier import Progress, Report, cluster_bits_for

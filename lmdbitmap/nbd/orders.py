@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 from lmdbitmap import chain, export
-from lmdbitmap.access import want_changes
+from lmdbitmap.access_ways import want_changes
 from lmdbitmap.errors import Busy, InvalidArgument, NotFound, os_errors_at
 from lmdbitmap.filter import Filter, take_checkpoint
 from lmdbitmap.nbd import control_wire as wire

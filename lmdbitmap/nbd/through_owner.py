@@ -10,7 +10,7 @@ is released, as a checkpoint that is held cannot be forgotten (points.py); and o
 again, nor has another the uuid of its checkpoint. So an owner
 that finds ours by this uuid has held it ever since it took it, and what was opened by its name meanwhile is of it. The
 image is asked for by uuid after the other two are open; and whoever has read all releases by uuid, which fails if ours
-was not held to the end (access.py).
+was not held to the end (access_ways.py).
 
 Exports are opened before anything else, of all disks: the owner has room for so many connections, and can be read
 without a question.

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import access
-from lmdbitmap.access import Served
+from lmdbitmap import access_ways
+from lmdbitmap.access_ways import Served
 from lmdbitmap.backup import backup
-from lmdbitmap.errors import Busy, StorageError
+from lmdbitmap.errors import Busy, OwnerGone, StorageError
 from lmdbitmap.filter import Filter
 from lmdbitmap.nbd import control, control_client
 from lmdbitmap.nbd.held import HeldSnapshots
@@ -83,7 +83,7 @@ def test_connection_that_ends_before_anything_was_read_is_one_sentence(folder: P
         serving(folder, HangsUp) as disk,
         closing(Served(disk.store, [NAME])) as way,
         pytest.raises(
-            Busy, match=r"through the process that serves it: its connection was lost \(the NBD server"
+            OwnerGone, match=r"through the process that serves it: its connection was lost \(the NBD server"
         ),
     ):
         way.take_point("now", [None])
@@ -141,7 +141,7 @@ class Stuck(HeldSnapshots):
 def test_who_gives_up_does_not_wait_for_an_owner_that_hangs(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(access, "LAST_WORD_S", 0.01)
+    monkeypatch.setattr(access_ways, "LAST_WORD_S", 0.01)
     with serving(folder, Stuck) as disk, closing(Served(disk.store, [NAME])) as way:
         way.take_point("now", [None])
         way.end_reading()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.access import Served
+from lmdbitmap.access_ways import Served
 from lmdbitmap.direct import DirectDevice
 from lmdbitmap.latencies import Latencies
 from lmdbitmap.nbd.quiet import QUIET_S, Quiet

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lmdbitmap import session
-from lmdbitmap.access import Served
+from lmdbitmap.access_ways import Served
 from lmdbitmap.backup import backup
 from lmdbitmap.direct import DirectDevice
 from lmdbitmap.errors import Busy, InvalidArgument, NotFound, StorageError
