@@ -7,7 +7,7 @@
 | `AlreadyExists`  | picks another name                           | 1         |
 | `Untrusted`      | makes a full backup                          | 3         |
 | `Busy`           | waits, or asks the process that owns it      | 4         |
-| `OwnerGone`      | sees what was done, and asks the next owner   | 1         |
+| `OwnerGone`      | sees what was done, and starts the owner again | 1         |
 | `FormatError`    | does not use these bytes                     | 1         |
 | `StorageError`   | mends the disk, the folder, the permissions  | 1         |
 | `SomeFailed`     | looks at the class of each of its `causes`   | theirs, if it is the same; else 1 |

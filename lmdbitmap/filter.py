@@ -244,11 +244,11 @@ class Filter(Front):
         self._pass(_QUIET_PASSES)
 
     def _pass(self, quiet_passes: int) -> None:
-        self._whereabouts.look()
         self.store.keep_house()
         self.regain_trust()
         self._mark_doubts()
         self._tracking.period.disarm_quiet(_DISARM_PER_PASS, passes=quiet_passes)
+        self._whereabouts.look()  # last: a file system that hangs is to hold up nothing else
 
     def regain_trust(self) -> None:
         """If tracking was lost, begin a new epoch, which is all dirty. Raises what the store raises.
@@ -323,6 +323,7 @@ class Filter(Front):
     def _let_go(self) -> None:
         """What we know is not ours to write any more: the disk may have another owner at once."""
         self._tracking.let_go(detached_error(self.disk))
+        self._whereabouts.end()
         self.device.close()
         self._voucher.close()
 

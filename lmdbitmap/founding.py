@@ -55,13 +55,14 @@ def is_ours(path: str) -> bool:
 def refuse_inside(place: str | os.PathLike[str]) -> None:
     """Raise `InvalidArgument` for a store, whichever, and for what is inside of one, by whatever links.
 
-    What is there is the store's own: `check` calls files that nothing needs left over.
+    A store that is damaged is made anew, and one that is removed takes with it what is inside.
     """
     path = os.path.realpath(place)
     above = [path, *map(str, Path(path).parents)]
     for folder in filter(_was_made_a_store, above):
         raise InvalidArgument(
-            f"{os.fspath(place)} is inside of the store {folder}", next_step="name a place outside of it"
+            f"{os.fspath(place)} is inside of the store {folder}",
+            next_step="name a place outside of it; what is there already can be moved as it is",
         )
 
 

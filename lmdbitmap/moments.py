@@ -1,8 +1,8 @@
 """A time as people write one, in ISO 8601: `2026-11-29`, `2026-11-29 02:38`, `2026-11-29T02:38:24.5Z`.
 
 Without a zone it is the local clock's, as `ls` shows times; with `Z` it is UTC's, as `ls --json` does. A date stands
-for all of its day and a second for all of itself, because what is shown of a time has no fraction: so what was shown of
-a backup finds that backup.
+for all of its day, a minute and a second for all of themselves, because what is shown of a time has no fraction: so
+what was shown of a backup finds that backup. An hour that the local clock shows twice, in autumn, is the later one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FORM = re.compile(
     re.ASCII,
 )
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
-_LAST_NS_OF_A_SECOND = 999_999_999
+_SECOND_NS = 10**9
 
 
 def last_ns_of(text: str, zone: tzinfo | None = None) -> int | None:
@@ -45,11 +45,14 @@ def _last_ns(found: re.Match[str], zone: tzinfo | None) -> int:
         return _start_ns(datetime.fromisoformat(date) + timedelta(days=1), zone) - 1
     offset = (found["zone"] or "").replace("Z", "+00:00")
     moment = datetime.fromisoformat(f"{date} {minute}{found['second'] or ':00'}{offset}")
-    within = _LAST_NS_OF_A_SECOND if fraction is None else int(fraction.ljust(9, "0"))
-    return _start_ns(moment, zone) + within
+    if fraction is not None:
+        return _start_ns(moment, zone) + int(fraction.ljust(9, "0"))
+    seconds = 60 if found["second"] is None else 1
+    return _start_ns(moment, zone) + seconds * _SECOND_NS - 1
 
 
 def _start_ns(moment: datetime, zone: tzinfo | None) -> int:
     if moment.tzinfo is None and zone is not None:
         moment = moment.replace(tzinfo=zone)
-    return (moment.astimezone(timezone.utc) - _EPOCH) // timedelta(seconds=1) * 10**9
+    moment = moment.replace(fold=1)
+    return (moment.astimezone(timezone.utc) - _EPOCH) // timedelta(seconds=1) * _SECOND_NS

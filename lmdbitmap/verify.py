@@ -34,7 +34,7 @@ from lmdbitmap.digests import found_digest, read_digests, require_algorithms
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError, NotFound, os_errors_at
 from lmdbitmap.geometry import ceil_div
 from lmdbitmap.hashing import digest_at, thread_count
-from lmdbitmap.manifest import BackupEntry, ChunkDigests, Manifest, chain_to
+from lmdbitmap.manifest import BackupEntry, ChunkDigests, Manifest, chain_to, id_at
 from lmdbitmap.repository import BackupFolder, folders_of
 
 MAX_FLAWS = 1000
@@ -81,7 +81,7 @@ def verify(
     at: str | None = None,
     progress: Progress | None = None,
 ) -> VerifyResult:
-    """Prove all backups of a repository, or of one disk, or those that a restore of the backup `at` needs.
+    """Prove all backups of a repository, or of one disk, or those that a restore `at` a backup or a time needs.
 
     What is wrong is in the answer, and of which images nobody knows for want of a package. Raises `NotFound` without
     such a disk or backup, `Busy` where nothing is wrong but with images that were pruned meanwhile, `StorageError`
@@ -153,7 +153,7 @@ def _tasks(
         if manifest is not None and not manifest.backups:
             flaws.add([_without_backups(folder)])
         elif manifest is not None:
-            entries = manifest.backups if at is None else chain_to(manifest, at)
+            entries = manifest.backups if at is None else chain_to(manifest, id_at(manifest, at))
             yield _Task(folder, folder.disk_name, manifest, entries)
 
 

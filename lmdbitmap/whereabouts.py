@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
+import threading
 from typing import Final
 
 from lmdbitmap.image import is_far
@@ -30,7 +31,10 @@ def why_lost(image: str, fd: int) -> str | None:
         return f"{image} was removed, or moved away"
     except OSError:
         return None  # nobody can say
-    here = os.fstat(fd)
+    try:
+        here = os.fstat(fd)
+    except OSError:  # as of a file that another host removed
+        return f"{image} is not the file any more that is open, and that one is gone"
     if stat.S_ISBLK(here.st_mode) and stat.S_ISBLK(there.st_mode):
         is_same = here.st_rdev == there.st_rdev
     else:
@@ -46,13 +50,20 @@ class Whereabouts:
         self._image = image
         self._fd = None if is_far(image) else fd
         self._lost: str | None = None
+        self._looking = threading.Lock()
 
     def look(self) -> str | None:
-        """What became of the image's name, if it is lost."""
-        lost = None if self._fd is None else why_lost(self._image, self._fd)
-        before, self._lost = self._lost, lost
+        """What became of the image's name, if it is lost. Safe for many threads."""
+        with self._looking:
+            lost = None if self._fd is None else why_lost(self._image, self._fd)
+            before, self._lost = self._lost, lost
         if lost is not None and before is None:
             log.error("disk %s: %s; %s", self._name, lost, WHILE_THERE_IS_TIME)
         elif lost is None and before is not None:
             log.warning("disk %s: its image is in its place again", self._name)
         return lost
+
+    def end(self) -> None:
+        """The image is not open any more: there is nothing to tell."""
+        with self._looking:
+            self._fd = None

@@ -42,12 +42,13 @@ _FOLDER = click.Path(file_okay=False)
 
 
 @verb(
+    undoes=True,
     examples=[
         "lmdbitmap backup sda /srv/backups",
         "lmdbitmap backup sda sdb /srv/backups --full --compress zstd",
         "lmdbitmap backup sda /srv/backups --take-over",
         "lmdbitmap backup sda --stdout --since monday --checkpoint tuesday | rbd import-diff - pool/sda",
-    ]
+    ],
 )
 @click.argument("words", metavar="NAME… REPO", nargs=-1, required=True)
 @of_a_kind
@@ -240,6 +241,7 @@ def _reason_facts(reason: Reason | None) -> dict[str, str] | None:
 
 
 @verb(
+    undoes=True,
     examples=[
         "lmdbitmap restore /srv/backups sda sda-restored.raw",
         "lmdbitmap restore /srv/backups sda sda-restored.raw --at 3",
@@ -247,7 +249,7 @@ def _reason_facts(reason: Reason | None) -> dict[str, str] | None:
         "lmdbitmap restore - sda-received.raw",
         "lmdbitmap restore /srv/backups sda /srv/images/sda.raw --in-place",
         "lmdbitmap restore /srv/backups sda nbd://other-host/sda",
-    ]
+    ],
 )
 @click.argument("repository", metavar="REPO", type=_FOLDER)
 @click.argument("name", metavar="NAME")

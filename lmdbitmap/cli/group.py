@@ -17,8 +17,8 @@ _AFTERWORD = """\
 \b
 Sizes take units of 1024: 64K, 4M, 1.5G, 1T.
 Exit codes: 0 done, 1 failed, 2 not understood, 3 the bitmap cannot be
-trusted and a full backup is needed, 4 busy or locked; 128 and its number
-where a signal ended it, after what was begun was undone.
+trusted and a full backup is needed, 4 busy or locked, 128 and its number
+where a signal ended it.
 """
 
 

@@ -7,7 +7,7 @@
 | 2 | the command was not understood |
 | 3 | the bitmap cannot be trusted, a full backup is needed |
 | 4 | busy or locked |
-| 130, 143, 129 | ended by Ctrl-C, SIGTERM, SIGHUP; what was begun is undone first |
+| 130, 143, 129 | ended by Ctrl-C, SIGTERM, SIGHUP; of what copies, what was begun is undone first |
 | 141 | whoever read our output went away |
 
 click and rich are imported inside, so that an installation without them is told what it lacks.
@@ -21,10 +21,10 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from types import FrameType
 from typing import NoReturn
 
 from lmdbitmap.cli import logs
+from lmdbitmap.cli.signals import Ended
 from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, SomeFailed, Untrusted, error_from_os
 
 PROGRAM = "lmdbitmap"
@@ -42,7 +42,6 @@ def main() -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may lack a letter of a name
     logs.begin()
-    _heed_signals()
     sys.exit(run(sys.argv[1:], owns_process=True))
 
 
@@ -59,7 +58,7 @@ def run(words: Sequence[str], *, owns_process: bool = False) -> int:
         return exit_code_of(end.error)
     except KeyboardInterrupt:
         return _fail_by(signal.SIGINT)
-    except _Ended as end:
+    except Ended as end:
         return _fail_by(end.signal)
     except BrokenPipeError:
         _drop_output()  # and be quiet about it, as cat and grep are
@@ -95,27 +94,9 @@ def _run_verb(words: Sequence[str], owns_process: bool) -> int:
     return 0
 
 
-def _heed_signals() -> None:
-    """Have them end a verb as Ctrl-C does, which undoes what it began; what is ignored stays so, as under nohup."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, _end)
-
-
-class _Ended(BaseException):
-    """As `KeyboardInterrupt`, by another signal."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.signal = signal.Signals(number)
-
-
-def _end(number: int, frame: FrameType | None) -> NoReturn:
-    raise _Ended(number)
-
-
 def _fail_by(ending: signal.Signals) -> int:
-    return _fail(f"ended by {ending.name} before it was done; do it again", SIGNALLED + ending)
+    problem = f"ended by {ending.name} before it had said that it is done"
+    return _fail(f"{problem}; see what is there, and do it again if need be", SIGNALLED + ending)
 
 
 def exit_code_of(error: LmdbitmapError) -> int:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import click
 
+from lmdbitmap.cli.signals import undoing
 from lmdbitmap.cli.sizes import parse_size
 from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.geometry import granularity_bits_of
@@ -55,10 +57,15 @@ def new_session(store: str | None, as_json: bool, *, owns_process: bool) -> Sess
 class Verb(click.Command):
     """A command that also takes `--store` and `--json`, and shows examples below its options."""
 
-    def __init__(self, *args: Any, examples: Sequence[str] = (), **kwargs: Any) -> None:
+    def __init__(self, *args: Any, examples: Sequence[str] = (), undoes: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.examples = examples
+        self.undoes = undoes
         self.params += [_store_option(), _json_option()]
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with undoing() if self.undoes and ctx.ensure_object(Session).owns_process else nullcontext():
+            return super().invoke(ctx)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Examples"):
@@ -66,9 +73,11 @@ class Verb(click.Command):
                 formatter.write(f"{'':{formatter.current_indent}}$ {example}\n")
 
 
-def verb(*, examples: Sequence[str], name: str | None = None) -> Callable[[Callable[..., None]], Verb]:
-    """Make a verb of a function; its docstring is the help."""
-    return click.command(name, cls=Verb, examples=examples)
+def verb(
+    *, examples: Sequence[str], name: str | None = None, undoes: bool = False
+) -> Callable[[Callable[..., None]], Verb]:
+    """Make a verb of a function; its docstring is the help. What it `undoes` when it fails, it undoes for signals."""
+    return click.command(name, cls=Verb, examples=examples, undoes=undoes)
 
 
 def _store_option() -> click.Option:

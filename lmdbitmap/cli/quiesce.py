@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import click
 
 from lmdbitmap.cli.options import Function
+from lmdbitmap.cli.signals import Ended
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError
 from lmdbitmap.nbd.control_client import ANSWER_S
 
@@ -136,10 +137,11 @@ def quiesced(command: str, names: Sequence[str], limit_s: float, thaw: Thaw | No
             finally:
                 signals.wait()
         finally:
-            failure = _failure_of([*words, "thaw", *names], limit_s)
+            if not isinstance(refused, _NotRun):
+                failure = _failure_of([*words, "thaw", *names], limit_s)
             if thaw is not None:
                 thaw.failure = failure
-            if failure is not None and refused is None:
+            if failure is not None and (refused is None or signals.came):
                 log.error("%s", failure)
         if refused is not None:
             raise refused if failure is None else _neither(refused, failure)
@@ -160,6 +162,10 @@ def _neither(refused: LmdbitmapError, failure: LmdbitmapError) -> LmdbitmapError
     )
 
 
+class _NotRun(LmdbitmapError):
+    """The hook could not even be started: no guest was asked for anything."""
+
+
 class _Signals:
     """One ends the block by an exception; the others, and all after `wait`, come when the block has ended.
 
@@ -178,6 +184,11 @@ class _Signals:
                     self._before[number] = signal.signal(number, self._take)
         return self
 
+    @property
+    def came(self) -> bool:
+        """Whether one is to come when the block has ended: it will take the place of any error."""
+        return self._came is not None
+
     def wait(self) -> None:
         self._waiting = True
 
@@ -189,7 +200,7 @@ class _Signals:
         before = self._before[number]
         if callable(before):
             before(number, frame)
-        raise SystemExit(128 + number)
+        raise Ended(number)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -217,7 +228,9 @@ def _run(words: Sequence[str], limit_s: float) -> None:
     except subprocess.TimeoutExpired as late:
         raise _failed(f"hook `{shown}` took more than {limit_s:g} s") from late
     except OSError as refusal:
-        raise _failed(f"hook `{shown}` cannot be run ({refusal.strerror})") from refusal
+        raise _NotRun(
+            f"hook `{shown}` cannot be run ({refusal.strerror})", next_step="name a command that can be"
+        ) from refusal
     if code != 0:
         words_said = " ".join(said.split())[:_MOST_WORDS]
         raise _failed(f"hook `{shown}` ended with {code}" + (f": {words_said}" if words_said else ""))

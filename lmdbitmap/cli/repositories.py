@@ -37,7 +37,9 @@ def plural(count: int, noun: str) -> str:
 @click.argument("repository", metavar="REPO", type=FOLDER)
 @click.argument("name", required=False)
 @click.option(
-    "--at", metavar="BACKUP", help="Only what a restore of the backup with this number needs. [default: all]"
+    "--at",
+    metavar="BACKUP|TIME",
+    help="Only what a restore of that backup needs; named as for `restore`. [default: all]",
 )
 @click.pass_obj
 def verify(asked: Session, repository: str, name: str | None, at: str | None) -> None:
@@ -108,6 +110,7 @@ _COUNT = click.IntRange(min=1)
 
 
 @verb(
+    undoes=True,
     examples=[
         "lmdbitmap prune /srv/backups --keep 30",
         "lmdbitmap prune /srv/backups sda --keep-daily 7 --keep-weekly 5 --keep-monthly 12 --dry-run",
@@ -221,6 +224,7 @@ def _kept_facts(entry: BackupEntry) -> dict[str, object]:
 
 
 @verb(
+    undoes=True,
     examples=[
         "lmdbitmap copy /srv/backups /mnt/usb/backups",
         "lmdbitmap copy /srv/backups /mnt/usb/backups sda",

@@ -160,7 +160,7 @@ def _caption(answer: Changes, seen: _Seen) -> Caption:
 
 
 def _require_place(svg: str | None, png: str | None) -> None:
-    """Raise `AlreadyExists` for a file that is no picture of the kind that is to replace it."""
+    """Raise `AlreadyExists` for a file that is neither empty nor a picture of the kind that is to replace it."""
     if svg is not None:
         _require_beginning(svg, render.SVG_SIGNATURE, "an SVG picture")
     if png is not None:
@@ -174,7 +174,7 @@ def _require_beginning(path: str, signature: bytes, kind: str) -> None:
             return
         with open(path, "rb", opener=files.open_nonblocking) as file:
             beginning = file.read(len(signature))
-    if beginning != signature:
+    if beginning not in (signature, b""):
         raise AlreadyExists(
             f"{path} is there and is not {kind}", next_step="name another file, or remove that one"
         )

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 
 @verb(
+    undoes=True,
     examples=[
         "lmdbitmap sync sda /mnt/other/sda.raw",
         "lmdbitmap sync sda nbd://other-host/sda --require-incremental",
         "lmdbitmap sync sda /dev/vg/sda-copy --compare",
-    ]
+    ],
 )
 @click.argument("name", metavar="NAME")
 @click.argument("target", metavar="TARGET", type=click.Path())

@@ -88,11 +88,13 @@ class Client:
         self._place = f"control socket {path}"
         self._lines = wire.LineBuffer(self._place)
         self._owes_answer = False
+        self._was_greeted = False
         hello = self._receive(CONNECT_S)
         self._check_protocol(wire.field(hello, "protocol", int, self._place))
         self.version = wire.field(hello, "version", str, self._place)
         self.pid = wire.field(hello, "pid", int, self._place)
         self.disks: list[Any] = wire.field(hello, "disks", list, self._place)
+        self._was_greeted = True
 
     def call(self, operation: str, *, timeout_s: float = ANSWER_S, **arguments: object) -> dict[str, Any]:
         """The owner's answer; raises what it raised. Without an answer it may have been done or not."""
@@ -169,13 +171,8 @@ class Client:
     def _receive(self, timeout_s: float) -> dict[str, object]:
         try:
             line = receive_line(self._sock, self._lines, time.monotonic() + timeout_s)
-        except TimeoutError as late:
-            raise Busy(
-                f"{self._place}: the owner did not answer within {timeout_s:g} s",
-                next_step="see with `lmdbitmap info` what was done",
-            ) from late
         except OSError as refusal:
-            raise self._lost(refusal) from refusal
+            raise self._lost(refusal, timeout_s) from refusal
         if line is None:
             raise self._lost(ConnectionResetError())
         message = wire.decode(line, self._place)
@@ -184,9 +181,16 @@ class Client:
             raise wire.error_from(wire.field(message, "error", dict, self._place), self._place)
         return message
 
-    def _lost(self, refusal: OSError) -> OwnerGone:
+    def _lost(self, refusal: OSError, timeout_s: float = CONNECT_S) -> Busy | OwnerGone:
         """A connection that broke owes nothing: whoever hangs up, or dies, does nothing more for us."""
-        self._owes_answer = isinstance(refusal, TimeoutError)
+        if isinstance(refusal, TimeoutError):
+            return Busy(
+                f"{self._place}: the owner did not answer within {timeout_s:g} s",
+                next_step="see with `lmdbitmap info` what was done",
+            )
+        self._owes_answer = False
+        if not self._was_greeted:
+            return Busy(f"{self._place}: the owner is going away", next_step="try again when it is back")
         return OwnerGone(
             f"{self._place}: the owner went away before it answered",
             next_step="see with `lmdbitmap info` what was done, and try again",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -96,3 +97,26 @@ def test_closed_streams_are_never_taken_by_files(closed: str) -> None:
     )
     done = run("sh", "-c", f'"$0" -c "$1" {closed}', sys.executable, code, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_second_signal_ends_what_undoes_too_long_without_a_word() -> None:
+    """The next backup cleans up, as after any death."""
+    code = (
+        "import signal, sys; from lmdbitmap.cli import main, signals\n"
+        "def hangs(words, owns_process):\n"
+        "    with signals.undoing():\n"
+        "        try: signal.raise_signal(signal.SIGTERM)\n"
+        "        finally: signal.raise_signal(signal.SIGTERM)\n"
+        "main._run_verb = hangs; main.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=30)
+    assert (done.returncode, done.stderr) == (-signal.SIGTERM, b"")
+
+
+def test_what_undoes_nothing_is_ended_at_once() -> None:
+    """Also where it waits for what no signal interrupts, as for another writer of the store."""
+    code = (
+        "import signal; from lmdbitmap.cli import main\n"
+        "main._run_verb = lambda words, owns_process: signal.raise_signal(signal.SIGTERM); main.main()"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == -signal.SIGTERM

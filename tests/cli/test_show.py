@@ -204,7 +204,7 @@ def _shades(svg: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(("option", "kind"), [("--svg", "an SVG picture"), ("--png", "a PNG picture")])
-@pytest.mark.parametrize("content", [b"", b"<?xml version='1.0'?><domain/>", b"GIF89a"])
+@pytest.mark.parametrize("content", [b"\0", b"<?xml version='1.0'?><domain/>", b"GIF89a"])
 def test_nothing_but_a_picture_is_replaced(cli: Cli, option: str, kind: str, content: bytes) -> None:
     cli.add("sda")
     victim = cli.folder / "victim"

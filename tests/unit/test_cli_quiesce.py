@@ -77,6 +77,29 @@ def test_what_fails_twice_is_told_once_the_cause_first(hook: Path, caplog: pytes
     assert (caplog.text, thaw.problem is None) == ("", False)
 
 
+def test_a_guest_that_stays_frozen_is_told_of_although_a_signal_ends_it(
+    hook: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The signal's exception takes the place of the error that would have told it."""
+    hook.write_text(
+        f'#!/bin/sh\n[ $1 = thaw ] && kill -TERM {os.getpid()}\necho "$1: no such guest"; exit 3\n'
+    )
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+    try:
+        with pytest.raises(SystemExit), quiesced(f"'{hook}'", ["sda"], 10):
+            raise AssertionError("the block is not entered")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "ended with 3: thaw: no such guest" in caplog.text
+
+
+def test_a_hook_that_is_none_leaves_no_guest_frozen(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(LmdbitmapError) as failed, quiesced("/nowhere/hook", ["sda"], 10):
+        raise AssertionError("the block is not entered")
+    said = "hook `/nowhere/hook freeze sda` cannot be run (No such file or directory); name a command that can be"
+    assert (str(failed.value), caplog.text) == (said, "")
+
+
 def test_hanging_freeze_ends_it_and_is_thawed(hook: Path) -> None:
     os.mkfifo(hook.parent / "fifo")
     (hook.parent / "hangs").write_text("freeze")

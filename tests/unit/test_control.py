@@ -571,6 +571,23 @@ def test_answer_that_comes_too_late_is_not_taken_for_that_of_the_next_call() -> 
                 again()
 
 
+def test_owner_that_hangs_is_not_taken_for_one_that_went_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may do what it was asked for yet, and others can wait for it."""
+    monkeypatch.setattr(control_client, "CONNECT_S", 0.01)
+    with a_pair() as (client, _):
+        with pytest.raises(Busy, match="did not answer"):
+            client.connection()
+        with pytest.raises(Busy, match="has not answered an earlier request"):
+            client.require_in_step()
+
+
+def test_owner_that_ends_before_it_greets_was_asked_for_nothing() -> None:
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    with ours, pytest.raises(Busy, match="going away; try again"):
+        control_client.Client(ours, "here")
+
+
 def test_owner_that_hung_up_owes_no_answer() -> None:
     """What it did is in the store."""
     with a_pair() as (client, owner):

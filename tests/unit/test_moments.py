@@ -13,20 +13,21 @@ from lmdbitmap.moments import last_ns_of
 
 SECOND = 10**9
 NOON = int(datetime(2026, 11, 29, 12, tzinfo=timezone.utc).timestamp()) * SECOND
-HOUR = 3600 * SECOND
+MINUTE = 60 * SECOND
+HOUR = 60 * MINUTE
 
 
 @pytest.mark.parametrize(
     ("text", "last_ns"),
     [
         ("2026-11-29", NOON + 12 * HOUR - 1),
-        ("2026-11-29 12:00", NOON + SECOND - 1),
-        ("2026-11-29T12:00", NOON + SECOND - 1),
+        ("2026-11-29 12:00", NOON + MINUTE - 1),
+        ("2026-11-29T12:00", NOON + MINUTE - 1),
         ("2026-11-29 12:00:00", NOON + SECOND - 1),
         ("2026-11-29T12:00:01Z", NOON + 2 * SECOND - 1),
         ("2026-11-29T12:00:00.5Z", NOON + SECOND // 2),
         ("2026-11-29T12:00:00.000000042Z", NOON + 42),
-        ("2026-11-29T14:30+02:30", NOON + SECOND - 1),
+        ("2026-11-29T14:30+02:30", NOON + MINUTE - 1),
         ("1970-01-01T00:00:00.0Z", 0),
         ("1969-12-31", -1),
     ],
@@ -37,9 +38,9 @@ def test_a_time_stands_for_all_that_it_names(text: str, last_ns: int) -> None:
 
 def test_the_zone_counts_where_the_time_names_none() -> None:
     zone = timezone(timedelta(hours=2))
-    assert last_ns_of("2026-11-29 14:00", zone) == NOON + SECOND - 1
+    assert last_ns_of("2026-11-29 14:00", zone) == NOON + MINUTE - 1
     assert last_ns_of("2026-11-29", zone) == NOON + 10 * HOUR - 1
-    assert last_ns_of("2026-11-29T12:00Z", zone) == NOON + SECOND - 1
+    assert last_ns_of("2026-11-29T12:00Z", zone) == NOON + MINUTE - 1
 
 
 @pytest.mark.parametrize("zone", ["UTC", "Asia/Kolkata", "America/St_Johns"])
@@ -49,6 +50,19 @@ def test_what_is_shown_of_a_time_stands_for_it(monkeypatch: pytest.MonkeyPatch, 
     try:
         assert last_ns_of(format_time(NOON + 42)) == NOON + SECOND - 1
         assert last_ns_of(iso_time(NOON + 42)) == NOON + 42
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_an_hour_that_comes_twice_is_the_later_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what `ls` shows of a backup of the second one would find none, or an older one."""
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    try:
+        second = int(datetime(2026, 10, 25, 1, 30, tzinfo=timezone.utc).timestamp()) * SECOND
+        assert format_time(second) == "2026-10-25 02:30:00"
+        assert last_ns_of("2026-10-25 02:30:00") == second + SECOND - 1
     finally:
         monkeypatch.undo()
         time.tzset()

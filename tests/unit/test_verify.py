@@ -12,6 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
@@ -206,6 +207,15 @@ def test_without_digests_of_chunks_the_image_is_proven_as_a_whole(disk: BackedUp
 
 
 # --- repositories ---
+
+
+def test_what_a_restore_of_a_time_needs_is_proven_by_that_time(disk: BackedUpDisk) -> None:
+    second = disk.manifest().backups[1]
+    moment = datetime.fromtimestamp(second.time_ns // 10**9, timezone.utc).isoformat()
+    count = verified(disk, at=moment).image_count
+    assert count == sum(
+        entry.time_ns // 10**9 <= second.time_ns // 10**9 for entry in disk.manifest().backups
+    )
 
 
 def test_a_damaged_manifest_is_a_flaw_of_its_disk(disk: BackedUpDisk) -> None:

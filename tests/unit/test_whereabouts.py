@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from pathlib import Path
@@ -74,6 +75,20 @@ def test_an_image_that_nobody_may_look_at_is_not_called_lost(image: Path) -> Non
     assert Whereabouts(NAME, "nbd://somewhere/else", None).look() is None
 
 
+def test_an_image_that_another_host_removed_is_lost(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name leads to a new file, and the old one's handle is stale."""
+    with image.open("r+b") as file:
+        number = file.fileno()
+
+        def stale(fd: int) -> os.stat_result:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+        with monkeypatch.context() as patched:
+            patched.setattr("lmdbitmap.whereabouts.os.fstat", stale)
+            lost = why_lost(str(image), number)
+        assert "that one is gone" in str(lost)
+
+
 def test_it_is_logged_once_and_once_more_when_it_is_back(
     image: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -94,9 +109,10 @@ def test_it_is_logged_once_and_once_more_when_it_is_back(
 
 def test_an_attached_disk_looks_by_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with TrackedDisk(tmp_path, SIZE).attach() as disk:
-        assert disk.image_lost is None
         (tmp_path / "disk.raw").unlink()
         with caplog.at_level(logging.WARNING):
             disk.background_pass()
         assert "was removed" in caplog.text
-        assert disk.image_lost is not None
+        lost = [disk.image_lost]
+    lost.append(disk.image_lost)
+    assert (lost[0] is None, lost[1]) == (False, None), "there is nothing to tell of what is not open"
