@@ -57,14 +57,17 @@ def backups_read_as_they_did(death: Death) -> str:
 
 
 def whole_backups(death: Death) -> int:
-    """How many backups the copy has: all that it names are sound, and they are the source's first ones."""
+    """How many backups the copy has: all that it names are sound, and they are the source's first ones.
+
+    One that has none is not called sound.
+    """
     copy = BackupFolder(death.folder / "copy", NAME)
     found = copy.manifest() if (death.folder / "copy" / NAME).exists() else None
     if found is None:
         return 0
     source = BackupFolder(death.folder / "backups", NAME).known_backups()
     assert found.backups == source.backups[: len(found.backups)], death
-    assert verify(copy.repository_path).is_sound, death
+    assert verify(copy.repository_path).is_sound == bool(found.backups), death
     return len(found.backups)
 
 

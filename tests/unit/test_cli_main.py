@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 from collections.abc import Callable
 
 import click
@@ -12,6 +13,7 @@ from lmdbitmap.cli.group import verbs
 from lmdbitmap.cli.logs import AlreadyTold
 from lmdbitmap.cli.main import run
 from lmdbitmap.cli.options import verb
+from lmdbitmap.cli.signals import Ended
 from lmdbitmap.errors import (
     AlreadyExists,
     Busy,
@@ -93,9 +95,16 @@ def test_a_message_cannot_reach_the_terminal(fall: Fall, capsys: Captured) -> No
     assert capsys.readouterr().err == "lmdbitmap: disk \\x1b[2J\\nhidden; look\n"
 
 
-def test_ctrl_c_is_quiet(fall: Fall, capsys: Captured) -> None:
-    assert fall(KeyboardInterrupt()) == 130
-    assert capsys.readouterr() == ("", "")
+@pytest.mark.parametrize(
+    ("end", "name"),
+    [(KeyboardInterrupt(), "SIGINT"), (Ended(signal.SIGTERM), "SIGTERM"), (Ended(signal.SIGHUP), "SIGHUP")],
+)
+def test_whoever_ends_it_is_told_that_it_may_not_be_done(
+    fall: Fall, capsys: Captured, end: BaseException, name: str
+) -> None:
+    assert fall(end) == 128 + signal.Signals[name]
+    said = f"lmdbitmap: ended by {name} before it had said that it is done; see what is there, and do it again if"
+    assert capsys.readouterr() == ("", f"{said} need be\n")
 
 
 def test_our_own_fault_is_owned_up_to_without_a_traceback(
