@@ -28,6 +28,8 @@ class Papers:
             "9",
             "-subj",
             "/CN=authority",
+            "-addext",
+            "keyUsage=critical,keyCertSign,cRLSign",  # Python 3.13 believes no authority without
             "-keyout",
             "ca-key.pem",
             "-out",

@@ -36,7 +36,7 @@ from lmdbitmap import chain
 from lmdbitmap.backup import backup
 from lmdbitmap.changes import changes
 from lmdbitmap.check import Gravity, check_store
-from lmdbitmap.errors import LmdbitmapError, OwnerGone
+from lmdbitmap.errors import Busy, LmdbitmapError, OwnerGone
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import EXTENT_BLOCKS
@@ -204,7 +204,7 @@ class Storm:
 
     def ask(self, load: Load, asked: list[Asked], deeds: random.Random) -> None:
         """Ask the owner for one thing after another until it is gone."""
-        with contextlib.suppress(OwnerGone, ConnectionError):  # it went away
+        with contextlib.suppress(Busy, OwnerGone, ConnectionError):  # it went away
             for _ in range(4):
                 operation, name = self.something_to_ask(deeds, asked)
                 asked.append(Asked(operation, name, load.answered_by_now()))

@@ -199,6 +199,13 @@ class _Listener:
                 folder.entries[name] = node
         self.operations.append(Naming(call.begin, call.end, call.thread, changes))
 
+    def opened_by_name(self, call: Call) -> None:
+        """The C library reads what the kernel is set to so; of what concerns us nothing is opened like that."""
+        name, flags = call.arguments[:2]
+        if "O_RDONLY" not in flags.split("|") or not string(name).startswith(b"/proc/"):
+            raise Blind(f"not understood: {call.line}")
+        self._open.pop(call.answer, None)
+
     def opened(self, call: Call) -> None:
         at, name, flags = call.arguments[:3]
         path = self._path(at, name)
@@ -359,6 +366,7 @@ class _Listener:
 
 
 _HANDLERS: dict[str, Callable[[_Listener, Call], None]] = {
+    "open": _Listener.opened_by_name,
     "openat": _Listener.opened,
     "close": _Listener.closed,
     "dup": _Listener.duplicated,
@@ -407,7 +415,7 @@ _WRITERS = {
 _HARMLESS_REQUESTS = {"TCGETS", "FIOCLEX", "FIONCLEX"}
 
 _FORBIDDEN = (
-    "io_uring_setup", "io_submit", "open", "openat2", "creat", "link", "linkat", "symlink", "symlinkat", "mknod",
+    "io_uring_setup", "io_submit", "openat2", "creat", "link", "linkat", "symlink", "symlinkat", "mknod",
     "mknodat",
 )  # fmt: skip
 """Nobody here needs them, and it is not always seen which file they concern."""
