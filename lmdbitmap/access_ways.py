@@ -1,9 +1,11 @@
 """The ways to get at disks, each of which takes one moment of all of its disks: it depends on who has them.
 
-Unowned     nobody has them: we own them, so nobody writes, and the image itself is the point in time
-Attached    a filter of this very process has them: a snapshot, which it holds for us
-Served      another process has them: it is told by its control socket to take a snapshot, which we read from the
-            image and over NBD (nbd/through_owner.py)
+    Unowned     nobody has them: we own them, so nobody writes, and the image itself is the point in time
+    Attached    a filter of this very process has them: a snapshot, which it holds for us
+    Served      another process has them: it is told by its control socket to take a snapshot, which we read from the
+                image and over NBD (nbd/through_owner.py)
+
+All disks of a job are had in one of them (access.py).
 """
 
 from __future__ import annotations

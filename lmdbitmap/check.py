@@ -27,6 +27,7 @@ from lmdbitmap.check_folder import remarks_on
 from lmdbitmap.errors import FormatError, InvalidArgument, LmdbitmapError, NotFound
 from lmdbitmap.extents import Trust
 from lmdbitmap.geometry import REGION_BLOCKS
+from lmdbitmap.image import is_far
 from lmdbitmap.records import BITMAP_ID_KEY
 from lmdbitmap.schema import Bitmap, Checkpoint, Disk
 from lmdbitmap.store import WENT_BACK, Reader, Store
@@ -381,11 +382,12 @@ def _standing(store: Store, disk: Disk) -> Iterator[Finding]:
 def next_step_for(store: Store, disk: Disk) -> str:
     """What to do about a disk that cannot be trusted; nothing is offered that would be refused."""
     is_owned = owner.is_owned(store.owner_path(disk.uuid))
+    is_open_here = is_owned and not is_far(disk.image)
     try:
         image = session.look_at(store, disk)
     except LmdbitmapError as error:
-        return WHILE_THERE_IS_TIME if is_owned and isinstance(error, NotFound) else error.next_step
-    if is_owned and disk.identity is not None and not continuity.is_same_file(disk.identity, image):
+        return WHILE_THERE_IS_TIME if is_open_here and isinstance(error, NotFound) else error.next_step
+    if is_open_here and disk.identity is not None and not continuity.is_same_file(disk.identity, image):
         return WHILE_THERE_IS_TIME
     if is_owned:
         return (

@@ -264,6 +264,15 @@ _NO_FOLDER_SYNC = {
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
+def first_bytes(path: str, count: int) -> bytes:
+    """Of a file; there are none of what is empty, not there, or no regular file."""
+    with os_errors_at(path):
+        if not os.path.isfile(path):
+            return b""
+        with open(path, "rb", opener=open_nonblocking) as file:
+            return file.read(count)
+
+
 def is_unfinished_name(name: str) -> bool:
     """Whether a file is called as one on its way is, and as nothing else."""
     return _LEFTOVER.fullmatch(name) is not None

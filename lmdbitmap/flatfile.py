@@ -25,6 +25,8 @@ PAGE_BYTES = 4096
 """The bits begin on a multiple of this, and every chunk that is read is one too, but for the last."""
 _CHUNK_BYTES = 1 << 20
 
+_BEGINNING = flat.MAGIC + flat.MAJOR_VERSION.to_bytes(2, "little")
+
 
 class FlatFile:
     """An open file whose header is proven. Its bits are proven each time they are read."""
@@ -161,16 +163,13 @@ def writing(path: str | os.PathLike[str], header: FlatHeader, metadata: Metadata
 
 def begins_like_ours(path: str) -> bool:
     """Whether the first bytes are those of a flat file of this version, whatever comes after them."""
-    ours = flat.MAGIC + flat.MAJOR_VERSION.to_bytes(2, "little")
-    with os_errors_at(path), open(path, "rb", opener=files.open_nonblocking) as file:
-        return (file.read(len(ours)) or b"") == ours
+    return files.first_bytes(path, len(_BEGINNING)) == _BEGINNING
 
 
 def _refuse_foreign(place: str) -> None:
     """Its content would be gone, and whoever has it open would go on with what has no name any more."""
-    with os_errors_at(place):
-        if not os.path.isfile(place) or os.stat(place).st_size == 0 or begins_like_ours(place):
-            return
+    if files.first_bytes(place, len(_BEGINNING)) in (b"", _BEGINNING):
+        return
     raise FormatError(
         place,
         expected="a flat bitmap file of this version, an empty file or none",

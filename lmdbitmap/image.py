@@ -50,6 +50,11 @@ def is_same_image(one: str, other: str) -> bool:
         here, there = os.stat(one), os.stat(other)
     except (OSError, ValueError):
         return False
+    return are_one(here, there)
+
+
+def are_one(here: os.stat_result, there: os.stat_result) -> bool:
+    """Whether both are of one file, or of one block device, whatever its nodes."""
     if stat.S_ISBLK(here.st_mode) and stat.S_ISBLK(there.st_mode):
         return here.st_rdev == there.st_rdev
     return os.path.samestat(here, there)

@@ -44,7 +44,7 @@ def _last_ns(found: re.Match[str], zone: tzinfo | None) -> int:
     if minute is None:
         return _start_ns(datetime.fromisoformat(date) + timedelta(days=1), zone) - 1
     offset = (found["zone"] or "").replace("Z", "+00:00")
-    moment = datetime.fromisoformat(f"{date} {minute}{found['second'] or ':00'}{offset}")
+    moment = datetime.fromisoformat(f"{date} {minute}{found['second'] or ':00'}{offset}").replace(fold=1)
     if fraction is not None:
         return _start_ns(moment, zone) + int(fraction.ljust(9, "0"))
     seconds = 60 if found["second"] is None else 1
@@ -54,5 +54,4 @@ def _last_ns(found: re.Match[str], zone: tzinfo | None) -> int:
 def _start_ns(moment: datetime, zone: tzinfo | None) -> int:
     if moment.tzinfo is None and zone is not None:
         moment = moment.replace(tzinfo=zone)
-    moment = moment.replace(fold=1)
     return (moment.astimezone(timezone.utc) - _EPOCH) // timedelta(seconds=1) * _SECOND_NS

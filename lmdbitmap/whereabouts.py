@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
 import threading
 from typing import Final
 
-from lmdbitmap.image import is_far
+from lmdbitmap.image import are_one, is_far
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +34,7 @@ def why_lost(image: str, fd: int) -> str | None:
         here = os.fstat(fd)
     except OSError:  # as of a file that another host removed
         return f"{image} is not the file any more that is open, and that one is gone"
-    if stat.S_ISBLK(here.st_mode) and stat.S_ISBLK(there.st_mode):
-        is_same = here.st_rdev == there.st_rdev
-    else:
-        is_same = os.path.samestat(here, there)
-    return None if is_same else f"{image} is another file now than the one that is open"
+    return None if are_one(here, there) else f"{image} is another file now than the one that is open"
 
 
 class Whereabouts:

@@ -9,7 +9,6 @@ also while somebody writes to the disk.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -22,7 +21,7 @@ from lmdbitmap.cli.changed import ask_or_everything, head_facts, head_words, ins
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import Report, printable, progress, say, stream_json, stream_lines
 from lmdbitmap.cli.sizes import format_size
-from lmdbitmap.errors import AlreadyExists, os_errors_at
+from lmdbitmap.errors import AlreadyExists
 from lmdbitmap.extents import Trust
 from lmdbitmap.geometry import REGION_BLOCKS
 from lmdbitmap.render import Caption, Cell, DirtMap, Shade
@@ -169,12 +168,7 @@ def _require_place(svg: str | None, png: str | None) -> None:
 
 def _require_beginning(path: str, signature: bytes, kind: str) -> None:
     """What is no regular file is left for `files.replacing` to refuse."""
-    with os_errors_at(path):
-        if not os.path.isfile(path):
-            return
-        with open(path, "rb", opener=files.open_nonblocking) as file:
-            beginning = file.read(len(signature))
-    if beginning not in (signature, b""):
+    if files.first_bytes(path, len(signature)) not in (signature, b""):
         raise AlreadyExists(
             f"{path} is there and is not {kind}", next_step="name another file, or remove that one"
         )

@@ -12,13 +12,14 @@ from uuid import UUID, uuid4
 import pytest
 
 from lmdbitmap import chain, owner, schema, session
-from lmdbitmap.check import Finding, Gravity, check_store
+from lmdbitmap.check import Finding, Gravity, check_store, next_step_for
 from lmdbitmap.filter import Filter, take_checkpoint
 from lmdbitmap.geometry import REGION_BLOCKS
 from lmdbitmap.owner import Distrust
 from lmdbitmap.schema import Checkpoint, Disk
 from lmdbitmap.store import Store, Writer
 from tests.conftest import RawImage
+from tests.tracked import TrackedDisk
 
 MIB = 1 << 20
 ANOTHER = UUID(int=0x5EED)
@@ -435,3 +436,14 @@ def test_a_store_that_went_back_needs_a_full_backup(store: Store, disk: Disk) ->
         found = _only(check_store(again))
     assert found.gravity is Gravity.DISTRUST
     assert "newest changes were lost" in found.problem
+
+
+def test_whoever_serves_a_far_image_may_be_stopped(tmp_path: Path) -> None:
+    """What its server has stays there; only a file ends with the process that has it open."""
+    tracked = TrackedDisk(tmp_path, 1 << 20)
+    far = dataclasses.replace(tracked.disk(), image=f"nbd+unix:///sda?socket={tmp_path}/none")
+    with tracked.attach():
+        assert "do not stop" not in next_step_for(tracked.store, far)
+        tracked.image.unlink()
+        assert "do not stop" in next_step_for(tracked.store, tracked.disk())
+    tracked.close()

@@ -68,6 +68,20 @@ def test_an_hour_that_comes_twice_is_the_later_one(monkeypatch: pytest.MonkeyPat
         time.tzset()
 
 
+def test_a_day_ends_where_the_next_one_begins_for_the_first_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Havana the first hour of a day in autumn comes twice, and both belong to that day."""
+    monkeypatch.setenv("TZ", "America/Havana")
+    time.tzset()
+    try:
+        end = int(datetime(2026, 11, 1, 4, tzinfo=timezone.utc).timestamp()) * SECOND
+        assert format_time(end) == "2026-11-01 00:00:00"
+        assert last_ns_of("2026-10-31") == end - 1
+        assert last_ns_of("2026-11-01 00:30") == end + HOUR + 31 * MINUTE - 1
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
 @pytest.mark.parametrize(
     "text",
     [
