@@ -137,10 +137,12 @@ class Period:
         bits.set_range(self.settled, base + start, base + stop)
         return True
 
-    def _load(self, region: int) -> None:
-        """Bring a region's dirt from the store."""
+    def _load(self, region: int, reader: Reader | None = None) -> None:
+        """Bring a region's dirt from the store, as it is now or as `reader` sees it."""
         if self._all_dirty:
             known = schema.ALL_DIRTY_BITS
+        elif reader is not None:
+            known = self._stored(reader, region)
         else:
             with self._store.read() as reader:
                 known = self._stored(reader, region)
@@ -352,11 +354,13 @@ class Period:
         with self._state:
             return self._armed.likely()
 
-    def begin(self, writer: Writer, armed: Mapping[int, int], dirty: Iterable[Run]) -> None:
-        """Have extents armed, by region, and blocks dirty from the start.
+    def begin(self, writer: Writer, armed: Mapping[int, int], dirty: Iterable[Run] = ()) -> None:
+        """Have extents armed, by region, and blocks dirty from the start, beside what is dirty already.
 
-        Inside the transaction that makes the bitmap, which is all clean; without it there is no period either.
+        Inside the transaction that makes the bitmap, or changes it; without it there is no period either.
         """
+        if self._all_dirty:
+            return
         regions = set(armed)
         for region, start, stop in (piece for run in dirty for piece in _pieces(*run)):
             base = region * REGION_BLOCKS
@@ -364,7 +368,7 @@ class Period:
             regions.add(region)
         with self._state:
             for region in sorted(regions):
-                self._loaded[region] = 1  # what the record says is ours, not a dead owner's
+                self._load(region, writer)  # before it says "armed" for us, which else is a dead owner's
                 writer.put_region(self.bitmap_id, region, armed.get(region, 0), bytes(self._known(region)))
             self._settle(_Plan({}, [], armed))
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 
 from lmdbitmap import chain
@@ -99,10 +99,13 @@ def _next_period(
     """Extents that were written of late are armed in it, so that their writers do not all commit at once."""
     tracking.put_exact(writer)
     disk, checkpoint = chain.add_checkpoint(writer, tracking.as_stored(writer), name, time_ns)
-    armed = dict(list(tracking.period.likely_extents().items())[-_CARRIED_REGIONS:])
     period = tracking.open_period(writer, disk)
-    period.begin(writer, armed, tracking.in_doubt(disk.geometry))
+    period.begin(writer, _carried(tracking), tracking.in_doubt(disk.geometry))
     return checkpoint, disk, period
+
+
+def _carried(tracking: Tracking) -> Mapping[int, int]:
+    return dict(list(tracking.period.likely_extents().items())[-_CARRIED_REGIONS:])
 
 
 def _flush_images(disks: Sequence[Tracking], name: str, let_go: Callable[[], None] = lambda: None) -> None:
@@ -135,7 +138,7 @@ def forget(tracking: Tracking, name: str) -> None:
             raise held_error(held)
     if not tracking.store.update(lambda writer: _forget_unless_newest(writer, tracking, name)):
         with tracking.frozen():
-            tracking.change_chain(lambda writer, disk: _forget(writer, disk, name))
+            tracking.change_chain(lambda writer, disk: _forget(writer, disk, name), _carried(tracking))
 
 
 def _forget_unless_newest(writer: Writer, tracking: Tracking, name: str) -> bool:

@@ -19,7 +19,8 @@ import dataclasses
 import errno
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from lmdbitmap import chain, schema
 from lmdbitmap.bits import Run
@@ -133,14 +134,18 @@ class Tracking:
         with self.gate.drained(), self.period.held():
             yield
 
-    def change_chain(self, change: Callable[[Writer, Disk], Disk]) -> None:
-        """Persist, change the chain, and open its newest bitmap afresh. Called inside `frozen`."""
+    def change_chain(
+        self, change: Callable[[Writer, Disk], Disk], armed: Mapping[int, int] = MappingProxyType({})
+    ) -> None:
+        """Persist, change the chain, and open its newest bitmap afresh, with extents armed. Called inside `frozen`."""
 
         def persist_and_change(writer: Writer) -> tuple[Disk, Period]:
             self.put_exact(writer)
             disk = change(writer, self.as_stored(writer))
             writer.put_disk(disk)
-            return disk, self.open_period(writer, disk)
+            period = self.open_period(writer, disk)
+            period.begin(writer, armed)
+            return disk, period
 
         with changed_together([self.voucher]):
             self.go_on_with(*self.store.update(persist_and_change))

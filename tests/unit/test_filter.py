@@ -111,6 +111,28 @@ def test_extents_stay_armed_over_a_checkpoint_and_nothing_in_them_is_dirty(
     assert trust_of(disk.changes(since="start", until="monday")) is Trust.EXACT
 
 
+def transaction_of(tracked: TrackedDisk) -> int:
+    with tracked.store.read() as reader:
+        return reader.transaction
+
+
+def test_extents_stay_armed_where_the_newest_checkpoint_is_forgotten(
+    tracked: TrackedDisk, disk: Filter
+) -> None:
+    """As after a backup that failed, while its guest writes on."""
+    disk.pwrite(b"x", 0)
+    disk.checkpoint("monday")
+    disk.pwrite(b"x", 5 * BLOCK)
+    disk.forget("monday")
+    assert disk.armed_count == 1
+    before = transaction_of(tracked)
+    disk.pwrite(b"x", 7 * BLOCK)
+    assert transaction_of(tracked) == before
+    assert 7 in tracked.stored_dirt()
+    assert dirty(disk, "start") == {0, 5, 7}
+    assert trust_of(disk.changes(since="start")) is Trust.EXACT
+
+
 def test_extents_stay_armed_for_ten_passes_of_the_thread_that_makes_them(
     tracked: TrackedDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:

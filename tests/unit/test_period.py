@@ -13,7 +13,7 @@ import pytest
 
 from lmdbitmap import bits, schema
 from lmdbitmap.errors import StorageError
-from lmdbitmap.geometry import EXTENT_BLOCKS, REGION_BLOCKS
+from lmdbitmap.geometry import EXTENT_BLOCKS, REGION_BLOCKS, REGION_BYTES
 from lmdbitmap.period import Period
 from lmdbitmap.schema import Bitmap
 from lmdbitmap.store import Store, Writer
@@ -332,6 +332,33 @@ def test_what_is_dirty_from_the_start_is_so_at_once_and_stays(
     period.make_durable([(7, 8)])
     period.persist()
     assert notebook.dirty() == {*from_the_start, 7}
+
+
+@pytest.mark.parametrize("left_armed", [0, 0b110])
+def test_what_is_dirty_already_stays_so_where_extents_are_armed_again(
+    notebook: Notebook, left_armed: int
+) -> None:
+    """What a dead owner left armed is dirty, and is not taken for what is armed for us."""
+    exact = bytearray(REGION_BYTES)
+    exact[0] = 0b1000
+    notebook.put(0, left_armed, bytes(exact))
+    already = {3, *(range(EXTENT_BLOCKS, 3 * EXTENT_BLOCKS) if left_armed else ())}
+    period = notebook.period()
+    notebook.store.update(lambda writer: period.begin(writer, {0: 0b11}))
+    before = notebook.commits
+    period.make_durable([(7, 8)])
+    assert notebook.commits == before
+    assert settled(period) == {*already, 7}
+    period.persist()
+    assert notebook.dirty() == {*already, 7}
+
+
+def test_nothing_is_armed_where_everything_is_dirty(tmp_path: Path) -> None:
+    notebook = Notebook(tmp_path / "store", all_dirty="by intent")
+    period = notebook.period()
+    notebook.store.update(lambda writer: period.begin(writer, {0: 0b11}))
+    assert (period.armed_count, notebook.armed()) == (0, set())
+    notebook.store.close()
 
 
 # --- where dirt is likely next ---
