@@ -152,8 +152,14 @@ def _svg_head(width: int, height: int, caption: Caption) -> Iterator[str]:
         ' font-family="sans-serif" font-size="13" fill="#222">'
     )
     yield f'<title id="title">{_xml(caption.title)}</title>'
-    yield f'<desc id="description">{_xml(" ".join([*caption.lines, caption.legend]))}</desc>'
+    yield f'<desc id="description">{_xml("; ".join(_in_words(caption)))}</desc>'
     yield f'<rect width="{width}" height="{height}" fill="{_BACKGROUND}"/>'
+
+
+def _in_words(caption: Caption) -> list[str]:
+    """What a picture shows, for who cannot see it."""
+    shades = ", ".join(shade.value for shade in Shade)
+    return [*caption.lines, f"shades for {shades} {caption.legend}"]
 
 
 def _svg_lines(caption: Caption) -> Iterator[str]:
@@ -232,7 +238,7 @@ def png(dirt: DirtMap, caption: Caption) -> bytes:
         _chunk(b"IHDR", header),
         _chunk(b"PLTE", palette),
         _text_chunk("Title", caption.title),
-        _text_chunk("Description", "\n".join([*caption.lines, caption.legend])),
+        _text_chunk("Description", "\n".join(_in_words(caption))),
         _chunk(b"IDAT", zlib.compress(b"".join(pixels), 9)),
         _chunk(b"IEND", b""),
     ]

@@ -252,7 +252,7 @@ def _reason_facts(reason: Reason | None) -> dict[str, str] | None:
     ],
 )
 @click.argument("repository", metavar="REPO", type=_FOLDER)
-@click.argument("name", metavar="NAME")
+@click.argument("name", metavar="NAME", required=False)
 @click.argument("out", metavar="OUT", type=click.Path(), required=False)
 @at_backup("go back to")
 @click.option(
@@ -272,7 +272,7 @@ def _reason_facts(reason: Reason | None) -> dict[str, str] | None:
 def restore(
     asked: Session,
     repository: str,
-    name: str,
+    name: str | None,
     out: str | None,
     at: str | None,
     in_place: bool,
@@ -290,11 +290,11 @@ def restore(
     """
     if repository == STDIN:
         require_stream_in()
-        with _store_that_may_track(asked, name) as store:
-            stream_in(asked, name, store, larger=larger)
+        target = _given(name, "OUT")
+        with _store_that_may_track(asked, target) as store:
+            stream_in(asked, target, store, larger=larger)
         return
-    if out is None:
-        raise click.UsageError("Missing argument 'OUT'.")
+    name, out = _given(name, "NAME"), _given(out, "OUT")
     from lmdbitmap.restore import restore as write_out
 
     with contextlib.ExitStack() as opened:
@@ -315,6 +315,12 @@ def restore(
         say_json(_restore_facts(name, result))
     else:
         say(f"{out}: {name} as of {_restore_words(result, in_place)}")
+
+
+def _given(argument: str | None, name: str) -> str:
+    if argument is None:
+        raise click.UsageError(f"Missing argument '{name}'.")
+    return argument
 
 
 @contextlib.contextmanager

@@ -183,6 +183,8 @@ def test_options_of_a_stream_belong_to_a_stream(cli: Cli, image: Path) -> None:
     assert said.startswith("--since belongs to a backup with --stdout")
     assert "Missing argument 'REPO'" in cli.fails(2, "backup", "sda")
     assert "Missing argument 'OUT'" in cli.fails(2, "restore", cli.folder, "sda")
+    assert "Missing argument 'NAME'" in cli.fails(2, "restore", cli.folder)
+    assert "Missing argument 'OUT'" in cli.fails(2, "restore", "-")
     assert "it is OUT alone that is named" in cli.fails(2, "restore", "-", "sda", "out.raw")
     assert "it is OUT alone that is named" in cli.fails(2, "restore", "-", "out.raw", "--at", "1")
     assert not (cli.folder / "backups").exists()

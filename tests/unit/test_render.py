@@ -104,7 +104,7 @@ def test_all_of_an_svg_lies_on_it() -> None:
 def test_an_svg_says_in_words_what_it_shows() -> None:
     page = ElementTree.fromstring(render.svg(_small_map(), CAPTION))
     told = {page.findtext(f"{SVG}{tag}") for tag in ("title", "desc")}
-    assert told == {"sda: a title", "exact and more of a cell"}
+    assert told == {"sda: a title", "exact; and more; shades for none, some, most, all of a cell"}
     assert page.attrib["role"] == "img"
     shown = [text.text for text in page.iter(f"{SVG}text")]
     assert shown == ["sda: a title", "exact", "and more", "0", *(shade.value for shade in Shade), "of a cell"]
@@ -158,7 +158,7 @@ def test_the_words_of_a_png_are_in_its_text() -> None:
     caption = CAPTION._replace(title="disk é\x00", lines=["one", "two"])
     assert _decoded(render.png(_small_map(), caption))[2] == {
         "Title": "disk é\ufffd",
-        "Description": "one\ntwo\nof a cell",
+        "Description": "one\ntwo\nshades for none, some, most, all of a cell",
     }
 
 
