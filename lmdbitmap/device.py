@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import stat
 import threading
@@ -28,6 +29,7 @@ from lmdbitmap.interfaces import Allocation, Buffer, ImageIdentity, joined
 
 ZERO_CHUNK_BYTES = 1 << 20
 PAGE_BYTES = 4096
+_STAT_BLOCK_BYTES = 512
 _READ_AHEAD_BYTES = 512 << 10
 
 DATA = (False, False)
@@ -193,9 +195,19 @@ class FileDevice:
 
     def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
         check_range(offset, length, self._size)
-        if self.is_block_device:
+        if self.is_block_device or (self._is_in_memory and self._is_full()):
             return joined([Allocation(length, *DATA)])
         return joined(_holes_and_data(self._fd, offset, offset + length))
+
+    @functools.cached_property
+    def _is_in_memory(self) -> bool:
+        return linux.filesystem_number(f"/proc/self/fd/{self._fd}") == linux.TMPFS
+
+    def _is_full(self) -> bool:
+        """Whether it has all of its pages. To say where data ends, tmpfs looks at each: a GiB in 16 ms, in which nobody
+        can write. Others have lists, and in those of theirs that were preallocated, holes that are worth asking for."""
+        status = os.fstat(self._fd)
+        return status.st_blocks * _STAT_BLOCK_BYTES >= status.st_size
 
     def resize(self, size: int) -> None:
         """What is added reads as zeroes. A block device raises `InvalidArgument`: others size it."""

@@ -24,6 +24,8 @@ BLKDISCARD = 0x1277
 BLKSSZGET = 0x1268
 STATFS_BYTES = 256
 """More than any struct statfs; its first word is `f_type`."""
+TMPFS = 0x01021994
+"""The `f_type` of file systems in memory."""
 
 UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EINVAL, errno.ENODEV}
 """Cannot. EINVAL too: callers check their ranges, so it only means that this kernel or driver will not."""
