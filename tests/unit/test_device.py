@@ -357,6 +357,30 @@ def test_walk_over_holes_is_lazy(raw_image: RawImage, monkeypatch: pytest.Monkey
         assert 0 < asked < 6
 
 
+@pytest.mark.parametrize(
+    ("number", "hole_at", "asks"), [(linux.TMPFS, None, 0), (linux.TMPFS, 3, 4), (0xEF53, None, 2)]
+)
+def test_full_file_in_memory_is_not_looked_through_for_holes(
+    raw_image: RawImage, monkeypatch: pytest.MonkeyPatch, number: int, hole_at: int | None, asks: int
+) -> None:
+    """tmpfs goes through all pages to say where data ends; whoever writes to that file waits meanwhile."""
+    path = raw_image(10 * PAGE, [(page * PAGE, b"x" * PAGE) for page in range(10) if page != hole_at])
+    monkeypatch.setattr(linux, "filesystem_number", lambda place: number)
+    asked, lseek = [], os.lseek
+
+    def note(fd: int, offset: int, whence: int) -> int:
+        asked.append(whence)
+        return lseek(fd, offset, whence)
+
+    with FileDevice.open(path) as device:
+        monkeypatch.setattr(os, "lseek", note)
+        zero = [part.length for part in device.allocation(0, device.size) if part.zero]
+        assert (zero, len(asked)) == ([] if hole_at is None else [PAGE], asks)
+        if asks == 0:
+            device.discard(0, PAGE)
+            assert next(device.allocation(0, device.size)) == Allocation(PAGE, *HOLE)
+
+
 def test_walk_ends_when_every_answer_is_outdated(
     raw_image: RawImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
