@@ -71,6 +71,12 @@ class ArmedExtents:
             region, extent = self._first()
             self.disarm(region, 1 << extent)
 
+    def forget_all(self) -> None:
+        """Nothing is armed, or was: nobody is going to ask."""
+        self._masks.clear()
+        self._last_dirt.clear()
+        self._before.clear()
+
     def longest_quiet(self, passes: int = 0) -> tuple[int, int] | None:
         """The extent that has had no new dirt for longest, if that is for `passes` passes or more.
 

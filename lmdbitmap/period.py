@@ -346,7 +346,7 @@ class Period:
     def end(self) -> None:
         """Another period goes on from here: nothing of this one is left to write. Called inside `held`."""
         with self._state:
-            self._take_all()
+            self._armed.forget_all()
             self._behind.clear()
 
     def likely_extents(self) -> dict[int, int]:
