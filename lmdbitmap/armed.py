@@ -6,20 +6,21 @@ When one may be armed, and what has to be durable then, is the period's to see t
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 
-from lmdbitmap.geometry import REGION_EXTENTS
+from lmdbitmap.bits import BitView
+from lmdbitmap.geometry import EXTENT_BLOCKS, REGION_EXTENTS
 
 
 class ArmedExtents:
     """At most `most` of them. An extent is (region, number in it); masks have a bit for each of a region's.
 
-    `has_dirt` says it of an extent. Whoever calls holds a lock: this has none.
+    `dirt` has a bit for each block of the disk. Whoever calls holds a lock: this has none.
     """
 
-    def __init__(self, most: int, has_dirt: Callable[[int, int], bool]) -> None:
+    def __init__(self, most: int, dirt: BitView) -> None:
         self.most = most
-        self._has_dirt = has_dirt
+        self._dirt = dirt
         self._masks: dict[int, int] = {}
         """By region; one with nothing armed is absent."""
         self._last_dirt: OrderedDict[int, int] = OrderedDict()
@@ -72,7 +73,7 @@ class ArmedExtents:
             self.disarm(region, 1 << extent)
 
     def forget_all(self) -> None:
-        """Nothing is armed, or was: nobody is going to ask."""
+        """Forget what is armed, and what was: the period has ended."""
         self._masks.clear()
         self._last_dirt.clear()
         self._before.clear()
@@ -109,8 +110,10 @@ class ArmedExtents:
 
     def _remember(self, region: int, extent: int) -> None:
         """Not if it was armed because dirt was likely, and had none."""
-        if self._has_dirt(region, extent):
-            self._before[region * REGION_EXTENTS + extent] = None
+        number = region * REGION_EXTENTS + extent
+        first = number * EXTENT_BLOCKS
+        if self._dirt.find(1, first, first + EXTENT_BLOCKS) >= 0:
+            self._before[number] = None
             if len(self._before) > self.most // 2:
                 self._before.popitem(last=False)
 

@@ -195,19 +195,20 @@ class FileDevice:
 
     def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
         check_range(offset, length, self._size)
-        if self.is_block_device or (self._is_in_memory and self._is_full()):
+        if self.is_block_device or self._is_slow_to_find_holes():
             return joined([Allocation(length, *DATA)])
         return joined(_holes_and_data(self._fd, offset, offset + length))
 
-    @functools.cached_property
-    def _is_in_memory(self) -> bool:
-        return linux.filesystem_number(f"/proc/self/fd/{self._fd}") == linux.TMPFS
-
-    def _is_full(self) -> bool:
-        """Whether it has all of its pages. To say where data ends, tmpfs looks at each: a GiB in 16 ms, in which nobody
-        can write. Others have lists, and in those of theirs that were preallocated, holes that are worth asking for."""
+    def _is_slow_to_find_holes(self) -> bool:
+        """To say where data ends, tmpfs looks at each page: a GiB in 16 ms, in which nobody can write. So a file there
+        with as many blocks as it can fill is called data as a whole, whatever of it was only preallocated.
+        """
         status = os.fstat(self._fd)
-        return status.st_blocks * _STAT_BLOCK_BYTES >= status.st_size
+        return status.st_blocks * _STAT_BLOCK_BYTES >= status.st_size and self._is_on_tmpfs
+
+    @functools.cached_property
+    def _is_on_tmpfs(self) -> bool:
+        return linux.is_on_tmpfs(self._fd)
 
     def resize(self, size: int) -> None:
         """What is added reads as zeroes. A block device raises `InvalidArgument`: others size it."""

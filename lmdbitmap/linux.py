@@ -25,7 +25,7 @@ BLKSSZGET = 0x1268
 STATFS_BYTES = 256
 """More than any struct statfs; its first word is `f_type`."""
 TMPFS = 0x01021994
-"""The `f_type` of file systems in memory."""
+"""The `f_type` of a tmpfs."""
 
 UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EINVAL, errno.ENODEV}
 """Cannot. EINVAL too: callers check their ranges, so it only means that this kernel or driver will not."""
@@ -76,6 +76,14 @@ def filesystem_number(path: str) -> int:
     if _libc().statfs(os.fsencode(path), answer) != 0:
         raise _last_error()
     return ctypes.c_long.from_buffer(answer).value & 0xFFFFFFFF
+
+
+def is_on_tmpfs(fd: int) -> bool:
+    """Whether fstatfs(2) says so; False where it says nothing."""
+    import ctypes
+
+    answer = ctypes.create_string_buffer(STATFS_BYTES)
+    return _libc().fstatfs(fd, answer) == 0 and ctypes.c_long.from_buffer(answer).value & 0xFFFFFFFF == TMPFS
 
 
 @functools.cache

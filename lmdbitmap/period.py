@@ -82,7 +82,7 @@ class Period:
         self._state = threading.Lock()
         self._commit = threading.Lock()
         self._queue: list[_Ticket] = []
-        self._armed = ArmedExtents(max_armed, self._has_dirt)
+        self._armed = ArmedExtents(max_armed, self.settled)
         self._behind: set[int] = set()
         """Regions whose record lacks bits (deferred mode) or arms too much (a commit failed or was interrupted)."""
 
@@ -150,10 +150,6 @@ class Period:
         if region == self._region_count - 1:
             bits.truncate(self._memory, self.block_count)
         self._loaded[region] = 1
-
-    def _has_dirt(self, region: int, extent: int) -> bool:
-        first = region * REGION_BLOCKS + extent * EXTENT_BLOCKS
-        return self.settled.find(1, first, first + EXTENT_BLOCKS) >= 0
 
     # -- committing ------------------------------------------------------------------------------------
 
@@ -357,7 +353,8 @@ class Period:
     def begin(self, writer: Writer, armed: Mapping[int, int], dirty: Iterable[Run] = ()) -> None:
         """Have extents armed, by region, and blocks dirty from the start, beside what is dirty already.
 
-        Inside the transaction that makes the bitmap, or changes it; without it there is no period either.
+        Inside the transaction that makes the bitmap, or changes it; without it there is no period either. Where all is
+        dirty there is nothing to arm.
         """
         if self._all_dirty:
             return
@@ -368,7 +365,7 @@ class Period:
             regions.add(region)
         with self._state:
             for region in sorted(regions):
-                self._load(region, writer)  # before it says "armed" for us, which else is a dead owner's
+                self._load(region, writer)  # first: afterwards what a dead owner left armed looks like ours
                 writer.put_region(self.bitmap_id, region, armed.get(region, 0), bytes(self._known(region)))
             self._settle(_Plan({}, [], armed))
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lmdbitmap import bits
 from lmdbitmap.armed import ArmedExtents
-from lmdbitmap.geometry import REGION_EXTENTS
+from lmdbitmap.bits import BitView
+from lmdbitmap.geometry import EXTENT_BLOCKS, REGION_BYTES, REGION_EXTENTS
 
 MOST = 6
 REGIONS, EXTENTS = 3, 3
@@ -16,6 +21,18 @@ Extent = tuple[int, int]
 
 def has_dirt(region: int, extent: int) -> bool:
     return extent != 2
+
+
+def dirt_of(regions: int, has_dirt: Callable[[int, int], bool]) -> BitView:
+    """A disk's bits: the last block of each extent that has dirt."""
+    dirt = bits.bitmap_view(bytearray(regions * REGION_BYTES))
+    for region, extent in itertools.product(range(regions), range(REGION_EXTENTS)):
+        if has_dirt(region, extent):
+            dirt[((region * REGION_EXTENTS) + extent + 1) * EXTENT_BLOCKS - 1] = 1
+    return dirt
+
+
+DIRT = dirt_of(REGIONS, has_dirt)
 
 
 class NaiveArmed:
@@ -56,7 +73,7 @@ ACTS = st.tuples(st.sampled_from(["arm", "touch", "disarm", "pass", "disarm all"
 @given(st.lists(ACTS, max_size=60))
 def test_armed_extents_are_those_of_a_naive_model(acts: list[tuple[str, Extent]]) -> None:
     naive = NaiveArmed()
-    armed = ArmedExtents(MOST, has_dirt)
+    armed = ArmedExtents(MOST, DIRT)
     for act, extent in acts:
         do(armed, naive, act, extent)
         compare(armed, naive)
@@ -104,9 +121,17 @@ def masks(extents: list[Extent]) -> list[tuple[int, int]]:
 
 
 def test_what_was_armed_before_takes_no_more_memory_than_what_may_be_likely() -> None:
-    armed = ArmedExtents(MOST, lambda region, extent: True)
+    armed = ArmedExtents(MOST, dirt_of(10, lambda region, extent: True))
     for number in range(10 * REGION_EXTENTS):
         region, extent = divmod(number, REGION_EXTENTS)
         armed.arm(region, 1 << extent)
         armed.disarm(region, 1 << extent)
     assert len(armed._before) == MOST // 2
+
+
+def test_what_has_ended_is_forgotten() -> None:
+    armed = ArmedExtents(MOST, DIRT)
+    armed.arm(0, 0b11)
+    armed.disarm(0, 0b1)
+    armed.forget_all()
+    compare(armed, NaiveArmed())

@@ -20,6 +20,7 @@ from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, NotFound, St
 from lmdbitmap.interfaces import Allocation, ImageIdentity
 from tests.conftest import RawImage
 from tests.support import open_files
+from tests.tracked import quick_folder
 
 MIB = 1 << 20
 PAGE = 4096
@@ -357,28 +358,51 @@ def test_walk_over_holes_is_lazy(raw_image: RawImage, monkeypatch: pytest.Monkey
         assert 0 < asked < 6
 
 
-@pytest.mark.parametrize(
-    ("number", "hole_at", "asks"), [(linux.TMPFS, None, 0), (linux.TMPFS, 3, 4), (0xEF53, None, 2)]
-)
-def test_full_file_in_memory_is_not_looked_through_for_holes(
-    raw_image: RawImage, monkeypatch: pytest.MonkeyPatch, number: int, hole_at: int | None, asks: int
-) -> None:
-    """tmpfs goes through all pages to say where data ends; whoever writes to that file waits meanwhile."""
-    path = raw_image(10 * PAGE, [(page * PAGE, b"x" * PAGE) for page in range(10) if page != hole_at])
-    monkeypatch.setattr(linux, "filesystem_number", lambda place: number)
+def lseeks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """From now on each `whence` of an lseek."""
     asked, lseek = [], os.lseek
 
     def note(fd: int, offset: int, whence: int) -> int:
         asked.append(whence)
         return lseek(fd, offset, whence)
 
+    monkeypatch.setattr(os, "lseek", note)
+    return asked
+
+
+@pytest.mark.parametrize(("tmpfs", "hole_at", "asks"), [(True, None, 0), (True, 3, 4), (False, None, 2)])
+def test_full_file_on_tmpfs_is_not_looked_through_for_holes(
+    raw_image: RawImage, monkeypatch: pytest.MonkeyPatch, tmpfs: bool, hole_at: int | None, asks: int
+) -> None:
+    """That goes through all pages to say where data ends; whoever writes to the file waits meanwhile."""
+    path = raw_image(10 * PAGE, [(page * PAGE, b"x" * PAGE) for page in range(10) if page != hole_at])
+    monkeypatch.setattr(linux, "is_on_tmpfs", lambda fd: tmpfs)
     with FileDevice.open(path) as device:
-        monkeypatch.setattr(os, "lseek", note)
+        asked = lseeks(monkeypatch)
         zero = [part.length for part in device.allocation(0, device.size) if part.zero]
         assert (zero, len(asked)) == ([] if hole_at is None else [PAGE], asks)
-        if asks == 0:
-            device.discard(0, PAGE)
-            assert next(device.allocation(0, device.size)) == Allocation(PAGE, *HOLE)
+        device.discard(0, PAGE)
+        assert next(device.allocation(0, device.size)) == Allocation(PAGE, *HOLE)
+
+
+def test_tmpfs_is_known_by_what_is_open_there(raw_image: RawImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    with quick_folder() as folder:
+        path = folder / "disk.raw"
+        path.write_bytes(b"x" * 10 * PAGE)
+        with FileDevice.open(path) as device:
+            path.unlink()
+            expected = linux.filesystem_number(str(folder)) == linux.TMPFS
+            asked = lseeks(monkeypatch)
+            assert list(device.allocation(0, device.size)) == [Allocation(10 * PAGE, *DATA)]
+            assert (asked == []) == expected
+    assert not linux.is_on_tmpfs(-1)
+
+
+def test_closed_image_is_not_asked_for_holes(raw_image: RawImage) -> None:
+    device = FileDevice.open(raw_image(PAGE))
+    device.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        list(device.allocation(0, PAGE))
 
 
 def test_walk_ends_when_every_answer_is_outdated(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -109,6 +111,20 @@ def test_extents_stay_armed_over_a_checkpoint_and_nothing_in_them_is_dirty(
     assert (disk.armed_count, tracked.stored_dirt()) == (0, {5})
     assert dirty(disk, "monday") == {5}
     assert trust_of(disk.changes(since="start", until="monday")) is Trust.EXACT
+
+
+def test_period_that_ended_takes_no_memory(disk: Filter) -> None:
+    """Not until somebody looks for garbage either: of a large disk it is much, and a server may never look."""
+    ended = [weakref.ref(disk._tracking.period)]
+    gc.disable()
+    try:
+        disk.pwrite(b"x", 0)
+        disk.checkpoint("monday")
+        ended.append(weakref.ref(disk._tracking.period))
+        disk.forget("monday")
+        assert [period() for period in ended] == [None, None]
+    finally:
+        gc.enable()
 
 
 def transaction_of(tracked: TrackedDisk) -> int:
