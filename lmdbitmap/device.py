@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from lmdbitmap import kernel, linux
 from lmdbitmap.buffers import read_whole
 from lmdbitmap.errors import InvalidArgument, os_errors_at
+from lmdbitmap.files import FILESYSTEM_KINDS
 from lmdbitmap.geometry import MAX_SIZE, ceil_div, check_range
 from lmdbitmap.image_locks import lock_image
 from lmdbitmap.interfaces import Allocation, Buffer, ImageIdentity, joined
@@ -208,7 +209,10 @@ class FileDevice:
 
     @functools.cached_property
     def _is_on_tmpfs(self) -> bool:
-        return linux.is_on_tmpfs(self._fd)
+        try:
+            return FILESYSTEM_KINDS.get(linux.filesystem_number(self._fd)) == "tmpfs"
+        except OSError:  # whoever cannot say is asked for holes
+            return False
 
     def resize(self, size: int) -> None:
         """What is added reads as zeroes. A block device raises `InvalidArgument`: others size it."""

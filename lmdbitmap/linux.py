@@ -24,8 +24,6 @@ BLKDISCARD = 0x1277
 BLKSSZGET = 0x1268
 STATFS_BYTES = 256
 """More than any struct statfs; its first word is `f_type`."""
-TMPFS = 0x01021994
-"""The `f_type` of a tmpfs."""
 
 UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EINVAL, errno.ENODEV}
 """Cannot. EINVAL too: callers check their ranges, so it only means that this kernel or driver will not."""
@@ -68,22 +66,16 @@ def logical_sector_bytes(fd: int) -> int:
     return answer
 
 
-def filesystem_number(path: str) -> int:
-    """The `f_type` that statfs(2) answers for the file system that holds `path`."""
+def filesystem_number(file: str | int) -> int:
+    """The `f_type` that statfs(2) answers for the file system that holds a path, or an open file."""
     import ctypes
 
     answer = ctypes.create_string_buffer(STATFS_BYTES)
-    if _libc().statfs(os.fsencode(path), answer) != 0:
+    libc = _libc()
+    refused = libc.fstatfs(file, answer) if isinstance(file, int) else libc.statfs(os.fsencode(file), answer)
+    if refused:
         raise _last_error()
     return ctypes.c_long.from_buffer(answer).value & 0xFFFFFFFF
-
-
-def is_on_tmpfs(fd: int) -> bool:
-    """Whether fstatfs(2) says so; False where it says nothing."""
-    import ctypes
-
-    answer = ctypes.create_string_buffer(STATFS_BYTES)
-    return _libc().fstatfs(fd, answer) == 0 and ctypes.c_long.from_buffer(answer).value & 0xFFFFFFFF == TMPFS
 
 
 @functools.cache

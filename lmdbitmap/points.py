@@ -69,7 +69,6 @@ def _take_points(
     """Freeze all disks, and begin their next periods in one transaction. `prepare` may fail, `taken` must not."""
     _require_each_once(disks)
     store = disks[0].store
-    ended = [tracking.period for tracking in disks]  # their memory is given back when nobody waits any more
     assert all(tracking.store.uuid == store.uuid for tracking in disks)
     with contextlib.ExitStack() as frozen:
         for tracking in sorted(disks, key=lambda tracking: tracking.disk.uuid):
@@ -86,7 +85,6 @@ def _take_points(
             for tracking, (checkpoint, disk, period) in zip(disks, points, strict=True):
                 tracking.go_on_with(disk, period)
                 taken(tracking, checkpoint)
-    ended.clear()
     return [checkpoint for checkpoint, _, _ in points]
 
 
@@ -107,6 +105,7 @@ def _next_period(
 
 
 def _carried(tracking: Tracking) -> Mapping[int, int]:
+    """Of the extents where dirt is likely next, those that the next period has armed from the start."""
     return dict(list(tracking.period.likely_extents().items())[-_CARRIED_REGIONS:])
 
 

@@ -20,7 +20,6 @@ import errno
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
 
 from lmdbitmap import chain, schema
 from lmdbitmap.bits import Run
@@ -131,11 +130,14 @@ class Tracking:
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
         """No write is in flight and no commit of the period runs in the block (law 2)."""
-        with self.gate.drained(), self.period.held():
-            yield
+        with self.gate.drained():
+            period = self.period
+            # If it ends in the block, its memory is given back when nobody waits any more.
+            with period.held():
+                yield
 
     def change_chain(
-        self, change: Callable[[Writer, Disk], Disk], armed: Mapping[int, int] = MappingProxyType({})
+        self, change: Callable[[Writer, Disk], Disk], armed: Mapping[int, int] | None = None
     ) -> None:
         """Persist, change the chain, and open its newest bitmap afresh, with extents armed. Called inside `frozen`."""
 
@@ -144,7 +146,7 @@ class Tracking:
             disk = change(writer, self.as_stored(writer))
             writer.put_disk(disk)
             period = self.open_period(writer, disk)
-            period.begin(writer, armed)
+            period.begin(writer, armed or {})
             return disk, period
 
         with changed_together([self.voucher]):

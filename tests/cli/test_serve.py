@@ -230,3 +230,18 @@ def test_whoever_insists_may_listen_to_other_hosts(cli: Cli) -> None:
 def test_a_socket_in_a_folder_that_is_not_there_is_told(cli: Cli, tmp_path: Path) -> None:
     cli.add("sda")
     assert "does not exist" in cli.fails(1, "serve", "sda", "--socket", tmp_path / "nowhere" / "s")
+
+
+def test_old_objects_of_a_server_are_never_looked_through_for_garbage(cli: Cli) -> None:
+    """That holds up all guests for as long as it takes."""
+    cli.add("sda")
+    begin = (
+        "import atexit, gc; atexit.register(lambda: print('left out', gc.get_freeze_count(), flush=True));"
+    )
+    serving = cli.command("serve", "sda", "--socket", cli.folder / "sock")
+    command = [serving[0], "-c", f"{begin} from lmdbitmap.cli.main import main; main()", *serving[3:]]
+    with spawn(*command) as child:
+        child.wait_for_line("^ready$")
+        child.process.terminate()
+        left_out = child.wait_for_line(r"^left out (\d+)$")
+    assert int(left_out[1]) > 10_000

@@ -24,6 +24,7 @@ from tests.tracked import quick_folder
 
 MIB = 1 << 20
 PAGE = 4096
+TMPFS, EXT4 = 0x01021994, 0xEF53
 
 
 # --- opening ---
@@ -340,24 +341,6 @@ def test_block_device_is_all_data(raw_image: RawImage) -> None:
         assert list(device.allocation(0, 10 * MIB)) == [Allocation(10 * MIB, *DATA)]
 
 
-def test_walk_over_holes_is_lazy(raw_image: RawImage, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = raw_image(64 * MIB, [(offset, b"x") for offset in range(0, 64 * MIB, MIB)])
-    asked = 0
-    lseek = os.lseek
-
-    def counting(fd: int, offset: int, whence: int) -> int:
-        nonlocal asked
-        asked += 1
-        return lseek(fd, offset, whence)
-
-    with FileDevice.open(path) as device:
-        monkeypatch.setattr(os, "lseek", counting)
-        walk = device.allocation(0, device.size)
-        assert asked == 0
-        assert not next(walk).hole
-        assert 0 < asked < 6
-
-
 def lseeks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """From now on each `whence` of an lseek."""
     asked, lseek = [], os.lseek
@@ -370,13 +353,23 @@ def lseeks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return asked
 
 
-@pytest.mark.parametrize(("tmpfs", "hole_at", "asks"), [(True, None, 0), (True, 3, 4), (False, None, 2)])
+def test_walk_over_holes_is_lazy(raw_image: RawImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = raw_image(64 * MIB, [(offset, b"x") for offset in range(0, 64 * MIB, MIB)])
+    with FileDevice.open(path) as device:
+        asked = lseeks(monkeypatch)
+        walk = device.allocation(0, device.size)
+        assert asked == []
+        assert not next(walk).hole
+        assert 0 < len(asked) < 6
+
+
+@pytest.mark.parametrize(("number", "hole_at", "asks"), [(TMPFS, None, 0), (TMPFS, 3, 4), (EXT4, None, 2)])
 def test_full_file_on_tmpfs_is_not_looked_through_for_holes(
-    raw_image: RawImage, monkeypatch: pytest.MonkeyPatch, tmpfs: bool, hole_at: int | None, asks: int
+    raw_image: RawImage, monkeypatch: pytest.MonkeyPatch, number: int, hole_at: int | None, asks: int
 ) -> None:
     """That goes through all pages to say where data ends; whoever writes to the file waits meanwhile."""
     path = raw_image(10 * PAGE, [(page * PAGE, b"x" * PAGE) for page in range(10) if page != hole_at])
-    monkeypatch.setattr(linux, "is_on_tmpfs", lambda fd: tmpfs)
+    monkeypatch.setattr(linux, "filesystem_number", lambda file: number)
     with FileDevice.open(path) as device:
         asked = lseeks(monkeypatch)
         zero = [part.length for part in device.allocation(0, device.size) if part.zero]
@@ -385,17 +378,29 @@ def test_full_file_on_tmpfs_is_not_looked_through_for_holes(
         assert next(device.allocation(0, device.size)) == Allocation(PAGE, *HOLE)
 
 
-def test_tmpfs_is_known_by_what_is_open_there(raw_image: RawImage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tmpfs_is_known_by_what_is_open_there(monkeypatch: pytest.MonkeyPatch) -> None:
     with quick_folder() as folder:
         path = folder / "disk.raw"
         path.write_bytes(b"x" * 10 * PAGE)
         with FileDevice.open(path) as device:
             path.unlink()
-            expected = linux.filesystem_number(str(folder)) == linux.TMPFS
+            expected = linux.filesystem_number(str(folder)) == TMPFS
             asked = lseeks(monkeypatch)
             assert list(device.allocation(0, device.size)) == [Allocation(10 * PAGE, *DATA)]
             assert (asked == []) == expected
-    assert not linux.is_on_tmpfs(-1)
+
+
+def test_whoever_cannot_say_where_a_file_is_asks_for_its_holes(
+    raw_image: RawImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(file: str | int) -> int:
+        raise OSError(errno.ENOSYS, "by intent")
+
+    monkeypatch.setattr(linux, "filesystem_number", refuse)
+    with FileDevice.open(raw_image(PAGE, [(0, b"x" * PAGE)])) as device:
+        asked = lseeks(monkeypatch)
+        assert list(device.allocation(0, PAGE)) == [Allocation(PAGE, *DATA)]
+        assert len(asked) == 2
 
 
 def test_closed_image_is_not_asked_for_holes(raw_image: RawImage) -> None:

@@ -7,7 +7,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,22 @@ def test_period_that_ended_takes_no_memory(disk: Filter) -> None:
         assert [period() for period in ended] == [None, None]
     finally:
         gc.enable()
+
+
+def test_what_is_frozen_is_the_period_that_is_open_then(disk: Filter) -> None:
+    """And no other, which ended while we waited at the gate: else a commit could fall into the change (law 2)."""
+    tracking = disk._tracking
+    drained = tracking.gate.drained
+
+    def checkpoint_first() -> AbstractContextManager[None]:
+        tracking.gate.drained = drained  # type: ignore[method-assign]
+        disk.checkpoint("monday")
+        return drained()
+
+    tracking.gate.drained = checkpoint_first  # type: ignore[assignment, method-assign]
+    with tracking.frozen():
+        assert tracking.period._commit.locked()
+    assert not tracking.period._commit.locked()
 
 
 def transaction_of(tracked: TrackedDisk) -> int:
