@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.table import Line
 from benchmarks.tracked import command, workplace
-from lmdbitmap.digest_algorithms import DigestAlgorithm
+from lmdbitmap.copying.digest_algorithms import DigestAlgorithm
 
 DISK_BYTES = 1 << 30
 

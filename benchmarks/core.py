@@ -22,12 +22,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.table import Line
-from lmdbitmap import session
-from lmdbitmap.chain import current_checkpoint
-from lmdbitmap.changes import changes
 from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import REGION_BLOCKS, REGION_BYTES
 from lmdbitmap.store import Store, Writer
+from lmdbitmap.tracker import session
+from lmdbitmap.tracker.chain import current_checkpoint
+from lmdbitmap.tracker.changes import changes
 
 ROOT = Path(__file__).resolve().parent.parent
 

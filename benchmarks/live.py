@@ -209,7 +209,7 @@ def increments(folder: Path, rounds: int = 5) -> Iterator[Line]:
 
 
 def rewrite(peer: nbd.Peer, places: Sequence[int]) -> None:
-    from lmdbitmap.nbd.client import NbdDevice
+    from lmdbitmap.nbd.client.device import NbdDevice
 
     with contextlib.closing(NbdDevice.open(peer.uri)) as disk:
         for place in places:

@@ -341,9 +341,9 @@ def write_out(path: Path, size: int) -> None:
 
 
 def serve(image: str, listen_at: str) -> None:
-    from lmdbitmap.device import FileDevice
-    from lmdbitmap.nbd.server import Server
-    from lmdbitmap.plain import PlainDisk
+    from lmdbitmap.images.device import FileDevice
+    from lmdbitmap.images.plain import PlainDisk
+    from lmdbitmap.nbd.server.server import Server
 
     with FileDevice.open(image) as device:
         server = Server({EXPORT: PlainDisk(device)})

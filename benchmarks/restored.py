@@ -19,9 +19,9 @@ from pathlib import Path
 
 from benchmarks.table import Line
 from benchmarks.tracked import command, warm_memory, workplace
-from lmdbitmap.digest_algorithms import fastest
+from lmdbitmap.copying.digest_algorithms import fastest
 from lmdbitmap.filter import Filter
-from lmdbitmap.restore import restore as restored_in_library
+from lmdbitmap.restoring.restore import restore as restored_in_library
 from lmdbitmap.store import Store
 from tests.deep_chain import make_deep_chain
 

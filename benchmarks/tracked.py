@@ -138,10 +138,10 @@ def tracked_peer(image: Path, folder: Path, period: str = "clean") -> nbd.Peer:
 
 
 def serve(image: str, listen_at: str, store_path: str, period: str) -> None:
-    from lmdbitmap import session
     from lmdbitmap.filter import Filter
-    from lmdbitmap.nbd.server import Server
+    from lmdbitmap.nbd.server.server import Server
     from lmdbitmap.store import Store
+    from lmdbitmap.tracker import session
 
     with Store.create(store_path) as store:
         session.add(store, nbd.EXPORT, os.path.realpath(image), granularity_bits=16)

@@ -20,15 +20,19 @@ from typing import TYPE_CHECKING
 from lmdbitmap.version import __version__
 
 if TYPE_CHECKING:
-    from lmdbitmap.backup import backup as back_up
-    from lmdbitmap.backup_chain import BackupChain, open_backup
-    from lmdbitmap.backup_result import BackupResult, BackupsFailed
-    from lmdbitmap.backup_server import serve_backup
-    from lmdbitmap.changes import Changes, Standing
-    from lmdbitmap.changes import changes as changes_of
-    from lmdbitmap.check import Finding, Gravity, check_store
-    from lmdbitmap.consumers import drop_hold, hold_lapse_days, holds_of, set_hold_lapse_days
-    from lmdbitmap.device import FileDevice, MemoryDevice
+    from lmdbitmap.access.served_snapshots import (
+        ServedSnapshot,
+        release_served_snapshot,
+        take_served_snapshot,
+    )
+    from lmdbitmap.backups.backup import backup as back_up
+    from lmdbitmap.backups.backup_result import BackupResult, BackupsFailed
+    from lmdbitmap.backups.consumers import (
+        drop_hold,
+        hold_lapse_days,
+        holds_of,
+        set_hold_lapse_days,
+    )
     from lmdbitmap.errors import (
         AlreadyExists,
         Busy,
@@ -50,113 +54,114 @@ if TYPE_CHECKING:
     )
     from lmdbitmap.extents import Extent, Trust
     from lmdbitmap.filter import Filter, take_checkpoint, take_snapshot
-    from lmdbitmap.holds import Hold
-    from lmdbitmap.manifest import BackupEntry, BackupType, CheckpointRef, Reason
-    from lmdbitmap.nbd.control import ControlServer
-    from lmdbitmap.nbd.held import HeldSnapshots
-    from lmdbitmap.nbd.server import Server
-    from lmdbitmap.plain import PlainDisk
-    from lmdbitmap.prune import PruneResult
-    from lmdbitmap.prune import prune as prune_backups
-    from lmdbitmap.restore import RestoreResult
-    from lmdbitmap.restore import restore as restore_backup
-    from lmdbitmap.restore_points import backed_up_disks, backups_of
-    from lmdbitmap.retention import Retention
-    from lmdbitmap.scratch import Scratch
-    from lmdbitmap.served_snapshots import (
-        ServedSnapshot,
-        release_served_snapshot,
-        take_served_snapshot,
-    )
-    from lmdbitmap.session import add, adopt, relocate, remove
-    from lmdbitmap.snapshot import Snapshot
+    from lmdbitmap.images.device import FileDevice, MemoryDevice
+    from lmdbitmap.images.plain import PlainDisk
+    from lmdbitmap.nbd.control.control import ControlServer
+    from lmdbitmap.nbd.control.held import HeldSnapshots
+    from lmdbitmap.nbd.server.server import Server
+    from lmdbitmap.notes.holds import Hold
+    from lmdbitmap.repository.backup_chain import BackupChain, open_backup
+    from lmdbitmap.repository.manifest import BackupEntry, BackupType, CheckpointRef, Reason
+    from lmdbitmap.repository.prune import PruneResult
+    from lmdbitmap.repository.prune import prune as prune_backups
+    from lmdbitmap.repository.restore_points import backed_up_disks, backups_of
+    from lmdbitmap.repository.retention import Retention
+    from lmdbitmap.repository.transfer import CopyResult, copy_backups
+    from lmdbitmap.repository.verify import Flaw, VerifyResult
+    from lmdbitmap.repository.verify import verify as verify_backups
+    from lmdbitmap.restoring.backup_server import serve_backup
+    from lmdbitmap.restoring.restore import RestoreResult
+    from lmdbitmap.restoring.restore import restore as restore_backup
     from lmdbitmap.store import Store
-    from lmdbitmap.stream import StreamResult, stream_backup
-    from lmdbitmap.stream_restore import AppliedResult, apply_stream
-    from lmdbitmap.sync import SyncResult
-    from lmdbitmap.sync import sync as sync_disk
-    from lmdbitmap.sync_plan import SyncKind
-    from lmdbitmap.transfer import CopyResult, copy_backups
-    from lmdbitmap.verify import Flaw, VerifyResult
-    from lmdbitmap.verify import verify as verify_backups
+    from lmdbitmap.streams.stream import StreamResult, stream_backup
+    from lmdbitmap.streams.stream_restore import AppliedResult, apply_stream
+    from lmdbitmap.syncs.sync import SyncResult
+    from lmdbitmap.syncs.sync import sync as sync_disk
+    from lmdbitmap.syncs.sync_plan import SyncKind
+    from lmdbitmap.system.scratch import Scratch
+    from lmdbitmap.tracker.changes import Changes, Standing
+    from lmdbitmap.tracker.changes import changes as changes_of
+    from lmdbitmap.tracker.session import add, adopt, relocate, remove
+    from lmdbitmap.tracker.snapshot import Snapshot
+    from lmdbitmap.upkeep.check import Finding, Gravity, check_store
 
 _HOMES = {
     "AlreadyExists": "errors",
-    "AppliedResult": "stream_restore",
-    "BackupChain": "backup_chain",
-    "BackupResult": "backup_result",
-    "BackupEntry": "manifest",
-    "BackupType": "manifest",
-    "BackupsFailed": "backup_result",
+    "AppliedResult": "streams.stream_restore",
+    "BackupChain": "repository.backup_chain",
+    "BackupResult": "backups.backup_result",
+    "BackupEntry": "repository.manifest",
+    "BackupType": "repository.manifest",
+    "BackupsFailed": "backups.backup_result",
     "Busy": "errors",
-    "Changes": "changes",
-    "CheckpointRef": "manifest",
-    "ControlServer": "nbd.control",
-    "CopyResult": "transfer",
+    "Changes": "tracker.changes",
+    "CheckpointRef": "repository.manifest",
+    "ControlServer": "nbd.control.control",
+    "CopyResult": "repository.transfer",
     "Extent": "extents",
-    "FileDevice": "device",
+    "FileDevice": "images.device",
     "Filter": "filter",
-    "Finding": "check",
-    "Flaw": "verify",
+    "Finding": "upkeep.check",
+    "Flaw": "repository.verify",
     "FormatError": "errors",
-    "Gravity": "check",
-    "HeldSnapshots": "nbd.held",
-    "Hold": "holds",
+    "Gravity": "upkeep.check",
+    "HeldSnapshots": "nbd.control.held",
+    "Hold": "notes.holds",
     "Inspection": "export",
     "InvalidArgument": "errors",
     "LmdbitmapError": "errors",
-    "MemoryDevice": "device",
+    "MemoryDevice": "images.device",
     "NotFound": "errors",
     "OwnerGone": "errors",
-    "PlainDisk": "plain",
-    "PruneResult": "prune",
-    "Reason": "manifest",
-    "RestoreResult": "restore",
-    "Retention": "retention",
-    "Scratch": "scratch",
-    "ServedSnapshot": "served_snapshots",
-    "Server": "nbd.server",
-    "Snapshot": "snapshot",
-    "Standing": "changes",
+    "PlainDisk": "images.plain",
+    "PruneResult": "repository.prune",
+    "Reason": "repository.manifest",
+    "RestoreResult": "restoring.restore",
+    "Retention": "repository.retention",
+    "Scratch": "system.scratch",
+    "ServedSnapshot": "access.served_snapshots",
+    "Server": "nbd.server.server",
+    "Snapshot": "tracker.snapshot",
+    "Standing": "tracker.changes",
     "StorageError": "errors",
     "Store": "store",
-    "StreamResult": "stream",
-    "SyncKind": "sync_plan",
-    "SyncResult": "sync",
+    "StreamResult": "streams.stream",
+    "SyncKind": "syncs.sync_plan",
+    "SyncResult": "syncs.sync",
     "Trust": "extents",
     "Untrusted": "errors",
-    "VerifyResult": "verify",
-    "add": "session",
-    "adopt": "session",
-    "apply_stream": "stream_restore",
-    "back_up": "backup",
-    "backed_up_disks": "restore_points",
-    "backups_of": "restore_points",
-    "changes_of": "changes",
-    "check_store": "check",
-    "copy_backups": "transfer",
-    "drop_hold": "consumers",
+    "VerifyResult": "repository.verify",
+    "add": "tracker.session",
+    "adopt": "tracker.session",
+    "apply_stream": "streams.stream_restore",
+    "back_up": "backups.backup",
+    "backed_up_disks": "repository.restore_points",
+    "backups_of": "repository.restore_points",
+    "changes_of": "tracker.changes",
+    "check_store": "upkeep.check",
+    "copy_backups": "repository.transfer",
+    "drop_hold": "backups.consumers",
     "export_bitmap": "export",
     "export_changes": "export",
-    "hold_lapse_days": "consumers",
-    "holds_of": "consumers",
+    "hold_lapse_days": "backups.consumers",
+    "holds_of": "backups.consumers",
     "import_file": "export",
     "inspect_file": "export",
     "keep_changes": "export",
-    "open_backup": "backup_chain",
-    "prune_backups": "prune",
-    "release_served_snapshot": "served_snapshots",
-    "relocate": "session",
-    "remove": "session",
-    "restore_backup": "restore",
-    "serve_backup": "backup_server",
-    "set_hold_lapse_days": "consumers",
-    "stream_backup": "stream",
-    "sync_disk": "sync",
+    "open_backup": "repository.backup_chain",
+    "prune_backups": "repository.prune",
+    "release_served_snapshot": "access.served_snapshots",
+    "relocate": "tracker.session",
+    "remove": "tracker.session",
+    "restore_backup": "restoring.restore",
+    "serve_backup": "restoring.backup_server",
+    "set_hold_lapse_days": "backups.consumers",
+    "stream_backup": "streams.stream",
+    "sync_disk": "syncs.sync",
     "take_checkpoint": "filter",
-    "take_served_snapshot": "served_snapshots",
+    "take_served_snapshot": "access.served_snapshots",
     "take_snapshot": "filter",
-    "verify_backups": "verify",
+    "verify_backups": "repository.verify",
 }
 """Where each public name lives."""
 _OTHER_NAMES = {

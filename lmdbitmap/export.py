@@ -22,20 +22,23 @@ from functools import partial
 from itertools import islice, zip_longest
 from typing import NamedTuple
 
-from lmdbitmap import bits, chain, files, schema, standalone
+from lmdbitmap import bits
 from lmdbitmap import format as flat
-from lmdbitmap.changes import Changes, unknown_error
 from lmdbitmap.errors import FormatError, InvalidArgument, Untrusted, error_from_os
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
-from lmdbitmap.flatfile import FlatFile, NewFlatFile, writing
+from lmdbitmap.flat.flatfile import FlatFile, NewFlatFile, writing
 from lmdbitmap.format import NO_UUID, Chunk, Flags, FlatHeader, Metadata, Zeroes
 from lmdbitmap.geometry import REGION_BYTES, Geometry
 from lmdbitmap.nbd import control_client
-from lmdbitmap.schema import Bitmap, Disk
-from lmdbitmap.standalone import Dirt, Origin
+from lmdbitmap.restoring.target import refuse_tracked
+from lmdbitmap.storage import schema
+from lmdbitmap.storage.schema import Bitmap, Disk
 from lmdbitmap.store import Reader, Store, Writer
-from lmdbitmap.target import refuse_tracked
+from lmdbitmap.system import files
+from lmdbitmap.tracker import chain, standalone
+from lmdbitmap.tracker.changes import Changes, unknown_error
+from lmdbitmap.tracker.standalone import Dirt, Origin
 
 _BATCH_REGIONS = 512
 """Regions that are marked in one commit: many enough that commits cost little, so few that no guest waits long."""

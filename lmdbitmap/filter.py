@@ -1,12 +1,12 @@
 """The filter: stands in front of an image, lets writes through, and keeps the dirty bitmap true.
 
 A `Filter` is an attached disk: it holds the owner's lock and QEMU's locks on the image, from the beginning of a session
-to its end. What happens to a write in between, and where the laws of the design are kept, is in tracking.py; how points
-in time are made is in points.py.
+to its end. What happens to a write in between, and where the laws of the design are kept, is in tracker/tracking.py;
+how points in time are made is in tracker/points.py.
 
 The order of attach and detach, and what a death in between costs, is in DESIGN.md's crash table:
 
-    attach   lock, judge continuity, commit {session, new epoch or superset}, beat        (session.py)
+    attach   lock, judge continuity, commit {session, new epoch or superset}, beat        (tracker/session.py)
     detach   drain, flush the image, beat, commit {exact bits, identity, no session}, unlock
 
 An image that could not be flushed is not known any more, whatever the bits say (flushing.py): track is lost until
@@ -22,25 +22,26 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 
-from lmdbitmap import forks, points, session
-from lmdbitmap.changes import Changes, Standing, changes
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError, StorageError
 from lmdbitmap.extents import Trust
-from lmdbitmap.front import Front
 from lmdbitmap.geometry import Geometry
-from lmdbitmap.identity import identity_to_keep
-from lmdbitmap.image import open_image
+from lmdbitmap.images.identity import identity_to_keep
+from lmdbitmap.images.image import open_image
+from lmdbitmap.images.whereabouts import Whereabouts
 from lmdbitmap.interfaces import TrackableDevice
-from lmdbitmap.lane import FilterLane
-from lmdbitmap.owner import Owner
-from lmdbitmap.period import DEFAULT_MAX_ARMED
-from lmdbitmap.schema import Checkpoint, Disk
-from lmdbitmap.scratch import Scratch
-from lmdbitmap.snapshot import Snapshot
+from lmdbitmap.storage.owner import Owner
+from lmdbitmap.storage.schema import Checkpoint, Disk
 from lmdbitmap.store import Store
-from lmdbitmap.tracking import Tracking, detached_error
-from lmdbitmap.vouching import Voucher
-from lmdbitmap.whereabouts import Whereabouts
+from lmdbitmap.system.scratch import Scratch
+from lmdbitmap.tracker import points, session
+from lmdbitmap.tracker.changes import Changes, Standing, changes
+from lmdbitmap.tracker.front import Front
+from lmdbitmap.tracker.lane import FilterLane
+from lmdbitmap.tracker.period import DEFAULT_MAX_ARMED
+from lmdbitmap.tracker.snapshot import Snapshot
+from lmdbitmap.tracker.tracking import Tracking, detached_error
+from lmdbitmap.tracker.vouching import Voucher
+from lmdbitmap.work import forks
 
 log = logging.getLogger(__name__)
 

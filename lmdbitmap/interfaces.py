@@ -1,4 +1,4 @@
-"""The shapes that floors agree on: a block device, a lane to a disk, a disk that can be served."""
+"""The shapes that rooms agree on: a block device, a lane to a disk, a disk that can be served."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from lmdbitmap import bits
-from lmdbitmap.changes import Slice
 from lmdbitmap.geometry import REGION_BLOCKS, Geometry, ceil_div
+from lmdbitmap.tracker.changes import Slice
 
 
 class Shade(enum.Enum):

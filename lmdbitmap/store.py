@@ -26,14 +26,14 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 from uuid import UUID
 
-from lmdbitmap import environment, founding, lmdb_errors, salvage, schema
-from lmdbitmap.environment import Environment
 from lmdbitmap.errors import NotFound, StorageError
-from lmdbitmap.lmdb_errors import CommitInDoubt as CommitInDoubt
-from lmdbitmap.lmdb_errors import DamagedStore, FullMapError
-from lmdbitmap.records import Reader as Reader
-from lmdbitmap.records import Writer as Writer
-from lmdbitmap.schema import Bitmap
+from lmdbitmap.storage import environment, founding, lmdb_errors, salvage, schema
+from lmdbitmap.storage.environment import Environment
+from lmdbitmap.storage.lmdb_errors import CommitInDoubt as CommitInDoubt
+from lmdbitmap.storage.lmdb_errors import DamagedStore, FullMapError
+from lmdbitmap.storage.records import Reader as Reader
+from lmdbitmap.storage.records import Writer as Writer
+from lmdbitmap.storage.schema import Bitmap
 
 log = logging.getLogger(__name__)
 

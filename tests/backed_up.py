@@ -7,10 +7,10 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-from lmdbitmap.backup import backup
-from lmdbitmap.manifest import BackupEntry, BackupType, Manifest
-from lmdbitmap.repository import BackupFolder, is_checkpoint_name
-from lmdbitmap.restore import restore
+from lmdbitmap.backups.backup import backup
+from lmdbitmap.repository.manifest import BackupEntry, BackupType, Manifest
+from lmdbitmap.repository.repository import BackupFolder, is_checkpoint_name
+from lmdbitmap.restoring.restore import restore
 from tests.support import PATIENCE_SECONDS
 from tests.tracked import NAME, TrackedDisk
 
@@ -94,8 +94,14 @@ class BackedUpDisk(TrackedDisk):
 
 _BACKUP_AND_DIE = f"""
 import os, signal, sys, threading
-from lmdbitmap import backup, carriers, files, gang, holds, repository, session, store
-from lmdbitmap.manifest import BackupType
+from lmdbitmap import store
+from lmdbitmap.backups import backup
+from lmdbitmap.copying import carriers, gang
+from lmdbitmap.notes import holds
+from lmdbitmap.repository import repository
+from lmdbitmap.repository.manifest import BackupType
+from lmdbitmap.system import files
+from lmdbitmap.tracker import session
 
 store_path, repository_path, kind, fatal_step = sys.argv[1:]
 steps = 0

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import pytest
 from hypothesis import HealthCheck, settings
 
-from lmdbitmap import continuity
+from lmdbitmap.tracker import continuity
 from tests.patience import EXACT_GRACE_NS, let_beats_be_late
 from tests.support import make_raw_image
 from tests.turns import Turns, Workers, wants_to_be_alone

@@ -6,12 +6,12 @@ import hashlib
 import random
 from pathlib import Path
 
-from lmdbitmap.copier import ImageFile
-from lmdbitmap.digest_algorithms import fastest
-from lmdbitmap.hashing import CHUNK_BYTES, chunk_digests
-from lmdbitmap.manifest import BackupEntry, ChunkDigests, Manifest
+from lmdbitmap.copying.copier import ImageFile
+from lmdbitmap.copying.digest_algorithms import fastest
+from lmdbitmap.copying.hashing import CHUNK_BYTES, chunk_digests
 from lmdbitmap.qcow2 import Qcow2Writer
-from lmdbitmap.repository import BackupFolder, digests_name, sha256_of
+from lmdbitmap.repository.manifest import BackupEntry, ChunkDigests, Manifest
+from lmdbitmap.repository.repository import BackupFolder, digests_name, sha256_of
 from tests.tracked import NAME
 from tests.unit.test_manifest import DISK, entry
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from lmdbitmap.device import FileDevice
-from lmdbitmap.direct import DirectDevice
+from lmdbitmap.access.direct import DirectDevice
+from lmdbitmap.images.device import FileDevice
 from lmdbitmap.interfaces import Allocation
-from lmdbitmap.snapshot import Snapshot
+from lmdbitmap.tracker.snapshot import Snapshot
 
 STEPS = ("read", "ask", "read again", "end")
 """What comes next when somebody acts."""

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.device import FileDevice
-from lmdbitmap.nbd.server import Server
+from lmdbitmap.images.device import FileDevice
+from lmdbitmap.images.plain import PlainDisk
+from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.nbd.tls import server_context
-from lmdbitmap.plain import PlainDisk
 from tests.nbd_far import FarServer, far_server
 from tests.papers import Papers, shared_papers
 from tests.support import Argument, Child, free_port, spawn, wait_for_socket

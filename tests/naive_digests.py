@@ -6,7 +6,7 @@ import hashlib
 
 from blake3 import blake3
 
-from lmdbitmap.digest_algorithms import DigestAlgorithm
+from lmdbitmap.copying.digest_algorithms import DigestAlgorithm
 
 
 def naive_digest(algorithm: DigestAlgorithm, data: bytes) -> bytes:

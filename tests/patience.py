@@ -6,7 +6,7 @@ test, or in a process that one starts to die, is more patient; tests of that ver
 
 from __future__ import annotations
 
-from lmdbitmap import continuity
+from lmdbitmap.tracker import continuity
 
 EXACT_GRACE_NS = continuity._BEAT_GRACE_NS
 _PATIENT_GRACE_NS = 60 * 10**9

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lmdbitmap.filter import Filter
-from lmdbitmap.nbd.control import ControlServer
-from lmdbitmap.nbd.dirty_contexts import tracked_contexts
-from lmdbitmap.nbd.held import HeldSnapshots
-from lmdbitmap.nbd.server import Server
-from lmdbitmap.scratch import Scratch
+from lmdbitmap.nbd.control.control import ControlServer
+from lmdbitmap.nbd.control.held import HeldSnapshots
+from lmdbitmap.nbd.server.dirty_contexts import tracked_contexts
+from lmdbitmap.nbd.server.server import Server
+from lmdbitmap.system.scratch import Scratch
 from tests.tracked import NAME, TrackedDisk
 
 

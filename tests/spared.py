@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Final
 
-from lmdbitmap.crew import Spared, none_spared
+from lmdbitmap.work.crew import Spared, none_spared
 
 MORE_THAN_THERE_ARE: Final = 1 << 20
 

@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lmdbitmap import bits, chain, schema, session
-from lmdbitmap.changes import Changes, changes
+from lmdbitmap import bits
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import REGION_BLOCKS
+from lmdbitmap.storage import schema
 from lmdbitmap.store import Store
+from lmdbitmap.tracker import chain, session
+from lmdbitmap.tracker.changes import Changes, changes
 from tests.support import make_raw_image
 
 NAME = "sda"

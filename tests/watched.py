@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lmdbitmap.device import PAGE_BYTES, MemoryDevice
+from lmdbitmap.images.device import PAGE_BYTES, MemoryDevice
 
 
 class Watched(MemoryDevice):

@@ -7,20 +7,21 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from lmdbitmap import consumers, standalone
-from lmdbitmap.changes import Standing, Summary
+from lmdbitmap.access.reach import is_attached
+from lmdbitmap.backups import consumers
+from lmdbitmap.backups.consumers import Holder
 from lmdbitmap.cli.holding import hold_facts, holder_facts
 from lmdbitmap.cli.options import Session
 from lmdbitmap.cli.output import say, say_json
 from lmdbitmap.cli.ownership import ask_changes
 from lmdbitmap.cli.sizes import format_latency, format_size, iso_time
-from lmdbitmap.consumers import Holder
 from lmdbitmap.geometry import Geometry
-from lmdbitmap.holds import Hold
-from lmdbitmap.reach import is_attached
-from lmdbitmap.schema import Bitmap, Checkpoint, Disk
+from lmdbitmap.images.whereabouts import WHILE_THERE_IS_TIME
+from lmdbitmap.notes.holds import Hold
+from lmdbitmap.storage.schema import Bitmap, Checkpoint, Disk
 from lmdbitmap.store import Store
-from lmdbitmap.whereabouts import WHILE_THERE_IS_TIME
+from lmdbitmap.tracker import standalone
+from lmdbitmap.tracker.changes import Standing, Summary
 
 
 @dataclass(frozen=True)

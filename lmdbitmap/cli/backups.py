@@ -30,13 +30,13 @@ from lmdbitmap.cli.streams import (
     words_of_what_is_behind,
 )
 from lmdbitmap.errors import LmdbitmapError, NotFound
-from lmdbitmap.image import is_far
+from lmdbitmap.images.image import is_far
 from lmdbitmap.store import Store
 
 if TYPE_CHECKING:
-    from lmdbitmap.backup_result import BackupResult, BackupsFailed
-    from lmdbitmap.manifest import BackupEntry, Reason
-    from lmdbitmap.restore import RestoreResult
+    from lmdbitmap.backups.backup_result import BackupResult, BackupsFailed
+    from lmdbitmap.repository.manifest import BackupEntry, Reason
+    from lmdbitmap.restoring.restore import RestoreResult
 
 _FOLDER = click.Path(file_okay=False)
 
@@ -139,9 +139,9 @@ class _Wishes(NamedTuple):
 
 
 def _back_up(asked: Session, names: Sequence[str], repository: str, wishes: _Wishes) -> None:
-    from lmdbitmap.backup import backup as back_up
-    from lmdbitmap.backup_result import BackupsFailed
-    from lmdbitmap.manifest import BackupType
+    from lmdbitmap.backups.backup import backup as back_up
+    from lmdbitmap.backups.backup_result import BackupsFailed
+    from lmdbitmap.repository.manifest import BackupType
 
     thaw = Thaw()
     made: Sequence[BackupResult]
@@ -168,7 +168,7 @@ def _back_up(asked: Session, names: Sequence[str], repository: str, wishes: _Wis
 
 
 def _is_any_served(store: Store, names: Sequence[str]) -> bool:
-    from lmdbitmap.reach import is_served
+    from lmdbitmap.access.reach import is_served
 
     for name in names:
         with contextlib.suppress(LmdbitmapError):  # of an unknown one the backup tells
@@ -295,7 +295,7 @@ def restore(
             stream_in(asked, target, store, larger=larger)
         return
     name, out = _given(name, "NAME"), _given(out, "OUT")
-    from lmdbitmap.restore import restore as write_out
+    from lmdbitmap.restoring.restore import restore as write_out
 
     with contextlib.ExitStack() as opened:
         store = opened.enter_context(_store_that_may_track(asked, out))

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import click
 
 from lmdbitmap import export as flat_files
-from lmdbitmap.changes import Standing
 from lmdbitmap.cli.answers import report_on_bitmap, size_words, standing_words
 from lmdbitmap.cli.options import Session, utf8_path, verb
 from lmdbitmap.cli.output import progress, say, say_json
@@ -17,8 +16,9 @@ from lmdbitmap.errors import InvalidArgument, Untrusted
 from lmdbitmap.export import Inspection
 from lmdbitmap.extents import Trust
 from lmdbitmap.format import Flags, FlatHeader
-from lmdbitmap.schema import Disk
+from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
+from lmdbitmap.tracker.changes import Standing
 
 
 @verb(

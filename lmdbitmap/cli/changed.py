@@ -12,8 +12,6 @@ from collections.abc import Iterable, Iterator
 
 import click
 
-from lmdbitmap import chain
-from lmdbitmap.changes import Changes, Standing, unknown_error
 from lmdbitmap.cli.answers import standing_words
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import Report, progress, say, stream_json, stream_lines
@@ -21,9 +19,11 @@ from lmdbitmap.cli.ownership import ask_changes, find_disk
 from lmdbitmap.cli.sizes import format_size
 from lmdbitmap.errors import LmdbitmapError, Untrusted
 from lmdbitmap.extents import Extent, Trust
-from lmdbitmap.image import open_image
+from lmdbitmap.images.image import open_image
 from lmdbitmap.interfaces import BlockDevice
 from lmdbitmap.store import Store
+from lmdbitmap.tracker import chain
+from lmdbitmap.tracker.changes import Changes, Standing, unknown_error
 
 _EXTENTS_PER_REPORT = 4096
 _BOOL = ("false", "true")

@@ -7,8 +7,6 @@ from typing import Any
 
 import click
 
-from lmdbitmap import session, standalone
-from lmdbitmap.check import next_step_for
 from lmdbitmap.cli.answers import (
     Kept,
     Period,
@@ -29,9 +27,11 @@ from lmdbitmap.cli.repositories import FOLDER, list_backups
 from lmdbitmap.cli.sizes import format_size, format_time
 from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.extents import Trust
-from lmdbitmap.image import is_far, lasting_name
-from lmdbitmap.schema import DURABILITIES, POLICIES, Disk
+from lmdbitmap.images.image import is_far, lasting_name
+from lmdbitmap.storage.schema import DURABILITIES, POLICIES, Disk
 from lmdbitmap.store import Store
+from lmdbitmap.tracker import session, standalone
+from lmdbitmap.upkeep.check import next_step_for
 
 
 @verb(

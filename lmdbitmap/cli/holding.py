@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 import click
 
-from lmdbitmap import consumers
+from lmdbitmap.backups import consumers
+from lmdbitmap.backups.consumers import Holder
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import say, say_json, say_table
 from lmdbitmap.cli.sizes import format_time, iso_time
-from lmdbitmap.consumers import Holder
-from lmdbitmap.holds import Hold
+from lmdbitmap.notes.holds import Hold
 from lmdbitmap.store import Store
 
 _DIGITS = 8

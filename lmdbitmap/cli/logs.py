@@ -1,6 +1,6 @@
 """Log lines on stderr: one sentence a line for people, or one JSON object a line for programs.
 
-    {"time": "2026-11-23T19:00:00.123+00:00", "level": "warning", "logger": "lmdbitmap.tracking",
+    {"time": "2026-11-23T19:00:00.123+00:00", "level": "warning", "logger": "lmdbitmap.tracker.tracking",
      "message": "disk sda: tracking begins again", "disk": "sda"}
 
 `disk` and `client` are there where a line is about one. A log call names them in its `extra`, or begins with

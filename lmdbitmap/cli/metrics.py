@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lmdbitmap.changes import changes
+from lmdbitmap.access.reach import is_attached
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import say_json
 from lmdbitmap.cli.ownership import ask_owner, find_disk
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.extents import Trust
-from lmdbitmap.latencies import BUCKETS, bound_us
-from lmdbitmap.reach import is_attached
-from lmdbitmap.schema import Checkpoint, Disk
+from lmdbitmap.storage.schema import Checkpoint, Disk
 from lmdbitmap.store import Store
+from lmdbitmap.tracker.changes import changes
+from lmdbitmap.work.latencies import BUCKETS, bound_us
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric

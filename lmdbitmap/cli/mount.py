@@ -14,9 +14,9 @@ from lmdbitmap.cli import logs
 from lmdbitmap.cli.options import Session, at_backup, verb
 from lmdbitmap.cli.places import Places
 from lmdbitmap.cli.serving import Ending, allow_many_descriptors, announce, listening, logging_as_asked
-from lmdbitmap.nbd.server import Server
+from lmdbitmap.images.plain import PlainDisk
+from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.nbd.supervisor import Supervisor
-from lmdbitmap.plain import PlainDisk
 
 
 @verb(
@@ -53,8 +53,8 @@ def mount(
     its name, and as the default export. Prints `ready` and the URIs once clients can connect; SIGTERM or Ctrl-C ends
     it. It needs no store, and changes nothing.
     """
-    from lmdbitmap.backup_chain import open_backup
-    from lmdbitmap.backup_server import ended, prove_first
+    from lmdbitmap.repository.backup_chain import open_backup
+    from lmdbitmap.restoring.backup_server import ended, prove_first
 
     logs.choose(log_style, verbose=verbose)
     allow_many_descriptors()

@@ -13,15 +13,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lmdbitmap import chain
-from lmdbitmap.changes import Changes, Standing, changes
+from lmdbitmap.access.reach import is_attached, owner_of, require_all_or_none
 from lmdbitmap.errors import Busy, LmdbitmapError, NotFound, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter, take_checkpoint
 from lmdbitmap.nbd import control_client
-from lmdbitmap.reach import is_attached, owner_of, require_all_or_none
-from lmdbitmap.schema import Bitmap, Disk
+from lmdbitmap.storage.schema import Bitmap, Disk
 from lmdbitmap.store import Store
+from lmdbitmap.tracker import chain
+from lmdbitmap.tracker.changes import Changes, Standing, changes
 
 log = logging.getLogger(__name__)
 

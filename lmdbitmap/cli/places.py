@@ -10,7 +10,7 @@ from collections.abc import MutableMapping
 import click
 
 from lmdbitmap.errors import InvalidArgument, os_errors_at
-from lmdbitmap.nbd.server import Server
+from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.nbd.tls import server_context
 
 _FIRST_PASSED_FD = 3

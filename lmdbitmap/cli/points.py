@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from lmdbitmap import consumers, served_snapshots, session
+from lmdbitmap.access import served_snapshots
+from lmdbitmap.backups import consumers
 from lmdbitmap.cli import ownership
 from lmdbitmap.cli.answers import confirm
 from lmdbitmap.cli.holding import hold_facts
@@ -12,6 +13,7 @@ from lmdbitmap.cli.options import Session, names, size, verb
 from lmdbitmap.cli.quiesce import Hook, Thaw, hooked
 from lmdbitmap.cli.sizes import format_size
 from lmdbitmap.store import Store
+from lmdbitmap.tracker import session
 
 
 @verb(examples=["lmdbitmap checkpoint sda monday", "lmdbitmap checkpoint sda,sdb monday"])

@@ -18,11 +18,11 @@ from lmdbitmap.cli.sizes import format_duration, format_size, format_time, iso_t
 from lmdbitmap.errors import FormatError
 
 if TYPE_CHECKING:
-    from lmdbitmap.disks_failed import DisksFailed
-    from lmdbitmap.manifest import BackupEntry, Manifest
-    from lmdbitmap.prune import PruneResult
-    from lmdbitmap.transfer import CopyResult
-    from lmdbitmap.verify import Flaw, VerifyResult
+    from lmdbitmap.repository.disks_failed import DisksFailed
+    from lmdbitmap.repository.manifest import BackupEntry, Manifest
+    from lmdbitmap.repository.prune import PruneResult
+    from lmdbitmap.repository.transfer import CopyResult
+    from lmdbitmap.repository.verify import Flaw, VerifyResult
 
 FOLDER = click.Path(file_okay=False)
 
@@ -49,7 +49,7 @@ def verify(asked: Session, repository: str, name: str | None, at: str | None) ->
     told by file and bytes. Nothing is changed. Exit code 1: something is damaged, or its digests cannot be computed
     here.
     """
-    from lmdbitmap.verify import verify as prove
+    from lmdbitmap.repository.verify import verify as prove
 
     with progress("verifying", shown=asked.shows_progress) as report:
         result = prove(repository, name, at=at, progress=report)
@@ -153,9 +153,9 @@ def prune(
     it was stacked on, without the disk and the store, and reads as before. Merging needs room for the images that
     are being written. A disk that fails is told of in the end, and the others are pruned.
     """
-    from lmdbitmap.prune import PrunesFailed
-    from lmdbitmap.prune import prune as let_go
-    from lmdbitmap.retention import Retention
+    from lmdbitmap.repository.prune import PrunesFailed
+    from lmdbitmap.repository.prune import prune as let_go
+    from lmdbitmap.repository.retention import Retention
 
     counts = [count or 0 for count in (last, daily, weekly, monthly)]
     keep = Retention(*counts) if any(counts) or not drop else None
@@ -241,7 +241,7 @@ def copy(asked: Session, repository: str, target: str, names: Sequence[str]) -> 
     removed: each of the two is pruned by itself. Every image is proven by its digest. REPO2 may hold no backups of
     these disks that REPO never had. A disk that fails is told of in the end, and the others are copied.
     """
-    from lmdbitmap.transfer import CopiesFailed, copy_backups
+    from lmdbitmap.repository.transfer import CopiesFailed, copy_backups
 
     failed: DisksFailed | None = None
     results: Sequence[CopyResult]
@@ -291,9 +291,9 @@ _HEADINGS = ("disk", "backup", "time", "type", "size", "changed", "stored", "cha
 
 def list_backups(asked: Session, repository: str) -> None:
     """All restore points of a repository; a disk whose manifest cannot be read is told of after the others."""
-    from lmdbitmap.apart import Failures
-    from lmdbitmap.disks_failed import DisksFailed
-    from lmdbitmap.repository import folders_of, known_backups_of
+    from lmdbitmap.repository.disks_failed import DisksFailed
+    from lmdbitmap.repository.repository import folders_of, known_backups_of
+    from lmdbitmap.work.apart import Failures
 
     folders = folders_of(repository)
     failures = Failures(at_once=len(folders) == 1)

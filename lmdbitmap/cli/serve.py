@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import click
 
-from lmdbitmap import bitmap_file as flat_bitmap_file
 from lmdbitmap.cli import logs
 from lmdbitmap.cli.metrics import metrics_served
 from lmdbitmap.cli.options import Session, size, utf8_path, verb
@@ -30,16 +29,17 @@ from lmdbitmap.cli.serving import (
 )
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError
 from lmdbitmap.filter import Filter
-from lmdbitmap.measured import MeasuredStore
-from lmdbitmap.nbd.control import ControlServer
-from lmdbitmap.nbd.dirty_contexts import tracked_contexts
-from lmdbitmap.nbd.held import HeldSnapshots
-from lmdbitmap.nbd.server import Server
+from lmdbitmap.flat import bitmap_file as flat_bitmap_file
+from lmdbitmap.nbd.control.control import ControlServer
+from lmdbitmap.nbd.control.held import HeldSnapshots
+from lmdbitmap.nbd.control.watch import Watch
+from lmdbitmap.nbd.server.dirty_contexts import tracked_contexts
+from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.nbd.supervisor import Supervisor
-from lmdbitmap.nbd.watch import Watch
-from lmdbitmap.period import DEFAULT_MAX_ARMED
-from lmdbitmap.scratch import Scratch
+from lmdbitmap.storage.measured import MeasuredStore
 from lmdbitmap.store import Store
+from lmdbitmap.system.scratch import Scratch
+from lmdbitmap.tracker.period import DEFAULT_MAX_ARMED
 
 log = logging.getLogger(__name__)
 

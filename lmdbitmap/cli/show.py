@@ -15,8 +15,7 @@ from typing import NamedTuple
 
 import click
 
-from lmdbitmap import files, render
-from lmdbitmap.changes import Changes, Slice, Standing
+from lmdbitmap import render
 from lmdbitmap.cli.changed import ask_or_everything, head_facts, head_words, insist_on_trust
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import Report, printable, progress, say, stream_json, stream_lines
@@ -26,6 +25,8 @@ from lmdbitmap.extents import Trust
 from lmdbitmap.geometry import REGION_BLOCKS
 from lmdbitmap.render import Caption, Cell, DirtMap, Shade
 from lmdbitmap.store import Store
+from lmdbitmap.system import files
+from lmdbitmap.tracker.changes import Changes, Slice, Standing
 
 _COLUMNS, _ROWS = 64, 16
 """Of the map in words and in JSON, whatever the terminal: the same disk has the same cells everywhere."""

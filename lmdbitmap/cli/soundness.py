@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import click
 
-from lmdbitmap.check import Finding, Gravity, check_store
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import progress, say, say_json
 from lmdbitmap.errors import LmdbitmapError, Untrusted
 from lmdbitmap.store import Store
+from lmdbitmap.upkeep.check import Finding, Gravity, check_store
 
 
 @verb(examples=["lmdbitmap check", "lmdbitmap check --json"])

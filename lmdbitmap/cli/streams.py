@@ -20,8 +20,8 @@ from lmdbitmap.cli.sizes import format_duration, format_size
 from lmdbitmap.store import Store
 
 if TYPE_CHECKING:
-    from lmdbitmap.stream import StreamResult
-    from lmdbitmap.stream_restore import AppliedResult
+    from lmdbitmap.streams.stream import StreamResult
+    from lmdbitmap.streams.stream_restore import AppliedResult
 
 STDIN = "-"
 
@@ -88,8 +88,8 @@ def stream_out(
     asked: Session, name: str, options: StreamOptions, hook: Hook, nice: int, owner_limit_s: float
 ) -> None:
     """Nothing but the stream ever comes to standard output."""
-    from lmdbitmap.reach import is_served
-    from lmdbitmap.stream import stream_backup
+    from lmdbitmap.access.reach import is_served
+    from lmdbitmap.streams.stream import stream_backup
 
     thaw = Thaw()
     with (
@@ -136,7 +136,7 @@ def _stream_facts(made: StreamResult) -> dict[str, object]:
 
 
 def stream_in(asked: Session, out: str, store: Store | None, *, larger: bool) -> None:
-    from lmdbitmap.stream_restore import apply_stream
+    from lmdbitmap.streams.stream_restore import apply_stream
 
     with (
         _standard(0, "rb") as stream,

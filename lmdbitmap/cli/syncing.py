@@ -15,7 +15,7 @@ from lmdbitmap.cli.streams import words_of_what_is_behind
 from lmdbitmap.store import Store
 
 if TYPE_CHECKING:
-    from lmdbitmap.sync import SyncResult
+    from lmdbitmap.syncs.sync import SyncResult
 
 
 @verb(
@@ -64,8 +64,8 @@ def sync(
 
     Nobody else may write TARGET. Until a sync that failed or was killed has been repeated, it is of no use.
     """
-    from lmdbitmap.reach import is_served
-    from lmdbitmap.sync import sync as bring_up_to_date
+    from lmdbitmap.access.reach import is_served
+    from lmdbitmap.syncs.sync import sync as bring_up_to_date
 
     if compare and only_incremental:
         raise click.UsageError("--compare and --require-incremental exclude each other.")

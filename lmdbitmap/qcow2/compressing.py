@@ -24,11 +24,11 @@ from concurrent.futures import Future
 from itertools import groupby
 from typing import Final, TypeAlias
 
-from lmdbitmap.crew import Crew, Spared, none_spared, processors
 from lmdbitmap.interfaces import Buffer
 from lmdbitmap.qcow2.compression import Compression, compressor
 from lmdbitmap.qcow2.layout import SECTOR
 from lmdbitmap.qcow2.writer import Qcow2Writer
+from lmdbitmap.work.crew import Crew, Spared, none_spared, processors
 
 PIECE_BYTES: Final = 1 << 18
 """What a worker gets at once, unless a cluster is larger: worth the handing over."""

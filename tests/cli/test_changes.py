@@ -7,8 +7,8 @@ import os
 
 import pytest
 
-from lmdbitmap import chain
 from lmdbitmap.store import Store, Writer
+from lmdbitmap.tracker import chain
 from tests.cli.conftest import MIB, SIZE, Cli
 
 KIB = 1 << 10

@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager
 
 import pytest
 
-from lmdbitmap.device import FileDevice
 from lmdbitmap.filter import Filter
+from lmdbitmap.images.device import FileDevice
 from lmdbitmap.store import Store
 from tests.cli.conftest import Cli
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.backup import backup
+from lmdbitmap.backups.backup import backup
 from lmdbitmap.errors import Busy
 from lmdbitmap.store import Store
-from lmdbitmap.stream import stream_backup
-from lmdbitmap.sync import sync
+from lmdbitmap.streams.stream import stream_backup
+from lmdbitmap.syncs.sync import sync
 from tests.cli.conftest import SIZE, Cli, Served
 from tests.support import PATIENCE_SECONDS, requires, run
 
@@ -124,7 +124,7 @@ def test_limit_is_an_option_of_the_command(
 def interruptible(command: list[str]) -> list[str]:
     """Also where these tests run in the background, and who is started there ignores SIGINT, or SIGHUP."""
     begin = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-    begin += "from lmdbitmap import access_ways; access_ways.LAST_WORD_S = 0.2;"
+    begin += "from lmdbitmap.access import access_ways; access_ways.LAST_WORD_S = 0.2;"
     begin += "[signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)];"
     return [command[0], "-c", f"{begin} from lmdbitmap.cli.main import main; main()", *command[3:]]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap import Store
-from lmdbitmap.holds import hold_files
+from lmdbitmap.notes.holds import hold_files
 from tests.cli.conftest import Cli
 
 

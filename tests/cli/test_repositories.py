@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.repository import BackupFolder
+from lmdbitmap.repository.repository import BackupFolder
 from tests.cli.conftest import SIZE, Cli
 from tests.cli.test_backups import _write, repository
 from tests.unit.test_verify import flip

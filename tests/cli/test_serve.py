@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap.cli.serving import Ending
-from lmdbitmap.device import FileDevice
-from lmdbitmap.nbd.server import Server
+from lmdbitmap.images.device import FileDevice
+from lmdbitmap.nbd.server.server import Server
 from tests.cli.conftest import MIB, SIZE, Cli
 from tests.support import PATIENCE_SECONDS, make_raw_image, requires, run, signal_another_thread, spawn
 

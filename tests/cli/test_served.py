@@ -11,7 +11,7 @@ import pytest
 
 from lmdbitmap import Filter, Store
 from lmdbitmap.nbd import control_client
-from lmdbitmap.nbd.control import ControlServer
+from lmdbitmap.nbd.control.control import ControlServer
 from tests.cli.conftest import MIB, SIZE, Cli, Served
 from tests.cli.test_serve import write
 from tests.support import make_raw_image, requires

@@ -12,7 +12,7 @@ import pytest
 
 from lmdbitmap.cli.show import glyphs_for
 from lmdbitmap.filter import Filter
-from lmdbitmap.nbd.control import ControlServer
+from lmdbitmap.nbd.control.control import ControlServer
 from lmdbitmap.store import Store
 from tests.cli.conftest import MIB, SIZE, Cli
 from tests.support import requires, run

@@ -76,7 +76,7 @@ def test_hook_is_run_around_the_point_in_time(cli: Cli, served: Served) -> None:
 
 GUEST = """
 import sys
-from lmdbitmap.nbd.client import NbdDevice
+from lmdbitmap.nbd.client.device import NbdDevice
 if sys.argv[1] == "thaw":
     disk = NbdDevice.open({uri!r})
     disk.pwrite(bytes([7]) * {length}, 0)

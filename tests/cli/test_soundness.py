@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 
-from lmdbitmap import schema
+from lmdbitmap.storage import schema
 from lmdbitmap.store import Store
 from tests.cli.conftest import Cli
 from tests.support import run

@@ -22,8 +22,8 @@ from lmdbitmap.cli.options import Verb
 from lmdbitmap.cli.streams import require_stream_out
 from lmdbitmap.errors import Busy
 from lmdbitmap.store import Store
-from lmdbitmap.stream import stream_backup
-from lmdbitmap.sync import sync
+from lmdbitmap.streams.stream import stream_backup
+from lmdbitmap.syncs.sync import sync
 from tests import naive_rbd_diff
 from tests.cli.conftest import MIB, SIZE, Cli
 from tests.cli.test_serve import write

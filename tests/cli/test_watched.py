@@ -15,7 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from lmdbitmap import Filter, Store
-from lmdbitmap.nbd.control import ControlServer
+from lmdbitmap.nbd.control.control import ControlServer
 from tests.cli.conftest import MIB, SIZE, Cli
 from tests.cli.test_serve import write
 from tests.nbd_raw import DISC, FLUSH, READ, WRITE, RawClient, request

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from lmdbitmap.device import FileDevice, MemoryDevice
-from lmdbitmap.files import filesystem_kind
+from lmdbitmap.images.device import FileDevice, MemoryDevice
+from lmdbitmap.images.plain import PlainDisk
 from lmdbitmap.interfaces import BlockDevice
-from lmdbitmap.nbd.client import NbdDevice
-from lmdbitmap.nbd.server import Server
+from lmdbitmap.nbd.client.device import NbdDevice
+from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.nbd.tls import server_context
-from lmdbitmap.plain import PlainDisk
+from lmdbitmap.system.files import filesystem_kind
 from tests.papers import shared_papers
 from tests.support import Argument, make_raw_image, run, spawn, wait_for_socket, why_unusable
 from tests.tracked import TrackedDisk

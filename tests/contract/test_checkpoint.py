@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import chain, session
-from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import StorageError, Untrusted
 from lmdbitmap.filter import Filter, take_checkpoint
+from lmdbitmap.images.device import FileDevice
 from lmdbitmap.store import Store
+from lmdbitmap.tracker import chain, session
 from tests.support import make_raw_image
 
 SIZE = 1 << 20

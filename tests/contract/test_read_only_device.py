@@ -10,13 +10,13 @@ from typing import TypeAlias
 
 import pytest
 
-from lmdbitmap import backup_chain
-from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import InvalidArgument
+from lmdbitmap.images.device import FileDevice
+from lmdbitmap.images.plain import PlainDisk
 from lmdbitmap.interfaces import BlockDevice
-from lmdbitmap.nbd.client import NbdDevice
-from lmdbitmap.nbd.server import Server
-from lmdbitmap.plain import PlainDisk
+from lmdbitmap.nbd.client.device import NbdDevice
+from lmdbitmap.nbd.server.server import Server
+from lmdbitmap.repository import backup_chain
 from tests.backed_up import BackedUpDisk
 from tests.contract.checks import (
     check_allocation,

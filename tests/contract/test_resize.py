@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import chain, session
 from lmdbitmap.errors import InvalidArgument, StorageError, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.store import Store
+from lmdbitmap.tracker import chain, session
 from tests.support import make_raw_image
 
 SIZE = 1 << 20

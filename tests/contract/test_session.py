@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import session
 from lmdbitmap.errors import Busy, InvalidArgument, NotFound
 from lmdbitmap.filter import Filter
 from lmdbitmap.store import Store
+from lmdbitmap.tracker import session
 from tests.support import make_raw_image
 
 

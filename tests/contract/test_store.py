@@ -16,11 +16,12 @@ from uuid import UUID, uuid4
 import lmdb
 import pytest
 
-from lmdbitmap import environment, files, lmdb_errors, lmdb_opening, schema, tally
 from lmdbitmap.errors import Busy, FormatError, LmdbitmapError, NotFound, StorageError
-from lmdbitmap.schema import Bitmap, Checkpoint, Disk, StoreHeader
+from lmdbitmap.storage import environment, lmdb_errors, lmdb_opening, schema, tally
+from lmdbitmap.storage.schema import Bitmap, Checkpoint, Disk, StoreHeader
+from lmdbitmap.storage.tally import GROUP_REGIONS, Tally
 from lmdbitmap.store import Reader, Store, Writer
-from lmdbitmap.tally import GROUP_REGIONS, Tally
+from lmdbitmap.system import files
 from tests.support import PATIENCE_SECONDS, run, spawn
 
 MIB = 1 << 20
@@ -175,7 +176,7 @@ def test_change_is_seen_by_another_process_and_survives_the_death_of_ours(path: 
     put_and_die = f"""
 import os, signal, uuid
 from lmdbitmap.store import Store
-from lmdbitmap.schema import Bitmap
+from lmdbitmap.storage.schema import Bitmap
 store = Store.create({path!r})
 store.update(lambda writer: writer.put_bitmap(Bitmap(1, uuid.uuid4(), 512, 9, "durable")))
 os.kill(os.getpid(), signal.SIGKILL)
@@ -249,7 +250,7 @@ def test_map_grows_while_others_read(path: str, small_map: None) -> None:
 
 WRITE_RECORDS = """
 import sys
-from lmdbitmap import lmdb_opening
+from lmdbitmap.storage import lmdb_opening
 from lmdbitmap.store import Store
 lmdb_opening.MAP_BYTES = lmdb_opening.MIN_MAP_BYTES = 64 << 10
 opened = Store.create(sys.argv[1])
@@ -416,7 +417,8 @@ print(store.uuid, flush=True)
 DIE_WHILE_MAKING = """
 import os, shutil, signal, sys
 import lmdb
-from lmdbitmap import files, store
+from lmdbitmap import store
+from lmdbitmap.system import files
 name, nth = sys.argv[2], int(sys.argv[3])
 place = {"rmtree": shutil, "put_header": store.Writer}.get(name, os)
 real, calls = getattr(place, name), [0]

@@ -36,16 +36,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lmdbitmap import environment
 from lmdbitmap.bits import Run
-from lmdbitmap.changes import changes
-from lmdbitmap.check import Gravity, check_store
-from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import REGION_BLOCKS
+from lmdbitmap.images.device import FileDevice
 from lmdbitmap.interfaces import ImageIdentity
+from lmdbitmap.storage import environment
 from lmdbitmap.store import Store
+from lmdbitmap.tracker.changes import changes
+from lmdbitmap.upkeep.check import Gravity, check_store
 from tests.tracked import NAME, TrackedDisk
 
 PAGE_BYTES = 4096

@@ -26,9 +26,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lmdbitmap import files, linux
-from lmdbitmap.schema import WRITE_AHEAD
+from lmdbitmap.storage.schema import WRITE_AHEAD
 from lmdbitmap.store import Store
+from lmdbitmap.system import files, linux
 from tests.backed_up import BackedUpDisk
 from tests.crash.lives import ARCHIVE_LIVES, BLOCKS, FEW_BLOCKS, GROWN_UP, LIVES, Life, prepare
 from tests.patience import let_beats_be_late

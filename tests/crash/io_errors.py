@@ -29,13 +29,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from lmdbitmap import export, schema
-from lmdbitmap.changes import Changes
+from lmdbitmap import export
 from lmdbitmap.errors import LmdbitmapError, NotFound, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
-from lmdbitmap.restore import restore
+from lmdbitmap.restoring.restore import restore
+from lmdbitmap.storage import schema
 from lmdbitmap.store import Store
+from lmdbitmap.tracker.changes import Changes
 from tests.backed_up import BackedUpDisk
 from tests.support import PATIENCE_SECONDS, run, spawn
 from tests.tracked import NAME, blocks_of, quick_folder, trust_of

@@ -32,20 +32,20 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lmdbitmap import chain
-from lmdbitmap.backup import backup
-from lmdbitmap.changes import changes
-from lmdbitmap.check import Gravity, check_store
+from lmdbitmap.backups.backup import backup
 from lmdbitmap.errors import Busy, LmdbitmapError, OwnerGone
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import EXTENT_BLOCKS
-from lmdbitmap.manifest import BackupType
-from lmdbitmap.manifest_file import MANIFEST
 from lmdbitmap.nbd import control_client
-from lmdbitmap.repository import BackupFolder
-from lmdbitmap.restore import restore
+from lmdbitmap.repository.manifest import BackupType
+from lmdbitmap.repository.manifest_file import MANIFEST
+from lmdbitmap.repository.repository import BackupFolder
+from lmdbitmap.restoring.restore import restore
 from lmdbitmap.store import Store
+from lmdbitmap.tracker import chain
+from lmdbitmap.tracker.changes import changes
+from lmdbitmap.upkeep.check import Gravity, check_store
 from tests.crash.stamped_load import SECTOR, Load, stamps_of
 from tests.support import PATIENCE_SECONDS, Child, spawn
 from tests.tracked import NAME, TrackedDisk, blocks_of, quick_folder, trust_of

@@ -16,25 +16,27 @@ from datetime import timezone
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
-from lmdbitmap import bitmap_file, export, session
-from lmdbitmap.backup import backup
-from lmdbitmap.backup_result import BackupsFailed
-from lmdbitmap.consumers import drop_hold
-from lmdbitmap.device import FileDevice
+from lmdbitmap import export
+from lmdbitmap.backups.backup import backup
+from lmdbitmap.backups.backup_result import BackupsFailed
+from lmdbitmap.backups.consumers import drop_hold
 from lmdbitmap.filter import Filter, take_checkpoint
-from lmdbitmap.holds import hold_files
+from lmdbitmap.flat import bitmap_file
+from lmdbitmap.images.device import FileDevice
 from lmdbitmap.interfaces import Buffer
-from lmdbitmap.manifest import BackupType
-from lmdbitmap.prune import prune
+from lmdbitmap.notes.holds import hold_files
 from lmdbitmap.qcow2 import Kind, Qcow2Reader
-from lmdbitmap.restore import restore
-from lmdbitmap.retention import Retention
-from lmdbitmap.scratch import Scratch
+from lmdbitmap.repository.manifest import BackupType
+from lmdbitmap.repository.prune import prune
+from lmdbitmap.repository.retention import Retention
+from lmdbitmap.repository.transfer import copy_backups
+from lmdbitmap.restoring.restore import restore
 from lmdbitmap.store import Store
-from lmdbitmap.stream import stream_backup
-from lmdbitmap.stream_restore import apply_stream
-from lmdbitmap.sync import sync
-from lmdbitmap.transfer import copy_backups
+from lmdbitmap.streams.stream import stream_backup
+from lmdbitmap.streams.stream_restore import apply_stream
+from lmdbitmap.syncs.sync import sync
+from lmdbitmap.system.scratch import Scratch
+from lmdbitmap.tracker import session
 from tests import naive_flat
 from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
 from tests.support import make_raw_image, no_ascii

@@ -38,17 +38,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from lmdbitmap import bits, chain, export, owner, schema, session, standalone
-from lmdbitmap.changes import Changes
+from lmdbitmap import bits, export
 from lmdbitmap.errors import InvalidArgument, NotFound, StorageError, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter, take_checkpoint
-from lmdbitmap.flatfile import FlatFile
+from lmdbitmap.flat.flatfile import FlatFile
 from lmdbitmap.geometry import EXTENT_BLOCKS, REGION_BLOCKS, Geometry
-from lmdbitmap.lane import FilterLane
 from lmdbitmap.nbd import control_client
-from lmdbitmap.nbd.control import ControlServer
-from lmdbitmap.nbd.server import Server
+from lmdbitmap.nbd.control.control import ControlServer
+from lmdbitmap.nbd.server.server import Server
+from lmdbitmap.storage import owner, schema
+from lmdbitmap.tracker import chain, session, standalone
+from lmdbitmap.tracker.changes import Changes
+from lmdbitmap.tracker.lane import FilterLane
 from tests import naive_flat, nbd_raw
 from tests.crash.tapped import TappedDevice, Troupe
 from tests.nbd_raw import RawClient

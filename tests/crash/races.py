@@ -15,11 +15,11 @@ from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 
-from lmdbitmap import schema
 from lmdbitmap.errors import LmdbitmapError, StorageError
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
-from lmdbitmap.lane import FilterLane
+from lmdbitmap.storage import schema
+from lmdbitmap.tracker.lane import FilterLane
 from tests.crash.melee import BLOCK, BLOCKS, GEOMETRY, MAX_ARMED, Melee, Watcher, frantic, melee
 from tests.crash.tapped import TappedDevice, Troupe
 from tests.tracked import NAME, TrackedDisk, blocks_of, quick_folder, trust_of

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
 
-from lmdbitmap import chain, schema, session
-from lmdbitmap.owner import Owner
-from lmdbitmap.repository import Unfinished, checkpoint_name
+from lmdbitmap.repository.repository import Unfinished, checkpoint_name
+from lmdbitmap.storage import schema
+from lmdbitmap.storage.owner import Owner
 from lmdbitmap.store import Store, Writer
+from lmdbitmap.tracker import chain, session
 from tests.backed_up import BackedUpDisk
 from tests.tracked import NAME
 

@@ -7,9 +7,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from lmdbitmap.device import FileDevice
+from lmdbitmap.images.device import FileDevice
 from lmdbitmap.interfaces import Buffer
-from lmdbitmap.lane import FilterLane
+from lmdbitmap.tracker.lane import FilterLane
 from tests.support import PATIENCE_SECONDS
 
 Look = Callable[[int, int], None]

@@ -12,19 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import chain
-from lmdbitmap.backup import backup
-from lmdbitmap.changes import changes
-from lmdbitmap.consumers import holds_of
+from lmdbitmap.backups.backup import backup
+from lmdbitmap.backups.consumers import holds_of
 from lmdbitmap.errors import AlreadyExists, StorageError
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
-from lmdbitmap.manifest import BackupEntry, decode
-from lmdbitmap.manifest_file import COPY
-from lmdbitmap.repository import BackupFolder, is_checkpoint_name
-from lmdbitmap.restore import restore
-from lmdbitmap.schema import DEFERRED, WRITE_AHEAD
+from lmdbitmap.repository.manifest import BackupEntry, decode
+from lmdbitmap.repository.manifest_file import COPY
+from lmdbitmap.repository.repository import BackupFolder, is_checkpoint_name
+from lmdbitmap.restoring.restore import restore
+from lmdbitmap.storage.schema import DEFERRED, WRITE_AHEAD
 from lmdbitmap.store import Store
+from lmdbitmap.tracker import chain
+from lmdbitmap.tracker.changes import changes
 from tests.backed_up import ALWAYS_THERE, DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
 from tests.crash.dying import Death, Deaths
 from tests.crash.full_disk import CRAMPED_BYTES, can_mount, file_size_limit, full_tmpfs

@@ -42,7 +42,7 @@ def test_laboratory_sees_a_loss_that_the_product_does_not(sound: Path, blinded: 
     """A lost record with the tallies made to fit is what damage would do to a product without them."""
     lose = f"""
 import lmdb
-from lmdbitmap import schema, tally
+from lmdbitmap.storage import schema, tally
 with lmdb.open({str(sound / "store" / "lmdb")!r}, max_dbs=16) as environment:
     regions, tallies = (environment.open_db(name) for name in (b"regions", b"tallies"))
     with environment.begin(write=True) as txn:

@@ -16,15 +16,16 @@ from typing import TypeAlias
 
 import pytest
 
-from lmdbitmap import schema, session
 from lmdbitmap.cli.main import run as run_cli
 from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, NotFound, StorageError, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
-from lmdbitmap.image import open_image
-from lmdbitmap.manifest import BackupType
-from lmdbitmap.owner import Owner
+from lmdbitmap.images.image import open_image
+from lmdbitmap.repository.manifest import BackupType
+from lmdbitmap.storage import schema
+from lmdbitmap.storage.owner import Owner
 from lmdbitmap.store import Store
+from lmdbitmap.tracker import session
 from tests.backed_up import BackedUpDisk
 from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.support import make_raw_image, requires, run

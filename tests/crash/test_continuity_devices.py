@@ -14,16 +14,18 @@ from uuid import uuid4
 
 import pytest
 
-from lmdbitmap import chain, kernel, owner, session
-from lmdbitmap.backup import backup
-from lmdbitmap.changes import Changes, changes
+from lmdbitmap.backups.backup import backup
 from lmdbitmap.errors import AlreadyExists, Busy
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
-from lmdbitmap.manifest import BackupType
-from lmdbitmap.owner import Owner
-from lmdbitmap.schema import Disk
+from lmdbitmap.repository.manifest import BackupType
+from lmdbitmap.storage import owner
+from lmdbitmap.storage.owner import Owner
+from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
+from lmdbitmap.system import kernel
+from lmdbitmap.tracker import chain, session
+from lmdbitmap.tracker.changes import Changes, changes
 from tests.contract.implementations import can_make_loop_devices, loop_devices_to_oneself, loop_node
 from tests.support import make_raw_image, requires, run
 from tests.tracked import NAME, blocks_of, quick_folder, trust_of

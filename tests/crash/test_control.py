@@ -13,7 +13,7 @@ import pytest
 from lmdbitmap import export
 from lmdbitmap.errors import Busy, OwnerGone
 from lmdbitmap.nbd import control_client
-from lmdbitmap.nbd.control import ControlServer
+from lmdbitmap.nbd.control.control import ControlServer
 from tests import naive_flat
 from tests.support import spawn
 from tests.tracked import NAME, TrackedDisk, blocks_of
@@ -23,7 +23,7 @@ SIZE = 100 * 4096
 OWN = """
 import sys, threading
 from lmdbitmap.filter import Filter
-from lmdbitmap.nbd.control import ControlServer
+from lmdbitmap.nbd.control.control import ControlServer
 from lmdbitmap.store import Store
 
 store = Store.open(sys.argv[1])

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.manifest import encode
-from lmdbitmap.repository import BackupFolder
-from lmdbitmap.restore import restore
-from lmdbitmap.transfer import copy_backups
-from lmdbitmap.verify import verify
+from lmdbitmap.repository.manifest import encode
+from lmdbitmap.repository.repository import BackupFolder
+from lmdbitmap.repository.transfer import copy_backups
+from lmdbitmap.repository.verify import verify
+from lmdbitmap.restoring.restore import restore
 from tests.crash.dying import Death, Deaths
 from tests.crash.test_prune_crash import leaves_nothing
 from tests.tracked import NAME

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import bitmap_file, export
-from lmdbitmap.changes import changes
+from lmdbitmap import export
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
+from lmdbitmap.flat import bitmap_file
 from lmdbitmap.store import Store
+from lmdbitmap.tracker.changes import changes
 from tests import naive_flat
 from tests.crash.dying import Death, Deaths
 from tests.crash.lives import BLOCK, BLOCKS, GRANULARITY_BITS, NEW, OLD, SIZE

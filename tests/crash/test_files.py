@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import files
-from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import Busy
+from lmdbitmap.images.device import FileDevice
+from lmdbitmap.system import files
 from tests.conftest import RawImage
 from tests.support import PATIENCE_SECONDS, spawn
 
@@ -21,7 +21,7 @@ OLD, NEW = b"old" * 1000, b"new" * 2000
 
 REPLACE_AND_DIE = """
 import fcntl, os, signal, sys
-from lmdbitmap import files
+from lmdbitmap.system import files
 
 path, fatal_step = sys.argv[1], int(sys.argv[2])
 step = 0
@@ -87,7 +87,7 @@ def test_process_killed_after_any_step_leaves_old_or_new(tmp_path: Path, exists:
 
 WRITE_HALF_AND_WAIT = """
 import sys, threading
-from lmdbitmap import files
+from lmdbitmap.system import files
 
 with files.replacing(sys.argv[1]) as file:
     file.write(b"half")
@@ -110,7 +110,8 @@ def test_leftover_is_kept_while_its_writer_lives_and_removed_when_it_is_dead(tmp
 
 LOCK_AND_WAIT = """
 import sys, threading
-from lmdbitmap import device, files
+from lmdbitmap.images import device
+from lmdbitmap.system import files
 
 held = {"lock_file": files.lock_file, "image": device.FileDevice.open}[sys.argv[1]](sys.argv[2])
 print("holding", flush=True)

@@ -16,14 +16,16 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import bits, chain, schema, session
-from lmdbitmap.changes import Changes, changes
-from lmdbitmap.check import Gravity, check_store
+from lmdbitmap import bits
 from lmdbitmap.errors import NotFound, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import EXTENT_BLOCKS, MIN_GRANULARITY_BITS, REGION_BLOCKS
+from lmdbitmap.storage import schema
 from lmdbitmap.store import Store
+from lmdbitmap.tracker import chain, session
+from lmdbitmap.tracker.changes import Changes, changes
+from lmdbitmap.upkeep.check import Gravity, check_store
 from tests.crash.dying import Death, Deaths
 from tests.crash.lives import (
     BEFORE,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import files
-from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import StorageError
+from lmdbitmap.images.device import FileDevice
+from lmdbitmap.system import files
 from tests.crash.full_disk import CRAMPED_BYTES, can_mount, file_size_limit, fill, full_tmpfs
 from tests.support import make_raw_image
 

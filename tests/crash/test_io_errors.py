@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from lmdbitmap import owner, schema
 from lmdbitmap.extents import Trust
-from lmdbitmap.manifest import BackupType
+from lmdbitmap.repository.manifest import BackupType
+from lmdbitmap.storage import owner, schema
 from tests.backed_up import BackedUpDisk
 from tests.crash.io_errors import (
     ERRORS,

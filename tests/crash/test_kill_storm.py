@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import chain
 from lmdbitmap.filter import Filter
 from lmdbitmap.store import Store
+from lmdbitmap.tracker import chain
 from tests import nbd_raw
 from tests.crash.kill_storm import MAX_ARMED, Storm, storm
 from tests.crash.stamped_load import SECTOR, Load, Request, stamps_of
@@ -43,7 +43,7 @@ class LateStorm(Storm):
     LATE = """
 import threading
 from lmdbitmap.cli import main
-from lmdbitmap.tracking import Tracking
+from lmdbitmap.tracker.tracking import Tracking
 mark = Tracking.mark
 Tracking.mark = lambda disk, runs: threading.Timer(0.05, mark, (disk, runs)).start()
 main.main()

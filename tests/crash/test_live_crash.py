@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from lmdbitmap.nbd.client import NbdDevice
-from lmdbitmap.repository import BackupFolder, is_checkpoint_name
+from lmdbitmap.nbd.client.device import NbdDevice
+from lmdbitmap.repository.repository import BackupFolder, is_checkpoint_name
 from tests.backed_up import ALWAYS_THERE
 from tests.cli.conftest import MIB, Cli, Served, quick_cli
 from tests.support import PATIENCE_SECONDS, Child, run, spawn
@@ -37,8 +37,8 @@ KEPT = {0: (WRITES, WRITES), 50: (WRITES // 3, WRITES // 2), 99: (0, 1)}
 
 _BACKUP_THAT_STOPS = """
 import contextlib, os, signal, sys
-from lmdbitmap.backup import backup
-from lmdbitmap.direct import DirectDevice
+from lmdbitmap.backups.backup import backup
+from lmdbitmap.access.direct import DirectDevice
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.store import Store
 

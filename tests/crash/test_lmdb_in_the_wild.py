@@ -18,12 +18,12 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from lmdbitmap import environment, lmdb_errors, lmdb_opening, schema
-from lmdbitmap.check import check_store
 from lmdbitmap.errors import Busy, StorageError
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
+from lmdbitmap.storage import environment, lmdb_errors, lmdb_opening, schema
 from lmdbitmap.store import Store, Writer
+from lmdbitmap.upkeep.check import check_store
 from tests.crash.full_disk import can_mount
 from tests.support import PATIENCE_SECONDS, run, spawn
 from tests.tracked import NAME, TrackedDisk, blocks_of, trust_of
@@ -301,7 +301,7 @@ def test_reader_that_died_does_not_make_the_file_grow_for_ever(
 
 
 def test_check_names_a_view_that_lives_too_long(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmdbitmap.check._OLD_VIEW_TRANSACTIONS", 5)
+    monkeypatch.setattr("lmdbitmap.upkeep.check._OLD_VIEW_TRANSACTIONS", 5)
     with spawn(sys.executable, "-c", DIE_READING, store.path, "SIGSTOP") as child:
         child.wait_for_line("reading")
         for number in range(7):
@@ -316,7 +316,7 @@ def test_check_names_a_view_that_lives_too_long(store: Store, monkeypatch: pytes
 
 LIMITED = """
 import resource, sys
-from lmdbitmap import lmdb_opening
+from lmdbitmap.storage import lmdb_opening
 lmdb_opening.MAP_BYTES = lmdb_opening.MIN_MAP_BYTES = 64 << 10
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.store import Store
@@ -487,7 +487,7 @@ def test_lmdb_alone_gives_a_view_away_when_its_lock_file_is_read(tmp_path: Path)
 
 HASH_AND_STAY = """
 import pathlib, sys, time
-from lmdbitmap import environment
+from lmdbitmap.storage import environment
 environment.LOCK_LOOK_S = 0.0
 from lmdbitmap.store import Store
 store = Store.open(sys.argv[1])

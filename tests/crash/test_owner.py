@@ -14,15 +14,15 @@ from zlib import crc32
 
 import pytest
 
-from lmdbitmap import owner
 from lmdbitmap.errors import Busy, StorageError
 from lmdbitmap.interfaces import StoreMark
-from lmdbitmap.owner import Beat, Distrust, Owner
+from lmdbitmap.storage import owner
+from lmdbitmap.storage.owner import Beat, Distrust, Owner
 from tests.support import PATIENCE_SECONDS, spawn
 
 HOLD_AND_SAY_SO = """
 import sys
-from lmdbitmap.owner import Owner
+from lmdbitmap.storage.owner import Owner
 held = Owner(sys.argv[1])
 held.beat(5_000_000_000, 4_000_000_000)
 print("held", flush=True)

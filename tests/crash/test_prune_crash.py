@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import chain
-from lmdbitmap.backup import backup
-from lmdbitmap.manifest import BackupEntry
-from lmdbitmap.prune import prune
-from lmdbitmap.repository import BackupFolder
-from lmdbitmap.restore import restore
-from lmdbitmap.retention import Retention
+from lmdbitmap.backups.backup import backup
+from lmdbitmap.repository.manifest import BackupEntry
+from lmdbitmap.repository.prune import prune
+from lmdbitmap.repository.repository import BackupFolder
+from lmdbitmap.repository.retention import Retention
+from lmdbitmap.repository.verify import verify
+from lmdbitmap.restoring.restore import restore
 from lmdbitmap.store import Store
-from lmdbitmap.verify import verify
+from lmdbitmap.tracker import chain
 from tests.backed_up import ALWAYS_THERE, INCREMENTAL
 from tests.crash.dying import Death, Deaths
 from tests.support import requires, run

@@ -9,12 +9,12 @@ from contextlib import AbstractContextManager, closing, contextmanager
 import pytest
 
 from lmdbitmap import filter as filter_module
-from lmdbitmap import schema
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.interfaces import Buffer
-from lmdbitmap.lane import FilterLane
+from lmdbitmap.storage import schema
 from lmdbitmap.store import Reader
+from lmdbitmap.tracker.lane import FilterLane
 from tests.crash.melee import GEOMETRY, Melee, melee
 from tests.crash.races import race_checkpoints, race_detach, race_failures, race_resizes
 from tests.crash.tapped import WRITES, TappedDevice, Turnstile, join, start

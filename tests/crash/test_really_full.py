@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import export, owner, schema
+from lmdbitmap import export
 from lmdbitmap.errors import StorageError, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import REGION_BLOCKS
-from lmdbitmap.manifest import BackupType
-from lmdbitmap.restore import restore
+from lmdbitmap.repository.manifest import BackupType
+from lmdbitmap.restoring.restore import restore
+from lmdbitmap.storage import owner, schema
 from tests.backed_up import BackedUpDisk
 from tests.crash.full_disk import can_mount, fill, free, full_tmpfs
 from tests.tracked import NAME, blocks_of, trust_of

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import chain
-from lmdbitmap.backup import backup
+from lmdbitmap.backups.backup import backup
 from lmdbitmap.errors import AlreadyExists
-from lmdbitmap.manifest import BackupType
-from lmdbitmap.restore import restore
+from lmdbitmap.repository.manifest import BackupType
+from lmdbitmap.restoring.restore import restore
 from lmdbitmap.store import Store
+from lmdbitmap.tracker import chain
 from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.crash.dying import Death, Deaths
 from tests.crash.lives import BLOCK, FEW_BLOCKS

@@ -18,14 +18,15 @@ from uuid import uuid4
 import lmdb
 import pytest
 
-from lmdbitmap import chain, environment, founding, lmdb_tree, owner, salvage, schema, session, tally
-from lmdbitmap.check import Gravity, check_store
 from lmdbitmap.errors import AlreadyExists, FormatError, NotFound
 from lmdbitmap.extents import Trust
-from lmdbitmap.lmdb_errors import DamagedStore
-from lmdbitmap.salvage import SALVAGED
-from lmdbitmap.schema import Disk
+from lmdbitmap.storage import environment, founding, lmdb_tree, owner, salvage, schema, tally
+from lmdbitmap.storage.lmdb_errors import DamagedStore
+from lmdbitmap.storage.salvage import SALVAGED
+from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
+from lmdbitmap.tracker import chain, session
+from lmdbitmap.upkeep.check import Gravity, check_store
 from tests.backed_up import INCREMENTAL, RESCAN, BackedUpDisk
 from tests.crash.dying import Death, Deaths
 from tests.crash.lives import ROT
@@ -368,7 +369,7 @@ def is_left_to_nobody(death: Death) -> None:
 
 SHORT_LIFE = """
 import os, sys
-from lmdbitmap import environment
+from lmdbitmap.storage import environment
 environment.LOOKED_THROUGH_BYTES = 0
 from lmdbitmap.store import Store
 store = Store.open(sys.argv[1])

@@ -16,16 +16,17 @@ from typing import Any
 
 import pytest
 
-from lmdbitmap import owner, schema, session, vouching
-from lmdbitmap.backup import backup
-from lmdbitmap.changes import changes
-from lmdbitmap.device import FileDevice
+from lmdbitmap.backups.backup import backup
 from lmdbitmap.errors import StorageError, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter, take_checkpoint
+from lmdbitmap.images.device import FileDevice
 from lmdbitmap.interfaces import ImageIdentity
-from lmdbitmap.manifest import BackupType
+from lmdbitmap.repository.manifest import BackupType
+from lmdbitmap.storage import owner, schema
 from lmdbitmap.store import CommitInDoubt, Store
+from lmdbitmap.tracker import session, vouching
+from lmdbitmap.tracker.changes import changes
 from tests.backed_up import BackedUpDisk
 from tests.support import PATIENCE_SECONDS, make_raw_image
 from tests.tracked import NAME, TrackedDisk, blocks_of, trust_of

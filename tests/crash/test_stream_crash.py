@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 from contextlib import closing
 
-from lmdbitmap import chain
-from lmdbitmap.backup import backup
-from lmdbitmap.consumers import holds_of
+from lmdbitmap.backups.backup import backup
+from lmdbitmap.backups.consumers import holds_of
 from lmdbitmap.store import Store
-from lmdbitmap.stream import stream_backup
-from lmdbitmap.stream_restore import apply_stream
+from lmdbitmap.streams.stream import stream_backup
+from lmdbitmap.streams.stream_restore import apply_stream
+from lmdbitmap.tracker import chain
 from tests import naive_rbd_diff
 from tests.crash.dying import Death, Deaths
 from tests.tracked import NAME

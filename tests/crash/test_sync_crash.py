@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from contextlib import closing
 
-from lmdbitmap import sync_note
-from lmdbitmap.backup import backup
+from lmdbitmap.backups.backup import backup
 from lmdbitmap.filter import Filter
+from lmdbitmap.notes import sync_note
 from lmdbitmap.store import Store
-from lmdbitmap.sync import SyncResult, sync
-from lmdbitmap.sync_plan import SyncKind
+from lmdbitmap.syncs.sync import SyncResult, sync
+from lmdbitmap.syncs.sync_plan import SyncKind
 from tests.crash.dying import Death, Deaths
 from tests.crash.test_stream_crash import checkpoints
 from tests.tracked import NAME

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lmdbitmap.errors import FormatError
-from lmdbitmap.rbd_diff import Data, Decoder, End, Head, Zeroes
+from lmdbitmap.streams.rbd_diff import Data, Decoder, End, Head, Zeroes
 from tests import naive_rbd_diff
 from tests.fuzz.inputs import WHOLE, Input, check_words, pieces_of
 

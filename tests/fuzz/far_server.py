@@ -6,7 +6,7 @@ import struct
 
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, NotFound
 from lmdbitmap.nbd import uri
-from lmdbitmap.nbd.client_handshake import MAX_PAYLOAD, FarExport, negotiation
+from lmdbitmap.nbd.client.handshake import MAX_PAYLOAD, FarExport, negotiation
 from tests.fuzz.inputs import MOST_WORDS, Input, check_words
 
 SCRIPTED = 1

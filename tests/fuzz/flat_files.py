@@ -8,14 +8,15 @@ from collections.abc import Iterator
 
 import msgpack
 
-from lmdbitmap import export, standalone
+from lmdbitmap import export
 from lmdbitmap import format as flat
 from lmdbitmap.errors import FormatError, Untrusted
 from lmdbitmap.extents import Trust
-from lmdbitmap.flatfile import FlatFile
+from lmdbitmap.flat.flatfile import FlatFile
 from lmdbitmap.format import Flags, FlatHeader, Metadata
 from lmdbitmap.geometry import REGION_BLOCKS
 from lmdbitmap.store import Store
+from lmdbitmap.tracker import standalone
 from tests import naive_flat
 from tests.fuzz.inputs import Input, fill_scratch_file, scratch_file, scratch_folder
 

@@ -8,11 +8,11 @@ import os
 from typing import Any
 from uuid import UUID
 
-from lmdbitmap import manifest
 from lmdbitmap.errors import FormatError, InvalidArgument
-from lmdbitmap.manifest import BackupType, Manifest
-from lmdbitmap.manifest_file import MANIFEST
-from lmdbitmap.repository import UNFINISHED, BackupFolder, is_checkpoint_name
+from lmdbitmap.repository import manifest
+from lmdbitmap.repository.manifest import BackupType, Manifest
+from lmdbitmap.repository.manifest_file import MANIFEST
+from lmdbitmap.repository.repository import UNFINISHED, BackupFolder, is_checkpoint_name
 from tests.fuzz.inputs import Input, check_words, scratch_folder
 
 TEXTS = ("", "b0", "b1", "b2", "000001-full.qcow2", "../x", "a:b", "..", "full", "incremental", "exact", "\ud800",

@@ -13,9 +13,9 @@ import re
 from typing import Any
 from uuid import UUID
 
-from lmdbitmap import holds, sync_note
 from lmdbitmap.errors import FormatError
-from lmdbitmap.schema import Checkpoint
+from lmdbitmap.notes import holds, sync_note
+from lmdbitmap.storage.schema import Checkpoint
 from tests.fuzz.inputs import Input, check_words, scratch_folder
 from tests.fuzz.manifests import change
 

@@ -9,12 +9,19 @@ from uuid import UUID
 
 import msgpack
 
-from lmdbitmap import owner, schema
 from lmdbitmap.errors import FormatError, InvalidArgument
 from lmdbitmap.geometry import REGION_BYTES
 from lmdbitmap.interfaces import DeviceTrace, ImageIdentity
-from lmdbitmap.owner import Distrust
-from lmdbitmap.schema import ALL_DIRTY_BITS, Bitmap, Checkpoint, Description, Disk, StoreHeader
+from lmdbitmap.storage import owner, schema
+from lmdbitmap.storage.owner import Distrust
+from lmdbitmap.storage.schema import (
+    ALL_DIRTY_BITS,
+    Bitmap,
+    Checkpoint,
+    Description,
+    Disk,
+    StoreHeader,
+)
 from tests.fuzz.inputs import Input, check_words, damaged, fill_scratch_file, scratch_folder
 
 PLACE = "store"

@@ -8,11 +8,11 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, cast
 
-from lmdbitmap.device import MemoryDevice
 from lmdbitmap.errors import FormatError
-from lmdbitmap.nbd.connection import Connection
-from lmdbitmap.nbd.contexts import allocation_source
-from lmdbitmap.plain import PlainDisk
+from lmdbitmap.images.device import MemoryDevice
+from lmdbitmap.images.plain import PlainDisk
+from lmdbitmap.nbd.server.connection import Connection
+from lmdbitmap.nbd.server.contexts import allocation_source
 from tests.fuzz.inputs import BYTEWISE, MOST_PIECES, Input, pieces_of
 from tests.nbd_raw import (
     BLOCK_STATUS,

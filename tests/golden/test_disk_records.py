@@ -8,9 +8,9 @@ from uuid import UUID
 
 import pytest
 
-from lmdbitmap import schema
 from lmdbitmap.interfaces import DeviceTrace, ImageIdentity
-from lmdbitmap.schema import Disk
+from lmdbitmap.storage import schema
+from lmdbitmap.storage.schema import Disk
 
 FOLDER = Path(__file__).parent
 DIGESTS = {

@@ -9,9 +9,10 @@ from uuid import UUID
 
 import pytest
 
-from lmdbitmap.digest_algorithms import DigestAlgorithm
+from lmdbitmap.copying.digest_algorithms import DigestAlgorithm
 from lmdbitmap.extents import Trust
-from lmdbitmap.manifest import (
+from lmdbitmap.qcow2 import CompressionType
+from lmdbitmap.repository.manifest import (
     BackupEntry,
     BackupType,
     CheckpointRef,
@@ -22,7 +23,6 @@ from lmdbitmap.manifest import (
     decode,
     encode,
 )
-from lmdbitmap.qcow2 import CompressionType
 
 FOLDER = Path(__file__).parent / "manifest"
 DISK = DiskRef("sda", UUID("11111111-1111-4111-8111-111111111111"))

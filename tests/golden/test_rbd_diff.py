@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.rbd_diff import Data, Decoder, Encoder, End, Event, Head, Zeroes
+from lmdbitmap.streams.rbd_diff import Data, Decoder, Encoder, End, Event, Head, Zeroes
 
 FOLDER = Path(__file__).parent / "rbd-diff"
 SIZE = 1_000_003

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lmdbitmap.restore import restore
+from lmdbitmap.restoring.restore import restore
 from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
 from tests.support import requires, run, spawn, wait_for_socket
 from tests.tracked import NAME, quick_folder

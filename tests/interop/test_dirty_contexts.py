@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import pytest
 
-from lmdbitmap import schema
 from lmdbitmap.filter import Filter
-from lmdbitmap.nbd.contexts import MAX_DESCRIPTORS
-from lmdbitmap.nbd.dirty_contexts import tracked_contexts
-from lmdbitmap.nbd.server import Server
+from lmdbitmap.nbd.server.contexts import MAX_DESCRIPTORS
+from lmdbitmap.nbd.server.dirty_contexts import tracked_contexts
+from lmdbitmap.nbd.server.server import Server
+from lmdbitmap.storage import schema
 from tests.nbd_raw import BLOCK_STATUS, REQ_ONE, SET_META_CONTEXT, STRUCTURED_REPLY, RawClient, string
 from tests.support import requires, run
 from tests.tracked import NAME, TrackedDisk

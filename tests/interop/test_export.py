@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import export, standalone
+from lmdbitmap import export
 from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import Geometry
-from lmdbitmap.standalone import Operation
 from lmdbitmap.store import Store, Writer
+from lmdbitmap.tracker import standalone
+from lmdbitmap.tracker.standalone import Operation
 from tests.conftest import RawImage
 from tests.interop.test_flat_file import Qemu, qemu_serving, random_changes
 from tests.support import requires

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from lmdbitmap import session
 from lmdbitmap.filter import Filter
 from lmdbitmap.interfaces import Allocation
-from lmdbitmap.nbd.client import NbdDevice
-from lmdbitmap.nbd.dirty_contexts import tracked_contexts
-from lmdbitmap.nbd.server import Server
-from lmdbitmap.nbd.traffic import BLOCK_STATUS, ZEROES
+from lmdbitmap.nbd.client.device import NbdDevice
+from lmdbitmap.nbd.server.dirty_contexts import tracked_contexts
+from lmdbitmap.nbd.server.server import Server
+from lmdbitmap.nbd.server.traffic import BLOCK_STATUS, ZEROES
 from lmdbitmap.store import Store
+from lmdbitmap.tracker import session
 from tests.newer import newer, requires_newer
 from tests.support import make_raw_image, requires, run, spawn, wait_for_socket
 from tests.tracked import NAME, TrackedDisk

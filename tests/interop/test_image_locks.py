@@ -13,8 +13,8 @@ from typing import TypeAlias
 
 import pytest
 
-from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import Busy
+from lmdbitmap.images.device import FileDevice
 from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.support import PATIENCE_SECONDS, make_raw_image, requires, run, spawn, wait_for_socket
 

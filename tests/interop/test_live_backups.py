@@ -15,8 +15,8 @@ from contextlib import closing, contextmanager, suppress
 
 import pytest
 
-from lmdbitmap.nbd.client import NbdDevice
-from lmdbitmap.repository import is_checkpoint_name
+from lmdbitmap.nbd.client.device import NbdDevice
+from lmdbitmap.repository.repository import is_checkpoint_name
 from tests.cli.conftest import Cli, Served, quick_cli
 from tests.support import PATIENCE_SECONDS, Child, requires, run, spawn
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import Busy, InvalidArgument
-from lmdbitmap.restore import restore
+from lmdbitmap.images.device import FileDevice
+from lmdbitmap.restoring.restore import restore
 from tests.backed_up import BackedUpDisk
 from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.support import requires, run

@@ -15,7 +15,7 @@ import pytest
 
 from lmdbitmap.errors import Busy, InvalidArgument, NotFound
 from lmdbitmap.interfaces import Allocation
-from lmdbitmap.nbd.client import NbdDevice
+from lmdbitmap.nbd.client.device import NbdDevice
 from tests.support import Argument, Child, free_port, make_raw_image, requires, run, spawn, wait_for_socket
 
 MIB = 1 << 20
@@ -153,7 +153,7 @@ def test_server_that_serves_somebody_else_is_busy(tmp_path: Path, monkeypatch: p
         qemu_nbd(tmp_path, made(tmp_path, "raw"), "raw", "--shared=1") as far,
         NbdDevice.open(far.uri),
     ):
-        monkeypatch.setattr("lmdbitmap.nbd.client.DIAL_S", 0.3)
+        monkeypatch.setattr("lmdbitmap.nbd.client.device.DIAL_S", 0.3)
         with pytest.raises(Busy, match="takes only one"):
             NbdDevice.open(far.uri)
 

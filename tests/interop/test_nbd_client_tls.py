@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.nbd.client import NbdDevice
+from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.nbd.tls import server_context
 from tests.cli.conftest import Cli, cli
 from tests.far_tls import far, nbdkit, ours, papers, qemu_nbd

@@ -11,7 +11,7 @@ from contextlib import closing
 
 import pytest
 
-from lmdbitmap.nbd.client_tls import TlsWire
+from lmdbitmap.nbd.client.tls import TlsWire
 from lmdbitmap.nbd.tls import client_context, server_context
 from tests.far_tls import papers
 from tests.papers import Papers

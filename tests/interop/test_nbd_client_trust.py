@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap.errors import Busy, InvalidArgument, NotFound
-from lmdbitmap.nbd.client import NbdDevice
+from lmdbitmap.nbd.client.device import NbdDevice
 from tests.far_tls import far, nbdkit, ours, papers, qemu_nbd
 from tests.interop.test_nbd_client import made
 from tests.nbd_far import FarServer, far_server
@@ -199,7 +199,7 @@ def test_plain_bytes_behind_the_last_word_before_tls_are_never_taken_for_an_answ
 def test_silence_instead_of_a_tls_handshake_ends_in_time(
     tmp_path: Path, papers: Papers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmdbitmap.nbd.client.DIAL_S", 0.2)
+    monkeypatch.setattr("lmdbitmap.nbd.client.device.DIAL_S", 0.2)
     over = threading.Event()
 
     def say_yes_and_nothing_more(listener: socket.socket) -> None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
-from lmdbitmap.nbd.server import Server
+from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.nbd.tls import server_context
 from tests.nbd_raw import EXTENDED_HEADERS, GO, READ, STRUCTURED_REPLY, WRITE, RawClient, string
 from tests.papers import Papers, shared_papers

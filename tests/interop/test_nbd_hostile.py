@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
-from lmdbitmap.nbd.server import Server
+from lmdbitmap.nbd.server.server import Server
 from tests.nbd_raw import (
     BLOCK_STATUS,
     GO,

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from lmdbitmap.device import FileDevice
-from lmdbitmap.nbd.server import Server
-from lmdbitmap.plain import PlainDisk
+from lmdbitmap.images.device import FileDevice
+from lmdbitmap.images.plain import PlainDisk
+from lmdbitmap.nbd.server.server import Server
 from tests.conftest import RawImage
 from tests.support import requires, run
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.prune import prune
-from lmdbitmap.retention import Retention
-from lmdbitmap.transfer import copy_backups
+from lmdbitmap.repository.prune import prune
+from lmdbitmap.repository.retention import Retention
+from lmdbitmap.repository.transfer import copy_backups
 from tests.interop.test_backup import KINDS, Backups
 from tests.support import requires, run
 from tests.tracked import NAME, quick_folder

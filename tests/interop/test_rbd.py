@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap.errors import LmdbitmapError
-from lmdbitmap.rbd_diff import Head
-from lmdbitmap.stream import stream_backup
-from lmdbitmap.stream_restore import apply_stream
+from lmdbitmap.streams.rbd_diff import Head
+from lmdbitmap.streams.stream import stream_backup
+from lmdbitmap.streams.stream_restore import apply_stream
 from tests import naive_rbd_diff
 from tests.backed_up import BackedUpDisk
 from tests.support import requires, run, spawn, wait_for_socket

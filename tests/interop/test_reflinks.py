@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap.errors import FormatError
-from lmdbitmap.restore import restore
+from lmdbitmap.restoring.restore import restore
 from tests.backed_up import BackedUpDisk
 from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.crash.full_disk import can_mount

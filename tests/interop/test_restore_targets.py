@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import pytest
 
-from lmdbitmap.restore import restore
+from lmdbitmap.restoring.restore import restore
 from tests.backed_up import BackedUpDisk
 from tests.support import Argument, requires, run, spawn, wait_for_socket
 from tests.tracked import NAME

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.sync import sync
-from lmdbitmap.sync_note import is_checkpoint_name
-from lmdbitmap.sync_plan import SyncKind
+from lmdbitmap.notes.sync_note import is_checkpoint_name
+from lmdbitmap.syncs.sync import sync
+from lmdbitmap.syncs.sync_plan import SyncKind
 from tests.backed_up import BackedUpDisk
 from tests.cli.conftest import Cli
 from tests.interop.test_live_backups import SIZE, Stamper, guest_of, snapshots

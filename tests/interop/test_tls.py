@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import pytest
 
-from lmdbitmap.device import FileDevice, MemoryDevice
 from lmdbitmap.errors import InvalidArgument, NotFound
+from lmdbitmap.images.device import FileDevice, MemoryDevice
+from lmdbitmap.images.plain import PlainDisk
 from lmdbitmap.interfaces import ServedDisk
-from lmdbitmap.nbd.contexts import StatusSource
-from lmdbitmap.nbd.server import Server
+from lmdbitmap.nbd.server.contexts import StatusSource
+from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.nbd.tls import server_context
-from lmdbitmap.plain import PlainDisk
 from tests.cli.conftest import Cli, cli
 from tests.nbd_raw import GO, READ, WRITE, RawClient, string
 from tests.papers import Papers, shared_papers

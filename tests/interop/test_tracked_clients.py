@@ -14,8 +14,8 @@ import pytest
 
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
-from lmdbitmap.nbd.dirty_contexts import tracked_contexts
-from lmdbitmap.nbd.server import Server
+from lmdbitmap.nbd.server.dirty_contexts import tracked_contexts
+from lmdbitmap.nbd.server.server import Server
 from tests.conftest import RawImage
 from tests.support import requires, run, spawn, wait_for_socket
 from tests.tracked import NAME, TrackedDisk, blocks_of, quick_folder, trust_of

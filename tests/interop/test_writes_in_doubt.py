@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import session
-from lmdbitmap.changes import changes
 from lmdbitmap.filter import Filter
-from lmdbitmap.nbd.client import NbdDevice
+from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.store import Store
+from lmdbitmap.tracker import session
+from lmdbitmap.tracker.changes import changes
 from tests.nbd_far import until_it_works
 from tests.support import PATIENCE_SECONDS, Child, make_raw_image, requires, spawn, wait_for_socket
 from tests.tracked import blocks_of

@@ -7,7 +7,7 @@ import contextlib
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
-from lmdbitmap.schema import DEFERRED, WRITE_AHEAD
+from lmdbitmap.storage.schema import DEFERRED, WRITE_AHEAD
 from tests.backed_up import BackedUpDisk
 from tests.tracked import LATER_NS, quick_folder
 

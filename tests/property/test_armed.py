@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmdbitmap import bits
-from lmdbitmap.armed import ArmedExtents
 from lmdbitmap.bits import BitView
 from lmdbitmap.geometry import EXTENT_BLOCKS, REGION_BYTES, REGION_EXTENTS
+from lmdbitmap.tracker.armed import ArmedExtents
 
 MOST = 6
 REGIONS, EXTENTS = 3, 3

@@ -17,16 +17,16 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 
-from lmdbitmap import chain
-from lmdbitmap.consumers import drop_hold, holds_of
+from lmdbitmap.backups.consumers import drop_hold, holds_of
 from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.extents import Trust
-from lmdbitmap.holds import DROPPED as HOLD_DROPPED
-from lmdbitmap.holds import LAPSED as HOLD_LAPSED
-from lmdbitmap.holds import Hold, hold_files
-from lmdbitmap.manifest import BackupEntry, BackupType
-from lmdbitmap.restore import restore
-from lmdbitmap.schema import DEFERRED, WRITE_AHEAD
+from lmdbitmap.notes.holds import DROPPED as HOLD_DROPPED
+from lmdbitmap.notes.holds import LAPSED as HOLD_LAPSED
+from lmdbitmap.notes.holds import Hold, hold_files
+from lmdbitmap.repository.manifest import BackupEntry, BackupType
+from lmdbitmap.restoring.restore import restore
+from lmdbitmap.storage.schema import DEFERRED, WRITE_AHEAD
+from lmdbitmap.tracker import chain
 from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN
 from tests.property.random_disk import BLOCK, UnluckyDisk, sizes
 from tests.tracked import NAME

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.filter import Filter
-from lmdbitmap.nbd import control_client, orders
-from lmdbitmap.nbd.control import ControlServer
+from lmdbitmap.nbd import control_client
+from lmdbitmap.nbd.control import orders
+from lmdbitmap.nbd.control.control import ControlServer
 from tests.support import PATIENCE_SECONDS
 from tests.tracked import NAME, TrackedDisk, quick_folder
 

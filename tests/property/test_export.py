@@ -10,12 +10,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lmdbitmap import bitmap_file, export, standalone
-from lmdbitmap.changes import changes
+from lmdbitmap import export
 from lmdbitmap.errors import FormatError, Untrusted
 from lmdbitmap.filter import Filter
+from lmdbitmap.flat import bitmap_file
 from lmdbitmap.format import BitsTally, Flags, Zeroes
 from lmdbitmap.store import Store
+from lmdbitmap.tracker import standalone
+from lmdbitmap.tracker.changes import changes
 from tests import naive_flat
 from tests.tracked import NAME, TrackedDisk, quick_folder
 

@@ -12,10 +12,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from lmdbitmap.backup import backup
+from lmdbitmap.backups.backup import backup
 from lmdbitmap.errors import StorageError
-from lmdbitmap.manifest import BackupType
-from lmdbitmap.scratch import Scratch
+from lmdbitmap.repository.manifest import BackupType
+from lmdbitmap.system.scratch import Scratch
 from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
 from tests.tracked import NAME, quick_folder
 

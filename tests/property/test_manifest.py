@@ -9,10 +9,11 @@ from uuid import UUID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmdbitmap.digest_algorithms import DigestAlgorithm
+from lmdbitmap.copying.digest_algorithms import DigestAlgorithm
 from lmdbitmap.errors import FormatError
 from lmdbitmap.extents import Trust
-from lmdbitmap.manifest import (
+from lmdbitmap.qcow2 import CompressionType
+from lmdbitmap.repository.manifest import (
     BackupEntry,
     BackupType,
     CheckpointRef,
@@ -24,7 +25,6 @@ from lmdbitmap.manifest import (
     decode,
     encode,
 )
-from lmdbitmap.qcow2 import CompressionType
 
 uuids = st.uuids()
 sizes = st.integers(0, 2**63 - 1)

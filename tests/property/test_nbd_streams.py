@@ -19,13 +19,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lmdbitmap.device import FileDevice, MemoryDevice
 from lmdbitmap.errors import FormatError
+from lmdbitmap.images.device import FileDevice, MemoryDevice
+from lmdbitmap.images.plain import PlainDisk
 from lmdbitmap.interfaces import BlockDevice, ServedDisk
-from lmdbitmap.nbd.connection import Connection
-from lmdbitmap.nbd.contexts import allocation_source
 from lmdbitmap.nbd.handshake import Agreed, Export, Handshake
-from lmdbitmap.plain import PlainDisk
+from lmdbitmap.nbd.server.connection import Connection
+from lmdbitmap.nbd.server.contexts import allocation_source
 from tests.nbd_raw import (
     BLOCK_STATUS,
     FLUSH,

@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
-from lmdbitmap.manifest import BackupEntry, BackupType
-from lmdbitmap.prune import prune
-from lmdbitmap.retention import Retention
-from lmdbitmap.verify import verify
+from lmdbitmap.repository.manifest import BackupEntry, BackupType
+from lmdbitmap.repository.prune import prune
+from lmdbitmap.repository.retention import Retention
+from lmdbitmap.repository.verify import verify
 from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
 from tests.property.random_disk import RandomDisk, sizes
 from tests.tracked import NAME

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmdbitmap.errors import FormatError
-from lmdbitmap.rbd_diff import BANNERS, Data, Decoder, Encoder, End, Head
+from lmdbitmap.streams.rbd_diff import BANNERS, Data, Decoder, Encoder, End, Head
 from tests import naive_rbd_diff
 from tests.fuzz.inputs import pieces_of
 from tests.naive_rbd_diff import Stream

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmdbitmap.changes import Slice
 from lmdbitmap.geometry import REGION_BLOCKS, Geometry
 from lmdbitmap.render import Cell, DirtMap, Shade
+from lmdbitmap.tracker.changes import Slice
 
 GRANULARITY = 512
 

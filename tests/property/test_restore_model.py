@@ -7,8 +7,8 @@ from contextlib import closing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lmdbitmap.manifest import BackupType
-from lmdbitmap.restore import restore
+from lmdbitmap.repository.manifest import BackupType
+from lmdbitmap.restoring.restore import restore
 from tests.backed_up import BackedUpDisk
 from tests.tracked import NAME, blocks_of, quick_folder
 

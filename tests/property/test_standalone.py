@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmdbitmap import standalone
 from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.geometry import Geometry
-from lmdbitmap.schema import Bitmap
-from lmdbitmap.standalone import Operation
+from lmdbitmap.storage.schema import Bitmap
 from lmdbitmap.store import Store, Writer
+from lmdbitmap.tracker import standalone
+from lmdbitmap.tracker.standalone import Operation
 from tests.tracked import quick_folder
 
 MODEL: dict[Operation, Callable[[set[int], set[int]], set[int]]] = {

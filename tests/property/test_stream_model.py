@@ -7,9 +7,9 @@ import random
 
 import pytest
 
-from lmdbitmap import chain
-from lmdbitmap.stream import stream_backup
-from lmdbitmap.stream_restore import apply_stream
+from lmdbitmap.streams.stream import stream_backup
+from lmdbitmap.streams.stream_restore import apply_stream
+from lmdbitmap.tracker import chain
 from tests import naive_rbd_diff
 from tests.backed_up import BackedUpDisk
 from tests.tracked import NAME, quick_folder

@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
-from lmdbitmap import sync_note
 from lmdbitmap.errors import InvalidArgument, StorageError
-from lmdbitmap.schema import DEFERRED, WRITE_AHEAD
-from lmdbitmap.sync import sync
-from lmdbitmap.sync_plan import SyncKind
+from lmdbitmap.notes import sync_note
+from lmdbitmap.storage.schema import DEFERRED, WRITE_AHEAD
+from lmdbitmap.syncs.sync import sync
+from lmdbitmap.syncs.sync_plan import SyncKind
 from tests.property.random_disk import BLOCK, UnluckyDisk, places, sizes
 from tests.tracked import LATER_NS, NAME
 from tests.unit.test_sync import failing_after

@@ -19,14 +19,16 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lmdbitmap import bits, export, schema, session
-from lmdbitmap.changes import Changes
+from lmdbitmap import bits, export
 from lmdbitmap.errors import AlreadyExists, InvalidArgument, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
-from lmdbitmap.flatfile import FlatFile
+from lmdbitmap.flat.flatfile import FlatFile
 from lmdbitmap.geometry import EXTENT_BLOCKS, REGION_BLOCKS, Geometry
+from lmdbitmap.storage import schema
 from lmdbitmap.store import Store
+from lmdbitmap.tracker import session
+from lmdbitmap.tracker.changes import Changes
 from tests.tracked import LATER_NS, NAME, TrackedDisk, blocks_of, quick_folder, trust_of
 
 SHAPES = {9: REGION_BLOCKS + 70, 12: 300, 16: 70}

@@ -13,18 +13,19 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import access_ways
-from lmdbitmap.access_ways import Served
-from lmdbitmap.backup import backup
+from lmdbitmap.access import access_ways
+from lmdbitmap.access.access_ways import Served
+from lmdbitmap.backups.backup import backup
 from lmdbitmap.errors import Busy, OwnerGone, StorageError
 from lmdbitmap.filter import Filter
-from lmdbitmap.nbd import control, control_client
-from lmdbitmap.nbd.held import HeldSnapshots
-from lmdbitmap.nbd.server import Server
-from lmdbitmap.repository import is_checkpoint_name
-from lmdbitmap.scratch import Scratch
-from lmdbitmap.snapshot import Snapshot
+from lmdbitmap.nbd import control_client
+from lmdbitmap.nbd.control import control
+from lmdbitmap.nbd.control.held import HeldSnapshots
+from lmdbitmap.nbd.server.server import Server
+from lmdbitmap.repository.repository import is_checkpoint_name
 from lmdbitmap.store import Store
+from lmdbitmap.system.scratch import Scratch
+from lmdbitmap.tracker.snapshot import Snapshot
 from tests.serving import serving as serving_tracked
 from tests.support import PATIENCE_SECONDS
 from tests.tracked import NAME, TrackedDisk, quick_folder

@@ -6,8 +6,8 @@ import errno
 
 import pytest
 
-from lmdbitmap.apart import Failures
 from lmdbitmap.errors import Busy, LmdbitmapError, StorageError
+from lmdbitmap.work.apart import Failures
 
 
 def fail(error: BaseException) -> None:

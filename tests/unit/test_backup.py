@@ -15,12 +15,10 @@ from typing import cast
 
 import pytest
 
-from lmdbitmap import backup as backup_module
-from lmdbitmap import backup_plan, copier, schema, session
-from lmdbitmap import manifest as manifest_module
-from lmdbitmap.backup import backup
-from lmdbitmap.check import Gravity, check_store
-from lmdbitmap.device import FileDevice
+from lmdbitmap.backups import backup as backup_module
+from lmdbitmap.backups import backup_plan
+from lmdbitmap.backups.backup import backup
+from lmdbitmap.copying import copier
 from lmdbitmap.errors import (
     AlreadyExists,
     Busy,
@@ -31,10 +29,15 @@ from lmdbitmap.errors import (
     Untrusted,
 )
 from lmdbitmap.extents import Trust
+from lmdbitmap.images.device import FileDevice
 from lmdbitmap.interfaces import TrackableDevice
-from lmdbitmap.manifest import BackupEntry, BackupType
 from lmdbitmap.qcow2 import Kind, Qcow2Reader
-from lmdbitmap.schema import DEFERRED
+from lmdbitmap.repository import manifest as manifest_module
+from lmdbitmap.repository.manifest import BackupEntry, BackupType
+from lmdbitmap.storage import schema
+from lmdbitmap.storage.schema import DEFERRED
+from lmdbitmap.tracker import session
+from lmdbitmap.upkeep.check import Gravity, check_store
 from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
 from tests.support import make_raw_image, no_ascii
 from tests.tracked import NAME
@@ -646,7 +649,7 @@ def test_a_store_that_cannot_forget_does_not_fail_the_backup(
         raise StorageError("store", OSError(errno.ENOSPC, "full"), next_step="free some space")
 
     with monkeypatch.context() as patched:
-        patched.setattr("lmdbitmap.chain.forget", refuse)
+        patched.setattr("lmdbitmap.tracker.chain.forget", refuse)
         disk.backup()
     assert "old checkpoints stay until the next backup" in caplog.text
     assert len(disk.backup_checkpoints()) == 3

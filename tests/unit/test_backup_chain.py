@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from lmdbitmap import backup_chain
-from lmdbitmap.backup_chain import BackupChain
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, NotFound, StorageError
-from lmdbitmap.prune import prune
 from lmdbitmap.qcow2 import Kind
-from lmdbitmap.retention import Retention
+from lmdbitmap.repository import backup_chain
+from lmdbitmap.repository.backup_chain import BackupChain
+from lmdbitmap.repository.prune import prune
+from lmdbitmap.repository.retention import Retention
 from tests.backed_up import FULL, BackedUpDisk
 from tests.tracked import NAME
 

@@ -11,11 +11,8 @@ from typing import Any, TypeAlias
 
 import pytest
 
-from lmdbitmap import chain, files, session
-from lmdbitmap.backup import backup
-from lmdbitmap.backup_result import BackupResult, BackupsFailed
-from lmdbitmap.device import FileDevice
-from lmdbitmap.disks_failed import code_of
+from lmdbitmap.backups.backup import backup
+from lmdbitmap.backups.backup_result import BackupResult, BackupsFailed
 from lmdbitmap.errors import (
     AlreadyExists,
     Busy,
@@ -27,16 +24,20 @@ from lmdbitmap.errors import (
     Untrusted,
 )
 from lmdbitmap.filter import Filter
+from lmdbitmap.images.device import FileDevice
 from lmdbitmap.interfaces import TrackableDevice
-from lmdbitmap.manifest import BackupType
-from lmdbitmap.nbd.control import ControlServer
-from lmdbitmap.nbd.dirty_contexts import tracked_contexts
-from lmdbitmap.nbd.held import HeldSnapshots
-from lmdbitmap.nbd.server import Server
-from lmdbitmap.repository import BackupFolder, is_checkpoint_name
-from lmdbitmap.restore import restore
-from lmdbitmap.scratch import Scratch
+from lmdbitmap.nbd.control.control import ControlServer
+from lmdbitmap.nbd.control.held import HeldSnapshots
+from lmdbitmap.nbd.server.dirty_contexts import tracked_contexts
+from lmdbitmap.nbd.server.server import Server
+from lmdbitmap.repository.disks_failed import code_of
+from lmdbitmap.repository.manifest import BackupType
+from lmdbitmap.repository.repository import BackupFolder, is_checkpoint_name
+from lmdbitmap.restoring.restore import restore
 from lmdbitmap.store import Store
+from lmdbitmap.system import files
+from lmdbitmap.system.scratch import Scratch
+from lmdbitmap.tracker import chain, session
 from tests.support import make_raw_image
 from tests.tracked import quick_folder
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import proof
-from lmdbitmap.device import FileDevice
-from lmdbitmap.digest_algorithms import DigestAlgorithm
+from lmdbitmap.copying.digest_algorithms import DigestAlgorithm
+from lmdbitmap.copying.hashing import CHUNK_BYTES, digest_at
 from lmdbitmap.errors import FormatError
-from lmdbitmap.hashing import CHUNK_BYTES, digest_at
-from lmdbitmap.manifest import BackupEntry
+from lmdbitmap.images.device import FileDevice
 from lmdbitmap.qcow2 import Kind, Qcow2Reader, Run
+from lmdbitmap.repository import proof
+from lmdbitmap.repository.manifest import BackupEntry
 from tests.backed_up import FULL, RESCAN, BackedUpDisk
 from tests.support import no_ascii
 from tests.tracked import quick_folder

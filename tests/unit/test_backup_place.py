@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import session
-from lmdbitmap.backup import backup
-from lmdbitmap.consumers import drop_hold, holds_of
+from lmdbitmap.backups.backup import backup
+from lmdbitmap.backups.consumers import drop_hold, holds_of
 from lmdbitmap.errors import AlreadyExists, NotFound, Untrusted
-from lmdbitmap.holds import hold_files
-from lmdbitmap.manifest import BackupEntry
-from lmdbitmap.prune import prune
-from lmdbitmap.retention import Retention
-from lmdbitmap.transfer import copy_backups
+from lmdbitmap.notes.holds import hold_files
+from lmdbitmap.repository.manifest import BackupEntry
+from lmdbitmap.repository.prune import prune
+from lmdbitmap.repository.retention import Retention
+from lmdbitmap.repository.transfer import copy_backups
+from lmdbitmap.tracker import session
 from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
 from tests.support import no_ascii, run
 from tests.tracked import NAME

@@ -11,10 +11,11 @@ from typing import NoReturn
 
 import pytest
 
-from lmdbitmap import bitmap_file, export
+from lmdbitmap import export
 from lmdbitmap.errors import FormatError, NotFound, StorageError, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
+from lmdbitmap.flat import bitmap_file
 from lmdbitmap.format import Flags
 from tests import naive_flat
 from tests.tracked import TrackedDisk, blocks_of, quick_folder

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from lmdbitmap.buffers import new_buffer
+from lmdbitmap.work.buffers import new_buffer
 
 PLACES = """
 import ctypes
-from lmdbitmap.buffers import new_buffer
+from lmdbitmap.work.buffers import new_buffer
 held = [new_buffer(length << 18) for length in (1, 2, 4, 4, 16)]
 print(*(ctypes.addressof(ctypes.c_char.from_buffer(each)) % 4096 for each in held))
 """

@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import backup_chain, linux
-from lmdbitmap.backup_chain import BackupChain
-from lmdbitmap.carrying_back import CarryingBack
-from lmdbitmap.copier import Report
-from lmdbitmap.device import FileDevice
+from lmdbitmap.copying.copier import Report
 from lmdbitmap.errors import FormatError
-from lmdbitmap.file_pool import PooledFile
-from lmdbitmap.target import Target
+from lmdbitmap.images.device import FileDevice
+from lmdbitmap.images.file_pool import PooledFile
+from lmdbitmap.repository import backup_chain
+from lmdbitmap.repository.backup_chain import BackupChain
+from lmdbitmap.restoring.carrying_back import CarryingBack
+from lmdbitmap.restoring.target import Target
+from lmdbitmap.system import linux
 from tests.backed_up import BackedUpDisk
 
 PATIENCE_S = 10.0

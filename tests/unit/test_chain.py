@@ -9,12 +9,14 @@ from typing import TypeVar
 
 import pytest
 
-from lmdbitmap import bits, chain, records, schema, tally
+from lmdbitmap import bits
 from lmdbitmap.errors import AlreadyExists, InvalidArgument, NotFound, Untrusted
 from lmdbitmap.geometry import REGION_BLOCKS
 from lmdbitmap.interfaces import ImageIdentity
-from lmdbitmap.schema import Checkpoint, Disk
+from lmdbitmap.storage import records, schema, tally
+from lmdbitmap.storage.schema import Checkpoint, Disk
 from lmdbitmap.store import Reader, Store, Writer
+from lmdbitmap.tracker import chain
 
 GRANULARITY = 512
 BLOCKS = 2 * REGION_BLOCKS + 10

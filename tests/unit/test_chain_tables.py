@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmdbitmap import chain_tables
-from lmdbitmap.chain_tables import is_plain, what_is_broken
-from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import FormatError, StorageError
-from lmdbitmap.manifest import BackupEntry, chain_to
+from lmdbitmap.images.device import FileDevice
 from lmdbitmap.qcow2 import Qcow2Reader, Qcow2Writer
 from lmdbitmap.qcow2.layout import COPIED
+from lmdbitmap.repository import chain_tables
+from lmdbitmap.repository.chain_tables import is_plain, what_is_broken
+from lmdbitmap.repository.manifest import BackupEntry, chain_to
 from tests.backed_up import FULL, INCREMENTAL, RESCAN, BackedUpDisk
 from tests.qcow2_model import MemoryFile
 from tests.tracked import quick_folder

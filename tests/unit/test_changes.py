@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import schema
 from lmdbitmap.errors import InvalidArgument, NotFound, Untrusted
 from lmdbitmap.extents import Trust
-from lmdbitmap.owner import Owner
+from lmdbitmap.storage import schema
+from lmdbitmap.storage.owner import Owner
 from tests.tracked import TrackedDisk, blocks_of, trust_of
 
 SIZE = 40 * 4096 - 100

@@ -11,13 +11,14 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from lmdbitmap import chain, owner, schema, session
-from lmdbitmap.check import Finding, Gravity, check_store, next_step_for
 from lmdbitmap.filter import Filter, take_checkpoint
 from lmdbitmap.geometry import REGION_BLOCKS
-from lmdbitmap.owner import Distrust
-from lmdbitmap.schema import Checkpoint, Disk
+from lmdbitmap.storage import owner, schema
+from lmdbitmap.storage.owner import Distrust
+from lmdbitmap.storage.schema import Checkpoint, Disk
 from lmdbitmap.store import Store, Writer
+from lmdbitmap.tracker import chain, session
+from lmdbitmap.upkeep.check import Finding, Gravity, check_store, next_step_for
 from tests.conftest import RawImage
 from tests.tracked import TrackedDisk
 

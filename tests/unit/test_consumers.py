@@ -11,9 +11,8 @@ from uuid import uuid4
 
 import pytest
 
-from lmdbitmap import session, sync_note
-from lmdbitmap.backup import backup
-from lmdbitmap.consumers import (
+from lmdbitmap.backups.backup import backup
+from lmdbitmap.backups.consumers import (
     drop_hold,
     hold_lapse_days,
     holders_of,
@@ -22,12 +21,14 @@ from lmdbitmap.consumers import (
     set_hold_lapse_days,
 )
 from lmdbitmap.errors import Busy, InvalidArgument, NotFound
-from lmdbitmap.holds import Hold, HoldFile, UnderWay, hold_files
-from lmdbitmap.manifest import CheckpointRef
-from lmdbitmap.stream import stream_backup
-from lmdbitmap.sync import sync
-from lmdbitmap.sync_plan import SyncKind
-from lmdbitmap.transfer import copy_backups
+from lmdbitmap.notes import sync_note
+from lmdbitmap.notes.holds import Hold, HoldFile, UnderWay, hold_files
+from lmdbitmap.repository.manifest import CheckpointRef
+from lmdbitmap.repository.transfer import copy_backups
+from lmdbitmap.streams.stream import stream_backup
+from lmdbitmap.syncs.sync import sync
+from lmdbitmap.syncs.sync_plan import SyncKind
+from lmdbitmap.tracker import session
 from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
 from tests.tracked import NAME
 

@@ -8,10 +8,10 @@ from uuid import UUID
 
 import pytest
 
-from lmdbitmap.continuity import Moment, Verdict, judge, judge_held
 from lmdbitmap.interfaces import DeviceTrace, ImageIdentity, StoreMark
-from lmdbitmap.owner import Beat
-from lmdbitmap.schema import DEFERRED, GUEST_FIRST, WRITE_AHEAD, Disk
+from lmdbitmap.storage.owner import Beat
+from lmdbitmap.storage.schema import DEFERRED, GUEST_FIRST, WRITE_AHEAD, Disk
+from lmdbitmap.tracker.continuity import Moment, Verdict, judge, judge_held
 
 S = 1_000_000_000
 MIB = 1 << 20

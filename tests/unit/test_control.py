@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from lmdbitmap import chain, export, session
+from lmdbitmap import export
 from lmdbitmap.errors import (
     AlreadyExists,
     Busy,
@@ -31,10 +31,12 @@ from lmdbitmap.errors import (
     StorageError,
 )
 from lmdbitmap.filter import Filter
-from lmdbitmap.nbd import control, control_client
+from lmdbitmap.nbd import control_client
 from lmdbitmap.nbd import control_wire as wire
-from lmdbitmap.nbd.control import ControlServer
+from lmdbitmap.nbd.control import control
+from lmdbitmap.nbd.control.control import ControlServer
 from lmdbitmap.store import Store, Writer
+from lmdbitmap.tracker import chain, session
 from tests import naive_flat
 from tests.support import PATIENCE_SECONDS, make_raw_image, open_files, run
 from tests.tracked import blocks_of, quick_folder

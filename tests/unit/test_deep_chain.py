@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import backup_chain
-from lmdbitmap.device import MemoryDevice
+from lmdbitmap.copying.rescan import differing
 from lmdbitmap.errors import Busy, FormatError
 from lmdbitmap.geometry import Geometry
-from lmdbitmap.repository import BackupFolder
-from lmdbitmap.rescan import differing
-from lmdbitmap.restore import restore
+from lmdbitmap.images.device import MemoryDevice
+from lmdbitmap.repository import backup_chain
+from lmdbitmap.repository.repository import BackupFolder
+from lmdbitmap.restoring.restore import restore
 from tests.backed_up import RESCAN, BackedUpDisk
 from tests.deep_chain import CLUSTER, make_deep_chain
 from tests.support import open_files

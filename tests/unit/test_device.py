@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import linux
-from lmdbitmap.device import FileDevice, MemoryDevice
 from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, NotFound, StorageError
+from lmdbitmap.images.device import FileDevice, MemoryDevice
 from lmdbitmap.interfaces import Allocation, ImageIdentity
+from lmdbitmap.system import linux
 from tests.conftest import RawImage
 from tests.support import open_files
 from tests.tracked import quick_folder
@@ -511,7 +511,7 @@ def test_file_system_without_locks_is_used_without_and_told_of(
     monkeypatch.setattr(fcntl, "fcntl", refuse)
     with caplog.at_level(logging.WARNING), FileDevice.open(path) as device:
         assert not device.locked
-    assert [record.name for record in caplog.records] == ["lmdbitmap.image_locks"]
+    assert [record.name for record in caplog.records] == ["lmdbitmap.system.image_locks"]
 
 
 @pytest.mark.parametrize(("code", "error"), [(errno.EIO, StorageError), (errno.EAGAIN, Busy)])

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from lmdbitmap import digest_algorithms
-from lmdbitmap.digest_algorithms import DIGEST_BYTES, DigestAlgorithm, named, new_hasher
+from lmdbitmap.copying import digest_algorithms
+from lmdbitmap.copying.digest_algorithms import DIGEST_BYTES, DigestAlgorithm, named, new_hasher
 from lmdbitmap.errors import InvalidArgument, NotFound
 
 SHA256, BLAKE3 = DigestAlgorithm
@@ -66,7 +66,10 @@ def test_a_missing_package_is_told_with_what_needs_it_and_what_to_do(
 def test_the_package_is_not_imported_before_a_digest_is_wanted() -> None:
     code = (
         "import sys, lmdbitmap\n"
-        "from lmdbitmap import backup, restore, verify, digest_algorithms as known\n"
+        "from lmdbitmap.backups import backup\n"
+        "from lmdbitmap.copying import digest_algorithms as known\n"
+        "from lmdbitmap.repository import verify\n"
+        "from lmdbitmap.restoring import restore\n"
         "known.new_hasher(known.DigestAlgorithm.SHA256)\n"
         "print('blake3' in sys.modules)\n"
     )

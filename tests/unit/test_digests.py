@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.digest_algorithms import DigestAlgorithm
-from lmdbitmap.digests import synced_digests
+from lmdbitmap.copying.digest_algorithms import DigestAlgorithm
+from lmdbitmap.copying.hashing import CHUNK_BYTES, ChunkHasher
 from lmdbitmap.errors import StorageError
-from lmdbitmap.hashing import CHUNK_BYTES, ChunkHasher
-from lmdbitmap.repository import BackupFolder
+from lmdbitmap.repository.digests import synced_digests
+from lmdbitmap.repository.repository import BackupFolder
 from tests.backed_up import BackedUpDisk
 from tests.naive_digests import naive_digests
 

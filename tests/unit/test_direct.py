@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.device import FileDevice
+from lmdbitmap.copying.readable import ways_of
 from lmdbitmap.errors import InvalidArgument, StorageError
 from lmdbitmap.filter import Filter
-from lmdbitmap.readable import ways_of
-from lmdbitmap.scratch import Scratch
-from lmdbitmap.snapshot import Snapshot
+from lmdbitmap.images.device import FileDevice
+from lmdbitmap.system.scratch import Scratch
+from lmdbitmap.tracker.snapshot import Snapshot
 from tests.directly import STEPS, directly
 from tests.tracked import NAME, TrackedDisk, quick_folder
 

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import pytest
 
-from lmdbitmap import export, standalone
+from lmdbitmap import export
 from lmdbitmap.errors import (
     AlreadyExists,
     Busy,
@@ -22,10 +22,11 @@ from lmdbitmap.errors import (
     Untrusted,
 )
 from lmdbitmap.extents import Trust
-from lmdbitmap.flatfile import FlatFile
+from lmdbitmap.flat.flatfile import FlatFile
 from lmdbitmap.format import BitsTally, Flags, Zeroes
 from lmdbitmap.geometry import Geometry
-from lmdbitmap.schema import DEFERRED, Bitmap
+from lmdbitmap.storage.schema import DEFERRED, Bitmap
+from lmdbitmap.tracker import standalone
 from tests import naive_flat
 from tests.tracked import NAME, TrackedDisk, blocks_of, quick_folder
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import Busy, NotFound
-from lmdbitmap.file_pool import FilePool, PooledFile
+from lmdbitmap.images.device import FileDevice
+from lmdbitmap.images.file_pool import FilePool, PooledFile
 from tests.support import open_files
 
 

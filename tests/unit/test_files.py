@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import files, linux
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError, NotFound, StorageError
+from lmdbitmap.system import files, linux
 from tests.support import open_files, run
 
 KIB = 1024

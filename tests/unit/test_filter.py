@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 
-from lmdbitmap import filter, schema, session, tracking
-from lmdbitmap.device import FileDevice
+from lmdbitmap import filter
 from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, NotFound, StorageError, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter, take_checkpoint
-from lmdbitmap.period import Period
+from lmdbitmap.images.device import FileDevice
+from lmdbitmap.storage import schema
 from lmdbitmap.store import Writer
+from lmdbitmap.tracker import session, tracking
+from lmdbitmap.tracker.period import Period
 from tests.support import PATIENCE_SECONDS, make_raw_image
 from tests.tracked import NAME, TrackedDisk, blocks_of, trust_of
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.device import FileDevice, MemoryDevice
 from lmdbitmap.errors import StorageError
-from lmdbitmap.flushing import Flusher
+from lmdbitmap.images.device import FileDevice, MemoryDevice
 from lmdbitmap.interfaces import FarAway
+from lmdbitmap.tracker.flushing import Flusher
 from tests.support import PATIENCE_SECONDS, make_raw_image
 
 

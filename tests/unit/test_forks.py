@@ -8,7 +8,7 @@ from tests.support import run
 
 FORK = """
 import gc, os
-from lmdbitmap import forks
+from lmdbitmap.work import forks
 
 class Thing:
     def __init__(self, name):

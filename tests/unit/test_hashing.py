@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import hashing
-from lmdbitmap.crew import Spared
-from lmdbitmap.digest_algorithms import DigestAlgorithm
-from lmdbitmap.hashing import CHUNK_BYTES, ChunkHasher, chunk_digests
+from lmdbitmap.copying import hashing
+from lmdbitmap.copying.digest_algorithms import DigestAlgorithm
+from lmdbitmap.copying.hashing import CHUNK_BYTES, ChunkHasher, chunk_digests
+from lmdbitmap.work.crew import Spared
 from tests.naive_digests import naive_digest, naive_digests
 from tests.spared import EACH
 

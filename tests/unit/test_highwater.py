@@ -9,7 +9,7 @@ from uuid import UUID
 
 import pytest
 
-from lmdbitmap.highwater import HighWater
+from lmdbitmap.storage.highwater import HighWater
 
 STORE, OTHER = UUID(int=1), UUID(int=2)
 

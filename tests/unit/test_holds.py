@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmdbitmap import holds
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument
-from lmdbitmap.holds import DROPPED, LAPSED, Hold, HoldFile, UnderWay
-from lmdbitmap.manifest import CheckpointRef, Reason
-from lmdbitmap.schema import Checkpoint
+from lmdbitmap.notes import holds
+from lmdbitmap.notes.holds import DROPPED, LAPSED, Hold, HoldFile, UnderWay
+from lmdbitmap.repository.manifest import CheckpointRef, Reason
+from lmdbitmap.storage.schema import Checkpoint
 
 DISK, HOLDER = UUID(int=1), UUID(int=2)
 DAY_NS = 86_400 * 10**9

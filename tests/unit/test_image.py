@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import session
-from lmdbitmap.changes import changes
-from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
-from lmdbitmap.image import is_far, is_same_image, lasting_name, open_image
-from lmdbitmap.nbd.client import NbdDevice
+from lmdbitmap.images.device import FileDevice
+from lmdbitmap.images.image import is_far, is_same_image, lasting_name, open_image
+from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.nbd.uri import parse
-from lmdbitmap.scratch import Scratch
 from lmdbitmap.store import Store
+from lmdbitmap.system.scratch import Scratch
+from lmdbitmap.tracker import session
+from lmdbitmap.tracker.changes import changes
 from tests.nbd_far import Asked, Crash, FarServer, HangUp, far_server, until_it_works
 from tests.nbd_raw import FLUSH, WRITE
 from tests.support import make_raw_image

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import kernel
 from lmdbitmap.interfaces import DeviceTrace
+from lmdbitmap.system import kernel
 
 SDA, SDA1, SDA2, VOLUME, LOOP = (os.makedev(*pair) for pair in ((8, 0), (8, 1), (8, 2), (253, 0), (7, 0)))
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap.bits import Run, bitmap_view
-from lmdbitmap.device import FileDevice, MemoryDevice
 from lmdbitmap.errors import InvalidArgument, StorageError
 from lmdbitmap.geometry import REGION_BYTES, Geometry
+from lmdbitmap.images.device import FileDevice, MemoryDevice
 from lmdbitmap.interfaces import BlockDevice, Buffer
-from lmdbitmap.lane import FilterLane, Gate, poll_pauses_s
+from lmdbitmap.tracker.lane import FilterLane, Gate, poll_pauses_s
 from tests.support import make_raw_image
 
 GRANULARITY = 512
@@ -326,7 +326,7 @@ def test_gate_forgets_lanes_that_nobody_holds(device: BlockDevice) -> None:
 def test_a_lane_tells_of_writes_that_had_to_wait(
     device: BlockDevice, monkeypatch: pytest.MonkeyPatch, wait_s: float, told: int
 ) -> None:
-    monkeypatch.setattr("lmdbitmap.lane._WAIT_S", wait_s)
+    monkeypatch.setattr("lmdbitmap.tracker.lane._WAIT_S", wait_s)
     marker, waits = Marker(), list[int]()
     lane = FilterLane(marker.gate, device, marker)
     lane.has_waited = lambda: waits.append(len(marker.marked))

@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmdbitmap.latencies import BUCKETS, Latencies, bound_us, together
+from lmdbitmap.work.latencies import BUCKETS, Latencies, bound_us, together
 
 durations = st.lists(st.integers(0, 200 * 10**9), max_size=40)
 

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmdbitmap.bits import Run
-from lmdbitmap.device import MemoryDevice
+from lmdbitmap.copying.loads import SMALL_BYTES, Load, Loads
+from lmdbitmap.copying.readable import CHUNK_BYTES
 from lmdbitmap.geometry import Geometry
+from lmdbitmap.images.device import MemoryDevice
 from lmdbitmap.interfaces import Allocation
-from lmdbitmap.loads import SMALL_BYTES, Load, Loads
-from lmdbitmap.readable import CHUNK_BYTES
 
 BLOCK = 4096
 MIB = 1 << 20

@@ -10,10 +10,11 @@ from uuid import UUID
 
 import pytest
 
-from lmdbitmap.digest_algorithms import DigestAlgorithm
+from lmdbitmap.copying.digest_algorithms import DigestAlgorithm
 from lmdbitmap.errors import FormatError, InvalidArgument, NotFound
 from lmdbitmap.extents import Trust
-from lmdbitmap.manifest import (
+from lmdbitmap.qcow2 import CompressionType
+from lmdbitmap.repository.manifest import (
     MAX_MANIFEST_BYTES,
     BackupEntry,
     BackupType,
@@ -27,7 +28,6 @@ from lmdbitmap.manifest import (
     encode,
     id_at,
 )
-from lmdbitmap.qcow2 import CompressionType
 
 DISK = DiskRef("sda", UUID(int=1))
 TOLD = Reason("first", "there is no earlier backup")

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from lmdbitmap import files, manifest
 from lmdbitmap.errors import FormatError, LmdbitmapError
-from lmdbitmap.manifest import Manifest
-from lmdbitmap.prune import prune
-from lmdbitmap.repository import BackupFolder, disk_names
-from lmdbitmap.retention import Retention
-from lmdbitmap.verify import verify
+from lmdbitmap.repository import manifest
+from lmdbitmap.repository.manifest import Manifest
+from lmdbitmap.repository.prune import prune
+from lmdbitmap.repository.repository import BackupFolder, disk_names
+from lmdbitmap.repository.retention import Retention
+from lmdbitmap.repository.verify import verify
+from lmdbitmap.system import files
 from tests.backed_up import FULL, INCREMENTAL, BackedUpDisk
 from tests.support import no_ascii
 from tests.unit.test_manifest import CHAIN, DISK

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.measured import MeasuredStore
+from lmdbitmap.storage.measured import MeasuredStore
 from lmdbitmap.store import Store, Writer
 from tests.tracked import quick_folder
 

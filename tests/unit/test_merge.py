@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.copier import ImageFile, Report
-from lmdbitmap.file_pool import FilePool
-from lmdbitmap.manifest import BackupEntry, Manifest
-from lmdbitmap.merge import View, write_merged
+from lmdbitmap.copying.copier import ImageFile, Report
+from lmdbitmap.images.file_pool import FilePool
 from lmdbitmap.qcow2 import Qcow2Writer
-from lmdbitmap.repository import BackupFolder
-from lmdbitmap.restore import restore
+from lmdbitmap.repository.manifest import BackupEntry, Manifest
+from lmdbitmap.repository.merge import View, write_merged
+from lmdbitmap.repository.repository import BackupFolder
+from lmdbitmap.restoring.restore import restore
 from tests.support import requires, run
 from tests.unit.test_manifest import DISK, entry
 

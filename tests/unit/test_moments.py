@@ -9,7 +9,7 @@ import pytest
 
 from lmdbitmap.cli.sizes import format_time, iso_time
 from lmdbitmap.errors import InvalidArgument
-from lmdbitmap.moments import last_ns_of
+from lmdbitmap.repository.moments import last_ns_of
 
 SECOND = 10**9
 NOON = int(datetime(2026, 11, 29, 12, tzinfo=timezone.utc).timestamp()) * SECOND

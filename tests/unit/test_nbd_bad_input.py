@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.device import MemoryDevice
-from lmdbitmap.nbd.server import Server
-from lmdbitmap.plain import PlainDisk
+from lmdbitmap.images.device import MemoryDevice
+from lmdbitmap.images.plain import PlainDisk
+from lmdbitmap.nbd.server.server import Server
 from tests.nbd_raw import (
     BLOCK_STATUS,
     FLUSH,

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError, NotFound
 from lmdbitmap.interfaces import Allocation, TrackableDevice
-from lmdbitmap.nbd.client import NbdDevice
+from lmdbitmap.nbd.client.device import NbdDevice
 from tests.nbd_far import (
     ALL,
     CONTEXT_ID,
@@ -99,7 +99,7 @@ def test_server_that_is_not_there_is_not_found(tmp_path: Path) -> None:
 def test_server_that_listens_and_says_nothing_is_busy(
     far: FarServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmdbitmap.nbd.client.DIAL_S", 0.05)
+    monkeypatch.setattr("lmdbitmap.nbd.client.device.DIAL_S", 0.05)
     far.is_silent = True
     with pytest.raises(Busy, match="did not answer"):
         opened(far)

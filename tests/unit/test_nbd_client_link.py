@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap.interfaces import Allocation
-from lmdbitmap.nbd.client import NbdDevice
-from lmdbitmap.nbd.client_link import Request
+from lmdbitmap.nbd.client.device import NbdDevice
+from lmdbitmap.nbd.client.link import Request
 from tests.nbd_far import (
     CONTEXT_ID,
     EIO,

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmdbitmap import session
-from lmdbitmap.changes import changes
-from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import StorageError
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
-from lmdbitmap.nbd.client import NbdDevice
+from lmdbitmap.images.device import FileDevice
+from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.store import Store
+from lmdbitmap.tracker import session
+from lmdbitmap.tracker.changes import changes
 from tests.nbd_far import (
     ALL,
     EINVAL,

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from lmdbitmap.nbd import client_statuses
 from lmdbitmap.nbd import protocol as nbd
-from lmdbitmap.nbd.client_link import Request
-from lmdbitmap.nbd.client_statuses import statuses
+from lmdbitmap.nbd.client import statuses as client_statuses
+from lmdbitmap.nbd.client.link import Request
+from lmdbitmap.nbd.client.statuses import statuses
 
 CHUNK = 100
 SIZE = 20_000

@@ -10,7 +10,7 @@ import pytest
 
 from lmdbitmap.errors import FormatError, StorageError
 from lmdbitmap.nbd import protocol as nbd
-from lmdbitmap.nbd.complaints import Complaints
+from lmdbitmap.nbd.server.complaints import Complaints
 
 
 class Clock:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.device import FileDevice
+from lmdbitmap.images.device import FileDevice
+from lmdbitmap.images.plain import PlainDisk, PlainLane
 from lmdbitmap.interfaces import BlockDevice, SplicingLane
-from lmdbitmap.linux import splice_to_file
-from lmdbitmap.plain import PlainDisk, PlainLane
+from lmdbitmap.system.linux import splice_to_file
 from tests.nbd_raw import FLUSH, FUA, READ, WRITE, request, write
 from tests.support import open_files
 from tests.tracked import TrackedDisk, blocks_of
@@ -250,7 +250,7 @@ def test_process_that_gets_no_pipe_writes_all_the_same(
     def refuse() -> tuple[int, int]:
         raise OSError(errno.EMFILE, "too many open files")
 
-    monkeypatch.setattr("lmdbitmap.nbd.conduit.new_pipe", refuse)
+    monkeypatch.setattr("lmdbitmap.nbd.server.conduit.new_pipe", refuse)
     data = random.Random(6).randbytes(MIB)
     with connected(PlainDisk(image)) as peer:
         assert peer.do(WRITE, 5, MIB, data=data).error == 0
@@ -278,7 +278,7 @@ def test_data_by_reference_is_dirty_before_it_is_written(
             seen.append(set(disk.disk.geometry.blocks_outward(offset, length)) <= tracked.stored_dirt())
             splice_to_file(pipe_fd, fd, length, offset)
 
-        monkeypatch.setattr("lmdbitmap.lane.splice_to_file", watched)
+        monkeypatch.setattr("lmdbitmap.tracker.lane.splice_to_file", watched)
         chosen, truth = random.Random(3), bytearray(SIZE)
         assert isinstance(disk.lane(), SplicingLane)
         with connected(disk) as peer:
@@ -310,7 +310,7 @@ def test_checkpoint_waits_for_data_on_its_way_by_reference(
             states.append(lane.busy)
             splice_to_file(pipe_fd, fd, length, offset)
 
-        monkeypatch.setattr("lmdbitmap.lane.splice_to_file", watched)
+        monkeypatch.setattr("lmdbitmap.tracker.lane.splice_to_file", watched)
         out, into = os.pipe()
         try:
             for _ in range(2):  # new dirt, then settled

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.device import FileDevice, MemoryDevice
 from lmdbitmap.errors import FormatError, LmdbitmapError, StorageError
+from lmdbitmap.images.device import FileDevice, MemoryDevice
+from lmdbitmap.images.plain import PlainDisk, PlainLane
 from lmdbitmap.interfaces import BlockDevice, ServedDisk
-from lmdbitmap.nbd.connection import Connection
-from lmdbitmap.nbd.contexts import MAX_DESCRIPTORS, StatusSource
-from lmdbitmap.nbd.replies import SPLICE_FROM_UNIX
-from lmdbitmap.nbd.traffic import KINDS
-from lmdbitmap.plain import PlainDisk, PlainLane
+from lmdbitmap.nbd.server.connection import Connection
+from lmdbitmap.nbd.server.contexts import MAX_DESCRIPTORS, StatusSource
+from lmdbitmap.nbd.server.replies import SPLICE_FROM_UNIX
+from lmdbitmap.nbd.server.traffic import KINDS
 from tests.nbd_raw import (
     BLOCK_STATUS,
     CACHE,

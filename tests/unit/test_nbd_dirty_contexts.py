@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmdbitmap import schema
 from lmdbitmap.errors import NotFound
 from lmdbitmap.filter import Filter
-from lmdbitmap.nbd.contexts import StatusSource, one_question
-from lmdbitmap.nbd.dirty_contexts import NAMESPACE, tracked_contexts
+from lmdbitmap.nbd.server.contexts import StatusSource, one_question
+from lmdbitmap.nbd.server.dirty_contexts import NAMESPACE, tracked_contexts
+from lmdbitmap.storage import schema
 from tests.tracked import NAME, TrackedDisk, quick_folder
 
 BLOCK = 4096

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmdbitmap.nbd.doubts import Doubts
+from lmdbitmap.nbd.client.doubts import Doubts
 
 few_runs = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 20)), max_size=8)
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.device import FileDevice, MemoryDevice
 from lmdbitmap.errors import FormatError
+from lmdbitmap.images.device import FileDevice, MemoryDevice
+from lmdbitmap.images.plain import PlainDisk, PlainLane
 from lmdbitmap.interfaces import BlockDevice
 from lmdbitmap.nbd import protocol as nbd
-from lmdbitmap.nbd.commands import PIECE_BYTES
-from lmdbitmap.nbd.contexts import StatusSource, allocation_source
 from lmdbitmap.nbd.forms import EXTENDED, SIMPLE, STRUCTURED, Form
-from lmdbitmap.plain import PlainDisk, PlainLane
+from lmdbitmap.nbd.server.commands import PIECE_BYTES
+from lmdbitmap.nbd.server.contexts import StatusSource, allocation_source
 from tests.nbd_raw import (
     BLOCK_STATUS,
     CACHE,

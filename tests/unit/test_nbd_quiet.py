@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.access_ways import Served
-from lmdbitmap.direct import DirectDevice
-from lmdbitmap.latencies import Latencies
-from lmdbitmap.nbd.quiet import QUIET_S, Quiet
-from lmdbitmap.nbd.watch import Watch
-from lmdbitmap.readable import Metered, ways_of
+from lmdbitmap.access.access_ways import Served
+from lmdbitmap.access.direct import DirectDevice
+from lmdbitmap.copying.readable import Metered, ways_of
+from lmdbitmap.nbd.control.watch import Watch
+from lmdbitmap.nbd.server.quiet import QUIET_S, Quiet
+from lmdbitmap.work.latencies import Latencies
 from tests.nbd_raw import READ, WRITE, RawClient
 from tests.serving import Serving, serving
 from tests.tracked import NAME, TrackedDisk, quick_folder

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap.bits import Run, bitmap_view
-from lmdbitmap.device import FileDevice
 from lmdbitmap.geometry import REGION_BYTES, Geometry
+from lmdbitmap.images.device import FileDevice
+from lmdbitmap.images.plain import PlainDisk, PlainLane
 from lmdbitmap.interfaces import BlockDevice, ServedDisk
-from lmdbitmap.lane import FilterLane, Gate
-from lmdbitmap.nbd import replies, rounds
-from lmdbitmap.nbd.server import Server
-from lmdbitmap.plain import PlainDisk, PlainLane
+from lmdbitmap.nbd.server import replies, rounds
+from lmdbitmap.nbd.server.server import Server
+from lmdbitmap.tracker.lane import FilterLane, Gate
 from tests.nbd_raw import DISC, FLUSH, READ, WRITE, WRITE_ZEROES, RawClient, request, write
 from tests.support import PATIENCE_SECONDS, make_raw_image
 

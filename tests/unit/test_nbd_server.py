@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.device import MemoryDevice
+from lmdbitmap.images.device import MemoryDevice
+from lmdbitmap.images.plain import PlainDisk, PlainLane
 from lmdbitmap.interfaces import BlockDevice, ServedDisk
-from lmdbitmap.nbd.contexts import StatusSource, base_contexts
-from lmdbitmap.nbd.rounds import Rounds
-from lmdbitmap.nbd.server import Server
-from lmdbitmap.nbd.visit import Served, Visit
-from lmdbitmap.plain import PlainDisk, PlainLane
+from lmdbitmap.nbd.server.contexts import StatusSource, base_contexts
+from lmdbitmap.nbd.server.rounds import Rounds
+from lmdbitmap.nbd.server.server import Server
+from lmdbitmap.nbd.server.visit import Served, Visit
 from tests.nbd_raw import (
     BLOCK_STATUS,
     DISC,
@@ -350,7 +350,7 @@ def test_log_tells_who_came_and_what_they_did(path: str, caplog: pytest.LogCaptu
         client.do(WRITE, 0, 100, data=bytes(100))
         client.send(request(DISC))
         assert client.is_closed_by_server()
-    came, left = [record for record in caplog.records if record.name == "lmdbitmap.nbd.visit"]
+    came, left = [record for record in caplog.records if record.name == "lmdbitmap.nbd.server.visit"]
     who = f"process {os.getpid()} of user {os.getuid()}"
     assert came.getMessage() == f"disk disk: {who} is connected"
     assert left.getMessage() == f"disk disk: {who} is gone: 1 writes; 156 bytes in, 16 out"

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from lmdbitmap.device import MemoryDevice
-from lmdbitmap.nbd import visit as visiting
-from lmdbitmap.nbd.rounds import Rounds
-from lmdbitmap.nbd.visit import Served, Visit
-from lmdbitmap.plain import PlainDisk
+from lmdbitmap.images.device import MemoryDevice
+from lmdbitmap.images.plain import PlainDisk
+from lmdbitmap.nbd.server import visit as visiting
+from lmdbitmap.nbd.server.rounds import Rounds
+from lmdbitmap.nbd.server.visit import Served, Visit
 from tests.nbd_raw import GO, READ, RawClient, option, string
 from tests.support import PATIENCE_SECONDS
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from lmdbitmap.device import MemoryDevice
-from lmdbitmap.latencies import Latencies
-from lmdbitmap.nbd.server import Server
-from lmdbitmap.nbd.watch import Watch
-from lmdbitmap.plain import PlainDisk
+from lmdbitmap.images.device import MemoryDevice
+from lmdbitmap.images.plain import PlainDisk
+from lmdbitmap.nbd.control.watch import Watch
+from lmdbitmap.nbd.server.server import Server
+from lmdbitmap.work.latencies import Latencies
 from tests.nbd_raw import DISC, FLUSH, READ, WRITE, RawClient, request
 
 SIZE = 1 << 20

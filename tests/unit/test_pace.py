@@ -7,10 +7,10 @@ import threading
 
 import pytest
 
-from lmdbitmap.device import MemoryDevice
+from lmdbitmap.copying.readable import Metered
 from lmdbitmap.errors import InvalidArgument
-from lmdbitmap.pace import LEAST_BYTES_PER_S, Pace, pace_of
-from lmdbitmap.readable import Metered
+from lmdbitmap.images.device import MemoryDevice
+from lmdbitmap.work.pace import LEAST_BYTES_PER_S, Pace, pace_of
 
 MIB = 1 << 20
 

@@ -11,12 +11,13 @@ from uuid import uuid4
 
 import pytest
 
-from lmdbitmap import bits, schema
+from lmdbitmap import bits
 from lmdbitmap.errors import StorageError
 from lmdbitmap.geometry import EXTENT_BLOCKS, REGION_BLOCKS, REGION_BYTES
-from lmdbitmap.period import Period
-from lmdbitmap.schema import Bitmap
+from lmdbitmap.storage import schema
+from lmdbitmap.storage.schema import Bitmap
 from lmdbitmap.store import Store, Writer
+from lmdbitmap.tracker.period import Period
 
 BLOCKS = 3 * REGION_BLOCKS - 100
 GRANULARITY_BITS = 9

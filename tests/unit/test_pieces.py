@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from lmdbitmap.bits import Run
-from lmdbitmap.device import MemoryDevice
+from lmdbitmap.copying.loads import SMALL_BYTES
+from lmdbitmap.copying.pieces import Pieces
+from lmdbitmap.copying.readable import CHUNK_BYTES, Metered, Readable
 from lmdbitmap.geometry import Geometry, ceil_div
-from lmdbitmap.loads import SMALL_BYTES
-from lmdbitmap.pieces import Pieces
-from lmdbitmap.readable import CHUNK_BYTES, Metered, Readable
+from lmdbitmap.images.device import MemoryDevice
 from tests.spared import MORE_THAN_THERE_ARE, NowAndThen
 
 BLOCK_BITS = 13

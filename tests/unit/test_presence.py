@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import presence
 from lmdbitmap.errors import Busy, StorageError
-from lmdbitmap.presence import entering
+from lmdbitmap.storage import presence
+from lmdbitmap.storage.presence import entering
 from tests.support import open_files, run
 
 
@@ -27,7 +27,7 @@ def test_first_one_is_told_so_and_the_second_one_too(folder: Path) -> None:
         first.settle()
     fcntl.fcntl(first._lock_fd, fcntl.F_SETLK, presence._request(fcntl.F_RDLCK, 0))  # as LMDB does
     second = f"""
-from lmdbitmap.presence import entering
+from lmdbitmap.storage.presence import entering
 with entering({str(folder)!r}) as second:
     print(second.is_first)
 """

@@ -15,12 +15,12 @@ from typing import Any, NoReturn
 import pytest
 
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, NotFound, StorageError
-from lmdbitmap.manifest import BackupType
-from lmdbitmap.prune import PruneResult, PrunesFailed, prune
 from lmdbitmap.qcow2 import Qcow2Writer
-from lmdbitmap.repository import BackupFolder
-from lmdbitmap.retention import Retention
-from lmdbitmap.verify import verify
+from lmdbitmap.repository.manifest import BackupType
+from lmdbitmap.repository.prune import PruneResult, PrunesFailed, prune
+from lmdbitmap.repository.repository import BackupFolder
+from lmdbitmap.repository.retention import Retention
+from lmdbitmap.repository.verify import verify
 from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
 from tests.support import requires, run
 from tests.tracked import NAME

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 import pytest
 
-from lmdbitmap.crew import Spared, none_spared
 from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.interfaces import Buffer
 from lmdbitmap.qcow2 import CompressingWriter, CompressionType, Kind, Qcow2Reader, Qcow2Writer, Run
 from lmdbitmap.qcow2.compressing import PIECE_BYTES, PIECES_PER_WORKER
 from lmdbitmap.qcow2.compression import chosen, compressor
+from lmdbitmap.work.crew import Spared, none_spared
 from tests.qcow2_model import MemoryFile, naive_chain_read, structure_problems, u64
 from tests.spared import EACH
 

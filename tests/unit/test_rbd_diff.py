@@ -7,7 +7,7 @@ import tracemalloc
 import pytest
 
 from lmdbitmap.errors import FormatError, InvalidArgument
-from lmdbitmap.rbd_diff import (
+from lmdbitmap.streams.rbd_diff import (
     MAX_NAME_BYTES,
     MAX_WRITE_BYTES,
     MAX_ZERO_BYTES,

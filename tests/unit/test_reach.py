@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import reach, session
-from lmdbitmap.apart import Failures
+from lmdbitmap.access import reach
 from lmdbitmap.errors import Busy, NotFound
 from lmdbitmap.filter import Filter
+from lmdbitmap.tracker import session
+from lmdbitmap.work.apart import Failures
 from tests.serving import serving
 from tests.support import make_raw_image
 from tests.tracked import NAME, TrackedDisk, quick_folder

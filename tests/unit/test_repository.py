@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import manifest
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError, NotFound
-from lmdbitmap.manifest import BackupType, Manifest
-from lmdbitmap.repository import (
+from lmdbitmap.repository import manifest
+from lmdbitmap.repository.manifest import BackupType, Manifest
+from lmdbitmap.repository.repository import (
     BackupFolder,
     Unfinished,
     checkpoint_name,

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmdbitmap.device import MemoryDevice
+from lmdbitmap.copying.rescan import differing
 from lmdbitmap.geometry import Geometry
-from lmdbitmap.rescan import differing
+from lmdbitmap.images.device import MemoryDevice
 
 CLUSTER_BITS = 12
 CLUSTER = 1 << CLUSTER_BITS

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import backup_chain, linux, manifest
-from lmdbitmap.backup_chain import open_backup
 from lmdbitmap.errors import (
     AlreadyExists,
     FormatError,
@@ -22,9 +20,12 @@ from lmdbitmap.errors import (
     NotFound,
     StorageError,
 )
-from lmdbitmap.manifest import BackupEntry, BackupType, chain_to
 from lmdbitmap.qcow2 import CompressionType
-from lmdbitmap.restore import RestoreResult, restore
+from lmdbitmap.repository import backup_chain, manifest
+from lmdbitmap.repository.backup_chain import open_backup
+from lmdbitmap.repository.manifest import BackupEntry, BackupType, chain_to
+from lmdbitmap.restoring.restore import RestoreResult, restore
+from lmdbitmap.system import linux
 from tests.backed_up import DIFFERENTIAL, FULL, BackedUpDisk
 from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.tracked import NAME

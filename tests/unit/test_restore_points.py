@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.backup_server import serve_backup
 from lmdbitmap.errors import Busy, FormatError, NotFound
-from lmdbitmap.nbd.client import NbdDevice
-from lmdbitmap.restore_points import backed_up_disks, backups_of
+from lmdbitmap.nbd.client.device import NbdDevice
+from lmdbitmap.repository.restore_points import backed_up_disks, backups_of
+from lmdbitmap.restoring.backup_server import serve_backup
 from tests.backed_up import FULL, BackedUpDisk
 from tests.tracked import NAME, quick_folder
 

@@ -7,8 +7,8 @@ from datetime import datetime, timedelta, timezone
 import pytest
 
 from lmdbitmap.errors import InvalidArgument
-from lmdbitmap.manifest import BackupEntry
-from lmdbitmap.retention import Retention, kept
+from lmdbitmap.repository.manifest import BackupEntry
+from lmdbitmap.repository.retention import Retention, kept
 from tests.unit.test_manifest import entry
 
 UTC = timezone.utc

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmdbitmap import schema
 from lmdbitmap.errors import FormatError, InvalidArgument
 from lmdbitmap.interfaces import DeviceTrace, ImageIdentity
-from lmdbitmap.schema import Bitmap, Checkpoint, Disk, Region, StoreHeader, decode, encode
+from lmdbitmap.storage import schema
+from lmdbitmap.storage.schema import Bitmap, Checkpoint, Disk, Region, StoreHeader, decode, encode
 
 KEY = schema.region_key(3, 9)
 BITS = bytes(range(256)) * 2

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from lmdbitmap.access.served_snapshots import release_served_snapshot, take_served_snapshot
 from lmdbitmap.errors import AlreadyExists, Busy, NotFound, StorageError
-from lmdbitmap.nbd.client import NbdDevice
-from lmdbitmap.served_snapshots import release_served_snapshot, take_served_snapshot
+from lmdbitmap.nbd.client.device import NbdDevice
 from tests.serving import Serving, serving
 from tests.tracked import NAME, TrackedDisk, quick_folder
 

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import owner, schema, session
-from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, NotFound
 from lmdbitmap.extents import Trust
-from lmdbitmap.identity import identity_to_keep
+from lmdbitmap.images.device import FileDevice
+from lmdbitmap.images.identity import identity_to_keep
 from lmdbitmap.interfaces import ImageIdentity
+from lmdbitmap.storage import owner, schema
+from lmdbitmap.tracker import session
 from tests.tracked import NAME, TrackedDisk, blocks_of, trust_of
 
 BLOCK = 4096

@@ -17,8 +17,8 @@ from lmdbitmap.errors import Busy, FormatError, InvalidArgument, NotFound, Stora
 from lmdbitmap.filter import Filter, take_snapshot
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Allocation, Buffer
-from lmdbitmap.scratch import Scratch
-from lmdbitmap.snapshot import Snapshot
+from lmdbitmap.system.scratch import Scratch
+from lmdbitmap.tracker.snapshot import Snapshot
 from tests.crash.tapped import WRITES, TappedDevice, Turnstile, join, start
 from tests.support import PATIENCE_SECONDS, make_raw_image
 from tests.tracked import NAME, TrackedDisk, quick_folder
@@ -189,7 +189,7 @@ def test_reads_past_the_end_are_refused(disk: Filter, folder: Path) -> None:
 
 
 def test_two_disks_are_held_at_one_moment_or_neither(tracked: TrackedDisk, folder: Path) -> None:
-    from lmdbitmap import session
+    from lmdbitmap.tracker import session
 
     other = make_raw_image(folder / "other.raw", SIZE)
     session.add(tracked.store, "sdb", str(other), granularity_bits=12)

@@ -9,13 +9,13 @@ from uuid import UUID
 
 import pytest
 
-from lmdbitmap import standalone
 from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, LmdbitmapError, NotFound, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.geometry import MAX_SIZE, REGION_BLOCKS, Geometry
-from lmdbitmap.schema import ALL_DIRTY_BITS, Bitmap
-from lmdbitmap.standalone import Operation, Origin
+from lmdbitmap.storage.schema import ALL_DIRTY_BITS, Bitmap
 from lmdbitmap.store import Store, Writer
+from lmdbitmap.tracker import standalone
+from lmdbitmap.tracker.standalone import Operation, Origin
 from tests.tracked import NAME, TrackedDisk, quick_folder
 
 GEOMETRY = Geometry((3 * REGION_BLOCKS - 100) * 4096 - 7, 12)

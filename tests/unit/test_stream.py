@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from lmdbitmap.device import HOLE, MemoryDevice
 from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, NotFound, StorageError, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.geometry import Geometry
+from lmdbitmap.images.device import HOLE, MemoryDevice
 from lmdbitmap.interfaces import Allocation
-from lmdbitmap.rbd_diff import MAX_ZERO_BYTES, Head
-from lmdbitmap.stream import Sink, stream_backup, write_stream
+from lmdbitmap.streams.rbd_diff import MAX_ZERO_BYTES, Head
+from lmdbitmap.streams.stream import Sink, stream_backup, write_stream
 from tests import naive_rbd_diff
 from tests.backed_up import BackedUpDisk
 from tests.naive_rbd_diff import Stream

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import AlreadyExists, Busy, FormatError, InvalidArgument, NotFound
+from lmdbitmap.images.device import FileDevice
 from lmdbitmap.store import Store
-from lmdbitmap.stream_restore import AppliedResult, apply_stream
+from lmdbitmap.streams.stream_restore import AppliedResult, apply_stream
 from tests import naive_rbd_diff
 from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.naive_rbd_diff import Stream

@@ -14,8 +14,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmdbitmap import session, sync_note
-from lmdbitmap.device import FileDevice
 from lmdbitmap.errors import (
     AlreadyExists,
     Busy,
@@ -27,9 +25,12 @@ from lmdbitmap.errors import (
 )
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
+from lmdbitmap.images.device import FileDevice
 from lmdbitmap.interfaces import DeviceTrace, ImageIdentity, TrackableDevice
-from lmdbitmap.sync import SyncResult, sync
-from lmdbitmap.sync_plan import SyncKind, gap_between
+from lmdbitmap.notes import sync_note
+from lmdbitmap.syncs.sync import SyncResult, sync
+from lmdbitmap.syncs.sync_plan import SyncKind, gap_between
+from lmdbitmap.tracker import session
 from tests.backed_up import BackedUpDisk
 from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.nbd_far import FarServer

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmdbitmap import schema, tally
-from lmdbitmap.tally import GROUP_REGIONS, NOTHING, Tally
+from lmdbitmap.storage import schema, tally
+from lmdbitmap.storage.tally import GROUP_REGIONS, NOTHING, Tally
 
 KEYS = st.binary(min_size=1, max_size=3)
 RECORDS = st.dictionaries(KEYS, st.binary(min_size=4, max_size=12), max_size=8)

@@ -13,14 +13,16 @@ from typing import Any
 
 import pytest
 
-from lmdbitmap import files, proof, session
-from lmdbitmap.device import FileDevice
-from lmdbitmap.digests import found_digest
 from lmdbitmap.errors import AlreadyExists, Busy, FormatError, InvalidArgument, NotFound, StorageError
-from lmdbitmap.manifest import BackupEntry
-from lmdbitmap.nbd.client import NbdDevice
-from lmdbitmap.restore import RestoreResult, restore
-from lmdbitmap.target import Target
+from lmdbitmap.images.device import FileDevice
+from lmdbitmap.nbd.client.device import NbdDevice
+from lmdbitmap.repository import proof
+from lmdbitmap.repository.digests import found_digest
+from lmdbitmap.repository.manifest import BackupEntry
+from lmdbitmap.restoring.restore import RestoreResult, restore
+from lmdbitmap.restoring.target import Target
+from lmdbitmap.system import files
+from lmdbitmap.tracker import session
 from tests.backed_up import DIFFERENTIAL, INCREMENTAL, BackedUpDisk
 from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.nbd_far import READ_ONLY, FarServer
@@ -304,7 +306,7 @@ def test_whoever_listens_can_cancel_while_an_image_is_proven_as_a_whole(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(proof, "found_digest", slow_digest)
-    monkeypatch.setattr("lmdbitmap.restore._TELL_AGAIN_S", 0.01)
+    monkeypatch.setattr("lmdbitmap.restoring.restore._TELL_AGAIN_S", 0.01)
     with pytest.raises(KeyboardInterrupt):
         in_place(disk, path, progress=cancel)
     assert path.read_bytes() == b"x" * SIZE
@@ -380,7 +382,7 @@ def test_nothing_is_left_behind_the_disk_on_a_larger_export(
 def test_what_is_behind_the_disk_is_zeroed_in_pieces_between_which_it_can_be_cancelled(
     disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmdbitmap.restore._TAIL_BYTES", 4 << 20)
+    monkeypatch.setattr("lmdbitmap.restoring.restore._TAIL_BYTES", 4 << 20)
     path = disk.folder / "out.raw"
     path.write_bytes(b"x" * (20 << 20))
 

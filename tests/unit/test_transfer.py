@@ -12,15 +12,22 @@ from uuid import uuid4
 
 import pytest
 
-from lmdbitmap import manifest as manifest_module
-from lmdbitmap import transfer
 from lmdbitmap.errors import AlreadyExists, Busy, FormatError, NotFound, StorageError
-from lmdbitmap.manifest import TAKEN_OVER_EPOCH, BackupType, DiskRef, Manifest, encode, taken_over
-from lmdbitmap.prune import prune
-from lmdbitmap.repository import BackupFolder
-from lmdbitmap.retention import Retention
-from lmdbitmap.transfer import CopiesFailed, CopyResult, copy_backups
-from lmdbitmap.verify import verify
+from lmdbitmap.repository import manifest as manifest_module
+from lmdbitmap.repository import transfer
+from lmdbitmap.repository.manifest import (
+    TAKEN_OVER_EPOCH,
+    BackupType,
+    DiskRef,
+    Manifest,
+    encode,
+    taken_over,
+)
+from lmdbitmap.repository.prune import prune
+from lmdbitmap.repository.repository import BackupFolder
+from lmdbitmap.repository.retention import Retention
+from lmdbitmap.repository.transfer import CopiesFailed, CopyResult, copy_backups
+from lmdbitmap.repository.verify import verify
 from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
 from tests.tracked import NAME
 from tests.unit.test_digest_algorithms import forget_blake3

@@ -17,15 +17,15 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap import verify as verify_module
-from lmdbitmap.digest_algorithms import DigestAlgorithm
+from lmdbitmap.copying.digest_algorithms import DigestAlgorithm
+from lmdbitmap.copying.hashing import CHUNK_BYTES
 from lmdbitmap.errors import Busy, InvalidArgument, NotFound
-from lmdbitmap.hashing import CHUNK_BYTES
-from lmdbitmap.manifest import BackupEntry, BackupType
-from lmdbitmap.prune import prune
-from lmdbitmap.repository import sha256_of
-from lmdbitmap.retention import Retention
-from lmdbitmap.verify import MAX_FLAWS, Flaw, VerifyResult, verify
+from lmdbitmap.repository import verify as verify_module
+from lmdbitmap.repository.manifest import BackupEntry, BackupType
+from lmdbitmap.repository.prune import prune
+from lmdbitmap.repository.repository import sha256_of
+from lmdbitmap.repository.retention import Retention
+from lmdbitmap.repository.verify import MAX_FLAWS, Flaw, VerifyResult, verify
 from tests.backed_up import BackedUpDisk
 from tests.support import no_ascii
 from tests.tracked import NAME

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.whereabouts import Whereabouts, why_lost
+from lmdbitmap.images.whereabouts import Whereabouts, why_lost
 from tests.tracked import NAME, TrackedDisk
 
 SIZE = 1 << 20
@@ -84,7 +84,7 @@ def test_an_image_that_another_host_removed_is_lost(image: Path, monkeypatch: py
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
         with monkeypatch.context() as patched:
-            patched.setattr("lmdbitmap.whereabouts.os.fstat", stale)
+            patched.setattr("lmdbitmap.images.whereabouts.os.fstat", stale)
             lost = why_lost(str(image), number)
         assert "that one is gone" in str(lost)
 

@@ -14,11 +14,11 @@ from weakref import WeakKeyDictionary
 import lmdb
 
 from lmdbitmap import filter
-from lmdbitmap.device import FileDevice
 from lmdbitmap.filter import Filter
+from lmdbitmap.images.device import FileDevice
 from lmdbitmap.interfaces import BlockDevice, Buffer
-from lmdbitmap.lane import FilterLane
-from lmdbitmap.owner import Owner
+from lmdbitmap.storage.owner import Owner
+from lmdbitmap.tracker.lane import FilterLane
 
 
 @contextmanager

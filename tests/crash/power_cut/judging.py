@@ -20,18 +20,20 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TypeAlias
 
-from lmdbitmap import bitmap_file, bits, chain, session, standalone
-from lmdbitmap.backup import backup
-from lmdbitmap.changes import Changes, changes
-from lmdbitmap.check import Gravity, check_store
+from lmdbitmap import bits
+from lmdbitmap.backups.backup import backup
 from lmdbitmap.errors import Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
-from lmdbitmap.flatfile import FlatFile
+from lmdbitmap.flat import bitmap_file
+from lmdbitmap.flat.flatfile import FlatFile
 from lmdbitmap.format import Flags
-from lmdbitmap.repository import BackupFolder
-from lmdbitmap.restore import restore
+from lmdbitmap.repository.repository import BackupFolder
+from lmdbitmap.restoring.restore import restore
 from lmdbitmap.store import Store
+from lmdbitmap.tracker import chain, session, standalone
+from lmdbitmap.tracker.changes import Changes, changes
+from lmdbitmap.upkeep.check import Gravity, check_store
 from tests.crash.power_cut.disk_states import NOTHING, SECTOR, DiskState, File
 from tests.crash.power_cut.stage import (
     BLOCK,

@@ -16,13 +16,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
-from lmdbitmap import bitmap_file, export, filter, schema, session
-from lmdbitmap.backup import backup
-from lmdbitmap.changes import changes
+from lmdbitmap import export, filter
+from lmdbitmap.backups.backup import backup
 from lmdbitmap.errors import StorageError
-from lmdbitmap.manifest import BackupType
-from lmdbitmap.restore import restore
+from lmdbitmap.flat import bitmap_file
+from lmdbitmap.repository.manifest import BackupType
+from lmdbitmap.restoring.restore import restore
+from lmdbitmap.storage import schema
 from lmdbitmap.store import Store
+from lmdbitmap.tracker import session
+from lmdbitmap.tracker.changes import changes
 from tests.crash.power_cut.flaws import FLAWS, replaced
 from tests.crash.power_cut.stage import (
     BLOCK,

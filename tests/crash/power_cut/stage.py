@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from lmdbitmap import filter, owner, session
+from lmdbitmap import filter
 from lmdbitmap.filter import Filter
+from lmdbitmap.storage import owner
 from lmdbitmap.store import Store
+from lmdbitmap.tracker import session
 
 GRANULARITY_BITS = 9
 BLOCK = 1 << GRANULARITY_BITS

@@ -1,0 +1,133 @@
+"""How a job gets at disks: by one of the ways of access_ways.py, the same for all of them.
+
+So one moment can be taken of all of them, or of none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+from lmdbitmap.access import reach
+from lmdbitmap.access.access_ways import (
+    FREEZE_LIMIT_S,
+    OWNER_LIMIT_S,
+    Attached,
+    PointInTime,
+    Served,
+    Unowned,
+)
+from lmdbitmap.errors import LmdbitmapError, os_errors_at
+from lmdbitmap.filter import Filter
+from lmdbitmap.images.image import open_image
+from lmdbitmap.interfaces import TrackableDevice
+from lmdbitmap.storage.schema import Checkpoint, Disk
+from lmdbitmap.store import Store
+from lmdbitmap.system.scratch import Scratch
+from lmdbitmap.tracker.session import OpenDevice
+from lmdbitmap.work.apart import Failures
+
+
+class Access(Protocol):
+    """Disks of which checkpoints can be taken, read and forgotten, until `close`."""
+
+    @property
+    def disks(self) -> Sequence[Disk]:
+        """As they are described now: a new epoch may have begun because of what was found out."""
+
+    def take_point(
+        self, name: str, since: Sequence[Checkpoint | None], *, once: bool = False
+    ) -> list[PointInTime]:
+        """A checkpoint on all disks at one moment, or on none.
+
+        Of a disk with a checkpoint in `since` only what changed since then will be read, and its last block; with
+        `once`, nothing twice: what was read need not be kept any longer.
+        """
+
+    def leave_out(self, disk: Disk) -> None:
+        """Take no point of that disk. For whoever has taken none yet, and has nothing to forget of it."""
+
+    def prove(self, point: PointInTime) -> None:
+        """Return if all that was read is the disk at that point; raises what hinders. Nothing is read afterwards."""
+
+    def let_go(self, point: PointInTime) -> None:
+        """Release what is held of a point that will not be proved. Does not raise."""
+
+    def end_reading(self) -> None:
+        """The same of all points that were not proved."""
+
+    def forget(self, disk: Disk, is_unneeded: Callable[[Checkpoint], bool]) -> list[str]:
+        """Merge checkpoints into the ones before. Something has to record: answers the names of those that stay."""
+
+    @property
+    def holds_alone(self) -> bool:
+        """Whether nobody else writes to the disks or their records."""
+
+    @property
+    def may_be_behind(self) -> bool:
+        """Whether a checkpoint may be made still that a run asked for which is gone by now."""
+
+    def close(self) -> None: ...
+
+
+@contextlib.contextmanager
+def access(
+    store: Store,
+    names: Sequence[str],
+    open_device: OpenDevice,
+    attached: Mapping[str, Filter] | None = None,
+    scratch: Scratch | None = None,
+    owner_limit_s: float = OWNER_LIMIT_S,
+    freeze_limit_s: float = FREEZE_LIMIT_S,
+    failures: Failures | None = None,
+) -> Iterator[Access]:
+    """Get at the disks. `attached` are filters of this process, which keep old data where `scratch` says.
+
+    With `failures` a disk that nobody can get at is set aside there, and the others are got at.
+
+    Another process that serves them may take `freeze_limit_s` to take a point, and send nothing of what is read for
+    `owner_limit_s`; then it is given up, as `Busy`.
+
+    Raises `Busy` where some of the disks are served and some are not, or not all by one process; `NotFound` without
+    such a disk or image.
+    """
+    apart = failures or Failures(at_once=True)
+    there = reach.tracked(store, names, apart)
+    ours = [name for name in there if name in (attached or {})]
+    served = [] if ours else reach.served(store, there, apart)
+    there = [name for name in there if name not in apart]
+    reach.require_all_or_none(there, ours + served)
+    way: Access
+    if ours:
+        assert attached is not None
+        way = Attached([attached[name] for name in ours], scratch or Scratch(store.path))
+    elif served:
+        way = Served(store, served, owner_limit_s, freeze_limit_s)
+    else:
+        way = Unowned(store, there, open_device, apart)
+    with contextlib.closing(way):
+        yield way
+
+
+def open_to_read(image: str) -> TrackableDevice:
+    """Reading is enough, and others may read too; who writes is kept out."""
+    return open_image(image, read_only=True)
+
+
+@contextlib.contextmanager
+def reading(way: Access, point: PointInTime) -> Iterator[None]:
+    """What the system refuses in the block is told as of the disk's image, or as why its snapshot broke.
+
+    That a snapshot broke is, to whoever reads it from another process, just an error as of a disk that fails: the
+    process that holds it knows.
+    """
+    with os_errors_at(point.disk.image):
+        try:
+            yield
+        except LmdbitmapError:
+            raise
+        except OSError:
+            if not way.holds_alone:
+                way.prove(point)
+            raise

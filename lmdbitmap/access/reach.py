@@ -1,0 +1,68 @@
+"""Which disks are there, which of them a process has, and how that process is reached.
+
+Of several, one that is not there or that its process serves to nobody is set aside: it keeps none of the others away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lmdbitmap.errors import Busy
+from lmdbitmap.nbd import control_client
+from lmdbitmap.nbd.control_client import Client
+from lmdbitmap.storage import owner
+from lmdbitmap.storage.schema import Disk
+from lmdbitmap.store import Store
+from lmdbitmap.tracker import chain
+from lmdbitmap.work.apart import Failures
+
+
+def tracked(store: Store, names: Sequence[str], apart: Failures) -> list[str]:
+    """Those that the store knows."""
+    found = []
+    for name in names:
+        with apart.of(name), store.read() as reader:
+            found.append(chain.find_disk(reader, name).name)
+    return found
+
+
+def served(store: Store, names: Sequence[str], apart: Failures) -> list[str]:
+    """Those that a process has attached, and of several also can be asked for."""
+    owned = [name for name in names if is_served(store, name)]
+    if len(names) > 1:
+        for name in owned:
+            with apart.of(name), store.read() as reader:
+                owner_of(store, chain.find_disk(reader, name)).close()
+    return [name for name in owned if name not in apart]
+
+
+def require_all_or_none(names: Sequence[str], served: Sequence[str]) -> None:
+    """Raise `Busy` where no one moment can be taken of all of them."""
+    if 0 < len(served) < len(names):
+        raise Busy(
+            f"of these disks only {', '.join(served)} is served",
+            next_step="serve all of them in one process, or none, or name them one by one",
+        )
+
+
+def is_served(store: Store, name: str) -> bool:
+    """Whether a process has the disk attached now."""
+    with store.read() as reader:
+        disk = chain.find_disk(reader, name)
+    return is_attached(store, disk)
+
+
+def is_attached(store: Store, disk: Disk) -> bool:
+    """The same of a disk that is known."""
+    return owner.is_owned(store.owner_path(disk.uuid))
+
+
+def owner_of(store: Store, disk: Disk) -> Client:
+    """A connection to the process that has the disk; `Busy` where it takes none."""
+    client = control_client.reach(store.control_path(disk.uuid))
+    if client is None:
+        raise Busy(
+            f"disk {disk.name!r} is owned by a process that serves it to nobody, such as another backup",
+            next_step="wait for that process, or stop it",
+        )
+    return client

@@ -1,0 +1,91 @@
+"""Snapshots of disks that another process serves: taken and released through its control socket, read over its NBD.
+
+They are held until somebody releases them, or their server ends, whatever becomes of who asked: a backup that is to
+cost nothing once it died is `backup.py`'s, whose snapshots are bound to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+from uuid import UUID
+
+from lmdbitmap.access import reach
+from lmdbitmap.errors import NotFound
+from lmdbitmap.nbd import control_client
+from lmdbitmap.storage.schema import Disk
+from lmdbitmap.store import Store
+from lmdbitmap.tracker import chain
+from lmdbitmap.tracker.snapshot import broken_error
+
+
+class ServedSnapshot(NamedTuple):
+    """A disk that its server holds as it was at a checkpoint."""
+
+    disk: str
+    checkpoint: str
+    uuid: UUID
+    """Of the checkpoint."""
+    time_ns: int
+    """Of the checkpoint: Unix time."""
+    export: str
+    """Under which the server exports it, read-only, beside the disk."""
+
+
+def take_served_snapshot(
+    store: Store,
+    names: Sequence[str],
+    checkpoint: str,
+    *,
+    since: str | None = None,
+    freeze_limit_s: float = control_client.ANSWER_S,
+) -> list[ServedSnapshot]:
+    """Have the process that serves the disks called `names` hold them, at one moment, or none of them.
+
+    The checkpoint is durable when this returns, and stays. With `since`, a checkpoint, only what changed since then
+    is kept, and only that may be read. Whoever froze a guest gives `freeze_limit_s`; then it is given up, as `Busy`,
+    and the snapshot may be made still: release it.
+    Raises `NotFound` for a disk that nobody serves, `Busy` where not all are served by one process, `AlreadyExists`
+    where a disk has a checkpoint of that name, `StorageError` where old data cannot be kept.
+    """
+    disks = [_disk(store, name) for name in names]
+    with _server_of(store, disks[0]) as client:
+        told = client.call(
+            "snapshot", disks=list(names), name=checkpoint, since=[since or ""] * len(names), bound=False, once=False,
+            timeout_s=freeze_limit_s,
+        )  # fmt: skip
+    return [
+        ServedSnapshot(
+            str(held["disk"]), checkpoint, UUID(held["uuid"]), int(held["time_ns"]), str(held["export"])
+        )
+        for held in told["snapshots"]
+    ]
+
+
+def release_served_snapshot(store: Store, name: str, checkpoint: str) -> int:
+    """Let go of what the server of the disk called `name` holds; answers the bytes of old data that had been kept.
+
+    Raises `StorageError` if not all was kept: then what was read is of no use. The checkpoint stays. Raises `NotFound`
+    without such a snapshot.
+    """
+    disk = _disk(store, name)
+    with _server_of(store, disk) as client:
+        told = client.call("release", disk=name, checkpoint=checkpoint)
+    if told["broken"] is not None:
+        raise broken_error(disk, str(told["broken"]))
+    return int(told["kept_bytes"])
+
+
+def _server_of(store: Store, disk: Disk) -> control_client.Client:
+    """A connection to the process that serves a disk. `NotFound` where none does, `Busy` where one owns it only."""
+    if not reach.is_attached(store, disk):
+        raise NotFound(
+            f"disk {disk.name!r} is not served",
+            next_step="serve it; of a disk that nobody serves, a backup needs no snapshot",
+        )
+    return reach.owner_of(store, disk)
+
+
+def _disk(store: Store, name: str) -> Disk:
+    with store.read() as reader:
+        return chain.find_disk(reader, name)

@@ -1,0 +1,273 @@
+"""What one backup is made of, and the image that it becomes.
+
+The image has its final name once it is durable, and so are the digests of its chunks; nothing knows of it before the
+manifest does (backup.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from lmdbitmap import bits
+from lmdbitmap.access.access import Access, reading
+from lmdbitmap.access.access_ways import PointInTime
+from lmdbitmap.backups.backup_plan import DigestChoice, Plan, full_instead
+from lmdbitmap.bits import Run
+from lmdbitmap.copying.copier import Copied, ImageFile, Report, cluster_bits_for, copy_clusters
+from lmdbitmap.copying.hashing import ChunkHasher
+from lmdbitmap.copying.readable import Metered, Readable
+from lmdbitmap.copying.rescan import differing
+from lmdbitmap.errors import FormatError, LmdbitmapError, NotFound, StorageError, Untrusted
+from lmdbitmap.extents import Trust
+from lmdbitmap.geometry import Geometry
+from lmdbitmap.interfaces import Allocation
+from lmdbitmap.notes.holds import HoldFile
+from lmdbitmap.qcow2.compression import Compression
+from lmdbitmap.qcow2.layout import SECTOR, CompressionType
+from lmdbitmap.repository import backup_chain
+from lmdbitmap.repository.backup_chain import BackupChain
+from lmdbitmap.repository.digests import require_algorithms, synced_digests
+from lmdbitmap.repository.manifest import (
+    BackupEntry,
+    BackupType,
+    CheckpointRef,
+    ChunkDigests,
+    Manifest,
+    chain_to,
+)
+from lmdbitmap.repository.proof import Whole, proven_beside
+from lmdbitmap.repository.repository import BackupFolder, Unfinished, image_name
+from lmdbitmap.storage.schema import Disk
+from lmdbitmap.store import Store
+from lmdbitmap.system import files
+from lmdbitmap.tracker.changes import Changes, changes_since
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One disk's part of a run: its folder locked, its backup planned."""
+
+    access: Access
+    disk: Disk
+    folder: BackupFolder
+    manifest: Manifest
+    requested: BackupType
+    plan: Plan
+    digests: DigestChoice
+    sequence: int
+    leftovers: Sequence[Unfinished]
+    """Checkpoints of killed runs that cannot go before there is another one."""
+    hold: HoldFile
+    """What the store knows of the folder, locked."""
+    only_that: bool = False
+    """Whether no other type will do than the one that was requested."""
+
+    @property
+    def file(self) -> str:
+        return image_name(self.sequence, self.plan.type_actual)
+
+    def require_as_asked(self) -> None:
+        """Raise `Untrusted` where it will be of another type than the one that was requested."""
+        if self.plan.type_actual is self.requested:
+            return
+        assert self.plan.reason is not None
+        article = "an" if self.requested is BackupType.INCREMENTAL else "a"
+        raise Untrusted(
+            f"disk {self.disk.name!r} cannot have {article} {self.requested.value} backup: {self.plan.reason.words}",
+            next_step="leave out --require-incremental, or make a full one",
+        )
+
+    @contextlib.contextmanager
+    def parent_chain(self) -> Iterator[Readable]:
+        """The backup that this one is stacked on, as a disk. It raises `ParentDamaged`, also to be opened or left.
+
+        What is read of it is proven, as a restore will prove it: what it has in common with the disk is taken from
+        there then. That is left out where this Python lacks the package for one of its digests, and of images that
+        have none by chunks.
+        """
+        assert self.plan.parent is not None
+        entries = chain_to(self.manifest, self.plan.parent.id)
+        can_prove = _can_prove(self.folder, entries)
+        with contextlib.ExitStack() as opened:
+            with _of_the_parent():
+                past = opened.enter_context(backup_chain.opened(self.folder, entries, verify=can_prove))
+                proven = opened.enter_context(
+                    proven_beside(_without_their_digests(past) if can_prove else [])
+                )
+            yield _Parent(past)
+            with _of_the_parent():
+                proven.result()
+
+
+def _can_prove(folder: BackupFolder, entries: Sequence[BackupEntry]) -> bool:
+    try:
+        require_algorithms(folder, entries)
+    except NotFound as lacking:
+        log.warning("%s; what the disk is compared with is not proven", lacking.problem)
+        return False
+    return True
+
+
+def _without_their_digests(past: BackupChain) -> Sequence[Whole]:
+    """The images whose digests by chunks are lost or damaged: only as a whole can they be proven."""
+    return [image for image in past.unproven if image.entry.chunks is not None]
+
+
+class ParentDamaged(Exception):
+    """The backup that a disk is compared with cannot be read: no error yet, as there is a full one to be made."""
+
+    def __init__(self, error: LmdbitmapError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+@contextlib.contextmanager
+def _of_the_parent() -> Iterator[None]:
+    """Tells what was damaged from the refusals of the disk, and from what nobody knows."""
+    try:
+        yield
+    except FormatError as damaged:
+        raise ParentDamaged(damaged) from damaged
+    except StorageError as refusal:
+        if refusal.errno != errno.EIO:
+            raise
+        raise ParentDamaged(refusal) from refusal
+
+
+class _Parent:
+    def __init__(self, chain: BackupChain) -> None:
+        self._chain = chain
+        self.size = chain.size
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        with _of_the_parent():
+            self._chain.pread_into(buffer, offset)
+
+    def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
+        with _of_the_parent():
+            yield from self._chain.allocation(offset, length)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What one image is made of: the blocks that changed up to the point in time, in whole clusters."""
+
+    job: Job
+    point: PointInTime
+    clusters: Geometry
+    changes: Changes | None
+    """None for a full backup, and for a rescan."""
+    trust: Trust
+    bytes_to_copy: int
+
+    @classmethod
+    def of(cls, store: Store, job: Job, point: PointInTime) -> Source:
+        disk, since = point.disk, job.plan.since
+        clusters = Geometry(disk.size, cluster_bits_for(disk.geometry))
+        if since is None:
+            return cls(job, point, clusters, None, Trust.EXACT, disk.size)
+        changed = changes_since(store, disk.name, since, point.checkpoint.name)
+        summary = changed.summary
+        return cls(job, point, clusters, changed, summary.standing.trust, summary.dirty_bytes)
+
+    def full_instead(self, damage: LmdbitmapError) -> Source:
+        """Of the same point in time, but all of it; its image is noted before it is begun."""
+        job = dataclasses.replace(self.job, plan=full_instead(damage))
+        if job.only_that:
+            job.require_as_asked()
+        log.warning("%s; a full backup of disk %s is made instead", damage.problem, job.disk.name)
+        job.folder.note_unfinished([*job.leftovers, Unfinished(self.point.checkpoint.name, job.file)])
+        return dataclasses.replace(self, job=job)
+
+    @contextlib.contextmanager
+    def runs(self, device: Readable, report: Report) -> Iterator[Iterator[Run]]:
+        """Clusters to copy, ascending; no run touches the next. Only a rescan reads the device for that.
+
+        Raises `ParentDamaged`, in the end: the device can be read once more.
+        """
+        if self.job.plan.type_actual is BackupType.RESCAN:
+            lost: list[ParentDamaged] = []
+            with self.job.parent_chain() as past:
+                runs = _until_lost(differing(device, past, self.clusters, report.advance), lost)
+                yield self._with_tail(runs, self.clusters)
+                if lost:
+                    raise lost[0]
+        elif self.changes is None:
+            yield iter([(0, self.clusters.block_count)])
+        else:
+            yield self._with_tail(self.changes.runs(), self.changes.geometry)
+
+    def _with_tail(self, runs: Iterator[Run], geometry: Geometry) -> Iterator[Run]:
+        """Runs of blocks of `geometry` in clusters, with the last one where that is needed."""
+        last_block = (geometry.block_count - 1, geometry.block_count)
+        blocks = itertools.chain(runs, [last_block] if self._cut_in_a_sector() else [])
+        return bits.regrain_outward(blocks, geometry, self.clusters.granularity_bits)
+
+    def _cut_in_a_sector(self) -> bool:
+        """Whether the parent has something where this image, longer than the disk, rounds up to a sector.
+
+        No byte of that belongs to the disk, but QEMU shows it, and it is to be zeroes.
+        """
+        parent, size = self.job.plan.parent, self.clusters.size
+        return parent is not None and size < parent.disk_size and size % SECTOR != 0
+
+
+def _until_lost(runs: Iterator[Run], lost: list[ParentDamaged]) -> Iterator[Run]:
+    """What fails while a device is read for an image leaves it of no use: so this ends instead, and says why."""
+    try:
+        yield from runs
+    except ParentDamaged as damaged:
+        lost.append(damaged)
+
+
+def write_image(source: Source, device: Metered, report: Report, packing: Compression | None) -> BackupEntry:
+    """The image, durable in the folder under its final name, and what the manifest will say of it.
+
+    Raises `ParentDamaged` where a rescan cannot be, and there is no image.
+    """
+    job, parent = source.job, source.job.plan.parent
+    path = job.folder.path_of(job.file)
+    rescans = job.plan.type_actual is BackupType.RESCAN
+    spared = device.ways.spared
+    with (
+        files.replacing(path) as file,
+        ChunkHasher(file.fileno(), job.folder.path, job.digests.algorithm, spared=spared) as hasher,
+    ):
+        with reading(job.access, source.point), source.runs(device, report) as runs:
+            copied = copy_clusters(
+                device,
+                ImageFile(file.fileno(), path),
+                hasher,
+                source.clusters,
+                runs,
+                backing_file=None if parent is None else parent.file,
+                report=Report(None, 0) if rescans else report,
+                compression=packing,
+            )
+        chunks = synced_digests(job.folder, job.file, file.fileno(), hasher)
+        job.access.prove(source.point)
+    return _entry(source, copied, chunks, None if packing is None else packing.type)
+
+
+def _entry(
+    source: Source, copied: Copied, chunks: ChunkDigests, compression: CompressionType | None
+) -> BackupEntry:
+    job, disk, plan, checkpoint = source.job, source.point.disk, source.job.plan, source.point.checkpoint
+    return BackupEntry(
+        id=str(job.sequence), sequence=job.sequence, file=job.file,
+        parent=None if plan.parent is None else plan.parent.id,
+        type_requested=job.requested, type_actual=plan.type_actual, reason=plan.reason,
+        time_ns=checkpoint.time_ns, checkpoint=CheckpointRef(checkpoint.uuid, checkpoint.name),
+        epoch=checkpoint.epoch, disk_size=disk.size, granularity=disk.geometry.granularity,
+        cluster_size=source.clusters.granularity, trust=source.trust, bytes_changed=copied.bytes_changed,
+        bytes_zero=copied.bytes_zero, bytes_stored=copied.bytes_stored,
+        sha256=None, chunks=chunks, compression=compression,
+    )  # fmt: skip

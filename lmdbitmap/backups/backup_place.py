@@ -1,0 +1,91 @@
+"""Whether a repository's folder is the one that is meant, and whose it is, before a backup goes into it.
+
+Both look like a mistake of a person's, and are done only where that person says so:
+
+    take over        the folder has backups of a disk of this name, and another uuid. It may be this very disk, that
+                     came here from another host, or was added anew. Its next backup is compared with the newest one
+                     there (a rescan). The manifest that names that backup names the disk's new uuid too, in one
+                     replacement: so a death leaves the folder to the one disk or to the other, with all that it had.
+    new repository   the folder has nothing, but the store knows that this disk was backed up to there: as when the file
+                     system that holds the repository is not mounted.
+
+Nothing is ever believed of the checkpoints of backups that were taken over. They were another store's; and if the disk
+comes back to where it was, that store has them still, and knows nothing of the time in between. So these backups lose
+their epoch: none counts from them, also when a prune or a copy has changed what is around them.
+
+A place that the store knows nothing of may be as new as it likes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from typing import NamedTuple
+
+from lmdbitmap.errors import AlreadyExists, NotFound, os_errors_at
+from lmdbitmap.notes.holds import Hold, hold_files
+from lmdbitmap.repository.manifest import DiskRef, Manifest, taken_over
+from lmdbitmap.repository.manifest_file import COPY, MANIFEST, NEXT
+from lmdbitmap.repository.repository import LOCK, BackupFolder
+from lmdbitmap.storage.schema import Disk
+from lmdbitmap.store import Store
+
+
+class Permission(NamedTuple):
+    """What a person said about the place that backups go to."""
+
+    take_over: bool = False
+    new_repository: bool = False
+
+
+def require_meant(store: Store, disk: Disk, folder: BackupFolder, permission: Permission) -> None:
+    """Raise `NotFound` where the folder lacks what it should have; nothing is made or changed."""
+    if permission.take_over and not any(
+        os.path.lexists(folder.path_of(name)) for name in (MANIFEST, COPY, NEXT)
+    ):
+        raise NotFound(
+            f"{folder.path} has no backups to take over",
+            next_step="see whether its file system is mounted, name another repository, or leave out --take-over",
+        )
+    if permission.new_repository or not _is_empty(folder):
+        return
+    for file in hold_files(store.path, disk.uuid):
+        hold = file.hold
+        if hold is not None and hold.was_at(folder.repository_path) and hold.expects_backups:
+            raise _gone(disk, folder, hold)
+
+
+def owned(found: Manifest | None, disk: Disk, folder: BackupFolder, permission: Permission) -> Manifest:
+    """The manifest as this disk's. Raises `AlreadyExists` for another disk's that is not to be taken over."""
+    ours = DiskRef(disk.name, disk.uuid)
+    if found is None:
+        return Manifest(ours)
+    if found.disk.uuid == disk.uuid or not found.backups:
+        return dataclasses.replace(found, disk=ours)
+    if not permission.take_over:
+        raise AlreadyExists(
+            f"{folder.path} has the backups of another disk that was called {found.disk.name!r} too",
+            next_step="back up to another repository, or, if it is this very disk that was tracked elsewhere or"
+            " added anew, say --take-over",
+        )
+    return taken_over(found, ours)
+
+
+def _is_empty(folder: BackupFolder) -> bool:
+    """Whether nothing but a lock is in it. What a killed first backup left is something."""
+    with os_errors_at(folder.path):
+        try:
+            return set(os.listdir(folder.path)) <= {LOCK}
+        except FileNotFoundError:
+            return True
+        except NotADirectoryError:  # whoever makes the folder tells of that
+            return False
+
+
+def _gone(disk: Disk, folder: BackupFolder, hold: Hold) -> NotFound:
+    when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(hold.used_ns // 1_000_000_000))
+    return NotFound(
+        f"{folder.path} has no backups, but disk {disk.name!r} was backed up to {folder.repository_path} on {when}",
+        next_step="see whether its file system is mounted; to begin another repository there, say --new-repository",
+    )

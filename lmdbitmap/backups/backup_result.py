@@ -1,0 +1,40 @@
+"""What became of each disk of a backup."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from lmdbitmap.errors import LmdbitmapError
+from lmdbitmap.repository.disks_failed import DisksFailed
+from lmdbitmap.repository.manifest import BackupEntry, Reason
+
+_FULL: Final = "`backup --full`"
+
+
+@dataclass(frozen=True, slots=True)
+class BackupResult:
+    """One disk's new backup. `entry` says what was asked for, what it became and why, and the bytes."""
+
+    disk: str
+    entry: BackupEntry
+    path: str
+    bytes_read: int
+    """Of the disk."""
+    seconds: float
+    digest_reason: Reason | None = None
+    """Why its digests are not of the algorithm that those of the backup before are of, if that was not asked for."""
+
+
+class BackupsFailed(DisksFailed):
+    """Some of several disks have no new backup, for the reasons in `failures`; those in `results` have theirs.
+
+    A full backup is advised of a disk alone: the same command with --full would make all of them full.
+    """
+
+    def __init__(self, results: Sequence[BackupResult], failures: Mapping[str, LmdbitmapError]) -> None:
+        for disk, error in failures.items():
+            error.next_step = error.next_step.replace(_FULL, f"`backup {disk} REPO --full`")
+        super().__init__("backed up", len(results), failures)
+        self.results = tuple(results)

@@ -1,0 +1,47 @@
+"""What backups left that did not come to their end, and how it goes.
+
+A run that died may have asked an owner for a checkpoint that is made later, when nobody waits for it any more. A backup
+of that moment does not find it yet. So what is not there to be undone stays noted until the backup's own checkpoint is
+taken, and goes after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Final
+
+from lmdbitmap.access.access import Access
+from lmdbitmap.repository.repository import BackupFolder, Unfinished, is_checkpoint_name
+from lmdbitmap.storage.schema import Checkpoint, Disk
+
+_MOST_LATE: Final = 16
+"""As many as may ask an owner at once."""
+
+
+def undo_unfinished(
+    way: Access, disk: Disk, folder: BackupFolder, late: Collection[str] | None = None
+) -> list[Unfinished]:
+    """Undo what runs made that the manifest does not know. Answers what stays noted, to go later.
+
+    That is a checkpoint that alone records, and those that may come still: of those in `late`, or of all.
+    """
+    abandoned = folder.unfinished()
+    names = {work.checkpoint for work in abandoned}
+    seen: set[str] = set()
+
+    def is_abandoned(member: Checkpoint) -> bool:
+        if member.name in names:
+            seen.add(member.name)
+        return member.name in seen
+
+    stay = set(forget(way, disk, is_abandoned)) if names else set()
+    if way.may_be_behind:
+        stay |= (names - seen) & set(names if late is None else late)
+    if not stay:
+        folder.drop_note()
+    return [work for work in abandoned if work.checkpoint in stay][-_MOST_LATE:]
+
+
+def forget(way: Access, disk: Disk, is_unneeded: Callable[[Checkpoint], bool]) -> list[str]:
+    """Merge checkpoints of backups, and no others, into the ones before. Answers the names of those that stay."""
+    return way.forget(disk, lambda member: is_checkpoint_name(member.name) and is_unneeded(member))

@@ -1,0 +1,112 @@
+"""What copying takes of a device: to read it, to ask where it is zero, and in what way it is best read."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol, TypeAlias
+
+from lmdbitmap.interfaces import Allocation
+from lmdbitmap.work.crew import Spared
+from lmdbitmap.work.pace import Pace
+
+CHUNK_BYTES = 1 << 20
+"""Read at once, unless the device says more in its `chunk_bytes`."""
+
+Parts: TypeAlias = "Sequence[tuple[memoryview, int]]"
+"""(buffer, offset) each."""
+Ranges: TypeAlias = "Sequence[tuple[int, int]]"
+"""(offset, length) each."""
+ReadMany: TypeAlias = Callable[[Parts, Ranges], None]
+"""Fills all parts at once. They lie in the ranges, of which the rest is zeroes and is not going to be read."""
+WillNeed: TypeAlias = Callable[[int, int], None]
+"""Is told (offset, length)."""
+
+
+class Readable(Protocol):
+    """What copying a device takes of a `BlockDevice`."""
+
+    @property
+    def size(self) -> int: ...
+    def pread_into(self, buffer: memoryview, offset: int) -> None: ...
+    def allocation(self, offset: int, length: int) -> Iterator[Allocation]: ...
+
+
+class Ways(NamedTuple):
+    """How a device is best read: what it says of itself in attributes of these names, or what goes for any."""
+
+    pread_many: ReadMany | None
+    """Of a device to which every question travels; `pread_covered`, if it wants to know the ranges."""
+    will_need: WillNeed | None
+    """Of a device that can begin to read before that is waited for."""
+    interrupt: Callable[[], None]
+    """Has a read that hangs fail, from any thread."""
+    chunk_bytes: int
+    spared: Spared
+    """What it says at this moment of its `spared_processors`, to be left to others while it is read."""
+
+
+def ways_of(device: Readable) -> Ways:
+    if isinstance(device, Metered):
+        return device.ways
+    return Ways(
+        _read_many_of(device),
+        getattr(device, "will_need", None),
+        getattr(device, "interrupt", _nothing),
+        getattr(device, "chunk_bytes", CHUNK_BYTES),
+        partial(getattr, device, "spared_processors", 0),
+    )
+
+
+def _read_many_of(device: Readable) -> ReadMany | None:
+    covered: ReadMany | None = getattr(device, "pread_covered", None)
+    many: Callable[[Parts], None] | None = getattr(device, "pread_many", None)
+    return covered if covered is not None or many is None else lambda parts, _: many(parts)
+
+
+def _nothing() -> None:
+    """A device that cannot hang, or nobody can help it."""
+
+
+class Metered:
+    """A device, and how much of it was read: no faster than `pace` allows."""
+
+    def __init__(self, device: Readable, pace: Pace | None = None) -> None:
+        self._device = device
+        self._pace = pace
+        self._ways = ways_of(device)
+        self._is_interrupted = threading.Event()
+        self.ways = self._ways._replace(interrupt=self._interrupt)
+        """The same, metered; what is announced is when it is read."""
+        if self._ways.pread_many is not None:
+            self.ways = self.ways._replace(pread_many=self._pread_many)
+        self.bytes_read = 0
+        self._counting = threading.Lock()
+
+    @property
+    def size(self) -> int:
+        return self._device.size
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        self._admit(len(buffer))
+        self._device.pread_into(buffer, offset)
+
+    def _pread_many(self, parts: Parts, ranges: Ranges) -> None:
+        assert self._ways.pread_many is not None
+        self._admit(sum(len(buffer) for buffer, _ in parts))
+        self._ways.pread_many(parts, ranges)
+
+    def _interrupt(self) -> None:
+        """Whoever waits for his turn to read waits no more."""
+        self._is_interrupted.set()
+        self._ways.interrupt()
+
+    def _admit(self, length: int) -> None:
+        if self._pace is not None:
+            self._pace.admit(length, self._is_interrupted.wait)
+        with self._counting:
+            self.bytes_read += length
+
+    def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
+        return self._device.allocation(offset, length)

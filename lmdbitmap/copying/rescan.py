@@ -1,0 +1,137 @@
+"""Where a disk differs from a backup of it, found out by reading both: when no bitmap can say what changed.
+
+What both know to be zero is not read. Past the end of the shorter one the other must be zero, or it differs. All else
+is read, of both: so what a restore will take from the backup is what `past` was read for, and can prove meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from lmdbitmap.bits import Run
+from lmdbitmap.copying.readable import Readable
+from lmdbitmap.geometry import Geometry
+from lmdbitmap.interfaces import Allocation
+from lmdbitmap.work.buffers import new_buffer
+
+_CHUNK_BYTES: Final = 1 << 20
+
+
+def differing(
+    device: Readable,
+    past: Readable,
+    clusters: Geometry,
+    advance: Callable[[int], None] = lambda length: None,
+) -> Iterator[Run]:
+    """Runs of `clusters` of the device, ascending, apart from each other, in which it is not what `past` holds.
+
+    `clusters` is of the device's size. Calls `advance` with the bytes that are done. Raises what the devices raise.
+    """
+    comparison = _Comparison(device, past, clusters)
+    held_start = held_stop = 0
+    for start, stop in comparison.runs(advance):
+        if start == held_stop:
+            held_stop = stop
+            continue
+        if held_start < held_stop:
+            yield held_start, held_stop
+        held_start, held_stop = start, stop
+    if held_start < held_stop:
+        yield held_start, held_stop
+
+
+class _Comparison:
+    def __init__(self, device: Readable, past: Readable, clusters: Geometry) -> None:
+        self._device = device
+        self._past = past
+        self._clusters = clusters
+        self._chunk_bytes = max(_CHUNK_BYTES, clusters.granularity)
+        self._new = new_buffer(self._chunk_bytes)
+        self._old = new_buffer(self._chunk_bytes)
+
+    def runs(self, advance: Callable[[int], None]) -> Iterator[Run]:
+        """Differing clusters; neighbours may come apart."""
+        for offset, length, zero in self._stretches():
+            if zero:
+                advance(length)
+                continue
+            for at in range(offset, offset + length, self._chunk_bytes):
+                count = min(self._chunk_bytes, offset + length - at)
+                yield from self._differing(at, count)
+                advance(count)
+
+    def _stretches(self) -> Iterator[tuple[int, int, bool]]:
+        """(offset, length, whether both are known to be zero) in whole clusters, without a gap."""
+        size, position = self._clusters.size, 0
+        for start, stop in self._zero_in_both():
+            zero = self._clusters.blocks_inward(start, stop - start)
+            offset, length = self._clusters.bytes_of(zero.start, zero.stop)
+            if not zero:
+                continue
+            if position < offset:
+                yield position, offset - position, False
+            yield offset, length, True
+            position = offset + length
+        if position < size:
+            yield position, size - position, False
+
+    def _zero_in_both(self) -> Iterator[tuple[int, int]]:
+        """Byte ranges [start, stop), ascending."""
+        theirs = _zeroes(self._past, self._clusters.size)
+        old_start, old_stop = next(theirs, _NOWHERE)
+        for start, stop in _zeroes(self._device, self._clusters.size):
+            while old_stop <= start:
+                old_start, old_stop = next(theirs, _NOWHERE)
+            while old_start < stop:
+                yield max(start, old_start), min(stop, old_stop)
+                if old_stop > stop:
+                    break
+                old_start, old_stop = next(theirs, _NOWHERE)
+
+    def _differing(self, offset: int, length: int) -> Iterator[Run]:
+        """Both are read; most clusters are alike, so all are compared at once first."""
+        new, old = memoryview(self._new)[:length], memoryview(self._old)[:length]
+        self._device.pread_into(new, offset)
+        kept = max(min(self._past.size - offset, length), 0)
+        if kept:
+            self._past.pread_into(old[:kept], offset)
+        old[kept:] = bytes(length - kept)
+        if self._new.startswith(old):
+            return
+        size, first = self._clusters.granularity, offset >> self._clusters.granularity_bits
+        for number, at in enumerate(range(0, length, size), first):
+            stop = min(at + size, length)
+            if not self._new.startswith(old[at:stop], at, stop):
+                yield number, number + 1
+
+
+_NOWHERE: Final = (1 << 64, 1 << 64)
+
+
+def _zeroes(device: Readable, size: int) -> Iterator[tuple[int, int]]:
+    """Byte ranges [start, stop) below `size` that are known to read as zeroes; what is past the device's end is."""
+    start = stop = 0
+    for position, part in _placed(device, min(device.size, size)):
+        if not part.zero:
+            continue
+        if position != stop:
+            if start < stop:
+                yield start, stop
+            start = position
+        stop = position + part.length
+    if device.size < size:
+        if stop != device.size:
+            if start < stop:
+                yield start, stop
+            start = device.size
+        stop = size
+    if start < stop:
+        yield start, stop
+
+
+def _placed(device: Readable, size: int) -> Iterator[tuple[int, Allocation]]:
+    position = 0
+    for part in device.allocation(0, size):
+        yield position, part
+        position += part.length

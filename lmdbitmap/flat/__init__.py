@@ -1,0 +1,1 @@
+"""The canonical bitmap file (format.py), and what is done with one."""

@@ -1,0 +1,91 @@
+"""A flat file beside a served disk: `serve --bitmap-file X.dbm`, the original proposal to the letter.
+
+    attach    prove X, OR it into the open period, durably; then clear its CLEAN flag, durably
+    serve     whatever becomes of us, X says "everything is dirty"
+    detach    write X anew with the open period's bits and CLEAN set, whole or not at all
+
+The store is crash-safe with or without X, which is for those who read flat files. So X can only add dirt: one
+that is missing adds nothing, and one that cannot be believed (not CLEAN, damaged, of another disk) makes
+everything dirty, in a new epoch that says why. What does not begin like a flat file of this version is refused,
+because detach would overwrite it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from lmdbitmap import export
+from lmdbitmap.errors import FormatError, NotFound, Untrusted, error_from_os, os_errors_at
+from lmdbitmap.filter import Filter
+from lmdbitmap.flat.flatfile import FlatFile, begins_like_ours
+from lmdbitmap.format import Flags, FlatHeader
+from lmdbitmap.tracker import chain
+from lmdbitmap.tracker.changes import changes
+
+
+def begin(attached: Filter, path: str | os.PathLike[str]) -> str | None:
+    """Take the file in, before the first guest writes; `attached` writes it out when it is detached cleanly.
+
+    Answers why the file was not believed, which has begun a new epoch, or None. Raises, and changes nothing, if
+    the file is none of ours or could not be written.
+    """
+    place = os.path.abspath(path)
+    _require_writable(os.path.dirname(os.path.realpath(place)))
+    reason = _take_in(attached, place)
+    attached.at_detach(lambda: _write_out(attached, place))
+    return reason
+
+
+def _require_writable(folder: str) -> None:
+    with os_errors_at(folder):
+        os.stat(folder)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise error_from_os(folder, OSError(errno.EACCES, "not writable"))
+
+
+def _take_in(attached: Filter, path: str) -> str | None:
+    try:
+        file = FlatFile.open(path, writable=True)
+    except NotFound:
+        return None
+    except FormatError as error:
+        if not begins_like_ours(path):
+            raise
+        attached.start_epoch(error.problem)
+        return error.problem
+    with file:
+        reason = _why_unbelievable(file, attached)
+        if reason is None:
+            loose = _why_loose(file.header, attached, path)
+            export.merge_file_into(attached, file, loose=loose)
+        else:
+            attached.start_epoch(reason)
+        file.clear_clean()
+    return reason
+
+
+def _why_unbelievable(file: FlatFile, attached: Filter) -> str | None:
+    header, disk = file.header, attached.disk
+    if header.disk_uuid != disk.uuid:
+        return f"{file.path} is of another disk"
+    if header.disk_size != disk.size:
+        return f"{file.path} is of a disk of {header.disk_size} bytes, and this one has {disk.size}"
+    try:
+        file.prove()
+    except (Untrusted, FormatError) as error:
+        return error.problem
+    return None
+
+
+def _why_loose(header: FlatHeader, attached: Filter, path: str) -> str | None:
+    with attached.store.read() as reader:
+        recording = chain.current_checkpoint(reader, attached.disk)
+    if header.since_uuid != recording.uuid:
+        return f"{path} counts from another checkpoint"
+    return f"{path} was a superset" if Flags.SUPERSET in header.flags else None
+
+
+def _write_out(attached: Filter, path: str) -> None:
+    """The disk is still ours and nobody writes to it: what the store says is all there is."""
+    export.export_changes(changes(attached.store, attached.disk.name, persisted=True), path)

@@ -1,0 +1,178 @@
+"""Flat bitmap files in their folders: written whole or not at all, and proven before they are believed.
+
+`format.py` knows the bytes, this module the files. Reading takes memory that no field of the file decides, and
+time that the file's real size on disk decides: holes are skipped and their checksum is calculated, so a file
+that pretends to terabytes costs no more than it holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import BinaryIO
+
+from lmdbitmap import format as flat
+from lmdbitmap.errors import FormatError, os_errors_at
+from lmdbitmap.format import BitsTally, Chunk, Flags, FlatHeader, Metadata, Zeroes
+from lmdbitmap.interfaces import Buffer
+from lmdbitmap.system import files
+
+PAGE_BYTES = 4096
+"""The bits begin on a multiple of this, and every chunk that is read is one too, but for the last."""
+_CHUNK_BYTES = 1 << 20
+
+_BEGINNING = flat.MAGIC + flat.MAJOR_VERSION.to_bytes(2, "little")
+
+
+class FlatFile:
+    """An open file whose header is proven. Its bits are proven each time they are read."""
+
+    def __init__(self, path: str, fd: int) -> None:
+        with os_errors_at(path):
+            status = os.fstat(fd)
+            prefix = os.pread(fd, flat.MAX_HEADER_SIZE, 0) if stat.S_ISREG(status.st_mode) else None
+        if prefix is None:
+            raise FormatError(
+                path, expected="a regular file", found="something else", next_step="name a .dbm file"
+            )
+        self.header, self.metadata = flat.decode_header(prefix, file_size=status.st_size, place=path)
+        self.path = path
+        self.fd = fd
+        self._header_area = prefix[: self.header.header_size]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, writable: bool = False) -> FlatFile:
+        """Raises `NotFound`, `StorageError`, or `FormatError` for a file whose header is not sound."""
+        place = os.fspath(path)
+        access = os.O_RDWR if writable else os.O_RDONLY
+        with os_errors_at(place):
+            # a fifo without a writer would otherwise be waited for
+            fd = os.open(place, access | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        try:
+            return cls(place, fd)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The bits; nothing may come of them before the last one: see `format.trusted_bits`."""
+        return flat.trusted_bits(self.header, self._unproven_chunks(), place=self.path)
+
+    def prove(self) -> None:
+        """Read all bits once. Raises `Untrusted` if the file is not CLEAN, `FormatError` if they are wrong."""
+        for _ in self.chunks():
+            pass
+
+    def clear_clean(self) -> None:
+        """Take CLEAN away, durably: the disk may change after this returns (docs/format.md, in place, step 1)."""
+        with os_errors_at(self.path):
+            os.pwrite(self.fd, flat.without_clean(self._header_area)[: flat.FIXED_SIZE], 0)
+            os.fsync(self.fd)
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> FlatFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _unproven_chunks(self) -> Iterator[Chunk]:
+        position = self.header.header_size
+        end = position + self.header.bits_size
+        while position < end:
+            data_start, data_end = self._next_data(position, end)
+            if position < data_start:
+                yield Zeroes(data_start - position)
+            position = data_start
+            while position < data_end:
+                chunk = self._read(min(_CHUNK_BYTES, data_end - position), position)
+                if not chunk:
+                    return  # it was cut meanwhile, which the proof notices
+                yield chunk
+                position += len(chunk)
+
+    def _read(self, length: int, position: int) -> bytes:
+        with os_errors_at(self.path):
+            return os.pread(self.fd, length, position)
+
+    def _next_data(self, position: int, end: int) -> tuple[int, int]:
+        """The next bytes between `position` and `end` that are no hole, rounded outward to whole pages."""
+        try:
+            start = os.lseek(self.fd, position, os.SEEK_DATA)
+            stop = os.lseek(self.fd, start, os.SEEK_HOLE)
+        except OSError as refusal:
+            if refusal.errno == errno.ENXIO:  # holes all the way
+                return end, end
+            return position, end  # a file system that does not tell: all of it is data
+        first_page = start - start % PAGE_BYTES
+        return min(max(first_page, position), end), min(stop + -stop % PAGE_BYTES, end)
+
+
+class NewFlatFile:
+    """A file on its way: `put` the dirty stretches in ascending order; what is left out is clean."""
+
+    def __init__(self, file: BinaryIO, header: FlatHeader, metadata: Metadata) -> None:
+        self.header = header.unsealed()
+        self._file = file
+        self._metadata = metadata
+        self._tally = BitsTally(header.bit_count)
+        self._bits_start = file.write(flat.encode_header(self.header, metadata))
+
+    def put(self, offset: int, dirty: Buffer) -> None:
+        """These bytes of bits from byte `offset` of the bits on; none past the end of the disk is set."""
+        self._tally.add(Zeroes(offset - self._tally.size))
+        self._tally.add(dirty)
+        self._file.seek(self._bits_start + offset)
+        self._file.write(dirty)
+
+    def note_superset(self) -> None:
+        """The bits may name clean blocks as dirty."""
+        self.header = replace(self.header, flags=self.header.flags | Flags.SUPERSET)
+
+    def seal(self) -> None:
+        """All bits are there: now a header that vouches for them."""
+        self._tally.add(Zeroes(self.header.bits_size - self._tally.size))
+        self.header = self.header.sealed(self._tally)
+        self._file.truncate(self._bits_start + self.header.bits_size)
+        self._file.seek(0)
+        self._file.write(flat.encode_header(self.header, self._metadata))
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str], header: FlatHeader, metadata: Metadata) -> Iterator[NewFlatFile]:
+    """A new file at `path`, CLEAN and durable when the block ends well; if it raises, nothing has changed.
+
+    Raises `FormatError` where there is a file already that is neither empty nor a flat file of this version.
+    """
+    place = os.fspath(path)
+    _refuse_foreign(place)
+    with files.replacing(place) as file:
+        new = NewFlatFile(file, header, metadata)
+        yield new
+        with os_errors_at(place):
+            new.seal()
+
+
+def begins_like_ours(path: str) -> bool:
+    """Whether the first bytes are those of a flat file of this version, whatever comes after them."""
+    return files.first_bytes(path, len(_BEGINNING)) == _BEGINNING
+
+
+def _refuse_foreign(place: str) -> None:
+    """Its content would be gone, and whoever has it open would go on with what has no name any more."""
+    if files.first_bytes(place, len(_BEGINNING)) in (b"", _BEGINNING):
+        return
+    raise FormatError(
+        place,
+        expected="a flat bitmap file of this version, an empty file or none",
+        found="a file with something else in it",
+        next_step="name a new file: nothing was written",
+    )

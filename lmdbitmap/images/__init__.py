@@ -1,0 +1,1 @@
+"""Disk images: to open, to know again, to read and to write, wherever they are."""

@@ -1,0 +1,409 @@
+"""Disk images: raw files and block devices, and memory as the fake of both.
+
+- Every range is checked against `size` first. So no write makes a file longer, and a read that meets the
+  end of the file means that another program cut it: EIO, never short data.
+- Nothing depends on the descriptor's position: pread and pwrite name their offset, and lseek is only asked
+  (each call returns its own answer). So threads share the descriptor without a lock. Two things are the
+  caller's: no write in flight past the new end of a `resize`, and nothing at all in flight at `close`.
+- An open image holds the byte-range locks that QEMU takes (image_locks.py) until it is closed.
+- Holes of a file read as zeroes. About a block device nothing is known: all of it is data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lmdbitmap.errors import InvalidArgument, os_errors_at
+from lmdbitmap.geometry import MAX_SIZE, ceil_div, check_range
+from lmdbitmap.interfaces import Allocation, Buffer, ImageIdentity, joined
+from lmdbitmap.system import kernel, linux
+from lmdbitmap.system.files import FILESYSTEM_KINDS
+from lmdbitmap.system.image_locks import lock_image
+from lmdbitmap.work.buffers import read_whole
+
+ZERO_CHUNK_BYTES = 1 << 20
+PAGE_BYTES = 4096
+_STAT_BLOCK_BYTES = 512
+_READ_AHEAD_BYTES = 512 << 10
+
+DATA = (False, False)
+HOLE = (True, True)
+
+
+class FileDevice:
+    """A raw file or a block device. Make one with `FileDevice.open`."""
+
+    def __init__(
+        self,
+        path: str,
+        fd: int,
+        *,
+        read_only: bool,
+        locked: bool = True,
+        is_block_device: bool = False,
+        sector_bytes: int = 1,
+    ) -> None:
+        self.path = path
+        self.is_block_device = is_block_device
+        self.locked = locked
+        """Whether QEMU is kept out; False on a file system that has no locks."""
+        self._fd = fd
+        self._read_only = read_only
+        self._size = os.lseek(fd, 0, os.SEEK_END)
+        self._sector_bytes = sector_bytes
+        self._resizing = threading.Lock()
+
+    @classmethod
+    def open(
+        cls, path: str | os.PathLike[str], *, read_only: bool = False, share_writes: bool = False
+    ) -> FileDevice:
+        """Open and lock an image. `share_writes` lets a reader look while somebody else writes.
+
+        Raises `NotFound`, `InvalidArgument` if it is no image, `Busy` if QEMU or another lmdbitmap has it
+        open in a way that does not go together with ours, `StorageError` for all else.
+        """
+        place = os.fspath(path)
+        if share_writes and not read_only:
+            raise InvalidArgument("a writer cannot share writes", next_step="open the image read-only")
+        is_block_device = _is_block_device(place)
+        with os_errors_at(place):
+            fd = os.open(place, _open_flags(read_only, is_block_device))
+            try:
+                return cls(
+                    place,
+                    fd,
+                    read_only=read_only,
+                    locked=lock_image(fd, place, writes=not read_only, share_writes=share_writes),
+                    is_block_device=is_block_device,
+                    sector_bytes=linux.logical_sector_bytes(fd) if is_block_device else 1,
+                )
+            except BaseException:
+                os.close(fd)
+                raise
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    @property
+    def read_only(self) -> bool:
+        return self._read_only
+
+    @property
+    def fd(self) -> int | None:
+        return self._fd if self._fd >= 0 else None
+
+    def identity(self) -> ImageIdentity:
+        """What the image is now, asked afresh.
+
+        A block device has a number, a size and what the kernel counts: its node's inode and mtime say nothing
+        about its data.
+        """
+        status = os.fstat(self._fd)
+        if self.is_block_device:
+            size, trace = os.lseek(self._fd, 0, os.SEEK_END), kernel.device_trace(status.st_rdev)
+            return ImageIdentity(status.st_rdev, 0, size, 0, trace)
+        return ImageIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+    def pread(self, length: int, offset: int) -> bytes:
+        check_range(offset, length, self._size)
+        data = os.pread(self._fd, length, offset)
+        if len(data) == length:
+            return data
+        return read_whole(self.pread_into, length, offset)
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        check_range(offset, len(buffer), self._size)
+        while buffer:
+            count = os.preadv(self._fd, [buffer], offset)
+            if count == 0:
+                raise OSError(errno.EIO, f"the image was cut at byte {offset} or before", self.path)
+            buffer = buffer[count:]
+            offset += count
+
+    def will_need(self, offset: int, length: int) -> None:
+        """Have the kernel begin to read a range that will be asked for soon. Promises nothing.
+
+        In steps: of one range Linux reads no more than the device takes in one request, or its `read_ahead_kb`.
+        """
+        with contextlib.suppress(OSError):
+            for start in range(offset, offset + length, _READ_AHEAD_BYTES):
+                step = min(_READ_AHEAD_BYTES, offset + length - start)
+                os.posix_fadvise(self._fd, start, step, os.POSIX_FADV_WILLNEED)
+
+    def pwrite(self, data: Buffer, offset: int) -> None:
+        self._check_write(offset, len(data))
+        rest = memoryview(data)
+        while rest:
+            count = os.pwrite(self._fd, rest, offset)
+            if count == 0:
+                raise OSError(errno.EIO, "nothing was written", self.path)
+            rest = rest[count:]
+            offset += count
+
+    def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool = True, fast_only: bool = False
+    ) -> None:
+        self._check_write(offset, length)
+        start, stop = self._whole_sectors(offset, length)
+        if start < stop and self._zero_in_place(start, stop - start, may_unmap, fast_only):
+            self._write_zeroes_out(offset, start)
+            self._write_zeroes_out(stop, offset + length)
+        elif start < stop and fast_only:
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP), self.path)
+        else:
+            self._write_zeroes_out(offset, offset + length)
+
+    def _zero_in_place(self, offset: int, length: int, may_unmap: bool, fast_only: bool) -> bool:
+        """Whether the system zeroed the range by itself.
+
+        fallocate works on block devices too. There PUNCH_HOLE fails rather than write zeroes out, and
+        ZERO_RANGE (the same as the BLKZEROOUT ioctl) may write them.
+        """
+        if may_unmap and linux.fallocate(self._fd, linux.FALLOC_FL_PUNCH_HOLE, offset, length):
+            return True
+        if self.is_block_device and fast_only:
+            return False
+        return linux.fallocate(self._fd, linux.FALLOC_FL_ZERO_RANGE, offset, length)
+
+    def _write_zeroes_out(self, start: int, stop: int) -> None:
+        zeroes = memoryview(bytes(min(stop - start, ZERO_CHUNK_BYTES)))
+        for offset in range(start, stop, ZERO_CHUNK_BYTES):
+            self.pwrite(zeroes[: stop - offset], offset)
+
+    def discard(self, offset: int, length: int) -> None:
+        """Advice: where the file system or the device does not know how, nothing happens."""
+        self._check_write(offset, length)
+        start, stop = self._whole_sectors(offset, length)
+        if start >= stop:
+            return
+        if self.is_block_device:
+            linux.block_discard(self._fd, start, stop - start)
+        else:
+            linux.fallocate(self._fd, linux.FALLOC_FL_PUNCH_HOLE, start, stop - start)
+
+    def flush(self) -> None:
+        if self._fd < 0:
+            raise _closed_error()
+        os.fdatasync(self._fd)
+
+    def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
+        check_range(offset, length, self._size)
+        if self.is_block_device or self._is_slow_to_find_holes():
+            return joined([Allocation(length, *DATA)])
+        return joined(_holes_and_data(self._fd, offset, offset + length))
+
+    def _is_slow_to_find_holes(self) -> bool:
+        """To say where data ends, tmpfs looks at each page: a GiB in 16 ms, in which nobody can write. So a file there
+        with as many blocks as it can fill is called data as a whole, whatever of it was only preallocated.
+        """
+        status = os.fstat(self._fd)
+        return status.st_blocks * _STAT_BLOCK_BYTES >= status.st_size and self._is_on_tmpfs
+
+    @functools.cached_property
+    def _is_on_tmpfs(self) -> bool:
+        try:
+            return FILESYSTEM_KINDS.get(linux.filesystem_number(self._fd)) == "tmpfs"
+        except OSError:  # whoever cannot say is asked for holes
+            return False
+
+    def resize(self, size: int) -> None:
+        """What is added reads as zeroes. A block device raises `InvalidArgument`: others size it."""
+        if self.is_block_device:
+            raise InvalidArgument(
+                f"{self.path} is a block device",
+                next_step="resize it with the tool that made it (lvresize, …)",
+            )
+        _check_size(size)
+        self._check_write(0, 0)
+        with self._resizing:
+            os.ftruncate(self._fd, size)
+            self._size = size
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> FileDevice:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _check_write(self, offset: int, length: int) -> None:
+        check_range(offset, length, self._size)
+        if self._read_only:
+            raise _read_only_error(self.path)
+
+    def _whole_sectors(self, offset: int, length: int) -> tuple[int, int]:
+        """(start, stop) of what can be zeroed or discarded: inward to sectors; for a file, all of it."""
+        sector = self._sector_bytes
+        return ceil_div(offset, sector) * sector, (offset + length) // sector * sector
+
+
+class MemoryDevice:
+    """The fake for tests: a disk of zeroes in memory, with `FileDevice`'s manners.
+
+    `fail_next["pwrite"] = errno.ENOSPC` makes the next `pwrite` fail so, having done nothing.
+    """
+
+    fd = None
+
+    def __init__(self, size: int, *, read_only: bool = False) -> None:
+        _check_size(size)
+        self.fail_next: dict[str, int] = {}
+        self._bytes = bytearray(size)
+        self._read_only = read_only
+        self._closed = False
+        self._lock = threading.Lock()
+
+    @property
+    def size(self) -> int:
+        return len(self._bytes)
+
+    @property
+    def read_only(self) -> bool:
+        return self._read_only
+
+    def pread(self, length: int, offset: int) -> bytes:
+        with self._doing("pread", offset, length):
+            return bytes(self._bytes[offset : offset + length])
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        with self._doing("pread_into", offset, len(buffer)):
+            buffer[:] = self._bytes[offset : offset + len(buffer)]
+
+    def pwrite(self, data: Buffer, offset: int) -> None:
+        with self._doing("pwrite", offset, len(data), writes=True):
+            self._bytes[offset : offset + len(data)] = data
+
+    def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool = True, fast_only: bool = False
+    ) -> None:
+        with self._doing("write_zeroes", offset, length, writes=True):
+            self._bytes[offset : offset + length] = bytes(length)
+
+    def discard(self, offset: int, length: int) -> None:
+        with self._doing("discard", offset, length, writes=True):
+            self._bytes[offset : offset + length] = bytes(length)
+
+    def flush(self) -> None:
+        with self._doing("flush"):
+            pass
+
+    def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
+        """Pages of zeroes are holes."""
+        with self._doing("allocation", offset, length):
+            return joined(self._pages(offset, offset + length))
+
+    def _pages(self, start: int, stop: int) -> Iterator[Allocation]:
+        while start < stop:
+            end = min(start - start % PAGE_BYTES + PAGE_BYTES, stop)
+            is_zero = self._bytes.count(0, start, end) == end - start
+            yield Allocation(end - start, *(HOLE if is_zero else DATA))
+            start = end
+
+    def resize(self, size: int) -> None:
+        _check_size(size)
+        with self._doing("resize", writes=True):
+            del self._bytes[size:]
+            self._bytes.extend(bytes(size - len(self._bytes)))
+
+    def close(self) -> None:
+        self._closed = True
+
+    @contextmanager
+    def _doing(
+        self, operation: str, offset: int = 0, length: int = 0, *, writes: bool = False
+    ) -> Iterator[None]:
+        with self._lock:
+            check_range(offset, length, len(self._bytes))
+            if self._closed:
+                raise _closed_error()
+            if writes and self._read_only:
+                raise _read_only_error("memory")
+            code = self.fail_next.pop(operation, None)
+            if code is not None:
+                raise OSError(code, os.strerror(code))
+            yield
+
+
+def _open_flags(read_only: bool, is_block_device: bool) -> int:
+    """O_EXCL on a block device: the kernel refuses one that is mounted or in use, whose writes we would miss."""
+    if read_only:
+        return os.O_RDONLY | os.O_CLOEXEC
+    return os.O_RDWR | os.O_CLOEXEC | (os.O_EXCL if is_block_device else 0)
+
+
+def _is_block_device(place: str) -> bool:
+    """Asked before opening: the mere opening of a fifo waits, and that of a tape or a watchdog acts."""
+    try:
+        with os_errors_at(place):
+            mode = os.stat(place).st_mode
+    except ValueError as refusal:
+        raise InvalidArgument(
+            f"{place!r} is no file name ({refusal})", next_step="name an image"
+        ) from refusal
+    if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+        raise InvalidArgument(
+            f"{place} is neither a regular file nor a block device", next_step="name a disk image"
+        )
+    return stat.S_ISBLK(mode)
+
+
+def _check_size(size: int) -> None:
+    if not 0 <= size <= MAX_SIZE:
+        raise InvalidArgument(f"size {size} is outside 0..2^63-1", next_step="choose a size in between")
+
+
+def _read_only_error(place: str) -> OSError:
+    """EPERM, because that is what an NBD server answers for the same thing."""
+    return OSError(errno.EPERM, "the image is open read-only", place)
+
+
+def _closed_error() -> OSError:
+    return OSError(errno.EBADF, "the image is closed")
+
+
+# --- holes ---
+
+
+def _holes_and_data(fd: int, start: int, stop: int) -> Iterator[Allocation]:
+    """Walk a file that may change meanwhile: every round ends further on, and doubt is called data."""
+    while start < stop:
+        data = _next_data(fd, start, stop)
+        yield Allocation(data - start, *HOLE)
+        hole = _next_hole(fd, data, stop) if data < stop else stop
+        yield Allocation(hole - data, *DATA)
+        start = hole
+
+
+def _next_data(fd: int, start: int, stop: int) -> int:
+    try:
+        return min(os.lseek(fd, start, os.SEEK_DATA), stop)
+    except OSError as refusal:
+        if refusal.errno == errno.ENXIO:  # a hole to the end of the file; what lies behind that is no hole
+            return min(max(os.fstat(fd).st_size, start), stop)
+        if refusal.errno in linux.UNSUPPORTED:
+            return start
+        raise
+
+
+def _next_hole(fd: int, start: int, stop: int) -> int:
+    try:
+        hole = os.lseek(fd, start, os.SEEK_HOLE)
+    except OSError as refusal:
+        if refusal.errno in linux.UNSUPPORTED | {errno.ENXIO}:
+            return stop
+        raise
+    if hole <= start:  # punched since we were told that data is here
+        hole = start + PAGE_BYTES
+    return min(hole, stop)

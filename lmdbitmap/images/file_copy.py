@@ -1,0 +1,45 @@
+"""Copies bytes from file to file: by the kernel where it can, so that none passes through this program."""
+
+from __future__ import annotations
+
+import os
+
+from lmdbitmap.errors import os_errors_at
+from lmdbitmap.images.device import FileDevice
+
+PIECE_BYTES = 8 << 20
+"""What to copy at once, between two reports; by hand it is in memory."""
+
+
+class FileCopier:
+    """Fills the file `fd`; complaints name the `place` where it will be. For one thread."""
+
+    def __init__(self, fd: int, place: str) -> None:
+        self._fd = fd
+        self._place = place
+        self._kernel_can = True
+
+    def copy(self, source: FileDevice, from_offset: int, to_offset: int, length: int) -> None:
+        """At most `PIECE_BYTES`."""
+        end = from_offset + length
+        while from_offset < end:
+            count = self._copy_in_kernel(source, from_offset, to_offset, end - from_offset)
+            if not count:
+                count = self._copy_by_hand(source, from_offset, to_offset, end - from_offset)
+            from_offset, to_offset = from_offset + count, to_offset + count
+
+    def _copy_in_kernel(self, source: FileDevice, from_offset: int, to_offset: int, length: int) -> int:
+        """How many bytes the kernel copied: 0 where it cannot, or where copying by hand will tell why not."""
+        if self._kernel_can:
+            assert source.fd is not None
+            try:
+                return os.copy_file_range(source.fd, self._fd, length, from_offset, to_offset)
+            except OSError:
+                self._kernel_can = False
+        return 0
+
+    def _copy_by_hand(self, source: FileDevice, from_offset: int, to_offset: int, length: int) -> int:
+        with os_errors_at(source.path):
+            data = source.pread(length, from_offset)
+        with os_errors_at(self._place):
+            return os.pwrite(self._fd, data, to_offset)

@@ -1,0 +1,93 @@
+"""An image by its name: the path of a file or a block device, or the URI of what an NBD server exports."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from lmdbitmap.errors import InvalidArgument
+from lmdbitmap.images.device import FileDevice
+from lmdbitmap.interfaces import TrackableDevice
+from lmdbitmap.nbd import uri
+from lmdbitmap.nbd.client.device import NbdDevice
+
+
+def open_image(image: str, *, read_only: bool = False, share_writes: bool = False) -> TrackableDevice:
+    """Open it as `FileDevice.open` and `NbdDevice.open` say; nobody can be kept out of what a server exports."""
+    if uri.is_uri(image):
+        return NbdDevice.open(image, read_only=read_only)
+    return FileDevice.open(image, read_only=read_only, share_writes=share_writes)
+
+
+def is_far(image: str) -> bool:
+    """Whether an NBD server has it."""
+    return uri.is_uri(image)
+
+
+def lasting_name(image: str) -> str:
+    """The name by which it is found from every folder; two names of one image become the same where we can tell.
+
+    Raises `InvalidArgument` for what can be kept in no store, or names nothing that can be tracked.
+    """
+    if uri.is_uri(image):
+        place = uri.parse(image)
+        path = place.socket_path and _real_path(place.socket_path)
+        lasting = place._replace(socket_path=path, tls=place.tls and _lasting_credentials(place.tls))
+        return uri.parse(lasting.uri).uri
+    return _lasting_path(image)
+
+
+def is_same_image(one: str, other: str) -> bool:
+    """Whether two names lead to one image, links and other names of a device included.
+
+    What a server exports is the same with TLS and without, and with any credentials.
+    """
+    if is_far(one) or is_far(other):
+        return is_far(one) and is_far(other) and _lasting_place(one) == _lasting_place(other)
+    if os.path.realpath(one) == os.path.realpath(other):
+        return True
+    try:
+        here, there = os.stat(one), os.stat(other)
+    except (OSError, ValueError):
+        return False
+    return are_one(here, there)
+
+
+def are_one(here: os.stat_result, there: os.stat_result) -> bool:
+    """Whether both are of one file, or of one block device, whatever its nodes."""
+    if stat.S_ISBLK(here.st_mode) and stat.S_ISBLK(there.st_mode):
+        return here.st_rdev == there.st_rdev
+    return os.path.samestat(here, there)
+
+
+def _lasting_place(image: str) -> uri.Place:
+    return uri.parse(lasting_name(image)).bare
+
+
+def _lasting_credentials(tls: uri.Credentials) -> uri.Credentials:
+    """Links on the way to the folder stay: who renews certificates may do so by changing one."""
+    return tls._replace(folder=tls.folder and _as_text(os.path.abspath(tls.folder)))
+
+
+def _lasting_path(image: str) -> str:
+    """A file without the links on the way; a block device as it was called.
+
+    Devices are numbered anew at each boot, and what stays are the links to them (/dev/disk/by-id, /dev/vg/lv).
+    """
+    path = _real_path(image)
+    is_block_device = os.path.exists(path) and stat.S_ISBLK(os.stat(path).st_mode)
+    return _as_text(os.path.abspath(image)) if is_block_device else path
+
+
+def _real_path(image: str) -> str:
+    return _as_text(os.path.realpath(image))
+
+
+def _as_text(path: str) -> str:
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgument(
+            f"the image's path {path!r} is not UTF-8", next_step="rename the image or its folder"
+        ) from error
+    return path

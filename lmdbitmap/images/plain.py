@@ -1,0 +1,84 @@
+"""A disk served as it is, nothing tracked: what tracking is measured against, and the simplest `ServedDisk`."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Mapping, Sequence
+
+from lmdbitmap.errors import InvalidArgument
+from lmdbitmap.interfaces import Allocation, BlockDevice, Buffer
+from lmdbitmap.system.linux import splice_to_file
+
+
+class PlainDisk:
+    """Serves a `BlockDevice`, which it does not own: closing the device is its opener's business."""
+
+    def __init__(self, device: BlockDevice) -> None:
+        self._device = device
+
+    @property
+    def size(self) -> int:
+        return self._device.size
+
+    @property
+    def read_only(self) -> bool:
+        return self._device.read_only
+
+    @property
+    def fd(self) -> int | None:
+        return self._device.fd
+
+    def lane(self) -> PlainLane:
+        return PlainLane(self._device)
+
+    def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
+        return self._device.allocation(offset, length)
+
+
+class PlainLane:
+    """Every call goes to the device; writes go to its descriptor at once where it has one."""
+
+    def __init__(self, device: BlockDevice) -> None:
+        self._device = device
+
+    def write_many(self, writes: Sequence[tuple[int, memoryview]]) -> Mapping[int, int]:
+        fd, size = self._device.fd, self._device.size
+        failed: dict[int, int] = {}
+        for index, (offset, data) in enumerate(writes):
+            try:
+                if fd is None or offset + len(data) > size or os.pwrite(fd, data, offset) != len(data):
+                    self._device.pwrite(data, offset)
+            except OSError as error:
+                failed[index] = error.errno or errno.EIO
+            except InvalidArgument:
+                failed[index] = errno.EINVAL
+        return failed
+
+    def pwrite(self, data: Buffer, offset: int) -> None:
+        self._device.pwrite(data, offset)
+
+    def write_from_pipe(self, pipe_fd: int, length: int, offset: int) -> None:
+        assert self._device.fd is not None, "asked of disks with a descriptor only"
+        if offset + length > self._device.size:
+            raise InvalidArgument(
+                f"{length} bytes at {offset} end outside the disk", next_step="ask for its size"
+            )
+        splice_to_file(pipe_fd, self._device.fd, length, offset)
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        self._device.pread_into(buffer, offset)
+
+    def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool = True, fast_only: bool = False
+    ) -> None:
+        self._device.write_zeroes(offset, length, may_unmap=may_unmap, fast_only=fast_only)
+
+    def discard(self, offset: int, length: int) -> None:
+        self._device.discard(offset, length)
+
+    def flush(self) -> None:
+        self._device.flush()
+
+    def close(self) -> None:
+        """Nothing to give back."""

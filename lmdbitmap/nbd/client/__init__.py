@@ -1,0 +1,1 @@
+"""A disk behind another NBD server, as a device."""

@@ -1,0 +1,139 @@
+"""Dialling: from a place to a connection that its server has agreed on, within one deadline."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Final
+
+from lmdbitmap.nbd import keepalive
+from lmdbitmap.nbd import protocol as nbd
+from lmdbitmap.nbd.client.handshake import FarExport, Step, negotiation
+from lmdbitmap.nbd.client.link import Link, Wire, some
+from lmdbitmap.nbd.uri import Place
+
+if TYPE_CHECKING:
+    from lmdbitmap.nbd.client.tls import Encryption
+
+DIAL_S: Final = 10.0
+"""Until a server that is there has connected and agreed."""
+_USER_TIMEOUT_MS: Final = 20_000
+"""A host that vanished is noticed within that, whatever is on its way to it."""
+
+
+def dial(place: Place, timeout_s: float = DIAL_S) -> Link:
+    """Connect and agree on the export. Raises what `negotiation` and TLS raise, `OSError` where nobody answers."""
+    encryption = _encryption(place)
+    return agreed(_connected(place, timeout_s), place.export, timeout_s, encryption)
+
+
+def _encryption(place: Place) -> Encryption | None:
+    """`ssl` is a heavy import, which most places do without."""
+    if place.tls is None:
+        return None
+    from lmdbitmap.nbd.client.tls import Encryption
+
+    return Encryption.of(place, place.tls)
+
+
+def warn_about(place: Place) -> None:
+    """Log what of the place's credentials is weak; for whoever is about to dial it for the first time."""
+    if place.tls is not None:
+        from lmdbitmap.nbd.client import tls as client_tls
+
+        client_tls.warn_about(place, place.tls)
+
+
+def agreed(
+    sock: socket.socket,
+    export_name: str,
+    timeout_s: float = DIAL_S,
+    encryption: Encryption | None = None,
+    *,
+    silence_s: float | None = None,
+    context: str = nbd.NBD_META_BASE_ALLOCATION,
+) -> Link:
+    """Agree on an export over a connection that is there, and on the `context` that its BLOCK_STATUS will tell of, if
+    it has that. The socket is the link's, or closed.
+
+    Afterwards the link raises `TimeoutError` when it waits for `silence_s` without a byte; None waits for ever.
+    """
+    haggling = _Haggling(sock, time.monotonic() + timeout_s, encryption)
+    try:
+        export = haggling.come_to_terms(export_name, context)
+        haggling.wire.settimeout(silence_s)
+        return Link(haggling.wire, export)
+    except BaseException:
+        haggling.wire.close()
+        raise
+
+
+def _connected(place: Place, timeout_s: float) -> socket.socket:
+    if not place.socket_path:
+        sock = socket.create_connection((place.host, place.port), timeout_s)
+        keepalive.tune(sock)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
+        return sock
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(timeout_s)
+        sock.connect(place.socket_path)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+class _Haggling:
+    """Does what `negotiation` wants, until the deadline. `wire` is the socket, from TLS on what is around it."""
+
+    def __init__(self, sock: socket.socket, deadline: float, encryption: Encryption | None) -> None:
+        self.wire: Wire = sock
+        self._sock = sock
+        self._deadline = deadline
+        self._encryption = encryption
+        self._refusals: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+        """Around what may fail because the server does not believe us."""
+
+    def come_to_terms(self, name: str, context: str) -> FarExport:
+        steps = negotiation(name, tls=self._encryption is not None, context=context)
+        step: Step = next(steps)
+        try:
+            while True:
+                step = steps.send(self._done(step))
+        except StopIteration as agreed:
+            export: FarExport = agreed.value
+            return export
+
+    def _done(self, step: Step) -> bytes:
+        """What came of it."""
+        self.wire.settimeout(max(self._deadline - time.monotonic(), 0.001))
+        if not isinstance(step, (bytes, int)):
+            self._begin_tls()
+            return b""
+        with self._refusals():
+            if isinstance(step, bytes):
+                self.wire.sendall(step)
+                return b""
+            data = self._exactly(step)
+        self._refusals = contextlib.nullcontext
+        return data
+
+    def _begin_tls(self) -> None:
+        assert self._encryption is not None
+        self.wire = self._encryption.begin(self._sock)
+        self.wire.settimeout(max(self._deadline - time.monotonic(), 0.001))
+        self._refusals = self._encryption.refusals
+
+    def _exactly(self, count: int) -> bytes:
+        data = bytearray(count)
+        view = memoryview(data)
+        while view:
+            if time.monotonic() > self._deadline:
+                raise TimeoutError(errno.ETIMEDOUT, "the NBD server takes too long")
+            view = view[some(self.wire, view) :]
+        return bytes(data)

@@ -1,0 +1,48 @@
+"""What callers are told when a far server refuses, goes away, or is silent."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Final
+
+from lmdbitmap.errors import Busy
+from lmdbitmap.interfaces import FarAway
+from lmdbitmap.nbd import protocol as nbd
+from lmdbitmap.nbd.client.link import AWAY, SILENT, Request
+
+_KNOWN: Final = frozenset(
+    (
+        nbd.NBD_EPERM, nbd.NBD_EIO, nbd.NBD_ENOMEM, nbd.NBD_EINVAL, nbd.NBD_ENOSPC, nbd.NBD_EOVERFLOW,
+        nbd.NBD_ENOTSUP,
+    )
+)  # fmt: skip
+
+
+def refusal(error: int, name: str) -> OSError:
+    """Of the server's: an error that the protocol does not know counts as EINVAL, as it demands."""
+    number = error if error in _KNOWN else errno.EINVAL
+    return OSError(number, os.strerror(number), name)
+
+
+def failure(error: int, name: str, silence_s: float | None) -> OSError | Busy:
+    """What became of a request with that `error`, which is not 0."""
+    if error == AWAY:
+        return FarAway(errno.ETIMEDOUT, "its server went away and has not come back", name)
+    if error == SILENT:
+        return Busy(
+            f"{name}: not a byte of an answer came within {silence_s:g} s",
+            next_step="see what keeps it waiting, end it if need be, and try again",
+        )
+    return refusal(error, name)
+
+
+def require_answer(request: Request) -> None:
+    """Raise for a server that only says it is shutting down: it has answered nothing."""
+    if request.error == nbd.NBD_ESHUTDOWN:
+        raise ConnectionAbortedError(errno.ECONNABORTED, "the NBD server is shutting down")
+
+
+def words(why: object) -> object:
+    """Why, for the log."""
+    return (why.strerror if isinstance(why, OSError) else None) or why

@@ -1,0 +1,53 @@
+"""What a far server acknowledged and may not have on its disk yet, in the order in which it was acknowledged."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Final
+
+from lmdbitmap.nbd import protocol as nbd
+from lmdbitmap.nbd.client.link import Request
+
+CHANGES: Final = (nbd.NBD_CMD_WRITE, nbd.NBD_CMD_WRITE_ZEROES, nbd.NBD_CMD_TRIM)
+_OVERHEAD: Final = 512
+"""What a kept request costs beside its data, in bytes."""
+
+
+class Kept:
+    """Changes that have to be written again on a new connection. For one thread at a time."""
+
+    def __init__(self) -> None:
+        self._changes: deque[Request] = deque()
+        self._let_go = 0
+        """How many were, ever: the number of the oldest one that is kept."""
+        self.byte_count = 0
+
+    @property
+    def mark(self) -> int:
+        """The number of the next change: a flush that is sent now is about those before it."""
+        return self._let_go + len(self._changes)
+
+    def note(self, done: Request) -> None:
+        """It was done: a change is kept, and a flush lets go of what was there when it was sent."""
+        if done.command == nbd.NBD_CMD_FLUSH:
+            self._let_go_before(done.mark)
+        elif done.command in CHANGES:
+            self._add(done)
+
+    def _add(self, change: Request) -> None:
+        """Zeroes that were fast once need not be fast again: they are promised by now, at any speed."""
+        change.flags &= ~nbd.NBD_CMD_FLAG_FAST_ZERO
+        self._changes.append(change)
+        self.byte_count += _cost(change)
+
+    def _let_go_before(self, mark: int) -> None:
+        while self._let_go < mark:
+            self.byte_count -= _cost(self._changes.popleft())
+            self._let_go += 1
+
+    def changes(self) -> list[Request]:
+        return list(self._changes)
+
+
+def _cost(change: Request) -> int:
+    return len(change.data) + _OVERHEAD

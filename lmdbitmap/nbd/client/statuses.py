@@ -1,0 +1,56 @@
+"""What a far server says of long ranges: many questions travel together while its answers are short.
+
+Of a disk that is alike for long, it is the way there and back that takes the time: 64 TiB are 65,536 questions.
+
+All answers to questions that travel together are held at once, and have no more extents than one answer may have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+from lmdbitmap.nbd import protocol as nbd
+from lmdbitmap.nbd.client.link import MOST_EXTENTS, Request
+
+_MOST_QUESTIONS: Final = 64
+_SHORT_ANSWER: Final = 16 * nbd.BLOCK_DESCRIPTOR.size
+"""Where answers are longer than that, the way there and back is not what takes the time."""
+
+
+def statuses(
+    ask: Callable[[Sequence[Request]], None], start: int, stop: int, most_bytes: int
+) -> Iterator[tuple[int, int]]:
+    """(length, flags) of [start, stop), as far as the server answers: an error ends it, and so does no answer.
+
+    `ask` returns when all the questions are answered; each is about `most_bytes` at most.
+    """
+    together = 1
+    while start < stop:
+        ends = range(start, min(start + together * most_bytes, stop), most_bytes)
+        most = MOST_EXTENTS // len(ends)
+        requests = [
+            Request(nbd.NBD_CMD_BLOCK_STATUS, at, min(stop - at, most_bytes), most_extents=most)
+            for at in ends
+        ]
+        ask(requests)
+        for request in requests:
+            if request.error or request.statuses is None:
+                return
+            for length, flags in _within(request):
+                yield length, flags
+                start += length
+            if start < request.offset + request.length:  # what is behind it is asked about anew
+                together = 0
+                break
+        is_short = all(len(request.statuses or b"") <= _SHORT_ANSWER for request in requests)
+        together = max(min(2 * together, _MOST_QUESTIONS), 1) if is_short else 1
+
+
+def _within(request: Request) -> Iterator[tuple[int, int]]:
+    """The last extent may go further than what was asked about."""
+    left = request.length
+    for length, flags in request.extents():
+        if left > 0:
+            yield min(length, left), flags
+        left -= length

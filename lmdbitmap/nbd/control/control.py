@@ -1,0 +1,322 @@
+"""The owner's side of the control socket: what other processes ask of the one that owns their disks.
+
+    accept      one thread for the sockets of all disks
+    a caller    one thread: hello, then a request and its answer in turn, every line under a deadline
+
+Callers are few, short-lived, and of our own user or root; still, none is trusted. A line is bounded, a caller
+that is slow is dropped, one that is stuck costs its own thread, and of those there are at most `MAX_CALLERS`.
+Backups, which stay for as long as they read, take none of these places while they hold snapshots: however many there
+are, others are heard. Once all is released, such a caller is one as any other, with more time for what it still asks.
+What cannot be understood costs the connection. What can be asked is in orders.py.
+
+Whoever makes a `ControlServer` holds the owner's lock of every disk in it, as a `Filter` does. So a socket that
+is there already is a dead owner's, and is replaced. Stop the server before the disks are detached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import selectors
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from lmdbitmap.errors import Busy, LmdbitmapError, error_from_os, os_errors_at
+from lmdbitmap.nbd import control_wire as wire
+from lmdbitmap.nbd.control.held import HeldSnapshots
+from lmdbitmap.nbd.control.orders import Answer, Filters, Scene, answer
+from lmdbitmap.nbd.control.watch import TICK_S, Watch
+from lmdbitmap.nbd.control_client import receive_line, short_path
+from lmdbitmap.nbd.server.listeners import accepted
+from lmdbitmap.tracker.snapshot import Snapshot
+from lmdbitmap.version import __version__
+
+_log = logging.getLogger(__name__)
+
+MAX_CALLERS: Final = 16
+PATIENCE_S: Final = 10.0
+"""How long a caller may take over a line, be it to send one or to read one."""
+GRACE_S: Final = 30.0
+"""How long `stop` waits for what is being done."""
+LAST_WORD_S: Final = 0.5
+"""How long a caller may take over reading its answer when the owner stops."""
+_BACKLOG: Final = 16
+_PEER: Final = struct.Struct("3i")
+_REQUEST: Final = "request"
+_WHILE_BOUND_S: Final = 1e7
+_AFTER_BOUND: Final = 6
+"""So many times as long as others a caller may be silent when its snapshots are released: it syncs what it read."""
+
+# -- who asks ----------------------------------------------------------------------------------------------
+
+
+class ControlServer:
+    """Listens at the control socket of every disk in `filters`, from `start` to `stop`."""
+
+    def __init__(
+        self,
+        filters: Filters,
+        *,
+        watch: Watch | None = None,
+        held: HeldSnapshots | None = None,
+        max_callers: int = MAX_CALLERS,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        self.filters = dict(filters)
+        self.watch = watch
+        self.held = held
+        self.patience_s = patience_s
+        self.stopping = False
+        self._max_callers = max_callers
+        self._listeners: list[_Listener] = []
+        self._callers: set[_Caller] = set()
+        self._lock = threading.Lock()
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._thread = threading.Thread(target=self._accept_all, name="lmdbitmap control", daemon=True)
+
+    def start(self) -> None:
+        """Listen, and answer in the background. Raises `StorageError` where a socket cannot be made."""
+        try:
+            for attached in self.filters.values():
+                self._listeners.append(_Listener(attached.store.control_path(attached.disk.uuid)))
+        except BaseException:
+            self._close()
+            raise
+        self._thread.start()
+
+    def stop(self) -> bool:
+        """Take no more callers, finish what is being done; True if all have ended, so that disks may be detached."""
+        if self._wake_fd < 0:
+            return True
+        self.stopping = True
+        os.eventfd_write(self._wake_fd, 1)
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._close()
+        with self._lock:
+            callers = list(self._callers)
+        for caller in callers:
+            caller.hang_up()
+        for caller in _still_here(callers, LAST_WORD_S):
+            caller.cut_off_unless_busy()
+        return not _still_here(callers, GRACE_S)
+
+    def __enter__(self) -> ControlServer:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def hello(self) -> Answer:
+        return {
+            "protocol": wire.PROTOCOL, "version": __version__, "pid": os.getpid(), "disks": list(self.filters),
+        }  # fmt: skip
+
+    def forget_caller(self, caller: _Caller) -> None:
+        with self._lock:
+            self._callers.discard(caller)
+
+    def _close(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+        fd, self._wake_fd = self._wake_fd, -1
+        os.close(fd)
+
+    def _accept_all(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wake_fd, selectors.EVENT_READ)
+            for listener in self._listeners:
+                selector.register(listener.sock, selectors.EVENT_READ, listener.sock)
+            next_tick_s = time.monotonic() + TICK_S
+            while not self.stopping:
+                wait_s = None if self.watch is None else max(next_tick_s - time.monotonic(), 0)
+                for key, _ in selector.select(wait_s):
+                    if key.data is not None:
+                        self._accept(key.data)
+                if self.watch is not None and time.monotonic() >= next_tick_s:
+                    self.watch.tick()
+                    next_tick_s = time.monotonic() + TICK_S
+
+    def _accept(self, listening: socket.socket) -> None:
+        sock = accepted(listening, "caller")
+        if sock is None:
+            return
+        caller = _Caller(self, sock)
+        with self._lock:
+            is_welcome = sum(not other.holds for other in self._callers) < self._max_callers
+            if is_welcome:
+                self._callers.add(caller)
+        if not is_welcome or not self._begin(caller):
+            caller.turn_away()
+
+    def _begin(self, caller: _Caller) -> bool:
+        """Whether there was a thread for it: others may be taken once one has ended."""
+        try:
+            caller.start()
+        except RuntimeError as refused:
+            _log.warning("cannot serve a caller: %s", refused)
+            self.forget_caller(caller)
+            return False
+        return True
+
+
+class _Listener:
+    """The control socket at `path`, for our user alone."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            with os_errors_at(path):
+                self._listen()
+        except BaseException:
+            self.sock.close()
+            raise
+
+    def _listen(self) -> None:
+        os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)  # a dead owner's: we hold the lock of its disk
+        with short_path(self._path) as address:
+            self.sock.bind(address)
+        os.chmod(self._path, 0o600)  # nobody can have connected yet: that takes `listen`
+        self._status = os.lstat(self._path)
+        self.sock.listen(_BACKLOG)
+        self.sock.setblocking(False)
+
+    def close(self) -> None:
+        """Leaves a socket that is another's by now: somebody owned the disk after us."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.lstat(self._path), self._status):
+                os.unlink(self._path)
+        self.sock.close()
+
+
+class _Caller(threading.Thread):
+    """One connection, from hello to hang-up."""
+
+    def __init__(self, server: ControlServer, sock: socket.socket) -> None:
+        super().__init__(name="lmdbitmap caller", daemon=True)
+        self._server = server
+        self._sock = sock
+        self._sending = False
+        self._bound: list[Snapshot] = []
+
+    @property
+    def holds(self) -> bool:
+        """Whether snapshots that are held are bound to it, as to a backup: those are limited by their own number."""
+        held = self._server.held
+        return held is not None and any(held.is_held(snapshot) for snapshot in self._bound)
+
+    def run(self) -> None:
+        try:
+            with self._sock:
+                self._converse()
+        except OSError as error:
+            _log.info("a caller at the control socket is gone: %s", error)
+        finally:
+            self._release_bound()
+            self._server.forget_caller(self)
+
+    def _release_bound(self) -> None:
+        for snapshot in self._bound:
+            assert self._server.held is not None
+            try:
+                self._server.held.release(snapshot)
+            except LmdbitmapError as error:
+                _log.warning(
+                    "disk %s: %s could not be released: %s", snapshot.disk.name, snapshot.name, error
+                )
+
+    def turn_away(self) -> None:
+        """There are too many. Does not wait: the line fits into any socket's buffer."""
+        with self._sock, contextlib.suppress(OSError):
+            self._sock.setblocking(False)
+            self._send(_error(Busy("too many callers at the control socket", next_step="try again")))
+
+    def hang_up(self) -> None:
+        """Have it see the end after the answer that is on its way."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RD)
+
+    def cut_off_unless_busy(self) -> None:
+        """Wait no longer for it to read; what it had us do goes on."""
+        if self._sending:
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
+
+    def _converse(self) -> None:
+        lines = wire.LineBuffer(_REQUEST)
+        try:
+            self._sock.settimeout(self._server.patience_s)
+            _require_welcome(self._sock)
+            self._send(self._server.hello())
+            while not self._server.stopping and (line := self._receive(lines)) is not None:
+                self._respond(wire.decode(line, _REQUEST))
+        except LmdbitmapError as error:
+            self._send(_error(error))
+
+    def _receive(self, lines: wire.LineBuffer) -> bytes | None:
+        """Whoever has a snapshot bound to it may be silent for as long as it reads that."""
+        patience_s = self._server.patience_s
+        if self._bound:
+            patience_s = _WHILE_BOUND_S if self.holds else patience_s * _AFTER_BOUND
+        return receive_line(self._sock, lines, time.monotonic() + patience_s)
+
+    def _respond(self, request: wire.Message) -> None:
+        passed: list[int] = []
+        try:
+            self._send(self._answer(request, passed), passed)
+        finally:
+            for fd in passed:
+                os.close(fd)
+
+    def _answer(self, request: wire.Message, passed: list[int]) -> Answer:
+        scene = Scene(self._server.filters, self._server.watch, self._server.held, self._bound, passed)
+        try:
+            return {"answer": answer(scene, request)}
+        except LmdbitmapError as error:
+            return _error(error)
+        except Exception as bug:
+            _log.exception("the control socket could not answer a request")
+            problem = f"the owner failed with {type(bug).__name__}: {bug}"
+            return _error(LmdbitmapError(problem[:1000], next_step="see its log, and report this as a fault"))
+
+    def _send(self, message: wire.Message, passed: Sequence[int] = ()) -> None:
+        patience_s = self._server.patience_s
+        self._sock.settimeout(min(LAST_WORD_S, patience_s) if self._server.stopping else patience_s)
+        self._sending = True
+        data = wire.encode(message)
+        sent = socket.send_fds(self._sock, [data], passed) if passed else 0
+        self._sock.sendall(data[sent:])
+        self._sending = False
+
+
+def _still_here(callers: Iterable[_Caller], patience_s: float) -> list[_Caller]:
+    """Those that have not ended after `patience_s` for all of them together."""
+    deadline = time.monotonic() + patience_s
+    for caller in callers:
+        caller.join(max(deadline - time.monotonic(), 0))
+    return [caller for caller in callers if caller.is_alive()]
+
+
+def _error(error: LmdbitmapError) -> Answer:
+    return {"error": wire.error_fields(error)}
+
+
+def _require_welcome(sock: socket.socket) -> None:
+    """The folder keeps strangers out; this does it once more, where somebody opened the folder's doors."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+    require_user(_PEER.unpack(credentials)[1])
+
+
+def require_user(uid: int) -> None:
+    """Raise `StorageError` unless this user may command us: root, and the user that we run as."""
+    if uid not in (0, os.geteuid()):
+        raise error_from_os("control socket", PermissionError(1, "not your process"))

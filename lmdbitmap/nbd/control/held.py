@@ -1,0 +1,106 @@
+"""The snapshots that an owner holds for others: taken by order, served as NAME@CHECKPOINT, released by order.
+
+One that is *bound* to whoever asked is released when that connection ends, however it ends: the backup of a process
+that was killed costs nothing from then on. The others are held until somebody releases them, or the disk is
+detached.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Mapping, Sequence
+
+from lmdbitmap.errors import Busy, NotFound, os_errors_at
+from lmdbitmap.filter import Filter, take_snapshot
+from lmdbitmap.nbd.server.server import Server
+from lmdbitmap.system.scratch import Scratch
+from lmdbitmap.tracker.snapshot import Snapshot
+
+_log = logging.getLogger(__name__)
+
+MOST_OF_A_DISK = 16
+"""Snapshots held at once: each costs the first write to a block a copy."""
+
+
+class HeldSnapshots:
+    """Of the disks in `filters`, with their old data where `scratch` says. Without a `server` nobody can read them."""
+
+    def __init__(self, filters: Mapping[str, Filter], server: Server | None, scratch: Scratch) -> None:
+        self._filters = filters
+        self._server = server
+        self._scratch = scratch
+
+    def take(self, disks: Sequence[str], name: str, *, private: bool = False) -> list[Snapshot]:
+        """One checkpoint on all disks, or on none, and each of them held as it was then.
+
+        A `private` one is for whoever reads it through connections that it asked for (`connect`): what a stranger read
+        of one that is read only once, its reader would not get any more.
+        """
+        filters = [self._filters[disk] for disk in disks]
+        for attached in filters:
+            if len(attached.snapshots) >= MOST_OF_A_DISK:
+                raise Busy(
+                    f"disk {attached.disk.name!r} holds {MOST_OF_A_DISK} snapshots",
+                    next_step=f"release one (`lmdbitmap release {attached.disk.name} CHECKPOINT`)",
+                )
+        taken = take_snapshot(filters, name, self._scratch)
+        try:
+            self._export(taken, private=private)
+        except BaseException:
+            for snapshot in taken:
+                self.release(snapshot)
+            raise
+        return taken
+
+    def _export(self, taken: Sequence[Snapshot], *, private: bool) -> None:
+        for snapshot in taken:
+            if self._server is not None:
+                snapshot.guests_are_quiet = self._server.quiet.look
+                self._server.add(snapshot.name, snapshot, private=private)
+            checkpoint = snapshot.checkpoint.name
+            _log.info("disk %s: held as at checkpoint %s", snapshot.disk.name, checkpoint)
+
+    def find(self, disk: str, checkpoint: str, uuid: str | None = None) -> Snapshot:
+        """With the `uuid` of the checkpoint, no other one that has its name by now."""
+        for snapshot in self._filters[disk].snapshots:
+            if snapshot.checkpoint.name == checkpoint and uuid in (None, str(snapshot.checkpoint.uuid)):
+                return snapshot
+        which = "" if uuid is None else f" with uuid {uuid[:40]}"
+        raise NotFound(
+            f"disk {disk!r} holds no snapshot of checkpoint {checkpoint!r}{which}",
+            next_step=f"`lmdbitmap info {disk}` lists those there are",
+        )
+
+    def is_held(self, snapshot: Snapshot) -> bool:
+        """Whether nobody has released it yet, whoever asked for it."""
+        return any(one is snapshot for one in self._filters[snapshot.disk.name].snapshots)
+
+    def release(self, snapshot: Snapshot) -> None:
+        """Once more does nothing."""
+        if self._server is not None:
+            self._server.remove(snapshot.name, snapshot)
+        snapshot.release()
+
+    def open_image(self, disk: str, checkpoint: str, uuid: str | None = None) -> int:
+        """A new descriptor of the image of a disk that is held, for reading only: see direct.py."""
+        snapshot = self.find(disk, checkpoint, uuid)
+        if snapshot.image_fd is None:
+            raise Busy(
+                f"the image of disk {disk!r} has no descriptor", next_step="read it through its export"
+            )
+        with os_errors_at(snapshot.disk.image):
+            return os.open(f"/proc/self/fd/{snapshot.image_fd}", os.O_RDONLY | os.O_CLOEXEC)
+
+    def connect(self) -> socket.socket:
+        """The other end of a connection to the NBD server."""
+        if self._server is None:
+            raise Busy(
+                "the process that owns the disk serves it to nobody", next_step="read it in that process"
+            )
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        if not self._server.take_in(ours):
+            theirs.close()
+            raise Busy("the NBD server has too many clients", next_step="try again")
+        return theirs

@@ -1,0 +1,80 @@
+"""How the served disks are doing: what was carried, how fast in the last seconds, and how long commits took.
+
+Nothing here is done by those who serve. Somebody who is awake anyway calls `tick` every `TICK_S`; a rate is the
+difference between now and the oldest of the ticks that are kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import Final, NamedTuple, TypeAlias
+
+from lmdbitmap.nbd.server.server import Server
+from lmdbitmap.nbd.server.traffic import KINDS, Traffic
+from lmdbitmap.work.latencies import Latencies
+
+TICK_S: Final = 1.0
+_TICKS: Final = 10
+
+Facts: TypeAlias = dict[str, object]
+
+
+class _Sample(NamedTuple):
+    time_s: float
+    traffic: Traffic
+    commits: int
+
+
+class Watch:
+    """Watches the disks that `server` serves; `commits` are the latencies of each one's store, where measured."""
+
+    def __init__(self, server: Server, commits: Mapping[str, Latencies]) -> None:
+        self._server = server
+        self._commits = commits
+        self._ticks: dict[str, deque[_Sample]] = {name: deque(maxlen=_TICKS) for name in commits}
+        self.tick()
+
+    def tick(self) -> None:
+        self._server.quiet.look()
+        for name, ticks in self._ticks.items():
+            ticks.append(self._sample(name)[1])
+
+    def facts(self, name: str) -> Facts:
+        """See docs/control.md."""
+        connected, now = self._sample(name)
+        traffic = now.traffic
+        return {
+            "connections": {"now": connected, "ever": traffic.connections},
+            "requests": dict(zip(KINDS, traffic.counts, strict=True)),
+            "bytes": {"received": traffic.bytes_received, "sent": traffic.bytes_sent},
+            "rates": _rates(self._ticks[name][0], now),
+            "latencies": {
+                "commit": self._commits[name].facts(),
+                "flush": traffic.flushes.facts(),
+                "batch": traffic.batches.facts(),
+            },
+        }
+
+    def _sample(self, name: str) -> tuple[int, _Sample]:
+        connected, traffic = self._server.traffic(name)
+        commits = sum(self._commits[name].counts)
+        return connected, _Sample(time.monotonic(), traffic, commits)
+
+
+def _rates(before: _Sample, now: _Sample) -> Facts:
+    """Per second; over no time at all nothing can be said, and 0 is."""
+    seconds = now.time_s - before.time_s
+
+    def rate(earlier: int, later: int) -> float:
+        return round((later - earlier) / seconds, 3) if seconds > 0 else 0.0
+
+    counts = map(rate, before.traffic.counts, now.traffic.counts)
+    return {
+        "seconds": round(seconds, 3),
+        "requests": dict(zip(KINDS, counts, strict=True)),
+        "received": rate(before.traffic.bytes_received, now.traffic.bytes_received),
+        "sent": rate(before.traffic.bytes_sent, now.traffic.bytes_sent),
+        "commits": rate(before.commits, now.commits),
+    }

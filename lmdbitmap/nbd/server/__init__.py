@@ -1,0 +1,1 @@
+"""The guest's door: serves disks over NBD."""

@@ -1,0 +1,108 @@
+"""The requests that are rare enough to be done one at a time, and the rare ways in which the others end."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final
+
+from lmdbitmap.interfaces import Lane
+from lmdbitmap.nbd import protocol as nbd
+from lmdbitmap.nbd.forms import Form
+from lmdbitmap.nbd.server.contexts import (
+    MAX_DESCRIPTORS,
+    Consequential,
+    StatusSource,
+    descriptors,
+    one_question,
+)
+
+PIECE_BYTES: Final = 1 << 30
+"""Zeroed or discarded in one go. Where zeroes have to be written out, that takes some seconds."""
+
+
+def is_long(request: nbd.Request) -> bool:
+    """Whether replies that are ready had better not wait for it."""
+    changes = request.type in (nbd.NBD_CMD_TRIM, nbd.NBD_CMD_WRITE_ZEROES)
+    return changes and request.length > PIECE_BYTES
+
+
+def perform(
+    request: nbd.Request,
+    lane: Lane,
+    contexts: Mapping[int, StatusSource],
+    form: Form,
+    stopping: Callable[[], bool],
+) -> bytes:
+    """Do an allowed request that is no READ or WRITE of data, and return its reply; raises as the disk does.
+
+    A change of many pieces ends between two of them, with `ESHUTDOWN`, once `stopping` says so.
+    """
+    if request.type == nbd.NBD_CMD_BLOCK_STATUS:
+        return _block_status(request, contexts, form)
+    if request.length:
+        _change(request, lane, stopping)
+    return form.outcome(request.type, form.label_of(request))
+
+
+def _change(request: nbd.Request, lane: Lane, stopping: Callable[[], bool]) -> None:
+    """In pieces: whoever waits for the lane to pause, a checkpoint or the end, waits for one of them at most.
+
+    Of zeroes that are wanted only if that is fast, the first piece shows whether it is: the others are done in any way.
+    """
+    flags = request.flags
+    if request.type == nbd.NBD_CMD_TRIM:
+        for offset, length in _pieces(request, stopping):
+            lane.discard(offset, length)
+    elif request.type == nbd.NBD_CMD_WRITE_ZEROES:
+        for offset, length in _pieces(request, stopping):
+            lane.write_zeroes(
+                offset,
+                length,
+                may_unmap=not flags & nbd.NBD_CMD_FLAG_NO_HOLE,
+                fast_only=bool(flags & nbd.NBD_CMD_FLAG_FAST_ZERO) and offset == request.offset,
+            )
+    if flags & nbd.NBD_CMD_FLAG_FUA and request.type != nbd.NBD_CMD_CACHE:
+        lane.flush()
+
+
+def _pieces(request: nbd.Request, stopping: Callable[[], bool]) -> Iterator[tuple[int, int]]:
+    """(offset, length), all but the last of them to a multiple of `PIECE_BYTES`."""
+    offset, end = request.offset, request.offset + request.length
+    while offset < end:
+        length = min(PIECE_BYTES - offset % PIECE_BYTES, end - offset)
+        yield offset, length
+        offset += length
+        if offset < end and stopping():
+            raise OSError(errno.ESHUTDOWN, f"the server stops, and {end - offset} bytes of it are not done")
+
+
+def _block_status(request: nbd.Request, contexts: Mapping[int, StatusSource], form: Form) -> bytes:
+    """One chunk per selected context. All are asked before anything is sent: an error must not follow data.
+
+    Each is packed before the next is asked: descriptors take a dozen times as much room as what they are packed to.
+    They share the room of one reply, whatever a client chose.
+    """
+    _require_all_is_told(request, contexts)
+    limit = 1 if request.flags & nbd.NBD_CMD_FLAG_REQ_ONE else MAX_DESCRIPTORS // len(contexts)
+    label, last = form.label_of(request), len(contexts) - 1
+    chunks = []
+    with one_question():
+        for index, (context_id, source) in enumerate(contexts.items()):
+            chunks.append(form.status(label, context_id, _found(request, source, limit), done=index == last))
+    return b"".join(chunks)
+
+
+def _require_all_is_told(request: nbd.Request, contexts: Mapping[int, StatusSource]) -> None:
+    """Where an answer has consequences, none may be cut, nor be lost because another context fails."""
+    if any(isinstance(source, Consequential) for source in contexts.values()) and (
+        len(contexts) > 1 or request.flags & nbd.NBD_CMD_FLAG_REQ_ONE
+    ):
+        raise OSError(errno.EINVAL, "one of its contexts has to be asked alone, and without REQ_ONE")
+
+
+def _found(request: nbd.Request, source: StatusSource, limit: int) -> list[tuple[int, int]]:
+    found = descriptors(source, request.offset, request.length, limit)
+    if not found:
+        raise OSError(errno.EIO, "a metadata context said nothing")
+    return found

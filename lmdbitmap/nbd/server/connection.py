@@ -1,0 +1,400 @@
+"""The transmission phase of one client: the server's hot loop. Speed outranks beauty here and in `replies`.
+
+One blocking socket, one lane to the disk, one thread at a time. What has arrived is served as a batch:
+
+    receive what is there -> take every whole request out of it -> one `write_many` for all writes,
+    one flush for all who asked for one, then the reads -> all replies in one send
+
+A request costs a `struct.unpack_from`, a comparison and its own system call. Magic, flags and type of a
+request are read as one 64-bit word, so that a READ or WRITE without flags is known by one comparison; everything
+else takes the unhurried path, `_take_rare`. How requests and replies are laid out is known to a form (forms.py).
+
+What holds all the time:
+- Every request gets exactly one reply, DISC none. A request that fails costs an error reply; bytes that are
+  no request cost the connection (`FormatError`).
+- A batch does writes before reads: both were in flight together, so either order is right, and a read behind
+  an overlapping write sees it. FLUSH and FUA are answered after a flush that came after the batch's writes.
+  Any other command first settles what came before it.
+- Memory is bounded by constants. A WRITE longer than `_STREAM_FROM` is done in pieces as its data arrives: what
+  is there is written while the client sends the rest. Pieces end on multiples of `_PIECE`, so that no page and
+  hardly a block is written in two halves.
+- Of a disk that has a descriptor, such a WRITE goes from the socket into the image by
+  reference (conduit.py), which spares it a copy. So that it is not in the buffer already when it is recognized, the
+  next header is received by itself behind such a write, until another kind of request comes. Replies that
+  wait then are sent before the thread sleeps, and after `_MOST_WAITING` at the latest.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import time
+from collections.abc import Mapping
+from typing import Final
+
+from lmdbitmap.errors import LmdbitmapError
+from lmdbitmap.interfaces import PatientLane, ServedDisk, SplicingLane
+from lmdbitmap.nbd import protocol as nbd
+from lmdbitmap.nbd.forms import EXTENDED, SIMPLE, STRUCTURED
+from lmdbitmap.nbd.handshake import MAX_PAYLOAD
+from lmdbitmap.nbd.requests import Terms, error_of, named, refusal
+from lmdbitmap.nbd.server import commands, traffic
+from lmdbitmap.nbd.server.complaints import Complaints
+from lmdbitmap.nbd.server.conduit import Conduit
+from lmdbitmap.nbd.server.contexts import StatusSource
+from lmdbitmap.nbd.server.deeds import Deeds
+from lmdbitmap.nbd.server.inlet import Inlet
+from lmdbitmap.nbd.server.notice import Notice, nobody
+from lmdbitmap.nbd.server.replies import Read, Replies
+from lmdbitmap.nbd.server.traffic import Traffic
+from lmdbitmap.work.buffers import new_buffer
+from lmdbitmap.work.latencies import Latencies
+
+_BATCH: Final = 512 << 10
+"""Bytes received before they are served: little enough to stay in a core's cache until they are written."""
+_STREAM_FROM: Final = 128 << 10
+_PIECE: Final = 64 << 10
+_PAGE: Final = 4096
+_MOST_WAITING: Final = 8
+_UNTIMED: Final = 15
+"""Batches between two that are timed."""
+_RUN: Final = 112
+"""Four headers, about, are worth looking for a run of READs."""
+
+
+class Connection:
+    """Serves `disk` to the client behind `sock` until it leaves, lies, or `stopping` is set.
+
+    `received` is what came behind the handshake. `contexts` are what the client selected, by the ids it was
+    told. The counters are written by this connection's thread and may be read by any.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        disk: ServedDisk,
+        *,
+        structured: bool,
+        contexts: Mapping[int, StatusSource],
+        received: bytes = b"",
+        encrypted: bool = False,
+        extended: bool = False,
+        complaints: Complaints | None = None,
+    ) -> None:
+        self.stopping = False
+        self.notice = Notice()
+        """Given before the connection waits for anything but more requests."""
+        self.counts = [0] * len(traffic.KINDS)
+        self.bytes_received = len(received)
+        self._batches = Latencies()
+        self._inlet = Inlet(sock, encrypted=encrypted)
+        self._disk = disk
+        self._lane = disk.lane()
+        if isinstance(self._lane, PatientLane):
+            self._lane.has_waited = self.notice.give
+        self._complaints = complaints or Complaints()
+        self._deeds = Deeds(self._lane, self.notice, self._complaints)
+        self._form = EXTENDED if extended else STRUCTURED if structured else SIMPLE
+        self._layout, self._header_size = self._form.layout, self._form.header.size
+        self._plain_write = self._form.plain_writes[0]
+        self._contexts = contexts
+        self._terms = Terms(self._form.in_chunks, bool(contexts), extended)
+        self._replies = Replies(
+            sock, self._lane, disk.fd, self.notice, self._complaints, form=self._form, encrypted=encrypted
+        )
+        self._conduit: Conduit | None = None
+        if disk.fd is not None and not encrypted and isinstance(self._lane, SplicingLane):
+            self._conduit = Conduit(sock, self._lane)
+        self._appetite, self._waiting = _BATCH, 0
+        self._buffer = new_buffer(_BATCH)
+        self._view = memoryview(self._buffer)
+        self._buffer[: len(received)] = received
+        self._start, self._end = 0, len(received)
+        self._writes: list[tuple[int, memoryview]] = []
+        self._write_cookies: list[bytes] = []
+        self._fua_writes: list[int] = []
+        self._flush_labels: list[bytes] = []
+        self._reads: list[Read] = []
+
+    @property
+    def traffic(self) -> Traffic:
+        counts, sent = tuple(self.counts), self._replies.bytes_sent
+        return Traffic(1, counts, self.bytes_received, sent, self._batches, self._deeds.flushes)
+
+    def run(self) -> None:
+        """Serve until the client is gone. Raises `FormatError` when it lies, `OSError` when the socket breaks."""
+        try:
+            while self.serve_some():
+                pass
+        finally:
+            self.close()
+
+    def serve_some(self) -> bool:
+        """Serve what is at hand, and wait for some batches more; False when the client is gone."""
+        self._replies.hurry(False)
+        goes_on = self._serve_batch() and self._receive() and self._serve_timed_batch()
+        left = _UNTIMED
+        while goes_on and left:
+            goes_on = self._receive() and self._serve_batch()
+            left -= 1
+        if self._waiting:
+            self._send()
+        return goes_on
+
+    def turn(self) -> bool:
+        """Receive what is there and serve it, as `serve_some`, but wait for nothing without notice."""
+        self._replies.hurry(True)
+        room = self._view[self._end : min(self._start + self._appetite, _BATCH)]
+        count = self._inlet.receive_at_once(room)
+        if not count:
+            return count is None
+        self._end += count
+        self.bytes_received += count
+        return self._serve_batch()
+
+    def close(self) -> None:
+        self.notice.to = nobody
+        self._replies.close()
+        if self._conduit is not None:
+            self._conduit.close()
+        self._lane.close()
+
+    # -- requests in ---------------------------------------------------------------------------------------
+
+    def _receive(self) -> bool:
+        """Wait for more, and put it behind an unfinished request; False when the client is gone."""
+        room = self._view[self._end : min(self._start + self._appetite, _BATCH)]
+        count = self._inlet.receive_at_once(room) if self._waiting else None
+        if not count:
+            self._send()
+        if count is None:
+            count = self._inlet.receive(room)
+        self._end += count
+        self.bytes_received += count
+        return count > 0
+
+    def _serve_timed_batch(self) -> bool:
+        """As `_serve_batch`. To time each would cost a client of small requests a tenth."""
+        begun_ns = time.perf_counter_ns()
+        goes_on = self._serve_batch()
+        self._batches.count(time.perf_counter_ns() - begun_ns)
+        return goes_on
+
+    def _serve_batch(self) -> bool:
+        """Do and answer every whole request at hand; False when the client said goodbye."""
+        buffer, view, position, end = self._buffer, self._view, self._start, self._end
+        writes, cookies, reads, size = self._writes, self._write_cookies, self._reads, self._disk.size
+        (unpack, header_size, plain_read), plain_write = self._layout, self._plain_write
+        writable = -1 if self._disk.read_only else size
+        leaving = False
+        while end - position >= header_size:
+            fields = unpack(buffer, position)
+            head, cookie, offset, length = fields
+            data = position + header_size
+            stop = data + length
+            if head == plain_write and data < stop <= end and offset + length <= writable:
+                writes.append((offset, view[data:stop]))
+                cookies.append(cookie)
+                position = stop
+            elif head == plain_read and 0 < length <= MAX_PAYLOAD and offset + length <= size:
+                reads.append(fields)
+                position = data
+                if end - position >= _RUN:
+                    position = self._take_run_of_reads(position)
+            else:
+                request = self._form.parse(view[position:data])
+                stop = data + request.payload
+                leaving = request.type == nbd.NBD_CMD_DISC
+                if leaving or stop > end:
+                    break
+                self._take_rare(request, cookie, data)
+                position = stop
+                if head in self._form.plain_writes:
+                    plain_write = self._plain_write = head
+        self._settle()
+        if self._waiting == 0 or position > self._start or leaving:
+            self._send()
+        self._start = position
+        if leaving or self.stopping:
+            return False
+        self._keep_rest()
+        return True
+
+    def _take_run_of_reads(self, position: int) -> int:
+        """Collect the plain READs that follow each other from `position` on: in a long run each costs less."""
+        reads, size, end = self._reads, self._disk.size, self._end
+        header, header_size, plain_read = self._form.header, self._header_size, self._form.plain_read
+        for fields in header.iter_unpack(self._view[position : end - (end - position) % header_size]):
+            head, _, offset, length = fields
+            if head != plain_read or not 0 < length <= MAX_PAYLOAD or offset + length > size:
+                break
+            reads.append(fields)
+            position += header_size
+        return position
+
+    def _send(self) -> None:
+        self._replies.send()
+        self._waiting = 0
+
+    def _keep_rest(self) -> None:
+        """Make room for the rest of an unfinished request, or do it as it comes when its data is long."""
+        at_hand = self._end - self._start
+        needed = self._header_size
+        if at_hand >= needed:
+            request = self._form.parse(self._view[self._start : self._start + needed])
+            needed += request.payload
+            if request.payload > _STREAM_FROM:
+                self._stream_write(request)
+                return
+        if at_hand == 0 or at_hand >= self._header_size:
+            self._appetite = _BATCH
+        if at_hand == 0 or self._start + needed > _BATCH:
+            self._view[:at_hand] = self._view[self._start : self._end]
+            self._start, self._end = 0, at_hand
+
+    def _stream_write(self, request: nbd.Request) -> None:
+        """Do a WRITE whose data is still arriving, piece by piece; of what is refused, drain the data."""
+        self.notice.give()
+        error = self._refusal(request)
+        offset, left, start = request.offset, request.payload, self._start + self._header_size
+        if self._conduit is not None and not error and self._conduit.opens():
+            error, offset, left = self._splice_write(self._conduit, offset, left, start)
+            start = self._end = 0
+        while left:
+            at_hand = self._end - start
+            ready = left if at_hand == left else at_hand - (offset + at_hand) % _PIECE
+            if ready > 0:
+                error = error or self._deeds.write(offset, self._view[start : start + ready])
+                offset, left, start = offset + ready, left - ready, start + ready
+            else:
+                self._receive_of_write(start, left)
+                start = 0
+        self._start = self._end = 0
+        if request.flags & nbd.NBD_CMD_FLAG_FUA:
+            error = error or self._deeds.flush()
+        self._answer(request, error)
+        self._waiting += 1
+        if self._conduit is None or self._waiting >= _MOST_WAITING:
+            self._send()
+
+    def _splice_write(self, conduit: Conduit, offset: int, left: int, start: int) -> tuple[int, int, int]:
+        """Write what is at hand from `start` on, and the rest by reference.
+
+        Pieces end where pages do: a death between two of them must not tear a sector. Answers the error or 0,
+        and the offset and number of bytes that are left to drain after an error.
+        """
+        self._appetite = self._header_size
+        at_hand = self._end - start
+        whole = max(at_hand - (offset + at_hand) % _PAGE, 0)
+        error = self._deeds.write(offset, self._view[start : start + whole]) if whole else 0
+        if not error:
+            conduit.put(self._view[start + whole : self._end])
+        offset, missing = offset + whole, left - at_hand
+        while missing and not error:
+            missing -= self._fill(conduit, missing)
+            ready = conduit.held
+            if missing:
+                ready -= (offset + ready) % _PAGE
+            if ready > 0:
+                error = self._deeds.write_held(conduit, ready, offset)
+                offset += ready
+        return error, offset, missing
+
+    def _fill(self, conduit: Conduit, limit: int) -> int:
+        """Some of the WRITE's data; a client that waits for replies before it sends more gets them."""
+        count = conduit.fill(limit, wait=not self._waiting)
+        if count < 0:
+            self._send()
+            count = conduit.fill(limit)
+        self.bytes_received += count
+        return count
+
+    def _receive_of_write(self, start: int, left: int) -> None:
+        """Move what is at hand from `start` to the front, and put more of the `left` bytes behind it."""
+        at_hand = self._end - start
+        if start:
+            self._view[:at_hand] = self._view[start : self._end]
+        count = self._inlet.receive(self._view[at_hand : min(left, _BATCH)])
+        if count == 0:
+            raise ConnectionResetError(errno.ECONNRESET, "the client left in the middle of a WRITE")
+        self._end = at_hand + count
+        self.bytes_received += count
+
+    def _take_rare(self, request: nbd.Request, cookie: bytes, data: int) -> None:
+        """A request that has flags, asks for what is not allowed, or is neither READ nor WRITE."""
+        error = self._refusal(request)
+        if error:
+            self._answer(request, error)
+        elif request.type == nbd.NBD_CMD_FLUSH:
+            self._flush_labels.append(self._form.label(cookie, request.offset))
+        elif request.type == nbd.NBD_CMD_WRITE and request.length:
+            if request.flags & nbd.NBD_CMD_FLAG_FUA:
+                self._fua_writes.append(len(self._writes))
+            self._writes.append((request.offset, self._view[data : data + request.length]))
+            self._write_cookies.append(cookie)
+        elif request.type == nbd.NBD_CMD_READ and request.length:
+            self._settle()
+            self.counts[traffic.READS] += 1
+            self._replies.add_whole_read(self._form.label_of(request), request.offset, request.length)
+        else:
+            self._settle()
+            self._perform(request)
+
+    def _refusal(self, request: nbd.Request) -> int:
+        refused = refusal(request, self._terms, self._disk.size, read_only=self._disk.read_only)
+        if refused is None:
+            return 0
+        self._complaints.refused(*named(request), expected=refused.expected, found=refused.found)
+        return refused.error
+
+    # -- doing what they ask -------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Do and answer what was collected: the writes in one call, one flush for all, then the reads."""
+        if self._write_cookies or self._flush_labels:
+            self.counts[traffic.WRITES] += len(self._write_cookies)
+            self.counts[traffic.FLUSHES] += len(self._flush_labels)
+            self._settle_writes()
+        if self._reads:
+            self.counts[traffic.READS] += len(self._reads)
+            self._replies.add_reads(self._reads)
+            self._reads.clear()
+
+    def _settle_writes(self) -> None:
+        failed = self._deeds.write_many(self._writes) if self._writes else {}
+        flush_error = self._deeds.flush() if self._fua_writes or self._flush_labels else 0
+        if failed or flush_error:
+            self._answer_one_by_one(failed, flush_error)
+        else:
+            self._replies.add(self._form.successes(self._write_cookies, self._writes, self._flush_labels))
+        for collected in (self._writes, self._write_cookies, self._fua_writes, self._flush_labels):
+            collected.clear()
+
+    def _answer_one_by_one(self, failed: Mapping[int, int], flush_error: int) -> None:
+        errors = {**dict.fromkeys(self._fua_writes, flush_error), **failed}
+        form = self._form
+        for index, (cookie, (offset, _)) in enumerate(zip(self._write_cookies, self._writes, strict=True)):
+            label = form.label(cookie, offset)
+            self._replies.add(form.outcome(nbd.NBD_CMD_WRITE, label, errors.get(index, 0)))
+        for label in self._flush_labels:
+            self._replies.add(form.outcome(nbd.NBD_CMD_FLUSH, label, flush_error))
+
+    def _perform(self, request: nbd.Request) -> None:
+        self.notice.give()
+        if commands.is_long(request):
+            self._send()
+        try:
+            reply = commands.perform(request, self._lane, self._contexts, self._form, lambda: self.stopping)
+        except (OSError, LmdbitmapError) as failure:
+            self._complaints.failed(*named(request), failure)
+            self._answer(request, error_of(failure))
+        else:
+            self._count(request)
+            self._replies.add(reply)
+
+    def _answer(self, request: nbd.Request, error: int) -> None:
+        self._count(request)
+        self._replies.add(self._form.outcome(request.type, self._form.label_of(request), error))
+
+    def _count(self, request: nbd.Request) -> None:
+        self.counts[traffic.kind_of(request.type)] += 1

@@ -1,0 +1,67 @@
+"""What a disk is asked to do for a client, with the answer in NBD's words: 0, or an error of the protocol."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+
+from lmdbitmap.errors import LmdbitmapError
+from lmdbitmap.interfaces import Lane
+from lmdbitmap.nbd import protocol as nbd
+from lmdbitmap.nbd.requests import error_of, place
+from lmdbitmap.nbd.server.complaints import Complaints
+from lmdbitmap.nbd.server.conduit import Conduit
+from lmdbitmap.nbd.server.notice import Notice
+from lmdbitmap.work.latencies import Latencies
+
+
+class Deeds:
+    """Done by way of `lane`. `flushes` are how long they took."""
+
+    def __init__(self, lane: Lane, notice: Notice, complaints: Complaints) -> None:
+        self.flushes = Latencies()
+        self._lane = lane
+        self._notice = notice
+        self._complaints = complaints
+
+    def write_many(self, writes: Sequence[tuple[int, memoryview]]) -> Mapping[int, int]:
+        """{index: error} of the writes that failed: all of them when the lane refuses as a whole."""
+        try:
+            failed = self._lane.write_many(writes)
+        except (OSError, LmdbitmapError) as refused:
+            offset, data = writes[0]
+            self._complaints.failed("WRITE", place(offset, len(data)), refused, times=len(writes))
+            return dict.fromkeys(range(len(writes)), error_of(refused))
+        if not failed:
+            return failed
+        for index, number in failed.items():
+            offset, data = writes[index]
+            failure = OSError(number, os.strerror(number))
+            self._complaints.failed("WRITE", place(offset, len(data)), failure)
+        return {index: nbd.nbd_error(number) for index, number in failed.items()}
+
+    def write(self, offset: int, data: memoryview) -> int:
+        return self.write_many([(offset, data)]).get(0, 0)
+
+    def write_held(self, conduit: Conduit, length: int, offset: int) -> int:
+        """Write what the conduit holds; after an error it is closed."""
+        try:
+            conduit.write(length, offset)
+        except (OSError, LmdbitmapError) as failure:
+            self._complaints.failed("WRITE", place(offset, length), failure)
+            conduit.close()
+            return error_of(failure)
+        return 0
+
+    def flush(self) -> int:
+        self._notice.give()
+        begun_ns = time.perf_counter_ns()
+        try:
+            self._lane.flush()
+        except (OSError, LmdbitmapError) as failure:
+            self._complaints.failed("FLUSH", "the image", failure)
+            return error_of(failure)
+        finally:
+            self.flushes.count(time.perf_counter_ns() - begun_ns)
+        return 0

@@ -1,0 +1,217 @@
+"""Who serves which connection: one thread all that are quick, in turns, and each of the others its own.
+
+Every system call gives the interpreter's lock away, and threads that fight for it lose more than they gain: four
+busy connections in four threads got half as much done as one. So one thread, the driver, goes round: it waits for
+all quick connections at once, and gives a turn to each that has sent something. In a turn it receives what is
+there, does it, sends the replies, and waits for nothing.
+
+There are as many threads as connections, and any of them may serve any connection:
+
+    serve ──▶ alone ──▶ parked ──▶ next ──▶ driver ─┐
+                ▲                                   │ a turn that waits,
+                └───────────────────────────────────┘ or takes too long
+
+What holds all the time:
+- A connection is in the rounds, or some thread has it for itself. One thread at a time serves it.
+- In a turn nothing is waited for that is known to wait. Before a connection waits for its client to read, for a
+  flush, a long request or data that is not in memory, and after it waited for a commit, it gives notice: the
+  driver leaves the rounds to the next thread, and has this connection for itself from then on.
+- Whatever else waits in a turn (a slow write, a gate that a checkpoint closed) holds up the others for `_PATIENCE_S`
+  and a tick at most. The thread that is next looks after the driver, and takes the rounds from one that does
+  not get on. A connection that was slow stays out of the rounds, the sooner it is slow again the longer.
+- While a connection is in the rounds, a thread is there to drive: threads that are away each have one for themselves.
+- A disk without a descriptor may be slow at any time, and what is encrypted cannot be looked at: their connections
+  never go round, nor does one that is the only one.
+"""
+
+from __future__ import annotations
+
+import functools
+import select
+import threading
+import time
+from collections.abc import Callable
+from typing import Final, TypeAlias
+
+from lmdbitmap.nbd.server.connection import Connection
+from lmdbitmap.nbd.server.inlet import Lookout
+
+_PATIENCE_S: Final = 0.01
+_TICK_S: Final = 0.005
+_DOZE_AFTER_S: Final = 0.1
+"""A driver that sleeps for so long need not be looked after until it wakes up."""
+_FIRST_LEAVE_S: Final = 0.05
+_LONGEST_LEAVE_S: Final = 1.6
+
+Ended: TypeAlias = Callable[[Exception | None], None]
+"""Called once a connection has ended, with what ended it if it was no goodbye."""
+
+
+class _Rider:
+    """A connection, and what the rounds know of it."""
+
+    __slots__ = ("alone", "connection", "ended", "failure", "fd", "leave_s", "returns_s", "waited")
+
+    def __init__(self, connection: Connection, fd: int, ended: Ended, alone: bool) -> None:
+        self.connection = connection
+        self.fd = fd
+        self.ended = ended
+        self.alone = alone
+        self.failure: Exception | None = None
+        self.waited = False
+        self.leave_s = _FIRST_LEAVE_S
+        self.returns_s = -_LONGEST_LEAVE_S
+
+    def take_leave(self, now_s: float) -> None:
+        """It was slow: the sooner after the last time, the longer it stays away."""
+        again = now_s - self.returns_s < _LONGEST_LEAVE_S
+        self.leave_s = min(2 * self.leave_s, _LONGEST_LEAVE_S) if again else _FIRST_LEAVE_S
+        self.returns_s = now_s + self.leave_s
+
+
+class Rounds:
+    """`serve` is called by the thread of each connection, once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._parked = threading.Condition(self._lock)
+        self._next = threading.Condition(self._lock)
+        self._has_next = False
+        self._next_dozes = False
+        self._poll = select.epoll()
+        self._lookout = Lookout(self._look, self._poll.poll)
+        self._riders: dict[int, _Rider] = {}
+        self._connections = 0
+        self._driven = False
+        self._term = 0
+        self._at: _Rider | None = None
+        self._since_s = 0.0
+
+    def serve(self, connection: Connection, fd: int, ended: Ended, *, alone: bool = False) -> None:
+        """Serve `connection`, which is heard at `fd`, until it or another has ended.
+
+        `ended` is called once it has, perhaps in another thread. One that is `alone` never goes round.
+        """
+        mine = _Rider(connection, fd, ended, alone)
+        connection.notice.to = functools.partial(self._step_aside, mine)
+        with self._lock:
+            self._connections += 1
+        rider: _Rider | None = mine
+        while rider is not None and self._serve_alone(rider):
+            self._join(rider)
+            rider = self._drive(self._await_duty())
+        with self._lock:
+            self._connections -= 1
+
+    # -- a connection for itself ---------------------------------------------------------------------------
+
+    def _serve_alone(self, rider: _Rider) -> bool:
+        """Until it may go round; False when it has ended."""
+        try:
+            while rider.connection.serve_some():
+                if self._may_join(rider):
+                    return True
+        except Exception as failure:
+            rider.failure = failure
+        self._end(rider)
+        return False
+
+    def _may_join(self, rider: _Rider) -> bool:
+        waited, rider.waited = rider.waited, False
+        others = self._connections > 1
+        return others and not waited and not rider.alone and time.monotonic() >= rider.returns_s
+
+    def _join(self, rider: _Rider) -> None:
+        with self._lock:
+            self._riders[rider.fd] = rider
+            self._poll.register(rider.fd, select.EPOLLIN)
+
+    def _end(self, rider: _Rider) -> None:
+        rider.connection.close()
+        rider.ended(rider.failure)
+
+    # -- driving -------------------------------------------------------------------------------------------
+
+    def _drive(self, term: int) -> _Rider | None:
+        """Go round, to the turn that ends the term: whose it was, or None when that has ended."""
+        while True:
+            for fd, _ in self._lookout.wait():
+                rider = self._riders[fd]
+                if not self._give_turn(rider, term):
+                    self._end(rider)
+                    return None
+                if self._term != term:
+                    return rider
+
+    def _give_turn(self, rider: _Rider, term: int) -> bool:
+        """Whether its connection goes on."""
+        goes_on = False
+        self._since_s = time.monotonic()
+        self._at = rider
+        if self._next_dozes:
+            self._wake_next()
+        try:
+            goes_on = rider.connection.turn()
+        except Exception as failure:
+            rider.failure = failure
+        with self._lock:
+            if self._term == term:
+                self._at = None
+                if not goes_on or self._connections == 1:
+                    self._hand_over(rider)
+        return goes_on
+
+    def _look(self) -> list[tuple[int, int]] | None:
+        return self._poll.poll(0) or None
+
+    def _wake_next(self) -> None:
+        with self._lock:
+            self._next.notify()
+
+    def _step_aside(self, rider: _Rider) -> None:
+        """What comes may take its time: whoever drives lets another one drive."""
+        rider.waited = True
+        if self._at is rider:
+            with self._lock:
+                if self._at is rider:
+                    self._hand_over(rider)
+
+    def _hand_over(self, rider: _Rider) -> None:
+        """The driver's term ends, and this connection is its own. Under the lock."""
+        self._poll.unregister(rider.fd)
+        del self._riders[rider.fd]
+        self._at = None
+        self._driven = False
+        self._term += 1
+        self._next.notify()
+
+    # -- waiting for it ------------------------------------------------------------------------------------
+
+    def _await_duty(self) -> int:
+        """Wait until this thread has to drive; its term."""
+        with self._lock:
+            while self._has_next:
+                self._parked.wait()
+            self._has_next = True
+            while self._driven:
+                self._look_after_driver()
+            self._has_next = False
+            self._parked.notify()
+            self._driven = True
+            return self._term
+
+    def _look_after_driver(self) -> None:
+        """Wait a tick, and take the rounds from a driver that does not get on. Under the lock.
+
+        While the driver sleeps there is nothing to look after. It says that a turn begins before it looks whether the
+        next one dozes, who says so before it looks whether there is a turn: one of both notices.
+        """
+        self._next_dozes = True
+        dozes = self._at is None and time.monotonic() - self._since_s > _DOZE_AFTER_S
+        self._next_dozes = dozes
+        self._next.wait(None if dozes else _TICK_S)
+        self._next_dozes = False
+        now_s = time.monotonic()
+        if self._at is not None and now_s - self._since_s > _PATIENCE_S:
+            self._at.take_leave(now_s)
+            self._hand_over(self._at)

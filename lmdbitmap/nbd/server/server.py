@@ -1,0 +1,383 @@
+"""The NBD server: takes clients in, has each served (rounds.py), and lets all of them go in good order.
+
+A client can cost the others nothing but its share of the processor, and of the places at its own export: it has its
+own socket, lane and buffers, no thread waits for it that others need, and whatever it sends, or fails to send or to
+read, ends at worst its own connection. Places are counted so that nobody is in the way of those who have nothing to do
+with him:
+
+- Whoever has not chosen an export yet is a newcomer. There is room for `max_newcomers` at each listener; one more gets
+  the place of the one who has been there for longest, who is cut off. Nobody can hold a door by standing in it.
+- An export has room for `max_connections` who came by themselves, and for as many who were handed over (`take_in`) by
+  its owner, as a backup's connections are. One more is refused. Those whose host vanished lose their place in time
+  (keepalive.py).
+
+Stopping: no more clients; every connection finishes the requests it has taken in, answers them and closes (a change of
+many gigabytes is done as far as it is, and the client told so);
+one that has not managed after `grace_s`, because its client does not read, is cut off. One that has not ended
+after as long again hangs in its disk; `stop` says so by False, and the disks must not be closed under it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import selectors
+import signal
+import socket
+import ssl
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Final, NamedTuple
+
+from lmdbitmap.errors import AlreadyExists
+from lmdbitmap.interfaces import ServedDisk
+from lmdbitmap.nbd import keepalive
+from lmdbitmap.nbd.server.contexts import ContextsOf, Later, base_contexts, for_strangers
+from lmdbitmap.nbd.server.listeners import (
+    InheritedListener,
+    Listener,
+    TcpListener,
+    UnixListener,
+    accepted,
+)
+from lmdbitmap.nbd.server.quiet import Quiet
+from lmdbitmap.nbd.server.rounds import Rounds
+from lmdbitmap.nbd.server.traffic import NO_TRAFFIC, Traffic, summed
+from lmdbitmap.nbd.server.visit import Served, Visit
+
+_log = logging.getLogger(__name__)
+
+_SLACK_S: Final = 1.0
+_SEND_BUFFER_BYTES: Final = 2 << 20
+"""Of a unix socket, which else has room for three READs of 64 KiB. TCP finds its own; the kernel may allow less."""
+_MOST_WAKING: Final = 64 << 10
+_BESIDE: Final = ""
+"""Stands for all disks that come and go, where past traffic is counted; no disk has that name."""
+
+
+class Counters(NamedTuple):
+    """What a server did so far. `connections` were taken in, newcomers too, and `connected` of them are there now."""
+
+    connections: int
+    connected: int
+    turned_away: int
+    requests: int
+    bytes_received: int
+    bytes_sent: int
+
+
+class Server:
+    """Serves `disks` under their names: listen, then `serve_forever` here or `start` a thread that does."""
+
+    def __init__(
+        self,
+        disks: Mapping[str, ServedDisk],
+        *,
+        max_connections: int = 64,
+        max_newcomers: int = 64,
+        handshake_timeout_s: float = 10.0,
+        grace_s: float = 10.0,
+        contexts_of: ContextsOf = base_contexts,
+    ) -> None:
+        self._disks = dict(disks)
+        self._residents = tuple(disks)
+        self._private: set[str] = set()
+        self._contexts_of = contexts_of
+        self._max_connections = max_connections
+        self._max_newcomers = max_newcomers
+        self._handshake_timeout_s = handshake_timeout_s
+        self._grace_s = grace_s
+        self._listeners: list[Listener] = []
+        self._lock = threading.Lock()
+        self._visits: dict[Visit, None] = {}
+        """In the order in which they came."""
+        self._rounds = Rounds()
+        self._connections = 0
+        self._turned_away = 0
+        self._past_traffic = dict.fromkeys([*self._disks, _BESIDE], NO_TRAFFIC)
+        self.quiet = Quiet(self._requests_of_guests)
+        """Of the clients of the disks that it was made for."""
+        self._woken_fd, self._wake_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        for fd in (self._woken_fd, self._wake_fd):
+            weakref.finalize(self, os.close, fd)  # no sooner: a late signal may still write to it
+        self._stopping = False
+        self._serving_thread: threading.Thread | None = None
+        self._wound_up = threading.Event()
+
+    # -- for its owner -------------------------------------------------------------------------------------
+
+    def listen_unix(self, path: str, mode: int = 0o600) -> UnixListener:
+        """Listen at a socket file. Raises `Busy` if another server does; the file of a dead one is replaced."""
+        listener = UnixListener(path, mode)
+        self._listeners.append(listener)
+        return listener
+
+    def listen_tcp(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> TcpListener:
+        """Listen at a TCP port, 0 is any that is free, for clients who begin TLS if `tls` is given (nbd/tls.py).
+
+        Raises `Busy` if the port is taken.
+        """
+        listener = TcpListener(host, port, tls)
+        self._listeners.append(listener)
+        return listener
+
+    def listen_inherited(self, fd: int, tls: ssl.SSLContext | None = None) -> InheritedListener:
+        """Listen at a socket that somebody else bound; TCP clients begin TLS if `tls` is given."""
+        listener = InheritedListener(fd, tls)
+        self._listeners.append(listener)
+        return listener
+
+    @property
+    def uris(self) -> list[str]:
+        """One for every disk that it was made for at every listener."""
+        return [listener.uri(name) for listener in self._listeners for name in self._residents]
+
+    def uris_of(self, name: str) -> list[str]:
+        """One for every listener."""
+        return [listener.uri(name) for listener in self._listeners]
+
+    def add(self, name: str, disk: ServedDisk, *, private: bool = False) -> None:
+        """Serve one more disk, beside those that it was made for; a `private` one to those who are handed over alone.
+
+        Raises `AlreadyExists` for a name that is taken.
+        """
+        with self._lock:
+            if name in self._disks:
+                raise AlreadyExists(f"{name!r} is served already", next_step="choose another name")
+            self._disks[name] = disk
+            if private:
+                self._private.add(name)
+
+    def remove(self, name: str, disk: ServedDisk) -> None:
+        """Serve a disk no more: its clients are cut off. Whoever still reads of it is told by the disk itself.
+
+        Nothing happens where another one has its name by now.
+        """
+        with self._lock:
+            if self._disks.get(name) is not disk:
+                return
+            del self._disks[name]
+            self._private.discard(name)
+            visits = [visit for visit in self._visits if visit.export_name == name]
+        for visit in visits:
+            visit.cut_off()
+
+    def take_in(self, sock: socket.socket) -> bool:
+        """Serve a client that is connected already, and need not begin TLS; whether there was room for it.
+
+        It is offered every disk and context, others only what is for strangers.
+        """
+        return self._welcome(sock, None)
+
+    @property
+    def counters(self) -> Counters:
+        with self._lock:
+            carried = summed([*self._past_traffic.values(), *(visit.traffic for visit in self._visits)])
+            return Counters(
+                self._connections, len(self._visits), self._turned_away,
+                carried.requests, carried.bytes_received, carried.bytes_sent,
+            )  # fmt: skip
+
+    def traffic(self, name: str) -> tuple[int, Traffic]:
+        """How many clients are connected to a disk now, and what all that ever were have carried."""
+        with self._lock:
+            present = [visit.traffic for visit in self._visits if visit.export_name == name]
+            return len(present), summed([self._past_traffic[name], *present])
+
+    def _requests_of_guests(self) -> int:
+        with self._lock:
+            past = sum(self._past_traffic[name].requests for name in self._residents)
+            return past + sum(
+                visit.requests for visit in self._visits if visit.export_name in self._residents
+            )
+
+    def start(self) -> None:
+        """Serve in a thread of its own."""
+        self._serving_thread = threading.Thread(target=self._serve, name="nbd-accept", daemon=True)
+        self._serving_thread.start()
+
+    def serve_forever(self) -> None:
+        """Serve in this thread until asked to stop, and wind up; then ask `stop` how it went.
+
+        In the main thread any signal wakes it, so that its handler runs at once.
+        """
+        self._serving_thread = threading.current_thread()
+        with _woken_by_signals(self._wake_fd):
+            self._serve()
+
+    def request_stop(self) -> None:
+        """Ask the serving thread to wind up. Takes no lock and waits for nothing: made for signal handlers."""
+        self._stopping = True
+        with contextlib.suppress(BlockingIOError):  # it is full: they will wake up
+            os.write(self._wake_fd, b"\0")
+
+    def stop(self) -> bool:
+        """Stop serving and wait for it, for a bounded time; True when nobody uses the disks any more.
+
+        A signal handler in the thread of `serve_forever` may call it too: there it only asks, and is told False.
+        """
+        self.request_stop()
+        if self._serving_thread is None:
+            self._wind_up()
+        elif self._serving_thread is not threading.current_thread():
+            self._wound_up.wait(2 * self._grace_s + _SLACK_S)
+        if not self._wound_up.is_set():
+            return False
+        with self._lock:
+            visits = list(self._visits)
+        return not _still_there(visits, _SLACK_S)
+
+    # -- taking clients in ---------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        try:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._woken_fd, selectors.EVENT_READ)
+                for listener in self._listeners:
+                    listener.sock.setblocking(False)
+                    selector.register(listener.sock, selectors.EVENT_READ, listener)
+                while not self._stopping:
+                    for key, _ in selector.select():
+                        if key.data is None:
+                            os.read(self._woken_fd, _MOST_WAKING)
+                        else:
+                            self._accept(key.data)
+        finally:
+            self._wind_up()
+
+    def _accept(self, listener: Listener) -> None:
+        sock = accepted(listener.sock, "client")
+        if sock is not None:
+            self._welcome(sock, listener)
+
+    def _welcome(self, sock: socket.socket, door: Listener | None) -> bool:
+        """Have somebody shake hands who came through a `door`, or was handed over."""
+        visit = Visit(
+            sock,
+            self._served if door is None else self._served_to_strangers,
+            handshake_timeout_s=self._handshake_timeout_s,
+            enter=self._enter,
+            ended=self._forget,
+            rounds=self._rounds,
+            door=door,
+            tls=None if door is None else door.tls,
+        )
+        if not self._admit(visit):
+            _log.warning("%s was turned away: too many come at once", visit.client)
+            sock.close()
+            return False
+        self._make_room(door)
+        _tune(sock)
+        return visit.start()
+
+    def _served(self) -> Mapping[str, Served]:
+        """The disks, with what can be asked of each at this moment: a visitor may pick from that."""
+        with self._lock:
+            disks = dict(self._disks)
+        return self._described(disks, self._contexts_of)
+
+    def _served_to_strangers(self) -> Mapping[str, Served]:
+        with self._lock:
+            disks = {name: disk for name, disk in self._disks.items() if name not in self._private}
+        return self._described(disks, lambda name, disk: for_strangers(self._contexts_of(name, disk)))
+
+    def _described(self, disks: Mapping[str, ServedDisk], contexts_of: ContextsOf) -> Mapping[str, Served]:
+        return {
+            name: Served(disk, Later(partial(contexts_of, name, disk)), beside=name not in self._residents)
+            for name, disk in disks.items()
+        }
+
+    def _admit(self, visit: Visit) -> bool:
+        """As a newcomer. Those who were let go are gone in a moment, and until then there may be as many of them."""
+        with self._lock:
+            if self._stopping or len(self._newcomers(visit.door)) >= 2 * self._max_newcomers:
+                self._turned_away += 1
+                return False
+            self._visits[visit] = None
+            self._connections += 1
+            return True
+
+    def _make_room(self, door: Listener | None) -> None:
+        """Let the newcomer go who has been at this door for longest, if there are too many."""
+        with self._lock:
+            staying = [visit for visit in self._newcomers(door) if not visit.is_let_go]
+            if len(staying) <= self._max_newcomers:
+                return
+            staying[0].let_go()
+            self._turned_away += 1
+        _log.warning("%s was turned away: others came, and it had not chosen a disk", staying[0].client)
+
+    def _newcomers(self, door: object) -> list[Visit]:
+        """Who came through this door and has no place at an export, in the order in which they came."""
+        return [visit for visit in self._visits if visit.door is door and visit.export_name is None]
+
+    def _enter(self, visit: Visit, name: str) -> bool:
+        """Whether a newcomer gets a place at this export."""
+        with self._lock:
+            if visit.is_let_go or name not in self._disks:
+                return False
+            there = [other for other in self._visits if other.export_name == name]
+            alike = sum((other.door is None) == (visit.door is None) for other in there)
+            if alike < self._max_connections:
+                visit.export_name = name
+                return True
+            self._turned_away += 1
+        words = "disk %s: %s was turned away: %d are connected already"
+        _log.warning(words, name, visit.client, alike, extra={"disk": name, "client": visit.client})
+        return False
+
+    def _forget(self, visit: Visit) -> None:
+        with self._lock:
+            self._visits.pop(visit, None)
+            if visit.export_name is not None:
+                name = visit.export_name if visit.export_name in self._residents else _BESIDE
+                self._past_traffic[name] = summed([self._past_traffic[name], visit.traffic])
+
+    # -- letting them go -----------------------------------------------------------------------------------
+
+    def _wind_up(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+        with self._lock:
+            visits = list(self._visits)
+        for visit in visits:
+            visit.ask_to_leave()
+        stuck = _still_there(visits, self._grace_s)
+        for visit in stuck:
+            visit.cut_off()
+        hung = _still_there(stuck, self._grace_s)
+        if hung:
+            _log.error("%d connections do not end: their disk does not answer", len(hung))
+        self._wound_up.set()
+
+
+@contextlib.contextmanager
+def _woken_by_signals(fd: int) -> Iterator[None]:
+    """Python runs handlers when the main thread goes on, and a signal ends no sleep of it where it comes right before
+    that, or to another thread: so the byte that it writes has to."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.set_wakeup_fd(fd, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+
+
+def _still_there(visits: Iterable[Visit], patience_s: float) -> list[Visit]:
+    """Those that have not ended after `patience_s` for all of them together."""
+    deadline = time.monotonic() + patience_s
+    return [visit for visit in visits if not visit.join(deadline - time.monotonic())]
+
+
+def _tune(sock: socket.socket) -> None:
+    """Replies leave at once; a peer whose host vanished is noticed in the end."""
+    if sock.family == socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+    else:
+        keepalive.tune(sock)

@@ -1,0 +1,330 @@
+"""Who holds the checkpoints of a disk: one small JSON file for each repository that the disk is backed up to.
+
+    STORE/holds/<disk uuid>-<holder uuid>.json   what is held; the holder's uuid is in the repository's manifest too
+    STORE/holds/<disk uuid>-<holder uuid>.lock   held by the one run that backs the disk up to there
+    STORE/holds/<disk uuid>-lapse.json           after how many days a hold lapses, where that was set
+
+A stream has such a note while it is under way, and without a repository. Invariants, at every moment, also after a
+power cut:
+
+1. `under_way` names a checkpoint from before it is made until right before an archive may name it. Where nobody has
+   the lock, its run is dead, and no archive will ever name it.
+2. A checkpoint is in `checkpoints` before a manifest names it. A hold that is `ended`, because it lapsed or by hand,
+   holds nothing any more; if the repository comes back before they are gone, it holds them again.
+3. What no note names stays for ever, and so do checkpoints with names that are not of our making, but for one of
+   which a note has the uuid. A note that is lost or cannot be read only costs that.
+
+That a repository is not at its path says nothing: disks take turns at one mount point. Paths are shown, never followed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Final, NamedTuple
+from uuid import UUID
+
+from lmdbitmap.errors import FormatError, InvalidArgument, LmdbitmapError, NotFound, os_errors_at
+from lmdbitmap.repository.manifest import CheckpointRef, Reason
+from lmdbitmap.repository.repository import is_checkpoint_name
+from lmdbitmap.storage.schema import Checkpoint
+from lmdbitmap.system import files
+
+log = logging.getLogger(__name__)
+
+HOLDS: Final = "holds"
+FORMAT_VERSION: Final = 1
+LAPSE_DAYS: Final = 180
+"""Where nothing else was set."""
+MOST_LAPSE_DAYS: Final = 36_500
+LAPSED, DROPPED = "hold-lapsed", "hold-dropped"
+_DAY_NS: Final = 86_400 * 10**9
+_MAX_NOTE_BYTES: Final = 1 << 20
+_UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+_FILE_NAME = re.compile(rf"({_UUID})-({_UUID}|lapse)\.(json|lock|json\.[0-9a-f]{{16}}\.partial)")
+_STREAM_NAME = re.compile(r"stream-[0-9]{8}T[0-9]{6}Z-[0-9a-f]{6}")
+
+
+class UnderWay(NamedTuple):
+    """The checkpoint of a run; its uuid where its name could be another one's too, and no name before that is known."""
+
+    name: str
+    uuid: UUID | None = None
+
+    def is_of(self, member: Checkpoint) -> bool:
+        if self.uuid is not None:
+            return member.uuid == self.uuid
+        return member.name == self.name and is_given_name(self.name)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Hold:
+    holder: UUID
+    repository: str | None
+    """Its path when it was last used; None of a stream."""
+    used_ns: int
+    """Unix time."""
+    checkpoints: tuple[CheckpointRef, ...] = ()
+    under_way: UnderWay | None = None
+    ended: Reason | None = None
+
+    @property
+    def uuids(self) -> frozenset[UUID]:
+        """Of the checkpoints that it holds, or held until it ended."""
+        return frozenset(checkpoint.uuid for checkpoint in self.checkpoints)
+
+    @property
+    def expects_backups(self) -> bool:
+        """Whether its repository has backups, as far as is known, that nobody gave up by hand."""
+        return bool(self.checkpoints) if self.ended is None else self.ended.code == LAPSED
+
+    def was_at(self, repository: str) -> bool:
+        """Whether the repository was last used at that absolute path."""
+        return self.repository == _shown(repository)
+
+    def is_stale(self, days: int, time_ns: int) -> bool:
+        """Whether it holds something, and was not used for so many days; 0 is for ever."""
+        is_old = days > 0 and time_ns - self.used_ns > days * _DAY_NS
+        return is_old and self.ended is None and bool(self.checkpoints)
+
+    def lets_go_of(self, member: Checkpoint) -> bool:
+        """Whether this hold does not need a checkpoint that it names; its lock is ours."""
+        if self.under_way is not None and self.under_way.is_of(member):
+            return True
+        return self.ended is not None and member.uuid in self.uuids and is_checkpoint_name(member.name)
+
+
+def _shown(path: str) -> str:
+    """As a note can hold it."""
+    return path.encode(errors="replace").decode()
+
+
+def is_given_name(name: str) -> bool:
+    """Whether a backup or a stream gave a checkpoint that name, so that there is only one of it."""
+    return is_checkpoint_name(name) or _STREAM_NAME.fullmatch(name) is not None
+
+
+class HoldFile:
+    """The note of one holder. Only who has it `locked` changes it."""
+
+    def __init__(self, store_path: str, disk: UUID, holder: UUID) -> None:
+        self.disk = disk
+        self.holder = holder
+        self._folder = os.path.join(store_path, HOLDS)
+        self._path = os.path.join(self._folder, f"{disk}-{holder}.json")
+        self.hold: Hold | None = None
+        """As it was when it was read last."""
+
+    @contextmanager
+    def locked(self) -> Iterator[HoldFile]:
+        """Raises `Busy` while another run holds it. The note is read anew."""
+        with os_errors_at(self._folder):
+            files.make_folder_like(self._folder)
+        with files.lock_file(f"{self._path.removesuffix('.json')}.lock", like_folder=True):
+            self.read()
+            yield self
+
+    def read(self) -> Hold | None:
+        self.hold = _read(self._path)
+        return self.hold
+
+    def replace(self, hold: Hold) -> None:
+        """Durable on return; a death leaves the old note or the new one."""
+        files.replace_atomically(self._path, encode(hold), like_folder=True)
+        self.hold = hold
+
+    def remove(self) -> None:
+        """Durable on return. The lock's file goes too: whoever opened it before sees that it has no name any more."""
+        with os_errors_at(self._folder):
+            for path in (self._path, f"{self._path.removesuffix('.json')}.lock"):
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
+        files.fsync_folder(self._folder)
+        self.hold = None
+
+    # -- a run ---------------------------------------------------------------------------------------------
+
+    def begin(
+        self, repository: str | None, held: Iterable[CheckpointRef], run: UnderWay, time_ns: int
+    ) -> None:
+        """A run is about to take a checkpoint; `held` are those that are there to count from."""
+        still = tuple(held)
+        ended = self.hold.ended if self.hold is not None and not still else None
+        shown = None if repository is None else _shown(repository)
+        self.replace(Hold(self.holder, shown, time_ns, still, run, ended))
+
+    def keep(self, checkpoint: CheckpointRef, time_ns: int) -> None:
+        """An archive is about to name the run's checkpoint: from now on it is held."""
+        assert self.hold is not None
+        held = (*self.hold.checkpoints, checkpoint)
+        self.replace(
+            dataclasses.replace(self.hold, used_ns=time_ns, checkpoints=held, under_way=None, ended=None)
+        )
+
+    def settle(self, members: Iterable[Checkpoint]) -> None:
+        """Forget what is gone: of the disk's checkpoints `members` are left. Without any there is no note."""
+        if (hold := self.hold) is None:
+            return
+        there = list(members)
+        left = {member.uuid for member in there}
+        held = tuple(checkpoint for checkpoint in hold.checkpoints if checkpoint.uuid in left)
+        run = hold.under_way
+        if run is not None and not any(run.is_of(member) for member in there):
+            run = None
+        if not held and run is None and hold.ended is None:
+            self.remove()
+        elif (held, run) != (hold.checkpoints, hold.under_way):
+            self.replace(dataclasses.replace(hold, checkpoints=held, under_way=run))
+
+
+def hold_files(store_path: str, disk: UUID) -> list[HoldFile]:
+    """All of a disk that can be read, in no order that means anything."""
+    found = []
+    for name in _names(store_path, disk):
+        match = _FILE_NAME.fullmatch(name)
+        if match is not None and match[2] != "lapse" and match[3] == "json":
+            file = HoldFile(store_path, disk, UUID(match[2]))
+            if file.read() is not None:
+                found.append(file)
+    return found
+
+
+def disk_of(file_name: str) -> str | None:
+    """The uuid of the disk whose note, beginning of a note, or lock a file of that name is."""
+    match = _FILE_NAME.fullmatch(file_name)
+    return None if match is None else match[1]
+
+
+def remove_holds(store_path: str, disk: UUID) -> None:
+    """Of a disk that is gone. What stays does no harm: no other disk will ever have its uuid."""
+    for name in _names(store_path, disk):
+        with suppress(OSError):
+            os.unlink(os.path.join(store_path, HOLDS, name))
+
+
+def _names(store_path: str, disk: UUID) -> list[str]:
+    folder = os.path.join(store_path, HOLDS)
+    with os_errors_at(folder):
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    return [name for name in names if disk_of(name) == str(disk)]
+
+
+# --- after how many days ---
+
+
+def lapse_days(store_path: str, disk: UUID) -> int:
+    """After how many days without a backup a hold lapses; 0 for never, which is also what a damaged note says."""
+    path = _lapse_path(store_path, disk)
+    if not os.path.lexists(path):
+        return LAPSE_DAYS
+    try:
+        fields = json.loads(files.read_bounded(path, _MAX_NOTE_BYTES))
+        return _days(_as(int, fields["lapse_days"]))
+    except (LmdbitmapError, ValueError, KeyError, TypeError, RecursionError) as damaged:
+        log.warning("%s cannot be read (%s): holds do not lapse until it is set anew", path, damaged)
+        return 0
+
+
+def set_lapse_days(store_path: str, disk: UUID, days: int) -> None:
+    """Durable on return."""
+    fields = {"format_version": FORMAT_VERSION, "lapse_days": _days(days)}
+    with os_errors_at(store_path):
+        files.make_folder_like(os.path.join(store_path, HOLDS))
+    files.replace_atomically(
+        _lapse_path(store_path, disk), json.dumps(fields).encode() + b"\n", like_folder=True
+    )
+
+
+def _days(days: int) -> int:
+    if not 0 <= days <= MOST_LAPSE_DAYS:
+        raise InvalidArgument(
+            f"{days} days are not within 0..{MOST_LAPSE_DAYS}", next_step="name fewer, or 0 for never"
+        )
+    return days
+
+
+def _lapse_path(store_path: str, disk: UUID) -> str:
+    return os.path.join(store_path, HOLDS, f"{disk}-lapse.json")
+
+
+# --- the bytes ---
+
+
+def _read(path: str) -> Hold | None:
+    try:
+        return decode(files.read_bounded(path, _MAX_NOTE_BYTES), path) if os.path.lexists(path) else None
+    except NotFound:  # just now: its run ended
+        return None
+    except LmdbitmapError as unreadable:
+        log.warning("%s; the checkpoints that it named stay", unreadable.problem)
+        return None
+
+
+def encode(hold: Hold) -> bytes:
+    run, ended = hold.under_way, hold.ended
+    fields = {
+        "format_version": FORMAT_VERSION,
+        "holder": str(hold.holder),
+        "repository": hold.repository,
+        "used_ns": hold.used_ns,
+        "checkpoints": [{"uuid": str(one.uuid), "name": one.name} for one in hold.checkpoints],
+        "under_way": run and {"name": run.name, "uuid": None if run.uuid is None else str(run.uuid)},
+        "ended": ended and {"code": ended.code, "words": ended.words},
+    }
+    return json.dumps(fields, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def decode(data: bytes, place: str) -> Hold:
+    """Raises `FormatError` for what is no note, or a newer version's. Keys that it does not know are left out."""
+    try:
+        fields = json.loads(data)
+        if _as(int, fields["format_version"]) != FORMAT_VERSION:
+            raise ValueError(f"version {fields['format_version']}")
+        return Hold(
+            UUID(_as(str, fields["holder"])),
+            None if fields["repository"] is None else _as(str, fields["repository"]),
+            _time(fields["used_ns"]),
+            tuple(_checkpoint(one) for one in _as(list, fields["checkpoints"])),
+            None if fields["under_way"] is None else _run(fields["under_way"]),
+            None if fields["ended"] is None else _ended(fields["ended"]),
+        )
+    except (ValueError, KeyError, TypeError, RecursionError) as wrong:
+        raise FormatError(
+            place, expected=f"the note of a hold, version {FORMAT_VERSION}",
+            found=f"{type(wrong).__name__} ({str(wrong)[:100]})",
+            next_step="remove it, and forget the checkpoints of a repository that is gone by their names",
+        ) from wrong  # fmt: skip
+
+
+def _time(value: Any) -> int:
+    if not 0 <= _as(int, value) < 1 << 63:
+        raise ValueError("a time before 1970, or far from now")
+    return int(value)
+
+
+def _checkpoint(fields: Any) -> CheckpointRef:
+    return CheckpointRef(UUID(_as(str, fields["uuid"])), _as(str, fields["name"]))
+
+
+def _run(fields: Any) -> UnderWay:
+    told = fields["uuid"]
+    return UnderWay(_as(str, fields["name"]), None if told is None else UUID(_as(str, told)))
+
+
+def _ended(fields: Any) -> Reason:
+    code = _as(str, fields["code"])
+    if code not in (LAPSED, DROPPED):
+        raise ValueError(f"ended by {code[:40]!r}")
+    return Reason(code, _as(str, fields["words"]))
+
+
+def _as(kind: type, value: Any) -> Any:
+    """The value, if it is of that very type; a bool is no number."""
+    if type(value) is not kind:
+        raise TypeError(f"expected {kind.__name__}, found {type(value).__name__}")
+    return value

@@ -1,0 +1,255 @@
+"""What a synced copy of a disk is at (sync.py): one small JSON file for each disk and target.
+
+    STORE/syncs/<disk uuid>-<16 hex>.json    the note; the digits are a digest of the target's lasting name
+    STORE/syncs/<disk uuid>-<16 hex>.lock    held by the one sync that writes to that target
+
+What a note says holds at every moment, also after a power cut:
+
+1. `at` names a checkpoint: outside of the blocks that changed since, the target holds what the disk holds. Without
+   it nothing is known of the target.
+2. Unless a sync is `under_way`, nobody writes the target: it has the identity that was noted. Under way, a sync has
+   written to it, and only inside of these blocks, so that 1 holds; its identity has changed by that, and all that is
+   still compared is which file or device it is.
+3. `unneeded` names checkpoints that syncs to this target took, and that nobody counts from, or will count from if
+   the run that took them was killed. Only those are ever forgotten, and only if they are called as we call them.
+
+A note that cannot be read says nothing: the target is compared. Checkpoints that it named stay.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any, Final, NamedTuple
+from uuid import UUID
+
+from lmdbitmap.errors import FormatError, StorageError, os_errors_at
+from lmdbitmap.images.image import is_same_image
+from lmdbitmap.interfaces import DeviceTrace, ImageIdentity
+from lmdbitmap.system import files
+
+log = logging.getLogger(__name__)
+
+SYNCS: Final = "syncs"
+FORMAT_VERSION: Final = 1
+_MAX_NOTE_BYTES: Final = 1 << 20
+_CHECKPOINT_NAME = re.compile(r"sync-[0-9]{8}T[0-9]{6}Z-[0-9a-f]{6}")
+_FILE_NAME = re.compile(
+    r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})-[0-9a-f]{16}\.(?:json(?:\.[0-9a-f]{16}\.partial)?|lock)"
+)
+
+
+class Sizes(NamedTuple):
+    """In bytes. What the target had behind the disk was zero."""
+
+    disk: int
+    target: int
+
+
+class At(NamedTuple):
+    """The point in time that a copy is at, and what the target was then; None where nothing tells of it."""
+
+    checkpoint: UUID
+    name: str
+    epoch: UUID
+    identity: ImageIdentity | None
+    sizes: Sizes | None = None
+    """None where an older version wrote the note."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Note:
+    target: str
+    at: At | None = None
+    under_way: bool = False
+    unneeded: tuple[str, ...] = ()
+
+    @property
+    def is_of_a_copy(self) -> bool:
+        """Whether a sync has written to the target."""
+        return self.at is not None or self.under_way
+
+
+class NoteFile:
+    """The note of one disk and target, which only the holder of `locked` changes."""
+
+    def __init__(self, path: str, note: Note) -> None:
+        self._path = path
+        self.note = note
+
+    @classmethod
+    def of(cls, store_path: str, disk: UUID, target: str) -> NoteFile:
+        """By whatever name the target was called when it was synced last. Reads nothing but names yet."""
+        for path, note in notes(store_path, disk):
+            if is_same_image(note.target, target):
+                return cls(path, Note(target))
+        digest = hashlib.sha256(target.encode()).hexdigest()[:16]
+        return cls(os.path.join(store_path, SYNCS, f"{disk}-{digest}.json"), Note(target))
+
+    def locked(self) -> files.LockedFile:
+        """Raises `Busy` while another sync holds it. The note is read anew."""
+        lock = files.lock_file(f"{self._path.removesuffix('.json')}.lock", like_folder=True)
+        try:
+            self.note = dataclasses.replace(
+                _read_or_unknown(self._path) or self.note, target=self.note.target
+            )
+        except BaseException:
+            lock.close()
+            raise
+        return lock
+
+    def replace(self, note: Note) -> None:
+        """Durable on return; a death leaves the old note or the new one."""
+        files.replace_atomically(self._path, encode(note), like_folder=True)
+        self.note = note
+
+
+def notes(store_path: str, disk: UUID | None = None) -> Iterator[tuple[str, Note]]:
+    """(path, note) of all copies, or those of a disk, that can be read."""
+    for path in _paths(store_path, disk):
+        note = _read_or_unknown(path) if path.endswith(".json") else None
+        if note is not None:
+            yield path, note
+
+
+def disk_of(file_name: str) -> str | None:
+    """The uuid of the disk whose note, beginning of a note, or lock a file of that name is."""
+    match = _FILE_NAME.fullmatch(file_name)
+    return None if match is None else match[1]
+
+
+def remove_notes(store_path: str, disk: UUID) -> None:
+    """Of a disk that is gone. What stays does no harm: no other disk will ever have its uuid."""
+    for path in _paths(store_path, disk):
+        with suppress(OSError):
+            os.unlink(path)
+
+
+def _paths(store_path: str, disk: UUID | None) -> list[str]:
+    folder = os.path.join(store_path, SYNCS)
+    with os_errors_at(folder):
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    wanted = {name: disk_of(name) for name in names}
+    return [
+        os.path.join(folder, name)
+        for name, of in wanted.items()
+        if of is not None and disk in (None, UUID(of))
+    ]
+
+
+def checkpoint_name(time_ns: int) -> str:
+    """A new name for the checkpoint of a sync at that Unix time."""
+    moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(time_ns // 1_000_000_000))
+    return f"sync-{moment}-{os.urandom(3).hex()}"
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a checkpoint may be a sync's: no other is ever forgotten, whatever a note says."""
+    return _CHECKPOINT_NAME.fullmatch(name) is not None
+
+
+# --- the bytes ---
+
+
+def _read_or_unknown(path: str) -> Note | None:
+    if not os.path.lexists(path):
+        return None
+    try:
+        return decode(files.read_bounded(path, _MAX_NOTE_BYTES), path)
+    except NewerNote:
+        raise
+    except (FormatError, StorageError) as unreadable:
+        if isinstance(unreadable, StorageError) and unreadable.errno not in (errno.EACCES, errno.EPERM):
+            raise
+        log.warning("%s; the target will be compared, and checkpoints that it named stay", unreadable.problem)
+        return None
+
+
+class NewerNote(FormatError):
+    """A newer version wrote it: it may say what we must not overlook."""
+
+
+def encode(note: Note) -> bytes:
+    at = None
+    if note.at is not None:
+        at = {
+            "checkpoint": str(note.at.checkpoint),
+            "name": note.at.name,
+            "epoch": str(note.at.epoch),
+            "identity": None if note.at.identity is None else _told(note.at.identity),
+            "sizes": None if note.at.sizes is None else note.at.sizes._asdict(),
+        }
+    fields = {
+        "format_version": FORMAT_VERSION,
+        "target": note.target,
+        "at": at,
+        "under_way": note.under_way,
+        "unneeded": list(note.unneeded),
+    }
+    return json.dumps(fields, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def _told(identity: ImageIdentity) -> dict[str, object]:
+    trace = None if identity.trace is None else identity.trace._asdict()
+    return {**identity._asdict(), "trace": trace}
+
+
+def decode(data: bytes, place: str) -> Note:
+    """Raises `FormatError` for what is no note, or another version's."""
+    try:
+        fields = json.loads(data)
+        version = _as(int, fields["format_version"])
+        if version > FORMAT_VERSION:
+            raise NewerNote(
+                place, expected=f"version {FORMAT_VERSION}", found=version, next_step="update lmdbitmap"
+            )
+        names = [_as(str, name) for name in _as(list, fields["unneeded"])]
+        at = None if fields["at"] is None else _at(fields["at"])
+        return Note(_as(str, fields["target"]), at, _as(bool, fields["under_way"]), tuple(names))
+    except (ValueError, KeyError, TypeError, RecursionError) as wrong:
+        if isinstance(wrong, FormatError):
+            raise
+        raise FormatError(
+            place, expected="the note of a sync", found=f"{type(wrong).__name__} ({str(wrong)[:100]})",
+            next_step="sync again, which compares all of the target",
+        ) from wrong  # fmt: skip
+
+
+def _at(fields: Any) -> At:
+    told = fields["identity"]
+    identity = None if told is None else _identity(told)
+    checkpoint, epoch = (UUID(_as(str, fields[name])) for name in ("checkpoint", "epoch"))
+    return At(checkpoint, _as(str, fields["name"]), epoch, identity, _sizes(fields.get("sizes")))
+
+
+def _sizes(fields: Any) -> Sizes | None:
+    return None if fields is None else Sizes(_as(int, fields["disk"]), _as(int, fields["target"]))
+
+
+def _identity(fields: Any) -> ImageIdentity:
+    device, inode, size, mtime_ns = (
+        _as(int, fields[name]) for name in ("device", "inode", "size", "mtime_ns")
+    )
+    told = fields["trace"]
+    trace = None
+    if told is not None:
+        trace = DeviceTrace(
+            _as(str, told["boot_id"]), _as(int, told["disk_sequence"]),
+            _as(int, told["sectors_written"]), _as(str, told["label"]),
+        )  # fmt: skip
+    return ImageIdentity(device, inode, size, mtime_ns, trace)
+
+
+def _as(kind: type, value: Any) -> Any:
+    """The value, if it is of that very type; a bool is no number."""
+    if type(value) is not kind:
+        raise TypeError(f"expected {kind.__name__}, found {type(value).__name__}")
+    return value

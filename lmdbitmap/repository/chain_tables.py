@@ -1,0 +1,144 @@
+"""Whether the images of a backup can be opened, and their tables be followed: what an increment is stacked on.
+
+An increment on a chain that nobody can read is no backup. So the header, the names and the first table of each
+image are looked at before one is made, and some of the second tables, those of the newest images first: as many as
+take no time beside the increment. `thoroughly` means all of them, which is right for whoever reads the chain anyway.
+Data is not looked at: that takes `verify`.
+
+What is wrong with a second table is for the reader of images to say (qcow2/reader.py). It is asked only about those
+that a look at all entries at once does not find in order: it takes ten times as long.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from lmdbitmap.errors import FormatError, LmdbitmapError, StorageError, os_errors_at
+from lmdbitmap.images.device import FileDevice
+from lmdbitmap.qcow2 import Qcow2Reader
+from lmdbitmap.qcow2.layout import (
+    COMPRESSED,
+    COPIED,
+    L1_RESERVED,
+    L2_RESERVED,
+    OFFSET_MASK,
+    ZERO,
+    decode_entries,
+    l1_entries,
+)
+from lmdbitmap.repository.backup_chain import image_reader
+from lmdbitmap.repository.manifest import BackupEntry
+from lmdbitmap.repository.repository import BackupFolder
+
+log = logging.getLogger(__name__)
+
+_MOST_FIRST_BYTES = 4 << 20
+"""Of first tables, in all: 16 KiB stand for a TiB of a disk with clusters of 64 KiB, in each image."""
+_MOST_SECOND_BYTES = 4 << 20
+"""Of second tables, in all: 64 of 64 KiB."""
+
+
+class _Looked(NamedTuple):
+    first_bytes: int
+    second_bytes: int
+
+
+def what_is_broken(
+    folder: BackupFolder, entries: Sequence[BackupEntry], *, thoroughly: bool = False
+) -> LmdbitmapError | None:
+    """Why the chain of `entries`, the full one first, cannot be read: `FormatError`, or `StorageError` of a bad disk.
+
+    None also where somebody else is in the way, or looking is not allowed: then nothing is known against it.
+    """
+    parents = [None, *(entry.file for entry in entries)]
+    first_left, second_left = _MOST_FIRST_BYTES, _MOST_SECOND_BYTES
+    for entry, parent in reversed(list(zip(entries, parents, strict=False))):
+        share = None if thoroughly else _share(entry, len(entries), second_left)
+        try:
+            looked = _looked_at(folder.image_path(entry.file), entry, parent, share)
+        except FormatError as broken:
+            return broken
+        except LmdbitmapError as refusal:
+            if isinstance(refusal, StorageError) and refusal.errno == errno.EIO:
+                return refusal
+            log.info("%s: its tables are not looked at: %s", entry.file, refusal.problem)
+            continue
+        first_left, second_left = first_left - looked.first_bytes, second_left - looked.second_bytes
+        if first_left <= 0 and not thoroughly:
+            break
+    return None
+
+
+def _share(entry: BackupEntry, count: int, left: int) -> int:
+    """A table at least for each image, as long as there is something left."""
+    return min(max(_MOST_SECOND_BYTES // count, entry.cluster_size), left)
+
+
+def _looked_at(path: str, entry: BackupEntry, parent: str | None, share: int | None) -> _Looked:
+    with FileDevice.open(path, read_only=True) as device, os_errors_at(path):
+        reader = image_reader(device, entry, parent)
+        count = l1_entries(reader.size, reader.header.cluster_bits)
+        raw = device.pread(8 * count, reader.header.l1_table_offset) if count else b""
+        pointers = [(index, pointer) for index, pointer in enumerate(decode_entries(raw)) if pointer]
+        for index, pointer in pointers:
+            _require_place(device, reader, index, pointer)
+        return _Looked(len(raw), _follow(device, reader, pointers, share))
+
+
+def _require_place(device: FileDevice, reader: Qcow2Reader, index: int, pointer: int) -> None:
+    """Raise `FormatError` unless there can be a second table."""
+    size, offset = reader.cluster_size, pointer & OFFSET_MASK
+    fits = not offset or (offset % size == 0 and size <= offset <= device.size - size)
+    if pointer & L1_RESERVED or not fits:
+        raise FormatError(
+            f"{device.path}: L1 entry {index}",
+            expected=f"a multiple of {size}, all inside the file of {device.size} bytes",
+            found=f"{pointer:#x}",
+            next_step="look at it with qemu-img check and use another backup",
+        )
+
+
+def _follow(
+    device: FileDevice, reader: Qcow2Reader, pointers: Sequence[tuple[int, int]], share: int | None
+) -> int:
+    """Look at the second tables, at no more bytes than `share`. Answers how many there were."""
+    size, read, seen = reader.cluster_size, 0, set[int]()
+    for index, pointer in pointers:
+        offset = pointer & OFFSET_MASK
+        if not offset:
+            continue
+        if share is not None and read + size > share:
+            break
+        read += size
+        if offset in seen or not is_plain(device.pread(size, offset), size, device.size):
+            start, length = index * size * size // 8, size * size // 8
+            deque(reader.extents(start, min(length, reader.size - start)), maxlen=0)
+        seen.add(offset)
+    return read
+
+
+def is_plain(raw: bytes, cluster_size: int, file_size: int) -> bool:
+    """Whether all entries of a second table surely are in order, none of them compressed."""
+    if any(raw[number::8].translate(None, known) for number, known in _known_bytes(cluster_size)):
+        return False
+    if COPIED.to_bytes(8, "big") in raw or (COPIED | ZERO).to_bytes(8, "big") in raw:
+        return False  # it may be that of two entries, and nothing wrong
+    offsets = bytearray(raw)
+    offsets[::8] = bytes(len(raw) // 8)
+    return max(decode_entries(bytes(offsets))) + cluster_size <= file_size
+
+
+@functools.cache
+def _known_bytes(cluster_size: int) -> Sequence[tuple[int, bytes]]:
+    """Of an entry's bytes, those that cannot be any: which one it is, and what it may be."""
+    unknown = L2_RESERVED | COMPRESSED | OFFSET_MASK & (cluster_size - 1)
+    return [
+        (number, bytes(value for value in range(256) if not value & bits))
+        for number, bits in enumerate(unknown.to_bytes(8, "big"))
+        if bits
+    ]

@@ -1,0 +1,84 @@
+"""Digests of an image by chunks, in a file beside it: they say where it is damaged, and can be checked in parallel.
+
+The file is the digest of each chunk, 32 bytes each, in order, and nothing else; the manifest says which algorithm
+they are of (digest_algorithms.py), and has the file's own SHA-256, and so vouches for all of them, and for the image.
+A chunk is 1 MiB: a finding names a place that small, a call of the
+hash function is lost in it, and the file is 32 KiB for a GiB.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+from lmdbitmap.copying import digest_algorithms
+from lmdbitmap.copying.digest_algorithms import DIGEST_BYTES
+from lmdbitmap.copying.hashing import ChunkHasher, chunk_digests
+from lmdbitmap.errors import FormatError, os_errors_at
+from lmdbitmap.geometry import ceil_div
+from lmdbitmap.repository.manifest import BackupEntry, ChunkDigests
+from lmdbitmap.repository.repository import BackupFolder, digests_name, sha256_of
+from lmdbitmap.system import files
+
+
+def synced_digests(folder: BackupFolder, file: str, fd: int, hasher: ChunkHasher) -> ChunkDigests:
+    """Sync the image `file`, which is in `fd`, and make its digests durable in the folder.
+
+    What is not hashed yet is hashed while the system is busy bringing the image to the disk. The digests get their
+    name when the image is synced.
+    """
+    name = digests_name(file)
+    with ThreadPoolExecutor(max_workers=1) as beside, os_errors_at(folder.path_of(file)):
+        synced = beside.submit(os.fsync, fd)
+        own_digest = hashlib.sha256()
+        with files.replacing(folder.path_of(name)) as made:
+            for digest in hasher.digests():
+                made.write(digest)
+                own_digest.update(digest)
+            synced.result()
+        return ChunkDigests(name, hasher.chunk_size, own_digest.hexdigest(), hasher.algorithm)
+
+
+def found_digest(entry: BackupEntry, fd: int, stopped: Callable[[], bool] = lambda: False) -> str:
+    """What `entry.digest` is of the image in `fd`; of its beginning only, if `stopped` says so meanwhile."""
+    if entry.sha256 is not None:
+        return sha256_of(fd, stopped)
+    assert entry.chunks is not None
+    own_digest = hashlib.sha256()
+    for digest in chunk_digests(fd, entry.chunks.algorithm, entry.chunks.chunk_size):
+        own_digest.update(digest)
+        if stopped():
+            break
+    return own_digest.hexdigest()
+
+
+def require_algorithms(folder: BackupFolder, entries: Iterable[BackupEntry], *, instead: str = "") -> None:
+    """Raise `NotFound` where this Python lacks what the digests of one of these images are computed with."""
+    for entry in entries:
+        digest_algorithms.require(entry.digest_algorithm, folder.path_of(entry.file), instead=instead)
+
+
+def read_digests(folder: BackupFolder, image_length: int, chunks: ChunkDigests) -> bytes:
+    """The file with the digests of an image, if it is the one that the manifest vouches for.
+
+    Else `NotFound`, or `FormatError`. It is no longer in memory than the image's length on the disk allows.
+    """
+    path = folder.path_of(chunks.file)
+    expected = digests_length(image_length, chunks.chunk_size)
+    found = files.read_bounded(path, expected)
+    sha256 = hashlib.sha256(found).hexdigest()
+    if (len(found), sha256) != (expected, chunks.sha256):
+        raise FormatError(
+            path,
+            expected=f"{expected} bytes with SHA-256 {chunks.sha256}",
+            found=f"{len(found)} bytes with {sha256}",
+            next_step="get the file from a copy of the repository",
+        )
+    return found
+
+
+def digests_length(image_length: int, chunk_size: int) -> int:
+    """How long the file with the digests of an image is."""
+    return DIGEST_BYTES * ceil_div(image_length, chunk_size)

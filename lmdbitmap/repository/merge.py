@@ -1,0 +1,261 @@
+"""Merges images of a chain into one: what a backup reads as, less what its new parent reads as from the same place.
+
+A view is what a backup reads as, run by run, each with the place that it is in: bytes of a file, or zeroes. Where a
+backup and its new parent have a range from the same place, the merged image says nothing of it. All else it stores:
+
+    backup 3 ─ 2 ─ 1, merged onto 1           of 3 and 2, which go together: all that is not in 1
+    backup 3 ─ 2 ─ 1, merged onto nothing     everything: a full image, made without the disk
+    backup 3 ─ 1, moved onto 2 ─ 1            what is in 3, and where 2 has something and 3 does not: that of 1
+
+Nothing is compared byte by byte: a range that is the same by chance is stored. Clusters are whole, as in a backup;
+one that has several places is put together by reading it. All other data the kernel copies from file to file, and a
+compressed cluster stays as it is packed, where the new image can have it: an image has one kind of compression.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from lmdbitmap.copying.copier import Copied, ImageFile, Report
+from lmdbitmap.errors import os_errors_at
+from lmdbitmap.images.file_copy import PIECE_BYTES, FileCopier
+from lmdbitmap.images.file_pool import FilePool, PooledFile
+from lmdbitmap.qcow2 import Kind, Qcow2Reader, Qcow2Writer, Run, chain_extents
+from lmdbitmap.qcow2.chain import merged, overlaid, stored
+from lmdbitmap.qcow2.layout import SECTOR, CompressionType
+from lmdbitmap.repository.backup_chain import image_reader
+from lmdbitmap.repository.manifest import BackupEntry
+from lmdbitmap.repository.repository import BackupFolder
+
+
+class View:
+    """What a backup reads as. `chain` is its images, the full one first.
+
+    A view that goes `down_to` a number of them takes these for one place, and opens them only where it must.
+    """
+
+    def __init__(
+        self, pool: FilePool, folder: BackupFolder, chain: Sequence[BackupEntry], down_to: int = 0
+    ) -> None:
+        self.entry = chain[-1]
+        self._pool = pool
+        self._folder = folder
+        self._chain = chain[::-1]
+        self._files: list[PooledFile] = []
+        self._readers: list[Qcow2Reader] = []
+        self._open(len(chain) - down_to)
+        self._below = chain[down_to - 1].disk_size if down_to else None
+        self._above = len(self._readers)
+
+    def _open(self, count: int) -> None:
+        """Open images until there are so many, newest first."""
+        for index in range(len(self._files), count):
+            entry, parents = self._chain[index], self._chain[index + 1 :]
+            self._files.append(PooledFile(self._pool, self._folder.image_path(entry.file)))
+            with os_errors_at(self._files[-1].path):
+                parent = parents[0].file if parents else None
+                self._readers.append(image_reader(self._files[-1], entry, parent))
+
+    def runs(self, size: int) -> Iterator[tuple[Run, object]]:
+        """Each run of the first `size` bytes and its place; past the disk's end there are zeroes."""
+        for run in overlaid(merged(self._stored(size)), 0, size):
+            yield run, self._place(run)
+
+    def _stored(self, size: int) -> list[Iterator[Run]]:
+        """What each layer says of the first `size` bytes."""
+        streams = stored(self._readers[: self._above], 0, size)
+        if self._below is not None:
+            end = min(self._below, size)
+            streams.append(iter([Run(0, end, Kind.DATA, 0, self._above)] if end else []))
+        return streams
+
+    def _place(self, run: Run) -> object:
+        """Equal for two runs that begin with the same bytes of the same file, or with zeroes."""
+        if not run.is_stored:
+            return None
+        begins = run.host_offset if run.kind is Kind.COMPRESSED else run.host_offset - run.offset
+        return self._chain[run.layer].id, run.kind, begins
+
+    def fill(self, buffer: memoryview, offset: int) -> None:
+        """Read the backup, through all of its images."""
+        self._open(len(self._chain))
+        for run in chain_extents(self._readers, offset, len(buffer)):
+            with os_errors_at(self._files[run.layer].path):
+                self._readers[run.layer].fill(buffer[run.offset - offset : run.end - offset], run)
+
+    def file_of(self, run: Run) -> PooledFile | None:
+        """The file that the run's data is in; None if that is somewhere below."""
+        return self._files[run.layer] if run.layer < self._above else None
+
+    def packed(self, run: Run, cluster_size: int, kind: CompressionType) -> bytes | None:
+        """A whole compressed cluster as it is in its file; None where another kind of image could not have it so."""
+        reader = self._readers[run.layer]
+        whole = run.offset % cluster_size == 0 and run.length in (
+            cluster_size,
+            self.entry.disk_size - run.offset,
+        )
+        if not whole or (reader.cluster_size, reader.compression_type) != (cluster_size, kind):
+            return None
+        with os_errors_at(self._files[run.layer].path):
+            return self._files[run.layer].pread(run.host_length, run.host_offset)
+
+    @property
+    def compression_type(self) -> CompressionType:
+        """That of the newest image that names one."""
+        named = [entry.compression for entry in self._chain if entry.compression is not None]
+        return named[0] if named else CompressionType.ZLIB
+
+
+class _Piece(NamedTuple):
+    """A stretch of the disk, where its bytes are, and whether the new parent has them from the same place."""
+
+    run: Run
+    inherited: bool
+
+    def cut(self, length: int) -> tuple[_Piece, _Piece]:
+        """The first `length` bytes, and the rest."""
+        run, middle = self.run, self.run.offset + length
+        return self._replace(run=run.part(run.offset, middle)), self._replace(run=run.part(middle, run.end))
+
+
+def write_merged(
+    fd: int, place: str, view: View, over: View | None, report: Report
+) -> tuple[Copied, CompressionType | None]:
+    """Fill the empty file `fd` with an image of `view` over that of `over`, or a full one. Nothing is synced.
+
+    Also answers how clusters of it are compressed, if any are.
+    """
+    entry = view.entry
+    writer = Qcow2Writer(
+        ImageFile(fd, place),
+        size=entry.disk_size,
+        cluster_bits=entry.cluster_size.bit_length() - 1,
+        backing_file=None if over is None else over.entry.file,
+        compression_type=view.compression_type,
+    )
+    merger = _Merger(view, writer, fd, place, report)
+    for piece in _pieces(view, over):
+        merger.take(piece)
+    copied = Copied(merger.bytes_changed, merger.bytes_zero, writer.finish())
+    return copied, view.compression_type if merger.keeps_packed else None
+
+
+def _pieces(view: View, over: View | None) -> Iterator[_Piece]:
+    size = view.entry.disk_size
+    if over is None:
+        yield from (_Piece(run, False) for run, _ in view.runs(size))
+        return
+    theirs, shared_end = over.runs(size), _shared_end(view.entry, over.entry)
+    their_run, their_place = Run(0, 0, Kind.ZERO), None
+    for run, place in view.runs(size):
+        rest = _Piece(run, False)
+        while rest.run.length:
+            while their_run.end <= rest.run.offset:
+                their_run, their_place = next(theirs)
+            offset, end = rest.run.offset, min(rest.run.end, their_run.end)
+            if offset < shared_end:
+                end = min(end, shared_end)
+            first, rest = rest.cut(end - offset)
+            yield first._replace(inherited=place == their_place and end <= shared_end)
+
+
+def _shared_end(entry: BackupEntry, parent: BackupEntry) -> int:
+    """Where the last cluster begins, if it must be stored, as in a backup of a disk that shrank into a sector: of a
+    parent that goes on there, QEMU would show what the image's own size, rounded up, leaves free. Else the end."""
+    cuts_a_sector = entry.disk_size < parent.disk_size and entry.disk_size % SECTOR
+    return entry.disk_size // entry.cluster_size * entry.cluster_size if cuts_a_sector else entry.disk_size
+
+
+class _Merger:
+    """Puts pieces into an image, in whole clusters."""
+
+    def __init__(self, view: View, writer: Qcow2Writer, fd: int, place: str, report: Report) -> None:
+        self._view = view
+        self._writer = writer
+        self._copier = FileCopier(fd, place)
+        self._report = report
+        self._parts: list[_Piece] = []
+        """Of a cluster that is not complete yet."""
+        self.keeps_packed = False
+        """Whether a cluster was taken over compressed."""
+        self.bytes_changed = 0
+        self.bytes_zero = 0
+
+    def take(self, piece: _Piece) -> None:
+        while piece.run.length:
+            offset, length = piece.run.offset, piece.run.length
+            room = self._room(offset)
+            if not self._parts and room == self._writer.cluster_size and length >= room:
+                first, piece = piece.cut(self._whole(offset, length))
+                self._put(first)
+            else:
+                first, piece = piece.cut(min(room, length))
+                self._parts.append(first)
+                if first.run.length == room or first.run.end == self._writer.size:
+                    self._put_mixed()
+
+    def _room(self, offset: int) -> int:
+        return self._writer.cluster_size - offset % self._writer.cluster_size
+
+    def _whole(self, offset: int, length: int) -> int:
+        """As much of the range as is whole clusters; the disk's last one may be short."""
+        return length if offset + length == self._writer.size else length - length % self._writer.cluster_size
+
+    def _put_mixed(self) -> None:
+        parts, self._parts = self._parts, []
+        offset, length = parts[0].run.offset, parts[-1].run.end - parts[0].run.offset
+        if all(part.inherited for part in parts):
+            return
+        if not any(part.run.is_stored for part in parts):
+            self._put_zeroes(offset, length)
+        else:
+            self._put_read(offset, length)
+
+    def _put_read(self, offset: int, length: int) -> None:
+        """A cluster that is in several places, or further below than the view goes."""
+        buffer = bytearray(length)
+        self._view.fill(memoryview(buffer), offset)
+        self._writer.write(offset, buffer)
+        self._count(length)
+
+    def _put(self, piece: _Piece) -> None:
+        run = piece.run
+        if piece.inherited:
+            return
+        source = self._view.file_of(run)
+        if not run.is_stored:
+            self._put_zeroes(run.offset, run.length)
+        elif source is None:
+            self._put_read(run.offset, run.length)
+        elif run.kind is Kind.COMPRESSED:
+            self._put_packed(run)
+        else:
+            self._put_data(run, source)
+
+    def _put_packed(self, run: Run) -> None:
+        packed = self._view.packed(run, self._writer.cluster_size, self._view.compression_type)
+        fits = packed is not None and len(packed) < self._writer.cluster_size
+        if packed is None or not fits or not self._writer.can_point_to_compressed:
+            self._put_read(run.offset, run.length)
+            return
+        self._writer.write_compressed(run.offset, packed)
+        self.keeps_packed = True
+        self._count(run.length)
+
+    def _put_data(self, run: Run, source: PooledFile) -> None:
+        host_offset = self._writer.reserve(run.offset, run.length)
+        for done in range(0, run.length, PIECE_BYTES):
+            length = min(PIECE_BYTES, run.length - done)
+            with source.reading() as device:
+                self._copier.copy(device, run.host_offset + done, host_offset + done, length)
+            self._count(length)
+
+    def _put_zeroes(self, offset: int, length: int) -> None:
+        self._writer.write_zeroes(offset, length)
+        self.bytes_zero += length
+        self.bytes_changed += length
+
+    def _count(self, length: int) -> None:
+        self.bytes_changed += length
+        self._report.advance(length)

@@ -1,0 +1,157 @@
+"""Proves images by their digests: chunk by chunk as they are read, or as a whole beside other work.
+
+A chunk whose digest fits is what it was when the backup was made, to the bit. It is proven once, before the first of
+its bytes is used, by whichever thread comes first; what nobody reads is not proven. An image whose digests by chunks
+are missing or damaged is proven by its digest as a whole, for which all of it is read, on one processor.
+
+A proof holds as long as nobody writes to the image: whoever reads it keeps it open, with its locks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
+
+from lmdbitmap.copying.digest_algorithms import DIGEST_BYTES, new_hasher
+from lmdbitmap.copying.hashing import digest_at
+from lmdbitmap.errors import FormatError, NotFound, os_errors_at
+from lmdbitmap.geometry import ceil_div
+from lmdbitmap.images.file_pool import PooledFile
+from lmdbitmap.repository.digests import found_digest, read_digests, require_algorithms
+from lmdbitmap.repository.manifest import BackupEntry, ChunkDigests
+from lmdbitmap.repository.repository import BackupFolder
+
+log = logging.getLogger(__name__)
+
+_STRIPES = 64
+
+
+class ChunkProof:
+    """What of an image is proven, by the digests of its chunks. Safe for many threads."""
+
+    def __init__(
+        self, file: PooledFile, chunks: ChunkDigests, digests: bytes, next_step: Callable[[], str]
+    ) -> None:
+        """`next_step` is asked where a chunk is not what it was: what to do without it."""
+        self._file = file
+        self._next_step = next_step
+        self._algorithm = chunks.algorithm
+        self._chunk_size = chunks.chunk_size
+        self._digests = digests
+        self._is_proven = bytearray(ceil_div(file.size, chunks.chunk_size))
+        self._is_claimed = bytearray(len(self._is_proven))
+        self._locks = [threading.Lock() for _ in range(min(_STRIPES, len(self._is_proven)))]
+
+    def require(self, offset: int, length: int) -> None:
+        """Return when all chunks of the range are proven; raise `FormatError` for one that is not what it was."""
+        for chunk in self._chunks(offset, length):
+            if not self._is_proven[chunk]:
+                with self._locks[chunk % len(self._locks)]:  # who comes second finds it proven
+                    if not self._is_proven[chunk]:
+                        self._prove(chunk)
+
+    def fill(self, buffer: memoryview, offset: int) -> None:
+        """Fill the buffer with bytes of chunks that are proven. What it has whole, and nobody proved before, is proven
+        by what it has, and read once."""
+        self._file.pread_into(buffer, offset)
+        for chunk in self._chunks(offset, len(buffer)):
+            start, end = self._bounds(chunk)
+            if self._is_proven[chunk]:
+                continue
+            if offset <= start and end <= offset + len(buffer):
+                hasher = new_hasher(self._algorithm)
+                hasher.update(buffer[start - offset : end - offset])
+                self._judge(chunk, hasher.digest())
+            else:
+                self.require(start, end - start)
+
+    def claim(self, offset: int, length: int) -> bool:
+        """Whether no one has claimed all chunks of the range before: so who shares out work does so once."""
+        chunks = self._chunks(offset, length)
+        if self._is_claimed.find(0, chunks.start, chunks.stop) < 0:
+            return False
+        self._is_claimed[chunks.start : chunks.stop] = b"\1" * len(chunks)
+        return True
+
+    def _chunks(self, offset: int, length: int) -> range:
+        stop = min(ceil_div(offset + length, self._chunk_size), len(self._is_proven))
+        return range(offset // self._chunk_size, stop)
+
+    def _bounds(self, chunk: int) -> tuple[int, int]:
+        start = chunk * self._chunk_size
+        return start, min(start + self._chunk_size, self._file.size)
+
+    def _prove(self, chunk: int) -> None:
+        start, end = self._bounds(chunk)
+        with os_errors_at(self._file.path), self._file.reading() as device:
+            assert device.fd is not None
+            self._judge(chunk, digest_at(device.fd, self._algorithm, start, end - start))
+
+    def _judge(self, chunk: int, found: bytes) -> None:
+        expected = self._digests[DIGEST_BYTES * chunk : DIGEST_BYTES * (chunk + 1)]
+        if found != expected:
+            start, end = self._bounds(chunk)
+            raise FormatError(
+                f"{self._file.path}: bytes {start}..{end}",
+                expected=f"{self._algorithm.title} {expected.hex()}",
+                found=found.hex(),
+                next_step=self._next_step(),
+            )
+        self._is_proven[chunk] = 1
+
+
+def chunk_proof(folder: BackupFolder, entry: BackupEntry, file: PooledFile) -> ChunkProof | None:
+    """None where there are no digests by chunks that could prove it; `NotFound` where none can be computed."""
+    if entry.chunks is None:
+        return None
+    require_algorithms(folder, [entry])
+    try:
+        digests = read_digests(folder, file.size, entry.chunks)
+    except (FormatError, NotFound) as unusable:
+        log.warning("%s: the image is proven as a whole, which takes longer", unusable.problem)
+        return None
+    return ChunkProof(file, entry.chunks, digests, partial(folder.step_without, entry))
+
+
+class Whole(NamedTuple):
+    """An image that is to be proven as a whole."""
+
+    folder: BackupFolder
+    entry: BackupEntry
+    file: PooledFile
+
+    def prove(self, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Raise `FormatError` unless the image has its digest to the bit; give up if `stopped` says so."""
+        with os_errors_at(self.file.path), self.file.reading() as device:
+            assert device.fd is not None
+            found = found_digest(self.entry, device.fd, stopped)
+        if found != self.entry.digest and not stopped():
+            raise FormatError(
+                self.file.path,
+                expected=f"SHA-256 {self.entry.digest}",
+                found=found,
+                next_step=self.folder.step_without(self.entry),
+            )
+
+
+def prove(images: Sequence[Whole], stopped: Callable[[], bool] = lambda: False) -> None:
+    """The same of all of these."""
+    for image in images:
+        if not stopped():
+            image.prove(stopped)
+
+
+@contextlib.contextmanager
+def proven_beside(images: Sequence[Whole]) -> Iterator[Future[None]]:
+    """The same in a thread of its own, until the block ends; the future's result raises what is wrong."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        try:
+            yield beside.submit(prove, images, stop.is_set)
+        finally:
+            stop.set()

@@ -1,0 +1,394 @@
+"""A repository of backups: a folder that holds a folder for each disk (docs/backup.md).
+
+    REPO/<disk>/manifest.json            what each image is; images that it does not name are nobody's backup
+    REPO/<disk>/manifest.json.copy       the same once more (manifest_file.py)
+    REPO/<disk>/000001-full.qcow2 ...    the images
+    REPO/<disk>/….qcow2.<8 hex>.digests  the SHA-256 of each chunk of an image
+    REPO/<disk>/manifest.next            while a prune or copy takes effect: the true manifest, and
+    REPO/<disk>/….qcow2.next             images that take the place of those without `.next`, if there are any
+    REPO/<disk>/lock                     held by the one backup, prune or copy that writes here
+    REPO/<disk>/unfinished               while a backup is under way: its checkpoint, and its image
+
+Invariants, which hold at every moment, also after a power cut:
+
+1. An image that the manifest names is whole and durable: its file was renamed into place, synced, before.
+2. What a killed run left is known for certain, and nothing else is ever removed: files with a `.partial`
+   name that nobody holds locked, and images that `unfinished` names and the manifest does not, with their digests.
+3. A manifest that is missing beside images, or cannot be read, stops a backup. It is never made anew: a full
+   backup that is asked for begins another chain, numbered after all images that are there, and what was in the
+   manifest's place stays beside it as `manifest.json.damaged-…`, and its second copy likewise.
+4. Where there is a `manifest.next`, it alone is true. It got its name when all its `.next` images were durable
+   under theirs. From then on the second copy says the same, `.next` images are renamed over those that they replace,
+   what only the old manifest named is removed, and `manifest.next` is renamed over it, each durable before the next
+   begins. An image and its successor read the same at the file's place in every chain. So whoever comes finds the
+   truth without a lock; whoever has the lock carries on where the dead left off. Without a `manifest.next`, `.next`
+   images are nobody's.
+5. A note of what is unfinished that cannot be read is put aside too: whatever it named stays, and only takes space.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from lmdbitmap.errors import FormatError, LmdbitmapError, NotFound, StorageError, os_errors_at
+from lmdbitmap.repository.manifest import BackupEntry, BackupType, Manifest, has_room
+from lmdbitmap.repository.manifest_file import COPY, MANIFEST, ManifestFile, put_aside, remove
+from lmdbitmap.storage import schema
+from lmdbitmap.system import files
+from lmdbitmap.work.apart import Failures
+from lmdbitmap.work.buffers import new_buffer
+
+log = logging.getLogger(__name__)
+
+LOCK, UNFINISHED = "lock", "unfinished"
+_NEXT_SUFFIX = ".next"
+_NOTE_BYTES = 1 << 16
+_HASHED_AT_ONCE = 1 << 20
+_IMAGE_NAME = re.compile(r"([0-9]{6,15})-(?:full|incremental|differential|rescan)\.qcow2")
+_CHECKPOINT_NAME = re.compile(r"backup-[0-9]{8}T[0-9]{6}Z-[0-9a-f]{6}")
+_DIGESTS_NAME = re.compile(rf"({_IMAGE_NAME.pattern})\.[0-9a-f]{{8}}\.digests")
+_SUCCESSOR_NAME = re.compile(rf"({_IMAGE_NAME.pattern}){re.escape(_NEXT_SUFFIX)}")
+_NOTE = re.compile(rf"(?:{_CHECKPOINT_NAME.pattern} {_IMAGE_NAME.pattern}\n)*")
+
+
+class Unfinished(NamedTuple):
+    """What a backup that is under way makes: a checkpoint of the disk, and an image of the folder."""
+
+    checkpoint: str
+    file: str
+
+
+class BackupFolder:
+    """The backups of one disk in the repository at `repository_path`. Making it touches nothing."""
+
+    def __init__(self, repository_path: str | os.PathLike[str], disk_name: str) -> None:
+        self.repository_path = os.path.abspath(repository_path)
+        self.disk_name = disk_name
+        self.path = os.path.join(self.repository_path, schema.check_disk_name(disk_name))
+        self._manifest = ManifestFile(self.path)
+
+    def path_of(self, file: str) -> str:
+        return os.path.join(self.path, file)
+
+    def image_path(self, file: str) -> str:
+        """Where an image is that the manifest names: under its own name, or as its successor beside it."""
+        successor = self.path_of(file + _NEXT_SUFFIX)
+        is_under_way = self._manifest.is_succession_decided and os.path.lexists(successor)
+        return successor if is_under_way else self.path_of(file)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder, made if need be, for the one backup that may write here; else `Busy`.
+
+        Files that killed runs did not finish are removed, and a prune that was decided is carried on.
+        """
+        files.make_folders(self.path)
+        with files.lock_file(self.path_of(LOCK)):
+            files.remove_leftovers(self.path)
+            self.settle()
+            yield
+
+    # -- the manifest --------------------------------------------------------------------------------------
+
+    def manifest(self) -> Manifest | None:
+        """What backups there are; None before the first. `FormatError` where that cannot be known."""
+        found = self._manifest.read()
+        if found is None and self._has_images_of_old():
+            raise self._manifest.missing()
+        return found
+
+    def known_backups(self) -> Manifest:
+        """What backups there are, at least one; else `NotFound` tells of which disks there are any."""
+        found = self.manifest() if os.path.isdir(self.path) else None
+        if found is None or not found.backups:
+            others = [name for name in disk_names(self.repository_path) if name != self.disk_name]
+            raise NotFound(
+                f"{self.repository_path} has no backup of a disk called {self.disk_name!r}",
+                next_step=f"name another: it has backups of {', '.join(others) or 'none'}",
+            )
+        return found
+
+    def replace_manifest(self, new: Manifest, *, keep_old: bool = False) -> None:
+        """Durable on return; a death leaves the old manifest or the new one. What cannot be read can be kept."""
+        self._manifest.replace(new, keep_old=keep_old)
+
+    def require_room(self, known: Manifest) -> None:
+        """Raise `StorageError` where the manifest could not name one more backup: before that is copied."""
+        if not has_room(known):
+            raise StorageError(
+                self.path_of(MANIFEST),
+                OSError(f"{len(known.backups):,} backups leave no room for one more"),
+                next_step="merge old ones with `lmdbitmap prune`, or use another repository",
+            )
+
+    # -- images --------------------------------------------------------------------------------------------
+
+    def next_sequence(self, known: Manifest) -> int:
+        """A number that no backup has or had, nor any image that the manifest does not know."""
+        return max([known.newest_sequence, *(int(image[1]) for image in self._images())]) + 1
+
+    def check_images(self, entries: Iterable[BackupEntry]) -> None:
+        """Raise `NotFound` or `FormatError` unless every image is there, as long as it was when it was made."""
+        for entry in entries:
+            path, status = self._image_status(entry.file)
+            if not stat.S_ISREG(status.st_mode) or status.st_size != entry.bytes_stored:
+                raise FormatError(
+                    path,
+                    expected=f"a regular file of {entry.bytes_stored} bytes",
+                    found=f"{status.st_size} bytes" if stat.S_ISREG(status.st_mode) else "something else",
+                    next_step=self.step_without(entry),
+                )
+
+    def step_without(self, damaged: BackupEntry) -> str:
+        """The next step of who needs an image that is damaged; it names the newest backup without it, if any is."""
+        spare = self._newest_without(damaged)
+        if spare is None:
+            return "get the file from a copy of the repository, or use another repository"
+        return (
+            f"use backup {spare.id}, the newest that does without this file, "
+            "or get the file from a copy of the repository"
+        )
+
+    def _newest_without(self, damaged: BackupEntry) -> BackupEntry | None:
+        """The newest backup that can be restored without that one's image, as far as anybody knows."""
+        try:
+            known = self.manifest()
+        except LmdbitmapError:
+            return None
+        spare, needing = None, {damaged.id}
+        for entry in known.backups if known else ():
+            if entry.id in needing or entry.parent in needing:  # a parent comes before
+                needing.add(entry.id)
+            else:
+                spare = entry
+        return spare
+
+    def _image_status(self, file: str) -> tuple[str, os.stat_result]:
+        path = self.image_path(file)
+        with contextlib.suppress(FileNotFoundError):
+            return path, os.lstat(path)
+        path = self.path_of(file)  # where a successor is, if a prune came to its end at this very moment
+        with os_errors_at(path):
+            return path, os.lstat(path)
+
+    def check_names(self, entries: Iterable[BackupEntry]) -> None:
+        """Raise `FormatError` unless all files are called as we call them: no others are written or removed."""
+        for entry in entries:
+            digests = entry.chunks.file if entry.chunks else None
+            if not _IMAGE_NAME.fullmatch(entry.file) or not (
+                digests is None or _DIGESTS_NAME.fullmatch(digests)
+            ):
+                raise FormatError(
+                    f"{self.path_of(MANIFEST)}: backup {entry.id}",
+                    expected="names of files as this program gives them",
+                    found=ascii((entry.file, digests)),
+                    next_step="restore from it as it is",
+                )
+
+    def _images(self) -> list[re.Match[str]]:
+        """The names of all images in the folder, known or not; their first group is the number."""
+        return self._names_like(_IMAGE_NAME)
+
+    def _names_like(self, form: re.Pattern[str]) -> list[re.Match[str]]:
+        with os_errors_at(self.path):
+            matches = [form.fullmatch(name) for name in os.listdir(self.path)]
+        return [match for match in matches if match is not None]
+
+    def _digests_of(self, file: str) -> list[str]:
+        """The files with digests of an image that are there, whoever names them."""
+        return [match[0] for match in self._names_like(_DIGESTS_NAME) if match[1] == file]
+
+    def _has_images_of_old(self) -> bool:
+        """Whether there are images, apart from one that a first backup is making, or was when it was killed."""
+        unfinished = {work.file for work in self._noted()}
+        return any(image[0] not in unfinished for image in self._images())
+
+    # -- succession ----------------------------------------------------------------------------------------
+
+    def successor_path(self, file: str) -> str:
+        """Where to put what is to take the place of an image."""
+        return self.path_of(file + _NEXT_SUFFIX)
+
+    def succeed(self, new: Manifest) -> None:
+        """Let `new` take the manifest's place, and durable successors that of their images; what only the old one
+        named goes. A death leaves the one or the other, and whoever locks the folder next comes to the end."""
+        self._manifest.decide_succession(new)
+        self._carry_on(new)
+
+    def settle(self) -> None:
+        """Carry on a succession that was decided; undo one that was not. For whoever holds the lock."""
+        try:
+            found = self._manifest.read()
+        except FormatError:
+            return  # whoever needs the manifest is told, and nothing is removed
+        if found is not None and self._manifest.is_succession_decided:
+            self._carry_on(found)
+            return
+        if found is not None:
+            self._manifest.mend_copy()
+        undecided = [match[0] for match in self._names_like(_SUCCESSOR_NAME)]
+        for name in [*undecided, *self._stale_digests(found)]:
+            remove(self.path_of(name))
+        if undecided:  # they must not be back when there is a `manifest.next`
+            files.fsync_folder(self.path)
+
+    def _carry_on(self, new: Manifest) -> None:
+        self._manifest.copy_successor()
+        for name in [match[1] for match in self._names_like(_SUCCESSOR_NAME)]:
+            with os_errors_at(self.path_of(name)):
+                os.rename(self.successor_path(name), self.path_of(name))
+        files.fsync_folder(self.path)
+        for name in self._names_only_in_the_old(new):
+            remove(self.path_of(name))
+        files.fsync_folder(self.path)
+        self._manifest.end_succession()
+
+    def _names_only_in_the_old(self, new: Manifest) -> list[str]:
+        """Files that can go. Only those whose names have our form: a manifest may name anything."""
+        try:
+            old = self._manifest.read_predecessor()
+        except FormatError as damaged:
+            log.error("%s; what it named besides stays, and takes space", damaged.problem)
+            return []
+        gone = _files_of(old) - _files_of(new)
+        return sorted(name for name in gone if _IMAGE_NAME.fullmatch(name) or _DIGESTS_NAME.fullmatch(name))
+
+    def _stale_digests(self, known: Manifest | None) -> list[str]:
+        """Digests that an image of the manifest does not have any more, or never got; and those of no image at all."""
+        if known is None:
+            return []
+        named, images = _files_of(known), {image[0] for image in self._images()}
+        others = [match for match in self._names_like(_DIGESTS_NAME) if match[0] not in named]
+        return [match[0] for match in others if match[1] in named or match[1] not in images]
+
+    # -- what is under way ---------------------------------------------------------------------------------
+
+    def note_unfinished(self, works: Sequence[Unfinished]) -> None:
+        """Say, durably, what is about to be made: whoever finds this note after a death knows what to undo."""
+        text = "".join(f"{work.checkpoint} {work.file}\n" for work in works)
+        files.replace_atomically(self.path_of(UNFINISHED), text.encode())
+
+    def unfinished(self) -> list[Unfinished]:
+        """What backups that never got into the manifest have made, or were about to; their images are removed."""
+        noted = self._noted()
+        known = {entry.file for entry in _entries_of(self._manifest.read())} if noted else set()
+        abandoned = [work for work in noted if work.file not in known]
+        for work in abandoned:
+            for name in [work.file, *self._digests_of(work.file)]:
+                remove(self.path_of(name))
+        if noted:  # the manifest and what was removed must be durable before the note can go
+            files.fsync_folder(self.path)
+        return abandoned
+
+    def drop_note(self) -> None:
+        """Nothing is unfinished any more. Not synced: a note that comes back after a power cut does no harm."""
+        remove(self.path_of(UNFINISHED))
+
+    def _noted(self) -> list[Unfinished]:
+        path = self.path_of(UNFINISHED)
+        if not os.path.lexists(path):
+            return []
+        text = _note_text(path)
+        if text is None or not _NOTE.fullmatch(text):
+            kept = put_aside(self.path, UNFINISHED)
+            remove(path)
+            log.error(
+                "%s cannot be read, and is kept as %s: what it named stays, and takes space", path, kept
+            )
+            return []
+        return [Unfinished(*line.split(" ")) for line in text.splitlines()]
+
+
+def _entries_of(known: Manifest | None) -> Sequence[BackupEntry]:
+    return known.backups if known is not None else ()
+
+
+def _files_of(known: Manifest | None) -> set[str]:
+    entries = _entries_of(known)
+    return {entry.file for entry in entries} | {entry.chunks.file for entry in entries if entry.chunks}
+
+
+def _note_text(path: str) -> str | None:
+    """None where no note can be read: it is a folder, or far too long."""
+    try:
+        return (
+            files.read_bounded(path, _NOTE_BYTES).decode(errors="replace") if os.path.isfile(path) else None
+        )
+    except FormatError:
+        return None
+
+
+def checkpoint_name(time_ns: int) -> str:
+    """A new name for the checkpoint of a backup at that Unix time."""
+    moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(time_ns // 1_000_000_000))
+    return f"backup-{moment}-{os.urandom(3).hex()}"
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a checkpoint may be a backup's: no other is ever forgotten, whatever a manifest or a note says."""
+    return _CHECKPOINT_NAME.fullmatch(name) is not None
+
+
+def image_name(sequence: int, kind: BackupType) -> str:
+    return f"{sequence:06d}-{kind.value}.qcow2"
+
+
+def digests_name(file: str) -> str:
+    """A new name for the digests of an image: those of an image that takes the place of another lie beside its own."""
+    return f"{file}.{os.urandom(4).hex()}.digests"
+
+
+def disk_names(repository_path: str | os.PathLike[str]) -> list[str]:
+    """The disks that have backups in a repository, sorted."""
+    place = os.path.abspath(repository_path)
+    with os_errors_at(place):
+        return sorted(
+            name
+            for name in os.listdir(place)
+            if any(os.path.lexists(os.path.join(place, name, file)) for file in (MANIFEST, COPY))
+        )
+
+
+def folders_of(repository_path: str | os.PathLike[str], names: Sequence[str] = ()) -> list[BackupFolder]:
+    """The folders of the disks called `names`, or of all; `NotFound` where there are none."""
+    known = disk_names(repository_path)
+    if not known:
+        raise NotFound(f"{os.path.abspath(repository_path)} has no backups", next_step="name a repository")
+    return [BackupFolder(repository_path, name) for name in names or known]
+
+
+def known_backups_of(
+    folders: Sequence[BackupFolder], failures: Failures, *, named: bool
+) -> list[tuple[BackupFolder, Manifest]]:
+    """The folders and their backups. Of those that were `named` each must have some, others without are left out.
+
+    A manifest that cannot be read is set aside; a name without backups is a slip, and ends the run.
+    """
+    known = []
+    for folder in folders:
+        with failures.of(folder.disk_name):
+            found = folder.known_backups() if named else folder.manifest()
+            if found is not None and found.backups:
+                known.append((folder, found))
+    for error in failures.errors.values():
+        if named and isinstance(error, NotFound):
+            raise error
+    return known
+
+
+def sha256_of(fd: int, stopped: Callable[[], bool] = lambda: False) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal; of its beginning only, if `stopped` says so meanwhile."""
+    digest, buffer, offset = hashlib.sha256(), new_buffer(_HASHED_AT_ONCE), 0
+    view = memoryview(buffer)
+    while not stopped() and (count := os.preadv(fd, [buffer], offset)):
+        digest.update(view[:count])
+        offset += count
+    return digest.hexdigest()

@@ -1,0 +1,285 @@
+"""Copies backups to another repository, one after the other; nothing that is there is taken away, or written anew.
+
+The digests of an image are copied, then the image beside its name, synced, and read back; only if it has the digest
+that the manifest says do the image and its entry take effect, together (`BackupFolder.succeed`). A copy that was
+killed goes on where it was.
+
+What is there stays as it is, even if a prune wrote that backup anew at the source, or let go of it: a damaged or wiped
+source takes nothing from its copy. That fits, as a prune keeps what a backup reads as, and its file's name: what is
+copied later reads the same, stacked on the old image or on the new one. So each side is pruned by itself. What was
+let go of at the target does not come back, unless something new is stacked on it.
+
+The other folder may hold no backup that is another than the source's of that number, nor a newer one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from lmdbitmap.copying.copier import Progress, Report
+from lmdbitmap.errors import (
+    AlreadyExists,
+    Busy,
+    FormatError,
+    InvalidArgument,
+    LmdbitmapError,
+    NotFound,
+    os_errors_at,
+)
+from lmdbitmap.images.device import FileDevice
+from lmdbitmap.images.file_copy import PIECE_BYTES, FileCopier
+from lmdbitmap.repository.digests import found_digest, require_algorithms
+from lmdbitmap.repository.disks_failed import DisksFailed
+from lmdbitmap.repository.manifest import TAKEN_OVER_EPOCH, BackupEntry, Manifest, taken_over
+from lmdbitmap.repository.repository import BackupFolder, folders_of, known_backups_of
+from lmdbitmap.storage import founding
+from lmdbitmap.system import files
+from lmdbitmap.work.apart import Failures
+
+_USE_ANOTHER = "look at it with `verify`, and get the file from another copy of the repository"
+
+
+@dataclass(frozen=True, slots=True)
+class CopyResult:
+    """One disk's backups: those that were copied now, and how many of the others are where."""
+
+    disk: str
+    copied: tuple[BackupEntry, ...]
+    already_there: int
+    """Of the source's."""
+    only_there: int
+    """That the source let go of."""
+    left_out: int
+    """That the target let go of."""
+    bytes_copied: int
+    seconds: float
+
+
+class CopiesFailed(DisksFailed):
+    """Some of several disks were not copied, or not to the end; those in `results` are."""
+
+    def __init__(self, results: Sequence[CopyResult], failures: Mapping[str, LmdbitmapError]) -> None:
+        super().__init__("copied", len(results), failures)
+        self.results = tuple(results)
+
+
+def copy_backups(
+    repository_path: str | os.PathLike[str],
+    target_path: str | os.PathLike[str],
+    names: Sequence[str] = (),
+    *,
+    progress: Progress | None = None,
+) -> list[CopyResult]:
+    """Copy all backups of the disks called `names`, or of all, to the repository at `target_path`; durable on return.
+
+    Raises `NotFound` without such a disk, or the package that the digests of an image need, `AlreadyExists` where the
+    target has other backups of a disk of that name, or newer ones, `FormatError` for an image that is not what it
+    was, `Busy` for a target that somebody writes to, and for a source that changes meanwhile. The backups before the
+    one that failed are copied. Of several disks one that fails is left out, and `CopiesFailed` tells of it in the end.
+    """
+    folders = folders_of(repository_path, names)
+    if os.path.realpath(repository_path) == os.path.realpath(target_path):
+        raise InvalidArgument(
+            f"{os.path.abspath(target_path)} is where the backups are", next_step="name another folder"
+        )
+    founding.refuse_inside(target_path)
+    failures = Failures(at_once=len(folders) == 1)
+    known = known_backups_of(folders, failures, named=bool(names))
+    bytes_stored = [sum(entry.bytes_stored for entry in each.backups) for _, each in known]
+    report, passed, results = Report(failures.heeding(progress), sum(bytes_stored)), 0, []
+    for (source, manifest), count in zip(known, bytes_stored, strict=True):
+        with failures.of(source.disk_name):
+            target = BackupFolder(target_path, source.disk_name)
+            results.append(_copy_disk(source, manifest, target, report))
+        passed += count
+        report.reach(passed)
+    if failures.errors:
+        raise CopiesFailed(results, failures.errors)
+    return results
+
+
+def _copy_disk(source: BackupFolder, wanted: Manifest, target: BackupFolder, report: Report) -> CopyResult:
+    started = time.monotonic()
+    source.check_names(wanted.backups)
+    if not os.path.lexists(target.path):
+        require_algorithms(source, wanted.backups)  # or a folder would be left where nothing comes into
+    with target.locked():
+        found = target.manifest()
+        before = Manifest(wanted.disk) if found is None else found
+        _require_kin(target, before, source, wanted)
+        missing = _missing(before, wanted)
+        require_algorithms(source, missing)
+        there = _following(before, wanted)
+        if found != there:
+            target.replace_manifest(there)  # from now on, an image without its entry is no lost backup
+        target.check_images(there.backups)
+        report.advance(sum(entry.bytes_stored for entry in {*wanted.backups} - {*missing}))
+        try:
+            for entry in missing:
+                target.require_room(there)
+                _copy_unless_changed(source, wanted, target, entry, report)
+                there = _with(there, entry)
+                target.succeed(there)
+        except BaseException:
+            with contextlib.suppress(LmdbitmapError):
+                target.settle()  # what was copied and not decided takes space
+            raise
+    return _told(source.disk_name, before, wanted, missing, started)
+
+
+def _told(
+    disk: str, before: Manifest, wanted: Manifest, copied: Sequence[BackupEntry], started: float
+) -> CopyResult:
+    there, ours = ({entry.id for entry in each.backups} for each in (before, wanted))
+    return CopyResult(
+        disk=disk,
+        copied=tuple(copied),
+        already_there=len(there & ours),
+        only_there=len(there - ours),
+        left_out=len(ours - there) - len(copied),
+        bytes_copied=sum(entry.bytes_stored for entry in copied),
+        seconds=time.monotonic() - started,
+    )
+
+
+# --- what is to be copied ---
+
+
+def _point(entry: BackupEntry) -> tuple[object, ...]:
+    """What makes it this backup and no other: what it holds, and what images above it call it.
+
+    A prune keeps it, and so does whoever takes the chain over. The epoch goes then; the checkpoint is of one alone.
+    """
+    return entry.id, entry.sequence, entry.file, entry.time_ns, entry.checkpoint, entry.disk_size
+
+
+def _require_kin(target: BackupFolder, there: Manifest, source: BackupFolder, wanted: Manifest) -> None:
+    """Refuse a target that goes on from the source's backups in another way, or has those of another disk."""
+    ours, theirs = {_point(entry) for entry in wanted.backups}, there.backups
+    was_added_anew = not theirs or _point(theirs[-1]) in ours
+    if there.disk.uuid != wanted.disk.uuid and not was_added_anew:
+        raise _not_kin(
+            f"{target.path} has the backups of another disk that is called {there.disk.name!r} too"
+        )
+    taken = {word for entry in wanted.backups for word in (entry.id, entry.sequence, entry.file)}
+    for entry in theirs:
+        is_ahead = entry.sequence > wanted.newest_sequence
+        if _point(entry) not in ours and (is_ahead or not taken.isdisjoint(_point(entry)[:3])):
+            raise _not_kin(
+                f"{target.path} has a backup {entry.id} that {source.path} does not have, or another of that number"
+            )
+
+
+def _not_kin(problem: str) -> AlreadyExists:
+    return AlreadyExists(problem, next_step="copy to another repository, or move that folder away")
+
+
+def _following(there: Manifest, wanted: Manifest) -> Manifest:
+    """What is there, as the disk's whose the source is now: what it took over there counts from nothing here either."""
+    if there.disk != wanted.disk:
+        return taken_over(there, wanted.disk)
+    taken = [entry.sequence for entry in wanted.backups if entry.epoch == TAKEN_OVER_EPOCH]
+    last = max(taken, default=-1)
+    backups = tuple(
+        dataclasses.replace(entry, epoch=TAKEN_OVER_EPOCH) if entry.sequence <= last else entry
+        for entry in there.backups
+    )
+    return dataclasses.replace(there, backups=backups)
+
+
+def _missing(there: Manifest, wanted: Manifest) -> list[BackupEntry]:
+    """The backups that are newer than all that are or were there, and those below them that are not there."""
+    known = {entry.id for entry in there.backups}
+    newest = there.newest_sequence
+    missing: list[BackupEntry] = []
+    below: set[str | None] = set()
+    for entry in reversed(wanted.backups):
+        if entry.id not in known and (entry.sequence > newest or entry.id in below):
+            missing.append(entry)
+            below.add(entry.parent)
+    return missing[::-1]
+
+
+def _with(manifest: Manifest, entry: BackupEntry) -> Manifest:
+    backups = sorted((*manifest.backups, entry), key=lambda each: each.sequence)
+    return dataclasses.replace(manifest, backups=tuple(backups))
+
+
+# --- copying ---
+
+
+def _copy_unless_changed(
+    source: BackupFolder, wanted: Manifest, target: BackupFolder, entry: BackupEntry, report: Report
+) -> None:
+    place = source.image_path(entry.file)
+    try:
+        _copy_digests(source, target, entry)
+        _copy_image(source, target, entry, report)
+    except (FormatError, NotFound) as wrong:
+        if source.manifest() == wanted and source.image_path(entry.file) == place:
+            raise
+        raise Busy(f"{source.path} was changed while it was copied", next_step="copy it again") from wrong
+
+
+def _copy_digests(source: BackupFolder, target: BackupFolder, entry: BackupEntry) -> None:
+    if entry.chunks is None:
+        return
+    path, digest, offset = source.path_of(entry.chunks.file), hashlib.sha256(), 0
+    with (
+        FileDevice.open(path, read_only=True) as device,
+        files.replacing(target.path_of(entry.chunks.file)) as file,
+    ):
+        while offset < device.size:
+            with os_errors_at(path):
+                data = device.pread(min(PIECE_BYTES, device.size - offset), offset)
+            file.write(data)
+            digest.update(data)
+            offset += len(data)
+        _require(path, entry.chunks.sha256, digest.hexdigest())
+
+
+def _copy_image(source: BackupFolder, target: BackupFolder, entry: BackupEntry, report: Report) -> None:
+    source.check_images([entry])
+    path, copy = source.image_path(entry.file), target.path_of(entry.file)
+    if os.path.lexists(copy):
+        _require_same(copy, entry)
+        report.advance(entry.bytes_stored)
+        return
+    with (
+        FileDevice.open(path, read_only=True) as device,
+        files.replacing(target.successor_path(entry.file)) as file,
+    ):
+        copier = FileCopier(file.fileno(), copy)
+        for offset in range(0, entry.bytes_stored, PIECE_BYTES):
+            length = min(PIECE_BYTES, entry.bytes_stored - offset)
+            copier.copy(device, offset, offset, length)
+            report.advance(length)
+        with os_errors_at(copy), ThreadPoolExecutor(max_workers=1) as beside:
+            synced = beside.submit(os.fsync, file.fileno())
+            found = found_digest(entry, file.fileno())
+            synced.result()
+        _require(path, entry.digest, found)
+
+
+def _require(path: str, expected: str, found: str) -> None:
+    if found != expected:
+        raise FormatError(path, expected=f"SHA-256 {expected}", found=found, next_step=_USE_ANOTHER)
+
+
+def _require_same(path: str, entry: BackupEntry) -> None:
+    """Take an image that a killed copy left for what it is; any other is somebody's."""
+    with FileDevice.open(path, read_only=True) as device, os_errors_at(path):
+        assert device.fd is not None
+        found = found_digest(entry, device.fd)
+    if found != entry.digest:
+        raise AlreadyExists(
+            f"{path} is there, and is another image than backup {entry.id}",
+            next_step="copy to another repository, or move that file away",
+        )

@@ -1,0 +1,115 @@
+"""Puts a backup's chain onto a file or a block device, batch by batch, in any order: each is read, proven and written
+by one thread of a gang (gang.py).
+
+What is written are mostly the very bytes that were proven, while they are in the processor's cache. Where the file
+system can share what files hold (reflinks), what was proven is shared and not written: it costs no room then.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from functools import partial
+
+from lmdbitmap.copying.copier import Report
+from lmdbitmap.copying.gang import Gang, Work
+from lmdbitmap.copying.hashing import thread_count
+from lmdbitmap.images.device import PAGE_BYTES
+from lmdbitmap.qcow2 import Kind, Run
+from lmdbitmap.repository.backup_chain import BackupChain
+from lmdbitmap.restoring.making_ready import BATCH_BYTES, batches
+from lmdbitmap.restoring.putting_back import zeroed
+from lmdbitmap.restoring.target import Target
+from lmdbitmap.system import linux
+from lmdbitmap.work.buffers import new_buffer
+
+
+class CarryingBack:
+    """Writes all of the target, which has a descriptor; what it held before does not matter."""
+
+    bytes_read = 0
+    """Of the target."""
+
+    def __init__(self, chain: BackupChain, target: Target, report: Report) -> None:
+        assert target.fd is not None
+        self._chain = chain
+        self._target = target
+        self._target_fd = target.fd
+        self._report = report
+        self._can_share = True
+        self._counting = threading.Lock()
+        self._done = self._told = 0
+        self.bytes_written = self.bytes_zeroed = 0
+
+    def put_all(self, runs: Iterable[Run]) -> None:
+        """All is written when it returns, and not synced. Raises `FormatError` for what is not what it was."""
+        Gang(self._new_carrier, most=thread_count()).do(self._announced(runs), self._tell)
+
+    def _announced(self, runs: Iterable[Run]) -> Iterator[list[Run]]:
+        for batch in batches(runs):
+            for run in batch:
+                self._chain.announce(run)
+            yield batch
+
+    def _tell(self) -> None:
+        self._told, before = self._done, self._told
+        self._report.advance(self._told - before)
+
+    def _new_carrier(self) -> Work[list[Run]]:
+        return partial(self._carry, memoryview(new_buffer(BATCH_BYTES)))
+
+    def _carry(self, buffer: memoryview, number: int, batch: list[Run]) -> None:
+        written = zeroes = 0
+        for group in _groups(run for run in batch if run.is_stored):
+            length = sum(run.length for run in group)
+            self._put(group, buffer[:length])
+            written += length
+        if not self._target.is_fresh:
+            zeroes = sum(zeroed(self._target, run) for run in batch if not run.is_stored)
+        with self._counting:
+            self._done += sum(run.length for run in batch)
+            self.bytes_written += written
+            self.bytes_zeroed += zeroes
+
+    def _put(self, group: list[Run], data: memoryview) -> None:
+        if self._chain.images[group[0].layer].proof is None and self._share(group):
+            return
+        self._chain.fill(data, group[0]._replace(length=len(data)))
+        if self._share(group):
+            return
+        start = 0
+        for run in group:
+            self._target.write_many([(run.offset, data[start : start + run.length])])
+            start += run.length
+
+    def _share(self, group: list[Run]) -> bool:
+        """Whether the target has what its images hold now, as its own."""
+        return self._can_share and all(run.kind is Kind.DATA and self._is_shared(run) for run in group)
+
+    def _is_shared(self, run: Run) -> bool:
+        """A refusal is of all that follows, but for one of the disk's end, which may be no whole block."""
+        with self._chain.images[run.layer].file.reading() as source:
+            assert source.fd is not None
+            is_shared = linux.clone_range(source.fd, run.host_offset, run.length, self._target_fd, run.offset)
+        if not is_shared and run.length % PAGE_BYTES == 0:
+            self._can_share = False  # others ask too, and what one is told is not what another is
+        return is_shared
+
+
+def _groups(stored: Iterable[Run]) -> Iterator[list[Run]]:
+    """Data that lies together in one file, as much as a buffer holds; what is compressed is by itself."""
+    group: list[Run] = []
+    length = 0
+    for run in stored:
+        if group and (not _adjoins(run, group[-1]) or length + run.length > BATCH_BYTES):
+            yield group
+            group, length = [], 0
+        group.append(run)
+        length += run.length
+    if group:
+        yield group
+
+
+def _adjoins(run: Run, before: Run) -> bool:
+    is_data = run.kind is Kind.DATA and before.kind is Kind.DATA and run.layer == before.layer
+    return is_data and run.host_offset == before.host_offset + before.length

@@ -1,0 +1,100 @@
+"""A backup's runs, made ready ahead of whoever takes them: proven by their digests, read, decompressed.
+
+Threads do that, as many as there are processors: to hash and to decompress they let go of Python's lock. One thread
+takes what they made, in order, and puts it somewhere, so that the target is written by one thread alone:
+
+    chain.extents ─▶ batches ─▶ threads: prove, read ─▶ in order ─▶ (run, data) ─▶ the target
+
+A batch is 4 MiB of data or many small runs, and a few are on the way: so some 10 MiB for each processor are in memory.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+from lmdbitmap.copying.hashing import thread_count
+from lmdbitmap.qcow2 import Kind, Run
+from lmdbitmap.repository.backup_chain import BackupChain
+from lmdbitmap.work.buffers import new_buffer
+
+BATCH_BYTES = 4 << 20
+_BATCH_RUNS = 256
+
+
+class Ready(NamedTuple):
+    """A run that is proven, where its image can prove it; `data` has its bytes, if that kind of run was to be read."""
+
+    run: Run
+    data: bytearray | None = None
+
+
+def made_ready(
+    chain: BackupChain, runs: Iterable[Run], read: Collection[Kind]
+) -> Generator[Ready, None, None]:
+    """The runs in order, in pieces of a batch at most. Raises what is wrong with one of them in its place, or before.
+
+    Close it where it is left before its end.
+    """
+    with ThreadPoolExecutor(max_workers=thread_count()) as threads:
+        pending: deque[tuple[list[Run], Future[list[Ready]]]] = deque()
+        for batch in batches(runs):
+            claimed = [run for run in batch if chain.claim(run)]
+            pending.append((batch, threads.submit(_made_ready, chain, batch, claimed, read)))
+            if len(pending) > 2 * thread_count():
+                yield from _taken(chain, *pending.popleft())
+        while pending:
+            yield from _taken(chain, *pending.popleft())
+
+
+def _made_ready(
+    chain: BackupChain, batch: Iterable[Run], claimed: Iterable[Run], read: Collection[Kind]
+) -> list[Ready]:
+    for run in claimed:
+        chain.prove(run)
+    return [Ready(run, _data(chain, run) if run.kind in read else None) for run in batch]
+
+
+def _data(chain: BackupChain, run: Run) -> bytearray:
+    data = new_buffer(run.length)
+    chain.fill(memoryview(data), run)
+    return data
+
+
+def _taken(chain: BackupChain, batch: Iterable[Run], made: Future[list[Ready]]) -> Iterator[Ready]:
+    """What another batch had claimed may not be proven yet."""
+    ready = made.result()
+    for run in batch:
+        chain.prove(run)
+    yield from ready
+
+
+def batches(runs: Iterable[Run]) -> Iterator[list[Run]]:
+    """The runs in pieces, together as many as make `BATCH_BYTES` or end where a batch of their file does."""
+    batch: list[Run] = []
+    length = 0
+    for run in runs:
+        for piece in _pieces(run):
+            batch.append(piece)
+            length += piece.length if piece.is_stored else 0
+            ends = piece.kind is Kind.DATA and (piece.host_offset + piece.length) % BATCH_BYTES == 0
+            if ends or length >= BATCH_BYTES or len(batch) >= _BATCH_RUNS:
+                yield batch
+                batch, length = [], 0
+    if batch:
+        yield batch
+
+
+def _pieces(run: Run) -> Iterator[Run]:
+    """The run in pieces that end on whole batches of its file: so that no two have a chunk of digests in common."""
+    if run.kind is not Kind.DATA:
+        yield run
+        return
+    start = run.offset
+    while start < run.end:
+        place = run.host_offset + start - run.offset
+        stop = min(run.end, start + BATCH_BYTES - place % BATCH_BYTES)
+        yield run.part(start, stop)
+        start = stop

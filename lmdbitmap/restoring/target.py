@@ -1,0 +1,327 @@
+"""What a restore writes into, and what it refuses before it touches anything.
+
+| target | is opened | what it held before |
+|---|---|---|
+| a new file | as `*.partial`, renamed at the end | nothing: all of it reads as zeroes |
+| a block device, an export of an NBD server | for writing | does not matter, or is compared |
+| a file, in place | for writing | is compared |
+| the image of a disk that is tracked, in place | by attaching the disk | is compared, and what changes becomes dirty |
+
+An image that is tracked is never written but through its tracker: the backup after the restore would not know of it, or
+read the whole disk. A size is the disk's, or that rounded up to a sector; or `larger`, if the caller allows that.
+What is behind the disk's end is zeroed: a target reads as the disk would that was made larger. Whatever stood there
+could be taken for the end of the new disk, as the second partition table, a RAID's or a pool's label is, or be read by
+a guest that is not meant to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from lmdbitmap.errors import AlreadyExists, InvalidArgument, NotFound, StorageError, os_errors_at
+from lmdbitmap.filter import Filter
+from lmdbitmap.geometry import ceil_div
+from lmdbitmap.images.device import FileDevice
+from lmdbitmap.images.image import is_far, is_same_image
+from lmdbitmap.interfaces import Allocation, BlockDevice, FarAway
+from lmdbitmap.nbd.client.device import NbdDevice
+from lmdbitmap.qcow2.layout import SECTOR
+from lmdbitmap.repository.backup_chain import BackupChain
+from lmdbitmap.repository.repository import BackupFolder
+from lmdbitmap.storage import founding
+from lmdbitmap.storage.schema import Disk
+from lmdbitmap.store import Store
+from lmdbitmap.system import files, kernel
+from lmdbitmap.tracker.lane import FilterLane, WritesTogether
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """An open target. For one thread, or many where it has an `fd`; its own refusals are raised as errors that name
+    `place`."""
+
+    place: str
+    device: BlockDevice
+    is_fresh: bool = False
+    """Whether all of it reads as zeroes yet."""
+    fd: int | None = None
+    """Where others may write too; None where a write has to be told to somebody."""
+    lane: FilterLane | None = None
+    disk: str | None = None
+    """The name of the disk that is tracked here."""
+
+    @property
+    def size(self) -> int:
+        return self.device.size
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        with self._refusals():
+            self.device.pread_into(buffer, offset)
+
+    def write_many(self, writes: Sequence[tuple[int, memoryview]]) -> None:
+        """Write all (offset, data) pairs, or raise."""
+        with self._refusals():
+            if self.lane is not None:
+                for code in self.lane.write_many(writes).values():
+                    raise OSError(code, os.strerror(code))
+            elif isinstance(self.device, WritesTogether):
+                for failure in self.device.pwrite_many(writes).values():
+                    raise failure
+            else:
+                for offset, data in writes:
+                    self.device.pwrite(data, offset)
+
+    def write_zeroes(self, offset: int, length: int) -> None:
+        with self._refusals():
+            (self.lane or self.device).write_zeroes(offset, length)
+
+    def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
+        with self._refusals():
+            yield from self.device.allocation(offset, length)
+
+    def flush(self) -> None:
+        with self._refusals():
+            (self.lane or self.device).flush()
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            with os_errors_at(self.place):
+                yield
+        except StorageError as failure:
+            if isinstance(failure.__cause__, FarAway):
+                raise StorageError(
+                    self.place, failure.__cause__, next_step="see to its server, and do it again"
+                ) from failure
+            raise
+
+
+@contextlib.contextmanager
+def opened_target(
+    out: str,
+    folder: BackupFolder,
+    chain: BackupChain,
+    *,
+    in_place: bool,
+    larger: bool = False,
+    store: Store | None,
+) -> Iterator[Target]:
+    """Open what `out` names for the disk of `chain`. What was flushed is durable after the block.
+
+    A path or an NBD URI; what is there may be `larger` than the disk. `store` is asked whether it is the image of a
+    disk that is tracked. Raises `AlreadyExists`, `NotFound`, `InvalidArgument` for what does not fit, `Busy` for what
+    is in use.
+    """
+    _refuse_sources(out, folder, chain)
+    with _opening(out, chain.size, in_place, store) as target:
+        if not fits(target.size, chain.size, larger=larger):
+            raise _other_size(target, chain.size)
+        yield target
+
+
+def _opening(out: str, size: int, in_place: bool, store: Store | None) -> AbstractContextManager[Target]:
+    tracked = None if store is None else _disk_at(store, out)
+    if store is not None and tracked is not None:
+        if in_place:
+            return _tracked(store, tracked, out)
+        if is_far(out) or os.path.exists(out):
+            raise _is_tracked(out, tracked)
+    if is_far(out):
+        return _far(out)
+    founding.refuse_inside(out)
+    if is_block_device(out):
+        return _device(out)
+    return _existing_file(out) if in_place else new_file(out, size, _is_not_empty(out))
+
+
+# --- what is refused ---
+
+
+def _refuse_sources(out: str, folder: BackupFolder, chain: BackupChain) -> None:
+    """Raise `InvalidArgument` for what would destroy the backup, or be taken for one."""
+    if is_far(out):
+        return
+    inside = os.path.join(os.path.realpath(folder.repository_path), "")
+    if os.path.realpath(out).startswith(inside):
+        raise InvalidArgument(
+            f"{out} is inside of the repository {folder.repository_path}",
+            next_step="name a place outside of it",
+        )
+    for image in chain.images:
+        if is_same_image(image.file.path, out):
+            raise InvalidArgument(
+                f"{out} is the backup {image.file.path} itself", next_step="name another file"
+            )
+    if _carries(out, folder.path):
+        raise InvalidArgument(
+            f"the repository {folder.repository_path} lies on a file system inside {out}",
+            next_step="restore to another place, or from a copy of the repository that lies elsewhere",
+        )
+
+
+def _carries(out: str, path: str) -> bool:
+    try:
+        return kernel.is_kept_in(path, out)
+    except (OSError, ValueError):
+        return False  # no such image, or no path: whoever opens it says so
+
+
+def _disk_at(store: Store, out: str) -> Disk | None:
+    with store.read() as reader:
+        return next((disk for disk in reader.disks() if is_same_image(disk.image, out)), None)
+
+
+def refuse_tracked(store: Store, out: str) -> None:
+    """Raise `AlreadyExists` for the image of a disk in `store`, where what is written cannot go by its tracker."""
+    tracked = _disk_at(store, out)
+    if tracked is not None and (is_far(out) or os.path.exists(out)):
+        step = f"write it elsewhere, or give the disk up before (`lmdbitmap rm {tracked.name}`)"
+        raise _is_tracked(out, tracked, step)
+
+
+def _is_tracked(
+    out: str,
+    disk: Disk,
+    next_step: str = "say --in-place, which goes through the tracker, or name a new file",
+) -> AlreadyExists:
+    return AlreadyExists(
+        f"{out} is the image of disk {disk.name!r}, and its tracker would not know what was written to it",
+        next_step=next_step,
+    )
+
+
+def fits(target_size: int, size: int, *, larger: bool) -> bool:
+    """Whether a disk of `size` may be put onto that; what is behind it has to be zeroed."""
+    return target_size in (size, ceil_div(size, SECTOR) * SECTOR) or (larger and target_size > size)
+
+
+def unless_larger(step: str, target_size: int, size: int) -> str:
+    """The next step for a target that does not fit, and how one that is larger may."""
+    if target_size < size:
+        return step
+    return f"{step}, or say --larger, which zeroes the {target_size - size} bytes behind the disk"
+
+
+def _other_size(target: Target, size: int) -> InvalidArgument:
+    if target.disk is not None:
+        step = f"make the image that long (truncate --size={size}), and `lmdbitmap adopt {target.disk}`"
+    elif isinstance(target.device, FileDevice) and not target.device.is_block_device:
+        step = f"make it that long first (truncate --size={size}), or name a new file"
+    else:
+        step = "name one of that size, or a new file"
+    step = unless_larger(step, target.size, size)
+    return InvalidArgument(f"{target.place} has {target.size} bytes, and the disk had {size}", next_step=step)
+
+
+def is_block_device(path: str) -> bool:
+    with os_errors_at(path):
+        return os.path.exists(path) and stat.S_ISBLK(os.stat(path).st_mode)
+
+
+def _require_free(path: str, if_taken: AlreadyExists) -> None:
+    if os.path.isdir(path):
+        raise InvalidArgument(f"{path} is a folder", next_step="name a new file in it")
+    if holds_something(path):
+        raise if_taken
+
+
+def holds_something(path: str) -> bool:
+    return os.path.exists(path) and os.path.getsize(path) > 0
+
+
+def _is_not_empty(path: str) -> AlreadyExists:
+    return AlreadyExists(
+        f"{path} exists, and is not empty",
+        next_step="name a new file, remove that one, or say --in-place to write what differs into it",
+    )
+
+
+# --- what is opened ---
+
+
+@contextlib.contextmanager
+def _tracked(store: Store, disk: Disk, out: str) -> Iterator[Target]:
+    """Detached at the end, also after a failure: what was written until then is dirty."""
+    with Filter.attach(store, disk.name) as attached:
+        if attached.disk.epoch != disk.epoch:
+            log.warning(
+                "disk %s: its next backup reads the whole disk: %s", disk.name, attached.disk.epoch_reason
+            )
+        yield Target(out, attached, lane=attached.lane(), disk=disk.name)
+
+
+@contextlib.contextmanager
+def _far(uri: str) -> Iterator[Target]:
+    with NbdDevice.open(uri) as device:
+        yield Target(uri, device)
+
+
+@contextlib.contextmanager
+def _device(path: str) -> Iterator[Target]:
+    with FileDevice.open(path) as device:
+        yield Target(path, device, fd=device.fd)
+
+
+@contextlib.contextmanager
+def _existing_file(path: str) -> Iterator[Target]:
+    if not os.path.exists(path):
+        raise NotFound(f"{path} does not exist", next_step="leave out --in-place to make it")
+    with FileDevice.open(path) as device:
+        yield Target(path, device)
+        if not leads_to(path, device.fd):
+            raise NotFound(f"{path} was removed or replaced while it was written", next_step="restore again")
+
+
+@contextlib.contextmanager
+def new_file(path: str, size: int, if_taken: AlreadyExists) -> Iterator[Target]:
+    """All zeroes, and without its name before the end; `if_taken` is raised where something is there."""
+    _require_free(path, if_taken)
+    with _taken_away_on_failure(path) as watched, files.replacing(path) as file:
+        watched(file.fileno())
+        with os_errors_at(path):
+            os.ftruncate(file.fileno(), size)
+        device = FileDevice(path, file.fileno(), read_only=False)
+        yield Target(path, device, is_fresh=True, fd=device.fd)
+        _require_free(path, if_taken)  # again: a restore may take hours
+
+
+@contextlib.contextmanager
+def _taken_away_on_failure(path: str) -> Iterator[Callable[[int], None]]:
+    """A file that got its name, but perhaps not durably, must not be in the way of the next restore.
+
+    Only the file of the descriptor that is given to the block's function: it is held open, so that no other
+    file can have its number.
+    """
+    with contextlib.ExitStack() as held:
+        fds: list[int] = []
+
+        def watch(fd: int) -> None:
+            fds.append(os.dup(fd))
+            held.callback(os.close, fds[-1])
+
+        try:
+            yield watch
+        except BaseException:
+            with contextlib.suppress(OSError):
+                if fds and leads_to(path, fds[0]):
+                    os.unlink(path)
+            raise
+
+
+def leads_to(path: str, fd: int | None) -> bool:
+    """Whether a path is the name of an open file."""
+    try:
+        return fd is not None and os.path.samestat(os.fstat(fd), os.stat(path))
+    except OSError as gone:
+        if gone.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EBADF):
+            raise
+        return False

@@ -1,0 +1,397 @@
+"""One LMDB environment as this process has it open: its settings, its map, its transactions, its refusals.
+
+Invariants:
+- A transaction that returned is on stable storage (`sync` and `metasync` are on, `writemap` is off).
+- One process opens an environment once, however often it is asked for (LMDB's locks belong to the process), and
+  only where those who use it are seen to use it (presence.py).
+- Nobody has a transaction open while the map is replaced; a thread that has one may not ask for it.
+- LMDB refuses everything once the write of a meta page failed, and gives its map up when it cannot have a larger one.
+  The environment is then opened anew, as a restart would, as soon as no transaction is open; whoever committed is
+  told that the outcome is in doubt.
+- What a fork inherits is dead in the child: neither used nor committed, aborted or closed there. To abort or
+  close it would give back the parent's places in the table of readers, and with them the pages it reads.
+- The places of readers that died are given back when the environment is opened, once a minute, and when none is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import lmdb
+
+from lmdbitmap.errors import StorageError
+from lmdbitmap.storage import lmdb_opening, presence, schema
+from lmdbitmap.storage.highwater import NEWEST, HighWater
+from lmdbitmap.storage.lmdb_errors import (
+    DamagedStore,
+    dead_error,
+    in_doubt,
+    not_a_store,
+    not_open,
+    translated,
+)
+from lmdbitmap.storage.lmdb_opening import open_lmdb, require_sound_tree
+from lmdbitmap.storage.lmdb_tree import data_path_of, structural_problems
+from lmdbitmap.storage.schema import StoreHeader
+from lmdbitmap.work import forks
+
+log = logging.getLogger(__name__)
+
+HOUSEKEEPING_S = 60.0
+LOCK_LOOK_S = 0.4
+"""Less than an opener's patience in presence.py, and than the pause between two background passes."""
+LOOKED_THROUGH_BYTES = 32 << 20
+"""A file up to this size is looked through before LMDB may touch it: 0.2 s. A larger one is by `check`, and here
+where those who opened it before died young: LMDB trusts its pages, and a damaged one can take the process with it."""
+DEATHS_IN_A_ROW = 2
+YOUTH_S = 10.0
+HEADER_KEY = b"store"
+_MOST_MISSING_BYTES = 64 << 20
+_BEGIN_TRIES = 16
+DATABASES = ("meta", "disks", "checkpoints", "bitmaps", "regions", "tallies")
+
+
+class _Databases(dict[str, lmdb._Database]):
+    """By name. Emptied in a forked child, so that a view from before the fork finds nothing to read."""
+
+    place = ""
+
+    def __missing__(self, name: str) -> lmdb._Database:
+        raise dead_error(self.place)
+
+
+class Environment:
+    """The one LMDB handle of this process for the environment in the folder `path`, with the room it grows in."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.pid = os.getpid()
+        self.users = 0
+        self.databases = _Databases()
+        self.databases.place = path
+        self._quiet = threading.Condition()
+        self._running = 0
+        self._resizing = False
+        self._mine = threading.local()
+        self._has_handle = True
+        self._born_s = self._cleaned_s = self._looked_s = time.monotonic()
+        self._is_young = True
+        self.is_proven = False
+        """Whether somebody looked through what is in it, or cannot know: others have it open."""
+        with translated(path), presence.entering(path) as self._presence:
+            self.is_proven = not self._presence.is_first
+            if self._presence.is_first and self._is_suspect():
+                require_sound_tree(path)
+            self._lmdb = open_lmdb(path)
+            try:
+                self._presence.settle()
+                self._open_databases()
+                self.header = self._read_header()
+                self._lmdb.reader_check()
+            except BaseException:
+                self._lmdb.close()
+                raise
+        self.highwater = HighWater(os.path.join(os.path.dirname(path), NEWEST), self.header.uuid)
+        forks.is_not_for_children(self)
+
+    def _is_suspect(self) -> bool:
+        """Whether the file is to be looked through first: it is small, or whoever opened it died of something."""
+        deaths = self._presence.begin_life()
+        return os.path.getsize(data_path_of(self.path)) <= LOOKED_THROUGH_BYTES or deaths >= DEATHS_IN_A_ROW
+
+    @contextlib.contextmanager
+    def transaction(self, *, write: bool) -> Iterator[lmdb.Transaction]:
+        """A transaction, committed on the way out; a refusal of LMDB leaves as an error of ours.
+
+        Raises `FullMapError` where the map must grow.
+        """
+        with translated(self.path):
+            txn = self._begin(write)
+            try:
+                if write:
+                    self._keep_house()
+                yield txn
+                self._require_our_process()
+                txn.commit()
+            except lmdb.Error as error:
+                txn.abort()
+                if self._is_spent():  # looked up before we are counted out, as somebody may open it anew then
+                    raise in_doubt(self.path, error) from error
+                raise
+            except BaseException:
+                if self.pid == os.getpid():
+                    txn.abort()
+                raise
+            finally:
+                self._count(-1)
+
+    def grow(self) -> None:
+        """Double the map."""
+        with translated(self.path):
+            size = self._lmdb.info()["map_size"]
+            self._resize_map(max(2 * size, size + lmdb_opening.MIN_MAP_BYTES))
+            log.info("store %s: map grown to %d bytes", self.path, self._lmdb.info()["map_size"])
+
+    def keep_house(self) -> None:
+        """Cheap, and to be called often: see to our locks, and once a minute to readers that died."""
+        with self.transaction(write=False):
+            self._keep_house()
+
+    def _keep_house(self) -> None:
+        now_s = time.monotonic()
+        if self._is_young and now_s - self._born_s >= YOUTH_S:
+            self._is_young = False
+            self._presence.is_well()
+        if now_s - self._looked_s >= LOCK_LOOK_S:
+            self._looked_s = now_s
+            self._mend_locks()
+        if now_s - self._cleaned_s >= HOUSEKEEPING_S:
+            self._cleaned_s = now_s
+            freed = self._lmdb.reader_check()
+            if freed:
+                log.warning("store %s: gave back the places of %d readers that died", self.path, freed)
+
+    def _mend_locks(self) -> None:
+        if self._presence.mend_locks():
+            log.error(
+                "store %s: something in this process closed lmdb/lock.mdb, which dropped LMDB's locks; they are held"
+                " again, but whoever reads, hashes or packs these files must stop doing so", self.path,
+            )  # fmt: skip
+
+    def readers(self) -> list[tuple[int, int]]:
+        """(process, how many transactions its view lies behind) of every view that is open at this moment."""
+        with translated(self.path):
+            newest = self._lmdb.info()["last_txnid"]
+            rows = [line.split() for line in self._lmdb.readers().splitlines()[1:]]
+        return [(int(row[0]), newest - int(row[2])) for row in rows if len(row) == 3 and row[2].isdigit()]
+
+    def structural_problems(self) -> list[str]:
+        """What is wrong with the tree of pages, of a copy that nobody changes. It takes the file's size in memory."""
+        with self.transaction(write=False), open(os.memfd_create("lmdbitmap check"), "wb") as copy:
+            self._lmdb.copyfd(copy.fileno())
+            try:
+                return structural_problems(f"/proc/self/fd/{copy.fileno()}")
+            except ValueError as error:
+                return [str(error)]
+
+    def close(self) -> None:
+        self._presence.is_well()
+        self._presence.leave()
+        self._lmdb.close()
+        self._presence.close()
+        self.highwater.close()
+
+    def forsake(self) -> None:
+        """We are in a forked child. The parent's locks must not live on in us; the rest is only left alone."""
+        self.databases.clear()
+        del self._lmdb  # not closed, see the top of this module
+        self._presence.close()
+        self.highwater.close()
+
+    def _require_our_process(self) -> None:
+        if self.pid != os.getpid():
+            raise dead_error(self.path)
+
+    def _begin(self, write: bool) -> lmdb.Transaction:
+        """Begin and count; another process may have grown the map, and do so again before we have followed it,
+        or readers that died may hold every slot."""
+        for _ in range(_BEGIN_TRIES - 1):
+            try:
+                return self._begin_counted(write)
+            except lmdb.MapResizedError:
+                self._resize_map(0)
+            except lmdb.ReadersFullError:
+                self._lmdb.reader_check()
+            except (lmdb.PanicError, StorageError):
+                self._open_anew()
+        return self._begin_counted(write)
+
+    def _begin_counted(self, write: bool) -> lmdb.Transaction:
+        with self._quiet:
+            self._quiet.wait_for(lambda: not self._resizing or self._has_one_open())
+            self._count(1)
+        try:
+            if not self._has_handle:
+                raise not_open(self.path)
+            return self._lmdb.begin(write=write)
+        except BaseException:
+            self._count(-1)
+            raise
+
+    def _count(self, difference: int) -> None:
+        if self.pid != os.getpid():
+            return  # another thread of the parent may have held the lock at the fork
+        with self._quiet:
+            self._mine.open = getattr(self._mine, "open", 0) + difference
+            self._running += difference
+            self._quiet.notify_all()
+
+    def _has_one_open(self) -> bool:
+        """Whether the calling thread has a transaction open, and may not be made to wait for its end."""
+        return bool(getattr(self._mine, "open", 0))
+
+    def _resize_map(self, size: int) -> None:
+        """0 is what others made of it. A map that cannot be had costs the handle its old one: then open it anew."""
+        with self._exclusively():
+            try:
+                self._lmdb.set_mapsize(size)
+            except lmdb.MemoryError:
+                self._reopen()
+                raise
+
+    def _open_anew(self) -> None:
+        """Begin again with what is in the file, as a restart would."""
+        if self._has_one_open():
+            raise not_open(self.path)  # the caller's own view is in the way
+        with self._exclusively():
+            if self._has_handle and not self._is_spent():
+                return  # another thread was first
+            self._reopen()
+        log.warning("store %s: opened anew, as LMDB had given it up", self.path)
+
+    def _is_spent(self) -> bool:
+        """Whether LMDB refuses everything, because the write of a meta page failed."""
+        try:
+            self._lmdb.begin().abort()
+        except lmdb.PanicError:
+            return True
+        except lmdb.Error:
+            return False
+        return False
+
+    @contextlib.contextmanager
+    def _exclusively(self) -> Iterator[None]:
+        """LMDB asks that no transaction of this process is open; new ones of other threads wait."""
+        if self._has_one_open():
+            raise StorageError(
+                f"store {self.path}: its map must grow, which a view that this thread has open keeps it from",
+                OSError(errno.EDEADLK, "view open"),
+                next_step="change the store after the view was left, not inside it",
+            )
+        with self._quiet:
+            self._resizing = True
+            try:
+                self._quiet.wait_for(lambda: self._running == 0)
+                self._mine.open = 1  # so that we may begin transactions all the same
+                yield
+            finally:
+                self._mine.open = 0
+                self._resizing = False
+                self._quiet.notify_all()
+
+    def _reopen(self) -> None:
+        """Called inside `_exclusively`."""
+        self._has_handle = False
+        self._presence.leave()
+        self._lmdb.close()
+        self._presence.close()
+        with presence.entering(self.path) as self._presence:
+            self._lmdb = open_lmdb(self.path)
+            self._presence.settle()
+            self._has_handle = True
+            self._open_databases()
+
+    def _open_databases(self) -> None:
+        with self.transaction(write=False):
+            pass  # LMDB takes the lock of a process that reads, which `_keep_house` looks for
+        self._fill_up()
+        with self.transaction(write=True) as txn:  # ours, because another process may be growing the map
+            self._require_databases(txn)
+            for name in DATABASES:
+                self.databases[name] = self._lmdb.open_db(name.encode(), txn=txn, create=False)
+
+    def _require_databases(self, txn: lmdb.Transaction) -> None:
+        with txn.cursor() as cursor:
+            missing = set(DATABASES) - {
+                bytes(key).decode(errors="replace") for key in cursor.iternext(values=False)
+            }
+        if missing == set(DATABASES):
+            raise not_a_store(self.path, "another program's environment")
+        if missing:
+            raise DamagedStore(self.path, expected=f"databases {DATABASES}", found=f"none called {missing}")
+
+    def _fill_up(self) -> None:
+        """Give a file that was cut its length again: its missing pages would be SIGBUS, those of zeroes are damage.
+
+        A sound file may lack pages that were never used, so its length alone proves nothing.
+        """
+        data_path = data_path_of(self.path)
+        size, used = os.path.getsize(data_path), self._used_bytes()
+        if size >= used:
+            return
+        if used - size > max(size, _MOST_MISSING_BYTES):
+            raise DamagedStore(self.path, expected=f"a data.mdb of {used} bytes", found=f"one of {size}")
+        with self.transaction(write=True):  # nobody else changes the length meanwhile
+            if os.path.getsize(data_path) < self._used_bytes() <= self._lmdb.info()["map_size"]:
+                os.truncate(data_path, self._used_bytes())
+
+    def _used_bytes(self) -> int:
+        page_bytes: int = self._lmdb.stat()["psize"]
+        return (self._lmdb.info()["last_pgno"] + 1) * page_bytes
+
+    def _read_header(self) -> StoreHeader:
+        with self.transaction(write=False) as txn:
+            value = bytes(txn.get(HEADER_KEY, db=self.databases["meta"]) or b"")
+        if not schema.is_whole(value):
+            raise DamagedStore(
+                self.path, expected="a header that matches its CRC-32", found=f"{len(value)} bytes"
+            )
+        header = schema.decode(StoreHeader, value, place=self.path)
+        if header.magic != schema.STORE_MAGIC:
+            raise not_a_store(self.path, header.magic)
+        return header
+
+
+# --- one per process ---
+
+
+class _OpenOnes:
+    """The environments that this process has open, by device and inode of their data.mdb: it may have several paths."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.by_file: dict[tuple[int, int], Environment] = {}
+
+    def forsake(self) -> None:
+        self.lock = threading.Lock()  # a thread that is not here may hold the old one
+        self.by_file = {}
+
+
+open_ones = _OpenOnes()
+
+
+def acquire(path: str) -> Environment:
+    """This process's handle for the environment in `path`, opened at the first call. `release` it."""
+    with open_ones.lock:
+        environment = open_ones.by_file.get(_file_key(path))
+        if environment is None:
+            forks.is_not_for_children(open_ones)
+            environment = Environment(path)
+            open_ones.by_file[_file_key(path)] = environment  # it may have been made anew while we waited
+        environment.users += 1
+        return environment
+
+
+def _file_key(path: str) -> tuple[int, int]:
+    try:
+        status = os.stat(data_path_of(path))
+    except FileNotFoundError as error:  # somebody is making it anew at this moment
+        raise DamagedStore(path, expected="an environment", found="none") from error
+    return status.st_dev, status.st_ino
+
+
+def release(environment: Environment) -> None:
+    if environment.pid != os.getpid():
+        return
+    with open_ones.lock:
+        environment.users -= 1
+        if environment.users == 0:
+            for key in [key for key, value in open_ones.by_file.items() if value is environment]:
+                del open_ones.by_file[key]
+            environment.close()

@@ -1,0 +1,128 @@
+"""What LMDB refuses, as errors of ours: which of them it is, and what to do about it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+
+import lmdb
+
+from lmdbitmap.errors import Busy, FormatError, LmdbitmapError, StorageError
+from lmdbitmap.storage import lmdb_tree, schema
+from lmdbitmap.system import files
+
+FULL_STEPS = {
+    errno.ENOSPC: "free some space there and try again",
+    errno.EDQUOT: "raise the quota or free some space there, and try again",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or use another file system",
+    errno.ENOMEM: "give the process more address space (ulimit -v): the store's file is mapped as a whole",
+    errno.ENOBUFS: "change less at once: forget checkpoints one by one, or choose a larger granularity",
+}
+MAKE_ANEW = (
+    "its file is damaged: look at the disk under it, then stop and start every program that uses the store; it is"
+    " made anew then, and the next backups are full ones"
+)
+
+
+class CommitInDoubt(StorageError):
+    """The last step of a commit failed, the write of a meta page: it may have taken place all the same, now or
+    after a power cut. Whoever goes on from what was before must not rely on it."""
+
+
+class DamagedStore(FormatError):
+    """The file is not what LMDB and we wrote. Where nobody else has it open it is made anew (salvage.py)."""
+
+    def __init__(self, path: str, *, expected: str, found: object) -> None:
+        super().__init__(f"store {path}", expected=expected, found=found, next_step=MAKE_ANEW)
+
+
+class FullMapError(Exception):
+    """The map is too small for a transaction: grow it, and run the transaction again."""
+
+
+@contextlib.contextmanager
+def translated(path: str) -> Iterator[None]:
+    """LMDB's refusals as errors of ours, except a full map, which the caller mends."""
+    try:
+        yield
+    except lmdb.MapFullError as error:
+        raise FullMapError from error
+    except lmdb.Error as error:
+        raise our_error(path, error) from error
+    except SystemError as error:  # what some of py-lmdb's methods make of a refusal, such as `Cursor.delete`
+        if isinstance(error.__cause__, lmdb.Error):
+            raise our_error(path, error.__cause__) from error
+        raise
+    except PermissionError as error:
+        raise StorageError(f"store {path}", error, next_step="run as the user who owns the store") from error
+
+
+def our_error(path: str, error: lmdb.Error) -> LmdbitmapError:
+    if isinstance(error, lmdb.LockError) or error.code == errno.EAGAIN:
+        return Busy(
+            f"store {path} cannot be locked: a process with this one's number, in another container, has it open",
+            next_step="let one process own the store, and reach it over its socket",
+        )
+    if isinstance(error, lmdb.CorruptedError | lmdb.PageNotFoundError):
+        return DamagedStore(path, expected="a sound environment", found=str(error))
+    if isinstance(error, lmdb.InvalidError | lmdb.VersionMismatchError):
+        is_damaged = lmdb_tree.is_unsound(path)
+        return (
+            DamagedStore(path, expected="an LMDB file", found=error)
+            if is_damaged
+            else not_a_store(path, error)
+        )
+    if isinstance(error, lmdb.ReadonlyError) or error.code in (errno.EACCES, errno.EROFS, errno.EPERM):
+        cause = OSError(error.code if 0 < error.code < 1000 else errno.EACCES, str(error))
+        return StorageError(
+            f"store {path}", cause, next_step="run as the user who owns the store, on a writable folder"
+        )
+    return _refusal(path, error)
+
+
+def in_doubt(path: str, error: lmdb.Error) -> CommitInDoubt:
+    refused = _refusal(path, error)
+    cause = OSError(refused.errno, str(error))
+    return CommitInDoubt(refused.place, cause, next_step=refused.next_step)
+
+
+def not_open(path: str) -> StorageError:
+    return StorageError(
+        f"store {path}",
+        OSError(errno.EIO, "not open"),
+        next_step="see what the system's log says, and try again",
+    )
+
+
+def _refusal(path: str, error: lmdb.Error) -> StorageError:
+    """LMDB reports a full disk as a short write (EIO); the free space tells which it was."""
+    code = error.code if 0 < error.code < 1000 else errno.EIO
+    if isinstance(error, lmdb.TxnFullError):
+        code = errno.ENOBUFS
+    if code == errno.EIO and _is_full(path):
+        code = errno.ENOSPC
+    step = FULL_STEPS.get(code) or f"see what the system's log says ({error})"
+    return StorageError(f"store {path}", OSError(code, str(error)), next_step=step)
+
+
+def _is_full(path: str) -> bool:
+    try:
+        return files.free_bytes(path) < 1 << 20
+    except OSError:
+        return False
+
+
+def not_a_store(path: str, found: object) -> FormatError:
+    return FormatError(
+        f"store {path}", expected=f"{schema.STORE_MAGIC!r}, schema {schema.SCHEMA_VERSION}", found=found,
+        next_step="name another folder, or an empty one to make a new store",
+    )  # fmt: skip
+
+
+def dead_error(path: str) -> StorageError:
+    return StorageError(
+        f"store {path}",
+        OSError(errno.EBADF, "of another process"),
+        next_step="open the store in the process that uses it: a forked child cannot go on with its parent's",
+    )

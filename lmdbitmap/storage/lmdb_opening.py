@@ -1,0 +1,62 @@
+"""How an LMDB environment is opened: the settings that durability rests on, and what it must not be opened on.
+
+`sync` and `metasync` are on and `writemap` is off, so a transaction that returned is on stable storage.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import lmdb
+
+from lmdbitmap.errors import StorageError
+from lmdbitmap.storage import lmdb_tree
+from lmdbitmap.storage.lmdb_errors import DamagedStore, translated
+from lmdbitmap.system import files
+
+MAP_BYTES = 64 << 30
+"""Address space reserved at open; it costs no memory and no disk, and is more than most stores ever need."""
+MIN_MAP_BYTES = 1 << 30
+MAX_READERS = 1024
+_MAX_DATABASES = 16
+
+
+def open_lmdb(path: str, *, create: bool = False) -> lmdb.Environment:
+    """Open with the settings that durability rests on; ask for less address space where there is a limit."""
+    _refuse_network_filesystem(path)
+    data_path = lmdb_tree.data_path_of(path)
+    wanted = max(MAP_BYTES, 2 * os.path.getsize(data_path) if os.path.exists(data_path) else 0)
+    while True:
+        try:
+            with translated(path):
+                return lmdb.open(
+                    path, map_size=wanted, subdir=True, create=create, mode=0o600, lock=True,
+                    sync=True, metasync=True, writemap=False, map_async=False, meminit=True, readahead=False,
+                    max_readers=MAX_READERS, max_dbs=_MAX_DATABASES, max_spare_txns=0, lib_version=0,
+                )  # fmt: skip
+        except StorageError as error:
+            if error.errno != errno.ENOMEM or wanted // 2 < MIN_MAP_BYTES:
+                raise
+            wanted //= 2
+
+
+def _refuse_network_filesystem(path: str) -> None:
+    kind = files.filesystem_kind(path)
+    if files.is_network_filesystem(kind):
+        raise StorageError(
+            f"store {path} on {kind}",
+            OSError(errno.ENOTSUP, "network file system"),
+            next_step="keep the store on a local disk: LMDB's locks and memory map do not work across a network",
+        )
+
+
+def require_sound_tree(path: str) -> None:
+    """Of a file that nobody has open. LMDB trusts its pages: a damaged one can take the process with it."""
+    try:
+        problems = lmdb_tree.structural_problems(lmdb_tree.data_path_of(path))
+    except ValueError as error:
+        raise DamagedStore(path, expected="an LMDB file", found=error) from error
+    if problems:
+        found = f"{problems[0]} ({len(problems)} in all)"
+        raise DamagedStore(path, expected="a sound tree of pages", found=found)

@@ -1,0 +1,211 @@
+"""The owner's file of one disk: a lock, a sign of life, and a place to say "untrusted" when all else fails.
+
+    offset  what                    written
+    0       lock (flock)            held by the one process that owns the disk, until it closes or dies
+    0       beat, 512 bytes         every half second while attached. The first of a session is synced, so that a
+                                    power cut does not find the last session's; the others must survive `kill -9`
+                                    only, and continuity.py allows for what the disk had not got yet
+    4096    distrust, 512 bytes     when tracking failed; synced before the write that was not tracked
+    8192    the disk, 8192 bytes    when it is added, and at an attach if it is another: what salvage.py makes
+                                    it again from, where the store is damaged. Magic, length, description, CRC-32
+
+The file is written in full when a disk is added, so that saying "untrusted" needs no space on a full disk.
+Each record carries a CRC-32; a record that fails it is read in the safe direction: no beat, distrust, no description.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import struct
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+from zlib import crc32
+
+from lmdbitmap.errors import Busy, os_errors_at
+from lmdbitmap.interfaces import StoreMark
+from lmdbitmap.system import files
+from lmdbitmap.system.kernel import boot_id as boot_id
+from lmdbitmap.system.kernel import boot_time_ns as boot_time_ns
+
+log = logging.getLogger(__name__)
+
+_RECORD_BYTES = 512
+_PAGE_BYTES = 4096
+_BEAT_OFFSET = 0
+_DISTRUST_OFFSET = _PAGE_BYTES
+_DISK_OFFSET = 2 * _PAGE_BYTES
+_DISK_BYTES = 2 * _PAGE_BYTES
+_DISK = struct.Struct("<8sI")
+_DISK_MAGIC = b"LDBMdisk"
+_BEAT = struct.Struct("<8s36sqqQQQ")
+_BEAT_MAGIC = b"LDBMlife"
+_DISTRUST = struct.Struct("<8sqH")
+_TRUST_MAGIC = b"LDBMgood"
+_DISTRUST_MAGIC = b"LDBMlost"
+_LOCK_TRIES = 5
+_LOCK_PAUSE_S = 0.02
+UNMARKED = StoreMark(0, 0)
+
+
+class Beat(NamedTuple):
+    """The image's mtime as its rightful owner saw it at `time_ns`, in Unix nanoseconds, and how the store stood.
+
+    A block device has no mtime, but the kernel counts the sectors that were written.
+    """
+
+    boot_id: str
+    time_ns: int
+    mtime_ns: int
+    sectors_written: int = 0
+    store: StoreMark = UNMARKED
+
+
+class Distrust(NamedTuple):
+    """Since when, and why, the bitmaps of this disk can say nothing."""
+
+    since_ns: int
+    reason: str
+
+
+def create(path: str, why: Distrust | None = None, description: bytes = b"") -> None:
+    """Make the file of a disk, whole or not at all; durable on return."""
+    beat, trust = _sealed(b"").ljust(_PAGE_BYTES, b"\0"), _trust_record(why).ljust(_PAGE_BYTES, b"\0")
+    files.replace_atomically(path, beat + trust + _disk_record(description), like_folder=True)
+
+
+def last_beat(path: str) -> Beat | None:
+    """The last sign of life, or None where none can be read."""
+    record = _read(path, _BEAT_OFFSET)
+    if record is None:
+        return None
+    magic, boot, time_ns, mtime_ns, sectors, *store = _BEAT.unpack_from(record)
+    if magic != _BEAT_MAGIC:
+        return None
+    return Beat(boot.decode("ascii", "replace"), time_ns, mtime_ns, sectors, StoreMark(*store))
+
+
+def distrust(path: str) -> Distrust | None:
+    """Why the disk cannot be trusted; None where this file says that it can."""
+    record = _read(path, _DISTRUST_OFFSET)
+    if record is None:
+        return Distrust(0, "the owner's file of this disk is missing or damaged")
+    magic, since_ns, length = _DISTRUST.unpack_from(record)
+    if magic == _TRUST_MAGIC:
+        return None
+    reason = record[_DISTRUST.size : _DISTRUST.size + length].decode("utf-8", "replace")
+    return Distrust(since_ns, reason or "tracking failed")
+
+
+def description(path: str) -> bytes | None:
+    """What was last kept of the disk itself; None where that is nothing, or damaged."""
+    record = _read(path, _DISK_OFFSET, _DISK_BYTES)
+    if record is None:
+        return None
+    magic, length = _DISK.unpack_from(record)
+    return record[_DISK.size : _DISK.size + length] if magic == _DISK_MAGIC and length else None
+
+
+def is_owned(path: str) -> bool:
+    """Whether a living process holds the disk at this moment. Two who ask do not take each other for it."""
+    if not os.path.exists(path):
+        return False
+    with os_errors_at(path), open(path, "rb") as asked:
+        try:
+            fcntl.flock(asked, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+class Owner:
+    """The lock on one disk, and the pen that goes with it. Raises `Busy` while another holds it.
+
+    `store_mark` tells how the store stands, for the beats.
+    """
+
+    def __init__(self, path: str, store_mark: Callable[[], StoreMark] = lambda: UNMARKED) -> None:
+        if not os.path.exists(path):
+            create(path, Distrust(0, "the owner's file of this disk was missing"))
+        self._lock = _lock_patiently(path)
+        self._path = path
+        self._store_mark = store_mark
+
+    def beat(self, time_ns: int, mtime_ns: int, sectors_written: int = 0, *, durable: bool = False) -> None:
+        """Leave a sign of life. One small write into the page cache, unless it has to be durable on return."""
+        boot = boot_id().encode("ascii")
+        record = _BEAT.pack(_BEAT_MAGIC, boot, time_ns, mtime_ns, sectors_written, *self._store_mark())
+        with os_errors_at(self._path):
+            os.pwrite(self._lock.fd, _sealed(record), _BEAT_OFFSET)
+            if durable:
+                os.fdatasync(self._lock.fd)
+
+    def last_beat(self) -> Beat | None:
+        return last_beat(self._path)
+
+    def distrust(self) -> Distrust | None:
+        return distrust(self._path)
+
+    def declare_distrust(self, reason: str, time_ns: int) -> None:
+        """Say that the bitmaps are worth nothing from `time_ns` on; durable on return, and needs no space."""
+        self._write_trust(Distrust(time_ns, reason))
+
+    def restore_trust(self) -> None:
+        """A new epoch has begun (or a person vouches for the old one): believe again. Durable on return."""
+        self._write_trust(None)
+
+    def keep_description(self, kept: bytes) -> None:
+        """What the disk is made again from, should the store be damaged. Durable with the next durable beat."""
+        if description(self._path) != kept:
+            try:
+                os.pwrite(self._lock.fd, _disk_record(kept), _DISK_OFFSET)
+            except OSError as error:  # an older, shorter file on a full disk: nothing is lost by it now
+                log.warning("%s: the disk's description could not be kept: %s", self._path, error)
+
+    def _write_trust(self, why: Distrust | None) -> None:
+        with os_errors_at(self._path):
+            os.pwrite(self._lock.fd, _trust_record(why), _DISTRUST_OFFSET)
+            os.fdatasync(self._lock.fd)
+
+    def close(self) -> None:
+        self._lock.close()
+
+
+def _lock_patiently(path: str) -> files.LockedFile:
+    """Somebody who only asks `is_owned` holds the lock too, for a moment: ask a few times."""
+    for _ in range(_LOCK_TRIES - 1):
+        try:
+            return files.lock_file(path, like_folder=True)
+        except Busy:
+            time.sleep(_LOCK_PAUSE_S)
+    return files.lock_file(path, like_folder=True)
+
+
+def _trust_record(why: Distrust | None) -> bytes:
+    if why is None:
+        return _sealed(_DISTRUST.pack(_TRUST_MAGIC, 0, 0))
+    reason = why.reason.encode()[: _RECORD_BYTES - _DISTRUST.size - 4]
+    return _sealed(_DISTRUST.pack(_DISTRUST_MAGIC, why.since_ns, len(reason)) + reason)
+
+
+def _disk_record(kept: bytes) -> bytes:
+    """One that is too long, as only an endless URI could make it, is not kept."""
+    kept = kept if len(kept) <= _DISK_BYTES - _DISK.size - 4 else b""
+    return _sealed(_DISK.pack(_DISK_MAGIC, len(kept)) + kept, _DISK_BYTES)
+
+
+def _sealed(record: bytes, size: int = _RECORD_BYTES) -> bytes:
+    body = record.ljust(size - 4, b"\0")
+    return body + crc32(body).to_bytes(4, "little")
+
+
+def _read(path: str, offset: int, size: int = _RECORD_BYTES) -> bytes | None:
+    if not os.path.exists(path):
+        return None
+    with os_errors_at(path), open(path, "rb", buffering=0) as source:
+        source.seek(offset)
+        record = source.read(size)
+    whole = len(record) == size and crc32(record[:-4]) == int.from_bytes(record[-4:], "little")
+    return record if whole else None

@@ -1,0 +1,202 @@
+"""Who uses a store at this moment: asked of locks that an accident does not drop.
+
+LMDB's own locks on lock.mdb belong to a process as a whole, and end as soon as *any* descriptor of that file is
+closed in it: a backup agent that hashes or packs its state folder does just that. The next process would take
+itself for the first one then, and clear the table that keeps readers' pages from being written over. So
+every process that has the environment open also holds
+
+    STORE/users   a shared flock, for as long as it has the environment open
+                  an exclusive lock on byte 0 (of the open file), while it opens the environment
+                  and in byte 0, how many first openers in a row died young, which a damaged page can be the cause of
+
+and whoever opens it while others do, and finds that none of them has LMDB's lock, refuses. A process that
+lost its locks takes them again as soon as it looks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import struct
+import time
+from collections.abc import Iterator
+
+from lmdbitmap.errors import Busy, os_errors_at
+from lmdbitmap.system import files
+
+USERS = "users"
+_FLOCK = struct.Struct("hhqqi0q")  # l_type, l_whence, l_start, l_len, l_pid; 0q pads the end as C does
+_FIRST_BYTE = 0
+"""Of lock.mdb: every process that has the environment open locks it, shared."""
+_TURN_TRIES = 500
+_LOOKS = 75
+_PAUSE_S = 0.02
+
+
+class Presence:
+    """That this process has an environment open."""
+
+    def __init__(self, users_fd: int, lock_path: str) -> None:
+        self._users_fd = users_fd
+        self._lock_fd = -1
+        self._lock_path = lock_path
+        self.is_first = False
+        """Whether nobody else had the environment open when we did."""
+
+    def look_before(self, place: str) -> None:
+        """Raise `Busy` unless those who live have LMDB's locks, or nobody lives.
+
+        Patiently: a server that lost its locks takes them again within a moment, and who dies loses all at once
+        only nearly.
+        """
+        self.is_first = not _others_live(self._users_fd)
+        if not os.path.exists(self._lock_path):
+            return
+        self._lock_fd = _open_lock_file(self._lock_path)
+        for _ in range(_LOOKS):
+            if not _others_live(self._users_fd) or _is_locked(self._lock_fd, _FIRST_BYTE):
+                return
+            time.sleep(_PAUSE_S)
+        raise Busy(
+            f"store {place} is used by {_holders_of(self._users_fd)}, in which lmdb/lock.mdb was closed by something"
+            " that is not LMDB, so that its locks are gone",
+            next_step="try again in a minute, or restart that program, and see what opens the store's files",
+        )
+
+    def is_alone(self) -> bool:
+        """Whether nobody else has the environment open. Whoever only tried to open it is waited for."""
+        for _ in range(_LOOKS):
+            if not _others_live(self._users_fd):
+                return True
+            time.sleep(_PAUSE_S)
+        return False
+
+    def begin_life(self) -> int:
+        """Count a first opener in, until `is_well`; answers how many before it in a row never were."""
+        deaths = int.from_bytes(os.pread(self._users_fd, 1, 0), "little")
+        os.pwrite(self._users_fd, bytes([min(deaths + 1, 255)]), 0)
+        return deaths
+
+    def is_well(self) -> None:
+        """It has lived for a while, or ended well: nobody who opens it dies of it."""
+        if self._users_fd >= 0:
+            os.pwrite(self._users_fd, b"\0", 0)
+
+    def settle(self) -> None:
+        """The environment is open: keep a way to see our locks on it."""
+        if self._lock_fd < 0:
+            with os_errors_at(self._lock_path):
+                self._lock_fd = _open_lock_file(self._lock_path)
+
+    def mend_locks(self) -> bool:
+        """Take LMDB's locks again if something in this process dropped them; answers whether it had."""
+        if _is_locked(self._lock_fd, os.getpid()):
+            return False
+        fcntl.fcntl(self._lock_fd, fcntl.F_SETLK, _request(fcntl.F_RDLCK, _FIRST_BYTE))
+        fcntl.fcntl(self._lock_fd, fcntl.F_SETLK, _request(fcntl.F_WRLCK, os.getpid()))
+        return True
+
+    def leave(self) -> None:
+        """Before the environment is closed: who has LMDB's locks no more must not seem to live."""
+        self._users_fd = _closed(self._users_fd)
+
+    def close(self) -> None:
+        """After the environment. Nothing is unlocked by hand: a forked child that closes leaves its parent locked."""
+        self.leave()
+        self._lock_fd = _closed(self._lock_fd)
+
+
+def _open_lock_file(path: str) -> int:
+    return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+
+def _closed(fd: int) -> int:
+    if fd >= 0:
+        os.close(fd)
+    return -1
+
+
+@contextlib.contextmanager
+def entering(folder: str) -> Iterator[Presence]:
+    """Inside the block the environment `folder` may be opened; nobody else opens it meanwhile.
+
+    Raises `Busy` where opening it would disturb those who use it, or this very process, in which another
+    library has it open.
+    """
+    store = os.path.dirname(folder)
+    lock_path = os.path.join(folder, "lock.mdb")
+    _require_unopened(lock_path, store)
+    users_path = os.path.join(store, USERS)
+    with os_errors_at(users_path):
+        presence = Presence(files.open_like_folder(users_path), lock_path)
+    try:
+        with _turn(presence._users_fd, store):
+            with os_errors_at(lock_path):
+                presence.look_before(store)
+            yield presence
+    except BaseException:
+        presence.close()
+        raise
+
+
+@contextlib.contextmanager
+def _turn(users_fd: int, place: str) -> Iterator[None]:
+    for _ in range(_TURN_TRIES):
+        try:
+            fcntl.fcntl(users_fd, fcntl.F_OFD_SETLK, _request(fcntl.F_WRLCK, 0))
+            break
+        except BlockingIOError:
+            time.sleep(_PAUSE_S)
+    else:
+        raise Busy(
+            f"store {place} is being opened by a process that does not come to an end",
+            next_step=f"see what it waits for (fuser -v {os.path.join(place, USERS)} names it)",
+        )
+    try:
+        yield
+    finally:
+        fcntl.fcntl(users_fd, fcntl.F_OFD_SETLK, _request(fcntl.F_UNLCK, 0))
+
+
+def _require_unopened(lock_path: str, place: str) -> None:
+    """To open lock.mdb, and close it again, would drop the locks of whatever else in this process has it open."""
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(f"/proc/self/fd/{name}"), os.stat(lock_path)):
+                raise Busy(
+                    f"store {place} is open in this process, outside of lmdbitmap",
+                    next_step="close that LMDB environment first (a process can have it open once only), and fork"
+                    " only where no view of the store is open",
+                )
+
+
+def _others_live(users_fd: int) -> bool:
+    """Whether another process holds the shared lock; we hold it in any case after this."""
+    try:
+        fcntl.flock(users_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        fcntl.flock(users_fd, fcntl.LOCK_SH)
+
+
+def _is_locked(fd: int, byte: int) -> bool:
+    """Whether anybody, this process included, has a POSIX lock on the byte: a lock of an open file is a stranger."""
+    answer: int = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _request(fcntl.F_WRLCK, byte)))[0]
+    return answer != fcntl.F_UNLCK
+
+
+def _request(kind: int, byte: int) -> bytes:
+    return _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0)
+
+
+def _holders_of(users_fd: int) -> str:
+    """Who holds the shared lock, as far as /proc tells."""
+    status, mine = os.fstat(users_fd), str(os.getpid())
+    file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    with open("/proc/locks", encoding="ascii") as table:
+        lines = [line.split() for line in table]
+    pids = sorted({words[4] for words in lines if words[1:2] == ["FLOCK"] and file in words} - {mine})
+    return f"process {', '.join(pids)}" if pids else "another process"

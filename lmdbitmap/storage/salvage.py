@@ -1,0 +1,136 @@
+"""A store that heals itself: where its environment is damaged or gone, it is made anew with all of its disks.
+
+    STORE/lmdb  ──▶  STORE/lmdb.damaged-20261123T194400Z      kept, never looked into again
+    STORE/owners/*  ──▶  a new STORE/lmdb                      each disk in a new epoch, everything dirty
+
+LMDB trusts its pages, and a damaged one can take the process with it. So nothing is read from the old
+environment: what a disk is stands in its owner's file too (owner.py). What is lost are the checkpoints, whose place a
+full backup takes, and the bitmaps that stand alone, which came from files.
+
+Invariants:
+- Nobody has the environment open meanwhile, nor opens it (presence.py): a server that uses it would go on
+  with the old file, and its commits would be lost.
+- A store of a newer schema, and a sound environment of another program, are not damaged, and left alone.
+- No block is called clean by it: a new epoch is all dirty, and its image has yet to be seen.
+- It is there whole or not at all. A death on the way leaves the damaged environment, or none: either is healed again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from uuid import uuid4
+
+from lmdbitmap.errors import LmdbitmapError
+from lmdbitmap.storage import founding, lmdb_errors, owner, presence, schema
+from lmdbitmap.storage.lmdb_errors import DamagedStore
+from lmdbitmap.storage.records import Writer
+from lmdbitmap.storage.schema import Bitmap, Checkpoint, Disk
+from lmdbitmap.system import files
+
+log = logging.getLogger(__name__)
+
+_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+SALVAGED = "the store was damaged and was made anew"
+
+
+def make(path: str) -> None:
+    """Make the store in `path`, unless it is there; durable on return."""
+    founding.prepare_folder(path)
+    with files.lock_folder(path):
+        if founding.environment_file(path) is None:
+            _make_anew(path, "its environment is gone" if known_disks(path) else None)
+
+
+def heal(path: str, damage: DamagedStore, looked_at: tuple[int, int] | None) -> None:
+    """Make the store anew whose environment, the file `looked_at`, is damaged; durable on return.
+
+    Raises `damage` while somebody else has it open, and `FormatError` for what never was a store. Another process
+    may be first: then nothing is done.
+    """
+    if not founding.is_ours(path) and not known_disks(path):
+        raise lmdb_errors.not_a_store(path, damage.found) from damage
+    with (
+        files.lock_folder(path),
+        contextlib.ExitStack() as afterwards,
+        presence.entering(os.path.join(path, "lmdb")) as entered,
+    ):
+        afterwards.callback(entered.close)
+        if founding.environment_file(path) == looked_at:
+            if not entered.is_alone():
+                raise damage
+            _make_anew(path, damage.problem)
+
+
+def is_lost(path: str) -> bool:
+    """Whether there was a store with disks in it, whose environment is gone."""
+    return founding.environment_file(path) is None and bool(known_disks(path))
+
+
+def _make_anew(path: str, problem: str | None) -> None:
+    disks, time_ns = known_disks(path), time.time_ns()
+
+    def fill(writer: Writer) -> None:
+        for disk in disks:
+            _put_back(writer, disk, time_ns)
+
+    kept = founding.make_environment(path, fill)
+    if problem is not None:
+        names, left = ", ".join(sorted(disk.name for disk in disks)) or "none", _count_left_out(path, disks)
+        log.error(
+            "%s: the store was made anew with its disks (%s), which need full backups; checkpoints are lost, and"
+            " bitmaps that stood alone: import those again%s%s",
+            problem, names, f"; {left} disk could not be put back: add it again" if left else "",
+            f"; what is damaged is kept as {kept}" if kept else "",
+        )  # fmt: skip
+
+
+def _put_back(writer: Writer, disk: Disk, time_ns: int) -> None:
+    """As `chain.start_epoch`. The image was not seen, so the next owner begins another, for this reason."""
+    number = disk.epoch_number + 1
+    bitmap = Bitmap(writer.new_bitmap_id(), uuid4(), disk.size, disk.granularity_bits, all_dirty=SALVAGED)
+    checkpoint = Checkpoint(disk.uuid, 1, f"epoch-{number}", uuid4(), time_ns, uuid4(), bitmap.id)
+    writer.put_bitmap(bitmap)
+    writer.put_checkpoint(checkpoint)
+    writer.put_disk(
+        dataclasses.replace(
+            disk, epoch=checkpoint.epoch, epoch_number=number, epoch_reason=SALVAGED, next_sequence=2
+        )
+    )
+
+
+# --- what the owners' files tell ---
+
+
+def known_disks(path: str) -> list[Disk]:
+    """The disks that owners' files describe: of two with one name or image, the one that was added last."""
+    found: dict[str, Disk] = {}
+    for disk in sorted(_described(os.path.join(path, "owners")), key=lambda disk: disk.created_ns):
+        for other in [other for other in found.values() if disk.image == other.image]:
+            del found[other.name]
+        found[disk.name] = disk
+    return list(found.values())
+
+
+def _described(folder: str) -> Iterator[Disk]:
+    """What is no description, or not of the file's own disk, is passed over."""
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        with contextlib.suppress(LmdbitmapError):
+            record = owner.description(os.path.join(folder, name))
+            disk = None if record is None else schema.decode(Disk, record, place=name)
+            if disk is not None and str(disk.uuid) == name:
+                yield schema.portrait(disk)
+
+
+def _count_left_out(path: str, disks: Sequence[Disk]) -> int:
+    """How many owners' files there are of which no disk could be made."""
+    known = {str(disk.uuid) for disk in disks}
+    return sum(
+        _UUID.fullmatch(name) is not None and name not in known
+        for name in os.listdir(os.path.join(path, "owners"))
+    )

@@ -1,0 +1,1 @@
+"""Diff streams: a backup without a repository, out and in."""

@@ -1,0 +1,339 @@
+"""Backups as a stream in the format of `rbd export-diff` (rbd_diff.py): for a pipe, another host, or Ceph.
+
+The receiver counts from checkpoints: a stream leads from one of them, or from nothing, to one that is taken for
+it, and that stays. So the order is:
+
+    get at the disk (access.py)         own it, or reach who does; what is not known begins a new epoch
+    refuse what cannot be counted from  before anything is made
+    note its name, synced               in the store (holds.py): who finds a dead run's may merge it away
+    take the checkpoint                 the point in time that the receiver will hold
+    stream what changed up to it        dirty and zero is told as zeroes, never left out
+    see that nobody wrote the image     the copy is of one point in time
+    drop the note, synced               from now on somebody may count from the checkpoint
+    the end record                      only now can the receiver take it for whole
+
+What fails before the end record takes the checkpoint back, and a death there leaves it to the next stream or backup
+of that disk: the receiver has no whole stream, and the next one counts from where the last one that was received ended.
+A name that was given could be another checkpoint's, so it is known by its uuid then, noted right after it was taken.
+Nothing that a receiver may still count from is ever forgotten here: whoever runs both ends forgets old checkpoints
+(law 3 is theirs to keep).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+from uuid import uuid4
+
+from lmdbitmap import bits
+from lmdbitmap.access.access import Access, access, open_to_read, reading
+from lmdbitmap.access.access_ways import FREEZE_LIMIT_S, OWNER_LIMIT_S, PointInTime
+from lmdbitmap.backups import consumers
+from lmdbitmap.bits import Run
+from lmdbitmap.copying.copier import Progress, Report, cluster_bits_for
+from lmdbitmap.copying.pieces import Pieces
+from lmdbitmap.errors import LmdbitmapError, StorageError, os_errors_at
+from lmdbitmap.extents import Trust
+from lmdbitmap.filter import Filter
+from lmdbitmap.geometry import Geometry
+from lmdbitmap.interfaces import BlockDevice, Buffer
+from lmdbitmap.notes.holds import HoldFile, UnderWay
+from lmdbitmap.storage.schema import Checkpoint, Disk
+from lmdbitmap.store import Store
+from lmdbitmap.streams.rbd_diff import Encoder, Head
+from lmdbitmap.system.scratch import Scratch
+from lmdbitmap.tracker import chain
+from lmdbitmap.tracker.changes import Changes, changes_since
+from lmdbitmap.tracker.session import OpenDevice
+
+log = logging.getLogger(__name__)
+
+_PLACE = "the stream"
+_SMALL_BYTES = 64 << 10
+"""Collected before they are written: a fragmented disk has millions of records of zeroes."""
+
+
+class Sink(Protocol):
+    """An unbuffered binary file, a pipe or a socket's file."""
+
+    def write(self, data: Buffer, /) -> int | None: ...
+
+
+class Streamed(NamedTuple):
+    """Bytes of the disk that the stream names, and how many of them are zeroes; bytes of the stream."""
+
+    bytes_changed: int
+    bytes_zero: int
+    bytes_streamed: int
+
+
+@dataclass(frozen=True, slots=True)
+class StreamResult:
+    """A stream that came to its end. `since` is None for a full one; `checkpoint` is what it leads to."""
+
+    disk: str
+    since: str | None
+    checkpoint: str
+    size: int
+    trust: Trust
+    streamed: Streamed
+    seconds: float
+
+
+# --- any point in time of any device ---
+
+
+def write_stream(
+    out: Sink,
+    device: BlockDevice,
+    head: Head,
+    geometry: Geometry,
+    changed: Changes | None,
+    *,
+    progress: Progress | None = None,
+    before_end: Callable[[], None] = lambda: None,
+) -> Streamed:
+    """Write a whole stream of what changed on a disk, or of all of it: `device` is the disk at the stream's end.
+
+    What `before_end` raises leaves the stream without its end, so that nobody takes it for whole. Raises
+    `OSError` as the device does, `StorageError` where the stream cannot be written.
+    """
+    assert head.size == geometry.size
+    blocks = Geometry(geometry.size, cluster_bits_for(geometry))
+    pieces, writer = Pieces(device, blocks), _StreamWriter(_Out(out), Encoder(head))
+    report = Report(progress, geometry.size if changed is None else changed.summary.dirty_bytes)
+    with contextlib.closing(pieces.of_all(_runs(blocks, changed))) as found:
+        for offset, length, data in found:
+            if data is None:
+                writer.zeroes(offset, length)
+            else:
+                writer.data(offset, data)
+            report.advance(length)
+    return writer.end(before_end)
+
+
+def _runs(blocks: Geometry, changed: Changes | None) -> Iterator[Run]:
+    """What to name, ascending, in blocks that data and zeroes are told apart by."""
+    if changed is None:
+        return iter([(0, blocks.block_count)])
+    return bits.regrain_outward(changed.runs(), changed.geometry, blocks.granularity_bits)
+
+
+class _StreamWriter:
+    def __init__(self, out: _Out, encoder: Encoder) -> None:
+        self._out = out
+        self._encoder = encoder
+        self._zeroes = (0, 0)
+        """A range (start, stop) that is not written yet: what comes next may go on with it."""
+        self._bytes_changed = 0
+        self._bytes_zero = 0
+        self._out.put(encoder.head())
+
+    def zeroes(self, offset: int, length: int) -> None:
+        start, stop = self._zeroes
+        if stop != offset:
+            self._put_zeroes()
+            start = offset
+        self._zeroes = (start, offset + length)
+        self._bytes_zero += length
+        self._bytes_changed += length
+
+    def data(self, offset: int, data: Buffer) -> None:
+        self._put_zeroes()
+        for part in self._encoder.data(offset, data):
+            self._out.put(part)
+        self._bytes_changed += len(data)
+
+    def _put_zeroes(self) -> None:
+        start, stop = self._zeroes
+        self._zeroes = (stop, stop)
+        for part in self._encoder.zeroes(start, stop - start) if start < stop else ():
+            self._out.put(part)
+
+    def end(self, before_end: Callable[[], None]) -> Streamed:
+        self._put_zeroes()
+        before_end()
+        self._out.put(self._encoder.end())
+        self._out.flush()
+        return Streamed(self._bytes_changed, self._bytes_zero, self._out.bytes_put)
+
+
+class _Out:
+    """Writes all that it is given, small parts together."""
+
+    def __init__(self, file: Sink) -> None:
+        self._file = file
+        self._small = bytearray()
+        self.bytes_put = 0
+
+    def put(self, part: Buffer) -> None:
+        self.bytes_put += len(part)
+        if len(self._small) + len(part) <= _SMALL_BYTES:
+            self._small += part
+            return
+        self.flush()
+        self._write(part)
+
+    def flush(self) -> None:
+        self._write(self._small)
+        self._small = bytearray()
+
+    def _write(self, part: Buffer) -> None:
+        rest = memoryview(part)
+        with os_errors_at(_PLACE):
+            try:
+                while rest:
+                    rest = rest[self._written(rest) :]
+            except BrokenPipeError as gone:
+                raise StorageError(
+                    _PLACE,
+                    gone,
+                    next_step="see what its reader says, and stream again: nothing was lost by it",
+                ) from gone
+
+    def _written(self, part: memoryview) -> int:
+        count = self._file.write(part)
+        if count is None:
+            raise OSError(errno.EAGAIN, "it does not wait until there is room")
+        return count
+
+
+# --- a tracked disk ---
+
+
+def stream_backup(
+    store: Store,
+    name: str,
+    out: Sink,
+    *,
+    since: str | None = None,
+    checkpoint: str | None = None,
+    version: int = 1,
+    attached: Mapping[str, Filter] | None = None,
+    scratch: Scratch | None = None,
+    quiesced: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+    freeze_limit_s: float = FREEZE_LIMIT_S,
+    progress: Progress | None = None,
+    open_device: OpenDevice = open_to_read,
+    owner_limit_s: float = OWNER_LIMIT_S,
+) -> StreamResult:
+    """Stream the disk called `name` as it is now: what changed since the checkpoint `since`, or all of it.
+
+    A checkpoint is taken, called `checkpoint`, or as the result says; it stays, for the next stream to count from.
+    A disk that is served, here (`attached`) or by another process, is held as it was, and its guest goes on; as for
+    `backup`, with the same `owner_limit_s`. Raises `Untrusted` where nobody knows what changed since, `NotFound`
+    without such a disk, image or checkpoint, `AlreadyExists` for a checkpoint of that name, `Busy` for a disk or image
+    that somebody else holds.
+    """
+    started = time.monotonic()
+    with access(store, [name], open_device, attached, scratch, owner_limit_s, freeze_limit_s) as way:
+        [disk] = way.disks
+        consumers.merge_unheld(store, way, disk)
+        head = Head(version, disk.size, since, checkpoint or _checkpoint_name(time.time_ns()))
+        counted_from = _require_countable(store, disk, head)
+        with HoldFile(store.path, disk.uuid, uuid4()).locked() as note:
+            run = _Run(store, way, note, head, out, progress, counted_from, names_itself=checkpoint is None)
+            streamed, trust, point = _stream_noted(run, quiesced)
+    size, seconds = point.disk.size, time.monotonic() - started
+    return StreamResult(name, since, point.checkpoint.name, size, trust, streamed, seconds)
+
+
+class _Run(NamedTuple):
+    """A stream that is under way, and the note by which others know it."""
+
+    store: Store
+    way: Access
+    note: HoldFile
+    head: Head
+    out: Sink
+    progress: Progress | None
+    counted_from: Checkpoint | None
+    names_itself: bool
+    """Whether we made up the checkpoint's name, so that nobody else's has it."""
+
+
+def _stream_noted(
+    run: _Run, quiesced: Callable[[], AbstractContextManager[object]]
+) -> tuple[Streamed, Trust, PointInTime]:
+    """A name that the caller gave may be another checkpoint's: it is not noted before there is a uuid to go with it."""
+    name, time_ns = str(run.head.to_name), time.time_ns()
+    try:
+        run.note.begin(None, (), UnderWay(name if run.names_itself else ""), time_ns)
+        with quiesced():
+            [point] = run.way.take_point(name, [run.counted_from], once=True)
+        try:
+            if not run.names_itself:
+                run.note.begin(None, (), UnderWay(name, point.checkpoint.uuid), time_ns)
+            streamed, trust = _stream_point(run, point)
+        except BaseException:
+            _take_back(run.way, point)
+            raise
+    finally:
+        _let_go(run)
+    return streamed, trust, point
+
+
+def _let_go(run: _Run) -> None:
+    """Of a stream that failed; its checkpoint, if it could not be taken back, is left to whoever comes next.
+
+    The note stays where an owner that we gave up may make the checkpoint yet.
+    """
+    try:
+        [disk] = run.way.disks
+        run.way.forget(disk, lambda member: False)
+        with run.store.read() as reader:
+            members = reader.checkpoints(disk.uuid)
+        run.note.settle(members)
+    except LmdbitmapError as error:
+        log.warning("the note of a stream that failed stays: %s", error)
+
+
+def _stream_point(run: _Run, point: PointInTime) -> tuple[Streamed, Trust]:
+    disk, changed = point.disk, None
+    if run.counted_from is not None:
+        changed = changes_since(run.store, disk.name, run.counted_from, point.checkpoint.name)
+
+    def before_end() -> None:
+        run.way.prove(point)
+        run.note.remove()
+
+    with reading(run.way, point):
+        streamed = write_stream(
+            run.out, point.device, run.head._replace(size=disk.size), disk.geometry, changed,
+            progress=run.progress, before_end=before_end,
+        )  # fmt: skip
+    return streamed, Trust.EXACT if changed is None else changed.summary.standing.trust
+
+
+def _checkpoint_name(time_ns: int) -> str:
+    moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(time_ns // 1_000_000_000))
+    return f"stream-{moment}-{os.urandom(3).hex()}"
+
+
+def _require_countable(store: Store, disk: Disk, head: Head) -> Checkpoint | None:
+    """Refuse what can be told before a checkpoint is taken. Answers the one that is counted from."""
+    Encoder(head)
+    if head.from_name is None:
+        return None
+    with store.read() as reader:
+        counted_from = chain.find_checkpoint(reader, disk, head.from_name)
+    chain.require_same_epoch(disk, counted_from)
+    return counted_from
+
+
+def _take_back(way: Access, point: PointInTime) -> None:
+    """Nobody can count from a checkpoint whose stream has no end."""
+    way.end_reading()
+    try:
+        way.forget(point.disk, lambda member: member.uuid == point.checkpoint.uuid)
+    except LmdbitmapError as error:
+        log.warning(
+            "disk %s: checkpoint %s of no use stays: %s", point.disk.name, point.checkpoint.name, error
+        )

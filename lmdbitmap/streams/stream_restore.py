@@ -1,0 +1,224 @@
+"""Takes a stream in the format of `rbd export-diff` (rbd_diff.py), ours or Ceph's, and makes a disk of it.
+
+| the stream | the target | what happens |
+|---|---|---|
+| full (no `f`) | no file, or an empty one | a new file, sparse, that gets its name when all of it is durable |
+| full | a block device or an NBD export of the size | written over; what the stream does not name becomes zero |
+| full | a file with something in it | refused: it may be the wrong one |
+| a diff (`f`) | a file | changed in place, after it got the stream's size |
+| a diff | a block device or an NBD export of the size | changed in place |
+| a diff | nothing | refused: it needs the disk that it counts from |
+| any | the image of a disk that is tracked | refused: its next backup would not know of it |
+
+Of "the size" means the disk's; with `larger` what is there may be larger, also a file that a diff changes, and keeps
+its size. What is behind the disk becomes zero then (target.py says why).
+
+What is changed in place and does not come to its end is neither the old disk nor the new one: the same stream has to
+be applied again, which does all of it again. Whether the target is the disk that a diff counts from nobody can see
+from the bytes of a disk: that is the caller's to know.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from lmdbitmap.copying.copier import Progress, Report
+from lmdbitmap.errors import AlreadyExists, InvalidArgument, LmdbitmapError, NotFound, os_errors_at
+from lmdbitmap.images.image import is_far, open_image
+from lmdbitmap.interfaces import BlockDevice
+from lmdbitmap.restoring.differences import Mender
+from lmdbitmap.restoring.target import (
+    Target,
+    holds_something,
+    is_block_device,
+    new_file,
+    refuse_tracked,
+    unless_larger,
+)
+from lmdbitmap.storage import founding
+from lmdbitmap.store import Store
+from lmdbitmap.streams.rbd_diff import Data, Decoder, Event, Head, Zeroes
+from lmdbitmap.work.buffers import new_buffer
+
+_PLACE = "the stream"
+_READ_BYTES = 1 << 20
+
+
+class Source(Protocol):
+    """A binary file or a pipe; 0 bytes are its end."""
+
+    def readinto(self, buffer: memoryview, /) -> int | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class AppliedResult:
+    """`bytes_written` of the disk's bytes came as data, `bytes_zero` were told to be zeroes."""
+
+    head: Head
+    path: str
+    bytes_written: int
+    bytes_zero: int
+    seconds: float
+    bytes_behind: int = 0
+    """Of the target, behind the disk's end: they are zeroes."""
+
+
+def apply_stream(
+    stream: Source,
+    target_path: str | os.PathLike[str],
+    *,
+    larger: bool = False,
+    store: Store | None = None,
+    progress: Progress | None = None,
+) -> AppliedResult:
+    """Read a stream to its end and make the target, durably, what it says: see above.
+
+    The target is the path of a file or a block device, or an NBD URI. It must not be the image of a disk in `store`:
+    nobody would know what was changed (`AlreadyExists`). Raises `FormatError` for what is no whole
+    stream, `NotFound`, `AlreadyExists` and `InvalidArgument` for a target that does not fit, `Busy` for one that
+    somebody uses, `StorageError` where the system refuses.
+    """
+    started = time.monotonic()
+    place = os.fspath(target_path)
+    if store is not None:
+        refuse_tracked(store, place)
+    if not is_far(place):
+        founding.refuse_inside(place)
+    events = _events(stream)
+    head = next(events)
+    assert isinstance(head, Head)
+    with _target(place, head, larger) as target:
+        applying = _Applying(target, head, Report(progress, target.size))
+        for event in events:
+            applying.put(event)
+        applying.finish()
+    return AppliedResult(
+        head, place, applying.bytes_written, applying.bytes_zero, time.monotonic() - started,
+        target.size - head.size,
+    )  # fmt: skip
+
+
+def _events(stream: Source) -> Iterator[Event]:
+    """All that the stream says, once it is known that nothing comes behind its end."""
+    decoder = Decoder(_PLACE)
+    buffer = memoryview(new_buffer(_READ_BYTES))
+    while count := _read(stream, buffer):
+        yield from decoder.feed(buffer[:count])
+    decoder.finish()
+
+
+def _read(stream: Source, buffer: memoryview) -> int:
+    with os_errors_at(_PLACE):
+        count = stream.readinto(buffer)
+        if count is None:
+            raise OSError(errno.EAGAIN, "it does not wait for its bytes")
+        return count
+
+
+# --- the target ---
+
+
+@contextlib.contextmanager
+def _target(path: str, head: Head, larger: bool) -> Iterator[Target]:
+    """What to write into, of the stream's size, or `larger`. What was flushed is durable after the block."""
+    if not is_far(path) and not is_block_device(path):
+        if head.from_name is None:
+            with new_file(path, head.size, _is_not_empty(path)) as target:
+                yield target
+            return
+        _require_disk(path, head)
+    with contextlib.closing(open_image(path)) as existing, _in_place(path, head):
+        _fit(existing, path, head, larger)
+        yield Target(path, existing)
+
+
+def _is_not_empty(path: str) -> AlreadyExists:
+    return AlreadyExists(
+        f"{path} is not empty, and a full stream makes a new disk", next_step="name a new file"
+    )
+
+
+def _require_disk(path: str, head: Head) -> None:
+    if not os.path.isdir(path) and not holds_something(path):
+        raise NotFound(
+            f"the stream counts from {head.from_name!r}, and there is no disk at {path}",
+            next_step=f"apply the full stream first, and those that lead to {head.from_name!r}",
+        )
+
+
+def _fit(device: BlockDevice, path: str, head: Head, larger: bool) -> None:
+    if device.size == head.size or (larger and device.size > head.size):
+        return
+    if is_far(path) or is_block_device(path):
+        step = unless_larger("give it that size, or name another target", device.size, head.size)
+        raise InvalidArgument(
+            f"{path} has {device.size} bytes, and the stream's disk has {head.size}", next_step=step
+        )
+    with os_errors_at(path):
+        device.resize(head.size)
+
+
+@contextlib.contextmanager
+def _in_place(path: str, head: Head) -> Iterator[None]:
+    """A failure has to say what the target is now."""
+    try:
+        yield
+    except InvalidArgument:
+        raise  # by `_fit`, before anything was written
+    except LmdbitmapError as error:
+        error.next_step += f"; until the same stream was applied again, {path} is of no use"
+        raise
+
+
+class _Applying:
+    """Puts what the stream says where it belongs. Ranges may come in any order; the last one counts."""
+
+    def __init__(self, target: Target, head: Head, report: Report) -> None:
+        self._target = target
+        self._head = head
+        self._report = report
+        self._position = 0
+        """How far the stream has come; all that is behind it was never named."""
+        self.bytes_written = 0
+        self.bytes_zero = 0
+
+    def put(self, event: Event) -> None:
+        if isinstance(event, Data):
+            self._pass_over(event.offset)
+            self._target.write_many([(event.offset, memoryview(event.data))])
+            self.bytes_written += len(event.data)
+            self._come_to(event.offset + len(event.data))
+        elif isinstance(event, Zeroes):
+            self._pass_over(event.offset)
+            self._zero(event.offset, event.length)
+            self.bytes_zero += event.length
+            self._come_to(event.offset + event.length)
+
+    def finish(self) -> None:
+        self._pass_over(self._head.size)
+        self._come_to(self._head.size)
+        behind = self._target.size - self._head.size
+        if behind:
+            Mender(self._target, self._report.advance).mend_zeroes(self._head.size, behind)
+        self._target.flush()
+
+    def _pass_over(self, offset: int) -> None:
+        """What a full stream leaves out is zero."""
+        if self._head.from_name is None and offset > self._position:
+            self._zero(self._position, offset - self._position)
+
+    def _zero(self, offset: int, length: int) -> None:
+        if length == 0 or (self._target.is_fresh and offset >= self._position):
+            return
+        self._target.write_zeroes(offset, length)
+
+    def _come_to(self, offset: int) -> None:
+        if offset > self._position:
+            self._report.advance(offset - self._position)
+            self._position = offset

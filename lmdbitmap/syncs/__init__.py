@@ -1,0 +1,1 @@
+"""A second copy of a disk, brought up to date in place."""

@@ -1,0 +1,303 @@
+"""A second copy of a disk, kept up to date in place: a raw file, a block device, or what an NBD server exports.
+
+Law 3: the copy is durable before anything forgets that it was needed. From that follows the order:
+
+    lock the note, get at the disk       nobody else syncs to this target; what is not known begins a new epoch
+    forget what a killed run left        its checkpoint is merged into the one before
+    decide                               sync_plan.py: incremental, compare or full
+    note the checkpoint's name, synced   a run that is killed from here on is known by it
+    take the point                       what the copy will hold; the guest writes on
+    note that a sync is under way        synced, before the first write: from now on the target changes by us
+    copy, flush the target               the copy is durable
+    prove the point                      all that was read is the disk of that moment
+    note where the copy is               synced: the checkpoint, and what the target is now
+    forget the checkpoint before         nothing counts from it any more
+
+A death, or a failure, anywhere costs this run's work. The note still names the checkpoint before, so the next sync
+copies what changed since that one, and with it all that the dead run may have touched. Where it had none to count
+from, the next sync compares, and writes only what is not right yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from lmdbitmap import bits
+from lmdbitmap.access.access import Access, access, reading
+from lmdbitmap.access.access_ways import FREEZE_LIMIT_S, OWNER_LIMIT_S, PointInTime
+from lmdbitmap.backups import consumers
+from lmdbitmap.bits import Run
+from lmdbitmap.copying.copier import Progress, Report, cluster_bits_for
+from lmdbitmap.copying.pieces import Pieces
+from lmdbitmap.copying.readable import Metered
+from lmdbitmap.errors import Busy, LmdbitmapError, Untrusted
+from lmdbitmap.extents import Trust
+from lmdbitmap.filter import Filter
+from lmdbitmap.geometry import Geometry
+from lmdbitmap.images.image import lasting_name, open_image
+from lmdbitmap.interfaces import TrackableDevice
+from lmdbitmap.notes.sync_note import At, NoteFile, Sizes, checkpoint_name, is_checkpoint_name
+from lmdbitmap.repository.manifest import Reason
+from lmdbitmap.storage.schema import Disk
+from lmdbitmap.store import Store
+from lmdbitmap.syncs.mirror import Mending, Mirror, Overwriting
+from lmdbitmap.syncs.sync_plan import Plan, SyncKind, plan_for
+from lmdbitmap.syncs.sync_target import SyncTarget, refuse_target
+from lmdbitmap.system.scratch import Scratch
+from lmdbitmap.tracker import chain
+from lmdbitmap.tracker.changes import changes_since
+from lmdbitmap.tracker.session import OpenDevice
+from lmdbitmap.work.pace import Pace, pace_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SyncResult:
+    """A copy that is up to date. `reason` says why it was not done incrementally, if that was not asked for."""
+
+    disk: str
+    target: str
+    kind: SyncKind
+    reason: Reason | None
+    checkpoint: str
+    """The point in time that the target holds."""
+    size: int
+    trust: Trust
+    """`SUPERSET` if blocks that had not changed may have been copied too, as after a crash."""
+    bytes_changed: int
+    """Of the disk: what a bitmap names, or what was found to differ; of a full one, all."""
+    bytes_read: int
+    """Of the disk."""
+    bytes_compared: int
+    """Read of the target."""
+    bytes_written: int
+    bytes_zeroed: int
+    seconds: float
+    bytes_behind: int = 0
+    """Of the target, behind the disk's end: they are zeroes."""
+
+
+def sync(
+    store: Store,
+    name: str,
+    target: str | os.PathLike[str],
+    *,
+    compare: bool = False,
+    only_incremental: bool = False,
+    larger: bool = False,
+    attached: Mapping[str, Filter] | None = None,
+    scratch: Scratch | None = None,
+    quiesced: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+    freeze_limit_s: float = FREEZE_LIMIT_S,
+    progress: Progress | None = None,
+    open_device: OpenDevice | None = None,
+    bytes_per_s: int | None = None,
+    owner_limit_s: float = OWNER_LIMIT_S,
+) -> SyncResult:
+    """Make `target`, a path or an NBD URI, what the disk called `name` is now; durable when this returns.
+
+    Only what changed since the last sync to that target is copied, where that is known. `compare` reads both whatever
+    is known; `only_incremental` raises `Untrusted` where that is not known, and nothing is done. `larger` lets
+    the target be larger than the disk, and what is behind that be zeroed. `attached`,
+    `scratch`, `quiesced`, `bytes_per_s` and `owner_limit_s` are as for a backup. Nobody else may write the target.
+
+    Raises `InvalidArgument` and `AlreadyExists` for a target that does not fit, `Busy` for a disk or a target that
+    somebody else holds, `NotFound` without such a disk or image, `StorageError` where a snapshot broke. The target is
+    neither the old copy nor the new one then: sync again.
+    """
+    started, pace = time.monotonic(), pace_of(bytes_per_s)
+    place = lasting_name(os.fspath(target))
+    with store.read() as reader:
+        disk = chain.find_disk(reader, name)
+    refuse_target(store, disk, place)
+    notes = NoteFile.of(store.path, disk.uuid, place)
+    with contextlib.ExitStack() as held:
+        held.enter_context(notes.locked())
+        way = held.enter_context(
+            access(
+                store, [name], open_device or _open_to_read, attached, scratch, owner_limit_s, freeze_limit_s
+            )
+        )
+        copy = held.enter_context(contextlib.closing(SyncTarget(place, larger=larger)))
+        job = _prepare(store, way, notes, copy, pace, compare=compare)
+        if only_incremental:
+            _require_incremental(job)
+        done = _carry_out(store, job, quiesced, progress)
+    return dataclasses.replace(done, seconds=time.monotonic() - started)
+
+
+def _open_to_read(image: str) -> TrackableDevice:
+    return open_image(image, read_only=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    access: Access
+    disk: Disk
+    notes: NoteFile
+    target: SyncTarget
+    plan: Plan
+    is_copy: bool
+    """Whether syncs have written to the target before."""
+    pace: Pace | None
+
+    def bytes_behind(self, size: int) -> int:
+        """Of the target, behind the disk, that are not known to be zero: a sync that died may have written there, when
+        the disk was larger."""
+        note = self.notes.note
+        is_known = self.plan.kind is SyncKind.INCREMENTAL and note.at is not None and not note.under_way
+        return self.target.bytes_behind(size, note.at.sizes if note.at is not None and is_known else None)
+
+    def require_fit(self, size: int) -> None:
+        self.target.require_fit(size, is_copy=self.is_copy)
+
+
+def _prepare(
+    store: Store, way: Access, notes: NoteFile, copy: SyncTarget, pace: Pace | None, *, compare: bool
+) -> _Job:
+    [disk] = way.disks
+    copy.refuse_itself(disk)
+    plan = plan_for(store, disk, notes.note, copy, compare=compare)
+    is_same = plan.reason is None or plan.reason.code != "target-changed"
+    job = _Job(way, disk, notes, copy, plan, notes.note.is_of_a_copy and is_same, pace)
+    job.require_fit(disk.size)
+    return job
+
+
+def _require_incremental(job: _Job) -> None:
+    if job.plan.kind is not SyncKind.INCREMENTAL:
+        reason = "a comparison was asked for" if job.plan.reason is None else job.plan.reason.words
+        raise Untrusted(
+            f"{job.target.place} cannot be brought up to date incrementally: {reason}",
+            next_step="leave out --require-incremental",
+        )
+
+
+def _carry_out(
+    store: Store,
+    job: _Job,
+    quiesced: Callable[[], AbstractContextManager[object]],
+    progress: Progress | None,
+) -> SyncResult:
+    _forget_unneeded(job)  # what killed runs left
+    name = checkpoint_name(time.time_ns())
+    try:
+        point = _point_in_time(job, name, quiesced)
+        made = _copied(store, job, point, progress)
+        job.target.flush()
+        job.access.prove(point)
+        _note_where_it_is(job, point)
+    except BaseException:
+        job.access.end_reading()
+        _forget_unneeded(job)  # its checkpoint; what it wrote to the target is known by the note
+        raise
+    _forget_unneeded(job)  # law 3: not before it is noted where the copy is
+    consumers.merge_unheld(store, job.access, job.disk)
+    return made
+
+
+# --- the point in time ---
+
+
+def _point_in_time(
+    job: _Job, name: str, quiesced: Callable[[], AbstractContextManager[object]]
+) -> PointInTime:
+    note = job.notes.note
+    job.notes.replace(dataclasses.replace(note, unneeded=(*note.unneeded, name)))
+    with quiesced():
+        [point] = job.access.take_point(name, [job.plan.since])
+    if point.checkpoint.epoch != job.disk.epoch:
+        raise Busy(
+            f"tracking of disk {job.disk.name!r} began again just now: {point.disk.epoch_reason}",
+            next_step="sync again",
+        )
+    job.require_fit(point.disk.size)  # again: it may have been resized
+    return point
+
+
+# --- the copy ---
+
+
+def _copied(store: Store, job: _Job, point: PointInTime, progress: Progress | None) -> SyncResult:
+    disk, target, plan = point.disk, job.target, job.plan
+    clusters = Geometry(disk.size, cluster_bits_for(disk.geometry))
+    runs, bytes_changed, trust = _what_to_copy(store, plan, point, clusters)
+    is_fresh, behind = plan.kind is SyncKind.FULL, job.bytes_behind(disk.size)
+    report = Report(progress, bytes_changed + behind)
+    if plan.kind is not SyncKind.INCREMENTAL or bytes_changed or target.needs_fitting(disk.size, behind):
+        _note_under_way(job)
+        target.fit(disk.size, behind, report.advance)
+    open_target = target.writable(is_fresh=is_fresh)
+    mirror: Mirror = Mending(open_target) if plan.kind is SyncKind.COMPARE else Overwriting(open_target)
+    source = Metered(point.device, job.pace)
+    pieces = Pieces(source, clusters)
+    with reading(job.access, point), contextlib.closing(pieces.of_all(runs)) as found:
+        for piece in found:
+            mirror.put(piece)
+            report.advance(piece.length)
+    if plan.kind is SyncKind.COMPARE:
+        bytes_changed = mirror.bytes_written + mirror.bytes_zeroed
+    return SyncResult(
+        disk.name, target.place, plan.kind, plan.reason, point.checkpoint.name, disk.size, trust, bytes_changed,
+        source.bytes_read, mirror.bytes_compared, mirror.bytes_written, mirror.bytes_zeroed, seconds=0,
+        bytes_behind=target.size - disk.size,
+    )  # fmt: skip
+
+
+def _what_to_copy(
+    store: Store, plan: Plan, point: PointInTime, clusters: Geometry
+) -> tuple[Iterator[Run], int, Trust]:
+    """Runs of `clusters`, ascending; what they come to; and how far that is believed."""
+    disk = point.disk
+    if plan.since is None:
+        return iter([(0, clusters.block_count)]), disk.size, Trust.EXACT
+    changed = changes_since(store, disk.name, plan.since, point.checkpoint.name)
+    summary = changed.summary
+    runs = bits.regrain_outward(changed.runs(), changed.geometry, clusters.granularity_bits)
+    return runs, summary.dirty_bytes, summary.standing.trust
+
+
+# --- the note ---
+
+
+def _note_under_way(job: _Job) -> None:
+    """From now on the target changes by us. What cannot be counted from is no more what it is at."""
+    note = job.notes.note
+    if job.plan.kind is not SyncKind.INCREMENTAL:
+        note = dataclasses.replace(note, at=None, unneeded=_with_old(note.unneeded, note.at))
+    job.notes.replace(dataclasses.replace(note, under_way=True))
+
+
+def _note_where_it_is(job: _Job, point: PointInTime) -> None:
+    note, checkpoint = job.notes.note, point.checkpoint
+    unneeded = tuple(name for name in note.unneeded if name != checkpoint.name)
+    sizes = Sizes(point.disk.size, job.target.size)
+    at = At(checkpoint.uuid, checkpoint.name, point.disk.epoch, job.target.identity_to_keep(), sizes)
+    job.notes.replace(
+        dataclasses.replace(note, at=at, under_way=False, unneeded=_with_old(unneeded, note.at))
+    )
+
+
+def _with_old(unneeded: tuple[str, ...], at: At | None) -> tuple[str, ...]:
+    return unneeded if at is None else (*unneeded, at.name)
+
+
+def _forget_unneeded(job: _Job) -> None:
+    """Merge checkpoints that nobody counts from into the ones before. What fails is done by the next sync."""
+    note = job.notes.note
+    if not note.unneeded:
+        return
+    names = {name for name in note.unneeded if is_checkpoint_name(name)}
+    try:
+        stay = job.access.forget(job.disk, lambda member: member.name in names)
+        job.notes.replace(dataclasses.replace(note, unneeded=tuple(stay)))
+    except LmdbitmapError as error:
+        log.warning("disk %s: old checkpoints stay until the next sync: %s", job.disk.name, error)

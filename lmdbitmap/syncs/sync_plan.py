@@ -1,0 +1,101 @@
+"""How a copy will be brought up to date: the way that was asked for, or the next best and why.
+
+    incremental    a bitmap says what changed since the checkpoint that the copy is at
+    compare        no bitmap can: both are read, and what differs is written
+    full           there is nothing to compare with: all data is written into a new file, which is sparse
+
+What a target is at is believed if its note (sync_note.py) says so, the disk is of the same epoch and has that
+checkpoint, and the target is what the note says it was: the same file, of the same size and mtime; or the same block
+device in the same boot, to which the kernel counted no more writes. Of an NBD export nothing shows that; what it
+acknowledged is believed. After a sync that was interrupted only the file or the device has to be the same: the writes
+since were ours, and in blocks that are copied again.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+from lmdbitmap.interfaces import ImageIdentity
+from lmdbitmap.notes.sync_note import At, Note
+from lmdbitmap.repository.manifest import Reason
+from lmdbitmap.storage.schema import Checkpoint, Disk
+from lmdbitmap.store import Store
+from lmdbitmap.syncs.sync_target import SyncTarget
+from lmdbitmap.tracker import chain
+
+_SECTOR_BYTES = 512
+
+
+class SyncKind(enum.Enum):
+    INCREMENTAL = "incremental"
+    COMPARE = "compare"
+    FULL = "full"
+
+
+class Plan(NamedTuple):
+    """An incremental one has a checkpoint to count from; another has a reason, unless it was asked for."""
+
+    kind: SyncKind
+    since: Checkpoint | None = None
+    reason: Reason | None = None
+
+
+def plan_for(store: Store, disk: Disk, note: Note, target: SyncTarget, *, compare: bool) -> Plan:
+    since = None if note.at is None else _checkpoint_of(store, disk, note.at)
+    unknown = _why_unknown(disk, note, since, target)
+    if unknown is None and not compare:
+        return Plan(SyncKind.INCREMENTAL, since)
+    kind = SyncKind.FULL if target.is_blank else SyncKind.COMPARE
+    return Plan(kind, reason=None if kind is SyncKind.COMPARE and compare else unknown)
+
+
+def _checkpoint_of(store: Store, disk: Disk, at: At) -> Checkpoint | None:
+    with store.read() as reader:
+        members = chain.epoch_chain(reader, disk)
+    return next((member for member in members if member.uuid == at.checkpoint), None)
+
+
+def _why_unknown(disk: Disk, note: Note, since: Checkpoint | None, target: SyncTarget) -> Reason | None:
+    if not note.is_of_a_copy:
+        return Reason("first-sync", "it was never synced to this target")
+    if target.device is None:
+        return Reason("target-gone", "the copy is not there any more")
+    if note.at is None:
+        return Reason("interrupted", "the sync before was interrupted, and nothing says what it has not done")
+    if note.at.epoch != disk.epoch:
+        return Reason("new-epoch", disk.epoch_reason)
+    if since is None:
+        return Reason("checkpoint-forgotten", f"checkpoint {note.at.name} was forgotten")
+    gap = (
+        None if target.is_far else gap_between(note.at.identity, target.identity(), under_way=note.under_way)
+    )
+    return None if gap is None else Reason("target-changed", gap)
+
+
+def gap_between(before: ImageIdentity | None, now: ImageIdentity | None, *, under_way: bool) -> str | None:
+    """Why a file or a device may have been written by others since it was noted; None if it was not."""
+    if before is None or now is None:
+        return "nothing was noted of the target by which it could be known again"
+    if (before.device, before.inode) != (now.device, now.inode):
+        return "the target is another file or device than the one that was synced"
+    if now.is_block_device:
+        return _gap_of_device(before, now, under_way)
+    if under_way or (before.size, before.mtime_ns) == (now.size, now.mtime_ns):
+        return None
+    return "the target was written by somebody else since it was synced"
+
+
+def _gap_of_device(before: ImageIdentity, now: ImageIdentity, under_way: bool) -> str | None:
+    if before.trace is None or now.trace is None:
+        return "the kernel does not tell whether the target was written since it was synced"
+    if before.trace.boot_id != now.trace.boot_id:
+        return "this machine was started since, and nothing tells whether the target was written before that"
+    if (before.trace.disk_sequence, before.trace.label) != (now.trace.disk_sequence, now.trace.label):
+        return "the target is another device than the one that was synced"
+    written = now.trace.sectors_written - before.trace.sectors_written
+    if under_way or (written == 0 and before.size == now.size):
+        return None
+    if before.size != now.size:
+        return f"the target had {before.size} bytes when it was synced, and has {now.size}"
+    return f"{written * _SECTOR_BYTES} bytes of the target were written by somebody else since it was synced"

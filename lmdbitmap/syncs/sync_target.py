@@ -1,0 +1,216 @@
+"""The target of a sync: a file, a block device or an NBD export that becomes, and stays, a copy of a disk.
+
+A file that is not there is made, and one that is the disk's copy follows the disk's size. What nobody has synced to
+yet must have that size: a wrong name should not cost a file. A device's or an export's size may be that of
+the disk rounded up to a sector. What is `larger`, and is allowed to be, keeps its size. What is behind the disk's end
+is zeroed, also where the disk has shrunk since (target.py says why).
+
+Refused, before anything is touched: an image that is tracked, what lies inside of a store, what the store or the
+disk's image lies in, the copy of another disk. What others have open is refused by the locks (image_locks.py).
+
+Above all the disk itself, by whatever name: what was read a moment ago would be written over what the guest has
+written since. It is known by its file or device; by the kernel's word where a loop device, a partition or a volume
+is made of it, or it of one; and where it is served, by its uuid, which our server tells with the export. Not known
+are the ways of others: an NBD client of the kernel (/dev/nbd0), another program's server that has the image open.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from uuid import UUID
+
+from lmdbitmap.errors import AlreadyExists, InvalidArgument, NotFound, os_errors_at
+from lmdbitmap.geometry import ceil_div
+from lmdbitmap.images.device import FileDevice
+from lmdbitmap.images.identity import identity_to_keep
+from lmdbitmap.images.image import is_far, is_same_image, open_image
+from lmdbitmap.interfaces import ImageIdentity, TrackableDevice
+from lmdbitmap.nbd.client.device import NbdDevice
+from lmdbitmap.notes import sync_note
+from lmdbitmap.notes.sync_note import Sizes
+from lmdbitmap.qcow2.layout import SECTOR
+from lmdbitmap.restoring.differences import Mender
+from lmdbitmap.restoring.target import Target, fits, leads_to, unless_larger
+from lmdbitmap.storage import founding
+from lmdbitmap.storage.schema import Disk
+from lmdbitmap.store import Store
+from lmdbitmap.system import files, kernel
+
+
+def refuse_target(store: Store, disk: Disk, place: str) -> None:
+    """Raise what hinders `place` from being a copy of `disk`, as far as names tell."""
+    with store.read() as reader:
+        disks = list(reader.disks())
+    tracked = next((other for other in disks if is_same_image(other.image, place)), None)
+    if tracked is not None:
+        own = "itself" if tracked.uuid == disk.uuid else "and is not to be written around its tracker"
+        raise InvalidArgument(
+            f"{place} is the image of disk {tracked.name!r}, {own}", next_step="name another target"
+        )
+    if not is_far(place) and not is_far(disk.image):
+        _refuse_layers(disk, place)
+    _refuse_copies(store, {other.uuid: other.name for other in disks if other.uuid != disk.uuid}, place)
+    if is_far(place):
+        return
+    founding.refuse_inside(place)
+    for ground in (store.path, *(() if is_far(disk.image) else (disk.image,))):
+        if _is_so(kernel.is_kept_in, ground, place):
+            raise InvalidArgument(
+                f"{ground} lies on a file system inside {place}", next_step="name another target"
+            )
+
+
+def _refuse_layers(disk: Disk, place: str) -> None:
+    """Where the one is made of the other, or lies on a file system in it."""
+    ground = place if os.path.lexists(place) else os.path.dirname(place)
+    if (
+        _is_so(kernel.rests_on, place, disk.image)
+        or _is_so(kernel.rests_on, disk.image, place)
+        or _is_so(kernel.is_kept_in, ground, disk.image)
+    ):
+        raise InvalidArgument(
+            f"whoever writes {place} writes disk {disk.name!r} itself, {disk.image}",
+            next_step="name another target",
+        )
+
+
+def _refuse_copies(store: Store, others: dict[UUID, str], place: str) -> None:
+    for path, note in sync_note.notes(store.path):
+        name = others.get(UUID(sync_note.disk_of(os.path.basename(path))))
+        if name is not None and note.is_of_a_copy and is_same_image(note.target, place):
+            raise AlreadyExists(
+                f"{place} is the copy of disk {name!r}",
+                next_step=f"name another target, or remove {path} if that copy is to be given up",
+            )
+
+
+def _is_so(asked: Callable[[str, str], bool], one: str, other: str) -> bool:
+    try:
+        return asked(one, other)
+    except (OSError, ValueError):
+        return False  # no such image, or no path: whoever opens it says so
+
+
+class SyncTarget:
+    """A target that is open, unless it is a file that is to be made: `device` is None then."""
+
+    def __init__(self, place: str, *, larger: bool = False) -> None:
+        self.place = place
+        self._may_be_larger = larger
+        self.device: TrackableDevice | None = None
+        if is_far(place) or os.path.lexists(place):
+            self.device = open_image(place)
+        elif not os.path.isdir(os.path.dirname(place)):
+            raise NotFound(
+                f"there is no folder {os.path.dirname(place)}", next_step="make it, or name another target"
+            )
+
+    def refuse_itself(self, disk: Disk) -> None:
+        """Raise `InvalidArgument` if the export is the disk, as far as its server says."""
+        if isinstance(self.device, NbdDevice) and self.device.export.is_of(disk.uuid):
+            raise InvalidArgument(
+                f"{self.place} is disk {disk.name!r} itself, as it is served", next_step="name another target"
+            )
+
+    @property
+    def is_far(self) -> bool:
+        return is_far(self.place)
+
+    @property
+    def is_file(self) -> bool:
+        return isinstance(self.device, FileDevice) and not self.device.is_block_device
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether there is no file yet, or an empty one."""
+        return self.device is None or (self.is_file and self.device.size == 0)
+
+    def identity(self) -> ImageIdentity | None:
+        """What it is now; None of an export, of which nothing tells, and of a file to be made."""
+        if not isinstance(self.device, FileDevice):
+            return None
+        if self.device.is_block_device:
+            self.flush()  # the kernel counts what has reached it
+        with os_errors_at(self.place):
+            return self.device.identity()
+
+    def require_fit(self, size: int, *, is_copy: bool) -> None:
+        """Refuse a target that neither has the size of the disk nor can get it."""
+        if self.is_blank or (self.is_file and is_copy):
+            return
+        assert self.device is not None
+        found = self.device.size
+        if self._has_its_size(size) or (not self.is_file and fits(found, size, larger=False)):
+            return
+        step = "name a new file, or one of that size" if self.is_file else "give it that size"
+        raise InvalidArgument(
+            f"{self.place} has {found} bytes, and the disk has {size}",
+            next_step=unless_larger(step, found, size),
+        )
+
+    def _has_its_size(self, size: int) -> bool:
+        """Whether it need not be cut or lengthened for a disk of `size`."""
+        assert self.device is not None
+        return self.device.size == size or (self._may_be_larger and self.device.size > size)
+
+    @property
+    def size(self) -> int:
+        return 0 if self.device is None else self.device.size
+
+    def bytes_behind(self, size: int, noted: Sizes | None) -> int:
+        """How much behind a disk of `size` may not be zero. If all was when that was `noted`: what the disk had."""
+        if self.device is None or self.device.size <= size or (self.is_file and not self._has_its_size(size)):
+            return 0
+        end = self.device.size
+        if noted is not None and noted.target == end:
+            end = min(end, max(noted.disk, ceil_div(size, SECTOR) * SECTOR))
+        return end - size
+
+    def needs_fitting(self, size: int, bytes_behind: int) -> bool:
+        """Whether `fit` has to write."""
+        if self.device is None or (self.is_file and not self._has_its_size(size)):
+            return True
+        with os_errors_at(self.place):
+            return bytes_behind > SECTOR or (bytes_behind > 0 and any(self.device.pread(bytes_behind, size)))
+
+    def fit(self, size: int, bytes_behind: int, advance: Callable[[int], None]) -> None:
+        """Make what is not there, of that size; what lies beyond it is cut off, or zeroed where it is not zero."""
+        device = self.device if self.device is not None else self._made()
+        if self.is_file and not self._has_its_size(size):
+            with os_errors_at(self.place):
+                device.resize(size)
+        elif bytes_behind:
+            Mender(self.writable(is_fresh=False), advance).mend_zeroes(size, bytes_behind)
+
+    def _made(self) -> TrackableDevice:
+        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
+        with os_errors_at(self.place):
+            os.close(os.open(self.place, flags, files.PRIVATE_MODE))
+        files.fsync_folder(os.path.dirname(self.place))
+        self.device = open_image(self.place)
+        return self.device
+
+    def writable(self, *, is_fresh: bool) -> Target:
+        assert self.device is not None
+        return Target(self.place, self.device, is_fresh=is_fresh)
+
+    def flush(self) -> None:
+        assert self.device is not None
+        with os_errors_at(self.place):
+            self.device.flush()
+
+    def identity_to_keep(self) -> ImageIdentity | None:
+        """What it is now that all of it is durable; refuses a file that has lost its name meanwhile."""
+        if not isinstance(self.device, FileDevice):
+            return None
+        if self.is_file and not leads_to(self.place, self.device.fd):
+            raise NotFound(
+                f"{self.place} was removed or replaced while it was written", next_step="sync again"
+            )
+        with os_errors_at(self.place):
+            return identity_to_keep(self.device)
+
+    def close(self) -> None:
+        if self.device is not None:
+            self.device.close()

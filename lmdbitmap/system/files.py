@@ -1,0 +1,414 @@
+"""Small files that must be whole: replaced, locked and read without a torn moment.
+
+A file is replaced in seven steps. Death between any two of them leaves the old file or the new one:
+
+1. create a file under a temporary name in the same folder, for its owner's eyes only
+2. lock it (flock): whoever finds a temporary file without a lock knows that its writer is dead
+3. write the content
+4. give it its final mode
+5. fsync it: the final name must never lead to content that is not there yet
+6. rename it over the old one
+7. fsync the folder: only now is the new file sure to survive a power cut
+
+A failure in steps 1 to 6 removes the temporary file and leaves the old one. A killed process cannot tidy
+up: whoever replaces the same file next does it for the dead. What they leave is called as nothing else is
+(`NAME.<16 hexadecimal digits>.partial`), and a lock tells it from the work of the living.
+
+What is made `like_folder` belongs to whom its folder does: root's work in somebody's store would otherwise be closed to
+the one whose store it is. Only what we made ourselves is given away, by its descriptor: a name may have been exchanged.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import io
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import BinaryIO
+
+from lmdbitmap.errors import FormatError, InvalidArgument, LmdbitmapError, os_errors_at
+from lmdbitmap.interfaces import Buffer
+from lmdbitmap.system import linux
+
+PARTIAL_SUFFIX = ".partial"
+"""How the name of an unfinished file ends."""
+_LEFTOVER = re.compile(rf"(.+)\.[0-9a-f]{{16}}{re.escape(PARTIAL_SUFFIX)}", re.DOTALL)
+"""The name of an unfinished file, and in it that of the file that it was to replace."""
+
+PRIVATE_MODE = 0o600
+PRIVATE_FOLDER_MODE = 0o700
+
+FILESYSTEM_KINDS = {
+    0xEF53: "ext4",  # ext2 and ext3 too: they share the number
+    0x58465342: "xfs",
+    0x9123683E: "btrfs",
+    0x2FC12FC1: "zfs",
+    0xF2F52010: "f2fs",
+    0xCA451A4E: "bcachefs",
+    0x3153464A: "jfs",
+    0x52654973: "reiserfs",
+    0x01021994: "tmpfs",
+    0x858458F6: "ramfs",
+    0x794C7630: "overlay",
+    0x4D44: "vfat",
+    0x2011BAB0: "exfat",
+    0x7366746E: "ntfs3",
+    0x73717368: "squashfs",
+    0xE0F5E1E2: "erofs",
+    0x6969: "nfs",
+    0xFF534D42: "cifs",
+    0xFE534D42: "smb2",
+    0x517B: "smb",
+    0x65735546: "fuse",  # sshfs, glusterfs, s3fs, virtiofs: the number does not tell which
+    0x01021997: "9p",
+    0x00C36400: "ceph",
+    0x0BD00BD0: "lustre",
+    0x5346414F: "afs",
+    0x6B414653: "afs",
+    0x73757245: "coda",
+    0x564C: "ncp",
+    0x20030528: "orangefs",
+    0x19830326: "beegfs",
+    0xAAD7AAEA: "panfs",
+    0x47504653: "gpfs",
+    0x01161970: "gfs2",
+    0x7461636F: "ocfs2",
+    0x786F4256: "vboxsf",
+}
+"""The `f_type` of statfs(2), by name."""
+
+NETWORK_FILESYSTEMS = {
+    "nfs", "cifs", "smb2", "smb", "fuse", "9p", "ceph", "lustre", "afs", "coda", "ncp", "orangefs", "beegfs",
+    "panfs", "gpfs", "gfs2", "ocfs2", "vboxsf",
+}  # fmt: skip
+"""Where another machine may write, or the mappings of two processes may differ: no place for a store."""
+
+
+@contextmanager
+def replacing(
+    path: str | os.PathLike[str], mode: int = PRIVATE_MODE, *, like_folder: bool = False
+) -> Iterator[BinaryIO]:
+    """A new file to fill; when the block ends well it is durable at `path`, in place of what was there.
+
+    The file can be written, read and sought; its `name` is the temporary one. If the block raises, `path`
+    is as it was. A symbolic link stays and what it leads to is replaced; anything but a regular file there
+    is refused with `InvalidArgument`, so that nobody renames a file over /dev/null. `like_folder` gives the file to
+    the owner of its folder, who may have put a link there for root to follow: that is refused too.
+    """
+    target = _replaceable(path, follow=not like_folder)
+    _sweep(target)
+    with os_errors_at(target):
+        file = _create_locked(target)
+    try:
+        with file:
+            if like_folder:
+                with os_errors_at(target):
+                    give_to_owner_of(os.path.dirname(target), file.fileno())
+            yield file
+            with os_errors_at(target):
+                _publish(file, target, mode)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(file.name)
+        raise
+    fsync_folder(os.path.dirname(target))
+
+
+def replace_atomically(
+    path: str | os.PathLike[str], data: Buffer, mode: int = PRIVATE_MODE, *, like_folder: bool = False
+) -> None:
+    """Return after `data` is durable at `path`; readers see the old content or the new, never a mixture."""
+    with replacing(path, mode, like_folder=like_folder) as file:
+        file.write(data)
+
+
+def give_to_owner_of(folder: str, fd: int) -> None:
+    """Have root's new file or folder belong to whom the folder that it is in does. Others can give nothing away."""
+    status = os.stat(folder or ".")
+    if os.geteuid() == 0 and status.st_uid != 0:
+        with suppress(PermissionError):  # a root that may not
+            os.fchown(fd, status.st_uid, status.st_gid)
+
+
+def open_like_folder(path: str) -> int:
+    """A descriptor of a file, for reading and writing; one that is not there is made empty."""
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+    while True:
+        with suppress(FileExistsError):
+            fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, PRIVATE_MODE)
+            break
+        with suppress(FileNotFoundError):  # removed just now
+            return os.open(path, flags)
+    try:
+        give_to_owner_of(os.path.dirname(path), fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def make_folder_like(path: str) -> None:
+    """Make a folder, if it is not there, in one that is; durable on return."""
+    try:
+        os.mkdir(path, PRIVATE_FOLDER_MODE)
+    except FileExistsError:
+        return
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        give_to_owner_of(os.path.dirname(path), fd)
+    finally:
+        os.close(fd)
+    fsync_folder(os.path.dirname(path))
+
+
+def _replaceable(path: str | os.PathLike[str], *, follow: bool) -> str:
+    folder, name = os.path.split(os.path.abspath(path))
+    target = os.path.realpath(path) if follow else os.path.join(os.path.realpath(folder), name)
+    with os_errors_at(target):
+        if os.path.lexists(target) and not stat.S_ISREG(os.lstat(target).st_mode):
+            raise InvalidArgument(
+                f"{target} is not a regular file and cannot be replaced by one", next_step="name a file"
+            )
+    return target
+
+
+def _sweep(target: str) -> None:
+    """Remove what dead writers of this file left. That nobody may look into the folder is no reason to stop."""
+    folder, name = os.path.split(target)
+    with suppress(LmdbitmapError):
+        remove_leftovers(folder, name)
+
+
+class _NewFile(io.FileIO):
+    """A raw file whose writes fail with our errors: the caller's block cannot know the file's real name."""
+
+    target: str
+
+    def write(self, data: Buffer) -> int:  # type: ignore[override]
+        with os_errors_at(self.target):
+            return super().write(data)
+
+
+def _create_locked(target: str) -> io.BufferedRandom:
+    """Steps 1 and 2. Tries again if `remove_leftovers` swept the file away between the two."""
+    while True:
+        name = f"{target}.{os.urandom(8).hex()}{PARTIAL_SUFFIX}"
+        raw = _NewFile(name, "x+", opener=_open_private)
+        raw.target = target
+        try:
+            _lock_where_possible(raw.fileno())
+        except BaseException:
+            raw.close()
+            os.unlink(name)
+            raise
+        if os.path.lexists(name):
+            return io.BufferedRandom(raw)
+        raw.close()
+
+
+def _open_private(name: str, flags: int) -> int:
+    return os.open(name, flags, PRIVATE_MODE)
+
+
+def _lock_where_possible(fd: int) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    except OSError as refusal:
+        if refusal.errno not in _NO_LOCKS:
+            raise
+
+
+def _publish(file: io.BufferedRandom, target: str, mode: int) -> None:
+    """Steps 4 to 6, in that order."""
+    file.flush()
+    os.fchmod(file.fileno(), mode)
+    os.fsync(file.fileno())
+    os.rename(file.name, target)
+
+
+def fsync_folder(path: str | os.PathLike[str]) -> None:
+    """Return after the names in a folder are durable, as far as its file system knows how to."""
+    folder = os.fspath(path)
+    with os_errors_at(folder):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        except OSError as refusal:
+            if refusal.errno not in _NO_FOLDER_SYNC:
+                raise
+        finally:
+            os.close(fd)
+
+
+def make_folders(path: str | os.PathLike[str]) -> None:
+    """Make a folder and those above it, for their owner's eyes only, unless they are there; durable on return."""
+    folder = os.path.abspath(path)
+    if os.path.isdir(folder):
+        return
+    if os.path.lexists(folder) and not os.path.isdir(folder):  # else somebody made it just now
+        raise InvalidArgument(f"{folder} is not a folder", next_step="name a folder, or one that can be made")
+    make_folders(os.path.dirname(folder))
+    with os_errors_at(folder), suppress(FileExistsError):
+        os.mkdir(folder, PRIVATE_FOLDER_MODE)
+    fsync_folder(os.path.dirname(folder))
+
+
+_NO_FOLDER_SYNC = {
+    errno.EINVAL,
+    errno.EOPNOTSUPP,
+}  # some network file systems: nothing more can be done there
+_NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
+
+
+def first_bytes(path: str, count: int) -> bytes:
+    """Of a file; there are none of what is empty, not there, or no regular file."""
+    with os_errors_at(path):
+        if not os.path.isfile(path):
+            return b""
+        with open(path, "rb", opener=open_nonblocking) as file:
+            return file.read(count)
+
+
+def is_unfinished_name(name: str) -> bool:
+    """Whether a file is called as one on its way is, and as nothing else."""
+    return _LEFTOVER.fullmatch(name) is not None
+
+
+def remove_leftovers(folder: str | os.PathLike[str], of: str | None = None) -> list[str]:
+    """Remove what killed processes left of the file named `of`, or of any; returns the names, sorted.
+
+    Unfinished files of the living are locked and stay. Without locks the two cannot be told apart, and
+    then everything stays.
+    """
+    place = os.fspath(folder)
+    with os_errors_at(place):
+        matches = [_LEFTOVER.fullmatch(name) for name in os.listdir(place)]
+        names = [match[0] for match in matches if match is not None and of in (None, match[1])]
+        return sorted(name for name in names if _remove_if_abandoned(os.path.join(place, name)))
+
+
+def _remove_if_abandoned(path: str) -> bool:
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False  # finished meanwhile, or nothing that we made
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(path)
+    except OSError as refusal:
+        if refusal.errno in _NO_LOCKS | {errno.EWOULDBLOCK, errno.ENOENT}:
+            return False
+        raise
+    finally:
+        os.close(fd)
+    return True
+
+
+def read_bounded(path: str | os.PathLike[str], limit: int) -> bytes:
+    """The whole content of a regular file of at most `limit` bytes; `FormatError` if it is anything else."""
+    place = os.fspath(path)
+    with os_errors_at(place), open(place, "rb", opener=open_nonblocking) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise _unexpected(place, "a regular file", "something else")
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise _unexpected(place, f"at most {limit} bytes", f"{max(status.st_size, len(data))} bytes")
+    return data
+
+
+def open_nonblocking(path: str, flags: int) -> int:
+    """A fifo without a writer would otherwise be waited for."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+
+
+def _unexpected(place: str, expected: str, found: str) -> FormatError:
+    return FormatError(place, expected=expected, found=found, next_step="check that it is the right file")
+
+
+def filesystem_kind(path: str | os.PathLike[str]) -> str:
+    """The kind of file system that holds `path`, such as `ext4` or `nfs`; `unknown 0x…` if new to us."""
+    place = os.fspath(path)
+    with os_errors_at(place):
+        number = linux.filesystem_number(place)
+    return FILESYSTEM_KINDS.get(number, f"unknown {number:#x}")
+
+
+def is_network_filesystem(kind: str) -> bool:
+    return kind in NETWORK_FILESYSTEMS
+
+
+def free_bytes(path: str | os.PathLike[str]) -> int:
+    """What an ordinary user may still write to the file system that holds `path`, in bytes."""
+    place = os.fspath(path)
+    with os_errors_at(place):
+        status = os.statvfs(place)
+    return status.f_bavail * status.f_frsize
+
+
+class LockedFile:
+    """An exclusive lock that ends with `close` or with the process, whichever comes first.
+
+    It is closed on exec; a child that was forked and does not exec keeps holding it.
+    """
+
+    def __init__(self, path: str, fd: int) -> None:
+        self.path = path
+        self.fd = fd
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> LockedFile:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def lock_file(path: str | os.PathLike[str], *, like_folder: bool = False) -> LockedFile:
+    """Hold the file at `path`, made empty if it is not there; raises `Busy` at once if somebody else does."""
+    place = os.fspath(path)
+    with os_errors_at(place):
+        while True:
+            fd = open_like_folder(place) if like_folder else _open_or_make(place)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is_named(fd, place):
+                    return LockedFile(place, fd)
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)
+
+
+def _open_or_make(path: str) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, PRIVATE_MODE)
+
+
+@contextmanager
+def lock_folder(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Be the only one who holds the folder, after whoever does now; where there are no locks, nobody is kept out."""
+    folder = os.fspath(path)
+    with os_errors_at(folder):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with os_errors_at(folder):
+            _lock_where_possible(fd)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _is_named(fd: int, path: str) -> bool:
+    """Whether `path` still leads to the open file: a lock on a file that was removed keeps nobody out."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,1 @@
+"""A disk while it is written: its periods, checkpoints and snapshots, and whether their word is good."""

@@ -1,0 +1,267 @@
+"""Disks and their chains of checkpoints, as changes to one transaction of the store.
+
+A disk's chain is ordered by sequence number. Each checkpoint owns the bitmap of the period that begins with
+it, and only the newest one records. So:
+
+    checkpoint     monday ---------- tuesday --------- wednesday ------ now
+    bitmap           [ monday's ]      [ tuesday's ]     [ wednesday's, recording ]
+
+    changes since tuesday        =  tuesday's OR wednesday's
+    forget(tuesday)              =  monday's becomes monday's OR tuesday's
+    forget(monday), the first    =  its bitmap goes: nobody can ask for it any more
+
+An epoch is a stretch without a gap in tracking. It begins with a checkpoint `epoch-N` whose bitmap is all
+dirty. Chains of different epochs are never merged, and never answer for each other.
+
+All functions take the open transaction; what they do is durable when that transaction is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from uuid import uuid4
+
+from lmdbitmap import bits
+from lmdbitmap.errors import AlreadyExists, InvalidArgument, NotFound, Untrusted
+from lmdbitmap.geometry import REGION_BLOCKS, Geometry, ceil_div
+from lmdbitmap.interfaces import ImageIdentity
+from lmdbitmap.storage import schema
+from lmdbitmap.storage.schema import Bitmap, Checkpoint, Disk
+from lmdbitmap.store import Reader, Writer
+
+MAX_REGIONS = 1 << 25
+"""Of one disk: 16 GiB of bits, as for 64 TiB in blocks of 512 bytes."""
+NEVER_BACKED_UP = "everything counts as dirty until the first full backup"
+
+
+def find_disk(reader: Reader, name: str) -> Disk:
+    for disk in reader.disks():
+        if disk.name == name:
+            return disk
+    raise NotFound(f"no disk is called {name!r}", next_step="`lmdbitmap ls` lists those there are")
+
+
+def find_checkpoint(reader: Reader, disk: Disk, name: str) -> Checkpoint:
+    """The disk's checkpoint of that name, of whatever epoch."""
+    for checkpoint in reader.checkpoints(disk.uuid):
+        if checkpoint.name == name:
+            return checkpoint
+    raise NotFound(
+        f"disk {disk.name!r} has no checkpoint {name!r}",
+        next_step=f"`lmdbitmap info {disk.name}` lists those there are",
+    )
+
+
+def current_checkpoint(reader: Reader, disk: Disk) -> Checkpoint:
+    """The newest checkpoint, whose bitmap records."""
+    return reader.checkpoints(disk.uuid)[-1]
+
+
+def epoch_chain(reader: Reader, disk: Disk) -> list[Checkpoint]:
+    """The checkpoints of the disk's present epoch, oldest first; never empty."""
+    return [checkpoint for checkpoint in reader.checkpoints(disk.uuid) if checkpoint.epoch == disk.epoch]
+
+
+def add_disk(
+    writer: Writer,
+    name: str,
+    image: str,
+    identity: ImageIdentity,
+    *,
+    granularity_bits: int,
+    durability: str,
+    policy: str,
+    time_ns: int,
+) -> Disk:
+    """Start tracking: the first checkpoint is made, and everything is dirty."""
+    refuse_taken_name(writer, schema.check_disk_name(name))
+    for other in writer.disks():
+        if other.image == image:
+            raise AlreadyExists(f"{image} is tracked already, as {other.name!r}", next_step="use that disk")
+    check_trackable(Geometry(identity.size, granularity_bits))
+    disk = Disk(
+        uuid=uuid4(), name=name, image=image, size=identity.size, granularity_bits=granularity_bits,
+        epoch=uuid4(), epoch_number=1, epoch_reason="tracking began here", durability=durability,
+        policy=policy, created_ns=time_ns, next_sequence=1, identity=identity,
+    )  # fmt: skip
+    return _begin_epoch(writer, disk, NEVER_BACKED_UP, time_ns)
+
+
+def check_trackable(geometry: Geometry) -> None:
+    """Refuse a disk whose bitmap would need more address space than a process can count on."""
+    if geometry.region_count > MAX_REGIONS:
+        raise InvalidArgument(
+            f"a disk of {geometry.size} bytes has too many blocks of {geometry.granularity} bytes",
+            next_step="choose a larger granularity",
+        )
+
+
+def refuse_taken_name(reader: Reader, name: str) -> None:
+    """Disks and stand-alone bitmaps share their names, so that one word says which is meant."""
+    if any(disk.name == name for disk in reader.disks()):
+        raise AlreadyExists(f"a disk is called {name!r} already", next_step="choose another name")
+    if any(bitmap.name == name for bitmap in reader.bitmaps()):
+        raise AlreadyExists(f"a bitmap is called {name!r} already", next_step="choose another name")
+
+
+def remove_disk(writer: Writer, disk: Disk) -> None:
+    """Forget the disk, its chain and its bitmaps. The image is not touched."""
+    for checkpoint in writer.checkpoints(disk.uuid):
+        _drop(writer, checkpoint)
+    writer.delete_disk(disk.uuid)
+
+
+def start_epoch(writer: Writer, disk: Disk, reason: str, time_ns: int) -> Disk:
+    """Tracking lost its thread: begin anew, everything dirty; answer the disk as it is now."""
+    disk = dataclasses.replace(
+        disk, epoch=uuid4(), epoch_number=disk.epoch_number + 1, epoch_reason=reason, resizing_from=None
+    )
+    return _begin_epoch(writer, disk, f"a new epoch began: {reason}", time_ns)
+
+
+def _begin_epoch(writer: Writer, disk: Disk, reason: str, time_ns: int) -> Disk:
+    name = f"epoch-{disk.epoch_number}"
+    if any(checkpoint.name == name for checkpoint in writer.checkpoints(disk.uuid)):
+        name = f"{name}-{disk.epoch.hex[:8]}"
+    disk, _ = _append(writer, disk, name, time_ns, all_dirty=reason)
+    return disk
+
+
+def add_checkpoint(writer: Writer, disk: Disk, name: str, time_ns: int) -> tuple[Disk, Checkpoint]:
+    """Close the recording period and open the next, all clean. The caller has drained the writes in flight.
+
+    Raises `AlreadyExists` for a name that the disk has, whatever its epoch.
+    """
+    schema.check_name(name, what="checkpoint")
+    if any(checkpoint.name == name for checkpoint in writer.checkpoints(disk.uuid)):
+        raise AlreadyExists(
+            f"disk {disk.name!r} has a checkpoint {name!r} already",
+            next_step="choose another name, or forget that one",
+        )
+    return _append(writer, disk, name, time_ns, all_dirty=None)
+
+
+def _append(
+    writer: Writer, disk: Disk, name: str, time_ns: int, *, all_dirty: str | None
+) -> tuple[Disk, Checkpoint]:
+    bitmap = Bitmap(writer.new_bitmap_id(), uuid4(), disk.size, disk.granularity_bits, all_dirty=all_dirty)
+    checkpoint = Checkpoint(disk.uuid, disk.next_sequence, name, uuid4(), time_ns, disk.epoch, bitmap.id)
+    disk = dataclasses.replace(disk, next_sequence=disk.next_sequence + 1)
+    writer.put_bitmap(bitmap)
+    writer.put_checkpoint(checkpoint)
+    writer.put_disk(disk)
+    return disk, checkpoint
+
+
+def forget(writer: Writer, disk: Disk, name: str) -> None:
+    """Delete a checkpoint; what it recorded goes to the one before it, if that is of the same epoch.
+
+    The newest checkpoint's bitmap records, so a caller who owns the disk persists its bits before, and
+    loads them again after. The only checkpoint of an epoch cannot go: something has to record.
+    """
+    checkpoint = find_checkpoint(writer, disk, name)
+    chain = [other for other in writer.checkpoints(disk.uuid) if other.epoch == checkpoint.epoch]
+    if checkpoint.epoch == disk.epoch and len(chain) == 1:
+        raise InvalidArgument(
+            f"checkpoint {name!r} is the only one that records disk {disk.name!r}",
+            next_step="make another checkpoint first",
+        )
+    position = chain.index(checkpoint)
+    if position > 0:
+        merge_into(writer, chain[position - 1].bitmap_id, checkpoint.bitmap_id)
+    _drop(writer, checkpoint)
+
+
+def note_superset(writer: Writer, disk: Disk, reason: str) -> None:
+    """From now on the recording bitmap may name clean blocks as dirty."""
+    bitmap = writer.bitmap(current_checkpoint(writer, disk).bitmap_id)
+    writer.put_bitmap(dataclasses.replace(bitmap, superset=bitmap.superset or reason))
+
+
+def _drop(writer: Writer, checkpoint: Checkpoint) -> None:
+    writer.delete_bitmap(checkpoint.bitmap_id)
+    writer.delete_checkpoint(checkpoint)
+
+
+def merge_into(writer: Writer, target_id: int, source_id: int) -> None:
+    """OR one bitmap into another of the same granularity; the source stays as it is."""
+    target, source = writer.bitmap(target_id), writer.bitmap(source_id)
+    for number, region in writer.regions(source_id):
+        mine = writer.region(target_id, number)
+        armed, merged = region.armed, bytearray(region.bits)
+        if mine is not None:
+            armed |= mine.armed
+            bits.or_into(merged, mine.bits)
+        writer.put_region(target_id, number, armed, bytes(merged))
+    writer.put_bitmap(
+        dataclasses.replace(
+            target,
+            all_dirty=target.all_dirty or source.all_dirty,
+            superset=target.superset or source.superset,
+        )
+    )
+
+
+def mark_outward(writer: Writer, bitmap: Bitmap, offset: int, length: int) -> None:
+    """Make every block that the byte range touches dirty, by hand. Durable with the transaction."""
+    blocks = bitmap.geometry.blocks_outward(offset, length)
+    for number in range(blocks.start // REGION_BLOCKS, ceil_div(blocks.stop, REGION_BLOCKS)):
+        region = writer.region(bitmap.id, number)
+        block_bits = bytearray(region.bits if region else schema.ALL_CLEAN_BITS)
+        base = number * REGION_BLOCKS
+        view = bits.bitmap_view(block_bits)
+        bits.set_range(view, max(blocks.start - base, 0), min(blocks.stop - base, REGION_BLOCKS))
+        writer.put_region(bitmap.id, number, region.armed if region else 0, bytes(block_bits))
+
+
+def resize(writer: Writer, disk: Disk, size: int) -> Disk:
+    """Give the disk another size: what is new is dirty, what is gone leaves every bitmap, for good.
+
+    New blocks are dirty in the closed periods of the epoch too: these may have lost bits there to an earlier cut.
+    """
+    resized = dataclasses.replace(disk, size=size)
+    for checkpoint in writer.checkpoints(disk.uuid):
+        if size < disk.size:
+            _truncate(writer, checkpoint.bitmap_id, resized.geometry)
+        bitmap = dataclasses.replace(writer.bitmap(checkpoint.bitmap_id), size=size)
+        writer.put_bitmap(bitmap)
+        if size > disk.size and checkpoint.epoch == disk.epoch:
+            mark_outward(writer, bitmap, disk.size, size - disk.size)
+    writer.put_disk(resized)
+    return resized
+
+
+def _truncate(writer: Writer, bitmap_id: int, geometry: Geometry) -> None:
+    """Drop the bits past the end; the block that the end cuts keeps its bit. Armed extents become exact bits."""
+    last, kept = divmod(geometry.block_count, REGION_BLOCKS)
+    region = writer.region(bitmap_id, last) if kept else None
+    writer.delete_regions(bitmap_id, last)
+    if region is not None:
+        block_bits = bytearray(bits.dirty_bits(region.armed, region.bits))
+        bits.truncate(block_bits, kept)
+        writer.put_region(bitmap_id, last, 0, bytes(block_bits))
+
+
+def begin_resize(writer: Writer, disk: Disk, size: int) -> Disk:
+    """Either size is right from now on; the image decides, and may refuse one that it cannot have.
+
+    What is about to be cut off is dirty first (law 1): a power cut may leave zeroes there, and the old size.
+    """
+    check_trackable(Geometry(size, disk.granularity_bits))
+    if size < disk.size:
+        recording = writer.bitmap(current_checkpoint(writer, disk).bitmap_id)
+        mark_outward(writer, recording, size, disk.size - size)
+    return dataclasses.replace(disk, resizing_from=size)
+
+
+def end_resize(writer: Writer, disk: Disk, size: int) -> Disk:
+    return dataclasses.replace(resize(writer, disk, size), resizing_from=None)
+
+
+def require_same_epoch(disk: Disk, checkpoint: Checkpoint) -> None:
+    """Raise `Untrusted` for a checkpoint of an older epoch: what changed since cannot be known."""
+    if checkpoint.epoch != disk.epoch:
+        raise Untrusted(
+            f"nothing is known since checkpoint {checkpoint.name!r} of disk {disk.name!r}: {disk.epoch_reason}",
+            next_step="make a full backup",
+        )

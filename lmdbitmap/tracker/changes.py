@@ -1,0 +1,332 @@
+"""What changed: the read side of a chain, streamed in slices, and how far it can be believed.
+
+A question is answered from the store alone, slice by slice. Each slice is one short read transaction that
+looks the chain up anew by the uuids of its ends: so a slow reader never pins an old view of the store, and
+a checkpoint in between that is merged away meanwhile changes nothing (its bits are in its neighbour). A
+recording bitmap only gains bits; what is written while we read may or may not be in the answer.
+
+Whoever asks about a disk that nobody owns gets continuity judged first, as an attach would judge it: an
+image that was written behind our back is never described as clean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from lmdbitmap import bits
+from lmdbitmap.bits import Run
+from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, NotFound, Untrusted
+from lmdbitmap.extents import Extent, Trust, with_zeroes
+from lmdbitmap.geometry import REGION_BLOCKS, REGION_BYTES, Geometry
+from lmdbitmap.images.image import is_far
+from lmdbitmap.interfaces import BlockDevice, ImageIdentity
+from lmdbitmap.storage import owner, schema
+from lmdbitmap.storage.schema import Checkpoint, Disk
+from lmdbitmap.store import Reader, Store
+from lmdbitmap.tracker import chain, continuity, session
+from lmdbitmap.tracker.continuity import Judge
+
+_SLICE_REGIONS = 1024
+_SLICE_BYTES = _SLICE_REGIONS * REGION_BYTES
+_SLICE_BLOCKS = _SLICE_REGIONS * REGION_BLOCKS
+
+
+class Standing(NamedTuple):
+    """How an answer can be believed, and why not better."""
+
+    trust: Trust
+    reason: str | None = None
+
+    def and_also(self, other: Standing) -> Standing:
+        return self if self.trust.worse(other.trust) is self.trust else other
+
+
+EXACT = Standing(Trust.EXACT)
+
+
+class Slice(NamedTuple):
+    """The dirt of `_SLICE_REGIONS` regions from `region` on; `loose` if armed or damaged ones are in it."""
+
+    region: int
+    dirty: bytearray
+    loose: bool
+
+
+class Summary(NamedTuple):
+    dirty_blocks: int
+    dirty_bytes: int
+    standing: Standing
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What changed on `disk` from `since` to `until`, or to now where that is None. Each call reads afresh."""
+
+    store: Store
+    disk: Disk
+    since: Checkpoint
+    until: Checkpoint | None
+    standing: Standing
+    """Without what only reading all records shows; see `standing_if`."""
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.disk.geometry
+
+    @property
+    def all_dirty(self) -> bool:
+        """Whether every block counts as dirty, whatever the records say: as when another epoch has begun."""
+        if self.standing.trust is Trust.UNTRUSTED:
+            return True
+        with self.store.read() as reader:
+            members = self._members(reader)
+            return any(member.epoch != self.since.epoch for member in members) or any(
+                reader.bitmap(member.bitmap_id).all_dirty for member in members
+            )
+
+    def slices(self, start: int = 0, stop: int | None = None) -> Iterator[Slice]:
+        """The parts of the bitmap in which something is dirty, ascending; bits past the end are clear.
+
+        Of regions [start, stop) only, if given. A slice is longer than they are: what it lacks of them is clean.
+        """
+        stop = self.geometry.region_count if stop is None else min(stop, self.geometry.region_count)
+        if self.all_dirty:
+            yield from self._full_slices(start, stop)
+            return
+        region = start
+        while (part := self._next_slice(region, stop)) is not None:
+            if part.region + _SLICE_REGIONS >= self.geometry.region_count:
+                bits.truncate(part.dirty, max(self.geometry.block_count - part.region * REGION_BLOCKS, 0))
+            yield part
+            region = part.region + _SLICE_REGIONS
+
+    def _full_slices(self, start: int, stop: int) -> Iterator[Slice]:
+        for region in range(start, stop, _SLICE_REGIONS):
+            dirty = bytearray(b"\xff") * _SLICE_BYTES
+            bits.truncate(dirty, self.geometry.block_count - region * REGION_BLOCKS)
+            yield Slice(region, dirty, loose=False)
+
+    def _next_slice(self, start: int, stop: int) -> Slice | None:
+        with self.store.read() as reader:
+            numbers = self._bitmap_ids(reader)
+            found = [reader.next_region(number, start) for number in numbers]
+            present = [region for region in found if region is not None and region < stop]
+            if not present:
+                return None
+            first = min(present)
+            aligned = max(start, first - first % _SLICE_REGIONS)  # to groups, which are read as a whole
+            part = Slice(aligned, bytearray(_SLICE_BYTES), loose=False)
+            loose = [_collect(reader, number, part, stop) for number in numbers]
+        return part._replace(loose=any(loose))
+
+    def _bitmap_ids(self, reader: Reader) -> list[int]:
+        """The bitmaps of the periods asked for, as the chain is now. None may be of a later epoch."""
+        members = self._members(reader)
+        if any(member.epoch != self.since.epoch for member in members):
+            raise Untrusted(
+                f"tracking of disk {self.disk.name!r} began again while its changes were read",
+                next_step="make a full backup",
+            )
+        return [member.bitmap_id for member in members]
+
+    def _members(self, reader: Reader) -> list[Checkpoint]:
+        """The checkpoints with which the periods asked for begin."""
+        chain_now = reader.checkpoints(self.disk.uuid)
+        by_uuid = {checkpoint.uuid: position for position, checkpoint in enumerate(chain_now)}
+        stop = None if self.until is None else by_uuid.get(self.until.uuid)
+        start = by_uuid.get(self.since.uuid)
+        if start is None or (self.until is not None and stop is None):
+            raise Untrusted(
+                f"a checkpoint of disk {self.disk.name!r} was forgotten while its changes were read",
+                next_step="ask again, from a checkpoint that is still there",
+            )
+        return chain_now[start:stop]
+
+    def runs(self, start: int = 0, stop: int | None = None) -> Iterator[Run]:
+        """The dirty blocks of [start, stop), or all, as runs, ascending and merged, in constant memory."""
+        stop = self.geometry.block_count if stop is None else stop
+        run_start = run_stop = start
+        for part in self.slices(start // REGION_BLOCKS, -(-stop // REGION_BLOCKS)):
+            base = part.region * REGION_BLOCKS
+            for first, last in bits.runs(part.dirty, max(start - base, 0), min(stop - base, _SLICE_BLOCKS)):
+                if base + first == run_stop:
+                    run_stop = base + last
+                    continue
+                if run_start < run_stop:
+                    yield run_start, run_stop
+                run_start, run_stop = base + first, base + last
+        if run_start < run_stop:
+            yield run_start, run_stop
+
+    def extents(self, device: BlockDevice | None = None) -> Iterator[Extent]:
+        """The dirty byte ranges, clipped to the disk; with the image, also which of them read as zeroes."""
+        dirty = self._dirty_extents()
+        return dirty if device is None else with_zeroes(dirty, _zeroes(device))
+
+    def _dirty_extents(self) -> Iterator[Extent]:
+        """Millions of them on a busy disk: as `Geometry.bytes_of`, without asking it each time."""
+        shift, size = self.geometry.granularity_bits, self.geometry.size
+        for start, stop in self.runs():
+            offset = start << shift
+            yield Extent(offset, min(stop << shift, size) - offset, True, False)
+
+    @cached_property
+    def summary(self) -> Summary:
+        """How much is dirty, and how far that can be believed now that every record was read."""
+        blocks, loose, tail_dirty = 0, False, False
+        last = self.geometry.block_count - 1
+        for part in self.slices():
+            blocks += bits.count_ones(part.dirty)
+            loose = loose or part.loose
+            position = last - part.region * REGION_BLOCKS
+            if 0 <= position < 8 * _SLICE_BYTES:
+                tail_dirty = bool(bits.bitmap_view(part.dirty)[position])
+        return Summary(
+            blocks, self.geometry.bytes_in(blocks, with_last=tail_dirty), self.standing_if(loose=loose)
+        )
+
+    def standing_if(self, *, loose: bool) -> Standing:
+        """How far the slices can be believed now that all were read, and one of them was loose or none was."""
+        active = Standing(Trust.SUPERSET, "some of it was being written, or its record is damaged")
+        return self.standing.and_also(active) if loose else self.standing
+
+
+def changes_since(store: Store, name: str, since: Checkpoint, until: str) -> Changes:
+    """As `changes`, from that very checkpoint on: what changed before another of its name would be missing."""
+    answer = changes(store, name, since=since.name, until=until)
+    if answer.since.uuid != since.uuid:
+        raise Busy(
+            f"checkpoint {since.name!r} of disk {name!r} was forgotten just now, and another has its name",
+            next_step="try again",
+        )
+    return answer
+
+
+def changes(
+    store: Store, name: str, *, since: str | None = None, until: str | None = None, persisted: bool = False
+) -> Changes:
+    """What changed on the disk called `name` from checkpoint `since` (the newest, if not given) to `until`.
+
+    Bits that only an owner's memory holds are not seen: `Filter.changes` writes them before it asks, and of
+    a disk that another process owns that process can be told to, which `persisted` says was done. Without
+    it the answer is a superset (write-ahead), or untrusted (deferred).
+
+    Raises `NotFound` for a disk or checkpoint that is not there, `InvalidArgument` if `until` is not after
+    `since`, `Untrusted` for a checkpoint of an older epoch.
+    """
+    while True:
+        answer = _ask(store, name, since, until, persisted)
+        with store.read() as reader:
+            now = chain.find_disk(reader, name)
+        if (now.epoch, now.session) == (answer.disk.epoch, answer.disk.session):
+            return answer  # else somebody attached or detached while we judged
+
+
+def _ask(store: Store, name: str, since: str | None, until: str | None, persisted: bool) -> Changes:
+    with store.read() as reader:
+        disk = chain.find_disk(reader, name)
+        first = (
+            chain.current_checkpoint(reader, disk)
+            if since is None
+            else chain.find_checkpoint(reader, disk, since)
+        )
+        last = None if until is None else chain.find_checkpoint(reader, disk, until)
+        chain.require_same_epoch(disk, first)
+    if last is not None and last.sequence <= first.sequence:
+        raise InvalidArgument(
+            f"checkpoint {last.name!r} is not after {first.name!r}", next_step="swap --since and --until"
+        )
+    whole = Changes(store, disk, first, last, EXACT)
+    standing = _bitmaps_standing(whole).and_also(
+        EXACT if last else open_period_standing(store, disk, persisted)
+    )
+    return Changes(store, disk, first, last, standing)
+
+
+def _bitmaps_standing(asked: Changes) -> Standing:
+    with asked.store.read() as reader:
+        bitmaps = [reader.bitmap(number) for number in asked._bitmap_ids(reader)]
+    for bitmap in bitmaps:
+        if bitmap.all_dirty or bitmap.superset:
+            return Standing(Trust.SUPERSET, bitmap.all_dirty or bitmap.superset)
+    return EXACT
+
+
+def unknown_error(asked: Changes) -> Untrusted:
+    """What is raised where it has to be known what changed. No backup is advised of an image that is not there."""
+    step = "make a full backup"
+    try:
+        session.look_at(asked.store, asked.disk)
+    except NotFound as gone:
+        step = gone.next_step
+    except LmdbitmapError:  # the reason tells of it
+        pass
+    return Untrusted(
+        f"what changed on disk {asked.disk.name!r} is not known: {asked.standing.reason}", next_step=step
+    )
+
+
+def open_period_standing(store: Store, disk: Disk, persisted: bool = False) -> Standing:
+    """Whether what the store knows of the recording period holds for the image as it is now.
+
+    An owner who persisted has vouched for the image. A lock that somebody holds has not.
+    """
+    path = store.owner_path(disk.uuid)
+    distrust = owner.distrust(path)
+    if distrust is not None:
+        return Standing(Trust.UNTRUSTED, distrust.reason)
+    is_owned = owner.is_owned(path)
+    if is_owned and persisted:
+        return EXACT
+    if is_owned and disk.durability == schema.DEFERRED and disk.session is not None:
+        return Standing(
+            Trust.UNTRUSTED, "it is attached in deferred mode: its owner's memory knows what is dirty"
+        )
+    return _judged_standing(store, disk, continuity.judge_held if is_owned else continuity.judge)
+
+
+def _judged_standing(store: Store, disk: Disk, judge: Judge) -> Standing:
+    """The sign of life is read before the image is looked at: a living owner goes on with both meanwhile.
+
+    A block device is not flushed before: that might take the news of an error from its next owner. Whoever wrote
+    it and has closed it had it flushed by the kernel.
+    """
+    beat = owner.last_beat(store.owner_path(disk.uuid))
+    try:
+        image = _identity(store, disk, judge)
+    except LmdbitmapError as error:
+        return Standing(Trust.UNTRUSTED, f"its image cannot be looked at ({error.problem})")
+    verdict = judge(disk, image, beat, session.present(store))
+    if verdict.broken is not None:
+        return Standing(Trust.UNTRUSTED, verdict.broken)
+    return Standing(Trust.SUPERSET, verdict.superset) if verdict.superset else EXACT
+
+
+def _identity(store: Store, disk: Disk, judge: Judge) -> ImageIdentity:
+    """What the image is now. One that a server exports to its owner is not looked at: the owner judged it when his
+    session began, it says nothing new since then, and not every server takes a second client."""
+    if is_far(disk.image) and judge is continuity.judge_held and disk.session and disk.identity:
+        return disk.identity
+    return session.look_at(store, disk)
+
+
+def _collect(reader: Reader, bitmap_id: int, part: Slice, stop: int) -> bool:
+    """OR a bitmap's records of regions before `stop` into the slice; answers whether one is armed or damaged."""
+    loose = False
+    for region, record in reader.regions(bitmap_id, part.region, min(part.region + _SLICE_REGIONS, stop)):
+        known = bits.dirty_bits(record.armed, record.bits)
+        bits.or_into(part.dirty, known, (region - part.region) * REGION_BYTES)
+        loose = loose or record.armed != 0 or record.damaged
+    return loose
+
+
+def _zeroes(device: BlockDevice) -> Iterator[tuple[int, int]]:
+    """The ranges of (offset, length) of an image that are known to read as zeroes."""
+    offset = 0
+    for allocation in device.allocation(0, device.size):
+        if allocation.zero:
+            yield offset, allocation.length
+        offset += allocation.length

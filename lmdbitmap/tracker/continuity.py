@@ -1,0 +1,248 @@
+"""Proof of continuity: may the bitmap of a disk still be believed, given what its image looks like now?
+
+An image that was written behind our back has changed blocks that no bitmap names. So whoever attaches a
+disk, and whoever only asks what changed, compares the image with what its last rightful owner saw:
+
+- after a clean detach: the identity recorded then must be the identity now, mtime included;
+- after a crash: the image may have been written until the owner's last moment, and not later. The owner's
+  last sign of life is at most `_BEAT_GRACE_NS` older than that moment. So the image's mtime is the one that
+  the sign of life names, or lies between the sign of life and the end of that grace;
+- after a crash of the whole machine the image's and the owner file's last seconds may be missing from the
+  disk, each for itself: `_POWER_CUT_GRACE_NS` covers it, and nothing may be newer than this boot;
+- while somebody holds the disk, his signs of life vouch for the image in the same way. His lock alone vouches
+  for nothing: he may be about to attach or to adopt, and not have looked at the image yet.
+
+A block device has no mtime; what there is instead is said in kernel.py, and counts within one boot only:
+
+- it must be the same device still, by number, size, label and, within a boot, by `diskseq`;
+- after a clean detach, in the same boot: as many sectors were written as then;
+- after a crash, in the same boot: as many as at the last sign of life. More may be the owner's own, which were
+  still in memory when it died. That is believed for `_RESTART_GRACE_NS`, for an owner that is started again
+  at once, and no longer: nobody can tell then whose they were;
+- in another boot: none were written in this one. Nothing is known of the time between the owner's last moment
+  and the boot's end. And as nothing of the image would show that the store is a copy of some earlier day,
+  the store must be the very file that the last sign of life names.
+
+A sign of life also names the store's newest transaction. A store that has not come so far was put back from a copy,
+and lacks what was recorded since, so that it can say nothing after a crash. (After a clean detach the image
+itself shows whether anything happened since the copy.)
+
+ctime is not looked at, not even beside an unchanged mtime: a chown (libvirt does two for each run of a guest), a
+rename or a new label change it as setting the mtime back does. Whoever sets the mtime back to the nanosecond
+deceives us; see docs/store.md.
+
+Whatever cannot be compared counts as broken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+from lmdbitmap.interfaces import DeviceTrace, ImageIdentity, StoreMark
+from lmdbitmap.storage.owner import Beat
+from lmdbitmap.storage.schema import DEFERRED, Disk
+
+_SECTOR_BYTES = 512
+_SECOND_NS = 1_000_000_000
+_BEAT_GRACE_NS = 2 * _SECOND_NS
+_MTIME_STEP_NS = 2 * _SECOND_NS
+"""By so much an mtime may lie before the write that set it: the longest step of any file system's clock."""
+_POWER_CUT_GRACE_NS = 60 * _SECOND_NS
+_RESTART_GRACE_NS = 60 * _SECOND_NS
+
+OWNER_DIED = "its owner died: whatever was being written then counts as dirty"
+_NO_BEAT = "it was not closed cleanly, and its owner's last sign of life cannot be read"
+_UNCOUNTED = (
+    "the kernel does not tell, or did not tell before, whether this block device was written"
+    " (Linux 5.15 or newer does, where the device's queue/iostats in /sys is 1)"
+)
+_MADE_ANEW = "the block device was taken away and made anew, so that nobody knows what is behind it now"
+
+
+class Moment(NamedTuple):
+    """What is compared with: the boot and when it began, the time (Unix nanoseconds), and the store as it is."""
+
+    boot_id: str
+    boot_time_ns: int
+    time_ns: int
+    store: StoreMark
+
+
+class Verdict(NamedTuple):
+    """`broken` says why the bitmap cannot be believed; `superset` why it may over-report; else it is exact."""
+
+    broken: str | None = None
+    superset: str | None = None
+
+
+Judge: TypeAlias = Callable[[Disk, ImageIdentity, "Beat | None", Moment], Verdict]
+
+
+def judge(disk: Disk, image: ImageIdentity, beat: Beat | None, now: Moment) -> Verdict:
+    """Whether tracking of `disk`, which nobody holds, continued without a gap until now."""
+    if disk.session is None:
+        return Verdict(broken=_gap_since_detach(disk, image, beat, now))
+    if disk.durability == DEFERRED:
+        return Verdict(
+            broken="it was not closed cleanly, and in deferred mode the bits are written at a clean close only"
+        )
+    gap = _gap_since_sign_of_life(disk, image, beat, now)
+    if gap is not None:
+        return Verdict(broken=gap)
+    return Verdict(superset=OWNER_DIED)
+
+
+def judge_held(disk: Disk, image: ImageIdentity, beat: Beat | None, now: Moment) -> Verdict:
+    """The same for a disk that somebody holds at this moment."""
+    if disk.session is None:
+        return Verdict(broken=_gap_since_detach(disk, image, beat, now))
+    return Verdict(broken=_gap_since_sign_of_life(disk, image, beat, now))
+
+
+def _gap_since_detach(disk: Disk, image: ImageIdentity, beat: Beat | None, now: Moment) -> str | None:
+    before = disk.identity
+    if before is None:
+        return _never_seen(disk)
+    if not is_same_file(before, image):
+        return _other_file(image)
+    if image.size != before.size:
+        return f"the image's size went from {before.size} to {image.size} bytes while nobody tracked it"
+    if image.is_block_device:
+        return _exchange(before, image) or _device_gap_since_detach(before, image, beat, now)
+    if image.mtime_ns > before.mtime_ns:
+        return "the image was written while nobody tracked it"
+    if image.mtime_ns < before.mtime_ns:
+        return (
+            "the image was written while nobody tracked it, and its time of change went back,"
+            " as if an older copy was put back or the clock was changed"
+        )
+    return None
+
+
+def _gap_since_sign_of_life(disk: Disk, image: ImageIdentity, beat: Beat | None, now: Moment) -> str | None:
+    begun = disk.identity
+    if begun is None:
+        return _never_seen(disk)
+    if not is_same_file(begun, image):
+        return _other_file(image)
+    if image.size not in (disk.size, disk.resizing_from):
+        return f"the image has {image.size} bytes, and {disk.size} were tracked"
+    if beat is not None and now.store.transaction < beat.store.transaction:
+        return "the store was put back from a copy that is older than its owner's last sign of life"
+    if image.is_block_device:
+        return _exchange(begun, image) or _device_gap_since_sign_of_life(begun, image, beat, now)
+    if 0 != image.mtime_ns == begun.mtime_ns and (beat is None or beat.mtime_ns <= begun.mtime_ns):
+        return None  # nobody wrote since the session began: its owner may not have come to his first beat
+    if beat is None:
+        return _NO_BEAT
+    if not _within_last_moment(image, beat, now):
+        return "the image was written, or replaced by an older one, after its owner's last sign of life"
+    return None
+
+
+def is_same_file(before: ImageIdentity, image: ImageIdentity) -> bool:
+    """Whether it has the number that it had, whatever was written to it."""
+    return (image.device, image.inode) == (before.device, before.inode)
+
+
+def _never_seen(disk: Disk) -> str:
+    """Nobody had the image since its epoch began: what made that begin goes on."""
+    is_first = disk.epoch_number == 1
+    return "it was never detached cleanly, nor seen when it was added" if is_first else disk.epoch_reason
+
+
+def _other_file(image: ImageIdentity) -> str:
+    if image.is_block_device:
+        return "the image is another block device than the one that was tracked"
+    return "the image is another file than the one that was tracked: replaced, restored or moved here"
+
+
+def _within_last_moment(image: ImageIdentity, beat: Beat, now: Moment) -> bool:
+    """Nobody wrote after the sign of life, or only so soon after it that it was the owner."""
+    earliest_write = max(beat.mtime_ns, beat.time_ns - _MTIME_STEP_NS)
+    if beat.boot_id == now.boot_id:
+        is_unwritten = image.mtime_ns == beat.mtime_ns
+        latest_write = beat.time_ns + _BEAT_GRACE_NS
+    else:
+        is_unwritten = 0 <= beat.mtime_ns - image.mtime_ns <= _POWER_CUT_GRACE_NS
+        latest_write = beat.time_ns + _POWER_CUT_GRACE_NS
+        if image.mtime_ns > now.boot_time_ns:
+            return False
+    return is_unwritten or earliest_write <= image.mtime_ns <= latest_write
+
+
+# --- block devices ---
+
+
+def _exchange(before: ImageIdentity, image: ImageIdentity) -> str | None:
+    """Why it is not the block device that it was, or what is behind it not the same."""
+    if before.trace is None or image.trace is None:
+        return _UNCOUNTED
+    if image.trace.label != before.trace.label:
+        return f"the block device is {_named(image.trace)} now, and {_named(before.trace)} was tracked under its number"
+    if _same_boot(before, image) and (
+        image.trace.disk_sequence != before.trace.disk_sequence or _sectors(image) < _sectors(before)
+    ):
+        return _MADE_ANEW
+    return None
+
+
+def _device_gap_since_detach(
+    before: ImageIdentity, image: ImageIdentity, beat: Beat | None, now: Moment
+) -> str | None:
+    if not _same_boot(before, image):
+        return _gap_since_boot(image, beat, now)
+    written = _sectors(image) - _sectors(before)
+    return f"{_amount(written)} of the block device were written while nobody tracked it" if written else None
+
+
+def _device_gap_since_sign_of_life(
+    begun: ImageIdentity, image: ImageIdentity, beat: Beat | None, now: Moment
+) -> str | None:
+    if not _same_boot(begun, image):
+        return _gap_since_boot(image, beat, now)
+    if _sectors(image) == _sectors(begun):
+        return None
+    if beat is None or beat.boot_id != now.boot_id:
+        return _NO_BEAT
+    written, elapsed_ns = _sectors(image) - beat.sectors_written, now.time_ns - beat.time_ns
+    if written < 0:
+        return _MADE_ANEW
+    if written == 0 or 0 <= elapsed_ns <= _RESTART_GRACE_NS:
+        return None
+    return (
+        f"{_amount(written)} of the block device were written since its owner's last sign of life,"
+        f" {elapsed_ns // _SECOND_NS} s ago, and nobody can tell by whom"
+    )
+
+
+def _gap_since_boot(image: ImageIdentity, beat: Beat | None, now: Moment) -> str | None:
+    if _sectors(image):
+        return (
+            f"{_amount(_sectors(image))} of the block device were written since this machine was started,"
+            " and nobody tracked it"
+        )
+    if beat is None:
+        return _NO_BEAT
+    if now.store.inode != beat.store.inode or now.store.transaction < beat.store.transaction:
+        return "the store was put back from a copy, or moved, and nothing shows what it lacks"
+    return None
+
+
+def _same_boot(before: ImageIdentity, image: ImageIdentity) -> bool:
+    return (
+        before.trace is not None and image.trace is not None and before.trace.boot_id == image.trace.boot_id
+    )
+
+
+def _sectors(image: ImageIdentity) -> int:
+    return image.last_change[1]
+
+
+def _amount(sectors: int) -> str:
+    return f"{sectors * _SECTOR_BYTES} bytes"
+
+
+def _named(trace: DeviceTrace) -> str:
+    return repr(trace.label) if trace.label else "one without a name"

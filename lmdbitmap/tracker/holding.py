@@ -1,0 +1,35 @@
+"""The snapshots that a disk holds in one period, and the writes that concern none of them any more.
+
+What a lane looks at instead of the period's `settled` map while there are any is the map `let_through`: a bit for each
+block that is durably dirty, *and* of which every snapshot has kept what it wants. A bit is set after both, and stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from lmdbitmap import bits
+from lmdbitmap.bits import Run
+from lmdbitmap.geometry import REGION_BYTES, Geometry
+from lmdbitmap.tracker.snapshot import Snapshot
+
+
+class Holding:
+    """The snapshots that a disk of `geometry` holds in one period. `keep` and `let` may be called from any thread."""
+
+    def __init__(self, snapshots: Sequence[Snapshot], geometry: Geometry) -> None:
+        self.snapshots = tuple(snapshots)
+        self._geometry = geometry
+        self.let_through = bits.bitmap_view(bits.anonymous_memory(geometry.region_count * REGION_BYTES))
+
+    def keep(self, runs: Iterable[Run]) -> None:
+        """Return when runs of blocks may change, as far as snapshots are concerned. Never raises."""
+        for start, stop in runs:
+            offset, length = self._geometry.bytes_of(start, stop)
+            for snapshot in self.snapshots:
+                snapshot.keep(offset, length)
+
+    def let(self, runs: Iterable[Run]) -> None:
+        """Let writes to these runs through from now on: they are durably dirty (law 1), and their old data is kept."""
+        for start, stop in runs:
+            bits.set_range(self.let_through, start, stop)

@@ -1,0 +1,407 @@
+"""The open period of one disk in memory: what is dirty, what is durably so, and what is armed.
+
+`settled` has one bit per block: 1 means "dirty, and durably so". A write to settled blocks needs nothing
+else. Everything below is about the first write to a block, and keeps these invariants:
+
+1. A bit of `settled` is set only after the store would report its block dirty even if we died at once:
+   its exact bit, or the armed bit of its extent, is in a transaction that is durable (law 1).
+2. `settled` holds every exact bit of each *loaded* region. A region is loaded from the store when a write
+   first needs it, so attaching a disk of any size costs nothing.
+3. An extent is in `_armed` only while its armed bit is durable. Taking it out (a quiet extent, a victim of
+   the limit) happens together with reading the exact bits that the next record will carry, under `_state`;
+   so a bit that was set in memory because the extent was armed is in that record, and a later write to the
+   extent waits for a commit of its own.
+4. Commits happen one at a time, under `_commit`, in the order in which they read the exact bits.
+
+`_state` is never held while waiting for the disk or for `_commit`. Requests that wait for a commit queue up,
+and whoever gets `_commit` next makes all of them durable in one transaction (group commit). A request leaves
+the queue when its outcome is known and not before: a thread that is interrupted takes no other's with it.
+
+In deferred mode nothing is armed and nothing is committed before `persist`: bits are set in memory, and
+the disk's clean flag says after a crash that they are lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple, TypeAlias
+
+from lmdbitmap import bits
+from lmdbitmap.bits import Run
+from lmdbitmap.errors import LmdbitmapError
+from lmdbitmap.geometry import EXTENT_BLOCKS, REGION_BLOCKS, REGION_BYTES, REGION_EXTENTS
+from lmdbitmap.storage import schema
+from lmdbitmap.storage.schema import Bitmap
+from lmdbitmap.store import Reader, Store, Writer
+from lmdbitmap.tracker.armed import ArmedExtents
+
+DEFAULT_MAX_ARMED = 1024
+_ARM_AHEAD_EXTENTS = 8
+_ALL_EXTENTS = (1 << REGION_EXTENTS) - 1
+
+
+Piece: TypeAlias = tuple[int, int, int]
+"""(region, start, stop): blocks [start, stop) of one region, counted from the region's first."""
+
+
+class _Ticket:
+    """Pieces that wait for a commit, and how it went."""
+
+    __slots__ = ("done", "error", "pieces")
+
+    def __init__(self, pieces: list[Piece]) -> None:
+        self.pieces = pieces
+        self.done = False
+        self.error: LmdbitmapError | None = None
+
+
+class _Plan(NamedTuple):
+    """One commit: the records to write, and what is settled and armed once they are durable."""
+
+    records: dict[int, tuple[int, bytes]]
+    pieces: list[Piece]
+    arming: Mapping[int, int]
+
+
+class Period:
+    """Tracks the period that records into `bitmap`. All methods may be called from any thread."""
+
+    def __init__(
+        self, store: Store, bitmap: Bitmap, *, write_ahead: bool = True, max_armed: int = DEFAULT_MAX_ARMED
+    ) -> None:
+        self.bitmap_id = bitmap.id
+        self.block_count = bitmap.geometry.block_count
+        self._region_count = bitmap.geometry.region_count
+        self._store = store
+        self._all_dirty = bitmap.all_dirty is not None
+        self._write_ahead = write_ahead
+        self._memory = bits.anonymous_memory(self._region_count * REGION_BYTES)
+        self.settled = bits.bitmap_view(self._memory)
+        self._loaded = bits.anonymous_memory(self._region_count)
+        self._state = threading.Lock()
+        self._commit = threading.Lock()
+        self._queue: list[_Ticket] = []
+        self._armed = ArmedExtents(max_armed, self.settled)
+        self._behind: set[int] = set()
+        """Regions whose record lacks bits (deferred mode) or arms too much (a commit failed or was interrupted)."""
+
+    # -- marking ---------------------------------------------------------------------------------------
+
+    def make_durable(self, runs: Iterable[Run]) -> None:
+        """Return when every block of `runs` is settled: dirty, and durably so (law 1).
+
+        Raises what the store raises; then the blocks are not settled and their data must not be written.
+        """
+        with self._state:
+            waiting = [piece for run in runs for piece in _pieces(*run) if not self._settle_in_memory(piece)]
+            if not waiting:
+                return
+            ticket = _Ticket(waiting)
+            self._queue.append(ticket)
+        self._wait_for_commit(ticket)
+
+    def add_dirt(self, dirt: Iterable[tuple[int, bytes]]) -> None:
+        """As `make_durable`, for many blocks at once: regions, each with its dirty bits. Arms nothing."""
+        if self._all_dirty:
+            return
+        with self._commit:
+            with self._state:
+                records = {region: self._record_with(region, dirty) for region, dirty in dirt}
+            error = self._write(records)
+            if error is not None:
+                raise error
+            with self._state:
+                for region, (_, exact) in records.items():
+                    bits.or_into(self._memory, exact, region * REGION_BYTES)
+
+    def _record_with(self, region: int, dirty: bytes) -> tuple[int, bytes]:
+        exact = self._known(region)
+        bits.or_into(exact, dirty)
+        return self._armed.mask(region), bytes(exact)
+
+    def _settle_in_memory(self, piece: Piece) -> bool:
+        """Settle a piece that needs no commit: dirty already, or armed, or deferred. Caller holds `_state`."""
+        region, start, stop = piece
+        if not self._loaded[region]:
+            self._load(region)
+        base = region * REGION_BLOCKS
+        if self.settled.find(0, base + start, base + stop) < 0:
+            return True
+        if not self._write_ahead:
+            self._behind.add(region)
+        elif _extent_mask(start, stop) & ~self._armed.mask(region):
+            return False
+        else:
+            self._armed.touch(region, range(start // EXTENT_BLOCKS, (stop - 1) // EXTENT_BLOCKS + 1))
+        bits.set_range(self.settled, base + start, base + stop)
+        return True
+
+    def _load(self, region: int, reader: Reader | None = None) -> None:
+        """Bring a region's dirt from the store, as it is now or as `reader` sees it."""
+        if self._all_dirty:
+            known = schema.ALL_DIRTY_BITS
+        elif reader is not None:
+            known = self._stored(reader, region)
+        else:
+            with self._store.read() as reader:
+                known = self._stored(reader, region)
+        bits.or_into(self._memory, known, region * REGION_BYTES)
+        if region == self._region_count - 1:
+            bits.truncate(self._memory, self.block_count)
+        self._loaded[region] = 1
+
+    # -- committing ------------------------------------------------------------------------------------
+
+    def _wait_for_commit(self, ticket: _Ticket) -> None:
+        with self._commit:
+            while not ticket.done:
+                self._commit_queue()
+        if ticket.error is not None:
+            raise ticket.error
+
+    def _commit_queue(self) -> None:
+        """Make everything that waits durable in one transaction. Caller holds `_commit`."""
+        with self._state:
+            tickets = self._queue[:]
+            plan = self._plan_for([piece for ticket in tickets for piece in ticket.pieces])
+        error = self._write(plan.records)
+        with self._state:
+            if error is None:
+                self._settle(plan)
+            for ticket in tickets:
+                ticket.error = error
+                ticket.done = True
+            del self._queue[: len(tickets)]
+
+    def _write(self, records: Mapping[int, tuple[int, bytes]]) -> LmdbitmapError | None:
+        """Make the records durable; until they are, their regions are behind, however this ends."""
+
+        def put(writer: Writer) -> None:
+            for region in sorted(records):
+                writer.put_region(self.bitmap_id, region, *records[region])
+
+        if not records:
+            return None
+        with self._state:
+            self._behind.update(records)
+        try:
+            self._store.update(put)
+        except LmdbitmapError as error:
+            return error
+        with self._state:
+            self._behind -= {region for region in records if not self._lacks_bits(region, records[region][1])}
+        return None
+
+    def _lacks_bits(self, region: int, exact: bytes) -> bool:
+        """Whether a record written just now lacks bits that no armed extent stands for. Caller holds `_state`."""
+        return not self._write_ahead and exact != self._known(region)
+
+    def _plan_for(self, pieces: list[Piece]) -> _Plan:
+        """Which records to write so that `pieces` become durable. Caller holds `_commit` and `_state`.
+
+        A record carries the pieces' exact bits too, so only extents that a piece covers in part are armed:
+        more writes are likely there. Where blocks are written one after another, the next extents are armed
+        as well.
+        """
+        exact: dict[int, bytearray] = {}
+        arming: dict[int, int] = {}
+        for region, start, stop in pieces:
+            record = exact.get(region)
+            if record is None:
+                record = exact[region] = self._known(region)
+            if stop - start == 1:
+                record[start >> 3] |= 1 << (start & 7)
+            else:
+                bits.set_range(bits.bitmap_view(record), start, stop)
+            mask = _edge_mask(start, stop)
+            if self._continues(region, start, stop):
+                mask |= _ahead_mask(stop)
+            arming[region] = arming.get(region, 0) | mask
+        self._limit_armed(exact, arming)
+        records = {
+            region: (self._armed.mask(region) | arming.get(region, 0), bytes(record))
+            for region, record in exact.items()
+        }
+        return _Plan(records, pieces, arming)
+
+    def _known(self, region: int) -> bytearray:
+        """A copy of the region's exact bits, loading them if need be. Caller holds `_state`."""
+        if not self._loaded[region]:
+            self._load(region)
+        base = region * REGION_BYTES
+        return bytearray(self._memory[base : base + REGION_BYTES])
+
+    def _continues(self, region: int, start: int, stop: int) -> bool:
+        """Whether a write that enters an extent at its start goes on where earlier ones stopped."""
+        enters = start % EXTENT_BLOCKS == 0 or start // EXTENT_BLOCKS < (stop - 1) // EXTENT_BLOCKS
+        block = region * REGION_BLOCKS + start
+        return enters and block > 0 and bool(self.settled[block - 1])
+
+    def _limit_armed(self, exact: dict[int, bytearray], arming: dict[int, int]) -> None:
+        """Disarm enough that `arming` fits the limit: first where a record is written anyway, then the quietest.
+
+        What does not fit even so is not armed: its blocks are in the records one by one.
+        """
+        excess = len(self._armed) + sum(mask.bit_count() for mask in arming.values()) - self._armed.most
+        for region in list(arming):
+            if excess <= 0:
+                return
+            old = self._armed.mask(region) & ~arming[region]
+            self._armed.disarm(region, old)
+            excess -= old.bit_count()
+        while excess > 0 and (victim := self._armed.longest_quiet()) is not None:
+            region, extent = victim
+            if region not in exact:
+                exact[region] = self._known(region)
+            self._armed.disarm(region, 1 << extent)
+            excess -= 1
+        while excess > 0:
+            _, mask = arming.popitem()
+            excess -= mask.bit_count()
+
+    def _settle(self, plan: _Plan) -> None:
+        """The plan is durable: take it into memory. Caller holds `_commit` and `_state`."""
+        settled = self.settled
+        for region, start, stop in plan.pieces:
+            base = region * REGION_BLOCKS
+            settled[base + start : base + stop] = 1
+        for region, mask in plan.arming.items():
+            self._armed.arm(region, mask)
+
+    # -- the background pass, checkpoint, detach ---------------------------------------------------------
+
+    @property
+    def armed_count(self) -> int:
+        return len(self._armed)
+
+    def disarm_quiet(self, limit: int, *, passes: int = 1) -> int:
+        """Persist the exact bits of extents without new dirt in the last `passes` passes, and disarm them.
+
+        At most `limit` extents; answers how many. Where more than half of what may be armed is, one pass will do.
+        Raises what the store raises; then the extents stay armed on disk, which is the safe direction.
+        """
+        with self._commit:
+            with self._state:
+                before = len(self._armed)
+                records = self._take_quiet(limit, passes)
+                disarmed = before - len(self._armed)
+                self._armed.end_pass()
+            error = self._write(records)
+        if error is not None:
+            raise error
+        return disarmed
+
+    def _take_quiet(self, limit: int, passes: int) -> dict[int, tuple[int, bytes]]:
+        regions: set[int] = set()
+        while limit > 0 and (quiet := self._armed.longest_quiet(passes)) is not None:
+            region, extent = quiet
+            self._armed.disarm(region, 1 << extent)
+            regions.add(region)
+            limit -= 1
+        return {region: (self._armed.mask(region), bytes(self._known(region))) for region in regions}
+
+    def persist(self) -> None:
+        """Write all that only memory knows and disarm everything: the store is exact when this returns.
+
+        Writers may go on meanwhile; what they dirty then arms anew.
+        """
+        with self._commit:
+            with self._state:
+                records = self._take_all()
+            error = self._write(records)
+            if error is not None:
+                raise error
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """No commit of this period, not even a background pass, runs in the block."""
+        with self._commit:
+            yield
+
+    def put_exact(self, writer: Writer, dirty: Iterable[Run] = ()) -> None:
+        """As `persist`, inside a transaction of the caller's, who has drained all writers and holds the period.
+
+        The blocks of `dirty` are dirty in it too. Changes nothing in memory: the caller ends the period once the
+        transaction is durable.
+        """
+        added: dict[int, list[Run]] = {}
+        for region, start, stop in (piece for run in dirty for piece in _pieces(*run) if not self._all_dirty):
+            added.setdefault(region, []).append((start, stop))
+        for region in sorted(self._behind | self._armed.regions | added.keys()):
+            exact = self._known(region) if self._loaded[region] else bytearray(self._stored(writer, region))
+            for run in added.get(region, ()):
+                bits.set_range(bits.bitmap_view(exact), *run)
+            writer.put_region(self.bitmap_id, region, 0, bytes(exact))
+
+    def _stored(self, reader: Reader, region: int) -> bytes:
+        """The region's dirt as the store has it. Extents that a dead owner left armed are all dirty."""
+        record = reader.region(self.bitmap_id, region)
+        return schema.ALL_CLEAN_BITS if record is None else bits.dirty_bits(record.armed, record.bits)
+
+    def end(self) -> None:
+        """Another period goes on from here: nothing of this one is left to write. Called inside `held`."""
+        with self._state:
+            self._armed.forget_all()
+            self._behind.clear()
+
+    def likely_extents(self) -> dict[int, int]:
+        """Masks by region of where dirt is likely next, likeliest last."""
+        with self._state:
+            return self._armed.likely()
+
+    def begin(self, writer: Writer, armed: Mapping[int, int], dirty: Iterable[Run] = ()) -> None:
+        """Have extents armed, by region, and blocks dirty from the start, beside what is dirty already.
+
+        Inside the transaction that makes the bitmap, or changes it; without it there is no period either. Where all is
+        dirty there is nothing to arm.
+        """
+        if self._all_dirty:
+            return
+        regions = set(armed)
+        for region, start, stop in (piece for run in dirty for piece in _pieces(*run)):
+            base = region * REGION_BLOCKS
+            bits.set_range(self.settled, base + start, base + stop)
+            regions.add(region)
+        with self._state:
+            for region in sorted(regions):
+                self._load(region, writer)  # first: afterwards what a dead owner left armed looks like ours
+                writer.put_region(self.bitmap_id, region, armed.get(region, 0), bytes(self._known(region)))
+            self._settle(_Plan({}, [], armed))
+
+    def _take_all(self) -> dict[int, tuple[int, bytes]]:
+        """Disarm everything; what is behind stays so until `_write` has written it. Caller holds `_state`."""
+        regions = self._behind | self._armed.regions
+        self._armed.disarm_all()
+        return {region: (0, bytes(self._known(region))) for region in regions}
+
+
+def _pieces(start: int, stop: int) -> Iterator[Piece]:
+    """Blocks [start, stop) of the disk, cut at the borders of regions."""
+    while start < stop:
+        region, first = divmod(start, REGION_BLOCKS)
+        length = min(stop - start, REGION_BLOCKS - first)
+        yield region, first, first + length
+        start += length
+
+
+def _extent_mask(start: int, stop: int) -> int:
+    """The extents that blocks [start, stop) of a region touch."""
+    first, last = start // EXTENT_BLOCKS, (stop - 1) // EXTENT_BLOCKS
+    return ((2 << (last - first)) - 1) << first
+
+
+def _edge_mask(start: int, stop: int) -> int:
+    """The extents that blocks [start, stop) of a region touch but do not cover."""
+    mask = 0
+    if start % EXTENT_BLOCKS:
+        mask |= 1 << start // EXTENT_BLOCKS
+    if stop % EXTENT_BLOCKS:
+        mask |= 1 << stop // EXTENT_BLOCKS
+    return mask
+
+
+def _ahead_mask(stop: int) -> int:
+    """The next few extents of the region, from the one that block `stop` would be in."""
+    return (((1 << _ARM_AHEAD_EXTENTS) - 1) << stop // EXTENT_BLOCKS) & _ALL_EXTENTS

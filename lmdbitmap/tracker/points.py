@@ -1,0 +1,155 @@
+"""Points in time of one disk, or of several at the same moment: how they are made, held, and forgotten.
+
+All disks are frozen together, in the order of their uuids, so that two who freeze the same ones cannot wait for each
+other. Their next periods begin in one transaction: all have the checkpoint, or none has. Writes that wait meanwhile
+complete in the new periods (law 2).
+
+The images are flushed after that, while writers go on. A checkpoint is answered only then, and an image that cannot be
+flushed loses it again: else a power cut could take back a write that the new period calls clean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+
+from lmdbitmap.errors import InvalidArgument, LmdbitmapError, StorageError
+from lmdbitmap.storage.schema import Checkpoint, Disk
+from lmdbitmap.store import Writer
+from lmdbitmap.system.scratch import Scratch, ScratchFile
+from lmdbitmap.tracker import chain
+from lmdbitmap.tracker.period import Period
+from lmdbitmap.tracker.snapshot import Snapshot
+from lmdbitmap.tracker.tracking import Tracking, detached_error, held_error
+from lmdbitmap.tracker.vouching import changed_together
+
+_CARRIED_REGIONS = 256
+
+
+def checkpoint(disks: Sequence[Tracking], name: str) -> list[Checkpoint]:
+    """See `filter.take_checkpoint`."""
+    checkpoints = _take_points(disks, name, lambda tracking, checkpoint: None)
+    _flush_images(disks, name)
+    return checkpoints
+
+
+def snapshot(disks: Sequence[Tracking], name: str, scratch: Scratch) -> list[Snapshot]:
+    """See `filter.take_snapshot`."""
+    _require_each_once(disks)
+    snapshots: dict[Tracking, Snapshot] = {}
+
+    def hold(tracking: Tracking, checkpoint: Checkpoint) -> None:
+        snapshots[tracking].checkpoint = checkpoint
+        tracking.hold([*tracking.snapshots, snapshots[tracking]])
+
+    with contextlib.ExitStack() as on_failure:
+        files = {tracking: on_failure.enter_context(closing(ScratchFile(scratch))) for tracking in disks}
+
+        def prepare(tracking: Tracking) -> None:
+            snapshots[tracking] = Snapshot(tracking.store, tracking.disk, tracking.device, files[tracking])
+
+        _take_points(disks, name, hold, prepare)
+        for tracking, held in snapshots.items():
+            held.before_release = functools.partial(tracking.let_go_of, held)
+            on_failure.callback(held.release)
+        _flush_images(disks, name, on_failure.close)
+        on_failure.pop_all()
+    return [snapshots[tracking] for tracking in disks]
+
+
+def _take_points(
+    disks: Sequence[Tracking],
+    name: str,
+    taken: Callable[[Tracking, Checkpoint], None],
+    prepare: Callable[[Tracking], None] = lambda tracking: None,
+) -> list[Checkpoint]:
+    """Freeze all disks, and begin their next periods in one transaction. `prepare` may fail, `taken` must not."""
+    _require_each_once(disks)
+    store = disks[0].store
+    assert all(tracking.store.uuid == store.uuid for tracking in disks)
+    with contextlib.ExitStack() as frozen:
+        for tracking in sorted(disks, key=lambda tracking: tracking.disk.uuid):
+            frozen.enter_context(tracking.frozen())
+        for tracking in disks:
+            tracking.flusher.require_sound()
+            tracking.begin_again()  # a write that was drained just now may have lost track
+            prepare(tracking)
+        time_ns = time.time_ns()
+        with changed_together([tracking.voucher for tracking in disks]):
+            points = store.update(
+                lambda writer: [_next_period(writer, tracking, name, time_ns) for tracking in disks]
+            )
+            for tracking, (checkpoint, disk, period) in zip(disks, points, strict=True):
+                tracking.go_on_with(disk, period)
+                taken(tracking, checkpoint)
+    return [checkpoint for checkpoint, _, _ in points]
+
+
+def _require_each_once(disks: Sequence[Tracking]) -> None:
+    if not disks or len({tracking.disk.uuid for tracking in disks}) < len(disks):
+        raise InvalidArgument("a checkpoint is of one disk or of several", next_step="name each disk once")
+
+
+def _next_period(
+    writer: Writer, tracking: Tracking, name: str, time_ns: int
+) -> tuple[Checkpoint, Disk, Period]:
+    """Extents that were written of late are armed in it, so that their writers do not all commit at once."""
+    tracking.put_exact(writer)
+    disk, checkpoint = chain.add_checkpoint(writer, tracking.as_stored(writer), name, time_ns)
+    period = tracking.open_period(writer, disk)
+    period.begin(writer, _carried(tracking), tracking.in_doubt(disk.geometry))
+    return checkpoint, disk, period
+
+
+def _carried(tracking: Tracking) -> Mapping[int, int]:
+    """Of the extents where dirt is likely next, those that the next period has armed from the start."""
+    return dict(list(tracking.period.likely_extents().items())[-_CARRIED_REGIONS:])
+
+
+def _flush_images(disks: Sequence[Tracking], name: str, let_go: Callable[[], None] = lambda: None) -> None:
+    try:
+        for tracking in disks:
+            tracking.flusher.flush()
+    except StorageError as error:
+        let_go()
+        for tracking in disks:
+            _take_back(tracking, name)
+        error.next_step = f"no checkpoint was made; {error.next_step}"
+        raise
+
+
+def _take_back(tracking: Tracking, name: str) -> None:
+    """Lose a checkpoint that nobody was told of; where the store refuses that, nothing is believed any more."""
+    try:
+        forget(tracking, name)
+    except LmdbitmapError as error:
+        if not tracking.is_over:
+            tracking.voucher.lose_track(f"checkpoint {name} could not be taken back: {error.problem}")
+
+
+def forget(tracking: Tracking, name: str) -> None:
+    """See `Filter.forget`."""
+    if tracking.is_over:
+        raise detached_error(tracking.disk)
+    for held in tracking.snapshots:
+        if held.checkpoint.name == name:
+            raise held_error(held)
+    if not tracking.store.update(lambda writer: _forget_unless_newest(writer, tracking, name)):
+        with tracking.frozen():
+            tracking.change_chain(lambda writer, disk: _forget(writer, disk, name), _carried(tracking))
+
+
+def _forget_unless_newest(writer: Writer, tracking: Tracking, name: str) -> bool:
+    disk = tracking.as_stored(writer)
+    if chain.current_checkpoint(writer, disk).name == name:
+        return False
+    chain.forget(writer, disk, name)
+    return True
+
+
+def _forget(writer: Writer, disk: Disk, name: str) -> Disk:
+    chain.forget(writer, disk, name)
+    return disk

@@ -1,0 +1,385 @@
+"""Owning a disk: to begin a session, to vouch for an image, to add a disk, to say where it is now, to remove one.
+
+Whoever does any of these holds two locks, taken in this order and let go when the block ends: the owner's
+lock on the disk (owner.py), and QEMU's locks on the image (images/device.py). What is judged about the image is
+judged under both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from uuid import UUID, uuid4
+
+from lmdbitmap.errors import (
+    AlreadyExists,
+    Busy,
+    InvalidArgument,
+    NotFound,
+    StorageError,
+    Untrusted,
+    os_errors_at,
+)
+from lmdbitmap.images.identity import identity_to_keep, settled_identity
+from lmdbitmap.images.image import is_far, is_same_image, lasting_name, open_image
+from lmdbitmap.interfaces import ImageIdentity, StoreMark, TrackableDevice
+from lmdbitmap.notes.holds import remove_holds
+from lmdbitmap.notes.sync_note import remove_notes
+from lmdbitmap.storage import owner, schema
+from lmdbitmap.storage.owner import Distrust, Owner
+from lmdbitmap.storage.schema import Disk
+from lmdbitmap.store import Reader, Store, Writer
+from lmdbitmap.system import kernel
+from lmdbitmap.tracker import chain, continuity
+from lmdbitmap.tracker.continuity import Moment, Verdict
+from lmdbitmap.tracker.flushing import forget_unwritten, unflushed
+
+OpenDevice = Callable[[str], TrackableDevice]
+_OWNER_FILE = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})(?:\.[0-9a-f]{16}\.partial)?")
+"""The file of a disk's owner, or the beginning of one."""
+
+
+class Held:
+    """A disk whose locks we hold until the block of `owning` ends, or for good after `keep`."""
+
+    def __init__(self, disk: Disk, lock: Owner, device: TrackableDevice) -> None:
+        self.disk = disk
+        self.lock = lock
+        self.device = device
+        self.kept = False
+
+    def keep(self) -> None:
+        """The locks have a new holder, who closes `device` and `lock`."""
+        self.kept = True
+
+    def close(self) -> None:
+        self.device.close()
+        self.lock.close()
+
+
+@contextlib.contextmanager
+def owning(store: Store, name: str, open_device: OpenDevice = open_image) -> Iterator[Held]:
+    """Hold the disk called `name`. Raises `NotFound` without such a disk or image, `Busy` if it is held."""
+    with store.read() as reader:
+        disk_uuid = chain.find_disk(reader, name).uuid
+    lock = _own(store, name, disk_uuid)
+    try:
+        with store.read() as reader:
+            disk = _existing(reader, disk_uuid)
+        held = Held(disk, lock, _opened(store, disk, open_device))
+    except BaseException:
+        lock.close()
+        raise
+    try:
+        yield held
+    finally:
+        if not held.kept:
+            held.close()
+
+
+def _opened(store: Store, disk: Disk, open_device: OpenDevice) -> TrackableDevice:
+    refuse_own_ground(store, disk.image)
+    try:
+        return open_device(disk.image)
+    except NotFound as error:
+        if is_far(disk.image):
+            raise
+        raise NotFound(
+            f"the image of disk {disk.name!r}, {disk.image}, does not exist any more",
+            next_step=f"say where it went (`lmdbitmap relocate {disk.name} IMAGE`), or put it back;"
+            f" `lmdbitmap rm {disk.name}` if it is gone for good",
+        ) from error
+
+
+def look_at(store: Store, disk: Disk) -> ImageIdentity:
+    """What the image of a disk is now, whoever writes it. Raises as `owning` does where it cannot be opened."""
+    with contextlib.closing(_opened(store, disk, _open_to_look)) as device:
+        return device.identity()
+
+
+def _open_to_look(image: str) -> TrackableDevice:
+    return open_image(image, read_only=True, share_writes=True)
+
+
+def refuse_own_ground(store: Store, image: str) -> None:
+    """Raise `InvalidArgument` for an image on which the store itself lies."""
+    try:
+        circular = kernel.is_kept_in(store.path, image)
+    except (OSError, ValueError):
+        return  # no such image, or no path: whoever opens it says so
+    if circular:
+        raise InvalidArgument(
+            f"the store {store.path} lies on a file system inside {image}: each commit would write to the image,"
+            " and each write to the image needs a commit",
+            next_step="keep the store on another disk (--store)",
+        )
+
+
+def begin(store: Store, held: Held) -> Disk:
+    """Judge continuity and commit what follows from it: the session, and a new epoch if need be.
+
+    The caller beats only after this. A beat before the commit could vouch, after a crash between the two,
+    for an image that was just found to be a stranger's.
+    """
+    _flush_block_device(held)
+    return _resume(store, held, settled_identity(held.device), session=uuid4())
+
+
+def reconcile(store: Store, held: Held) -> Disk:
+    """As `begin`, but with no session open afterwards: for whoever holds a disk only to read it.
+
+    Nobody writes while it is held, so a death then costs nothing, in deferred mode neither. The image is
+    flushed first, as at a detach: what the identity vouches for must survive a power cut.
+    """
+    _flush(held)
+    disk = _resume(store, held, identity_to_keep(held.device), session=None)
+    _leave_sign_of_life(held, disk)
+    return disk
+
+
+def _keep_description(held: Held, disk: Disk) -> None:
+    """Beside the store, for the day on which that is damaged."""
+    held.lock.keep_description(schema.encode(schema.portrait(disk)))
+
+
+def _leave_sign_of_life(held: Held, disk: Disk) -> None:
+    """As a session does, for what only a sign of life tells of the image: see `continuity.judge`."""
+    assert disk.identity is not None
+    held.lock.beat(time.time_ns(), *disk.identity.last_change, durable=True)
+
+
+def _flush_block_device(held: Held) -> None:
+    """The kernel counts what has reached a block device: before it is asked, all has to."""
+    if held.device.identity().is_block_device:
+        _flush(held)
+
+
+def _flush(held: Held) -> None:
+    try:
+        held.device.flush()
+    except OSError as error:
+        raise _cannot_vouch(held, error) from error
+
+
+def _cannot_vouch(held: Held, error: OSError) -> StorageError:
+    """What was written last may be on the disk or not, and a second flush would not tell (see flushing.py)."""
+    forget_unwritten(held.device)
+    failure = unflushed(held.disk.name, error)
+    held.lock.declare_distrust(failure.problem, time.time_ns())
+    return failure
+
+
+def _resume(store: Store, held: Held, identity: ImageIdentity, *, session: UUID | None) -> Disk:
+    distrust = held.lock.distrust()
+    verdict = Verdict(broken=distrust.reason) if distrust else _judge(store, held)
+
+    def commit(writer: Writer) -> Disk:
+        disk = _existing(writer, held.disk.uuid)
+        if disk.size != identity.size:
+            disk = chain.resize(writer, disk, identity.size)
+        if verdict.broken is not None:
+            disk = chain.start_epoch(writer, disk, verdict.broken, time.time_ns())
+        elif verdict.superset is not None:
+            chain.note_superset(writer, disk, verdict.superset)
+        disk = dataclasses.replace(disk, session=session, identity=identity, resizing_from=None)
+        writer.put_disk(disk)
+        return disk
+
+    disk = store.update(commit)
+    _keep_description(held, disk)
+    if distrust is not None:
+        held.lock.restore_trust()
+    return disk
+
+
+def require_untouched(held: Held, disk: Disk) -> None:
+    """Refuse an image that somebody wrote in spite of our locks since `reconcile`: a copy is of no point in time."""
+    if held.device.identity().is_block_device:
+        held.device.flush()  # the kernel counts what has reached it
+    if held.device.identity() != disk.identity:
+        raise Busy(
+            f"{disk.image} was written by another program while it was backed up",
+            next_step="stop that program and try again",
+        )
+
+
+def present(store: Store) -> Moment:
+    """This moment, to judge in. Take it last: what it is compared with goes on meanwhile."""
+    return Moment(owner.boot_id(), owner.boot_time_ns(), time.time_ns(), _mark_of(store))
+
+
+def _mark_of(store: Store) -> StoreMark:
+    with store.read() as reader, os_errors_at(store.data_path):
+        return StoreMark(os.stat(store.data_path).st_ino, reader.transaction)
+
+
+def _judge(store: Store, held: Held) -> Verdict:
+    beat, image = held.lock.last_beat(), held.device.identity()
+    return continuity.judge(held.disk, image, beat, present(store))
+
+
+def adopt(store: Store, name: str, *, open_device: OpenDevice = open_image) -> Disk:
+    """A person vouches that nobody changed the image behind our back: take its identity as it is.
+
+    Another size is taken over as a resize. Raises `Untrusted` where bits were lost: nobody can vouch for those.
+    """
+    with owning(store, name, open_device) as held:
+        _require_bits(held)
+        _flush_block_device(held)
+        identity = identity_to_keep(held.device)
+        disk = store.update(lambda writer: _adopt(writer, held.disk, identity))
+        _keep_description(held, disk)
+        _leave_sign_of_life(held, disk)
+    return disk
+
+
+def _require_bits(held: Held) -> None:
+    lost = why_not_adopted(held.disk, held.lock.distrust())
+    if lost is not None:
+        raise Untrusted(f"disk {held.disk.name!r} cannot be adopted: {lost}", next_step="make a full backup")
+
+
+def why_not_adopted(disk: Disk, distrust: Distrust | None) -> str | None:
+    """Why bits are missing that no image could show, so that nobody can vouch for the disk; None if all are there."""
+    if disk.session is not None and disk.durability == schema.DEFERRED:
+        return "it was not closed cleanly, and in deferred mode the bits were in memory only"
+    if disk.identity is None and disk.epoch_number > 1:
+        return disk.epoch_reason
+    return None if distrust is None else distrust.reason
+
+
+def _adopt(writer: Writer, disk: Disk, identity: ImageIdentity) -> Disk:
+    if disk.session is not None:
+        chain.note_superset(writer, disk, continuity.OWNER_DIED)
+    if disk.size != identity.size:
+        disk = chain.resize(writer, disk, identity.size)
+    disk = dataclasses.replace(disk, session=None, identity=identity, resizing_from=None)
+    writer.put_disk(disk)
+    return disk
+
+
+def add(
+    store: Store,
+    name: str,
+    image: str,
+    *,
+    granularity_bits: int,
+    durability: str = schema.WRITE_AHEAD,
+    policy: str = schema.GUEST_FIRST,
+    open_device: OpenDevice = open_image,
+) -> Disk:
+    """Track the image from now on; it is opened and locked for a moment. Everything is dirty at first.
+
+    Durable on return. Raises `AlreadyExists` for a name or image that is taken, `Busy` for an image that
+    somebody writes.
+    """
+    image = lasting_name(image)
+    refuse_own_ground(store, image)
+    _refuse_tracked(store, image)
+    with contextlib.closing(open_device(image)) as device:
+        identity = device.identity()
+        files_made: list[str] = []
+
+        def change(writer: Writer) -> Disk:
+            _sweep_owners(store, writer)
+            disk = chain.add_disk(
+                writer, name, image, identity,
+                granularity_bits=granularity_bits, durability=durability, policy=policy, time_ns=time.time_ns(),
+            )  # fmt: skip
+            files_made.append(store.owner_path(disk.uuid))
+            kept = schema.encode(schema.portrait(disk))
+            # before the commit: no disk is ever without its owner's file
+            owner.create(files_made[-1], description=kept)
+            return disk
+
+        try:
+            return store.update(change)
+        except BaseException:
+            _remove_all(files_made)
+            raise
+
+
+def _remove_all(paths: Iterable[str]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def _sweep_owners(store: Store, writer: Writer) -> None:
+    """Remove what a death in the middle of an add or a removal left. Nobody else adds while we are the writer."""
+    folder = os.path.dirname(store.owner_path(uuid4()))
+    known = {str(disk.uuid) for disk in writer.disks()}
+    named = {name: _OWNER_FILE.fullmatch(name) for name in os.listdir(folder)}
+    _remove_all(
+        os.path.join(folder, name)
+        for name, match in named.items()
+        if match is not None and match[1] not in known
+    )
+
+
+def _refuse_tracked(store: Store, image: str, *, unless: UUID | None = None) -> None:
+    """Raise `AlreadyExists` for the image of a disk, unless it is that one."""
+    with store.read() as reader:
+        for other in reader.disks():
+            if other.uuid != unless and is_same_image(other.image, image):
+                raise AlreadyExists(
+                    f"{image} is tracked already, as {other.name!r}", next_step="use that disk"
+                )
+
+
+def relocate(store: Store, name: str, image: str) -> Disk:
+    """Say where the image of a disk is now. Durable on return; raises `Busy` while the disk is owned.
+
+    Whether it is the same image is judged as ever, by its identity, when somebody attaches it or asks what changed: a
+    file that was moved within its file system is. A copy is not, unless somebody vouches for it (`adopt`).
+    """
+    image = lasting_name(image)
+    with store.read() as reader:
+        disk = chain.find_disk(reader, name)
+    with contextlib.closing(_own(store, name, disk.uuid)) as lock:
+        _refuse_tracked(store, image, unless=disk.uuid)
+        refuse_own_ground(store, image)
+        _open_to_look(image).close()
+
+        def change(writer: Writer) -> Disk:
+            moved = dataclasses.replace(_existing(writer, disk.uuid), image=image)
+            writer.put_disk(moved)
+            return moved
+
+        moved = store.update(change)
+        lock.keep_description(schema.encode(schema.portrait(moved)))
+    return moved
+
+
+def remove(store: Store, name: str) -> None:
+    """Stop tracking; the image is not touched, nor even needed. Raises `Busy` while it is owned."""
+    with store.read() as reader:
+        disk = chain.find_disk(reader, name)
+    with contextlib.closing(_own(store, name, disk.uuid)):
+        store.update(lambda writer: chain.remove_disk(writer, disk))
+        _remove_all([store.owner_path(disk.uuid)])
+        remove_notes(store.path, disk.uuid)
+        remove_holds(store.path, disk.uuid)
+
+
+def _own(store: Store, name: str, disk_uuid: UUID) -> Owner:
+    try:
+        return Owner(store.owner_path(disk_uuid), lambda: _mark_of(store))
+    except Busy as error:
+        raise Busy(
+            f"disk {name!r} is attached by another process, or by another part of this one",
+            next_step="wait until it is detached, or stop whoever serves it",
+        ) from error
+
+
+def _existing(reader: Reader, disk_uuid: UUID) -> Disk:
+    disk = reader.disk(disk_uuid)
+    if disk is None:
+        raise NotFound(
+            f"disk {disk_uuid} was removed meanwhile", next_step="`lmdbitmap ls` lists those there are"
+        )
+    return disk

@@ -1,0 +1,381 @@
+"""A disk as it was at one moment, to be read while its guest writes on: copy before write.
+
+Each cluster of the disk is, at any moment, one of
+
+    untouched   the image still holds its old data
+    zero        its old data is known to be zeroes
+    slot N      its old data is in slot N of the scratch file; the image may hold newer
+
+and goes from untouched to one of the others, once. Clusters may be unwanted: nothing is kept of them from then on, and
+nobody may read them. Those are all but some (`want_only`), and, where it is known that each is read but once, as a
+backup does, those that were read (`read_once`). What holds all the time:
+
+1. A write reaches the image only when no wanted cluster that it touches is untouched any more: `keep` comes before
+   it. An old cluster is whole in the scratch file before its state says so.
+2. A reader reads what is untouched from the image, and looks at the states *afterwards*: what is untouched then was
+   so while it read, so no write had landed; all else it takes from where the state says. It never sees a torn block.
+   One in another process does the same in steps: it reads the image itself, then asks (`kept`), and takes from here
+   what is not as it was (direct.py). What need not be kept any longer is so by the answer, never by the read before it.
+3. Where the scratch file (scratch.py) is full, or fails, the snapshot is *broken*: its readers are told why, after
+   their read too, and writers go on at once. The guest never waits for whoever reads.
+4. The disk keeps its size while it is held: a shrink would drop bits that readers still count on (`Filter.resize`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final
+
+from lmdbitmap import bits
+from lmdbitmap.bits import BitView, Run
+from lmdbitmap.errors import InvalidArgument, LmdbitmapError, StorageError
+from lmdbitmap.geometry import Geometry, ceil_div, check_range
+from lmdbitmap.images.device import DATA, HOLE
+from lmdbitmap.images.plain import PlainLane
+from lmdbitmap.images.read_only import ReadOnlyDevice
+from lmdbitmap.interfaces import Allocation, BlockDevice, joined, overlaid
+from lmdbitmap.storage.schema import Checkpoint, Disk
+from lmdbitmap.store import Store
+from lmdbitmap.system.scratch import ScratchFile
+from lmdbitmap.tracker.changes import Changes, changes
+from lmdbitmap.tracker.cluster_states import (
+    FIRST_SLOT,
+    LOOK_CLUSTERS,
+    MOST_SLOTS,
+    UNTOUCHED,
+    ZERO,
+    ClusterStates,
+)
+from lmdbitmap.work.buffers import new_buffer
+
+log = logging.getLogger(__name__)
+
+SMALLEST_CLUSTER_BITS: Final = 12
+LARGEST_CLUSTER_BITS: Final = 16
+_COPY_BYTES: Final = 1 << 20
+"""Read and kept at once."""
+
+
+class Snapshot(ReadOnlyDevice):
+    """The disk at `checkpoint`. A `BlockDevice` and a `ServedDisk`, for any number of threads, until `release`."""
+
+    checkpoint: Checkpoint
+    """Set by whoever takes it."""
+
+    def __init__(self, store: Store, disk: Disk, device: BlockDevice, file: ScratchFile) -> None:
+        self.store = store
+        self.disk = disk
+        """As it was described then."""
+        cluster_bits = min(max(disk.granularity_bits, SMALLEST_CLUSTER_BITS), LARGEST_CLUSTER_BITS)
+        self.clusters = Geometry(disk.size, cluster_bits)
+        self.broken: str | None = None
+        self.before_release: Callable[[], None] = lambda: None
+        self.guests_are_quiet: Callable[[], bool] = lambda: False
+        """Told by whoever knows."""
+        self._device = device
+        self._file = file
+        self._states = ClusterStates(self.clusters.block_count)
+        self._wanted: BitView | None = None
+        """A bit for each cluster that will be read; None where all may be."""
+        self._passed: BitView | None = None
+        """A bit for each cluster that was read and will not be again; None where any may be read again."""
+        self._keeping = threading.Lock()
+        """Held by whoever changes states."""
+        self._slot_count = min(file.limit_bytes >> cluster_bits, MOST_SLOTS)
+        self._used_slots = 0
+        self._readers = 0
+        self._reading = threading.Condition()
+        self._released = False
+        self._buffer = new_buffer(_COPY_BYTES)
+        self._zeroes = bytes(self.clusters.granularity)
+
+    @property
+    def spared_processors(self) -> int:
+        """Of whoever reads it, for the guest that writes on."""
+        return 0 if self.guests_are_quiet() else 1
+
+    @property
+    def name(self) -> str:
+        """Under which it is served: no disk's name has an @."""
+        return f"{self.disk.name}@{self.checkpoint.name}"
+
+    @property
+    def size(self) -> int:
+        return self.clusters.size
+
+    @property
+    def image_fd(self) -> int | None:
+        """A descriptor of the image; whoever reads that has to ask afterwards what was `kept`."""
+        return self._device.fd
+
+    @property
+    def kept_bytes(self) -> int:
+        """What the scratch file holds."""
+        return self._used_slots << self.clusters.granularity_bits
+
+    @property
+    def limit_bytes(self) -> int:
+        return self._file.limit_bytes
+
+    def changes(self, *, since: str) -> Changes:
+        """What changed from checkpoint `since` up to its own; see changes.py."""
+        return changes(self.store, self.disk.name, since=since, until=self.checkpoint.name)
+
+    # -- before a write ------------------------------------------------------------------------------------
+
+    def keep(self, offset: int, length: int) -> None:
+        """Return when the range may change: its old data is kept, or the snapshot is broken. Never raises."""
+        if length == 0 or self.broken is not None:
+            return
+        clusters = self.clusters.blocks_outward(offset, length)
+        with self._keeping:
+            if not self._file.is_open or self.broken is not None:
+                return
+            try:
+                for start, stop in self._untouched(clusters.start, clusters.stop):
+                    self._file.require_room()
+                    self._keep_run(start, stop)
+            except (OSError, LmdbitmapError) as error:
+                self._break(f"old data could not be kept ({error})")
+
+    def _untouched(self, start: int, stop: int) -> Iterator[Run]:
+        """The runs of wanted clusters in [start, stop) that are untouched."""
+        for first, last in self._wanted_runs(start, stop):
+            for state, begin, end in self._states.runs(first, last):
+                if state == UNTOUCHED:
+                    yield begin, end
+
+    def _wanted_runs(self, start: int, stop: int) -> Iterator[Run]:
+        for first, last in (
+            [(start, stop)] if self._wanted is None else bits.one_runs(self._wanted, start, stop)
+        ):
+            if self._passed is None:
+                yield first, last
+            else:
+                yield from bits.zero_runs(self._passed, first, last)
+
+    def _keep_run(self, start: int, stop: int) -> None:
+        """Little is read without asking for holes: to find where data ends may take a file system longer than that."""
+        offset, length = self.clusters.bytes_of(start, stop)
+        position = start
+        for part in self._device.allocation(offset, length) if length > _COPY_BYTES else ():
+            zero = self.clusters.blocks_inward(offset, part.length) if part.zero else range(0)
+            if zero:
+                self._keep_data(position, zero.start)
+                self._states.set(zero.start, [ZERO] * len(zero))
+                position = zero.stop
+            offset += part.length
+        self._keep_data(position, stop)
+
+    def _keep_data(self, start: int, stop: int) -> None:
+        step = _COPY_BYTES >> self.clusters.granularity_bits
+        for first in range(start, stop, step):
+            if self.broken is None:
+                self._keep_piece(first, min(first + step, stop))
+
+    def _keep_piece(self, start: int, stop: int) -> None:
+        offset, length = self.clusters.bytes_of(start, stop)
+        self._device.pread_into(memoryview(self._buffer)[:length], offset)
+        cluster_size = self.clusters.granularity
+        data = [at for at in range(0, length, cluster_size) if not self._is_zero(at, length)]
+        if self._used_slots + len(data) > self._slot_count:
+            self._break(f"its scratch file is full ({self.limit_bytes} bytes)")
+            return
+        states = [ZERO] * (stop - start)
+        for at in data:
+            self._file.put(memoryview(self._buffer)[at : min(at + cluster_size, length)], self.kept_bytes)
+            states[at // cluster_size] = FIRST_SLOT + self._used_slots
+            self._used_slots += 1
+        self._states.set(start, states)
+
+    def _is_zero(self, at: int, length: int) -> bool:
+        stop = min(at + self.clusters.granularity, length)
+        return self._buffer.startswith(self._zeroes[: stop - at], at, stop)
+
+    def _break(self, reason: str) -> None:
+        """Nothing is kept from now on. Called with `_keeping`."""
+        if self.broken is None:
+            self.broken = f"the snapshot broke: {reason}"
+            log.warning("disk %s: %s", self.disk.name, self.broken)
+            self._file.empty()
+
+    # -- reading -------------------------------------------------------------------------------------------
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        """Old data. Raises `StorageError` once the snapshot is broken or released."""
+        check_range(offset, len(buffer), self.size)
+        if not buffer:
+            return
+        with self._being_read():
+            clusters = self.clusters.blocks_outward(offset, len(buffer))
+            for state, start, stop in self._states.runs(clusters.start, clusters.stop):
+                if state == UNTOUCHED:
+                    self._read_untouched(buffer, offset, start, stop)
+            self._require_wanted(clusters)  # as the states, looked at afterwards
+            for state, start, stop in self._states.runs(clusters.start, clusters.stop):
+                if state != UNTOUCHED:
+                    self._read_kept(buffer, offset, start, stop, state)
+        self._pass(offset, len(buffer))
+
+    def _read_untouched(self, buffer: memoryview, offset: int, start: int, stop: int) -> None:
+        part, at = self._part(buffer, offset, start, stop)
+        self._device.pread_into(part, at)
+
+    def _read_kept(self, buffer: memoryview, offset: int, start: int, stop: int, state: int) -> None:
+        part, at = self._part(buffer, offset, start, stop)
+        if state == ZERO:
+            part[:] = bytes(len(part))
+        else:  # short where it broke meanwhile, which its reader is told in the end
+            inside = at - (start << self.clusters.granularity_bits)
+            self._file.fill(part, ((state - FIRST_SLOT) << self.clusters.granularity_bits) + inside)
+
+    def _part(self, buffer: memoryview, offset: int, start: int, stop: int) -> tuple[memoryview, int]:
+        """The part of a buffer that clusters [start, stop) fill, and where on the disk it begins."""
+        begin, end = self._inside(offset, offset + len(buffer), start, stop)
+        return buffer[begin - offset : end - offset], begin
+
+    def _inside(self, begin: int, end: int, start: int, stop: int) -> tuple[int, int]:
+        """What clusters [start, stop) have of bytes [begin, end)."""
+        offset, length = self.clusters.bytes_of(start, stop)
+        return max(offset, begin), min(offset + length, end)
+
+    def kept(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        """Of a range that the caller has read from the image: (bytes, whether to read them again, here), without a gap.
+
+        The rest was as it is to be when it was read, and is given up where nothing is read twice (`read_once`).
+        Raises as `pread_into`: nothing is known then of what was read.
+        """
+        check_range(offset, length, self.size)
+        clusters = self.clusters.blocks_outward(offset, length)
+        found = []
+        with self._being_read():
+            self._require_wanted(clusters)
+            for state, start, stop in self._states.runs(clusters.start, clusters.stop):
+                begin, end = self._inside(offset, offset + length, start, stop)
+                found.append((end - begin, state != UNTOUCHED))
+        position = offset
+        for size, is_kept in found:
+            if not is_kept:
+                self._pass(position, size)
+            position += size
+        return found
+
+    def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
+        """What the image said of clusters is believed if they are untouched and wanted still afterwards, else they are
+        data."""
+        check_range(offset, length, self.size)
+        return joined(self._allocation(offset, length))
+
+    def _allocation(self, offset: int, length: int) -> Iterator[Allocation]:
+        step = LOOK_CLUSTERS << self.clusters.granularity_bits
+        for position in range(offset - offset % step, offset + length, step):
+            begin, end = max(position, offset), min(position + step, offset + length)
+            with self._being_read():
+                found = list(self._allocation_of(begin, end - begin))
+            yield from found
+
+    def _allocation_of(self, offset: int, length: int) -> Iterator[Allocation]:
+        """The image is asked once, however much was touched: to find where data ends takes some file systems long, and
+        makes whoever writes wait."""
+        of_image = list(self._device.allocation(offset, length))
+        return overlaid(of_image, self._known_of(offset, length))
+
+    def _known_of(self, offset: int, length: int) -> Iterator[tuple[int, tuple[bool, bool] | None]]:
+        """Runs of bytes, and what they are whatever the image says; None where it is to be believed."""
+        clusters = self.clusters.blocks_outward(offset, length)
+        for state, start, stop in self._states.runs(clusters.start, clusters.stop):
+            begin, end = self._inside(offset, offset + length, start, stop)
+            if state == UNTOUCHED:
+                yield end - begin, None if self._are_wanted(range(start, stop)) else DATA
+            else:
+                yield end - begin, HOLE if state == ZERO else DATA
+
+    # -- whose data is wanted ------------------------------------------------------------------------------
+
+    def want_only(self, runs: Iterable[Run], geometry: Geometry) -> None:
+        """Keep nothing more but for runs of blocks of `geometry`, ascending, each rounded outward to clusters.
+
+        Once. Whoever reads something else meanwhile is refused.
+        """
+        wanted = self._bit_for_each()
+        for start, stop in bits.regrain_outward(runs, geometry, self.clusters.granularity_bits):
+            bits.set_range(wanted, start, stop)
+        self._wanted = wanted
+
+    def read_once(self) -> None:
+        """From now on, keep nothing of what was read: it will not be read again. Once, before anybody reads."""
+        self._passed = self._bit_for_each()
+
+    def _bit_for_each(self) -> BitView:
+        return bits.bitmap_view(bits.anonymous_memory(ceil_div(self.clusters.block_count, 8)))
+
+    def _pass(self, offset: int, length: int) -> None:
+        """Clusters that were read whole need not be kept: whoever reads has what they held."""
+        if self._passed is not None:
+            clusters = self.clusters.blocks_inward(offset, length)
+            bits.set_range(self._passed, clusters.start, clusters.stop)
+
+    def _require_wanted(self, clusters: range) -> None:
+        if not self._are_wanted(clusters):
+            raise InvalidArgument(
+                f"clusters {clusters.start}..{clusters.stop} are not kept by this snapshot, or not any more",
+                next_step="read only what it was made for",
+            )
+
+    def _are_wanted(self, clusters: range) -> bool:
+        return list(self._wanted_runs(clusters.start, clusters.stop)) == [(clusters.start, clusters.stop)]
+
+    # -- the end -------------------------------------------------------------------------------------------
+
+    def lane(self) -> PlainLane:
+        return PlainLane(self)
+
+    def release(self) -> None:
+        """Give everything back; whoever reads is waited for, and told when it comes again. Idempotent.
+
+        Until the last reader is through, writers keep old data for it.
+        """
+        with self._reading:
+            self._released = True
+            self._reading.wait_for(lambda: self._readers == 0)
+        self.before_release()
+        with self._keeping:
+            self._file.close()
+
+    def close(self) -> None:
+        self.release()
+
+    @contextlib.contextmanager
+    def _being_read(self) -> Iterator[None]:
+        """The file stays open in the block; what was read there is old data if it ends without an error."""
+        with self._reading:
+            if self._released:
+                raise self._refusal("the snapshot was released")
+            self._readers += 1
+        try:
+            yield
+            if self.broken is not None:
+                raise self._refusal(self.broken)
+        finally:
+            with self._reading:
+                self._readers -= 1
+                self._reading.notify_all()
+
+    def _refusal(self, problem: str) -> StorageError:
+        return StorageError(
+            f"snapshot of disk {self.disk.name!r}",
+            OSError(problem),
+            next_step="make another one, with more room for old data if that was lacking",
+        )
+
+
+def broken_error(disk: Disk, reason: str) -> StorageError:
+    """What is raised where a copy of a disk was to be made, and its snapshot broke meanwhile."""
+    return StorageError(
+        f"disk {disk.name!r}",
+        OSError(reason),
+        next_step="make the backup again, with more room for old data if that was lacking; the guest noticed nothing",
+    )

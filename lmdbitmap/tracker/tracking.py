@@ -1,0 +1,287 @@
+"""What a write to a tracked disk needs, and how one period of it follows another. Where the laws are kept:
+
+1. **Write**: `FilterLane` (lane.py) asks `mark` before it writes what is not settled, and `Period` (period.py) answers
+   when the dirtiness is durable. A snapshot that wants old data is asked before that (snapshot.py).
+2. **Freeze**: whatever ends a period happens inside `frozen`, which is `Gate.drained` (lane.py) and more.
+
+A period ends in one transaction of the store, which writes its exact bits and opens the bitmap of the next one. Then
+memory follows (`go_on_with`), while nobody writes. Where an interruption may have come between the two, or the store
+cannot say whether it took the change, track is lost (vouching.py).
+
+When tracking fails, policy `guest-first` lets the guest's write through, but takes the owner's word for the bitmap
+back before; a new epoch begins as soon as the store can be written again. Policy `strict` fails the write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from lmdbitmap.bits import Run
+from lmdbitmap.errors import Busy, LmdbitmapError, StorageError, Untrusted, os_errors_at
+from lmdbitmap.extents import Trust
+from lmdbitmap.geometry import Geometry
+from lmdbitmap.interfaces import FlushesByItself, ImageIdentity, LeavesDoubt, TrackableDevice
+from lmdbitmap.storage import schema
+from lmdbitmap.storage.schema import Disk
+from lmdbitmap.store import Reader, Store, Writer
+from lmdbitmap.tracker import chain
+from lmdbitmap.tracker.changes import Standing
+from lmdbitmap.tracker.flushing import Flusher
+from lmdbitmap.tracker.holding import Holding
+from lmdbitmap.tracker.lane import Gate
+from lmdbitmap.tracker.period import Period
+from lmdbitmap.tracker.snapshot import Snapshot
+from lmdbitmap.tracker.vouching import Voucher, changed_together, write_refused
+
+log = logging.getLogger(__name__)
+
+
+class Tracking:
+    """The period that records a disk's writes now, and the gate that they pass. Safe for many threads.
+
+    Whoever owns the disk says so by its `voucher`, and sets `is_over` when it begins to let go of it.
+    """
+
+    def __init__(
+        self, store: Store, disk: Disk, device: TrackableDevice, voucher: Voucher, *, max_armed: int
+    ) -> None:
+        self.store = store
+        self.disk = disk
+        self.size = disk.size
+        self.device = device
+        self.voucher = voucher
+        self.flusher = Flusher(disk.name, device, voucher.lose_track)
+        if isinstance(device, FlushesByItself):
+            device.tell_of_loss(self.flusher.lose)
+        self.is_over = False
+        self._max_armed = max_armed
+        with store.read() as reader:
+            self.period = self.open_period(reader, disk)
+        self.gate = Gate(disk.geometry, self.period.settled)
+        self._holding: Holding | None = None
+        """The snapshots that are held now, if any; changed while the gate is closed."""
+
+    # -- before a write ------------------------------------------------------------------------------------
+
+    def mark(self, runs: list[Run]) -> None:
+        """Have the old data of `runs` kept where a snapshot wants it, and settle them (law 1).
+
+        Where they cannot be settled, do what the policy says.
+        """
+        holding = self._holding
+        if holding is not None:
+            holding.keep(runs)
+        if self.settle(runs) and holding is not None:
+            holding.let(runs)
+
+    def settle(self, runs: list[Run]) -> bool:
+        """Whether they are settled now (law 1). Where not, what the policy says is done."""
+        if self.voucher.lost is not None:
+            return False
+        try:
+            self.period.make_durable(runs)
+        except LmdbitmapError as error:
+            self._tracking_failed(error)
+            return False
+        return True
+
+    def _tracking_failed(self, error: LmdbitmapError) -> None:
+        if self.disk.policy == schema.STRICT:
+            raise write_refused(self.disk.name, error) from error
+        self.voucher.lose_track(f"tracking failed: {error.problem}")
+
+    def in_doubt(self, geometry: Geometry) -> list[Run]:
+        """Blocks that may change yet by writes that ended before: dirty in each period that comes meanwhile (law 2)."""
+        if not isinstance(self.device, LeavesDoubt):
+            return []
+        ranges = [(start, min(stop, geometry.size)) for start, stop in self.device.in_doubt()]
+        blocks = [geometry.blocks_outward(start, stop - start) for start, stop in ranges if start < stop]
+        return [(some.start, some.stop) for some in blocks]
+
+    # -- snapshots -----------------------------------------------------------------------------------------
+
+    @property
+    def snapshots(self) -> Sequence[Snapshot]:
+        """Those that are held now."""
+        return () if self._holding is None else self._holding.snapshots
+
+    def hold(self, snapshots: Sequence[Snapshot]) -> None:
+        """Have these snapshots, and no others, kept from now on. Called while the gate is closed."""
+        self._holding = Holding(snapshots, self.disk.geometry) if snapshots else None
+        self.gate.settled = self.period.settled if self._holding is None else self._holding.let_through
+
+    def let_go_of(self, snapshot: Snapshot) -> None:
+        """Writers have nothing to keep for it any more."""
+        if self.is_over or snapshot not in self.snapshots:
+            return
+        try:
+            with self.gate.drained():
+                self.hold([other for other in self.snapshots if other is not snapshot])
+        except StorageError:
+            if not self.is_over:  # else it ends with the tracking, at this very moment
+                raise
+
+    # -- one period after another --------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """No write is in flight and no commit of the period runs in the block (law 2)."""
+        with self.gate.drained():
+            period = self.period
+            # If it ends in the block, its memory is given back when nobody waits any more.
+            with period.held():
+                yield
+
+    def change_chain(
+        self, change: Callable[[Writer, Disk], Disk], armed: Mapping[int, int] | None = None
+    ) -> None:
+        """Persist, change the chain, and open its newest bitmap afresh, with extents armed. Called inside `frozen`."""
+
+        def persist_and_change(writer: Writer) -> tuple[Disk, Period]:
+            self.put_exact(writer)
+            disk = change(writer, self.as_stored(writer))
+            writer.put_disk(disk)
+            period = self.open_period(writer, disk)
+            period.begin(writer, armed or {})
+            return disk, period
+
+        with changed_together([self.voucher]):
+            self.go_on_with(*self.store.update(persist_and_change))
+
+    def put_exact(self, writer: Writer) -> None:
+        """Write what the period knows, with what may have changed by writes in doubt. Called inside `frozen`."""
+        self.period.put_exact(writer, self.in_doubt(self.disk.geometry))
+
+    def go_on_with(self, disk: Disk, period: Period) -> None:
+        """The chain is another now, durably: track into its newest bitmap. Called inside `frozen`."""
+        self.period.end()
+        self.disk, self.size = disk, disk.size
+        self.period = period
+        self.gate.geometry = disk.geometry
+        self.hold(self.snapshots)
+
+    def as_stored(self, reader: Reader) -> Disk:
+        """The disk as the store has it: after an interruption memory may lag behind."""
+        return reader.disk(self.disk.uuid) or self.disk
+
+    def open_period(self, reader: Reader, disk: Disk) -> Period:
+        """Opened inside the transaction that makes its bitmap, so that nothing can fail once that is durable."""
+        bitmap = reader.bitmap(chain.current_checkpoint(reader, disk).bitmap_id)
+        write_ahead = disk.durability == schema.WRITE_AHEAD
+        return Period(self.store, bitmap, write_ahead=write_ahead, max_armed=self._max_armed)
+
+    def start_epoch(self, reason: str) -> None:
+        """Begin anew, everything dirty. Called inside `frozen`."""
+
+        def start(writer: Writer) -> tuple[Disk, Period]:
+            disk = chain.resize(writer, self.as_stored(writer), self.device.size)
+            disk = chain.start_epoch(writer, disk, reason, time.time_ns())
+            return disk, self.open_period(writer, disk)
+
+        with changed_together([self.voucher]):
+            self.go_on_with(*self.store.update(start))
+
+    def begin_again(self) -> None:
+        """Where track was lost, start an epoch and give our word for it. Called inside `frozen`."""
+        reason = self.voucher.lost
+        if reason is None:  # another thread was first
+            return
+        self.voucher.require_a_voice()
+        self.start_epoch(reason)
+        self.voucher.vouch_again()
+        self.flusher.tell_again()  # a flush that failed meanwhile found track lost already
+        log.warning("disk %s: tracking begins again", self.disk.name)
+
+    def resize(self, size: int) -> None:
+        """See `Filter.resize`."""
+        self.flusher.require_sound()
+        with self.frozen():
+            if self.snapshots:
+                raise held_error(self.snapshots[0])
+            self.change_chain(lambda writer, disk: chain.begin_resize(writer, disk, size))
+            try:
+                with os_errors_at(self.disk.image):
+                    self.device.resize(size)
+                self.flusher.flush()
+            finally:
+                self._take_size_of_image()
+
+    def _take_size_of_image(self) -> None:
+        """However a resize went, the image says how large it is. A size that cannot be recorded loses track:
+        a write past the new end would bring back zeroes that no bit names."""
+        try:
+            self.change_chain(lambda writer, disk: chain.end_resize(writer, disk, self.device.size))
+        except LmdbitmapError as error:
+            self.voucher.lose_track(f"a resize could not be recorded: {error.problem}")
+            raise
+
+    # -- the end -------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def shut(self, refusal: StorageError) -> Iterator[None]:
+        """As `frozen`, and whoever would write after it is refused."""
+        with self.frozen():
+            self.gate.shut(refusal)
+            yield
+
+    def end_session(self, identity: ImageIdentity) -> None:
+        """All that is known, and the image that it is known of, are durable after it, and no session is open."""
+        disk = dataclasses.replace(self.disk, session=None, identity=identity)
+
+        def commit(writer: Writer) -> None:
+            self.put_exact(writer)
+            writer.put_disk(disk)
+
+        self.store.update(commit)
+        self.disk = disk
+
+    def let_go(self, refusal: StorageError) -> None:
+        """Write nothing more: the disk may have another owner at once."""
+        for snapshot in self.snapshots:
+            snapshot.release()
+        self.period.end()
+        self.flusher.close(refusal)
+
+    # -- what is known -------------------------------------------------------------------------------------
+
+    def require_track(self) -> None:
+        """Raise `Untrusted` where it was lost."""
+        if self.voucher.lost is not None:
+            raise Untrusted(f"disk {self.disk.name!r}: {self.voucher.lost}", next_step="make a full backup")
+
+    def persist(self) -> None:
+        """Write everything that only memory knows."""
+        if self.is_over:
+            raise detached_error(self.disk)
+        while True:
+            period = self.period
+            period.persist()
+            if period is self.period:
+                return
+
+    def standing(self) -> Standing:
+        """Whether the open period's answer is exact, a superset, or worth nothing."""
+        if self.voucher.lost is not None:
+            return Standing(Trust.UNTRUSTED, self.voucher.lost)
+        with self.store.read() as reader:  # of before or after the checkpoint that memory knows
+            bitmap = reader.bitmap(chain.current_checkpoint(reader, self.disk).bitmap_id)
+        reason = bitmap.superset or bitmap.all_dirty
+        return Standing(Trust.SUPERSET if reason else Trust.EXACT, reason)
+
+
+def detached_error(disk: Disk) -> StorageError:
+    return StorageError(
+        f"disk {disk.name!r} is detached", OSError(errno.ESHUTDOWN, "detached"), next_step="attach it again"
+    )
+
+
+def held_error(snapshot: Snapshot) -> Busy:
+    return Busy(
+        f"disk {snapshot.disk.name!r} is held as at checkpoint {snapshot.checkpoint.name!r}",
+        next_step="release that snapshot first, or wait for who reads it",
+    )

@@ -1,0 +1,129 @@
+"""The owner's word for its disk: signs of life while tracking holds, and what it says when tracking fails.
+
+A bitmap is believed because its owner vouches for it (continuity.py). So an owner that lost track, and lets
+the guest write all the same (policy `guest-first`), first takes its word back, durably:
+
+1. by distrust in the owner's file, which needs no space (owner.py);
+2. if even that file cannot be written, by silence: no more signs of life, and no write before the last one is
+   so old that the image's mtime proves a gap;
+3. on an image without an mtime silence proves nothing: there the write fails.
+
+The word is given again only for a new epoch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+from lmdbitmap.errors import LmdbitmapError, StorageError
+from lmdbitmap.interfaces import TrackableDevice
+from lmdbitmap.storage.owner import Owner
+from lmdbitmap.store import CommitInDoubt
+
+log = logging.getLogger(__name__)
+
+SILENCE_S = 3.0
+"""Longer than continuity.py forgives: a write this late after the last beat is taken for a stranger's."""
+
+
+class Voucher:
+    """Holds the owner's lock on the disk called `name` until `close`. Safe for many threads."""
+
+    def __init__(self, name: str, device: TrackableDevice, lock: Owner) -> None:
+        self._name = name
+        self._device = device
+        self._owner = lock
+        self._changing = threading.Lock()
+        self._beating = True
+        self._has_beaten = False
+        self.lost: str | None = None
+        """Why the open period is worth nothing; None while we vouch for it."""
+
+    def beat(self) -> None:
+        """Leave a sign of life, the first one durably, unless silence has to say that we lost track."""
+        with self._changing:  # no beat is under way while silence begins
+            if self._beating:
+                now_ns, change = time.time_ns(), self._device.identity().last_change
+                self._owner.beat(now_ns, *change, durable=not self._has_beaten)
+                self._has_beaten = True
+
+    def lose_track(self, reason: str) -> None:
+        """Return when nobody will believe the bitmap any more; after that the guest may write untracked.
+
+        Raises `StorageError` where nothing can say so.
+        """
+        with self._changing:
+            if self.lost is None:
+                log.error(
+                    "disk %s: %s: the guest goes on, the next backup will read the whole disk",
+                    self._name,
+                    reason,
+                )
+                try:
+                    self._owner.declare_distrust(reason, time.time_ns())
+                except LmdbitmapError as error:
+                    self._fall_silent(error)
+                self.lost = reason
+
+    def _fall_silent(self, error: LmdbitmapError) -> None:
+        if self._device.identity().mtime_ns == 0:
+            raise write_refused(self._name, error) from error
+        self._beating = False
+        log.error("disk %s: %s; the signs of life end", self._name, error)
+        time.sleep(SILENCE_S)
+
+    def require_a_voice(self) -> None:
+        """Raise unless distrust can be written: what cannot take that cannot take trust back."""
+        if self.lost is not None:
+            self._owner.declare_distrust(self.lost, time.time_ns())
+
+    def vouch_again(self) -> None:
+        """A new epoch is durable: give the word for it."""
+        self._owner.restore_trust()
+        self.lost = None
+        self._beating = True
+
+    def close(self) -> None:
+        with self._changing:  # a beat under way must not write to whatever gets its descriptor next
+            self._owner.close()
+
+    def forsake(self) -> None:
+        """We are in a forked child, where whoever held the lock is not."""
+        self._changing = threading.Lock()
+        self.close()
+
+
+def write_refused(name: str, error: LmdbitmapError) -> StorageError:
+    """What a guest's write fails with when its dirt cannot be recorded."""
+    code = error.errno if isinstance(error, StorageError) else errno.EIO
+    return StorageError(
+        f"disk {name!r} cannot record a write ({error.problem})",
+        OSError(code or errno.EIO, error.problem),
+        next_step=error.next_step,
+    )
+
+
+@contextlib.contextmanager
+def changed_together(vouchers: Sequence[Voucher]) -> Iterator[None]:
+    """The chains in the store and the periods in memory change together in the block.
+
+    Where an interruption (Ctrl-C) may have come between the two, or the store cannot say whether it took the
+    change, nobody can say which bitmap records: nothing is believed then.
+    """
+    try:
+        yield
+    except CommitInDoubt as error:
+        for voucher in vouchers:
+            voucher.lose_track(f"a change of its checkpoints may have taken place or not ({error.problem})")
+        raise
+    except LmdbitmapError:
+        raise  # the store is as it was before
+    except BaseException:
+        for voucher in vouchers:
+            voucher.lose_track("a change of its checkpoints was interrupted")
+        raise

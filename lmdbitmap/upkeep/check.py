@@ -1,0 +1,406 @@
+"""Is a store sound, and if not, what to do: a walk over everything that it holds.
+
+All records are read in one view, so that what another process changes meanwhile is seen whole or not at
+all; region records stream by, and only descriptions are kept. Every description is decoded for itself: one
+that lies does not hide the others. Damage is told once for each bitmap, however many records it hit.
+
+Nothing is ever mended here. What is unsound counts as dirty wherever it is used, so that no answer of a
+damaged store is wrong in the dangerous direction; a finding says what to do to get exact answers again.
+
+LMDB's pages are looked at first, in a copy: to walk over damaged ones could end the process. Then every record is
+counted, and held against the tally of its group (tally.py): so that what is not there is missed too.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple, TypeVar
+from uuid import UUID
+
+from lmdbitmap.errors import FormatError, InvalidArgument, LmdbitmapError, NotFound
+from lmdbitmap.extents import Trust
+from lmdbitmap.geometry import REGION_BLOCKS
+from lmdbitmap.images.image import is_far
+from lmdbitmap.images.whereabouts import WHILE_THERE_IS_TIME
+from lmdbitmap.storage import owner, schema, tally
+from lmdbitmap.storage.records import BITMAP_ID_KEY
+from lmdbitmap.storage.schema import Bitmap, Checkpoint, Disk
+from lmdbitmap.storage.tally import Tally
+from lmdbitmap.store import WENT_BACK, Reader, Store
+from lmdbitmap.tracker import continuity, session
+from lmdbitmap.tracker.changes import open_period_standing
+from lmdbitmap.upkeep.check_folder import remarks_on
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes of disk whose records were read, bytes in all)."""
+
+_START_ANEW = (
+    "make a full backup; if this stays, stop what uses the store, move its folder lmdb aside, and the next command"
+    " makes it anew"
+)
+_DISK_FAILS = (
+    "look at the disk under the store; stop what uses it, move its folder lmdb aside, and the next command makes it"
+    " anew, all dirty"
+)
+_LOST_STEP = "what they stand for counts as dirty; look at the disk under the store, and make a full backup"
+_OLD_VIEW_TRANSACTIONS = 1000
+_REGION_KEY_BYTES = len(schema.region_key(0, 0))
+_REGIONS_PER_REPORT = 4096
+
+
+class Gravity(enum.IntEnum):
+    """How bad a finding is."""
+
+    NOTE = 0
+    """Good to know; nothing is lost."""
+    DISTRUST = 1
+    """A disk needs a full backup; the store itself is sound."""
+    DAMAGE = 2
+    """Bytes of the store are not what was written."""
+
+
+class Finding(NamedTuple):
+    gravity: Gravity
+    place: str
+    problem: str
+    next_step: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.problem}; {self.next_step}"
+
+
+def check_store(store: Store, progress: Progress = lambda done, total: None) -> list[Finding]:
+    """Everything that is wrong with the store, or worth knowing; nothing if it is sound."""
+    pages = list(_pages(store))
+    if pages:
+        return pages
+    with store.read() as reader:
+        ledger = _Ledger(reader)
+        inventory, findings = _take_inventory(ledger)
+        findings += [*_names(inventory), *_disks(inventory), *_bitmaps(inventory)]
+        findings += _regions(ledger, inventory, progress)
+        findings += ledger.losses(inventory)
+    findings += _views(store)
+    for disk in inventory.disks.values():
+        findings += _standing(store, disk)
+    return [*findings, *_folder(store, inventory)]
+
+
+# --- pages, and what is lost ---
+
+
+def _pages(store: Store) -> Iterator[Finding]:
+    problems = store.structural_problems()
+    if problems:
+        yield _damage(
+            f"{len(problems)} places in the pages of {store.path}/lmdb/data.mdb", problems[0], _DISK_FAILS
+        )
+
+
+class _Ledger:
+    """Hands out every record as it is, proven or not, and counts it."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._found: dict[bytes, Tally] = {}
+        self._counts: Counter[str] = Counter()
+
+    def records(self, database: str) -> Iterator[tuple[bytes, bytes]]:
+        for key, value in self._reader.records(database):
+            group = tally.group_key(database, key)
+            self._found[group] = self._found.get(group, tally.NOTHING).plus(tally.of([(key, value)]))
+            self._counts[database] += 1
+            yield key, value
+
+    def losses(self, inventory: _Inventory) -> Iterator[Finding]:
+        """What all records together do not make up; to be asked when each was handed out once."""
+        for database, count in sorted(self._counts.items()):
+            said = self._reader.record_count(database)
+            if count != said:
+                yield _damage(
+                    f"database {database}", f"{count} of its {said} records can be found", _DISK_FAILS
+                )
+        expected = self._reader.tallies()
+        expected.pop(tally.STAMP_KEY, None)
+        unsound = [key for key in expected.keys() | self._found if expected.get(key) != self._found.get(key)]
+        for place, groups in groupby(sorted(unsound), lambda key: _place_of_group(key, inventory)):
+            yield _damage(place, f"{len(list(groups))} groups of its records lost some of them", _LOST_STEP)
+
+
+def _place_of_group(group: bytes, inventory: _Inventory) -> str:
+    kind, rest = group[:1], group[1:]
+    if kind == b"r":
+        bitmap_id = int.from_bytes(rest[:8], "big")
+        return f"bitmap {bitmap_id}{_owner_of(bitmap_id, inventory)}"
+    words = {b"d": "description of disk", b"c": "checkpoints of disk", b"b": "description of bitmap"}
+    return f"{words.get(kind, 'group')} {rest.hex()}"
+
+
+def _views(store: Store) -> Iterator[Finding]:
+    for process, behind in store.views():
+        if behind > _OLD_VIEW_TRANSACTIONS:
+            yield Finding(
+                Gravity.NOTE, f"process {process}", f"it looks at the store as it was {behind} transactions ago,"
+                " and what was freed since then takes space", "see what it waits for, or end it",
+            )  # fmt: skip
+
+
+# --- descriptions ---
+
+
+@dataclass(frozen=True)
+class _Inventory:
+    """What the store describes, as far as it could be read. `complete` if all of it could."""
+
+    disks: dict[UUID, Disk]
+    checkpoints: list[Checkpoint]
+    bitmaps: dict[int, Bitmap]
+    last_bitmap_id: int
+    complete: bool
+
+    def chain_of(self, disk: Disk) -> list[Checkpoint]:
+        return [checkpoint for checkpoint in self.checkpoints if checkpoint.disk == disk.uuid]
+
+
+D = TypeVar("D", Disk, Checkpoint, Bitmap)
+
+
+def _take_inventory(ledger: _Ledger) -> tuple[_Inventory, list[Finding]]:
+    findings: list[Finding] = []
+    disks = _decoded(ledger, "disks", Disk, lambda disk: disk.uuid.bytes, findings)
+    checkpoints = _decoded(
+        ledger, "checkpoints", Checkpoint, lambda c: schema.checkpoint_key(c.disk, c.sequence), findings
+    )
+    bitmaps = _decoded(ledger, "bitmaps", Bitmap, lambda bitmap: schema.bitmap_key(bitmap.id), findings)
+    inventory = _Inventory(
+        {disk.uuid: disk for disk in disks},
+        checkpoints,
+        {bitmap.id: bitmap for bitmap in bitmaps},
+        int.from_bytes(dict(ledger.records("meta")).get(BITMAP_ID_KEY, b""), "big"),
+        complete=not findings,
+    )
+    return inventory, findings
+
+
+def _decoded(
+    ledger: _Ledger, database: str, kind: type[D], key_of: Callable[[D], bytes], findings: list[Finding]
+) -> list[D]:
+    """The descriptions that can be read and stand where they belong; a finding for each of the others."""
+    found = []
+    for key, value in ledger.records(database):
+        try:
+            description = schema.decode(kind, value, place=f"{database}/{key.hex()}")
+        except FormatError as error:
+            findings.append(_damage(error.place, f"expected {error.expected}, found {error.found}"))
+            continue
+        if key == key_of(description):
+            found.append(description)
+        else:
+            findings.append(_damage(f"{kind.what} at {database}/{key.hex()}", "it belongs under another key"))
+    return found
+
+
+def _damage(place: str, problem: str, next_step: str = _START_ANEW) -> Finding:
+    return Finding(Gravity.DAMAGE, place, problem, next_step)
+
+
+# --- what descriptions say together ---
+
+
+def _names(inventory: _Inventory) -> Iterator[Finding]:
+    """One word says which disk or stand-alone bitmap is meant, one path which disk."""
+    names = [disk.name for disk in inventory.disks.values()]
+    names += [bitmap.name for bitmap in inventory.bitmaps.values() if bitmap.name is not None]
+    for name in _twice(names):
+        yield _damage(f"name {name!r}", "several disks or bitmaps have it")
+    for image in _twice(disk.image for disk in inventory.disks.values()):
+        yield _damage(f"image {image}", "several disks track it")
+
+
+def _twice(words: Iterable[str]) -> list[str]:
+    return [word for word, count in Counter(words).items() if count > 1]
+
+
+def _disks(inventory: _Inventory) -> Iterator[Finding]:
+    for disk in inventory.disks.values():
+        place, chain = f"disk {disk.name!r}", inventory.chain_of(disk)
+        yield from (_damage(place, problem) for problem in _problems_of(disk))
+        yield from (_damage(place, problem) for problem in _problems_of_chain(disk, chain))
+        yield from (_damage(place, problem) for problem in _problems_of_periods(disk, chain, inventory))
+    for lost in {checkpoint.disk for checkpoint in inventory.checkpoints} - inventory.disks.keys():
+        yield _damage(f"checkpoints of disk {lost}", "no such disk is described")
+
+
+def _problems_of(disk: Disk) -> Iterator[str]:
+    try:
+        schema.check_disk_name(disk.name)
+    except InvalidArgument as error:
+        yield error.problem
+
+
+def _problems_of_chain(disk: Disk, chain: Sequence[Checkpoint]) -> Iterator[str]:
+    """A chain is ordered, its epochs follow each other, and its last one is the disk's."""
+    if not chain:
+        yield "it has no checkpoint, so nothing records"
+        return
+    epochs = [epoch for epoch, _ in groupby(chain, key=lambda checkpoint: checkpoint.epoch)]
+    if len(set(epochs)) < len(epochs):
+        yield "the checkpoints of an epoch do not follow each other"
+    if epochs[-1] != disk.epoch:
+        yield "its newest checkpoint is of another epoch than the disk"
+    if chain[-1].sequence >= disk.next_sequence:
+        yield f"checkpoint {chain[-1].name!r} has number {chain[-1].sequence}, the next is {disk.next_sequence}"
+    for name in _twice(checkpoint.name for checkpoint in chain):
+        yield f"several checkpoints are called {name!r}"
+
+
+def _problems_of_periods(disk: Disk, chain: Sequence[Checkpoint], inventory: _Inventory) -> Iterator[str]:
+    for checkpoint in chain:
+        bitmap = inventory.bitmaps.get(checkpoint.bitmap_id)
+        if bitmap is None:
+            yield f"the bitmap of checkpoint {checkpoint.name!r} is not described"
+        elif bitmap.geometry != disk.geometry:
+            yield f"the bitmap of checkpoint {checkpoint.name!r} is of another size or granularity"
+        elif bitmap.name is not None:
+            yield f"the bitmap of checkpoint {checkpoint.name!r} stands alone as {bitmap.name!r} too"
+
+
+def _bitmaps(inventory: _Inventory) -> Iterator[Finding]:
+    for disk in inventory.disks.values():
+        chain = inventory.chain_of(disk)
+        recording = inventory.bitmaps.get(chain[-1].bitmap_id) if chain else None
+        if recording is not None and recording.all_dirty == WENT_BACK:
+            step = "look at the disk under the store, and make a full backup"
+            yield Finding(Gravity.DISTRUST, f"disk {disk.name!r}", WENT_BACK, step)
+    used = Counter(checkpoint.bitmap_id for checkpoint in inventory.checkpoints)
+    for bitmap in inventory.bitmaps.values():
+        place = f"bitmap {bitmap.id}"
+        if used[bitmap.id] > 1:
+            yield _damage(place, "several checkpoints record into it")
+        if bitmap.id > inventory.last_bitmap_id:
+            yield _damage(place, f"its number is past the last one given out, {inventory.last_bitmap_id}")
+        if not used[bitmap.id] and bitmap.name is None and inventory.complete:
+            yield _orphan(place, "it belongs to no checkpoint and has no name")
+
+
+def _orphan(place: str, problem: str) -> Finding:
+    return Finding(Gravity.NOTE, place, problem, "nothing needs it; it only takes space")
+
+
+# --- region records ---
+
+
+@dataclass
+class _Unsound:
+    """How many region records of a bitmap are unsound, and which is the first."""
+
+    damaged: int = 0
+    outside: int = 0
+    first: int = 0
+
+    def count(self, region: int, *, damaged: bool, outside: bool) -> None:
+        if not self.damaged and not self.outside:
+            self.first = region
+        self.damaged += damaged
+        self.outside += outside
+
+
+def _regions(ledger: _Ledger, inventory: _Inventory, progress: Progress) -> Iterator[Finding]:
+    found = {number: _Unsound() for number in inventory.bitmaps}
+    strays = 0
+    for bitmap_id, region, sound in _walked(ledger, inventory, progress):
+        bitmap = inventory.bitmaps.get(bitmap_id)
+        if bitmap is None:
+            strays += 1
+        elif not sound or region >= bitmap.geometry.region_count:
+            outside = region >= bitmap.geometry.region_count
+            found[bitmap_id].count(region, damaged=not sound, outside=outside)
+    for bitmap_id, unsound in found.items():
+        if unsound.damaged or unsound.outside:
+            yield from _told(unsound, f"bitmap {bitmap_id}{_owner_of(bitmap_id, inventory)}")
+    if strays and inventory.complete:
+        yield _orphan("region records", f"{strays} of them belong to no bitmap")
+
+
+def _walked(ledger: _Ledger, inventory: _Inventory, progress: Progress) -> Iterator[tuple[int, int, bool]]:
+    """(bitmap id, region, whether its bytes are what was written) of every region record, ascending."""
+    before, total = {}, 0
+    for number, bitmap in sorted(inventory.bitmaps.items()):
+        before[number] = total
+        total += bitmap.size
+    for count, (key, value) in enumerate(ledger.records("regions")):
+        if len(key) != _REGION_KEY_BYTES:
+            yield -1, 0, False
+            continue
+        bitmap_id, region = schema.parse_region_key(key)
+        yield bitmap_id, region, not schema.decode_region(key, value).damaged
+        if count % _REGIONS_PER_REPORT == 0 and bitmap_id in before:
+            bitmap = inventory.bitmaps[bitmap_id]
+            progress(before[bitmap_id] + bitmap.geometry.bytes_of(region * REGION_BLOCKS, 0)[0], total)
+    progress(total, total)
+
+
+def _told(unsound: _Unsound, place: str) -> Iterator[Finding]:
+    if unsound.damaged:
+        yield _damage(
+            place, f"{unsound.damaged} of its region records are damaged, the first of region {unsound.first}",
+            "what they cover counts as dirty; look at the disk under the store, and make a full backup",
+        )  # fmt: skip
+    if unsound.outside:
+        yield _damage(place, f"{unsound.outside} of its region records lie past the disk's end")
+
+
+def _owner_of(bitmap_id: int, inventory: _Inventory) -> str:
+    """Whose bitmap it is, for people: its checkpoint's and disk's names, or its own."""
+    for checkpoint in inventory.checkpoints:
+        disk = inventory.disks.get(checkpoint.disk)
+        if checkpoint.bitmap_id == bitmap_id and disk is not None:
+            return f" (checkpoint {checkpoint.name!r} of disk {disk.name!r})"
+    bitmap = inventory.bitmaps.get(bitmap_id)
+    return "" if bitmap is None or bitmap.name is None else f" ({bitmap.name!r})"
+
+
+# --- around the environment ---
+
+
+def _standing(store: Store, disk: Disk) -> Iterator[Finding]:
+    """Whether the disk's image is still the one that its bitmaps speak of.
+
+    That the owner of a disk in deferred mode keeps its bits to itself is as it should be, and no finding.
+    """
+    standing = open_period_standing(store, disk, persisted=disk.durability == schema.DEFERRED)
+    place, problem = f"disk {disk.name!r}", standing.reason or ""
+    if standing.trust is Trust.UNTRUSTED:
+        yield Finding(Gravity.DISTRUST, place, problem, next_step_for(store, disk))
+    elif standing.trust is Trust.SUPERSET:
+        yield Finding(Gravity.NOTE, place, problem, "the next backup copies a little more than it must")
+
+
+def next_step_for(store: Store, disk: Disk) -> str:
+    """What to do about a disk that cannot be trusted; nothing is offered that would be refused."""
+    is_owned = owner.is_owned(store.owner_path(disk.uuid))
+    is_open_here = is_owned and not is_far(disk.image)
+    try:
+        image = session.look_at(store, disk)
+    except LmdbitmapError as error:
+        return WHILE_THERE_IS_TIME if is_open_here and isinstance(error, NotFound) else error.next_step
+    if is_open_here and disk.identity is not None and not continuity.is_same_file(disk.identity, image):
+        return WHILE_THERE_IS_TIME
+    if is_owned:
+        return (
+            "see what the process that serves it has logged, and stop and start it if this lasts; the next backup is"
+            " a full one"
+        )
+    if session.why_not_adopted(disk, owner.distrust(store.owner_path(disk.uuid))) is not None:
+        return "make a full backup"
+    return f"make a full backup, or `lmdbitmap adopt {disk.name}` if you know that the image is the same"
+
+
+def _folder(store: Store, inventory: _Inventory) -> Iterator[Finding]:
+    known = {str(disk_uuid) for disk_uuid in inventory.disks}
+    for remark in remarks_on(store, known if inventory.complete else None):
+        yield Finding(Gravity.NOTE, *remark)

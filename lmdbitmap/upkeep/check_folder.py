@@ -1,0 +1,74 @@
+"""What is to be said of a store's folder, around the records: who may write it, and what lies about in it."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from lmdbitmap.notes import holds, sync_note
+from lmdbitmap.storage.founding import DAMAGED_PREFIX, FOLDERS, FRESH_PREFIX
+from lmdbitmap.store import Store
+from lmdbitmap.system.files import is_unfinished_name
+
+_OTHERS_WRITE = 0o022
+_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+class Remark(NamedTuple):
+    """Good to know of a path; no record is lost by it."""
+
+    path: str
+    problem: str
+    next_step: str
+
+
+def remarks_on(store: Store, known: set[str] | None) -> Iterator[Remark]:
+    """`known` are the uuids of the disks that there are, or None where nobody can say."""
+    for folder in ("", "lmdb", *FOLDERS):
+        yield from _access_to(os.path.join(store.path, folder))
+    for name in sorted(name for name in os.listdir(store.path) if name.startswith(DAMAGED_PREFIX)):
+        problem = "the store was damaged, and was made anew; this is what it was"
+        step = "look at the disk under it; remove it once you do not want to look at it any more"
+        yield Remark(os.path.join(store.path, name), problem, step)
+    for path in _leftovers(store, known):
+        yield Remark(path, "nothing needs it", "remove it")
+
+
+def _access_to(path: str) -> Iterator[Remark]:
+    """Who may write the store can make the tracker lie."""
+    if not os.path.isdir(path):
+        yield Remark(path, "the folder is missing", f"make it: mkdir -m 700 {path}")
+    elif stat.S_IMODE(os.stat(path).st_mode) & _OTHERS_WRITE:
+        yield Remark(path, "other users may write to it", f"chmod go-w {path}")
+
+
+def _leftovers(store: Store, known: set[str] | None) -> Iterator[str]:
+    """What killed processes left, and what belongs to disks that are gone; `known` is None where unknown.
+
+    Only what is called as our files are: what somebody else keeps here, backups even, is not for us to judge.
+    """
+    for name in sorted(os.listdir(store.path)):
+        path = os.path.join(store.path, name)
+        if name.startswith(FRESH_PREFIX) or (is_unfinished_name(name) and not os.path.isdir(path)):
+            yield path
+    for folder in FOLDERS:
+        place = os.path.join(store.path, folder)
+        for name in sorted(os.listdir(place)) if os.path.isdir(place) else ():
+            path = os.path.join(place, name)
+            if _is_left_over(name, known) and not os.path.isdir(path):
+                yield path
+
+
+def _is_left_over(name: str, known: set[str] | None) -> bool:
+    if is_unfinished_name(name):
+        return True
+    disk = _disk_of(name)
+    return known is not None and disk is not None and disk not in known
+
+
+def _disk_of(name: str) -> str | None:
+    """The uuid of the disk that a file belongs to: notes have it at their beginning, other files are called so."""
+    return sync_note.disk_of(name) or holds.disk_of(name) or (name if _UUID.fullmatch(name) else None)
