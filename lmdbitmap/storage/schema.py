@@ -16,7 +16,9 @@ a record that fails its check is all dirty, and says so. See docs/store.md.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 from uuid import UUID
@@ -224,6 +226,11 @@ def is_whole(record: bytes) -> bool:
 
 def decode(kind: type[D], data: bytes, *, place: str) -> D:
     """The description in `data`; raises `FormatError` for anything that `encode` would not have written."""
+    description: D = _remembered(kind, data, place)
+    return description
+
+
+def _decoded(kind: type[D], data: bytes, place: str) -> D:
     fields = _unpack_map(kind.what, data, place)
     version = fields.pop("schema", None)
     if not isinstance(version, int) or not 1 <= version <= kind.schema:
@@ -248,6 +255,10 @@ def decode(kind: type[D], data: bytes, *, place: str) -> D:
     if _encoded(description, int(version)) != data:
         raise _error(kind.what, place, "its fields in their own order, once and in short", "other bytes")
     return description
+
+
+_remembered: Callable[..., Any] = functools.lru_cache(maxsize=4096)(_decoded)
+"""What was decoded of late, a kilobyte each: a disk's whole chain is read when it grows, and writers wait for that."""
 
 
 def _check_modes(disk: Disk, place: str) -> None:

@@ -99,7 +99,7 @@ def _next_period(
     """Extents that were written of late are armed in it, so that their writers do not all commit at once."""
     tracking.put_exact(writer)
     disk, checkpoint = chain.add_checkpoint(writer, tracking.as_stored(writer), name, time_ns)
-    period = tracking.open_period(writer, disk)
+    period = tracking.open_period(writer, disk, checkpoint)
     period.begin(writer, _carried(tracking), tracking.in_doubt(disk.geometry))
     return checkpoint, disk, period
 

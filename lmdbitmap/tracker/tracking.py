@@ -27,7 +27,7 @@ from lmdbitmap.extents import Trust
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import FlushesByItself, ImageIdentity, LeavesDoubt, TrackableDevice
 from lmdbitmap.storage import schema
-from lmdbitmap.storage.schema import Disk
+from lmdbitmap.storage.schema import Checkpoint, Disk
 from lmdbitmap.store import Reader, Store, Writer
 from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.changes import Standing
@@ -169,9 +169,9 @@ class Tracking:
         """The disk as the store has it: after an interruption memory may lag behind."""
         return reader.disk(self.disk.uuid) or self.disk
 
-    def open_period(self, reader: Reader, disk: Disk) -> Period:
+    def open_period(self, reader: Reader, disk: Disk, newest: Checkpoint | None = None) -> Period:
         """Opened inside the transaction that makes its bitmap, so that nothing can fail once that is durable."""
-        bitmap = reader.bitmap(chain.current_checkpoint(reader, disk).bitmap_id)
+        bitmap = reader.bitmap((newest or chain.current_checkpoint(reader, disk)).bitmap_id)
         write_ahead = disk.durability == schema.WRITE_AHEAD
         return Period(self.store, bitmap, write_ahead=write_ahead, max_armed=self._max_armed)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import msgpack
 import pytest
 
 from lmdbitmap.errors import StorageError, Untrusted
@@ -44,6 +45,26 @@ def attach(store: Store, tmp_path: Path, name: str) -> Filter:
 def names(store: Store, disk: Filter) -> list[str]:
     with store.read() as reader:
         return [checkpoint.name for checkpoint in reader.checkpoints(disk.disk.uuid)]
+
+
+def test_writers_do_not_wait_longer_the_more_checkpoints_there_are(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[bytes] = []
+
+    def counted(data: bytes, **how: object) -> object:
+        decoded.append(data)
+        return unpackb(data, **how)
+
+    unpackb = msgpack.unpackb
+    monkeypatch.setattr(msgpack, "unpackb", counted)
+    costs = []
+    with attach(store, tmp_path, "sda") as disk:
+        for number in range(40):
+            decoded.clear()
+            disk.checkpoint(f"number {number}")
+            costs.append(len(decoded))
+    assert costs[-1] == costs[1] > 0
 
 
 def test_the_image_is_flushed_after_the_commit_and_while_writers_go_on(store: Store, tmp_path: Path) -> None:

@@ -90,7 +90,8 @@ def test_without_the_library_zstd_is_refused_with_what_to_run(monkeypatch: pytes
 
 def test_zstd_is_not_loaded_before_it_is_needed() -> None:
     code = (
-        "import sys, lmdbitmap.backups.backup, lmdbitmap.restoring.restore; from lmdbitmap.qcow2.compression import chosen;"
+        "import sys, lmdbitmap.backups.backup, lmdbitmap.restoring.restore;"
+        "from lmdbitmap.qcow2.compression import chosen;"
         "chosen('zlib'); print('zlib' in sys.modules, [name for name in sys.modules if 'zstd' in name])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
