@@ -39,7 +39,6 @@ def checkpoint(disks: Sequence[Tracking], name: str) -> list[Checkpoint]:
 def snapshot(disks: Sequence[Tracking], name: str, scratch: Scratch) -> list[Snapshot]:
     """See `filter.take_snapshot`."""
     _require_each_once(disks)
-    snapshots: dict[Tracking, Snapshot] = {}
 
     def hold(tracking: Tracking, checkpoint: Checkpoint) -> None:
         snapshots[tracking].checkpoint = checkpoint
@@ -47,9 +46,11 @@ def snapshot(disks: Sequence[Tracking], name: str, scratch: Scratch) -> list[Sna
 
     with contextlib.ExitStack() as on_failure:
         files = {tracking: on_failure.enter_context(closing(ScratchFile(scratch))) for tracking in disks}
+        snapshots = {tracking: _unheld(tracking, files[tracking]) for tracking in disks}
 
         def prepare(tracking: Tracking) -> None:
-            snapshots[tracking] = Snapshot(tracking.store, tracking.disk, tracking.device, files[tracking])
+            if snapshots[tracking].disk != tracking.disk:  # it was resized meanwhile, say
+                snapshots[tracking] = _unheld(tracking, files[tracking])
 
         _take_points(disks, name, hold, prepare)
         for tracking, held in snapshots.items():
@@ -58,6 +59,11 @@ def snapshot(disks: Sequence[Tracking], name: str, scratch: Scratch) -> list[Sna
         _flush_images(disks, name, on_failure.close)
         on_failure.pop_all()
     return [snapshots[tracking] for tracking in disks]
+
+
+def _unheld(tracking: Tracking, file: ScratchFile) -> Snapshot:
+    """Made before the freeze: to get its memory takes most of a millisecond, and writers would wait for it."""
+    return Snapshot(tracking.store, tracking.disk, tracking.device, file)
 
 
 def _take_points(

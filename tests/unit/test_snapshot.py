@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,9 @@ from lmdbitmap.errors import Busy, FormatError, InvalidArgument, NotFound, Stora
 from lmdbitmap.filter import Filter, take_snapshot
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Allocation, Buffer
+from lmdbitmap.storage.schema import Checkpoint
 from lmdbitmap.system.scratch import Scratch
+from lmdbitmap.tracker import points
 from lmdbitmap.tracker.snapshot import Snapshot
 from tests.crash.tapped import WRITES, TappedDevice, Turnstile, join, start
 from tests.support import PATIENCE_SECONDS, make_raw_image
@@ -127,6 +130,21 @@ def test_the_disk_keeps_its_size_and_the_checkpoint_while_it_is_held(disk: Filte
     disk.resize(SIZE - BLOCK)
     disk.forget("s")
     assert disk.size == SIZE - BLOCK
+
+
+def test_a_disk_that_grows_in_the_last_moment_is_held_as_it_is_then(
+    disk: Filter, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def grow_first(*how: Any) -> list[Checkpoint]:
+        disk.resize(2 * SIZE)
+        return take_points(*how)
+
+    take_points = points._take_points
+    monkeypatch.setattr(points, "_take_points", grow_first)
+    snapshot = disk.snapshot("s", scratch(folder))
+    disk.pwrite(NEW, SIZE)
+    assert snapshot.size == 2 * SIZE
+    assert snapshot.pread(BLOCK, SIZE) == bytes(BLOCK)
 
 
 def test_writers_are_fast_again_after_the_release(disk: Filter, folder: Path) -> None:
