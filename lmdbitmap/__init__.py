@@ -27,12 +27,7 @@ if TYPE_CHECKING:
     )
     from lmdbitmap.backups.backup import backup as back_up
     from lmdbitmap.backups.backup_result import BackupResult, BackupsFailed
-    from lmdbitmap.backups.consumers import (
-        drop_hold,
-        hold_lapse_days,
-        holds_of,
-        set_hold_lapse_days,
-    )
+    from lmdbitmap.backups.consumers import drop_hold, hold_lapse_days, holds_of, set_hold_lapse_days
     from lmdbitmap.errors import (
         AlreadyExists,
         Busy,
@@ -78,9 +73,9 @@ if TYPE_CHECKING:
     from lmdbitmap.syncs.sync import SyncResult
     from lmdbitmap.syncs.sync import sync as sync_disk
     from lmdbitmap.syncs.sync_plan import SyncKind
-    from lmdbitmap.system.scratch import Scratch
     from lmdbitmap.tracker.changes import Changes, Standing
     from lmdbitmap.tracker.changes import changes as changes_of
+    from lmdbitmap.tracker.scratch import Scratch
     from lmdbitmap.tracker.session import add, adopt, relocate, remove
     from lmdbitmap.tracker.snapshot import Snapshot
     from lmdbitmap.upkeep.check import Finding, Gravity, check_store
@@ -89,8 +84,8 @@ _HOMES = {
     "AlreadyExists": "errors",
     "AppliedResult": "streams.stream_restore",
     "BackupChain": "repository.backup_chain",
-    "BackupResult": "backups.backup_result",
     "BackupEntry": "repository.manifest",
+    "BackupResult": "backups.backup_result",
     "BackupType": "repository.manifest",
     "BackupsFailed": "backups.backup_result",
     "Busy": "errors",
@@ -118,7 +113,7 @@ _HOMES = {
     "Reason": "repository.manifest",
     "RestoreResult": "restoring.restore",
     "Retention": "repository.retention",
-    "Scratch": "system.scratch",
+    "Scratch": "tracker.scratch",
     "ServedSnapshot": "access.served_snapshots",
     "Server": "nbd.server.server",
     "Snapshot": "tracker.snapshot",
@@ -172,7 +167,7 @@ _OTHER_NAMES = {
     "sync_disk": "sync",
     "verify_backups": "verify",
 }
-"""What a name is called at home. A package's attribute `changes` is its module, whatever we say here."""
+"""What a name is called at home, where there is no doubt what it is done to."""
 
 __all__ = [
     "AlreadyExists",

@@ -27,15 +27,15 @@ from lmdbitmap import format as flat
 from lmdbitmap.errors import FormatError, InvalidArgument, Untrusted, error_from_os
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
-from lmdbitmap.flat.flatfile import FlatFile, NewFlatFile, writing
+from lmdbitmap.flat_file.flatfile import FlatFile, NewFlatFile, writing
 from lmdbitmap.format import NO_UUID, Chunk, Flags, FlatHeader, Metadata, Zeroes
 from lmdbitmap.geometry import REGION_BYTES, Geometry
 from lmdbitmap.nbd import control_client
-from lmdbitmap.restoring.target import refuse_tracked
 from lmdbitmap.storage import schema
 from lmdbitmap.storage.schema import Bitmap, Disk
 from lmdbitmap.store import Reader, Store, Writer
 from lmdbitmap.system import files
+from lmdbitmap.targets.target import refuse_tracked
 from lmdbitmap.tracker import chain, standalone
 from lmdbitmap.tracker.changes import Changes, unknown_error
 from lmdbitmap.tracker.standalone import Dirt, Origin

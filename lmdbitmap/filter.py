@@ -32,12 +32,12 @@ from lmdbitmap.interfaces import TrackableDevice
 from lmdbitmap.storage.owner import Owner
 from lmdbitmap.storage.schema import Checkpoint, Disk
 from lmdbitmap.store import Store
-from lmdbitmap.system.scratch import Scratch
 from lmdbitmap.tracker import points, session
 from lmdbitmap.tracker.changes import Changes, Standing, changes
 from lmdbitmap.tracker.front import Front
 from lmdbitmap.tracker.lane import FilterLane
 from lmdbitmap.tracker.period import DEFAULT_MAX_ARMED
+from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.snapshot import Snapshot
 from lmdbitmap.tracker.tracking import Tracking, detached_error
 from lmdbitmap.tracker.vouching import Voucher

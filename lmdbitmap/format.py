@@ -25,8 +25,8 @@ from typing import Annotated, NamedTuple, TypeAlias, TypeVar, get_type_hints
 from lmdbitmap import bits
 from lmdbitmap.errors import FormatError, InvalidArgument, Untrusted
 from lmdbitmap.extents import Trust
-from lmdbitmap.flat import plain_map
-from lmdbitmap.flat.checksum import crc32_with_zeroes
+from lmdbitmap.flat_file import plain_map
+from lmdbitmap.flat_file.checksum import crc32_with_zeroes
 from lmdbitmap.geometry import MAX_GRANULARITY_BITS, MAX_SIZE, MIN_GRANULARITY_BITS, Geometry, ceil_div
 from lmdbitmap.interfaces import Buffer
 

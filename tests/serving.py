@@ -12,7 +12,7 @@ from lmdbitmap.nbd.control.control import ControlServer
 from lmdbitmap.nbd.control.held import HeldSnapshots
 from lmdbitmap.nbd.server.dirty_contexts import tracked_contexts
 from lmdbitmap.nbd.server.server import Server
-from lmdbitmap.system.scratch import Scratch
+from lmdbitmap.tracker.scratch import Scratch
 from tests.tracked import NAME, TrackedDisk
 
 

@@ -31,8 +31,9 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("tracker", "filter"),
     ("upkeep",),
     ("nbd.server",),
+    ("targets",),
     ("restoring",),
-    ("flat", "format", "export"),
+    ("flat_file", "format", "export"),
     ("access",),
     ("backups",),
     ("streams",),
@@ -50,7 +51,7 @@ HEIGHTS = {name: height for height, room in enumerate(ROOMS) for name in room}
 
 PRIVATE_LIBRARIES: dict[str, set[str]] = {
     "lmdb": {"storage"},
-    "msgpack": {"storage.schema", "flat.plain_map"},
+    "msgpack": {"storage.schema", "flat_file.plain_map"},
     "bitarray": {"bits", "tracker.lane"},
     "compression": {"qcow2.compression"},
     "backports": {"qcow2.compression"},
@@ -347,7 +348,7 @@ FUTURE = "from __future__ import annotations\n"
         ("store", "from . import errors", "relative"),
         ("filter", "import lmdb", "lmdb belongs to storage"),
         ("bits", "from lmdb import Environment as E", "lmdb belongs to storage"),
-        ("store", "import msgpack", "msgpack belongs to flat.plain_map, storage.schema"),
+        ("store", "import msgpack", "msgpack belongs to flat_file.plain_map, storage.schema"),
         ("store", "from bitarray import bitarray", "bitarray belongs to bits, tracker.lane"),
         ("store", "import socket", "socket belongs to nbd"),
         ("export", "import ssl", "ssl belongs to nbd"),

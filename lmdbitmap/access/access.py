@@ -10,21 +10,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from lmdbitmap.access import reach
-from lmdbitmap.access.access_ways import (
-    FREEZE_LIMIT_S,
-    OWNER_LIMIT_S,
-    Attached,
-    PointInTime,
-    Served,
-    Unowned,
-)
+from lmdbitmap.access.access_ways import FREEZE_LIMIT_S, OWNER_LIMIT_S, Attached, PointInTime, Served, Unowned
 from lmdbitmap.errors import LmdbitmapError, os_errors_at
 from lmdbitmap.filter import Filter
 from lmdbitmap.images.image import open_image
 from lmdbitmap.interfaces import TrackableDevice
 from lmdbitmap.storage.schema import Checkpoint, Disk
 from lmdbitmap.store import Store
-from lmdbitmap.system.scratch import Scratch
+from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.session import OpenDevice
 from lmdbitmap.work.apart import Failures
 

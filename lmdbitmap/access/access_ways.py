@@ -29,8 +29,8 @@ from lmdbitmap.interfaces import BlockDevice
 from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.storage.schema import Checkpoint, Disk
 from lmdbitmap.store import Store, Writer
-from lmdbitmap.system.scratch import Scratch
 from lmdbitmap.tracker import chain, session
+from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.session import Held, OpenDevice
 from lmdbitmap.tracker.snapshot import Snapshot, broken_error
 from lmdbitmap.work.apart import Failures

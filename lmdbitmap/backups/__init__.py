@@ -1,1 +1,1 @@
-"""A backup from its plan to its result, and who counts from which checkpoint."""
+"""A backup from its plan to its result, and what becomes of checkpoints that no backup needs any more."""

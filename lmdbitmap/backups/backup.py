@@ -49,23 +49,17 @@ from lmdbitmap.copying import digest_algorithms
 from lmdbitmap.copying.copier import Progress, Report
 from lmdbitmap.copying.digest_algorithms import DigestAlgorithm
 from lmdbitmap.copying.readable import Metered
-from lmdbitmap.errors import (
-    Busy,
-    FormatError,
-    InvalidArgument,
-    LmdbitmapError,
-)
+from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError
 from lmdbitmap.filter import Filter
 from lmdbitmap.notes.holds import HoldFile, UnderWay
 from lmdbitmap.qcow2.compression import Compression, chosen
 from lmdbitmap.repository.manifest import BackupType, CheckpointRef, Manifest, NewerManifest, Reason
 from lmdbitmap.repository.repository import BackupFolder, Unfinished, checkpoint_name
-from lmdbitmap.storage import founding
+from lmdbitmap.storage import founding, mending
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
-from lmdbitmap.system.scratch import Scratch
+from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.session import OpenDevice
-from lmdbitmap.upkeep import mending
 from lmdbitmap.work.apart import Failures
 from lmdbitmap.work.pace import Pace, pace_of
 

@@ -18,11 +18,11 @@ from lmdbitmap import bits
 from lmdbitmap.access.access import Access, reading
 from lmdbitmap.access.access_ways import PointInTime
 from lmdbitmap.backups.backup_plan import DigestChoice, Plan, full_instead
+from lmdbitmap.backups.rescan import differing
 from lmdbitmap.bits import Run
 from lmdbitmap.copying.copier import Copied, ImageFile, Report, cluster_bits_for, copy_clusters
 from lmdbitmap.copying.hashing import ChunkHasher
 from lmdbitmap.copying.readable import Metered, Readable
-from lmdbitmap.copying.rescan import differing
 from lmdbitmap.errors import FormatError, LmdbitmapError, NotFound, StorageError, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.geometry import Geometry

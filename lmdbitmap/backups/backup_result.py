@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from lmdbitmap.errors import LmdbitmapError
-from lmdbitmap.repository.disks_failed import DisksFailed
 from lmdbitmap.repository.manifest import BackupEntry, Reason
+from lmdbitmap.work.disks_failed import DisksFailed
 
 _FULL: Final = "`backup --full`"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lmdbitmap.cli.logs import AlreadyTold, last_words
-from lmdbitmap.repository.disks_failed import DisksFailed, code_of
+from lmdbitmap.work.disks_failed import DisksFailed, code_of
 
 
 def failure_facts(failed: DisksFailed | None) -> list[dict[str, object]]:

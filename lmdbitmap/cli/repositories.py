@@ -18,11 +18,11 @@ from lmdbitmap.cli.sizes import format_duration, format_size, format_time, iso_t
 from lmdbitmap.errors import FormatError
 
 if TYPE_CHECKING:
-    from lmdbitmap.repository.disks_failed import DisksFailed
     from lmdbitmap.repository.manifest import BackupEntry, Manifest
     from lmdbitmap.repository.prune import PruneResult
     from lmdbitmap.repository.transfer import CopyResult
     from lmdbitmap.repository.verify import Flaw, VerifyResult
+    from lmdbitmap.work.disks_failed import DisksFailed
 
 FOLDER = click.Path(file_okay=False)
 
@@ -291,9 +291,9 @@ _HEADINGS = ("disk", "backup", "time", "type", "size", "changed", "stored", "cha
 
 def list_backups(asked: Session, repository: str) -> None:
     """All restore points of a repository; a disk whose manifest cannot be read is told of after the others."""
-    from lmdbitmap.repository.disks_failed import DisksFailed
     from lmdbitmap.repository.repository import folders_of, known_backups_of
     from lmdbitmap.work.apart import Failures
+    from lmdbitmap.work.disks_failed import DisksFailed
 
     folders = folders_of(repository)
     failures = Failures(at_once=len(folders) == 1)

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from prometheus_client import MetricsHandler
 from prometheus_client.registry import CollectorRegistry
 
-from lmdbitmap.nbd.server.listeners import TcpListener
+from lmdbitmap.nbd.listeners import TcpListener
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from lmdbitmap.cli.serving import (
 )
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError
 from lmdbitmap.filter import Filter
-from lmdbitmap.flat import bitmap_file as flat_bitmap_file
+from lmdbitmap.flat_file import bitmap_file as flat_bitmap_file
 from lmdbitmap.nbd.control.control import ControlServer
 from lmdbitmap.nbd.control.held import HeldSnapshots
 from lmdbitmap.nbd.control.watch import Watch
@@ -38,8 +38,8 @@ from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.nbd.supervisor import Supervisor
 from lmdbitmap.storage.measured import MeasuredStore
 from lmdbitmap.store import Store
-from lmdbitmap.system.scratch import Scratch
 from lmdbitmap.tracker.period import DEFAULT_MAX_ARMED
+from lmdbitmap.tracker.scratch import Scratch
 
 log = logging.getLogger(__name__)
 

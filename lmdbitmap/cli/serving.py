@@ -23,7 +23,7 @@ from lmdbitmap.cli.options import Function, Session, utf8_path
 from lmdbitmap.cli.output import say
 from lmdbitmap.cli.places import Places, group_id, host_and_port, is_loopback, passed_sockets, socket_mode
 from lmdbitmap.errors import InvalidArgument
-from lmdbitmap.nbd.server.listeners import passed_host
+from lmdbitmap.nbd.listeners import passed_host
 from lmdbitmap.nbd.server.server import Server
 
 _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

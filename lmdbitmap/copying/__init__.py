@@ -1,1 +1,1 @@
-"""Data on its way from a disk into an image: read, proven, hashed and written by several threads."""
+"""Data on its way from disk to disk: read, hashed and written by several threads."""

@@ -1,1 +1,1 @@
-"""NBD: what both ends of a connection know of it, and how a process that serves disks is told things."""
+"""What both ends of a connection know: of NBD, and of the lines in which a process that serves disks is spoken to."""

@@ -1,1 +1,1 @@
-"""Small files beside the store that say who counts from a disk's checkpoints."""
+"""Small files in the store's folder: which checkpoints a repository, or a synced copy, counts from."""

@@ -1,4 +1,4 @@
-"""The manifest of one disk's backups: what each image in a repository's folder is, as JSON. See design section 7.
+"""The manifest of one disk's backups: what each image in a repository's folder is, as JSON. See docs/backup.md.
 
     format_version   1 to 3, the least that can say what follows; a newer one is refused
     disk             name, uuid

@@ -32,21 +32,14 @@ from lmdbitmap.errors import InvalidArgument, LmdbitmapError
 from lmdbitmap.extents import Trust
 from lmdbitmap.images.file_pool import FilePool
 from lmdbitmap.repository.digests import require_algorithms, synced_digests
-from lmdbitmap.repository.disks_failed import DisksFailed
-from lmdbitmap.repository.manifest import (
-    BackupEntry,
-    BackupType,
-    ChunkDigests,
-    Manifest,
-    Reason,
-    chain_to,
-)
+from lmdbitmap.repository.manifest import BackupEntry, BackupType, ChunkDigests, Manifest, Reason, chain_to
 from lmdbitmap.repository.merge import View, write_merged
 from lmdbitmap.repository.repository import BackupFolder, folders_of, known_backups_of
 from lmdbitmap.repository.retention import Retention, kept
 from lmdbitmap.repository.verify import require_sound
 from lmdbitmap.system import files
 from lmdbitmap.work.apart import Failures
+from lmdbitmap.work.disks_failed import DisksFailed
 
 
 @dataclass(frozen=True, slots=True)

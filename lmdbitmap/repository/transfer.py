@@ -36,12 +36,12 @@ from lmdbitmap.errors import (
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.images.file_copy import PIECE_BYTES, FileCopier
 from lmdbitmap.repository.digests import found_digest, require_algorithms
-from lmdbitmap.repository.disks_failed import DisksFailed
 from lmdbitmap.repository.manifest import TAKEN_OVER_EPOCH, BackupEntry, Manifest, taken_over
 from lmdbitmap.repository.repository import BackupFolder, folders_of, known_backups_of
 from lmdbitmap.storage import founding
 from lmdbitmap.system import files
 from lmdbitmap.work.apart import Failures
+from lmdbitmap.work.disks_failed import DisksFailed
 
 _USE_ANOTHER = "look at it with `verify`, and get the file from another copy of the repository"
 

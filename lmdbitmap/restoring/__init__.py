@@ -1,1 +1,1 @@
-"""A backup put back: onto a file, a device or a far disk, or served as it is."""
+"""A backup put back, or served as it is."""

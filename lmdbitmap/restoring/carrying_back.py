@@ -19,8 +19,8 @@ from lmdbitmap.qcow2 import Kind, Run
 from lmdbitmap.repository.backup_chain import BackupChain
 from lmdbitmap.restoring.making_ready import BATCH_BYTES, batches
 from lmdbitmap.restoring.putting_back import zeroed
-from lmdbitmap.restoring.target import Target
 from lmdbitmap.system import linux
+from lmdbitmap.targets.target import Target
 from lmdbitmap.work.buffers import new_buffer
 
 

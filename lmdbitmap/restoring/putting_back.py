@@ -14,9 +14,9 @@ from typing import Protocol
 from lmdbitmap.copying.copier import Report
 from lmdbitmap.qcow2 import Kind, Run
 from lmdbitmap.repository.backup_chain import BackupChain
-from lmdbitmap.restoring.differences import CHUNK_BYTES, Mender, allocated, chunks
 from lmdbitmap.restoring.making_ready import made_ready
-from lmdbitmap.restoring.target import Target
+from lmdbitmap.targets.differences import CHUNK_BYTES, Mender, allocated, chunks
+from lmdbitmap.targets.target import Target
 from lmdbitmap.work.buffers import new_buffer
 
 _STORED = (Kind.DATA, Kind.COMPRESSED)

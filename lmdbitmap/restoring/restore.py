@@ -28,8 +28,8 @@ from lmdbitmap.repository.repository import BackupFolder
 from lmdbitmap.restoring.carrying_back import CarryingBack
 from lmdbitmap.restoring.making_ready import made_ready
 from lmdbitmap.restoring.putting_back import Comparing, Overwriting, PuttingBack
-from lmdbitmap.restoring.target import Target, opened_target
 from lmdbitmap.store import Store
+from lmdbitmap.targets.target import Target, opened_target
 
 _TAIL_BYTES = 1 << 30
 _TELL_AGAIN_S = 0.5

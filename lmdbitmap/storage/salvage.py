@@ -91,7 +91,7 @@ def _make_anew(path: str, problem: str | None) -> None:
 
 
 def _put_back(writer: Writer, disk: Disk, time_ns: int) -> None:
-    """As `chain.start_epoch`. The image was not seen, so the next owner begins another, for this reason."""
+    """As a new epoch (tracker/chain.py). The image was not seen, so the next owner begins another, for this reason."""
     number = disk.epoch_number + 1
     bitmap = Bitmap(writer.new_bitmap_id(), uuid4(), disk.size, disk.granularity_bits, all_dirty=SALVAGED)
     checkpoint = Checkpoint(disk.uuid, 1, f"epoch-{number}", uuid4(), time_ns, uuid4(), bitmap.id)

@@ -48,9 +48,9 @@ from lmdbitmap.notes.holds import HoldFile, UnderWay
 from lmdbitmap.storage.schema import Checkpoint, Disk
 from lmdbitmap.store import Store
 from lmdbitmap.streams.rbd_diff import Encoder, Head
-from lmdbitmap.system.scratch import Scratch
 from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.changes import Changes, changes_since
+from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.session import OpenDevice
 
 log = logging.getLogger(__name__)

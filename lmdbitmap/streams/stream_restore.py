@@ -32,8 +32,11 @@ from lmdbitmap.copying.copier import Progress, Report
 from lmdbitmap.errors import AlreadyExists, InvalidArgument, LmdbitmapError, NotFound, os_errors_at
 from lmdbitmap.images.image import is_far, open_image
 from lmdbitmap.interfaces import BlockDevice
-from lmdbitmap.restoring.differences import Mender
-from lmdbitmap.restoring.target import (
+from lmdbitmap.storage import founding
+from lmdbitmap.store import Store
+from lmdbitmap.streams.rbd_diff import Data, Decoder, Event, Head, Zeroes
+from lmdbitmap.targets.differences import Mender
+from lmdbitmap.targets.target import (
     Target,
     holds_something,
     is_block_device,
@@ -41,9 +44,6 @@ from lmdbitmap.restoring.target import (
     refuse_tracked,
     unless_larger,
 )
-from lmdbitmap.storage import founding
-from lmdbitmap.store import Store
-from lmdbitmap.streams.rbd_diff import Data, Decoder, Event, Head, Zeroes
 from lmdbitmap.work.buffers import new_buffer
 
 _PLACE = "the stream"

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from lmdbitmap.copying.pieces import Piece
-from lmdbitmap.restoring.differences import CHUNK_BYTES, Mender
-from lmdbitmap.restoring.target import Target
+from lmdbitmap.targets.differences import CHUNK_BYTES, Mender
+from lmdbitmap.targets.target import Target
 
 
 class Mirror(Protocol):

@@ -50,9 +50,9 @@ from lmdbitmap.store import Store
 from lmdbitmap.syncs.mirror import Mending, Mirror, Overwriting
 from lmdbitmap.syncs.sync_plan import Plan, SyncKind, plan_for
 from lmdbitmap.syncs.sync_target import SyncTarget, refuse_target
-from lmdbitmap.system.scratch import Scratch
 from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.changes import changes_since
+from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.session import OpenDevice
 from lmdbitmap.work.pace import Pace, pace_of
 

@@ -30,12 +30,12 @@ from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.notes import sync_note
 from lmdbitmap.notes.sync_note import Sizes
 from lmdbitmap.qcow2.layout import SECTOR
-from lmdbitmap.restoring.differences import Mender
-from lmdbitmap.restoring.target import Target, fits, leads_to, unless_larger
 from lmdbitmap.storage import founding
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
 from lmdbitmap.system import files, kernel
+from lmdbitmap.targets.differences import Mender
+from lmdbitmap.targets.target import Target, fits, leads_to, unless_larger
 
 
 def refuse_target(store: Store, disk: Disk, place: str) -> None:

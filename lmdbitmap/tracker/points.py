@@ -19,9 +19,9 @@ from contextlib import closing
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError, StorageError
 from lmdbitmap.storage.schema import Checkpoint, Disk
 from lmdbitmap.store import Writer
-from lmdbitmap.system.scratch import Scratch, ScratchFile
 from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.period import Period
+from lmdbitmap.tracker.scratch import Scratch, ScratchFile
 from lmdbitmap.tracker.snapshot import Snapshot
 from lmdbitmap.tracker.tracking import Tracking, detached_error, held_error
 from lmdbitmap.tracker.vouching import changed_together

@@ -39,7 +39,6 @@ from lmdbitmap.images.read_only import ReadOnlyDevice
 from lmdbitmap.interfaces import Allocation, BlockDevice, joined, overlaid
 from lmdbitmap.storage.schema import Checkpoint, Disk
 from lmdbitmap.store import Store
-from lmdbitmap.system.scratch import ScratchFile
 from lmdbitmap.tracker.changes import Changes, changes
 from lmdbitmap.tracker.cluster_states import (
     FIRST_SLOT,
@@ -49,6 +48,7 @@ from lmdbitmap.tracker.cluster_states import (
     ZERO,
     ClusterStates,
 )
+from lmdbitmap.tracker.scratch import ScratchFile
 from lmdbitmap.work.buffers import new_buffer
 
 log = logging.getLogger(__name__)

@@ -1,1 +1,1 @@
-"""Whether a store is sound, and what mends it."""
+"""What `check` looks at when a person asks whether a store is sound."""

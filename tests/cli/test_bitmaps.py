@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.flat.flatfile import FlatFile
+from lmdbitmap.flat_file.flatfile import FlatFile
 from tests.cli.conftest import MIB, SIZE, Cli
 from tests.cli.test_serve import write
 from tests.support import requires

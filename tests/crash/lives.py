@@ -21,7 +21,7 @@ from lmdbitmap.backups.backup import backup
 from lmdbitmap.backups.backup_result import BackupsFailed
 from lmdbitmap.backups.consumers import drop_hold
 from lmdbitmap.filter import Filter, take_checkpoint
-from lmdbitmap.flat import bitmap_file
+from lmdbitmap.flat_file import bitmap_file
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.interfaces import Buffer
 from lmdbitmap.notes.holds import hold_files
@@ -35,8 +35,8 @@ from lmdbitmap.store import Store
 from lmdbitmap.streams.stream import stream_backup
 from lmdbitmap.streams.stream_restore import apply_stream
 from lmdbitmap.syncs.sync import sync
-from lmdbitmap.system.scratch import Scratch
 from lmdbitmap.tracker import session
+from lmdbitmap.tracker.scratch import Scratch
 from tests import naive_flat
 from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
 from tests.support import make_raw_image, no_ascii

@@ -42,7 +42,7 @@ from lmdbitmap import bits, export
 from lmdbitmap.errors import InvalidArgument, NotFound, StorageError, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter, take_checkpoint
-from lmdbitmap.flat.flatfile import FlatFile
+from lmdbitmap.flat_file.flatfile import FlatFile
 from lmdbitmap.geometry import EXTENT_BLOCKS, REGION_BLOCKS, Geometry
 from lmdbitmap.nbd import control_client
 from lmdbitmap.nbd.control.control import ControlServer

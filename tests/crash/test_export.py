@@ -10,7 +10,7 @@ import pytest
 from lmdbitmap import export
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
-from lmdbitmap.flat import bitmap_file
+from lmdbitmap.flat_file import bitmap_file
 from lmdbitmap.store import Store
 from lmdbitmap.tracker.changes import changes
 from tests import naive_flat

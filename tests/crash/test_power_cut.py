@@ -26,16 +26,7 @@ from tests.crash.power_cut.disk_states import (
     torn,
 )
 from tests.crash.power_cut.lives import LIVES
-from tests.crash.power_cut.recording import (
-    Naming,
-    Node,
-    Operation,
-    Recording,
-    Resize,
-    Sync,
-    Write,
-    record,
-)
+from tests.crash.power_cut.recording import Naming, Node, Operation, Recording, Resize, Sync, Write, record
 from tests.crash.power_cut.strace import NEVER, Blind
 from tests.crash.power_cut.torture import EXPLAINED, Outcome, run_trial, unexplained
 from tests.support import requires

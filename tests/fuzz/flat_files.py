@@ -12,7 +12,7 @@ from lmdbitmap import export
 from lmdbitmap import format as flat
 from lmdbitmap.errors import FormatError, Untrusted
 from lmdbitmap.extents import Trust
-from lmdbitmap.flat.flatfile import FlatFile
+from lmdbitmap.flat_file.flatfile import FlatFile
 from lmdbitmap.format import Flags, FlatHeader, Metadata
 from lmdbitmap.geometry import REGION_BLOCKS
 from lmdbitmap.store import Store

@@ -14,14 +14,7 @@ from lmdbitmap.geometry import REGION_BYTES
 from lmdbitmap.interfaces import DeviceTrace, ImageIdentity
 from lmdbitmap.storage import owner, schema
 from lmdbitmap.storage.owner import Distrust
-from lmdbitmap.storage.schema import (
-    ALL_DIRTY_BITS,
-    Bitmap,
-    Checkpoint,
-    Description,
-    Disk,
-    StoreHeader,
-)
+from lmdbitmap.storage.schema import ALL_DIRTY_BITS, Bitmap, Checkpoint, Description, Disk, StoreHeader
 from tests.fuzz.inputs import Input, check_words, damaged, fill_scratch_file, scratch_folder
 
 PLACE = "store"

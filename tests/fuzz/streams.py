@@ -9,7 +9,7 @@ from typing import NamedTuple
 from lmdbitmap.errors import FormatError, InvalidArgument, LmdbitmapError
 from lmdbitmap.nbd import control_wire
 from lmdbitmap.nbd.control import orders
-from lmdbitmap.nbd.handshake import Agreed, Export, Handshake, Outcome
+from lmdbitmap.nbd.server.handshake import Agreed, Export, Handshake, Outcome
 from tests.fuzz.inputs import WHOLE, Input, check_words, pieces_of
 
 # --- haggling ---

@@ -18,7 +18,7 @@ from tests.interop.test_nbd_client import SIZE, content, made, work_while_it_is_
 from tests.nbd_far import far_server
 from tests.papers import Papers
 from tests.support import PATIENCE_SECONDS, requires, run, spawn, wait_for_socket
-from tests.unit.test_nbd_client import (
+from tests.unit.test_nbd_client_device import (
     test_acknowledged_writes_survive_a_server_that_forgot_them,
     test_allocation_is_what_the_server_says,
     test_answers_in_another_order_reach_those_who_asked,

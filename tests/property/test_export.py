@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lmdbitmap import export
 from lmdbitmap.errors import FormatError, Untrusted
 from lmdbitmap.filter import Filter
-from lmdbitmap.flat import bitmap_file
+from lmdbitmap.flat_file import bitmap_file
 from lmdbitmap.format import BitsTally, Flags, Zeroes
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import standalone

@@ -17,7 +17,7 @@ import pytest
 from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Buffer
-from lmdbitmap.system.scratch import Scratch
+from lmdbitmap.tracker.scratch import Scratch
 from tests.crash.tapped import WRITES, TappedDevice, Turnstile, join, start
 from tests.support import PATIENCE_SECONDS
 from tests.tracked import NAME, TrackedDisk, blocks_of, quick_folder

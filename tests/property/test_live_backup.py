@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from lmdbitmap.backups.backup import backup
 from lmdbitmap.errors import StorageError
 from lmdbitmap.repository.manifest import BackupType
-from lmdbitmap.system.scratch import Scratch
+from lmdbitmap.tracker.scratch import Scratch
 from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
 from tests.tracked import NAME, quick_folder
 

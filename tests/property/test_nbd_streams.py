@@ -23,9 +23,9 @@ from lmdbitmap.errors import FormatError
 from lmdbitmap.images.device import FileDevice, MemoryDevice
 from lmdbitmap.images.plain import PlainDisk
 from lmdbitmap.interfaces import BlockDevice, ServedDisk
-from lmdbitmap.nbd.handshake import Agreed, Export, Handshake
 from lmdbitmap.nbd.server.connection import Connection
 from lmdbitmap.nbd.server.contexts import allocation_source
+from lmdbitmap.nbd.server.handshake import Agreed, Export, Handshake
 from tests.nbd_raw import (
     BLOCK_STATUS,
     FLUSH,

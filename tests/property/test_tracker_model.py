@@ -23,7 +23,7 @@ from lmdbitmap import bits, export
 from lmdbitmap.errors import AlreadyExists, InvalidArgument, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
-from lmdbitmap.flat.flatfile import FlatFile
+from lmdbitmap.flat_file.flatfile import FlatFile
 from lmdbitmap.geometry import EXTENT_BLOCKS, REGION_BLOCKS, Geometry
 from lmdbitmap.storage import schema
 from lmdbitmap.store import Store

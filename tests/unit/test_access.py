@@ -24,7 +24,7 @@ from lmdbitmap.nbd.control.held import HeldSnapshots
 from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.repository.repository import is_checkpoint_name
 from lmdbitmap.store import Store
-from lmdbitmap.system.scratch import Scratch
+from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.snapshot import Snapshot
 from tests.serving import serving as serving_tracked
 from tests.support import PATIENCE_SECONDS

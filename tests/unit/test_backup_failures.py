@@ -30,14 +30,14 @@ from lmdbitmap.nbd.control.control import ControlServer
 from lmdbitmap.nbd.control.held import HeldSnapshots
 from lmdbitmap.nbd.server.dirty_contexts import tracked_contexts
 from lmdbitmap.nbd.server.server import Server
-from lmdbitmap.repository.disks_failed import code_of
 from lmdbitmap.repository.manifest import BackupType
 from lmdbitmap.repository.repository import BackupFolder, is_checkpoint_name
 from lmdbitmap.restoring.restore import restore
 from lmdbitmap.store import Store
 from lmdbitmap.system import files
-from lmdbitmap.system.scratch import Scratch
 from lmdbitmap.tracker import chain, session
+from lmdbitmap.tracker.scratch import Scratch
+from lmdbitmap.work.disks_failed import code_of
 from tests.support import make_raw_image
 from tests.tracked import quick_folder
 

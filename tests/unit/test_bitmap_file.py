@@ -15,7 +15,7 @@ from lmdbitmap import export
 from lmdbitmap.errors import FormatError, NotFound, StorageError, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
-from lmdbitmap.flat import bitmap_file
+from lmdbitmap.flat_file import bitmap_file
 from lmdbitmap.format import Flags
 from tests import naive_flat
 from tests.tracked import TrackedDisk, blocks_of, quick_folder

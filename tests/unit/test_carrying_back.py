@@ -20,8 +20,8 @@ from lmdbitmap.images.file_pool import PooledFile
 from lmdbitmap.repository import backup_chain
 from lmdbitmap.repository.backup_chain import BackupChain
 from lmdbitmap.restoring.carrying_back import CarryingBack
-from lmdbitmap.restoring.target import Target
 from lmdbitmap.system import linux
+from lmdbitmap.targets.target import Target
 from tests.backed_up import BackedUpDisk
 
 PATIENCE_S = 10.0

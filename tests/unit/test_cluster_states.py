@@ -6,13 +6,7 @@ import random
 
 import pytest
 
-from lmdbitmap.tracker.cluster_states import (
-    FIRST_SLOT,
-    LOOK_CLUSTERS,
-    UNTOUCHED,
-    ZERO,
-    ClusterStates,
-)
+from lmdbitmap.tracker.cluster_states import FIRST_SLOT, LOOK_CLUSTERS, UNTOUCHED, ZERO, ClusterStates
 
 
 def listed(states: ClusterStates, start: int, stop: int) -> list[int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.copying.rescan import differing
+from lmdbitmap.backups.rescan import differing
 from lmdbitmap.errors import Busy, FormatError
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.images.device import MemoryDevice

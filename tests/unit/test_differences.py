@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmdbitmap.images.device import PAGE_BYTES
-from lmdbitmap.restoring.differences import CHUNK_BYTES, Mender, chunks, differences
-from lmdbitmap.restoring.target import Target
+from lmdbitmap.targets.differences import CHUNK_BYTES, Mender, chunks, differences
+from lmdbitmap.targets.target import Target
 from tests.watched import Watched, differing_pages, pages
 
 SIZE = 2 * CHUNK_BYTES + 700

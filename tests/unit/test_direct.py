@@ -12,7 +12,7 @@ from lmdbitmap.copying.readable import ways_of
 from lmdbitmap.errors import InvalidArgument, StorageError
 from lmdbitmap.filter import Filter
 from lmdbitmap.images.device import FileDevice
-from lmdbitmap.system.scratch import Scratch
+from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.snapshot import Snapshot
 from tests.directly import STEPS, directly
 from tests.tracked import NAME, TrackedDisk, quick_folder

@@ -22,7 +22,7 @@ from lmdbitmap.errors import (
     Untrusted,
 )
 from lmdbitmap.extents import Trust
-from lmdbitmap.flat.flatfile import FlatFile
+from lmdbitmap.flat_file.flatfile import FlatFile
 from lmdbitmap.format import BitsTally, Flags, Zeroes
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.storage.schema import DEFERRED, Bitmap

@@ -7,14 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmdbitmap.errors import InvalidArgument
-from lmdbitmap.geometry import (
-    MAX_SIZE,
-    REGION_BLOCKS,
-    Geometry,
-    ceil_div,
-    check_range,
-    granularity_bits_of,
-)
+from lmdbitmap.geometry import MAX_SIZE, REGION_BLOCKS, Geometry, ceil_div, check_range, granularity_bits_of
 
 SMALL = Geometry(5 * 512 + 7, 9)
 

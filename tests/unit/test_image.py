@@ -16,9 +16,9 @@ from lmdbitmap.images.image import is_far, is_same_image, lasting_name, open_ima
 from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.nbd.uri import parse
 from lmdbitmap.store import Store
-from lmdbitmap.system.scratch import Scratch
 from lmdbitmap.tracker import session
 from lmdbitmap.tracker.changes import changes
+from lmdbitmap.tracker.scratch import Scratch
 from tests.nbd_far import Asked, Crash, FarServer, HangUp, far_server, until_it_works
 from tests.nbd_raw import FLUSH, WRITE
 from tests.support import make_raw_image

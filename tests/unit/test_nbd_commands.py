@@ -16,10 +16,10 @@ from lmdbitmap.filter import Filter
 from lmdbitmap.images.device import FileDevice, MemoryDevice
 from lmdbitmap.images.plain import PlainDisk
 from lmdbitmap.nbd import protocol as nbd
-from lmdbitmap.nbd.forms import EXTENDED, STRUCTURED, Form
-from lmdbitmap.nbd.handshake import MAX_QUERIES
 from lmdbitmap.nbd.server.commands import PIECE_BYTES, perform
 from lmdbitmap.nbd.server.contexts import MAX_DESCRIPTORS
+from lmdbitmap.nbd.server.forms import EXTENDED, STRUCTURED, Form
+from lmdbitmap.nbd.server.handshake import MAX_QUERIES
 from tests.support import PATIENCE_SECONDS
 from tests.tracked import NAME, TrackedDisk
 

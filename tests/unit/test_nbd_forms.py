@@ -17,9 +17,9 @@ from lmdbitmap.images.device import FileDevice, MemoryDevice
 from lmdbitmap.images.plain import PlainDisk, PlainLane
 from lmdbitmap.interfaces import BlockDevice
 from lmdbitmap.nbd import protocol as nbd
-from lmdbitmap.nbd.forms import EXTENDED, SIMPLE, STRUCTURED, Form
 from lmdbitmap.nbd.server.commands import PIECE_BYTES
 from lmdbitmap.nbd.server.contexts import StatusSource, allocation_source
+from lmdbitmap.nbd.server.forms import EXTENDED, SIMPLE, STRUCTURED, Form
 from tests.nbd_raw import (
     BLOCK_STATUS,
     CACHE,

@@ -9,7 +9,7 @@ import pytest
 
 from lmdbitmap.errors import FormatError
 from lmdbitmap.nbd import protocol as nbd
-from lmdbitmap.nbd.handshake import (
+from lmdbitmap.nbd.server.handshake import (
     ABORTED,
     MAX_OPTION_LENGTH,
     MAX_OPTIONS,

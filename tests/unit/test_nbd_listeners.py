@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, NotFound
-from lmdbitmap.nbd.server.listeners import TcpListener, UnixListener, tcp_uri
+from lmdbitmap.nbd.listeners import TcpListener, UnixListener, tcp_uri
 
 
 def leave_stale_socket(path: Path) -> None:

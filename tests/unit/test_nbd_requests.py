@@ -8,8 +8,8 @@ import pytest
 
 from lmdbitmap.errors import Busy, InvalidArgument, StorageError
 from lmdbitmap.nbd import protocol as nbd
-from lmdbitmap.nbd.handshake import MAX_PAYLOAD
-from lmdbitmap.nbd.requests import Terms, error_of, refusal
+from lmdbitmap.nbd.server.handshake import MAX_PAYLOAD
+from lmdbitmap.nbd.server.requests import Terms, error_of, refusal
 
 SIZE = 1 << 30
 CHANGING = [nbd.NBD_CMD_WRITE, nbd.NBD_CMD_TRIM, nbd.NBD_CMD_WRITE_ZEROES]

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmdbitmap.errors import InvalidArgument
-from lmdbitmap.nbd.server.listeners import tcp_uri, unix_uri
+from lmdbitmap.nbd.listeners import tcp_uri, unix_uri
 from lmdbitmap.nbd.uri import Credentials, Place, is_uri, parse
 
 names = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)

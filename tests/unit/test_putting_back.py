@@ -13,7 +13,7 @@ from lmdbitmap.images.device import PAGE_BYTES
 from lmdbitmap.repository import backup_chain
 from lmdbitmap.repository.backup_chain import BackupChain
 from lmdbitmap.restoring.putting_back import Comparing, Overwriting
-from lmdbitmap.restoring.target import Target
+from lmdbitmap.targets.target import Target
 from tests.backed_up import BackedUpDisk
 from tests.watched import Watched, differing_pages
 

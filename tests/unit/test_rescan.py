@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmdbitmap.copying.rescan import differing
+from lmdbitmap.backups.rescan import differing
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.images.device import MemoryDevice
 

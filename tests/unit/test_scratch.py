@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap.errors import NotFound, StorageError
-from lmdbitmap.system.scratch import Scratch, ScratchFile
+from lmdbitmap.tracker.scratch import Scratch, ScratchFile
 from tests.support import open_files
 from tests.tracked import quick_folder
 

@@ -19,8 +19,8 @@ from lmdbitmap.filter import Filter, take_snapshot
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Allocation, Buffer
 from lmdbitmap.storage.schema import Checkpoint
-from lmdbitmap.system.scratch import Scratch
 from lmdbitmap.tracker import points
+from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.snapshot import Snapshot
 from tests.crash.tapped import WRITES, TappedDevice, Turnstile, join, start
 from tests.support import PATIENCE_SECONDS, make_raw_image

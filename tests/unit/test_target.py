@@ -20,8 +20,8 @@ from lmdbitmap.repository import proof
 from lmdbitmap.repository.digests import found_digest
 from lmdbitmap.repository.manifest import BackupEntry
 from lmdbitmap.restoring.restore import RestoreResult, restore
-from lmdbitmap.restoring.target import Target
 from lmdbitmap.system import files
+from lmdbitmap.targets.target import Target
 from lmdbitmap.tracker import session
 from tests.backed_up import DIFFERENTIAL, INCREMENTAL, BackedUpDisk
 from tests.contract.implementations import can_make_loop_devices, loop_node

@@ -29,8 +29,8 @@ from lmdbitmap.nbd.control.held import HeldSnapshots
 from lmdbitmap.nbd.server.dirty_contexts import tracked_contexts
 from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.store import Store
-from lmdbitmap.system.scratch import Scratch
 from lmdbitmap.tracker import session
+from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.snapshot import Snapshot
 from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.crash.tapped import TappedDevice

@@ -15,14 +15,7 @@ import pytest
 from lmdbitmap.errors import AlreadyExists, Busy, FormatError, NotFound, StorageError
 from lmdbitmap.repository import manifest as manifest_module
 from lmdbitmap.repository import transfer
-from lmdbitmap.repository.manifest import (
-    TAKEN_OVER_EPOCH,
-    BackupType,
-    DiskRef,
-    Manifest,
-    encode,
-    taken_over,
-)
+from lmdbitmap.repository.manifest import TAKEN_OVER_EPOCH, BackupType, DiskRef, Manifest, encode, taken_over
 from lmdbitmap.repository.prune import prune
 from lmdbitmap.repository.repository import BackupFolder
 from lmdbitmap.repository.retention import Retention

@@ -43,9 +43,9 @@ def _encryption(place: Place) -> Encryption | None:
 def warn_about(place: Place) -> None:
     """Log what of the place's credentials is weak; for whoever is about to dial it for the first time."""
     if place.tls is not None:
-        from lmdbitmap.nbd.client import tls as client_tls
+        from lmdbitmap.nbd.client import tls
 
-        client_tls.warn_about(place, place.tls)
+        tls.warn_about(place, place.tls)
 
 
 def agreed(

@@ -1,1 +1,1 @@
-"""The control socket of a process that serves disks: what it is told to do, and what it tells."""
+"""A process that serves disks is told what to do, and tells how it is: the owner's end of its control socket."""

@@ -32,7 +32,7 @@ from lmdbitmap.nbd.control.held import HeldSnapshots
 from lmdbitmap.nbd.control.orders import Answer, Filters, Scene, answer
 from lmdbitmap.nbd.control.watch import TICK_S, Watch
 from lmdbitmap.nbd.control_client import receive_line, short_path
-from lmdbitmap.nbd.server.listeners import accepted
+from lmdbitmap.nbd.listeners import accepted
 from lmdbitmap.tracker.snapshot import Snapshot
 from lmdbitmap.version import __version__
 

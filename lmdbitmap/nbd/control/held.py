@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from lmdbitmap.errors import Busy, NotFound, os_errors_at
 from lmdbitmap.filter import Filter, take_snapshot
 from lmdbitmap.nbd.server.server import Server
-from lmdbitmap.system.scratch import Scratch
+from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.snapshot import Snapshot
 
 _log = logging.getLogger(__name__)

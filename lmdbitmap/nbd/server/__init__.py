@@ -1,1 +1,12 @@
-"""The guest's door: serves disks over NBD."""
+"""The guest's door: serves disks over NBD.
+
+server      listens, and gives each client a visit
+visit       one client: its handshake, then its connection
+handshake   what is agreed on; what a connection is from then on is a form (forms.py)
+rounds      which thread serves which connection
+connection  the hot loop: requests in, deeds done, replies out
+deeds       writes and flushes; commands.py has what is rare
+inlet, conduit, replies   bytes in, large ones past our memory, bytes out
+contexts    what clients may ask about blocks; dirty_contexts.py and kept_context.py answer
+traffic, quiet, notice, complaints   what was carried, who is busy, who is about to wait, what is logged
+"""

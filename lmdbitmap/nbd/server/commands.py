@@ -8,7 +8,6 @@ from typing import Final
 
 from lmdbitmap.interfaces import Lane
 from lmdbitmap.nbd import protocol as nbd
-from lmdbitmap.nbd.forms import Form
 from lmdbitmap.nbd.server.contexts import (
     MAX_DESCRIPTORS,
     Consequential,
@@ -16,6 +15,7 @@ from lmdbitmap.nbd.server.contexts import (
     descriptors,
     one_question,
 )
+from lmdbitmap.nbd.server.forms import Form
 
 PIECE_BYTES: Final = 1 << 30
 """Zeroed or discarded in one go. Where zeroes have to be written out, that takes some seconds."""

@@ -35,17 +35,17 @@ from typing import Final
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.interfaces import PatientLane, ServedDisk, SplicingLane
 from lmdbitmap.nbd import protocol as nbd
-from lmdbitmap.nbd.forms import EXTENDED, SIMPLE, STRUCTURED
-from lmdbitmap.nbd.handshake import MAX_PAYLOAD
-from lmdbitmap.nbd.requests import Terms, error_of, named, refusal
 from lmdbitmap.nbd.server import commands, traffic
 from lmdbitmap.nbd.server.complaints import Complaints
 from lmdbitmap.nbd.server.conduit import Conduit
 from lmdbitmap.nbd.server.contexts import StatusSource
 from lmdbitmap.nbd.server.deeds import Deeds
+from lmdbitmap.nbd.server.forms import EXTENDED, SIMPLE, STRUCTURED
+from lmdbitmap.nbd.server.handshake import MAX_PAYLOAD
 from lmdbitmap.nbd.server.inlet import Inlet
 from lmdbitmap.nbd.server.notice import Notice, nobody
 from lmdbitmap.nbd.server.replies import Read, Replies
+from lmdbitmap.nbd.server.requests import Terms, error_of, named, refusal
 from lmdbitmap.nbd.server.traffic import Traffic
 from lmdbitmap.work.buffers import new_buffer
 from lmdbitmap.work.latencies import Latencies

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.interfaces import Lane
 from lmdbitmap.nbd import protocol as nbd
-from lmdbitmap.nbd.requests import error_of, place
 from lmdbitmap.nbd.server.complaints import Complaints
 from lmdbitmap.nbd.server.conduit import Conduit
 from lmdbitmap.nbd.server.notice import Notice
+from lmdbitmap.nbd.server.requests import error_of, place
 from lmdbitmap.work.latencies import Latencies
 
 

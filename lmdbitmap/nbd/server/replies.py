@@ -24,7 +24,9 @@ from typing import Final, TypeAlias
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.interfaces import Lane
 from lmdbitmap.nbd import protocol as nbd
-from lmdbitmap.nbd.forms import (
+from lmdbitmap.nbd.server.complaints import Complaints
+from lmdbitmap.nbd.server.conduit import new_pipe
+from lmdbitmap.nbd.server.forms import (
     DATA,
     DATA_DONE,
     EXTENDED,
@@ -34,10 +36,8 @@ from lmdbitmap.nbd.forms import (
     STRUCTURED,
     Form,
 )
-from lmdbitmap.nbd.requests import error_of, place
-from lmdbitmap.nbd.server.complaints import Complaints
-from lmdbitmap.nbd.server.conduit import new_pipe
 from lmdbitmap.nbd.server.notice import Notice
+from lmdbitmap.nbd.server.requests import error_of, place
 from lmdbitmap.work.buffers import new_buffer
 
 Read: TypeAlias = tuple[int, bytes, int, int]

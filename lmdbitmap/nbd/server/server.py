@@ -36,14 +36,8 @@ from typing import Final, NamedTuple
 from lmdbitmap.errors import AlreadyExists
 from lmdbitmap.interfaces import ServedDisk
 from lmdbitmap.nbd import keepalive
+from lmdbitmap.nbd.listeners import InheritedListener, Listener, TcpListener, UnixListener, accepted
 from lmdbitmap.nbd.server.contexts import ContextsOf, Later, base_contexts, for_strangers
-from lmdbitmap.nbd.server.listeners import (
-    InheritedListener,
-    Listener,
-    TcpListener,
-    UnixListener,
-    accepted,
-)
 from lmdbitmap.nbd.server.quiet import Quiet
 from lmdbitmap.nbd.server.rounds import Rounds
 from lmdbitmap.nbd.server.traffic import NO_TRAFFIC, Traffic, summed

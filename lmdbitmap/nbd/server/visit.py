@@ -16,10 +16,10 @@ from lmdbitmap.errors import FormatError
 from lmdbitmap.filter import Filter
 from lmdbitmap.interfaces import ServedDisk
 from lmdbitmap.nbd import protocol as nbd
-from lmdbitmap.nbd.handshake import Agreed, Export, Handshake
 from lmdbitmap.nbd.server.complaints import Complaints
 from lmdbitmap.nbd.server.connection import Connection
 from lmdbitmap.nbd.server.contexts import StatusSource
+from lmdbitmap.nbd.server.handshake import Agreed, Export, Handshake
 from lmdbitmap.nbd.server.rounds import Rounds
 from lmdbitmap.nbd.server.traffic import KINDS, NO_TRAFFIC, Traffic
 from lmdbitmap.tracker.snapshot import Snapshot

@@ -25,8 +25,8 @@ from lmdbitmap.backups.backup import backup
 from lmdbitmap.errors import Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
-from lmdbitmap.flat import bitmap_file
-from lmdbitmap.flat.flatfile import FlatFile
+from lmdbitmap.flat_file import bitmap_file
+from lmdbitmap.flat_file.flatfile import FlatFile
 from lmdbitmap.format import Flags
 from lmdbitmap.repository.repository import BackupFolder
 from lmdbitmap.restoring.restore import restore
@@ -35,14 +35,7 @@ from lmdbitmap.tracker import chain, session, standalone
 from lmdbitmap.tracker.changes import Changes, changes
 from lmdbitmap.upkeep.check import Gravity, check_store
 from tests.crash.power_cut.disk_states import NOTHING, SECTOR, DiskState, File
-from tests.crash.power_cut.stage import (
-    BLOCK,
-    FLAT_FILE,
-    GRANULARITY_BITS,
-    REPOSITORY,
-    RESTORED,
-    STORE,
-)
+from tests.crash.power_cut.stage import BLOCK, FLAT_FILE, GRANULARITY_BITS, REPOSITORY, RESTORED, STORE
 from tests.crash.power_cut.truth import Deed, Truth
 from tests.tracked import blocks_of, trust_of
 

@@ -19,7 +19,7 @@ from typing import TypeAlias
 from lmdbitmap import export, filter
 from lmdbitmap.backups.backup import backup
 from lmdbitmap.errors import StorageError
-from lmdbitmap.flat import bitmap_file
+from lmdbitmap.flat_file import bitmap_file
 from lmdbitmap.repository.manifest import BackupType
 from lmdbitmap.restoring.restore import restore
 from lmdbitmap.storage import schema

@@ -22,7 +22,7 @@ from typing import Final, NamedTuple
 
 from lmdbitmap.interfaces import Buffer
 from lmdbitmap.nbd import protocol as nbd
-from lmdbitmap.nbd.handshake import MAX_PAYLOAD
+from lmdbitmap.nbd.server.handshake import MAX_PAYLOAD
 
 SIMPLE_OK: Final = struct.pack(">II", nbd.NBD_SIMPLE_REPLY_MAGIC, 0)
 """A simple reply but for its cookie."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 from lmdbitmap.images.device import PAGE_BYTES
 from lmdbitmap.interfaces import Allocation
-from lmdbitmap.restoring.target import Target
+from lmdbitmap.targets.target import Target
 from lmdbitmap.work.buffers import new_buffer
 
 CHUNK_BYTES = 1 << 20

@@ -18,7 +18,7 @@ import os
 from lmdbitmap import export
 from lmdbitmap.errors import FormatError, NotFound, Untrusted, error_from_os, os_errors_at
 from lmdbitmap.filter import Filter
-from lmdbitmap.flat.flatfile import FlatFile, begins_like_ours
+from lmdbitmap.flat_file.flatfile import FlatFile, begins_like_ours
 from lmdbitmap.format import Flags, FlatHeader
 from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.changes import changes

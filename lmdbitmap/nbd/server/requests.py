@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.nbd import protocol as nbd
-from lmdbitmap.nbd.handshake import MAX_PAYLOAD
+from lmdbitmap.nbd.server.handshake import MAX_PAYLOAD
 
 _NAMES: Final = {
     nbd.NBD_CMD_READ: "READ",

@@ -1,1 +1,0 @@
-"""The canonical bitmap file (format.py), and what is done with one."""
