@@ -21,7 +21,7 @@ from lmdbitmap.notes.holds import Hold
 from lmdbitmap.storage.schema import Bitmap, Checkpoint, Disk
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import standalone
-from lmdbitmap.tracker.changes import Standing, Summary
+from lmdbitmap.tracker.changes import Standing, Summary, dirty_bytes_of_period
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,9 @@ def periods_of(store: Store, disk: Disk) -> Iterator[Period]:
 def _dirty_bytes(store: Store, disk: Disk, since: Checkpoint, until: Checkpoint | None) -> int | None:
     if since.epoch != disk.epoch:
         return None
-    until_name = None if until is None else until.name
-    return ask_changes(store, disk.name, since=since.name, until=until_name).summary.dirty_bytes
+    if until is not None:
+        return dirty_bytes_of_period(store, disk, since)
+    return ask_changes(store, disk.name, since=since.name).summary.dirty_bytes
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,11 @@ class Reader:
         self._require_whole(tally.group_key("checkpoints", disk_uuid.bytes), items)
         return [schema.decode(Checkpoint, value, place=self._place) for _, value in items]
 
+    def checkpoint(self, disk_uuid: UUID, sequence: int) -> Checkpoint | None:
+        """One of a chain, for who has seen all of it and asks whether this one is still there."""
+        value = self._get("checkpoints", schema.checkpoint_key(disk_uuid, sequence))
+        return None if value is None else schema.decode(Checkpoint, value, place=self._place)
+
     def bitmap(self, bitmap_id: int) -> Bitmap:
         value = self._one("bitmaps", schema.bitmap_key(bitmap_id))
         if value is None:
@@ -108,6 +113,11 @@ class Reader:
         while group is not None and group * GROUP_REGIONS < stop:
             yield from (item for item in self._group(bitmap_id, group) if start <= item[0] < stop)
             group = self._next_group(bitmap_id, group + 1)
+
+    def next_group(self, bitmap_id: int, start: int) -> int | None:
+        """Where the first group begins that has records, and does not end before region `start`."""
+        group = self._next_group(bitmap_id, start // GROUP_REGIONS)
+        return None if group is None else group * GROUP_REGIONS
 
     def next_region(self, bitmap_id: int, start: int) -> int | None:
         """The first region from `start` on that has a record."""
@@ -301,6 +311,10 @@ class Writer(Reader):
     def put_region(self, bitmap_id: int, region: int, armed: int, bits: bytes) -> None:
         key = schema.region_key(bitmap_id, region)
         self._put("regions", key, schema.encode_region(key, armed, bits))
+
+    def delete_region(self, bitmap_id: int, region: int) -> None:
+        """Make it all clean."""
+        self._delete("regions", schema.region_key(bitmap_id, region))
 
     def delete_regions(self, bitmap_id: int, start: int = 0) -> None:
         """Make every region from `start` on all clean."""

@@ -25,11 +25,13 @@ from lmdbitmap.images.image import is_far
 from lmdbitmap.interfaces import BlockDevice, ImageIdentity
 from lmdbitmap.storage import owner, schema
 from lmdbitmap.storage.schema import Checkpoint, Disk
+from lmdbitmap.storage.tally import GROUP_REGIONS
 from lmdbitmap.store import Reader, Store
 from lmdbitmap.tracker import chain, continuity, session
 from lmdbitmap.tracker.continuity import Judge
 
-_SLICE_REGIONS = 1024
+_SLICE_REGIONS = GROUP_REGIONS
+"""Groups are read as a whole."""
 _SLICE_BYTES = _SLICE_REGIONS * REGION_BYTES
 _SLICE_BLOCKS = _SLICE_REGIONS * REGION_BLOCKS
 
@@ -112,13 +114,11 @@ class Changes:
     def _next_slice(self, start: int, stop: int) -> Slice | None:
         with self.store.read() as reader:
             numbers = self._bitmap_ids(reader)
-            found = [reader.next_region(number, start) for number in numbers]
-            present = [region for region in found if region is not None and region < stop]
-            if not present:
+            found = [reader.next_group(number, start) for number in numbers]
+            present = [max(start, group) for group in found if group is not None]
+            if min(present, default=stop) >= stop:
                 return None
-            first = min(present)
-            aligned = max(start, first - first % _SLICE_REGIONS)  # to groups, which are read as a whole
-            part = Slice(aligned, bytearray(_SLICE_BYTES), loose=False)
+            part = Slice(min(present), bytearray(_SLICE_BYTES), loose=False)
             loose = [_collect(reader, number, part, stop) for number in numbers]
         return part._replace(loose=any(loose))
 
@@ -139,10 +139,7 @@ class Changes:
         stop = None if self.until is None else by_uuid.get(self.until.uuid)
         start = by_uuid.get(self.since.uuid)
         if start is None or (self.until is not None and stop is None):
-            raise Untrusted(
-                f"a checkpoint of disk {self.disk.name!r} was forgotten while its changes were read",
-                next_step="ask again, from a checkpoint that is still there",
-            )
+            raise _forgotten_error(self.disk)
         return chain_now[start:stop]
 
     def runs(self, start: int = 0, stop: int | None = None) -> Iterator[Run]:
@@ -192,6 +189,27 @@ class Changes:
         """How far the slices can be believed now that all were read, and one of them was loose or none was."""
         active = Standing(Trust.SUPERSET, "some of it was being written, or its record is damaged")
         return self.standing.and_also(active) if loose else self.standing
+
+
+class _ClosedPeriod(Changes):
+    """What changed from `since` to the checkpoint after it. The chain, which may be long, is not looked up for that."""
+
+    def _members(self, reader: Reader) -> list[Checkpoint]:
+        if reader.checkpoint(self.disk.uuid, self.since.sequence) != self.since:
+            raise _forgotten_error(self.disk)
+        return [self.since]
+
+
+def dirty_bytes_of_period(store: Store, disk: Disk, begun: Checkpoint) -> int:
+    """How much changed until the next checkpoint, for who asks that of a whole chain."""
+    return _ClosedPeriod(store, disk, begun, None, EXACT).summary.dirty_bytes
+
+
+def _forgotten_error(disk: Disk) -> Untrusted:
+    return Untrusted(
+        f"a checkpoint of disk {disk.name!r} was forgotten while its changes were read",
+        next_step="ask again, from a checkpoint that is still there",
+    )
 
 
 def changes_since(store: Store, name: str, since: Checkpoint, until: str) -> Changes:

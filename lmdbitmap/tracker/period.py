@@ -180,7 +180,7 @@ class Period:
 
         def put(writer: Writer) -> None:
             for region in sorted(records):
-                writer.put_region(self.bitmap_id, region, *records[region])
+                self._put(writer, region, *records[region])
 
         if not records:
             return None
@@ -333,7 +333,14 @@ class Period:
             exact = self._known(region) if self._loaded[region] else bytearray(self._stored(writer, region))
             for run in added.get(region, ()):
                 bits.set_range(bits.bitmap_view(exact), *run)
-            writer.put_region(self.bitmap_id, region, 0, bytes(exact))
+            self._put(writer, region, 0, bytes(exact))
+
+    def _put(self, writer: Writer, region: int, armed: int, exact: bytes) -> None:
+        """What is all clean has no record: an extent may have been armed for nothing, and periods are many."""
+        if armed or exact != schema.ALL_CLEAN_BITS:
+            writer.put_region(self.bitmap_id, region, armed, exact)
+        else:
+            writer.delete_region(self.bitmap_id, region)
 
     def _stored(self, reader: Reader, region: int) -> bytes:
         """The region's dirt as the store has it. Extents that a dead owner left armed are all dirty."""

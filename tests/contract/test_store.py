@@ -113,9 +113,15 @@ def test_regions_are_told_apart_by_bitmap_and_number(opened: Store) -> None:
         assert reader.region(256, 5) == schema.Region(256, RECORD)
         assert reader.region(2, 6) is None
         assert [reader.next_region(2, start) for start in (0, 1, 257, 2**40 + 1)] == [0, 5, 2**40, None]
+        begins = [reader.next_group(2, start) for start in (0, 1023, 1024, 2**40 + 1023, 2**40 + 1024)]
+        assert begins == [0, 0, 2**40, 2**40, None]
     opened.update(lambda writer: writer.delete_regions(2, 255))
     with opened.read() as reader:
         assert (numbers(reader, 2), len(numbers(reader, 1)), len(numbers(reader, 256))) == ([0, 5], 5, 5)
+    for region in (5, 6):
+        opened.update(functools.partial(Writer.delete_region, bitmap_id=1, region=region))
+    with opened.read() as reader:
+        assert (numbers(reader, 1), len(numbers(reader, 256))) == ([0, 255, 256, 2**40], 5)
 
 
 def test_descriptions_come_back_in_order(opened: Store) -> None:

@@ -14,6 +14,7 @@ from lmdbitmap.errors import InvalidArgument, NotFound, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.storage import schema
 from lmdbitmap.storage.owner import Owner
+from lmdbitmap.tracker.changes import dirty_bytes_of_period
 from tests.tracked import TrackedDisk, blocks_of, trust_of
 
 SIZE = 40 * 4096 - 100
@@ -163,6 +164,23 @@ def test_closed_period_does_not_depend_on_the_image(tracked: TrackedDisk) -> Non
     tracked.write_behind_our_back(b"stranger", 8192)
     assert trust_of(tracked.changes("start", "monday")) is Trust.EXACT
     assert blocks_of(tracked.changes("start", "monday")) == {0}
+
+
+def test_each_period_of_a_chain_by_itself(tracked: TrackedDisk) -> None:
+    with tracked.attach() as disk:
+        disk.pwrite(b"x" * 4096, 0)
+        disk.checkpoint("monday")
+        disk.pwrite(b"x" * 9000, 37 * 4096)
+        disk.checkpoint("tuesday")
+        disk.checkpoint("wednesday")
+        with tracked.store.read() as reader:
+            members = reader.checkpoints(disk.disk.uuid)[1:-1]
+        found = [dirty_bytes_of_period(tracked.store, disk.disk, member) for member in members]
+        assert found == [4096, 2 * 4096 + 3996, 0]
+        disk.forget("monday")
+        with pytest.raises(Untrusted, match="was forgotten"):
+            dirty_bytes_of_period(tracked.store, disk.disk, members[1])
+        assert dirty_bytes_of_period(tracked.store, disk.disk, members[0]) == 3 * 4096 + 3996
 
 
 # --- while others change the chain ---

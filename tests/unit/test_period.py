@@ -73,6 +73,11 @@ class Notebook:
                 if region.armed >> extent & 1
             }
 
+    def records(self) -> list[int]:
+        """The regions that have one."""
+        with self.store.read() as reader:
+            return [number for number, _ in reader.regions(self.bitmap.id)]
+
     def fail(self, number: int) -> None:
         raise StorageError("store", OSError(28, "full"), next_step="free some space")
 
@@ -315,6 +320,23 @@ def test_extents_carried_over_are_armed_and_not_dirty(notebook: Notebook) -> Non
     assert settled(period) == {100}
     period.persist()
     assert notebook.dirty() == {100}
+
+
+@pytest.mark.parametrize("how", ["persist", "put_exact", "disarm_quiet"])
+def test_nothing_is_left_of_an_extent_that_was_armed_for_nothing(notebook: Notebook, how: str) -> None:
+    period = notebook.period()
+    notebook.store.update(lambda writer: period.begin(writer, {0: 0b110, 1: 1}))
+    period.make_durable([(100, 101)])
+    assert notebook.records() == [0, 1]
+    if how == "put_exact":
+        notebook.store.update(period.put_exact)
+    else:
+        for _ in range(2):
+            period.persist() if how == "persist" else period.disarm_quiet(3)
+    assert (notebook.records(), notebook.dirty(), notebook.armed()) == ([0], {100}, set())
+    if how != "put_exact":  # which ends the period
+        period.make_durable([(REGION_BLOCKS + 1, REGION_BLOCKS + 2)])
+        assert notebook.dirty() >= {100, REGION_BLOCKS + 1}
 
 
 @pytest.mark.parametrize("armed", [{}, {0: 0b110}])
