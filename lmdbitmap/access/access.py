@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from lmdbitmap.access import reach
-from lmdbitmap.access.access_ways import FREEZE_LIMIT_S, OWNER_LIMIT_S, Attached, PointInTime, Served, Unowned
+from lmdbitmap.access.access_ways import FREEZE_LIMIT_S, OWNER_LIMIT_S, AtRest, Attached, PointInTime, Served
 from lmdbitmap.errors import LmdbitmapError, os_errors_at
 from lmdbitmap.filter import Filter
 from lmdbitmap.images.image import open_image
@@ -98,7 +98,7 @@ def access(
     elif served:
         way = Served(store, served, owner_limit_s, freeze_limit_s)
     else:
-        way = Unowned(store, there, open_device, apart)
+        way = AtRest(store, there, open_device, apart)
     with contextlib.closing(way):
         yield way
 

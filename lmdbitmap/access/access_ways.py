@@ -1,6 +1,6 @@
 """The ways to get at disks, each of which takes one moment of all of its disks: it depends on who has them.
 
-    Unowned     nobody has them: we own them, so nobody writes, and the image itself is the point in time
+    AtRest      nobody has them: we own them meanwhile, so nobody writes, and the image itself is the point in time
     Attached    a filter of this very process has them: a snapshot, which it holds for us
     Served      another process has them: it is told by its control socket to take a snapshot, which we read from the
                 image and over NBD (access/through_owner.py)
@@ -86,8 +86,9 @@ def _told_of(disk: Disk) -> Iterator[None]:
         ) from gone
 
 
-class Unowned:
-    """Disks that we own, without a session: not even one in deferred mode loses what it knew."""
+class AtRest:
+    """Disks that nobody had: we own them, but begin no session, so that not even one in deferred mode loses what it
+    knew."""
 
     holds_alone = True
     may_be_behind = False
@@ -164,8 +165,8 @@ class Unowned:
                 all_of_them.push(lock)
 
 
-class _Owned:
-    """What goes the same way through any owner."""
+class _ThroughOwner:
+    """What goes the same way through any owner, a filter here or another process."""
 
     holds_alone = False
     may_be_behind = False
@@ -198,7 +199,7 @@ class _Owned:
         raise NotImplementedError  # pragma: no cover
 
 
-class Attached(_Owned):
+class Attached(_ThroughOwner):
     def __init__(self, filters: Sequence[Filter], scratch: Scratch) -> None:
         self._filters = {attached.disk.uuid: attached for attached in filters}
         self._uuids = list(self._filters)
@@ -239,7 +240,7 @@ class Attached(_Owned):
         self.end_reading()
 
 
-class Served(_Owned):
+class Served(_ThroughOwner):
     """Disks of another process. What is held there for us is released when we hang up, or die.
 
     Points are taken there one after the other: when ours is, those that were asked for earlier are there.
