@@ -88,15 +88,15 @@ def access(
     apart = failures or Failures(at_once=True)
     there = reach.tracked(store, names, apart)
     ours = [name for name in there if name in (attached or {})]
-    served = [] if ours else reach.served(store, there, apart)
+    elsewhere = [] if ours else reach.attached_elsewhere(store, there, apart)
     there = [name for name in there if name not in apart]
-    reach.require_all_or_none(there, ours + served)
+    reach.require_all_or_none(there, ours + elsewhere)
     way: Access
     if ours:
         assert attached is not None
         way = Attached([attached[name] for name in ours], scratch or Scratch(store.path))
-    elif served:
-        way = Served(store, served, owner_limit_s, freeze_limit_s)
+    elif elsewhere:
+        way = Served(store, elsewhere, owner_limit_s, freeze_limit_s)
     else:
         way = AtRest(store, there, open_device, apart)
     with contextlib.closing(way):

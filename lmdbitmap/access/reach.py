@@ -26,35 +26,35 @@ def tracked(store: Store, names: Sequence[str], apart: Failures) -> list[str]:
     return found
 
 
-def served(store: Store, names: Sequence[str], apart: Failures) -> list[str]:
-    """Those that a process has attached, and of several also can be asked for."""
-    owned = [name for name in names if is_served(store, name)]
+def attached_elsewhere(store: Store, names: Sequence[str], apart: Failures) -> list[str]:
+    """Those that another process has attached, and of several also serves."""
+    attached = [name for name in names if is_attached(store, name)]
     if len(names) > 1:
-        for name in owned:
+        for name in attached:
             with apart.of(name), store.read() as reader:
                 owner_of(store, chain.find_disk(reader, name)).close()
-    return [name for name in owned if name not in apart]
+    return [name for name in attached if name not in apart]
 
 
-def require_all_or_none(names: Sequence[str], served: Sequence[str]) -> None:
+def require_all_or_none(names: Sequence[str], attached: Sequence[str]) -> None:
     """Raise `Busy` where no one moment can be taken of all of them."""
-    if 0 < len(served) < len(names):
+    if 0 < len(attached) < len(names):
         raise Busy(
-            f"of these disks only {', '.join(served)} is served",
+            f"of these disks only {', '.join(attached)} is served",
             next_step="serve all of them in one process, or none, or name them one by one",
         )
 
 
-def is_served(store: Store, name: str) -> bool:
-    """Whether a process has the disk attached now."""
-    with store.read() as reader:
-        disk = chain.find_disk(reader, name)
-    return is_attached(store, disk)
-
-
-def is_attached(store: Store, disk: Disk) -> bool:
-    """The same of a disk that is known."""
+def is_attached(store: Store, disk: Disk | str) -> bool:
+    """Whether a process has the disk, or the one of that name, now: to serve it, or for itself, as a backup does."""
+    if isinstance(disk, str):
+        with store.read() as reader:
+            disk = chain.find_disk(reader, disk)
     return owner.is_owned(store.owner_path(disk.uuid))
+
+
+is_served = is_attached
+"""What the command line calls it where it knows a disk by name."""
 
 
 def owner_of(store: Store, disk: Disk) -> Client:

@@ -1,4 +1,4 @@
-"""Which disks are there and which are served; what is wrong with one is no matter of the others."""
+"""Which disks are there and which are attached; what is wrong with one is no matter of the others."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def test_an_unknown_disk_is_set_aside(disk: TrackedDisk) -> None:
 def test_who_has_a_disk_for_itself_is_no_server_of_it(disk: TrackedDisk, folder: Path) -> None:
     apart, names = Failures(), [NAME, "sdb", "sdc"]
     with serving(disk, folder), Filter.attach(disk.store, "sdb", background=False):
-        assert reach.served(disk.store, names, apart) == [NAME]
+        assert reach.attached_elsewhere(disk.store, names, apart) == [NAME]
         assert isinstance(apart.errors["sdb"], Busy)
         assert "owned by a process that serves it to nobody" in str(apart.errors["sdb"])
         assert list(apart.errors) == ["sdb"]
-        assert [reach.is_served(disk.store, name) for name in names] == [True, True, False]
+        assert [reach.is_attached(disk.store, name) for name in names] == [True, True, False]
