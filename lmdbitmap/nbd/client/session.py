@@ -58,7 +58,11 @@ _LONGEST_PAUSE_S: Final = 1.0
 
 
 class Conversation:
-    """Requests to one export, by any thread. `connect` makes a connection, now and whenever one has broken."""
+    """Requests to one export, by any thread. `connect` makes a connection, now and whenever one has broken.
+
+    What is the leader's, only the thread that leads looks at or changes. It hands on the lead under `_state`, so that
+    the next one finds what it did.
+    """
 
     def __init__(
         self,
@@ -75,21 +79,35 @@ class Conversation:
         self._keep_bytes = keep_bytes
         self._silence_s = silence_s
         self._is_silent = False
+        """Once it is, for good. The leader's."""
         self._state = threading.Lock()
         self._cookies = itertools.count(1)
+        """Under `_state`."""
         self._waiting: dict[int, Request] = {}
+        """What is not answered, by its cookie. Changed under `_state`; the leader looks answers up in it without."""
         self._leader: Call | None = None
+        """The one whose thread receives for all. Under `_state`."""
         self._closing = threading.Event()
         self._outage_since = math.inf
+        """When the trouble began, or infinity while there is none. Under `_state`: each new request takes it over."""
         self._pause_s = 0.0
+        """Between the next trouble and the dial after it. The leader's."""
         self._next_dial = 0.0
+        """When, at the earliest. The leader's."""
         self._kept = Kept()
+        """Changed by the leader, under `_state`; it reads without, and so does whoever asks roughly how much it is."""
         self._making_room = threading.Lock()
+        """Held by the writer that flushes because too much is kept: the others wait, and find room afterwards."""
         self._flushes = Flushes(self, name)
+        """With a lock of their own."""
         self._doubts = Doubts()
+        """Added to under `_state`; whoever asks needs no lock."""
         self._link: Link | None = connect()
+        """None while there is none. Changed under `_state`, by the leader, who reads it without; at the end by `close`,
+        when nobody leads."""
         self.export = self._link.export
         self._keeps = self.export.has(nbd.NBD_FLAG_SEND_FLUSH)
+        """Whether what was acknowledged is kept until a flush."""
 
     # -- the caller's thread -------------------------------------------------------------------------------
 
@@ -238,14 +256,15 @@ class Conversation:
             self._lose(link, broken)
 
     def _finish(self, request: Request) -> None:
-        """It is answered."""
+        """It is answered. For the leader."""
         require_answer(request)
         if request.command == nbd.NBD_CMD_FLUSH:
             self._flushes.judge(request)
         elif request.error and request.command in CHANGES and not self._keeps:
             self._flushes.judge_written_through(request)
+        self._pause_s = 0.0
         with self._state:
-            self._outage_since, self._pause_s = math.inf, 0.0
+            self._outage_since = math.inf
             if request.error == 0 and self._keeps:
                 self._kept.note(request)
             self._conclude(request)
@@ -288,7 +307,7 @@ class Conversation:
         )
 
     def _note_trouble(self, why: BaseException) -> None:
-        """Fail what was in trouble for too long; the rest is tried again, a little later each time."""
+        """Fail what was in trouble for too long; the rest is tried again, a little later each time. For the leader."""
         now = time.monotonic()
         self._next_dial = now + self._pause_s
         self._pause_s = min(max(2 * self._pause_s, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
@@ -391,7 +410,7 @@ class Conversation:
                 answered = link.receive(waiting)
                 if answered is not None:
                     finish(answered)
-                    waiting.pop(answered.cookie, None)
+                    waiting.pop(answered.cookie, None)  # from `_waiting` it is gone by now
                     left -= 1
         finally:
             if left:
