@@ -77,15 +77,23 @@ class Rounds:
         self._parked = threading.Condition(self._lock)
         self._next = threading.Condition(self._lock)
         self._has_next = False
+        """Whether a thread is next, and looks after the driver; the others are parked. Under the lock."""
         self._next_dozes = False
+        """See `_look_after_driver`."""
         self._poll = select.epoll()
         self._lookout = Lookout(self._look, self._poll.poll)
         self._riders: dict[int, _Rider] = {}
         self._connections = 0
         self._driven = False
+        """Whether a thread drives. Under the lock."""
         self._term = 0
+        """How many terms have ended: a driver whose own has finds another number. Changed under the lock, and while a
+        turn is under way only: between two the driver looks without."""
         self._at: _Rider | None = None
+        """Whose turn it is; None between two, and once the driver's term has ended. The driver sets it without the
+        lock; whoever takes it away has the lock."""
         self._since_s = 0.0
+        """When that turn began, or the last one. Set before `_at`: a new turn is never taken for one that is slow."""
 
     def serve(self, connection: Connection, fd: int, ended: Ended, *, alone: bool = False) -> None:
         """Serve `connection`, which is heard at `fd`, until it or another has ended.
@@ -171,9 +179,9 @@ class Rounds:
     def _step_aside(self, rider: _Rider) -> None:
         """What comes may take its time: whoever drives lets another one drive."""
         rider.waited = True
-        if self._at is rider:
+        if self._at is rider:  # without the lock a no is final, as only this thread makes it a yes
             with self._lock:
-                if self._at is rider:
+                if self._at is rider:  # the next one may have taken the rounds just now
                     self._hand_over(rider)
 
     def _hand_over(self, rider: _Rider) -> None:
