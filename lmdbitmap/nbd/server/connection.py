@@ -21,7 +21,7 @@ What holds all the time:
 - Of a disk that has a descriptor, such a WRITE goes from the socket into the image by
   reference (conduit.py), which spares it a copy. So that it is not in the buffer already when it is recognized, the
   next header is received by itself behind such a write, until another kind of request comes. Replies that
-  wait then are sent before the thread sleeps, and after `_MOST_WAITING` at the latest.
+  wait then are sent before the thread sleeps, and after `_MOST_UNSENT` at the latest.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _BATCH: Final = 512 << 10
 _STREAM_FROM: Final = 128 << 10
 _PIECE: Final = 64 << 10
 _PAGE: Final = 4096
-_MOST_WAITING: Final = 8
+_MOST_UNSENT: Final = 8
 _UNTIMED: Final = 15
 """Batches between two that are timed."""
 _RUN: Final = 112
@@ -105,7 +105,10 @@ class Connection:
         self._conduit: Conduit | None = None
         if disk.fd is not None and not encrypted and isinstance(self._lane, SplicingLane):
             self._conduit = Conduit(sock, self._lane)
-        self._appetite, self._waiting = _BATCH, 0
+        self._appetite = _BATCH
+        """Bytes to have at hand at most: behind a WRITE that went by reference the next header, else a batch."""
+        self._unsent = 0
+        """Replies to long WRITEs that were not sent yet."""
         self._buffer = new_buffer(_BATCH)
         self._view = memoryview(self._buffer)
         self._buffer[: len(received)] = received
@@ -137,7 +140,7 @@ class Connection:
         while goes_on and left:
             goes_on = self._receive() and self._serve_batch()
             left -= 1
-        if self._waiting:
+        if self._unsent:
             self._send()
         return goes_on
 
@@ -164,7 +167,7 @@ class Connection:
     def _receive(self) -> bool:
         """Wait for more, and put it behind an unfinished request; False when the client is gone."""
         room = self._view[self._end : min(self._start + self._appetite, _BATCH)]
-        count = self._inlet.receive_at_once(room) if self._waiting else None
+        count = self._inlet.receive_at_once(room) if self._unsent else None
         if not count:
             self._send()
         if count is None:
@@ -209,10 +212,11 @@ class Connection:
                     break
                 self._take_rare(request, cookie, data)
                 position = stop
-                if head in self._form.plain_writes:
+                if head in self._form.plain_writes:  # as this client says it: the next one is known at once
                     plain_write = self._plain_write = head
         self._settle()
-        if self._waiting == 0 or position > self._start or leaving:
+        # Replies to long WRITEs leave with those to other requests, or before the thread sleeps (`_receive`).
+        if self._unsent == 0 or position > self._start or leaving:
             self._send()
         self._start = position
         if leaving or self.stopping:
@@ -234,7 +238,7 @@ class Connection:
 
     def _send(self) -> None:
         self._replies.send()
-        self._waiting = 0
+        self._unsent = 0
 
     def _keep_rest(self) -> None:
         """Make room for the rest of an unfinished request, or do it as it comes when its data is long."""
@@ -273,8 +277,8 @@ class Connection:
         if request.flags & nbd.NBD_CMD_FLAG_FUA:
             error = error or self._deeds.flush()
         self._answer(request, error)
-        self._waiting += 1
-        if self._conduit is None or self._waiting >= _MOST_WAITING:
+        self._unsent += 1
+        if self._conduit is None or self._unsent >= _MOST_UNSENT:
             self._send()
 
     def _splice_write(self, conduit: Conduit, offset: int, left: int, start: int) -> tuple[int, int, int]:
@@ -302,7 +306,7 @@ class Connection:
 
     def _fill(self, conduit: Conduit, limit: int) -> int:
         """Some of the WRITE's data; a client that waits for replies before it sends more gets them."""
-        count = conduit.fill(limit, wait=not self._waiting)
+        count = conduit.fill(limit, wait=not self._unsent)
         if count < 0:
             self._send()
             count = conduit.fill(limit)
