@@ -45,8 +45,10 @@ class View:
         self._files: list[PooledFile] = []
         self._readers: list[Qcow2Reader] = []
         self._open(len(chain) - down_to)
-        self._below = chain[down_to - 1].disk_size if down_to else None
-        self._above = len(self._readers)
+        self._size_below = chain[down_to - 1].disk_size if down_to else None
+        """Of the disk, as of the newest image that is in that one place; None without such a place."""
+        self._layer_below = len(self._readers)
+        """That of all runs in that place, wherever below they are; each layer above it is an image."""
 
     def _open(self, count: int) -> None:
         """Open images until there are so many, newest first."""
@@ -64,10 +66,10 @@ class View:
 
     def _stored(self, size: int) -> list[Iterator[Run]]:
         """What each layer says of the first `size` bytes."""
-        streams = stored(self._readers[: self._above], 0, size)
-        if self._below is not None:
-            end = min(self._below, size)
-            streams.append(iter([Run(0, end, Kind.DATA, 0, self._above)] if end else []))
+        streams = stored(self._readers[: self._layer_below], 0, size)
+        if self._size_below is not None:
+            end = min(self._size_below, size)
+            streams.append(iter([Run(0, end, Kind.DATA, 0, self._layer_below)] if end else []))
         return streams
 
     def _place(self, run: Run) -> object:
@@ -86,7 +88,7 @@ class View:
 
     def file_of(self, run: Run) -> PooledFile | None:
         """The file that the run's data is in; None if that is somewhere below."""
-        return self._files[run.layer] if run.layer < self._above else None
+        return self._files[run.layer] if run.layer < self._layer_below else None
 
     def packed(self, run: Run, cluster_size: int, kind: CompressionType) -> bytes | None:
         """A whole compressed cluster as it is in its file; None where another kind of image could not have it so."""
