@@ -50,7 +50,11 @@ class ChunkHasher:
     byte for each chunk, 1 MiB for a TiB, of a file that is written to where it was hashed before. Of the processors,
     `spared` are left to others (crew.py): who puts the image together, reads ahead and compresses have one each.
 
-    For one thread at a time, and what `feed` answers for any.
+    For one thread at a time, and what `feed` answers for any. With chunks of 4 bytes:
+
+        feed(0, 6 bytes)    chunk 0 is hashed when the answer is called, and what there is of chunk 1 at once
+        wrote(6, 4)         of chunks 1 and 2 not all is at hand any more
+        feed(10, 6 bytes)   chunk 3 is hashed when the answer is called; 1 and 2 are stale from now on, until `digests`
     """
 
     def __init__(
@@ -73,8 +77,8 @@ class ChunkHasher:
         self._under_way: deque[Future[None]] = deque()
         self._open: Hasher | None = None
         self._end = 0
-        self._hashed_chunks = 0
-        """Of the first ones each is hashed, or will be soon, or is stale."""
+        self._chunks_seen_to = 0
+        """Each of so many, from the first on, is hashed, or will be soon, or is stale."""
         self._stale = bytearray()
         """1 for each chunk that is to be hashed in the end; no longer than up to the last of them."""
 
@@ -104,8 +108,8 @@ class ChunkHasher:
             if start + len(part) < self.chunk_size:
                 self._open.update(part)  # what is fed next goes on from here
             else:
-                self._call_stale(self._hashed_chunks, chunk)
-                self._hashed_chunks = chunk + 1
+                self._call_stale(self._chunks_seen_to, chunk)
+                self._chunks_seen_to = chunk + 1
                 works.append(partial(self._finish, chunk, self._open, part))
         self._end += len(data)
         return partial(_all_of, works)
@@ -125,16 +129,16 @@ class ChunkHasher:
     def wrote(self, offset: int, length: int) -> None:
         """The file has these bytes, and all that were fed."""
         self._leave_open(offset, length)
-        while (self._hashed_chunks + _BATCH_CHUNKS) * self.chunk_size <= self._end:
+        while (self._chunks_seen_to + _BATCH_CHUNKS) * self.chunk_size <= self._end:
             self._hash_next(_BATCH_CHUNKS)
 
     def _leave_open(self, offset: int, length: int) -> None:
         """What chunks have that are written to is not at hand."""
         self._open = None
         end = offset + length
-        if offset < self._hashed_chunks * self.chunk_size:
+        if offset < self._chunks_seen_to * self.chunk_size:
             self._call_stale(
-                offset // self.chunk_size, min(ceil_div(end, self.chunk_size), self._hashed_chunks)
+                offset // self.chunk_size, min(ceil_div(end, self.chunk_size), self._chunks_seen_to)
             )
         self._end = max(self._end, end)
 
@@ -146,8 +150,8 @@ class ChunkHasher:
     def digests(self) -> Iterator[bytes]:
         """All of them in order, once nothing is written any more; the last chunk may be short."""
         chunks = ceil_div(os.fstat(self._fd).st_size, self.chunk_size)
-        while self._hashed_chunks < chunks:
-            self._hash_next(min(_BATCH_CHUNKS, chunks - self._hashed_chunks))
+        while self._chunks_seen_to < chunks:
+            self._hash_next(min(_BATCH_CHUNKS, chunks - self._chunks_seen_to))
         while self._under_way:
             self._under_way.popleft().result()
         self._digests.seek(0)
@@ -161,8 +165,8 @@ class ChunkHasher:
 
     def _hash_next(self, count: int) -> None:
         """Hand over the next chunks, to be read back; who is far ahead of the threads that do waits."""
-        self._under_way.append(self._threads.submit(self._read_back, self._hashed_chunks, count))
-        self._hashed_chunks += count
+        self._under_way.append(self._threads.submit(self._read_back, self._chunks_seen_to, count))
+        self._chunks_seen_to += count
         if len(self._under_way) > self._most_under_way:
             self._under_way.popleft().result()
 
