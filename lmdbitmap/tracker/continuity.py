@@ -100,7 +100,11 @@ def judge_held(disk: Disk, image: ImageIdentity, beat: Beat | None, now: Moment)
     return Verdict(broken=_gap_since_sign_of_life(disk, image, beat, now))
 
 
+# --- what speaks against the bitmap, in words; None if nothing does. DESIGN.md has the evidence as a table ---
+
+
 def _gap_since_detach(disk: Disk, image: ImageIdentity, beat: Beat | None, now: Moment) -> str | None:
+    """Its column 'after a clean detach'."""
     before = disk.identity
     if before is None:
         return _never_seen(disk)
@@ -121,6 +125,7 @@ def _gap_since_detach(disk: Disk, image: ImageIdentity, beat: Beat | None, now: 
 
 
 def _gap_since_sign_of_life(disk: Disk, image: ImageIdentity, beat: Beat | None, now: Moment) -> str | None:
+    """Its columns 'after a death' and, where that was in another boot, 'after a restart of the machine'."""
     begun = disk.identity
     if begun is None:
         return _never_seen(disk)
@@ -218,6 +223,7 @@ def _device_gap_since_sign_of_life(
 
 
 def _gap_since_boot(image: ImageIdentity, beat: Beat | None, now: Moment) -> str | None:
+    """Its column 'after a restart of the machine', of a block device: after a clean detach too."""
     if _sectors(image):
         return (
             f"{_amount(_sectors(image))} of the block device were written since this machine was started,"
