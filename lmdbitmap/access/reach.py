@@ -53,10 +53,6 @@ def is_attached(store: Store, disk: Disk | str) -> bool:
     return owner.is_owned(store.owner_path(disk.uuid))
 
 
-is_served = is_attached
-"""What the command line calls it where it knows a disk by name."""
-
-
 def owner_of(store: Store, disk: Disk) -> Client:
     """A connection to the process that has the disk; `Busy` where it takes none."""
     client = control_client.reach(store.control_path(disk.uuid))

@@ -168,11 +168,11 @@ def _back_up(asked: Session, names: Sequence[str], repository: str, wishes: _Wis
 
 
 def _is_any_served(store: Store, names: Sequence[str]) -> bool:
-    from lmdbitmap.access.reach import is_served
+    from lmdbitmap.access.reach import is_attached
 
     for name in names:
         with contextlib.suppress(LmdbitmapError):  # of an unknown one the backup tells
-            if is_served(store, name):
+            if is_attached(store, name):
                 return True
     return False
 

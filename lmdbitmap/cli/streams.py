@@ -88,7 +88,7 @@ def stream_out(
     asked: Session, name: str, options: StreamOptions, hook: Hook, nice: int, owner_limit_s: float
 ) -> None:
     """Nothing but the stream ever comes to standard output."""
-    from lmdbitmap.access.reach import is_served
+    from lmdbitmap.access.reach import is_attached
     from lmdbitmap.streams.stream import stream_backup
 
     thaw = Thaw()
@@ -97,7 +97,7 @@ def stream_out(
         Store.open(asked.store_path) as store,
         progress(f"streaming {name}", shown=asked.shows_progress) as report,
     ):
-        served = is_served(store, name)  # not by ourselves yet
+        served = is_attached(store, name)  # not by ourselves yet
         made = stream_backup(
             store, name, out,
             since=options.since, checkpoint=options.checkpoint, version=int(options.version or 1),

@@ -64,7 +64,7 @@ def sync(
 
     Nobody else may write TARGET. Until a sync that failed or was killed has been repeated, it is of no use.
     """
-    from lmdbitmap.access.reach import is_served
+    from lmdbitmap.access.reach import is_attached
     from lmdbitmap.syncs.sync import sync as bring_up_to_date
 
     if compare and only_incremental:
@@ -75,7 +75,7 @@ def sync(
         Store.open(asked.store_path) as store,
         progress(f"syncing {name}", shown=asked.shows_progress) as report,
     ):
-        served = is_served(store, name)  # not by ourselves yet
+        served = is_attached(store, name)  # not by ourselves yet
         done = bring_up_to_date(
             store, name, target,
             compare=compare, only_incremental=only_incremental, larger=larger, freeze_limit_s=hook.freeze_limit_s,
