@@ -530,6 +530,28 @@ def test_caller_that_is_interrupted_leaves_the_others_alone(far: FarServer) -> N
     assert far.handshakes == 2
 
 
+@pytest.mark.parametrize("connection", [1, 2], ids=["at once", "when it is connected again"])
+def test_reader_of_a_server_that_hangs_can_be_interrupted(far: FarServer, connection: int) -> None:
+    """Also while what was in flight is asked for once more, on a connection that nobody else uses yet."""
+    hangs, over = threading.Event(), threading.Event()
+
+    def behave(server: FarServer, asked: Asked) -> None:
+        if server.handshakes < connection:
+            raise HangUp
+        hangs.set()
+        over.wait(PATIENCE_SECONDS)
+
+    far.behave = behave
+    with opened(far, read_only=True) as device, ThreadPoolExecutor() as threads:
+        read = threads.submit(device.pread, 4, 0)
+        assert hangs.wait(PATIENCE_SECONDS)
+        device.interrupt()
+        try:
+            assert read.exception(PATIENCE_SECONDS) is not None
+        finally:
+            over.set()
+
+
 def test_closed_device_says_so(far: FarServer) -> None:
     device = opened(far)
     device.close()

@@ -105,6 +105,8 @@ class Conversation:
         self._link: Link | None = connect()
         """None while there is none. Changed under `_state`, by the leader, who reads it without; at the end by `close`,
         when nobody leads."""
+        self._next_link: Link | None = None
+        """One that is being taken on: what was in flight is done on it before others send. Changed by the leader."""
         self.export = self._link.export
         self._keeps = self.export.has(nbd.NBD_FLAG_SEND_FLUSH)
         """Whether what was acknowledged is kept until a flush."""
@@ -150,11 +152,14 @@ class Conversation:
             link.say_goodbye()
 
     def interrupt(self) -> None:
-        """Have whatever is in flight fail, and all that follows: whoever waits for it is to wait no more."""
+        """Have whatever is in flight fail, and all that follows: whoever waits for it is to wait no more.
+
+        No lock is needed: a connection is noted before it is asked whether all is over.
+        """
         self._closing.set()
-        link = self._link
-        if link is not None:
-            link.hang_up()
+        for link in (self._next_link, self._link):
+            if link is not None:
+                link.hang_up()
 
     def in_doubt(self) -> Sequence[Run]:
         """Bytes, as (start, stop), that may change yet because of a connection that was lost."""
@@ -342,15 +347,16 @@ class Conversation:
         if now < self._next_dial:
             self._fail_those_since(now - self._reconnect_s, "the server has not come back")
             return
-        link = None
         try:
-            link = self._connect()
-            require_same(self.export, link.export)
-            self._catch_up(link)
+            self._next_link = self._connect()
+            require_same(self.export, self._next_link.export)
+            self._catch_up(self._next_link)
         except (OSError, LmdbitmapError) as why:
-            if link is not None:
-                link.part()
+            if self._next_link is not None:
+                self._next_link.part()
             self._note_trouble(why)
+        finally:
+            self._next_link = None
 
     def _patience_ends(self) -> float:
         with self._state:
@@ -359,6 +365,8 @@ class Conversation:
 
     def _catch_up(self, link: Link) -> None:
         """Write again what was kept, do what is in flight, and only then let others send."""
+        if self._closing.is_set():
+            raise OSError(errno.EBADF, "the image is closed")
         self._write_again(link, self._kept.changes())
         while todo := self._not_sent(link):
             for window in of_a_kind(todo):
