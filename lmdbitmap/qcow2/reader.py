@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import enum
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 from lmdbitmap.errors import FormatError, InvalidArgument
@@ -338,6 +338,8 @@ class Qcow2Reader:
 
 
 _UNMAPPED = array("Q", [0])
+_BLOCK = 128
+"""Entries that are compared at once."""
 
 
 def _compression_number(header: Header) -> int:
@@ -346,7 +348,7 @@ def _compression_number(header: Header) -> int:
 
 
 def _stretches(
-    entries: Sequence[int], start: int, count: int, base: int, cluster_size: int
+    entries: array[int], start: int, count: int, base: int, cluster_size: int
 ) -> Iterator[tuple[int, int, int]]:
     """(first cluster, stop, first entry) of stretches whose offsets rise by a cluster, or are all absent.
 
@@ -356,12 +358,23 @@ def _stretches(
     while start < count:
         entry = entries[start]
         step = cluster_size if entry & OFFSET_MASK else 0
-        stop, follower = start + 1, entry + step
+        stop = start + 1 if step or entry & COMPRESSED else _end_of_alike(entries, start, count)
+        follower = entry + step
         while stop < count and entries[stop] == follower and not entry & COMPRESSED:
             stop += 1
             follower += step
         yield base + start, base + stop, entry
         start = stop
+
+
+def _end_of_alike(entries: array[int], start: int, count: int) -> int:
+    """Where the entries that are as the first of [start, count) end, or a little before: most of an increment's tables
+    is absent, and is passed over in blocks."""
+    alike = entries[start : start + 1] * _BLOCK
+    stop = start + 1
+    while stop + _BLOCK <= count and entries[stop : stop + _BLOCK] == alike:
+        stop += _BLOCK
+    return stop
 
 
 def joined(runs: Iterable[Run]) -> Iterator[Run]:

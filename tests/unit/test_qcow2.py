@@ -90,6 +90,24 @@ def test_data_is_one_write_and_one_run_however_many_l2_tables_it_crosses() -> No
     assert runs(file)[1] == Run(TABLE_BYTES - CLUSTER, len(data), Kind.DATA, CLUSTER)
 
 
+@pytest.mark.parametrize("count", [1, 2, 127, 128, 129, 130, 255, 256, 257, 508])
+@pytest.mark.parametrize("kind", [Kind.UNALLOCATED, Kind.ZERO])
+def test_runs_end_where_they_do_however_long_they_are(kind: Kind, count: int) -> None:
+    """Entries that may be alike are looked at in blocks of 128; a table has 512 of them here."""
+    cluster, length = 4096, count * 4096
+    ranges: list[tuple[int, bytes | int]] = [(0, b"x" * cluster), (cluster + length, b"y" * cluster)]
+    if kind is Kind.ZERO:
+        ranges.insert(1, (cluster, length))
+    file = image(512 * cluster, *ranges, cluster_bits=12, backing_file="below")
+    after = 2 * cluster + length
+    assert [(run.offset, run.length, run.kind) for run in runs(file)] == [
+        (0, cluster, Kind.DATA),
+        (cluster, length, kind),
+        (cluster + length, cluster, Kind.DATA),
+        (after, 512 * cluster - after, Kind.UNALLOCATED),
+    ]
+
+
 def test_header_is_written_last_and_without_it_the_file_is_refused() -> None:
     file = image(TABLE_BYTES, (0, b"x" * CLUSTER))
     assert file.writes[-1] == (0, CLUSTER)
