@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks import backups, compressed, core, live, restarts, restored, tracked
+from benchmarks import backups, chains, compressed, core, live, restarts, restored, tracked
 from benchmarks.table import Line, as_text, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +27,7 @@ PARTS: dict[str, Callable[[], Iterator[Line]]] = {
     "compressed": compressed.measure,
     "backups": backups.measure,
     "restored": restored.measure,
+    "chains": chains.measure,
     "live": live.measure,
     "restarts": restarts.measure,
 }

@@ -28,7 +28,7 @@ from lmdbitmap.geometry import EXTENT_BLOCKS, REGION_BLOCKS, Geometry
 from lmdbitmap.storage import schema
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import session
-from lmdbitmap.tracker.changes import Changes
+from lmdbitmap.tracker.changes import Changes, dirty_bytes_of_period
 from tests.tracked import LATER_NS, NAME, TrackedDisk, blocks_of, quick_folder, trust_of
 
 SHAPES = {9: REGION_BLOCKS + 70, 12: 300, 16: 70}
@@ -399,6 +399,21 @@ class Tracker(RuleBasedStateMachine):
                 assert blocks_of(answer) == self.model.everything
             else:
                 self.compare(answer, self.model.since(self.model.periods[first]))
+        self.check_closed_periods()
+
+    def check_closed_periods(self) -> None:
+        """Each by itself, as `info` tells of them."""
+        disk, bytes_of = self.tracked.disk(), self.model.geometry.bytes_of
+        with self.tracked.store.read() as reader:
+            members = reader.checkpoints(disk.uuid)[:-1]
+        for member, period in zip(members, self.model.periods, strict=False):
+            if period.epoch == self.model.epoch:
+                dirty = self.model.everything if period.all_dirty else period.dirty
+                least, most = (
+                    sum(bytes_of(block, block + 1)[1] for block in blocks)
+                    for blocks in (dirty, dirty | period.loose)
+                )
+                assert least <= dirty_bytes_of_period(self.tracked.store, disk, member) <= most
 
     def answers(self) -> dict[int, Changes]:
         """Asked of the store alone, since every checkpoint; those of older epochs must be refused."""
