@@ -11,20 +11,16 @@ All disks of a job are had in one of them (access.py).
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple
 from uuid import UUID
 
-from lmdbitmap import bits
 from lmdbitmap.access import reach
 from lmdbitmap.access.direct import DirectDevice
 from lmdbitmap.access.through_owner import HeldThere, open_held
-from lmdbitmap.copying.copier import cluster_bits_for
-from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, NotFound, OwnerGone
+from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, OwnerGone
 from lmdbitmap.filter import Filter, take_snapshot
-from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import BlockDevice
 from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.storage.schema import Checkpoint, Disk
@@ -52,26 +48,6 @@ class PointInTime(NamedTuple):
     disk: Disk
     checkpoint: Checkpoint
     device: BlockDevice
-
-
-def want_changes(snapshot: Snapshot, since: str) -> None:
-    """Have a snapshot keep only what a backup reads that counts from checkpoint `since`; all, if nobody knows that.
-
-    Raises `NotFound` without such a checkpoint.
-    """
-    try:
-        changed = snapshot.changes(since=since)
-    except NotFound:
-        raise
-    except LmdbitmapError:  # whoever asks what changed is told, and of its disk alone
-        return
-    geometry = changed.geometry
-    clusters = Geometry(geometry.size, cluster_bits_for(geometry))
-    last = (max(geometry.block_count - 1, 0), geometry.block_count)
-    wanted = bits.regrain_outward(
-        itertools.chain(changed.runs(), [last]), geometry, clusters.granularity_bits
-    )
-    snapshot.want_only(wanted, clusters)
 
 
 @contextlib.contextmanager
@@ -214,7 +190,7 @@ class Attached(_ThroughOwner):
         self._snapshots = take_snapshot(filters, name, self._scratch)
         for snapshot, checkpoint in zip(self._snapshots, since, strict=True):
             if checkpoint is not None:
-                want_changes(snapshot, checkpoint.name)
+                snapshot.want_changes(since=checkpoint.name)
             if once:
                 snapshot.read_once()
         return [PointInTime(snapshot.disk, snapshot.checkpoint, snapshot) for snapshot in self._snapshots]

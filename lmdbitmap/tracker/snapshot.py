@@ -24,6 +24,7 @@ backup does, those that were read (`read_once`). What holds all the time:
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +32,8 @@ from typing import Final
 
 from lmdbitmap import bits
 from lmdbitmap.bits import BitView, Run
-from lmdbitmap.errors import InvalidArgument, LmdbitmapError, StorageError
+from lmdbitmap.copying.copier import cluster_bits_for
+from lmdbitmap.errors import InvalidArgument, LmdbitmapError, NotFound, StorageError
 from lmdbitmap.geometry import Geometry, ceil_div, check_range
 from lmdbitmap.images.device import DATA, HOLE
 from lmdbitmap.images.plain import PlainLane
@@ -304,6 +306,23 @@ class Snapshot(ReadOnlyDevice):
         for start, stop in bits.regrain_outward(runs, geometry, self.clusters.granularity_bits):
             bits.set_range(wanted, start, stop)
         self._wanted = wanted
+
+    def want_changes(self, *, since: str) -> None:
+        """Keep only what a backup reads that counts from checkpoint `since`; all, if nobody knows that.
+
+        Raises `NotFound` without such a checkpoint.
+        """
+        try:
+            changed = self.changes(since=since)
+        except NotFound:
+            raise
+        except LmdbitmapError:  # whoever asks what changed is told, and of its disk alone
+            return
+        geometry = changed.geometry
+        clusters = Geometry(geometry.size, cluster_bits_for(geometry))
+        last = (max(geometry.block_count - 1, 0), geometry.block_count)
+        wanted = itertools.chain(changed.runs(), [last])
+        self.want_only(bits.regrain_outward(wanted, geometry, clusters.granularity_bits), clusters)
 
     def read_once(self) -> None:
         """From now on, keep nothing of what was read: it will not be read again. Once, before anybody reads."""

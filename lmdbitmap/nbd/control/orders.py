@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 from lmdbitmap import export
-from lmdbitmap.access.access_ways import want_changes
 from lmdbitmap.errors import Busy, InvalidArgument, NotFound, os_errors_at
 from lmdbitmap.filter import Filter, take_checkpoint
 from lmdbitmap.nbd import control_wire as wire
@@ -126,7 +125,7 @@ def _snapshot(scene: Scene, disks: list[Any], name: str, since: list[Any], bound
     try:
         for snapshot, checkpoint in zip(taken, since, strict=True):
             if checkpoint:
-                want_changes(snapshot, checkpoint)
+                snapshot.want_changes(since=checkpoint)
             if once:
                 snapshot.read_once()
     except BaseException:
