@@ -58,6 +58,7 @@ class Tracking:
         self.flusher = Flusher(disk.name, device, voucher.lose_track)
         if isinstance(device, FlushesByItself):
             device.tell_of_loss(self.flusher.lose)
+        self._doubtful = device if isinstance(device, LeavesDoubt) else None
         self.is_over = False
         self._max_armed = max_armed
         with store.read() as reader:
@@ -97,9 +98,9 @@ class Tracking:
 
     def in_doubt(self, geometry: Geometry) -> list[Run]:
         """Blocks that may change yet by writes that ended before: dirty in each period that comes meanwhile (law 2)."""
-        if not isinstance(self.device, LeavesDoubt):
+        if self._doubtful is None:
             return []
-        ranges = [(start, min(stop, geometry.size)) for start, stop in self.device.in_doubt()]
+        ranges = [(start, min(stop, geometry.size)) for start, stop in self._doubtful.in_doubt()]
         blocks = [geometry.blocks_outward(start, stop - start) for start, stop in ranges if start < stop]
         return [(some.start, some.stop) for some in blocks]
 
