@@ -31,6 +31,7 @@ from lmdbitmap.store import Reader, Writer
 
 MAX_REGIONS = 1 << 25
 """Of one disk: 16 GiB of bits, as for 64 TiB in blocks of 512 bytes."""
+_DAMAGED = "records of it were damaged"
 NEVER_BACKED_UP = "everything counts as dirty until the first full backup"
 
 
@@ -221,9 +222,9 @@ def resize(writer: Writer, disk: Disk, size: int) -> Disk:
     """
     resized = dataclasses.replace(disk, size=size)
     for checkpoint in writer.checkpoints(disk.uuid):
-        if size < disk.size:
-            _truncate(writer, checkpoint.bitmap_id, resized.geometry)
         bitmap = dataclasses.replace(writer.bitmap(checkpoint.bitmap_id), size=size)
+        if size < disk.size and _truncate(writer, checkpoint.bitmap_id, resized.geometry):
+            bitmap = dataclasses.replace(bitmap, superset=bitmap.superset or _DAMAGED)
         writer.put_bitmap(bitmap)
         if size > disk.size and checkpoint.epoch == disk.epoch:
             mark_outward(writer, bitmap, disk.size, size - disk.size)
@@ -231,15 +232,20 @@ def resize(writer: Writer, disk: Disk, size: int) -> Disk:
     return resized
 
 
-def _truncate(writer: Writer, bitmap_id: int, geometry: Geometry) -> None:
-    """Drop the bits past the end; the block that the end cuts keeps its bit. Armed extents become exact bits."""
+def _truncate(writer: Writer, bitmap_id: int, geometry: Geometry) -> bool:
+    """Drop the bits past the end; the block that the end cuts keeps its bit. Armed extents become exact bits.
+
+    So do those of a region that was damaged, or lost with its group, whose tally goes: answers whether there is one.
+    """
     last, kept = divmod(geometry.block_count, REGION_BLOCKS)
-    region = writer.region(bitmap_id, last) if kept else None
+    region = next((found for _, found in writer.regions(bitmap_id, last, last + 1)), None) if kept else None
     writer.delete_regions(bitmap_id, last)
-    if region is not None:
-        block_bits = bytearray(bits.dirty_bits(region.armed, region.bits))
-        bits.truncate(block_bits, kept)
-        writer.put_region(bitmap_id, last, 0, bytes(block_bits))
+    if region is None:
+        return False
+    block_bits = bytearray(bits.dirty_bits(region.armed, region.bits))
+    bits.truncate(block_bits, kept)
+    writer.put_region(bitmap_id, last, 0, bytes(block_bits))
+    return region.damaged
 
 
 def begin_resize(writer: Writer, disk: Disk, size: int) -> Disk:

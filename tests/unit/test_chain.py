@@ -275,6 +275,25 @@ def test_block_that_the_end_cuts_keeps_its_bit(archive: Archive, size: int) -> N
     assert archive.dirty("monday") == set(range(-(-size // GRANULARITY)))
 
 
+@pytest.mark.parametrize("stale", [False, True], ids=["lost", "stale"])
+def test_what_was_lost_before_a_shrink_is_dirty_after_it(archive: Archive, stale: bool) -> None:
+    """Only the tally of the group misses it, and that goes with the group."""
+
+    def lose(writer: Writer, disk: Disk) -> None:
+        key = schema.region_key(chain.current_checkpoint(writer, disk).bitmap_id, 0)
+        where = writer._databases["regions"]
+        before = schema.encode_region(key, 0, schema.ALL_CLEAN_BITS)
+        assert writer._txn.put(key, before, db=where) if stale else writer._txn.delete(key, db=where)
+        writer.new_bitmap_id()
+
+    archive.checkpoint("monday", 7)
+    archive.change(lose)
+    archive.resize(9 * GRANULARITY)
+    assert archive.dirty("monday") == set(range(9))
+    with archive.store.read() as reader:
+        assert reader.bitmap(archive.points()[-1].bitmap_id).superset
+
+
 def test_grown_disk_is_dirty_from_its_old_end_on_in_every_bitmap(archive: Archive) -> None:
     archive.checkpoint("monday", 1)
     archive.checkpoint("tuesday", 2)
