@@ -128,7 +128,7 @@ def _dirty_bytes(store: Store, disk: Disk, since: Checkpoint, until: Checkpoint 
     if since.epoch != disk.epoch:
         return None
     if until is not None:
-        return dirty_bytes_of_period(store, disk, since)
+        return dirty_bytes_of_period(store, disk, since, until)
     return ask_changes(store, disk.name, since=since.name).summary.dirty_bytes
 
 

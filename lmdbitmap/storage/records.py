@@ -4,7 +4,8 @@ Invariants:
 - Values fit in a leaf page; record sizes never vary. Keys are in schema.py.
 - No record is believed, and none believed to be absent, against the tally of its group (tally.py): where LMDB lost
   or mixed up region records, their whole group is dirty; where it lost a description, the store is damaged. Only
-  `Reader.region` looks at one record alone, for who adds to it; what was lost stays missing in the tally.
+  `Reader.region` and `checkpoint` look at one record alone: for who adds to it, what was lost stays missing in the
+  tally; or for who has seen all of them.
 - A view whose stamp is not its transaction's number is of a damaged file, and is an error.
 """
 

@@ -192,17 +192,26 @@ class Changes:
 
 
 class _ClosedPeriod(Changes):
-    """What changed from `since` to the checkpoint after it. The chain, which may be long, is not looked up for that."""
+    """What changed from `since` to `until`, the checkpoint after it. The chain, which may be long, is not looked up for
+    that: both are there, so that the period is closed, and of the disk's epoch and size as they are now."""
 
     def _members(self, reader: Reader) -> list[Checkpoint]:
-        if reader.checkpoint(self.disk.uuid, self.since.sequence) != self.since:
-            raise _forgotten_error(self.disk)
+        assert self.until is not None
+        disk = reader.disk(self.disk.uuid)
+        if disk is None or (disk.epoch, disk.size) != (self.since.epoch, self.disk.size):
+            raise Busy(f"disk {self.disk.name!r} was changed just now", next_step="ask again")
+        for member in (self.since, self.until):
+            if reader.checkpoint(self.disk.uuid, member.sequence) != member:
+                raise _forgotten_error(self.disk)
         return [self.since]
 
 
-def dirty_bytes_of_period(store: Store, disk: Disk, begun: Checkpoint) -> int:
-    """How much changed until the next checkpoint, for who asks that of a whole chain."""
-    return _ClosedPeriod(store, disk, begun, None, EXACT).summary.dirty_bytes
+def dirty_bytes_of_period(store: Store, disk: Disk, begun: Checkpoint, ended: Checkpoint) -> int:
+    """How much changed from a checkpoint to the next one, for who asks that of a whole chain.
+
+    Raises `Untrusted` or `Busy` where the chain, or the disk, is another by now.
+    """
+    return _ClosedPeriod(store, disk, begun, ended, EXACT).summary.dirty_bytes
 
 
 def _forgotten_error(disk: Disk) -> Untrusted:

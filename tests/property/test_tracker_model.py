@@ -12,6 +12,7 @@ import random
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -405,15 +406,15 @@ class Tracker(RuleBasedStateMachine):
         """Each by itself, as `info` tells of them."""
         disk, bytes_of = self.tracked.disk(), self.model.geometry.bytes_of
         with self.tracked.store.read() as reader:
-            members = reader.checkpoints(disk.uuid)[:-1]
-        for member, period in zip(members, self.model.periods, strict=False):
+            pairs = list(pairwise(reader.checkpoints(disk.uuid)))
+        for pair, period in zip(pairs, self.model.periods, strict=False):
             if period.epoch == self.model.epoch:
                 dirty = self.model.everything if period.all_dirty else period.dirty
                 least, most = (
                     sum(bytes_of(block, block + 1)[1] for block in blocks)
                     for blocks in (dirty, dirty | period.loose)
                 )
-                assert least <= dirty_bytes_of_period(self.tracked.store, disk, member) <= most
+                assert least <= dirty_bytes_of_period(self.tracked.store, disk, *pair) <= most
 
     def answers(self) -> dict[int, Changes]:
         """Asked of the store alone, since every checkpoint; those of older epochs must be refused."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.errors import InvalidArgument, NotFound, Untrusted
+from lmdbitmap.errors import Busy, InvalidArgument, NotFound, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.storage import schema
 from lmdbitmap.storage.owner import Owner
@@ -174,13 +174,21 @@ def test_each_period_of_a_chain_by_itself(tracked: TrackedDisk) -> None:
         disk.checkpoint("tuesday")
         disk.checkpoint("wednesday")
         with tracked.store.read() as reader:
-            members = reader.checkpoints(disk.disk.uuid)[1:-1]
-        found = [dirty_bytes_of_period(tracked.store, disk.disk, member) for member in members]
+            pairs = list(itertools.pairwise(reader.checkpoints(disk.disk.uuid)[1:]))
+        found = [dirty_bytes_of_period(tracked.store, disk.disk, *pair) for pair in pairs]
         assert found == [4096, 2 * 4096 + 3996, 0]
         disk.forget("monday")
-        with pytest.raises(Untrusted, match="was forgotten"):
-            dirty_bytes_of_period(tracked.store, disk.disk, members[1])
-        assert dirty_bytes_of_period(tracked.store, disk.disk, members[0]) == 3 * 4096 + 3996
+        for pair in pairs[:2]:
+            with pytest.raises(Untrusted, match="was forgotten"):
+                dirty_bytes_of_period(tracked.store, disk.disk, *pair)
+        assert dirty_bytes_of_period(tracked.store, disk.disk, *pairs[2]) == 0
+        before = disk.disk
+        disk.resize(2 * SIZE)
+        with pytest.raises(Busy):
+            dirty_bytes_of_period(tracked.store, before, *pairs[2])
+        disk.start_epoch("track was lost")
+        with pytest.raises(Busy):
+            dirty_bytes_of_period(tracked.store, disk.disk, *pairs[2])
 
 
 # --- while others change the chain ---
