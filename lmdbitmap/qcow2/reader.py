@@ -370,8 +370,10 @@ def _stretches(
 def _end_of_alike(entries: array[int], start: int, count: int) -> int:
     """Where the entries that are as the first of [start, count) end, or a little before: most of an increment's tables
     is absent, and is passed over in blocks."""
-    alike = entries[start : start + 1] * _BLOCK
     stop = start + 1
+    if start + _BLOCK >= count or entries[start + _BLOCK] != entries[start]:
+        return stop
+    alike = entries[start:stop] * _BLOCK
     while stop + _BLOCK <= count and entries[stop : stop + _BLOCK] == alike:
         stop += _BLOCK
     return stop

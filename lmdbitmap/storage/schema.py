@@ -203,7 +203,7 @@ D = TypeVar("D", bound=Description)
 
 def encode(description: Description) -> bytes:
     record = _encoded(description, description.schema)
-    assert decode(type(description), record, place="new record") == description
+    assert _decoded(type(description), record, "new record") == description
     return record
 
 

@@ -154,7 +154,8 @@ class Conversation:
     def interrupt(self) -> None:
         """Have whatever is in flight fail, and all that follows: whoever waits for it is to wait no more.
 
-        No lock is needed: a connection is noted before it is asked whether all is over.
+        A dial that is under way ends by itself, in seconds. No lock is needed: a connection is noted before it is asked
+        whether all is over.
         """
         self._closing.set()
         for link in (self._next_link, self._link):
@@ -351,9 +352,11 @@ class Conversation:
             self._next_link = self._connect()
             require_same(self.export, self._next_link.export)
             self._catch_up(self._next_link)
-        except (OSError, LmdbitmapError) as why:
-            if self._next_link is not None:
+        except BaseException as why:
+            if self._next_link is not None and self._next_link is not self._link:
                 self._next_link.part()
+            if not isinstance(why, (OSError, LmdbitmapError)):
+                raise
             self._note_trouble(why)
         finally:
             self._next_link = None
