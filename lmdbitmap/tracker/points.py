@@ -15,8 +15,10 @@ import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from typing import NamedTuple
 
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError, StorageError
+from lmdbitmap.geometry import Geometry
 from lmdbitmap.storage.schema import Checkpoint, Disk
 from lmdbitmap.store import Writer
 from lmdbitmap.tracker import chain
@@ -76,6 +78,7 @@ def _take_points(
     _require_each_once(disks)
     store = disks[0].store
     assert all(tracking.store.uuid == store.uuid for tracking in disks)
+    likely = {tracking: _write_beforehand(tracking) for tracking in disks}
     with contextlib.ExitStack() as frozen:
         for tracking in sorted(disks, key=lambda tracking: tracking.disk.uuid):
             frozen.enter_context(tracking.frozen())
@@ -86,12 +89,34 @@ def _take_points(
         time_ns = time.time_ns()
         with changed_together([tracking.voucher for tracking in disks]):
             points = store.update(
-                lambda writer: [_next_period(writer, tracking, name, time_ns) for tracking in disks]
+                lambda writer: [
+                    _next_period(writer, tracking, name, time_ns, likely[tracking]) for tracking in disks
+                ]
             )
             for tracking, (checkpoint, disk, period) in zip(disks, points, strict=True):
                 tracking.go_on_with(disk, period)
                 taken(tracking, checkpoint)
     return [checkpoint for checkpoint, _, _ in points]
+
+
+class _Likely(NamedTuple):
+    """Extents of a disk of this geometry where dirt was likely next: masks by region."""
+
+    geometry: Geometry
+    extents: Mapping[int, int]
+
+
+def _write_beforehand(tracking: Tracking) -> _Likely:
+    """Write what only memory knows of extents without new dirt, and answer what the next period should have armed.
+
+    Else up to a thousand records are written while writers wait. Those where dirt comes just now stay armed: to arm
+    them once more would be a commit, for whose end the freeze would wait. A store that refuses this refuses the
+    checkpoint too, and says why then.
+    """
+    likely, period = _Likely(tracking.disk.geometry, _carried(tracking)), tracking.period
+    with contextlib.suppress(LmdbitmapError):
+        period.disarm_quiet(period.armed_count)
+    return likely
 
 
 def _require_each_once(disks: Sequence[Tracking]) -> None:
@@ -100,13 +125,14 @@ def _require_each_once(disks: Sequence[Tracking]) -> None:
 
 
 def _next_period(
-    writer: Writer, tracking: Tracking, name: str, time_ns: int
+    writer: Writer, tracking: Tracking, name: str, time_ns: int, likely: _Likely
 ) -> tuple[Checkpoint, Disk, Period]:
     """Extents that were written of late are armed in it, so that their writers do not all commit at once."""
     tracking.put_exact(writer)
     disk, checkpoint = chain.add_checkpoint(writer, tracking.as_stored(writer), name, time_ns)
     period = tracking.open_period(writer, disk, checkpoint)
-    period.begin(writer, _carried(tracking), tracking.in_doubt(disk.geometry))
+    armed = likely.extents if likely.geometry == disk.geometry else {}
+    period.begin(writer, armed, tracking.in_doubt(disk.geometry))
     return checkpoint, disk, period
 
 

@@ -106,7 +106,7 @@ def test_an_image_that_cannot_be_flushed_has_no_checkpoint_nor_have_the_others(
 def test_a_write_that_loses_track_while_a_checkpoint_waits_for_it_is_not_called_clean(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The write's commit fails after the checkpoint has begun to drain: the period must not close over it."""
+    """The write's commit begins before the gate closes, and fails after that: the period must not close over it."""
     commit_begins, draining = threading.Event(), threading.Event()
     real_update = store.update
 
@@ -122,14 +122,15 @@ def test_a_write_that_loses_track_while_a_checkpoint_waits_for_it_is_not_called_
         real_drain = disk._tracking.gate.drained
 
         def drained() -> AbstractContextManager[None]:
+            monkeypatch.setattr(disk._tracking.gate, "drained", real_drain)
+            writer.start()
+            assert commit_begins.wait(10)
             draining.set()
             return real_drain()
 
         monkeypatch.setattr(disk._tracking.gate, "drained", drained)
         monkeypatch.setattr(store, "update", fail_once)
         writer = threading.Thread(target=lane.pwrite, args=(b"x" * 4096, 40960))
-        writer.start()
-        assert commit_begins.wait(10)
         disk.checkpoint("tuesday")
         writer.join()
         with pytest.raises(Untrusted, match="tracking failed"):

@@ -287,6 +287,25 @@ def test_period_that_cannot_be_opened_makes_no_checkpoint(
     assert dirty(disk) == {3}
 
 
+def test_what_is_quiet_is_not_written_while_writers_wait(
+    disk: Filter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_exact, armed = Period.put_exact, []
+
+    def noted(period: Period, *how: Any) -> None:
+        armed.append(period.armed_count)
+        put_exact(period, *how)
+
+    monkeypatch.setattr(Period, "put_exact", noted)
+    disk.pwrite(b"x", 0)
+    disk.background_pass()
+    disk.pwrite(b"x", 100 * BLOCK)
+    disk.checkpoint("monday")
+    assert (armed, disk.armed_count) == ([1], 2)
+    assert dirty(disk, "start") == {0, 100}
+    assert dirty(disk, "monday") == set()
+
+
 def test_interrupted_checkpoint_is_not_believed(tracked: TrackedDisk, disk: Filter) -> None:
     """Ctrl-C after the commit, before memory followed: the next write would go to the wrong bitmap."""
     update = tracked.store.update
