@@ -186,13 +186,15 @@ class Lives(UnluckyDisk):
 
     @rule(of=repositories)
     def drop_what_it_holds(self, of: str) -> None:
-        """Once more, and no note says any longer why."""
-        for hold in [hold for hold in holds_of(self.disk.store, NAME) if self._is_of(hold, of)]:
+        """Once more, and no note says any longer why. A run that died may have left a note of its own, in any order."""
+        dropped = [hold for hold in holds_of(self.disk.store, NAME) if self._is_of(hold, of)]
+        for hold in dropped:
             drop_hold(self.disk.store, NAME, str(hold.holder))
+        if dropped:
             self.dropped.add(of)
             self._holds_end(HOLD_DROPPED, of)
-            if hold.ended is not None and not hold.checkpoints:
-                self.forgotten |= {point.entry.checkpoint.name for point in self.points[of]}
+        if any(hold.ended is not None and not hold.checkpoints for hold in dropped):
+            self.forgotten |= {point.entry.checkpoint.name for point in self.points[of]}
 
     def _is_of(self, hold: Hold, repository: str) -> bool:
         return hold.repository == str(self.disk.folder / repository)
