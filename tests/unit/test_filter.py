@@ -20,7 +20,7 @@ from lmdbitmap.filter import Filter, take_checkpoint
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.storage import schema
 from lmdbitmap.store import Writer
-from lmdbitmap.tracker import session, tracking
+from lmdbitmap.tracker import points, session, tracking
 from lmdbitmap.tracker.period import Period
 from tests.support import PATIENCE_SECONDS, make_raw_image
 from tests.tracked import NAME, TrackedDisk, blocks_of, trust_of
@@ -303,6 +303,23 @@ def test_what_is_quiet_is_not_written_while_writers_wait(
     disk.checkpoint("monday")
     assert (armed, disk.armed_count) == ([1], 2)
     assert dirty(disk, "start") == {0, 100}
+    assert dirty(disk, "monday") == set()
+
+
+def test_nothing_is_armed_behind_the_end_of_a_disk_that_shrinks_in_the_last_moment(
+    disk: Filter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_beforehand = points._write_beforehand
+
+    def and_shrink(tracking: Any) -> object:
+        likely = write_beforehand(tracking)
+        disk.resize(10 * BLOCK)
+        return likely
+
+    monkeypatch.setattr(points, "_write_beforehand", and_shrink)
+    disk.pwrite(b"x", 150 * BLOCK)
+    disk.checkpoint("monday")
+    assert disk.armed_count == 0
     assert dirty(disk, "monday") == set()
 
 
