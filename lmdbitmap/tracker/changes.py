@@ -193,7 +193,7 @@ class Changes:
 
 class _ClosedPeriod(Changes):
     """What changed from `since` to `until`, the checkpoint after it. The chain, which may be long, is not looked up for
-    that: both are there, so that the period is closed, and of the disk's epoch and size as they are now."""
+    that: where both are there still the period is closed, and the disk's epoch and size are to be what they were."""
 
     def _members(self, reader: Reader) -> list[Checkpoint]:
         assert self.until is not None
