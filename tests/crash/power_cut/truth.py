@@ -62,11 +62,17 @@ class Truth:
         return self.seen(disk, self._commit(deed))
 
     def _commit(self, deed: Deed) -> int:
-        for operation in self.recording.operations:
-            is_commit = isinstance(operation, Write) and operation.synced and operation.thread == deed.thread
-            if is_commit and deed.begun < operation.begin < deed.done:
-                return operation.begin
-        return deed.begun
+        """The last of its thread in it: what is quiet is written before, while others write. A deed that was not
+        acknowledged has no end: its first."""
+        commits = [
+            operation.begin
+            for operation in self.recording.operations
+            if isinstance(operation, Write) and operation.synced and operation.thread == deed.thread
+            if deed.begun < operation.begin < deed.done
+        ]
+        if not commits:
+            return deed.begun
+        return commits[0] if deed.done == NEVER else commits[-1]
 
     # -- the file's time ---------------------------------------------------------------------------------
 
