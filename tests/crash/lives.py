@@ -168,7 +168,9 @@ def marking(tracked: BackedUpDisk) -> Life:
 
 
 def checkpointing(tracked: BackedUpDisk) -> Life:
+    """What was written is quiet, so that it is written in a commit of its own before the gate closes."""
     disk = attach_and_write(tracked)
+    disk.background_pass()
     yield GROWN_UP
     disk.checkpoint("both")
     yield "both"

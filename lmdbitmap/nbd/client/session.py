@@ -349,17 +349,20 @@ class Conversation:
             self._fail_those_since(now - self._reconnect_s, "the server has not come back")
             return
         try:
+            self._take_on()
+        except (OSError, LmdbitmapError) as why:
+            self._note_trouble(why)
+
+    def _take_on(self) -> None:
+        """Have a new connection, or part from it, whatever ended it."""
+        try:
             self._next_link = self._connect()
             require_same(self.export, self._next_link.export)
             self._catch_up(self._next_link)
-        except BaseException as why:
-            if self._next_link is not None and self._next_link is not self._link:
-                self._next_link.part()
-            if not isinstance(why, (OSError, LmdbitmapError)):
-                raise
-            self._note_trouble(why)
         finally:
-            self._next_link = None
+            link, self._next_link = self._next_link, None
+            if link is not None and link is not self._link:
+                link.part()
 
     def _patience_ends(self) -> float:
         with self._state:
