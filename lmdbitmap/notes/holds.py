@@ -210,8 +210,9 @@ def remove_holds(store_path: str, disk: UUID) -> None:
 def _names(store_path: str, disk: UUID) -> list[str]:
     folder = os.path.join(store_path, HOLDS)
     with os_errors_at(folder):
-        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    return [name for name in names if disk_of(name) == str(disk)]
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+    spelt = str(disk)
+    return sorted(name for name in names if name.startswith(spelt) and disk_of(name) == spelt)
 
 
 # --- after how many days ---

@@ -77,6 +77,18 @@ class Reader:
         value = self._one("disks", disk_uuid.bytes)
         return None if value is None else schema.decode(Disk, value, place=self._place)
 
+    def disk_named(self, name: str) -> Disk | None:
+        """The disk of that name, proven by itself: with hundreds of them a look at each would add up."""
+        spelt = name.encode(errors="replace")
+        for key, value in self._items("disks", b""):
+            if spelt in value:
+                self._require_whole(tally.group_key("disks", key), [(key, value)])
+                disk = schema.decode(Disk, value, place=self._place)
+                if disk.name == name:
+                    return disk
+        self._all("disks")  # none is lost
+        return None
+
     def checkpoints(self, disk_uuid: UUID) -> list[Checkpoint]:
         """The disk's whole chain, oldest first, older epochs included."""
         items = list(self._items("checkpoints", disk_uuid.bytes))

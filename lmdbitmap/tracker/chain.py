@@ -36,10 +36,9 @@ NEVER_BACKED_UP = "everything counts as dirty until the first full backup"
 
 
 def find_disk(reader: Reader, name: str) -> Disk:
-    for disk in reader.disks():
-        if disk.name == name:
-            return disk
-    raise NotFound(f"no disk is called {name!r}", next_step="`lmdbitmap ls` lists those there are")
+    if (disk := reader.disk_named(name)) is None:
+        raise NotFound(f"no disk is called {name!r}", next_step="`lmdbitmap ls` lists those there are")
+    return disk
 
 
 def find_checkpoint(reader: Reader, disk: Disk, name: str) -> Checkpoint:

@@ -706,13 +706,42 @@ def test_lost_description_is_an_error(opened: Store) -> None:
             assert "it is made anew then" in str(refused.value)
 
 
+def test_a_disk_is_found_by_its_whole_name_alone(opened: Store) -> None:
+    disks = [replace(a_disk(name), image="/images/sda") for name in ("sda2", "sdaa", "sda", "über")]
+
+    def put_and_look(writer: Writer) -> list[Disk | None]:
+        for disk in disks:
+            writer.put_disk(disk)
+        return [writer.disk_named(disk.name) for disk in disks]
+
+    assert opened.update(put_and_look) == disks
+    with opened.read() as reader:
+        assert [reader.disk_named(disk.name) for disk in disks] == disks
+        assert [reader.disk_named(name) for name in ("", "sd", "SDA", "/images/sda", "\udcff")] == [None] * 5
+
+
+def test_a_disk_is_found_beside_a_damaged_one_and_none_is_said_to_be_missing(opened: Store) -> None:
+    disk, other = a_disk("sda"), a_disk("sdb")
+    for one in (disk, other):
+        opened.update(functools.partial(Writer.put_disk, disk=one))
+    lose(opened, "disks", other.uuid.bytes)
+    with opened.read() as reader:
+        assert reader.disk_named("sda") == disk
+        for name in ("sdb", "sdc"):
+            with pytest.raises(FormatError):
+                reader.disk_named(name)
+
+
 def test_older_description_in_the_place_of_the_newest_is_an_error(opened: Store) -> None:
     disk = a_disk("sda")
     opened.update(lambda writer: writer.put_disk(disk))
     opened.update(lambda writer: writer.put_disk(replace(disk, session=uuid4())))
     lose(opened, "disks", disk.uuid.bytes, schema.encode(disk))
-    with opened.read() as reader, pytest.raises(FormatError):
-        reader.disks()
+    with opened.read() as reader:
+        asks: list[Callable[[], object]] = [reader.disks, lambda: reader.disk_named("sda")]
+        for ask in asks:
+            with pytest.raises(FormatError):
+                ask()
 
 
 DISK = replace(a_disk("sda"), uuid=UUID(int=1))

@@ -93,7 +93,7 @@ def _checkpoints(disk: Filter | Snapshot) -> list[Checkpoint]:
     """
     try:
         with disk.store.read() as reader:
-            members = chain.epoch_chain(reader, chain.find_disk(reader, disk.disk.name))
+            members = chain.epoch_chain(reader, reader.disk(disk.disk.uuid) or disk.disk)
     except LmdbitmapError as error:
         _log.warning("disk %s is served without its dirty bitmaps: %s", disk.disk.name, error)
         return []

@@ -42,6 +42,7 @@ from lmdbitmap.nbd.server.quiet import Quiet
 from lmdbitmap.nbd.server.rounds import Rounds
 from lmdbitmap.nbd.server.traffic import NO_TRAFFIC, Traffic, summed
 from lmdbitmap.nbd.server.visit import Served, Visit
+from lmdbitmap.work.on_demand import OnDemand
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class Server:
         contexts_of: ContextsOf = base_contexts,
     ) -> None:
         self._disks = dict(disks)
-        self._residents = tuple(disks)
+        self._residents = dict.fromkeys(disks)
         self._private: set[str] = set()
         self._contexts_of = contexts_of
         self._max_connections = max_connections
@@ -276,14 +277,17 @@ class Server:
 
     def _served_to_strangers(self) -> Mapping[str, Served]:
         with self._lock:
-            disks = {name: disk for name, disk in self._disks.items() if name not in self._private}
+            disks = dict(self._disks)
+            for name in self._private:
+                del disks[name]
         return self._described(disks, lambda name, disk: for_strangers(self._contexts_of(name, disk)))
 
     def _described(self, disks: Mapping[str, ServedDisk], contexts_of: ContextsOf) -> Mapping[str, Served]:
-        return {
-            name: Served(disk, Later(partial(contexts_of, name, disk)), beside=name not in self._residents)
-            for name, disk in disks.items()
-        }
+        def served(name: str) -> Served:
+            contexts = Later(partial(contexts_of, name, disks[name]))
+            return Served(disks[name], contexts, beside=name not in self._residents)
+
+        return OnDemand(disks, served)
 
     def _admit(self, visit: Visit) -> bool:
         """As a newcomer. Those who were let go are gone in a moment, and until then there may be as many of them."""

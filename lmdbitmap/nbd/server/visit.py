@@ -23,6 +23,7 @@ from lmdbitmap.nbd.server.handshake import Agreed, Export, Handshake
 from lmdbitmap.nbd.server.rounds import Rounds
 from lmdbitmap.nbd.server.traffic import KINDS, NO_TRAFFIC, Traffic
 from lmdbitmap.tracker.snapshot import Snapshot
+from lmdbitmap.work.on_demand import OnDemand
 
 _log = logging.getLogger(__name__)
 
@@ -224,8 +225,8 @@ class Visit:
         return handshake
 
     def _look_up(self) -> Mapping[str, Export]:
-        self._offered = self._served()
-        return {name: _export(name, served) for name, served in self._offered.items()}
+        offered = self._offered = self._served()
+        return OnDemand(offered, lambda name: _export(name, offered[name]))
 
     def _encrypt(self, deadline: float) -> None:
         """From here on the socket speaks TLS, with a client whose certificate was verified."""
