@@ -6,19 +6,20 @@ Each lasts for the rest of the process that makes it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import lmdb
 
-from lmdbitmap import filter
 from lmdbitmap.filter import Filter
-from lmdbitmap.images.device import FileDevice
 from lmdbitmap.interfaces import BlockDevice, Buffer
 from lmdbitmap.storage.owner import Owner
+from lmdbitmap.tracker import points
 from lmdbitmap.tracker.lane import FilterLane
+from tests.crash.power_cut.stage import COPY, REPOSITORY, SECOND_REPOSITORY
 
 
 @contextmanager
@@ -71,14 +72,8 @@ def _open_lmdb_with(**careless: bool) -> None:
 
 
 def image_not_flushed() -> None:
-    """A checkpoint is acknowledged while the image's last writes are in the page cache only."""
-    take_checkpoint = filter.take_checkpoint
-
-    def careless(filters: Sequence[Filter], name: str) -> Any:
-        with replaced(FileDevice, "flush", lambda device: None):
-            return take_checkpoint(filters, name)
-
-    _replace(filter, "take_checkpoint", careless)
+    """A point in time is acknowledged while the image's last writes are in the page cache only."""
+    _replace(points, "_flush_images", lambda *_: None)
 
 
 def distrust_not_synced() -> None:
@@ -95,10 +90,25 @@ def files_not_synced() -> None:
     _replace(os, "fsync", lambda descriptor: None)
 
 
+def copies_not_synced() -> None:
+    """Only the store and the disks' own images are."""
+    for name in ("fsync", "fdatasync"):
+        _replace(os, name, _except_for_copies(getattr(os, name)))
+
+
+def _except_for_copies(sync: Callable[[int], None]) -> Callable[[int], None]:
+    def careless(descriptor: int) -> None:
+        parts = Path(os.readlink(f"/proc/self/fd/{descriptor}")).parts
+        if not {REPOSITORY, SECOND_REPOSITORY, f"{COPY}.raw"} & {*parts}:
+            sync(descriptor)
+
+    return careless
+
+
 FLAWS: dict[str, Callable[[], None]] = {
     flaw.__name__: flaw
     for flaw in (
         commit_after_write, store_not_synced, meta_not_synced, image_not_flushed, distrust_not_synced,
-        files_not_synced,
+        files_not_synced, copies_not_synced,
     )
 }  # fmt: skip

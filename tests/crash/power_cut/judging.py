@@ -4,6 +4,8 @@ What was acknowledged before the power went must be there, what had not begun mu
 two is there as a whole or not at all. The truth about an image is what the recording says its readers saw at a
 checkpoint; every block that differs from it now must be named, or nothing may be believed.
 
+What there is of copies is judged in judging_copies.py.
+
 A state is laid out in place, because a tracker knows its image by its inode; so there is one judge for a life at a
 time. Clocks and ids are those of another boot.
 """
@@ -21,21 +23,19 @@ from pathlib import Path
 from typing import TypeAlias
 
 from lmdbitmap import bits
-from lmdbitmap.backups.backup import backup
 from lmdbitmap.errors import Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.flat_file import bitmap_file
 from lmdbitmap.flat_file.flatfile import FlatFile
 from lmdbitmap.format import Flags
-from lmdbitmap.repository.repository import BackupFolder
-from lmdbitmap.restoring.restore import restore
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain, session, standalone
 from lmdbitmap.tracker.changes import Changes, changes
 from lmdbitmap.upkeep.check import Gravity, check_store
 from tests.crash.power_cut.disk_states import NOTHING, SECTOR, DiskState, File
-from tests.crash.power_cut.stage import BLOCK, FLAT_FILE, GRANULARITY_BITS, REPOSITORY, RESTORED, STORE
+from tests.crash.power_cut.judging_copies import Copies
+from tests.crash.power_cut.stage import BLOCK, FLAT_FILE, GRANULARITY_BITS, STORE
 from tests.crash.power_cut.truth import Deed, Truth
 from tests.tracked import blocks_of, trust_of
 
@@ -86,10 +86,11 @@ class Judge:
     def judge(self, state: DiskState, moment: int, luck: random.Random) -> None:
         """Raise `AssertionError`, or what the product raises, if anything was lost."""
         lay_out(self.root, state)
-        for disk in self.truth.images:
-            mtimes = self.truth.mtimes(disk, moment)
+        for image in sorted(self.truth.timed):
+            mtimes = self.truth.mtimes(image, moment)
             mtime = luck.choice((mtimes[0], mtimes[-1], luck.choice(mtimes)))
-            os.utime(self.root / f"{disk}.raw", ns=(mtime, mtime))
+            if f"{image}.raw" in state.files:
+                os.utime(self.root / f"{image}.raw", ns=(mtime, mtime))
         _Case(self, state, moment).judge()
 
     def count(self, answer: Changes, blocks: set[int]) -> None:
@@ -119,13 +120,13 @@ class _Case:
             self._checkpoints_are_right(store, disks)
             self._bitmaps_are_right(store)
             self._flat_file_is_right(store)
-            self._backups_are_right()
-            self._restored_file_is_whole()
+            copies = Copies(self.truth, self.root, self.moment)
+            copies.are_right()
             for disk in disks:
                 self._changes_are_named(store, disk)
             for disk in disks:
                 self._life_goes_on(store, disk)
-            self._next_backup_is_right(store)
+            copies.go_on(store)
             gravest = [finding for finding in check_store(store) if finding.gravity is Gravity.DAMAGE]
             assert not gravest, f"check found {gravest}"
 
@@ -281,45 +282,6 @@ class _Case:
                 except Untrusted:
                     continue
                 assert named <= blocks_of(answer), "what was merged is called clean"
-
-    def _backups_are_right(self) -> None:
-        """Those of the manifest restore to what the image was; those that were acknowledged are in it."""
-        deeds = self.truth.of("backup")
-        if not deeds:
-            return
-        disk = deeds[0].told["disk"]
-        manifest = (
-            BackupFolder(self.root / REPOSITORY, disk).manifest()
-            if (self.root / REPOSITORY / disk).is_dir()
-            else None
-        )
-        entries = manifest.backups if manifest else ()
-        begun = [deed for deed in deeds if deed.begun <= self.moment]
-        assert len(self.truth.done("backup", self.moment)) <= len(entries) <= len(begun), (
-            f"{len(entries)} backups"
-        )
-        for entry, deed in zip(entries, begun, strict=False):
-            self._restores_to(disk, entry.id, self.truth.seen(disk, deed.begun).data())
-
-    def _restores_to(self, disk: str, at: str | None, expected: bytes) -> None:
-        out = self.root / "judged.raw"
-        restore(self.root / REPOSITORY, disk, out, at=at)
-        restored = out.read_bytes()
-        out.unlink()
-        assert restored == expected, f"backup {at} does not restore to what was backed up"
-
-    def _next_backup_is_right(self, store: Store) -> None:
-        if self.truth.of("backup"):
-            disk = self.truth.of("backup")[0].told["disk"]
-            backup(store, [disk], self.root / REPOSITORY)
-            self._restores_to(disk, None, (self.root / f"{disk}.raw").read_bytes())
-
-    def _restored_file_is_whole(self) -> None:
-        for deed in self.truth.of("restore"):
-            path = self.root / RESTORED
-            assert path.exists() or deed.done > self.moment, "what was restored is gone"
-            if path.exists():
-                assert path.read_bytes() == self.truth.seen("sda", deed.begun).data(), "half restored"
 
 
 def _differing_blocks(answer: Changes, before: File, after: File) -> set[int]:

@@ -1,6 +1,7 @@
 """Lives to cut the power in: `python -m tests.crash.power_cut.lives FOLDER LIFE,LIFE,… [FLAW]`.
 
-A life is what one process does with a store and a disk or two; stage.py lets it tell its milestones. A flaw
+A life is what one process does with a store and a disk or two; stage.py lets it tell its milestones. Those in which
+disks are copied are in copying_lives.py. A flaw
 (flaws.py) is a mistake that the product does not make, made on purpose.
 """
 
@@ -17,21 +18,17 @@ from pathlib import Path
 from typing import TypeAlias
 
 from lmdbitmap import export, filter
-from lmdbitmap.backups.backup import backup
 from lmdbitmap.errors import StorageError
 from lmdbitmap.flat_file import bitmap_file
-from lmdbitmap.repository.manifest import BackupType
-from lmdbitmap.restoring.restore import restore
 from lmdbitmap.storage import schema
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import session
 from lmdbitmap.tracker.changes import changes
+from tests.crash.power_cut import copying_lives
 from tests.crash.power_cut.flaws import FLAWS, replaced
 from tests.crash.power_cut.stage import (
     BLOCK,
     FLAT_FILE,
-    REPOSITORY,
-    RESTORED,
     A,
     B,
     Guest,
@@ -265,31 +262,6 @@ def importing(stage: Stage) -> None:
     guest.detach()
 
 
-def backing_up(stage: Stage) -> None:
-    stage.prepare(A)
-    for number, kind in enumerate((BackupType.FULL, BackupType.INCREMENTAL, BackupType.DIFFERENTIAL)):
-        guest = stage.attach(A)
-        guest.write(90 + number)
-        guest.write(3100 + 2 * number, 4)
-        guest.discard(250 * number, 1)
-        guest.detach()
-        with telling("backup", disk=A):
-            backup(stage.store, [A], stage.folder / REPOSITORY, kind=kind)
-
-
-def restoring(stage: Stage) -> None:
-    stage.prepare(A)
-    with telling("backup", disk=A):
-        backup(stage.store, [A], stage.folder / REPOSITORY)
-    with telling("restore"), replaced(os, "copy_file_range", _no_copying_in_the_kernel):
-        restore(stage.folder / REPOSITORY, A, stage.folder / RESTORED)
-
-
-def _no_copying_in_the_kernel(*_: object) -> int:
-    """The recorder would not see the data."""
-    raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-
-
 def adding(stage: Stage) -> None:
     """From nothing: the power may fail before there is a store."""
     for name in (A, B):
@@ -430,8 +402,10 @@ LIVES: dict[str, Life] = {
     for life in (
         writing, passing, asking, checkpointing, checkpointing_two, forgetting, growing, shrinking,
         coming_and_going, killed_before, deferred, losing_track, losing_track_for_good, strict, with_a_flat_file,
-        exporting, importing, backing_up, restoring, adding, adopting, reconciling, cut_before, churning, threaded,
+        exporting, importing, adding, adopting, reconciling, cut_before, churning, threaded,
         changes_of_a_closed_period,
+        copying_lives.backing_up, copying_lives.backing_up_live, copying_lives.rescanning, copying_lives.pruning,
+        copying_lives.copying, copying_lives.syncing, copying_lives.restoring, copying_lives.going_back,
     )
 }  # fmt: skip
 

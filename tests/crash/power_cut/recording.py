@@ -152,8 +152,11 @@ class _Listener:
         self.operations: list[Operation] = []
         self.milestones: list[Milestone] = []
         self._open: dict[int, _Opened] = {}
+        self._opening: list[tuple[int, int, _Opened | None]] = []
+        """(tick, number, file) of calls that had not returned: until then another thread's file may have the number."""
 
     def hear(self, call: Call) -> None:
+        self._take_opened(call.begin)
         handler = _HANDLERS.get(call.name)
         if handler is None:
             if call.name in _FORBIDDEN or self._concerns_us(call):
@@ -162,6 +165,14 @@ class _Listener:
             handler(self, call)
         elif call.name in _WRITERS and self._concerns_us(call):
             raise Blind(f"a failed call may have done something: {call.line}")
+
+    def _take_opened(self, tick: int) -> None:
+        for end, number_, file in self._opening:
+            if end <= tick:
+                self._open.pop(number_, None)
+                if file is not None:
+                    self._open[number_] = file
+        self._opening = [opening for opening in self._opening if opening[0] > tick]
 
     def _concerns_us(self, call: Call) -> bool:
         return any(self.root.encode().hex() in argument.replace("\\x", "") for argument in call.arguments)
@@ -204,13 +215,13 @@ class _Listener:
         name, flags = call.arguments[:2]
         if "O_RDONLY" not in flags.split("|") or not string(name).startswith(b"/proc/"):
             raise Blind(f"not understood: {call.line}")
-        self._open.pop(call.answer, None)
+        self._opening.append((call.end, call.answer, None))
 
     def opened(self, call: Call) -> None:
         at, name, flags = call.arguments[:3]
         path = self._path(at, name)
-        self._open.pop(call.answer, None)
         if path is None or os.path.basename(path) in NOT_ON_DISK or call.end == NEVER:
+            self._opening.append((call.end, call.answer, None))
             return
         words = set(flags.split("|"))
         if words & {"O_TMPFILE", "O_DIRECT"}:
@@ -222,7 +233,8 @@ class _Listener:
             self._name(call, (parent, base, node))
         elif "O_TRUNC" in words:
             self._resize(call, node, 0)
-        self._open[call.answer] = _Opened(node, bool(words & {"O_DSYNC", "O_SYNC"}), "O_APPEND" in words)
+        file = _Opened(node, bool(words & {"O_DSYNC", "O_SYNC"}), "O_APPEND" in words)
+        self._opening.append((call.end, call.answer, file))
 
     def closed(self, call: Call) -> None:
         if (

@@ -28,7 +28,9 @@ BLOCK = 1 << GRANULARITY_BITS
 BLOCKS = 5000
 """A little more than one region."""
 A, B = "sda", "sdb"
-STORE, REPOSITORY, FLAT_FILE, RESTORED = "store", "backups", "changes.dbm", "restored.raw"
+COPY = "copy"
+STORE, REPOSITORY, SECOND_REPOSITORY = "store", "backups", "more-backups"
+FLAT_FILE, RESTORED = "changes.dbm", "restored.raw"
 _fsync = os.fsync
 """Without any flaw."""
 _TOLD_TO = os.open(os.devnull, os.O_WRONLY)

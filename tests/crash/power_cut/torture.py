@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.crash.power_cut import copying_lives
 from tests.crash.power_cut.lives import LIVES
 from tests.crash.power_cut.trial import Tally
 
@@ -22,6 +23,7 @@ EXPLAINED = {
     "losing_track_for_good": "tracking failed",
     "with_a_flat_file": "was not closed cleanly, so its bits say nothing",
     "adding": "the owner's file of this disk",
+    "rescanning": copying_lives.NO_BITMAP,
 }
 """Lives after which a power cut may cost a full backup, and what it then gives as the reason."""
 _LIVES_PER_TRIAL = 4

@@ -23,8 +23,12 @@ class Deed(NamedTuple):
     def name(self) -> str:
         return str(self.told["name"])
 
+    @property
+    def disks(self) -> list[str]:
+        return [self.told["disk"]] if "disk" in self.told else list(self.told.get("disks", ()))
+
     def is_on(self, disk: str) -> bool:
-        return disk == self.told.get("disk") or disk in self.told.get("disks", ())
+        return disk in self.disks
 
 
 class Truth:
@@ -40,6 +44,8 @@ class Truth:
             for name, node in recording.folder.entries.items()
             if name.startswith("sd")
         }
+        self.timed = {m.told["disk"] for m in recording.milestones if m.told["what"] == "mtime"}
+        """Images whose mtimes were told: those of the disks, and copies."""
         self._seen: dict[tuple[str, int], File] = {}
 
     def of(self, what: str, disk: str | None = None) -> list[Deed]:
@@ -76,16 +82,16 @@ class Truth:
 
     # -- the file's time ---------------------------------------------------------------------------------
 
-    def mtimes(self, disk: str, moment: int) -> list[int]:
+    def mtimes(self, image: str, moment: int) -> list[int]:
         """What the disk may hold as the image's mtime, oldest first: fdatasync does not bring it there."""
-        node = self.images[disk]
+        node = self.recording.node_at(f"{image}.raw")
         syncs = [
             op for op in self.recording.operations if isinstance(op, Sync) and op.node is node and op.whole
         ]
-        told = [m for m in self.recording.milestones if m.told["what"] == "mtime" and m.told["disk"] == disk]
+        told = [m for m in self.recording.milestones if m.told["what"] == "mtime" and m.told["disk"] == image]
         last_sync = max((sync.begin for sync in syncs if sync.end <= moment), default=-1)
         ticks = [m.tick for m in told]
-        last = bisect_right(ticks, moment)
+        last = max(bisect_right(ticks, moment), 1)  # before the first one was told, it is under way
         first = bisect_right([self._last_change(node, tick) for tick in ticks[:last]], last_sync)
         if self._last_change(node, moment) > self._last_change(node, ticks[last - 1]):
             last += 1  # the change is under way, and its time is told only afterwards
