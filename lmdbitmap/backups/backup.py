@@ -62,6 +62,7 @@ from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.session import OpenDevice
 from lmdbitmap.work.apart import Failures
 from lmdbitmap.work.pace import Pace, pace_of
+from lmdbitmap.work.patience import Patience
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ def backup(
     digest: str | None = None,
     bytes_per_s: int | None = None,
     owner_limit_s: float = OWNER_LIMIT_S,
+    lock_wait_s: float = 0.0,
     take_over: bool = False,
     new_repository: bool = False,
 ) -> list[BackupResult]:
@@ -101,6 +103,7 @@ def backup(
     backup (a rescan), and where that is not whole, a full one is made; the entry says why. With `only_that` it is
     `Untrusted` instead, and nothing is done.
     A process through which a disk is read may send nothing for `owner_limit_s`; then the backup fails (`Busy`).
+    Where another run uses the folder of a disk, that is waited for, for `lock_wait_s` at most; then it is `Busy`.
     With `bytes_per_s` the disks are read no faster than that, all of them together.
     `compression` is `zlib` or `zstd`, or one of them with `:LEVEL`; None stores clusters as they are.
     `digest` is `sha256` or `blake3`; with None a chain goes on with that of its newest backup, and a new one begins
@@ -120,13 +123,15 @@ def backup(
     founding.refuse_inside(repository_path)
     if len(set(names)) != len(names):
         raise InvalidArgument("a disk is named twice", next_step="name each disk once")
-    failures = Failures(at_once=len(names) == 1)
+    failures, patience = Failures(at_once=len(names) == 1), Patience(lock_wait_s)
+    for name in names:
+        BackupFolder(repository_path, name).await_others(patience)
     with contextlib.ExitStack() as locks, _told(failures):
         way = locks.enter_context(
             access(store, names, open_device, attached, scratch, owner_limit_s, freeze_limit_s, failures)
         )
         permission = Permission(take_over, new_repository)
-        wanted = _Wanted(repository_path, kind, algorithm, only_that, permission)
+        wanted = _Wanted(repository_path, kind, algorithm, only_that, permission, patience)
         jobs = _prepared(store, way, wanted, locks, failures)
         if only_that:
             for job in jobs:
@@ -180,6 +185,7 @@ class _Wanted(NamedTuple):
     algorithm: DigestAlgorithm | None
     only_that: bool
     permission: Permission
+    patience: Patience
 
 
 def _prepared(
@@ -206,7 +212,7 @@ def _prepare(
     kind = wanted.kind
     folder = BackupFolder(wanted.repository_path, disk.name)
     backup_place.require_meant(store, disk, folder, wanted.permission)
-    locks.enter_context(folder.locked())
+    locks.enter_context(folder.locked(wanted.patience))
     found, unreadable = _manifest_of(folder, kind)
     manifest = backup_place.owned(found, disk, folder, wanted.permission)
     leftovers = undo_unfinished(way, disk, folder) if unreadable is None else []

@@ -17,7 +17,7 @@ from lmdbitmap.cli.kinds import of_a_kind
 from lmdbitmap.cli.logs import AlreadyTold
 from lmdbitmap.cli.options import Session, at_backup, verb
 from lmdbitmap.cli.output import progress, say, say_json
-from lmdbitmap.cli.politeness import nice_after, owner_limited, polite
+from lmdbitmap.cli.politeness import nice_after, owner_limited, polite, waiting
 from lmdbitmap.cli.quiesce import Hook, Thaw, hooked
 from lmdbitmap.cli.sizes import format_duration, format_size, format_time, iso_time
 from lmdbitmap.cli.streams import (
@@ -59,6 +59,7 @@ _FOLDER = click.Path(file_okay=False)
 @hooked("NAME…")
 @polite
 @owner_limited
+@waiting("another run that uses REPO")
 @click.option(
     "--compress", metavar="zlib|zstd[:LEVEL]",
     help="Compress what is stored, as QEMU reads it: zlib everywhere (level 1 to 9, [6]), zstd faster (1 to 22, [3]).",
@@ -93,7 +94,8 @@ _FOLDER = click.Path(file_okay=False)
 @click.pass_obj
 def backup(
     asked: Session, words: Sequence[str], kind: str, only_that: bool, hook: Hook, nice: int, speed_limit: int | None,
-    owner_limit: float, compress: str | None, digest: str | None, take_over: bool, new_repository: bool,
+    owner_limit: float, lock_wait: float, compress: str | None, digest: str | None, take_over: bool,
+    new_repository: bool,
     to_stdout: bool, since: str | None, checkpoint: str | None, diff_version: str | None,
 ) -> None:  # fmt: skip
     """Back up disks, while their guests write on.
@@ -118,7 +120,17 @@ def backup(
     if len(words) < 2:
         raise click.UsageError("Missing argument 'REPO'.")
     wishes = _Wishes(
-        kind, only_that, compress, digest, hook, nice, speed_limit, owner_limit, take_over, new_repository
+        kind,
+        only_that,
+        compress,
+        digest,
+        hook,
+        nice,
+        speed_limit,
+        owner_limit,
+        lock_wait,
+        take_over,
+        new_repository,
     )
     _back_up(asked, words[:-1], words[-1], wishes)
 
@@ -134,6 +146,7 @@ class _Wishes(NamedTuple):
     nice: int
     speed_limit: int | None
     owner_limit_s: float
+    lock_wait_s: float
     take_over: bool
     new_repository: bool
 
@@ -160,6 +173,7 @@ def _back_up(asked: Session, names: Sequence[str], repository: str, wishes: _Wis
                     wishes.hook.freezing(names, thaw), wishes.nice, asked, served=served
                 ), progress=report,
                 freeze_limit_s=wishes.hook.freeze_limit_s, owner_limit_s=wishes.owner_limit_s,
+                lock_wait_s=wishes.lock_wait_s,
                 bytes_per_s=wishes.speed_limit, take_over=wishes.take_over, new_repository=wishes.new_repository,
             )  # fmt: skip
         except BackupsFailed as some:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import click
@@ -30,6 +30,17 @@ def owner_limited(function: Function) -> Function:
         show_default=True,
         help="How long the process that serves a disk may send nothing of it before this fails.",
     )(function)
+
+
+def waiting(for_whom: str) -> Callable[[Function], Function]:
+    """Add the option for how long others are waited for; the verb gets it as `lock_wait`, in seconds."""
+    return click.option(
+        "--lock-wait",
+        metavar="SECONDS",
+        type=click.FloatRange(min=0),
+        default=0.0,
+        help=f"How long to wait for {for_whom} before this fails with exit code 4. [default: not at all]",
+    )
 
 
 def _speed_limit(function: Function) -> Function:

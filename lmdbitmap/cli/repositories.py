@@ -14,6 +14,7 @@ import click
 from lmdbitmap.cli.failing import end_as, failure_facts
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import progress, say, say_json, say_table
+from lmdbitmap.cli.politeness import waiting
 from lmdbitmap.cli.sizes import format_duration, format_size, format_time, iso_time
 from lmdbitmap.errors import FormatError
 
@@ -135,6 +136,7 @@ _COUNT = click.IntRange(min=1)
     help="The backup with this number goes, whatever the rules want; without rules all others stay. May be repeated.",
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@waiting("another run that uses REPO")
 @click.pass_obj
 def prune(
     asked: Session,
@@ -146,6 +148,7 @@ def prune(
     monthly: int | None,
     drop: Sequence[str],
     dry_run: bool,
+    lock_wait: float,
 ) -> None:
     """Let go of old backups, of all disks in REPO or of some.
 
@@ -163,7 +166,15 @@ def prune(
     results: Sequence[PruneResult]
     with progress("pruning", shown=asked.shows_progress) as report:
         try:
-            results = let_go(repository, names, keep=keep, drop=drop, dry_run=dry_run, progress=report)
+            results = let_go(
+                repository,
+                names,
+                keep=keep,
+                drop=drop,
+                dry_run=dry_run,
+                lock_wait_s=lock_wait,
+                progress=report,
+            )
         except PrunesFailed as some:
             results, failed = some.results, some
     if asked.as_json:
@@ -233,8 +244,9 @@ def _kept_facts(entry: BackupEntry) -> dict[str, object]:
 @click.argument("repository", metavar="REPO", type=FOLDER)
 @click.argument("target", metavar="REPO2", type=FOLDER)
 @click.argument("names", metavar="[NAME…]", nargs=-1)
+@waiting("another run that uses REPO2")
 @click.pass_obj
-def copy(asked: Session, repository: str, target: str, names: Sequence[str]) -> None:
+def copy(asked: Session, repository: str, target: str, names: Sequence[str], lock_wait: float) -> None:
     """Copy backups to another repository, of all disks or of some.
 
     What REPO2 has already is not copied again, also after a copy that was killed, and nothing there is changed or
@@ -247,7 +259,7 @@ def copy(asked: Session, repository: str, target: str, names: Sequence[str]) -> 
     results: Sequence[CopyResult]
     with progress("copying", shown=asked.shows_progress) as report:
         try:
-            results = copy_backups(repository, target, names, progress=report)
+            results = copy_backups(repository, target, names, lock_wait_s=lock_wait, progress=report)
         except CopiesFailed as some:
             results, failed = some.results, some
     if asked.as_json:

@@ -37,6 +37,7 @@ _NOT_OUT = {
     "digest": "A stream has no digests: leave out --digest, or --stdout.",
     "take_over": "A stream has no REPO: leave out --take-over.",
     "new_repository": "A stream has no REPO: leave out --new-repository.",
+    "lock_wait": "A stream has no REPO that others use: leave out --lock-wait.",
 }
 _IN_TAKES = frozenset({"repository", "name", "larger", "store", "json"})
 _NOT_IN = {

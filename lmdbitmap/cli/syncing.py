@@ -8,7 +8,7 @@ import click
 
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import progress, say, say_json
-from lmdbitmap.cli.politeness import nice_after, owner_limited, polite
+from lmdbitmap.cli.politeness import nice_after, owner_limited, polite, waiting
 from lmdbitmap.cli.quiesce import Hook, Thaw, hooked
 from lmdbitmap.cli.sizes import format_duration, format_size
 from lmdbitmap.cli.streams import words_of_what_is_behind
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 @hooked("NAME")
 @polite
 @owner_limited
+@waiting("another sync to TARGET")
 @click.pass_obj
 def sync(
     asked: Session,
@@ -55,6 +56,7 @@ def sync(
     nice: int,
     speed_limit: int | None,
     owner_limit: float,
+    lock_wait: float,
 ) -> None:
     """Bring a second copy of a disk up to date.
 
@@ -81,6 +83,7 @@ def sync(
             compare=compare, only_incremental=only_incremental, larger=larger, freeze_limit_s=hook.freeze_limit_s,
             quiesced=lambda: nice_after(hook.freezing([name], thaw), nice, asked, served=served),
             progress=report, bytes_per_s=speed_limit, owner_limit_s=owner_limit,
+            lock_wait_s=lock_wait,
         )  # fmt: skip
     if asked.as_json:
         say_json({**_facts(done), "thaw_failure": thaw.problem})

@@ -35,6 +35,7 @@ from lmdbitmap.errors import FormatError, StorageError, os_errors_at
 from lmdbitmap.images.image import is_same_image
 from lmdbitmap.interfaces import DeviceTrace, ImageIdentity
 from lmdbitmap.system import files
+from lmdbitmap.work.patience import NO_PATIENCE, Patience
 
 log = logging.getLogger(__name__)
 
@@ -94,9 +95,10 @@ class NoteFile:
         digest = hashlib.sha256(target.encode()).hexdigest()[:16]
         return cls(os.path.join(store_path, SYNCS, f"{disk}-{digest}.json"), Note(target))
 
-    def locked(self) -> files.LockedFile:
-        """Raises `Busy` while another sync holds it. The note is read anew."""
-        lock = files.lock_file(f"{self._path.removesuffix('.json')}.lock", like_folder=True)
+    def locked(self, patience: Patience = NO_PATIENCE) -> files.LockedFile:
+        """Raises `Busy` if another sync holds it, and goes on to. The note is read anew."""
+        lock_path = f"{self._path.removesuffix('.json')}.lock"
+        lock = files.lock_file(lock_path, like_folder=True, patience=patience)
         try:
             self.note = dataclasses.replace(
                 _read_or_unknown(self._path) or self.note, target=self.note.target

@@ -40,6 +40,7 @@ from lmdbitmap.repository.verify import require_sound
 from lmdbitmap.system import files
 from lmdbitmap.work.apart import Failures
 from lmdbitmap.work.disks_failed import DisksFailed
+from lmdbitmap.work.patience import Patience
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,7 @@ def prune(
     drop: Sequence[str] = (),
     zone: tzinfo | None = None,
     dry_run: bool = False,
+    lock_wait_s: float = 0.0,
     progress: Progress | None = None,
 ) -> list[PruneResult]:
     """Let go of all backups but those that `keep` wants, of the disks called `names` or of all; durable on return.
@@ -110,19 +112,23 @@ def prune(
     proven; merges that are done stay. Raises `NotFound` without such a disk or backup, `Busy` for a folder that
     somebody backs up to, `FormatError` for images that are not what they were when they were made, `NotFound` where
     one is to be merged whose digests need a missing package; nothing is done to that disk then.
+    A folder that another run uses is waited for, all of them for `lock_wait_s` at most.
     Of several disks one that fails for such a reason is left out, and `PrunesFailed` tells of it in the end.
     """
     wish = _Wish(keep, frozenset(drop), zone)
     if drop and len(names) != 1:
         raise InvalidArgument(f"backup {drop[0]} of which disk", next_step="name the disk too, and no other")
     folders = folders_of(repository_path, names)
-    failures = Failures(at_once=len(folders) == 1)
+    failures, patience = Failures(at_once=len(folders) == 1), Patience(lock_wait_s)
     known = known_backups_of(folders, failures, named=bool(names))
     bytes_to_read = [_bytes_to_read(each, wish.stay(each)) for _, each in known]
     report, passed, results = Report(failures.heeding(progress), sum(bytes_to_read)), 0, []
     for (folder, manifest), count in zip(known, bytes_to_read, strict=True):
         with failures.of(folder.disk_name):
-            results.append(_would_prune(folder, manifest, wish) if dry_run else _prune(folder, wish, report))
+            if dry_run:
+                results.append(_would_prune(folder, manifest, wish))
+            else:
+                results.append(_prune(folder, wish, patience, report))
         passed += count
         report.reach(passed)
     if failures.errors:
@@ -136,9 +142,9 @@ def _would_prune(folder: BackupFolder, manifest: Manifest, wish: _Wish) -> Prune
     return _told(folder, manifest, None, stay, started)
 
 
-def _prune(folder: BackupFolder, wish: _Wish, report: Report) -> PruneResult:
-    started = time.monotonic()
-    with folder.locked():
+def _prune(folder: BackupFolder, wish: _Wish, patience: Patience, report: Report) -> PruneResult:
+    with folder.locked(patience):
+        started = time.monotonic()
         before = manifest = folder.known_backups()
         folder.check_names(before.backups)
         stay = wish.stay(before)

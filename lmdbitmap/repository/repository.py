@@ -45,6 +45,7 @@ from lmdbitmap.storage import schema
 from lmdbitmap.system import files
 from lmdbitmap.work.apart import Failures
 from lmdbitmap.work.buffers import new_buffer
+from lmdbitmap.work.patience import NO_PATIENCE, Patience
 
 log = logging.getLogger(__name__)
 
@@ -84,14 +85,20 @@ class BackupFolder:
         is_under_way = self._manifest.is_succession_decided and os.path.lexists(successor)
         return successor if is_under_way else self.path_of(file)
 
+    def await_others(self, patience: Patience) -> None:
+        """Wait for whoever writes here, and hold nothing: who holds a disk is not to wait for long."""
+        if os.path.lexists(self.path_of(LOCK)):
+            with contextlib.suppress(LmdbitmapError):  # whoever locks it is told
+                files.lock_file(self.path_of(LOCK), patience=patience).close()
+
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder, made if need be, for the one backup that may write here; else `Busy`.
+    def locked(self, patience: Patience = NO_PATIENCE) -> Iterator[None]:
+        """Hold the folder, made if need be, for the one run that may write here; `Busy` if another goes on to.
 
         Files that killed runs did not finish are removed, and a prune that was decided is carried on.
         """
         files.make_folders(self.path)
-        with files.lock_file(self.path_of(LOCK)):
+        with files.lock_file(self.path_of(LOCK), patience=patience):
             files.remove_leftovers(self.path)
             self.settle()
             yield

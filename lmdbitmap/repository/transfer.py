@@ -42,6 +42,7 @@ from lmdbitmap.storage import founding
 from lmdbitmap.system import files
 from lmdbitmap.work.apart import Failures
 from lmdbitmap.work.disks_failed import DisksFailed
+from lmdbitmap.work.patience import Patience
 
 _USE_ANOTHER = "look at it with `verify`, and get the file from another copy of the repository"
 
@@ -75,6 +76,7 @@ def copy_backups(
     target_path: str | os.PathLike[str],
     names: Sequence[str] = (),
     *,
+    lock_wait_s: float = 0.0,
     progress: Progress | None = None,
 ) -> list[CopyResult]:
     """Copy all backups of the disks called `names`, or of all, to the repository at `target_path`; durable on return.
@@ -82,7 +84,8 @@ def copy_backups(
     Raises `NotFound` without such a disk, or the package that the digests of an image need, `AlreadyExists` where the
     target has other backups of a disk of that name, or newer ones, `FormatError` for an image that is not what it
     was, `Busy` for a target that somebody writes to, and for a source that changes meanwhile. The backups before the
-    one that failed are copied. Of several disks one that fails is left out, and `CopiesFailed` tells of it in the end.
+    one that failed are copied. A folder of the target that another run uses is waited for, all of them for
+    `lock_wait_s` at most. Of several disks one that fails is left out, and `CopiesFailed` tells of it in the end.
     """
     folders = folders_of(repository_path, names)
     if os.path.realpath(repository_path) == os.path.realpath(target_path):
@@ -90,14 +93,14 @@ def copy_backups(
             f"{os.path.abspath(target_path)} is where the backups are", next_step="name another folder"
         )
     founding.refuse_inside(target_path)
-    failures = Failures(at_once=len(folders) == 1)
+    failures, patience = Failures(at_once=len(folders) == 1), Patience(lock_wait_s)
     known = known_backups_of(folders, failures, named=bool(names))
     bytes_stored = [sum(entry.bytes_stored for entry in each.backups) for _, each in known]
     report, passed, results = Report(failures.heeding(progress), sum(bytes_stored)), 0, []
     for (source, manifest), count in zip(known, bytes_stored, strict=True):
         with failures.of(source.disk_name):
             target = BackupFolder(target_path, source.disk_name)
-            results.append(_copy_disk(source, manifest, target, report))
+            results.append(_copy_disk(source, manifest, target, patience, report))
         passed += count
         report.reach(passed)
     if failures.errors:
@@ -105,12 +108,14 @@ def copy_backups(
     return results
 
 
-def _copy_disk(source: BackupFolder, wanted: Manifest, target: BackupFolder, report: Report) -> CopyResult:
+def _copy_disk(
+    source: BackupFolder, wanted: Manifest, target: BackupFolder, patience: Patience, report: Report
+) -> CopyResult:
     started = time.monotonic()
     source.check_names(wanted.backups)
     if not os.path.lexists(target.path):
         require_algorithms(source, wanted.backups)  # or a folder would be left where nothing comes into
-    with target.locked():
+    with target.locked(patience):
         found = target.manifest()
         before = Manifest(wanted.disk) if found is None else found
         _require_kin(target, before, source, wanted)

@@ -55,6 +55,7 @@ from lmdbitmap.tracker.changes import changes_since
 from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.session import OpenDevice
 from lmdbitmap.work.pace import Pace, pace_of
+from lmdbitmap.work.patience import Patience
 
 log = logging.getLogger(__name__)
 
@@ -101,13 +102,15 @@ def sync(
     open_device: OpenDevice | None = None,
     bytes_per_s: int | None = None,
     owner_limit_s: float = OWNER_LIMIT_S,
+    lock_wait_s: float = 0.0,
 ) -> SyncResult:
     """Make `target`, a path or an NBD URI, what the disk called `name` is now; durable when this returns.
 
     Only what changed since the last sync to that target is copied, where that is known. `compare` reads both whatever
     is known; `only_incremental` raises `Untrusted` where that is not known, and nothing is done. `larger` lets
     the target be larger than the disk, and what is behind that be zeroed. `attached`,
-    `scratch`, `quiesced`, `bytes_per_s` and `owner_limit_s` are as for a backup. Nobody else may write the target.
+    `scratch`, `quiesced`, `bytes_per_s` and `owner_limit_s` are as for a backup. Another sync to the same target is
+    waited for, for `lock_wait_s` at most. Nobody else may write the target.
 
     Raises `InvalidArgument` and `AlreadyExists` for a target that does not fit, `Busy` for a disk or a target that
     somebody else holds, `NotFound` without such a disk or image, `StorageError` where a snapshot broke. The target is
@@ -120,7 +123,7 @@ def sync(
     refuse_target(store, disk, place)
     notes = NoteFile.of(store.path, disk.uuid, place)
     with contextlib.ExitStack() as held:
-        held.enter_context(notes.locked())
+        held.enter_context(notes.locked(Patience(lock_wait_s)))
         way = held.enter_context(
             access(
                 store, [name], open_device or _open_to_read, attached, scratch, owner_limit_s, freeze_limit_s

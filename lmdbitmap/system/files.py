@@ -23,21 +23,28 @@ from __future__ import annotations
 import errno
 import fcntl
 import io
+import logging
 import os
 import re
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
-from lmdbitmap.errors import FormatError, InvalidArgument, LmdbitmapError, os_errors_at
+from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError, os_errors_at
 from lmdbitmap.interfaces import Buffer
 from lmdbitmap.system import linux
+from lmdbitmap.work.patience import NO_PATIENCE, Patience
+
+log = logging.getLogger(__name__)
 
 PARTIAL_SUFFIX = ".partial"
 """How the name of an unfinished file ends."""
 _LEFTOVER = re.compile(rf"(.+)\.[0-9a-f]{{16}}{re.escape(PARTIAL_SUFFIX)}", re.DOTALL)
 """The name of an unfinished file, and in it that of the file that it was to replace."""
+
+_LOCK_PAUSE_S: Final = 0.1
 
 PRIVATE_MODE = 0o600
 PRIVATE_FOLDER_MODE = 0o700
@@ -372,9 +379,25 @@ class LockedFile:
         self.close()
 
 
-def lock_file(path: str | os.PathLike[str], *, like_folder: bool = False) -> LockedFile:
-    """Hold the file at `path`, made empty if it is not there; raises `Busy` at once if somebody else does."""
+def lock_file(
+    path: str | os.PathLike[str], *, like_folder: bool = False, patience: Patience = NO_PATIENCE
+) -> LockedFile:
+    """Hold the file at `path`, made empty if it is not there; raises `Busy` if somebody else does, and goes on to."""
     place = os.fspath(path)
+    has_waited = False
+    while True:
+        try:
+            return _lock_at_once(place, like_folder)
+        except Busy:
+            if not patience.left_s:
+                raise
+        if not has_waited:
+            log.warning("%s is held by another run: waiting for %.0f s at most", place, patience.left_s)
+        has_waited = True
+        time.sleep(min(_LOCK_PAUSE_S, patience.left_s))
+
+
+def _lock_at_once(place: str, like_folder: bool) -> LockedFile:
     with os_errors_at(place):
         while True:
             fd = open_like_folder(place) if like_folder else _open_or_make(place)

@@ -199,6 +199,7 @@ IGNORED = [
     ("backup", ["--digest", "sha256"], "A stream has no digests"),
     ("backup", ["--take-over"], "A stream has no REPO"),
     ("backup", ["--new-repository"], "A stream has no REPO"),
+    ("backup", ["--lock-wait", "5"], "A stream has no REPO"),
     ("restore", ["--at", "1"], "it is OUT alone that is named"),
     ("restore", ["--in-place"], "A stream says itself whether"),
     ("restore", ["--no-verify"], "A stream has no digests to prove it by"),

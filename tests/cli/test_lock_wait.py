@@ -1,0 +1,140 @@
+"""--lock-wait: another run is waited for, without keeping anybody else from the disk, and not for ever."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from lmdbitmap import Filter, Store
+from lmdbitmap.notes.sync_note import NoteFile
+from lmdbitmap.repository.repository import BackupFolder
+from lmdbitmap.system import files
+from lmdbitmap.system.files import LockedFile
+from lmdbitmap.tracker import chain
+from lmdbitmap.work import patience
+from tests.cli.conftest import Cli
+
+VERBS = {
+    "backup": ["sda", "REPO"],
+    "prune": ["REPO", "--keep", "1"],
+    "copy": ["REPO", "COPY"],
+    "sync": ["sda", "TARGET"],
+}
+
+
+class Clock:
+    """Time passes while somebody waits for a lock, and then only; `act` is done before the second look."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+        self.act: Callable[[], object] = lambda: None
+        self.waits_s: list[float] = []
+
+    def sleep(self, seconds: float) -> None:
+        assert seconds > 0
+        self.waits_s.append(seconds)
+        self.now_s += seconds
+        if len(self.waits_s) == 2:
+            self.act()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(files, "time", types.SimpleNamespace(sleep=clock.sleep))
+    monkeypatch.setattr(patience, "time", types.SimpleNamespace(monotonic=lambda: clock.now_s))
+    return clock
+
+
+@pytest.fixture
+def words(cli: Cli) -> dict[str, list[str]]:
+    """Of each verb, on a disk that was backed up, copied and synced once."""
+    places = {name: str(cli.folder / name.lower()) for name in ("REPO", "COPY", "TARGET")}
+    words = {verb: [verb, *(places.get(word, word) for word in given)] for verb, given in VERBS.items()}
+    cli.add("sda")
+    for verb in ("backup", "copy", "sync"):
+        cli.ok(*words[verb])
+    return words
+
+
+@pytest.fixture(params=VERBS)
+def verb(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def held(cli: Cli, words: dict[str, list[str]], verb: str) -> Iterator[LockedFile]:
+    """What another run of the verb would hold."""
+    if verb == "sync":
+        with Store.open(str(cli.store)) as store, store.read() as reader:
+            disk = chain.find_disk(reader, "sda").uuid
+        lock = NoteFile.of(str(cli.store), disk, words[verb][2]).locked()
+    else:
+        repository = words[verb][2 if verb in ("backup", "copy") else 1]
+        lock = files.lock_file(BackupFolder(repository, "sda").path_of("lock"))
+    with lock:
+        yield lock
+
+
+def test_another_run_is_waited_for(
+    cli: Cli, words: dict[str, list[str]], verb: str, held: LockedFile, clock: Clock,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    clock.act = held.close
+    cli.ok(*words[verb], "--lock-wait", 30)
+    assert len(clock.waits_s) == 2
+    [told] = [record.getMessage() for record in caplog.records if "is held by" in record.getMessage()]
+    assert told.endswith("is held by another run: waiting for 30 s at most")
+
+
+def test_the_wait_ends(
+    cli: Cli, words: dict[str, list[str]], verb: str, held: LockedFile, clock: Clock
+) -> None:
+    assert "is in use by another program" in cli.fails(4, *words[verb], "--lock-wait", 30)
+    assert sum(clock.waits_s) == pytest.approx(30)
+
+
+def test_without_the_option_nobody_waits(
+    cli: Cli, words: dict[str, list[str]], verb: str, held: LockedFile, clock: Clock
+) -> None:
+    assert "is in use by another program" in cli.fails(4, *words[verb])
+    assert clock.waits_s == []
+
+
+@pytest.mark.parametrize("verb", ["backup"], indirect=True)
+def test_the_disk_may_be_served_while_a_backup_waits(
+    cli: Cli, words: dict[str, list[str]], held: LockedFile, clock: Clock
+) -> None:
+    def serve_for_a_moment() -> None:
+        with Store.open(str(cli.store)) as store, Filter.attach(store, "sda", background=False) as disk:
+            disk.pwrite(b"while it waited", 0)
+        held.close()
+
+    clock.act = serve_for_a_moment
+    assert "incremental" in cli.ok(*words["backup"], "--lock-wait", 30)
+    cli.ok("restore", words["backup"][2], "sda", cli.folder / "out.raw")
+    assert (cli.folder / "out.raw").read_bytes().startswith(b"while it waited")
+
+
+@pytest.mark.parametrize("verb", ["backup"], indirect=True)
+def test_who_comes_between_is_waited_for_too(
+    cli: Cli, words: dict[str, list[str]], held: LockedFile, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BackupFolder, "await_others", lambda folder, patience: None)  # he had gone just then
+    clock.act = held.close
+    cli.ok(*words["backup"], "--lock-wait", 30)
+    assert len(clock.waits_s) == 2
+
+
+def test_several_disks_share_one_patience(cli: Cli, clock: Clock) -> None:
+    for name in ("sda", "sdb"):
+        cli.add(name)
+    repository = str(cli.folder / "repo")
+    cli.ok("backup", "sda", "sdb", repository)
+    locks = [files.lock_file(BackupFolder(repository, name).path_of("lock")) for name in ("sda", "sdb")]
+    assert cli("backup", "sda", "sdb", repository, "--lock-wait", 30).code == 4
+    assert sum(clock.waits_s) == pytest.approx(30)
+    for lock in locks:
+        lock.close()
