@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from lmdbitmap.cli.signals import undoing
 from lmdbitmap.cli.sizes import parse_size
 from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.geometry import granularity_bits_of
+from lmdbitmap.work.patience import MOST_S
 
 Function: TypeAlias = Callable[..., Any]
 """A verb, or what becomes one."""
@@ -130,6 +132,19 @@ def size(text: str) -> int:
         return parse_size(text)
     except InvalidArgument as error:
         raise click.BadParameter(str(error)) from error
+
+
+class Seconds(click.FloatRange):
+    """How long something may take, or be waited for; for ever is none."""
+
+    def __init__(self, *, may_be_0: bool = False) -> None:
+        super().__init__(min=0, max=MOST_S, min_open=not may_be_0)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        seconds = super().convert(value, param, ctx)
+        if math.isnan(seconds):
+            self.fail(f"{value} is no time", param, ctx)
+        return seconds
 
 
 def granularity(text: str) -> int:

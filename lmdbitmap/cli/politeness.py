@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 
 import click
 
-from lmdbitmap.cli.options import Function, Session, size
+from lmdbitmap.cli.options import Function, Seconds, Session, size
 
 
 def polite(function: Function) -> Function:
@@ -25,7 +25,7 @@ def owner_limited(function: Function) -> Function:
     return click.option(
         "--owner-limit",
         metavar="SECONDS",
-        type=click.FloatRange(min=0, min_open=True),
+        type=Seconds(),
         default=60.0,
         show_default=True,
         help="How long the process that serves a disk may send nothing of it before this fails.",
@@ -37,7 +37,7 @@ def waiting(for_whom: str) -> Callable[[Function], Function]:
     return click.option(
         "--lock-wait",
         metavar="SECONDS",
-        type=click.FloatRange(min=0),
+        type=Seconds(may_be_0=True),
         default=0.0,
         help=f"How long to wait for {for_whom} before this fails with exit code 4. [default: not at all]",
     )

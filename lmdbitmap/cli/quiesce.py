@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from lmdbitmap.cli.options import Function
+from lmdbitmap.cli.options import Function, Seconds
 from lmdbitmap.cli.signals import Ended
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError
 from lmdbitmap.nbd.control_client import ANSWER_S
@@ -100,7 +100,7 @@ def _limit_option() -> Callable[[Function], Function]:
     return click.option(
         "--hook-limit",
         metavar="SECONDS",
-        type=click.FloatRange(min=0, min_open=True),
+        type=Seconds(),
         default=30.0,
         show_default=True,
         help="How long each of these may take.",
@@ -111,7 +111,7 @@ def _freeze_limit_option() -> Callable[[Function], Function]:
     return click.option(
         "--freeze-limit",
         metavar="SECONDS",
-        type=click.FloatRange(min=0, min_open=True),
+        type=Seconds(),
         default=60.0,
         show_default=True,
         help="How long the guest may stay frozen until the process that serves the disk has taken the point in time;"

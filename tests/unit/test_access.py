@@ -16,7 +16,7 @@ import pytest
 from lmdbitmap.access import access_ways
 from lmdbitmap.access.access_ways import Served
 from lmdbitmap.backups.backup import backup
-from lmdbitmap.errors import Busy, OwnerGone, StorageError
+from lmdbitmap.errors import Busy, InvalidArgument, OwnerGone, StorageError
 from lmdbitmap.filter import Filter
 from lmdbitmap.nbd import control_client
 from lmdbitmap.nbd.control import control
@@ -249,6 +249,15 @@ class Unsteady(HeldSnapshots):
         taken = super().take(disks, name, private=private)
         self._filters[NAME].start_epoch("by intent")
         return taken
+
+
+@pytest.mark.parametrize("limit", ["owner_limit_s", "freeze_limit_s"])
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), 1e8])
+def test_a_limit_is_a_time_that_passes(folder: Path, limit: str, seconds: float) -> None:
+    with closing(TrackedDisk(folder, 4096)) as disk:
+        with pytest.raises(InvalidArgument, match="is no time limit"):
+            backup(disk.store, [NAME], folder / "repository", **{limit: seconds})  # type: ignore[arg-type]
+        assert not (folder / "repository").exists()
 
 
 def test_backup_is_of_the_epoch_of_its_checkpoint(folder: Path) -> None:

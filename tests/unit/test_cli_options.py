@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from lmdbitmap.cli.group import verbs
 from lmdbitmap.cli.options import Session, default_store, granularity, names, size, verb
+from tests.cli.conftest import ALL_VERBS, verb_named
 
 
 @pytest.mark.parametrize(
@@ -87,3 +88,25 @@ def test_arguments_are_read_as_people_write_them() -> None:
 def test_what_cannot_be_meant_is_refused(kind: Callable[[str], object], text: str, said: str) -> None:
     with pytest.raises(click.BadParameter, match=said):
         kind(text)
+
+
+OF_TIME = [
+    (name, option.opts[0])
+    for name in ALL_VERBS
+    for option in verb_named(name).params
+    if isinstance(option.type, click.types.FloatParamType)
+]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "1e400", "-1", "10000001", "long"])
+@pytest.mark.parametrize(("name", "option"), OF_TIME)
+def test_for_ever_is_no_time(name: str, option: str, value: str) -> None:
+    done = CliRunner().invoke(verbs, [name, option, value])
+    assert done.exit_code == 2
+    assert f"Invalid value for '{option}'" in done.output
+
+
+def test_every_time_is_thought_of() -> None:
+    assert {option for _, option in OF_TIME} == {
+        "--owner-limit", "--hook-limit", "--freeze-limit", "--lock-wait",
+    }  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap.access.served_snapshots import release_served_snapshot, take_served_snapshot
-from lmdbitmap.errors import AlreadyExists, Busy, NotFound, StorageError
+from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, NotFound, StorageError
 from lmdbitmap.nbd.client.device import NbdDevice
 from tests.serving import Serving, serving
 from tests.tracked import NAME, TrackedDisk, quick_folder
@@ -82,7 +82,13 @@ def test_of_one_that_broke_nobody_believes_what_was_read(serves: Serving) -> Non
 
 def test_an_owner_that_takes_too_long_is_given_up(serves: Serving) -> None:
     with pytest.raises(Busy, match="did not answer within"):
-        take_served_snapshot(serves.disk.store, [NAME], "monday", freeze_limit_s=0)
+        take_served_snapshot(serves.disk.store, [NAME], "monday", freeze_limit_s=1e-9)
+
+
+@pytest.mark.parametrize("seconds", [0, float("nan"), float("inf")])
+def test_a_limit_is_a_time_that_passes(serves: Serving, seconds: float) -> None:
+    with pytest.raises(InvalidArgument, match="is no time limit"):
+        take_served_snapshot(serves.disk.store, [NAME], "never", freeze_limit_s=seconds)
 
 
 def test_a_disk_that_nobody_serves_is_not_held(tracked: TrackedDisk) -> None:
