@@ -108,9 +108,10 @@ def replacing(
     """
     target = _replaceable(path, follow=not like_folder)
     _sweep(target)
-    with os_errors_at(target):
-        file = _create_locked(target)
-    try:
+    partial = f"{target}.{os.urandom(8).hex()}{PARTIAL_SUFFIX}"
+    try:  # from before there is a file: what interrupts us may come right behind it
+        with os_errors_at(target):
+            file = _create_locked(partial, target)
         with file:
             if like_folder:
                 with os_errors_at(target):
@@ -120,7 +121,7 @@ def replacing(
                 _publish(file, target, mode)
     except BaseException:
         with suppress(OSError):
-            os.unlink(file.name)
+            os.unlink(partial)
         raise
     fsync_folder(os.path.dirname(target))
 
@@ -200,17 +201,15 @@ class _NewFile(io.FileIO):
             return super().write(data)
 
 
-def _create_locked(target: str) -> io.BufferedRandom:
+def _create_locked(name: str, target: str) -> io.BufferedRandom:
     """Steps 1 and 2. Tries again if `remove_leftovers` swept the file away between the two."""
     while True:
-        name = f"{target}.{os.urandom(8).hex()}{PARTIAL_SUFFIX}"
         raw = _NewFile(name, "x+", opener=_open_private)
         raw.target = target
         try:
             _lock_where_possible(raw.fileno())
         except BaseException:
             raw.close()
-            os.unlink(name)
             raise
         if os.path.lexists(name):
             return io.BufferedRandom(raw)

@@ -329,6 +329,22 @@ def test_free_space_is_what_df_prints(tmp_path: Path) -> None:
         files.free_bytes(tmp_path / "missing")
 
 
+def test_what_interrupts_right_behind_the_creation_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_private = files._open_private
+
+    def interrupted(name: str, flags: int) -> int:
+        os.close(open_private(name, flags))
+        assert len(names_in(tmp_path)) == 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "_open_private", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        files.replace_atomically(tmp_path / "file", b"content")
+    assert names_in(tmp_path) == []
+
+
 # --- locks ---
 
 
