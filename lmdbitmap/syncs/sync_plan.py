@@ -7,8 +7,8 @@
 What a target is at is believed if its note (sync_note.py) says so, the disk is of the same epoch and has that
 checkpoint, and the target is what the note says it was: the same file, of the same size and mtime; or the same block
 device in the same boot, to which the kernel counted no more writes. Of an NBD export nothing shows that; what it
-acknowledged is believed. After a sync that was interrupted only the file or the device has to be the same: the writes
-since were ours, and in blocks that are copied again.
+acknowledged is believed. After a sync that was interrupted the file or the device has to be the same, and a file no
+older than it was: the writes since were ours, and in blocks that are copied again.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from lmdbitmap.syncs.sync_target import SyncTarget
 from lmdbitmap.tracker import chain
 
 _SECTOR_BYTES = 512
+_AN_OLDER_ONE = "the target's time of change went back, as if an older copy had been put in its place"
 
 
 class SyncKind(enum.Enum):
@@ -81,7 +82,9 @@ def gap_between(before: ImageIdentity | None, now: ImageIdentity | None, *, unde
         return "the target is another file or device than the one that was synced"
     if now.is_block_device:
         return _gap_of_device(before, now, under_way)
-    if under_way or (before.size, before.mtime_ns) == (now.size, now.mtime_ns):
+    if under_way:
+        return _AN_OLDER_ONE if now.mtime_ns < before.mtime_ns else None
+    if (before.size, before.mtime_ns) == (now.size, now.mtime_ns):
         return None
     return "the target was written by somebody else since it was synced"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -415,6 +416,19 @@ def test_what_failed_in_the_middle_is_copied_again_with_what_changed_since(
     assert (result.kind, result.bytes_changed) == (INCREMENTAL, 2 * BLOCK)
 
 
+def test_an_older_copy_in_the_place_of_one_that_failed_is_compared(disk: BackedUpDisk, copy: Path) -> None:
+    older = disk.folder / "older.raw"
+    shutil.copy2(copy, older)
+    disk.write(b"1", 20 * BLOCK)
+    synced(disk, copy)
+    disk.write(b"2", 30 * BLOCK)
+    with pytest.raises(StorageError):
+        sync(disk.store, NAME, copy, open_device=failing_after(0))
+    shutil.copy2(older, copy)
+    result = synced(disk, copy)
+    assert (result.kind, reason(result), result.bytes_written) == (COMPARE, "target-changed", 2 * BLOCK)
+
+
 def test_a_first_sync_that_failed_goes_on_where_it_was(disk: BackedUpDisk) -> None:
     copy = disk.folder / "copy.raw"
     disk.write(b"2", 20 * BLOCK)
@@ -597,7 +611,8 @@ FILE = ImageIdentity(device=7, inode=9, size=SIZE, mtime_ns=100)
     ("before", "now", "gap", "gap_under_way"),
     [
         (FILE, FILE, None, None),
-        (FILE, FILE._replace(mtime_ns=99), "written by somebody else", None),
+        (FILE, FILE._replace(mtime_ns=101), "written by somebody else", None),
+        (FILE, FILE._replace(mtime_ns=99), "written by somebody else", "went back"),
         (FILE, FILE._replace(size=SIZE + 1), "written by somebody else", None),
         (FILE, FILE._replace(inode=10), "another file", "another file"),
         (FILE, DEVICE, "another file or device", "another file or device"),
@@ -614,7 +629,7 @@ FILE = ImageIdentity(device=7, inode=9, size=SIZE, mtime_ns=100)
 def test_what_is_believed_of_a_target(
     before: ImageIdentity | None, now: ImageIdentity, gap: str | None, gap_under_way: str | None
 ) -> None:
-    """Under way, the writes since were ours: it has to be the same file or device, and no more."""
+    """Under way, the writes since were ours: it has to be the same file or device, and no older."""
     for under_way, expected in ((False, gap), (True, gap_under_way)):
         found = gap_between(before, now, under_way=under_way)
         assert (found is None) if expected is None else (found is not None and expected in found)
