@@ -202,13 +202,14 @@ D = TypeVar("D", bound=Description)
 
 
 def encode(description: Description) -> bytes:
+    """Its record, which is remembered as what it says: whoever changes a description reads it soon."""
     record = _encoded(description, description.schema)
-    assert _decoded(type(description), record, "new record") == description
+    assert _remembered(type(description), record) == description
     return record
 
 
 def _encoded(description: Description, version: int) -> bytes:
-    fields = {f.name: _plain(getattr(description, f.name)) for f in dataclasses.fields(description)}
+    fields = {name: _plain(getattr(description, name)) for name in _types_of(type(description))}
     if version < description.schema and isinstance(description, Disk) and description.identity is not None:
         fields["identity"] = list(description.identity[:-1])
     return seal(msgpack.packb({"schema": version, **fields}))
@@ -226,52 +227,70 @@ def is_whole(record: bytes) -> bool:
 
 def decode(kind: type[D], data: bytes, *, place: str) -> D:
     """The description in `data`; raises `FormatError` for anything that `encode` would not have written."""
-    description: D = _remembered(kind, data, place)
+    try:
+        description: D = _remembered(kind, data)
+    except _Odd as odd:
+        raise _error(kind.what, place, odd.expected, odd.found) from odd
     return description
 
 
-def _decoded(kind: type[D], data: bytes, place: str) -> D:
-    fields = _unpack_map(kind.what, data, place)
+class _Odd(Exception):
+    """Bytes that are no description, wherever they were found."""
+
+    def __init__(self, expected: str, found: object) -> None:
+        super().__init__(expected, found)
+        self.expected = expected
+        self.found = found
+
+
+def _decoded(kind: type[D], data: bytes) -> D:
+    fields = _unpack_map(data)
     version = fields.pop("schema", None)
     if not isinstance(version, int) or not 1 <= version <= kind.schema:
-        raise _error(kind.what, place, f"schema {kind.schema} or older", _shown(version))
+        raise _Odd(f"schema {kind.schema} or older", _shown(version))
     if kind is Disk and version == 1 and isinstance(fields.get("identity"), list):
         fields["identity"].append(None)
-    annotations = {f.name: str(f.type) for f in dataclasses.fields(kind)}
-    if set(fields) != set(annotations):
-        odd = sorted(str(name) for name in set(fields) ^ set(annotations))
-        raise _error(kind.what, place, "the keys of its schema", f"a difference in {ascii(odd)[:200]}")
-    values: dict[str, Any] = {
-        name: _typed(kind.what, place, name, annotations[name], fields[name]) for name in annotations
-    }
+    types = _types_of(kind)
+    if fields.keys() != types.keys():
+        odd = sorted(str(name) for name in set(fields) ^ set(types))
+        raise _Odd("the keys of its schema", f"a difference in {ascii(odd)[:200]}")
+    values: dict[str, Any] = {name: _typed(name, types[name], fields[name]) for name in types}
     try:
         description: D = kind(**values)
         if isinstance(description, Disk | Bitmap):
             _ = description.geometry
     except InvalidArgument as error:
-        raise _error(kind.what, place, "a possible size and granularity", error.problem) from error
+        raise _Odd("a possible size and granularity", error.problem) from error
     if isinstance(description, Disk):
-        _check_modes(description, place)
+        _check_modes(description)
     if _encoded(description, int(version)) != data:
-        raise _error(kind.what, place, "its fields in their own order, once and in short", "other bytes")
+        raise _Odd("its fields in their own order, once and in short", "other bytes")
     return description
 
 
 _remembered: Callable[..., Any] = functools.lru_cache(maxsize=4096)(_decoded)
-"""What was decoded of late, a kilobyte each: a disk's whole chain is read when it grows, and writers wait for that."""
+"""What was read or written of late, a kilobyte each: a disk's whole chain is read when it grows, and writers wait for
+that."""
 
 
-def _check_modes(disk: Disk, place: str) -> None:
+def _types(kind: type[Description]) -> dict[str, tuple[str, bool]]:
+    """The type of each field, and whether it may be None."""
+    types = {field.name: str(field.type).partition(" | ") for field in dataclasses.fields(kind)}
+    return {name: (word, other == "None") for name, (word, _, other) in types.items()}
+
+
+_types_of: Callable[..., dict[str, tuple[str, bool]]] = functools.cache(_types)
+
+
+def _check_modes(disk: Disk) -> None:
     """A mode that we do not know cannot be kept: what it promises about the bits is unknown."""
     if disk.durability not in DURABILITIES or disk.policy not in POLICIES:
-        raise _error(
-            disk.what, place, f"one of {DURABILITIES}, one of {POLICIES}", (disk.durability, disk.policy)
-        )
+        raise _Odd(f"one of {DURABILITIES}, one of {POLICIES}", (disk.durability, disk.policy))
 
 
-def _unpack_map(what: str, data: bytes, place: str) -> dict[Any, Any]:
+def _unpack_map(data: bytes) -> dict[Any, Any]:
     if not is_whole(data):
-        raise _error(what, place, "a record that matches its CRC-32", f"{len(data)} bytes that do not")
+        raise _Odd("a record that matches its CRC-32", f"{len(data)} bytes that do not")
     try:
         fields = msgpack.unpackb(
             data[:-_CHECKSUM_BYTES],
@@ -281,9 +300,9 @@ def _unpack_map(what: str, data: bytes, place: str) -> dict[Any, Any]:
             strict_map_key=True,
         )
     except (ValueError, msgpack.exceptions.UnpackException) as error:
-        raise _error(what, place, "one msgpack map", f"{len(data)} bytes that are none") from error
+        raise _Odd("one msgpack map", f"{len(data)} bytes that are none") from error
     if not isinstance(fields, dict):
-        raise _error(what, place, "a msgpack map", type(fields).__name__)
+        raise _Odd("a msgpack map", type(fields).__name__)
     return fields
 
 
@@ -295,10 +314,10 @@ def _plain(value: object) -> object:
     return value
 
 
-def _typed(what: str, place: str, name: str, annotation: str, value: object) -> object:
-    """`value` as the type that `annotation` names; the inverse of `_plain`, checked."""
-    kind, _, optional = annotation.partition(" | ")
-    if value is None and optional == "None":
+def _typed(name: str, wanted: tuple[str, bool], value: object) -> object:
+    """`value` as what is `wanted` of the field; the inverse of `_plain`, checked."""
+    kind, is_optional = wanted
+    if value is None and is_optional:
         return None
     if kind == "UUID" and isinstance(value, bytes) and len(value) == 16:
         return UUID(bytes=value)
@@ -306,7 +325,7 @@ def _typed(what: str, place: str, name: str, annotation: str, value: object) -> 
         return identity
     if (kind == "int" and type(value) is int and value >= 0) or (kind == "str" and type(value) is str):
         return value
-    raise _error(what, place, f"{name} of type {annotation}", _shown(value))
+    raise _Odd(f"{name} of type {kind}{' | None' if is_optional else ''}", _shown(value))
 
 
 def _shown(value: object) -> str:
