@@ -20,7 +20,7 @@ from lmdbitmap.store import Store
 from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.session import OpenDevice
 from lmdbitmap.work.apart import Failures
-from lmdbitmap.work.patience import require_limit
+from lmdbitmap.work.patience import require_limits
 
 
 class Access(Protocol):
@@ -86,8 +86,7 @@ def access(
     Raises `Busy` where some of the disks are served and some are not, or not all by one process; `NotFound` without
     such a disk or image, `InvalidArgument` for a limit that is none.
     """
-    for limit_s in (owner_limit_s, freeze_limit_s):
-        require_limit(limit_s)
+    require_limits(owner_limit_s, freeze_limit_s)
     apart = failures or Failures(at_once=True)
     there = reach.tracked(store, names, apart)
     ours = [name for name in there if name in (attached or {})]

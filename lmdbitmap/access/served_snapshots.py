@@ -17,7 +17,7 @@ from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.snapshot import broken_error
-from lmdbitmap.work.patience import require_limit
+from lmdbitmap.work.patience import require_limits
 
 
 class ServedSnapshot(NamedTuple):
@@ -49,7 +49,7 @@ def take_served_snapshot(
     Raises `NotFound` for a disk that nobody serves, `Busy` where not all are served by one process, `AlreadyExists`
     where a disk has a checkpoint of that name, `StorageError` where old data cannot be kept.
     """
-    require_limit(freeze_limit_s)
+    require_limits(freeze_limit_s)
     disks = [_disk(store, name) for name in names]
     with _server_of(store, disks[0]) as client:
         told = client.call(

@@ -58,11 +58,12 @@ from lmdbitmap.repository.repository import BackupFolder, Unfinished, checkpoint
 from lmdbitmap.storage import founding, mending
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
+from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.session import OpenDevice
 from lmdbitmap.work.apart import Failures
 from lmdbitmap.work.pace import Pace, pace_of
-from lmdbitmap.work.patience import Patience
+from lmdbitmap.work.patience import Patience, require_limits
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,8 @@ def backup(
     backup (a rescan), and where that is not whole, a full one is made; the entry says why. With `only_that` it is
     `Untrusted` instead, and nothing is done.
     A process through which a disk is read may send nothing for `owner_limit_s`; then the backup fails (`Busy`).
-    Where another run uses the folder of a disk, that is waited for, for `lock_wait_s` at most; then it is `Busy`.
+    Another run that uses the folder of a disk is waited for, for `lock_wait_s` in all, before anything is done to the
+    disk; then it is `Busy`.
     With `bytes_per_s` the disks are read no faster than that, all of them together.
     `compression` is `zlib` or `zstd`, or one of them with `:LEVEL`; None stores clusters as they are.
     `digest` is `sha256` or `blake3`; with None a chain goes on with that of its newest backup, and a new one begins
@@ -123,16 +125,16 @@ def backup(
     founding.refuse_inside(repository_path)
     if len(set(names)) != len(names):
         raise InvalidArgument("a disk is named twice", next_step="name each disk once")
+    require_limits(owner_limit_s, freeze_limit_s)
     failures, patience = Failures(at_once=len(names) == 1), Patience(lock_wait_s)
-    for name in names:
-        BackupFolder(repository_path, name).await_others(patience)
+    wanted = _Wanted(repository_path, kind, algorithm, only_that, Permission(take_over, new_repository))
     with contextlib.ExitStack() as locks, _told(failures):
+        places = _locked_places(store, names, wanted, patience, locks, failures)
+        there = [name for name in names if name in places]
         way = locks.enter_context(
-            access(store, names, open_device, attached, scratch, owner_limit_s, freeze_limit_s, failures)
+            access(store, there, open_device, attached, scratch, owner_limit_s, freeze_limit_s, failures)
         )
-        permission = Permission(take_over, new_repository)
-        wanted = _Wanted(repository_path, kind, algorithm, only_that, permission, patience)
-        jobs = _prepared(store, way, wanted, locks, failures)
+        jobs = _prepared(store, way, places, wanted, failures)
         if only_that:
             for job in jobs:
                 job.require_as_asked()
@@ -185,41 +187,68 @@ class _Wanted(NamedTuple):
     algorithm: DigestAlgorithm | None
     only_that: bool
     permission: Permission
-    patience: Patience
+
+
+class _Place(NamedTuple):
+    """Where a disk's backups go, and all that is held for that disk, the lock of the folder first."""
+
+    folder: BackupFolder
+    locks: contextlib.ExitStack
+
+
+def _locked_places(
+    store: Store,
+    names: Sequence[str],
+    wanted: _Wanted,
+    patience: Patience,
+    locks: contextlib.ExitStack,
+    failures: Failures,
+) -> dict[str, _Place]:
+    """Of all disks that can take part. A folder is held from before its disk is until after that.
+
+    So who waits for a folder keeps nobody from a disk, and finds it free when it has the folder. In the order of their
+    names: two runs that wait do not wait for each other.
+    """
+    places = {}
+    for name in sorted(names):
+        with failures.of(name):
+            with store.read() as reader:
+                disk = chain.find_disk(reader, name)
+            place = _Place(
+                BackupFolder(wanted.repository_path, name), locks.enter_context(contextlib.ExitStack())
+            )
+            backup_place.require_meant(store, disk, place.folder, wanted.permission)
+            place.locks.enter_context(place.folder.locked(patience))
+            places[name] = place
+    return places
 
 
 def _prepared(
-    store: Store, way: Access, wanted: _Wanted, locks: contextlib.ExitStack, failures: Failures
+    store: Store, way: Access, places: Mapping[str, _Place], wanted: _Wanted, failures: Failures
 ) -> list[Job]:
-    """The parts of all disks that can take part, each with its locks."""
+    """The parts of all disks that can take part. What was held for the others is let go of."""
     jobs = []
     for disk in list(way.disks):
-        with failures.of(disk.name), contextlib.ExitStack() as own:
-            jobs.append(_prepare(store, way, disk, wanted, own))
-            locks.push(own.pop_all())
+        with failures.of(disk.name):
+            jobs.append(_prepare(store, way, disk, places[disk.name], wanted))
         if disk.name in failures:
             way.leave_out(disk)
+    for name, place in places.items():
+        if name in failures:
+            place.locks.close()
     return jobs
 
 
-def _prepare(
-    store: Store,
-    way: Access,
-    disk: Disk,
-    wanted: _Wanted,
-    locks: contextlib.ExitStack,
-) -> Job:
+def _prepare(store: Store, way: Access, disk: Disk, place: _Place, wanted: _Wanted) -> Job:
+    folder = place.folder
     kind = wanted.kind
-    folder = BackupFolder(wanted.repository_path, disk.name)
-    backup_place.require_meant(store, disk, folder, wanted.permission)
-    locks.enter_context(folder.locked(wanted.patience))
     found, unreadable = _manifest_of(folder, kind)
     manifest = backup_place.owned(found, disk, folder, wanted.permission)
     leftovers = undo_unfinished(way, disk, folder) if unreadable is None else []
     folder.require_room(manifest)
     manifest = dataclasses.replace(manifest, holder=manifest.holder or uuid4())
     assert manifest.holder is not None
-    hold = locks.enter_context(HoldFile(store.path, disk.uuid, manifest.holder).locked())
+    hold = place.locks.enter_context(HoldFile(store.path, disk.uuid, manifest.holder).locked())
     ended = None if hold.hold is None else hold.hold.ended
     plan = (
         plan_for(store, disk, folder, manifest, kind, ended)

@@ -9,7 +9,7 @@ What a note says holds at every moment, also after a power cut:
    it nothing is known of the target.
 2. Unless a sync is `under_way`, nobody writes the target: it has the identity that was noted. Under way, a sync has
    written to it, and only inside of these blocks, so that 1 holds; its identity has changed by that, and all that is
-   still compared is which file or device it is.
+   still compared is which file or device it is, and that a file's time of change did not go back.
 3. `unneeded` names checkpoints that syncs to this target took, and that nobody counts from, or will count from if
    the run that took them was killed. Only those are ever forgotten, and only if they are called as we call them.
 

@@ -85,12 +85,6 @@ class BackupFolder:
         is_under_way = self._manifest.is_succession_decided and os.path.lexists(successor)
         return successor if is_under_way else self.path_of(file)
 
-    def await_others(self, patience: Patience) -> None:
-        """Wait for whoever writes here, and hold nothing: who holds a disk is not to wait for long."""
-        if os.path.lexists(self.path_of(LOCK)):
-            with contextlib.suppress(LmdbitmapError):  # whoever locks it is told
-                files.lock_file(self.path_of(LOCK), patience=patience).close()
-
     @contextlib.contextmanager
     def locked(self, patience: Patience = NO_PATIENCE) -> Iterator[None]:
         """Hold the folder, made if need be, for the one run that may write here; `Busy` if another goes on to.

@@ -109,13 +109,17 @@ def copy_backups(
 
 
 def _copy_disk(
-    source: BackupFolder, wanted: Manifest, target: BackupFolder, patience: Patience, report: Report
+    source: BackupFolder, known: Manifest, target: BackupFolder, patience: Patience, report: Report
 ) -> CopyResult:
-    started = time.monotonic()
-    source.check_names(wanted.backups)
+    source.check_names(known.backups)
     if not os.path.lexists(target.path):
-        require_algorithms(source, wanted.backups)  # or a folder would be left where nothing comes into
+        require_algorithms(source, known.backups)  # or a folder would be left where nothing comes into
     with target.locked(patience):
+        started = time.monotonic()
+        wanted = (
+            source.known_backups()
+        )  # of now: another copy may have been waited for, which brought newer ones
+        source.check_names(wanted.backups)
         found = target.manifest()
         before = Manifest(wanted.disk) if found is None else found
         _require_kin(target, before, source, wanted)

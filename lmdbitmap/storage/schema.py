@@ -204,7 +204,7 @@ D = TypeVar("D", bound=Description)
 def encode(description: Description) -> bytes:
     """Its record, which is remembered as what it says: whoever changes a description reads it soon."""
     record = _encoded(description, description.schema)
-    assert _remembered(type(description), record) == description
+    assert decode(type(description), record, place="new record") == description
     return record
 
 

@@ -55,7 +55,7 @@ from lmdbitmap.tracker.changes import changes_since
 from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.session import OpenDevice
 from lmdbitmap.work.pace import Pace, pace_of
-from lmdbitmap.work.patience import Patience
+from lmdbitmap.work.patience import Patience, require_limits
 
 log = logging.getLogger(__name__)
 
@@ -116,25 +116,35 @@ def sync(
     somebody else holds, `NotFound` without such a disk or image, `StorageError` where a snapshot broke. The target is
     neither the old copy nor the new one then: sync again.
     """
-    started, pace = time.monotonic(), pace_of(bytes_per_s)
+    pace, patience = pace_of(bytes_per_s), Patience(lock_wait_s)
+    require_limits(owner_limit_s, freeze_limit_s)
     place = lasting_name(os.fspath(target))
     with store.read() as reader:
         disk = chain.find_disk(reader, name)
     refuse_target(store, disk, place)
     notes = NoteFile.of(store.path, disk.uuid, place)
     with contextlib.ExitStack() as held:
-        held.enter_context(notes.locked(Patience(lock_wait_s)))
+        held.enter_context(notes.locked(patience))
+        started = time.monotonic()
+        refuse_target(store, disk, place)  # again: it may have been waited for
         way = held.enter_context(
             access(
                 store, [name], open_device or _open_to_read, attached, scratch, owner_limit_s, freeze_limit_s
             )
         )
         copy = held.enter_context(contextlib.closing(SyncTarget(place, larger=larger)))
+        _require_same(disk, way)
         job = _prepare(store, way, notes, copy, pace, compare=compare)
         if only_incremental:
             _require_incremental(job)
         done = _carry_out(store, job, quiesced, progress)
     return dataclasses.replace(done, seconds=time.monotonic() - started)
+
+
+def _require_same(disk: Disk, way: Access) -> None:
+    """It was looked up before the lock was waited for."""
+    if way.disks[0].uuid != disk.uuid:
+        raise Busy(f"disk {disk.name!r} was removed and added anew just now", next_step="sync again")
 
 
 def _open_to_read(image: str) -> TrackableDevice:

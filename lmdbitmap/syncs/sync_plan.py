@@ -71,7 +71,9 @@ def _why_unknown(disk: Disk, note: Note, since: Checkpoint | None, target: SyncT
     gap = (
         None if target.is_far else gap_between(note.at.identity, target.identity(), under_way=note.under_way)
     )
-    return None if gap is None else Reason("target-changed", gap)
+    if gap is None:
+        return None
+    return Reason("target-older" if gap is _AN_OLDER_ONE else "target-changed", gap)
 
 
 def gap_between(before: ImageIdentity | None, now: ImageIdentity | None, *, under_way: bool) -> str | None:

@@ -108,10 +108,12 @@ def replacing(
     """
     target = _replaceable(path, follow=not like_folder)
     _sweep(target)
-    partial = f"{target}.{os.urandom(8).hex()}{PARTIAL_SUFFIX}"
-    try:  # from before there is a file: what interrupts us may come right behind it
-        with os_errors_at(target):
-            file = _create_locked(partial, target)
+    partial, file = "", None
+    try:
+        while file is None:
+            partial = f"{target}.{os.urandom(8).hex()}{PARTIAL_SUFFIX}"  # known before there is a file of that name:
+            with os_errors_at(target):  # what interrupts us may come right behind it
+                file = _create_locked(partial, target)
         with file:
             if like_folder:
                 with os_errors_at(target):
@@ -201,19 +203,19 @@ class _NewFile(io.FileIO):
             return super().write(data)
 
 
-def _create_locked(name: str, target: str) -> io.BufferedRandom:
-    """Steps 1 and 2. Tries again if `remove_leftovers` swept the file away between the two."""
-    while True:
-        raw = _NewFile(name, "x+", opener=_open_private)
-        raw.target = target
-        try:
-            _lock_where_possible(raw.fileno())
-        except BaseException:
-            raw.close()
-            raise
-        if os.path.lexists(name):
-            return io.BufferedRandom(raw)
+def _create_locked(name: str, target: str) -> io.BufferedRandom | None:
+    """Steps 1 and 2; None if `remove_leftovers` swept the file away between the two."""
+    raw = _NewFile(name, "x+", opener=_open_private)
+    raw.target = target
+    try:
+        _lock_where_possible(raw.fileno())
+    except BaseException:
         raw.close()
+        raise
+    if os.path.lexists(name):
+        return io.BufferedRandom(raw)
+    raw.close()
+    return None
 
 
 def _open_private(name: str, flags: int) -> int:
@@ -391,7 +393,7 @@ def lock_file(
             if not patience.left_s:
                 raise
         if not has_waited:
-            log.warning("%s is held by another run: waiting for %.0f s at most", place, patience.left_s)
+            log.warning("%s is held by another run: waiting for %.3g s at most", place, patience.left_s)
         has_waited = True
         time.sleep(min(_LOCK_PAUSE_S, patience.left_s))
 

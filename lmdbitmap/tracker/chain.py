@@ -79,6 +79,7 @@ def add_disk(
         if other.image == image:
             raise AlreadyExists(f"{image} is tracked already, as {other.name!r}", next_step="use that disk")
     check_trackable(Geometry(identity.size, granularity_bits))
+    _check_modes(durability, policy)
     disk = Disk(
         uuid=uuid4(), name=name, image=image, size=identity.size, granularity_bits=granularity_bits,
         epoch=uuid4(), epoch_number=1, epoch_reason="tracking began here", durability=durability,
@@ -94,6 +95,14 @@ def check_trackable(geometry: Geometry) -> None:
             f"a disk of {geometry.size} bytes has too many blocks of {geometry.granularity} bytes",
             next_step="choose a larger granularity",
         )
+
+
+def _check_modes(durability: str, policy: str) -> None:
+    for mode, known in ((durability, schema.DURABILITIES), (policy, schema.POLICIES)):
+        if mode not in known:
+            raise InvalidArgument(
+                f"{mode!r} is no mode of a disk", next_step=f"name one of {', '.join(known)}"
+            )
 
 
 def refuse_taken_name(reader: Reader, name: str) -> None:

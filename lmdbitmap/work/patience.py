@@ -11,18 +11,25 @@ MOST_S: Final = 10_000_000
 """Four months: what the system's own time-outs can take everywhere."""
 
 
-def require_limit(limit_s: float) -> None:
+def require_limits(*limits_s: float) -> None:
     """Raise `InvalidArgument` unless something may be given so long: time that passes, and an end of it."""
-    if not 0 < limit_s <= MOST_S:
-        raise InvalidArgument(
-            f"{limit_s:g} is no time limit within 0..{MOST_S} seconds", next_step="name one that is"
-        )
+    for limit_s in limits_s:
+        if not 0 < limit_s <= MOST_S:
+            raise _no_limit(limit_s)
+
+
+def _no_limit(limit_s: float) -> InvalidArgument:
+    return InvalidArgument(
+        f"{limit_s:g} seconds are no time limit", next_step=f"name more than 0, and {MOST_S:,} at most"
+    )
 
 
 class Patience:
-    """For `limit_s` from now on, all waits together; 0 is none."""
+    """For `limit_s` from now on, all waits together; 0 is none. Raises `InvalidArgument` for what is no time."""
 
     def __init__(self, limit_s: float) -> None:
+        if not 0 <= limit_s <= MOST_S:
+            raise _no_limit(limit_s)
         self._until_s = time.monotonic() + limit_s if limit_s > 0 else 0.0
 
     @property

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from lmdbitmap import Filter, Store
+from lmdbitmap import Filter, InvalidArgument, Store, back_up, sync_disk
+from lmdbitmap.cli.main import run
 from lmdbitmap.notes.sync_note import NoteFile
 from lmdbitmap.repository.repository import BackupFolder
 from lmdbitmap.system import files
@@ -118,13 +119,48 @@ def test_the_disk_may_be_served_while_a_backup_waits(
     assert (cli.folder / "out.raw").read_bytes().startswith(b"while it waited")
 
 
-@pytest.mark.parametrize("verb", ["backup"], indirect=True)
-def test_who_comes_between_is_waited_for_too(
-    cli: Cli, words: dict[str, list[str]], held: LockedFile, clock: Clock, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("verb", ["copy"], indirect=True)
+def test_what_is_backed_up_while_a_copy_waits_is_copied_too(
+    cli: Cli, words: dict[str, list[str]], held: LockedFile, clock: Clock
 ) -> None:
-    monkeypatch.setattr(BackupFolder, "await_others", lambda folder, patience: None)  # he had gone just then
-    clock.act = held.close
-    cli.ok(*words["backup"], "--lock-wait", 30)
+    def make_one_more() -> None:
+        assert run(["--store", str(cli.store), *words["backup"]]) == 0
+        held.close()
+
+    clock.act = make_one_more
+    cli.ok(*words["copy"], "--lock-wait", 30)
+    assert len(BackupFolder(words["copy"][2], "sda").known_backups().backups) == 2
+
+
+@pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf"), 1e8])
+def test_for_ever_is_no_wait(cli: Cli, seconds: float) -> None:
+    cli.add("sda")
+    place = cli.folder / "place"
+    with Store.open(str(cli.store)) as store:
+        asks: list[Callable[[], object]] = [
+            lambda: back_up(store, ["sda"], place, lock_wait_s=seconds),
+            lambda: sync_disk(store, "sda", place, lock_wait_s=seconds),
+        ]
+        for ask in asks:
+            with pytest.raises(InvalidArgument, match="seconds are no time limit; name more than 0"):
+                ask()
+    assert not place.exists()
+
+
+def test_two_backups_that_wait_do_not_wait_for_each_other(cli: Cli, clock: Clock) -> None:
+    """Each takes the folders in the same order, whatever the order in which its disks are named."""
+    for name in ("sda", "sdb"):
+        cli.add(name)
+    repository = cli.folder / "repo"
+    cli.ok("backup", "sda", "sdb", repository)
+    first = files.lock_file(BackupFolder(repository, "sda").path_of("lock"))
+
+    def second_is_free() -> None:
+        files.lock_file(BackupFolder(repository, "sdb").path_of("lock")).close()
+        first.close()
+
+    clock.act = second_is_free
+    cli.ok("backup", "sdb", "sda", repository, "--lock-wait", 30)
     assert len(clock.waits_s) == 2
 
 

@@ -36,8 +36,8 @@ SIZE = 200_003
 BLOCK = 4096
 
 STEPS = [
-    "synced", "committed", "judged",
     "folder made", "synced", "folder made", "synced",
+    "synced", "committed", "judged",
     "synced", "renamed", "synced", "noted",
     "synced", "renamed", "synced", "held",
     "committed",

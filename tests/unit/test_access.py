@@ -255,7 +255,7 @@ class Unsteady(HeldSnapshots):
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), 1e8])
 def test_a_limit_is_a_time_that_passes(folder: Path, limit: str, seconds: float) -> None:
     with closing(TrackedDisk(folder, 4096)) as disk:
-        with pytest.raises(InvalidArgument, match="is no time limit"):
+        with pytest.raises(InvalidArgument, match="are no time limit"):
             backup(disk.store, [NAME], folder / "repository", **{limit: seconds})  # type: ignore[arg-type]
         assert not (folder / "repository").exists()
 

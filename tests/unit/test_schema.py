@@ -154,6 +154,11 @@ def test_disk_of_unknown_ways_or_impossible_size_is_refused(field: str, value: o
     assert "there" in str(refused.value)
 
 
+def test_what_could_not_be_read_is_not_written() -> None:
+    with pytest.raises(FormatError, match="disk description at new record"):
+        encode(dataclasses.replace(DISK, policy="quick"))
+
+
 @pytest.mark.parametrize(
     "data",
     [b"", b"\xc0", b"\x90", b"\x80", b"\xc1", b"\x81\x01\x02", b"\xdf\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff",

@@ -87,7 +87,7 @@ def test_an_owner_that_takes_too_long_is_given_up(serves: Serving) -> None:
 
 @pytest.mark.parametrize("seconds", [0, float("nan"), float("inf")])
 def test_a_limit_is_a_time_that_passes(serves: Serving, seconds: float) -> None:
-    with pytest.raises(InvalidArgument, match="is no time limit"):
+    with pytest.raises(InvalidArgument, match="are no time limit"):
         take_served_snapshot(serves.disk.store, [NAME], "never", freeze_limit_s=seconds)
 
 

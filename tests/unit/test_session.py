@@ -18,6 +18,7 @@ from lmdbitmap.images.identity import identity_to_keep
 from lmdbitmap.interfaces import ImageIdentity
 from lmdbitmap.storage import owner, schema
 from lmdbitmap.tracker import session
+from tests.support import make_raw_image
 from tests.tracked import NAME, TrackedDisk, blocks_of, trust_of
 
 BLOCK = 4096
@@ -102,6 +103,13 @@ def test_added_disk_has_an_owners_file_and_is_trusted(tmp_path: Path) -> None:
         assert owner.distrust(path) is None
         assert not owner.is_owned(path)
         assert tracked.disk().image == os.path.realpath(tracked.image)
+
+
+@pytest.mark.parametrize("mode", ["durability", "policy"])
+def test_a_mode_that_there_is_not_is_refused(tracked: TrackedDisk, tmp_path: Path, mode: str) -> None:
+    other = make_raw_image(tmp_path / "other", SIZE)
+    with pytest.raises(InvalidArgument, match="'quick' is no mode of a disk; name one of "):
+        session.add(tracked.store, "other", str(other), granularity_bits=12, **{mode: "quick"})  # type: ignore[arg-type]
 
 
 def test_image_that_somebody_writes_cannot_be_added(tmp_path: Path, tracked: TrackedDisk) -> None:

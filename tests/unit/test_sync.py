@@ -426,7 +426,17 @@ def test_an_older_copy_in_the_place_of_one_that_failed_is_compared(disk: BackedU
         sync(disk.store, NAME, copy, open_device=failing_after(0))
     shutil.copy2(older, copy)
     result = synced(disk, copy)
-    assert (result.kind, reason(result), result.bytes_written) == (COMPARE, "target-changed", 2 * BLOCK)
+    assert (result.kind, reason(result), result.bytes_written) == (COMPARE, "target-older", 2 * BLOCK)
+
+
+def test_a_clock_that_was_set_back_costs_a_comparison_and_no_more(disk: BackedUpDisk, copy: Path) -> None:
+    disk.write(b"1", 20 * BLOCK)
+    with pytest.raises(StorageError):
+        sync(disk.store, NAME, copy, open_device=failing_after(0))
+    os.utime(copy, ns=(0, copy.stat().st_mtime_ns - 10**10))
+    disk.resize(SIZE + BLOCK)
+    result = synced(disk, copy)
+    assert (result.kind, reason(result)) == (COMPARE, "target-older")
 
 
 def test_a_first_sync_that_failed_goes_on_where_it_was(disk: BackedUpDisk) -> None:
