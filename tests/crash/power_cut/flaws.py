@@ -17,6 +17,7 @@ import lmdb
 from lmdbitmap.filter import Filter
 from lmdbitmap.interfaces import BlockDevice, Buffer
 from lmdbitmap.storage.owner import Owner
+from lmdbitmap.syncs import sync, sync_target
 from lmdbitmap.tracker import points
 from lmdbitmap.tracker.lane import FilterLane
 from tests.crash.power_cut.stage import COPY, REPOSITORY, SECOND_REPOSITORY
@@ -96,11 +97,38 @@ def copies_not_synced() -> None:
         _replace(os, name, _except_for_copies(getattr(os, name)))
 
 
-def _except_for_copies(sync: Callable[[int], None]) -> Callable[[int], None]:
+def copy_noted_first() -> None:
+    """A sync notes what its target is at before that is durable."""
+    note = sync._note_where_it_is
+
+    def careless(job: Any, point: Any) -> None:
+        note(job, point)
+        os.fsync(job.target.device.fd)
+
+    _replace(sync_target.SyncTarget, "flush", lambda target: None)
+    _replace(sync_target, "identity_to_keep", lambda device: device.identity())
+    _replace(sync, "_note_where_it_is", careless)
+
+
+def images_not_synced() -> None:
+    """Of disks; all else is."""
+    for name in ("fsync", "fdatasync"):
+        _replace(os, name, _except_for_images(getattr(os, name)))
+
+
+def _except_for_images(fsync: Callable[[int], None]) -> Callable[[int], None]:
+    def careless(descriptor: int) -> None:
+        if not Path(os.readlink(f"/proc/self/fd/{descriptor}")).name.startswith("sd"):
+            fsync(descriptor)
+
+    return careless
+
+
+def _except_for_copies(fsync: Callable[[int], None]) -> Callable[[int], None]:
     def careless(descriptor: int) -> None:
         parts = Path(os.readlink(f"/proc/self/fd/{descriptor}")).parts
         if not {REPOSITORY, SECOND_REPOSITORY, f"{COPY}.raw"} & {*parts}:
-            sync(descriptor)
+            fsync(descriptor)
 
     return careless
 
@@ -109,6 +137,6 @@ FLAWS: dict[str, Callable[[], None]] = {
     flaw.__name__: flaw
     for flaw in (
         commit_after_write, store_not_synced, meta_not_synced, image_not_flushed, distrust_not_synced,
-        files_not_synced, copies_not_synced,
+        files_not_synced, copies_not_synced, copy_noted_first, images_not_synced,
     )
 }  # fmt: skip

@@ -16,7 +16,7 @@ import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
@@ -46,19 +46,30 @@ Asking: TypeAlias = Callable[[str], Changes]
 """What changed since the checkpoint of that name?"""
 
 
-def lay_out(root: Path, state: DiskState) -> None:
-    """Make the folder hold the state and nothing else. Files that stay keep their inodes."""
+def lay_out(root: Path, state: DiskState, lasting: Collection[str]) -> None:
+    """Make the folder hold the state and nothing else. Files that stay keep their inodes, `lasting` ones also while
+    they are not there: by its inode the product knows whether it is the file that it wrote."""
     for folder, folders, files in os.walk(root, topdown=False):
         for name in files:
-            if os.path.relpath(os.path.join(folder, name), root) not in state.files:
-                os.unlink(os.path.join(folder, name))
+            path = os.path.relpath(os.path.join(folder, name), root)
+            if path not in state.files and path in lasting and not _aside(root, path).exists():
+                os.replace(root / path, _aside(root, path))
+            elif path not in state.files:
+                os.unlink(root / path)
         for name in folders:
             if os.path.relpath(os.path.join(folder, name), root) not in state.folders:
                 shutil.rmtree(os.path.join(folder, name))
     for name in state.folders:
         (root / name).mkdir(mode=0o700, exist_ok=True)
+    for name in lasting:
+        if name in state.files and _aside(root, name).exists():
+            os.replace(_aside(root, name), root / name)
     for name, file in state.files.items():
         _write_out(root / name, file)
+
+
+def _aside(root: Path, path: str) -> Path:
+    return root.with_name(f"{root.name}-{path}")
 
 
 def _write_out(path: Path, file: File) -> None:
@@ -80,12 +91,14 @@ class Judge:
         self.root = Path(truth.recording.root)
         self.trust: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
+        self.ways: Counter[str] = Counter()
+        """How what was interrupted was done again: an oracle that copies all anew sees nothing wrong."""
         self.clean_blocks = 0
         """Blocks that were called clean, in all: an oracle that calls everything dirty is none."""
 
     def judge(self, state: DiskState, moment: int, luck: random.Random) -> None:
         """Raise `AssertionError`, or what the product raises, if anything was lost."""
-        lay_out(self.root, state)
+        lay_out(self.root, state, [f"{image}.raw" for image in self.truth.timed])
         for image in sorted(self.truth.timed):
             mtimes = self.truth.mtimes(image, moment)
             mtime = luck.choice((mtimes[0], mtimes[-1], luck.choice(mtimes)))
@@ -120,7 +133,7 @@ class _Case:
             self._checkpoints_are_right(store, disks)
             self._bitmaps_are_right(store)
             self._flat_file_is_right(store)
-            copies = Copies(self.truth, self.root, self.moment)
+            copies = Copies(self.truth, self.root, self.moment, self.judge_.ways)
             copies.are_right()
             for disk in disks:
                 self._changes_are_named(store, disk)

@@ -6,11 +6,12 @@ sync make of it what the disk is.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from lmdbitmap.backups.backup import backup
-from lmdbitmap.repository.manifest import BackupEntry
+from lmdbitmap.repository.manifest import BackupEntry, BackupType, Reason
 from lmdbitmap.repository.prune import prune
 from lmdbitmap.repository.repository import BackupFolder
 from lmdbitmap.repository.retention import Retention
@@ -19,6 +20,7 @@ from lmdbitmap.repository.verify import verify
 from lmdbitmap.restoring.restore import restore
 from lmdbitmap.store import Store
 from lmdbitmap.syncs.sync import sync
+from lmdbitmap.syncs.sync_plan import SyncKind
 from tests.crash.power_cut.stage import COPY, REPOSITORY, RESTORED, SECOND_REPOSITORY
 from tests.crash.power_cut.truth import Deed, Truth
 
@@ -26,10 +28,12 @@ from tests.crash.power_cut.truth import Deed, Truth
 class Copies:
     """What is under `root`, where a state of the disk at a moment was laid out."""
 
-    def __init__(self, truth: Truth, root: Path, moment: int) -> None:
+    def __init__(self, truth: Truth, root: Path, moment: int, ways: Counter[str]) -> None:
         self.truth = truth
         self.root = root
         self.moment = moment
+        self.ways = ways
+        """How things were done again is counted here."""
         self.disks = sorted({disk for deed in truth.of("backup") for disk in deed.disks})
 
     def are_right(self) -> None:
@@ -38,24 +42,35 @@ class Copies:
             self._backups_are_right(disk)
             self._second_repository_is_right(disk)
         self._restored_file_is_whole()
+        self._image_went_back()
         self._synced_copy_is_whole()
 
     def go_on(self, store: Store) -> None:
         """Whatever was interrupted is done again, and more."""
         if self.disks:
-            backup(store, self.disks, self.root / REPOSITORY)
+            for made in backup(store, self.disks, self.root / REPOSITORY):
+                self._count(made.entry.type_actual, made.entry.reason)
         if self.truth.of("prune"):
-            prune(self.root / REPOSITORY, keep=Retention(last=1))
+            prune(self.root / REPOSITORY, keep=Retention(last=2))
         if self.truth.of("copy"):
             copy_backups(self.root / REPOSITORY, self.root / SECOND_REPOSITORY)
         for disk in self.disks:
-            now = (self.root / f"{disk}.raw").read_bytes()
-            self._restores_to(REPOSITORY, disk, None, now)
+            self._all_is_there(REPOSITORY, disk)
             if self.truth.of("copy"):
-                self._restores_to(SECOND_REPOSITORY, disk, None, now)
+                self._all_is_there(SECOND_REPOSITORY, disk)
         for deed in self.truth.of("sync")[:1]:
-            sync(store, deed.disks[0], self.root / f"{COPY}.raw")
+            done = sync(store, deed.disks[0], self.root / f"{COPY}.raw")
+            self._count(done.kind, done.reason)
             self._is_synced(deed, (self.root / f"{deed.disks[0]}.raw").read_bytes())
+
+    def _count(self, kind: BackupType | SyncKind, reason: Reason | None) -> None:
+        self.ways[kind.value if reason is None else f"{kind.value}: {reason.code}"] += 1
+
+    def _all_is_there(self, repository: str, disk: str) -> None:
+        """The newest backup is of now, and the older ones are what they were."""
+        *older, _ = self._entries(repository, disk)
+        self._restore(repository, disk, older)
+        self._restores_to(repository, disk, None, (self.root / f"{disk}.raw").read_bytes())
 
     # -- backups -----------------------------------------------------------------------------------------
 
@@ -110,9 +125,11 @@ class Copies:
         copied = [deed for deed in self.truth.of("copy", disk) if deed.done <= self.moment]
         entries = self._entries(SECOND_REPOSITORY, disk)
         before = [d for d in self.truth.of("backup", disk) if copied and d.done <= copied[-1].begun]
-        assert len(entries) >= len(before), (
-            f"{len(entries)} of {len(before)} backups that were copied are there"
-        )
+        there = [entry.sequence for entry in entries]
+        assert there == [*range(1, len(there) + 1)], f"backups {there} were copied"
+        assert len(there) >= len(before), f"{len(there)} of {len(before)} backups that were copied are there"
+        if entries:
+            assert verify(self.root / SECOND_REPOSITORY, disk).flaws == ()
         self._restore(SECOND_REPOSITORY, disk, entries)
 
     # -- files -------------------------------------------------------------------------------------------
@@ -123,6 +140,15 @@ class Copies:
             assert path.exists() or deed.done > self.moment, "what was restored is gone"
             if path.exists():
                 assert path.read_bytes() == self.truth.seen("sda", deed.begun).data(), "half restored"
+
+    def _image_went_back(self) -> None:
+        """To a backup, in place; nobody writes to it after that."""
+        for deed in self.truth.of("go back"):
+            if deed.done <= self.moment:
+                [disk] = deed.disks
+                then = self.truth.of("backup", disk)[int(deed.told["at"]) - 1].begun
+                now = (self.root / f"{disk}.raw").read_bytes()
+                assert now == self.truth.seen(disk, then).data(), f"disk {disk} is not what it went back to"
 
     def _synced_copy_is_whole(self) -> None:
         """As long as the next sync has not begun."""

@@ -243,10 +243,7 @@ class _Listener:
             self._open.pop(number(call.arguments[0]), None)
 
     def duplicated(self, call: Call) -> None:
-        file = self._open.get(number(call.arguments[0]))
-        self._open.pop(call.answer, None)
-        if file is not None:
-            self._open[call.answer] = file
+        self._opening.append((call.end, call.answer, self._open.get(number(call.arguments[0]))))
 
     def controlled(self, call: Call) -> None:
         if call.arguments[1].startswith("F_DUPFD"):

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,14 @@ EXPLAINED = {
     "rescanning": copying_lives.NO_BITMAP,
 }
 """Lives after which a power cut may cost a full backup, and what it then gives as the reason."""
+EXPECTED_WAYS = frozenset(
+    {
+        "incremental", "full: no-earlier-backup", "full: first-sync", "full: target-gone", "full: interrupted",
+        "compare: interrupted",
+    }
+)  # fmt: skip
+"""How backups and syncs are done after a cut: only the first one of each may have to be done anew."""
+WAYS_EXPLAINED = {"rescanning": "rescan: new-epoch"}
 _LIVES_PER_TRIAL = 4
 _TREE = Path(__file__).parents[3]
 
@@ -67,13 +75,24 @@ def tried(seed: str, quota: int, lives: Sequence[str], at_once: int = _LIVES_PER
 
 
 def unexplained(tallies: Iterable[Tally]) -> list[str]:
-    """Why full backups would be needed that need not be."""
+    """Why full backups would be needed that need not be, and which were made."""
     return [
-        f"life {tally.life!r}: {reason} ({count} answers)"
+        f"life {tally.life!r}: {why} ({count} times)"
         for tally in tallies
-        for reason, count in tally.reasons.items()
-        if tally.life not in EXPLAINED or EXPLAINED[tally.life] not in reason
+        for why, count in [*_unexplained_answers(tally), *_unexplained_ways(tally)]
     ]
+
+
+def _unexplained_answers(tally: Tally) -> Iterator[tuple[str, int]]:
+    for reason, count in tally.reasons.items():
+        if tally.life not in EXPLAINED or EXPLAINED[tally.life] not in reason:
+            yield reason, count
+
+
+def _unexplained_ways(tally: Tally) -> Iterator[tuple[str, int]]:
+    for way, count in tally.ways.items():
+        if way not in EXPECTED_WAYS and way != WAYS_EXPLAINED.get(tally.life):
+            yield way, count
 
 
 def torture(seed: int, scale: float) -> str:

@@ -41,6 +41,7 @@ class Tally:
     moments: int = 0
     trust: dict[str, int] = field(default_factory=dict)
     reasons: dict[str, int] = field(default_factory=dict)
+    ways: dict[str, int] = field(default_factory=dict)
     clean_blocks: int = 0
 
 
@@ -87,11 +88,8 @@ def tried(life: str, recording: Recording, seed: str, quota: int) -> Tally:
         if len(seen) == quota:
             break
     tally.cases, tally.states, tally.moments = len(seen), len(states), len(moments)
-    tally.trust, tally.reasons, tally.clean_blocks = (
-        dict(judge.trust),
-        dict(judge.reasons),
-        judge.clean_blocks,
-    )
+    tally.trust, tally.reasons, tally.ways = dict(judge.trust), dict(judge.reasons), dict(judge.ways)
+    tally.clean_blocks = judge.clean_blocks
     return tally
 
 

@@ -95,6 +95,8 @@ class Truth:
         first = bisect_right([self._last_change(node, tick) for tick in ticks[:last]], last_sync)
         if self._last_change(node, moment) > self._last_change(node, ticks[last - 1]):
             last += 1  # the change is under way, and its time is told only afterwards
+            if last_sync > self._last_change(node, moment):
+                first = last
         return [m.told["mtime_ns"] for m in told[max(first - 1, 0) : last]]
 
     def _last_change(self, node: Node, tick: int) -> int:
