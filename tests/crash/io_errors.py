@@ -3,9 +3,9 @@
 A life is run by a child under strace, which lets the Nth call of one kind fail, once or from then on. So LMDB's own
 writes are hit like ours. A life that is hit no more ends the sweep over N. There are two kinds of lives:
 
-- a guest (`python -m tests.crash.io_errors LIFE FOLDER`) attaches the disk, writes, makes checkpoints, and dies of
-  SIGKILL or detaches. One of its files is sick: the store's, the image, the owner's file, or several. It keeps a
-  diary of what it was told. Afterwards the image, the diary and the store must agree: see `Inquest`.
+- a guest (`sick_guest.py`) attaches the disk, writes, makes checkpoints, and dies of SIGKILL or detaches. One of its
+  files is sick: the store's, the image, the owner's file, or several. It keeps a diary of what it was told. Afterwards
+  the image, the diary and the store must agree: see `Inquest`.
 - a verb of the command line, whichever file it writes. It must end well, or in one sentence that says what to do,
   and the same verb must work right after it, with no clean-up by hand.
 """
@@ -19,7 +19,6 @@ import multiprocessing
 import os
 import random
 import shlex
-import signal
 import subprocess
 import sys
 from collections import Counter
@@ -38,14 +37,10 @@ from lmdbitmap.storage import schema
 from lmdbitmap.store import Store
 from lmdbitmap.tracker.changes import Changes
 from tests.backed_up import BackedUpDisk
+from tests.crash.sick_guest import BLOCK, GRANULARITY_BITS, LIVES, SIZE
 from tests.support import PATIENCE_SECONDS, run, spawn
 from tests.tracked import NAME, blocks_of, quick_folder, trust_of
 
-GRANULARITY_BITS = 9
-BLOCK = 1 << GRANULARITY_BITS
-BLOCKS = 4500
-"""More than one region holds."""
-SIZE = BLOCKS * BLOCK
 MAX_SWEEP = 400
 """A life that makes more calls of one kind than this has lost its way."""
 
@@ -107,121 +102,7 @@ def falling_ill(pid: int, calls: str, error: str, paths: Iterable[object]) -> It
         yield
 
 
-# --- the guest, in the child ---
-
-
-class Diary:
-    """What a guest was told, a line for each step. Survives its death, and is none of the files that fall ill."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._fd = os.open(folder / "diary", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-
-    def note(self, *words: object) -> None:
-        os.write(self._fd, json.dumps(words).encode() + b"\n")
-
-    def attempt(self, step: str, act: Callable[[], object], *details: object) -> bool:
-        """Do it and note how it ended. Only an error of ours, or one of the image, is an end that may be."""
-        try:
-            act()
-        except LmdbitmapError as error:
-            self.note(step, *details, getattr(error, "errno", None) or -1, str(error))
-        except OSError as error:
-            if step != "write":
-                raise  # only the image's own refusal of a write comes through as it is
-            self.note(step, *details, error.errno, str(error))
-        else:
-            self.note(step, *details, 0, "")
-            return True
-        return False
-
-    def keep_image(self, disk: Filter, name: str) -> None:
-        (self._folder / f"at-{name}").write_bytes(disk.pread(disk.size, 0))
-
-
-class Guest:
-    """Writes where nobody wrote, where somebody did, one after another, many at once; every byte tells which."""
-
-    def __init__(self, folder: Path, disk: Filter, diary: Diary) -> None:
-        self._disk = disk
-        self._lane = disk.lane()
-        self._diary = diary
-        self._fill = 0
-
-    def write(self, block: int, length: int = 100) -> None:
-        self._fill += 1
-        data, offset = bytes([self._fill]) * length, block * BLOCK + 50
-        self._diary.attempt("write", lambda: self._lane.pwrite(data, offset), offset, length, self._fill)
-
-    def write_many(self, *blocks: int) -> None:
-        self._fill += 1
-        data = bytes([self._fill]) * BLOCK
-        failed = self._lane.write_many([(block * BLOCK, memoryview(data)) for block in blocks])
-        for index, block in enumerate(blocks):
-            self._diary.note("write", block * BLOCK, BLOCK, self._fill, failed.get(index, 0), "")
-
-    def zero(self, block: int, count: int) -> None:
-        place = block * BLOCK, count * BLOCK
-        self._diary.attempt("write", lambda: self._lane.write_zeroes(*place), *place, 0)
-
-    def checkpoint(self, name: str) -> None:
-        self._diary.keep_image(self._disk, name)
-        self._diary.attempt("checkpoint", lambda: self._disk.checkpoint(name), name)
-
-    def do(self, step: str, act: Callable[[], object]) -> None:
-        self._diary.attempt(step, act)
-
-    def live(self) -> None:
-        disk = self._disk
-        for block in (5, 6, 7, 300, 5, 4499):
-            self.write(block)
-        self.write_many(100, 200, 4201, 5)
-        self.do("pass", disk.background_pass)
-        self.zero(400, 3)
-        self.do("flush", self._lane.flush)
-        self.do("beat", disk.beat)
-        self.checkpoint("one")
-        self.write(7)
-        self.write(350, 3 * BLOCK)
-        self.do("pass", disk.background_pass)
-        self.do("pass", disk.background_pass)
-        self.write(8)
-        self.checkpoint("two")
-        self.write(300)
-        self.write_many(301, 450)
-        self.do("forget", lambda: disk.forget("one"))
-        self.do("grow", lambda: disk.resize(SIZE + 5 * BLOCK))
-        self.write(9)
-        self.do("changes", lambda: disk.changes(since="two"))
-        self.write(10)
-
-
-def dying(guest: Guest, disk: Filter) -> None:
-    guest.live()
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def leaving(guest: Guest, disk: Filter) -> None:
-    guest.live()
-    guest.do("detach", disk.detach)
-
-
-LIVES = {life.__name__: life for life in (dying, leaving)}
-
-
-def main(life: str, folder: str) -> None:
-    diary = Diary(Path(folder))
-    with Store.open(str(Path(folder, "store"))) as store:
-        disks: list[Filter] = []
-        attach = diary.attempt(
-            "attach", lambda: disks.append(Filter.attach(store, NAME, max_armed=3, background=False))
-        )
-        if attach:
-            LIVES[life](Guest(Path(folder), disks[0], diary), disks[0])
-            disks[0].abandon()
-
-
-# --- the inquest, in the parent ---
+# --- the inquest ---
 
 
 class Entry(NamedTuple):
@@ -381,7 +262,7 @@ class GuestCase(NamedTuple):
         disk = prepare(folder, self.policy)
         with contextlib.closing(disk):
             sickness = Sickness(self.call, self.error, nth, self.lasts, sick_paths(disk, self.sick))
-            words = ["-m", "tests.crash.io_errors", self.life, str(folder)]
+            words = ["-m", "tests.crash.sick_guest", self.life, str(folder), NAME]
             told = live(words, sickness, folder / "strace.log")
             inquest = Inquest(disk, told, self.sick)
             inquest.hold()
@@ -611,7 +492,3 @@ def torture(seed: int, scale: float) -> str:
             total.add(tally)
     assert total.hits > len(chosen), "hardly anything was hit"
     return f"{len(chosen)} sweeps, {total}"
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
