@@ -11,6 +11,7 @@ import importlib
 import random
 import sys
 import time
+import traceback
 
 PARTS = {
     "power-cuts": "tests.crash.power_cut.torture",
@@ -24,6 +25,7 @@ PARTS = {
 
 def main() -> int:
     asked = parse(sys.argv[1:])
+    print(f"seed {asked.seed}, scale {asked.scale:g}", flush=True)  # now, in case somebody ends the run
     failures = [part for part in asked.parts or PARTS if not run(part, asked.seed, asked.scale)]
     return 1 if failures else 0
 
@@ -44,7 +46,9 @@ def run(part: str, seed: int, scale: float) -> bool:
     begun = time.monotonic()
     try:
         told = importlib.import_module(PARTS[part]).torture(seed, scale)
-    except AssertionError as failure:
+    except Exception as failure:
+        if not isinstance(failure, AssertionError):  # a laboratory that broke has no sentence of its own
+            traceback.print_exc()
         print(f"{part}: FAILED with --seed {seed}: {failure}", flush=True)
         return False
     print(f"{part}: {told} ({time.monotonic() - begun:.0f} s, seed {seed})", flush=True)
