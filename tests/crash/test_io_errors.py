@@ -24,6 +24,7 @@ from tests.crash.io_errors import (
     GuestCase,
     Tally,
     VerbCase,
+    drawn,
     falling_ill,
     guest_cases,
     run_case,
@@ -91,6 +92,14 @@ def test_a_sweep_ends_with_the_life_that_is_not_hit(folder: Path) -> None:
     tally = sweep(VerbCase("restore", "fsync", "EIO", lasts=False), folder)
     assert tally.lives == tally.hits + 1 >= 3
     assert tally.seen["restores done"] >= 1
+
+
+def test_the_long_run_takes_each_kind_of_case_once_before_any_comes_again() -> None:
+    once = drawn(seed=1, scale=1)
+    assert {case._replace(error="") for case in once} == {*guest_cases([""]), *verb_cases([""])}
+    assert len(once) == len(guest_cases([""])) + len(verb_cases([""]))
+    assert {case.error for case in once} == set(ERRORS)
+    assert sorted(drawn(seed=1, scale=4)) == sorted([*guest_cases(), *verb_cases()])
 
 
 # --- servers ---
