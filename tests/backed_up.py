@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from lmdbitmap.backups.backup import backup
 from lmdbitmap.repository.manifest import BackupEntry, BackupType, Manifest
@@ -19,9 +20,24 @@ ALWAYS_THERE = {"lock", "manifest.json", "manifest.json.copy"}
 """In the folder of a disk that has backups."""
 
 
+class Repositories:
+    """Folders in one, by name, each with backups of the disk; the disk itself need not be there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def backup_folder(self, to: str = "backups") -> BackupFolder:
+        return BackupFolder(self.folder / to, NAME)
+
+    def manifest(self, to: str = "backups") -> Manifest:
+        found = self.backup_folder(to).manifest()
+        assert found is not None
+        return found
+
+
 @dataclass
-class BackedUpDisk(TrackedDisk):
-    """Repositories are folders beside the image, by name."""
+class BackedUpDisk(TrackedDisk, Repositories):
+    """Its repositories are beside the image."""
 
     def write(self, data: bytes, offset: int) -> None:
         with self.attach() as attached:
@@ -56,14 +72,6 @@ class BackedUpDisk(TrackedDisk):
             return out.read_bytes()
         finally:
             out.unlink()
-
-    def backup_folder(self, to: str = "backups") -> BackupFolder:
-        return BackupFolder(self.folder / to, NAME)
-
-    def manifest(self, to: str = "backups") -> Manifest:
-        found = self.backup_folder(to).manifest()
-        assert found is not None
-        return found
 
     def files(self, to: str = "backups") -> list[str]:
         """What is in the disk's folder, without what is always there and the digests that the manifest names."""

@@ -26,9 +26,9 @@ from lmdbitmap.repository.prune import prune
 from lmdbitmap.repository.repository import sha256_of
 from lmdbitmap.repository.retention import Retention
 from lmdbitmap.repository.verify import MAX_FLAWS, Flaw, VerifyResult, verify
-from tests.backed_up import BackedUpDisk
+from tests.backed_up import BackedUpDisk, Repositories
 from tests.support import no_ascii
-from tests.tracked import NAME
+from tests.tracked import NAME, quick_folder
 from tests.unit.test_digest_algorithms import forget_blake3
 
 MIB = 1 << 20
@@ -40,27 +40,47 @@ CHAINS = {"sha256": ["sha256"] * 3, "blake3": ["blake3"] * 3, "mixed": ["sha256"
 """What the digests of its backups are made with."""
 
 
-@pytest.fixture(params=CHAINS)
-def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[BackedUpDisk]:
+@contextmanager
+def backed_up(digests: list[str]) -> Iterator[BackedUpDisk]:
     """A disk with a full backup and two increments."""
-    made = BackedUpDisk(tmp_path, SIZE)
-    made.write(no_ascii(SIZE), 0)
-    for number, digest in enumerate(CHAINS[request.param]):
-        made.write(no_ascii(5 * MIB // 2), number * MIB)
-        assert made.backup(digest=digest).digest_algorithm.value == digest
-    yield made
-    made.close()
+    with quick_folder() as folder, closing(BackedUpDisk(folder, SIZE)) as made:
+        made.write(no_ascii(SIZE), 0)
+        for number, digest in enumerate(digests):
+            made.write(no_ascii(5 * MIB // 2), number * MIB)
+            assert made.backup(digest=digest).digest_algorithm.value == digest
+        yield made
 
 
-def verified(disk: BackedUpDisk, at: str | None = None) -> VerifyResult:
+@pytest.fixture(scope="module", params=CHAINS)
+def made_once(request: pytest.FixtureRequest) -> Iterator[BackedUpDisk]:
+    with backed_up(CHAINS[request.param]) as made:
+        yield made
+
+
+@pytest.fixture
+def disk(made_once: BackedUpDisk) -> Iterator[Repositories]:
+    """Backups of a disk, to be damaged as one likes: each test has a copy of them."""
+    with quick_folder() as folder:
+        shutil.copytree(made_once.folder / "backups", folder / "backups")
+        yield Repositories(folder)
+
+
+@pytest.fixture(params=CHAINS)
+def live_disk(request: pytest.FixtureRequest) -> Iterator[BackedUpDisk]:
+    """For who backs it up once more."""
+    with backed_up(CHAINS[request.param]) as made:
+        yield made
+
+
+def verified(disk: Repositories, at: str | None = None) -> VerifyResult:
     return verify(disk.folder / "backups", NAME, at=at)
 
 
-def path_of(disk: BackedUpDisk, number: int) -> Path:
+def path_of(disk: Repositories, number: int) -> Path:
     return Path(disk.backup_folder().path_of(disk.manifest().backups[number].file))
 
 
-def digests_of(disk: BackedUpDisk, number: int) -> Path:
+def digests_of(disk: Repositories, number: int) -> Path:
     chunks = disk.manifest().backups[number].chunks
     assert chunks is not None
     return Path(disk.backup_folder().path_of(chunks.file))
@@ -74,14 +94,14 @@ def flip(path: Path, offset: int) -> None:
         file.write(bytes([byte ^ 0x10]))
 
 
-def change_entry(disk: BackedUpDisk, number: int, **changes: object) -> None:
+def change_entry(disk: Repositories, number: int, **changes: object) -> None:
     manifest = disk.manifest()
     entries = list(manifest.backups)
     entries[number] = dataclasses.replace(entries[number], **changes)  # type: ignore[arg-type]
     disk.backup_folder().replace_manifest(dataclasses.replace(manifest, backups=tuple(entries)))
 
 
-def test_sound_backups_are_read_whole(disk: BackedUpDisk) -> None:
+def test_sound_backups_are_read_whole(disk: Repositories) -> None:
     result = verified(disk)
     entries = disk.manifest().backups
     assert (result.is_sound, result.flaws, result.flaw_count) == (True, (), 0)
@@ -89,7 +109,7 @@ def test_sound_backups_are_read_whole(disk: BackedUpDisk) -> None:
     assert result.bytes_read == sum(entry.bytes_stored for entry in entries)
 
 
-def test_progress_comes_to_its_end(disk: BackedUpDisk) -> None:
+def test_progress_comes_to_its_end(disk: Repositories) -> None:
     told: list[tuple[int, int]] = []
     verify(disk.folder / "backups", progress=lambda *news: told.append(news))
     total = sum(entry.bytes_stored for entry in disk.manifest().backups)
@@ -98,7 +118,7 @@ def test_progress_comes_to_its_end(disk: BackedUpDisk) -> None:
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 15, 16, 20])
-def test_one_flipped_bit_is_named_by_file_and_chunk(disk: BackedUpDisk, chunk: int) -> None:
+def test_one_flipped_bit_is_named_by_file_and_chunk(disk: Repositories, chunk: int) -> None:
     stored = disk.manifest().backups[0].bytes_stored
     place = min(chunk * CHUNK_BYTES + 300_000, stored - 1)
     flip(path_of(disk, 0), place)
@@ -109,21 +129,21 @@ def test_one_flipped_bit_is_named_by_file_and_chunk(disk: BackedUpDisk, chunk: i
     assert f": bytes {flaw.offset}..{flaw.offset + flaw.length}: " in flaw.problem
 
 
-def test_all_damage_is_told_and_neighbouring_chunks_together(disk: BackedUpDisk) -> None:
+def test_all_damage_is_told_and_neighbouring_chunks_together(disk: Repositories) -> None:
     for number, place in [(0, 3 * MIB), (0, 4 * MIB + 5), (0, 7 * MIB), (2, MIB)]:
         flip(path_of(disk, number), place)
     found = [(flaw.backup, flaw.offset, flaw.length) for flaw in verified(disk).flaws]
     assert found == [("1", 3 * MIB, 2 * MIB), ("1", 7 * MIB, MIB), ("3", MIB, MIB)]
 
 
-def test_only_what_a_restore_needs_is_looked_at(disk: BackedUpDisk) -> None:
+def test_only_what_a_restore_needs_is_looked_at(disk: Repositories) -> None:
     flip(path_of(disk, 2), MIB)
     result = verified(disk, at="2")
     assert (result.is_sound, result.image_count) == (True, 2)
     assert not verified(disk, at="3").is_sound
 
 
-def test_a_missing_or_cut_image_is_a_flaw_and_the_others_are_looked_at(disk: BackedUpDisk) -> None:
+def test_a_missing_or_cut_image_is_a_flaw_and_the_others_are_looked_at(disk: Repositories) -> None:
     path_of(disk, 0).unlink()
     os.truncate(path_of(disk, 1), 100)
     flip(path_of(disk, 2), MIB)
@@ -133,7 +153,7 @@ def test_a_missing_or_cut_image_is_a_flaw_and_the_others_are_looked_at(disk: Bac
     assert problems[1][1].endswith("found 100 bytes")
 
 
-def vouch_as_a_whole(disk: BackedUpDisk, number: int) -> None:
+def vouch_as_a_whole(disk: Repositories, number: int) -> None:
     """Have the manifest vouch for the image as it is, as before there were digests of chunks."""
     path = path_of(disk, number)
     with path.open("rb") as image:
@@ -144,7 +164,7 @@ def vouch_as_a_whole(disk: BackedUpDisk, number: int) -> None:
 # --- structure ---
 
 
-def rewrite(disk: BackedUpDisk, number: int, offset: int, data: bytes) -> None:
+def rewrite(disk: Repositories, number: int, offset: int, data: bytes) -> None:
     """Change an image, and make its digests those of what it is now."""
     path = path_of(disk, number)
     with path.open("r+b") as file:
@@ -153,7 +173,7 @@ def rewrite(disk: BackedUpDisk, number: int, offset: int, data: bytes) -> None:
     vouch_as_a_whole(disk, number)
 
 
-def first_l2_entry(disk: BackedUpDisk) -> int:
+def first_l2_entry(disk: Repositories) -> int:
     with path_of(disk, 0).open("rb") as file:
         header = file.read(104)
         (l1_offset,) = struct.unpack_from(">Q", header, 40)
@@ -162,7 +182,7 @@ def first_l2_entry(disk: BackedUpDisk) -> int:
     return int(l1_entry & 0x00FFFFFFFFFFFE00)
 
 
-def test_an_entry_that_leads_out_of_the_file_is_found_though_the_digests_fit(disk: BackedUpDisk) -> None:
+def test_an_entry_that_leads_out_of_the_file_is_found_though_the_digests_fit(disk: Repositories) -> None:
     rewrite(disk, 0, first_l2_entry(disk) + 800, struct.pack(">Q", 1 << 63 | 1 << 40))
     [flaw] = verified(disk).flaws
     assert (flaw.backup, flaw.offset) == ("1", None)
@@ -170,14 +190,14 @@ def test_an_entry_that_leads_out_of_the_file_is_found_though_the_digests_fit(dis
     assert "data inside the file" in flaw.problem
 
 
-def test_a_parent_that_is_not_the_manifests_is_found(disk: BackedUpDisk) -> None:
+def test_a_parent_that_is_not_the_manifests_is_found(disk: Repositories) -> None:
     change_entry(disk, 2, parent="1")
     [flaw] = verified(disk).flaws
     assert flaw.backup == "3"
     assert "backing file name: expected 000001-full.qcow2, found '000002-incremental.qcow2'" in flaw.problem
 
 
-def test_another_size_is_found(disk: BackedUpDisk) -> None:
+def test_another_size_is_found(disk: Repositories) -> None:
     change_entry(disk, 1, disk_size=SIZE + 4096)
     [flaw] = verified(disk).flaws
     assert "image size: expected" in flaw.problem
@@ -187,7 +207,7 @@ def test_another_size_is_found(disk: BackedUpDisk) -> None:
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "flipped", "none"])
-def test_without_digests_of_chunks_the_image_is_proven_as_a_whole(disk: BackedUpDisk, damage: str) -> None:
+def test_without_digests_of_chunks_the_image_is_proven_as_a_whole(disk: Repositories, damage: str) -> None:
     digests = digests_of(disk, 0)
     if damage == "gone":
         digests.unlink()
@@ -209,7 +229,7 @@ def test_without_digests_of_chunks_the_image_is_proven_as_a_whole(disk: BackedUp
 # --- repositories ---
 
 
-def test_what_a_restore_of_a_time_needs_is_proven_by_that_time(disk: BackedUpDisk) -> None:
+def test_what_a_restore_of_a_time_needs_is_proven_by_that_time(disk: Repositories) -> None:
     second = disk.manifest().backups[1]
     moment = datetime.fromtimestamp(second.time_ns // 10**9, timezone.utc).isoformat()
     count = verified(disk, at=moment).image_count
@@ -218,7 +238,7 @@ def test_what_a_restore_of_a_time_needs_is_proven_by_that_time(disk: BackedUpDis
     )
 
 
-def test_a_damaged_manifest_is_a_flaw_of_its_disk(disk: BackedUpDisk) -> None:
+def test_a_damaged_manifest_is_a_flaw_of_its_disk(disk: Repositories) -> None:
     folder = disk.folder / "backups"
     (folder / "sdb").mkdir()
     (folder / "sdb" / "manifest.json").write_bytes(b"{")
@@ -227,7 +247,7 @@ def test_a_damaged_manifest_is_a_flaw_of_its_disk(disk: BackedUpDisk) -> None:
     assert (flaw.disk, flaw.backup, result.disks, result.image_count) == ("sdb", None, (NAME,), 3)
 
 
-def test_what_is_not_there_is_not_found(disk: BackedUpDisk, tmp_path: Path) -> None:
+def test_what_is_not_there_is_not_found(disk: Repositories, tmp_path: Path) -> None:
     folder = disk.folder / "backups"
     with pytest.raises(
         NotFound, match="has no backup of a disk called 'sdx'; name another: it has backups of"
@@ -261,7 +281,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify_module, "thread_count", lambda: 1)
 
 
-def verified_while(disk: BackedUpDisk, change: Callable[[], object]) -> VerifyResult:
+def verified_while(disk: Repositories, change: Callable[[], object]) -> VerifyResult:
     """What comes of it if the folder is changed when the first pieces are proven, and the rest not yet."""
     changes = [change]
     result = verify(disk.folder / "backups", progress=lambda *_: _once(changes))
@@ -274,24 +294,24 @@ def _once(changes: list[Callable[[], object]]) -> None:
         changes.pop()()
 
 
-def test_damage_is_named_although_a_backup_lands_meanwhile(disk: BackedUpDisk) -> None:
-    flip(path_of(disk, 2), MIB)
-    result = verified_while(disk, disk.backup)
+def test_damage_is_named_although_a_backup_lands_meanwhile(live_disk: BackedUpDisk) -> None:
+    flip(path_of(live_disk, 2), MIB)
+    result = verified_while(live_disk, live_disk.backup)
     assert [(flaw.backup, flaw.offset) for flaw in result.flaws] == [("3", MIB)]
-    assert len(disk.manifest().backups) == 4
+    assert len(live_disk.manifest().backups) == 4
 
 
-def test_damage_is_named_although_other_backups_are_pruned_meanwhile(disk: BackedUpDisk) -> None:
-    disk.backup(BackupType.FULL)
-    flip(path_of(disk, 3), MIB)
+def test_damage_is_named_although_other_backups_are_pruned_meanwhile(live_disk: BackedUpDisk) -> None:
+    live_disk.backup(BackupType.FULL)
+    flip(path_of(live_disk, 3), MIB)
     result = verified_while(
-        disk, lambda: prune(disk.folder / "backups", keep=Retention(last=2))
+        live_disk, lambda: prune(live_disk.folder / "backups", keep=Retention(last=2))
     )  # merges backup 3, and takes the two before it
     assert [(flaw.backup, flaw.offset) for flaw in result.flaws] == [("4", MIB)]
 
 
 @pytest.mark.parametrize("name", ["sdb", "a"])  # proven after the disk, and before it
-def test_damage_is_named_although_another_disk_is_pruned_meanwhile(disk: BackedUpDisk, name: str) -> None:
+def test_damage_is_named_although_another_disk_is_pruned_meanwhile(disk: Repositories, name: str) -> None:
     folder = disk.folder / "backups"
     shutil.copytree(folder / NAME, folder / name)
     flip(folder / name / disk.manifest().backups[1].file, MIB)
@@ -301,7 +321,7 @@ def test_damage_is_named_although_another_disk_is_pruned_meanwhile(disk: BackedU
 
 @pytest.mark.parametrize("keep", [1, 2])
 @pytest.mark.usefixtures("small_batches")
-def test_what_is_wrong_with_what_was_pruned_meanwhile_says_nothing(disk: BackedUpDisk, keep: int) -> None:
+def test_what_is_wrong_with_what_was_pruned_meanwhile_says_nothing(disk: Repositories, keep: int) -> None:
     """Images are gone, and others have their names."""
     repository = disk.folder / "backups"
     with pytest.raises(Busy, match="was pruned while it was verified; verify it again"):
@@ -310,13 +330,13 @@ def test_what_is_wrong_with_what_was_pruned_meanwhile_says_nothing(disk: BackedU
 
 
 @pytest.mark.usefixtures("small_batches")
-def test_files_that_go_meanwhile_are_flaws_if_the_manifest_has_them_still(disk: BackedUpDisk) -> None:
+def test_files_that_go_meanwhile_are_flaws_if_the_manifest_has_them_still(disk: Repositories) -> None:
     result = verified_while(disk, path_of(disk, 0).unlink)
     assert {flaw.backup for flaw in result.flaws} == {"1"}
     assert result.flaws[0].problem.endswith("000001-full.qcow2 does not exist")
 
 
-def test_a_manifest_that_is_damaged_meanwhile_excuses_nothing(disk: BackedUpDisk) -> None:
+def test_a_manifest_that_is_damaged_meanwhile_excuses_nothing(disk: Repositories) -> None:
     flip(path_of(disk, 2), MIB)
     result = verified_while(
         disk, lambda: (disk.folder / "backups" / NAME / "manifest.json").write_bytes(b"{")
@@ -346,19 +366,18 @@ def few_open_files(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_a_chain_may_have_more_images_than_files_can_be_open(tmp_path: Path) -> None:
-    disk = BackedUpDisk(tmp_path, 4096)
-    entries: list[BackupEntry] = [disk.backup() for _ in range(80)]
-    with few_open_files(64):
-        assert verified(disk).image_count == 80
-        paths = [disk.backup_folder().image_path(entry.file) for entry in entries]
-        with contextlib.ExitStack() as stack, pytest.raises(OSError, match="open files"):
-            deque(map(stack.enter_context, map(open, paths)))  # the limit is real
-    disk.close()
+def test_a_chain_may_have_more_images_than_files_can_be_open() -> None:
+    with quick_folder() as folder, closing(BackedUpDisk(folder, 4096)) as disk:
+        entries: list[BackupEntry] = [disk.backup() for _ in range(80)]
+        with few_open_files(64):
+            assert verified(disk).image_count == 80
+            paths = [disk.backup_folder().image_path(entry.file) for entry in entries]
+            with contextlib.ExitStack() as stack, pytest.raises(OSError, match="open files"):
+                deque(map(stack.enter_context, map(open, paths)))  # the limit is real
 
 
 def test_without_the_package_for_digests_its_images_are_not_called_sound_and_the_rest_is_proven(
-    disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
+    disk: Repositories, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entries = disk.manifest().backups
     other = [entry for entry in entries if entry.digest_algorithm is not DigestAlgorithm.SHA256]
