@@ -71,6 +71,12 @@ class Model:
     def everything(self) -> set[int]:
         return set(range(self.geometry.block_count))
 
+    def bytes_in(self, blocks: set[int]) -> int:
+        """All are on the disk, and its last one may be short."""
+        size, g = self.geometry.size, self.geometry.granularity
+        assert not blocks or max(blocks) * g < size
+        return len(blocks) * g - (-size % g if (size - 1) // g in blocks else 0)
+
     def mark(self, offset: int, length: int, period: Period | None = None) -> None:
         g = self.geometry.granularity
         if length:
@@ -404,16 +410,13 @@ class Tracker(RuleBasedStateMachine):
 
     def check_closed_periods(self) -> None:
         """Each by itself, as `info` tells of them."""
-        disk, bytes_of = self.tracked.disk(), self.model.geometry.bytes_of
+        disk = self.tracked.disk()
         with self.tracked.store.read() as reader:
             pairs = list(pairwise(reader.checkpoints(disk.uuid)))
         for pair, period in zip(pairs, self.model.periods, strict=False):
             if period.epoch == self.model.epoch:
                 dirty = self.model.everything if period.all_dirty else period.dirty
-                least, most = (
-                    sum(bytes_of(block, block + 1)[1] for block in blocks)
-                    for blocks in (dirty, dirty | period.loose)
-                )
+                least, most = (self.model.bytes_in(blocks) for blocks in (dirty, dirty | period.loose))
                 assert least <= dirty_bytes_of_period(self.tracked.store, disk, *pair) <= most
 
     def answers(self) -> dict[int, Changes]:
