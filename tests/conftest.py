@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 from lmdbitmap.tracker import continuity
 from tests.patience import EXACT_GRACE_NS, let_beats_be_late
 from tests.support import make_raw_image
+from tests.tracked import quick_folder
 from tests.turns import Turns, Workers, wants_to_be_alone
 
 # A slow example is no failure: the machine may be busy, and pytest-timeout catches what hangs.
@@ -33,6 +34,16 @@ TIERS = ("unit", "property", "fuzz", "golden", "contract", "crash", "interop", "
 What is in no tier goes first, what is `alone` last."""
 
 RawImage: TypeAlias = Callable[..., Path]
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """Of a test that is marked `in_memory`, a folder there."""
+    if request.node.get_closest_marker("in_memory") is None:
+        yield tmp_path
+        return
+    with quick_folder() as folder:
+        yield folder
 
 
 @pytest.fixture

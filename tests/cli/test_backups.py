@@ -17,6 +17,8 @@ from tests.cli.conftest import MIB, SIZE, Cli
 from tests.cli.test_serve import write
 from tests.support import requires, run
 
+pytestmark = pytest.mark.in_memory
+
 KIB = 1 << 10
 
 

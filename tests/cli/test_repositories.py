@@ -16,6 +16,8 @@ from tests.cli.conftest import SIZE, Cli
 from tests.cli.test_backups import _write, repository
 from tests.unit.test_verify import flip
 
+pytestmark = pytest.mark.in_memory
+
 __all__ = ["repository"]
 
 KIB = 1 << 10

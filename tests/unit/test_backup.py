@@ -43,6 +43,8 @@ from tests.support import make_raw_image, no_ascii
 from tests.tracked import NAME
 from tests.unit.test_digest_algorithms import forget_blake3
 
+pytestmark = pytest.mark.in_memory
+
 KIB = 1 << 10
 SIZE = 256 * KIB + 3
 BLOCK = 4 * KIB

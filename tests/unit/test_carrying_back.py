@@ -24,6 +24,8 @@ from lmdbitmap.system import linux
 from lmdbitmap.targets.target import Target
 from tests.backed_up import BackedUpDisk
 
+pytestmark = pytest.mark.in_memory
+
 PATIENCE_S = 10.0
 MIB = 1 << 20
 SIZE = 9 * MIB + 700

@@ -32,6 +32,8 @@ from lmdbitmap.tracker import session
 from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
 from tests.tracked import NAME
 
+pytestmark = pytest.mark.in_memory
+
 BLOCK = 4096
 SIZE = 50 * BLOCK
 DAY_NS = 86_400 * 10**9

@@ -27,6 +27,8 @@ from tests.tracked import NAME
 from tests.unit.test_digest_algorithms import forget_blake3
 from tests.unit.test_verify import few_open_files, flip
 
+pytestmark = pytest.mark.in_memory
+
 KIB = 1 << 10
 BLOCK = 4 * KIB
 SIZE = 64 * BLOCK + 3

@@ -28,7 +28,7 @@ from lmdbitmap.restoring.restore import RestoreResult, restore
 from lmdbitmap.system import linux
 from tests.backed_up import DIFFERENTIAL, FULL, BackedUpDisk
 from tests.contract.implementations import can_make_loop_devices, loop_node
-from tests.tracked import NAME
+from tests.tracked import NAME, quick_folder
 from tests.unit.test_digest_algorithms import forget_blake3
 from tests.unit.test_verify import change_entry, vouch_as_a_whole
 
@@ -38,9 +38,15 @@ SIZE = 300 * KIB + 5
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[BackedUpDisk]:
+def folder() -> Iterator[Path]:
+    with quick_folder() as found:
+        yield found
+
+
+@pytest.fixture
+def disk(folder: Path) -> Iterator[BackedUpDisk]:
     """Three backups: full, incremental, incremental; the digests of the second are of another kind."""
-    made = BackedUpDisk(tmp_path, SIZE)
+    made = BackedUpDisk(folder, SIZE)
     made.write(os.urandom(100 * KIB), 50 * KIB)
     made.backup(digest="blake3")
     made.write(os.urandom(20 * KIB), 140 * KIB)
@@ -83,9 +89,9 @@ def test_an_earlier_backup_is_restored_by_its_id(disk: BackedUpDisk) -> None:
 
 
 @pytest.fixture
-def compressed(tmp_path: Path) -> Iterator[BackedUpDisk]:
+def compressed(folder: Path) -> Iterator[BackedUpDisk]:
     """Four backups: with zlib, with zstd, plain, and with zlib again."""
-    made = BackedUpDisk(tmp_path, SIZE)
+    made = BackedUpDisk(folder, SIZE)
     made.write(os.urandom(9) * 10_000, 50 * KIB)
     made.backup(compression="zlib")
     made.write(os.urandom(9) * 2_000, 140 * KIB)

@@ -23,6 +23,8 @@ from tests.naive_rbd_diff import Stream
 from tests.support import no_ascii
 from tests.tracked import NAME
 
+pytestmark = pytest.mark.in_memory
+
 BLOCK = 4096
 SIZE = 50 * BLOCK + 100
 

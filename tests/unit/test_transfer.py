@@ -27,6 +27,8 @@ from tests.unit.test_digest_algorithms import forget_blake3
 from tests.unit.test_prune import back_up, beside, path_of, reads_as
 from tests.unit.test_verify import digests_of, flip, vouch_as_a_whole
 
+pytestmark = pytest.mark.in_memory
+
 MIB = 1 << 20
 
 
