@@ -16,6 +16,7 @@ import pytest
 
 from lmdbitmap.backups.backup import backup
 from lmdbitmap.errors import Busy
+from lmdbitmap.nbd.client import link
 from lmdbitmap.store import Store
 from lmdbitmap.streams.stream import stream_backup
 from lmdbitmap.syncs.sync import sync
@@ -25,6 +26,13 @@ from tests.support import PATIENCE_SECONDS, requires, run
 pytestmark = requires("qemu-io")
 
 LIMIT_S = 0.2
+PART_S = 0.05
+"""Of a connection to one that hangs, which is never through with what it was doing."""
+
+
+@pytest.fixture(autouse=True)
+def part_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "_PART_S", PART_S)
 
 
 def by_backup(store: Store, folder: Path, **how: object) -> object:
@@ -125,6 +133,7 @@ def interruptible(command: list[str]) -> list[str]:
     """Also where these tests run in the background, and who is started there ignores SIGINT, or SIGHUP."""
     begin = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
     begin += "from lmdbitmap.access import access_ways; access_ways.LAST_WORD_S = 0.2;"
+    begin += f"from lmdbitmap.nbd.client import link; link._PART_S = {PART_S};"
     begin += "[signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)];"
     return [command[0], "-c", f"{begin} from lmdbitmap.cli.main import main; main()", *command[3:]]
 
