@@ -91,12 +91,14 @@ def test_all_output_is_there_after_the_end() -> None:
         assert child.stdout == child.stderr == "".join(f"{n}\n" for n in range(1, 20001))
 
 
-def test_a_process_left_behind_is_noticed() -> None:
-    with (
-        pytest.raises(pytest.fail.Exception, match="left behind"),
-        spawn("sh", "-c", "sleep 6 & echo gone") as child,
-    ):
-        child.wait(timeout=2)
+def test_a_process_left_behind_is_noticed(tmp_path: Path) -> None:
+    """One that ends once it reads a line."""
+    line = tmp_path / "line"
+    os.mkfifo(line)
+    with spawn("sh", "-c", f"read word < '{line}' & echo gone") as child:
+        with pytest.raises(pytest.fail.Exception, match="left behind"):
+            child.wait(timeout=2)
+        line.write_text("go\n")
 
 
 def test_a_socket_is_awaited(tmp_path: Path) -> None:
