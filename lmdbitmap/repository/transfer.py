@@ -116,9 +116,7 @@ def _copy_disk(
         require_algorithms(source, known.backups)  # or a folder would be left where nothing comes into
     with target.locked(patience):
         started = time.monotonic()
-        wanted = (
-            source.known_backups()
-        )  # of now: another copy may have been waited for, which brought newer ones
+        wanted = source.known_backups()  # anew: whoever was waited for may have copied newer ones
         source.check_names(wanted.backups)
         found = target.manifest()
         before = Manifest(wanted.disk) if found is None else found

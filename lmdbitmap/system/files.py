@@ -111,8 +111,9 @@ def replacing(
     partial, file = "", None
     try:
         while file is None:
-            partial = f"{target}.{os.urandom(8).hex()}{PARTIAL_SUFFIX}"  # known before there is a file of that name:
-            with os_errors_at(target):  # what interrupts us may come right behind it
+            # The name is known before the file is there: what interrupts us may come right behind that.
+            partial = f"{target}.{os.urandom(8).hex()}{PARTIAL_SUFFIX}"
+            with os_errors_at(target):
                 file = _create_locked(partial, target)
         with file:
             if like_folder:
