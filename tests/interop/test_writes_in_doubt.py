@@ -39,9 +39,10 @@ class Between:
         self.bytes_sent = 0
         """To servers, ever."""
         self.bytes_after_cut = 0
-        """From servers that nobody listens to any more."""
+        """From servers whose clients were cut off."""
         self._news = threading.Condition()
         self._clients: list[socket.socket] = []
+        self._cut: list[socket.socket] = []
         self._all: list[socket.socket] = []
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
@@ -58,8 +59,10 @@ class Between:
             assert self._news.wait_for(lambda: self.bytes_after_cut > 0, PATIENCE_SECONDS)
 
     def cut(self) -> None:
-        while self._clients:
-            self._clients.pop().shutdown(socket.SHUT_RDWR)
+        """Those that there are now: one that comes back at once is not meant."""
+        self._cut, self._clients = self._clients, []
+        for client in self._cut:
+            client.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         for sock in (self._listener, *self._all):
@@ -99,6 +102,8 @@ class Between:
                 try:
                     client.sendall(data)
                 except OSError:
+                    if client not in self._cut:
+                        continue  # it left by itself
                     with self._news:
                         self.bytes_after_cut += len(data)
                         self._news.notify_all()
