@@ -95,8 +95,7 @@ _FOLDER = click.Path(file_okay=False)
 def backup(
     asked: Session, words: Sequence[str], kind: str, only_that: bool, hook: Hook, nice: int, speed_limit: int | None,
     owner_limit: float, lock_wait: float, compress: str | None, digest: str | None, take_over: bool,
-    new_repository: bool,
-    to_stdout: bool, since: str | None, checkpoint: str | None, diff_version: str | None,
+    new_repository: bool, to_stdout: bool, since: str | None, checkpoint: str | None, diff_version: str | None,
 ) -> None:  # fmt: skip
     """Back up disks, while their guests write on.
 
@@ -120,18 +119,9 @@ def backup(
     if len(words) < 2:
         raise click.UsageError("Missing argument 'REPO'.")
     wishes = _Wishes(
-        kind,
-        only_that,
-        compress,
-        digest,
-        hook,
-        nice,
-        speed_limit,
-        owner_limit,
-        lock_wait,
-        take_over,
+        kind, only_that, compress, digest, hook, nice, speed_limit, owner_limit, lock_wait, take_over,
         new_repository,
-    )
+    )  # fmt: skip
     _back_up(asked, words[:-1], words[-1], wishes)
 
 

@@ -36,7 +36,7 @@ SEED = "1"
 STATES_PER_LIFE = 10
 GROUPS = 4
 """Of lives, each a process: no single test waits for all of them."""
-NOTICED_WITHIN = 400
+NOTICED_WITHIN = 2000
 """States that it may take to notice a flaw."""
 NOTICED_IN = [
     ("commit_after_write", "writing"),
@@ -50,7 +50,7 @@ NOTICED_IN = [
     ("copies_not_synced", "copying"),
     ("copies_not_synced", "syncing"),
     ("copy_noted_first", "syncing"),
-    ("images_not_synced", "going_back"),
+    ("restored_without_sync", "going_back"),
 ]
 
 pytestmark = [requires("strace", "5.3"), pytest.mark.timeout(240)]

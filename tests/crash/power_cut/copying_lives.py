@@ -113,8 +113,8 @@ def restoring(stage: Stage) -> None:
 
 
 def going_back(stage: Stage) -> None:
-    """In place, through the tracker."""
-    stage.prepare(A)
+    """In place, through the tracker; another disk's life goes on before anybody asks for this one again."""
+    stage.prepare(A, B)
     for _ in range(2):
         write_and_detach(stage)
         back_up(stage, A)
@@ -122,6 +122,9 @@ def going_back(stage: Stage) -> None:
     with telling("go back", disk=A, at="1"):
         restore(stage.folder / REPOSITORY, A, stage.image(A), at="1", in_place=True, store=stage.store)
     tell_mtime(A, stage.image(A))
+    guest = stage.attach(B)
+    guest.live_a_little()
+    guest.detach()
     back_up(stage, A)
 
 

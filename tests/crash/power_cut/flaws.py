@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,11 +16,13 @@ import lmdb
 
 from lmdbitmap.filter import Filter
 from lmdbitmap.interfaces import BlockDevice, Buffer
+from lmdbitmap.restoring import restore
 from lmdbitmap.storage.owner import Owner
 from lmdbitmap.syncs import sync, sync_target
+from lmdbitmap.targets.target import opened_target
 from lmdbitmap.tracker import points
 from lmdbitmap.tracker.lane import FilterLane
-from tests.crash.power_cut.stage import COPY, REPOSITORY, SECOND_REPOSITORY
+from tests.crash.power_cut.stage import COPY, REPOSITORY, SECOND_REPOSITORY, A, B
 
 
 @contextmanager
@@ -110,15 +112,24 @@ def copy_noted_first() -> None:
     _replace(sync, "_note_where_it_is", careless)
 
 
-def images_not_synced() -> None:
-    """Of disks; all else is."""
-    for name in ("fsync", "fdatasync"):
-        _replace(os, name, _except_for_images(getattr(os, name)))
+def restored_without_sync() -> None:
+    """What is restored in place is acknowledged while it is in the page cache only."""
+
+    @contextmanager
+    def careless(*places: Any, in_place: bool, **options: Any) -> Iterator[Any]:
+        with ExitStack() as careless_until_closed:
+            for name in ("fsync", "fdatasync") if in_place else ():
+                sync = replaced(os, name, _except_for_images(getattr(os, name)))
+                careless_until_closed.enter_context(sync)
+            with opened_target(*places, in_place=in_place, **options) as target:
+                yield target
+
+    _replace(restore, "opened_target", careless)
 
 
 def _except_for_images(fsync: Callable[[int], None]) -> Callable[[int], None]:
     def careless(descriptor: int) -> None:
-        if not Path(os.readlink(f"/proc/self/fd/{descriptor}")).name.startswith("sd"):
+        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).name not in (f"{A}.raw", f"{B}.raw"):
             fsync(descriptor)
 
     return careless
@@ -137,6 +148,6 @@ FLAWS: dict[str, Callable[[], None]] = {
     flaw.__name__: flaw
     for flaw in (
         commit_after_write, store_not_synced, meta_not_synced, image_not_flushed, distrust_not_synced,
-        files_not_synced, copies_not_synced, copy_noted_first, images_not_synced,
+        files_not_synced, copies_not_synced, copy_noted_first, restored_without_sync,
     )
 }  # fmt: skip
