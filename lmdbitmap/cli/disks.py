@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from lmdbitmap.access.reach import is_attached
 from lmdbitmap.cli.answers import (
     Kept,
     Period,
@@ -22,7 +23,7 @@ from lmdbitmap.cli.answers import (
 from lmdbitmap.cli.holding import holder_words
 from lmdbitmap.cli.options import Session, granularity, utf8_path, verb
 from lmdbitmap.cli.output import say, say_json, say_table
-from lmdbitmap.cli.ownership import ask_owner, find_disk, find_disk_or_bitmap, require_unowned
+from lmdbitmap.cli.ownership import ask_owner, find_disk, find_disk_or_bitmap, let_go, require_unowned
 from lmdbitmap.cli.repositories import FOLDER, list_backups
 from lmdbitmap.cli.sizes import format_size, format_time
 from lmdbitmap.errors import InvalidArgument
@@ -261,12 +262,14 @@ def relocate(asked: Session, name: str, image: str) -> None:
 def rm(asked: Session, name: str) -> None:
     """Forget a disk, or throw a stand-alone bitmap away.
 
-    The disk's checkpoints go too; its image is not touched. The next backup will be a full one.
+    The disk's checkpoints go too; its image is not touched. The next backup will be a full one. A process that serves
+    the disk lets go of it, and serves its others on; while a client is connected, it refuses.
     """
     with Store.open(asked.store_path) as store:
         found = find_disk_or_bitmap(store, name)
         if isinstance(found, Disk):
-            require_unowned(store, found)
+            if is_attached(store, found):
+                let_go(store, found)
             session.remove(store, name)
         else:
             store.update(lambda writer: standalone.remove(writer, name))

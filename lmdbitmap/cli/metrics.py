@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -106,8 +106,9 @@ def exposition(found: Sequence[Figures]) -> str:
 
 
 @contextlib.contextmanager
-def metrics_served(store: Store, names: Sequence[str], host: str, port: int) -> Iterator[str]:
-    """Answer scrapes of these disks over HTTP, in threads of their own, until the block ends; yields the URL."""
+def metrics_served(store: Store, names: Collection[str], host: str, port: int) -> Iterator[str]:
+    """Answer scrapes of the disks of these names, as they are then, over HTTP, in threads of their own, until the block
+    ends; yields the URL."""
     from lmdbitmap.cli.scraping import serving
 
     scrapes = _Scrapes(store, names)
@@ -121,7 +122,7 @@ def metrics_served(store: Store, names: Sequence[str], host: str, port: int) -> 
 class _Scrapes:
     """One at a time, and none after `end`: the store may be closed then, whatever a scraper is waiting for."""
 
-    def __init__(self, store: Store, names: Sequence[str]) -> None:
+    def __init__(self, store: Store, names: Collection[str]) -> None:
         self._store = store
         self._names = names
         self._turn = threading.Lock()
@@ -130,7 +131,7 @@ class _Scrapes:
         """Of the disks that can be told about."""
         found = []
         with self._turn:
-            for name in self._names:
+            for name in list(self._names):
                 try:
                     found.append(figures_of(self._store, find_disk(self._store, name)))
                 except LmdbitmapError as error:

@@ -11,7 +11,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from lmdbitmap.access.reach import is_attached, owner_of, require_all_or_none
 from lmdbitmap.errors import Busy, LmdbitmapError, NotFound, Untrusted
@@ -20,7 +20,7 @@ from lmdbitmap.filter import Filter, take_checkpoint
 from lmdbitmap.nbd import control_client
 from lmdbitmap.storage.schema import Bitmap, Disk
 from lmdbitmap.store import Store
-from lmdbitmap.tracker import chain
+from lmdbitmap.tracker import chain, session
 from lmdbitmap.tracker.changes import Changes, Standing, changes
 
 log = logging.getLogger(__name__)
@@ -153,6 +153,40 @@ def mark(store: Store, name: str, offset: int, length: int) -> None:
     else:
         with attached_for_a_moment(store, [name]) as [attached]:
             attached.mark(offset, length)
+
+
+class Adopted(NamedTuple):
+    """An image that is known now. `lost`: why nothing is known of the time before, all the same."""
+
+    is_served: bool
+    lost: str | None
+
+
+def adopt(store: Store, name: str) -> Adopted:
+    """Take an image as it is. One that is served was looked at when that began: `Untrusted` if that ended an epoch."""
+    disk = find_disk(store, name)
+    told = ask_owner(store, disk)
+    if told is None:
+        require_unowned(store, disk)
+        return Adopted(False, _lost_before(store, session.adopt(store, name)))
+    lost = told["reason"] if told["trust"] == Trust.UNTRUSTED.value else _lost_before(store, disk)
+    if lost is not None:
+        raise Untrusted(
+            f"disk {name!r} cannot be adopted any more, as it is served: {lost}",
+            next_step="make a backup, which reads the whole disk; next time adopt it before it is served",
+        )
+    return Adopted(True, None)
+
+
+def _lost_before(store: Store, disk: Disk) -> str | None:
+    with store.read() as reader:
+        return chain.begun_anew(reader, disk)
+
+
+def let_go(store: Store, disk: Disk) -> None:
+    """Have the process that serves the disk detach it. Raises `Busy` where somebody uses it, or it is not served."""
+    with owner_of(store, disk) as client:
+        client.call("detach", disk=disk.name)
 
 
 @contextlib.contextmanager

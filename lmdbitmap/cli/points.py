@@ -13,7 +13,6 @@ from lmdbitmap.cli.options import Session, names, size, verb
 from lmdbitmap.cli.quiesce import Hook, Thaw, hooked
 from lmdbitmap.cli.sizes import format_size
 from lmdbitmap.store import Store
-from lmdbitmap.tracker import session
 
 
 @verb(examples=["lmdbitmap checkpoint sda monday", "lmdbitmap checkpoint sda,sdb monday"])
@@ -134,8 +133,13 @@ def adopt(asked: Session, name: str) -> None:
 
     For an image that was copied, restored or touched, and holds the same data as before. If it does not,
     the next incremental backup will be wrong.
+
+    Say it before anybody attaches the disk: an image that is not known then begins a new epoch, whose first backup
+    reads the whole disk. Of one that is served there is nothing to vouch for, or it is too late.
     """
     with Store.open(asked.store_path) as store:
-        ownership.require_unowned(store, ownership.find_disk(store, name))
-        session.adopt(store, name)
-    confirm(asked, f"{name}: its image is taken as it is", disk=name)
+        adopted = ownership.adopt(store, name)
+    words = "is known to the process that serves it" if adopted.is_served else "is taken as it is"
+    if adopted.lost is not None:
+        words += f", and the next backup still reads the whole disk: {adopted.lost}"
+    confirm(asked, f"{name}: its image {words}", disk=name, served=adopted.is_served, lost=adopted.lost)

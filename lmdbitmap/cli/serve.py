@@ -10,7 +10,7 @@ import contextlib
 import gc
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 
 import click
 
@@ -114,7 +114,7 @@ def serve(
         room = Scratch(scratch or store.path, scratch_limit, scratch_preallocate)
         with _served(disks, stores, room, attached) as server, contextlib.ExitStack() as beside:
             places.open_all(server)
-            url = beside.enter_context(metrics_served(store, names, *scraped)) if scraped else None
+            url = beside.enter_context(metrics_served(store, disks, *scraped)) if scraped else None
             ending.ends(server)
             _leave_to_itself()
             announce(asked, server.uris, url)
@@ -139,15 +139,19 @@ def _require_sense(names: Sequence[str], bitmap_file: str | None) -> None:
 
 @contextlib.contextmanager
 def _served(
-    disks: Mapping[str, Filter],
+    disks: MutableMapping[str, Filter],
     stores: Mapping[str, MeasuredStore],
     scratch: Scratch,
     attached: contextlib.ExitStack,
 ) -> Iterator[Server]:
-    """A server of the disks and of those who ask about them; afterwards nobody uses the disks any more."""
+    """A server of the disks and of those who ask about them; afterwards nobody uses the disks any more.
+
+    Those that it was asked to let go are not in `disks` any more.
+    """
     server = Server(disks, contexts_of=tracked_contexts)
     watch = Watch(server, {name: store.commits for name, store in stores.items()})
-    control = ControlServer(disks, watch=watch, held=HeldSnapshots(disks, server, scratch))
+    held = HeldSnapshots(dict(disks), server, scratch)
+    control = ControlServer(disks, watch=watch, held=held, server=server)
     try:
         control.start()
         yield server

@@ -53,13 +53,24 @@ def find_checkpoint(reader: Reader, disk: Disk, name: str) -> Checkpoint:
 
 
 def current_checkpoint(reader: Reader, disk: Disk) -> Checkpoint:
-    """The newest checkpoint, whose bitmap records."""
-    return reader.checkpoints(disk.uuid)[-1]
+    """The newest checkpoint, whose bitmap records. Raises `NotFound` for a disk that was removed."""
+    checkpoints = reader.checkpoints(disk.uuid)
+    if not checkpoints:
+        raise NotFound(
+            f"disk {disk.name!r} was removed meanwhile", next_step="`lmdbitmap ls` lists those there are"
+        )
+    return checkpoints[-1]
 
 
 def epoch_chain(reader: Reader, disk: Disk) -> list[Checkpoint]:
     """The checkpoints of the disk's present epoch, oldest first; never empty."""
     return [checkpoint for checkpoint in reader.checkpoints(disk.uuid) if checkpoint.epoch == disk.epoch]
+
+
+def begun_anew(reader: Reader, disk: Disk) -> str | None:
+    """Why the disk's epoch began, where one ended before, and nobody made a checkpoint in it yet."""
+    is_fresh = disk.epoch_number > 1 and len(epoch_chain(reader, disk)) == 1
+    return disk.epoch_reason if is_fresh else None
 
 
 def add_disk(

@@ -160,14 +160,6 @@ def _connected(path: Path) -> Iterator[socket.socket]:
         yield caller
 
 
-@pytest.mark.parametrize("verb", ["adopt", "rm"])
-def test_what_an_owner_would_not_survive_is_refused(cli: Cli, verb: str) -> None:
-    with _served_and_written(cli):
-        assert cli.fails(4, verb, "sda") == (
-            "disk 'sda' is owned by another process; stop the process that serves it, or wait for it"
-        )
-
-
 def test_a_store_in_use_is_sound(cli: Cli) -> None:
     with _served_and_written(cli):
         assert cli.ok("check") == f"{cli.store}: sound\n"

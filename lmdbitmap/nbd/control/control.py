@@ -23,16 +23,20 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Final
+from uuid import UUID
 
 from lmdbitmap.errors import Busy, LmdbitmapError, error_from_os, os_errors_at
+from lmdbitmap.filter import Filter
 from lmdbitmap.nbd import control_wire as wire
 from lmdbitmap.nbd.control.held import HeldSnapshots
-from lmdbitmap.nbd.control.orders import Answer, Filters, Scene, answer
+from lmdbitmap.nbd.control.orders import Answer, Scene, answer
+from lmdbitmap.nbd.control.parting import Parting
 from lmdbitmap.nbd.control.watch import TICK_S, Watch
 from lmdbitmap.nbd.control_client import receive_line, short_path
 from lmdbitmap.nbd.listeners import accepted
+from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.tracker.snapshot import Snapshot
 from lmdbitmap.version import __version__
 
@@ -56,24 +60,30 @@ _AFTER_BOUND: Final = 6
 
 
 class ControlServer:
-    """Listens at the control socket of every disk in `filters`, from `start` to `stop`."""
+    """Listens at the control socket of every disk in `filters`, from `start` to `stop`.
+
+    Disks of a `server` may be let go: then they are in `filters` no more.
+    """
 
     def __init__(
         self,
-        filters: Filters,
+        filters: MutableMapping[str, Filter],
         *,
         watch: Watch | None = None,
         held: HeldSnapshots | None = None,
+        server: Server | None = None,
         max_callers: int = MAX_CALLERS,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        self.filters = dict(filters)
+        self.filters = filters
         self.watch = watch
         self.held = held
+        self.parting = None if server is None else Parting(filters, server, self._unlisten)
         self.patience_s = patience_s
         self.stopping = False
         self._max_callers = max_callers
-        self._listeners: list[_Listener] = []
+        self._listeners: dict[UUID, _Listener] = {}
+        """By the uuids of their disks."""
         self._callers: set[_Caller] = set()
         self._lock = threading.Lock()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -83,7 +93,8 @@ class ControlServer:
         """Listen, and answer in the background. Raises `StorageError` where a socket cannot be made."""
         try:
             for attached in self.filters.values():
-                self._listeners.append(_Listener(attached.store.control_path(attached.disk.uuid)))
+                uuid = attached.disk.uuid
+                self._listeners[uuid] = _Listener(attached.store.control_path(uuid))
         except BaseException:
             self._close()
             raise
@@ -122,8 +133,11 @@ class ControlServer:
         with self._lock:
             self._callers.discard(caller)
 
+    def _unlisten(self, attached: Filter) -> None:
+        self._listeners[attached.disk.uuid].hide()
+
     def _close(self) -> None:
-        for listener in self._listeners:
+        for listener in self._listeners.values():
             listener.close()
         fd, self._wake_fd = self._wake_fd, -1
         os.close(fd)
@@ -131,7 +145,7 @@ class ControlServer:
     def _accept_all(self) -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(self._wake_fd, selectors.EVENT_READ)
-            for listener in self._listeners:
+            for listener in self._listeners.values():
                 selector.register(listener.sock, selectors.EVENT_READ, listener.sock)
             next_tick_s = time.monotonic() + TICK_S
             while not self.stopping:
@@ -191,11 +205,14 @@ class _Listener:
         self.sock.setblocking(False)
 
     def close(self) -> None:
+        self.hide()
+        self.sock.close()
+
+    def hide(self) -> None:
         """Leaves a socket that is another's by now: somebody owned the disk after us."""
         with contextlib.suppress(OSError):
             if os.path.samestat(os.lstat(self._path), self._status):
                 os.unlink(self._path)
-        self.sock.close()
 
 
 class _Caller(threading.Thread):
@@ -278,7 +295,8 @@ class _Caller(threading.Thread):
                 os.close(fd)
 
     def _answer(self, request: wire.Message, passed: list[int]) -> Answer:
-        scene = Scene(self._server.filters, self._server.watch, self._server.held, self._bound, passed)
+        server = self._server
+        scene = Scene(server.filters, server.watch, server.held, self._bound, server.parting, passed)
         try:
             return {"answer": answer(scene, request)}
         except LmdbitmapError as error:

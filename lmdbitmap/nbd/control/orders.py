@@ -6,6 +6,7 @@ table is an error, and so is an argument too few, too many or of another type.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
@@ -15,6 +16,7 @@ from lmdbitmap.errors import Busy, InvalidArgument, NotFound, os_errors_at
 from lmdbitmap.filter import Filter, take_checkpoint
 from lmdbitmap.nbd import control_wire as wire
 from lmdbitmap.nbd.control.held import HeldSnapshots
+from lmdbitmap.nbd.control.parting import Parting
 from lmdbitmap.nbd.control.watch import Watch
 from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.snapshot import Snapshot
@@ -35,6 +37,7 @@ class Scene(NamedTuple):
     held: HeldSnapshots | None = None
     bound: list[Snapshot] | None = None
     """Snapshots that are to be released when whoever asks hangs up."""
+    parting: Parting | None = None
     passed: list[int] | None = None
     """Descriptors that go with the answer, and are closed then; whoever asks in another way gets none."""
 
@@ -58,9 +61,10 @@ def answer(scene: Scene, request: wire.Message) -> Answer:
 
 def _info(scene: Scene) -> Answer:
     disks = []
-    for name, attached in scene.filters.items():
+    for name, attached in list(scene.filters.items()):
         served = {} if scene.watch is None else {"served": scene.watch.facts(name)}
-        disks.append({**_described(attached), **served})
+        with contextlib.suppress(NotFound):  # it was let go, and removed, meanwhile
+            disks.append({**_described(attached), **served})
     return {"disks": disks}
 
 
@@ -211,6 +215,14 @@ def _resize(scene: Scene, disk: str, size: int) -> Answer:
     return {"size": attached.size}
 
 
+def _detach(scene: Scene, disk: str) -> Answer:
+    attached = _named(scene, disk)
+    if scene.parting is None:
+        raise Busy(f"disk {disk!r} is used by the process that has it", next_step="end that process")
+    scene.parting.let_go(disk, attached)
+    return {}
+
+
 def _named(scene: Scene, disk: str) -> Filter:
     found = scene.filters.get(disk)
     if found is None:
@@ -238,4 +250,5 @@ _OPERATIONS: Final = {
     "merge": _Operation(_merge, {"disk": str, "bitmap": str}),
     "forget": _Operation(_forget, {"disk": str, "checkpoint": str}),
     "resize": _Operation(_resize, {"disk": str, "size": int}),
+    "detach": _Operation(_detach, {"disk": str}),
 }

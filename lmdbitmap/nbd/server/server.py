@@ -33,7 +33,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Final, NamedTuple
 
-from lmdbitmap.errors import AlreadyExists
+from lmdbitmap.errors import AlreadyExists, Busy
 from lmdbitmap.interfaces import ServedDisk
 from lmdbitmap.nbd import keepalive
 from lmdbitmap.nbd.listeners import InheritedListener, Listener, TcpListener, UnixListener, accepted
@@ -160,6 +160,17 @@ class Server:
             visits = [visit for visit in self._visits if visit.export_name == name]
         for visit in visits:
             visit.cut_off()
+
+    def retire(self, name: str) -> None:
+        """Serve a disk no more that it was made for. Raises `Busy` while a client is connected to it."""
+        with self._lock:
+            clients = sum(visit.export_name == name for visit in self._visits)
+            if clients:
+                raise Busy(
+                    f"disk {name!r} has {clients} {'client' if clients == 1 else 'clients'}",
+                    next_step="shut the guest down, or disconnect who uses the disk, and try again",
+                )
+            self._disks.pop(name, None)
 
     def take_in(self, sock: socket.socket) -> bool:
         """Serve a client that is connected already, and need not begin TLS; whether there was room for it.

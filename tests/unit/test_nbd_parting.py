@@ -1,0 +1,86 @@
+"""Letting go of a served disk, where that is not the owner's to do, or where the disk does not let go cleanly."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from lmdbitmap.errors import Busy, NotFound, StorageError
+from lmdbitmap.filter import Filter
+from lmdbitmap.nbd import control_client
+from lmdbitmap.nbd.control.control import ControlServer
+from lmdbitmap.nbd.server.server import Server
+from tests.tracked import NAME, TrackedDisk, quick_folder
+
+SIZE = 64 * 4096
+
+
+class Owner(NamedTuple):
+    tracked: TrackedDisk
+    attached: Filter
+    filters: dict[str, Filter]
+
+    def call(self, operation: str) -> dict[str, Any]:
+        path = self.tracked.store.control_path(self.attached.disk.uuid)
+        return control_client.call(path, operation, disk=NAME)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with quick_folder() as folder:
+        yield folder
+
+
+@contextmanager
+def owning(folder: Path, *, serves: bool) -> Iterator[Owner]:
+    with ExitStack() as stack:
+        tracked = TrackedDisk(folder, SIZE).clean()
+        stack.callback(tracked.close)
+        filters = {NAME: tracked.attach()}
+        attached = stack.enter_context(filters[NAME])
+        server = Server(filters)
+        stack.callback(server.stop)
+        stack.enter_context(ControlServer(filters, server=server if serves else None))
+        yield Owner(tracked, attached, filters)
+
+
+def test_bits_are_exact_and_the_disk_free_when_it_is_let_go(folder: Path) -> None:
+    with owning(folder, serves=True) as owner:
+        owner.attached.pwrite(b"x", 5 * 4096)
+        assert owner.call("detach") == {}
+        assert owner.filters == {}
+        assert owner.tracked.stored_dirt() == {5}
+        with owner.tracked.attach() as again:
+            assert again.disk.epoch_number == 1
+
+
+def test_an_agent_that_embeds_the_tracker_keeps_its_disk(folder: Path) -> None:
+    with owning(folder, serves=False) as owner:
+        with pytest.raises(Busy, match="is used by the process that has it"):
+            owner.call("detach")
+        owner.attached.pwrite(b"x", 0)
+
+
+def test_a_disk_that_does_not_end_cleanly_is_let_go_all_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_flush() -> None:
+        raise OSError(errno.EIO, "no flush")
+
+    with owning(folder, serves=True) as owner:
+        monkeypatch.setattr(owner.attached.device, "flush", no_flush)
+        caller = control_client.reach(owner.tracked.store.control_path(owner.attached.disk.uuid))
+        assert caller is not None
+        with caller:
+            with pytest.raises(StorageError):
+                caller.call("detach", disk=NAME)
+            with pytest.raises(NotFound, match="is not served by this process"):
+                caller.call("mark", disk=NAME, offset=0, length=1)
+        monkeypatch.undo()
+        with owner.tracked.attach() as again:
+            assert again.disk.epoch_number == 2
