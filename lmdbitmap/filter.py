@@ -41,7 +41,7 @@ from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.snapshot import Snapshot
 from lmdbitmap.tracker.tracking import Tracking, detached_error
 from lmdbitmap.tracker.vouching import Voucher
-from lmdbitmap.work import forks
+from lmdbitmap.work import crew, forks
 
 log = logging.getLogger(__name__)
 
@@ -274,7 +274,9 @@ class Filter(Front):
     def detach(self) -> None:
         """End the session cleanly: bits exact and durable, image flushed, clean flag set. Idempotent.
 
-        If the store refuses, the session stays open on disk, which the next attach takes for a crash.
+        If the store refuses, the session stays open on disk, which the next attach takes for a crash. An interruption
+        (Ctrl-C) is raised when the disk was let go of; only while writes are in flight it is raised at once, and the
+        disk stays attached.
         """
         self._end(self._end_session, self._mark_last_doubts)
 
@@ -294,13 +296,23 @@ class Filter(Front):
             if self._tracking.is_over:
                 return
             self._tracking.is_over = True
-            self._stop_background()
-            before()
+            with (
+                contextlib.ExitStack() as steps
+            ):  # last one first; if one is interrupted (Ctrl-C), the others are done
+                steps.callback(self._end_now, last_act)
+                steps.callback(before)
+                steps.callback(self._stop_background)
+
+    def _end_now(self, last_act: Callable[[], None]) -> None:
+        try:
             with self._tracking.shut(detached_error(self.disk)):
                 try:
                     last_act()
                 finally:
                     self._let_go()
+        except BaseException:  # an interruption, while writes were in flight: then it can be ended once more
+            self._tracking.is_over = self._tracking.gate.is_shut
+            raise
 
     def _mark_last_doubts(self) -> None:
         with contextlib.suppress(LmdbitmapError):  # a store that refuses them refuses what comes next
@@ -308,9 +320,9 @@ class Filter(Front):
 
     def _stop_background(self) -> None:
         self._stop.set()
-        for thread in self._background:
-            if thread.is_alive():
-                thread.join()
+        with contextlib.ExitStack() as threads:
+            for thread in self._background:
+                threads.callback(crew.joined, thread)
 
     def _end_session(self) -> None:
         self.flush()

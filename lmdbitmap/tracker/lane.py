@@ -101,6 +101,10 @@ class Gate:
                 for lane in lanes:
                     self._open(lane)
 
+    @property
+    def is_shut(self) -> bool:
+        return self._shut is not None
+
     def shut(self, refusal: StorageError) -> None:
         """Refuse every write, and every `drained`, from now on. Called inside `drained`."""
         self._shut = refusal

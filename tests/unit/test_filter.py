@@ -20,8 +20,9 @@ from lmdbitmap.filter import Filter, take_checkpoint
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.storage import schema
 from lmdbitmap.store import Writer
-from lmdbitmap.tracker import points, session, tracking
+from lmdbitmap.tracker import lane, points, session, tracking
 from lmdbitmap.tracker.period import Period
+from lmdbitmap.work import crew
 from tests.support import PATIENCE_SECONDS, make_raw_image
 from tests.tracked import NAME, TrackedDisk, blocks_of, trust_of
 
@@ -544,6 +545,47 @@ def test_whoever_detaches_second_waits_for_the_end(tracked: TrackedDisk) -> None
     for thread in (first, second):
         thread.join(PATIENCE_SECONDS)
     assert seen == [True]
+
+
+def test_an_interrupted_detach_is_done_all_the_same(
+    tracked: TrackedDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while a sign of life is waited for: the disk must not stay ours for as long as this process lives."""
+
+    joined = crew.joined
+
+    def joined_and_interrupted(thread: threading.Thread) -> None:
+        joined(thread)
+        raise KeyboardInterrupt
+
+    disk = Filter.attach(tracked.store, NAME)
+    disk.pwrite(b"x", 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(crew, "joined", joined_and_interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            disk.detach()
+    assert not any(thread.is_alive() for thread in disk._background)
+    with tracked.attach() as again:
+        assert dirty(again) == {0}
+
+
+def test_a_detach_that_is_interrupted_while_writes_are_in_flight_can_be_done_once_more(
+    tracked: TrackedDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It must not close the image under them."""
+
+    def interrupted(lanes: object) -> None:
+        raise KeyboardInterrupt
+
+    disk = tracked.attach()
+    with monkeypatch.context() as patched:
+        patched.setattr(lane, "_await_idle", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            disk.detach()
+    disk.pwrite(b"x", 7 * BLOCK)
+    disk.detach()
+    with tracked.attach() as again:
+        assert dirty(again) == {7}
 
 
 # --- adopt ---
