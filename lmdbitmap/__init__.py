@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         LmdbitmapError,
         NotFound,
         OwnerGone,
+        SomeFailed,
         StorageError,
         Untrusted,
     )
@@ -57,11 +58,11 @@ if TYPE_CHECKING:
     from lmdbitmap.notes.holds import Hold
     from lmdbitmap.repository.backup_chain import BackupChain, open_backup
     from lmdbitmap.repository.manifest import BackupEntry, BackupType, CheckpointRef, Reason
-    from lmdbitmap.repository.prune import PruneResult
+    from lmdbitmap.repository.prune import PruneResult, PrunesFailed
     from lmdbitmap.repository.prune import prune as prune_backups
     from lmdbitmap.repository.restore_points import backed_up_disks, backups_of
     from lmdbitmap.repository.retention import Retention
-    from lmdbitmap.repository.transfer import CopyResult, copy_backups
+    from lmdbitmap.repository.transfer import CopiesFailed, CopyResult, copy_backups
     from lmdbitmap.repository.verify import Flaw, VerifyResult
     from lmdbitmap.repository.verify import verify as verify_backups
     from lmdbitmap.restoring.backup_server import serve_backup
@@ -92,6 +93,7 @@ _HOMES = {
     "Changes": "tracker.changes",
     "CheckpointRef": "repository.manifest",
     "ControlServer": "nbd.control.control",
+    "CopiesFailed": "repository.transfer",
     "CopyResult": "repository.transfer",
     "Extent": "extents",
     "FileDevice": "images.device",
@@ -110,6 +112,7 @@ _HOMES = {
     "OwnerGone": "errors",
     "PlainDisk": "images.plain",
     "PruneResult": "repository.prune",
+    "PrunesFailed": "repository.prune",
     "Reason": "repository.manifest",
     "RestoreResult": "restoring.restore",
     "Retention": "repository.retention",
@@ -117,6 +120,7 @@ _HOMES = {
     "ServedSnapshot": "access.served_snapshots",
     "Server": "nbd.server.server",
     "Snapshot": "tracker.snapshot",
+    "SomeFailed": "errors",
     "Standing": "tracker.changes",
     "StorageError": "errors",
     "Store": "store",
@@ -181,6 +185,7 @@ __all__ = [
     "Changes",
     "CheckpointRef",
     "ControlServer",
+    "CopiesFailed",
     "CopyResult",
     "Extent",
     "FileDevice",
@@ -199,6 +204,7 @@ __all__ = [
     "OwnerGone",
     "PlainDisk",
     "PruneResult",
+    "PrunesFailed",
     "Reason",
     "RestoreResult",
     "Retention",
@@ -206,6 +212,7 @@ __all__ = [
     "ServedSnapshot",
     "Server",
     "Snapshot",
+    "SomeFailed",
     "Standing",
     "StorageError",
     "Store",

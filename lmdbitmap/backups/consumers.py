@@ -132,22 +132,22 @@ def merge_unheld(store: Store, way: Access, disk: Disk) -> None:
         log.warning("disk %s: checkpoints that nobody holds stay until later: %s", disk.name, error)
 
 
-def merge_unheld_of(store: Store, names: list[str], open_device: OpenDevice = open_to_read) -> None:
+def merge_unheld_of(store: Store, names: list[str]) -> None:
     """As `merge_unheld`, for whoever has no access to the disks; they are left alone where there is nothing to do."""
     for name in names:
         try:
-            _merge_unheld_of(store, name, open_device)
+            _merge_unheld_of(store, name)
         except LmdbitmapError as error:
             log.warning("disk %s: checkpoints that nobody holds stay until later: %s", name, error)
 
 
-def _merge_unheld_of(store: Store, name: str, open_device: OpenDevice) -> None:
+def _merge_unheld_of(store: Store, name: str) -> None:
     with store.read() as reader:
         disk = chain.find_disk(reader, name)
     with contextlib.ExitStack() as locks:
         is_needed = bool(_locked(store, disk, locks, time.time_ns()) or _locked_copies(store, disk, locks))
     if is_needed:
-        with access(store, [name], open_device) as way:
+        with access(store, [name], open_to_read) as way:
             merge_unheld(store, way, disk)
 
 

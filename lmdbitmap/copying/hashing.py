@@ -35,12 +35,12 @@ _BATCH_CHUNKS: Final = 4
 _READ_AT_ONCE: Final = 256 << 10
 _MOST_IN_MEMORY: Final = 8 << 20
 """Of digests: those of 256 GiB."""
-_MOST_THREADS: Final = 8
+MOST_THREADS: Final = 8
 
 
 def thread_count() -> int:
     """How many threads can compute digests at once."""
-    return min(processors(), _MOST_THREADS)
+    return min(processors(), MOST_THREADS)
 
 
 class ChunkHasher:

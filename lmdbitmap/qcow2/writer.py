@@ -56,6 +56,7 @@ from lmdbitmap.qcow2.layout import (
     zeroed_entries,
 )
 
+_BACKING_FORMAT = b"qcow2"
 _REACH_RESERVE = 1 << 10
 """Clusters: more than are written before `can_point_to_compressed` is asked again."""
 _ANCHORS = 2
@@ -83,7 +84,6 @@ class Qcow2Writer:
         size: int,
         cluster_bits: int = DEFAULT_CLUSTER_BITS,
         backing_file: str | None = None,
-        backing_format: str = "qcow2",
         compression_type: CompressionType = CompressionType.ZLIB,
     ) -> None:
         _check_dimensions(size, cluster_bits)
@@ -93,7 +93,7 @@ class Qcow2Writer:
         self.backing_file = backing_file
         self.compression_type = compression_type
         self._cluster_bits = cluster_bits
-        self._extensions, self._name = _encode_backing(backing_file, backing_format, self.cluster_size)
+        self._extensions, self._name = _encode_backing(backing_file, self.cluster_size)
         self._sink = sink
         self._file_end = self.cluster_size
         self._disk_position = 0
@@ -307,14 +307,14 @@ def _refcount_layout(used_clusters: int, cluster_bits: int) -> tuple[int, int, i
         blocks, table_clusters = needed
 
 
-def _encode_backing(name: str | None, format_name: str, cluster_size: int) -> tuple[bytes, bytes]:
+def _encode_backing(name: str | None, cluster_size: int) -> tuple[bytes, bytes]:
     """The header extensions, and the backing file's name that follows them in the first cluster."""
     end = EXTENSION_STRUCT.pack(EXTENSION_END, 0)
     if name is None:
         return end, b""
-    encoded_name, encoded_format = name.encode(errors="surrogatepass"), format_name.encode()
-    padded_format = encoded_format.ljust(ceil_div(len(encoded_format), 8) * 8, b"\0")
-    extensions = EXTENSION_STRUCT.pack(EXTENSION_BACKING_FORMAT, len(encoded_format)) + padded_format + end
+    encoded_name = name.encode(errors="surrogatepass")
+    padded_format = _BACKING_FORMAT.ljust(ceil_div(len(_BACKING_FORMAT), 8) * 8, b"\0")
+    extensions = EXTENSION_STRUCT.pack(EXTENSION_BACKING_FORMAT, len(_BACKING_FORMAT)) + padded_format + end
     room = min(MAX_BACKING_NAME_BYTES, cluster_size - HEADER_STRUCT.size - len(extensions))
     # QEMU takes what stands before a colon in the first part of a path for a protocol.
     if not 0 < len(encoded_name) <= room or not is_text(encoded_name) or ":" in name.partition("/")[0]:

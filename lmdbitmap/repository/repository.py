@@ -3,7 +3,7 @@
     REPO/<disk>/manifest.json            what each image is; images that it does not name are nobody's backup
     REPO/<disk>/manifest.json.copy       the same once more (manifest_file.py)
     REPO/<disk>/000001-full.qcow2 ...    the images
-    REPO/<disk>/….qcow2.<8 hex>.digests  the SHA-256 of each chunk of an image
+    REPO/<disk>/….qcow2.<8 hex>.digests  the digest of each chunk of an image (digests.py)
     REPO/<disk>/manifest.next            while a prune or copy takes effect: the true manifest, and
     REPO/<disk>/….qcow2.next             images that take the place of those without `.next`, if there are any
     REPO/<disk>/lock                     held by the one backup, prune or copy that writes here

@@ -13,7 +13,7 @@ from functools import partial
 
 from lmdbitmap.copying.copier import Report
 from lmdbitmap.copying.gang import Gang, Work
-from lmdbitmap.copying.hashing import thread_count
+from lmdbitmap.copying.hashing import MOST_THREADS
 from lmdbitmap.images.device import PAGE_BYTES
 from lmdbitmap.qcow2 import Kind, Run
 from lmdbitmap.repository.backup_chain import BackupChain
@@ -43,7 +43,7 @@ class CarryingBack:
 
     def put_all(self, runs: Iterable[Run]) -> None:
         """All is written when it returns, and not synced. Raises `FormatError` for what is not what it was."""
-        Gang(self._new_carrier, most=thread_count()).do(self._announced(runs), self._tell)
+        Gang(self._new_carrier, most=MOST_THREADS).do(self._announced(runs), self._tell)
 
     def _announced(self, runs: Iterable[Run]) -> Iterator[list[Run]]:
         for batch in batches(runs):

@@ -105,9 +105,8 @@ class Follower(Generic[T]):
     pieces of work are done at once.
     """
 
-    def __init__(self, *, spared: Spared = none_spared, busy: int = 1) -> None:
+    def __init__(self, *, spared: Spared = none_spared) -> None:
         self._spared = spared
-        self._busy = busy
         self._thread: threading.Thread | None = None
         self._refused = False
         """The system gives us no thread."""
@@ -122,7 +121,7 @@ class Follower(Generic[T]):
     @property
     def is_beside(self) -> bool:
         """Whether what is handed now would be done by the thread."""
-        return not self._refused and crew_size(1, spared=self._spared(), busy=self._busy) > 0
+        return not self._refused and crew_size(1, spared=self._spared(), busy=1) > 0
 
     def hand(self, work: Callable[[], T]) -> None:
         self._own.append(work)

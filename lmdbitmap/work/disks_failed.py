@@ -12,6 +12,7 @@ from lmdbitmap.errors import (
     InvalidArgument,
     LmdbitmapError,
     NotFound,
+    OwnerGone,
     SomeFailed,
     StorageError,
     Untrusted,
@@ -25,6 +26,7 @@ _CODES: Final = {
     Busy: "busy",
     FormatError: "damaged",
     StorageError: "storage-failed",
+    OwnerGone: "owner-gone",
 }
 
 

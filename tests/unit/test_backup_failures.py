@@ -19,6 +19,7 @@ from lmdbitmap.errors import (
     FormatError,
     LmdbitmapError,
     NotFound,
+    OwnerGone,
     SomeFailed,
     StorageError,
     Untrusted,
@@ -481,3 +482,15 @@ def test_it_is_one_of_several_that_failed() -> None:
     assert isinstance(failed, SomeFailed)
     assert str(failed) == "1 of 1 disks was not backed up: a: it broke; mend it"
     assert code_of(failed.failures["a"]) == "failed"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OwnerGone("it ended", next_step="serve it again"), "owner-gone"),
+        (Busy("somebody has it", next_step="wait"), "busy"),
+        (SomeFailed("some", [], next_step="see"), "failed"),
+    ],
+)
+def test_programs_know_errors_by_a_code(error: LmdbitmapError, code: str) -> None:
+    assert code_of(error) == code

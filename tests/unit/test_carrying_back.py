@@ -104,6 +104,25 @@ def test_progress_comes_to_the_end(disk: BackedUpDisk, tmp_path: Path) -> None:
     assert told[-1] == SIZE
 
 
+def test_one_processor_has_two_at_work(
+    disk: BackedUpDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one waits for a disk, the other one needs the processor."""
+    for module in ("copying.gang", "copying.hashing", "work.crew"):
+        monkeypatch.setattr(f"lmdbitmap.{module}.processors", lambda: 1)
+    workers: list[int] = []
+    new_carrier = CarryingBack._new_carrier
+
+    def counted(carrying: CarryingBack) -> object:
+        workers.append(threading.get_ident())
+        return new_carrier(carrying)
+
+    monkeypatch.setattr(CarryingBack, "_new_carrier", counted)
+    carried(disk, tmp_path / "out.raw")
+    assert len(set(workers)) == 2
+    assert (tmp_path / "out.raw").read_bytes() == disk.content()
+
+
 def _empty(folder: Path) -> Path:
     (folder / "out.raw").touch()
     os.truncate(folder / "out.raw", SIZE)

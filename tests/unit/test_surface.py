@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import lmdbitmap
+import lmdbitmap.errors
 
 LAZY = sorted(set(lmdbitmap.__all__) - {"__version__"})
 
@@ -65,3 +67,16 @@ def test_a_library_user_gets_from_a_store_to_extents(tmp_path: Path) -> None:
             disk.pwrite(b"hello", 100_000)
         extents = list(lmdbitmap.changes_of(store, "sda", since="monday").extents())
     assert extents == [lmdbitmap.Extent(65536, 65536, dirty=True, zero=False)]
+
+
+def test_every_error_that_the_documents_name_is_there() -> None:
+    """Whoever reads that Python raises it wants to catch it."""
+    folder = Path(__file__).parents[2]
+    told = {
+        name
+        for path in [folder / "README.md", *(folder / "docs").glob("*.md")]
+        for name in re.findall(r"`([A-Z][A-Za-z]+)`", path.read_text())
+    }
+    errors = {name for name in told if name.endswith("Failed") or name in vars(lmdbitmap.errors)}
+    assert len(errors) > 5
+    assert errors <= set(lmdbitmap.__all__)

@@ -56,8 +56,6 @@ _WHILE_BOUND_S: Final = 1e7
 _AFTER_BOUND: Final = 6
 """So many times as long as others a caller may be silent when its snapshots are released: it syncs what it read."""
 
-# -- who asks ----------------------------------------------------------------------------------------------
-
 
 class ControlServer:
     """Listens at the control socket of every disk in `filters`, from `start` to `stop`.
@@ -213,6 +211,9 @@ class _Listener:
         with contextlib.suppress(OSError):
             if os.path.samestat(os.lstat(self._path), self._status):
                 os.unlink(self._path)
+
+
+# -- who asks ------------------------------------------------------------------------------------------
 
 
 class _Caller(threading.Thread):
