@@ -46,7 +46,6 @@ from lmdbitmap.backups.backup_plan import Plan, digests_for, newest, plan_for
 from lmdbitmap.backups.backup_result import BackupResult, BackupsFailed
 from lmdbitmap.backups.leftovers import forget, undo_unfinished
 from lmdbitmap.copying import digest_algorithms
-from lmdbitmap.copying.copier import Progress, Report
 from lmdbitmap.copying.digest_algorithms import DigestAlgorithm
 from lmdbitmap.copying.readable import Metered
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError
@@ -64,6 +63,7 @@ from lmdbitmap.tracker.session import OpenDevice
 from lmdbitmap.work.apart import Failures
 from lmdbitmap.work.pace import Pace, pace_of
 from lmdbitmap.work.patience import Patience, require_limits
+from lmdbitmap.work.progress import Progress, Report
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from lmdbitmap.access.access_ways import PointInTime
 from lmdbitmap.backups.backup_plan import DigestChoice, Plan, full_instead
 from lmdbitmap.backups.rescan import differing
 from lmdbitmap.bits import Run
-from lmdbitmap.copying.copier import Copied, ImageFile, Report, cluster_bits_for, copy_clusters
+from lmdbitmap.copying.copier import Copied, ImageFile, copy_clusters
 from lmdbitmap.copying.hashing import ChunkHasher
 from lmdbitmap.copying.readable import Metered, Readable
 from lmdbitmap.errors import FormatError, LmdbitmapError, NotFound, StorageError, Untrusted
@@ -29,7 +29,7 @@ from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Allocation
 from lmdbitmap.notes.holds import HoldFile
 from lmdbitmap.qcow2.compression import Compression
-from lmdbitmap.qcow2.layout import SECTOR, CompressionType
+from lmdbitmap.qcow2.layout import SECTOR, CompressionType, cluster_bits_for
 from lmdbitmap.repository import backup_chain
 from lmdbitmap.repository.backup_chain import BackupChain
 from lmdbitmap.repository.digests import require_algorithms, synced_digests
@@ -47,6 +47,7 @@ from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
 from lmdbitmap.system import files
 from lmdbitmap.tracker.changes import Changes, changes_since
+from lmdbitmap.work.progress import Report
 
 log = logging.getLogger(__name__)
 

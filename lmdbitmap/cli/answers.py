@@ -25,7 +25,7 @@ from lmdbitmap.tracker.changes import Standing, Summary, dirty_bytes_of_period
 
 
 @dataclass(frozen=True)
-class Report:
+class DiskReport:
     """A disk as it stands at this moment."""
 
     disk: Disk
@@ -55,10 +55,10 @@ class Report:
         }
 
 
-def report_on(store: Store, disk: Disk) -> Report:
+def report_on(store: Store, disk: Disk) -> DiskReport:
     asked = ask_changes(store, disk.name)
     holds = consumers.holds_of(store, disk.name)
-    return Report(disk, is_attached(store, disk), asked.since, asked.summary, holds)
+    return DiskReport(disk, is_attached(store, disk), asked.since, asked.summary, holds)
 
 
 def served_words(served: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -133,7 +133,7 @@ def _dirty_bytes(store: Store, disk: Disk, since: Checkpoint, until: Checkpoint 
 
 
 @dataclass(frozen=True)
-class Kept:
+class BitmapReport:
     """A stand-alone bitmap."""
 
     bitmap: Bitmap
@@ -157,9 +157,9 @@ class Kept:
         }
 
 
-def report_on_bitmap(store: Store, bitmap: Bitmap) -> Kept:
+def report_on_bitmap(store: Store, bitmap: Bitmap) -> BitmapReport:
     runs = standalone.runs(store, bitmap)
-    return Kept(bitmap, sum(bitmap.geometry.bytes_of(*run)[1] for run in runs))
+    return BitmapReport(bitmap, sum(bitmap.geometry.bytes_of(*run)[1] for run in runs))
 
 
 def standing_words(standing: Standing) -> str:

@@ -14,7 +14,7 @@ import click
 
 from lmdbitmap.cli.answers import standing_words
 from lmdbitmap.cli.options import Session, verb
-from lmdbitmap.cli.output import Report, progress, say, stream_json, stream_lines
+from lmdbitmap.cli.output import progress, say, stream_json, stream_lines
 from lmdbitmap.cli.ownership import ask_changes, find_disk
 from lmdbitmap.cli.sizes import format_size
 from lmdbitmap.errors import LmdbitmapError, Untrusted
@@ -24,6 +24,7 @@ from lmdbitmap.interfaces import BlockDevice
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.changes import Changes, Standing, unknown_error
+from lmdbitmap.work.progress import Progress
 
 _EXTENTS_PER_REPORT = 4096
 _BOOL = ("false", "true")
@@ -79,7 +80,7 @@ def _image(answer: Changes) -> Iterator[BlockDevice | None]:
         yield device
 
 
-def _reported(extents: Iterable[Extent], size: int, report: Report) -> Iterator[Extent]:
+def _reported(extents: Iterable[Extent], size: int, report: Progress) -> Iterator[Extent]:
     for count, extent in enumerate(extents):
         if count % _EXTENTS_PER_REPORT == 0:
             report(extent.offset, size)

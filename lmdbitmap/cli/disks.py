@@ -9,9 +9,9 @@ import click
 
 from lmdbitmap.access.reach import is_attached
 from lmdbitmap.cli.answers import (
-    Kept,
+    BitmapReport,
+    DiskReport,
     Period,
-    Report,
     confirm,
     periods_of,
     report_on,
@@ -118,7 +118,7 @@ def ls(asked: Session, repository: str | None) -> None:
         say("nothing is tracked yet; begin with `lmdbitmap add`")
 
 
-def _disk_row(report: Report) -> list[str]:
+def _disk_row(report: DiskReport) -> list[str]:
     disk, dirt = report.disk, report.dirt
     return [
         disk.name,
@@ -132,7 +132,7 @@ def _disk_row(report: Report) -> list[str]:
     ]
 
 
-def _bitmap_row(kept: Kept) -> list[str]:
+def _bitmap_row(kept: BitmapReport) -> list[str]:
     size, dirty = format_size(kept.bitmap.size), format_size(kept.dirty_bytes)
     return [kept.bitmap.name or "", size, dirty, kept.standing.trust.value]
 
@@ -161,7 +161,7 @@ def info(asked: Session, name: str) -> None:
 
 def _tell_disk(
     asked: Session,
-    report: Report,
+    report: DiskReport,
     periods: list[Period],
     served: Mapping[str, Any] | None,
     next_step: str | None,
@@ -191,7 +191,7 @@ def _period_row(period: Period) -> list[str]:
     return [checkpoint.name, made, dirt, holder_words(period.holders)]
 
 
-def _portrait(report: Report, next_step: str | None) -> Iterator[tuple[str, str]]:
+def _portrait(report: DiskReport, next_step: str | None) -> Iterator[tuple[str, str]]:
     disk, dirt = report.disk, report.dirt
     yield "disk", f"{disk.name}, {size_words(disk.geometry)}"
     yield "image", disk.image
@@ -208,7 +208,7 @@ def _dirt_words(dirty_bytes: int | None) -> str:
     return "not known any more" if dirty_bytes is None else format_size(dirty_bytes)
 
 
-def _tell_bitmap(asked: Session, kept: Kept) -> None:
+def _tell_bitmap(asked: Session, kept: BitmapReport) -> None:
     if asked.as_json:
         say_json(kept.facts())
         return

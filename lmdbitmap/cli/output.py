@@ -11,11 +11,10 @@ import io
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-Report: TypeAlias = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all) as often as one likes."""
+from lmdbitmap.work.progress import Progress
 
 _ROWS_PER_WRITE = 4096
 
@@ -93,7 +92,7 @@ def say_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, right: 
 
 
 @contextlib.contextmanager
-def progress(label: str, *, shown: bool) -> Iterator[Report]:
+def progress(label: str, *, shown: bool) -> Iterator[Progress]:
     """A bar on stderr that vanishes at the end; where it is not `shown` the reports go nowhere."""
     if not shown:
         yield _ignore

@@ -18,7 +18,7 @@ import click
 from lmdbitmap import render
 from lmdbitmap.cli.changed import ask_or_everything, head_facts, head_words, insist_on_trust
 from lmdbitmap.cli.options import Session, verb
-from lmdbitmap.cli.output import Report, printable, progress, say, stream_json, stream_lines
+from lmdbitmap.cli.output import printable, progress, say, stream_json, stream_lines
 from lmdbitmap.cli.sizes import format_size
 from lmdbitmap.errors import AlreadyExists
 from lmdbitmap.extents import Trust
@@ -27,6 +27,7 @@ from lmdbitmap.render import Caption, Cell, DirtMap, Shade
 from lmdbitmap.store import Store
 from lmdbitmap.system import files
 from lmdbitmap.tracker.changes import Changes, Slice, Standing
+from lmdbitmap.work.progress import Progress
 
 _COLUMNS, _ROWS = 64, 16
 """Of the map in words and in JSON, whatever the terminal: the same disk has the same cells everywhere."""
@@ -84,7 +85,7 @@ def show(
     insist_on_trust(answer)
 
 
-def _look_at(answer: Changes, report: Report) -> _Seen:
+def _look_at(answer: Changes, report: Progress) -> _Seen:
     text_map = DirtMap(answer.geometry, _COLUMNS, _ROWS)
     picture_map = DirtMap(answer.geometry, _PICTURE_COLUMNS, _PICTURE_ROWS)
     loose = False
@@ -95,7 +96,7 @@ def _look_at(answer: Changes, report: Report) -> _Seen:
     return _Seen(text_map, picture_map, answer.standing_if(loose=loose))
 
 
-def _reported(answer: Changes, report: Report) -> Iterator[Slice]:
+def _reported(answer: Changes, report: Progress) -> Iterator[Slice]:
     for part in answer.slices():
         report(answer.geometry.bytes_of(0, part.region * REGION_BLOCKS)[1], answer.disk.size)
         yield part

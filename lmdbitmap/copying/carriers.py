@@ -14,12 +14,12 @@ from functools import partial
 from typing import Protocol, TypeAlias
 
 from lmdbitmap.bits import Run
-from lmdbitmap.copying.gang import Gang, Work
 from lmdbitmap.copying.loads import Load, Loads, Stretch
 from lmdbitmap.errors import os_errors_at
 from lmdbitmap.interfaces import Buffer
 from lmdbitmap.qcow2 import Qcow2Writer, Sink
 from lmdbitmap.work.buffers import new_buffer
+from lmdbitmap.work.gang import Gang, Work
 
 Advance: TypeAlias = Callable[[int], None]
 """Called with bytes of the device that were done, in the caller's thread; what it raises ends the work."""

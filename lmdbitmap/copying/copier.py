@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterable
-from typing import NamedTuple, TypeAlias
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from lmdbitmap.bits import Run
 from lmdbitmap.copying.carriers import Carriers, Hashing, ImageSink, Shelf
@@ -17,23 +17,13 @@ from lmdbitmap.errors import os_errors_at
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Buffer
 from lmdbitmap.qcow2 import (
-    DEFAULT_CLUSTER_BITS,
     CompressingWriter,
     Compression,
     CompressionType,
     Qcow2Writer,
     Sink,
 )
-from lmdbitmap.qcow2.layout import MAX_L1_ENTRIES, l1_entries
-
-Progress: TypeAlias = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all), in the thread that works; what it raises ends the work."""
-
-_BYTES_BETWEEN_REPORTS = 4 << 20
-
-
-SMALLEST_CLUSTER_BITS = 12
-"""A page. Smaller clusters save nothing on file systems that store pages, and cost tables."""
+from lmdbitmap.work.progress import Report
 
 
 class Copied(NamedTuple):
@@ -42,41 +32,6 @@ class Copied(NamedTuple):
     bytes_changed: int
     bytes_zero: int
     bytes_stored: int
-
-
-class Report:
-    """Tells of progress every few megabytes, over all the images of a run."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self._progress = progress
-        self._total = total
-        self._done = 0
-        self._told = 0
-
-    def advance(self, length: int) -> None:
-        # Rounding outward to clusters may copy more than was dirty.
-        self._done = min(self._done + length, self._total)
-        news = self._done - self._told
-        if news >= _BYTES_BETWEEN_REPORTS or (news and self._done == self._total):
-            self._told = self._done
-            self.repeat()
-
-    def repeat(self) -> None:
-        """Tell how far it is, also where it is no further: whoever listens may want to cancel."""
-        if self._progress is not None:
-            self._progress(self._done, self._total)
-
-    def reach(self, done: int) -> None:
-        """At least so many bytes are done."""
-        self.advance(max(done - self._done, 0))
-
-    def reach_all_but(self, rest: int) -> None:
-        """No more than so many bytes are to be done yet."""
-        self.reach(self._total - rest)
-
-    def expect(self, length: int) -> None:
-        """So many bytes more will be done than was said in the beginning."""
-        self._total += length
 
 
 class ImageFile:
@@ -94,18 +49,6 @@ class ImageFile:
                 if count == 0:
                     raise OSError(errno.EIO, "it takes no more bytes")
                 rest, offset = rest[count:], offset + count
-
-
-def cluster_bits_for(disk: Geometry) -> int:
-    """A cluster is a block of the bitmap where that is 4 KiB to 64 KiB, and more if the disk needs it.
-
-    A smaller cluster would store no less, as a whole block is dirty; a larger one would, by rounding outward.
-    From 64 KiB on, QEMU's own default, larger ones would only cost a guest that writes to the image more copying.
-    """
-    cluster_bits = min(max(disk.granularity_bits, SMALLEST_CLUSTER_BITS), DEFAULT_CLUSTER_BITS)
-    while l1_entries(disk.size, cluster_bits) > MAX_L1_ENTRIES // 2:
-        cluster_bits += 1
-    return cluster_bits
 
 
 def copy_clusters(

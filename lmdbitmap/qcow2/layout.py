@@ -8,12 +8,14 @@ import sys
 from array import array
 from typing import Final, NamedTuple
 
-from lmdbitmap.geometry import ceil_div
+from lmdbitmap.geometry import Geometry, ceil_div
 
 MAGIC: Final = b"QFI\xfb"
 VERSION: Final = 3
 SECTOR: Final = 512
 MIN_CLUSTER_BITS, MAX_CLUSTER_BITS, DEFAULT_CLUSTER_BITS = 9, 21, 16
+SMALLEST_WANTED_CLUSTER_BITS: Final = 12
+"""A page. Smaller clusters save nothing on file systems that store pages, and cost tables."""
 MIN_HEADER_BYTES: Final = 104
 MAX_BACKING_NAME_BYTES: Final = 1023
 MAX_L1_ENTRIES: Final = (32 << 20) // 8
@@ -74,6 +76,23 @@ class Header(NamedTuple):
 def l1_entries(size: int, cluster_bits: int) -> int:
     """L2 tables that map a disk of `size` bytes: each is a cluster of 8-byte entries, one for a cluster."""
     return ceil_div(size, 1 << (2 * cluster_bits - 3))
+
+
+def cluster_bits_like(granularity_bits: int) -> int:
+    """A cluster is a block of the bitmap where that is 4 KiB to 64 KiB.
+
+    A smaller cluster would store no less, as a whole block is dirty; a larger one would, by rounding outward.
+    From 64 KiB on, QEMU's own default, larger ones would only cost a guest that writes to the image more copying.
+    """
+    return min(max(granularity_bits, SMALLEST_WANTED_CLUSTER_BITS), DEFAULT_CLUSTER_BITS)
+
+
+def cluster_bits_for(disk: Geometry) -> int:
+    """As `cluster_bits_like`, and more if the disk needs it."""
+    cluster_bits = cluster_bits_like(disk.granularity_bits)
+    while l1_entries(disk.size, cluster_bits) > MAX_L1_ENTRIES // 2:
+        cluster_bits += 1
+    return cluster_bits
 
 
 def compressed_entry(offset: int, length: int, cluster_bits: int) -> int:

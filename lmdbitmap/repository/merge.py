@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from lmdbitmap.copying.copier import Copied, ImageFile, Report
+from lmdbitmap.copying.copier import Copied, ImageFile
 from lmdbitmap.errors import os_errors_at
 from lmdbitmap.images.file_copy import PIECE_BYTES, FileCopier
 from lmdbitmap.images.file_pool import FilePool, PooledFile
@@ -27,6 +27,7 @@ from lmdbitmap.qcow2.layout import SECTOR, CompressionType
 from lmdbitmap.repository.backup_chain import image_reader
 from lmdbitmap.repository.manifest import BackupEntry
 from lmdbitmap.repository.repository import BackupFolder
+from lmdbitmap.work.progress import Report
 
 
 class View:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from datetime import tzinfo
 from typing import NamedTuple
 
-from lmdbitmap.copying.copier import Copied, Progress, Report
+from lmdbitmap.copying.copier import Copied
 from lmdbitmap.copying.hashing import ChunkHasher
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError
 from lmdbitmap.extents import Trust
@@ -41,6 +41,7 @@ from lmdbitmap.system import files
 from lmdbitmap.work.apart import Failures
 from lmdbitmap.work.disks_failed import DisksFailed
 from lmdbitmap.work.patience import Patience
+from lmdbitmap.work.progress import Progress, Report
 
 
 @dataclass(frozen=True, slots=True)

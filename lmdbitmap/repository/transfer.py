@@ -23,7 +23,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from lmdbitmap.copying.copier import Progress, Report
 from lmdbitmap.errors import (
     AlreadyExists,
     Busy,
@@ -43,6 +42,7 @@ from lmdbitmap.system import files
 from lmdbitmap.work.apart import Failures
 from lmdbitmap.work.disks_failed import DisksFailed
 from lmdbitmap.work.patience import Patience
+from lmdbitmap.work.progress import Progress, Report
 
 _USE_ANOTHER = "look at it with `verify`, and get the file from another copy of the repository"
 

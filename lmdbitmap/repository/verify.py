@@ -26,7 +26,6 @@ from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
-from lmdbitmap.copying.copier import Progress, Report
 from lmdbitmap.copying.digest_algorithms import DIGEST_BYTES
 from lmdbitmap.copying.hashing import digest_at, thread_count
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError, NotFound, os_errors_at
@@ -36,6 +35,7 @@ from lmdbitmap.repository.backup_chain import are_still, image_reader
 from lmdbitmap.repository.digests import found_digest, read_digests, require_algorithms
 from lmdbitmap.repository.manifest import BackupEntry, ChunkDigests, Manifest, chain_to, id_at
 from lmdbitmap.repository.repository import BackupFolder, folders_of
+from lmdbitmap.work.progress import Progress, Report
 
 MAX_FLAWS = 1000
 """Told one by one; more are counted."""

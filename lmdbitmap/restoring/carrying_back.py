@@ -11,8 +11,6 @@ import threading
 from collections.abc import Iterable, Iterator
 from functools import partial
 
-from lmdbitmap.copying.copier import Report
-from lmdbitmap.copying.gang import Gang, Work
 from lmdbitmap.copying.hashing import MOST_THREADS
 from lmdbitmap.images.device import PAGE_BYTES
 from lmdbitmap.qcow2 import Kind, Run
@@ -22,6 +20,8 @@ from lmdbitmap.restoring.putting_back import zeroed
 from lmdbitmap.system import linux
 from lmdbitmap.targets.target import Target
 from lmdbitmap.work.buffers import new_buffer
+from lmdbitmap.work.gang import Gang, Work
+from lmdbitmap.work.progress import Report
 
 
 class CarryingBack:

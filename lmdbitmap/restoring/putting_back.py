@@ -11,13 +11,13 @@ import contextlib
 from collections.abc import Iterable
 from typing import Protocol
 
-from lmdbitmap.copying.copier import Report
 from lmdbitmap.qcow2 import Kind, Run
 from lmdbitmap.repository.backup_chain import BackupChain
 from lmdbitmap.restoring.making_ready import made_ready
 from lmdbitmap.targets.differences import CHUNK_BYTES, Mender, allocated, chunks
 from lmdbitmap.targets.target import Target
 from lmdbitmap.work.buffers import new_buffer
+from lmdbitmap.work.progress import Report
 
 _STORED = (Kind.DATA, Kind.COMPRESSED)
 

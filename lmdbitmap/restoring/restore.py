@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
-from lmdbitmap.copying.copier import Progress, Report
 from lmdbitmap.qcow2 import Kind, Run
 from lmdbitmap.repository import backup_chain
 from lmdbitmap.repository.backup_chain import BackupChain
@@ -30,6 +29,7 @@ from lmdbitmap.restoring.making_ready import made_ready
 from lmdbitmap.restoring.putting_back import Comparing, Overwriting, PuttingBack
 from lmdbitmap.store import Store
 from lmdbitmap.targets.target import Target, opened_target
+from lmdbitmap.work.progress import Progress, Report
 
 _TAIL_BYTES = 1 << 30
 _TELL_AGAIN_S = 0.5

@@ -37,7 +37,6 @@ from lmdbitmap.access.access import Access, access, open_to_read, reading
 from lmdbitmap.access.access_ways import FREEZE_LIMIT_S, OWNER_LIMIT_S, PointInTime
 from lmdbitmap.backups import consumers
 from lmdbitmap.bits import Run
-from lmdbitmap.copying.copier import Progress, Report, cluster_bits_for
 from lmdbitmap.copying.pieces import Pieces
 from lmdbitmap.errors import LmdbitmapError, StorageError, os_errors_at
 from lmdbitmap.extents import Trust
@@ -45,6 +44,7 @@ from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import BlockDevice, Buffer
 from lmdbitmap.notes.holds import HoldFile, UnderWay
+from lmdbitmap.qcow2.layout import cluster_bits_for
 from lmdbitmap.storage.schema import Checkpoint, Disk
 from lmdbitmap.store import Store
 from lmdbitmap.streams.rbd_diff import Encoder, Head
@@ -52,6 +52,7 @@ from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.changes import Changes, changes_since
 from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.session import OpenDevice
+from lmdbitmap.work.progress import Progress, Report
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from lmdbitmap.copying.copier import Progress, Report
 from lmdbitmap.errors import AlreadyExists, InvalidArgument, LmdbitmapError, NotFound, os_errors_at
 from lmdbitmap.images.image import is_far, open_image
 from lmdbitmap.interfaces import BlockDevice
@@ -45,6 +44,7 @@ from lmdbitmap.targets.target import (
     unless_larger,
 )
 from lmdbitmap.work.buffers import new_buffer
+from lmdbitmap.work.progress import Progress, Report
 
 _PLACE = "the stream"
 _READ_BYTES = 1 << 20

@@ -34,7 +34,6 @@ from lmdbitmap.access.access import Access, access, reading
 from lmdbitmap.access.access_ways import FREEZE_LIMIT_S, OWNER_LIMIT_S, PointInTime
 from lmdbitmap.backups import consumers
 from lmdbitmap.bits import Run
-from lmdbitmap.copying.copier import Progress, Report, cluster_bits_for
 from lmdbitmap.copying.pieces import Pieces
 from lmdbitmap.copying.readable import Metered
 from lmdbitmap.errors import Busy, LmdbitmapError, Untrusted
@@ -44,6 +43,7 @@ from lmdbitmap.geometry import Geometry
 from lmdbitmap.images.image import lasting_name, open_image
 from lmdbitmap.interfaces import TrackableDevice
 from lmdbitmap.notes.sync_note import At, NoteFile, Sizes, checkpoint_name, is_checkpoint_name
+from lmdbitmap.qcow2.layout import cluster_bits_for
 from lmdbitmap.repository.manifest import Reason
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
@@ -56,6 +56,7 @@ from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.session import OpenDevice
 from lmdbitmap.work.pace import Pace, pace_of
 from lmdbitmap.work.patience import Patience, require_limits
+from lmdbitmap.work.progress import Progress, Report
 
 log = logging.getLogger(__name__)
 

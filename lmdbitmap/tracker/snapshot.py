@@ -32,13 +32,13 @@ from typing import Final
 
 from lmdbitmap import bits
 from lmdbitmap.bits import BitView, Run
-from lmdbitmap.copying.copier import cluster_bits_for
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError, NotFound, StorageError
 from lmdbitmap.geometry import Geometry, ceil_div, check_range
 from lmdbitmap.images.device import DATA, HOLE
 from lmdbitmap.images.plain import PlainLane
 from lmdbitmap.images.read_only import ReadOnlyDevice
 from lmdbitmap.interfaces import Allocation, BlockDevice, joined, overlaid
+from lmdbitmap.qcow2.layout import cluster_bits_for, cluster_bits_like
 from lmdbitmap.storage.schema import Checkpoint, Disk
 from lmdbitmap.store import Store
 from lmdbitmap.tracker.changes import Changes, changes
@@ -55,8 +55,6 @@ from lmdbitmap.work.buffers import new_buffer
 
 log = logging.getLogger(__name__)
 
-SMALLEST_CLUSTER_BITS: Final = 12
-LARGEST_CLUSTER_BITS: Final = 16
 _COPY_BYTES: Final = 1 << 20
 """Read and kept at once."""
 
@@ -71,8 +69,7 @@ class Snapshot(ReadOnlyDevice):
         self.store = store
         self.disk = disk
         """As it was described then."""
-        cluster_bits = min(max(disk.granularity_bits, SMALLEST_CLUSTER_BITS), LARGEST_CLUSTER_BITS)
-        self.clusters = Geometry(disk.size, cluster_bits)
+        self.clusters = Geometry(disk.size, cluster_bits_like(disk.granularity_bits))
         self.broken: str | None = None
         self.before_release: Callable[[], None] = lambda: None
         self.guests_are_quiet: Callable[[], bool] = lambda: False
@@ -86,7 +83,7 @@ class Snapshot(ReadOnlyDevice):
         """A bit for each cluster that was read and will not be again; None where any may be read again."""
         self._keeping = threading.Lock()
         """Held by whoever changes states."""
-        self._slot_count = min(file.limit_bytes >> cluster_bits, MOST_SLOTS)
+        self._slot_count = min(file.limit_bytes >> self.clusters.granularity_bits, MOST_SLOTS)
         self._used_slots = 0
         self._readers = 0
         self._reading = threading.Condition()

@@ -34,9 +34,7 @@ from lmdbitmap.store import WENT_BACK, Reader, Store
 from lmdbitmap.tracker import continuity, session
 from lmdbitmap.tracker.changes import open_period_standing
 from lmdbitmap.upkeep.check_folder import remarks_on
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes of disk whose records were read, bytes in all)."""
+from lmdbitmap.work.progress import Progress
 
 _START_ANEW = (
     "make a full backup; if this stays, stop what uses the store, move its folder lmdb aside, and the next command"

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import TypeAlias
+from collections.abc import Iterator
 
 from lmdbitmap.errors import LmdbitmapError, error_from_os
-
-Listener: TypeAlias = Callable[[int, int], None]
+from lmdbitmap.work.progress import Progress
 
 
 class Failures:
@@ -36,7 +34,7 @@ class Failures:
                 raise
             self.errors[name] = error_from_os(str(refusal.filename or name), refusal)
 
-    def heeding(self, listener: Listener | None) -> Listener | None:
+    def heeding(self, listener: Progress | None) -> Progress | None:
         """The listener, whose exceptions end the run, of whatever class they are: so it is cancelled."""
         if listener is None:
             return None

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap.bits import Run
-from lmdbitmap.copying.copier import Copied, ImageFile, Report, copy_clusters
+from lmdbitmap.copying.copier import Copied, ImageFile, copy_clusters
 from lmdbitmap.copying.digest_algorithms import DigestAlgorithm
 from lmdbitmap.copying.hashing import CHUNK_BYTES, ChunkHasher
 from lmdbitmap.errors import NotFound, StorageError
@@ -20,6 +20,7 @@ from lmdbitmap.geometry import Geometry
 from lmdbitmap.images.device import MemoryDevice
 from lmdbitmap.interfaces import Buffer
 from lmdbitmap.work.crew import Spared, none_spared
+from lmdbitmap.work.progress import Report
 from tests.naive_digests import naive_digests
 from tests.qcow2_model import naive_chain_read
 from tests.spared import EACH, MORE_THAN_THERE_ARE

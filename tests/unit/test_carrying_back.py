@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.copying.copier import Report
 from lmdbitmap.errors import FormatError
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.images.file_pool import PooledFile
@@ -22,6 +21,7 @@ from lmdbitmap.repository.backup_chain import BackupChain
 from lmdbitmap.restoring.carrying_back import CarryingBack
 from lmdbitmap.system import linux
 from lmdbitmap.targets.target import Target
+from lmdbitmap.work.progress import Report
 from tests.backed_up import BackedUpDisk
 
 pytestmark = pytest.mark.in_memory
@@ -108,7 +108,7 @@ def test_one_processor_has_two_at_work(
     disk: BackedUpDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While one waits for a disk, the other one needs the processor."""
-    for module in ("copying.gang", "copying.hashing", "work.crew"):
+    for module in ("work.gang", "copying.hashing", "work.crew"):
         monkeypatch.setattr(f"lmdbitmap.{module}.processors", lambda: 1)
     workers: list[int] = []
     new_carrier = CarryingBack._new_carrier

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap.bits import regrain_outward
-from lmdbitmap.copying.copier import Copied, ImageFile, Report, cluster_bits_for, copy_clusters
+from lmdbitmap.copying.copier import Copied, ImageFile, copy_clusters
 from lmdbitmap.copying.readable import CHUNK_BYTES
 from lmdbitmap.errors import StorageError
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.images.device import MemoryDevice
 from lmdbitmap.qcow2 import Kind, Qcow2Reader
 from lmdbitmap.qcow2.compression import chosen
+from lmdbitmap.qcow2.layout import cluster_bits_for
+from lmdbitmap.work.progress import Report
 from tests.qcow2_model import MemoryFile, naive_chain_read
 
 CLUSTER = 8192

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from lmdbitmap.copying.gang import Gang
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.work.crew import Spared, none_spared
+from lmdbitmap.work.gang import Gang
 from tests.spared import EACH, MORE_THAN_THERE_ARE
 
 PATIENCE_S = 10.0
@@ -233,7 +233,7 @@ def test_whoever_interrupts_the_end_waits_for_it_nevertheless(
     helpers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first interruption ends the work, the others come while that is waited for."""
-    monkeypatch.setattr("lmdbitmap.copying.gang.processors", lambda: helpers + 1)
+    monkeypatch.setattr("lmdbitmap.work.gang.processors", lambda: helpers + 1)
     monkeypatch.setattr("lmdbitmap.work.crew.processors", lambda: helpers + 1)
     working, let = threading.Semaphore(0), threading.Event()
     ended: list[int] = []

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.copying.copier import ImageFile, Report
+from lmdbitmap.copying.copier import ImageFile
 from lmdbitmap.images.file_pool import FilePool
 from lmdbitmap.qcow2 import Qcow2Writer
 from lmdbitmap.repository.manifest import BackupEntry, Manifest
 from lmdbitmap.repository.merge import View, write_merged
 from lmdbitmap.repository.repository import BackupFolder
 from lmdbitmap.restoring.restore import restore
+from lmdbitmap.work.progress import Report
 from tests.support import requires, run
 from tests.unit.test_manifest import DISK, entry
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.copying.copier import Report
 from lmdbitmap.images.device import PAGE_BYTES
 from lmdbitmap.repository import backup_chain
 from lmdbitmap.repository.backup_chain import BackupChain
 from lmdbitmap.restoring.putting_back import Comparing, Overwriting
 from lmdbitmap.targets.target import Target
+from lmdbitmap.work.progress import Report
 from tests.backed_up import BackedUpDisk
 from tests.watched import Watched, differing_pages
 

@@ -1,0 +1,46 @@
+"""How far a job is: told to whoever listens, who may end the job by what he raises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, TypeAlias
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all), in the thread that works; what it raises ends the work."""
+
+_BYTES_BETWEEN_REPORTS: Final = 4 << 20
+
+
+class Report:
+    """Tells of progress every few megabytes, over all the images of a run."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._done = 0
+        self._told = 0
+
+    def advance(self, length: int) -> None:
+        # Rounding outward to clusters may copy more than was dirty.
+        self._done = min(self._done + length, self._total)
+        news = self._done - self._told
+        if news >= _BYTES_BETWEEN_REPORTS or (news and self._done == self._total):
+            self._told = self._done
+            self.repeat()
+
+    def repeat(self) -> None:
+        """Tell how far it is, also where it is no further: whoever listens may want to cancel."""
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+    def reach(self, done: int) -> None:
+        """At least so many bytes are done."""
+        self.advance(max(done - self._done, 0))
+
+    def reach_all_but(self, rest: int) -> None:
+        """No more than so many bytes are to be done yet."""
+        self.reach(self._total - rest)
+
+    def expect(self, length: int) -> None:
+        """So many bytes more will be done than was said in the beginning."""
+        self._total += length
