@@ -104,12 +104,13 @@ _BACKUP_AND_DIE = f"""
 import os, signal, sys, threading
 from lmdbitmap import store
 from lmdbitmap.backups import backup
-from lmdbitmap.copying import carriers, gang
+from lmdbitmap.copying import carriers
 from lmdbitmap.notes import holds
 from lmdbitmap.repository import repository
 from lmdbitmap.repository.manifest import BackupType
 from lmdbitmap.system import files
 from lmdbitmap.tracker import session
+from lmdbitmap.work import gang
 
 store_path, repository_path, kind, fatal_step = sys.argv[1:]
 steps = 0

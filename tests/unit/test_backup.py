@@ -18,7 +18,6 @@ import pytest
 from lmdbitmap.backups import backup as backup_module
 from lmdbitmap.backups import backup_plan
 from lmdbitmap.backups.backup import backup
-from lmdbitmap.copying import copier
 from lmdbitmap.errors import (
     AlreadyExists,
     Busy,
@@ -38,6 +37,7 @@ from lmdbitmap.storage import schema
 from lmdbitmap.storage.schema import DEFERRED
 from lmdbitmap.tracker import session
 from lmdbitmap.upkeep.check import Gravity, check_store
+from lmdbitmap.work import progress
 from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
 from tests.support import make_raw_image, no_ascii
 from tests.tracked import NAME
@@ -190,7 +190,7 @@ def test_a_full_backup_in_place_of_a_rescan_tells_how_far_it_is(
     rotten: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And so can be cancelled, though the rescan told as much already."""
-    monkeypatch.setattr(copier, "_BYTES_BETWEEN_REPORTS", BLOCK)
+    monkeypatch.setattr(progress, "_BYTES_BETWEEN_REPORTS", BLOCK)
     told_of: list[tuple[int, int]] = []
     backup(rotten.store, [NAME], rotten.folder / "backups", progress=lambda *news: told_of.append(news))
     done = [number for number, _ in told_of]
