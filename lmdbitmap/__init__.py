@@ -56,8 +56,9 @@ if TYPE_CHECKING:
     from lmdbitmap.nbd.control.held import HeldSnapshots
     from lmdbitmap.nbd.server.server import Server
     from lmdbitmap.notes.holds import Hold
+    from lmdbitmap.notes.references import CheckpointRef, Reason
     from lmdbitmap.repository.backup_chain import BackupChain, open_backup
-    from lmdbitmap.repository.manifest import BackupEntry, BackupType, CheckpointRef, Reason
+    from lmdbitmap.repository.manifest import BackupEntry, BackupType
     from lmdbitmap.repository.prune import PruneResult, PrunesFailed
     from lmdbitmap.repository.prune import prune as prune_backups
     from lmdbitmap.repository.restore_points import backed_up_disks, backups_of
@@ -91,7 +92,7 @@ _HOMES = {
     "BackupsFailed": "backups.backup_result",
     "Busy": "errors",
     "Changes": "tracker.changes",
-    "CheckpointRef": "repository.manifest",
+    "CheckpointRef": "notes.references",
     "ControlServer": "nbd.control.control",
     "CopiesFailed": "repository.transfer",
     "CopyResult": "repository.transfer",
@@ -113,7 +114,7 @@ _HOMES = {
     "PlainDisk": "images.plain",
     "PruneResult": "repository.prune",
     "PrunesFailed": "repository.prune",
-    "Reason": "repository.manifest",
+    "Reason": "notes.references",
     "RestoreResult": "restoring.restore",
     "Retention": "repository.retention",
     "Scratch": "tracker.scratch",

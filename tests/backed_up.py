@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmdbitmap.backups.backup import backup
+from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.repository.manifest import BackupEntry, BackupType, Manifest
-from lmdbitmap.repository.repository import BackupFolder, is_checkpoint_name
+from lmdbitmap.repository.repository import BackupFolder
 from lmdbitmap.restoring.restore import restore
 from tests.support import PATIENCE_SECONDS
 from tests.tracked import NAME, TrackedDisk
@@ -86,7 +87,7 @@ class BackedUpDisk(TrackedDisk, Repositories):
 
     def backup_checkpoints(self) -> list[str]:
         """The checkpoints that backups hold, or left behind."""
-        return [name for name in self.checkpoints() if is_checkpoint_name(name)]
+        return [name for name in self.checkpoints() if Maker.BACKUP.named(name)]
 
     def backup_and_die(self, step: int, kind: BackupType = INCREMENTAL, to: str = "backups") -> list[str]:
         """Have a child make a backup and die after its nth step; answers its steps. It outlives the last one."""

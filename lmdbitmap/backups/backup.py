@@ -50,10 +50,12 @@ from lmdbitmap.copying.digest_algorithms import DigestAlgorithm
 from lmdbitmap.copying.readable import Metered
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError
 from lmdbitmap.filter import Filter
+from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.notes.holds import HoldFile, UnderWay
+from lmdbitmap.notes.references import CheckpointRef, Reason
 from lmdbitmap.qcow2.compression import Compression, chosen
-from lmdbitmap.repository.manifest import BackupType, CheckpointRef, Manifest, NewerManifest, Reason
-from lmdbitmap.repository.repository import BackupFolder, Unfinished, checkpoint_name
+from lmdbitmap.repository.manifest import BackupType, Manifest, NewerManifest
+from lmdbitmap.repository.repository import BackupFolder, Unfinished
 from lmdbitmap.storage import founding, mending
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
@@ -284,7 +286,7 @@ def _one_point_in_time(
 ) -> list[Source]:
     """Note what will be made, then take one checkpoint on all disks that take part, or on none."""
     time_ns = time.time_ns()
-    name = checkpoint_name(time_ns)
+    name = Maker.BACKUP.new_name(time_ns)
     for job in jobs:
         with _apart(failures, store, job):
             _note(store, job, name, time_ns)

@@ -28,19 +28,13 @@ from lmdbitmap.extents import Trust
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Allocation
 from lmdbitmap.notes.holds import HoldFile
+from lmdbitmap.notes.references import CheckpointRef
 from lmdbitmap.qcow2.compression import Compression
 from lmdbitmap.qcow2.layout import SECTOR, CompressionType, cluster_bits_for
 from lmdbitmap.repository import backup_chain
 from lmdbitmap.repository.backup_chain import BackupChain
 from lmdbitmap.repository.digests import require_algorithms, synced_digests
-from lmdbitmap.repository.manifest import (
-    BackupEntry,
-    BackupType,
-    CheckpointRef,
-    ChunkDigests,
-    Manifest,
-    chain_to,
-)
+from lmdbitmap.repository.manifest import BackupEntry, BackupType, ChunkDigests, Manifest, chain_to
 from lmdbitmap.repository.proof import Whole, proven_beside
 from lmdbitmap.repository.repository import BackupFolder, Unfinished, image_name
 from lmdbitmap.storage.schema import Disk

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from lmdbitmap.errors import LmdbitmapError
-from lmdbitmap.repository.manifest import BackupEntry, Reason
+from lmdbitmap.notes.references import Reason
+from lmdbitmap.repository.manifest import BackupEntry
 from lmdbitmap.work.disks_failed import DisksFailed
 
 _FULL: Final = "`backup --full`"

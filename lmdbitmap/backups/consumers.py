@@ -26,10 +26,11 @@ from lmdbitmap.access.access import Access, access, open_to_read
 from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, NotFound
 from lmdbitmap.filter import Filter
 from lmdbitmap.notes import holds, sync_note
+from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.notes.holds import DROPPED, LAPSED, Hold, HoldFile
+from lmdbitmap.notes.references import Reason
 from lmdbitmap.notes.sync_note import NoteFile
-from lmdbitmap.repository.manifest import Reason
-from lmdbitmap.repository.repository import BackupFolder, is_checkpoint_name
+from lmdbitmap.repository.repository import BackupFolder
 from lmdbitmap.storage.schema import Checkpoint, Disk
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain
@@ -108,7 +109,7 @@ def holders_of(store: Store, disk: Disk) -> Callable[[Checkpoint], list[Holder]]
 
 def _kind_of(member: Checkpoint) -> str:
     """Of one that no note names."""
-    if is_checkpoint_name(member.name) or sync_note.is_checkpoint_name(member.name):
+    if any(maker.named(member.name) for maker in Maker):
         return "unknown"
     return "tracker" if member.name.startswith("epoch-") else "person"
 
@@ -185,7 +186,7 @@ def _locked_copies(store: Store, disk: Disk, locks: contextlib.ExitStack) -> lis
 
 
 def _merge_of_copies(store: Store, way: Access, disk: Disk, files: list[NoteFile]) -> None:
-    names = {name for file in files for name in file.note.unneeded if sync_note.is_checkpoint_name(name)}
+    names = {name for file in files for name in file.note.unneeded if Maker.SYNC.named(name)}
     if names:
         way.forget(disk, lambda member: member.name in names)
     left = {member.name for member in _members(store, disk)}

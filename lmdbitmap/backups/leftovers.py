@@ -11,7 +11,8 @@ from collections.abc import Callable, Collection
 from typing import Final
 
 from lmdbitmap.access.access import Access
-from lmdbitmap.repository.repository import BackupFolder, Unfinished, is_checkpoint_name
+from lmdbitmap.notes.checkpoint_names import Maker
+from lmdbitmap.repository.repository import BackupFolder, Unfinished
 from lmdbitmap.storage.schema import Checkpoint, Disk
 
 _MOST_LATE: Final = 16
@@ -44,4 +45,4 @@ def undo_unfinished(
 
 def forget(way: Access, disk: Disk, is_unneeded: Callable[[Checkpoint], bool]) -> list[str]:
     """Merge checkpoints of backups, and no others, into the ones before. Answers the names of those that stay."""
-    return way.forget(disk, lambda member: is_checkpoint_name(member.name) and is_unneeded(member))
+    return way.forget(disk, lambda member: Maker.BACKUP.named(member.name) and is_unneeded(member))

@@ -35,7 +35,8 @@ from lmdbitmap.store import Store
 
 if TYPE_CHECKING:
     from lmdbitmap.backups.backup_result import BackupResult, BackupsFailed
-    from lmdbitmap.repository.manifest import BackupEntry, Reason
+    from lmdbitmap.notes.references import Reason
+    from lmdbitmap.repository.manifest import BackupEntry
     from lmdbitmap.restoring.restore import RestoreResult
 
 _FOLDER = click.Path(file_okay=False)

@@ -30,10 +30,12 @@ from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from lmdbitmap.errors import FormatError, InvalidArgument, LmdbitmapError, NotFound, os_errors_at
-from lmdbitmap.repository.manifest import CheckpointRef, Reason
-from lmdbitmap.repository.repository import is_checkpoint_name
+from lmdbitmap.notes.checkpoint_names import Maker
+from lmdbitmap.notes.note_files import MAX_NOTE_BYTES, paths_of, remove_all, typed
+from lmdbitmap.notes.references import CheckpointRef, Reason
 from lmdbitmap.storage.schema import Checkpoint
 from lmdbitmap.system import files
+from lmdbitmap.system.file_names import UNFINISHED_FORM, UUID_FORM
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +46,7 @@ LAPSE_DAYS: Final = 180
 MOST_LAPSE_DAYS: Final = 36_500
 LAPSED, DROPPED = "hold-lapsed", "hold-dropped"
 _DAY_NS: Final = 86_400 * 10**9
-_MAX_NOTE_BYTES: Final = 1 << 20
-_UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
-_FILE_NAME = re.compile(rf"({_UUID})-({_UUID}|lapse)\.(json|lock|json\.[0-9a-f]{{16}}\.partial)")
-_STREAM_NAME = re.compile(r"stream-[0-9]{8}T[0-9]{6}Z-[0-9a-f]{6}")
+_FILE_NAME = re.compile(rf"({UUID_FORM})-({UUID_FORM}|lapse)\.(json|lock|json{UNFINISHED_FORM})")
 
 
 class UnderWay(NamedTuple):
@@ -96,7 +95,7 @@ class Hold:
         """Whether this hold does not need a checkpoint that it names; its lock is ours."""
         if self.under_way is not None and self.under_way.is_of(member):
             return True
-        return self.ended is not None and member.uuid in self.uuids and is_checkpoint_name(member.name)
+        return self.ended is not None and member.uuid in self.uuids and Maker.BACKUP.named(member.name)
 
 
 def _shown(path: str) -> str:
@@ -106,7 +105,7 @@ def _shown(path: str) -> str:
 
 def is_given_name(name: str) -> bool:
     """Whether a backup or a stream gave a checkpoint that name, so that there is only one of it."""
-    return is_checkpoint_name(name) or _STREAM_NAME.fullmatch(name) is not None
+    return Maker.BACKUP.named(name) or Maker.STREAM.named(name)
 
 
 class HoldFile:
@@ -185,8 +184,8 @@ class HoldFile:
 def hold_files(store_path: str, disk: UUID) -> list[HoldFile]:
     """All of a disk that can be read, in no order that means anything."""
     found = []
-    for name in _names(store_path, disk):
-        match = _FILE_NAME.fullmatch(name)
+    for path in _paths(store_path, disk):
+        match = _FILE_NAME.fullmatch(os.path.basename(path))
         if match is not None and match[2] != "lapse" and match[3] == "json":
             file = HoldFile(store_path, disk, UUID(match[2]))
             if file.read() is not None:
@@ -201,18 +200,12 @@ def disk_of(file_name: str) -> str | None:
 
 
 def remove_holds(store_path: str, disk: UUID) -> None:
-    """Of a disk that is gone. What stays does no harm: no other disk will ever have its uuid."""
-    for name in _names(store_path, disk):
-        with suppress(OSError):
-            os.unlink(os.path.join(store_path, HOLDS, name))
+    """Of a disk that is gone."""
+    remove_all(_paths(store_path, disk))
 
 
-def _names(store_path: str, disk: UUID) -> list[str]:
-    folder = os.path.join(store_path, HOLDS)
-    with os_errors_at(folder):
-        names = os.listdir(folder) if os.path.isdir(folder) else []
-    spelt = str(disk)
-    return sorted(name for name in names if name.startswith(spelt) and disk_of(name) == spelt)
+def _paths(store_path: str, disk: UUID) -> list[str]:
+    return paths_of(os.path.join(store_path, HOLDS), disk, disk_of)
 
 
 # --- after how many days ---
@@ -224,8 +217,8 @@ def lapse_days(store_path: str, disk: UUID) -> int:
     if not os.path.lexists(path):
         return LAPSE_DAYS
     try:
-        fields = json.loads(files.read_bounded(path, _MAX_NOTE_BYTES))
-        return _days(_as(int, fields["lapse_days"]))
+        fields = json.loads(files.read_bounded(path, MAX_NOTE_BYTES))
+        return _days(typed(int, fields["lapse_days"]))
     except (LmdbitmapError, ValueError, KeyError, TypeError, RecursionError) as damaged:
         log.warning("%s cannot be read (%s): holds do not lapse until it is set anew", path, damaged)
         return 0
@@ -258,7 +251,7 @@ def _lapse_path(store_path: str, disk: UUID) -> str:
 
 def _read(path: str) -> Hold | None:
     try:
-        return decode(files.read_bounded(path, _MAX_NOTE_BYTES), path) if os.path.lexists(path) else None
+        return decode(files.read_bounded(path, MAX_NOTE_BYTES), path) if os.path.lexists(path) else None
     except NotFound:  # just now: its run ended
         return None
     except LmdbitmapError as unreadable:
@@ -284,13 +277,13 @@ def decode(data: bytes, place: str) -> Hold:
     """Raises `FormatError` for what is no note, or a newer version's. Keys that it does not know are left out."""
     try:
         fields = json.loads(data)
-        if _as(int, fields["format_version"]) != FORMAT_VERSION:
+        if typed(int, fields["format_version"]) != FORMAT_VERSION:
             raise ValueError(f"version {fields['format_version']}")
         return Hold(
-            UUID(_as(str, fields["holder"])),
-            None if fields["repository"] is None else _as(str, fields["repository"]),
+            UUID(typed(str, fields["holder"])),
+            None if fields["repository"] is None else typed(str, fields["repository"]),
             _time(fields["used_ns"]),
-            tuple(_checkpoint(one) for one in _as(list, fields["checkpoints"])),
+            tuple(_checkpoint(one) for one in typed(list, fields["checkpoints"])),
             None if fields["under_way"] is None else _run(fields["under_way"]),
             None if fields["ended"] is None else _ended(fields["ended"]),
         )
@@ -303,29 +296,22 @@ def decode(data: bytes, place: str) -> Hold:
 
 
 def _time(value: Any) -> int:
-    if not 0 <= _as(int, value) < 1 << 63:
+    if not 0 <= typed(int, value) < 1 << 63:
         raise ValueError("a time before 1970, or far from now")
     return int(value)
 
 
 def _checkpoint(fields: Any) -> CheckpointRef:
-    return CheckpointRef(UUID(_as(str, fields["uuid"])), _as(str, fields["name"]))
+    return CheckpointRef(UUID(typed(str, fields["uuid"])), typed(str, fields["name"]))
 
 
 def _run(fields: Any) -> UnderWay:
     told = fields["uuid"]
-    return UnderWay(_as(str, fields["name"]), None if told is None else UUID(_as(str, told)))
+    return UnderWay(typed(str, fields["name"]), None if told is None else UUID(typed(str, told)))
 
 
 def _ended(fields: Any) -> Reason:
-    code = _as(str, fields["code"])
+    code = typed(str, fields["code"])
     if code not in (LAPSED, DROPPED):
         raise ValueError(f"ended by {code[:40]!r}")
-    return Reason(code, _as(str, fields["words"]))
-
-
-def _as(kind: type, value: Any) -> Any:
-    """The value, if it is of that very type; a bool is no number."""
-    if type(value) is not kind:
-        raise TypeError(f"expected {kind.__name__}, found {type(value).__name__}")
-    return value
+    return Reason(code, typed(str, fields["words"]))

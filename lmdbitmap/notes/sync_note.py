@@ -25,27 +25,23 @@ import json
 import logging
 import os
 import re
-import time
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
-from lmdbitmap.errors import FormatError, StorageError, os_errors_at
+from lmdbitmap.errors import FormatError, StorageError
 from lmdbitmap.images.image import is_same_image
 from lmdbitmap.interfaces import DeviceTrace, ImageIdentity
+from lmdbitmap.notes.note_files import MAX_NOTE_BYTES, paths_of, remove_all, typed
 from lmdbitmap.system import files
+from lmdbitmap.system.file_names import UNFINISHED_FORM, UUID_FORM
 from lmdbitmap.work.patience import NO_PATIENCE, Patience
 
 log = logging.getLogger(__name__)
 
 SYNCS: Final = "syncs"
 FORMAT_VERSION: Final = 1
-_MAX_NOTE_BYTES: Final = 1 << 20
-_CHECKPOINT_NAME = re.compile(r"sync-[0-9]{8}T[0-9]{6}Z-[0-9a-f]{6}")
-_FILE_NAME = re.compile(
-    r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})-[0-9a-f]{16}\.(?:json(?:\.[0-9a-f]{16}\.partial)?|lock)"
-)
+_FILE_NAME = re.compile(rf"({UUID_FORM})-[0-9a-f]{{16}}\.(?:json(?:{UNFINISHED_FORM})?|lock)")
 
 
 class Sizes(NamedTuple):
@@ -129,33 +125,12 @@ def disk_of(file_name: str) -> str | None:
 
 
 def remove_notes(store_path: str, disk: UUID) -> None:
-    """Of a disk that is gone. What stays does no harm: no other disk will ever have its uuid."""
-    for path in _paths(store_path, disk):
-        with suppress(OSError):
-            os.unlink(path)
+    """Of a disk that is gone."""
+    remove_all(_paths(store_path, disk))
 
 
 def _paths(store_path: str, disk: UUID | None) -> list[str]:
-    folder = os.path.join(store_path, SYNCS)
-    with os_errors_at(folder):
-        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    wanted = {name: disk_of(name) for name in names}
-    return [
-        os.path.join(folder, name)
-        for name, of in wanted.items()
-        if of is not None and disk in (None, UUID(of))
-    ]
-
-
-def checkpoint_name(time_ns: int) -> str:
-    """A new name for the checkpoint of a sync at that Unix time."""
-    moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(time_ns // 1_000_000_000))
-    return f"sync-{moment}-{os.urandom(3).hex()}"
-
-
-def is_checkpoint_name(name: str) -> bool:
-    """Whether a checkpoint may be a sync's: no other is ever forgotten, whatever a note says."""
-    return _CHECKPOINT_NAME.fullmatch(name) is not None
+    return paths_of(os.path.join(store_path, SYNCS), disk, disk_of)
 
 
 # --- the bytes ---
@@ -165,7 +140,7 @@ def _read_or_unknown(path: str) -> Note | None:
     if not os.path.lexists(path):
         return None
     try:
-        return decode(files.read_bounded(path, _MAX_NOTE_BYTES), path)
+        return decode(files.read_bounded(path, MAX_NOTE_BYTES), path)
     except NewerNote:
         raise
     except (FormatError, StorageError) as unreadable:
@@ -208,14 +183,14 @@ def decode(data: bytes, place: str) -> Note:
     """Raises `FormatError` for what is no note, or another version's."""
     try:
         fields = json.loads(data)
-        version = _as(int, fields["format_version"])
+        version = typed(int, fields["format_version"])
         if version > FORMAT_VERSION:
             raise NewerNote(
                 place, expected=f"version {FORMAT_VERSION}", found=version, next_step="update lmdbitmap"
             )
-        names = [_as(str, name) for name in _as(list, fields["unneeded"])]
+        names = [typed(str, name) for name in typed(list, fields["unneeded"])]
         at = None if fields["at"] is None else _at(fields["at"])
-        return Note(_as(str, fields["target"]), at, _as(bool, fields["under_way"]), tuple(names))
+        return Note(typed(str, fields["target"]), at, typed(bool, fields["under_way"]), tuple(names))
     except (ValueError, KeyError, TypeError, RecursionError) as wrong:
         if isinstance(wrong, FormatError):
             raise
@@ -228,30 +203,23 @@ def decode(data: bytes, place: str) -> Note:
 def _at(fields: Any) -> At:
     told = fields["identity"]
     identity = None if told is None else _identity(told)
-    checkpoint, epoch = (UUID(_as(str, fields[name])) for name in ("checkpoint", "epoch"))
-    return At(checkpoint, _as(str, fields["name"]), epoch, identity, _sizes(fields.get("sizes")))
+    checkpoint, epoch = (UUID(typed(str, fields[name])) for name in ("checkpoint", "epoch"))
+    return At(checkpoint, typed(str, fields["name"]), epoch, identity, _sizes(fields.get("sizes")))
 
 
 def _sizes(fields: Any) -> Sizes | None:
-    return None if fields is None else Sizes(_as(int, fields["disk"]), _as(int, fields["target"]))
+    return None if fields is None else Sizes(typed(int, fields["disk"]), typed(int, fields["target"]))
 
 
 def _identity(fields: Any) -> ImageIdentity:
     device, inode, size, mtime_ns = (
-        _as(int, fields[name]) for name in ("device", "inode", "size", "mtime_ns")
+        typed(int, fields[name]) for name in ("device", "inode", "size", "mtime_ns")
     )
     told = fields["trace"]
     trace = None
     if told is not None:
         trace = DeviceTrace(
-            _as(str, told["boot_id"]), _as(int, told["disk_sequence"]),
-            _as(int, told["sectors_written"]), _as(str, told["label"]),
+            typed(str, told["boot_id"]), typed(int, told["disk_sequence"]),
+            typed(int, told["sectors_written"]), typed(str, told["label"]),
         )  # fmt: skip
     return ImageIdentity(device, inode, size, mtime_ns, trace)
-
-
-def _as(kind: type, value: Any) -> Any:
-    """The value, if it is of that very type; a bool is no number."""
-    if type(value) is not kind:
-        raise TypeError(f"expected {kind.__name__}, found {type(value).__name__}")
-    return value

@@ -44,6 +44,7 @@ from lmdbitmap.copying.digest_algorithms import DigestAlgorithm
 from lmdbitmap.errors import FormatError, InvalidArgument, NotFound
 from lmdbitmap.extents import Trust
 from lmdbitmap.geometry import MAX_GRANULARITY_BITS, MIN_GRANULARITY_BITS
+from lmdbitmap.notes.references import CheckpointRef, Reason
 from lmdbitmap.qcow2.layout import CompressionType
 from lmdbitmap.repository.json_fields import Fields, shown
 from lmdbitmap.repository.moments import last_ns_of
@@ -80,22 +81,6 @@ class BackupType(enum.Enum):
 class DiskRef:
     name: str
     uuid: UUID
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointRef:
-    """A checkpoint that is kept elsewhere: in a store, as long as somebody holds it."""
-
-    uuid: UUID
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Reason:
-    """Why a backup is not of the type that was asked for: `code` for programs, `words` for people."""
-
-    code: str
-    words: str
 
 
 @dataclass(frozen=True, slots=True)

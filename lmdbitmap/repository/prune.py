@@ -31,8 +31,9 @@ from lmdbitmap.copying.hashing import ChunkHasher
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError
 from lmdbitmap.extents import Trust
 from lmdbitmap.images.file_pool import FilePool
+from lmdbitmap.notes.references import Reason
 from lmdbitmap.repository.digests import require_algorithms, synced_digests
-from lmdbitmap.repository.manifest import BackupEntry, BackupType, ChunkDigests, Manifest, Reason, chain_to
+from lmdbitmap.repository.manifest import BackupEntry, BackupType, ChunkDigests, Manifest, chain_to
 from lmdbitmap.repository.merge import View, write_merged
 from lmdbitmap.repository.repository import BackupFolder, folders_of, known_backups_of
 from lmdbitmap.repository.retention import Retention, kept

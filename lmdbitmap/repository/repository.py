@@ -34,11 +34,11 @@ import logging
 import os
 import re
 import stat
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from lmdbitmap.errors import FormatError, LmdbitmapError, NotFound, StorageError, os_errors_at
+from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.repository.manifest import BackupEntry, BackupType, Manifest, has_room
 from lmdbitmap.repository.manifest_file import COPY, MANIFEST, ManifestFile, put_aside, remove
 from lmdbitmap.storage import schema
@@ -54,10 +54,9 @@ _NEXT_SUFFIX = ".next"
 _NOTE_BYTES = 1 << 16
 _HASHED_AT_ONCE = 1 << 20
 _IMAGE_NAME = re.compile(r"([0-9]{6,15})-(?:full|incremental|differential|rescan)\.qcow2")
-_CHECKPOINT_NAME = re.compile(r"backup-[0-9]{8}T[0-9]{6}Z-[0-9a-f]{6}")
 _DIGESTS_NAME = re.compile(rf"({_IMAGE_NAME.pattern})\.[0-9a-f]{{8}}\.digests")
 _SUCCESSOR_NAME = re.compile(rf"({_IMAGE_NAME.pattern}){re.escape(_NEXT_SUFFIX)}")
-_NOTE = re.compile(rf"(?:{_CHECKPOINT_NAME.pattern} {_IMAGE_NAME.pattern}\n)*")
+_NOTE = re.compile(rf"(?:{Maker.BACKUP.form} {_IMAGE_NAME.pattern}\n)*")
 
 
 class Unfinished(NamedTuple):
@@ -325,17 +324,6 @@ def _note_text(path: str) -> str | None:
         )
     except FormatError:
         return None
-
-
-def checkpoint_name(time_ns: int) -> str:
-    """A new name for the checkpoint of a backup at that Unix time."""
-    moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(time_ns // 1_000_000_000))
-    return f"backup-{moment}-{os.urandom(3).hex()}"
-
-
-def is_checkpoint_name(name: str) -> bool:
-    """Whether a checkpoint may be a backup's: no other is ever forgotten, whatever a manifest or a note says."""
-    return _CHECKPOINT_NAME.fullmatch(name) is not None
 
 
 def image_name(sequence: int, kind: BackupType) -> str:

@@ -21,7 +21,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import re
 import time
 from collections.abc import Iterator, Sequence
 from uuid import uuid4
@@ -32,10 +31,10 @@ from lmdbitmap.storage.lmdb_errors import DamagedStore
 from lmdbitmap.storage.records import Writer
 from lmdbitmap.storage.schema import Bitmap, Checkpoint, Disk
 from lmdbitmap.system import files
+from lmdbitmap.system.file_names import is_uuid
 
 log = logging.getLogger(__name__)
 
-_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 SALVAGED = "the store was damaged and was made anew"
 
 
@@ -130,7 +129,4 @@ def _described(folder: str) -> Iterator[Disk]:
 def _count_left_out(path: str, disks: Sequence[Disk]) -> int:
     """How many owners' files there are of which no disk could be made."""
     known = {str(disk.uuid) for disk in disks}
-    return sum(
-        _UUID.fullmatch(name) is not None and name not in known
-        for name in os.listdir(os.path.join(path, "owners"))
-    )
+    return sum(is_uuid(name) and name not in known for name in os.listdir(os.path.join(path, "owners")))

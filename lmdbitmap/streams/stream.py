@@ -24,7 +24,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -43,6 +42,7 @@ from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import BlockDevice, Buffer
+from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.notes.holds import HoldFile, UnderWay
 from lmdbitmap.qcow2.layout import cluster_bits_for
 from lmdbitmap.storage.schema import Checkpoint, Disk
@@ -237,7 +237,7 @@ def stream_backup(
     with access(store, [name], open_device, attached, scratch, owner_limit_s, freeze_limit_s) as way:
         [disk] = way.disks
         consumers.merge_unheld(store, way, disk)
-        head = Head(version, disk.size, since, checkpoint or _checkpoint_name(time.time_ns()))
+        head = Head(version, disk.size, since, checkpoint or Maker.STREAM.new_name(time.time_ns()))
         counted_from = _require_countable(store, disk, head)
         with HoldFile(store.path, disk.uuid, uuid4()).locked() as note:
             run = _Run(store, way, note, head, out, progress, counted_from, names_itself=checkpoint is None)
@@ -311,11 +311,6 @@ def _stream_point(run: _Run, point: PointInTime) -> tuple[Streamed, Trust]:
             progress=run.progress, before_end=before_end,
         )  # fmt: skip
     return streamed, Trust.EXACT if changed is None else changed.summary.standing.trust
-
-
-def _checkpoint_name(time_ns: int) -> str:
-    moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(time_ns // 1_000_000_000))
-    return f"stream-{moment}-{os.urandom(3).hex()}"
 
 
 def _require_countable(store: Store, disk: Disk, head: Head) -> Checkpoint | None:

@@ -42,9 +42,10 @@ from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.images.image import lasting_name, open_image
 from lmdbitmap.interfaces import TrackableDevice
-from lmdbitmap.notes.sync_note import At, NoteFile, Sizes, checkpoint_name, is_checkpoint_name
+from lmdbitmap.notes.checkpoint_names import Maker
+from lmdbitmap.notes.references import Reason
+from lmdbitmap.notes.sync_note import At, NoteFile, Sizes
 from lmdbitmap.qcow2.layout import cluster_bits_for
-from lmdbitmap.repository.manifest import Reason
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
 from lmdbitmap.syncs.mirror import Mending, Mirror, Overwriting
@@ -202,7 +203,7 @@ def _carry_out(
     progress: Progress | None,
 ) -> SyncResult:
     _forget_unneeded(job)  # what killed runs left
-    name = checkpoint_name(time.time_ns())
+    name = Maker.SYNC.new_name(time.time_ns())
     try:
         point = _point_in_time(job, name, quiesced)
         made = _copied(store, job, point, progress)
@@ -309,7 +310,7 @@ def _forget_unneeded(job: _Job) -> None:
     note = job.notes.note
     if not note.unneeded:
         return
-    names = {name for name in note.unneeded if is_checkpoint_name(name)}
+    names = {name for name in note.unneeded if Maker.SYNC.named(name)}
     try:
         stay = job.access.forget(job.disk, lambda member: member.name in names)
         job.notes.replace(dataclasses.replace(note, unneeded=tuple(stay)))

@@ -17,8 +17,8 @@ import enum
 from typing import NamedTuple
 
 from lmdbitmap.interfaces import ImageIdentity
+from lmdbitmap.notes.references import Reason
 from lmdbitmap.notes.sync_note import At, Note
-from lmdbitmap.repository.manifest import Reason
 from lmdbitmap.storage.schema import Checkpoint, Disk
 from lmdbitmap.store import Store
 from lmdbitmap.syncs.sync_target import SyncTarget

@@ -25,7 +25,6 @@ import fcntl
 import io
 import logging
 import os
-import re
 import stat
 import time
 from collections.abc import Iterator
@@ -35,14 +34,10 @@ from typing import BinaryIO, Final
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError, os_errors_at
 from lmdbitmap.interfaces import Buffer
 from lmdbitmap.system import linux
+from lmdbitmap.system.file_names import finished_name, new_unfinished
 from lmdbitmap.work.patience import NO_PATIENCE, Patience
 
 log = logging.getLogger(__name__)
-
-PARTIAL_SUFFIX = ".partial"
-"""How the name of an unfinished file ends."""
-_LEFTOVER = re.compile(rf"(.+)\.[0-9a-f]{{16}}{re.escape(PARTIAL_SUFFIX)}", re.DOTALL)
-"""The name of an unfinished file, and in it that of the file that it was to replace."""
 
 _LOCK_PAUSE_S: Final = 0.1
 
@@ -112,7 +107,7 @@ def replacing(
     try:
         while file is None:
             # The name is known before the file is there: what interrupts us may come right behind that.
-            partial = f"{target}.{os.urandom(8).hex()}{PARTIAL_SUFFIX}"
+            partial = new_unfinished(target)
             with os_errors_at(target):
                 file = _create_locked(partial, target)
         with file:
@@ -282,11 +277,6 @@ def first_bytes(path: str, count: int) -> bytes:
             return file.read(count)
 
 
-def is_unfinished_name(name: str) -> bool:
-    """Whether a file is called as one on its way is, and as nothing else."""
-    return _LEFTOVER.fullmatch(name) is not None
-
-
 def remove_leftovers(folder: str | os.PathLike[str], of: str | None = None) -> list[str]:
     """Remove what killed processes left of the file named `of`, or of any; returns the names, sorted.
 
@@ -295,9 +285,9 @@ def remove_leftovers(folder: str | os.PathLike[str], of: str | None = None) -> l
     """
     place = os.fspath(folder)
     with os_errors_at(place):
-        matches = [_LEFTOVER.fullmatch(name) for name in os.listdir(place)]
-        names = [match[0] for match in matches if match is not None and of in (None, match[1])]
-        return sorted(name for name in names if _remove_if_abandoned(os.path.join(place, name)))
+        whose = {name: finished_name(name) for name in os.listdir(place)}
+        left = [name for name, target in whose.items() if target is not None and of in (None, target)]
+        return sorted(name for name in left if _remove_if_abandoned(os.path.join(place, name)))
 
 
 def _remove_if_abandoned(path: str) -> bool:

@@ -34,12 +34,13 @@ from lmdbitmap.storage.owner import Distrust, Owner
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Reader, Store, Writer
 from lmdbitmap.system import kernel
+from lmdbitmap.system.file_names import UNFINISHED_FORM, UUID_FORM
 from lmdbitmap.tracker import chain, continuity
 from lmdbitmap.tracker.continuity import Moment, Verdict
 from lmdbitmap.tracker.flushing import forget_unwritten, unflushed
 
 OpenDevice = Callable[[str], TrackableDevice]
-_OWNER_FILE = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})(?:\.[0-9a-f]{16}\.partial)?")
+_OWNER_FILE = re.compile(rf"({UUID_FORM})(?:{UNFINISHED_FORM})?")
 """The file of a disk's owner, or the beginning of one."""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -11,10 +10,9 @@ from typing import NamedTuple
 from lmdbitmap.notes import holds, sync_note
 from lmdbitmap.storage.founding import DAMAGED_PREFIX, FOLDERS, FRESH_PREFIX
 from lmdbitmap.store import Store
-from lmdbitmap.system.files import is_unfinished_name
+from lmdbitmap.system.file_names import finished_name, is_uuid
 
 _OTHERS_WRITE = 0o022
-_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 class Remark(NamedTuple):
@@ -52,7 +50,7 @@ def _leftovers(store: Store, known: set[str] | None) -> Iterator[str]:
     """
     for name in sorted(os.listdir(store.path)):
         path = os.path.join(store.path, name)
-        if name.startswith(FRESH_PREFIX) or (is_unfinished_name(name) and not os.path.isdir(path)):
+        if name.startswith(FRESH_PREFIX) or (finished_name(name) and not os.path.isdir(path)):
             yield path
     for folder in FOLDERS:
         place = os.path.join(store.path, folder)
@@ -63,7 +61,7 @@ def _leftovers(store: Store, known: set[str] | None) -> Iterator[str]:
 
 
 def _is_left_over(name: str, known: set[str] | None) -> bool:
-    if is_unfinished_name(name):
+    if finished_name(name):
         return True
     disk = _disk_of(name)
     return known is not None and disk is not None and disk not in known
@@ -71,4 +69,4 @@ def _is_left_over(name: str, known: set[str] | None) -> bool:
 
 def _disk_of(name: str) -> str | None:
     """The uuid of the disk that a file belongs to: notes have it at their beginning, other files are called so."""
-    return sync_note.disk_of(name) or holds.disk_of(name) or (name if _UUID.fullmatch(name) else None)
+    return sync_note.disk_of(name) or holds.disk_of(name) or (name if is_uuid(name) else None)

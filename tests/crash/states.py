@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
 
-from lmdbitmap.repository.repository import Unfinished, checkpoint_name
+from lmdbitmap.notes.checkpoint_names import Maker
+from lmdbitmap.repository.repository import Unfinished
 from lmdbitmap.storage import schema
 from lmdbitmap.storage.owner import Owner
 from lmdbitmap.store import Store, Writer
@@ -297,7 +298,7 @@ def backed_up_image_cut(tracked: BackedUpDisk) -> None:
 
 def backup_died(tracked: BackedUpDisk) -> None:
     """After its checkpoint, and with its image in place."""
-    name, disk = checkpoint_name(1), tracked.disk()
+    name, disk = Maker.BACKUP.new_name(1), tracked.disk()
     tracked.backup_folder().note_unfinished([Unfinished(name, "000002-incremental.qcow2")])
     tracked.store.update(lambda writer: chain.add_checkpoint(writer, disk, name, 1))
     Path(tracked.backup_folder().path_of("000002-incremental.qcow2")).write_bytes(b"half")

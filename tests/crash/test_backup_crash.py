@@ -17,9 +17,10 @@ from lmdbitmap.backups.consumers import holds_of
 from lmdbitmap.errors import AlreadyExists, StorageError
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
+from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.repository.manifest import BackupEntry, decode
 from lmdbitmap.repository.manifest_file import COPY
-from lmdbitmap.repository.repository import BackupFolder, is_checkpoint_name
+from lmdbitmap.repository.repository import BackupFolder
 from lmdbitmap.restoring.restore import restore
 from lmdbitmap.storage.schema import DEFERRED, WRITE_AHEAD
 from lmdbitmap.store import Store
@@ -323,7 +324,7 @@ def needed(entries: Sequence[BackupEntry]) -> Sequence[BackupEntry]:
 def backup_checkpoints(store: Store, name: str) -> set[str]:
     with store.read() as reader:
         points = reader.checkpoints(chain.find_disk(reader, name).uuid)
-    return {point.name for point in points if is_checkpoint_name(point.name)}
+    return {point.name for point in points if Maker.BACKUP.named(point.name)}
 
 
 def goes_on(death: Death, store: Store, counts: dict[str, int], made: dict[str, bool]) -> None:

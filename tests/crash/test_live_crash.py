@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from lmdbitmap.nbd.client.device import NbdDevice
-from lmdbitmap.repository.repository import BackupFolder, is_checkpoint_name
+from lmdbitmap.notes.checkpoint_names import Maker
+from lmdbitmap.repository.repository import BackupFolder
 from tests.backed_up import ALWAYS_THERE
 from tests.cli.conftest import MIB, Cli, Served, quick_cli
 from tests.support import PATIENCE_SECONDS, Child, run, spawn
@@ -163,4 +164,4 @@ def leaves_no_trace(cli: Cli, stored: set[str]) -> None:
     assert set(os.listdir(cli.store)) == stored
     points = {one["name"] for one in cli.json("info", "sda")["checkpoints"]}
     needed = {entry.checkpoint.name for entry in (manifest.backups[0], manifest.backups[-1])}
-    assert {name for name in points if is_checkpoint_name(name)} == needed
+    assert {name for name in points if Maker.BACKUP.named(name)} == needed

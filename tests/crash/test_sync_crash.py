@@ -7,6 +7,7 @@ from contextlib import closing
 from lmdbitmap.backups.backup import backup
 from lmdbitmap.filter import Filter
 from lmdbitmap.notes import sync_note
+from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.store import Store
 from lmdbitmap.syncs.sync import SyncResult, sync
 from lmdbitmap.syncs.sync_plan import SyncKind
@@ -25,7 +26,7 @@ def synced_again(death: Death, *, write: bool) -> SyncResult:
                 disk.pwrite(LATE, 0)
         result = sync(store, NAME, death.folder / "copy.raw")
         assert content(death, "copy.raw") == content(death, "disk.raw"), death
-        ours = [name for name in checkpoints(store) if sync_note.is_checkpoint_name(name)]
+        ours = [name for name in checkpoints(store) if Maker.SYNC.named(name)]
         assert ours == [result.checkpoint], death
     return result
 
@@ -67,9 +68,9 @@ def test_a_backup_merges_away_what_a_killed_sync_left_and_the_next_sync_is_right
     gone = 0
     for death in deaths("syncing"):
         with closing(Store.open(str(death.folder / "store"))) as store:
-            before = {name for name in checkpoints(store) if sync_note.is_checkpoint_name(name)}
+            before = {name for name in checkpoints(store) if Maker.SYNC.named(name)}
             backup(store, [NAME], death.folder / "backups")
-            left = {name for name in checkpoints(store) if sync_note.is_checkpoint_name(name)}
+            left = {name for name in checkpoints(store) if Maker.SYNC.named(name)}
             [(_, note)] = sync_note.notes(store.path)
             assert note.at is not None
             assert left == {note.at.name}, death

@@ -9,10 +9,11 @@ from typing import Any
 from uuid import UUID
 
 from lmdbitmap.errors import FormatError, InvalidArgument
+from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.repository import manifest
 from lmdbitmap.repository.manifest import BackupType, Manifest
 from lmdbitmap.repository.manifest_file import MANIFEST
-from lmdbitmap.repository.repository import UNFINISHED, BackupFolder, is_checkpoint_name
+from lmdbitmap.repository.repository import UNFINISHED, BackupFolder
 from tests.fuzz.inputs import Input, check_words, scratch_folder
 
 TEXTS = ("", "b0", "b1", "b2", "000001-full.qcow2", "../x", "a:b", "..", "full", "incremental", "exact", "\ud800",
@@ -176,7 +177,7 @@ def note(source: Input) -> None:
         abandoned = []
         assert os.path.exists(folder.path_of("000001-full.qcow2"))
     for work in abandoned:
-        assert is_checkpoint_name(work.checkpoint)
+        assert Maker.BACKUP.named(work.checkpoint)
         assert os.path.basename(work.file) == work.file
         assert not os.path.exists(folder.path_of(work.file))
     assert os.path.exists(outside)

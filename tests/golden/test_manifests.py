@@ -11,15 +11,14 @@ import pytest
 
 from lmdbitmap.copying.digest_algorithms import DigestAlgorithm
 from lmdbitmap.extents import Trust
+from lmdbitmap.notes.references import CheckpointRef, Reason
 from lmdbitmap.qcow2 import CompressionType
 from lmdbitmap.repository.manifest import (
     BackupEntry,
     BackupType,
-    CheckpointRef,
     ChunkDigests,
     DiskRef,
     Manifest,
-    Reason,
     decode,
     encode,
 )

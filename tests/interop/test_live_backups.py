@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager, suppress
 import pytest
 
 from lmdbitmap.nbd.client.device import NbdDevice
-from lmdbitmap.repository.repository import is_checkpoint_name
+from lmdbitmap.notes.checkpoint_names import Maker
 from tests.cli.conftest import Cli, Served, quick_cli
 from tests.support import PATIENCE_SECONDS, Child, requires, run, spawn
 
@@ -188,7 +188,7 @@ def test_killed_backup_is_released_by_the_server_and_followed_by_a_right_one(cli
         assert "incremental" in told
         assert snapshots(cli, "sda") == []
         checkpoints = [one["name"] for one in cli.json("info", "sda")["checkpoints"]]
-        assert len([name for name in checkpoints if is_checkpoint_name(name)]) == 2
+        assert len([name for name in checkpoints if Maker.BACKUP.named(name)]) == 2
         assert restored(cli, "sda") == (cli.folder / "sda.raw").read_bytes()
 
 
@@ -231,7 +231,7 @@ def test_server_that_ends_does_not_wait_for_a_stuck_backup(cli: Cli) -> None:
     assert made["type"] == "incremental"
     assert restored(cli, "sda") == (cli.folder / "sda.raw").read_bytes()
     checkpoints = [one["name"] for one in cli.json("info", "sda")["checkpoints"]]
-    assert len([name for name in checkpoints if is_checkpoint_name(name)]) == 2
+    assert len([name for name in checkpoints if Maker.BACKUP.named(name)]) == 2
 
 
 def test_snapshot_of_a_stuck_backup_can_be_released(cli: Cli) -> None:

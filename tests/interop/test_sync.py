@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.notes.sync_note import is_checkpoint_name
+from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.syncs.sync import sync
 from lmdbitmap.syncs.sync_plan import SyncKind
 from tests.backed_up import BackedUpDisk
@@ -89,7 +89,7 @@ def test_a_killed_sync_is_released_by_the_server_and_followed_by_a_right_one(
         assert ('"incremental"' in told) is not first
         assert snapshots(cli, "sda") == []
         checkpoints = [one["name"] for one in cli.json("info", "sda")["checkpoints"]]
-        assert len([name for name in checkpoints if is_checkpoint_name(name)]) == 1
+        assert len([name for name in checkpoints if Maker.SYNC.named(name)]) == 1
         assert copy.read_bytes() == (tmp_path / "sda.raw").read_bytes()
 
 

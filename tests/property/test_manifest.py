@@ -12,15 +12,14 @@ from hypothesis import strategies as st
 from lmdbitmap.copying.digest_algorithms import DigestAlgorithm
 from lmdbitmap.errors import FormatError
 from lmdbitmap.extents import Trust
+from lmdbitmap.notes.references import CheckpointRef, Reason
 from lmdbitmap.qcow2 import CompressionType
 from lmdbitmap.repository.manifest import (
     BackupEntry,
     BackupType,
-    CheckpointRef,
     ChunkDigests,
     DiskRef,
     Manifest,
-    Reason,
     chain_to,
     decode,
     encode,

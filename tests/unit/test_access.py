@@ -22,7 +22,7 @@ from lmdbitmap.nbd import control_client
 from lmdbitmap.nbd.control import control
 from lmdbitmap.nbd.control.held import HeldSnapshots
 from lmdbitmap.nbd.server.server import Server
-from lmdbitmap.repository.repository import is_checkpoint_name
+from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.store import Store
 from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.snapshot import Snapshot
@@ -229,7 +229,7 @@ def test_a_checkpoint_that_comes_when_its_backup_is_gone_goes_with_the_next_back
 
 def backups_of(disk: Filter) -> list[str]:
     with disk.store.read() as reader:
-        return [one.name for one in reader.checkpoints(disk.disk.uuid) if is_checkpoint_name(one.name)]
+        return [one.name for one in reader.checkpoints(disk.disk.uuid) if Maker.BACKUP.named(one.name)]
 
 
 def test_a_served_backup_that_is_refused_leaves_no_note(folder: Path) -> None:

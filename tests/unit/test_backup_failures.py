@@ -31,8 +31,9 @@ from lmdbitmap.nbd.control.control import ControlServer
 from lmdbitmap.nbd.control.held import HeldSnapshots
 from lmdbitmap.nbd.server.dirty_contexts import tracked_contexts
 from lmdbitmap.nbd.server.server import Server
+from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.repository.manifest import BackupType
-from lmdbitmap.repository.repository import BackupFolder, is_checkpoint_name
+from lmdbitmap.repository.repository import BackupFolder
 from lmdbitmap.restoring.restore import restore
 from lmdbitmap.store import Store
 from lmdbitmap.system import files
@@ -80,7 +81,7 @@ class Disks:
     def checkpoints(self, name: str) -> list[str]:
         with self.store.read() as reader:
             members = reader.checkpoints(chain.find_disk(reader, name).uuid)
-        return [member.name for member in members if is_checkpoint_name(member.name)]
+        return [member.name for member in members if Maker.BACKUP.named(member.name)]
 
     def images(self, name: str) -> list[str]:
         return sorted(path.name for path in self.path(name).parent.glob("*.qcow2"))

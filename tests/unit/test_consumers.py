@@ -23,7 +23,7 @@ from lmdbitmap.backups.consumers import (
 from lmdbitmap.errors import Busy, InvalidArgument, NotFound
 from lmdbitmap.notes import sync_note
 from lmdbitmap.notes.holds import Hold, HoldFile, UnderWay, hold_files
-from lmdbitmap.repository.manifest import CheckpointRef
+from lmdbitmap.notes.references import CheckpointRef
 from lmdbitmap.repository.transfer import copy_backups
 from lmdbitmap.streams.stream import stream_backup
 from lmdbitmap.syncs.sync import sync
@@ -114,6 +114,12 @@ def test_disks_that_take_turns_at_one_place_are_two_holders(disk: BackedUpDisk) 
     kinds_made = {turn: [entry.type_actual for entry in disk.manifest(turn).backups] for turn in "ab"}
     assert kinds_made == {"a": [FULL, INCREMENTAL], "b": [FULL, INCREMENTAL]}
     assert len({hold.holder for hold in holds_of(disk.store, NAME)}) == 2
+
+
+def test_a_finished_streams_checkpoint_is_no_persons(disk: BackedUpDisk) -> None:
+    """Whoever streamed may have named it in another stream's beginning, which nobody here knows."""
+    name = stream_backup(disk.store, NAME, io.BytesIO()).checkpoint
+    assert kinds(disk)[name] == ["unknown"]
 
 
 def test_backups_that_were_made_before_there_were_notes_are_held_from_the_next_one_on(

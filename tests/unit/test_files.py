@@ -11,6 +11,7 @@ import pytest
 
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError, NotFound, StorageError
 from lmdbitmap.system import files, linux
+from lmdbitmap.system.file_names import new_unfinished
 from tests.support import open_files, run
 
 KIB = 1024
@@ -172,7 +173,7 @@ def leave_behind(folder: Path, name: str) -> str:
 
 
 def leftover_name(name: str) -> str:
-    return f"{name}.{os.urandom(8).hex()}{files.PARTIAL_SUFFIX}"
+    return new_unfinished(name)
 
 
 def test_leftovers_of_the_dead_are_removed_and_nothing_else(tmp_path: Path) -> None:

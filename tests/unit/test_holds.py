@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument
 from lmdbitmap.notes import holds
 from lmdbitmap.notes.holds import DROPPED, LAPSED, Hold, HoldFile, UnderWay
-from lmdbitmap.repository.manifest import CheckpointRef, Reason
+from lmdbitmap.notes.references import CheckpointRef, Reason
 from lmdbitmap.storage.schema import Checkpoint
 
 DISK, HOLDER = UUID(int=1), UUID(int=2)

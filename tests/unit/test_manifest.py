@@ -13,16 +13,15 @@ import pytest
 from lmdbitmap.copying.digest_algorithms import DigestAlgorithm
 from lmdbitmap.errors import FormatError, InvalidArgument, NotFound
 from lmdbitmap.extents import Trust
+from lmdbitmap.notes.references import CheckpointRef, Reason
 from lmdbitmap.qcow2 import CompressionType
 from lmdbitmap.repository.manifest import (
     MAX_MANIFEST_BYTES,
     BackupEntry,
     BackupType,
-    CheckpointRef,
     ChunkDigests,
     DiskRef,
     Manifest,
-    Reason,
     chain_to,
     decode,
     encode,

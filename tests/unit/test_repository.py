@@ -10,15 +10,14 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError, NotFound
+from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.repository import manifest
 from lmdbitmap.repository.manifest import BackupType, Manifest
 from lmdbitmap.repository.repository import (
     BackupFolder,
     Unfinished,
-    checkpoint_name,
     disk_names,
     image_name,
-    is_checkpoint_name,
     sha256_of,
 )
 from tests.unit.test_manifest import CHAIN, DISK, entry
@@ -300,11 +299,11 @@ def test_a_folder_in_the_place_of_the_note_is_put_aside(folder: BackupFolder) ->
 
 
 def test_a_checkpoint_of_a_backup_has_a_name_of_its_own_that_tells_the_time() -> None:
-    names = {checkpoint_name(1_700_000_000_123_456_789) for _ in range(10)}
+    names = {Maker.BACKUP.new_name(1_700_000_000_123_456_789) for _ in range(10)}
     assert len(names) == 10
-    assert all(name.startswith("backup-20231114T221320Z-") and is_checkpoint_name(name) for name in names)
+    assert all(name.startswith("backup-20231114T221320Z-") and Maker.BACKUP.named(name) for name in names)
 
 
 @pytest.mark.parametrize("name", ["monday", "backup-1", "backup-20231114T221320Z-0a1b2", "epoch-1"])
 def test_a_checkpoint_of_somebody_else_is_told_apart(name: str) -> None:
-    assert not is_checkpoint_name(name)
+    assert not Maker.BACKUP.named(name)

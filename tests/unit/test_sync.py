@@ -29,6 +29,7 @@ from lmdbitmap.filter import Filter
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.interfaces import DeviceTrace, ImageIdentity, TrackableDevice
 from lmdbitmap.notes import sync_note
+from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.syncs.sync import SyncResult, sync
 from lmdbitmap.syncs.sync_plan import SyncKind, gap_between
 from lmdbitmap.tracker import session
@@ -67,7 +68,7 @@ def synced(disk: BackedUpDisk, target: Path | str, *, compare: bool = False) -> 
     assert result.checkpoint == disk.checkpoints()[-1]
     assert result.size == len(disk.content())
     held = {note.at.name for _, note in sync_note.notes(disk.store.path) if note.at is not None}
-    assert {name for name in disk.checkpoints() if sync_note.is_checkpoint_name(name)} == held
+    assert {name for name in disk.checkpoints() if Maker.SYNC.named(name)} == held
     return result
 
 

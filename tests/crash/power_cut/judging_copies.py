@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lmdbitmap.backups.backup import backup
-from lmdbitmap.repository.manifest import BackupEntry, BackupType, Reason
+from lmdbitmap.notes.references import Reason
+from lmdbitmap.repository.manifest import BackupEntry, BackupType
 from lmdbitmap.repository.prune import prune
 from lmdbitmap.repository.repository import BackupFolder
 from lmdbitmap.repository.retention import Retention

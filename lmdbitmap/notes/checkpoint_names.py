@@ -1,0 +1,33 @@
+"""The names of checkpoints of our making, such as `backup-20261130T022349Z-1f2e3d`, of which there is one each.
+
+Only a checkpoint with such a name is ever forgotten without being asked for it, whatever a manifest or a note says.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import re
+import time
+
+
+class Maker(enum.Enum):
+    """Whose checkpoint it is."""
+
+    BACKUP = "backup"
+    SYNC = "sync"
+    STREAM = "stream"
+
+    def new_name(self, time_ns: int) -> str:
+        """For a checkpoint at that Unix time."""
+        moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(time_ns // 1_000_000_000))
+        return f"{self.value}-{moment}-{os.urandom(3).hex()}"
+
+    @property
+    def form(self) -> str:
+        """What its names look like, as a pattern."""
+        return rf"{self.value}-[0-9]{{8}}T[0-9]{{6}}Z-[0-9a-f]{{6}}"
+
+    def named(self, name: str) -> bool:
+        """Whether a checkpoint of that name may be its."""
+        return re.fullmatch(self.form, name) is not None

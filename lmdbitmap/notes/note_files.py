@@ -1,0 +1,36 @@
+"""What the notes have in common: files in a folder of the store, named for their disk, of JSON that may lie."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any, Final
+from uuid import UUID
+
+from lmdbitmap.errors import os_errors_at
+
+MAX_NOTE_BYTES: Final = 1 << 20
+
+
+def paths_of(folder: str, disk: UUID | None, disk_of: Callable[[str], str | None]) -> list[str]:
+    """The files in a folder that are of a disk, or of any, sorted; `disk_of` knows the uuid in a file's name."""
+    spelt = "" if disk is None else str(disk)
+    with os_errors_at(folder):
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    found = ((name, disk_of(name)) for name in names if name.startswith(spelt))
+    return [os.path.join(folder, name) for name, of in found if of is not None and spelt in ("", of)]
+
+
+def remove_all(paths: Iterable[str]) -> None:
+    """Of a disk that is gone. What stays does no harm: no other disk will ever have its uuid."""
+    for path in paths:
+        with suppress(OSError):
+            os.unlink(path)
+
+
+def typed(kind: type, value: Any) -> Any:
+    """The value, if it is of that very type; a bool is no number. Raises `TypeError`."""
+    if type(value) is not kind:
+        raise TypeError(f"expected {kind.__name__}, found {type(value).__name__}")
+    return value
