@@ -50,7 +50,8 @@ if TYPE_CHECKING:
     )
     from lmdbitmap.extents import Extent, Trust
     from lmdbitmap.filter import Filter, take_checkpoint, take_snapshot
-    from lmdbitmap.images.device import FileDevice, MemoryDevice
+    from lmdbitmap.images.device import FileDevice
+    from lmdbitmap.images.memory_device import MemoryDevice
     from lmdbitmap.images.plain import PlainDisk
     from lmdbitmap.nbd.control.control import ControlServer
     from lmdbitmap.nbd.control.held import HeldSnapshots
@@ -108,7 +109,7 @@ _HOMES = {
     "Inspection": "export",
     "InvalidArgument": "errors",
     "LmdbitmapError": "errors",
-    "MemoryDevice": "images.device",
+    "MemoryDevice": "images.memory_device",
     "NotFound": "errors",
     "OwnerGone": "errors",
     "PlainDisk": "images.plain",

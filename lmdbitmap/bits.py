@@ -162,15 +162,25 @@ def regrain_outward(source_runs: Iterable[Run], source: Geometry, granularity_bi
     `source_runs` are ascending runs of blocks of `source`; what they hold past the disk's end is dropped.
     """
     target = Geometry(source.size, granularity_bits)
+    touched = (target.blocks_outward(*source.bytes_of(start, stop)) for start, stop in source_runs)
+    yield from joined_runs((blocks.start, blocks.stop) for blocks in touched)
+
+
+def joined_runs(runs: Iterable[Run], gap: int = 0) -> Iterator[Run]:
+    """One for all that overlap, touch, or have no more than `gap` between them; empty ones vanish.
+
+    They come in the order of their starts.
+    """
     held_start = held_stop = 0
-    for start, stop in source_runs:
-        blocks = target.blocks_outward(*source.bytes_of(start, stop))
-        if blocks.start <= held_stop:
-            held_stop = max(held_stop, blocks.stop)
+    for start, stop in runs:
+        if start >= stop:
+            continue
+        if held_start < held_stop and start <= held_stop + gap:
+            held_stop = max(held_stop, stop)
             continue
         if held_start < held_stop:
             yield held_start, held_stop
-        held_start, held_stop = blocks.start, blocks.stop
+        held_start, held_stop = start, stop
     if held_start < held_stop:
         yield held_start, held_stop
 

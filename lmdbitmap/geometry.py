@@ -110,4 +110,5 @@ class Geometry:
 
     def bytes_in(self, block_count: int, *, with_last: bool) -> int:
         """Bytes in so many blocks; the disk's last one, which may be short, is among them or not."""
-        return (block_count << self.granularity_bits) - (with_last and -self.size % self.granularity)
+        missing = -self.size % self.granularity if with_last else 0
+        return (block_count << self.granularity_bits) - missing

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lmdbitmap.images.device import PAGE_BYTES, MemoryDevice
+from lmdbitmap.images.device import PAGE_BYTES
+from lmdbitmap.images.memory_device import MemoryDevice
 
 
 class Watched(MemoryDevice):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from lmdbitmap.bits import Run
+from lmdbitmap.bits import Run, joined_runs
 from lmdbitmap.copying.readable import Readable
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Allocation
@@ -29,16 +29,7 @@ def differing(
     `clusters` is of the device's size. Calls `advance` with the bytes that are done. Raises what the devices raise.
     """
     comparison = _Comparison(device, past, clusters)
-    held_start = held_stop = 0
-    for start, stop in comparison.runs(advance):
-        if start == held_stop:
-            held_stop = stop
-            continue
-        if held_start < held_stop:
-            yield held_start, held_stop
-        held_start, held_stop = start, stop
-    if held_start < held_stop:
-        yield held_start, held_stop
+    return joined_runs(comparison.runs(advance))
 
 
 class _Comparison:

@@ -1,4 +1,4 @@
-"""Disk images: raw files and block devices, and memory as the fake of both.
+"""Disk images: raw files and block devices.
 
 - Every range is checked against `size` first. So no write makes a file longer, and a read that meets the
   end of the file means that another program cut it: EIO, never short data.
@@ -18,7 +18,6 @@ import os
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 from lmdbitmap.errors import InvalidArgument, os_errors_at
 from lmdbitmap.geometry import MAX_SIZE, ceil_div, check_range
@@ -191,7 +190,7 @@ class FileDevice:
 
     def flush(self) -> None:
         if self._fd < 0:
-            raise _closed_error()
+            raise closed_error()
         os.fdatasync(self._fd)
 
     def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
@@ -221,7 +220,7 @@ class FileDevice:
                 f"{self.path} is a block device",
                 next_step="resize it with the tool that made it (lvresize, …)",
             )
-        _check_size(size)
+        check_size(size)
         self._check_write(0, 0)
         with self._resizing:
             os.ftruncate(self._fd, size)
@@ -241,99 +240,12 @@ class FileDevice:
     def _check_write(self, offset: int, length: int) -> None:
         check_range(offset, length, self._size)
         if self._read_only:
-            raise _read_only_error(self.path)
+            raise read_only_error(self.path)
 
     def _whole_sectors(self, offset: int, length: int) -> tuple[int, int]:
         """(start, stop) of what can be zeroed or discarded: inward to sectors; for a file, all of it."""
         sector = self._sector_bytes
         return ceil_div(offset, sector) * sector, (offset + length) // sector * sector
-
-
-class MemoryDevice:
-    """The fake for tests: a disk of zeroes in memory, with `FileDevice`'s manners.
-
-    `fail_next["pwrite"] = errno.ENOSPC` makes the next `pwrite` fail so, having done nothing.
-    """
-
-    fd = None
-
-    def __init__(self, size: int, *, read_only: bool = False) -> None:
-        _check_size(size)
-        self.fail_next: dict[str, int] = {}
-        self._bytes = bytearray(size)
-        self._read_only = read_only
-        self._closed = False
-        self._lock = threading.Lock()
-
-    @property
-    def size(self) -> int:
-        return len(self._bytes)
-
-    @property
-    def read_only(self) -> bool:
-        return self._read_only
-
-    def pread(self, length: int, offset: int) -> bytes:
-        with self._doing("pread", offset, length):
-            return bytes(self._bytes[offset : offset + length])
-
-    def pread_into(self, buffer: memoryview, offset: int) -> None:
-        with self._doing("pread_into", offset, len(buffer)):
-            buffer[:] = self._bytes[offset : offset + len(buffer)]
-
-    def pwrite(self, data: Buffer, offset: int) -> None:
-        with self._doing("pwrite", offset, len(data), writes=True):
-            self._bytes[offset : offset + len(data)] = data
-
-    def write_zeroes(
-        self, offset: int, length: int, *, may_unmap: bool = True, fast_only: bool = False
-    ) -> None:
-        with self._doing("write_zeroes", offset, length, writes=True):
-            self._bytes[offset : offset + length] = bytes(length)
-
-    def discard(self, offset: int, length: int) -> None:
-        with self._doing("discard", offset, length, writes=True):
-            self._bytes[offset : offset + length] = bytes(length)
-
-    def flush(self) -> None:
-        with self._doing("flush"):
-            pass
-
-    def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
-        """Pages of zeroes are holes."""
-        with self._doing("allocation", offset, length):
-            return joined(self._pages(offset, offset + length))
-
-    def _pages(self, start: int, stop: int) -> Iterator[Allocation]:
-        while start < stop:
-            end = min(start - start % PAGE_BYTES + PAGE_BYTES, stop)
-            is_zero = self._bytes.count(0, start, end) == end - start
-            yield Allocation(end - start, *(HOLE if is_zero else DATA))
-            start = end
-
-    def resize(self, size: int) -> None:
-        _check_size(size)
-        with self._doing("resize", writes=True):
-            del self._bytes[size:]
-            self._bytes.extend(bytes(size - len(self._bytes)))
-
-    def close(self) -> None:
-        self._closed = True
-
-    @contextmanager
-    def _doing(
-        self, operation: str, offset: int = 0, length: int = 0, *, writes: bool = False
-    ) -> Iterator[None]:
-        with self._lock:
-            check_range(offset, length, len(self._bytes))
-            if self._closed:
-                raise _closed_error()
-            if writes and self._read_only:
-                raise _read_only_error("memory")
-            code = self.fail_next.pop(operation, None)
-            if code is not None:
-                raise OSError(code, os.strerror(code))
-            yield
 
 
 def _open_flags(read_only: bool, is_block_device: bool) -> int:
@@ -359,17 +271,17 @@ def _is_block_device(place: str) -> bool:
     return stat.S_ISBLK(mode)
 
 
-def _check_size(size: int) -> None:
+def check_size(size: int) -> None:
     if not 0 <= size <= MAX_SIZE:
         raise InvalidArgument(f"size {size} is outside 0..2^63-1", next_step="choose a size in between")
 
 
-def _read_only_error(place: str) -> OSError:
+def read_only_error(place: str) -> OSError:
     """EPERM, because that is what an NBD server answers for the same thing."""
     return OSError(errno.EPERM, "the image is open read-only", place)
 
 
-def _closed_error() -> OSError:
+def closed_error() -> OSError:
     return OSError(errno.EBADF, "the image is closed")
 
 

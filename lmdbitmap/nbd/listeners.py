@@ -19,11 +19,10 @@ import stat
 import time
 from collections.abc import Iterator
 from typing import Final, Protocol
-from urllib.parse import quote
 
 from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, os_errors_at
+from lmdbitmap.nbd.uri import MAX_UNIX_PATH, Credentials, Place
 
-_MAX_UNIX_PATH: Final = 107
 _MAX_PORT: Final = 65535
 _BACKLOG: Final = 64
 _FAMILIES: Final = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
@@ -67,9 +66,9 @@ class UnixListener:
 
     def __init__(self, path: str, mode: int = 0o600) -> None:
         self.path = os.path.abspath(path)
-        if len(os.fsencode(self.path)) > _MAX_UNIX_PATH:
+        if len(os.fsencode(self.path)) > MAX_UNIX_PATH:
             raise InvalidArgument(
-                f"socket path {self.path} is longer than {_MAX_UNIX_PATH} bytes",
+                f"socket path {self.path} is longer than {MAX_UNIX_PATH} bytes",
                 next_step="choose a shorter one",
             )
         with os_errors_at(self.path), _folder_locked(os.path.dirname(self.path)):
@@ -78,7 +77,7 @@ class UnixListener:
         self._inode = _inode(self.path)
 
     def uri(self, name: str) -> str:
-        return unix_uri(self.path, name)
+        return Place(name, socket_path=self.path).uri
 
     def close(self) -> None:
         if _inode(self.path) == self._inode:
@@ -102,7 +101,7 @@ class TcpListener:
         self._host, self._port = self.sock.getsockname()[:2]
 
     def uri(self, name: str) -> str:
-        return tcp_uri(self._host, self._port, name, encrypted=self.tls is not None)
+        return Place(name, host=self._host, port=self._port, tls=_spoken(self.tls)).uri
 
     def close(self) -> None:
         self.sock.close()
@@ -119,21 +118,17 @@ class InheritedListener:
     def uri(self, name: str) -> str:
         address = self.sock.getsockname()
         if self.sock.family == socket.AF_UNIX:
-            return unix_uri(str(address), name)
+            return Place(name, socket_path=str(address)).uri
         host, port = address[:2]
-        return tcp_uri(host, port, name, encrypted=self.tls is not None)
+        return Place(name, host=host, port=port, tls=_spoken(self.tls)).uri
 
     def close(self) -> None:
         self.sock.close()
 
 
-def unix_uri(path: str, name: str) -> str:
-    return f"nbd+unix:///{quote(name, safe='')}?socket={quote(path)}"
-
-
-def tcp_uri(host: str, port: int, name: str, *, encrypted: bool = False) -> str:
-    scheme, address = "nbds" if encrypted else "nbd", f"[{host}]" if ":" in host else host
-    return f"{scheme}://{address}:{port}/{quote(name, safe='')}"
+def _spoken(tls: ssl.SSLContext | None) -> Credentials | None:
+    """As a client's URI says it, who knows best which certificate is his."""
+    return None if tls is None else Credentials()
 
 
 def passed_host(fd: int) -> str | None:

@@ -24,7 +24,8 @@ from lmdbitmap.nbd.protocol import NBD_MAX_STRING
 
 NBD_PORT: Final = 10809
 _HOST: Final = re.compile(r"[a-z0-9_.-]+|[0-9a-f:.]+(?:%[a-z0-9_.-]+)?")
-_MAX_UNIX_PATH: Final = 107
+MAX_UNIX_PATH: Final = 107
+"""Bytes of a path that an address has room for."""
 _PLAIN: Final = ("nbd", "nbd+unix")
 _ENCRYPTED: Final = ("nbds", "nbds+unix")
 _TRUTHS: Final = {"true": True, "1": True, "false": False, "0": False}
@@ -157,8 +158,8 @@ def _socket_path(uri: str, arguments: dict[str, str]) -> str:
     _refuse_arguments(uri, arguments)
     if not path:
         raise _refused(uri, "it does not say which socket (?socket=/path)")
-    if len(path.encode()) > _MAX_UNIX_PATH:
-        raise _refused(uri, f"the socket's path is longer than {_MAX_UNIX_PATH} bytes")
+    if len(path.encode()) > MAX_UNIX_PATH:
+        raise _refused(uri, f"the socket's path is longer than {MAX_UNIX_PATH} bytes")
     return path
 
 

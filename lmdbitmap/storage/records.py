@@ -18,6 +18,7 @@ from uuid import UUID
 
 import lmdb
 
+from lmdbitmap.geometry import ceil_div
 from lmdbitmap.storage import environment, schema, tally
 from lmdbitmap.storage.lmdb_errors import DamagedStore
 from lmdbitmap.storage.schema import Bitmap, Checkpoint, Disk, Region, StoreHeader
@@ -337,7 +338,7 @@ class Writer(Reader):
             while b"" < (key := bytes(cursor.key())) < limit:  # it has no key at the end
                 self._count("regions", key, bytes(cursor.value()), None)
                 cursor.delete()
-        self._drop_groups(schema.bitmap_key(bitmap_id), -(-start // GROUP_REGIONS))
+        self._drop_groups(schema.bitmap_key(bitmap_id), ceil_div(start, GROUP_REGIONS))
 
     def _drop_groups(self, bitmap_key: bytes, start: int) -> None:
         """Groups that are gone as a whole have no tally, whatever it was."""

@@ -55,7 +55,7 @@ def refuse_target(store: Store, disk: Disk, place: str) -> None:
         return
     founding.refuse_inside(place)
     for ground in (store.path, *(() if is_far(disk.image) else (disk.image,))):
-        if _is_so(kernel.is_kept_in, ground, place):
+        if kernel.is_so(kernel.is_kept_in, ground, place):
             raise InvalidArgument(
                 f"{ground} lies on a file system inside {place}", next_step="name another target"
             )
@@ -65,9 +65,9 @@ def _refuse_layers(disk: Disk, place: str) -> None:
     """Where the one is made of the other, or lies on a file system in it."""
     ground = place if os.path.lexists(place) else os.path.dirname(place)
     if (
-        _is_so(kernel.rests_on, place, disk.image)
-        or _is_so(kernel.rests_on, disk.image, place)
-        or _is_so(kernel.is_kept_in, ground, disk.image)
+        kernel.is_so(kernel.rests_on, place, disk.image)
+        or kernel.is_so(kernel.rests_on, disk.image, place)
+        or kernel.is_so(kernel.is_kept_in, ground, disk.image)
     ):
         raise InvalidArgument(
             f"whoever writes {place} writes disk {disk.name!r} itself, {disk.image}",
@@ -83,13 +83,6 @@ def _refuse_copies(store: Store, others: dict[UUID, str], place: str) -> None:
                 f"{place} is the copy of disk {name!r}",
                 next_step=f"name another target, or remove {path} if that copy is to be given up",
             )
-
-
-def _is_so(asked: Callable[[str, str], bool], one: str, other: str) -> bool:
-    try:
-        return asked(one, other)
-    except (OSError, ValueError):
-        return False  # no such image, or no path: whoever opens it says so
 
 
 class SyncTarget:

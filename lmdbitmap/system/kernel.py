@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from collections.abc import Callable
 from typing import TypeAlias
 
 from lmdbitmap.interfaces import DeviceTrace
@@ -112,6 +113,14 @@ def rests_on(device: str, image: str, devices: str = _BLOCK_DEVICES) -> bool:
     """
     place = _place_of(device)
     return stat.S_ISBLK(os.stat(device).st_mode) and _place_of(image) in _all_under(place, devices)
+
+
+def is_so(asked: Callable[[str, str], bool], one: str, other: str) -> bool:
+    """What one of these two answers; False where there is no such path, image or device: whoever opens it says so."""
+    try:
+        return asked(one, other)
+    except (OSError, ValueError):
+        return False
 
 
 def _place_of(path: str) -> Place:

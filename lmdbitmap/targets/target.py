@@ -161,18 +161,11 @@ def _refuse_sources(out: str, folder: BackupFolder, chain: BackupChain) -> None:
             raise InvalidArgument(
                 f"{out} is the backup {image.file.path} itself", next_step="name another file"
             )
-    if _carries(out, folder.path):
+    if kernel.is_so(kernel.is_kept_in, folder.path, out):
         raise InvalidArgument(
             f"the repository {folder.repository_path} lies on a file system inside {out}",
             next_step="restore to another place, or from a copy of the repository that lies elsewhere",
         )
-
-
-def _carries(out: str, path: str) -> bool:
-    try:
-        return kernel.is_kept_in(path, out)
-    except (OSError, ValueError):
-        return False  # no such image, or no path: whoever opens it says so
 
 
 def _disk_at(store: Store, out: str) -> Disk | None:

@@ -20,7 +20,7 @@ from lmdbitmap import bits
 from lmdbitmap.bits import Run
 from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, NotFound, Untrusted
 from lmdbitmap.extents import Extent, Trust, with_zeroes
-from lmdbitmap.geometry import REGION_BLOCKS, REGION_BYTES, Geometry
+from lmdbitmap.geometry import REGION_BLOCKS, REGION_BYTES, Geometry, ceil_div
 from lmdbitmap.images.image import is_far
 from lmdbitmap.interfaces import BlockDevice, ImageIdentity
 from lmdbitmap.storage import owner, schema
@@ -145,18 +145,14 @@ class Changes:
     def runs(self, start: int = 0, stop: int | None = None) -> Iterator[Run]:
         """The dirty blocks of [start, stop), or all, as runs, ascending and merged, in constant memory."""
         stop = self.geometry.block_count if stop is None else stop
-        run_start = run_stop = start
-        for part in self.slices(start // REGION_BLOCKS, -(-stop // REGION_BLOCKS)):
+        return bits.joined_runs(self._runs(start, stop))
+
+    def _runs(self, start: int, stop: int) -> Iterator[Run]:
+        """Those that go on in the next slice come in two."""
+        for part in self.slices(start // REGION_BLOCKS, ceil_div(stop, REGION_BLOCKS)):
             base = part.region * REGION_BLOCKS
             for first, last in bits.runs(part.dirty, max(start - base, 0), min(stop - base, _SLICE_BLOCKS)):
-                if base + first == run_stop:
-                    run_stop = base + last
-                    continue
-                if run_start < run_stop:
-                    yield run_start, run_stop
-                run_start, run_stop = base + first, base + last
-        if run_start < run_stop:
-            yield run_start, run_stop
+                yield base + first, base + last
 
     def extents(self, device: BlockDevice | None = None) -> Iterator[Extent]:
         """The dirty byte ranges, clipped to the disk; with the image, also which of them read as zeroes."""

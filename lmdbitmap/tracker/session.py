@@ -108,11 +108,7 @@ def _open_to_look(image: str) -> TrackableDevice:
 
 def refuse_own_ground(store: Store, image: str) -> None:
     """Raise `InvalidArgument` for an image on which the store itself lies."""
-    try:
-        circular = kernel.is_kept_in(store.path, image)
-    except (OSError, ValueError):
-        return  # no such image, or no path: whoever opens it says so
-    if circular:
+    if kernel.is_so(kernel.is_kept_in, store.path, image):
         raise InvalidArgument(
             f"the store {store.path} lies on a file system inside {image}: each commit would write to the image,"
             " and each write to the image needs a commit",

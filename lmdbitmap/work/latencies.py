@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Final
 
+from lmdbitmap.geometry import ceil_div
+
 BUCKETS: Final = 28
 """The last but one ends at 2**26 µs, 67 s."""
 _LAST: Final = BUCKETS - 1
@@ -37,7 +39,7 @@ class Latencies:
 
     def percentile_ns(self, percent: int) -> int:
         """At most so long took `percent` of them; 0 where nothing was counted."""
-        rank = -(-sum(self.counts) * percent // 100)
+        rank = ceil_div(sum(self.counts) * percent, 100)
         bucket = next(number for number, seen in enumerate(accumulate(self.counts)) if seen >= rank)
         end_us = bound_us(bucket)
         return self.max_ns if end_us is None else min(end_us * 1000, self.max_ns)

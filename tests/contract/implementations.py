@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from lmdbitmap.images.device import FileDevice, MemoryDevice
+from lmdbitmap.images.device import FileDevice
+from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.images.plain import PlainDisk
 from lmdbitmap.interfaces import BlockDevice
 from lmdbitmap.nbd.client.device import NbdDevice

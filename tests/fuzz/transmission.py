@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple, cast
 
 from lmdbitmap.errors import FormatError
-from lmdbitmap.images.device import MemoryDevice
+from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.images.plain import PlainDisk
 from lmdbitmap.nbd.server.connection import Connection
 from lmdbitmap.nbd.server.contexts import allocation_source

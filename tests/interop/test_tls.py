@@ -14,7 +14,8 @@ from typing import NamedTuple
 import pytest
 
 from lmdbitmap.errors import InvalidArgument, NotFound
-from lmdbitmap.images.device import FileDevice, MemoryDevice
+from lmdbitmap.images.device import FileDevice
+from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.images.plain import PlainDisk
 from lmdbitmap.interfaces import ServedDisk
 from lmdbitmap.nbd.server.contexts import StatusSource

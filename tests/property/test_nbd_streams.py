@@ -20,7 +20,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lmdbitmap.errors import FormatError
-from lmdbitmap.images.device import FileDevice, MemoryDevice
+from lmdbitmap.images.device import FileDevice
+from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.images.plain import PlainDisk
 from lmdbitmap.interfaces import BlockDevice, ServedDisk
 from lmdbitmap.nbd.server.connection import Connection

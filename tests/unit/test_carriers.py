@@ -17,7 +17,7 @@ from lmdbitmap.copying.digest_algorithms import DigestAlgorithm
 from lmdbitmap.copying.hashing import CHUNK_BYTES, ChunkHasher
 from lmdbitmap.errors import NotFound, StorageError
 from lmdbitmap.geometry import Geometry
-from lmdbitmap.images.device import MemoryDevice
+from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.interfaces import Buffer
 from lmdbitmap.work.crew import Spared, none_spared
 from lmdbitmap.work.progress import Report

@@ -14,7 +14,7 @@ from lmdbitmap.copying.copier import Copied, ImageFile, copy_clusters
 from lmdbitmap.copying.readable import CHUNK_BYTES
 from lmdbitmap.errors import StorageError
 from lmdbitmap.geometry import Geometry
-from lmdbitmap.images.device import MemoryDevice
+from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.qcow2 import Kind, Qcow2Reader
 from lmdbitmap.qcow2.compression import chosen
 from lmdbitmap.qcow2.layout import cluster_bits_for

@@ -12,7 +12,7 @@ import pytest
 from lmdbitmap.backups.rescan import differing
 from lmdbitmap.errors import Busy, FormatError
 from lmdbitmap.geometry import Geometry
-from lmdbitmap.images.device import MemoryDevice
+from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.repository import backup_chain
 from lmdbitmap.repository.repository import BackupFolder
 from lmdbitmap.restoring.restore import restore

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, NotFound, StorageError
-from lmdbitmap.images.device import FileDevice, MemoryDevice
+from lmdbitmap.images.device import FileDevice
+from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.interfaces import Allocation, ImageIdentity
 from lmdbitmap.system import linux
 from tests.conftest import RawImage

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap.errors import StorageError
-from lmdbitmap.images.device import FileDevice, MemoryDevice
+from lmdbitmap.images.device import FileDevice
+from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.interfaces import FarAway
 from lmdbitmap.tracker.flushing import Flusher
 from tests.support import PATIENCE_SECONDS, make_raw_image

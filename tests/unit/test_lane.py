@@ -17,7 +17,8 @@ import pytest
 from lmdbitmap.bits import Run, bitmap_view
 from lmdbitmap.errors import InvalidArgument, StorageError
 from lmdbitmap.geometry import REGION_BYTES, Geometry
-from lmdbitmap.images.device import FileDevice, MemoryDevice
+from lmdbitmap.images.device import FileDevice
+from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.interfaces import BlockDevice, Buffer
 from lmdbitmap.tracker.lane import FilterLane, Gate, poll_pauses_s
 from tests.support import make_raw_image

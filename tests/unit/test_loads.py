@@ -13,7 +13,7 @@ from lmdbitmap.bits import Run
 from lmdbitmap.copying.loads import SMALL_BYTES, Load, Loads
 from lmdbitmap.copying.readable import CHUNK_BYTES
 from lmdbitmap.geometry import Geometry
-from lmdbitmap.images.device import MemoryDevice
+from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.interfaces import Allocation
 
 BLOCK = 4096

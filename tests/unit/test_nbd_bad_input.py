@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.images.device import MemoryDevice
+from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.images.plain import PlainDisk
 from lmdbitmap.nbd.server.server import Server
 from tests.nbd_raw import (

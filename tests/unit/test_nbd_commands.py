@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap.filter import Filter
-from lmdbitmap.images.device import FileDevice, MemoryDevice
+from lmdbitmap.images.device import FileDevice
+from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.images.plain import PlainDisk
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.server.commands import PIECE_BYTES, perform

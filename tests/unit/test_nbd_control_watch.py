@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lmdbitmap.images.device import MemoryDevice
+from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.images.plain import PlainDisk
 from lmdbitmap.nbd.control.watch import Watch
 from lmdbitmap.nbd.server.server import Server

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap.errors import FormatError
-from lmdbitmap.images.device import FileDevice, MemoryDevice
+from lmdbitmap.images.device import FileDevice
+from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.images.plain import PlainDisk, PlainLane
 from lmdbitmap.interfaces import BlockDevice
 from lmdbitmap.nbd import protocol as nbd

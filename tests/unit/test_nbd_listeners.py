@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, NotFound
-from lmdbitmap.nbd.listeners import TcpListener, UnixListener, tcp_uri
+from lmdbitmap.nbd.listeners import TcpListener, UnixListener
 
 
 def leave_stale_socket(path: Path) -> None:
@@ -139,7 +139,3 @@ def test_a_port_that_is_free_is_found_and_named() -> None:
 def test_addresses_that_cannot_be_are_refused(host: str, port: int) -> None:
     with pytest.raises(InvalidArgument, match="no address"):
         TcpListener(host, port)
-
-
-def test_an_address_of_ipv6_is_bracketed() -> None:
-    assert tcp_uri("fe80::1", 10809, "a/b") == "nbd://[fe80::1]:10809/a%2Fb"

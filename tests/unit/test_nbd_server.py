@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.images.device import MemoryDevice
+from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.images.plain import PlainDisk, PlainLane
 from lmdbitmap.interfaces import BlockDevice, ServedDisk
 from lmdbitmap.nbd.server.contexts import StatusSource, base_contexts

@@ -5,7 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmdbitmap.errors import InvalidArgument
-from lmdbitmap.nbd.listeners import tcp_uri, unix_uri
 from lmdbitmap.nbd.uri import Credentials, Place, is_uri, parse
 
 names = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
@@ -103,9 +102,16 @@ def test_name_that_the_certificate_must_have_is_the_hosts_unless_another_is_give
 
 @given(name=names, path=names.filter(lambda text: 0 < len(text.encode()) < 100))
 def test_what_our_server_calls_itself_leads_back_to_it(name: str, path: str) -> None:
-    assert parse(unix_uri("/" + path, name)) == Place(name, socket_path="/" + path)
-    assert parse(tcp_uri("::1", 5, name)) == Place(name, host="::1", port=5)
-    assert parse(tcp_uri("a", 5, name, encrypted=True)) == Place(name, host="a", port=5, tls=Credentials())
+    for place in (
+        Place(name, socket_path="/" + path),
+        Place(name, host="::1", port=5),
+        Place(name, host="a", port=5, tls=Credentials()),
+    ):
+        assert parse(place.uri) == place
+
+
+def test_an_address_of_ipv6_is_bracketed() -> None:
+    assert Place("a/b", host="fe80::1", port=10809).uri == "nbd://[fe80::1]:10809/a%2Fb"
 
 
 @given(text=st.text(max_size=60))

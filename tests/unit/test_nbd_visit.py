@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lmdbitmap.images.device import MemoryDevice
+from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.images.plain import PlainDisk
 from lmdbitmap.nbd.server import visit as visiting
 from lmdbitmap.nbd.server.rounds import Rounds

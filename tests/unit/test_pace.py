@@ -9,7 +9,7 @@ import pytest
 
 from lmdbitmap.copying.readable import Metered
 from lmdbitmap.errors import InvalidArgument
-from lmdbitmap.images.device import MemoryDevice
+from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.work.pace import LEAST_BYTES_PER_S, Pace, pace_of
 
 MIB = 1 << 20

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lmdbitmap.backups.rescan import differing
 from lmdbitmap.geometry import Geometry
-from lmdbitmap.images.device import MemoryDevice
+from lmdbitmap.images.memory_device import MemoryDevice
 
 CLUSTER_BITS = 12
 CLUSTER = 1 << CLUSTER_BITS

@@ -13,7 +13,8 @@ import pytest
 from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, NotFound, StorageError, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.geometry import Geometry
-from lmdbitmap.images.device import HOLE, MemoryDevice
+from lmdbitmap.images.device import HOLE
+from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.interfaces import Allocation
 from lmdbitmap.streams.rbd_diff import MAX_ZERO_BYTES, Head
 from lmdbitmap.streams.stream import Sink, stream_backup, write_stream

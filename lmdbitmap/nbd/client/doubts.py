@@ -9,10 +9,10 @@ So are those of changes that a server had acknowledged, lost, and refused to do 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
-from lmdbitmap.bits import Run
+from lmdbitmap.bits import Run, joined_runs
 
 MOST: Final = 4096
 _FIRST_GAP: Final = 64 << 10
@@ -33,25 +33,8 @@ class Doubts:
 
     def add(self, runs: Iterable[Run]) -> None:
         """For one thread at a time."""
-        found = list(_joined(sorted([*self._runs, *runs]), self._gap))
+        found = list(joined_runs(sorted([*self._runs, *runs]), self._gap))
         while len(found) > self._most:
             self._gap = max(2 * self._gap, _FIRST_GAP)
-            found = list(_joined(found, self._gap))
+            found = list(joined_runs(found, self._gap))
         self._runs = found
-
-
-def _joined(runs: Iterable[Run], gap: int) -> Iterator[Run]:
-    """One run for all that overlap, touch, or have no more than `gap` bytes between them."""
-    last: Run | None = None
-    for start, stop in runs:
-        if start >= stop:
-            continue
-        if last is None:
-            last = start, stop
-        elif start <= last[1] + gap:
-            last = last[0], max(last[1], stop)
-        else:
-            yield last
-            last = start, stop
-    if last is not None:
-        yield last

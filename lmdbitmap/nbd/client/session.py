@@ -47,8 +47,8 @@ from lmdbitmap.nbd.client.doubts import Doubts
 from lmdbitmap.nbd.client.errors import failure, refusal, require_answer, words
 from lmdbitmap.nbd.client.flushes import Flushes
 from lmdbitmap.nbd.client.handshake import require_same
-from lmdbitmap.nbd.client.kept import CHANGES, Kept
 from lmdbitmap.nbd.client.link import AWAY, SILENT, Call, Link, Request
+from lmdbitmap.nbd.client.unflushed import CHANGES, Unflushed
 from lmdbitmap.nbd.client.windows import apart, of_a_kind
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class Conversation:
         """Between the next trouble and the dial after it. The leader's."""
         self._next_dial = 0.0
         """When, at the earliest. The leader's."""
-        self._kept = Kept()
+        self._kept = Unflushed()
         """Changed by the leader, under `_state`; it reads without, and so does whoever asks roughly how much it is."""
         self._making_room = threading.Lock()
         """Held by the writer that flushes because too much is kept: the others wait, and find room afterwards."""

@@ -17,6 +17,7 @@ from typing import Final, Protocol
 
 from lmdbitmap.errors import LmdbitmapError, NotFound
 from lmdbitmap.filter import Filter
+from lmdbitmap.geometry import ceil_div
 from lmdbitmap.interfaces import ServedDisk
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.server.contexts import StatusSource, base_contexts, question
@@ -110,7 +111,7 @@ def _statuses(answer: Changes, offset: int, length: int) -> Iterator[tuple[int, 
     """(bytes, status) of [offset, offset + length) without a gap; a block that the range cuts is cut."""
     shift, end = answer.geometry.granularity_bits, offset + length
     position = offset
-    for start, stop in answer.runs(offset >> shift, -(-end >> shift)):
+    for start, stop in answer.runs(offset >> shift, ceil_div(end, 1 << shift)):
         dirty_from, dirty_to = max(start << shift, offset), min(stop << shift, end)
         if position < dirty_from:
             yield dirty_from - position, CLEAN

@@ -13,7 +13,7 @@ _OVERHEAD: Final = 512
 """What a kept request costs beside its data, in bytes."""
 
 
-class Kept:
+class Unflushed:
     """Changes that have to be written again on a new connection. For one thread at a time."""
 
     def __init__(self) -> None:
