@@ -16,7 +16,7 @@ from lmdbitmap.qcow2.layout import (
     CompressionType,
     Header,
 )
-from lmdbitmap.qcow2.reader import Kind, Qcow2Reader, Run, Source
+from lmdbitmap.qcow2.reader import Kind, MappedRun, Qcow2Reader, Source
 from lmdbitmap.qcow2.writer import Qcow2Writer, Sink
 
 __all__ = [
@@ -28,9 +28,9 @@ __all__ = [
     "CompressionType",
     "Header",
     "Kind",
+    "MappedRun",
     "Qcow2Reader",
     "Qcow2Writer",
-    "Run",
     "Sink",
     "Source",
     "chain_extents",

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.geometry import check_range
-from lmdbitmap.qcow2.reader import Kind, Qcow2Reader, Run, joined
+from lmdbitmap.qcow2.reader import Kind, MappedRun, Qcow2Reader, joined
 
 
-def chain_extents(readers: Sequence[Qcow2Reader], offset: int, length: int) -> Iterator[Run]:
+def chain_extents(readers: Sequence[Qcow2Reader], offset: int, length: int) -> Iterator[MappedRun]:
     """Where each byte of the newest image comes from: stored in `readers[run.layer]`, or zero. Newest first.
 
     Past the end of a shorter backing image there are zeroes, whatever a still older one holds.
@@ -41,7 +41,7 @@ def chain_read_into(readers: Sequence[Qcow2Reader], buffer: memoryview, offset: 
 # --- walked down ---
 
 
-def _walked(readers: Sequence[Qcow2Reader], newest: Iterator[Run]) -> Iterator[Run]:
+def _walked(readers: Sequence[Qcow2Reader], newest: Iterator[MappedRun]) -> Iterator[MappedRun]:
     """Follow unallocated runs down, with a stack of our own: a chain may be deeper than Python's calls."""
     stack = [(0, newest)]
     while stack:
@@ -52,11 +52,11 @@ def _walked(readers: Sequence[Qcow2Reader], newest: Iterator[Run]) -> Iterator[R
         elif run.is_stored:
             yield run._replace(layer=layer)
         elif run.kind is Kind.ZERO or layer + 1 == len(readers):
-            yield Run(run.offset, run.length, Kind.ZERO)
+            yield MappedRun(run.offset, run.length, Kind.ZERO)
         else:
             end = min(max(readers[layer + 1].size, run.offset), run.end)
             if end < run.end:
-                stack.append((layer, iter([Run(end, run.end - end, Kind.ZERO)])))
+                stack.append((layer, iter([MappedRun(end, run.end - end, Kind.ZERO)])))
             if end > run.offset:
                 stack.append((layer + 1, readers[layer + 1].extents(run.offset, end - run.offset)))
 
@@ -64,7 +64,7 @@ def _walked(readers: Sequence[Qcow2Reader], newest: Iterator[Run]) -> Iterator[R
 # --- swept ---
 
 
-def stored(readers: Sequence[Qcow2Reader], start: int, end: int) -> list[Iterator[Run]]:
+def stored(readers: Sequence[Qcow2Reader], start: int, end: int) -> list[Iterator[MappedRun]]:
     """What each image says of bytes [start, end), ascending, without what it leaves to those below.
 
     One that is shorter hides what is below it.
@@ -72,22 +72,22 @@ def stored(readers: Sequence[Qcow2Reader], start: int, end: int) -> list[Iterato
     return [_stored_in(reader, layer, start, end) for layer, reader in enumerate(readers)]
 
 
-def _stored_in(reader: Qcow2Reader, layer: int, start: int, end: int) -> Iterator[Run]:
+def _stored_in(reader: Qcow2Reader, layer: int, start: int, end: int) -> Iterator[MappedRun]:
     stop = max(min(reader.size, end), start)
     if start < stop:
         for run in reader.extents(start, stop - start):
             if run.kind is not Kind.UNALLOCATED:
                 yield run._replace(layer=layer)
     if stop < end:
-        yield Run(stop, end - stop, Kind.ZERO, layer=layer)
+        yield MappedRun(stop, end - stop, Kind.ZERO, layer=layer)
 
 
-def merged(streams: Iterable[Iterator[Run]]) -> Iterator[Run]:
+def merged(streams: Iterable[Iterator[MappedRun]]) -> Iterator[MappedRun]:
     """Runs of several layers in the order of their offsets."""
     return heapq.merge(*streams, key=lambda run: run.offset)
 
 
-def overlaid(runs: Iterable[Run], start: int, end: int) -> Iterator[Run]:
+def overlaid(runs: Iterable[MappedRun], start: int, end: int) -> Iterator[MappedRun]:
     """What is seen from above of [start, end): of the runs that cover a byte, that of the least layer; else zeroes.
 
     `runs` come in the order of their offsets, and lie inside. Each is looked at once.
@@ -95,7 +95,7 @@ def overlaid(runs: Iterable[Run], start: int, end: int) -> Iterator[Run]:
     return joined(_overlaid(runs, start, end))
 
 
-def _overlaid(runs: Iterable[Run], start: int, end: int) -> Iterator[Run]:
+def _overlaid(runs: Iterable[MappedRun], start: int, end: int) -> Iterator[MappedRun]:
     position, covering = start, _Covering()
     for run in runs:
         yield from covering.seen(position, run.offset)
@@ -111,24 +111,24 @@ class _Covering:
     """Runs that have begun, uppermost first; those that have ended are dropped when they come to the top."""
 
     def __init__(self) -> None:
-        self._runs: list[tuple[int, int, Run]] = []
+        self._runs: list[tuple[int, int, MappedRun]] = []
         self._most = _MOST_COVERING
 
-    def add(self, run: Run) -> None:
+    def add(self, run: MappedRun) -> None:
         if len(self._runs) > self._most:  # some may lie under a long one, and have ended
             self._runs = [each for each in self._runs if each[2].end > run.offset]
             heapq.heapify(self._runs)
             self._most = max(_MOST_COVERING, 2 * len(self._runs))
         heapq.heappush(self._runs, (run.layer, run.offset, run))
 
-    def seen(self, position: int, stop: int) -> Iterator[Run]:
+    def seen(self, position: int, stop: int) -> Iterator[MappedRun]:
         while position < stop:
             while self._runs and self._runs[0][2].end <= position:
                 heapq.heappop(self._runs)
             if not self._runs:
-                yield Run(position, stop - position, Kind.ZERO)
+                yield MappedRun(position, stop - position, Kind.ZERO)
                 return
             top = self._runs[0][2]
             end = min(top.end, stop)
-            yield top.part(position, end) if top.is_stored else Run(position, end - position, Kind.ZERO)
+            yield top.part(position, end) if top.is_stored else MappedRun(position, end - position, Kind.ZERO)
             position = end

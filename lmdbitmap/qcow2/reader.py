@@ -76,7 +76,7 @@ class Kind(enum.Enum):
     """From the backing file; zeroes where there is none or where it is too short."""
 
 
-class Run(NamedTuple):
+class MappedRun(NamedTuple):
     """Bytes [offset, offset + length) of the disk; if data, where they begin in the file of `layer`.
 
     If compressed, where the compressed bytes of their whole cluster begin, and how many of them there are at most.
@@ -98,12 +98,12 @@ class Run(NamedTuple):
     def end(self) -> int:
         return self.offset + self.length
 
-    def part(self, start: int, end: int) -> Run:
+    def part(self, start: int, end: int) -> MappedRun:
         """Bytes [start, end) of it. What is compressed keeps the place of its whole cluster."""
         moved = start - self.offset if self.kind is Kind.DATA else 0
         return self._replace(offset=start, length=end - start, host_offset=self.host_offset + moved)
 
-    def continues(self, other: Run) -> bool:
+    def continues(self, other: MappedRun) -> bool:
         """Whether this run begins where `other` ends: on the disk and, if data, in the file too.
 
         What is compressed never does, as it has a place in the file, and is to be decompressed by itself.
@@ -143,7 +143,7 @@ class Qcow2Reader:
         """What its compressed clusters are compressed with, if it has any."""
         return list(CompressionType)[_compression_number(self.header)]
 
-    def extents(self, offset: int, length: int) -> Iterator[Run]:
+    def extents(self, offset: int, length: int) -> Iterator[MappedRun]:
         """What this file says of the range, without a gap, in runs as long as can be."""
         check_range(offset, length, self.size)
         return joined(self._runs(offset, offset + length)) if length else iter(())
@@ -158,7 +158,7 @@ class Qcow2Reader:
                 )
             self.fill(buffer[run.offset - offset : run.end - offset], run)
 
-    def fill(self, buffer: memoryview, run: Run) -> None:
+    def fill(self, buffer: memoryview, run: MappedRun) -> None:
         """Fill `buffer` with the bytes that `run` begins with: out of this file if they are there, else zeroes."""
         if run.kind is Kind.DATA:
             self._source.pread_into(buffer, run.host_offset)
@@ -168,7 +168,7 @@ class Qcow2Reader:
         else:
             buffer[:] = bytes(len(buffer))
 
-    def _cluster_of(self, run: Run, *, keep: bool) -> memoryview:
+    def _cluster_of(self, run: MappedRun, *, keep: bool) -> memoryview:
         """The whole cluster of a compressed run; `keep` it where another part of it may be asked for next."""
         place = run.host_offset, run.host_length
         if self._cached_cluster[:2] == place:
@@ -272,28 +272,28 @@ class Qcow2Reader:
             raise self._refusal(place, "UTF-8 without a zero byte", repr(data[:80]))
         return data.decode()
 
-    def _runs(self, offset: int, end: int) -> Iterator[Run]:
+    def _runs(self, offset: int, end: int) -> Iterator[MappedRun]:
         bits = self.header.cluster_bits
         for first, stop, entry in self._mapped(offset >> bits, ceil_div(end, self.cluster_size)):
             start = max(first << bits, offset)
             yield self._run(start, min(stop << bits, end), entry, start - (first << bits))
 
-    def _run(self, start: int, end: int, entry: int, skipped: int) -> Run:
+    def _run(self, start: int, end: int, entry: int, skipped: int) -> MappedRun:
         """The run that begins `skipped` bytes into the cluster of `entry`."""
         place = f"L2 entry of byte {start}"
         if entry & COMPRESSED:
-            return self._compressed_run(Run(start, end - start, Kind.COMPRESSED), place, entry)
+            return self._compressed_run(MappedRun(start, end - start, Kind.COMPRESSED), place, entry)
         host_offset = entry & OFFSET_MASK
         copied_nothing = entry & COPIED and not host_offset
         if entry & L2_RESERVED or copied_nothing or host_offset % self.cluster_size:
             raise self._refusal(place, f"known flags and a multiple of {self.cluster_size}", f"{entry:#x}")
         if entry & ZERO or not host_offset:
-            return Run(start, end - start, Kind.ZERO if entry & ZERO else Kind.UNALLOCATED)
+            return MappedRun(start, end - start, Kind.ZERO if entry & ZERO else Kind.UNALLOCATED)
         if host_offset + skipped + end - start > self._file_size:
             raise self._refusal(place, f"data inside the file of {self._file_size} bytes", f"{entry:#x}")
-        return Run(start, end - start, Kind.DATA, host_offset + skipped)
+        return MappedRun(start, end - start, Kind.DATA, host_offset + skipped)
 
-    def _compressed_run(self, run: Run, place: str, entry: int) -> Run:
+    def _compressed_run(self, run: MappedRun, place: str, entry: int) -> MappedRun:
         """The run with its place in the file, which may end within the last sector that the entry counts."""
         host_offset, host_length = compressed_place(entry, self.header.cluster_bits)
         stop = min(host_offset + host_length, ceil_div(self._file_size, SECTOR) * SECTOR)
@@ -379,8 +379,8 @@ def _end_of_alike(entries: array[int], start: int, count: int) -> int:
     return stop
 
 
-def joined(runs: Iterable[Run]) -> Iterator[Run]:
-    last: Run | None = None
+def joined(runs: Iterable[MappedRun]) -> Iterator[MappedRun]:
+    last: MappedRun | None = None
     for run in runs:
         if last is not None and run.continues(last):
             last = last._replace(length=last.length + run.length)

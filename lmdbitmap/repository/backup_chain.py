@@ -28,7 +28,7 @@ from lmdbitmap.images.device import DATA, HOLE
 from lmdbitmap.images.file_pool import FilePool, PooledFile, half_of_what_may_be_open
 from lmdbitmap.images.read_only import ReadOnlyDevice
 from lmdbitmap.interfaces import Allocation, joined
-from lmdbitmap.qcow2 import Qcow2Reader, Run, Source, chain_extents
+from lmdbitmap.qcow2 import MappedRun, Qcow2Reader, Source, chain_extents
 from lmdbitmap.qcow2.compression import require
 from lmdbitmap.qcow2.layout import SECTOR
 from lmdbitmap.repository.manifest import BackupEntry, chain_to, id_at
@@ -75,7 +75,7 @@ class BackupChain(ReadOnlyDevice):
         """The disk's own, which may end inside of the images' last sector."""
         return self.entry.disk_size
 
-    def extents(self, offset: int, length: int) -> Iterator[Run]:
+    def extents(self, offset: int, length: int) -> Iterator[MappedRun]:
         """Where each byte of the range is: stored in the file of `images[run.layer]`, or zero."""
         self._check(offset, length)
         return chain_extents(self._readers, offset, length) if length else iter(())
@@ -107,17 +107,17 @@ class BackupChain(ReadOnlyDevice):
         for run in self.extents(offset, len(buffer)):
             self.fill(buffer[run.offset - offset : run.end - offset], run)
 
-    def fill(self, buffer: memoryview, run: Run) -> None:
+    def fill(self, buffer: memoryview, run: MappedRun) -> None:
         """Fill `buffer` with the bytes of a run that `extents` told of."""
         self._readers[run.layer].fill(buffer, run)
 
-    def prove(self, run: Run) -> None:
+    def prove(self, run: MappedRun) -> None:
         """Return when the bytes of a run are proven, if their image can prove them; else raise `FormatError`."""
         proof = self.images[run.layer].proof
         if proof is not None and run.is_stored:
             proof.require(run.host_offset, run.host_length or run.length)
 
-    def claim(self, run: Run) -> bool:
+    def claim(self, run: MappedRun) -> bool:
         """Whether there is something to prove about the run that nobody has claimed yet."""
         proof = self.images[run.layer].proof
         return (
@@ -126,7 +126,7 @@ class BackupChain(ReadOnlyDevice):
             and proof.claim(run.host_offset, run.host_length or run.length)
         )
 
-    def announce(self, run: Run) -> None:
+    def announce(self, run: MappedRun) -> None:
         """Have the kernel begin to read the bytes of a run. Promises nothing."""
         if run.is_stored:
             with self.images[run.layer].file.reading() as device:

@@ -21,7 +21,7 @@ from lmdbitmap.copying.copier import Copied, ImageFile
 from lmdbitmap.errors import os_errors_at
 from lmdbitmap.images.file_copy import PIECE_BYTES, FileCopier
 from lmdbitmap.images.file_pool import FilePool, PooledFile
-from lmdbitmap.qcow2 import Kind, Qcow2Reader, Qcow2Writer, Run, chain_extents
+from lmdbitmap.qcow2 import Kind, MappedRun, Qcow2Reader, Qcow2Writer, chain_extents
 from lmdbitmap.qcow2.chain import merged, overlaid, stored
 from lmdbitmap.qcow2.layout import SECTOR, CompressionType
 from lmdbitmap.repository.backup_chain import image_reader
@@ -60,20 +60,20 @@ class View:
                 parent = parents[0].file if parents else None
                 self._readers.append(image_reader(self._files[-1], entry, parent))
 
-    def runs(self, size: int) -> Iterator[tuple[Run, object]]:
+    def runs(self, size: int) -> Iterator[tuple[MappedRun, object]]:
         """Each run of the first `size` bytes and its place; past the disk's end there are zeroes."""
         for run in overlaid(merged(self._stored(size)), 0, size):
             yield run, self._place(run)
 
-    def _stored(self, size: int) -> list[Iterator[Run]]:
+    def _stored(self, size: int) -> list[Iterator[MappedRun]]:
         """What each layer says of the first `size` bytes."""
         streams = stored(self._readers[: self._layer_below], 0, size)
         if self._size_below is not None:
             end = min(self._size_below, size)
-            streams.append(iter([Run(0, end, Kind.DATA, 0, self._layer_below)] if end else []))
+            streams.append(iter([MappedRun(0, end, Kind.DATA, 0, self._layer_below)] if end else []))
         return streams
 
-    def _place(self, run: Run) -> object:
+    def _place(self, run: MappedRun) -> object:
         """Equal for two runs that begin with the same bytes of the same file, or with zeroes."""
         if not run.is_stored:
             return None
@@ -87,11 +87,11 @@ class View:
             with os_errors_at(self._files[run.layer].path):
                 self._readers[run.layer].fill(buffer[run.offset - offset : run.end - offset], run)
 
-    def file_of(self, run: Run) -> PooledFile | None:
+    def file_of(self, run: MappedRun) -> PooledFile | None:
         """The file that the run's data is in; None if that is somewhere below."""
         return self._files[run.layer] if run.layer < self._layer_below else None
 
-    def packed(self, run: Run, cluster_size: int, kind: CompressionType) -> bytes | None:
+    def packed(self, run: MappedRun, cluster_size: int, kind: CompressionType) -> bytes | None:
         """A whole compressed cluster as it is in its file; None where another kind of image could not have it so."""
         reader = self._readers[run.layer]
         whole = run.offset % cluster_size == 0 and run.length in (
@@ -113,7 +113,7 @@ class View:
 class _Piece(NamedTuple):
     """A stretch of the disk, where its bytes are, and whether the new parent has them from the same place."""
 
-    run: Run
+    run: MappedRun
     inherited: bool
 
     def cut(self, length: int) -> tuple[_Piece, _Piece]:
@@ -150,7 +150,7 @@ def _pieces(view: View, over: View | None) -> Iterator[_Piece]:
         yield from (_Piece(run, False) for run, _ in view.runs(size))
         return
     theirs, shared_end = over.runs(size), _shared_end(view.entry, over.entry)
-    their_run, their_place = Run(0, 0, Kind.ZERO), None
+    their_run, their_place = MappedRun(0, 0, Kind.ZERO), None
     for run, place in view.runs(size):
         rest = _Piece(run, False)
         while rest.run.length:
@@ -236,7 +236,7 @@ class _Merger:
         else:
             self._put_data(run, source)
 
-    def _put_packed(self, run: Run) -> None:
+    def _put_packed(self, run: MappedRun) -> None:
         packed = self._view.packed(run, self._writer.cluster_size, self._view.compression_type)
         fits = packed is not None and len(packed) < self._writer.cluster_size
         if packed is None or not fits or not self._writer.can_point_to_compressed:
@@ -246,7 +246,7 @@ class _Merger:
         self.keeps_packed = True
         self._count(run.length)
 
-    def _put_data(self, run: Run, source: PooledFile) -> None:
+    def _put_data(self, run: MappedRun, source: PooledFile) -> None:
         host_offset = self._writer.reserve(run.offset, run.length)
         for done in range(0, run.length, PIECE_BYTES):
             length = min(PIECE_BYTES, run.length - done)

@@ -13,7 +13,7 @@ from functools import partial
 
 from lmdbitmap.copying.hashing import MOST_THREADS
 from lmdbitmap.images.device import PAGE_BYTES
-from lmdbitmap.qcow2 import Kind, Run
+from lmdbitmap.qcow2 import Kind, MappedRun
 from lmdbitmap.repository.backup_chain import BackupChain
 from lmdbitmap.restoring.making_ready import BATCH_BYTES, batches
 from lmdbitmap.restoring.putting_back import zeroed
@@ -41,11 +41,11 @@ class CarryingBack:
         self._done = self._told = 0
         self.bytes_written = self.bytes_zeroed = 0
 
-    def put_all(self, runs: Iterable[Run]) -> None:
+    def put_all(self, runs: Iterable[MappedRun]) -> None:
         """All is written when it returns, and not synced. Raises `FormatError` for what is not what it was."""
         Gang(self._new_carrier, most=MOST_THREADS).do(self._announced(runs), self._tell)
 
-    def _announced(self, runs: Iterable[Run]) -> Iterator[list[Run]]:
+    def _announced(self, runs: Iterable[MappedRun]) -> Iterator[list[MappedRun]]:
         for batch in batches(runs):
             for run in batch:
                 self._chain.announce(run)
@@ -55,10 +55,10 @@ class CarryingBack:
         self._told, before = self._done, self._told
         self._report.advance(self._told - before)
 
-    def _new_carrier(self) -> Work[list[Run]]:
+    def _new_carrier(self) -> Work[list[MappedRun]]:
         return partial(self._carry, memoryview(new_buffer(BATCH_BYTES)))
 
-    def _carry(self, buffer: memoryview, number: int, batch: list[Run]) -> None:
+    def _carry(self, buffer: memoryview, number: int, batch: list[MappedRun]) -> None:
         written = zeroes = 0
         for group in _groups(run for run in batch if run.is_stored):
             length = sum(run.length for run in group)
@@ -71,7 +71,7 @@ class CarryingBack:
             self.bytes_written += written
             self.bytes_zeroed += zeroes
 
-    def _put(self, group: list[Run], data: memoryview) -> None:
+    def _put(self, group: list[MappedRun], data: memoryview) -> None:
         if self._chain.images[group[0].layer].proof is None and self._share(group):
             return
         self._chain.fill(data, group[0]._replace(length=len(data)))
@@ -82,11 +82,11 @@ class CarryingBack:
             self._target.write_many([(run.offset, data[start : start + run.length])])
             start += run.length
 
-    def _share(self, group: list[Run]) -> bool:
+    def _share(self, group: list[MappedRun]) -> bool:
         """Whether the target has what its images hold now, as its own."""
         return self._can_share and all(run.kind is Kind.DATA and self._is_shared(run) for run in group)
 
-    def _is_shared(self, run: Run) -> bool:
+    def _is_shared(self, run: MappedRun) -> bool:
         """A refusal is of all that follows, but for one of the disk's end, which may be no whole block."""
         with self._chain.images[run.layer].file.reading() as source:
             assert source.fd is not None
@@ -96,9 +96,9 @@ class CarryingBack:
         return is_shared
 
 
-def _groups(stored: Iterable[Run]) -> Iterator[list[Run]]:
+def _groups(stored: Iterable[MappedRun]) -> Iterator[list[MappedRun]]:
     """Data that lies together in one file, as much as a buffer holds; what is compressed is by itself."""
-    group: list[Run] = []
+    group: list[MappedRun] = []
     length = 0
     for run in stored:
         if group and (not _adjoins(run, group[-1]) or length + run.length > BATCH_BYTES):
@@ -110,6 +110,6 @@ def _groups(stored: Iterable[Run]) -> Iterator[list[Run]]:
         yield group
 
 
-def _adjoins(run: Run, before: Run) -> bool:
+def _adjoins(run: MappedRun, before: MappedRun) -> bool:
     is_data = run.kind is Kind.DATA and before.kind is Kind.DATA and run.layer == before.layer
     return is_data and run.host_offset == before.host_offset + before.length

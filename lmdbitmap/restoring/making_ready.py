@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from lmdbitmap.copying.hashing import thread_count
-from lmdbitmap.qcow2 import Kind, Run
+from lmdbitmap.qcow2 import Kind, MappedRun
 from lmdbitmap.repository.backup_chain import BackupChain
 from lmdbitmap.work.buffers import new_buffer
 
@@ -27,19 +27,19 @@ _BATCH_RUNS = 256
 class Ready(NamedTuple):
     """A run that is proven, where its image can prove it; `data` has its bytes, if that kind of run was to be read."""
 
-    run: Run
+    run: MappedRun
     data: bytearray | None = None
 
 
 def made_ready(
-    chain: BackupChain, runs: Iterable[Run], read: Collection[Kind]
+    chain: BackupChain, runs: Iterable[MappedRun], read: Collection[Kind]
 ) -> Generator[Ready, None, None]:
     """The runs in order, in pieces of a batch at most. Raises what is wrong with one of them in its place, or before.
 
     Close it where it is left before its end.
     """
     with ThreadPoolExecutor(max_workers=thread_count()) as threads:
-        pending: deque[tuple[list[Run], Future[list[Ready]]]] = deque()
+        pending: deque[tuple[list[MappedRun], Future[list[Ready]]]] = deque()
         for batch in batches(runs):
             claimed = [run for run in batch if chain.claim(run)]
             pending.append((batch, threads.submit(_made_ready, chain, batch, claimed, read)))
@@ -50,20 +50,20 @@ def made_ready(
 
 
 def _made_ready(
-    chain: BackupChain, batch: Iterable[Run], claimed: Iterable[Run], read: Collection[Kind]
+    chain: BackupChain, batch: Iterable[MappedRun], claimed: Iterable[MappedRun], read: Collection[Kind]
 ) -> list[Ready]:
     for run in claimed:
         chain.prove(run)
     return [Ready(run, _data(chain, run) if run.kind in read else None) for run in batch]
 
 
-def _data(chain: BackupChain, run: Run) -> bytearray:
+def _data(chain: BackupChain, run: MappedRun) -> bytearray:
     data = new_buffer(run.length)
     chain.fill(memoryview(data), run)
     return data
 
 
-def _taken(chain: BackupChain, batch: Iterable[Run], made: Future[list[Ready]]) -> Iterator[Ready]:
+def _taken(chain: BackupChain, batch: Iterable[MappedRun], made: Future[list[Ready]]) -> Iterator[Ready]:
     """What another batch had claimed may not be proven yet."""
     ready = made.result()
     for run in batch:
@@ -71,9 +71,9 @@ def _taken(chain: BackupChain, batch: Iterable[Run], made: Future[list[Ready]]) 
     yield from ready
 
 
-def batches(runs: Iterable[Run]) -> Iterator[list[Run]]:
+def batches(runs: Iterable[MappedRun]) -> Iterator[list[MappedRun]]:
     """The runs in pieces, together as many as make `BATCH_BYTES` or end where a batch of their file does."""
-    batch: list[Run] = []
+    batch: list[MappedRun] = []
     length = 0
     for run in runs:
         for piece in _pieces(run):
@@ -87,7 +87,7 @@ def batches(runs: Iterable[Run]) -> Iterator[list[Run]]:
         yield batch
 
 
-def _pieces(run: Run) -> Iterator[Run]:
+def _pieces(run: MappedRun) -> Iterator[MappedRun]:
     """The run in pieces that end on whole batches of its file: so that no two have a chunk of digests in common."""
     if run.kind is not Kind.DATA:
         yield run

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Iterable
 from typing import Protocol
 
-from lmdbitmap.qcow2 import Kind, Run
+from lmdbitmap.qcow2 import Kind, MappedRun
 from lmdbitmap.repository.backup_chain import BackupChain
 from lmdbitmap.restoring.making_ready import made_ready
 from lmdbitmap.targets.differences import CHUNK_BYTES, Mender, allocated, chunks
@@ -32,7 +32,7 @@ class PuttingBack(Protocol):
     @property
     def bytes_read(self) -> int: ...
 
-    def put_all(self, runs: Iterable[Run]) -> None:
+    def put_all(self, runs: Iterable[MappedRun]) -> None:
         """Put all of the runs back, which are the disk; nothing is synced. Raises `FormatError` for what is damaged."""
 
 
@@ -45,7 +45,7 @@ class Overwriting:
         self._report = report
         self.bytes_read = self.bytes_written = self.bytes_zeroed = 0
 
-    def put_all(self, runs: Iterable[Run]) -> None:
+    def put_all(self, runs: Iterable[MappedRun]) -> None:
         with contextlib.closing(made_ready(self._chain, runs, _STORED)) as ready:
             for run, data in ready:
                 if data is not None:
@@ -56,7 +56,7 @@ class Overwriting:
                 self._report.advance(run.length)
 
 
-def zeroed(target: Target, run: Run) -> int:
+def zeroed(target: Target, run: MappedRun) -> int:
     """Make zeroes of a run where they are not known to be; answer how many."""
     done = 0
     for offset, part in allocated(target, run.offset, run.length):
@@ -78,7 +78,7 @@ class Comparing(Mender):
     def bytes_read(self) -> int:
         return self.bytes_compared
 
-    def put_all(self, runs: Iterable[Run]) -> None:
+    def put_all(self, runs: Iterable[MappedRun]) -> None:
         with contextlib.closing(made_ready(self._chain, runs, _STORED)) as ready:
             for run, data in ready:
                 if data is None:
@@ -86,7 +86,7 @@ class Comparing(Mender):
                 else:
                     self._mend(run, memoryview(data))
 
-    def _mend(self, run: Run, data: memoryview) -> None:
+    def _mend(self, run: MappedRun, data: memoryview) -> None:
         for offset, length in chunks(run.offset, run.end):
             start = offset - run.offset
             memoryview(self._wanted)[:length] = data[start : start + length]

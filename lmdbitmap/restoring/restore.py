@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
-from lmdbitmap.qcow2 import Kind, Run
+from lmdbitmap.qcow2 import Kind, MappedRun
 from lmdbitmap.repository import backup_chain
 from lmdbitmap.repository.backup_chain import BackupChain
 from lmdbitmap.repository.digests import require_algorithms
@@ -128,12 +128,12 @@ def _await(proven: Future[None], report: Report) -> None:
     proven.result()
 
 
-def _runs(chain: BackupChain, target_size: int) -> Iterator[Run]:
+def _runs(chain: BackupChain, target_size: int) -> Iterator[MappedRun]:
     """The disk, and what is behind it of the target, as zeroes."""
     return itertools.chain(chain.extents(0, chain.size), _tail(chain.size, target_size))
 
 
-def _tail(start: int, end: int) -> Iterator[Run]:
+def _tail(start: int, end: int) -> Iterator[MappedRun]:
     """In pieces: to zero a large one may take a device long, and nobody could stop it meanwhile."""
     for offset in range(start, end, _TAIL_BYTES):
-        yield Run(offset, min(_TAIL_BYTES, end - offset), Kind.ZERO)
+        yield MappedRun(offset, min(_TAIL_BYTES, end - offset), Kind.ZERO)

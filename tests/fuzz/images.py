@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 from lmdbitmap.errors import FormatError, InvalidArgument
-from lmdbitmap.qcow2 import Kind, Qcow2Reader, Run, chain_extents, chain_read_into
+from lmdbitmap.qcow2 import Kind, MappedRun, Qcow2Reader, chain_extents, chain_read_into
 from tests.fuzz.inputs import Input
 from tests.qcow2_model import MemoryFile, naive_chain_read, u64
 
@@ -85,9 +85,9 @@ def check_runs(reader: Qcow2Reader, file_size: int, offset: int, length: int) ->
     return whole is not None
 
 
-def runs_of(reader: Qcow2Reader, file_size: int, offset: int, length: int) -> list[Run] | None:
+def runs_of(reader: Qcow2Reader, file_size: int, offset: int, length: int) -> list[MappedRun] | None:
     """None where the image is found out to lie."""
-    found: list[Run] = []
+    found: list[MappedRun] = []
     position = offset
     try:
         for run in reader.extents(offset, length):
@@ -106,7 +106,7 @@ def runs_of(reader: Qcow2Reader, file_size: int, offset: int, length: int) -> li
     return found
 
 
-def check_compressed(reader: Qcow2Reader, file_size: int, run: Run) -> None:
+def check_compressed(reader: Qcow2Reader, file_size: int, run: MappedRun) -> None:
     """Inside the file, of two clusters at most, for one cluster; and what is read of a part is a part of the whole."""
     assert reader.cluster_size <= run.host_offset < run.host_offset + run.host_length <= file_size
     assert run.host_length <= 2 * reader.cluster_size
@@ -117,7 +117,7 @@ def check_compressed(reader: Qcow2Reader, file_size: int, run: Run) -> None:
     assert part == whole[: len(part)]
 
 
-def clipped(runs: list[Run], start: int, end: int) -> list[Run]:
+def clipped(runs: list[MappedRun], start: int, end: int) -> list[MappedRun]:
     """The runs, cut down to [start, end)."""
     inside = []
     for run in runs:

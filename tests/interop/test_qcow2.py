@@ -16,9 +16,9 @@ from lmdbitmap.geometry import ceil_div
 from lmdbitmap.qcow2 import (
     CompressingWriter,
     Kind,
+    MappedRun,
     Qcow2Reader,
     Qcow2Writer,
-    Run,
     chain_extents,
     chain_read_into,
 )
@@ -247,7 +247,7 @@ def test_map_agrees_with_our_extents_to_the_byte(tmp_path: Path, top: int) -> No
         readers = [Qcow2Reader(stack.enter_context(DiskFile(image))) for image in images[top::-1]]
         ours = [found for found in chain_extents(readers, 0, readers[0].size) if found.kind is Kind.DATA]
     theirs = [
-        Run(entry["start"], entry["length"], Kind.DATA, entry["offset"], entry["depth"])
+        MappedRun(entry["start"], entry["length"], Kind.DATA, entry["offset"], entry["depth"])
         for entry in qemu_map(images[top])
         if entry["data"]
     ]

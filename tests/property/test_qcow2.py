@@ -16,9 +16,9 @@ from lmdbitmap.geometry import ceil_div
 from lmdbitmap.qcow2 import (
     CompressingWriter,
     Kind,
+    MappedRun,
     Qcow2Reader,
     Qcow2Writer,
-    Run,
     chain_extents,
     chain_read_into,
 )
@@ -182,7 +182,7 @@ def test_extents_of_any_range_have_no_gap_and_agree_with_the_bytes(
     assert expected == truth[offset : offset + length]
 
 
-def assert_seamless(found: list[Run], offset: int, length: int) -> None:
+def assert_seamless(found: list[MappedRun], offset: int, length: int) -> None:
     """The runs cover the range without a gap, none is empty, and none could have been joined."""
     position = offset
     for run in found:

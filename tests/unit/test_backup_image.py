@@ -15,7 +15,7 @@ from lmdbitmap.copying.digest_algorithms import DigestAlgorithm
 from lmdbitmap.copying.hashing import CHUNK_BYTES, digest_at
 from lmdbitmap.errors import FormatError
 from lmdbitmap.images.device import FileDevice
-from lmdbitmap.qcow2 import Kind, Qcow2Reader, Run
+from lmdbitmap.qcow2 import Kind, MappedRun, Qcow2Reader
 from lmdbitmap.repository import proof
 from lmdbitmap.repository.manifest import BackupEntry
 from tests.backed_up import FULL, RESCAN, BackedUpDisk
@@ -71,7 +71,7 @@ def flip(path: Path, offset: int, bit: int = 0) -> None:
         file.write(bytes([byte ^ 1 << bit]))
 
 
-def stored_at(path: Path, offset: int) -> Run:
+def stored_at(path: Path, offset: int) -> MappedRun:
     """Where the image has this byte of the disk."""
     with FileDevice.open(path, read_only=True) as device:
         [run] = Qcow2Reader(device).extents(offset, 1)

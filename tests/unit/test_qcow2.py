@@ -15,9 +15,9 @@ from lmdbitmap.qcow2 import (
     CompressionType,
     Header,
     Kind,
+    MappedRun,
     Qcow2Reader,
     Qcow2Writer,
-    Run,
     chain_extents,
     chain_read_into,
 )
@@ -59,7 +59,7 @@ def image(
     return sink
 
 
-def runs(file: MemoryFile) -> list[Run]:
+def runs(file: MemoryFile) -> list[MappedRun]:
     reader = Qcow2Reader(file)
     return list(reader.extents(0, reader.size))
 
@@ -87,7 +87,7 @@ def test_data_is_one_write_and_one_run_however_many_l2_tables_it_crosses() -> No
     data = bytes(range(256)) * (5 * TABLE_BYTES // 256)
     file = image(8 * TABLE_BYTES, (TABLE_BYTES - CLUSTER, data))
     assert file.writes.count((CLUSTER, len(data))) == 1
-    assert runs(file)[1] == Run(TABLE_BYTES - CLUSTER, len(data), Kind.DATA, CLUSTER)
+    assert runs(file)[1] == MappedRun(TABLE_BYTES - CLUSTER, len(data), Kind.DATA, CLUSTER)
 
 
 @pytest.mark.parametrize("count", [1, 2, 127, 128, 129, 130, 255, 256, 257, 508])
@@ -179,13 +179,13 @@ def test_more_sharers_than_a_refcount_can_count_take_a_second_table() -> None:
     file = image(stretches * TABLE_BYTES, (0, stretches * TABLE_BYTES), backing_file="full")
     assert u32(file.content, 36) == stretches + 4
     assert structure_problems(bytes(file.content)) == []
-    assert runs(file) == [Run(0, stretches * TABLE_BYTES, Kind.ZERO)]
+    assert runs(file) == [MappedRun(0, stretches * TABLE_BYTES, Kind.ZERO)]
 
 
 def test_64_tib_of_zeroes_are_small_to_write_and_one_run_to_read() -> None:
     file = image(64 * TIB, (0, 64 * TIB), cluster_bits=16, backing_file="full")
     assert file.size < 2 << 20
-    assert runs(file) == [Run(0, 64 * TIB, Kind.ZERO)]
+    assert runs(file) == [MappedRun(0, 64 * TIB, Kind.ZERO)]
 
 
 def test_few_changes_on_64_tib_cost_one_l2_table_each() -> None:
@@ -356,7 +356,7 @@ def test_a_file_shorter_than_a_header_is_refused(length: int) -> None:
 
 def test_a_header_of_104_bytes_is_read() -> None:
     file = patched(image(CLUSTER), header_length=104)
-    assert runs(file) == [Run(0, CLUSTER, Kind.UNALLOCATED)]
+    assert runs(file) == [MappedRun(0, CLUSTER, Kind.UNALLOCATED)]
 
 
 @pytest.mark.parametrize(
@@ -444,7 +444,7 @@ def test_a_zero_cluster_with_space_reserved_for_it_is_zero() -> None:
     file = small_image()
     table = u64(file.content, u64(file.content, 40)) & ~(1 << 63)
     struct.pack_into(">QQ", file.content, table, 1 << 63 | CLUSTER | 1, 1 << 63 | 2 * CLUSTER | 1)
-    assert runs(file)[0] == Run(0, 2 * CLUSTER, Kind.ZERO)
+    assert runs(file)[0] == MappedRun(0, 2 * CLUSTER, Kind.ZERO)
 
 
 def test_data_that_a_truncated_file_lacks_is_refused() -> None:
@@ -460,7 +460,7 @@ def test_data_that_a_truncated_file_lacks_is_refused() -> None:
 def test_extents_are_clipped_to_the_bytes_asked_for() -> None:
     reader = Qcow2Reader(image(8 * CLUSTER, (2 * CLUSTER, b"x" * 4 * CLUSTER), backing_file="full"))
     assert list(reader.extents(3 * CLUSTER + 5, 100)) == [
-        Run(3 * CLUSTER + 5, 100, Kind.DATA, 2 * CLUSTER + 5)
+        MappedRun(3 * CLUSTER + 5, 100, Kind.DATA, 2 * CLUSTER + 5)
     ]
     assert [run[:3] for run in reader.extents(2 * CLUSTER - 1, 2)] == [
         (2 * CLUSTER - 1, 1, Kind.UNALLOCATED),
@@ -707,10 +707,10 @@ def test_a_chain_names_the_layer_and_the_place_of_every_run() -> None:
     top = image(4 * CLUSTER, (0, CLUSTER), backing_file="middle")
     readers = [Qcow2Reader(file) for file in (top, middle, full)]
     assert list(chain_extents(readers, 0, 4 * CLUSTER)) == [
-        Run(0, CLUSTER, Kind.ZERO),
-        Run(CLUSTER, CLUSTER, Kind.DATA, CLUSTER, layer=1),
-        Run(2 * CLUSTER, CLUSTER, Kind.DATA, 3 * CLUSTER, layer=2),
-        Run(3 * CLUSTER, CLUSTER, Kind.ZERO),
+        MappedRun(0, CLUSTER, Kind.ZERO),
+        MappedRun(CLUSTER, CLUSTER, Kind.DATA, CLUSTER, layer=1),
+        MappedRun(2 * CLUSTER, CLUSTER, Kind.DATA, 3 * CLUSTER, layer=2),
+        MappedRun(3 * CLUSTER, CLUSTER, Kind.ZERO),
     ]
 
 

@@ -8,7 +8,7 @@ from unittest.mock import patch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmdbitmap.qcow2 import Kind, Qcow2Reader, Qcow2Writer, Run, chain, chain_extents
+from lmdbitmap.qcow2 import Kind, MappedRun, Qcow2Reader, Qcow2Writer, chain, chain_extents
 from lmdbitmap.qcow2.reader import joined
 from tests.qcow2_model import MemoryFile
 
@@ -20,14 +20,14 @@ def test_what_is_seen_from_above_is_what_a_painter_would_leave(data: st.DataObje
     """Layers are painted from the lowest up, a byte at a time."""
     size, layers = 60, data.draw(st.integers(0, 5))
     painted: list[tuple[int, ...] | None] = [None] * size
-    stored: list[Run] = []
+    stored: list[MappedRun] = []
     for layer in reversed(range(layers)):
         edges = sorted(data.draw(st.sets(st.integers(0, size), max_size=12)))
         for start, stop in zip(edges[::2], edges[1::2], strict=False):
             kind = data.draw(st.sampled_from([Kind.DATA, Kind.ZERO, Kind.COMPRESSED]))
             place = {Kind.DATA: 1000 * layer + start, Kind.ZERO: 0, Kind.COMPRESSED: start}[kind]
             stored.append(
-                Run(start, stop - start, kind, place, layer, start if kind is Kind.COMPRESSED else 0)
+                MappedRun(start, stop - start, kind, place, layer, start if kind is Kind.COMPRESSED else 0)
             )
             for byte in range(start, stop):
                 painted[byte] = place_of(stored[-1], byte)
@@ -40,7 +40,7 @@ def test_what_is_seen_from_above_is_what_a_painter_would_leave(data: st.DataObje
     assert found == painted
 
 
-def place_of(run: Run, byte: int) -> tuple[int, ...] | None:
+def place_of(run: MappedRun, byte: int) -> tuple[int, ...] | None:
     """Where a byte of the disk is; of what is compressed, where all of its cluster is."""
     if run.kind is Kind.COMPRESSED:
         return run.layer, run.host_offset, run.host_length

@@ -11,7 +11,7 @@ import pytest
 
 from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.interfaces import Buffer
-from lmdbitmap.qcow2 import CompressingWriter, CompressionType, Kind, Qcow2Reader, Qcow2Writer, Run
+from lmdbitmap.qcow2 import CompressingWriter, CompressionType, Kind, MappedRun, Qcow2Reader, Qcow2Writer
 from lmdbitmap.qcow2.compressing import PIECE_BYTES, PIECES_PER_WORKER
 from lmdbitmap.qcow2.compression import chosen, compressor
 from lmdbitmap.work.crew import Spared, none_spared
@@ -60,7 +60,7 @@ def image(
     return sink
 
 
-def runs(file: MemoryFile) -> list[Run]:
+def runs(file: MemoryFile) -> list[MappedRun]:
     reader = Qcow2Reader(file)
     return list(reader.extents(0, reader.size))
 
@@ -122,7 +122,7 @@ def test_neighbours_that_do_not_shrink_go_with_one_write() -> None:
     solid = os.urandom(8 * CLUSTER)
     file = image(9 * CLUSTER, [(0, solid + b"-" * CLUSTER)])
     assert (CLUSTER, 8 * CLUSTER) in file.writes
-    assert runs(file)[0] == Run(0, 8 * CLUSTER, Kind.DATA, CLUSTER)
+    assert runs(file)[0] == MappedRun(0, 8 * CLUSTER, Kind.DATA, CLUSTER)
 
 
 def test_the_header_names_zstd_and_does_not_name_zlib() -> None:

@@ -26,11 +26,11 @@ from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, NotFound
 from lmdbitmap.geometry import ceil_div, check_range
 from lmdbitmap.interfaces import Allocation, Buffer, ImageIdentity, joined
 from lmdbitmap.nbd import protocol as nbd
+from lmdbitmap.nbd.client.conversation import Conversation
 from lmdbitmap.nbd.client.dial import DIAL_S, dial, warn_about
 from lmdbitmap.nbd.client.edges import Edges
 from lmdbitmap.nbd.client.handshake import FarExport
 from lmdbitmap.nbd.client.link import WINDOW, Link, Request
-from lmdbitmap.nbd.client.session import Conversation
 from lmdbitmap.nbd.client.statuses import statuses
 from lmdbitmap.nbd.uri import Place, parse
 from lmdbitmap.work.buffers import read_whole

@@ -10,8 +10,8 @@ from typing import Final
 
 from lmdbitmap.errors import NotFound
 from lmdbitmap.nbd import protocol as nbd
+from lmdbitmap.nbd.client.conversation import Conversation
 from lmdbitmap.nbd.client.link import WINDOW, Link, Request
-from lmdbitmap.nbd.client.session import Conversation
 
 _MOST_BYTES: Final = 64 << 20
 """Asked at once. A client that is told of a part only asks for the rest."""
