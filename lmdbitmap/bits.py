@@ -120,25 +120,27 @@ def _edges(view: bitarray, start: int, stop: int) -> Iterator[Iterable[int]]:
 
 def or_into(target: Bits, source: Bits, target_offset: int = 0) -> None:
     """Set in `target`, from byte `target_offset` on, every bit that is set in `source`."""
-    view, other = _facing(target, source, target_offset)
-    view |= other
+    part = memoryview(target)[target_offset : target_offset + len(source)]
+    assert len(part) == len(source), f"{len(source)} bytes do not fit at {target_offset} of {len(target)}"
+    view = bitmap_view(part)
+    view |= bitmap_view(source)
 
 
-def and_into(target: Bits, source: Bits, target_offset: int = 0) -> None:
-    """Keep in `target`, from byte `target_offset` on, only bits that are set in `source` too."""
-    view, other = _facing(target, source, target_offset)
+def and_into(target: Bits, source: Bits) -> None:
+    """Keep in `target` only bits that are set in `source`, which is as long."""
+    view, other = _facing(target, source)
     view &= other
 
 
-def and_not_into(target: Bits, source: Bits, target_offset: int = 0) -> None:
-    """Clear in `target`, from byte `target_offset` on, every bit that is set in `source`."""
-    view, other = _facing(target, source, target_offset)
+def and_not_into(target: Bits, source: Bits) -> None:
+    """Clear in `target` every bit that is set in `source`, which is as long."""
+    view, other = _facing(target, source)
     view &= ~other
 
 
-def xor_into(target: Bits, source: Bits, target_offset: int = 0) -> None:
-    """Flip in `target`, from byte `target_offset` on, every bit that is set in `source`."""
-    view, other = _facing(target, source, target_offset)
+def xor_into(target: Bits, source: Bits) -> None:
+    """Flip in `target` every bit that is set in `source`, which is as long."""
+    view, other = _facing(target, source)
     view ^= other
 
 
@@ -189,8 +191,6 @@ def _check_range(view: bitarray, start: int, stop: int) -> None:
     assert 0 <= start <= stop <= len(view), f"bits {start}..{stop} of {len(view)}"
 
 
-def _facing(target: Bits, source: Bits, target_offset: int) -> tuple[bitarray, bitarray]:
-    """Views of `source` and of the equally long part of `target` that begins at byte `target_offset`."""
-    part = memoryview(target)[target_offset : target_offset + len(source)]
-    assert len(part) == len(source), f"{len(source)} bytes do not fit at {target_offset} of {len(target)}"
-    return bitmap_view(part), bitmap_view(source)
+def _facing(target: Bits, source: Bits) -> tuple[bitarray, bitarray]:
+    assert len(target) == len(source), f"{len(target)} bytes and {len(source)}"
+    return bitmap_view(target), bitmap_view(source)

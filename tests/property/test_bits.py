@@ -16,6 +16,7 @@ BIT_COUNT = BYTE_COUNT * 8
 
 ranges = st.tuples(st.integers(0, BIT_COUNT), st.integers(0, BIT_COUNT)).map(lambda pair: sorted(pair))
 patterns = st.binary(min_size=1, max_size=BYTE_COUNT)
+wholes = st.binary(min_size=BYTE_COUNT, max_size=BYTE_COUNT)
 
 
 def ones_of(buffer: bytes | bytearray) -> set[int]:
@@ -49,18 +50,19 @@ class BitmapMachine(RuleBasedStateMachine):
         bits.truncate(self.buffer, bit_count)
         self.ones = {bit for bit in self.ones if bit < bit_count}
 
-    @rule(source=patterns, operation=st.sampled_from(["or", "and", "and_not", "xor"]), data=st.data())
-    def combine(self, source: bytes, operation: str, data: st.DataObject) -> None:
+    @rule(source=patterns, data=st.data())
+    def add(self, source: bytes, data: st.DataObject) -> None:
         offset = data.draw(st.integers(0, BYTE_COUNT - len(source)))
-        getattr(bits, f"{operation}_into")(self.buffer, source, offset)
-        others = {bit + offset * 8 for bit in ones_of(source)}
-        faced = set(range(offset * 8, (offset + len(source)) * 8))
-        self.ones = {
-            "or": self.ones | others,
-            "and": self.ones & (others | set(range(BIT_COUNT)) - faced),
-            "and_not": self.ones - others,
-            "xor": self.ones ^ others,
-        }[operation]
+        bits.or_into(self.buffer, source, offset)
+        self.ones |= {bit + offset * 8 for bit in ones_of(source)}
+
+    @rule(source=wholes, operation=st.sampled_from(["and", "and_not", "xor"]))
+    def combine(self, source: bytes, operation: str) -> None:
+        getattr(bits, f"{operation}_into")(self.buffer, source)
+        others = ones_of(source)
+        self.ones = {"and": self.ones & others, "and_not": self.ones - others, "xor": self.ones ^ others}[
+            operation
+        ]
 
     @precondition(lambda self: self.ones)
     @rule(span=ranges)
