@@ -81,6 +81,8 @@ if TYPE_CHECKING:
     from lmdbitmap.tracker.scratch import Scratch
     from lmdbitmap.tracker.session import add, adopt, relocate, remove
     from lmdbitmap.tracker.snapshot import Snapshot
+    from lmdbitmap.tracker.standalone import Operation as BitmapOperation
+    from lmdbitmap.tracker.standalone import combine as combine_bitmaps
     from lmdbitmap.upkeep.check import Finding, Gravity, check_store
 
 _HOMES = {
@@ -91,6 +93,7 @@ _HOMES = {
     "BackupResult": "backups.backup_result",
     "BackupType": "repository.manifest",
     "BackupsFailed": "backups.backup_result",
+    "BitmapOperation": "tracker.standalone",
     "Busy": "errors",
     "Changes": "tracker.changes",
     "CheckpointRef": "notes.references",
@@ -140,6 +143,7 @@ _HOMES = {
     "backups_of": "repository.restore_points",
     "changes_of": "tracker.changes",
     "check_store": "upkeep.check",
+    "combine_bitmaps": "tracker.standalone",
     "copy_backups": "repository.transfer",
     "drop_hold": "backups.consumers",
     "export_bitmap": "export",
@@ -166,8 +170,10 @@ _HOMES = {
 }
 """Where each public name lives."""
 _OTHER_NAMES = {
+    "BitmapOperation": "Operation",
     "back_up": "backup",
     "changes_of": "changes",
+    "combine_bitmaps": "combine",
     "prune_backups": "prune",
     "restore_backup": "restore",
     "sync_disk": "sync",
@@ -183,6 +189,7 @@ __all__ = [
     "BackupResult",
     "BackupType",
     "BackupsFailed",
+    "BitmapOperation",
     "Busy",
     "Changes",
     "CheckpointRef",
@@ -233,6 +240,7 @@ __all__ = [
     "backups_of",
     "changes_of",
     "check_store",
+    "combine_bitmaps",
     "copy_backups",
     "drop_hold",
     "export_bitmap",

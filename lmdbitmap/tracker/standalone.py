@@ -50,6 +50,8 @@ Dirt: TypeAlias = Iterable[tuple[int, bytes]]
 
 
 class Operation(enum.Enum):
+    """What becomes of two bitmaps; the values are the command line's words."""
+
     OR = "or"
     AND = "and"
     AND_NOT = "and-not"
@@ -218,17 +220,49 @@ def _check_run(start: int, stop: int, last: int, geometry: Geometry) -> None:
 # -- combining ---------------------------------------------------------------------------------------------
 
 
-def combine(writer: Writer, target_name: str, operation: Operation, source_names: Sequence[str]) -> Bitmap:
-    """Make the target what it is `operation` each source in turn; answer it as it is now.
+def combine(
+    store: Store, name: str, operation: Operation, others: Iterable[str], *, into: str | None = None
+) -> Bitmap:
+    """Make the bitmap `name` what it is `operation` each of the others in turn; answer it as it is now.
 
-    Sources stay as they are; a bitmap may be combined with itself. Raises `NotFound`; `InvalidArgument` for
-    disks of different sizes, and for granularities that do not go together; `Untrusted` where the answer
-    could hide a change. Then the caller's transaction is given up and nothing has happened.
+    With `into`, all stay as they are, and what comes out is kept as the bitmap `into`. Durable on return; if it
+    raises, nothing has happened. Raises `Untrusted` where the answer could hide a change; `InvalidArgument` for
+    names of disks, disks of different sizes, granularities that do not go together, and for a bitmap that would
+    change while the others are put to it; `NotFound`; `AlreadyExists` if a disk or a bitmap is called `into`.
     """
-    target = find(writer, target_name)
-    for name in source_names:
-        target = _combined(writer, target, operation, find(writer, name))
-    return target
+    names = [name, *others]
+    return store.update(lambda writer: _combine(writer, operation, names, into))
+
+
+def _combine(writer: Writer, operation: Operation, names: Sequence[str], into: str | None) -> Bitmap:
+    """The sources are found before there is an answer: none of them can be the answer itself."""
+    answer, *sources = [_operand(writer, name) for name in names]
+    if into is None:
+        _require_apart(answer, sources)
+    else:
+        chain.refuse_taken_name(writer, schema.check_name(into, what="bitmap"))
+        answer = _copied(writer, answer)
+    for source in sources:
+        answer = _combined(writer, answer, operation, source)
+    answer = replace(answer, name=answer.name if into is None else into)
+    writer.put_bitmap(answer)
+    return answer
+
+
+def _operand(reader: Reader, name: str) -> Bitmap:
+    if reader.disk_named(name) is not None:
+        raise InvalidArgument(
+            f"{name!r} is a disk, and only stand-alone bitmaps are combined",
+            next_step="keep its changes as one first: `lmdbitmap export` them, and `lmdbitmap import` the file",
+        )
+    return find(reader, name)
+
+
+def _copied(writer: Writer, bitmap: Bitmap) -> Bitmap:
+    """Its records under a new number. A damaged one is whole there, and all dirty: only `superset` tells of it."""
+    copy = replace(bitmap, id=writer.new_bitmap_id(), uuid=uuid.uuid4(), superset=_why_loose(writer, bitmap))
+    _put(writer, copy.id, _dirt(writer, bitmap, bitmap.granularity_bits))
+    return copy
 
 
 def _combined(writer: Writer, target: Bitmap, operation: Operation, source: Bitmap) -> Bitmap:
@@ -236,11 +270,9 @@ def _combined(writer: Writer, target: Bitmap, operation: Operation, source: Bitm
     loose = _why_loose(writer, target), _why_loose(writer, source)
     if operation in (Operation.AND_NOT, Operation.XOR):
         _require_safe(target, operation, source, *loose)
-    elif source.id == target.id:
-        return target
     superset = loose[0] or loose[1] or _why_finer(target, source)
     change = _unite if operation is Operation.OR else _replace
-    changed = replace(
+    return replace(
         change(writer, target, operation, source),
         superset=superset,
         uuid=uuid.uuid4(),
@@ -248,8 +280,6 @@ def _combined(writer: Writer, target: Bitmap, operation: Operation, source: Bitm
         origin_disk=target.origin_disk if target.origin_disk == source.origin_disk else None,
         origin_epoch=None, origin_since=None, origin_until=None, origin_time_ns=0,
     )  # fmt: skip
-    writer.put_bitmap(changed)
-    return changed
 
 
 def _unite(writer: Writer, target: Bitmap, _: Operation, source: Bitmap) -> Bitmap:
@@ -323,6 +353,15 @@ def _put(writer: Writer, bitmap_id: int, dirt: Dirt) -> None:
 
 
 # -- what must not be combined -----------------------------------------------------------------------------
+
+
+def _require_apart(target: Bitmap, sources: Sequence[Bitmap]) -> None:
+    """`a xor b a` could be told from `a xor a b` only by who remembers what `a` was."""
+    if target in sources:
+        raise InvalidArgument(
+            f"bitmap {target.name!r} would change while it is put to itself",
+            next_step="leave it out of the others, or keep the answer under another name",
+        )
 
 
 def _require_one_size(target: Bitmap, source: Bitmap) -> None:

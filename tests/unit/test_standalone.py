@@ -12,6 +12,7 @@ import pytest
 from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, LmdbitmapError, NotFound, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.geometry import MAX_SIZE, REGION_BLOCKS, Geometry
+from lmdbitmap.storage.lmdb_errors import FullMapError
 from lmdbitmap.storage.schema import ALL_DIRTY_BITS, Bitmap
 from lmdbitmap.store import Store, Writer
 from lmdbitmap.tracker import standalone
@@ -65,7 +66,7 @@ def keep(
 
 
 def combine(store: Store, target: str, operation: Operation, *sources: str) -> Bitmap:
-    return store.update(lambda writer: standalone.combine(writer, target, operation, sources))
+    return standalone.combine(store, target, operation, sources)
 
 
 def bitmap_of(store: Store, name: str) -> Bitmap:
@@ -210,18 +211,17 @@ def test_several_sources_come_one_after_the_other(store: Store, operation: Opera
     assert blocks_of(store, "a") == step(step(A, B), sets["c"])
 
 
-@pytest.mark.parametrize("operation", [Operation.OR, Operation.AND])
-def test_a_bitmap_merged_with_itself_stays_as_it_is(store: Store, operation: Operation) -> None:
-    before = keep(store, "a", A, superset="because")
-    assert combine(store, "a", operation, "a") == before
-    assert blocks_of(store, "a") == A
-
-
-@pytest.mark.parametrize("operation", [Operation.AND_NOT, Operation.XOR])
-def test_a_bitmap_taken_from_itself_is_empty(store: Store, operation: Operation) -> None:
+@pytest.mark.parametrize("operation", Operation)
+@pytest.mark.parametrize("others", [["a"], ["b", "a"]])
+def test_no_bitmap_changes_while_it_is_put_to_itself(
+    store: Store, operation: Operation, others: list[str]
+) -> None:
     keep(store, "a", A)
-    combine(store, "a", operation, "a")
-    assert blocks_of(store, "a") == set()
+    keep(store, "b", B)
+    before = contents(store)
+    with pytest.raises(InvalidArgument, match=r"'a' would change.*; leave it out .* under another name"):
+        combine(store, "a", operation, *others)
+    assert contents(store) == before
 
 
 def test_what_is_combined_forgets_from_where_to_where_but_may_still_be_of_one_disk(store: Store) -> None:
@@ -337,6 +337,104 @@ def test_all_or_none_of_the_sources_go_in(store: Store) -> None:
         refusals.append(refusal.type)
     assert refusals == [NotFound, InvalidArgument]
     assert contents(store) == before
+
+
+@pytest.mark.parametrize("operation", Operation)
+def test_the_answer_under_another_name_leaves_all_as_they_were(store: Store, operation: Operation) -> None:
+    for name, blocks in (("a", A), ("b", B)):
+        keep(store, name, blocks, origin=ORIGIN)
+    before = contents(store)
+    answer = standalone.combine(store, "a", operation, ["b", "a"], into="answer")
+    step = SET_OPERATIONS[operation]
+    assert blocks_of(store, "answer") == step(step(A, B), A)
+    assert [what for what in contents(store) if what[0] != "answer"] == before
+    assert bitmap_of(store, "answer") == answer
+    assert answer.uuid not in {bitmap.uuid for _, _, bitmap in before}
+    assert (answer.origin_disk, answer.origin_since, answer.superset) == (ORIGIN.disk, None, None)
+
+
+def test_without_others_the_answer_is_a_copy(store: Store) -> None:
+    original = keep(store, "a", A, origin=ORIGIN, superset="because")
+    copy = standalone.combine(store, "a", Operation.OR, [], into="copy")
+    assert blocks_of(store, "copy") == blocks_of(store, "a") == A
+    assert (copy.superset, copy.origin_since, copy.origin_until) == ("because", *ORIGIN[2:4])
+    assert copy.uuid != original.uuid
+
+
+def test_the_copy_of_a_damaged_bitmap_is_not_taken_for_exact(store: Store) -> None:
+    """Its records are whole; what is exact may be taken away from something else."""
+    keep(store, "a", A)
+    keep(store, "b", B)
+    damage(store, "b")
+    copy = standalone.combine(store, "b", Operation.OR, [], into="copy")
+    assert blocks_of(store, "copy") == set(range(REGION_BLOCKS)) | B
+    assert "damaged" in (copy.superset or "")
+    with pytest.raises(Untrusted, match=r"'copy'.*damaged"):
+        combine(store, "a", Operation.AND_NOT, "copy")
+
+
+def test_everything_dirty_is_copied_with_its_reason(store: Store) -> None:
+    keep(store, "unknown", all_dirty="nobody knows")
+    copy = standalone.combine(store, "unknown", Operation.OR, [], into="copy")
+    assert copy.all_dirty == "nobody knows"
+    assert blocks_of(store, "copy") == set(range(GEOMETRY.block_count))
+
+
+def test_the_answer_gets_no_name_that_something_has(tmp_path: Path) -> None:
+    with closing(TrackedDisk(tmp_path, GEOMETRY.size)) as tracked:
+        store = tracked.store
+        keep(store, "a", A)
+        keep(store, "b", B)
+        before = contents(store)
+        for into in ("a", "b", NAME):
+            with pytest.raises(AlreadyExists, match=into):
+                standalone.combine(store, "a", Operation.OR, ["b"], into=into)
+        with pytest.raises(InvalidArgument, match="bitmap name"):
+            standalone.combine(store, "a", Operation.OR, ["b"], into="")
+        assert contents(store) == before
+
+
+def test_the_answer_is_no_source_of_itself(store: Store) -> None:
+    """A copy that is made first would be found under the name of a source that is missing."""
+    keep(store, "a", A)
+    with pytest.raises(NotFound, match="'b'"):
+        standalone.combine(store, "a", Operation.AND, ["b"], into="b")
+    assert [name for name, _, _ in contents(store)] == ["a"]
+
+
+def test_a_refusal_names_the_bitmap_that_was_asked_for(store: Store) -> None:
+    keep(store, "a", A, superset="because")
+    keep(store, "b", B)
+    with pytest.raises(Untrusted, match="bitmap 'a' may name clean blocks"):
+        standalone.combine(store, "a", Operation.XOR, ["b"], into="answer")
+
+
+def test_a_disk_is_no_bitmap_to_combine(tmp_path: Path) -> None:
+    with closing(TrackedDisk(tmp_path, GEOMETRY.size)) as tracked:
+        keep(tracked.store, "a", A)
+        for name, other in (("a", NAME), (NAME, "a")):
+            with pytest.raises(InvalidArgument, match=r"is a disk, .*; keep its changes as one first"):
+                combine(tracked.store, name, Operation.OR, other)
+
+
+def test_a_transaction_that_runs_again_finds_the_others_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does when the map had to grow: names that are used up would be missing from the answer."""
+    keep(store, "a", A)
+    keep(store, "b", B)
+    put, tries = Writer.put_bitmap, []
+
+    def fails_once(writer: Writer, bitmap: Bitmap) -> None:
+        tries.append(bitmap)
+        if len(tries) == 1:
+            raise FullMapError("full")
+        put(writer, bitmap)
+
+    monkeypatch.setattr(Writer, "put_bitmap", fails_once)
+    standalone.combine(store, "a", Operation.OR, iter(["b"]))
+    assert len(tries) == 2
+    assert blocks_of(store, "a") == A | B
 
 
 def test_no_target_is_made_by_combining(store: Store) -> None:
