@@ -75,6 +75,6 @@ def test_every_operation_has_its_row() -> None:
     told = " ".join(row.dies for row in rows())
     operations = (
         "add", "attach", "arming", "background pass", "checkpoint", "forget", "resize", "detach", "adopt", "rm",
-        "mark", "export", "import", "serve --bitmap-file", "backup", "restore", "prune", "copy", "sync",
+        "mark", "export", "import", "combine", "serve --bitmap-file", "backup", "restore", "prune", "copy", "sync",
     )  # fmt: skip
     assert [name for name in operations if not re.search(rf"\b{name}\b", told)] == []

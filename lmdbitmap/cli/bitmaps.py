@@ -1,4 +1,4 @@
-"""Verbs about bitmaps as files: export, import, inspect."""
+"""Verbs about bitmaps that are no disk's: export, import, inspect, combine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from lmdbitmap.extents import Trust
 from lmdbitmap.format import Flags, FlatHeader
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
+from lmdbitmap.tracker import standalone
 from lmdbitmap.tracker.changes import Standing
+from lmdbitmap.tracker.standalone import Operation
 
 
 @verb(
@@ -104,6 +106,41 @@ def inspect(asked: Session, file: str) -> None:
         raise Untrusted(
             f"{file} is worth nothing: {'; '.join(found.problems)}", next_step="make a full backup"
         )
+
+
+@verb(
+    examples=[
+        "lmdbitmap combine week or monday tuesday wednesday",
+        "lmdbitmap combine monday and-not known --into news",
+    ]
+)
+@click.argument("name")
+@click.argument(
+    "operation", metavar="or|and|and-not|xor", type=click.Choice([known.value for known in Operation])
+)
+@click.argument("others", metavar="OTHER…", nargs=-1, required=True)
+@click.option("--into", metavar="NEW", help="Leave NAME as it is, and keep what comes out as the bitmap NEW.")
+@click.pass_obj
+def combine(asked: Session, name: str, operation: str, others: tuple[str, ...], into: str | None) -> None:
+    """Combine stand-alone bitmaps, as `import` keeps them.
+
+    NAME becomes what it is or, and, and-not or xor each OTHER in turn, in one step that is done or not; each OTHER
+    stays as it is. All are of disks of one size. A disk's changes have to be exported and imported first.
+
+    What comes out never names too few blocks, and may name too many where NAME or an OTHER does. `and-not` and `xor`
+    take blocks away: they want blocks of one size, and are refused with exit code 3 where they could hide a change.
+    """
+    with (
+        Store.open(asked.store_path) as store,
+        progress(f"combining {name}", shown=asked.shows_progress),
+    ):
+        answer = standalone.combine(store, name, Operation(operation), others, into=into)
+        kept = report_on_bitmap(store, answer)
+    if asked.as_json:
+        say_json(kept.facts())
+    else:
+        dirty = f"{format_size(kept.dirty_bytes)} dirty"
+        say(f"{answer.name}: {size_words(answer.geometry)}, {dirty}, {standing_words(kept.standing)}")
 
 
 def _inspection_facts(found: Inspection) -> dict[str, object]:

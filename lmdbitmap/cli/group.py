@@ -42,6 +42,7 @@ _VERBS: Final = {
     "export": "bitmaps.export",
     "import": "bitmaps.import_",
     "inspect": "bitmaps.inspect",
+    "combine": "bitmaps.combine",
     "mark": "points.mark",
     "holds": "holding.holds",
     "forget": "points.forget",

@@ -27,6 +27,7 @@ def test_the_verbs_are_those_that_were_promised() -> None:
         "adopt",
         "rm",
         "check",
+        "combine",
     } <= set(ALL_VERBS)
 
 

@@ -35,8 +35,9 @@ from lmdbitmap.store import Store
 from lmdbitmap.streams.stream import stream_backup
 from lmdbitmap.streams.stream_restore import apply_stream
 from lmdbitmap.syncs.sync import sync
-from lmdbitmap.tracker import session
+from lmdbitmap.tracker import session, standalone
 from lmdbitmap.tracker.scratch import Scratch
+from lmdbitmap.tracker.standalone import Operation
 from tests import naive_flat
 from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
 from tests.support import make_raw_image, no_ascii
@@ -325,6 +326,19 @@ def importing(tracked: BackedUpDisk) -> Life:
     yield GROWN_UP
     export.import_file(tracked.store, path, "copy", into=NAME)
     yield "imported"
+
+
+def combining(tracked: BackedUpDisk) -> Life:
+    """In place, and under a name of its own."""
+    for name, blocks in (("old", OLD), ("new", NEW)):
+        path = tracked.folder / f"{name}.dbm"
+        path.write_bytes(naive_flat.write(blocks, SIZE, GRANULARITY_BITS))
+        export.import_file(tracked.store, path, name)
+    yield GROWN_UP
+    standalone.combine(tracked.store, "old", Operation.XOR, ["new"])
+    yield "combined"
+    standalone.combine(tracked.store, "old", Operation.AND, ["new"], into="both")
+    yield "kept"
 
 
 def serving_beside_a_file(tracked: BackedUpDisk) -> Life:
@@ -727,7 +741,7 @@ LIVES: dict[str, Callable[[BackedUpDisk], Life]] = {
     for life in (
         adding, attaching, arming, writing, passing, asking, marking, checkpointing, checkpointing_two, holding,
         forgetting, growing, shrinking, detaching, adopting, living_twice, relocating, removing, healing,
-        exporting, exporting_anew, importing, serving_beside_a_file,
+        exporting, exporting_anew, importing, combining, serving_beside_a_file,
         *ARCHIVE_LIVES,
     )
 }  # fmt: skip

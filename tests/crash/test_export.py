@@ -1,9 +1,11 @@
-"""A process killed in the middle of an export, an import or a served bitmap file: old or new, and never torn."""
+"""A process killed in the middle of an export, an import, a served bitmap file or two bitmaps that are combined: old
+or new, and never torn."""
 
 from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 
@@ -11,8 +13,11 @@ from lmdbitmap import export
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.flat_file import bitmap_file
+from lmdbitmap.format import NO_UUID
 from lmdbitmap.store import Store
+from lmdbitmap.tracker import standalone
 from lmdbitmap.tracker.changes import changes
+from lmdbitmap.tracker.standalone import Operation
 from tests import naive_flat
 from tests.crash.dying import Death, Deaths
 from tests.crash.lives import BLOCK, BLOCKS, GRANULARITY_BITS, NEW, OLD, SIZE
@@ -64,6 +69,40 @@ def test_killed_import_keeps_all_of_the_bitmap_or_nothing(deaths: Deaths) -> Non
             export.export_bitmap(store, "copy", death.folder / "y.dbm")
         assert blocks_in(death.folder / "y.dbm") == NEW, death
     assert fates == {(0, 0), (1, 0), (1, 2)}
+
+
+def test_killed_combination_is_all_of_the_answer_or_as_if_never_asked_for(deaths: Deaths) -> None:
+    """A bitmap that was combined has another uuid: who is in doubt need not do it twice."""
+    fates = set()
+    for death in deaths("combining"):
+        with opened(death) as store:
+            found = kept(store)
+            is_combined, is_kept = uuid_of(store, "old") != NO_UUID, "both" in found
+            assert found["old"] == (OLD | NEW if is_combined else OLD), death
+            assert found["new"] == found.get("both", NEW) == NEW, death
+            assert ("combined" in death.told, "kept" in death.told) <= (is_combined, is_kept), death
+            fates.add((is_combined, is_kept))
+            if not is_combined:
+                standalone.combine(store, "old", Operation.XOR, ["new"])
+            if not is_kept:
+                standalone.combine(store, "old", Operation.AND, ["new"], into="both")
+            assert kept(store) == {"old": OLD | NEW, "new": NEW, "both": NEW}, death
+    assert fates == {(False, False), (True, False), (True, True)}
+
+
+def kept(store: Store) -> dict[str | None, set[int]]:
+    """The blocks of every stand-alone bitmap."""
+    with store.read() as reader:
+        bitmaps = reader.bitmaps()
+    return {
+        bitmap.name: {block for run in standalone.runs(store, bitmap) for block in range(*run)}
+        for bitmap in bitmaps
+    }
+
+
+def uuid_of(store: Store, name: str) -> UUID:
+    with store.read() as reader:
+        return standalone.find(reader, name).uuid
 
 
 def bitmap_names(store: Store) -> list[str | None]:
