@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from lmdbitmap import bits
 from lmdbitmap import format as flat
-from lmdbitmap.errors import FormatError, InvalidArgument, Untrusted, error_from_os
+from lmdbitmap.errors import Busy, FormatError, InvalidArgument, Untrusted, error_from_os
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.flat_file.flatfile import FlatFile, NewFlatFile, writing
@@ -179,7 +179,8 @@ def import_file(
     raises, no bitmap is there that was not before. The same file under the same name again is welcome: what
     was killed before it came to `into` is done by doing it again. Raises `Untrusted` for a file that is not
     CLEAN, `FormatError` for one that is wrong, `AlreadyExists` for a name that something else has,
-    `InvalidArgument` for a disk of another size.
+    `InvalidArgument` for a disk of another size, `Busy` for one that cannot be had, and where somebody else changed
+    the bitmap while it went into the disk.
     """
     with FlatFile.open(path) as file:
         with store.read() as reader:
@@ -190,9 +191,10 @@ def import_file(
     if into is not None:
         try:
             _merge_wherever_owned(store, name, into)
+            _require_unchanged(store, bitmap, into)
         except BaseException:
             if is_new:
-                store.update(lambda writer: standalone.remove(writer, name))
+                store.update(lambda writer: _remove_unchanged(writer, bitmap))
             raise
     return bitmap
 
@@ -286,12 +288,28 @@ def _merge_wherever_owned(store: Store, name: str, disk_name: str) -> None:
         merge_into(attached, name)
 
 
+def _require_unchanged(store: Store, bitmap: Bitmap, disk_name: str) -> None:
+    """Owners merge what has the name by then; what was combined meanwhile may have lost some of the file's blocks."""
+    with store.read() as reader:
+        if bitmap not in reader.bitmaps():
+            raise Busy(
+                f"bitmap {bitmap.name!r} was changed or removed while it went into disk {disk_name!r}",
+                next_step="import the file again, under a name that nobody else uses",
+            )
+
+
+def _remove_unchanged(writer: Writer, bitmap: Bitmap) -> None:
+    if bitmap in writer.bitmaps():
+        writer.delete_bitmap(bitmap.id)
+
+
 def merge_into(attached: Filter, name: str) -> None:
     """OR the stand-alone bitmap `name` into the disk's open period, regrained outward. Durable on return."""
     with attached.store.read() as reader:
         bitmap = standalone.find(reader, name)
+        loose = standalone.why_loose(reader, bitmap)
     dirt = _dirt_of_parts(standalone.slices(attached.store, bitmap))
-    add_dirt(attached, dirt, bitmap.geometry, loose=bitmap.all_dirty or bitmap.superset)
+    add_dirt(attached, dirt, bitmap.geometry, loose=loose)
 
 
 def merge_file_into(attached: Filter, file: FlatFile, *, loose: str | None) -> None:

@@ -260,14 +260,14 @@ def _operand(reader: Reader, name: str) -> Bitmap:
 
 def _copied(writer: Writer, bitmap: Bitmap) -> Bitmap:
     """Its records under a new number. A damaged one is whole there, and all dirty: only `superset` tells of it."""
-    copy = replace(bitmap, id=writer.new_bitmap_id(), uuid=uuid.uuid4(), superset=_why_loose(writer, bitmap))
+    copy = replace(bitmap, id=writer.new_bitmap_id(), uuid=uuid.uuid4(), superset=why_loose(writer, bitmap))
     _put(writer, copy.id, _dirt(writer, bitmap, bitmap.granularity_bits))
     return copy
 
 
 def _combined(writer: Writer, target: Bitmap, operation: Operation, source: Bitmap) -> Bitmap:
     _require_one_size(target, source)
-    loose = _why_loose(writer, target), _why_loose(writer, source)
+    loose = why_loose(writer, target), why_loose(writer, source)
     if operation in (Operation.AND_NOT, Operation.XOR):
         _require_safe(target, operation, source, *loose)
     superset = loose[0] or loose[1] or _why_finer(target, source)
@@ -396,7 +396,7 @@ def _require_exact(bitmap: Bitmap, loose: str | None, operation: Operation) -> N
         )
 
 
-def _why_loose(reader: Reader, bitmap: Bitmap) -> str | None:
+def why_loose(reader: Reader, bitmap: Bitmap) -> str | None:
     """Why a bitmap may name clean blocks as dirty; None if it is exact."""
     reason = bitmap.all_dirty or bitmap.superset
     if reason is None and any(region.damaged for _, region in reader.regions(bitmap.id)):

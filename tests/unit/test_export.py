@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -25,10 +25,11 @@ from lmdbitmap.extents import Trust
 from lmdbitmap.flat_file.flatfile import FlatFile
 from lmdbitmap.format import BitsTally, Flags, Zeroes
 from lmdbitmap.geometry import Geometry
-from lmdbitmap.storage.schema import DEFERRED, Bitmap
+from lmdbitmap.storage.schema import DEFERRED, Bitmap, region_key
 from lmdbitmap.tracker import standalone
+from lmdbitmap.tracker.standalone import Operation
 from tests import naive_flat
-from tests.tracked import NAME, TrackedDisk, blocks_of, quick_folder
+from tests.tracked import NAME, TrackedDisk, blocks_of, quick_folder, trust_of
 
 BLOCKS = 200
 SIZE = BLOCKS * 4096 - 100
@@ -505,6 +506,41 @@ def test_a_bitmap_of_another_size_goes_nowhere(tracked: TrackedDisk, tmp_path: P
     with pytest.raises(InvalidArgument, match=f"{SIZE + 1} bytes.* {SIZE} bytes"):
         export.import_file(tracked.store, path, "copy", into=NAME)
     assert (bitmap_names(tracked), tracked.stored_dirt()) == ([], set())
+
+
+@pytest.mark.parametrize("others", [["other"], []])
+def test_an_import_that_somebody_else_changes_before_it_is_in_the_disk_fails(
+    tracked: TrackedDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: list[str]
+) -> None:
+    """It would say that the disk has all of the file's blocks; what the other one made stays."""
+    store, merge = tracked.store, export._merge_wherever_owned
+    export.import_file(store, a_file(tmp_path / "y.dbm", {3}), "other")
+
+    def slowly(*words: Any) -> None:
+        if others:
+            standalone.combine(store, "copy", Operation.AND, others)
+        merge(*words)
+        if not others:
+            store.update(lambda writer: standalone.remove(writer, "copy"))
+
+    monkeypatch.setattr(export, "_merge_wherever_owned", slowly)
+    with pytest.raises(Busy, match=r"'copy' was changed or removed .* 'sda'; import the file again"):
+        export.import_file(store, a_file(tmp_path / "x.dbm", {3, LAST}), "copy", into=NAME)
+    assert bitmap_names(tracked) == (["copy", "other"] if others else ["other"])
+    if others:
+        assert blocks_called(tracked, "copy") == {3}
+
+
+def test_a_damaged_bitmap_makes_the_period_that_it_goes_into_a_superset(
+    tracked: TrackedDisk, tmp_path: Path
+) -> None:
+    copy = export.import_file(tracked.store, a_file(tmp_path / "x.dbm", {3}), "copy")
+    rot = region_key(copy.id, 0)
+    tracked.store.update(lambda writer: writer._put("regions", rot, b"rot"))
+    with tracked.attach() as disk:
+        export.merge_into(disk, "copy")
+    answer = tracked.changes()
+    assert (trust_of(answer), blocks_of(answer)) == (Trust.SUPERSET, set(range(BLOCKS)))
 
 
 def test_an_import_into_a_disk_that_cannot_be_had_leaves_no_bitmap(
