@@ -15,6 +15,7 @@ from lmdbitmap.cli.options import Session
 from lmdbitmap.cli.output import say, say_json
 from lmdbitmap.cli.ownership import ask_changes
 from lmdbitmap.cli.sizes import format_latency, format_size, iso_time
+from lmdbitmap.extents import Trust
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.images.whereabouts import WHILE_THERE_IS_TIME
 from lmdbitmap.notes.holds import Hold
@@ -138,10 +139,7 @@ class BitmapReport:
 
     bitmap: Bitmap
     dirty_bytes: int
-
-    @property
-    def standing(self) -> Standing:
-        return Standing(standalone.trust(self.bitmap), self.bitmap.all_dirty or self.bitmap.superset)
+    standing: Standing
 
     def facts(self) -> dict[str, object]:
         bitmap, standing = self.bitmap, self.standing
@@ -158,8 +156,10 @@ class BitmapReport:
 
 
 def report_on_bitmap(store: Store, bitmap: Bitmap) -> BitmapReport:
-    runs = standalone.runs(store, bitmap)
-    return BitmapReport(bitmap, sum(bitmap.geometry.bytes_of(*run)[1] for run in runs))
+    dirty_bytes = sum(bitmap.geometry.bytes_of(*run)[1] for run in standalone.runs(store, bitmap))
+    with store.read() as reader:
+        loose = standalone.why_loose(reader, bitmap)
+    return BitmapReport(bitmap, dirty_bytes, Standing(Trust.SUPERSET if loose else Trust.EXACT, loose))
 
 
 def standing_words(standing: Standing) -> str:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from lmdbitmap import Store
 from lmdbitmap.flat_file.flatfile import FlatFile
+from lmdbitmap.tracker import standalone
 from tests.cli.conftest import MIB, SIZE, Cli
 from tests.cli.test_serve import write
 from tests.support import requires
@@ -298,3 +300,21 @@ def test_a_bitmap_file_that_is_something_else_is_left_alone(cli: Cli) -> None:
     cli.fails(1, "serve", "sda", "--socket", cli.folder / "s", "--bitmap-file", path)
     assert path.read_bytes() == before
     assert cli.json("info", "sda")["attached"] is False
+
+
+def test_a_bitmap_with_a_damaged_record_is_not_called_exact(cli: Cli, flat: Path) -> None:
+    cli.ok("import", flat, "kept")
+    assert cli.json("info", "kept")["trust"] == "exact"
+    with Store.open(str(cli.store)) as store, store.read() as reader:
+        bitmap = standalone.find(reader, "kept")
+    with Store.open(str(cli.store)) as store:
+        key = bitmap.id.to_bytes(8, "big") + bytes(8)
+        store.update(lambda writer: writer._put("regions", key, b"\xff" * 100))
+    told = cli.json("info", "kept")
+    assert (told["trust"], told["reason"]) == (
+        "superset",
+        "a record of it is damaged and counts as all dirty",
+    )
+    assert cli.json("ls")["bitmaps"][0]["trust"] == "superset"
+    cli.ok("export", "kept", cli.folder / "again.dbm")
+    assert cli.json("inspect", cli.folder / "again.dbm")["trust"] == "superset"
