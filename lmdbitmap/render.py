@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from lmdbitmap import bits
 from lmdbitmap.geometry import REGION_BLOCKS, Geometry, ceil_div
-from lmdbitmap.tracker.changes import Slice
+from lmdbitmap.tracker.slices import Slice
 
 
 class Shade(enum.Enum):

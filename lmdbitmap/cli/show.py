@@ -26,7 +26,8 @@ from lmdbitmap.geometry import REGION_BLOCKS
 from lmdbitmap.render import Caption, Cell, DirtMap, Shade
 from lmdbitmap.store import Store
 from lmdbitmap.system import files
-from lmdbitmap.tracker.changes import Changes, Slice, Standing
+from lmdbitmap.tracker.changes import Changes, Standing
+from lmdbitmap.tracker.slices import Slice
 from lmdbitmap.work.progress import Progress
 
 _COLUMNS, _ROWS = 64, 16

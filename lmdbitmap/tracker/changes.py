@@ -20,20 +20,15 @@ from lmdbitmap import bits
 from lmdbitmap.bits import Run
 from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, NotFound, Untrusted
 from lmdbitmap.extents import Extent, Trust, with_zeroes
-from lmdbitmap.geometry import REGION_BLOCKS, REGION_BYTES, Geometry, ceil_div
+from lmdbitmap.geometry import REGION_BLOCKS, Geometry, ceil_div
 from lmdbitmap.images.image import is_far
 from lmdbitmap.interfaces import BlockDevice, ImageIdentity
 from lmdbitmap.storage import owner, schema
 from lmdbitmap.storage.schema import Checkpoint, Disk
-from lmdbitmap.storage.tally import GROUP_REGIONS
 from lmdbitmap.store import Reader, Store
 from lmdbitmap.tracker import chain, continuity, session
 from lmdbitmap.tracker.continuity import Judge
-
-_SLICE_REGIONS = GROUP_REGIONS
-"""Groups are read as a whole."""
-_SLICE_BYTES = _SLICE_REGIONS * REGION_BYTES
-_SLICE_BLOCKS = _SLICE_REGIONS * REGION_BLOCKS
+from lmdbitmap.tracker.slices import Slice, full_slices, slices_of
 
 
 class Standing(NamedTuple):
@@ -47,14 +42,6 @@ class Standing(NamedTuple):
 
 
 EXACT = Standing(Trust.EXACT)
-
-
-class Slice(NamedTuple):
-    """The dirt of `_SLICE_REGIONS` regions from `region` on; `loose` if armed or damaged ones are in it."""
-
-    region: int
-    dirty: bytearray
-    loose: bool
 
 
 class Summary(NamedTuple):
@@ -96,31 +83,8 @@ class Changes:
         """
         stop = self.geometry.region_count if stop is None else min(stop, self.geometry.region_count)
         if self.all_dirty:
-            yield from self._full_slices(start, stop)
-            return
-        region = start
-        while (part := self._next_slice(region, stop)) is not None:
-            if part.region + _SLICE_REGIONS >= self.geometry.region_count:
-                bits.truncate(part.dirty, max(self.geometry.block_count - part.region * REGION_BLOCKS, 0))
-            yield part
-            region = part.region + _SLICE_REGIONS
-
-    def _full_slices(self, start: int, stop: int) -> Iterator[Slice]:
-        for region in range(start, stop, _SLICE_REGIONS):
-            dirty = bytearray(b"\xff") * _SLICE_BYTES
-            bits.truncate(dirty, self.geometry.block_count - region * REGION_BLOCKS)
-            yield Slice(region, dirty, loose=False)
-
-    def _next_slice(self, start: int, stop: int) -> Slice | None:
-        with self.store.read() as reader:
-            numbers = self._bitmap_ids(reader)
-            found = [reader.next_group(number, start) for number in numbers]
-            present = [max(start, group) for group in found if group is not None]
-            if min(present, default=stop) >= stop:
-                return None
-            part = Slice(min(present), bytearray(_SLICE_BYTES), loose=False)
-            loose = [_collect(reader, number, part, stop) for number in numbers]
-        return part._replace(loose=any(loose))
+            return full_slices(self.geometry, start, stop)
+        return slices_of(self.store, self.geometry, self._bitmap_ids, start, stop)
 
     def _bitmap_ids(self, reader: Reader) -> list[int]:
         """The bitmaps of the periods asked for, as the chain is now. None may be of a later epoch."""
@@ -150,9 +114,7 @@ class Changes:
     def _runs(self, start: int, stop: int) -> Iterator[Run]:
         """Those that go on in the next slice come in two."""
         for part in self.slices(start // REGION_BLOCKS, ceil_div(stop, REGION_BLOCKS)):
-            base = part.region * REGION_BLOCKS
-            for first, last in bits.runs(part.dirty, max(start - base, 0), min(stop - base, _SLICE_BLOCKS)):
-                yield base + first, base + last
+            yield from part.runs(start, stop)
 
     def extents(self, device: BlockDevice | None = None) -> Iterator[Extent]:
         """The dirty byte ranges, clipped to the disk; with the image, also which of them read as zeroes."""
@@ -174,9 +136,7 @@ class Changes:
         for part in self.slices():
             blocks += bits.count_ones(part.dirty)
             loose = loose or part.loose
-            position = last - part.region * REGION_BLOCKS
-            if 0 <= position < 8 * _SLICE_BYTES:
-                tail_dirty = bool(bits.bitmap_view(part.dirty)[position])
+            tail_dirty = tail_dirty or part.is_dirty(last)
         return Summary(
             blocks, self.geometry.bytes_in(blocks, with_last=tail_dirty), self.standing_if(loose=loose)
         )
@@ -334,16 +294,6 @@ def _identity(store: Store, disk: Disk, judge: Judge) -> ImageIdentity:
     if is_far(disk.image) and judge is continuity.judge_held and disk.session and disk.identity:
         return disk.identity
     return session.look_at(store, disk)
-
-
-def _collect(reader: Reader, bitmap_id: int, part: Slice, stop: int) -> bool:
-    """OR a bitmap's records of regions before `stop` into the slice; answers whether one is armed or damaged."""
-    loose = False
-    for region, record in reader.regions(bitmap_id, part.region, min(part.region + _SLICE_REGIONS, stop)):
-        known = bits.dirty_bits(record.armed, record.bits)
-        bits.or_into(part.dirty, known, (region - part.region) * REGION_BYTES)
-        loose = loose or record.armed != 0 or record.damaged
-    return loose
 
 
 def _zeroes(device: BlockDevice) -> Iterator[tuple[int, int]]:

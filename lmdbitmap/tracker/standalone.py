@@ -41,8 +41,8 @@ from lmdbitmap.storage import schema
 from lmdbitmap.storage.schema import ALL_CLEAN_BITS, Bitmap
 from lmdbitmap.store import Reader, Store, Writer
 from lmdbitmap.tracker import chain
+from lmdbitmap.tracker.slices import Slice, full_slices, runs_of, slices_of
 
-SLICE_REGIONS = 1024
 _DAMAGED = "a record of it is damaged and counts as all dirty"
 
 Dirt: TypeAlias = Iterable[tuple[int, bytes]]
@@ -66,14 +66,6 @@ class Origin(NamedTuple):
     since: uuid.UUID | None = None
     until: uuid.UUID | None = None
     time_ns: int = 0
-
-
-class Slice(NamedTuple):
-    """The dirt of `SLICE_REGIONS` regions from `region` on; `loose` if a damaged one is in it."""
-
-    region: int
-    dirty: bytearray
-    loose: bool
 
 
 NO_ORIGIN = Origin()
@@ -126,45 +118,20 @@ def slices(store: Store, bitmap: Bitmap) -> Iterator[Slice]:
 
     Raises `Busy` or `NotFound` if the bitmap is changed or removed while it is read.
     """
-    block_count = bitmap.geometry.block_count
-    for part in _full_slices(bitmap) if bitmap.all_dirty else _known_slices(store, bitmap):
-        bits.truncate(part.dirty, max(block_count - part.region * REGION_BLOCKS, 0))
-        yield part
 
-
-def _full_slices(bitmap: Bitmap) -> Iterator[Slice]:
-    for region in range(0, bitmap.geometry.region_count, SLICE_REGIONS):
-        yield Slice(region, bytearray(b"\xff") * (SLICE_REGIONS * REGION_BYTES), loose=False)
-
-
-def _known_slices(store: Store, bitmap: Bitmap) -> Iterator[Slice]:
-    region = 0
-    while (part := _next_slice(store, bitmap, region)) is not None:
-        yield part
-        region = part.region + SLICE_REGIONS
-
-
-def _next_slice(store: Store, bitmap: Bitmap, start: int) -> Slice | None:
-    with store.read() as reader:
+    def unchanged(reader: Reader) -> list[int]:
         if find(reader, bitmap.name or "") != bitmap:
             raise Busy(f"bitmap {bitmap.name!r} was changed while it was read", next_step="try again")
-        first = reader.next_region(bitmap.id, start)
-        if first is None:
-            return None
-        part, loose = bytearray(SLICE_REGIONS * REGION_BYTES), False
-        for number, region in reader.regions(bitmap.id, first, first + SLICE_REGIONS):
-            position = (number - first) * REGION_BYTES
-            part[position : position + REGION_BYTES] = region.bits
-            loose = loose or region.damaged
-        return Slice(first, part, loose)
+        return [bitmap.id]
+
+    if bitmap.all_dirty:
+        return full_slices(bitmap.geometry)
+    return slices_of(store, bitmap.geometry, unchanged)
 
 
 def runs(store: Store, bitmap: Bitmap) -> Iterator[Run]:
     """The dirty blocks as ascending runs, cut where slices end."""
-    for part in slices(store, bitmap):
-        base = part.region * REGION_BLOCKS
-        for start, stop in bits.runs(part.dirty):
-            yield base + start, base + stop
+    return runs_of(slices(store, bitmap))
 
 
 # -- dirt from elsewhere -----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lmdbitmap.geometry import REGION_BLOCKS, Geometry
 from lmdbitmap.render import Cell, DirtMap, Shade
-from lmdbitmap.tracker.changes import Slice
+from lmdbitmap.tracker.slices import Slice
 
 GRANULARITY = 512
 

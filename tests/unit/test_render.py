@@ -14,7 +14,7 @@ import pytest
 from lmdbitmap import render
 from lmdbitmap.geometry import REGION_BLOCKS, Geometry
 from lmdbitmap.render import Caption, Cell, DirtMap, Shade
-from lmdbitmap.tracker.changes import Slice
+from lmdbitmap.tracker.slices import Slice
 
 SVG = "{http://www.w3.org/2000/svg}"
 CAPTION = Caption("sda: a title", ["exact", "and more"], "of a cell", str)

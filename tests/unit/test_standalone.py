@@ -16,6 +16,7 @@ from lmdbitmap.storage.lmdb_errors import FullMapError
 from lmdbitmap.storage.schema import ALL_DIRTY_BITS, Bitmap
 from lmdbitmap.store import Store, Writer
 from lmdbitmap.tracker import standalone
+from lmdbitmap.tracker.slices import SLICE_REGIONS
 from lmdbitmap.tracker.standalone import Operation, Origin
 from tests.tracked import NAME, TrackedDisk, quick_folder
 
@@ -169,7 +170,7 @@ def test_a_long_run_becomes_whole_regions() -> None:
 
 def test_a_bitmap_that_is_changed_or_removed_while_it_is_read_is_not_read_on(store: Store) -> None:
     far = Geometry(1 << 40, 12)
-    blocks = {0, (standalone.SLICE_REGIONS + 1) * REGION_BLOCKS}
+    blocks = {0, (SLICE_REGIONS + 1) * REGION_BLOCKS}
     keep(store, "b", blocks, far)
     for change, refusal in (
         (lambda: combine(store, "a", Operation.XOR, "b"), Busy),
