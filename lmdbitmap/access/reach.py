@@ -57,8 +57,10 @@ def owner_of(store: Store, disk: Disk) -> Client:
     """A connection to the process that has the disk; `Busy` where it takes none."""
     client = control_client.reach(store.control_path(disk.uuid))
     if client is None:
+        pid = owner.owner_pid(store.owner_path(disk.uuid))
         raise Busy(
-            f"disk {disk.name!r} is owned by a process that serves it to nobody, such as another backup",
+            f"disk {disk.name!r} is owned by a process that serves it to nobody, such as another backup"
+            + ("" if pid is None else f" (process {pid})"),
             next_step="wait for that process, or stop it",
         )
     return client

@@ -26,7 +26,7 @@ from zlib import crc32
 
 from lmdbitmap.errors import Busy, os_errors_at
 from lmdbitmap.interfaces import StoreMark
-from lmdbitmap.system import files
+from lmdbitmap.system import files, kernel
 from lmdbitmap.system.kernel import boot_id as boot_id
 from lmdbitmap.system.kernel import boot_time_ns as boot_time_ns
 
@@ -118,6 +118,14 @@ def is_owned(path: str) -> bool:
         except BlockingIOError:
             return True
     return False
+
+
+def owner_pid(path: str) -> str | None:
+    """The process that holds the disk, where it is another one and the kernel tells."""
+    try:
+        return next(iter(kernel.flock_pids(os.stat(path), "WRITE")), None)
+    except OSError:
+        return None
 
 
 class Owner:

@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator
 
 from lmdbitmap.errors import Busy, os_errors_at
-from lmdbitmap.system import files
+from lmdbitmap.system import files, kernel
 
 USERS = "users"
 _FLOCK = struct.Struct("hhqqi0q")  # l_type, l_whence, l_start, l_len, l_pid; 0q pads the end as C does
@@ -194,9 +194,5 @@ def _request(kind: int, byte: int) -> bytes:
 
 def _holders_of(users_fd: int) -> str:
     """Who holds the shared lock, as far as /proc tells."""
-    status, mine = os.fstat(users_fd), str(os.getpid())
-    file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    with open("/proc/locks", encoding="ascii") as table:
-        lines = [line.split() for line in table]
-    pids = sorted({words[4] for words in lines if words[1:2] == ["FLOCK"] and file in words} - {mine})
+    pids = kernel.flock_pids(os.fstat(users_fd), "READ")
     return f"process {', '.join(pids)}" if pids else "another process"

@@ -1,4 +1,5 @@
-"""What the kernel tells in /proc and /sys: which boot this is, whether a block device was written, what lies on what.
+"""What the kernel tells in /proc and /sys: which boot this is, whether a block device was written, what lies on what,
+who holds a lock.
 
 A block device has no mtime, but three things are known of it, as long as the machine runs:
 
@@ -30,6 +31,18 @@ _BLOCK_DEVICES = "/sys/dev/block"
 _LABELS = ("dm/uuid", "wwid", "device/wwid", "serial", "device/serial", "loop/backing_file")
 _SECTORS_WRITTEN, _SECTORS_DISCARDED = 6, 13
 _QUIET_READING_TRIES = 100
+
+
+def flock_pids(status: os.stat_result, kind: str) -> list[str]:
+    """Which processes, without this one, hold a lock (flock) of the kind `READ` or `WRITE` on that file."""
+    file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    try:
+        with open("/proc/locks", encoding="ascii") as table:
+            locks = [line.split() for line in table]
+    except OSError:
+        return []
+    held = {words[4] for words in locks if words[1:2] == ["FLOCK"] and words[3:6:2] == [kind, file]}
+    return sorted(held - {str(os.getpid())})
 
 
 def boot_id() -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 from lmdbitmap.interfaces import DeviceTrace
 from lmdbitmap.system import kernel
+from tests.support import spawn
 
 SDA, SDA1, SDA2, VOLUME, LOOP = (os.makedev(*pair) for pair in ((8, 0), (8, 1), (8, 2), (253, 0), (7, 0)))
 
@@ -157,3 +160,31 @@ def test_our_own_folder_lies_on_no_file_in_it(tmp_path: Path) -> None:
     image = tmp_path / "image.raw"
     image.write_bytes(b"")
     assert not kernel.is_kept_in(str(tmp_path), str(image))
+
+
+_HOLDER = """
+import fcntl, sys, threading
+held = open(sys.argv[1])
+fcntl.flock(held, getattr(fcntl, sys.argv[2]))
+print("held", flush=True)
+threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize(
+    ("lock", "kind", "other"), [("LOCK_EX", "WRITE", "READ"), ("LOCK_SH", "READ", "WRITE")]
+)
+def test_whoever_holds_a_lock_is_told(tmp_path: Path, lock: str, kind: str, other: str) -> None:
+    path = tmp_path / "lock"
+    path.touch()
+    with spawn(sys.executable, "-c", _HOLDER, path, lock) as child:
+        child.wait_for_line("held")
+        assert kernel.flock_pids(path.stat(), kind) == [str(child.pid)]
+        assert kernel.flock_pids(path.stat(), other) == []
+        assert kernel.flock_pids(tmp_path.stat(), kind) == []
+
+
+def test_we_are_nobody_else(tmp_path: Path) -> None:
+    with (tmp_path / "lock").open("w") as ours:
+        fcntl.flock(ours, fcntl.LOCK_EX)
+        assert kernel.flock_pids(os.fstat(ours.fileno()), "WRITE") == []
