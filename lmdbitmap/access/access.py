@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
-from lmdbitmap.access import reach
+from lmdbitmap.access import reach, waiting
 from lmdbitmap.access.access_ways import FREEZE_LIMIT_S, OWNER_LIMIT_S, AtRest, Attached, PointInTime, Served
 from lmdbitmap.errors import LmdbitmapError, os_errors_at
 from lmdbitmap.filter import Filter
@@ -20,7 +20,7 @@ from lmdbitmap.store import Store
 from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.session import OpenDevice
 from lmdbitmap.work.apart import Failures
-from lmdbitmap.work.patience import require_limits
+from lmdbitmap.work.patience import NO_PATIENCE, Patience, require_limits
 
 
 class Access(Protocol):
@@ -75,10 +75,12 @@ def access(
     owner_limit_s: float = OWNER_LIMIT_S,
     freeze_limit_s: float = FREEZE_LIMIT_S,
     failures: Failures | None = None,
+    patience: Patience = NO_PATIENCE,
 ) -> Iterator[Access]:
     """Get at the disks. `attached` are filters of this process, which keep old data where `scratch` says.
 
-    With `failures` a disk that nobody can get at is set aside there, and the others are got at.
+    With `failures` a disk that nobody can get at is set aside there, and the others are got at. With `patience` a disk
+    that a program has for itself is waited for.
 
     Another process that serves them may take `freeze_limit_s` to take a point, and send nothing of what is read for
     `owner_limit_s`; then it is given up, as `Busy`.
@@ -87,20 +89,22 @@ def access(
     such a disk or image, `InvalidArgument` for a limit that is none.
     """
     require_limits(owner_limit_s, freeze_limit_s)
-    apart = failures or Failures(at_once=True)
-    there = reach.tracked(store, names, apart)
-    ours = [name for name in there if name in (attached or {})]
-    elsewhere = [] if ours else reach.attached_elsewhere(store, there, apart)
-    there = [name for name in there if name not in apart]
-    reach.require_all_or_none(there, ours + elsewhere)
-    way: Access
-    if ours:
-        assert attached is not None
-        way = Attached([attached[name] for name in ours], scratch or Scratch(store.path))
-    elif elsewhere:
-        way = Served(store, elsewhere, owner_limit_s, freeze_limit_s)
-    else:
-        way = AtRest(store, there, open_device, apart)
+
+    def attempt(apart: Failures) -> Access:
+        there = reach.tracked(store, names, apart)
+        ours = [name for name in there if name in (attached or {})]
+        elsewhere = [] if ours else reach.attached_elsewhere(store, there, apart)
+        there = [name for name in there if name not in apart]
+        reach.require_all_or_none(there, ours + elsewhere)
+        if ours:
+            assert attached is not None
+            return Attached([attached[name] for name in ours], scratch or Scratch(store.path))
+        if elsewhere:
+            return Served(store, elsewhere, owner_limit_s, freeze_limit_s)
+        return AtRest(store, there, open_device, apart)
+
+    wanted = waiting.Wanted(store, names, open_device)
+    way = waiting.patiently(attempt, wanted, patience, failures or Failures(at_once=True))
     with contextlib.closing(way):
         yield way
 

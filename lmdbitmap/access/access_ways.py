@@ -64,7 +64,9 @@ def _told_of(disk: Disk) -> Iterator[None]:
 
 class AtRest:
     """Disks that nobody had: we own them, but begin no session, so that not even one in deferred mode loses what it
-    knew."""
+    knew.
+
+    They are taken in the order of their names: see waiting.py."""
 
     holds_alone = True
     may_be_behind = False
@@ -73,11 +75,12 @@ class AtRest:
         self, store: Store, names: Sequence[str], open_device: OpenDevice, apart: Failures | None = None
     ) -> None:
         self._store = store
+        self._names = list(names)
         self._held: dict[UUID, Held] = {}
         self._disks: dict[UUID, Disk] = {}
         self._locks: dict[UUID, contextlib.ExitStack] = {}
         try:
-            for name in names:
+            for name in sorted(names):
                 with (apart or Failures(at_once=True)).of(name):
                     self._own(name, open_device)
         except BaseException:
@@ -93,7 +96,7 @@ class AtRest:
 
     @property
     def disks(self) -> Sequence[Disk]:
-        return list(self._disks.values())
+        return sorted(self._disks.values(), key=lambda disk: self._names.index(disk.name))
 
     def take_point(
         self, name: str, since: Sequence[Checkpoint | None], *, once: bool = False

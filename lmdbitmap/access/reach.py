@@ -36,10 +36,14 @@ def attached_elsewhere(store: Store, names: Sequence[str], apart: Failures) -> l
     return [name for name in attached if name not in apart]
 
 
+class NotTogether(Busy):
+    """Some of several disks are served and some are not: it is of no use to wait for anybody."""
+
+
 def require_all_or_none(names: Sequence[str], attached: Sequence[str]) -> None:
-    """Raise `Busy` where no one moment can be taken of all of them."""
+    """Raise `NotTogether` where no one moment can be taken of all of them."""
     if 0 < len(attached) < len(names):
-        raise Busy(
+        raise NotTogether(
             f"of these disks only {', '.join(attached)} is served",
             next_step="serve all of them in one process, or none, or name them one by one",
         )

@@ -106,8 +106,8 @@ def backup(
     backup (a rescan), and where that is not whole, a full one is made; the entry says why. With `only_that` it is
     `Untrusted` instead, and nothing is done.
     A process through which a disk is read may send nothing for `owner_limit_s`; then the backup fails (`Busy`).
-    Another run that uses the folder of a disk is waited for, for `lock_wait_s` in all, before anything is done to the
-    disk; then it is `Busy`.
+    Another run that uses the folder of a disk, and a program that has a disk or its image for itself, as another backup
+    of a disk that nobody serves, is waited for, for `lock_wait_s` in all; then it is `Busy`. Who waits holds no disk.
     With `bytes_per_s` the disks are read no faster than that, all of them together.
     `compression` is `zlib` or `zstd`, or one of them with `:LEVEL`; None stores clusters as they are.
     `digest` is `sha256` or `blake3`; with None a chain goes on with that of its newest backup, and a new one begins
@@ -134,8 +134,10 @@ def backup(
         places = _locked_places(store, names, wanted, patience, locks, failures)
         there = [name for name in names if name in places]
         way = locks.enter_context(
-            access(store, there, open_device, attached, scratch, owner_limit_s, freeze_limit_s, failures)
-        )
+            access(
+                store, there, open_device, attached, scratch, owner_limit_s, freeze_limit_s, failures, patience
+            )
+        )  # fmt: skip
         jobs = _prepared(store, way, places, wanted, failures)
         if only_that:
             for job in jobs:
@@ -208,8 +210,8 @@ def _locked_places(
 ) -> dict[str, _Place]:
     """Of all disks that can take part. A folder is held from before its disk is until after that.
 
-    So who waits for a folder keeps nobody from a disk, and finds it free when it has the folder. In the order of their
-    names: two runs that wait do not wait for each other.
+    So who waits for a folder keeps nobody from a disk, and nobody who has a disk waits for a folder. In the order of
+    their names: two runs that wait do not wait for each other.
     """
     places = {}
     for name in sorted(names):

@@ -60,7 +60,7 @@ _FOLDER = click.Path(file_okay=False)
 @hooked("NAME…")
 @polite
 @owner_limited
-@waiting("another run that uses REPO")
+@waiting("another run that uses REPO, or a program that has a disk for itself,")
 @click.option(
     "--compress", metavar="zlib|zstd[:LEVEL]",
     help="Compress what is stored, as QEMU reads it: zlib everywhere (level 1 to 9, [6]), zstd faster (1 to 22, [3]).",
@@ -114,7 +114,7 @@ def backup(
         require_stream_out()
         if len(words) > 1:
             raise click.UsageError("--stdout takes one NAME, and no REPO.")
-        stream_out(asked, words[0], options, hook, nice, owner_limit)
+        stream_out(asked, words[0], options, hook, nice, owner_limit, lock_wait)
         return
     options.require_none()
     if len(words) < 2:

@@ -27,7 +27,7 @@ STDIN = "-"
 
 _OUT_TAKES = frozenset({
     "words", "to_stdout", "since", "checkpoint", "diff_version", "hook", "hook_limit", "freeze_limit", "nice",
-    "owner_limit", "store", "json",
+    "owner_limit", "lock_wait", "store", "json",
 })  # fmt: skip
 _NOT_OUT = {
     **dict.fromkeys(KINDS, "With --stdout it is --since that says what to count from."),
@@ -37,7 +37,6 @@ _NOT_OUT = {
     "digest": "A stream has no digests: leave out --digest, or --stdout.",
     "take_over": "A stream has no REPO: leave out --take-over.",
     "new_repository": "A stream has no REPO: leave out --new-repository.",
-    "lock_wait": "A stream has no REPO that others use: leave out --lock-wait.",
 }
 _IN_TAKES = frozenset({"repository", "name", "larger", "store", "json"})
 _NOT_IN = {
@@ -86,8 +85,9 @@ class StreamOptions:
 
 
 def stream_out(
-    asked: Session, name: str, options: StreamOptions, hook: Hook, nice: int, owner_limit_s: float
-) -> None:
+    asked: Session, name: str, options: StreamOptions, hook: Hook, nice: int, owner_limit_s: float,
+    lock_wait_s: float,
+) -> None:  # fmt: skip
     """Nothing but the stream ever comes to standard output."""
     from lmdbitmap.access.reach import is_attached
     from lmdbitmap.streams.stream import stream_backup
@@ -103,7 +103,7 @@ def stream_out(
             store, name, out,
             since=options.since, checkpoint=options.checkpoint, version=int(options.version or 1),
             quiesced=lambda: nice_after(hook.freezing([name], thaw), nice, asked, served=served), progress=report,
-            owner_limit_s=owner_limit_s, freeze_limit_s=hook.freeze_limit_s,
+            owner_limit_s=owner_limit_s, freeze_limit_s=hook.freeze_limit_s, lock_wait_s=lock_wait_s,
         )  # fmt: skip
     if asked.as_json:
         say_json({**_stream_facts(made), "thaw_failure": thaw.problem}, aside=True)

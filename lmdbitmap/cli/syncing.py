@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 @hooked("NAME")
 @polite
 @owner_limited
-@waiting("another sync to TARGET")
+@waiting("another sync to TARGET, or a program that has the disk for itself,")
 @click.pass_obj
 def sync(
     asked: Session,

@@ -52,6 +52,7 @@ from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.changes import Changes, changes_since
 from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.session import OpenDevice
+from lmdbitmap.work.patience import Patience
 from lmdbitmap.work.progress import Progress, Report
 
 log = logging.getLogger(__name__)
@@ -224,17 +225,22 @@ def stream_backup(
     progress: Progress | None = None,
     open_device: OpenDevice = open_to_read,
     owner_limit_s: float = OWNER_LIMIT_S,
+    lock_wait_s: float = 0.0,
 ) -> StreamResult:
     """Stream the disk called `name` as it is now: what changed since the checkpoint `since`, or all of it.
 
     A checkpoint is taken, called `checkpoint`, or as the result says; it stays, for the next stream to count from.
     A disk that is served, here (`attached`) or by another process, is held as it was, and its guest goes on; as for
-    `backup`, with the same `owner_limit_s`. Raises `Untrusted` where nobody knows what changed since, `NotFound`
-    without such a disk, image or checkpoint, `AlreadyExists` for a checkpoint of that name, `Busy` for a disk or image
-    that somebody else holds.
+    `backup`, with the same `owner_limit_s`. A program that has the disk or its image for itself is waited for, for
+    `lock_wait_s` at most. Raises `Untrusted` where nobody knows what changed since, `NotFound` without such a disk,
+    image or checkpoint, `AlreadyExists` for a checkpoint of that name, `Busy` for a disk or image that somebody else
+    holds.
     """
-    started = time.monotonic()
-    with access(store, [name], open_device, attached, scratch, owner_limit_s, freeze_limit_s) as way:
+    with access(
+        store, [name], open_device, attached, scratch, owner_limit_s, freeze_limit_s,
+        patience=Patience(lock_wait_s),
+    ) as way:  # fmt: skip
+        started = time.monotonic()
         [disk] = way.disks
         consumers.merge_unheld(store, way, disk)
         head = Head(version, disk.size, since, checkpoint or Maker.STREAM.new_name(time.time_ns()))

@@ -111,8 +111,9 @@ def sync(
     Only what changed since the last sync to that target is copied, where that is known. `compare` reads both whatever
     is known; `only_incremental` raises `Untrusted` where that is not known, and nothing is done. `larger` lets
     the target be larger than the disk, and what is behind that be zeroed. `attached`,
-    `scratch`, `quiesced`, `bytes_per_s` and `owner_limit_s` are as for a backup. Another sync to the same target is
-    waited for, for `lock_wait_s` at most. Nobody else may write the target.
+    `scratch`, `quiesced`, `bytes_per_s` and `owner_limit_s` are as for a backup. Another sync to the same target, and
+    a program that has the disk or its image for itself, is waited for, for `lock_wait_s` in all. Nobody else may write
+    the target.
 
     Raises `InvalidArgument` and `AlreadyExists` for a target that does not fit, `Busy` for a disk or a target that
     somebody else holds, `NotFound` without such a disk or image, `StorageError` where a snapshot broke. The target is
@@ -127,13 +128,14 @@ def sync(
     notes = NoteFile.of(store.path, disk.uuid, place)
     with contextlib.ExitStack() as held:
         held.enter_context(notes.locked(patience))
-        started = time.monotonic()
-        refuse_target(store, disk, place)  # again: it may have been waited for
         way = held.enter_context(
             access(
-                store, [name], open_device or _open_to_read, attached, scratch, owner_limit_s, freeze_limit_s
+                store, [name], open_device or _open_to_read, attached, scratch, owner_limit_s, freeze_limit_s,
+                patience=patience,
             )
-        )
+        )  # fmt: skip
+        started = time.monotonic()
+        refuse_target(store, way.disks[0], place)  # again: others may have been waited for
         copy = held.enter_context(contextlib.closing(SyncTarget(place, larger=larger)))
         _require_same(disk, way)
         job = _prepare(store, way, notes, copy, pace, compare=compare)

@@ -26,10 +26,9 @@ import io
 import logging
 import os
 import stat
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import BinaryIO, Final
+from typing import BinaryIO
 
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError, os_errors_at
 from lmdbitmap.interfaces import Buffer
@@ -39,7 +38,6 @@ from lmdbitmap.work.patience import NO_PATIENCE, Patience
 
 log = logging.getLogger(__name__)
 
-_LOCK_PAUSE_S: Final = 0.1
 
 PRIVATE_MODE = 0o600
 PRIVATE_FOLDER_MODE = 0o700
@@ -386,7 +384,7 @@ def lock_file(
         if not has_waited:
             log.warning("%s is held by another run: waiting for %.3g s at most", place, patience.left_s)
         has_waited = True
-        time.sleep(min(_LOCK_PAUSE_S, patience.left_s))
+        patience.pause()
 
 
 def _lock_at_once(place: str, like_folder: bool) -> LockedFile:

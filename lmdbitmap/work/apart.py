@@ -10,10 +10,14 @@ from lmdbitmap.work.progress import Progress
 
 
 class Failures:
-    """Which ones failed, and why. With `at_once` nothing is set aside: whatever is raised ends the run."""
+    """Which ones failed, and why. With `at_once` nothing is set aside: whatever is raised ends the run.
 
-    def __init__(self, *, at_once: bool = False) -> None:
+    Errors of the classes `never` are not set aside either.
+    """
+
+    def __init__(self, *, at_once: bool = False, never: tuple[type[LmdbitmapError], ...] = ()) -> None:
         self.at_once = at_once
+        self._never = never
         self.errors: dict[str, LmdbitmapError] = {}
         """By the names of those that failed, in the order in which they did."""
 
@@ -26,7 +30,7 @@ class Failures:
         try:
             yield
         except LmdbitmapError as error:
-            if self.at_once:
+            if self.at_once or isinstance(error, self._never):
                 raise
             self.errors[name] = error
         except OSError as refusal:

@@ -9,6 +9,7 @@ from lmdbitmap.errors import InvalidArgument
 
 MOST_S: Final = 10_000_000
 """Four months: what the system's own time-outs can take everywhere."""
+_PAUSE_S: Final = 0.1
 
 
 def require_limits(*limits_s: float) -> None:
@@ -35,6 +36,10 @@ class Patience:
     @property
     def left_s(self) -> float:
         return max(self._until_s - time.monotonic(), 0.0) if self._until_s else 0.0
+
+    def pause(self) -> None:
+        """Return when it is time to look again at what is waited for."""
+        time.sleep(min(_PAUSE_S, self.left_s))
 
 
 NO_PATIENCE: Final = Patience(0)

@@ -1,4 +1,5 @@
-"""--lock-wait: another run is waited for, without keeping anybody else from the disk, and not for ever."""
+"""--lock-wait: a folder or target that another run uses is waited for, without keeping anybody else from the disk, and
+not for ever. How the disk itself is waited for is in test_disk_wait.py."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ VERBS = {
 
 
 class Clock:
-    """Time passes while somebody waits for a lock, and then only; `act` is done before the second look."""
+    """Time passes while somebody waits, and then only; `act` is done before the second look."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0
@@ -44,8 +45,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(files, "time", types.SimpleNamespace(sleep=clock.sleep))
-    monkeypatch.setattr(patience, "time", types.SimpleNamespace(monotonic=lambda: clock.now_s))
+    passing = types.SimpleNamespace(monotonic=lambda: clock.now_s, sleep=clock.sleep)
+    monkeypatch.setattr(patience, "time", passing)
     return clock
 
 

@@ -199,7 +199,6 @@ IGNORED = [
     ("backup", ["--digest", "sha256"], "A stream has no digests"),
     ("backup", ["--take-over"], "A stream has no REPO"),
     ("backup", ["--new-repository"], "A stream has no REPO"),
-    ("backup", ["--lock-wait", "5"], "A stream has no REPO"),
     ("restore", ["--at", "1"], "it is OUT alone that is named"),
     ("restore", ["--in-place"], "A stream says itself whether"),
     ("restore", ["--no-verify"], "A stream has no digests to prove it by"),
@@ -209,7 +208,7 @@ IGNORED = [
 TAKEN = {
     "backup": {
         "stdout", "since", "checkpoint", "diff-version", "hook", "hook-limit", "freeze-limit", "nice", "owner-limit",
-        "store", "json", "differential", "rescan",  # these two as the other kinds of backups
+        "lock-wait", "store", "json", "differential", "rescan",  # these two as the other kinds of backups
     },
     "restore": {"larger", "store", "json"},
 }  # fmt: skip
