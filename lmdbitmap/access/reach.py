@@ -57,6 +57,19 @@ def is_attached(store: Store, disk: Disk | str) -> bool:
     return owner.is_owned(store.owner_path(disk.uuid))
 
 
+def is_served(store: Store, name: str) -> bool:
+    """Whether another process has the disk of that name, and is reached: what it changes for us, it does itself."""
+    try:
+        with store.read() as reader:
+            client = control_client.reach(store.control_path(chain.find_disk(reader, name).uuid))
+    except Busy:
+        return True
+    if client is None:
+        return False
+    client.close()
+    return True
+
+
 def owner_of(store: Store, disk: Disk) -> Client:
     """A connection to the process that has the disk; `Busy` where it takes none."""
     client = control_client.reach(store.control_path(disk.uuid))

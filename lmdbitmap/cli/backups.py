@@ -154,14 +154,14 @@ def _back_up(asked: Session, names: Sequence[str], repository: str, wishes: _Wis
         Store.open(asked.store_path) as store,
         progress(f"backing up {', '.join(names)}", shown=asked.shows_progress) as report,
     ):
-        served = _is_any_served(store, names)  # not by ourselves yet
         try:
             made = back_up(
                 store, names, repository,
                 kind=BackupType(wishes.kind), only_that=wishes.only_that, compression=wishes.compress,
                 digest=wishes.digest,
                 quiesced=lambda: nice_after(
-                    wishes.hook.freezing(names, thaw), wishes.nice, asked, served=served
+                    wishes.hook.freezing(names, thaw), wishes.nice, asked,
+                    served=lambda: _is_any_served(store, names),
                 ), progress=report,
                 freeze_limit_s=wishes.hook.freeze_limit_s, owner_limit_s=wishes.owner_limit_s,
                 lock_wait_s=wishes.lock_wait_s,
@@ -173,11 +173,11 @@ def _back_up(asked: Session, names: Sequence[str], repository: str, wishes: _Wis
 
 
 def _is_any_served(store: Store, names: Sequence[str]) -> bool:
-    from lmdbitmap.access.reach import is_attached
+    from lmdbitmap.access.reach import is_served
 
     for name in names:
         with contextlib.suppress(LmdbitmapError):  # of an unknown one the backup tells
-            if is_attached(store, name):
+            if is_served(store, name):
                 return True
     return False
 

@@ -64,14 +64,15 @@ def _nice(function: Function) -> Function:
 
 @contextlib.contextmanager
 def nice_after(
-    moment: AbstractContextManager[object], niceness: int, asked: Session, *, served: bool
+    moment: AbstractContextManager[object], niceness: int, asked: Session, *, served: Callable[[], bool]
 ) -> Iterator[None]:
     """When `moment` is over a process of our own gives way, and so do the threads that it starts from then on.
 
     Only where the disks are `served`: then their server changes the store for us in the end. What we change ourselves
-    is not to be done slowly, as guests of other disks may wait for the store meanwhile.
+    is not to be done slowly, as guests of other disks may wait for the store meanwhile. It is asked when `moment` is
+    over: whoever had a disk at first may have been waited for.
     """
     with moment:
         yield
-    if asked.owns_process and served:
+    if asked.owns_process and served():
         os.setpriority(os.PRIO_PROCESS, 0, max(os.getpriority(os.PRIO_PROCESS, 0), niceness))

@@ -89,7 +89,7 @@ def stream_out(
     lock_wait_s: float,
 ) -> None:  # fmt: skip
     """Nothing but the stream ever comes to standard output."""
-    from lmdbitmap.access.reach import is_attached
+    from lmdbitmap.access.reach import is_served
     from lmdbitmap.streams.stream import stream_backup
 
     thaw = Thaw()
@@ -98,11 +98,13 @@ def stream_out(
         Store.open(asked.store_path) as store,
         progress(f"streaming {name}", shown=asked.shows_progress) as report,
     ):
-        served = is_attached(store, name)  # not by ourselves yet
         made = stream_backup(
             store, name, out,
             since=options.since, checkpoint=options.checkpoint, version=int(options.version or 1),
-            quiesced=lambda: nice_after(hook.freezing([name], thaw), nice, asked, served=served), progress=report,
+            quiesced=lambda: nice_after(
+                hook.freezing([name], thaw), nice, asked, served=lambda: is_served(store, name)
+            ),
+            progress=report,
             owner_limit_s=owner_limit_s, freeze_limit_s=hook.freeze_limit_s, lock_wait_s=lock_wait_s,
         )  # fmt: skip
     if asked.as_json:

@@ -66,7 +66,7 @@ def sync(
 
     Nobody else may write TARGET. Until a sync that failed or was killed has been repeated, it is of no use.
     """
-    from lmdbitmap.access.reach import is_attached
+    from lmdbitmap.access.reach import is_served
     from lmdbitmap.syncs.sync import sync as bring_up_to_date
 
     if compare and only_incremental:
@@ -77,11 +77,12 @@ def sync(
         Store.open(asked.store_path) as store,
         progress(f"syncing {name}", shown=asked.shows_progress) as report,
     ):
-        served = is_attached(store, name)  # not by ourselves yet
         done = bring_up_to_date(
             store, name, target,
             compare=compare, only_incremental=only_incremental, larger=larger, freeze_limit_s=hook.freeze_limit_s,
-            quiesced=lambda: nice_after(hook.freezing([name], thaw), nice, asked, served=served),
+            quiesced=lambda: nice_after(
+                hook.freezing([name], thaw), nice, asked, served=lambda: is_served(store, name)
+            ),
             progress=report, bytes_per_s=speed_limit, owner_limit_s=owner_limit,
             lock_wait_s=lock_wait,
         )  # fmt: skip

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from lmdbitmap import Filter, Store
 from tests.cli.conftest import Cli
 
 MIB = 1 << 20
@@ -34,10 +37,25 @@ def test_nobody_gives_way_who_changes_the_store_himself(cli: Cli, image: Path) -
     assert niceness_while_streaming(cli) == os.getpriority(os.PRIO_PROCESS, 0)
 
 
-def niceness_while_streaming(cli: Cli, *options: str) -> int:
+def test_whoever_had_a_disk_before_is_not_given_way_to(cli: Cli, image: Path) -> None:
+    """What it was waited for is a disk that nobody serves by then."""
+    with ExitStack() as held:
+        store = held.enter_context(Store.open(str(cli.store)))
+        held.enter_context(Filter.attach(store, "sda", background=False))
+        ours = os.getpriority(os.PRIO_PROCESS, 0)
+        assert niceness_while_streaming(cli, "--lock-wait", "1000", when_it_waits=held.close) == ours
+
+
+def niceness_while_streaming(
+    cli: Cli, *options: str, when_it_waits: Callable[[], object] | None = None
+) -> int:
     command = cli.command("backup", "sda", "--stdout", *options)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         assert child.stdout is not None
+        assert child.stderr is not None
+        if when_it_waits is not None:
+            assert b"waiting" in child.stderr.readline()
+            when_it_waits()
         assert child.stdout.read(12) == b"rbd diff v1\n"
         niceness = os.getpriority(os.PRIO_PROCESS, child.pid)
         child.stdout.read()
