@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 LOCK, UNFINISHED = "lock", "unfinished"
 _NEXT_SUFFIX = ".next"
 _NOTE_BYTES = 1 << 16
+_LOCK_TRIES = 100
 _HASHED_AT_ONCE = 1 << 20
 _IMAGE_NAME = re.compile(r"([0-9]{6,15})-(?:full|incremental|differential|rescan)\.qcow2")
 _DIGESTS_NAME = re.compile(rf"({_IMAGE_NAME.pattern})\.[0-9a-f]{{8}}\.digests")
@@ -88,13 +89,38 @@ class BackupFolder:
     def locked(self, patience: Patience = NO_PATIENCE) -> Iterator[None]:
         """Hold the folder, made if need be, for the one run that may write here; `Busy` if another goes on to.
 
-        Files that killed runs did not finish are removed, and a prune that was decided is carried on.
+        Files that killed runs did not finish are removed, and a prune that was decided is carried on. Folders that were
+        made for it are removed again if nothing has come into them.
         """
-        files.make_folders(self.path)
-        with files.lock_file(self.path_of(LOCK), patience=patience):
+        made: list[str] = []
+        with contextlib.ExitStack() as end:
+            end.callback(files.remove_folders, made)  # last: on NFS a file that is open keeps its folder
+            end.enter_context(self._lock(made, patience))
+            end.callback(self._remove_lock_if_bare, made)
             files.remove_leftovers(self.path)
             self.settle()
             yield
+
+    def _lock(self, made: list[str], patience: Patience) -> files.LockedFile:
+        """The lock, in a folder that is there; those that are made for it are added to `made`."""
+        for _ in range(_LOCK_TRIES - 1):
+            with contextlib.suppress(NotFound):  # whoever had made the folder took it back just now
+                return self._lock_in_folder(made, patience)
+        return self._lock_in_folder(made, patience)
+
+    def _lock_in_folder(self, made: list[str], patience: Patience) -> files.LockedFile:
+        made += files.make_folders(self.path)
+        return files.lock_file(self.path_of(LOCK), patience=patience)
+
+    def _remove_lock_if_bare(self, made: Sequence[str]) -> None:
+        """The lock that we hold, if it is all there is in a folder that we made.
+
+        Whoever has opened that lock meanwhile finds that it has no name any more, and makes another (`lock_file`). So
+        nobody takes himself for its holder beside one who holds the new one.
+        """
+        with contextlib.suppress(OSError):
+            if self.path in made and os.listdir(self.path) == [LOCK]:
+                os.unlink(self.path_of(LOCK))
 
     # -- the manifest --------------------------------------------------------------------------------------
 

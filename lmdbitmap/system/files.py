@@ -26,7 +26,7 @@ import io
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
@@ -246,17 +246,30 @@ def fsync_folder(path: str | os.PathLike[str]) -> None:
             os.close(fd)
 
 
-def make_folders(path: str | os.PathLike[str]) -> None:
-    """Make a folder and those above it, for their owner's eyes only, unless they are there; durable on return."""
+def make_folders(path: str | os.PathLike[str]) -> list[str]:
+    """Make a folder and those above it, for their owner's eyes only, unless they are there; durable on return.
+
+    Answers those that it made, from above.
+    """
     folder = os.path.abspath(path)
     if os.path.isdir(folder):
-        return
+        return []
     if os.path.lexists(folder) and not os.path.isdir(folder):  # else somebody made it just now
         raise InvalidArgument(f"{folder} is not a folder", next_step="name a folder, or one that can be made")
-    make_folders(os.path.dirname(folder))
+    above = os.path.dirname(folder)
+    made = make_folders(above)
     with os_errors_at(folder), suppress(FileExistsError):
         os.mkdir(folder, PRIVATE_FOLDER_MODE)
-    fsync_folder(os.path.dirname(folder))
+        made.append(folder)
+    fsync_folder(above)
+    return made
+
+
+def remove_folders(folders: Iterable[str]) -> None:
+    """Take back what `make_folders` made, from below, as far as it is empty."""
+    with suppress(OSError):
+        for folder in reversed(list(folders)):
+            os.rmdir(folder)
 
 
 _NO_FOLDER_SYNC = {

@@ -106,6 +106,7 @@ def test_of_several_disks_one_that_stays_busy_is_left_out(cli: Cli, clock: Clock
         answer = cli("backup", "sdc", "sdb", "sda", cli.folder / "repo", "--lock-wait", 30)
     assert answer.code == 4
     assert [line.split(":")[0] for line in answer.out.splitlines()] == ["sdc", "sda"]
+    assert sorted(os.listdir(cli.folder / "repo")) == ["sda", "sdc"]
     assert sum(clock.waits_s) == pytest.approx(30)
 
 
@@ -312,4 +313,5 @@ def test_whoever_waits_can_be_ended(cli: Cli) -> None:
     with holding(cli, "sda"), waiting_for(cli, "sda", "backup", "sda", cli.folder / "repo") as child:
         child.process.send_signal(signal.SIGINT)
         assert child.wait() == 130
+        assert not (cli.folder / "repo").exists()
     cli.ok("backup", "sda", cli.folder / "repo")

@@ -403,6 +403,16 @@ def test_an_attached_disk_is_busy(unchanged: BackedUpDisk) -> None:
     )
 
 
+def test_a_backup_that_is_refused_leaves_no_folder(unchanged: BackedUpDisk) -> None:
+    before = unchanged.files()
+    with unchanged.attach():
+        for repository in ("backups", "elsewhere"):
+            with pytest.raises(Busy):
+                unchanged.backup(to=repository)
+    assert unchanged.files() == before
+    assert not (unchanged.folder / "elsewhere").exists()
+
+
 def test_an_image_that_somebody_has_open_for_writing_is_busy(unchanged: BackedUpDisk) -> None:
     with FileDevice.open(unchanged.image), pytest.raises(Busy, match="is open in QEMU or in another"):
         unchanged.backup()

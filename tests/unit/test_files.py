@@ -404,9 +404,18 @@ def test_failed_lock_leaves_no_descriptor_open(tmp_path: Path) -> None:
 def test_folders_are_made_with_those_above_for_their_owner_alone(tmp_path: Path) -> None:
     """Each is synced into the one above it, which strace shows in the power-cut laboratory."""
     wanted = tmp_path / "a" / "b" / "c"
-    files.make_folders(wanted)
-    assert [mode_of(folder) for folder in (wanted, wanted.parent, wanted.parent.parent)] == [0o700] * 3
-    files.make_folders(wanted)
+    made = [wanted.parent.parent, wanted.parent, wanted]
+    assert files.make_folders(wanted) == list(map(str, made))
+    assert [mode_of(folder) for folder in made] == [0o700] * 3
+    assert files.make_folders(wanted) == []
     (tmp_path / "file").touch()
     with pytest.raises(InvalidArgument, match="file is not a folder"):
         files.make_folders(tmp_path / "file" / "below")
+
+
+def test_only_empty_folders_are_removed_and_from_below(tmp_path: Path) -> None:
+    made = files.make_folders(tmp_path / "a" / "b" / "c")
+    (tmp_path / "a" / "else").touch()
+    files.remove_folders(made)
+    assert sorted(tmp_path.glob("**/*")) == [tmp_path / "a", tmp_path / "a" / "else"]
+    files.remove_folders(made)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -20,14 +23,16 @@ from lmdbitmap.repository.repository import (
     image_name,
     sha256_of,
 )
+from lmdbitmap.system import files
+from tests.support import PATIENCE_SECONDS
 from tests.unit.test_manifest import CHAIN, DISK, entry
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> BackupFolder:
+    """It was there before."""
     made = BackupFolder(tmp_path / "backups", "sda")
-    with made.locked():
-        pass
+    os.makedirs(made.path)
     return made
 
 
@@ -80,6 +85,121 @@ def test_the_second_backup_into_a_folder_is_busy(folder: BackupFolder) -> None:
         pass
     with folder.locked(), BackupFolder(folder.repository_path, "sdb").locked():
         pass
+
+
+def test_folders_into_which_nothing_came_are_taken_back(tmp_path: Path) -> None:
+    with BackupFolder(tmp_path / "far" / "away", "sda").locked():
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_are_taken_back_from_whoever_fails(tmp_path: Path) -> None:
+    (tmp_path / "backups").mkdir()
+    with pytest.raises(KeyboardInterrupt), BackupFolder(tmp_path / "backups", "sda").locked():
+        raise KeyboardInterrupt
+    assert list(tmp_path.glob("**/*")) == [tmp_path / "backups"]
+
+
+def test_a_folder_that_somebody_else_made_stays(folder: BackupFolder) -> None:
+    with folder.locked():
+        pass
+    assert os.listdir(folder.path) == ["lock"]
+
+
+def test_a_folder_into_which_something_came_stays_with_its_lock(tmp_path: Path) -> None:
+    folder = BackupFolder(tmp_path / "backups", "sda")
+    with folder.locked():
+        put(folder, "something")
+    assert sorted(os.listdir(folder.path)) == ["lock", "something"]
+
+
+def test_the_last_one_takes_back_what_the_first_one_made(tmp_path: Path) -> None:
+    """The repository is one run's, and the disk's folder in it another's."""
+    first, second = ExitStack(), BackupFolder(tmp_path / "backups", "sda")
+    first.enter_context(BackupFolder(tmp_path / "backups", "sdb").locked())
+    with second.locked():
+        pass
+    assert os.listdir(tmp_path / "backups") == ["sdb"]
+    first.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_repository_into_which_another_disk_came_stays(tmp_path: Path) -> None:
+    with BackupFolder(tmp_path / "backups", "sda").locked():
+        put(BackupFolder(tmp_path, "backups"), "sdb")
+    assert os.listdir(tmp_path / "backups") == ["sdb"]
+
+
+@pytest.mark.parametrize("moment", ["folder made", "lock opened"])
+def test_whoever_comes_while_a_folder_is_taken_back_has_one_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Its lock keeps others out, and is not that of a file which has no name any more."""
+    first = ExitStack()
+    first.enter_context(BackupFolder(tmp_path / "backups", "sda").locked())
+    owner, name = (files, "make_folders") if moment == "folder made" else (files, "_open_or_make")
+    call = getattr(owner, name)
+
+    def and_then_the_first_ends(path: str) -> object:
+        answer = call(path)
+        first.close()
+        return answer
+
+    monkeypatch.setattr(owner, name, and_then_the_first_ends)
+    second = BackupFolder(tmp_path / "backups", "sda")
+    with second.locked():
+        assert os.listdir(second.path) == ["lock"]
+        with pytest.raises(Busy), BackupFolder(tmp_path / "backups", "sda").locked():
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_not_tried_for_ever() -> None:
+    with pytest.raises(NotFound), BackupFolder("/proc/backups", "sda").locked():
+        pass
+
+
+def test_whoever_is_refused_takes_nothing_from_the_holder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it was the one who made the folder."""
+    holder, call = ExitStack(), files.make_folders
+
+    def and_then_another_is_quicker(path: str) -> list[str]:
+        made = call(path)
+        monkeypatch.setattr(files, "make_folders", call)
+        holder.enter_context(BackupFolder(tmp_path / "backups", "sda").locked())
+        return made
+
+    monkeypatch.setattr(files, "make_folders", and_then_another_is_quicker)
+    folder = BackupFolder(tmp_path / "backups", "sda")
+    with pytest.raises(Busy), folder.locked():
+        pass
+    assert os.listdir(folder.path) == ["lock"]
+    with pytest.raises(Busy), folder.locked():
+        pass
+    holder.close()
+
+
+@pytest.mark.in_memory
+def test_those_who_come_and_go_at_once_never_hold_a_folder_together(tmp_path: Path) -> None:
+    rounds, alone, start = 100, tmp_path / "alone", threading.Barrier(2, timeout=PATIENCE_SECONDS)
+
+    def come_and_go() -> int:
+        held = 0
+        while held < rounds:
+            start.wait()
+            for _ in range(3):
+                with suppress(Busy), BackupFolder(tmp_path / f"{held}" / "backups", "sda").locked():
+                    os.close(os.open(alone, os.O_CREAT | os.O_EXCL))
+                    alone.unlink()
+            held += 1
+        return held
+
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(come_and_go) for _ in range(2)]
+        assert [one.result() for one in both] == [rounds, rounds]
+    assert {path.name for path in tmp_path.glob("**/*") if path.is_file()} <= {"lock"}
 
 
 def test_locking_removes_what_killed_runs_did_not_finish_and_nothing_else(folder: BackupFolder) -> None:
