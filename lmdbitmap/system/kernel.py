@@ -19,6 +19,7 @@ device, to the disk under a volume, by another machine) is not counted.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import stat
 from collections.abc import Callable
@@ -45,8 +46,9 @@ def flock_pids(status: os.stat_result, kind: str) -> list[str]:
     return sorted(held - {str(os.getpid())})
 
 
+@functools.cache
 def boot_id() -> str:
-    """What the kernel calls this boot."""
+    """What the kernel calls this boot; no process outlives it."""
     return _line(_BOOT_ID_PATH)
 
 
