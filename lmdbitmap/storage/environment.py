@@ -140,8 +140,9 @@ class Environment:
 
     def keep_house(self) -> None:
         """Cheap, and to be called often: see to our locks, and once a minute to readers that died."""
-        with self.transaction(write=False):
-            self._keep_house()
+        if time.monotonic() - self._looked_s >= LOCK_LOOK_S:  # nothing else is due more often
+            with self.transaction(write=False):
+                self._keep_house()
 
     def _keep_house(self) -> None:
         now_s = time.monotonic()
