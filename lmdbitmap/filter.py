@@ -41,12 +41,13 @@ from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.snapshot import Snapshot
 from lmdbitmap.tracker.tracking import Tracking, detached_error
 from lmdbitmap.tracker.vouching import Voucher
-from lmdbitmap.work import crew, forks
+from lmdbitmap.work import forks
+from lmdbitmap.work.chores import Chore, Chores
 
 log = logging.getLogger(__name__)
 
-PASS_INTERVAL_S = 0.5
-"""Between background passes, and between signs of life."""
+chores = Chores(0.5)
+"""Of all attached disks of this process: background passes, and signs of life."""
 _DISARM_PER_PASS = 512
 _QUIET_PASSES = 10
 """How long a guest may stay away from an extent without having to wait for a commit when it comes back."""
@@ -69,10 +70,9 @@ class Filter(Front):
         self._whereabouts = Whereabouts(disk.name, disk.image, device.fd)
         self._ending = threading.RLock()
         self._last_acts: list[Callable[[], None]] = []
-        self._stop = threading.Event()
         self._background = [
-            threading.Thread(target=self._every_interval, args=(work,), name=f"lmdbitmap {name}", daemon=True)
-            for name, work in (("beat", self.beat), ("pass", self._patient_pass))
+            self._chore("beat", self.beat, urgent=True),
+            self._chore("pass", self._patient_pass),
         ]
 
     @classmethod
@@ -98,8 +98,8 @@ class Filter(Front):
             held.keep()
         forks.is_not_for_children(attached)
         if background:
-            for thread in attached._background:
-                thread.start()
+            for chore in attached._background:
+                chores.add(chore)
         return attached
 
     # -- what a server and an agent use --------------------------------------------------------------------
@@ -260,14 +260,16 @@ class Filter(Front):
             with self._tracking.frozen():
                 self._tracking.begin_again()
 
-    def _every_interval(self, work: Callable[[], None]) -> None:
-        while not self._stop.wait(PASS_INTERVAL_S):
+    def _chore(self, name: str, work: Callable[[], None], *, urgent: bool = False) -> Chore:
+        def patiently() -> None:
             try:
                 work()
             except (LmdbitmapError, OSError) as error:
                 log.warning(
                     "disk %s: background work failed, and will be tried again: %s", self.disk.name, error
                 )
+
+        return Chore(f"disk {self.disk.name}: its {name}", patiently, urgent=urgent)
 
     # -- the end -------------------------------------------------------------------------------------------
 
@@ -319,10 +321,9 @@ class Filter(Front):
             self._mark_doubts()
 
     def _stop_background(self) -> None:
-        self._stop.set()
-        with contextlib.ExitStack() as threads:
-            for thread in self._background:
-                threads.callback(crew.joined, thread)
+        with contextlib.ExitStack() as each:
+            for chore in self._background:
+                each.callback(chores.end, chore)
 
     def _end_session(self) -> None:
         self.flush()

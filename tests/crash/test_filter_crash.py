@@ -350,7 +350,7 @@ HAMMER = """
 import random, sys, threading
 from lmdbitmap import filter
 from lmdbitmap.store import Store
-filter.PASS_INTERVAL_S = 0.003
+filter.chores.interval_s = 0.003
 disk = filter.Filter.attach(Store.open(sys.argv[1]), "sda", max_armed=20)
 def write(seed):
     chosen, lane = random.Random(seed), disk.lane()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing
@@ -18,11 +19,13 @@ from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, NotFound, Sto
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter, take_checkpoint
 from lmdbitmap.images.device import FileDevice
-from lmdbitmap.storage import schema
+from lmdbitmap.images.image import open_image
+from lmdbitmap.interfaces import ImageIdentity
+from lmdbitmap.storage import owner, schema
 from lmdbitmap.store import Writer
 from lmdbitmap.tracker import lane, points, session, tracking
 from lmdbitmap.tracker.period import Period
-from lmdbitmap.work import crew
+from lmdbitmap.work.chores import Chore
 from tests.support import PATIENCE_SECONDS, make_raw_image
 from tests.tracked import NAME, TrackedDisk, blocks_of, trust_of
 
@@ -182,11 +185,77 @@ def test_extents_stay_armed_for_ten_passes_of_the_thread_that_makes_them(
         return disarmed
 
     monkeypatch.setattr(Period, "disarm_quiet", note)
-    monkeypatch.setattr(filter, "PASS_INTERVAL_S", 0.01)
+    monkeypatch.setattr(filter.chores, "interval_s", 0.01)
     with Filter.attach(tracked.store, NAME) as disk:
         disk.pwrite(b"x", 0)
         assert all_quiet.wait(PATIENCE_SECONDS)
     assert sum(left) in (10, 11)  # the write may come between a pass and its note
+
+
+class Hanging(FileDevice):
+    """Whose identity, which each beat looks at, is not told while `hangs` is set; `asked` tells that it was asked."""
+
+    def __init__(self, device: FileDevice) -> None:
+        self.__dict__.update(vars(device))
+        self.asked, self.goes_on = threading.Event(), threading.Event()
+        self.goes_on.set()
+
+    def identity(self) -> ImageIdentity:
+        if not self.goes_on.is_set():
+            self.asked.set()
+            self.goes_on.wait()
+        return super().identity()
+
+
+def test_a_disk_whose_beat_hangs_keeps_no_other_from_its_own(
+    tracked: TrackedDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filter.chores, "interval_s", 0.01)
+    session.add(tracked.store, "sdb", str(make_raw_image(tmp_path / "other.raw", SIZE)), granularity_bits=16)
+    opened: list[Hanging] = []
+
+    def open_hanging(image: str) -> Hanging:
+        device = open_image(image)
+        assert isinstance(device, FileDevice)
+        opened.append(Hanging(device))
+        return opened[0]
+
+    hanging = Filter.attach(tracked.store, NAME, open_device=open_hanging)
+    with Filter.attach(tracked.store, "sdb") as other:
+        opened[0].goes_on.clear()
+        assert opened[0].asked.wait(PATIENCE_SECONDS)
+        silent = owner.last_beat(tracked.store.owner_path(hanging.disk.uuid))
+        await_beats(tracked.store.owner_path(other.disk.uuid), 5)
+        assert owner.last_beat(tracked.store.owner_path(hanging.disk.uuid)) == silent
+    opened[0].goes_on.set()
+    await_beats(tracked.store.owner_path(hanging.disk.uuid), 2)
+    hanging.detach()
+
+
+def await_beats(path: str, count: int) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    seen = {owner.last_beat(path)}
+    while len(seen) <= count:
+        assert time.monotonic() < deadline
+        seen.add(owner.last_beat(path))
+
+
+def test_a_pass_that_hangs_keeps_no_disk_from_its_beats(
+    tracked: TrackedDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filter.chores, "interval_s", 0.01)
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def hang(period: Period, limit: int, *, passes: int) -> int:
+        hangs.set()
+        goes_on.wait()
+        return 0
+
+    monkeypatch.setattr(Period, "disarm_quiet", hang)
+    with Filter.attach(tracked.store, NAME) as disk:
+        assert hangs.wait(PATIENCE_SECONDS)
+        await_beats(tracked.store.owner_path(disk.disk.uuid), 5)
+        goes_on.set()
 
 
 @pytest.mark.parametrize("name", ["", "a\nb", "x" * 2000, "start", "epoch-1"])
@@ -552,19 +621,19 @@ def test_an_interrupted_detach_is_done_all_the_same(
 ) -> None:
     """Ctrl-C while a sign of life is waited for: the disk must not stay ours for as long as this process lives."""
 
-    joined = crew.joined
+    end = filter.chores.end
 
-    def joined_and_interrupted(thread: threading.Thread) -> None:
-        joined(thread)
+    def end_and_interrupt(chore: Chore) -> None:
+        end(chore)
         raise KeyboardInterrupt
 
     disk = Filter.attach(tracked.store, NAME)
     disk.pwrite(b"x", 0)
     with monkeypatch.context() as patched:
-        patched.setattr(crew, "joined", joined_and_interrupted)
+        patched.setattr(filter.chores, "end", end_and_interrupt)
         with pytest.raises(KeyboardInterrupt):
             disk.detach()
-    assert not any(thread.is_alive() for thread in disk._background)
+    assert not filter.chores._chores & set(disk._background)
     with tracked.attach() as again:
         assert dirty(again) == {0}
 

@@ -355,7 +355,7 @@ def churning(stage: Stage) -> None:
 def threaded(stage: Stage) -> None:
     """Several lanes, beats and passes of their own threads, and checkpoints in the middle of it."""
     stage.prepare(A)
-    filter.PASS_INTERVAL_S = 0.005
+    filter.chores.interval_s = 0.005
     guest = stage.attach(A, background=True)
     enough = threading.Event()
     writers = [threading.Thread(target=_write_on, args=(guest, number, enough)) for number in range(3)]
