@@ -98,7 +98,7 @@ class Store:
     def read(self) -> Iterator[Reader]:
         """A consistent view. Do not keep it: an old view makes the store's file grow."""
         with self._alive().transaction(write=False) as txn:
-            reader = Reader(txn, self._environment.databases, self.path)
+            reader = Reader(txn, self._environment.databases, self.path, self._environment.disk_keys)
             try:
                 reader.require_newest(txn.id())
                 yield reader
@@ -115,7 +115,7 @@ class Store:
         while True:
             try:
                 with shared.transaction(write=True) as txn:
-                    writer = Writer(txn, shared.databases, self.path)
+                    writer = Writer(txn, shared.databases, self.path, shared.disk_keys)
                     writer.require_newest(txn.id() - 1)
                     answer, transaction = change(writer), txn.id()
                     changed = writer.seal()

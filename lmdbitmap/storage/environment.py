@@ -75,6 +75,8 @@ class Environment:
         self.users = 0
         self.databases = _Databases()
         self.databases.place = path
+        self.disk_keys: dict[str, bytes] = {}
+        """See `Reader`."""
         self._quiet = threading.Condition()
         self._running = 0
         self._resizing = False

@@ -32,10 +32,18 @@ BITMAP_ID_KEY = b"next bitmap id"
 class Reader:
     """One consistent view of the store. Valid inside its `with` block, in one thread; keep it short."""
 
-    def __init__(self, txn: lmdb.Transaction, databases: dict[str, lmdb._Database], place: str) -> None:
+    def __init__(
+        self,
+        txn: lmdb.Transaction,
+        databases: dict[str, lmdb._Database],
+        place: str,
+        disk_keys: dict[str, bytes] | None = None,
+    ) -> None:
         self._txn = txn
         self._databases = databases
         self._place = place
+        self._disk_keys = {} if disk_keys is None else disk_keys
+        """Where disks were found by their names in earlier views: a hint, which may be wrong by now."""
 
     def end(self) -> None:
         """Let go of the transaction: whoever keeps it keeps a forked child from opening the store."""
@@ -80,15 +88,24 @@ class Reader:
 
     def disk_named(self, name: str) -> Disk | None:
         """The disk of that name, proven by itself: with hundreds of them a look at each would add up."""
-        spelt = name.encode(errors="replace")
+        key = self._disk_keys.get(name, b"")
+        value = self._get("disks", key) if key else None
+        if value is not None and (disk := self._if_called(name, key, value)) is not None:
+            return disk
         for key, value in self._items("disks", b""):
-            if spelt in value:
-                self._require_whole(tally.group_key("disks", key), [(key, value)])
-                disk = schema.decode(Disk, value, place=self._place)
-                if disk.name == name:
-                    return disk
+            if (disk := self._if_called(name, key, value)) is not None:
+                self._disk_keys[name] = key
+                return disk
         self._all("disks")  # none is lost
         return None
+
+    def _if_called(self, name: str, key: bytes, value: bytes) -> Disk | None:
+        """The disk, if that is its name."""
+        if name.encode(errors="replace") not in value:
+            return None
+        self._require_whole(tally.group_key("disks", key), [(key, value)])
+        disk = schema.decode(Disk, value, place=self._place)
+        return disk if disk.name == name else None
 
     def checkpoints(self, disk_uuid: UUID) -> list[Checkpoint]:
         """The disk's whole chain, oldest first, older epochs included."""
@@ -272,8 +289,14 @@ class Writer(Reader):
     `seal` it before its transaction is committed.
     """
 
-    def __init__(self, txn: lmdb.Transaction, databases: dict[str, lmdb._Database], place: str) -> None:
-        super().__init__(txn, databases, place)
+    def __init__(
+        self,
+        txn: lmdb.Transaction,
+        databases: dict[str, lmdb._Database],
+        place: str,
+        disk_keys: dict[str, bytes] | None = None,
+    ) -> None:
+        super().__init__(txn, databases, place, disk_keys)
         self._differences: dict[bytes, Tally] = {}
         self._is_changed = False
 

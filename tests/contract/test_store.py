@@ -720,6 +720,36 @@ def test_a_disk_is_found_by_its_whole_name_alone(opened: Store) -> None:
         assert [reader.disk_named(name) for name in ("", "sd", "SDA", "/images/sda", "\udcff")] == [None] * 5
 
 
+def test_a_disk_that_was_found_is_not_looked_for_among_all_again(
+    opened: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disks = [a_disk(name) for name in ("sda", "sdb")]
+    for one in disks:
+        opened.update(functools.partial(Writer.put_disk, disk=one))
+    with opened.read() as reader:
+        assert [reader.disk_named(one.name) for one in disks] == disks
+    with opened.read() as reader, monkeypatch.context() as scans:
+        scans.setattr(Reader, "_items", None)
+        assert [reader.disk_named(one.name) for one in disks] == disks
+
+
+def test_a_disk_that_was_found_is_believed_for_its_name_and_not_for_its_place(opened: Store) -> None:
+    disk, other = a_disk("sda"), a_disk("sda")
+    opened.update(lambda writer: writer.put_disk(disk))
+    with opened.read() as reader:
+        assert reader.disk_named("sda") == disk
+    renamed = replace(disk, name="sdb")
+    opened.update(lambda writer: writer.put_disk(renamed))
+    with opened.read() as reader:
+        assert reader.disk_named("sda") is None
+    opened.update(lambda writer: writer.put_disk(other))
+    with opened.read() as reader:
+        assert [reader.disk_named(name) for name in ("sda", "sdb")] == [other, renamed]
+    lose(opened, "disks", other.uuid.bytes)
+    with opened.read() as reader, pytest.raises(FormatError):
+        reader.disk_named("sda")
+
+
 def test_a_disk_is_found_beside_a_damaged_one_and_none_is_said_to_be_missing(opened: Store) -> None:
     disk, other = a_disk("sda"), a_disk("sdb")
     for one in (disk, other):
