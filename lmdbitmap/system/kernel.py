@@ -46,9 +46,13 @@ def flock_pids(status: os.stat_result, kind: str) -> list[str]:
     return sorted(held - {str(os.getpid())})
 
 
-@functools.cache
 def boot_id() -> str:
     """What the kernel calls this boot; no process outlives it."""
+    return _boot_id()
+
+
+@functools.cache
+def _boot_id() -> str:
     return _line(_BOOT_ID_PATH)
 
 
