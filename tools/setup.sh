@@ -118,6 +118,7 @@ make_venv() {
     fi
     if [ "$(base_key)" != "$(head -n -1 $key_file 2>/dev/null)" ]; then
         say "making $venv with $("$python" --version)"
+        [ ! -L $venv ] || rm $venv # leads to another folder's, which is not ours to clear
         "$python" -m venv --clear $venv
     fi
     say "installing lmdbitmap and its test tools into $venv"

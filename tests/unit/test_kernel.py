@@ -73,6 +73,12 @@ def test_boot_is_known() -> None:
     assert 0 < kernel.boot_time_ns() < time.time_ns()
 
 
+def test_the_boot_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = kernel.boot_id()
+    monkeypatch.setattr(kernel, "_line", None)
+    assert kernel.boot_id() == known
+
+
 # --- written? ---
 
 
