@@ -6,8 +6,9 @@ So one moment can be taken of all of them, or of none.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from lmdbitmap.access import reach, waiting
 from lmdbitmap.access.access_ways import FREEZE_LIMIT_S, OWNER_LIMIT_S, AtRest, Attached, PointInTime, Served
@@ -65,48 +66,56 @@ class Access(Protocol):
     def close(self) -> None: ...
 
 
+class Terms(NamedTuple):
+    """How a job is to get at its disks."""
+
+    open_device: OpenDevice
+    """What opens the image of a disk that nobody has."""
+    attached: Mapping[str, Filter] | None = None
+    """Filters of this very process, by the names of their disks."""
+    scratch: Scratch | None = None
+    """Where those keep old data; None is the store's folder."""
+    owner_limit_s: float = OWNER_LIMIT_S
+    """How long another process that serves the disks may send nothing of what is read."""
+    freeze_limit_s: float = FREEZE_LIMIT_S
+    """How long it may take over a point in time."""
+    patience: Patience = NO_PATIENCE
+    """With a program that has a disk for itself."""
+
+    def require_sense(self) -> None:
+        """Raise `InvalidArgument` for a limit that is none."""
+        require_limits(self.owner_limit_s, self.freeze_limit_s)
+
+
 @contextlib.contextmanager
 def access(
-    store: Store,
-    names: Sequence[str],
-    open_device: OpenDevice,
-    attached: Mapping[str, Filter] | None = None,
-    scratch: Scratch | None = None,
-    owner_limit_s: float = OWNER_LIMIT_S,
-    freeze_limit_s: float = FREEZE_LIMIT_S,
-    failures: Failures | None = None,
-    patience: Patience = NO_PATIENCE,
+    store: Store, names: Sequence[str], terms: Terms, failures: Failures | None = None
 ) -> Iterator[Access]:
-    """Get at the disks. `attached` are filters of this process, which keep old data where `scratch` says.
+    """Get at the disks. With `failures` one that nobody can get at is set aside there, and the others are got at.
 
-    With `failures` a disk that nobody can get at is set aside there, and the others are got at. With `patience` a disk
-    that a program has for itself is waited for.
-
-    Another process that serves them may take `freeze_limit_s` to take a point, and send nothing of what is read for
-    `owner_limit_s`; then it is given up, as `Busy`.
-
-    Raises `Busy` where some of the disks are served and some are not, or not all by one process; `NotFound` without
-    such a disk or image, `InvalidArgument` for a limit that is none.
+    Raises `Busy` where some of the disks are served and some are not, or not all by one process, and for a process that
+    takes longer than its limits; `NotFound` without such a disk or image, `InvalidArgument` for a limit that is none.
     """
-    require_limits(owner_limit_s, freeze_limit_s)
-
-    def attempt(apart: Failures) -> Access:
-        there = reach.tracked(store, names, apart)
-        ours = [name for name in there if name in (attached or {})]
-        elsewhere = [] if ours else reach.attached_elsewhere(store, there, apart)
-        there = [name for name in there if name not in apart]
-        reach.require_all_or_none(there, ours + elsewhere)
-        if ours:
-            assert attached is not None
-            return Attached([attached[name] for name in ours], scratch or Scratch(store.path))
-        if elsewhere:
-            return Served(store, elsewhere, owner_limit_s, freeze_limit_s)
-        return AtRest(store, there, open_device, apart)
-
-    wanted = waiting.Wanted(store, names, open_device)
-    way = waiting.patiently(attempt, wanted, patience, failures or Failures(at_once=True))
+    terms.require_sense()
+    wanted = waiting.Wanted(store, names, terms.open_device)
+    attempt = functools.partial(_attempt, store, names, terms)
+    way = waiting.patiently(attempt, wanted, terms.patience, failures or Failures(at_once=True))
     with contextlib.closing(way):
         yield way
+
+
+def _attempt(store: Store, names: Sequence[str], terms: Terms, apart: Failures) -> Access:
+    attached = terms.attached or {}
+    there = reach.tracked(store, names, apart)
+    ours = [name for name in there if name in attached]
+    elsewhere = [] if ours else reach.attached_elsewhere(store, there, apart)
+    there = [name for name in there if name not in apart]
+    reach.require_all_or_none(there, ours + elsewhere)
+    if ours:
+        return Attached([attached[name] for name in ours], terms.scratch or Scratch(store.path))
+    if elsewhere:
+        return Served(store, elsewhere, terms.owner_limit_s, terms.freeze_limit_s)
+    return AtRest(store, there, terms.open_device, apart)
 
 
 def open_to_read(image: str) -> TrackableDevice:

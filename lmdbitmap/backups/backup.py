@@ -37,7 +37,7 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple
 from uuid import uuid4
 
-from lmdbitmap.access.access import Access, access, open_to_read
+from lmdbitmap.access.access import Access, Terms, access, open_to_read
 from lmdbitmap.access.access_ways import FREEZE_LIMIT_S, OWNER_LIMIT_S, PointInTime
 from lmdbitmap.backups import backup_place, consumers
 from lmdbitmap.backups.backup_image import Job, ParentDamaged, Source, write_image
@@ -64,7 +64,7 @@ from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.session import OpenDevice
 from lmdbitmap.work.apart import Failures
 from lmdbitmap.work.pace import Pace, pace_of
-from lmdbitmap.work.patience import Patience, require_limits
+from lmdbitmap.work.patience import Patience
 from lmdbitmap.work.progress import Progress, Report
 
 log = logging.getLogger(__name__)
@@ -127,34 +127,44 @@ def backup(
     founding.refuse_inside(repository_path)
     if len(set(names)) != len(names):
         raise InvalidArgument("a disk is named twice", next_step="name each disk once")
-    require_limits(owner_limit_s, freeze_limit_s)
-    failures, patience = Failures(at_once=len(names) == 1), Patience(lock_wait_s)
+    terms = Terms(open_device, attached, scratch, owner_limit_s, freeze_limit_s, Patience(lock_wait_s))
+    terms.require_sense()
+    failures = Failures(at_once=len(names) == 1)
     wanted = _Wanted(repository_path, kind, algorithm, only_that, Permission(take_over, new_repository))
+    carrying = _Carrying(quiesced, failures.heeding(progress), packing, pace)
     with contextlib.ExitStack() as locks, _told(failures):
-        places = _locked_places(store, names, wanted, patience, locks, failures)
+        places = _locked_places(store, names, wanted, terms.patience, locks, failures)
         there = [name for name in names if name in places]
-        way = locks.enter_context(
-            access(
-                store, there, open_device, attached, scratch, owner_limit_s, freeze_limit_s, failures, patience
-            )
-        )  # fmt: skip
+        way = locks.enter_context(access(store, there, terms, failures))
         jobs = _prepared(store, way, places, wanted, failures)
-        if only_that:
-            for job in jobs:
-                job.require_as_asked()
-        try:
-            sources = _one_point_in_time(store, way, jobs, quiesced, failures)
-            listener = failures.heeding(progress)
-            results = _made(store, sources, listener, packing, pace, failures)
-        except BaseException:
-            way.end_reading()
-            for job in jobs:
-                if job.disk.name not in failures:
-                    _undo_after_failure(store, job)
-            raise
+        results = _carried_out(store, way, jobs, carrying, failures)
     if failures.errors:
         raise BackupsFailed(results, failures.errors)
     return results
+
+
+class _Carrying(NamedTuple):
+    """How a backup is made, once it is known what it has to hold."""
+
+    quiesced: Callable[[], AbstractContextManager[object]]
+    listener: Progress | None
+    packing: Compression | None
+    pace: Pace | None
+
+
+def _carried_out(
+    store: Store, way: Access, jobs: Sequence[Job], carrying: _Carrying, failures: Failures
+) -> list[BackupResult]:
+    """Whatever ends it leaves nothing behind of disks that are not done."""
+    try:
+        sources = _one_point_in_time(store, way, jobs, carrying.quiesced, failures)
+        return _made(store, sources, carrying, failures)
+    except BaseException:
+        way.end_reading()
+        for job in jobs:
+            if job.disk.name not in failures:
+                _undo_after_failure(store, job)
+        raise
 
 
 @contextlib.contextmanager
@@ -240,6 +250,9 @@ def _prepared(
     for name, place in places.items():
         if name in failures:
             place.locks.close()
+    if wanted.only_that:
+        for job in jobs:
+            job.require_as_asked()
     return jobs
 
 
@@ -328,33 +341,29 @@ def _source(store: Store, job: Job, point: PointInTime) -> Source:
 def _made(
     store: Store,
     sources: Sequence[Source],
-    listener: Progress | None,
-    packing: Compression | None,
-    pace: Pace | None,
+    carrying: _Carrying,
     failures: Failures,
 ) -> list[BackupResult]:
     """Of all disks that come to their end. What is not copied any more of one that fails counts as done."""
     rest = sum(source.bytes_to_copy for source in sources)
-    report, results = Report(listener, rest), []
+    report, results = Report(carrying.listener, rest), []
     for source in sources:
         with _apart(failures, store, source.job, source.point):
-            results.append(_make(store, source, report, packing, pace))
+            results.append(_make(store, source, report, carrying))
         rest -= source.bytes_to_copy
         report.reach_all_but(rest)
     return results
 
 
-def _make(
-    store: Store, source: Source, report: Report, packing: Compression | None, pace: Pace | None
-) -> BackupResult:
+def _make(store: Store, source: Source, report: Report, carrying: _Carrying) -> BackupResult:
     started = time.monotonic()
-    device = Metered(source.point.device, pace)
+    device = Metered(source.point.device, carrying.pace)
     try:
-        entry = write_image(source, device, report, packing)
+        entry = write_image(source, device, report, carrying.packing)
     except ParentDamaged as damaged:
         source = source.full_instead(damaged.error)
         report.expect(source.bytes_to_copy)
-        entry = write_image(source, device, report, packing)
+        entry = write_image(source, device, report, carrying.packing)
     job = source.job
     released = tuple(_still_there(store, job, job.manifest.released))
     job.hold.keep(entry.checkpoint, time.time_ns())

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 from uuid import UUID
 
-from lmdbitmap.access.access import Access, access, open_to_read
+from lmdbitmap.access.access import Access, Terms, access, open_to_read
 from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, NotFound
 from lmdbitmap.filter import Filter
 from lmdbitmap.notes import holds, sync_note
@@ -148,7 +148,7 @@ def _merge_unheld_of(store: Store, name: str) -> None:
     with contextlib.ExitStack() as locks:
         is_needed = bool(_locked(store, disk, locks, time.time_ns()) or _locked_copies(store, disk, locks))
     if is_needed:
-        with access(store, [name], open_to_read) as way:
+        with access(store, [name], Terms(open_to_read)) as way:
             merge_unheld(store, way, disk)
 
 
@@ -250,7 +250,7 @@ def drop_hold(
     with store.read() as reader:
         disk = chain.find_disk(reader, name)
     file = _named(store, disk, which)
-    with access(store, [name], open_device, attached) as way, file.locked():
+    with access(store, [name], Terms(open_device, attached)) as way, file.locked():
         if file.hold is None:
             raise _no_hold(disk, which)
         if file.hold.ended is not None and not file.hold.checkpoints:

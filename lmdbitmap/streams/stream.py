@@ -32,7 +32,7 @@ from typing import NamedTuple, Protocol
 from uuid import uuid4
 
 from lmdbitmap import bits
-from lmdbitmap.access.access import Access, access, open_to_read, reading
+from lmdbitmap.access.access import Access, Terms, access, open_to_read, reading
 from lmdbitmap.access.access_ways import FREEZE_LIMIT_S, OWNER_LIMIT_S, PointInTime
 from lmdbitmap.backups import consumers
 from lmdbitmap.bits import Run
@@ -236,10 +236,8 @@ def stream_backup(
     image or checkpoint, `AlreadyExists` for a checkpoint of that name, `Busy` for a disk or image that somebody else
     holds.
     """
-    with access(
-        store, [name], open_device, attached, scratch, owner_limit_s, freeze_limit_s,
-        patience=Patience(lock_wait_s),
-    ) as way:  # fmt: skip
+    terms = Terms(open_device, attached, scratch, owner_limit_s, freeze_limit_s, Patience(lock_wait_s))
+    with access(store, [name], terms) as way:
         started = time.monotonic()
         [disk] = way.disks
         consumers.merge_unheld(store, way, disk)

@@ -30,7 +30,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from lmdbitmap import bits
-from lmdbitmap.access.access import Access, access, reading
+from lmdbitmap.access.access import Access, Terms, access, open_to_read, reading
 from lmdbitmap.access.access_ways import FREEZE_LIMIT_S, OWNER_LIMIT_S, PointInTime
 from lmdbitmap.backups import consumers
 from lmdbitmap.bits import Run
@@ -40,8 +40,7 @@ from lmdbitmap.errors import Busy, LmdbitmapError, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import Geometry
-from lmdbitmap.images.image import lasting_name, open_image
-from lmdbitmap.interfaces import TrackableDevice
+from lmdbitmap.images.image import lasting_name
 from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.notes.references import Reason
 from lmdbitmap.notes.sync_note import At, NoteFile, Sizes
@@ -56,7 +55,7 @@ from lmdbitmap.tracker.changes import changes_since
 from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.session import OpenDevice
 from lmdbitmap.work.pace import Pace, pace_of
-from lmdbitmap.work.patience import Patience, require_limits
+from lmdbitmap.work.patience import Patience
 from lmdbitmap.work.progress import Progress, Report
 
 log = logging.getLogger(__name__)
@@ -101,7 +100,7 @@ def sync(
     quiesced: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
     freeze_limit_s: float = FREEZE_LIMIT_S,
     progress: Progress | None = None,
-    open_device: OpenDevice | None = None,
+    open_device: OpenDevice = open_to_read,
     bytes_per_s: int | None = None,
     owner_limit_s: float = OWNER_LIMIT_S,
     lock_wait_s: float = 0.0,
@@ -119,21 +118,17 @@ def sync(
     somebody else holds, `NotFound` without such a disk or image, `StorageError` where a snapshot broke. The target is
     neither the old copy nor the new one then: sync again.
     """
-    pace, patience = pace_of(bytes_per_s), Patience(lock_wait_s)
-    require_limits(owner_limit_s, freeze_limit_s)
+    pace = pace_of(bytes_per_s)
+    terms = Terms(open_device, attached, scratch, owner_limit_s, freeze_limit_s, Patience(lock_wait_s))
+    terms.require_sense()
     place = lasting_name(os.fspath(target))
     with store.read() as reader:
         disk = chain.find_disk(reader, name)
     refuse_target(store, disk, place)
     notes = NoteFile.of(store.path, disk.uuid, place)
     with contextlib.ExitStack() as held:
-        held.enter_context(notes.locked(patience))
-        way = held.enter_context(
-            access(
-                store, [name], open_device or _open_to_read, attached, scratch, owner_limit_s, freeze_limit_s,
-                patience=patience,
-            )
-        )  # fmt: skip
+        held.enter_context(notes.locked(terms.patience))
+        way = held.enter_context(access(store, [name], terms))
         started = time.monotonic()
         refuse_target(store, way.disks[0], place)  # again: others may have been waited for
         copy = held.enter_context(contextlib.closing(SyncTarget(place, larger=larger)))
@@ -149,10 +144,6 @@ def _require_same(disk: Disk, way: Access) -> None:
     """It was looked up before the lock was waited for."""
     if way.disks[0].uuid != disk.uuid:
         raise Busy(f"disk {disk.name!r} was removed and added anew just now", next_step="sync again")
-
-
-def _open_to_read(image: str) -> TrackableDevice:
-    return open_image(image, read_only=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
+from lmdbitmap.access.access import open_to_read
 from lmdbitmap.errors import InvalidArgument, StorageError
 from lmdbitmap.notes import sync_note
 from lmdbitmap.storage.schema import DEFERRED, WRITE_AHEAD
@@ -160,7 +161,7 @@ class Lives(UnluckyDisk):
         def stop(done: int, total: int) -> None:
             raise Stop
 
-        opened = None if late else failing_after(reads)
+        opened = open_to_read if late else failing_after(reads)
         points = self._sync_checkpoints()
         try:
             result = sync(
