@@ -61,11 +61,11 @@ class Filter(Front):
     """
 
     def __init__(
-        self, store: Store, disk: Disk, device: TrackableDevice, lock: Owner, *, max_armed: int
+        self, store: Store, disk: Disk, device: TrackableDevice, owner: Owner, *, max_armed: int
     ) -> None:
         super().__init__(device)
         self.store = store
-        self._voucher = Voucher(disk.name, device, lock)
+        self._voucher = Voucher(disk.name, device, owner)
         self._tracking = Tracking(store, disk, device, self._voucher, max_armed=max_armed)
         self._whereabouts = Whereabouts(disk.name, disk.image, device.fd)
         self._ending = threading.RLock()
@@ -91,11 +91,11 @@ class Filter(Front):
         without such a disk or image, `Busy` while another process owns the disk or has the image open,
         `StorageError` where the system refuses. `background=False` leaves beats and passes to the caller.
         """
-        with session.owning(store, name, open_device) as held:
-            disk = session.begin(store, held)
-            attached = cls(store, disk, held.device, held.lock, max_armed=max_armed)
+        with session.owning(store, name, open_device) as owned:
+            disk = session.begin(store, owned)
+            attached = cls(store, disk, owned.device, owned.owner, max_armed=max_armed)
             attached.beat()
-            held.keep()
+            owned.keep()
         forks.is_not_for_children(attached)
         if background:
             for chore in attached._background:
@@ -307,7 +307,7 @@ class Filter(Front):
 
     def _end_now(self, last_act: Callable[[], None]) -> None:
         try:
-            with self._tracking.shut(detached_error(self.disk)):
+            with self._tracking.shutting(detached_error(self.disk)):
                 try:
                     last_act()
                 finally:

@@ -27,7 +27,7 @@ from lmdbitmap.storage.schema import Checkpoint, Disk
 from lmdbitmap.store import Store, Writer
 from lmdbitmap.tracker import chain, session
 from lmdbitmap.tracker.scratch import Scratch
-from lmdbitmap.tracker.session import Held, OpenDevice
+from lmdbitmap.tracker.session import OpenDevice, OwnedDisk
 from lmdbitmap.tracker.snapshot import Snapshot, broken_error
 from lmdbitmap.work.apart import Failures
 
@@ -76,7 +76,7 @@ class AtRest:
     ) -> None:
         self._store = store
         self._names = list(names)
-        self._held: dict[UUID, Held] = {}
+        self._held: dict[UUID, OwnedDisk] = {}
         self._disks: dict[UUID, Disk] = {}
         self._locks: dict[UUID, contextlib.ExitStack] = {}
         try:

@@ -10,7 +10,7 @@ from typing import Any
 from lmdbitmap.access.reach import is_attached
 from lmdbitmap.backups import consumers
 from lmdbitmap.backups.consumers import Holder
-from lmdbitmap.cli.holding import hold_facts, holder_facts
+from lmdbitmap.cli.holders import hold_facts, holder_facts
 from lmdbitmap.cli.options import Session
 from lmdbitmap.cli.output import say, say_json
 from lmdbitmap.cli.ownership import ask_changes

@@ -20,7 +20,7 @@ from lmdbitmap.cli.answers import (
     size_words,
     standing_words,
 )
-from lmdbitmap.cli.holding import holder_words
+from lmdbitmap.cli.holders import holder_words
 from lmdbitmap.cli.options import Session, granularity, utf8_path, verb
 from lmdbitmap.cli.output import say, say_json, say_table
 from lmdbitmap.cli.ownership import ask_owner, find_disk, find_disk_or_bitmap, let_go, require_unowned

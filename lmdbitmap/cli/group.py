@@ -44,7 +44,7 @@ _VERBS: Final = {
     "inspect": "bitmaps.inspect",
     "combine": "bitmaps.combine",
     "mark": "points.mark",
-    "holds": "holding.holds",
+    "holds": "holders.holds",
     "forget": "points.forget",
     "adopt": "points.adopt",
     "relocate": "disks.relocate",

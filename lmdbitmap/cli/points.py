@@ -8,7 +8,7 @@ from lmdbitmap.access import served_snapshots
 from lmdbitmap.backups import consumers
 from lmdbitmap.cli import ownership
 from lmdbitmap.cli.answers import confirm
-from lmdbitmap.cli.holding import hold_facts
+from lmdbitmap.cli.holders import hold_facts
 from lmdbitmap.cli.options import Session, names, size, verb
 from lmdbitmap.cli.quiesce import Hook, Thaw, hooked
 from lmdbitmap.cli.sizes import format_size

@@ -315,7 +315,7 @@ class Period:
                 raise error
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def without_commits(self) -> Iterator[None]:
         """No commit of this period, not even a background pass, runs in the block."""
         with self._commit:
             yield

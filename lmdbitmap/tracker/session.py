@@ -44,12 +44,12 @@ _OWNER_FILE = re.compile(rf"({UUID_FORM})(?:{UNFINISHED_FORM})?")
 """The file of a disk's owner, or the beginning of one."""
 
 
-class Held:
+class OwnedDisk:
     """A disk whose locks we hold until the block of `owning` ends, or for good after `keep`."""
 
-    def __init__(self, disk: Disk, lock: Owner, device: TrackableDevice) -> None:
+    def __init__(self, disk: Disk, owner: Owner, device: TrackableDevice) -> None:
         self.disk = disk
-        self.lock = lock
+        self.owner = owner
         self.device = device
         self.kept = False
 
@@ -59,27 +59,27 @@ class Held:
 
     def close(self) -> None:
         self.device.close()
-        self.lock.close()
+        self.owner.close()
 
 
 @contextlib.contextmanager
-def owning(store: Store, name: str, open_device: OpenDevice = open_image) -> Iterator[Held]:
-    """Hold the disk called `name`. Raises `NotFound` without such a disk or image, `Busy` if it is held."""
+def owning(store: Store, name: str, open_device: OpenDevice = open_image) -> Iterator[OwnedDisk]:
+    """Hold the disk called `name`. Raises `NotFound` without such a disk or image, `Busy` if it is owned."""
     with store.read() as reader:
         disk_uuid = chain.find_disk(reader, name).uuid
     lock = _own(store, name, disk_uuid)
     try:
         with store.read() as reader:
             disk = _existing(reader, disk_uuid)
-        held = Held(disk, lock, _opened(store, disk, open_device))
+        owned = OwnedDisk(disk, lock, _opened(store, disk, open_device))
     except BaseException:
         lock.close()
         raise
     try:
-        yield held
+        yield owned
     finally:
-        if not held.kept:
-            held.close()
+        if not owned.kept:
+            owned.close()
 
 
 def _opened(store: Store, disk: Disk, open_device: OpenDevice) -> TrackableDevice:
@@ -116,66 +116,66 @@ def refuse_own_ground(store: Store, image: str) -> None:
         )
 
 
-def begin(store: Store, held: Held) -> Disk:
+def begin(store: Store, owned: OwnedDisk) -> Disk:
     """Judge continuity and commit what follows from it: the session, and a new epoch if need be.
 
     The caller beats only after this. A beat before the commit could vouch, after a crash between the two,
     for an image that was just found to be a stranger's.
     """
-    _flush_block_device(held)
-    return _resume(store, held, settled_identity(held.device), session=uuid4())
+    _flush_block_device(owned)
+    return _resume(store, owned, settled_identity(owned.device), session=uuid4())
 
 
-def reconcile(store: Store, held: Held) -> Disk:
+def reconcile(store: Store, owned: OwnedDisk) -> Disk:
     """As `begin`, but with no session open afterwards: for whoever holds a disk only to read it.
 
-    Nobody writes while it is held, so a death then costs nothing, in deferred mode neither. The image is
+    Nobody writes while it is owned, so a death then costs nothing, in deferred mode neither. The image is
     flushed first, as at a detach: what the identity vouches for must survive a power cut.
     """
-    _flush(held)
-    disk = _resume(store, held, identity_to_keep(held.device), session=None)
-    _leave_sign_of_life(held, disk)
+    _flush(owned)
+    disk = _resume(store, owned, identity_to_keep(owned.device), session=None)
+    _leave_sign_of_life(owned, disk)
     return disk
 
 
-def _keep_description(held: Held, disk: Disk) -> None:
+def _keep_description(owned: OwnedDisk, disk: Disk) -> None:
     """Beside the store, for the day on which that is damaged."""
-    held.lock.keep_description(schema.encode(schema.portrait(disk)))
+    owned.owner.keep_description(schema.encode(schema.portrait(disk)))
 
 
-def _leave_sign_of_life(held: Held, disk: Disk) -> None:
+def _leave_sign_of_life(owned: OwnedDisk, disk: Disk) -> None:
     """As a session does, for what only a sign of life tells of the image: see `continuity.judge`."""
     assert disk.identity is not None
-    held.lock.beat(time.time_ns(), *disk.identity.last_change, durable=True)
+    owned.owner.beat(time.time_ns(), *disk.identity.last_change, durable=True)
 
 
-def _flush_block_device(held: Held) -> None:
+def _flush_block_device(owned: OwnedDisk) -> None:
     """The kernel counts what has reached a block device: before it is asked, all has to."""
-    if held.device.identity().is_block_device:
-        _flush(held)
+    if owned.device.identity().is_block_device:
+        _flush(owned)
 
 
-def _flush(held: Held) -> None:
+def _flush(owned: OwnedDisk) -> None:
     try:
-        held.device.flush()
+        owned.device.flush()
     except OSError as error:
-        raise _cannot_vouch(held, error) from error
+        raise _cannot_vouch(owned, error) from error
 
 
-def _cannot_vouch(held: Held, error: OSError) -> StorageError:
+def _cannot_vouch(owned: OwnedDisk, error: OSError) -> StorageError:
     """What was written last may be on the disk or not, and a second flush would not tell (see flushing.py)."""
-    forget_unwritten(held.device)
-    failure = unflushed(held.disk.name, error)
-    held.lock.declare_distrust(failure.problem, time.time_ns())
+    forget_unwritten(owned.device)
+    failure = unflushed(owned.disk.name, error)
+    owned.owner.declare_distrust(failure.problem, time.time_ns())
     return failure
 
 
-def _resume(store: Store, held: Held, identity: ImageIdentity, *, session: UUID | None) -> Disk:
-    distrust = held.lock.distrust()
-    verdict = Verdict(broken=distrust.reason) if distrust else _judge(store, held)
+def _resume(store: Store, owned: OwnedDisk, identity: ImageIdentity, *, session: UUID | None) -> Disk:
+    distrust = owned.owner.distrust()
+    verdict = Verdict(broken=distrust.reason) if distrust else _judge(store, owned)
 
     def commit(writer: Writer) -> Disk:
-        disk = _existing(writer, held.disk.uuid)
+        disk = _existing(writer, owned.disk.uuid)
         if disk.size != identity.size:
             disk = chain.resize(writer, disk, identity.size)
         if verdict.broken is not None:
@@ -187,17 +187,17 @@ def _resume(store: Store, held: Held, identity: ImageIdentity, *, session: UUID 
         return disk
 
     disk = store.update(commit)
-    _keep_description(held, disk)
+    _keep_description(owned, disk)
     if distrust is not None:
-        held.lock.restore_trust()
+        owned.owner.restore_trust()
     return disk
 
 
-def require_untouched(held: Held, disk: Disk) -> None:
+def require_untouched(owned: OwnedDisk, disk: Disk) -> None:
     """Refuse an image that somebody wrote in spite of our locks since `reconcile`: a copy is of no point in time."""
-    if held.device.identity().is_block_device:
-        held.device.flush()  # the kernel counts what has reached it
-    if held.device.identity() != disk.identity:
+    if owned.device.identity().is_block_device:
+        owned.device.flush()  # the kernel counts what has reached it
+    if owned.device.identity() != disk.identity:
         raise Busy(
             f"{disk.image} was written by another program while it was backed up",
             next_step="stop that program and try again",
@@ -214,9 +214,9 @@ def _mark_of(store: Store) -> StoreMark:
         return StoreMark(os.stat(store.data_path).st_ino, reader.transaction)
 
 
-def _judge(store: Store, held: Held) -> Verdict:
-    beat, image = held.lock.last_beat(), held.device.identity()
-    return continuity.judge(held.disk, image, beat, present(store))
+def _judge(store: Store, owned: OwnedDisk) -> Verdict:
+    beat, image = owned.owner.last_beat(), owned.device.identity()
+    return continuity.judge(owned.disk, image, beat, present(store))
 
 
 def adopt(store: Store, name: str, *, open_device: OpenDevice = open_image) -> Disk:
@@ -224,20 +224,20 @@ def adopt(store: Store, name: str, *, open_device: OpenDevice = open_image) -> D
 
     Another size is taken over as a resize. Raises `Untrusted` where bits were lost: nobody can vouch for those.
     """
-    with owning(store, name, open_device) as held:
-        _require_bits(held)
-        _flush_block_device(held)
-        identity = identity_to_keep(held.device)
-        disk = store.update(lambda writer: _adopt(writer, held.disk, identity))
-        _keep_description(held, disk)
-        _leave_sign_of_life(held, disk)
+    with owning(store, name, open_device) as owned:
+        _require_bits(owned)
+        _flush_block_device(owned)
+        identity = identity_to_keep(owned.device)
+        disk = store.update(lambda writer: _adopt(writer, owned.disk, identity))
+        _keep_description(owned, disk)
+        _leave_sign_of_life(owned, disk)
     return disk
 
 
-def _require_bits(held: Held) -> None:
-    lost = why_not_adopted(held.disk, held.lock.distrust())
+def _require_bits(owned: OwnedDisk) -> None:
+    lost = why_not_adopted(owned.disk, owned.owner.distrust())
     if lost is not None:
-        raise Untrusted(f"disk {held.disk.name!r} cannot be adopted: {lost}", next_step="make a full backup")
+        raise Untrusted(f"disk {owned.disk.name!r} cannot be adopted: {lost}", next_step="make a full backup")
 
 
 def why_not_adopted(disk: Disk, distrust: Distrust | None) -> str | None:

@@ -135,7 +135,7 @@ class Tracking:
         with self.gate.drained():
             period = self.period
             # If it ends in the block, its memory is given back when nobody waits any more.
-            with period.held():
+            with period.without_commits():
                 yield
 
     def change_chain(
@@ -224,7 +224,7 @@ class Tracking:
     # -- the end -------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def shut(self, refusal: StorageError) -> Iterator[None]:
+    def shutting(self, refusal: StorageError) -> Iterator[None]:
         """As `frozen`, and whoever would write after it is refused."""
         with self.frozen():
             self.gate.shut(refusal)

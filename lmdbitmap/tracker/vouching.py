@@ -34,10 +34,10 @@ SILENCE_S = 3.0
 class Voucher:
     """Holds the owner's lock on the disk called `name` until `close`. Safe for many threads."""
 
-    def __init__(self, name: str, device: TrackableDevice, lock: Owner) -> None:
+    def __init__(self, name: str, device: TrackableDevice, owner: Owner) -> None:
         self._name = name
         self._device = device
-        self._owner = lock
+        self._owner = owner
         self._changing = threading.Lock()
         self._beating = True
         self._has_beaten = False

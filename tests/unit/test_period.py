@@ -552,7 +552,7 @@ def test_store_is_exact_after_persist(notebook: Notebook) -> None:
 def test_ended_period_writes_nothing_more(notebook: Notebook) -> None:
     period = notebook.period()
     period.make_durable([(70, 71)])
-    with period.held():
+    with period.without_commits():
         period.end()
     before = notebook.commits
     period.disarm_quiet(10)
