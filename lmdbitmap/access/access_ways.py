@@ -167,12 +167,18 @@ class _ThroughOwner:
         return [name for name in unneeded if not self._forgets(disk, name)]
 
     def _forgets(self, disk: Disk, name: str) -> bool:
-        """Whether that checkpoint is gone; not if it is the only one that records."""
+        """Whether that checkpoint is gone; not if it is the only one that records, or somebody still reads of it."""
         try:
             self._forget(disk, name)
         except InvalidArgument:
             return False
+        except Busy:
+            self._require_answer()
+            return False
         return True
+
+    def _require_answer(self) -> None:
+        """Raise `Busy` where the one who was asked said nothing."""
 
     def _forget(self, disk: Disk, name: str) -> None:
         raise NotImplementedError  # pragma: no cover
@@ -301,11 +307,14 @@ class Served(_ThroughOwner):
 
     def forget(self, disk: Disk, is_unneeded: Callable[[Checkpoint], bool]) -> list[str]:
         """Raises `Busy` where a checkpoint may be made still, by a request that we gave up."""
-        self._client.require_in_step()
+        self._require_answer()
         return super().forget(disk, is_unneeded)
 
     def _forget(self, disk: Disk, name: str) -> None:
         self._client.call("forget", disk=disk.name, checkpoint=name)
+
+    def _require_answer(self) -> None:
+        self._client.require_in_step()
 
     def close(self) -> None:
         for device in self._devices:

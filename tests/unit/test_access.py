@@ -227,6 +227,41 @@ def test_a_checkpoint_that_comes_when_its_backup_is_gone_goes_with_the_next_back
         assert "unfinished" not in os.listdir(folder / "backups" / NAME)
 
 
+class LateToRelease(Late):
+    """The owner of a backup that is gone is slow to notice that."""
+
+    releases = threading.Event()
+
+    def release(self, snapshot: Snapshot) -> None:
+        assert self.releases.wait(PATIENCE_SECONDS)
+        super().release(snapshot)
+
+
+def test_a_snapshot_that_a_backup_left_does_not_keep_the_next_one_from_its_work(folder: Path) -> None:
+    """Its checkpoint goes when nobody holds it any more."""
+
+    @contextmanager
+    def when_it_is_released() -> Iterator[None]:
+        assert len(backups_of(disk)) == 2
+        LateToRelease.releases.set()
+        await_release(disk)
+        yield
+
+    with serving(folder, LateToRelease) as disk:
+        Late.let_go.set()
+        LateToRelease.releases.set()
+        [first] = backup(disk.store, [NAME], folder / "backups")
+        for event in (LateToRelease.releases, Late.let_go, Late.took):
+            event.clear()
+        with pytest.raises(Busy, match="did not answer within"):
+            backup(disk.store, [NAME], folder / "backups", freeze_limit_s=0.05)
+        Late.let_go.set()
+        assert Late.took.wait(PATIENCE_SECONDS)
+        [made] = backup(disk.store, [NAME], folder / "backups", quiesced=when_it_is_released)
+        assert backups_of(disk) == [first.entry.checkpoint.name, made.entry.checkpoint.name]
+        assert "unfinished" not in os.listdir(folder / "backups" / NAME)
+
+
 def backups_of(disk: Filter) -> list[str]:
     with disk.store.read() as reader:
         return [one.name for one in reader.checkpoints(disk.disk.uuid) if Maker.BACKUP.named(one.name)]
