@@ -320,6 +320,7 @@ def test_traffic_is_told_for_each_disk(path: str) -> None:
         connected, traffic = server.traffic("b")
         assert (connected, traffic.connections, traffic.requests) == (0, 1, 1)
         assert server.counters.requests == 2
+        assert server.traffic_of_all() == {name: server.traffic(name) for name in disks}
 
 
 def test_who_heard_that_it_may_come_in_is_counted(path: str) -> None:

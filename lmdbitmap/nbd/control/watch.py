@@ -38,13 +38,14 @@ class Watch:
 
     def tick(self) -> None:
         self._server.quiet.look()
+        traffic = self._server.traffic_of_all()
         for name, ticks in self._ticks.items():
-            ticks.append(self._sample(name)[1])
+            ticks.append(self._sample(name, traffic[name][1]))
 
     def facts(self, name: str) -> Facts:
         """See docs/control.md."""
-        connected, now = self._sample(name)
-        traffic = now.traffic
+        connected, traffic = self._server.traffic(name)
+        now = self._sample(name, traffic)
         return {
             "connections": {"now": connected, "ever": traffic.connections},
             "requests": dict(zip(KINDS, traffic.counts, strict=True)),
@@ -57,10 +58,8 @@ class Watch:
             },
         }
 
-    def _sample(self, name: str) -> tuple[int, _Sample]:
-        connected, traffic = self._server.traffic(name)
-        commits = sum(self._commits[name].counts)
-        return connected, _Sample(time.monotonic(), traffic, commits)
+    def _sample(self, name: str, traffic: Traffic) -> _Sample:
+        return _Sample(time.monotonic(), traffic, sum(self._commits[name].counts))
 
 
 def _rates(before: _Sample, now: _Sample) -> Facts:

@@ -29,6 +29,7 @@ import ssl
 import threading
 import time
 import weakref
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Final, NamedTuple
@@ -193,6 +194,17 @@ class Server:
         with self._lock:
             present = [visit.traffic for visit in self._visits if visit.export_name == name]
             return len(present), summed([self._past_traffic[name], *present])
+
+    def traffic_of_all(self) -> dict[str, tuple[int, Traffic]]:
+        """As `traffic`, of every disk that it was made for, and looks at each client once."""
+        present: dict[str | None, list[Traffic]] = defaultdict(list)
+        with self._lock:
+            for visit in self._visits:
+                present[visit.export_name].append(visit.traffic)
+            return {
+                name: (len(present[name]), summed([self._past_traffic[name], *present[name]]))
+                for name in self._residents
+            }
 
     def _requests_of_guests(self) -> int:
         with self._lock:
