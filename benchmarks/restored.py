@@ -23,7 +23,7 @@ from lmdbitmap.copying.digest_algorithms import fastest
 from lmdbitmap.filter import Filter
 from lmdbitmap.restoring.restore import restore as restored_in_library
 from lmdbitmap.store import Store
-from tests.deep_chain import make_deep_chain
+from tests.helpers.deep_chain import make_deep_chain
 
 DATA_BYTES = 1 << 30
 SIZE = 2 * DATA_BYTES

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from lmdbitmap.tracker import continuity
-from tests.patience import EXACT_GRACE_NS, let_beats_be_late
-from tests.support import make_raw_image
-from tests.tracked import quick_folder
-from tests.turns import Turns, Workers, wants_to_be_alone
+from tests.helpers.late_beats import EXACT_GRACE_NS, let_beats_be_late
+from tests.helpers.support import make_raw_image
+from tests.helpers.tracked import quick_folder
+from tests.helpers.turns import Turns, Workers, wants_to_be_alone
 
 # A slow example is no failure: the machine may be busy, and pytest-timeout catches what hangs.
 settings.register_profile("dev", deadline=None)

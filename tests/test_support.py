@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import RawImage
-from tests.support import run, spawn, tool_version, wait_for_socket, why_unusable
+from tests.helpers.support import run, spawn, tool_version, wait_for_socket, why_unusable
 
 LISTENER = """
 import socket, sys
@@ -66,7 +66,7 @@ def test_spawn_ends_its_child_and_no_other() -> None:
 
 
 def test_spawn_ends_a_child_that_will_not_hear(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.support.PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("tests.helpers.support.PATIENCE_SECONDS", 0.2)
     with spawn("sh", "-c", SHRUGS_AT_SIGTERM) as child:
         child.wait_for_line("deaf", timeout=10)
     assert child.process.returncode == -9

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import PATIENCE_SECONDS, run
-from tests.turns import Turns
+from tests.helpers.support import PATIENCE_SECONDS, run
+from tests.helpers.turns import Turns
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.timeout(120)  # some start an interpreter or three, twice

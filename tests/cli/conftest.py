@@ -15,8 +15,8 @@ import pytest
 
 from lmdbitmap.cli.group import verbs
 from lmdbitmap.cli.main import run
-from tests.support import Child, make_raw_image, spawn
-from tests.tracked import quick_folder
+from tests.helpers.support import Child, make_raw_image, spawn
+from tests.helpers.tracked import quick_folder
 
 MIB = 1 << 20
 SIZE = 8 * MIB

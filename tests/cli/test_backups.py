@@ -15,7 +15,7 @@ import pytest
 from lmdbitmap import Filter, Store, back_up
 from tests.cli.conftest import MIB, SIZE, Cli
 from tests.cli.test_serve import write
-from tests.support import requires, run
+from tests.helpers.support import requires, run
 
 pytestmark = pytest.mark.in_memory
 

@@ -13,7 +13,7 @@ from lmdbitmap.flat_file.flatfile import FlatFile
 from lmdbitmap.tracker import standalone
 from tests.cli.conftest import MIB, SIZE, Cli
 from tests.cli.test_serve import write
-from tests.support import requires
+from tests.helpers.support import requires
 
 KIB = 1 << 10
 DIRTY_COUNT_BYTE = 72

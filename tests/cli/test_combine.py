@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests import naive_flat
 from tests.cli.conftest import Cli
+from tests.helpers import naive_flat
 
 SIZE = (5000 << 16) - 7
 BLOCKS = 5000

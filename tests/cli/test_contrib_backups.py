@@ -20,7 +20,7 @@ from lmdbitmap.cli.options import Session
 from tests.cli.conftest import MIB, Cli, verb_named
 from tests.cli.test_operations import CONTRIB, OPERATIONS, allowed
 from tests.cli.test_serve import write
-from tests.support import requires, run
+from tests.helpers.support import requires, run
 
 SERVICE, TIMER = CONTRIB / "lmdbitmap-backup@.service", CONTRIB / "lmdbitmap-backup@.timer"
 HOOK = CONTRIB / "guest-hook.py"

@@ -23,9 +23,9 @@ from lmdbitmap.system import files
 from tests.cli.conftest import SIZE, Cli
 from tests.cli.test_lock_wait import Clock
 from tests.cli.test_lock_wait import clock as clock
-from tests.serving import serving
-from tests.support import PATIENCE_SECONDS, Child, spawn
-from tests.tracked import NAME, TrackedDisk
+from tests.helpers.serving import serving
+from tests.helpers.support import PATIENCE_SECONDS, Child, spawn
+from tests.helpers.tracked import NAME, TrackedDisk
 
 HAS_IT = r"disk 'sda' is owned by a process that serves it to nobody, such as another backup"
 VERBS = {"backup": ["sda", "REPO"], "stream": ["sda", "--stdout"], "sync": ["sda", "TARGET"]}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import requires, run
+from tests.helpers.support import requires, run
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()

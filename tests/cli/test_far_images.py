@@ -11,7 +11,7 @@ import pytest
 
 from tests.cli.conftest import MIB, SIZE, Cli
 from tests.cli.test_serve import write
-from tests.support import Child, requires, run, spawn, wait_for_socket
+from tests.helpers.support import Child, requires, run, spawn, wait_for_socket
 
 KIB = 1 << 10
 UNTRUSTED = 3

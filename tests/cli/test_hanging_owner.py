@@ -21,7 +21,7 @@ from lmdbitmap.store import Store
 from lmdbitmap.streams.stream import stream_backup
 from lmdbitmap.syncs.sync import sync
 from tests.cli.conftest import SIZE, Cli, Served
-from tests.support import PATIENCE_SECONDS, requires, run
+from tests.helpers.support import PATIENCE_SECONDS, requires, run
 
 pytestmark = requires("qemu-io")
 

@@ -13,8 +13,8 @@ from lmdbitmap import Store
 from lmdbitmap.images.image import open_image
 from lmdbitmap.tracker import chain
 from tests.cli.conftest import MIB, Cli
-from tests.nbd_raw import DISC, GO, WRITE, RawClient, request, string
-from tests.support import PATIENCE_SECONDS, Child
+from tests.helpers.nbd_raw import DISC, GO, WRITE, RawClient, request, string
+from tests.helpers.support import PATIENCE_SECONDS, Child
 
 KIB = 1 << 10
 ERR_UNKNOWN = 0x80000006

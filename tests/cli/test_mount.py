@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.backed_up import BackedUpDisk
 from tests.cli.conftest import Cli
-from tests.deep_chain import make_deep_chain
+from tests.helpers.backed_up import BackedUpDisk
+from tests.helpers.deep_chain import make_deep_chain
+from tests.helpers.nbd_raw import RawClient
+from tests.helpers.support import Child, requires, run, signal_another_thread, spawn
+from tests.helpers.tracked import NAME
 from tests.interop.test_tracked_clients import DEBIAN_PYTHON
-from tests.nbd_raw import RawClient
-from tests.support import Child, requires, run, signal_another_thread, spawn
-from tests.tracked import NAME
 from tests.unit.test_verify import few_open_files
 
 KIB, MIB = 1 << 10, 1 << 20

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap.cli.options import Session
-from tests import guest
 from tests.cli.conftest import SIZE, Cli, verb_named
 from tests.cli.test_serve import write
-from tests.support import requires, run, spawn, wait_for_socket
+from tests.helpers import guest
+from tests.helpers.support import requires, run, spawn, wait_for_socket
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTRIB = ROOT / "contrib"

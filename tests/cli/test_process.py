@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import run
+from tests.helpers.support import run
 
 COMMAND = [sys.executable, "-m", "lmdbitmap"]
 BUFFERED = {**os.environ, "PYTHONUNBUFFERED": ""}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import make_raw_image
+from tests.helpers.support import make_raw_image
 
 ROOT = Path(__file__).resolve().parents[2]
 USER, GROUP = 65534, 65533

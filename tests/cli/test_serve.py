@@ -15,7 +15,14 @@ from lmdbitmap.cli.serving import Ending
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.nbd.server.server import Server
 from tests.cli.conftest import MIB, SIZE, Cli
-from tests.support import PATIENCE_SECONDS, make_raw_image, requires, run, signal_another_thread, spawn
+from tests.helpers.support import (
+    PATIENCE_SECONDS,
+    make_raw_image,
+    requires,
+    run,
+    signal_another_thread,
+    spawn,
+)
 
 KIB = 1 << 10
 

@@ -14,7 +14,7 @@ from lmdbitmap.nbd import control_client
 from lmdbitmap.nbd.control.control import ControlServer
 from tests.cli.conftest import MIB, SIZE, Cli, Served
 from tests.cli.test_serve import write
-from tests.support import make_raw_image, requires
+from tests.helpers.support import make_raw_image, requires
 
 KIB = 1 << 10
 

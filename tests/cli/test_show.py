@@ -15,7 +15,7 @@ from lmdbitmap.filter import Filter
 from lmdbitmap.nbd.control.control import ControlServer
 from lmdbitmap.store import Store
 from tests.cli.conftest import MIB, SIZE, Cli
-from tests.support import requires, run
+from tests.helpers.support import requires, run
 
 KIB = 1 << 10
 COARSE = 256 * MIB

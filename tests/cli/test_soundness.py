@@ -8,7 +8,7 @@ import os
 from lmdbitmap.storage import schema
 from lmdbitmap.store import Store
 from tests.cli.conftest import Cli
-from tests.support import run
+from tests.helpers.support import run
 
 
 def _spoil(cli: Cli) -> None:

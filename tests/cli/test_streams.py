@@ -24,9 +24,9 @@ from lmdbitmap.errors import Busy
 from lmdbitmap.store import Store
 from lmdbitmap.streams.stream import stream_backup
 from lmdbitmap.syncs.sync import sync
-from tests import naive_rbd_diff
 from tests.cli.conftest import MIB, SIZE, Cli
 from tests.cli.test_serve import write
+from tests.helpers import naive_rbd_diff
 
 
 class Said(NamedTuple):

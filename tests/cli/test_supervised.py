@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import SIZE, Cli
-from tests.papers import shared_papers
-from tests.support import PATIENCE_SECONDS, Child, requires, run, spawn
+from tests.helpers.certificates import shared_papers
+from tests.helpers.support import PATIENCE_SECONDS, Child, requires, run, spawn
 
 pytestmark = requires("nbdinfo")
 

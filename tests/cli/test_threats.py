@@ -15,8 +15,8 @@ import pytest
 
 from tests.cli.conftest import MIB, Cli
 from tests.cli.test_serve import write
-from tests.nbd_raw import GO, RawClient, string
-from tests.support import requires
+from tests.helpers.nbd_raw import GO, RawClient, string
+from tests.helpers.support import requires
 
 NOBODY = 65534
 REFUSED, LET_IN = 3, 4

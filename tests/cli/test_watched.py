@@ -18,8 +18,8 @@ from lmdbitmap import Filter, Store
 from lmdbitmap.nbd.control.control import ControlServer
 from tests.cli.conftest import MIB, SIZE, Cli
 from tests.cli.test_serve import write
-from tests.nbd_raw import DISC, FLUSH, READ, WRITE, RawClient, request
-from tests.support import PATIENCE_SECONDS, Child, requires, spawn
+from tests.helpers.nbd_raw import DISC, FLUSH, READ, WRITE, RawClient, request
+from tests.helpers.support import PATIENCE_SECONDS, Child, requires, spawn
 
 KIB = 1 << 10
 Samples = dict[tuple[str, ...], float]

@@ -24,9 +24,9 @@ from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.nbd.tls import server_context
 from lmdbitmap.system.files import filesystem_kind
-from tests.papers import shared_papers
-from tests.support import Argument, make_raw_image, run, spawn, wait_for_socket, why_unusable
-from tests.tracked import TrackedDisk
+from tests.helpers.certificates import shared_papers
+from tests.helpers.support import Argument, make_raw_image, run, spawn, wait_for_socket, why_unusable
+from tests.helpers.tracked import TrackedDisk
 
 Opener: TypeAlias = Callable[[Path, int, bool], AbstractContextManager[BlockDevice]]
 

@@ -16,7 +16,7 @@ from lmdbitmap.filter import Filter, take_checkpoint
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain, session
-from tests.support import make_raw_image
+from tests.helpers.support import make_raw_image
 
 SIZE = 1 << 20
 

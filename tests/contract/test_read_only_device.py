@@ -17,14 +17,14 @@ from lmdbitmap.interfaces import BlockDevice
 from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.repository import backup_chain
-from tests.backed_up import BackedUpDisk
 from tests.contract.checks import (
     check_allocation,
     check_closed_says_so,
     check_side_by_side,
     check_writes_are_refused,
 )
-from tests.support import make_raw_image
+from tests.helpers.backed_up import BackedUpDisk
+from tests.helpers.support import make_raw_image
 
 PAGE = 4096
 SIZE = 24 * PAGE + 5

@@ -14,7 +14,7 @@ from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain, session
-from tests.support import make_raw_image
+from tests.helpers.support import make_raw_image
 
 SIZE = 1 << 20
 

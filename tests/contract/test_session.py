@@ -11,7 +11,7 @@ from lmdbitmap.errors import Busy, InvalidArgument, NotFound
 from lmdbitmap.filter import Filter
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import session
-from tests.support import make_raw_image
+from tests.helpers.support import make_raw_image
 
 
 def test_a_disk_that_is_attached_is_refused_by_its_name(tmp_path: Path) -> None:

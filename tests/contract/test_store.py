@@ -22,7 +22,7 @@ from lmdbitmap.storage.schema import Bitmap, Checkpoint, Disk, StoreHeader
 from lmdbitmap.storage.tally import GROUP_REGIONS, Tally
 from lmdbitmap.store import Reader, Store, Writer
 from lmdbitmap.system import files
-from tests.support import PATIENCE_SECONDS, run, spawn
+from tests.helpers.support import PATIENCE_SECONDS, run, spawn
 
 MIB = 1 << 20
 SMALL_MAP_BYTES = 64 << 10

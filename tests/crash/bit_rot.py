@@ -46,7 +46,7 @@ from lmdbitmap.storage import environment
 from lmdbitmap.store import Store
 from lmdbitmap.tracker.changes import changes
 from lmdbitmap.upkeep.check import Gravity, check_store
-from tests.tracked import NAME, TrackedDisk
+from tests.helpers.tracked import NAME, TrackedDisk
 
 PAGE_BYTES = 4096
 SECTOR_BYTES = 512

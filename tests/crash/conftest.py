@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.crash.dying import Deaths, forking
-from tests.tracked import quick_folder
+from tests.helpers.tracked import quick_folder
 
 
 @pytest.fixture(scope="module")

@@ -29,9 +29,9 @@ from typing import Any
 from lmdbitmap.storage.schema import WRITE_AHEAD
 from lmdbitmap.store import Store
 from lmdbitmap.system import files, linux
-from tests.backed_up import BackedUpDisk
 from tests.crash.lives import ARCHIVE_LIVES, BLOCKS, FEW_BLOCKS, GROWN_UP, LIVES, Life, prepare
-from tests.patience import let_beats_be_late
+from tests.helpers.backed_up import BackedUpDisk
+from tests.helpers.late_beats import let_beats_be_late
 
 CALLS = (
     "pwrite", "ftruncate", "truncate", "fdatasync", "fsync", "fchmod", "rename", "unlink", "mkdir", "copy_file_range",

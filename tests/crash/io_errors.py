@@ -39,10 +39,10 @@ from lmdbitmap.restoring.restore import restore
 from lmdbitmap.storage import schema
 from lmdbitmap.store import Store
 from lmdbitmap.tracker.changes import Changes
-from tests.backed_up import BackedUpDisk
 from tests.crash.sick_guest import BLOCK, GRANULARITY_BITS, LIVES, SIZE
-from tests.support import PATIENCE_SECONDS, run, spawn
-from tests.tracked import NAME, blocks_of, quick_folder, trust_of
+from tests.helpers.backed_up import BackedUpDisk
+from tests.helpers.support import PATIENCE_SECONDS, run, spawn
+from tests.helpers.tracked import NAME, blocks_of, quick_folder, trust_of
 
 _TREE = Path(__file__).parents[2]
 MAX_SWEEP = 400

@@ -47,8 +47,8 @@ from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.changes import changes
 from lmdbitmap.upkeep.check import Gravity, check_store
 from tests.crash.stamped_load import SECTOR, Load, stamps_of
-from tests.support import PATIENCE_SECONDS, Child, spawn
-from tests.tracked import NAME, TrackedDisk, blocks_of, quick_folder, trust_of
+from tests.helpers.support import PATIENCE_SECONDS, Child, spawn
+from tests.helpers.tracked import NAME, TrackedDisk, blocks_of, quick_folder, trust_of
 
 KILLS = 1000
 SIZE = 64 << 20

@@ -38,10 +38,10 @@ from lmdbitmap.syncs.sync import sync
 from lmdbitmap.tracker import session, standalone
 from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.standalone import Operation
-from tests import naive_flat
-from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
-from tests.support import make_raw_image, no_ascii
-from tests.tracked import NAME, TrackedDisk
+from tests.helpers import naive_flat
+from tests.helpers.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
+from tests.helpers.support import make_raw_image, no_ascii
+from tests.helpers.tracked import NAME, TrackedDisk
 
 GRANULARITY_BITS = 9
 BLOCK = 1 << GRANULARITY_BITS

@@ -51,11 +51,11 @@ from lmdbitmap.storage import owner, schema
 from lmdbitmap.tracker import chain, session, standalone
 from lmdbitmap.tracker.changes import Changes
 from lmdbitmap.tracker.lane import FilterLane
-from tests import naive_flat, nbd_raw
 from tests.crash.tapped import TappedDevice, Troupe
-from tests.nbd_raw import RawClient
-from tests.support import make_raw_image
-from tests.tracked import NAME, TrackedDisk, blocks_of, quick_folder, trust_of
+from tests.helpers import naive_flat, nbd_raw
+from tests.helpers.nbd_raw import RawClient
+from tests.helpers.support import make_raw_image
+from tests.helpers.tracked import NAME, TrackedDisk, blocks_of, quick_folder, trust_of
 
 OTHER = "sdb"
 BLOCK_BITS = 12

@@ -22,7 +22,7 @@ from lmdbitmap.storage import schema
 from lmdbitmap.tracker.lane import FilterLane
 from tests.crash.melee import BLOCK, BLOCKS, GEOMETRY, MAX_ARMED, Melee, Watcher, frantic, melee
 from tests.crash.tapped import TappedDevice, Troupe
-from tests.tracked import NAME, TrackedDisk, blocks_of, quick_folder, trust_of
+from tests.helpers.tracked import NAME, TrackedDisk, blocks_of, quick_folder, trust_of
 
 
 def race_checkpoints(seed: int, checkpoints: int, durability: str = schema.WRITE_AHEAD) -> Counter[str]:

@@ -21,9 +21,9 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from tests import nbd_raw
-from tests.nbd_raw import RawClient
-from tests.support import PATIENCE_SECONDS
+from tests.helpers import nbd_raw
+from tests.helpers.nbd_raw import RawClient
+from tests.helpers.support import PATIENCE_SECONDS
 
 SECTOR = 512
 _DEPTH = 12

@@ -21,8 +21,8 @@ from lmdbitmap.storage import schema
 from lmdbitmap.storage.owner import Owner
 from lmdbitmap.store import Store, Writer
 from lmdbitmap.tracker import chain, session
-from tests.backed_up import BackedUpDisk
-from tests.tracked import NAME
+from tests.helpers.backed_up import BackedUpDisk
+from tests.helpers.tracked import NAME
 
 BLOCK = 4096
 PAGE_BYTES = 4096

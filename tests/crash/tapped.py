@@ -10,7 +10,7 @@ from collections.abc import Callable
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.interfaces import Buffer
 from lmdbitmap.tracker.lane import FilterLane
-from tests.support import PATIENCE_SECONDS
+from tests.helpers.support import PATIENCE_SECONDS
 
 Look = Callable[[int, int], None]
 

@@ -26,12 +26,12 @@ from lmdbitmap.storage.schema import DEFERRED, WRITE_AHEAD
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.changes import changes
-from tests.backed_up import ALWAYS_THERE, DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
 from tests.crash.dying import Death, Deaths
 from tests.crash.full_disk import CRAMPED_BYTES, can_mount, file_size_limit, full_tmpfs
 from tests.crash.lives import CLUSTER, IMAGES, OTHER
-from tests.support import no_ascii, run
-from tests.tracked import NAME, quick_folder, trust_of
+from tests.helpers.backed_up import ALWAYS_THERE, DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
+from tests.helpers.support import no_ascii, run
+from tests.helpers.tracked import NAME, quick_folder, trust_of
 
 SIZE = 200_003
 BLOCK = 4096

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.crash.bit_rot import DAMAGES, make, quick_place, verdict_of, verdicts
-from tests.support import PATIENCE_SECONDS, run
+from tests.helpers.support import PATIENCE_SECONDS, run
 
 SAMPLE = 30
 SEED = 20

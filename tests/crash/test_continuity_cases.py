@@ -26,10 +26,10 @@ from lmdbitmap.storage import schema
 from lmdbitmap.storage.owner import Owner
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import session
-from tests.backed_up import BackedUpDisk
 from tests.contract.implementations import can_make_loop_devices, loop_node
-from tests.support import make_raw_image, requires, run
-from tests.tracked import LATER_NS, NAME, blocks_of, quick_folder, trust_of
+from tests.helpers.backed_up import BackedUpDisk
+from tests.helpers.support import make_raw_image, requires, run
+from tests.helpers.tracked import LATER_NS, NAME, blocks_of, quick_folder, trust_of
 
 BLOCK = 4096
 BLOCKS = 64

@@ -27,8 +27,8 @@ from lmdbitmap.system import kernel
 from lmdbitmap.tracker import chain, session
 from lmdbitmap.tracker.changes import Changes, changes
 from tests.contract.implementations import can_make_loop_devices, loop_devices_to_oneself, loop_node
-from tests.support import make_raw_image, requires, run
-from tests.tracked import NAME, blocks_of, quick_folder, trust_of
+from tests.helpers.support import make_raw_image, requires, run
+from tests.helpers.tracked import NAME, blocks_of, quick_folder, trust_of
 
 pytestmark = pytest.mark.skipif(
     not can_make_loop_devices(), reason="a loop device cannot be had here: run as root"

@@ -14,9 +14,9 @@ from lmdbitmap import export
 from lmdbitmap.errors import Busy, OwnerGone
 from lmdbitmap.nbd import control_client
 from lmdbitmap.nbd.control.control import ControlServer
-from tests import naive_flat
-from tests.support import spawn
-from tests.tracked import NAME, TrackedDisk, blocks_of
+from tests.helpers import naive_flat
+from tests.helpers.support import spawn
+from tests.helpers.tracked import NAME, TrackedDisk, blocks_of
 
 SIZE = 100 * 4096
 

@@ -15,7 +15,7 @@ from lmdbitmap.repository.verify import verify
 from lmdbitmap.restoring.restore import restore
 from tests.crash.dying import Death, Deaths
 from tests.crash.test_prune_crash import leaves_nothing
-from tests.tracked import NAME
+from tests.helpers.tracked import NAME
 
 
 @pytest.mark.parametrize("life", ["copying", "copying_first"])

@@ -14,9 +14,9 @@ import pytest
 from lmdbitmap.cli.main import run
 from lmdbitmap.filter import Filter
 from lmdbitmap.store import Store
-from tests.backed_up import FULL, INCREMENTAL, RESCAN, BackedUpDisk
 from tests.crash.states import BLOCK, STATES, State
-from tests.tracked import NAME, quick_folder
+from tests.helpers.backed_up import FULL, INCREMENTAL, RESCAN, BackedUpDisk
+from tests.helpers.tracked import NAME, quick_folder
 
 SIZE = 64 * BLOCK + 512
 VERBS: list[tuple[str, ...]] = [

@@ -18,10 +18,10 @@ from lmdbitmap.store import Store
 from lmdbitmap.tracker import standalone
 from lmdbitmap.tracker.changes import changes
 from lmdbitmap.tracker.standalone import Operation
-from tests import naive_flat
 from tests.crash.dying import Death, Deaths
 from tests.crash.lives import BLOCK, BLOCKS, GRANULARITY_BITS, NEW, OLD, SIZE
-from tests.tracked import NAME, blocks_of, trust_of
+from tests.helpers import naive_flat
+from tests.helpers.tracked import NAME, blocks_of, trust_of
 
 
 def opened(death: Death) -> closing[Store]:

@@ -15,7 +15,7 @@ from lmdbitmap.errors import Busy
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.system import files
 from tests.conftest import RawImage
-from tests.support import PATIENCE_SECONDS, spawn
+from tests.helpers.support import PATIENCE_SECONDS, spawn
 
 OLD, NEW = b"old" * 1000, b"new" * 2000
 

@@ -39,8 +39,8 @@ from tests.crash.lives import (
     SIZE,
     prepare,
 )
-from tests.support import spawn
-from tests.tracked import NAME, blocks_of, quick_folder, trust_of
+from tests.helpers.support import spawn
+from tests.helpers.tracked import NAME, blocks_of, quick_folder, trust_of
 
 LARGEST_REQUEST_BLOCKS = 151
 

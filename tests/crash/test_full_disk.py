@@ -13,7 +13,7 @@ from lmdbitmap.errors import StorageError
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.system import files
 from tests.crash.full_disk import CRAMPED_BYTES, can_mount, file_size_limit, fill, full_tmpfs
-from tests.support import make_raw_image
+from tests.helpers.support import make_raw_image
 
 TOO_MUCH = 2 * CRAMPED_BYTES
 NEXT_STEPS = {errno.ENOSPC: "free some space", errno.EFBIG: "raise the limit on file sizes"}

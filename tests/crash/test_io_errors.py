@@ -17,7 +17,6 @@ import pytest
 from lmdbitmap.extents import Trust
 from lmdbitmap.repository.manifest import BackupType
 from lmdbitmap.storage import owner, schema
-from tests.backed_up import BackedUpDisk
 from tests.crash.io_errors import (
     ERRORS,
     VERBS,
@@ -31,9 +30,10 @@ from tests.crash.io_errors import (
     sweep,
     verb_cases,
 )
-from tests.nbd_raw import FLUSH, READ, WRITE, RawClient
-from tests.support import Child, requires, run, spawn
-from tests.tracked import NAME, quick_folder, trust_of
+from tests.helpers.backed_up import BackedUpDisk
+from tests.helpers.nbd_raw import FLUSH, READ, WRITE, RawClient
+from tests.helpers.support import Child, requires, run, spawn
+from tests.helpers.tracked import NAME, quick_folder, trust_of
 
 pytestmark = requires("strace", "5.3")
 

@@ -13,11 +13,11 @@ import pytest
 from lmdbitmap.filter import Filter
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain
-from tests import nbd_raw
 from tests.crash.kill_storm import MAX_ARMED, Storm, storm
 from tests.crash.stamped_load import SECTOR, Load, Request, stamps_of
-from tests.support import Child, requires, spawn
-from tests.tracked import NAME, quick_folder
+from tests.helpers import nbd_raw
+from tests.helpers.support import Child, requires, spawn
+from tests.helpers.tracked import NAME, quick_folder
 
 SECTORS = 4000
 

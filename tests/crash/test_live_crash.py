@@ -20,9 +20,9 @@ import pytest
 from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.repository.repository import BackupFolder
-from tests.backed_up import ALWAYS_THERE
 from tests.cli.conftest import MIB, Cli, Served, quick_cli
-from tests.support import PATIENCE_SECONDS, Child, run, spawn
+from tests.helpers.backed_up import ALWAYS_THERE
+from tests.helpers.support import PATIENCE_SECONDS, Child, run, spawn
 
 __all__ = ["quick_cli"]
 

@@ -25,8 +25,8 @@ from lmdbitmap.storage import environment, lmdb_errors, lmdb_opening, schema
 from lmdbitmap.store import Store, Writer
 from lmdbitmap.upkeep.check import check_store
 from tests.crash.full_disk import can_mount
-from tests.support import PATIENCE_SECONDS, run, spawn
-from tests.tracked import NAME, TrackedDisk, blocks_of, trust_of
+from tests.helpers.support import PATIENCE_SECONDS, run, spawn
+from tests.helpers.tracked import NAME, TrackedDisk, blocks_of, trust_of
 
 BLOCK = 4096
 BLOCKS = 300

@@ -18,7 +18,7 @@ from lmdbitmap.errors import Busy, StorageError
 from lmdbitmap.interfaces import StoreMark
 from lmdbitmap.storage import owner
 from lmdbitmap.storage.owner import Beat, Distrust, Owner
-from tests.support import PATIENCE_SECONDS, spawn
+from tests.helpers.support import PATIENCE_SECONDS, spawn
 
 HOLD_AND_SAY_SO = """
 import sys

@@ -29,8 +29,8 @@ from tests.crash.power_cut.lives import LIVES
 from tests.crash.power_cut.recording import Naming, Node, Operation, Recording, Resize, Sync, Write, record
 from tests.crash.power_cut.strace import NEVER, Blind
 from tests.crash.power_cut.torture import EXPLAINED, Outcome, run_trial, unexplained
-from tests.support import requires
-from tests.tracked import quick_folder
+from tests.helpers.support import requires
+from tests.helpers.tracked import quick_folder
 
 SEED = "1"
 STATES_PER_LIFE = 10

@@ -18,10 +18,10 @@ from lmdbitmap.repository.verify import verify
 from lmdbitmap.restoring.restore import restore
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain
-from tests.backed_up import ALWAYS_THERE, INCREMENTAL
 from tests.crash.dying import Death, Deaths
-from tests.support import requires, run
-from tests.tracked import NAME
+from tests.helpers.backed_up import ALWAYS_THERE, INCREMENTAL
+from tests.helpers.support import requires, run
+from tests.helpers.tracked import NAME
 
 STAY = {"pruning": "3 4", "thinning": "2 3 5", "merging": "1 3"}
 

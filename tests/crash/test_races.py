@@ -18,8 +18,8 @@ from lmdbitmap.tracker.lane import FilterLane
 from tests.crash.melee import GEOMETRY, Melee, melee
 from tests.crash.races import race_checkpoints, race_detach, race_failures, race_resizes
 from tests.crash.tapped import WRITES, TappedDevice, Turnstile, join, start
-from tests.support import PATIENCE_SECONDS
-from tests.tracked import NAME, TrackedDisk, blocks_of, quick_folder
+from tests.helpers.support import PATIENCE_SECONDS
+from tests.helpers.tracked import NAME, TrackedDisk, blocks_of, quick_folder
 
 TRIES = 40
 """In which a broken gate must be noticed."""

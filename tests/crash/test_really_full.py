@@ -22,9 +22,9 @@ from lmdbitmap.geometry import REGION_BLOCKS
 from lmdbitmap.repository.manifest import BackupType
 from lmdbitmap.restoring.restore import restore
 from lmdbitmap.storage import owner, schema
-from tests.backed_up import BackedUpDisk
 from tests.crash.full_disk import can_mount, fill, free, full_tmpfs
-from tests.tracked import NAME, blocks_of, trust_of
+from tests.helpers.backed_up import BackedUpDisk
+from tests.helpers.tracked import NAME, blocks_of, trust_of
 
 GRANULARITY_BITS = 9
 BLOCK = 1 << GRANULARITY_BITS

@@ -18,7 +18,7 @@ from lmdbitmap.tracker import chain
 from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.crash.dying import Death, Deaths
 from tests.crash.lives import BLOCK, FEW_BLOCKS
-from tests.tracked import NAME
+from tests.helpers.tracked import NAME
 
 
 @pytest.mark.parametrize("life", ["restoring", "restoring_by_hand"])

@@ -27,11 +27,11 @@ from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain, session
 from lmdbitmap.upkeep.check import Gravity, check_store
-from tests.backed_up import INCREMENTAL, RESCAN, BackedUpDisk
 from tests.crash.dying import Death, Deaths
 from tests.crash.lives import ROT
-from tests.support import make_raw_image, run, spawn
-from tests.tracked import NAME, quick_folder
+from tests.helpers.backed_up import INCREMENTAL, RESCAN, BackedUpDisk
+from tests.helpers.support import make_raw_image, run, spawn
+from tests.helpers.tracked import NAME, quick_folder
 
 BLOCK = 4096
 SIZE = 64 * BLOCK + 512

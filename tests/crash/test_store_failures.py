@@ -27,9 +27,9 @@ from lmdbitmap.storage import owner, schema
 from lmdbitmap.store import CommitInDoubt, Store
 from lmdbitmap.tracker import session, vouching
 from lmdbitmap.tracker.changes import changes
-from tests.backed_up import BackedUpDisk
-from tests.support import PATIENCE_SECONDS, make_raw_image
-from tests.tracked import NAME, TrackedDisk, blocks_of, trust_of
+from tests.helpers.backed_up import BackedUpDisk
+from tests.helpers.support import PATIENCE_SECONDS, make_raw_image
+from tests.helpers.tracked import NAME, TrackedDisk, blocks_of, trust_of
 
 BLOCK = 4096
 BLOCKS = 300

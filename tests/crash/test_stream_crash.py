@@ -11,9 +11,9 @@ from lmdbitmap.store import Store
 from lmdbitmap.streams.stream import stream_backup
 from lmdbitmap.streams.stream_restore import apply_stream
 from lmdbitmap.tracker import chain
-from tests import naive_rbd_diff
 from tests.crash.dying import Death, Deaths
-from tests.tracked import NAME
+from tests.helpers import naive_rbd_diff
+from tests.helpers.tracked import NAME
 
 
 def test_a_killed_stream_is_whole_or_streamed_again(deaths: Deaths) -> None:

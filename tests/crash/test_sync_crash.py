@@ -13,7 +13,7 @@ from lmdbitmap.syncs.sync import SyncResult, sync
 from lmdbitmap.syncs.sync_plan import SyncKind
 from tests.crash.dying import Death, Deaths
 from tests.crash.test_stream_crash import checkpoints
-from tests.tracked import NAME
+from tests.helpers.tracked import NAME
 
 LATE = b"written after the death"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lmdbitmap.errors import FormatError
 from lmdbitmap.streams.rbd_diff import Data, Decoder, End, Head, Zeroes
-from tests import naive_rbd_diff
 from tests.fuzz.inputs import WHOLE, Input, check_words, pieces_of
+from tests.helpers import naive_rbd_diff
 
 MOST_RECORDS = 40
 TAGS = (b"f", b"t", b"s", b"w", b"z", b"e", b"p", b"")

@@ -17,8 +17,8 @@ from lmdbitmap.format import Flags, FlatHeader, Metadata
 from lmdbitmap.geometry import REGION_BLOCKS
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import standalone
-from tests import naive_flat
 from tests.fuzz.inputs import Input, fill_scratch_file, scratch_file, scratch_folder
+from tests.helpers import naive_flat
 
 PLACE = "x.dbm"
 RAW, MEND_HEADER, MEND_SIZES, MEND_BITS, UNSEALED, SPARSE, TO_DISK, SPREAD = (1 << bit for bit in range(8))

@@ -7,7 +7,7 @@ import struct
 from lmdbitmap.errors import FormatError, InvalidArgument
 from lmdbitmap.qcow2 import Kind, MappedRun, Qcow2Reader, chain_extents, chain_read_into
 from tests.fuzz.inputs import Input
-from tests.qcow2_model import MemoryFile, naive_chain_read, u64
+from tests.helpers.qcow2_model import MemoryFile, naive_chain_read, u64
 
 MEND_HEADER, PAD, CHAIN, TWICE, PARENT, ZSTD = (1 << bit for bit in range(6))
 OFFSET_MASK, COPIED, COMPRESSED, ZERO = 0x00FFFFFFFFFFFE00, 1 << 63, 1 << 62, 1

@@ -10,8 +10,8 @@ from lmdbitmap.qcow2 import Qcow2Reader
 from tests.fuzz.images import SMALL_DISK, images_of
 from tests.fuzz.inputs import changed, chosen_seed
 from tests.fuzz.targets import corpus_of
-from tests.qcow2_model import MemoryFile
-from tests.support import requires, run
+from tests.helpers.qcow2_model import MemoryFile
+from tests.helpers.support import requires, run
 
 pytestmark = requires("qemu-img")
 

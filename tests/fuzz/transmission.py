@@ -14,7 +14,7 @@ from lmdbitmap.images.plain import PlainDisk
 from lmdbitmap.nbd.server.connection import Connection
 from lmdbitmap.nbd.server.contexts import allocation_source
 from tests.fuzz.inputs import BYTEWISE, MOST_PIECES, Input, pieces_of
-from tests.nbd_raw import (
+from tests.helpers.nbd_raw import (
     BLOCK_STATUS,
     CACHE,
     DF,

@@ -15,7 +15,7 @@ from lmdbitmap import format as flat
 from lmdbitmap.errors import FormatError, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.format import BitsTally, Flags, FlatHeader
-from tests import naive_flat
+from tests.helpers import naive_flat
 
 FLAT_V1 = Path(__file__).parent / "flat-v1"
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")

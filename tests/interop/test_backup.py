@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from lmdbitmap.restoring.restore import restore
-from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
-from tests.support import requires, run, spawn, wait_for_socket
-from tests.tracked import NAME, quick_folder
+from tests.helpers.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
+from tests.helpers.support import requires, run, spawn, wait_for_socket
+from tests.helpers.tracked import NAME, quick_folder
 
 pytestmark = [requires("qemu-img"), requires("qemu-nbd"), requires("nbdcopy"), requires("qemu-io")]
 

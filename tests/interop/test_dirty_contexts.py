@@ -16,9 +16,9 @@ from lmdbitmap.nbd.server.contexts import MAX_DESCRIPTORS
 from lmdbitmap.nbd.server.dirty_contexts import tracked_contexts
 from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.storage import schema
-from tests.nbd_raw import BLOCK_STATUS, REQ_ONE, SET_META_CONTEXT, STRUCTURED_REPLY, RawClient, string
-from tests.support import requires, run
-from tests.tracked import NAME, TrackedDisk
+from tests.helpers.nbd_raw import BLOCK_STATUS, REQ_ONE, SET_META_CONTEXT, STRUCTURED_REPLY, RawClient, string
+from tests.helpers.support import requires, run
+from tests.helpers.tracked import NAME, TrackedDisk
 
 BLOCK = 512
 BLOCKS = 300_000

@@ -15,9 +15,9 @@ from lmdbitmap.store import Store, Writer
 from lmdbitmap.tracker import standalone
 from lmdbitmap.tracker.standalone import Operation
 from tests.conftest import RawImage
+from tests.helpers.support import requires
+from tests.helpers.tracked import TrackedDisk
 from tests.interop.test_flat_file import Qemu, qemu_serving, random_changes
-from tests.support import requires
-from tests.tracked import TrackedDisk
 
 pytestmark = [requires("qemu-storage-daemon", "7.0"), requires("qemu-io")]
 

@@ -21,9 +21,9 @@ from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.nbd.server.traffic import BLOCK_STATUS, ZEROES
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import session
-from tests.newer import newer, requires_newer
-from tests.support import make_raw_image, requires, run, spawn, wait_for_socket
-from tests.tracked import NAME, TrackedDisk
+from tests.helpers.newer import newer, requires_newer
+from tests.helpers.support import make_raw_image, requires, run, spawn, wait_for_socket
+from tests.helpers.tracked import NAME, TrackedDisk
 
 MIB, GIB = 1 << 20, 1 << 30
 SIZE = 24 * GIB + 512

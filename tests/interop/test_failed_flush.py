@@ -16,8 +16,8 @@ from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import session
 from lmdbitmap.tracker.changes import changes
-from tests.support import Argument, Child, make_raw_image, requires, spawn, wait_for_socket
-from tests.tracked import blocks_of, trust_of
+from tests.helpers.support import Argument, Child, make_raw_image, requires, spawn, wait_for_socket
+from tests.helpers.tracked import blocks_of, trust_of
 
 pytestmark = requires("nbdkit")
 

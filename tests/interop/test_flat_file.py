@@ -19,7 +19,7 @@ from lmdbitmap import format as flat
 from lmdbitmap.format import BitsTally, FlatHeader
 from lmdbitmap.geometry import Geometry
 from tests.conftest import RawImage
-from tests.support import PATIENCE_SECONDS, requires, run, spawn, wait_for_socket
+from tests.helpers.support import PATIENCE_SECONDS, requires, run, spawn, wait_for_socket
 
 pytestmark = [requires("qemu-storage-daemon", "7.0"), requires("qemu-io")]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import MIB, Cli, cli
-from tests.guest import booted, requires_guest
-from tests.support import requires, run
+from tests.helpers.guest import booted, requires_guest
+from tests.helpers.support import requires, run
 
 __all__ = ["cli"]
 

@@ -23,10 +23,10 @@ from typing import NamedTuple
 
 import pytest
 
-from tests import guest_console
 from tests.cli.conftest import MIB, Cli, cli
-from tests.guest import Guest, booted, requires_guest
-from tests.support import requires, run
+from tests.helpers import guest_console
+from tests.helpers.guest import Guest, booted, requires_guest
+from tests.helpers.support import requires, run
 
 __all__ = ["cli"]
 

@@ -16,7 +16,7 @@ import pytest
 from lmdbitmap.errors import Busy
 from lmdbitmap.images.device import FileDevice
 from tests.contract.implementations import can_make_loop_devices, loop_node
-from tests.support import PATIENCE_SECONDS, make_raw_image, requires, run, spawn, wait_for_socket
+from tests.helpers.support import PATIENCE_SECONDS, make_raw_image, requires, run, spawn, wait_for_socket
 
 pytestmark = [requires("qemu-system-x86_64"), requires("qemu-nbd"), requires("qemu-io"), requires("qemu-img")]
 

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.newer import NEWER, newer, requires_newer
-from tests.serving import serving
-from tests.support import Argument, requires, run, spawn, tool_version
-from tests.tracked import NAME, TrackedDisk, quick_folder
+from tests.helpers.newer import NEWER, newer, requires_newer
+from tests.helpers.serving import serving
+from tests.helpers.support import Argument, requires, run, spawn, tool_version
+from tests.helpers.tracked import NAME, TrackedDisk, quick_folder
 
 SNIPPET = (Path(__file__).parents[2] / "contrib" / "libvirt-disk.xml").read_text()
 RECONNECT = "    <reconnect delay='60'/>\n"

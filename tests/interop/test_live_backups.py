@@ -18,7 +18,7 @@ import pytest
 from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.notes.checkpoint_names import Maker
 from tests.cli.conftest import Cli, Served, quick_cli
-from tests.support import PATIENCE_SECONDS, Child, requires, run, spawn
+from tests.helpers.support import PATIENCE_SECONDS, Child, requires, run, spawn
 
 __all__ = ["quick_cli"]
 

@@ -9,10 +9,10 @@ import pytest
 from lmdbitmap.errors import Busy, InvalidArgument
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.restoring.restore import restore
-from tests.backed_up import BackedUpDisk
 from tests.contract.implementations import can_make_loop_devices, loop_node
-from tests.support import requires, run
-from tests.tracked import NAME
+from tests.helpers.backed_up import BackedUpDisk
+from tests.helpers.support import requires, run
+from tests.helpers.tracked import NAME
 
 
 @requires("mkfs.ext4")

@@ -16,7 +16,16 @@ import pytest
 from lmdbitmap.errors import Busy, InvalidArgument, NotFound
 from lmdbitmap.interfaces import Allocation
 from lmdbitmap.nbd.client.device import NbdDevice
-from tests.support import Argument, Child, free_port, make_raw_image, requires, run, spawn, wait_for_socket
+from tests.helpers.support import (
+    Argument,
+    Child,
+    free_port,
+    make_raw_image,
+    requires,
+    run,
+    spawn,
+    wait_for_socket,
+)
 
 MIB = 1 << 20
 SIZE = 16 * MIB

@@ -1,4 +1,4 @@
-"""Our NBD client over TLS, before the servers that people use and before one that lies (tests/nbd_far.py)."""
+"""Our NBD client over TLS, before the servers that people use and before one that lies (tests/helpers/nbd_far.py)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pytest
 from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.nbd.tls import server_context
 from tests.cli.conftest import Cli, cli
-from tests.far_tls import far, nbdkit, ours, papers, qemu_nbd
+from tests.helpers.certificates import Certificates
+from tests.helpers.far_tls import far, nbdkit, ours, papers, qemu_nbd
+from tests.helpers.nbd_far import far_server
+from tests.helpers.support import PATIENCE_SECONDS, requires, run, spawn, wait_for_socket
 from tests.interop.test_nbd_client import SIZE, content, made, work_while_it_is_killed
-from tests.nbd_far import far_server
-from tests.papers import Papers
-from tests.support import PATIENCE_SECONDS, requires, run, spawn, wait_for_socket
 from tests.unit.test_nbd_client_device import (
     test_acknowledged_writes_survive_a_server_that_forgot_them,
     test_allocation_is_what_the_server_says,
@@ -89,7 +89,7 @@ def exercise(device: NbdDevice, size: int) -> bytes:
 # --- servers that people use ---
 
 
-def test_qcow2_behind_qemu_nbd_is_read_and_written(tmp_path: Path, papers: Papers) -> None:
+def test_qcow2_behind_qemu_nbd_is_read_and_written(tmp_path: Path, papers: Certificates) -> None:
     image = made(tmp_path, "qcow2")
     with qemu_nbd(papers.folder, image, "qcow2") as far:
         with NbdDevice.open(far.uri(papers.folder)) as device:
@@ -101,13 +101,13 @@ def test_qcow2_behind_qemu_nbd_is_read_and_written(tmp_path: Path, papers: Paper
     assert content(tmp_path, image, "qcow2") == model[:MIB] + bytes(MIB) + model[2 * MIB :]
 
 
-def test_nbdkit_is_read_and_written(papers: Papers) -> None:
+def test_nbdkit_is_read_and_written(papers: Certificates) -> None:
     with nbdkit(papers.folder, "memory", str(SIZE)) as far, NbdDevice.open(far.uri(papers.folder)) as device:
         model = exercise(device, SIZE)
         assert device.pread(SIZE, 0) == model
 
 
-def test_our_own_server_is_read_and_written(tmp_path: Path, papers: Papers) -> None:
+def test_our_own_server_is_read_and_written(tmp_path: Path, papers: Certificates) -> None:
     image = made(tmp_path, "raw")
     with (
         ours(papers.folder, image) as uri,
@@ -117,7 +117,7 @@ def test_our_own_server_is_read_and_written(tmp_path: Path, papers: Papers) -> N
     assert image.read_bytes() == model
 
 
-def test_tls_is_spoken_over_a_unix_socket_too(tmp_path: Path, papers: Papers) -> None:
+def test_tls_is_spoken_over_a_unix_socket_too(tmp_path: Path, papers: Certificates) -> None:
     tls = ["--tls=require", f"--tls-certificates={papers.folder}", "--tls-verify-peer"]
     with spawn("nbdkit", "--foreground", "--unix", tmp_path / "nbd", *tls, "memory", "1M") as server:
         wait_for_socket(tmp_path / "nbd", server)
@@ -129,7 +129,7 @@ def test_tls_is_spoken_over_a_unix_socket_too(tmp_path: Path, papers: Papers) ->
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
 def test_threads_at_work_do_not_notice_that_the_server_is_killed(
-    tmp_path: Path, papers: Papers, image_format: str
+    tmp_path: Path, papers: Certificates, image_format: str
 ) -> None:
     image = made(tmp_path, image_format)
     with (
@@ -143,8 +143,8 @@ def test_threads_at_work_do_not_notice_that_the_server_is_killed(
 
 
 def test_certificates_that_were_renewed_are_used_from_the_next_connection_on(tmp_path: Path) -> None:
-    shutil.copytree(Papers(tmp_path / "old").folder, tmp_path / "present")
-    new = Papers(tmp_path / "new")
+    shutil.copytree(Certificates(tmp_path / "old").folder, tmp_path / "present")
+    new = Certificates(tmp_path / "new")
     present = tmp_path / "present"
     with nbdkit(present, "memory", "1M") as far, NbdDevice.open(far.uri(present)) as device:
         far.kill()
@@ -153,7 +153,7 @@ def test_certificates_that_were_renewed_are_used_from_the_next_connection_on(tmp
         assert device.pread(4, 0) == bytes(4)
 
 
-def test_large_reads_and_writes_at_once_do_not_block_each_other(tmp_path: Path, papers: Papers) -> None:
+def test_large_reads_and_writes_at_once_do_not_block_each_other(tmp_path: Path, papers: Certificates) -> None:
     """As without TLS: a server of one thread sends nothing while it receives."""
     with far_server(tmp_path, 8 * MIB) as far:
         far.tls = server_context(str(papers.folder))
@@ -171,7 +171,7 @@ def test_large_reads_and_writes_at_once_do_not_block_each_other(tmp_path: Path, 
 
 
 def test_disk_behind_tls_is_tracked_backed_up_restored_and_copied(
-    cli: Cli, tmp_path: Path, papers: Papers
+    cli: Cli, tmp_path: Path, papers: Certificates
 ) -> None:
     source, target, copy = (tmp_path / name for name in ("source.raw", "target.raw", "copy.raw"))
     for image in (source, target, copy):

@@ -13,9 +13,9 @@ import pytest
 
 from lmdbitmap.nbd.client.tls import TlsWire
 from lmdbitmap.nbd.tls import client_context, server_context
-from tests.far_tls import papers
-from tests.papers import Papers
-from tests.support import PATIENCE_SECONDS, requires
+from tests.helpers.certificates import Certificates
+from tests.helpers.far_tls import papers
+from tests.helpers.support import PATIENCE_SECONDS, requires
 
 __all__ = ["papers"]
 
@@ -25,7 +25,7 @@ pytestmark = requires("openssl")
 
 
 @pytest.fixture
-def wired(papers: Papers) -> Iterator[tuple[TlsWire, ssl.SSLSocket]]:
+def wired(papers: Certificates) -> Iterator[tuple[TlsWire, ssl.SSLSocket]]:
     """A connection of ours, and its other end."""
     here, there = socket.socketpair()
     server, client = server_context(str(papers.folder)), client_context(str(papers.folder))

@@ -15,11 +15,11 @@ import pytest
 
 from lmdbitmap.errors import Busy, InvalidArgument, NotFound
 from lmdbitmap.nbd.client.device import NbdDevice
-from tests.far_tls import far, nbdkit, ours, papers, qemu_nbd
+from tests.helpers.certificates import Certificates
+from tests.helpers.far_tls import far, nbdkit, ours, papers, qemu_nbd
+from tests.helpers.nbd_far import FarServer, far_server
+from tests.helpers.support import PATIENCE_SECONDS, requires, spawn, wait_for_socket
 from tests.interop.test_nbd_client import made
-from tests.nbd_far import FarServer, far_server
-from tests.papers import Papers
-from tests.support import PATIENCE_SECONDS, requires, spawn, wait_for_socket
 
 __all__ = ["far", "papers"]
 
@@ -29,8 +29,8 @@ pytestmark = [requires(tool) for tool in ("openssl", "qemu-nbd", "nbdkit")]
 # --- who is not believed ---
 
 
-def test_server_of_another_authority_is_not_believed(tmp_path: Path, papers: Papers) -> None:
-    strangers = Papers(tmp_path / "strangers")
+def test_server_of_another_authority_is_not_believed(tmp_path: Path, papers: Certificates) -> None:
+    strangers = Certificates(tmp_path / "strangers")
     with nbdkit(papers.folder, "memory", "1M") as far:
         with pytest.raises(InvalidArgument, match=r"certificate is not believed .*; with tls-certificates="):
             NbdDevice.open(far.uri(strangers.folder))
@@ -40,7 +40,7 @@ def test_server_of_another_authority_is_not_believed(tmp_path: Path, papers: Pap
 
 
 def test_without_a_folder_those_are_believed_whom_the_system_trusts(
-    tmp_path: Path, papers: Papers, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, papers: Certificates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(papers.folder / "server-cert.pem", papers.folder / "server-key.pem")
@@ -53,7 +53,7 @@ def test_without_a_folder_those_are_believed_whom_the_system_trusts(
         NbdDevice.open(uri).close()
 
 
-def test_certificate_must_be_of_the_host_or_of_the_name_that_is_given(papers: Papers) -> None:
+def test_certificate_must_be_of_the_host_or_of_the_name_that_is_given(papers: Certificates) -> None:
     with nbdkit(papers.folder, "memory", "1M") as far:
         with pytest.raises(InvalidArgument, match=r"[Hh]ostname mismatch"):
             NbdDevice.open(far.uri(papers.folder, "&tls-hostname=other.example"))
@@ -63,7 +63,7 @@ def test_certificate_must_be_of_the_host_or_of_the_name_that_is_given(papers: Pa
 
 
 def test_certificate_that_expired_is_not_believed(tmp_path: Path) -> None:
-    old = Papers(tmp_path / "old", days=-1)
+    old = Certificates(tmp_path / "old", days=-1)
     image = made(tmp_path, "raw")
     with ours(old.folder, image) as uri, pytest.raises(InvalidArgument, match=r"has expired"):
         NbdDevice.open(f"{uri}?tls-certificates={old.without_client(tmp_path / 'ca')}")
@@ -71,7 +71,7 @@ def test_certificate_that_expired_is_not_believed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("server", ["nbdkit", "qemu-nbd", "ours"])
 def test_client_without_a_certificate_is_told_that_it_may_need_one(
-    tmp_path: Path, papers: Papers, server: str
+    tmp_path: Path, papers: Certificates, server: str
 ) -> None:
     authority, image = papers.without_client(tmp_path / "ca"), made(tmp_path, "raw")
     with ExitStack() as stack:
@@ -85,8 +85,8 @@ def test_client_without_a_certificate_is_told_that_it_may_need_one(
             NbdDevice.open(uri)
 
 
-def test_client_certificate_of_another_authority_is_not_taken(tmp_path: Path, papers: Papers) -> None:
-    strangers = Papers(tmp_path / "strangers")
+def test_client_certificate_of_another_authority_is_not_taken(tmp_path: Path, papers: Certificates) -> None:
+    strangers = Certificates(tmp_path / "strangers")
     shutil.copy(papers.folder / "ca-cert.pem", strangers.folder)
     with (
         ours(papers.folder, made(tmp_path, "raw")) as uri,
@@ -98,7 +98,7 @@ def test_client_certificate_of_another_authority_is_not_taken(tmp_path: Path, pa
 def test_whoever_answers_is_believed_where_that_is_asked_for(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    old = Papers(tmp_path / "old", days=-1)
+    old = Certificates(tmp_path / "old", days=-1)
     (old.folder / "ca-crl.pem").write_text("what is not needed is not read")
     (tmp_path / "empty").mkdir()
     with far_server(tmp_path) as far:
@@ -118,7 +118,7 @@ def test_whoever_answers_is_believed_where_that_is_asked_for(
 
 @pytest.mark.parametrize("left", ["client-cert.pem", "client-key.pem"])
 def test_half_of_what_shows_who_we_are_is_an_error_before_anybody_is_asked(
-    tmp_path: Path, papers: Papers, left: str
+    tmp_path: Path, papers: Certificates, left: str
 ) -> None:
     half = papers.without_client(tmp_path / "half")
     shutil.copy(papers.folder / left, half)
@@ -126,7 +126,7 @@ def test_half_of_what_shows_who_we_are_is_an_error_before_anybody_is_asked(
         NbdDevice.open(f"nbds://localhost:1/?tls-certificates={half}")
 
 
-def test_file_that_holds_no_certificate_is_named(tmp_path: Path, papers: Papers) -> None:
+def test_file_that_holds_no_certificate_is_named(tmp_path: Path, papers: Certificates) -> None:
     broken = papers.without_client(tmp_path / "broken")
     (broken / "ca-cert.pem").write_text("certainly not")
     with pytest.raises(InvalidArgument, match=r"ca-cert.pem in .*broken cannot be used"):
@@ -136,7 +136,9 @@ def test_file_that_holds_no_certificate_is_named(tmp_path: Path, papers: Papers)
 # --- TLS or nothing ---
 
 
-def test_server_without_tls_is_told_nothing_but_that_tls_is_wanted(tmp_path: Path, papers: Papers) -> None:
+def test_server_without_tls_is_told_nothing_but_that_tls_is_wanted(
+    tmp_path: Path, papers: Certificates
+) -> None:
     with far_server(tmp_path) as far:
         uri = f"nbds+unix:///disk?socket={far.path}&tls-certificates={papers.folder}"
         with pytest.raises(InvalidArgument, match=r"does not speak TLS"):
@@ -151,7 +153,7 @@ def test_server_without_tls_is_told_nothing_but_that_tls_is_wanted(tmp_path: Pat
 
 
 def test_plain_uri_of_a_server_that_insists_on_tls_is_told_what_to_write(
-    papers: Papers, tmp_path: Path
+    papers: Certificates, tmp_path: Path
 ) -> None:
     servers = 0
     with (
@@ -197,7 +199,7 @@ def test_plain_bytes_behind_the_last_word_before_tls_are_never_taken_for_an_answ
 
 
 def test_silence_instead_of_a_tls_handshake_ends_in_time(
-    tmp_path: Path, papers: Papers, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, papers: Certificates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lmdbitmap.nbd.client.device.DIAL_S", 0.2)
     over = threading.Event()

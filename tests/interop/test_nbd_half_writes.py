@@ -17,10 +17,10 @@ import pytest
 
 from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.nbd.tls import server_context
-from tests.nbd_raw import EXTENDED_HEADERS, GO, READ, STRUCTURED_REPLY, WRITE, RawClient, string
-from tests.papers import Papers, shared_papers
-from tests.support import PATIENCE_SECONDS, requires
-from tests.tracked import NAME, TrackedDisk, changed_blocks
+from tests.helpers.certificates import Certificates, shared_papers
+from tests.helpers.nbd_raw import EXTENDED_HEADERS, GO, READ, STRUCTURED_REPLY, WRITE, RawClient, string
+from tests.helpers.support import PATIENCE_SECONDS, requires
+from tests.helpers.tracked import NAME, TrackedDisk, changed_blocks
 
 SIZE = (4 << 20) + 512
 BLOCK = 4096
@@ -61,7 +61,7 @@ class House(NamedTuple):
     server: Server
     socket_path: str
     port: int
-    papers: Papers
+    papers: Certificates
 
     def client(self, form: str, *, tls: bool) -> RawClient:
         client = self._encrypted() if tls else self._greeted(socket.AF_UNIX, self.socket_path)

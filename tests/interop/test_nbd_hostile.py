@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 
 from lmdbitmap.nbd.server.server import Server
-from tests.nbd_raw import (
+from tests.helpers.nbd_raw import (
     BLOCK_STATUS,
     GO,
     READ,
@@ -29,8 +29,8 @@ from tests.nbd_raw import (
     string,
     write,
 )
-from tests.support import requires, run
-from tests.tracked import TrackedDisk, changed_blocks
+from tests.helpers.support import requires, run
+from tests.helpers.tracked import TrackedDisk, changed_blocks
 
 SIZE = 64 << 20
 BLOCK = 4096

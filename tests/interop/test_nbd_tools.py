@@ -13,7 +13,7 @@ from lmdbitmap.images.device import FileDevice
 from lmdbitmap.images.plain import PlainDisk
 from lmdbitmap.nbd.server.server import Server
 from tests.conftest import RawImage
-from tests.support import requires, run
+from tests.helpers.support import requires, run
 
 MIB = 1 << 20
 SIZE = 64 * MIB + 512

@@ -13,8 +13,8 @@ from lmdbitmap.images.device import FileDevice
 from lmdbitmap.images.plain import PlainDisk
 from lmdbitmap.nbd.server.server import Server
 from tests.conftest import RawImage
-from tests.newer import newer, requires_newer
-from tests.support import run
+from tests.helpers.newer import newer, requires_newer
+from tests.helpers.support import run
 
 MIB = 1 << 20
 SIZE = 64 * MIB + 512

@@ -11,9 +11,9 @@ import pytest
 from lmdbitmap.repository.prune import prune
 from lmdbitmap.repository.retention import Retention
 from lmdbitmap.repository.transfer import copy_backups
+from tests.helpers.support import requires, run
+from tests.helpers.tracked import NAME, quick_folder
 from tests.interop.test_backup import KINDS, Backups
-from tests.support import requires, run
-from tests.tracked import NAME, quick_folder
 
 pytestmark = [requires("qemu-img")]
 

@@ -23,8 +23,8 @@ from lmdbitmap.qcow2 import (
     chain_read_into,
 )
 from lmdbitmap.qcow2.compression import chosen
-from tests.qcow2_model import DiskFile
-from tests.support import make_raw_image, requires, run, spawn, wait_for_socket
+from tests.helpers.qcow2_model import DiskFile
+from tests.helpers.support import make_raw_image, requires, run, spawn, wait_for_socket
 
 pytestmark = [requires("qemu-img"), requires("qemu-io"), requires("qemu-nbd")]
 

@@ -13,10 +13,10 @@ from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.streams.rbd_diff import Head
 from lmdbitmap.streams.stream import stream_backup
 from lmdbitmap.streams.stream_restore import apply_stream
-from tests import naive_rbd_diff
-from tests.backed_up import BackedUpDisk
-from tests.support import requires, run, spawn, wait_for_socket
-from tests.tracked import NAME
+from tests.helpers import naive_rbd_diff
+from tests.helpers.backed_up import BackedUpDisk
+from tests.helpers.support import requires, run, spawn, wait_for_socket
+from tests.helpers.tracked import NAME
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 9 * MIB + 700

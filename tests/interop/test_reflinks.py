@@ -12,11 +12,11 @@ import pytest
 
 from lmdbitmap.errors import FormatError
 from lmdbitmap.restoring.restore import restore
-from tests.backed_up import BackedUpDisk
 from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.crash.full_disk import can_mount
-from tests.support import requires, run
-from tests.tracked import NAME
+from tests.helpers.backed_up import BackedUpDisk
+from tests.helpers.support import requires, run
+from tests.helpers.tracked import NAME
 
 pytestmark = [
     requires("mkfs.xfs"),

@@ -11,9 +11,9 @@ from typing import TypeAlias
 import pytest
 
 from lmdbitmap.restoring.restore import restore
-from tests.backed_up import BackedUpDisk
-from tests.support import Argument, requires, run, spawn, wait_for_socket
-from tests.tracked import NAME
+from tests.helpers.backed_up import BackedUpDisk
+from tests.helpers.support import Argument, requires, run, spawn, wait_for_socket
+from tests.helpers.tracked import NAME
 
 pytestmark = [requires("qemu-img"), requires("qemu-nbd"), requires("nbdkit")]
 

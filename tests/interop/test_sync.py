@@ -12,13 +12,13 @@ import pytest
 from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.syncs.sync import sync
 from lmdbitmap.syncs.sync_plan import SyncKind
-from tests.backed_up import BackedUpDisk
 from tests.cli.conftest import Cli
+from tests.helpers.backed_up import BackedUpDisk
+from tests.helpers.support import PATIENCE_SECONDS, requires, run, spawn
+from tests.helpers.tracked import NAME
 from tests.interop.test_live_backups import SIZE, Stamper, guest_of, snapshots
 from tests.interop.test_restore_targets import MIB, Served, modest, qcow2
 from tests.interop.test_restore_targets import SIZE as TARGET_SIZE
-from tests.support import PATIENCE_SECONDS, requires, run, spawn
-from tests.tracked import NAME
 
 pytestmark = [requires("qemu-img"), requires("qemu-nbd"), requires("nbdkit")]
 

@@ -22,9 +22,9 @@ from lmdbitmap.nbd.server.contexts import StatusSource
 from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.nbd.tls import server_context
 from tests.cli.conftest import Cli, cli
-from tests.nbd_raw import GO, READ, WRITE, RawClient, string
-from tests.papers import Papers, shared_papers
-from tests.support import PATIENCE_SECONDS, requires, run, spawn
+from tests.helpers.certificates import Certificates, shared_papers
+from tests.helpers.nbd_raw import GO, READ, WRITE, RawClient, string
+from tests.helpers.support import PATIENCE_SECONDS, requires, run, spawn
 
 __all__ = ["cli"]
 
@@ -39,13 +39,13 @@ class House(NamedTuple):
     server: Server
     image: Path
     port: int
-    papers: Papers
-    strangers: Papers
+    papers: Certificates
+    strangers: Certificates
 
-    def uri(self, papers: Papers) -> str:
+    def uri(self, papers: Certificates) -> str:
         return f"nbds://localhost:{self.port}/disk?tls-certificates={papers.folder}"
 
-    def qemu(self, papers: Papers) -> list[str]:
+    def qemu(self, papers: Certificates) -> list[str]:
         """What tells a QEMU program to come over TLS, before its other words."""
         return [
             "--object", f"tls-creds-x509,id=papers,endpoint=client,dir={papers.folder}", "--image-opts",
@@ -60,7 +60,7 @@ class House(NamedTuple):
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     folder = tmp_path_factory.mktemp("tls")
-    papers, strangers = shared_papers(), Papers(folder / "strangers")
+    papers, strangers = shared_papers(), Certificates(folder / "strangers")
     image = folder / "disk.raw"
     image.write_bytes(random.Random(1).randbytes(SIZE))
     with FileDevice.open(image) as device:

@@ -17,8 +17,8 @@ from lmdbitmap.filter import Filter
 from lmdbitmap.nbd.server.dirty_contexts import tracked_contexts
 from lmdbitmap.nbd.server.server import Server
 from tests.conftest import RawImage
-from tests.support import requires, run, spawn, wait_for_socket
-from tests.tracked import NAME, TrackedDisk, blocks_of, quick_folder, trust_of
+from tests.helpers.support import requires, run, spawn, wait_for_socket
+from tests.helpers.tracked import NAME, TrackedDisk, blocks_of, quick_folder, trust_of
 
 MIB = 1 << 20
 BLOCK = 1 << 12

@@ -20,9 +20,9 @@ from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import session
 from lmdbitmap.tracker.changes import changes
-from tests.nbd_far import until_it_works
-from tests.support import PATIENCE_SECONDS, Child, make_raw_image, requires, spawn, wait_for_socket
-from tests.tracked import blocks_of
+from tests.helpers.nbd_far import until_it_works
+from tests.helpers.support import PATIENCE_SECONDS, Child, make_raw_image, requires, spawn, wait_for_socket
+from tests.helpers.tracked import blocks_of
 
 pytestmark = requires("nbdkit")
 

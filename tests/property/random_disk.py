@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from lmdbitmap.storage.schema import DEFERRED, WRITE_AHEAD
-from tests.backed_up import BackedUpDisk
-from tests.tracked import LATER_NS, quick_folder
+from tests.helpers.backed_up import BackedUpDisk
+from tests.helpers.tracked import LATER_NS, quick_folder
 
 BLOCK = 4096
 MAX_SIZE = 40 * BLOCK

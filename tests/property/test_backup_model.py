@@ -27,9 +27,9 @@ from lmdbitmap.repository.manifest import BackupEntry, BackupType
 from lmdbitmap.restoring.restore import restore
 from lmdbitmap.storage.schema import DEFERRED, WRITE_AHEAD
 from lmdbitmap.tracker import chain
-from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN
+from tests.helpers.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN
+from tests.helpers.tracked import NAME
 from tests.property.random_disk import BLOCK, UnluckyDisk, sizes
-from tests.tracked import NAME
 
 LONG_AGO_NS = 1
 KILLS = 2

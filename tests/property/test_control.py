@@ -16,8 +16,8 @@ from lmdbitmap.filter import Filter
 from lmdbitmap.nbd import control_client
 from lmdbitmap.nbd.control import orders
 from lmdbitmap.nbd.control.control import ControlServer
-from tests.support import PATIENCE_SECONDS
-from tests.tracked import NAME, TrackedDisk, quick_folder
+from tests.helpers.support import PATIENCE_SECONDS
+from tests.helpers.tracked import NAME, TrackedDisk, quick_folder
 
 SIZE = 100 * 4096
 

@@ -14,10 +14,10 @@ from lmdbitmap.repository.prune import prune
 from lmdbitmap.repository.retention import Retention
 from lmdbitmap.repository.transfer import copy_backups
 from lmdbitmap.repository.verify import verify
-from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL
+from tests.helpers.backed_up import DIFFERENTIAL, FULL, INCREMENTAL
+from tests.helpers.tracked import NAME
 from tests.property.random_disk import RandomDisk, sizes
 from tests.property.test_prune_model import UTC, naive_kept, rules
-from tests.tracked import NAME
 
 kinds = st.sampled_from([INCREMENTAL, INCREMENTAL, INCREMENTAL, DIFFERENTIAL, FULL])
 

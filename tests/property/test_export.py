@@ -18,8 +18,8 @@ from lmdbitmap.format import BitsTally, Flags, Zeroes
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import standalone
 from lmdbitmap.tracker.changes import changes
-from tests import naive_flat
-from tests.tracked import NAME, TrackedDisk, quick_folder
+from tests.helpers import naive_flat
+from tests.helpers.tracked import NAME, TrackedDisk, quick_folder
 
 BLOCK = 4096
 BLOCKS = 150

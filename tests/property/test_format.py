@@ -13,7 +13,7 @@ from lmdbitmap import format as flat
 from lmdbitmap.errors import FormatError, Untrusted
 from lmdbitmap.format import BitsTally, Flags, FlatHeader
 from lmdbitmap.geometry import Geometry
-from tests import naive_flat
+from tests.helpers import naive_flat
 
 MAX_BLOCKS = 300
 

@@ -19,8 +19,8 @@ from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Buffer
 from lmdbitmap.tracker.scratch import Scratch
 from tests.crash.tapped import WRITES, TappedDevice, Turnstile, join, start
-from tests.support import PATIENCE_SECONDS
-from tests.tracked import NAME, TrackedDisk, blocks_of, quick_folder
+from tests.helpers.support import PATIENCE_SECONDS
+from tests.helpers.tracked import NAME, TrackedDisk, blocks_of, quick_folder
 
 BLOCK = 4096
 BLOCKS = 5000

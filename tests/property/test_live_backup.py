@@ -16,8 +16,8 @@ from lmdbitmap.backups.backup import backup
 from lmdbitmap.errors import StorageError
 from lmdbitmap.repository.manifest import BackupType
 from lmdbitmap.tracker.scratch import Scratch
-from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
-from tests.tracked import NAME, quick_folder
+from tests.helpers.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
+from tests.helpers.tracked import NAME, quick_folder
 
 SIZE = (20 << 20) - 700
 PLACES = st.integers(0, SIZE - 1)

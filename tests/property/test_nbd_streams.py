@@ -27,7 +27,7 @@ from lmdbitmap.interfaces import BlockDevice, ServedDisk
 from lmdbitmap.nbd.server.connection import Connection
 from lmdbitmap.nbd.server.contexts import allocation_source
 from lmdbitmap.nbd.server.handshake import Agreed, Export, Handshake
-from tests.nbd_raw import (
+from tests.helpers.nbd_raw import (
     BLOCK_STATUS,
     FLUSH,
     FUA,
@@ -42,7 +42,7 @@ from tests.nbd_raw import (
     request,
     string,
 )
-from tests.support import PATIENCE_SECONDS, make_raw_image
+from tests.helpers.support import PATIENCE_SECONDS, make_raw_image
 
 SIZE = 3 << 20
 ALLOCATION = 1

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from lmdbitmap.errors import FormatError
 from lmdbitmap.filter import Filter
-from tests.nbd_raw import WRITE, extended, request
+from tests.helpers.nbd_raw import WRITE, extended, request
+from tests.helpers.tracked import TrackedDisk, changed_blocks, quick_folder
 from tests.property.test_nbd_streams import EXTENDED, FORMS, SIZE, requests, serve_disk
-from tests.tracked import TrackedDisk, changed_blocks, quick_folder
 
 BLOCK = 4096
 

@@ -19,9 +19,9 @@ from lmdbitmap.repository.manifest import BackupEntry, BackupType
 from lmdbitmap.repository.prune import prune
 from lmdbitmap.repository.retention import Retention
 from lmdbitmap.repository.verify import verify
-from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
+from tests.helpers.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
+from tests.helpers.tracked import NAME
 from tests.property.random_disk import RandomDisk, sizes
-from tests.tracked import NAME
 
 UTC = datetime.timezone.utc
 

@@ -23,7 +23,13 @@ from lmdbitmap.qcow2 import (
     chain_read_into,
 )
 from lmdbitmap.qcow2.compression import chosen
-from tests.qcow2_model import MemoryFile, compressed_image, deflated, naive_chain_read, structure_problems
+from tests.helpers.qcow2_model import (
+    MemoryFile,
+    compressed_image,
+    deflated,
+    naive_chain_read,
+    structure_problems,
+)
 
 MAX_CLUSTERS = 200
 """Of 512 bytes: L2 tables map 64 of them, so that disks have up to four."""

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from lmdbitmap.errors import FormatError
 from lmdbitmap.streams.rbd_diff import BANNERS, Data, Decoder, Encoder, End, Head
-from tests import naive_rbd_diff
 from tests.fuzz.inputs import pieces_of
-from tests.naive_rbd_diff import Stream
+from tests.helpers import naive_rbd_diff
+from tests.helpers.naive_rbd_diff import Stream
 
 names = st.none() | st.text(min_size=1, max_size=40).filter(str.isprintable)
 contents = st.binary(max_size=200) | st.integers(0, 1 << 34)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from lmdbitmap.repository.manifest import BackupType
 from lmdbitmap.restoring.restore import restore
-from tests.backed_up import BackedUpDisk
-from tests.tracked import NAME, blocks_of, quick_folder
+from tests.helpers.backed_up import BackedUpDisk
+from tests.helpers.tracked import NAME, blocks_of, quick_folder
 
 BLOCK = 4096
 BLOCKS = 40

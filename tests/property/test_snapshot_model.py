@@ -18,8 +18,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from lmdbitmap.errors import Busy
 from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.snapshot import Snapshot
-from tests.directly import STEPS, directly
-from tests.tracked import NAME, TrackedDisk, quick_folder
+from tests.helpers.directly import STEPS, directly
+from tests.helpers.tracked import NAME, TrackedDisk, quick_folder
 
 SIZES = [10_000, 70_000, 1_000_000]
 

@@ -18,7 +18,7 @@ from lmdbitmap.storage.schema import Bitmap, region_key
 from lmdbitmap.store import Store, Writer
 from lmdbitmap.tracker import standalone
 from lmdbitmap.tracker.standalone import Operation
-from tests.tracked import quick_folder
+from tests.helpers.tracked import quick_folder
 
 MODEL: dict[Operation, Callable[[set[int], set[int]], set[int]]] = {
     Operation.OR: lambda left, right: left | right,

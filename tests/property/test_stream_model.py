@@ -10,9 +10,9 @@ import pytest
 from lmdbitmap.streams.stream import stream_backup
 from lmdbitmap.streams.stream_restore import apply_stream
 from lmdbitmap.tracker import chain
-from tests import naive_rbd_diff
-from tests.backed_up import BackedUpDisk
-from tests.tracked import NAME, quick_folder
+from tests.helpers import naive_rbd_diff
+from tests.helpers.backed_up import BackedUpDisk
+from tests.helpers.tracked import NAME, quick_folder
 
 ROUNDS = 25
 SIZES = (1, 511, 70_000, 200_000, 200_704)

@@ -22,8 +22,8 @@ from lmdbitmap.notes import sync_note
 from lmdbitmap.storage.schema import DEFERRED, WRITE_AHEAD
 from lmdbitmap.syncs.sync import sync
 from lmdbitmap.syncs.sync_plan import SyncKind
+from tests.helpers.tracked import LATER_NS, NAME
 from tests.property.random_disk import BLOCK, UnluckyDisk, places, sizes
-from tests.tracked import LATER_NS, NAME
 from tests.unit.test_sync import failing_after
 
 targets = st.sampled_from(["left", "right"])

@@ -30,7 +30,7 @@ from lmdbitmap.storage import schema
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import session
 from lmdbitmap.tracker.changes import Changes, dirty_bytes_of_period
-from tests.tracked import LATER_NS, NAME, TrackedDisk, blocks_of, quick_folder, trust_of
+from tests.helpers.tracked import LATER_NS, NAME, TrackedDisk, blocks_of, quick_folder, trust_of
 
 SHAPES = {9: REGION_BLOCKS + 70, 12: 300, 16: 70}
 """Blocks of a disk, by granularity: two regions, five extents, two extents, all with a short last block."""

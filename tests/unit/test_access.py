@@ -26,9 +26,9 @@ from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.store import Store
 from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.snapshot import Snapshot
-from tests.serving import serving as serving_tracked
-from tests.support import PATIENCE_SECONDS
-from tests.tracked import NAME, TrackedDisk, quick_folder
+from tests.helpers.serving import serving as serving_tracked
+from tests.helpers.support import PATIENCE_SECONDS
+from tests.helpers.tracked import NAME, TrackedDisk, quick_folder
 
 SIZE = 100 * 4096
 

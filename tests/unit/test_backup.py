@@ -38,9 +38,9 @@ from lmdbitmap.storage.schema import DEFERRED
 from lmdbitmap.tracker import session
 from lmdbitmap.upkeep.check import Gravity, check_store
 from lmdbitmap.work import progress
-from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
-from tests.support import make_raw_image, no_ascii
-from tests.tracked import NAME
+from tests.helpers.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
+from tests.helpers.support import make_raw_image, no_ascii
+from tests.helpers.tracked import NAME
 from tests.unit.test_digest_algorithms import forget_blake3
 
 pytestmark = pytest.mark.in_memory

@@ -21,8 +21,8 @@ from lmdbitmap.repository import backup_chain
 from lmdbitmap.repository.backup_chain import BackupChain
 from lmdbitmap.repository.prune import prune
 from lmdbitmap.repository.retention import Retention
-from tests.backed_up import FULL, BackedUpDisk
-from tests.tracked import NAME
+from tests.helpers.backed_up import FULL, BackedUpDisk
+from tests.helpers.tracked import NAME
 
 KIB = 1 << 10
 SIZE = 300 * KIB + 5

@@ -40,8 +40,8 @@ from lmdbitmap.system import files
 from lmdbitmap.tracker import chain, session
 from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.work.disks_failed import code_of
-from tests.support import make_raw_image
-from tests.tracked import quick_folder
+from tests.helpers.support import make_raw_image
+from tests.helpers.tracked import quick_folder
 
 BLOCK = 4096
 SIZE = 40 * BLOCK

@@ -18,9 +18,9 @@ from lmdbitmap.images.device import FileDevice
 from lmdbitmap.qcow2 import Kind, MappedRun, Qcow2Reader
 from lmdbitmap.repository import proof
 from lmdbitmap.repository.manifest import BackupEntry
-from tests.backed_up import FULL, RESCAN, BackedUpDisk
-from tests.support import no_ascii
-from tests.tracked import quick_folder
+from tests.helpers.backed_up import FULL, RESCAN, BackedUpDisk
+from tests.helpers.support import no_ascii
+from tests.helpers.tracked import quick_folder
 from tests.unit.test_digest_algorithms import forget_blake3
 from tests.unit.test_verify import digests_of, path_of, vouch_as_a_whole
 

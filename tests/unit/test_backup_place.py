@@ -20,9 +20,9 @@ from lmdbitmap.repository.prune import prune
 from lmdbitmap.repository.retention import Retention
 from lmdbitmap.repository.transfer import copy_backups
 from lmdbitmap.tracker import session
-from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
-from tests.support import no_ascii, run
-from tests.tracked import NAME
+from tests.helpers.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
+from tests.helpers.support import no_ascii, run
+from tests.helpers.tracked import NAME
 
 BLOCK = 4096
 SIZE = 50 * BLOCK + 7

@@ -17,8 +17,8 @@ from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.flat_file import bitmap_file
 from lmdbitmap.format import Flags
-from tests import naive_flat
-from tests.tracked import TrackedDisk, blocks_of, quick_folder
+from tests.helpers import naive_flat
+from tests.helpers.tracked import TrackedDisk, blocks_of, quick_folder
 
 BLOCKS = 200
 SIZE = BLOCKS * 4096 - 100

@@ -21,9 +21,9 @@ from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.interfaces import Buffer
 from lmdbitmap.work.crew import Spared, none_spared
 from lmdbitmap.work.progress import Report
-from tests.naive_digests import naive_digests
-from tests.qcow2_model import naive_chain_read
-from tests.spared import EACH, MORE_THAN_THERE_ARE
+from tests.helpers.naive_digests import naive_digests
+from tests.helpers.qcow2_model import naive_chain_read
+from tests.helpers.spared import EACH, MORE_THAN_THERE_ARE
 
 PATIENCE_S = 10.0
 CLUSTER_BITS = 14

@@ -22,7 +22,7 @@ from lmdbitmap.restoring.carrying_back import CarryingBack
 from lmdbitmap.system import linux
 from lmdbitmap.targets.target import Target
 from lmdbitmap.work.progress import Report
-from tests.backed_up import BackedUpDisk
+from tests.helpers.backed_up import BackedUpDisk
 
 pytestmark = pytest.mark.in_memory
 

@@ -20,9 +20,9 @@ from lmdbitmap.qcow2.layout import COPIED
 from lmdbitmap.repository import chain_tables
 from lmdbitmap.repository.chain_tables import is_plain, what_is_broken
 from lmdbitmap.repository.manifest import BackupEntry, chain_to
-from tests.backed_up import FULL, INCREMENTAL, RESCAN, BackedUpDisk
-from tests.qcow2_model import MemoryFile
-from tests.tracked import quick_folder
+from tests.helpers.backed_up import FULL, INCREMENTAL, RESCAN, BackedUpDisk
+from tests.helpers.qcow2_model import MemoryFile
+from tests.helpers.tracked import quick_folder
 
 CLUSTER = 4096
 TABLE_COVERS = CLUSTER * CLUSTER // 8

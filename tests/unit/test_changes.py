@@ -15,7 +15,7 @@ from lmdbitmap.extents import Trust
 from lmdbitmap.storage import schema
 from lmdbitmap.storage.owner import Owner
 from lmdbitmap.tracker.changes import dirty_bytes_of_period
-from tests.tracked import TrackedDisk, blocks_of, trust_of
+from tests.helpers.tracked import TrackedDisk, blocks_of, trust_of
 
 SIZE = 40 * 4096 - 100
 BLOCKS = 40

@@ -20,7 +20,7 @@ from lmdbitmap.store import Store, Writer
 from lmdbitmap.tracker import chain, session
 from lmdbitmap.upkeep.check import Finding, Gravity, check_store, next_step_for
 from tests.conftest import RawImage
-from tests.tracked import TrackedDisk
+from tests.helpers.tracked import TrackedDisk
 
 MIB = 1 << 20
 ANOTHER = UUID(int=0x5EED)

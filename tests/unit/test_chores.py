@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from lmdbitmap.work.chores import Chore, Chores
-from tests.support import PATIENCE_SECONDS, run
+from tests.helpers.support import PATIENCE_SECONDS, run
 
 
 class Counted:

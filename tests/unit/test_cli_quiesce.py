@@ -19,7 +19,7 @@ from lmdbitmap.cli.backups import backup
 from lmdbitmap.cli.quiesce import Thaw, quiesced
 from lmdbitmap.cli.syncing import sync
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError
-from tests.support import PATIENCE_SECONDS
+from tests.helpers.support import PATIENCE_SECONDS
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from prometheus_client import Gauge
 from prometheus_client.registry import CollectorRegistry
 
 from lmdbitmap.cli.scraping import serving
-from tests.support import PATIENCE_SECONDS
+from tests.helpers.support import PATIENCE_SECONDS
 
 PLACES = 4
 TRIES = 100

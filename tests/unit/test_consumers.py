@@ -29,8 +29,8 @@ from lmdbitmap.streams.stream import stream_backup
 from lmdbitmap.syncs.sync import sync
 from lmdbitmap.syncs.sync_plan import SyncKind
 from lmdbitmap.tracker import session
-from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
-from tests.tracked import NAME
+from tests.helpers.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
+from tests.helpers.tracked import NAME
 
 pytestmark = pytest.mark.in_memory
 

@@ -37,9 +37,9 @@ from lmdbitmap.nbd.control import control
 from lmdbitmap.nbd.control.control import ControlServer
 from lmdbitmap.store import Store, Writer
 from lmdbitmap.tracker import chain, session
-from tests import naive_flat
-from tests.support import PATIENCE_SECONDS, make_raw_image, open_files, run
-from tests.tracked import blocks_of, quick_folder
+from tests.helpers import naive_flat
+from tests.helpers.support import PATIENCE_SECONDS, make_raw_image, open_files, run
+from tests.helpers.tracked import blocks_of, quick_folder
 
 SIZE = 100 * 4096
 NAMES = ("sda", "sdb")

@@ -19,7 +19,7 @@ from lmdbitmap.qcow2 import Kind, Qcow2Reader
 from lmdbitmap.qcow2.compression import chosen
 from lmdbitmap.qcow2.layout import cluster_bits_for
 from lmdbitmap.work.progress import Report
-from tests.qcow2_model import MemoryFile, naive_chain_read
+from tests.helpers.qcow2_model import MemoryFile, naive_chain_read
 
 CLUSTER = 8192
 PAGE = 4096

@@ -15,7 +15,7 @@ from functools import partial
 import pytest
 
 from lmdbitmap.work.crew import Crew, Follower, Spared, none_spared, processors
-from tests.spared import EACH, MORE_THAN_THERE_ARE, NowAndThen, all_spared
+from tests.helpers.spared import EACH, MORE_THAN_THERE_ARE, NowAndThen, all_spared
 
 
 def thread_of_the_work(workers: Crew) -> int:

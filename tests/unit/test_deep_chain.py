@@ -16,10 +16,10 @@ from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.repository import backup_chain
 from lmdbitmap.repository.repository import BackupFolder
 from lmdbitmap.restoring.restore import restore
-from tests.backed_up import RESCAN, BackedUpDisk
-from tests.deep_chain import CLUSTER, make_deep_chain
-from tests.support import open_files
-from tests.tracked import NAME
+from tests.helpers.backed_up import RESCAN, BackedUpDisk
+from tests.helpers.deep_chain import CLUSTER, make_deep_chain
+from tests.helpers.support import open_files
+from tests.helpers.tracked import NAME
 from tests.unit.test_verify import few_open_files, flip
 
 SIZE = 1 << 20

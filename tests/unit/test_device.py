@@ -20,8 +20,8 @@ from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.interfaces import Allocation, ImageIdentity
 from lmdbitmap.system import linux
 from tests.conftest import RawImage
-from tests.support import open_files
-from tests.tracked import quick_folder
+from tests.helpers.support import open_files
+from tests.helpers.tracked import quick_folder
 
 MIB = 1 << 20
 PAGE = 4096

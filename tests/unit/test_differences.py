@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lmdbitmap.images.device import PAGE_BYTES
 from lmdbitmap.targets.differences import CHUNK_BYTES, Mender, chunks, differences
 from lmdbitmap.targets.target import Target
-from tests.watched import Watched, differing_pages, pages
+from tests.helpers.watched import Watched, differing_pages, pages
 
 SIZE = 2 * CHUNK_BYTES + 700
 

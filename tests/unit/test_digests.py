@@ -14,8 +14,8 @@ from lmdbitmap.copying.hashing import CHUNK_BYTES, ChunkHasher
 from lmdbitmap.errors import StorageError
 from lmdbitmap.repository.digests import synced_digests
 from lmdbitmap.repository.repository import BackupFolder
-from tests.backed_up import BackedUpDisk
-from tests.naive_digests import naive_digests
+from tests.helpers.backed_up import BackedUpDisk
+from tests.helpers.naive_digests import naive_digests
 
 
 @pytest.fixture

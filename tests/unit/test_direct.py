@@ -14,8 +14,8 @@ from lmdbitmap.filter import Filter
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.snapshot import Snapshot
-from tests.directly import STEPS, directly
-from tests.tracked import NAME, TrackedDisk, quick_folder
+from tests.helpers.directly import STEPS, directly
+from tests.helpers.tracked import NAME, TrackedDisk, quick_folder
 
 BLOCK = 4096
 BLOCKS = 64

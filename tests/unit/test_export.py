@@ -28,8 +28,8 @@ from lmdbitmap.geometry import Geometry
 from lmdbitmap.storage.schema import DEFERRED, Bitmap, region_key
 from lmdbitmap.tracker import standalone
 from lmdbitmap.tracker.standalone import Operation
-from tests import naive_flat
-from tests.tracked import NAME, TrackedDisk, blocks_of, quick_folder, trust_of
+from tests.helpers import naive_flat
+from tests.helpers.tracked import NAME, TrackedDisk, blocks_of, quick_folder, trust_of
 
 BLOCKS = 200
 SIZE = BLOCKS * 4096 - 100

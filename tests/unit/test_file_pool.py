@@ -12,7 +12,7 @@ import pytest
 from lmdbitmap.errors import Busy, NotFound
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.images.file_pool import FilePool, PooledFile
-from tests.support import open_files
+from tests.helpers.support import open_files
 
 
 def test_more_files_than_may_be_open_are_read_again_and_again(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError, NotFound, StorageError
 from lmdbitmap.system import files, linux
 from lmdbitmap.system.file_names import new_unfinished
-from tests.support import open_files, run
+from tests.helpers.support import open_files, run
 
 KIB = 1024
 

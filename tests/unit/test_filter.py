@@ -26,8 +26,8 @@ from lmdbitmap.store import Writer
 from lmdbitmap.tracker import lane, points, session, tracking
 from lmdbitmap.tracker.period import Period
 from lmdbitmap.work.chores import Chore
-from tests.support import PATIENCE_SECONDS, make_raw_image
-from tests.tracked import NAME, TrackedDisk, blocks_of, trust_of
+from tests.helpers.support import PATIENCE_SECONDS, make_raw_image
+from tests.helpers.tracked import NAME, TrackedDisk, blocks_of, trust_of
 
 BLOCK = 4096
 SIZE = 200 * BLOCK - 1000

@@ -14,7 +14,7 @@ from lmdbitmap.images.device import FileDevice
 from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.interfaces import FarAway
 from lmdbitmap.tracker.flushing import Flusher
-from tests.support import PATIENCE_SECONDS, make_raw_image
+from tests.helpers.support import PATIENCE_SECONDS, make_raw_image
 
 
 def test_a_flush_that_failed_fails_for_good_and_tells_once() -> None:

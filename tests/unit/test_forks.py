@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from tests.support import run
+from tests.helpers.support import run
 
 FORK = """
 import gc, os

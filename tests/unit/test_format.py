@@ -14,7 +14,7 @@ from lmdbitmap import format as flat
 from lmdbitmap.errors import FormatError, InvalidArgument, LmdbitmapError, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.format import BitsTally, Flags, FlatHeader
-from tests import naive_flat
+from tests.helpers import naive_flat
 
 SIZE, GRANULARITY_BITS = 1000 * 4096 - 7, 12
 BLOCKS = {0, 1, 63, 64, 500, 999}

@@ -12,7 +12,7 @@ import pytest
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.work.crew import Spared, none_spared
 from lmdbitmap.work.gang import Gang
-from tests.spared import EACH, MORE_THAN_THERE_ARE
+from tests.helpers.spared import EACH, MORE_THAN_THERE_ARE
 
 PATIENCE_S = 10.0
 

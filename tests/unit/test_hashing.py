@@ -15,8 +15,8 @@ from lmdbitmap.copying import hashing
 from lmdbitmap.copying.digest_algorithms import DigestAlgorithm
 from lmdbitmap.copying.hashing import CHUNK_BYTES, ChunkHasher, chunk_digests
 from lmdbitmap.work.crew import Spared
-from tests.naive_digests import naive_digest, naive_digests
-from tests.spared import EACH
+from tests.helpers.naive_digests import naive_digest, naive_digests
+from tests.helpers.spared import EACH
 
 CHUNK = 4096
 FOLDER = tempfile.gettempdir()

@@ -19,10 +19,10 @@ from lmdbitmap.store import Store
 from lmdbitmap.tracker import session
 from lmdbitmap.tracker.changes import changes
 from lmdbitmap.tracker.scratch import Scratch
-from tests.nbd_far import Asked, Crash, FarServer, HangUp, far_server, until_it_works
-from tests.nbd_raw import FLUSH, WRITE
-from tests.support import make_raw_image
-from tests.tracked import TrackedDisk, blocks_of, trust_of
+from tests.helpers.nbd_far import Asked, Crash, FarServer, HangUp, far_server, until_it_works
+from tests.helpers.nbd_raw import FLUSH, WRITE
+from tests.helpers.support import make_raw_image
+from tests.helpers.tracked import TrackedDisk, blocks_of, trust_of
 
 
 @pytest.fixture

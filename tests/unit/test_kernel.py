@@ -13,7 +13,7 @@ import pytest
 
 from lmdbitmap.interfaces import DeviceTrace
 from lmdbitmap.system import kernel
-from tests.support import spawn
+from tests.helpers.support import spawn
 
 SDA, SDA1, SDA2, VOLUME, LOOP = (os.makedev(*pair) for pair in ((8, 0), (8, 1), (8, 2), (253, 0), (7, 0)))
 

@@ -21,7 +21,7 @@ from lmdbitmap.images.device import FileDevice
 from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.interfaces import BlockDevice, Buffer
 from lmdbitmap.tracker.lane import FilterLane, Gate, poll_pauses_s
-from tests.support import make_raw_image
+from tests.helpers.support import make_raw_image
 
 GRANULARITY = 512
 SIZE = 4096 * GRANULARITY

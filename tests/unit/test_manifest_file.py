@@ -18,8 +18,8 @@ from lmdbitmap.repository.repository import BackupFolder, disk_names
 from lmdbitmap.repository.retention import Retention
 from lmdbitmap.repository.verify import verify
 from lmdbitmap.system import files
-from tests.backed_up import FULL, INCREMENTAL, BackedUpDisk
-from tests.support import no_ascii
+from tests.helpers.backed_up import FULL, INCREMENTAL, BackedUpDisk
+from tests.helpers.support import no_ascii
 from tests.unit.test_manifest import CHAIN, DISK
 from tests.unit.test_prune import SIZE, back_up, reads_as
 

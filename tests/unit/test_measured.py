@@ -9,7 +9,7 @@ import pytest
 
 from lmdbitmap.storage.measured import MeasuredStore
 from lmdbitmap.store import Store, Writer
-from tests.tracked import quick_folder
+from tests.helpers.tracked import quick_folder
 
 
 def put_nothing(writer: Writer) -> int:

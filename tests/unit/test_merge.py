@@ -17,7 +17,7 @@ from lmdbitmap.repository.merge import View, write_merged
 from lmdbitmap.repository.repository import BackupFolder
 from lmdbitmap.restoring.restore import restore
 from lmdbitmap.work.progress import Report
-from tests.support import requires, run
+from tests.helpers.support import requires, run
 from tests.unit.test_manifest import DISK, entry
 
 CLUSTERS = (4096, 512, 16384, 4096)

@@ -13,7 +13,7 @@ import pytest
 from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.images.plain import PlainDisk
 from lmdbitmap.nbd.server.server import Server
-from tests.nbd_raw import (
+from tests.helpers.nbd_raw import (
     BLOCK_STATUS,
     FLUSH,
     READ,

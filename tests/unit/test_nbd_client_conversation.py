@@ -20,7 +20,7 @@ from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import session
 from lmdbitmap.tracker.changes import changes
-from tests.nbd_far import (
+from tests.helpers.nbd_far import (
     ALL,
     EINVAL,
     EIO,
@@ -38,9 +38,9 @@ from tests.nbd_far import (
     honest,
     simple,
 )
-from tests.nbd_raw import FAST_ZERO, FLUSH, NO_HOLE, READ, WRITE
-from tests.support import PATIENCE_SECONDS
-from tests.tracked import TrackedDisk, blocks_of, quick_folder, trust_of
+from tests.helpers.nbd_raw import FAST_ZERO, FLUSH, NO_HOLE, READ, WRITE
+from tests.helpers.support import PATIENCE_SECONDS
+from tests.helpers.tracked import TrackedDisk, blocks_of, quick_folder, trust_of
 
 SIZE = 64 << 10
 ENOSPC = 28

@@ -1,4 +1,4 @@
-"""The NBD client against a far server that lies, dawdles, dies and forgets (tests/nbd_far.py)."""
+"""The NBD client against a far server that lies, dawdles, dies and forgets (tests/helpers/nbd_far.py)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError, NotFound
 from lmdbitmap.interfaces import Allocation, TrackableDevice
 from lmdbitmap.nbd.client.device import NbdDevice
-from tests.nbd_far import (
+from tests.helpers.nbd_far import (
     ALL,
     CONTEXT_ID,
     EINVAL,
@@ -46,9 +46,9 @@ from tests.nbd_far import (
     simple,
     until_it_works,
 )
-from tests.nbd_raw import BLOCK_STATUS, FAST_ZERO, FLUSH, FUA, NO_HOLE, READ, WRITE
-from tests.support import PATIENCE_SECONDS
-from tests.tracked import quick_folder
+from tests.helpers.nbd_raw import BLOCK_STATUS, FAST_ZERO, FLUSH, FUA, NO_HOLE, READ, WRITE
+from tests.helpers.support import PATIENCE_SECONDS
+from tests.helpers.tracked import quick_folder
 
 SIZE = 64 << 10
 PATTERN = bytes(range(1, 256)) * 300

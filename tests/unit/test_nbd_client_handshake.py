@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError, NotFound
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.client.handshake import FarExport, negotiation
-from tests.nbd_far import ACK, INFO, META_CONTEXT, STARTTLS, TLS_REQD, UNSUP, option_reply
-from tests.nbd_raw import EXTENDED_HEADERS, GO, SET_META_CONTEXT, STRUCTURED_REPLY, option, string
+from tests.helpers.nbd_far import ACK, INFO, META_CONTEXT, STARTTLS, TLS_REQD, UNSUP, option_reply
+from tests.helpers.nbd_raw import EXTENDED_HEADERS, GO, SET_META_CONTEXT, STRUCTURED_REPLY, option, string
 
 GREETING = b"NBDMAGICIHAVEOPT\0\3"
 COMPACT = option_reply(EXTENDED_HEADERS, UNSUP)

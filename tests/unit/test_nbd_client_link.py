@@ -13,7 +13,7 @@ import pytest
 from lmdbitmap.interfaces import Allocation
 from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.nbd.client.link import Request
-from tests.nbd_far import (
+from tests.helpers.nbd_far import (
     CONTEXT_ID,
     EIO,
     TRIM,
@@ -26,8 +26,8 @@ from tests.nbd_far import (
     far_server,
     simple,
 )
-from tests.nbd_raw import BLOCK_STATUS, FUA, READ, WRITE
-from tests.support import PATIENCE_SECONDS
+from tests.helpers.nbd_raw import BLOCK_STATUS, FUA, READ, WRITE
+from tests.helpers.support import PATIENCE_SECONDS
 
 GIB = 1 << 30
 SIZE = 64 << 10

@@ -21,8 +21,8 @@ from lmdbitmap.nbd.server.commands import PIECE_BYTES, perform
 from lmdbitmap.nbd.server.contexts import MAX_DESCRIPTORS
 from lmdbitmap.nbd.server.forms import EXTENDED, STRUCTURED, Form
 from lmdbitmap.nbd.server.handshake import MAX_QUERIES
-from tests.support import PATIENCE_SECONDS
-from tests.tracked import NAME, TrackedDisk
+from tests.helpers.support import PATIENCE_SECONDS
+from tests.helpers.tracked import NAME, TrackedDisk
 
 SIZE = 4 * PIECE_BYTES
 CONTEXTS, EXTENTS = 24, 4096

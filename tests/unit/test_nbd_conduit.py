@@ -16,9 +16,9 @@ from lmdbitmap.images.device import FileDevice
 from lmdbitmap.images.plain import PlainDisk, PlainLane
 from lmdbitmap.interfaces import BlockDevice, SplicingLane
 from lmdbitmap.system.linux import splice_to_file
-from tests.nbd_raw import FLUSH, FUA, READ, WRITE, request, write
-from tests.support import open_files
-from tests.tracked import TrackedDisk, blocks_of
+from tests.helpers.nbd_raw import FLUSH, FUA, READ, WRITE, request, write
+from tests.helpers.support import open_files
+from tests.helpers.tracked import TrackedDisk, blocks_of
 from tests.unit.test_nbd_connection import MIB, Peer, connected
 
 SIZE = 4 * MIB + 333

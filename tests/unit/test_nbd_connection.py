@@ -22,7 +22,7 @@ from lmdbitmap.nbd.server.connection import Connection
 from lmdbitmap.nbd.server.contexts import MAX_DESCRIPTORS, StatusSource
 from lmdbitmap.nbd.server.replies import SPLICE_FROM_UNIX
 from lmdbitmap.nbd.server.traffic import KINDS
-from tests.nbd_raw import (
+from tests.helpers.nbd_raw import (
     BLOCK_STATUS,
     CACHE,
     DF,
@@ -40,7 +40,7 @@ from tests.nbd_raw import (
     request,
     write,
 )
-from tests.support import PATIENCE_SECONDS, open_files
+from tests.helpers.support import PATIENCE_SECONDS, open_files
 
 SIZE = 4 << 20
 MIB = 1 << 20

@@ -13,7 +13,7 @@ from lmdbitmap.images.plain import PlainDisk
 from lmdbitmap.nbd.control.watch import Watch
 from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.work.latencies import Latencies
-from tests.nbd_raw import DISC, FLUSH, READ, WRITE, RawClient, request
+from tests.helpers.nbd_raw import DISC, FLUSH, READ, WRITE, RawClient, request
 
 SIZE = 1 << 20
 REQUESTS = 20

@@ -15,7 +15,7 @@ from lmdbitmap.filter import Filter
 from lmdbitmap.nbd.server.contexts import StatusSource, one_question
 from lmdbitmap.nbd.server.dirty_contexts import NAMESPACE, tracked_contexts
 from lmdbitmap.storage import schema
-from tests.tracked import NAME, TrackedDisk, quick_folder
+from tests.helpers.tracked import NAME, TrackedDisk, quick_folder
 
 BLOCK = 4096
 EXTENT = 64 * BLOCK

@@ -21,7 +21,7 @@ from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.server.commands import PIECE_BYTES
 from lmdbitmap.nbd.server.contexts import StatusSource, allocation_source
 from lmdbitmap.nbd.server.forms import EXTENDED, SIMPLE, STRUCTURED, Form
-from tests.nbd_raw import (
+from tests.helpers.nbd_raw import (
     BLOCK_STATUS,
     CACHE,
     DISC,
@@ -35,7 +35,7 @@ from tests.nbd_raw import (
     WRITE_ZEROES,
     extended,
 )
-from tests.support import PATIENCE_SECONDS
+from tests.helpers.support import PATIENCE_SECONDS
 from tests.unit import test_nbd_connection
 from tests.unit.test_nbd_connection import Peer, connected
 

@@ -15,7 +15,7 @@ from lmdbitmap.filter import Filter
 from lmdbitmap.nbd import control_client
 from lmdbitmap.nbd.control.control import ControlServer
 from lmdbitmap.nbd.server.server import Server
-from tests.tracked import NAME, TrackedDisk, quick_folder
+from tests.helpers.tracked import NAME, TrackedDisk, quick_folder
 
 SIZE = 64 * 4096
 

@@ -14,9 +14,9 @@ from lmdbitmap.copying.readable import Metered, ways_of
 from lmdbitmap.nbd.control.watch import Watch
 from lmdbitmap.nbd.server.quiet import QUIET_S, Quiet
 from lmdbitmap.work.latencies import Latencies
-from tests.nbd_raw import READ, WRITE, RawClient
-from tests.serving import Serving, serving
-from tests.tracked import NAME, TrackedDisk, quick_folder
+from tests.helpers.nbd_raw import READ, WRITE, RawClient
+from tests.helpers.serving import Serving, serving
+from tests.helpers.tracked import NAME, TrackedDisk, quick_folder
 
 BLOCK = 4096
 

@@ -19,8 +19,8 @@ from lmdbitmap.interfaces import BlockDevice, ServedDisk
 from lmdbitmap.nbd.server import replies, rounds
 from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.tracker.lane import FilterLane, Gate
-from tests.nbd_raw import DISC, FLUSH, READ, WRITE, WRITE_ZEROES, RawClient, request, write
-from tests.support import PATIENCE_SECONDS, make_raw_image
+from tests.helpers.nbd_raw import DISC, FLUSH, READ, WRITE, WRITE_ZEROES, RawClient, request, write
+from tests.helpers.support import PATIENCE_SECONDS, make_raw_image
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 16 * MIB

@@ -21,8 +21,19 @@ from lmdbitmap.nbd.server.contexts import StatusSource, base_contexts
 from lmdbitmap.nbd.server.rounds import Rounds
 from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.nbd.server.visit import Served, Visit
-from tests.nbd_raw import BLOCK_STATUS, DISC, GO, READ, WRITE, RawClient, option, request, string, write
-from tests.support import PATIENCE_SECONDS
+from tests.helpers.nbd_raw import (
+    BLOCK_STATUS,
+    DISC,
+    GO,
+    READ,
+    WRITE,
+    RawClient,
+    option,
+    request,
+    string,
+    write,
+)
+from tests.helpers.support import PATIENCE_SECONDS
 
 STRUCTURED_REPLY, LIST_META_CONTEXT = 8, 9
 SIZE = 64 << 20

@@ -14,8 +14,8 @@ from lmdbitmap.images.plain import PlainDisk
 from lmdbitmap.nbd.server import visit as visiting
 from lmdbitmap.nbd.server.rounds import Rounds
 from lmdbitmap.nbd.server.visit import Served, Visit
-from tests.nbd_raw import GO, READ, RawClient, option, string
-from tests.support import PATIENCE_SECONDS
+from tests.helpers.nbd_raw import GO, READ, RawClient, option, string
+from tests.helpers.support import PATIENCE_SECONDS
 
 LIST = 3
 

@@ -16,7 +16,7 @@ from lmdbitmap.copying.pieces import Pieces
 from lmdbitmap.copying.readable import CHUNK_BYTES, Metered, Readable
 from lmdbitmap.geometry import Geometry, ceil_div
 from lmdbitmap.images.memory_device import MemoryDevice
-from tests.spared import MORE_THAN_THERE_ARE, NowAndThen
+from tests.helpers.spared import MORE_THAN_THERE_ARE, NowAndThen
 
 BLOCK_BITS = 13
 BLOCK = 1 << BLOCK_BITS

@@ -11,7 +11,7 @@ import pytest
 from lmdbitmap.errors import Busy, StorageError
 from lmdbitmap.storage import presence
 from lmdbitmap.storage.presence import entering
-from tests.support import open_files, run
+from tests.helpers.support import open_files, run
 
 
 @pytest.fixture

@@ -21,9 +21,9 @@ from lmdbitmap.repository.prune import PruneResult, PrunesFailed, prune
 from lmdbitmap.repository.repository import BackupFolder
 from lmdbitmap.repository.retention import Retention
 from lmdbitmap.repository.verify import verify
-from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
-from tests.support import requires, run
-from tests.tracked import NAME
+from tests.helpers.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
+from tests.helpers.support import requires, run
+from tests.helpers.tracked import NAME
 from tests.unit.test_digest_algorithms import forget_blake3
 from tests.unit.test_verify import few_open_files, flip
 

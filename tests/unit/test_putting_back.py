@@ -14,8 +14,8 @@ from lmdbitmap.repository.backup_chain import BackupChain
 from lmdbitmap.restoring.putting_back import Comparing, Overwriting
 from lmdbitmap.targets.target import Target
 from lmdbitmap.work.progress import Report
-from tests.backed_up import BackedUpDisk
-from tests.watched import Watched, differing_pages
+from tests.helpers.backed_up import BackedUpDisk
+from tests.helpers.watched import Watched, differing_pages
 
 MIB = 1 << 20
 SIZE = 3 * MIB + 700

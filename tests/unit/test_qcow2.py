@@ -22,7 +22,7 @@ from lmdbitmap.qcow2 import (
     chain_read_into,
 )
 from lmdbitmap.qcow2.layout import compressed_entry, compressed_place
-from tests.qcow2_model import (
+from tests.helpers.qcow2_model import (
     MemoryFile,
     compressed_image,
     compressed_range,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lmdbitmap.qcow2 import Kind, MappedRun, Qcow2Reader, Qcow2Writer, chain, chain_extents
 from lmdbitmap.qcow2.reader import joined
-from tests.qcow2_model import MemoryFile
+from tests.helpers.qcow2_model import MemoryFile
 
 COMPRESSED_CLUSTER = 4
 

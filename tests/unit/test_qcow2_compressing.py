@@ -15,8 +15,8 @@ from lmdbitmap.qcow2 import CompressingWriter, CompressionType, Kind, MappedRun,
 from lmdbitmap.qcow2.compressing import PIECE_BYTES, PIECES_PER_WORKER
 from lmdbitmap.qcow2.compression import chosen, compressor
 from lmdbitmap.work.crew import Spared, none_spared
-from tests.qcow2_model import MemoryFile, naive_chain_read, structure_problems, u64
-from tests.spared import EACH
+from tests.helpers.qcow2_model import MemoryFile, naive_chain_read, structure_problems, u64
+from tests.helpers.spared import EACH
 
 CLUSTER = 4096
 Ranges = Sequence[tuple[int, bytes | int]]

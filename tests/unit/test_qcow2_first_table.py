@@ -12,7 +12,7 @@ import pytest
 
 from lmdbitmap.qcow2.first_table import FirstTable
 from lmdbitmap.qcow2.layout import COPIED, OFFSET_MASK
-from tests.qcow2_model import MemoryFile
+from tests.helpers.qcow2_model import MemoryFile
 
 PLACE = 512
 

@@ -12,9 +12,9 @@ from lmdbitmap.errors import Busy, NotFound
 from lmdbitmap.filter import Filter
 from lmdbitmap.tracker import session
 from lmdbitmap.work.apart import Failures
-from tests.serving import serving
-from tests.support import make_raw_image
-from tests.tracked import NAME, TrackedDisk, quick_folder
+from tests.helpers.serving import serving
+from tests.helpers.support import make_raw_image
+from tests.helpers.tracked import NAME, TrackedDisk, quick_folder
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from lmdbitmap.repository.repository import (
     sha256_of,
 )
 from lmdbitmap.system import files
-from tests.support import PATIENCE_SECONDS
+from tests.helpers.support import PATIENCE_SECONDS
 from tests.unit.test_manifest import CHAIN, DISK, entry
 
 

@@ -26,9 +26,9 @@ from lmdbitmap.repository.backup_chain import open_backup
 from lmdbitmap.repository.manifest import BackupEntry, BackupType, chain_to
 from lmdbitmap.restoring.restore import RestoreResult, restore
 from lmdbitmap.system import linux
-from tests.backed_up import DIFFERENTIAL, FULL, BackedUpDisk
 from tests.contract.implementations import can_make_loop_devices, loop_node
-from tests.tracked import NAME, quick_folder
+from tests.helpers.backed_up import DIFFERENTIAL, FULL, BackedUpDisk
+from tests.helpers.tracked import NAME, quick_folder
 from tests.unit.test_digest_algorithms import forget_blake3
 from tests.unit.test_verify import change_entry, vouch_as_a_whole
 

@@ -14,8 +14,8 @@ from lmdbitmap.errors import Busy, FormatError, NotFound
 from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.repository.restore_points import backed_up_disks, backups_of
 from lmdbitmap.restoring.backup_server import serve_backup
-from tests.backed_up import FULL, BackedUpDisk
-from tests.tracked import NAME, quick_folder
+from tests.helpers.backed_up import FULL, BackedUpDisk
+from tests.helpers.tracked import NAME, quick_folder
 
 BLOCK = 4096
 SIZE = 800 * BLOCK

@@ -12,8 +12,8 @@ import pytest
 
 from lmdbitmap.errors import NotFound, StorageError
 from lmdbitmap.tracker.scratch import Scratch, ScratchFile
-from tests.support import open_files
-from tests.tracked import quick_folder
+from tests.helpers.support import open_files
+from tests.helpers.tracked import quick_folder
 
 MIB = 1 << 20
 BLOCK = 4096

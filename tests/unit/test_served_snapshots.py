@@ -11,8 +11,8 @@ import pytest
 from lmdbitmap.access.served_snapshots import release_served_snapshot, take_served_snapshot
 from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, NotFound, StorageError
 from lmdbitmap.nbd.client.device import NbdDevice
-from tests.serving import Serving, serving
-from tests.tracked import NAME, TrackedDisk, quick_folder
+from tests.helpers.serving import Serving, serving
+from tests.helpers.tracked import NAME, TrackedDisk, quick_folder
 
 BLOCK = 4096
 

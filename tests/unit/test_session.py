@@ -18,8 +18,8 @@ from lmdbitmap.images.identity import identity_to_keep
 from lmdbitmap.interfaces import ImageIdentity
 from lmdbitmap.storage import owner, schema
 from lmdbitmap.tracker import session
-from tests.support import make_raw_image
-from tests.tracked import NAME, TrackedDisk, blocks_of, trust_of
+from tests.helpers.support import make_raw_image
+from tests.helpers.tracked import NAME, TrackedDisk, blocks_of, trust_of
 
 BLOCK = 4096
 SIZE = 100 * BLOCK

@@ -23,8 +23,8 @@ from lmdbitmap.tracker import points
 from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.snapshot import Snapshot
 from tests.crash.tapped import WRITES, TappedDevice, Turnstile, join, start
-from tests.support import PATIENCE_SECONDS, make_raw_image
-from tests.tracked import NAME, TrackedDisk, quick_folder
+from tests.helpers.support import PATIENCE_SECONDS, make_raw_image
+from tests.helpers.tracked import NAME, TrackedDisk, quick_folder
 
 BLOCK = 4096
 BLOCKS = 500

@@ -18,7 +18,7 @@ from lmdbitmap.store import Store, Writer
 from lmdbitmap.tracker import standalone
 from lmdbitmap.tracker.slices import SLICE_REGIONS
 from lmdbitmap.tracker.standalone import Operation, Origin
-from tests.tracked import NAME, TrackedDisk, quick_folder
+from tests.helpers.tracked import NAME, TrackedDisk, quick_folder
 
 GEOMETRY = Geometry((3 * REGION_BLOCKS - 100) * 4096 - 7, 12)
 LAST = GEOMETRY.block_count - 1

@@ -18,11 +18,11 @@ from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.interfaces import Allocation
 from lmdbitmap.streams.rbd_diff import MAX_ZERO_BYTES, Head
 from lmdbitmap.streams.stream import Sink, stream_backup, write_stream
-from tests import naive_rbd_diff
-from tests.backed_up import BackedUpDisk
-from tests.naive_rbd_diff import Stream
-from tests.support import no_ascii
-from tests.tracked import NAME
+from tests.helpers import naive_rbd_diff
+from tests.helpers.backed_up import BackedUpDisk
+from tests.helpers.naive_rbd_diff import Stream
+from tests.helpers.support import no_ascii
+from tests.helpers.tracked import NAME
 
 pytestmark = pytest.mark.in_memory
 

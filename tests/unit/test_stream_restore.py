@@ -16,10 +16,10 @@ from lmdbitmap.errors import AlreadyExists, Busy, FormatError, InvalidArgument, 
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.store import Store
 from lmdbitmap.streams.stream_restore import AppliedResult, apply_stream
-from tests import naive_rbd_diff
 from tests.contract.implementations import can_make_loop_devices, loop_node
-from tests.naive_rbd_diff import Stream
-from tests.tracked import TrackedDisk
+from tests.helpers import naive_rbd_diff
+from tests.helpers.naive_rbd_diff import Stream
+from tests.helpers.tracked import TrackedDisk
 
 MIB = 1 << 20
 SIZE = 3 * MIB + 513

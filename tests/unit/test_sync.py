@@ -33,11 +33,11 @@ from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.syncs.sync import SyncResult, sync
 from lmdbitmap.syncs.sync_plan import SyncKind, gap_between
 from lmdbitmap.tracker import session
-from tests.backed_up import BackedUpDisk
 from tests.contract.implementations import can_make_loop_devices, loop_node
-from tests.nbd_far import FarServer
-from tests.support import make_raw_image, no_ascii
-from tests.tracked import LATER_NS, NAME
+from tests.helpers.backed_up import BackedUpDisk
+from tests.helpers.nbd_far import FarServer
+from tests.helpers.support import make_raw_image, no_ascii
+from tests.helpers.tracked import LATER_NS, NAME
 
 BLOCK = 4096
 SIZE = 50 * BLOCK + 100

@@ -23,10 +23,10 @@ from lmdbitmap.restoring.restore import RestoreResult, restore
 from lmdbitmap.system import files
 from lmdbitmap.targets.target import Target
 from lmdbitmap.tracker import session
-from tests.backed_up import DIFFERENTIAL, INCREMENTAL, BackedUpDisk
 from tests.contract.implementations import can_make_loop_devices, loop_node
-from tests.nbd_far import READ_ONLY, FarServer
-from tests.tracked import NAME, blocks_of
+from tests.helpers.backed_up import DIFFERENTIAL, INCREMENTAL, BackedUpDisk
+from tests.helpers.nbd_far import READ_ONLY, FarServer
+from tests.helpers.tracked import NAME, blocks_of
 
 KIB = 1 << 10
 SIZE = 300 * KIB

@@ -34,9 +34,9 @@ from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.snapshot import Snapshot
 from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.crash.tapped import TappedDevice
-from tests.nbd_raw import BLOCK_STATUS, GO, READ, REQ_ONE, RawClient, string
-from tests.serving import Serving, serving
-from tests.tracked import NAME, TrackedDisk, quick_folder
+from tests.helpers.nbd_raw import BLOCK_STATUS, GO, READ, REQ_ONE, RawClient, string
+from tests.helpers.serving import Serving, serving
+from tests.helpers.tracked import NAME, TrackedDisk, quick_folder
 
 BLOCK = 4096
 ACK, LIST = 1, 3

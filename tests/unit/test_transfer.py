@@ -21,8 +21,8 @@ from lmdbitmap.repository.repository import BackupFolder
 from lmdbitmap.repository.retention import Retention
 from lmdbitmap.repository.transfer import CopiesFailed, CopyResult, copy_backups
 from lmdbitmap.repository.verify import verify
-from tests.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
-from tests.tracked import NAME
+from tests.helpers.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
+from tests.helpers.tracked import NAME
 from tests.unit.test_digest_algorithms import forget_blake3
 from tests.unit.test_prune import back_up, beside, path_of, reads_as
 from tests.unit.test_verify import digests_of, flip, vouch_as_a_whole

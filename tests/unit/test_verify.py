@@ -26,9 +26,9 @@ from lmdbitmap.repository.prune import prune
 from lmdbitmap.repository.repository import sha256_of
 from lmdbitmap.repository.retention import Retention
 from lmdbitmap.repository.verify import MAX_FLAWS, Flaw, VerifyResult, verify
-from tests.backed_up import BackedUpDisk, Repositories
-from tests.support import no_ascii
-from tests.tracked import NAME, quick_folder
+from tests.helpers.backed_up import BackedUpDisk, Repositories
+from tests.helpers.support import no_ascii
+from tests.helpers.tracked import NAME, quick_folder
 from tests.unit.test_digest_algorithms import forget_blake3
 
 MIB = 1 << 20

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap.images.whereabouts import Whereabouts, why_lost
-from tests.tracked import NAME, TrackedDisk
+from tests.helpers.tracked import NAME, TrackedDisk
 
 SIZE = 1 << 20
 

@@ -37,7 +37,7 @@ from tests.crash.power_cut.disk_states import NOTHING, SECTOR, DiskState, File
 from tests.crash.power_cut.judging_copies import Copies
 from tests.crash.power_cut.stage import BLOCK, FLAT_FILE, GRANULARITY_BITS, STORE
 from tests.crash.power_cut.truth import Deed, Truth
-from tests.tracked import blocks_of, trust_of
+from tests.helpers.tracked import blocks_of, trust_of
 
 assert BLOCK == SECTOR, "a sector that differs is a block that differs"
 _PROBE_BLOCK = 77

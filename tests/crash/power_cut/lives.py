@@ -40,7 +40,7 @@ from tests.crash.power_cut.stage import (
     tell_mtime,
     telling,
 )
-from tests.patience import let_beats_be_late
+from tests.helpers.late_beats import let_beats_be_late
 
 Life: TypeAlias = Callable[[Stage], None]
 

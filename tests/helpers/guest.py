@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-GUEST = Path(__file__).parent.parent / ".venv" / "guest"
+GUEST = Path(__file__).parents[2] / ".venv" / "guest"
 """What tools/guest.py made."""
 BOOT_SECONDS = 60.0
 RECONNECT_SECONDS = 50

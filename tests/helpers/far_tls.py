@@ -12,18 +12,18 @@ from lmdbitmap.images.device import FileDevice
 from lmdbitmap.images.plain import PlainDisk
 from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.nbd.tls import server_context
-from tests.nbd_far import FarServer, far_server
-from tests.papers import Papers, shared_papers
-from tests.support import Argument, Child, free_port, spawn, wait_for_socket
+from tests.helpers.certificates import Certificates, shared_papers
+from tests.helpers.nbd_far import FarServer, far_server
+from tests.helpers.support import Argument, Child, free_port, spawn, wait_for_socket
 
 
 @pytest.fixture(scope="session")
-def papers() -> Papers:
+def papers() -> Certificates:
     return shared_papers()
 
 
 @pytest.fixture
-def far(tmp_path: Path, papers: Papers) -> Iterator[FarServer]:
+def far(tmp_path: Path, papers: Certificates) -> Iterator[FarServer]:
     """In place of the plain one of the tests that are imported above."""
     with far_server(tmp_path) as server:
         server.tls = server_context(str(papers.folder))

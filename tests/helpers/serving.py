@@ -13,7 +13,7 @@ from lmdbitmap.nbd.control.held import HeldSnapshots
 from lmdbitmap.nbd.server.dirty_contexts import tracked_contexts
 from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.tracker.scratch import Scratch
-from tests.tracked import NAME, TrackedDisk
+from tests.helpers.tracked import NAME, TrackedDisk
 
 
 class Serving(NamedTuple):

@@ -17,7 +17,7 @@ from lmdbitmap.storage import schema
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain, session
 from lmdbitmap.tracker.changes import Changes, changes
-from tests.support import make_raw_image
+from tests.helpers.support import make_raw_image
 
 NAME = "sda"
 LATER_NS = 3_600_000_000_000

@@ -9,10 +9,10 @@ import ssl
 import tempfile
 from pathlib import Path
 
-from tests.support import run
+from tests.helpers.support import run
 
 
-class Papers:
+class Certificates:
     """Certificates of one authority, for a server and a client, in the layout that QEMU and libnbd share.
 
     They certify localhost. With a negative number of `days` they have expired.
@@ -64,8 +64,8 @@ class Papers:
 
 
 @functools.cache
-def shared_papers() -> Papers:
+def shared_papers() -> Certificates:
     """For all tests of this process that leave them as they are: openssl takes its time."""
     folder = tempfile.mkdtemp(prefix="lmdbitmap-test-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Papers(Path(folder, "papers"))
+    return Certificates(Path(folder, "papers"))

@@ -12,7 +12,7 @@ from lmdbitmap.copying.hashing import CHUNK_BYTES, chunk_digests
 from lmdbitmap.qcow2 import Qcow2Writer
 from lmdbitmap.repository.manifest import BackupEntry, ChunkDigests, Manifest
 from lmdbitmap.repository.repository import BackupFolder, digests_name, sha256_of
-from tests.tracked import NAME
+from tests.helpers.tracked import NAME
 from tests.unit.test_manifest import DISK, entry
 
 CLUSTER = 4096

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-NEWER = Path(__file__).parent.parent / ".venv" / "newer"
+NEWER = Path(__file__).parents[2] / ".venv" / "newer"
 """What tools/newer.py made."""
 
 requires_newer = pytest.mark.skipif(

@@ -13,8 +13,8 @@ from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.repository.manifest import BackupEntry, BackupType, Manifest
 from lmdbitmap.repository.repository import BackupFolder
 from lmdbitmap.restoring.restore import restore
-from tests.support import PATIENCE_SECONDS
-from tests.tracked import NAME, TrackedDisk
+from tests.helpers.support import PATIENCE_SECONDS
+from tests.helpers.tracked import NAME, TrackedDisk
 
 FULL, INCREMENTAL, DIFFERENTIAL, RESCAN = BackupType
 ALWAYS_THERE = {"lock", "manifest.json", "manifest.json.copy"}

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from tests.nbd_raw import (
+from tests.helpers.nbd_raw import (
     BLOCK_STATUS,
     DISC,
     EXTENDED_HEADERS,

@@ -1,0 +1,1 @@
+"""What tests share: things to try the tracker on, peers that do as they are told, and second implementations."""
