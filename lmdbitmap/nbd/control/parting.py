@@ -43,8 +43,8 @@ class Parting:
         try:
             attached.detach()
         finally:
+            _log.warning("disk %s: it is served no more, as somebody asked for that", name)
             self._end_with_the_last()
-        _log.warning("disk %s: it is served no more, as somebody asked for that", name)
 
     def _end_with_the_last(self) -> None:
         if not self._filters:
