@@ -43,11 +43,14 @@ from lmdbitmap.tracker.tracking import Tracking, detached_error
 from lmdbitmap.tracker.vouching import Voucher
 from lmdbitmap.work import forks
 from lmdbitmap.work.chores import Chore, Chores
+from lmdbitmap.work.crew import joined
 
 log = logging.getLogger(__name__)
 
-chores = Chores(0.5)
-"""Of all attached disks of this process: background passes, and signs of life."""
+INTERVAL_S = 0.5
+"""Between signs of life, and between background passes."""
+chores = Chores(INTERVAL_S)
+"""The passes of all attached disks of this process."""
 _DISARM_PER_PASS = 512
 _QUIET_PASSES = 10
 """How long a guest may stay away from an extent without having to wait for a commit when it comes back."""
@@ -70,10 +73,11 @@ class Filter(Front):
         self._whereabouts = Whereabouts(disk.name, disk.image, device.fd)
         self._ending = threading.RLock()
         self._last_acts: list[Callable[[], None]] = []
-        self._background = [
-            self._chore("beat", self.beat, urgent=True),
-            self._chore("pass", self._patient_pass),
-        ]
+        self._passes = Chore(f"disk {disk.name}: its background pass", self._warning_of(self._patient_pass))
+        self._beats = threading.Thread(name="lmdbitmap beat")
+        self._ends = threading.Event()
+        """The beats and passes."""
+        self._has_background = False
 
     @classmethod
     def attach(
@@ -98,8 +102,7 @@ class Filter(Front):
             owned.keep()
         forks.is_not_for_children(attached)
         if background:
-            for chore in attached._background:
-                chores.add(chore)
+            attached._begin_background()
         return attached
 
     # -- what a server and an agent use --------------------------------------------------------------------
@@ -260,8 +263,30 @@ class Filter(Front):
             with self._tracking.frozen():
                 self._tracking.begin_again()
 
-    def _chore(self, name: str, work: Callable[[], None], *, urgent: bool = False) -> Chore:
-        def patiently() -> None:
+    def _begin_background(self) -> None:
+        """Raises `StorageError` for want of a thread, and lets go of the disk."""
+        self._ends.clear()
+        self._has_background = True
+        self._beats = threading.Thread(target=self._beat_on, name="lmdbitmap beat", daemon=True)
+        try:
+            self._beats.start()
+            chores.add(self._passes)
+        except RuntimeError as refused:
+            self.abandon()
+            raise StorageError(
+                f"disk {self.disk.name!r} cannot be attached",
+                OSError(errno.EAGAIN, str(refused)),
+                next_step="have fewer threads, or allow more (ulimit -u)",
+            ) from refused
+
+    def _beat_on(self) -> None:
+        """In a thread for each disk: whatever else hangs, and be it the image of another one, keeps nobody from it."""
+        beat = self._warning_of(self.beat)
+        while not self._ends.wait(INTERVAL_S):
+            beat()
+
+    def _warning_of(self, work: Callable[[], None]) -> Callable[[], None]:
+        def warily() -> None:
             try:
                 work()
             except (LmdbitmapError, OSError) as error:
@@ -269,7 +294,7 @@ class Filter(Front):
                     "disk %s: background work failed, and will be tried again: %s", self.disk.name, error
                 )
 
-        return Chore(f"disk {self.disk.name}: its {name}", patiently, urgent=urgent)
+        return warily
 
     # -- the end -------------------------------------------------------------------------------------------
 
@@ -300,7 +325,7 @@ class Filter(Front):
             self._tracking.is_over = True
             with (
                 contextlib.ExitStack() as steps
-            ):  # last one first; if one is interrupted (Ctrl-C), the others are done
+            ):  # last one first, each though one before was interrupted (Ctrl-C)
                 steps.callback(self._end_now, last_act)
                 steps.callback(before)
                 steps.callback(self._stop_background)
@@ -314,6 +339,8 @@ class Filter(Front):
                     self._let_go()
         except BaseException:  # an interruption, while writes were in flight: then it can be ended once more
             self._tracking.is_over = self._tracking.gate.is_shut
+            if self._has_background and not self._tracking.is_over:
+                self._begin_background()
             raise
 
     def _mark_last_doubts(self) -> None:
@@ -321,9 +348,10 @@ class Filter(Front):
             self._mark_doubts()
 
     def _stop_background(self) -> None:
-        with contextlib.ExitStack() as each:
-            for chore in self._background:
-                each.callback(chores.end, chore)
+        self._ends.set()
+        with contextlib.ExitStack() as both:
+            both.callback(joined, self._beats)
+            both.callback(chores.end, self._passes)
 
     def _end_session(self) -> None:
         self.flush()
@@ -336,10 +364,11 @@ class Filter(Front):
 
     def _let_go(self) -> None:
         """What we know is not ours to write any more: the disk may have another owner at once."""
-        self._tracking.let_go(detached_error(self.disk))
-        self._whereabouts.end()
-        self.device.close()
-        self._voucher.close()
+        with contextlib.ExitStack() as each:  # last one first, and each
+            each.callback(self._voucher.close)
+            each.callback(self.device.close)
+            each.callback(self._whereabouts.end)
+            each.callback(self._tracking.let_go, detached_error(self.disk))
 
     def forsake(self) -> None:
         """We are in a forked child: nobody tracks its writes, so it has none; and the locks stay our parent's alone."""

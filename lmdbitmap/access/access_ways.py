@@ -155,8 +155,7 @@ class _ThroughOwner:
     @property
     def disks(self) -> Sequence[Disk]:
         with self._store.read() as reader:
-            found = {disk.uuid: disk for disk in reader.disks()}
-        return [found[uuid] for uuid in self._uuids]
+            return [session.existing(reader, uuid) for uuid in self._uuids]
 
     def leave_out(self, disk: Disk) -> None:
         self._uuids.remove(disk.uuid)

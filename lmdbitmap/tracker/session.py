@@ -70,7 +70,7 @@ def owning(store: Store, name: str, open_device: OpenDevice = open_image) -> Ite
     lock = _own(store, name, disk_uuid)
     try:
         with store.read() as reader:
-            disk = _existing(reader, disk_uuid)
+            disk = existing(reader, disk_uuid)
         owned = OwnedDisk(disk, lock, _opened(store, disk, open_device))
     except BaseException:
         lock.close()
@@ -175,7 +175,7 @@ def _resume(store: Store, owned: OwnedDisk, identity: ImageIdentity, *, session:
     verdict = Verdict(broken=distrust.reason) if distrust else _judge(store, owned)
 
     def commit(writer: Writer) -> Disk:
-        disk = _existing(writer, owned.disk.uuid)
+        disk = existing(writer, owned.disk.uuid)
         if disk.size != identity.size:
             disk = chain.resize(writer, disk, identity.size)
         if verdict.broken is not None:
@@ -343,7 +343,7 @@ def relocate(store: Store, name: str, image: str) -> Disk:
         _open_to_look(image).close()
 
         def change(writer: Writer) -> Disk:
-            moved = dataclasses.replace(_existing(writer, disk.uuid), image=image)
+            moved = dataclasses.replace(existing(writer, disk.uuid), image=image)
             writer.put_disk(moved)
             return moved
 
@@ -373,7 +373,8 @@ def _own(store: Store, name: str, disk_uuid: UUID) -> Owner:
         ) from error
 
 
-def _existing(reader: Reader, disk_uuid: UUID) -> Disk:
+def existing(reader: Reader, disk_uuid: UUID) -> Disk:
+    """The disk of that uuid. Raises `NotFound` if it was removed."""
     disk = reader.disk(disk_uuid)
     if disk is None:
         raise NotFound(

@@ -243,10 +243,11 @@ class Tracking:
 
     def let_go(self, refusal: StorageError) -> None:
         """Write nothing more: the disk may have another owner at once."""
-        for snapshot in self.snapshots:
-            snapshot.release()
-        self.period.end()
-        self.flusher.close(refusal)
+        with contextlib.ExitStack() as each:  # last one first, and each
+            each.callback(self.flusher.close, refusal)
+            each.callback(self.period.end)
+            for snapshot in self.snapshots:
+                each.callback(snapshot.release)
 
     # -- what is known -------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ import pytest
 from lmdbitmap.access import access_ways
 from lmdbitmap.access.access_ways import Served
 from lmdbitmap.backups.backup import backup
-from lmdbitmap.errors import Busy, InvalidArgument, OwnerGone, StorageError
+from lmdbitmap.errors import Busy, InvalidArgument, NotFound, OwnerGone, StorageError
 from lmdbitmap.filter import Filter
 from lmdbitmap.nbd import control_client
 from lmdbitmap.nbd.control import control
@@ -24,6 +24,7 @@ from lmdbitmap.nbd.control.held import HeldSnapshots
 from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.store import Store
+from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.snapshot import Snapshot
 from tests.helpers.serving import serving as serving_tracked
@@ -316,6 +317,13 @@ def test_caller_that_hangs_up_takes_no_later_snapshot_of_that_name_with_it(serve
         await_callers(1)
         assert point.device.pread(3, 0) == bytes(3)
         late.prove(point)
+
+
+def test_a_disk_that_is_removed_meanwhile_is_told_of(served: Filter) -> None:
+    with closing(Served(served.store, [NAME])) as way:
+        served.store.update(lambda writer: chain.remove_disk(writer, served.disk))
+        with pytest.raises(NotFound, match="was removed meanwhile"):
+            way.take_point("now", [None])
 
 
 def await_release(disk: Filter) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import sys
 import threading
@@ -17,8 +16,8 @@ from tests.helpers.support import PATIENCE_SECONDS, run
 class Counted:
     """A chore that tells how often it was done, and by which threads; it hangs while it is held."""
 
-    def __init__(self, *, urgent: bool = False) -> None:
-        self.chore = Chore("counted", self._work, urgent=urgent)
+    def __init__(self) -> None:
+        self.chore = Chore("counted", self._work)
         self.threads: list[int] = []
         self.goes_on = threading.Event()
         self.goes_on.set()
@@ -153,20 +152,31 @@ def test_it_begins_anew_after_all_were_ended(chores: Chores) -> None:
         end_all(chores, [one])
 
 
-def test_what_is_urgent_comes_first(chores: Chores) -> None:
-    order: list[bool] = []
-    chores.interval_s = 0.2  # the clock forms the first line when all are there
-    all_of_them = []
-    for number in range(40):
-        urgent = number % 2 == 1
-        all_of_them.append(Chore("noted", functools.partial(order.append, urgent), urgent=urgent))
-        chores.add(all_of_them[-1])
-    (last,) = begun(chores, [Counted()])
-    last.await_times(2)
-    for chore in all_of_them:
+def test_a_chore_may_end_itself(chores: Chores) -> None:
+    """As one does that drops the last reference to its disk."""
+    ended, other = threading.Semaphore(0), Counted()
+
+    def end_it() -> None:
         chores.end(chore)
-    end_all(chores, [last])
-    assert sum(order[:20]) >= 18  # on a busy machine a second worker may overtake the first one
+        ended.release()
+
+    chore = Chore("it", end_it)
+    chores.add(chore)
+    assert ended.acquire(timeout=PATIENCE_SECONDS)
+    begun(chores, [other])
+    other.await_times(3)
+    assert not ended.acquire(blocking=False), "it was done once"
+    end_all(chores, [other])
+
+
+def test_whoever_has_the_lock_may_end_a_chore(chores: Chores) -> None:
+    """A signal's handler or the garbage collector may detach a disk in the middle of anything."""
+    one, other = begun(chores, [Counted(), Counted()])
+    with chores._lock:
+        chores.end(one.chore)
+    other.await_times(3)
+    assert one.chore not in chores._chores
+    end_all(chores, [other])
 
 
 def test_a_mistake_is_told_of_and_costs_no_other_chore(
@@ -178,7 +188,7 @@ def test_a_mistake_is_told_of_and_costs_no_other_chore(
         twice.release()
         raise ZeroDivisionError
 
-    failing, other = Chore("its beat", fail), Counted()
+    failing, other = Chore("its pass", fail), Counted()
     chores.add(failing)
     begun(chores, [other])
     for _ in range(2):
@@ -186,7 +196,7 @@ def test_a_mistake_is_told_of_and_costs_no_other_chore(
     other.await_times(2)
     chores.end(failing)
     end_all(chores, [other])
-    assert "its beat failed" in caplog.text
+    assert "its pass failed" in caplog.text
     assert "ZeroDivisionError" in caplog.text
 
 

@@ -25,7 +25,9 @@ from lmdbitmap.storage import owner, schema
 from lmdbitmap.store import Writer
 from lmdbitmap.tracker import lane, points, session, tracking
 from lmdbitmap.tracker.period import Period
-from lmdbitmap.work.chores import Chore
+from lmdbitmap.tracker.scratch import Scratch
+from lmdbitmap.tracker.snapshot import Snapshot
+from lmdbitmap.work.chores import Chore, Chores
 from tests.helpers.support import PATIENCE_SECONDS, make_raw_image
 from tests.helpers.tracked import NAME, TrackedDisk, blocks_of, trust_of
 
@@ -210,7 +212,7 @@ class Hanging(FileDevice):
 def test_a_disk_whose_beat_hangs_keeps_no_other_from_its_own(
     tracked: TrackedDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(filter.chores, "interval_s", 0.01)
+    monkeypatch.setattr(filter, "INTERVAL_S", 0.01)
     session.add(tracked.store, "sdb", str(make_raw_image(tmp_path / "other.raw", SIZE)), granularity_bits=16)
     opened: list[Hanging] = []
 
@@ -244,6 +246,7 @@ def test_a_pass_that_hangs_keeps_no_disk_from_its_beats(
     tracked: TrackedDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(filter.chores, "interval_s", 0.01)
+    monkeypatch.setattr(filter, "INTERVAL_S", 0.01)
     hangs, goes_on = threading.Event(), threading.Event()
 
     def hang(period: Period, limit: int, *, passes: int) -> int:
@@ -633,7 +636,8 @@ def test_an_interrupted_detach_is_done_all_the_same(
         patched.setattr(filter.chores, "end", end_and_interrupt)
         with pytest.raises(KeyboardInterrupt):
             disk.detach()
-    assert not filter.chores._chores & set(disk._background)
+    assert disk._passes not in filter.chores._chores
+    assert not disk._beats.is_alive()
     with tracked.attach() as again:
         assert dirty(again) == {0}
 
@@ -641,20 +645,60 @@ def test_an_interrupted_detach_is_done_all_the_same(
 def test_a_detach_that_is_interrupted_while_writes_are_in_flight_can_be_done_once_more(
     tracked: TrackedDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It must not close the image under them."""
+    """It must not close the image under them; and as long as it is attached somebody vouches for it."""
 
     def interrupted(lanes: object) -> None:
         raise KeyboardInterrupt
 
-    disk = tracked.attach()
+    monkeypatch.setattr(filter, "INTERVAL_S", 0.01)
+    disk = Filter.attach(tracked.store, NAME)
     with monkeypatch.context() as patched:
         patched.setattr(lane, "_await_idle", interrupted)
         with pytest.raises(KeyboardInterrupt):
             disk.detach()
     disk.pwrite(b"x", 7 * BLOCK)
+    await_beats(tracked.store.owner_path(disk.disk.uuid), 2)
+    assert disk._passes in filter.chores._chores
     disk.detach()
+    assert not disk._beats.is_alive()
     with tracked.attach() as again:
         assert dirty(again) == {7}
+
+
+def test_a_disk_is_let_go_though_a_snapshot_of_it_cannot_be_waited_for(
+    tracked: TrackedDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(snapshot: Snapshot) -> None:
+        raise KeyboardInterrupt
+
+    disk = tracked.attach()
+    disk.snapshot("held", Scratch(str(tmp_path)))
+    with monkeypatch.context() as patched:
+        patched.setattr(Snapshot, "release", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            disk.detach()
+    with tracked.attach() as again:
+        assert dirty(again) == set()
+
+
+@pytest.mark.parametrize("name", ["lmdbitmap beat", "lmdbitmap clock"])
+def test_a_disk_that_gets_no_thread_is_not_attached(
+    tracked: TrackedDisk, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    start = threading.Thread.start
+
+    def start_others(thread: threading.Thread) -> None:
+        if thread.name == name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(filter, "chores", Chores(0.5))
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start_others)
+        with pytest.raises(StorageError, match="cannot be attached"):
+            Filter.attach(tracked.store, NAME)
+    with Filter.attach(tracked.store, NAME) as disk:
+        assert disk._beats.is_alive()
 
 
 # --- adopt ---

@@ -13,6 +13,7 @@ import pytest
 from lmdbitmap.errors import Busy, NotFound, StorageError
 from lmdbitmap.filter import Filter
 from lmdbitmap.nbd import control_client
+from lmdbitmap.nbd.control import orders
 from lmdbitmap.nbd.control.control import ControlServer
 from lmdbitmap.nbd.server.server import Server
 from tests.helpers.tracked import NAME, TrackedDisk, quick_folder
@@ -24,6 +25,8 @@ class Owner(NamedTuple):
     tracked: TrackedDisk
     attached: Filter
     filters: dict[str, Filter]
+    server: Server
+    control: ControlServer
 
     def call(self, operation: str) -> dict[str, Any]:
         path = self.tracked.store.control_path(self.attached.disk.uuid)
@@ -45,8 +48,8 @@ def owning(folder: Path, *, serves: bool) -> Iterator[Owner]:
         attached = stack.enter_context(filters[NAME])
         server = Server(filters)
         stack.callback(server.stop)
-        stack.enter_context(ControlServer(filters, server=server if serves else None))
-        yield Owner(tracked, attached, filters)
+        control = stack.enter_context(ControlServer(filters, server=server if serves else None))
+        yield Owner(tracked, attached, filters, server, control)
 
 
 def test_bits_are_exact_and_the_disk_free_when_it_is_let_go(folder: Path) -> None:
@@ -84,3 +87,48 @@ def test_a_disk_that_does_not_end_cleanly_is_let_go_all_the_same(
         monkeypatch.undo()
         with owner.tracked.attach() as again:
             assert again.disk.epoch_number == 2
+
+
+def test_a_disk_about_which_something_is_asked_just_now_stays(folder: Path) -> None:
+    with owning(folder, serves=True) as owner:
+        assert owner.control.parting is not None
+        with owner.control.parting.staying([NAME]), pytest.raises(Busy, match="is used at this moment"):
+            owner.call("detach")
+        owner.call("detach")
+
+
+def test_a_checkpoint_and_a_snapshot_keep_their_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From when it is looked up until it is done."""
+    refusals: list[str] = []
+
+    def let_go_meanwhile(*_: object) -> None:
+        try:
+            owner.call("detach")
+        except Busy as busy:
+            refusals.append(busy.problem)
+        raise NotFound("enough", next_step="none")
+
+    with owning(folder, serves=True) as owner:
+        monkeypatch.setattr(orders, "_require_ours", let_go_meanwhile)
+        path = owner.tracked.store.control_path(owner.attached.disk.uuid)
+        with pytest.raises(NotFound, match="enough"):
+            control_client.call(path, "checkpoint", disks=[NAME], name="a")
+        with pytest.raises(NotFound, match="enough"):
+            control_client.call(path, "snapshot", disks=[NAME], name="b", since=[""], bound=False, once=False)
+        assert refusals == [f"disk {NAME!r} is used at this moment"] * 2
+
+
+def test_a_server_ends_when_its_last_disk_is_let_go_and_not_before(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One may take long to be detached."""
+    with owning(folder, serves=True) as owner:
+        stops: list[bool] = []
+        monkeypatch.setattr(owner.server, "request_stop", lambda: stops.append(True))
+        parting = owner.control.parting
+        assert parting is not None
+        parting._detaching += 1
+        owner.call("detach")
+        assert stops == []
+        parting._end_with_the_last()
+        assert stops == [True]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Final, NamedTuple
 
 from lmdbitmap import export
@@ -101,12 +102,19 @@ def _snapshot_facts(snapshot: Snapshot) -> Answer:
 
 
 def _checkpoint(scene: Scene, disks: list[Any], name: str) -> Answer:
-    _require_ours(scene, disks)
-    taken = take_checkpoint([scene.filters[disk] for disk in disks], name)
+    with _staying(scene, disks):
+        _require_ours(scene, disks)
+        taken = take_checkpoint([scene.filters[disk] for disk in disks], name)
     for disk in disks:
         _log.info("disk %s: checkpoint %s is made", disk, name)
     return {"checkpoints": [{"disk": disk, "uuid": str(checkpoint.uuid), "time_ns": checkpoint.time_ns}
                             for disk, checkpoint in zip(disks, taken, strict=True)]}  # fmt: skip
+
+
+def _staying(scene: Scene, disks: list[Any]) -> AbstractContextManager[None]:
+    """Nobody has us let go of these disks in the block."""
+    names = [disk for disk in disks if isinstance(disk, str)]
+    return contextlib.nullcontext() if scene.parting is None else scene.parting.staying(names)
 
 
 def _require_ours(scene: Scene, disks: list[Any]) -> None:
@@ -120,6 +128,13 @@ def _require_ours(scene: Scene, disks: list[Any]) -> None:
 
 def _snapshot(scene: Scene, disks: list[Any], name: str, since: list[Any], bound: bool, once: bool) -> Answer:
     """Hold the disks. Of those that have a checkpoint in `since`, only what changed since then will be read."""
+    with _staying(scene, disks):
+        return _held_as_asked(scene, disks, name, since, bound, once)
+
+
+def _held_as_asked(
+    scene: Scene, disks: list[Any], name: str, since: list[Any], bound: bool, once: bool
+) -> Answer:
     _require_ours(scene, disks)
     if len(since) != len(disks) or not all(isinstance(one, str) for one in since):
         raise InvalidArgument("`since` is a checkpoint or nothing for each disk", next_step="name as many")
