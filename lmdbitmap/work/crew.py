@@ -192,9 +192,9 @@ def _come_of(work: Callable[[], T]) -> T | _Failed:
 
 
 def joined(thread: threading.Thread) -> None:
-    """Wait for its end, and then raise what interrupted that."""
+    """Wait for its end, and then raise what interrupted that. Nobody waits for himself."""
     interruption: BaseException | None = None
-    while thread.is_alive():
+    while thread.is_alive() and thread is not threading.current_thread():
         try:
             thread.join()
         except BaseException as raised:  # it must not go on behind whoever closed it

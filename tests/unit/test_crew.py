@@ -14,7 +14,7 @@ from functools import partial
 
 import pytest
 
-from lmdbitmap.work.crew import Crew, Follower, Spared, none_spared, processors
+from lmdbitmap.work.crew import Crew, Follower, Spared, joined, none_spared, processors
 from tests.helpers.spared import EACH, MORE_THAN_THERE_ARE, NowAndThen, all_spared
 
 
@@ -218,3 +218,8 @@ def test_closing_a_follower_waits_for_its_work_whatever_interrupts(monkeypatch: 
 def test_a_program_ends_though_it_forgot_to_close_a_follower() -> None:
     program = "from lmdbitmap.work.crew import Follower; f = Follower(); f.hand(print); f.answer()"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=30, capture_output=True)
+
+
+def test_nobody_waits_for_his_own_end() -> None:
+    joined(threading.current_thread())
+    assert threading.current_thread().is_alive()
