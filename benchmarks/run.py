@@ -35,6 +35,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def main(names: list[str]) -> None:
+    unknown = [name for name in names if name not in PARTS]
+    if unknown:
+        sys.exit(f"{unknown[0]!r} is no part: {', '.join(PARTS)}")
     lines = []
     for name in names or list(PARTS):
         for line in PARTS[name]():
