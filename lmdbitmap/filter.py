@@ -323,9 +323,8 @@ class Filter(Front):
             if self._tracking.is_over:
                 return
             self._tracking.is_over = True
-            with (
-                contextlib.ExitStack() as steps
-            ):  # last one first, each though one before was interrupted (Ctrl-C)
+            # The last one first, and each of them, though one before was interrupted (Ctrl-C).
+            with contextlib.ExitStack() as steps:
                 steps.callback(self._end_now, last_act)
                 steps.callback(before)
                 steps.callback(self._stop_background)
