@@ -104,7 +104,9 @@ class Chores:
             try:
                 self._end(chore)
                 break
-            except (KeyboardInterrupt, SystemExit) as raised:  # its disk must not be closed under it
+            except Exception:  # a mistake, which would come again
+                raise
+            except BaseException as raised:  # its disk must not be closed under it
                 interruption = raised
         if interruption is not None:
             raise interruption
