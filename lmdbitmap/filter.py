@@ -76,7 +76,7 @@ class Filter(Front):
         self._passes = Chore(f"disk {disk.name}: its background pass", self._warning_of(self._patient_pass))
         self._beats = threading.Thread(name="lmdbitmap beat")
         self._ends = threading.Event()
-        """The beats and passes."""
+        """Set when the beats are to end."""
         self._has_background = False
 
     @classmethod

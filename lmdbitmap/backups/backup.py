@@ -399,7 +399,11 @@ def _forget_unneeded(store: Store, source: Source, manifest: Manifest) -> None:
     abandoned = {work.checkpoint for work in job.leftovers}
     try:
         unneeded = held - needed - consumers.held_by_others(store, disk, manifest.holder)
-        forget(job.access, disk, lambda member: member.uuid in unneeded or member.name in abandoned)
+        stay = forget(job.access, disk, lambda member: member.uuid in unneeded or member.name in abandoned)
+        for name in abandoned & set(stay):
+            log.warning(
+                "disk %s: checkpoint %s of a backup that gave up is held still, and stays", disk.name, name
+            )
         if job.plan.type_actual is BackupType.FULL and job.access.holds_alone:
             mending.mend_closed_periods(store, disk)
     except LmdbitmapError as error:

@@ -23,6 +23,7 @@ from lmdbitmap.nbd.control import control
 from lmdbitmap.nbd.control.held import HeldSnapshots
 from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.notes.checkpoint_names import Maker
+from lmdbitmap.repository.repository import BackupFolder, Unfinished
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.scratch import Scratch
@@ -261,6 +262,21 @@ def test_a_snapshot_that_a_backup_left_does_not_keep_the_next_one_from_its_work(
         [made] = backup(disk.store, [NAME], folder / "backups", quiesced=when_it_is_released)
         assert backups_of(disk) == [first.entry.checkpoint.name, made.entry.checkpoint.name]
         assert "unfinished" not in os.listdir(folder / "backups" / NAME)
+
+
+def test_what_is_held_for_a_backup_that_gave_up_until_the_next_one_is_made_stays_and_is_told(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(folder, Late) as disk:
+        Late.let_go.set()
+        abandoned = disk.snapshot(Maker.BACKUP.new_name(1), Scratch(str(folder)))
+        left = BackupFolder(folder / "backups", NAME)
+        with left.locked():
+            left.note_unfinished([Unfinished(abandoned.checkpoint.name, "000009-full.qcow2")])
+        [made] = backup(disk.store, [NAME], folder / "backups")
+        assert abandoned.checkpoint.name in backups_of(disk)
+        assert f"checkpoint {abandoned.checkpoint.name} of a backup that gave up is held still" in caplog.text
+        assert made.entry.checkpoint.name in backups_of(disk)
 
 
 def backups_of(disk: Filter) -> list[str]:

@@ -7,5 +7,5 @@
     flushes, doubts        what was acknowledged and not flushed; what may happen yet
     statuses, kept, kept_question, windows, errors, edges   questions about blocks, and their answers
 
-There is no thread of its own: session.py says who receives.
+There is no thread of its own: conversation.py says who receives.
 """

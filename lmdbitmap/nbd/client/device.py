@@ -6,7 +6,7 @@
 - With extended headers the allocation of the whole image is one question. Zeroes and discards stay short all the same.
 - Requests keep to the server's block sizes. Where its smallest block is larger than a byte, the rest of a
   block at either edge of a write is read and written back, while no other write is under way.
-- A broken connection is mended within `reconnect_s`, unseen (session.py says how, and what is kept
+- A broken connection is mended within `reconnect_s`, unseen (conversation.py says how, and what is kept
   for it); after that requests fail with ETIMEDOUT, a guest's with EIO, until the server is back.
 - Of a far image nothing is known but its place and its size: as with a block device, **a write around us while
   nobody is attached is not noticed**. A place is an address and an export's name; another one is another image,

@@ -26,7 +26,7 @@ _NOT_OF_THE_DISK: Final = (nbd.NBD_EPERM, nbd.NBD_EINVAL, nbd.NBD_ENOTSUP, nbd.N
 
 
 class Talk(Protocol):
-    """How requests are sent, and answers come: session.py."""
+    """How requests are sent, and answers come: conversation.py."""
 
     def ask(self, requests: Sequence[Request]) -> None: ...
     def post(self, call: Call, requests: Sequence[Request]) -> None: ...
