@@ -26,8 +26,8 @@ if TYPE_CHECKING:
         take_served_snapshot,
     )
     from lmdbitmap.backups.backup import backup as back_up
-    from lmdbitmap.backups.backup_result import BackupResult, BackupsFailed
     from lmdbitmap.backups.consumers import drop_hold, hold_lapse_days, holds_of, set_hold_lapse_days
+    from lmdbitmap.backups.result import BackupResult, BackupsFailed
     from lmdbitmap.errors import (
         AlreadyExists,
         Busy,
@@ -71,11 +71,11 @@ if TYPE_CHECKING:
     from lmdbitmap.restoring.restore import RestoreResult
     from lmdbitmap.restoring.restore import restore as restore_backup
     from lmdbitmap.store import Store
+    from lmdbitmap.streams.restore import AppliedResult, apply_stream
     from lmdbitmap.streams.stream import StreamResult, stream_backup
-    from lmdbitmap.streams.stream_restore import AppliedResult, apply_stream
+    from lmdbitmap.syncs.plan import SyncKind
     from lmdbitmap.syncs.sync import SyncResult
     from lmdbitmap.syncs.sync import sync as sync_disk
-    from lmdbitmap.syncs.sync_plan import SyncKind
     from lmdbitmap.tracker.changes import Changes, Standing
     from lmdbitmap.tracker.changes import changes as changes_of
     from lmdbitmap.tracker.scratch import Scratch
@@ -87,12 +87,12 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AlreadyExists": "errors",
-    "AppliedResult": "streams.stream_restore",
+    "AppliedResult": "streams.restore",
     "BackupChain": "repository.backup_chain",
     "BackupEntry": "repository.manifest",
-    "BackupResult": "backups.backup_result",
+    "BackupResult": "backups.result",
     "BackupType": "repository.manifest",
-    "BackupsFailed": "backups.backup_result",
+    "BackupsFailed": "backups.result",
     "BitmapOperation": "tracker.standalone",
     "Busy": "errors",
     "Changes": "tracker.changes",
@@ -130,14 +130,14 @@ _HOMES = {
     "StorageError": "errors",
     "Store": "store",
     "StreamResult": "streams.stream",
-    "SyncKind": "syncs.sync_plan",
+    "SyncKind": "syncs.plan",
     "SyncResult": "syncs.sync",
     "Trust": "extents",
     "Untrusted": "errors",
     "VerifyResult": "repository.verify",
     "add": "tracker.session",
     "adopt": "tracker.session",
-    "apply_stream": "streams.stream_restore",
+    "apply_stream": "streams.restore",
     "back_up": "backups.backup",
     "backed_up_disks": "repository.restore_points",
     "backups_of": "repository.restore_points",

@@ -27,7 +27,7 @@ from typing import TypeVar
 from uuid import UUID
 
 from lmdbitmap.errors import NotFound, StorageError
-from lmdbitmap.storage import environment, founding, lmdb_errors, salvage, schema
+from lmdbitmap.storage import creating, environment, lmdb_errors, salvage, schema
 from lmdbitmap.storage.environment import Environment
 from lmdbitmap.storage.lmdb_errors import CommitInDoubt as CommitInDoubt
 from lmdbitmap.storage.lmdb_errors import DamagedStore, FullMapError
@@ -61,7 +61,7 @@ class Store:
         """
         path = os.path.abspath(path)
         for _ in range(_HEALINGS):
-            looked_at = founding.environment_file(path)
+            looked_at = creating.environment_file(path)
             try:
                 return cls._open(path)
             except DamagedStore as damage:
@@ -73,8 +73,8 @@ class Store:
         _require_environment(path)
         opened = cls(path, environment.acquire(os.path.join(path, "lmdb")))
         try:
-            with founding.refusals(path):
-                founding.make_folders(path)
+            with creating.refusals(path):
+                creating.make_folders(path)
             opened._require_descriptions()
             opened._distrust_if_older()
         except BaseException:
@@ -86,7 +86,7 @@ class Store:
     def create(cls, path: str) -> Store:
         """The store at `path`, made now unless it is there already; durable before this returns."""
         path = os.path.abspath(path)
-        if founding.environment_file(path) is None:
+        if creating.environment_file(path) is None:
             salvage.make(path)
         return cls.open(path)
 
@@ -193,7 +193,7 @@ class Store:
 
 
 def _require_environment(path: str) -> None:
-    if founding.environment_file(path) is None:
+    if creating.environment_file(path) is None:
         if salvage.is_lost(path):
             raise DamagedStore(path, expected="an environment in its folder lmdb", found="none")
         raise NotFound(f"{path} is not a store", next_step="name another, or make one with `lmdbitmap add`")

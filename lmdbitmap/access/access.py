@@ -1,4 +1,4 @@
-"""How a job gets at disks: by one of the ways of access_ways.py, the same for all of them.
+"""How a job gets at disks: by one of the routes of routes.py, the same for all of them.
 
 So one moment can be taken of all of them, or of none.
 """
@@ -10,8 +10,15 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from lmdbitmap.access import reach, waiting
-from lmdbitmap.access.access_ways import FREEZE_LIMIT_S, OWNER_LIMIT_S, AtRest, Attached, PointInTime, Served
+from lmdbitmap.access import owners, waiting
+from lmdbitmap.access.routes import (
+    FREEZE_LIMIT_S,
+    OWNER_LIMIT_S,
+    AtRest,
+    Attached,
+    PointInTime,
+    ServedElsewhere,
+)
 from lmdbitmap.errors import LmdbitmapError, os_errors_at
 from lmdbitmap.filter import Filter
 from lmdbitmap.images.image import open_image
@@ -20,7 +27,7 @@ from lmdbitmap.storage.schema import Checkpoint, Disk
 from lmdbitmap.store import Store
 from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.session import OpenDevice
-from lmdbitmap.work.apart import Failures
+from lmdbitmap.work.failures import Failures
 from lmdbitmap.work.patience import NO_PATIENCE, Patience, require_limits
 
 
@@ -66,7 +73,7 @@ class Access(Protocol):
     def close(self) -> None: ...
 
 
-class Terms(NamedTuple):
+class AccessTerms(NamedTuple):
     """How a job is to get at its disks."""
 
     open_device: OpenDevice
@@ -89,7 +96,7 @@ class Terms(NamedTuple):
 
 @contextlib.contextmanager
 def access(
-    store: Store, names: Sequence[str], terms: Terms, failures: Failures | None = None
+    store: Store, names: Sequence[str], terms: AccessTerms, failures: Failures | None = None
 ) -> Iterator[Access]:
     """Get at the disks. With `failures` one that nobody can get at is set aside there, and the others are got at.
 
@@ -99,22 +106,22 @@ def access(
     terms.require_sense()
     wanted = waiting.Wanted(store, names, terms.open_device)
     attempt = functools.partial(_attempt, store, names, terms)
-    way = waiting.patiently(attempt, wanted, terms.patience, failures or Failures(at_once=True))
-    with contextlib.closing(way):
-        yield way
+    route = waiting.patiently(attempt, wanted, terms.patience, failures or Failures(at_once=True))
+    with contextlib.closing(route):
+        yield route
 
 
-def _attempt(store: Store, names: Sequence[str], terms: Terms, apart: Failures) -> Access:
+def _attempt(store: Store, names: Sequence[str], terms: AccessTerms, apart: Failures) -> Access:
     attached = terms.attached or {}
-    there = reach.tracked(store, names, apart)
+    there = owners.tracked(store, names, apart)
     ours = [name for name in there if name in attached]
-    elsewhere = [] if ours else reach.attached_elsewhere(store, there, apart)
+    elsewhere = [] if ours else owners.attached_elsewhere(store, there, apart)
     there = [name for name in there if name not in apart]
-    reach.require_all_or_none(there, ours + elsewhere)
+    owners.require_all_or_none(there, ours + elsewhere)
     if ours:
         return Attached([attached[name] for name in ours], terms.scratch or Scratch(store.path))
     if elsewhere:
-        return Served(store, elsewhere, terms.owner_limit_s, terms.freeze_limit_s)
+        return ServedElsewhere(store, elsewhere, terms.owner_limit_s, terms.freeze_limit_s)
     return AtRest(store, there, terms.open_device, apart)
 
 
@@ -124,7 +131,7 @@ def open_to_read(image: str) -> TrackableDevice:
 
 
 @contextlib.contextmanager
-def reading(way: Access, point: PointInTime) -> Iterator[None]:
+def reading(route: Access, point: PointInTime) -> Iterator[None]:
     """What the system refuses in the block is told as of the disk's image, or as why its snapshot broke.
 
     That a snapshot broke is, to whoever reads it from another process, just an error as of a disk that fails: the
@@ -136,6 +143,6 @@ def reading(way: Access, point: PointInTime) -> Iterator[None]:
         except LmdbitmapError:
             raise
         except OSError:
-            if not way.holds_alone:
-                way.prove(point)
+            if not route.holds_alone:
+                route.prove(point)
             raise

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 from uuid import UUID
 
-from lmdbitmap.access import reach
+from lmdbitmap.access import owners
 from lmdbitmap.errors import NotFound
 from lmdbitmap.nbd import control_client
 from lmdbitmap.storage.schema import Disk
@@ -80,12 +80,12 @@ def release_served_snapshot(store: Store, name: str, checkpoint: str) -> int:
 
 def _server_of(store: Store, disk: Disk) -> control_client.Client:
     """A connection to the process that serves a disk. `NotFound` where none does, `Busy` where one owns it only."""
-    if not reach.is_attached(store, disk):
+    if not owners.is_attached(store, disk):
         raise NotFound(
             f"disk {disk.name!r} is not served",
             next_step="serve it; of a disk that nobody serves, a backup needs no snapshot",
         )
-    return reach.owner_of(store, disk)
+    return owners.owner_of(store, disk)
 
 
 def _disk(store: Store, name: str) -> Disk:

@@ -10,7 +10,7 @@ is released, as a checkpoint that is held cannot be forgotten (tracker/points.py
 held again, nor has another the uuid of its checkpoint. So an owner
 that finds ours by this uuid has held it ever since it took it, and what was opened by its name meanwhile is of it. The
 image is asked for by uuid after the other two are open; and whoever has read all releases by uuid, which fails if ours
-was not held to the end (access_ways.py).
+was not held to the end (routes.py).
 
 Exports are opened before anything else, of all disks: the owner has room for so many connections, and can be read
 without a question.
@@ -34,7 +34,7 @@ from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.nbd.client.dial import agreed
 from lmdbitmap.nbd.client.kept_question import KeptQuestion
 from lmdbitmap.nbd.control_client import Client
-from lmdbitmap.nbd.uri import Place
+from lmdbitmap.nbd.uri import NbdAddress
 from lmdbitmap.storage.schema import Checkpoint, Disk
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def _opened(owner: Client, held: HeldThere, silence_s: float) -> NbdDevice:
     name = _name(held.disk)
     try:
         return NbdDevice(
-            Place(held.export, socket_path="the owner's"),
+            NbdAddress(held.export, socket_path="the owner's"),
             read_only=True,
             reconnect_s=0,
             connect=lambda: agreed(owner.connection(), held.export, silence_s=silence_s),

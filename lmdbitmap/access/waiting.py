@@ -4,7 +4,7 @@
 that ends the wait too, as the disk is read through its server then. How the disks can be got at is decided anew each
 time, of all of them.
 
-An attempt ends at the first disk that is busy, and goes in the order of the disks' names (access_ways.py): of several
+An attempt ends at the first disk that is busy, and goes in the order of the disks' names (routes.py): of several
 runs that want the same disks, one has them all. Between attempts it is only asked who has them: an attempt owns disks
 for a moment, in which others would find them busy.
 """
@@ -16,17 +16,17 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
-from lmdbitmap.access import reach
+from lmdbitmap.access import owners
 from lmdbitmap.errors import Busy, LmdbitmapError
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.session import OpenDevice
-from lmdbitmap.work.apart import Failures
+from lmdbitmap.work.failures import Failures
 from lmdbitmap.work.patience import Patience
 
 log = logging.getLogger(__name__)
 
-_Way = TypeVar("_Way")
+_Route = TypeVar("_Route")
 
 
 class Wanted(NamedTuple):
@@ -38,8 +38,8 @@ class Wanted(NamedTuple):
 
 
 def patiently(
-    attempt: Callable[[Failures], _Way], wanted: Wanted, patience: Patience, failures: Failures
-) -> _Way:
+    attempt: Callable[[Failures], _Route], wanted: Wanted, patience: Patience, failures: Failures
+) -> _Route:
     """What `attempt` answers, once no disk is busy or patience is at its end: then a busy disk fails as any other.
 
     It is given what to set failures aside in: those of the attempt that counts are in `failures` afterwards.
@@ -48,15 +48,15 @@ def patiently(
     while patience.left_s:
         aside = Failures(at_once=failures.at_once, never=(Busy,))
         try:
-            way = attempt(aside)
-        except reach.NotTogether:
+            route = attempt(aside)
+        except owners.NotTogether:
             raise
         except Busy:
             patience.pause()
             _wait(wanted, patience, told)
         else:
             failures.errors.update(aside.errors)
-            return way
+            return route
     return attempt(failures)
 
 
@@ -83,7 +83,7 @@ def _who_has(wanted: Wanted, name: str) -> Busy | None:
 def _look_at(wanted: Wanted, name: str) -> None:
     with wanted.store.read() as reader:
         disk = chain.find_disk(reader, name)
-    if reach.is_attached(wanted.store, disk):
-        reach.owner_of(wanted.store, disk).close()
+    if owners.is_attached(wanted.store, disk):
+        owners.owner_of(wanted.store, disk).close()
     else:
         wanted.open_device(disk.image).close()

@@ -37,14 +37,14 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple
 from uuid import uuid4
 
-from lmdbitmap.access.access import Access, Terms, access, open_to_read
-from lmdbitmap.access.access_ways import FREEZE_LIMIT_S, OWNER_LIMIT_S, PointInTime
-from lmdbitmap.backups import backup_place, consumers
-from lmdbitmap.backups.backup_image import Job, ParentDamaged, Source, write_image
-from lmdbitmap.backups.backup_place import Permission
-from lmdbitmap.backups.backup_plan import Plan, digests_for, newest, plan_for
-from lmdbitmap.backups.backup_result import BackupResult, BackupsFailed
+from lmdbitmap.access.access import Access, AccessTerms, access, open_to_read
+from lmdbitmap.access.routes import FREEZE_LIMIT_S, OWNER_LIMIT_S, PointInTime
+from lmdbitmap.backups import consumers, folder_owner
+from lmdbitmap.backups.folder_owner import Permission
+from lmdbitmap.backups.image import DiskBackup, ImagePlan, ParentDamaged, write_image
 from lmdbitmap.backups.leftovers import forget, undo_unfinished
+from lmdbitmap.backups.plan import BackupPlan, digests_for, newest, plan_for
+from lmdbitmap.backups.result import BackupResult, BackupsFailed
 from lmdbitmap.copying import digest_algorithms
 from lmdbitmap.copying.digest_algorithms import DigestAlgorithm
 from lmdbitmap.copying.readable import Metered
@@ -56,13 +56,13 @@ from lmdbitmap.notes.references import CheckpointRef, Reason
 from lmdbitmap.qcow2.compression import Compression, chosen
 from lmdbitmap.repository.manifest import BackupType, Manifest, NewerManifest
 from lmdbitmap.repository.repository import BackupFolder, Unfinished
-from lmdbitmap.storage import founding, mending
+from lmdbitmap.storage import creating, mending
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.session import OpenDevice
-from lmdbitmap.work.apart import Failures
+from lmdbitmap.work.failures import Failures
 from lmdbitmap.work.pace import Pace, pace_of
 from lmdbitmap.work.patience import Patience
 from lmdbitmap.work.progress import Progress, Report
@@ -124,20 +124,20 @@ def backup(
     """
     packing, pace = None if compression is None else chosen(compression), pace_of(bytes_per_s)
     algorithm = None if digest is None else digest_algorithms.named(digest)
-    founding.refuse_inside(repository_path)
+    creating.refuse_inside(repository_path)
     if len(set(names)) != len(names):
         raise InvalidArgument("a disk is named twice", next_step="name each disk once")
-    terms = Terms(open_device, attached, scratch, owner_limit_s, freeze_limit_s, Patience(lock_wait_s))
+    terms = AccessTerms(open_device, attached, scratch, owner_limit_s, freeze_limit_s, Patience(lock_wait_s))
     terms.require_sense()
     failures = Failures(at_once=len(names) == 1)
-    wanted = _Wanted(repository_path, kind, algorithm, only_that, Permission(take_over, new_repository))
+    wanted = _WantedBackup(repository_path, kind, algorithm, only_that, Permission(take_over, new_repository))
     carrying = _Carrying(quiesced, failures.heeding(progress), packing, pace)
     with contextlib.ExitStack() as locks, _told(failures):
         places = _locked_places(store, names, wanted, terms.patience, locks, failures)
         there = [name for name in names if name in places]
-        way = locks.enter_context(access(store, there, terms, failures))
-        jobs = _prepared(store, way, places, wanted, failures)
-        results = _carried_out(store, way, jobs, carrying, failures)
+        route = locks.enter_context(access(store, there, terms, failures))
+        jobs = _prepared(store, route, places, wanted, failures)
+        results = _carried_out(store, route, jobs, carrying, failures)
     if failures.errors:
         raise BackupsFailed(results, failures.errors)
     return results
@@ -153,14 +153,14 @@ class _Carrying(NamedTuple):
 
 
 def _carried_out(
-    store: Store, way: Access, jobs: Sequence[Job], carrying: _Carrying, failures: Failures
+    store: Store, route: Access, jobs: Sequence[DiskBackup], carrying: _Carrying, failures: Failures
 ) -> list[BackupResult]:
     """Whatever ends it leaves nothing behind of disks that are not done."""
     try:
-        sources = _one_point_in_time(store, way, jobs, carrying.quiesced, failures)
+        sources = _one_point_in_time(store, route, jobs, carrying.quiesced, failures)
         return _made(store, sources, carrying, failures)
     except BaseException:
-        way.end_reading()
+        route.end_reading()
         for job in jobs:
             if job.disk.name not in failures:
                 _undo_after_failure(store, job)
@@ -179,7 +179,9 @@ def _told(failures: Failures) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _apart(failures: Failures, store: Store, job: Job, point: PointInTime | None = None) -> Iterator[None]:
+def _apart(
+    failures: Failures, store: Store, job: DiskBackup, point: PointInTime | None = None
+) -> Iterator[None]:
     """What fails in the block about one of several disks is undone, and the others go on."""
     with failures.of(job.disk.name):
         try:
@@ -195,7 +197,7 @@ def _apart(failures: Failures, store: Store, job: Job, point: PointInTime | None
 # --- before the checkpoint ---
 
 
-class _Wanted(NamedTuple):
+class _WantedBackup(NamedTuple):
     repository_path: str | os.PathLike[str]
     kind: BackupType
     algorithm: DigestAlgorithm | None
@@ -203,7 +205,7 @@ class _Wanted(NamedTuple):
     permission: Permission
 
 
-class _Place(NamedTuple):
+class _LockedFolder(NamedTuple):
     """Where a disk's backups go, and all that is held for that disk, the lock of the folder first."""
 
     folder: BackupFolder
@@ -213,11 +215,11 @@ class _Place(NamedTuple):
 def _locked_places(
     store: Store,
     names: Sequence[str],
-    wanted: _Wanted,
+    wanted: _WantedBackup,
     patience: Patience,
     locks: contextlib.ExitStack,
     failures: Failures,
-) -> dict[str, _Place]:
+) -> dict[str, _LockedFolder]:
     """Of all disks that can take part. A folder is held from before its disk is until after that.
 
     So who waits for a folder keeps nobody from a disk, and nobody who has a disk waits for a folder. In the order of
@@ -228,25 +230,29 @@ def _locked_places(
         with failures.of(name):
             with store.read() as reader:
                 disk = chain.find_disk(reader, name)
-            place = _Place(
+            place = _LockedFolder(
                 BackupFolder(wanted.repository_path, name), locks.enter_context(contextlib.ExitStack())
             )
-            backup_place.require_meant(store, disk, place.folder, wanted.permission)
+            folder_owner.require_meant(store, disk, place.folder, wanted.permission)
             place.locks.enter_context(place.folder.locked(patience))
             places[name] = place
     return places
 
 
 def _prepared(
-    store: Store, way: Access, places: Mapping[str, _Place], wanted: _Wanted, failures: Failures
-) -> list[Job]:
+    store: Store,
+    route: Access,
+    places: Mapping[str, _LockedFolder],
+    wanted: _WantedBackup,
+    failures: Failures,
+) -> list[DiskBackup]:
     """The parts of all disks that can take part. What was held for the others is let go of."""
     jobs = []
-    for disk in list(way.disks):
+    for disk in list(route.disks):
         with failures.of(disk.name):
-            jobs.append(_prepare(store, way, disk, places[disk.name], wanted))
+            jobs.append(_prepare(store, route, disk, places[disk.name], wanted))
         if disk.name in failures:
-            way.leave_out(disk)
+            route.leave_out(disk)
     for name, place in places.items():
         if name in failures:
             place.locks.close()
@@ -256,12 +262,14 @@ def _prepared(
     return jobs
 
 
-def _prepare(store: Store, way: Access, disk: Disk, place: _Place, wanted: _Wanted) -> Job:
+def _prepare(
+    store: Store, route: Access, disk: Disk, place: _LockedFolder, wanted: _WantedBackup
+) -> DiskBackup:
     folder = place.folder
     kind = wanted.kind
     found, unreadable = _manifest_of(folder, kind)
-    manifest = backup_place.owned(found, disk, folder, wanted.permission)
-    leftovers = undo_unfinished(way, disk, folder) if unreadable is None else []
+    manifest = folder_owner.owned(found, disk, folder, wanted.permission)
+    leftovers = undo_unfinished(route, disk, folder) if unreadable is None else []
     folder.require_room(manifest)
     manifest = dataclasses.replace(manifest, holder=manifest.holder or uuid4())
     assert manifest.holder is not None
@@ -270,10 +278,12 @@ def _prepare(store: Store, way: Access, disk: Disk, place: _Place, wanted: _Want
     plan = (
         plan_for(store, disk, folder, manifest, kind, ended)
         if unreadable is None
-        else Plan(kind, reason=unreadable)
+        else BackupPlan(kind, reason=unreadable)
     )
     digests, sequence = digests_for(plan, manifest, wanted.algorithm), folder.next_sequence(manifest)
-    return Job(way, disk, folder, manifest, kind, plan, digests, sequence, leftovers, hold, wanted.only_that)
+    return DiskBackup(
+        route, disk, folder, manifest, kind, plan, digests, sequence, leftovers, hold, wanted.only_that
+    )
 
 
 def _manifest_of(folder: BackupFolder, kind: BackupType) -> tuple[Manifest | None, Reason | None]:
@@ -294,11 +304,11 @@ def _manifest_of(folder: BackupFolder, kind: BackupType) -> tuple[Manifest | Non
 
 def _one_point_in_time(
     store: Store,
-    way: Access,
-    jobs: Sequence[Job],
+    route: Access,
+    jobs: Sequence[DiskBackup],
     quiesced: Callable[[], AbstractContextManager[object]],
     failures: Failures,
-) -> list[Source]:
+) -> list[ImagePlan]:
     """Note what will be made, then take one checkpoint on all disks that take part, or on none."""
     time_ns = time.time_ns()
     name = Maker.BACKUP.new_name(time_ns)
@@ -306,13 +316,13 @@ def _one_point_in_time(
         with _apart(failures, store, job):
             _note(store, job, name, time_ns)
         if job.disk.name in failures:
-            way.leave_out(job.disk)
+            route.leave_out(job.disk)
     taking_part = [job for job in jobs if job.disk.name not in failures]
     if not taking_part:
         return []
     with quiesced():
         rescans = any(job.plan.type_actual is BackupType.RESCAN for job in taking_part)
-        points = way.take_point(name, [job.plan.since for job in taking_part], once=not rescans)
+        points = route.take_point(name, [job.plan.since for job in taking_part], once=not rescans)
     sources = []
     for job, point in zip(taking_part, points, strict=True):
         with _apart(failures, store, job, point):
@@ -320,19 +330,19 @@ def _one_point_in_time(
     return sources
 
 
-def _note(store: Store, job: Job, name: str, time_ns: int) -> None:
+def _note(store: Store, job: DiskBackup, name: str, time_ns: int) -> None:
     job.folder.note_unfinished([*job.leftovers, Unfinished(name, job.file)])
     held = _still_there(store, job, _counted_from(job.manifest, job.disk))
     job.hold.begin(job.folder.repository_path, held, UnderWay(name), time_ns)
 
 
-def _source(store: Store, job: Job, point: PointInTime) -> Source:
+def _source(store: Store, job: DiskBackup, point: PointInTime) -> ImagePlan:
     if point.checkpoint.epoch != job.disk.epoch:
         raise Busy(
             f"tracking of disk {job.disk.name!r} began again just now: {point.disk.epoch_reason}",
             next_step="make the backup again",
         )
-    return Source.of(store, job, point)
+    return ImagePlan.of(store, job, point)
 
 
 # --- the archive, and what comes after it is durable ---
@@ -340,7 +350,7 @@ def _source(store: Store, job: Job, point: PointInTime) -> Source:
 
 def _made(
     store: Store,
-    sources: Sequence[Source],
+    sources: Sequence[ImagePlan],
     carrying: _Carrying,
     failures: Failures,
 ) -> list[BackupResult]:
@@ -355,7 +365,7 @@ def _made(
     return results
 
 
-def _make(store: Store, source: Source, report: Report, carrying: _Carrying) -> BackupResult:
+def _make(store: Store, source: ImagePlan, report: Report, carrying: _Carrying) -> BackupResult:
     started = time.monotonic()
     device = Metered(source.point.device, carrying.pace)
     try:
@@ -375,7 +385,9 @@ def _make(store: Store, source: Source, report: Report, carrying: _Carrying) -> 
     return BackupResult(job.disk.name, entry, path, device.bytes_read, seconds, job.digests.reason)
 
 
-def _still_there(store: Store, job: Job, checkpoints: Sequence[CheckpointRef]) -> Sequence[CheckpointRef]:
+def _still_there(
+    store: Store, job: DiskBackup, checkpoints: Sequence[CheckpointRef]
+) -> Sequence[CheckpointRef]:
     """Those that nobody has forgotten yet."""
     with store.read() as reader:
         members = {member.uuid for member in reader.checkpoints(job.disk.uuid)}
@@ -389,7 +401,7 @@ def _counted_from(manifest: Manifest, disk: Disk) -> Sequence[CheckpointRef]:
     return list(found)
 
 
-def _forget_unneeded(store: Store, source: Source, manifest: Manifest) -> None:
+def _forget_unneeded(store: Store, source: ImagePlan, manifest: Manifest) -> None:
     """Let go of checkpoints that no coming backup counts from. The backup is made, whatever happens here."""
     job, disk = source.job, source.point.disk
     assert manifest.holder is not None
@@ -414,7 +426,7 @@ def _forget_unneeded(store: Store, source: Source, manifest: Manifest) -> None:
 # --- what did not come so far ---
 
 
-def _undo_after_failure(store: Store, job: Job) -> None:
+def _undo_after_failure(store: Store, job: DiskBackup) -> None:
     try:
         others = [work.checkpoint for work in job.leftovers]
         undo_unfinished(job.access, job.disk, job.folder, others)

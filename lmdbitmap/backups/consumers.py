@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 from uuid import UUID
 
-from lmdbitmap.access.access import Access, Terms, access, open_to_read
+from lmdbitmap.access.access import Access, AccessTerms, access, open_to_read
 from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, NotFound
 from lmdbitmap.filter import Filter
 from lmdbitmap.notes import holds, sync_note
@@ -123,12 +123,12 @@ def held_by_others(store: Store, disk: Disk, holder: UUID) -> frozenset[UUID]:
 # --- deeds ---
 
 
-def merge_unheld(store: Store, way: Access, disk: Disk) -> None:
+def merge_unheld(store: Store, route: Access, disk: Disk) -> None:
     """Merge away what nobody holds. What fails is done by the next backup, whoever makes it."""
     try:
         with contextlib.ExitStack() as locks:
-            _merge(store, way, disk, _locked(store, disk, locks, time.time_ns()))
-            _merge_of_copies(store, way, disk, _locked_copies(store, disk, locks))
+            _merge(store, route, disk, _locked(store, disk, locks, time.time_ns()))
+            _merge_of_copies(store, route, disk, _locked_copies(store, disk, locks))
     except LmdbitmapError as error:
         log.warning("disk %s: checkpoints that nobody holds stay until later: %s", disk.name, error)
 
@@ -148,8 +148,8 @@ def _merge_unheld_of(store: Store, name: str) -> None:
     with contextlib.ExitStack() as locks:
         is_needed = bool(_locked(store, disk, locks, time.time_ns()) or _locked_copies(store, disk, locks))
     if is_needed:
-        with access(store, [name], Terms(open_to_read)) as way:
-            merge_unheld(store, way, disk)
+        with access(store, [name], AccessTerms(open_to_read)) as route:
+            merge_unheld(store, route, disk)
 
 
 def _locked(store: Store, disk: Disk, locks: contextlib.ExitStack, time_ns: int) -> list[HoldFile]:
@@ -185,10 +185,10 @@ def _locked_copies(store: Store, disk: Disk, locks: contextlib.ExitStack) -> lis
     return found
 
 
-def _merge_of_copies(store: Store, way: Access, disk: Disk, files: list[NoteFile]) -> None:
+def _merge_of_copies(store: Store, route: Access, disk: Disk, files: list[NoteFile]) -> None:
     names = {name for file in files for name in file.note.unneeded if Maker.SYNC.named(name)}
     if names:
-        way.forget(disk, lambda member: member.name in names)
+        route.forget(disk, lambda member: member.name in names)
     left = {member.name for member in _members(store, disk)}
     for file in files:
         unneeded = tuple(name for name in file.note.unneeded if name in left)
@@ -196,7 +196,7 @@ def _merge_of_copies(store: Store, way: Access, disk: Disk, files: list[NoteFile
             file.replace(dataclasses.replace(file.note, unneeded=unneeded))
 
 
-def _merge(store: Store, way: Access, disk: Disk, files: list[HoldFile]) -> None:
+def _merge(store: Store, route: Access, disk: Disk, files: list[HoldFile]) -> None:
     days, time_ns = holds.lapse_days(store.path, disk.uuid), time.time_ns()
     members = _members(store, disk)
     for file in files:
@@ -205,10 +205,10 @@ def _merge(store: Store, way: Access, disk: Disk, files: list[HoldFile]) -> None
         if file.hold is not None and file.hold.is_stale(days, time_ns):
             file.replace(dataclasses.replace(file.hold, ended=_lapsed(days)))
     files = [file for file in files if file.hold is not None]
-    _let_go(store, way, disk, files)
+    _let_go(store, route, disk, files)
 
 
-def _let_go(store: Store, way: Access, disk: Disk, files: list[HoldFile]) -> None:
+def _let_go(store: Store, route: Access, disk: Disk, files: list[HoldFile]) -> None:
     """Merge what these holds, whose locks we have, name and do not need."""
     names = {file.holder: file.hold for file in files if file.hold is not None}
     others = [file for file in holds.hold_files(store.path, disk.uuid) if file.holder not in names]
@@ -219,7 +219,7 @@ def _let_go(store: Store, way: Access, disk: Disk, files: list[HoldFile]) -> Non
         return member.uuid not in needed and any(hold.lets_go_of(member) for hold in names.values())
 
     if any(is_unneeded(member) for member in _members(store, disk)):
-        way.forget(disk, is_unneeded)
+        route.forget(disk, is_unneeded)
     for file in files:
         file.settle(_members(store, disk))
 
@@ -250,7 +250,7 @@ def drop_hold(
     with store.read() as reader:
         disk = chain.find_disk(reader, name)
     file = _named(store, disk, which)
-    with access(store, [name], Terms(open_device, attached)) as way, file.locked():
+    with access(store, [name], AccessTerms(open_device, attached)) as route, file.locked():
         if file.hold is None:
             raise _no_hold(disk, which)
         if file.hold.ended is not None and not file.hold.checkpoints:
@@ -260,7 +260,7 @@ def drop_hold(
         ended = Reason(DROPPED, "its hold on the checkpoint was dropped by hand")
         dropped = dataclasses.replace(file.hold, ended=ended)
         file.replace(dropped)
-        _let_go(store, way, disk, [file])
+        _let_go(store, route, disk, [file])
     return dropped
 
 

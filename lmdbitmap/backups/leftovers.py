@@ -20,7 +20,7 @@ _MOST_LATE: Final = 16
 
 
 def undo_unfinished(
-    way: Access, disk: Disk, folder: BackupFolder, late: Collection[str] | None = None
+    route: Access, disk: Disk, folder: BackupFolder, late: Collection[str] | None = None
 ) -> list[Unfinished]:
     """Undo what runs made that the manifest does not know. Answers what stays noted, to go later.
 
@@ -35,14 +35,14 @@ def undo_unfinished(
             seen.add(member.name)
         return member.name in seen
 
-    stay = set(forget(way, disk, is_abandoned)) if names else set()
-    if way.may_be_behind:
+    stay = set(forget(route, disk, is_abandoned)) if names else set()
+    if route.may_be_behind:
         stay |= (names - seen) & set(names if late is None else late)
     if not stay:
         folder.drop_note()
     return [work for work in abandoned if work.checkpoint in stay][-_MOST_LATE:]
 
 
-def forget(way: Access, disk: Disk, is_unneeded: Callable[[Checkpoint], bool]) -> list[str]:
+def forget(route: Access, disk: Disk, is_unneeded: Callable[[Checkpoint], bool]) -> list[str]:
     """Merge checkpoints of backups, and no others, into the ones before. Answers the names of those that stay."""
-    return way.forget(disk, lambda member: Maker.BACKUP.named(member.name) and is_unneeded(member))
+    return route.forget(disk, lambda member: Maker.BACKUP.named(member.name) and is_unneeded(member))

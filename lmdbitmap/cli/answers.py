@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from lmdbitmap.access.reach import is_attached
+from lmdbitmap.access.owners import is_attached
 from lmdbitmap.backups import consumers
 from lmdbitmap.backups.consumers import Holder
 from lmdbitmap.cli.holders import hold_facts, holder_facts

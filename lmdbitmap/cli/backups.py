@@ -34,7 +34,7 @@ from lmdbitmap.images.image import is_far
 from lmdbitmap.store import Store
 
 if TYPE_CHECKING:
-    from lmdbitmap.backups.backup_result import BackupResult, BackupsFailed
+    from lmdbitmap.backups.result import BackupResult, BackupsFailed
     from lmdbitmap.notes.references import Reason
     from lmdbitmap.repository.manifest import BackupEntry
     from lmdbitmap.restoring.restore import RestoreResult
@@ -144,7 +144,7 @@ class _Wishes(NamedTuple):
 
 def _back_up(asked: Session, names: Sequence[str], repository: str, wishes: _Wishes) -> None:
     from lmdbitmap.backups.backup import backup as back_up
-    from lmdbitmap.backups.backup_result import BackupsFailed
+    from lmdbitmap.backups.result import BackupsFailed
     from lmdbitmap.repository.manifest import BackupType
 
     thaw = Thaw()
@@ -173,7 +173,7 @@ def _back_up(asked: Session, names: Sequence[str], repository: str, wishes: _Wis
 
 
 def _is_any_served(store: Store, names: Sequence[str]) -> bool:
-    from lmdbitmap.access.reach import is_served
+    from lmdbitmap.access.owners import is_served
 
     for name in names:
         with contextlib.suppress(LmdbitmapError):  # of an unknown one the backup tells

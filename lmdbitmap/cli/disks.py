@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from lmdbitmap.access.reach import is_attached
+from lmdbitmap.access.owners import is_attached
 from lmdbitmap.cli.answers import (
     BitmapReport,
     DiskReport,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lmdbitmap.access.reach import is_attached
+from lmdbitmap.access.owners import is_attached
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import say_json
 from lmdbitmap.cli.ownership import ask_owner, find_disk

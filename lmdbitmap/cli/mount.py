@@ -12,7 +12,7 @@ import click
 
 from lmdbitmap.cli import logs
 from lmdbitmap.cli.options import Session, at_backup, verb
-from lmdbitmap.cli.places import Places
+from lmdbitmap.cli.places import ListenAddresses
 from lmdbitmap.cli.serving import Ending, allow_many_descriptors, announce, listening, logging_as_asked
 from lmdbitmap.images.plain import PlainDisk
 from lmdbitmap.nbd.server.server import Server
@@ -43,7 +43,7 @@ def mount(
     name: str,
     at: str | None,
     verify: bool,
-    places: Places,
+    places: ListenAddresses,
     log_style: str,
     verbose: bool,
 ) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from lmdbitmap.access.reach import is_attached, owner_of, require_all_or_none
+from lmdbitmap.access.owners import is_attached, owner_of, require_all_or_none
 from lmdbitmap.errors import Busy, LmdbitmapError, NotFound, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter, take_checkpoint

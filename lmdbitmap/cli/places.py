@@ -18,7 +18,7 @@ _MOST_SOCKETS = 64
 _FOR_OTHERS = 0o007
 
 
-class Places:
+class ListenAddresses:
     """All places where clients find us; `passed` are descriptors, `tls` is for those who come over TCP.
 
     `insecure` says that other hosts may reach what has no TLS.

@@ -304,8 +304,8 @@ _HEADINGS = ("disk", "backup", "time", "type", "size", "changed", "stored", "cha
 def list_backups(asked: Session, repository: str) -> None:
     """All restore points of a repository; a disk whose manifest cannot be read is told of after the others."""
     from lmdbitmap.repository.repository import folders_of, known_backups_of
-    from lmdbitmap.work.apart import Failures
     from lmdbitmap.work.disks_failed import DisksFailed
+    from lmdbitmap.work.failures import Failures
 
     folders = folders_of(repository)
     failures = Failures(at_once=len(folders) == 1)

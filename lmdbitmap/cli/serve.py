@@ -18,7 +18,7 @@ from lmdbitmap.cli import logs
 from lmdbitmap.cli.metrics import metrics_served
 from lmdbitmap.cli.options import Session, size, utf8_path, verb
 from lmdbitmap.cli.ownership import find_disk, require_unowned
-from lmdbitmap.cli.places import Places
+from lmdbitmap.cli.places import ListenAddresses
 from lmdbitmap.cli.serving import (
     Ending,
     address_of,
@@ -83,7 +83,7 @@ _REMEDY = "use 127.0.0.1, or say --insecure-metrics"
 def serve(
     asked: Session,
     names: Sequence[str],
-    places: Places,
+    places: ListenAddresses,
     metrics: str | None,
     insecure_metrics: bool,
     log_style: str,

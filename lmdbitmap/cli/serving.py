@@ -21,7 +21,14 @@ import click
 from lmdbitmap.cli.logs import HUMAN, STYLES, VARIABLE
 from lmdbitmap.cli.options import Function, Session, utf8_path
 from lmdbitmap.cli.output import say
-from lmdbitmap.cli.places import Places, group_id, host_and_port, is_loopback, passed_sockets, socket_mode
+from lmdbitmap.cli.places import (
+    ListenAddresses,
+    group_id,
+    host_and_port,
+    is_loopback,
+    passed_sockets,
+    socket_mode,
+)
 from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.nbd.listeners import passed_host
 from lmdbitmap.nbd.server.server import Server
@@ -102,7 +109,7 @@ def _places(
     listen: str | None,
     tls: str | None,
     insecure: bool,
-) -> Places:
+) -> ListenAddresses:
     passed = passed_sockets(os.environ)
     remedy = "give certificates with --tls, or serve at a unix socket, or say --insecure"
     is_safe = insecure or tls is not None
@@ -116,7 +123,7 @@ def _places(
     if tls is not None and address is None and not passed:
         raise click.UsageError("--tls is for --listen: a unix socket is the owner's alone")
     file = None if socket is None else (socket, socket_mode or 0o600, socket_group)
-    return Places(file, address, passed, tls, insecure=insecure)
+    return ListenAddresses(file, address, passed, tls, insecure=insecure)
 
 
 def address_of(text: str, power: str, remedy: str, *, insecure: bool) -> tuple[str, int]:

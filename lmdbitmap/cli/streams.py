@@ -20,8 +20,8 @@ from lmdbitmap.cli.sizes import format_duration, format_size
 from lmdbitmap.store import Store
 
 if TYPE_CHECKING:
+    from lmdbitmap.streams.restore import AppliedResult
     from lmdbitmap.streams.stream import StreamResult
-    from lmdbitmap.streams.stream_restore import AppliedResult
 
 STDIN = "-"
 
@@ -89,7 +89,7 @@ def stream_out(
     lock_wait_s: float,
 ) -> None:  # fmt: skip
     """Nothing but the stream ever comes to standard output."""
-    from lmdbitmap.access.reach import is_served
+    from lmdbitmap.access.owners import is_served
     from lmdbitmap.streams.stream import stream_backup
 
     thaw = Thaw()
@@ -139,7 +139,7 @@ def _stream_facts(made: StreamResult) -> dict[str, object]:
 
 
 def stream_in(asked: Session, out: str, store: Store | None, *, larger: bool) -> None:
-    from lmdbitmap.streams.stream_restore import apply_stream
+    from lmdbitmap.streams.restore import apply_stream
 
     with (
         _standard(0, "rb") as stream,

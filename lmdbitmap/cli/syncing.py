@@ -66,7 +66,7 @@ def sync(
 
     Nobody else may write TARGET. Until a sync that failed or was killed has been repeated, it is of no use.
     """
-    from lmdbitmap.access.reach import is_served
+    from lmdbitmap.access.owners import is_served
     from lmdbitmap.syncs.sync import sync as bring_up_to_date
 
     if compare and only_incremental:

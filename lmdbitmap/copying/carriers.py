@@ -17,7 +17,7 @@ from lmdbitmap.bits import Run
 from lmdbitmap.copying.loads import Load, Loads, Stretch
 from lmdbitmap.errors import os_errors_at
 from lmdbitmap.interfaces import Buffer
-from lmdbitmap.qcow2 import Qcow2Writer, Sink
+from lmdbitmap.qcow2 import Qcow2Writer, WritableFile
 from lmdbitmap.work.buffers import new_buffer
 from lmdbitmap.work.gang import Gang, Work
 
@@ -37,7 +37,7 @@ class Hashing(Protocol):
         """The file has these bytes."""
 
 
-class ImageSink(Sink, Protocol):
+class ImageSink(WritableFile, Protocol):
     """The image file, written to by many threads; its refusals name the `place`."""
 
     @property
@@ -71,7 +71,7 @@ class Carriers:
         self._image = image
         self._hashing = hashing
         self._gang: Gang[Load] = Gang(
-            self._new_carrier, spared=loads.ways.spared, interrupt=loads.ways.interrupt
+            self._new_carrier, spared=loads.methods.spared, interrupt=loads.methods.interrupt
         )
         self.bytes_changed = 0
         self.bytes_zero = 0

@@ -12,7 +12,7 @@ from lmdbitmap.bits import Run
 from lmdbitmap.copying.carriers import Carriers, Hashing, ImageSink, Shelf
 from lmdbitmap.copying.loads import Loads
 from lmdbitmap.copying.pieces import Pieces
-from lmdbitmap.copying.readable import Readable, ways_of
+from lmdbitmap.copying.readable import Readable, read_methods_of
 from lmdbitmap.errors import os_errors_at
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Buffer
@@ -21,7 +21,7 @@ from lmdbitmap.qcow2 import (
     Compression,
     CompressionType,
     Qcow2Writer,
-    Sink,
+    WritableFile,
 )
 from lmdbitmap.work.progress import Report
 
@@ -78,7 +78,7 @@ def copy_clusters(
 
 
 def _writer(
-    sink: Sink, clusters: Geometry, backing_file: str | None, compression_type: CompressionType
+    sink: WritableFile, clusters: Geometry, backing_file: str | None, compression_type: CompressionType
 ) -> Qcow2Writer:
     return Qcow2Writer(
         sink,
@@ -104,7 +104,7 @@ class _Followed:
 
 def _compressed(
     device: Readable,
-    file: Sink,
+    file: WritableFile,
     clusters: Geometry,
     runs: Iterable[Run],
     backing_file: str | None,
@@ -115,7 +115,7 @@ def _compressed(
     plain = _writer(file, clusters, backing_file, compression.type)
     bytes_changed = bytes_zero = 0
     with (
-        CompressingWriter(plain, compression, spared=ways_of(device).spared) as writer,
+        CompressingWriter(plain, compression, spared=read_methods_of(device).spared) as writer,
         contextlib.closing(Pieces(device, clusters).of_all(runs)) as pieces,
     ):
         for offset, length, data in pieces:

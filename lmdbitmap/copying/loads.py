@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple, TypeAlias
 
 from lmdbitmap.bits import Run
-from lmdbitmap.copying.readable import CHUNK_BYTES, Readable, ways_of
+from lmdbitmap.copying.readable import CHUNK_BYTES, Readable, read_methods_of
 from lmdbitmap.geometry import Geometry
 
 SMALL_BYTES: Final = CHUNK_BYTES // 4
@@ -20,7 +20,7 @@ _MOST_PLACES: Final = 256
 """In a load: they take memory too."""
 
 
-class Place(NamedTuple):
+class ReadRange(NamedTuple):
     """Bytes of the device; `zero` where it says that they are zeroes, which are not read."""
 
     offset: int
@@ -28,7 +28,7 @@ class Place(NamedTuple):
     zero: bool
 
 
-Load: TypeAlias = "list[Place]"
+Load: TypeAlias = "list[ReadRange]"
 """Ascending. The data of all of them has room in one buffer."""
 
 
@@ -49,9 +49,9 @@ class Loads:
 
     def __init__(self, device: Readable, blocks: Geometry) -> None:
         self._device = device
-        self.ways: Final = ways_of(device)
+        self.methods: Final = read_methods_of(device)
         self._blocks = blocks
-        self.buffer_bytes: Final = min(max(self.ways.chunk_bytes, blocks.granularity), blocks.size)
+        self.buffer_bytes: Final = min(max(self.methods.chunk_bytes, blocks.granularity), blocks.size)
         self._zeroes = bytes(blocks.granularity)
 
     # -- what to read --------------------------------------------------------------------------------------
@@ -77,20 +77,20 @@ class Loads:
 
     def announce(self, load: Load) -> None:
         """Tell the device that this will be read, if it wants to know."""
-        if self.ways.will_need is not None:
+        if self.methods.will_need is not None:
             for offset, length, zero in load:
                 if not zero:
-                    self.ways.will_need(offset, length)
+                    self.methods.will_need(offset, length)
 
-    def _places(self, runs: Iterable[Run]) -> Iterator[Place]:
-        travels = self.ways.pread_many is not None
+    def _places(self, runs: Iterable[Run]) -> Iterator[ReadRange]:
+        travels = self.methods.pread_many is not None
         for run in runs:
             offset, length = self._blocks.bytes_of(*run)
             if travels and length <= SMALL_BYTES:
-                yield Place(offset, length, False)
+                yield ReadRange(offset, length, False)
                 continue
             for start, stop, zero in self._parts(run):
-                yield Place(*self._blocks.bytes_of(start, stop), zero)
+                yield ReadRange(*self._blocks.bytes_of(start, stop), zero)
 
     def _parts(self, run: Run) -> Iterator[tuple[int, int, bool]]:
         """The run in parts (first block, stop, whether the device knows that all of it is zero)."""
@@ -121,8 +121,8 @@ class Loads:
         return list(self._stretches(load, buffer))
 
     def _read_parts(self, parts: list[tuple[memoryview, int]], load: Load) -> None:
-        if self.ways.pread_many is not None and parts:
-            self.ways.pread_many(parts, list(_ranges(load)))
+        if self.methods.pread_many is not None and parts:
+            self.methods.pread_many(parts, list(_ranges(load)))
         else:
             for into, offset in parts:
                 self._device.pread_into(into, offset)

@@ -36,7 +36,7 @@ class Pieces:
 
     def __init__(self, device: Readable, blocks: Geometry) -> None:
         self._loads = Loads(device, blocks)
-        self._ways = self._loads.ways
+        self._methods = self._loads.methods
 
     def of_all(self, runs: Iterable[Run]) -> Generator[Piece, None, None]:
         """The runs, which ascend, without a gap in one of them. Raises `OSError` as the device does.
@@ -44,7 +44,7 @@ class Pieces:
         Close it where it is left before its end: its thread may be reading. A device that can be interrupted is, and is
         of no use afterwards.
         """
-        reader: Follower[list[Stretch]] = Follower(spared=self._ways.spared)
+        reader: Follower[list[Stretch]] = Follower(spared=self._methods.spared)
         free = deque(new_buffer(self._loads.buffer_bytes) for _ in range(1 + _MOST_FILLED))
         filling: deque[bytearray] = deque()
         try:
@@ -58,7 +58,7 @@ class Pieces:
             while filling:
                 yield from _taken(reader, filling, free)
         except BaseException:
-            self._ways.interrupt()
+            self._methods.interrupt()
             raise
         finally:
             reader.close()

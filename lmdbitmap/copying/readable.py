@@ -33,7 +33,7 @@ class Readable(Protocol):
     def allocation(self, offset: int, length: int) -> Iterator[Allocation]: ...
 
 
-class Ways(NamedTuple):
+class ReadMethods(NamedTuple):
     """How a device is best read: what it says of itself in attributes of these names, or what goes for any."""
 
     pread_many: ReadMany | None
@@ -47,10 +47,10 @@ class Ways(NamedTuple):
     """What it says at this moment of its `spared_processors`, to be left to others while it is read."""
 
 
-def ways_of(device: Readable) -> Ways:
+def read_methods_of(device: Readable) -> ReadMethods:
     if isinstance(device, Metered):
-        return device.ways
-    return Ways(
+        return device.methods
+    return ReadMethods(
         _read_many_of(device),
         getattr(device, "will_need", None),
         getattr(device, "interrupt", _nothing),
@@ -75,12 +75,12 @@ class Metered:
     def __init__(self, device: Readable, pace: Pace | None = None) -> None:
         self._device = device
         self._pace = pace
-        self._ways = ways_of(device)
+        self._methods = read_methods_of(device)
         self._is_interrupted = threading.Event()
-        self.ways = self._ways._replace(interrupt=self._interrupt)
+        self.methods = self._methods._replace(interrupt=self._interrupt)
         """The same, metered; what is announced is when it is read."""
-        if self._ways.pread_many is not None:
-            self.ways = self.ways._replace(pread_many=self._pread_many)
+        if self._methods.pread_many is not None:
+            self.methods = self.methods._replace(pread_many=self._pread_many)
         self.bytes_read = 0
         self._counting = threading.Lock()
 
@@ -93,14 +93,14 @@ class Metered:
         self._device.pread_into(buffer, offset)
 
     def _pread_many(self, parts: Parts, ranges: Ranges) -> None:
-        assert self._ways.pread_many is not None
+        assert self._methods.pread_many is not None
         self._admit(sum(len(buffer) for buffer, _ in parts))
-        self._ways.pread_many(parts, ranges)
+        self._methods.pread_many(parts, ranges)
 
     def _interrupt(self) -> None:
         """Whoever waits for his turn to read waits no more."""
         self._is_interrupted.set()
-        self._ways.interrupt()
+        self._methods.interrupt()
 
     def _admit(self, length: int) -> None:
         if self._pace is not None:

@@ -60,7 +60,7 @@ def are_one(here: os.stat_result, there: os.stat_result) -> bool:
     return os.path.samestat(here, there)
 
 
-def _lasting_place(image: str) -> uri.Place:
+def _lasting_place(image: str) -> uri.NbdAddress:
     return uri.parse(lasting_name(image)).bare
 
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from typing import Final, Protocol
 
 from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, os_errors_at
-from lmdbitmap.nbd.uri import MAX_UNIX_PATH, Credentials, Place
+from lmdbitmap.nbd.uri import MAX_UNIX_PATH, Credentials, NbdAddress
 
 _MAX_PORT: Final = 65535
 _BACKLOG: Final = 64
@@ -77,7 +77,7 @@ class UnixListener:
         self._inode = _inode(self.path)
 
     def uri(self, name: str) -> str:
-        return Place(name, socket_path=self.path).uri
+        return NbdAddress(name, socket_path=self.path).uri
 
     def close(self) -> None:
         if _inode(self.path) == self._inode:
@@ -101,7 +101,7 @@ class TcpListener:
         self._host, self._port = self.sock.getsockname()[:2]
 
     def uri(self, name: str) -> str:
-        return Place(name, host=self._host, port=self._port, tls=_spoken(self.tls)).uri
+        return NbdAddress(name, host=self._host, port=self._port, tls=_spoken(self.tls)).uri
 
     def close(self) -> None:
         self.sock.close()
@@ -118,9 +118,9 @@ class InheritedListener:
     def uri(self, name: str) -> str:
         address = self.sock.getsockname()
         if self.sock.family == socket.AF_UNIX:
-            return Place(name, socket_path=str(address)).uri
+            return NbdAddress(name, socket_path=str(address)).uri
         host, port = address[:2]
-        return Place(name, host=host, port=port, tls=_spoken(self.tls)).uri
+        return NbdAddress(name, host=host, port=port, tls=_spoken(self.tls)).uri
 
     def close(self) -> None:
         self.sock.close()

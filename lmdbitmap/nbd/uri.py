@@ -49,7 +49,7 @@ class Credentials(NamedTuple):
         return [f"{name}={quote(value)}" for name, value in said if value]
 
 
-class Place(NamedTuple):
+class NbdAddress(NamedTuple):
     """An export of a server: behind a unix socket, or at `host` and `port` where `socket_path` is empty."""
 
     export: str
@@ -72,7 +72,7 @@ class Place(NamedTuple):
         return f"{scheme}://{host}:{self.port}/{name}" + "?" * bool(arguments) + "&".join(arguments)
 
     @property
-    def bare(self) -> Place:
+    def bare(self) -> NbdAddress:
         """Where it is, however it is spoken to."""
         return self._replace(tls=None)
 
@@ -88,7 +88,7 @@ def is_uri(image: str) -> bool:
     return bool(found) and scheme.lower() in _PLAIN + _ENCRYPTED
 
 
-def parse(uri: str) -> Place:
+def parse(uri: str) -> NbdAddress:
     """The place that `uri` names; raises `InvalidArgument` saying what of it cannot be used."""
     try:
         uri.encode()
@@ -110,10 +110,10 @@ def parse(uri: str) -> Place:
     if not parts.scheme.endswith("+unix"):
         _refuse_arguments(uri, arguments)
         port = NBD_PORT if port is None else port
-        return Place(export, host=_host(uri, parts.hostname) or "localhost", port=port, tls=tls)
+        return NbdAddress(export, host=_host(uri, parts.hostname) or "localhost", port=port, tls=tls)
     if parts.netloc:
         raise _refused(uri, f"with a socket there is no host {parts.netloc}: three slashes come first")
-    return Place(export, socket_path=_socket_path(uri, arguments), tls=tls)
+    return NbdAddress(export, socket_path=_socket_path(uri, arguments), tls=tls)
 
 
 def _host(uri: str, host: str | None) -> str:

@@ -16,8 +16,8 @@ from lmdbitmap.qcow2.layout import (
     CompressionType,
     Header,
 )
-from lmdbitmap.qcow2.reader import Kind, MappedRun, Qcow2Reader, Source
-from lmdbitmap.qcow2.writer import Qcow2Writer, Sink
+from lmdbitmap.qcow2.reader import Kind, MappedRun, Qcow2Reader, ReadableFile
+from lmdbitmap.qcow2.writer import Qcow2Writer, WritableFile
 
 __all__ = [
     "DEFAULT_CLUSTER_BITS",
@@ -31,8 +31,8 @@ __all__ = [
     "MappedRun",
     "Qcow2Reader",
     "Qcow2Writer",
-    "Sink",
-    "Source",
+    "ReadableFile",
+    "WritableFile",
     "chain_extents",
     "chain_read_into",
 ]

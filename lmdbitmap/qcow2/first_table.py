@@ -19,14 +19,14 @@ _PAGE_BYTES = 4096
 _READ_BYTES = 1 << 20
 
 
-class _Source(Protocol):
+class _ReadableFile(Protocol):
     def pread(self, length: int, offset: int) -> bytes: ...
 
 
 class FirstTable:
     """`count` entries from `offset` on in the file, which must be that long."""
 
-    def __init__(self, source: _Source, offset: int, count: int) -> None:
+    def __init__(self, source: _ReadableFile, offset: int, count: int) -> None:
         self._count = count
         self._starts, self._entries = array("I"), array("Q")
         for start in range(0, 8 * count, _READ_BYTES):

@@ -58,7 +58,7 @@ _REPAIR = "look at it with qemu-img check and use another backup"
 _CONVERT = "make a plain copy with qemu-img convert -O qcow2 and use that"
 
 
-class Source(Protocol):
+class ReadableFile(Protocol):
     """A file's bytes. Reads are whole or raise OSError; none goes past `size`."""
 
     @property
@@ -120,7 +120,7 @@ class Qcow2Reader:
     to where it is expected.
     """
 
-    def __init__(self, source: Source, *, name: str = "qcow2 image") -> None:
+    def __init__(self, source: ReadableFile, *, name: str = "qcow2 image") -> None:
         self.name = name
         self._source = source
         self._file_size = source.size

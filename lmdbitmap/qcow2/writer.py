@@ -63,7 +63,7 @@ _ANCHORS = 2
 """L1 entries past the disk's end that point to a shared L2 table, so that its refcount never falls to 1."""
 
 
-class Sink(Protocol):
+class WritableFile(Protocol):
     """An empty file to fill. Writes are whole or raise OSError."""
 
     def pwrite(self, data: Buffer, offset: int) -> None: ...
@@ -79,7 +79,7 @@ class Qcow2Writer:
 
     def __init__(
         self,
-        sink: Sink,
+        sink: WritableFile,
         *,
         size: int,
         cluster_bits: int = DEFAULT_CLUSTER_BITS,

@@ -28,7 +28,7 @@ from lmdbitmap.images.device import DATA, HOLE
 from lmdbitmap.images.file_pool import FilePool, PooledFile, half_of_what_may_be_open
 from lmdbitmap.images.read_only import ReadOnlyDevice
 from lmdbitmap.interfaces import Allocation, joined
-from lmdbitmap.qcow2 import MappedRun, Qcow2Reader, Source, chain_extents
+from lmdbitmap.qcow2 import MappedRun, Qcow2Reader, ReadableFile, chain_extents
 from lmdbitmap.qcow2.compression import require
 from lmdbitmap.qcow2.layout import SECTOR
 from lmdbitmap.repository.manifest import BackupEntry, chain_to, id_at
@@ -232,7 +232,7 @@ def are_still(folder: BackupFolder, entries: Sequence[BackupEntry]) -> bool:
     return {(entry.id, entry.digest) for entry in entries} <= known
 
 
-class ImageSource(Source, Protocol):
+class ImageSource(ReadableFile, Protocol):
     """An image's file, with the path that complaints name."""
 
     path: str

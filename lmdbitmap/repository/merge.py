@@ -110,13 +110,13 @@ class View:
         return named[0] if named else CompressionType.ZLIB
 
 
-class _Piece(NamedTuple):
+class _MergedRun(NamedTuple):
     """A stretch of the disk, where its bytes are, and whether the new parent has them from the same place."""
 
     run: MappedRun
     inherited: bool
 
-    def cut(self, length: int) -> tuple[_Piece, _Piece]:
+    def cut(self, length: int) -> tuple[_MergedRun, _MergedRun]:
         """The first `length` bytes, and the rest."""
         run, middle = self.run, self.run.offset + length
         return self._replace(run=run.part(run.offset, middle)), self._replace(run=run.part(middle, run.end))
@@ -144,15 +144,15 @@ def write_merged(
     return copied, view.compression_type if merger.keeps_packed else None
 
 
-def _pieces(view: View, over: View | None) -> Iterator[_Piece]:
+def _pieces(view: View, over: View | None) -> Iterator[_MergedRun]:
     size = view.entry.disk_size
     if over is None:
-        yield from (_Piece(run, False) for run, _ in view.runs(size))
+        yield from (_MergedRun(run, False) for run, _ in view.runs(size))
         return
     theirs, shared_end = over.runs(size), _shared_end(view.entry, over.entry)
     their_run, their_place = MappedRun(0, 0, Kind.ZERO), None
     for run, place in view.runs(size):
-        rest = _Piece(run, False)
+        rest = _MergedRun(run, False)
         while rest.run.length:
             while their_run.end <= rest.run.offset:
                 their_run, their_place = next(theirs)
@@ -178,14 +178,14 @@ class _Merger:
         self._writer = writer
         self._copier = FileCopier(fd, place)
         self._report = report
-        self._parts: list[_Piece] = []
+        self._parts: list[_MergedRun] = []
         """Of a cluster that is not complete yet."""
         self.keeps_packed = False
         """Whether a cluster was taken over compressed."""
         self.bytes_changed = 0
         self.bytes_zero = 0
 
-    def take(self, piece: _Piece) -> None:
+    def take(self, piece: _MergedRun) -> None:
         while piece.run.length:
             offset, length = piece.run.offset, piece.run.length
             room = self._room(offset)
@@ -222,7 +222,7 @@ class _Merger:
         self._writer.write(offset, buffer)
         self._count(length)
 
-    def _put(self, piece: _Piece) -> None:
+    def _put(self, piece: _MergedRun) -> None:
         run = piece.run
         if piece.inherited:
             return

@@ -39,8 +39,8 @@ from lmdbitmap.repository.repository import BackupFolder, folders_of, known_back
 from lmdbitmap.repository.retention import Retention, kept
 from lmdbitmap.repository.verify import require_sound
 from lmdbitmap.system import files
-from lmdbitmap.work.apart import Failures
 from lmdbitmap.work.disks_failed import DisksFailed
+from lmdbitmap.work.failures import Failures
 from lmdbitmap.work.patience import Patience
 from lmdbitmap.work.progress import Progress, Report
 

@@ -43,8 +43,8 @@ from lmdbitmap.repository.manifest import BackupEntry, BackupType, Manifest, has
 from lmdbitmap.repository.manifest_file import COPY, MANIFEST, ManifestFile, put_aside, remove
 from lmdbitmap.storage import schema
 from lmdbitmap.system import files
-from lmdbitmap.work.apart import Failures
 from lmdbitmap.work.buffers import new_buffer
+from lmdbitmap.work.failures import Failures
 from lmdbitmap.work.patience import NO_PATIENCE, Patience
 
 log = logging.getLogger(__name__)

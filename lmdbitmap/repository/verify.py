@@ -131,7 +131,7 @@ class _Flaws:
 
 
 @dataclass(frozen=True, slots=True)
-class _Task:
+class _DiskToVerify:
     """The backups of one disk that are to be proven."""
 
     folder: BackupFolder
@@ -142,7 +142,7 @@ class _Task:
 
 def _tasks(
     repository_path: str | os.PathLike[str], name: str | None, at: str | None, flaws: _Flaws
-) -> Iterator[_Task]:
+) -> Iterator[_DiskToVerify]:
     for folder in folders_of(repository_path, [] if name is None else [name]):
         try:
             manifest = folder.known_backups() if name is not None else folder.manifest()
@@ -154,7 +154,7 @@ def _tasks(
             flaws.add([_without_backups(folder)])
         elif manifest is not None:
             entries = manifest.backups if at is None else chain_to(manifest, id_at(manifest, at))
-            yield _Task(folder, folder.disk_name, manifest, entries)
+            yield _DiskToVerify(folder, folder.disk_name, manifest, entries)
 
 
 def _without_backups(folder: BackupFolder) -> Flaw:
@@ -165,7 +165,7 @@ def _without_backups(folder: BackupFolder) -> Flaw:
     return Flaw(folder.disk_name, None, folder.path, problem, next_step="copy the backups there again")
 
 
-def _prove(task: _Task, flaws: _Flaws, report: Report) -> None:
+def _prove(task: _DiskToVerify, flaws: _Flaws, report: Report) -> None:
     for _, pieces in groupby(_found(task), key=lambda piece: piece.entry.id):
         of_image = _Flaws()
         for piece in pieces:
@@ -182,7 +182,7 @@ def require_sound(
     folder: BackupFolder, manifest: Manifest, entries: Sequence[BackupEntry], report: Report
 ) -> None:
     """Raise `FormatError` unless every byte of the images is what was backed up. See `require_algorithms` before."""
-    for _, found, length in _found(_Task(folder, folder.disk_name, manifest, entries)):
+    for _, found, length in _found(_DiskToVerify(folder, folder.disk_name, manifest, entries)):
         report.advance(length)
         if found:
             raise FormatError(
@@ -193,7 +193,7 @@ def require_sound(
             )
 
 
-class _Piece(NamedTuple):
+class _CheckResult(NamedTuple):
     """What is wrong with a piece of an image, and how many bytes of it are proven by that."""
 
     entry: BackupEntry
@@ -201,7 +201,7 @@ class _Piece(NamedTuple):
     length: int
 
 
-def _found(task: _Task) -> Iterator[_Piece]:
+def _found(task: _DiskToVerify) -> Iterator[_CheckResult]:
     """Piece by piece in the order of the files, and at least one of each."""
     with ThreadPoolExecutor(max_workers=thread_count()) as pool:
         pending: deque[tuple[BackupEntry, Future[list[Flaw]], int]] = deque()
@@ -213,18 +213,18 @@ def _found(task: _Task) -> Iterator[_Piece]:
             yield _piece(*pending.popleft())
 
 
-def _piece(entry: BackupEntry, found: Future[list[Flaw]], length: int) -> _Piece:
-    return _Piece(entry, found.result(), length)
+def _piece(entry: BackupEntry, found: Future[list[Flaw]], length: int) -> _CheckResult:
+    return _CheckResult(entry, found.result(), length)
 
 
-class _Job(NamedTuple):
+class _Check(NamedTuple):
     """Work for one thread, and how many bytes of the image are proven by it."""
 
     run: Callable[[], list[Flaw]]
     length: int = 0
 
 
-def _jobs(task: _Task) -> Iterator[tuple[BackupEntry, _Job]]:
+def _jobs(task: _DiskToVerify) -> Iterator[tuple[BackupEntry, _Check]]:
     files_by_id = {entry.id: entry.file for entry in task.manifest.backups}
     for entry in task.entries:
         parent = None if entry.parent is None else files_by_id[entry.parent]
@@ -235,40 +235,40 @@ def _jobs(task: _Task) -> Iterator[tuple[BackupEntry, _Job]]:
 class _Image:
     """One image and its digests. Each job opens the files anew: so none stays open for longer than it is read."""
 
-    def __init__(self, task: _Task, entry: BackupEntry, parent: str | None) -> None:
+    def __init__(self, task: _DiskToVerify, entry: BackupEntry, parent: str | None) -> None:
         self._folder = task.folder
         self._entry = entry
         self._parent = parent
         self._path = task.folder.image_path(entry.file)
 
-    def jobs(self) -> Iterator[_Job]:
+    def jobs(self) -> Iterator[_Check]:
         try:
             self._folder.check_images([self._entry])
         except (FormatError, NotFound) as refused:
-            yield _Job(partial(list, [self._flaw(refused)]), self._entry.bytes_stored)
+            yield _Check(partial(list, [self._flaw(refused)]), self._entry.bytes_stored)
             return
-        yield _Job(partial(self._unless_gone, self._check_structure))
+        yield _Check(partial(self._unless_gone, self._check_structure))
         chunks = self._entry.chunks
         if chunks is not None and (wrong := self._wrong_with(chunks)) is not None:
-            yield _Job(partial(list, [wrong]))
+            yield _Check(partial(list, [wrong]))
             chunks = None
         try:
             require_algorithms(self._folder, [self._entry])
         except NotFound as lacking:
-            yield _Job(partial(list, [self._unproven(lacking)]))
+            yield _Check(partial(list, [self._unproven(lacking)]))
             return
         yield from self._digest_jobs(chunks)
 
-    def _digest_jobs(self, chunks: ChunkDigests | None) -> Iterator[_Job]:
+    def _digest_jobs(self, chunks: ChunkDigests | None) -> Iterator[_Check]:
         length = self._entry.bytes_stored
         if chunks is None:
-            yield _Job(partial(self._unless_gone, self._check_whole), length)
+            yield _Check(partial(self._unless_gone, self._check_whole), length)
             return
         batch = max(_BATCH_BYTES, chunks.chunk_size)
         for start in range(0, length, batch):
             stop = min(start + batch, length)
             check = partial(self._check_chunks, chunks, start, stop)
-            yield _Job(partial(self._unless_gone, check), stop - start)
+            yield _Check(partial(self._unless_gone, check), stop - start)
 
     def _unless_gone(self, check: Callable[[], list[Flaw]]) -> list[Flaw]:
         """What a check finds, whatever became of the files since its turn was due."""

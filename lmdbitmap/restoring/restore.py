@@ -1,7 +1,7 @@
 """Restores a disk as it was at one of its backups.
 
-backup_chain.py reads the images, making_ready.py proves what is read of them, target.py opens what is written into,
-putting_back.py or carrying_back.py writes. No byte of a backup is written before the digest of its chunk is known to be
+backup_chain.py reads the images, prefetching.py proves what is read of them, target.py opens what is written into,
+writers.py or parallel_restore.py writes. No byte of a backup is written before the digest of its chunk is known to be
 right. What holds something already is not touched before that is known of all that is going to be written. An image
 that has no digests by chunks is proven as a whole, beside the writing of a new file, which gets its name only if that
 is right too.
@@ -24,9 +24,9 @@ from lmdbitmap.repository.digests import require_algorithms
 from lmdbitmap.repository.manifest import BackupEntry
 from lmdbitmap.repository.proof import proven_beside
 from lmdbitmap.repository.repository import BackupFolder
-from lmdbitmap.restoring.carrying_back import CarryingBack
-from lmdbitmap.restoring.making_ready import made_ready
-from lmdbitmap.restoring.putting_back import Comparing, Overwriting, PuttingBack
+from lmdbitmap.restoring.parallel_restore import CarryingBack
+from lmdbitmap.restoring.prefetching import made_ready
+from lmdbitmap.restoring.writers import Comparing, Overwriting, PuttingBack
 from lmdbitmap.store import Store
 from lmdbitmap.targets.target import Target, opened_target
 from lmdbitmap.work.progress import Progress, Report
@@ -91,22 +91,22 @@ def restore(
     ):
         proves_first = verify and not target.is_fresh
         report = Report(progress, target.size * (2 if proves_first else 1))
-        way = _way(chain, target, report, in_place=in_place)
+        writer = _writer_for(chain, target, report, in_place=in_place)
         with proven_beside(chain.unproven if verify else []) as proven:
             if proves_first:
                 _prove_all(chain, target, report)
                 _await(proven, report)
-            way.put_all(chain.extents(0, chain.size))
-            way.put_all(_tail(chain.size, target.size))  # by itself: it may begin within a page
+            writer.put_all(chain.extents(0, chain.size))
+            writer.put_all(_tail(chain.size, target.size))  # by itself: it may begin within a page
             target.flush()
             _await(proven, report)
     return RestoreResult(
-        chain.entry, place, way.bytes_written, time.monotonic() - started,
-        way.bytes_zeroed, way.bytes_read, target.disk, target.size - chain.size,
+        chain.entry, place, writer.bytes_written, time.monotonic() - started,
+        writer.bytes_zeroed, writer.bytes_read, target.disk, target.size - chain.size,
     )  # fmt: skip
 
 
-def _way(chain: BackupChain, target: Target, report: Report, *, in_place: bool) -> PuttingBack:
+def _writer_for(chain: BackupChain, target: Target, report: Report, *, in_place: bool) -> PuttingBack:
     if in_place:
         return Comparing(chain, target, report)
     if target.fd is not None:

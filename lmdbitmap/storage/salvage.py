@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from uuid import uuid4
 
 from lmdbitmap.errors import LmdbitmapError
-from lmdbitmap.storage import founding, lmdb_errors, owner, presence, schema
+from lmdbitmap.storage import creating, lmdb_errors, owner, presence, schema
 from lmdbitmap.storage.lmdb_errors import DamagedStore
 from lmdbitmap.storage.records import Writer
 from lmdbitmap.storage.schema import Bitmap, Checkpoint, Disk
@@ -40,9 +40,9 @@ SALVAGED = "the store was damaged and was made anew"
 
 def make(path: str) -> None:
     """Make the store in `path`, unless it is there; durable on return."""
-    founding.prepare_folder(path)
+    creating.prepare_folder(path)
     with files.lock_folder(path):
-        if founding.environment_file(path) is None:
+        if creating.environment_file(path) is None:
             _make_anew(path, "its environment is gone" if known_disks(path) else None)
 
 
@@ -52,7 +52,7 @@ def heal(path: str, damage: DamagedStore, looked_at: tuple[int, int] | None) -> 
     Raises `damage` while somebody else has it open, and `FormatError` for what never was a store. Another process
     may be first: then nothing is done.
     """
-    if not founding.is_ours(path) and not known_disks(path):
+    if not creating.is_ours(path) and not known_disks(path):
         raise lmdb_errors.not_a_store(path, damage.found) from damage
     with (
         files.lock_folder(path),
@@ -60,7 +60,7 @@ def heal(path: str, damage: DamagedStore, looked_at: tuple[int, int] | None) -> 
         presence.entering(os.path.join(path, "lmdb")) as entered,
     ):
         afterwards.callback(entered.close)
-        if founding.environment_file(path) == looked_at:
+        if creating.environment_file(path) == looked_at:
             if not entered.is_alone():
                 raise damage
             _make_anew(path, damage.problem)
@@ -68,7 +68,7 @@ def heal(path: str, damage: DamagedStore, looked_at: tuple[int, int] | None) -> 
 
 def is_lost(path: str) -> bool:
     """Whether there was a store with disks in it, whose environment is gone."""
-    return founding.environment_file(path) is None and bool(known_disks(path))
+    return creating.environment_file(path) is None and bool(known_disks(path))
 
 
 def _make_anew(path: str, problem: str | None) -> None:
@@ -78,7 +78,7 @@ def _make_anew(path: str, problem: str | None) -> None:
         for disk in disks:
             _put_back(writer, disk, time_ns)
 
-    kept = founding.make_environment(path, fill)
+    kept = creating.make_environment(path, fill)
     if problem is not None:
         names, left = ", ".join(sorted(disk.name for disk in disks)) or "none", _count_left_out(path, disks)
         log.error(

@@ -32,8 +32,8 @@ from typing import NamedTuple, Protocol
 from uuid import uuid4
 
 from lmdbitmap import bits
-from lmdbitmap.access.access import Access, Terms, access, open_to_read, reading
-from lmdbitmap.access.access_ways import FREEZE_LIMIT_S, OWNER_LIMIT_S, PointInTime
+from lmdbitmap.access.access import Access, AccessTerms, access, open_to_read, reading
+from lmdbitmap.access.routes import FREEZE_LIMIT_S, OWNER_LIMIT_S, PointInTime
 from lmdbitmap.backups import consumers
 from lmdbitmap.bits import Run
 from lmdbitmap.copying.pieces import Pieces
@@ -62,7 +62,7 @@ _SMALL_BYTES = 64 << 10
 """Collected before they are written: a fragmented disk has millions of records of zeroes."""
 
 
-class Sink(Protocol):
+class ByteOutput(Protocol):
     """An unbuffered binary file, a pipe or a socket's file."""
 
     def write(self, data: Buffer, /) -> int | None: ...
@@ -93,7 +93,7 @@ class StreamResult:
 
 
 def write_stream(
-    out: Sink,
+    out: ByteOutput,
     device: BlockDevice,
     head: Head,
     geometry: Geometry,
@@ -170,7 +170,7 @@ class _StreamWriter:
 class _Out:
     """Writes all that it is given, small parts together."""
 
-    def __init__(self, file: Sink) -> None:
+    def __init__(self, file: ByteOutput) -> None:
         self._file = file
         self._small = bytearray()
         self.bytes_put = 0
@@ -213,7 +213,7 @@ class _Out:
 def stream_backup(
     store: Store,
     name: str,
-    out: Sink,
+    out: ByteOutput,
     *,
     since: str | None = None,
     checkpoint: str | None = None,
@@ -236,15 +236,15 @@ def stream_backup(
     image or checkpoint, `AlreadyExists` for a checkpoint of that name, `Busy` for a disk or image that somebody else
     holds.
     """
-    terms = Terms(open_device, attached, scratch, owner_limit_s, freeze_limit_s, Patience(lock_wait_s))
-    with access(store, [name], terms) as way:
+    terms = AccessTerms(open_device, attached, scratch, owner_limit_s, freeze_limit_s, Patience(lock_wait_s))
+    with access(store, [name], terms) as route:
         started = time.monotonic()
-        [disk] = way.disks
-        consumers.merge_unheld(store, way, disk)
+        [disk] = route.disks
+        consumers.merge_unheld(store, route, disk)
         head = Head(version, disk.size, since, checkpoint or Maker.STREAM.new_name(time.time_ns()))
         counted_from = _require_countable(store, disk, head)
         with HoldFile(store.path, disk.uuid, uuid4()).locked() as note:
-            run = _Run(store, way, note, head, out, progress, counted_from, names_itself=checkpoint is None)
+            run = _Run(store, route, note, head, out, progress, counted_from, names_itself=checkpoint is None)
             streamed, trust, point = _stream_noted(run, quiesced)
     size, seconds = point.disk.size, time.monotonic() - started
     return StreamResult(name, since, point.checkpoint.name, size, trust, streamed, seconds)
@@ -254,10 +254,10 @@ class _Run(NamedTuple):
     """A stream that is under way, and the note by which others know it."""
 
     store: Store
-    way: Access
+    route: Access
     note: HoldFile
     head: Head
-    out: Sink
+    out: ByteOutput
     progress: Progress | None
     counted_from: Checkpoint | None
     names_itself: bool
@@ -272,13 +272,13 @@ def _stream_noted(
     try:
         run.note.begin(None, (), UnderWay(name if run.names_itself else ""), time_ns)
         with quiesced():
-            [point] = run.way.take_point(name, [run.counted_from], once=True)
+            [point] = run.route.take_point(name, [run.counted_from], once=True)
         try:
             if not run.names_itself:
                 run.note.begin(None, (), UnderWay(name, point.checkpoint.uuid), time_ns)
             streamed, trust = _stream_point(run, point)
         except BaseException:
-            _take_back(run.way, point)
+            _take_back(run.route, point)
             raise
     finally:
         _let_go(run)
@@ -291,8 +291,8 @@ def _let_go(run: _Run) -> None:
     The note stays where an owner that we gave up may make the checkpoint yet.
     """
     try:
-        [disk] = run.way.disks
-        run.way.forget(disk, lambda member: False)
+        [disk] = run.route.disks
+        run.route.forget(disk, lambda member: False)
         with run.store.read() as reader:
             members = reader.checkpoints(disk.uuid)
         run.note.settle(members)
@@ -306,10 +306,10 @@ def _stream_point(run: _Run, point: PointInTime) -> tuple[Streamed, Trust]:
         changed = changes_since(run.store, disk.name, run.counted_from, point.checkpoint.name)
 
     def before_end() -> None:
-        run.way.prove(point)
+        run.route.prove(point)
         run.note.remove()
 
-    with reading(run.way, point):
+    with reading(run.route, point):
         streamed = write_stream(
             run.out, point.device, run.head._replace(size=disk.size), disk.geometry, changed,
             progress=run.progress, before_end=before_end,
@@ -328,11 +328,11 @@ def _require_countable(store: Store, disk: Disk, head: Head) -> Checkpoint | Non
     return counted_from
 
 
-def _take_back(way: Access, point: PointInTime) -> None:
+def _take_back(route: Access, point: PointInTime) -> None:
     """Nobody can count from a checkpoint whose stream has no end."""
-    way.end_reading()
+    route.end_reading()
     try:
-        way.forget(point.disk, lambda member: member.uuid == point.checkpoint.uuid)
+        route.forget(point.disk, lambda member: member.uuid == point.checkpoint.uuid)
     except LmdbitmapError as error:
         log.warning(
             "disk %s: checkpoint %s of no use stays: %s", point.disk.name, point.checkpoint.name, error

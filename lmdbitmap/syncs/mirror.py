@@ -1,6 +1,6 @@
 """Writes pieces of a disk onto a copy of it, in one of two ways: blindly, or after a look at what is there.
 
-- `Overwriting`, where it is known what changed: data is written, zeroes are zeroed.
+- `BlindMirror`, where it is known what changed: data is written, zeroes are zeroed.
 - `Mending`, where it is not: the copy is read, and the pages that differ are written (differences.py).
 """
 
@@ -23,7 +23,7 @@ class Mirror(Protocol):
     def put(self, piece: Piece) -> None: ...
 
 
-class Overwriting:
+class BlindMirror:
     def __init__(self, target: Target) -> None:
         self._target = target
         self.bytes_compared = self.bytes_written = self.bytes_zeroed = 0

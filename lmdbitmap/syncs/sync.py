@@ -4,7 +4,7 @@ Law 3: the copy is durable before anything forgets that it was needed. From that
 
     lock the note, get at the disk       nobody else syncs to this target; what is not known begins a new epoch
     forget what a killed run left        its checkpoint is merged into the one before
-    decide                               sync_plan.py: incremental, compare or full
+    decide                               plan.py: incremental, compare or full
     note the checkpoint's name, synced   a run that is killed from here on is known by it
     take the point                       what the copy will hold; the guest writes on
     note that a sync is under way        synced, before the first write: from now on the target changes by us
@@ -30,8 +30,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from lmdbitmap import bits
-from lmdbitmap.access.access import Access, Terms, access, open_to_read, reading
-from lmdbitmap.access.access_ways import FREEZE_LIMIT_S, OWNER_LIMIT_S, PointInTime
+from lmdbitmap.access.access import Access, AccessTerms, access, open_to_read, reading
+from lmdbitmap.access.routes import FREEZE_LIMIT_S, OWNER_LIMIT_S, PointInTime
 from lmdbitmap.backups import consumers
 from lmdbitmap.bits import Run
 from lmdbitmap.copying.pieces import Pieces
@@ -47,9 +47,9 @@ from lmdbitmap.notes.sync_note import At, NoteFile, Sizes
 from lmdbitmap.qcow2.layout import cluster_bits_for
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
-from lmdbitmap.syncs.mirror import Mending, Mirror, Overwriting
-from lmdbitmap.syncs.sync_plan import Plan, SyncKind, plan_for
-from lmdbitmap.syncs.sync_target import SyncTarget, refuse_target
+from lmdbitmap.syncs.mirror import BlindMirror, Mending, Mirror
+from lmdbitmap.syncs.plan import SyncKind, SyncPlan, plan_for
+from lmdbitmap.syncs.target import SyncTarget, refuse_target
 from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.changes import changes_since
 from lmdbitmap.tracker.scratch import Scratch
@@ -119,7 +119,7 @@ def sync(
     neither the old copy nor the new one then: sync again.
     """
     pace = pace_of(bytes_per_s)
-    terms = Terms(open_device, attached, scratch, owner_limit_s, freeze_limit_s, Patience(lock_wait_s))
+    terms = AccessTerms(open_device, attached, scratch, owner_limit_s, freeze_limit_s, Patience(lock_wait_s))
     terms.require_sense()
     place = lasting_name(os.fspath(target))
     with store.read() as reader:
@@ -128,31 +128,31 @@ def sync(
     notes = NoteFile.of(store.path, disk.uuid, place)
     with contextlib.ExitStack() as held:
         held.enter_context(notes.locked(terms.patience))
-        way = held.enter_context(access(store, [name], terms))
+        route = held.enter_context(access(store, [name], terms))
         started = time.monotonic()
-        refuse_target(store, way.disks[0], place)  # again: others may have been waited for
+        refuse_target(store, route.disks[0], place)  # again: others may have been waited for
         copy = held.enter_context(contextlib.closing(SyncTarget(place, larger=larger)))
-        _require_same(disk, way)
-        job = _prepare(store, way, notes, copy, pace, compare=compare)
+        _require_same(disk, route)
+        job = _prepare(store, route, notes, copy, pace, compare=compare)
         if only_incremental:
             _require_incremental(job)
         done = _carry_out(store, job, quiesced, progress)
     return dataclasses.replace(done, seconds=time.monotonic() - started)
 
 
-def _require_same(disk: Disk, way: Access) -> None:
+def _require_same(disk: Disk, route: Access) -> None:
     """It was looked up before the lock was waited for."""
-    if way.disks[0].uuid != disk.uuid:
+    if route.disks[0].uuid != disk.uuid:
         raise Busy(f"disk {disk.name!r} was removed and added anew just now", next_step="sync again")
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class _DiskSync:
     access: Access
     disk: Disk
     notes: NoteFile
     target: SyncTarget
-    plan: Plan
+    plan: SyncPlan
     is_copy: bool
     """Whether syncs have written to the target before."""
     pace: Pace | None
@@ -169,18 +169,18 @@ class _Job:
 
 
 def _prepare(
-    store: Store, way: Access, notes: NoteFile, copy: SyncTarget, pace: Pace | None, *, compare: bool
-) -> _Job:
-    [disk] = way.disks
+    store: Store, route: Access, notes: NoteFile, copy: SyncTarget, pace: Pace | None, *, compare: bool
+) -> _DiskSync:
+    [disk] = route.disks
     copy.refuse_itself(disk)
     plan = plan_for(store, disk, notes.note, copy, compare=compare)
     is_same = plan.reason is None or plan.reason.code != "target-changed"
-    job = _Job(way, disk, notes, copy, plan, notes.note.is_of_a_copy and is_same, pace)
+    job = _DiskSync(route, disk, notes, copy, plan, notes.note.is_of_a_copy and is_same, pace)
     job.require_fit(disk.size)
     return job
 
 
-def _require_incremental(job: _Job) -> None:
+def _require_incremental(job: _DiskSync) -> None:
     if job.plan.kind is not SyncKind.INCREMENTAL:
         reason = "a comparison was asked for" if job.plan.reason is None else job.plan.reason.words
         raise Untrusted(
@@ -191,7 +191,7 @@ def _require_incremental(job: _Job) -> None:
 
 def _carry_out(
     store: Store,
-    job: _Job,
+    job: _DiskSync,
     quiesced: Callable[[], AbstractContextManager[object]],
     progress: Progress | None,
 ) -> SyncResult:
@@ -216,7 +216,7 @@ def _carry_out(
 
 
 def _point_in_time(
-    job: _Job, name: str, quiesced: Callable[[], AbstractContextManager[object]]
+    job: _DiskSync, name: str, quiesced: Callable[[], AbstractContextManager[object]]
 ) -> PointInTime:
     note = job.notes.note
     job.notes.replace(dataclasses.replace(note, unneeded=(*note.unneeded, name)))
@@ -234,7 +234,7 @@ def _point_in_time(
 # --- the copy ---
 
 
-def _copied(store: Store, job: _Job, point: PointInTime, progress: Progress | None) -> SyncResult:
+def _copied(store: Store, job: _DiskSync, point: PointInTime, progress: Progress | None) -> SyncResult:
     disk, target, plan = point.disk, job.target, job.plan
     clusters = Geometry(disk.size, cluster_bits_for(disk.geometry))
     runs, bytes_changed, trust = _what_to_copy(store, plan, point, clusters)
@@ -244,7 +244,7 @@ def _copied(store: Store, job: _Job, point: PointInTime, progress: Progress | No
         _note_under_way(job)
         target.fit(disk.size, behind, report.advance)
     open_target = target.writable(is_fresh=is_fresh)
-    mirror: Mirror = Mending(open_target) if plan.kind is SyncKind.COMPARE else Overwriting(open_target)
+    mirror: Mirror = Mending(open_target) if plan.kind is SyncKind.COMPARE else BlindMirror(open_target)
     source = Metered(point.device, job.pace)
     pieces = Pieces(source, clusters)
     with reading(job.access, point), contextlib.closing(pieces.of_all(runs)) as found:
@@ -261,7 +261,7 @@ def _copied(store: Store, job: _Job, point: PointInTime, progress: Progress | No
 
 
 def _what_to_copy(
-    store: Store, plan: Plan, point: PointInTime, clusters: Geometry
+    store: Store, plan: SyncPlan, point: PointInTime, clusters: Geometry
 ) -> tuple[Iterator[Run], int, Trust]:
     """Runs of `clusters`, ascending; what they come to; and how far that is believed."""
     disk = point.disk
@@ -276,7 +276,7 @@ def _what_to_copy(
 # --- the note ---
 
 
-def _note_under_way(job: _Job) -> None:
+def _note_under_way(job: _DiskSync) -> None:
     """From now on the target changes by us. What cannot be counted from is no more what it is at."""
     note = job.notes.note
     if job.plan.kind is not SyncKind.INCREMENTAL:
@@ -284,7 +284,7 @@ def _note_under_way(job: _Job) -> None:
     job.notes.replace(dataclasses.replace(note, under_way=True))
 
 
-def _note_where_it_is(job: _Job, point: PointInTime) -> None:
+def _note_where_it_is(job: _DiskSync, point: PointInTime) -> None:
     note, checkpoint = job.notes.note, point.checkpoint
     unneeded = tuple(name for name in note.unneeded if name != checkpoint.name)
     sizes = Sizes(point.disk.size, job.target.size)
@@ -298,7 +298,7 @@ def _with_old(unneeded: tuple[str, ...], at: At | None) -> tuple[str, ...]:
     return unneeded if at is None else (*unneeded, at.name)
 
 
-def _forget_unneeded(job: _Job) -> None:
+def _forget_unneeded(job: _DiskSync) -> None:
     """Merge checkpoints that nobody counts from into the ones before. What fails is done by the next sync."""
     note = job.notes.note
     if not note.unneeded:

@@ -35,7 +35,7 @@ from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.qcow2.layout import SECTOR
 from lmdbitmap.repository.backup_chain import BackupChain
 from lmdbitmap.repository.repository import BackupFolder
-from lmdbitmap.storage import founding
+from lmdbitmap.storage import creating
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
 from lmdbitmap.system import files, kernel
@@ -137,7 +137,7 @@ def _opening(out: str, size: int, in_place: bool, store: Store | None) -> Abstra
             raise _is_tracked(out, tracked)
     if is_far(out):
         return _far(out)
-    founding.refuse_inside(out)
+    creating.refuse_inside(out)
     if is_block_device(out):
         return _device(out)
     return _existing_file(out) if in_place else new_file(out, size, _is_not_empty(out))

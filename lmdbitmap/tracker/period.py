@@ -57,7 +57,7 @@ class _Ticket:
         self.error: LmdbitmapError | None = None
 
 
-class _Plan(NamedTuple):
+class _Commit(NamedTuple):
     """One commit: the records to write, and what is settled and armed once they are durable."""
 
     records: dict[int, tuple[int, bytes]]
@@ -198,7 +198,7 @@ class Period:
         """Whether a record written just now lacks bits that no armed extent stands for. Caller holds `_state`."""
         return not self._write_ahead and exact != self._known(region)
 
-    def _plan_for(self, pieces: list[Piece]) -> _Plan:
+    def _plan_for(self, pieces: list[Piece]) -> _Commit:
         """Which records to write so that `pieces` become durable. Caller holds `_commit` and `_state`.
 
         A record carries the pieces' exact bits too, so only extents that a piece covers in part are armed:
@@ -224,7 +224,7 @@ class Period:
             region: (self._armed.mask(region) | arming.get(region, 0), bytes(record))
             for region, record in exact.items()
         }
-        return _Plan(records, pieces, arming)
+        return _Commit(records, pieces, arming)
 
     def _known(self, region: int) -> bytearray:
         """A copy of the region's exact bits, loading them if need be. Caller holds `_state`."""
@@ -261,7 +261,7 @@ class Period:
             _, mask = arming.popitem()
             excess -= mask.bit_count()
 
-    def _settle(self, plan: _Plan) -> None:
+    def _settle(self, plan: _Commit) -> None:
         """The plan is durable: take it into memory. Caller holds `_commit` and `_state`."""
         settled = self.settled
         for region, start, stop in plan.pieces:
@@ -375,7 +375,7 @@ class Period:
             for region in sorted(regions):
                 self._load(region, writer)  # first: afterwards what a dead owner left armed looks like ours
                 writer.put_region(self.bitmap_id, region, armed.get(region, 0), bytes(self._known(region)))
-            self._settle(_Plan({}, [], armed))
+            self._settle(_Commit({}, [], armed))
 
     def _take_all(self) -> dict[int, tuple[int, bytes]]:
         """Disarm everything; what is behind stays so until `_write` has written it. Caller holds `_state`."""

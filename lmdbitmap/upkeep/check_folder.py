@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from lmdbitmap.notes import holds, sync_note
-from lmdbitmap.storage.founding import DAMAGED_PREFIX, FOLDERS, FRESH_PREFIX
+from lmdbitmap.storage.creating import DAMAGED_PREFIX, FOLDERS, FRESH_PREFIX
 from lmdbitmap.store import Store
 from lmdbitmap.system.file_names import finished_name, is_uuid
 

@@ -132,7 +132,7 @@ def test_limit_is_an_option_of_the_command(
 def interruptible(command: list[str]) -> list[str]:
     """Also where these tests run in the background, and who is started there ignores SIGINT, or SIGHUP."""
     begin = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-    begin += "from lmdbitmap.access import access_ways; access_ways.LAST_WORD_S = 0.2;"
+    begin += "from lmdbitmap.access import routes; routes.LAST_WORD_S = 0.2;"
     begin += f"from lmdbitmap.nbd.client import link; link._PART_S = {PART_S};"
     begin += "[signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)];"
     return [command[0], "-c", f"{begin} from lmdbitmap.cli.main import main; main()", *command[3:]]

@@ -18,8 +18,8 @@ from typing import NoReturn, TypeAlias
 
 from lmdbitmap import export
 from lmdbitmap.backups.backup import backup
-from lmdbitmap.backups.backup_result import BackupsFailed
 from lmdbitmap.backups.consumers import drop_hold
+from lmdbitmap.backups.result import BackupsFailed
 from lmdbitmap.filter import Filter, take_checkpoint
 from lmdbitmap.flat_file import bitmap_file
 from lmdbitmap.images.device import FileDevice
@@ -32,8 +32,8 @@ from lmdbitmap.repository.retention import Retention
 from lmdbitmap.repository.transfer import copy_backups
 from lmdbitmap.restoring.restore import restore
 from lmdbitmap.store import Store
+from lmdbitmap.streams.restore import apply_stream
 from lmdbitmap.streams.stream import stream_backup
-from lmdbitmap.streams.stream_restore import apply_stream
 from lmdbitmap.syncs.sync import sync
 from lmdbitmap.tracker import session, standalone
 from lmdbitmap.tracker.scratch import Scratch

@@ -20,7 +20,7 @@ import pytest
 
 from lmdbitmap.errors import AlreadyExists, FormatError, NotFound
 from lmdbitmap.extents import Trust
-from lmdbitmap.storage import environment, founding, lmdb_tree, owner, salvage, schema, tally
+from lmdbitmap.storage import creating, environment, lmdb_tree, owner, salvage, schema, tally
 from lmdbitmap.storage.lmdb_errors import DamagedStore
 from lmdbitmap.storage.salvage import SALVAGED
 from lmdbitmap.storage.schema import Disk
@@ -303,7 +303,7 @@ def test_many_that_open_it_at_once_heal_it_once(tracked: BackedUpDisk) -> None:
 def test_whoever_comes_second_finds_it_healed_and_leaves_it(tracked: BackedUpDisk) -> None:
     """He saw the damage too, and had to wait for his turn."""
     damaged(tracked, "garbage")
-    looked_at = founding.environment_file(tracked.store.path)
+    looked_at = creating.environment_file(tracked.store.path)
     healed = reopened(tracked).uuid
     tracked.store.close()
     seen = DamagedStore(tracked.store.path, expected="a store", found="garbage")

@@ -8,8 +8,8 @@ from contextlib import closing
 from lmdbitmap.backups.backup import backup
 from lmdbitmap.backups.consumers import holds_of
 from lmdbitmap.store import Store
+from lmdbitmap.streams.restore import apply_stream
 from lmdbitmap.streams.stream import stream_backup
-from lmdbitmap.streams.stream_restore import apply_stream
 from lmdbitmap.tracker import chain
 from tests.crash.dying import Death, Deaths
 from tests.helpers import naive_rbd_diff

@@ -9,8 +9,8 @@ from lmdbitmap.filter import Filter
 from lmdbitmap.notes import sync_note
 from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.store import Store
+from lmdbitmap.syncs.plan import SyncKind
 from lmdbitmap.syncs.sync import SyncResult, sync
-from lmdbitmap.syncs.sync_plan import SyncKind
 from tests.crash.dying import Death, Deaths
 from tests.crash.test_stream_crash import checkpoints
 from tests.helpers.tracked import NAME

@@ -11,8 +11,8 @@ import pytest
 
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.streams.rbd_diff import Head
+from lmdbitmap.streams.restore import apply_stream
 from lmdbitmap.streams.stream import stream_backup
-from lmdbitmap.streams.stream_restore import apply_stream
 from tests.helpers import naive_rbd_diff
 from tests.helpers.backed_up import BackedUpDisk
 from tests.helpers.support import requires, run, spawn, wait_for_socket

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap.notes.checkpoint_names import Maker
+from lmdbitmap.syncs.plan import SyncKind
 from lmdbitmap.syncs.sync import sync
-from lmdbitmap.syncs.sync_plan import SyncKind
 from tests.cli.conftest import Cli
 from tests.helpers.backed_up import BackedUpDisk
 from tests.helpers.support import PATIENCE_SECONDS, requires, run, spawn

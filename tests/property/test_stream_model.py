@@ -7,8 +7,8 @@ import random
 
 import pytest
 
+from lmdbitmap.streams.restore import apply_stream
 from lmdbitmap.streams.stream import stream_backup
-from lmdbitmap.streams.stream_restore import apply_stream
 from lmdbitmap.tracker import chain
 from tests.helpers import naive_rbd_diff
 from tests.helpers.backed_up import BackedUpDisk

@@ -20,8 +20,8 @@ from lmdbitmap.access.access import open_to_read
 from lmdbitmap.errors import InvalidArgument, StorageError
 from lmdbitmap.notes import sync_note
 from lmdbitmap.storage.schema import DEFERRED, WRITE_AHEAD
+from lmdbitmap.syncs.plan import SyncKind
 from lmdbitmap.syncs.sync import sync
-from lmdbitmap.syncs.sync_plan import SyncKind
 from tests.helpers.tracked import LATER_NS, NAME
 from tests.property.random_disk import BLOCK, UnluckyDisk, places, sizes
 from tests.unit.test_sync import failing_after
@@ -121,7 +121,7 @@ class Lives(UnluckyDisk):
         return SyncKind.COMPARE if path.exists() and path.stat().st_size else SyncKind.FULL
 
     def _fits(self, to: str) -> bool:
-        """Whether the target may be given another size, if it needs one: see sync_target.py."""
+        """Whether the target may be given another size, if it needs one: see target.py."""
         path = self._path(to)
         return not path.exists() or path.stat().st_size in (0, self.size) or self._is_ours(to)
 

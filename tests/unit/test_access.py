@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.access import access_ways
-from lmdbitmap.access.access_ways import Served
+from lmdbitmap.access import routes
+from lmdbitmap.access.routes import ServedElsewhere
 from lmdbitmap.backups.backup import backup
 from lmdbitmap.errors import Busy, InvalidArgument, NotFound, OwnerGone, StorageError
 from lmdbitmap.filter import Filter
@@ -55,20 +55,20 @@ def serving(folder: Path, holding: type[HeldSnapshots] = HeldSnapshots) -> Itera
 
 def test_nothing_is_called_forgotten_while_a_request_may_be_under_way(served: Filter) -> None:
     """A checkpoint that was asked for, by a run that gives up, may be made after that run has looked for it."""
-    with closing(Served(served.store, [NAME])) as way:
+    with closing(ServedElsewhere(served.store, [NAME])) as route:
         with pytest.raises(Busy, match="did not answer"):
-            way._client.call("info", timeout_s=0)
+            route._client.call("info", timeout_s=0)
         with pytest.raises(Busy, match="has not answered"):
-            way.forget(served.disk, lambda checkpoint: False)
+            route.forget(served.disk, lambda checkpoint: False)
 
 
 def test_snapshot_is_read_through_a_connection_that_the_owner_hands_over(served: Filter) -> None:
     served.pwrite(b"old", 0)
-    with closing(Served(served.store, [NAME])) as way:
-        (point,) = way.take_point("now", [None])
+    with closing(ServedElsewhere(served.store, [NAME])) as route:
+        (point,) = route.take_point("now", [None])
         served.pwrite(b"new", 0)
         assert point.device.pread(3, 0) == b"old"
-        way.prove(point)
+        route.prove(point)
     assert served.snapshots == ()
 
 
@@ -84,12 +84,12 @@ class HangsUp(HeldSnapshots):
 def test_connection_that_ends_before_anything_was_read_is_one_sentence(folder: Path) -> None:
     with (
         serving(folder, HangsUp) as disk,
-        closing(Served(disk.store, [NAME])) as way,
+        closing(ServedElsewhere(disk.store, [NAME])) as route,
         pytest.raises(
             OwnerGone, match=r"through the process that serves it: its connection was lost \(the NBD server"
         ),
     ):
-        way.take_point("now", [None])
+        route.take_point("now", [None])
 
 
 class Narrow(HeldSnapshots):
@@ -144,10 +144,10 @@ class Stuck(HeldSnapshots):
 def test_who_gives_up_does_not_wait_for_an_owner_that_hangs(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(access_ways, "LAST_WORD_S", 0.01)
-    with serving(folder, Stuck) as disk, closing(Served(disk.store, [NAME])) as way:
-        way.take_point("now", [None])
-        way.end_reading()
+    monkeypatch.setattr(routes, "LAST_WORD_S", 0.01)
+    with serving(folder, Stuck) as disk, closing(ServedElsewhere(disk.store, [NAME])) as route:
+        route.take_point("now", [None])
+        route.end_reading()
         assert Stuck.was_let_go
         assert disk.snapshots != ()
         Stuck.let_go.set()
@@ -325,7 +325,10 @@ def test_backup_is_of_the_epoch_of_its_checkpoint(folder: Path) -> None:
 
 def test_caller_that_hangs_up_takes_no_later_snapshot_of_that_name_with_it(served: Filter) -> None:
     """Its own was released, and the checkpoint forgotten, long before."""
-    with closing(Served(served.store, [NAME])) as early, closing(Served(served.store, [NAME])) as late:
+    with (
+        closing(ServedElsewhere(served.store, [NAME])) as early,
+        closing(ServedElsewhere(served.store, [NAME])) as late,
+    ):
         early.prove(*early.take_point("now", [None]))
         served.forget("now")
         (point,) = late.take_point("now", [None])
@@ -336,10 +339,10 @@ def test_caller_that_hangs_up_takes_no_later_snapshot_of_that_name_with_it(serve
 
 
 def test_a_disk_that_is_removed_meanwhile_is_told_of(served: Filter) -> None:
-    with closing(Served(served.store, [NAME])) as way:
+    with closing(ServedElsewhere(served.store, [NAME])) as route:
         served.store.update(lambda writer: chain.remove_disk(writer, served.disk))
         with pytest.raises(NotFound, match="was removed meanwhile"):
-            way.take_point("now", [None])
+            route.take_point("now", [None])
 
 
 def await_release(disk: Filter) -> None:
@@ -359,8 +362,8 @@ def await_callers(count: int) -> None:
 def test_backups_leave_room_for_other_callers(served: Filter) -> None:
     with ExitStack() as backups:
         for number in range(control.MAX_CALLERS):
-            way = backups.enter_context(closing(Served(served.store, [NAME])))
-            way.take_point(f"point-{number}", [None])
+            route = backups.enter_context(closing(ServedElsewhere(served.store, [NAME])))
+            route.take_point(f"point-{number}", [None])
         path = served.store.control_path(served.disk.uuid)
         assert len(control_client.call(path, "info")["disks"][0]["snapshots"]) == control.MAX_CALLERS
         with pytest.raises(Busy, match="holds 16 snapshots"):
@@ -374,8 +377,8 @@ def test_a_backup_that_has_released_all_takes_a_callers_place_again(served: Filt
     path = served.store.control_path(served.disk.uuid)
     with ExitStack() as backups:
         for number in range(control.MAX_CALLERS):
-            way = backups.enter_context(closing(Served(served.store, [NAME])))
-            way.prove(*way.take_point(f"point-{number}", [None]))
+            route = backups.enter_context(closing(ServedElsewhere(served.store, [NAME])))
+            route.prove(*route.take_point(f"point-{number}", [None]))
         with pytest.raises(Busy, match="too many callers"):
             control_client.call(path, "info")
     await_callers(0)
@@ -389,8 +392,8 @@ def test_a_snapshot_that_another_caller_releases_exempts_nobody_any_more(served:
         assert another is not None
         callers.enter_context(another)
         for number in range(control.MAX_CALLERS):
-            way = callers.enter_context(closing(Served(served.store, [NAME])))
-            way.take_point(f"point-{number}", [None])
+            route = callers.enter_context(closing(ServedElsewhere(served.store, [NAME])))
+            route.take_point(f"point-{number}", [None])
         for number in range(control.MAX_CALLERS):
             another.call("release", disk=NAME, checkpoint=f"point-{number}")
         with pytest.raises(Busy, match="too many callers"):

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import pytest
 
 from lmdbitmap.backups.backup import backup
-from lmdbitmap.backups.backup_result import BackupResult, BackupsFailed
+from lmdbitmap.backups.result import BackupResult, BackupsFailed
 from lmdbitmap.errors import (
     AlreadyExists,
     Busy,
@@ -394,12 +394,12 @@ def served(disks: Disks) -> Iterator[dict[str, Filter]]:
         yield filters
 
 
-@pytest.mark.parametrize("way", [attached, served], ids=["attached", "served"])
+@pytest.mark.parametrize("route", [attached, served], ids=["attached", "served"])
 def test_a_snapshot_that_breaks_costs_its_own_backup_only(
-    disks: Disks, way: Callable[[Disks], AbstractContextManager[dict[str, Filter]]]
+    disks: Disks, route: Callable[[Disks], AbstractContextManager[dict[str, Filter]]]
 ) -> None:
     contents = {name: (disks.folder / f"{name}.raw").read_bytes() for name in FIVE}
-    with way(disks) as filters:
+    with route(disks) as filters:
 
         @contextmanager
         def moment() -> Iterator[None]:
@@ -410,7 +410,7 @@ def test_a_snapshot_that_breaks_costs_its_own_backup_only(
                 else:
                     disk.pwrite(b"later" * BLOCK, 0)
 
-        options: dict[str, Any] = {"attached": filters} if way is attached else {}
+        options: dict[str, Any] = {"attached": filters} if route is attached else {}
         failed = disks.fails(quiesced=moment, scratch=Scratch(str(disks.folder)), **options)
         assert [len(disk.snapshots) for disk in filters.values()] == [0] * 5
     [(failed_disk, failure)] = failed.failures.items()
@@ -423,21 +423,21 @@ def test_a_snapshot_that_breaks_costs_its_own_backup_only(
     assert later.entry.type_actual is BackupType.INCREMENTAL
 
 
-@pytest.mark.parametrize("way", [attached, served], ids=["attached", "served"])
+@pytest.mark.parametrize("route", [attached, served], ids=["attached", "served"])
 def test_of_disks_that_are_served_one_is_left_out_too(
-    disks: Disks, way: Callable[[Disks], AbstractContextManager[dict[str, Filter]]]
+    disks: Disks, route: Callable[[Disks], AbstractContextManager[dict[str, Filter]]]
 ) -> None:
-    with way(disks) as filters, damaged_manifest(disks):
-        options: dict[str, Any] = {"attached": filters} if way is attached else {}
+    with route(disks) as filters, damaged_manifest(disks):
+        options: dict[str, Any] = {"attached": filters} if route is attached else {}
         failed = disks.fails(**options)
         assert len(disks.checkpoints(BAD)) == 1
     have_increments_of_one_moment(disks, failed.results, GOOD)
 
 
-@pytest.mark.parametrize("way", [attached, served], ids=["attached", "served"])
+@pytest.mark.parametrize("route", [attached, served], ids=["attached", "served"])
 def test_what_is_kept_for_a_disk_that_failed_is_let_go_at_once(
     disks: Disks,
-    way: Callable[[Disks], AbstractContextManager[dict[str, Filter]]],
+    route: Callable[[Disks], AbstractContextManager[dict[str, Filter]]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its guest does not pay for a backup that there will not be, and its checkpoint can go."""
@@ -450,12 +450,12 @@ def test_what_is_kept_for_a_disk_that_failed_is_let_go_at_once(
 
     monkeypatch.setattr(os, "rename", refuse)
     seen: list[tuple[int, int]] = []
-    with way(disks) as filters:
+    with route(disks) as filters:
 
         def look(done: int, total: int) -> None:
             seen.append((len(filters["a"].snapshots), len(filters["e"].snapshots)))
 
-        options: dict[str, Any] = {"attached": filters} if way is attached else {}
+        options: dict[str, Any] = {"attached": filters} if route is attached else {}
         failed = disks.fails(scratch=Scratch(str(disks.folder)), progress=look, **options)
         assert len(disks.checkpoints("a")) == 1
     assert seen[-1] == (0, 1)

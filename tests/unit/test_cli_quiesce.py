@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.access.access_ways import FREEZE_LIMIT_S, OWNER_LIMIT_S
+from lmdbitmap.access.routes import FREEZE_LIMIT_S, OWNER_LIMIT_S
 from lmdbitmap.cli.backups import backup
 from lmdbitmap.cli.quiesce import Thaw, quiesced
 from lmdbitmap.cli.syncing import sync
@@ -138,7 +138,7 @@ import sys
 for number in (signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from lmdbitmap.access.access_ways import FREEZE_LIMIT_S, OWNER_LIMIT_S
+from lmdbitmap.access.routes import FREEZE_LIMIT_S, OWNER_LIMIT_S
 from lmdbitmap.cli.backups import backup
 from lmdbitmap.cli.syncing import sync
 from lmdbitmap.cli.quiesce import Thaw, quiesced

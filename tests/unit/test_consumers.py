@@ -26,8 +26,8 @@ from lmdbitmap.notes.holds import Hold, HoldFile, UnderWay, hold_files
 from lmdbitmap.notes.references import CheckpointRef
 from lmdbitmap.repository.transfer import copy_backups
 from lmdbitmap.streams.stream import stream_backup
+from lmdbitmap.syncs.plan import SyncKind
 from lmdbitmap.syncs.sync import sync
-from lmdbitmap.syncs.sync_plan import SyncKind
 from lmdbitmap.tracker import session
 from tests.helpers.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
 from tests.helpers.tracked import NAME

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.copying.readable import ways_of
+from lmdbitmap.copying.readable import read_methods_of
 from lmdbitmap.errors import InvalidArgument, StorageError
 from lmdbitmap.filter import Filter
 from lmdbitmap.images.device import FileDevice
@@ -115,7 +115,7 @@ def test_what_will_be_read_is_announced_to_the_image(
     told: list[tuple[int, int]] = []
     monkeypatch.setattr(FileDevice, "will_need", lambda self, offset, length: told.append((offset, length)))
     with closing(directly(snapshot, tracked.image)) as device:
-        announce = ways_of(device).will_need
+        announce = read_methods_of(device).will_need
         assert announce is not None
         announce(BLOCK, 2 * BLOCK)
     assert told == [(BLOCK, 2 * BLOCK)]

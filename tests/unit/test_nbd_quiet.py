@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.access.access_ways import Served
 from lmdbitmap.access.direct import DirectDevice
-from lmdbitmap.copying.readable import Metered, ways_of
+from lmdbitmap.access.routes import ServedElsewhere
+from lmdbitmap.copying.readable import Metered, read_methods_of
 from lmdbitmap.nbd.control.watch import Watch
 from lmdbitmap.nbd.server.quiet import QUIET_S, Quiet
 from lmdbitmap.work.latencies import Latencies
@@ -73,12 +73,12 @@ def test_a_backup_spares_a_processor_once_a_guest_has_asked_for_something(
     """It hears of it with each answer, and spares one until the first."""
     with (
         RawClient.connect(str(folder / "nbd")) as guest,
-        closing(Served(served.disk.store, [NAME])) as way,
+        closing(ServedElsewhere(served.disk.store, [NAME])) as route,
     ):
         guest.go(NAME)
-        [point] = way.take_point("now", [None])
+        [point] = route.take_point("now", [None])
         assert isinstance(point.device, DirectDevice)
-        spared = ways_of(Metered(point.device)).spared
+        spared = read_methods_of(Metered(point.device)).spared
         assert spared() == 1
         point.device.pread(BLOCK, 0)
         assert spared() == 0
@@ -88,8 +88,8 @@ def test_a_backup_spares_a_processor_once_a_guest_has_asked_for_something(
 
 
 def test_whoever_reads_a_snapshot_is_no_guest(served: Serving, folder: Path) -> None:
-    with closing(Served(served.disk.store, [NAME])) as way:
-        way.take_point("now", [None])
+    with closing(ServedElsewhere(served.disk.store, [NAME])) as route:
+        route.take_point("now", [None])
         with RawClient.connect(str(folder / "nbd")) as reader:
             reader.go(f"{NAME}@now")
             assert reader.do(READ, 0, BLOCK).error == 0

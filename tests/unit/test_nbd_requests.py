@@ -9,7 +9,7 @@ import pytest
 from lmdbitmap.errors import Busy, InvalidArgument, StorageError
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.server.handshake import MAX_PAYLOAD
-from lmdbitmap.nbd.server.requests import Terms, error_of, refusal
+from lmdbitmap.nbd.server.requests import Negotiated, error_of, refusal
 
 SIZE = 1 << 30
 CHANGING = [nbd.NBD_CMD_WRITE, nbd.NBD_CMD_TRIM, nbd.NBD_CMD_WRITE_ZEROES]
@@ -28,7 +28,7 @@ def refused(
     contexts: bool = True,
 ) -> int:
     request = nbd.Request(flags, command, 1, offset, length)
-    refused = refusal(request, Terms(in_chunks, contexts, extended), SIZE, read_only=read_only)
+    refused = refusal(request, Negotiated(in_chunks, contexts, extended), SIZE, read_only=read_only)
     assert refused is None or (refused.error and refused.expected)
     return 0 if refused is None else refused.error
 

@@ -20,7 +20,7 @@ from lmdbitmap.interfaces import BlockDevice, ServedDisk
 from lmdbitmap.nbd.server.contexts import StatusSource, base_contexts
 from lmdbitmap.nbd.server.rounds import Rounds
 from lmdbitmap.nbd.server.server import Server
-from lmdbitmap.nbd.server.visit import Served, Visit
+from lmdbitmap.nbd.server.visit import Offer, Visit
 from tests.helpers.nbd_raw import (
     BLOCK_STATUS,
     DISC,
@@ -430,7 +430,7 @@ def test_what_was_not_taken_in_before_the_end_is_not_done() -> None:
     forgotten = threading.Event()
     visit = Visit(
         ours,
-        lambda: {"disk": Served(disk, {})},
+        lambda: {"disk": Offer(disk, {})},
         handshake_timeout_s=PATIENCE_SECONDS,
         enter=lambda visit, name: True,
         ended=lambda _: forgotten.set(),

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmdbitmap.errors import InvalidArgument
-from lmdbitmap.nbd.uri import Credentials, Place, is_uri, parse
+from lmdbitmap.nbd.uri import Credentials, NbdAddress, is_uri, parse
 
 names = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
 
@@ -13,30 +13,30 @@ names = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]
 @pytest.mark.parametrize(
     ("uri", "place"),
     [
-        ("nbd://example.com:10809/disk", Place("disk", host="example.com", port=10809)),
-        ("nbd://example.com/", Place("", host="example.com", port=10809)),
-        ("nbd://example.com", Place("", host="example.com", port=10809)),
-        ("nbd://example.com//disk", Place("/disk", host="example.com", port=10809)),
-        ("nbd://example.com/hello%20world", Place("hello world", host="example.com", port=10809)),
-        ("nbd://[::1]:99/a", Place("a", host="::1", port=99)),
-        ("NBD://Example.COM/Disk", Place("Disk", host="example.com", port=10809)),
-        ("nbd:///disk", Place("disk", host="localhost", port=10809)),
-        ("nbd+unix:///disk?socket=nbd.sock", Place("disk", socket_path="nbd.sock")),
-        ("nbd+unix://?socket=/a+b%26c", Place("", socket_path="/a+b&c")),
-        ("nbds://host/disk", Place("disk", host="host", port=10809, tls=Credentials())),
-        ("NBDS+unix:///?socket=/s", Place("", socket_path="/s", tls=Credentials())),
+        ("nbd://example.com:10809/disk", NbdAddress("disk", host="example.com", port=10809)),
+        ("nbd://example.com/", NbdAddress("", host="example.com", port=10809)),
+        ("nbd://example.com", NbdAddress("", host="example.com", port=10809)),
+        ("nbd://example.com//disk", NbdAddress("/disk", host="example.com", port=10809)),
+        ("nbd://example.com/hello%20world", NbdAddress("hello world", host="example.com", port=10809)),
+        ("nbd://[::1]:99/a", NbdAddress("a", host="::1", port=99)),
+        ("NBD://Example.COM/Disk", NbdAddress("Disk", host="example.com", port=10809)),
+        ("nbd:///disk", NbdAddress("disk", host="localhost", port=10809)),
+        ("nbd+unix:///disk?socket=nbd.sock", NbdAddress("disk", socket_path="nbd.sock")),
+        ("nbd+unix://?socket=/a+b%26c", NbdAddress("", socket_path="/a+b&c")),
+        ("nbds://host/disk", NbdAddress("disk", host="host", port=10809, tls=Credentials())),
+        ("NBDS+unix:///?socket=/s", NbdAddress("", socket_path="/s", tls=Credentials())),
         (
             "nbds://host:1/d?tls-hostname=A.org&tls-certificates=/etc/p%20q&tls-type=x509",
-            Place("d", host="host", port=1, tls=Credentials("/etc/p q", "a.org")),
+            NbdAddress("d", host="host", port=1, tls=Credentials("/etc/p q", "a.org")),
         ),
         (
             "nbds+unix:///d?tls-verify-peer=0&socket=/s&tls-hostname=::1",
-            Place("d", socket_path="/s", tls=Credentials(hostname="::1", verifies=False)),
+            NbdAddress("d", socket_path="/s", tls=Credentials(hostname="::1", verifies=False)),
         ),
-        ("nbds://[::1]/?tls-verify-peer=true", Place("", host="::1", port=10809, tls=Credentials())),
+        ("nbds://[::1]/?tls-verify-peer=true", NbdAddress("", host="::1", port=10809, tls=Credentials())),
     ],
 )
-def test_uri_names_a_place(uri: str, place: Place) -> None:
+def test_uri_names_a_place(uri: str, place: NbdAddress) -> None:
     assert parse(uri) == place
     assert parse(place.uri) == place
 
@@ -103,15 +103,15 @@ def test_name_that_the_certificate_must_have_is_the_hosts_unless_another_is_give
 @given(name=names, path=names.filter(lambda text: 0 < len(text.encode()) < 100))
 def test_what_our_server_calls_itself_leads_back_to_it(name: str, path: str) -> None:
     for place in (
-        Place(name, socket_path="/" + path),
-        Place(name, host="::1", port=5),
-        Place(name, host="a", port=5, tls=Credentials()),
+        NbdAddress(name, socket_path="/" + path),
+        NbdAddress(name, host="::1", port=5),
+        NbdAddress(name, host="a", port=5, tls=Credentials()),
     ):
         assert parse(place.uri) == place
 
 
 def test_an_address_of_ipv6_is_bracketed() -> None:
-    assert Place("a/b", host="fe80::1", port=10809).uri == "nbd://[fe80::1]:10809/a%2Fb"
+    assert NbdAddress("a/b", host="fe80::1", port=10809).uri == "nbd://[fe80::1]:10809/a%2Fb"
 
 
 @given(text=st.text(max_size=60))

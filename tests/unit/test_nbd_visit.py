@@ -13,7 +13,7 @@ from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.images.plain import PlainDisk
 from lmdbitmap.nbd.server import visit as visiting
 from lmdbitmap.nbd.server.rounds import Rounds
-from lmdbitmap.nbd.server.visit import Served, Visit
+from lmdbitmap.nbd.server.visit import Offer, Visit
 from tests.helpers.nbd_raw import GO, READ, RawClient, option, string
 from tests.helpers.support import PATIENCE_SECONDS
 
@@ -27,9 +27,9 @@ class House:
         self.asked = 0
         self.ended = threading.Event()
 
-    def served(self) -> Mapping[str, Served]:
+    def served(self) -> Mapping[str, Offer]:
         self.asked += 1
-        return {"disk": Served(PlainDisk(MemoryDevice(1 << 20)), {})}
+        return {"disk": Offer(PlainDisk(MemoryDevice(1 << 20)), {})}
 
     def enter(self, visit: Visit, name: str) -> bool:
         visit.export_name = name
@@ -73,7 +73,7 @@ def test_a_client_keeps_nothing_but_the_disk_that_it_chose() -> None:
 
 def test_time_that_an_answer_took_counts_for_the_handshake(monkeypatch: pytest.MonkeyPatch) -> None:
     class SlowHouse(House):
-        def served(self) -> Mapping[str, Served]:
+        def served(self) -> Mapping[str, Offer]:
             clock.now_s += PATIENCE_SECONDS + 1
             return super().served()
 

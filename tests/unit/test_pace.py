@@ -63,7 +63,7 @@ def test_who_waits_to_read_a_device_that_is_interrupted_waits_no_more() -> None:
     ]
     for reader in readers:
         reader.start()
-    metered.ways.interrupt()
+    metered.methods.interrupt()
     for reader in readers:
         reader.join(10)
         assert not reader.is_alive()

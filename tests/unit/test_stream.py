@@ -17,7 +17,7 @@ from lmdbitmap.images.device import HOLE
 from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.interfaces import Allocation
 from lmdbitmap.streams.rbd_diff import MAX_ZERO_BYTES, Head
-from lmdbitmap.streams.stream import Sink, stream_backup, write_stream
+from lmdbitmap.streams.stream import ByteOutput, stream_backup, write_stream
 from tests.helpers import naive_rbd_diff
 from tests.helpers.backed_up import BackedUpDisk
 from tests.helpers.naive_rbd_diff import Stream
@@ -227,7 +227,7 @@ class HugeDevice(MemoryDevice):
         yield Allocation(length - start - island, *HOLE)
 
 
-def write_all(device: MemoryDevice, out: Sink, progress: list[tuple[int, int]]) -> object:
+def write_all(device: MemoryDevice, out: ByteOutput, progress: list[tuple[int, int]]) -> object:
     head, geometry = Head(1, device.size), Geometry(device.size, 16)
     return write_stream(out, device, head, geometry, None, progress=lambda *news: progress.append(news))
 

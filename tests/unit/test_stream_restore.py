@@ -15,7 +15,7 @@ import pytest
 from lmdbitmap.errors import AlreadyExists, Busy, FormatError, InvalidArgument, NotFound
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.store import Store
-from lmdbitmap.streams.stream_restore import AppliedResult, apply_stream
+from lmdbitmap.streams.restore import AppliedResult, apply_stream
 from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.helpers import naive_rbd_diff
 from tests.helpers.naive_rbd_diff import Stream

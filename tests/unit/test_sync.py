@@ -30,8 +30,8 @@ from lmdbitmap.images.device import FileDevice
 from lmdbitmap.interfaces import DeviceTrace, ImageIdentity, TrackableDevice
 from lmdbitmap.notes import sync_note
 from lmdbitmap.notes.checkpoint_names import Maker
+from lmdbitmap.syncs.plan import SyncKind, gap_between
 from lmdbitmap.syncs.sync import SyncResult, sync
-from lmdbitmap.syncs.sync_plan import SyncKind, gap_between
 from lmdbitmap.tracker import session
 from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.helpers.backed_up import BackedUpDisk

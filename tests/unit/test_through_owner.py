@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from lmdbitmap.access import through_owner
-from lmdbitmap.access.access_ways import Served
 from lmdbitmap.access.direct import DirectDevice
+from lmdbitmap.access.routes import ServedElsewhere
 from lmdbitmap.backups.backup import backup
 from lmdbitmap.errors import Busy, InvalidArgument, NotFound, StorageError
 from lmdbitmap.filter import Filter
@@ -64,8 +64,8 @@ def served(tracked: TrackedDisk, folder: Path) -> Iterator[Serving]:
 
 @contextmanager
 def held(disk: Filter, *, once: bool = False) -> Iterator[Any]:
-    with closing(Served(disk.store, [NAME])) as way:
-        (point,) = way.take_point("now", [None], once=once)
+    with closing(ServedElsewhere(disk.store, [NAME])) as route:
+        (point,) = route.take_point("now", [None], once=once)
         yield point.device
 
 
@@ -109,10 +109,10 @@ def test_no_descriptor_of_the_image_stays_open(served: Serving, tracked: Tracked
         return sum(os.path.lexists(link) and os.readlink(link) == str(tracked.image) for link in links)
 
     before = opened()
-    with closing(Served(served.disk.store, [NAME])) as way:
-        (point,) = way.take_point("now", [None])
+    with closing(ServedElsewhere(served.disk.store, [NAME])) as route:
+        (point,) = route.take_point("now", [None])
         point.device.pread(BLOCK, 0)
-        way._client.call("info")  # answered when the owner's own copy is closed
+        route._client.call("info")  # answered when the owner's own copy is closed
         assert opened() == before + 1
     assert opened() == before
 
@@ -209,16 +209,16 @@ def test_newer_data_under_the_same_name_is_not_believed(
 ) -> None:
     offer(offers, monkeypatch)
     with_another_by(served, monkeypatch, through_owner, place)
-    with closing(Served(served.disk.store, [NAME])) as way:
-        (point,) = way.take_point("now", [None], once=True)
+    with closing(ServedElsewhere(served.disk.store, [NAME])) as route:
+        (point,) = route.take_point("now", [None], once=True)
 
         def read_and_prove() -> None:
             point.device.pread(SIZE, 0)
-            way.prove(point)
+            route.prove(point)
 
         with pytest.raises((OSError, Busy, NotFound)):
             read_and_prove()
-        way.end_reading()
+        route.end_reading()
     if offers is not None:  # an older owner knows them by their names alone
         assert len(served.disk.snapshots) == 1, "somebody else's is held still"
 
@@ -226,9 +226,12 @@ def test_newer_data_under_the_same_name_is_not_believed(
 def test_checkpoint_that_another_has_replaced_at_once_is_refused(
     served: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_another_by(served, monkeypatch, Served, "_found")
-    with closing(Served(served.disk.store, [NAME])) as way, pytest.raises(Busy, match="another one has its"):
-        way.take_point("now", [None])
+    with_another_by(served, monkeypatch, ServedElsewhere, "_found")
+    with (
+        closing(ServedElsewhere(served.disk.store, [NAME])) as route,
+        pytest.raises(Busy, match="another one has its"),
+    ):
+        route.take_point("now", [None])
 
 
 def test_snapshot_is_found_by_its_uuid_too(served: Serving) -> None:
@@ -320,12 +323,12 @@ def test_owner_with_room_for_the_exports_alone_serves_them_all(folder: Path) -> 
         stack.callback(server.stop)
         holding = HeldSnapshots(disks, server, Scratch(str(folder)))
         stack.enter_context(ControlServer(disks, held=holding))
-        way = stack.enter_context(closing(Served(store, list(disks))))
-        points = way.take_point("now", [None] * 3)
+        route = stack.enter_context(closing(ServedElsewhere(store, list(disks))))
+        points = route.take_point("now", [None] * 3)
         assert [type(point.device) for point in points] == [NbdDevice] * 3
         for point in points:
             assert point.device.pread(SIZE, 0) == bytes(SIZE)
-            way.prove(point)
+            route.prove(point)
 
 
 def test_image_without_a_descriptor_is_read_through_the_owner(tracked: TrackedDisk, folder: Path) -> None:
@@ -360,15 +363,15 @@ def test_image_of_what_is_not_held_is_not_passed(served: Serving) -> None:
 @contextmanager
 def asking(disk: Filter, *, once: bool = False) -> Iterator[tuple[KeptQuestion, Snapshot]]:
     with ExitStack() as stack:
-        way = stack.enter_context(closing(Served(disk.store, [NAME])))
-        way.take_point("now", [None], once=once)
-        question = stack.enter_context(closing(question_of(way, f"{NAME}@now")))
+        route = stack.enter_context(closing(ServedElsewhere(disk.store, [NAME])))
+        route.take_point("now", [None], once=once)
+        question = stack.enter_context(closing(question_of(route, f"{NAME}@now")))
         yield question, disk.snapshots[0]
 
 
-def question_of(way: Served, export: str) -> KeptQuestion:
+def question_of(route: ServedElsewhere, export: str) -> KeptQuestion:
     return KeptQuestion(
-        lambda: agreed(way._client.connection(), export, context=nbd.LMDBITMAP_META_KEPT), "the owner"
+        lambda: agreed(route._client.connection(), export, context=nbd.LMDBITMAP_META_KEPT), "the owner"
     )
 
 
@@ -409,9 +412,9 @@ def test_question_gives_up_what_it_tells_of_and_nothing_else(served: Serving) ->
 @contextmanager
 def asking_raw(served: Serving, *more: str, once: bool = True) -> Iterator[tuple[RawClient, Snapshot]]:
     """Of a snapshot of which nothing is read twice, by a client that selects `more` contexts."""
-    with closing(Served(served.disk.store, [NAME])) as way:
-        way.take_point("now", [None], once=once)
-        with RawClient(way._client.connection()) as client:
+    with closing(ServedElsewhere(served.disk.store, [NAME])) as route:
+        route.take_point("now", [None], once=once)
+        with RawClient(route._client.connection()) as client:
             client.go(f"{NAME}@now", contexts=[nbd.LMDBITMAP_META_KEPT, *more])
             yield client, served.disk.snapshots[0]
 
@@ -450,10 +453,10 @@ def test_broken_snapshot_answers_with_an_error(served: Serving) -> None:
 
 def test_only_snapshots_can_be_asked(served: Serving) -> None:
     with (
-        closing(Served(served.disk.store, [NAME])) as way,
+        closing(ServedElsewhere(served.disk.store, [NAME])) as route,
         pytest.raises(NotFound, match="has no lmdbitmap:kept"),
     ):
-        question_of(way, NAME)
+        question_of(route, NAME)
 
 
 # --- other images ---

@@ -32,7 +32,7 @@ from lmdbitmap.nbd.client.edges import Edges
 from lmdbitmap.nbd.client.handshake import FarExport
 from lmdbitmap.nbd.client.link import WINDOW, Link, Request
 from lmdbitmap.nbd.client.statuses import statuses
-from lmdbitmap.nbd.uri import Place, parse
+from lmdbitmap.nbd.uri import NbdAddress, parse
 from lmdbitmap.work.buffers import read_whole
 
 RECONNECT_S: Final = 30.0
@@ -54,7 +54,7 @@ class NbdDevice:
 
     def __init__(
         self,
-        place: Place,
+        place: NbdAddress,
         *,
         read_only: bool,
         reconnect_s: float = RECONNECT_S,
@@ -383,7 +383,7 @@ def _writes_through(export: FarExport) -> bool:
     return export.has(nbd.NBD_FLAG_SEND_FUA) and not export.has(nbd.NBD_FLAG_SEND_FLUSH)
 
 
-def _require_usable(export: FarExport, place: Place, read_only: bool) -> None:
+def _require_usable(export: FarExport, place: NbdAddress, read_only: bool) -> None:
     if export.has(nbd.NBD_FLAG_READ_ONLY):
         if not read_only:
             raise InvalidArgument(

@@ -14,7 +14,7 @@ from lmdbitmap.nbd import keepalive
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.client.handshake import FarExport, Step, negotiation
 from lmdbitmap.nbd.client.link import Link, Wire, some
-from lmdbitmap.nbd.uri import Place
+from lmdbitmap.nbd.uri import NbdAddress
 
 if TYPE_CHECKING:
     from lmdbitmap.nbd.client.tls import Encryption
@@ -25,13 +25,13 @@ _USER_TIMEOUT_MS: Final = 20_000
 """A host that vanished is noticed within that, whatever is on its way to it."""
 
 
-def dial(place: Place, timeout_s: float = DIAL_S) -> Link:
+def dial(place: NbdAddress, timeout_s: float = DIAL_S) -> Link:
     """Connect and agree on the export. Raises what `negotiation` and TLS raise, `OSError` where nobody answers."""
     encryption = _encryption(place)
     return agreed(_connected(place, timeout_s), place.export, timeout_s, encryption)
 
 
-def _encryption(place: Place) -> Encryption | None:
+def _encryption(place: NbdAddress) -> Encryption | None:
     """`ssl` is a heavy import, which most places do without."""
     if place.tls is None:
         return None
@@ -40,7 +40,7 @@ def _encryption(place: Place) -> Encryption | None:
     return Encryption.of(place, place.tls)
 
 
-def warn_about(place: Place) -> None:
+def warn_about(place: NbdAddress) -> None:
     """Log what of the place's credentials is weak; for whoever is about to dial it for the first time."""
     if place.tls is not None:
         from lmdbitmap.nbd.client import tls
@@ -72,7 +72,7 @@ def agreed(
         raise
 
 
-def _connected(place: Place, timeout_s: float) -> socket.socket:
+def _connected(place: NbdAddress, timeout_s: float) -> socket.socket:
     if not place.socket_path:
         sock = socket.create_connection((place.host, place.port), timeout_s)
         keepalive.tune(sock)

@@ -33,7 +33,7 @@ from typing import Final, NamedTuple, TypeVar
 from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.interfaces import Buffer
 from lmdbitmap.nbd.tls import CLIENT_KEY, client_context, warn_of_open_key
-from lmdbitmap.nbd.uri import Credentials, Place
+from lmdbitmap.nbd.uri import Credentials, NbdAddress
 
 _log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def _joined(buffers: Sequence[Buffer]) -> Iterator[Buffer]:
     yield small
 
 
-def warn_about(place: Place, tls: Credentials) -> None:
+def warn_about(place: NbdAddress, tls: Credentials) -> None:
     """Say what makes this weaker than it looks. Not at each connection: a server that is away is dialled often."""
     if not tls.verifies:
         _log.warning("%s: whoever answers there is believed", place.uri)
@@ -132,11 +132,11 @@ def warn_about(place: Place, tls: Credentials) -> None:
 class Encryption(NamedTuple):
     """How TLS is begun with the server at `place`."""
 
-    place: Place
+    place: NbdAddress
     context: ssl.SSLContext
 
     @classmethod
-    def of(cls, place: Place, tls: Credentials) -> Encryption:
+    def of(cls, place: NbdAddress, tls: Credentials) -> Encryption:
         """Reads the certificates, which may have been renewed. Raises as `client_context` does."""
         return cls(place, client_context(tls.folder, verifies=tls.verifies))
 

@@ -30,9 +30,9 @@ from uuid import UUID
 from lmdbitmap.errors import Busy, LmdbitmapError, error_from_os, os_errors_at
 from lmdbitmap.filter import Filter
 from lmdbitmap.nbd import control_wire as wire
+from lmdbitmap.nbd.control.detaching import Detaching
 from lmdbitmap.nbd.control.held import HeldSnapshots
 from lmdbitmap.nbd.control.orders import Answer, Scene, answer
-from lmdbitmap.nbd.control.parting import Parting
 from lmdbitmap.nbd.control.watch import TICK_S, Watch
 from lmdbitmap.nbd.control_client import receive_line, short_path
 from lmdbitmap.nbd.listeners import accepted
@@ -76,7 +76,7 @@ class ControlServer:
         self.filters = filters
         self.watch = watch
         self.held = held
-        self.parting = None if server is None else Parting(filters, server, self._unlisten)
+        self.detaching = None if server is None else Detaching(filters, server, self._unlisten)
         self.patience_s = patience_s
         self.stopping = False
         self._max_callers = max_callers
@@ -297,7 +297,7 @@ class _Caller(threading.Thread):
 
     def _answer(self, request: wire.Message, passed: list[int]) -> Answer:
         server = self._server
-        scene = Scene(server.filters, server.watch, server.held, self._bound, server.parting, passed)
+        scene = Scene(server.filters, server.watch, server.held, self._bound, server.detaching, passed)
         try:
             return {"answer": answer(scene, request)}
         except LmdbitmapError as error:

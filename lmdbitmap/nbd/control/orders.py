@@ -16,8 +16,8 @@ from lmdbitmap import export
 from lmdbitmap.errors import Busy, InvalidArgument, NotFound, os_errors_at
 from lmdbitmap.filter import Filter, take_checkpoint
 from lmdbitmap.nbd import control_wire as wire
+from lmdbitmap.nbd.control.detaching import Detaching
 from lmdbitmap.nbd.control.held import HeldSnapshots
-from lmdbitmap.nbd.control.parting import Parting
 from lmdbitmap.nbd.control.watch import Watch
 from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.snapshot import Snapshot
@@ -38,7 +38,7 @@ class Scene(NamedTuple):
     held: HeldSnapshots | None = None
     bound: list[Snapshot] | None = None
     """Snapshots that are to be released when whoever asks hangs up."""
-    parting: Parting | None = None
+    detaching: Detaching | None = None
     passed: list[int] | None = None
     """Descriptors that go with the answer, and are closed then; whoever asks in another way gets none."""
 
@@ -114,7 +114,7 @@ def _checkpoint(scene: Scene, disks: list[Any], name: str) -> Answer:
 def _staying(scene: Scene, disks: list[Any]) -> AbstractContextManager[None]:
     """Nobody has us let go of these disks in the block."""
     names = [disk for disk in disks if isinstance(disk, str)]
-    return contextlib.nullcontext() if scene.parting is None else scene.parting.staying(names)
+    return contextlib.nullcontext() if scene.detaching is None else scene.detaching.staying(names)
 
 
 def _require_ours(scene: Scene, disks: list[Any]) -> None:
@@ -232,9 +232,9 @@ def _resize(scene: Scene, disk: str, size: int) -> Answer:
 
 def _detach(scene: Scene, disk: str) -> Answer:
     attached = _named(scene, disk)
-    if scene.parting is None:
+    if scene.detaching is None:
         raise Busy(f"disk {disk!r} is used by the process that has it", next_step="end that process")
-    scene.parting.let_go(disk, attached)
+    scene.detaching.let_go(disk, attached)
     return {}
 
 

@@ -19,7 +19,7 @@ What holds all the time:
   is there is written while the client sends the rest. Pieces end on multiples of `_PIECE`, so that no page and
   hardly a block is written in two halves.
 - Of a disk that has a descriptor, such a WRITE goes from the socket into the image by
-  reference (conduit.py), which spares it a copy. So that it is not in the buffer already when it is recognized, the
+  reference (splicing.py), which spares it a copy. So that it is not in the buffer already when it is recognized, the
   next header is received by itself behind such a write, until another kind of request comes. Replies that
   wait then are sent before the thread sleeps, and after `_MOST_UNSENT` at the latest.
 """
@@ -37,15 +37,15 @@ from lmdbitmap.interfaces import PatientLane, ServedDisk, SplicingLane
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.server import commands, traffic
 from lmdbitmap.nbd.server.complaints import Complaints
-from lmdbitmap.nbd.server.conduit import Conduit
 from lmdbitmap.nbd.server.contexts import StatusSource
-from lmdbitmap.nbd.server.deeds import Deeds
+from lmdbitmap.nbd.server.disk_operations import DiskOperations
 from lmdbitmap.nbd.server.forms import EXTENDED, SIMPLE, STRUCTURED
 from lmdbitmap.nbd.server.handshake import MAX_PAYLOAD
-from lmdbitmap.nbd.server.inlet import Inlet
 from lmdbitmap.nbd.server.notice import Notice, nobody
+from lmdbitmap.nbd.server.receiving import Receiver
 from lmdbitmap.nbd.server.replies import Read, Replies
-from lmdbitmap.nbd.server.requests import Terms, error_of, named, refusal
+from lmdbitmap.nbd.server.requests import Negotiated, error_of, named, refusal
+from lmdbitmap.nbd.server.splicing import SplicePipe
 from lmdbitmap.nbd.server.traffic import Traffic
 from lmdbitmap.work.buffers import new_buffer
 from lmdbitmap.work.latencies import Latencies
@@ -87,24 +87,24 @@ class Connection:
         self.counts = [0] * len(traffic.KINDS)
         self.bytes_received = len(received)
         self._batches = Latencies()
-        self._inlet = Inlet(sock, encrypted=encrypted)
+        self._receiver = Receiver(sock, encrypted=encrypted)
         self._disk = disk
         self._lane = disk.lane()
         if isinstance(self._lane, PatientLane):
             self._lane.has_waited = self.notice.give
         self._complaints = complaints or Complaints()
-        self._deeds = Deeds(self._lane, self.notice, self._complaints)
+        self._operations = DiskOperations(self._lane, self.notice, self._complaints)
         self._form = EXTENDED if extended else STRUCTURED if structured else SIMPLE
         self._layout, self._header_size = self._form.layout, self._form.header.size
         self._plain_write = self._form.plain_writes[0]
         self._contexts = contexts
-        self._terms = Terms(self._form.in_chunks, bool(contexts), extended)
+        self._terms = Negotiated(self._form.in_chunks, bool(contexts), extended)
         self._replies = Replies(
             sock, self._lane, disk.fd, self.notice, self._complaints, form=self._form, encrypted=encrypted
         )
-        self._conduit: Conduit | None = None
+        self._pipe: SplicePipe | None = None
         if disk.fd is not None and not encrypted and isinstance(self._lane, SplicingLane):
-            self._conduit = Conduit(sock, self._lane)
+            self._pipe = SplicePipe(sock, self._lane)
         self._appetite = _BATCH
         """Bytes to have at hand at most: behind a WRITE that went by reference the next header, else a batch."""
         self._unsent = 0
@@ -122,7 +122,7 @@ class Connection:
     @property
     def traffic(self) -> Traffic:
         counts, sent = tuple(self.counts), self._replies.bytes_sent
-        return Traffic(1, counts, self.bytes_received, sent, self._batches, self._deeds.flushes)
+        return Traffic(1, counts, self.bytes_received, sent, self._batches, self._operations.flushes)
 
     def run(self) -> None:
         """Serve until the client is gone. Raises `FormatError` when it lies, `OSError` when the socket breaks."""
@@ -148,7 +148,7 @@ class Connection:
         """Receive what is there and serve it, as `serve_some`, but wait for nothing without notice."""
         self._replies.hurry(True)
         room = self._view[self._end : min(self._start + self._appetite, _BATCH)]
-        count = self._inlet.receive_at_once(room)
+        count = self._receiver.receive_at_once(room)
         if not count:
             return count is None
         self._end += count
@@ -158,8 +158,8 @@ class Connection:
     def close(self) -> None:
         self.notice.to = nobody
         self._replies.close()
-        if self._conduit is not None:
-            self._conduit.close()
+        if self._pipe is not None:
+            self._pipe.close()
         self._lane.close()
 
     # -- requests in ---------------------------------------------------------------------------------------
@@ -167,11 +167,11 @@ class Connection:
     def _receive(self) -> bool:
         """Wait for more, and put it behind an unfinished request; False when the client is gone."""
         room = self._view[self._end : min(self._start + self._appetite, _BATCH)]
-        count = self._inlet.receive_at_once(room) if self._unsent else None
+        count = self._receiver.receive_at_once(room) if self._unsent else None
         if not count:
             self._send()
         if count is None:
-            count = self._inlet.receive(room)
+            count = self._receiver.receive(room)
         self._end += count
         self.bytes_received += count
         return count > 0
@@ -261,27 +261,27 @@ class Connection:
         self.notice.give()
         error = self._refusal(request)
         offset, left, start = request.offset, request.payload, self._start + self._header_size
-        if self._conduit is not None and not error and self._conduit.opens():
-            error, offset, left = self._splice_write(self._conduit, offset, left, start)
+        if self._pipe is not None and not error and self._pipe.opens():
+            error, offset, left = self._splice_write(self._pipe, offset, left, start)
             start = self._end = 0
         while left:
             at_hand = self._end - start
             ready = left if at_hand == left else at_hand - (offset + at_hand) % _PIECE
             if ready > 0:
-                error = error or self._deeds.write(offset, self._view[start : start + ready])
+                error = error or self._operations.write(offset, self._view[start : start + ready])
                 offset, left, start = offset + ready, left - ready, start + ready
             else:
                 self._receive_of_write(start, left)
                 start = 0
         self._start = self._end = 0
         if request.flags & nbd.NBD_CMD_FLAG_FUA:
-            error = error or self._deeds.flush()
+            error = error or self._operations.flush()
         self._answer(request, error)
         self._unsent += 1
-        if self._conduit is None or self._unsent >= _MOST_UNSENT:
+        if self._pipe is None or self._unsent >= _MOST_UNSENT:
             self._send()
 
-    def _splice_write(self, conduit: Conduit, offset: int, left: int, start: int) -> tuple[int, int, int]:
+    def _splice_write(self, pipe: SplicePipe, offset: int, left: int, start: int) -> tuple[int, int, int]:
         """Write what is at hand from `start` on, and the rest by reference.
 
         Pieces end where pages do: a death between two of them must not tear a sector. Answers the error or 0,
@@ -290,26 +290,26 @@ class Connection:
         self._appetite = self._header_size
         at_hand = self._end - start
         whole = max(at_hand - (offset + at_hand) % _PAGE, 0)
-        error = self._deeds.write(offset, self._view[start : start + whole]) if whole else 0
+        error = self._operations.write(offset, self._view[start : start + whole]) if whole else 0
         if not error:
-            conduit.put(self._view[start + whole : self._end])
+            pipe.put(self._view[start + whole : self._end])
         offset, missing = offset + whole, left - at_hand
         while missing and not error:
-            missing -= self._fill(conduit, missing)
-            ready = conduit.held
+            missing -= self._fill(pipe, missing)
+            ready = pipe.held
             if missing:
                 ready -= (offset + ready) % _PAGE
             if ready > 0:
-                error = self._deeds.write_held(conduit, ready, offset)
+                error = self._operations.write_held(pipe, ready, offset)
                 offset += ready
         return error, offset, missing
 
-    def _fill(self, conduit: Conduit, limit: int) -> int:
+    def _fill(self, pipe: SplicePipe, limit: int) -> int:
         """Some of the WRITE's data; a client that waits for replies before it sends more gets them."""
-        count = conduit.fill(limit, wait=not self._unsent)
+        count = pipe.fill(limit, wait=not self._unsent)
         if count < 0:
             self._send()
-            count = conduit.fill(limit)
+            count = pipe.fill(limit)
         self.bytes_received += count
         return count
 
@@ -318,7 +318,7 @@ class Connection:
         at_hand = self._end - start
         if start:
             self._view[:at_hand] = self._view[start : self._end]
-        count = self._inlet.receive(self._view[at_hand : min(left, _BATCH)])
+        count = self._receiver.receive(self._view[at_hand : min(left, _BATCH)])
         if count == 0:
             raise ConnectionResetError(errno.ECONNRESET, "the client left in the middle of a WRITE")
         self._end = at_hand + count
@@ -365,8 +365,8 @@ class Connection:
             self._reads.clear()
 
     def _settle_writes(self) -> None:
-        failed = self._deeds.write_many(self._writes) if self._writes else {}
-        flush_error = self._deeds.flush() if self._fua_writes or self._flush_labels else 0
+        failed = self._operations.write_many(self._writes) if self._writes else {}
+        flush_error = self._operations.flush() if self._fua_writes or self._flush_labels else 0
         if failed or flush_error:
             self._answer_one_by_one(failed, flush_error)
         else:

@@ -25,7 +25,6 @@ from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.interfaces import Lane
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.server.complaints import Complaints
-from lmdbitmap.nbd.server.conduit import new_pipe
 from lmdbitmap.nbd.server.forms import (
     DATA,
     DATA_DONE,
@@ -38,6 +37,7 @@ from lmdbitmap.nbd.server.forms import (
 )
 from lmdbitmap.nbd.server.notice import Notice
 from lmdbitmap.nbd.server.requests import error_of, place
+from lmdbitmap.nbd.server.splicing import new_pipe
 from lmdbitmap.work.buffers import new_buffer
 
 Read: TypeAlias = tuple[int, bytes, int, int]

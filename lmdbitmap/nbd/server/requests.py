@@ -43,7 +43,7 @@ class Refusal(NamedTuple):
     found: object
 
 
-class Terms(NamedTuple):
+class Negotiated(NamedTuple):
     """Whether the client agreed on replies `in_chunks`, selected any `contexts`, and agreed on `extended` headers.
 
     Behind those a WRITE may say that it has a payload, and nothing else may have one.
@@ -63,7 +63,7 @@ def place(offset: int, length: int) -> str:
     return f"{length} bytes at {offset}"
 
 
-def refusal(request: nbd.Request, terms: Terms, size: int, *, read_only: bool) -> Refusal | None:
+def refusal(request: nbd.Request, terms: Negotiated, size: int, *, read_only: bool) -> Refusal | None:
     """Why a request must not be done on a disk of `size` bytes, if so."""
     allowed_flags = _FLAGS_ALLOWED.get(request.type)
     if allowed_flags is None:

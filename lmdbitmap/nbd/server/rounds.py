@@ -34,7 +34,7 @@ from collections.abc import Callable
 from typing import Final, TypeAlias
 
 from lmdbitmap.nbd.server.connection import Connection
-from lmdbitmap.nbd.server.inlet import Lookout
+from lmdbitmap.nbd.server.receiving import Lookout
 
 _PATIENCE_S: Final = 0.01
 _TICK_S: Final = 0.005

@@ -42,7 +42,7 @@ from lmdbitmap.nbd.server.contexts import ContextsOf, Later, base_contexts, for_
 from lmdbitmap.nbd.server.quiet import Quiet
 from lmdbitmap.nbd.server.rounds import Rounds
 from lmdbitmap.nbd.server.traffic import NO_TRAFFIC, Traffic, summed
-from lmdbitmap.nbd.server.visit import Served, Visit
+from lmdbitmap.nbd.server.visit import Offer, Visit
 from lmdbitmap.work.on_demand import OnDemand
 
 _log = logging.getLogger(__name__)
@@ -292,23 +292,23 @@ class Server:
         _tune(sock)
         return visit.start()
 
-    def _served(self) -> Mapping[str, Served]:
+    def _served(self) -> Mapping[str, Offer]:
         """The disks, with what can be asked of each at this moment: a visitor may pick from that."""
         with self._lock:
             disks = dict(self._disks)
         return self._described(disks, self._contexts_of)
 
-    def _served_to_strangers(self) -> Mapping[str, Served]:
+    def _served_to_strangers(self) -> Mapping[str, Offer]:
         with self._lock:
             disks = dict(self._disks)
             for name in self._private:
                 del disks[name]
         return self._described(disks, lambda name, disk: for_strangers(self._contexts_of(name, disk)))
 
-    def _described(self, disks: Mapping[str, ServedDisk], contexts_of: ContextsOf) -> Mapping[str, Served]:
-        def served(name: str) -> Served:
+    def _described(self, disks: Mapping[str, ServedDisk], contexts_of: ContextsOf) -> Mapping[str, Offer]:
+        def served(name: str) -> Offer:
             contexts = Later(partial(contexts_of, name, disks[name]))
-            return Served(disks[name], contexts, beside=name not in self._residents)
+            return Offer(disks[name], contexts, beside=name not in self._residents)
 
         return OnDemand(disks, served)
 

@@ -42,7 +42,7 @@ _WRITABLE_FLAGS: Final = (
 )
 
 
-class Served(NamedTuple):
+class Offer(NamedTuple):
     """A disk and what can be asked about its blocks, by the contexts' names."""
 
     disk: ServedDisk
@@ -59,7 +59,7 @@ class Visit:
     def __init__(
         self,
         sock: socket.socket,
-        served: Callable[[], Mapping[str, Served]],
+        served: Callable[[], Mapping[str, Offer]],
         *,
         handshake_timeout_s: float,
         enter: Callable[[Visit, str], bool],
@@ -81,7 +81,7 @@ class Visit:
         self.is_let_go = False
         """Whether it was cut off because it stayed a newcomer."""
         self.client = _who(sock)
-        self._offered: Mapping[str, Served] = {}
+        self._offered: Mapping[str, Offer] = {}
         self._connection: Connection | None = None
         self._alone = False
         self._complaints = Complaints(self.client)
@@ -268,7 +268,7 @@ def _left(deadline: float) -> float:
     return left
 
 
-def _export(name: str, served: Served) -> Export:
+def _export(name: str, served: Offer) -> Export:
     disk = served.disk
     flags = _COMMON_FLAGS | nbd.NBD_FLAG_READ_ONLY if disk.read_only else _WRITABLE_FLAGS
     described = f"{name}, {'read-only' if disk.read_only else 'writable'}, served by lmdbitmap"

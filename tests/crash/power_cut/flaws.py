@@ -18,7 +18,7 @@ from lmdbitmap.filter import Filter
 from lmdbitmap.interfaces import BlockDevice, Buffer
 from lmdbitmap.restoring import restore
 from lmdbitmap.storage.owner import Owner
-from lmdbitmap.syncs import sync, sync_target
+from lmdbitmap.syncs import sync, target
 from lmdbitmap.targets.target import opened_target
 from lmdbitmap.tracker import points
 from lmdbitmap.tracker.lane import FilterLane
@@ -107,8 +107,8 @@ def copy_noted_first() -> None:
         note(job, point)
         os.fsync(job.target.device.fd)
 
-    _replace(sync_target.SyncTarget, "flush", lambda target: None)
-    _replace(sync_target, "identity_to_keep", lambda device: device.identity())
+    _replace(target.SyncTarget, "flush", lambda copy: None)
+    _replace(target, "identity_to_keep", lambda device: device.identity())
     _replace(sync, "_note_where_it_is", careless)
 
 

@@ -20,8 +20,8 @@ from lmdbitmap.repository.transfer import copy_backups
 from lmdbitmap.repository.verify import verify
 from lmdbitmap.restoring.restore import restore
 from lmdbitmap.store import Store
+from lmdbitmap.syncs.plan import SyncKind
 from lmdbitmap.syncs.sync import sync
-from lmdbitmap.syncs.sync_plan import SyncKind
 from tests.crash.power_cut.stage import COPY, REPOSITORY, RESTORED, SECOND_REPOSITORY
 from tests.crash.power_cut.truth import Deed, Truth
 

@@ -18,7 +18,7 @@ from lmdbitmap.images.device import FileDevice
 from lmdbitmap.images.file_pool import PooledFile
 from lmdbitmap.repository import backup_chain
 from lmdbitmap.repository.backup_chain import BackupChain
-from lmdbitmap.restoring.carrying_back import CarryingBack
+from lmdbitmap.restoring.parallel_restore import CarryingBack
 from lmdbitmap.system import linux
 from lmdbitmap.targets.target import Target
 from lmdbitmap.work.progress import Report

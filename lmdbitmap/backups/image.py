@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from lmdbitmap import bits
 from lmdbitmap.access.access import Access, reading
-from lmdbitmap.access.access_ways import PointInTime
-from lmdbitmap.backups.backup_plan import DigestChoice, Plan, full_instead
+from lmdbitmap.access.routes import PointInTime
+from lmdbitmap.backups.plan import BackupPlan, DigestChoice, full_instead
 from lmdbitmap.backups.rescan import differing
 from lmdbitmap.bits import Run
 from lmdbitmap.copying.copier import Copied, ImageFile, copy_clusters
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class DiskBackup:
     """One disk's part of a run: its folder locked, its backup planned."""
 
     access: Access
@@ -55,7 +55,7 @@ class Job:
     folder: BackupFolder
     manifest: Manifest
     requested: BackupType
-    plan: Plan
+    plan: BackupPlan
     digests: DigestChoice
     sequence: int
     leftovers: Sequence[Unfinished]
@@ -152,10 +152,10 @@ class _Parent:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ImagePlan:
     """What one image is made of: the blocks that changed up to the point in time, in whole clusters."""
 
-    job: Job
+    job: DiskBackup
     point: PointInTime
     clusters: Geometry
     changes: Changes | None
@@ -164,7 +164,7 @@ class Source:
     bytes_to_copy: int
 
     @classmethod
-    def of(cls, store: Store, job: Job, point: PointInTime) -> Source:
+    def of(cls, store: Store, job: DiskBackup, point: PointInTime) -> ImagePlan:
         disk, since = point.disk, job.plan.since
         clusters = Geometry(disk.size, cluster_bits_for(disk.geometry))
         if since is None:
@@ -173,7 +173,7 @@ class Source:
         summary = changed.summary
         return cls(job, point, clusters, changed, summary.standing.trust, summary.dirty_bytes)
 
-    def full_instead(self, damage: LmdbitmapError) -> Source:
+    def full_instead(self, damage: LmdbitmapError) -> ImagePlan:
         """Of the same point in time, but all of it; its image is noted before it is begun."""
         job = dataclasses.replace(self.job, plan=full_instead(damage))
         if job.only_that:
@@ -223,7 +223,9 @@ def _until_lost(runs: Iterator[Run], lost: list[ParentDamaged]) -> Iterator[Run]
         lost.append(damaged)
 
 
-def write_image(source: Source, device: Metered, report: Report, packing: Compression | None) -> BackupEntry:
+def write_image(
+    source: ImagePlan, device: Metered, report: Report, packing: Compression | None
+) -> BackupEntry:
     """The image, durable in the folder under its final name, and what the manifest will say of it.
 
     Raises `ParentDamaged` where a rescan cannot be, and there is no image.
@@ -231,7 +233,7 @@ def write_image(source: Source, device: Metered, report: Report, packing: Compre
     job, parent = source.job, source.job.plan.parent
     path = job.folder.path_of(job.file)
     rescans = job.plan.type_actual is BackupType.RESCAN
-    spared = device.ways.spared
+    spared = device.methods.spared
     with (
         files.replacing(path) as file,
         ChunkHasher(file.fileno(), job.folder.path, job.digests.algorithm, spared=spared) as hasher,
@@ -253,7 +255,7 @@ def write_image(source: Source, device: Metered, report: Report, packing: Compre
 
 
 def _entry(
-    source: Source, copied: Copied, chunks: ChunkDigests, compression: CompressionType | None
+    source: ImagePlan, copied: Copied, chunks: ChunkDigests, compression: CompressionType | None
 ) -> BackupEntry:
     job, disk, plan, checkpoint = source.job, source.point.disk, source.job.plan, source.point.checkpoint
     return BackupEntry(

@@ -56,7 +56,7 @@ class Lookout(Generic[Found]):
         return None
 
 
-class Inlet:
+class Receiver:
     """The incoming half of a blocking socket; one that is encrypted cannot be looked at, so its thread sleeps."""
 
     def __init__(self, sock: socket.socket, *, encrypted: bool = False) -> None:

@@ -28,7 +28,7 @@ from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain
 
 
-class Plan(NamedTuple):
+class BackupPlan(NamedTuple):
     """One that is not full has a parent, and but for a rescan that one's checkpoint to count from."""
 
     type_actual: BackupType
@@ -44,17 +44,17 @@ def plan_for(
     manifest: Manifest,
     kind: BackupType,
     ended: Reason | None = None,
-) -> Plan:
+) -> BackupPlan:
     """The highest rung that holds, for a disk whose backups are in `folder`; `ended` says why its checkpoints went."""
     if kind is BackupType.FULL:
-        return Plan(BackupType.FULL)
+        return BackupPlan(BackupType.FULL)
     parent = newest(manifest, full=kind is BackupType.DIFFERENTIAL)
     if parent is None:
-        return Plan(BackupType.FULL, reason=Reason("no-earlier-backup", "no earlier backup"))
+        return BackupPlan(BackupType.FULL, reason=Reason("no-earlier-backup", "no earlier backup"))
     images = chain_to(manifest, parent.id)
     missing = _what_is_missing(folder, images)
     if missing is not None:
-        return Plan(BackupType.FULL, reason=missing)
+        return BackupPlan(BackupType.FULL, reason=missing)
     plan = _stacked(store, disk, parent, kind, ended)
     if plan.parent is None:
         return plan
@@ -62,17 +62,19 @@ def plan_for(
     return plan if broken is None else full_instead(broken)
 
 
-def _stacked(store: Store, disk: Disk, parent: BackupEntry, kind: BackupType, ended: Reason | None) -> Plan:
+def _stacked(
+    store: Store, disk: Disk, parent: BackupEntry, kind: BackupType, ended: Reason | None
+) -> BackupPlan:
     """What it can be, if it can be stacked on `parent`."""
     since = _checkpoint_of(store, disk, parent)
     lost = _why_unknown(disk, parent, since, ended)
     if kind is BackupType.RESCAN:
-        return Plan(kind, parent)
+        return BackupPlan(kind, parent)
     if lost is None:
-        return Plan(kind, parent, since)
+        return BackupPlan(kind, parent, since)
     if kind is BackupType.DIFFERENTIAL:
-        return Plan(BackupType.FULL, reason=lost)
-    return Plan(BackupType.RESCAN, parent, reason=lost)
+        return BackupPlan(BackupType.FULL, reason=lost)
+    return BackupPlan(BackupType.RESCAN, parent, reason=lost)
 
 
 class DigestChoice(NamedTuple):
@@ -82,7 +84,7 @@ class DigestChoice(NamedTuple):
     reason: Reason | None = None
 
 
-def digests_for(plan: Plan, manifest: Manifest, asked: DigestAlgorithm | None = None) -> DigestChoice:
+def digests_for(plan: BackupPlan, manifest: Manifest, asked: DigestAlgorithm | None = None) -> DigestChoice:
     """What was `asked` for. Else all goes on as it is, unless this Python cannot: a chain's images may differ in it.
 
     A full backup that was asked for is one without a reason.
@@ -113,9 +115,9 @@ def _what_is_missing(folder: BackupFolder, images: Sequence[BackupEntry]) -> Rea
     return None
 
 
-def full_instead(damage: LmdbitmapError) -> Plan:
+def full_instead(damage: LmdbitmapError) -> BackupPlan:
     """Where an image of the chain cannot be read."""
-    return Plan(BackupType.FULL, reason=Reason("image-damaged", _printable(damage.problem)))
+    return BackupPlan(BackupType.FULL, reason=Reason("image-damaged", _printable(damage.problem)))
 
 
 def _why_unknown(

@@ -91,8 +91,8 @@ def test_a_disk_that_does_not_end_cleanly_is_let_go_all_the_same(
 
 def test_a_disk_about_which_something_is_asked_just_now_stays(folder: Path) -> None:
     with owning(folder, serves=True) as owner:
-        assert owner.control.parting is not None
-        with owner.control.parting.staying([NAME]), pytest.raises(Busy, match="is used at this moment"):
+        assert owner.control.detaching is not None
+        with owner.control.detaching.staying([NAME]), pytest.raises(Busy, match="is used at this moment"):
             owner.call("detach")
         owner.call("detach")
 
@@ -125,10 +125,10 @@ def test_a_server_ends_when_its_last_disk_is_let_go_and_not_before(
     with owning(folder, serves=True) as owner:
         stops: list[bool] = []
         monkeypatch.setattr(owner.server, "request_stop", lambda: stops.append(True))
-        parting = owner.control.parting
-        assert parting is not None
-        parting._detaching += 1
+        detaching = owner.control.detaching
+        assert detaching is not None
+        detaching._detaching += 1
         owner.call("detach")
         assert stops == []
-        parting._end_with_the_last()
+        detaching._end_with_the_last()
         assert stops == [True]

@@ -1,7 +1,7 @@
 """Puts a disk back onto something: run by run of a backup's chain, in one of two ways. One thread writes.
 
 - `Overwriting` looks at nothing: data is written, and what reads as zeroes is zeroed, unless all of the target is
-  zeroes yet. Onto what has a descriptor carrying_back.py does that with many threads.
+  zeroes yet. Onto what has a descriptor parallel_restore.py does that with many threads.
 - `Comparing` reads the target first, and writes the pages that differ and no other (differences.py).
 """
 
@@ -13,7 +13,7 @@ from typing import Protocol
 
 from lmdbitmap.qcow2 import Kind, MappedRun
 from lmdbitmap.repository.backup_chain import BackupChain
-from lmdbitmap.restoring.making_ready import made_ready
+from lmdbitmap.restoring.prefetching import made_ready
 from lmdbitmap.targets.differences import CHUNK_BYTES, Mender, allocated, chunks
 from lmdbitmap.targets.target import Target
 from lmdbitmap.work.buffers import new_buffer

@@ -1,11 +1,10 @@
-"""The ways to get at disks, each of which takes one moment of all of its disks: it depends on who has them.
+"""The routes to disks, one for each answer to who has them now. A job takes one for all of its disks (access.py), and
+each route takes one moment of all of them:
 
-    AtRest      nobody has them: we own them meanwhile, so nobody writes, and the image itself is the point in time
-    Attached    a filter of this very process has them: a snapshot, which it holds for us
-    Served      another process has them: it is told by its control socket to take a snapshot, which we read from the
-                image and over NBD (access/through_owner.py)
-
-All disks of a job are had in one of them (access.py).
+    AtRest             nobody has them: we own them meanwhile, so nobody writes, and the image is the point in time
+    Attached           a filter of this process has them: a snapshot, which the filter holds for us
+    ServedElsewhere    another process has them: its control socket is asked for a snapshot, which we read from the
+                       image and over NBD (through_owner.py)
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple
 from uuid import UUID
 
-from lmdbitmap.access import reach
+from lmdbitmap.access import owners
 from lmdbitmap.access.direct import DirectDevice
 from lmdbitmap.access.through_owner import HeldThere, open_held
 from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, OwnerGone
@@ -29,7 +28,7 @@ from lmdbitmap.tracker import chain, session
 from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.session import OpenDevice, OwnedDisk
 from lmdbitmap.tracker.snapshot import Snapshot, broken_error
-from lmdbitmap.work.apart import Failures
+from lmdbitmap.work.failures import Failures
 
 LAST_WORD_S = 10.0
 """How long an owner may take to release what was not read to its end: whoever gave up, as by Ctrl-C, wants to go."""
@@ -224,7 +223,7 @@ class Attached(_ThroughOwner):
         self.end_reading()
 
 
-class Served(_ThroughOwner):
+class ServedElsewhere(_ThroughOwner):
     """Disks of another process. What is held there for us is released when we hang up, or die.
 
     Points are taken there one after the other: when ours is, those that were asked for earlier are there.
@@ -245,7 +244,7 @@ class Served(_ThroughOwner):
         with store.read() as reader:
             disks = [chain.find_disk(reader, name) for name in names]
         self._uuids = [disk.uuid for disk in disks]
-        self._client = reach.owner_of(store, disks[0])
+        self._client = owners.owner_of(store, disks[0])
         self._devices: list[NbdDevice | DirectDevice] = []
         self._held: list[HeldThere] = []
         """What is not released yet."""

@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from lmdbitmap.errors import Busy, LmdbitmapError, StorageError
-from lmdbitmap.work.apart import Failures
+from lmdbitmap.work.failures import Failures
 
 
 def fail(error: BaseException) -> None:

@@ -18,7 +18,7 @@ from lmdbitmap.interfaces import SplicingLane
 PIPE_BYTES: Final = 1 << 20
 
 
-class Conduit:
+class SplicePipe:
     """From a socket to the disk behind `lane`: `fill` it, and have it `write` what is `held`."""
 
     def __init__(self, sock: socket.socket, lane: SplicingLane) -> None:

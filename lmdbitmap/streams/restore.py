@@ -31,7 +31,7 @@ from typing import Protocol
 from lmdbitmap.errors import AlreadyExists, InvalidArgument, LmdbitmapError, NotFound, os_errors_at
 from lmdbitmap.images.image import is_far, open_image
 from lmdbitmap.interfaces import BlockDevice
-from lmdbitmap.storage import founding
+from lmdbitmap.storage import creating
 from lmdbitmap.store import Store
 from lmdbitmap.streams.rbd_diff import Data, Decoder, Event, Head, Zeroes
 from lmdbitmap.targets.differences import Mender
@@ -50,7 +50,7 @@ _PLACE = "the stream"
 _READ_BYTES = 1 << 20
 
 
-class Source(Protocol):
+class ByteInput(Protocol):
     """A binary file or a pipe; 0 bytes are its end."""
 
     def readinto(self, buffer: memoryview, /) -> int | None: ...
@@ -70,7 +70,7 @@ class AppliedResult:
 
 
 def apply_stream(
-    stream: Source,
+    stream: ByteInput,
     target_path: str | os.PathLike[str],
     *,
     larger: bool = False,
@@ -89,7 +89,7 @@ def apply_stream(
     if store is not None:
         refuse_tracked(store, place)
     if not is_far(place):
-        founding.refuse_inside(place)
+        creating.refuse_inside(place)
     events = _events(stream)
     head = next(events)
     assert isinstance(head, Head)
@@ -104,7 +104,7 @@ def apply_stream(
     )  # fmt: skip
 
 
-def _events(stream: Source) -> Iterator[Event]:
+def _events(stream: ByteInput) -> Iterator[Event]:
     """All that the stream says, once it is known that nothing comes behind its end."""
     decoder = Decoder(_PLACE)
     buffer = memoryview(new_buffer(_READ_BYTES))
@@ -113,7 +113,7 @@ def _events(stream: Source) -> Iterator[Event]:
     decoder.finish()
 
 
-def _read(stream: Source, buffer: memoryview) -> int:
+def _read(stream: ByteInput, buffer: memoryview) -> int:
     with os_errors_at(_PLACE):
         count = stream.readinto(buffer)
         if count is None:

@@ -10,13 +10,13 @@ from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.interfaces import Lane
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.server.complaints import Complaints
-from lmdbitmap.nbd.server.conduit import Conduit
 from lmdbitmap.nbd.server.notice import Notice
 from lmdbitmap.nbd.server.requests import error_of, place
+from lmdbitmap.nbd.server.splicing import SplicePipe
 from lmdbitmap.work.latencies import Latencies
 
 
-class Deeds:
+class DiskOperations:
     """Done by way of `lane`. `flushes` are how long they took."""
 
     def __init__(self, lane: Lane, notice: Notice, complaints: Complaints) -> None:
@@ -44,13 +44,13 @@ class Deeds:
     def write(self, offset: int, data: memoryview) -> int:
         return self.write_many([(offset, data)]).get(0, 0)
 
-    def write_held(self, conduit: Conduit, length: int, offset: int) -> int:
-        """Write what the conduit holds; after an error it is closed."""
+    def write_held(self, pipe: SplicePipe, length: int, offset: int) -> int:
+        """Write what the pipe holds; after an error it is closed."""
         try:
-            conduit.write(length, offset)
+            pipe.write(length, offset)
         except (OSError, LmdbitmapError) as failure:
             self._complaints.failed("WRITE", place(offset, length), failure)
-            conduit.close()
+            pipe.close()
             return error_of(failure)
         return 0
 

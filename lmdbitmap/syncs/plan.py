@@ -21,7 +21,7 @@ from lmdbitmap.notes.references import Reason
 from lmdbitmap.notes.sync_note import At, Note
 from lmdbitmap.storage.schema import Checkpoint, Disk
 from lmdbitmap.store import Store
-from lmdbitmap.syncs.sync_target import SyncTarget
+from lmdbitmap.syncs.target import SyncTarget
 from lmdbitmap.tracker import chain
 
 _SECTOR_BYTES = 512
@@ -34,7 +34,7 @@ class SyncKind(enum.Enum):
     FULL = "full"
 
 
-class Plan(NamedTuple):
+class SyncPlan(NamedTuple):
     """An incremental one has a checkpoint to count from; another has a reason, unless it was asked for."""
 
     kind: SyncKind
@@ -42,13 +42,13 @@ class Plan(NamedTuple):
     reason: Reason | None = None
 
 
-def plan_for(store: Store, disk: Disk, note: Note, target: SyncTarget, *, compare: bool) -> Plan:
+def plan_for(store: Store, disk: Disk, note: Note, target: SyncTarget, *, compare: bool) -> SyncPlan:
     since = None if note.at is None else _checkpoint_of(store, disk, note.at)
     unknown = _why_unknown(disk, note, since, target)
     if unknown is None and not compare:
-        return Plan(SyncKind.INCREMENTAL, since)
+        return SyncPlan(SyncKind.INCREMENTAL, since)
     kind = SyncKind.FULL if target.is_blank else SyncKind.COMPARE
-    return Plan(kind, reason=None if kind is SyncKind.COMPARE and compare else unknown)
+    return SyncPlan(kind, reason=None if kind is SyncKind.COMPARE and compare else unknown)
 
 
 def _checkpoint_of(store: Store, disk: Disk, at: At) -> Checkpoint | None:

@@ -14,7 +14,7 @@ from lmdbitmap.storage import owner
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain
-from lmdbitmap.work.apart import Failures
+from lmdbitmap.work.failures import Failures
 
 
 def tracked(store: Store, names: Sequence[str], apart: Failures) -> list[str]:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.access import reach
+from lmdbitmap.access import owners
 from lmdbitmap.errors import Busy, NotFound
 from lmdbitmap.filter import Filter
 from lmdbitmap.tracker import session
-from lmdbitmap.work.apart import Failures
+from lmdbitmap.work.failures import Failures
 from tests.helpers.serving import serving
 from tests.helpers.support import make_raw_image
 from tests.helpers.tracked import NAME, TrackedDisk, quick_folder
@@ -33,18 +33,18 @@ def disk(folder: Path) -> TrackedDisk:
 
 def test_an_unknown_disk_is_set_aside(disk: TrackedDisk) -> None:
     apart = Failures()
-    assert reach.tracked(disk.store, [NAME, "sdx", "sdb"], apart) == [NAME, "sdb"]
+    assert owners.tracked(disk.store, [NAME, "sdx", "sdb"], apart) == [NAME, "sdb"]
     assert isinstance(apart.errors["sdx"], NotFound)
     with pytest.raises(NotFound):
-        reach.tracked(disk.store, ["sdx"], Failures(at_once=True))
+        owners.tracked(disk.store, ["sdx"], Failures(at_once=True))
     disk.close()
 
 
 def test_who_has_a_disk_for_itself_is_no_server_of_it(disk: TrackedDisk, folder: Path) -> None:
     apart, names = Failures(), [NAME, "sdb", "sdc"]
     with serving(disk, folder), Filter.attach(disk.store, "sdb", background=False):
-        assert reach.attached_elsewhere(disk.store, names, apart) == [NAME]
+        assert owners.attached_elsewhere(disk.store, names, apart) == [NAME]
         assert isinstance(apart.errors["sdb"], Busy)
         assert "owned by a process that serves it to nobody" in str(apart.errors["sdb"])
         assert list(apart.errors) == ["sdb"]
-        assert [reach.is_attached(disk.store, name) for name in names] == [True, True, False]
+        assert [owners.is_attached(disk.store, name) for name in names] == [True, True, False]

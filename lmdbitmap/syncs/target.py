@@ -30,7 +30,7 @@ from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.notes import sync_note
 from lmdbitmap.notes.sync_note import Sizes
 from lmdbitmap.qcow2.layout import SECTOR
-from lmdbitmap.storage import founding
+from lmdbitmap.storage import creating
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
 from lmdbitmap.system import files, kernel
@@ -53,7 +53,7 @@ def refuse_target(store: Store, disk: Disk, place: str) -> None:
     _refuse_copies(store, {other.uuid: other.name for other in disks if other.uuid != disk.uuid}, place)
     if is_far(place):
         return
-    founding.refuse_inside(place)
+    creating.refuse_inside(place)
     for ground in (store.path, *(() if is_far(disk.image) else (disk.image,))):
         if kernel.is_so(kernel.is_kept_in, ground, place):
             raise InvalidArgument(

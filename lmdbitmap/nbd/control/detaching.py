@@ -15,7 +15,7 @@ from lmdbitmap.nbd.server.server import Server
 _log = logging.getLogger(__name__)
 
 
-class Parting:
+class Detaching:
     """Lets go of disks in `filters`, which `server` serves: from then on they are in neither.
 
     `unlisten` has nobody find us any more who looks for the owner of that disk. Safe for many threads.

@@ -15,8 +15,8 @@ from lmdbitmap.copying.hashing import MOST_THREADS
 from lmdbitmap.images.device import PAGE_BYTES
 from lmdbitmap.qcow2 import Kind, MappedRun
 from lmdbitmap.repository.backup_chain import BackupChain
-from lmdbitmap.restoring.making_ready import BATCH_BYTES, batches
-from lmdbitmap.restoring.putting_back import zeroed
+from lmdbitmap.restoring.prefetching import BATCH_BYTES, batches
+from lmdbitmap.restoring.writers import zeroed
 from lmdbitmap.system import linux
 from lmdbitmap.targets.target import Target
 from lmdbitmap.work.buffers import new_buffer

@@ -250,7 +250,7 @@ def test_process_that_gets_no_pipe_writes_all_the_same(
     def refuse() -> tuple[int, int]:
         raise OSError(errno.EMFILE, "too many open files")
 
-    monkeypatch.setattr("lmdbitmap.nbd.server.conduit.new_pipe", refuse)
+    monkeypatch.setattr("lmdbitmap.nbd.server.splicing.new_pipe", refuse)
     data = random.Random(6).randbytes(MIB)
     with connected(PlainDisk(image)) as peer:
         assert peer.do(WRITE, 5, MIB, data=data).error == 0
