@@ -277,8 +277,7 @@ def _known(number: uuid.UUID) -> uuid.UUID | None:
 
 def _merge_wherever_owned(store: Store, name: str, disk_name: str) -> None:
     """Let the process that owns the disk do it, or own it for a moment."""
-    with store.read() as reader:
-        disk = chain.find_disk(reader, disk_name)
+    disk = chain.disk_called(store, disk_name)
     client = control_client.reach(store.control_path(disk.uuid))
     if client is not None:
         with client:

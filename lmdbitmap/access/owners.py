@@ -21,8 +21,8 @@ def tracked(store: Store, names: Sequence[str], apart: Failures) -> list[str]:
     """Those that the store knows."""
     found = []
     for name in names:
-        with apart.of(name), store.read() as reader:
-            found.append(chain.find_disk(reader, name).name)
+        with apart.of(name):
+            found.append(chain.disk_called(store, name).name)
     return found
 
 
@@ -31,8 +31,8 @@ def attached_elsewhere(store: Store, names: Sequence[str], apart: Failures) -> l
     attached = [name for name in names if is_attached(store, name)]
     if len(names) > 1:
         for name in attached:
-            with apart.of(name), store.read() as reader:
-                owner_of(store, chain.find_disk(reader, name)).close()
+            with apart.of(name):
+                owner_of(store, chain.disk_called(store, name)).close()
     return [name for name in attached if name not in apart]
 
 
@@ -52,16 +52,14 @@ def require_all_or_none(names: Sequence[str], attached: Sequence[str]) -> None:
 def is_attached(store: Store, disk: Disk | str) -> bool:
     """Whether a process has the disk, or the one of that name, now: to serve it, or for itself, as a backup does."""
     if isinstance(disk, str):
-        with store.read() as reader:
-            disk = chain.find_disk(reader, disk)
+        disk = chain.disk_called(store, disk)
     return owner.is_owned(store.owner_path(disk.uuid))
 
 
 def is_served(store: Store, name: str) -> bool:
     """Whether another process has the disk of that name, and is reached: what it changes for us, it does itself."""
     try:
-        with store.read() as reader:
-            client = control_client.reach(store.control_path(chain.find_disk(reader, name).uuid))
+        client = control_client.reach(store.control_path(chain.disk_called(store, name).uuid))
     except Busy:
         return True
     if client is None:

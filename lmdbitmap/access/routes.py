@@ -241,8 +241,7 @@ class ServedElsewhere(_ThroughOwner):
         self._store = store
         self._limit_s = owner_limit_s
         self._freeze_limit_s = freeze_limit_s
-        with store.read() as reader:
-            disks = [chain.find_disk(reader, name) for name in names]
+        disks = [chain.disk_called(store, name) for name in names]
         self._uuids = [disk.uuid for disk in disks]
         self._client = owners.owner_of(store, disks[0])
         self._devices: list[NbdDevice | DirectDevice] = []

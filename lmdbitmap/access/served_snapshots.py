@@ -50,7 +50,7 @@ def take_served_snapshot(
     where a disk has a checkpoint of that name, `StorageError` where old data cannot be kept.
     """
     require_limits(freeze_limit_s)
-    disks = [_disk(store, name) for name in names]
+    disks = [chain.disk_called(store, name) for name in names]
     with _server_of(store, disks[0]) as client:
         told = client.call(
             "snapshot", disks=list(names), name=checkpoint, since=[since or ""] * len(names), bound=False, once=False,
@@ -70,7 +70,7 @@ def release_served_snapshot(store: Store, name: str, checkpoint: str) -> int:
     Raises `StorageError` if not all was kept: then what was read is of no use. The checkpoint stays. Raises `NotFound`
     without such a snapshot.
     """
-    disk = _disk(store, name)
+    disk = chain.disk_called(store, name)
     with _server_of(store, disk) as client:
         told = client.call("release", disk=name, checkpoint=checkpoint)
     if told["broken"] is not None:
@@ -86,8 +86,3 @@ def _server_of(store: Store, disk: Disk) -> control_client.Client:
             next_step="serve it; of a disk that nobody serves, a backup needs no snapshot",
         )
     return owners.owner_of(store, disk)
-
-
-def _disk(store: Store, name: str) -> Disk:
-    with store.read() as reader:
-        return chain.find_disk(reader, name)

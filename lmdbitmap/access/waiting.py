@@ -81,8 +81,7 @@ def _who_has(wanted: Wanted, name: str) -> Busy | None:
 
 
 def _look_at(wanted: Wanted, name: str) -> None:
-    with wanted.store.read() as reader:
-        disk = chain.find_disk(reader, name)
+    disk = chain.disk_called(wanted.store, name)
     if owners.is_attached(wanted.store, disk):
         owners.owner_of(wanted.store, disk).close()
     else:

@@ -228,8 +228,7 @@ def _locked_places(
     places = {}
     for name in sorted(names):
         with failures.of(name):
-            with store.read() as reader:
-                disk = chain.find_disk(reader, name)
+            disk = chain.disk_called(store, name)
             place = _LockedFolder(
                 BackupFolder(wanted.repository_path, name), locks.enter_context(contextlib.ExitStack())
             )

@@ -71,14 +71,12 @@ def holds_of(store: Store, name: str) -> list[Hold]:
 
 def hold_lapse_days(store: Store, name: str) -> int:
     """After how many days without a backup into it a repository's hold on that disk lapses; 0 is never."""
-    with store.read() as reader:
-        return holds.lapse_days(store.path, chain.find_disk(reader, name).uuid)
+    return holds.lapse_days(store.path, chain.disk_called(store, name).uuid)
 
 
 def set_hold_lapse_days(store: Store, name: str, days: int) -> None:
     """Durable on return; what lapses by it is merged away by the next backup or checkpoint."""
-    with store.read() as reader:
-        disk = chain.find_disk(reader, name)
+    disk = chain.disk_called(store, name)
     holds.set_lapse_days(store.path, disk.uuid, days)
 
 
@@ -143,8 +141,7 @@ def merge_unheld_of(store: Store, names: list[str]) -> None:
 
 
 def _merge_unheld_of(store: Store, name: str) -> None:
-    with store.read() as reader:
-        disk = chain.find_disk(reader, name)
+    disk = chain.disk_called(store, name)
     with contextlib.ExitStack() as locks:
         is_needed = bool(_locked(store, disk, locks, time.time_ns()) or _locked_copies(store, disk, locks))
     if is_needed:
@@ -247,8 +244,7 @@ def drop_hold(
     the holder, or the beginning of that. Raises `NotFound` and `InvalidArgument` where it names none, or several;
     `Busy` while a backup goes there.
     """
-    with store.read() as reader:
-        disk = chain.find_disk(reader, name)
+    disk = chain.disk_called(store, name)
     file = _named(store, disk, which)
     with access(store, [name], AccessTerms(open_device, attached)) as route, file.locked():
         if file.hold is None:

@@ -15,7 +15,7 @@ import click
 from lmdbitmap.cli.answers import standing_words
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import progress, say, stream_json, stream_lines
-from lmdbitmap.cli.ownership import ask_changes, find_disk
+from lmdbitmap.cli.ownership import ask_changes
 from lmdbitmap.cli.sizes import format_size
 from lmdbitmap.errors import LmdbitmapError, Untrusted
 from lmdbitmap.extents import Extent, Trust
@@ -23,6 +23,7 @@ from lmdbitmap.images.image import open_image
 from lmdbitmap.interfaces import BlockDevice
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain
+from lmdbitmap.tracker.chain import disk_called
 from lmdbitmap.tracker.changes import Changes, Standing, unknown_error
 from lmdbitmap.work.progress import Progress
 
@@ -61,7 +62,7 @@ def ask_or_everything(store: Store, name: str, since: str | None, until: str | N
     try:
         return ask_changes(store, name, since=since, until=until)
     except Untrusted as error:
-        disk = find_disk(store, name)
+        disk = disk_called(store, name)
         with store.read() as reader:
             first = chain.find_checkpoint(reader, disk, since or "")
             last = chain.find_checkpoint(reader, disk, until) if until else None

@@ -23,7 +23,7 @@ from lmdbitmap.cli.answers import (
 from lmdbitmap.cli.holders import holder_words
 from lmdbitmap.cli.options import Session, granularity, utf8_path, verb
 from lmdbitmap.cli.output import say, say_json, say_table
-from lmdbitmap.cli.ownership import ask_owner, find_disk, find_disk_or_bitmap, let_go, require_unowned
+from lmdbitmap.cli.ownership import ask_owner, find_disk_or_bitmap, let_go, require_unowned
 from lmdbitmap.cli.repositories import FOLDER, list_backups
 from lmdbitmap.cli.sizes import format_size, format_time
 from lmdbitmap.errors import InvalidArgument
@@ -32,6 +32,7 @@ from lmdbitmap.images.image import is_far, lasting_name
 from lmdbitmap.storage.schema import DURABILITIES, POLICIES, Disk
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import session, standalone
+from lmdbitmap.tracker.chain import disk_called
 from lmdbitmap.upkeep.check import next_step_for
 
 
@@ -243,7 +244,7 @@ def relocate(asked: Session, name: str, image: str) -> None:
     """
     _refuse_odd_uri(image)
     with Store.open(asked.store_path) as store:
-        require_unowned(store, find_disk(store, name))
+        require_unowned(store, disk_called(store, name))
         report = report_on(store, session.relocate(store, name, image))
         standing = report.dirt.standing
         is_lost = standing.trust is Trust.UNTRUSTED

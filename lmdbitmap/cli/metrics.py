@@ -19,11 +19,12 @@ import click
 from lmdbitmap.access.owners import is_attached
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import say_json
-from lmdbitmap.cli.ownership import ask_owner, find_disk
+from lmdbitmap.cli.ownership import ask_owner
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.extents import Trust
 from lmdbitmap.storage.schema import Checkpoint, Disk
 from lmdbitmap.store import Store
+from lmdbitmap.tracker.chain import disk_called
 from lmdbitmap.tracker.changes import changes
 from lmdbitmap.work.latencies import BUCKETS, bound_us
 
@@ -94,7 +95,7 @@ def metrics(asked: Session, names: Sequence[str]) -> None:
 
 def _disks(store: Store, names: Sequence[str]) -> list[Disk]:
     if names:
-        return [find_disk(store, name) for name in dict.fromkeys(names)]
+        return [disk_called(store, name) for name in dict.fromkeys(names)]
     with store.read() as reader:
         return reader.disks()
 
@@ -133,7 +134,7 @@ class _Scrapes:
         with self._turn:
             for name in list(self._names):
                 try:
-                    found.append(figures_of(self._store, find_disk(self._store, name)))
+                    found.append(figures_of(self._store, disk_called(self._store, name)))
                 except LmdbitmapError as error:
                     log.warning("disk %s: no metrics of it: %s", name, error)
         return found

@@ -29,11 +29,6 @@ _PERSIST_S = 60.0
 _INFO_S = 10.0
 
 
-def find_disk(store: Store, name: str) -> Disk:
-    with store.read() as reader:
-        return chain.find_disk(reader, name)
-
-
 def find_disk_or_bitmap(store: Store, name: str) -> Disk | Bitmap:
     """What goes by that name: disks and stand-alone bitmaps share their names."""
     with store.read() as reader:
@@ -60,7 +55,7 @@ def ask_changes(store: Store, name: str, *, since: str | None = None, until: str
     """What changed. An open period's owner first writes down what only its memory knows."""
     lost, persisted = None, False
     try:
-        persisted = until is None and _persisted_by_owner(store, find_disk(store, name))
+        persisted = until is None and _persisted_by_owner(store, chain.disk_called(store, name))
     except Untrusted as error:
         lost = error.problem
     answer = changes(store, name, since=since, until=until, persisted=persisted)
@@ -122,7 +117,7 @@ def ask_owner(store: Store, disk: Disk) -> dict[str, Any] | None:
 
 def checkpoint(store: Store, names: Sequence[str], checkpoint_name: str, limit_s: float) -> None:
     """One durable point in time on all of the disks, or on none. Who serves them may take `limit_s`."""
-    disks = [find_disk(store, name) for name in names]
+    disks = [chain.disk_called(store, name) for name in names]
     served = [disk.name for disk in disks if is_attached(store, disk)]
     require_all_or_none(names, served)
     if served:
@@ -134,7 +129,7 @@ def checkpoint(store: Store, names: Sequence[str], checkpoint_name: str, limit_s
 
 
 def forget(store: Store, name: str, checkpoint_name: str) -> None:
-    disk = find_disk(store, name)
+    disk = chain.disk_called(store, name)
     if is_attached(store, disk):
         with owner_of(store, disk) as client:
             client.call("forget", disk=name, checkpoint=checkpoint_name)
@@ -145,7 +140,7 @@ def forget(store: Store, name: str, checkpoint_name: str) -> None:
 
 def mark(store: Store, name: str, offset: int, length: int) -> None:
     """Every block that the range touches is dirty, durably."""
-    disk = find_disk(store, name)
+    disk = chain.disk_called(store, name)
     disk.geometry.check_range(offset, length)
     if is_attached(store, disk):
         with owner_of(store, disk) as client:
@@ -164,7 +159,7 @@ class Adopted(NamedTuple):
 
 def adopt(store: Store, name: str) -> Adopted:
     """Take an image as it is. One that is served was looked at when that began: `Untrusted` if that ended an epoch."""
-    disk = find_disk(store, name)
+    disk = chain.disk_called(store, name)
     told = ask_owner(store, disk)
     if told is None:
         require_unowned(store, disk)

@@ -17,7 +17,7 @@ import click
 from lmdbitmap.cli import logs
 from lmdbitmap.cli.metrics import metrics_served
 from lmdbitmap.cli.options import Session, size, utf8_path, verb
-from lmdbitmap.cli.ownership import find_disk, require_unowned
+from lmdbitmap.cli.ownership import require_unowned
 from lmdbitmap.cli.places import ListenAddresses
 from lmdbitmap.cli.serving import (
     Ending,
@@ -38,6 +38,7 @@ from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.nbd.supervisor import Supervisor
 from lmdbitmap.storage.measured import MeasuredStore
 from lmdbitmap.store import Store
+from lmdbitmap.tracker.chain import disk_called
 from lmdbitmap.tracker.period import DEFAULT_MAX_ARMED
 from lmdbitmap.tracker.scratch import Scratch
 
@@ -167,7 +168,7 @@ def _served(
 
 @contextlib.contextmanager
 def _attach(store: Store, name: str, max_armed: int) -> Iterator[Filter]:
-    before = find_disk(store, name)
+    before = disk_called(store, name)
     require_unowned(store, before)
     with Filter.attach(store, name, max_armed=max_armed) as disk:
         if disk.disk.epoch != before.epoch:

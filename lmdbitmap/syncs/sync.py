@@ -122,8 +122,7 @@ def sync(
     terms = AccessTerms(open_device, attached, scratch, owner_limit_s, freeze_limit_s, Patience(lock_wait_s))
     terms.require_sense()
     place = lasting_name(os.fspath(target))
-    with store.read() as reader:
-        disk = chain.find_disk(reader, name)
+    disk = chain.disk_called(store, name)
     refuse_target(store, disk, place)
     notes = NoteFile.of(store.path, disk.uuid, place)
     with contextlib.ExitStack() as held:

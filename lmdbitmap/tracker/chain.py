@@ -27,7 +27,7 @@ from lmdbitmap.geometry import REGION_BLOCKS, Geometry, ceil_div
 from lmdbitmap.interfaces import ImageIdentity
 from lmdbitmap.storage import schema
 from lmdbitmap.storage.schema import Bitmap, Checkpoint, Disk
-from lmdbitmap.store import Reader, Writer
+from lmdbitmap.store import Reader, Store, Writer
 
 MAX_REGIONS = 1 << 25
 """Of one disk: 16 GiB of bits, as for 64 TiB in blocks of 512 bytes."""
@@ -39,6 +39,12 @@ def find_disk(reader: Reader, name: str) -> Disk:
     if (disk := reader.disk_named(name)) is None:
         raise NotFound(f"no disk is called {name!r}", next_step="`lmdbitmap ls` lists those there are")
     return disk
+
+
+def disk_called(store: Store, name: str) -> Disk:
+    """Find the disk in a read transaction of its own."""
+    with store.read() as reader:
+        return find_disk(reader, name)
 
 
 def find_checkpoint(reader: Reader, disk: Disk, name: str) -> Checkpoint:

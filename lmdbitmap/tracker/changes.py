@@ -202,8 +202,7 @@ def changes(
     """
     while True:
         answer = _ask(store, name, since, until, persisted)
-        with store.read() as reader:
-            now = chain.find_disk(reader, name)
+        now = chain.disk_called(store, name)
         if (now.epoch, now.session) == (answer.disk.epoch, answer.disk.session):
             return answer  # else somebody attached or detached while we judged
 

@@ -65,8 +65,7 @@ class OwnedDisk:
 @contextlib.contextmanager
 def owning(store: Store, name: str, open_device: OpenDevice = open_image) -> Iterator[OwnedDisk]:
     """Hold the disk called `name`. Raises `NotFound` without such a disk or image, `Busy` if it is owned."""
-    with store.read() as reader:
-        disk_uuid = chain.find_disk(reader, name).uuid
+    disk_uuid = chain.disk_called(store, name).uuid
     lock = _own(store, name, disk_uuid)
     try:
         with store.read() as reader:
@@ -335,8 +334,7 @@ def relocate(store: Store, name: str, image: str) -> Disk:
     file that was moved within its file system is. A copy is not, unless somebody vouches for it (`adopt`).
     """
     image = lasting_name(image)
-    with store.read() as reader:
-        disk = chain.find_disk(reader, name)
+    disk = chain.disk_called(store, name)
     with contextlib.closing(_own(store, name, disk.uuid)) as lock:
         _refuse_tracked(store, image, unless=disk.uuid)
         refuse_own_ground(store, image)
@@ -354,8 +352,7 @@ def relocate(store: Store, name: str, image: str) -> Disk:
 
 def remove(store: Store, name: str) -> None:
     """Stop tracking; the image is not touched, nor even needed. Raises `Busy` while it is owned."""
-    with store.read() as reader:
-        disk = chain.find_disk(reader, name)
+    disk = chain.disk_called(store, name)
     with contextlib.closing(_own(store, name, disk.uuid)):
         store.update(lambda writer: chain.remove_disk(writer, disk))
         _remove_all([store.owner_path(disk.uuid)])
