@@ -20,6 +20,11 @@ from typing import TYPE_CHECKING
 from lmdbitmap.version import __version__
 
 if TYPE_CHECKING:
+    from lmdbitmap.access.operations import checkpoint as checkpoint_disks
+    from lmdbitmap.access.operations import forget as forget_checkpoint
+    from lmdbitmap.access.operations import mark as mark_dirty
+    from lmdbitmap.access.operations import remove
+    from lmdbitmap.access.questions import ask_changes
     from lmdbitmap.access.served_snapshots import (
         ServedSnapshot,
         release_served_snapshot,
@@ -79,7 +84,7 @@ if TYPE_CHECKING:
     from lmdbitmap.tracker.changes import Changes, Standing
     from lmdbitmap.tracker.changes import changes as changes_of
     from lmdbitmap.tracker.scratch import Scratch
-    from lmdbitmap.tracker.session import add, adopt, relocate, remove
+    from lmdbitmap.tracker.session import add, adopt, relocate
     from lmdbitmap.tracker.snapshot import Snapshot
     from lmdbitmap.tracker.standalone import Operation as BitmapOperation
     from lmdbitmap.tracker.standalone import combine as combine_bitmaps
@@ -138,26 +143,30 @@ _HOMES = {
     "add": "tracker.session",
     "adopt": "tracker.session",
     "apply_stream": "streams.restore",
+    "ask_changes": "access.questions",
     "back_up": "backups.backup",
     "backed_up_disks": "repository.restore_points",
     "backups_of": "repository.restore_points",
     "changes_of": "tracker.changes",
     "check_store": "upkeep.check",
+    "checkpoint_disks": "access.operations",
     "combine_bitmaps": "tracker.standalone",
     "copy_backups": "repository.transfer",
     "drop_hold": "backups.consumers",
     "export_bitmap": "export",
     "export_changes": "export",
+    "forget_checkpoint": "access.operations",
     "hold_lapse_days": "backups.consumers",
     "holds_of": "backups.consumers",
     "import_file": "export",
     "inspect_file": "export",
     "keep_changes": "export",
+    "mark_dirty": "access.operations",
     "open_backup": "repository.backup_chain",
     "prune_backups": "repository.prune",
     "release_served_snapshot": "access.served_snapshots",
     "relocate": "tracker.session",
-    "remove": "tracker.session",
+    "remove": "access.operations",
     "restore_backup": "restoring.restore",
     "serve_backup": "restoring.backup_server",
     "set_hold_lapse_days": "backups.consumers",
@@ -173,7 +182,10 @@ _OTHER_NAMES = {
     "BitmapOperation": "Operation",
     "back_up": "backup",
     "changes_of": "changes",
+    "checkpoint_disks": "checkpoint",
     "combine_bitmaps": "combine",
+    "forget_checkpoint": "forget",
+    "mark_dirty": "mark",
     "prune_backups": "prune",
     "restore_backup": "restore",
     "sync_disk": "sync",
@@ -235,21 +247,25 @@ __all__ = [
     "add",
     "adopt",
     "apply_stream",
+    "ask_changes",
     "back_up",
     "backed_up_disks",
     "backups_of",
     "changes_of",
     "check_store",
+    "checkpoint_disks",
     "combine_bitmaps",
     "copy_backups",
     "drop_hold",
     "export_bitmap",
     "export_changes",
+    "forget_checkpoint",
     "hold_lapse_days",
     "holds_of",
     "import_file",
     "inspect_file",
     "keep_changes",
+    "mark_dirty",
     "open_backup",
     "prune_backups",
     "release_served_snapshot",

@@ -24,13 +24,13 @@ from typing import NamedTuple
 
 from lmdbitmap import bits
 from lmdbitmap import format as flat
+from lmdbitmap.access import operations
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, Untrusted, error_from_os
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.flat_file.flatfile import FlatFile, NewFlatFile, writing
 from lmdbitmap.format import NO_UUID, Chunk, Flags, FlatHeader, Metadata, Zeroes
 from lmdbitmap.geometry import REGION_BYTES, Geometry
-from lmdbitmap.nbd import control_client
 from lmdbitmap.storage import schema
 from lmdbitmap.storage.schema import Bitmap, Disk
 from lmdbitmap.store import Reader, Store, Writer
@@ -278,13 +278,7 @@ def _known(number: uuid.UUID) -> uuid.UUID | None:
 def _merge_wherever_owned(store: Store, name: str, disk_name: str) -> None:
     """Let the process that owns the disk do it, or own it for a moment."""
     disk = chain.disk_called(store, disk_name)
-    client = control_client.reach(store.control_path(disk.uuid))
-    if client is not None:
-        with client:
-            client.call("merge", disk=disk_name, bitmap=name)
-        return
-    with Filter.attach(store, disk_name, background=False) as attached:
-        merge_into(attached, name)
+    operations.perform(store, disk, "merge", lambda attached: merge_into(attached, name), bitmap=name)
 
 
 def _require_unchanged(store: Store, bitmap: Bitmap, disk_name: str) -> None:

@@ -79,3 +79,12 @@ def owner_of(store: Store, disk: Disk) -> Client:
             next_step="wait for that process, or stop it",
         )
     return client
+
+
+def require_unowned(store: Store, disk: Disk) -> None:
+    """For what no owner can do for us."""
+    if is_attached(store, disk):
+        raise Busy(
+            f"disk {disk.name!r} is owned by another process",
+            next_step="stop the process that serves it, or wait for it",
+        )

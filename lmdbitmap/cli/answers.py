@@ -8,12 +8,12 @@ from itertools import zip_longest
 from typing import Any
 
 from lmdbitmap.access.owners import is_attached
+from lmdbitmap.access.questions import ask_changes
 from lmdbitmap.backups import consumers
 from lmdbitmap.backups.consumers import Holder
 from lmdbitmap.cli.holders import hold_facts, holder_facts
 from lmdbitmap.cli.options import Session
 from lmdbitmap.cli.output import say, say_json
-from lmdbitmap.cli.ownership import ask_changes
 from lmdbitmap.cli.sizes import format_latency, format_size, iso_time
 from lmdbitmap.extents import Trust
 from lmdbitmap.geometry import Geometry

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import click
 
 from lmdbitmap import export as flat_files
+from lmdbitmap.access.questions import ask_changes
 from lmdbitmap.cli.answers import report_on_bitmap, size_words, standing_words
 from lmdbitmap.cli.options import Session, utf8_path, verb
 from lmdbitmap.cli.output import progress, say, say_json
-from lmdbitmap.cli.ownership import ask_changes, find_disk_or_bitmap
 from lmdbitmap.cli.sizes import format_size, format_time, iso_time
 from lmdbitmap.errors import InvalidArgument, Untrusted
 from lmdbitmap.export import Inspection
@@ -20,7 +20,7 @@ from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import standalone
 from lmdbitmap.tracker.changes import Standing
-from lmdbitmap.tracker.standalone import Operation
+from lmdbitmap.tracker.standalone import Operation, disk_or_bitmap_called
 
 
 @verb(
@@ -41,7 +41,7 @@ def export(asked: Session, name: str, file: str, since: str | None, until: str |
         Store.open(asked.store_path) as store,
         progress(f"exporting {name}", shown=asked.shows_progress),
     ):
-        if isinstance(find_disk_or_bitmap(store, name), Disk):
+        if isinstance(disk_or_bitmap_called(store, name), Disk):
             changes = ask_changes(store, name, since=since, until=until)
             header = flat_files.export_changes(changes, file)
         elif since or until:

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator
 
 import click
 
+from lmdbitmap.access.questions import ask_changes
 from lmdbitmap.cli.answers import standing_words
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import progress, say, stream_json, stream_lines
-from lmdbitmap.cli.ownership import ask_changes
 from lmdbitmap.cli.sizes import format_size
 from lmdbitmap.errors import LmdbitmapError, Untrusted
 from lmdbitmap.extents import Extent, Trust

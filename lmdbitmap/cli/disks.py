@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
-from lmdbitmap.access.owners import is_attached
+from lmdbitmap.access import operations
+from lmdbitmap.access.owners import require_unowned
+from lmdbitmap.access.questions import ask_owner
 from lmdbitmap.cli.answers import (
     BitmapReport,
     DiskReport,
@@ -23,7 +25,6 @@ from lmdbitmap.cli.answers import (
 from lmdbitmap.cli.holders import holder_words
 from lmdbitmap.cli.options import Session, granularity, utf8_path, verb
 from lmdbitmap.cli.output import say, say_json, say_table
-from lmdbitmap.cli.ownership import ask_owner, find_disk_or_bitmap, let_go, require_unowned
 from lmdbitmap.cli.repositories import FOLDER, list_backups
 from lmdbitmap.cli.sizes import format_size, format_time
 from lmdbitmap.errors import InvalidArgument
@@ -33,6 +34,7 @@ from lmdbitmap.storage.schema import DURABILITIES, POLICIES, Disk
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import session, standalone
 from lmdbitmap.tracker.chain import disk_called
+from lmdbitmap.tracker.standalone import disk_or_bitmap_called
 from lmdbitmap.upkeep.check import next_step_for
 
 
@@ -148,7 +150,7 @@ def info(asked: Session, name: str) -> None:
     served also what its clients do, and how long they wait.
     """
     with Store.open(asked.store_path) as store:
-        found = find_disk_or_bitmap(store, name)
+        found = disk_or_bitmap_called(store, name)
         if isinstance(found, Disk):
             told = ask_owner(store, found)
             served = None if told is None else told["served"]
@@ -267,11 +269,9 @@ def rm(asked: Session, name: str) -> None:
     the disk lets go of it, and serves its others on; while a client is connected, it refuses.
     """
     with Store.open(asked.store_path) as store:
-        found = find_disk_or_bitmap(store, name)
+        found = disk_or_bitmap_called(store, name)
         if isinstance(found, Disk):
-            if is_attached(store, found):
-                let_go(store, found)
-            session.remove(store, name)
+            operations.remove(store, name)
         else:
             store.update(lambda writer: standalone.remove(writer, name))
     confirm(asked, f"{name}: forgotten", name=name)

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lmdbitmap.access.owners import is_attached
+from lmdbitmap.access.questions import ask_owner
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import say_json
-from lmdbitmap.cli.ownership import ask_owner
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.extents import Trust
 from lmdbitmap.storage.schema import Checkpoint, Disk

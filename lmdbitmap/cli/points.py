@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import click
 
-from lmdbitmap.access import served_snapshots
+from lmdbitmap.access import operations, served_snapshots
 from lmdbitmap.backups import consumers
-from lmdbitmap.cli import ownership
 from lmdbitmap.cli.answers import confirm
 from lmdbitmap.cli.holders import hold_facts
 from lmdbitmap.cli.options import Session, names, size, verb
@@ -30,7 +29,7 @@ def checkpoint(asked: Session, disks: list[str], checkpoint_name: str, hook: Hoo
     thaw = Thaw()
     with Store.open(asked.store_path) as store:
         with hook.freezing(disks, thaw):
-            ownership.checkpoint(store, disks, checkpoint_name, hook.answer_limit_s)
+            operations.checkpoint(store, disks, checkpoint_name, freeze_limit_s=hook.answer_limit_s)
         consumers.merge_unheld_of(store, disks)
     confirm(asked, f"{', '.join(disks)}: checkpoint {checkpoint_name} made",
              disks=disks, checkpoint=checkpoint_name, thaw_failure=thaw.problem)  # fmt: skip
@@ -100,7 +99,7 @@ def forget(asked: Session, name: str, checkpoint_name: str | None, repository: s
             confirm(asked, f"{name}: {dropped.repository or 'a stream'} holds nothing any more",
                     disk=name, hold=hold_facts(dropped))  # fmt: skip
         elif checkpoint_name is not None:
-            ownership.forget(store, name, checkpoint_name)
+            operations.forget(store, name, checkpoint_name)
             confirm(
                 asked,
                 f"{name}: checkpoint {checkpoint_name} forgotten",
@@ -120,7 +119,7 @@ def mark(asked: Session, name: str, offset: int, length: int) -> None:
     Every block that LENGTH bytes from OFFSET on touch counts as changed.
     """
     with Store.open(asked.store_path) as store:
-        ownership.mark(store, name, offset, length)
+        operations.mark(store, name, offset, length)
     confirm(asked, f"{name}: {format_size(length)} from byte {offset} on are dirty",
              disk=name, offset=offset, length=length)  # fmt: skip
 
@@ -138,7 +137,7 @@ def adopt(asked: Session, name: str) -> None:
     reads the whole disk. Of one that is served there is nothing to vouch for, or it is too late.
     """
     with Store.open(asked.store_path) as store:
-        adopted = ownership.adopt(store, name)
+        adopted = operations.adopt(store, name)
     words = "is known to the process that serves it" if adopted.is_served else "is taken as it is"
     if adopted.lost is not None:
         words += f", and the next backup still reads the whole disk: {adopted.lost}"

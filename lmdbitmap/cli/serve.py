@@ -14,10 +14,10 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 
 import click
 
+from lmdbitmap.access.owners import require_unowned
 from lmdbitmap.cli import logs
 from lmdbitmap.cli.metrics import metrics_served
 from lmdbitmap.cli.options import Session, size, utf8_path, verb
-from lmdbitmap.cli.ownership import require_unowned
 from lmdbitmap.cli.places import ListenAddresses
 from lmdbitmap.cli.serving import (
     Ending,

@@ -38,7 +38,7 @@ from lmdbitmap.extents import Trust
 from lmdbitmap.geometry import REGION_BLOCKS, REGION_BYTES, Geometry
 from lmdbitmap.interfaces import Buffer
 from lmdbitmap.storage import schema
-from lmdbitmap.storage.schema import ALL_CLEAN_BITS, Bitmap
+from lmdbitmap.storage.schema import ALL_CLEAN_BITS, Bitmap, Disk
 from lmdbitmap.store import Reader, Store, Writer
 from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.slices import Slice, full_slices, runs_of, slices_of
@@ -76,6 +76,16 @@ def find(reader: Reader, name: str) -> Bitmap:
         if bitmap.name == name:
             return bitmap
     raise NotFound(f"no bitmap is called {name!r}", next_step="`lmdbitmap ls` lists those there are")
+
+
+def disk_or_bitmap_called(store: Store, name: str) -> Disk | Bitmap:
+    """Find what has that name, in a read transaction of its own: disks and bitmaps share one set of names."""
+    with store.read() as reader:
+        everything: list[Disk | Bitmap] = [*reader.disks(), *reader.bitmaps()]
+    for found in everything:
+        if found.name == name:
+            return found
+    raise NotFound(f"nothing is called {name!r}", next_step="`lmdbitmap ls` lists what there is")
 
 
 def create(

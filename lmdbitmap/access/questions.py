@@ -1,0 +1,87 @@
+"""Questions about a disk whose answers a process that serves it knows better than the store does."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from lmdbitmap.access.owners import is_attached
+from lmdbitmap.errors import LmdbitmapError, Untrusted
+from lmdbitmap.extents import Trust
+from lmdbitmap.nbd import control_client
+from lmdbitmap.storage.schema import Disk
+from lmdbitmap.store import Store
+from lmdbitmap.tracker import chain
+from lmdbitmap.tracker.changes import Changes, Standing, changes
+
+log = logging.getLogger(__name__)
+
+_PERSIST_S = 60.0
+_INFO_S = 10.0
+
+
+def ask_changes(store: Store, name: str, *, since: str | None = None, until: str | None = None) -> Changes:
+    """Tell what changed, as `changes_of` does, after the process that owns the disk wrote down what only it knows.
+
+    `changes_of` names whole armed extents where this names blocks. Where the owner lost track, the answer is untrusted;
+    where it does not answer within a minute, it is the answer of `changes_of`. Raises `NotFound` and `Untrusted` as
+    that does.
+    """
+    lost, persisted = None, False
+    try:
+        persisted = until is None and _persisted_by_owner(store, chain.disk_called(store, name))
+    except Untrusted as error:
+        lost = error.problem
+    answer = changes(store, name, since=since, until=until, persisted=persisted)
+    return answer if lost is None else replace(answer, standing=Standing(Trust.UNTRUSTED, lost))
+
+
+def _persisted_by_owner(store: Store, disk: Disk) -> bool:
+    """Whether somebody owns the disk and did so; if it did not, the answer is right, but not as sharp.
+
+    Raises `Untrusted` if the owner lost track, which the store may not know yet.
+    """
+    if not is_attached(store, disk):
+        return False
+    try:
+        client = control_client.reach(store.control_path(disk.uuid))
+        if client is None:
+            return False
+        with client:
+            client.call("persist", disk=disk.name, timeout_s=_PERSIST_S)
+    except Untrusted:
+        raise
+    except LmdbitmapError as error:
+        log.warning("the owner of disk %s did not say what it knows: %s", disk.name, error)
+        return False
+    return True
+
+
+_OF_SERVED = ("image_lost", "armed", "snapshots")
+"""Owners of older versions do not look after their image."""
+
+
+def ask_owner(store: Store, disk: Disk) -> dict[str, Any] | None:
+    """What the process that serves the disk says of it (docs/control.md); None where nobody does, or says it.
+
+    What is only known of disks that are served is in `served`, the process itself among it.
+    """
+    if not is_attached(store, disk):
+        return None
+    try:
+        client = control_client.reach(store.control_path(disk.uuid))
+        if client is None:
+            return None
+        with client:
+            told = client.call("info", timeout_s=_INFO_S)["disks"]
+            process = {"pid": client.pid, "version": client.version}
+    except LmdbitmapError as error:
+        log.warning("disk %s: its owner does not say how it is: %s", disk.name, error)
+        return None
+    entry: dict[str, Any] | None = next((one for one in told if one["name"] == disk.name), None)
+    if entry is None or "served" not in entry:  # it only embeds a tracker
+        return None
+    of_disk = {"image_lost": None, **{name: entry[name] for name in _OF_SERVED if name in entry}}
+    entry["served"] = {**process, **of_disk, **entry["served"]}
+    return entry
