@@ -421,6 +421,7 @@ def test_an_image_that_somebody_has_open_for_writing_is_busy(unchanged: BackedUp
 def test_an_image_that_somebody_reads_is_not_busy(disk: BackedUpDisk) -> None:
     with FileDevice.open(disk.image, read_only=True):
         disk.backup()
+    assert len(disk.manifest().backups) == 1
 
 
 def test_a_second_backup_into_the_folder_is_busy(unchanged: BackedUpDisk) -> None:

@@ -210,10 +210,12 @@ class Slow(MemoryDevice):
         self.pwrite(content, 0)
         self.reads = threading.Semaphore(0)
         self.let = threading.Semaphore(0)
+        self.begun = 0
         self._fails_at = fails_at
         self.spared_processors = 0
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
+        self.begun += 1
         self.reads.release()
         self.let.acquire()
         if offset == self._fails_at:
@@ -227,12 +229,15 @@ def test_it_reads_ahead_by_two_buffers_and_no_more() -> None:
     device.let.release(5)
     blocks = Geometry(device.size, BLOCK_BITS)
     with contextlib.closing(Pieces(device, blocks).of_all([(0, blocks.block_count)])) as pieces:
-        for number, piece in enumerate(pieces):
+        taken = 0
+        for taken, piece in enumerate(pieces, 1):
             assert bytes(piece.data or b"") == content[piece.offset : piece.offset + piece.length]
-            for _ in range({0: 3}.get(number, number < 4)):
-                assert device.reads.acquire(timeout=10)
-            assert not device.reads.acquire(blocking=False)
+            while device.reads.acquire(timeout=10):
+                if device.begun == min(taken + 2, 6):
+                    break
+            assert device.begun == min(taken + 2, 6)
             device.let.release()
+    assert (taken, device.begun) == (6, 6)
 
 
 class BesideAGuestNowAndThen(MemoryDevice):

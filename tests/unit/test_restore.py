@@ -421,8 +421,12 @@ def test_digests_can_be_left_out(disk: BackedUpDisk) -> None:
 
 
 def test_an_image_that_is_not_in_the_chain_does_not_matter(disk: BackedUpDisk) -> None:
+    restored(disk, at="2")
+    as_of_then = out(disk).read_bytes()
+    out(disk).unlink()
     flip(path_of(disk, 2), 5000)
     restored(disk, at="2")
+    assert out(disk).read_bytes() == as_of_then != disk.content()
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
