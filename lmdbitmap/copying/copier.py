@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -23,6 +21,7 @@ from lmdbitmap.qcow2 import (
     Qcow2Writer,
     WritableFile,
 )
+from lmdbitmap.system.files import pwrite_whole
 from lmdbitmap.work.progress import Report
 
 
@@ -42,13 +41,8 @@ class ImageFile:
         self.place = place
 
     def pwrite(self, data: Buffer, offset: int) -> None:
-        rest = memoryview(data)
         with os_errors_at(self.place):
-            while rest:
-                count = os.pwrite(self._fd, rest, offset)
-                if count == 0:
-                    raise OSError(errno.EIO, "it takes no more bytes")
-                rest, offset = rest[count:], offset + count
+            pwrite_whole(self._fd, data, offset)
 
 
 def copy_clusters(

@@ -70,7 +70,7 @@ class FlatFile:
     def clear_clean(self) -> None:
         """Take CLEAN away, durably: the disk may change after this returns (docs/format.md, in place, step 1)."""
         with os_errors_at(self.path):
-            os.pwrite(self.fd, flat.without_clean(self._header_area)[: flat.FIXED_SIZE], 0)
+            files.pwrite_whole(self.fd, flat.without_clean(self._header_area)[: flat.FIXED_SIZE], 0)
             os.fsync(self.fd)
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ from lmdbitmap.errors import InvalidArgument, os_errors_at
 from lmdbitmap.geometry import MAX_SIZE, ceil_div, check_range
 from lmdbitmap.interfaces import Allocation, Buffer, ImageIdentity, joined
 from lmdbitmap.system import kernel, linux
-from lmdbitmap.system.files import FILESYSTEM_KINDS
+from lmdbitmap.system.files import FILESYSTEM_KINDS, pwrite_whole
 from lmdbitmap.system.image_locks import lock_image
 from lmdbitmap.work.buffers import read_whole
 
@@ -139,13 +139,7 @@ class FileDevice:
 
     def pwrite(self, data: Buffer, offset: int) -> None:
         self._check_write(offset, len(data))
-        rest = memoryview(data)
-        while rest:
-            count = os.pwrite(self._fd, rest, offset)
-            if count == 0:
-                raise OSError(errno.EIO, "nothing was written", self.path)
-            rest = rest[count:]
-            offset += count
+        pwrite_whole(self._fd, data, offset)
 
     def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool = True, fast_only: bool = False

@@ -340,6 +340,16 @@ def _unexpected(place: str, expected: str, found: str) -> FormatError:
     return FormatError(place, expected=expected, found=found, next_step="check that it is the right file")
 
 
+def pwrite_whole(fd: int, data: Buffer, offset: int) -> None:
+    """Write all of `data`, in as many calls as it takes. Raises `OSError`, `EIO` where the file takes no more."""
+    rest = memoryview(data)
+    while rest:
+        count = os.pwrite(fd, rest, offset)
+        if count == 0:
+            raise OSError(errno.EIO, "nothing was written")
+        rest, offset = rest[count:], offset + count
+
+
 def filesystem_kind(path: str | os.PathLike[str]) -> str:
     """The kind of file system that holds `path`, such as `ext4` or `nfs`; `unknown 0x…` if new to us."""
     place = os.fspath(path)

@@ -14,6 +14,7 @@ import tempfile
 from typing import Final, NamedTuple
 
 from lmdbitmap.errors import os_errors_at
+from lmdbitmap.system.files import pwrite_whole
 
 DEFAULT_LIMIT_BYTES: Final = 10 << 30
 _SPARE_BYTES: Final = 1 << 30
@@ -60,9 +61,7 @@ class ScratchFile:
             )
 
     def put(self, data: memoryview, offset: int) -> None:
-        while data:
-            count = os.pwrite(self._fd, data, offset)
-            data, offset = data[count:], offset + count
+        pwrite_whole(self._fd, data, offset)
 
     def fill(self, buffer: memoryview, offset: int) -> None:
         """With what was put there. Short where the file was emptied meanwhile."""

@@ -419,3 +419,18 @@ def test_only_empty_folders_are_removed_and_from_below(tmp_path: Path) -> None:
     files.remove_folders(made)
     assert sorted(tmp_path.glob("**/*")) == [tmp_path / "a", tmp_path / "a" / "else"]
     files.remove_folders(made)
+
+
+def test_what_the_system_takes_in_parts_is_written_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, pwrite, parts = tmp_path / "file", os.pwrite, list[int]()
+
+    def write_a_part(fd: int, data: memoryview, offset: int) -> int:
+        parts.append(pwrite(fd, data[:3], offset))
+        return parts[-1]
+
+    with path.open("wb") as file:
+        monkeypatch.setattr(os, "pwrite", write_a_part)
+        files.pwrite_whole(file.fileno(), b"12345678", 2)
+    assert (path.read_bytes(), parts) == (b"\0\x0012345678", [3, 3, 2])

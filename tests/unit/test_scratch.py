@@ -126,3 +126,12 @@ def test_closed_one_is_closed_once(folder: Path) -> None:
     file.close()
     file.close()
     assert not file.is_open
+
+
+def test_a_file_that_takes_no_more_is_an_error_and_not_waited_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(ScratchFile(Scratch(str(folder)))) as file, monkeypatch.context() as full:
+        full.setattr(os, "pwrite", lambda fd, data, offset: 0)
+        with pytest.raises(OSError, match="nothing was written"):
+            file.put(memoryview(b"data"), 0)
