@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
+from lmdbitmap.cli.facts import entry_facts, reason_facts
 from lmdbitmap.cli.failing import failure_facts, tell_failures
 from lmdbitmap.cli.kinds import of_a_kind
 from lmdbitmap.cli.logs import AlreadyTold
@@ -35,7 +36,6 @@ from lmdbitmap.store import Store
 
 if TYPE_CHECKING:
     from lmdbitmap.backups.result import BackupResult, BackupsFailed
-    from lmdbitmap.notes.references import Reason
     from lmdbitmap.repository.manifest import BackupEntry
     from lmdbitmap.restoring.restore import RestoreResult
 
@@ -215,34 +215,14 @@ def _how(entry: BackupEntry) -> str:
 
 
 def _backup_facts(result: BackupResult) -> dict[str, object]:
-    entry = result.entry
     return {
         "disk": result.disk,
-        "backup": entry.id,
+        **entry_facts(result.entry),
         "file": result.path,
-        "type": entry.type_actual.value,
-        "requested": entry.type_requested.value,
-        "reason": _reason_facts(entry.reason),
-        "parent": entry.parent,
-        "checkpoint": entry.checkpoint.name,
-        "time": iso_time(entry.time_ns),
-        "size": entry.disk_size,
-        "trust": entry.trust.value,
-        "bytes_changed": entry.bytes_changed,
         "bytes_read": result.bytes_read,
-        "bytes_zero": entry.bytes_zero,
-        "bytes_stored": entry.bytes_stored,
-        "sha256": entry.sha256,
-        "chunks_sha256": None if entry.chunks is None else entry.chunks.sha256,
-        "digest": entry.digest_algorithm.value,
-        "digest_reason": _reason_facts(result.digest_reason),
-        "compression": None if entry.compression is None else entry.compression.value,
+        "digest_reason": reason_facts(result.digest_reason),
         "seconds": round(result.seconds, 3),
     }
-
-
-def _reason_facts(reason: Reason | None) -> dict[str, str] | None:
-    return None if reason is None else {"code": reason.code, "words": reason.words}
 
 
 @verb(

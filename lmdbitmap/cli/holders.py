@@ -8,6 +8,7 @@ import click
 
 from lmdbitmap.backups import consumers
 from lmdbitmap.backups.consumers import Holder
+from lmdbitmap.cli.facts import reason_facts
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import say, say_json, say_table
 from lmdbitmap.cli.sizes import format_time, iso_time
@@ -74,7 +75,7 @@ def hold_facts(hold: Hold) -> dict[str, object]:
         "used": iso_time(hold.used_ns),
         "checkpoints": [checkpoint.name for checkpoint in hold.checkpoints],
         "under_way": None if hold.under_way is None else hold.under_way.name or None,
-        "ended": None if hold.ended is None else {"code": hold.ended.code, "words": hold.ended.words},
+        "ended": reason_facts(hold.ended),
     }
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lmdbitmap.cli.facts import entry_facts
 from lmdbitmap.cli.failing import end_as, failure_facts
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import progress, say, say_json, say_table
@@ -314,7 +315,12 @@ def list_backups(asked: Session, repository: str) -> None:
     listed = [(folder.disk_name, manifest, _depths(manifest)) for folder, manifest in known]
     if asked.as_json:
         disks = [
-            {"disk": name, "backups": [_point_facts(entry, depths[entry.id]) for entry in manifest.backups]}
+            {
+                "disk": name,
+                "backups": [
+                    {**entry_facts(entry), "chain_depth": depths[entry.id]} for entry in manifest.backups
+                ],
+            }
             for name, manifest, depths in listed
         ]
         place = os.path.abspath(repository)
@@ -349,16 +355,3 @@ def _point_row(disk: str, entry: BackupEntry, depth: int) -> list[str]:
         f"{depth:,}",
         entry.trust.value,
     ]
-
-
-def _point_facts(entry: BackupEntry, depth: int) -> dict[str, object]:
-    return {
-        "backup": entry.id, "time": iso_time(entry.time_ns), "type": entry.type_actual.value,
-        "requested": entry.type_requested.value, "parent": entry.parent, "file": entry.file,
-        "checkpoint": entry.checkpoint.name, "size": entry.disk_size, "bytes_changed": entry.bytes_changed,
-        "bytes_zero": entry.bytes_zero, "bytes_stored": entry.bytes_stored, "chain_depth": depth,
-        "trust": entry.trust.value, "sha256": entry.sha256,
-        "chunks_sha256": None if entry.chunks is None else entry.chunks.sha256,
-        "digest": entry.digest_algorithm.value,
-        "reason": None if entry.reason is None else {"code": entry.reason.code, "words": entry.reason.words},
-    }  # fmt: skip

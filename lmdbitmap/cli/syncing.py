@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lmdbitmap.cli.facts import reason_facts
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import progress, say, say_json
 from lmdbitmap.cli.politeness import nice_after, owner_limited, polite, waiting
@@ -109,7 +110,7 @@ def _facts(done: SyncResult) -> dict[str, object]:
         "disk": done.disk,
         "target": done.target,
         "kind": done.kind.value,
-        "reason": None if done.reason is None else {"code": done.reason.code, "words": done.reason.words},
+        "reason": reason_facts(done.reason),
         "checkpoint": done.checkpoint,
         "size": done.size,
         "trust": done.trust.value,

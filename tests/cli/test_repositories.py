@@ -201,7 +201,7 @@ def test_backups_are_listed_for_programs(cli: Cli, chain: Path) -> None:
         "bytes_changed": 64 * KIB, "bytes_zero": 0,
         "bytes_stored": (chain / "sda" / "000004-incremental.qcow2").stat().st_size, "chain_depth": 4,
         "trust": "exact", "sha256": None, "chunks_sha256": last["chunks_sha256"], "digest": "blake3",
-        "reason": None,
+        "reason": None, "compression": None,
     }  # fmt: skip
     assert [one["chain_depth"] for one in disk["backups"]] == [1, 2, 3, 4]
     assert disk["backups"][0]["reason"] == {"code": "no-earlier-backup", "words": "no earlier backup"}
