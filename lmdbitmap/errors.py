@@ -21,6 +21,7 @@ import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 
 class LmdbitmapError(Exception):
@@ -33,6 +34,19 @@ class LmdbitmapError(Exception):
 
     def __str__(self) -> str:
         return f"{self.problem}; {self.next_step}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """With its words and fields: what exceptions do by themselves gives `args` to `__init__`, which wants others.
+
+        A process of a pool tells of it in this way, and a pool breaks or hangs where that fails.
+        """
+        return _blank, (type(self), self.args), vars(self)
+
+
+def _blank(kind: type[LmdbitmapError], args: tuple[object, ...]) -> LmdbitmapError:
+    error = kind.__new__(kind)
+    error.args = args
+    return error
 
 
 class InvalidArgument(LmdbitmapError, ValueError):
@@ -70,13 +84,18 @@ class FormatError(LmdbitmapError, ValueError):
 
 
 class StorageError(LmdbitmapError, OSError):
-    """The operating system refused a read, a write or a sync; `errno` says why."""
+    """The operating system refused a read, a write or a sync; `errno` and `strerror` say why."""
 
     def __init__(self, place: str, cause: OSError, *, next_step: str) -> None:
         reason = os.strerror(cause.errno) if cause.errno else str(cause)
         super().__init__(f"{place}: {reason}", next_step=next_step)
         self.place = place
-        self.errno = cause.errno
+        self.errno, self.strerror = cause.errno, reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """`OSError` keeps these two elsewhere."""
+        make, arguments, fields = super().__reduce__()
+        return make, arguments, {**fields, "errno": self.errno, "strerror": self.strerror}
 
 
 class SomeFailed(LmdbitmapError):

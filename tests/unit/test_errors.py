@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
+import pickle
+from collections.abc import Callable
 
 import pytest
 
 from lmdbitmap import errors
+from lmdbitmap.backups.backup_result import BackupsFailed
 from lmdbitmap.errors import (
     AlreadyExists,
     Busy,
@@ -15,11 +19,15 @@ from lmdbitmap.errors import (
     InvalidArgument,
     LmdbitmapError,
     NotFound,
+    SomeFailed,
     StorageError,
     Untrusted,
     error_from_os,
     os_errors_at,
 )
+from lmdbitmap.repository.prune import PrunesFailed
+from lmdbitmap.repository.transfer import CopiesFailed
+from lmdbitmap.storage.lmdb_errors import CommitInDoubt
 
 
 @pytest.mark.parametrize(
@@ -50,6 +58,7 @@ def test_storage_error_carries_the_systems_number_and_words() -> None:
     error = StorageError("/x", OSError(errno.ENOSPC, "whatever"), next_step="free some")
     assert (error.errno, str(error)) == (errno.ENOSPC, f"/x: {os.strerror(errno.ENOSPC)}; free some")
     assert isinstance(error, OSError)
+    assert error.strerror == os.strerror(errno.ENOSPC)
     assert "made up" in str(StorageError("/x", OSError("made up"), next_step="think"))
 
 
@@ -87,6 +96,39 @@ def test_errors_that_are_ours_and_those_that_are_nobodys_pass() -> None:
     assert raised.value is ours
     with pytest.raises(ZeroDivisionError), os_errors_at("/outer"):
         raise ZeroDivisionError
+
+
+BUSY = Busy("it is held", next_step="wait")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        NotFound("it is lost", next_step="look"),
+        FormatError("x.dbm", expected="a magic", found=b"\0", next_step="look"),
+        StorageError("/x", OSError(errno.ENOSPC, "whatever"), next_step="free some"),
+        StorageError("/x", OSError("made up"), next_step="think"),
+        SomeFailed("some failed", [BUSY], next_step="see each"),
+        BackupsFailed([], {"sda": BUSY, "sdb": NotFound("it is lost", next_step="look")}),
+        PrunesFailed([], {"sda": BUSY}),
+        CopiesFailed([], {"sda": BUSY}),
+        CommitInDoubt("/x", OSError(errno.EIO, "whatever"), next_step="think"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize(
+    "copied", [lambda error: pickle.loads(pickle.dumps(error)), copy.copy, copy.deepcopy]
+)
+def test_a_copy_is_the_same_in_all_that_can_be_asked(
+    error: LmdbitmapError, copied: Callable[[LmdbitmapError], LmdbitmapError]
+) -> None:
+    """As a pool of processes makes one, which breaks, or hangs, where that fails."""
+    other = copied(error)
+    assert type(other) is type(error)
+    assert (str(other), other.args, repr(vars(other))) == (str(error), error.args, repr(vars(error)))
+    if isinstance(error, OSError):
+        assert isinstance(other, OSError)
+        assert (other.errno, other.strerror) == (error.errno, error.strerror)
 
 
 def test_every_class_is_in_the_table_of_the_module() -> None:
