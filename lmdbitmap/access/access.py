@@ -19,12 +19,13 @@ from lmdbitmap.access.routes import (
     PointInTime,
     ServedElsewhere,
 )
-from lmdbitmap.errors import LmdbitmapError, os_errors_at
+from lmdbitmap.errors import InvalidArgument, LmdbitmapError, os_errors_at
 from lmdbitmap.filter import Filter
 from lmdbitmap.images.image import open_image
 from lmdbitmap.interfaces import TrackableDevice
 from lmdbitmap.storage.schema import Checkpoint, Disk
 from lmdbitmap.store import Store
+from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.session import OpenDevice
 from lmdbitmap.work.failures import Failures
@@ -101,7 +102,8 @@ def access(
     """Get at the disks. With `failures` one that nobody can get at is set aside there, and the others are got at.
 
     Raises `Busy` where some of the disks are served and some are not, or not all by one process, and for a process that
-    takes longer than its limits; `NotFound` without such a disk or image, `InvalidArgument` for a limit that is none.
+    takes longer than its limits; `NotFound` without such a disk or image, `InvalidArgument` for a limit that is none,
+    and for a filter of another disk.
     """
     terms.require_sense()
     wanted = waiting.Wanted(store, names, terms.open_device)
@@ -119,10 +121,23 @@ def _attempt(store: Store, names: Sequence[str], terms: AccessTerms, apart: Fail
     there = [name for name in there if name not in apart]
     owners.require_all_or_none(there, ours + elsewhere)
     if ours:
-        return Attached([attached[name] for name in ours], terms.scratch or Scratch(store.path))
+        filters = [_of_that_disk(store, name, attached[name]) for name in ours]
+        return Attached(filters, terms.scratch or Scratch(store.path))
     if elsewhere:
         return ServedElsewhere(store, elsewhere, terms.owner_limit_s, terms.freeze_limit_s)
     return AtRest(store, there, terms.open_device, apart)
+
+
+def _of_that_disk(store: Store, name: str, attached: Filter) -> Filter:
+    """The filter, if it is of the disk that the store calls so: else another one's data would go by that name."""
+    disk = chain.disk_called(store, name)
+    if attached.disk.uuid != disk.uuid:
+        raise InvalidArgument(
+            f"the filter that is given as disk {name!r} of {store.path} is attached to another disk,"
+            f" {attached.disk.name!r} of {attached.store.path}",
+            next_step="give each filter under the name of its disk, with the store that it was attached from",
+        )
+    return attached
 
 
 def open_to_read(image: str) -> TrackableDevice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import threading
@@ -25,11 +26,12 @@ from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.repository.repository import BackupFolder, Unfinished
 from lmdbitmap.store import Store
-from lmdbitmap.tracker import chain
+from lmdbitmap.streams.stream import stream_backup
+from lmdbitmap.tracker import chain, session
 from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.snapshot import Snapshot
 from tests.helpers.serving import serving as serving_tracked
-from tests.helpers.support import PATIENCE_SECONDS
+from tests.helpers.support import PATIENCE_SECONDS, make_raw_image
 from tests.helpers.tracked import NAME, TrackedDisk, quick_folder
 
 SIZE = 100 * 4096
@@ -70,6 +72,38 @@ def test_snapshot_is_read_through_a_connection_that_the_owner_hands_over(served:
         assert point.device.pread(3, 0) == b"old"
         route.prove(point)
     assert served.snapshots == ()
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_no_disk_goes_by_the_name_of_another(folder: Path, *, swapped: bool) -> None:
+    """A stream of the wrong disk would be taken for the right one's."""
+    disk = TrackedDisk(folder, SIZE)
+    session.add(disk.store, "sdb", str(make_raw_image(folder / "sdb.raw", SIZE)), granularity_bits=12)
+    with closing(disk), disk.attach() as sda, Filter.attach(disk.store, "sdb", background=False) as sdb:
+        attached = {NAME: sdb, "sdb": sda} if swapped else {NAME: sdb}
+        before = disk.checkpoints()
+        with pytest.raises(
+            InvalidArgument, match=f"given as disk '{NAME}' .* attached to another disk, 'sdb'"
+        ):
+            stream_backup(disk.store, NAME, io.BytesIO(), attached=attached)
+        with pytest.raises(InvalidArgument, match="attached to another disk"):
+            backup(disk.store, list(attached), folder / "backups", attached=attached)
+        assert disk.checkpoints() == before
+    assert not (folder / "backups").exists()
+
+
+def test_no_disk_goes_by_the_name_of_one_in_another_store(folder: Path) -> None:
+    for name in ("one", "other"):
+        (folder / name).mkdir()
+    one, other = TrackedDisk(folder / "one", SIZE), TrackedDisk(folder / "other", SIZE)
+    refusal = r"of .*/one/store is attached to another disk, .*/other/store"
+    with (
+        closing(one),
+        closing(other),
+        other.attach() as attached,
+        pytest.raises(InvalidArgument, match=refusal),
+    ):
+        backup(one.store, [NAME], folder / "backups", attached={NAME: attached})
 
 
 class HangsUp(HeldSnapshots):
