@@ -30,6 +30,7 @@ from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.session import OpenDevice
 from lmdbitmap.work.failures import Failures
 from lmdbitmap.work.patience import NO_PATIENCE, Patience, require_limits
+from lmdbitmap.work.progress import is_of_a_listener
 
 
 class Access(Protocol):
@@ -150,14 +151,16 @@ def reading(route: Access, point: PointInTime) -> Iterator[None]:
     """What the system refuses in the block is told as of the disk's image, or as why its snapshot broke.
 
     That a snapshot broke is, to whoever reads it from another process, just an error as of a disk that fails: the
-    process that holds it knows.
+    process that holds it knows. What a listener raises is nothing that the disk refused.
     """
-    with os_errors_at(point.disk.image):
-        try:
-            yield
-        except LmdbitmapError:
+    try:
+        yield
+    except LmdbitmapError:
+        raise
+    except OSError as refusal:
+        if is_of_a_listener(refusal):
             raise
-        except OSError:
+        with os_errors_at(point.disk.image):
             if not route.holds_alone:
                 route.prove(point)
             raise

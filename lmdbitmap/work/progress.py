@@ -9,6 +9,12 @@ Progress: TypeAlias = Callable[[int, int], None]
 """Called with (bytes done, bytes in all), in the thread that works; what it raises ends the work."""
 
 _BYTES_BETWEEN_REPORTS: Final = 4 << 20
+_OF_LISTENER: Final = "_is_of_a_listener"
+
+
+def is_of_a_listener(error: OSError) -> bool:
+    """Whether it is what a listener raised, as one whose log is full: no disk of the job's has refused anything."""
+    return _OF_LISTENER in vars(error)
 
 
 class Report:
@@ -30,8 +36,13 @@ class Report:
 
     def repeat(self) -> None:
         """Tell how far it is, also where it is no further: whoever listens may want to cancel."""
-        if self._progress is not None:
+        if self._progress is None:
+            return
+        try:
             self._progress(self._done, self._total)
+        except OSError as error:
+            vars(error)[_OF_LISTENER] = True
+            raise
 
     def reach(self, done: int) -> None:
         """At least so many bytes are done."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import json
 import os
 import re
@@ -35,6 +36,8 @@ from lmdbitmap.repository import manifest as manifest_module
 from lmdbitmap.repository.manifest import BackupEntry, BackupType
 from lmdbitmap.storage import schema
 from lmdbitmap.storage.schema import DEFERRED
+from lmdbitmap.streams.stream import stream_backup
+from lmdbitmap.syncs.sync import sync
 from lmdbitmap.tracker import session
 from lmdbitmap.upkeep.check import Gravity, check_store
 from lmdbitmap.work import progress
@@ -609,6 +612,29 @@ def test_a_listener_that_raises_cancels_the_backup(unchanged: BackedUpDisk) -> N
 
     with pytest.raises(Cancelled):
         backup(unchanged.store, [NAME], unchanged.folder / "backups", kind=FULL, progress=cancel)
+
+
+@pytest.mark.parametrize(
+    "theirs", [FileNotFoundError(2, "no log"), BlockingIOError(11, "slow reader"), TimeoutError()]
+)
+@pytest.mark.parametrize("kind", [FULL, RESCAN])
+def test_what_a_listener_raises_is_no_refusal_of_the_disk(
+    unchanged: BackedUpDisk, kind: BackupType, theirs: OSError
+) -> None:
+    """Its image is there, and nobody has it."""
+
+    def cancel(done: int, total: int) -> None:
+        raise theirs
+
+    with pytest.raises(type(theirs)) as raised:
+        backup(unchanged.store, [NAME], unchanged.folder / "backups", kind=kind, progress=cancel)
+    assert raised.value is theirs
+    with pytest.raises(type(theirs)) as raised:
+        stream_backup(unchanged.store, NAME, io.BytesIO(), progress=cancel)
+    assert raised.value is theirs
+    with pytest.raises(type(theirs)) as raised:
+        sync(unchanged.store, NAME, unchanged.folder / "copy", progress=cancel)
+    assert raised.value is theirs
 
 
 def test_progress_ends_at_the_total_of_all_disks(two: BackedUpDisk) -> None:
