@@ -11,7 +11,7 @@ from typing import NamedTuple
 from uuid import UUID
 
 from lmdbitmap.access import owners
-from lmdbitmap.errors import NotFound
+from lmdbitmap.errors import InvalidArgument, NotFound
 from lmdbitmap.nbd import control_client
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
@@ -50,6 +50,8 @@ def take_served_snapshot(
     where a disk has a checkpoint of that name, `StorageError` where old data cannot be kept.
     """
     require_limits(freeze_limit_s)
+    if not names:
+        raise InvalidArgument("a snapshot is of one disk or of several", next_step="name the disks")
     disks = [chain.disk_called(store, name) for name in names]
     with _server_of(store, disks[0]) as client:
         told = client.call(

@@ -91,6 +91,11 @@ def test_a_limit_is_a_time_that_passes(serves: Serving, seconds: float) -> None:
         take_served_snapshot(serves.disk.store, [NAME], "never", freeze_limit_s=seconds)
 
 
+def test_no_disk_at_all_is_not_held(tracked: TrackedDisk) -> None:
+    with pytest.raises(InvalidArgument, match="name the disks"):
+        take_served_snapshot(tracked.store, [], "monday")
+
+
 def test_a_disk_that_nobody_serves_is_not_held(tracked: TrackedDisk) -> None:
     for ask in (
         lambda: take_served_snapshot(tracked.store, [NAME], "monday"),
