@@ -53,7 +53,7 @@ class Store:
         self._closed = False
 
     @classmethod
-    def open(cls, path: str) -> Store:
+    def open(cls, path: str | os.PathLike[str]) -> Store:
         """The store at `path`, which must be one. One that is damaged is made anew first (salvage.py).
 
         Raises `NotFound` where none is, `FormatError` for one that is too new, or damaged while others use it,
@@ -83,7 +83,7 @@ class Store:
         return opened
 
     @classmethod
-    def create(cls, path: str) -> Store:
+    def create(cls, path: str | os.PathLike[str]) -> Store:
         """The store at `path`, made now unless it is there already; durable before this returns."""
         path = os.path.abspath(path)
         if creating.environment_file(path) is None:

@@ -5,6 +5,7 @@ Stores of one path in one process share their environment, so every disk can hav
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ class MeasuredStore(Store):
         self._counting = threading.Lock()
 
     @classmethod
-    def open(cls, path: str) -> MeasuredStore:
+    def open(cls, path: str | os.PathLike[str]) -> MeasuredStore:
         opened = super().open(path)
         assert isinstance(opened, MeasuredStore)
         return opened

@@ -261,7 +261,7 @@ def _adopt(writer: Writer, disk: Disk, identity: ImageIdentity) -> Disk:
 def add(
     store: Store,
     name: str,
-    image: str,
+    image: str | os.PathLike[str],
     *,
     granularity_bits: int,
     durability: str = schema.WRITE_AHEAD,
@@ -273,17 +273,17 @@ def add(
     Durable on return. Raises `AlreadyExists` for a name or image that is taken, `Busy` for an image that
     somebody writes.
     """
-    image = lasting_name(image)
-    refuse_own_ground(store, image)
-    _refuse_tracked(store, image)
-    with contextlib.closing(open_device(image)) as device:
+    place = lasting_name(os.fspath(image))
+    refuse_own_ground(store, place)
+    _refuse_tracked(store, place)
+    with contextlib.closing(open_device(place)) as device:
         identity = device.identity()
         files_made: list[str] = []
 
         def change(writer: Writer) -> Disk:
             _sweep_owners(store, writer)
             disk = chain.add_disk(
-                writer, name, image, identity,
+                writer, name, place, identity,
                 granularity_bits=granularity_bits, durability=durability, policy=policy, time_ns=time.time_ns(),
             )  # fmt: skip
             files_made.append(store.owner_path(disk.uuid))
@@ -327,21 +327,21 @@ def _refuse_tracked(store: Store, image: str, *, unless: UUID | None = None) -> 
                 )
 
 
-def relocate(store: Store, name: str, image: str) -> Disk:
+def relocate(store: Store, name: str, image: str | os.PathLike[str]) -> Disk:
     """Say where the image of a disk is now. Durable on return; raises `Busy` while the disk is owned.
 
     Whether it is the same image is judged as ever, by its identity, when somebody attaches it or asks what changed: a
     file that was moved within its file system is. A copy is not, unless somebody vouches for it (`adopt`).
     """
-    image = lasting_name(image)
+    place = lasting_name(os.fspath(image))
     disk = chain.disk_called(store, name)
     with contextlib.closing(_own(store, name, disk.uuid)) as lock:
-        _refuse_tracked(store, image, unless=disk.uuid)
-        refuse_own_ground(store, image)
-        _open_to_look(image).close()
+        _refuse_tracked(store, place, unless=disk.uuid)
+        refuse_own_ground(store, place)
+        _open_to_look(place).close()
 
         def change(writer: Writer) -> Disk:
-            moved = dataclasses.replace(existing(writer, disk.uuid), image=image)
+            moved = dataclasses.replace(existing(writer, disk.uuid), image=place)
             writer.put_disk(moved)
             return moved
 

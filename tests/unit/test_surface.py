@@ -69,6 +69,19 @@ def test_a_library_user_gets_from_a_store_to_extents(tmp_path: Path) -> None:
     assert extents == [lmdbitmap.Extent(65536, 65536, dirty=True, zero=False)]
 
 
+def test_a_path_may_be_one_of_pathlibs(tmp_path: Path) -> None:
+    """Wherever it is a file's or a folder's."""
+    image, moved = tmp_path / "sda.raw", tmp_path / "moved.raw"
+    image.write_bytes(bytes(1 << 20))
+    with lmdbitmap.Store.create(tmp_path / "store") as store:
+        assert lmdbitmap.add(store, "sda", image, granularity_bits=16).image == str(image)
+        image.rename(moved)
+        assert lmdbitmap.relocate(store, "sda", moved).image == str(moved)
+    with lmdbitmap.Store.open(tmp_path / "store") as store:
+        [made] = lmdbitmap.back_up(store, ["sda"], tmp_path / "backups")
+    assert made.entry.disk_size == 1 << 20
+
+
 def test_every_error_that_the_documents_name_is_there() -> None:
     """Whoever reads that Python raises it wants to catch it."""
     folder = Path(__file__).parents[2]
