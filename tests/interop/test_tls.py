@@ -23,7 +23,7 @@ from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.nbd.tls import server_context
 from tests.cli.conftest import Cli, cli
 from tests.helpers.certificates import Certificates, shared_papers
-from tests.helpers.nbd_raw import GO, READ, WRITE, RawClient, string
+from tests.helpers.nbd_raw import DISC, GO, READ, WRITE, RawClient, request, string
 from tests.helpers.support import PATIENCE_SECONDS, requires, run, spawn
 
 __all__ = ["cli"]
@@ -216,6 +216,21 @@ def test_noise_instead_of_a_tls_handshake_costs_the_connection(house: House) -> 
             client.send(noise)
         for client in clients:
             assert client.hears_the_end()
+
+
+@pytest.mark.parametrize("last_words", [request(DISC), bytes(28)], ids=["a goodbye", "a lie"])
+def test_tls_is_ended_before_the_connection(house: House, last_words: bytes) -> None:
+    """As the protocol demands: else the client cannot tell the end from somebody who cut something off."""
+    with house.plain_client() as client:
+        client.greet()
+        assert client.ask(STARTTLS) == [(ACK, b"")]
+        context = house.papers.client_context()
+        encrypted = context.wrap_socket(client.sock, server_hostname="localhost", suppress_ragged_eofs=False)
+        with RawClient(encrypted, structured=False) as inside:
+            assert inside.ask(GO, string("disk") + b"\0\0")[-1] == (ACK, b"")
+            assert inside.do(READ, 0, 1).error == 0
+            inside.send(last_words)
+            assert encrypted.recv(1) == b""
 
 
 # --- the certificates themselves ---

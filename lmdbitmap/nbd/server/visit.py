@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import socket
@@ -168,6 +169,8 @@ class Visit:
 
     def _hang_up(self) -> None:
         self._ended(self)
+        if isinstance(self._sock, ssl.SSLSocket):
+            _end_tls(self._sock)
         self._sock.close()
         self._gone.set()
 
@@ -252,6 +255,14 @@ def _who(sock: socket.socket) -> str:
     except OSError:  # it is gone already
         return "a client"
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _end_tls(sock: ssl.SSLSocket) -> None:
+    """Say that this is the end: without that word the client cannot know whether somebody cut something off. Waits for
+    nothing."""
+    with contextlib.suppress(OSError, ValueError):  # it is gone, or TLS never came about
+        sock.settimeout(0)
+        sock.unwrap()
 
 
 def _traffic_words(traffic: Traffic) -> str:
