@@ -221,16 +221,31 @@ def test_noise_instead_of_a_tls_handshake_costs_the_connection(house: House) -> 
 @pytest.mark.parametrize("last_words", [request(DISC), bytes(28)], ids=["a goodbye", "a lie"])
 def test_tls_is_ended_before_the_connection(house: House, last_words: bytes) -> None:
     """As the protocol demands: else the client cannot tell the end from somebody who cut something off."""
-    with house.plain_client() as client:
-        client.greet()
-        assert client.ask(STARTTLS) == [(ACK, b"")]
-        context = house.papers.client_context()
-        encrypted = context.wrap_socket(client.sock, server_hostname="localhost", suppress_ragged_eofs=False)
-        with RawClient(encrypted, structured=False) as inside:
-            assert inside.ask(GO, string("disk") + b"\0\0")[-1] == (ACK, b"")
-            assert inside.do(READ, 0, 1).error == 0
-            inside.send(last_words)
-            assert encrypted.recv(1) == b""
+    with inside(house.plain_client(), house.papers) as client:
+        client.send(last_words)
+        assert client.sock.recv(1) == b""
+
+
+def test_tls_is_ended_when_the_server_stops(papers: Path) -> None:
+    """Without an alert, as if the client had done something wrong."""
+    server = Server({"disk": PlainDisk(MemoryDevice(SIZE))})
+    port = server.listen_tcp("127.0.0.1", 0, server_context(str(papers))).sock.getsockname()[1]
+    server.start()
+    with inside(RawClient(socket.create_connection(("127.0.0.1", port))), shared_papers()) as client:
+        assert server.stop()
+        assert client.sock.recv(1) == b""
+
+
+def inside(client: RawClient, papers: Certificates) -> RawClient:
+    """In the transmission phase, over TLS, and not content with an end that TLS does not speak of."""
+    client.greet()
+    assert client.ask(STARTTLS) == [(ACK, b"")]
+    context = papers.client_context()
+    encrypted = context.wrap_socket(client.sock, server_hostname="localhost", suppress_ragged_eofs=False)
+    client = RawClient(encrypted, structured=False)
+    assert client.ask(GO, string("disk") + b"\0\0")[-1] == (ACK, b"")
+    assert client.do(READ, 0, 1).error == 0
+    return client
 
 
 # --- the certificates themselves ---
