@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from lmdbitmap import errors
-from lmdbitmap.backups.backup_result import BackupsFailed
+from lmdbitmap.backups.result import BackupsFailed
 from lmdbitmap.errors import (
     AlreadyExists,
     Busy,
