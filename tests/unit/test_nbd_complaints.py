@@ -10,7 +10,7 @@ import pytest
 
 from lmdbitmap.errors import FormatError, StorageError
 from lmdbitmap.nbd import protocol as nbd
-from lmdbitmap.nbd.server.complaints import Complaints
+from lmdbitmap.nbd.server.complaints import Complaints, Volume
 
 
 class Clock:
@@ -107,3 +107,34 @@ def test_a_client_is_not_dropped_and_turned_down_for_one_thing(
         "disk sda: process 7 of user 0: NBD export name: expected one that is known, found 'x'; look again",
         "disk sda: process 7 of user 0 was dropped: TLS failed: ('no certificate',)",
     ]
+
+
+def test_clients_that_come_anew_each_time_are_told_of_ten_times_a_minute_in_all(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    volume = Volume(clock=clock)
+    for number in range(6000):
+        client = Complaints(f"process {number} of user 0", volume=volume, clock=clock)
+        client.turned_down(FormatError("a handshake", expected="an option", found=number, next_step="none"))
+        clock.now_s += 0.02
+    told = [record.getMessage() for record in caplog.records]
+    assert 20 <= len(told) <= 21
+    assert [said.partition("(")[2] for said in told[:10]] == [""] * 10
+    assert told[10].endswith(f"({told_later(told)} more like it since that was last told)")
+
+
+def told_later(told: list[str]) -> int:
+    """How many were left untold before the eleventh, by the numbers of the clients."""
+    tenth, eleventh = (int(said.split(" ")[1]) for said in told[9:11])
+    return eleventh - tenth - 1
+
+
+def test_what_one_disks_clients_do_silences_nothing_about_another(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    volume = Volume(clock=clock)
+    for disk in ("sda", "sdb"):
+        for number in range(20):
+            Complaints(f"client {number}", disk, volume, clock=clock).failed("READ", "all", vanished())
+    told = [record.getMessage().partition(": ")[0] for record in caplog.records]
+    assert (told.count("disk sda"), told.count("disk sdb"), len(told)) == (10, 10, 20)

@@ -15,9 +15,9 @@ anything else is. At most about `keep_bytes` are kept: half of that starts a flu
 makes writers wait for one. That one failed is final (flushes.py). A server that cannot flush but write
 through (FUA) is asked for that; then nothing needs to be kept.
 
-**A server that is silent**, though it is there, is waited for as long as it likes: a far disk may hang, and its
-guest is to see no error. Only with `silence_s` a request is `Busy` once no byte came for so long, and so are all
-that follow.
+**A server that is silent**, though it is there, is waited for as long as it likes: a far disk may hang, and its guest
+is to see no error. Over TCP that ends when its host accepted nothing for 20 s (dial.py): it may have vanished. Only
+with `silence_s` a request is `Busy` once no byte came for so long, and so are all that follow.
 
 A new connection is taken only if the server still offers what it did: size, block sizes, transmission flags. Where it
 then refuses to write again what it had acknowledged (it is full by now), that is a flush that failed: what was

@@ -4,14 +4,19 @@ A guest tries again what failed, and a client that lies may lie a million times.
 first is told at once, and then at most one in `_SILENCE_S`, with how many there were in between. No thread and no
 timer: whoever complains looks at the clock, and whoever has nothing to complain about does not. A kind is told by
 words that the client cannot choose, so there is an end of them.
+
+Who comes anew each time is a new client each time. So of all clients of a server `_MOST_TOLD` complaints of a kind are
+told in `_SILENCE_S`, for each disk and for those who have not named one yet (`Volume`).
 """
 
 from __future__ import annotations
 
 import logging
 import ssl
+import threading
 import time
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Final
 
 from lmdbitmap.errors import FormatError
@@ -19,6 +24,41 @@ from lmdbitmap.errors import FormatError
 _log = logging.getLogger(__name__)
 
 _SILENCE_S: Final = 60.0
+_MOST_TOLD: Final = 10
+
+
+class Volume:
+    """How much is told of all clients of a server together. Safe for many threads."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._kinds: dict[Hashable, _Spell] = {}
+
+    def admits(self, kind: Hashable, times: int = 1) -> int | None:
+        """Ask before telling something that happened `times`: None says to be silent about it, which is counted.
+
+        Otherwise the answer is how many of the kind were left untold so far.
+        """
+        now_s = self._clock()
+        with self._lock:
+            spell = self._kinds.get(kind)
+            if spell is None or now_s - spell.since_s >= _SILENCE_S:
+                untold = 0 if spell is None else spell.untold
+                self._kinds[kind] = _Spell(now_s)
+                return untold
+            if spell.told == _MOST_TOLD:
+                spell.untold += times
+                return None
+            spell.told += 1
+            return 0
+
+
+@dataclass(slots=True)
+class _Spell:
+    since_s: float
+    told: int = 1
+    untold: int = 0
 
 
 class Complaints:
@@ -28,12 +68,15 @@ class Complaints:
         self,
         client: str = "a client",
         disk: str | None = None,
+        volume: Volume | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.names = {"disk": disk, "client": client}
         """For logs that are read by programs."""
         self.whom: Final = client if disk is None else f"disk {disk}: {client}"
+        self._disk = disk
+        self._volume = volume or Volume(clock=clock)
         self._clock = clock
         self._told_s: dict[Hashable, float] = {}
         self._untold: dict[Hashable, int] = {}
@@ -65,6 +108,10 @@ class Complaints:
         if told_s is not None and now_s - told_s < _SILENCE_S:
             self._untold[kind] = untold + times
             return
+        others = self._volume.admits((self._disk, kind), untold + times)
+        if others is None:
+            return
+        untold += others
         self._told_s[kind] = now_s
         self._untold[kind] = times - 1
         since = f" ({untold} more like it since that was last told)" if untold else ""

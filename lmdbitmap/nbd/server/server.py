@@ -38,6 +38,7 @@ from lmdbitmap.errors import AlreadyExists, Busy
 from lmdbitmap.interfaces import ServedDisk
 from lmdbitmap.nbd import keepalive
 from lmdbitmap.nbd.listeners import InheritedListener, Listener, TcpListener, UnixListener, accepted
+from lmdbitmap.nbd.server.complaints import Volume
 from lmdbitmap.nbd.server.contexts import ContextsOf, Later, base_contexts, for_strangers
 from lmdbitmap.nbd.server.quiet import Quiet
 from lmdbitmap.nbd.server.rounds import Rounds
@@ -92,6 +93,7 @@ class Server:
         self._visits: dict[Visit, None] = {}
         """In the order in which they came."""
         self._rounds = Rounds()
+        self._volume = Volume()
         self._connections = 0
         self._turned_away = 0
         self._past_traffic = dict.fromkeys([*self._disks, _BESIDE], NO_TRAFFIC)
@@ -281,11 +283,15 @@ class Server:
             enter=self._enter,
             ended=self._forget,
             rounds=self._rounds,
+            volume=self._volume,
             door=door,
             tls=None if door is None else door.tls,
         )
         if not self._admit(visit):
-            _log.warning("%s was turned away: too many come at once", visit.client)
+            untold = self._volume.admits("turned away")
+            if untold is not None:
+                more = f" ({untold} more were since that was last told)" if untold else ""
+                _log.warning("%s was turned away: too many come at once%s", visit.client, more)
             sock.close()
             return False
         self._make_room(door)

@@ -17,7 +17,7 @@ from lmdbitmap.errors import FormatError
 from lmdbitmap.filter import Filter
 from lmdbitmap.interfaces import ServedDisk
 from lmdbitmap.nbd import protocol as nbd
-from lmdbitmap.nbd.server.complaints import Complaints
+from lmdbitmap.nbd.server.complaints import Complaints, Volume
 from lmdbitmap.nbd.server.connection import Connection
 from lmdbitmap.nbd.server.contexts import StatusSource
 from lmdbitmap.nbd.server.handshake import Agreed, Export, Handshake
@@ -66,6 +66,7 @@ class Visit:
         enter: Callable[[Visit, str], bool],
         ended: Callable[[Visit], None],
         rounds: Rounds,
+        volume: Volume | None = None,
         door: object = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
@@ -85,7 +86,8 @@ class Visit:
         self._offered: Mapping[str, Offer] = {}
         self._connection: Connection | None = None
         self._alone = False
-        self._complaints = Complaints(self.client)
+        self._volume = volume
+        self._complaints = Complaints(self.client, volume=volume)
         self._leaving = False
         self._was_shut: int | None = None
         self._gone = threading.Event()
@@ -192,7 +194,7 @@ class Visit:
             return None
         served, self._offered = self._offered[agreed.export_name], {}  # the others are not for us to keep
         _log.info("disk %s: %s is connected", self.export_name, self.client, extra=self._names)
-        self._complaints = Complaints(self.client, self.export_name)
+        self._complaints = Complaints(self.client, self.export_name, self._volume)
         self._connection = Connection(
             self._sock,
             served.disk,
