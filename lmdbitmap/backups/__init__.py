@@ -1,1 +1,1 @@
-"""A backup from its plan to its result, and what becomes of checkpoints that no backup needs any more."""
+"""Makes a backup from its plan to its result, and forgets the checkpoints that no backup needs any more."""

@@ -1,28 +1,28 @@
-"""Backups of disks, served or not: one qcow2 image each, stacked on the one before.
+"""Backups of disks, served or not: one qcow2 image per disk and backup, stacked on the image before.
 
-Law 3: the archive is durable before anything forgets that it was needed. From that follows the order:
+Law 3: the archive is durable before anything forgets that it was needed. The order follows from it:
 
-    get at the disks (access.py)         own them, or reach who does; what is not known begins a new epoch
-    lock their folders                   nobody else backs up here
-    undo what a killed run left          its image goes, its checkpoint is merged into the one before
-    note what will be made, synced       in the folder and in the store: a run that died from here on is known by it
+    get at the disks (access.py)         own them, or reach their owner; if continuity is not proven, a new epoch begins
+    lock their folders                   no other run backs up here
+    undo what a killed run left          its image is deleted, its checkpoint is merged into the one before
+    note what will be made, synced       in the folder and in the store: identifies a run that dies from here on
     checkpoint, on all disks at once     the point in time that the images will hold
-    copy, sync, rename the image         the digests of its chunks get their name before it
+    copy, sync, rename the image         the digests of its chunks get their name before the image does
     note that it is held, synced         a manifest may name the checkpoint from now on
     replace the manifest, synced         the archive is durable
-    forget checkpoints                   of this repository, if no coming backup counts from them; and what nobody holds
-    mend what is damaged                 of a full backup: no coming one needs what older records said
+    forget checkpoints                   this repository's, if no later backup counts from them; and those nobody holds
+    mend what is damaged                 after a full backup only: no later backup needs the older records
     drop the note
 
-A death anywhere costs this run's work: its checkpoint records on, or is merged away, and the next backup
-counts from the last one in the manifest, whatever happened since.
+A death at any step costs this run's work: its checkpoint keeps recording, or is merged away. The next backup counts
+from the last checkpoint in the manifest, whatever happened since.
 
-A disk that fails by itself is left out, before the checkpoint or after it; what was made of it is undone at once, and
-the others go on as if it had not been named. The moment is one of all that take part in it, or of none.
+A disk that fails by itself is left out, before or after the checkpoint. What was made of it is undone at once, and the
+other disks go on as if it had not been named. The checkpoint is taken on all disks that take part, or on none.
 
-A repository forgets checkpoints that its own manifest or note names and no other one holds (holds.py), and those that
-nobody holds any more (consumers.py), so that any number of them can back up one disk. It holds two: the newest
-backup's, for increments, and the newest full one's, for differential backups.
+A repository forgets only checkpoints that its own manifest or note names and no other repository holds (holds.py), and
+those that nobody holds any more (consumers.py). So any number of repositories can back up one disk. A repository holds
+two checkpoints: the newest backup's, for increments, and the newest full backup's, for differential backups.
 """
 
 from __future__ import annotations
@@ -95,32 +95,37 @@ def backup(
     take_over: bool = False,
     new_repository: bool = False,
 ) -> list[BackupResult]:
-    """Back up disks as they are at one point in time; every backup is durable when this returns.
+    """Back up disks as they are at one point in time. Every backup is durable on return.
 
-    Disks that another process serves are read through it, those of `attached` through these filters of ours, which
-    keep old data where `scratch` says; their guests go on. In `quiesced()` the moment is taken: a guest may be
-    asked there to bring its file systems in order. A process that serves the disks may take `freeze_limit_s` for that,
-    in which a guest stays frozen; then the backup fails, as `Busy`.
+    Disks that another process serves are read through it. Disks in `attached` are read through these filters of this
+    process, which keep old data in `scratch`. Guests go on in both cases. The checkpoint is taken inside `quiesced()`,
+    which may ask a guest to bring its file systems in order. A process that serves the disks has `freeze_limit_s` to
+    take it, during which a guest stays frozen. After that the backup fails with `Busy`.
 
-    Where no bitmap can say what an incremental or differential backup has to hold, the disk is compared with its last
-    backup (a rescan), and where that is not whole, a full one is made; the entry says why. With `only_that` it is
-    `Untrusted` instead, and nothing is done.
-    A process through which a disk is read may send nothing for `owner_limit_s`; then the backup fails (`Busy`).
-    Another run that uses the folder of a disk, and a program that has a disk or its image for itself, as another backup
-    of a disk that nobody serves, is waited for, for `lock_wait_s` in all; then it is `Busy`. Who waits holds no disk.
-    With `bytes_per_s` the disks are read no faster than that, all of them together.
-    `compression` is `zlib` or `zstd`, or one of them with `:LEVEL`; None stores clusters as they are.
-    `digest` is `sha256` or `blake3`; with None a chain goes on with that of its newest backup, and a new one begins
-    with the fastest that there is.
-    A folder that has the backups of another disk of the same name is refused (`AlreadyExists`). With `take_over` they
-    are this very disk's, which was tracked elsewhere, or added anew: the next one is a rescan of them, and the folder
-    this disk's from then on. Where the store knows that the disk was backed up to that place, and nothing is there, it
-    is `NotFound`: as when a file system is not mounted. With `new_repository` another one begins.
-    Raises `Busy` for a disk or image that somebody else holds, and for a folder that somebody backs up to;
-    `OwnerGone` where a process through which a disk is read ends meanwhile;
-    `NotFound` without such a disk or image, or the package for what was asked for; `FormatError` for a manifest that
-    cannot be read; `StorageError` where a snapshot broke. Of several disks one that fails for such a reason is left
-    out, and `BackupsFailed` tells of it when the others are done; what `progress` or `quiesced` raises ends the run.
+    If no bitmap can say what an incremental or differential backup has to hold, the disk is compared with its last
+    backup (a rescan). If that backup is not whole, a full one is made. The entry gives the reason. With `only_that`,
+    `Untrusted` is raised instead and nothing is done.
+
+    - `owner_limit_s` is how long a process through which a disk is read may send nothing; then the backup fails
+      (`Busy`).
+    - `lock_wait_s` is how long the run waits, in all, for another run that uses a disk's folder, and for a program that
+      has a disk or its image for itself, such as another backup of an unserved disk; then it is `Busy`. It holds no
+      disk meanwhile.
+    - `bytes_per_s` limits the rate at which all disks together are read.
+    - `compression` is `zlib` or `zstd`, or one of them with `:LEVEL`; None stores clusters as they are.
+    - `digest` is `sha256` or `blake3`. With None a chain keeps the algorithm of its newest backup, and a new chain
+      begins with the fastest one available.
+    - `take_over` accepts a folder with the backups of another disk of the same name, which is refused (`AlreadyExists`)
+      without it. It says that they are this very disk's, which was tracked elsewhere or added anew. Its next backup is
+      then a rescan of them, and the folder is this disk's from then on.
+    - `new_repository` begins another repository in an empty place to which the store knows that the disk was backed up.
+      Without it that is `NotFound`: a file system may not be mounted.
+
+    Raises `Busy` if another program holds a disk or image, or backs up to a folder; `OwnerGone` if a process through
+    which a disk is read ends meanwhile; `NotFound` without such a disk or image, or the package for what was asked for;
+    `FormatError` for a manifest that cannot be read; `StorageError` if a snapshot broke. If one of several disks fails
+    for such a reason it is left out, and `BackupsFailed` reports it when the others are done. What `progress` or
+    `quiesced` raises ends the run.
     """
     packing, pace = None if compression is None else chosen(compression), pace_of(bytes_per_s)
     algorithm = None if digest is None else digest_algorithms.named(digest)
@@ -144,7 +149,7 @@ def backup(
 
 
 class _Carrying(NamedTuple):
-    """How a backup is made, once it is known what it has to hold."""
+    """How a backup is made, independent of what it has to hold."""
 
     quiesced: Callable[[], AbstractContextManager[object]]
     listener: Progress | None
@@ -155,7 +160,7 @@ class _Carrying(NamedTuple):
 def _carried_out(
     store: Store, route: Access, jobs: Sequence[DiskBackup], carrying: _Carrying, failures: Failures
 ) -> list[BackupResult]:
-    """Whatever ends it leaves nothing behind of disks that are not done."""
+    """Take the checkpoint and make the backups. On any failure, undo the disks that are not done."""
     try:
         sources = _one_point_in_time(store, route, jobs, carrying.quiesced, failures)
         return _made(store, sources, carrying, failures)
@@ -169,7 +174,7 @@ def _carried_out(
 
 @contextlib.contextmanager
 def _told(failures: Failures) -> Iterator[None]:
-    """Where the whole run fails, the log tells of the disks that were left out before."""
+    """If the whole run fails, log the disks that had been left out before."""
     try:
         yield
     except BaseException:
@@ -182,12 +187,12 @@ def _told(failures: Failures) -> Iterator[None]:
 def _apart(
     failures: Failures, store: Store, job: DiskBackup, point: PointInTime | None = None
 ) -> Iterator[None]:
-    """What fails in the block about one of several disks is undone, and the others go on."""
+    """If the block fails for one of several disks, undo that disk; the others go on."""
     with failures.of(job.disk.name):
         try:
             yield
         except (LmdbitmapError, OSError):
-            if not failures.at_once:  # else all of it is undone together
+            if not failures.at_once:  # otherwise `_carried_out` undoes all of them together
                 if point is not None:
                     job.access.let_go(point)
                 _undo_after_failure(store, job)
@@ -206,7 +211,7 @@ class _WantedBackup(NamedTuple):
 
 
 class _LockedFolder(NamedTuple):
-    """Where a disk's backups go, and all that is held for that disk, the lock of the folder first."""
+    """A disk's backup folder, and everything that is held for the disk; the folder's lock comes first."""
 
     folder: BackupFolder
     locks: contextlib.ExitStack
@@ -220,10 +225,10 @@ def _locked_places(
     locks: contextlib.ExitStack,
     failures: Failures,
 ) -> dict[str, _LockedFolder]:
-    """Of all disks that can take part. A folder is held from before its disk is until after that.
+    """Lock the folder of each disk that can take part. A folder stays locked from before its disk is owned until after.
 
-    So who waits for a folder keeps nobody from a disk, and nobody who has a disk waits for a folder. In the order of
-    their names: two runs that wait do not wait for each other.
+    So a run that waits for a folder holds no disk, and a run that has a disk does not wait for a folder. Folders are
+    locked in the order of their names, so two waiting runs do not wait for each other.
     """
     places = {}
     for name in sorted(names):
@@ -245,7 +250,7 @@ def _prepared(
     wanted: _WantedBackup,
     failures: Failures,
 ) -> list[DiskBackup]:
-    """The parts of all disks that can take part. What was held for the others is let go of."""
+    """Return the jobs of all disks that can take part. Release what was held for the others."""
     jobs = []
     for disk in list(route.disks):
         with failures.of(disk.name):
@@ -286,7 +291,7 @@ def _prepare(
 
 
 def _manifest_of(folder: BackupFolder, kind: BackupType) -> tuple[Manifest | None, Reason | None]:
-    """What backups there are; of a full one that was asked for also why nobody can say, and it begins a new chain."""
+    """Return the manifest, or the reason if it cannot be read: with a full backup asked for, a new chain begins."""
     try:
         return folder.manifest(), None
     except NewerManifest:
@@ -344,7 +349,7 @@ def _source(store: Store, job: DiskBackup, point: PointInTime) -> ImagePlan:
     return ImagePlan.of(store, job, point)
 
 
-# --- the archive, and what comes after it is durable ---
+# --- the archive, and what is done once it is durable ---
 
 
 def _made(
@@ -353,7 +358,7 @@ def _made(
     carrying: _Carrying,
     failures: Failures,
 ) -> list[BackupResult]:
-    """Of all disks that come to their end. What is not copied any more of one that fails counts as done."""
+    """Make the images; return the results of the disks that succeed. In progress, the rest of a failed disk is done."""
     rest = sum(source.bytes_to_copy for source in sources)
     report, results = Report(carrying.listener, rest), []
     for source in sources:
@@ -387,21 +392,21 @@ def _make(store: Store, source: ImagePlan, report: Report, carrying: _Carrying) 
 def _still_there(
     store: Store, job: DiskBackup, checkpoints: Sequence[CheckpointRef]
 ) -> Sequence[CheckpointRef]:
-    """Those that nobody has forgotten yet."""
+    """Return those of `checkpoints` that the store still has."""
     with store.read() as reader:
         members = {member.uuid for member in reader.checkpoints(job.disk.uuid)}
     return [checkpoint for checkpoint in checkpoints if checkpoint.uuid in members]
 
 
 def _counted_from(manifest: Manifest, disk: Disk) -> Sequence[CheckpointRef]:
-    """The checkpoints from which coming backups count: the newest backup's, and the newest full one's."""
+    """Return the checkpoints that later backups count from: the newest backup's, and the newest full one's."""
     entries = (newest(manifest, full=True), newest(manifest))
     found = {entry.checkpoint: None for entry in entries if entry and entry.epoch == disk.epoch}
     return list(found)
 
 
 def _forget_unneeded(store: Store, source: ImagePlan, manifest: Manifest) -> None:
-    """Let go of checkpoints that no coming backup counts from. The backup is made, whatever happens here."""
+    """Forget checkpoints that no later backup counts from. A failure is only logged: the backup is made."""
     job, disk = source.job, source.point.disk
     assert manifest.holder is not None
     held = {entry.checkpoint.uuid for entry in manifest.backups}
@@ -422,7 +427,7 @@ def _forget_unneeded(store: Store, source: ImagePlan, manifest: Manifest) -> Non
     consumers.merge_unheld(store, job.access, disk)
 
 
-# --- what did not come so far ---
+# --- after a failure ---
 
 
 def _undo_after_failure(store: Store, job: DiskBackup) -> None:

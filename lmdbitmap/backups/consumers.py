@@ -1,15 +1,15 @@
-"""Who counts from a disk's checkpoints, and what becomes of those from which nobody does.
+"""Finds the holders of a disk's checkpoints, and merges away the checkpoints that nobody holds any more.
 
-Repositories hold theirs by notes (holds.py), copies by theirs (sync_note.py); those that a person made by name are
-that person's, and never merged away. What is:
+A repository holds its checkpoints by a note (holds.py), a copy by its own note (sync_note.py). A checkpoint that a
+person made by name belongs to that person and is never merged away. These are merged:
 
     of a run that died        its checkpoint, which no archive names; of a sync, all that its note calls unneeded
     of a hold that lapsed     its repository was not used for so many days
     of a hold dropped by hand
 
-each if no other hold names it, by `forget` and nothing else: what they recorded goes to the period before. Whoever
-makes a backup, a copy, a stream or, on the command line, a checkpoint does it for all. A death in between leaves some
-of it to the next.
+each only if no other hold names it, and only by `forget`: what they recorded goes to the period before. Every backup,
+copy, stream and, on the command line, every checkpoint does this for all holders. After a death in between, the next
+one does the rest.
 """
 
 from __future__ import annotations
@@ -39,17 +39,18 @@ from lmdbitmap.tracker.session import OpenDevice
 log = logging.getLogger(__name__)
 
 _SHORTEST_UUID = 4
-"""Digits of one that a person may type."""
+"""Shortest beginning of a uuid that a person may type, in hexadecimal digits."""
 
 
 class Holder(NamedTuple):
-    """Who holds a checkpoint: `kind` is repository, sync, run (one that is under way, or died), person, tracker, or
-    unknown: a backup's, of which no note is left."""
+    """A holder of a checkpoint. `kind` is repository, sync, run (one that is under way, or died), person, tracker, or
+    unknown: a backup's checkpoint for which no note is left.
+    """
 
     kind: str
     uuid: UUID | None = None
     place: str | None = None
-    """Where the repository or the copy was last; shown, never followed."""
+    """Last known place of the repository or the copy; shown, never followed."""
     used_ns: int | None = None
 
 
@@ -57,7 +58,7 @@ class Holder(NamedTuple):
 
 
 def holds_of(store: Store, name: str) -> list[Hold]:
-    """What repositories hold of the disk called `name`, the one that was used last first; ended holds too."""
+    """Return the holds of repositories on the disk called `name`, the most recently used first; ended holds too."""
     with store.read() as reader:
         disk = chain.find_disk(reader, name)
         left = {member.uuid for member in reader.checkpoints(disk.uuid)}
@@ -70,18 +71,20 @@ def holds_of(store: Store, name: str) -> list[Hold]:
 
 
 def hold_lapse_days(store: Store, name: str) -> int:
-    """After how many days without a backup into it a repository's hold on that disk lapses; 0 is never."""
-    return holds.lapse_days(store.path, chain.disk_called(store, name).uuid)
+    """Return after how many days without a backup a repository's hold on that disk lapses; 0 means never."""
+    with store.read() as reader:
+        return holds.lapse_days(store.path, chain.find_disk(reader, name).uuid)
 
 
 def set_hold_lapse_days(store: Store, name: str, days: int) -> None:
-    """Durable on return; what lapses by it is merged away by the next backup or checkpoint."""
-    disk = chain.disk_called(store, name)
+    """Set when holds lapse; durable on return. The next backup or checkpoint merges away what lapses by it."""
+    with store.read() as reader:
+        disk = chain.find_disk(reader, name)
     holds.set_lapse_days(store.path, disk.uuid, days)
 
 
 def holders_of(store: Store, disk: Disk) -> Callable[[Checkpoint], list[Holder]]:
-    """Who holds each of the disk's checkpoints, as notes say now."""
+    """Return a function that lists the holders of each of the disk's checkpoints, as the notes say now."""
     known = [file.hold for file in holds.hold_files(store.path, disk.uuid) if file.hold is not None]
     copies = {
         note.at.checkpoint: note.target for _, note in sync_note.notes(store.path, disk.uuid) if note.at
@@ -106,23 +109,23 @@ def holders_of(store: Store, disk: Disk) -> Callable[[Checkpoint], list[Holder]]
 
 
 def _kind_of(member: Checkpoint) -> str:
-    """Of one that no note names."""
+    """Return the holder kind of a checkpoint that no note names."""
     if any(maker.named(member.name) for maker in Maker):
         return "unknown"
     return "tracker" if member.name.startswith("epoch-") else "person"
 
 
 def held_by_others(store: Store, disk: Disk, holder: UUID) -> frozenset[UUID]:
-    """Checkpoints that other holders than this one count from."""
+    """Return the checkpoints that holders other than `holder` count from."""
     known = (file.hold for file in holds.hold_files(store.path, disk.uuid) if file.holder != holder)
     return frozenset().union(*(hold.uuids for hold in known if hold is not None and hold.ended is None))
 
 
-# --- deeds ---
+# --- changes ---
 
 
 def merge_unheld(store: Store, route: Access, disk: Disk) -> None:
-    """Merge away what nobody holds. What fails is done by the next backup, whoever makes it."""
+    """Merge away checkpoints that nobody holds. A failure is logged; the next backup anywhere tries again."""
     try:
         with contextlib.ExitStack() as locks:
             _merge(store, route, disk, _locked(store, disk, locks, time.time_ns()))
@@ -132,7 +135,7 @@ def merge_unheld(store: Store, route: Access, disk: Disk) -> None:
 
 
 def merge_unheld_of(store: Store, names: list[str]) -> None:
-    """As `merge_unheld`, for whoever has no access to the disks; they are left alone where there is nothing to do."""
+    """Do `merge_unheld` for callers without access to the disks. A disk with nothing to merge is not touched."""
     for name in names:
         try:
             _merge_unheld_of(store, name)
@@ -150,7 +153,7 @@ def _merge_unheld_of(store: Store, name: str) -> None:
 
 
 def _locked(store: Store, disk: Disk, locks: contextlib.ExitStack, time_ns: int) -> list[HoldFile]:
-    """Those that let something go, which nobody else changes until `locks` are closed."""
+    """Return the hold files that release a checkpoint, locked: nobody else changes them until `locks` are closed."""
     days = holds.lapse_days(store.path, disk.uuid)
 
     def lets_go(hold: Hold | None) -> bool:
@@ -171,7 +174,7 @@ def _locked(store: Store, disk: Disk, locks: contextlib.ExitStack, time_ns: int)
 
 
 def _locked_copies(store: Store, disk: Disk, locks: contextlib.ExitStack) -> list[NoteFile]:
-    """Those of copies to which nobody syncs now, and whose last sync left something."""
+    """Return the locked notes of copies that no sync is using now and whose last sync left unneeded checkpoints."""
     found = []
     for path, note in sync_note.notes(store.path, disk.uuid):
         if note.unneeded:
@@ -206,7 +209,7 @@ def _merge(store: Store, route: Access, disk: Disk, files: list[HoldFile]) -> No
 
 
 def _let_go(store: Store, route: Access, disk: Disk, files: list[HoldFile]) -> None:
-    """Merge what these holds, whose locks we have, name and do not need."""
+    """Merge the checkpoints that these holds name and do not need. The caller has their locks."""
     names = {file.holder: file.hold for file in files if file.hold is not None}
     others = [file for file in holds.hold_files(store.path, disk.uuid) if file.holder not in names]
     needed = {uuid for file in others if file.hold and file.hold.ended is None for uuid in file.hold.uuids}
@@ -238,11 +241,11 @@ def drop_hold(
     attached: Mapping[str, Filter] | None = None,
     open_device: OpenDevice = open_to_read,
 ) -> Hold:
-    """Let go of what a repository holds of the disk called `name`: its next backup there will be a rescan.
+    """Drop a repository's hold on the disk called `name`: the disk's next backup there will be a rescan.
 
-    Of a hold that ended before and has nothing left, the note goes. `which` is the repository's path, or the uuid of
-    the holder, or the beginning of that. Raises `NotFound` and `InvalidArgument` where it names none, or several;
-    `Busy` while a backup goes there.
+    If the hold had ended before and has nothing left, its note is removed. `which` is the repository's path, or the
+    holder's uuid, or the beginning of that uuid. Raises `NotFound` if it names none, `InvalidArgument` if it names
+    several, and `Busy` while a backup goes there.
     """
     disk = chain.disk_called(store, name)
     file = _named(store, disk, which)
@@ -279,7 +282,7 @@ def _named(store: Store, disk: Disk, which: str) -> HoldFile:
 
 
 def _holder_at(which: str, disk: Disk) -> UUID | None:
-    """By which uuid the repository that is at that path, if one is, holds the disk."""
+    """Return the uuid by which the repository at that path holds the disk; None if there is no such repository."""
     try:
         manifest = BackupFolder(which, disk.name).manifest()
     except LmdbitmapError:
@@ -288,7 +291,7 @@ def _holder_at(which: str, disk: Disk) -> UUID | None:
 
 
 def _is_called(file: HoldFile, which: str) -> bool:
-    """By its path as it was last, or by a uuid's first digits."""
+    """Return whether `which` is the hold's last known path, or the first digits of its uuid."""
     assert file.hold is not None
     is_uuid = len(which) >= _SHORTEST_UUID and str(file.holder).startswith(which.lower())
     return is_uuid or file.hold.repository in (which, BackupFolder(which, "any").repository_path)

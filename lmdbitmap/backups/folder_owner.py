@@ -1,19 +1,19 @@
-"""Whether a repository's folder is the one that is meant, and whose it is, before a backup goes into it.
+"""Checks, before a backup goes into a repository's folder, that it is the folder meant and whose backups it has.
 
-Both look like a mistake of a person's, and are done only where that person says so:
+Both of these look like a person's mistake, and are done only if that person says so:
 
-    take over        the folder has backups of a disk of this name, and another uuid. It may be this very disk, that
-                     came here from another host, or was added anew. Its next backup is compared with the newest one
-                     there (a rescan). The manifest that names that backup names the disk's new uuid too, in one
-                     replacement: so a death leaves the folder to the one disk or to the other, with all that it had.
-    new repository   the folder has nothing, but the store knows that this disk was backed up to there: as when the file
-                     system that holds the repository is not mounted.
+    take over        the folder has backups of a disk of this name with another uuid. It may be this very disk, which
+                     came here from another host or was added anew. Its next backup is compared with the newest one
+                     there (a rescan). The manifest that names that backup also names the disk's new uuid, in one
+                     replacement: a death leaves the folder to the one disk or to the other, with all that it had.
+    new repository   the folder has nothing, but the store knows that this disk was backed up to there: for example, the
+                     file system that holds the repository is not mounted.
 
-Nothing is ever believed of the checkpoints of backups that were taken over. They were another store's; and if the disk
-comes back to where it was, that store has them still, and knows nothing of the time in between. So these backups lose
-their epoch: none counts from them, also when a prune or a copy has changed what is around them.
+The checkpoints of backups that were taken over are never believed. They belong to another store. If the disk comes back
+to where it was, that store still has them, and knows nothing of the time in between. So these backups lose their epoch:
+no backup counts from them, even after a prune or a copy has changed what is around them.
 
-A place that the store knows nothing of may be as new as it likes.
+A place that the store knows nothing of may be empty.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from lmdbitmap.store import Store
 
 
 class Permission(NamedTuple):
-    """What a person said about the place that backups go to."""
+    """A person's consent about the place that backups go to."""
 
     take_over: bool = False
     new_repository: bool = False
 
 
 def require_meant(store: Store, disk: Disk, folder: BackupFolder, permission: Permission) -> None:
-    """Raise `NotFound` where the folder lacks what it should have; nothing is made or changed."""
+    """Raise `NotFound` if the folder lacks the backups it should have. Makes and changes nothing."""
     if permission.take_over and not any(
         os.path.lexists(folder.path_of(name)) for name in (MANIFEST, COPY, NEXT)
     ):
@@ -57,7 +57,7 @@ def require_meant(store: Store, disk: Disk, folder: BackupFolder, permission: Pe
 
 
 def owned(found: Manifest | None, disk: Disk, folder: BackupFolder, permission: Permission) -> Manifest:
-    """The manifest as this disk's. Raises `AlreadyExists` for another disk's that is not to be taken over."""
+    """Return the manifest as this disk's. Raise `AlreadyExists` if it is another disk's and is not to be taken over."""
     ours = DiskRef(disk.name, disk.uuid)
     if found is None:
         return Manifest(ours)
@@ -73,13 +73,13 @@ def owned(found: Manifest | None, disk: Disk, folder: BackupFolder, permission: 
 
 
 def _is_empty(folder: BackupFolder) -> bool:
-    """Whether nothing but a lock is in it. What a killed first backup left is something."""
+    """Return whether the folder has nothing but a lock. The remains of a killed first backup make it not empty."""
     with os_errors_at(folder.path):
         try:
             return set(os.listdir(folder.path)) <= {LOCK}
         except FileNotFoundError:
             return True
-        except NotADirectoryError:  # whoever makes the folder tells of that
+        except NotADirectoryError:  # making the folder reports that
             return False
 
 

@@ -1,7 +1,7 @@
-"""What one backup is made of, and the image that it becomes.
+"""What one backup is made of, and how its image is written.
 
-The image has its final name once it is durable, and so are the digests of its chunks; nothing knows of it before the
-manifest does (backup.py).
+An image gets its final name once it and the digests of its chunks are durable. Nothing refers to it before the manifest
+does (backup.py).
 """
 
 from __future__ import annotations
@@ -59,18 +59,18 @@ class DiskBackup:
     digests: DigestChoice
     sequence: int
     leftovers: Sequence[Unfinished]
-    """Checkpoints of killed runs that cannot go before there is another one."""
+    """Unfinished work of killed runs whose checkpoints cannot go before there is another one."""
     hold: HoldFile
-    """What the store knows of the folder, locked."""
+    """The store's note on the folder, locked."""
     only_that: bool = False
-    """Whether no other type will do than the one that was requested."""
+    """Whether only the requested type will do."""
 
     @property
     def file(self) -> str:
         return image_name(self.sequence, self.plan.type_actual)
 
     def require_as_asked(self) -> None:
-        """Raise `Untrusted` where it will be of another type than the one that was requested."""
+        """Raise `Untrusted` if the backup will be of another type than the one requested."""
         if self.plan.type_actual is self.requested:
             return
         assert self.plan.reason is not None
@@ -82,11 +82,11 @@ class DiskBackup:
 
     @contextlib.contextmanager
     def parent_chain(self) -> Iterator[Readable]:
-        """The backup that this one is stacked on, as a disk. It raises `ParentDamaged`, also to be opened or left.
+        """Open the backup that this one is stacked on, as a disk.
 
-        What is read of it is proven, as a restore will prove it: what it has in common with the disk is taken from
-        there then. That is left out where this Python lacks the package for one of its digests, and of images that
-        have none by chunks.
+        Raises `ParentDamaged` on entry, while reading, or on exit. What is read of it is proven as a restore will prove
+        it, because a restore takes from there what the backup has in common with the disk. The proof is left out if
+        this Python lacks the package for one of its digests, and for images that have no digests by chunks.
         """
         assert self.plan.parent is not None
         entries = chain_to(self.manifest, self.plan.parent.id)
@@ -112,12 +112,12 @@ def _can_prove(folder: BackupFolder, entries: Sequence[BackupEntry]) -> bool:
 
 
 def _without_their_digests(past: BackupChain) -> Sequence[Whole]:
-    """The images whose digests by chunks are lost or damaged: only as a whole can they be proven."""
+    """Return the images whose digests by chunks are lost or damaged: they can be proven only as a whole."""
     return [image for image in past.unproven if image.entry.chunks is not None]
 
 
 class ParentDamaged(Exception):
-    """The backup that a disk is compared with cannot be read: no error yet, as there is a full one to be made."""
+    """The backup that a disk is compared with cannot be read. Not yet an error: a full backup is made instead."""
 
     def __init__(self, error: LmdbitmapError) -> None:
         super().__init__(error)
@@ -126,7 +126,7 @@ class ParentDamaged(Exception):
 
 @contextlib.contextmanager
 def _of_the_parent() -> Iterator[None]:
-    """Tells what was damaged from the refusals of the disk, and from what nobody knows."""
+    """Raise `ParentDamaged` for damage. Refusals by the disk and unknown errors pass unchanged."""
     try:
         yield
     except FormatError as damaged:
@@ -174,7 +174,7 @@ class ImagePlan:
         return cls(job, point, clusters, changed, summary.standing.trust, summary.dirty_bytes)
 
     def full_instead(self, damage: LmdbitmapError) -> ImagePlan:
-        """Of the same point in time, but all of it; its image is noted before it is begun."""
+        """Return a plan for all of the disk at the same point in time. The new image is noted before it is begun."""
         job = dataclasses.replace(self.job, plan=full_instead(damage))
         if job.only_that:
             job.require_as_asked()
@@ -184,9 +184,9 @@ class ImagePlan:
 
     @contextlib.contextmanager
     def runs(self, device: Readable, report: Report) -> Iterator[Iterator[Run]]:
-        """Clusters to copy, ascending; no run touches the next. Only a rescan reads the device for that.
+        """Yield the runs of clusters to copy, ascending and not adjacent. Only a rescan reads the device to find them.
 
-        Raises `ParentDamaged`, in the end: the device can be read once more.
+        Raises `ParentDamaged` only at the end, so that the device can be read once more.
         """
         if self.job.plan.type_actual is BackupType.RESCAN:
             lost: list[ParentDamaged] = []
@@ -201,22 +201,23 @@ class ImagePlan:
             yield self._with_tail(self.changes.runs(), self.changes.geometry)
 
     def _with_tail(self, runs: Iterator[Run], geometry: Geometry) -> Iterator[Run]:
-        """Runs of blocks of `geometry` in clusters, with the last one where that is needed."""
+        """Return the runs of blocks of `geometry` as runs of clusters, with the last cluster added if it is needed."""
         last_block = (geometry.block_count - 1, geometry.block_count)
         blocks = itertools.chain(runs, [last_block] if self._cut_in_a_sector() else [])
         return bits.regrain_outward(blocks, geometry, self.clusters.granularity_bits)
 
     def _cut_in_a_sector(self) -> bool:
-        """Whether the parent has something where this image, longer than the disk, rounds up to a sector.
+        """Return whether the parent has something between this disk's end and the end of the image, in the same sector.
 
-        No byte of that belongs to the disk, but QEMU shows it, and it is to be zeroes.
+        That is so if the parent's disk is longer. No byte there belongs to the disk, but QEMU shows it: it must be
+        zeroes.
         """
         parent, size = self.job.plan.parent, self.clusters.size
         return parent is not None and size < parent.disk_size and size % SECTOR != 0
 
 
 def _until_lost(runs: Iterator[Run], lost: list[ParentDamaged]) -> Iterator[Run]:
-    """What fails while a device is read for an image leaves it of no use: so this ends instead, and says why."""
+    """Yield `runs`. On `ParentDamaged` end, and append the error to `lost`: to raise it here would spoil the device."""
     try:
         yield from runs
     except ParentDamaged as damaged:
@@ -226,9 +227,9 @@ def _until_lost(runs: Iterator[Run], lost: list[ParentDamaged]) -> Iterator[Run]
 def write_image(
     source: ImagePlan, device: Metered, report: Report, packing: Compression | None
 ) -> BackupEntry:
-    """The image, durable in the folder under its final name, and what the manifest will say of it.
+    """Write the image, durable in the folder under its final name. Return its manifest entry.
 
-    Raises `ParentDamaged` where a rescan cannot be, and there is no image.
+    Raises `ParentDamaged` if a rescan is impossible; then there is no image.
     """
     job, parent = source.job, source.job.plan.parent
     path = job.folder.path_of(job.file)

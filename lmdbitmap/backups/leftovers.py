@@ -1,8 +1,8 @@
-"""What backups left that did not come to their end, and how it goes.
+"""Undoes what unfinished backups left.
 
 A run that died may have asked an owner for a checkpoint that is made later, when nobody waits for it any more. A backup
-of that moment does not find it yet. So what is not there to be undone stays noted until the backup's own checkpoint is
-taken, and goes after it.
+that starts in between does not find that checkpoint yet. So work whose checkpoint is not there to be undone stays noted
+until the backup's own checkpoint is taken, and is undone after it.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from lmdbitmap.repository.repository import BackupFolder, Unfinished
 from lmdbitmap.storage.schema import Checkpoint, Disk
 
 _MOST_LATE: Final = 16
-"""As many as may ask an owner at once."""
+"""At most this many late requests can be outstanding: as many as may ask an owner at once."""
 
 
 def undo_unfinished(
     route: Access, disk: Disk, folder: BackupFolder, late: Collection[str] | None = None
 ) -> list[Unfinished]:
-    """Undo what runs made that the manifest does not know. Answers what stays noted, to go later.
+    """Undo what runs made that the manifest does not know. Return the work that stays noted, to be undone later.
 
-    That is a checkpoint that alone records, and those that may come still: of those in `late`, or of all.
+    It stays noted if its checkpoint cannot be forgotten, as the only one that records or one that is still held, or if
+    the checkpoint may still be made. The latter applies to the names in `late`, or to all if `late` is None.
     """
     abandoned = folder.unfinished()
     names = {work.checkpoint for work in abandoned}
@@ -44,5 +45,5 @@ def undo_unfinished(
 
 
 def forget(route: Access, disk: Disk, is_unneeded: Callable[[Checkpoint], bool]) -> list[str]:
-    """Merge checkpoints of backups, and no others, into the ones before. Answers the names of those that stay."""
+    """Merge checkpoints of backups, and no others, into the ones before. Return the names of those that stay."""
     return route.forget(disk, lambda member: Maker.BACKUP.named(member.name) and is_unneeded(member))

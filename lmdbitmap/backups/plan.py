@@ -1,13 +1,14 @@
-"""Which backup it will be: the one that was asked for, or the next best and why.
+"""Decides the type of a backup: the one that was asked for, or the next best and why.
 
     incremental, differential    a bitmap says what changed since the backup that it is stacked on
-    rescan                       no bitmap can, but that backup is there: the disk is compared with it
-    full                         everything; also where that backup is not there, or nobody could read it
+    rescan                       no bitmap can say it, but that backup is there: the disk is compared with it
+    full                         everything; also if that backup is missing or cannot be read
 
-Its digests are of the algorithm of the newest backup. The fastest one that there is comes with a full one that was
-asked for, and with the first of all: no program that cannot read it is surprised by a full one that had to be.
+The digests use the algorithm of the newest backup. The fastest algorithm available is chosen only for the first backup
+of all and for a full backup that was asked for. So a full backup made out of need never surprises a program that cannot
+read the new algorithm.
 
-A differential one is not replaced by a rescan: all those after it would have to read the whole disk as well, until
+A differential backup is not replaced by a rescan: all those after it would have to read the whole disk as well, until
 there is another full one to count from.
 """
 
@@ -29,7 +30,7 @@ from lmdbitmap.tracker import chain
 
 
 class BackupPlan(NamedTuple):
-    """One that is not full has a parent, and but for a rescan that one's checkpoint to count from."""
+    """What a backup will be. Unless full it has a parent; unless a rescan, also the checkpoint to count from."""
 
     type_actual: BackupType
     parent: BackupEntry | None = None
@@ -45,7 +46,7 @@ def plan_for(
     kind: BackupType,
     ended: Reason | None = None,
 ) -> BackupPlan:
-    """The highest rung that holds, for a disk whose backups are in `folder`; `ended` says why its checkpoints went."""
+    """Return the best possible plan for a disk whose backups are in `folder`; `ended` says why its checkpoints went."""
     if kind is BackupType.FULL:
         return BackupPlan(BackupType.FULL)
     parent = newest(manifest, full=kind is BackupType.DIFFERENTIAL)
@@ -65,7 +66,7 @@ def plan_for(
 def _stacked(
     store: Store, disk: Disk, parent: BackupEntry, kind: BackupType, ended: Reason | None
 ) -> BackupPlan:
-    """What it can be, if it can be stacked on `parent`."""
+    """Return the plan of a backup stacked on `parent`, or of a full one if that cannot be."""
     since = _checkpoint_of(store, disk, parent)
     lost = _why_unknown(disk, parent, since, ended)
     if kind is BackupType.RESCAN:
@@ -78,16 +79,17 @@ def _stacked(
 
 
 class DigestChoice(NamedTuple):
-    """What a backup's digests will be made with; `reason` says why not with what the chain's newest are of."""
+    """The digest algorithm of a backup; `reason` says why it is not the one of the chain's newest backup."""
 
     algorithm: DigestAlgorithm
     reason: Reason | None = None
 
 
 def digests_for(plan: BackupPlan, manifest: Manifest, asked: DigestAlgorithm | None = None) -> DigestChoice:
-    """What was `asked` for. Else all goes on as it is, unless this Python cannot: a chain's images may differ in it.
+    """Return the algorithm `asked` for. Else the fastest, for a first backup and for a full one that was asked for.
 
-    A full backup that was asked for is one without a reason.
+    Any other backup gets that of the newest one, or SHA-256 if this Python lacks the package for that: images of one
+    chain may differ in it. A full backup without a reason is one that was asked for.
     """
     before, is_full_by_wish = newest(manifest), plan.parent is None and plan.reason is None
     if asked is not None or is_full_by_wish or before is None:
@@ -100,7 +102,7 @@ def digests_for(plan: BackupPlan, manifest: Manifest, asked: DigestAlgorithm | N
 
 
 def newest(manifest: Manifest, *, full: bool = False) -> BackupEntry | None:
-    """The newest backup, or the newest full one."""
+    """Return the newest backup, or the newest full one."""
     entries = reversed(manifest.backups)
     return next((entry for entry in entries if entry.type_actual is BackupType.FULL or not full), None)
 
@@ -116,7 +118,7 @@ def _what_is_missing(folder: BackupFolder, images: Sequence[BackupEntry]) -> Rea
 
 
 def full_instead(damage: LmdbitmapError) -> BackupPlan:
-    """Where an image of the chain cannot be read."""
+    """Return the plan of a full backup made because an image of the chain cannot be read."""
     return BackupPlan(BackupType.FULL, reason=Reason("image-damaged", _printable(damage.problem)))
 
 
@@ -137,13 +139,13 @@ def _why_unknown(
 
 
 def _checkpoint_of(store: Store, disk: Disk, entry: BackupEntry) -> Checkpoint | None:
-    """The checkpoint that a backup holds, if the disk still has it."""
+    """Return the checkpoint that a backup holds, if the disk still has it."""
     with store.read() as reader:
         members = chain.epoch_chain(reader, disk)
     return next((member for member in members if member.uuid == entry.checkpoint.uuid), None)
 
 
 def _printable(words: str) -> str:
-    """As a manifest can hold it: an epoch's reason may quote file names, which may be anything."""
+    """Return `words` as a manifest can hold them. An epoch's reason may quote file names, which may be anything."""
     shown = "".join(character if character.isprintable() else "?" for character in words)
     return shown.encode(errors="replace")[:MAX_TEXT_BYTES].decode(errors="ignore") or "unknown"

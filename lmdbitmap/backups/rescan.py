@@ -1,7 +1,7 @@
-"""Where a disk differs from a backup of it, found out by reading both: when no bitmap can say what changed.
+"""Finds where a disk differs from a backup of it by reading both, when no bitmap can say what changed.
 
-What both know to be zero is not read. Past the end of the shorter one the other must be zero, or it differs. All else
-is read, of both: so what a restore will take from the backup is what `past` was read for, and can prove meanwhile.
+What both know to be zero is not read. Past the end of the shorter one, the other differs unless it is zero. Everything
+else is read from both. So `past` is read wherever a restore will later take from it, and can be proven meanwhile.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def differing(
     clusters: Geometry,
     advance: Callable[[int], None] = lambda length: None,
 ) -> Iterator[Run]:
-    """Runs of `clusters` of the device, ascending, apart from each other, in which it is not what `past` holds.
+    """Yield ascending, non-adjacent runs of `clusters` in which the device differs from `past`.
 
-    `clusters` is of the device's size. Calls `advance` with the bytes that are done. Raises what the devices raise.
+    `clusters` has the device's size. Calls `advance` with the number of bytes done. Raises what the devices raise.
     """
     comparison = _Comparison(device, past, clusters)
     return joined_runs(comparison.runs(advance))
@@ -42,7 +42,7 @@ class _Comparison:
         self._old = new_buffer(self._chunk_bytes)
 
     def runs(self, advance: Callable[[int], None]) -> Iterator[Run]:
-        """Differing clusters; neighbours may come apart."""
+        """Yield differing clusters; adjacent clusters may come as separate runs."""
         for offset, length, zero in self._stretches():
             if zero:
                 advance(length)
@@ -53,7 +53,7 @@ class _Comparison:
                 advance(count)
 
     def _stretches(self) -> Iterator[tuple[int, int, bool]]:
-        """(offset, length, whether both are known to be zero) in whole clusters, without a gap."""
+        """Yield (offset, length, whether both are known to be zero) in whole clusters, without a gap."""
         size, position = self._clusters.size, 0
         for start, stop in self._zero_in_both():
             zero = self._clusters.blocks_inward(start, stop - start)
@@ -68,7 +68,7 @@ class _Comparison:
             yield position, size - position, False
 
     def _zero_in_both(self) -> Iterator[tuple[int, int]]:
-        """Byte ranges [start, stop), ascending."""
+        """Yield ascending byte ranges [start, stop) that are zero in both."""
         theirs = _zeroes(self._past, self._clusters.size)
         old_start, old_stop = next(theirs, _NOWHERE)
         for start, stop in _zeroes(self._device, self._clusters.size):
@@ -81,7 +81,7 @@ class _Comparison:
                 old_start, old_stop = next(theirs, _NOWHERE)
 
     def _differing(self, offset: int, length: int) -> Iterator[Run]:
-        """Both are read; most clusters are alike, so all are compared at once first."""
+        """Read both and yield differing clusters. All are compared at once first, as most are alike."""
         new, old = memoryview(self._new)[:length], memoryview(self._old)[:length]
         self._device.pread_into(new, offset)
         kept = max(min(self._past.size - offset, length), 0)
@@ -101,7 +101,7 @@ _NOWHERE: Final = (1 << 64, 1 << 64)
 
 
 def _zeroes(device: Readable, size: int) -> Iterator[tuple[int, int]]:
-    """Byte ranges [start, stop) below `size` that are known to read as zeroes; what is past the device's end is."""
+    """Yield byte ranges [start, stop) below `size` that read as zeroes. All past the device's end counts as zero."""
     start = stop = 0
     for position, part in _placed(device, min(device.size, size)):
         if not part.zero:

@@ -1,4 +1,4 @@
-"""What became of each disk of a backup."""
+"""The results of a backup, disk by disk."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ _FULL: Final = "`backup --full`"
 
 @dataclass(frozen=True, slots=True)
 class BackupResult:
-    """One disk's new backup. `entry` says what was asked for, what it became and why, and the bytes."""
+    """One disk's new backup. `entry` says which type was asked for, which was made and why, and the bytes."""
 
     disk: str
     entry: BackupEntry
     path: str
     bytes_read: int
-    """Of the disk."""
+    """Bytes read of the disk."""
     seconds: float
     digest_reason: Reason | None = None
-    """Why its digests are not of the algorithm that those of the backup before are of, if that was not asked for."""
+    """Why its digests use another algorithm than the backup before, if that was not asked for."""
 
 
 class BackupsFailed(DisksFailed):
-    """Some of several disks have no new backup, for the reasons in `failures`; those in `results` have theirs.
+    """Some of several disks have no new backup, for the reasons in `failures`. The others are in `results`.
 
-    A full backup is advised of a disk alone: the same command with --full would make all of them full.
+    Advice to make a full backup names one disk: the same command with --full would make all of them full.
     """
 
     def __init__(self, results: Sequence[BackupResult], failures: Mapping[str, LmdbitmapError]) -> None:
