@@ -1,1 +1,1 @@
-"""How a job gets at disks, whoever has them: at rest, attached here, or served by another process."""
+"""Gives a job access to disks that are at rest, attached in this process, or served by another process."""

@@ -1,6 +1,6 @@
-"""How a job gets at disks: by one of the routes of routes.py, the same for all of them.
+"""Gives a job access to disks by one of the routes of routes.py, the same route for all of its disks.
 
-So one moment can be taken of all of them, or of none.
+So one point in time can be taken of all of them, or of none.
 """
 
 from __future__ import annotations
@@ -34,35 +34,35 @@ from lmdbitmap.work.progress import is_of_a_listener
 
 
 class Access(Protocol):
-    """Disks of which checkpoints can be taken, read and forgotten, until `close`."""
+    """Disks whose checkpoints can be taken, read and forgotten, until `close`."""
 
     @property
     def disks(self) -> Sequence[Disk]:
-        """As they are described now: a new epoch may have begun because of what was found out."""
+        """The disks as they are described now. Getting at a disk may have begun a new epoch."""
 
     def take_point(
         self, name: str, since: Sequence[Checkpoint | None], *, once: bool = False
     ) -> list[PointInTime]:
-        """A checkpoint on all disks at one moment, or on none.
+        """Take a checkpoint on all disks at one moment, or on none.
 
-        Of a disk with a checkpoint in `since` only what changed since then will be read, and its last block; with
-        `once`, nothing twice: what was read need not be kept any longer.
+        For a disk with a checkpoint in `since`, the caller reads only what changed since then, and the last block. With
+        `once` it reads nothing twice, so what was read need not be kept any longer.
         """
 
     def leave_out(self, disk: Disk) -> None:
-        """Take no point of that disk. For whoever has taken none yet, and has nothing to forget of it."""
+        """Take no point of that disk. Only before points are taken, and if no checkpoint of it is to be forgotten."""
 
     def prove(self, point: PointInTime) -> None:
-        """Return if all that was read is the disk at that point; raises what hinders. Nothing is read afterwards."""
+        """Return if all that was read is the disk at that point; else raise the reason. Read nothing afterwards."""
 
     def let_go(self, point: PointInTime) -> None:
-        """Release what is held of a point that will not be proved. Does not raise."""
+        """Release what is held for a point that will not be proved. Does not raise."""
 
     def end_reading(self) -> None:
-        """The same of all points that were not proved."""
+        """Release what is held for all points that were not proved. Does not raise."""
 
     def forget(self, disk: Disk, is_unneeded: Callable[[Checkpoint], bool]) -> list[str]:
-        """Merge checkpoints into the ones before. Something has to record: answers the names of those that stay."""
+        """Merge checkpoints into the ones before. One has to record, so some may stay: return their names."""
 
     @property
     def holds_alone(self) -> bool:
@@ -70,7 +70,7 @@ class Access(Protocol):
 
     @property
     def may_be_behind(self) -> bool:
-        """Whether a checkpoint may be made still that a run asked for which is gone by now."""
+        """Whether a checkpoint may still be made that a run which is gone by now had asked for."""
 
     def close(self) -> None: ...
 
@@ -79,20 +79,20 @@ class AccessTerms(NamedTuple):
     """How a job is to get at its disks."""
 
     open_device: OpenDevice
-    """What opens the image of a disk that nobody has."""
+    """Opens the image of a disk that no process has."""
     attached: Mapping[str, Filter] | None = None
-    """Filters of this very process, by the names of their disks."""
+    """Filters of this process, by the names of their disks."""
     scratch: Scratch | None = None
-    """Where those keep old data; None is the store's folder."""
+    """Where these filters keep old data; None means the store's folder."""
     owner_limit_s: float = OWNER_LIMIT_S
-    """How long another process that serves the disks may send nothing of what is read."""
+    """How long a process that serves the disks may send nothing of what is read."""
     freeze_limit_s: float = FREEZE_LIMIT_S
-    """How long it may take over a point in time."""
+    """How long that process may take to take a point in time."""
     patience: Patience = NO_PATIENCE
-    """With a program that has a disk for itself."""
+    """How long to wait for a program that has a disk for itself."""
 
     def require_sense(self) -> None:
-        """Raise `InvalidArgument` for a limit that is none."""
+        """Raise `InvalidArgument` for an unusable limit."""
         require_limits(self.owner_limit_s, self.freeze_limit_s)
 
 
@@ -100,11 +100,10 @@ class AccessTerms(NamedTuple):
 def access(
     store: Store, names: Sequence[str], terms: AccessTerms, failures: Failures | None = None
 ) -> Iterator[Access]:
-    """Get at the disks. With `failures` one that nobody can get at is set aside there, and the others are got at.
+    """Get access to the disks. With `failures`, a disk that is inaccessible is set aside there and the others go on.
 
-    Raises `Busy` where some of the disks are served and some are not, or not all by one process, and for a process that
-    takes longer than its limits; `NotFound` without such a disk or image, `InvalidArgument` for a limit that is none,
-    and for a filter of another disk.
+    Raises `Busy` if only some of the disks are served, or not all by one process, or if a process takes longer than its
+    limits; `NotFound` without such a disk or image; `InvalidArgument` for an unusable limit.
     """
     terms.require_sense()
     wanted = waiting.Wanted(store, names, terms.open_device)
@@ -142,16 +141,16 @@ def _of_that_disk(store: Store, name: str, attached: Filter) -> Filter:
 
 
 def open_to_read(image: str) -> TrackableDevice:
-    """Reading is enough, and others may read too; who writes is kept out."""
+    """Open an image read-only. Other readers are allowed; writers are kept out."""
     return open_image(image, read_only=True)
 
 
 @contextlib.contextmanager
 def reading(route: Access, point: PointInTime) -> Iterator[None]:
-    """What the system refuses in the block is told as of the disk's image, or as why its snapshot broke.
+    """Raise system errors of the block as errors of the disk's image, or as the reason why its snapshot broke.
 
-    That a snapshot broke is, to whoever reads it from another process, just an error as of a disk that fails: the
-    process that holds it knows. What a listener raises is nothing that the disk refused.
+    A process that reads another process's snapshot sees a broken snapshot only as an error of the disk. The process
+    that holds the snapshot knows the reason, and is asked.
     """
     try:
         yield

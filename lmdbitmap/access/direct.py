@@ -1,22 +1,24 @@
-"""A snapshot that another process holds, read from the image itself, past that process: it serves a guest meanwhile.
+"""Reads a snapshot that another process holds from the image itself, past that process, which serves a guest meanwhile.
 
-It keeps old data aside before the guest's new data reaches the image, and knows of what (snapshot.py). So each read is
+That process keeps old data aside before the guest's new data reaches the image, and knows what it kept (snapshot.py).
+Each read takes four steps:
 
-    1. read the image              what comes may be old, new, or torn
+    1. read the image              the bytes may be old, new, or torn
     2. ask what was kept           of these bytes, and of holes between (nbd/server/kept_context.py); or fail
     3. read that once more         from where it was kept, through the export
     4. give up                     what was not kept by the answer to 2, what was kept by the reads of 3
 
-and what holds is: **bytes that are answered "not kept" after they were read are old data.**
+Invariant: **bytes that are answered "not kept" after they were read are old data.**
 
-A write reaches the image only when its clusters' states say "kept", or the snapshot is broken. If step 1 saw a byte
-of it, its system call had begun before that of step 1 ended; the states were set before that, by the process that is
-asked in step 2, after that. Both sides make system calls in between, and set and look at the states under one
-interpreter's lock: nothing can be seen in another order. A snapshot that is broken, released or gone answers with an
-error, or not at all. Whatever is given up before the answer, or asked before the read, would break this.
+A write reaches the image only after the states of its clusters say "kept", or the snapshot is broken. If step 1 saw a
+byte of a write, that write's system call had begun before step 1's ended. The states were set before that write. The
+process that set them is asked in step 2, after the read. Both sides make system calls in between, and set and look at
+the states under one interpreter's lock, so nothing can be seen in another order. A snapshot that is broken, released or
+gone answers with an error, or not at all. To give anything up before the answer, or to ask before the read, would break
+this.
 
-The image is open for reading only. Which of it are holes is asked of the export, whose process judges that as it judges
-its own reads. A disk keeps its size while it is held.
+The image is open for reading only. The export is asked which parts of it are holes; its process judges that as it
+judges its own reads. A disk keeps its size while it is held.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from lmdbitmap.interfaces import Allocation
 
 
 class HeldExport(Protocol):
-    """A snapshot as its holder exports it: all of it can be read there, old data that was kept too."""
+    """A snapshot as its holder exports it. All of it can be read there, including old data that was kept."""
 
     @property
     def size(self) -> int: ...
@@ -42,11 +44,11 @@ class HeldExport(Protocol):
 
 
 class Question(Protocol):
-    """`ask` answers which of (offset, length), read just before, were kept aside; raises where nobody can say."""
+    """`ask` returns which of (offset, length), read just before, were kept aside; raises if that cannot be known."""
 
     @property
     def guests_are_quiet(self) -> bool:
-        """Whether they wanted nothing when it was asked last; False before that."""
+        """Whether the guests wanted nothing when `ask` was last called; False before that."""
 
     def ask(self, ranges: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]: ...
     def interrupt(self) -> None: ...
@@ -54,10 +56,10 @@ class Question(Protocol):
 
 
 class DirectDevice(ReadOnlyDevice):
-    """The snapshot as a `BlockDevice`, for many threads. All three are its own from now on."""
+    """The snapshot as a `BlockDevice`, for many threads. It owns the image, the export and the question from now on."""
 
     chunk_bytes = 4 << 20
-    """To be read at once: each question takes the holder from its guest for a moment."""
+    """Bytes to read at once. Each question interrupts the holder's work for its guest for a moment."""
 
     def __init__(self, image: FileDevice, export: HeldExport, question: Question) -> None:
         self._image = image
@@ -66,7 +68,7 @@ class DirectDevice(ReadOnlyDevice):
 
     @property
     def spared_processors(self) -> int:
-        """For that guest, unless it wants nothing."""
+        """Processors to leave to that guest: none if it wants nothing."""
         return 0 if self._question.guests_are_quiet else 1
 
     @property
@@ -77,16 +79,16 @@ class DirectDevice(ReadOnlyDevice):
         self.pread_many([(buffer, offset)])
 
     def pread_many(self, parts: Sequence[tuple[memoryview, int]]) -> None:
-        """Fill every (buffer, offset). None overlaps another: a second read may find given up what the first had."""
+        """Fill every (buffer, offset). No two may overlap: the first read may give up what a second one needs."""
         self.pread_covered(parts, [(offset, len(buffer)) for buffer, offset in parts])
 
     def pread_covered(
         self, parts: Sequence[tuple[memoryview, int]], ranges: Sequence[tuple[int, int]]
     ) -> None:
-        """The same, of (offset, length) in which the parts lie, and of which the rest is not going to be read.
+        """Fill every (buffer, offset). The parts lie in `ranges`, (offset, length), of which nothing else will be read.
 
-        Each range is a question, and that costs more than its length. As what was asked about is given up, reading the
-        rest nevertheless fails once a guest has written there.
+        Each range is one question, which costs more than its length. The bytes asked about are given up, so reading the
+        rest of a range later fails once a guest has written there.
         """
         for buffer, offset in parts:
             check_range(offset, len(buffer), self.size)
@@ -102,7 +104,7 @@ class DirectDevice(ReadOnlyDevice):
         return self._export.allocation(offset, length)
 
     def interrupt(self) -> None:
-        """From any thread: what others wait for fails, and so does all that follows. Close it then."""
+        """Make waiting reads and all later ones fail. Called from any thread; close the device then."""
         self._question.interrupt()
         self._export.interrupt()
 
@@ -115,7 +117,7 @@ class DirectDevice(ReadOnlyDevice):
 def _places(
     parts: Sequence[tuple[memoryview, int]], ranges: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[memoryview, int]]:
-    """Where in the buffers of `parts` each of `ranges` belongs, and its offset."""
+    """Yield the piece of a buffer of `parts` where each of `ranges` belongs, and its offset."""
     for buffer, first in parts:
         end = first + len(buffer)
         for offset, length in ranges:

@@ -1,6 +1,6 @@
-"""Which disks are there, which of them a process has, and how that process is reached.
+"""Finds which disks exist, which of them a process has, and how that process is reached.
 
-Of several, one that is not there or that its process serves to nobody is set aside: it keeps none of the others away.
+When several disks are named, one that is missing or whose process serves it to nobody is set aside, and the rest go on.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lmdbitmap.work.failures import Failures
 
 
 def tracked(store: Store, names: Sequence[str], apart: Failures) -> list[str]:
-    """Those that the store knows."""
+    """Return the names that the store knows."""
     found = []
     for name in names:
         with apart.of(name):
@@ -27,7 +27,7 @@ def tracked(store: Store, names: Sequence[str], apart: Failures) -> list[str]:
 
 
 def attached_elsewhere(store: Store, names: Sequence[str], apart: Failures) -> list[str]:
-    """Those that another process has attached, and of several also serves."""
+    """Return the disks that another process has attached. If several are named, only those it also serves."""
     attached = [name for name in names if is_attached(store, name)]
     if len(names) > 1:
         for name in attached:
@@ -37,11 +37,11 @@ def attached_elsewhere(store: Store, names: Sequence[str], apart: Failures) -> l
 
 
 class NotTogether(Busy):
-    """Some of several disks are served and some are not: it is of no use to wait for anybody."""
+    """Some of several disks are served and some are not: waiting does not help."""
 
 
 def require_all_or_none(names: Sequence[str], attached: Sequence[str]) -> None:
-    """Raise `NotTogether` where no one moment can be taken of all of them."""
+    """Raise `NotTogether` if no one point in time can be taken of all of them."""
     if 0 < len(attached) < len(names):
         raise NotTogether(
             f"of these disks only {', '.join(attached)} is served",
@@ -50,14 +50,14 @@ def require_all_or_none(names: Sequence[str], attached: Sequence[str]) -> None:
 
 
 def is_attached(store: Store, disk: Disk | str) -> bool:
-    """Whether a process has the disk, or the one of that name, now: to serve it, or for itself, as a backup does."""
+    """Return whether a process has the disk now, to serve it or for itself, as a backup does."""
     if isinstance(disk, str):
         disk = chain.disk_called(store, disk)
     return owner.is_owned(store.owner_path(disk.uuid))
 
 
 def is_served(store: Store, name: str) -> bool:
-    """Whether another process has the disk of that name, and is reached: what it changes for us, it does itself."""
+    """Return whether another process has the disk of that name and can be reached: it makes our changes itself."""
     try:
         client = control_client.reach(store.control_path(chain.disk_called(store, name).uuid))
     except Busy:
@@ -69,7 +69,7 @@ def is_served(store: Store, name: str) -> bool:
 
 
 def owner_of(store: Store, disk: Disk) -> Client:
-    """A connection to the process that has the disk; `Busy` where it takes none."""
+    """Connect to the process that has the disk. Raise `Busy` if it takes no connection."""
     client = control_client.reach(store.control_path(disk.uuid))
     if client is None:
         pid = owner.owner_pid(store.owner_path(disk.uuid))

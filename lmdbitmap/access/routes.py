@@ -1,8 +1,9 @@
-"""The routes to disks, one for each answer to who has them now. A job takes one for all of its disks (access.py), and
-each route takes one moment of all of them:
+"""The routes to disks, one for each kind of current owner.
 
-    AtRest             nobody has them: we own them meanwhile, so nobody writes, and the image is the point in time
-    Attached           a filter of this process has them: a snapshot, which the filter holds for us
+A job takes one route for all of its disks (access.py), and each route takes one point in time of all of them:
+
+    AtRest             no process has them: we own them meanwhile, so nobody writes, and the image is the point in time
+    Attached           a filter of this process has them: it holds a snapshot for us
     ServedElsewhere    another process has them: its control socket is asked for a snapshot, which we read from the
                        image and over NBD (through_owner.py)
 """
@@ -31,18 +32,19 @@ from lmdbitmap.tracker.snapshot import Snapshot, broken_error
 from lmdbitmap.work.failures import Failures
 
 LAST_WORD_S = 10.0
-"""How long an owner may take to release what was not read to its end: whoever gave up, as by Ctrl-C, wants to go."""
+"""Seconds an owner may take to release what was not read to its end: a user who gave up, as by Ctrl-C, wants to go."""
 
 OWNER_LIMIT_S: Final = 60.0
-"""How long an owner through which a disk is read may send nothing of what it was asked for. A far image that is away
-fails its requests in half of that."""
+"""Seconds an owner may send nothing of what a reader asked for. If the disk's image is remote and away, its requests
+fail in half of that.
+"""
 
 FREEZE_LIMIT_S: Final = 60.0
-"""A guest may be frozen until the owner has answered: it is not kept so for as long as other answers may take."""
+"""Seconds an owner may take for a point in time. A guest may be frozen meanwhile, so other answers may take longer."""
 
 
 class PointInTime(NamedTuple):
-    """A disk at a checkpoint: `device` reads as it was then, until the access to it ends."""
+    """A disk at a checkpoint. `device` reads as the disk was then, until the access to it ends."""
 
     disk: Disk
     checkpoint: Checkpoint
@@ -51,7 +53,7 @@ class PointInTime(NamedTuple):
 
 @contextlib.contextmanager
 def _told_of(disk: Disk) -> Iterator[None]:
-    """Of whose owner went away in the block: all that it held is gone with it."""
+    """Re-raise `OwnerGone` with this disk's name. Everything that the owner held is lost with it."""
     try:
         yield
     except OwnerGone as gone:
@@ -62,10 +64,10 @@ def _told_of(disk: Disk) -> Iterator[None]:
 
 
 class AtRest:
-    """Disks that nobody had: we own them, but begin no session, so that not even one in deferred mode loses what it
-    knew.
+    """Disks that no process had: we own them, but begin no session, so even a disk in deferred mode loses no record.
 
-    They are taken in the order of their names: see waiting.py."""
+    They are owned in the order of their names: see waiting.py.
+    """
 
     holds_alone = True
     may_be_behind = False
@@ -108,7 +110,7 @@ class AtRest:
         return list(map(PointInTime, self.disks, checkpoints, devices))
 
     def leave_out(self, disk: Disk) -> None:
-        """Others can have it from now on."""
+        """Leave the disk out. Other processes can have it from now on."""
         del self._disks[disk.uuid], self._held[disk.uuid]
         self._locks.pop(disk.uuid).close()
 
@@ -116,13 +118,13 @@ class AtRest:
         session.require_untouched(self._held[point.disk.uuid], point.disk)
 
     def let_go(self, point: PointInTime) -> None:
-        """Nothing is held but the disk itself."""
+        """Do nothing: only the disk itself is held."""
 
     def end_reading(self) -> None:
-        """Nothing is held but the disks themselves."""
+        """Do nothing: only the disks themselves are held."""
 
     def forget(self, disk: Disk, is_unneeded: Callable[[Checkpoint], bool]) -> list[str]:
-        """In one transaction."""
+        """Forget in one transaction."""
 
         def change(writer: Writer) -> list[str]:
             stay = []
@@ -144,7 +146,7 @@ class AtRest:
 
 
 class _ThroughOwner:
-    """What goes the same way through any owner, a filter here or another process."""
+    """What is the same for any owner, a filter here or another process."""
 
     holds_alone = False
     may_be_behind = False
@@ -165,7 +167,7 @@ class _ThroughOwner:
         return [name for name in unneeded if not self._forgets(disk, name)]
 
     def _forgets(self, disk: Disk, name: str) -> bool:
-        """Whether that checkpoint is gone; not if it is the only one that records, or somebody still reads of it."""
+        """Forget that checkpoint. Return False if it is the only one that records, or if it is still being read."""
         try:
             self._forget(disk, name)
         except InvalidArgument:
@@ -176,7 +178,7 @@ class _ThroughOwner:
         return True
 
     def _require_answer(self) -> None:
-        """Raise `Busy` where the one who was asked said nothing."""
+        """Raise `Busy` if the owner gave no answer."""
 
     def _forget(self, disk: Disk, name: str) -> None:
         raise NotImplementedError  # pragma: no cover
@@ -224,9 +226,9 @@ class Attached(_ThroughOwner):
 
 
 class ServedElsewhere(_ThroughOwner):
-    """Disks of another process. What is held there for us is released when we hang up, or die.
+    """Disks that another process serves. What it holds for us is released when we disconnect, or die.
 
-    Points are taken there one after the other: when ours is, those that were asked for earlier are there.
+    It takes points one after the other: when ours exists, those requested earlier exist too.
     """
 
     may_be_behind = True
@@ -246,7 +248,7 @@ class ServedElsewhere(_ThroughOwner):
         self._client = owners.owner_of(store, disks[0])
         self._devices: list[NbdDevice | DirectDevice] = []
         self._held: list[HeldThere] = []
-        """What is not released yet."""
+        """Snapshots that are not released yet."""
 
     def take_point(
         self, name: str, since: Sequence[Checkpoint | None], *, once: bool = False
@@ -268,7 +270,7 @@ class ServedElsewhere(_ThroughOwner):
         ]
 
     def _found(self, disk: Disk, name: str, uuid: str) -> Checkpoint:
-        """The checkpoint of this name, if it is still the one that was made."""
+        """Return the checkpoint of this name. Raise `Busy` if it is not the one that was made."""
         with self._store.read() as reader:
             found = chain.find_checkpoint(reader, disk, name)
         if str(found.uuid) != uuid:
@@ -279,14 +281,14 @@ class ServedElsewhere(_ThroughOwner):
         return found
 
     def prove(self, point: PointInTime) -> None:
-        """The process that took the snapshot has held it all the time: it is the one that answers."""
+        """Prove the point. The process that answers is the one that took the snapshot and has held it all the time."""
         held = next(held for held in self._held if held.checkpoint == point.checkpoint)
         self._held.remove(held)
         with _told_of(held.disk):
             told = self._client.call("release", timeout_s=self._limit_s, **held.named)
         if told["broken"] is not None:
             raise broken_error(point.disk, str(told["broken"]))
-        if not held.takes_uuid:  # a name is nobody else's as long as its checkpoint is there
+        if not held.takes_uuid:  # no other checkpoint gets the name while this one exists
             self._found(point.disk, point.checkpoint.name, str(point.checkpoint.uuid))
 
     def let_go(self, point: PointInTime) -> None:
@@ -303,7 +305,7 @@ class ServedElsewhere(_ThroughOwner):
                 self._client.call("release", timeout_s=last_word_s, **held.named)
 
     def forget(self, disk: Disk, is_unneeded: Callable[[Checkpoint], bool]) -> list[str]:
-        """Raises `Busy` where a checkpoint may be made still, by a request that we gave up."""
+        """Forget checkpoints. Raise `Busy` if one may still be made by a request that we gave up."""
         self._require_answer()
         return super().forget(disk, is_unneeded)
 

@@ -1,7 +1,7 @@
 """Snapshots of disks that another process serves: taken and released through its control socket, read over its NBD.
 
-They are held until somebody releases them, or their server ends, whatever becomes of who asked: a backup that is to
-cost nothing once it died is `backup.py`'s, whose snapshots are bound to it.
+They are held until they are released or their server ends, even if the requesting process dies. The snapshots of
+`backup.py` are bound to the backup instead, and cost nothing once it died.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class ServedSnapshot(NamedTuple):
     disk: str
     checkpoint: str
     uuid: UUID
-    """Of the checkpoint."""
+    """The checkpoint's uuid."""
     time_ns: int
-    """Of the checkpoint: Unix time."""
+    """Time of the checkpoint, Unix nanoseconds."""
     export: str
-    """Under which the server exports it, read-only, beside the disk."""
+    """Name under which the server exports it, read-only, beside the disk."""
 
 
 def take_served_snapshot(
@@ -41,13 +41,13 @@ def take_served_snapshot(
     since: str | None = None,
     freeze_limit_s: float = control_client.ANSWER_S,
 ) -> list[ServedSnapshot]:
-    """Have the process that serves the disks called `names` hold them, at one moment, or none of them.
+    """Have the process that serves the disks called `names` hold all of them at one moment, or none.
 
-    The checkpoint is durable when this returns, and stays. With `since`, a checkpoint, only what changed since then
-    is kept, and only that may be read. Whoever froze a guest gives `freeze_limit_s`; then it is given up, as `Busy`,
-    and the snapshot may be made still: release it.
-    Raises `NotFound` for a disk that nobody serves, `Busy` where not all are served by one process, `AlreadyExists`
-    where a disk has a checkpoint of that name, `StorageError` where old data cannot be kept.
+    The checkpoint is durable on return, and stays. With `since`, a checkpoint, only what changed since then is kept,
+    and only that may be read. A caller that froze a guest gives `freeze_limit_s`. After that the request is given up
+    with `Busy`, and the snapshot may still be made: release it. Raises `NotFound` for a disk that is not served, `Busy`
+    if not all are served by one process, `AlreadyExists` if a disk has a checkpoint of that name, `StorageError` if old
+    data cannot be kept.
     """
     require_limits(freeze_limit_s)
     if not names:
@@ -67,10 +67,10 @@ def take_served_snapshot(
 
 
 def release_served_snapshot(store: Store, name: str, checkpoint: str) -> int:
-    """Let go of what the server of the disk called `name` holds; answers the bytes of old data that had been kept.
+    """Release the snapshot of the disk called `name`. Return the bytes of old data that had been kept.
 
-    Raises `StorageError` if not all was kept: then what was read is of no use. The checkpoint stays. Raises `NotFound`
-    without such a snapshot.
+    The checkpoint stays. Raises `StorageError` if not all old data was kept: then what was read is unusable. Raises
+    `NotFound` without such a snapshot.
     """
     disk = chain.disk_called(store, name)
     with _server_of(store, disk) as client:
@@ -81,7 +81,7 @@ def release_served_snapshot(store: Store, name: str, checkpoint: str) -> int:
 
 
 def _server_of(store: Store, disk: Disk) -> control_client.Client:
-    """A connection to the process that serves a disk. `NotFound` where none does, `Busy` where one owns it only."""
+    """Connect to the process that serves a disk. Raise `NotFound` if none has it, `Busy` if one only owns it."""
     if not owners.is_attached(store, disk):
         raise NotFound(
             f"disk {disk.name!r} is not served",

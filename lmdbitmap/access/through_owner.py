@@ -1,19 +1,23 @@
-"""Opens snapshots that the owner of disks holds for us, by what it passes: nothing has to be found, or let us in.
+"""Opens snapshots that the disks' owner holds for us, through descriptors it passes: no path lookup, no permission.
 
-Where the owner offers that, the image itself is read (direct.py), by a descriptor of it, and a second connection asks
-what has to be read through the first, the export. An older owner, and one without a descriptor of its own, as of an
-image behind another NBD server, does not: then all is read through the export.
+If the owner offers it, the image itself is read (direct.py) by a descriptor that the owner passes. The export is then
+one connection, and a second connection asks what has to be read through the export. An older owner does not offer this,
+nor does one without a descriptor of its own, such as for an image behind another NBD server. Then everything is read
+through the export.
 
-Export and question are opened by a name, NAME@CHECKPOINT, which another snapshot may get once ours is released and its
-checkpoint forgotten. **What is read is of ours nevertheless, or is not believed**: a name is one snapshot's until that
-is released, as a checkpoint that is held cannot be forgotten (tracker/points.py); and one that was released is never
-held again, nor has another the uuid of its checkpoint. So an owner
-that finds ours by this uuid has held it ever since it took it, and what was opened by its name meanwhile is of it. The
-image is asked for by uuid after the other two are open; and whoever has read all releases by uuid, which fails if ours
-was not held to the end (routes.py).
+The export and the question are opened by a name, NAME@CHECKPOINT, which another snapshot may get once ours is released
+and its checkpoint forgotten. **Everything read is from our snapshot, or is rejected**:
 
-Exports are opened before anything else, of all disks: the owner has room for so many connections, and can be read
-without a question.
+- A name belongs to one snapshot until that is released, as a checkpoint that is held cannot be forgotten
+  (tracker/points.py).
+- A released snapshot is never held again, and no other snapshot has the uuid of its checkpoint.
+- So an owner that finds our snapshot by this uuid has held it ever since it took it, and what was opened by its name
+  meanwhile belongs to it.
+- The image is requested by uuid after the other two are open. Once everything is read, the snapshot is released by
+  uuid, which fails if it was not held to the end (routes.py).
+
+The exports of all disks are opened before anything else: the owner has room for a limited number of connections, and
+can be read without a question.
 """
 
 from __future__ import annotations
@@ -41,7 +45,7 @@ log = logging.getLogger(__name__)
 
 
 class HeldThere(NamedTuple):
-    """A snapshot that the owner holds for us; `direct` is what it told of its image, which an older owner does not."""
+    """A snapshot that the owner holds for us. `direct`: whether it offers its image; None from an older owner."""
 
     disk: Disk
     checkpoint: Checkpoint
@@ -50,20 +54,20 @@ class HeldThere(NamedTuple):
 
     @property
     def takes_uuid(self) -> bool:
-        """Whether the owner knows a snapshot by its checkpoint's uuid too."""
+        """Whether the owner also knows a snapshot by its checkpoint's uuid."""
         return self.direct is not None
 
     @property
     def named(self) -> dict[str, str]:
-        """The arguments of an operation on it."""
+        """The arguments that name it in an operation."""
         names = {"disk": self.disk.name, "checkpoint": self.checkpoint.name}
         return {**names, "uuid": str(self.checkpoint.uuid)} if self.takes_uuid else names
 
 
 def open_held(owner: Client, held: Sequence[HeldThere], silence_s: float) -> list[NbdDevice | DirectDevice]:
-    """To be read. Raises `OwnerGone` where a connection of the owner's is lost.
+    """Open the snapshots for reading. Raise `OwnerGone` if a connection to the owner is lost.
 
-    A request of which it sends nothing for `silence_s` is `Busy` too.
+    Raises `Busy` if the owner sends nothing for a request for `silence_s`.
     """
     exports: list[NbdDevice] = []
     devices: list[NbdDevice | DirectDevice] = []
@@ -125,7 +129,7 @@ def _direct(owner: Client, held: HeldThere, export: NbdDevice, silence_s: float)
 
 
 def _image(fd: int, disk: Disk) -> FileDevice:
-    """Not locked: the owner has the locks, and keeps the image as it is in size while the disk is held."""
+    """Open the image without locks. The owner has the locks, and keeps the image's size while the disk is held."""
     try:
         is_block_device = stat.S_ISBLK(os.fstat(fd).st_mode)
         image = FileDevice(disk.image, fd, read_only=True, locked=False, is_block_device=is_block_device)

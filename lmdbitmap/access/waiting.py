@@ -1,12 +1,12 @@
-"""Waiting for disks that others have for themselves: another backup, or whoever holds one for a moment.
+"""Waits for disks that another program has for itself, such as another backup.
 
-**Who waits holds no disk.** So nobody waits for disks in a circle. And whoever serves a disk can have it meanwhile:
-that ends the wait too, as the disk is read through its server then. How the disks can be got at is decided anew each
-time, of all of them.
+**A waiting run holds no disk.** So no runs wait for each other in a circle. Meanwhile another process can begin to
+serve a disk; that ends the wait too, as the disk is then read through its server. Each attempt decides anew, for all
+disks, how to get at them.
 
-An attempt ends at the first disk that is busy, and goes in the order of the disks' names (routes.py): of several
-runs that want the same disks, one has them all. Between attempts it is only asked who has them: an attempt owns disks
-for a moment, in which others would find them busy.
+An attempt ends at the first busy disk, and goes in the order of the disks' names (routes.py): of several runs that want
+the same disks, one gets them all. Between attempts we only ask who has them: an attempt owns disks for a moment, during
+which others would find them busy.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _Route = TypeVar("_Route")
 
 
 class Wanted(NamedTuple):
-    """The disks that a job is to have, and how it opens their images."""
+    """The disks that a job wants, and how it opens their images."""
 
     store: Store
     names: Sequence[str]
@@ -40,9 +40,9 @@ class Wanted(NamedTuple):
 def patiently(
     attempt: Callable[[Failures], _Route], wanted: Wanted, patience: Patience, failures: Failures
 ) -> _Route:
-    """What `attempt` answers, once no disk is busy or patience is at its end: then a busy disk fails as any other.
+    """Return what `attempt` returns once no disk is busy. When patience ends, a busy disk fails like any other failure.
 
-    It is given what to set failures aside in: those of the attempt that counts are in `failures` afterwards.
+    `attempt` gets a `Failures` to set disks aside in. Those of the attempt that counts are in `failures` afterwards.
     """
     told: set[str] = set()
     while patience.left_s:
@@ -61,7 +61,7 @@ def patiently(
 
 
 def _wait(wanted: Wanted, patience: Patience, told: set[str]) -> None:
-    """Return when each of the disks was free or served at some time since, or patience is at its end."""
+    """Return when each of the disks has been free or served at some time since, or patience is at its end."""
     for name in sorted(wanted.names):
         while (busy := _who_has(wanted, name)) is not None and patience.left_s:
             if name not in told:
@@ -71,7 +71,7 @@ def _wait(wanted: Wanted, patience: Patience, told: set[str]) -> None:
 
 
 def _who_has(wanted: Wanted, name: str) -> Busy | None:
-    """Who keeps the disk from us. What else is wrong with it the next attempt tells."""
+    """Return the `Busy` that says who has the disk, or None. Other problems are left to the next attempt to report."""
     with contextlib.suppress(LmdbitmapError, OSError):
         try:
             _look_at(wanted, name)
