@@ -1,1 +1,1 @@
-"""Data on its way from disk to disk: read, hashed and written by several threads."""
+"""Copies data from disk to disk: several threads read, hash and write it."""

@@ -2,9 +2,9 @@
 
     read a load ─▶ in turn: its place in the image, and its hashers ─▶ write it and hash it
 
-To read, to write and to hash let go of Python's lock, and what was read is written and hashed while it is in that
-processor's cache. Only to find their places do loads take turns, in the order of the disk, so that the image is the
-same however many carry.
+Reading, writing and hashing release Python's lock, and a load is written and hashed while it is in that processor's
+cache. Loads take turns only to find their places, in the order of the disk, so that the image is the same for any
+number of carriers.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from lmdbitmap.work.buffers import new_buffer
 from lmdbitmap.work.gang import Gang, Work
 
 Advance: TypeAlias = Callable[[int], None]
-"""Called with bytes of the device that were done, in the caller's thread; what it raises ends the work."""
+"""Called with the number of bytes of the device that are done, in the caller's thread; what it raises ends the work."""
 Part: TypeAlias = "tuple[int, memoryview, Callable[[], None]]"
-"""What the image is to have, where, and what hashes it."""
+"""Offset in the image, the data for it, and the function that hashes the data."""
 
 
 class Hashing(Protocol):
     """Computes digests of the file while it is filled."""
 
     def feed(self, offset: int, data: memoryview) -> Callable[[], None]:
-        """The file will have these bytes, which are told in its order; what it answers is called when there is time."""
+        """Announce the file's next bytes. The function returned hashes them when there is time."""
 
     def wrote(self, offset: int, length: int) -> None:
-        """The file has these bytes."""
+        """Note that the file has these bytes."""
 
 
 class ImageSink(WritableFile, Protocol):
-    """The image file, written to by many threads; its refusals name the `place`."""
+    """The image file, written to by many threads; its errors name the `place`."""
 
     @property
     def place(self) -> str: ...
 
 
 class Shelf:
-    """A sink that keeps what the image is to have, and where, until somebody has time to write it."""
+    """A sink that keeps parts of the image, and their offsets, until there is time to write them."""
 
     def __init__(self) -> None:
         self._parts: list[tuple[int, Buffer]] = []
@@ -54,13 +54,13 @@ class Shelf:
         self._parts.append((offset, data))
 
     def cleared(self) -> list[tuple[int, memoryview]]:
-        """All that is on it, in the order of the file."""
+        """Return and forget all parts, in the order of the file."""
         parts, self._parts = sorted(self._parts, key=lambda part: part[0]), []
         return [(offset, memoryview(data)) for offset, data in parts]
 
 
 class Carriers:
-    """Fills `image` with what `writer` maps, which puts all its own on the `shelf`. For one call of `carry`."""
+    """Fills `image` with what `writer` maps; the writer puts its own parts on the `shelf`. For one call of `carry`."""
 
     def __init__(
         self, loads: Loads, writer: Qcow2Writer, shelf: Shelf, image: ImageSink, hashing: Hashing
@@ -77,9 +77,9 @@ class Carriers:
         self.bytes_zero = 0
 
     def carry(self, runs: Iterable[Run], advance: Advance) -> None:
-        """Copy the runs, which ascend. All is written when it returns, and no thread of it is left.
+        """Copy the ascending runs. On return all is written, and all its threads have ended.
 
-        After a failure the device was interrupted, if it can be, and is of no use.
+        After a failure the device was interrupted, if it can be, and is unusable.
         """
         told = 0
 
@@ -91,7 +91,7 @@ class Carriers:
         self._gang.do(self._announced(runs), tell)
 
     def finish(self) -> int:
-        """Complete the image; answer its size in bytes."""
+        """Complete the image; return its size in bytes."""
         size = self._writer.finish()
         self._put_away(self._shelved())
         return size
@@ -111,7 +111,7 @@ class Carriers:
         self._put_away(parts)
 
     def _placed(self, stretches: Iterable[Stretch], view: memoryview) -> list[Part]:
-        """Find each stretch its place in the image: neighbours in the buffer are neighbours there, mostly."""
+        """Find each stretch its place in the image. Neighbours in the buffer are mostly neighbours there."""
         at = begin = end = 0
         for offset, length, start in stretches:
             self.bytes_changed += length

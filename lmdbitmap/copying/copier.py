@@ -1,4 +1,4 @@
-"""Copies clusters of a device into a backup image. What reads as zeroes (loads.py finds out) is not stored as data."""
+"""Copies clusters of a device into a backup image. Data that reads as zeroes (loads.py finds it) is not stored."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lmdbitmap.work.progress import Report
 
 
 class Copied(NamedTuple):
-    """Bytes of the disk that were copied, and how many of them are zeroes; bytes of the image."""
+    """Bytes of the disk that were copied, how many of them are zeroes, and bytes of the image."""
 
     bytes_changed: int
     bytes_zero: int
@@ -34,7 +34,7 @@ class Copied(NamedTuple):
 
 
 class ImageFile:
-    """An empty file to write an image into, at once; its refusals name the `place` where it will be."""
+    """An empty file to write an image into, unbuffered; its errors name the `place` where the file will be."""
 
     def __init__(self, fd: int, place: str) -> None:
         self._fd = fd
@@ -56,9 +56,9 @@ def copy_clusters(
     report: Report,
     compression: Compression | None = None,
 ) -> Copied:
-    """Fill `file` with an image of runs of `clusters`, ascending; what is between is left to the backing file.
+    """Fill `file` with an image of ascending runs of `clusters`; what lies between is left to the backing file.
 
-    Raises `OSError` as the device does, and errors of ours as the file does. Nothing is synced.
+    Raises `OSError` as the device does, and our own errors as the file does. Nothing is synced.
     """
     if compression is not None:
         return _compressed(
@@ -84,7 +84,7 @@ def _writer(
 
 
 class _Followed:
-    """A file whose digests are computed behind whoever writes it, in small pieces."""
+    """A file whose digests are computed behind its writer, in small pieces."""
 
     def __init__(self, file: ImageSink, hashing: Hashing) -> None:
         self._file = file
@@ -105,7 +105,7 @@ def _compressed(
     report: Report,
     compression: Compression,
 ) -> Copied:
-    """One thread reads ahead, the caller's puts the image together, others compress."""
+    """Copy with one thread reading ahead, the caller's putting the image together, and others compressing."""
     plain = _writer(file, clusters, backing_file, compression.type)
     bytes_changed = bytes_zero = 0
     with (

@@ -1,7 +1,7 @@
-"""What the digests of an image's chunks are made with, by the names that a manifest has for it.
+"""The algorithms for the digests of an image's chunks, by their names in a manifest.
 
-Both are cryptographic and 32 bytes long: where one fits, the data is what it was, to the bit. SHA-256 is in the
-standard library. BLAKE3 takes half of its time or less, and is the package `blake3`, which is imported when the first
+Both are cryptographic and 32 bytes long: if a digest fits, the data is what it was, to the bit. SHA-256 is in the
+standard library. BLAKE3 takes half of its time or less. It is the package `blake3`, which is imported when the first
 digest is wanted. Both let other threads run while they work.
 """
 
@@ -24,7 +24,7 @@ class DigestAlgorithm(enum.Enum):
 
     @property
     def title(self) -> str:
-        """As people write it."""
+        """The name as people write it."""
         return _TITLES[self]
 
 
@@ -33,14 +33,14 @@ INSTALL: Final = "run: pip install 'lmdbitmap[fast]'"
 
 
 class Hasher(Protocol):
-    """Of one digest: fed piece by piece."""
+    """Computes one digest, fed piece by piece."""
 
     def update(self, data: Buffer, /) -> object: ...
     def digest(self) -> bytes: ...
 
 
 def named(name: str) -> DigestAlgorithm:
-    """The one called `sha256` or `blake3`; `NotFound` where its package is missing."""
+    """Return the algorithm called `sha256` or `blake3`. Raise `NotFound` if its package is missing."""
     for algorithm in DigestAlgorithm:
         if algorithm.value == name:
             require(algorithm, f"digest {name}")
@@ -50,7 +50,7 @@ def named(name: str) -> DigestAlgorithm:
 
 
 def fastest() -> DigestAlgorithm:
-    """Of those that this Python has."""
+    """Return the fastest algorithm that this Python has."""
     blake3 = DigestAlgorithm.BLAKE3
     return blake3 if is_available(blake3) else DigestAlgorithm.SHA256
 
@@ -64,9 +64,9 @@ def is_available(algorithm: DigestAlgorithm) -> bool:
 
 
 def require(algorithm: DigestAlgorithm, place: str, *, instead: str = "") -> None:
-    """Raise `NotFound` where its package is missing: better before the work than in the middle of it.
+    """Raise `NotFound` if the algorithm's package is missing: better before the work than in the middle of it.
 
-    `place` needs it; `instead` is what else a user can do.
+    `place` is what needs it; `instead` is what else a user can do.
     """
     if not is_available(algorithm):
         raise NotFound(
@@ -76,7 +76,7 @@ def require(algorithm: DigestAlgorithm, place: str, *, instead: str = "") -> Non
 
 
 def new_hasher(algorithm: DigestAlgorithm) -> Hasher:
-    """Of no byte yet. Who may have to do without a package asks `require` before."""
+    """Return a hasher without data. If the package may be missing, call `require` before."""
     return _maker(algorithm)()
 
 

@@ -1,15 +1,15 @@
 """Computes the digests of a file's chunks while it is filled, in one of two ways.
 
-    feed(offset, data) ───▶ by whoever has the bytes, before they leave its processor's cache ─────────▶ digests
+    feed(offset, data) ───▶ by the thread that has the bytes, while they are in its processor's cache ─▶ digests
     wrote(offset, length) ──▶ of chunks that the file has gone beyond, by threads that read them back ─▶ digests
 
-    all is written ── digests() ──▶ in order, with what was written to once more
+    all is written ── digests() ──▶ in order; chunks that were written to again are hashed again
 
-Hashing lets go of Python's lock. What is fed comes in the order of the file, and may be hashed in any: only the
-beginning of a chunk that ends in what is fed next is hashed at once. What comes in small pieces is left to threads
-that hash many chunks in one go. A chunk that is written to after it was hashed, or of which not all was fed, is hashed
-in the end: so the digests are right in whatever order a file is written. Invariant: `_open` is a hasher of all bytes
-from the beginning of the chunk that the file ends in to that end, or None.
+Hashing releases Python's lock. Fed data comes in the order of the file, and may be hashed in any order; only the
+beginning of a chunk that ends in the next fed data is hashed at once. Data that comes in small pieces is left to
+threads that hash many chunks in one go. A chunk that is written to after it was hashed, or that was not fed completely,
+is hashed in the end: so the digests are right in whatever order a file is written. Invariant: `_open` is a hasher of
+all bytes from the beginning of the chunk that the file ends in to that end, or None.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from lmdbitmap.work.crew import Crew, Spared, none_spared, processors
 
 CHUNK_BYTES: Final = 1 << 20
 _BATCH_CHUNKS: Final = 4
-"""Hashed in one go: what a thread costs is lost in it."""
+"""Chunks hashed in one go, so that the cost of a thread does not matter."""
 _READ_AT_ONCE: Final = 256 << 10
 _MOST_IN_MEMORY: Final = 8 << 20
-"""Of digests: those of 256 GiB."""
+"""Bytes of digests kept in memory: those of 256 GiB."""
 MOST_THREADS: Final = 8
 
 
 def thread_count() -> int:
-    """How many threads can compute digests at once."""
+    """Return how many threads can compute digests at once."""
     return min(processors(), MOST_THREADS)
 
 
 class ChunkHasher:
-    """The digests of the file `fd`; a context, which owns its threads.
+    """The digests of the file `fd`; a context that owns its threads.
 
-    Digests beyond some megabytes are in a file without a name in `folder`, so that memory is bounded: what is left is a
-    byte for each chunk, 1 MiB for a TiB, of a file that is written to where it was hashed before. Of the processors,
-    `spared` are left to others (crew.py): who puts the image together, reads ahead and compresses have one each.
+    Digests beyond some megabytes are in an unnamed file in `folder`, so that memory is bounded. Only a file that is
+    written to where it was hashed before takes more: a byte for each chunk, 1 MiB for a TiB. `spared` processors are
+    left to other work (crew.py): the threads that put the image together, read ahead and compress have one each.
 
-    For one thread at a time, and what `feed` answers for any. With chunks of 4 bytes:
+    For one thread at a time; the functions that `feed` returns are for any thread. With chunks of 4 bytes:
 
         feed(0, 6 bytes)    chunk 0 is hashed when the answer is called, and what there is of chunk 1 at once
         wrote(6, 4)         of chunks 1 and 2 not all is at hand any more
@@ -70,7 +70,7 @@ class ChunkHasher:
         self.algorithm = algorithm
         self.chunk_size = chunk_size
         self._digests = tempfile.SpooledTemporaryFile(_MOST_IN_MEMORY, dir=folder)  # noqa: SIM115 - see __exit__
-        """Each in its place, once there is one."""
+        """The digest of each chunk at its place, once it is computed."""
         self._putting = threading.Lock()
         self._most_under_way = 2 * thread_count()
         self._threads = Crew(thread_count(), spared=spared, busy=3)
@@ -78,9 +78,9 @@ class ChunkHasher:
         self._open: Hasher | None = None
         self._end = 0
         self._chunks_seen_to = 0
-        """Each of so many, from the first on, is hashed, or will be soon, or is stale."""
+        """Number of chunks, from the first on, that are hashed, or will be soon, or are stale."""
         self._stale = bytearray()
-        """1 for each chunk that is to be hashed in the end; no longer than up to the last of them."""
+        """1 for each chunk that has to be hashed in the end; no longer than up to the last of them."""
 
     def __enter__(self) -> ChunkHasher:
         return self
@@ -92,9 +92,9 @@ class ChunkHasher:
         self._digests.close()
 
     def feed(self, offset: int, data: memoryview) -> Callable[[], None]:
-        """The file will have these bytes before it is `wrote` to and before `digests`.
+        """Announce bytes that the file will have before it is `wrote` to and before `digests`.
 
-        Call the answer, in any thread, while `data` is what it was.
+        Call the function returned, in any thread, while `data` is unchanged.
         """
         if offset != self._end:
             self._leave_open(offset, len(data))
@@ -115,7 +115,7 @@ class ChunkHasher:
         return partial(_all_of, works)
 
     def _parts(self, offset: int, data: memoryview) -> Iterator[tuple[int, int, memoryview]]:
-        """(chunk, first byte in it, bytes)"""
+        """Yield (chunk, first byte in it, bytes)."""
         while data:
             chunk, start = divmod(offset, self.chunk_size)
             part = data[: self.chunk_size - start]
@@ -127,13 +127,13 @@ class ChunkHasher:
         self._put(chunk, hasher.digest())
 
     def wrote(self, offset: int, length: int) -> None:
-        """The file has these bytes, and all that were fed."""
+        """Note that the file has these bytes, and all that were fed."""
         self._leave_open(offset, length)
         while (self._chunks_seen_to + _BATCH_CHUNKS) * self.chunk_size <= self._end:
             self._hash_next(_BATCH_CHUNKS)
 
     def _leave_open(self, offset: int, length: int) -> None:
-        """What chunks have that are written to is not at hand."""
+        """Mark chunks touched by this range: they can no longer be hashed from memory."""
         self._open = None
         end = offset + length
         if offset < self._chunks_seen_to * self.chunk_size:
@@ -148,7 +148,7 @@ class ChunkHasher:
             self._stale[first:stop] = b"\1" * (stop - first)
 
     def digests(self) -> Iterator[bytes]:
-        """All of them in order, once nothing is written any more; the last chunk may be short."""
+        """Yield all digests in order, once the file is written completely; the last chunk may be short."""
         chunks = ceil_div(os.fstat(self._fd).st_size, self.chunk_size)
         while self._chunks_seen_to < chunks:
             self._hash_next(min(_BATCH_CHUNKS, chunks - self._chunks_seen_to))
@@ -164,7 +164,7 @@ class ChunkHasher:
         return _digests_of(self._fd, self.algorithm, self.chunk_size, chunk, 1)
 
     def _hash_next(self, count: int) -> None:
-        """Hand over the next chunks, to be read back; who is far ahead of the threads that do waits."""
+        """Have threads read back the next chunks and hash them. Wait if too many are under way."""
         self._under_way.append(self._threads.submit(self._read_back, self._chunks_seen_to, count))
         self._chunks_seen_to += count
         if len(self._under_way) > self._most_under_way:
@@ -180,7 +180,7 @@ class ChunkHasher:
 
 
 def _nothing() -> None:
-    """There is nothing to be hashed."""
+    """Do nothing: there is nothing to hash."""
 
 
 def _all_of(works: Iterable[Callable[[], None]]) -> None:
@@ -189,13 +189,13 @@ def _all_of(works: Iterable[Callable[[], None]]) -> None:
 
 
 def chunk_digests(fd: int, algorithm: DigestAlgorithm, chunk_size: int = CHUNK_BYTES) -> Iterator[bytes]:
-    """The digest of each chunk of a file; the last chunk may be short."""
+    """Yield the digest of each chunk of a file; the last chunk may be short."""
     for chunk in range(ceil_div(os.fstat(fd).st_size, chunk_size)):
         yield _digests_of(fd, algorithm, chunk_size, chunk, 1)
 
 
 def _digests_of(fd: int, algorithm: DigestAlgorithm, chunk_size: int, first: int, count: int) -> bytes:
-    """One behind the other."""
+    """Return the digests of `count` chunks, concatenated."""
     buffer = memoryview(new_buffer(min(_READ_AT_ONCE, chunk_size)))
     return b"".join(
         _digest_at(fd, algorithm, chunk * chunk_size, chunk_size, buffer)
@@ -204,7 +204,7 @@ def _digests_of(fd: int, algorithm: DigestAlgorithm, chunk_size: int, first: int
 
 
 def digest_at(fd: int, algorithm: DigestAlgorithm, offset: int, length: int) -> bytes:
-    """The digest of a range of a file; of less, where the file has become shorter."""
+    """Return the digest of a range of a file; of less, if the file has become shorter."""
     return _digest_at(fd, algorithm, offset, length, memoryview(new_buffer(min(_READ_AT_ONCE, length))))
 
 

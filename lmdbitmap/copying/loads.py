@@ -1,7 +1,7 @@
-"""What of a device is read, load by load: as much as one buffer holds, and what reads as zeroes between.
+"""Reads a device load by load. A load is data that fits in one buffer, and the ranges of zeroes between.
 
-Holes are found by asking, and not even read unless they cover a block in part only. Other zeroes are found by
-looking, block by block. Where every question travels, as to an NBD server, small runs are read without asking.
+The device is asked for holes, which are not read unless they cover a block only in part. Other zeroes are found by
+comparing, block by block. If every question travels, as to an NBD server, small runs are read without asking.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from lmdbitmap.copying.readable import CHUNK_BYTES, Readable, read_methods_of
 from lmdbitmap.geometry import Geometry
 
 SMALL_BYTES: Final = CHUNK_BYTES // 4
-"""Runs up to here are not worth a question that travels."""
+"""Runs up to this many bytes are not worth a question that travels."""
 
 _MOST_PLACES: Final = 256
-"""In a load: they take memory too."""
+"""Ranges in a load: they take memory too."""
 
 
 class ReadRange(NamedTuple):
-    """Bytes of the device; `zero` where it says that they are zeroes, which are not read."""
+    """Bytes of the device. If `zero`, the device says that they are zeroes, and they are not read."""
 
     offset: int
     length: int
@@ -29,11 +29,11 @@ class ReadRange(NamedTuple):
 
 
 Load: TypeAlias = "list[ReadRange]"
-"""Ascending. The data of all of them has room in one buffer."""
+"""Ascending ranges whose data fits in one buffer."""
 
 
 class Stretch(NamedTuple):
-    """Bytes of the device, from `start` on in the buffer; None where they are zeroes."""
+    """Bytes of the device, at `start` in the buffer; None if they are zeroes."""
 
     offset: int
     length: int
@@ -41,10 +41,10 @@ class Stretch(NamedTuple):
 
 
 class Loads:
-    """Reads runs of `blocks`, which are as large as what is told apart: a block is data if any byte of it is.
+    """Reads runs of `blocks`. Data and zeroes are told apart by block: a block is data if any byte of it is.
 
-    Loads are planned by one thread, and read by any, each into a buffer of `buffer_bytes` at least. Each lies behind
-    the one before it, and nothing is read twice.
+    One thread plans loads. Any thread reads them, each into a buffer of at least `buffer_bytes`. Each load lies behind
+    the one before, and nothing is read twice.
     """
 
     def __init__(self, device: Readable, blocks: Geometry) -> None:
@@ -57,7 +57,7 @@ class Loads:
     # -- what to read --------------------------------------------------------------------------------------
 
     def planned(self, runs: Iterable[Run]) -> Iterator[Load]:
-        """All of the runs, which ascend, without a gap in one of them. Raises `OSError` as the device does."""
+        """Yield loads for all of the ascending runs, without a gap in a run. Raises `OSError` as the device does."""
         load: Load = []
         room = self.buffer_bytes
         for rest in self._places(runs):
@@ -76,7 +76,7 @@ class Loads:
             yield load
 
     def announce(self, load: Load) -> None:
-        """Tell the device that this will be read, if it wants to know."""
+        """Tell the device that this load will be read, if it wants to know."""
         if self.methods.will_need is not None:
             for offset, length, zero in load:
                 if not zero:
@@ -93,7 +93,7 @@ class Loads:
                 yield ReadRange(*self._blocks.bytes_of(start, stop), zero)
 
     def _parts(self, run: Run) -> Iterator[tuple[int, int, bool]]:
-        """The run in parts (first block, stop, whether the device knows that all of it is zero)."""
+        """Yield the run in parts (first block, stop, whether the device knows that all of it is zero)."""
         position, stop = run
         offset, length = self._blocks.bytes_of(position, stop)
         for part in self._device.allocation(offset, length):
@@ -110,7 +110,7 @@ class Loads:
     # -- reading -------------------------------------------------------------------------------------------
 
     def read(self, load: Load, buffer: bytearray) -> list[Stretch]:
-        """Fill the buffer, data behind data, and tell what is where. Raises `OSError` as the device does."""
+        """Fill the buffer with the load's data, gapless; return the stretches. Raises `OSError` as the device does."""
         view, filled = memoryview(buffer), 0
         parts: list[tuple[memoryview, int]] = []
         for offset, length, zero in load:
@@ -138,7 +138,7 @@ class Loads:
             begin += length
 
     def _looked_at(self, buffer: bytearray, begin: int, end: int) -> Iterator[tuple[int, int, bool]]:
-        """Stretches (start, stop, zero) of the buffer's [begin, end) in blocks, neighbours differing."""
+        """Yield stretches (start, stop, zero) of the buffer's [begin, end) in blocks; adjacent ones differ."""
         start, was_zero = begin, self._is_zero(buffer, begin, end)
         for position in range(begin + len(self._zeroes), end, len(self._zeroes)):
             zero = self._is_zero(buffer, position, end)
@@ -148,7 +148,7 @@ class Loads:
         yield start, end, was_zero
 
     def _is_zero(self, buffer: bytearray, start: int, end: int) -> bool:
-        """`startswith` is a memcmp: data that is not zero mostly differs early, and costs next to nothing."""
+        """Return whether a block is zero. `startswith` is a memcmp: data that is not zero mostly differs early."""
         stop = start + len(self._zeroes)
         if stop <= end:
             return buffer.startswith(self._zeroes, start, stop)
@@ -156,7 +156,7 @@ class Loads:
 
 
 def _ranges(load: Load) -> Iterator[tuple[int, int]]:
-    """Where its places are, from data to data, those that adjoin as one."""
+    """Yield the load's ranges from its first data to its last, adjacent ones joined."""
     data = [number for number, place in enumerate(load) if not place.zero]
     begin = end = load[data[0]].offset
     for offset, length, _ in load[data[0] : data[-1] + 1]:

@@ -1,8 +1,8 @@
-"""What of a device is data and what reads as zeroes, piece by piece, for whoever puts one after the other somewhere.
+"""Reads a device piece by piece, data or zeroes, for callers that write one piece after the other.
 
-A thread reads ahead by two loads (loads.py), so that what takes its time to read does so while what came before is put
-somewhere. While the processor for that is left to a guest, as the device says in its `spared_processors`, the kernel is
-told ahead what will be read: an image that is not in memory is copied nearly twice as fast.
+A thread reads ahead by two loads (loads.py), so that slow reads go on while earlier pieces are written. If that
+thread's processor is left to a guest, as the device says in its `spared_processors`, the kernel is told ahead what will
+be read: an image that is not in memory is then copied nearly twice as fast.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from lmdbitmap.work.buffers import new_buffer
 from lmdbitmap.work.crew import Follower
 
 _MOST_FILLED = 2
-"""Buffers that are filled while the pieces of another are looked at."""
+"""Buffers that are filled while the pieces of another are used."""
 
 
 class Piece(NamedTuple):
-    """Bytes of the device; `data` is None where they are zeroes, and else holds them until the next piece comes."""
+    """Bytes of the device. `data` is None if they are zeroes, and is valid until the next piece comes."""
 
     offset: int
     length: int
@@ -32,17 +32,17 @@ class Piece(NamedTuple):
 
 
 class Pieces:
-    """Reads runs of `blocks`, which are as large as what is told apart: a block is data if any byte of it is."""
+    """Reads runs of `blocks`. Data and zeroes are told apart by block: a block is data if any byte of it is."""
 
     def __init__(self, device: Readable, blocks: Geometry) -> None:
         self._loads = Loads(device, blocks)
         self._methods = self._loads.methods
 
     def of_all(self, runs: Iterable[Run]) -> Generator[Piece, None, None]:
-        """The runs, which ascend, without a gap in one of them. Raises `OSError` as the device does.
+        """Yield pieces of the ascending runs, without a gap within a run. Raises `OSError` as the device does.
 
-        Close it where it is left before its end: its thread may be reading. A device that can be interrupted is, and is
-        of no use afterwards.
+        Close it if it is left before its end: its thread may be reading. The device is then interrupted, if it can be,
+        and is unusable afterwards.
         """
         reader: Follower[list[Stretch]] = Follower(spared=self._methods.spared)
         free = deque(new_buffer(self._loads.buffer_bytes) for _ in range(1 + _MOST_FILLED))
@@ -67,7 +67,7 @@ class Pieces:
 def _taken(
     reader: Follower[list[Stretch]], filling: deque[bytearray], free: deque[bytearray]
 ) -> Iterator[Piece]:
-    """The pieces of the load that was read first; its buffer is free when they were looked at."""
+    """Yield the pieces of the load that was read first. Its buffer is free afterwards."""
     stretches, buffer = reader.answer(), filling.popleft()
     view = memoryview(buffer)
     for offset, length, start in stretches:

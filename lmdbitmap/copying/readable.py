@@ -1,4 +1,4 @@
-"""What copying takes of a device: to read it, to ask where it is zero, and in what way it is best read."""
+"""What copying needs of a device: to read it, to ask where it is zero, and how it is best read."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from lmdbitmap.work.crew import Spared
 from lmdbitmap.work.pace import Pace
 
 CHUNK_BYTES = 1 << 20
-"""Read at once, unless the device says more in its `chunk_bytes`."""
+"""Bytes to read at once, unless the device says more in its `chunk_bytes`."""
 
 Parts: TypeAlias = "Sequence[tuple[memoryview, int]]"
-"""(buffer, offset) each."""
+"""A sequence of (buffer, offset)."""
 Ranges: TypeAlias = "Sequence[tuple[int, int]]"
-"""(offset, length) each."""
+"""A sequence of (offset, length)."""
 ReadMany: TypeAlias = Callable[[Parts, Ranges], None]
-"""Fills all parts at once. They lie in the ranges, of which the rest is zeroes and is not going to be read."""
+"""Fills all parts at once. They lie in the ranges. The rest of the ranges is zeroes and will not be read."""
 WillNeed: TypeAlias = Callable[[int, int], None]
-"""Is told (offset, length)."""
+"""Called with (offset, length) that will be read."""
 
 
 class Readable(Protocol):
-    """What copying a device takes of a `BlockDevice`."""
+    """What copying needs of a `BlockDevice`."""
 
     @property
     def size(self) -> int: ...
@@ -34,17 +34,17 @@ class Readable(Protocol):
 
 
 class ReadMethods(NamedTuple):
-    """How a device is best read: what it says of itself in attributes of these names, or what goes for any."""
+    """How a device is best read, from its attributes of these names, or defaults for any device."""
 
     pread_many: ReadMany | None
-    """Of a device to which every question travels; `pread_covered`, if it wants to know the ranges."""
+    """Reads several parts at once, if every question travels; `pread_covered`, if the device wants the ranges."""
     will_need: WillNeed | None
-    """Of a device that can begin to read before that is waited for."""
+    """Has the device begin a read before it is waited for, if it can."""
     interrupt: Callable[[], None]
-    """Has a read that hangs fail, from any thread."""
+    """Makes a hanging read fail, from any thread."""
     chunk_bytes: int
     spared: Spared
-    """What it says at this moment of its `spared_processors`, to be left to others while it is read."""
+    """The device's current `spared_processors`, to be left to others while it is read."""
 
 
 def read_methods_of(device: Readable) -> ReadMethods:
@@ -66,11 +66,11 @@ def _read_many_of(device: Readable) -> ReadMany | None:
 
 
 def _nothing() -> None:
-    """A device that cannot hang, or nobody can help it."""
+    """Do nothing: the device cannot be interrupted."""
 
 
 class Metered:
-    """A device, and how much of it was read: no faster than `pace` allows."""
+    """A device read no faster than `pace` allows, and how many bytes of it were read."""
 
     def __init__(self, device: Readable, pace: Pace | None = None) -> None:
         self._device = device
@@ -78,7 +78,7 @@ class Metered:
         self._methods = read_methods_of(device)
         self._is_interrupted = threading.Event()
         self.methods = self._methods._replace(interrupt=self._interrupt)
-        """The same, metered; what is announced is when it is read."""
+        """The device's methods, metered. Announced reads are metered when they are read."""
         if self._methods.pread_many is not None:
             self.methods = self.methods._replace(pread_many=self._pread_many)
         self.bytes_read = 0
@@ -98,7 +98,7 @@ class Metered:
         self._methods.pread_many(parts, ranges)
 
     def _interrupt(self) -> None:
-        """Whoever waits for his turn to read waits no more."""
+        """Interrupt the device, and every thread that waits for its turn to read."""
         self._is_interrupted.set()
         self._methods.interrupt()
 
