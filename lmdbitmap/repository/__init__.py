@@ -1,1 +1,1 @@
-"""Backups where they lie: manifests, chains of images, their digests, and what is done with them."""
+"""Backups in a repository: manifests, chains of images, digests, and the operations on them."""

@@ -1,14 +1,14 @@
-"""The images of one backup, open to be read: the disk as it was at that backup, as a read-only block device.
+"""The images of one backup, open for reading: the disk as it was at that backup, as a read-only block device.
 
-Which images make it up, how long they are and what they are stacked on is the manifest's word. The names that
-the images carry are compared with it, and never followed. Tables are checked as they are read. With `verify` every
-byte of an image, a table's too, is proven by the digest of its chunk before it is used (proof.py); an image without
-such digests is in `unproven`, and is the caller's business.
+The manifest alone says which images make up the backup, their lengths and their parents. The names in the images are
+compared with it, and never followed. Tables are checked as they are read. With `verify` every byte of an image,
+including its tables, is proven by the digest of its chunk before it is used (proof.py). An image without such digests
+is listed in `unproven`; the caller has to prove it.
 
-A chain may have more images than files can be open: half of what the system allows is used. In memory is of each
-image's first table what differs (12 bytes at most for 512 MiB that it maps with clusters of 64 KiB, for 2 MiB with
-clusters of 4 KiB), for each thread that reads one second table of each image that has some (a cluster), and with
-`verify` 34 bytes for each MiB of the images.
+A chain may have more images than files can be open: at most half of what the system allows is used. Memory holds, for
+each image, the entries of its first table that differ (at most 12 bytes for 512 MiB that it maps with clusters of 64
+KiB, for 2 MiB with clusters of 4 KiB); for each reading thread, one second table of each image that has some (a
+cluster); and with `verify` 34 bytes for each MiB of the images.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ class Image(NamedTuple):
     file: PooledFile
     reader: Qcow2Reader
     proof: ChunkProof | None = None
-    """What proves it before it is read."""
+    """Proves it before it is read."""
 
     @property
     def whole(self) -> Whole:
-        """As it is proven otherwise."""
+        """The image as it is proven as a whole."""
         return Whole(self.folder, self.entry, self.file)
 
 
 class BackupChain(ReadOnlyDevice):
-    """A disk as it was at one backup: a `BlockDevice` that refuses what would change it. Make one with `opened`.
+    """A disk as it was at one backup: a `BlockDevice` that refuses changes. Make one with `opened`.
 
-    Safe for many threads. A reader keeps the table that it read last, so each thread has readers of its own;
-    the files and the first tables are shared.
+    Safe for many threads. A reader keeps the table that it read last, so each thread has readers of its own; the files
+    and the first tables are shared.
     """
 
     def __init__(self, images: Sequence[Image], pool: FilePool) -> None:
@@ -72,22 +72,22 @@ class BackupChain(ReadOnlyDevice):
 
     @property
     def size(self) -> int:
-        """The disk's own, which may end inside of the images' last sector."""
+        """The disk's own size, which may end inside the images' last sector."""
         return self.entry.disk_size
 
     def extents(self, offset: int, length: int) -> Iterator[MappedRun]:
-        """Where each byte of the range is: stored in the file of `images[run.layer]`, or zero."""
+        """Yield where each byte of the range is: stored in the file of `images[run.layer]`, or zero."""
         self._check(offset, length)
         return chain_extents(self._readers, offset, length) if length else iter(())
 
     @property
     def unproven(self) -> Sequence[Whole]:
-        """The images that are read without being proven."""
+        """The images that are read without proof."""
         return [image.whole for image in self.images if image.proof is None]
 
     @property
     def _readers(self) -> Sequence[Qcow2Reader]:
-        """The calling thread's."""
+        """The calling thread's readers."""
         try:
             return self._threads.readers  # type: ignore[no-any-return]
         except AttributeError:
@@ -108,17 +108,17 @@ class BackupChain(ReadOnlyDevice):
             self.fill(buffer[run.offset - offset : run.end - offset], run)
 
     def fill(self, buffer: memoryview, run: MappedRun) -> None:
-        """Fill `buffer` with the bytes of a run that `extents` told of."""
+        """Fill `buffer` with the bytes of a run that `extents` yielded."""
         self._readers[run.layer].fill(buffer, run)
 
     def prove(self, run: MappedRun) -> None:
-        """Return when the bytes of a run are proven, if their image can prove them; else raise `FormatError`."""
+        """Return once the bytes of a run are proven, if their image can prove them; else raise `FormatError`."""
         proof = self.images[run.layer].proof
         if proof is not None and run.is_stored:
             proof.require(run.host_offset, run.host_length or run.length)
 
     def claim(self, run: MappedRun) -> bool:
-        """Whether there is something to prove about the run that nobody has claimed yet."""
+        """Return whether the run has something to prove that no thread has claimed yet."""
         proof = self.images[run.layer].proof
         return (
             proof is not None
@@ -127,7 +127,7 @@ class BackupChain(ReadOnlyDevice):
         )
 
     def announce(self, run: MappedRun) -> None:
-        """Have the kernel begin to read the bytes of a run. Promises nothing."""
+        """Ask the kernel to start reading the bytes of a run. Promises nothing."""
         if run.is_stored:
             with self.images[run.layer].file.reading() as device:
                 device.will_need(run.host_offset, run.host_length or run.length)
@@ -145,7 +145,7 @@ class BackupChain(ReadOnlyDevice):
         raise InvalidArgument("a backup has the size that it has", next_step="resize what it is restored to")
 
     def flush(self) -> None:
-        """Nothing was written."""
+        """Do nothing: nothing was written."""
         self._check(0, 0)
 
     def close(self) -> None:
@@ -154,9 +154,9 @@ class BackupChain(ReadOnlyDevice):
 
 
 def entries_at(folder: BackupFolder, at: str | None = None) -> Sequence[BackupEntry]:
-    """The chain of the backup that `at` names, or of the newest one, the full one first. `NotFound` without it.
+    """Return the chain of the backup that `at` names, or of the newest, the full one first; `NotFound` without it.
 
-    `at` is an id, or a time, for the newest backup not later (see `id_at`).
+    `at` is an id, or a time, which means the newest backup not later (see `id_at`).
     """
     manifest = folder.known_backups()
     return chain_to(manifest, id_at(manifest, at))
@@ -166,9 +166,9 @@ def entries_at(folder: BackupFolder, at: str | None = None) -> Sequence[BackupEn
 def open_backup(
     repository_path: str | os.PathLike[str], name: str, at: str | None = None, *, verify: bool = True
 ) -> Iterator[BackupChain]:
-    """The disk called `name` as it was at the backup that `at` names, as for a restore, or at the newest one.
+    """Open the disk called `name` as it was at the backup that `at` names, as for a restore, or at the newest one.
 
-    What is read is proven first, but of images in `unproven`; `verify=False` leaves that out.
+    What is read is proven first, except images in `unproven`; `verify=False` leaves that out.
     """
     folder = BackupFolder(repository_path, name)
     with opened(folder, entries_at(folder, at), verify=verify) as chain:
@@ -179,10 +179,10 @@ def open_backup(
 def opened(
     folder: BackupFolder, entries: Sequence[BackupEntry], *, verify: bool = False
 ) -> Iterator[BackupChain]:
-    """The chain of `entries`, the full one first; nobody writes to its images in the block.
+    """Open the chain of `entries`, the full one first. An image written to in the block is `Busy` (file_pool.py).
 
-    Raises `NotFound` or `FormatError` where an image is not what the manifest says, `Busy` where that says something
-    else by now, and `NotFound` where the library is missing that decompresses one, or with `verify` that proves one.
+    Raises `NotFound` or `FormatError` if an image is not what the manifest says, `Busy` if the manifest has changed by
+    now, and `NotFound` if a library is missing that decompresses an image, or with `verify` proves one.
     """
     with FilePool(half_of_what_may_be_open()) as pool:
         try:
@@ -192,7 +192,7 @@ def opened(
                 raise Busy(
                     f"{folder.path} was changed at this very moment, as by `prune`", next_step="try again"
                 ) from None
-            # under the names that a prune gave them just now
+            # by the names that a prune gave them just now
             images = _opened_images(pool, folder, entries, verify)
         yield BackupChain(images[::-1], pool)
 
@@ -219,10 +219,10 @@ def _opened_image(
 
 
 def are_still(folder: BackupFolder, entries: Sequence[BackupEntry]) -> bool:
-    """Whether the manifest says of these backups what it said when they were read from it.
+    """Return whether the manifest still says of these backups what it said when they were read from it.
 
-    If not, a prune took some of them or wrote them anew, and what is wrong with their images may be right by now:
-    it decides by the manifest before it touches any file. A manifest that cannot be read by now excuses nothing.
+    If not, a prune removed or rewrote some of them, and what is wrong with their images may be right by now: a prune
+    decides by the manifest before it touches any file. A manifest that is unreadable by now excuses nothing.
     """
     try:
         found = folder.manifest()
@@ -233,13 +233,13 @@ def are_still(folder: BackupFolder, entries: Sequence[BackupEntry]) -> bool:
 
 
 class ImageSource(ReadableFile, Protocol):
-    """An image's file, with the path that complaints name."""
+    """An image's file, with the path for error messages."""
 
     path: str
 
 
 class _Named:
-    """A file whose refusals say which one it is: a chain has many. What is read is proven first, where it can be."""
+    """A file whose errors name it: a chain has many. What is read is proven first, if possible."""
 
     def __init__(self, file: PooledFile, proof: ChunkProof | None) -> None:
         self._file = file
@@ -267,7 +267,7 @@ def image_reader(
     parent: str | None,
     next_step: Callable[[], str] = lambda: _FROM_A_COPY,
 ) -> Qcow2Reader:
-    """The image's reader, if its header says what the manifest says; else `FormatError` with this next step."""
+    """Return the image's reader. Raise `FormatError` with this next step unless its header agrees with the manifest."""
     reader = Qcow2Reader(device, name=device.path)
     size = ceil_div(entry.disk_size, SECTOR) * SECTOR
     for what, expected, found in (

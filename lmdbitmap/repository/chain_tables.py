@@ -1,12 +1,12 @@
-"""Whether the images of a backup can be opened, and their tables be followed: what an increment is stacked on.
+"""Checks that the images of a backup can be opened and their tables followed, before an increment is stacked on them.
 
-An increment on a chain that nobody can read is no backup. So the header, the names and the first table of each
-image are looked at before one is made, and some of the second tables, those of the newest images first: as many as
-take no time beside the increment. `thoroughly` means all of them, which is right for whoever reads the chain anyway.
-Data is not looked at: that takes `verify`.
+An increment on a chain that cannot be read is no backup. So the header, the names and the first table of each image are
+checked before one is made, and some of the second tables, those of the newest images first: as many as take no
+noticeable time beside the increment. `thoroughly` means all of them, which is right for a caller that reads the chain
+anyway. Data is not checked: that takes `verify`.
 
-What is wrong with a second table is for the reader of images to say (qcow2/reader.py). It is asked only about those
-that a look at all entries at once does not find in order: it takes ten times as long.
+The reader of images (qcow2/reader.py) says what is wrong with a second table. It takes ten times as long as one look at
+all entries at once, so it is asked only about tables that such a look does not find in order.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from lmdbitmap.repository.repository import BackupFolder
 log = logging.getLogger(__name__)
 
 _MOST_FIRST_BYTES = 4 << 20
-"""Of first tables, in all: 16 KiB stand for a TiB of a disk with clusters of 64 KiB, in each image."""
+"""First tables, in all: 16 KiB stand for a TiB of a disk with clusters of 64 KiB, in each image."""
 _MOST_SECOND_BYTES = 4 << 20
-"""Of second tables, in all: 64 of 64 KiB."""
+"""Second tables, in all: 64 of 64 KiB."""
 
 
 class _Looked(NamedTuple):
@@ -51,9 +51,10 @@ class _Looked(NamedTuple):
 def what_is_broken(
     folder: BackupFolder, entries: Sequence[BackupEntry], *, thoroughly: bool = False
 ) -> LmdbitmapError | None:
-    """Why the chain of `entries`, the full one first, cannot be read: `FormatError`, or `StorageError` of a bad disk.
+    """Return why the chain of `entries`, the full one first, cannot be read.
 
-    None also where somebody else is in the way, or looking is not allowed: then nothing is known against it.
+    That is a `FormatError`, or a `StorageError` of a bad disk. Also None if another program is in the way, or if
+    reading is not permitted: then nothing is known against the chain.
     """
     parents = [None, *(entry.file for entry in entries)]
     first_left, second_left = _MOST_FIRST_BYTES, _MOST_SECOND_BYTES
@@ -75,7 +76,7 @@ def what_is_broken(
 
 
 def _share(entry: BackupEntry, count: int, left: int) -> int:
-    """A table at least for each image, as long as there is something left."""
+    """Return the bytes of tables to read of an image: at least one table each, as long as something is left."""
     return min(max(_MOST_SECOND_BYTES // count, entry.cluster_size), left)
 
 
@@ -91,7 +92,7 @@ def _looked_at(path: str, entry: BackupEntry, parent: str | None, share: int | N
 
 
 def _require_place(device: FileDevice, reader: Qcow2Reader, index: int, pointer: int) -> None:
-    """Raise `FormatError` unless there can be a second table."""
+    """Raise `FormatError` unless the pointer can be that of a second table."""
     size, offset = reader.cluster_size, pointer & OFFSET_MASK
     fits = not offset or (offset % size == 0 and size <= offset <= device.size - size)
     if pointer & L1_RESERVED or not fits:
@@ -106,7 +107,7 @@ def _require_place(device: FileDevice, reader: Qcow2Reader, index: int, pointer:
 def _follow(
     device: FileDevice, reader: Qcow2Reader, pointers: Sequence[tuple[int, int]], share: int | None
 ) -> int:
-    """Look at the second tables, at no more bytes than `share`. Answers how many there were."""
+    """Check the second tables, at most `share` bytes of them. Return how many bytes were checked."""
     size, read, seen = reader.cluster_size, 0, set[int]()
     for index, pointer in pointers:
         offset = pointer & OFFSET_MASK
@@ -123,11 +124,11 @@ def _follow(
 
 
 def is_plain(raw: bytes, cluster_size: int, file_size: int) -> bool:
-    """Whether all entries of a second table surely are in order, none of them compressed."""
+    """Return whether all entries of a second table surely are in order, none of them compressed."""
     if any(raw[number::8].translate(None, known) for number, known in _known_bytes(cluster_size)):
         return False
     if COPIED.to_bytes(8, "big") in raw or (COPIED | ZERO).to_bytes(8, "big") in raw:
-        return False  # it may be that of two entries, and nothing wrong
+        return False  # the bytes may span two entries, and be right
     offsets = bytearray(raw)
     offsets[::8] = bytes(len(raw) // 8)
     return max(decode_entries(bytes(offsets))) + cluster_size <= file_size
@@ -135,7 +136,7 @@ def is_plain(raw: bytes, cluster_size: int, file_size: int) -> bool:
 
 @functools.cache
 def _known_bytes(cluster_size: int) -> Sequence[tuple[int, bytes]]:
-    """Of an entry's bytes, those that cannot be any: which one it is, and what it may be."""
+    """Return those bytes of an entry that cannot have any value: the number of each, and its allowed values."""
     unknown = L2_RESERVED | COMPRESSED | OFFSET_MASK & (cluster_size - 1)
     return [
         (number, bytes(value for value in range(256) if not value & bits))

@@ -1,9 +1,9 @@
-"""Digests of an image by chunks, in a file beside it: they say where it is damaged, and can be checked in parallel.
+"""Digests of an image by chunks, in a file beside it: they locate damage, and can be checked in parallel.
 
-The file is the digest of each chunk, 32 bytes each, in order, and nothing else; the manifest says which algorithm
-they are of (digest_algorithms.py), and has the file's own SHA-256, and so vouches for all of them, and for the image.
-A chunk is 1 MiB: a finding names a place that small, a call of the
-hash function is lost in it, and the file is 32 KiB for a GiB.
+The file is the digest of each chunk, 32 bytes each, in order, and nothing else. The manifest names their algorithm
+(digest_algorithms.py) and has the file's own SHA-256, and so vouches for all of them, and for the image. A chunk is 1
+MiB: damage is located that closely, the cost of a call of the hash function does not matter, and the file is 32 KiB for
+a GiB.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from lmdbitmap.system import files
 
 
 def synced_digests(folder: BackupFolder, file: str, fd: int, hasher: ChunkHasher) -> ChunkDigests:
-    """Sync the image `file`, which is in `fd`, and make its digests durable in the folder.
+    """Sync the image `file`, which is open as `fd`, and make its digests durable in the folder.
 
-    What is not hashed yet is hashed while the system is busy bringing the image to the disk. The digests get their
-    name when the image is synced.
+    What is not hashed yet is hashed while the system writes the image to the disk. The digests get their name once the
+    image is synced.
     """
     name = digests_name(file)
     with ThreadPoolExecutor(max_workers=1) as beside, os_errors_at(folder.path_of(file)):
@@ -42,7 +42,7 @@ def synced_digests(folder: BackupFolder, file: str, fd: int, hasher: ChunkHasher
 
 
 def found_digest(entry: BackupEntry, fd: int, stopped: Callable[[], bool] = lambda: False) -> str:
-    """What `entry.digest` is of the image in `fd`; of its beginning only, if `stopped` says so meanwhile."""
+    """Compute `entry.digest` of the image in `fd`; of its beginning only, if `stopped` returns True meanwhile."""
     if entry.sha256 is not None:
         return sha256_of(fd, stopped)
     assert entry.chunks is not None
@@ -55,15 +55,15 @@ def found_digest(entry: BackupEntry, fd: int, stopped: Callable[[], bool] = lamb
 
 
 def require_algorithms(folder: BackupFolder, entries: Iterable[BackupEntry], *, instead: str = "") -> None:
-    """Raise `NotFound` where this Python lacks what the digests of one of these images are computed with."""
+    """Raise `NotFound` if this Python lacks the package for the digests of one of these images."""
     for entry in entries:
         digest_algorithms.require(entry.digest_algorithm, folder.path_of(entry.file), instead=instead)
 
 
 def read_digests(folder: BackupFolder, image_length: int, chunks: ChunkDigests) -> bytes:
-    """The file with the digests of an image, if it is the one that the manifest vouches for.
+    """Read the file with the digests of an image, if it is the one that the manifest vouches for.
 
-    Else `NotFound`, or `FormatError`. It is no longer in memory than the image's length on the disk allows.
+    Else raise `NotFound` or `FormatError`. At most as many bytes are read as the image's length on the disk allows.
     """
     path = folder.path_of(chunks.file)
     expected = digests_length(image_length, chunks.chunk_size)
@@ -80,5 +80,5 @@ def read_digests(folder: BackupFolder, image_length: int, chunks: ChunkDigests) 
 
 
 def digests_length(image_length: int, chunk_size: int) -> int:
-    """How long the file with the digests of an image is."""
+    """Return the length in bytes of the file with the digests of an image."""
     return DIGEST_BYTES * ceil_div(image_length, chunk_size)

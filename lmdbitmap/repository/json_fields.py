@@ -1,6 +1,7 @@
-"""Reads JSON whose every byte may lie, field by field: whatever is missing or wrong is refused, and its place named.
+"""Reads JSON whose every byte may lie, field by field: anything missing or wrong is refused, and its place named.
 
-Nothing is guessed: a key that stands twice, a number that is no finite integer, text that no terminal could show.
+Nothing is guessed. A repeated key, a number that is no finite integer, and text that no terminal could show are
+refused.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from lmdbitmap.geometry import MAX_SIZE
 MAX_TEXT_BYTES: Final = 1023
 MAX_FILE_NAME_BYTES: Final = 255
 _MAX_DIGITS: Final = 20
-"""Of an integer: enough for 64 bits, and too few to keep Python busy."""
+"""Digits of an integer: enough for 64 bits, and too few to keep Python busy."""
 
 Choice = TypeVar("Choice", bound=enum.Enum)
 Result = TypeVar("Result")
 
 
 class _Origin(NamedTuple):
-    """The document that all is read from, and what its reader does where it is wrong."""
+    """The document that is read, and the next step of its errors."""
 
     document: str
     next_step: str
@@ -53,7 +54,7 @@ class _Origin(NamedTuple):
             raise self.refusal(self.document, "a few nested levels", "too many") from error
 
     def _object(self, pairs: list[tuple[str, object]]) -> dict[str, object]:
-        """An object, whose keys must differ: which of two values counts is nothing to guess."""
+        """Return an object whose keys differ: which of two values counts must not be guessed."""
         unique = dict(pairs)
         if len(unique) != len(pairs):
             (key, times), *_ = Counter(key for key, _ in pairs).most_common(1)
@@ -72,7 +73,7 @@ class _Origin(NamedTuple):
 
 
 class Fields:
-    """One JSON object and its place, read field by field; whatever is missing or of another type is refused."""
+    """One JSON object and its place, read field by field. A missing value or one of another type is refused."""
 
     def __init__(self, value: object, place: str, origin: _Origin) -> None:
         if not isinstance(value, dict):
@@ -83,7 +84,7 @@ class Fields:
 
     @classmethod
     def of_document(cls, data: bytes, name: str, *, max_bytes: int, next_step: str) -> Fields:
-        """The object that is all of a document of at most `max_bytes`; every complaint ends with `next_step`."""
+        """Return the object that is the whole document of at most `max_bytes`; every error ends with `next_step`."""
         origin = _Origin(name, next_step)
         return cls(origin.parsed(data, max_bytes), name, origin)
 
@@ -105,7 +106,7 @@ class Fields:
 
     def integer(self, name: str, least: int, most: int = MAX_SIZE) -> int:
         value = self._value(name)
-        # A bool is an int to Python, and is none here.
+        # Python's bool is an int, but not here.
         if type(value) is not int or not least <= value <= most:
             raise self._refusal(name, f"an integer from {least} to {most}")
         return int(value)
@@ -117,14 +118,14 @@ class Fields:
         return value
 
     def text(self, name: str, most_bytes: int = MAX_TEXT_BYTES) -> str:
-        """1 to `most_bytes` bytes of printable UTF-8; lone surrogates, which JSON can write, are not."""
+        """Return 1 to `most_bytes` bytes of printable UTF-8. Lone surrogates, which JSON can contain, are refused."""
         value = self._value(name)
         if not (isinstance(value, str) and value.isprintable() and 1 <= len(value.encode()) <= most_bytes):
             raise self._refusal(name, f"1 to {most_bytes} bytes of printable text")
         return str(value)
 
     def file_name(self, name: str) -> str:
-        """A name that stays in its folder, and that QEMU does not take for a protocol's."""
+        """Return a name that stays in its folder, and that QEMU does not take for a protocol."""
         value = self.text(name, MAX_FILE_NAME_BYTES)
         if value in (".", "..") or "/" in value or ":" in value:
             raise self._refusal(name, "a plain file name without slash or colon")
@@ -165,7 +166,7 @@ class Fields:
 
 
 def shown(value: object) -> str:
-    """A value as a complaint can show it: short, in ASCII, and never walked into."""
+    """Return a value as an error can show it: short, in ASCII, and without walking into it."""
     if isinstance(value, (dict, list)):
         return f"an {'object' if isinstance(value, dict) else 'array'} of {len(value)}"
     text = ascii(value)

@@ -10,9 +10,9 @@
       file                         the image, a plain name in the manifest's own folder
       parent                       the id of the backup that this one's image is stacked on; null for a full one
       type_requested, type_actual  full, incremental, differential, rescan
-      reason                       code and words, when the two differ; null or a remark otherwise
+      reason                       code and words, if the two differ; null or a remark otherwise
       time_ns                      Unix time of the checkpoint
-      checkpoint, epoch            uuid and name; uuid, all zeroes where the disk took the backup over from another one
+      checkpoint, epoch            uuid and name; uuid, all zeroes if the disk took the backup over from another one
       disk_size                    the true one: the image's is rounded up to 512 bytes
       granularity, cluster_size
       trust                        exact or superset
@@ -23,10 +23,9 @@
       chunks                       file, chunk_size and sha256 of the file with its digests; optional beside `sha256`.
                                    From version 3 on `algorithm`, where they are not SHA-256
 
-Invariants of what `decode` answers: every parent stands before its children, so a chain always ends, in a full
-backup; ids and files are unique. Encoding is deterministic: sorted keys, indent 2, a newline at the end; what may
-be absent and is nothing is left out. Keys that these versions do not know are ignored, and lost when the manifest is
-written again.
+Invariants of what `decode` returns: every parent stands before its children, so a chain always ends, in a full backup;
+ids and files are unique. Encoding is deterministic: sorted keys, indent 2, a newline at the end; an optional key
+without a value is left out. Unknown keys are ignored, and lost when the manifest is written again.
 """
 
 from __future__ import annotations
@@ -51,20 +50,20 @@ from lmdbitmap.repository.moments import last_ns_of
 
 FORMAT_VERSION: Final = 3
 MAX_MANIFEST_BYTES: Final = 16 << 20
-"""Room for some 15 000 backups; parsing hostile JSON of this size takes hundreds of MiB, and no more."""
+"""Room for some 15 000 backups. Parsing hostile JSON of this size takes hundreds of MiB, and no more."""
 MOST_ENTRY_BYTES: Final = 8 << 10
-"""Of one backup that this program makes; most take one or two KiB."""
+"""At most this many bytes for one backup that this program makes; most take one or two KiB."""
 MIN_CLUSTER_SIZE, MAX_CLUSTER_SIZE = 512, 2 << 20
 MIN_CHUNK_SIZE, MAX_CHUNK_SIZE = 4096, 64 << 20
 TAKEN_OVER_EPOCH: Final = UUID(int=0)
-"""Of a backup that was made for another disk, by its uuid, than the manifest's is now: no disk is in this epoch."""
+"""Epoch of a backup that was made for a disk with another uuid than the manifest's now. No disk is in this epoch."""
 _MOST_IDS_SHOWN: Final = 12
 _MOST_SHOWN_OF_AN_ID: Final = 40
 _RESTORE = "restore the manifest from a copy of the repository, or begin a new chain with `backup --full`"
 
 
 class NewerManifest(FormatError):
-    """One that a newer version wrote: it is sound, and not for us to replace."""
+    """A manifest that a newer version wrote: it is sound, and must not be replaced."""
 
 
 class BackupType(enum.Enum):
@@ -85,16 +84,16 @@ class DiskRef:
 
 @dataclass(frozen=True, slots=True)
 class ChunkDigests:
-    """The file that holds an image's digests, one for each `chunk_size` bytes, and its own SHA-256.
+    """The file that holds an image's digests, one for each `chunk_size` bytes, and that file's own SHA-256.
 
-    That one is of every digest there is, and so vouches for the whole image, whether the file is there or not.
+    That SHA-256 covers every digest, and so vouches for the whole image, whether the file is there or not.
     """
 
     file: str
     chunk_size: int
     sha256: str
     algorithm: DigestAlgorithm = DigestAlgorithm.SHA256
-    """Of the digests in the file."""
+    """Algorithm of the digests in the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +101,7 @@ class BackupEntry:
     """One backup, as the manifest describes it (docs/backup.md has every field)."""
 
     id: str
-    """What a restore is asked to go back to."""
+    """The name by which a restore asks for the backup."""
     sequence: int
     file: str
     parent: str | None
@@ -126,7 +125,7 @@ class BackupEntry:
 
     @property
     def digest(self) -> str:
-        """What proves the image as a whole: `sha256`, or that of the digests of its chunks."""
+        """The digest that proves the image as a whole: `sha256`, or that of the digests of its chunks."""
         if self.sha256 is not None:
             return self.sha256
         assert self.chunks is not None
@@ -134,7 +133,7 @@ class BackupEntry:
 
     @property
     def digest_algorithm(self) -> DigestAlgorithm:
-        """What the digests are with which the image is proven."""
+        """Algorithm of the digests that prove the image."""
         return DigestAlgorithm.SHA256 if self.chunks is None else self.chunks.algorithm
 
 
@@ -148,29 +147,32 @@ class Manifest:
 
     @property
     def newest_sequence(self) -> int:
-        """The highest number that a backup has, or had before it was let go of; 0 before the first."""
+        """The highest number that any backup has or had; 0 before the first."""
         return max([self.last_sequence, *(entry.sequence for entry in self.backups)])
 
     @property
     def format_version(self) -> int:
-        """Version 1 is for programs that know no image without a digest of the whole file, 2 for those that know no
-        other digests than SHA-256: they would call sound images damaged."""
+        """The oldest version whose readers understand this manifest.
+
+        Version 1 is for programs that know no image without a digest of the whole file, version 2 for those that know
+        no digests but SHA-256: they would call sound images damaged.
+        """
         if any(entry.digest_algorithm is not DigestAlgorithm.SHA256 for entry in self.backups):
             return 3
         return 1 if all(entry.sha256 is not None for entry in self.backups) else 2
 
 
 def taken_over(manifest: Manifest, disk: DiskRef) -> Manifest:
-    """Another disk's backups as those of `disk`: what it was tracked by is not theirs, and none is counted from."""
+    """Return another disk's backups as those of `disk`. Its tracking does not cover them, so none is counted from."""
     backups = tuple(dataclasses.replace(entry, epoch=TAKEN_OVER_EPOCH) for entry in manifest.backups)
     return dataclasses.replace(manifest, disk=disk, backups=backups)
 
 
 def id_at(manifest: Manifest, at: str | None, zone: tzinfo | None = None) -> str:
-    """The id that `at` stands for: itself, or that of the newest backup not later than it, where it is a time.
+    """Return the id that `at` stands for: itself, or, if it is a time, that of the newest backup not later.
 
-    A time is what moments.py takes for one, in `zone`, or by the local clock. Without `at` it is the newest backup's.
-    Whether a backup has the id is not looked at. Raises `NotFound` where all backups are later.
+    moments.py says what a time is, in `zone` or by the local clock. Without `at`, return the newest backup's id.
+    Whether a backup has the id is not checked. Raises `NotFound` if all backups are later.
     """
     if at is None:
         return manifest.backups[-1].id
@@ -184,7 +186,7 @@ def id_at(manifest: Manifest, at: str | None, zone: tzinfo | None = None) -> str
 
 
 def chain_to(manifest: Manifest, backup_id: str) -> tuple[BackupEntry, ...]:
-    """The backups whose images a restore of `backup_id` needs, the full one first; `NotFound` if it is not there."""
+    """Return the backups whose images a restore of `backup_id` needs, the full one first; `NotFound` without it."""
     chain: list[BackupEntry] = []
     wanted: str | None = backup_id
     for entry in reversed(manifest.backups):
@@ -204,7 +206,7 @@ def _choice(manifest: Manifest) -> str:
 
 
 def _ids_shown(manifest: Manifest) -> str:
-    """All of them, as far as that is short."""
+    """Return all ids, shortened if there are many."""
     ids = [entry.id for entry in manifest.backups]
     first = manifest.backups[0].sequence if ids else 0
     if len(ids) > 2 and ids == [str(first + index) for index in range(len(ids))]:
@@ -217,7 +219,7 @@ def _ids_shown(manifest: Manifest) -> str:
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The manifest as it stands in its file; `InvalidArgument` if it is one that `decode` would refuse."""
+    """Return the manifest as it stands in its file. Raise `InvalidArgument` if `decode` would refuse it."""
     data = _text(manifest)
     try:
         decoded = decode(data)
@@ -228,7 +230,7 @@ def encode(manifest: Manifest) -> bytes:
 
 
 def has_room(manifest: Manifest) -> bool:
-    """Whether its file can take one more backup. Only of one with thousands the length is looked at."""
+    """Return whether its file can take one more backup. The length is computed only with thousands of backups."""
     is_short = 2 * len(manifest.backups) * MOST_ENTRY_BYTES < MAX_MANIFEST_BYTES
     return is_short or len(_text(manifest)) + MOST_ENTRY_BYTES <= MAX_MANIFEST_BYTES
 
@@ -263,7 +265,7 @@ def _plain(value: object) -> str:
 
 
 def decode(data: bytes, *, max_bytes: int = MAX_MANIFEST_BYTES) -> Manifest:
-    """Read a manifest whose every byte may lie; anything wrong with it is a `FormatError` that names the place."""
+    """Read a manifest whose every byte may lie. Anything wrong with it is a `FormatError` that names the place."""
     root = Fields.of_document(data, "manifest", max_bytes=max_bytes, next_step=_RESTORE)
     version = _version(root)
     disk = root.fields("disk")
@@ -335,7 +337,7 @@ def _chunks(fields: Fields) -> ChunkDigests:
 
 
 def _check_order(backups: Sequence[BackupEntry]) -> None:
-    """Refuse what would break a chain; looking back only, so that no two entries can be each other's parent."""
+    """Refuse what would break a chain. Only earlier entries count, so no two entries can be each other's parent."""
     ids: set[str] = set()
     files: set[str] = set()
     last_sequence = -1

@@ -1,15 +1,16 @@
-"""Where a folder keeps its manifest: twice, and while a succession (repository.py, 4) takes effect a third time.
+"""Keeps a folder's manifest twice, and three times while a succession (repository.py, 4) takes effect.
 
     manifest.json         the manifest
     manifest.json.copy    the same once more, for the day when that file is damaged or lost
-    manifest.next         while there is one it alone is true
+    manifest.next         while it exists it alone is true
 
-The second copy is written before the manifest is; of a succession, when that is decided, and before any file goes. So
-it never names what a prune removed: it is not older, and where it cannot be written there is none. It may be newer,
-after a death between the two, until somebody locks the folder. A manifest that was damaged is brought back from it by
-hand, as its error says: a person should know of the damage.
+The second copy is written before the manifest is. In a succession it is written once that is decided, and before any
+file goes. So it never names what a prune removed: it is never older than the manifest, and if it cannot be written it
+is removed. It may be newer after a death between the two writes, until a run locks the folder. A damaged manifest is
+brought back from it by hand, as its error says: a person should know of the damage.
 
-Each of the three is read without a lock. `manifest.next` may get the name `manifest.json` meanwhile, and says the same.
+Each of the three is read without a lock. `manifest.next` may be renamed to `manifest.json` meanwhile, and says the
+same.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ MANIFEST, COPY, NEXT = "manifest.json", "manifest.json.copy", "manifest.next"
 
 
 class ManifestFile:
-    """The manifest of one folder. Making it touches nothing; whoever writes holds the folder's lock."""
+    """The manifest of one folder. Making the object touches nothing; writers hold the folder's lock."""
 
     def __init__(self, folder_path: str) -> None:
         self._folder_path = folder_path
@@ -47,16 +48,16 @@ class ManifestFile:
         return os.path.lexists(self.path_of(NEXT))
 
     def read(self) -> Manifest | None:
-        """What the true manifest says; None where there is none. `FormatError` says how to bring it back."""
+        """Return the true manifest; None if there is none. `FormatError` says how to bring it back."""
         found = self._read(NEXT)
         return found if found is not None else self._read(MANIFEST)
 
     def read_predecessor(self) -> Manifest | None:
-        """What the manifest said before the succession that was decided."""
+        """Return the manifest from before the succession that was decided."""
         return self._read(MANIFEST)
 
     def missing(self) -> FormatError:
-        """There is no manifest where one should be."""
+        """Return the error for a missing manifest."""
         return self._refusal(self._folder_path, f"{MANIFEST} beside the images", "none", MANIFEST)
 
     def _read(self, name: str) -> Manifest | None:
@@ -96,17 +97,17 @@ class ManifestFile:
         return FormatError(place, expected=expected, found=found, next_step=step)
 
     def _copy_for(self, name: str) -> Manifest | None:
-        """The second copy, if it can take that file's place."""
+        """Return the second copy, if it can take that file's place."""
         try:
             if name == NEXT and self._bytes_of(COPY) == self._bytes_of(MANIFEST):
-                return None  # it is that of before the succession
+                return None  # the copy is from before the succession
             data = self._bytes_of(COPY)
             return None if data is None else manifest.decode(data)
         except LmdbitmapError:
             return None
 
     def _bytes_of(self, name: str) -> bytes | None:
-        """None where there is no file that could be a manifest, or none that can be read."""
+        """Return the file's bytes; None if there is no file that could be a manifest, or if it cannot be read."""
         with contextlib.suppress(LmdbitmapError):
             return files.read_bounded(self.path_of(name), manifest.MAX_MANIFEST_BYTES)
         return None
@@ -114,23 +115,23 @@ class ManifestFile:
     # -- writing -------------------------------------------------------------------------------------------
 
     def replace(self, new: Manifest, *, keep_old: bool = False) -> None:
-        """Durable on return; a death leaves the old manifest or the new one. What cannot be read can be kept."""
+        """Replace the manifest, durable on return; a death leaves the old or the new. An unreadable one can be kept."""
         data = manifest.encode(new)
         for name in (COPY, MANIFEST) if keep_old else ():
             if os.path.lexists(self.path_of(name)):
                 put_aside(self._folder_path, name)
         self._keep_copy(data)
         files.replace_atomically(self.path_of(MANIFEST), data)
-        if keep_old and os.path.lexists(self.path_of(NEXT)):  # one that cannot be read either
+        if keep_old and os.path.lexists(self.path_of(NEXT)):  # unreadable too
             put_aside(self._folder_path, NEXT)
             remove(self.path_of(NEXT))
 
     def decide_succession(self, new: Manifest) -> None:
-        """From now on `new` is true; durable on return."""
+        """Make `new` the true manifest; durable on return."""
         files.replace_atomically(self.path_of(NEXT), manifest.encode(new))
 
     def copy_successor(self) -> None:
-        """Before any file goes that only the manifest names."""
+        """Copy the successor. Must be done before any file is removed that only the manifest names."""
         self._keep_copy(self._bytes_of(NEXT))
 
     def end_succession(self) -> None:
@@ -139,11 +140,11 @@ class ManifestFile:
         files.fsync_folder(self._folder_path)
 
     def mend_copy(self) -> None:
-        """Let the second copy say what the manifest says, which can be read."""
+        """Make the second copy equal to the manifest, which can be read."""
         self._keep_copy(self._bytes_of(MANIFEST))
 
     def _keep_copy(self, data: bytes | None) -> None:
-        """Without it, as on a disk that is full, all goes on; but one that is older could name what is gone."""
+        """Write the second copy. If that fails, as on a full disk, remove it: an older one could name what is gone."""
         if data is not None and self._bytes_of(COPY) == data:
             return
         try:
@@ -157,7 +158,7 @@ class ManifestFile:
 
 
 def put_aside(folder_path: str, name: str) -> str:
-    """Keep a file under another name; where that can be, its old name stays until it is replaced."""
+    """Keep a file under another name, which is returned. With hard links the old name stays until it is replaced."""
     kept = f"{name}.damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.urandom(3).hex()}"
     old, new = os.path.join(folder_path, name), os.path.join(folder_path, kept)
     with os_errors_at(old):
@@ -172,7 +173,7 @@ def put_aside(folder_path: str, name: str) -> str:
 
 
 def remove(path: str) -> None:
-    """That it is not there any more is as good."""
+    """Remove a file; a missing one is fine."""
     with contextlib.suppress(NotFound), os_errors_at(path):
         os.unlink(path)
 

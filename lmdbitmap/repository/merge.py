@@ -1,15 +1,15 @@
 """Merges images of a chain into one: what a backup reads as, less what its new parent reads as from the same place.
 
-A view is what a backup reads as, run by run, each with the place that it is in: bytes of a file, or zeroes. Where a
-backup and its new parent have a range from the same place, the merged image says nothing of it. All else it stores:
+A view is what a backup reads as, run by run. Each run has its place: bytes of a file, or zeroes. If a backup and its
+new parent have a range from the same place, the merged image leaves that range out. It stores everything else:
 
     backup 3 ─ 2 ─ 1, merged onto 1           of 3 and 2, which go together: all that is not in 1
     backup 3 ─ 2 ─ 1, merged onto nothing     everything: a full image, made without the disk
     backup 3 ─ 1, moved onto 2 ─ 1            what is in 3, and where 2 has something and 3 does not: that of 1
 
-Nothing is compared byte by byte: a range that is the same by chance is stored. Clusters are whole, as in a backup;
-one that has several places is put together by reading it. All other data the kernel copies from file to file, and a
-compressed cluster stays as it is packed, where the new image can have it: an image has one kind of compression.
+Bytes are not compared: a range that is equal by chance is stored. Clusters are whole, as in a backup; one that has
+several places is put together by reading it. The kernel copies all other data from file to file. A compressed cluster
+is copied as it is if the new image can have it: an image has one kind of compression.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lmdbitmap.work.progress import Report
 class View:
     """What a backup reads as. `chain` is its images, the full one first.
 
-    A view that goes `down_to` a number of them takes these for one place, and opens them only where it must.
+    A view that goes `down_to` a number of them treats these as one place, and opens them only if it must.
     """
 
     def __init__(
@@ -47,12 +47,12 @@ class View:
         self._readers: list[Qcow2Reader] = []
         self._open(len(chain) - down_to)
         self._size_below = chain[down_to - 1].disk_size if down_to else None
-        """Of the disk, as of the newest image that is in that one place; None without such a place."""
+        """Size of the disk in the newest image of that one place; None without such a place."""
         self._layer_below = len(self._readers)
-        """That of all runs in that place, wherever below they are; each layer above it is an image."""
+        """Layer of all runs in that one place, wherever below they are; each layer above it is an image."""
 
     def _open(self, count: int) -> None:
-        """Open images until there are so many, newest first."""
+        """Open images, newest first, until `count` are open."""
         for index in range(len(self._files), count):
             entry, parents = self._chain[index], self._chain[index + 1 :]
             self._files.append(PooledFile(self._pool, self._folder.image_path(entry.file)))
@@ -61,12 +61,12 @@ class View:
                 self._readers.append(image_reader(self._files[-1], entry, parent))
 
     def runs(self, size: int) -> Iterator[tuple[MappedRun, object]]:
-        """Each run of the first `size` bytes and its place; past the disk's end there are zeroes."""
+        """Yield each run of the first `size` bytes and its place. Past the disk's end there are zeroes."""
         for run in overlaid(merged(self._stored(size)), 0, size):
             yield run, self._place(run)
 
     def _stored(self, size: int) -> list[Iterator[MappedRun]]:
-        """What each layer says of the first `size` bytes."""
+        """Return the runs that each layer has of the first `size` bytes."""
         streams = stored(self._readers[: self._layer_below], 0, size)
         if self._size_below is not None:
             end = min(self._size_below, size)
@@ -74,25 +74,25 @@ class View:
         return streams
 
     def _place(self, run: MappedRun) -> object:
-        """Equal for two runs that begin with the same bytes of the same file, or with zeroes."""
+        """Return a key that is equal for two runs that begin with the same bytes of the same file, or with zeroes."""
         if not run.is_stored:
             return None
         begins = run.host_offset if run.kind is Kind.COMPRESSED else run.host_offset - run.offset
         return self._chain[run.layer].id, run.kind, begins
 
     def fill(self, buffer: memoryview, offset: int) -> None:
-        """Read the backup, through all of its images."""
+        """Fill `buffer` from the backup, through all of its images."""
         self._open(len(self._chain))
         for run in chain_extents(self._readers, offset, len(buffer)):
             with os_errors_at(self._files[run.layer].path):
                 self._readers[run.layer].fill(buffer[run.offset - offset : run.end - offset], run)
 
     def file_of(self, run: MappedRun) -> PooledFile | None:
-        """The file that the run's data is in; None if that is somewhere below."""
+        """Return the file that the run's data is in; None if it is in the one place below."""
         return self._files[run.layer] if run.layer < self._layer_below else None
 
     def packed(self, run: MappedRun, cluster_size: int, kind: CompressionType) -> bytes | None:
-        """A whole compressed cluster as it is in its file; None where another kind of image could not have it so."""
+        """Return a whole compressed cluster as it is in its file; None if an image of this kind cannot have it so."""
         reader = self._readers[run.layer]
         whole = run.offset % cluster_size == 0 and run.length in (
             cluster_size,
@@ -105,19 +105,19 @@ class View:
 
     @property
     def compression_type(self) -> CompressionType:
-        """That of the newest image that names one."""
+        """The compression of the newest image that names one."""
         named = [entry.compression for entry in self._chain if entry.compression is not None]
         return named[0] if named else CompressionType.ZLIB
 
 
 class _MergedRun(NamedTuple):
-    """A stretch of the disk, where its bytes are, and whether the new parent has them from the same place."""
+    """A range of the disk, where its bytes are, and whether the new parent has them from the same place."""
 
     run: MappedRun
     inherited: bool
 
     def cut(self, length: int) -> tuple[_MergedRun, _MergedRun]:
-        """The first `length` bytes, and the rest."""
+        """Return the first `length` bytes, and the rest."""
         run, middle = self.run, self.run.offset + length
         return self._replace(run=run.part(run.offset, middle)), self._replace(run=run.part(middle, run.end))
 
@@ -127,7 +127,7 @@ def write_merged(
 ) -> tuple[Copied, CompressionType | None]:
     """Fill the empty file `fd` with an image of `view` over that of `over`, or a full one. Nothing is synced.
 
-    Also answers how clusters of it are compressed, if any are.
+    Also returns how its clusters are compressed, if any are.
     """
     entry = view.entry
     writer = Qcow2Writer(
@@ -164,8 +164,11 @@ def _pieces(view: View, over: View | None) -> Iterator[_MergedRun]:
 
 
 def _shared_end(entry: BackupEntry, parent: BackupEntry) -> int:
-    """Where the last cluster begins, if it must be stored, as in a backup of a disk that shrank into a sector: of a
-    parent that goes on there, QEMU would show what the image's own size, rounded up, leaves free. Else the end."""
+    """Return where the last cluster begins, if it must be stored; else the disk's end.
+
+    It must be stored if the disk shrank to an end within a sector, as in a backup: the image's own size is rounded up,
+    and there QEMU would show the parent's bytes.
+    """
     cuts_a_sector = entry.disk_size < parent.disk_size and entry.disk_size % SECTOR
     return entry.disk_size // entry.cluster_size * entry.cluster_size if cuts_a_sector else entry.disk_size
 
@@ -179,9 +182,9 @@ class _Merger:
         self._copier = FileCopier(fd, place)
         self._report = report
         self._parts: list[_MergedRun] = []
-        """Of a cluster that is not complete yet."""
+        """Parts of a cluster that is not complete yet."""
         self.keeps_packed = False
-        """Whether a cluster was taken over compressed."""
+        """Whether a compressed cluster was copied as it is."""
         self.bytes_changed = 0
         self.bytes_zero = 0
 
@@ -202,7 +205,7 @@ class _Merger:
         return self._writer.cluster_size - offset % self._writer.cluster_size
 
     def _whole(self, offset: int, length: int) -> int:
-        """As much of the range as is whole clusters; the disk's last one may be short."""
+        """Return the length of the range's whole clusters; the disk's last one may be short."""
         return length if offset + length == self._writer.size else length - length % self._writer.cluster_size
 
     def _put_mixed(self) -> None:
@@ -216,7 +219,7 @@ class _Merger:
             self._put_read(offset, length)
 
     def _put_read(self, offset: int, length: int) -> None:
-        """A cluster that is in several places, or further below than the view goes."""
+        """Store a cluster by reading it: it is in several places, or further below than the view goes."""
         buffer = bytearray(length)
         self._view.fill(memoryview(buffer), offset)
         self._writer.write(offset, buffer)

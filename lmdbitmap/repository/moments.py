@@ -1,8 +1,8 @@
-"""A time as people write one, in ISO 8601: `2026-11-29`, `2026-11-29 02:38`, `2026-11-29T02:38:24.5Z`.
+"""Parses a time as people write it, in ISO 8601: `2026-11-29`, `2026-11-29 02:38`, `2026-11-29T02:38:24.5Z`.
 
-Without a zone it is the local clock's, as `ls` shows times; with `Z` it is UTC's, as `ls --json` does. A date stands
-for all of its day, a minute and a second for all of themselves, because what is shown of a time has no fraction: so
-what was shown of a backup finds that backup. An hour that the local clock shows twice, in autumn, is the later one.
+Without a zone it is the local clock's, as `ls` shows times; with `Z` it is UTC, as in `ls --json`. A date stands for
+its whole day, a minute or a second for the whole of it, because times are shown without a fraction: so the time shown
+of a backup finds that backup. An hour that the local clock shows twice, in autumn, is the later one.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _SECOND_NS = 10**9
 
 
 def last_ns_of(text: str, zone: tzinfo | None = None) -> int | None:
-    """The last nanosecond, in Unix time, of what `text` stands for; None where it has not the form of a time.
+    """Return the last nanosecond, in Unix time, of what `text` stands for; None if it has not the form of a time.
 
-    `zone` is that of a time that names none; None is the local clock's. Raises `InvalidArgument` for a day or an hour
-    that no calendar has.
+    `zone` applies if the time names none; None is the local clock's. Raises `InvalidArgument` for a day or an hour that
+    no calendar has.
     """
     found = _FORM.fullmatch(text)
     if found is None:

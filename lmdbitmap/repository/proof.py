@@ -1,10 +1,11 @@
 """Proves images by their digests: chunk by chunk as they are read, or as a whole beside other work.
 
-A chunk whose digest fits is what it was when the backup was made, to the bit. It is proven once, before the first of
-its bytes is used, by whichever thread comes first; what nobody reads is not proven. An image whose digests by chunks
-are missing or damaged is proven by its digest as a whole, for which all of it is read, on one processor.
+A chunk whose digest fits is to the bit what it was when the backup was made. It is proven once, before the first of its
+bytes is used, by the first thread that needs it; what is not read is not proven. An image whose digests by chunks are
+missing or damaged is proven by its digest as a whole, for which all of it is read, on one processor.
 
-A proof holds as long as nobody writes to the image: whoever reads it keeps it open, with its locks.
+A proof holds as long as nobody writes to the image. While the image is open it has its locks; an image that is opened
+again must be the file that it was (file_pool.py).
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ _STRIPES = 64
 
 
 class ChunkProof:
-    """What of an image is proven, by the digests of its chunks. Safe for many threads."""
+    """Which chunks of an image are proven by their digests. Safe for many threads."""
 
     def __init__(
         self, file: PooledFile, chunks: ChunkDigests, digests: bytes, next_step: Callable[[], str]
     ) -> None:
-        """`next_step` is asked where a chunk is not what it was: what to do without it."""
+        """`next_step` returns what to do if a chunk is damaged."""
         self._file = file
         self._next_step = next_step
         self._algorithm = chunks.algorithm
@@ -48,16 +49,18 @@ class ChunkProof:
         self._locks = [threading.Lock() for _ in range(min(_STRIPES, len(self._is_proven)))]
 
     def require(self, offset: int, length: int) -> None:
-        """Return when all chunks of the range are proven; raise `FormatError` for one that is not what it was."""
+        """Return once all chunks of the range are proven; raise `FormatError` for one that is not what it was."""
         for chunk in self._chunks(offset, length):
             if not self._is_proven[chunk]:
-                with self._locks[chunk % len(self._locks)]:  # who comes second finds it proven
+                with self._locks[chunk % len(self._locks)]:  # a second thread finds it proven
                     if not self._is_proven[chunk]:
                         self._prove(chunk)
 
     def fill(self, buffer: memoryview, offset: int) -> None:
-        """Fill the buffer with bytes of chunks that are proven. What it has whole, and nobody proved before, is proven
-        by what it has, and read once."""
+        """Fill the buffer with bytes of proven chunks.
+
+        A chunk that lies whole in the buffer and is not proven yet is proven from the buffer, and so is read once.
+        """
         self._file.pread_into(buffer, offset)
         for chunk in self._chunks(offset, len(buffer)):
             start, end = self._bounds(chunk)
@@ -71,7 +74,7 @@ class ChunkProof:
                 self.require(start, end - start)
 
     def claim(self, offset: int, length: int) -> bool:
-        """Whether no one has claimed all chunks of the range before: so who shares out work does so once."""
+        """Claim the range. Return False if all its chunks were claimed already, so that work is handed out once."""
         chunks = self._chunks(offset, length)
         if self._is_claimed.find(0, chunks.start, chunks.stop) < 0:
             return False
@@ -106,7 +109,7 @@ class ChunkProof:
 
 
 def chunk_proof(folder: BackupFolder, entry: BackupEntry, file: PooledFile) -> ChunkProof | None:
-    """None where there are no digests by chunks that could prove it; `NotFound` where none can be computed."""
+    """Return the proof; None without usable digests by chunks. Raise `NotFound` if they cannot be computed here."""
     if entry.chunks is None:
         return None
     require_algorithms(folder, [entry])
@@ -119,14 +122,14 @@ def chunk_proof(folder: BackupFolder, entry: BackupEntry, file: PooledFile) -> C
 
 
 class Whole(NamedTuple):
-    """An image that is to be proven as a whole."""
+    """An image to be proven as a whole."""
 
     folder: BackupFolder
     entry: BackupEntry
     file: PooledFile
 
     def prove(self, stopped: Callable[[], bool] = lambda: False) -> None:
-        """Raise `FormatError` unless the image has its digest to the bit; give up if `stopped` says so."""
+        """Raise `FormatError` unless the image has its digest to the bit; give up once `stopped` returns True."""
         with os_errors_at(self.file.path), self.file.reading() as device:
             assert device.fd is not None
             found = found_digest(self.entry, device.fd, stopped)
@@ -140,7 +143,7 @@ class Whole(NamedTuple):
 
 
 def prove(images: Sequence[Whole], stopped: Callable[[], bool] = lambda: False) -> None:
-    """The same of all of these."""
+    """Prove all of these images as a whole; give up once `stopped` returns True."""
     for image in images:
         if not stopped():
             image.prove(stopped)
@@ -148,7 +151,7 @@ def prove(images: Sequence[Whole], stopped: Callable[[], bool] = lambda: False) 
 
 @contextlib.contextmanager
 def proven_beside(images: Sequence[Whole]) -> Iterator[Future[None]]:
-    """The same in a thread of its own, until the block ends; the future's result raises what is wrong."""
+    """Prove these images in another thread until the block ends. The future's result raises what is wrong."""
     stop = threading.Event()
     with ThreadPoolExecutor(max_workers=1) as beside:
         try:

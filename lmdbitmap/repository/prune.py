@@ -1,17 +1,17 @@
-"""Lets go of old backups: what stays reads as before, and needs nothing that goes.
+"""Removes old backups. The remaining ones read as before, and need nothing that is removed.
 
-A backup that stays and is stacked on one that goes is written anew, as the union of both (merge.py), over the nearest
-backup below it that stays; where there is none it becomes a full one, made without the disk. It keeps its id, its time,
-its checkpoint and its file's name, which the headers of the images above it have. Several that have lost the same full
-backup are kept small: the first of them becomes full, the others are moved onto it.
+A remaining backup that is stacked on a removed one is written anew, as the union of both (merge.py), over the nearest
+remaining backup below it. Without one it becomes a full backup, made without the disk. It keeps its id, its time, its
+checkpoint and its file's name, which the headers of the images above it contain. When several have lost the same full
+backup, the first of them becomes full and the others are moved onto it, so that they stay small.
 
-Each merge is proven, durable and decided by itself (`BackupFolder.succeed`), and what nothing needs any more goes with
-it: so the folder is never larger than by the images that are being written. A death costs the merge under way.
-Images are checked by their digests before they are merged: a new digest must not vouch for old damage. The merged
-one's digests are of the algorithm that those of the backup that stays were of.
+Each merge is proven, durable and decided by itself (`BackupFolder.succeed`), and removes what nothing needs any more.
+So the folder is larger only by the images that are being written. A death costs the merge under way. Images are checked
+by their digests before they are merged: a new digest must not vouch for old damage. The merged image's digests use the
+algorithm of the remaining backup.
 
-The store is not needed. A checkpoint that a backup held which goes is named in the manifest, as `released`, until the
-next backup has forgotten it.
+The store is not needed. Checkpoints of removed backups are named in the manifest, as `released`, until the next backup
+has forgotten them.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ from lmdbitmap.work.progress import Progress, Report
 
 @dataclass(frozen=True, slots=True)
 class PruneResult:
-    """What became of one disk's backups, or would; entries that go are as they were, the others as they are now.
+    """What a prune does, or would do, to one disk's backups.
 
-    A backup goes that no rule keeps, or that is dropped. `rewritten` are the ids of those that are merged with some
-    that go.
+    A backup is removed if no rule keeps it, or if it is dropped. Removed entries are as they were, the others as they
+    are now. `rewritten` are the ids of the backups that are merged with removed ones.
     """
 
     disk: str
@@ -59,12 +59,12 @@ class PruneResult:
     rewritten: tuple[str, ...]
     bytes_before: int
     bytes_after: int | None
-    """Of images; None where nothing was done yet."""
+    """Bytes of images; None if nothing was done."""
     seconds: float
 
 
 class PrunesFailed(DisksFailed):
-    """Some of several disks were not pruned, or not to the end; those in `results` are."""
+    """Some of several disks were not pruned, or not completely; those in `results` are."""
 
     def __init__(self, results: Sequence[PruneResult], failures: Mapping[str, LmdbitmapError]) -> None:
         super().__init__("pruned", len(results), failures)
@@ -72,7 +72,7 @@ class PrunesFailed(DisksFailed):
 
 
 class _Wish(NamedTuple):
-    """What is to stay: all that the rules want, or without any all there is, but never what is to be dropped."""
+    """Which backups stay: all that the rules keep, or all without rules, but never a dropped one."""
 
     keep: Retention | None
     drop: frozenset[str]
@@ -90,7 +90,7 @@ class _Wish(NamedTuple):
 
 
 class _Rewrite(NamedTuple):
-    """A backup that stays and loses its parent, and what it will be stacked on."""
+    """A backup that stays and loses its parent, and the backup it will be stacked on."""
 
     entry: BackupEntry
     onto: BackupEntry | None
@@ -107,15 +107,15 @@ def prune(
     lock_wait_s: float = 0.0,
     progress: Progress | None = None,
 ) -> list[PruneResult]:
-    """Let go of all backups but those that `keep` wants, of the disks called `names` or of all; durable on return.
+    """Remove all backups but those that `keep` wants, of the disks called `names` or of all; durable on return.
 
-    `drop` names backups of one disk, by their ids, that go in any case; without `keep` all others stay.
-    `dry_run` says what would be done and touches nothing. What `progress` raises ends the work, also while images are
-    proven; merges that are done stay. Raises `NotFound` without such a disk or backup, `Busy` for a folder that
-    somebody backs up to, `FormatError` for images that are not what they were when they were made, `NotFound` where
-    one is to be merged whose digests need a missing package; nothing is done to that disk then.
-    A folder that another run uses is waited for, all of them for `lock_wait_s` at most.
-    Of several disks one that fails for such a reason is left out, and `PrunesFailed` tells of it in the end.
+    `drop` names backups of one disk, by their ids, that are removed in any case; without `keep` all others stay.
+    `dry_run` returns what would be done and touches nothing. What `progress` raises ends the work, also while images
+    are proven; finished merges stay.
+    Raises `NotFound` without such a disk or backup, or if an image to be merged has digests that need a missing
+    package; `Busy` if another run uses a folder for longer than `lock_wait_s`, which is for all folders together;
+    `FormatError` for images that are not what they were when they were made. Nothing is done to that disk then. If one
+    of several disks fails for such a reason it is left out, and `PrunesFailed` reports it in the end.
     """
     wish = _Wish(keep, frozenset(drop), zone)
     if drop and len(names) != 1:
@@ -158,16 +158,16 @@ def _prune(folder: BackupFolder, wish: _Wish, patience: Patience, report: Report
                 manifest = _let_go(folder, _with(manifest, merged), stay, changed=True)
         except BaseException:
             with contextlib.suppress(LmdbitmapError):
-                folder.settle()  # what was written and not decided takes space
+                folder.settle()  # images that were written and not decided take space
             raise
         return _told(folder, before, manifest, stay, started)
 
 
-# --- what goes, and what has to be written anew ---
+# --- what is removed, and what is written anew ---
 
 
 def _needed(backups: Sequence[BackupEntry], stay: Iterable[str]) -> set[str]:
-    """The ids of the backups that stay, and of all that they are stacked on."""
+    """Return the ids of the backups that stay, and of all that they are stacked on."""
     needed = set(stay)
     for entry in reversed(backups):
         if entry.id in needed and entry.parent is not None:
@@ -176,13 +176,13 @@ def _needed(backups: Sequence[BackupEntry], stay: Iterable[str]) -> set[str]:
 
 
 def _let_go(folder: BackupFolder, manifest: Manifest, stay: set[str], *, changed: bool = False) -> Manifest:
-    """Take out of the manifest, and of the folder, what nothing that stays is stacked on. `changed`: it is new."""
+    """Remove from manifest and folder what no remaining backup is stacked on. `changed`: the manifest is new."""
     needed = _needed(manifest.backups, stay)
     remaining = tuple(entry for entry in manifest.backups if entry.id in needed)
     gone = tuple(entry.checkpoint for entry in manifest.backups if entry.id not in needed)
     if gone or changed:
         released, last = (*manifest.released, *gone), manifest.last_sequence
-        if remaining[-1] is not manifest.backups[-1]:  # its number is not to be another one's: copies have it
+        if remaining[-1] is not manifest.backups[-1]:  # no other backup may get its number: copies have it
             last = manifest.newest_sequence
         manifest = dataclasses.replace(manifest, backups=remaining, released=released, last_sequence=last)
         folder.succeed(manifest)
@@ -197,8 +197,11 @@ def _with(manifest: Manifest, changed: Sequence[BackupEntry]) -> Manifest:
 
 
 def _groups(manifest: Manifest, stay: set[str]) -> list[list[_Rewrite]]:
-    """What has to be written anew, in groups that have to take effect together: one for each full backup that
-    goes, whose images all of the group are read from, and one for each other backup."""
+    """Return the backups to write anew, in groups that have to take effect together.
+
+    There is one group for each removed full backup, whose images all of the group are read from, and one for each other
+    backup.
+    """
     groups: list[list[_Rewrite]] = []
     heirs: dict[str, list[_Rewrite]] = {}
     for entry in manifest.backups:
@@ -217,7 +220,7 @@ def _groups(manifest: Manifest, stay: set[str]) -> list[list[_Rewrite]]:
 
 
 def _merged_of(manifest: Manifest, rewrite: _Rewrite) -> Sequence[BackupEntry]:
-    """The images that a backup is merged of: its own and those below, without its new parent's, if that is one."""
+    """Return the images that a backup is merged of: its own and those below, or those down to its new parent."""
     chain = chain_to(manifest, rewrite.entry.id)
     ids = [entry.id for entry in chain]
     if rewrite.onto is None or rewrite.onto.id not in ids:
@@ -226,13 +229,13 @@ def _merged_of(manifest: Manifest, rewrite: _Rewrite) -> Sequence[BackupEntry]:
 
 
 def _to_merge(manifest: Manifest, stay: set[str]) -> Iterator[BackupEntry]:
-    """All images that are read, as often as they are."""
+    """Yield all images that are read, as often as they are."""
     for rewrite in itertools.chain(*_groups(manifest, stay)):
         yield from _merged_of(manifest, rewrite)
 
 
 def _bytes_to_read(manifest: Manifest, stay: set[str]) -> int:
-    """All is read twice: to be proven, and to be copied."""
+    """Return the bytes that are read: each image twice, to be proven and to be copied."""
     return 2 * sum(entry.bytes_stored for entry in _to_merge(manifest, stay))
 
 
@@ -240,7 +243,7 @@ def _bytes_to_read(manifest: Manifest, stay: set[str]) -> int:
 
 
 def _written(folder: BackupFolder, manifest: Manifest, rewrite: _Rewrite, report: Report) -> BackupEntry:
-    """A backup merged with those that go, its image durable beside the one that it will take the place of."""
+    """Merge a backup with those that are removed. Its image is durable beside the one that it will replace."""
     entry, onto = rewrite
     merged = _merged_of(manifest, rewrite)
     require_sound(folder, manifest, merged, report)
@@ -259,7 +262,7 @@ def _written(folder: BackupFolder, manifest: Manifest, rewrite: _Rewrite, report
 def _over(
     pool: FilePool, folder: BackupFolder, manifest: Manifest, onto: BackupEntry | None, *, is_below: bool
 ) -> View | None:
-    """What the new parent reads as; of one that is below, all is one place."""
+    """Return what the new parent reads as. If it is below the merged backup, all of it is one place."""
     if onto is None:
         return None
     chain = chain_to(manifest, onto.id)

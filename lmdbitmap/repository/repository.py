@@ -12,18 +12,18 @@
 Invariants, which hold at every moment, also after a power cut:
 
 1. An image that the manifest names is whole and durable: its file was renamed into place, synced, before.
-2. What a killed run left is known for certain, and nothing else is ever removed: files with a `.partial`
+2. The remains of a killed run are known for certain, and nothing else is ever removed. They are files with a `.partial`
    name that nobody holds locked, and images that `unfinished` names and the manifest does not, with their digests.
-3. A manifest that is missing beside images, or cannot be read, stops a backup. It is never made anew: a full
-   backup that is asked for begins another chain, numbered after all images that are there, and what was in the
-   manifest's place stays beside it as `manifest.json.damaged-…`, and its second copy likewise.
-4. Where there is a `manifest.next`, it alone is true. It got its name when all its `.next` images were durable
-   under theirs. From then on the second copy says the same, `.next` images are renamed over those that they replace,
-   what only the old manifest named is removed, and `manifest.next` is renamed over it, each durable before the next
-   begins. An image and its successor read the same at the file's place in every chain. So whoever comes finds the
-   truth without a lock; whoever has the lock carries on where the dead left off. Without a `manifest.next`, `.next`
-   images are nobody's.
-5. A note of what is unfinished that cannot be read is put aside too: whatever it named stays, and only takes space.
+3. A manifest that is missing beside images, or cannot be read, stops a backup. It is never made anew. A full backup
+   that is asked for begins another chain, numbered after all images that are there. The unreadable manifest stays
+   beside it as `manifest.json.damaged-…`, and its second copy likewise.
+4. If there is a `manifest.next`, it alone is true. It got its name when all its `.next` images were durable under
+   theirs. Then, each durable before the next begins: the second copy is made to say the same, `.next` images are
+   renamed over those that they replace, files that only the old manifest named are removed, and `manifest.next` is
+   renamed over it. An image and its successor read the same at the file's place in every chain. So a reader finds the
+   truth without a lock, and the holder of the lock carries on where a dead run stopped. Without a `manifest.next`,
+   `.next` images belong to nobody.
+5. An unreadable note of unfinished work is put aside too: the files that it named stay, and only take space.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _NOTE = re.compile(rf"(?:{Maker.BACKUP.form} {_IMAGE_NAME.pattern}\n)*")
 
 
 class Unfinished(NamedTuple):
-    """What a backup that is under way makes: a checkpoint of the disk, and an image of the folder."""
+    """What a backup under way makes: a checkpoint of the disk, and an image in the folder."""
 
     checkpoint: str
     file: str
@@ -80,21 +80,21 @@ class BackupFolder:
         return os.path.join(self.path, file)
 
     def image_path(self, file: str) -> str:
-        """Where an image is that the manifest names: under its own name, or as its successor beside it."""
+        """Return the path of an image that the manifest names: its own name, or its successor's beside it."""
         successor = self.path_of(file + _NEXT_SUFFIX)
         is_under_way = self._manifest.is_succession_decided and os.path.lexists(successor)
         return successor if is_under_way else self.path_of(file)
 
     @contextlib.contextmanager
     def locked(self, patience: Patience = NO_PATIENCE) -> Iterator[None]:
-        """Hold the folder, made if need be, for the one run that may write here; `Busy` if another goes on to.
+        """Hold the folder for the one run that may write here; make it if needed. Raise `Busy` if another run keeps it.
 
-        Files that killed runs did not finish are removed, and a prune that was decided is carried on. Folders that were
-        made for it are removed again if nothing has come into them.
+        Unfinished files of killed runs are removed, and a prune that was decided is carried on. Folders made for the
+        lock are removed again if nothing has come into them.
         """
         made: list[str] = []
         with contextlib.ExitStack() as end:
-            end.callback(files.remove_folders, made)  # last: on NFS a file that is open keeps its folder
+            end.callback(files.remove_folders, made)  # last: on NFS an open file keeps its folder
             end.enter_context(self._lock(made, patience))
             end.callback(self._remove_lock_if_bare, made)
             files.remove_leftovers(self.path)
@@ -102,9 +102,9 @@ class BackupFolder:
             yield
 
     def _lock(self, made: list[str], patience: Patience) -> files.LockedFile:
-        """The lock, in a folder that is there; those that are made for it are added to `made`."""
+        """Lock the folder, which is made if needed. Folders that are made are added to `made`."""
         for _ in range(_LOCK_TRIES - 1):
-            with contextlib.suppress(NotFound):  # whoever had made the folder took it back just now
+            with contextlib.suppress(NotFound):  # another run made the folder and removed it just now
                 return self._lock_in_folder(made, patience)
         return self._lock_in_folder(made, patience)
 
@@ -113,10 +113,10 @@ class BackupFolder:
         return files.lock_file(self.path_of(LOCK), patience=patience)
 
     def _remove_lock_if_bare(self, made: Sequence[str]) -> None:
-        """The lock that we hold, if it is all there is in a folder that we made.
+        """Remove the lock that we hold, if it is all there is in a folder that we made.
 
-        Whoever has opened that lock meanwhile finds that it has no name any more, and makes another (`lock_file`). So
-        nobody takes himself for its holder beside one who holds the new one.
+        A process that has opened that lock meanwhile finds that it has no name any more, and makes another
+        (`lock_file`). So two processes never hold the lock at once.
         """
         with contextlib.suppress(OSError):
             if self.path in made and os.listdir(self.path) == [LOCK]:
@@ -125,14 +125,14 @@ class BackupFolder:
     # -- the manifest --------------------------------------------------------------------------------------
 
     def manifest(self) -> Manifest | None:
-        """What backups there are; None before the first. `FormatError` where that cannot be known."""
+        """Return the manifest; None before the first backup. Raise `FormatError` if it cannot be known."""
         found = self._manifest.read()
         if found is None and self._has_images_of_old():
             raise self._manifest.missing()
         return found
 
     def known_backups(self) -> Manifest:
-        """What backups there are, at least one; else `NotFound` tells of which disks there are any."""
+        """Return a manifest with at least one backup. Else raise `NotFound`, which names the disks that have any."""
         found = self.manifest() if os.path.isdir(self.path) else None
         if found is None or not found.backups:
             others = [name for name in disk_names(self.repository_path) if name != self.disk_name]
@@ -143,11 +143,11 @@ class BackupFolder:
         return found
 
     def replace_manifest(self, new: Manifest, *, keep_old: bool = False) -> None:
-        """Durable on return; a death leaves the old manifest or the new one. What cannot be read can be kept."""
+        """Replace the manifest, durable on return; a death leaves the old or the new. An unreadable one can be kept."""
         self._manifest.replace(new, keep_old=keep_old)
 
     def require_room(self, known: Manifest) -> None:
-        """Raise `StorageError` where the manifest could not name one more backup: before that is copied."""
+        """Raise `StorageError` if the manifest has no room for one more backup: before that is copied."""
         if not has_room(known):
             raise StorageError(
                 self.path_of(MANIFEST),
@@ -158,11 +158,11 @@ class BackupFolder:
     # -- images --------------------------------------------------------------------------------------------
 
     def next_sequence(self, known: Manifest) -> int:
-        """A number that no backup has or had, nor any image that the manifest does not know."""
+        """Return a number that no backup has or had, nor any image that the manifest does not know."""
         return max([known.newest_sequence, *(int(image[1]) for image in self._images())]) + 1
 
     def check_images(self, entries: Iterable[BackupEntry]) -> None:
-        """Raise `NotFound` or `FormatError` unless every image is there, as long as it was when it was made."""
+        """Raise `NotFound` or `FormatError` unless every image is there with the length it was made with."""
         for entry in entries:
             path, status = self._image_status(entry.file)
             if not stat.S_ISREG(status.st_mode) or status.st_size != entry.bytes_stored:
@@ -174,7 +174,7 @@ class BackupFolder:
                 )
 
     def step_without(self, damaged: BackupEntry) -> str:
-        """The next step of who needs an image that is damaged; it names the newest backup without it, if any is."""
+        """Return the next step for a user who needs a damaged image: the newest backup without it, if there is one."""
         spare = self._newest_without(damaged)
         if spare is None:
             return "get the file from a copy of the repository, or use another repository"
@@ -184,7 +184,7 @@ class BackupFolder:
         )
 
     def _newest_without(self, damaged: BackupEntry) -> BackupEntry | None:
-        """The newest backup that can be restored without that one's image, as far as anybody knows."""
+        """Return the newest backup that can be restored without that one's image, as far as is known."""
         try:
             known = self.manifest()
         except LmdbitmapError:
@@ -201,12 +201,12 @@ class BackupFolder:
         path = self.image_path(file)
         with contextlib.suppress(FileNotFoundError):
             return path, os.lstat(path)
-        path = self.path_of(file)  # where a successor is, if a prune came to its end at this very moment
+        path = self.path_of(file)  # a successor is there if a prune ended at this very moment
         with os_errors_at(path):
             return path, os.lstat(path)
 
     def check_names(self, entries: Iterable[BackupEntry]) -> None:
-        """Raise `FormatError` unless all files are called as we call them: no others are written or removed."""
+        """Raise `FormatError` unless all files have names as we give them: no others are written or removed."""
         for entry in entries:
             digests = entry.chunks.file if entry.chunks else None
             if not _IMAGE_NAME.fullmatch(entry.file) or not (
@@ -220,7 +220,7 @@ class BackupFolder:
                 )
 
     def _images(self) -> list[re.Match[str]]:
-        """The names of all images in the folder, known or not; their first group is the number."""
+        """Return the names of all images in the folder, known or not. The first group of each match is the number."""
         return self._names_like(_IMAGE_NAME)
 
     def _names_like(self, form: re.Pattern[str]) -> list[re.Match[str]]:
@@ -229,32 +229,34 @@ class BackupFolder:
         return [match for match in matches if match is not None]
 
     def _digests_of(self, file: str) -> list[str]:
-        """The files with digests of an image that are there, whoever names them."""
+        """Return the files in the folder that hold digests of an image, named by the manifest or not."""
         return [match[0] for match in self._names_like(_DIGESTS_NAME) if match[1] == file]
 
     def _has_images_of_old(self) -> bool:
-        """Whether there are images, apart from one that a first backup is making, or was when it was killed."""
+        """Return whether there are images, apart from the one that a running or killed first backup is making."""
         unfinished = {work.file for work in self._noted()}
         return any(image[0] not in unfinished for image in self._images())
 
     # -- succession ----------------------------------------------------------------------------------------
 
     def successor_path(self, file: str) -> str:
-        """Where to put what is to take the place of an image."""
+        """Return where to put the successor of an image."""
         return self.path_of(file + _NEXT_SUFFIX)
 
     def succeed(self, new: Manifest) -> None:
-        """Let `new` take the manifest's place, and durable successors that of their images; what only the old one
-        named goes. A death leaves the one or the other, and whoever locks the folder next comes to the end."""
+        """Let `new` replace the manifest, and durable successors their images. Remove what only the old manifest named.
+
+        A death leaves the one or the other; the next run that locks the folder finishes it.
+        """
         self._manifest.decide_succession(new)
         self._carry_on(new)
 
     def settle(self) -> None:
-        """Carry on a succession that was decided; undo one that was not. For whoever holds the lock."""
+        """Carry on a succession that was decided; undo one that was not. The caller holds the lock."""
         try:
             found = self._manifest.read()
         except FormatError:
-            return  # whoever needs the manifest is told, and nothing is removed
+            return  # nothing is removed; reading the manifest will report it
         if found is not None and self._manifest.is_succession_decided:
             self._carry_on(found)
             return
@@ -278,7 +280,7 @@ class BackupFolder:
         self._manifest.end_succession()
 
     def _names_only_in_the_old(self, new: Manifest) -> list[str]:
-        """Files that can go. Only those whose names have our form: a manifest may name anything."""
+        """Return the files that can go. Only names of our form: a manifest may name anything."""
         try:
             old = self._manifest.read_predecessor()
         except FormatError as damaged:
@@ -288,7 +290,7 @@ class BackupFolder:
         return sorted(name for name in gone if _IMAGE_NAME.fullmatch(name) or _DIGESTS_NAME.fullmatch(name))
 
     def _stale_digests(self, known: Manifest | None) -> list[str]:
-        """Digests that an image of the manifest does not have any more, or never got; and those of no image at all."""
+        """Return unnamed digest files of images that the manifest names, and digest files without an image."""
         if known is None:
             return []
         named, images = _files_of(known), {image[0] for image in self._images()}
@@ -298,12 +300,12 @@ class BackupFolder:
     # -- what is under way ---------------------------------------------------------------------------------
 
     def note_unfinished(self, works: Sequence[Unfinished]) -> None:
-        """Say, durably, what is about to be made: whoever finds this note after a death knows what to undo."""
+        """Note durably what is about to be made: after a death this note says what to undo."""
         text = "".join(f"{work.checkpoint} {work.file}\n" for work in works)
         files.replace_atomically(self.path_of(UNFINISHED), text.encode())
 
     def unfinished(self) -> list[Unfinished]:
-        """What backups that never got into the manifest have made, or were about to; their images are removed."""
+        """Return the unfinished work that is not in the manifest. Remove its images and their digests."""
         noted = self._noted()
         known = {entry.file for entry in _entries_of(self._manifest.read())} if noted else set()
         abandoned = [work for work in noted if work.file not in known]
@@ -315,7 +317,7 @@ class BackupFolder:
         return abandoned
 
     def drop_note(self) -> None:
-        """Nothing is unfinished any more. Not synced: a note that comes back after a power cut does no harm."""
+        """Remove the note of unfinished work. Not synced: a note that comes back after a power cut does no harm."""
         remove(self.path_of(UNFINISHED))
 
     def _noted(self) -> list[Unfinished]:
@@ -343,7 +345,7 @@ def _files_of(known: Manifest | None) -> set[str]:
 
 
 def _note_text(path: str) -> str | None:
-    """None where no note can be read: it is a folder, or far too long."""
+    """Return the note's text; None if it cannot be read: it is a folder, or far too long."""
     try:
         return (
             files.read_bounded(path, _NOTE_BYTES).decode(errors="replace") if os.path.isfile(path) else None
@@ -357,12 +359,12 @@ def image_name(sequence: int, kind: BackupType) -> str:
 
 
 def digests_name(file: str) -> str:
-    """A new name for the digests of an image: those of an image that takes the place of another lie beside its own."""
+    """Return a new name for an image's digests. Those of an image and of its successor lie beside each other."""
     return f"{file}.{os.urandom(4).hex()}.digests"
 
 
 def disk_names(repository_path: str | os.PathLike[str]) -> list[str]:
-    """The disks that have backups in a repository, sorted."""
+    """Return the names of the disks that have backups in a repository, sorted."""
     place = os.path.abspath(repository_path)
     with os_errors_at(place):
         return sorted(
@@ -373,7 +375,7 @@ def disk_names(repository_path: str | os.PathLike[str]) -> list[str]:
 
 
 def folders_of(repository_path: str | os.PathLike[str], names: Sequence[str] = ()) -> list[BackupFolder]:
-    """The folders of the disks called `names`, or of all; `NotFound` where there are none."""
+    """Return the folders of the disks called `names`, or of all. Raise `NotFound` if there are none."""
     known = disk_names(repository_path)
     if not known:
         raise NotFound(f"{os.path.abspath(repository_path)} has no backups", next_step="name a repository")
@@ -383,9 +385,9 @@ def folders_of(repository_path: str | os.PathLike[str], names: Sequence[str] = (
 def known_backups_of(
     folders: Sequence[BackupFolder], failures: Failures, *, named: bool
 ) -> list[tuple[BackupFolder, Manifest]]:
-    """The folders and their backups. Of those that were `named` each must have some, others without are left out.
+    """Return the folders with their manifests. If `named`, each must have backups; else folders without are left out.
 
-    A manifest that cannot be read is set aside; a name without backups is a slip, and ends the run.
+    A manifest that cannot be read is set aside. A named disk without backups is a typing error and ends the run.
     """
     known = []
     for folder in folders:
@@ -400,7 +402,7 @@ def known_backups_of(
 
 
 def sha256_of(fd: int, stopped: Callable[[], bool] = lambda: False) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal; of its beginning only, if `stopped` says so meanwhile."""
+    """Return the SHA-256 of a file in hexadecimal; of its beginning only, if `stopped` returns True meanwhile."""
     digest, buffer, offset = hashlib.sha256(), new_buffer(_HASHED_AT_ONCE), 0
     view = memoryview(buffer)
     while not stopped() and (count := os.preadv(fd, [buffer], offset)):

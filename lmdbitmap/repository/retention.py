@@ -1,8 +1,8 @@
-"""Which backups stay: so many of the newest, and the newest of so many days, weeks and months.
+"""Decides which backups stay: a number of the newest, and the newest of a number of days, weeks and months.
 
-The rules add up, each for itself, as restic's do: a backup stays if one of them wants it. A day, a week (from Monday)
-or a month without a backup does not count. The newest backup stays always. Days are those of the local clock, unless
-a time zone is given; "newest" is the order in which backups were made, whatever the clock said.
+The rules add up, each for itself, as restic's do: a backup stays if one of them keeps it. A day, a week (from Monday)
+or a month without a backup does not count. The newest backup always stays. Days are those of the local clock, unless a
+time zone is given; "newest" is the order in which backups were made, whatever the clock said.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.repository.manifest import BackupEntry
 
 _LATEST_SECONDS = 250_000_000_000
-"""What a calendar of four digits can hold, whatever a manifest says."""
+"""Latest time that a calendar of four digits can hold, in seconds; a manifest may say anything."""
 
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """How many to keep by each rule; 0 is a rule that keeps none."""
+    """How many backups to keep by each rule; 0 keeps none."""
 
     last: int = 0
     daily: int = 0
@@ -36,7 +36,7 @@ class Retention:
 
 
 def kept(backups: Sequence[BackupEntry], rules: Retention, zone: tzinfo | None = None) -> set[str]:
-    """The ids of the backups that stay."""
+    """Return the ids of the backups that stay."""
     periods: list[tuple[int, Callable[[BackupEntry], Hashable]]] = [
         (rules.last, lambda entry: entry.id),
         (rules.daily, lambda entry: _moment(entry, zone).date()),
@@ -52,7 +52,7 @@ def kept(backups: Sequence[BackupEntry], rules: Retention, zone: tzinfo | None =
 def _newest_of_each(
     backups: Sequence[BackupEntry], count: int, period_of: Callable[[BackupEntry], Hashable]
 ) -> set[str]:
-    """The newest backup of each of the newest `count` periods that have one."""
+    """Return the newest backup of each of the newest `count` periods that have one."""
     newest: dict[Hashable, str] = {}
     for entry in reversed(backups):
         if len(newest) == count:

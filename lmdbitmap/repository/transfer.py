@@ -1,15 +1,15 @@
-"""Copies backups to another repository, one after the other; nothing that is there is taken away, or written anew.
+"""Copies backups to another repository, one after the other. Nothing that is there is removed or written anew.
 
-The digests of an image are copied, then the image beside its name, synced, and read back; only if it has the digest
-that the manifest says do the image and its entry take effect, together (`BackupFolder.succeed`). A copy that was
-killed goes on where it was.
+The digests of an image are copied first, then the image, which is written under another name beside its own, synced,
+and read back. Only if it has the digest that the manifest says do the image and its entry take effect, together
+(`BackupFolder.succeed`). A copy that was killed goes on where it was.
 
-What is there stays as it is, even if a prune wrote that backup anew at the source, or let go of it: a damaged or wiped
-source takes nothing from its copy. That fits, as a prune keeps what a backup reads as, and its file's name: what is
-copied later reads the same, stacked on the old image or on the new one. So each side is pruned by itself. What was
-let go of at the target does not come back, unless something new is stacked on it.
+The target's backups stay as they are, even if a prune at the source wrote them anew or removed them: a damaged or wiped
+source takes nothing from its copy. That is sound, as a prune keeps what a backup reads as, and its file's name: what is
+copied later reads the same, stacked on the old image or on the new one. So each side is pruned by itself. Backups
+removed at the target do not come back, unless something new is stacked on them.
 
-The other folder may hold no backup that is another than the source's of that number, nor a newer one.
+The target may not hold a backup that differs from the source's of the same number, nor a newer one.
 """
 
 from __future__ import annotations
@@ -49,22 +49,22 @@ _USE_ANOTHER = "look at it with `verify`, and get the file from another copy of 
 
 @dataclass(frozen=True, slots=True)
 class CopyResult:
-    """One disk's backups: those that were copied now, and how many of the others are where."""
+    """The backups of one disk that were copied now, and where the others are."""
 
     disk: str
     copied: tuple[BackupEntry, ...]
     already_there: int
-    """Of the source's."""
+    """Backups of the source that the target had."""
     only_there: int
-    """That the source let go of."""
+    """Backups of the target that the source has removed."""
     left_out: int
-    """That the target let go of."""
+    """Backups of the source that the target has removed."""
     bytes_copied: int
     seconds: float
 
 
 class CopiesFailed(DisksFailed):
-    """Some of several disks were not copied, or not to the end; those in `results` are."""
+    """Some of several disks were not copied, or not completely; those in `results` are."""
 
     def __init__(self, results: Sequence[CopyResult], failures: Mapping[str, LmdbitmapError]) -> None:
         super().__init__("copied", len(results), failures)
@@ -81,11 +81,11 @@ def copy_backups(
 ) -> list[CopyResult]:
     """Copy all backups of the disks called `names`, or of all, to the repository at `target_path`; durable on return.
 
-    Raises `NotFound` without such a disk, or the package that the digests of an image need, `AlreadyExists` where the
-    target has other backups of a disk of that name, or newer ones, `FormatError` for an image that is not what it
-    was, `Busy` for a target that somebody writes to, and for a source that changes meanwhile. The backups before the
-    one that failed are copied. A folder of the target that another run uses is waited for, all of them for
-    `lock_wait_s` at most. Of several disks one that fails is left out, and `CopiesFailed` tells of it in the end.
+    Raises `NotFound` without such a disk, or the package that the digests of an image need; `AlreadyExists` if the
+    target has other backups of a disk of that name, or newer ones; `FormatError` for an image that is not what it was;
+    `Busy` for a source that changes meanwhile, and for a target that another run uses for longer than `lock_wait_s`,
+    which is for all folders together. The backups before the one that failed are copied. If one of several disks fails
+    it is left out, and `CopiesFailed` reports it in the end.
     """
     folders = folders_of(repository_path, names)
     if os.path.realpath(repository_path) == os.path.realpath(target_path):
@@ -113,10 +113,10 @@ def _copy_disk(
 ) -> CopyResult:
     source.check_names(known.backups)
     if not os.path.lexists(target.path):
-        require_algorithms(source, known.backups)  # or a folder would be left where nothing comes into
+        require_algorithms(source, known.backups)  # else an empty folder would be left
     with target.locked(patience):
         started = time.monotonic()
-        wanted = source.known_backups()  # anew: whoever was waited for may have copied newer ones
+        wanted = source.known_backups()  # again: the run that held the lock may have copied newer ones
         source.check_names(wanted.backups)
         found = target.manifest()
         before = Manifest(wanted.disk) if found is None else found
@@ -136,7 +136,7 @@ def _copy_disk(
                 target.succeed(there)
         except BaseException:
             with contextlib.suppress(LmdbitmapError):
-                target.settle()  # what was copied and not decided takes space
+                target.settle()  # images that were copied and not decided take space
             raise
     return _told(source.disk_name, before, wanted, missing, started)
 
@@ -160,15 +160,15 @@ def _told(
 
 
 def _point(entry: BackupEntry) -> tuple[object, ...]:
-    """What makes it this backup and no other: what it holds, and what images above it call it.
+    """Return what identifies the backup: what it holds, and what images above it call it.
 
-    A prune keeps it, and so does whoever takes the chain over. The epoch goes then; the checkpoint is of one alone.
+    A prune keeps these, and so does a take-over, which drops the epoch. A checkpoint belongs to one backup alone.
     """
     return entry.id, entry.sequence, entry.file, entry.time_ns, entry.checkpoint, entry.disk_size
 
 
 def _require_kin(target: BackupFolder, there: Manifest, source: BackupFolder, wanted: Manifest) -> None:
-    """Refuse a target that goes on from the source's backups in another way, or has those of another disk."""
+    """Raise `AlreadyExists` if the target continues the source's backups differently, or has those of another disk."""
     ours, theirs = {_point(entry) for entry in wanted.backups}, there.backups
     was_added_anew = not theirs or _point(theirs[-1]) in ours
     if there.disk.uuid != wanted.disk.uuid and not was_added_anew:
@@ -189,7 +189,7 @@ def _not_kin(problem: str) -> AlreadyExists:
 
 
 def _following(there: Manifest, wanted: Manifest) -> Manifest:
-    """What is there, as the disk's whose the source is now: what it took over there counts from nothing here either."""
+    """Return the target's manifest as the source's disk's. Backups that the source took over lose their epoch here."""
     if there.disk != wanted.disk:
         return taken_over(there, wanted.disk)
     taken = [entry.sequence for entry in wanted.backups if entry.epoch == TAKEN_OVER_EPOCH]
@@ -202,7 +202,7 @@ def _following(there: Manifest, wanted: Manifest) -> Manifest:
 
 
 def _missing(there: Manifest, wanted: Manifest) -> list[BackupEntry]:
-    """The backups that are newer than all that are or were there, and those below them that are not there."""
+    """Return the backups newer than all that are or were at the target, and those below them that are missing there."""
     known = {entry.id for entry in there.backups}
     newest = there.newest_sequence
     missing: list[BackupEntry] = []
@@ -281,7 +281,7 @@ def _require(path: str, expected: str, found: str) -> None:
 
 
 def _require_same(path: str, entry: BackupEntry) -> None:
-    """Take an image that a killed copy left for what it is; any other is somebody's."""
+    """Accept an image that a killed copy left. Raise `AlreadyExists` if it is any other image."""
     with FileDevice.open(path, read_only=True) as device, os_errors_at(path):
         assert device.fd is not None
         found = found_digest(entry, device.fd)

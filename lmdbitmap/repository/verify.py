@@ -1,16 +1,16 @@
 """Proves backups without restoring them: every byte of every image by its digests, and every image's structure.
 
-- An image is as long as the manifest says, its header names the disk's size and the parent that the manifest
-  names, and every entry of its tables is one that can be followed and leads into the file. Refcounts are not
-  looked at: no reader of a backup needs them.
-- Its chunks have the digests that the file beside it lists, and that file has the digest that the manifest
-  has. Where it is missing or damaged, or none was ever made, the image is proven by its digest as a whole.
-- What cannot be proven, because this Python lacks what the digests are computed with, is not sound either.
+- An image is as long as the manifest says. Its header names the disk's size and the parent that the manifest names.
+  Every entry of its tables can be followed and leads into the file. Refcounts are not checked: no reader of a backup
+  needs them.
+- Its chunks have the digests that the file beside it lists, and that file has the digest in the manifest. If that file
+  is missing or damaged, or was never made, the image is proven by its digest as a whole.
+- An image that cannot be proven, because this Python lacks the package for its digests, is not sound either.
 
-Digests are computed in as many threads as there are processors. Images are opened one after the other, so that
-a chain may be of any length. Nobody is kept from backing up or pruning meanwhile. What is found wrong with an image
-that a prune took or wrote anew under our eyes says nothing: it is left out, and the answer is `Busy` if nothing else
-is wrong. Every other flaw stands, whatever else was changed.
+Digests are computed in as many threads as there are processors. Images are opened one after the other, so that a chain
+may be of any length. Backups and prunes can go on meanwhile. A flaw of an image that a prune removed or rewrote
+meanwhile proves nothing: it is left out, and `Busy` is raised if there is no other flaw. Every other flaw stands,
+whatever else was changed.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from lmdbitmap.repository.repository import BackupFolder, folders_of
 from lmdbitmap.work.progress import Progress, Report
 
 MAX_FLAWS = 1000
-"""Told one by one; more are counted."""
+"""Flaws that are listed; more are counted."""
 _BATCH_BYTES = 16 << 20
-"""Hashed in one go by a thread."""
+"""Bytes that a thread hashes at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Flaw:
-    """What is wrong with a file. Of damaged data also which bytes of the file, in whole chunks."""
+    """What is wrong with a file. For damaged data also which bytes of the file, in whole chunks."""
 
     disk: str
     backup: str | None
@@ -55,7 +55,7 @@ class Flaw:
     offset: int | None = None
     length: int | None = None
     next_step: str | None = None
-    """What to do about this one, where that is not the same as about any damaged file."""
+    """What to do about this flaw, if that differs from what to do about any damaged file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +83,9 @@ def verify(
 ) -> VerifyResult:
     """Prove all backups of a repository, or of one disk, or those that a restore `at` a backup or a time needs.
 
-    What is wrong is in the answer, and of which images nobody knows for want of a package. Raises `NotFound` without
-    such a disk or backup, `Busy` where nothing is wrong but with images that were pruned meanwhile, `StorageError`
-    where the system refuses.
+    The result lists the flaws, and the images that cannot be proven for want of a package. Raises `NotFound` without
+    such a disk or backup, `Busy` if the only flaws are in images that were pruned meanwhile, `StorageError` if the
+    system refuses.
     """
     if at is not None and name is None:
         raise InvalidArgument(f"backup {at} of which disk", next_step="name the disk too")
@@ -122,7 +122,7 @@ class _Flaws:
         self.count += others.count
 
     def excuse(self, folder_path: str) -> None:
-        """An image of that folder was flawed, and is not what the manifest means any more."""
+        """Ignore a flawed image of that folder: the manifest does not mean it any more."""
         self._pruned_at = folder_path
 
     def require_settled(self) -> None:
@@ -158,7 +158,7 @@ def _tasks(
 
 
 def _without_backups(folder: BackupFolder) -> Flaw:
-    """Whoever proves a copy every night is to hear that it never came about."""
+    """Return a flaw for a folder without backups: a nightly check of a copy must report that it was never completed."""
     problem = (
         f"{folder.path}: there is no backup in it: a copy into it is under way, or did not come to its end"
     )
@@ -181,7 +181,7 @@ def _prove(task: _DiskToVerify, flaws: _Flaws, report: Report) -> None:
 def require_sound(
     folder: BackupFolder, manifest: Manifest, entries: Sequence[BackupEntry], report: Report
 ) -> None:
-    """Raise `FormatError` unless every byte of the images is what was backed up. See `require_algorithms` before."""
+    """Raise `FormatError` unless every byte of the images is what was backed up. Call `require_algorithms` before."""
     for _, found, length in _found(_DiskToVerify(folder, folder.disk_name, manifest, entries)):
         report.advance(length)
         if found:
@@ -194,7 +194,7 @@ def require_sound(
 
 
 class _CheckResult(NamedTuple):
-    """What is wrong with a piece of an image, and how many bytes of it are proven by that."""
+    """The flaws of a piece of an image, and how many bytes of the image the piece proves."""
 
     entry: BackupEntry
     found: list[Flaw]
@@ -202,7 +202,7 @@ class _CheckResult(NamedTuple):
 
 
 def _found(task: _DiskToVerify) -> Iterator[_CheckResult]:
-    """Piece by piece in the order of the files, and at least one of each."""
+    """Yield the results piece by piece in the order of the files, at least one for each."""
     with ThreadPoolExecutor(max_workers=thread_count()) as pool:
         pending: deque[tuple[BackupEntry, Future[list[Flaw]], int]] = deque()
         for entry, job in _jobs(task):
@@ -218,7 +218,7 @@ def _piece(entry: BackupEntry, found: Future[list[Flaw]], length: int) -> _Check
 
 
 class _Check(NamedTuple):
-    """Work for one thread, and how many bytes of the image are proven by it."""
+    """Work for one thread, and how many bytes of the image it proves."""
 
     run: Callable[[], list[Flaw]]
     length: int = 0
@@ -233,7 +233,7 @@ def _jobs(task: _DiskToVerify) -> Iterator[tuple[BackupEntry, _Check]]:
 
 
 class _Image:
-    """One image and its digests. Each job opens the files anew: so none stays open for longer than it is read."""
+    """One image and its digests. Each job opens the files anew, so no file is open for longer than it is read."""
 
     def __init__(self, task: _DiskToVerify, entry: BackupEntry, parent: str | None) -> None:
         self._folder = task.folder
@@ -271,7 +271,7 @@ class _Image:
             yield _Check(partial(self._unless_gone, check), stop - start)
 
     def _unless_gone(self, check: Callable[[], list[Flaw]]) -> list[Flaw]:
-        """What a check finds, whatever became of the files since its turn was due."""
+        """Return what a check finds; a file that has gone or changed since is a flaw too."""
         try:
             return check()
         except (FormatError, NotFound) as wrong:
@@ -284,7 +284,7 @@ class _Image:
         return []
 
     def _wrong_with(self, chunks: ChunkDigests) -> Flaw | None:
-        """Why the digests of the chunks cannot be used, if they cannot."""
+        """Return why the digests of the chunks cannot be used; None if they can."""
         try:
             read_digests(self._folder, self._entry.bytes_stored, chunks)
         except (FormatError, NotFound) as wrong:
@@ -300,7 +300,7 @@ class _Image:
         return [self._bytes_flaw(problem, 0, self._entry.bytes_stored)]
 
     def _check_chunks(self, chunks: ChunkDigests, start: int, stop: int) -> list[Flaw]:
-        """The damaged stretches of the range, which begins on a chunk."""
+        """Return the damaged ranges of [start, stop), which begins on a chunk."""
         path, first = self._folder.path_of(chunks.file), start // chunks.chunk_size
         count = ceil_div(stop, chunks.chunk_size) - first
         with _opened(path) as fd, os_errors_at(path):
@@ -327,7 +327,7 @@ class _Image:
 
 
 def _lengthen(runs: list[tuple[int, int]], offset: int, length: int) -> None:
-    """Add a run (offset, length): to the last one, if it continues that."""
+    """Add a run (offset, length), merged into the last one if it continues that."""
     if runs and sum(runs[-1]) == offset:
         offset, length = runs[-1][0], runs.pop()[1] + length
     runs.append((offset, length))
