@@ -1,1 +1,1 @@
-"""A backup put back, or served as it is."""
+"""Restores a backup, or serves it read-only."""

@@ -27,14 +27,14 @@ def serve_backup(
 ) -> Iterator[Server]:
     """Serve the disk called `name` as it was at the backup that `at` names, as for `open_backup`, during the block.
 
-    Clients find it at the unix socket `socket_path`, which is for the user of this process alone, under its name and
-    as the default export; `uris` of the server that is yielded says how. The folder is not locked, and nothing is
-    changed. Each piece is proven by its digest when it is read for the first time, and what does not fit is an error
-    for the client; with `verify_first` all of it is proven before the first client is let in.
+    Clients find it at the unix socket `socket_path`, which only this process's user may use, under the disk's name and
+    as the default export; see `uris` of the server yielded. The folder is not locked, and nothing is changed. Each
+    piece is proven by its digest when it is first read; one that does not fit is an error for the client. With
+    `verify_first` all of it is proven before the first client is let in.
 
-    For other places to listen at: a `Server` of `PlainDisk(backup)`, where `open_backup` gives the backup.
-    Raises `NotFound` without such a backup or an image of it, `FormatError` for a damaged one, `Busy` where another
-    server listens; and at the end of the block `LmdbitmapError` if a request hangs in the files.
+    To listen elsewhere, make a `Server` of `PlainDisk(backup)` with the backup from `open_backup`.
+    Raises `NotFound` without such a backup or an image of it, `FormatError` for a damaged one, `Busy` if another server
+    listens there; and at the end of the block `LmdbitmapError` if a request hangs in the files.
     """
     with open_backup(repository_path, name, at) as backup:
         prove_first(name, backup, wanted=verify_first)
@@ -48,7 +48,7 @@ def serve_backup(
 def prove_first(
     name: str, backup: BackupChain, *, wanted: bool, stopped: Callable[[], bool] = lambda: False
 ) -> None:
-    """Prove all of a backup, if that is wanted; else tell the log of images that nobody can prove piece by piece."""
+    """Prove all of a backup if `wanted`; else log the images that cannot be proven piece by piece."""
     if wanted:
         prove([image.whole for image in backup.images], stopped)
     elif backup.unproven:

@@ -1,8 +1,8 @@
-"""Puts a backup's chain onto a file or a block device, batch by batch, in any order: each is read, proven and written
-by one thread of a gang (gang.py).
+"""Writes a backup's chain to a file or a block device, batch by batch, in any order.
 
-What is written are mostly the very bytes that were proven, while they are in the processor's cache. Where the file
-system can share what files hold (reflinks), what was proven is shared and not written: it costs no room then.
+One thread of a gang (gang.py) reads, proves and writes a batch. Mostly the very bytes that were proven are written,
+while they are in the processor's cache. If the file system can share what files hold (reflinks), proven data is shared
+and not written, and takes no space.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from lmdbitmap.work.progress import Report
 
 
 class CarryingBack:
-    """Writes all of the target, which has a descriptor; what it held before does not matter."""
+    """Writes all of a target that has a descriptor; the target's old content does not matter."""
 
     bytes_read = 0
-    """Of the target."""
+    """Bytes read of the target."""
 
     def __init__(self, chain: BackupChain, target: Target, report: Report) -> None:
         assert target.fd is not None
@@ -42,7 +42,7 @@ class CarryingBack:
         self.bytes_written = self.bytes_zeroed = 0
 
     def put_all(self, runs: Iterable[MappedRun]) -> None:
-        """All is written when it returns, and not synced. Raises `FormatError` for what is not what it was."""
+        """Write all runs; nothing is synced. Raises `FormatError` for damaged data."""
         Gang(self._new_carrier, most=MOST_THREADS).do(self._announced(runs), self._tell)
 
     def _announced(self, runs: Iterable[MappedRun]) -> Iterator[list[MappedRun]]:
@@ -83,21 +83,21 @@ class CarryingBack:
             start += run.length
 
     def _share(self, group: list[MappedRun]) -> bool:
-        """Whether the target has what its images hold now, as its own."""
+        """Share the images' data with the target. Return whether the target has it as its own now."""
         return self._can_share and all(run.kind is Kind.DATA and self._is_shared(run) for run in group)
 
     def _is_shared(self, run: MappedRun) -> bool:
-        """A refusal is of all that follows, but for one of the disk's end, which may be no whole block."""
+        """Share one run. A refusal means that no later run is tried, unless it is at the disk's end within a block."""
         with self._chain.images[run.layer].file.reading() as source:
             assert source.fd is not None
             is_shared = linux.clone_range(source.fd, run.host_offset, run.length, self._target_fd, run.offset)
         if not is_shared and run.length % PAGE_BYTES == 0:
-            self._can_share = False  # others ask too, and what one is told is not what another is
+            self._can_share = False  # other threads clear it too, so it is not this thread's answer
         return is_shared
 
 
 def _groups(stored: Iterable[MappedRun]) -> Iterator[list[MappedRun]]:
-    """Data that lies together in one file, as much as a buffer holds; what is compressed is by itself."""
+    """Yield runs of data that lie together in one file, as much as a buffer holds. Compressed runs come alone."""
     group: list[MappedRun] = []
     length = 0
     for run in stored:

@@ -1,11 +1,11 @@
-"""A backup's runs, made ready ahead of whoever takes them: proven by their digests, read, decompressed.
+"""Prepares a backup's runs ahead of their use: proves them by their digests, reads and decompresses them.
 
-Threads do that, as many as there are processors: to hash and to decompress they let go of Python's lock. One thread
-takes what they made, in order, and puts it somewhere, so that the target is written by one thread alone:
+As many threads as there are processors do that: hashing and decompressing release Python's lock. One thread takes the
+results in order and writes them, so that the target is written by one thread alone:
 
     chain.extents ─▶ batches ─▶ threads: prove, read ─▶ in order ─▶ (run, data) ─▶ the target
 
-A batch is 4 MiB of data or many small runs, and a few are on the way: so some 10 MiB for each processor are in memory.
+A batch is 4 MiB of data or many small runs, and a few are under way: some 10 MiB for each processor are in memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BATCH_RUNS = 256
 
 
 class Ready(NamedTuple):
-    """A run that is proven, where its image can prove it; `data` has its bytes, if that kind of run was to be read."""
+    """A run, proven if its image can prove it. `data` has its bytes, if its kind was to be read."""
 
     run: MappedRun
     data: bytearray | None = None
@@ -34,9 +34,9 @@ class Ready(NamedTuple):
 def made_ready(
     chain: BackupChain, runs: Iterable[MappedRun], read: Collection[Kind]
 ) -> Generator[Ready, None, None]:
-    """The runs in order, in pieces of a batch at most. Raises what is wrong with one of them in its place, or before.
+    """Yield the runs in order, in pieces of at most a batch. An error is raised in place of the run, or before.
 
-    Close it where it is left before its end.
+    Close it if it is left before its end.
     """
     with ThreadPoolExecutor(max_workers=thread_count()) as threads:
         pending: deque[tuple[list[MappedRun], Future[list[Ready]]]] = deque()
@@ -64,7 +64,7 @@ def _data(chain: BackupChain, run: MappedRun) -> bytearray:
 
 
 def _taken(chain: BackupChain, batch: Iterable[MappedRun], made: Future[list[Ready]]) -> Iterator[Ready]:
-    """What another batch had claimed may not be proven yet."""
+    """Yield a finished batch once all of its runs are proven: another batch may have claimed their chunks."""
     ready = made.result()
     for run in batch:
         chain.prove(run)
@@ -72,7 +72,7 @@ def _taken(chain: BackupChain, batch: Iterable[MappedRun], made: Future[list[Rea
 
 
 def batches(runs: Iterable[MappedRun]) -> Iterator[list[MappedRun]]:
-    """The runs in pieces, together as many as make `BATCH_BYTES` or end where a batch of their file does."""
+    """Yield the runs in batches of `BATCH_BYTES`, or up to where a batch of their file ends."""
     batch: list[MappedRun] = []
     length = 0
     for run in runs:
@@ -88,7 +88,7 @@ def batches(runs: Iterable[MappedRun]) -> Iterator[list[MappedRun]]:
 
 
 def _pieces(run: MappedRun) -> Iterator[MappedRun]:
-    """The run in pieces that end on whole batches of its file: so that no two have a chunk of digests in common."""
+    """Yield the run in pieces that end on whole batches of its file, so that no two share a chunk of digests."""
     if run.kind is not Kind.DATA:
         yield run
         return

@@ -1,10 +1,9 @@
 """Restores a disk as it was at one of its backups.
 
-backup_chain.py reads the images, prefetching.py proves what is read of them, target.py opens what is written into,
-writers.py or parallel_restore.py writes. No byte of a backup is written before the digest of its chunk is known to be
-right. What holds something already is not touched before that is known of all that is going to be written. An image
-that has no digests by chunks is proven as a whole, beside the writing of a new file, which gets its name only if that
-is right too.
+backup_chain.py reads the images, prefetching.py proves what is read of them, target.py opens the target, writers.py or
+parallel_restore.py writes. No byte of a backup is written before the digest of its chunk is known to be right. A target
+that holds something already is not touched before everything that will be written is proven. An image without digests
+by chunks is proven as a whole, beside the writing of a new file, which gets its name only if that proof succeeds too.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ _TELL_AGAIN_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class RestoreResult:
-    """`bytes_written` were data, `bytes_zeroed` were made zeroes; in place, `bytes_read` of the target were compared.
+    """Bytes written as data and as zeroes; in place, also the bytes of the target that were compared.
 
-    `tracked` is the name of the disk through whose tracker it went, if `path` is one's image.
+    `tracked` is the name of the disk whose tracker the restore went through, if `path` is its image.
     """
 
     entry: BackupEntry
@@ -50,7 +49,7 @@ class RestoreResult:
     bytes_read: int = 0
     tracked: str | None = None
     bytes_behind: int = 0
-    """Of the target, behind the disk's end: they are zeroes."""
+    """Bytes of the target behind the disk's end: they are zeroes."""
 
 
 def restore(
@@ -65,20 +64,22 @@ def restore(
     store: Store | None = None,
     progress: Progress | None = None,
 ) -> RestoreResult:
-    """Write the disk called `name` as it was at the backup with the id `at`, or at the newest one.
+    """Write the disk called `name` as it was at a backup; durable on return.
 
-    `at` may also be a time (`2026-11-29`, `2026-11-29T02:38:24Z`): it is the newest backup not later that counts then.
-    `out_path` is a file that is not there yet, or empty; a block device or the URI of an NBD export, of the disk's
-    size; or, `in_place`, any of these or a file, of which only what differs is written. What is there may be `larger`
-    than the disk, if you say so: whatever is behind that becomes zero. Durable on return. Where it is the image of a
-    disk in `store`, it has to be in place, and goes through the tracker: the disk's next backup is an increment of what
-    the restore changed. `verify=False` leaves out the digests, not the structure.
-    `progress` counts what is proven and then what is written, so to twice the size of what was there before; what it
-    raises cancels the restore, and while it proves nothing was written yet.
+    - `at` is the backup's id, or a time (`2026-11-29`, `2026-11-29T02:38:24Z`), which means the newest backup not
+      later. None is the newest backup.
+    - `out_path` is a new or empty file; a block device or the URI of an NBD export, of the disk's size; or, `in_place`,
+      any of these or a file, of which only what differs is written.
+    - `larger` allows a target larger than the disk: everything behind the disk becomes zero.
+    - `store`: the image of a disk in it must be restored `in_place`, and goes through the tracker. The disk's next
+      backup is an increment of what the restore changed.
+    - `verify=False` leaves out the digests, not the structure.
+    - `progress` counts proven and then written bytes: up to twice the size of a target that existed before. What it
+      raises cancels the restore; during the proof nothing was written yet.
 
-    Raises `NotFound` without such a disk or backup, or the package that its digests need, `FormatError` for a manifest
-    or image that is not what it must be, `AlreadyExists` for a file with something in it, `InvalidArgument` for a
-    target that does not fit, `Busy` for one that somebody uses, `StorageError` where the system refuses.
+    Raises `NotFound` without such a disk or backup, or the package that its digests need; `FormatError` for a damaged
+    manifest or image; `AlreadyExists` for a file with something in it; `InvalidArgument` for a target that does not
+    fit; `Busy` for a target in use; `StorageError` if the system refuses.
     """
     started = time.monotonic()
     folder, place = BackupFolder(repository_path, name), os.fspath(out_path)
@@ -97,7 +98,7 @@ def restore(
                 _prove_all(chain, target, report)
                 _await(proven, report)
             writer.put_all(chain.extents(0, chain.size))
-            writer.put_all(_tail(chain.size, target.size))  # by itself: it may begin within a page
+            writer.put_all(_tail(chain.size, target.size))  # separately: it may begin within a page
             target.flush()
             _await(proven, report)
     return RestoreResult(
@@ -115,25 +116,25 @@ def _writer_for(chain: BackupChain, target: Target, report: Report, *, in_place:
 
 
 def _prove_all(chain: BackupChain, target: Target, report: Report) -> None:
-    """Of what is going to be written, before anything is."""
+    """Prove everything that will be written, before anything is."""
     with contextlib.closing(made_ready(chain, _runs(chain, target.size), ())) as ready:
         for run, _ in ready:
             report.advance(run.length)
 
 
 def _await(proven: Future[None], report: Report) -> None:
-    """Images are proven as a whole by a thread of its own. Whoever waits for it can be cancelled."""
+    """Wait for the thread that proves images as a whole. `progress` can cancel the wait."""
     while wait([proven], timeout=_TELL_AGAIN_S).not_done:
         report.repeat()
     proven.result()
 
 
 def _runs(chain: BackupChain, target_size: int) -> Iterator[MappedRun]:
-    """The disk, and what is behind it of the target, as zeroes."""
+    """Return the runs of the disk, and of the target behind it, as zeroes."""
     return itertools.chain(chain.extents(0, chain.size), _tail(chain.size, target_size))
 
 
 def _tail(start: int, end: int) -> Iterator[MappedRun]:
-    """In pieces: to zero a large one may take a device long, and nobody could stop it meanwhile."""
+    """Yield zero runs in pieces: a device may take long to zero a large one, and could not be stopped meanwhile."""
     for offset in range(start, end, _TAIL_BYTES):
         yield MappedRun(offset, min(_TAIL_BYTES, end - offset), Kind.ZERO)

@@ -1,8 +1,8 @@
-"""Puts a disk back onto something: run by run of a backup's chain, in one of two ways. One thread writes.
+"""Writes a disk to a target, run by run of a backup's chain, in one of two ways. One thread writes.
 
-- `Overwriting` looks at nothing: data is written, and what reads as zeroes is zeroed, unless all of the target is
-  zeroes yet. Onto what has a descriptor parallel_restore.py does that with many threads.
-- `Comparing` reads the target first, and writes the pages that differ and no other (differences.py).
+- `Overwriting` compares nothing: data is written, and zeroes are zeroed unless the whole target is still zero. For
+  targets with a descriptor parallel_restore.py does the same with many threads.
+- `Comparing` reads the target first, and writes only the pages that differ (differences.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _STORED = (Kind.DATA, Kind.COMPRESSED)
 
 
 class PuttingBack(Protocol):
-    """`bytes_read` are the target's; `bytes_written` were data and `bytes_zeroed` zeroes that it did not have."""
+    """Bytes read of the target; bytes written as data, and as zeroes that the target did not have."""
 
     @property
     def bytes_written(self) -> int: ...
@@ -33,11 +33,11 @@ class PuttingBack(Protocol):
     def bytes_read(self) -> int: ...
 
     def put_all(self, runs: Iterable[MappedRun]) -> None:
-        """Put all of the runs back, which are the disk; nothing is synced. Raises `FormatError` for what is damaged."""
+        """Write all of the runs, which are the disk; nothing is synced. Raises `FormatError` for damaged data."""
 
 
 class Overwriting:
-    """Writes all of the target; what it held before does not matter."""
+    """Writes all of the target; its old content does not matter."""
 
     def __init__(self, chain: BackupChain, target: Target, report: Report) -> None:
         self._chain = chain
@@ -57,7 +57,7 @@ class Overwriting:
 
 
 def zeroed(target: Target, run: MappedRun) -> int:
-    """Make zeroes of a run where they are not known to be; answer how many."""
+    """Zero a run where it is not known to be zero; return how many bytes were zeroed."""
     done = 0
     for offset, part in allocated(target, run.offset, run.length):
         if not part.zero:
