@@ -1,1 +1,1 @@
-"""What a restore, a stream or a sync writes onto, and where that differs from what is wanted."""
+"""The targets that a restore, a stream or a sync writes to, and where they differ from what is wanted."""

@@ -1,7 +1,7 @@
-"""Makes a target right by a look at what it holds: it is read, and the pages that differ are written, and no other.
+"""Corrects a target by reading it and writing only the pages that differ.
 
-So a target that is nearly right is hardly written, a tracked one has no more dirt than need be, and what was killed
-goes on where it was. Zeroes that the target knows of are not even read.
+So a target that is nearly right is hardly written, a tracked one gets no more dirt than needed, and a killed run goes
+on where it was. Zeroes that the target knows of are not even read.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from lmdbitmap.targets.target import Target
 from lmdbitmap.work.buffers import new_buffer
 
 CHUNK_BYTES = 1 << 20
-"""In our memory at once."""
+"""Bytes in our memory at once."""
 _COARSE_BYTES = 1 << 16
 _ZEROES = bytes(CHUNK_BYTES)
 
 
 class Mender:
-    """`bytes_compared` were read of the target; `bytes_written` were data and `bytes_zeroed` zeroes it did not have.
+    """Corrects a target, for one thread.
 
-    `advance` is told of every byte that is right now. One thread.
+    `bytes_compared` were read of the target; `bytes_written` were data and `bytes_zeroed` zeroes that it did not have.
+    `advance` is called with the number of bytes that are right now.
     """
 
     def __init__(self, target: Target, advance: Callable[[int], None] = lambda length: None) -> None:
@@ -32,7 +33,7 @@ class Mender:
         self.bytes_compared = self.bytes_written = self.bytes_zeroed = 0
 
     def mend_data(self, offset: int, wanted: bytes | bytearray, length: int) -> None:
-        """The first `length` bytes of `wanted`, a chunk at most, are to be at `offset`."""
+        """Make the target hold the first `length` bytes of `wanted`, a chunk at most, at `offset`."""
         self._read(offset, length)
         whole = memoryview(wanted)
         writes = [
@@ -64,14 +65,14 @@ class Mender:
 
 
 def allocated(target: Target, offset: int, length: int) -> Iterator[tuple[int, Allocation]]:
-    """(offset, part) of all of a range. What is changed meanwhile is behind it."""
+    """Yield (offset, part) of all of a range. Bytes already yielded may be changed meanwhile."""
     for part in target.allocation(offset, length):
         yield offset, part
         offset += part.length
 
 
 def chunks(offset: int, end: int) -> Iterator[tuple[int, int]]:
-    """[offset, end) as (offset, length) of pieces that end on multiples of a chunk."""
+    """Yield [offset, end) as (offset, length) of pieces that end on multiples of a chunk."""
     while offset < end:
         stop = min(end, offset - offset % CHUNK_BYTES + CHUNK_BYTES)
         yield offset, stop - offset
@@ -79,7 +80,10 @@ def chunks(offset: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def differences(one: bytes | bytearray, other: bytes | bytearray, length: int) -> Iterator[tuple[int, int]]:
-    """Ranges (start, stop) of the first `length` bytes, in whole pages but for the last, that differ; none touch."""
+    """Yield the ranges (start, stop) of the first `length` bytes that differ. None touch another.
+
+    They are whole pages; only the last may be short.
+    """
     if one == other or not length:
         return
     begun = None

@@ -1,4 +1,4 @@
-"""What a restore writes into, and what it refuses before it touches anything.
+"""The targets that a restore writes to, and what is refused before anything is touched.
 
 | target | is opened | what it held before |
 |---|---|---|
@@ -7,11 +7,11 @@
 | a file, in place | for writing | is compared |
 | the image of a disk that is tracked, in place | by attaching the disk | is compared, and what changes becomes dirty |
 
-An image that is tracked is never written but through its tracker: the backup after the restore would not know of it, or
-read the whole disk. A size is the disk's, or that rounded up to a sector; or `larger`, if the caller allows that.
-What is behind the disk's end is zeroed: a target reads as the disk would that was made larger. Whatever stood there
-could be taken for the end of the new disk, as the second partition table, a RAID's or a pool's label is, or be read by
-a guest that is not meant to.
+A tracked image is written only through its tracker: else the backup after the restore would not know of it, or would
+read the whole disk. A target has the disk's size, or that rounded up to a sector, or is `larger`, if the caller allows
+that. Everything behind the disk's end is zeroed: a target reads as the disk would if it were made larger. Old bytes
+there could be taken for the end of the new disk, as the second partition table, a RAID's or a pool's label is, or be
+read by a guest that is not meant to.
 """
 
 from __future__ import annotations
@@ -46,15 +46,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """An open target. For one thread, or many where it has an `fd`; its own refusals are raised as errors that name
-    `place`."""
+    """An open target. For one thread, or for many if it has an `fd`. Its own errors name `place`."""
 
     place: str
     device: BlockDevice
     is_fresh: bool = False
-    """Whether all of it reads as zeroes yet."""
+    """Whether all of it still reads as zeroes."""
     fd: int | None = None
-    """Where others may write too; None where a write has to be told to somebody."""
+    """Descriptor that others may write to as well; None if each write has to be reported."""
     lane: FilterLane | None = None
     disk: str | None = None
     """The name of the disk that is tracked here."""
@@ -115,11 +114,11 @@ def opened_target(
     larger: bool = False,
     store: Store | None,
 ) -> Iterator[Target]:
-    """Open what `out` names for the disk of `chain`. What was flushed is durable after the block.
+    """Open what `out` names for the disk of `chain`. Flushed data is durable after the block.
 
-    A path or an NBD URI; what is there may be `larger` than the disk. `store` is asked whether it is the image of a
-    disk that is tracked. Raises `AlreadyExists`, `NotFound`, `InvalidArgument` for what does not fit, `Busy` for what
-    is in use.
+    `out` is a path or an NBD URI; an existing target may be `larger` than the disk. `store` is asked whether it is the
+    image of a tracked disk. Raises `AlreadyExists`, `NotFound` or `InvalidArgument` for a target that does not fit,
+    `Busy` for one in use.
     """
     _refuse_sources(out, folder, chain)
     with _opening(out, chain.size, in_place, store) as target:
@@ -147,7 +146,7 @@ def _opening(out: str, size: int, in_place: bool, store: Store | None) -> Abstra
 
 
 def _refuse_sources(out: str, folder: BackupFolder, chain: BackupChain) -> None:
-    """Raise `InvalidArgument` for what would destroy the backup, or be taken for one."""
+    """Raise `InvalidArgument` for a target that would destroy the backup, or be taken for one."""
     if is_far(out):
         return
     inside = os.path.join(os.path.realpath(folder.repository_path), "")
@@ -174,7 +173,7 @@ def _disk_at(store: Store, out: str) -> Disk | None:
 
 
 def refuse_tracked(store: Store, out: str) -> None:
-    """Raise `AlreadyExists` for the image of a disk in `store`, where what is written cannot go by its tracker."""
+    """Raise `AlreadyExists` if `out` is the image of a disk in `store`, for writers that bypass its tracker."""
     tracked = _disk_at(store, out)
     if tracked is not None and (is_far(out) or os.path.exists(out)):
         step = f"write it elsewhere, or give the disk up before (`lmdbitmap rm {tracked.name}`)"
@@ -193,12 +192,12 @@ def _is_tracked(
 
 
 def fits(target_size: int, size: int, *, larger: bool) -> bool:
-    """Whether a disk of `size` may be put onto that; what is behind it has to be zeroed."""
+    """Return whether a disk of `size` may be written to that target; what is behind the disk has to be zeroed."""
     return target_size in (size, ceil_div(size, SECTOR) * SECTOR) or (larger and target_size > size)
 
 
 def unless_larger(step: str, target_size: int, size: int) -> str:
-    """The next step for a target that does not fit, and how one that is larger may."""
+    """Return the next step for a target that does not fit; for a larger one it mentions --larger."""
     if target_size < size:
         return step
     return f"{step}, or say --larger, which zeroes the {target_size - size} bytes behind the disk"
@@ -243,7 +242,7 @@ def _is_not_empty(path: str) -> AlreadyExists:
 
 @contextlib.contextmanager
 def _tracked(store: Store, disk: Disk, out: str) -> Iterator[Target]:
-    """Detached at the end, also after a failure: what was written until then is dirty."""
+    """Attach the disk. It is detached at the end, also after a failure: what was written until then is dirty."""
     with Filter.attach(store, disk.name) as attached:
         if attached.disk.epoch != disk.epoch:
             log.warning(
@@ -276,7 +275,7 @@ def _existing_file(path: str) -> Iterator[Target]:
 
 @contextlib.contextmanager
 def new_file(path: str, size: int, if_taken: AlreadyExists) -> Iterator[Target]:
-    """All zeroes, and without its name before the end; `if_taken` is raised where something is there."""
+    """Make a file of zeroes, which gets its name at the end. Raise `if_taken` if something is there."""
     _require_free(path, if_taken)
     with _taken_away_on_failure(path) as watched, files.replacing(path) as file:
         watched(file.fileno())
@@ -289,10 +288,10 @@ def new_file(path: str, size: int, if_taken: AlreadyExists) -> Iterator[Target]:
 
 @contextlib.contextmanager
 def _taken_away_on_failure(path: str) -> Iterator[Callable[[int], None]]:
-    """A file that got its name, but perhaps not durably, must not be in the way of the next restore.
+    """On failure remove a file that got its name, but perhaps not durably: it must not hinder the next restore.
 
-    Only the file of the descriptor that is given to the block's function: it is held open, so that no other
-    file can have its number.
+    Only the file whose descriptor is given to the yielded function is removed. It is held open, so that no other file
+    can have its number.
     """
     with contextlib.ExitStack() as held:
         fds: list[int] = []
@@ -311,7 +310,7 @@ def _taken_away_on_failure(path: str) -> Iterator[Callable[[int], None]]:
 
 
 def leads_to(path: str, fd: int | None) -> bool:
-    """Whether a path is the name of an open file."""
+    """Return whether a path is the name of an open file."""
     try:
         return fd is not None and os.path.samestat(os.fstat(fd), os.stat(path))
     except OSError as gone:
