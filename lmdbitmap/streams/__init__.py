@@ -1,1 +1,1 @@
-"""Diff streams: a backup without a repository, out and in."""
+"""Diff streams: backups without a repository, written to a stream and applied from one."""

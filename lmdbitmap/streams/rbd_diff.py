@@ -12,13 +12,13 @@ A stream is a banner, then records, then `e`. In version 2 every record but `e` 
     end      "e"                                  "e"
 
 `f`, `t` and `s` come before all `w` and `z`, in any order, each at most once, and `s` always: it is the disk's size at
-the end. No `f` says that the stream counts from nothing: what it does not name is zero. Ranges lie within the size.
-What else comes in version 2 (Ceph writes "p", the protection of a snapshot) is skipped; in version 1 nobody could tell
-where it ends, and it is refused.
+the end. Without `f` the stream counts from nothing: bytes that it does not name are zero. Ranges lie within the size.
+Other records in version 2 (Ceph writes "p", the protection of a snapshot) are skipped. In version 1 nothing says where
+such a record ends, and it is refused.
 
-What is written keeps to what Ceph demands on top: names of at most 4096 bytes, no empty range, ranges ascending and
-apart (`rbd merge-diff`), and records that it can digest, as it takes each into memory whole. A reader takes ranges in
-any order: the last one counts.
+The writer also keeps to what Ceph demands: names of at most 4096 bytes, no empty range, ranges ascending and apart
+(`rbd merge-diff`), and records of a bounded size, as Ceph reads each into memory whole. A reader accepts ranges in any
+order: the last one counts.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from lmdbitmap.interfaces import Buffer
 BANNERS: Final = {1: b"rbd diff v1\n", 2: b"rbd diff v2\n"}
 FROM_SNAP, TO_SNAP, IMAGE_SIZE, WRITE, ZERO, END = b"f", b"t", b"s", b"w", b"z", b"e"
 MAX_NAME_BYTES: Final = 4096
-"""What Ceph reads of a snapshot's name."""
+"""Bytes that Ceph reads of a snapshot's name."""
 MAX_WRITE_BYTES: Final = 4 << 20
-"""Of data in one record that we write: an object of an RBD image. Ceph reads a record into memory whole."""
+"""Data in one record that we write: an object of an RBD image. Ceph reads a record into memory whole."""
 MAX_ZERO_BYTES: Final = 1 << 30
-"""Of zeroes in one record that we write: Ceph makes one request of it, with an operation for each 4 MiB at once."""
+"""Zeroes in one record that we write: Ceph makes one request of it, with an operation for each 4 MiB at once."""
 
 _U32: Final = struct.Struct("<I")
 _U64: Final = struct.Struct("<Q")
@@ -48,7 +48,7 @@ _NEXT_STEP: Final = "have the stream made again, and compare what is sent with w
 
 
 class Head(NamedTuple):
-    """What a stream says of itself: the disk's size at its end, and the points in time it leads from and to."""
+    """A stream's metadata: the disk's size at its end, and the points in time it leads from and to."""
 
     version: int
     size: int
@@ -57,7 +57,7 @@ class Head(NamedTuple):
 
 
 class Data(NamedTuple):
-    """A piece of the disk; the buffer is the reader's own, until it reads on."""
+    """A piece of the disk. The buffer is the decoder's own, and valid until it reads on."""
 
     offset: int
     data: Buffer
@@ -79,10 +79,10 @@ Event: TypeAlias = Head | Data | Zeroes | End
 
 
 class Encoder:
-    """The bytes of one stream, piece by piece; ranges are given ascending, and do not overlap."""
+    """Encodes one stream, piece by piece. Ranges are given in ascending order, and do not overlap."""
 
     def __init__(self, head: Head) -> None:
-        """Raises `InvalidArgument` for a version, size or name that no stream can have."""
+        """Raise `InvalidArgument` for a version, size or name that no stream can have."""
         if head.version not in BANNERS:
             raise InvalidArgument(
                 f"there is no version {head.version} of a diff stream", next_step="choose 1 or 2"
@@ -94,7 +94,7 @@ class Encoder:
         self._position = 0
 
     def head(self) -> bytes:
-        """Banner and metadata, in the order in which Ceph writes them."""
+        """Return banner and metadata, in the order in which Ceph writes them."""
         _, size, from_name, to_name = self._head
         names = [(FROM_SNAP, from_name), (TO_SNAP, to_name)]
         records = [self._named(tag, name.encode()) for tag, name in names if name is not None]
@@ -104,7 +104,7 @@ class Encoder:
         return self._record(tag, _U32.pack(len(name)) + name)
 
     def data(self, offset: int, data: Buffer) -> Iterator[Buffer]:
-        """Records of the bytes at `offset`."""
+        """Yield records of the bytes at `offset`."""
         view = memoryview(data)
         self._advance(offset, len(view))
         for start in range(0, len(view), MAX_WRITE_BYTES):
@@ -113,7 +113,7 @@ class Encoder:
             yield part
 
     def zeroes(self, offset: int, length: int) -> Iterator[bytes]:
-        """Records of a range that reads as zeroes."""
+        """Yield records of a range that reads as zeroes."""
         self._advance(offset, length)
         for start in range(offset, offset + length, MAX_ZERO_BYTES):
             yield self._record(ZERO, _RANGE.pack(start, min(MAX_ZERO_BYTES, offset + length - start)))
@@ -147,33 +147,33 @@ def _is_name(name: str) -> bool:
 
 
 class Decoder:
-    """Reads one stream, in pieces of any size; each byte may lie. Answers one `Head`, then ranges, then `End`.
+    """Decodes one stream, fed in pieces of any size; each byte may lie. Yields one `Head`, then ranges, then `End`.
 
-    Memory is taken for one field at a time, which is a name at most. Raises `FormatError`, with the offset in
-    the stream, and is of no use after it. A stream that is over takes no more bytes.
+    Memory is taken for one field at a time, which is a name at most. Raises `FormatError` with the offset in the
+    stream, and is unusable after it. After its end a stream takes no more bytes.
     """
 
     def __init__(self, place: str = "stream") -> None:
         self.offset = 0
-        """Bytes of the stream that were read so far."""
+        """Bytes of the stream read so far."""
         self._place = place
         self._version = 0
         self._names: dict[bytes, str] = {}
         self._size: int | None = None
         self._head: Head | None = None
         self._ended = False
-        # The field that is being collected, and what reads it when it is there.
+        # The field that is being collected, and the method that reads it when it is complete.
         self._field = bytearray()
         self._wanted = _BANNER_BYTES
         self._read: Callable[[bytes], tuple[Event, ...]] = self._banner
         self._tag = b""
         self._body_bytes: int | None = None
-        # Bytes that are passed on, or skipped, before the next field.
+        # Bytes to pass on, or to skip, before the next field.
         self._passing = 0
         self._passing_to: int | None = None
 
     def feed(self, data: Buffer) -> Iterator[Event]:
-        """What `data` says. To be read to its end before the next is fed; pieces of data are parts of it."""
+        """Yield what `data` says. Exhaust this before the next feed; pieces of data are parts of `data`."""
         rest = memoryview(data)
         while rest:
             if self._ended:
@@ -189,7 +189,7 @@ class Decoder:
                 yield from self._take_field()
 
     def finish(self) -> None:
-        """Raise `FormatError` unless the stream came to its end."""
+        """Raise `FormatError` unless the stream has ended."""
         if not self._ended:
             self.offset += len(self._field)
             self._refuse("more of the stream, up to its end record", "no more bytes")
@@ -215,7 +215,7 @@ class Decoder:
     def _await_record(self) -> tuple[Event, ...]:
         return self._await(1, self._record)
 
-    # Each of these reads one field, and says which one comes next.
+    # Each of these methods reads one field, and sets which one comes next.
 
     def _banner(self, field: bytes) -> tuple[Event, ...]:
         self._version = next((version for version, banner in BANNERS.items() if banner == field), 0)
@@ -259,7 +259,7 @@ class Decoder:
             self._refuse("each kind of metadata once", f"the tag {shown} again")
 
     def _check_body(self, length: int) -> None:
-        """Version 2 says a length twice."""
+        """Check the body's length, which version 2 gives twice."""
         if self._body_bytes not in (None, length):
             shown = ascii(self._tag.decode())
             self._refuse(f"{length} bytes in the record {shown}", f"{self._body_bytes} bytes")
@@ -304,7 +304,7 @@ class Decoder:
         return begun
 
     def _begun(self) -> tuple[Event, ...]:
-        """The head, once, when no more metadata can come."""
+        """Return the head, once, when no more metadata can come."""
         if self._head is not None:
             return ()
         if self._size is None:

@@ -1,4 +1,4 @@
-"""Takes a stream in the format of `rbd export-diff` (rbd_diff.py), ours or Ceph's, and makes a disk of it.
+"""Applies a stream in the format of `rbd export-diff` (rbd_diff.py), ours or Ceph's, to make a disk of it.
 
 | the stream | the target | what happens |
 |---|---|---|
@@ -10,12 +10,12 @@
 | a diff | nothing | refused: it needs the disk that it counts from |
 | any | the image of a disk that is tracked | refused: its next backup would not know of it |
 
-Of "the size" means the disk's; with `larger` what is there may be larger, also a file that a diff changes, and keeps
-its size. What is behind the disk becomes zero then (target.py says why).
+"Of the size" means the size of the disk. With `larger`, an existing target, also a file that a diff changes, may be
+larger than the disk, and keeps its size. Everything behind the disk becomes zero then (target.py says why).
 
-What is changed in place and does not come to its end is neither the old disk nor the new one: the same stream has to
-be applied again, which does all of it again. Whether the target is the disk that a diff counts from nobody can see
-from the bytes of a disk: that is the caller's to know.
+A target that is changed in place by an incomplete stream is neither the old disk nor the new one: the same stream has
+to be applied again, which does all of it again. The bytes of a disk do not show whether it is the disk that a diff
+counts from: the caller has to know.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ _READ_BYTES = 1 << 20
 
 
 class ByteInput(Protocol):
-    """A binary file or a pipe; 0 bytes are its end."""
+    """A binary file or a pipe; reading 0 bytes means its end."""
 
     def readinto(self, buffer: memoryview, /) -> int | None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class AppliedResult:
-    """`bytes_written` of the disk's bytes came as data, `bytes_zero` were told to be zeroes."""
+    """`bytes_written` bytes of the disk came as data, `bytes_zero` as zeroes."""
 
     head: Head
     path: str
@@ -66,7 +66,7 @@ class AppliedResult:
     bytes_zero: int
     seconds: float
     bytes_behind: int = 0
-    """Of the target, behind the disk's end: they are zeroes."""
+    """Bytes of the target behind the disk's end: they are zeroes."""
 
 
 def apply_stream(
@@ -77,12 +77,12 @@ def apply_stream(
     store: Store | None = None,
     progress: Progress | None = None,
 ) -> AppliedResult:
-    """Read a stream to its end and make the target, durably, what it says: see above.
+    """Read a stream to its end and make the target, durably, what it says, as the module's table tells.
 
-    The target is the path of a file or a block device, or an NBD URI. It must not be the image of a disk in `store`:
-    nobody would know what was changed (`AlreadyExists`). Raises `FormatError` for what is no whole
-    stream, `NotFound`, `AlreadyExists` and `InvalidArgument` for a target that does not fit, `Busy` for one that
-    somebody uses, `StorageError` where the system refuses.
+    The target is the path of a file or a block device, or an NBD URI. It must not be the image of a disk in `store`
+    (`AlreadyExists`): its tracker would not know what was changed. Raises `FormatError` for an incomplete or damaged
+    stream, `NotFound`, `AlreadyExists` and `InvalidArgument` for a target that does not fit, `Busy` for one in use,
+    `StorageError` if the system refuses.
     """
     started = time.monotonic()
     place = os.fspath(target_path)
@@ -105,7 +105,7 @@ def apply_stream(
 
 
 def _events(stream: ByteInput) -> Iterator[Event]:
-    """All that the stream says, once it is known that nothing comes behind its end."""
+    """Yield all events of the stream. Raise `FormatError` if it is incomplete or something follows its end."""
     decoder = Decoder(_PLACE)
     buffer = memoryview(new_buffer(_READ_BYTES))
     while count := _read(stream, buffer):
@@ -126,7 +126,7 @@ def _read(stream: ByteInput, buffer: memoryview) -> int:
 
 @contextlib.contextmanager
 def _target(path: str, head: Head, larger: bool) -> Iterator[Target]:
-    """What to write into, of the stream's size, or `larger`. What was flushed is durable after the block."""
+    """Open the target, of the stream's size or `larger`. Flushed data is durable after the block."""
     if not is_far(path) and not is_block_device(path):
         if head.from_name is None:
             with new_file(path, head.size, _is_not_empty(path)) as target:
@@ -166,25 +166,25 @@ def _fit(device: BlockDevice, path: str, head: Head, larger: bool) -> None:
 
 @contextlib.contextmanager
 def _in_place(path: str, head: Head) -> Iterator[None]:
-    """A failure has to say what the target is now."""
+    """Add to an error what state the target is in."""
     try:
         yield
     except InvalidArgument:
-        raise  # by `_fit`, before anything was written
+        raise  # from `_fit`, before anything was written
     except LmdbitmapError as error:
         error.next_step += f"; until the same stream was applied again, {path} is of no use"
         raise
 
 
 class _Applying:
-    """Puts what the stream says where it belongs. Ranges may come in any order; the last one counts."""
+    """Writes the stream's ranges to the target. Ranges may come in any order; the last one counts."""
 
     def __init__(self, target: Target, head: Head, report: Report) -> None:
         self._target = target
         self._head = head
         self._report = report
         self._position = 0
-        """How far the stream has come; all that is behind it was never named."""
+        """How far the stream has come; nothing after it was ever named."""
         self.bytes_written = 0
         self.bytes_zero = 0
 
@@ -209,7 +209,7 @@ class _Applying:
         self._target.flush()
 
     def _pass_over(self, offset: int) -> None:
-        """What a full stream leaves out is zero."""
+        """Zero the bytes that a full stream leaves out."""
         if self._head.from_name is None and offset > self._position:
             self._zero(self._position, offset - self._position)
 

@@ -1,22 +1,22 @@
 """Backups as a stream in the format of `rbd export-diff` (rbd_diff.py): for a pipe, another host, or Ceph.
 
-The receiver counts from checkpoints: a stream leads from one of them, or from nothing, to one that is taken for
-it, and that stays. So the order is:
+The receiver counts from checkpoints. A stream leads from one checkpoint, or from nothing, to one that is taken for it,
+and that stays. The order follows from it:
 
-    get at the disk (access.py)         own it, or reach who does; what is not known begins a new epoch
+    get at the disk (access.py)         own it, or reach its owner; if continuity is not proven, a new epoch begins
     refuse what cannot be counted from  before anything is made
-    note its name, synced               in the store (holds.py): who finds a dead run's may merge it away
+    note its name, synced               in the store (holds.py): others may merge away a dead run's checkpoint
     take the checkpoint                 the point in time that the receiver will hold
-    stream what changed up to it        dirty and zero is told as zeroes, never left out
+    stream what changed up to it        dirty and zero is sent as zeroes, never left out
     see that nobody wrote the image     the copy is of one point in time
-    drop the note, synced               from now on somebody may count from the checkpoint
+    drop the note, synced               from now on a receiver may count from the checkpoint
     the end record                      only now can the receiver take it for whole
 
-What fails before the end record takes the checkpoint back, and a death there leaves it to the next stream or backup
-of that disk: the receiver has no whole stream, and the next one counts from where the last one that was received ended.
-A name that was given could be another checkpoint's, so it is known by its uuid then, noted right after it was taken.
-Nothing that a receiver may still count from is ever forgotten here: whoever runs both ends forgets old checkpoints
-(law 3 is theirs to keep).
+A failure before the end record takes the checkpoint back, and a death there leaves it to the next stream or backup of
+that disk: the receiver has no whole stream, and the next one counts from the end of the last one that was received. A
+name that the caller gave could be another checkpoint's, so such a run is known by its checkpoint's uuid, noted right
+after it was taken. Nothing that a receiver may still count from is ever forgotten here: the operator of both ends
+forgets old checkpoints (law 3 is theirs to keep).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ log = logging.getLogger(__name__)
 
 _PLACE = "the stream"
 _SMALL_BYTES = 64 << 10
-"""Collected before they are written: a fragmented disk has millions of records of zeroes."""
+"""Bytes collected before they are written: a fragmented disk has millions of records of zeroes."""
 
 
 class ByteOutput(Protocol):
@@ -69,7 +69,7 @@ class ByteOutput(Protocol):
 
 
 class Streamed(NamedTuple):
-    """Bytes of the disk that the stream names, and how many of them are zeroes; bytes of the stream."""
+    """Bytes of the disk that the stream names, how many of them are zeroes, and bytes of the stream."""
 
     bytes_changed: int
     bytes_zero: int
@@ -78,7 +78,7 @@ class Streamed(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StreamResult:
-    """A stream that came to its end. `since` is None for a full one; `checkpoint` is what it leads to."""
+    """A complete stream. `since` is None for a full one; `checkpoint` is the one it leads to."""
 
     disk: str
     since: str | None
@@ -102,10 +102,10 @@ def write_stream(
     progress: Progress | None = None,
     before_end: Callable[[], None] = lambda: None,
 ) -> Streamed:
-    """Write a whole stream of what changed on a disk, or of all of it: `device` is the disk at the stream's end.
+    """Write a whole stream of what changed on a disk, or of all of it; `device` is the disk at the stream's end.
 
-    What `before_end` raises leaves the stream without its end, so that nobody takes it for whole. Raises
-    `OSError` as the device does, `StorageError` where the stream cannot be written.
+    If `before_end` raises, the stream has no end record, so that it is not taken for whole. Raises `OSError` as the
+    device does, `StorageError` if the stream cannot be written.
     """
     assert head.size == geometry.size
     blocks = Geometry(geometry.size, cluster_bits_for(geometry))
@@ -122,7 +122,7 @@ def write_stream(
 
 
 def _runs(blocks: Geometry, changed: Changes | None) -> Iterator[Run]:
-    """What to name, ascending, in blocks that data and zeroes are told apart by."""
+    """Return the runs to send, ascending, in the blocks by which data and zeroes are told apart."""
     if changed is None:
         return iter([(0, blocks.block_count)])
     return bits.regrain_outward(changed.runs(), changed.geometry, blocks.granularity_bits)
@@ -133,7 +133,7 @@ class _StreamWriter:
         self._out = out
         self._encoder = encoder
         self._zeroes = (0, 0)
-        """A range (start, stop) that is not written yet: what comes next may go on with it."""
+        """A range (start, stop) of zeroes that is not written yet: the next one may continue it."""
         self._bytes_changed = 0
         self._bytes_zero = 0
         self._out.put(encoder.head())
@@ -168,7 +168,7 @@ class _StreamWriter:
 
 
 class _Out:
-    """Writes all that it is given, small parts together."""
+    """Writes everything it is given, small parts together."""
 
     def __init__(self, file: ByteOutput) -> None:
         self._file = file
@@ -229,12 +229,11 @@ def stream_backup(
 ) -> StreamResult:
     """Stream the disk called `name` as it is now: what changed since the checkpoint `since`, or all of it.
 
-    A checkpoint is taken, called `checkpoint`, or as the result says; it stays, for the next stream to count from.
-    A disk that is served, here (`attached`) or by another process, is held as it was, and its guest goes on; as for
-    `backup`, with the same `owner_limit_s`. A program that has the disk or its image for itself is waited for, for
-    `lock_wait_s` at most. Raises `Untrusted` where nobody knows what changed since, `NotFound` without such a disk,
-    image or checkpoint, `AlreadyExists` for a checkpoint of that name, `Busy` for a disk or image that somebody else
-    holds.
+    A checkpoint is taken, called `checkpoint`, or a name that the result gives. It stays, for the next stream to count
+    from. A disk that is served, here (`attached`) or by another process, is held as it was, and its guest goes on, as
+    for `backup`, with the same `owner_limit_s`. The run waits up to `lock_wait_s` for a program that has the disk or
+    its image for itself. Raises `Untrusted` if what changed since is not known, `NotFound` without such a disk, image
+    or checkpoint, `AlreadyExists` for a checkpoint of that name, `Busy` if another program holds the disk or image.
     """
     terms = AccessTerms(open_device, attached, scratch, owner_limit_s, freeze_limit_s, Patience(lock_wait_s))
     with access(store, [name], terms) as route:
@@ -251,7 +250,7 @@ def stream_backup(
 
 
 class _Run(NamedTuple):
-    """A stream that is under way, and the note by which others know it."""
+    """A stream under way, and the note by which others know it."""
 
     store: Store
     route: Access
@@ -261,13 +260,16 @@ class _Run(NamedTuple):
     progress: Progress | None
     counted_from: Checkpoint | None
     names_itself: bool
-    """Whether we made up the checkpoint's name, so that nobody else's has it."""
+    """Whether we made up the checkpoint's name, so that no other checkpoint has it."""
 
 
 def _stream_noted(
     run: _Run, quiesced: Callable[[], AbstractContextManager[object]]
 ) -> tuple[Streamed, Trust, PointInTime]:
-    """A name that the caller gave may be another checkpoint's: it is not noted before there is a uuid to go with it."""
+    """Take the checkpoint and stream it, noted.
+
+    A name that the caller gave may be another checkpoint's: it is not noted before there is a uuid to go with it.
+    """
     name, time_ns = str(run.head.to_name), time.time_ns()
     try:
         run.note.begin(None, (), UnderWay(name if run.names_itself else ""), time_ns)
@@ -286,9 +288,9 @@ def _stream_noted(
 
 
 def _let_go(run: _Run) -> None:
-    """Of a stream that failed; its checkpoint, if it could not be taken back, is left to whoever comes next.
+    """Settle the stream's note. A failed stream's checkpoint, if not taken back, is left to the next stream or backup.
 
-    The note stays where an owner that we gave up may make the checkpoint yet.
+    The note stays if an owner that we gave up on may still make the checkpoint.
     """
     try:
         [disk] = run.route.disks
@@ -318,7 +320,7 @@ def _stream_point(run: _Run, point: PointInTime) -> tuple[Streamed, Trust]:
 
 
 def _require_countable(store: Store, disk: Disk, head: Head) -> Checkpoint | None:
-    """Refuse what can be told before a checkpoint is taken. Answers the one that is counted from."""
+    """Refuse what can be known before a checkpoint is taken. Return the checkpoint that is counted from."""
     Encoder(head)
     if head.from_name is None:
         return None
@@ -329,7 +331,7 @@ def _require_countable(store: Store, disk: Disk, head: Head) -> Checkpoint | Non
 
 
 def _take_back(route: Access, point: PointInTime) -> None:
-    """Nobody can count from a checkpoint whose stream has no end."""
+    """Forget the checkpoint: its stream has no end, so no receiver can count from it."""
     route.end_reading()
     try:
         route.forget(point.disk, lambda member: member.uuid == point.checkpoint.uuid)
