@@ -1,1 +1,1 @@
-"""A second copy of a disk, brought up to date in place."""
+"""Keeps a second copy of a disk up to date in place."""

@@ -1,7 +1,7 @@
-"""Writes pieces of a disk onto a copy of it, in one of two ways: blindly, or after a look at what is there.
+"""Writes pieces of a disk onto a copy of it, in one of two ways.
 
-- `BlindMirror`, where it is known what changed: data is written, zeroes are zeroed.
-- `Mending`, where it is not: the copy is read, and the pages that differ are written (differences.py).
+- `BlindMirror`, if it is known what changed: data is written, zeroes are zeroed.
+- `Mending`, if it is not: the copy is read, and the pages that differ are written (differences.py).
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""How a copy will be brought up to date: the way that was asked for, or the next best and why.
+"""Decides how a copy is brought up to date: the way that was asked for, or the next best and why.
 
     incremental    a bitmap says what changed since the checkpoint that the copy is at
-    compare        no bitmap can: both are read, and what differs is written
+    compare        no bitmap can say it: both are read, and what differs is written
     full           there is nothing to compare with: all data is written into a new file, which is sparse
 
-What a target is at is believed if its note (sync_note.py) says so, the disk is of the same epoch and has that
-checkpoint, and the target is what the note says it was: the same file, of the same size and mtime; or the same block
-device in the same boot, to which the kernel counted no more writes. Of an NBD export nothing shows that; what it
-acknowledged is believed. After a sync that was interrupted the file or the device has to be the same, and a file no
-older than it was: the writes since were ours, and in blocks that are copied again.
+The checkpoint that a target is at is believed if its note (sync_note.py) names it, the disk is of the same epoch and
+has that checkpoint, and the target is what the note says it was: the same file, of the same size and mtime; or the same
+block device in the same boot, to which the kernel counted no more writes. An NBD export shows none of that; what it
+acknowledged is believed. After an interrupted sync the file or the device has to be the same, and a file no older than
+it was: the writes since were ours, and in blocks that are copied again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ class SyncKind(enum.Enum):
 
 
 class SyncPlan(NamedTuple):
-    """An incremental one has a checkpoint to count from; another has a reason, unless it was asked for."""
+    """How a copy is brought up to date. `since` is the checkpoint that an incremental sync counts from.
+
+    Any other kind has a reason, unless it was asked for.
+    """
 
     kind: SyncKind
     since: Checkpoint | None = None
@@ -77,7 +80,7 @@ def _why_unknown(disk: Disk, note: Note, since: Checkpoint | None, target: SyncT
 
 
 def gap_between(before: ImageIdentity | None, now: ImageIdentity | None, *, under_way: bool) -> str | None:
-    """Why a file or a device may have been written by others since it was noted; None if it was not."""
+    """Return why others may have written to a file or a device since it was noted; None if they did not."""
     if before is None or now is None:
         return "nothing was noted of the target by which it could be known again"
     if (before.device, before.inode) != (now.device, now.inode):

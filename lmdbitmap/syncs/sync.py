@@ -1,21 +1,21 @@
 """A second copy of a disk, kept up to date in place: a raw file, a block device, or what an NBD server exports.
 
-Law 3: the copy is durable before anything forgets that it was needed. From that follows the order:
+Law 3: the copy is durable before anything forgets that it was needed. The order follows from it:
 
-    lock the note, get at the disk       nobody else syncs to this target; what is not known begins a new epoch
+    lock the note, get at the disk       no other sync writes this target; if continuity is not proven, a new epoch
     forget what a killed run left        its checkpoint is merged into the one before
     decide                               plan.py: incremental, compare or full
-    note the checkpoint's name, synced   a run that is killed from here on is known by it
+    note the checkpoint's name, synced   identifies a run that is killed from here on
     take the point                       what the copy will hold; the guest writes on
-    note that a sync is under way        synced, before the first write: from now on the target changes by us
+    note that a sync is under way        synced, before the first write: from now on we change the target
     copy, flush the target               the copy is durable
     prove the point                      all that was read is the disk of that moment
     note where the copy is               synced: the checkpoint, and what the target is now
     forget the checkpoint before         nothing counts from it any more
 
-A death, or a failure, anywhere costs this run's work. The note still names the checkpoint before, so the next sync
-copies what changed since that one, and with it all that the dead run may have touched. Where it had none to count
-from, the next sync compares, and writes only what is not right yet.
+A death or a failure at any step costs this run's work. The note still names the checkpoint before, so the next sync
+copies what changed since that one, and with it all that the dead run may have touched. If there was no checkpoint to
+count from, the next sync compares, and writes only what is not right yet.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class SyncResult:
-    """A copy that is up to date. `reason` says why it was not done incrementally, if that was not asked for."""
+    """A copy that is up to date. `reason` says why the sync was not incremental, if that was not asked for."""
 
     disk: str
     target: str
@@ -75,16 +75,16 @@ class SyncResult:
     trust: Trust
     """`SUPERSET` if blocks that had not changed may have been copied too, as after a crash."""
     bytes_changed: int
-    """Of the disk: what a bitmap names, or what was found to differ; of a full one, all."""
+    """Bytes of the disk that a bitmap names, or that were found to differ; all for a full sync."""
     bytes_read: int
-    """Of the disk."""
+    """Bytes read of the disk."""
     bytes_compared: int
-    """Read of the target."""
+    """Bytes read of the target."""
     bytes_written: int
     bytes_zeroed: int
     seconds: float
     bytes_behind: int = 0
-    """Of the target, behind the disk's end: they are zeroes."""
+    """Bytes of the target behind the disk's end: they are zeroes."""
 
 
 def sync(
@@ -105,17 +105,16 @@ def sync(
     owner_limit_s: float = OWNER_LIMIT_S,
     lock_wait_s: float = 0.0,
 ) -> SyncResult:
-    """Make `target`, a path or an NBD URI, what the disk called `name` is now; durable when this returns.
+    """Make `target`, a path or an NBD URI, what the disk called `name` is now; durable on return.
 
-    Only what changed since the last sync to that target is copied, where that is known. `compare` reads both whatever
-    is known; `only_incremental` raises `Untrusted` where that is not known, and nothing is done. `larger` lets
-    the target be larger than the disk, and what is behind that be zeroed. `attached`,
-    `scratch`, `quiesced`, `bytes_per_s` and `owner_limit_s` are as for a backup. Another sync to the same target, and
-    a program that has the disk or its image for itself, is waited for, for `lock_wait_s` in all. Nobody else may write
-    the target.
+    Only what changed since the last sync to that target is copied, if that is known. `compare` reads both in any case;
+    `only_incremental` raises `Untrusted` if it is not known, and does nothing. `larger` allows a target larger than the
+    disk; everything behind the disk is zeroed. `attached`, `scratch`, `quiesced`, `bytes_per_s` and `owner_limit_s` are
+    as for a backup. The sync waits up to `lock_wait_s` in all for another sync to the same target, and for a program
+    that has the disk or its image for itself. Nobody else may write the target.
 
-    Raises `InvalidArgument` and `AlreadyExists` for a target that does not fit, `Busy` for a disk or a target that
-    somebody else holds, `NotFound` without such a disk or image, `StorageError` where a snapshot broke. The target is
+    Raises `InvalidArgument` and `AlreadyExists` for a target that does not fit, `Busy` if another program holds the
+    disk or the target, `NotFound` without such a disk or image, `StorageError` if a snapshot broke. The target is
     neither the old copy nor the new one then: sync again.
     """
     pace = pace_of(bytes_per_s)
@@ -129,7 +128,7 @@ def sync(
         held.enter_context(notes.locked(terms.patience))
         route = held.enter_context(access(store, [name], terms))
         started = time.monotonic()
-        refuse_target(store, route.disks[0], place)  # again: others may have been waited for
+        refuse_target(store, route.disks[0], place)  # again: this may have waited for others
         copy = held.enter_context(contextlib.closing(SyncTarget(place, larger=larger)))
         _require_same(disk, route)
         job = _prepare(store, route, notes, copy, pace, compare=compare)
@@ -140,7 +139,7 @@ def sync(
 
 
 def _require_same(disk: Disk, route: Access) -> None:
-    """It was looked up before the lock was waited for."""
+    """Raise `Busy` if the disk is not the one that was looked up before the wait for the lock."""
     if route.disks[0].uuid != disk.uuid:
         raise Busy(f"disk {disk.name!r} was removed and added anew just now", next_step="sync again")
 
@@ -153,12 +152,14 @@ class _DiskSync:
     target: SyncTarget
     plan: SyncPlan
     is_copy: bool
-    """Whether syncs have written to the target before."""
+    """Whether earlier syncs have written to the target."""
     pace: Pace | None
 
     def bytes_behind(self, size: int) -> int:
-        """Of the target, behind the disk, that are not known to be zero: a sync that died may have written there, when
-        the disk was larger."""
+        """Return the bytes of the target behind the disk that are not known to be zero.
+
+        A sync that died may have written there when the disk was larger.
+        """
         note = self.notes.note
         is_known = self.plan.kind is SyncKind.INCREMENTAL and note.at is not None and not note.under_way
         return self.target.bytes_behind(size, note.at.sizes if note.at is not None and is_known else None)
@@ -194,7 +195,7 @@ def _carry_out(
     quiesced: Callable[[], AbstractContextManager[object]],
     progress: Progress | None,
 ) -> SyncResult:
-    _forget_unneeded(job)  # what killed runs left
+    _forget_unneeded(job)  # left by killed runs
     name = Maker.SYNC.new_name(time.time_ns())
     try:
         point = _point_in_time(job, name, quiesced)
@@ -204,9 +205,9 @@ def _carry_out(
         _note_where_it_is(job, point)
     except BaseException:
         job.access.end_reading()
-        _forget_unneeded(job)  # its checkpoint; what it wrote to the target is known by the note
+        _forget_unneeded(job)  # this run's checkpoint; the note says what it wrote to the target
         raise
-    _forget_unneeded(job)  # law 3: not before it is noted where the copy is
+    _forget_unneeded(job)  # law 3: not before the note says where the copy is
     consumers.merge_unheld(store, job.access, job.disk)
     return made
 
@@ -262,7 +263,7 @@ def _copied(store: Store, job: _DiskSync, point: PointInTime, progress: Progress
 def _what_to_copy(
     store: Store, plan: SyncPlan, point: PointInTime, clusters: Geometry
 ) -> tuple[Iterator[Run], int, Trust]:
-    """Runs of `clusters`, ascending; what they come to; and how far that is believed."""
+    """Return ascending runs of `clusters`, their bytes, and how far they can be trusted."""
     disk = point.disk
     if plan.since is None:
         return iter([(0, clusters.block_count)]), disk.size, Trust.EXACT
@@ -276,7 +277,7 @@ def _what_to_copy(
 
 
 def _note_under_way(job: _DiskSync) -> None:
-    """From now on the target changes by us. What cannot be counted from is no more what it is at."""
+    """Note that we change the target from now on. Drop its checkpoint if it cannot be counted from."""
     note = job.notes.note
     if job.plan.kind is not SyncKind.INCREMENTAL:
         note = dataclasses.replace(note, at=None, unneeded=_with_old(note.unneeded, note.at))
@@ -298,7 +299,7 @@ def _with_old(unneeded: tuple[str, ...], at: At | None) -> tuple[str, ...]:
 
 
 def _forget_unneeded(job: _DiskSync) -> None:
-    """Merge checkpoints that nobody counts from into the ones before. What fails is done by the next sync."""
+    """Merge checkpoints that nobody counts from into the ones before. On failure the next sync tries again."""
     note = job.notes.note
     if not note.unneeded:
         return

@@ -1,17 +1,18 @@
 """The target of a sync: a file, a block device or an NBD export that becomes, and stays, a copy of a disk.
 
-A file that is not there is made, and one that is the disk's copy follows the disk's size. What nobody has synced to
-yet must have that size: a wrong name should not cost a file. A device's or an export's size may be that of
-the disk rounded up to a sector. What is `larger`, and is allowed to be, keeps its size. What is behind the disk's end
-is zeroed, also where the disk has shrunk since (target.py says why).
+A missing file is made, and one that is the disk's copy follows the disk's size. A target without an earlier sync must
+have that size: a wrong name should not cost a file. The size of a device or an export may be the disk's rounded up to a
+sector. A `larger` target, if allowed, keeps its size. Everything behind the disk's end is zeroed, also if the disk has
+shrunk since (target.py says why).
 
-Refused, before anything is touched: an image that is tracked, what lies inside of a store, what the store or the
-disk's image lies in, the copy of another disk. What others have open is refused by the locks (image_locks.py).
+Refused, before anything is touched: a tracked image, a place inside a store, anything that the store or the disk's
+image lies in, and the copy of another disk. The locks refuse what others have open (image_locks.py).
 
-Above all the disk itself, by whatever name: what was read a moment ago would be written over what the guest has
-written since. It is known by its file or device; by the kernel's word where a loop device, a partition or a volume
-is made of it, or it of one; and where it is served, by its uuid, which our server tells with the export. Not known
-are the ways of others: an NBD client of the kernel (/dev/nbd0), another program's server that has the image open.
+Above all the disk itself is refused, by whatever name: data read a moment ago would be written over what the guest has
+written since. It is recognised by its file or device; by the kernel's word if a loop device, a partition or a volume is
+made of it, or it of one; and if it is served, by its uuid, which our server sends with the export. Other programs'
+routes to it are not recognised: an NBD client of the kernel (/dev/nbd0), another program's server that has the image
+open.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from lmdbitmap.targets.target import Target, fits, leads_to, unless_larger
 
 
 def refuse_target(store: Store, disk: Disk, place: str) -> None:
-    """Raise what hinders `place` from being a copy of `disk`, as far as names tell."""
+    """Raise the reason why `place` cannot be a copy of `disk`, as far as names tell."""
     with store.read() as reader:
         disks = list(reader.disks())
     tracked = next((other for other in disks if is_same_image(other.image, place)), None)
@@ -62,7 +63,7 @@ def refuse_target(store: Store, disk: Disk, place: str) -> None:
 
 
 def _refuse_layers(disk: Disk, place: str) -> None:
-    """Where the one is made of the other, or lies on a file system in it."""
+    """Raise `InvalidArgument` if one is made of the other, or lies on a file system in it."""
     ground = place if os.path.lexists(place) else os.path.dirname(place)
     if (
         kernel.is_so(kernel.rests_on, place, disk.image)
@@ -86,7 +87,7 @@ def _refuse_copies(store: Store, others: dict[UUID, str], place: str) -> None:
 
 
 class SyncTarget:
-    """A target that is open, unless it is a file that is to be made: `device` is None then."""
+    """An open target. `device` is None while its file has not been made."""
 
     def __init__(self, place: str, *, larger: bool = False) -> None:
         self.place = place
@@ -100,7 +101,7 @@ class SyncTarget:
             )
 
     def refuse_itself(self, disk: Disk) -> None:
-        """Raise `InvalidArgument` if the export is the disk, as far as its server says."""
+        """Raise `InvalidArgument` if the export is the disk itself, as far as its server says."""
         if isinstance(self.device, NbdDevice) and self.device.export.is_of(disk.uuid):
             raise InvalidArgument(
                 f"{self.place} is disk {disk.name!r} itself, as it is served", next_step="name another target"
@@ -120,7 +121,7 @@ class SyncTarget:
         return self.device is None or (self.is_file and self.device.size == 0)
 
     def identity(self) -> ImageIdentity | None:
-        """What it is now; None of an export, of which nothing tells, and of a file to be made."""
+        """Return the target's identity now; None for an export, which shows none, and for a file to be made."""
         if not isinstance(self.device, FileDevice):
             return None
         if self.device.is_block_device:
@@ -129,7 +130,7 @@ class SyncTarget:
             return self.device.identity()
 
     def require_fit(self, size: int, *, is_copy: bool) -> None:
-        """Refuse a target that neither has the size of the disk nor can get it."""
+        """Raise `InvalidArgument` if the target neither has the disk's size nor can get it."""
         if self.is_blank or (self.is_file and is_copy):
             return
         assert self.device is not None
@@ -143,7 +144,7 @@ class SyncTarget:
         )
 
     def _has_its_size(self, size: int) -> bool:
-        """Whether it need not be cut or lengthened for a disk of `size`."""
+        """Return whether a disk of `size` fits without cutting or lengthening the target."""
         assert self.device is not None
         return self.device.size == size or (self._may_be_larger and self.device.size > size)
 
@@ -152,7 +153,10 @@ class SyncTarget:
         return 0 if self.device is None else self.device.size
 
     def bytes_behind(self, size: int, noted: Sizes | None) -> int:
-        """How much behind a disk of `size` may not be zero. If all was when that was `noted`: what the disk had."""
+        """Return how many bytes behind a disk of `size` may not be zero.
+
+        Everything behind the disk was zero when `noted`, so then only the bytes that the disk had at that time count.
+        """
         if self.device is None or self.device.size <= size or (self.is_file and not self._has_its_size(size)):
             return 0
         end = self.device.size
@@ -161,14 +165,14 @@ class SyncTarget:
         return end - size
 
     def needs_fitting(self, size: int, bytes_behind: int) -> bool:
-        """Whether `fit` has to write."""
+        """Return whether `fit` has to write."""
         if self.device is None or (self.is_file and not self._has_its_size(size)):
             return True
         with os_errors_at(self.place):
             return bytes_behind > SECTOR or (bytes_behind > 0 and any(self.device.pread(bytes_behind, size)))
 
     def fit(self, size: int, bytes_behind: int, advance: Callable[[int], None]) -> None:
-        """Make what is not there, of that size; what lies beyond it is cut off, or zeroed where it is not zero."""
+        """Make a missing file, of that size. Cut off what lies beyond it, or zero it where it is not zero."""
         device = self.device if self.device is not None else self._made()
         if self.is_file and not self._has_its_size(size):
             with os_errors_at(self.place):
@@ -194,7 +198,7 @@ class SyncTarget:
             self.device.flush()
 
     def identity_to_keep(self) -> ImageIdentity | None:
-        """What it is now that all of it is durable; refuses a file that has lost its name meanwhile."""
+        """Return the identity, now that the target is durable. Raise `NotFound` if its file lost its name meanwhile."""
         if not isinstance(self.device, FileDevice):
             return None
         if self.is_file and not leads_to(self.place, self.device.fd):
