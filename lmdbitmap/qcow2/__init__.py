@@ -1,7 +1,7 @@
-"""qcow2 version 3, the part of it that backups are made of: written in one pass, read back, stacked in chains.
+"""The part of qcow2 version 3 that backups are made of: written in one pass, read back, stacked in chains.
 
-One file is one restore point. Clusters may be compressed. Extended L2 entries, encryption and external data files
-are neither written nor read. See docs/qcow2.md.
+One file is one restore point. Clusters may be compressed. Extended L2 entries, encryption and external data files are
+neither written nor read. See docs/qcow2.md.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Images on top of each other: what the newest reads as, and which file each byte of it is in.
+"""Reads images stacked in a chain: what the newest reads as, and which file each byte of it is in.
 
-Two ways lead there. A range of a cluster or so is walked down: the first image that has it ends the walk. A longer one
-is swept: all images are looked at side by side, each run once, whatever their number. To ask the images one after the
-other about each gap of those above would take a chain of a thousand minutes for a gigabyte.
+There are two ways. A range of about a cluster is walked down: the first image that has it ends the walk. A longer range
+is swept: all images are read side by side, each run once, whatever their number. Asking the images one after the other
+about each gap of those above would take minutes for a gigabyte in a chain of a thousand.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from lmdbitmap.qcow2.reader import Kind, MappedRun, Qcow2Reader, joined
 
 
 def chain_extents(readers: Sequence[Qcow2Reader], offset: int, length: int) -> Iterator[MappedRun]:
-    """Where each byte of the newest image comes from: stored in `readers[run.layer]`, or zero. Newest first.
+    """Yield where each byte of the newest image comes from: stored in `readers[run.layer]`, or zero.
 
-    Past the end of a shorter backing image there are zeroes, whatever a still older one holds.
+    `readers` come newest first. Past the end of a shorter backing image there are zeroes, whatever a still older one
+    holds.
     """
     if not readers or any((reader.backing_file is None) != (reader is readers[-1]) for reader in readers):
         raise InvalidArgument(
@@ -65,9 +66,9 @@ def _walked(readers: Sequence[Qcow2Reader], newest: Iterator[MappedRun]) -> Iter
 
 
 def stored(readers: Sequence[Qcow2Reader], start: int, end: int) -> list[Iterator[MappedRun]]:
-    """What each image says of bytes [start, end), ascending, without what it leaves to those below.
+    """Return the runs of each image in bytes [start, end), ascending, without what it leaves to those below.
 
-    One that is shorter hides what is below it.
+    A shorter image hides what is below its missing part.
     """
     return [_stored_in(reader, layer, start, end) for layer, reader in enumerate(readers)]
 
@@ -83,12 +84,12 @@ def _stored_in(reader: Qcow2Reader, layer: int, start: int, end: int) -> Iterato
 
 
 def merged(streams: Iterable[Iterator[MappedRun]]) -> Iterator[MappedRun]:
-    """Runs of several layers in the order of their offsets."""
+    """Yield runs of several layers in the order of their offsets."""
     return heapq.merge(*streams, key=lambda run: run.offset)
 
 
 def overlaid(runs: Iterable[MappedRun], start: int, end: int) -> Iterator[MappedRun]:
-    """What is seen from above of [start, end): of the runs that cover a byte, that of the least layer; else zeroes.
+    """Yield what [start, end) reads as: of the runs that cover a byte, the one of the lowest layer number; else zeroes.
 
     `runs` come in the order of their offsets, and lie inside. Each is looked at once.
     """
@@ -108,14 +109,14 @@ _MOST_COVERING = 1024
 
 
 class _Covering:
-    """Runs that have begun, uppermost first; those that have ended are dropped when they come to the top."""
+    """Runs that have begun, uppermost first. Ended ones are dropped when they come to the top."""
 
     def __init__(self) -> None:
         self._runs: list[tuple[int, int, MappedRun]] = []
         self._most = _MOST_COVERING
 
     def add(self, run: MappedRun) -> None:
-        if len(self._runs) > self._most:  # some may lie under a long one, and have ended
+        if len(self._runs) > self._most:  # some may have ended under a long one
             self._runs = [each for each in self._runs if each[2].end > run.offset]
             heapq.heapify(self._runs)
             self._most = max(_MOST_COVERING, 2 * len(self._runs))

@@ -1,4 +1,4 @@
-"""Compresses what is written to an image, in threads beside the one that writes.
+"""Compresses the data written to an image, in threads beside the writing one.
 
                       write(offset, data)
                              │ pieces, copied
@@ -12,8 +12,8 @@
 Invariants:
 
 1. Pieces and zeroes are placed in the order in which they came, as `Qcow2Writer` wants it.
-2. At most `PIECES_PER_WORKER` of them for each worker are under way: whoever is faster than the workers waits.
-3. A cluster is stored compressed only where that saves a sector at least; what does not shrink stands as it is.
+2. At most `PIECES_PER_WORKER` of them for each worker are under way: a caller faster than the workers waits.
+3. A cluster is stored compressed only if that saves at least a sector; else it is stored as it is.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from lmdbitmap.qcow2.writer import Qcow2Writer
 from lmdbitmap.work.crew import Crew, Spared, none_spared, processors
 
 PIECE_BYTES: Final = 1 << 18
-"""What a worker gets at once, unless a cluster is larger: worth the handing over."""
+"""Bytes a worker gets at once, unless a cluster is larger: enough to be worth the handing over."""
 PIECES_PER_WORKER: Final = 4
 _MAX_WORKERS: Final = 16
 
 _Packed: TypeAlias = "list[bytes | None]"
-"""The clusters of a piece, compressed; None for one that is to stand as it is."""
+"""The clusters of a piece, compressed; None for one that is stored as it is."""
 
 
 class CompressingWriter:
-    """Takes what a `Qcow2Writer` takes, and compresses it on the way to `writer`, which has to be of that type.
+    """Like a `Qcow2Writer`, but compresses data on the way to `writer`, which has to be of that compression type.
 
-    A block of `with` ends its threads. What is wrong with a range, and what the sink refuses, is raised by a later
-    call, at the latest by `finish`.
+    A block of `with` ends its threads. An error in a range, or of the sink, is raised by a later call, at the latest by
+    `finish`.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class CompressingWriter:
         return lambda: self._place(offset, memoryview(piece), packed.result())
 
     def _place(self, offset: int, piece: memoryview, packed: Sequence[bytes | None]) -> None:
-        """Neighbours that stand as they are go with one write."""
+        """Store a piece. Uncompressed neighbours go with one write."""
         size, start = self._writer.cluster_size, 0
         for is_plain, group in groupby(packed, lambda cluster: cluster is None):
             clusters = list(group)

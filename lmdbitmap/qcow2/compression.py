@@ -1,7 +1,7 @@
-"""What clusters are compressed with: zlib as QEMU knows it, or zstd. Which one is the header's word.
+"""The compression of clusters: zlib as QEMU knows it, or zstd. An image's header says which.
 
-zlib is in the standard library. zstd is there from Python 3.14 on; before, the package `backports.zstd` is the same.
-It is imported when the first cluster needs it. Both let other threads run while they work.
+zlib is in the standard library. zstd is in it from Python 3.14 on; before, the package `backports.zstd` is the same. It
+is imported when the first cluster needs it. Both let other threads run while they work.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ZSTD_WINDOW_LOG_MAX: Final = 23
 
 _LEVELS = {CompressionType.ZLIB: range(1, 10), CompressionType.ZSTD: range(1, 23)}
 _DEFAULT_LEVELS = {CompressionType.ZLIB: 6, CompressionType.ZSTD: 3}
-"""The libraries' own."""
+"""The libraries' default levels."""
 
 
 class Compression(NamedTuple):
@@ -38,7 +38,7 @@ class Compression(NamedTuple):
 
 
 def chosen(text: str) -> Compression:
-    """The compression that `zlib`, `zstd`, or one of them with `:LEVEL` names; `NotFound` without its library."""
+    """Return the compression that `zlib`, `zstd`, or one with `:LEVEL` names. Raise `NotFound` without its library."""
     name, colon, level = text.partition(":")
     for kind, levels in _LEVELS.items():
         number = int(level) if level.isascii() and level.isdecimal() and len(level) < 3 else -1
@@ -52,18 +52,18 @@ def chosen(text: str) -> Compression:
 
 
 def require(kind: CompressionType) -> None:
-    """Raise `NotFound` where its library is missing: better before the work than in the middle of it."""
+    """Raise `NotFound` if its library is missing: better before the work than in the middle of it."""
     if kind is CompressionType.ZSTD:
         _zstd()
 
 
 def compressor(compression: Compression) -> Callable[[Buffer], bytes]:
-    """What compresses one cluster at a time, in any number of threads."""
+    """Return a function that compresses one cluster at a time, in any number of threads."""
     return (_Zlib if compression.type is CompressionType.ZLIB else _Zstd)(compression.level).compress
 
 
 def decompressed(kind: CompressionType, data: bytes, length: int) -> bytes | None:
-    """The `length` bytes that `data` begins with, compressed; None if it does not. No more than that is ever made."""
+    """Return the `length` bytes that `data` begins with, compressed; None if it does not. Never makes more bytes."""
     return (_inflated if kind is CompressionType.ZLIB else _unpacked)(data, length)
 
 
@@ -77,7 +77,7 @@ class _Zlib:
 
 
 class _Zstd:
-    """Keeps a compressor for each thread: to make one takes as long as to compress a small cluster."""
+    """Keeps a compressor for each thread: making one takes as long as compressing a small cluster."""
 
     def __init__(self, level: int) -> None:
         self._library = _zstd()
@@ -93,7 +93,7 @@ class _Zstd:
 
 
 def _inflated(data: bytes, length: int) -> bytes | None:
-    """Like QEMU, not to look at what follows: one more byte could be a bomb."""
+    """Return the inflated bytes. Like QEMU, ignore what follows: one more byte could be a bomb."""
     try:
         whole = zlib.decompressobj(_ZLIB_READ_WINDOW_BITS).decompress(data, length)
     except zlib.error:
@@ -102,7 +102,7 @@ def _inflated(data: bytes, length: int) -> bytes | None:
 
 
 def _unpacked(data: bytes, length: int) -> bytes | None:
-    """The frame has to end where the cluster does, as QEMU wants it."""
+    """Return the unpacked bytes. The frame has to end where the cluster does, as QEMU wants it."""
     library = _zstd()
     limits = {library.DecompressionParameter.window_log_max: _ZSTD_WINDOW_LOG_MAX}
     work = library.ZstdDecompressor(options=limits)

@@ -1,8 +1,8 @@
-"""The first table (L1) of an image, as what it says: runs of entries that are alike.
+"""The first table (L1) of an image, kept as runs of equal entries.
 
-An increment maps next to nothing of a large disk, and what reads as zeroes in one go has one second table for all of
-it. So a table of a million entries is a few runs, and a chain of many such images takes next to no memory. Where no two
-neighbours are alike, it is 12 bytes for each entry instead of 8.
+An increment maps next to nothing of a large disk, and a long range of zeroes has one second table for all of it. So a
+table of a million entries is a few runs, and a chain of many such images takes next to no memory. If no two neighbours
+are equal, it is 12 bytes for each entry instead of 8.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class _ReadableFile(Protocol):
 
 
 class FirstTable:
-    """`count` entries from `offset` on in the file, which must be that long."""
+    """The table of `count` entries at `offset` in the file, which must be that long."""
 
     def __init__(self, source: _ReadableFile, offset: int, count: int) -> None:
         self._count = count
@@ -48,7 +48,7 @@ class FirstTable:
                 last = entry
 
     def runs(self, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """(first entry, stop, what they are) of entries [first, stop)."""
+        """Yield (first entry, stop, their value) of entries [first, stop)."""
         place = bisect_right(self._starts, first) - 1
         while first < stop:
             end = min(self._end(place), stop)
@@ -59,7 +59,7 @@ class FirstTable:
         return self._starts[place + 1] if place + 1 < len(self._starts) else self._count
 
     def shared(self) -> set[int]:
-        """Offsets of tables that more than one entry leads to."""
+        """Return the offsets of tables that more than one entry points to."""
         times: Counter[int] = Counter()
         for place, entry in enumerate(self._entries):
             times[entry & OFFSET_MASK] += self._end(place) - self._starts[place]

@@ -1,4 +1,4 @@
-"""The words and numbers of the format, under the specification's own names; all of them are big-endian."""
+"""The structures and constants of the format, under the specification's own names; all numbers are big-endian."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ EXTENSION_STRUCT = struct.Struct(">II")
 
 
 class CompressionType(enum.Enum):
-    """What compresses clusters, in the order of the header's numbers."""
+    """The compression of clusters, in the order of the header's numbers."""
 
     ZLIB = "zlib"
     ZSTD = "zstd"
@@ -74,21 +74,22 @@ class Header(NamedTuple):
 
 
 def l1_entries(size: int, cluster_bits: int) -> int:
-    """L2 tables that map a disk of `size` bytes: each is a cluster of 8-byte entries, one for a cluster."""
+    """Return how many L2 tables map a disk of `size` bytes: each is a cluster of 8-byte entries, one for a cluster."""
     return ceil_div(size, 1 << (2 * cluster_bits - 3))
 
 
 def cluster_bits_like(granularity_bits: int) -> int:
-    """A cluster is a block of the bitmap where that is 4 KiB to 64 KiB.
+    """Return the cluster bits for a bitmap: a cluster is a block of the bitmap if that is 4 KiB to 64 KiB.
 
-    A smaller cluster would store no less, as a whole block is dirty; a larger one would, by rounding outward.
-    From 64 KiB on, QEMU's own default, larger ones would only cost a guest that writes to the image more copying.
+    A smaller cluster would store no less, as a whole block is dirty. A larger one would store more, by rounding
+    outward. Above 64 KiB, QEMU's own default, larger clusters would only cost a guest that writes to the image more
+    copying.
     """
     return min(max(granularity_bits, SMALLEST_WANTED_CLUSTER_BITS), DEFAULT_CLUSTER_BITS)
 
 
 def cluster_bits_for(disk: Geometry) -> int:
-    """As `cluster_bits_like`, and more if the disk needs it."""
+    """Return `cluster_bits_like` of the disk's granularity, or more bits if the disk needs them."""
     cluster_bits = cluster_bits_like(disk.granularity_bits)
     while l1_entries(disk.size, cluster_bits) > MAX_L1_ENTRIES // 2:
         cluster_bits += 1
@@ -96,13 +97,13 @@ def cluster_bits_for(disk: Geometry) -> int:
 
 
 def compressed_entry(offset: int, length: int, cluster_bits: int) -> int:
-    """The L2 entry of a cluster whose compressed bytes are there; it counts the sectors that follow their first."""
+    """Return the L2 entry of a cluster whose compressed bytes are there; it counts the sectors after their first."""
     more_sectors = (offset + length - 1) // SECTOR - offset // SECTOR
     return COMPRESSED | more_sectors << compressed_offset_bits(cluster_bits) | offset
 
 
 def compressed_place(entry: int, cluster_bits: int) -> tuple[int, int]:
-    """Where the compressed bytes of such an entry begin, and how many they are at most: to their last sector's end."""
+    """Return where such an entry's compressed bytes begin, and how many there can be: to their last sector's end."""
     bits = compressed_offset_bits(cluster_bits)
     offset = entry & ((1 << bits) - 1)
     sectors = 1 + (entry >> bits & ((1 << cluster_bits - 8) - 1))
@@ -110,17 +111,17 @@ def compressed_place(entry: int, cluster_bits: int) -> tuple[int, int]:
 
 
 def compressed_offset_bits(cluster_bits: int) -> int:
-    """The lower bits of such an entry that are its offset: 61 to 49."""
+    """Return how many of the lower bits of such an entry are its offset: 61 to 49."""
     return 70 - cluster_bits
 
 
 def zeroed_entries(count: int) -> array[int]:
-    """A table of `count` entries that map nothing."""
+    """Return a table of `count` entries that map nothing."""
     return array("Q", bytes(8 * count))
 
 
 def encode_entries(entries: array[int]) -> bytes:
-    """A table as it stands in the file."""
+    """Return a table as it stands in the file."""
     return _swapped(entries[:]).tobytes()
 
 
@@ -129,14 +130,14 @@ def decode_entries(raw: bytes) -> array[int]:
 
 
 def _swapped(entries: array[int]) -> array[int]:
-    """The entries themselves, turned from this machine's order of bytes to the file's, or back."""
+    """Convert the entries in place from this machine's byte order to the file's, or back, and return them."""
     if sys.byteorder == "little":
         entries.byteswap()
     return entries
 
 
 def is_text(data: bytes) -> bool:
-    """Whether `data` is UTF-8 without a zero byte."""
+    """Return whether `data` is UTF-8 without a zero byte."""
     try:
         return "\0" not in data.decode()
     except UnicodeDecodeError:

@@ -1,10 +1,10 @@
 """Reads an image whose every byte may lie.
 
 The header is checked when the image is opened, an L1 or L2 entry when the range it maps is asked for, a compressed
-cluster when it is read. What is not understood, not aligned or not inside the file raises `FormatError`. Two levels
-of tables and no more are followed, so nothing can loop; nothing is allocated for a length that the file itself does
-not have, and what is compressed may expand to one cluster and no further. An L2 table that maps anything stands once
-in the L1, so that a disk has no more runs than the file has entries, whatever size it claims.
+cluster when it is read. Anything unknown, unaligned or outside the file raises `FormatError`. Only two levels of tables
+are followed, so nothing can loop. Nothing is allocated for a length that the file itself does not have, and compressed
+data may expand to one cluster and no further. An L2 table that maps anything stands only once in the L1, so that a disk
+has no more runs than the file has entries, whatever size it claims.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _FEATURES = {
     2: "external data file",
     4: "extended L2 entries",
 }
-"""Incompatible features by bit. Each is refused, and so is one that has no name here, but the compression type's."""
+"""Incompatible features by bit. Each is refused, and so is any without a name here except the compression type's."""
 _DAMAGED_FEATURES = 0b11
 _REPAIR = "look at it with qemu-img check and use another backup"
 _CONVERT = "make a plain copy with qemu-img convert -O qcow2 and use that"
@@ -70,16 +70,17 @@ class ReadableFile(Protocol):
 class Kind(enum.Enum):
     DATA = "data"
     COMPRESSED = "compressed"
-    """Data too, but not as it stands in the file: only `fill` gives it. Each run is in one cluster."""
+    """Data too, but compressed in the file: only `fill` returns it. Each run is in one cluster."""
     ZERO = "zero"
     UNALLOCATED = "unallocated"
-    """From the backing file; zeroes where there is none or where it is too short."""
+    """From the backing file; zeroes if there is none or it is too short."""
 
 
 class MappedRun(NamedTuple):
-    """Bytes [offset, offset + length) of the disk; if data, where they begin in the file of `layer`.
+    """Bytes [offset, offset + length) of the disk; for data, also where they begin in the file of `layer`.
 
-    If compressed, where the compressed bytes of their whole cluster begin, and how many of them there are at most.
+    For compressed data, where the compressed bytes of their whole cluster begin, and how many of them there are at
+    most.
     """
 
     offset: int
@@ -91,7 +92,7 @@ class MappedRun(NamedTuple):
 
     @property
     def is_stored(self) -> bool:
-        """Whether the bytes are in a file, in one way or another."""
+        """Whether the bytes are in a file, compressed or not."""
         return self.kind is Kind.DATA or self.kind is Kind.COMPRESSED
 
     @property
@@ -99,14 +100,14 @@ class MappedRun(NamedTuple):
         return self.offset + self.length
 
     def part(self, start: int, end: int) -> MappedRun:
-        """Bytes [start, end) of it. What is compressed keeps the place of its whole cluster."""
+        """Return bytes [start, end) of the run. A compressed run keeps the place of its whole cluster."""
         moved = start - self.offset if self.kind is Kind.DATA else 0
         return self._replace(offset=start, length=end - start, host_offset=self.host_offset + moved)
 
     def continues(self, other: MappedRun) -> bool:
-        """Whether this run begins where `other` ends: on the disk and, if data, in the file too.
+        """Return whether this run begins where `other` ends: on the disk and, for data, in the file too.
 
-        What is compressed never does, as it has a place in the file, and is to be decompressed by itself.
+        A compressed run never does, as it has its own place in the file, and is decompressed by itself.
         """
         host_offset = other.host_offset + other.length if self.kind is Kind.DATA else 0
         alike = (self.kind, self.layer) == (other.kind, other.layer)
@@ -114,10 +115,10 @@ class MappedRun(NamedTuple):
 
 
 class Qcow2Reader:
-    """One image in `source`; `name` stands in every complaint about it. For one thread.
+    """Reads one image in `source`, for one thread; every error names it `name`.
 
-    Its backing file is left to the caller, and the name of that is whatever the image says: follow it only
-    to where it is expected.
+    Its backing file is left to the caller. The image may give any name for it: follow that only to where it is
+    expected.
     """
 
     def __init__(self, source: ReadableFile, *, name: str = "qcow2 image") -> None:
@@ -131,7 +132,7 @@ class Qcow2Reader:
         first_cluster = source.pread(min(self.cluster_size, self._file_size), 0)
         self.backing_file = self._decode_backing_file(first_cluster)
         self.backing_format = self._decode_backing_format(first_cluster)
-        # Of more entries, for a machine's memory and as anchors, nothing is asked.
+        # More L1 entries, for a machine's memory and as anchors, are not read.
         needed = l1_entries(self.size, self.header.cluster_bits)
         self._first_table = FirstTable(source, self.header.l1_table_offset, needed)
         self._shared_tables = self._first_table.shared()
@@ -140,16 +141,16 @@ class Qcow2Reader:
 
     @property
     def compression_type(self) -> CompressionType:
-        """What its compressed clusters are compressed with, if it has any."""
+        """The compression of its compressed clusters, if it has any."""
         return list(CompressionType)[_compression_number(self.header)]
 
     def extents(self, offset: int, length: int) -> Iterator[MappedRun]:
-        """What this file says of the range, without a gap, in runs as long as can be."""
+        """Yield what this file says of the range, without a gap, in runs as long as possible."""
         check_range(offset, length, self.size)
         return joined(self._runs(offset, offset + length)) if length else iter(())
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` from this file alone; raises `InvalidArgument` where only the backing file knows."""
+        """Fill `buffer` from this file alone. Raise `InvalidArgument` if part of it is in the backing file."""
         for run in self.extents(offset, len(buffer)):
             if run.kind is Kind.UNALLOCATED and self.backing_file is not None:
                 raise InvalidArgument(
@@ -159,7 +160,7 @@ class Qcow2Reader:
             self.fill(buffer[run.offset - offset : run.end - offset], run)
 
     def fill(self, buffer: memoryview, run: MappedRun) -> None:
-        """Fill `buffer` with the bytes that `run` begins with: out of this file if they are there, else zeroes."""
+        """Fill `buffer` with the bytes that `run` begins with: from this file if they are there, else zeroes."""
         if run.kind is Kind.DATA:
             self._source.pread_into(buffer, run.host_offset)
         elif run.kind is Kind.COMPRESSED:
@@ -169,7 +170,7 @@ class Qcow2Reader:
             buffer[:] = bytes(len(buffer))
 
     def _cluster_of(self, run: MappedRun, *, keep: bool) -> memoryview:
-        """The whole cluster of a compressed run; `keep` it where another part of it may be asked for next."""
+        """Return the whole cluster of a compressed run; `keep` it if another part of it may be asked for next."""
         place = run.host_offset, run.host_length
         if self._cached_cluster[:2] == place:
             return memoryview(self._cached_cluster[2])
@@ -198,7 +199,7 @@ class Qcow2Reader:
         return header
 
     def _check_dialect(self, header: Header) -> None:
-        """Refuse what is not qcow2, and what is but needs more than is read here."""
+        """Refuse an image that is not qcow2, or needs a feature that is not supported here."""
         if header.magic != MAGIC:
             raise self._refusal("header magic", repr(MAGIC), header.magic, "give a finished qcow2 image")
         if header.version != VERSION:
@@ -214,7 +215,7 @@ class Qcow2Reader:
             raise self._refusal("header crypt_method", "0 (not encrypted)", header.crypt_method, _CONVERT)
 
     def _rules(self, header: Header) -> Iterator[tuple[str, bool, str]]:
-        """(field, whether it fits, what is expected); each may rely on those before it."""
+        """Yield (field, whether it fits, what is expected); each may rely on those before it."""
         yield "cluster_bits", MIN_CLUSTER_BITS <= header.cluster_bits <= MAX_CLUSTER_BITS, "9 to 21"
         cluster_size = 1 << header.cluster_bits
         fits = header.header_length % 8 == 0 and MIN_HEADER_BYTES <= header.header_length <= cluster_size
@@ -235,7 +236,7 @@ class Qcow2Reader:
         yield "refcount_table_offset", fits, place
 
     def _is_place(self, offset: int, length: int, cluster_size: int) -> bool:
-        """Whether a table can be there: on a cluster, behind the header's, inside the file."""
+        """Return whether a table can be there: on a cluster, behind the header's, inside the file."""
         return offset % cluster_size == 0 and cluster_size <= offset <= self._file_size - length
 
     def _a_place(self, cluster_size: int) -> str:
@@ -252,7 +253,7 @@ class Qcow2Reader:
         return self._text("backing file name", first_cluster[start : start + length])
 
     def _decode_backing_format(self, first_cluster: bytes) -> str | None:
-        """The backing format, if an extension names one; extensions of other types are passed over."""
+        """Return the backing format, if an extension names one; extensions of other types are ignored."""
         position = self.header.header_length
         stop = self.header.backing_file_offset or len(first_cluster)
         while position + EXTENSION_STRUCT.size <= stop:
@@ -279,7 +280,7 @@ class Qcow2Reader:
             yield self._run(start, min(stop << bits, end), entry, start - (first << bits))
 
     def _run(self, start: int, end: int, entry: int, skipped: int) -> MappedRun:
-        """The run that begins `skipped` bytes into the cluster of `entry`."""
+        """Return the run that begins `skipped` bytes into the cluster of `entry`."""
         place = f"L2 entry of byte {start}"
         if entry & COMPRESSED:
             return self._compressed_run(MappedRun(start, end - start, Kind.COMPRESSED), place, entry)
@@ -294,7 +295,7 @@ class Qcow2Reader:
         return MappedRun(start, end - start, Kind.DATA, host_offset + skipped)
 
     def _compressed_run(self, run: MappedRun, place: str, entry: int) -> MappedRun:
-        """The run with its place in the file, which may end within the last sector that the entry counts."""
+        """Return the run with its place in the file, which may end within the last sector that the entry counts."""
         host_offset, host_length = compressed_place(entry, self.header.cluster_bits)
         stop = min(host_offset + host_length, ceil_div(self._file_size, SECTOR) * SECTOR)
         inside = self.cluster_size <= host_offset < self._file_size and stop == host_offset + host_length
@@ -304,7 +305,7 @@ class Qcow2Reader:
         return run._replace(host_offset=host_offset, host_length=min(stop, self._file_size) - host_offset)
 
     def _mapped(self, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """(first cluster, stop, L2 entry of the first) of stretches that lie in the file as on the disk."""
+        """Yield (first cluster, stop, L2 entry of the first) of stretches that lie in the file as on the disk."""
         per_table = self._table_entries
         pointers = self._first_table.runs(first // per_table, ceil_div(stop, per_table))
         for index, end_index, pointer in pointers:
@@ -317,7 +318,7 @@ class Qcow2Reader:
                     yield from _stretches(table, start, end, base, self.cluster_size)
 
     def _load_table(self, index: int, pointer: int) -> tuple[array[int], bool]:
-        """The L2 table that an L1 entry points to, and whether all of it is one entry without an offset."""
+        """Return the L2 table that an L1 entry points to, and whether all of it is one entry without an offset."""
         offset = pointer & OFFSET_MASK
         inside = not offset or self._is_place(offset, self.cluster_size, self.cluster_size)
         if pointer & L1_RESERVED or not inside:
@@ -339,21 +340,21 @@ class Qcow2Reader:
 
 _UNMAPPED = array("Q", [0])
 _BLOCK = 128
-"""Entries that are compared at once."""
+"""Entries compared at once."""
 
 
 def _compression_number(header: Header) -> int:
-    """The field may be missing, and something else be in its place."""
+    """Return the compression's number. A short header lacks the field, and something else may be in its place."""
     return header.compression_type if header.header_length > MIN_HEADER_BYTES else 0
 
 
 def _stretches(
     entries: array[int], start: int, count: int, base: int, cluster_size: int
 ) -> Iterator[tuple[int, int, int]]:
-    """(first cluster, stop, first entry) of stretches whose offsets rise by a cluster, or are all absent.
+    """Yield (first cluster, stop, first entry) of stretches whose offsets rise by a cluster, or are all absent.
 
-    Of the entries [start, count) of the table whose first cluster is `base`. A compressed cluster is a stretch of its
-    own, wherever the next one begins.
+    They are of the entries [start, count) of the table whose first cluster is `base`. A compressed cluster is a stretch
+    of its own, wherever the next one begins.
     """
     while start < count:
         entry = entries[start]
@@ -368,8 +369,10 @@ def _stretches(
 
 
 def _end_of_alike(entries: array[int], start: int, count: int) -> int:
-    """Where the entries that are as the first of [start, count) end, or a little before: most of an increment's tables
-    is absent, and is passed over in blocks."""
+    """Return where the entries equal to the first of [start, count) end, or a little before.
+
+    Most of an increment's tables is absent, and is passed over in blocks.
+    """
     stop = start + 1
     if start + _BLOCK >= count or entries[start + _BLOCK] != entries[start]:
         return stop

@@ -2,12 +2,13 @@
 
     header | data.. L2 table | data.. L2 table | L2 table of zeroes | L1 | refcount blocks | refcount table
 
-With compressed data, refcount blocks stand between data too (invariant 3). An L2 table follows the data it maps as
-soon as writing has passed it, so that memory holds one L2 table and the L1, whatever the size of the disk.
+With compressed data, refcount blocks stand between data too (invariant 3). An L2 table follows the data it maps as soon
+as writing has passed it, so that memory holds one L2 table and the L1, whatever the size of the disk.
+
 Invariants:
 
 1. The header is written last: a file that was not finished has no magic and is not a qcow2 image.
-2. A cluster that is not mapped reads from the backing file. Over a backing file a range of zeroes therefore
+2. A cluster that is not mapped reads from the backing file. So with a backing file a range of zeroes
    becomes zero clusters and is never left out; without one it is left out, and reads as zeroes.
 3. Refcounts are exact. All are 1 but those of two kinds of clusters, and COPIED means "the refcount is 1".
    An L2 table full of zero clusters is shared by all such stretches of the disk: 64 TiB of zeroes cost three such
@@ -72,9 +73,9 @@ class WritableFile(Protocol):
 class Qcow2Writer:
     """Writes one image of a disk of `size` bytes, from its beginning to its end, into an empty `sink`.
 
-    Ranges come in ascending order, begin on a cluster and end on one or at the disk's end; what is passed
-    over stays unallocated. Nothing is on stable storage before the caller has synced the sink, and an image
-    with a failed write is to be thrown away.
+    Ranges come in ascending order, begin on a cluster and end on one or at the disk's end; ranges left out stay
+    unallocated. Nothing is on stable storage before the caller has synced the sink. Discard an image with a failed
+    write.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class Qcow2Writer:
             self._map(clusters, host_offset | COPIED, self.cluster_size)
 
     def reserve(self, offset: int, length: int) -> int:
-        """Map the range to one run of host clusters, which the caller fills; answers where they begin."""
+        """Map the range to one run of host clusters, which the caller fills; return where they begin."""
         clusters, host_offset = self._take(offset, length), self._file_end
         padding = -length % self.cluster_size
         if padding:
@@ -127,12 +128,12 @@ class Qcow2Writer:
 
     @property
     def can_point_to_compressed(self) -> bool:
-        """Whether the next piece's worth of compressed data is not yet too far out for an L2 entry."""
+        """Whether an L2 entry can still point to the next piece's worth of compressed data."""
         reach = min(1 << compressed_offset_bits(self._cluster_bits), OFFSET_MASK)
         return self._file_end + _REACH_RESERVE * self.cluster_size <= reach
 
     def write_compressed(self, offset: int, packed: bytes) -> None:
-        """Store one whole cluster of the disk, which `packed` decompresses to and is smaller than."""
+        """Store one whole cluster of the disk. `packed` is smaller than the cluster, and decompresses to it."""
         [cluster] = self._take(offset, min(self.cluster_size, self.size - offset) or 1)
         index, slot = divmod(cluster, self._table_entries)
         self._turn_to(index)
@@ -152,7 +153,7 @@ class Qcow2Writer:
         self._map(range(tables.stop * per_table, clusters.stop), ZERO, 0)
 
     def finish(self) -> int:
-        """Write what maps the data, then the header; answer the file's size in bytes."""
+        """Write what maps the data, then the header; return the file's size in bytes."""
         self._take(self.size, 0)
         self._finished = True
         self._flush_table()
@@ -162,7 +163,7 @@ class Qcow2Writer:
         return self._file_end
 
     def _take(self, offset: int, length: int) -> range:
-        """The guest clusters of the next range, after checking that it is one; moves the position."""
+        """Return the guest clusters of the next range, after checking that it is one; move the position."""
         end = offset + length
         whole = all(edge == self.size or edge % self.cluster_size == 0 for edge in (offset, end))
         if self._finished or not whole or not self._disk_position <= offset <= end <= self.size:
@@ -174,7 +175,7 @@ class Qcow2Writer:
         return range(ceil_div(offset, self.cluster_size), ceil_div(end, self.cluster_size))
 
     def _append(self, data: Buffer) -> int:
-        """Write `data` to new clusters at the file's end; answer where."""
+        """Write `data` to new clusters at the file's end; return where."""
         offset, length = self._file_end, len(data)
         padding = -length % self.cluster_size
         if length:
@@ -185,7 +186,7 @@ class Qcow2Writer:
         return offset
 
     def _pack(self, packed: bytes) -> int:
-        """Write compressed bytes behind those before, where these can go on; answer where."""
+        """Write compressed bytes behind the previous ones, if these can go on; return where."""
         self._settle_refcounts()
         room = -self._packed_end % self.cluster_size
         goes_on = len(packed) <= room or self._packed_end + room == self._file_end
@@ -199,7 +200,7 @@ class Qcow2Writer:
         return offset
 
     def _settle_refcounts(self) -> None:
-        """Write the refcount blocks of clusters that lie behind; none of these takes more compressed data."""
+        """Write the refcount blocks of clusters that the file has passed; none of these takes more compressed data."""
         entries = self.cluster_size // 2
         while (stop := (len(self._refcount_blocks) + 1) * entries) <= self._file_end >> self._cluster_bits:
             block = self._refcount_block(len(self._refcount_blocks), stop)
@@ -247,7 +248,7 @@ class Qcow2Writer:
             self._shared[offset >> self._cluster_bits] = len(sharers) + _ANCHORS
 
     def _write_refcounts(self) -> tuple[int, int]:
-        """Write blocks and table, counting themselves too; answer the table's offset and its clusters."""
+        """Write blocks and table, counting themselves too; return the table's offset and its clusters."""
         used = self._file_end >> self._cluster_bits
         written = len(self._refcount_blocks)
         clusters, blocks, table_clusters = _refcount_layout(used - written, self._cluster_bits)
@@ -256,7 +257,7 @@ class Qcow2Writer:
         return self._append(encode_entries(self._refcount_blocks)), table_clusters
 
     def _refcount_block(self, index: int, clusters: int) -> bytes:
-        """Refcounts of the clusters that block `index` covers, in a file of `clusters`; 0 past its end."""
+        """Return the refcounts of the clusters that block `index` covers, in a file of `clusters`; 0 past its end."""
         entries = self.cluster_size // 2
         first = index * entries
         block = bytearray((b"\0\1" * min(entries, clusters - first)).ljust(self.cluster_size, b"\0"))
@@ -297,7 +298,7 @@ def _check_dimensions(size: int, cluster_bits: int) -> None:
 
 
 def _refcount_layout(used_clusters: int, cluster_bits: int) -> tuple[int, int, int]:
-    """(clusters in all, refcount blocks, clusters of the refcount table); the last two count themselves."""
+    """Return (clusters in all, refcount blocks, clusters of the refcount table); the last two count themselves."""
     blocks = table_clusters = 1
     while True:
         clusters = used_clusters + blocks + table_clusters
@@ -308,7 +309,7 @@ def _refcount_layout(used_clusters: int, cluster_bits: int) -> tuple[int, int, i
 
 
 def _encode_backing(name: str | None, cluster_size: int) -> tuple[bytes, bytes]:
-    """The header extensions, and the backing file's name that follows them in the first cluster."""
+    """Return the header extensions, and the backing file's name that follows them in the first cluster."""
     end = EXTENSION_STRUCT.pack(EXTENSION_END, 0)
     if name is None:
         return end, b""
