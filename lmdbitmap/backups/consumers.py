@@ -72,14 +72,12 @@ def holds_of(store: Store, name: str) -> list[Hold]:
 
 def hold_lapse_days(store: Store, name: str) -> int:
     """Return after how many days without a backup a repository's hold on that disk lapses; 0 means never."""
-    with store.read() as reader:
-        return holds.lapse_days(store.path, chain.find_disk(reader, name).uuid)
+    return holds.lapse_days(store.path, chain.disk_called(store, name).uuid)
 
 
 def set_hold_lapse_days(store: Store, name: str, days: int) -> None:
     """Set when holds lapse; durable on return. The next backup or checkpoint merges away what lapses by it."""
-    with store.read() as reader:
-        disk = chain.find_disk(reader, name)
+    disk = chain.disk_called(store, name)
     holds.set_lapse_days(store.path, disk.uuid, days)
 
 
