@@ -299,7 +299,7 @@ def _let_go(run: _Run) -> None:
             members = reader.checkpoints(disk.uuid)
         run.note.settle(members)
     except LmdbitmapError as error:
-        log.warning("the note of a stream that failed stays: %s", error)
+        log.warning("the note of this stream stays: %s", error)
 
 
 def _stream_point(run: _Run, point: PointInTime) -> tuple[Streamed, Trust]:
