@@ -172,17 +172,27 @@ def id_at(manifest: Manifest, at: str | None, zone: tzinfo | None = None) -> str
     """Return the id that `at` stands for: itself, or, if it is a time, that of the newest backup not later.
 
     moments.py says what a time is, in `zone` or by the local clock. Without `at`, return the newest backup's id.
-    Whether a backup has the id is not checked. Raises `NotFound` if all backups are later.
+    Whether a backup has that number is not checked. Raises `NotFound` if all backups are later, or `at` is neither.
     """
     if at is None:
         return manifest.backups[-1].id
     last_ns = None if any(entry.id == at for entry in manifest.backups) else last_ns_of(at, zone)
     if last_ns is None:
-        return at
+        return _require_number(manifest, at)
     early = [entry.id for entry in manifest.backups if entry.time_ns <= last_ns]
     if not early:
         raise NotFound(f"disk {manifest.disk.name} has no backup as old as {at}", next_step=_choice(manifest))
     return early[-1]
+
+
+def _require_number(manifest: Manifest, at: str) -> str:
+    """`at`, if it may be the id of a backup: what has no digits only was likely meant as a time."""
+    if not at.isdecimal() and all(entry.id != at for entry in manifest.backups):
+        raise NotFound(
+            f"disk {manifest.disk.name} has no backup {at!r}, which is neither a number nor a time",
+            next_step=f"write a time like '2026-11-29 02:38' or 2026-11-29T02:38:24Z, or {_choice(manifest)}",
+        )
+    return at
 
 
 def chain_to(manifest: Manifest, backup_id: str) -> tuple[BackupEntry, ...]:

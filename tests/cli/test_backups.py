@@ -274,6 +274,8 @@ def test_a_disk_is_restored_as_it_was_at_a_time(cli: Cli, repository: Path) -> N
         said
         == "disk sda has no backup as old as 1999-12-31; name one of 1, 2; `lmdbitmap ls REPO` tells of each"
     )
+    said = cli.fails(1, "restore", repository, "sda", out, "--at", "yesterday")
+    assert "neither a number nor a time; write a time like '2026-11-29 02:38'" in said
     assert "write it like" in cli.fails(2, "restore", repository, "sda", out, "--at", "2026-02-30")
     assert "name one of 1, 2;" in cli.fails(1, "verify", repository, "sda", "--at", "9")
     assert "name one of 1, 2;" in cli.fails(1, "prune", repository, "sda", "--drop", "9")

@@ -338,7 +338,7 @@ BEGAN = 1_700_000_000
     [
         (None, "b3"),
         ("b1", "b1"),
-        ("b9", "b9"),
+        ("9", "9"),
         ("2023-11-15", "2023-11-15"),
         ("2023-11-16", "b3"),
         ("2023-11-14 22:15:00", "b0"),
@@ -358,6 +358,14 @@ def test_a_time_is_that_of_the_newest_backup_not_later(at: str | None, found: st
 def test_a_time_before_all_backups_is_not_found() -> None:
     with pytest.raises(NotFound, match=r"^disk sda has no backup as old as 2020-01-01; name one of b0, b1"):
         id_at(CHAIN, "2020-01-01")
+
+
+@pytest.mark.parametrize("at", ["yesterday", "2023-11", "29.11.2026", "-1", "b9", ""])
+def test_what_is_neither_a_number_nor_a_time_is_told_so(at: str) -> None:
+    """Whoever writes a time in another form has to see which one is understood."""
+    said = f"^disk sda has no backup '{at}', which is neither a number nor a time; write a time like '2026"
+    with pytest.raises(NotFound, match=said):
+        id_at(CHAIN, at)
 
 
 def test_even_a_hand_made_cycle_ends() -> None:
