@@ -30,7 +30,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
-from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError, os_errors_at
+from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError, NotFound, os_errors_at
 from lmdbitmap.interfaces import Buffer
 from lmdbitmap.system import linux
 from lmdbitmap.system.file_names import finished_name, new_unfinished
@@ -106,7 +106,7 @@ def replacing(
         while file is None:
             # The name is known before the file is there: what interrupts us may come right behind that.
             partial = new_unfinished(target)
-            with os_errors_at(target):
+            with os_errors_at(target), _folder_of(target):
                 file = _create_locked(partial, target)
         with file:
             if like_folder:
@@ -195,6 +195,17 @@ class _NewFile(io.FileIO):
     def write(self, data: Buffer) -> int:  # type: ignore[override]
         with os_errors_at(self.target):
             return super().write(data)
+
+
+@contextmanager
+def _folder_of(target: str) -> Iterator[None]:
+    """That a file which is to be made does not exist says nothing: what is missing is its folder."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as missing:
+        raise NotFound(
+            f"there is no folder {os.path.dirname(target)}", next_step="make it, or name another place"
+        ) from missing
 
 
 def _create_locked(name: str, target: str) -> io.BufferedRandom | None:

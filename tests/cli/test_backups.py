@@ -259,6 +259,16 @@ def test_a_kind_may_be_said_twice_and_need_not_be_said(cli: Cli, repository: Pat
     assert (requested("--incremental"), requested("--rescan")) == ("incremental", "rescan")
 
 
+def test_a_missing_folder_is_what_is_told_of_not_the_file_that_is_to_be_made(
+    cli: Cli, repository: Path
+) -> None:
+    away = cli.folder / "away"
+    said = f"there is no folder {away}; make it, or name another place"
+    assert cli.fails(1, "restore", repository, "sda", away / "sda.raw") == said
+    assert cli.fails(1, "export", "sda", away / "sda.dbm") == said
+    assert cli.fails(1, "show", "sda", "--svg", away / "sda.svg") == said
+
+
 def test_a_disk_is_restored_as_it_was_at_a_time(cli: Cli, repository: Path) -> None:
     before = _restored(cli, repository)
     _write(cli, 0, b"later" * 1000)

@@ -71,7 +71,7 @@ def test_what_is_not_known_is_not_exported(cli: Cli, flat: Path) -> None:
 
 
 def test_an_export_to_nowhere_is_told(cli: Cli, flat: Path) -> None:
-    assert "does not exist" in cli.fails(1, "export", "sda", cli.folder / "nowhere" / "x.dbm")
+    assert "there is no folder" in cli.fails(1, "export", "sda", cli.folder / "nowhere" / "x.dbm")
     assert "nothing is called 'sdx'" in cli.fails(1, "export", "sdx", flat)
 
 

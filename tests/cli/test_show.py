@@ -232,7 +232,7 @@ def test_one_file_cannot_be_both_pictures(cli: Cli) -> None:
     ("place", "code", "said"),
     [
         (".", 2, "is a directory"),
-        ("missing/sda.svg", 1, "missing/"),
+        ("missing/sda.svg", 1, "missing; make it"),
         ("fifo", 2, "is not a regular file"),
         ("/dev/null", 2, "/dev/null is not a regular file"),
     ],
