@@ -55,7 +55,7 @@ from lmdbitmap.notes.holds import HoldFile, UnderWay
 from lmdbitmap.notes.references import CheckpointRef, Reason
 from lmdbitmap.qcow2.compression import Compression, chosen
 from lmdbitmap.repository.manifest import BackupType, Manifest, NewerManifest
-from lmdbitmap.repository.repository import BackupFolder, Unfinished
+from lmdbitmap.repository.repository import BackupFolder, Unfinished, refuse_folder_of_disk
 from lmdbitmap.storage import creating, mending
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
@@ -130,6 +130,7 @@ def backup(
     packing, pace = None if compression is None else chosen(compression), pace_of(bytes_per_s)
     algorithm = None if digest is None else digest_algorithms.named(digest)
     creating.refuse_inside(repository_path)
+    refuse_folder_of_disk(repository_path)
     if len(set(names)) != len(names):
         raise InvalidArgument("a disk is named twice", next_step="name each disk once")
     terms = AccessTerms(open_device, attached, scratch, owner_limit_s, freeze_limit_s, Patience(lock_wait_s))

@@ -37,7 +37,14 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from lmdbitmap.errors import FormatError, LmdbitmapError, NotFound, StorageError, os_errors_at
+from lmdbitmap.errors import (
+    FormatError,
+    InvalidArgument,
+    LmdbitmapError,
+    NotFound,
+    StorageError,
+    os_errors_at,
+)
 from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.repository.manifest import BackupEntry, BackupType, Manifest, has_room
 from lmdbitmap.repository.manifest_file import COPY, MANIFEST, ManifestFile, put_aside, remove
@@ -136,9 +143,10 @@ class BackupFolder:
         found = self.manifest() if os.path.isdir(self.path) else None
         if found is None or not found.backups:
             others = [name for name in disk_names(self.repository_path) if name != self.disk_name]
+            step = f"name another: it has backups of {', '.join(others) or 'none'}"
             raise NotFound(
                 f"{self.repository_path} has no backup of a disk called {self.disk_name!r}",
-                next_step=f"name another: it has backups of {', '.join(others) or 'none'}",
+                next_step=step if others else _repository_instead_of(self.repository_path) or step,
             )
         return found
 
@@ -363,6 +371,22 @@ def digests_name(file: str) -> str:
     return f"{file}.{os.urandom(4).hex()}.digests"
 
 
+def refuse_folder_of_disk(repository_path: str | os.PathLike[str]) -> None:
+    """Raise `InvalidArgument` for what is itself a disk's folder in a repository, as REPO/sda: a slip, that would make
+    one repository inside of another, with a chain that begins anew."""
+    place = os.path.abspath(repository_path)
+    step = _repository_instead_of(place)
+    if step is not None:
+        raise InvalidArgument(f"{place} is no repository", next_step=step)
+
+
+def _repository_instead_of(place: str) -> str | None:
+    """The next step of somebody who named a disk's folder in a repository; None if it is none."""
+    if not any(os.path.isfile(os.path.join(place, file)) for file in (MANIFEST, COPY)):
+        return None  # a disk may be called as these are, and has a folder of that name
+    return f"it is the folder of one disk in a repository: name that, {os.path.dirname(place)}"
+
+
 def disk_names(repository_path: str | os.PathLike[str]) -> list[str]:
     """Return the names of the disks that have backups in a repository, sorted."""
     place = os.path.abspath(repository_path)
@@ -378,7 +402,9 @@ def folders_of(repository_path: str | os.PathLike[str], names: Sequence[str] = (
     """Return the folders of the disks called `names`, or of all. Raise `NotFound` if there are none."""
     known = disk_names(repository_path)
     if not known:
-        raise NotFound(f"{os.path.abspath(repository_path)} has no backups", next_step="name a repository")
+        place = os.path.abspath(repository_path)
+        step = _repository_instead_of(place) or "name a repository"
+        raise NotFound(f"{place} has no backups", next_step=step)
     return [BackupFolder(repository_path, name) for name in names or known]
 
 

@@ -36,7 +36,12 @@ from lmdbitmap.images.device import FileDevice
 from lmdbitmap.images.file_copy import PIECE_BYTES, FileCopier
 from lmdbitmap.repository.digests import found_digest, require_algorithms
 from lmdbitmap.repository.manifest import TAKEN_OVER_EPOCH, BackupEntry, Manifest, taken_over
-from lmdbitmap.repository.repository import BackupFolder, folders_of, known_backups_of
+from lmdbitmap.repository.repository import (
+    BackupFolder,
+    folders_of,
+    known_backups_of,
+    refuse_folder_of_disk,
+)
 from lmdbitmap.storage import creating
 from lmdbitmap.system import files
 from lmdbitmap.work.disks_failed import DisksFailed
@@ -93,6 +98,7 @@ def copy_backups(
             f"{os.path.abspath(target_path)} is where the backups are", next_step="name another folder"
         )
     creating.refuse_inside(target_path)
+    refuse_folder_of_disk(target_path)
     failures, patience = Failures(at_once=len(folders) == 1), Patience(lock_wait_s)
     known = known_backups_of(folders, failures, named=bool(names))
     bytes_stored = [sum(entry.bytes_stored for entry in each.backups) for _, each in known]

@@ -214,6 +214,30 @@ def test_restored_in_place_it_says_what_was_read_and_written(cli: Cli, repositor
     assert _restored(cli, repository) == out.read_bytes()
 
 
+def test_the_folder_of_a_disk_is_not_taken_for_a_repository(cli: Cli, repository: Path) -> None:
+    """REPO/sda for REPO would begin a chain anew, in a repository inside of another."""
+    folder = repository / "sda"
+    before = sorted(repository.rglob("*"))
+    step = f"it is the folder of one disk in a repository: name that, {repository}"
+    for words in (
+        ["backup", "sda", folder],
+        ["backup", "sda", folder, "--full"],
+        ["copy", repository, folder],
+    ):
+        assert cli.fails(2, *words) == f"{folder} is no repository; {step}"
+    for words in (["ls", folder], ["verify", folder], ["prune", folder, "--keep", "1"]):
+        assert cli.fails(1, *words) == f"{folder} has no backups; {step}"
+    assert cli.fails(1, "restore", folder, "sda", cli.folder / "out.raw").endswith(step)
+    assert sorted(repository.rglob("*")) == before
+
+
+def test_a_disk_may_be_called_as_a_manifest_is(cli: Cli) -> None:
+    cli.add("manifest.json")
+    for _ in range(2):
+        cli.ok("backup", "manifest.json", cli.folder / "backups")
+    cli.ok("verify", cli.folder / "backups")
+
+
 @pytest.mark.parametrize("inside", ["", "backups", "holds", "new/deep"])
 def test_nothing_is_backed_up_copied_or_restored_into_a_store(
     cli: Cli, repository: Path, inside: str
