@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from lmdbitmap.access.owners import is_attached, owner_of, require_all_or_none, require_unowned
+from lmdbitmap.access.owners import is_attached, owner_of, require_all_or_none, require_names, require_unowned
 from lmdbitmap.access.questions import ask_owner
 from lmdbitmap.access.routes import FREEZE_LIMIT_S
 from lmdbitmap.errors import Untrusted
@@ -29,6 +29,7 @@ def checkpoint(
     Either one process serves all of them, and may take `freeze_limit_s`, or nobody owns any of them. Raises
     `AlreadyExists` for a name that is taken, `NotFound`, `Busy`, and `StorageError` where an image cannot be flushed.
     """
+    require_names(names)
     disks = [chain.disk_called(store, name) for name in names]
     served = [disk.name for disk in disks if is_attached(store, disk)]
     require_all_or_none(names, served)

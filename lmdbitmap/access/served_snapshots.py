@@ -50,6 +50,7 @@ def take_served_snapshot(
     data cannot be kept.
     """
     require_limits(freeze_limit_s)
+    owners.require_names(names)
     if not names:
         raise InvalidArgument("a snapshot is of one disk or of several", next_step="name the disks")
     disks = [chain.disk_called(store, name) for name in names]

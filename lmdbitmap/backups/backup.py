@@ -38,6 +38,7 @@ from typing import NamedTuple
 from uuid import uuid4
 
 from lmdbitmap.access.access import Access, AccessTerms, access, open_to_read
+from lmdbitmap.access.owners import require_names
 from lmdbitmap.access.routes import FREEZE_LIMIT_S, OWNER_LIMIT_S, PointInTime
 from lmdbitmap.backups import consumers, folder_owner
 from lmdbitmap.backups.folder_owner import Permission
@@ -131,12 +132,13 @@ def backup(
     algorithm = None if digest is None else digest_algorithms.named(digest)
     creating.refuse_inside(repository_path)
     refuse_folder_of_disk(repository_path)
-    if len(set(names)) != len(names):
-        raise InvalidArgument("a disk is named twice", next_step="name each disk once")
+    require_names(names)
     terms = AccessTerms(open_device, attached, scratch, owner_limit_s, freeze_limit_s, Patience(lock_wait_s))
     terms.require_sense()
     failures = Failures(at_once=len(names) == 1)
-    wanted = _WantedBackup(repository_path, kind, algorithm, only_that, Permission(take_over, new_repository))
+    wanted = _WantedBackup(
+        repository_path, _known(kind), algorithm, only_that, Permission(take_over, new_repository)
+    )
     carrying = _Carrying(quiesced, failures.heeding(progress), packing, pace)
     with contextlib.ExitStack() as locks, _told(failures):
         places = _locked_places(store, names, wanted, terms.patience, locks, failures)
@@ -147,6 +149,17 @@ def backup(
     if failures.errors:
         raise BackupsFailed(results, failures.errors)
     return results
+
+
+def _known(kind: BackupType) -> BackupType:
+    """Return the kind, also for its value: not every caller has a type checker."""
+    try:
+        return BackupType(kind)
+    except ValueError:
+        known = ", ".join(member.value for member in BackupType)
+        raise InvalidArgument(
+            f"there is no kind of backup {kind!r}", next_step=f"use one of {known}"
+        ) from None
 
 
 class _Carrying(NamedTuple):

@@ -836,3 +836,12 @@ def test_digests_that_were_asked_for_and_cannot_be_made_are_refused_before_anyth
         disk.backup(digest="blake3")
     assert not (disk.folder / "backups").exists()
     assert disk.backup_checkpoints() == []
+
+
+def test_arguments_of_the_wrong_kind_are_refused_in_words(disk: BackedUpDisk) -> None:
+    with pytest.raises(InvalidArgument, match=r"'sda' is one name where several may be; give \['sda'\]"):
+        backup(disk.store, "sda", disk.folder / "backups")
+    with pytest.raises(InvalidArgument, match="there is no kind of backup 'weekly'; use one of "):
+        backup(disk.store, [NAME], disk.folder / "backups", kind="weekly")  # type: ignore[arg-type]
+    [result] = backup(disk.store, [NAME], disk.folder / "backups", kind="full")  # type: ignore[arg-type]
+    assert result.entry.type_requested is BackupType.FULL
