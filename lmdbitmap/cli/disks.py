@@ -24,18 +24,23 @@ from lmdbitmap.cli.answers import (
 )
 from lmdbitmap.cli.holders import holder_words
 from lmdbitmap.cli.options import Session, granularity, utf8_path, verb
-from lmdbitmap.cli.output import say, say_json, say_table
+from lmdbitmap.cli.output import complain, say, say_json, say_table
 from lmdbitmap.cli.repositories import FOLDER, list_backups
 from lmdbitmap.cli.sizes import format_size, format_time
 from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.extents import Trust
 from lmdbitmap.images.image import is_far, lasting_name
+from lmdbitmap.qcow2 import layout as qcow2
 from lmdbitmap.storage.schema import DURABILITIES, POLICIES, Disk
 from lmdbitmap.store import Store
+from lmdbitmap.system import files
 from lmdbitmap.tracker import session, standalone
 from lmdbitmap.tracker.chain import disk_called
 from lmdbitmap.tracker.standalone import disk_or_bitmap_called
 from lmdbitmap.upkeep.check import next_step_for
+
+_FORMATS = {qcow2.MAGIC: "qcow2", b"KDMV": "VMDK", b"vhdxfile": "VHDX"}
+"""The first bytes of image formats whose disk is not simply the bytes of the file."""
 
 
 @verb(
@@ -79,6 +84,21 @@ def add(asked: Session, name: str, image: str, granularity_bits: int, durability
             say_json(report_on(store, disk).facts())
         else:
             say(f"{name}: {size_words(disk.geometry)}, all dirty until the first full backup")
+    _warn_of_format(name, image)
+
+
+def _warn_of_format(name: str, image: str) -> None:
+    """Warn: such a file can be meant as plain bytes, but hardly ever is."""
+    if is_far(image):
+        return
+    beginning = files.first_bytes(image, max(map(len, _FORMATS)))
+    for magic, kind in _FORMATS.items():
+        if beginning.startswith(magic):
+            complain(
+                f"{image} looks like a {kind} image, and is tracked and served as the bytes of the file, not as the"
+                f" disk inside it; if that disk is meant, `lmdbitmap rm {name}`, serve the image with qemu-nbd or"
+                " nbdkit, and add its nbd:// or nbd+unix:// URI"
+            )
 
 
 def _refuse_odd_uri(image: str) -> None:

@@ -52,6 +52,27 @@ def test_a_uri_of_no_use_is_refused_with_a_way_round(cli: Cli, uri: str, said: s
     assert not cli.store.exists(), "nothing was made for it"
 
 
+@pytest.mark.parametrize(
+    ("beginning", "kind"), [(b"QFI\xfb", "qcow2"), (b"KDMV", "VMDK"), (b"vhdxfile", "VHDX")]
+)
+def test_an_image_of_another_format_is_tracked_with_a_warning(cli: Cli, beginning: bytes, kind: str) -> None:
+    """Its bytes are all that is served, backed up and restored: the disk inside of it is another size."""
+    image = cli.folder / "sda.img"
+    image.write_bytes(beginning.ljust(SIZE, b"\0"))
+    done = cli("add", "sda", image)
+    assert (done.code, done.out) == (
+        0,
+        "sda: 8 MiB in blocks of 64 KiB, all dirty until the first full backup\n",
+    )
+    assert done.err.startswith(
+        f"lmdbitmap: {image} begins as a {kind} image does, and is tracked and served as the"
+    )
+    assert "`lmdbitmap rm sda`, serve the image with qemu-nbd" in done.err
+    other = cli.folder / "sdb.img"
+    other.write_bytes(beginning[:-1].ljust(SIZE, b"\0"))
+    cli.ok("add", "sdb", other)
+
+
 @pytest.mark.parametrize("name", ["caf\udce9.raw", "link"])
 def test_an_image_whose_name_cannot_be_kept_is_refused(cli: Cli, name: str) -> None:
     (cli.folder / "caf\udce9.raw").touch()
