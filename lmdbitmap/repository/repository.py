@@ -388,14 +388,26 @@ def _repository_instead_of(place: str) -> str | None:
 
 
 def disk_names(repository_path: str | os.PathLike[str]) -> list[str]:
-    """Return the names of the disks that have backups in a repository, sorted."""
+    """Return the names of the disks that have backups in a repository, sorted.
+
+    A folder that may not be looked into counts: it may have backups, and whoever reads it reports it.
+    """
     place = os.path.abspath(repository_path)
     with os_errors_at(place):
-        return sorted(
-            name
-            for name in os.listdir(place)
-            if any(os.path.lexists(os.path.join(place, name, file)) for file in (MANIFEST, COPY))
-        )
+        return sorted(name for name in os.listdir(place) if _may_have_backups(os.path.join(place, name)))
+
+
+def _may_have_backups(folder: str) -> bool:
+    for file in (MANIFEST, COPY):
+        try:
+            os.lstat(os.path.join(folder, file))
+        except PermissionError:
+            name = os.path.basename(folder)
+            return name != "lost+found" and not name.startswith(".")  # root's, at the top of a file system
+        except OSError:
+            continue
+        return True
+    return False
 
 
 def folders_of(repository_path: str | os.PathLike[str], names: Sequence[str] = ()) -> list[BackupFolder]:

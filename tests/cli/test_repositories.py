@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import pytest
 from lmdbitmap.repository.repository import BackupFolder
 from tests.cli.conftest import SIZE, Cli
 from tests.cli.test_backups import _write, repository
+from tests.helpers.support import requires, run
 from tests.unit.test_verify import flip
 
 pytestmark = pytest.mark.in_memory
@@ -69,6 +72,51 @@ def test_a_copy_that_never_came_about_is_not_called_sound(cli: Cli, chain: Path)
     assert done.err.endswith("expected sound backups, found 1 flaw; do what is said of each\n")
     said = cli.fails(1, "verify", cli.folder / "copy", "sda")
     assert "has no backup of a disk called 'sda'; name another: it has backups of none" in said
+
+
+POWERLESS = [
+    "setpriv",
+    "--inh-caps=-dac_override,-dac_read_search",
+    "--bounding-set=-dac_override,-dac_read_search",
+]
+"""Root who may not look into what its owner has closed."""
+
+
+@pytest.fixture
+def half_closed(cli: Cli, chain: Path) -> Iterator[Path]:
+    """A repository of two disks, one of which nobody lets us look into, at the top of a file system."""
+    cli.add("sdb")
+    cli.ok("backup", "sdb", chain)
+    closed = [chain / "sdb", chain / "lost+found", chain / ".Trash-0"]
+    for folder in closed:
+        folder.mkdir(exist_ok=True)
+        folder.chmod(0)
+    yield chain
+    for folder in closed:
+        folder.chmod(0o700)
+
+
+@requires("setpriv")
+@pytest.mark.parametrize(
+    ("verb", "more", "told"),
+    [
+        ("ls", [], "sdb: not listed: "),
+        ("verify", [], ""),
+        ("copy", ["copy"], "sdb: not copied: "),
+        ("prune", ["--keep", "1"], "sdb: not pruned: "),
+    ],
+)
+def test_a_disk_that_cannot_be_looked_at_is_not_passed_over(
+    cli: Cli, half_closed: Path, verb: str, more: list[str], told: str
+) -> None:
+    """Its backups would be neither proven nor copied, every night, with exit code 0."""
+    powerless = POWERLESS if os.geteuid() == 0 else []
+    done = run(*powerless, *cli.command(verb, half_closed, *more), cwd=cli.folder, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        f"lmdbitmap: {told}{half_closed / 'sdb'}: Permission denied; check its owner"
+    )
+    assert done.stderr.count("\n") == 1, "folders that root has at the top of a file system are no disks"
 
 
 def test_a_manifest_that_is_missing_is_told_with_the_step_that_brings_it_back(cli: Cli, chain: Path) -> None:
