@@ -134,7 +134,7 @@ class BackupFolder:
     def manifest(self) -> Manifest | None:
         """Return the manifest; None before the first backup. Raise `FormatError` if it cannot be known."""
         found = self._manifest.read()
-        if found is None and self._has_images_of_old():
+        if found is None and self.has_images_of_old():
             raise self._manifest.missing()
         return found
 
@@ -240,7 +240,7 @@ class BackupFolder:
         """Return the files in the folder that hold digests of an image, named by the manifest or not."""
         return [match[0] for match in self._names_like(_DIGESTS_NAME) if match[1] == file]
 
-    def _has_images_of_old(self) -> bool:
+    def has_images_of_old(self) -> bool:
         """Return whether there are images, apart from the one that a running or killed first backup is making."""
         unfinished = {work.file for work in self._noted()}
         return any(image[0] not in unfinished for image in self._images())
@@ -390,24 +390,30 @@ def _repository_instead_of(place: str) -> str | None:
 def disk_names(repository_path: str | os.PathLike[str]) -> list[str]:
     """Return the names of the disks that have backups in a repository, sorted.
 
-    A folder that may not be looked into counts: it may have backups, and whoever reads it reports it.
+    A folder that may not be looked into counts, and one with images whose manifests are both lost: whoever reads it
+    reports what is wrong with it.
     """
     place = os.path.abspath(repository_path)
     with os_errors_at(place):
-        return sorted(name for name in os.listdir(place) if _may_have_backups(os.path.join(place, name)))
+        return sorted(name for name in os.listdir(place) if _may_have_backups(place, name))
 
 
-def _may_have_backups(folder: str) -> bool:
+def _may_have_backups(repository_path: str, name: str) -> bool:
+    folder = os.path.join(repository_path, name)
     for file in (MANIFEST, COPY):
         try:
             os.lstat(os.path.join(folder, file))
         except PermissionError:
-            name = os.path.basename(folder)
             return name != "lost+found" and not name.startswith(".")  # root's, at the top of a file system
         except OSError:
             continue
         return True
-    return False
+    try:
+        return os.path.isdir(folder) and BackupFolder(repository_path, name).has_images_of_old()
+    except (InvalidArgument, NotFound):  # no disk can be called so, or it was taken back just now
+        return False
+    except StorageError:
+        return True
 
 
 def folders_of(repository_path: str | os.PathLike[str], names: Sequence[str] = ()) -> list[BackupFolder]:

@@ -65,7 +65,7 @@ def test_an_image_of_another_format_is_tracked_with_a_warning(cli: Cli, beginnin
         "sda: 8 MiB in blocks of 64 KiB, all dirty until the first full backup\n",
     )
     assert done.err.startswith(
-        f"lmdbitmap: {image} begins as a {kind} image does, and is tracked and served as the"
+        f"lmdbitmap: {image} looks like a {kind} image, and is tracked and served as the"
     )
     assert "`lmdbitmap rm sda`, serve the image with qemu-nbd" in done.err
     other = cli.folder / "sdb.img"

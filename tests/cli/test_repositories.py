@@ -119,6 +119,19 @@ def test_a_disk_that_cannot_be_looked_at_is_not_passed_over(
     assert done.stderr.count("\n") == 1, "folders that root has at the top of a file system are no disks"
 
 
+def test_a_disk_whose_manifests_are_both_lost_is_not_passed_over(cli: Cli, chain: Path) -> None:
+    cli.add("sdb")
+    cli.ok("backup", "sdb", chain)
+    for name in ("manifest.json", "manifest.json.copy"):
+        (chain / "sdb" / name).unlink()
+    done = cli("verify", chain)
+    assert (done.code, done.out.count("expected manifest.json beside the images, found none")) == (1, 1)
+    for words in (["ls", chain], ["copy", chain, cli.folder / "copy"], ["prune", chain, "--keep", "1"]):
+        told = cli.fails(1, *words)
+        assert told.startswith("sdb: not "), told
+        assert "expected manifest.json beside the images, found none" in told
+
+
 def test_a_manifest_that_is_missing_is_told_with_the_step_that_brings_it_back(cli: Cli, chain: Path) -> None:
     (chain / "sda" / "manifest.json").unlink()
     done = cli("verify", chain)
