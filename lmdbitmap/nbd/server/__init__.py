@@ -1,14 +1,14 @@
-"""The guest's door: serves disks over NBD. From a client's arrival inwards:
+"""The NBD server: serves disks to guests. From a client's arrival inwards:
 
-    server      listens, and gives each client a visit
+    server      listens, and creates a visit for each client
     visit       one client: its handshake, then its connection
-    handshake   what is agreed on; what a connection is from then on is a form (forms.py)
+    handshake   option haggling; its outcome picks the form of requests and replies (forms.py)
     rounds      which thread serves which connection
     connection  the hot loop: requests in, operations done, replies out
-    disk_operations  writes and flushes; commands.py has what is rare
+    disk_operations  writes and flushes; commands.py has the rare requests
     receiving, splicing, replies              bytes in, large ones past our memory, bytes out
-    contexts                             what is asked about blocks; dirty_ and kept_context.py answer
-    traffic, quiet, notice, complaints   what was carried, who is busy, who will wait, what is logged
+    contexts                             block status; dirty_contexts.py and kept_context.py answer
+    traffic, quiet, notice, complaints   counters, whether guests are idle, announced waits, the log
 
 One thread serves all connections that are quick, in turns: rounds.py says how, and connection.py what a turn is.
 """

@@ -3,25 +3,26 @@
 One blocking socket, one lane to the disk, one thread at a time. What has arrived is served as a batch:
 
     receive what is there -> take every whole request out of it -> one `write_many` for all writes,
-    one flush for all who asked for one, then the reads -> all replies in one send
+    one flush for all requests that need one, then the reads -> all replies in one send
 
-A request costs a `struct.unpack_from`, a comparison and its own system call. Magic, flags and type of a
-request are read as one 64-bit word, so that a READ or WRITE without flags is known by one comparison; everything
-else takes the unhurried path, `_take_rare`. How requests and replies are laid out is known to a form (forms.py).
+A request costs a `struct.unpack_from`, a comparison and its own system call. Magic, flags and type of a request are
+read as one 64-bit word, so that one comparison recognizes a READ or WRITE without flags. Every other request takes the
+slower path, `_take_rare`. A form (forms.py) knows the layout of requests and replies.
 
-What holds all the time:
-- Every request gets exactly one reply, DISC none. A request that fails costs an error reply; bytes that are
-  no request cost the connection (`FormatError`).
-- A batch does writes before reads: both were in flight together, so either order is right, and a read behind
-  an overlapping write sees it. FLUSH and FUA are answered after a flush that came after the batch's writes.
-  Any other command first settles what came before it.
-- Memory is bounded by constants. A WRITE longer than `_STREAM_FROM` is done in pieces as its data arrives: what
-  is there is written while the client sends the rest. Pieces end on multiples of `_PIECE`, so that no page and
-  hardly a block is written in two halves.
-- Of a disk that has a descriptor, such a WRITE goes from the socket into the image by
-  reference (splicing.py), which spares it a copy. So that it is not in the buffer already when it is recognized, the
-  next header is received by itself behind such a write, until another kind of request comes. Replies that
-  wait then are sent before the thread sleeps, and after `_MOST_UNSENT` at the latest.
+Invariants:
+
+- Every request gets exactly one reply, DISC none. A request that fails costs an error reply. Bytes that are no request
+  cost the connection (`FormatError`).
+- A batch does writes before reads. Both were in flight together, so either order is right, and a read behind an
+  overlapping write sees it. FLUSH and FUA are answered after a flush that came after the batch's writes. Any other
+  command first settles what came before it.
+- Memory is bounded by constants. A WRITE longer than `_STREAM_FROM` is done in pieces as its data arrives: the first
+  pieces are written while the client sends the rest. Pieces end on multiples of `_PIECE`, so that no page and hardly a
+  block is written in two halves.
+- If the disk has a descriptor, such a WRITE goes from the socket into the image by reference (splicing.py), which saves
+  a copy. Its data must then not be in the buffer already when the WRITE is recognized. So behind such a write the next
+  header is received by itself, until a request of another kind comes. Replies that wait then are sent before the thread
+  sleeps, and after `_MOST_UNSENT` at the latest.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ from lmdbitmap.work.buffers import new_buffer
 from lmdbitmap.work.latencies import Latencies
 
 _BATCH: Final = 512 << 10
-"""Bytes received before they are served: little enough to stay in a core's cache until they are written."""
+"""Bytes received before they are served: few enough to stay in a core's cache until they are written."""
 _STREAM_FROM: Final = 128 << 10
 _PIECE: Final = 64 << 10
 _PAGE: Final = 4096
@@ -59,14 +60,14 @@ _MOST_UNSENT: Final = 8
 _UNTIMED: Final = 15
 """Batches between two that are timed."""
 _RUN: Final = 112
-"""Four headers, about, are worth looking for a run of READs."""
+"""About four headers: enough to look for a run of READs."""
 
 
 class Connection:
-    """Serves `disk` to the client behind `sock` until it leaves, lies, or `stopping` is set.
+    """Serves `disk` to the client behind `sock` until the client leaves or breaks the protocol, or `stopping` is set.
 
-    `received` is what came behind the handshake. `contexts` are what the client selected, by the ids it was
-    told. The counters are written by this connection's thread and may be read by any.
+    `received` is what came behind the handshake. `contexts` are those the client selected, by the ids it was given.
+    This connection's thread writes the counters; any thread may read them.
     """
 
     def __init__(
@@ -106,9 +107,9 @@ class Connection:
         if disk.fd is not None and not encrypted and isinstance(self._lane, SplicingLane):
             self._pipe = SplicePipe(sock, self._lane)
         self._appetite = _BATCH
-        """Bytes to have at hand at most: behind a WRITE that went by reference the next header, else a batch."""
+        """Most bytes to have at hand: the next header behind a WRITE that went by reference, else a batch."""
         self._unsent = 0
-        """Replies to long WRITEs that were not sent yet."""
+        """Replies to long WRITEs that are not sent yet."""
         self._buffer = new_buffer(_BATCH)
         self._view = memoryview(self._buffer)
         self._buffer[: len(received)] = received
@@ -125,7 +126,9 @@ class Connection:
         return Traffic(1, counts, self.bytes_received, sent, self._batches, self._operations.flushes)
 
     def run(self) -> None:
-        """Serve until the client is gone. Raises `FormatError` when it lies, `OSError` when the socket breaks."""
+        """Serve until the client is gone. Raise `FormatError` if it breaks the protocol, `OSError` if the socket
+        breaks.
+        """
         try:
             while self.serve_some():
                 pass
@@ -133,7 +136,7 @@ class Connection:
             self.close()
 
     def serve_some(self) -> bool:
-        """Serve what is at hand, and wait for some batches more; False when the client is gone."""
+        """Serve the requests at hand, then wait for and serve some more batches. Return False when the client is gone."""
         self._replies.hurry(False)
         goes_on = self._serve_batch() and self._receive() and self._serve_timed_batch()
         left = _UNTIMED
@@ -145,7 +148,7 @@ class Connection:
         return goes_on
 
     def turn(self) -> bool:
-        """Receive what is there and serve it, as `serve_some`, but wait for nothing without notice."""
+        """Receive what is there and serve it, like `serve_some`, but never wait without giving notice."""
         self._replies.hurry(True)
         room = self._view[self._end : min(self._start + self._appetite, _BATCH)]
         count = self._receiver.receive_at_once(room)
@@ -165,7 +168,7 @@ class Connection:
     # -- requests in ---------------------------------------------------------------------------------------
 
     def _receive(self) -> bool:
-        """Wait for more, and put it behind an unfinished request; False when the client is gone."""
+        """Wait for more bytes, and put them behind an unfinished request. Return False when the client is gone."""
         room = self._view[self._end : min(self._start + self._appetite, _BATCH)]
         count = self._receiver.receive_at_once(room) if self._unsent else None
         if not count:
@@ -177,14 +180,14 @@ class Connection:
         return count > 0
 
     def _serve_timed_batch(self) -> bool:
-        """As `_serve_batch`. To time each would cost a client of small requests a tenth."""
+        """Run `_serve_batch` and time it. Timing every batch would cost a client of small requests a tenth."""
         begun_ns = time.perf_counter_ns()
         goes_on = self._serve_batch()
         self._batches.count(time.perf_counter_ns() - begun_ns)
         return goes_on
 
     def _serve_batch(self) -> bool:
-        """Do and answer every whole request at hand; False when the client said goodbye."""
+        """Do and answer every whole request at hand. Return False when the client said goodbye."""
         buffer, view, position, end = self._buffer, self._view, self._start, self._end
         writes, cookies, reads, size = self._writes, self._write_cookies, self._reads, self._disk.size
         (unpack, header_size, plain_read), plain_write = self._layout, self._plain_write
@@ -212,7 +215,9 @@ class Connection:
                     break
                 self._take_rare(request, cookie, data)
                 position = stop
-                if head in self._form.plain_writes:  # as this client says it: the next one is known at once
+                if (
+                    head in self._form.plain_writes
+                ):  # this client's way to say it: the next one is recognized at once
                     plain_write = self._plain_write = head
         self._settle()
         # Replies to long WRITEs leave with those to other requests, or before the thread sleeps (`_receive`).
@@ -241,7 +246,7 @@ class Connection:
         self._unsent = 0
 
     def _keep_rest(self) -> None:
-        """Make room for the rest of an unfinished request, or do it as it comes when its data is long."""
+        """Make room for the rest of an unfinished request; if its data is long, do the request as the data comes."""
         at_hand = self._end - self._start
         needed = self._header_size
         if at_hand >= needed:
@@ -257,7 +262,7 @@ class Connection:
             self._start, self._end = 0, at_hand
 
     def _stream_write(self, request: nbd.Request) -> None:
-        """Do a WRITE whose data is still arriving, piece by piece; of what is refused, drain the data."""
+        """Do a WRITE whose data is still arriving, piece by piece. Drain the data of a WRITE that is refused."""
         self.notice.give()
         error = self._refusal(request)
         offset, left, start = request.offset, request.payload, self._start + self._header_size
@@ -282,10 +287,10 @@ class Connection:
             self._send()
 
     def _splice_write(self, pipe: SplicePipe, offset: int, left: int, start: int) -> tuple[int, int, int]:
-        """Write what is at hand from `start` on, and the rest by reference.
+        """Write the bytes at hand from `start` on, and the rest by reference.
 
-        Pieces end where pages do: a death between two of them must not tear a sector. Answers the error or 0,
-        and the offset and number of bytes that are left to drain after an error.
+        Pieces end where pages do: a death between two of them must not tear a sector. Returns the error or 0, and the
+        offset and number of bytes that are left to drain after an error.
         """
         self._appetite = self._header_size
         at_hand = self._end - start
@@ -305,7 +310,7 @@ class Connection:
         return error, offset, missing
 
     def _fill(self, pipe: SplicePipe, limit: int) -> int:
-        """Some of the WRITE's data; a client that waits for replies before it sends more gets them."""
+        """Receive some of the WRITE's data. A client that waits for replies before it sends more gets them first."""
         count = pipe.fill(limit, wait=not self._unsent)
         if count < 0:
             self._send()
@@ -314,7 +319,7 @@ class Connection:
         return count
 
     def _receive_of_write(self, start: int, left: int) -> None:
-        """Move what is at hand from `start` to the front, and put more of the `left` bytes behind it."""
+        """Move the bytes at hand from `start` to the front, and put more of the `left` bytes behind them."""
         at_hand = self._end - start
         if start:
             self._view[:at_hand] = self._view[start : self._end]
@@ -325,7 +330,7 @@ class Connection:
         self.bytes_received += count
 
     def _take_rare(self, request: nbd.Request, cookie: bytes, data: int) -> None:
-        """A request that has flags, asks for what is not allowed, or is neither READ nor WRITE."""
+        """Take a request that has flags, is not allowed, or is neither READ nor WRITE."""
         error = self._refusal(request)
         if error:
             self._answer(request, error)
@@ -354,7 +359,7 @@ class Connection:
     # -- doing what they ask -------------------------------------------------------------------------------
 
     def _settle(self) -> None:
-        """Do and answer what was collected: the writes in one call, one flush for all, then the reads."""
+        """Do and answer the collected requests: the writes in one call, one flush for all, then the reads."""
         if self._write_cookies or self._flush_labels:
             self.counts[traffic.WRITES] += len(self._write_cookies)
             self.counts[traffic.FLUSHES] += len(self._flush_labels)

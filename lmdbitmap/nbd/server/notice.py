@@ -1,4 +1,4 @@
-"""How a connection tells that it is about to wait, or has waited: whoever serves others in its thread minds."""
+"""How a connection announces that it is about to wait, or has waited, to the thread that also serves others."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 
 def nobody() -> None:
-    """Minds nothing."""
+    """Ignore the notice."""
 
 
 class Notice:
-    """Goes `to` whoever it is that minds, in the thread that gives it."""
+    """A replaceable callback: `give()` calls `to()` in the current thread."""
 
     def __init__(self) -> None:
         self.to: Callable[[], None] = nobody

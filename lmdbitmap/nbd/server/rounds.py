@@ -1,9 +1,9 @@
-"""Who serves which connection: one thread all that are quick, in turns, and each of the others its own.
+"""Which thread serves which connection: one thread serves all quick ones in turns, each other one has its own.
 
-Every system call gives the interpreter's lock away, and threads that fight for it lose more than they gain: four
-busy connections in four threads got half as much done as one. So one thread, the driver, goes round: it waits for
-all quick connections at once, and gives a turn to each that has sent something. In a turn it receives what is
-there, does it, sends the replies, and waits for nothing.
+Every system call releases the interpreter's lock, and threads that fight for the lock lose more than they gain: four
+busy connections in four threads got half as much done as one. So one thread, the driver, goes round: it waits for all
+quick connections at once, and gives a turn to each that has sent something. In a turn it receives what is there, does
+it, sends the replies, and waits for nothing.
 
 There are as many threads as connections, and any of them may serve any connection:
 
@@ -11,17 +11,19 @@ There are as many threads as connections, and any of them may serve any connecti
                 ▲                                   │ a turn that waits,
                 └───────────────────────────────────┘ or takes too long
 
-What holds all the time:
-- A connection is in the rounds, or some thread has it for itself. One thread at a time serves it.
-- In a turn nothing is waited for that is known to wait. Before a connection waits for its client to read, for a
-  flush, a long request or data that is not in memory, and after it waited for a commit, it gives notice: the
-  driver leaves the rounds to the next thread, and has this connection for itself from then on.
-- Whatever else waits in a turn (a slow write, a gate that a checkpoint closed) holds up the others for `_PATIENCE_S`
-  and a tick at most. The thread that is next looks after the driver, and takes the rounds from one that does
-  not get on. A connection that was slow stays out of the rounds, the sooner it is slow again the longer.
-- While a connection is in the rounds, a thread is there to drive: threads that are away each have one for themselves.
-- A disk without a descriptor may be slow at any time, and what is encrypted cannot be looked at: their connections
-  never go round, nor does one that is the only one.
+Invariants:
+
+- A connection is either in the rounds, or served by one thread alone. One thread at a time serves it.
+- A turn never enters a wait that is known in advance. Before a connection waits for its client to read, for a flush, a
+  long request or data that is not in memory, and after it waited for a commit, it gives notice. The driver then leaves
+  the rounds to the next thread, and serves this connection alone from then on.
+- Any other wait in a turn (a slow write, a gate that a checkpoint closed) holds up the others for at most `_PATIENCE_S`
+  and a tick. The next thread watches the driver, and takes the rounds from one that makes no progress. A connection
+  that was slow stays out of the rounds; the sooner it is slow again, the longer it stays out.
+- While a connection is in the rounds, some thread is free to drive: each thread that is away serves exactly one
+  connection alone.
+- A disk without a descriptor may be slow at any time, and an encrypted socket cannot be polled for requests. Their
+  connections never go round, nor does a connection that is the only one.
 """
 
 from __future__ import annotations
@@ -39,16 +41,16 @@ from lmdbitmap.nbd.server.receiving import Lookout
 _PATIENCE_S: Final = 0.01
 _TICK_S: Final = 0.005
 _DOZE_AFTER_S: Final = 0.1
-"""A driver that sleeps for so long need not be looked after until it wakes up."""
+"""The next thread need not watch a driver that sleeps this long, until the driver wakes up."""
 _FIRST_LEAVE_S: Final = 0.05
 _LONGEST_LEAVE_S: Final = 1.6
 
 Ended: TypeAlias = Callable[[Exception | None], None]
-"""Called once a connection has ended, with what ended it if it was no goodbye."""
+"""Called once a connection has ended, with the exception that ended it, or None after a goodbye."""
 
 
 class _Rider:
-    """A connection, and what the rounds know of it."""
+    """A connection, and its state in the rounds."""
 
     __slots__ = ("alone", "connection", "ended", "failure", "fd", "leave_s", "returns_s", "waited")
 
@@ -63,21 +65,21 @@ class _Rider:
         self.returns_s = -_LONGEST_LEAVE_S
 
     def take_leave(self, now_s: float) -> None:
-        """It was slow: the sooner after the last time, the longer it stays away."""
+        """Keep a slow connection out: the sooner after the last time it was slow, the longer."""
         again = now_s - self.returns_s < _LONGEST_LEAVE_S
         self.leave_s = min(2 * self.leave_s, _LONGEST_LEAVE_S) if again else _FIRST_LEAVE_S
         self.returns_s = now_s + self.leave_s
 
 
 class Rounds:
-    """`serve` is called by the thread of each connection, once."""
+    """Serves connections; each connection's thread calls `serve` once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._parked = threading.Condition(self._lock)
         self._next = threading.Condition(self._lock)
         self._has_next = False
-        """Whether a thread is next, and looks after the driver; the others are parked. Under the lock."""
+        """Whether a thread is next and watches the driver; all other idle threads are parked. Under the lock."""
         self._next_dozes = False
         """See `_look_after_driver`."""
         self._poll = select.epoll()
@@ -87,18 +89,24 @@ class Rounds:
         self._driven = False
         """Whether a thread drives. Under the lock."""
         self._term = 0
-        """How many terms have ended: a driver whose own has finds another number. Changed under the lock, and while a
-        turn is under way only: between two the driver looks without."""
+        """How many terms have ended; a driver whose own term ended finds another number.
+
+        It changes under the lock, and only while a turn is under way: between two turns the driver reads it without the
+        lock.
+        """
         self._at: _Rider | None = None
-        """Whose turn it is; None between two, and once the driver's term has ended. The driver sets it without the
-        lock; whoever takes it away has the lock."""
+        """The connection whose turn it is; None between two turns, and once the driver's term has ended.
+
+        The driver sets it without the lock. A thread that takes it away holds the lock.
+        """
         self._since_s = 0.0
-        """When that turn began, or the last one. Set before `_at`: a new turn is never taken for one that is slow."""
+        """When that turn, or the last one, began. Set before `_at`: a new turn is never taken for a slow one."""
 
     def serve(self, connection: Connection, fd: int, ended: Ended, *, alone: bool = False) -> None:
-        """Serve `connection`, which is heard at `fd`, until it or another has ended.
+        """Serve `connection`, which is heard at `fd`, until it or another one has ended.
 
-        `ended` is called once it has, perhaps in another thread. One that is `alone` never goes round.
+        `ended` is called once `connection` has ended, perhaps in another thread. An `alone` connection never goes
+        round.
         """
         mine = _Rider(connection, fd, ended, alone)
         connection.notice.to = functools.partial(self._step_aside, mine)
@@ -114,7 +122,7 @@ class Rounds:
     # -- a connection for itself ---------------------------------------------------------------------------
 
     def _serve_alone(self, rider: _Rider) -> bool:
-        """Until it may go round; False when it has ended."""
+        """Serve a connection until it may go round. Return False when it has ended."""
         try:
             while rider.connection.serve_some():
                 if self._may_join(rider):
@@ -141,7 +149,7 @@ class Rounds:
     # -- driving -------------------------------------------------------------------------------------------
 
     def _drive(self, term: int) -> _Rider | None:
-        """Go round, to the turn that ends the term: whose it was, or None when that has ended."""
+        """Go round until a turn ends this term. Return the connection of that turn, or None if it has ended."""
         while True:
             for fd, _ in self._lookout.wait():
                 rider = self._riders[fd]
@@ -152,7 +160,7 @@ class Rounds:
                     return rider
 
     def _give_turn(self, rider: _Rider, term: int) -> bool:
-        """Whether its connection goes on."""
+        """Give one turn; return whether its connection goes on."""
         goes_on = False
         self._since_s = time.monotonic()
         self._at = rider
@@ -177,15 +185,15 @@ class Rounds:
             self._next.notify()
 
     def _step_aside(self, rider: _Rider) -> None:
-        """What comes may take its time: whoever drives lets another one drive."""
+        """Let another thread drive if this one drives: the connection's next step may take long."""
         rider.waited = True
-        if self._at is rider:  # without the lock a no is final, as only this thread makes it a yes
+        if self._at is rider:  # a no without the lock is final: only this thread makes it a yes
             with self._lock:
-                if self._at is rider:  # the next one may have taken the rounds just now
+                if self._at is rider:  # the next thread may have taken the rounds just now
                     self._hand_over(rider)
 
     def _hand_over(self, rider: _Rider) -> None:
-        """The driver's term ends, and this connection is its own. Under the lock."""
+        """End the driver's term; the connection belongs to that thread alone. Under the lock."""
         self._poll.unregister(rider.fd)
         del self._riders[rider.fd]
         self._at = None
@@ -196,7 +204,7 @@ class Rounds:
     # -- waiting for it ------------------------------------------------------------------------------------
 
     def _await_duty(self) -> int:
-        """Wait until this thread has to drive; its term."""
+        """Wait until this thread has to drive; return its term."""
         with self._lock:
             while self._has_next:
                 self._parked.wait()
@@ -209,10 +217,10 @@ class Rounds:
             return self._term
 
     def _look_after_driver(self) -> None:
-        """Wait a tick, and take the rounds from a driver that does not get on. Under the lock.
+        """Wait a tick, and take the rounds from a driver that makes no progress. Under the lock.
 
-        While the driver sleeps there is nothing to look after. It says that a turn begins before it looks whether the
-        next one dozes, who says so before it looks whether there is a turn: one of both notices.
+        A sleeping driver needs no watching. The driver announces a turn before it reads `_next_dozes`; the next thread
+        sets `_next_dozes` before it looks for a turn. So at least one of the two notices the other.
         """
         self._next_dozes = True
         dozes = self._at is None and time.monotonic() - self._since_s > _DOZE_AFTER_S

@@ -1,20 +1,20 @@
-"""The NBD server: takes clients in, has each served (rounds.py), and lets all of them go in good order.
+"""The NBD server: accepts clients, has each one served (rounds.py), and ends all of them in good order.
 
-A client can cost the others nothing but its share of the processor, and of the places at its own export: it has its
-own socket, lane and buffers, no thread waits for it that others need, and whatever it sends, or fails to send or to
-read, ends at worst its own connection. Places are counted so that nobody is in the way of those who have nothing to do
-with him:
+A client can cost the others nothing but its share of the processor and of the places at its own export. It has its own
+socket, lane and buffers, and no thread that others need waits for it. Whatever it sends, or fails to send or to read,
+ends at worst its own connection. Places are counted separately, so that a client cannot take those of an unrelated one:
 
-- Whoever has not chosen an export yet is a newcomer. There is room for `max_newcomers` at each listener; one more gets
-  the place of the one who has been there for longest, who is cut off. Nobody can hold a door by standing in it.
-- An export has room for `max_connections` who came by themselves, and for as many who were handed over (`take_in`) by
-  its owner, as a backup's connections are. One more is refused. Those whose host vanished lose their place in time
-  (keepalive.py).
+- A client that has not chosen an export yet is a newcomer. Each listener has room for `max_newcomers`. One more takes
+  the place of the oldest newcomer, which is cut off. So a client that never finishes its handshake cannot block a
+  listener.
+- An export has room for `max_connections` clients that connected by themselves, and for as many that its owner handed
+  over (`take_in`), such as a backup's connections. One more is refused. A client whose host vanished loses its place in
+  time (keepalive.py).
 
-Stopping: no more clients; every connection finishes the requests it has taken in, answers them and closes (a change of
-many gigabytes is done as far as it is, and the client told so);
-one that has not managed after `grace_s`, because its client does not read, is cut off. One that has not ended
-after as long again hangs in its disk; `stop` says so by False, and the disks must not be closed under it.
+Stopping: no more clients are accepted. Every connection finishes the requests it has taken in, answers them and closes.
+A long TRIM or WRITE_ZEROES stops between two pieces and is answered with ESHUTDOWN. A connection that has not managed
+this after `grace_s`, because its client does not read, is cut off. One that has not ended after as long again hangs in
+its disk: `stop` then returns False, and the disks must not be closed under it.
 """
 
 from __future__ import annotations
@@ -50,14 +50,18 @@ _log = logging.getLogger(__name__)
 
 _SLACK_S: Final = 1.0
 _SEND_BUFFER_BYTES: Final = 2 << 20
-"""Of a unix socket, which else has room for three READs of 64 KiB. TCP finds its own; the kernel may allow less."""
+"""Send buffer of a unix socket, whose default has room for three READs of 64 KiB. TCP sizes its own. The kernel may
+allow less.
+"""
 _MOST_WAKING: Final = 64 << 10
 _BESIDE: Final = ""
-"""Stands for all disks that come and go, where past traffic is counted; no disk has that name."""
+"""Key under which past traffic of all disks that come and go is counted; no disk has that name."""
 
 
 class Counters(NamedTuple):
-    """What a server did so far. `connections` were taken in, newcomers too, and `connected` of them are there now."""
+    """What a server did so far. `connections` counts every client ever accepted, newcomers included; `connected` those
+    there now.
+    """
 
     connections: int
     connected: int
@@ -91,14 +95,14 @@ class Server:
         self._listeners: list[Listener] = []
         self._lock = threading.Lock()
         self._visits: dict[Visit, None] = {}
-        """In the order in which they came."""
+        """In order of arrival."""
         self._rounds = Rounds()
         self._volume = Volume()
         self._connections = 0
         self._turned_away = 0
         self._past_traffic = dict.fromkeys([*self._disks, _BESIDE], NO_TRAFFIC)
         self.quiet = Quiet(self._requests_of_guests)
-        """Of the clients of the disks that it was made for."""
+        """Covers the clients of the disks given to the constructor."""
         self._woken_fd, self._wake_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         for fd in (self._woken_fd, self._wake_fd):
             weakref.finalize(self, os.close, fd)  # no sooner: a late signal may still write to it
@@ -109,13 +113,13 @@ class Server:
     # -- for its owner -------------------------------------------------------------------------------------
 
     def listen_unix(self, path: str, mode: int = 0o600) -> UnixListener:
-        """Listen at a socket file. Raises `Busy` if another server does; the file of a dead one is replaced."""
+        """Listen at a socket file. Raise `Busy` if another server listens there; the file of a dead server is replaced."""
         listener = UnixListener(path, mode)
         self._listeners.append(listener)
         return listener
 
     def listen_tcp(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> TcpListener:
-        """Listen at a TCP port, 0 is any that is free, for clients who begin TLS if `tls` is given (nbd/tls.py).
+        """Listen at a TCP port; 0 means any free one. With `tls`, clients must begin TLS (nbd/tls.py).
 
         Raises `Busy` if the port is taken.
         """
@@ -124,24 +128,25 @@ class Server:
         return listener
 
     def listen_inherited(self, fd: int, tls: ssl.SSLContext | None = None) -> InheritedListener:
-        """Listen at a socket that somebody else bound; TCP clients begin TLS if `tls` is given."""
+        """Listen at a socket that another process bound. With `tls`, TCP clients must begin TLS."""
         listener = InheritedListener(fd, tls)
         self._listeners.append(listener)
         return listener
 
     @property
     def uris(self) -> list[str]:
-        """One for every disk that it was made for at every listener."""
+        """One URI per listener for every disk given to the constructor."""
         return [listener.uri(name) for listener in self._listeners for name in self._residents]
 
     def uris_of(self, name: str) -> list[str]:
-        """One for every listener."""
+        """One URI per listener."""
         return [listener.uri(name) for listener in self._listeners]
 
     def add(self, name: str, disk: ServedDisk, *, private: bool = False) -> None:
-        """Serve one more disk, beside those that it was made for; a `private` one to those who are handed over alone.
+        """Serve one more disk, beside those given to the constructor. A `private` disk is offered only to clients
+        handed over.
 
-        Raises `AlreadyExists` for a name that is taken.
+        Raises `AlreadyExists` if the name is taken.
         """
         with self._lock:
             if name in self._disks:
@@ -151,9 +156,9 @@ class Server:
                 self._private.add(name)
 
     def remove(self, name: str, disk: ServedDisk) -> None:
-        """Serve a disk no more: its clients are cut off. Whoever still reads of it is told by the disk itself.
+        """Stop serving a disk and cut off its clients. The disk itself raises for reads that are still under way.
 
-        Nothing happens where another one has its name by now.
+        Does nothing if the name belongs to another disk by now.
         """
         with self._lock:
             if self._disks.get(name) is not disk:
@@ -165,7 +170,7 @@ class Server:
             visit.cut_off()
 
     def retire(self, name: str) -> None:
-        """Serve a disk no more that it was made for. Raises `Busy` while a client is connected to it."""
+        """Stop serving a disk given to the constructor. Raise `Busy` while a client is connected to it."""
         with self._lock:
             clients = sum(visit.export_name == name for visit in self._visits)
             if clients:
@@ -176,9 +181,9 @@ class Server:
             self._disks.pop(name, None)
 
     def take_in(self, sock: socket.socket) -> bool:
-        """Serve a client that is connected already, and need not begin TLS; whether there was room for it.
+        """Serve a client that is connected already and need not begin TLS. Return whether there was room for it.
 
-        It is offered every disk and context, others only what is for strangers.
+        Such a client is offered every disk and context. Others are offered only what is for strangers.
         """
         return self._welcome(sock, None)
 
@@ -192,13 +197,13 @@ class Server:
             )  # fmt: skip
 
     def traffic(self, name: str) -> tuple[int, Traffic]:
-        """How many clients are connected to a disk now, and what all that ever were have carried."""
+        """Number of clients connected to a disk now, and the traffic of all it ever had."""
         with self._lock:
             present = [visit.traffic for visit in self._visits if visit.export_name == name]
             return len(present), summed([self._past_traffic[name], *present])
 
     def traffic_of_all(self) -> dict[str, tuple[int, Traffic]]:
-        """As `traffic`, of every disk that it was made for, and looks at each client once."""
+        """`traffic` of every disk given to the constructor, looking at each client only once."""
         present: dict[str | None, list[Traffic]] = defaultdict(list)
         with self._lock:
             for visit in self._visits:
@@ -216,12 +221,11 @@ class Server:
             )
 
     def start(self) -> None:
-        """Serve in a thread of its own."""
         self._serving_thread = threading.Thread(target=self._serve, name="nbd-accept", daemon=True)
         self._serving_thread.start()
 
     def serve_forever(self) -> None:
-        """Serve in this thread until asked to stop, and wind up; then ask `stop` how it went.
+        """Serve in this thread until asked to stop, then wind up; afterwards `stop` tells how it went.
 
         In the main thread any signal wakes it, so that its handler runs at once.
         """
@@ -230,15 +234,15 @@ class Server:
             self._serve()
 
     def request_stop(self) -> None:
-        """Ask the serving thread to wind up. Takes no lock and waits for nothing: made for signal handlers."""
+        """Ask the serving thread to wind up. Takes no lock and does not wait, so signal handlers may call it."""
         self._stopping = True
-        with contextlib.suppress(BlockingIOError):  # it is full: they will wake up
+        with contextlib.suppress(BlockingIOError):  # the pipe is full: the thread will wake up
             os.write(self._wake_fd, b"\0")
 
     def stop(self) -> bool:
-        """Stop serving and wait for it, for a bounded time; True when nobody uses the disks any more.
+        """Stop serving and wait for the end, for a bounded time. Return True if nobody uses the disks any more.
 
-        A signal handler in the thread of `serve_forever` may call it too: there it only asks, and is told False.
+        A signal handler in the thread of `serve_forever` may call it too: there it only asks, and returns False.
         """
         self.request_stop()
         if self._serving_thread is None:
@@ -275,7 +279,7 @@ class Server:
             self._welcome(sock, listener)
 
     def _welcome(self, sock: socket.socket, door: Listener | None) -> bool:
-        """Have somebody shake hands who came through a `door`, or was handed over."""
+        """Start the handshake of a client that came through `door`, or was handed over (None)."""
         visit = Visit(
             sock,
             self._served if door is None else self._served_to_strangers,
@@ -299,7 +303,7 @@ class Server:
         return visit.start()
 
     def _served(self) -> Mapping[str, Offer]:
-        """The disks, with what can be asked of each at this moment: a visitor may pick from that."""
+        """The disks, and what can be asked about each at this moment."""
         with self._lock:
             disks = dict(self._disks)
         return self._described(disks, self._contexts_of)
@@ -319,7 +323,9 @@ class Server:
         return OnDemand(disks, served)
 
     def _admit(self, visit: Visit) -> bool:
-        """As a newcomer. Those who were let go are gone in a moment, and until then there may be as many of them."""
+        """Admit a visit as a newcomer. Newcomers that were let go leave within a moment; until then twice the limit may
+        exist.
+        """
         with self._lock:
             if self._stopping or len(self._newcomers(visit.door)) >= 2 * self._max_newcomers:
                 self._turned_away += 1
@@ -329,7 +335,7 @@ class Server:
             return True
 
     def _make_room(self, door: Listener | None) -> None:
-        """Let the newcomer go who has been at this door for longest, if there are too many."""
+        """Let the oldest newcomer of this door go if there are too many."""
         with self._lock:
             staying = [visit for visit in self._newcomers(door) if not visit.is_let_go]
             if len(staying) <= self._max_newcomers:
@@ -339,11 +345,11 @@ class Server:
         _log.warning("%s was turned away: others came, and it had not chosen a disk", staying[0].client)
 
     def _newcomers(self, door: object) -> list[Visit]:
-        """Who came through this door and has no place at an export, in the order in which they came."""
+        """Visits through this door that have no place at an export, in order of arrival."""
         return [visit for visit in self._visits if visit.door is door and visit.export_name is None]
 
     def _enter(self, visit: Visit, name: str) -> bool:
-        """Whether a newcomer gets a place at this export."""
+        """Return whether a newcomer gets a place at this export."""
         with self._lock:
             if visit.is_let_go or name not in self._disks:
                 return False
@@ -384,8 +390,11 @@ class Server:
 
 @contextlib.contextmanager
 def _woken_by_signals(fd: int) -> Iterator[None]:
-    """Python runs handlers when the main thread goes on, and a signal ends no sleep of it where it comes right before
-    that, or to another thread: so the byte that it writes has to."""
+    """Have every signal write a byte to `fd`, to wake the main thread.
+
+    Python runs handlers only when the main thread goes on. A signal that comes right before that thread sleeps, or to
+    another thread, does not end its sleep; the byte does.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -397,13 +406,13 @@ def _woken_by_signals(fd: int) -> Iterator[None]:
 
 
 def _still_there(visits: Iterable[Visit], patience_s: float) -> list[Visit]:
-    """Those that have not ended after `patience_s` for all of them together."""
+    """The visits that have not ended within `patience_s`, for all of them together."""
     deadline = time.monotonic() + patience_s
     return [visit for visit in visits if not visit.join(deadline - time.monotonic())]
 
 
 def _tune(sock: socket.socket) -> None:
-    """Replies leave at once; a peer whose host vanished is noticed in the end."""
+    """Send replies at once (TCP), and notice in the end that a peer's host vanished."""
     if sock.family == socket.AF_UNIX:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
     else:

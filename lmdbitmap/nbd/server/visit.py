@@ -49,13 +49,16 @@ class Offer(NamedTuple):
     disk: ServedDisk
     contexts: Mapping[str, StatusSource]
     beside: bool = False
-    """As in `Export`."""
+    """See `Export.beside`."""
 
 
 class Visit:
-    """Serves one client, who came through `door`: shakes hands in a thread of its own, where `served` is asked what
-    there is once the client asks for it, and `enter` whether there is room where it wants to go, and joins the `rounds`
-    then. `ended` is called before it hangs up."""
+    """Serves one client, who came through `door`.
+
+    The handshake runs in its own thread, which then joins `rounds`. `served()` is called when the client first asks
+    which exports exist; `enter(visit, name)` says whether that export has room. `ended` is called before the visit
+    hangs up.
+    """
 
     def __init__(
         self,
@@ -79,7 +82,7 @@ class Visit:
         self._rounds = rounds
         self.door: Final = door
         self.export_name: str | None = None
-        """Of the export that it has a place at; without one it is a newcomer."""
+        """The export it has a place at; None while it is a newcomer."""
         self.is_let_go = False
         """Whether it was cut off because it stayed a newcomer."""
         self.client = _who(sock)
@@ -95,19 +98,22 @@ class Visit:
 
     @property
     def traffic(self) -> Traffic:
-        """What it carried so far, the handshake left out. It is a connection from when it has its place: clients hear
-        of that a moment before there is anything to carry for them."""
+        """What it carried so far, without the handshake.
+
+        It counts as a connection from when it has its place: a client learns of that a moment before it can send
+        requests.
+        """
         if self._connection is not None:
             return self._connection.traffic
         return NO_TRAFFIC if self.export_name is None else _ENTERED
 
     @property
     def requests(self) -> int:
-        """How many were answered so far."""
+        """Requests answered so far."""
         return 0 if self._connection is None else sum(self._connection.counts)
 
     def start(self) -> bool:
-        """Whether there was a thread for it; without one it has ended."""
+        """Start its thread. Return False if there was none to be had; the visit has then ended."""
         try:
             self._thread.start()
         except RuntimeError as refused:  # no more threads
@@ -117,30 +123,30 @@ class Visit:
         return True
 
     def ask_to_leave(self) -> None:
-        """Let it finish and answer what it has taken in, and nothing more."""
+        """Let it finish and answer the requests it has taken in, and take no more."""
         self._leaving = True
         if self._connection is not None:
             self._connection.stopping = True
         self._shut(socket.SHUT_RD)
 
     def cut_off(self) -> None:
-        """Wake it from waiting for a client that does not read."""
+        """Wake it even while it waits for a client that does not read."""
         self._shut(socket.SHUT_RDWR)
 
     def let_go(self) -> None:
-        """Cut off a newcomer: another one gets its place."""
+        """Cut off a newcomer, to give its place to another."""
         self.is_let_go = True
         self.cut_off()
 
     def join(self, timeout_s: float) -> bool:
-        """Wait for its end; whether it has come."""
+        """Wait for its end; return whether it has come."""
         return self._gone.wait(max(timeout_s, 0))
 
     def _shut(self, how: int) -> None:
         self._was_shut = how
         try:
             socket.socket.shutdown(self._sock, how)  # not TLS's own, which goes on in plain text after it
-        except OSError:  # it is gone already, or is about to speak TLS
+        except OSError:  # the socket is gone already, or is about to speak TLS
             pass
 
     def _run(self) -> None:
@@ -158,7 +164,7 @@ class Visit:
             self._rounds.serve(connection, self._sock.fileno(), self._end, alone=self._alone)
 
     def _end(self, failure: Exception | None) -> None:
-        """Say how it went, and hang up. Whoever served it last is here."""
+        """Log how it ended, and hang up. Called by the last thread that served it."""
         if isinstance(failure, (FormatError, ssl.SSLError)):
             self._complaints.dropped(failure)
         elif isinstance(failure, OSError):
@@ -178,7 +184,7 @@ class Visit:
 
     @property
     def _names(self) -> dict[str, str | None]:
-        """For logs that are read by programs."""
+        """Fields for logs that programs read."""
         return {"disk": self.export_name, "client": self.client}
 
     def _say_goodbye(self) -> None:
@@ -187,12 +193,12 @@ class Visit:
             _log.info("disk %s: %s is gone: %s", self.export_name, self.client, words, extra=names)
 
     def _connect(self) -> Connection | None:
-        """Come to an agreement with the client, if it wants any."""
+        """Run the handshake; return the connection, or None if the client wants none."""
         handshake = self._shake_hands()
         agreed = handshake.outcome
         if not isinstance(agreed, Agreed):
             return None
-        served, self._offered = self._offered[agreed.export_name], {}  # the others are not for us to keep
+        served, self._offered = self._offered[agreed.export_name], {}  # do not keep the other disks
         _log.info("disk %s: %s is connected", self.export_name, self.client, extra=self._names)
         self._complaints = Complaints(self.client, self.export_name, self._volume)
         self._connection = Connection(
@@ -210,7 +216,7 @@ class Visit:
         return self._connection
 
     def _shake_hands(self) -> Handshake:
-        """Until both agree, the client leaves, or its time is up (`TimeoutError`), whoever used it."""
+        """Haggle until both agree, the client leaves, or its time is up (`TimeoutError`), whatever used it up."""
         deadline = time.monotonic() + self._handshake_timeout_s
         enter = functools.partial(self._enter, self)
         handshake = Handshake(self._look_up, tls_required=self._tls is not None, enter=enter)
@@ -234,7 +240,7 @@ class Visit:
         return OnDemand(offered, lambda name: _export(name, offered[name]))
 
     def _encrypt(self, deadline: float) -> None:
-        """From here on the socket speaks TLS, with a client whose certificate was verified."""
+        """Begin TLS on the socket, with a client whose certificate is verified."""
         assert self._tls is not None
         self._sock = self._tls.wrap_socket(self._sock, server_side=True, do_handshake_on_connect=False)
         if self._was_shut is not None:
@@ -248,13 +254,13 @@ class Visit:
 
 
 def _who(sock: socket.socket) -> str:
-    """What can be told of a client without asking it."""
+    """Describe a client by what the kernel knows of it."""
     try:
         if sock.family == socket.AF_UNIX:
             pid, uid, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
             return f"process {pid} of user {uid}"
         host, port = sock.getpeername()[:2]
-    except OSError:  # it is gone already
+    except OSError:  # the client is gone already
         return "a client"
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
