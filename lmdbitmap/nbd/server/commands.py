@@ -1,4 +1,4 @@
-"""The requests that are rare enough to be done one at a time, and the rare ways in which the others end."""
+"""The requests that are rare enough to be done one at a time."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lmdbitmap.nbd.server.contexts import (
 from lmdbitmap.nbd.server.forms import Form
 
 PIECE_BYTES: Final = 1 << 30
-"""Zeroed or discarded in one go. Where zeroes have to be written out, that takes some seconds."""
+"""Bytes zeroed or discarded in one go; writing out that many zeroes takes some seconds."""
 
 
 def is_long(request: nbd.Request) -> bool:
-    """Whether replies that are ready had better not wait for it."""
+    """Whether a request may take so long that replies that are ready should be sent first."""
     changes = request.type in (nbd.NBD_CMD_TRIM, nbd.NBD_CMD_WRITE_ZEROES)
     return changes and request.length > PIECE_BYTES
 
@@ -34,9 +34,9 @@ def perform(
     form: Form,
     stopping: Callable[[], bool],
 ) -> bytes:
-    """Do an allowed request that is no READ or WRITE of data, and return its reply; raises as the disk does.
+    """Do an allowed request other than a READ or WRITE of data, and return its reply. Raises as the disk does.
 
-    A change of many pieces ends between two of them, with `ESHUTDOWN`, once `stopping` says so.
+    A change of many pieces stops between two of them, with `ESHUTDOWN`, once `stopping` returns True.
     """
     if request.type == nbd.NBD_CMD_BLOCK_STATUS:
         return _block_status(request, contexts, form)
@@ -46,9 +46,9 @@ def perform(
 
 
 def _change(request: nbd.Request, lane: Lane, stopping: Callable[[], bool]) -> None:
-    """In pieces: whoever waits for the lane to pause, a checkpoint or the end, waits for one of them at most.
+    """Zero or discard in pieces: a checkpoint, or a stop, that waits for the lane to pause waits for at most one piece.
 
-    Of zeroes that are wanted only if that is fast, the first piece shows whether it is: the others are done in any way.
+    For FAST_ZERO the first piece shows whether zeroing is fast; the others are then done at any speed.
     """
     flags = request.flags
     if request.type == nbd.NBD_CMD_TRIM:
@@ -67,7 +67,7 @@ def _change(request: nbd.Request, lane: Lane, stopping: Callable[[], bool]) -> N
 
 
 def _pieces(request: nbd.Request, stopping: Callable[[], bool]) -> Iterator[tuple[int, int]]:
-    """(offset, length), all but the last of them to a multiple of `PIECE_BYTES`."""
+    """Yield (offset, length); each piece but the last ends at a multiple of `PIECE_BYTES`."""
     offset, end = request.offset, request.offset + request.length
     while offset < end:
         length = min(PIECE_BYTES - offset % PIECE_BYTES, end - offset)
@@ -78,10 +78,10 @@ def _pieces(request: nbd.Request, stopping: Callable[[], bool]) -> Iterator[tupl
 
 
 def _block_status(request: nbd.Request, contexts: Mapping[int, StatusSource], form: Form) -> bytes:
-    """One chunk per selected context. All are asked before anything is sent: an error must not follow data.
+    """Answer with one chunk per selected context. Ask all before sending anything: an error must not follow data.
 
-    Each is packed before the next is asked: descriptors take a dozen times as much room as what they are packed to.
-    They share the room of one reply, whatever a client chose.
+    Each answer is packed before the next is asked: descriptors take a dozen times as much memory as their packed form.
+    All share the room of one reply, however many contexts a client selected.
     """
     _require_all_is_told(request, contexts)
     limit = 1 if request.flags & nbd.NBD_CMD_FLAG_REQ_ONE else MAX_DESCRIPTORS // len(contexts)
@@ -94,7 +94,7 @@ def _block_status(request: nbd.Request, contexts: Mapping[int, StatusSource], fo
 
 
 def _require_all_is_told(request: nbd.Request, contexts: Mapping[int, StatusSource]) -> None:
-    """Where an answer has consequences, none may be cut, nor be lost because another context fails."""
+    """Refuse a question that could cut a consequential answer, or lose it because another context fails."""
     if any(isinstance(source, Consequential) for source in contexts.values()) and (
         len(contexts) > 1 or request.flags & nbd.NBD_CMD_FLAG_REQ_ONE
     ):

@@ -1,12 +1,9 @@
-"""What goes wrong for one client, told in the log without flooding it.
+"""Logs what goes wrong for one client, without flooding the log.
 
-A guest tries again what failed, and a client that lies may lie a million times. So of each kind of complaint the
-first is told at once, and then at most one in `_SILENCE_S`, with how many there were in between. No thread and no
-timer: whoever complains looks at the clock, and whoever has nothing to complain about does not. A kind is told by
-words that the client cannot choose, so there is an end of them.
-
-Who comes anew each time is a new client each time. So of all clients of a server `_MOST_TOLD` complaints of a kind are
-told in `_SILENCE_S`, for each disk and for those who have not named one yet (`Volume`).
+A guest retries what failed, and a hostile client may break the protocol a million times. So the first complaint of each
+kind is logged at once. After that at most one per `_SILENCE_S` is logged, with the number left out in between. There is
+no thread and no timer: a new complaint checks the clock. A kind is made of words that the client cannot choose, so the
+number of kinds is bounded.
 """
 
 from __future__ import annotations
@@ -62,7 +59,7 @@ class _Spell:
 
 
 class Complaints:
-    """About a client, and the disk that it has chosen. For one thread at a time."""
+    """Complaints about a client, and about the disk it has chosen. For one thread at a time."""
 
     def __init__(
         self,
@@ -73,7 +70,7 @@ class Complaints:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.names = {"disk": disk, "client": client}
-        """For logs that are read by programs."""
+        """Fields for logs that programs read."""
         self.whom: Final = client if disk is None else f"disk {disk}: {client}"
         self._disk = disk
         self._volume = volume or Volume(clock=clock)
@@ -82,21 +79,21 @@ class Complaints:
         self._untold: dict[Hashable, int] = {}
 
     def refused(self, command: str, place: str, *, expected: str, found: object) -> None:
-        """A request that is not done, for a mistake of the client's."""
+        """Log a request that is refused because the client made a mistake."""
         sentence = f": {command} of {place} is refused: expected {expected}, found {found}"
         self._add((command, expected), sentence)
 
     def failed(self, command: str, place: str, failure: Exception, *, times: int = 1) -> None:
-        """A request that could not be done, and `times` in all that were like it."""
+        """Log a request that failed; `times` is how many failed alike, this one included."""
         kind = command, getattr(failure, "errno", None) or type(failure).__name__
         self._add(kind, f": {command} of {place} failed: {failure}", times)
 
     def turned_down(self, refusal: FormatError) -> None:
-        """What it wanted of the handshake."""
+        """Log a handshake option that is answered with an error."""
         self._add(refusal.expected, f": {refusal}")
 
     def dropped(self, failure: FormatError | ssl.SSLError) -> None:
-        """The client itself. What it was turned down for is not said again."""
+        """Log that the client is dropped, unless it was already logged that it was turned down for the same reason."""
         if isinstance(failure, FormatError):
             self._add(failure.expected, f" was dropped: {failure}")
         else:

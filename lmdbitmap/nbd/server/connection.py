@@ -136,7 +136,7 @@ class Connection:
             self.close()
 
     def serve_some(self) -> bool:
-        """Serve the requests at hand, then wait for and serve some more batches. Return False when the client is gone."""
+        """Serve the requests at hand, then wait for some batches more and serve them. False when the client is gone."""
         self._replies.hurry(False)
         goes_on = self._serve_batch() and self._receive() and self._serve_timed_batch()
         left = _UNTIMED

@@ -1,7 +1,7 @@
 """Metadata contexts: what a server can say about the blocks of a disk, under the names that clients know.
 
-A `StatusSource` is asked for (offset, length) and yields (length, status) without a gap. In some contexts
-status 0 means *clean*, so a source that does not know raises; it never answers 0 for an error.
+A `StatusSource` takes (offset, length) and yields (length, status) without a gap. In some contexts status 0 means
+*clean*, so a source that does not know raises; it never answers 0 for an error.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from lmdbitmap.nbd import protocol as nbd
 
 StatusSource: TypeAlias = Callable[[int, int], Iterable[tuple[int, int]]]
 ContextsOf: TypeAlias = Callable[[str, ServedDisk], Mapping[str, StatusSource]]
-"""The contexts of the disk served under a name, by their names on the wire."""
+"""Returns the contexts of the disk served under a name, by their names on the wire."""
 
 _asking = threading.local()
 
 MAX_DESCRIPTORS: Final = 1 << 17
-"""Descriptors in one reply, of all its contexts together; QEMU has as many of each. The client asks again where it
-ends."""
+"""Descriptors in one reply, for all its contexts together; QEMU allows as many for each. The client asks on from the
+end.
+"""
 
 
 class Consequential:
-    """A source of which each answer has a consequence: whoever asks has to hear all of it, and to be meant by it.
+    """A source whose every answer has a consequence, so the client has to receive all of it, and be entitled to it.
 
-    It is for those to whom the disk's owner handed their connection, and answers where nothing else was selected.
+    Only for connections that the disk's owner handed over, and only if no other context is selected.
     """
 
     def __init__(self, source: StatusSource) -> None:
@@ -40,7 +41,7 @@ class Consequential:
 
 @contextlib.contextmanager
 def one_question() -> Iterator[None]:
-    """Whatever sources this thread asks in the block answers one request, and may be of the moment when that began."""
+    """All sources this thread asks in the block answer one request; they may answer as of the moment it began."""
     _asking.question = object()
     try:
         yield
@@ -49,15 +50,12 @@ def one_question() -> Iterator[None]:
 
 
 def question() -> object | None:
-    """What stands for the question that this thread asks now, until that is answered; None outside of any."""
+    """A token for the question that this thread asks now; None outside of `one_question`."""
     return getattr(_asking, "question", None)
 
 
 class Later(Mapping[str, StatusSource]):
-    """Contexts that are looked up once somebody asks which there are: of a disk with many, the store is read for that.
-
-    For one thread.
-    """
+    """Contexts that are looked up when first used: for a disk with many, that reads the store. For one thread."""
 
     def __init__(self, look_up: Callable[[], Mapping[str, StatusSource]]) -> None:
         self._look_up = look_up
@@ -80,12 +78,12 @@ class Later(Mapping[str, StatusSource]):
 
 
 def for_strangers(contexts: Mapping[str, StatusSource]) -> Mapping[str, StatusSource]:
-    """Those that may be offered to whoever comes."""
+    """The contexts that may be offered to any client."""
     return {name: source for name, source in contexts.items() if not isinstance(source, Consequential)}
 
 
 def base_contexts(name: str, disk: ServedDisk) -> Mapping[str, StatusSource]:
-    """What every disk can say: where it is allocated."""
+    """The contexts of every disk: its allocation."""
     return {nbd.NBD_META_BASE_ALLOCATION: allocation_source(disk)}
 
 
@@ -100,7 +98,7 @@ def allocation_source(disk: ServedDisk) -> StatusSource:
 
 
 def descriptors(source: StatusSource, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
-    """At most `limit` descriptors of [offset, offset + length), the last clipped to it, none of them empty."""
+    """Return at most `limit` descriptors of [offset, offset + length), none empty, the last clipped to the range."""
     found: list[tuple[int, int]] = []
     left = length
     for extent_length, status in source(offset, length):

@@ -1,12 +1,11 @@
-"""`qemu:dirty-bitmap:CHECKPOINT`: what changed since each checkpoint, under the names that NBD clients know.
+"""`qemu:dirty-bitmap:CHECKPOINT`: the changes since each checkpoint, under the names that NBD clients know.
 
-A status is 1 for dirty and 0 for clean, and 0 is said of what cannot differ from the checkpoint only. Where
-that is not known the answer is dirty (the bitmap is untrusted) or an error (the checkpoint is gone, or of an
-older epoch). The answer holds at the moment of the question; a client that wants one moment for the whole
-disk asks of a snapshot, which answers up to its own checkpoint.
+Status 1 means dirty, 0 clean. Only blocks that cannot differ from the checkpoint are answered 0. Unknown means dirty
+(the bitmap is untrusted) or an error (the checkpoint is gone, or of an older epoch). The answer holds at the moment of
+the question. A client that wants one moment for the whole disk asks a snapshot, which answers up to its own checkpoint.
 
-A client picks its contexts by name, once; what it is told later is about that very checkpoint, and not about
-another one of the same name.
+A client picks its contexts by name, once. All later answers are about that very checkpoint, never about another one of
+the same name.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ CLEAN: Final = 0
 
 
 def tracked_contexts(name: str, disk: ServedDisk) -> Mapping[str, StatusSource]:
-    """What a tracked disk can say at this moment: where it is allocated, and what changed since when.
+    """The contexts of a tracked disk at this moment: its allocation, and its changes since each checkpoint.
 
-    Of a snapshot also what was kept aside for it.
+    A snapshot also has the context for blocks kept aside.
     """
     contexts = dict(base_contexts(name, disk))
     if isinstance(disk, (Filter, Snapshot)):
@@ -54,8 +53,10 @@ class _ChangesSince(Protocol):
 
 
 class _Asked:
-    """An attached disk that writes down what it knows once for all contexts of one question: doing so disarms what
-    a guest is writing to, so that its next write there has to wait for a commit."""
+    """Changes of an attached disk that persists its state once for all contexts of one question.
+
+    Persisting disarms the regions a guest is writing to, so that its next write there has to wait for a commit.
+    """
 
     def __init__(self, disk: Filter) -> None:
         self._disk = disk
@@ -73,7 +74,7 @@ class _Asked:
 def _dirty_source(
     disk: Filter | Snapshot, checkpoint: Checkpoint, changes_since: _ChangesSince
 ) -> StatusSource:
-    """What changed since `checkpoint`; raises what `Filter.changes` does, and `NotFound` once another has its name."""
+    """Status of changes since `checkpoint`. Raises as `Filter.changes`, and `NotFound` once another has its name."""
 
     def source(offset: int, length: int) -> Iterator[tuple[int, int]]:
         answer = changes_since(since=checkpoint.name)
@@ -88,9 +89,9 @@ def _dirty_source(
 
 
 def _checkpoints(disk: Filter | Snapshot) -> list[Checkpoint]:
-    """Those of the disk's epoch, older ones can no longer be asked; of a snapshot, those before its own.
+    """Checkpoints of the disk's epoch, as older ones cannot be asked; of a snapshot, only those before its own.
 
-    None if the store cannot be read.
+    Returns an empty list if the store cannot be read.
     """
     try:
         with disk.store.read() as reader:
@@ -108,7 +109,7 @@ def _checkpoints(disk: Filter | Snapshot) -> list[Checkpoint]:
 
 
 def _statuses(answer: Changes, offset: int, length: int) -> Iterator[tuple[int, int]]:
-    """(bytes, status) of [offset, offset + length) without a gap; a block that the range cuts is cut."""
+    """Yield (bytes, status) for [offset, offset + length) without a gap; blocks are clipped to the range."""
     shift, end = answer.geometry.granularity_bits, offset + length
     position = offset
     for start, stop in answer.runs(offset >> shift, ceil_div(end, 1 << shift)):

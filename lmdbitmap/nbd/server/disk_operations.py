@@ -1,4 +1,4 @@
-"""What a disk is asked to do for a client, with the answer in NBD's words: 0, or an error of the protocol."""
+"""Writes and flushes for a client, with the result as an NBD error number: 0 for success."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lmdbitmap.work.latencies import Latencies
 
 
 class DiskOperations:
-    """Done by way of `lane`. `flushes` are how long they took."""
+    """Operations of `lane`. `flushes` are the times they took."""
 
     def __init__(self, lane: Lane, notice: Notice, complaints: Complaints) -> None:
         self.flushes = Latencies()
@@ -26,7 +26,7 @@ class DiskOperations:
         self._complaints = complaints
 
     def write_many(self, writes: Sequence[tuple[int, memoryview]]) -> Mapping[int, int]:
-        """{index: error} of the writes that failed: all of them when the lane refuses as a whole."""
+        """Return {index: error} of the writes that failed: all of them if the lane refuses as a whole."""
         try:
             failed = self._lane.write_many(writes)
         except (OSError, LmdbitmapError) as refused:
@@ -45,7 +45,7 @@ class DiskOperations:
         return self.write_many([(offset, data)]).get(0, 0)
 
     def write_held(self, pipe: SplicePipe, length: int, offset: int) -> int:
-        """Write what the pipe holds; after an error it is closed."""
+        """Write bytes that the pipe holds; after an error the pipe is closed."""
         try:
             pipe.write(length, offset)
         except (OSError, LmdbitmapError) as failure:

@@ -25,7 +25,7 @@ from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.server.handshake import MAX_PAYLOAD
 
 SIMPLE_OK: Final = struct.pack(">II", nbd.NBD_SIMPLE_REPLY_MAGIC, 0)
-"""A simple reply but for its cookie."""
+"""A simple reply without its cookie."""
 DATA: Final = struct.Struct(">Q8sIQ")
 """`nbd.OFFSET_DATA_REPLY`."""
 EXTENDED_DATA: Final = struct.Struct(">Q8sQQQ")
@@ -40,7 +40,7 @@ _EXTENDED_EMPTY: Final = struct.Struct(">Q8sQQ")
 _EXTENDED_LABELLED: Final = struct.Struct(">Q16sQQ")
 _FIRST: Final = operator.itemgetter(0)
 _LABEL: Final = struct.Struct(">QQ")
-"""Of the extended form."""
+"""Label of the extended form: cookie, offset."""
 _OFFSET: Final = struct.Struct(">Q")
 _ANSWERED_IN_CHUNKS: Final = frozenset({nbd.NBD_CMD_READ, nbd.NBD_CMD_BLOCK_STATUS})
 assert DATA.size == nbd.OFFSET_DATA_REPLY.size
@@ -48,7 +48,7 @@ assert EXTENDED_DATA.size == nbd.EXTENDED_DATA_REPLY.size
 
 
 class Layout(NamedTuple):
-    """What the hot loop looks at in every batch."""
+    """What the hot loop looks up in every batch."""
 
     unpack: Callable[[Buffer, int], tuple[int, bytes, int, int]]
     header_size: int
@@ -56,24 +56,24 @@ class Layout(NamedTuple):
 
 
 class Form:
-    """The simple form, and what the others change of it."""
+    """The simple form, and the base of the others."""
 
     header = struct.Struct(">Q8sQI")
     """`nbd.REQUEST`."""
     plain_read = nbd.NBD_REQUEST_MAGIC << 32 | nbd.NBD_CMD_READ
     """The head of a READ without flags."""
     plain_writes: tuple[int, ...] = (nbd.NBD_REQUEST_MAGIC << 32 | nbd.NBD_CMD_WRITE,)
-    """The same of a WRITE, in each of the ways in which it may be said; a client has one."""
+    """Heads of a WRITE without flags, in each way a client may say it; one client uses one of them."""
     in_chunks = False
     data_size = nbd.SIMPLE_REPLY.size
-    """Bytes before the data of a READ."""
+    """Bytes before a READ's data."""
 
     @property
     def layout(self) -> Layout:
         return Layout(self.header.unpack_from, self.header.size, self.plain_read)
 
     def parse(self, header: Buffer) -> nbd.Request:
-        """A request, its payload still to come; raises `FormatError` when it is none."""
+        """Parse a request header; the payload is still to come. Raise `FormatError` if it is none."""
         return nbd.parse_request(header)
 
     def label(self, cookie: bytes, offset: int) -> bytes:
@@ -85,15 +85,15 @@ class Form:
     def successes(
         self, cookies: list[bytes], writes: Sequence[tuple[int, memoryview]], labels: list[bytes]
     ) -> bytes:
-        """All of these are done: the `writes`, whose `cookies` these are, and what has the `labels`."""
+        """Replies to the `writes` with these `cookies`, and to the requests with these `labels`: all succeeded."""
         return SIMPLE_OK + SIMPLE_OK.join(cookies + labels)
 
     def outcome(self, command: int, label: bytes, error: int = 0) -> bytes:
-        """It failed; or, where `error` is 0, it is done, and there is nothing to tell."""
+        """Reply without data: the request failed with `error`, or succeeded if that is 0."""
         return nbd.simple_reply(_cookie(label), error)
 
     def data(self, label: bytes, offset: int, length: int, *, done: bool) -> bytes:
-        """What comes before `length` bytes at `offset`, which are the last of a READ, or are not."""
+        """Header for `length` bytes of a READ at `offset`; `done` if they are its last."""
         return SIMPLE_OK + label
 
     def status(
@@ -107,7 +107,7 @@ class _Structured(Form):
     data_size = DATA.size
 
     def outcome(self, command: int, label: bytes, error: int = 0) -> bytes:
-        """Two types must use chunks for this too."""
+        """READ and BLOCK_STATUS must use chunks for this too."""
         if command in _ANSWERED_IN_CHUNKS:
             return nbd.structured_reply(_cookie(label), *_told(error))
         return nbd.simple_reply(_cookie(label), error)
@@ -134,7 +134,7 @@ class _Extended(Form):
     data_size = EXTENDED_DATA.size
 
     def parse(self, header: Buffer) -> nbd.Request:
-        """What announces more than the largest payload is dropped, as the specification has it."""
+        """Drop a client that announces more than the largest payload, as the specification demands."""
         request = nbd.parse_extended_request(header)
         if request.payload > MAX_PAYLOAD:
             raise nbd.malformed("request", f"a payload of at most {MAX_PAYLOAD} bytes", request.payload)
@@ -172,7 +172,7 @@ EXTENDED: Final = _Extended()
 
 
 def _told(error: int) -> tuple[int, bytes]:
-    """Type and payload of the only chunk of a reply."""
+    """Type and payload of a reply's only chunk."""
     return (nbd.NBD_REPLY_TYPE_ERROR, nbd.error_payload(error)) if error else (nbd.NBD_REPLY_TYPE_NONE, b"")
 
 

@@ -3,15 +3,15 @@
     greeting -> client flags -> option, reply, option, reply, … -> `Agreed` (transmission) or `ABORTED`
                                               `START_TLS` -> the caller encrypts, `secured` -> option, reply, …
 
-Feed `receive` whatever arrived, in pieces of any size, and send each answer before the next one is asked for. When
-`outcome` is set the haggling is over and `trailing` holds what came after it. A client that breaks a MUST of the
-specification gets `FormatError` and is to be dropped; one that merely asks for something odd gets an error reply. What
-is kept never grows past one option of `MAX_OPTION_LENGTH`, checked before its data is awaited, and the answer to one;
-an answer takes work for `MAX_QUERIES` at most.
+Feed `receive` whatever arrived, in pieces of any size, and send each answer before you ask for the next one. When
+`outcome` is set, haggling is over and `trailing` holds the bytes after it. A client that breaks a MUST of the
+specification gets `FormatError` and is to be dropped; one that merely asks for something odd gets an error reply.
+Memory is bounded by one option of `MAX_OPTION_LENGTH`, checked before its data is awaited, and by the answer to it. An
+answer takes work for at most `MAX_QUERIES`.
 
-What there is to choose from is looked up when a client first asks. Where TLS is required, a client learns nothing and
-chooses nothing before it, and so nothing is looked up. What it said in plain text is void then, and so is a client that
-said more than it should have: those bytes may be somebody else's.
+The exports are looked up when a client first asks. Where TLS is required, a client learns nothing and chooses nothing
+before TLS, so nothing is looked up. TLS voids what the client said in plain text. A client that sent more bytes than it
+should have before TLS is dropped: those bytes may be somebody else's.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from lmdbitmap.errors import FormatError
 from lmdbitmap.nbd import protocol as nbd
 
 MAX_OPTION_LENGTH: Final = 64 << 10
-"""Bytes of option data that are listened to; a longer option is an attack, not a question."""
+"""Bytes of option data that are accepted; a longer option is an attack, not a question."""
 MAX_OPTIONS: Final = 1024
 """Options a client may send before it must have chosen; `nbdinfo --list` sends a handful per export."""
 MAX_QUERIES: Final = 256
-"""Contexts that one option may ask for; clients ask for one or two, or for all without naming any."""
+"""Contexts that one option may ask for. Clients ask for one or two, or for all without naming any."""
 _MOST_SHOWN: Final = 200
-"""Characters of a name that nobody knows."""
+"""Characters shown of an unknown name."""
 MIN_BLOCK_SIZE: Final = 1
 PREFERRED_BLOCK_SIZE: Final = 4096
 MAX_PAYLOAD: Final = 32 << 20
-"""The longest READ or WRITE, in bytes: what the specification obliges every server to take."""
+"""The longest READ or WRITE, in bytes; the specification obliges every server to take it."""
 
 
 class Export(NamedTuple):
-    """What a client may learn of a disk before it chooses it. `flags` lack what haggling decides (DF)."""
+    """What a client may learn of a disk before it chooses it. `flags` lack DF, which haggling decides."""
 
     name: str
     size: int
@@ -46,12 +46,14 @@ class Export(NamedTuple):
     description: str = ""
     contexts: Collection[str] = ()
     beside: bool = False
-    """Whether it does not count where the only export is looked for: a disk as it was, beside itself."""
+    """A disk as it was, served beside itself: it does not count when the empty name means the only export."""
 
 
 class Agreed(NamedTuple):
-    """`contexts` pairs the ids given to the client with the names it selected. `extended` are the headers, whether
-    structured replies were agreed on or not."""
+    """The outcome of haggling. `contexts` pairs the ids given to the client with the names it selected.
+
+    With `extended` headers it does not matter whether structured replies were agreed on.
+    """
 
     export_name: str
     structured: bool
@@ -70,9 +72,9 @@ Outcome: TypeAlias = "Agreed | Ending"
 
 
 class Handshake:
-    """One client's haggling over what `look_up` finds, by the names it may use; in plain text, or behind TLS only.
+    """One client's haggling over the exports that `look_up` returns, in plain text or only behind TLS.
 
-    It gets what it chooses if there is room at that export, as `enter` says.
+    The client gets the export it chooses if `enter` says that the export has room.
     """
 
     def __init__(
@@ -91,7 +93,7 @@ class Handshake:
         self._flags: int | None = None
         self._options_seen = 0
         self.refuse: Callable[[FormatError], None] = lambda refusal: None
-        """Told of what is answered by an error, and had better be known to whoever runs the server."""
+        """Called with each error answered that the operator of the server should know of."""
         self._structured = False
         self._extended = False
         self._selected: tuple[str, tuple[tuple[int, str], ...]] = ("", ())
@@ -107,7 +109,7 @@ class Handshake:
 
     @property
     def trailing(self) -> bytes:
-        """What arrived after the end of haggling: the client's first requests."""
+        """The bytes after the end of haggling: the client's first requests."""
         return bytes(self._inbox)
 
     @property
@@ -115,7 +117,9 @@ class Handshake:
         return self.outcome is START_TLS
 
     def secured(self) -> None:
-        """The connection is encrypted now, after `START_TLS`: haggling begins again behind the client's flags."""
+        """Go on after `START_TLS`, now that the connection is encrypted: haggling begins anew behind the client's
+        flags.
+        """
         assert self.outcome is START_TLS
         if self._inbox:
             raise nbd.malformed("NBD_OPT_STARTTLS", "nothing more in plain text", f"{len(self._inbox)} bytes")
@@ -123,7 +127,7 @@ class Handshake:
         self.outcome = None
 
     def receive(self, data: bytes) -> Iterator[bytes]:
-        """Take in bytes from the client and yield the answer to each option that is whole with them.
+        """Take in bytes from the client, and yield the answer to each option they complete.
 
         Raises `FormatError` when the client must be dropped.
         """
@@ -140,7 +144,7 @@ class Handshake:
         return True
 
     def _take_option(self) -> tuple[int, bytes] | None:
-        """The next whole option and its data, if it is there. Headers are judged before their data comes."""
+        """Return the next whole option and its data, or None. A header is judged before its data comes."""
         if len(self._inbox) < nbd.OPTION.size:
             return None
         option, length = nbd.parse_option_header(bytes(self._inbox[: nbd.OPTION.size]))
@@ -196,7 +200,7 @@ class Handshake:
         return nbd.option_reply(option, nbd.NBD_REP_ACK)
 
     def _find(self, name: str) -> Export | None:
-        """The export of that name; the empty name is the only export when there is just one."""
+        """Return the export of that name. The empty name means the only export if there is just one."""
         if name == "":
             alone = [export for export in self._exports.values() if not export.beside]
             if len(alone) == 1:
@@ -210,11 +214,11 @@ class Handshake:
 
     @property
     def _in_chunks(self) -> bool:
-        """Whether replies may come in chunks, on which DF and metadata contexts depend."""
+        """Whether replies may come in chunks, which DF and metadata contexts need."""
         return self._structured or self._extended
 
     def _answer_export_name(self, option: int, data: bytes) -> bytes:
-        """This option has no way to say no: an unknown name ends the connection."""
+        """Answer the option that has no error reply: an unknown name ends the connection."""
         if self._extended:
             raise nbd.malformed("handshake", "NBD_OPT_GO behind extended headers", "NBD_OPT_EXPORT_NAME")
         name = nbd.parse_export_name(data)
@@ -261,12 +265,12 @@ class Handshake:
         return nbd.option_reply(option, nbd.NBD_REP_ACK)
 
     def _answer_extended_headers(self, option: int, data: bytes) -> bytes:
-        """From the end of haggling on, and for good: they do all that structured replies do."""
+        """Agree on extended headers, from the end of haggling on and for good. They imply structured replies."""
         self._extended = True
         return nbd.option_reply(option, nbd.NBD_REP_ACK)
 
     def _answer_list_meta_context(self, option: int, data: bytes) -> bytes:
-        """No query lists everything; `namespace:` and `namespace:part:` list what begins so."""
+        """List the contexts: all without a query; `namespace:` and `namespace:part:` list those that begin so."""
         query, export = self._meta_query(data)
         if len(query.queries) > MAX_QUERIES:
             return _too_many(option)
@@ -276,7 +280,7 @@ class Handshake:
         return _listing(option, nbd.NBD_REP_META_CONTEXT, *(nbd.meta_context(0, name) for name in listed))
 
     def _answer_set_meta_context(self, option: int, data: bytes) -> bytes:
-        """Selects by exact name; names this export lacks are passed over. Replaces any earlier selection."""
+        """Select contexts by exact name, and skip names this export lacks. Replaces any earlier selection."""
         self._selected = ("", ())
         query, export = self._meta_query(data)
         if len(query.queries) > MAX_QUERIES:
@@ -298,8 +302,10 @@ class Handshake:
         return query, self._find(query.export_name)
 
     def _agree(self, export: Export) -> bool:
-        """Whether there is room for it; else the haggling is over. Contexts that were selected for another export do
-        not count for this one."""
+        """Agree on the export; without room there, end haggling and return False.
+
+        Contexts selected for another export do not count for this one.
+        """
         if not self._enter(export.name):
             self.outcome = ABORTED
             return False
@@ -329,7 +335,7 @@ _ANSWERS: Final[Mapping[int, Callable[[Handshake, int, bytes], bytes]]] = {
 
 
 def _matching(queries: Iterable[str], contexts: Iterable[str]) -> list[str]:
-    """Those of the contexts that a query names, or begins."""
+    """The contexts that a query names exactly, or as a prefix that ends with a colon."""
     wanted = set(queries)
     beginnings = tuple(query for query in wanted if query.endswith(":"))
     return [name for name in contexts if name in wanted or name.startswith(beginnings)]

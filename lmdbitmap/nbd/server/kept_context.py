@@ -1,13 +1,14 @@
-"""`lmdbitmap:kept`: what of a snapshot is not in the image any more, for whoever reads the image itself (direct.py).
+"""`lmdbitmap:kept`: which blocks of a snapshot are no longer in the image, for clients that read the image (direct.py).
 
-Bit 0 of a status says that this was kept aside and has to be read through the export; without it, whoever asks has
-read it rightly from the image before it asked. Where that is not known, as of a snapshot that broke or was released,
-the answer is an error. Bit 1 says that guests are quiet (quiet.py): it goes with the question, as whoever copies a disk
-wants to know it each time.
+Bit 0 of a status means: this block was kept aside and has to be read through the export. Without bit 0, what the client
+read from the image before it asked is right. Where that is not known, because the snapshot broke or was released, the
+answer is an error. Bit 1 means that guests are quiet (quiet.py). It is part of this answer because a client that copies
+a disk needs it each time.
 
-The question has a consequence: of a snapshot of which nothing is read twice, what is answered 0 is not kept any longer.
-So it is `Consequential`: offered on connections that the owner handed over and on no others, and asked on one that has
-selected no other context, without NBD_CMD_FLAG_REQ_ONE, and only of what was read or is not going to be.
+The question has a consequence: if nothing of the snapshot is read twice, a block answered 0 is kept no longer. So the
+source is `Consequential`. It is offered only on connections that the owner handed over. It must be asked on a
+connection that has selected no other context, without NBD_CMD_FLAG_REQ_ONE, and only about blocks that were read or
+will not be.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lmdbitmap.tracker.snapshot import Snapshot
 
 
 def kept_source(snapshot: Snapshot) -> Consequential:
-    """Answers no more at once than fits into one reply: what the client is not told, it has not asked."""
+    """The source, limited to what fits into one reply: a part that the client is not told counts as not asked."""
     most = MAX_DESCRIPTORS << snapshot.clusters.granularity_bits
 
     def source(offset: int, length: int) -> Iterator[tuple[int, int]]:

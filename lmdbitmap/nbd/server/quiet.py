@@ -1,9 +1,9 @@
-"""Whether guests are quiet: then whoever copies their disks may have the processor that is theirs (crew.py).
+"""Whether guests are quiet; then a copy of their disks may use the processor that is theirs (crew.py).
 
-Nothing here is done by those who serve: requests are counted anyway, and whoever looks compares. So a request is
-noticed by the next look after it, and each look is a whole quiet time away from being believed: the answer is never
-"quiet" within `QUIET_S` after a look that found a request. Somebody who is awake anyway looks now and then, so that
-what is known does not begin with the question.
+The serving threads do nothing for this: requests are counted anyway, and `look` compares the counts. A request is
+noticed by the next look after it, and counts from that look on: the answer is never "quiet" within `QUIET_S` after a
+look that found a request. A thread that is awake anyway looks now and then, so that there is a history when the
+question comes.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Callable
 from typing import Final
 
 QUIET_S: Final = 1.0
-"""Without a request. A guest that asks for something more often is to find its processor idle each time."""
+"""Seconds without a request. A guest that sends requests more often finds its processor idle each time."""
 
 
 class Quiet:
-    """Of all whose `requests` are counted there, answered ones; for any thread."""
+    """Whether the clients counted by `requests` (requests answered) are quiet. For any thread."""
 
     def __init__(self, requests: Callable[[], int], clock_s: Callable[[], float] = time.monotonic) -> None:
         self._requests = requests
@@ -28,7 +28,7 @@ class Quiet:
         self._heard_s: float | None = None
 
     def look(self) -> bool:
-        """Whether nobody has asked for anything for `QUIET_S`, or ever."""
+        """Return whether no request was answered for `QUIET_S`, or ever."""
         with self._lock:
             requests, now_s = self._requests(), self._clock_s()
             if requests != self._seen:

@@ -1,10 +1,9 @@
-"""Receiving from a client that is in full swing, without falling asleep between its requests.
+"""Receiving from a busy client without falling asleep between its requests.
 
-A thread that sleeps in `recv` runs again tens of microseconds after the bytes are there: several times what a
-small request takes, and in a virtual machine with an idle processor more than all the rest of it. So before
-it sleeps the thread looks for a moment whether the bytes are coming. Where looking does not pay, because the
-client is idle or wants this very processor, it soon leaves off: after every look in vain twice as many waits
-are slept through before the next one, up to `_MOST_NAPS`.
+A thread that sleeps in `recv` runs again tens of microseconds after the bytes arrive. That is several times what a
+small request takes, and in a virtual machine with an idle processor more than the rest of the request. So the thread
+polls for a moment before it sleeps. Polling does not pay if the client is idle or needs this very processor; it soon
+stops then: after every poll in vain twice as many waits go straight to sleep before the next poll, up to `_MOST_NAPS`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ Found = TypeVar("Found")
 
 
 class Lookout(Generic[Found]):
-    """Waits for something: `look` answers None when it is not there yet, and `sleep` returns when it is."""
+    """Waits for something: `look` returns None while it is not there, and `sleep` returns when it is."""
 
     def __init__(
         self, look: Callable[..., Found | None], sleep: Callable[..., Found], *, blind: bool = False
@@ -57,15 +56,15 @@ class Lookout(Generic[Found]):
 
 
 class Receiver:
-    """The incoming half of a blocking socket; one that is encrypted cannot be looked at, so its thread sleeps."""
+    """The incoming half of a blocking socket. An encrypted socket cannot be polled, so its thread sleeps."""
 
     def __init__(self, sock: socket.socket, *, encrypted: bool = False) -> None:
         self._recv_into = sock.recv_into
         self.receive = Lookout(self.receive_at_once, self._recv_into, blind=encrypted).wait
-        """Wait for bytes and put them into a buffer; their number, 0 when the client is gone."""
+        """Wait for bytes and put them into a buffer; return their number, 0 when the client is gone."""
 
     def receive_at_once(self, buffer: memoryview) -> int | None:
-        """What is there already, as `receive` does; None when nothing is. Not of an encrypted socket."""
+        """Receive the bytes that are there, like `receive`, or return None. Not for an encrypted socket."""
         try:
             return self._recv_into(buffer, 0, socket.MSG_DONTWAIT)
         except BlockingIOError:

@@ -1,14 +1,14 @@
-"""What goes back to one client, and the data of its READs: the outgoing half of the hot loop.
+"""The replies to one client, READ data included: the outgoing half of the hot loop.
 
-Replies gather in a list and leave in one send, at most `_MOST_GATHERED` bytes and one READ. Long READs travel by
-reference: from the page cache into a pipe, and from the pipe to the socket; the pipe is filled before the
-header is sent, so that an error of the disk can still be told. What the client
-receives that way is the page as it is when it gets there: a write that overlaps a READ in flight may show in
-it, as the protocol allows. A disk that must not show it (a point in time) has no `fd`.
+Replies gather in a list and leave in one send of at most `_MOST_GATHERED` bytes and one READ. Long READs travel by
+reference: from the page cache into a pipe, and from the pipe to the socket. The pipe is filled before the header is
+sent, so that an error of the disk can still be reported. The client then receives the page as it is on arrival: a write
+that overlaps a READ in flight may show in it, as the protocol allows. A disk that must not show it (a point in time)
+has no `fd`.
 
-What is long depends on the socket. The client at the other end of a unix socket copies cold pages itself, alone, and
-one by one: it gets its data half as fast again when our processor has copied it to warm memory before. So only
-READs that are too long for the memory that a connection keeps travel by reference there.
+What counts as long depends on the socket. The client of a unix socket copies cold pages itself, alone, and one by one:
+it gets its data half as fast again when our processor has copied it to warm memory before. So there only READs too long
+for the memory that a connection keeps travel by reference.
 """
 
 from __future__ import annotations
@@ -47,13 +47,14 @@ _MOST_GATHERED: Final = 512 << 10
 _MOST_PARTS: Final = 1000
 """The kernel takes 1024 at once."""
 SPLICE_FROM: Final = 32 << 10
-"""READs of this many bytes travel by reference over TCP: below it, copying is cheaper than two more system calls."""
+"""Bytes from which a READ travels by reference over TCP: below, copying is cheaper than two more system calls."""
 _APART_FROM: Final = 32 << 10
-"""READs of this many bytes that do not are answered by themselves, out of memory that is used again."""
+"""Bytes from which a READ that does not is answered by itself, out of memory that is reused."""
 _MOST_JOINED: Final = 128 << 10
-"""These leave together with what is before them, and are copied once more where the client is slow to receive."""
+"""Up to this many bytes leave together with the replies before, and are copied once more if the client receives slowly.
+"""
 _MOST_KEPT: Final = 1 << 20
-"""That memory, for as long as the connection lasts."""
+"""Bytes of that memory, kept for as long as the connection lasts."""
 SPLICE_FROM_UNIX: Final = _MOST_KEPT + 1
 _NEVER: Final = 1 << 62
 
@@ -61,8 +62,8 @@ _NEVER: Final = 1 << 62
 class Replies:
     """The outgoing side of one connection. `fd` is the disk's descriptor for reads, or None.
 
-    What is encrypted has to be copied: nothing travels by reference then. A READ that leaves the common path goes by
-    its label (forms.py).
+    On an encrypted connection nothing travels by reference: the data has to be copied. A READ that leaves the common
+    path is identified by its label (forms.py).
     """
 
     def __init__(
@@ -104,12 +105,12 @@ class Replies:
         self._pipe = None
 
     def hurry(self, haste: bool) -> None:
-        """From now on give notice only before a READ waits for the disk, or do not care."""
+        """With `haste`, give notice only before a READ waits for the disk."""
         self._in_haste = haste and self._knows_haste
         self._pread = self._pread_at_once if self._in_haste else self._pread_patiently
 
     def send(self) -> None:
-        """Send all that was added. Waits for a client that does not read; nobody else waits with it."""
+        """Send all replies added. Waits for a client that does not read; no other client waits with it."""
         gathered = self._gathered
         if gathered:
             if len(gathered) == 1 or self._encrypted:
@@ -120,7 +121,7 @@ class Replies:
             self._gathered_bytes = 0
 
     def _send_parts(self, parts: list[bytes | bytearray | memoryview]) -> None:
-        """They are not joined unless they have to wait: to join them costs as much as to read them."""
+        """Send without joining, unless the rest has to wait: joining costs as much as reading the data."""
         try:
             sent = self._sock.sendmsg(parts, (), socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -219,17 +220,17 @@ class Replies:
         if self._knows_haste or len(data) > _MOST_JOINED:
             self._notice.give()
         if self._fd < 0 or os.preadv(self._fd, [data], offset) < len(data):
-            self._pread_into(data, offset)  # where that is less than was asked for, the lane says why
+            self._pread_into(data, offset)  # on a short read the lane raises the reason
 
     def _fill_at_once(self, data: memoryview, offset: int) -> bool:
-        """Whether the data was in memory: to copy so much of it is no reason to leave the rounds."""
+        """Return whether the data was in memory: copying so much is no reason to leave the rounds."""
         try:
             return os.preadv(self._fd, [data], offset, os.RWF_NOWAIT) == len(data)
         except BlockingIOError:
             return False
 
     def _room_for(self, length: int) -> memoryview:
-        """The same memory each time, unless that is not enough: Python clears new memory with its lock held."""
+        """Return the same memory each time if it is large enough: Python clears new memory with its lock held."""
         if length > _MOST_KEPT:
             return memoryview(new_buffer(length))
         if length > len(self._large):
@@ -243,7 +244,7 @@ class Replies:
     # -- by reference --------------------------------------------------------------------------------------
 
     def _splice(self, label: bytes, offset: int, length: int) -> None:
-        """One READ through the pipe, a chunk for every filling; what cannot go this way is read and sent."""
+        """Do one READ through the pipe, a chunk for every filling; read and send what cannot go this way."""
         self._notice.give()
         self.send()
         start, stop = offset, offset + length
@@ -263,13 +264,13 @@ class Replies:
         self.add_whole_read(label, offset, stop - offset)
 
     def _fill_pipe(self, offset: int, length: int) -> int:
-        """How many bytes of the image are in the pipe now; 0 when they have to be read the other way."""
+        """Fill the pipe; return the number of image bytes in it, or 0 if they have to be read the other way."""
         try:
             if self._pipe is None:
                 self._pipe = new_pipe()
             return os.splice(self._fd, self._pipe[1], length, offset_src=offset)
         except OSError as refused:
-            if refused.errno == errno.EINVAL:  # not a kind of file that can
+            if refused.errno == errno.EINVAL:  # this kind of file cannot be spliced
                 self._splice_from, self._apart_from = _NEVER, _APART_FROM
             return 0
 
@@ -282,7 +283,7 @@ class Replies:
 
 
 def _by_lane(pread_into: Callable[[memoryview, int], None]) -> Callable[[int, int], bytes | bytearray]:
-    """Reads of a disk without a descriptor."""
+    """Reads for a disk without a descriptor."""
 
     def pread(length: int, offset: int) -> bytearray:
         data = bytearray(length)
@@ -293,7 +294,7 @@ def _by_lane(pread_into: Callable[[memoryview, int], None]) -> Callable[[int, in
 
 
 def _knows_haste(fd: int | None) -> bool:
-    """Whether a read of this file can fail rather than wait for the disk."""
+    """Whether a read of this file can fail instead of waiting for the disk."""
     try:
         return fd is not None and os.preadv(fd, (bytearray(1),), 0, os.RWF_NOWAIT) >= 0
     except OSError as refused:

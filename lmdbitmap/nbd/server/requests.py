@@ -1,7 +1,7 @@
-"""Which requests of the transmission phase are allowed, and the error that answers the others. Pure.
+"""Which requests of the transmission phase are allowed, and the errors that answer the others. Pure.
 
-Where the specification leaves a choice, QEMU's is taken: a READ, WRITE, TRIM, CACHE or WRITE_ZEROES of no
-bytes succeeds and does nothing; a BLOCK_STATUS of no bytes is EINVAL; FUA is accepted on every command.
+Where the specification leaves a choice, this follows QEMU: a READ, WRITE, TRIM, CACHE or WRITE_ZEROES of no bytes
+succeeds and does nothing; a BLOCK_STATUS of no bytes is EINVAL; FUA is accepted on every command.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _FILLING: Final = frozenset({nbd.NBD_CMD_WRITE, nbd.NBD_CMD_WRITE_ZEROES})
 
 
 class Refusal(NamedTuple):
-    """The NBD error that answers a request, and for the log what was expected of it and found."""
+    """The NBD error that answers a request; for the log, what was expected and what was found."""
 
     error: int
     expected: str
@@ -46,7 +46,7 @@ class Refusal(NamedTuple):
 class Negotiated(NamedTuple):
     """Whether the client agreed on replies `in_chunks`, selected any `contexts`, and agreed on `extended` headers.
 
-    Behind those a WRITE may say that it has a payload, and nothing else may have one.
+    With `extended` headers a WRITE may announce its payload; no other request may have one.
     """
 
     in_chunks: bool
@@ -55,7 +55,7 @@ class Negotiated(NamedTuple):
 
 
 def named(request: nbd.Request) -> tuple[str, str]:
-    """Command and place, for the log."""
+    """Return the command's name and its range, for the log."""
     return _NAMES.get(request.type, "an unknown command"), place(request.offset, request.length)
 
 
@@ -64,7 +64,7 @@ def place(offset: int, length: int) -> str:
 
 
 def refusal(request: nbd.Request, terms: Negotiated, size: int, *, read_only: bool) -> Refusal | None:
-    """Why a request must not be done on a disk of `size` bytes, if so."""
+    """Return why a request must not be done on a disk of `size` bytes, or None if it may."""
     allowed_flags = _FLAGS_ALLOWED.get(request.type)
     if allowed_flags is None:
         return Refusal(nbd.NBD_EINVAL, "a command that is known", request.type)
@@ -90,7 +90,7 @@ def refusal(request: nbd.Request, terms: Negotiated, size: int, *, read_only: bo
 
 
 def error_of(failure: Exception) -> int:
-    """The NBD error that tells a client of a failure: never 0, `NBD_EIO` where the protocol has no word."""
+    """Return the NBD error for a failure: never 0, and `NBD_EIO` where the protocol has no error for it."""
     if isinstance(failure, OSError):
         return nbd.nbd_error(failure.errno)
     return nbd.NBD_EINVAL if isinstance(failure, InvalidArgument) else nbd.NBD_EIO

@@ -1,7 +1,7 @@
-"""A pipe through which bytes travel by reference: between a socket and an image, without a copy in our memory.
+"""A pipe that moves bytes by reference between a socket and an image, without a copy in our memory.
 
-What is in the pipe are the kernel's own pages; only `os.splice` touches them. One connection has one pipe for each
-direction, made when it is first needed.
+The pipe holds the kernel's own pages; only `os.splice` touches them. A connection has one pipe for each direction, made
+when it is first needed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PIPE_BYTES: Final = 1 << 20
 
 
 class SplicePipe:
-    """From a socket to the disk behind `lane`: `fill` it, and have it `write` what is `held`."""
+    """A pipe from a socket to the disk behind `lane`: `fill` it, then `write` the bytes that are `held`."""
 
     def __init__(self, sock: socket.socket, lane: SplicingLane) -> None:
         self._sock = sock
@@ -31,18 +31,20 @@ class SplicePipe:
         self.held = 0
 
     def opens(self) -> bool:
-        """Make the pipe if there is none; False where this process may not have one, or it leads nowhere."""
+        """Make the pipe if there is none. Return False if this process may not have one, or the image cannot be spliced
+        to.
+        """
         if self._pipe is None and self._fits:
             try:
                 self._pipe = new_pipe()
             except OSError:
                 return False
             for end in self._pipe:
-                os.set_blocking(end, False)  # nobody else is there to end a wait
+                os.set_blocking(end, False)  # no other thread could end a wait
         return self._fits
 
     def fill(self, limit: int, *, wait: bool = True) -> int:
-        """Take at most `limit` bytes in; how many, or -1 where there are none to come and `wait` is False."""
+        """Take in at most `limit` bytes; return how many, or -1 if none are there and `wait` is False."""
         if not wait and not self._arrivals.poll(0):
             return -1
         while (count := self._splice(limit)) < 0:
@@ -54,7 +56,7 @@ class SplicePipe:
         return count
 
     def _splice(self, limit: int) -> int:
-        """-1 when nothing is there, or no room: waiting for room would be waiting for ourselves."""
+        """Splice; return -1 if nothing is there, or no room: waiting for room would be waiting for ourselves."""
         assert self._pipe is not None
         try:
             return os.splice(self._sock.fileno(), self._pipe[1], limit, flags=os.SPLICE_F_NONBLOCK)
@@ -67,21 +69,21 @@ class SplicePipe:
             self.put(memoryview(self._take(self.held)))
 
     def _take(self, count: int) -> bytes:
-        """The next bytes that are held, copied out."""
+        """Copy out the next bytes held."""
         assert self._pipe is not None
         self.held -= count
         return os.read(self._pipe[0], count)
 
     def put(self, data: memoryview) -> None:
-        """Have it hold these bytes, less than a page, before what comes from the socket."""
+        """Put these bytes, less than a page, into the pipe before those from the socket."""
         assert self._pipe is not None
         if data:
             self.held += os.write(self._pipe[1], data)
 
     def write(self, length: int, offset: int) -> None:
-        """Write the next bytes that are held; after an error only `close` is of use.
+        """Write the next bytes held. After an error only `close` may be called.
 
-        To a kind of file that cannot be spliced to they are copied, and `opens` says so from then on.
+        If the image cannot be spliced to, the bytes are copied, and `opens` returns False from then on.
         """
         assert self._pipe is not None
         try:
@@ -94,17 +96,17 @@ class SplicePipe:
             self._lane.pwrite(self._take(length), offset)
 
     def close(self) -> None:
-        """Let go of the pipe, and of what is held."""
+        """Close the pipe, and drop the bytes held."""
         for end in self._pipe or ():
             os.close(end)
         self._pipe, self.held = None, 0
 
 
 def new_pipe() -> tuple[int, int]:
-    """The end to read from and the end to write to, as large as this user may have it."""
+    """Return the read end and the write end of a pipe as large as this user may have."""
     pipe = os.pipe2(os.O_CLOEXEC)
     try:
         fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-    except OSError:  # this user has many large pipes already: a small one serves too
+    except OSError:  # this user has many large pipes already: a small one works too
         pass
     return pipe

@@ -1,6 +1,6 @@
 """What connections carried: a snapshot of one, and the sum of many.
 
-A connection counts in plain integers that only its own thread writes; whoever asks reads them as they stand.
+A connection counts in plain integers that only its own thread writes; any thread may read them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from lmdbitmap.work import latencies
 from lmdbitmap.work.latencies import Latencies
 
 KINDS: Final = ("reads", "writes", "zeroes", "flushes", "block_status", "other")
-"""Of requests; `zeroes` are those that write zeroes or trim."""
+"""Kinds of requests; `zeroes` are WRITE_ZEROES and TRIM."""
 READS, WRITES, ZEROES, FLUSHES, BLOCK_STATUS, OTHER = range(len(KINDS))
 
 _KIND_OF: Final = {
@@ -31,8 +31,11 @@ def kind_of(request_type: int) -> int:
 
 
 class Traffic(NamedTuple):
-    """`counts` are requests answered, by kind. `batches` are the times from having received some requests to having
-    answered them, of one such batch in sixteen; `flushes` those of all flushes."""
+    """`counts` are the requests answered, by kind.
+
+    `batches` are the times from receiving a batch of requests to answering it, for one batch in sixteen; `flushes` are
+    the times of all flushes.
+    """
 
     connections: int
     counts: tuple[int, ...]
