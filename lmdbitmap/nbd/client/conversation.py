@@ -1,32 +1,32 @@
-"""Many threads in conversation with one far server: requests in flight, and what happens when it goes away.
+"""Many threads' requests to one far server, and what happens to them when it goes away.
 
-**Who receives.** There is no thread of our own. Of the threads that wait for an answer one *leads*: it receives
-for all, wakes those whose answers are whole, and hands the lead on when its own is. A lonely request costs no
-change of threads that way. A thread that still sends does not lead: the server may wait for us to receive.
+**Which thread receives.** There is no thread of our own. Of the threads that wait for an answer one *leads*: it
+receives for all, wakes those whose answers are complete, and hands the lead on when its own is. So a lonely request
+costs no thread switch. A thread that still sends does not lead: the server may wait for us to receive.
 
-**When the connection breaks**, the leader dials again, and what was in flight is sent once more: reads, writes
-at an offset, zeroes, trims and flushes may all be done twice. A request that was in trouble for `reconnect_s`
-fails with ETIMEDOUT; after that each new one tries once, and fails at once while the server has not come back.
+**When the connection breaks**, the leader dials again and sends once more what was in flight: reads, writes at an
+offset, zeroes, trims and flushes may all be done twice. A request that was in trouble for `reconnect_s` fails with
+ETIMEDOUT. After that each new request tries once, and fails at once while the server is away.
 
-**A flush does not lie.** A server's death may take writes with it that it had acknowledged and not flushed, and
-the flush that comes later, on a new connection, knows nothing of them. So what was acknowledged is kept until
-a flush that was sent after it has succeeded, and on a new connection it is written again, in its order, before
-anything else is. At most about `keep_bytes` are kept: half of that starts a flush of our own, and all of it
-makes writers wait for one. That one failed is final (flushes.py). A server that cannot flush but write
-through (FUA) is asked for that; then nothing needs to be kept.
+**A flush does not lie.** A server that dies may lose writes that it had acknowledged and not flushed, and a later
+flush, on a new connection, knows nothing of them. So every acknowledged change is kept until a flush sent after it has
+succeeded. On a new connection the kept changes are written again, in their order, before anything else. At most about
+`keep_bytes` are kept: half of that starts a flush of our own, and all of it makes writers wait for one. A flush that
+failed is final (flushes.py). A server that cannot flush but can write through (FUA) is asked to write through; then
+nothing needs to be kept.
 
-**A server that is silent**, though it is there, is waited for as long as it likes: a far disk may hang, and its guest
-is to see no error. Over TCP that ends when its host accepted nothing for 20 s (dial.py): it may have vanished. Only
-with `silence_s` a request is `Busy` once no byte came for so long, and so are all that follow.
+**A silent server**, which is connected but sends nothing, is waited for without limit: a far disk may hang, and its
+guest must see no error. Only with `silence_s` a request is `Busy` once no byte came for that long, and so are all that
+follow.
 
-A new connection is taken only if the server still offers what it did: size, block sizes, transmission flags. Where it
-then refuses to write again what it had acknowledged (it is full by now), that is a flush that failed: what was
-promised is lost. The connection is used all the same, so that the image can be read.
+A new connection is taken only if the server still offers what it did: size, block sizes, transmission flags. If it then
+refuses to write again what it had acknowledged (it may be full by now), that counts as a failed flush: acknowledged
+data is lost. The connection is used all the same, so that the image can be read.
 
-What this cannot know: whether a server that lost us is still busy with a request of the old connection. Its
-write may then come after a later one to the same place. A server that died has no such ghosts; where we break
-off ourselves we wait a moment for the old connection's end. What may have such a ghost is told by `in_doubt`, whether
-it was done again or failed (doubts.py).
+One thing cannot be known: whether a server that lost us is still busy with a request of the old connection. Such a
+write may come after a later one to the same place. A server that died has no such ghosts. Where we break off ourselves,
+we wait a moment for the old connection's end. `in_doubt` names the ranges that may have a ghost, whether their request
+was done again or failed (doubts.py).
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ _LONGEST_PAUSE_S: Final = 1.0
 
 
 class Conversation:
-    """Requests to one export, by any thread. `connect` makes a connection, now and whenever one has broken.
+    """Requests to one export, from any thread. `connect` makes a connection, now and whenever one has broken.
 
-    What is the leader's, only the thread that leads looks at or changes. It hands on the lead under `_state`, so that
-    the next one finds what it did.
+    Only the leading thread reads or changes what is marked as the leader's. It hands the lead on under `_state`, so
+    that the next leader sees its changes.
     """
 
     def __init__(
@@ -79,44 +79,44 @@ class Conversation:
         self._keep_bytes = keep_bytes
         self._silence_s = silence_s
         self._is_silent = False
-        """Once it is, for good. The leader's."""
+        """Once set, it stays set. The leader's."""
         self._state = threading.Lock()
         self._cookies = itertools.count(1)
         """Under `_state`."""
         self._waiting: dict[int, Request] = {}
-        """What is not answered, by its cookie. Changed under `_state`; the leader looks answers up in it without."""
+        """Unanswered requests by cookie. Changed under `_state`; the leader reads it without, to look up answers."""
         self._leader: Call | None = None
-        """The one whose thread receives for all. Under `_state`."""
+        """The call whose thread receives for all. Under `_state`."""
         self._closing = threading.Event()
         self._outage_since = math.inf
-        """When the trouble began, or infinity while there is none. Under `_state`: each new request takes it over."""
+        """When the trouble began; infinity while there is none. Under `_state`. Each new request copies it."""
         self._pause_s = 0.0
-        """Between the next trouble and the dial after it. The leader's."""
+        """Seconds between the next trouble and the dial after it. The leader's."""
         self._next_dial = 0.0
-        """When, at the earliest. The leader's."""
+        """Earliest time of the next dial. The leader's."""
         self._kept = Unflushed()
-        """Changed by the leader, under `_state`; it reads without, and so does whoever asks roughly how much it is."""
+        """Changed by the leader, under `_state`. The leader, and a check that needs a rough size, read it without."""
         self._making_room = threading.Lock()
-        """Held by the writer that flushes because too much is kept: the others wait, and find room afterwards."""
+        """Held by the writer that flushes because too much is kept; the others wait, and find room afterwards."""
         self._flushes = Flushes(self, name)
-        """With a lock of their own."""
+        """It has a lock of its own."""
         self._doubts = Doubts()
-        """Added to under `_state`; whoever asks needs no lock."""
+        """Added to under `_state`; read without a lock."""
         self._link: Link | None = connect()
-        """None while there is none. Changed under `_state`, by the leader, who reads it without; at the end by `close`,
-        when nobody leads."""
+        """None while there is none. The leader changes it under `_state` and reads it without; `close` changes it when
+        nobody leads.
+        """
         self._next_link: Link | None = None
-        """One that is being taken on: what was in flight is done on it before others send. Changed by the leader."""
+        """A new connection on which requests in flight are done before others may send. Changed by the leader."""
         self.export = self._link.export
         self._keeps = self.export.has(nbd.NBD_FLAG_SEND_FLUSH)
-        """Whether what was acknowledged is kept until a flush."""
+        """Whether acknowledged changes are kept until a flush."""
 
     # -- the caller's thread -------------------------------------------------------------------------------
 
     def do(self, requests: Sequence[Request]) -> None:
-        """Return when all are answered; each one's `error` says how. At most `WINDOW`, all of one kind.
-
-        None of them is a flush: for that see there.
+        """Return when all are answered; each one's `error` says how. At most `WINDOW`, of one kind, no flush (see
+        `flush`).
         """
         if self._kept.byte_count > self._keep_bytes // 2 and requests[0].command in CHANGES:
             self._make_room()
@@ -125,26 +125,26 @@ class Conversation:
     def flush(self) -> None:
         """Return after everything acknowledged before is on stable storage. Raises `OSError`.
 
-        That is final, unless it is `FarAway`.
+        The failure is final, unless it is `FarAway`.
         """
         flush = self._flushes.flush()
         if flush.error:
             raise self.failure(flush)
 
     def require_sound(self) -> None:
-        """Raise as a flush that failed for good did, if one did."""
+        """Raise the error of the flush that failed for good, if one did."""
         self._flushes.require_sound()
 
     def tell_of_loss(self, tell: Callable[[OSError], None]) -> None:
-        """Have `tell` called, once, when a flush failed for good, by whichever thread hears of it first."""
+        """Have `tell` called once when a flush failed for good, in the thread that learns of it first."""
         self._flushes.tell_of_loss = tell
 
     def failure(self, request: Request) -> OSError | Busy:
-        """What the caller is told."""
+        """The exception that the caller gets for a failed request."""
         return failure(request.error, self._name, self._silence_s)
 
     def close(self) -> None:
-        """Say goodbye. Nothing may be in flight; what was not flushed may be lost."""
+        """Say goodbye to the server. Nothing may be in flight; what was not flushed may be lost."""
         self._closing.set()
         with self._state:
             link, self._link = self._link, None
@@ -152,10 +152,10 @@ class Conversation:
             link.say_goodbye()
 
     def interrupt(self) -> None:
-        """Have whatever is in flight fail, and all that follows: whoever waits for it is to wait no more.
+        """Fail all requests in flight, and all that follow, so that no thread waits any more.
 
-        A dial that is under way ends by itself, in seconds. No lock is needed: a connection is noted before it is asked
-        whether all is over.
+        A dial that is under way ends by itself, in seconds. No lock is needed: a new connection is stored before
+        `_closing` is checked.
         """
         self._closing.set()
         for link in (self._next_link, self._link):
@@ -163,13 +163,13 @@ class Conversation:
                 link.hang_up()
 
     def in_doubt(self) -> Sequence[Run]:
-        """Bytes, as (start, stop), that may change yet because of a connection that was lost."""
+        """Ranges of bytes, as (start, stop), that may change yet because of a connection that was lost."""
         return self._doubts.runs
 
     # -- what flushes.py uses too -------------------------------------------------------------------
 
     def ask(self, requests: Sequence[Request]) -> None:
-        """As `do`, of anything, and whatever is kept."""
+        """Like `do`, but for any request, and however much is kept."""
         call = Call(len(requests))
         try:
             self.post(call, requests)
@@ -179,7 +179,7 @@ class Conversation:
         self.wait_for(call, requests)
 
     def wait_for(self, call: Call, requests: Sequence[Request]) -> None:
-        """Return when all that were posted as this call are answered. For one thread."""
+        """Return when all requests posted as this call are answered. For one thread."""
         try:
             while call.left:
                 self._lead_or_wait(call)
@@ -192,7 +192,7 @@ class Conversation:
             return request.cookie in self._waiting
 
     def post(self, call: Call, requests: Sequence[Request]) -> None:
-        """Have them sent, if not now then on the next connection."""
+        """Send the requests, if not now then on the next connection."""
         with self._state:
             if self._closing.is_set():
                 raise OSError(errno.EBADF, "the image is closed")
@@ -219,7 +219,7 @@ class Conversation:
             call.turn.acquire()
 
     def _abandon(self, call: Call, requests: Sequence[Request]) -> None:
-        """The caller was interrupted: a late answer to it must not be taken for anything else."""
+        """Forget the requests of an interrupted caller: a late answer must not be taken for that of another request."""
         with self._state:
             left = [self._waiting.pop(request.cookie, None) for request in requests]
             self._doubt(request for request in left if request is not None and request.link is not None)
@@ -247,7 +247,7 @@ class Conversation:
             self._hand_on()
 
     def _hand_on(self) -> None:
-        """Called with `_state` held. Whoever still sends will ask for the lead when it has done."""
+        """Hand on the lead, with `_state` held. A thread that still sends will ask for the lead when it is done."""
         calls = (request.call for request in self._waiting.values())
         self._leader = next((call for call in calls if call is not None and call.listens), None)
         if self._leader is not None:
@@ -262,7 +262,7 @@ class Conversation:
             self._lose(link, broken)
 
     def _finish(self, request: Request) -> None:
-        """It is answered. For the leader."""
+        """Take note of an answer. For the leader."""
         require_answer(request)
         if request.command == nbd.NBD_CMD_FLUSH:
             self._flushes.judge(request)
@@ -285,7 +285,7 @@ class Conversation:
             call.turn.release()
 
     def _make_room(self) -> None:
-        """Start a flush, or wait for one. Raises `OSError` when it fails: more cannot be promised then."""
+        """Start a flush, or wait for one. Raise `OSError` if it fails: then no more data may be acknowledged."""
         if self._kept.byte_count <= self._keep_bytes:
             self._flushes.begin_one()
             return
@@ -305,7 +305,9 @@ class Conversation:
         self._note_trouble(why)
 
     def _doubt(self, sent: Iterable[Request]) -> None:
-        """Called with `_state` held, before any of them ends: whoever was told of its end finds it in doubt."""
+        """Note their ranges, with `_state` held, before any of them ends: a caller that learns of the end finds it in
+        doubt.
+        """
         self._doubts.add(
             (request.offset, request.offset + request.length)
             for request in sent
@@ -313,7 +315,7 @@ class Conversation:
         )
 
     def _note_trouble(self, why: BaseException) -> None:
-        """Fail what was in trouble for too long; the rest is tried again, a little later each time. For the leader."""
+        """Fail requests in trouble for too long; the rest are tried again, a little later each time. For the leader."""
         now = time.monotonic()
         self._next_dial = now + self._pause_s
         self._pause_s = min(max(2 * self._pause_s, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
@@ -332,11 +334,11 @@ class Conversation:
             for request in lost:
                 request.error = SILENT if self._is_silent else AWAY
                 self._conclude(request)
-        if lost and self._reconnect_s:  # else whoever asked is told, at once
+        if lost and self._reconnect_s:  # else the caller gets the error at once
             log.error("%s: %d requests failed: %s", self._name, len(lost), words(why))
 
     def _reconnect(self) -> None:
-        """Try once more, when it is time for it. What cannot wait for that fails."""
+        """Dial once more when it is time. Fail the requests that cannot wait until then."""
         if self._is_silent:
             self._fail_those_since(math.inf, "the server is silent")
             return
@@ -354,7 +356,7 @@ class Conversation:
             self._note_trouble(why)
 
     def _take_on(self) -> None:
-        """Have a new connection, or part from it, whatever ended it."""
+        """Make a new connection and take it on, or part from it, whatever the error."""
         try:
             self._next_link = self._connect()
             require_same(self.export, self._next_link.export)
@@ -370,7 +372,7 @@ class Conversation:
         return since + self._reconnect_s
 
     def _catch_up(self, link: Link) -> None:
-        """Write again what was kept, do what is in flight, and only then let others send."""
+        """Write the kept changes again, do the requests in flight, and only then let other threads send."""
         if self._closing.is_set():
             raise OSError(errno.EBADF, "the image is closed")
         self._write_again(link, self._kept.changes())
@@ -389,8 +391,10 @@ class Conversation:
             self._give_up(refused)
 
     def _give_up(self, refused: Sequence[Request]) -> None:
-        """They may have been done, undone, or half done, and are kept: another connection may take them. A discard was
-        only advice."""
+        """Note that the server refuses these changes; a discard was only advice.
+
+        They may be done, undone, or half done, and stay kept: another connection may accept them.
+        """
         why = words(refusal(refused[0].error, self._name))
         log.error("%s: %d writes that were acknowledged are refused now: %s", self._name, len(refused), why)
         with self._state:
@@ -400,7 +404,7 @@ class Conversation:
                 self._flushes.lose(change.error)
 
     def _not_sent(self, link: Link) -> list[Request]:
-        """What waits and is not yet sent on `link`; where nothing is, `link` is from now on the connection."""
+        """Requests not yet sent on `link`. If there are none, `link` becomes the connection."""
         with self._state:
             todo = [request for request in self._waiting.values() if request.link is not link]
             if not todo:
@@ -424,7 +428,7 @@ class Conversation:
                 answered = link.receive(waiting)
                 if answered is not None:
                     finish(answered)
-                    waiting.pop(answered.cookie, None)  # from `_waiting` it is gone by now
+                    waiting.pop(answered.cookie, None)  # `finish` removed it from `_waiting` already
                     left -= 1
         finally:
             if left:

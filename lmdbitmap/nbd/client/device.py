@@ -1,16 +1,16 @@
 """An image behind another NBD server, as a device: qcow2 or VMDK behind qemu-nbd, anything behind nbdkit.
 
-- What the far side does not offer is done another way: zeroes are written out, a discard is dropped, without
-  block status all is data. A server that can neither flush nor write through is refused for writing: no
-  checkpoint on it would survive a power cut.
+- What the server does not offer is done another way: zeroes are written out, a discard is dropped, without block status
+  everything is data. A server that can neither flush nor write through is refused for writing: no checkpoint on it
+  would survive a power cut.
 - With extended headers the allocation of the whole image is one question. Zeroes and discards stay short all the same.
-- Requests keep to the server's block sizes. Where its smallest block is larger than a byte, the rest of a
-  block at either edge of a write is read and written back, while no other write is under way.
-- A broken connection is mended within `reconnect_s`, unseen (conversation.py says how, and what is kept
-  for it); after that requests fail with ETIMEDOUT, a guest's with EIO, until the server is back.
-- Of a far image nothing is known but its place and its size: as with a block device, **a write around us while
-  nobody is attached is not noticed**. A place is an address and an export's name; another one is another image,
-  and other credentials are not.
+- Requests keep to the server's block sizes. Where its smallest block is larger than a byte, the rest of a block at
+  either edge of a write is read and written back, while no other write is under way.
+- A broken connection is mended within `reconnect_s`, unseen by callers (conversation.py says how, and what is kept for
+  it). After that requests fail with ETIMEDOUT, a guest's with EIO, until the server is back.
+- Only the place and the size of a far image are known. As with a block device, **a write around us while nobody is
+  attached is not noticed**. A place is an address and an export's name; another place is another image. Other
+  credentials do not make another image.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ from lmdbitmap.nbd.uri import NbdAddress, parse
 from lmdbitmap.work.buffers import read_whole
 
 RECONNECT_S: Final = 30.0
-"""How long a request waits for a server that went away."""
+"""Seconds that a request waits for a server that went away."""
 KEEP_BYTES: Final = 64 << 20
-"""How much that was written and not flushed is kept, to be written again on a new connection."""
+"""Bytes written and not flushed that are kept, to be written again on a new connection."""
 _ZERO_CHUNK: Final = 1 << 20
 _EFFECT_CHUNK: Final = 1 << 30
-"""Bytes zeroed or discarded in one request, however long it may be: servers are slow at it, and a request that is not
-answered holds up whatever comes after. And asked about, unless headers are extended: then it is all at once."""
+"""Bytes zeroed or discarded in one request, however long a request may be: servers are slow at it, and an unanswered
+request delays all that follow. Also the limit of a status question, unless headers are extended.
+"""
 _TOO_LONG: Final = (nbd.NBD_EINVAL, nbd.NBD_EOVERFLOW)
 _DATA: Final = Allocation(0, hole=False, zero=False)
 
@@ -63,10 +64,10 @@ class NbdDevice:
         name: str | None = None,
         silence_s: float | None = None,
     ) -> None:
-        """`connect` makes each connection, where that takes more than to dial the place.
+        """`connect` makes each connection; by default it dials the place.
 
-        Errors say `name`, if not the place. A request is `Busy` after `silence_s` without a byte of any answer; the
-        links that `connect` makes have to be as impatient.
+        Errors say `name`, by default the place. A request is `Busy` after `silence_s` without a byte of any answer; the
+        links that `connect` makes must have the same limit.
         """
         self.place = place
         self._read_only = read_only
@@ -92,11 +93,11 @@ class NbdDevice:
         reconnect_s: float = RECONNECT_S,
         keep_bytes: int = KEEP_BYTES,
     ) -> NbdDevice:
-        """Connect to what an NBD URI names, once.
+        """Connect once to the export that an NBD URI names.
 
-        Raises `NotFound` where nobody serves it, `Busy` for a server that does not answer, `InvalidArgument`
-        for an export that is read-only or cannot flush although it is to be written, and where TLS is not agreed
-        on, `FormatError` for what is no NBD server.
+        Raises `NotFound` if nobody serves it, `Busy` if the server does not answer, `FormatError` if it is no NBD
+        server, and `InvalidArgument` if TLS is not agreed on, or if an export to be written is read-only or cannot
+        flush.
         """
         place = parse(uri)
         warn_about(place)
@@ -130,7 +131,7 @@ class NbdDevice:
         return self._read_only
 
     def identity(self) -> ImageIdentity:
-        """A digest of the place, and the size that the server told; a far image has no mtime."""
+        """Identify the image by a digest of its place and by the server's size for it; a far image has no mtime."""
         digest = hashlib.blake2b(self.place.bare.uri.encode(), digest_size=16).digest()
         place, more = int.from_bytes(digest[:8], "big") >> 1, int.from_bytes(digest[8:], "big") >> 1
         return ImageIdentity(place, more, self.size, 0)
@@ -192,7 +193,7 @@ class NbdDevice:
                 self._write(self._filled_up(data, offset, start, stop), start)
 
     def pwrite_many(self, writes: Sequence[tuple[int, Buffer]]) -> Mapping[int, Exception]:
-        """Do all (offset, data) pairs, in any order, many at a time; what failed, by position."""
+        """Do all (offset, data) pairs, in any order, many at a time. Return what failed, by position."""
         failed: dict[int, Exception] = {}
         for start in range(0, len(writes), WINDOW):
             together: dict[int, Request] = {}
@@ -226,11 +227,11 @@ class NbdDevice:
             self._do(self._write_request(view[start : start + longest], offset + start))
 
     def _write_request(self, data: Buffer, offset: int) -> Request:
-        """The data is copied: it may have to be sent again when the caller has long used its buffer anew."""
+        """Make a request with a copy of the data: it may be sent again when the caller has long reused its buffer."""
         return Request(nbd.NBD_CMD_WRITE, offset, len(data), flags=self._change_flags, data=bytes(data))
 
     def _filled_up(self, data: Buffer, offset: int, start: int, stop: int) -> bytearray:
-        """`data` with what the image has around it in the blocks at [start, stop)."""
+        """Surround `data` with the image's bytes, to fill the blocks of [start, stop)."""
         whole = bytearray(stop - start)
         view = memoryview(whole)
         self._read(view[: self._minimum], start)
@@ -256,7 +257,7 @@ class NbdDevice:
         self._write_zeroes_out(stop, offset + length)
 
     def _zero(self, start: int, stop: int, may_unmap: bool, fast_only: bool) -> None:
-        """All or nothing is fast: once a first piece was done that way, the others are done in any way."""
+        """Zero whole blocks. All or nothing is fast: once a first piece was fast, the others are done at any speed."""
         flags = self._change_flags | (0 if may_unmap else nbd.NBD_CMD_FLAG_NO_HOLE)
         if fast_only:
             if not self.export.has(nbd.NBD_FLAG_SEND_FAST_ZERO):
@@ -274,7 +275,7 @@ class NbdDevice:
             self.pwrite(zeroes[: stop - offset], offset)
 
     def discard(self, offset: int, length: int) -> None:
-        """Advice: where the server does not know how, nothing happens."""
+        """Discard: advice, which is dropped if the server does not support it."""
         self._check_write(offset, length)
         if self.export.has(nbd.NBD_FLAG_SEND_TRIM):
             try:
@@ -286,7 +287,7 @@ class NbdDevice:
                     raise
 
     def _in_chunks(self, command: int, start: int, stop: int, flags: int) -> None:
-        """A request without data may be as long as it likes, but not every server likes it."""
+        """Send a request without data in pieces: it may have any length, but not every server takes any."""
         while start < stop:
             request = Request(command, start, min(stop - start, self._effect_chunk), flags=flags)
             try:
@@ -303,19 +304,20 @@ class NbdDevice:
             self._do(request)
 
     def in_doubt(self) -> Sequence[tuple[int, int]]:
-        """As `LeavesDoubt` has it; nothing is taken off the list while the device is open."""
+        """See `LeavesDoubt`. Nothing is taken off the list while the device is open."""
         return self._conversation.in_doubt()
 
     # -- the rest ------------------------------------------------------------------------------------------
 
     def tell_of_loss(self, tell: Callable[[OSError], None]) -> None:
-        """As `FlushesByItself` has it: how much is kept is bounded by flushes of our own."""
+        """See `FlushesByItself`: our own flushes bound how much is kept."""
         self._conversation.tell_of_loss(tell)
 
     def flush(self) -> None:
-        """A server that writes through has nothing to flush, nor one whose export is read-only for everybody.
+        """Flush, unless the server writes through, or its export is read-only for everybody: then nothing has to be
+        flushed.
 
-        One that failed fails for good, unless the server was only away.
+        A flush that failed fails for good, unless the server was only away.
         """
         if self.export.has(nbd.NBD_FLAG_SEND_FLUSH):
             self._conversation.flush()
@@ -323,7 +325,7 @@ class NbdDevice:
             self._conversation.require_sound()
 
     def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
-        """What the server says; where it says nothing, or refuses to, all is data."""
+        """What the server says; where it says nothing, or refuses to, everything is data."""
         check_range(offset, length, self.size)
         return joined(self._statuses(offset, offset + length))
 
@@ -350,7 +352,7 @@ class NbdDevice:
         )
 
     def interrupt(self) -> None:
-        """From any thread: what others wait for fails, and so does all that follows. Close it then."""
+        """Fail the requests of other threads, and all that follow. Close the device then. Callable from any thread."""
         self._conversation.interrupt()
 
     def close(self) -> None:

@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from lmdbitmap.nbd.client.tls import Encryption
 
 DIAL_S: Final = 10.0
-"""Until a server that is there has connected and agreed."""
+"""Seconds for a server that is there to connect and agree."""
 _USER_TIMEOUT_MS: Final = 20_000
-"""A host that vanished is noticed within that, whatever is on its way to it."""
+"""Milliseconds within which a vanished host is noticed, whatever is on its way to it."""
 
 
 def dial(place: NbdAddress, timeout_s: float = DIAL_S) -> Link:
-    """Connect and agree on the export. Raises what `negotiation` and TLS raise, `OSError` where nobody answers."""
+    """Connect and agree on the export. Raise what `negotiation` and TLS raise, `OSError` if nobody answers."""
     encryption = _encryption(place)
     return agreed(_connected(place, timeout_s), place.export, timeout_s, encryption)
 
 
 def _encryption(place: NbdAddress) -> Encryption | None:
-    """`ssl` is a heavy import, which most places do without."""
+    """Import TLS only when needed: `ssl` is a heavy import, which most places do without."""
     if place.tls is None:
         return None
     from lmdbitmap.nbd.client.tls import Encryption
@@ -41,7 +41,7 @@ def _encryption(place: NbdAddress) -> Encryption | None:
 
 
 def warn_about(place: NbdAddress) -> None:
-    """Log what of the place's credentials is weak; for whoever is about to dial it for the first time."""
+    """Log weaknesses of the place's credentials. Call it once, before the first dial."""
     if place.tls is not None:
         from lmdbitmap.nbd.client import tls
 
@@ -57,10 +57,10 @@ def agreed(
     silence_s: float | None = None,
     context: str = nbd.NBD_META_BASE_ALLOCATION,
 ) -> Link:
-    """Agree on an export over a connection that is there, and on the `context` that its BLOCK_STATUS will tell of, if
-    it has that. The socket is the link's, or closed.
+    """Agree on an export over an open socket, and on the `context` for BLOCK_STATUS if the server has it.
 
-    Afterwards the link raises `TimeoutError` when it waits for `silence_s` without a byte; None waits for ever.
+    Afterwards the link owns the socket, or the socket is closed. The link raises `TimeoutError` when it waits for
+    `silence_s` without a byte; None waits for ever.
     """
     haggling = _Haggling(sock, time.monotonic() + timeout_s, encryption)
     try:
@@ -89,7 +89,7 @@ def _connected(place: NbdAddress, timeout_s: float) -> socket.socket:
 
 
 class _Haggling:
-    """Does what `negotiation` wants, until the deadline. `wire` is the socket, from TLS on what is around it."""
+    """Does what `negotiation` wants, until the deadline. `wire` is the socket; once TLS began, its TLS wrapper."""
 
     def __init__(self, sock: socket.socket, deadline: float, encryption: Encryption | None) -> None:
         self.wire: Wire = sock
@@ -97,7 +97,7 @@ class _Haggling:
         self._deadline = deadline
         self._encryption = encryption
         self._refusals: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
-        """Around what may fail because the server does not believe us."""
+        """Wraps the steps that may fail because the server does not trust us."""
 
     def come_to_terms(self, name: str, context: str) -> FarExport:
         steps = negotiation(name, tls=self._encryption is not None, context=context)
@@ -110,7 +110,7 @@ class _Haggling:
             return export
 
     def _done(self, step: Step) -> bytes:
-        """What came of it."""
+        """Do one step; return the bytes received, if any."""
         self.wire.settimeout(max(self._deadline - time.monotonic(), 0.001))
         if not isinstance(step, (bytes, int)):
             self._begin_tls()

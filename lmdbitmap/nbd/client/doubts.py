@@ -1,10 +1,11 @@
-"""Ranges of a far image that may change yet, although nobody waits for it any more.
+"""Ranges of a far image that may change yet, although no request for them is pending any more.
 
-A connection that breaks may have carried writes to a server that does not see them before much later: it was stopped,
-or its own disk hung. Whether it ever does them we are never told, not even by another connection of the same server.
-So their ranges are remembered for as long as the image is open. They are few; of too many, near ones become one.
+A connection that breaks may have carried writes to a server that sees them only much later, because it was stopped or
+its own disk hung. We never learn whether it does them, not even over another connection to the same server. So the
+ranges are remembered for as long as the image is open. They are few; if there are too many, near ones are joined.
 
-So are those of changes that a server had acknowledged, lost, and refused to do again: each new connection is asked to.
+Ranges of changes that a server had acknowledged, lost, and refused to do again are remembered too: each new connection
+is asked to do them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ _FIRST_GAP: Final = 64 << 10
 
 
 class Doubts:
-    """A set of bytes. One that was added is never missing; between ranges some are that were not."""
+    """A set of bytes. A byte that was added is never missing; bytes between ranges may be in it without having been
+    added.
+    """
 
     def __init__(self, most: int = MOST) -> None:
         self._most = most
@@ -28,7 +31,7 @@ class Doubts:
 
     @property
     def runs(self) -> Sequence[Run]:
-        """As (start, stop) in bytes, sorted, with gaps between them. Is not changed afterwards, but replaced."""
+        """(start, stop) in bytes, sorted, with gaps between them. The sequence is replaced, never changed."""
         return self._runs
 
     def add(self, runs: Iterable[Run]) -> None:

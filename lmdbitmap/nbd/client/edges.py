@@ -1,4 +1,4 @@
-"""Writes of whole blocks and of parts of them, to a server whose smallest request is a block."""
+"""Writes of whole blocks and of parts of blocks, to a server whose smallest request is a block."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class Edges:
-    """Lets whole blocks be written by many at once, and parts of blocks by one alone."""
+    """Lets many threads write whole blocks at once, but only one write parts of blocks, alone."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -17,7 +17,7 @@ class Edges:
 
     @contextmanager
     def left_alone(self) -> Iterator[None]:
-        """Whole blocks are written in the block."""
+        """Write whole blocks in this context."""
         with self._mending, self._changed:
             self._writers += 1
         try:
@@ -29,7 +29,7 @@ class Edges:
 
     @contextmanager
     def mended(self) -> Iterator[None]:
-        """Nobody else writes in the block, so that what surrounds a write can be read and written back."""
+        """Write alone in this context, so that the surroundings of a write can be read and written back."""
         with self._mending, self._changed:
             self._changed.wait_for(lambda: self._writers == 0)
             yield

@@ -1,4 +1,4 @@
-"""What callers are told when a far server refuses, goes away, or is silent."""
+"""The errors that callers get when a far server refuses, goes away, or is silent."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _KNOWN: Final = frozenset(
 
 
 def refusal(error: int, name: str) -> OSError:
-    """Of the server's: an error that the protocol does not know counts as EINVAL, as it demands."""
+    """The server's refusal as an OSError. Unknown error numbers count as EINVAL, as the protocol demands."""
     number = error if error in _KNOWN else errno.EINVAL
     return OSError(number, os.strerror(number), name)
 
 
 def failure(error: int, name: str, silence_s: float | None) -> OSError | Busy:
-    """What became of a request with that `error`, which is not 0."""
+    """The exception for a request that failed with `error`, which is not 0."""
     if error == AWAY:
         return FarAway(errno.ETIMEDOUT, "its server went away and has not come back", name)
     if error == SILENT:
@@ -38,11 +38,11 @@ def failure(error: int, name: str, silence_s: float | None) -> OSError | Busy:
 
 
 def require_answer(request: Request) -> None:
-    """Raise for a server that only says it is shutting down: it has answered nothing."""
+    """Raise if the server only said that it is shutting down: it has then answered nothing."""
     if request.error == nbd.NBD_ESHUTDOWN:
         raise ConnectionAbortedError(errno.ECONNABORTED, "the NBD server is shutting down")
 
 
 def words(why: object) -> object:
-    """Why, for the log."""
+    """The reason, for the log."""
     return (why.strerror if isinstance(why, OSError) else None) or why

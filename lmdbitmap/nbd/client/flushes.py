@@ -1,14 +1,14 @@
-"""The flushes of one far image, those of callers and our own, and what it means that one failed.
+"""The flushes of one far image, those of callers and our own, and what a failed one means.
 
-**A flush that failed is final**, whoever wanted it: the server's kernel may have told of lost data for the last time
-(flushing.py), and another flush would succeed without the data. All that follow fail, on whatever connection, until
-the image is opened anew; whoever asked to be told of it is told at once.
+**A flush that failed is final**, whoever asked for it: the server's kernel may have reported lost data for the last
+time (flushing.py), and another flush would succeed without the data. All later flushes fail, on any connection, until
+the image is opened anew. The loss callback is called at once.
 
-They are sent one at a time, so that none succeeds beside the one that took the error. One of our own is waited for by
-nobody but the flush that comes after it.
+Flushes are sent one at a time, so that none succeeds beside the one that took the error. Only the next flush waits for
+one of our own.
 
-A server that only writes through (FUA) flushes with each change, and many of those at a time: one that fails is a flush
-that failed, unless its error is about the request.
+A server that only writes through (FUA) flushes with each change, and many at a time. A change that fails there is a
+flush that failed, unless its error is about the request.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NOT_OF_THE_DISK: Final = (nbd.NBD_EPERM, nbd.NBD_EINVAL, nbd.NBD_ENOTSUP, nbd.N
 
 
 class Talk(Protocol):
-    """How requests are sent, and answers come: conversation.py."""
+    """How requests are sent and answers received: conversation.py."""
 
     def ask(self, requests: Sequence[Request]) -> None: ...
     def post(self, call: Call, requests: Sequence[Request]) -> None: ...
@@ -35,21 +35,21 @@ class Talk(Protocol):
 
 
 class Flushes:
-    """Safe for many threads."""
+    """The flushes of one far image. Safe for many threads."""
 
     def __init__(self, talk: Talk, name: str) -> None:
         self._talk = talk
         self._name = name
         self._turn = threading.Lock()
         self._own: Request | None = None
-        """The newest that nobody asked for."""
+        """The newest flush of our own."""
         self._failure = 0
         """The error of the first flush that failed; 0 if none did."""
         self.tell_of_loss: Callable[[OSError], None] = _nobody
-        """Called when the first one failed, by whichever thread hears of it."""
+        """Called when the first flush failed, in the thread that learns of it."""
 
     def flush(self) -> Request:
-        """One that was sent after all of this: answered, and perhaps refused. Raises if one failed before."""
+        """Send a flush after everything before; return it answered, perhaps refused. Raise if a flush failed before."""
         flush = Request(nbd.NBD_CMD_FLUSH)
         with self._turn:
             own = self._own_under_way()
@@ -60,7 +60,7 @@ class Flushes:
         return flush
 
     def begin_one(self) -> None:
-        """See to it that one is under way, if that is of any use."""
+        """Have a flush of our own under way, if that is of any use."""
         if self._failure or not self._turn.acquire(blocking=False):
             return
         try:
@@ -71,31 +71,31 @@ class Flushes:
             self._turn.release()
 
     def judge(self, flush: Request) -> None:
-        """It was answered. None succeeds any more once one has failed."""
+        """Judge an answered flush. None succeeds any more once one has failed."""
         if flush.error:
             self.lose(flush.error)
         flush.error = self._failure
 
     def judge_written_through(self, change: Request) -> None:
-        """It failed on a server that has no flush: the news may be of any change that was under way beside it."""
+        """Judge a failed change on a server without flush: its error may be about any change under way beside it."""
         if change.error not in _NOT_OF_THE_DISK:
             self.lose(change.error)
 
     def lose(self, error: int) -> None:
-        """Something that was acknowledged may never be on stable storage."""
+        """Record that acknowledged data may never reach stable storage."""
         if not self._failure:
             self._failure = error
             self.tell_of_loss(refusal(error, self._name))
 
     def require_sound(self) -> None:
-        """Raise as the flush that failed did, if one did."""
+        """Raise the error of the flush that failed, if one did."""
         if self._failure:
             raise refusal(self._failure, self._name)
 
     def _own_under_way(self) -> Request | None:
-        """Called with `_turn` held: no other one begins meanwhile."""
+        """Return our own flush if it is unanswered. Called with `_turn` held, so that no other begins meanwhile."""
         return self._own if self._own is not None and self._talk.is_unanswered(self._own) else None
 
 
 def _nobody(_: OSError) -> None:
-    """Who is told of a loss where nobody asked to be: each flush that follows says it too."""
+    """Ignore a loss, by default: every later flush raises anyway."""

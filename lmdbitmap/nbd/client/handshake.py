@@ -4,10 +4,10 @@
     (old servers refuse the first, or all three; in the end they are asked by EXPORT_NAME)
     with TLS, before all but the greeting: STARTTLS, and both sides shake hands anew
 
-`negotiation` is a generator: it yields bytes to be sent, how many bytes it wants next, or `BEGIN_TLS`, and returns
-what the server has agreed to. Where TLS is wanted the server's greeting is all that is heard without it. Every number
-that a server sends is judged before it is waited for or used; what is wanted at once is never more than
-`_MAX_REPLY_DATA`, and replies to one option are counted.
+`negotiation` is a generator: it yields bytes to send, a number of bytes to receive, or `BEGIN_TLS`, and returns what
+the server has agreed to. Where TLS is wanted, only the server's greeting is accepted without it. Every number that a
+server sends is checked before it is used or its bytes are awaited. At most `_MAX_REPLY_DATA` bytes are wanted at once,
+and replies to one option are counted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lmdbitmap.geometry import MAX_SIZE
 from lmdbitmap.nbd import protocol as nbd
 
 MAX_PAYLOAD: Final = 32 << 20
-"""The longest READ or WRITE that we send, whatever the server takes; servers that do not say take as much."""
+"""The longest READ or WRITE that we send, whatever the server takes. Servers that give no limit take this much."""
 _MAX_BLOCK: Final = 1 << 16
 _MAX_REPLY_DATA: Final = 64 << 10
 _MAX_REPLIES: Final = 256
@@ -30,11 +30,11 @@ _OLDSTYLE_MAGIC: Final = 0x00420281861253
 _CHANGEABLE_FLAGS: Final = (
     nbd.NBD_FLAG_ROTATIONAL | nbd.NBD_FLAG_SEND_DF | nbd.NBD_FLAG_CAN_MULTI_CONN | nbd.NBD_FLAG_SEND_CACHE
 )
-"""Transmission flags that we never count on."""
+"""Transmission flags that we never rely on."""
 
 
 class FarExport(NamedTuple):
-    """What a server agreed to: `flags` are its transmission flags, sizes are bytes."""
+    """The export a server agreed to: `flags` are its transmission flags, sizes are bytes."""
 
     size: int
     flags: int
@@ -45,22 +45,22 @@ class FarExport(NamedTuple):
     structured: bool = False
     """Whether replies may come in chunks."""
     context_id: int | None = None
-    """How BLOCK_STATUS replies name the context that was wanted; None where the server has no such thing."""
+    """Id of the wanted context in BLOCK_STATUS replies; None if the server does not have the context."""
     description: str = ""
-    """For people, but for `is_of`."""
+    """For people only, except in `is_of`."""
     extended: bool = False
-    """Whether headers are the extended ones, with lengths of 64 bits; they are structured too."""
+    """Whether headers are extended, with 64-bit lengths; such replies are structured too."""
 
     def has(self, flag: int) -> bool:
         return bool(self.flags & flag)
 
     def is_of(self, disk: UUID) -> bool:
-        """Whether it is that tracked disk, as our own server says: a false word does no more than have it refused."""
+        """Whether the description names that tracked disk, as our server does. A false one only gets itself refused."""
         return self.description.endswith(nbd.of_disk(disk))
 
 
 def require_same(old: FarExport, new: FarExport) -> None:
-    """Raise `FormatError` unless what was agreed on anew holds all that was counted on before."""
+    """Raise `FormatError` unless the new agreement holds everything that was relied on before."""
     missing = (old.flags ^ new.flags) & (old.flags | nbd.NBD_FLAG_READ_ONLY) & ~_CHANGEABLE_FLAGS
     same_sizes = (new.size, new.minimum) == (old.size, old.minimum) and new.maximum >= old.maximum
     if missing or not same_sizes or (old.context_id is not None and new.context_id is None):
@@ -72,7 +72,7 @@ class _Act(Enum):
 
 
 BEGIN_TLS: Final = _Act.BEGIN_TLS
-"""All that follows is encrypted, in both directions; no byte that the server sent before may be taken for it."""
+"""Encrypt all that follows, in both directions. No byte that the server sent before may count as encrypted."""
 Step: TypeAlias = "bytes | int | _Act"
 Reply: TypeAlias = tuple[int, bytes]
 
@@ -82,9 +82,9 @@ def negotiation(
 ) -> Generator[Step, bytes, FarExport]:
     """Haggle for the export called `name`. Yields bytes to send, a number of bytes to receive, or `BEGIN_TLS`.
 
-    BLOCK_STATUS will tell of `context`, if the server has it. Raises `FormatError` when the other side does not speak
-    NBD, `NotFound` for a name that it does not know, `InvalidArgument` for an export that cannot be used, `Busy` while
-    the server shuts down.
+    BLOCK_STATUS will report `context` if the server has it. Raises `FormatError` if the other side does not speak NBD,
+    `NotFound` if it does not know the name, `InvalidArgument` if the export cannot be used, `Busy` while the server
+    shuts down.
     """
     handshake_flags = yield from _greeting()
     if tls:
@@ -105,7 +105,7 @@ def negotiation(
 
 
 def _greeting() -> Generator[Step, bytes, int]:
-    """Server: u64 `NBDMAGIC`, u64 `IHAVEOPT`, u16 flags. Client: u32 flags, those of the server that we know."""
+    """Server: u64 `NBDMAGIC`, u64 `IHAVEOPT`, u16 flags. Client: u32 flags, those of the server's that we know."""
     magic, style, flags = nbd.GREETING.unpack((yield nbd.GREETING.size))
     if magic != nbd.NBDMAGIC or style not in (nbd.IHAVEOPT, _OLDSTYLE_MAGIC):
         raise nonsense("greeting", "that of an NBD server", f"{magic:#x} {style:#x}")
@@ -136,7 +136,7 @@ def _no_tls(why: str) -> InvalidArgument:
 
 
 def _ask(option: int, data: bytes = b"") -> Generator[Step, bytes, list[Reply]]:
-    """Send an option; all replies to it, of which the last is an acknowledgement or an error."""
+    """Send an option; return all replies to it. The last one is an acknowledgement or an error."""
     yield nbd.OPTION.pack(nbd.IHAVEOPT, option, len(data)) + data
     replies: list[Reply] = []
     while len(replies) < _MAX_REPLIES:
@@ -150,7 +150,7 @@ def _ask(option: int, data: bytes = b"") -> Generator[Step, bytes, list[Reply]]:
 
 
 def _selected_context(name: str, context: str) -> Generator[Step, bytes, int | None]:
-    """Its id, or None of a server that has nothing to say about it."""
+    """Select the context; return its id, or None if the server does not have it."""
     query = _string(name) + (1).to_bytes(4, "big") + _string(context)
     replies = yield from _ask(nbd.NBD_OPT_SET_META_CONTEXT, query)
     if replies[-1][0] != nbd.NBD_REP_ACK:
@@ -165,8 +165,10 @@ def _selected_context(name: str, context: str) -> Generator[Step, bytes, int | N
 
 
 def _info_query(name: str) -> bytes:
-    """u32 length of the name, name, u16 2, u16 `NBD_INFO_BLOCK_SIZE`: whoever asks must respect the answer; u16
-    `NBD_INFO_DESCRIPTION`."""
+    """u32 length of the name, name, u16 2, u16 `NBD_INFO_BLOCK_SIZE`, u16 `NBD_INFO_DESCRIPTION`.
+
+    A client that asks for the block sizes must respect them.
+    """
     wanted = (nbd.NBD_INFO_BLOCK_SIZE, nbd.NBD_INFO_DESCRIPTION)
     return _string(name) + b"".join(number.to_bytes(2, "big") for number in (len(wanted), *wanted))
 
@@ -179,7 +181,7 @@ def _string(text: str) -> bytes:
 def _export_name(
     name: str, handshake_flags: int, structured: bool, context_id: int | None
 ) -> Generator[Step, bytes, FarExport]:
-    """The old way in, which cannot say no: a server that will not hangs up. u64 size, u16 flags, 124 zeroes."""
+    """Ask in the old way: u64 size, u16 flags, 124 zeroes. It has no error reply; a server that refuses hangs up."""
     encoded = name.encode()
     yield nbd.OPTION.pack(nbd.IHAVEOPT, nbd.NBD_OPT_EXPORT_NAME, len(encoded)) + encoded
     size, flags = nbd.EXPORT_NAME_REPLY.unpack((yield nbd.EXPORT_NAME_REPLY.size))
@@ -189,7 +191,7 @@ def _export_name(
 
 
 def _export(infos: list[Reply], structured: bool, context_id: int | None) -> FarExport:
-    """What `NBD_REP_INFO` replies say; those of a type that we did not ask for mean nothing."""
+    """Parse `NBD_REP_INFO` replies; those of a type that we did not ask for are ignored."""
     found: FarExport | None = None
     minimum, maximum, description = 1, MAX_PAYLOAD, ""
     for kind, data in infos:
@@ -209,7 +211,7 @@ def _export(infos: list[Reply], structured: bool, context_id: int | None) -> Far
 
 
 def _constrained(export: FarExport, minimum: int, maximum: int) -> FarExport:
-    """The preferred block size is left out: sizes of requests are those of the guest."""
+    """Apply the block sizes. The preferred one is ignored: the guest decides the sizes of requests."""
     if not 1 <= minimum <= _MAX_BLOCK or minimum & (minimum - 1) or maximum < minimum:
         raise nonsense("block sizes", f"a power of two up to {_MAX_BLOCK} and more", f"{minimum}, {maximum}")
     longest = min(maximum, MAX_PAYLOAD)
@@ -263,7 +265,7 @@ def _refusal(name: str, outcome: int, said: str) -> LmdbitmapError:
 
 
 def nonsense(place: str, expected: str, found: object) -> FormatError:
-    """What is raised about an NBD server that breaks the protocol."""
+    """The error for an NBD server that breaks the protocol."""
     return FormatError(
         f"NBD server's {place}",
         expected=expected,

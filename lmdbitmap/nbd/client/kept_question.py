@@ -1,6 +1,6 @@
-"""Asks the process that holds a snapshot what of it was kept aside: the other side of kept_context.py.
+"""Asks the process that holds a snapshot which blocks were kept aside: the other side of kept_context.py.
 
-Unlike where a disk is allocated, nothing here is advice: what is not answered is an error, never "not kept".
+Unlike allocation, nothing here is advice: a missing answer is an error, never "not kept".
 """
 
 from __future__ import annotations
@@ -14,28 +14,29 @@ from lmdbitmap.nbd.client.conversation import Conversation
 from lmdbitmap.nbd.client.link import WINDOW, Link, Request
 
 _MOST_BYTES: Final = 64 << 20
-"""Asked at once. A client that is told of a part only asks for the rest."""
+"""Bytes per question. After a partial answer the rest is asked again."""
 
 
 class KeptQuestion:
-    """Of one export, on a connection whose BLOCK_STATUS tells of `lmdbitmap:kept`. For many threads.
+    """Questions about one export, on a connection whose BLOCK_STATUS reports `lmdbitmap:kept`. For many threads.
 
-    Errors say `name`. Raises `NotFound` where the export has no such context.
+    Errors say `name`. Raises `NotFound` if the export has no such context.
     """
 
     def __init__(self, connect: Callable[[], Link], name: str, *, silence_s: float | None = None) -> None:
         self._name = name
         self.guests_are_quiet = False
-        """As the last answer had it."""
+        """As the last answer said."""
         self._conversation = Conversation(connect, name, reconnect_s=0, keep_bytes=0, silence_s=silence_s)
         if self._conversation.export.context_id is None:
             self._conversation.close()
             raise NotFound(f"{name} has no {nbd.LMDBITMAP_META_KEPT}", next_step="read all of it there")
 
     def ask(self, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        """What of these (offset, length), just read from the image, has to be read once more, ascending as they are.
+        """Return which of these (offset, length), just read from the image, must be read again; both in ascending
+        order.
 
-        Raises `OSError` where nobody can say.
+        Raises `OSError` if that cannot be known.
         """
         found: list[tuple[int, int]] = []
         left = [part for offset, length in ranges for part in _parts(offset, length)]
@@ -47,7 +48,7 @@ class KeptQuestion:
         return sorted(found)
 
     def _take(self, request: Request, found: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-        """Add what was kept to `found`; the end of the range, if the answer does not go so far."""
+        """Add the kept ranges to `found`; yield the end of the question's range if the answer does not reach it."""
         if request.error or request.statuses is None:
             raise self._conversation.failure(request)
         position, end = request.offset, request.offset + request.length
@@ -61,7 +62,7 @@ class KeptQuestion:
             yield position, end - position
 
     def interrupt(self) -> None:
-        """From any thread: whoever waits for an answer waits no more. Close it then."""
+        """Make waiting threads stop waiting. Callable from any thread; close it then."""
         self._conversation.interrupt()
 
     def close(self) -> None:

@@ -1,12 +1,12 @@
-"""One connection to a far NBD server: sending requests, and putting together what comes back.
+"""One connection to a far NBD server: sends requests, and puts answers together.
 
-Any thread may `post`; one thread at a time may `receive`. A thread that posts while another one is sending
-leaves its requests to that one: so requests of many threads leave in one system call. Nobody who is to receive
-must ever wait to send: a server that waits until we take its replies takes no requests meanwhile.
+Any thread may `post`; one thread at a time may `receive`. A thread that posts while another one is sending leaves its
+requests to that thread, so requests of many threads leave in one system call. The thread that is to receive must never
+wait to send: a server that waits until we take its replies takes no requests meanwhile.
 
-What comes back is hostile. A reply must belong to a request in flight, data must lie inside what was asked,
-cover all of it and overlap nowhere, and no memory is taken because a server said a number. Anything else is a
-`FormatError`, after which the connection is worth nothing.
+Answers are hostile input. A reply must belong to a request in flight. Its data must lie inside what was asked, cover
+all of it and overlap nowhere. No memory is allocated merely because a server sent a number. Anything else is a
+`FormatError`, after which the connection must not be used.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.client.handshake import FarExport, nonsense
 
 WINDOW: Final = 256
-"""Requests of one kind that may be sent without receiving: what answers them fits into a socket's buffer."""
+"""Requests of one kind that may be sent without receiving: their answers fit into a socket's buffer."""
 _PART_S: Final = 1.0
 _BUFFER: Final = 64 << 10
 MOST_EXTENTS: Final = 1 << 20
-"""That an answer to BLOCK_STATUS may have."""
+"""Extents that an answer to BLOCK_STATUS may have."""
 _LONGEST: Final = (1 << 32) - (1 << 16)
-"""What a compact header can ask for, in whole blocks of any size."""
+"""Most bytes that a compact header can ask for, in whole blocks of any size."""
 _MAX_ERROR: Final = 64 << 10
 _FREE_PIECES: Final = 1024
 _U32: Final = struct.Struct(">I")
 _U64: Final = struct.Struct(">Q")
 _HOLE: Final = struct.Struct(">QI")
 AWAY: Final = -1
-"""In place of an error of the server's: it was not there for too long."""
+"""Stands for the server's error: the server was away for too long."""
 SILENT: Final = -2
-"""The same of a server that is there: it sent nothing for too long."""
+"""Stands for the server's error: a connected server sent nothing for too long."""
 
 
 class Call:
-    """Requests that one thread, if any, waits for together: `turn` is released when it has to look up."""
+    """Requests that at most one thread waits for together; `turn` is released when that thread has to look again."""
 
     __slots__ = ("left", "listens", "turn")
 
@@ -53,13 +53,13 @@ class Call:
         self.left = left
         """Requests not answered yet."""
         self.listens = False
-        """Whether its thread has done with sending: only then it may be the one who receives for all."""
+        """Whether its thread has finished sending; only then may it receive for all."""
         self.turn = threading.Lock()
         self.turn.acquire()
 
 
 class Request:
-    """One request and what is known of its answer. `error` is the protocol's number, 0, `AWAY` or `SILENT`."""
+    """A request and the state of its answer. `error` is the protocol's number, 0, `AWAY` or `SILENT`."""
 
     __slots__ = (
         "call", "command", "cookie", "covered", "data", "descriptor", "error", "flags", "into", "length", "link",
@@ -84,11 +84,11 @@ class Request:
         self.data = data
         self.into = into
         self.most_extents = most_extents
-        """Of a longer answer the rest is forgotten, as if the server had said no more."""
+        """The rest of a longer answer is dropped, as if the server had said no more."""
         self.cookie = 0
         self.error = 0
         self.statuses: bytes | None = None
-        """Of BLOCK_STATUS: descriptors as the next line has them, one at least, none of them empty."""
+        """Descriptors of BLOCK_STATUS, in the layout `descriptor`: at least one, none of them empty."""
         self.descriptor = nbd.BLOCK_DESCRIPTOR
         self.call: Call | None = None
         self.link: Link | None = None
@@ -99,13 +99,15 @@ class Request:
         self.pieces: list[tuple[int, int]] = []
 
     def begin(self) -> None:
-        """Forget parts of an answer: it is sent, perhaps not for the first time."""
+        """Forget parts of an earlier answer, because the request is sent, perhaps again."""
         self.error, self.covered, self.statuses = 0, 0, None
         self.pieces.clear()
 
     def header(self, *, extended: bool) -> bytes:
-        """Where lengths have 32 bits, a BLOCK_STATUS that is longer asks for less: its length is a wish. Nothing else
-        is ever longer."""
+        """The header. With 32-bit lengths a longer BLOCK_STATUS asks for less, as its length is only a wish.
+
+        No other request is ever longer.
+        """
         if extended:
             flags = self.flags | (nbd.NBD_CMD_FLAG_PAYLOAD_LEN if self.command == nbd.NBD_CMD_WRITE else 0)
             fields = (flags, self.command, self.cookie, self.offset, self.length)
@@ -116,12 +118,12 @@ class Request:
         )
 
     def extents(self) -> Iterable[tuple[int, int]]:
-        """(bytes, flags) that answer a BLOCK_STATUS; none where it failed."""
+        """(bytes, flags) of the answer to a BLOCK_STATUS; empty if it failed."""
         return () if self.error or self.statuses is None else self.descriptor.iter_unpack(self.statuses)
 
 
 class Wire(Protocol):
-    """What a connection uses of its socket: a plain one, or tls.py's."""
+    """The methods of its socket that a connection uses: a plain one, or that of tls.py."""
 
     def settimeout(self, value: float | None, /) -> None: ...
     def sendmsg(self, buffers: Sequence[Buffer], /) -> int: ...
@@ -151,7 +153,7 @@ class Link:
     # -- requests out --------------------------------------------------------------------------------------
 
     def post(self, requests: Sequence[Request]) -> None:
-        """See to it that they are sent. When the connection breaks over it, whoever receives will notice."""
+        """Have the requests sent. If the connection breaks meanwhile, the receiving thread will notice."""
         self._outbox.extend(requests)
         while self._outbox and self._sending.acquire(blocking=False):
             try:
@@ -187,7 +189,7 @@ class Link:
     # -- answers in ----------------------------------------------------------------------------------------
 
     def receive(self, waiting: Mapping[int, Request]) -> Request | None:
-        """Take in one message; the request whose answer is whole with it, if there is one.
+        """Receive one message; return the request whose answer it completes, or None.
 
         Raises `FormatError` for what no server may send, `OSError` when the connection breaks.
         """
@@ -214,7 +216,7 @@ class Link:
         return self._chunk(request, kind, length, flags)
 
     def _chunk(self, request: Request, kind: int, length: int, flags: int) -> Request | None:
-        """Take in a chunk's payload; the request, if it is whole with it."""
+        """Receive a chunk's payload; return the request if the chunk completes it."""
         is_last = bool(flags & nbd.NBD_REPLY_FLAG_DONE)
         self._payload(request, kind, length, is_last)
         return _whole(request) if is_last else None
@@ -245,7 +247,7 @@ class Link:
             self._receive_into(_part(request, offset, length - _U64.size))
         elif kind == nbd.NBD_REPLY_TYPE_OFFSET_HOLE and length == _HOLE.size and _room(request):
             offset, hole = _HOLE.unpack(self._take(_HOLE.size))
-            part = _part(request, offset, hole)  # judged before memory is taken for as many zeroes
+            part = _part(request, offset, hole)  # checked before memory for the zeroes is allocated
             part[:] = bytes(len(part))
         elif kind == self._status_kind and request.command == nbd.NBD_CMD_BLOCK_STATUS:
             self._status_chunk(request, length)
@@ -281,7 +283,7 @@ class Link:
         request.statuses, request.descriptor = statuses[: request.most_extents * one.size], one
 
     def _await(self, count: int) -> None:
-        """Have `count` bytes, which fit into the buffer, at `_start`."""
+        """Have `count` bytes, which must fit into the buffer, at `_start`."""
         if self._start + count > _BUFFER:
             at_hand = self._end - self._start
             self._view[:at_hand] = self._view[self._start : self._end]
@@ -311,24 +313,24 @@ class Link:
     # -- the end -------------------------------------------------------------------------------------------
 
     def hang_up(self) -> None:
-        """Let whoever sends or receives find out that the connection is over."""
+        """Shut the connection down, so that sending and receiving threads notice its end."""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def part(self) -> None:
-        """Close it. Where the server still listens, wait a moment for it to be through with what it was doing."""
+        """Close it. If the server still listens, wait a moment for it to finish what it was doing."""
         with contextlib.suppress(OSError):
             self._sock.settimeout(_PART_S)
             self._sock.shutdown(socket.SHUT_WR)
             deadline = time.monotonic() + _PART_S
             while time.monotonic() < deadline and self._sock.recv(_BUFFER):
                 pass
-        with self._sending:  # whoever sends has noticed by now; nobody may meet the number of a closed file
+        with self._sending:  # a sender has noticed by now; no thread may use the number of a closed file
             self._closed = True
             self._sock.close()
 
     def say_goodbye(self) -> None:
-        """Close it in the way that the protocol asks for; nothing may be in flight."""
+        """Close it in the protocol's way; nothing may be in flight."""
         with contextlib.suppress(OSError):
             self._sock.settimeout(_PART_S)
             self._sock.sendall(Request(nbd.NBD_CMD_DISC).header(extended=self.export.extended))
@@ -341,7 +343,7 @@ def _room(request: Request) -> int:
 
 
 def _part(request: Request, offset: int, length: int) -> memoryview:
-    """The part of a READ's buffer that a chunk is about, noted down as covered."""
+    """Return the part of a READ's buffer that a chunk is about, and record it as covered."""
     start = offset - request.offset
     if not 0 <= start < start + length <= request.length or request.into is None:
         raise nonsense(
@@ -357,7 +359,7 @@ def _part(request: Request, offset: int, length: int) -> memoryview:
 
 
 def _whole(request: Request) -> Request:
-    """The request, whose last chunk has come; raises unless it is answered in full, or by an error."""
+    """Return the request after its last chunk; raise unless it is answered in full, or by an error."""
     if request.error:
         return request
     if request.command == nbd.NBD_CMD_READ:
@@ -373,7 +375,7 @@ def _whole(request: Request) -> Request:
 
 
 def _tail(parts: Sequence[Buffer], count: int) -> list[Buffer]:
-    """The last `count` bytes of all of them."""
+    """The last `count` bytes of all parts together."""
     tail: list[Buffer] = []
     for part in reversed(parts):
         if count <= 0:
@@ -384,7 +386,7 @@ def _tail(parts: Sequence[Buffer], count: int) -> list[Buffer]:
 
 
 def some(sock: Wire, target: memoryview) -> int:
-    """Receive at least one byte; how many."""
+    """Receive at least one byte; return how many."""
     count = sock.recv_into(target)
     if count == 0:
         raise ConnectionResetError(errno.ECONNRESET, "the NBD server closed the connection")

@@ -1,8 +1,8 @@
-"""What a far server says of long ranges: many questions travel together while its answers are short.
+"""Block status of long ranges: many questions travel together while the answers are short.
 
-Of a disk that is alike for long, it is the way there and back that takes the time: 64 TiB are 65,536 questions.
+On a disk that is uniform over long ranges the round trips take the time: 64 TiB are 65,536 questions.
 
-All answers to questions that travel together are held at once, and have no more extents than one answer may have.
+All answers to questions sent together are held at once. Together they have no more extents than one answer may have.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from lmdbitmap.nbd.client.link import MOST_EXTENTS, Request
 
 _MOST_QUESTIONS: Final = 64
 _SHORT_ANSWER: Final = 16 * nbd.BLOCK_DESCRIPTOR.size
-"""Where answers are longer than that, the way there and back is not what takes the time."""
+"""If answers are longer than this, round trips are not what takes the time."""
 
 
 def statuses(
     ask: Callable[[Sequence[Request]], None], start: int, stop: int, most_bytes: int
 ) -> Iterator[tuple[int, int]]:
-    """(length, flags) of [start, stop), as far as the server answers: an error ends it, and so does no answer.
+    """Yield (length, flags) of [start, stop), as far as the server answers; an error or a missing answer ends it.
 
-    `ask` returns when all the questions are answered; each is about `most_bytes` at most.
+    `ask` returns when all its questions are answered; each is about at most `most_bytes`.
     """
     together = 1
     while start < stop:
@@ -40,7 +40,7 @@ def statuses(
             for length, flags in _within(request):
                 yield length, flags
                 start += length
-            if start < request.offset + request.length:  # what is behind it is asked about anew
+            if start < request.offset + request.length:  # the rest is asked about anew
                 together = 0
                 break
         is_short = all(len(request.statuses or b"") <= _SHORT_ANSWER for request in requests)
@@ -48,7 +48,7 @@ def statuses(
 
 
 def _within(request: Request) -> Iterator[tuple[int, int]]:
-    """The last extent may go further than what was asked about."""
+    """Yield the extents, clipped to the range: the last one may extend past it."""
     left = request.length
     for length, flags in request.extents():
         if left > 0:

@@ -1,19 +1,18 @@
-"""A connection to a far server that is encrypted, for one thread that sends and another that receives.
+"""An encrypted connection to a far server, for one thread that sends and another that receives.
 
-OpenSSL's state of a connection must not be used by two threads at once, and one of ours sleeps in `recv_into` while
-others send. So:
+Two threads must not use OpenSSL's state of a connection at once, and one of ours sleeps in `recv_into` while others
+send. So:
 
 1. The socket does not block. Every call into OpenSSL is short, and made under `_turn`.
-2. Whoever has to wait waits for the socket, and without `_turn`: who receives never waits for who sends, nor the
-   other way round. A server that takes no requests until we have taken its replies is served.
-3. OpenSSL is asked before the socket is waited for: bytes that it has taken in already do not show at the socket.
-   What the socket has comes in by `recv_into` alone (there is no renegotiation, see nbd/tls.py), so nobody takes away
-   what wakes another.
-4. Sending that was broken off in the middle of a record cannot be gone on with by other data: whoever breaks it
-   off hangs up.
+2. A thread waits for the socket without `_turn`: the receiver never waits for the sender, nor the sender for the
+   receiver. So a server that takes no requests until we have taken its replies works.
+3. OpenSSL is asked before the socket is waited for: bytes that OpenSSL already holds do not show at the socket.
+   Bytes leave the socket only through `recv_into` (there is no renegotiation, see nbd/tls.py), so no thread takes
+   away the bytes that would wake another.
+4. After sending broke off in the middle of a record, no other data can follow: whoever breaks it off hangs up.
 
-The end is told by the protocol's own words, which are encrypted; that bytes end without TLS having said so is a lost
-connection like any other. `shutdown` and `recv` are for it alone, and pass TLS by.
+The protocol's own encrypted words announce the end. If bytes end without TLS having said so, that is a lost connection
+like any other. `shutdown` and `recv` are only for the end, and bypass TLS.
 """
 
 from __future__ import annotations
@@ -54,11 +53,11 @@ class TlsWire:
         sock.settimeout(0)
 
     def settimeout(self, value: float | None) -> None:
-        """For what begins from now on."""
+        """Set the timeout of calls that begin from now on."""
         self._timeout_s = value
 
     def sendmsg(self, buffers: Sequence[Buffer]) -> int:
-        """Unlike a socket's own, this sends all of them."""
+        """Send all buffers, unlike a socket's `sendmsg`."""
         for part in _joined(buffers):
             self.sendall(part)
         return sum(map(len, buffers))
@@ -95,11 +94,11 @@ class TlsWire:
     # -- the end -------------------------------------------------------------------------------------------
 
     def shutdown(self, how: int) -> None:
-        """Of the connection below TLS; not TLS's own, after which plain bytes would be taken for an answer."""
+        """Shut down the connection below TLS. TLS's own shutdown would let plain bytes be taken for an answer."""
         socket.socket.shutdown(self._sock, how)
 
     def recv(self, bufsize: int) -> bytes:
-        """Bytes that nobody reads any more, as they come."""
+        """Receive raw bytes, to be thrown away."""
         self._await(select.POLLIN, None if self._timeout_s is None else time.monotonic() + self._timeout_s)
         return socket.socket.recv(self._sock, bufsize)
 
@@ -108,7 +107,7 @@ class TlsWire:
 
 
 def _joined(buffers: Sequence[Buffer]) -> Iterator[Buffer]:
-    """The same bytes, in order, in fewer parts."""
+    """Yield the same bytes, in order, in fewer parts."""
     small = bytearray()
     for part in buffers:
         if len(small) + len(part) > _JOINED:
@@ -122,7 +121,7 @@ def _joined(buffers: Sequence[Buffer]) -> Iterator[Buffer]:
 
 
 def warn_about(place: NbdAddress, tls: Credentials) -> None:
-    """Say what makes this weaker than it looks. Not at each connection: a server that is away is dialled often."""
+    """Log what makes this weaker than it looks. Not called at each connection: an absent server is dialled often."""
     if not tls.verifies:
         _log.warning("%s: whoever answers there is believed", place.uri)
     if tls.folder:
@@ -137,20 +136,22 @@ class Encryption(NamedTuple):
 
     @classmethod
     def of(cls, place: NbdAddress, tls: Credentials) -> Encryption:
-        """Reads the certificates, which may have been renewed. Raises as `client_context` does."""
+        """Read the certificates, which may have been renewed. Raises as `client_context` does."""
         return cls(place, client_context(tls.folder, verifies=tls.verifies))
 
     def begin(self, sock: socket.socket) -> TlsWire:
-        """Shake hands within the socket's timeout. Raises `InvalidArgument` where the sides do not believe each other.
+        """Shake hands within the socket's timeout. Raise `InvalidArgument` if one side does not trust the other.
 
-        The socket is the wire's, or closed.
+        Afterwards the wire owns the socket, or the socket is closed.
         """
         with self.refusals():
             return TlsWire(self.context.wrap_socket(sock, server_hostname=self.place.certified_name))
 
     @contextlib.contextmanager
     def refusals(self) -> Iterator[None]:
-        """Until the first answer has come: a server tells only after the handshake that it does not believe us."""
+        """Explain TLS errors, up to the first answer: only after the handshake does a server say that it does not trust
+        us.
+        """
         try:
             yield
         except ssl.SSLCertVerificationError as error:

@@ -1,4 +1,4 @@
-"""What a far server acknowledged and may not have on its disk yet, in the order in which it was acknowledged."""
+"""Changes that a far server acknowledged but may not have on its disk yet, in the order of acknowledgement."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lmdbitmap.nbd.client.link import Request
 
 CHANGES: Final = (nbd.NBD_CMD_WRITE, nbd.NBD_CMD_WRITE_ZEROES, nbd.NBD_CMD_TRIM)
 _OVERHEAD: Final = 512
-"""What a kept request costs beside its data, in bytes."""
+"""Bytes that a kept request costs beside its data."""
 
 
 class Unflushed:
@@ -19,23 +19,23 @@ class Unflushed:
     def __init__(self) -> None:
         self._changes: deque[Request] = deque()
         self._let_go = 0
-        """How many were, ever: the number of the oldest one that is kept."""
+        """Number of changes ever dropped, which is the number of the oldest one kept."""
         self.byte_count = 0
 
     @property
     def mark(self) -> int:
-        """The number of the next change: a flush that is sent now is about those before it."""
+        """The number of the next change: a flush sent now covers those before it."""
         return self._let_go + len(self._changes)
 
     def note(self, done: Request) -> None:
-        """It was done: a change is kept, and a flush lets go of what was there when it was sent."""
+        """Record a finished request: keep a change; after a flush drop the changes that preceded it."""
         if done.command == nbd.NBD_CMD_FLUSH:
             self._let_go_before(done.mark)
         elif done.command in CHANGES:
             self._add(done)
 
     def _add(self, change: Request) -> None:
-        """Zeroes that were fast once need not be fast again: they are promised by now, at any speed."""
+        """Keep a change, without FAST_ZERO: the zeroes are promised by now, and may be written at any speed."""
         change.flags &= ~nbd.NBD_CMD_FLAG_FAST_ZERO
         self._changes.append(change)
         self.byte_count += _cost(change)

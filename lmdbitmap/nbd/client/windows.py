@@ -1,4 +1,4 @@
-"""Requests that may be in flight together, where many are sent at once on a new connection."""
+"""Splits many requests, to be sent on a new connection, into windows that may be in flight together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ANSWERED_WITH_DATA: Final = (nbd.NBD_CMD_READ, nbd.NBD_CMD_BLOCK_STATUS)
 
 
 def apart(changes: Iterable[Request]) -> Iterator[list[Request]]:
-    """Windows of changes none of which touches another: a server does what is in flight in any order."""
+    """Yield windows of changes that do not overlap: a server does what is in flight in any order."""
     window: list[Request] = []
     for change in changes:
         start, stop = change.offset, change.offset + change.length
@@ -27,7 +27,7 @@ def apart(changes: Iterable[Request]) -> Iterator[list[Request]]:
 
 
 def of_a_kind(requests: Iterable[Request]) -> Iterator[list[Request]]:
-    """Windows of requests that carry data there, and of requests that carry data back: see `WINDOW`."""
+    """Yield windows of requests that all send data, or all receive data: see `WINDOW`."""
     by_kind: dict[bool, list[Request]] = {False: [], True: []}
     for request in requests:
         by_kind[request.command in _ANSWERED_WITH_DATA].append(request)
