@@ -1,1 +1,1 @@
-"""What both ends of a connection know: of NBD, and of the lines in which a process that serves disks is spoken to."""
+"""NBD and the control socket: the parts that both ends of a connection share."""

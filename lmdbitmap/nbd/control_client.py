@@ -1,9 +1,9 @@
-"""The caller's side of a control socket: reaches the process that owns a disk, and asks one thing after another.
+"""The caller's side of a control socket: connects to the process that owns a disk, and sends one request at a time.
 
     with control_client.reach(store.control_path(disk.uuid)) as owner:
         owner.call("mark", disk="sda", offset=0, length=65536)
 
-What the owner raises is raised here, in its own words. See docs/control.md.
+Errors that the owner raises are raised here, in its own words. See docs/control.md.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from lmdbitmap.errors import Busy, FormatError, OwnerGone, os_errors_at
 from lmdbitmap.nbd import control_wire as wire
 
 CONNECT_S: Final = 10.0
-"""Until the owner has greeted us."""
+"""Seconds until the owner has greeted us."""
 ANSWER_S: Final = 600.0
-"""Until it has answered: what it does for us may have to wait for its disk."""
+"""Seconds until it has answered: the operation may have to wait for its disk."""
 _RECEIVE: Final = 64 << 10
 
 
 def call(path: str, operation: str, *, timeout_s: float = ANSWER_S, **arguments: object) -> dict[str, Any]:
-    """Ask the owner that listens at `path` for one thing. Raises `Busy` if nobody does, and what it raises."""
+    """Send one request to the owner that listens at `path`. Raise `Busy` if nobody listens, and any error it raises."""
     client = reach(path)
     if client is None:
         raise Busy(
@@ -39,7 +39,7 @@ def call(path: str, operation: str, *, timeout_s: float = ANSWER_S, **arguments:
 
 
 def reach(path: str) -> Client | None:
-    """A connection to the owner that listens at `path`, or None where nobody does. Raises `Busy` if it is full."""
+    """Connect to the owner that listens at `path`; return None if nobody does. Raise `Busy` if it is full."""
     with os_errors_at(path):
         sock = _connected(path)
     if sock is None:
@@ -79,8 +79,8 @@ def short_path(path: str) -> Iterator[str]:
 class Client:
     """A connection to an owner, whose hello names its disks. For one thread at a time.
 
-    A call that was given up, as by Ctrl-C, may be answered yet, and no later call must take that answer for its own:
-    there are no calls after it.
+    A call that was interrupted, as by Ctrl-C, may still be answered, and a later call must not take that answer for its
+    own. So no calls are possible after it.
     """
 
     def __init__(self, sock: socket.socket, path: str) -> None:
@@ -97,16 +97,16 @@ class Client:
         self._was_greeted = True
 
     def call(self, operation: str, *, timeout_s: float = ANSWER_S, **arguments: object) -> dict[str, Any]:
-        """The owner's answer; raises what it raised. Without an answer it may have been done or not."""
+        """Return the owner's answer, or raise its error. Without an answer the operation may have been done or not."""
         self._ask(operation, arguments)
         return wire.field(self._receive(timeout_s), "answer", dict, self._place)
 
     def connection(self) -> socket.socket:
-        """A new connection to the owner's NBD server: another end of it is there already."""
+        """Return a new connection to the owner's NBD server, which has the other end already."""
         return socket.socket(fileno=self._passed("connect", {}, "one socket", stat.S_ISSOCK))
 
     def image(self, **held: str) -> int:
-        """A descriptor of the image of a disk that is held for us; see direct.py for what may be believed of it.
+        """Return a descriptor of the image of a disk that is held for us. See direct.py for how far to trust it.
 
         `held` are the arguments that name the snapshot.
         """
@@ -115,7 +115,7 @@ class Client:
     def _passed(
         self, operation: str, arguments: Mapping[str, object], what: str, is_it: Callable[[int], bool]
     ) -> int:
-        """The descriptor that comes with the answer: of what was asked for, and nothing else."""
+        """Return the descriptor that comes with the answer; raise unless it is exactly one, of the kind asked for."""
         self._ask(operation, arguments)
         try:
             data, fds, *_ = socket.recv_fds(self._sock, _RECEIVE, 1)
@@ -142,7 +142,7 @@ class Client:
             )
 
     def require_in_step(self) -> None:
-        """Raise `Busy` unless every call was answered, so that the store shows what they did."""
+        """Raise `Busy` unless every call was answered, so that the store shows their effects."""
         if self._owes_answer:
             raise Busy(
                 f"{self._place}: the owner has not answered an earlier request, which may be under way still",
@@ -182,7 +182,9 @@ class Client:
         return message
 
     def _lost(self, refusal: OSError, timeout_s: float = CONNECT_S) -> Busy | OwnerGone:
-        """A connection that broke owes nothing: whoever hangs up, or dies, does nothing more for us."""
+        """The error for a lost connection. A broken one owes no answer: an owner that hung up or died does nothing more
+        for us.
+        """
         if isinstance(refusal, TimeoutError):
             return Busy(
                 f"{self._place}: the owner did not answer within {timeout_s:g} s",
@@ -207,7 +209,9 @@ class Client:
 
 
 def receive_line(sock: socket.socket, lines: wire.LineBuffer, deadline: float) -> bytes | None:
-    """The next line, or None at the end; `TimeoutError` if it is not whole by then on the monotonic clock."""
+    """Return the next line, or None at the end. Raise `TimeoutError` if it is not whole by `deadline` (monotonic
+    clock).
+    """
     while (line := lines.take()) is None:
         left_s = deadline - time.monotonic()
         if left_s <= 0:

@@ -1,7 +1,7 @@
 """The control socket's lines: JSON objects in, JSON objects out, no socket. See docs/control.md.
 
-A line is at most `MAX_LINE_BYTES` long, its newline counted. Errors travel as their class, their words and the
-numbers that belong to the class, and become the same errors again on the other side.
+A line is at most `MAX_LINE_BYTES` long, including its newline. An error travels as its class, its words and the numbers
+that belong to the class, and becomes the same error again on the other side.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _KINDS: Final[dict[str, type[LmdbitmapError]]] = {
 
 
 def encode(message: Message) -> bytes:
-    """One line. Raises `InvalidArgument` for a message that is too long for one."""
+    """Encode a message as one line. Raise `InvalidArgument` if it is too long for one."""
     line = json.dumps(message).encode("ascii") + b"\n"
     if len(line) > MAX_LINE_BYTES:
         raise InvalidArgument(
@@ -58,7 +58,7 @@ def decode(line: bytes, place: str) -> dict[str, object]:
 
 
 class LineBuffer:
-    """Puts lines together from what arrives in pieces of any size."""
+    """Assembles lines from pieces of any size."""
 
     def __init__(self, place: str) -> None:
         self.place = place
@@ -69,7 +69,7 @@ class LineBuffer:
         self._data += data
 
     def take(self) -> bytes | None:
-        """The next whole line without its newline, or None. Raises `FormatError` if it grows too long."""
+        """Return the next whole line without its newline, or None. Raise `FormatError` if it grows too long."""
         end = self._data.find(b"\n", self._searched)
         self._searched = len(self._data) if end < 0 else 0
         if max(end, self._searched) >= MAX_LINE_BYTES:
@@ -82,7 +82,7 @@ class LineBuffer:
 
 
 def field(message: Message, name: str, kind: type[T], place: str) -> T:
-    """The field, exactly of this type, a boolean being no number; numbers fit 64 bits."""
+    """Return the field, which must be exactly of type `kind`; a boolean is no number, and numbers must fit 64 bits."""
     value = message.get(name)
     if type(value) is not kind or (isinstance(value, int) and value.bit_length() > 64):
         raise _error(place, f"{name!r} of type {kind.__name__}", repr(value)[:80])
@@ -90,7 +90,7 @@ def field(message: Message, name: str, kind: type[T], place: str) -> T:
 
 
 def require_names(message: Message, names: Iterable[str], place: str) -> None:
-    """Exactly these fields: what is unknown is not overlooked."""
+    """Raise `FormatError` unless the message has exactly these fields: an unknown field is not ignored."""
     if set(message) != set(names):
         raise _error(place, f"the fields {sorted(names)}", repr(sorted(message))[:200])
 
@@ -109,7 +109,7 @@ def error_fields(error: LmdbitmapError) -> dict[str, object]:
 
 
 def error_from(fields: Message, place: str) -> LmdbitmapError:
-    """The error that `fields` tell of, in the words it had there. Raises `FormatError` if they do not."""
+    """Return the error that `fields` describe, in its original words. Raise `FormatError` if they describe none."""
     error: LmdbitmapError
     kind = _KINDS.get(field(fields, "class", str, place), LmdbitmapError)
     problem, next_step = field(fields, "problem", str, place), field(fields, "next_step", str, place)
@@ -126,7 +126,9 @@ def error_from(fields: Message, place: str) -> LmdbitmapError:
 
 
 def _errno_of(fields: Message, place: str) -> int:
-    """0 where the other side had none; what no C int holds would not be an error number to Python either."""
+    """Return the errno, 0 if the other side had none. Raise if no C int holds it: to Python it would be no errno
+    either.
+    """
     number = field(fields, "errno", int, place)
     if not 0 <= number < 1 << 31:
         raise _error(place, "'errno' of 31 bits", str(number))

@@ -1,4 +1,4 @@
-"""TCP connections that tell when the host at their other end has vanished."""
+"""TCP options that notice when the host at the other end has vanished."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _OPTIONS: Final = (
 
 
 def tune(sock: socket.socket) -> None:
-    """What is sent leaves at once; a host that vanished is noticed within some 20 s while nothing is on its way to it.
+    """Send data at once, and notice a vanished host within some 20 s while no data is on its way to it.
 
-    What is on its way is sent again for as long as the kernel likes, a quarter of an hour. `TCP_USER_TIMEOUT` ends that
-    sooner, and with it a connection whose other end is well and has not read for so long: that is for whoever can dial
-    anew, not for a server, whose client may be a pipe that stands.
+    Data that is on its way is sent again for as long as the kernel likes, a quarter of an hour. `TCP_USER_TIMEOUT` ends
+    that sooner. But it also ends a connection whose other end is alive and has not read for that long. So it is for
+    clients, which can dial again, and not for a server, whose client may be a pipe that stands still.
     """
     for option in _OPTIONS:
         sock.setsockopt(*option)

@@ -1,9 +1,9 @@
 """Places where clients can connect: unix sockets and TCP ports, and the URIs that name them.
 
-A unix socket's file outlives a server that was killed. Whoever wants the path connects to it: if somebody
-answers it is `Busy`, if nobody does the file is stale and is replaced. The folder is locked (flock) from the
-question to the new socket's first `listen`, so that of two servers who ask at once only one wins; a socket is
-removed by its own server while that still listens, so that nobody can take the path in between.
+A unix socket's file outlives a server that was killed. A server that wants the path connects to it first. If somebody
+answers, the path is `Busy`; if nobody does, the file is stale and is replaced. The folder is locked (flock) from that
+check to the new socket's first `listen`, so that only one of two servers wins that check at once. A server removes its
+own socket while it still listens, so that nobody can take the path in between.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _log = logging.getLogger(__name__)
 
 
 def accepted(listening: socket.socket, whom: str) -> socket.socket | None:
-    """Who is at the door; None where they left meanwhile, or nobody can be taken in, which is logged."""
+    """Accept a client. Return None if it left meanwhile, or if none can be accepted, which is logged."""
     try:
         sock, _ = listening.accept()
-    except (BlockingIOError, ConnectionError):  # it left before we came to the door
+    except (BlockingIOError, ConnectionError):  # the client left already
         return None
     except OSError as refused:
         _log.warning("cannot take a %s in: %s", whom, refused)
@@ -51,7 +51,7 @@ class Listener(Protocol):
     def sock(self) -> socket.socket: ...
     @property
     def tls(self) -> ssl.SSLContext | None:
-        """What every client has to begin TLS with, if anything."""
+        """The context with which every client has to begin TLS; None without TLS."""
 
     def uri(self, name: str) -> str:
         """The NBD URI of the disk served under `name`."""
@@ -60,7 +60,7 @@ class Listener(Protocol):
 
 
 class UnixListener:
-    """A socket file that only those whom `mode` admits can connect to."""
+    """A socket file that only users admitted by `mode` can connect to."""
 
     tls: Final = None
 
@@ -127,12 +127,12 @@ class InheritedListener:
 
 
 def _spoken(tls: ssl.SSLContext | None) -> Credentials | None:
-    """As a client's URI says it, who knows best which certificate is his."""
+    """Credentials for our own URIs: empty, because only the client knows which certificate is its own."""
     return None if tls is None else Credentials()
 
 
 def passed_host(fd: int) -> str | None:
-    """The address that a passed TCP socket is bound to; None of a unix socket. Raises as `InheritedListener`."""
+    """Return the address of a passed TCP socket; None for a unix socket. Raises as `InheritedListener`."""
     sock = _listening_socket(fd)
     try:
         return None if sock.family == socket.AF_UNIX else str(sock.getsockname()[0])
@@ -159,7 +159,7 @@ def _listening_socket(fd: int) -> socket.socket:
 
 
 def _resolved(host: str, port: int) -> tuple[int, tuple[str, int]]:
-    """(address family, address) of the first meaning that the system gives to a host and port."""
+    """Return (address family, address), the first one that the system resolves host and port to."""
     try:
         if not 0 <= port <= _MAX_PORT:
             raise OverflowError(f"ports end at {_MAX_PORT}")
@@ -186,7 +186,7 @@ def _bound_unix_socket(path: str, mode: int) -> socket.socket:
 
 
 def _clear_stale(path: str) -> None:
-    """Remove the socket of a server that is no more; raises `Busy` if one answers."""
+    """Remove a dead server's socket. Raise `Busy` if a server answers there."""
     try:
         is_socket = stat.S_ISSOCK(os.lstat(path).st_mode)
     except FileNotFoundError:

@@ -1,11 +1,11 @@
 """The bytes of the NBD protocol: its numbers in the specification's own names, and pure parsers and builders.
 
-Values in, values out: no socket, no clock, no state. All integers on the wire are big-endian. A parser takes
-what its header announced, whole, and raises `FormatError` when the bytes do not say what they must; the
-length of a header's payload is checked by whoever reads it, before anything is allocated.
+Values in, values out: no socket, no clock, no state. All integers on the wire are big-endian. A parser takes the whole
+of what its header announced, and raises `FormatError` when the bytes are wrong. The caller that reads a header checks
+its payload length before anything is allocated.
 
-The specification: https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md, and for extended headers that of
-its branch extension-ext-header.
+The specification: https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md, and for extended headers the
+version on its branch extension-ext-header.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ NBD_META_BASE_ALLOCATION: Final = "base:allocation"
 NBD_STATE_HOLE: Final = 1 << 0
 NBD_STATE_ZERO: Final = 1 << 1
 LMDBITMAP_META_KEPT: Final = "lmdbitmap:kept"
-"""Ours (kept_context.py)."""
+"""Our own context (kept_context.py)."""
 LMDBITMAP_STATE_KEPT: Final = 1 << 0
 LMDBITMAP_STATE_QUIET: Final = 1 << 1
 
@@ -160,14 +160,14 @@ class OptionHeader(NamedTuple):
 
 
 class InfoQuery(NamedTuple):
-    """What `NBD_OPT_INFO` and `NBD_OPT_GO` ask for."""
+    """The request of `NBD_OPT_INFO` and `NBD_OPT_GO`."""
 
     export_name: str
     info_types: tuple[int, ...]
 
 
 class MetaQuery(NamedTuple):
-    """What `NBD_OPT_LIST_META_CONTEXT` and `NBD_OPT_SET_META_CONTEXT` ask for."""
+    """The request of `NBD_OPT_LIST_META_CONTEXT` and `NBD_OPT_SET_META_CONTEXT`."""
 
     export_name: str
     queries: tuple[str, ...]
@@ -241,11 +241,11 @@ def parse_request(data: Buffer) -> Request:
 
 
 def parse_extended_request(data: Buffer) -> Request:
-    """u32 magic, u16 flags, u16 type, u64 cookie, u64 offset, u64 length: of the payload that follows if the flags have
-    PAYLOAD_LEN, else of what the request is about.
+    """u32 magic, u16 flags, u16 type, u64 cookie, u64 offset, u64 length.
 
-    A WRITE must have the flag. QEMU's client (10.0) leaves it off and sends the data all the same, and its server takes
-    that: so a WRITE has a payload in any case.
+    With PAYLOAD_LEN in the flags the length is that of the payload that follows, else that of the request's range. A
+    WRITE must have the flag. QEMU's client (10.0) leaves it off and sends the data all the same, and QEMU's server
+    accepts that. So here a WRITE has a payload in any case.
     """
     magic, flags, command, cookie, offset, length = EXTENDED_REQUEST.unpack(data)
     if magic != NBD_EXTENDED_REQUEST_MAGIC:
@@ -264,7 +264,7 @@ def malformed(place: str, expected: str, found: object) -> FormatError:
 
 
 def _string_at(data: bytes, position: int) -> tuple[str, int]:
-    """The text at `position` behind its u32 length, and the position after it."""
+    """Return the text at `position` behind its u32 length, and the position after it."""
     length, position = _u32_at(data, position)
     if length > min(len(data) - position, NBD_MAX_STRING):
         raise malformed("string", f"at most {min(len(data) - position, NBD_MAX_STRING)} bytes", length)
@@ -320,7 +320,7 @@ def info_text(info_type: int, text: str) -> bytes:
 
 
 def of_disk(disk: UUID) -> str:
-    """How the description of a tracked disk ends: by that it is known again, whatever way leads to it."""
+    """The end of a tracked disk's description, by which the disk is recognized over any connection."""
     return f", disk {disk}"
 
 
@@ -361,7 +361,7 @@ def error_payload(error: int, message: str = "") -> bytes:
 
 
 def bounded_text(message: str) -> bytes:
-    """As much of a message as the protocol allows, cut between two characters."""
+    """Encode as much of a message as the protocol allows, cut between two characters."""
     return message.encode()[:NBD_MAX_STRING].decode(errors="ignore").encode()
 
 
@@ -392,5 +392,5 @@ _NBD_ERRORS: Final = {
 
 
 def nbd_error(number: int | None) -> int:
-    """The protocol's word for an errno of this system; what it has no word for is `NBD_EIO`."""
+    """Return the protocol's error for an errno of this system; `NBD_EIO` if it has none."""
     return NBD_EIO if number is None else _NBD_ERRORS.get(number, NBD_EIO)

@@ -1,4 +1,4 @@
-"""What a service manager wants to hear: sd_notify(3), in the few lines that it is."""
+"""Status messages for a service manager: sd_notify(3), in the few lines that it takes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import socket
 
 
 class Supervisor:
-    """Tells whoever listens at `address`, the value of NOTIFY_SOCKET, how we are; what it misses is its own loss."""
+    """Reports our state at `address`, the value of NOTIFY_SOCKET; a message that cannot be delivered is dropped."""
 
     def __init__(self, address: str) -> None:
         self._address = address
 
     def tell(self, state: str) -> None:
-        """Send a state such as READY=1; nothing where nobody wants to know, or can."""
+        """Send a state such as READY=1; do nothing if nobody listens."""
         if not self._address.startswith(("/", "@")):
             return
         address = "\0" + self._address[1:] if self._address[0] == "@" else self._address

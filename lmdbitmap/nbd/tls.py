@@ -1,12 +1,12 @@
-"""TLS for NBD, with X.509 certificates from a folder laid out as QEMU and libnbd have it.
+"""TLS for NBD, with X.509 certificates from a folder laid out as for QEMU and libnbd.
 
-    FOLDER/ca-cert.pem       whose word is believed about the other side
-    FOLDER/server-cert.pem   who this server is, and those who vouch for it; of a client, client-cert.pem
-    FOLDER/server-key.pem    its secret; of a client, client-key.pem
-    FOLDER/ca-crl.pem        who is believed no more; may be missing
+    FOLDER/ca-cert.pem       the authority that must have signed the other side's certificate
+    FOLDER/server-cert.pem   this server's certificate and its chain; for a client, client-cert.pem
+    FOLDER/server-key.pem    its secret key; for a client, client-key.pem
+    FOLDER/ca-crl.pem        revoked certificates; may be missing
 
-A client of ours without a certificate of that authority is refused before it learns which disks there are. As
-clients we show a certificate where we have one, and insist on the server's.
+Our server refuses a client without a certificate of that authority before the client learns which disks there are. Our
+client shows a certificate if it has one, and insists on the server's.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ REVOKED: Final = "ca-crl.pem"
 
 
 def server_context(folder: str) -> ssl.SSLContext:
-    """What a server needs to speak TLS 1.2 or newer to clients whose certificates it can verify.
+    """Return a server's context: TLS 1.2 or newer, for clients whose certificates it can verify.
 
-    Raises `NotFound` or `StorageError` for files that cannot be read, `InvalidArgument` for what is in them.
+    Raises `NotFound` or `StorageError` for files that cannot be read, `InvalidArgument` for bad contents.
     """
     context = _context(ssl.PROTOCOL_TLS_SERVER)
     context.verify_mode = ssl.CERT_REQUIRED
@@ -48,7 +48,7 @@ def server_context(folder: str) -> ssl.SSLContext:
 
 
 def client_context(folder: str = "", *, verifies: bool = True) -> ssl.SSLContext:
-    """What a client needs; without a `folder` those are believed whom the system trusts. Raises as above."""
+    """Return a client's context; without a `folder` it trusts the system's authorities. Raises as `server_context`."""
     context = _context(ssl.PROTOCOL_TLS_CLIENT)
     if not verifies:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -63,7 +63,7 @@ def client_context(folder: str = "", *, verifies: bool = True) -> ssl.SSLContext
 
 
 def _context(protocol: int) -> ssl.SSLContext:
-    """Nobody may haggle again in the middle of it: who sends would have to receive for that."""
+    """Return a context without renegotiation, for which a sending thread would have to receive."""
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION
@@ -71,14 +71,14 @@ def _context(protocol: int) -> ssl.SSLContext:
 
 
 def _show(context: ssl.SSLContext, folder: str, certificate: str, key: str) -> None:
-    """Have the other side shown who we are."""
+    """Load the certificate that identifies us to the other side."""
     certificate_path, key_path = _readable(folder, certificate), _readable(folder, key)
     with _said_plainly(folder, certificate, key):
         context.load_cert_chain(certificate_path, key_path, password=functools.partial(_no_password, key))
 
 
 def _believe(context: ssl.SSLContext, folder: str) -> None:
-    """Verify the other side by the folder's authority, and by nobody else's word."""
+    """Verify the other side by the folder's authority, and by no other."""
     authority, revoked = _readable(folder, AUTHORITY), os.path.join(folder, REVOKED)
     with _said_plainly(folder, AUTHORITY):
         context.load_verify_locations(authority)

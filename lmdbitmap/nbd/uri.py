@@ -1,15 +1,15 @@
-"""NBD URIs, as the NBD project's doc/uri.md has them: where a far image is.
+"""NBD URIs, as in the NBD project's doc/uri.md: where a far image is.
 
     nbd://host[:port]/export                     over TCP, port 10809 unless another is named
     nbd+unix:///export?socket=/path/of/socket    over a unix socket
     nbds://…, nbds+unix://…                      the same over TLS, and never without it
 
-The export's name and all parameters are percent-encoded UTF-8. Those of TLS are the ones that libnbd has:
+The export's name and all parameters are percent-encoded UTF-8. The TLS parameters are those of libnbd:
 
-    tls-certificates=FOLDER    ca-cert.pem, whose word is believed; client-cert.pem and client-key.pem, if we have
-                               to show who we are. Without it those are believed whom the system trusts
-    tls-hostname=NAME          whose certificate the server must have, where that is not the host's name
-    tls-verify-peer=false      whoever answers is believed; `true` is what is meant without it
+    tls-certificates=FOLDER    ca-cert.pem, the authority to trust; client-cert.pem and client-key.pem, if we have
+                               to identify ourselves. Without a folder the system's authorities are trusted
+    tls-hostname=NAME          the name in the server's certificate, if that is not the host's name
+    tls-verify-peer=false      trust any server; the default is `true`
     tls-type=x509              the only kind there is here
 """
 
@@ -25,14 +25,14 @@ from lmdbitmap.nbd.protocol import NBD_MAX_STRING
 NBD_PORT: Final = 10809
 _HOST: Final = re.compile(r"[a-z0-9_.-]+|[0-9a-f:.]+(?:%[a-z0-9_.-]+)?")
 MAX_UNIX_PATH: Final = 107
-"""Bytes of a path that an address has room for."""
+"""Most bytes of a path in a socket's address."""
 _PLAIN: Final = ("nbd", "nbd+unix")
 _ENCRYPTED: Final = ("nbds", "nbds+unix")
 _TRUTHS: Final = {"true": True, "1": True, "false": False, "0": False}
 
 
 class Credentials(NamedTuple):
-    """How TLS is spoken to a server. What is empty was not said."""
+    """How TLS is spoken to a server. An empty value was not given."""
 
     folder: str = ""
     hostname: str = ""
@@ -40,7 +40,7 @@ class Credentials(NamedTuple):
 
     @property
     def arguments(self) -> list[str]:
-        """As parameters of a URI, in their one order."""
+        """The parameters of a URI, always in the same order."""
         said = [
             ("tls-certificates", self.folder),
             ("tls-hostname", self.hostname),
@@ -50,18 +50,18 @@ class Credentials(NamedTuple):
 
 
 class NbdAddress(NamedTuple):
-    """An export of a server: behind a unix socket, or at `host` and `port` where `socket_path` is empty."""
+    """An export of a server: behind a unix socket, or at `host` and `port` if `socket_path` is empty."""
 
     export: str
     socket_path: str = ""
     host: str = ""
     port: int = 0
     tls: Credentials | None = None
-    """None where no TLS is spoken."""
+    """None without TLS."""
 
     @property
     def uri(self) -> str:
-        """The one way to write this place down: two URIs of one place become the same."""
+        """The canonical URI: two URIs of one place become the same."""
         name = quote(self.export, safe="")
         scheme = "nbd" if self.tls is None else "nbds"
         arguments = [] if self.tls is None else self.tls.arguments
@@ -73,7 +73,7 @@ class NbdAddress(NamedTuple):
 
     @property
     def bare(self) -> NbdAddress:
-        """Where it is, however it is spoken to."""
+        """The place alone, without TLS."""
         return self._replace(tls=None)
 
     @property
@@ -83,13 +83,13 @@ class NbdAddress(NamedTuple):
 
 
 def is_uri(image: str) -> bool:
-    """Whether an image is named by an NBD URI, one that asks for TLS included, and not by a path."""
+    """Whether an image is named by an NBD URI, with or without TLS, and not by a path."""
     scheme, found, _ = image.partition("://")
     return bool(found) and scheme.lower() in _PLAIN + _ENCRYPTED
 
 
 def parse(uri: str) -> NbdAddress:
-    """The place that `uri` names; raises `InvalidArgument` saying what of it cannot be used."""
+    """Return the place that `uri` names. Raise `InvalidArgument` if it cannot be used, and say why."""
     try:
         uri.encode()
         parts = urlsplit(uri)
@@ -123,7 +123,7 @@ def _host(uri: str, host: str | None) -> str:
 
 
 def _has_good_labels(host: str) -> bool:
-    """What is between dots is there, and not too long: the resolver would fail in words of its own."""
+    """Check that no label is empty or too long: the resolver would fail in words of its own."""
     try:
         host.encode("idna")
     except UnicodeError:
@@ -132,7 +132,7 @@ def _has_good_labels(host: str) -> bool:
 
 
 def _credentials(uri: str, arguments: dict[str, str]) -> Credentials:
-    """Takes what is about TLS out of `arguments`."""
+    """Remove the TLS parameters from `arguments`, and return them."""
     for name, value in arguments.items():
         if name.startswith("tls-") and not value:
             raise _refused(uri, f"{name} is empty")

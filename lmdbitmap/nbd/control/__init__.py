@@ -1,1 +1,1 @@
-"""A process that serves disks is told what to do, and tells how it is: the owner's end of its control socket."""
+"""The owner's end of the control socket: commands to a process that serves disks, and its status."""

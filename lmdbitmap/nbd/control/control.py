@@ -1,16 +1,16 @@
-"""The owner's side of the control socket: what other processes ask of the one that owns their disks.
+"""The owner's side of the control socket: answers other processes' requests about the disks it owns.
 
     accept      one thread for the sockets of all disks
     a caller    one thread: hello, then a request and its answer in turn, every line under a deadline
 
-Callers are few, short-lived, and of our own user or root; still, none is trusted. A line is bounded, a caller
-that is slow is dropped, one that is stuck costs its own thread, and of those there are at most `MAX_CALLERS`.
-Backups, which stay for as long as they read, take none of these places while they hold snapshots: however many there
-are, others are heard. Once all is released, such a caller is one as any other, with more time for what it still asks.
-What cannot be understood costs the connection. What can be asked is in orders.py.
+Callers are few, short-lived, and run as our own user or root; still, none is trusted. A line is bounded. A slow caller
+is dropped. A stuck caller costs its own thread, and there are at most `MAX_CALLERS` of those. A backup stays for as
+long as it reads, and takes none of these places while it holds snapshots: however many backups there are, other callers
+are heard. Once all its snapshots are released, it counts like any caller, but has more time for its next request. A
+request that cannot be understood costs the connection. orders.py has the operations.
 
-Whoever makes a `ControlServer` holds the owner's lock of every disk in it, as a `Filter` does. So a socket that
-is there already is a dead owner's, and is replaced. Stop the server before the disks are detached.
+The creator of a `ControlServer` holds the owner's lock of every disk in it, as a `Filter` does. So a socket that exists
+already is a dead owner's, and is replaced. Stop the server before the disks are detached.
 """
 
 from __future__ import annotations
@@ -44,23 +44,23 @@ _log = logging.getLogger(__name__)
 
 MAX_CALLERS: Final = 16
 PATIENCE_S: Final = 10.0
-"""How long a caller may take over a line, be it to send one or to read one."""
+"""Seconds that a caller may take to send or to read a line."""
 GRACE_S: Final = 30.0
-"""How long `stop` waits for what is being done."""
+"""Seconds that `stop` waits for what is being done."""
 LAST_WORD_S: Final = 0.5
-"""How long a caller may take over reading its answer when the owner stops."""
+"""Seconds that a caller may take to read its answer when the owner stops."""
 _BACKLOG: Final = 16
 _PEER: Final = struct.Struct("3i")
 _REQUEST: Final = "request"
 _WHILE_BOUND_S: Final = 1e7
 _AFTER_BOUND: Final = 6
-"""So many times as long as others a caller may be silent when its snapshots are released: it syncs what it read."""
+"""Factor of a caller's patience once its snapshots are released: it syncs what it read."""
 
 
 class ControlServer:
     """Listens at the control socket of every disk in `filters`, from `start` to `stop`.
 
-    Disks of a `server` may be let go: then they are in `filters` no more.
+    A disk of a `server` may be detached; it is then removed from `filters`.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class ControlServer:
         self._thread = threading.Thread(target=self._accept_all, name="lmdbitmap control", daemon=True)
 
     def start(self) -> None:
-        """Listen, and answer in the background. Raises `StorageError` where a socket cannot be made."""
+        """Listen, and answer in the background. Raise `StorageError` if a socket cannot be made."""
         try:
             for attached in self.filters.values():
                 uuid = attached.disk.uuid
@@ -99,7 +99,9 @@ class ControlServer:
         self._thread.start()
 
     def stop(self) -> bool:
-        """Take no more callers, finish what is being done; True if all have ended, so that disks may be detached."""
+        """Accept no more callers, and finish what is being done. Return True if all have ended: disks may then be
+        detached.
+        """
         if self._wake_fd < 0:
             return True
         self.stopping = True
@@ -168,7 +170,7 @@ class ControlServer:
             caller.turn_away()
 
     def _begin(self, caller: _Caller) -> bool:
-        """Whether there was a thread for it: others may be taken once one has ended."""
+        """Start its thread; return False if there was none. Others may be accepted once a caller has ended."""
         try:
             caller.start()
         except RuntimeError as refused:
@@ -207,7 +209,7 @@ class _Listener:
         self.sock.close()
 
     def hide(self) -> None:
-        """Leaves a socket that is another's by now: somebody owned the disk after us."""
+        """Remove the socket file, unless it is another owner's by now."""
         with contextlib.suppress(OSError):
             if os.path.samestat(os.lstat(self._path), self._status):
                 os.unlink(self._path)
@@ -228,7 +230,7 @@ class _Caller(threading.Thread):
 
     @property
     def holds(self) -> bool:
-        """Whether snapshots that are held are bound to it, as to a backup: those are limited by their own number."""
+        """Whether held snapshots are bound to it, as to a backup. Their own number limits such callers."""
         held = self._server.held
         return held is not None and any(held.is_held(snapshot) for snapshot in self._bound)
 
@@ -253,18 +255,18 @@ class _Caller(threading.Thread):
                 )
 
     def turn_away(self) -> None:
-        """There are too many. Does not wait: the line fits into any socket's buffer."""
+        """Refuse it: there are too many. Does not wait, as the line fits into any socket's buffer."""
         with self._sock, contextlib.suppress(OSError):
             self._sock.setblocking(False)
             self._send(_error(Busy("too many callers at the control socket", next_step="try again")))
 
     def hang_up(self) -> None:
-        """Have it see the end after the answer that is on its way."""
+        """Let it see the end of the connection after the answer that is on its way."""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RD)
 
     def cut_off_unless_busy(self) -> None:
-        """Wait no longer for it to read; what it had us do goes on."""
+        """Wait no longer for it to read an answer. An operation it asked for goes on."""
         if self._sending:
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_RDWR)
@@ -281,7 +283,7 @@ class _Caller(threading.Thread):
             self._send(_error(error))
 
     def _receive(self, lines: wire.LineBuffer) -> bytes | None:
-        """Whoever has a snapshot bound to it may be silent for as long as it reads that."""
+        """Receive a line. A caller with a bound snapshot may be silent for as long as it reads that."""
         patience_s = self._server.patience_s
         if self._bound:
             patience_s = _WHILE_BOUND_S if self.holds else patience_s * _AFTER_BOUND
@@ -318,7 +320,7 @@ class _Caller(threading.Thread):
 
 
 def _still_here(callers: Iterable[_Caller], patience_s: float) -> list[_Caller]:
-    """Those that have not ended after `patience_s` for all of them together."""
+    """The callers that have not ended within `patience_s`, for all of them together."""
     deadline = time.monotonic() + patience_s
     for caller in callers:
         caller.join(max(deadline - time.monotonic(), 0))
@@ -330,12 +332,12 @@ def _error(error: LmdbitmapError) -> Answer:
 
 
 def _require_welcome(sock: socket.socket) -> None:
-    """The folder keeps strangers out; this does it once more, where somebody opened the folder's doors."""
+    """Check the caller's user. The folder keeps strangers out; this also works if somebody opened up the folder."""
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
     require_user(_PEER.unpack(credentials)[1])
 
 
 def require_user(uid: int) -> None:
-    """Raise `StorageError` unless this user may command us: root, and the user that we run as."""
+    """Raise `StorageError` unless this user may command us: only root and the user that we run as may."""
     if uid not in (0, os.geteuid()):
         raise error_from_os("control socket", PermissionError(1, "not your process"))

@@ -1,4 +1,4 @@
-"""How a process lets go of one of the disks that it serves, and goes on with the others."""
+"""Detaches single disks from a process that goes on serving the others."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _log = logging.getLogger(__name__)
 
 
 class Detaching:
-    """Lets go of disks in `filters`, which `server` serves: from then on they are in neither.
+    """Detaches disks in `filters` that `server` serves, and removes them from both.
 
-    `unlisten` has nobody find us any more who looks for the owner of that disk. Safe for many threads.
+    `unlisten` removes the disk's control socket, so that nobody finds us as its owner. Safe for many threads.
     """
 
     def __init__(
@@ -29,12 +29,12 @@ class Detaching:
         self._unlisten = unlisten
         self._lock = threading.Lock()
         self._used: Counter[str] = Counter()
-        """How many orders are about a disk at this moment."""
+        """Number of orders in progress per disk."""
         self._detaching = 0
 
     @contextlib.contextmanager
     def staying(self, names: Sequence[str]) -> Iterator[None]:
-        """These disks, where they are there still, are not let go of in the block."""
+        """Keep these disks from being detached in this context, if they are still there."""
         with self._lock:
             self._used.update(names)
         try:
@@ -44,15 +44,15 @@ class Detaching:
                 self._used.subtract(names)
 
     def let_go(self, name: str, attached: Filter) -> None:
-        """Detach a disk that nobody uses, cleanly: whoever wants it can have it when this returns.
+        """Detach a disk that nobody uses, cleanly. When this returns, others can have the disk.
 
-        Raises `Busy` while a client is connected, or a snapshot held. What a detach raises is raised once the disk is
-        let go of all the same, as by a crash. With its last disk the server ends.
+        Raises `Busy` while a client is connected, or a snapshot held. If the detach raises, the disk is let go all the
+        same, as by a crash, and the error is raised after that. When the last disk goes, the server ends.
         """
         with self._lock:
             self._require_unheld(name, attached)
             self._server.retire(name)
-            self._filters.pop(name, None)  # not there any more, where two ask at once
+            self._filters.pop(name, None)  # it is gone already if two callers ask at once
             self._detaching += 1
         try:
             self._unlisten(attached)

@@ -1,8 +1,7 @@
-"""The snapshots that an owner holds for others: taken by order, served as NAME@CHECKPOINT, released by order.
+"""The snapshots that an owner holds for others: taken on request, served as NAME@CHECKPOINT, released on request.
 
-One that is *bound* to whoever asked is released when that connection ends, however it ends: the backup of a process
-that was killed costs nothing from then on. The others are held until somebody releases them, or the disk is
-detached.
+A snapshot *bound* to its caller is released when that connection ends, however it ends: the backup of a killed process
+costs nothing from then on. Other snapshots are held until somebody releases them, or the disk is detached.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from lmdbitmap.tracker.snapshot import Snapshot
 _log = logging.getLogger(__name__)
 
 MOST_OF_A_DISK = 16
-"""Snapshots held at once: each costs the first write to a block a copy."""
+"""Snapshots held at once: for each, the first write to a block costs a copy."""
 
 
 class HeldSnapshots:
-    """Of the disks in `filters`, with their old data where `scratch` says. Without a `server` nobody can read them."""
+    """Snapshots of the disks in `filters`, with old data in `scratch`. Without a `server` nobody can read them."""
 
     def __init__(self, filters: Mapping[str, Filter], server: Server | None, scratch: Scratch) -> None:
         self._filters = filters
@@ -33,10 +32,10 @@ class HeldSnapshots:
         self._scratch = scratch
 
     def take(self, disks: Sequence[str], name: str, *, private: bool = False) -> list[Snapshot]:
-        """One checkpoint on all disks, or on none, and each of them held as it was then.
+        """Take one checkpoint on all disks, or on none, and hold each disk as of that moment.
 
-        A `private` one is for whoever reads it through connections that it asked for (`connect`): what a stranger read
-        of one that is read only once, its reader would not get any more.
+        A `private` snapshot is only for the caller, through connections that it asked for (`connect`): what a stranger
+        read of a snapshot that is read only once, the caller would not get any more.
         """
         filters = [self._filters[disk] for disk in disks]
         for attached in filters:
@@ -63,7 +62,7 @@ class HeldSnapshots:
             _log.info("disk %s: held as at checkpoint %s", snapshot.disk.name, checkpoint)
 
     def find(self, disk: str, checkpoint: str, uuid: str | None = None) -> Snapshot:
-        """With the `uuid` of the checkpoint, no other one that has its name by now."""
+        """Return the held snapshot of `checkpoint`. `uuid` excludes another checkpoint that has the name by now."""
         for snapshot in self._filters[disk].snapshots:
             if snapshot.checkpoint.name == checkpoint and uuid in (None, str(snapshot.checkpoint.uuid)):
                 return snapshot
@@ -74,17 +73,17 @@ class HeldSnapshots:
         )
 
     def is_held(self, snapshot: Snapshot) -> bool:
-        """Whether nobody has released it yet, whoever asked for it."""
+        """Whether the snapshot is not released yet, by anybody."""
         return any(one is snapshot for one in self._filters[snapshot.disk.name].snapshots)
 
     def release(self, snapshot: Snapshot) -> None:
-        """Once more does nothing."""
+        """Release a snapshot; does nothing if it is released already."""
         if self._server is not None:
             self._server.remove(snapshot.name, snapshot)
         snapshot.release()
 
     def open_image(self, disk: str, checkpoint: str, uuid: str | None = None) -> int:
-        """A new descriptor of the image of a disk that is held, for reading only: see direct.py."""
+        """Return a new read-only descriptor of the image of a held disk: see direct.py."""
         snapshot = self.find(disk, checkpoint, uuid)
         if snapshot.image_fd is None:
             raise Busy(
@@ -94,7 +93,7 @@ class HeldSnapshots:
             return os.open(f"/proc/self/fd/{snapshot.image_fd}", os.O_RDONLY | os.O_CLOEXEC)
 
     def connect(self) -> socket.socket:
-        """The other end of a connection to the NBD server."""
+        """Return the caller's end of a new connection to the NBD server."""
         if self._server is None:
             raise Busy(
                 "the process that owns the disk serves it to nobody", next_step="read it in that process"

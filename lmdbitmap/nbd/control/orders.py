@@ -1,7 +1,7 @@
-"""What can be asked of an owner at its control socket: one function for each operation of docs/control.md.
+"""The operations of the control socket: one function for each operation of docs/control.md.
 
-Values in, values out: who asks, and how it got here, is control.py's business. An operation that is not in the
-table is an error, and so is an argument too few, too many or of another type.
+Values in, values out: control.py knows the caller and the socket. An operation that is not in the table is an error,
+and so is an argument that is missing, unknown or of another type.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ Answer = dict[str, Any]
 
 
 class Scene(NamedTuple):
-    """What a request is about. With a `watch`, `info` also tells what it knows of each disk."""
+    """What a request works on. With a `watch`, `info` also reports its facts about each disk."""
 
     filters: Filters
     watch: Watch | None = None
     held: HeldSnapshots | None = None
     bound: list[Snapshot] | None = None
-    """Snapshots that are to be released when whoever asks hangs up."""
+    """Snapshots to release when the caller hangs up."""
     detaching: Detaching | None = None
     passed: list[int] | None = None
-    """Descriptors that go with the answer, and are closed then; whoever asks in another way gets none."""
+    """Descriptors to send with the answer, and to close then; None if the caller cannot receive any."""
 
 
 def answer(scene: Scene, request: wire.Message) -> Answer:
-    """Do what the request says. Raises the errors that the disks raise, and `FormatError` for no request."""
+    """Do what the request says. Raise the errors of the disks, and `FormatError` if it is no request."""
     name = wire.field(request, "operation", str, _REQUEST)
     operation = _OPERATIONS.get(name)
     if operation is None:
@@ -64,7 +64,7 @@ def _info(scene: Scene) -> Answer:
     disks = []
     for name, attached in list(scene.filters.items()):
         served = {} if scene.watch is None else {"served": scene.watch.facts(name)}
-        with contextlib.suppress(NotFound):  # it was let go, and removed, meanwhile
+        with contextlib.suppress(NotFound):  # the disk was detached and removed meanwhile
             disks.append({**_described(attached), **served})
     return {"disks": disks}
 
@@ -112,7 +112,7 @@ def _checkpoint(scene: Scene, disks: list[Any], name: str) -> Answer:
 
 
 def _staying(scene: Scene, disks: list[Any]) -> AbstractContextManager[None]:
-    """Nobody has us let go of these disks in the block."""
+    """Keep these disks from being detached in this context."""
     names = [disk for disk in disks if isinstance(disk, str)]
     return contextlib.nullcontext() if scene.detaching is None else scene.detaching.staying(names)
 
@@ -127,7 +127,7 @@ def _require_ours(scene: Scene, disks: list[Any]) -> None:
 
 
 def _snapshot(scene: Scene, disks: list[Any], name: str, since: list[Any], bound: bool, once: bool) -> Answer:
-    """Hold the disks. Of those that have a checkpoint in `since`, only what changed since then will be read."""
+    """Hold the disks. For a disk with a checkpoint in `since`, only what changed since then will be read."""
     with _staying(scene, disks):
         return _held_as_asked(scene, disks, name, since, bound, once)
 
@@ -160,7 +160,9 @@ def _held_as_asked(
 
 
 def _require_checkpoints(scene: Scene, disks: list[Any], since: list[Any]) -> None:
-    """Before one is made: it would stay, and its name be taken when whoever mistyped another asks again."""
+    """Check before a checkpoint is made: it would stay, and its name be taken, when a caller corrects a mistyped
+    `since`.
+    """
     for name, checkpoint in zip(disks, since, strict=True):
         attached = scene.filters[name]
         with attached.store.read() as reader:
@@ -169,7 +171,7 @@ def _require_checkpoints(scene: Scene, disks: list[Any], since: list[Any]) -> No
 
 
 def _release(scene: Scene, disk: str, checkpoint: str, uuid: str | None = None) -> Answer:
-    """Release a snapshot, and say whether all that was read of it is the disk at that checkpoint."""
+    """Release a snapshot, and say whether everything read from it is the disk at that checkpoint."""
     _named(scene, disk)
     held = _held(scene)
     snapshot = held.find(disk, checkpoint, uuid)

@@ -1,7 +1,7 @@
-"""How the served disks are doing: what was carried, how fast in the last seconds, and how long commits took.
+"""Status of the served disks: traffic, rates over the last seconds, and how long commits took.
 
-Nothing here is done by those who serve. Somebody who is awake anyway calls `tick` every `TICK_S`; a rate is the
-difference between now and the oldest of the ticks that are kept.
+The serving threads do nothing for this. A thread that is awake anyway calls `tick` every `TICK_S`. A rate is the
+difference between now and the oldest tick kept.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class _Sample(NamedTuple):
 
 
 class Watch:
-    """Watches the disks that `server` serves; `commits` are the latencies of each one's store, where measured."""
+    """Watches the disks that `server` serves. `commits` are the latencies of each one's store, where measured."""
 
     def __init__(self, server: Server, commits: Mapping[str, Latencies]) -> None:
         self._server = server
@@ -43,7 +43,7 @@ class Watch:
             ticks.append(self._sample(name, traffic[name][1]))
 
     def facts(self, name: str) -> Facts:
-        """See docs/control.md."""
+        """The facts about a disk that docs/control.md lists."""
         connected, traffic = self._server.traffic(name)
         now = self._sample(name, traffic)
         return {
@@ -63,7 +63,7 @@ class Watch:
 
 
 def _rates(before: _Sample, now: _Sample) -> Facts:
-    """Per second; over no time at all nothing can be said, and 0 is."""
+    """Rates per second; 0 if no time has passed."""
     seconds = now.time_s - before.time_s
 
     def rate(earlier: int, later: int) -> float:
