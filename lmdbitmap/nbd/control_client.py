@@ -182,9 +182,7 @@ class Client:
         return message
 
     def _lost(self, refusal: OSError, timeout_s: float = CONNECT_S) -> Busy | OwnerGone:
-        """The error for a lost connection. A broken one owes no answer: an owner that hung up or died does nothing more
-        for us.
-        """
+        """The error for a lost connection. A broken one owes no answer: an owner that is gone does no more for us."""
         if isinstance(refusal, TimeoutError):
             return Busy(
                 f"{self._place}: the owner did not answer within {timeout_s:g} s",
@@ -209,9 +207,7 @@ class Client:
 
 
 def receive_line(sock: socket.socket, lines: wire.LineBuffer, deadline: float) -> bytes | None:
-    """Return the next line, or None at the end. Raise `TimeoutError` if it is not whole by `deadline` (monotonic
-    clock).
-    """
+    """Return the next line, or None at the end. Raise `TimeoutError` if it is not whole by then (monotonic clock)."""
     while (line := lines.take()) is None:
         left_s = deadline - time.monotonic()
         if left_s <= 0:

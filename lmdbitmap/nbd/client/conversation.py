@@ -103,8 +103,7 @@ class Conversation:
         self._doubts = Doubts()
         """Added to under `_state`; read without a lock."""
         self._link: Link | None = connect()
-        """None while there is none. The leader changes it under `_state` and reads it without; `close` changes it when
-        nobody leads.
+        """None while there is none. The leader changes it under `_state` and reads it without; `close` changes it last.
         """
         self._next_link: Link | None = None
         """A new connection on which requests in flight are done before others may send. Changed by the leader."""
@@ -115,8 +114,9 @@ class Conversation:
     # -- the caller's thread -------------------------------------------------------------------------------
 
     def do(self, requests: Sequence[Request]) -> None:
-        """Return when all are answered; each one's `error` says how. At most `WINDOW`, of one kind, no flush (see
-        `flush`).
+        """Send the requests, and return when all are answered; each one's `error` says how.
+
+        At most `WINDOW`, all of one kind, none of them a flush (see `flush`).
         """
         if self._kept.byte_count > self._keep_bytes // 2 and requests[0].command in CHANGES:
             self._make_room()
@@ -305,9 +305,7 @@ class Conversation:
         self._note_trouble(why)
 
     def _doubt(self, sent: Iterable[Request]) -> None:
-        """Note their ranges, with `_state` held, before any of them ends: a caller that learns of the end finds it in
-        doubt.
-        """
+        """Add their ranges to the doubts before any of them ends, so that its caller finds it there. Under `_state`."""
         self._doubts.add(
             (request.offset, request.offset + request.length)
             for request in sent
@@ -356,7 +354,7 @@ class Conversation:
             self._note_trouble(why)
 
     def _take_on(self) -> None:
-        """Make a new connection and take it on, or part from it, whatever the error."""
+        """Make a new connection and take it on; part from it on any error."""
         try:
             self._next_link = self._connect()
             require_same(self.export, self._next_link.export)

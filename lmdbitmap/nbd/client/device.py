@@ -314,8 +314,7 @@ class NbdDevice:
         self._conversation.tell_of_loss(tell)
 
     def flush(self) -> None:
-        """Flush, unless the server writes through, or its export is read-only for everybody: then nothing has to be
-        flushed.
+        """Flush; a server that writes through has nothing to flush, nor has an export that is read-only for all.
 
         A flush that failed fails for good, unless the server was only away.
         """

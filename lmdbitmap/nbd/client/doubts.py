@@ -20,9 +20,7 @@ _FIRST_GAP: Final = 64 << 10
 
 
 class Doubts:
-    """A set of bytes. A byte that was added is never missing; bytes between ranges may be in it without having been
-    added.
-    """
+    """A set of bytes. It never lacks a byte that was added; it may have bytes between ranges that were not added."""
 
     def __init__(self, most: int = MOST) -> None:
         self._most = most

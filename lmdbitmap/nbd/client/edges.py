@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class Edges:
-    """Lets many threads write whole blocks at once, but only one write parts of blocks, alone."""
+    """Lets many write whole blocks at once; a write of parts of blocks runs alone."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()

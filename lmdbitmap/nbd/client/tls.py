@@ -149,9 +149,7 @@ class Encryption(NamedTuple):
 
     @contextlib.contextmanager
     def refusals(self) -> Iterator[None]:
-        """Explain TLS errors, up to the first answer: only after the handshake does a server say that it does not trust
-        us.
-        """
+        """Explain TLS errors, up to the first answer: only after the handshake does a server say it distrusts us."""
         try:
             yield
         except ssl.SSLCertVerificationError as error:

@@ -99,9 +99,7 @@ class ControlServer:
         self._thread.start()
 
     def stop(self) -> bool:
-        """Accept no more callers, and finish what is being done. Return True if all have ended: disks may then be
-        detached.
-        """
+        """Accept no more callers, and finish what is being done. True if all have ended: disks may be detached then."""
         if self._wake_fd < 0:
             return True
         self.stopping = True

@@ -160,9 +160,7 @@ def _held_as_asked(
 
 
 def _require_checkpoints(scene: Scene, disks: list[Any], since: list[Any]) -> None:
-    """Check before a checkpoint is made: it would stay, and its name be taken, when a caller corrects a mistyped
-    `since`.
-    """
+    """Check before a checkpoint is made: it would stay and keep its name when a caller corrects a mistyped `since`."""
     for name, checkpoint in zip(disks, since, strict=True):
         attached = scene.filters[name]
         with attached.store.read() as reader:

@@ -93,7 +93,7 @@ class Complaints:
         self._add(refusal.expected, f": {refusal}")
 
     def dropped(self, failure: FormatError | ssl.SSLError) -> None:
-        """Log that the client is dropped, unless it was already logged that it was turned down for the same reason."""
+        """Log that the client is dropped. A reason it was already turned down for is not logged again."""
         if isinstance(failure, FormatError):
             self._add(failure.expected, f" was dropped: {failure}")
         else:

@@ -126,9 +126,7 @@ class Connection:
         return Traffic(1, counts, self.bytes_received, sent, self._batches, self._operations.flushes)
 
     def run(self) -> None:
-        """Serve until the client is gone. Raise `FormatError` if it breaks the protocol, `OSError` if the socket
-        breaks.
-        """
+        """Serve until the client is gone. Raise `FormatError` if it breaks the protocol, `OSError` on socket errors."""
         try:
             while self.serve_some():
                 pass
@@ -215,9 +213,7 @@ class Connection:
                     break
                 self._take_rare(request, cookie, data)
                 position = stop
-                if (
-                    head in self._form.plain_writes
-                ):  # this client's way to say it: the next one is recognized at once
+                if head in self._form.plain_writes:  # as this client says it: the next one is known at once
                     plain_write = self._plain_write = head
         self._settle()
         # Replies to long WRITEs leave with those to other requests, or before the thread sleeps (`_receive`).

@@ -21,9 +21,7 @@ ContextsOf: TypeAlias = Callable[[str, ServedDisk], Mapping[str, StatusSource]]
 _asking = threading.local()
 
 MAX_DESCRIPTORS: Final = 1 << 17
-"""Descriptors in one reply, for all its contexts together; QEMU allows as many for each. The client asks on from the
-end.
-"""
+"""Descriptors in one reply, for all its contexts together; QEMU allows as many for each. Clients ask for the rest."""
 
 
 class Consequential:

@@ -117,9 +117,7 @@ class Handshake:
         return self.outcome is START_TLS
 
     def secured(self) -> None:
-        """Go on after `START_TLS`, now that the connection is encrypted: haggling begins anew behind the client's
-        flags.
-        """
+        """Begin haggling anew behind the client's flags: after `START_TLS` the connection is encrypted now."""
         assert self.outcome is START_TLS
         if self._inbox:
             raise nbd.malformed("NBD_OPT_STARTTLS", "nothing more in plain text", f"{len(self._inbox)} bytes")

@@ -28,7 +28,7 @@ class Quiet:
         self._heard_s: float | None = None
 
     def look(self) -> bool:
-        """Return whether no request was answered for `QUIET_S`, or ever."""
+        """Return whether no look has found a new request for `QUIET_S`, or ever."""
         with self._lock:
             requests, now_s = self._requests(), self._clock_s()
             if requests != self._seen:

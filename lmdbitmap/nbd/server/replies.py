@@ -1,6 +1,6 @@
 """The replies to one client, READ data included: the outgoing half of the hot loop.
 
-Replies gather in a list and leave in one send of at most `_MOST_GATHERED` bytes and one READ. Long READs travel by
+Replies gather in a list and leave in one send of at most `_MOST_GATHERED` bytes plus one READ. Long READs travel by
 reference: from the page cache into a pipe, and from the pipe to the socket. The pipe is filled before the header is
 sent, so that an error of the disk can still be reported. The client then receives the page as it is on arrival: a write
 that overlaps a READ in flight may show in it, as the protocol allows. A disk that must not show it (a point in time)
@@ -51,8 +51,7 @@ SPLICE_FROM: Final = 32 << 10
 _APART_FROM: Final = 32 << 10
 """Bytes from which a READ that does not is answered by itself, out of memory that is reused."""
 _MOST_JOINED: Final = 128 << 10
-"""Up to this many bytes leave together with the replies before, and are copied once more if the client receives slowly.
-"""
+"""READs up to this size leave with the replies before, and are copied once more if the client receives slowly."""
 _MOST_KEPT: Final = 1 << 20
 """Bytes of that memory, kept for as long as the connection lasts."""
 SPLICE_FROM_UNIX: Final = _MOST_KEPT + 1
@@ -105,7 +104,7 @@ class Replies:
         self._pipe = None
 
     def hurry(self, haste: bool) -> None:
-        """With `haste`, give notice only before a READ waits for the disk."""
+        """With `haste`, give notice only before a READ waits for the disk; without it, notice does not matter."""
         self._in_haste = haste and self._knows_haste
         self._pread = self._pread_at_once if self._in_haste else self._pread_patiently
 

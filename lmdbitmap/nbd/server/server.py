@@ -50,8 +50,7 @@ _log = logging.getLogger(__name__)
 
 _SLACK_S: Final = 1.0
 _SEND_BUFFER_BYTES: Final = 2 << 20
-"""Send buffer of a unix socket, whose default has room for three READs of 64 KiB. TCP sizes its own. The kernel may
-allow less.
+"""Send buffer of a unix socket; the default holds three READs of 64 KiB. TCP sizes its own; the kernel may allow less.
 """
 _MOST_WAKING: Final = 64 << 10
 _BESIDE: Final = ""
@@ -59,9 +58,7 @@ _BESIDE: Final = ""
 
 
 class Counters(NamedTuple):
-    """What a server did so far. `connections` counts every client ever accepted, newcomers included; `connected` those
-    there now.
-    """
+    """What a server did so far. `connections` were admitted, newcomers too; `connected` of them are there now."""
 
     connections: int
     connected: int
@@ -143,8 +140,7 @@ class Server:
         return [listener.uri(name) for listener in self._listeners]
 
     def add(self, name: str, disk: ServedDisk, *, private: bool = False) -> None:
-        """Serve one more disk, beside those given to the constructor. A `private` disk is offered only to clients
-        handed over.
+        """Serve one more disk, beside those given to the constructor; a `private` one only to clients handed over.
 
         Raises `AlreadyExists` if the name is taken.
         """
@@ -323,9 +319,7 @@ class Server:
         return OnDemand(disks, served)
 
     def _admit(self, visit: Visit) -> bool:
-        """Admit a visit as a newcomer. Newcomers that were let go leave within a moment; until then twice the limit may
-        exist.
-        """
+        """Admit a visit as a newcomer. Those let go leave within a moment; until then twice the limit may be there."""
         with self._lock:
             if self._stopping or len(self._newcomers(visit.door)) >= 2 * self._max_newcomers:
                 self._turned_away += 1

@@ -31,9 +31,7 @@ class SplicePipe:
         self.held = 0
 
     def opens(self) -> bool:
-        """Make the pipe if there is none. Return False if this process may not have one, or the image cannot be spliced
-        to.
-        """
+        """Make the pipe if there is none. False if the process may not have one, or the image takes no splice."""
         if self._pipe is None and self._fits:
             try:
                 self._pipe = new_pipe()
