@@ -126,7 +126,7 @@ def error_from(fields: Message, place: str) -> LmdbitmapError:
 
 
 def _errno_of(fields: Message, place: str) -> int:
-    """Return the errno, 0 if the other side had none. Raise unless a C int holds it: to Python it is no errno else."""
+    """Return the errno, 0 if the other side had none. Raise if no C int holds it: Python could not use it either."""
     number = field(fields, "errno", int, place)
     if not 0 <= number < 1 << 31:
         raise _error(place, "'errno' of 31 bits", str(number))

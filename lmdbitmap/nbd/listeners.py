@@ -2,8 +2,8 @@
 
 A unix socket's file outlives a server that was killed. A server that wants the path connects to it first. If somebody
 answers, the path is `Busy`; if nobody does, the file is stale and is replaced. The folder is locked (flock) from that
-check to the new socket's first `listen`, so that only one of two servers wins that check at once. A server removes its
-own socket while it still listens, so that nobody can take the path in between.
+check to the new socket's first `listen`, so that only one of two servers that check at once wins. A server removes
+its own socket while it still listens, so that nobody can take the path in between.
 """
 
 from __future__ import annotations

@@ -103,7 +103,8 @@ class Conversation:
         self._doubts = Doubts()
         """Added to under `_state`; read without a lock."""
         self._link: Link | None = connect()
-        """None while there is none. The leader changes it under `_state` and reads it without; `close` changes it last.
+        """None while there is none. The leader changes it under `_state` and reads it without; at the end `close` does,
+        without a leader.
         """
         self._next_link: Link | None = None
         """A new connection on which requests in flight are done before others may send. Changed by the leader."""

@@ -50,8 +50,7 @@ _log = logging.getLogger(__name__)
 
 _SLACK_S: Final = 1.0
 _SEND_BUFFER_BYTES: Final = 2 << 20
-"""Send buffer of a unix socket; the default holds three READs of 64 KiB. TCP sizes its own; the kernel may allow less.
-"""
+"""Send buffer of a unix socket: the default holds three 64 KiB READs. TCP sizes its own. The kernel may allow less."""
 _MOST_WAKING: Final = 64 << 10
 _BESIDE: Final = ""
 """Key under which past traffic of all disks that come and go is counted; no disk has that name."""
