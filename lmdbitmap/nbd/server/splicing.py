@@ -1,7 +1,7 @@
 """A pipe that moves bytes by reference between a socket and an image, without a copy in our memory.
 
-The pipe holds the kernel's own pages; only `os.splice` touches them. A connection has one pipe for each direction, made
-when it is first needed.
+The pipe holds the kernel's own pages, moved by `os.splice`. Only `put` and `_take` copy bytes. A
+connection has one pipe for each direction, made when it is first needed.
 """
 
 from __future__ import annotations
