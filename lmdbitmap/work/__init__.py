@@ -1,1 +1,1 @@
-"""How work is done: threads, pace and memory for it, and what one part that fails means for the others."""
+"""Threads, pace and memory for a job, and the handling of a part that fails."""

@@ -1,9 +1,9 @@
-"""Memory for bytes to be copied into, where that is fast.
+"""Buffers at addresses that the kernel copies to fast.
 
-With `rep movsb`, as the kernel copies, an AMD Zen 3 or 4 is three to four times slower where the destination lies 1 to
-31 bytes further into its page than the source into its own (glibc's bug 30994). A file's bytes begin where a page does.
-What `malloc` gives begins 16 bytes into one, from some 100 KiB on: so all that was read into a large `bytearray` was
-read slowly.
+The kernel copies with `rep movsb`. On AMD Zen 3 and 4 that is three to four times slower if the destination lies 1 to
+31 bytes further into its page than the source into its own (glibc's bug 30994). A file's bytes begin at a page
+boundary. From some 100 KiB on, `malloc` returns memory that begins 16 bytes into a page, so every read into a large
+`bytearray` was slow.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Callable
 from typing import Final
 
 _FURTHER: Final = 48
-"""To a cache line's beginning."""
+"""malloc's 16 bytes + 48 = 64: the start of a cache line."""
 
 
 def new_buffer(length: int) -> bytearray:
-    """So many zeroes, as `bytearray` has them.
+    """Return a bytearray of `length` zeroes.
 
-    Taking bytes off the front of a large bytearray moves its beginning, and nothing else. One that `malloc` has from
-    memory that was freed before lies anywhere, and only by chance in a bad place.
+    Deleting bytes from the front of a large bytearray only moves its beginning. A buffer that `malloc` takes from
+    memory freed before can lie anywhere, and only by chance in a bad place.
     """
     buffer = bytearray(_FURTHER + length)
     del buffer[:_FURTHER]
@@ -27,7 +27,7 @@ def new_buffer(length: int) -> bytearray:
 
 
 def read_whole(pread_into: Callable[[memoryview, int], None], length: int, offset: int) -> bytes:
-    """The bytes that `pread_into` fills a buffer with. Check the length before: so much memory is taken."""
+    """Return the bytes that `pread_into` fills a buffer with. It allocates `length` bytes: check that first."""
     buffer = new_buffer(length)
     pread_into(memoryview(buffer), offset)
     return bytes(buffer)

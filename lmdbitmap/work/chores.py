@@ -1,23 +1,22 @@
-"""Chores: what has to be done again and again for each of many disks, by as few threads as will do.
+"""Chores: periodic work for each of many disks, done by as few threads as possible.
 
-Threads that wake up side by side fight for the interpreter's lock: of what two of them for each of 300 idle disks took,
-more than a quarter of a processor, most was that fight. So one does the chores of all, one after another. But any of
-them may hang, as in a file system that does not answer, and the others must not wait for that for long.
+Threads that wake up at the same time contend for the interpreter's lock. Two threads for each of 300 idle disks took
+more than a quarter of a processor, most of it in that contention. So one thread does all chores, one after another.
+But any chore may hang, for instance in a file system that does not answer, and must not delay the others for long.
 
-    the clock    touches no disk: puts all chores in line when it is time, and looks after the line while it is there
-    workers      take what is first in line, and do it; mostly there is one of them
+    the clock    touches no disk: queues all chores when they are due, and watches the queue until it is empty
+    workers      take the first chore in the queue and do it; mostly there is one worker
 
-What holds all the time:
-- A chore is in line, or under way, or neither, and once only: one that hangs keeps one worker, and no more.
-- While something is in line and all workers have been at their chores for `_PATIENCE_S`, there are twice as many of
-  them a tick later: whatever hangs, and be it hundreds at once, holds up the others for less than a second. They also
-  double where the line is not done in half of the time there is: all of it may have become slow. Where processors are
-  short they do not, or later: then more threads would be more trouble. So nothing may be a chore that must not be late.
-- Workers that were needed are called again the next time, all of them; one that comes in vain leaves, unless it is the
-  last one.
-- What was slow the last time is last in line: it makes nobody wait each time.
-- The lock may be taken anew by whoever has it: a disk may be detached by a signal's handler, or by the garbage
-  collector, in the middle of anything.
+Invariants:
+- A chore is queued, under way or neither, and only once. So a chore that hangs keeps one worker and no more.
+- If the queue is not empty and all workers have been at their chores for `_PATIENCE_S`, their number doubles a tick
+  later. So chores that hang, even hundreds at once, delay the others for less than a second. The number also doubles if
+  the queue is not empty after half the interval: every chore may have become slow. If processors are short, it doubles
+  later or not at all, because more threads would make that worse. Work with a deadline must therefore not be a chore.
+- Every worker that was needed is woken for the next round. A worker that finds nothing to do exits, unless it is the
+  last.
+- Chores that were slow the last time go to the end of the queue, so that they do not delay the others each time.
+- The lock is reentrant: a signal handler or the garbage collector may detach a disk in the middle of anything.
 """
 
 from __future__ import annotations
@@ -36,32 +35,32 @@ _log = logging.getLogger(__name__)
 _PATIENCE_S: Final = 0.03
 _TICK_S: Final = 0.02
 _WAITS: Final = 10
-"""So many times a chore may give up the interpreter's lock, and wait for it."""
+"""How many times a chore may give up the interpreter's lock and wait for it."""
 _FADES: Final = 0.9
-"""What is left of how late the clock was, a tick later."""
+"""Decay per tick of the clock's measured lateness."""
 
 
 class Chore:
-    """`work`, called again and again by any thread, by one at a time. What it raises is a mistake, and is logged."""
+    """Periodic `work`, called from any thread, one call at a time. An exception from it is a bug, and is logged."""
 
     def __init__(self, name: str, work: Callable[[], None]) -> None:
         self.name: Final = name
         self.work: Final = work
         self.is_due = False
-        """Whether it is in line or under way."""
+        """Whether the chore is queued or under way."""
         self.took_s = 0.0
-        """The last time."""
+        """Duration of the last call."""
 
 
 class _Work(NamedTuple):
-    """Since when a chore is under way, and in which thread."""
+    """The start time and the thread of a chore that is under way."""
 
     since_s: float
     thread: int
 
 
 class Chores:
-    """Does what it was given every `interval_s`. Has threads while there is something to do; safe for many threads."""
+    """Does each chore every `interval_s`. Keeps threads only while it has chores. Safe for many threads."""
 
     def __init__(self, interval_s: float) -> None:
         self.interval_s = interval_s
@@ -79,14 +78,14 @@ class Chores:
         self._called_s = 0.0
         self._has_clock = False
         self._is_short = False
-        """Whether the system gave us no thread when we wanted one last."""
+        """Whether the system refused the last thread that was asked for."""
 
     def forsake(self) -> None:
-        """We are in a forked child, which has neither the threads nor the disks."""
+        """Start empty in a forked child: it has neither the threads nor the disks."""
         self._begin()
 
     def add(self, chore: Chore) -> None:
-        """Have it done from now on. Raises `RuntimeError` for want of a thread."""
+        """Do `chore` from now on. Raises `RuntimeError` if no thread can be started."""
         forks.is_not_for_children(self)
         with self._lock:
             if not self._has_clock:
@@ -95,18 +94,18 @@ class Chores:
             self._chores.add(chore)
 
     def end(self, chore: Chore) -> None:
-        """Have it done no more; returns when it is not under way any more, and then raises what interrupted that.
+        """Stop doing `chore`. Returns once it is not under way; an interruption of that wait is raised afterwards.
 
-        Nothing happens to one that is not there. A chore that ends itself is not waited for.
+        A chore that was never added is ignored. A chore that ends itself is not waited for.
         """
         interruption: BaseException | None = None
         while True:
             try:
                 self._end(chore)
                 break
-            except Exception:  # a mistake, which would come again
+            except Exception:  # a bug, which would be raised again
                 raise
-            except BaseException as raised:  # its disk must not be closed under it
+            except BaseException as raised:  # wait on: its disk must not be closed while the chore runs
                 interruption = raised
         if interruption is not None:
             raise interruption
@@ -129,7 +128,7 @@ class Chores:
         try:
             with self._lock:
                 self._tick_on()
-        except BaseException:  # for want of memory: whoever adds a chore next begins another clock
+        except BaseException:  # out of memory: the next `add` starts another clock
             self._has_clock = False
             raise
 
@@ -146,13 +145,13 @@ class Chores:
             if now_s >= due_s:
                 due_s = max(due_s + self.interval_s, now_s)
                 self._form_line()
-        self._has_clock = False  # in the lock: whoever adds one now begins another clock
+        self._has_clock = False  # under the lock: the next `add` starts another clock
 
     def _is_slow(self, now_s: float, late_s: float) -> bool:
-        """Whether no worker gets on, or all of them get on too slowly.
+        """Return whether every worker is stuck, or all of them are too slow.
 
-        As a clock touches no disk, what makes it late is that processors are short: workers are late then too, a few
-        times in each chore, and more of them would make it worse.
+        The clock touches no disk, so it is late only if processors are short. Workers are late then too, a few times
+        in each chore, and more of them would make it worse.
         """
         patience_s = _PATIENCE_S + _WAITS * late_s
         stand_still = all(now_s - work.since_s > patience_s for work in list(self._under_way.values()))
@@ -166,7 +165,7 @@ class Chores:
         self._call(max(self._idle_count, 0 if self._under_way else 1))
 
     def _call(self, count: int) -> None:
-        """So many more workers, of those that are idle first."""
+        """Wake or start `count` more workers, idle ones first."""
         self._called_s = time.monotonic()
         self._idle.notify(count)
         for _ in range(count - self._idle_count):
@@ -191,7 +190,7 @@ class Chores:
             done = chore
 
     def _next(self, done: Chore | None) -> Chore | None:
-        """Whatever comes after that one; None for a worker that is not needed any more."""
+        """Note that `done` is done and return the next chore, or None if this worker is no longer needed."""
         with self._lock:
             if done is not None:
                 self._has_done(done)
@@ -208,7 +207,7 @@ class Chores:
         self._done.notify_all()
 
     def _is_called(self) -> bool:
-        """Wait for a call; whether this worker is needed by then. The last one stays."""
+        """Wait to be woken; return whether this worker is needed then. The last worker always is."""
         self._idle_count += 1
         self._idle.wait()
         self._idle_count -= 1

@@ -1,11 +1,12 @@
-"""Threads that work beside the one that hands work to them, as many as processors can be spared for them.
+"""Helper threads for a job, limited so that a busy guest keeps a processor.
 
-A thread that is never idle costs nobody anything while another processor is. As many of them as there are processors
-make everybody else wait for the end of a slice of time, however nice they are: two that did nothing but count made the
-slowest of a hundred writes of a guest wait 3 to 12 ms on two processors, one of them no longer than none. So a job
-that works beside a guest spares a processor. Where none is left for a thread, whoever waits for its work does it.
+A thread that is never idle delays nobody while another processor is idle. As many such threads as processors make
+everybody else wait for the end of a time slice, whatever their nice value. On two processors, two threads that only
+counted delayed the slowest of a hundred guest writes by 3 to 12 ms; one such thread added nothing. So a job that works
+beside a guest spares a processor. If no processor is left for a thread, the caller that waits for the result does the
+work itself.
 
-How many are to be spared is asked anew for each piece of work: a guest that asks for nothing needs none.
+The number of processors to spare is asked for each piece of work: an idle guest needs none.
 """
 
 from __future__ import annotations
@@ -24,36 +25,36 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 Spared: TypeAlias = Callable[[], int]
-"""How many processors are to be left to others now. Called from any thread, often."""
+"""Returns how many processors to leave to others now. Called often, from any thread."""
 
 
 def none_spared() -> int:
-    """Nobody else needs one."""
+    """Return 0: no processor is left to others."""
     return 0
 
 
 def processors() -> int:
-    """How many of them this process may use."""
+    """Return how many processors this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def crew_size(most: int, *, spared: int, busy: int) -> int:
-    """How many threads, beside `busy` others of a job, leave `spared` processors to others.
+    """Return how many threads, beside a job's `busy` other ones, leave `spared` processors to others.
 
-    Where nothing is to be spared they are `most`, whatever else the others do.
+    If nothing is to be spared, return `most`, whatever the other threads do.
     """
     return max(min(most, processors() - busy - spared), 0) if spared else most
 
 
 class Crew(Executor):
-    """Up to `most` threads, beside `busy` others of the job, so that `spared` processors are left to others."""
+    """A pool of up to `most` threads, beside the job's `busy` other ones, that leaves `spared` processors to others."""
 
     def __init__(self, most: int, *, spared: Spared = none_spared, busy: int = 1) -> None:
         self._most = most
         self._spared = spared
         self._busy = busy
         self._crews: dict[int, Executor] = {}
-        """By their sizes; mostly there is one, and one more for when a guest is quiet."""
+        """Pools by size: mostly one, and another for when a guest is quiet."""
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         size = crew_size(self._most, spared=self._spared(), busy=self._busy)
@@ -67,14 +68,14 @@ class Crew(Executor):
 
 
 class _Nobody(Executor):
-    """Whoever asks for a result first does the work."""
+    """An executor without threads: the first caller of `result` does the work."""
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         return _Undone(partial(fn, *args, **kwargs))
 
 
 class _Undone(Future[T]):
-    """For one thread."""
+    """A future whose work is done in `result`. For one thread."""
 
     def __init__(self, work: Callable[[], T]) -> None:
         super().__init__()
@@ -84,7 +85,7 @@ class _Undone(Future[T]):
         if not self.done():
             try:
                 self.set_result(self._work())
-            except BaseException as error:  # raised below, and to whoever asks again
+            except BaseException as error:  # raised below, and by every later call
                 self.set_exception(error)
         return super().result(timeout)
 
@@ -94,14 +95,13 @@ class _Failed(NamedTuple):
 
 
 class Follower(Generic[T]):
-    """One thread, while there is a processor for it, that does what it is handed in order. For one thread, which takes
-    the answers in that order.
+    """A helper thread that does the work it is handed in order. For one caller, which takes the answers in order.
 
-    While there is none, whoever takes an answer does the work. After work that failed, or `close`, nothing more is
-    done, and each answer is that failure. It is a `ThreadPoolExecutor` of one, less what that spends on each piece of
-    work: in as long the kernel copies some 100 KiB.
+    While no processor can be spared for the helper, `answer` does the work itself. After work that failed, or `close`,
+    nothing more is done and each `answer` raises that failure. It is like `ThreadPoolExecutor(1)` without its overhead
+    per piece of work, which is about the time the kernel needs to copy 100 KiB.
 
-    Invariant: what `_own` has was handed later than all that the thread was told. So the order is kept, and no two
+    Invariant: all work in `_own` was handed later than all work given to the thread. So the order is kept, and no two
     pieces of work are done at once.
     """
 
@@ -109,18 +109,18 @@ class Follower(Generic[T]):
         self._spared = spared
         self._thread: threading.Thread | None = None
         self._refused = False
-        """The system gives us no thread."""
+        """Whether the system refused to start the thread."""
         self._handed: queue.SimpleQueue[Callable[[], T] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[T | _Failed] = queue.SimpleQueue()
         self._told = 0
-        """Pieces of work that the thread was told, and nobody has asked after."""
+        """Pieces of work given to the thread whose answers were not taken yet."""
         self._own: deque[Callable[[], T]] = deque()
-        """What whoever asks does, unless the thread is told until then."""
+        """Work that `answer` does itself, unless it is given to the thread before."""
         self._failure: BaseException | None = None
 
     @property
     def is_beside(self) -> bool:
-        """Whether what is handed now would be done by the thread."""
+        """Whether the thread would do work that is handed now."""
         return not self._refused and crew_size(1, spared=self._spared(), busy=1) > 0
 
     def hand(self, work: Callable[[], T]) -> None:
@@ -131,7 +131,7 @@ class Follower(Generic[T]):
                 self._handed.put(self._own.popleft())
 
     def answer(self) -> T:
-        """What came of the oldest work that was not asked after."""
+        """Return the result of the oldest work whose answer was not taken yet, or raise its failure."""
         if self._failure is None:
             done = self._next_done()
             if not isinstance(done, _Failed):
@@ -140,9 +140,9 @@ class Follower(Generic[T]):
         raise self._failure
 
     def close(self) -> None:
-        """Return, or raise what interrupts it, when nothing is done any more: what the work uses may go then.
+        """Drop work that was not begun and wait for the thread; the caller may then free what the work uses.
 
-        What was not begun will not be.
+        An interruption of that wait is raised afterwards.
         """
         if self._failure is None:
             self._failure = RuntimeError("this follower was closed")
@@ -166,7 +166,7 @@ class Follower(Generic[T]):
 
     def _has_thread(self) -> bool:
         if self._thread is None:
-            # A daemon: whoever forgot to close it can end nevertheless. Who closes it waits for it.
+            # A daemon, so that a process that forgot `close` can still exit. `close` waits for it.
             thread = threading.Thread(target=self._work_on, daemon=True)
             try:
                 thread.start()
@@ -187,17 +187,17 @@ class Follower(Generic[T]):
 def _come_of(work: Callable[[], T]) -> T | _Failed:
     try:
         return work()
-    except BaseException as failure:  # raised to whoever asks
+    except BaseException as failure:  # raised by `answer`
         return _Failed(failure)
 
 
 def joined(thread: threading.Thread) -> None:
-    """Wait for its end, and then raise what interrupted that. Nobody waits for himself."""
+    """Join `thread` even if interrupted, then raise the interruption. Returns at once when called from `thread`."""
     interruption: BaseException | None = None
     while thread.is_alive() and thread is not threading.current_thread():
         try:
             thread.join()
-        except BaseException as raised:  # it must not go on behind whoever closed it
+        except BaseException as raised:  # wait on: the thread must not outlive `close`
             interruption = raised
     if interruption is not None:
         raise interruption

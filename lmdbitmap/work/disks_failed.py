@@ -1,4 +1,4 @@
-"""What is wrong with one disk of a repository is no reason to leave the others out: it is told of in the end."""
+"""The error at the end of a run over a repository in which some disks failed and the others were done."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _CODES: Final = {
 
 
 def code_of(error: LmdbitmapError) -> str:
-    """For programs: by the class of the error."""
+    """Return the machine-readable code for the class of `error`."""
     return next((code for kind, code in _CODES.items() if isinstance(error, kind)), "failed")
 
 
 class DisksFailed(SomeFailed):
-    """Some disks of several failed, each for the reason that `failures` has under its name; the others are done."""
+    """Some of several disks failed; `failures` maps each one's name to its error. The other disks are done."""
 
     def __init__(self, done: str, done_count: int, failures: Mapping[str, LmdbitmapError]) -> None:
         count, first = done_count + len(failures), next(iter(failures.values()))

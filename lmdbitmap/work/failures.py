@@ -1,4 +1,4 @@
-"""Several things are done in one run, and what is wrong with one of them is no reason to leave the others out."""
+"""Collects failures by name, so that one bad disk does not stop a run for the others."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from lmdbitmap.work.progress import Progress
 
 
 class Failures:
-    """Which ones failed, and why. With `at_once` nothing is set aside: whatever is raised ends the run.
+    """The errors of a run, by name. With `at_once` nothing is collected: the first error ends the run.
 
-    Errors of the classes `never` are not set aside either.
+    Errors of the classes `never` end the run too.
     """
 
     def __init__(self, *, at_once: bool = False, never: tuple[type[LmdbitmapError], ...] = ()) -> None:
         self.at_once = at_once
         self._never = never
         self.errors: dict[str, LmdbitmapError] = {}
-        """By the names of those that failed, in the order in which they did."""
+        """By name, in the order of the failures."""
 
     def __contains__(self, name: object) -> bool:
         return name in self.errors
 
     @contextlib.contextmanager
     def of(self, name: str) -> Iterator[None]:
-        """What fails in the block is about the one called `name`, and is set aside."""
+        """Collect an error that the block raises under `name`."""
         try:
             yield
         except LmdbitmapError as error:
@@ -39,7 +39,7 @@ class Failures:
             self.errors[name] = error_from_os(str(refusal.filename or name), refusal)
 
     def heeding(self, listener: Progress | None) -> Progress | None:
-        """The listener, whose exceptions end the run, of whatever class they are: so it is cancelled."""
+        """Return `listener`, wrapped so that any exception it raises ends the run: that is how a run is cancelled."""
         if listener is None:
             return None
 

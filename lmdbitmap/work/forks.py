@@ -1,7 +1,7 @@
-"""What a forked child must let go of.
+"""Objects that a forked child must let go of.
 
-A child inherits every lock, map and descriptor of its parent, and none of its threads. Whatever cannot stand
-that is named here, and lets go of it in the child before anything else runs there.
+A child inherits every lock, map and descriptor of its parent, and none of its threads. Objects that cannot work like
+that register here and are abandoned in the child before anything else runs there.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from typing import Protocol
 
 
 class Heirloom(Protocol):
-    """What is of one process only."""
+    """An object that belongs to one process only."""
 
     def forsake(self) -> None:
-        """Called in a forked child: be dead there, and leave the parent's alone. No lock can be waited for."""
+        """Become unusable in a forked child without touching the parent's resources. Must not wait for any lock."""
 
 
 _heirlooms: weakref.WeakSet[Heirloom] = weakref.WeakSet()
 _watching: list[int] = []
-"""The processes, this one or one that it was forked from, that asked to be told of forks: one or none."""
+"""The pid, at most one, that registered for forks: this process or one that it was forked from."""
 
 
 def is_not_for_children(thing: Heirloom) -> None:
-    """Have `thing.forsake()` called in every child that this process forks, for as long as it lives."""
+    """Call `thing.forsake()` in every child that this process forks while `thing` is alive."""
     if not _watching:
         _watching.append(os.getpid())
         os.register_at_fork(after_in_child=_forsake_all)

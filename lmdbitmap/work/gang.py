@@ -1,12 +1,13 @@
-"""Threads that each do a piece of work all the way, the caller among them, and as many as processors can be spared for.
+"""Threads, the caller's included, that each do whole pieces of work; as many as processors can be spared for.
 
-    the caller plans ─▶ the next pieces ─▶ whoever is free: does one, all of it
+    the caller plans ─▶ the next pieces ─▶ a free thread does one, all of it
 
-A piece goes from hand to hand nowhere: to wake another thread costs as much as to copy some 100 KiB, and what one
-thread has in its processor's cache another has to fetch. Where one piece must wait for those before it, it takes its
-turn (`in_turn`). What fails in one of them ends all, and is raised to the caller.
+A piece is never handed from one thread to another: waking a thread costs as much as copying about 100 KiB, and the
+other thread would have to fetch the data from the first one's processor cache. A piece that must wait for those before
+it takes its turn (`in_turn`). A failure in one thread ends all of them and is raised to the caller.
 
-The others work while there is a processor for them (crew.py), which is asked anew for each piece of the caller's.
+The helper threads work while a processor can be spared for them (crew.py). That is asked anew for each piece that the
+caller does.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ from lmdbitmap.work.crew import Spared, crew_size, joined, none_spared, processo
 T = TypeVar("T")
 
 MOST_WORKERS: Final = 4
-"""More do not copy faster than memory can, and each has a buffer."""
+"""More threads copy no faster, because memory is the limit, and each has a buffer."""
 _MOST_PLANNED: Final = 16
-"""Pieces: as who plans may announce what they read, and disks want to know that early."""
+"""In pieces. The plan runs ahead because it may announce reads to the disks, which want to know early."""
 
 Work: TypeAlias = Callable[[int, T], None]
-"""Does a piece, whose number in the plan it is told. It may use what is its thread's alone."""
+"""Does one piece; called with its number in the plan and the piece. It may use state of its own thread."""
 
 
 def _nothing() -> None:
-    """Nothing hangs that could be interrupted, or nobody wants to know."""
+    """Do nothing: the default for `interrupt` and `told`."""
 
 
 class Gang(Generic[T]):
-    """For one call of `do`. `new_work` is called once in each thread. After a failure `interrupt` is called, in any."""
+    """For one call of `do`. Calls `new_work` once in each thread, and `interrupt` in any thread after a failure."""
 
     def __init__(
         self,
@@ -48,18 +49,18 @@ class Gang(Generic[T]):
     ) -> None:
         self._new_work = new_work
         self._most = min(max(processors(), 2), most)
-        """Two where there is one processor: who waits for a disk needs none."""
+        """Two threads even on one processor: a thread that waits for a disk needs none."""
         self._spared = spared
         self._interrupt = interrupt
         self._news = threading.Condition()
-        """Of all that follows."""
+        """Guards everything below."""
         self._planned: deque[tuple[int, T]] = deque()
         self._count = 0
-        """Pieces that were planned."""
+        """How many pieces were planned."""
         self._done = 0
         self._is_all_planned = False
         self._is_through = False
-        """The caller did its part, and nothing failed."""
+        """Whether the caller did its part and nothing failed."""
         self._ends = False
         self._wanted = 0
         self._turn = 0
@@ -67,9 +68,9 @@ class Gang(Generic[T]):
         self._threads: list[threading.Thread] = []
 
     def do(self, plan: Iterable[T], told: Callable[[], None] = _nothing) -> None:
-        """Do all of the plan, which this thread makes. All is done when it returns, and no thread of it is left.
+        """Do all pieces of `plan`, which is iterated in this thread. Returns when all are done and all threads ended.
 
-        `told` is called in this thread, now and then and in the end; what it raises ends the work.
+        `told` is called in this thread, now and then and at the end; an exception from it ends the work.
         """
         try:
             self._do_all(iter(plan), told)
@@ -84,7 +85,7 @@ class Gang(Generic[T]):
 
     @contextlib.contextmanager
     def in_turn(self, number: int) -> Iterator[None]:
-        """Wait until all pieces before this one had their turn. Each takes one, or none does."""
+        """Wait until all pieces before this one had their turn. Either every piece takes its turn or none does."""
         with self._news:
             while self._turn != number:
                 if self._failure is not None:
@@ -105,9 +106,9 @@ class Gang(Generic[T]):
         self._is_through = self._failure is None
 
     def _plan(self, plan: Iterator[T]) -> bool:
-        """Have enough for everybody to do, and say how many may; whether there was anything left.
+        """Plan enough pieces for all threads and set how many may work; return whether the caller has more to do.
 
-        Others may be faster than the plan: it comes in portions, so that whoever listens is told meanwhile.
+        The helpers may be faster than the plan. So it is made in portions, and `told` is called in between.
         """
         self._want(crew_size(self._most - 1, spared=self._spared(), busy=1))
         for _ in range(2 * self._wanted + 2):
@@ -134,21 +135,21 @@ class Gang(Generic[T]):
 
     def _call_more(self) -> None:
         while len(self._threads) < min(self._wanted, len(self._planned) - 1):
-            # A daemon, as who forgot to dismiss it can end nevertheless.
+            # A daemon, so that a process that forgot to dismiss it can still exit.
             thread = threading.Thread(target=self._help, args=[len(self._threads)], daemon=True)
-            self._threads.append(thread)  # before it starts: who interrupts that is to wait for it
+            self._threads.append(thread)  # before it starts, so that an interrupted start is waited for too
             try:
                 thread.start()
-            except RuntimeError:  # the system gives us no more
+            except RuntimeError:  # the system refuses more threads
                 self._threads.pop()
                 break
 
     def _dismiss(self) -> None:
-        """Return when what was begun is over, whoever interrupts that: what it uses may go then."""
+        """Wait for all threads, then raise any interruption of that; the caller may then free what the work uses."""
         interruption: BaseException | None = None
         while True:
             try:
-                if not self._is_through and self._failure is None:  # the next one came before it was noted
+                if not self._is_through and self._failure is None:  # interrupted again before it was noted
                     self._fail(interruption or KeyboardInterrupt())
                 with self._news:
                     self._ends = True
@@ -162,14 +163,14 @@ class Gang(Generic[T]):
             raise interruption
 
     def _require_all(self) -> None:
-        """What is left out would be taken for done, and missed when it is too late: so reasoning is not all we have."""
+        """Raise `LmdbitmapError` unless every piece was done: a piece left out would go unnoticed until too late."""
         if not self._is_all_planned or self._done != self._count:
             raise LmdbitmapError(
                 f"{self._done} of {self._count} pieces or more were done: this is a mistake of lmdbitmap",
                 next_step="report it, and try again",
             )
 
-    # -- whoever works -------------------------------------------------------------------------------------
+    # -- every working thread ------------------------------------------------------------------------------
 
     def _help(self, number: int) -> None:
         try:
@@ -180,7 +181,7 @@ class Gang(Generic[T]):
             self._fail(failure)
 
     def _is_needed(self, number: int) -> bool:
-        """Wait until there is something to do, and a processor for the helper of that number."""
+        """Wait for a piece and for a processor for helper `number`; return False when the work is over."""
         with self._news:
             while not self._ends and self._failure is None:
                 if self._planned and number < self._wanted:
@@ -189,7 +190,7 @@ class Gang(Generic[T]):
         return False
 
     def _do_next(self, work: Work[T]) -> None:
-        """The piece that was planned first, unless others took all."""
+        """Do the next planned piece, if the other threads left any."""
         with self._news:
             if not self._planned or self._failure is not None:
                 return

@@ -1,7 +1,7 @@
-"""How long things took: counts in buckets that double, so that counting one costs a bit_length and an addition.
+"""Latency histogram: counts in buckets that double, so that counting one costs a bit_length and an addition.
 
-Bucket 0 counts what took less than 1 µs, bucket i what took from 2**(i-1) to less than 2**i µs, the last one all
-that took longer. A percentile is known as the end of its bucket, so it says "at most", and may be twice too much.
+Bucket 0 counts durations below 1 µs, bucket i those from 2**(i-1) to below 2**i µs, and the last bucket all longer
+ones. A percentile is reported as the end of its bucket: an upper bound that may be twice the true value.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _LAST: Final = BUCKETS - 1
 
 
 def bound_us(bucket: int) -> int | None:
-    """Where a bucket ends, in microseconds; None for the last, which has no end."""
+    """Return where a bucket ends, in microseconds; None for the last, which has no end."""
     return 1 << bucket if bucket < _LAST else None
 
 
 @dataclass
 class Latencies:
-    """Counted by one thread, or under a lock; read by any, who may miss what is being counted."""
+    """Counted by one thread or under a lock. Any thread may read it, and may miss a count in progress."""
 
     counts: list[int] = field(default_factory=lambda: [0] * BUCKETS)
     total_ns: int = 0
@@ -38,14 +38,14 @@ class Latencies:
             self.max_ns = duration_ns
 
     def percentile_ns(self, percent: int) -> int:
-        """At most so long took `percent` of them; 0 where nothing was counted."""
+        """Return an upper bound of the given percentile; 0 if nothing was counted."""
         rank = ceil_div(sum(self.counts) * percent, 100)
         bucket = next(number for number, seen in enumerate(accumulate(self.counts)) if seen >= rank)
         end_us = bound_us(bucket)
         return self.max_ns if end_us is None else min(end_us * 1000, self.max_ns)
 
     def facts(self) -> dict[str, object]:
-        """As the control socket and `info --json` tell it."""
+        """Return the map that the control socket and `info --json` print."""
         counts = list(self.counts)
         return {
             "count": sum(counts),
@@ -58,7 +58,7 @@ class Latencies:
 
 
 def together(parts: Iterable[Latencies]) -> Latencies:
-    """All that was counted in any of them."""
+    """Return the sum of `parts`."""
     counts, total_ns, max_ns = [0] * BUCKETS, 0, 0
     for part in parts:
         counts = _added(counts, part.counts)

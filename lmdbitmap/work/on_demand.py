@@ -1,4 +1,4 @@
-"""A mapping whose values are made when they are asked for: of hundreds that there are most ask for one."""
+"""A mapping that makes its values lazily: there may be hundreds, and most callers want one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Value = TypeVar("Value")
 
 
 class OnDemand(Mapping[str, Value]):
-    """`make` is called once for each of `names` that is asked for. For one thread."""
+    """Calls `make` once for each of `names` that is looked up. For one thread."""
 
     def __init__(self, names: Collection[str], make: Callable[[str], Value]) -> None:
         self._names = names

@@ -1,4 +1,4 @@
-"""A limit to how fast a disk is read, for hosts whose disks or network a guest needs more."""
+"""A limit on the rate at which a disk is read, so that guests keep the host's disks and network."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Final
 from lmdbitmap.errors import InvalidArgument
 
 LEAST_BYTES_PER_S: Final = 1 << 20
-"""What is read at once takes a second or two then: so nobody who ends a backup waits for longer."""
+"""At this rate one read takes a second or two, so ending a backup takes no longer."""
 
 
 class Pace:
-    """Admits reads at `bytes_per_s` on the average; time in which nobody reads is not made up for. For many threads."""
+    """Admits reads at `bytes_per_s` on average. Idle time earns no credit. Safe for many threads."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Pace:
         self._next_s = now_s()
 
     def admit(self, length: int, sleep_s: Callable[[float], object] = time.sleep) -> None:
-        """Return when so many bytes may be read, or what is given to sleep returns before that."""
+        """Return when `length` bytes may be read, or earlier if `sleep_s` returns early."""
         with self._lock:
             now_s = self._now_s()
             begin_s = max(self._next_s, now_s)

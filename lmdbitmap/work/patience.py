@@ -1,4 +1,4 @@
-"""How long a run waits for others: for a lock, for an answer."""
+"""How long a run waits for a lock or for an answer."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Final
 from lmdbitmap.errors import InvalidArgument
 
 MOST_S: Final = 10_000_000
-"""Four months: what the system's own time-outs can take everywhere."""
+"""Four months: a value that all of the system's own time-outs accept."""
 _PAUSE_S: Final = 0.1
 
 
 def require_limits(*limits_s: float) -> None:
-    """Raise `InvalidArgument` unless something may be given so long: time that passes, and an end of it."""
+    """Raise `InvalidArgument` unless every limit is more than 0 and at most `MOST_S`."""
     for limit_s in limits_s:
         if not 0 < limit_s <= MOST_S:
             raise _no_limit(limit_s)
@@ -26,7 +26,7 @@ def _no_limit(limit_s: float) -> InvalidArgument:
 
 
 class Patience:
-    """For `limit_s` from now on, all waits together; 0 is none. Raises `InvalidArgument` for what is no time."""
+    """Lasts `limit_s` from now on, for all waits together; 0 means none. Raises `InvalidArgument` for a bad limit."""
 
     def __init__(self, limit_s: float) -> None:
         if not 0 <= limit_s <= MOST_S:
@@ -38,7 +38,7 @@ class Patience:
         return max(self._until_s - time.monotonic(), 0.0) if self._until_s else 0.0
 
     def pause(self) -> None:
-        """Return when it is time to look again at what is waited for."""
+        """Sleep until it is time to look again."""
         time.sleep(min(_PAUSE_S, self.left_s))
 
 

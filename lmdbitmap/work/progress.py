@@ -1,4 +1,4 @@
-"""How far a job is: told to whoever listens, who may end the job by what he raises."""
+"""Progress reports of a job. A listener ends the job by raising an exception."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Final, TypeAlias
 
 Progress: TypeAlias = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all), in the thread that works; what it raises ends the work."""
+"""Called with (bytes done, bytes in all), in the thread that works; an exception from it ends the work."""
 
 _BYTES_BETWEEN_REPORTS: Final = 4 << 20
 _OF_LISTENER: Final = "_is_of_a_listener"
@@ -18,7 +18,7 @@ def is_of_a_listener(error: OSError) -> bool:
 
 
 class Report:
-    """Tells of progress every few megabytes, over all the images of a run."""
+    """Reports progress every few megabytes, over all images of a run."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:
         self._progress = progress
@@ -35,23 +35,21 @@ class Report:
             self.repeat()
 
     def repeat(self) -> None:
-        """Tell how far it is, also where it is no further: whoever listens may want to cancel."""
-        if self._progress is None:
-            return
-        try:
+        """Report again, even without progress: the listener may want to cancel."""
+        if self._progress is not None:
             self._progress(self._done, self._total)
         except OSError as error:
             vars(error)[_OF_LISTENER] = True
             raise
 
     def reach(self, done: int) -> None:
-        """At least so many bytes are done."""
+        """Note that at least `done` bytes are done."""
         self.advance(max(done - self._done, 0))
 
     def reach_all_but(self, rest: int) -> None:
-        """No more than so many bytes are to be done yet."""
+        """Note that at most `rest` bytes are still to be done."""
         self.reach(self._total - rest)
 
     def expect(self, length: int) -> None:
-        """So many bytes more will be done than was said in the beginning."""
+        """Add `length` bytes to the total announced at the start."""
         self._total += length
