@@ -1,1 +1,1 @@
-"""What Linux offers, and what it refuses: files that are durable, locks, and questions about both."""
+"""The Linux side: durable files, locks, system calls, and what /proc and /sys know of devices."""

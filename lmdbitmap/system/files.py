@@ -1,21 +1,22 @@
-"""Small files that must be whole: replaced, locked and read without a torn moment.
+"""Small files that must be whole: replaced atomically, locked, and read with a bound.
 
 A file is replaced in seven steps. Death between any two of them leaves the old file or the new one:
 
-1. create a file under a temporary name in the same folder, for its owner's eyes only
-2. lock it (flock): whoever finds a temporary file without a lock knows that its writer is dead
+1. create a file under a temporary name in the same folder, readable by its owner only
+2. lock it (flock): a temporary file without a lock is one whose writer is dead
 3. write the content
 4. give it its final mode
 5. fsync it: the final name must never lead to content that is not there yet
 6. rename it over the old one
 7. fsync the folder: only now is the new file sure to survive a power cut
 
-A failure in steps 1 to 6 removes the temporary file and leaves the old one. A killed process cannot tidy
-up: whoever replaces the same file next does it for the dead. What they leave is called as nothing else is
-(`NAME.<16 hexadecimal digits>.partial`), and a lock tells it from the work of the living.
+A failure in steps 1 to 6 removes the temporary file and leaves the old one. A killed process cannot tidy up, so the
+next writer of the same file removes its leftovers. Their names (`NAME.<16 hexadecimal digits>.partial`) are used for
+nothing else, and the lock tells them from the files of living writers.
 
-What is made `like_folder` belongs to whom its folder does: root's work in somebody's store would otherwise be closed to
-the one whose store it is. Only what we made ourselves is given away, by its descriptor: a name may have been exchanged.
+A file or folder made `like_folder` belongs to the owner of its folder. Otherwise files that root makes in a user's
+store would be closed to that user. Only a file that we just made is given away, and by its descriptor: its name may
+lead to another file by then.
 """
 
 from __future__ import annotations
@@ -85,26 +86,26 @@ NETWORK_FILESYSTEMS = {
     "nfs", "cifs", "smb2", "smb", "fuse", "9p", "ceph", "lustre", "afs", "coda", "ncp", "orangefs", "beegfs",
     "panfs", "gpfs", "gfs2", "ocfs2", "vboxsf",
 }  # fmt: skip
-"""Where another machine may write, or the mappings of two processes may differ: no place for a store."""
+"""File systems that cannot hold a store: another machine may write, or two processes' mappings may differ."""
 
 
 @contextmanager
 def replacing(
     path: str | os.PathLike[str], mode: int = PRIVATE_MODE, *, like_folder: bool = False
 ) -> Iterator[BinaryIO]:
-    """A new file to fill; when the block ends well it is durable at `path`, in place of what was there.
+    """Yield a new file to fill; if the block does not raise, the file then replaces `path`, durably.
 
-    The file can be written, read and sought; its `name` is the temporary one. If the block raises, `path`
-    is as it was. A symbolic link stays and what it leads to is replaced; anything but a regular file there
-    is refused with `InvalidArgument`, so that nobody renames a file over /dev/null. `like_folder` gives the file to
-    the owner of its folder, who may have put a link there for root to follow: that is refused too.
+    The file can be written, read and sought; its `name` is the temporary one. If the block raises, `path` is as it
+    was. A symbolic link stays and its target is replaced. Anything but a regular file at `path` is refused with
+    `InvalidArgument`, so that no file is renamed over /dev/null. `like_folder` gives the file to the owner of its
+    folder. That owner may have put a link there for root to follow, so a link is refused then too.
     """
     target = _replaceable(path, follow=not like_folder)
     _sweep(target)
     partial, file = "", None
     try:
         while file is None:
-            # The name is known before the file is there: what interrupts us may come right behind that.
+            # Choose the name before the file exists: an interruption may come right after its creation.
             partial = new_unfinished(target)
             with os_errors_at(target), _folder_of(target):
                 file = _create_locked(partial, target)
@@ -125,21 +126,21 @@ def replacing(
 def replace_atomically(
     path: str | os.PathLike[str], data: Buffer, mode: int = PRIVATE_MODE, *, like_folder: bool = False
 ) -> None:
-    """Return after `data` is durable at `path`; readers see the old content or the new, never a mixture."""
+    """Replace the content of `path` by `data`, durably; readers see the old content or the new, never a mixture."""
     with replacing(path, mode, like_folder=like_folder) as file:
         file.write(data)
 
 
 def give_to_owner_of(folder: str, fd: int) -> None:
-    """Have root's new file or folder belong to whom the folder that it is in does. Others can give nothing away."""
+    """As root, chown the new file or folder `fd` to the owner of `folder`; otherwise do nothing."""
     status = os.stat(folder or ".")
     if os.geteuid() == 0 and status.st_uid != 0:
-        with suppress(PermissionError):  # a root that may not
+        with suppress(PermissionError):  # root without the privilege to chown
             os.fchown(fd, status.st_uid, status.st_gid)
 
 
 def open_like_folder(path: str) -> int:
-    """A descriptor of a file, for reading and writing; one that is not there is made empty."""
+    """Open a file for reading and writing and return its descriptor; a missing file is created empty."""
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
     while True:
         with suppress(FileExistsError):
@@ -156,7 +157,7 @@ def open_like_folder(path: str) -> int:
 
 
 def make_folder_like(path: str) -> None:
-    """Make a folder, if it is not there, in one that is; durable on return."""
+    """Make the folder `path` in an existing folder, unless it is there; durable on return."""
     try:
         os.mkdir(path, PRIVATE_FOLDER_MODE)
     except FileExistsError:
@@ -181,14 +182,14 @@ def _replaceable(path: str | os.PathLike[str], *, follow: bool) -> str:
 
 
 def _sweep(target: str) -> None:
-    """Remove what dead writers of this file left. That nobody may look into the folder is no reason to stop."""
+    """Remove what dead writers of this file left. A failure, as in a folder that cannot be listed, is ignored."""
     folder, name = os.path.split(target)
     with suppress(LmdbitmapError):
         remove_leftovers(folder, name)
 
 
 class _NewFile(io.FileIO):
-    """A raw file whose writes fail with our errors: the caller's block cannot know the file's real name."""
+    """A raw file whose writes raise our errors with the final name, which the caller's block does not know."""
 
     target: str
 
@@ -244,7 +245,7 @@ def _publish(file: io.BufferedRandom, target: str, mode: int) -> None:
 
 
 def fsync_folder(path: str | os.PathLike[str]) -> None:
-    """Return after the names in a folder are durable, as far as its file system knows how to."""
+    """Make the names in a folder durable, as far as its file system can."""
     folder = os.fspath(path)
     with os_errors_at(folder):
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -258,14 +259,14 @@ def fsync_folder(path: str | os.PathLike[str]) -> None:
 
 
 def make_folders(path: str | os.PathLike[str]) -> list[str]:
-    """Make a folder and those above it, for their owner's eyes only, unless they are there; durable on return.
+    """Make a folder and its missing parents, accessible to their owner only; durable on return.
 
-    Answers those that it made, from above.
+    Returns the folders that it made, outermost first.
     """
     folder = os.path.abspath(path)
     if os.path.isdir(folder):
         return []
-    if os.path.lexists(folder) and not os.path.isdir(folder):  # else somebody made it just now
+    if os.path.lexists(folder) and not os.path.isdir(folder):  # if it is a folder, somebody made it just now
         raise InvalidArgument(f"{folder} is not a folder", next_step="name a folder, or one that can be made")
     above = os.path.dirname(folder)
     made = make_folders(above)
@@ -277,7 +278,7 @@ def make_folders(path: str | os.PathLike[str]) -> list[str]:
 
 
 def remove_folders(folders: Iterable[str]) -> None:
-    """Take back what `make_folders` made, from below, as far as it is empty."""
+    """Remove the folders that `make_folders` made, innermost first, up to the first that is not empty."""
     with suppress(OSError):
         for folder in reversed(list(folders)):
             os.rmdir(folder)
@@ -286,12 +287,12 @@ def remove_folders(folders: Iterable[str]) -> None:
 _NO_FOLDER_SYNC = {
     errno.EINVAL,
     errno.EOPNOTSUPP,
-}  # some network file systems: nothing more can be done there
+}  # on some network file systems: nothing more can be done there
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 def first_bytes(path: str, count: int) -> bytes:
-    """Of a file; there are none of what is empty, not there, or no regular file."""
+    """Return the first `count` bytes of a file; none if it is empty, missing or not a regular file."""
     with os_errors_at(path):
         if not os.path.isfile(path):
             return b""
@@ -300,10 +301,10 @@ def first_bytes(path: str, count: int) -> bytes:
 
 
 def remove_leftovers(folder: str | os.PathLike[str], of: str | None = None) -> list[str]:
-    """Remove what killed processes left of the file named `of`, or of any; returns the names, sorted.
+    """Remove what killed writers of the file named `of`, or of any file, left; return the removed names, sorted.
 
-    Unfinished files of the living are locked and stay. Without locks the two cannot be told apart, and
-    then everything stays.
+    Unfinished files of living writers are locked and stay. On a file system without locks the two cannot be told
+    apart, and everything stays.
     """
     place = os.fspath(folder)
     with os_errors_at(place):
@@ -316,7 +317,7 @@ def _remove_if_abandoned(path: str) -> bool:
     try:
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
-        return False  # finished meanwhile, or nothing that we made
+        return False  # finished meanwhile, or not made by us
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.unlink(path)
@@ -330,7 +331,7 @@ def _remove_if_abandoned(path: str) -> bool:
 
 
 def read_bounded(path: str | os.PathLike[str], limit: int) -> bytes:
-    """The whole content of a regular file of at most `limit` bytes; `FormatError` if it is anything else."""
+    """Return the whole content of a regular file of at most `limit` bytes; raise `FormatError` for anything else."""
     place = os.fspath(path)
     with os_errors_at(place), open(place, "rb", opener=open_nonblocking) as file:
         status = os.fstat(file.fileno())
@@ -343,7 +344,7 @@ def read_bounded(path: str | os.PathLike[str], limit: int) -> bytes:
 
 
 def open_nonblocking(path: str, flags: int) -> int:
-    """A fifo without a writer would otherwise be waited for."""
+    """Open without waiting for the writer of a fifo."""
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
@@ -362,7 +363,7 @@ def pwrite_whole(fd: int, data: Buffer, offset: int) -> None:
 
 
 def filesystem_kind(path: str | os.PathLike[str]) -> str:
-    """The kind of file system that holds `path`, such as `ext4` or `nfs`; `unknown 0x…` if new to us."""
+    """Return the kind of file system that holds `path`, such as `ext4` or `nfs`; `unknown 0x…` if not in our table."""
     place = os.fspath(path)
     with os_errors_at(place):
         number = linux.filesystem_number(place)
@@ -374,7 +375,7 @@ def is_network_filesystem(kind: str) -> bool:
 
 
 def free_bytes(path: str | os.PathLike[str]) -> int:
-    """What an ordinary user may still write to the file system that holds `path`, in bytes."""
+    """Return how many bytes an ordinary user may still write to the file system that holds `path`."""
     place = os.fspath(path)
     with os_errors_at(place):
         status = os.statvfs(place)
@@ -384,7 +385,7 @@ def free_bytes(path: str | os.PathLike[str]) -> int:
 class LockedFile:
     """An exclusive lock that ends with `close` or with the process, whichever comes first.
 
-    It is closed on exec; a child that was forked and does not exec keeps holding it.
+    It is closed on exec; a forked child that does not exec keeps holding it.
     """
 
     def __init__(self, path: str, fd: int) -> None:
@@ -406,7 +407,7 @@ class LockedFile:
 def lock_file(
     path: str | os.PathLike[str], *, like_folder: bool = False, patience: Patience = NO_PATIENCE
 ) -> LockedFile:
-    """Hold the file at `path`, made empty if it is not there; raises `Busy` if somebody else does, and goes on to."""
+    """Lock the file at `path`, created empty if missing; raise `Busy` if it stays locked for longer than `patience`."""
     place = os.fspath(path)
     has_waited = False
     while True:
@@ -441,7 +442,7 @@ def _open_or_make(path: str) -> int:
 
 @contextmanager
 def lock_folder(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Be the only one who holds the folder, after whoever does now; where there are no locks, nobody is kept out."""
+    """Lock the folder for the block, after waiting for its holder. On a file system without locks, do nothing."""
     folder = os.fspath(path)
     with os_errors_at(folder):
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -454,7 +455,7 @@ def lock_folder(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _is_named(fd: int, path: str) -> bool:
-    """Whether `path` still leads to the open file: a lock on a file that was removed keeps nobody out."""
+    """Return whether `path` still leads to the open file: a lock on a removed file keeps nobody out."""
     try:
         return os.path.samestat(os.fstat(fd), os.stat(path))
     except FileNotFoundError:

@@ -1,14 +1,14 @@
-"""The locks by which QEMU and we keep out of each other's images (QEMU: block/file-posix.c).
+"""The byte-range locks by which QEMU and we keep out of each other's images (QEMU: block/file-posix.c).
 
-Every user of an image says with shared one-byte locks what it does and what it cannot stand others doing:
+Every user of an image declares with shared one-byte locks what it does and what others must not do:
 
 | byte    | a lock on it says                  |
 |---------|------------------------------------|
 | 100 + p | I use permission p                 |
 | 200 + p | I do not share permission p        |
 
-Then it looks whether somebody else holds the counterpart: 200 + p for what it uses, 100 + p for what it does
-not share. Locks first, looks second: of two that come together both may be refused, but never neither.
+Then it tests whether somebody else holds the counterpart: 200 + p for what it uses, 100 + p for what it does not
+share. It locks first and tests second, so if two users come together, both may be refused, but at least one is.
 
 | we open it                  | uses                           | does not share |
 |-----------------------------|--------------------------------|----------------|
@@ -16,8 +16,8 @@ not share. Locks first, looks second: of two that come together both may be refu
 | for reading                 | CONSISTENT_READ                | WRITE, RESIZE  |
 | for reading, sharing writes | CONSISTENT_READ                |                |
 
-The locks belong to the open file description. So they end when it is closed or its process dies, they keep
-out a second opening in the same process too, and a forked child that does not exec goes on holding them.
+The locks belong to the open file description. So they end when it is closed or its process dies, they exclude a second
+opening in the same process too, and a forked child that does not exec keeps holding them.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
 def lock_image(fd: int, path: str, *, writes: bool, share_writes: bool) -> bool:
-    """Take the locks or raise `Busy`; False on a file system that has none.
+    """Take the locks or raise `Busy`; return False on a file system without locks.
 
-    There we go on without, as QEMU does by default: refusing would keep nobody out, it would only make
-    such images impossible to track.
+    There we go on without locks, as QEMU does by default: refusing would keep nobody out and only make such images
+    impossible to track.
     """
     uses = (
         [BLK_PERM_CONSISTENT_READ, BLK_PERM_WRITE, BLK_PERM_RESIZE] if writes else [BLK_PERM_CONSISTENT_READ]
@@ -82,7 +82,7 @@ def _has_locks(fd: int) -> bool:
 
 
 def _lock_byte(fd: int, command: int, kind: int, byte: int) -> int:
-    """The `l_type` that the kernel answers: to a question, F_UNLCK if nobody is in the way."""
+    """Return the `l_type` that the kernel answers: for F_OFD_GETLK, F_UNLCK if no lock conflicts."""
     request = struct.pack(_STRUCT_FLOCK, kind, os.SEEK_SET, byte, 1, 0)
     answer: int = struct.unpack(_STRUCT_FLOCK, fcntl.fcntl(fd, command, request))[0]
     return answer

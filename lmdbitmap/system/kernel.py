@@ -1,17 +1,17 @@
-"""What the kernel tells in /proc and /sys: which boot this is, whether a block device was written, what lies on what,
-who holds a lock.
+"""Facts from /proc and /sys: which boot this is, whether a block device was written, which device lies on which, and
+which processes hold a lock.
 
-A block device has no mtime, but three things are known of it, as long as the machine runs:
+A block device has no mtime, but the kernel knows three things of it while the machine runs:
 
-- `diskseq`, a number that no other disk of this boot has had: it changes with the medium, and with what is
-  behind a loop, nbd or device-mapper number (Linux 5.15);
-- `stat`, which counts the sectors that were written and discarded. It counts what reached the device: whoever
-  compares flushes the page cache first. Nothing is counted where `queue/iostats` is 0;
-- a label, where its driver has one: a serial number, a volume's uuid, the file behind a loop device.
+- `diskseq`, a number that no other disk of this boot has had: it changes with the medium, and with the backing of a
+  loop, nbd or device-mapper number (Linux 5.15);
+- `stat`, which counts the sectors written and discarded. It counts writes that reached the device, so flush the page
+  cache before comparing. It counts nothing while `queue/iostats` is 0;
+- a label, if the driver has one: a serial number, a volume's uuid, the file behind a loop device.
 
-A partition is written through its own node or through the whole disk's. So what counts for it is all that the
-disk counts, less what its other partitions count. What is written beneath a device (to the file behind a loop
-device, to the disk under a volume, by another machine) is not counted.
+A partition is written through its own node or through the whole disk's. So its count is the disk's count less that of
+the other partitions. Writes beneath a device (to the file behind a loop device, to the disk under a volume, by another
+machine) are not counted.
 
 "Not known" is an answer here, never an error.
 """
@@ -35,7 +35,7 @@ _QUIET_READING_TRIES = 100
 
 
 def flock_pids(status: os.stat_result, kind: str) -> list[str]:
-    """Which processes, without this one, hold a lock (flock) of the kind `READ` or `WRITE` on that file."""
+    """Return the pids of other processes that hold a lock (flock) of the kind `READ` or `WRITE` on that file."""
     file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
     try:
         with open("/proc/locks", encoding="ascii") as table:
@@ -47,7 +47,7 @@ def flock_pids(status: os.stat_result, kind: str) -> list[str]:
 
 
 def boot_id() -> str:
-    """What the kernel calls this boot; no process outlives it."""
+    """Return the kernel's id of this boot."""
     return _boot_id()
 
 
@@ -57,14 +57,14 @@ def _boot_id() -> str:
 
 
 def boot_time_ns() -> int:
-    """When this boot began, in Unix nanoseconds."""
+    """Return when this boot began, in Unix nanoseconds."""
     with open("/proc/stat", encoding="ascii") as source:
         seconds = next(line.split()[1] for line in source if line.startswith("btime "))
     return int(seconds) * 1_000_000_000
 
 
 def device_trace(number: int, devices: str = _BLOCK_DEVICES) -> DeviceTrace | None:
-    """What tells whether the block device of this number was written or exchanged; None where nothing does."""
+    """Return the trace that shows whether a block device was written or exchanged; None if the kernel has none."""
     try:
         node = _node(number, devices)
         disk = os.path.dirname(node) if _is_partition(node) else node
@@ -77,7 +77,10 @@ def device_trace(number: int, devices: str = _BLOCK_DEVICES) -> DeviceTrace | No
 
 
 def _sectors_of(node: str, disk: str) -> int:
-    """Written and discarded. The counters are read one by one: again, until the disk's stood still meanwhile."""
+    """Return the sectors written and discarded.
+
+    The counters are read one after another, and again until the disk's own did not change meanwhile.
+    """
     others = [path for path in _partitions_of(disk) if path != node] if node != disk else []
     for _ in range(_QUIET_READING_TRIES):
         before = _sectors(disk)
@@ -116,26 +119,26 @@ Place: TypeAlias = tuple[int, int]
 
 
 def is_kept_in(path: str, image: str, devices: str = _BLOCK_DEVICES) -> bool:
-    """Whether `path` lies on a file system that is kept in `image`, a file or a block device.
+    """Return whether `path` lies on a file system that is kept in `image`, a file or a block device.
 
-    Partitions, volumes, arrays and loop devices in between are seen through. What is behind an NBD device or
-    a FUSE file system is not. Raises `OSError` if there is no such path or image.
+    Partitions, volumes, arrays and loop devices in between are followed; NBD devices and FUSE file systems are not.
+    Raises `OSError` if there is no such path or image.
     """
     return _place_of(image) in _ground_of(path, devices)
 
 
 def rests_on(device: str, image: str, devices: str = _BLOCK_DEVICES) -> bool:
-    """Whether a block device is made of `image`, so that whoever writes the one writes the other.
+    """Return whether a block device is made of `image`, so that writing the one writes the other.
 
-    It may be a loop device of that file, a partition or a volume of that device, several layers up. Raises `OSError`
-    if there is no such device or image.
+    The device may be a loop device of that file, or a partition or volume of that device, several layers up. Raises
+    `OSError` if there is no such device or image.
     """
     place = _place_of(device)
     return stat.S_ISBLK(os.stat(device).st_mode) and _place_of(image) in _all_under(place, devices)
 
 
 def is_so(asked: Callable[[str, str], bool], one: str, other: str) -> bool:
-    """What one of these two answers; False where there is no such path, image or device: whoever opens it says so."""
+    """Call `is_kept_in` or `rests_on`; return False for a missing path, because opening it will report the error."""
     try:
         return asked(one, other)
     except (OSError, ValueError):
@@ -148,7 +151,7 @@ def _place_of(path: str) -> Place:
 
 
 def _ground_of(path: str, devices: str) -> set[Place]:
-    """The block devices under `path`, and the files behind those that are loop devices."""
+    """Return the block devices under `path`, and the files behind its loop devices."""
     return _all_under((_filesystem_device(path, devices), 0), devices)
 
 
@@ -183,8 +186,10 @@ def _names_in(folder: str) -> list[str]:
 
 
 def _filesystem_device(path: str, devices: str) -> int:
-    """The block device of the file system that holds `path`. Some (btrfs) have a number of their own: then
-    the source of the mount says which it is."""
+    """Return the block device of the file system that holds `path`.
+
+    Some file systems (btrfs) have a device number of their own; then the mount's source is the device.
+    """
     number = os.stat(path).st_dev
     if not os.path.exists(_entry(number, devices)):
         with contextlib.suppress(OSError):
@@ -193,7 +198,7 @@ def _filesystem_device(path: str, devices: str) -> int:
 
 
 def _mount_source(path: str) -> str:
-    """What is mounted where `path` lies: of the mounts above it the deepest, and of those the last made."""
+    """Return the source of the mount that holds `path`: the deepest above it, and the last made of several there."""
     deepest, source = "", ""
     real = os.path.realpath(path)
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
@@ -206,7 +211,7 @@ def _mount_source(path: str) -> str:
 
 
 def _unescaped(word: str) -> str:
-    """mountinfo writes blanks and backslashes as octal numbers."""
+    """Decode a mountinfo field, which has whitespace and backslashes as octal numbers."""
     for code in ("040", "011", "012", "134"):
         word = word.replace(f"\\{code}", chr(int(code, 8)))
     return word

@@ -1,6 +1,6 @@
 """System calls that Python lacks. ctypes is imported when first needed: it costs more than all the rest.
 
-"Cannot" is an answer here, never an error: False, or nothing done. Any other refusal raises `OSError`.
+"Unsupported" is an answer here, never an error: False, or nothing done. Any other refusal raises `OSError`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STATFS_BYTES = 256
 """More than any struct statfs; its first word is `f_type`."""
 
 UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EINVAL, errno.ENODEV}
-"""Cannot. EINVAL too: callers check their ranges, so it only means that this kernel or driver will not."""
+"""The errors that mean "unsupported". EINVAL too: callers check their ranges, so it comes from the kernel or driver."""
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
@@ -42,8 +42,10 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
 
 
 def clone_range(source_fd: int, source_offset: int, length: int, fd: int, offset: int) -> bool:
-    """Have two files share what one of them holds (ioctl_ficlonerange(2)); False if it cannot be, for whatever reason:
-    who copies instead is told of what is really wrong."""
+    """Make a range of `fd` share the blocks of `source_fd` (ioctl_ficlonerange(2)).
+
+    Returns False if that fails for any reason: the caller then copies, and the copy reports a real error.
+    """
     try:
         fcntl.ioctl(fd, FICLONERANGE, struct.pack("qQQQ", source_fd, source_offset, length, offset))
     except OSError:
@@ -52,7 +54,7 @@ def clone_range(source_fd: int, source_offset: int, length: int, fd: int, offset
 
 
 def block_discard(fd: int, offset: int, length: int) -> None:
-    """Tell a block device that whole sectors are not needed; one that cannot discard keeps them."""
+    """Discard whole sectors of a block device; do nothing if it cannot discard."""
     try:
         fcntl.ioctl(fd, BLKDISCARD, struct.pack("QQ", offset, length))
     except OSError as refusal:
@@ -61,13 +63,13 @@ def block_discard(fd: int, offset: int, length: int) -> None:
 
 
 def logical_sector_bytes(fd: int) -> int:
-    """The smallest piece of a block device that can be zeroed or discarded."""
+    """Return the smallest length of a block device that can be zeroed or discarded, in bytes."""
     answer: int = struct.unpack("i", fcntl.ioctl(fd, BLKSSZGET, bytes(4)))[0]
     return answer
 
 
 def filesystem_number(file: str | int) -> int:
-    """The `f_type` that statfs(2) answers for the file system that holds a path, or an open file."""
+    """Return the `f_type` of statfs(2) for the file system that holds a path or an open file."""
     import ctypes
 
     answer = ctypes.create_string_buffer(STATFS_BYTES)
@@ -102,7 +104,7 @@ def _last_error() -> OSError:
 
 
 def splice_to_file(pipe_fd: int, fd: int, length: int, offset: int) -> None:
-    """Write `length` bytes that wait in a pipe to a file; an `OSError` leaves some of them in the pipe."""
+    """Write `length` bytes from a pipe to a file at `offset`; after an `OSError` some of them are still in the pipe."""
     stop = offset + length
     while offset < stop:
         offset += os.splice(pipe_fd, fd, stop - offset, offset_dst=offset)
