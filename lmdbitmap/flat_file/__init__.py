@@ -1,1 +1,1 @@
-"""The canonical bitmap file around its bytes, which are those of format.py beside this folder."""
+"""Flat bitmap files on disk. Their bytes are encoded and decoded by format.py beside this folder."""

@@ -1,13 +1,12 @@
 """A flat file beside a served disk: `serve --bitmap-file X.dbm`, the original proposal to the letter.
 
     attach    prove X, OR it into the open period, durably; then clear its CLEAN flag, durably
-    serve     whatever becomes of us, X says "everything is dirty"
+    serve     even if we crash, X says "everything is dirty"
     detach    write X anew with the open period's bits and CLEAN set, whole or not at all
 
-The store is crash-safe with or without X, which is for those who read flat files. So X can only add dirt: one
-that is missing adds nothing, and one that cannot be believed (not CLEAN, damaged, of another disk) makes
-everything dirty, in a new epoch that says why. What does not begin like a flat file of this version is refused,
-because detach would overwrite it.
+The store is crash-safe with or without X, which is for programs that read flat files. So X can only add dirt: a missing
+X adds nothing, and an untrustworthy X (not CLEAN, damaged, of another disk) makes everything dirty, in a new epoch that
+says why. A file that does not begin like a flat file of this version is refused, because detach would overwrite it.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from lmdbitmap.tracker.changes import changes
 
 
 def begin(attached: Filter, path: str | os.PathLike[str]) -> str | None:
-    """Take the file in, before the first guest writes; `attached` writes it out when it is detached cleanly.
+    """Merge the file into the open period, before any guest writes; a clean detach of `attached` writes it out.
 
-    Answers why the file was not believed, which has begun a new epoch, or None. Raises, and changes nothing, if
-    the file is none of ours or could not be written.
+    Returns why the file was not trusted, in which case a new epoch has begun, or None. Raises, and changes nothing, if
+    the file is not a flat file of this version or could not be written.
     """
     place = os.path.abspath(path)
     _require_writable(os.path.dirname(os.path.realpath(place)))
@@ -87,5 +86,5 @@ def _why_loose(header: FlatHeader, attached: Filter, path: str) -> str | None:
 
 
 def _write_out(attached: Filter, path: str) -> None:
-    """The disk is still ours and nobody writes to it: what the store says is all there is."""
+    """Export the open period. The disk is still ours and nobody writes to it, so the store has all of its dirt."""
     export.export_changes(changes(attached.store, attached.disk.name, persisted=True), path)

@@ -1,4 +1,4 @@
-"""CRC-32, as zlib computes it, of zeroes that nobody has to hold."""
+"""zlib's CRC-32 over runs of zeroes without the zeroes themselves, by the method of zlib's `crc32_combine`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ _POLYNOMIAL: Final = 0xEDB88320
 
 
 def crc32_with_zeroes(checksum: int, count: int) -> int:
-    """CRC-32 of what has `checksum` and `count` zero bytes behind it, in as many steps as `count` has bits.
+    """Return the CRC-32 of data with CRC-32 `checksum` followed by `count` zero bytes, in O(bits of `count`) steps.
 
-    A zero byte multiplies the register, a polynomial over GF(2), by x^8; so `count` of them multiply it by
-    x^(8 count), which is had by squaring. As in the checksum itself, the top bit stands for x^0.
+    A zero byte multiplies the register, a polynomial over GF(2), by x^8. So `count` of them multiply it by
+    x^(8 count), computed by repeated squaring. As in CRC-32 itself, the top bit stands for x^0.
     """
     register, power = checksum ^ 0xFFFFFFFF, 1 << 31 - 8
     while count:
@@ -23,7 +23,7 @@ def crc32_with_zeroes(checksum: int, count: int) -> int:
 
 
 def _multiplied(left: int, right: int) -> int:
-    """The product of two polynomials modulo that of CRC-32."""
+    """Return the product of two polynomials modulo CRC-32's polynomial."""
     product = 0
     while left:
         if left & 1 << 31:

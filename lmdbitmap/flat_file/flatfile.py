@@ -1,8 +1,8 @@
-"""Flat bitmap files in their folders: written whole or not at all, and proven before they are believed.
+"""Flat bitmap files: written whole or not at all, and proven before they are trusted.
 
-`format.py` knows the bytes, this module the files. Reading takes memory that no field of the file decides, and
-time that the file's real size on disk decides: holes are skipped and their checksum is calculated, so a file
-that pretends to terabytes costs no more than it holds.
+`format.py` handles the bytes, this module the files. No field of a file decides how much memory reading it takes. The
+time depends on the file's real size on disk: holes are skipped and their checksum is calculated, so a sparse file that
+claims terabytes costs no more than the data in it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lmdbitmap.interfaces import Buffer
 from lmdbitmap.system import files
 
 PAGE_BYTES = 4096
-"""The bits begin on a multiple of this, and every chunk that is read is one too, but for the last."""
+"""The bits begin on a multiple of this. Every chunk that is read is a multiple of it long, except the last."""
 _CHUNK_BYTES = 1 << 20
 
 _BEGINNING = flat.MAGIC + flat.MAJOR_VERSION.to_bytes(2, "little")
@@ -46,11 +46,11 @@ class FlatFile:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, writable: bool = False) -> FlatFile:
-        """Raises `NotFound`, `StorageError`, or `FormatError` for a file whose header is not sound."""
+        """Open a file and prove its header. Raises `NotFound`, `StorageError`, or `FormatError` for a bad header."""
         place = os.fspath(path)
         access = os.O_RDWR if writable else os.O_RDONLY
         with os_errors_at(place):
-            # a fifo without a writer would otherwise be waited for
+            # O_NONBLOCK: do not wait for the writer of a fifo
             fd = os.open(place, access | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
         try:
             return cls(place, fd)
@@ -59,7 +59,7 @@ class FlatFile:
             raise
 
     def chunks(self) -> Iterator[Chunk]:
-        """The bits; nothing may come of them before the last one: see `format.trusted_bits`."""
+        """Yield the bits; do not act on any of them before the last chunk: see `format.trusted_bits`."""
         return flat.trusted_bits(self.header, self._unproven_chunks(), place=self.path)
 
     def prove(self) -> None:
@@ -68,7 +68,7 @@ class FlatFile:
             pass
 
     def clear_clean(self) -> None:
-        """Take CLEAN away, durably: the disk may change after this returns (docs/format.md, in place, step 1)."""
+        """Clear CLEAN durably: the disk may change after this returns (docs/format.md, in place, step 1)."""
         with os_errors_at(self.path):
             files.pwrite_whole(self.fd, flat.without_clean(self._header_area)[: flat.FIXED_SIZE], 0)
             os.fsync(self.fd)
@@ -95,7 +95,7 @@ class FlatFile:
             while position < data_end:
                 chunk = self._read(min(_CHUNK_BYTES, data_end - position), position)
                 if not chunk:
-                    return  # it was cut meanwhile, which the proof notices
+                    return  # the file was truncated meanwhile: the proof notices
                 yield chunk
                 position += len(chunk)
 
@@ -104,20 +104,20 @@ class FlatFile:
             return os.pread(self.fd, length, position)
 
     def _next_data(self, position: int, end: int) -> tuple[int, int]:
-        """The next bytes between `position` and `end` that are no hole, rounded outward to whole pages."""
+        """Return the next data (not a hole) between `position` and `end`, rounded outward to whole pages."""
         try:
             start = os.lseek(self.fd, position, os.SEEK_DATA)
             stop = os.lseek(self.fd, start, os.SEEK_HOLE)
         except OSError as refusal:
             if refusal.errno == errno.ENXIO:  # holes all the way
                 return end, end
-            return position, end  # a file system that does not tell: all of it is data
+            return position, end  # the file system does not report holes: all of it is data
         first_page = start - start % PAGE_BYTES
         return min(max(first_page, position), end), min(stop + -stop % PAGE_BYTES, end)
 
 
 class NewFlatFile:
-    """A file on its way: `put` the dirty stretches in ascending order; what is left out is clean."""
+    """A flat file being written. `put` the dirty ranges in ascending order; everything else is clean."""
 
     def __init__(self, file: BinaryIO, header: FlatHeader, metadata: Metadata) -> None:
         self.header = header.unsealed()
@@ -127,18 +127,18 @@ class NewFlatFile:
         self._bits_start = file.write(flat.encode_header(self.header, metadata))
 
     def put(self, offset: int, dirty: Buffer) -> None:
-        """These bytes of bits from byte `offset` of the bits on; none past the end of the disk is set."""
+        """Write `dirty` at byte `offset` of the bits. No bit past the end of the disk may be set."""
         self._tally.add(Zeroes(offset - self._tally.size))
         self._tally.add(dirty)
         self._file.seek(self._bits_start + offset)
         self._file.write(dirty)
 
     def note_superset(self) -> None:
-        """The bits may name clean blocks as dirty."""
+        """Set SUPERSET: the bits may name clean blocks as dirty."""
         self.header = replace(self.header, flags=self.header.flags | Flags.SUPERSET)
 
     def seal(self) -> None:
-        """All bits are there: now a header that vouches for them."""
+        """Write the CLEAN header, after all bits."""
         self._tally.add(Zeroes(self.header.bits_size - self._tally.size))
         self.header = self.header.sealed(self._tally)
         self._file.truncate(self._bits_start + self.header.bits_size)
@@ -148,9 +148,9 @@ class NewFlatFile:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str], header: FlatHeader, metadata: Metadata) -> Iterator[NewFlatFile]:
-    """A new file at `path`, CLEAN and durable when the block ends well; if it raises, nothing has changed.
+    """Yield a new file for `path`, CLEAN and durable if the block does not raise; if it raises, nothing has changed.
 
-    Raises `FormatError` where there is a file already that is neither empty nor a flat file of this version.
+    Raises `FormatError` if `path` has a file that is neither empty nor a flat file of this version.
     """
     place = os.fspath(path)
     _refuse_foreign(place)
@@ -162,12 +162,14 @@ def writing(path: str | os.PathLike[str], header: FlatHeader, metadata: Metadata
 
 
 def begins_like_ours(path: str) -> bool:
-    """Whether the first bytes are those of a flat file of this version, whatever comes after them."""
+    """Return whether the first bytes are those of a flat file of this version, whatever follows them."""
     return files.first_bytes(path, len(_BEGINNING)) == _BEGINNING
 
 
 def _refuse_foreign(place: str) -> None:
-    """Its content would be gone, and whoever has it open would go on with what has no name any more."""
+    """Raise `FormatError` for a foreign file. Replacing it would lose its content, and programs that have it open would
+    go on with a file that has no name any more.
+    """
     if files.first_bytes(place, len(_BEGINNING)) in (b"", _BEGINNING):
         return
     raise FormatError(

@@ -1,4 +1,4 @@
-"""One msgpack map with sorted string keys: equal maps are equal bytes, and bad bytes make nothing large.
+"""One msgpack map with sorted string keys: equal maps give equal bytes, and bad input allocates nothing large.
 
 Its values are plain: strings, integers, booleans and None, and lists and maps of them.
 """
@@ -13,13 +13,13 @@ import msgpack
 MAX_ITEMS: Final = 1024
 """In any one map or list."""
 MAX_DEPTH: Final = 8
-"""Maps and lists inside each other, the outermost map counted."""
+"""Nesting depth of maps and lists, the outermost map counted."""
 
 
 def pack(value: Mapping[str, object]) -> tuple[dict[str, object], bytes]:
-    """A copy of the map with its keys in order, all the way down, and its bytes.
+    """Return a copy of the map with its keys in order at every level, and its bytes.
 
-    Raises `ValueError` if it is not plain, or more than can be unpacked.
+    Raises `ValueError` if a value is not plain, or the map is too large to be unpacked again.
     """
     plain = _plain_map(value, depth=1)
     try:
@@ -31,7 +31,7 @@ def pack(value: Mapping[str, object]) -> tuple[dict[str, object], bytes]:
 
 
 def unpack(packed: bytes) -> dict[str, object]:
-    """What was packed so. Raises `ValueError` for any other bytes."""
+    """Return the map that `pack` made these bytes of. Raises `ValueError` for any other bytes."""
     try:
         return _plain_map(_unpacked(packed), depth=1)
     except (ValueError, msgpack.exceptions.UnpackException) as error:
@@ -39,7 +39,7 @@ def unpack(packed: bytes) -> dict[str, object]:
 
 
 def _unpacked(packed: bytes) -> object:
-    """Every length is bounded before anything is made for it, and only plain types are made."""
+    """Unpack plain types only; every length is checked before memory is allocated for it."""
     return msgpack.unpackb(
         packed,
         raw=False,
@@ -53,7 +53,7 @@ def _unpacked(packed: bytes) -> object:
 
 
 def _sorted_map(pairs: list[tuple[object, object]]) -> dict[str, object]:
-    """A map whose keys ascend strictly, so that none stands twice."""
+    """Return the map; raise `ValueError` unless its keys ascend strictly, so that none occurs twice."""
     result: dict[str, object] = {}
     last: str | None = None
     for key, value in pairs:
@@ -65,7 +65,7 @@ def _sorted_map(pairs: list[tuple[object, object]]) -> dict[str, object]:
 
 
 def _plain_map(value: object, depth: int) -> dict[str, object]:
-    """A copy of a map with its keys in order, all the way down; raises ValueError for anything not plain."""
+    """Return a copy of a map with its keys in order at every level; raise `ValueError` for anything not plain."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ValueError(f"{type(value).__name__} where plain values and maps with string keys belong")
     return {key: _plain(value[key], depth) for key in sorted(value)}

@@ -1,1 +1,1 @@
-"""Disk images: to open, to know again, to read and to write, wherever they are."""
+"""Disk images, local or behind an NBD server: opening, identifying, reading and writing them."""

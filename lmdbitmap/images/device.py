@@ -1,12 +1,12 @@
 """Disk images: raw files and block devices.
 
-- Every range is checked against `size` first. So no write makes a file longer, and a read that meets the
-  end of the file means that another program cut it: EIO, never short data.
-- Nothing depends on the descriptor's position: pread and pwrite name their offset, and lseek is only asked
-  (each call returns its own answer). So threads share the descriptor without a lock. Two things are the
-  caller's: no write in flight past the new end of a `resize`, and nothing at all in flight at `close`.
+- Every range is checked against `size` first. So no write makes a file longer. A read that meets the end of the file
+  means that another program truncated it: that is EIO, never short data.
+- Nothing depends on the descriptor's position: pread and pwrite pass an offset, and of lseek only the return value is
+  used. So threads share the descriptor without a lock. The caller must ensure two things: no write is in flight past
+  the new end of a `resize`, and nothing at all is in flight at `close`.
 - An open image holds the byte-range locks that QEMU takes (image_locks.py) until it is closed.
-- Holes of a file read as zeroes. About a block device nothing is known: all of it is data.
+- Holes of a file read as zeroes. Nothing is known about a block device: all of it is data.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class FileDevice:
         self.path = path
         self.is_block_device = is_block_device
         self.locked = locked
-        """Whether QEMU is kept out; False on a file system that has no locks."""
+        """Whether the image's locks keep QEMU out; False on a file system without locks."""
         self._fd = fd
         self._read_only = read_only
         self._size = os.lseek(fd, 0, os.SEEK_END)
@@ -63,10 +63,10 @@ class FileDevice:
     def open(
         cls, path: str | os.PathLike[str], *, read_only: bool = False, share_writes: bool = False
     ) -> FileDevice:
-        """Open and lock an image. `share_writes` lets a reader look while somebody else writes.
+        """Open and lock an image. `share_writes` lets a reader open it while another program writes.
 
-        Raises `NotFound`, `InvalidArgument` if it is no image, `Busy` if QEMU or another lmdbitmap has it
-        open in a way that does not go together with ours, `StorageError` for all else.
+        Raises `NotFound`, `InvalidArgument` if it is not an image, `Busy` if QEMU or another lmdbitmap has it open in
+        a way that conflicts with ours, `StorageError` for everything else.
         """
         place = os.fspath(path)
         if share_writes and not read_only:
@@ -100,10 +100,10 @@ class FileDevice:
         return self._fd if self._fd >= 0 else None
 
     def identity(self) -> ImageIdentity:
-        """What the image is now, asked afresh.
+        """Return the image's current identity.
 
-        A block device has a number, a size and what the kernel counts: its node's inode and mtime say nothing
-        about its data.
+        A block device is identified by its number, its size and the kernel's counters: the inode and mtime of its node
+        say nothing about its data.
         """
         status = os.fstat(self._fd)
         if self.is_block_device:
@@ -128,9 +128,9 @@ class FileDevice:
             offset += count
 
     def will_need(self, offset: int, length: int) -> None:
-        """Have the kernel begin to read a range that will be asked for soon. Promises nothing.
+        """Ask the kernel to start reading a range that will be needed soon. This is only advice.
 
-        In steps: of one range Linux reads no more than the device takes in one request, or its `read_ahead_kb`.
+        It is asked in steps: of one range Linux reads no more than one request of the device or its `read_ahead_kb`.
         """
         with contextlib.suppress(OSError):
             for start in range(offset, offset + length, _READ_AHEAD_BYTES):
@@ -155,10 +155,10 @@ class FileDevice:
             self._write_zeroes_out(offset, offset + length)
 
     def _zero_in_place(self, offset: int, length: int, may_unmap: bool, fast_only: bool) -> bool:
-        """Whether the system zeroed the range by itself.
+        """Try to zero the range with fallocate; return whether that worked.
 
-        fallocate works on block devices too. There PUNCH_HOLE fails rather than write zeroes out, and
-        ZERO_RANGE (the same as the BLKZEROOUT ioctl) may write them.
+        fallocate works on block devices too. There PUNCH_HOLE fails rather than write zeroes out, and ZERO_RANGE (the
+        same as the BLKZEROOUT ioctl) may write them.
         """
         if may_unmap and linux.fallocate(self._fd, linux.FALLOC_FL_PUNCH_HOLE, offset, length):
             return True
@@ -172,7 +172,7 @@ class FileDevice:
             self.pwrite(zeroes[: stop - offset], offset)
 
     def discard(self, offset: int, length: int) -> None:
-        """Advice: where the file system or the device does not know how, nothing happens."""
+        """Discard a range. This is advice: does nothing if the file system or the device cannot discard."""
         self._check_write(offset, length)
         start, stop = self._whole_sectors(offset, length)
         if start >= stop:
@@ -194,8 +194,10 @@ class FileDevice:
         return joined(_holes_and_data(self._fd, offset, offset + length))
 
     def _is_slow_to_find_holes(self) -> bool:
-        """To say where data ends, tmpfs looks at each page: a GiB in 16 ms, in which nobody can write. So a file there
-        with as many blocks as it can fill is called data as a whole, whatever of it was only preallocated.
+        """Return whether finding holes would block writers for long.
+
+        To find the end of data, tmpfs looks at each page: a GiB takes 16 ms, during which no write proceeds. So a fully
+        allocated file on tmpfs counts as data, even where it was only preallocated.
         """
         status = os.fstat(self._fd)
         return status.st_blocks * _STAT_BLOCK_BYTES >= status.st_size and self._is_on_tmpfs
@@ -204,11 +206,11 @@ class FileDevice:
     def _is_on_tmpfs(self) -> bool:
         try:
             return FILESYSTEM_KINDS.get(linux.filesystem_number(self._fd)) == "tmpfs"
-        except OSError:  # whoever cannot say is asked for holes
+        except OSError:  # unknown: ask for holes
             return False
 
     def resize(self, size: int) -> None:
-        """What is added reads as zeroes. A block device raises `InvalidArgument`: others size it."""
+        """Set the size; the added range reads as zeroes. Raises `InvalidArgument` for a block device."""
         if self.is_block_device:
             raise InvalidArgument(
                 f"{self.path} is a block device",
@@ -237,20 +239,26 @@ class FileDevice:
             raise read_only_error(self.path)
 
     def _whole_sectors(self, offset: int, length: int) -> tuple[int, int]:
-        """(start, stop) of what can be zeroed or discarded: inward to sectors; for a file, all of it."""
+        """Return (start, stop) of the part that can be zeroed or discarded: whole sectors; for a file, all of it."""
         sector = self._sector_bytes
         return ceil_div(offset, sector) * sector, (offset + length) // sector * sector
 
 
 def _open_flags(read_only: bool, is_block_device: bool) -> int:
-    """O_EXCL on a block device: the kernel refuses one that is mounted or in use, whose writes we would miss."""
+    """Return the flags for `open`.
+
+    With O_EXCL the kernel refuses a block device that is mounted or in use: we would miss the writes of others.
+    """
     if read_only:
         return os.O_RDONLY | os.O_CLOEXEC
     return os.O_RDWR | os.O_CLOEXEC | (os.O_EXCL if is_block_device else 0)
 
 
 def _is_block_device(place: str) -> bool:
-    """Asked before opening: the mere opening of a fifo waits, and that of a tape or a watchdog acts."""
+    """Return whether `place` is a block device; raise `InvalidArgument` if it is not a regular file either.
+
+    This is checked before opening: opening a fifo blocks, and opening a tape or a watchdog has side effects.
+    """
     try:
         with os_errors_at(place):
             mode = os.stat(place).st_mode
@@ -271,7 +279,7 @@ def check_size(size: int) -> None:
 
 
 def read_only_error(place: str) -> OSError:
-    """EPERM, because that is what an NBD server answers for the same thing."""
+    """Return EPERM, the error that an NBD server answers for a write to a read-only export."""
     return OSError(errno.EPERM, "the image is open read-only", place)
 
 
@@ -283,7 +291,7 @@ def closed_error() -> OSError:
 
 
 def _holes_and_data(fd: int, start: int, stop: int) -> Iterator[Allocation]:
-    """Walk a file that may change meanwhile: every round ends further on, and doubt is called data."""
+    """Walk a file that may change meanwhile: every step advances, and unknown ranges count as data."""
     while start < stop:
         data = _next_data(fd, start, stop)
         yield Allocation(data - start, *HOLE)
@@ -296,7 +304,7 @@ def _next_data(fd: int, start: int, stop: int) -> int:
     try:
         return min(os.lseek(fd, start, os.SEEK_DATA), stop)
     except OSError as refusal:
-        if refusal.errno == errno.ENXIO:  # a hole to the end of the file; what lies behind that is no hole
+        if refusal.errno == errno.ENXIO:  # a hole to the end of the file; past its end is no hole
             return min(max(os.fstat(fd).st_size, start), stop)
         if refusal.errno in linux.UNSUPPORTED:
             return start
@@ -310,6 +318,6 @@ def _next_hole(fd: int, start: int, stop: int) -> int:
         if refusal.errno in linux.UNSUPPORTED | {errno.ENXIO}:
             return stop
         raise
-    if hole <= start:  # punched since we were told that data is here
+    if hole <= start:  # punched since SEEK_DATA reported data here
         hole = start + PAGE_BYTES
     return min(hole, stop)

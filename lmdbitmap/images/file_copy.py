@@ -1,4 +1,4 @@
-"""Copies bytes from file to file: by the kernel where it can, so that none passes through this program."""
+"""Copies bytes from file to file: in the kernel if it can, so that they do not pass through this program."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from lmdbitmap.errors import os_errors_at
 from lmdbitmap.images.device import FileDevice
 
 PIECE_BYTES = 8 << 20
-"""What to copy at once, between two reports; by hand it is in memory."""
+"""The most bytes to copy between two reports; they are held in memory if the kernel cannot copy."""
 
 
 class FileCopier:
-    """Fills the file `fd`; complaints name the `place` where it will be. For one thread."""
+    """Fills the file `fd`; errors name `place`, its final path. For one thread."""
 
     def __init__(self, fd: int, place: str) -> None:
         self._fd = fd
@@ -20,7 +20,7 @@ class FileCopier:
         self._kernel_can = True
 
     def copy(self, source: FileDevice, from_offset: int, to_offset: int, length: int) -> None:
-        """At most `PIECE_BYTES`."""
+        """Copy `length` bytes, at most `PIECE_BYTES`."""
         end = from_offset + length
         while from_offset < end:
             count = self._copy_in_kernel(source, from_offset, to_offset, end - from_offset)
@@ -29,7 +29,7 @@ class FileCopier:
             from_offset, to_offset = from_offset + count, to_offset + count
 
     def _copy_in_kernel(self, source: FileDevice, from_offset: int, to_offset: int, length: int) -> int:
-        """How many bytes the kernel copied: 0 where it cannot, or where copying by hand will tell why not."""
+        """Return how many bytes the kernel copied; 0 if it cannot, and then copying by hand reports any real error."""
         if self._kernel_can:
             assert source.fd is not None
             try:

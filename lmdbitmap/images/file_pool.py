@@ -1,8 +1,8 @@
-"""Files that are read from, any number of them, some of which are open at a time.
+"""A pool of any number of files to read, of which a limited number is open at a time.
 
-A file that is opened again must be the one that it was: same inode, size and mtime. Else what was learned of it, the
-tables of an image, would be used on another. While it is open it has its locks, as any image; in between others may
-do with it as they like, which is noticed then.
+A file that is reopened must be the same: same inode, size and mtime. Otherwise the image's tables, which were read
+before, would be used on another file. An open file has its locks, as any image has. While it is closed, other programs
+may change it; the next opening notices that.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MOST_EVER = 4096
 
 
 def half_of_what_may_be_open() -> int:
-    """Of the descriptors that the system lets this process have."""
+    """Return half of this process's limit of open descriptors, at most `_MOST_EVER`."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(1, min(soft // 2, _MOST_EVER)) if soft != resource.RLIM_INFINITY else _MOST_EVER
 
@@ -36,9 +36,9 @@ class _Opened:
 
 
 class FilePool:
-    """Opens files when they are read, and closes what was not read for longest. Safe for many threads.
+    """Opens files when they are read, and closes the least recently read. Safe for many threads.
 
-    What is being read is never closed: so there may be one more open for each thread.
+    A file that is being read is never closed, so each thread may add one open file to the limit.
     """
 
     def __init__(self, most_open: int = MOST_OPEN) -> None:
@@ -49,7 +49,7 @@ class FilePool:
 
     @contextlib.contextmanager
     def reading(self, path: str, known: ImageIdentity | None = None) -> Iterator[FileDevice]:
-        """The file, open in the block. Nobody writes to it meanwhile; `Busy` if somebody does, or it is not `known`."""
+        """Yield the file, open and locked against writers. Raises `Busy` if it has a writer or is not `known`."""
         with self._lock:
             opened = self._opened(path, known)
             opened.users += 1
@@ -115,7 +115,7 @@ class PooledFile:
             self._identity = device.identity()
 
     def reading(self) -> contextlib.AbstractContextManager[FileDevice]:
-        """Its device, which stays open in the block."""
+        """Return a context manager with the file's device, which stays open in the block."""
         return self._pool.reading(self.path, self._identity)
 
     def pread(self, length: int, offset: int) -> bytes:

@@ -1,4 +1,4 @@
-"""What an image is known by, taken so that it can be compared with later; continuity.py does that."""
+"""Takes an image's identity so that it can be compared later; continuity.py compares."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _STEP_POLL_S: Final = 0.001
 
 
 def identity_to_keep(device: TrackableDevice) -> ImageIdentity:
-    """The image's identity, when it is to be compared with much later: it survives a power cut, mtime included.
+    """Return an identity that survives a power cut, mtime included, for a comparison much later.
 
-    The data was flushed before. But that (fdatasync) leaves the mtime in memory for half a minute, and a power
-    cut would set it back, as if an older image had been put there.
+    The caller has flushed the data. But fdatasync leaves the mtime in memory for half a minute, and a power cut would
+    set it back, as if an older image had been put there.
     """
     identity = settled_identity(device)
     if device.fd is not None:
@@ -28,11 +28,11 @@ def identity_to_keep(device: TrackableDevice) -> ImageIdentity:
 
 
 def settled_identity(device: TrackableDevice) -> ImageIdentity:
-    """The image's identity, once the clock that files' times are taken from shows a later time than its mtime.
+    """Return the image's identity, once the clock that file times are taken from is later than its mtime.
 
-    That clock stands still for milliseconds, or for two seconds on some file systems: a stranger's write in
-    the moment of our last one would leave the same mtime. Nobody may write through us meanwhile, and a block
-    device was flushed.
+    That clock advances in steps of milliseconds, on some file systems of two seconds. A foreign write in the same step
+    as our last one would leave the same mtime. The caller must let nobody write through us meanwhile, and must have
+    flushed a block device.
     """
     identity = device.identity()
     step_ns = _LONGEST_STEP_NS if identity.mtime_ns % _SECOND_NS == 0 else 1

@@ -1,4 +1,4 @@
-"""An image by its name: the path of a file or a block device, or the URI of what an NBD server exports."""
+"""An image by its name: the path of a file or a block device, or the URI of an NBD export."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from lmdbitmap.nbd.client.device import NbdDevice
 
 
 def open_image(image: str, *, read_only: bool = False, share_writes: bool = False) -> TrackableDevice:
-    """Open it as `FileDevice.open` and `NbdDevice.open` say; nobody can be kept out of what a server exports."""
+    """Open the image; see `FileDevice.open` and `NbdDevice.open`. An NBD export is not locked against others."""
     if uri.is_uri(image):
         return NbdDevice.open(image, read_only=read_only)
     return FileDevice.open(image, read_only=read_only, share_writes=share_writes)
 
 
 def is_far(image: str) -> bool:
-    """Whether an NBD server has it."""
+    """Return whether the image is an NBD export."""
     return uri.is_uri(image)
 
 
 def lasting_name(image: str) -> str:
-    """The name by which it is found from every folder; two names of one image become the same where we can tell.
+    """Return a name that is valid from every folder; two names of one image give the same name where we can tell.
 
-    Raises `InvalidArgument` for what can be kept in no store, or names nothing that can be tracked.
+    Raises `InvalidArgument` for a name that a store cannot hold, or that names nothing that can be tracked.
     """
     if uri.is_uri(image):
         place = uri.parse(image)
@@ -38,9 +38,9 @@ def lasting_name(image: str) -> str:
 
 
 def is_same_image(one: str, other: str) -> bool:
-    """Whether two names lead to one image, links and other names of a device included.
+    """Return whether two names lead to one image, links and other names of a device included.
 
-    What a server exports is the same with TLS and without, and with any credentials.
+    An NBD export is the same with TLS and without, and with any credentials.
     """
     if is_far(one) or is_far(other):
         return is_far(one) and is_far(other) and _lasting_place(one) == _lasting_place(other)
@@ -54,7 +54,7 @@ def is_same_image(one: str, other: str) -> bool:
 
 
 def are_one(here: os.stat_result, there: os.stat_result) -> bool:
-    """Whether both are of one file, or of one block device, whatever its nodes."""
+    """Return whether both are of one file, or of one block device, even through different nodes."""
     if stat.S_ISBLK(here.st_mode) and stat.S_ISBLK(there.st_mode):
         return here.st_rdev == there.st_rdev
     return os.path.samestat(here, there)
@@ -65,14 +65,14 @@ def _lasting_place(image: str) -> uri.NbdAddress:
 
 
 def _lasting_credentials(tls: uri.Credentials) -> uri.Credentials:
-    """Links on the way to the folder stay: who renews certificates may do so by changing one."""
+    """Return the credentials with an absolute folder. Its links stay: certificates may be renewed by changing one."""
     return tls._replace(folder=tls.folder and _as_text(os.path.abspath(tls.folder)))
 
 
 def _lasting_path(image: str) -> str:
-    """A file without the links on the way; a block device as it was called.
+    """Return a file's path with its links resolved, or a block device's path as it was given.
 
-    Devices are numbered anew at each boot, and what stays are the links to them (/dev/disk/by-id, /dev/vg/lv).
+    Devices are numbered anew at each boot; only the links to them last (/dev/disk/by-id, /dev/vg/lv).
     """
     path = _real_path(image)
     is_block_device = os.path.exists(path) and stat.S_ISBLK(os.stat(path).st_mode)

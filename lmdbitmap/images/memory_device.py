@@ -1,4 +1,4 @@
-"""A disk in memory: for tests of what works with disks, ours and those of who embeds the library."""
+"""A disk in memory, for our tests and for those of programs that embed the library."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lmdbitmap.interfaces import Allocation, Buffer, joined
 
 
 class MemoryDevice:
-    """A disk of zeroes, with `FileDevice`'s manners.
+    """A disk of zeroes that behaves like `FileDevice`.
 
-    `fail_next["pwrite"] = errno.ENOSPC` makes the next `pwrite` fail so, having done nothing.
+    `fail_next["pwrite"] = errno.ENOSPC` makes the next `pwrite` raise that error and write nothing.
     """
 
     fd = None
@@ -63,7 +63,7 @@ class MemoryDevice:
             pass
 
     def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
-        """Pages of zeroes are holes."""
+        """Yield the allocation; pages of zeroes are holes."""
         with self._doing("allocation", offset, length):
             return joined(self._pages(offset, offset + length))
 

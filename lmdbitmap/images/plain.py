@@ -1,4 +1,4 @@
-"""A disk served as it is, nothing tracked: what tracking is measured against, and the simplest `ServedDisk`."""
+"""A disk served without tracking: the baseline for benchmarks, and the simplest `ServedDisk`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lmdbitmap.system.linux import splice_to_file
 
 
 class PlainDisk:
-    """Serves a `BlockDevice`, which it does not own: closing the device is its opener's business."""
+    """Serves a `BlockDevice` that it does not own: the opener closes the device."""
 
     def __init__(self, device: BlockDevice) -> None:
         self._device = device
@@ -37,7 +37,7 @@ class PlainDisk:
 
 
 class PlainLane:
-    """Every call goes to the device; writes go to its descriptor at once where it has one."""
+    """Passes every call to the device; writes go straight to its descriptor if it has one."""
 
     def __init__(self, device: BlockDevice) -> None:
         self._device = device
@@ -81,4 +81,4 @@ class PlainLane:
         self._device.flush()
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Do nothing: a plain lane holds nothing."""

@@ -1,4 +1,4 @@
-"""The half of a block device that refuses: what cannot be written, whoever asks."""
+"""A base class for devices that cannot be written: it refuses every change."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lmdbitmap.work.buffers import read_whole
 
 
 class ReadOnlyDevice:
-    """A base for devices of `size` bytes that only read. EPERM is what an NBD server answers for the same thing."""
+    """A read-only device of `size` bytes. It refuses with EPERM, as an NBD server does."""
 
     fd = None
     read_only = True
@@ -41,7 +41,7 @@ class ReadOnlyDevice:
         self._refuse(0, 0)
 
     def flush(self) -> None:
-        """Nothing was written."""
+        """Do nothing: nothing was written."""
 
     def _refuse(self, offset: int, length: int) -> None:
         check_range(offset, length, self.size)

@@ -1,8 +1,8 @@
-"""Whether the image of a disk is still to be found by its name. Where it is not, its data lives as long as its owner.
+"""Watches whether an image is still found under its name. If it is not, its data lives only as long as its owner.
 
-A file that is removed, or replaced by another one, under the process that has it open is written and read on as if
-nothing had happened, guest and backups included. It ends with that process, and everything written since with it. So
-somebody has to be told while there is time for a backup.
+If a file is removed or replaced while a process has it open, that process goes on reading and writing the old file as
+if nothing had happened, guest and backups included. The old file ends with that process, and everything written since
+with it. So the operator has to be told while there is time for a backup.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ WHILE_THERE_IS_TIME: Final = (
 
 
 def why_lost(image: str, fd: int) -> str | None:
-    """What became of the name of the image that is open as `fd`, if it does not lead there any more."""
+    """Return why `image` no longer names the file that is open as `fd`; None if it does, or nobody can tell."""
     try:
         there = os.stat(image)
     except (FileNotFoundError, NotADirectoryError):
         return f"{image} was removed, or moved away"
     except OSError:
-        return None  # nobody can say
+        return None  # unknown
     try:
         here = os.fstat(fd)
-    except OSError:  # as of a file that another host removed
+    except OSError:  # for instance if another host removed the file
         return f"{image} is not the file any more that is open, and that one is gone"
     return None if are_one(here, there) else f"{image} is another file now than the one that is open"
 
 
 class Whereabouts:
-    """Tells the log when the image of disk `name` is lost, and when it is found again. `fd` is None of a far one."""
+    """Logs when the image of disk `name` is lost, and when it is found again. `fd` may be None for an NBD export."""
 
     def __init__(self, name: str, image: str, fd: int | None) -> None:
         self._name = name
@@ -48,7 +48,7 @@ class Whereabouts:
         self._looking = threading.Lock()
 
     def look(self) -> str | None:
-        """What became of the image's name, if it is lost. Safe for many threads."""
+        """Return why the image's name is lost, or None. Safe for many threads."""
         with self._looking:
             lost = None if self._fd is None else why_lost(self._image, self._fd)
             before, self._lost = self._lost, lost
@@ -59,6 +59,6 @@ class Whereabouts:
         return lost
 
     def end(self) -> None:
-        """The image is not open any more: there is nothing to tell."""
+        """Stop watching: the image is not open any more."""
         with self._looking:
             self._fd = None
