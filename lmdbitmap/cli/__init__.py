@@ -1,1 +1,1 @@
-"""The command line: the only place that prints, exits and looks at the environment. It begins in `main.py`."""
+"""The command line: the only place that prints, exits and reads the environment. It begins in `main.py`."""

@@ -1,4 +1,4 @@
-"""What verbs say about disks: gathered once, told as JSON to programs and in words to people."""
+"""Reports about disks and bitmaps: gathered once, printed as JSON for programs or in words for people."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lmdbitmap.tracker.changes import Standing, Summary, dirty_bytes_of_period
 
 @dataclass(frozen=True)
 class DiskReport:
-    """A disk as it stands at this moment."""
+    """The state of a disk at this moment."""
 
     disk: Disk
     attached: bool
@@ -35,7 +35,7 @@ class DiskReport:
     dirt: Summary
     """Since the newest checkpoint."""
     holds: Sequence[Hold]
-    """Of repositories; those that ended too."""
+    """The holds of repositories, ended ones included."""
 
     def facts(self) -> dict[str, object]:
         disk, standing = self.disk, self.dirt.standing
@@ -63,7 +63,7 @@ def report_on(store: Store, disk: Disk) -> DiskReport:
 
 
 def served_words(served: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What the process that serves a disk tells of it, for people; see docs/control.md."""
+    """Yield (label, words) for the facts that the serving process reports of a disk; see docs/control.md."""
     rates, latencies = served["rates"], served["latencies"]
     connections, carried = served["connections"], served["bytes"]
     yield "served by", f"process {served['pid']}, lmdbitmap {served['version']}"
@@ -98,7 +98,7 @@ def _latency_words(latencies: Mapping[str, int]) -> str:
 
 @dataclass(frozen=True)
 class Period:
-    """A checkpoint and what changed from it to the next one; nobody knows that for those of older epochs."""
+    """A checkpoint and the dirty bytes from it to the next one, which are None (unknown) for an older epoch."""
 
     checkpoint: Checkpoint
     dirty_bytes: int | None
@@ -116,7 +116,7 @@ class Period:
 
 
 def periods_of(store: Store, disk: Disk) -> Iterator[Period]:
-    """The disk's checkpoints, oldest first, older epochs included."""
+    """Yield the periods of the disk's checkpoints, oldest first, older epochs included."""
     with store.read() as reader:
         checkpoints = reader.checkpoints(disk.uuid)
     holders = consumers.holders_of(store, disk)
@@ -172,7 +172,7 @@ def size_words(geometry: Geometry) -> str:
 
 
 def confirm(asked: Session, words: str, **facts: object) -> None:
-    """It is done: in words, or as the facts."""
+    """Report success: `words` for people, or `facts` as JSON."""
     if asked.as_json:
         say_json(facts)
     else:

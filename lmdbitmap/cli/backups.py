@@ -1,6 +1,6 @@
-"""Verbs that copy a disk away and bring it back: backup, restore.
+"""Verbs that back up a disk and restore it: backup, restore.
 
-What they need is imported when they run: it would cost all other verbs a third of their start.
+They import what they need when they run, so that the other verbs start in two thirds of the time.
 """
 
 from __future__ import annotations
@@ -98,16 +98,16 @@ def backup(
     owner_limit: float, lock_wait: float, compress: str | None, digest: str | None, take_over: bool,
     new_repository: bool, to_stdout: bool, since: str | None, checkpoint: str | None, diff_version: str | None,
 ) -> None:  # fmt: skip
-    """Back up disks, while their guests write on.
+    """Back up disks while their guests keep writing.
 
-    All of them are copied as they are at one point in time, each into a folder of its own in REPO, as qcow2
-    images that stack on each other. Several disks must all be unserved, or all served by one process. One that
-    fails by itself is left out, and told of in the end; the others have their backups.
+    All disks are copied as of one point in time, each into its own folder in REPO, as a chain of qcow2 images. Several
+    disks must all be unserved, or all served by one process. If one disk fails, it is reported at the end; the others
+    are backed up.
 
-    Where nobody knows what changed, the disk is compared with its last backup; the answer says why.
+    If it is not known what changed, the disk is compared with its last backup, and the answer says why.
 
-    With --stdout one disk goes to standard output, in the format of `rbd export-diff`. Its new checkpoint stays:
-    the next stream counts from it.
+    With --stdout one disk goes to standard output, in the format of `rbd export-diff`. Its new checkpoint stays: the
+    next stream counts from it.
     """
     options = StreamOptions(since, checkpoint, diff_version)
     if to_stdout:
@@ -127,7 +127,7 @@ def backup(
 
 
 class _Wishes(NamedTuple):
-    """What a backup into a repository can be told."""
+    """The options of a backup into a repository."""
 
     kind: str
     only_that: bool
@@ -176,14 +176,14 @@ def _is_any_served(store: Store, names: Sequence[str]) -> bool:
     from lmdbitmap.access.owners import is_served
 
     for name in names:
-        with contextlib.suppress(LmdbitmapError):  # of an unknown one the backup tells
+        with contextlib.suppress(LmdbitmapError):  # the backup itself reports an unknown disk
             if is_served(store, name):
                 return True
     return False
 
 
 def _tell(asked: Session, made: Sequence[BackupResult], failed: BackupsFailed | None, thaw: Thaw) -> None:
-    """Of each disk; then end as it has to where a disk has no backup, or a guest may be frozen still."""
+    """Report each disk; then raise if a disk has no backup, or if a guest may still be frozen."""
     if asked.as_json:
         facts = [_backup_facts(result) for result in made]
         say_json({"backups": facts, "failures": failure_facts(failed), "thaw_failure": thaw.problem})
@@ -266,12 +266,12 @@ def restore(
 ) -> None:
     """Write a disk out as it was at a backup.
 
-    OUT is a new raw file, which will be sparse; or a block device or the URI of an NBD export, of the disk's size;
-    or, in place, any of these or a file that is there. The backup is proven by its digests: on the way to a new file,
-    before the first write to anything else. The store is only asked whether OUT is tracked.
+    OUT is a new raw file, which will be sparse, or a block device or the URI of an NBD export of the disk's size. With
+    --in-place OUT may also be an existing file. The backup is proven by its digests: while a new file is written, or
+    before the first write to any other OUT. The store is only asked whether OUT is tracked.
 
-    With - and OUT alone, standard input is a stream in the format of `rbd export-diff`. A full one makes a new
-    file; a diff changes OUT, which is the disk that it counts from, in place.
+    With - and OUT alone, standard input is a stream in the format of `rbd export-diff`. A full stream makes a new file.
+    A diff changes OUT in place; OUT must be the disk that the diff counts from.
     """
     if repository == STDIN:
         require_stream_in()
@@ -310,7 +310,7 @@ def _given(argument: str | None, name: str) -> str:
 
 @contextlib.contextmanager
 def _store_that_may_track(asked: Session, out: str) -> Iterator[Store | None]:
-    """Nothing else needs a store, and on a machine where backups are only kept there is none."""
+    """Yield the store if OUT exists, so that it may be tracked. A machine that only keeps backups has no store."""
     with contextlib.ExitStack() as opened:
         store = None
         if is_far(out) or os.path.exists(out):

@@ -1,4 +1,4 @@
-"""Verbs about bitmaps that are no disk's: export, import, inspect, combine."""
+"""Verbs about flat files and stand-alone bitmaps: export, import, inspect, combine."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from lmdbitmap.tracker.standalone import Operation, disk_or_bitmap_called
 def export(asked: Session, name: str, file: str, since: str | None, until: str | None) -> None:
     """Write a bitmap to a flat file.
 
-    NAME is a disk, whose changes are written, or a stand-alone bitmap. The file is there whole or not at all.
-    One that is there already is replaced if it is a flat file or empty; any other is refused.
+    NAME is a disk, whose changes are written, or a stand-alone bitmap. The file is written whole or not at all. An
+    existing file is replaced if it is a flat file or empty; any other file is refused.
     """
     with (
         Store.open(asked.store_path) as store,
@@ -72,7 +72,7 @@ def export(asked: Session, name: str, file: str, since: str | None, until: str |
 def import_(asked: Session, file: str, name: str, into: str | None, all_dirty: bool) -> None:
     """Keep a flat file as the stand-alone bitmap NAME.
 
-    A file that was not closed cleanly says nothing, and is refused with exit code 3.
+    A file that was not closed cleanly cannot be trusted, and is refused with exit code 3.
     """
     with (
         Store.create(asked.store_path) as store,
@@ -91,9 +91,9 @@ def import_(asked: Session, file: str, name: str, into: str | None, all_dirty: b
 @click.argument("file", metavar="FILE.dbm", type=click.Path(dir_okay=False))
 @click.pass_obj
 def inspect(asked: Session, file: str) -> None:
-    """Say what a flat file holds and what it is worth.
+    """Show what a flat file holds and whether it can be trusted.
 
-    All of it is read and proven. Exit code 3: it is worth nothing, and everything counts as dirty.
+    The whole file is read and proven. Exit code 3: it cannot be trusted, and everything counts as dirty.
     """
     with progress(f"reading {file}", shown=asked.shows_progress):
         found = flat_files.inspect_file(file)
@@ -124,11 +124,11 @@ def inspect(asked: Session, file: str) -> None:
 def combine(asked: Session, name: str, operation: str, others: tuple[str, ...], into: str | None) -> None:
     """Combine stand-alone bitmaps, as `import` keeps them.
 
-    NAME becomes what it is or, and, and-not or xor each OTHER in turn, in one step that is done or not; each OTHER
-    stays as it is. All are of disks of one size. A disk's changes have to be exported and imported first.
+    NAME is combined (or, and, and-not, xor) with each OTHER in turn, in one step that is done or not; each OTHER stays
+    as it is. All must be of disks of one size. A disk's changes have to be exported and imported first.
 
-    What comes out never names too few blocks, and may name too many where NAME or an OTHER does. `and-not` and `xor`
-    take blocks away: they want blocks of one size, and are refused with exit code 3 where they could hide a change.
+    The result never names too few blocks. It may name too many if NAME or an OTHER does. `and-not` and `xor` remove
+    blocks: they need bitmaps with blocks of one size, and are refused with exit code 3 if they could hide a change.
     """
     with (
         Store.open(asked.store_path) as store,

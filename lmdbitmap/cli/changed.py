@@ -1,7 +1,7 @@
-"""The verb `changes`: which bytes of a disk changed, streamed, however many extents there are.
+"""The verb `changes`: which bytes of a disk changed, streamed, whatever the number of extents.
 
-The sum comes before the extents and the records are read once for each, so for a period that still records
-the two may differ by what was written in between. A period that a checkpoint closed never changes.
+The sum is printed before the extents, and the records are read once for each. So for a period that still records the
+two may differ by what was written in between. A period that a checkpoint closed never changes.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ _BOOL = ("false", "true")
 @click.option("--format", "form", type=click.Choice(["text", "json"]), help="As --json does, or not.")
 @click.pass_obj
 def changes(asked: Session, name: str, since: str | None, until: str | None, form: str | None) -> None:
-    """Tell which bytes of a disk changed since a checkpoint.
+    """List which bytes of a disk changed since a checkpoint.
 
-    Exit code 3 says that nobody knows: then all of the disk is in the answer, with the reason.
+    Exit code 3: it is not known what changed. Then the answer is the whole disk, with the reason.
     """
     as_json = asked.as_json if form is None else form == "json"
     bar_shown = sys.stderr.isatty() and not sys.stdout.isatty() and not asked.as_json
@@ -58,7 +58,7 @@ def changes(asked: Session, name: str, since: str | None, until: str | None, for
 
 
 def ask_or_everything(store: Store, name: str, since: str | None, until: str | None) -> Changes:
-    """The answer; where nobody knows what changed, the answer that everything did."""
+    """Return the changes; if it is not known what changed, return the whole disk as changed."""
     try:
         return ask_changes(store, name, since=since, until=until)
     except Untrusted as error:
@@ -71,7 +71,7 @@ def ask_or_everything(store: Store, name: str, since: str | None, until: str | N
 
 @contextlib.contextmanager
 def _image(answer: Changes) -> Iterator[BlockDevice | None]:
-    """The image, to see what reads as zeroes; None where it cannot be looked at, for then nothing is known."""
+    """Yield the image, to find what reads as zeroes; None if it cannot be opened, for then nothing is known."""
     try:
         device = open_image(answer.disk.image, read_only=True, share_writes=True)
     except LmdbitmapError:
@@ -94,7 +94,7 @@ def _tell_json(answer: Changes, extents: Iterable[Extent]) -> None:
 
 
 def head_facts(answer: Changes, standing: Standing, dirty_bytes: int) -> dict[str, object]:
-    """What was asked, how far the answer can be believed, and the sum of it."""
+    """Return what was asked, how far the answer can be trusted, and the dirty bytes in all."""
     disk = answer.disk
     return {
         "disk": disk.name,
@@ -109,7 +109,7 @@ def head_facts(answer: Changes, standing: Standing, dirty_bytes: int) -> dict[st
 
 
 def _extent_as_json(extent: Extent) -> str:
-    """Ten times as fast as the json module, which matters for the millionth."""
+    """Return an extent as JSON, ten times as fast as the json module, which matters for millions of them."""
     offset, length, dirty, zero = extent
     return f'{{"offset": {offset}, "length": {length}, "dirty": {_BOOL[dirty]}, "zero": {_BOOL[zero]}}}'
 
@@ -129,6 +129,6 @@ def head_words(answer: Changes, dirty_bytes: int) -> str:
 
 
 def insist_on_trust(answer: Changes) -> None:
-    """Raise `Untrusted`, once the answer was told, if nobody knows what changed."""
+    """Raise `Untrusted` if it is not known what changed. Call it after the answer was printed."""
     if answer.standing.trust is Trust.UNTRUSTED:
         raise unknown_error(answer)

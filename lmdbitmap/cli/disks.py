@@ -1,4 +1,4 @@
-"""Verbs that begin and end the tracking of a disk, and tell how it stands and where: add, ls, info, relocate, rm."""
+"""Verbs that begin and end the tracking of a disk, and show its state and image: add, ls, info, relocate, rm."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ _FORMATS = {qcow2.MAGIC: "qcow2", b"KDMV": "VMDK", b"vhdxfile": "VHDX"}
 def add(asked: Session, name: str, image: str, granularity_bits: int, durability: str, policy: str) -> None:
     """Start tracking a disk image.
 
-    IMAGE is a raw file, a block device or the nbd:// or nbd+unix:// URI of what another server exports, nbds://
-    or nbds+unix:// over TLS; NAME is what to call it. The first checkpoint is made. Everything counts as dirty
-    until the first full backup.
+    IMAGE is a raw file, a block device, or the nbd:// or nbd+unix:// URI of another server's export (nbds:// or
+    nbds+unix:// over TLS). NAME is the disk's name from now on. The first checkpoint is made. Everything counts as
+    dirty until the first full backup.
     """
     _refuse_odd_uri(image)
-    lasting_name(image)  # refuses what names nothing, before a store is made for it
+    lasting_name(image)  # refuses a name that leads to nothing, before a store is made for it
     with Store.create(asked.store_path) as store:
         disk = session.add(
             store, name, image, granularity_bits=granularity_bits, durability=durability, policy=policy
@@ -115,8 +115,8 @@ def _refuse_odd_uri(image: str) -> None:
 def ls(asked: Session, repository: str | None) -> None:
     """List disks and bitmaps, or backups.
 
-    Without REPO, the disks that are tracked and the stand-alone bitmaps. With REPO, the backups in that repository:
-    those to which a disk can be restored, and how many images each of them is made of.
+    Without REPO, lists the tracked disks and the stand-alone bitmaps. With REPO, lists the backups in that repository
+    to which a disk can be restored, and how many images each of them is made of.
     """
     if repository is not None:
         list_backups(asked, repository)
@@ -164,10 +164,10 @@ def _bitmap_row(kept: BitmapReport) -> list[str]:
 @click.argument("name")
 @click.pass_obj
 def info(asked: Session, name: str) -> None:
-    """Tell all about one disk or one stand-alone bitmap.
+    """Show all about one disk or one stand-alone bitmap.
 
-    What changed since each checkpoint, how far that is to be trusted, and why; and who holds it. Of a disk that is
-    served also what its clients do, and how long they wait.
+    Shows what changed since each checkpoint, how far that can be trusted and why, and who holds the checkpoint. For a
+    served disk it also shows what its clients do and how long they wait.
     """
     with Store.open(asked.store_path) as store:
         found = disk_or_bitmap_called(store, name)
@@ -258,11 +258,11 @@ def _tell_pairs(pairs: Iterable[tuple[str, str]]) -> None:
 @click.argument("image", type=utf8_path)
 @click.pass_obj
 def relocate(asked: Session, name: str, image: str) -> None:
-    """Say where the image of a disk is now.
+    """Set where the image of a disk is now.
 
-    IMAGE is as for `add`. A file that was moved within its file system, or an export that is reached over TLS now, is
-    known again, and the next backup is an increment. What cannot be known again, as a copy, counts as another image:
-    then `adopt` vouches for it, or the next backup reads the disk.
+    IMAGE is as for `add`. A file that was moved within its file system, or an export that is now reached over TLS, is
+    recognised, and the next backup is an increment. An image that cannot be recognised, such as a copy, counts as
+    another one: either vouch for it with `adopt`, or the next backup reads the disk.
     """
     _refuse_odd_uri(image)
     with Store.open(asked.store_path) as store:
@@ -283,10 +283,10 @@ def relocate(asked: Session, name: str, image: str) -> None:
 @click.argument("name")
 @click.pass_obj
 def rm(asked: Session, name: str) -> None:
-    """Forget a disk, or throw a stand-alone bitmap away.
+    """Remove a disk or a stand-alone bitmap from the store.
 
-    The disk's checkpoints go too; its image is not touched. The next backup will be a full one. A process that serves
-    the disk lets go of it, and serves its others on; while a client is connected, it refuses.
+    The disk's checkpoints are removed too; its image is not touched. The next backup will be a full one. A process that
+    serves the disk stops serving it and goes on serving its others; it refuses while a client is connected.
     """
     with Store.open(asked.store_path) as store:
         found = disk_or_bitmap_called(store, name)

@@ -1,4 +1,4 @@
-"""Where some disks of several failed: they are told of one by one, and the exit code is theirs."""
+"""The end of a verb in which some of several disks failed: a message for each, and the exit code for them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def tell_failures(failed: DisksFailed | None, what: str) -> None:
 
 
 def end_as(failed: DisksFailed | None, what: str) -> None:
-    """Tell of each disk that failed, and end with the exit code for that."""
+    """Report each disk that failed, and end the verb with the exit code for them."""
     if failed is not None:
         tell_failures(failed, what)
         raise AlreadyTold(failed)

@@ -1,6 +1,6 @@
-"""The `lmdbitmap` command itself: its help, its own options, and its verbs in the order in which one meets them.
+"""The `lmdbitmap` command itself: its help, its own options, and its verbs in the order in which users meet them.
 
-A verb is imported when it is called: all of them together would cost each half of its start.
+A verb is imported when it is called: importing all of them would double the start of each.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _VERBS: Final = {
     "check": "soundness.check",
     "metrics": "metrics.metrics",
 }
-"""Where in this package each verb is."""
+"""The module and function of each verb, in this package."""
 
 
 class Verbs(click.Group):

@@ -1,4 +1,4 @@
-"""Who holds what of a disk: the verb holds, and the words for it that other verbs use."""
+"""The verb `holds`, and how other verbs show the holders of a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lmdbitmap.notes.holds import Hold
 from lmdbitmap.store import Store
 
 _DIGITS = 8
-"""Of a uuid, as people see it."""
+"""How many digits of a uuid are shown to people."""
 _NOTED_NOWHERE = {
     "person": "whoever made it",
     "tracker": "the tracker",
@@ -35,10 +35,10 @@ _NOTED_NOWHERE = {
 def holds(asked: Session, name: str, days: int | None) -> None:
     """List the repositories that hold checkpoints of a disk.
 
-    Each counts from its own. Where a repository was when it was last used is shown, and never looked at. A hold
-    lapses after so many days without a backup: the next backup or checkpoint of the disk merges away what it held
-    alone, and should the repository come back, its next backup is a rescan. `forget NAME --repository` does that
-    by hand.
+    Each repository counts from its own checkpoint. The path shown is where the repository was last used; nothing is
+    read there. A hold lapses after the given number of days without a backup: the next backup or checkpoint of the disk
+    merges away what it held alone. If that repository is used again, its next backup is a rescan. `forget NAME
+    --repository` does that by hand.
     """
     with Store.open(asked.store_path) as store:
         if days is not None:

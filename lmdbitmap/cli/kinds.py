@@ -1,4 +1,4 @@
-"""What kind of backup is wanted: an option for each. Two that differ are refused, wherever each of them came from."""
+"""The kinds of backup, with an option for each. Two different ones are refused, wherever each of them came from."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Log lines on stderr: one sentence a line for people, or one JSON object a line for programs.
+"""Log lines on stderr: one sentence per line for people, or one JSON object per line for programs.
 
     {"time": "2026-11-23T19:00:00.123+00:00", "level": "warning", "logger": "lmdbitmap.tracker.tracking",
      "message": "disk sda: tracking begins again", "disk": "sda"}
 
-`disk` and `client` are there where a line is about one. A log call names them in its `extra`, or begins with
-"disk %s", as all messages about a disk do.
+A line about a disk or a client has the key `disk` or `client`. A log call names them in its `extra`, or its message
+begins with "disk %s", as all messages about a disk do.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LOGGER: Final = logging.getLogger("lmdbitmap")
 
 
 class OneLine(logging.Formatter):
-    """Log lines quote names, paths and clients: they must not reach the terminal as they are."""
+    """Makes a log line printable: it quotes names, paths and clients, which must not reach the terminal unescaped."""
 
     def __init__(self) -> None:
         super().__init__("lmdbitmap: %(message)s")
@@ -36,7 +36,7 @@ class OneLine(logging.Formatter):
 
 
 class JsonLine(logging.Formatter):
-    """Plain ASCII, so that nothing that is quoted can end the line or upset whoever reads it."""
+    """Formats a record as JSON in plain ASCII, so that quoted text can neither end the line nor harm its reader."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
@@ -61,7 +61,7 @@ def _disk_of(record: logging.LogRecord) -> object:
 
 
 class AlreadyTold(Exception):
-    """What a verb ends with that has said itself what failed: only the exit code is left."""
+    """Ends a verb that has already reported its failure: only the exit code is left."""
 
     def __init__(self, error: LmdbitmapError) -> None:
         super().__init__(error)
@@ -69,18 +69,18 @@ class AlreadyTold(Exception):
 
 
 class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # generic for type checkers only
-    """The one handler of this program, so that its style can be chosen once the command line is read."""
+    """The one handler of this program; a class of its own, so that `choose` finds it to set its style."""
 
 
 def begin() -> None:
-    """Until more is known: warnings and worse, for people."""
+    """Log warnings and errors as sentences, until the command line is read."""
     handler = StderrHandler()
     handler.setFormatter(OneLine())
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
 
 
 def choose(style: str, *, verbose: bool) -> None:
-    """From now on in this style; what merely happens, such as a client that comes, is told too if asked for."""
+    """Set the style. With `verbose` or in JSON, also log ordinary events, such as a client that connects."""
     for handler in _handlers():
         handler.setFormatter(JsonLine() if style == JSON else OneLine())
     if verbose or style == JSON:
@@ -88,7 +88,7 @@ def choose(style: str, *, verbose: bool) -> None:
 
 
 def last_words(message: str) -> None:
-    """Why the program fails, in the style of its log."""
+    """Report why the program fails, in the style of its log."""
     if any(isinstance(handler.formatter, JsonLine) for handler in _handlers()):
         _LOGGER.error("%s", message)
     else:

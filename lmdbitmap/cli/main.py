@@ -1,4 +1,4 @@
-"""The boundary between verbs and the shell: runs one verb, and ends in an exit code and at most one sentence.
+"""The boundary between verbs and the shell: runs one verb and ends with an exit code and at most one sentence.
 
 | exit code | when |
 |---|---|
@@ -7,10 +7,10 @@
 | 2 | the command was not understood |
 | 3 | the bitmap cannot be trusted, a full backup is needed |
 | 4 | busy or locked |
-| 130, 143, 129 | ended by Ctrl-C, SIGTERM, SIGHUP; of what copies, what was begun is undone first |
-| 141 | whoever read our output went away |
+| 130, 143, 129 | ended by Ctrl-C, SIGTERM, SIGHUP; verbs that copy undo what they began first |
+| 141 | the reader of our output went away |
 
-click and rich are imported inside, so that an installation without them is told what it lacks.
+click and rich are imported inside functions, so that an installation without them gets a message that names them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FAILED = 1
 USAGE = 2
 _EXIT_CODES: dict[type[LmdbitmapError], int] = {InvalidArgument: USAGE, Untrusted: 3, Busy: 4}
 SIGNALLED = 128
-"""And the number of the signal, as shells count."""
+"""The exit code for a signal is this plus the signal's number, as in shells."""
 READER_GONE = 141
 
 
@@ -40,13 +40,13 @@ def main() -> NoReturn:
     _occupy_standard_descriptors()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal may lack a letter of a name
+            stream.reconfigure(errors="backslashreplace")  # a name may have letters that the encoding lacks
     logs.begin()
     sys.exit(run(sys.argv[1:], owns_process=True))
 
 
 def run(words: Sequence[str], *, owns_process: bool = False) -> int:
-    """Do what `words` say; answer the exit code. A process that is its own may be given another priority."""
+    """Run the verb in `words` and return the exit code. With `owns_process` it may change the process's priority."""
     try:
         code = _run_verb(words, owns_process)
         sys.stdout.flush()
@@ -61,7 +61,7 @@ def run(words: Sequence[str], *, owns_process: bool = False) -> int:
     except Ended as end:
         return _fail_by(end.signal)
     except BrokenPipeError:
-        _drop_output()  # and be quiet about it, as cat and grep are
+        _drop_output()  # silently, as cat and grep do
         return READER_GONE
     except OSError as refusal:
         _drop_output()
@@ -130,17 +130,17 @@ def _own_bug(bug: Exception) -> int:
 
 
 def _drop_output() -> None:
-    """Let what is still unwritten go nowhere: Python would fail on it once more when it exits."""
+    """Send unwritten output to /dev/null: otherwise Python would fail on it again at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
 
 
 def _occupy_standard_descriptors() -> None:
-    """See to it that 0, 1 and 2 are taken.
+    """Make sure that descriptors 0, 1 and 2 are taken.
 
-    Started without one of them, the next file that is opened would get its number, be it the store or an
-    image, and whatever is printed would land in it.
+    If one were free, the next file opened, such as the store or an image, would get its number, and printed output
+    would land in that file.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass

@@ -1,8 +1,8 @@
-"""The verb `metrics`, and `serve --metrics`: how the disks of a store are, in Prometheus' words.
+"""The verb `metrics`, and `serve --metrics`: the state of a store's disks in Prometheus' format.
 
-The owner of a disk is asked what it knows, as `info` asks it, but not to write its bits down first: whoever
-is asked every few seconds must not disturb those that are watched. So `lmdbitmap_dirty_bytes` is what a crash at
-this moment would leave dirty: extents that are armed count whole.
+The owner of a disk is asked for its facts, as by `info`, but does not persist its bits first: a scrape every few
+seconds must not disturb the guests. So `lmdbitmap_dirty_bytes` is what a crash at this moment would leave dirty: armed
+extents count whole.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _US_PER_S = 1e6
 
 @dataclass(frozen=True)
 class Figures:
-    """A disk at one moment; `served` is what its owner says, None where nobody serves it."""
+    """The figures of a disk at one moment; `served` is its owner's report, None if nobody serves it."""
 
     disk: Disk
     attached: bool
@@ -80,10 +80,10 @@ def figures_of(store: Store, disk: Disk) -> Figures:
 @click.argument("names", metavar="[NAME…]", nargs=-1)
 @click.pass_obj
 def metrics(asked: Session, names: Sequence[str]) -> None:
-    """Tell how disks are, as Prometheus reads it.
+    """Print the state of disks in the format of Prometheus.
 
-    All disks of the store, served or not, or those that are named. What is being written counts as dirty by
-    whole extents, as it would after a crash: nobody is disturbed for a sharper answer, as `info` gives it.
+    Covers all disks of the store, served or not, or those that are named. Ranges being written count as dirty by whole
+    extents, as they would after a crash: the guests are not disturbed for the sharper answer that `info` gives.
     """
     with Store.open(asked.store_path) as store:
         found = [figures_of(store, disk) for disk in _disks(store, names)]
@@ -108,8 +108,10 @@ def exposition(found: Sequence[Figures]) -> str:
 
 @contextlib.contextmanager
 def metrics_served(store: Store, names: Collection[str], host: str, port: int) -> Iterator[str]:
-    """Answer scrapes of the disks of these names, as they are then, over HTTP, in threads of their own, until the block
-    ends; yields the URL."""
+    """Serve the current figures of the named disks over HTTP, in separate threads, until the block ends; yield the URL.
+
+    `names` is read at each scrape.
+    """
     from lmdbitmap.cli.scraping import serving
 
     scrapes = _Scrapes(store, names)
@@ -121,7 +123,7 @@ def metrics_served(store: Store, names: Collection[str], host: str, port: int) -
 
 
 class _Scrapes:
-    """One at a time, and none after `end`: the store may be closed then, whatever a scraper is waiting for."""
+    """Reads figures for one scrape at a time, and for none after `end`: then the store may be closed safely."""
 
     def __init__(self, store: Store, names: Collection[str]) -> None:
         self._store = store
@@ -129,7 +131,7 @@ class _Scrapes:
         self._turn = threading.Lock()
 
     def figures(self) -> list[Figures]:
-        """Of the disks that can be told about."""
+        """Return the figures of the disks; one whose figures cannot be read is left out and logged."""
         found = []
         with self._turn:
             for name in list(self._names):
@@ -244,7 +246,7 @@ def _gauge(name: str, help_: str, values: Iterable[tuple[str, float]]) -> Metric
 
 
 def _counter(name: str, help_: str, values: Iterable[tuple[str, float]]) -> Metric:
-    """Its samples' name ends in `_total`."""
+    """Return a counter; the name of its samples ends in `_total`."""
     from prometheus_client.core import CounterMetricFamily
 
     family = CounterMetricFamily(f"lmdbitmap_{name}", help_, labels=["disk"])
@@ -272,7 +274,7 @@ def _latencies(served: _Served) -> Iterator[Metric]:
 
 
 def _cumulative(counts: Sequence[int]) -> list[tuple[str, float]]:
-    """Prometheus counts in each bucket all that is in the ones before it too."""
+    """Return cumulative buckets: Prometheus counts in each bucket also everything in those before it."""
     total, buckets = 0.0, []
     for bucket in range(BUCKETS):
         total += counts[bucket]

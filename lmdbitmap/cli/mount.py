@@ -1,7 +1,7 @@
 """The verb `mount`: a disk as it was at a backup, over NBD and read-only, until a signal asks for the end.
 
-Of a large chain a few files are wanted, and at once: so each chunk of an image is proven by its digest when it is read
-for the first time. What does not fit is an error for the client, and so is a table that lies.
+Users want a few files of a large chain, and at once. So each chunk of an image is proven by its digest when it is first
+read. A chunk that does not match its digest is an error for the client, and so is a corrupt table.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def mount(
 ) -> None:
     """Serve a disk as it was at a backup, read-only.
 
-    So a single file of it can be fetched, with guestfish, nbdcopy or nbd-client. The disk is exported over NBD under
-    its name, and as the default export. Prints `ready` and the URIs once clients can connect; SIGTERM or Ctrl-C ends
-    it. It needs no store, and changes nothing.
+    Single files can then be fetched with guestfish, nbdcopy or nbd-client. The disk is exported over NBD under its name
+    and as the default export. Prints `ready` and the URIs once clients can connect; SIGTERM or Ctrl-C ends it. It needs
+    no store, and changes nothing.
     """
     from lmdbitmap.repository.backup_chain import open_backup
     from lmdbitmap.restoring.backup_server import ended, prove_first

@@ -1,6 +1,6 @@
-"""What all verbs share: where the store is, JSON or words, and how arguments are read.
+"""What all verbs share: the store's path, JSON or words, and the types of arguments.
 
-`--store` and `--json` are taken before the verb and after it; after it wins.
+`--store` and `--json` are accepted before the verb and after it; the latter wins.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from lmdbitmap.geometry import granularity_bits_of
 from lmdbitmap.work.patience import MOST_S
 
 Function: TypeAlias = Callable[..., Any]
-"""A verb, or what becomes one."""
+"""A verb, or a function that is being decorated to become one."""
 
 STORE_VARIABLE = "LMDBITMAP_STORE"
 
 
 @dataclass
 class Session:
-    """One run of the command: what was asked for apart from the verb and its arguments."""
+    """One run of the command: its settings apart from the verb and its arguments."""
 
     store_path: str
     as_json: bool = False
     owns_process: bool = False
-    """Whether nothing else lives in this process."""
+    """Whether this process runs nothing but the command."""
 
     @property
     def shows_progress(self) -> bool:
@@ -42,11 +42,11 @@ class Session:
 
 
 def default_store(environment: Mapping[str, str], uid: int) -> str:
-    """Where the store is when nobody says: one for the system, or one for each user."""
+    """Return the default path of the store: the system's for root, else the user's own."""
     if uid == 0:
         return "/var/lib/lmdbitmap"
     state_home = environment.get("XDG_STATE_HOME", "")
-    if not os.path.isabs(state_home):  # unset, or to be ignored, says the XDG specification
+    if not os.path.isabs(state_home):  # unset, or relative, which the XDG specification says to ignore
         home = environment.get("HOME") or os.path.expanduser("~")
         state_home = os.path.join(home, ".local", "state")
     return os.path.join(state_home, "lmdbitmap")
@@ -78,7 +78,7 @@ class Verb(click.Command):
 def verb(
     *, examples: Sequence[str], name: str | None = None, undoes: bool = False
 ) -> Callable[[Callable[..., None]], Verb]:
-    """Make a verb of a function; its docstring is the help. What it `undoes` when it fails, it undoes for signals."""
+    """Make a verb of a function; its docstring is the help. With `undoes`, signals undo its work as a failure does."""
     return click.command(name, cls=Verb, examples=examples, undoes=undoes)
 
 
@@ -127,7 +127,7 @@ def at_backup(purpose: str) -> Callable[[Function], Function]:
 
 
 def size(text: str) -> int:
-    """Bytes, with or without a unit."""
+    """Return the bytes of a size with or without a unit."""
     try:
         return parse_size(text)
     except InvalidArgument as error:
@@ -135,7 +135,7 @@ def size(text: str) -> int:
 
 
 class Seconds(click.FloatRange):
-    """How long something may take, or be waited for; for ever is none."""
+    """A duration or a time limit in seconds; it cannot be infinite."""
 
     def __init__(self, *, may_be_0: bool = False) -> None:
         super().__init__(min=0, max=MOST_S, min_open=not may_be_0)
@@ -148,7 +148,7 @@ class Seconds(click.FloatRange):
 
 
 def granularity(text: str) -> int:
-    """A granularity in bytes, answered as its exponent."""
+    """Return the exponent of a granularity given in bytes."""
     try:
         return granularity_bits_of(parse_size(text))
     except InvalidArgument as error:
@@ -156,7 +156,7 @@ def granularity(text: str) -> int:
 
 
 def utf8_path(text: str) -> str:
-    """A path that can be kept in the store, or told in a URI; as it is, and where its links lead."""
+    """Return a path unchanged if it and its target are UTF-8, so that a store or a URI can hold both."""
     try:
         os.path.realpath(text).encode()
     except ValueError as error:
@@ -165,7 +165,7 @@ def utf8_path(text: str) -> str:
 
 
 def names(text: str) -> list[str]:
-    """One name or several with commas between them, no two alike."""
+    """Return the names in a comma-separated list; no two may be equal."""
     found = text.split(",")
     if "" in found:
         raise click.BadParameter(

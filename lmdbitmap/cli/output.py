@@ -1,7 +1,7 @@
-"""What people and programs get to see: sentences, tables and JSON on stdout, progress on stderr.
+"""All output: sentences, tables and JSON on stdout, progress on stderr.
 
-Text that comes from outside (names, paths, messages) passes through `printable`: a name must not be able to
-move the cursor of whoever lists it. rich is imported where it is needed; JSON and sentences do without.
+Text from outside (names, paths, messages) passes through `printable`: a name must not be able to move the terminal's
+cursor. rich is imported where it is needed; JSON and sentences do not need it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ROWS_PER_WRITE = 4096
 
 
 def printable(text: str) -> str:
-    """`text` on one line, with everything that a terminal would obey or cannot show spelled out."""
+    """Return `text` on one line, with control characters and unprintable ones escaped."""
     return "".join(char if char.isprintable() else _spelled_out(char) for char in text)
 
 
@@ -29,12 +29,12 @@ def _spelled_out(char: str) -> str:
 
 
 def say(text: str, *, aside: bool = False) -> None:
-    """One line on stdout; `aside` puts it on stderr, where stdout is for something else."""
+    """Print one line on stdout; with `aside` on stderr, because stdout carries something else."""
     print(printable(text), file=sys.stderr if aside else sys.stdout)
 
 
 def complain(text: str) -> None:
-    """One line on stderr, under the program's name."""
+    """Print one line on stderr, after the program's name."""
     print(f"lmdbitmap: {printable(text)}", file=sys.stderr)
 
 
@@ -46,9 +46,9 @@ def say_json(value: object, *, aside: bool = False) -> None:
 
 
 def stream_json(head: Mapping[str, object], key: str, rows: Iterable[str]) -> None:
-    """`head` with `key` added last, a list of any length in constant memory, one row on a line.
+    """Print `head` with `key` added last: a list of any length, in constant memory, one row per line.
 
-    The rows are JSON already: whoever has millions of them knows a faster way to write each than we do.
+    The rows are JSON already: a caller with millions of them can format each faster than the json module.
     """
     opening = json.dumps(head)[:-1]
     print(f"{opening}{', ' if head else ''}{json.dumps(key)}: [", end="")
@@ -61,7 +61,7 @@ def stream_json(head: Mapping[str, object], key: str, rows: Iterable[str]) -> No
 
 
 def stream_lines(lines: Iterable[str]) -> None:
-    """Lines of our own making, any number of them."""
+    """Print any number of lines; they must be printable already."""
     lines = iter(lines)
     while batch := list(itertools.islice(lines, _ROWS_PER_WRITE)):
         print("\n".join(batch))
@@ -71,7 +71,7 @@ def stream_lines(lines: Iterable[str]) -> None:
 
 
 def say_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> None:
-    """Columns under their headings; those named in `right` are numbers. Fit to a terminal, whole in a pipe."""
+    """Print a table, with the columns in `right` aligned right. It is folded to fit a terminal, and whole in a pipe."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -93,7 +93,7 @@ def say_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, right: 
 
 @contextlib.contextmanager
 def progress(label: str, *, shown: bool) -> Iterator[Progress]:
-    """A bar on stderr that vanishes at the end; where it is not `shown` the reports go nowhere."""
+    """Show a progress bar on stderr that vanishes at the end; if not `shown`, ignore the reports."""
     if not shown:
         yield _ignore
         return

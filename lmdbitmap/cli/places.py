@@ -1,4 +1,4 @@
-"""Where verbs that serve listen: passed sockets, TCP addresses, socket files and who may open them."""
+"""Where serving verbs listen: passed sockets, TCP addresses, and socket files with their permissions."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _FOR_OTHERS = 0o007
 
 
 class ListenAddresses:
-    """All places where clients find us; `passed` are descriptors, `tls` is for those who come over TCP.
+    """All addresses to listen at. `passed` are descriptors; `tls` is the certificates' folder for clients over TCP.
 
-    `insecure` says that other hosts may reach what has no TLS.
+    `insecure` allows other hosts to connect without TLS.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class ListenAddresses:
 
 
 def passed_sockets(environment: MutableMapping[str, str]) -> range:
-    """The descriptors of sockets that a service manager bound for this very process (sd_listen_fds(3))."""
+    """Return the descriptors of sockets that a service manager passed to this process (sd_listen_fds(3))."""
     pid, count = environment.pop("LISTEN_PID", ""), environment.pop("LISTEN_FDS", "")
     environment.pop("LISTEN_FDNAMES", None)
     if pid != str(os.getpid()):
@@ -63,7 +63,7 @@ def passed_sockets(environment: MutableMapping[str, str]) -> range:
 
 
 def host_and_port(text: str) -> tuple[str, int]:
-    """HOST:PORT, with an IPv6 host in brackets."""
+    """Return the host and port of HOST:PORT; an IPv6 host stands in brackets."""
     host, _, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
@@ -72,7 +72,7 @@ def host_and_port(text: str) -> tuple[str, int]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this host can reach it."""
+    """Return whether only this host can reach `host`."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -83,7 +83,7 @@ def is_loopback(host: str) -> bool:
 
 
 def socket_mode(text: str) -> int:
-    """As chmod has it in octal, for `type=`; nobody but the owner and a group can be let in."""
+    """Return the mode given in octal, as for chmod; for `type=`. Only the owner and a group can be given access."""
     try:
         mode = int(text, 8)
     except ValueError:
@@ -98,7 +98,7 @@ def socket_mode(text: str) -> int:
 
 
 def group_id(text: str) -> int:
-    """A group by its name or number, for `type=`."""
+    """Return the id of a group given by name or number; for `type=`."""
     if text.isascii() and text.isdigit():
         return int(text)
     try:
@@ -108,7 +108,7 @@ def group_id(text: str) -> int:
 
 
 def _open_to(path: str, mode: int, group: int | None) -> None:
-    """Let others connect to our socket file, which only we could until now: first say who, then that they may."""
+    """Let others connect to our socket file, which only we could until now: set its group first, then its mode."""
     with os_errors_at(path):
         if group is not None:
             os.chown(path, -1, group)

@@ -1,4 +1,4 @@
-"""Verbs that act on a disk's chain: checkpoint, snapshot, release, forget, mark, adopt. Durable when they answer."""
+"""Verbs that act on a disk's chain: checkpoint, snapshot, release, forget, mark, adopt. Durable when they return."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from lmdbitmap.store import Store
 @hooked("NAME…")
 @click.pass_obj
 def checkpoint(asked: Session, disks: list[str], checkpoint_name: str, hook: Hook) -> None:
-    """Make a point in time to ask about later.
+    """Make a checkpoint, to ask later what changed since.
 
-    It is made, durably, on all of the disks or on none. Several disks must all be unserved, or all served by
-    one process. It is yours, and stays until you forget it. Checkpoints of backups that nobody holds any more are
-    merged away.
+    It is made, durably, on all of the disks or on none. Several disks must all be unserved, or all served by one
+    process. The checkpoint is yours, and stays until you forget it. Checkpoints of backups that are not held any more
+    are merged away.
     """
     thaw = Thaw()
     with Store.open(asked.store_path) as store:
@@ -48,8 +48,8 @@ def checkpoint(asked: Session, disks: list[str], checkpoint_name: str, hook: Hoo
 def snapshot(asked: Session, disks: list[str], checkpoint_name: str, since: str, hook: Hook) -> None:
     """Hold served disks as they are, for other programs to read.
 
-    A checkpoint is made on all of them at one moment, and each is exported as NAME@CHECKPOINT, read-only, with
-    what changed since older checkpoints (qemu:dirty-bitmap:…), until it is released.
+    A checkpoint is made on all of the disks at one moment. Each disk is exported read-only as NAME@CHECKPOINT, with
+    the changes since older checkpoints (qemu:dirty-bitmap:…), until it is released.
     """
     thaw = Thaw()
     with Store.open(asked.store_path) as store, hook.freezing(disks, thaw):
@@ -67,9 +67,9 @@ def snapshot(asked: Session, disks: list[str], checkpoint_name: str, since: str,
 @click.argument("checkpoint_name", metavar="CHECKPOINT")
 @click.pass_obj
 def release(asked: Session, name: str, checkpoint_name: str) -> None:
-    """Let go of a disk that was held.
+    """Release a disk that `snapshot` holds.
 
-    The checkpoint stays. Fails if old data could not be kept: then what was read is of no use.
+    The checkpoint stays. Fails if old data could not be kept: then discard what was read.
     """
     with Store.open(asked.store_path) as store:
         kept_bytes = served_snapshots.release_served_snapshot(store, name, checkpoint_name)
@@ -88,8 +88,8 @@ def release(asked: Session, name: str, checkpoint_name: str) -> None:
 def forget(asked: Session, name: str, checkpoint_name: str | None, repository: str | None) -> None:
     """Delete a checkpoint, or all that a repository holds.
 
-    What it recorded goes to the one before it. The next backup into a repository that holds nothing any more reads
-    the whole disk, and stores what differs.
+    The changes that a checkpoint recorded are merged into the one before it. The next backup into a repository that
+    holds nothing any more reads the whole disk, and stores what differs.
     """
     if (checkpoint_name is None) == (repository is None):
         raise click.UsageError("Name either CHECKPOINT or --repository.")
@@ -114,9 +114,9 @@ def forget(asked: Session, name: str, checkpoint_name: str | None, repository: s
 @click.argument("length", type=size)
 @click.pass_obj
 def mark(asked: Session, name: str, offset: int, length: int) -> None:
-    """Call a range of bytes dirty.
+    """Mark a range of bytes as dirty.
 
-    Every block that LENGTH bytes from OFFSET on touch counts as changed.
+    Every block that the LENGTH bytes from OFFSET on touch counts as changed.
     """
     with Store.open(asked.store_path) as store:
         operations.mark(store, name, offset, length)
@@ -130,11 +130,11 @@ def mark(asked: Session, name: str, offset: int, length: int) -> None:
 def adopt(asked: Session, name: str) -> None:
     """Vouch that nobody changed an image behind our back.
 
-    For an image that was copied, restored or touched, and holds the same data as before. If it does not,
-    the next incremental backup will be wrong.
+    Use it for an image that was copied, restored or touched and holds the same data as before. If it does not, the next
+    incremental backup will be wrong.
 
-    Say it before anybody attaches the disk: an image that is not known then begins a new epoch, whose first backup
-    reads the whole disk. Of one that is served there is nothing to vouch for, or it is too late.
+    Run it before anything attaches the disk: an image that is not recognised then begins a new epoch, whose first
+    backup reads the whole disk. For a disk that is served already, it is either unnecessary or too late.
     """
     with Store.open(asked.store_path) as store:
         adopted = operations.adopt(store, name)

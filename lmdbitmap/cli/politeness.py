@@ -1,6 +1,6 @@
-"""How much a verb that copies gives way to the guests, whose requests need the same processors; and how patient it is.
+"""How much a verb that copies gives way to the guests, who need the same processors, and how long it waits.
 
-It does so once the point in time is taken: until then it may be a guest that waits for it.
+It gives way once the point in time is taken: until then a guest may be waiting for it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from lmdbitmap.cli.options import Function, Seconds, Session, size
 
 
 def polite(function: Function) -> Function:
-    """Add the options that say how much; the verb gets them as `nice` and `speed_limit`, bytes a second or None."""
+    """Add the options `nice` and `speed_limit`; the latter is bytes per second or None."""
     return _nice(_speed_limit(function))
 
 
 def owner_limited(function: Function) -> Function:
-    """Add the option for how patient the verb itself is; it gets it as `owner_limit`, in seconds."""
+    """Add the option `owner_limit`: how long the verb waits for a silent owner, in seconds."""
     return click.option(
         "--owner-limit",
         metavar="SECONDS",
@@ -33,7 +33,7 @@ def owner_limited(function: Function) -> Function:
 
 
 def waiting(for_whom: str) -> Callable[[Function], Function]:
-    """Add the option for how long others are waited for; the verb gets it as `lock_wait`, in seconds."""
+    """Add the option `lock_wait`: how long the verb waits for other runs, in seconds."""
     return click.option(
         "--lock-wait",
         metavar="SECONDS",
@@ -66,11 +66,11 @@ def _nice(function: Function) -> Function:
 def nice_after(
     moment: AbstractContextManager[object], niceness: int, asked: Session, *, served: Callable[[], bool]
 ) -> Iterator[None]:
-    """When `moment` is over a process of our own gives way, and so do the threads that it starts from then on.
+    """Raise the process's niceness after `moment`, if it runs nothing else; threads started from then on inherit it.
 
-    Only where the disks are `served`: then their server changes the store for us in the end. What we change ourselves
-    is not to be done slowly, as guests of other disks may wait for the store meanwhile. It is asked when `moment` is
-    over: whoever had a disk at first may have been waited for.
+    This is done only if the disks are `served`: then their server makes the final change of the store. If we make it
+    ourselves, it must not be slow, because guests of other disks may wait for the store. `served` is called after
+    `moment`, because a program that had a disk at first may have been waited for.
     """
     with moment:
         yield

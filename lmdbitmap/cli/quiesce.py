@@ -1,11 +1,12 @@
-"""The hook of a point in time: a command that brings a guest in order for that moment, and lets it go on.
+"""The hook of a point in time: a command that makes a guest consistent for that moment and then lets it go on.
 
-COMMAND freeze NAME…     before it; one that fails or takes too long ends the backup
-COMMAND thaw NAME…       after it, whatever happened, also to a freeze that failed; where it fails itself, the backup
-                         goes on, for it is good, and the command ends with exit code 1 and tells of the guest
+COMMAND freeze NAME…     before it; if it fails or takes too long, the backup ends
+COMMAND thaw NAME…       after it, whatever happened, even if the freeze failed; if the thaw fails, the backup goes on,
+                         because it is good, and the command ends with exit code 1 and reports the guest
 
-Nobody can work in a guest that stays frozen. So a signal that ends the backup lets it be thawed first, the next ones
-wait for that, and what a freeze began is over before: else it might freeze the guest when that was thawed already.
+Nobody can work in a guest that stays frozen. So a signal that ends the backup has the guest thawed first, and further
+signals wait for that. Everything that the freeze started is ended before the thaw; otherwise it might freeze a guest
+that was already thawed.
 """
 
 from __future__ import annotations
@@ -33,23 +34,23 @@ from lmdbitmap.nbd.control_client import ANSWER_S
 log = logging.getLogger(__name__)
 
 _MOST_WORDS = 400
-"""Of what a hook says, shown where it fails."""
+"""How many characters of a failed hook's output are shown."""
 _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Thaw:
-    """What became of the guest that a hook froze."""
+    """The outcome of thawing the guest that a hook froze."""
 
     def __init__(self) -> None:
         self.failure: LmdbitmapError | None = None
 
     @property
     def problem(self) -> str | None:
-        """For programs."""
+        """What failed, for JSON; None if the guest was thawed."""
         return None if self.failure is None else self.failure.problem
 
     def require(self) -> None:
-        """Raise, once all else was told, where the guest may be frozen still."""
+        """Raise `LmdbitmapError` if the guest may still be frozen. Call it after everything else was reported."""
         if self.failure is not None:
             raise LmdbitmapError(
                 f"what was asked for is done, but the guest may be frozen still: {self.failure.problem}",
@@ -58,7 +59,7 @@ class Thaw:
 
 
 class Hook(NamedTuple):
-    """What a verb was told to run around its point in time, if anything, and how long its guest may stay frozen."""
+    """The command to run around a point in time, if any, and how long the guest may stay frozen."""
 
     command: str | None
     limit_s: float
@@ -66,7 +67,7 @@ class Hook(NamedTuple):
 
     @property
     def answer_limit_s(self) -> float:
-        """How long whoever takes the point in time may take: no guest waits where there is no hook."""
+        """How long taking the point in time may take; without a hook no guest waits for it."""
         return ANSWER_S if self.command is None else self.freeze_limit_s
 
     def freezing(self, names: Sequence[str], thaw: Thaw) -> AbstractContextManager[object]:
@@ -74,7 +75,7 @@ class Hook(NamedTuple):
 
 
 def hooked(names: str) -> Callable[[Function], Function]:
-    """Add the options that name a hook; the verb gets them as `hook`. `names` is how it calls its disks."""
+    """Add the options of a hook; the verb gets them as `hook`. `names` is its metavar for the disks."""
 
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
@@ -121,10 +122,10 @@ def _freeze_limit_option() -> Callable[[Function], Function]:
 
 @contextlib.contextmanager
 def quiesced(command: str, names: Sequence[str], limit_s: float, thaw: Thaw | None = None) -> Iterator[None]:
-    """The hook's guest is frozen in the block. Each of its two runs may take `limit_s`.
+    """Keep the hook's guest frozen in the block. Each of the hook's two runs may take `limit_s`.
 
-    How the second one failed is told at once in the log, as a backup may go on for hours, and kept in `thaw`. Where the
-    first one has failed, one error tells of both, in that order.
+    A failed thaw is logged at once, because a backup may go on for hours, and kept in `thaw`. If the freeze failed too,
+    one error reports both, in that order.
     """
     words = _words(command)
     with _Signals() as signals:
@@ -163,13 +164,13 @@ def _neither(refused: LmdbitmapError, failure: LmdbitmapError) -> LmdbitmapError
 
 
 class _NotRun(LmdbitmapError):
-    """The hook could not even be started: no guest was asked for anything."""
+    """The hook could not be started, so no guest was asked for anything."""
 
 
 class _Signals:
-    """One ends the block by an exception; the others, and all after `wait`, come when the block has ended.
+    """The first signal ends the block by an exception; later ones, and all after `wait`, are raised after the block.
 
-    What is ignored stays so, as under nohup. Only a main thread can do this; in another one signals are what they were.
+    Ignored signals stay ignored, as under nohup. Only the main thread can do this; in another thread nothing changes.
     """
 
     def __init__(self) -> None:
@@ -186,7 +187,7 @@ class _Signals:
 
     @property
     def came(self) -> bool:
-        """Whether one is to come when the block has ended: it will take the place of any error."""
+        """Whether a signal will be raised after the block: it replaces any error."""
         return self._came is not None
 
     def wait(self) -> None:
@@ -237,8 +238,10 @@ def _run(words: Sequence[str], limit_s: float) -> None:
 
 
 def _outcome(words: Sequence[str], limit_s: float) -> tuple[int, str]:
-    """What it ended with, and what it said. In a session of its own: Ctrl-C is told to us alone, and all that it began
-    can be ended with it."""
+    """Run the hook; return its exit code and its output.
+
+    It has a session of its own, so that Ctrl-C reaches us alone, and everything that it started can be killed with it.
+    """
     with subprocess.Popen(  # noqa: S603 - the command that its user gave, without a shell
         words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, errors="replace", start_new_session=True,

@@ -1,6 +1,6 @@
-"""Verbs about a repository of backups as a whole: verify, prune, copy; and what `ls` says of one.
+"""Verbs about a repository of backups as a whole: verify, prune, copy; and the listing of `ls REPO`.
 
-What they need is imported when they run, as in backups.py.
+They import what they need when they run, as in backups.py.
 """
 
 from __future__ import annotations
@@ -47,9 +47,8 @@ def plural(count: int, noun: str) -> str:
 def verify(asked: Session, repository: str, name: str | None, at: str | None) -> None:
     """Prove backups by their digests, without restoring them.
 
-    Every byte of every image is read, and its structure is looked at: of all disks, or of one. What is damaged is
-    told by file and bytes. Nothing is changed. Exit code 1: something is damaged, or its digests cannot be computed
-    here.
+    Reads every byte of every image of all disks or of one, and checks the images' structure. Damage is reported by
+    file and bytes. Nothing is changed. Exit code 1: something is damaged, or its digests cannot be computed here.
     """
     from lmdbitmap.repository.verify import verify as prove
 
@@ -151,11 +150,11 @@ def prune(
     dry_run: bool,
     lock_wait: float,
 ) -> None:
-    """Let go of old backups, of all disks in REPO or of some.
+    """Remove old backups of all disks in REPO, or of some.
 
-    A backup stays if one of the rules wants it; days without a backup do not count. What stays is merged with what
-    it was stacked on, without the disk and the store, and reads as before. Merging needs room for the images that
-    are being written. A disk that fails is told of in the end, and the others are pruned.
+    A backup stays if one of the rules keeps it; days without a backup do not count. A backup that stays is merged with
+    the removed ones below it, without the disk and the store, and reads as before. Merging needs room for the images
+    that are being written. If a disk fails, it is reported at the end, and the others are pruned.
     """
     from lmdbitmap.repository.prune import PrunesFailed
     from lmdbitmap.repository.prune import prune as let_go
@@ -248,11 +247,11 @@ def _kept_facts(entry: BackupEntry) -> dict[str, object]:
 @waiting("another run that uses REPO2")
 @click.pass_obj
 def copy(asked: Session, repository: str, target: str, names: Sequence[str], lock_wait: float) -> None:
-    """Copy backups to another repository, of all disks or of some.
+    """Copy backups of all disks, or of some, to another repository.
 
-    What REPO2 has already is not copied again, also after a copy that was killed, and nothing there is changed or
-    removed: each of the two is pruned by itself. Every image is proven by its digest. REPO2 may hold no backups of
-    these disks that REPO never had. A disk that fails is told of in the end, and the others are copied.
+    Backups that REPO2 has already are not copied again, also after a copy that was killed. Nothing in REPO2 is changed
+    or removed: each repository is pruned by itself. Every image is proven by its digest. REPO2 must not hold backups of
+    these disks that REPO never had. If a disk fails, it is reported at the end, and the others are copied.
     """
     from lmdbitmap.repository.transfer import CopiesFailed, copy_backups
 
@@ -303,7 +302,7 @@ _HEADINGS = ("disk", "backup", "time", "type", "size", "changed", "stored", "cha
 
 
 def list_backups(asked: Session, repository: str) -> None:
-    """All restore points of a repository; a disk whose manifest cannot be read is told of after the others."""
+    """Print all restore points of a repository; a disk whose manifest cannot be read is reported after the others."""
     from lmdbitmap.repository.repository import folders_of, known_backups_of
     from lmdbitmap.work.disks_failed import DisksFailed
     from lmdbitmap.work.failures import Failures
@@ -336,7 +335,7 @@ def list_backups(asked: Session, repository: str) -> None:
 
 
 def _depths(manifest: Manifest | None) -> dict[str, int]:
-    """Of each backup, how many images make it up."""
+    """Return how many images each backup is made of, by its id."""
     depths: dict[str, int] = {}
     for entry in manifest.backups if manifest is not None else ():
         depths[entry.id] = 1 if entry.parent is None else depths[entry.parent] + 1

@@ -1,6 +1,8 @@
-"""The HTTP server that Prometheus scrapes. Whoever connects can cost it a few threads for a few seconds, and no more:
-it runs in the process that a guest's disk depends on. A scraper has `_PATIENCE_S` to say all that it has to say, and as
-long again to take each part of the answer, whether it is silent or sends byte after byte.
+"""The HTTP server that Prometheus scrapes.
+
+It runs in the process that a guest's disk depends on, so clients can cost it a few threads for a few seconds and no
+more. A client has `_PATIENCE_S` to send its whole request, whether it is silent or sends byte after byte, and as long
+again to receive each part of the answer.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ _PATIENCE_S: Final = 5.0
 def serving(
     registry: CollectorRegistry, host: str, port: int, *, patience_s: float = _PATIENCE_S
 ) -> Iterator[str]:
-    """Answers GET with what the registry collects, until the block ends; yields the URL. Raises `Busy` if taken."""
+    """Answer GET with the registry's metrics until the block ends; yield the URL. Raises `Busy` if the port is used."""
     listener = TcpListener(host, port)
     server = _Server(listener, _handler(registry, patience_s))
     thread = threading.Thread(target=server.serve_forever, name="lmdbitmap metrics", daemon=True)
@@ -45,7 +47,7 @@ def serving(
 
 
 class _Server(ThreadingHTTPServer):
-    """Serves at a socket that is bound already; a scraper too many finds a closed door."""
+    """Serves at a socket that is bound already; a client above `_MOST_SCRAPERS` is disconnected."""
 
     daemon_threads = True
 
@@ -88,7 +90,7 @@ def _handler(registry: CollectorRegistry, patience_s: float) -> type[BaseHTTPReq
 
 
 class _Hurried(io.RawIOBase):
-    """What a socket receives within `patience_s` in all. A socket's own timeout begins anew with every byte."""
+    """Reads from a socket for at most `patience_s` in all. A socket's own timeout begins anew with every byte."""
 
     def __init__(self, sock: Any, patience_s: float) -> None:
         self._sock = sock

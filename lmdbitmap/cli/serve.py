@@ -1,7 +1,7 @@
 """The verb `serve`: disks over NBD, tracked, until a signal asks for the end.
 
-Whatever ends it short of SIGKILL ends it in this order, and that order is why a clean end is clean: no more
-clients, the requests that were taken in are answered, the disks are detached.
+Unless SIGKILL ends it, it ends in this order, which makes the end a clean one: accept no more clients, answer the
+requests that were received, detach the disks.
 """
 
 from __future__ import annotations
@@ -97,9 +97,9 @@ def serve(
 ) -> None:
     """Serve disks over NBD, and track the writes.
 
-    Each disk is exported under its name; a single one also as the default export. Prints `ready` and the
-    URIs once clients can connect. SIGTERM or Ctrl-C ends it cleanly. Under systemd it takes the sockets of its
-    socket unit, and says when it is ready.
+    Each disk is exported under its name; a single disk is also the default export. Prints `ready` and the URIs once
+    clients can connect. SIGTERM or Ctrl-C ends it cleanly. Under systemd it uses the sockets of its socket unit and
+    notifies systemd when it is ready.
     """
     logs.choose(log_style, verbose=verbose)
     _require_sense(names, bitmap_file)
@@ -125,8 +125,10 @@ def serve(
 
 
 def _leave_to_itself() -> None:
-    """What is there by now stays as long as the server. To look through all of it for garbage, as Python does now and
-    then, takes some 10 ms, in which no guest is served."""
+    """Exclude everything allocated so far from garbage collection.
+
+    It stays as long as the server does, and a full collection takes about 10 ms, during which no guest is served.
+    """
     gc.collect()
     gc.freeze()
 
@@ -145,9 +147,9 @@ def _served(
     scratch: Scratch,
     attached: contextlib.ExitStack,
 ) -> Iterator[Server]:
-    """A server of the disks and of those who ask about them; afterwards nobody uses the disks any more.
+    """Yield a server of the disks, with its control socket running; afterwards nobody uses the disks any more.
 
-    Those that it was asked to let go are not in `disks` any more.
+    A disk that the server was asked to detach is removed from `disks`.
     """
     server = Server(disks, contexts_of=tracked_contexts)
     watch = Watch(server, {name: store.commits for name, store in stores.items()})
@@ -159,7 +161,7 @@ def _served(
     finally:
         at_rest = [server.stop(), control.stop()]
         if not all(at_rest):
-            attached.pop_all()  # whoever hangs in a disk may still write to it: as if we had crashed
+            attached.pop_all()  # a hanging request may still write to its disk: leave as after a crash
             raise LmdbitmapError(
                 "a request hangs in its disk, so the disks were not detached",
                 next_step="see why the disk does not answer (dmesg); what was being written counts as dirty",

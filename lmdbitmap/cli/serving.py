@@ -1,6 +1,6 @@
-"""What the verbs that serve share: where they listen, how they tell that they are ready, how they end.
+"""What the verbs that serve share: where they listen, how they announce that they are ready, how they end.
 
-A signal is only ever a wish: the second one, or the tenth, finds it wished already and interrupts nothing.
+A signal only requests the end. A second or tenth signal changes nothing and interrupts nothing.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _OPTIONS = ("socket", "socket_mode", "socket_group", "listen", "tls", "insecure"
 
 
 def _listening_options(power: str) -> list[Callable[[Function], Function]]:
-    """Last one first, as decorators are applied."""
+    """Return the options in the order in which decorators are applied: last one first."""
     return [
         click.option(
             "--insecure",
@@ -127,29 +127,32 @@ def _places(
 
 
 def address_of(text: str, power: str, remedy: str, *, insecure: bool) -> tuple[str, int]:
-    """HOST:PORT to listen at, if other hosts may reach it."""
+    """Return the host and port of HOST:PORT; raise as `require_private` does."""
     host, port = host_and_port(text)
     require_private(host, power, remedy, insecure=insecure)
     return host, port
 
 
 def require_private(host: str, power: str, remedy: str, *, insecure: bool) -> None:
-    """Other hosts must not reach it, and have that power, unless that is wanted."""
+    """Raise `InvalidArgument` if other hosts could reach `host` and have `power`, unless `insecure` allows it."""
     if not insecure and not is_loopback(host):
         raise InvalidArgument(f"whoever reaches {host} could {power}", next_step=remedy)
 
 
 def allow_many_descriptors() -> None:
-    """As many as this process may have: connections of one disk, up to five each, must not use up those of another."""
+    """Raise the limit of open descriptors to the maximum.
+
+    Connections, up to five descriptors each, to one disk must not use up those of another.
+    """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(
         ValueError, OSError
-    ):  # the kernel may allow less by now than when we were started
+    ):  # the kernel may allow fewer by now than when we were started
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def announce(asked: Session, uris: list[str], metrics_url: str | None = None) -> None:
-    """Clients can connect from now on."""
+    """Print `ready` and the URIs: clients can connect from now on."""
     if asked.as_json:
         metrics = {} if metrics_url is None else {"metrics": metrics_url}
         print(json.dumps({"ready": True, "uris": uris, **metrics}), flush=True)
@@ -160,7 +163,7 @@ def announce(asked: Session, uris: list[str], metrics_url: str | None = None) ->
 
 
 class Ending:
-    """Turns signals into the wish to end, for good; if the block fails, signals are what they were before."""
+    """Turns signals into requests to end, permanently; only a block that fails gets the old signal handlers back."""
 
     def __init__(self) -> None:
         self._wished = False
@@ -176,7 +179,7 @@ class Ending:
                 signal.signal(number, handler)
 
     def ends(self, server: Server) -> None:
-        """From now on a signal ends this server; one that came before ends it at once."""
+        """Let signals end this server from now on; a signal that came before ends it at once."""
         self._server = server
         if self._wished:
             server.request_stop()

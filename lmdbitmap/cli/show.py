@@ -1,10 +1,10 @@
 """The verb `show`: the map of dirt, on the terminal and in pictures.
 
-A shade is a letter of its own, not a colour: the map reads the same on a terminal, in a pipe and in a log. Where the
-output cannot hold the letters that look like shades, plain ones stand for them.
+Each shade is a character, not a colour: the map reads the same on a terminal, in a pipe and in a log. If the output's
+encoding lacks the shade characters, ASCII ones replace them.
 
-All maps of one answer are counted from the same slices, and so is the sum above them: they agree with each other
-also while somebody writes to the disk.
+All maps of one answer, and the sum above them, are counted from the same slices: they agree with each other even while
+a guest writes to the disk.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lmdbitmap.tracker.slices import Slice
 from lmdbitmap.work.progress import Progress
 
 _COLUMNS, _ROWS = 64, 16
-"""Of the map in words and in JSON, whatever the terminal: the same disk has the same cells everywhere."""
+"""The size of the text and JSON map, whatever the terminal: the same disk has the same cells everywhere."""
 _PICTURE_COLUMNS, _PICTURE_ROWS = 128, 32
 
 _GLYPHS = {Shade.NONE: "·", Shade.SOME: "░", Shade.MOST: "▓", Shade.ALL: "█"}
@@ -45,7 +45,7 @@ _TRUST_WORDS = {
 
 
 class _Seen(NamedTuple):
-    """What the slices of an answer held, read once."""
+    """The maps and the standing counted from the slices of an answer, read once."""
 
     text_map: DirtMap
     picture_map: DirtMap
@@ -69,9 +69,9 @@ def show(
 ) -> None:
     """Draw which parts of a disk changed since a checkpoint.
 
-    Each cell of the map is an equal share of the disk. It looks clean only if none of it is dirty, and full only if
-    all of it is. Pictures are there whole or not at all, and replace nothing but pictures of their kind. Exit code 3
-    says that nobody knows what changed: then all of the disk is dirty, with the reason.
+    Each cell of the map is an equal share of the disk. It looks clean only if none of it is dirty, and full only if all
+    of it is. Pictures are written whole or not at all, and replace only pictures of the same kind. Exit code 3: it is
+    not known what changed. Then all of the disk is shown as dirty, with the reason.
     """
     _require_place(svg, png)
     with Store.open(asked.store_path) as store:
@@ -117,7 +117,7 @@ def _tell_text(answer: Changes, seen: _Seen, svg: str | None, png: str | None) -
 
 
 def glyphs_for(encoding: str | None) -> Mapping[Shade, str]:
-    """A letter for each shade, of those that an output in `encoding` can hold."""
+    """Return a character for each shade that an output in `encoding` can hold."""
     try:
         "".join(_GLYPHS.values()).encode(encoding or "ascii")
     except (UnicodeEncodeError, LookupError):
@@ -170,7 +170,7 @@ def _require_place(svg: str | None, png: str | None) -> None:
 
 
 def _require_beginning(path: str, signature: bytes, kind: str) -> None:
-    """What is no regular file is left for `files.replacing` to refuse."""
+    """Raise `AlreadyExists` for another kind of regular file; `files.replacing` refuses what is not a regular file."""
     if files.first_bytes(path, len(signature)) not in (signature, b""):
         raise AlreadyExists(
             f"{path} is there and is not {kind}", next_step="name another file, or remove that one"
@@ -178,7 +178,7 @@ def _require_beginning(path: str, signature: bytes, kind: str) -> None:
 
 
 def _write_pictures(caption: Caption, dirt: DirtMap, svg: str | None, png: str | None) -> None:
-    """Both places are looked at again: a file may be there by now, and the two may be one."""
+    """Write the pictures. Both paths are checked again: a file may be there by now, and the two may be the same."""
     if svg is not None:
         _require_place(svg, None)
         files.replace_atomically(svg, render.svg(dirt, caption).encode())

@@ -1,7 +1,7 @@
-"""Signals that end a verb in the middle as Ctrl-C does: by an exception, so that what was begun is undone.
+"""Signals that end a verb as Ctrl-C does: by an exception, so that unfinished work is undone.
 
-By default SIGTERM and SIGHUP end the process as it stands. That loses nothing, as no death does, and where there is
-little to undo it is what is wanted: at once, whatever is being waited for.
+By default SIGTERM and SIGHUP kill the process at once. That loses nothing, as no death of the process does. For verbs
+with little to undo it is the right thing: it works at once, whatever the verb is waiting for.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _BESIDE_CTRL_C = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Ended(SystemExit):
-    """As `KeyboardInterrupt`, by another signal."""
+    """Like `KeyboardInterrupt`, for another signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -25,9 +25,9 @@ class Ended(SystemExit):
 
 @contextlib.contextmanager
 def undoing() -> Iterator[None]:
-    """One of these signals ends the block by `Ended`; a second one ends the process at once.
+    """Let SIGTERM or SIGHUP end the block by `Ended`; a second one ends the process at once. For the main thread.
 
-    What is ignored stays so, as under nohup, and what somebody else handles. For the main thread.
+    Signals that are ignored (nohup) or already handled are left alone.
     """
     heeded = [number for number in _BESIDE_CTRL_C if signal.getsignal(number) is signal.SIG_DFL]
     for number in heeded:

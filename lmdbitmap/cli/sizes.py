@@ -16,7 +16,7 @@ _SIZE = re.compile(
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `4096`, `64K`, `1.5G`, `1TiB`. Raises `InvalidArgument` for anything else and past 2^63-1."""
+    """Return the bytes of `4096`, `64K`, `1.5G`, `1TiB`. Raises `InvalidArgument` for anything else and past 2^63-1."""
     match = _SIZE.fullmatch(text)
     if match is None:
         raise _no_size(text, "is not a size")
@@ -72,12 +72,12 @@ def format_latency(duration_ns: int) -> str:
 
 
 def format_time(time_ns: int) -> str:
-    """A Unix time in nanoseconds as the clock on the wall shows it."""
+    """Return a Unix time in nanoseconds as local time."""
     return datetime.datetime.fromtimestamp(time_ns // 10**9).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def iso_time(time_ns: int) -> str:
-    """The same for programs: UTC, to the nanosecond, `2026-11-23T15:11:28.000000042Z`."""
+    """Return a Unix time in nanoseconds as UTC, to the nanosecond, for programs: `2026-11-23T15:11:28.000000042Z`."""
     seconds, nanoseconds = divmod(time_ns, 10**9)
     moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
     return f"{moment:%Y-%m-%dT%H:%M:%S}.{nanoseconds:09}Z"

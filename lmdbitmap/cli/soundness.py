@@ -14,10 +14,10 @@ from lmdbitmap.upkeep.check import Finding, Gravity, check_store
 @verb(examples=["lmdbitmap check", "lmdbitmap check --json"])
 @click.pass_obj
 def check(asked: Session) -> None:
-    """Say whether the store is sound, and if not what to do.
+    """Check whether the store is sound, and if not say what to do.
 
-    Nothing is changed; only a store that nobody could use is made anew, as by every verb that opens it. Exit code
-    1: the store is damaged; 3: it is sound, and a disk needs a full backup.
+    Nothing is changed, except that an unusable store is made anew, as by every verb that opens it. Exit code 1: the
+    store is damaged; 3: it is sound, but a disk needs a full backup.
     """
     with (
         Store.open(asked.store_path) as store,

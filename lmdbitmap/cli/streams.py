@@ -1,4 +1,4 @@
-"""`backup --stdout` and `restore -`: a stream through standard output or input, and words about it on stderr."""
+"""`backup --stdout` and `restore -`: streams through standard output and input."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ _NOT_IN = {
 
 
 def require_stream_out() -> None:
-    """Raise `UsageError` for what a backup to standard output would ignore."""
+    """Raise `UsageError` for an option that a backup to standard output would ignore."""
     _refuse_others(_OUT_TAKES, _NOT_OUT)
 
 
 def require_stream_in() -> None:
-    """Raise `UsageError` for what a restore from standard input would ignore."""
+    """Raise `UsageError` for an option that a restore from standard input would ignore."""
     _refuse_others(_IN_TAKES, _NOT_IN)
 
 
 def _refuse_others(taken: frozenset[str], refused: Mapping[str, str]) -> None:
-    """What nobody has thought of is refused too."""
+    """Raise `UsageError` for every given option that is not in `taken`, also for those not in `refused`."""
     context = click.get_current_context()
     for option in context.command.params:
         assert option.name is not None
@@ -70,7 +70,7 @@ def _refuse_others(taken: frozenset[str], refused: Mapping[str, str]) -> None:
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """What only a backup to standard output has."""
+    """The options that only a backup to standard output has."""
 
     since: str | None
     checkpoint: str | None
@@ -88,7 +88,7 @@ def stream_out(
     asked: Session, name: str, options: StreamOptions, hook: Hook, nice: int, owner_limit_s: float,
     lock_wait_s: float,
 ) -> None:  # fmt: skip
-    """Nothing but the stream ever comes to standard output."""
+    """Stream a disk to standard output; everything else is printed on stderr."""
     from lmdbitmap.access.owners import is_served
     from lmdbitmap.streams.stream import stream_backup
 
@@ -165,7 +165,7 @@ def _applied_words(made: AppliedResult) -> str:
 
 
 def words_of_what_is_behind(length: int) -> list[str]:
-    """Of a target that is larger than the disk."""
+    """Return the words for the zeroed rest of a target that is larger than the disk."""
     return [f"zeroes on the {format_size(length)} behind it"] if length else []
 
 
@@ -185,9 +185,9 @@ def _applied_facts(made: AppliedResult) -> dict[str, object]:
 
 
 def _standard(descriptor: int, mode: str) -> io.FileIO:
-    """Standard input or output without a buffer; a person at a terminal is spared the bytes."""
+    """Return standard input or output without a buffer; raise `UsageError` if it is a terminal."""
     if os.isatty(descriptor):
         where = "into a pipe or a file" if descriptor else "out of a pipe or a file"
         raise click.UsageError(f"The stream is for programs, and this is a terminal; lead it {where}.")
-    os.set_blocking(descriptor, True)  # whoever shares the pipe may have it otherwise
+    os.set_blocking(descriptor, True)  # another process that shares the pipe may have made it non-blocking
     return io.FileIO(os.dup(descriptor), mode)

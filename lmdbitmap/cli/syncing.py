@@ -61,11 +61,12 @@ def sync(
 ) -> None:
     """Bring a second copy of a disk up to date.
 
-    TARGET is a raw file, which is made if it is not there, a block device, or the URI of an NBD export. It becomes
-    what the disk is at one point in time, while the guest writes on: only what changed since the last sync to it is
-    copied. The first time, or where that is not known, both are read and what differs is written; the answer says why.
+    TARGET is a raw file, which is made if it is missing, a block device, or the URI of an NBD export. It becomes a copy
+    of the disk at one point in time, while the guest keeps writing. Only what changed since the last sync to TARGET is
+    copied. The first time, or if the changes are not known, both are read and what differs is written; the answer says
+    why.
 
-    Nobody else may write TARGET. Until a sync that failed or was killed has been repeated, it is of no use.
+    Nobody else may write TARGET. After a sync that failed or was killed, TARGET is unusable until a sync succeeds.
     """
     from lmdbitmap.access.owners import is_served
     from lmdbitmap.syncs.sync import sync as bring_up_to_date
