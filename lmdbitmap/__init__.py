@@ -1,7 +1,7 @@
 """Remember which blocks of a disk image changed since the last backup, also after a crash.
 
-What is named here is the library; everything else may move. Names are loaded when they are first asked for,
-so that `import lmdbitmap` costs next to nothing. DESIGN.md explains the tracker.
+The names in this module are the library's public interface; everything else may move. They are loaded on first use, so
+that `import lmdbitmap` costs next to nothing. DESIGN.md explains the tracker.
 
     with Store.create("/var/lib/lmdbitmap") as store:
         add(store, "sda", "/srv/sda.raw", granularity_bits=16)
@@ -177,7 +177,7 @@ _HOMES = {
     "take_snapshot": "filter",
     "verify_backups": "repository.verify",
 }
-"""Where each public name lives."""
+"""The module of each public name."""
 _OTHER_NAMES = {
     "BitmapOperation": "Operation",
     "back_up": "backup",
@@ -191,7 +191,7 @@ _OTHER_NAMES = {
     "sync_disk": "sync",
     "verify_backups": "verify",
 }
-"""What a name is called at home, where there is no doubt what it is done to."""
+"""The name in its own module, if it differs: there the object of the verb is clear."""
 
 __all__ = [
     "AlreadyExists",

@@ -1,13 +1,12 @@
-"""Bitmaps that leave a store as flat files, and enter it again. The file's bytes are docs/format.md's.
+"""Export of bitmaps from a store to flat files, and import. docs/format.md specifies the file.
 
-Out: what is exported twice gives the same bytes twice. Nothing in a file depends on the moment, the place or
-the process; the uuid of a disk's changes is made from the checkpoints they lie between. The bits are counted
-as they are written, so a period that records meanwhile gives a file that is right for what it holds.
+Out: exporting the same bitmap twice gives the same bytes. Nothing in a file depends on the time, the place or the
+process; the uuid of a disk's changes is made from the two checkpoints that bound them. The bits are counted as they are
+written, so if the period records meanwhile, the file is still consistent.
 
-In: a file is proven to its last bit before the store is asked for anything, and proven again while its bits go
-into one transaction, so that not even a file that changes meanwhile is kept in part. What was imported keeps
-the identity it came with: export it again, and bits, sizes, flags, uuids and times are the same; only the
-names in the metadata are not.
+In: a file is proven to its last bit before the store is changed, and proven again while its bits go into one
+transaction. So not even a file that changes meanwhile is kept in part. An imported bitmap keeps its identity: exported
+again, it has the same bits, sizes, flags, uuids and times; only the names in the metadata differ.
 """
 
 from __future__ import annotations
@@ -41,16 +40,17 @@ from lmdbitmap.tracker.changes import Changes, unknown_error
 from lmdbitmap.tracker.standalone import Dirt, Origin
 
 _BATCH_REGIONS = 512
-"""Regions that are marked in one commit: many enough that commits cost little, so few that no guest waits long."""
+"""Regions marked in one commit: enough that commits cost little, few enough that no guest waits long."""
 
 # -- out ---------------------------------------------------------------------------------------------------
 
 
 def export_changes(changes: Changes, path: str | os.PathLike[str]) -> FlatHeader:
-    """Write the changes to a flat file, durable at `path` on return; answer its header.
+    """Write the changes to a flat file, durable at `path` on return; return its header.
 
-    Raises `Untrusted`, and writes nothing, where nothing is known; `AlreadyExists` for the image of a tracked disk, and
-    `FormatError` for any other file that is neither empty nor a flat file. If it raises, the old file is still there.
+    Raises `Untrusted` if the changes are not known, `AlreadyExists` if `path` is the image of a tracked disk, and
+    `FormatError` if it is any other file that is neither empty nor a flat file. If it raises, nothing was written and
+    the old file is still there.
     """
     _require_known(changes)
     refuse_tracked(changes.store, os.fspath(path))
@@ -106,7 +106,7 @@ def keep_changes(changes: Changes, name: str) -> Bitmap:
     create = partial(standalone.create, bitmap_uuid=_uuid_of(changes), origin=origin)
 
     def keep(writer: Writer) -> Bitmap:
-        now = replace(changes)  # nobody else writes to the store from here on: what is read twice is the same
+        now = replace(changes)  # in the transaction nobody else writes to the store: two reads give the same
         if now.all_dirty:
             full = now.standing.reason or "a new epoch began"
             return create(writer, name, now.geometry, all_dirty=full)
@@ -122,7 +122,7 @@ def _require_known(changes: Changes) -> None:
 
 
 def _uuid_of(changes: Changes) -> uuid.UUID:
-    """The same for the same changes, whoever asks and whenever."""
+    """Return a uuid that is always the same for the same changes."""
     until = "now" if changes.until is None else changes.until.uuid
     return uuid.uuid5(changes.disk.uuid, f"{changes.disk.epoch}/{changes.since.uuid}/{until}")
 
@@ -136,7 +136,7 @@ def _write(
     loose: bool,
     full: bool,
 ) -> FlatHeader:
-    """`parts` are (first region, dirt, loose); `full` says that they are nothing but ones, to the disk's end."""
+    """Write the file. `parts` are (first region, dirt, loose); with `full` every bit to the disk's end is one."""
     if full:
         _require_room(path, header.bits_size)
     with writing(path, header, metadata) as new:
@@ -151,12 +151,14 @@ def _write(
 
 def _put(new: NewFlatFile, offset: int, dirty: bytearray) -> None:
     room = new.header.bits_size - offset
-    if room > 0:  # a disk that grew meanwhile has bits that this file has no place for
+    if room > 0:  # a disk that grew meanwhile has bits beyond the end of this file
         new.put(offset, memoryview(dirty)[:room])
 
 
 def _require_room(path: str | os.PathLike[str], size: int) -> None:
-    """A description of a few bytes can stand for petabytes of ones: say so before the disk is full of them."""
+    """Raise an error unless the file system has `size` bytes free. A few bytes of description can stand for petabytes
+    of ones, which should fail before they fill the disk.
+    """
     folder = os.path.dirname(os.path.realpath(path))
     if files.free_bytes(folder) < size:
         raise error_from_os(os.fspath(path), OSError(errno.ENOSPC, f"{size} bytes are needed"))
@@ -175,12 +177,11 @@ def import_file(
 ) -> Bitmap:
     """Keep the file as the stand-alone bitmap `name`; with `into`, also OR it into that disk's open period.
 
-    `all_dirty` takes every block as dirty, whatever the file's bits are worth. Durable on return; if it
-    raises, no bitmap is there that was not before. The same file under the same name again is welcome: what
-    was killed before it came to `into` is done by doing it again. Raises `Untrusted` for a file that is not
-    CLEAN, `FormatError` for one that is wrong, `AlreadyExists` for a name that something else has,
-    `InvalidArgument` for a disk of another size, `Busy` for one that cannot be had, and where somebody else changed
-    the bitmap while it went into the disk.
+    `all_dirty` takes every block as dirty, whatever the file's bits say. Durable on return; if it raises, it leaves no
+    new bitmap. Importing the same file under the same name again is allowed: repeating an import that was killed
+    before the merge into `into` completes it. Raises `Untrusted` for a file that is not CLEAN, `FormatError` for a bad
+    file, `AlreadyExists` for a name that is taken, `InvalidArgument` for a disk of another size, and `Busy` if the disk
+    cannot be owned or another process changed the bitmap while it was merged into the disk.
     """
     with FlatFile.open(path) as file:
         with store.read() as reader:
@@ -215,7 +216,7 @@ def _require_size(disk: Disk, size: int) -> None:
 
 
 def _earlier(reader: Reader, header: FlatHeader, name: str) -> Bitmap | None:
-    """The bitmap of that name, if it came with the same uuid and kind: perhaps from an earlier import of the file."""
+    """Return the bitmap of that name if it has the file's uuid and geometry: maybe an earlier import of the file."""
     for bitmap in reader.bitmaps():
         if (bitmap.name, bitmap.uuid, bitmap.geometry) == (name, header.bitmap_uuid, header.geometry):
             return bitmap
@@ -225,7 +226,7 @@ def _earlier(reader: Reader, header: FlatHeader, name: str) -> Bitmap | None:
 def _keep(
     writer: Writer, file: FlatFile, name: str, into: str | None, all_dirty: bool
 ) -> tuple[Bitmap, bool]:
-    """The bitmap, and whether it was not there before."""
+    """Return the bitmap, and whether it is new."""
     header = file.header
     _require_place(writer, header, name, into)
     earlier = _earlier(writer, header, name)
@@ -259,7 +260,7 @@ def _create(writer: Writer, file: FlatFile, name: str, all_dirty: bool) -> Bitma
 
 
 def _holds(reader: Reader, bitmap: Bitmap, file: FlatFile, all_dirty: bool) -> bool:
-    """Whether the bitmap is what an import of the file makes."""
+    """Return whether the bitmap equals what an import of the file would make."""
     if (bitmap.all_dirty is not None, bitmap.superset is not None) != (
         all_dirty,
         Flags.SUPERSET in file.header.flags,
@@ -276,13 +277,24 @@ def _known(number: uuid.UUID) -> uuid.UUID | None:
 
 
 def _merge_wherever_owned(store: Store, name: str, disk_name: str) -> None:
-    """Let the process that owns the disk do it, or own it for a moment."""
-    disk = chain.disk_called(store, disk_name)
-    operations.perform(store, disk, "merge", lambda attached: merge_into(attached, name), bitmap=name)
+    """Merge through the process that owns the disk, or own the disk for a moment."""
+    with store.read() as reader:
+        disk = chain.find_disk(reader, disk_name)
+    client = control_client.reach(store.control_path(disk.uuid))
+    if client is not None:
+        with client:
+            client.call("merge", disk=disk_name, bitmap=name)
+        return
+    with Filter.attach(store, disk_name, background=False) as attached:
+        merge_into(attached, name)
 
 
 def _require_unchanged(store: Store, bitmap: Bitmap, disk_name: str) -> None:
-    """Owners merge what has the name by then; what was combined meanwhile may have lost some of the file's blocks."""
+    """Raise `Busy` if the bitmap is not the imported one any more.
+
+    The owner merged the bitmap that had the name by then. If it was combined meanwhile, it may lack some of the file's
+    blocks.
+    """
     with store.read() as reader:
         if bitmap not in reader.bitmaps():
             raise Busy(
@@ -306,17 +318,17 @@ def merge_into(attached: Filter, name: str) -> None:
 
 
 def merge_file_into(attached: Filter, file: FlatFile, *, loose: str | None) -> None:
-    """OR a file's bits into the disk's open period; those that turn out to be wrong at its end are in by then."""
+    """OR a file's bits into the disk's open period. If the file turns out bad at its end, its bits are in already."""
     add_dirt(attached, _dirt_of_chunks(file.chunks()), file.header.geometry, loose=loose)
 
 
 def add_dirt(attached: Filter, dirt: Dirt, geometry: Geometry, *, loose: str | None) -> None:
-    """OR dirt of a disk of `geometry` into the open period; `loose` says why it may name clean blocks as dirty."""
+    """OR dirt with `geometry` into the open period; `loose` is why it may name clean blocks as dirty."""
     disk = attached.disk
     _require_size(disk, geometry.size)
     regrained = iter(standalone.regrained(dirt, geometry, disk.granularity_bits))
     while True:
-        if loose is not None:  # before and after each batch: a checkpoint may begin another period in between
+        if loose is not None:  # before and after each batch: a checkpoint may begin a new period in between
             attached.store.update(lambda writer: chain.note_superset(writer, disk, loose))
         batch = list(islice(regrained, _BATCH_REGIONS))
         if not batch:
@@ -329,7 +341,7 @@ def _dirt_of_parts(parts: Iterable[tuple[int, bytearray, bool]]) -> Dirt:
 
 
 def _dirt_of_chunks(chunks: Iterable[Chunk]) -> Dirt:
-    """Chunks begin on multiples of a page of bits, and so with a region."""
+    """Yield the dirt of a file's chunks. Each begins at a multiple of a page of bits, and so at a region."""
     position = 0
     for chunk in chunks:
         if isinstance(chunk, Zeroes):
@@ -343,7 +355,7 @@ def _dirt_of_chunks(chunks: Iterable[Chunk]) -> Dirt:
 
 
 class Inspection(NamedTuple):
-    """`problems` are sentences; with one of them the trust is UNTRUSTED and all of the disk counts as dirty."""
+    """The result of `inspect_file`. With any `problems` (sentences) it is UNTRUSTED, and the whole disk is dirty."""
 
     path: str
     header: FlatHeader
@@ -354,7 +366,7 @@ class Inspection(NamedTuple):
 
 
 def inspect_file(path: str | os.PathLike[str]) -> Inspection:
-    """Read the whole file and say what it is worth. Raises `FormatError` where not even its header can be read."""
+    """Read the whole file and return what it is worth. Raises `FormatError` if not even its header is sound."""
     with FlatFile.open(path) as file:
         header, problems = file.header, []
         try:
@@ -372,7 +384,7 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
 
 
 def _last_is_dirty(file: FlatFile) -> bool:
-    """Read and prove all bits; whether the disk's last block is dirty."""
+    """Read and prove all bits; return whether the disk's last block is dirty."""
     header = file.header
     last = deque(file.chunks(), maxlen=1)
     if not last or isinstance(last[0], Zeroes):

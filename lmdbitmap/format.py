@@ -1,15 +1,15 @@
-"""The flat bitmap file, version 1: how a bitmap travels. `docs/format.md` is the specification.
+"""The flat bitmap file, version 1: the portable form of a bitmap. `docs/format.md` is the specification.
 
     0         256                header_size         header_size + bits_size
     | fields  | metadata, zeroes | bits              |  end of file
     |<---- header_checksum ----->|<- bits_checksum ->|
 
-Values in, values out: nothing here opens a file, so a bitmap of any size streams through in constant memory.
+Values in, values out: nothing here opens a file, and a bitmap of any size streams through in constant memory.
 
-What a file says is believed only in this order: `decode_header` proves the header, `trusted_bits` refuses a
-file whose CLEAN flag is not set and proves the bits while it passes them on. Whoever writes bits begins with
-a header that is not CLEAN, which is how a `FlatHeader` is born, and gets the CLEAN one from `sealed` only by
-showing the tally of all the bits. So neither a half-written file nor a half-read one passes for a bitmap.
+A file is trusted only in this order: `decode_header` proves the header; `trusted_bits` refuses a file whose CLEAN flag
+is not set, and proves the bits while it passes them on. A writer begins with a header that is not CLEAN, as every new
+`FlatHeader` is. It gets the CLEAN header from `sealed` only for the tally of all the bits. So neither a half-written
+file nor a half-read one passes for a bitmap.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FIXED_SIZE = 256
 """Bytes of the fixed fields; the metadata follows them."""
 HEADER_ALIGNMENT = 4096
 MAX_HEADER_SIZE = 1 << 20
-"""As many bytes from the start of a file are enough for `decode_header`, whatever the file says."""
+"""This many bytes from the start of a file are enough for `decode_header`, whatever the file says."""
 WORD_BITS = 64
 """The bits are padded with zeroes to a multiple of this."""
 
@@ -46,13 +46,13 @@ Metadata: TypeAlias = Mapping[str, object]
 
 
 class Zeroes(NamedTuple):
-    """So many bytes of clean bits that nobody needs to hold: a hole in a file."""
+    """`length` bytes of clean bits, such as a hole in a file, without the bytes themselves."""
 
     length: int
 
 
 Chunk: TypeAlias = Buffer | Zeroes
-"""A piece of a bitmap's bits that streams by."""
+"""A piece of a stream of a bitmap's bits."""
 C = TypeVar("C", bound=Chunk)
 
 NO_UUID = uuid.UUID(int=0)
@@ -80,7 +80,7 @@ Uuid = Annotated[bytes, "16s"]
 
 
 class _Fields(NamedTuple):
-    """The fixed fields in the order of the file, each with its struct code."""
+    """The fixed fields in file order, each with its struct code."""
 
     magic: Annotated[bytes, "8s"]
     major_version: U16
@@ -116,7 +116,7 @@ assert _LAYOUT.size == FIXED_SIZE
 
 @dataclass(frozen=True, slots=True)
 class FlatHeader:
-    """What the header says. A new one is not CLEAN: see `sealed`."""
+    """The fields of a header. A new header is not CLEAN: see `sealed`."""
 
     disk_size: int
     granularity_bits: int
@@ -159,11 +159,11 @@ class FlatHeader:
         return Trust.SUPERSET if Flags.SUPERSET in self.flags else Trust.EXACT
 
     def unsealed(self) -> FlatHeader:
-        """The header to write, and to sync, before the first bit changes."""
+        """Return the header to write and sync before the first bit changes."""
         return replace(self, flags=self.flags & ~Flags.CLEAN, dirty_count=0, bits_checksum=0)
 
     def sealed(self, tally: BitsTally) -> FlatHeader:
-        """The CLEAN header to write after all the bits, which `tally` has seen, are on disk."""
+        """Return the CLEAN header to write once all bits are on disk; `tally` must have counted all of them."""
         assert tally.size == self.bits_size, f"{tally.size} bytes of bits, not {self.bits_size}"
         assert not tally.tail_dirty, "bits past the end of the disk are set"
         flags = self.flags | Flags.CLEAN
@@ -171,10 +171,10 @@ class FlatHeader:
 
 
 def encode_header(header: FlatHeader, metadata: Metadata) -> bytes:
-    """The whole header, ready to be written at offset 0; its length is where the bits begin.
+    """Return the whole header, to be written at offset 0; the bits begin at its end.
 
-    The same header and metadata always give the same bytes. Raises `InvalidArgument` for metadata that
-    the file cannot hold.
+    The same header and metadata always give the same bytes. Raises `InvalidArgument` for metadata that the file cannot
+    hold.
     """
     try:
         plain, packed = plain_map.pack(metadata)
@@ -191,11 +191,10 @@ def encode_header(header: FlatHeader, metadata: Metadata) -> bytes:
 
 
 def decode_header(prefix: bytes, *, file_size: int, place: str) -> tuple[FlatHeader, Metadata]:
-    """Prove the header of a file of `file_size` bytes that begins with `prefix`.
+    """Prove and return the header of a file of `file_size` bytes that begins with `prefix`. Raises `FormatError`.
 
-    `prefix` is the first `MAX_HEADER_SIZE` bytes, or the whole file if that is shorter. A file that is not
-    CLEAN decodes too, and may end anywhere after its header: it says which disk it was for, and its bits
-    mean nothing. Raises `FormatError`.
+    `prefix` is the first `MAX_HEADER_SIZE` bytes, or the whole file if that is shorter. A file that is not CLEAN
+    decodes too, and may end anywhere after its header: it names its disk, but its bits mean nothing.
     """
     fields = _decode_fixed(prefix, place)
     _check_versions(fields, place)
@@ -207,9 +206,9 @@ def decode_header(prefix: bytes, *, file_size: int, place: str) -> tuple[FlatHea
 
 
 def without_clean(area: bytes) -> bytes:
-    """A proven header with its CLEAN flag cleared and nothing else changed but the checksum.
+    """Return a proven header with its CLEAN flag cleared and its checksum updated.
 
-    Only the first 256 bytes differ, and a file of a later minor version keeps what we do not know.
+    Only the first 256 bytes differ, and fields of a later minor version, unknown to us, are kept.
     """
     cleared = bytearray(area)
     cleared[OFFSETS["flags"]] &= ~Flags.CLEAN & 0xFF  # the flag lives in the lowest byte
@@ -218,7 +217,7 @@ def without_clean(area: bytes) -> bytes:
 
 @dataclass(slots=True)
 class BitsTally:
-    """What the header must say about bits that stream by in pieces of any length."""
+    """Counts what the header must say about the bits, in chunks of any length."""
 
     bit_count: int
     size: int = 0
@@ -244,8 +243,8 @@ class BitsTally:
 def trusted_bits(header: FlatHeader, chunks: Iterable[C], *, place: str) -> Iterator[C]:
     """Pass on `chunks`, the file's bytes from `header_size` to its end, while proving them.
 
-    Raises `Untrusted` before the first chunk if the file is not CLEAN, and `FormatError` after the last
-    one if the bits are not those that the header was written for: keep nothing of them until then.
+    Raises `Untrusted` before the first chunk if the file is not CLEAN, and `FormatError` after the last one if the
+    bits do not match the header: keep none of them until then.
     """
     if not header.clean:
         raise Untrusted(
@@ -320,7 +319,7 @@ def _header_of(fields: _Fields) -> FlatHeader:
 
 
 def _header_checksum(area: bytes) -> int:
-    """CRC-32 of the whole header, its own field counted as zero."""
+    """Return the CRC-32 of the whole header with its own field as zero."""
     start = OFFSETS["header_checksum"]
     return zlib.crc32(area[start + 4 :], zlib.crc32(area[:start] + bytes(4)))
 
@@ -338,13 +337,13 @@ def _decode_fixed(prefix: bytes, place: str) -> _Fields:
 
 
 def _check_versions(fields: _Fields, place: str) -> None:
-    """Any minor version will do: what it adds can be ignored, or stands behind an incompatible feature."""
+    """Require our major version. Any minor version will do: its additions are ignorable or incompatible features."""
     known = fields.major_version == MAJOR_VERSION
     _require_field(fields, "major_version", known, str(MAJOR_VERSION), place, _READ_NEWER)
 
 
 def _header_area(fields: _Fields, prefix: bytes, place: str) -> bytes:
-    """The header, checksum proven; everything after this may believe that the fields are as written."""
+    """Return the header after proving its checksum; from here on the fields are as they were written."""
     size = fields.header_size
     sound = HEADER_ALIGNMENT <= size <= MAX_HEADER_SIZE and size % HEADER_ALIGNMENT == 0
     _require_field(fields, "header_size", sound, "a multiple of 4096 from 4096 to 1 MiB", place)
@@ -379,7 +378,7 @@ def _check_sizes(fields: _Fields, place: str) -> None:
 
 
 def _check_end(fields: _Fields, file_size: int, place: str) -> None:
-    """A writer that died left a file that is not CLEAN; that it may also be short or long is no news."""
+    """Require the exact size of a CLEAN file. One that is not CLEAN, left by a dead writer, may have any size."""
     if fields.flags & Flags.CLEAN:
         size = fields.header_size + fields.bits_size
         _require(file_size == size, place, f"a file of {size} bytes", file_size)
@@ -416,7 +415,7 @@ def _require(truth: bool, place: str, expected: str, found: object, next_step: s
 def _require_field(
     fields: _Fields, name: str, truth: bool, expected: str, place: str, next_step: str = _EXPORT_AGAIN
 ) -> None:
-    """`_require` of one field, which the message names and gives the place of."""
+    """Call `_require` for one field; the message gives its name and position."""
     found = getattr(fields, name)
     shown = found.hex(" ") if isinstance(found, bytes) else found
     _require(truth, f"{place}, {name} at byte {OFFSETS[name]}", expected, shown, next_step)

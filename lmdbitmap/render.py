@@ -1,10 +1,10 @@
 """The map of dirt: a disk as a grid of cells, each an equal share of it, and pictures of the grid.
 
-A map must neither show a cell clean that is not, nor one full that is not. So only the shades between the two are
-rough: `NONE` is not one dirty byte, `ALL` is every byte of the cell.
+A map must not show a cell as clean or as full if it is not. So only the shades between the two are rough: `NONE` means
+not one dirty byte, `ALL` means every byte of the cell.
 
-Bits are counted slice by slice. That takes as long as the bitmap is large, however scattered the dirt in it, and the
-memory of one slice and one number for each cell.
+Bits are counted slice by slice. The time depends on the size of the bitmap, not on how scattered the dirt is. The
+memory is one slice and one number for each cell.
 
 A PNG of squares in five colours is a palette and one zlib stream: no imaging package is needed for it.
 """
@@ -53,7 +53,7 @@ class Cell(NamedTuple):
 
 
 class DirtMap:
-    """The cells of a disk: whole blocks, as many in each as in the others; the last cell may be shorter."""
+    """The cells of a disk: the same number of whole blocks in each; the last cell may be shorter."""
 
     def __init__(self, geometry: Geometry, columns: int, most_rows: int) -> None:
         self.geometry = geometry
@@ -61,10 +61,10 @@ class DirtMap:
         self.cell_blocks = max(ceil_div(geometry.block_count, columns * most_rows), 1)
         self._dirty_blocks = [0] * ceil_div(geometry.block_count, self.cell_blocks)
         self._last_dirty = False
-        """Of the disk's blocks the last, which may be short."""
+        """Whether the disk's last block, which may be short, is dirty."""
 
     def count(self, part: Slice) -> None:
-        """Add the dirt of a slice; no block may be in two of them."""
+        """Add the dirt of a slice; no block may be in two slices."""
         base, size = part.region * REGION_BLOCKS, self.cell_blocks
         stop = min(base + 8 * len(part.dirty), self.geometry.block_count)
         for number in range(base // size, ceil_div(stop, size)):
@@ -82,7 +82,7 @@ class DirtMap:
             yield Cell(offset, length, self.geometry.bytes_in(dirty, with_last=with_last))
 
     def rows(self) -> Iterator[list[Cell]]:
-        """The cells in lines of `columns`; the last line may have fewer."""
+        """Yield the cells in rows of `columns`; the last row may have fewer."""
         cells = self.cells()
         while row := list(itertools.islice(cells, self.columns)):
             yield row
@@ -99,7 +99,7 @@ class DirtMap:
 # --- pictures ---
 
 _COLOURS = {Shade.NONE: "#e3e7ea", Shade.SOME: "#f0b04a", Shade.MOST: "#d1580b", Shade.ALL: "#561c00"}
-"""Each darker than the one before it, so that nobody has to tell hues apart."""
+"""Each is darker than the one before it, so that the map does not depend on hues."""
 _BACKGROUND = "#ffffff"
 _SQUARE = 7
 _PITCH = 8
@@ -108,14 +108,14 @@ _MARGIN = 16
 
 
 class Caption(NamedTuple):
-    """What a picture says in words. What cannot be printed is replaced."""
+    """The text of a picture. Unprintable characters are replaced."""
 
     title: str
     lines: Sequence[str]
     legend: str
-    """Said behind the four shades."""
+    """The text after the four shades."""
     format_offset: Callable[[int], str]
-    """For the rows: what the offset of their first byte is called."""
+    """Formats the offset of a row's first byte."""
 
 
 # --- SVG ---
@@ -123,14 +123,14 @@ class Caption(NamedTuple):
 _GUTTER = 72
 """Pixels on the left, for the offsets of rows."""
 _LABELLED_ROWS = 4
-"""One in so many rows has its offset beside it."""
+"""One in this many rows has its offset beside it."""
 _LINE = 20
 _TITLE_CHARS = 110
 _LINE_CHARS = 150
 
 
 def svg(dirt: DirtMap, caption: Caption) -> str:
-    """The map under its caption, a legend below; `<title>` and `<desc>` say it to programs that read aloud."""
+    """Return the map under its caption, with a legend below; `<title>` and `<desc>` are for screen readers."""
     words, grid = [*_svg_lines(caption)], [*dirt.rows()]
     top = _MARGIN + len(words) * _LINE + _LINE // 2
     bottom = top + len(grid) * _PITCH + _LINE
@@ -157,13 +157,13 @@ def _svg_head(width: int, height: int, caption: Caption) -> Iterator[str]:
 
 
 def _in_words(caption: Caption) -> list[str]:
-    """What a picture shows, for who cannot see it."""
+    """Return the text of a picture for people who cannot see it."""
     shades = ", ".join(shade.value for shade in Shade)
     return [*caption.lines, f"shades for {shades} {caption.legend}"]
 
 
 def _svg_lines(caption: Caption) -> Iterator[str]:
-    """The title and what follows it, wrapped to the width of the picture."""
+    """Yield the title and the caption's lines, wrapped to the width of the picture."""
     title = textwrap.wrap(caption.title, _TITLE_CHARS)
     rest = [part for line in caption.lines for part in textwrap.wrap(line, _LINE_CHARS)]
     for number, line in enumerate([*title, *rest], 1):
@@ -179,7 +179,7 @@ def _svg_offsets(grid: Sequence[Sequence[Cell]], top: int, caption: Caption) -> 
 
 
 def _svg_cells(grid: Sequence[Sequence[Cell]], top: int) -> Iterator[str]:
-    """For each shade one path of lines, dashed into squares: drawn one by one they take up to ten times the room."""
+    """Yield for each shade one path of lines, dashed into squares: separate squares take up to ten times the room."""
     lines: dict[Shade, list[str]] = {shade: [] for shade in Shade}
     for y, row in enumerate(grid):
         x = 0
@@ -195,7 +195,7 @@ def _svg_cells(grid: Sequence[Sequence[Cell]], top: int) -> Iterator[str]:
 
 
 def _svg_legend(top: int, caption: Caption) -> Iterator[str]:
-    """The shades by name, each behind its square."""
+    """Yield the names of the shades, each after its square."""
     step = 9 * _PITCH
     for number, shade in enumerate(Shade):
         x = _GUTTER + number * step
@@ -209,7 +209,7 @@ def _svg_text(x: int, y: int, text: str, style: str = "") -> str:
 
 
 def _xml(text: str) -> str:
-    """`text` for an XML document, which has no way to write most control characters."""
+    """Return `text` for an XML document, which cannot hold most control characters."""
     return html.escape(_printable(text))
 
 
@@ -221,15 +221,15 @@ def _printable(text: str) -> str:
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 SVG_SIGNATURE = b"<svg "
-"""How our pictures begin."""
+"""The first bytes of our pictures."""
 
 _PALETTE = [_BACKGROUND, *_COLOURS.values()]
 _NUMBERS = {shade: number for number, shade in enumerate(_COLOURS, 1)}
-"""The place of each colour in the palette, after the background."""
+"""The index of each shade's colour in the palette, after the background."""
 
 
 def png(dirt: DirtMap, caption: Caption) -> bytes:
-    """The map alone, at the scale of the SVG; the words of the caption are in text chunks, which viewers can show."""
+    """Return the map alone, at the scale of the SVG; the caption is in text chunks, which viewers can show."""
     width = 2 * _MARGIN + dirt.columns * _PITCH
     pixels = [b"\0" + row for row in _pixel_rows(dirt, width)]  # 0: unfiltered
     header = struct.pack(">IIBBBBB", width, len(pixels), 8, 3, 0, 0, 0)  # 8 bits a pixel, from a palette
@@ -246,7 +246,7 @@ def png(dirt: DirtMap, caption: Caption) -> bytes:
 
 
 def _pixel_rows(dirt: DirtMap, width: int) -> Iterator[bytes]:
-    """The picture from top to bottom, a byte for each pixel: its number in the palette."""
+    """Yield the rows of the picture from top to bottom, one byte per pixel: its index in the palette."""
     blank, gap = bytes(width), bytes(_PITCH - _SQUARE)
     yield from itertools.repeat(blank, _MARGIN)
     for row in dirt.rows():
@@ -257,11 +257,11 @@ def _pixel_rows(dirt: DirtMap, width: int) -> Iterator[bytes]:
 
 
 def _text_chunk(keyword: str, text: str) -> bytes:
-    """`iTXt`: the keyword, two zeroes for no compression, no language, no translation, and UTF-8."""
+    """Return an `iTXt` chunk: the keyword, zeroes (no compression, no language, no translation), and UTF-8 text."""
     lines = "\n".join(map(_printable, text.split("\n")))
     return _chunk(b"iTXt", keyword.encode("ascii") + b"\0\0\0\0\0" + lines.encode())
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
-    """The length of the data, the kind, the data, and the CRC-32 of the last two."""
+    """Return a chunk: the length of the data, the kind, the data, and the CRC-32 of kind and data."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
