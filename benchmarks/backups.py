@@ -1,7 +1,4 @@
-"""Backups as whole commands: proving one, against the tool that everybody would use for it.
-
-With digests of either kind; the tool's is SHA-256.
-"""
+"""The whole command `verify` against `sha256sum`, with digests of either kind."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ DISK_BYTES = 1 << 30
 
 
 def measure(rounds: int = 5) -> Iterator[Line]:
-    """Both read the image from memory; ours counts the start of the process, and looks at the structure too."""
+    """Yield the lines. Both read the image from memory; ours includes the process's start and checks the structure."""
     with workplace(4 * DISK_BYTES) as folder:
         with (folder / "disk.raw").open("xb") as image, open("/dev/urandom", "rb") as noise:
             for _ in range(DISK_BYTES >> 20):

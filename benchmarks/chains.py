@@ -1,7 +1,7 @@
-"""What a long chain costs: of checkpoints that nobody forgot, and of increments that nobody pruned.
+"""The cost of long chains: of checkpoints that were never forgotten, and of increments that were never pruned.
 
-A *checkpoint* is held against the first ones of the same disk: its writers wait for it, however many there are. A
-*restore* of many increments is held against one of the same disk from a full backup alone.
+A *checkpoint* is compared with the first ones of the same disk: writers wait for it, however many there are. A
+*restore* of many increments is compared with one of the same disk from a full backup alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ INCREMENTS = 400
 SIZE = 16 << 30
 BLOCK = 1 << 16
 WRITES = 20
-"""Blocks that a guest writes at random from one checkpoint, or backup, to the next."""
+"""How many random blocks a guest writes between two checkpoints or backups."""
 
 
 def measure() -> Iterator[Line]:
@@ -34,7 +34,7 @@ def measure() -> Iterator[Line]:
 
 
 def made(folder: Path) -> Store:
-    """A store that tracks a sparse disk."""
+    """Return a new store that tracks a sparse disk."""
     with (folder / "disk.raw").open("xb") as image:
         image.truncate(SIZE)
     store = Store.create(os.fspath(folder / "store"))

@@ -1,6 +1,6 @@
-"""Compressed backups against `qemu-img convert -c` of the same data, in turns: the rate, and what is stored.
+"""Compressed backups against `qemu-img convert -c` of the same data, in turns: the rate, and the bytes stored.
 
-Whole processes on a cached image, in memory where there is room. Ours also computes digests and syncs.
+Both are whole processes on a cached image, in memory if there is room. Ours also computes digests and syncs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def measure(rounds: int = 3) -> Iterator[Line]:
 
 
 def write_mixed(path: Path) -> None:
-    """Half of it words, a quarter noise, a quarter zeroes, changing every few hundred KiB."""
+    """Write an image of half words, a quarter noise and a quarter zeroes, changing every few hundred KiB."""
     randomness = random.Random(7)
     words = [randomness.randbytes(randomness.randrange(2, 12)) for _ in range(4000)]
     with path.open("xb") as made:
@@ -53,7 +53,7 @@ def write_mixed(path: Path) -> None:
 
 
 def back_up(folder: Path, compression: str) -> int:
-    """Bytes stored."""
+    """Make a full backup, delete it, and return the bytes that it stored."""
     words = ["backup", "disk", f"{folder}/backups", "--full", "--compress", compression, "--json"]
     [made] = json.loads(command(str(folder), *words))["backups"]
     Path(made["file"]).unlink()

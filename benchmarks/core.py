@@ -1,8 +1,7 @@
-"""What tracking costs without a network: the settled write, attach, export, changes, checkpoints, over-report.
+"""The cost of tracking without a network: the settled write, attach, export, changes, checkpoints, over-report.
 
-Every figure comes with its peer from the same run, or is a bound on time or memory of one whole process.
-Processes that are measured as a whole are this file, run as `python -m benchmarks.core SCENE ARGUMENT…`:
-they print one JSON object.
+Every figure is compared with a peer in the same run, or is a bound on the time or memory of one whole process. Such a
+process runs this file as `python -m benchmarks.core SCENE ARGUMENT…` and prints one JSON object.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ BLOCK = 1 << 16
 
 
 def measure() -> Iterator[Line]:
-    """All lines of this file; the caller prints each as it comes."""
+    """Yield all lines of this file; the caller prints each as it comes."""
     yield from settled_write()
     yield from huge_disks()
     yield from checkpoint_stall()
@@ -80,8 +79,8 @@ def settled_write(image_bytes: int = 1 << 28, rounds: int = 9) -> Iterator[Line]
 def fill(attached: Filter, image_bytes: int) -> None:
     """Write everything once: the image is in the page cache and every block is settled.
 
-    In pages, as a guest would: a file written in large pieces makes small writes to it five times as slow,
-    and any ratio look good.
+    It is written in pages, as a guest would. Small writes to a file that was written in large pieces are five times
+    slower, which would make any ratio look good.
     """
     lane, data = attached.lane(), os.urandom(4096)
     for offset in range(0, image_bytes, len(data)):
@@ -89,7 +88,7 @@ def fill(attached: Filter, image_bytes: int) -> None:
 
 
 def interleaved(works: Sequence[Callable[[], object]], rounds: int) -> list[float]:
-    """The median seconds of each work, run in turns so that a noisy moment hits all of them."""
+    """Return the median seconds of each function, run in turns so that a noisy moment hits all of them."""
     taken: list[list[float]] = [[] for _ in works]
     for _ in range(rounds):
         for work, times in zip(works, taken, strict=True):
@@ -119,7 +118,7 @@ def huge_disks() -> Iterator[Line]:
 
 
 def alternating() -> Iterator[Line]:
-    """Streaming 16 million single dirty blocks, against half as many: linear is a ratio of 2."""
+    """Stream 16 million single dirty blocks, and half as many: a ratio of 2 means linear time."""
     seconds = []
     for regions in (4096, 8192):
         with huge_store(bits=b"\x55", regions=regions) as store:
@@ -133,7 +132,7 @@ def alternating() -> Iterator[Line]:
 
 @contextmanager
 def huge_store(*, bits: bytes | None, regions: int = 262_144) -> Iterator[str]:
-    """A store with one 64 TiB disk whose first regions all hold `bits`; the image is sparse, in memory."""
+    """Yield a store with one 64 TiB disk whose first regions all hold `bits`; the image is sparse, in memory."""
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
         with tracked(64 * TIB, folder, memory) as attached:
             bitmap_id = newest_bitmap(attached)
@@ -157,7 +156,7 @@ def newest_bitmap(attached: Filter) -> int:
 
 
 def checkpoint_stall(checkpoints: int = 60) -> Iterator[Line]:
-    """The longest wait of a writer around each checkpoint of a 1 TiB disk that is written at random."""
+    """Measure a writer's longest wait around each checkpoint of a 1 TiB disk that is written at random."""
     with tracked(TIB) as attached:
         waits: list[tuple[float, float]] = []
         stop = threading.Event()
@@ -189,7 +188,7 @@ def longest_wait(waits: list[tuple[float, float]], span: tuple[float, float]) ->
 
 
 def over_report() -> Iterator[Line]:
-    """Kill -9 while random blocks are first touched, and two seconds after the load moved to one place."""
+    """Kill -9 the tracker while random blocks are first touched, and two seconds after the load moved to one place."""
     for name, moved in (("under load", False), ("2 s after the load moved", True)):
         with tempfile.TemporaryDirectory() as folder:
             with tracked(64 << 30, folder):
@@ -209,7 +208,7 @@ def over_report() -> Iterator[Line]:
 
 
 def killed_load(store_path: str, moved: bool) -> tuple[int, int]:
-    """Blocks that a child wrote before it was killed, and blocks that count as dirty after that."""
+    """Return how many blocks a child wrote before it was killed, and how many count as dirty after that."""
     load = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.core", "load-until-killed", store_path, str(moved)],
         stdout=subprocess.PIPE,
@@ -225,7 +224,7 @@ def killed_load(store_path: str, moved: bool) -> tuple[int, int]:
 
 
 def import_time(rounds: int = 9) -> Iterator[Line]:
-    """`import lmdbitmap` in a fresh interpreter, less the interpreter itself."""
+    """Measure `import lmdbitmap` in a fresh interpreter, less the start of the interpreter itself."""
 
     def python(code: str) -> Callable[[], None]:
         return lambda: void(subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT))
@@ -246,7 +245,7 @@ def scene_attach(store: str) -> None:
 
 
 def scene_load(store: str) -> None:
-    """Touch every region, as a guest would that writes all over the disk."""
+    """Touch every region, as a guest that writes all over the disk would."""
     with Store.open(store) as opened, Filter.attach(opened, "huge", background=False) as attached:
         start = time.perf_counter()
         for region in range(attached.disk.geometry.region_count):
@@ -314,7 +313,7 @@ SCENES: dict[str, Callable[..., None]] = {
 
 
 def child(scene: str, *arguments: str) -> dict[str, float]:
-    """What a process of its own tells about `scene`."""
+    """Run `scene` in a new process and return its figures."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.core", scene, *arguments],
         stdout=subprocess.PIPE,
@@ -331,7 +330,7 @@ def child(scene: str, *arguments: str) -> dict[str, float]:
 
 @contextmanager
 def tracked(size: int, folder: str | None = None, image_folder: str | None = None) -> Iterator[Filter]:
-    """A new disk `huge` of `size` bytes, attached, with a clean period."""
+    """Yield a new disk `huge` of `size` bytes, attached, with a clean period."""
     with tempfile.TemporaryDirectory() as fallback:
         folder = folder or fallback
         image = Path(image_folder or folder) / "disk.raw"

@@ -1,16 +1,17 @@
 """Backups of disks while they are served, each figure in one run with its peer.
 
-A *full* backup is held against `qemu-img convert` of the same image from raw to qcow2, which computes no digests and
-syncs nothing; the note says what ours are, and SHA-256 has a line of its own. An *increment* of 1 % is held against
-`qemu-img convert` of the whole: both go with the bytes they copy, so that of a 100 GiB image with `INCREMENT_OF_BYTES`
-of data the ratio is that of one which is full, but for what a run costs in any case. Rates leave out the start of the
-interpreter; lines that say "whole process" do not.
+A *full* backup is compared with `qemu-img convert` of the same image from raw to qcow2, which computes no digests and
+syncs nothing. The note names our digests; SHA-256 has a line of its own. An *increment* of 1 % is compared with
+`qemu-img convert` of the whole. The time of both depends on the bytes they copy. So a 100 GiB image with
+`INCREMENT_OF_BYTES` of data has the ratio of a full image, apart from the fixed cost of a run. Rates leave out the
+start of the interpreter; lines that say "whole process" include it.
 
-Full backups of a served disk are measured twice: guests that ask for nothing leave them a processor more.
+Full backups of a served disk are measured twice, with an idle and a busy guest: an idle guest leaves them one processor
+more.
 
-*Latencies* are those of fio over NBD, at a steady rate, while one full backup follows another; without; and while
-`qemu-img convert` copies the image again and again, as nice as a backup is, which keeps nothing and asks nobody: what
-a copy costs a guest in any case.
+*Latencies* are those of fio over NBD at a steady rate, in three cases: while one full backup follows another; without a
+backup; and while `qemu-img convert` copies the image again and again, with the niceness of a backup. The last case,
+which keeps no old data and involves no server, is the minimum that a copy costs a guest.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def measure() -> Iterator[Line]:
 
 
 class Run(NamedTuple):
-    """One `lmdbitmap backup`: the seconds that it says it took, those of the whole process, and its memory."""
+    """One `lmdbitmap backup`: the seconds that it reports, those of the whole process, its memory and its digest."""
 
     seconds: float
     whole_s: float
@@ -86,7 +87,7 @@ def back_up(folder: Path, *options: str) -> Run:
 
 
 def peak_bytes(process: subprocess.Popen[bytes]) -> int:
-    """The most memory that a process has had, when it has ended; what `wait4` tells includes its parent's before."""
+    """Wait for a process and return its peak memory. (The figure of `wait4` includes its parent's before exec.)"""
     most = 0
     while process.poll() is None:
         with contextlib.suppress(OSError):
@@ -97,7 +98,7 @@ def peak_bytes(process: subprocess.Popen[bytes]) -> int:
 
 
 def back_up_anew(folder: Path, *options: str) -> Run:
-    """A full backup, of which nothing stays: the next one has as much room."""
+    """Make a full backup and delete it, so that the next one has as much room."""
     run = back_up(folder, "--full", *options)
     for image in Path(folder, "backups", "disk").glob("*.qcow2"):
         image.unlink()
@@ -136,7 +137,7 @@ def make_disk(folder: Path, size: int, places: Sequence[int], noise: bytes) -> N
 
 
 def full_backups(folder: Path, rounds: int = 3) -> Iterator[Line]:
-    """Half of the disk is data that cannot be compressed, in pieces of a megabyte."""
+    """Measure full backups. Half of the disk is incompressible data, in pieces of a megabyte."""
     make_disk(folder, 2 * DATA_BYTES, range(0, 2 * DATA_BYTES, 2 * MIB), os.urandom(MIB))
     beside = "served, beside 2000 writes a second"
     runs: dict[str, list[Run]] = {"unserved": [], "unserved, SHA-256": [], "served": [], beside: []}
@@ -166,7 +167,7 @@ def full_backups(folder: Path, rounds: int = 3) -> Iterator[Line]:
 
 @contextlib.contextmanager
 def busy_guest(peer: nbd.Peer) -> Iterator[None]:
-    """It writes where data is already, so that the image stays as it is in size."""
+    """Run a guest that writes only where data is already, so that the image's allocated size does not change."""
     load = nbd.Load("randwrite", "4k", 4, {})
     words = [*nbd.fio_command(peer.uri, load, 60), "--rate_iops=2000", "--zonemode=strided"]
     words += [f"--zonerange={MIB}", f"--zonesize={MIB // 16}", f"--zoneskip={MIB}"]
@@ -185,7 +186,7 @@ def memory_line(name: str, runs: Sequence[Run]) -> Line:
 
 
 def increments(folder: Path, rounds: int = 5) -> Iterator[Line]:
-    """A hundredth of the data is written anew, in blocks of 64 KiB by lot; in turns with the peer."""
+    """Measure increments, in turns with the peer. 1 % of the data is rewritten, in random blocks of 64 KiB."""
     places = range(0, SPARSE_BYTES, SPARSE_BYTES // (INCREMENT_OF_BYTES // MIB))
     make_disk(folder, SPARSE_BYTES, places, os.urandom(MIB))
     back_up(folder)
@@ -217,7 +218,7 @@ def rewrite(peer: nbd.Peer, places: Sequence[int]) -> None:
 
 
 def huge_disk(folder: Path, rounds: int = 3) -> Iterator[Line]:
-    """64 TiB, sparse, on which nothing changes."""
+    """Measure a sparse disk of 64 TiB on which nothing changes."""
     make_disk(folder, HUGE_BYTES, [], b"")
     size = f"{HUGE_BYTES >> 40} TiB sparse"
     with served(folder):
@@ -234,11 +235,11 @@ def huge_disk(folder: Path, rounds: int = 3) -> Iterator[Line]:
 # -- what a guest notices ----------------------------------------------------------------------------------
 
 GUESTS = (("4k", 2000), ("64k", 500))
-"""Size of a write, and how many a second."""
+"""The size of a write, and the number of writes per second."""
 
 
 class Slowest(NamedTuple):
-    """Microseconds within which 99 of 100 writes were done."""
+    """The 99th percentile of write latency, in microseconds, and the number of backups made meanwhile."""
 
     alone: float
     beside_ours: float
@@ -302,7 +303,7 @@ def convert_nicely(folder: Path) -> None:
 
 @contextlib.contextmanager
 def all_the_time(copy: Callable[[], T]) -> Iterator[list[T]]:
-    """One copy after another until the block ends; the first is under way when it begins."""
+    """Make one copy after another until the block ends; the first has begun when the block begins."""
     made: list[T] = []
     begun, ending = threading.Event(), threading.Event()
 

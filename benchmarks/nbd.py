@@ -1,10 +1,9 @@
 """NBD servers side by side: fio's nbd engine against each, over a unix socket, in turns.
 
-Every peer has its own copy of the image, because an image that is served by one is locked for the others.
-All copies are in the page cache before the first round. A round gives every peer the same few seconds of the
-same work; the figure is the median of the rounds, and the ratio the median of the rounds' ratios, so that a
-noisy moment of the machine hits all of them or is left out. Beside the rate stands the processor time that the
-server spent on a request, and in the end the memory that a busy connection takes.
+Every peer has its own copy of the image, because an image that one server has open is locked for the others. All copies
+are in the page cache before the first round. A round gives every peer the same few seconds of the same work. The figure
+is the median of the rounds, and the ratio is the median of the rounds' ratios, so that a noisy moment hits all peers or
+is left out. Further figures are the server's processor time per request and the memory of a busy connection.
 
 Run alone it measures an untracked disk: `python -m benchmarks.nbd [SECONDS [ROUNDS]]`.
 """
@@ -34,12 +33,12 @@ IMAGE_BYTES = 1 << 30
 EXPORT = "disk"
 CONNECTIONS = 4
 CROWD = 8
-"""Connections over which memory is measured: what qemu-nbd is told to allow."""
+"""The number of connections over which memory is measured: the number that qemu-nbd is told to allow."""
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 class Load(NamedTuple):
-    """A pattern of requests, and the rates that we owe qemu-nbd and nbdkit under it."""
+    """A pattern of requests, and the target ratios against qemu-nbd and nbdkit."""
 
     work: str
     block: str
@@ -67,7 +66,7 @@ LOADS = [
 
 
 class Sample(NamedTuple):
-    """What fio got through, and what a request cost the server."""
+    """Requests per second, and the server's processor time per request."""
 
     rate: float
     processor_us: float
@@ -90,7 +89,7 @@ class Peer(NamedTuple):
 
 
 def ours_untracked(image: Path, folder: Path) -> Peer:
-    """Our server on the bare image: what tracking is measured against."""
+    """Return our server on the bare image: the baseline for tracking."""
     listen_at = folder / "ours.sock"
     return Peer(
         "untracked", [sys.executable, "-m", "benchmarks.nbd", "serve", str(image), str(listen_at)], listen_at
@@ -114,7 +113,7 @@ def nbdkit_file(image: Path, folder: Path) -> Peer:
 
 @contextlib.contextmanager
 def running(peers: Iterable[Peer]) -> Iterator[dict[str, int]]:
-    """Start all of them, wait until they take connections, and end them afterwards. Yields their pids by name."""
+    """Start all peers, wait until they listen, and end them after the block. Yields their pids by name."""
     with contextlib.ExitStack() as stack:
         yield {peer.name: stack.enter_context(_running(peer)) for peer in peers}
 
@@ -157,7 +156,7 @@ def _listens(path: Path) -> bool:
 
 
 def fio_rate(uri: str, load: Load, seconds: float, extra: Sequence[str] = ()) -> float:
-    """Requests per second that fio got through."""
+    """Return the requests per second that fio achieved."""
     return _fio(uri, load, seconds, extra)[0]
 
 
@@ -168,7 +167,7 @@ def sample(peer: Peer, pid: int, load: Load, seconds: float, extra: Sequence[str
 
 
 def _fio(uri: str, load: Load, seconds: float, extra: Sequence[str]) -> tuple[float, int]:
-    """Requests per second, and all of them."""
+    """Return the requests per second and their total number."""
     with tempfile.TemporaryDirectory() as folder:  # fio leaves files where it runs
         done = subprocess.run(
             [*fio_command(uri, load, seconds), *extra],
@@ -199,13 +198,13 @@ def fio_command(uri: str, load: Load, seconds: float) -> list[str]:
 
 
 def processor_s(pid: int) -> float:
-    """Processor time that a process has spent, its own and the kernel's for it."""
+    """Return the processor time of a process, user and system, in seconds."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
 
 
 def private_bytes(pid: int) -> int:
-    """Memory that a process shares with nobody, and no file holds."""
+    """Return the anonymous memory of a process, in bytes."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.partition("RssAnon:")[2].split()[0]) << 10
 
@@ -213,7 +212,7 @@ def private_bytes(pid: int) -> int:
 def samples(
     peers: Sequence[Peer], pids: Mapping[str, int], load: Load, rounds: int, seconds: float
 ) -> list[list[Sample]]:
-    """Of every peer in every round, the peers taking turns and beginning in turn."""
+    """Return the samples of every peer in every round; the peers take turns, and each round begins with another."""
     measured: list[list[Sample]] = [[] for _ in peers]
     for turn in range(rounds):
         for index in range(len(peers)):
@@ -230,7 +229,7 @@ def measure_nbd(
     rounds: int = 3,
     seconds: float = 1.0,
 ) -> Iterator[Line]:
-    """`ours`, which serves `image`, against qemu-nbd and nbdkit serving copies of it; a line for each pair."""
+    """Compare `ours`, which serves `image`, with qemu-nbd and nbdkit serving copies of it; yield a line per pair."""
     with tempfile.TemporaryDirectory(dir=image.parent) as name:
         folder = Path(name)
         peers = [ours]
@@ -250,7 +249,7 @@ def measure_nbd(
 
 
 def many_connections(ours: Peer, pid: int, load: Load, rounds: int, seconds: float) -> Iterator[Line]:
-    """Four connections against one: with as many requests in flight over all of them, and with as many over each."""
+    """Compare four connections with one: with the same depth over all four together, and with the same depth each."""
     apart = _over(CONNECTIONS)
     ways = ((load, ()), (load._replace(depth=load.depth // CONNECTIONS), apart), (load, apart))
     rows = [[sample(ours, pid, each, seconds, extra) for each, extra in ways] for _ in range(rounds)]
@@ -263,7 +262,7 @@ def many_connections(ours: Peer, pid: int, load: Load, rounds: int, seconds: flo
 
 
 def copies(peers: Sequence[Peer], source: Path, connections: int, rounds: int) -> Iterator[Line]:
-    """nbdcopy of a whole disk into nothing, and of another onto it, over so many connections."""
+    """Measure nbdcopy of a whole disk into nothing, and of another disk onto it, over that many connections."""
     for work, ends in (("read", ("{uri}", "null:")), ("write", ("{source}", "{uri}"))):
         rates: list[list[float]] = [[] for _ in peers]
         for turn in range(rounds):
@@ -284,12 +283,12 @@ def _copy_rate(*words: str) -> float:
 
 
 def _over(connections: int) -> list[str]:
-    """What fio has to be told."""
+    """Return fio's options for that many connections."""
     return ["--thread", f"--numjobs={connections}", "--group_reporting", f"--size={IMAGE_BYTES}"]
 
 
 def memory_lines(peers: Sequence[Peer], pids: Mapping[str, int], seconds: float) -> Iterator[Line]:
-    """What `CROWD` connections that read and write take, each."""
+    """Measure the memory per connection of `CROWD` connections that read and write."""
     taken = [_memory_per_connection(peer, pids[peer.name], seconds) / (1 << 10) for peer in peers]
     for peer, theirs in zip(peers[1:], taken[1:], strict=True):
         ratio = taken[0] / theirs if theirs > 0 else None
@@ -297,7 +296,7 @@ def memory_lines(peers: Sequence[Peer], pids: Mapping[str, int], seconds: float)
 
 
 def _memory_per_connection(peer: Peer, pid: int, seconds: float) -> float:
-    """The most that is seen while fio works, over what there was before."""
+    """Return the peak seen while fio works, less the memory before, per connection."""
     load = Load("randrw", "4k", 32, {})
     before = most = private_bytes(pid)
     with tempfile.TemporaryDirectory() as folder:
@@ -326,7 +325,7 @@ def _median(figures: Iterable[float]) -> float:
 
 
 def write_out(path: Path, size: int) -> None:
-    """An image whose every page is written, one page at a time, as a guest would.
+    """Write an image page by page, as a guest would.
 
     A file written in large pieces lies in large folios, which makes small writes to it several times slower.
     """

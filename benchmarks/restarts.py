@@ -1,8 +1,8 @@
-"""Restarts of the server: from the signal that ends it until the next one has answered a client.
+"""Restarts of the server: the time from the signal that ends it until the next server has answered a client.
 
-The socket is a service manager's, as in contrib/, and the client waits at it from the moment of the signal on. What the
-manager waits before it begins a new server (RestartSec) is not in the figure. Before each signal the server has armed
-as many extents as it arms at most: a clean end has to write them out, and after a kill all of them are dirty.
+The socket belongs to a service manager, as in contrib/, and the next client connects to it when the next server is
+started. The manager's wait before that start (RestartSec) is not in the figure. Before each signal the server has armed
+the most extents that it arms: a clean end has to write them out, and after a kill all of them are dirty.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ READ, WRITE = 0, 1
 REQUEST = struct.Struct(">IHHQQI")
 REPLY_BYTES = 16
 PASSED = 'exec 3<&0 0</dev/null; export LISTEN_FDS=1; export LISTEN_PID=$$; exec "$@"'
-"""For a shell: what was its standard input is the socket that systemd would pass."""
+"""A shell script that passes its standard input on as the socket that systemd would pass."""
 
 
 class Disk(NamedTuple):
     name: str
     size: int
     all_dirty: bool
-    """Whether each block was written since the newest checkpoint, or none."""
+    """Whether every block was written since the newest checkpoint; otherwise none was."""
 
 
 DISKS = [Disk("64 TiB sparse", 64 << 40, all_dirty=False), Disk("1 TiB all dirty", 1 << 40, all_dirty=True)]
@@ -58,7 +58,7 @@ def measure(rounds: int = 5) -> Iterator[Line]:
 
 @contextlib.contextmanager
 def made(disk: Disk) -> Iterator[Path]:
-    """A folder with a store that tracks it. The image is where a file may have any size, the store on a real disk."""
+    """Yield a folder on disk with a store that tracks the disk. The image is on tmpfs, where it may have any size."""
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
         image = Path(memory) / "disk.raw"
         with image.open("xb") as file:
@@ -78,7 +78,7 @@ def listening() -> Iterator[socket.socket]:
 
 
 def restart(folder: Path, listener: socket.socket, number: int) -> float:
-    """Seconds from the signal on. The next server could not begin before this one has ended, which owns the disk."""
+    """Return the seconds from the signal on. The next server starts after the first, the disk's owner, has ended."""
     with server(folder, listener) as first, client(listener) as sock:
         for extent in range(ARMED):
             ask(sock, WRITE, extent * EXTENT_BYTES, b"x" * 512)
@@ -107,7 +107,7 @@ def server(folder: Path, listener: socket.socket) -> Iterator[subprocess.Popen[b
 
 @contextlib.contextmanager
 def client(listener: socket.socket) -> Iterator[socket.socket]:
-    """Connected to the export, as soon as somebody takes clients in."""
+    """Yield a connection to the export, as soon as a server accepts it."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(PATIENCE_S)
         sock.connect(listener.getsockname())
@@ -117,7 +117,7 @@ def client(listener: socket.socket) -> Iterator[socket.socket]:
 
 
 def ask(sock: socket.socket, command: int, offset: int, data: bytes) -> None:
-    """One request of 512 bytes, and its answer."""
+    """Send one request of 512 bytes and receive its answer."""
     sock.sendall(REQUEST.pack(0x25609513, 0, command, offset, offset, 512) + data)
     reply = receive(sock, REPLY_BYTES if command == WRITE else REPLY_BYTES + 512)
     assert reply[:8] == b"\x67\x44\x66\x98\0\0\0\0", reply[:8]
@@ -134,7 +134,7 @@ def receive(sock: socket.socket, length: int) -> bytes:
 
 
 def begin_period(folder: str, dirty_bytes: int) -> None:
-    """A checkpoint, after which so much is dirty, block for block. In a process that ends before the disk is served."""
+    """Make a checkpoint and mark `dirty_bytes` as dirty, block for block, in a process that ends before the serving."""
     from lmdbitmap.filter import Filter
     from lmdbitmap.store import Store
 

@@ -1,7 +1,7 @@
 """Restores against `qemu-img convert` of the same chain to a raw file, in turns. The interpreter's start is left out.
 
-The peer compares no digest and syncs nothing. Where all is in memory a SHA-256 costs more than the copy, a BLAKE3 about
-half of it, and all cores compute them; the note says which. With `--no-verify` the two do the same work.
+The peer compares no digest and syncs nothing. If everything is in memory, SHA-256 costs more than the copy and BLAKE3
+about half of it; all cores compute them. The note names the digest. With `--no-verify` both do the same work.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def measure() -> Iterator[Line]:
 
 
 def restores(where: str, *, memory: bool, rounds: int = 3) -> Iterator[Line]:
-    """Of a full backup, and of one with increments on top, to a new file; and in place, where nothing differs."""
+    """Measure restores to a new file of a full backup and of one with increments, and in place if nothing differs."""
     unproven, in_place = "--no-verify", "--in-place"
     with workplace(5 * SIZE) if memory else folder_on_disk() as folder:
         make_backup(folder)
@@ -53,7 +53,7 @@ def restores(where: str, *, memory: bool, rounds: int = 3) -> Iterator[Line]:
 
 
 def sha256_line(folder: Path, name: str, rounds: int) -> Line:
-    """Of another repository, which is gone afterwards."""
+    """Measure a restore from a second repository with SHA-256, which is deleted afterwards."""
     backups, other = folder / "backups", folder / "aside"
     backups.rename(other)
     command(str(folder), "backup", "disk", str(backups), "--digest", "sha256", "--new-repository")
@@ -64,7 +64,7 @@ def sha256_line(folder: Path, name: str, rounds: int) -> Line:
 
 
 def deep_chain() -> Line:
-    """A thousand images of 25 scattered clusters of 4 KiB each, and every byte of them proven."""
+    """Restore a chain of a thousand images with 25 scattered clusters of 4 KiB each, and prove every byte of them."""
     with workplace(4 * DEEP_BYTES) as folder:
         made, truth = make_deep_chain(folder / "backups", 1000, size=DEEP_BYTES, written=25)
         start = time.monotonic()
@@ -104,7 +104,7 @@ def digest_of(folder: Path) -> str:
 
 
 def restore(folder: Path, out: Path, *options: str) -> float:
-    """The seconds that it says it took."""
+    """Restore and return the seconds that the command reports."""
     warm_memory(DATA_BYTES * 3 // 2)
     words = ("restore", f"{folder}/backups", "disk", str(out), "--json", *options)
     told: float = json.loads(command(str(folder), *words))["seconds"]
@@ -119,7 +119,7 @@ def convert(image: Path, out: Path) -> float:
 
 
 def make_backup(folder: Path) -> None:
-    """Half of the disk is data that cannot be compressed, in pieces of a megabyte."""
+    """Make a disk and back it up. Half of it is incompressible data, in pieces of a megabyte."""
     noise = os.urandom(MIB)
     with (folder / "disk.raw").open("xb") as image:
         image.truncate(SIZE)
@@ -131,7 +131,7 @@ def make_backup(folder: Path) -> None:
 
 
 def make_increments(folder: Path) -> None:
-    """A hundredth of the disk in each."""
+    """Make increments of 1 % of the disk each."""
     for number in range(INCREMENTS):
         with Store.open(f"{folder}/store") as store, Filter.attach(store, "disk") as disk:
             for piece in range(SIZE // 100 // 65536):

@@ -1,7 +1,7 @@
-"""All figures: a table for people on stdout, the same as JSON in benchmarks/results/latest.json.
+"""Run all benchmarks: a table for people on stdout, the same as JSON in benchmarks/results/latest.json.
 
-    make bench                     everything, twenty minutes or so
-    make bench ARGS="core"         only benchmarks/core.py; or another one of PARTS
+    make bench                     everything, about twenty minutes
+    make bench ARGS="core"         only benchmarks/core.py, or another one of PARTS
 
 Ratios are measured against a peer in the same run. The machine and the date are part of the JSON.
 """
@@ -50,7 +50,7 @@ def main(names: list[str]) -> None:
 
 
 def machine() -> dict[str, str]:
-    """What the figures were measured on."""
+    """Return the machine and the date of the measurement."""
     models = [
         line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
     ]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Line(NamedTuple):
-    """A figure. `ratio` compares it with `peer` in the same run; without a peer the target is for the value."""
+    """A figure. `ratio` compares it with `peer` in the same run; without a ratio the target is for the value."""
 
     name: str
     value: float
@@ -20,7 +20,7 @@ class Line(NamedTuple):
     peer: str
     ratio: float | None
     target: str
-    """Such as `>= 3` or `< 40 MiB`; what begins otherwise is only shown."""
+    """Such as `>= 3` or `< 40 MiB`; a target that is not a comparison is only shown."""
     note: str = ""
 
 
@@ -34,7 +34,7 @@ _HEADINGS = ("what", "measured", "against", "ratio", "target", "met", "note")
 
 
 def met(line: Line) -> bool | None:
-    """Whether the line reaches its target; None where the target is no comparison."""
+    """Return whether the line meets its target; None if the target is not a comparison."""
     found = re.match(r"(<=|>=|<|>) *([0-9.]+)", line.target)
     if found is None:
         return None
@@ -43,7 +43,7 @@ def met(line: Line) -> bool | None:
 
 
 def as_text(lines: Sequence[Line]) -> str:
-    """The table, columns aligned, numbers to the right."""
+    """Return the table with aligned columns, numbers to the right."""
     rows = [_HEADINGS, *(_cells(line) for line in lines)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
     return "\n".join(_padded(row, widths) for row in rows)
@@ -57,7 +57,7 @@ def _cells(line: Line) -> tuple[str, ...]:
 
 
 def _short(value: float) -> str:
-    """Three significant digits, and no fraction where they need none."""
+    """Return a number with three significant digits; from 100 on without a fraction."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
@@ -71,7 +71,7 @@ def _padded(row: tuple[str, ...], widths: list[int]) -> str:
 
 
 def write_json(lines: Iterable[Line], path: Path) -> None:
-    """Replace `path` by an array of the lines, each with its verdict."""
+    """Replace `path` by a JSON array of the lines, each with its verdict."""
     rows = [{**line._asdict(), "met": met(line)} for line in lines]
     unfinished = path.with_name(path.name + ".tmp")
     unfinished.write_text(json.dumps(rows, indent=2) + "\n")

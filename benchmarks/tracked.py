@@ -36,7 +36,7 @@ def measure() -> Iterator[Line]:
 
 
 def steady_state() -> Iterator[Line]:
-    """Every block is dirty already: what a guest meets most of the time."""
+    """Measure a disk on which every block is dirty already: the usual state for a guest."""
     with workplace(4 * nbd.IMAGE_BYTES) as folder:
         image = folder / "tracked.raw"
         nbd.write_out(image, nbd.IMAGE_BYTES)
@@ -44,7 +44,7 @@ def steady_state() -> Iterator[Line]:
 
 
 def first_touch(requests: int = SPARSE_BYTES // BLOCK) -> Iterator[Line]:
-    """Every block of a sparse image once, at random, 32 in flight; in a real folder, so that syncs cost."""
+    """Write every block of a sparse image once, at random, 32 in flight; in a folder on disk, so that syncs cost."""
     seconds = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -72,7 +72,7 @@ def first_touch(requests: int = SPARSE_BYTES // BLOCK) -> Iterator[Line]:
 
 
 def touch_all(peer: nbd.Peer, requests: int) -> None:
-    """Each block exactly once, in an order that fio reads from a log: its own random map cannot do strides."""
+    """Write each block exactly once, in an order that fio reads from a log: its own random map cannot do strides."""
     folder = peer.socket.parent
     blocks = list(range(SPARSE_BYTES // BLOCK))
     random.Random(7).shuffle(blocks)
@@ -88,7 +88,7 @@ def touch_all(peer: nbd.Peer, requests: int) -> None:
 
 
 def nothing_changed(rounds: int = 5) -> Iterator[Line]:
-    """`lmdbitmap backup` of a 1 TiB sparse disk, from the shell's point of view."""
+    """Measure the whole command `lmdbitmap backup` for an unchanged sparse disk of 1 TiB."""
     with tempfile.TemporaryDirectory() as name:
         image = Path(name) / "disk.raw"
         with image.open("xb") as made:
@@ -118,20 +118,20 @@ def command(folder: str, *words: str) -> str:
 
 
 def warm_memory(size: int) -> None:
-    """Have a virtual machine's host give it the memory that will be filled: else who fills it first waits for it."""
+    """Touch and free memory. In a virtual machine, the first program to touch it would wait for the host to provide it."""
     mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
 
 
 @contextlib.contextmanager
 def workplace(needed: int) -> Iterator[Path]:
-    """A folder in memory if there is room, so that no disk's noise is in the figures."""
+    """Yield a folder in memory if there is room, so that the figures are free of a disk's noise."""
     base = "/dev/shm" if shutil.disk_usage("/dev/shm").free > needed else None
     with tempfile.TemporaryDirectory(dir=base) as name:
         yield Path(name)
 
 
 def tracked_peer(image: Path, folder: Path, period: str = "clean") -> nbd.Peer:
-    """Our server with a write-ahead tracker in front; `period` says how the open period begins."""
+    """Return our server with a write-ahead tracker; `period` is how the open period begins: `clean` or `dirty`."""
     listen_at = folder / "tracked.sock"
     words = ["serve", str(image), str(listen_at), f"{folder}/store", period]
     return nbd.Peer("tracked", [sys.executable, "-m", "benchmarks.tracked", *words], listen_at)
