@@ -1,7 +1,7 @@
-"""The whole job on a real file system: track, crash in the middle of the writes, back up, restore, compare.
+"""The whole cycle on a real file system: track, crash in the middle of writes, back up, restore, compare.
 
-A folder tree becomes an ext4 image. A client (fio) writes into a file of that file system through the tracker,
-and the tracker is killed with `kill -9` while it does. It starts again, the client writes on, and an increment
+A folder tree becomes an ext4 image. A client (fio) writes into a file of that file system through the tracker, and
+meanwhile the tracker is killed with `kill -9`. The tracker starts again, the client goes on writing, and an increment
 is made, restored and compared bit by bit. Everything happens in a temporary folder; nothing is left behind.
 """
 
@@ -29,7 +29,7 @@ MIB = 1 << 20
 
 
 class Demo:
-    """The steps in the order in which they are told; every step leaves its files in `folder`."""
+    """The steps of the demo in their order; every step leaves its files in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.image = folder / "sda.raw"
@@ -139,7 +139,7 @@ class Demo:
 
     @contextmanager
     def served(self) -> Iterator[subprocess.Popen[str]]:
-        """A server of the disk, listening; ended with the block if it still lives."""
+        """Yield a server of the disk that listens; kill it at the end of the block if it still lives."""
         command = [*LMDBITMAP, "--store", str(self.store), "serve", "sda", "--socket", str(self.socket)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
             assert server.stdout is not None
@@ -152,7 +152,7 @@ class Demo:
                     server.kill()
 
     def fio_command(self, name: str, *options: str) -> list[str]:
-        """Random writes of 4 to 64 KiB into the work file's blocks, 16 in flight."""
+        """Return the fio command for random writes of 4 to 64 KiB into the work file's blocks, 16 in flight."""
         return [
             "fio", f"--name={name}", "--ioengine=nbd", f"--uri={self.uri}", "--rw=randwrite", "--iodepth=16",
             "--bsrange=4k-64k", "--norandommap", "--rate=60M", f"--offset={self.work_offset}",
@@ -169,7 +169,7 @@ class Demo:
         return int(json.loads(self.lmdbitmap("changes", "sda", "--json"))["dirty_bytes"])
 
     def changed_on_disk(self) -> int:
-        """Bytes of blocks that differ from the full backup: the truth."""
+        """Return the bytes of blocks that really differ from the full backup."""
         return BLOCK * len(self.changed_blocks())
 
     def changed_blocks(self) -> set[int]:
@@ -187,7 +187,7 @@ class Demo:
 
 
 def largest_extent(image: Path, name: str) -> tuple[int, int]:
-    """Offset and length in bytes of the longest contiguous piece of a file in an ext4 image."""
+    """Return the offset and length, in bytes, of the longest contiguous piece of a file in an ext4 image."""
     out = run("debugfs", "-R", f"ex {name}", str(image))
     rows = [
         list(map(int, re.findall(r"\d+", line))) for line in out.splitlines() if re.match(r"\s*\d+/", line)

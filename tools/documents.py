@@ -1,10 +1,10 @@
-"""Run what the documents show and paste what it printed; with --check, only say whether it still prints the same.
+"""Generate docs/cli.md, docs/map.svg and parts of README.md; with --check, only test whether they are up to date.
 
-docs/cli.md is the help of every command, as it is, docs/map.svg what `show` draws. In README.md only parts are made:
+docs/cli.md is the help of every command, and docs/map.svg is a picture that `show` draws.
 
-Between `<!-- NAME -->` and `<!-- end -->` stands what a script printed. `session` is a shell session with a real
-server that is killed in the middle of it; `speed` comes from the newest benchmark on this machine, and is left
-alone where there is none. Sizes, times and names that differ from run to run are compared as if they were alike.
+In README.md a part stands between `<!-- NAME -->` and `<!-- end -->`. `session` is a shell session with a real server
+that is killed in the middle of it. `speed` comes from the newest benchmark on this machine, and is left alone if there
+is none. The comparison ignores sizes, times and names that differ from run to run.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ SESSION = [
 
 
 def session() -> str:
-    """The README's session, run in a folder of its own: every command, and what it printed.
+    """Run the README's session in a temporary folder; return every command with its output.
 
-    On a disk: a file system in memory has no zeroes that are not holes.
+    The folder is on a disk, because a file system in memory has no zeroes other than holes.
     """
     with tempfile.TemporaryDirectory() as folder:
         with open(f"{folder}/sda.raw", "wb") as image:
@@ -70,7 +70,7 @@ def session() -> str:
 
 
 def start_server(command: str, folder: str) -> tuple[subprocess.Popen[str], str]:
-    """The server, and the two lines that it prints once it listens."""
+    """Start the server; return it and the two lines that it prints once it listens."""
     server = subprocess.Popen(
         command.split(), cwd=folder, env=environment(folder), stdout=subprocess.PIPE, text=True
     )
@@ -91,13 +91,13 @@ def shell(command: str, folder: str) -> str:
 
 
 def environment(folder: str) -> dict[str, str]:
-    """Our command first on the path, and a store in the folder."""
+    """Return the environment with our command first on the path, and a store in the folder."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return os.environ | {"PATH": path, "LMDBITMAP_STORE": f"{folder}/store"}
 
 
 def speed() -> str:
-    """Lines of the newest benchmark, with the machine and the date; what stands there if it has not all of them."""
+    """Return lines of the newest benchmark with the machine and the date; if one is missing, the README's present text."""
     wanted = [("NBD write 4k, depth 32", "qemu-nbd"), ("NBD write 4k, depth 32", "nbdkit file")]
     wanted += [("NBD read 1m, depth 4", "qemu-nbd"), ("NBD first touch, 64 GiB sparse", "untracked")]
     results = ROOT / "benchmarks" / "results"
@@ -119,7 +119,7 @@ PARTS: dict[str, Callable[[], str]] = {"session": session, "speed": speed}
 
 
 def between(text: str, name: str) -> str:
-    """What stands between the marks of a part."""
+    """Return the text between the marks of a part."""
     return text.partition(f"<!-- {name} -->\n")[2].partition("<!-- end -->")[0].rstrip("\n")
 
 
@@ -129,8 +129,10 @@ def replaced(text: str, name: str, part: str) -> str:
 
 
 def alike(text: str) -> str:
-    """`text` with everything that differs from run to run made the same, and the list of extents left out:
-    how much of it is armed depends on how long the server lived."""
+    """Return `text` with everything that differs from run to run made equal.
+
+    The list of extents is left out: how much is armed depends on how long the server lived.
+    """
     text = re.sub(r"\n +\d+ .*", "", text)
     text = re.sub(r"backup-\d{8}T\d{6}Z-[0-9a-f]+", "backup-NAME", text)
     text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "TIME", text)
@@ -138,7 +140,7 @@ def alike(text: str) -> str:
 
 
 def command_line() -> str:
-    """The reference of the command line: what `--help` says, of the whole and of every command."""
+    """Return docs/cli.md: the output of `--help`, for the whole program and for every command."""
     whole = help_of()
     verbs = re.findall(r"^  ([a-z]+)  ", whole.partition("Commands:")[2], re.MULTILINE)
     pages = [f"## lmdbitmap {verb}\n\n```\n{help_of(verb)}```\n" for verb in verbs]
@@ -146,14 +148,14 @@ def command_line() -> str:
 
 
 def help_of(*words: str) -> str:
-    """As the command says it, without a process for each of its pages."""
+    """Return the output of `--help` for a command, without a new process for each."""
     with contextlib.redirect_stdout(io.StringIO()) as said:
         assert run([*words, "--help"]) == 0
     return said.getvalue()
 
 
 def picture() -> str:
-    """What `show` draws of a disk that a guest wrote to here and there: each time the same."""
+    """Return the picture that `show` draws of a disk with scattered writes, the same each time."""
     with tempfile.TemporaryDirectory() as folder:
         with open(f"{folder}/sda.raw", "wb") as image:
             image.truncate(40 << 30)
@@ -167,7 +169,7 @@ def picture() -> str:
 
 
 def write_as_a_guest_does(disk: Filter) -> None:
-    """One large file, and small ones around a few places."""
+    """Mark one large file as dirty, and small ones around a few places."""
     disk.mark(23 << 29, 5 << 29)
     chance = random.Random(4)
     for number in range(400):

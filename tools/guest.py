@@ -1,6 +1,6 @@
-"""Make the guest that tests boot: Debian's cloud kernel, and a root of busybox that obeys its serial line.
+"""Make the guest that tests boot: Debian's cloud kernel, and a busybox root with a shell on its serial line.
 
-    python tools/guest.py FOLDER      leaves FOLDER/vmlinuz and FOLDER/initramfs, unless they are there
+    python tools/guest.py FOLDER      makes FOLDER/vmlinuz and FOLDER/initramfs, unless they are there
 
 Nothing is installed: the packages are fetched and unpacked. Needs apt-get and dpkg-deb.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 MODULES = (
     "virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk",
 )  # fmt: skip
-"""In the order in which they depend on each other; a kernel may have some of them built in, as it has ext4."""
+"""In order of dependency. A kernel may have some of them built in, as it has ext4."""
 INIT = f"""#!/bin/busybox sh
 /bin/busybox --install -s /bin
 export PATH=/bin HOME=/
@@ -52,7 +52,7 @@ def main(folder: Path) -> None:
 
 
 def kernel_package() -> str:
-    """The kernel that Debian's own name for "the newest one" leads to."""
+    """Return the package of the newest kernel, which Debian's metapackage depends on."""
     told = apt("apt-cache", "depends", "--important", "linux-image-cloud-amd64")
     return next(line.split()[1] for line in told.splitlines() if "Depends: linux-image-" in line)
 
@@ -66,7 +66,7 @@ def unpacked(package: str, work: Path) -> Path:
 
 
 def apt(*command: str, cwd: Path | None = None) -> str:
-    """What it says; where it fails, there may be no package lists yet, or stale ones."""
+    """Run the command and return its output. If it fails, package lists may be missing or stale: update and retry."""
     done = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
     if done.returncode or not (done.stdout or cwd):
         subprocess.run(["apt-get", "-qq", "update"], check=True, capture_output=True)

@@ -1,10 +1,10 @@
-"""Make a tree of newer programs for tests to speak to, of NBD and libvirt: those of the Debian release after 12.
+"""Make a tree of newer NBD and libvirt programs for tests: those of the Debian release after 12.
 
-    python tools/newer.py FOLDER      leaves FOLDER/bin/qemu-img and the others, unless they are there
+    python tools/newer.py FOLDER      makes FOLDER/bin/qemu-img and the others, unless they are there
 
-Nothing is installed, and root is not needed: apt fetches the packages and all they depend on from this machine's own
-mirror into a state of its own, proves their signatures with Debian's keyring, and they are unpacked. The programs run
-with the libraries of their own tree. Needs apt-get and dpkg-deb, and Debian's keyring.
+Nothing is installed, and root is not needed. apt fetches the packages and all their dependencies from this machine's
+mirror, with a separate state, and proves their signatures with Debian's keyring; then they are unpacked. The programs
+run with the libraries of their own tree. Needs apt-get and dpkg-deb, and Debian's keyring.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from pathlib import Path
 RELEASE = "trixie"
 PACKAGES = ("qemu-utils", "libnbd-bin", "python3-libnbd", "libvirt-clients", "libxml2-utils")
 ALONE = ("libvirt-daemon-driver-qemu",)
-"""Without what they depend on: of the daemon, tests want what makes a QEMU command line and starts it."""
+"""Packages without their dependencies. Tests need only the daemon's part that builds a QEMU command line and starts it.
+"""
 PROGRAMS = ("qemu-img", "qemu-io", "qemu-nbd", "nbdinfo", "nbdcopy", "xmllint", "virt-qemu-run")
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 KEY = f"{RELEASE}: {' '.join(PACKAGES + ALONE)}: {' '.join(PROGRAMS)}, 1\n"
-"""What a tree was made from; another one is made anew."""
+"""What a tree was made from; a tree with another key is made anew."""
 RUN = """#!/bin/sh
 # {name} of Debian {release}, with the libraries of its own tree.
 tree=$(dirname "$0")/..
@@ -34,7 +35,7 @@ PYTHON = """export PYTHONHOME="$tree/usr" PYTHONPATH="$tree/usr/lib/python3/dist
 
 
 def main(folder: Path) -> None:
-    """The tree gets its name when it is whole."""
+    """Make the tree under a temporary name, and rename it when it is whole."""
     if key_of(folder) == KEY:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -49,9 +50,9 @@ def main(folder: Path) -> None:
 
 
 def put_in_place(tree: Path, folder: Path, aside: Path) -> None:
-    """At no moment is there half a tree under the name: an older one gives way as a whole, and is deleted `aside`.
+    """Rename the tree to `folder`, so that there is never half a tree; an older one is moved to `aside` as a whole.
 
-    One that another run made meanwhile stays: somebody may use it already.
+    A tree that another run made meanwhile stays, because a test may use it already.
     """
     if key_of(folder) == KEY:
         return
@@ -71,7 +72,7 @@ def key_of(folder: Path) -> str | None:
 
 
 def fetched(place: Path) -> list[Path]:
-    """The packages and all that they need, as apt chooses for a machine on which nothing is installed."""
+    """Fetch the packages and all their dependencies, as for a machine on which nothing is installed."""
     for folder in ("state/lists/partial", "cache/archives/partial"):
         (place / folder).mkdir(parents=True)
     (place / "status").touch()
@@ -87,7 +88,7 @@ def fetched(place: Path) -> list[Path]:
 
 
 def mirror() -> str:
-    """Where this machine gets Debian itself from."""
+    """Return the URI of the mirror from which this machine gets Debian."""
     told = subprocess.run(
         ["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE)", "Created-By: Packages"],
         check=True, capture_output=True, text=True,
@@ -100,7 +101,7 @@ def mirror() -> str:
 
 
 def apart(place: Path) -> list[str]:
-    """Options with which apt looks at nothing of this machine's but how to reach the mirror."""
+    """Return options with which apt uses nothing of this machine's configuration but how to reach the mirror."""
     settings = {
         "Dir::State": place / "state",
         "Dir::State::status": place / "status",
