@@ -118,7 +118,7 @@ def command(folder: str, *words: str) -> str:
 
 
 def warm_memory(size: int) -> None:
-    """Touch and free memory. In a virtual machine, the first program to touch it would wait for the host to provide it."""
+    """Touch and free memory: in a virtual machine, its first user would wait for the host to provide it."""
     mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
 
 

@@ -278,15 +278,8 @@ def _known(number: uuid.UUID) -> uuid.UUID | None:
 
 def _merge_wherever_owned(store: Store, name: str, disk_name: str) -> None:
     """Merge through the process that owns the disk, or own the disk for a moment."""
-    with store.read() as reader:
-        disk = chain.find_disk(reader, disk_name)
-    client = control_client.reach(store.control_path(disk.uuid))
-    if client is not None:
-        with client:
-            client.call("merge", disk=disk_name, bitmap=name)
-        return
-    with Filter.attach(store, disk_name, background=False) as attached:
-        merge_into(attached, name)
+    disk = chain.disk_called(store, disk_name)
+    operations.perform(store, disk, "merge", lambda attached: merge_into(attached, name), bitmap=name)
 
 
 def _require_unchanged(store: Store, bitmap: Bitmap, disk_name: str) -> None:

@@ -97,7 +97,7 @@ def environment(folder: str) -> dict[str, str]:
 
 
 def speed() -> str:
-    """Return lines of the newest benchmark with the machine and the date; if one is missing, the README's present text."""
+    """Return lines of the newest benchmark with machine and date; if one is missing, the present text of the README."""
     wanted = [("NBD write 4k, depth 32", "qemu-nbd"), ("NBD write 4k, depth 32", "nbdkit file")]
     wanted += [("NBD read 1m, depth 4", "qemu-nbd"), ("NBD first touch, 64 GiB sparse", "untracked")]
     results = ROOT / "benchmarks" / "results"

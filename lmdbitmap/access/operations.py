@@ -79,14 +79,14 @@ def remove(store: Store, name: str) -> None:
 
 
 class Adopted(NamedTuple):
-    """An image that is known now. `lost`: why nothing is known of the time before, all the same."""
+    """The result of `adopt`. `lost` is why nothing is known of the time before, although the image is known now."""
 
     is_served: bool
     lost: str | None
 
 
 def adopt(store: Store, name: str) -> Adopted:
-    """Take an image as it is. One that is served was looked at when that began: `Untrusted` if that ended an epoch."""
+    """Take an image as it is. The image of a served disk was compared at attach: `Untrusted` if that ended an epoch."""
     disk = chain.disk_called(store, name)
     answer = ask_owner(store, disk)
     if answer is None:

@@ -90,7 +90,7 @@ def owner_of(store: Store, disk: Disk) -> Client:
 
 
 def require_unowned(store: Store, disk: Disk) -> None:
-    """For what no owner can do for us."""
+    """Raise `Busy` if the disk has an owner: for actions that no owner can do for us."""
     if is_attached(store, disk):
         raise Busy(
             f"disk {disk.name!r} is owned by another process",

@@ -38,7 +38,7 @@ def ask_changes(store: Store, name: str, *, since: str | None = None, until: str
 
 
 def _persisted_by_owner(store: Store, disk: Disk) -> bool:
-    """Whether somebody owns the disk and did so; if it did not, the answer is right, but not as sharp.
+    """Return whether the disk has an owner that persisted its dirt; if not, the changes are right but less sharp.
 
     Raises `Untrusted` if the owner lost track, which the store may not know yet.
     """
@@ -59,13 +59,14 @@ def _persisted_by_owner(store: Store, disk: Disk) -> bool:
 
 
 _OF_SERVED = ("image_lost", "armed", "snapshots")
-"""Owners of older versions do not look after their image."""
+"""Facts that an owner reports beside `served`. Owners of older versions do not watch their image."""
 
 
 def ask_owner(store: Store, disk: Disk) -> dict[str, Any] | None:
-    """What the process that serves the disk says of it (docs/control.md); None where nobody does, or says it.
+    """Return the serving process's `info` entry for this disk (docs/control.md).
 
-    What is only known of disks that are served is in `served`, the process itself among it.
+    Facts that only served disks have are in `served`, with the pid and version of the process. Returns None if nobody
+    serves the disk, or the owner does not answer.
     """
     if not is_attached(store, disk):
         return None
@@ -80,7 +81,7 @@ def ask_owner(store: Store, disk: Disk) -> dict[str, Any] | None:
         log.warning("disk %s: its owner does not say how it is: %s", disk.name, error)
         return None
     entry: dict[str, Any] | None = next((one for one in told if one["name"] == disk.name), None)
-    if entry is None or "served" not in entry:  # it only embeds a tracker
+    if entry is None or "served" not in entry:  # the owner only embeds a tracker
         return None
     of_disk = {"image_lost": None, **{name: entry[name] for name in _OF_SERVED if name in entry}}
     entry["served"] = {**process, **of_disk, **entry["served"]}

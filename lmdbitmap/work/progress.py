@@ -13,7 +13,7 @@ _OF_LISTENER: Final = "_is_of_a_listener"
 
 
 def is_of_a_listener(error: OSError) -> bool:
-    """Whether it is what a listener raised, as one whose log is full: no disk of the job's has refused anything."""
+    """Return whether a listener raised it, such as one whose log is full: no disk of the job refused anything."""
     return _OF_LISTENER in vars(error)
 
 
@@ -36,7 +36,9 @@ class Report:
 
     def repeat(self) -> None:
         """Report again, even without progress: the listener may want to cancel."""
-        if self._progress is not None:
+        if self._progress is None:
+            return
+        try:
             self._progress(self._done, self._total)
         except OSError as error:
             vars(error)[_OF_LISTENER] = True
