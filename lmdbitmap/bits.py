@@ -1,12 +1,11 @@
 """Bitmaps in memory: plain buffers, read and changed in place at C speed.
 
-A bitmap is any buffer of whole bytes. Bit `i` is byte `i / 8`, bit `i % 8`, least significant first, and
-the order is passed every time, never left to a library's default. Functions that work on ranges of bits
-take a view, which shares the buffer and costs no copy; functions that walk or combine whole records take
-the buffers themselves. A view of a read-only buffer is read-only too.
+A bitmap is any buffer of whole bytes. Bit `i` is byte `i / 8`, bit `i % 8`, least significant first. Each call passes
+the order, never leaving it to a library's default. Functions on ranges of bits take a view, which shares the buffer
+and costs no copy. Functions that walk or combine whole records take buffers. A view of a read-only buffer is read-only.
 
-Ranges are half-open and an empty one is a no-op. A range outside the bitmap is a bug of the caller, not
-bad input: it is asserted here and checked where the numbers came in.
+Ranges are half-open; an empty range is a no-op. A range outside the bitmap is a bug of the caller, not bad input: it is
+asserted here and checked where the numbers came in.
 """
 
 from __future__ import annotations
@@ -25,26 +24,26 @@ from lmdbitmap.interfaces import Buffer
 Bits: TypeAlias = Buffer | mmap.mmap
 """A buffer that holds a bitmap."""
 BitView: TypeAlias = bitarray
-"""What `bitmap_view` answers, for those who do not know bitarray."""
+"""What `bitmap_view` returns, for modules that do not import bitarray."""
 Run: TypeAlias = tuple[int, int]
 """Bits [start, stop), all ones, with a zero or an end on either side."""
 
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 _STRETCH_BITS = 1 << 19
-"""Bits that `runs` looks at in one piece: all that it keeps in memory, and no more than the cache holds."""
+"""Bits that `runs` examines at once: all that it keeps in memory, and no more than the cache holds."""
 _SPREAD = [b"".join(b"\xff" * 8 if byte >> bit & 1 else bytes(8) for bit in range(8)) for byte in range(256)]
 """For every value of one byte of an armed mask, the 64 bytes of exact bits that it stands for."""
 
 
 def anonymous_memory(length: int) -> mmap.mmap:
-    """Memory that reads as zeroes and takes none until it is touched. `StorageError` where there is no room for it."""
+    """Return memory that reads as zeroes and takes no space until touched. Raise `StorageError` if there is no room."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
     with os_errors_at(f"{length} bytes of memory for a bitmap (a larger granularity needs less)"):
         return mmap.mmap(-1, max(length, REGION_BYTES), flags=flags)
 
 
 def bitmap_view(buffer: Bits) -> bitarray:
-    """The bits of `buffer`, shared, not copied; the buffer cannot be resized or closed while a view lives."""
+    """Return the bits of `buffer`, shared, not copied. The buffer cannot be resized or closed while a view lives."""
     return bitarray(endian="little", buffer=buffer)
 
 
@@ -55,12 +54,12 @@ def set_range(view: bitarray, start: int, stop: int) -> None:
 
 
 def one_runs(view: bitarray, start: int, stop: int) -> Iterator[Run]:
-    """As `runs`, of a view, and one search for each: for ranges with few of them."""
+    """Yield the runs of ones inside [start, stop) of a view, with one search per run: for ranges with few runs."""
     return _alike_runs(view, start, stop, 1)
 
 
 def zero_runs(view: bitarray, start: int, stop: int) -> Iterator[Run]:
-    """The runs of zeros inside [start, stop), as `one_runs`."""
+    """Yield the runs of zeros inside [start, stop), as `one_runs` does those of ones."""
     return _alike_runs(view, start, stop, 0)
 
 
@@ -79,7 +78,7 @@ def any_one(view: bitarray, start: int, stop: int) -> bool:
 
 
 def count_ones(buffer: Bits, start: int = 0, stop: int | None = None) -> int:
-    """How many bits of [start, stop) are set."""
+    """Return the number of bits set in [start, stop)."""
     view = bitmap_view(buffer)
     stop = len(view) if stop is None else stop
     _check_range(view, start, stop)
@@ -92,11 +91,10 @@ def truncate(buffer: Bits, bit_count: int) -> None:
 
 
 def runs(buffer: Bits, start: int = 0, stop: int | None = None) -> Iterator[Run]:
-    """The runs of ones inside [start, stop), ascending, in constant memory at millions a second.
+    """Yield the runs of ones inside [start, stop), ascending, in constant memory at millions a second.
 
-    A run begins or ends wherever a bit differs from the one before it, so the runs are those edges in
-    pairs. The pairs stay sorted and apart even while another thread changes the buffer; whether they show
-    that change is then anybody's guess.
+    A run begins or ends where a bit differs from the one before it, so the runs are those edges in pairs. The pairs
+    stay sorted and apart even while another thread changes the buffer; they may or may not show that change.
     """
     view = bitmap_view(buffer)
     stop = len(view) if stop is None else stop
@@ -106,7 +104,7 @@ def runs(buffer: Bits, start: int = 0, stop: int | None = None) -> Iterator[Run]
 
 
 def _edges(view: bitarray, start: int, stop: int) -> Iterator[Iterable[int]]:
-    """Where bits differ from their predecessor, one iterable per stretch; outside the range all is zero."""
+    """Yield where bits differ from their predecessors, one iterable per stretch. Outside the range all bits are 0."""
     before = 0
     for base in range(start, stop, _STRETCH_BITS):
         stretch = view[base : min(base + _STRETCH_BITS, stop)]
@@ -127,30 +125,30 @@ def or_into(target: Bits, source: Bits, target_offset: int = 0) -> None:
 
 
 def and_into(target: Bits, source: Bits) -> None:
-    """Keep in `target` only bits that are set in `source`, which is as long."""
+    """Keep in `target` only bits that are set in `source`, of the same length."""
     view, other = _facing(target, source)
     view &= other
 
 
 def and_not_into(target: Bits, source: Bits) -> None:
-    """Clear in `target` every bit that is set in `source`, which is as long."""
+    """Clear in `target` every bit that is set in `source`, of the same length."""
     view, other = _facing(target, source)
     view &= ~other
 
 
 def xor_into(target: Bits, source: Bits) -> None:
-    """Flip in `target` every bit that is set in `source`, which is as long."""
+    """Flip in `target` every bit that is set in `source`, of the same length."""
     view, other = _facing(target, source)
     view ^= other
 
 
 def expand_mask(armed_mask: int) -> bytes:
-    """The 512 bytes of exact bits that a 64-bit armed mask stands for: 64 ones for every bit of it."""
+    """Return the 512 bytes of exact bits that a 64-bit armed mask stands for: 64 ones per bit of the mask."""
     return b"".join([_SPREAD[byte] for byte in armed_mask.to_bytes(8, "little")])
 
 
 def dirty_bits(armed_mask: int, exact: bytes) -> bytes:
-    """What a region record calls dirty: its exact bits, and every block of its armed extents."""
+    """Return the dirty bits of a region record: its exact bits, and every block of its armed extents."""
     if not armed_mask:
         return exact
     dirty = bytearray(expand_mask(armed_mask))
@@ -159,9 +157,9 @@ def dirty_bits(armed_mask: int, exact: bytes) -> bytes:
 
 
 def regrain_outward(source_runs: Iterable[Run], source: Geometry, granularity_bits: int) -> Iterator[Run]:
-    """The same dirt in blocks of another granularity: every block that a source run touches, runs merged.
+    """Yield the same dirt in blocks of another granularity: every block that a source run touches, runs merged.
 
-    `source_runs` are ascending runs of blocks of `source`; what they hold past the disk's end is dropped.
+    `source_runs` are ascending runs of blocks of `source`; blocks past the disk's end are dropped.
     """
     target = Geometry(source.size, granularity_bits)
     touched = (target.blocks_outward(*source.bytes_of(start, stop)) for start, stop in source_runs)
@@ -169,9 +167,9 @@ def regrain_outward(source_runs: Iterable[Run], source: Geometry, granularity_bi
 
 
 def joined_runs(runs: Iterable[Run], gap: int = 0) -> Iterator[Run]:
-    """One for all that overlap, touch, or have no more than `gap` between them; empty ones vanish.
+    """Join runs that overlap, touch, or have at most `gap` bits between them; drop empty runs.
 
-    They come in the order of their starts.
+    `runs` are in the order of their starts.
     """
     held_start = held_stop = 0
     for start, stop in runs:

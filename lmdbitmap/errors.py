@@ -1,4 +1,4 @@
-"""One root error; its children are told apart by what the caller does next.
+"""One root error. Its subclasses differ in what the caller does next.
 
 | class            | the caller                                   | exit code |
 |------------------|----------------------------------------------|-----------|
@@ -7,12 +7,12 @@
 | `AlreadyExists`  | picks another name                           | 1         |
 | `Untrusted`      | makes a full backup                          | 3         |
 | `Busy`           | waits, or asks the process that owns it      | 4         |
-| `OwnerGone`      | sees what was done, and starts the owner again | 1         |
+| `OwnerGone`      | checks what was done, and restarts the owner | 1         |
 | `FormatError`    | does not use these bytes                     | 1         |
-| `StorageError`   | mends the disk, the folder, the permissions  | 1         |
+| `StorageError`   | repairs the disk, folder or permissions      | 1         |
 | `SomeFailed`     | looks at the class of each of its `causes`   | theirs, if it is the same; else 1 |
 
-Every message is one sentence that ends with the next step. Exit codes are given out by `cli/` alone.
+Every message is one sentence that ends with the next step. Only `cli/` sets exit codes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 
 class LmdbitmapError(Exception):
-    """Root of every error this package raises on purpose: what is wrong, and what to do next."""
+    """Root of every error that this package raises on purpose: the problem and the next step."""
 
     def __init__(self, problem: str, *, next_step: str) -> None:
         super().__init__(problem, next_step)
@@ -70,11 +70,11 @@ class Busy(LmdbitmapError):
 
 
 class OwnerGone(LmdbitmapError):
-    """The process that owned the disk ended before it had answered: what it was asked for may be done or not."""
+    """The process that owned the disk ended before it answered. The request may have been carried out or not."""
 
 
 class FormatError(LmdbitmapError, ValueError):
-    """Bytes from a file, a store or the wire that do not say what they must."""
+    """Bytes from a file, a store or the wire are not in the expected format."""
 
     def __init__(self, place: str, *, expected: str, found: object, next_step: str) -> None:
         super().__init__(f"{place}: expected {expected}, found {found}", next_step=next_step)
@@ -99,7 +99,7 @@ class StorageError(LmdbitmapError, OSError):
 
 
 class SomeFailed(LmdbitmapError):
-    """Some of the things that were asked for could not be done, each for a reason of its own; the others are done."""
+    """Some items of a request failed, each for its own reason in `causes`. The other items are done."""
 
     def __init__(self, problem: str, causes: Sequence[LmdbitmapError], *, next_step: str) -> None:
         super().__init__(problem, next_step=next_step)
@@ -127,7 +127,7 @@ _HELD = {errno.EBUSY, errno.ETXTBSY, errno.EAGAIN}
 
 
 def error_from_os(place: str, cause: OSError) -> LmdbitmapError:
-    """The class and the next step that fit the operating system's refusal at `place`."""
+    """Return the error whose class and next step fit the operating system's refusal at `place`."""
     if cause.errno in _MISSING:
         return NotFound(f"{place} does not exist", next_step="check the name and its folder")
     if cause.errno in _HELD:

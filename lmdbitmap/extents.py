@@ -1,7 +1,6 @@
-"""What a query answers: sorted byte ranges, each dirty or clean, each known to read as zeroes or not.
+"""The answer to a query: sorted byte ranges, each dirty or clean, each known to read as zeroes or not.
 
-*dirty* and *zero* are independent facts: a trimmed block is both, and forgetting either one loses data
-or copies needlessly.
+*dirty* and *zero* are independent facts: a trimmed block is both. To forget either one loses data or copies needlessly.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ class Trust(enum.Enum):
     SUPERSET = "superset"
     """Safe, but may name clean blocks as dirty, as after a crash."""
     UNTRUSTED = "untrusted"
-    """Worth nothing: everything counts as dirty and a full backup is needed."""
+    """The bitmap is worth nothing: everything counts as dirty and a full backup is needed."""
 
     def worse(self, other: Trust) -> Trust:
         return max(self, other, key=_TRUST_ORDER.index)
@@ -57,7 +56,7 @@ def merged(extents: Iterable[Extent]) -> Iterator[Extent]:
 
 
 def with_zeroes(extents: Iterable[Extent], zeroes: Iterable[tuple[int, int]]) -> Iterator[Extent]:
-    """Split `extents` where the sorted ranges `zeroes` of (offset, length) begin and end, and say so in `zero`."""
+    """Split `extents` at the ends of the sorted (offset, length) ranges `zeroes`, and set `zero` inside these."""
     holes = iter(zeroes)
     hole = next(holes, None)
     for extent in extents:

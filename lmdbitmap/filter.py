@@ -1,16 +1,16 @@
-"""The filter: stands in front of an image, lets writes through, and keeps the dirty bitmap true.
+"""The filter stands in front of an image, lets writes through, and keeps the dirty bitmap true.
 
-A `Filter` is an attached disk: it holds the owner's lock and QEMU's locks on the image, from the beginning of a session
-to its end. What happens to a write in between, and where the laws of the design are kept, is in tracker/tracking.py;
-how points in time are made is in tracker/points.py.
+A `Filter` is an attached disk. It holds the owner's lock and QEMU's locks on the image from the beginning of a session
+to its end. tracker/tracking.py says what happens to a write in between, and where the laws of the design are kept;
+tracker/points.py makes checkpoints and snapshots.
 
 The order of attach and detach, and what a death in between costs, is in DESIGN.md's crash table:
 
     attach   lock, judge continuity, commit {session, new epoch or superset}, beat        (tracker/session.py)
     detach   drain, flush the image, beat, commit {exact bits, identity, no session}, unlock
 
-An image that could not be flushed is not known any more, whatever the bits say (flushing.py): track is lost until
-it is attached anew, which begins a new epoch. Until then there are no checkpoints and no clean detach.
+If an image cannot be flushed, its content is unknown, whatever the bits say (flushing.py). Track is then lost until the
+disk is attached anew, which begins a new epoch. Until then there are no checkpoints and no clean detach.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ from lmdbitmap.work.crew import joined
 log = logging.getLogger(__name__)
 
 INTERVAL_S = 0.5
-"""Between signs of life, and between background passes."""
+"""Seconds between signs of life, and between background passes."""
 chores = Chores(INTERVAL_S)
-"""The passes of all attached disks of this process."""
+"""The background passes of all disks that this process has attached."""
 _DISARM_PER_PASS = 512
 _QUIET_PASSES = 10
-"""How long a guest may stay away from an extent without having to wait for a commit when it comes back."""
+"""Passes without new dirt before an extent is disarmed. A guest that writes there sooner waits for no commit."""
 
 
 class Filter(Front):
     """An attached disk: the one writer of its image until `detach`. Safe for many threads.
 
-    A `BlockDevice` and a `ServedDisk`: its own methods find the calling thread's lane, a server takes
-    one `lane()` per connection.
+    A `BlockDevice` and a `ServedDisk`. Its own methods find the calling thread's lane; a server takes one `lane()` per
+    connection.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Filter(Front):
         self._passes = Chore(f"disk {disk.name}: its background pass", self._warning_of(self._patient_pass))
         self._beats = threading.Thread(name="lmdbitmap beat")
         self._ends = threading.Event()
-        """Set when the beats are to end."""
+        """Set to end the thread of beats."""
         self._has_background = False
 
     @classmethod
@@ -89,11 +89,11 @@ class Filter(Front):
         open_device: Callable[[str], TrackableDevice] = open_image,
         background: bool = True,
     ) -> Filter:
-        """Own the disk called `name` and begin a session; its clean flag is durably cleared on return.
+        """Own the disk called `name` and begin a session. Its clean flag is durably cleared on return.
 
-        An image that was written behind our back begins a new epoch (see continuity.py). Raises `NotFound`
-        without such a disk or image, `Busy` while another process owns the disk or has the image open,
-        `StorageError` where the system refuses. `background=False` leaves beats and passes to the caller.
+        If the image was written outside the filter, a new epoch begins (see continuity.py). Raises `NotFound` without
+        such a disk or image, `Busy` while another process owns the disk or has the image open, `StorageError` where
+        the system refuses. `background=False` leaves beats and passes to the caller.
         """
         with session.owning(store, name, open_device) as owned:
             disk = session.begin(store, owned)
@@ -109,7 +109,7 @@ class Filter(Front):
 
     @property
     def disk(self) -> Disk:
-        """As it is described now."""
+        """The disk's present description."""
         return self._tracking.disk
 
     @property
@@ -122,7 +122,7 @@ class Filter(Front):
         return FilterLane(tracking.gate, self.device, tracking.mark, tracking.flusher.flush)
 
     def flush(self) -> None:
-        """Raises `StorageError`; then so does every flush until the disk is attached anew."""
+        """Flush the image. After one `StorageError` every flush raises it until the disk is attached anew."""
         self._tracking.flusher.flush()
 
     def close(self) -> None:
@@ -131,23 +131,23 @@ class Filter(Front):
     # -- points in time ------------------------------------------------------------------------------------
 
     def checkpoint(self, name: str) -> Checkpoint:
-        """One durable point in time on this disk; see `take_checkpoint`."""
+        """Make one durable point in time on this disk; see `take_checkpoint`."""
         return take_checkpoint([self], name)[0]
 
     def forget(self, name: str) -> None:
-        """Delete a checkpoint; what it recorded goes to the one before it. Durable on return.
+        """Delete a checkpoint; its bitmap is ORed into the one before it. Durable on return.
 
-        Writers wait only if it is the newest one, into which they record.
+        Writers wait only if it is the newest checkpoint, into which they record.
         """
         points.forget(self._tracking, name)
 
     @property
     def snapshots(self) -> Sequence[Snapshot]:
-        """Those that are held now."""
+        """The snapshots that are held now."""
         return self._tracking.snapshots
 
     def snapshot(self, name: str, scratch: Scratch) -> Snapshot:
-        """A checkpoint, and the disk as it was then, until that is released; see `take_snapshot`."""
+        """Make a checkpoint and hold the disk as it was then, until the snapshot is released; see `take_snapshot`."""
         return take_snapshot([self], name, scratch)[0]
 
     # -- changes by hand -----------------------------------------------------------------------------------
@@ -159,16 +159,16 @@ class Filter(Front):
             self._tracking.mark([(blocks.start, blocks.stop)])
 
     def _mark_doubts(self) -> None:
-        """A new period has them from its start; these are those that came up since. Nothing is kept for snapshots:
-        whether and when these blocks change is nothing that anybody here decides."""
+        """Mark the writes in doubt that came up since the period began; a new period starts with the earlier ones.
+        Keep nothing for snapshots: nothing here decides whether and when these blocks change."""
         if self._tracking.in_doubt(self.disk.geometry):
             with self._tracking.gate.entering(self._my_lane()) as geometry:
                 self._tracking.settle(self._tracking.in_doubt(geometry))
 
     def mark_regions(self, dirt: Iterable[tuple[int, bytes]], geometry: Geometry) -> None:
-        """As `mark`, for many blocks at once: regions of a disk of `geometry`, which must be ours, with their bits.
+        """Mark many blocks in one commit: (region, bits) pairs of a disk of `geometry`, which must be this disk's.
 
-        One commit for all of them. Raises what the store raises.
+        Raises what the store raises.
         """
         with self._tracking.gate.entering(self._my_lane()) as ours:
             if geometry != ours:
@@ -183,22 +183,22 @@ class Filter(Front):
     def resize(self, size: int) -> None:
         """Grow (the new area is dirty) or shrink (bits past the end are gone for good) disk and image.
 
-        Durable on return. A death in between leaves either size, and the bitmap right for it. Raises `Busy` while a
-        snapshot is held: whoever reads it counts on the bits past the end.
+        Durable on return. A crash in between leaves either size, with a bitmap that is right for it. Raises `Busy`
+        while a snapshot is held: its reader counts on the bits past the end.
         """
         self._tracking.resize(size)
 
     def start_epoch(self, reason: str) -> None:
-        """Begin anew, everything dirty: what was known cannot be believed. Durable on return."""
+        """Begin a new epoch in which everything is dirty. Durable on return."""
         with self._tracking.frozen():
             self._tracking.start_epoch(reason)
 
     # -- what is known -------------------------------------------------------------------------------------
 
     def persist(self) -> None:
-        """Write everything that only memory knows: the store names exactly what is dirty at this moment.
+        """Write all bits that are only in memory: the store then names exactly what is dirty at this moment.
 
-        Raises what the store raises, and `Untrusted` where tracking was lost: then it names nothing.
+        Raises what the store raises, and `Untrusted` where track was lost: the store then names nothing.
         """
         self._tracking.require_track()
         self._persist()
@@ -209,9 +209,9 @@ class Filter(Front):
         self._tracking.persist()
 
     def changes(self, *, since: str | None = None, until: str | None = None, persist: bool = True) -> Changes:
-        """What changed up to this moment; see changes.py. Raises what the store raises.
+        """Return what changed up to this moment; see changes.py. Raises what the store raises.
 
-        Without `persist` it is what changed up to the last moment at which that was done, and perhaps more.
+        Without `persist` the answer covers the changes up to the last persist, and perhaps more.
         """
         if persist and self._voucher.lost is None:
             self._persist()
@@ -226,12 +226,12 @@ class Filter(Front):
 
     @property
     def armed_count(self) -> int:
-        """Extents that a crash at this moment would report dirty as a whole."""
+        """Armed extents: a crash now would report each of them dirty as a whole."""
         return self._tracking.period.armed_count
 
     @property
     def image_lost(self) -> str | None:
-        """What became of the image's name, if it does not lead to what is served any more; see whereabouts.py."""
+        """What became of the image's name, if it no longer leads to the served image; see whereabouts.py. Else None."""
         return self._whereabouts.look()
 
     # -- background ----------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ class Filter(Front):
         self._voucher.beat()
 
     def background_pass(self) -> None:
-        """Disarm what was quiet since the last one; when tracking was lost, begin a new epoch if the store lets us."""
+        """Disarm extents that were quiet since the last pass. If track was lost, begin a new epoch if the store can."""
         self._pass(1)
 
     def _patient_pass(self) -> None:
@@ -252,19 +252,19 @@ class Filter(Front):
         self.regain_trust()
         self._mark_doubts()
         self._tracking.period.disarm_quiet(_DISARM_PER_PASS, passes=quiet_passes)
-        self._whereabouts.look()  # last: a file system that hangs is to hold up nothing else
+        self._whereabouts.look()  # last, so that a hanging file system delays nothing else
 
     def regain_trust(self) -> None:
-        """If tracking was lost, begin a new epoch, which is all dirty. Raises what the store raises.
+        """If track was lost, begin a new epoch, which is all dirty. Raises what the store raises.
 
-        Not where the image could not be flushed: that is lost until it is attached anew.
+        After a failed flush of the image, do nothing: track is then lost until the disk is attached anew.
         """
         if self._voucher.lost is not None and not self._tracking.flusher.failed:
             with self._tracking.frozen():
                 self._tracking.begin_again()
 
     def _begin_background(self) -> None:
-        """Raises `StorageError` for want of a thread, and lets go of the disk."""
+        """Start beats and passes. If no thread can be started, abandon the disk and raise `StorageError`."""
         self._ends.clear()
         self._has_background = True
         self._beats = threading.Thread(target=self._beat_on, name="lmdbitmap beat", daemon=True)
@@ -280,7 +280,7 @@ class Filter(Front):
             ) from refused
 
     def _beat_on(self) -> None:
-        """In a thread for each disk: whatever else hangs, and be it the image of another one, keeps nobody from it."""
+        """Beat in this disk's own thread: nothing else that hangs, such as another disk's image, delays the beats."""
         beat = self._warning_of(self.beat)
         while not self._ends.wait(INTERVAL_S):
             beat()
@@ -301,29 +301,29 @@ class Filter(Front):
     def detach(self) -> None:
         """End the session cleanly: bits exact and durable, image flushed, clean flag set. Idempotent.
 
-        If the store refuses, the session stays open on disk, which the next attach takes for a crash. An interruption
-        (Ctrl-C) is raised when the disk was let go of; only while writes are in flight it is raised at once, and the
-        disk stays attached.
+        If the store refuses, the session stays open on disk, and the next attach takes that for a crash. An interrupt
+        (Ctrl-C) is raised after the disk was let go of. Only while writes are in flight is it raised at once; the disk
+        then stays attached.
         """
         self._end(self._end_session, self._mark_last_doubts)
 
     def at_detach(self, act: Callable[[], None]) -> None:
-        """Have `act` called when a clean detach is durable, while the disk is still ours and nobody can write.
+        """Have `act` called when a clean detach is durable, while the disk is still owned and no writer can write.
 
-        A session that could not be ended cleanly, or that is abandoned, leaves it out.
+        `act` is not called if the session cannot be ended cleanly or is abandoned.
         """
         self._last_acts.append(act)
 
     def abandon(self) -> None:
-        """Let go of everything at once, as a crash would, without any last write."""
+        """Release everything at once and write nothing more, as a crash would."""
         self._end(lambda: None)
 
     def _end(self, last_act: Callable[[], None], before: Callable[[], None] = lambda: None) -> None:
-        with self._ending:  # whoever else ends it waits for the end
+        with self._ending:  # another thread that ends the disk waits here
             if self._tracking.is_over:
                 return
             self._tracking.is_over = True
-            # The last one first, and each of them, though one before was interrupted (Ctrl-C).
+            # Steps run in reverse order; each runs even if the one before was interrupted (Ctrl-C).
             with contextlib.ExitStack() as steps:
                 steps.callback(self._end_now, last_act)
                 steps.callback(before)
@@ -336,14 +336,14 @@ class Filter(Front):
                     last_act()
                 finally:
                     self._let_go()
-        except BaseException:  # an interruption, while writes were in flight: then it can be ended once more
+        except BaseException:  # interrupted while writes were in flight: it can be ended again
             self._tracking.is_over = self._tracking.gate.is_shut
             if self._has_background and not self._tracking.is_over:
                 self._begin_background()
             raise
 
     def _mark_last_doubts(self) -> None:
-        with contextlib.suppress(LmdbitmapError):  # a store that refuses them refuses what comes next
+        with contextlib.suppress(LmdbitmapError):  # a store that refuses these also refuses the next step
             self._mark_doubts()
 
     def _stop_background(self) -> None:
@@ -354,7 +354,7 @@ class Filter(Front):
 
     def _end_session(self) -> None:
         self.flush()
-        with contextlib.suppress(LmdbitmapError):  # the commit says more than a sign of life
+        with contextlib.suppress(LmdbitmapError):  # the commit below says more than a sign of life
             self.beat()
         if self._voucher.lost is None:
             self._tracking.end_session(identity_to_keep(self.device))
@@ -362,19 +362,19 @@ class Filter(Front):
                 act()
 
     def _let_go(self) -> None:
-        """What we know is not ours to write any more: the disk may have another owner at once."""
-        with contextlib.ExitStack() as each:  # last one first, and each
+        """Close everything. The disk may have another owner at once, so nothing may be written from here on."""
+        with contextlib.ExitStack() as each:  # in reverse order; each runs even if another fails
             each.callback(self._voucher.close)
             each.callback(self.device.close)
             each.callback(self._whereabouts.end)
             each.callback(self._tracking.let_go, detached_error(self.disk))
 
     def forsake(self) -> None:
-        """We are in a forked child: nobody tracks its writes, so it has none; and the locks stay our parent's alone."""
+        """Give up the disk in a forked child: its writes would be untracked, and the locks stay the parent's alone."""
         self._tracking.is_over = True
         self._ending = threading.RLock()
         self._tracking.gate.forsake(_inherited_error(self.disk))
-        if self.device.fd is not None:  # a connection would be ended for our parent too
+        if self.device.fd is not None:  # closing a connection would end the parent's too
             self.device.close()
         self._voucher.forsake()
 
@@ -386,22 +386,22 @@ class Filter(Front):
 
 
 def take_checkpoint(filters: Sequence[Filter], name: str) -> list[Checkpoint]:
-    """One durable point in time on all disks, or on none. All filters are of one store.
+    """Make one durable point in time on all disks, or on none. All filters are of one store.
 
-    Writes in flight are drained first; those that wait complete in the new period (law 2). Extents that
-    are being written stay armed in the new period, so that their writers do not all commit at once.
+    Writes in flight are drained first. Writes that wait complete in the new period (law 2). Extents that are being
+    written stay armed in the new period, so that their writers do not all commit at once.
 
-    Returns after the images are flushed, so that a power cut cannot take back a write that the new period
-    calls clean. The writers go on meanwhile. An image that cannot be flushed loses the checkpoint again.
+    Returns after the images are flushed, so that a power cut cannot take back a write that the new period calls clean.
+    The writers go on meanwhile. If an image cannot be flushed, the checkpoint is lost again.
     """
     return points.checkpoint([attached._tracking for attached in filters], name)
 
 
 def take_snapshot(filters: Sequence[Filter], name: str, scratch: Scratch) -> list[Snapshot]:
-    """As `take_checkpoint`, and hold all disks as they are at that moment until their snapshots are released.
+    """Take a checkpoint as `take_checkpoint` does, and hold all disks as they are then until their snapshots end.
 
-    Each keeps old data in a scratch file of its own. A snapshot ends with its filter. Raises `StorageError` where a
-    scratch file cannot be made; then there is no checkpoint.
+    Each snapshot keeps old data in its own scratch file, and ends with its filter. Raises `StorageError` if a scratch
+    file cannot be made; then there is no checkpoint.
     """
     return points.snapshot([attached._tracking for attached in filters], name, scratch)
 

@@ -24,11 +24,11 @@ REGION_BYTES = REGION_BLOCKS // 8
 MIN_GRANULARITY_BITS = 9
 MAX_GRANULARITY_BITS = 31
 MAX_SIZE = 2**63 - 1
-"""The largest offset that the operating system and NBD know, in bytes."""
+"""The largest offset of the operating system and of NBD, in bytes."""
 
 
 def granularity_bits_of(granularity: int) -> int:
-    """The exponent of a granularity in bytes; raises `InvalidArgument` unless a power of two, 512 B to 2 GiB."""
+    """Return the exponent of a granularity in bytes. Raise `InvalidArgument` unless a power of two, 512 B to 2 GiB."""
     bits = granularity.bit_length() - 1
     if granularity != 1 << max(bits, 0) or not MIN_GRANULARITY_BITS <= bits <= MAX_GRANULARITY_BITS:
         raise InvalidArgument(
@@ -109,6 +109,6 @@ class Geometry:
         return offset, max(end - offset, 0)
 
     def bytes_in(self, block_count: int, *, with_last: bool) -> int:
-        """Bytes in so many blocks; the disk's last one, which may be short, is among them or not."""
+        """Return the bytes in `block_count` blocks. `with_last`: the disk's last one, perhaps short, is among them."""
         missing = -self.size % self.granularity if with_last else 0
         return (block_count << self.granularity_bits) - missing

@@ -1,4 +1,4 @@
-"""The shapes that rooms agree on: a block device, a lane to a disk, a disk that can be served."""
+"""The interfaces that packages share: a block device, a lane to a disk, a disk that can be served."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Allocation(NamedTuple):
 
 
 def joined(parts: Iterable[Allocation]) -> Iterator[Allocation]:
-    """Neighbours that are alike become one; empty parts vanish."""
+    """Join neighbours that are alike; drop empty parts."""
     last = Allocation(0, hole=False, zero=False)
     for part in parts:
         if last.length == 0 or part[1:] == last[1:]:
@@ -33,7 +33,7 @@ def joined(parts: Iterable[Allocation]) -> Iterator[Allocation]:
 def overlaid(
     below: Iterable[Allocation], above: Iterable[tuple[int, tuple[bool, bool] | None]]
 ) -> Iterator[Allocation]:
-    """What `above` says of (length, (hole, zero)), and what `below` says of the same bytes where that is None."""
+    """Yield the (length, (hole, zero)) of `above`; where that pair is None, what `below` says of the same bytes."""
     parts = iter(below)
     part = Allocation(0, hole=False, zero=False)
     for length, known in above:
@@ -47,7 +47,7 @@ def overlaid(
 
 
 class DeviceTrace(NamedTuple):
-    """What the kernel knows of a block device in one boot: it changes with every write, and with the device."""
+    """The kernel's counters of a block device in one boot. They change with every write, and with the device."""
 
     boot_id: str
     disk_sequence: int
@@ -56,9 +56,9 @@ class DeviceTrace(NamedTuple):
 
 
 class ImageIdentity(NamedTuple):
-    """What stays the same while nobody else writes an image. No ctime: a chown changes it.
+    """The facts of an image that stay the same while no other program writes it. No ctime: a chown changes it.
 
-    A block device has its number for `device`, and 0 for `inode` and `mtime_ns`. Its `trace` is None where the
+    For a block device, `device` is its number, and `inode` and `mtime_ns` are 0. Its `trace` is None where the
     kernel does not say enough.
     """
 
@@ -74,14 +74,14 @@ class ImageIdentity(NamedTuple):
 
     @property
     def last_change(self) -> tuple[int, int]:
-        """What a write changes: the mtime, and the sectors written."""
+        """The two facts that a write changes: the mtime, and the sectors written."""
         return self.mtime_ns, 0 if self.trace is None else self.trace.sectors_written
 
 
 class StoreMark(NamedTuple):
-    """Which file a store's database is, and the number of its newest transaction.
+    """The inode of a store's database file, and the number of its newest transaction.
 
-    A copy is another file. An old copy, put back, has not come so far.
+    A copy has another inode. An old copy that was put back has a lower transaction number.
     """
 
     inode: int
@@ -89,7 +89,7 @@ class StoreMark(NamedTuple):
 
 
 class FarAway(TimeoutError):
-    """The far side of a device does not answer now. Whatever it acknowledged is kept: a later try may succeed."""
+    """The far side of a device does not answer now. It keeps all that it acknowledged: a later try may succeed."""
 
 
 class BlockDevice(Protocol):
@@ -105,7 +105,7 @@ class BlockDevice(Protocol):
     def read_only(self) -> bool: ...
     @property
     def fd(self) -> int | None:
-        """A descriptor on which plain pread and pwrite at the same offsets do the same, or None."""
+        """A descriptor on which plain pread and pwrite at the same offsets are equivalent, or None."""
 
     def pread(self, length: int, offset: int) -> bytes: ...
     def pread_into(self, buffer: memoryview, offset: int) -> None: ...
@@ -116,10 +116,10 @@ class BlockDevice(Protocol):
         """Make the range read as zeroes; `fast_only` raises OSError(ENOTSUP) rather than write them out."""
 
     def discard(self, offset: int, length: int) -> None:
-        """Tell the device that the range is not needed; what it reads as afterwards is anybody's guess."""
+        """Tell the device that the range is not needed. Its content is undefined afterwards."""
 
     def flush(self) -> None:
-        """Return after everything written before is on stable storage."""
+        """Return when everything written before the call is on stable storage."""
 
     def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
         """Describe the range without a gap, neighbours differing; unknown is neither hole nor zero."""
@@ -132,9 +132,9 @@ class TrackableDevice(BlockDevice, Protocol):
     """An image whose continuity can be proved."""
 
     def identity(self) -> ImageIdentity:
-        """What the image is at this moment; `mtime_ns` 0 where it says nothing.
+        """Return the image's identity now; `mtime_ns` is 0 where the modification time says nothing.
 
-        Of a block device, what was written and not flushed does not show yet.
+        On a block device, writes that are not flushed do not show yet.
         """
         ...
 
@@ -144,15 +144,15 @@ class LeavesDoubt(Protocol):
     """A device whose writes may take place long after they failed, or once more after they were done."""
 
     def in_doubt(self) -> Sequence[tuple[int, int]]:
-        """Bytes of which that is true, as (start, stop). A write that has ended is among them by then, if at all."""
+        """Return the bytes in doubt, as (start, stop). A write in doubt is among them by the time that it has ended."""
 
 
 @runtime_checkable
 class FlushesByItself(Protocol):
-    """A device that also flushes where nobody asked it to, and so may be the only one to hear that data was lost."""
+    """A device that also flushes unasked, and so may be the only one to learn that data was lost."""
 
     def tell_of_loss(self, tell: Callable[[OSError], None]) -> None:
-        """Have `tell` called, by any thread, when a flush has failed that will not be tried again."""
+        """Have `tell` called, from any thread, when a flush failed for good: it will not be retried."""
 
 
 class Lane(Protocol):
@@ -173,21 +173,21 @@ class Lane(Protocol):
 
 @runtime_checkable
 class PatientLane(Lane, Protocol):
-    """A lane whose writes may have to wait for more than the image; it tells after each that had to."""
+    """A lane whose writes may wait for more than the image. It calls `has_waited` after each write that had to."""
 
     has_waited: Callable[[], None]
 
 
 @runtime_checkable
 class SplicingLane(Lane, Protocol):
-    """A lane to a disk that has an `fd`, which also takes bytes that are not in our memory."""
+    """A lane to a disk with an `fd` that also takes bytes which are not in our memory."""
 
     def write_from_pipe(self, pipe_fd: int, length: int, offset: int) -> None:
-        """As `pwrite`, of the next bytes in a pipe; an error leaves some of them there."""
+        """Write the next `length` bytes of a pipe, as `pwrite` does. After an error some of them remain in the pipe."""
 
 
 class ServedDisk(Protocol):
-    """What a server needs of a disk. `lane()` may be called from any thread, once per connection."""
+    """The part of a disk that a server uses. `lane()` may be called from any thread, once per connection."""
 
     @property
     def size(self) -> int: ...

@@ -1,18 +1,17 @@
-"""The store: the records in one LMDB environment, which has a folder of its own.
+"""The store: the records in one LMDB environment, in its own folder.
 
     STORE/lmdb/        the environment (never open, copy or hash these files: see the README beside it)
     STORE/owners/      one small file per disk, for its owner process (owner.py)
     STORE/control/     sockets of processes that serve disks
-    STORE/syncs/       what copies of disks are at (sync_note.py)
+    STORE/syncs/       how far copies of disks are synced (sync_note.py)
     STORE/holds/       which checkpoints repositories count from (holds.py)
     STORE/users        locked by every process that has the environment open (presence.py)
-    STORE/newest       how far it has come (highwater.py)
+    STORE/newest       the number of the newest transaction (highwater.py)
 
-What the records promise is in records.py, what the environment does in environment.py. Invariants of changes:
-- A change is a function of a `Writer`. It may run again from the start, when the map had to grow, so it
-  reads what it needs inside, and nothing it does elsewhere may matter if its transaction is given up.
-- Whoever opens a store that is damaged heals it (salvage.py); in a store that is open everything of it is
-  there and whole, unless it is damaged meanwhile.
+records.py describes the records, environment.py the environment. Invariants of changes:
+- A change is a function of a `Writer`. It runs again from the start if the map had to grow. So it reads what it needs
+  inside, and has no side effect that matters if its transaction is given up.
+- Opening a damaged store heals it (salvage.py). An open store is complete and whole, unless it is damaged meanwhile.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ log = logging.getLogger(__name__)
 
 WENT_BACK = "the store's newest changes were lost: its file is damaged, or an older one"
 _HEALINGS = 3
-"""In one opening: another process may heal, too."""
+"""Most healings in one opening: another process may be healing, too."""
 
 T = TypeVar("T")
 
@@ -53,10 +52,10 @@ class Store:
         self._closed = False
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Store:
-        """The store at `path`, which must be one. One that is damaged is made anew first (salvage.py).
+    def open(cls, path: str) -> Store:
+        """Open the store at `path`. A damaged store is made anew first (salvage.py).
 
-        Raises `NotFound` where none is, `FormatError` for one that is too new, or damaged while others use it,
+        Raises `NotFound` if there is none, `FormatError` if it is too new, or damaged while others use it,
         `StorageError` where the file system refuses, `Busy` where LMDB's lock cannot be shared.
         """
         path = os.path.abspath(path)
@@ -83,8 +82,8 @@ class Store:
         return opened
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str]) -> Store:
-        """The store at `path`, made now unless it is there already; durable before this returns."""
+    def create(cls, path: str) -> Store:
+        """Open the store at `path`; create it first unless it is there already. Durable on return."""
         path = os.path.abspath(path)
         if creating.environment_file(path) is None:
             salvage.make(path)
@@ -96,7 +95,7 @@ class Store:
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Reader]:
-        """A consistent view. Do not keep it: an old view makes the store's file grow."""
+        """Yield a consistent view. Do not keep it open: an old view makes the store's file grow."""
         with self._alive().transaction(write=False) as txn:
             reader = Reader(txn, self._environment.databases, self.path, self._environment.disk_keys)
             try:
@@ -108,8 +107,8 @@ class Store:
     def update(self, change: Callable[[Writer], T]) -> T:
         """Run `change` in one transaction and return its answer once the transaction is durable.
 
-        The change may run more than once (see the top of this module). If it raises, or the commit fails,
-        the store is as it was before; only after `CommitInDoubt` nobody can say.
+        The change may run more than once (see the top of this module). If it raises, or the commit fails, the store is
+        as it was before. Only after `CommitInDoubt` is it unknown whether the change was made.
         """
         shared = self._alive()
         while True:
@@ -126,15 +125,15 @@ class Store:
                 shared.grow()
 
     def keep_house(self) -> None:
-        """To be called every now and then by whoever keeps the store open: see `Environment.keep_house`."""
+        """Keep house, see `Environment.keep_house`. Whichever process keeps the store open calls it often."""
         self._alive().keep_house()
 
     def structural_problems(self) -> list[str]:
-        """What is wrong with LMDB's pages: see `Environment.structural_problems`."""
+        """Return what is wrong with LMDB's pages: see `Environment.structural_problems`."""
         return self._alive().structural_problems()
 
     def views(self) -> list[tuple[int, int]]:
-        """(process, how many transactions behind) of every view that is open, in whatever process."""
+        """Return (process, transactions behind) of every open view in any process."""
         return self._alive().readers()
 
     def close(self) -> None:
@@ -150,7 +149,7 @@ class Store:
 
     @property
     def data_path(self) -> str:
-        """The environment's file. For looking at from outside: nobody but LMDB may open it."""
+        """The environment's file, to be examined from outside: only LMDB may open it."""
         return os.path.join(self.path, "lmdb", "data.mdb")
 
     def owner_path(self, disk_uuid: UUID) -> str:
@@ -160,14 +159,14 @@ class Store:
         return os.path.join(self.path, "control", str(disk_uuid))
 
     def _require_descriptions(self) -> None:
-        """Once for each environment, and by its first user only: nobody else could have it made anew."""
+        """Check once per environment, by its first user only: a later user could not have the store made anew."""
         if not self._environment.is_proven:
             with self.read() as reader:
                 reader.require_descriptions()
             self._environment.is_proven = True
 
     def _distrust_if_older(self) -> None:
-        """Where the file went back behind what was durable, every bitmap lacks an unknown part: all is dirty."""
+        """If the file is older than what was durable, make everything dirty: every bitmap lacks an unknown part."""
         newest, found = self._environment.highwater.read(), self._transaction()
         if found < newest:
             log.error(

@@ -1,2 +1,2 @@
-"""Small files in the store's folder: which checkpoints a repository, or a synced copy, counts from;
-and what checkpoints of our making are called."""
+"""Small files in the store's folder that say which checkpoints a repository or a synced copy counts from.
+Also the names of the checkpoints that backups and syncs make."""

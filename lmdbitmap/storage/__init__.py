@@ -1,1 +1,1 @@
-"""The store's inside: LMDB, the records in it, the files around it, and how it heals when it is opened."""
+"""The inside of the store: LMDB, its records, the files around it, and how opening a damaged store heals it."""

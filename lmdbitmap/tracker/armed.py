@@ -1,6 +1,6 @@
-"""The armed extents of an open period: which they are, how long each has had no new dirt, and which were armed before.
+"""The armed extents of an open period, how long each has had no new dirt, and which extents were armed before.
 
-When one may be armed, and what has to be durable then, is the period's to see to (period.py).
+The period decides when an extent may be armed, and what must be durable then (period.py).
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from lmdbitmap.geometry import EXTENT_BLOCKS, REGION_EXTENTS
 
 
 class ArmedExtents:
-    """At most `most` of them. An extent is (region, number in it); masks have a bit for each of a region's.
+    """At most `most` armed extents. An extent is (region, number in it); a mask has a bit per extent of a region.
 
-    `dirt` has a bit for each block of the disk. Whoever calls holds a lock: this has none.
+    `dirt` has a bit per block of the disk. Not thread-safe: the caller holds a lock.
     """
 
     def __init__(self, most: int, dirt: BitView) -> None:
         self.most = most
         self._dirt = dirt
         self._masks: dict[int, int] = {}
-        """By region; one with nothing armed is absent."""
+        """Masks by region; a region with nothing armed is absent."""
         self._last_dirt: OrderedDict[int, int] = OrderedDict()
         """Every armed extent with the pass that saw its last new dirt, longest quiet first."""
         self._before: OrderedDict[int, None] = OrderedDict()
-        """Extents with dirt that are not armed any more, the last one last, and no more of them than may be likely."""
+        """Extents with dirt that are no longer armed, latest last; no more than `likely` can use."""
         self._pass_number = 0
 
     def __len__(self) -> int:
@@ -34,14 +34,14 @@ class ArmedExtents:
 
     @property
     def regions(self) -> Set[int]:
-        """Those in which an extent is armed."""
+        """The regions in which an extent is armed."""
         return self._masks.keys()
 
     def mask(self, region: int) -> int:
         return self._masks.get(region, 0)
 
     def arm(self, region: int, mask: int) -> None:
-        """Extents that get new dirt just now."""
+        """Arm extents, which get new dirt now."""
         if mask:
             self._masks[region] = self.mask(region) | mask
             self.touch(region, _ones(mask))
@@ -49,14 +49,14 @@ class ArmedExtents:
                 self._before.pop(region * REGION_EXTENTS + extent, None)
 
     def touch(self, region: int, extents: Iterable[int]) -> None:
-        """Armed ones get new dirt."""
+        """Note that armed extents get new dirt."""
         for extent in extents:
             number = region * REGION_EXTENTS + extent
             self._last_dirt[number] = self._pass_number
             self._last_dirt.move_to_end(number)
 
     def disarm(self, region: int, mask: int) -> None:
-        """Armed ones, or none."""
+        """Disarm extents; those that are not armed are left out."""
         left = self.mask(region) & ~mask
         for extent in _ones(self.mask(region) & mask):
             del self._last_dirt[region * REGION_EXTENTS + extent]
@@ -67,21 +67,21 @@ class ArmedExtents:
             self._masks.pop(region, None)
 
     def disarm_all(self) -> None:
-        """The longest quiet first, as each by itself."""
+        """Disarm all extents, the longest quiet first."""
         while self._last_dirt:
             region, extent = self._first()
             self.disarm(region, 1 << extent)
 
     def forget_all(self) -> None:
-        """Forget what is armed, and what was: the period has ended."""
+        """Forget which extents are and were armed: the period has ended."""
         self._masks.clear()
         self._last_dirt.clear()
         self._before.clear()
 
     def longest_quiet(self, passes: int = 0) -> tuple[int, int] | None:
-        """The extent that has had no new dirt for longest, if that is for `passes` passes or more.
+        """Return the extent without new dirt for longest, if that is for `passes` passes or more.
 
-        Where more than half of what may be armed is, one pass will do.
+        If more than half of the limit is armed, one pass is enough.
         """
         if not self._last_dirt:
             return None
@@ -93,9 +93,9 @@ class ArmedExtents:
         self._pass_number += 1
 
     def likely(self) -> dict[int, int]:
-        """Masks by region of where dirt is likely next, likeliest last: what is armed, and what was before.
+        """Return masks by region of where dirt is likely next, likeliest last: extents that are armed, or were before.
 
-        Of the latter so much that half of what may be armed is not exceeded: passes are patient with that.
+        Earlier ones are added up to half of the limit in total: up to that, passes are patient.
         """
         before = list(self._before)
         room = max(self.most // 2 - len(self), 0)
@@ -109,7 +109,7 @@ class ArmedExtents:
         return divmod(next(iter(self._last_dirt)), REGION_EXTENTS)
 
     def _remember(self, region: int, extent: int) -> None:
-        """Not if it was armed because dirt was likely, and had none."""
+        """Remember an extent that was armed, unless it was armed because dirt was likely and got none."""
         number = region * REGION_EXTENTS + extent
         first = number * EXTENT_BLOCKS
         if self._dirt.find(1, first, first + EXTENT_BLOCKS) >= 0:

@@ -1,6 +1,6 @@
 """Where the old data of each cluster of a snapshot is: in the image, known to be zeroes, or in a slot of a file.
 
-Whoever changes them has a lock of its own; whoever looks at them needs none: a cluster's state is set whole, and once.
+A writer of states holds its own lock. A reader needs none: a cluster's state is set whole, and once.
 """
 
 from __future__ import annotations
@@ -15,28 +15,30 @@ from lmdbitmap.geometry import ceil_div
 UNTOUCHED, ZERO, FIRST_SLOT = 0, 1, 2
 MOST_SLOTS: Final = (1 << 32) - 1 - FIRST_SLOT
 LOOK_CLUSTERS: Final = 1 << 14
-"""Whose states are looked at one by one, at once."""
+"""Most clusters whose states are examined one by one in one call."""
 _STATE_BYTES: Final = 4
 _ALL_UNTOUCHED: Final = bytes(LOOK_CLUSTERS * _STATE_BYTES)
 
 
 class ClusterStates:
-    """`UNTOUCHED`, `ZERO` or `FIRST_SLOT` + N of each of `count` clusters; takes no memory for what is untouched."""
+    """`UNTOUCHED`, `ZERO` or `FIRST_SLOT` + N for each of `count` clusters. Untouched clusters take no memory."""
 
     def __init__(self, count: int) -> None:
         self._bytes = bits.anonymous_memory(count * _STATE_BYTES)
         self._states = memoryview(self._bytes).cast("I")
         self._touched = bytearray(ceil_div(count, LOOK_CLUSTERS))
-        """A byte for each `LOOK_CLUSTERS`: 0 while all of them are untouched, which saves to look at each."""
+        """A byte for each `LOOK_CLUSTERS`: 0 while all of them are untouched and need not be examined one by one."""
 
     def set(self, start: int, states: Sequence[int]) -> None:
-        """Of clusters from `start` on."""
+        """Set the states of clusters from `start` on."""
         looks = _looks(start, start + len(states))
-        self._touched[looks.start : looks.stop] = b"\1" * len(looks)  # first: who finds a 0 looks no further
+        self._touched[looks.start : looks.stop] = b"\1" * len(
+            looks
+        )  # first: a reader that finds a 0 looks no further
         self._states[start : start + len(states)] = memoryview(array("I", states))
 
     def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """(state of the first, start, stop) of clusters that are alike, slots by themselves unless they follow."""
+        """Yield (state of the first, start, stop) of runs of clusters that are alike, or have consecutive slots."""
         if self.are_untouched(start, stop):
             yield UNTOUCHED, start, stop
             return
@@ -49,7 +51,7 @@ class ClusterStates:
             first = index
 
     def are_untouched(self, start: int, stop: int) -> bool:
-        """At the speed of memory, for what is the rule on a large disk; False of too many to look at each."""
+        """Whether all are untouched, at the speed of memory; False if there are too many to examine one by one."""
         looks = _looks(start, stop)
         if self._touched.find(1, looks.start, looks.stop) < 0:
             return True

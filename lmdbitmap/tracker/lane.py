@@ -1,10 +1,10 @@
-"""The hot path: lanes through the filter, one thread in each, and the gate that closes all of them for a moment.
+"""The hot path: lanes through the filter, one thread in each, and the gate that closes all lanes for a moment.
 
-Speed outranks beauty in `FilterLane.pwrite` and `write_many`, and nowhere else. A write whose blocks are all
-settled costs one look at the bitmap and the system call; everything else takes the slow path below them.
+Speed outranks beauty in `FilterLane.pwrite` and `write_many`, and nowhere else. A write to settled blocks costs one
+look at the bitmap and the system call. Every other write takes the slow path below them.
 
-Law 2 (freeze) is kept without a lock on the fast path. A lane is `busy` from before it looks at its size
-and bitmap until its write is done; whoever closes the gate takes the size away first, and waits then:
+Law 2 (freeze) is kept without a lock on the fast path. A lane is `busy` from before it looks at its size and bitmap
+until its write is done. The thread that closes the gate first takes the size away, then waits:
 
     lane                                    Gate.drained
     busy = True                             lane.size = -1            (every lane)
@@ -12,9 +12,9 @@ and bitmap until its write is done; whoever closes the gate takes the size away 
     busy = False                            ... nobody writes here ...
                                             lane.settled, lane.size = the new ones
 
-A lane that looks too late sees a disk on which nothing fits, takes the slow path, and waits at the gate
-without being busy. The order of these plain attribute accesses is what the interpreter's global lock
-guarantees; with it disabled (free threading) this module would need real atomics.
+A lane that looks too late sees a disk on which nothing fits. It takes the slow path, and waits at the gate without
+being busy. The interpreter's global lock guarantees the order of these plain attribute accesses. Without that lock
+(free threading) this module would need real atomics.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ _QUICK_POLLS = 100
 _LONGEST_POLL_S = 0.01
 _SLOWER = 1.1
 _WAIT_S = 0.0002
-"""What takes longer was a wait: new dirt in an armed extent takes microseconds, a commit many times this."""
+"""Marking that takes longer was a wait: new dirt in an armed extent takes microseconds, a commit many times this."""
 _NO_FAILURES: Mapping[int, int] = {}
 _OFF_THE_DISK_OR_REFUSED = (IndexError, InvalidArgument, OSError)
-"""What the fast way meets that does not look left: a negative offset, an empty write at the end, a full disk."""
+"""Raised on the fast path, which checks no lower bound: a negative offset, an empty write at the end, a full disk."""
 
 
 @runtime_checkable
 class WritesTogether(Protocol):
-    """A device to which many writes can be given in one call, as one that is far away."""
+    """A device, such as a remote one, that takes many writes in one call."""
 
     def pwrite_many(self, writes: Sequence[tuple[int, memoryview]]) -> Mapping[int, Exception]:
-        """Do all (offset, data) pairs, in any order; what failed, by position."""
+        """Do all (offset, data) pairs, in any order. Return the failures by position."""
 
 
 class Gate:
-    """Every write passes it: fast lanes unseen, slow ones by `entering`; `drained` has the disk to itself."""
+    """The gate that every write passes: unseen on the fast path, by `entering` on the slow one. `drained` closes it."""
 
     def __init__(self, geometry: Geometry, settled: bitarray) -> None:
         self.geometry = geometry
@@ -75,7 +75,7 @@ class Gate:
 
     @contextlib.contextmanager
     def entering(self, lane: FilterLane) -> Iterator[Geometry]:
-        """The slow way in: wait while the gate is closed, then be busy. Yields the disk's geometry."""
+        """Enter by the slow path: wait while the gate is closed, then be busy. Yields the disk's geometry."""
         try:
             with self._lock:
                 if self._shut is not None:
@@ -87,7 +87,7 @@ class Gate:
 
     @contextlib.contextmanager
     def drained(self) -> Iterator[None]:
-        """Nobody writes in the block; set `geometry` and `settled` there for those who go on after it."""
+        """Keep the gate closed in the block: nobody writes. Set `geometry` and `settled` there for what follows."""
         with self._lock:
             if self._shut is not None:
                 raise self._shut
@@ -110,7 +110,7 @@ class Gate:
         self._shut = refusal
 
     def forsake(self, refusal: StorageError) -> None:
-        """We are in a forked child, where whoever held the lock is not: refuse every write from now on."""
+        """Refuse every write in a forked child. The lock is made anew: its holder's thread does not exist here."""
         self._lock = threading.Lock()
         self._shut = refusal
         for lane in list(self._lanes):
@@ -123,10 +123,9 @@ class Gate:
 
 
 class FilterLane:
-    """A way through the filter, for one thread at a time. `mark` returns when the runs are settled, or raises
-    StorageError.
+    """A way through the filter, for one thread at a time.
 
-    `flush` is the disk's, if it is not just the device's.
+    `mark` returns when the runs are settled, or raises `StorageError`. `flush` flushes the disk; default: the device.
     """
 
     __slots__ = (
@@ -176,8 +175,8 @@ class FilterLane:
     def pwrite(self, data: Buffer, offset: int) -> None:
         """Write all of `data`; its blocks are durably dirty before (law 1).
 
-        Raises `InvalidArgument` outside the disk, `OSError` as the image does, and `StorageError` where
-        the policy is strict and the dirtiness cannot be made durable.
+        Raises `InvalidArgument` outside the disk, `OSError` as the image does, and `StorageError` if the policy is
+        strict and the dirtiness cannot be made durable.
         """
         self.busy = True
         try:
@@ -191,7 +190,7 @@ class FilterLane:
             ):
                 return
         except _OFF_THE_DISK_OR_REFUSED:
-            pass  # the slow way says why
+            pass  # the slow path says why
         finally:
             self.busy = False
         failed = self._write_slowly([(offset, memoryview(data))])
@@ -199,7 +198,7 @@ class FilterLane:
             raise failed[0]
 
     def write_many(self, writes: Sequence[tuple[int, memoryview]]) -> Mapping[int, int]:
-        """Do all (offset, data) pairs; those not settled share one commit. Answers {index: errno}."""
+        """Do all (offset, data) pairs; those not settled share one commit. Return {index: errno}."""
         if self._fd < 0:
             return self._write_together(writes)
         unsettled: list[int] = []
@@ -222,7 +221,7 @@ class FilterLane:
                         continue
                 except _OFF_THE_DISK_OR_REFUSED:
                     pass
-                unsettled.append(index)  # or short, or refused: the slow way finishes it, or says why
+                unsettled.append(index)  # or short, or refused: the slow path finishes it, or says why
         finally:
             self.busy = False
         if not unsettled:
@@ -231,7 +230,7 @@ class FilterLane:
         return {unsettled[position]: _errno_of(error) for position, error in failed.items()}
 
     def _write_together(self, writes: Sequence[tuple[int, memoryview]]) -> Mapping[int, int]:
-        """As `write_many`, on a device that is far: it is handed at once all that may go there at once."""
+        """Do `write_many` on a remote device: hand it all settled writes in one call."""
         self.busy = True
         try:
             settled = [
@@ -254,9 +253,9 @@ class FilterLane:
         return self.settled.find(0, offset >> self._shift, ((offset + length - 1) >> self._shift) + 1) < 0
 
     def write_from_pipe(self, pipe_fd: int, length: int, offset: int) -> None:
-        """As `pwrite`, of bytes that wait in a pipe: data of a large write, which then is never in our memory.
+        """Write bytes that wait in a pipe, as `pwrite` does: data of a large write, which is then never in our memory.
 
-        Only where the device has a descriptor. What fails leaves some of the bytes in the pipe.
+        Only for a device with a descriptor. A failure leaves some of the bytes in the pipe.
         """
         self.busy = True
         try:
@@ -271,7 +270,7 @@ class FilterLane:
     # -- slow ----------------------------------------------------------------------------------------------
 
     def _write_slowly(self, writes: Sequence[tuple[int, memoryview]]) -> dict[int, Exception]:
-        """Make the dirt of all `writes` durable in one commit, then write. Answers what failed, by position."""
+        """Make the dirt of all `writes` durable in one commit, then write. Return the failures by position."""
         failed: dict[int, Exception] = {}
         begun_s = time.monotonic()
         with self._gate.entering(self) as geometry:
@@ -292,7 +291,7 @@ class FilterLane:
         return failed
 
     def _write_marked(self, writes: Mapping[int, tuple[int, memoryview]]) -> dict[int, Exception]:
-        """Write what is durably dirty. Answers what failed."""
+        """Write to blocks that are durably dirty. Return the failures by position."""
         if self._fd < 0:
             positions = list(writes)
             done = self._pwrite_many(list(writes.values()))
@@ -336,7 +335,7 @@ class FilterLane:
 
 
 def _await_idle(lanes: Sequence[FilterLane]) -> None:
-    """A write in flight ends by itself, and its lane is too fast to tell us."""
+    """Wait until no lane is busy, by polling: a write in flight ends by itself, and the fast path signals nothing."""
     pauses = poll_pauses_s()
     for lane in lanes:
         while lane.busy:
@@ -344,8 +343,10 @@ def _await_idle(lanes: Sequence[FilterLane]) -> None:
 
 
 def poll_pauses_s() -> Iterator[float]:
-    """Between looks at lanes that are busy: short for as long as any local write takes, since writers wait at the gate
-    meanwhile. A far image may hang for hours: then they get longer, by no more than a tenth of what was waited already.
+    """Yield the pauses between looks at busy lanes.
+
+    They are short for as long as any local write takes, since writers wait at the gate meanwhile. A remote image may
+    hang for hours: the pauses then grow, by at most a tenth of the time waited so far.
     """
     yield from itertools.repeat(_DRAIN_POLL_S, _QUICK_POLLS)
     pause_s = _DRAIN_POLL_S
@@ -355,11 +356,11 @@ def poll_pauses_s() -> Iterator[float]:
 
 
 def _nothing() -> None:
-    """What is done about a wait where nobody minds."""
+    """Do nothing about a wait."""
 
 
 def _shortest_pwrite(device: BlockDevice) -> Callable[[int, Buffer, int], int]:
-    """The system call itself where the device is a plain descriptor, else something that looks like it."""
+    """Return the system call itself if the device has a descriptor, else a function of the same form."""
     if device.fd is not None:
         return os.pwrite
 
@@ -373,7 +374,7 @@ def _shortest_pwrite(device: BlockDevice) -> Callable[[int, Buffer, int], int]:
 def _widest_pwrite(
     device: BlockDevice,
 ) -> Callable[[Sequence[tuple[int, memoryview]]], Mapping[int, Exception]]:
-    """Many writes in one call: the device's own way, where it has one, or one after another."""
+    """Return the device's own function for many writes in one call, or one that does them one after another."""
     if isinstance(device, WritesTogether):
         return device.pwrite_many
 

@@ -1,24 +1,23 @@
 """The open period of one disk in memory: what is dirty, what is durably so, and what is armed.
 
 `settled` has one bit per block: 1 means "dirty, and durably so". A write to settled blocks needs nothing
-else. Everything below is about the first write to a block, and keeps these invariants:
+else. Everything below handles the first write to a block, and keeps these invariants:
 
-1. A bit of `settled` is set only after the store would report its block dirty even if we died at once:
+1. A bit of `settled` is set only after the store would report its block dirty even if this process died at once:
    its exact bit, or the armed bit of its extent, is in a transaction that is durable (law 1).
 2. `settled` holds every exact bit of each *loaded* region. A region is loaded from the store when a write
    first needs it, so attaching a disk of any size costs nothing.
-3. An extent is in `_armed` only while its armed bit is durable. Taking it out (a quiet extent, a victim of
-   the limit) happens together with reading the exact bits that the next record will carry, under `_state`;
-   so a bit that was set in memory because the extent was armed is in that record, and a later write to the
-   extent waits for a commit of its own.
+3. An extent is in `_armed` only while its armed bit is durable. It is taken out (because it is quiet, or a victim of
+   the limit) together with reading the exact bits for the next record, under `_state`. So that record has every bit
+   that was set in memory because the extent was armed. A later write to the extent waits for its own commit.
 4. Commits happen one at a time, under `_commit`, in the order in which they read the exact bits.
 
-`_state` is never held while waiting for the disk or for `_commit`. Requests that wait for a commit queue up,
-and whoever gets `_commit` next makes all of them durable in one transaction (group commit). A request leaves
-the queue when its outcome is known and not before: a thread that is interrupted takes no other's with it.
+`_state` is never held while waiting for the disk or for `_commit`. Requests that wait for a commit queue up. The thread
+that gets `_commit` next makes all of them durable in one transaction (group commit). A request leaves the queue only
+when its outcome is known: an interrupted thread takes no other thread's request with it.
 
 In deferred mode nothing is armed and nothing is committed before `persist`: bits are set in memory, and
-the disk's clean flag says after a crash that they are lost.
+after a crash the disk's clean flag says that they are lost.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ Piece: TypeAlias = tuple[int, int, int]
 
 
 class _Ticket:
-    """Pieces that wait for a commit, and how it went."""
+    """Pieces that wait for a commit, and the outcome of the commit."""
 
     __slots__ = ("done", "error", "pieces")
 
@@ -103,7 +102,7 @@ class Period:
         self._wait_for_commit(ticket)
 
     def add_dirt(self, dirt: Iterable[tuple[int, bytes]]) -> None:
-        """As `make_durable`, for many blocks at once: regions, each with its dirty bits. Arms nothing."""
+        """Make many blocks durably dirty in one commit: regions, each with its dirty bits. Arms nothing."""
         if self._all_dirty:
             return
         with self._commit:
@@ -122,7 +121,7 @@ class Period:
         return self._armed.mask(region), bytes(exact)
 
     def _settle_in_memory(self, piece: Piece) -> bool:
-        """Settle a piece that needs no commit: dirty already, or armed, or deferred. Caller holds `_state`."""
+        """Settle a piece that needs no commit (dirty, armed, deferred); whether it did. Caller holds `_state`."""
         region, start, stop = piece
         if not self._loaded[region]:
             self._load(region)
@@ -139,7 +138,7 @@ class Period:
         return True
 
     def _load(self, region: int, reader: Reader | None = None) -> None:
-        """Bring a region's dirt from the store, as it is now or as `reader` sees it."""
+        """Load a region's dirt from the store, as it is now or as `reader` sees it."""
         if self._all_dirty:
             known = schema.ALL_DIRTY_BITS
         elif reader is not None:
@@ -162,7 +161,7 @@ class Period:
             raise ticket.error
 
     def _commit_queue(self) -> None:
-        """Make everything that waits durable in one transaction. Caller holds `_commit`."""
+        """Make all waiting requests durable in one transaction. Caller holds `_commit`."""
         with self._state:
             tickets = self._queue[:]
             plan = self._plan_for([piece for ticket in tickets for piece in ticket.pieces])
@@ -176,7 +175,7 @@ class Period:
             del self._queue[: len(tickets)]
 
     def _write(self, records: Mapping[int, tuple[int, bytes]]) -> LmdbitmapError | None:
-        """Make the records durable; until they are, their regions are behind, however this ends."""
+        """Make the records durable. Their regions are behind until then, however this call ends."""
 
         def put(writer: Writer) -> None:
             for region in sorted(records):
@@ -195,15 +194,14 @@ class Period:
         return None
 
     def _lacks_bits(self, region: int, exact: bytes) -> bool:
-        """Whether a record written just now lacks bits that no armed extent stands for. Caller holds `_state`."""
+        """Whether a record just written lacks bits that no armed extent covers. Caller holds `_state`."""
         return not self._write_ahead and exact != self._known(region)
 
     def _plan_for(self, pieces: list[Piece]) -> _Commit:
-        """Which records to write so that `pieces` become durable. Caller holds `_commit` and `_state`.
+        """Plan the records that make `pieces` durable. Caller holds `_commit` and `_state`.
 
-        A record carries the pieces' exact bits too, so only extents that a piece covers in part are armed:
-        more writes are likely there. Where blocks are written one after another, the next extents are armed
-        as well.
+        A record carries the pieces' exact bits too. So only extents that a piece covers in part are armed: more writes
+        are likely there. Where blocks are written in sequence, the next extents are armed as well.
         """
         exact: dict[int, bytearray] = {}
         arming: dict[int, int] = {}
@@ -227,7 +225,7 @@ class Period:
         return _Commit(records, pieces, arming)
 
     def _known(self, region: int) -> bytearray:
-        """A copy of the region's exact bits, loading them if need be. Caller holds `_state`."""
+        """Return a copy of the region's exact bits, loaded if need be. Caller holds `_state`."""
         if not self._loaded[region]:
             self._load(region)
         base = region * REGION_BYTES
@@ -240,9 +238,9 @@ class Period:
         return enters and block > 0 and bool(self.settled[block - 1])
 
     def _limit_armed(self, exact: dict[int, bytearray], arming: dict[int, int]) -> None:
-        """Disarm enough that `arming` fits the limit: first where a record is written anyway, then the quietest.
+        """Disarm extents until `arming` fits the limit: first where a record is written anyway, then the quietest.
 
-        What does not fit even so is not armed: its blocks are in the records one by one.
+        Extents that still do not fit are not armed: the records carry their blocks one by one.
         """
         excess = len(self._armed) + sum(mask.bit_count() for mask in arming.values()) - self._armed.most
         for region in list(arming):
@@ -262,7 +260,7 @@ class Period:
             excess -= mask.bit_count()
 
     def _settle(self, plan: _Commit) -> None:
-        """The plan is durable: take it into memory. Caller holds `_commit` and `_state`."""
+        """Take a durable plan into memory. Caller holds `_commit` and `_state`."""
         settled = self.settled
         for region, start, stop in plan.pieces:
             base = region * REGION_BLOCKS
@@ -279,8 +277,8 @@ class Period:
     def disarm_quiet(self, limit: int, *, passes: int = 1) -> int:
         """Persist the exact bits of extents without new dirt in the last `passes` passes, and disarm them.
 
-        At most `limit` extents; answers how many. Where more than half of what may be armed is, one pass will do.
-        Raises what the store raises; then the extents stay armed on disk, which is the safe direction.
+        Return how many extents: at most `limit`. If more than half of the limit on armed extents is in use, one pass is
+        enough. Raises what the store raises; the extents then stay armed on disk, which is the safe direction.
         """
         with self._commit:
             with self._state:
@@ -303,9 +301,9 @@ class Period:
         return {region: (self._armed.mask(region), bytes(self._known(region))) for region in regions}
 
     def persist(self) -> None:
-        """Write all that only memory knows and disarm everything: the store is exact when this returns.
+        """Write all bits that are only in memory and disarm everything: the store is exact on return.
 
-        Writers may go on meanwhile; what they dirty then arms anew.
+        Writers may go on meanwhile; their new dirt arms anew.
         """
         with self._commit:
             with self._state:
@@ -316,14 +314,14 @@ class Period:
 
     @contextlib.contextmanager
     def without_commits(self) -> Iterator[None]:
-        """No commit of this period, not even a background pass, runs in the block."""
+        """Keep all commits of this period, background passes included, from running in the block."""
         with self._commit:
             yield
 
     def put_exact(self, writer: Writer, dirty: Iterable[Run] = ()) -> None:
-        """As `persist`, inside a transaction of the caller's, who has drained all writers and holds the period.
+        """Persist inside the caller's transaction. The caller has drained all writers and is in `without_commits`.
 
-        The blocks of `dirty` are dirty in it too. Changes nothing in memory: the caller ends the period once the
+        The blocks of `dirty` are stored as dirty too. Memory does not change: the caller ends the period once the
         transaction is durable.
         """
         added: dict[int, list[Run]] = {}
@@ -336,33 +334,33 @@ class Period:
             self._put(writer, region, 0, bytes(exact))
 
     def _put(self, writer: Writer, region: int, armed: int, exact: bytes) -> None:
-        """What is all clean has no record: an extent may have been armed for nothing, and periods are many."""
+        """Store a region, without a record if all clean: an extent may be armed for nothing, and periods are many."""
         if armed or exact != schema.ALL_CLEAN_BITS:
             writer.put_region(self.bitmap_id, region, armed, exact)
         else:
             writer.delete_region(self.bitmap_id, region)
 
     def _stored(self, reader: Reader, region: int) -> bytes:
-        """The region's dirt as the store has it. Extents that a dead owner left armed are all dirty."""
+        """Return the region's dirt from the store. Extents that a dead owner left armed are all dirty."""
         record = reader.region(self.bitmap_id, region)
         return schema.ALL_CLEAN_BITS if record is None else bits.dirty_bits(record.armed, record.bits)
 
     def end(self) -> None:
-        """Another period goes on from here: nothing of this one is left to write. Called inside `held`."""
+        """End this period: another one goes on, and nothing is left to write. Called inside `without_commits`."""
         with self._state:
             self._armed.forget_all()
             self._behind.clear()
 
     def likely_extents(self) -> dict[int, int]:
-        """Masks by region of where dirt is likely next, likeliest last."""
+        """Return masks by region of the extents where dirt is likely next, likeliest last."""
         with self._state:
             return self._armed.likely()
 
     def begin(self, writer: Writer, armed: Mapping[int, int], dirty: Iterable[Run] = ()) -> None:
-        """Have extents armed, by region, and blocks dirty from the start, beside what is dirty already.
+        """Arm extents, by region, and make the blocks of `dirty` dirty from the start, in addition to the stored dirt.
 
-        Inside the transaction that makes the bitmap, or changes it; without it there is no period either. Where all is
-        dirty there is nothing to arm.
+        Called inside the transaction that makes or changes the bitmap: if that fails, there is no period either. If all
+        is dirty, there is nothing to arm.
         """
         if self._all_dirty:
             return
@@ -373,19 +371,19 @@ class Period:
             regions.add(region)
         with self._state:
             for region in sorted(regions):
-                self._load(region, writer)  # first: afterwards what a dead owner left armed looks like ours
+                self._load(region, writer)  # first: later, a dead owner's armed extents look like ours
                 writer.put_region(self.bitmap_id, region, armed.get(region, 0), bytes(self._known(region)))
             self._settle(_Commit({}, [], armed))
 
     def _take_all(self) -> dict[int, tuple[int, bytes]]:
-        """Disarm everything; what is behind stays so until `_write` has written it. Caller holds `_state`."""
+        """Disarm everything. Regions that are behind stay so until `_write` has written them. Caller holds `_state`."""
         regions = self._behind | self._armed.regions
         self._armed.disarm_all()
         return {region: (0, bytes(self._known(region))) for region in regions}
 
 
 def _pieces(start: int, stop: int) -> Iterator[Piece]:
-    """Blocks [start, stop) of the disk, cut at the borders of regions."""
+    """Yield blocks [start, stop) of the disk, cut at the borders of regions."""
     while start < stop:
         region, first = divmod(start, REGION_BLOCKS)
         length = min(stop - start, REGION_BLOCKS - first)
@@ -394,13 +392,13 @@ def _pieces(start: int, stop: int) -> Iterator[Piece]:
 
 
 def _extent_mask(start: int, stop: int) -> int:
-    """The extents that blocks [start, stop) of a region touch."""
+    """Return the mask of extents that blocks [start, stop) of a region touch."""
     first, last = start // EXTENT_BLOCKS, (stop - 1) // EXTENT_BLOCKS
     return ((2 << (last - first)) - 1) << first
 
 
 def _edge_mask(start: int, stop: int) -> int:
-    """The extents that blocks [start, stop) of a region touch but do not cover."""
+    """Return the mask of extents at the edges that blocks [start, stop) of a region touch but do not cover."""
     mask = 0
     if start % EXTENT_BLOCKS:
         mask |= 1 << start // EXTENT_BLOCKS
@@ -410,5 +408,5 @@ def _edge_mask(start: int, stop: int) -> int:
 
 
 def _ahead_mask(stop: int) -> int:
-    """The next few extents of the region, from the one that block `stop` would be in."""
+    """Return the mask of the region's next extents, from the extent of block `stop` on."""
     return (((1 << _ARM_AHEAD_EXTENTS) - 1) << stop // EXTENT_BLOCKS) & _ALL_EXTENTS

@@ -1,11 +1,11 @@
-"""Points in time of one disk, or of several at the same moment: how they are made, held, and forgotten.
+"""Checkpoints and snapshots of one disk, or of several at the same moment: how they are made, held, and forgotten.
 
-All disks are frozen together, in the order of their uuids, so that two who freeze the same ones cannot wait for each
-other. Their next periods begin in one transaction: all have the checkpoint, or none has. Writes that wait meanwhile
+All disks are frozen together, in the order of their uuids, so that two threads that freeze the same disks cannot
+deadlock. Their next periods begin in one transaction: all have the checkpoint, or none has. Writes that wait meanwhile
 complete in the new periods (law 2).
 
-The images are flushed after that, while writers go on. A checkpoint is answered only then, and an image that cannot be
-flushed loses it again: else a power cut could take back a write that the new period calls clean.
+The images are flushed after that, while writers go on. Only then is a checkpoint returned. If an image cannot be
+flushed, the checkpoint is lost again: else a power cut could take back a write that the new period calls clean.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lmdbitmap.tracker.tracking import Tracking, detached_error, held_error
 from lmdbitmap.tracker.vouching import changed_together
 
 _CARRIED_REGIONS = 256
-"""Armed from the start of a period at most: writers wait while their records are made, some 4 µs for each."""
+"""Most regions with extents armed from the start of a period: writers wait while records are made, some 4 µs each."""
 
 
 def checkpoint(disks: Sequence[Tracking], name: str) -> list[Checkpoint]:
@@ -65,7 +65,7 @@ def snapshot(disks: Sequence[Tracking], name: str, scratch: Scratch) -> list[Sna
 
 
 def _unheld(tracking: Tracking, file: ScratchFile) -> Snapshot:
-    """Made before the freeze: to get its memory takes most of a millisecond, and writers would wait for it."""
+    """Make a snapshot before the freeze: its memory takes most of a millisecond, for which writers would wait."""
     return Snapshot(tracking.store, tracking.disk, tracking.device, file)
 
 
@@ -108,10 +108,10 @@ class _Likely(NamedTuple):
 
 
 def _write_beforehand(tracking: Tracking) -> _Likely:
-    """Write what only memory knows of extents without new dirt, and answer what the next period should have armed.
+    """Persist extents without new dirt, and return the extents that the next period should have armed.
 
-    Else up to a thousand records are written while writers wait. Those where dirt comes just now stay armed: to arm
-    them once more would be a commit, for whose end the freeze would wait. A store that refuses this refuses the
+    Else up to a thousand records would be written while writers wait. Extents that get dirt just now stay armed: to
+    arm them again would take a commit, for which the freeze would wait. A store that refuses this refuses the
     checkpoint too, and says why then.
     """
     likely, period = _Likely(tracking.disk.geometry, _carried(tracking)), tracking.period
@@ -128,7 +128,7 @@ def _require_each_once(disks: Sequence[Tracking]) -> None:
 def _next_period(
     writer: Writer, tracking: Tracking, name: str, time_ns: int, likely: _Likely
 ) -> tuple[Checkpoint, Disk, Period]:
-    """Extents that were written of late are armed in it, so that their writers do not all commit at once."""
+    """Begin the next period, with lately written extents armed, so that their writers do not all commit at once."""
     tracking.put_exact(writer)
     disk, checkpoint = chain.add_checkpoint(writer, tracking.as_stored(writer), name, time_ns)
     period = tracking.open_period(writer, disk, checkpoint)
@@ -138,7 +138,7 @@ def _next_period(
 
 
 def _carried(tracking: Tracking) -> Mapping[int, int]:
-    """Of the extents where dirt is likely next, those that the next period has armed from the start."""
+    """Return the extents with likely dirt that the next period has armed from the start."""
     return dict(list(tracking.period.likely_extents().items())[-_CARRIED_REGIONS:])
 
 
@@ -155,7 +155,7 @@ def _flush_images(disks: Sequence[Tracking], name: str, let_go: Callable[[], Non
 
 
 def _take_back(tracking: Tracking, name: str) -> None:
-    """Lose a checkpoint that nobody was told of; where the store refuses that, nothing is believed any more."""
+    """Delete a checkpoint that was not returned to anybody. If the store refuses, track is lost."""
     try:
         forget(tracking, name)
     except LmdbitmapError as error:

@@ -1,8 +1,8 @@
-"""Where a snapshot keeps old data (snapshot.py): a bounded file of its own, which leaves nothing behind.
+"""A snapshot's bounded file for old data (snapshot.py), which leaves nothing behind.
 
-1. It has no name: whatever dies, nothing is left of it.
-2. It is bounded, and does not take the last space of its file system: an image that grows, and the store, may need it.
-   One that was preallocated has taken its room at once, and cannot lack space later.
+1. The file has no name: whatever dies, nothing of it remains.
+2. The file is bounded, and does not take the last space of its file system: a growing image and the store may need it.
+   A preallocated file takes its room at once, and cannot lack space later.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from lmdbitmap.system.files import pwrite_whole
 DEFAULT_LIMIT_BYTES: Final = 10 << 30
 _SPARE_BYTES: Final = 1 << 30
 _SPARE_PART: Final = 100
-"""A hundredth of a file system, `_SPARE_BYTES` at most, is left to the others there."""
+"""A hundredth of the file system, at most `_SPARE_BYTES`, is left to other files."""
 
 
 class Scratch(NamedTuple):
-    """Where old data goes, and how much of it at most, for each disk."""
+    """The folder for old data, and the most bytes of it per disk."""
 
     folder: str
     limit_bytes: int = DEFAULT_LIMIT_BYTES
@@ -31,7 +31,7 @@ class Scratch(NamedTuple):
 
 
 class ScratchFile:
-    """A file without a name, for at most `limit_bytes`, open until `close`. Raises what the system refuses."""
+    """A file without a name, for at most `limit_bytes`, open until `close`. Raises the system's errors."""
 
     def __init__(self, scratch: Scratch) -> None:
         self.limit_bytes = scratch.limit_bytes
@@ -50,7 +50,7 @@ class ScratchFile:
         return self._fd >= 0
 
     def require_room(self) -> None:
-        """Raise where it could grow only by taking the last space from the others in its file system."""
+        """Raise if the file could grow only by taking the last space of its file system."""
         if self._has_its_room:
             return
         found = os.fstatvfs(self._fd)
@@ -64,7 +64,7 @@ class ScratchFile:
         pwrite_whole(self._fd, data, offset)
 
     def fill(self, buffer: memoryview, offset: int) -> None:
-        """With what was put there. Short where the file was emptied meanwhile."""
+        """Fill `buffer` with what was put there. Fill it in part if the file was emptied meanwhile."""
         while buffer:
             count = os.preadv(self._fd, [buffer], offset)
             if count == 0:
@@ -72,7 +72,7 @@ class ScratchFile:
             buffer, offset = buffer[count:], offset + count
 
     def empty(self) -> None:
-        """Give its space back, as far as the system lets us."""
+        """Give the file's space back, as far as the system allows."""
         with contextlib.suppress(OSError):
             os.ftruncate(self._fd, 0)
 
@@ -86,7 +86,10 @@ def _nameless_file(folder: str) -> int:
     try:
         return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as refusal:
-        if refusal.errno not in (errno.EISDIR, errno.EOPNOTSUPP):  # what file systems say that cannot
+        if refusal.errno not in (
+            errno.EISDIR,
+            errno.EOPNOTSUPP,
+        ):  # the errors of file systems without O_TMPFILE
             raise
     fd, path = tempfile.mkstemp(dir=folder)
     os.unlink(path)

@@ -6,18 +6,18 @@ Each cluster of the disk is, at any moment, one of
     zero        its old data is known to be zeroes
     slot N      its old data is in slot N of the scratch file; the image may hold newer
 
-and goes from untouched to one of the others, once. Clusters may be unwanted: nothing is kept of them from then on, and
-nobody may read them. Those are all but some (`want_only`), and, where it is known that each is read but once, as a
-backup does, those that were read (`read_once`). What holds all the time:
+and goes from untouched to one of the others, once. Clusters may be unwanted: from then on nothing of them is kept, and
+no reader may read them. `want_only` makes all clusters but some unwanted. `read_once`, for a reader that reads each
+cluster only once, as a backup does, makes those unwanted that were read. Invariants:
 
-1. A write reaches the image only when no wanted cluster that it touches is untouched any more: `keep` comes before
-   it. An old cluster is whole in the scratch file before its state says so.
-2. A reader reads what is untouched from the image, and looks at the states *afterwards*: what is untouched then was
-   so while it read, so no write had landed; all else it takes from where the state says. It never sees a torn block.
-   One in another process does the same in steps: it reads the image itself, then asks (`kept`), and takes from here
-   what is not as it was (direct.py). What need not be kept any longer is so by the answer, never by the read before it.
-3. Where the scratch file (scratch.py) is full, or fails, the snapshot is *broken*: its readers are told why, after
-   their read too, and writers go on at once. The guest never waits for whoever reads.
+1. A write reaches the image only when no wanted cluster that it touches is still untouched: `keep` comes before the
+   write. An old cluster is whole in the scratch file before its state says so.
+2. A reader reads untouched clusters from the image, and looks at the states *afterwards*. A cluster that is untouched
+   then was untouched during the read, so no write had landed. The reader takes all others from where their state says.
+   It never sees a torn block. A reader in another process does the same in steps: it reads the image itself, then asks
+   (`kept`), and takes changed clusters from here (direct.py). Its answer, never the read before it, ends the keeping.
+3. If the scratch file (scratch.py) is full or fails, the snapshot is *broken*. Its readers are told why, even after
+   their read, and writers go on at once. The guest never waits for a reader.
 4. The disk keeps its size while it is held: a shrink would drop bits that readers still count on (`Filter.resize`).
 """
 
@@ -56,33 +56,33 @@ from lmdbitmap.work.buffers import new_buffer
 log = logging.getLogger(__name__)
 
 _COPY_BYTES: Final = 1 << 20
-"""Read and kept at once."""
+"""Bytes that are read and kept at once."""
 
 
 class Snapshot(ReadOnlyDevice):
     """The disk at `checkpoint`. A `BlockDevice` and a `ServedDisk`, for any number of threads, until `release`."""
 
     checkpoint: Checkpoint
-    """Set by whoever takes it."""
+    """Set when the snapshot is taken (points.py)."""
 
     def __init__(self, store: Store, disk: Disk, device: BlockDevice, file: ScratchFile) -> None:
         self.store = store
         self.disk = disk
-        """As it was described then."""
+        """The disk's description at the checkpoint."""
         self.clusters = Geometry(disk.size, cluster_bits_like(disk.granularity_bits))
         self.broken: str | None = None
         self.before_release: Callable[[], None] = lambda: None
         self.guests_are_quiet: Callable[[], bool] = lambda: False
-        """Told by whoever knows."""
+        """Whether the guests' connections are idle. Set from outside."""
         self._device = device
         self._file = file
         self._states = ClusterStates(self.clusters.block_count)
         self._wanted: BitView | None = None
-        """A bit for each cluster that will be read; None where all may be."""
+        """A bit for each cluster that will be read; None if all may be read."""
         self._passed: BitView | None = None
-        """A bit for each cluster that was read and will not be again; None where any may be read again."""
+        """A bit for each cluster that was read for the last time; None if any may be read again."""
         self._keeping = threading.Lock()
-        """Held by whoever changes states."""
+        """Held while states change."""
         self._slot_count = min(file.limit_bytes >> self.clusters.granularity_bits, MOST_SLOTS)
         self._used_slots = 0
         self._readers = 0
@@ -93,12 +93,12 @@ class Snapshot(ReadOnlyDevice):
 
     @property
     def spared_processors(self) -> int:
-        """Of whoever reads it, for the guest that writes on."""
+        """Processors that a reader leaves to the guest, which writes on."""
         return 0 if self.guests_are_quiet() else 1
 
     @property
     def name(self) -> str:
-        """Under which it is served: no disk's name has an @."""
+        """The export name under which it is served: no disk's name has an @."""
         return f"{self.disk.name}@{self.checkpoint.name}"
 
     @property
@@ -107,12 +107,12 @@ class Snapshot(ReadOnlyDevice):
 
     @property
     def image_fd(self) -> int | None:
-        """A descriptor of the image; whoever reads that has to ask afterwards what was `kept`."""
+        """A descriptor of the image. Its reader must ask afterwards what was `kept`."""
         return self._device.fd
 
     @property
     def kept_bytes(self) -> int:
-        """What the scratch file holds."""
+        """Bytes in the scratch file."""
         return self._used_slots << self.clusters.granularity_bits
 
     @property
@@ -120,7 +120,7 @@ class Snapshot(ReadOnlyDevice):
         return self._file.limit_bytes
 
     def changes(self, *, since: str) -> Changes:
-        """What changed from checkpoint `since` up to its own; see changes.py."""
+        """Return what changed from checkpoint `since` up to the snapshot's own; see changes.py."""
         return changes(self.store, self.disk.name, since=since, until=self.checkpoint.name)
 
     # -- before a write ------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ class Snapshot(ReadOnlyDevice):
                 self._break(f"old data could not be kept ({error})")
 
     def _untouched(self, start: int, stop: int) -> Iterator[Run]:
-        """The runs of wanted clusters in [start, stop) that are untouched."""
+        """Yield the runs of wanted clusters in [start, stop) that are untouched."""
         for first, last in self._wanted_runs(start, stop):
             for state, begin, end in self._states.runs(first, last):
                 if state == UNTOUCHED:
@@ -157,7 +157,7 @@ class Snapshot(ReadOnlyDevice):
                 yield from bits.zero_runs(self._passed, first, last)
 
     def _keep_run(self, start: int, stop: int) -> None:
-        """Little is read without asking for holes: to find where data ends may take a file system longer than that."""
+        """Keep untouched clusters. Read a short run without asking for holes: that may take a file system longer."""
         offset, length = self.clusters.bytes_of(start, stop)
         position = start
         for part in self._device.allocation(offset, length) if length > _COPY_BYTES else ():
@@ -195,7 +195,7 @@ class Snapshot(ReadOnlyDevice):
         return self._buffer.startswith(self._zeroes[: stop - at], at, stop)
 
     def _break(self, reason: str) -> None:
-        """Nothing is kept from now on. Called with `_keeping`."""
+        """Keep nothing from now on. Caller holds `_keeping`."""
         if self.broken is None:
             self.broken = f"the snapshot broke: {reason}"
             log.warning("disk %s: %s", self.disk.name, self.broken)
@@ -204,7 +204,7 @@ class Snapshot(ReadOnlyDevice):
     # -- reading -------------------------------------------------------------------------------------------
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
-        """Old data. Raises `StorageError` once the snapshot is broken or released."""
+        """Read old data. Raise `StorageError` once the snapshot is broken or released."""
         check_range(offset, len(buffer), self.size)
         if not buffer:
             return
@@ -213,7 +213,7 @@ class Snapshot(ReadOnlyDevice):
             for state, start, stop in self._states.runs(clusters.start, clusters.stop):
                 if state == UNTOUCHED:
                     self._read_untouched(buffer, offset, start, stop)
-            self._require_wanted(clusters)  # as the states, looked at afterwards
+            self._require_wanted(clusters)  # looked at afterwards, as the states are
             for state, start, stop in self._states.runs(clusters.start, clusters.stop):
                 if state != UNTOUCHED:
                     self._read_kept(buffer, offset, start, stop, state)
@@ -227,25 +227,25 @@ class Snapshot(ReadOnlyDevice):
         part, at = self._part(buffer, offset, start, stop)
         if state == ZERO:
             part[:] = bytes(len(part))
-        else:  # short where it broke meanwhile, which its reader is told in the end
+        else:  # short if it broke meanwhile: `_being_read` tells the reader at its end
             inside = at - (start << self.clusters.granularity_bits)
             self._file.fill(part, ((state - FIRST_SLOT) << self.clusters.granularity_bits) + inside)
 
     def _part(self, buffer: memoryview, offset: int, start: int, stop: int) -> tuple[memoryview, int]:
-        """The part of a buffer that clusters [start, stop) fill, and where on the disk it begins."""
+        """Return the part of a buffer that clusters [start, stop) fill, and its offset on the disk."""
         begin, end = self._inside(offset, offset + len(buffer), start, stop)
         return buffer[begin - offset : end - offset], begin
 
     def _inside(self, begin: int, end: int, start: int, stop: int) -> tuple[int, int]:
-        """What clusters [start, stop) have of bytes [begin, end)."""
+        """Return the part of bytes [begin, end) that lies in clusters [start, stop)."""
         offset, length = self.clusters.bytes_of(start, stop)
         return max(offset, begin), min(offset + length, end)
 
     def kept(self, offset: int, length: int) -> list[tuple[int, bool]]:
-        """Of a range that the caller has read from the image: (bytes, whether to read them again, here), without a gap.
+        """Return (bytes, whether to read them again, here) of a range that the caller read from the image, gapless.
 
-        The rest was as it is to be when it was read, and is given up where nothing is read twice (`read_once`).
-        Raises as `pread_into`: nothing is known then of what was read.
+        The rest was old data when the caller read it. It is no longer kept if nothing is read twice (`read_once`).
+        Raises as `pread_into` does; nothing is then known of what was read.
         """
         check_range(offset, length, self.size)
         clusters = self.clusters.blocks_outward(offset, length)
@@ -263,8 +263,8 @@ class Snapshot(ReadOnlyDevice):
         return found
 
     def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
-        """What the image said of clusters is believed if they are untouched and wanted still afterwards, else they are
-        data."""
+        """Describe the range. The image's answer counts for clusters that are still untouched and wanted afterwards.
+        All others are data, or zero where their state says so."""
         check_range(offset, length, self.size)
         return joined(self._allocation(offset, length))
 
@@ -277,13 +277,13 @@ class Snapshot(ReadOnlyDevice):
             yield from found
 
     def _allocation_of(self, offset: int, length: int) -> Iterator[Allocation]:
-        """The image is asked once, however much was touched: to find where data ends takes some file systems long, and
-        makes whoever writes wait."""
+        """Ask the image once, however much was touched: some file systems take long to find where data ends, and make
+        writers wait."""
         of_image = list(self._device.allocation(offset, length))
         return overlaid(of_image, self._known_of(offset, length))
 
     def _known_of(self, offset: int, length: int) -> Iterator[tuple[int, tuple[bool, bool] | None]]:
-        """Runs of bytes, and what they are whatever the image says; None where it is to be believed."""
+        """Yield runs of bytes with what they are, whatever the image says; None where the image's answer counts."""
         clusters = self.clusters.blocks_outward(offset, length)
         for state, start, stop in self._states.runs(clusters.start, clusters.stop):
             begin, end = self._inside(offset, offset + length, start, stop)
@@ -295,9 +295,9 @@ class Snapshot(ReadOnlyDevice):
     # -- whose data is wanted ------------------------------------------------------------------------------
 
     def want_only(self, runs: Iterable[Run], geometry: Geometry) -> None:
-        """Keep nothing more but for runs of blocks of `geometry`, ascending, each rounded outward to clusters.
+        """Keep from now on only `runs` of blocks of `geometry`, ascending, each rounded outward to clusters.
 
-        Once. Whoever reads something else meanwhile is refused.
+        Call it once at most. Any other read is refused from then on.
         """
         wanted = self._bit_for_each()
         for start, stop in bits.regrain_outward(runs, geometry, self.clusters.granularity_bits):
@@ -305,7 +305,7 @@ class Snapshot(ReadOnlyDevice):
         self._wanted = wanted
 
     def want_changes(self, *, since: str) -> None:
-        """Keep only what a backup reads that counts from checkpoint `since`; all, if nobody knows that.
+        """Keep only the clusters that a backup since checkpoint `since` reads; all, if these are unknown.
 
         Raises `NotFound` without such a checkpoint.
         """
@@ -313,7 +313,7 @@ class Snapshot(ReadOnlyDevice):
             changed = self.changes(since=since)
         except NotFound:
             raise
-        except LmdbitmapError:  # whoever asks what changed is told, and of its disk alone
+        except LmdbitmapError:  # a later question of what changed gets this error, for its disk alone
             return
         geometry = changed.geometry
         clusters = Geometry(geometry.size, cluster_bits_for(geometry))
@@ -322,14 +322,14 @@ class Snapshot(ReadOnlyDevice):
         self.want_only(bits.regrain_outward(wanted, geometry, clusters.granularity_bits), clusters)
 
     def read_once(self) -> None:
-        """From now on, keep nothing of what was read: it will not be read again. Once, before anybody reads."""
+        """From now on, keep nothing that was read: it will not be read again. Call it once, before any read."""
         self._passed = self._bit_for_each()
 
     def _bit_for_each(self) -> BitView:
         return bits.bitmap_view(bits.anonymous_memory(ceil_div(self.clusters.block_count, 8)))
 
     def _pass(self, offset: int, length: int) -> None:
-        """Clusters that were read whole need not be kept: whoever reads has what they held."""
+        """Stop keeping clusters that were read whole: their reader has the data."""
         if self._passed is not None:
             clusters = self.clusters.blocks_inward(offset, length)
             bits.set_range(self._passed, clusters.start, clusters.stop)
@@ -350,9 +350,9 @@ class Snapshot(ReadOnlyDevice):
         return PlainLane(self)
 
     def release(self) -> None:
-        """Give everything back; whoever reads is waited for, and told when it comes again. Idempotent.
+        """Give everything back, after waiting for readers; later reads raise. Idempotent.
 
-        Until the last reader is through, writers keep old data for it.
+        Writers keep old data until the last reader is done.
         """
         with self._reading:
             self._released = True
@@ -366,7 +366,7 @@ class Snapshot(ReadOnlyDevice):
 
     @contextlib.contextmanager
     def _being_read(self) -> Iterator[None]:
-        """The file stays open in the block; what was read there is old data if it ends without an error."""
+        """Keep the file open in the block. Data read there is old data if the block ends without an error."""
         with self._reading:
             if self._released:
                 raise self._refusal("the snapshot was released")
@@ -389,7 +389,7 @@ class Snapshot(ReadOnlyDevice):
 
 
 def broken_error(disk: Disk, reason: str) -> StorageError:
-    """What is raised where a copy of a disk was to be made, and its snapshot broke meanwhile."""
+    """Return the error for a copy of a disk whose snapshot broke meanwhile."""
     return StorageError(
         f"disk {disk.name!r}",
         OSError(reason),

@@ -1,15 +1,15 @@
-"""What a write to a tracked disk needs, and how one period of it follows another. Where the laws are kept:
+"""The tracking of a disk's writes, and the change from one period to the next. Where the laws are kept:
 
-1. **Write**: `FilterLane` (lane.py) asks `mark` before it writes what is not settled, and `Period` (period.py) answers
-   when the dirtiness is durable. A snapshot that wants old data is asked before that (snapshot.py).
-2. **Freeze**: whatever ends a period happens inside `frozen`, which is `Gate.drained` (lane.py) and more.
+1. **Write**: `FilterLane` (lane.py) calls `mark` before it writes to unsettled blocks, and `Period` (period.py) returns
+   when the dirtiness is durable. Before that, snapshots keep the old data that they want (snapshot.py).
+2. **Freeze**: a period ends only inside `frozen`, which is `Gate.drained` (lane.py) and more.
 
-A period ends in one transaction of the store, which writes its exact bits and opens the bitmap of the next one. Then
-memory follows (`go_on_with`), while nobody writes. Where an interruption may have come between the two, or the store
-cannot say whether it took the change, track is lost (vouching.py).
+A period ends in one transaction of the store, which writes its exact bits and opens the bitmap of the next one. Memory
+follows (`go_on_with`) while nobody writes. If an interruption may have come between the two, or the store cannot say
+whether it took the change, track is lost (vouching.py).
 
-When tracking fails, policy `guest-first` lets the guest's write through, but takes the owner's word for the bitmap
-back before; a new epoch begins as soon as the store can be written again. Policy `strict` fails the write.
+When tracking fails, policy `guest-first` lets the guest's write through, but first makes durable that the bitmap cannot
+be trusted; a new epoch begins as soon as the store can be written again. Policy `strict` fails the write.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 class Tracking:
     """The period that records a disk's writes now, and the gate that they pass. Safe for many threads.
 
-    Whoever owns the disk says so by its `voucher`, and sets `is_over` when it begins to let go of it.
+    The owner of the disk passes its `voucher`, and sets `is_over` when it begins to let go of the disk.
     """
 
     def __init__(
@@ -70,9 +70,9 @@ class Tracking:
     # -- before a write ------------------------------------------------------------------------------------
 
     def mark(self, runs: list[Run]) -> None:
-        """Have the old data of `runs` kept where a snapshot wants it, and settle them (law 1).
+        """Keep the old data of `runs` that a snapshot wants, then settle the runs (law 1).
 
-        Where they cannot be settled, do what the policy says.
+        If they cannot be settled, do what the policy says.
         """
         holding = self._holding
         if holding is not None:
@@ -81,7 +81,7 @@ class Tracking:
             holding.let(runs)
 
     def settle(self, runs: list[Run]) -> bool:
-        """Whether they are settled now (law 1). Where not, what the policy says is done."""
+        """Settle `runs` (law 1) and return whether they are settled. If not, do what the policy says."""
         if self.voucher.lost is not None:
             return False
         try:
@@ -97,7 +97,7 @@ class Tracking:
         self.voucher.lose_track(f"tracking failed: {error.problem}")
 
     def in_doubt(self, geometry: Geometry) -> list[Run]:
-        """Blocks that may change yet by writes that ended before: dirty in each period that comes meanwhile (law 2)."""
+        """Return blocks that ended writes may still change: they are dirty in each period until then (law 2)."""
         if self._doubtful is None:
             return []
         ranges = [(start, min(stop, geometry.size)) for start, stop in self._doubtful.in_doubt()]
@@ -108,16 +108,16 @@ class Tracking:
 
     @property
     def snapshots(self) -> Sequence[Snapshot]:
-        """Those that are held now."""
+        """The snapshots that are held now."""
         return () if self._holding is None else self._holding.snapshots
 
     def hold(self, snapshots: Sequence[Snapshot]) -> None:
-        """Have these snapshots, and no others, kept from now on. Called while the gate is closed."""
+        """Hold these snapshots, and no others, from now on. Called while the gate is closed."""
         self._holding = Holding(snapshots, self.disk.geometry) if snapshots else None
         self.gate.settled = self.period.settled if self._holding is None else self._holding.let_through
 
     def let_go_of(self, snapshot: Snapshot) -> None:
-        """Writers have nothing to keep for it any more."""
+        """Stop holding a snapshot: writers keep nothing for it any more."""
         if self.is_over or snapshot not in self.snapshots:
             return
         try:
@@ -134,7 +134,7 @@ class Tracking:
         """No write is in flight and no commit of the period runs in the block (law 2)."""
         with self.gate.drained():
             period = self.period
-            # If it ends in the block, its memory is given back when nobody waits any more.
+            # A local name: if the period ends in the block, its memory is freed when no thread waits any more.
             with period.without_commits():
                 yield
 
@@ -155,11 +155,11 @@ class Tracking:
             self.go_on_with(*self.store.update(persist_and_change))
 
     def put_exact(self, writer: Writer) -> None:
-        """Write what the period knows, with what may have changed by writes in doubt. Called inside `frozen`."""
+        """Write the period's exact bits, and the blocks of writes in doubt. Called inside `frozen`."""
         self.period.put_exact(writer, self.in_doubt(self.disk.geometry))
 
     def go_on_with(self, disk: Disk, period: Period) -> None:
-        """The chain is another now, durably: track into its newest bitmap. Called inside `frozen`."""
+        """Track into the newest bitmap of a chain that has changed durably. Called inside `frozen`."""
         self.period.end()
         self.disk, self.size = disk, disk.size
         self.period = period
@@ -167,17 +167,17 @@ class Tracking:
         self.hold(self.snapshots)
 
     def as_stored(self, reader: Reader) -> Disk:
-        """The disk as the store has it: after an interruption memory may lag behind."""
+        """Return the disk as the store has it: after an interruption memory may lag behind."""
         return reader.disk(self.disk.uuid) or self.disk
 
     def open_period(self, reader: Reader, disk: Disk, newest: Checkpoint | None = None) -> Period:
-        """Opened inside the transaction that makes its bitmap, so that nothing can fail once that is durable."""
+        """Open a period inside the transaction that makes its bitmap: nothing can fail once that is durable."""
         bitmap = reader.bitmap((newest or chain.current_checkpoint(reader, disk)).bitmap_id)
         write_ahead = disk.durability == schema.WRITE_AHEAD
         return Period(self.store, bitmap, write_ahead=write_ahead, max_armed=self._max_armed)
 
     def start_epoch(self, reason: str) -> None:
-        """Begin anew, everything dirty. Called inside `frozen`."""
+        """Begin a new epoch in which everything is dirty. Called inside `frozen`."""
 
         def start(writer: Writer) -> tuple[Disk, Period]:
             disk = chain.resize(writer, self.as_stored(writer), self.device.size)
@@ -188,7 +188,7 @@ class Tracking:
             self.go_on_with(*self.store.update(start))
 
     def begin_again(self) -> None:
-        """Where track was lost, start an epoch and give our word for it. Called inside `frozen`."""
+        """If track was lost, start an epoch and vouch for it. Called inside `frozen`."""
         reason = self.voucher.lost
         if reason is None:  # another thread was first
             return
@@ -213,8 +213,8 @@ class Tracking:
                 self._take_size_of_image()
 
     def _take_size_of_image(self) -> None:
-        """However a resize went, the image says how large it is. A size that cannot be recorded loses track:
-        a write past the new end would bring back zeroes that no bit names."""
+        """Record the image's size, however a resize went. If that fails, track is lost: a write past the new end would
+        bring back zeroes that no bit names."""
         try:
             self.change_chain(lambda writer, disk: chain.end_resize(writer, disk, self.device.size))
         except LmdbitmapError as error:
@@ -225,13 +225,13 @@ class Tracking:
 
     @contextlib.contextmanager
     def shutting(self, refusal: StorageError) -> Iterator[None]:
-        """As `frozen`, and whoever would write after it is refused."""
+        """Freeze as `frozen` does, and refuse every later write."""
         with self.frozen():
             self.gate.shut(refusal)
             yield
 
     def end_session(self, identity: ImageIdentity) -> None:
-        """All that is known, and the image that it is known of, are durable after it, and no session is open."""
+        """Make the exact bits and the image's identity durable, and close the session."""
         disk = dataclasses.replace(self.disk, session=None, identity=identity)
 
         def commit(writer: Writer) -> None:
@@ -243,7 +243,7 @@ class Tracking:
 
     def let_go(self, refusal: StorageError) -> None:
         """Write nothing more: the disk may have another owner at once."""
-        with contextlib.ExitStack() as each:  # last one first, and each
+        with contextlib.ExitStack() as each:  # in reverse order; each runs even if another fails
             each.callback(self.flusher.close, refusal)
             each.callback(self.period.end)
             for snapshot in self.snapshots:
@@ -252,12 +252,12 @@ class Tracking:
     # -- what is known -------------------------------------------------------------------------------------
 
     def require_track(self) -> None:
-        """Raise `Untrusted` where it was lost."""
+        """Raise `Untrusted` if track was lost."""
         if self.voucher.lost is not None:
             raise Untrusted(f"disk {self.disk.name!r}: {self.voucher.lost}", next_step="make a full backup")
 
     def persist(self) -> None:
-        """Write everything that only memory knows."""
+        """Write all bits that are only in memory."""
         if self.is_over:
             raise detached_error(self.disk)
         while True:
@@ -270,7 +270,7 @@ class Tracking:
         """Whether the open period's answer is exact, a superset, or worth nothing."""
         if self.voucher.lost is not None:
             return Standing(Trust.UNTRUSTED, self.voucher.lost)
-        with self.store.read() as reader:  # of before or after the checkpoint that memory knows
+        with self.store.read() as reader:  # may be before or after the checkpoint that memory knows
             bitmap = reader.bitmap(chain.current_checkpoint(reader, self.disk).bitmap_id)
         reason = bitmap.superset or bitmap.all_dirty
         return Standing(Trust.SUPERSET if reason else Trust.EXACT, reason)

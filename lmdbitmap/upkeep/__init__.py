@@ -1,1 +1,1 @@
-"""What `check` looks at when a person asks whether a store is sound."""
+"""The examinations behind `check`: whether a store is sound."""
