@@ -1,19 +1,19 @@
 """Disks and their chains of checkpoints, as changes to one transaction of the store.
 
-A disk's chain is ordered by sequence number. Each checkpoint owns the bitmap of the period that begins with
-it, and only the newest one records. So:
+A disk's chain is ordered by sequence number. Each checkpoint owns the bitmap of the period that begins with it. Only
+the newest bitmap records. So:
 
     checkpoint     monday ---------- tuesday --------- wednesday ------ now
     bitmap           [ monday's ]      [ tuesday's ]     [ wednesday's, recording ]
 
     changes since tuesday        =  tuesday's OR wednesday's
     forget(tuesday)              =  monday's becomes monday's OR tuesday's
-    forget(monday), the first    =  its bitmap goes: nobody can ask for it any more
+    forget(monday), the first    =  its bitmap is deleted: no question can need it any more
 
 An epoch is a stretch without a gap in tracking. It begins with a checkpoint `epoch-N` whose bitmap is all
 dirty. Chains of different epochs are never merged, and never answer for each other.
 
-All functions take the open transaction; what they do is durable when that transaction is.
+All functions take the open transaction; their changes are durable when that transaction is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lmdbitmap.storage.schema import Bitmap, Checkpoint, Disk
 from lmdbitmap.store import Reader, Store, Writer
 
 MAX_REGIONS = 1 << 25
-"""Of one disk: 16 GiB of bits, as for 64 TiB in blocks of 512 bytes."""
+"""Most regions of one disk: 16 GiB of bits, as for 64 TiB in blocks of 512 bytes."""
 _DAMAGED = "records of it were damaged"
 NEVER_BACKED_UP = "everything counts as dirty until the first full backup"
 
@@ -48,7 +48,7 @@ def disk_called(store: Store, name: str) -> Disk:
 
 
 def find_checkpoint(reader: Reader, disk: Disk, name: str) -> Checkpoint:
-    """The disk's checkpoint of that name, of whatever epoch."""
+    """Return the disk's checkpoint of that name, of any epoch."""
     for checkpoint in reader.checkpoints(disk.uuid):
         if checkpoint.name == name:
             return checkpoint
@@ -59,7 +59,7 @@ def find_checkpoint(reader: Reader, disk: Disk, name: str) -> Checkpoint:
 
 
 def current_checkpoint(reader: Reader, disk: Disk) -> Checkpoint:
-    """The newest checkpoint, whose bitmap records. Raises `NotFound` for a disk that was removed."""
+    """Return the newest checkpoint, whose bitmap records. Raises `NotFound` for a disk that was removed."""
     checkpoints = reader.checkpoints(disk.uuid)
     if not checkpoints:
         raise NotFound(
@@ -69,12 +69,12 @@ def current_checkpoint(reader: Reader, disk: Disk) -> Checkpoint:
 
 
 def epoch_chain(reader: Reader, disk: Disk) -> list[Checkpoint]:
-    """The checkpoints of the disk's present epoch, oldest first; never empty."""
+    """Return the checkpoints of the disk's present epoch, oldest first; never empty."""
     return [checkpoint for checkpoint in reader.checkpoints(disk.uuid) if checkpoint.epoch == disk.epoch]
 
 
 def begun_anew(reader: Reader, disk: Disk) -> str | None:
-    """Why the disk's epoch began, where one ended before, and nobody made a checkpoint in it yet."""
+    """Return why the disk's epoch began, if an earlier one ended and this one has no further checkpoint yet."""
     is_fresh = disk.epoch_number > 1 and len(epoch_chain(reader, disk)) == 1
     return disk.epoch_reason if is_fresh else None
 
@@ -138,7 +138,7 @@ def remove_disk(writer: Writer, disk: Disk) -> None:
 
 
 def start_epoch(writer: Writer, disk: Disk, reason: str, time_ns: int) -> Disk:
-    """Tracking lost its thread: begin anew, everything dirty; answer the disk as it is now."""
+    """Begin a new epoch, in which everything is dirty, after track was lost. Return the disk as it is now."""
     disk = dataclasses.replace(
         disk, epoch=uuid4(), epoch_number=disk.epoch_number + 1, epoch_reason=reason, resizing_from=None
     )
@@ -180,10 +180,10 @@ def _append(
 
 
 def forget(writer: Writer, disk: Disk, name: str) -> None:
-    """Delete a checkpoint; what it recorded goes to the one before it, if that is of the same epoch.
+    """Delete a checkpoint; its bitmap is ORed into the one before it, if that is of the same epoch.
 
-    The newest checkpoint's bitmap records, so a caller who owns the disk persists its bits before, and
-    loads them again after. The only checkpoint of an epoch cannot go: something has to record.
+    The newest checkpoint's bitmap records, so a caller that owns the disk persists its bits before, and loads them
+    again after. The only checkpoint of the present epoch cannot be deleted: a bitmap has to record.
     """
     checkpoint = find_checkpoint(writer, disk, name)
     chain = [other for other in writer.checkpoints(disk.uuid) if other.epoch == checkpoint.epoch]
@@ -199,7 +199,7 @@ def forget(writer: Writer, disk: Disk, name: str) -> None:
 
 
 def note_superset(writer: Writer, disk: Disk, reason: str) -> None:
-    """From now on the recording bitmap may name clean blocks as dirty."""
+    """Note that from now on the recording bitmap may name clean blocks as dirty."""
     bitmap = writer.bitmap(current_checkpoint(writer, disk).bitmap_id)
     writer.put_bitmap(dataclasses.replace(bitmap, superset=bitmap.superset or reason))
 
@@ -241,9 +241,9 @@ def mark_outward(writer: Writer, bitmap: Bitmap, offset: int, length: int) -> No
 
 
 def resize(writer: Writer, disk: Disk, size: int) -> Disk:
-    """Give the disk another size: what is new is dirty, what is gone leaves every bitmap, for good.
+    """Give the disk another size: new blocks are dirty, and blocks past the end leave every bitmap for good.
 
-    New blocks are dirty in the closed periods of the epoch too: these may have lost bits there to an earlier cut.
+    New blocks are dirty in the epoch's closed periods too: these may have lost bits there to an earlier cut.
     """
     resized = dataclasses.replace(disk, size=size)
     for checkpoint in writer.checkpoints(disk.uuid):
@@ -260,7 +260,7 @@ def resize(writer: Writer, disk: Disk, size: int) -> Disk:
 def _truncate(writer: Writer, bitmap_id: int, geometry: Geometry) -> bool:
     """Drop the bits past the end; the block that the end cuts keeps its bit. Armed extents become exact bits.
 
-    So do those of a region that was damaged, or lost with its group, whose tally goes: answers whether there is one.
+    So does all dirt of a last region that was damaged, or lost with its group, whose tally goes: return whether it was.
     """
     last, kept = divmod(geometry.block_count, REGION_BLOCKS)
     region = next((found for _, found in writer.regions(bitmap_id, last, last + 1)), None) if kept else None
@@ -274,9 +274,9 @@ def _truncate(writer: Writer, bitmap_id: int, geometry: Geometry) -> bool:
 
 
 def begin_resize(writer: Writer, disk: Disk, size: int) -> Disk:
-    """Either size is right from now on; the image decides, and may refuse one that it cannot have.
+    """Allow either size from now on; the image decides, and may refuse a size.
 
-    What is about to be cut off is dirty first (law 1): a power cut may leave zeroes there, and the old size.
+    Blocks that will be cut off are dirty first (law 1): a power cut may leave zeroes there, and the old size.
     """
     check_trackable(Geometry(size, disk.granularity_bits))
     if size < disk.size:
@@ -290,7 +290,7 @@ def end_resize(writer: Writer, disk: Disk, size: int) -> Disk:
 
 
 def require_same_epoch(disk: Disk, checkpoint: Checkpoint) -> None:
-    """Raise `Untrusted` for a checkpoint of an older epoch: what changed since cannot be known."""
+    """Raise `Untrusted` for a checkpoint of an older epoch: the changes since then cannot be known."""
     if checkpoint.epoch != disk.epoch:
         raise Untrusted(
             f"nothing is known since checkpoint {checkpoint.name!r} of disk {disk.name!r}: {disk.epoch_reason}",

@@ -1,7 +1,7 @@
-"""Proof of continuity: may the bitmap of a disk still be believed, given what its image looks like now?
+"""Proof of continuity: can the bitmap of a disk still be believed, given its image now?
 
-An image that was written behind our back has changed blocks that no bitmap names. So whoever attaches a
-disk, and whoever only asks what changed, compares the image with what its last rightful owner saw:
+An image that was written outside the filter has changed blocks that no bitmap names. So an attach, and each question of
+what changed, compares the image with what its last owner saw:
 
 - after a clean detach: the identity recorded then must be the identity now, mtime included;
 - after a crash: the image may have been written until the owner's last moment, and not later. The owner's
@@ -9,29 +9,29 @@ disk, and whoever only asks what changed, compares the image with what its last 
   the sign of life names, or lies between the sign of life and the end of that grace;
 - after a crash of the whole machine the image's and the owner file's last seconds may be missing from the
   disk, each for itself: `_POWER_CUT_GRACE_NS` covers it, and nothing may be newer than this boot;
-- while somebody holds the disk, his signs of life vouch for the image in the same way. His lock alone vouches
-  for nothing: he may be about to attach or to adopt, and not have looked at the image yet.
+- while an owner holds the disk, its signs of life vouch for the image in the same way. Its lock alone vouches
+  for nothing: the owner may be about to attach or to adopt, and not have looked at the image yet.
 
-A block device has no mtime; what there is instead is said in kernel.py, and counts within one boot only:
+A block device has no mtime. It has the counters that kernel.py describes, which count within one boot only:
 
 - it must be the same device still, by number, size, label and, within a boot, by `diskseq`;
 - after a clean detach, in the same boot: as many sectors were written as then;
-- after a crash, in the same boot: as many as at the last sign of life. More may be the owner's own, which were
-  still in memory when it died. That is believed for `_RESTART_GRACE_NS`, for an owner that is started again
-  at once, and no longer: nobody can tell then whose they were;
-- in another boot: none were written in this one. Nothing is known of the time between the owner's last moment
-  and the boot's end. And as nothing of the image would show that the store is a copy of some earlier day,
-  the store must be the very file that the last sign of life names.
+- after a crash, in the same boot: as many as at the last sign of life. More may be the owner's own sectors, which were
+  still in memory when it died. That is believed for `_RESTART_GRACE_NS`, for an owner that is restarted at once, and
+  no longer: later it is unknown who wrote them;
+- in another boot: none were written in this one. Nothing is known of the time between the owner's last moment and the
+  boot's end. As nothing in the image would show that the store is an older copy, the store must be the very file that
+  the last sign of life names.
 
-A sign of life also names the store's newest transaction. A store that has not come so far was put back from a copy,
-and lacks what was recorded since, so that it can say nothing after a crash. (After a clean detach the image
-itself shows whether anything happened since the copy.)
+A sign of life also names the store's newest transaction. A store with an older one was put back from a copy, and lacks
+what was recorded since, so that it can say nothing after a crash. (After a clean detach the image itself shows whether
+anything happened since the copy.)
 
-ctime is not looked at, not even beside an unchanged mtime: a chown (libvirt does two for each run of a guest), a
-rename or a new label change it as setting the mtime back does. Whoever sets the mtime back to the nanosecond
-deceives us; see docs/store.md.
+ctime is ignored, even beside an unchanged mtime: a chown (libvirt does two for each run of a guest), a rename or a new
+label change it just as setting the mtime back does. A program that sets the mtime back to the nanosecond goes
+unnoticed; see docs/store.md.
 
-Whatever cannot be compared counts as broken.
+Anything that cannot be compared counts as broken.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _SECTOR_BYTES = 512
 _SECOND_NS = 1_000_000_000
 _BEAT_GRACE_NS = 2 * _SECOND_NS
 _MTIME_STEP_NS = 2 * _SECOND_NS
-"""By so much an mtime may lie before the write that set it: the longest step of any file system's clock."""
+"""How far an mtime may lie before the write that set it: the longest step of any file system's clock."""
 _POWER_CUT_GRACE_NS = 60 * _SECOND_NS
 _RESTART_GRACE_NS = 60 * _SECOND_NS
 
@@ -61,7 +61,7 @@ _MADE_ANEW = "the block device was taken away and made anew, so that nobody know
 
 
 class Moment(NamedTuple):
-    """What is compared with: the boot and when it began, the time (Unix nanoseconds), and the store as it is."""
+    """The present to compare with: the boot and when it began, the time (Unix nanoseconds), and the store's mark."""
 
     boot_id: str
     boot_time_ns: int
@@ -80,7 +80,7 @@ Judge: TypeAlias = Callable[[Disk, ImageIdentity, "Beat | None", Moment], Verdic
 
 
 def judge(disk: Disk, image: ImageIdentity, beat: Beat | None, now: Moment) -> Verdict:
-    """Whether tracking of `disk`, which nobody holds, continued without a gap until now."""
+    """Judge whether tracking of `disk`, which has no owner, continued without a gap until now."""
     if disk.session is None:
         return Verdict(broken=_gap_since_detach(disk, image, beat, now))
     if disk.durability == DEFERRED:
@@ -94,17 +94,17 @@ def judge(disk: Disk, image: ImageIdentity, beat: Beat | None, now: Moment) -> V
 
 
 def judge_held(disk: Disk, image: ImageIdentity, beat: Beat | None, now: Moment) -> Verdict:
-    """The same for a disk that somebody holds at this moment."""
+    """Judge the same for a disk that has an owner now."""
     if disk.session is None:
         return Verdict(broken=_gap_since_detach(disk, image, beat, now))
     return Verdict(broken=_gap_since_sign_of_life(disk, image, beat, now))
 
 
-# --- what speaks against the bitmap, in words; None if nothing does. DESIGN.md has the evidence as a table ---
+# --- reasons against the bitmap; None if there is none. DESIGN.md has the evidence as a table ---
 
 
 def _gap_since_detach(disk: Disk, image: ImageIdentity, beat: Beat | None, now: Moment) -> str | None:
-    """Its column 'after a clean detach'."""
+    """Apply that table's column 'after a clean detach'."""
     before = disk.identity
     if before is None:
         return _never_seen(disk)
@@ -125,7 +125,7 @@ def _gap_since_detach(disk: Disk, image: ImageIdentity, beat: Beat | None, now: 
 
 
 def _gap_since_sign_of_life(disk: Disk, image: ImageIdentity, beat: Beat | None, now: Moment) -> str | None:
-    """Its columns 'after a death' and, where that was in another boot, 'after a restart of the machine'."""
+    """Apply its columns 'after a death' and, if that was in another boot, 'after a restart of the machine'."""
     begun = disk.identity
     if begun is None:
         return _never_seen(disk)
@@ -138,7 +138,7 @@ def _gap_since_sign_of_life(disk: Disk, image: ImageIdentity, beat: Beat | None,
     if image.is_block_device:
         return _exchange(begun, image) or _device_gap_since_sign_of_life(begun, image, beat, now)
     if 0 != image.mtime_ns == begun.mtime_ns and (beat is None or beat.mtime_ns <= begun.mtime_ns):
-        return None  # nobody wrote since the session began: its owner may not have come to his first beat
+        return None  # unwritten since the session began, whose owner may not have beaten yet
     if beat is None:
         return _NO_BEAT
     if not _within_last_moment(image, beat, now):
@@ -147,12 +147,12 @@ def _gap_since_sign_of_life(disk: Disk, image: ImageIdentity, beat: Beat | None,
 
 
 def is_same_file(before: ImageIdentity, image: ImageIdentity) -> bool:
-    """Whether it has the number that it had, whatever was written to it."""
+    """Whether the image has the same number as before, whatever was written to it."""
     return (image.device, image.inode) == (before.device, before.inode)
 
 
 def _never_seen(disk: Disk) -> str:
-    """Nobody had the image since its epoch began: what made that begin goes on."""
+    """Return the reason for an image that was not seen since its epoch began: the reason of the epoch still holds."""
     is_first = disk.epoch_number == 1
     return "it was never detached cleanly, nor seen when it was added" if is_first else disk.epoch_reason
 
@@ -164,7 +164,7 @@ def _other_file(image: ImageIdentity) -> str:
 
 
 def _within_last_moment(image: ImageIdentity, beat: Beat, now: Moment) -> bool:
-    """Nobody wrote after the sign of life, or only so soon after it that it was the owner."""
+    """Whether nothing was written after the sign of life, or only so soon after it that the owner wrote."""
     earliest_write = max(beat.mtime_ns, beat.time_ns - _MTIME_STEP_NS)
     if beat.boot_id == now.boot_id:
         is_unwritten = image.mtime_ns == beat.mtime_ns
@@ -181,7 +181,7 @@ def _within_last_moment(image: ImageIdentity, beat: Beat, now: Moment) -> bool:
 
 
 def _exchange(before: ImageIdentity, image: ImageIdentity) -> str | None:
-    """Why it is not the block device that it was, or what is behind it not the same."""
+    """Return why this is another block device than before, or another one is behind it."""
     if before.trace is None or image.trace is None:
         return _UNCOUNTED
     if image.trace.label != before.trace.label:
@@ -223,7 +223,7 @@ def _device_gap_since_sign_of_life(
 
 
 def _gap_since_boot(image: ImageIdentity, beat: Beat | None, now: Moment) -> str | None:
-    """Its column 'after a restart of the machine', of a block device: after a clean detach too."""
+    """Apply the column 'after a restart of the machine' for a block device, after a clean detach too."""
     if _sectors(image):
         return (
             f"{_amount(_sectors(image))} of the block device were written since this machine was started,"

@@ -1,16 +1,16 @@
-"""The flushes of one image, and what it means that one failed.
+"""The flushes of one image, and the consequences of a failed flush.
 
-Linux tells of data that it could not write back once for each descriptor, at the next flush, and calls that data
-clean from then on: another flush succeeds, though the data is not on the disk and may vanish from memory at any
-time. So what was written since the last good flush is not known any more, and:
+Linux reports data that it could not write back once per descriptor, at the next flush, and calls that data clean from
+then on. Another flush succeeds, though the data is not on the disk and may vanish from memory at any time. So all data
+written since the last good flush is unknown, and:
 
-1. A flush that failed fails for good, until the image is attached anew. Without that a guest, a checkpoint or a
-   detach would later be told that everything is on the disk. QEMU does the same.
-2. Flushes run one at a time, so that none succeeds beside the one that took the error. Those that wait for
-   their turn share the next.
-3. What the kernel calls clean is dropped from its memory: the image reads from now on as the disk has it.
-4. Whoever has to know is told at once, also of a flush that was the device's own idea (`lose`): whoever dies then
-   leaves word of it.
+1. After one failure every flush fails until the image is attached anew. Else a guest, a checkpoint or a detach would
+   later be told that everything is on the disk. QEMU does the same.
+2. Flushes run one at a time, so that none succeeds beside the one that took the error. Flushes that wait for their turn
+   share the next one.
+3. Data that the kernel calls clean is dropped from its memory: from then on the image reads as the disk has it.
+4. `on_failure` is called at once, also for a flush that the device did unasked (`lose`), so that the failure is on
+   record if the process dies then.
 
 A server that is away (`FarAway`) has lost nothing: a flush of its image fails, and the next one may succeed.
 """
@@ -32,9 +32,9 @@ MEND_IT = "look at the kernel log (dmesg), mend the disk, then stop and start wh
 
 
 class Flusher:
-    """Flushes `device`, the image of the disk called `name`; `on_failure` is told why, once, before anybody else.
+    """Flushes `device`, the image of the disk called `name`; `on_failure` is told why, once, before any caller.
 
-    Where it raises it is told again at the next occasion. Safe for many threads.
+    If it raises, it is told again at the next occasion. Safe for many threads.
     """
 
     def __init__(self, name: str, device: BlockDevice, on_failure: Callable[[str], None]) -> None:
@@ -53,20 +53,20 @@ class Flusher:
         return self._failure is not None
 
     def flush(self) -> None:
-        """Return after everything written before is on stable storage. Raises `StorageError`, then for ever."""
+        """Return when everything written before is on stable storage. After one `StorageError` every call raises it."""
         needed = self._begun + 1  # one that has begun may have missed what was written last
         with self._turn:
             if self._done < needed:
                 self._flush_now()
 
     def require_sound(self) -> None:
-        """Raise as the flush that failed did, if one did."""
+        """Raise the error of the failed flush, if one failed."""
         if self._failure is not None:
             self._tell()
             raise unflushed(self._name, self._failure) from self._failure
 
     def lose(self, error: OSError) -> None:
-        """The device says that what was written may be lost: as a flush that failed, and from any thread."""
+        """Take the device's word that written data may be lost, as a failed flush. May be called from any thread."""
         self._fail(error)
         try:
             self._tell()
@@ -74,12 +74,12 @@ class Flusher:
             log.error("disk %s: nothing can say yet that track is lost: %s", self._name, refusal)
 
     def tell_again(self) -> None:
-        """If a flush failed, whoever is told of it may have been deaf just then."""
+        """Call `on_failure` again if a flush failed: the first call may have come when track was lost already."""
         if self._failure is not None:
             self._on_failure(unflushed(self._name, self._failure).problem)
 
     def close(self, refusal: OSError) -> None:
-        """Wait for the flush that is under way; all others fail like this."""
+        """Wait for the flush that is under way; make all later ones fail with `refusal`."""
         with self._turn, self._telling:
             self._failure, self._untold = refusal, None
 
@@ -113,7 +113,7 @@ def unflushed(name: str, error: OSError) -> StorageError:
 
 
 def forget_unwritten(device: BlockDevice) -> None:
-    """Have the kernel read the image from the disk again; advice, which it may follow in part only."""
+    """Advise the kernel to read the image from the disk again; it may follow this in part only."""
     if device.fd is not None:
         with contextlib.suppress(OSError):
             os.posix_fadvise(device.fd, 0, 0, os.POSIX_FADV_DONTNEED)

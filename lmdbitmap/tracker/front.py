@@ -1,4 +1,4 @@
-"""What a server and an agent use of an attached disk: the image to read, and a lane for each thread that writes."""
+"""The interface of an attached disk for servers and agents: reads of the image, and a lane per writing thread."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lmdbitmap.tracker.lane import FilterLane
 
 
 class Front:
-    """A base for the `BlockDevice` and `ServedDisk` in front of `device`. Whoever has one says how lanes are made."""
+    """A base for the `BlockDevice` and `ServedDisk` in front of `device`. A subclass makes the lanes."""
 
     read_only = False
 
@@ -37,7 +37,7 @@ class Front:
         return self.device.allocation(offset, length)
 
     def pwrite(self, data: Buffer, offset: int) -> None:
-        """As `FilterLane.pwrite`, through the calling thread's lane."""
+        """Write through the calling thread's lane; see `FilterLane.pwrite`."""
         self._my_lane().pwrite(data, offset)
 
     def write_zeroes(

@@ -1,7 +1,7 @@
-"""The snapshots that a disk holds in one period, and the writes that concern none of them any more.
+"""The snapshots that a disk holds in one period, and the blocks whose writes concern none of them any more.
 
-What a lane looks at instead of the period's `settled` map while there are any is the map `let_through`: a bit for each
-block that is durably dirty, *and* of which every snapshot has kept what it wants. A bit is set after both, and stays.
+While there are snapshots, lanes use the map `let_through` instead of the period's `settled` map. A bit of it means that
+the block is durably dirty *and* that every snapshot has kept what it wants of it. A bit is set after both, and stays.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Holding:
         self.let_through = bits.bitmap_view(bits.anonymous_memory(geometry.region_count * REGION_BYTES))
 
     def keep(self, runs: Iterable[Run]) -> None:
-        """Return when runs of blocks may change, as far as snapshots are concerned. Never raises."""
+        """Return when snapshots allow the runs of blocks to change. Never raises."""
         for start, stop in runs:
             offset, length = self._geometry.bytes_of(start, stop)
             for snapshot in self.snapshots:

@@ -1,5 +1,5 @@
-"""Bitmaps of the store, ORed and read in slices: each is one short read transaction, in which it is asked anew which
-bitmaps they are. So a slow reader never pins an old view of the store.
+"""Bitmaps of the store, ORed and read in slices. Each slice is one short read transaction, which looks up anew which
+bitmaps to read. So a slow reader never pins an old view of the store.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ from lmdbitmap.storage.tally import GROUP_REGIONS
 from lmdbitmap.store import Reader, Store
 
 SLICE_REGIONS = GROUP_REGIONS
-"""Groups are read as a whole."""
+"""A slice is one group, because groups are read as a whole."""
 SLICE_BLOCKS = SLICE_REGIONS * REGION_BLOCKS
 _SLICE_BYTES = SLICE_REGIONS * REGION_BYTES
 
 
 class Slice(NamedTuple):
-    """The dirt of `SLICE_REGIONS` regions from `region` on; `loose` if armed or damaged ones are in it."""
+    """The dirt of `SLICE_REGIONS` regions from `region` on; `loose` if one of them is armed or damaged."""
 
     region: int
     dirty: bytearray
     loose: bool
 
     def runs(self, start: int = 0, stop: int | None = None) -> Iterator[Run]:
-        """Its dirty blocks as ascending runs, of blocks [start, stop) only, if given."""
+        """Yield the dirty blocks as ascending runs, within blocks [start, stop) if given."""
         base = self.region * REGION_BLOCKS
         last = SLICE_BLOCKS if stop is None else min(stop - base, SLICE_BLOCKS)
         for first, end in bits.runs(self.dirty, max(start - base, 0), last):
             yield base + first, base + end
 
     def is_dirty(self, block: int) -> bool:
-        """Whether a block is in it, and dirty."""
+        """Whether a block is in the slice, and dirty."""
         position = block - self.region * REGION_BLOCKS
         return 0 <= position < SLICE_BLOCKS and bool(bits.bitmap_view(self.dirty)[position])
 
 
 def full_slices(geometry: Geometry, start: int = 0, stop: int | None = None) -> Iterator[Slice]:
-    """Where every block counts as dirty. As `slices_of`, of regions [start, stop)."""
+    """Yield slices of regions [start, stop) in which every block is dirty, in the form of `slices_of`."""
     stop = geometry.region_count if stop is None else stop
     for region in range(start, stop, SLICE_REGIONS):
         yield _clipped(Slice(region, bytearray(b"\xff") * _SLICE_BYTES, loose=False), geometry)
@@ -53,7 +53,7 @@ def slices_of(
     start: int = 0,
     stop: int | None = None,
 ) -> Iterator[Slice]:
-    """Those in which something is dirty, ascending; bits past the disk's end are clear. Raises what `bitmap_ids` does.
+    """Yield the slices with dirt, ascending; bits past the disk's end are clear. Raises what `bitmap_ids` raises.
 
     Of regions [start, stop) only, if given. A slice is longer than they are: what it lacks of them is clean.
     """
@@ -76,7 +76,7 @@ def _next(store: Store, bitmap_ids: Callable[[Reader], Sequence[int]], start: in
 
 
 def _collect(reader: Reader, bitmap_id: int, part: Slice, stop: int) -> bool:
-    """OR a bitmap's records of regions before `stop` into the slice; answers whether one is armed or damaged."""
+    """OR a bitmap's records of regions before `stop` into the slice; return whether one is armed or damaged."""
     loose = False
     for region, record in reader.regions(bitmap_id, part.region, min(part.region + SLICE_REGIONS, stop)):
         known = bits.dirty_bits(record.armed, record.bits)
@@ -92,6 +92,6 @@ def _clipped(part: Slice, geometry: Geometry) -> Slice:
 
 
 def runs_of(parts: Iterable[Slice]) -> Iterator[Run]:
-    """The dirty blocks as ascending runs, cut where slices end."""
+    """Yield the dirty blocks as ascending runs, cut where slices end."""
     for part in parts:
         yield from part.runs()

@@ -1,14 +1,14 @@
-"""The owner's word for its disk: signs of life while tracking holds, and what it says when tracking fails.
+"""How an owner vouches for its disk: by signs of life while tracking holds, and how it stops when tracking fails.
 
-A bitmap is believed because its owner vouches for it (continuity.py). So an owner that lost track, and lets
-the guest write all the same (policy `guest-first`), first takes its word back, durably:
+A bitmap is believed because its owner vouches for it (continuity.py). So an owner that lost track, and lets the guest
+write all the same (policy `guest-first`), first withdraws its word, durably:
 
 1. by distrust in the owner's file, which needs no space (owner.py);
-2. if even that file cannot be written, by silence: no more signs of life, and no write before the last one is
-   so old that the image's mtime proves a gap;
+2. if even that file cannot be written, by silence: no more signs of life, and no write before the last one is so old
+   that the image's mtime proves a gap;
 3. on an image without an mtime silence proves nothing: there the write fails.
 
-The word is given again only for a new epoch.
+The owner vouches again only for a new epoch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lmdbitmap.store import CommitInDoubt
 log = logging.getLogger(__name__)
 
 SILENCE_S = 3.0
-"""Longer than continuity.py forgives: a write this late after the last beat is taken for a stranger's."""
+"""Longer than continuity.py forgives: a write this late after the last beat counts as another program's."""
 
 
 class Voucher:
@@ -42,10 +42,10 @@ class Voucher:
         self._beating = True
         self._has_beaten = False
         self.lost: str | None = None
-        """Why the open period is worth nothing; None while we vouch for it."""
+        """Why the open period is worth nothing; None while the owner vouches for it."""
 
     def beat(self) -> None:
-        """Leave a sign of life, the first one durably, unless silence has to say that we lost track."""
+        """Leave a sign of life, the first one durably. Do nothing if silence must say that track is lost."""
         with self._changing:  # no beat is under way while silence begins
             if self._beating:
                 now_ns, change = time.time_ns(), self._device.identity().last_change
@@ -53,9 +53,9 @@ class Voucher:
                 self._has_beaten = True
 
     def lose_track(self, reason: str) -> None:
-        """Return when nobody will believe the bitmap any more; after that the guest may write untracked.
+        """Return when the bitmap can no longer be believed; after that the guest may write untracked.
 
-        Raises `StorageError` where nothing can say so.
+        Raises `StorageError` if neither distrust nor silence can say so.
         """
         with self._changing:
             if self.lost is None:
@@ -78,28 +78,28 @@ class Voucher:
         time.sleep(SILENCE_S)
 
     def require_a_voice(self) -> None:
-        """Raise unless distrust can be written: what cannot take that cannot take trust back."""
+        """Raise unless distrust can be written: a file that does not take it does not take trust either."""
         if self.lost is not None:
             self._owner.declare_distrust(self.lost, time.time_ns())
 
     def vouch_again(self) -> None:
-        """A new epoch is durable: give the word for it."""
+        """Vouch for a new epoch, which is durable."""
         self._owner.restore_trust()
         self.lost = None
         self._beating = True
 
     def close(self) -> None:
-        with self._changing:  # a beat under way must not write to whatever gets its descriptor next
+        with self._changing:  # a beat under way must not write to the next file with its descriptor
             self._owner.close()
 
     def forsake(self) -> None:
-        """We are in a forked child, where whoever held the lock is not."""
+        """Close the files in a forked child. The lock is made anew: its holder's thread does not exist here."""
         self._changing = threading.Lock()
         self.close()
 
 
 def write_refused(name: str, error: LmdbitmapError) -> StorageError:
-    """What a guest's write fails with when its dirt cannot be recorded."""
+    """Return the error for a guest's write whose dirt cannot be recorded."""
     code = error.errno if isinstance(error, StorageError) else errno.EIO
     return StorageError(
         f"disk {name!r} cannot record a write ({error.problem})",
@@ -110,10 +110,10 @@ def write_refused(name: str, error: LmdbitmapError) -> StorageError:
 
 @contextlib.contextmanager
 def changed_together(vouchers: Sequence[Voucher]) -> Iterator[None]:
-    """The chains in the store and the periods in memory change together in the block.
+    """In the block, change the chains in the store and the periods in memory together.
 
-    Where an interruption (Ctrl-C) may have come between the two, or the store cannot say whether it took the
-    change, nobody can say which bitmap records: nothing is believed then.
+    If an interruption (Ctrl-C) may have come between the two, or the store cannot say whether it took the change, it is
+    unknown which bitmap records. All vouchers then lose track.
     """
     try:
         yield
