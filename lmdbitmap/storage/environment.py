@@ -1,16 +1,16 @@
-"""One LMDB environment as this process has it open: its settings, its map, its transactions, its refusals.
+"""The LMDB environment that this process has open: its settings, its map, its transactions, its errors.
 
 Invariants:
 - A transaction that returned is on stable storage (`sync` and `metasync` are on, `writemap` is off).
-- One process opens an environment once, however often it is asked for (LMDB's locks belong to the process), and
-  only where those who use it are seen to use it (presence.py).
-- Nobody has a transaction open while the map is replaced; a thread that has one may not ask for it.
-- LMDB refuses everything once the write of a meta page failed, and gives its map up when it cannot have a larger one.
-  The environment is then opened anew, as a restart would, as soon as no transaction is open; whoever committed is
-  told that the outcome is in doubt.
-- What a fork inherits is dead in the child: neither used nor committed, aborted or closed there. To abort or
-  close it would give back the parent's places in the table of readers, and with them the pages it reads.
-- The places of readers that died are given back when the environment is opened, once a minute, and when none is left.
+- One process opens an environment once, however often it is acquired (LMDB's locks belong to the process), and only
+  if its other users still hold LMDB's locks (presence.py).
+- No transaction is open while the map is replaced; a thread that has one open may not replace the map.
+- LMDB refuses everything once the write of a meta page failed, and gives its map up if it cannot get a larger one.
+  The environment is then opened anew, as a restart would, as soon as no transaction is open. The caller that committed
+  is told that the outcome is in doubt.
+- An environment that a forked child inherits is dead there: neither used nor committed, aborted or closed. To abort or
+  close it would free the parent's places in the table of readers, and with them the pages that the parent reads.
+- The places of dead readers are freed when the environment is opened, once a minute, and when no place is left.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ HOUSEKEEPING_S = 60.0
 LOCK_LOOK_S = 0.4
 """Less than an opener's patience in presence.py, and than the pause between two background passes."""
 LOOKED_THROUGH_BYTES = 32 << 20
-"""A file up to this size is looked through before LMDB may touch it: 0.2 s. A larger one is by `check`, and here
-where those who opened it before died young: LMDB trusts its pages, and a damaged one can take the process with it."""
+"""A file up to this size is examined before LMDB may touch it: 0.2 s. A larger one is examined by `check`, and here if
+its earlier openers died young: LMDB trusts its pages, and a damaged page can crash the process."""
 DEATHS_IN_A_ROW = 2
 YOUTH_S = 10.0
 HEADER_KEY = b"store"
@@ -58,7 +58,7 @@ DATABASES = ("meta", "disks", "checkpoints", "bitmaps", "regions", "tallies")
 
 
 class _Databases(dict[str, lmdb._Database]):
-    """By name. Emptied in a forked child, so that a view from before the fork finds nothing to read."""
+    """LMDB's databases by name. Emptied in a forked child, so that a view from before the fork can read nothing."""
 
     place = ""
 
@@ -85,7 +85,7 @@ class Environment:
         self._born_s = self._cleaned_s = self._looked_s = time.monotonic()
         self._is_young = True
         self.is_proven = False
-        """Whether somebody looked through what is in it, or cannot know: others have it open."""
+        """Whether the descriptions were checked, or need not be because others have the environment open."""
         with translated(path), presence.entering(path) as self._presence:
             self.is_proven = not self._presence.is_first
             if self._presence.is_first and self._is_suspect():
@@ -103,15 +103,15 @@ class Environment:
         forks.is_not_for_children(self)
 
     def _is_suspect(self) -> bool:
-        """Whether the file is to be looked through first: it is small, or whoever opened it died of something."""
+        """Whether the file must be examined first: it is small, or its last openers died young."""
         deaths = self._presence.begin_life()
         return os.path.getsize(data_path_of(self.path)) <= LOOKED_THROUGH_BYTES or deaths >= DEATHS_IN_A_ROW
 
     @contextlib.contextmanager
     def transaction(self, *, write: bool) -> Iterator[lmdb.Transaction]:
-        """A transaction, committed on the way out; a refusal of LMDB leaves as an error of ours.
+        """Yield a transaction, and commit it at the end of the block. LMDB's errors become this package's errors.
 
-        Raises `FullMapError` where the map must grow.
+        Raises `FullMapError` if the map must grow.
         """
         with translated(self.path):
             txn = self._begin(write)
@@ -141,7 +141,7 @@ class Environment:
             log.info("store %s: map grown to %d bytes", self.path, self._lmdb.info()["map_size"])
 
     def keep_house(self) -> None:
-        """Cheap, and to be called often: see to our locks, and once a minute to readers that died."""
+        """Check this process's locks, and once a minute free the places of dead readers. Cheap: call it often."""
         if time.monotonic() - self._looked_s >= LOCK_LOOK_S:  # nothing else is due more often
             with self.transaction(write=False):
                 self._keep_house()
@@ -168,14 +168,14 @@ class Environment:
             )  # fmt: skip
 
     def readers(self) -> list[tuple[int, int]]:
-        """(process, how many transactions its view lies behind) of every view that is open at this moment."""
+        """Return (process, transactions behind) of every view that is open at this moment."""
         with translated(self.path):
             newest = self._lmdb.info()["last_txnid"]
             rows = [line.split() for line in self._lmdb.readers().splitlines()[1:]]
         return [(int(row[0]), newest - int(row[2])) for row in rows if len(row) == 3 and row[2].isdigit()]
 
     def structural_problems(self) -> list[str]:
-        """What is wrong with the tree of pages, of a copy that nobody changes. It takes the file's size in memory."""
+        """Return what is wrong with the tree of pages, in an unchanging copy. It takes the file's size in memory."""
         with self.transaction(write=False), open(os.memfd_create("lmdbitmap check"), "wb") as copy:
             self._lmdb.copyfd(copy.fileno())
             try:
@@ -191,7 +191,7 @@ class Environment:
         self.highwater.close()
 
     def forsake(self) -> None:
-        """We are in a forked child. The parent's locks must not live on in us; the rest is only left alone."""
+        """Give up the environment in a forked child: close what carries the parent's locks, leave the rest alone."""
         self.databases.clear()
         del self._lmdb  # not closed, see the top of this module
         self._presence.close()
@@ -202,8 +202,8 @@ class Environment:
             raise dead_error(self.path)
 
     def _begin(self, write: bool) -> lmdb.Transaction:
-        """Begin and count; another process may have grown the map, and do so again before we have followed it,
-        or readers that died may hold every slot."""
+        """Begin and count a transaction. Try again if another process grew the map, perhaps repeatedly, or if dead
+        readers hold every slot."""
         for _ in range(_BEGIN_TRIES - 1):
             try:
                 return self._begin_counted(write)
@@ -236,11 +236,11 @@ class Environment:
             self._quiet.notify_all()
 
     def _has_one_open(self) -> bool:
-        """Whether the calling thread has a transaction open, and may not be made to wait for its end."""
+        """Whether the calling thread has a transaction open, so that it must not wait for all to end."""
         return bool(getattr(self._mine, "open", 0))
 
     def _resize_map(self, size: int) -> None:
-        """0 is what others made of it. A map that cannot be had costs the handle its old one: then open it anew."""
+        """Resize the map; 0 takes the size that others gave it. A failure costs the handle its old map: then reopen."""
         with self._exclusively():
             try:
                 self._lmdb.set_mapsize(size)
@@ -249,7 +249,7 @@ class Environment:
                 raise
 
     def _open_anew(self) -> None:
-        """Begin again with what is in the file, as a restart would."""
+        """Open the environment anew, as a restart would."""
         if self._has_one_open():
             raise not_open(self.path)  # the caller's own view is in the way
         with self._exclusively():
@@ -270,7 +270,7 @@ class Environment:
 
     @contextlib.contextmanager
     def _exclusively(self) -> Iterator[None]:
-        """LMDB asks that no transaction of this process is open; new ones of other threads wait."""
+        """Wait until no transaction of this process is open, as LMDB requires; new ones of other threads wait."""
         if self._has_one_open():
             raise StorageError(
                 f"store {self.path}: its map must grow, which a view that this thread has open keeps it from",
@@ -320,7 +320,7 @@ class Environment:
             raise DamagedStore(self.path, expected=f"databases {DATABASES}", found=f"none called {missing}")
 
     def _fill_up(self) -> None:
-        """Give a file that was cut its length again: its missing pages would be SIGBUS, those of zeroes are damage.
+        """Extend a truncated file to its length: missing pages would be SIGBUS, pages of zeroes are reported as damage.
 
         A sound file may lack pages that were never used, so its length alone proves nothing.
         """
@@ -355,7 +355,7 @@ class Environment:
 
 
 class _OpenOnes:
-    """The environments that this process has open, by device and inode of their data.mdb: it may have several paths."""
+    """The open environments of this process, by device and inode of data.mdb: one may have several paths."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -370,7 +370,7 @@ open_ones = _OpenOnes()
 
 
 def acquire(path: str) -> Environment:
-    """This process's handle for the environment in `path`, opened at the first call. `release` it."""
+    """Return this process's handle for the environment in `path`, opened at the first call. `release` it."""
     with open_ones.lock:
         environment = open_ones.by_file.get(_file_key(path))
         if environment is None:

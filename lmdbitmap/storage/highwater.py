@@ -1,9 +1,9 @@
-"""How far a store has come, noted beside its environment, so that going back is noticed.
+"""The number of a store's newest transaction, noted beside its environment, so that a step back is noticed.
 
-When the newest of LMDB's two meta pages is damaged, LMDB takes the other one without a word: the store is then what
-it was one transaction ago, sound in itself. The same happens when an old copy of `lmdb/` is put back. So the number of
-every transaction is noted in STORE/newest once it is durable. The note is not synced: after a power cut it may be
-an older one, or none, but never one of a transaction that was not durable.
+When the newest of LMDB's two meta pages is damaged, LMDB silently takes the other one: the store is then as it was one
+transaction ago, sound in itself. The same happens when an old copy of `lmdb/` is put back. So the number of every
+transaction is noted in STORE/newest once it is durable. The note is not synced: after a power cut it may be an older
+one, or none, but never that of a transaction that was not durable.
 
     offset  size   content of STORE/newest
     0       8      magic `LDBMmark`
@@ -28,7 +28,7 @@ _MAGIC = b"LDBMmark"
 
 
 class HighWater:
-    """The note of one store. No failure to read or write it is an error: it is evidence, and may be missing."""
+    """The note of one store. Failing to read or write it is no error: the note is evidence, and may be missing."""
 
     def __init__(self, path: str, store: UUID) -> None:
         self._store = store
@@ -37,7 +37,7 @@ class HighWater:
             self._fd = files.open_like_folder(path)
 
     def read(self) -> int:
-        """The number of a transaction that was durable; 0 if none is noted for this store."""
+        """Return the number of a transaction that was durable; 0 if none is noted for this store."""
         try:
             magic, store, newest, checksum = _NOTE.unpack(os.pread(self._fd, _NOTE.size, 0))
         except (OSError, struct.error):
@@ -51,7 +51,7 @@ class HighWater:
             self._write(transaction)
 
     def set(self, transaction: int) -> None:
-        """What was noted is known to be lost: go on from here. Durable on return."""
+        """Note `transaction` in place of a higher one that is known to be lost. Durable on return."""
         self._write(transaction)
         with contextlib.suppress(OSError, ValueError):
             os.fdatasync(self._fd)

@@ -1,8 +1,8 @@
-"""Making records whole again that were damaged: what they stood for is dirty, and from then on in good order.
+"""Repair of damaged region records: their period becomes all dirty, in sound records.
 
-A damaged region record, or a group that lost some, counts as dirty for ever, as nobody knows what was in it. Once
-a full backup is durable that costs nothing more. So it then becomes what it is taken for: a period in which everything
-changed. Only closed periods are touched: nobody writes to them.
+A damaged region record, or a group that lost some, counts as dirty for ever, as its content is unknown. Once a full
+backup is durable, a period that is all dirty costs nothing more. So the damaged period then becomes one in which
+everything changed. Only closed periods are changed: nothing writes to them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ WAS_DAMAGED = "some of its records were damaged"
 
 
 def mend_closed_periods(store: Store, disk: Disk) -> None:
-    """Durable on return. Whoever calls this owns the disk."""
+    """Make damaged closed periods all dirty; durable on return. The caller owns the disk."""
     with store.read() as reader:
         closed = [checkpoint.bitmap_id for checkpoint in reader.checkpoints(disk.uuid)[:-1]]
     for bitmap_id in closed:
@@ -26,7 +26,7 @@ def mend_closed_periods(store: Store, disk: Disk) -> None:
 
 
 def _is_damaged(store: Store, bitmap_id: int) -> bool:
-    """Looked through a group at a time, so that no view is kept for long."""
+    """Whether a record is damaged. Reads a group at a time, so that no view is kept for long."""
     region: int | None = 0
     while region is not None:
         stop = (region // GROUP_REGIONS + 1) * GROUP_REGIONS

@@ -64,7 +64,7 @@ class Beat(NamedTuple):
 
 
 class Distrust(NamedTuple):
-    """Since when, and why, the bitmaps of this disk can say nothing."""
+    """Since when, and why, the bitmaps of this disk are worth nothing."""
 
     since_ns: int
     reason: str
@@ -88,7 +88,7 @@ def last_beat(path: str) -> Beat | None:
 
 
 def distrust(path: str) -> Distrust | None:
-    """Why the disk cannot be trusted; None where this file says that it can."""
+    """Return why the disk cannot be trusted; None only if this file says that it can."""
     record = _read(path, _DISTRUST_OFFSET)
     if record is None:
         return Distrust(0, "the owner's file of this disk is missing or damaged")
@@ -100,7 +100,7 @@ def distrust(path: str) -> Distrust | None:
 
 
 def description(path: str) -> bytes | None:
-    """What was last kept of the disk itself; None where that is nothing, or damaged."""
+    """Return the disk's description that was last kept; None if there is none, or it is damaged."""
     record = _read(path, _DISK_OFFSET, _DISK_BYTES)
     if record is None:
         return None
@@ -109,7 +109,7 @@ def description(path: str) -> bytes | None:
 
 
 def is_owned(path: str) -> bool:
-    """Whether a living process holds the disk at this moment. Two who ask do not take each other for it."""
+    """Whether a living process owns the disk at this moment. Two callers do not take each other for the owner."""
     if not os.path.exists(path):
         return False
     with os_errors_at(path), open(path, "rb") as asked:
@@ -129,9 +129,9 @@ def owner_pid(path: str) -> str | None:
 
 
 class Owner:
-    """The lock on one disk, and the pen that goes with it. Raises `Busy` while another holds it.
+    """The lock on one disk, and the right to write its file. Raises `Busy` while another owner holds it.
 
-    `store_mark` tells how the store stands, for the beats.
+    `store_mark` returns the store's mark for the beats.
     """
 
     def __init__(self, path: str, store_mark: Callable[[], StoreMark] = lambda: UNMARKED) -> None:
@@ -165,7 +165,7 @@ class Owner:
         self._write_trust(None)
 
     def keep_description(self, kept: bytes) -> None:
-        """What the disk is made again from, should the store be damaged. Durable with the next durable beat."""
+        """Keep the description from which a damaged store's disk is made again. Durable with the next durable beat."""
         if description(self._path) != kept:
             try:
                 os.pwrite(self._lock.fd, _disk_record(kept), _DISK_OFFSET)
@@ -182,7 +182,7 @@ class Owner:
 
 
 def _lock_patiently(path: str) -> files.LockedFile:
-    """Somebody who only asks `is_owned` holds the lock too, for a moment: ask a few times."""
+    """Lock the file; try a few times, since a caller of `is_owned` holds the lock for a moment."""
     for _ in range(_LOCK_TRIES - 1):
         try:
             return files.lock_file(path, like_folder=True)
@@ -199,7 +199,7 @@ def _trust_record(why: Distrust | None) -> bytes:
 
 
 def _disk_record(kept: bytes) -> bytes:
-    """One that is too long, as only an endless URI could make it, is not kept."""
+    """Pack a description; one that is too long, as only an endless URI could make it, is not kept."""
     kept = kept if len(kept) <= _DISK_BYTES - _DISK.size - 4 else b""
     return _sealed(_DISK.pack(_DISK_MAGIC, len(kept)) + kept, _DISK_BYTES)
 

@@ -1,16 +1,16 @@
-"""Who uses a store at this moment: asked of locks that an accident does not drop.
+"""Which processes use a store at this moment, by locks that an accident does not drop.
 
-LMDB's own locks on lock.mdb belong to a process as a whole, and end as soon as *any* descriptor of that file is
-closed in it: a backup agent that hashes or packs its state folder does just that. The next process would take
-itself for the first one then, and clear the table that keeps readers' pages from being written over. So
-every process that has the environment open also holds
+LMDB's own locks on lock.mdb belong to a process as a whole. They end as soon as *any* descriptor of that file is closed
+in the process: a backup agent that hashes or packs its state folder does just that. The next process would then take
+itself for the first one, and clear the table that keeps readers' pages from being written over. So every process that
+has the environment open also holds
 
     STORE/users   a shared flock, for as long as it has the environment open
                   an exclusive lock on byte 0 (of the open file), while it opens the environment
-                  and in byte 0, how many first openers in a row died young, which a damaged page can be the cause of
+                  and in byte 0, how many first openers in a row died young, perhaps of a damaged page
 
-and whoever opens it while others do, and finds that none of them has LMDB's lock, refuses. A process that
-lost its locks takes them again as soon as it looks.
+A process refuses to open an environment that others have open if none of these has LMDB's lock. A process that lost its
+locks takes them again as soon as it checks them.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from lmdbitmap.system import files, kernel
 USERS = "users"
 _FLOCK = struct.Struct("hhqqi0q")  # l_type, l_whence, l_start, l_len, l_pid; 0q pads the end as C does
 _FIRST_BYTE = 0
-"""Of lock.mdb: every process that has the environment open locks it, shared."""
+"""The byte of lock.mdb on which every process that has the environment open holds a shared lock."""
 _TURN_TRIES = 500
 _LOOKS = 75
 _PAUSE_S = 0.02
 
 
 class Presence:
-    """That this process has an environment open."""
+    """This process's mark that it has an environment open."""
 
     def __init__(self, users_fd: int, lock_path: str) -> None:
         self._users_fd = users_fd
@@ -45,10 +45,10 @@ class Presence:
         """Whether nobody else had the environment open when we did."""
 
     def look_before(self, place: str) -> None:
-        """Raise `Busy` unless those who live have LMDB's locks, or nobody lives.
+        """Raise `Busy` unless the environment's users have LMDB's locks, or there are no users.
 
-        Patiently: a server that lost its locks takes them again within a moment, and who dies loses all at once
-        only nearly.
+        Retries: a server that lost its locks soon takes them again, and a dying process does not drop all its locks
+        at the same instant.
         """
         self.is_first = not _others_live(self._users_fd)
         if not os.path.exists(self._lock_path):
@@ -65,7 +65,7 @@ class Presence:
         )
 
     def is_alone(self) -> bool:
-        """Whether nobody else has the environment open. Whoever only tried to open it is waited for."""
+        """Whether no other process has the environment open. Waits for one that only tried to open it."""
         for _ in range(_LOOKS):
             if not _others_live(self._users_fd):
                 return True
@@ -73,24 +73,24 @@ class Presence:
         return False
 
     def begin_life(self) -> int:
-        """Count a first opener in, until `is_well`; answers how many before it in a row never were."""
+        """Count this first opener as dying young, until `is_well`; return how many in a row before it did."""
         deaths = int.from_bytes(os.pread(self._users_fd, 1, 0), "little")
         os.pwrite(self._users_fd, bytes([min(deaths + 1, 255)]), 0)
         return deaths
 
     def is_well(self) -> None:
-        """It has lived for a while, or ended well: nobody who opens it dies of it."""
+        """Reset the count: this opener has lived for a while or ended cleanly, so opening is not deadly."""
         if self._users_fd >= 0:
             os.pwrite(self._users_fd, b"\0", 0)
 
     def settle(self) -> None:
-        """The environment is open: keep a way to see our locks on it."""
+        """Keep a descriptor for checking LMDB's locks, now that the environment is open."""
         if self._lock_fd < 0:
             with os_errors_at(self._lock_path):
                 self._lock_fd = _open_lock_file(self._lock_path)
 
     def mend_locks(self) -> bool:
-        """Take LMDB's locks again if something in this process dropped them; answers whether it had."""
+        """Take LMDB's locks again if something in this process dropped them; return whether it had."""
         if _is_locked(self._lock_fd, os.getpid()):
             return False
         fcntl.fcntl(self._lock_fd, fcntl.F_SETLK, _request(fcntl.F_RDLCK, _FIRST_BYTE))
@@ -98,11 +98,11 @@ class Presence:
         return True
 
     def leave(self) -> None:
-        """Before the environment is closed: who has LMDB's locks no more must not seem to live."""
+        """Stop being a user before the environment is closed: a user without LMDB's locks makes openers refuse."""
         self._users_fd = _closed(self._users_fd)
 
     def close(self) -> None:
-        """After the environment. Nothing is unlocked by hand: a forked child that closes leaves its parent locked."""
+        """Close the files after the environment. Unlock nothing: a forked child must not unlock its parent."""
         self.leave()
         self._lock_fd = _closed(self._lock_fd)
 
@@ -119,10 +119,10 @@ def _closed(fd: int) -> int:
 
 @contextlib.contextmanager
 def entering(folder: str) -> Iterator[Presence]:
-    """Inside the block the environment `folder` may be opened; nobody else opens it meanwhile.
+    """In the block the environment `folder` may be opened; no other process opens it meanwhile.
 
-    Raises `Busy` where opening it would disturb those who use it, or this very process, in which another
-    library has it open.
+    Raises `Busy` if opening it would disturb its users, or this very process because another library in it has the
+    environment open.
     """
     store = os.path.dirname(folder)
     lock_path = os.path.join(folder, "lock.mdb")
@@ -160,7 +160,7 @@ def _turn(users_fd: int, place: str) -> Iterator[None]:
 
 
 def _require_unopened(lock_path: str, place: str) -> None:
-    """To open lock.mdb, and close it again, would drop the locks of whatever else in this process has it open."""
+    """Raise `Busy` if this process has lock.mdb open: to open and close it again would drop the locks on it."""
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             if os.path.samestat(os.stat(f"/proc/self/fd/{name}"), os.stat(lock_path)):
@@ -172,7 +172,7 @@ def _require_unopened(lock_path: str, place: str) -> None:
 
 
 def _others_live(users_fd: int) -> bool:
-    """Whether another process holds the shared lock; we hold it in any case after this."""
+    """Whether another process holds the shared lock. This process holds it in any case afterwards."""
     try:
         fcntl.flock(users_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return False
@@ -193,6 +193,6 @@ def _request(kind: int, byte: int) -> bytes:
 
 
 def _holders_of(users_fd: int) -> str:
-    """Who holds the shared lock, as far as /proc tells."""
+    """Name the holders of the shared lock, as far as /proc tells."""
     pids = kernel.flock_pids(os.fstat(users_fd), "READ")
     return f"process {', '.join(pids)}" if pids else "another process"

@@ -2,10 +2,10 @@
 
 Invariants:
 - Values fit in a leaf page; record sizes never vary. Keys are in schema.py.
-- No record is believed, and none believed to be absent, against the tally of its group (tally.py): where LMDB lost
-  or mixed up region records, their whole group is dirty; where it lost a description, the store is damaged. Only
-  `Reader.region` and `checkpoint` look at one record alone: for who adds to it, what was lost stays missing in the
-  tally; or for who has seen all of them.
+- No record, and no absence of one, is believed against the tally of its group (tally.py). If LMDB lost or mixed up
+  region records, their whole group is dirty; if it lost a description, the store is damaged. Only `Reader.region` and
+  `checkpoint` read one record alone: the former for a caller that adds to it (a lost record stays missing in the
+  tally), the latter for a caller that has seen the whole chain.
 - A view whose stamp is not its transaction's number is of a damaged file, and is an error.
 """
 
@@ -43,15 +43,15 @@ class Reader:
         self._databases = databases
         self._place = place
         self._disk_keys = {} if disk_keys is None else disk_keys
-        """Where disks were found by their names in earlier views: a hint, which may be wrong by now."""
+        """Keys of disks by name, as found in earlier views: hints, which may be wrong by now."""
 
     def end(self) -> None:
-        """Let go of the transaction: whoever keeps it keeps a forked child from opening the store."""
+        """Drop the transaction: a reference to it keeps a forked child from opening the store."""
         del self._txn
 
     @property
     def transaction(self) -> int:
-        """The number of the transaction that this is a view of; a writer's is its own."""
+        """The number of the transaction that this view shows; for a writer its own."""
         return self._txn.id()
 
     def require_newest(self, transaction: int) -> None:
@@ -87,7 +87,7 @@ class Reader:
         return None if value is None else schema.decode(Disk, value, place=self._place)
 
     def disk_named(self, name: str) -> Disk | None:
-        """The disk of that name, proven by itself: with hundreds of them a look at each would add up."""
+        """Return the disk of that name, and prove only this one: with hundreds of disks, proving each would add up."""
         key = self._disk_keys.get(name, b"")
         value = self._get("disks", key) if key else None
         if value is not None and (disk := self._if_called(name, key, value)) is not None:
@@ -100,7 +100,7 @@ class Reader:
         return None
 
     def _if_called(self, name: str, key: bytes, value: bytes) -> Disk | None:
-        """The disk, if that is its name."""
+        """Return the disk if it has that name."""
         if name.encode(errors="replace") not in value:
             return None
         self._require_whole(tally.group_key("disks", key), [(key, value)])
@@ -114,7 +114,7 @@ class Reader:
         return [schema.decode(Checkpoint, value, place=self._place) for _, value in items]
 
     def checkpoint(self, disk_uuid: UUID, sequence: int) -> Checkpoint | None:
-        """One of a chain, for who has seen all of it and asks whether this one is still there."""
+        """Return one checkpoint, for a caller that has seen the whole chain and asks whether it is still there."""
         value = self._get("checkpoints", schema.checkpoint_key(disk_uuid, sequence))
         return None if value is None else schema.decode(Checkpoint, value, place=self._place)
 
@@ -130,15 +130,15 @@ class Reader:
         return sorted((b for b in found if b.name is not None), key=lambda b: b.name or "")
 
     def region(self, bitmap_id: int, region: int) -> Region | None:
-        """One region record; None where all is clean, or where it was lost: only for who adds to it."""
+        """Return one region record; None if all is clean, or if it was lost: only for a caller that adds to it."""
         key = schema.region_key(bitmap_id, region)
         value = self._get("regions", key)
         return None if value is None else self._checked(key, value)
 
     def regions(self, bitmap_id: int, start: int = 0, stop: int = 2**63) -> Iterator[tuple[int, Region]]:
-        """The records of regions [start, stop), ascending; what is absent is all clean.
+        """Yield the records of regions [start, stop), ascending; absent regions are all clean.
 
-        The caller may write while it reads them: they are read a group at a time.
+        The caller may write while it reads: records are read a group at a time.
         """
         group = self._next_group(bitmap_id, start // GROUP_REGIONS)
         while group is not None and group * GROUP_REGIONS < stop:
@@ -146,7 +146,7 @@ class Reader:
             group = self._next_group(bitmap_id, group + 1)
 
     def next_group(self, bitmap_id: int, start: int) -> int | None:
-        """Where the first group begins that has records, and does not end before region `start`."""
+        """Return the start of the first group that has records and does not end before region `start`."""
         group = self._next_group(bitmap_id, start // GROUP_REGIONS)
         return None if group is None else group * GROUP_REGIONS
 
@@ -159,16 +159,16 @@ class Reader:
         return self._items(database, b"")
 
     def record_count(self, database: str) -> int:
-        """How many records LMDB says there are."""
+        """Return the number of records according to LMDB."""
         count: int = self._txn.stat(self._databases[database])["entries"]
         return count
 
     def tallies(self) -> dict[bytes, Tally | None]:
-        """Every group's, by its key; None where it is damaged."""
+        """Return every group's tally by its key; None if it is damaged."""
         return {key: tally.decode(key, value) for key, value in self._items("tallies", b"")}
 
     def _next_group(self, bitmap_id: int, start: int) -> int | None:
-        """The first group from `start` on that has records, or should have some."""
+        """Return the first group from `start` on that has records, or should have some."""
         bitmap_key = schema.bitmap_key(bitmap_id)
         found: list[int] = []
         with self._cursor("regions") as cursor:
@@ -184,7 +184,7 @@ class Reader:
         return min((group for group in found if group >= start), default=None)
 
     def _group(self, bitmap_id: int, group: int) -> list[tuple[int, Region]]:
-        """The records of one group; all of it damaged if they are not those that were written."""
+        """Return the records of one group; if they are not those that were written, all of its regions as damaged."""
         start = group * GROUP_REGIONS
         records = self._region_records(bitmap_id, start)
         if self._tally(tally.region_group_key(schema.bitmap_key(bitmap_id), group)) == tally.of(records):
@@ -197,7 +197,7 @@ class Reader:
         return [(number, Region(0, schema.ALL_DIRTY_BITS, damaged=True)) for number in range(start, stop)]
 
     def _region_records(self, bitmap_id: int, start: int) -> list[tuple[bytes, bytes]]:
-        """As they are; some more than a group can have if the tree is a ring."""
+        """Return a group's records as they are; if the tree is a ring, slightly more than a group can have."""
         limit = schema.region_key(bitmap_id, start + GROUP_REGIONS)
         found: list[tuple[bytes, bytes]] = []
         with self._cursor("regions") as cursor:
@@ -241,7 +241,7 @@ class Reader:
             )
 
     def _tally(self, group_key: bytes) -> Tally | None:
-        """None where it is damaged."""
+        """Return the group's tally; None if it is damaged."""
         value = self._get("tallies", group_key)
         return tally.NOTHING if value is None else tally.decode(group_key, value)
 
@@ -301,7 +301,7 @@ class Writer(Reader):
         self._is_changed = False
 
     def seal(self) -> bool:
-        """Write the tallies of what was changed, and the stamp; answers whether anything was."""
+        """Write the tallies of what was changed, and the stamp; return whether anything was changed."""
         self._write_tallies()
         if self._is_changed:
             self._put_tally(tally.STAMP_KEY, Tally(self._txn.id()))
@@ -331,7 +331,7 @@ class Writer(Reader):
         self._delete("checkpoints", schema.checkpoint_key(checkpoint.disk, checkpoint.sequence))
 
     def new_bitmap_id(self) -> int:
-        """A number that no bitmap of this store ever had."""
+        """Return a number that no bitmap of this store ever had."""
         self._require_whole(tally.group_key("meta", b""), list(self._items("meta", b"")))
         last = int.from_bytes(self._get("meta", BITMAP_ID_KEY) or b"", "big")
         self._put("meta", BITMAP_ID_KEY, (last + 1).to_bytes(8, "big"))
@@ -364,7 +364,7 @@ class Writer(Reader):
         self._drop_groups(schema.bitmap_key(bitmap_id), ceil_div(start, GROUP_REGIONS))
 
     def _drop_groups(self, bitmap_key: bytes, start: int) -> None:
-        """Groups that are gone as a whole have no tally, whatever it was."""
+        """Delete the tallies, whatever they were, of groups that were deleted as a whole."""
         first, prefix = tally.region_group_key(bitmap_key, start), tally.groups_of("regions") + bitmap_key
         with self._cursor("tallies") as cursor:
             cursor.set_range(first)
@@ -399,7 +399,7 @@ class Writer(Reader):
         return stored if stored is None or difference is None else stored.plus(difference)
 
     def _put_tally(self, key: bytes, new: Tally | None) -> None:
-        """One that is damaged stays so: what it said is not known any more."""
+        """Write a tally; a damaged one (None) stays as it is, as its value is unknown."""
         if new == tally.NOTHING:
             self._txn.delete(key, db=self._databases["tallies"])
         elif new is not None:

@@ -1,18 +1,18 @@
-"""A store that heals itself: where its environment is damaged or gone, it is made anew with all of its disks.
+"""Healing of a store: if its environment is damaged or gone, it is made anew with all of its disks.
 
     STORE/lmdb  ──▶  STORE/lmdb.damaged-20261123T194400Z      kept, never looked into again
     STORE/owners/*  ──▶  a new STORE/lmdb                      each disk in a new epoch, everything dirty
 
-LMDB trusts its pages, and a damaged one can take the process with it. So nothing is read from the old
-environment: what a disk is stands in its owner's file too (owner.py). What is lost are the checkpoints, whose place a
-full backup takes, and the bitmaps that stand alone, which came from files.
+LMDB trusts its pages, and a damaged page can crash the process. So nothing is read from the old environment: each
+disk's description is in its owner's file too (owner.py). Lost are the checkpoints, which a full backup replaces, and
+the stand-alone bitmaps, which came from files.
 
 Invariants:
-- Nobody has the environment open meanwhile, nor opens it (presence.py): a server that uses it would go on
+- No other process has the environment open, or opens it, meanwhile (presence.py): a server that uses it would go on
   with the old file, and its commits would be lost.
-- A store of a newer schema, and a sound environment of another program, are not damaged, and left alone.
-- No block is called clean by it: a new epoch is all dirty, and its image has yet to be seen.
-- It is there whole or not at all. A death on the way leaves the damaged environment, or none: either is healed again.
+- A store of a newer schema, or a sound environment of another program, is not damaged, and is left alone.
+- Healing calls no block clean: a new epoch is all dirty, and its image has yet to be seen.
+- The new environment appears whole or not at all. A crash leaves the damaged one, or none: either is healed again.
 """
 
 from __future__ import annotations
