@@ -12,22 +12,22 @@ import time
 
 
 class Maker(enum.Enum):
-    """Whose checkpoint it is."""
+    """The kind of run that made a checkpoint."""
 
     BACKUP = "backup"
     SYNC = "sync"
     STREAM = "stream"
 
     def new_name(self, time_ns: int) -> str:
-        """For a checkpoint at that Unix time."""
+        """Return a new name for a checkpoint at that Unix time in nanoseconds."""
         moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(time_ns // 1_000_000_000))
         return f"{self.value}-{moment}-{os.urandom(3).hex()}"
 
     @property
     def form(self) -> str:
-        """What its names look like, as a pattern."""
+        """The regular expression of its names."""
         return rf"{self.value}-[0-9]{{8}}T[0-9]{{6}}Z-[0-9a-f]{{6}}"
 
     def named(self, name: str) -> bool:
-        """Whether a checkpoint of that name may be its."""
+        """Whether a checkpoint of that name may be of this maker."""
         return re.fullmatch(self.form, name) is not None

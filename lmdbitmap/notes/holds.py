@@ -1,4 +1,4 @@
-"""Who holds the checkpoints of a disk: one small JSON file for each repository that the disk is backed up to.
+"""The holds on the checkpoints of a disk: one small JSON file for each repository that the disk is backed up to.
 
     STORE/holds/<disk uuid>-<holder uuid>.json   what is held; the holder's uuid is in the repository's manifest too
     STORE/holds/<disk uuid>-<holder uuid>.lock   held by the one run that backs the disk up to there
@@ -99,7 +99,7 @@ class Hold:
 
 
 def _shown(path: str) -> str:
-    """As a note can hold it."""
+    """Return a path in the form that a note can store."""
     return path.encode(errors="replace").decode()
 
 
@@ -109,7 +109,7 @@ def is_given_name(name: str) -> bool:
 
 
 class HoldFile:
-    """The note of one holder. Only who has it `locked` changes it."""
+    """The note of one holder. Only the holder of `locked` changes it."""
 
     def __init__(self, store_path: str, disk: UUID, holder: UUID) -> None:
         self.disk = disk
@@ -117,7 +117,7 @@ class HoldFile:
         self._folder = os.path.join(store_path, HOLDS)
         self._path = os.path.join(self._folder, f"{disk}-{holder}.json")
         self.hold: Hold | None = None
-        """As it was when it was read last."""
+        """The hold as last read or written."""
 
     @contextmanager
     def locked(self) -> Iterator[HoldFile]:
@@ -182,7 +182,7 @@ class HoldFile:
 
 
 def hold_files(store_path: str, disk: UUID) -> list[HoldFile]:
-    """All of a disk that can be read, in no order that means anything."""
+    """Return all readable hold files of a disk, in no particular order."""
     found = []
     for path in _paths(store_path, disk):
         match = _FILE_NAME.fullmatch(os.path.basename(path))
@@ -200,7 +200,7 @@ def disk_of(file_name: str) -> str | None:
 
 
 def remove_holds(store_path: str, disk: UUID) -> None:
-    """Of a disk that is gone."""
+    """Remove the holds of a disk that is gone."""
     remove_all(_paths(store_path, disk))
 
 

@@ -1,4 +1,4 @@
-"""What the notes have in common: files in a folder of the store, named for their disk, of JSON that may lie."""
+"""Functions for all notes: files in a folder of the store, named for their disk, of JSON that may be wrong."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def paths_of(folder: str, disk: UUID | None, disk_of: Callable[[str], str | None
 
 
 def remove_all(paths: Iterable[str]) -> None:
-    """Of a disk that is gone. What stays does no harm: no other disk will ever have its uuid."""
+    """Remove a gone disk's files. A file that stays does no harm: no other disk will ever have its uuid."""
     for path in paths:
         with suppress(OSError):
             os.unlink(path)

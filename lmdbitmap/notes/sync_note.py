@@ -1,9 +1,9 @@
-"""What a synced copy of a disk is at (sync.py): one small JSON file for each disk and target.
+"""How far a synced copy of a disk is (sync.py): one small JSON file for each disk and target.
 
     STORE/syncs/<disk uuid>-<16 hex>.json    the note; the digits are a digest of the target's lasting name
     STORE/syncs/<disk uuid>-<16 hex>.lock    held by the one sync that writes to that target
 
-What a note says holds at every moment, also after a power cut:
+Invariants, at every moment, also after a power cut:
 
 1. `at` names a checkpoint: outside of the blocks that changed since, the target holds what the disk holds. Without
    it nothing is known of the target.
@@ -125,7 +125,7 @@ def disk_of(file_name: str) -> str | None:
 
 
 def remove_notes(store_path: str, disk: UUID) -> None:
-    """Of a disk that is gone."""
+    """Remove the notes of a disk that is gone."""
     remove_all(_paths(store_path, disk))
 
 
@@ -151,7 +151,7 @@ def _read_or_unknown(path: str) -> Note | None:
 
 
 class NewerNote(FormatError):
-    """A newer version wrote it: it may say what we must not overlook."""
+    """A newer version wrote the note, which may say something that must not be overlooked."""
 
 
 def encode(note: Note) -> bytes:

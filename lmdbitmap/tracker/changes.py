@@ -1,12 +1,12 @@
-"""What changed: the read side of a chain, streamed in slices, and how far it can be believed.
+"""The changes since a checkpoint: the read side of a chain, streamed in slices, and how far it can be believed.
 
-A question is answered from the store alone, slice by slice. Each slice is one short read transaction that
-looks the chain up anew by the uuids of its ends: so a slow reader never pins an old view of the store, and
-a checkpoint in between that is merged away meanwhile changes nothing (its bits are in its neighbour). A
-recording bitmap only gains bits; what is written while we read may or may not be in the answer.
+A question is answered from the store alone, slice by slice. Each slice is one short read transaction that looks the
+chain up anew by the uuids of its ends. So a slow reader never pins an old view of the store. A checkpoint in between
+that is merged away meanwhile changes nothing (its bits are in its neighbour). A recording bitmap only gains bits; a
+write during the read may or may not be in the answer.
 
-Whoever asks about a disk that nobody owns gets continuity judged first, as an attach would judge it: an
-image that was written behind our back is never described as clean.
+For a disk without an owner, continuity is judged first, as an attach would judge it: an image that was written outside
+the filter is never described as clean.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lmdbitmap.tracker.slices import Slice, full_slices, slices_of
 
 
 class Standing(NamedTuple):
-    """How an answer can be believed, and why not better."""
+    """How far an answer can be believed, and why not further."""
 
     trust: Trust
     reason: str | None = None
@@ -59,7 +59,7 @@ class Changes:
     since: Checkpoint
     until: Checkpoint | None
     standing: Standing
-    """Without what only reading all records shows; see `standing_if`."""
+    """Before all records are read, which may lower it; see `standing_if`."""
 
     @property
     def geometry(self) -> Geometry:
@@ -77,7 +77,7 @@ class Changes:
             )
 
     def slices(self, start: int = 0, stop: int | None = None) -> Iterator[Slice]:
-        """The parts of the bitmap in which something is dirty, ascending; bits past the end are clear.
+        """Yield the slices with dirt, ascending; bits past the end are clear.
 
         Of regions [start, stop) only, if given. A slice is longer than they are: what it lacks of them is clean.
         """
@@ -87,7 +87,7 @@ class Changes:
         return slices_of(self.store, self.geometry, self._bitmap_ids, start, stop)
 
     def _bitmap_ids(self, reader: Reader) -> list[int]:
-        """The bitmaps of the periods asked for, as the chain is now. None may be of a later epoch."""
+        """Return the bitmaps of the requested periods, as the chain is now. Raise `Untrusted` if the epoch changed."""
         members = self._members(reader)
         if any(member.epoch != self.since.epoch for member in members):
             raise Untrusted(
@@ -97,7 +97,7 @@ class Changes:
         return [member.bitmap_id for member in members]
 
     def _members(self, reader: Reader) -> list[Checkpoint]:
-        """The checkpoints with which the periods asked for begin."""
+        """Return the checkpoints that begin the requested periods."""
         chain_now = reader.checkpoints(self.disk.uuid)
         by_uuid = {checkpoint.uuid: position for position, checkpoint in enumerate(chain_now)}
         stop = None if self.until is None else by_uuid.get(self.until.uuid)
@@ -112,7 +112,7 @@ class Changes:
         return bits.joined_runs(self._runs(start, stop))
 
     def _runs(self, start: int, stop: int) -> Iterator[Run]:
-        """Those that go on in the next slice come in two."""
+        """Yield the runs, cut where slices end."""
         for part in self.slices(start // REGION_BLOCKS, ceil_div(stop, REGION_BLOCKS)):
             yield from part.runs(start, stop)
 
@@ -122,7 +122,7 @@ class Changes:
         return dirty if device is None else with_zeroes(dirty, _zeroes(device))
 
     def _dirty_extents(self) -> Iterator[Extent]:
-        """Millions of them on a busy disk: as `Geometry.bytes_of`, without asking it each time."""
+        """Compute as `Geometry.bytes_of` does, without a call for each: a busy disk has millions."""
         shift, size = self.geometry.granularity_bits, self.geometry.size
         for start, stop in self.runs():
             offset = start << shift
@@ -148,8 +148,8 @@ class Changes:
 
 
 class _ClosedPeriod(Changes):
-    """What changed from `since` to `until`, the checkpoint after it. The chain, which may be long, is not looked up for
-    that: where both are there still the period is closed, and the disk's epoch and size are to be what they were."""
+    """What changed from `since` to `until`, the next checkpoint. The chain, which may be long, is not read for that.
+    While both checkpoints exist the period is closed; the disk's epoch and size must be unchanged."""
 
     def _members(self, reader: Reader) -> list[Checkpoint]:
         assert self.until is not None
@@ -163,9 +163,9 @@ class _ClosedPeriod(Changes):
 
 
 def dirty_bytes_of_period(store: Store, disk: Disk, begun: Checkpoint, ended: Checkpoint) -> int:
-    """How much changed from a checkpoint to the next one, for who asks that of a whole chain.
+    """Return the bytes changed between adjacent checkpoints, for a caller that asks this for a whole chain.
 
-    Raises `Untrusted` or `Busy` where the chain, or the disk, is another by now.
+    Raises `Untrusted` or `Busy` if the chain or the disk has changed meanwhile.
     """
     return _ClosedPeriod(store, disk, begun, ended, EXACT).summary.dirty_bytes
 
@@ -178,7 +178,7 @@ def _forgotten_error(disk: Disk) -> Untrusted:
 
 
 def changes_since(store: Store, name: str, since: Checkpoint, until: str) -> Changes:
-    """As `changes`, from that very checkpoint on: what changed before another of its name would be missing."""
+    """Return `changes` since that very checkpoint. A newer one of the same name would lack earlier changes."""
     answer = changes(store, name, since=since.name, until=until)
     if answer.since.uuid != since.uuid:
         raise Busy(
@@ -204,7 +204,7 @@ def changes(
         answer = _ask(store, name, since, until, persisted)
         now = chain.disk_called(store, name)
         if (now.epoch, now.session) == (answer.disk.epoch, answer.disk.session):
-            return answer  # else somebody attached or detached while we judged
+            return answer  # else the disk was attached or detached meanwhile
 
 
 def _ask(store: Store, name: str, since: str | None, until: str | None, persisted: bool) -> Changes:
@@ -254,7 +254,7 @@ def unknown_error(asked: Changes) -> Untrusted:
 def open_period_standing(store: Store, disk: Disk, persisted: bool = False) -> Standing:
     """Whether what the store knows of the recording period holds for the image as it is now.
 
-    An owner who persisted has vouched for the image. A lock that somebody holds has not.
+    An owner that persisted has vouched for the image. A lock alone does not vouch.
     """
     path = store.owner_path(disk.uuid)
     distrust = owner.distrust(path)
@@ -288,7 +288,7 @@ def _judged_standing(store: Store, disk: Disk, judge: Judge) -> Standing:
 
 
 def _identity(store: Store, disk: Disk, judge: Judge) -> ImageIdentity:
-    """What the image is now. One that a server exports to its owner is not looked at: the owner judged it when his
+    """Return the image's identity now. A remote image of an owned disk is not opened: its owner judged it when the
     session began, it says nothing new since then, and not every server takes a second client."""
     if is_far(disk.image) and judge is continuity.judge_held and disk.session and disk.identity:
         return disk.identity
@@ -296,7 +296,7 @@ def _identity(store: Store, disk: Disk, judge: Judge) -> ImageIdentity:
 
 
 def _zeroes(device: BlockDevice) -> Iterator[tuple[int, int]]:
-    """The ranges of (offset, length) of an image that are known to read as zeroes."""
+    """Yield the (offset, length) ranges of an image that are known to read as zeroes."""
     offset = 0
     for allocation in device.allocation(0, device.size):
         if allocation.zero:

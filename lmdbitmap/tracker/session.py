@@ -1,8 +1,7 @@
-"""Owning a disk: to begin a session, to vouch for an image, to add a disk, to say where it is now, to remove one.
+"""Owning a disk: to begin a session, to adopt an image, to add, relocate or remove a disk.
 
-Whoever does any of these holds two locks, taken in this order and let go when the block ends: the owner's
-lock on the disk (owner.py), and QEMU's locks on the image (images/device.py). What is judged about the image is
-judged under both.
+An owner holds two locks, taken in this order and released when the block ends: the owner's lock on the disk (owner.py),
+and QEMU's locks on the image (images/device.py). The image is judged under both.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ _OWNER_FILE = re.compile(rf"({UUID_FORM})(?:{UNFINISHED_FORM})?")
 
 
 class OwnedDisk:
-    """A disk whose locks we hold until the block of `owning` ends, or for good after `keep`."""
+    """A disk whose locks are held until the block of `owning` ends, or for good after `keep`."""
 
     def __init__(self, disk: Disk, owner: Owner, device: TrackableDevice) -> None:
         self.disk = disk
@@ -96,7 +95,7 @@ def _opened(store: Store, disk: Disk, open_device: OpenDevice) -> TrackableDevic
 
 
 def look_at(store: Store, disk: Disk) -> ImageIdentity:
-    """What the image of a disk is now, whoever writes it. Raises as `owning` does where it cannot be opened."""
+    """Return the present identity of a disk's image, owned or not. Raises as `owning` if it cannot be opened."""
     with contextlib.closing(_opened(store, disk, _open_to_look)) as device:
         return device.identity()
 
@@ -116,10 +115,10 @@ def refuse_own_ground(store: Store, image: str) -> None:
 
 
 def begin(store: Store, owned: OwnedDisk) -> Disk:
-    """Judge continuity and commit what follows from it: the session, and a new epoch if need be.
+    """Judge continuity, and commit the session, with a new epoch if need be.
 
-    The caller beats only after this. A beat before the commit could vouch, after a crash between the two,
-    for an image that was just found to be a stranger's.
+    The caller beats only after this. A beat before the commit could, after a crash between the two, vouch for an image
+    that was just found to be written by another program.
     """
     _flush_block_device(owned)
     return _resume(store, owned, settled_identity(owned.device), session=uuid4())
@@ -143,13 +142,13 @@ def _keep_description(owned: OwnedDisk, disk: Disk) -> None:
 
 
 def _leave_sign_of_life(owned: OwnedDisk, disk: Disk) -> None:
-    """As a session does, for what only a sign of life tells of the image: see `continuity.judge`."""
+    """Leave a sign of life as a session does: only that tells some facts of the image (see `continuity.judge`)."""
     assert disk.identity is not None
     owned.owner.beat(time.time_ns(), *disk.identity.last_change, durable=True)
 
 
 def _flush_block_device(owned: OwnedDisk) -> None:
-    """The kernel counts what has reached a block device: before it is asked, all has to."""
+    """Flush a block device: the kernel counts only writes that have reached it."""
     if owned.device.identity().is_block_device:
         _flush(owned)
 

@@ -1,4 +1,4 @@
-"""What is to be said of a store's folder, around the records: who may write it, and what lies about in it."""
+"""Remarks on a store's folder, apart from the records: who may write it, and which files are left over in it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def remarks_on(store: Store, known: set[str] | None) -> Iterator[Remark]:
 
 
 def _access_to(path: str) -> Iterator[Remark]:
-    """Who may write the store can make the tracker lie."""
+    """Yield remarks on a folder's access: a user that may write the store can make the tracker wrong."""
     if not os.path.isdir(path):
         yield Remark(path, "the folder is missing", f"make it: mkdir -m 700 {path}")
     elif stat.S_IMODE(os.stat(path).st_mode) & _OTHERS_WRITE:
