@@ -1,7 +1,7 @@
 """Making a store: its folder, and an environment that appears in it whole, by one rename.
 
-Whoever makes an environment in a folder holds that folder (`files.lock_folder`), so that two do not, and sweeps
-away what makers that died have left. An environment that is damaged is never written to: it is renamed, and stays.
+The maker of an environment locks the folder (`files.lock_folder`), so that there is only one maker, and sweeps away the
+remains of makers that died. A damaged environment is never written to: it is renamed, and stays.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _give(path: str, fresh: str) -> None:
 
 
 def _put_aside(path: str) -> str | None:
-    """Nothing is ever deleted: what is damaged may be all that a person has."""
+    """Rename the environment. Nothing is ever deleted: a damaged one may be all that a person has."""
     old = os.path.join(path, "lmdb")
     if not os.path.lexists(old):
         return None
@@ -158,7 +158,7 @@ def _put_aside(path: str) -> str | None:
 
 @contextlib.contextmanager
 def refusals(path: str) -> Iterator[None]:
-    """What the system refuses, as an error of the store in `path`."""
+    """Turn the system's errors into errors of the store in `path`."""
     try:
         yield
     except LmdbitmapError:

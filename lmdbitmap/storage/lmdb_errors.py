@@ -1,4 +1,4 @@
-"""What LMDB refuses, as errors of ours: which of them it is, and what to do about it."""
+"""LMDB's errors as errors of this package, each with its next step."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class FullMapError(Exception):
 
 @contextlib.contextmanager
 def translated(path: str) -> Iterator[None]:
-    """LMDB's refusals as errors of ours, except a full map, which the caller mends."""
+    """Turn LMDB's errors into errors of this package, except a full map, which the caller enlarges."""
     try:
         yield
     except lmdb.MapFullError as error:
         raise FullMapError from error
     except lmdb.Error as error:
         raise our_error(path, error) from error
-    except SystemError as error:  # what some of py-lmdb's methods make of a refusal, such as `Cursor.delete`
+    except SystemError as error:  # some of py-lmdb's methods, such as `Cursor.delete`, wrap an error so
         if isinstance(error.__cause__, lmdb.Error):
             raise our_error(path, error.__cause__) from error
         raise

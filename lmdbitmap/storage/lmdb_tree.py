@@ -1,6 +1,6 @@
-"""The tree of pages in a file of LMDB's, looked through without LMDB, which trusts it.
+"""The tree of pages in an LMDB file, examined without LMDB, which trusts it.
 
-A damaged page can take the process with it that reads it: this is how it is found before.
+A damaged page can crash the process that reads it: this module finds it first.
 """
 
 from __future__ import annotations

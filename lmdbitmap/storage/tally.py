@@ -38,7 +38,7 @@ _ID_BYTES = 8
 
 
 class Tally(NamedTuple):
-    """Of a group, or the difference that a change makes to it."""
+    """The tally of a group, or the difference that a change makes to it."""
 
     records: int = 0
     total: int = 0

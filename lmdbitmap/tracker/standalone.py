@@ -236,7 +236,7 @@ def _operand(reader: Reader, name: str) -> Bitmap:
 
 
 def _copied(writer: Writer, bitmap: Bitmap) -> Bitmap:
-    """Its records under a new number. A damaged one is whole there, and all dirty: only `superset` tells of it."""
+    """Copy a bitmap's records under a new number. A damaged one becomes whole and all dirty: only `superset` tells."""
     copy = replace(bitmap, id=writer.new_bitmap_id(), uuid=uuid.uuid4(), superset=why_loose(writer, bitmap))
     _put(writer, copy.id, _dirt(writer, bitmap, bitmap.granularity_bits))
     return copy
@@ -260,7 +260,7 @@ def _combined(writer: Writer, target: Bitmap, operation: Operation, source: Bitm
 
 
 def _unite(writer: Writer, target: Bitmap, _: Operation, source: Bitmap) -> Bitmap:
-    """OR, where the target is: only what the source holds is written."""
+    """OR in place: write only the regions that the source holds."""
     all_dirty = target.all_dirty or source.all_dirty
     if all_dirty is not None:
         writer.delete_regions(target.id)
@@ -284,7 +284,7 @@ def _replace(writer: Writer, target: Bitmap, operation: Operation, source: Bitma
 
 
 def _answer(writer: Writer, target: Bitmap, operation: Operation, source: Bitmap) -> Dirt:
-    """Only `and` has operands that are all dirty, and the other one is its answer then."""
+    """Combine two bitmaps. Only `and` has operands that are all dirty; its answer is then the other operand."""
     mine = _dirt(writer, target, target.granularity_bits)
     theirs = _dirt(writer, source, target.granularity_bits)
     if source.all_dirty is not None:
@@ -304,7 +304,7 @@ _INTO: dict[Operation, Callable[[bytearray, bytes], None]] = {
 def _region_by_region(
     mine: Dirt, theirs: Dirt, change: Callable[[bytearray, bytes], None]
 ) -> Iterator[tuple[int, bytes]]:
-    """Both walked together; where one has no region it is clean."""
+    """Walk both together; an absent region is clean."""
     for number, sides in groupby(merge(_sided(mine, 0), _sided(theirs, 1)), key=itemgetter(0)):
         pair = [ALL_CLEAN_BITS, ALL_CLEAN_BITS]
         for _, side, region in sides:
