@@ -52,7 +52,7 @@ class Store:
         self._closed = False
 
     @classmethod
-    def open(cls, path: str) -> Store:
+    def open(cls, path: str | os.PathLike[str]) -> Store:
         """Open the store at `path`. A damaged store is made anew first (salvage.py).
 
         Raises `NotFound` if there is none, `FormatError` if it is too new, or damaged while others use it,
@@ -82,7 +82,7 @@ class Store:
         return opened
 
     @classmethod
-    def create(cls, path: str) -> Store:
+    def create(cls, path: str | os.PathLike[str]) -> Store:
         """Open the store at `path`; create it first unless it is there already. Durable on return."""
         path = os.path.abspath(path)
         if creating.environment_file(path) is None:

@@ -53,7 +53,7 @@ class OwnedDisk:
         self.kept = False
 
     def keep(self) -> None:
-        """The locks have a new holder, who closes `device` and `lock`."""
+        """Leave `device` and `owner` to a new holder, which closes them."""
         self.kept = True
 
     def close(self) -> None:
