@@ -555,3 +555,18 @@ def test_a_long_write_is_one_request_and_one_batch_in_sixteen_is_timed(device: M
     traffic = peer.connection.traffic
     assert traffic.counts[:2] == (40, 1)
     assert 2 <= sum(traffic.batches.counts) <= 3
+
+
+def test_one_turn_in_sixteen_is_timed_too(device: MemoryDevice) -> None:
+    """A connection that shares its thread with others is served by turns."""
+    ours, theirs = socket.socketpair()
+    with (
+        ours,
+        theirs,
+        contextlib.closing(Connection(ours, PlainDisk(device), structured=False, contexts={})) as connection,
+    ):
+        for number in range(33):
+            theirs.sendall(request(READ, 0, 1, cookie=number))
+            assert connection.turn()
+            assert len(theirs.recv(1000)) == 16 + 1
+        assert sum(connection.traffic.batches.counts) == 3

@@ -16,8 +16,8 @@ failed is final (flushes.py). A server that cannot flush but can write through (
 nothing needs to be kept.
 
 **A silent server**, which is connected but sends nothing, is waited for without limit: a far disk may hang, and its
-guest must see no error. Only with `silence_s` a request is `Busy` once no byte came for that long, and so are all that
-follow.
+guest must see no error. Over TCP that ends when its host has accepted nothing for 20 s, since it may have vanished
+(dial.py). Only with `silence_s` a request is `Busy` once no byte came for that long, and so are all that follow.
 
 A new connection is taken only if the server still offers what it did: size, block sizes, transmission flags. If it then
 refuses to write again what it had acknowledged (it may be full by now), that counts as a failed flush: acknowledged

@@ -4,6 +4,9 @@ A guest retries what failed, and a hostile client may break the protocol a milli
 kind is logged at once. After that at most one per `_SILENCE_S` is logged, with the number left out in between. There is
 no thread and no timer: a new complaint checks the clock. A kind is made of words that the client cannot choose, so the
 number of kinds is bounded.
+
+A client that reconnects is a new client each time. So `_MOST_TOLD` complaints of a kind are logged in `_SILENCE_S` for
+all clients of a disk together, and as many for all clients that have not named a disk yet (`Volume`).
 """
 
 from __future__ import annotations

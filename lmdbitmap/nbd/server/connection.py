@@ -88,6 +88,7 @@ class Connection:
         self.counts = [0] * len(traffic.KINDS)
         self.bytes_received = len(received)
         self._batches = Latencies()
+        self._untimed_turns = 0
         self._receiver = Receiver(sock, encrypted=encrypted)
         self._disk = disk
         self._lane = disk.lane()
@@ -154,7 +155,11 @@ class Connection:
             return count is None
         self._end += count
         self.bytes_received += count
-        return self._serve_batch()
+        if self._untimed_turns:
+            self._untimed_turns -= 1
+            return self._serve_batch()
+        self._untimed_turns = _UNTIMED
+        return self._serve_timed_batch()
 
     def close(self) -> None:
         self.notice.to = nobody
