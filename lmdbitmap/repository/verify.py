@@ -28,7 +28,15 @@ from typing import NamedTuple
 
 from lmdbitmap.copying.digest_algorithms import DIGEST_BYTES
 from lmdbitmap.copying.hashing import digest_at, thread_count
-from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError, NotFound, os_errors_at
+from lmdbitmap.errors import (
+    Busy,
+    FormatError,
+    InvalidArgument,
+    LmdbitmapError,
+    NotFound,
+    StorageError,
+    os_errors_at,
+)
 from lmdbitmap.geometry import ceil_div
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.repository.backup_chain import are_still, image_reader
@@ -85,7 +93,8 @@ def verify(
 
     The result lists the flaws, and the images that cannot be proven for want of a package. Raises `NotFound` without
     such a disk or backup, `Busy` if the only flaws are in images that were pruned meanwhile, `StorageError` if the
-    system refuses.
+    system refuses. Of a whole repository, a manifest that the system does not let us read is a flaw: the others are
+    proven.
     """
     if at is not None and name is None:
         raise InvalidArgument(f"backup {at} of which disk", next_step="name the disk too")
@@ -146,9 +155,11 @@ def _tasks(
     for folder in folders_of(repository_path, [] if name is None else [name]):
         try:
             manifest = folder.known_backups() if name is not None else folder.manifest()
-        except FormatError as damaged:
-            step = damaged.next_step
-            flaws.add([Flaw(folder.disk_name, None, damaged.place, damaged.problem, next_step=step)])
+        except (FormatError, StorageError) as refusal:
+            if name is not None and isinstance(refusal, StorageError):
+                raise
+            step = refusal.next_step
+            flaws.add([Flaw(folder.disk_name, None, refusal.place, refusal.problem, next_step=step)])
             continue
         if manifest is not None and not manifest.backups:
             flaws.add([_without_backups(folder)])

@@ -101,7 +101,6 @@ def half_closed(cli: Cli, chain: Path) -> Iterator[Path]:
     ("verb", "more", "told"),
     [
         ("ls", [], "sdb: not listed: "),
-        ("verify", [], ""),
         ("copy", ["copy"], "sdb: not copied: "),
         ("prune", ["--keep", "1"], "sdb: not pruned: "),
     ],
@@ -117,6 +116,18 @@ def test_a_disk_that_cannot_be_looked_at_is_not_passed_over(
         f"lmdbitmap: {told}{half_closed / 'sdb'}: Permission denied; check its owner"
     )
     assert done.stderr.count("\n") == 1, "folders that root has at the top of a file system are no disks"
+
+
+@requires("setpriv")
+def test_verify_proves_the_other_disks_of_one_that_cannot_be_looked_at(cli: Cli, half_closed: Path) -> None:
+    powerless = POWERLESS if os.geteuid() == 0 else []
+    done = run(*powerless, *cli.command("verify", half_closed), cwd=cli.folder, check=False)
+    assert done.returncode == 1
+    assert done.stdout.startswith(f"sdb: {half_closed / 'sdb'}: Permission denied; check its owner")
+    assert "\nsda: 4 images, 1 flaw · " in done.stdout
+    named = run(*powerless, *cli.command("verify", half_closed, "sdb"), cwd=cli.folder, check=False)
+    assert (named.returncode, named.stdout) == (1, "")
+    assert named.stderr.startswith(f"lmdbitmap: {half_closed / 'sdb'}: Permission denied; check its owner")
 
 
 def test_a_disk_whose_manifests_are_both_lost_is_not_passed_over(cli: Cli, chain: Path) -> None:
