@@ -200,10 +200,10 @@ def over_report() -> Iterator[Line]:
             f"over-report after kill -9, {name}",
             excess,
             "MiB",
-            "written",
-            dirty / written,
+            "",
+            None,
             "<= 4096 MiB",
-            note,
+            f"{note}: {dirty / written:.2f}x",
         )
 
 
