@@ -31,14 +31,17 @@ from lmdbitmap.store import Reader, Store, Writer
 
 MAX_REGIONS = 1 << 25
 """Most regions of one disk: 16 GiB of bits, as for 64 TiB in blocks of 512 bytes."""
+_LISTED = "`lmdbitmap ls` lists those there are"
 _DAMAGED = "records of it were damaged"
 NEVER_BACKED_UP = "everything counts as dirty until the first full backup"
 
 
 def find_disk(reader: Reader, name: str) -> Disk:
-    if (disk := reader.disk_named(name)) is None:
-        raise NotFound(f"no disk is called {name!r}", next_step="`lmdbitmap ls` lists those there are")
-    return disk
+    if (disk := reader.disk_named(name)) is not None:
+        return disk
+    if any(bitmap.name == name for bitmap in reader.bitmaps()):
+        raise NotFound(f"{name!r} is a stand-alone bitmap, not a disk", next_step=_LISTED)
+    raise NotFound(f"no disk is called {name!r}", next_step=_LISTED)
 
 
 def disk_called(store: Store, name: str) -> Disk:
@@ -63,7 +66,7 @@ def current_checkpoint(reader: Reader, disk: Disk) -> Checkpoint:
     checkpoints = reader.checkpoints(disk.uuid)
     if not checkpoints:
         raise NotFound(
-            f"disk {disk.name!r} was removed meanwhile", next_step="`lmdbitmap ls` lists those there are"
+            f"disk {disk.name!r} was removed meanwhile", next_step=_LISTED
         )
     return checkpoints[-1]
 

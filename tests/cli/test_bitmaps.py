@@ -184,6 +184,13 @@ def test_a_file_becomes_a_bitmap_of_its_own(cli: Cli, flat: Path) -> None:
     assert "trust       exact" in cli.ok("info", "kept")
 
 
+def test_a_bitmap_is_not_called_unknown_where_a_disk_is_wanted(cli: Cli, flat: Path) -> None:
+    cli.ok("import", flat, "kept")
+    said = "'kept' is a stand-alone bitmap, not a disk; `lmdbitmap ls` lists those there are"
+    assert said in cli.fails(1, "changes", "kept")
+    assert said in cli.fails(1, "backup", "kept", "backups")
+
+
 def test_a_bitmap_goes_out_again_as_it_came(cli: Cli, flat: Path) -> None:
     cli.ok("import", flat, "kept")
     again = cli.folder / "again.dbm"
