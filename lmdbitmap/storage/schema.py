@@ -1,16 +1,15 @@
 """What the store's records mean: keys, region records, and the descriptions of disks, checkpoints and bitmaps.
 
-Every integer in a key is big-endian, so that LMDB's order is ours. A description is one msgpack map that
-carries `schema`, and a CRC-32 behind it; a newer schema is refused, an unknown key in a known schema too. A
-region record is
+Integers in keys are big-endian, so LMDB's order is theirs. A description is one msgpack map with a key `schema`,
+followed by its CRC-32. A newer schema is refused, and so is an unknown key in a known schema. A region record is
 
     offset  size
     0       8     armed mask, little-endian: bit e guards blocks 64*e .. 64*e+63 of the region
     8       512   exact bits, least significant first
     520     4     CRC-32 of the record's key and the 520 bytes before, little-endian
 
-and says: a block is dirty if its exact bit is set or its extent is armed. An absent record is all clean;
-a record that fails its check is all dirty, and says so. See docs/store.md.
+A block is dirty if its exact bit is set or its extent is armed. An absent record means all clean. A record that fails
+its check is all dirty, and marked as damaged. See docs/store.md.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ from lmdbitmap.geometry import REGION_BYTES, Geometry
 from lmdbitmap.interfaces import DeviceTrace, ImageIdentity
 
 SCHEMA_VERSION = 1
-"""Of every description but a disk's, which says its own."""
+"""The schema of every description but a disk's, which has its own."""
 STORE_MAGIC = "lmdbitmap store"
 
 MAX_NAME_BYTES = 1023
-"""Of checkpoints and bitmaps, as QEMU has it for its bitmaps."""
+"""Longest name of a checkpoint or a bitmap, as in QEMU."""
 MAX_DISK_NAME_BYTES = 200
-"""Of disks: the name is also a folder of the backup repository and an NBD export."""
+"""Longest name of a disk, which also names a folder of a repository and an NBD export."""
 
 WRITE_AHEAD = "write-ahead"
 DEFERRED = "deferred"
@@ -50,7 +49,7 @@ _REGION = struct.Struct(f"<Q{REGION_BYTES}sI")
 REGION_RECORD_BYTES = _REGION.size
 _CHECKSUM_BYTES = 4
 _MAX_ITEMS = 64
-"""In a map or an array of a description: more than any has, and no reason to make room for what a length says."""
+"""Most items in a map or an array of a description: more than any has, so no length in it makes us take memory."""
 _BITMAP_KEY = struct.Struct(">Q")
 _REGION_KEY = struct.Struct(">QQ")
 _CHECKPOINT_KEY = struct.Struct(">16sQ")
@@ -92,7 +91,7 @@ def encode_region(key: bytes, armed: int, bits: bytes) -> bytes:
 
 
 def decode_region(key: bytes, value: bytes) -> Region:
-    """The record, or an all-dirty one marked `damaged` if a byte of it or of its key is not what was written."""
+    """Return the record; an all-dirty one marked `damaged` if its bytes or its key are not what was written."""
     if len(value) != REGION_RECORD_BYTES:
         return Region(0, ALL_DIRTY_BITS, damaged=True)
     armed, bits, checksum = _REGION.unpack(value)
@@ -144,7 +143,7 @@ class Disk:
 
 
 def portrait(disk: Disk) -> Disk:
-    """What of a disk is worth keeping outside the store: what it is, and nothing of how it stands."""
+    """Return the part of a description worth keeping outside the store: what the disk is, without its state."""
     return dataclasses.replace(
         disk,
         epoch=UUID(int=0),
@@ -182,7 +181,7 @@ class Bitmap:
     size: int
     granularity_bits: int
     name: str | None = None
-    """Of a stand-alone bitmap; a checkpoint's has none."""
+    """The name of a stand-alone bitmap; None for a checkpoint's bitmap."""
     all_dirty: str | None = None
     superset: str | None = None
     """Why it may name clean blocks as dirty."""
@@ -202,7 +201,7 @@ D = TypeVar("D", bound=Description)
 
 
 def encode(description: Description) -> bytes:
-    """Its record, which is remembered as what it says: whoever changes a description reads it soon."""
+    """Return the record, and remember what it decodes to: a description that was changed is read again soon."""
     record = _encoded(description, description.schema)
     assert decode(type(description), record, place="new record") == description
     return record
@@ -216,17 +215,17 @@ def _encoded(description: Description, version: int) -> bytes:
 
 
 def seal(packed: bytes) -> bytes:
-    """A description's bytes, followed by their CRC-32: one flipped bit must not become another description."""
+    """Append the CRC-32, so that one flipped bit does not make another description."""
     return packed + crc32(packed).to_bytes(_CHECKSUM_BYTES, "little")
 
 
 def is_whole(record: bytes) -> bool:
-    """Whether a description's bytes are what somebody wrote, in whatever schema."""
+    """Return whether a description's bytes match their CRC-32, in any schema."""
     return seal(record[:-_CHECKSUM_BYTES]) == record
 
 
 def decode(kind: type[D], data: bytes, *, place: str) -> D:
-    """The description in `data`; raises `FormatError` for anything that `encode` would not have written."""
+    """Return the description in `data`. Raise `FormatError` for anything that `encode` would not have written."""
     try:
         description: D = _remembered(kind, data)
     except _Odd as odd:
@@ -235,7 +234,7 @@ def decode(kind: type[D], data: bytes, *, place: str) -> D:
 
 
 class _Odd(Exception):
-    """Bytes that are no description, wherever they were found."""
+    """Bytes that are not a description; `decode` adds the place."""
 
     def __init__(self, expected: str, found: object) -> None:
         super().__init__(expected, found)
@@ -269,12 +268,11 @@ def _decoded(kind: type[D], data: bytes) -> D:
 
 
 _remembered: Callable[..., Any] = functools.lru_cache(maxsize=4096)(_decoded)
-"""What was read or written of late, a kilobyte each: a disk's whole chain is read when it grows, and writers wait for
-that."""
+"""`_decoded` with its last results, a kilobyte each: a checkpoint reads its disk's whole chain while writers wait."""
 
 
 def _types(kind: type[Description]) -> dict[str, tuple[str, bool]]:
-    """The type of each field, and whether it may be None."""
+    """Return the type of each field, and whether it may be None."""
     types = {field.name: str(field.type).partition(" | ") for field in dataclasses.fields(kind)}
     return {name: (word, other == "None") for name, (word, _, other) in types.items()}
 
@@ -283,7 +281,7 @@ _types_of: Callable[..., dict[str, tuple[str, bool]]] = functools.cache(_types)
 
 
 def _check_modes(disk: Disk) -> None:
-    """A mode that we do not know cannot be kept: what it promises about the bits is unknown."""
+    """Refuse an unknown mode: what it promises about the bits is unknown."""
     if disk.durability not in DURABILITIES or disk.policy not in POLICIES:
         raise _Odd(f"one of {DURABILITIES}, one of {POLICIES}", (disk.durability, disk.policy))
 
@@ -315,7 +313,7 @@ def _plain(value: object) -> object:
 
 
 def _typed(name: str, wanted: tuple[str, bool], value: object) -> object:
-    """`value` as what is `wanted` of the field; the inverse of `_plain`, checked."""
+    """Return `value` as the type that the field wants: the inverse of `_plain`, checked."""
     kind, is_optional = wanted
     if value is None and is_optional:
         return None
@@ -329,7 +327,7 @@ def _typed(name: str, wanted: tuple[str, bool], value: object) -> object:
 
 
 def _shown(value: object) -> str:
-    """A value as a complaint can show it: short, and never walked into."""
+    """Return a value as an error can show it: short, and without walking into it."""
     if isinstance(value, (dict, list)):
         return f"a {type(value).__name__} of {len(value)}"
     return ascii(value)[:80]
@@ -356,7 +354,7 @@ def _error(what: str, place: str, expected: str, found: object) -> FormatError:
 
 
 def check_disk_name(name: str) -> str:
-    """`name` if it can name a disk everywhere one is named: in a list, a folder, an NBD export."""
+    """Return `name` if it can name a disk in a list, a folder and an NBD export; else raise `InvalidArgument`."""
     check_name(name, what="disk", limit=MAX_DISK_NAME_BYTES)
     if name.startswith((".", "-")) or any(character in "/\\,@" for character in name):
         raise InvalidArgument(
@@ -367,7 +365,7 @@ def check_disk_name(name: str) -> str:
 
 
 def check_name(name: str, *, what: str, limit: int = MAX_NAME_BYTES) -> str:
-    """`name` if it is 1 to `limit` bytes of UTF-8 without control characters; `InvalidArgument` otherwise."""
+    """Return `name` if it is 1 to `limit` bytes of UTF-8 without control characters; else raise `InvalidArgument`."""
     try:
         length = len(name.encode())
     except UnicodeEncodeError as error:

@@ -1,14 +1,14 @@
-"""Is a store sound, and if not, what to do: a walk over everything that it holds.
+"""Checks whether a store is sound, by a walk over everything that it holds, and says what to do if it is not.
 
-All records are read in one view, so that what another process changes meanwhile is seen whole or not at
-all; region records stream by, and only descriptions are kept. Every description is decoded for itself: one
-that lies does not hide the others. Damage is told once for each bitmap, however many records it hit.
+All records are read in one view, so a change by another process is seen whole or not at all. Region records stream by;
+only descriptions are kept. Every description is decoded by itself: a bad one does not hide the others. Damage is
+reported once per bitmap, however many records it hit.
 
-Nothing is ever mended here. What is unsound counts as dirty wherever it is used, so that no answer of a
-damaged store is wrong in the dangerous direction; a finding says what to do to get exact answers again.
+Nothing is repaired here. Unsound records count as dirty wherever they are used, so a damaged store never calls a
+changed block clean. A finding says how to get exact answers again.
 
-LMDB's pages are looked at first, in a copy: to walk over damaged ones could end the process. Then every record is
-counted, and held against the tally of its group (tally.py): so that what is not there is missed too.
+LMDB's pages are checked first, in a copy: a walk over damaged ones could end the process. Then all records are counted
+and compared with the tallies of their groups (tally.py), so that missing records are found too.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Finding(NamedTuple):
 
 
 def check_store(store: Store, progress: Progress = lambda done, total: None) -> list[Finding]:
-    """Everything that is wrong with the store, or worth knowing; nothing if it is sound."""
+    """Return everything that is wrong with the store or worth knowing; nothing if it is sound."""
     pages = list(_pages(store))
     if pages:
         return pages
@@ -100,7 +100,7 @@ def _pages(store: Store) -> Iterator[Finding]:
 
 
 class _Ledger:
-    """Hands out every record as it is, proven or not, and counts it."""
+    """Yields every record as it is, sound or not, and counts it."""
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
@@ -115,7 +115,7 @@ class _Ledger:
             yield key, value
 
     def losses(self, inventory: _Inventory) -> Iterator[Finding]:
-        """What all records together do not make up; to be asked when each was handed out once."""
+        """Yield a finding for records that are missing by count or tally. Call it after all records were yielded."""
         for database, count in sorted(self._counts.items()):
             said = self._reader.record_count(database)
             if count != said:
@@ -152,7 +152,7 @@ def _views(store: Store) -> Iterator[Finding]:
 
 @dataclass(frozen=True)
 class _Inventory:
-    """What the store describes, as far as it could be read. `complete` if all of it could."""
+    """The descriptions that could be read. `complete` if all could."""
 
     disks: dict[UUID, Disk]
     checkpoints: list[Checkpoint]
@@ -187,7 +187,7 @@ def _take_inventory(ledger: _Ledger) -> tuple[_Inventory, list[Finding]]:
 def _decoded(
     ledger: _Ledger, database: str, kind: type[D], key_of: Callable[[D], bytes], findings: list[Finding]
 ) -> list[D]:
-    """The descriptions that can be read and stand where they belong; a finding for each of the others."""
+    """Return the descriptions that can be read and are where they belong; add a finding for each of the others."""
     found = []
     for key, value in ledger.records(database):
         try:
@@ -210,7 +210,7 @@ def _damage(place: str, problem: str, next_step: str = _START_ANEW) -> Finding:
 
 
 def _names(inventory: _Inventory) -> Iterator[Finding]:
-    """One word says which disk or stand-alone bitmap is meant, one path which disk."""
+    """Check that each name means one disk or stand-alone bitmap, and each path one disk."""
     names = [disk.name for disk in inventory.disks.values()]
     names += [bitmap.name for bitmap in inventory.bitmaps.values() if bitmap.name is not None]
     for name in _twice(names):
@@ -241,7 +241,7 @@ def _problems_of(disk: Disk) -> Iterator[str]:
 
 
 def _problems_of_chain(disk: Disk, chain: Sequence[Checkpoint]) -> Iterator[str]:
-    """A chain is ordered, its epochs follow each other, and its last one is the disk's."""
+    """Check that a chain is ordered, its epochs follow each other, and its last epoch is the disk's."""
     if not chain:
         yield "it has no checkpoint, so nothing records"
         return
@@ -294,7 +294,7 @@ def _orphan(place: str, problem: str) -> Finding:
 
 @dataclass
 class _Unsound:
-    """How many region records of a bitmap are unsound, and which is the first."""
+    """The number of unsound region records of a bitmap, and the first one."""
 
     damaged: int = 0
     outside: int = 0
@@ -325,7 +325,7 @@ def _regions(ledger: _Ledger, inventory: _Inventory, progress: Progress) -> Iter
 
 
 def _walked(ledger: _Ledger, inventory: _Inventory, progress: Progress) -> Iterator[tuple[int, int, bool]]:
-    """(bitmap id, region, whether its bytes are what was written) of every region record, ascending."""
+    """Yield (bitmap id, region, whether its bytes are what was written) of every region record, ascending."""
     before, total = {}, 0
     for number, bitmap in sorted(inventory.bitmaps.items()):
         before[number] = total
@@ -353,7 +353,7 @@ def _told(unsound: _Unsound, place: str) -> Iterator[Finding]:
 
 
 def _owner_of(bitmap_id: int, inventory: _Inventory) -> str:
-    """Whose bitmap it is, for people: its checkpoint's and disk's names, or its own."""
+    """Return a bitmap's name for people: its checkpoint's and disk's names, or its own."""
     for checkpoint in inventory.checkpoints:
         disk = inventory.disks.get(checkpoint.disk)
         if checkpoint.bitmap_id == bitmap_id and disk is not None:
@@ -366,9 +366,9 @@ def _owner_of(bitmap_id: int, inventory: _Inventory) -> str:
 
 
 def _standing(store: Store, disk: Disk) -> Iterator[Finding]:
-    """Whether the disk's image is still the one that its bitmaps speak of.
+    """Check that the disk's image is still the one that its bitmaps describe.
 
-    That the owner of a disk in deferred mode keeps its bits to itself is as it should be, and no finding.
+    It is not a finding that the owner of a disk in deferred mode keeps its bits in memory.
     """
     standing = open_period_standing(store, disk, persisted=disk.durability == schema.DEFERRED)
     place, problem = f"disk {disk.name!r}", standing.reason or ""
@@ -379,7 +379,7 @@ def _standing(store: Store, disk: Disk) -> Iterator[Finding]:
 
 
 def next_step_for(store: Store, disk: Disk) -> str:
-    """What to do about a disk that cannot be trusted; nothing is offered that would be refused."""
+    """Return the next step for a disk that cannot be trusted: never one that would be refused."""
     is_owned = owner.is_owned(store.owner_path(disk.uuid))
     is_open_here = is_owned and not is_far(disk.image)
     try:
