@@ -1,6 +1,6 @@
-"""The names of checkpoints of our making, such as `backup-20261130T022349Z-1f2e3d`, of which there is one each.
+"""The unique names of checkpoints of our making, such as `backup-20261130T022349Z-1f2e3d`.
 
-Only a checkpoint with such a name is ever forgotten without being asked for it, whatever a manifest or a note says.
+Only a checkpoint with such a name is ever forgotten unasked, whatever a manifest or a note says.
 """
 
 from __future__ import annotations

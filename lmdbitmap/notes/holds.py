@@ -1,20 +1,20 @@
-"""The holds on the checkpoints of a disk: one small JSON file for each repository that the disk is backed up to.
+"""The holds on the checkpoints of a disk: a small JSON file for each repository that the disk is backed up to.
 
     STORE/holds/<disk uuid>-<holder uuid>.json   what is held; the holder's uuid is in the repository's manifest too
     STORE/holds/<disk uuid>-<holder uuid>.lock   held by the one run that backs the disk up to there
-    STORE/holds/<disk uuid>-lapse.json           after how many days a hold lapses, where that was set
+    STORE/holds/<disk uuid>-lapse.json           after how many days a hold lapses, if that was set
 
-A stream has such a note while it is under way, and without a repository. Invariants, at every moment, also after a
-power cut:
+A running stream has such a note too, without a repository. Invariants, at every moment, also after a power cut:
 
-1. `under_way` names a checkpoint from before it is made until right before an archive may name it. Where nobody has
-   the lock, its run is dead, and no archive will ever name it.
-2. A checkpoint is in `checkpoints` before a manifest names it. A hold that is `ended`, because it lapsed or by hand,
-   holds nothing any more; if the repository comes back before they are gone, it holds them again.
-3. What no note names stays for ever, and so do checkpoints with names that are not of our making, but for one of
-   which a note has the uuid. A note that is lost or cannot be read only costs that.
+1. `under_way` names a checkpoint from before it is made until right before an archive may name it. If the lock is
+   free, its run is dead, and no archive will ever name it.
+2. A checkpoint is in `checkpoints` before a manifest names it. An `ended` hold, which lapsed or was dropped by hand,
+   holds nothing any more; if its repository comes back before the checkpoints are gone, it holds them again.
+3. A checkpoint that no note names stays for ever. So does one whose name is not of our making, unless a note has its
+   uuid. So a lost or unreadable note costs only checkpoints that stay.
 
-That a repository is not at its path says nothing: disks take turns at one mount point. Paths are shown, never followed.
+A repository that is not at its path proves nothing: disks take turns at one mount point. Paths are shown, never
+followed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 HOLDS: Final = "holds"
 FORMAT_VERSION: Final = 1
 LAPSE_DAYS: Final = 180
-"""Where nothing else was set."""
+"""The default of `lapse_days`."""
 MOST_LAPSE_DAYS: Final = 36_500
 LAPSED, DROPPED = "hold-lapsed", "hold-dropped"
 _DAY_NS: Final = 86_400 * 10**9
@@ -50,7 +50,7 @@ _FILE_NAME = re.compile(rf"({UUID_FORM})-({UUID_FORM}|lapse)\.(json|lock|json{UN
 
 
 class UnderWay(NamedTuple):
-    """The checkpoint of a run; its uuid where its name could be another one's too, and no name before that is known."""
+    """The checkpoint of a run. It has a uuid if others could have its name, and no name before that is known."""
 
     name: str
     uuid: UUID | None = None
@@ -65,21 +65,21 @@ class UnderWay(NamedTuple):
 class Hold:
     holder: UUID
     repository: str | None
-    """Its path when it was last used; None of a stream."""
+    """The repository's path when it was last used; None for a stream."""
     used_ns: int
-    """Unix time."""
+    """Unix time of its last use."""
     checkpoints: tuple[CheckpointRef, ...] = ()
     under_way: UnderWay | None = None
     ended: Reason | None = None
 
     @property
     def uuids(self) -> frozenset[UUID]:
-        """Of the checkpoints that it holds, or held until it ended."""
+        """The uuids of the checkpoints that it holds, or held until it ended."""
         return frozenset(checkpoint.uuid for checkpoint in self.checkpoints)
 
     @property
     def expects_backups(self) -> bool:
-        """Whether its repository has backups, as far as is known, that nobody gave up by hand."""
+        """Whether its repository is known to have backups that were not given up by hand."""
         return bool(self.checkpoints) if self.ended is None else self.ended.code == LAPSED
 
     def was_at(self, repository: str) -> bool:
@@ -87,12 +87,12 @@ class Hold:
         return self.repository == _shown(repository)
 
     def is_stale(self, days: int, time_ns: int) -> bool:
-        """Whether it holds something, and was not used for so many days; 0 is for ever."""
+        """Return whether it holds something and was not used for `days`; 0 means for ever."""
         is_old = days > 0 and time_ns - self.used_ns > days * _DAY_NS
         return is_old and self.ended is None and bool(self.checkpoints)
 
     def lets_go_of(self, member: Checkpoint) -> bool:
-        """Whether this hold does not need a checkpoint that it names; its lock is ours."""
+        """Return whether this hold names a checkpoint but does not need it. The caller has its lock."""
         if self.under_way is not None and self.under_way.is_of(member):
             return True
         return self.ended is not None and member.uuid in self.uuids and Maker.BACKUP.named(member.name)
@@ -104,12 +104,12 @@ def _shown(path: str) -> str:
 
 
 def is_given_name(name: str) -> bool:
-    """Whether a backup or a stream gave a checkpoint that name, so that there is only one of it."""
+    """Return whether a backup or a stream made up that name, so that only one checkpoint has it."""
     return Maker.BACKUP.named(name) or Maker.STREAM.named(name)
 
 
 class HoldFile:
-    """The note of one holder. Only the holder of `locked` changes it."""
+    """The note of one holder. Change it only inside `locked`."""
 
     def __init__(self, store_path: str, disk: UUID, holder: UUID) -> None:
         self.disk = disk
@@ -121,7 +121,7 @@ class HoldFile:
 
     @contextmanager
     def locked(self) -> Iterator[HoldFile]:
-        """Raises `Busy` while another run holds it. The note is read anew."""
+        """Lock the note and read it again. Raises `Busy` while another run has the lock."""
         with os_errors_at(self._folder):
             files.make_folder_like(self._folder)
         with files.lock_file(f"{self._path.removesuffix('.json')}.lock", like_folder=True):
@@ -133,12 +133,12 @@ class HoldFile:
         return self.hold
 
     def replace(self, hold: Hold) -> None:
-        """Durable on return; a death leaves the old note or the new one."""
+        """Write the note; durable on return. A death leaves the old note or the new one."""
         files.replace_atomically(self._path, encode(hold), like_folder=True)
         self.hold = hold
 
     def remove(self) -> None:
-        """Durable on return. The lock's file goes too: whoever opened it before sees that it has no name any more."""
+        """Remove note and lock; durable on return. A process that opened the lock before sees that its name is gone."""
         with os_errors_at(self._folder):
             for path in (self._path, f"{self._path.removesuffix('.json')}.lock"):
                 with suppress(FileNotFoundError):
@@ -151,14 +151,14 @@ class HoldFile:
     def begin(
         self, repository: str | None, held: Iterable[CheckpointRef], run: UnderWay, time_ns: int
     ) -> None:
-        """A run is about to take a checkpoint; `held` are those that are there to count from."""
+        """Note that a run is about to take a checkpoint; `held` are the checkpoints to count from."""
         still = tuple(held)
         ended = self.hold.ended if self.hold is not None and not still else None
         shown = None if repository is None else _shown(repository)
         self.replace(Hold(self.holder, shown, time_ns, still, run, ended))
 
     def keep(self, checkpoint: CheckpointRef, time_ns: int) -> None:
-        """An archive is about to name the run's checkpoint: from now on it is held."""
+        """Hold the run's checkpoint from now on: an archive is about to name it."""
         assert self.hold is not None
         held = (*self.hold.checkpoints, checkpoint)
         self.replace(
@@ -166,7 +166,7 @@ class HoldFile:
         )
 
     def settle(self, members: Iterable[Checkpoint]) -> None:
-        """Forget what is gone: of the disk's checkpoints `members` are left. Without any there is no note."""
+        """Drop checkpoints that are gone; `members` are the disk's present ones. If none is left, remove the note."""
         if (hold := self.hold) is None:
             return
         there = list(members)
@@ -194,13 +194,13 @@ def hold_files(store_path: str, disk: UUID) -> list[HoldFile]:
 
 
 def disk_of(file_name: str) -> str | None:
-    """The uuid of the disk whose note, beginning of a note, or lock a file of that name is."""
+    """Return the uuid of the disk to which a note, an unfinished note or a lock of that name belongs."""
     match = _FILE_NAME.fullmatch(file_name)
     return None if match is None else match[1]
 
 
 def remove_holds(store_path: str, disk: UUID) -> None:
-    """Remove the holds of a disk that is gone."""
+    """Remove the holds of a removed disk."""
     remove_all(_paths(store_path, disk))
 
 
@@ -212,7 +212,7 @@ def _paths(store_path: str, disk: UUID) -> list[str]:
 
 
 def lapse_days(store_path: str, disk: UUID) -> int:
-    """After how many days without a backup a hold lapses; 0 for never, which is also what a damaged note says."""
+    """Return after how many days without a backup a hold lapses; 0 means never, as does a damaged note."""
     path = _lapse_path(store_path, disk)
     if not os.path.lexists(path):
         return LAPSE_DAYS
@@ -225,7 +225,7 @@ def lapse_days(store_path: str, disk: UUID) -> int:
 
 
 def set_lapse_days(store_path: str, disk: UUID, days: int) -> None:
-    """Durable on return."""
+    """Set it; durable on return."""
     fields = {"format_version": FORMAT_VERSION, "lapse_days": _days(days)}
     with os_errors_at(store_path):
         files.make_folder_like(os.path.join(store_path, HOLDS))
@@ -274,7 +274,7 @@ def encode(hold: Hold) -> bytes:
 
 
 def decode(data: bytes, place: str) -> Hold:
-    """Raises `FormatError` for what is no note, or a newer version's. Keys that it does not know are left out."""
+    """Decode a note; drop unknown keys. Raise `FormatError` for anything else, and for a newer version's note."""
     try:
         fields = json.loads(data)
         if typed(int, fields["format_version"]) != FORMAT_VERSION:

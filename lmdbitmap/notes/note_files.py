@@ -14,7 +14,7 @@ MAX_NOTE_BYTES: Final = 1 << 20
 
 
 def paths_of(folder: str, disk: UUID | None, disk_of: Callable[[str], str | None]) -> list[str]:
-    """The files in a folder that are of a disk, or of any, sorted; `disk_of` knows the uuid in a file's name."""
+    """Return the files in a folder that belong to a disk, or to any, sorted; `disk_of` reads the uuid in a name."""
     spelt = "" if disk is None else str(disk)
     with os_errors_at(folder):
         names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
@@ -23,14 +23,14 @@ def paths_of(folder: str, disk: UUID | None, disk_of: Callable[[str], str | None
 
 
 def remove_all(paths: Iterable[str]) -> None:
-    """Remove a gone disk's files. A file that stays does no harm: no other disk will ever have its uuid."""
+    """Remove a removed disk's files. A file that stays does no harm: no other disk will ever have its uuid."""
     for path in paths:
         with suppress(OSError):
             os.unlink(path)
 
 
 def typed(kind: type, value: Any) -> Any:
-    """The value, if it is of that very type; a bool is no number. Raises `TypeError`."""
+    """Return the value if it has exactly that type (a bool is not a number); else raise `TypeError`."""
     if type(value) is not kind:
         raise TypeError(f"expected {kind.__name__}, found {type(value).__name__}")
     return value

@@ -1,4 +1,4 @@
-"""What a note or a manifest says of a checkpoint that is kept elsewhere, and of why something was done otherwise."""
+"""What a note or a manifest says of a checkpoint in a store, and of why something was done differently."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from uuid import UUID
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRef:
-    """A checkpoint that is kept elsewhere: in a store, as long as somebody holds it."""
+    """A checkpoint in a store, which is there as long as it is held."""
 
     uuid: UUID
     name: str
@@ -16,7 +16,7 @@ class CheckpointRef:
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """Why something is not as it was asked for: `code` for programs, `words` for people."""
+    """Why something differs from what was asked for: `code` for programs, `words` for people."""
 
     code: str
     words: str

@@ -5,15 +5,15 @@
 
 Invariants, at every moment, also after a power cut:
 
-1. `at` names a checkpoint: outside of the blocks that changed since, the target holds what the disk holds. Without
-   it nothing is known of the target.
-2. Unless a sync is `under_way`, nobody writes the target: it has the identity that was noted. Under way, a sync has
-   written to it, and only inside of these blocks, so that 1 holds; its identity has changed by that, and all that is
-   still compared is which file or device it is, and that a file's time of change did not go back.
-3. `unneeded` names checkpoints that syncs to this target took, and that nobody counts from, or will count from if
-   the run that took them was killed. Only those are ever forgotten, and only if they are called as we call them.
+1. `at` names a checkpoint. Outside the blocks that changed since, the target holds what the disk holds. Without `at`
+   nothing is known of the target.
+2. Unless a sync is `under_way`, nobody writes the target, and it has the identity in the note. A sync under way writes
+   only inside these blocks, so 1 holds. That changes the target's identity: what is still compared is which file or
+   device it is, and that a file's mtime did not go back.
+3. `unneeded` names checkpoints that syncs to this target took, and from which none counts, nor will if the run that
+   took them was killed. Only those are ever forgotten, and only if their names are of our making.
 
-A note that cannot be read says nothing: the target is compared. Checkpoints that it named stay.
+An unreadable note means that the target is compared. The checkpoints that it named stay.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ _FILE_NAME = re.compile(rf"({UUID_FORM})-[0-9a-f]{{16}}\.(?:json(?:{UNFINISHED_F
 
 
 class Sizes(NamedTuple):
-    """In bytes. What the target had behind the disk was zero."""
+    """Sizes in bytes. The target's bytes behind the disk were zero."""
 
     disk: int
     target: int
 
 
 class At(NamedTuple):
-    """The point in time that a copy is at, and what the target was then; None where nothing tells of it."""
+    """The point in time of a copy, and the target's identity then; None if that is unknown."""
 
     checkpoint: UUID
     name: str
     epoch: UUID
     identity: ImageIdentity | None
     sizes: Sizes | None = None
-    """None where an older version wrote the note."""
+    """None if an older version wrote the note."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class Note:
 
 
 class NoteFile:
-    """The note of one disk and target, which only the holder of `locked` changes."""
+    """The note of one disk and target. Change it only inside `locked`."""
 
     def __init__(self, path: str, note: Note) -> None:
         self._path = path
@@ -84,7 +84,7 @@ class NoteFile:
 
     @classmethod
     def of(cls, store_path: str, disk: UUID, target: str) -> NoteFile:
-        """By whatever name the target was called when it was synced last. Reads nothing but names yet."""
+        """Return the file of the target's note, found by any name that leads to it. `locked` reads the note."""
         for path, note in notes(store_path, disk):
             if is_same_image(note.target, target):
                 return cls(path, Note(target))
@@ -92,7 +92,7 @@ class NoteFile:
         return cls(os.path.join(store_path, SYNCS, f"{disk}-{digest}.json"), Note(target))
 
     def locked(self, patience: Patience = NO_PATIENCE) -> files.LockedFile:
-        """Raises `Busy` if another sync holds it, and goes on to. The note is read anew."""
+        """Lock the note and read it again. Raises `Busy` while another sync has the lock."""
         lock_path = f"{self._path.removesuffix('.json')}.lock"
         lock = files.lock_file(lock_path, like_folder=True, patience=patience)
         try:
@@ -105,13 +105,13 @@ class NoteFile:
         return lock
 
     def replace(self, note: Note) -> None:
-        """Durable on return; a death leaves the old note or the new one."""
+        """Write the note; durable on return. A death leaves the old note or the new one."""
         files.replace_atomically(self._path, encode(note), like_folder=True)
         self.note = note
 
 
 def notes(store_path: str, disk: UUID | None = None) -> Iterator[tuple[str, Note]]:
-    """(path, note) of all copies, or those of a disk, that can be read."""
+    """Return (path, note) of every readable note, or of one disk's."""
     for path in _paths(store_path, disk):
         note = _read_or_unknown(path) if path.endswith(".json") else None
         if note is not None:
@@ -119,13 +119,13 @@ def notes(store_path: str, disk: UUID | None = None) -> Iterator[tuple[str, Note
 
 
 def disk_of(file_name: str) -> str | None:
-    """The uuid of the disk whose note, beginning of a note, or lock a file of that name is."""
+    """Return the uuid of the disk to which a note, an unfinished note or a lock of that name belongs."""
     match = _FILE_NAME.fullmatch(file_name)
     return None if match is None else match[1]
 
 
 def remove_notes(store_path: str, disk: UUID) -> None:
-    """Remove the notes of a disk that is gone."""
+    """Remove the notes of a removed disk."""
     remove_all(_paths(store_path, disk))
 
 
@@ -151,7 +151,7 @@ def _read_or_unknown(path: str) -> Note | None:
 
 
 class NewerNote(FormatError):
-    """A newer version wrote the note, which may say something that must not be overlooked."""
+    """A newer version wrote the note, which may have something that must not be ignored."""
 
 
 def encode(note: Note) -> bytes:
@@ -180,7 +180,7 @@ def _told(identity: ImageIdentity) -> dict[str, object]:
 
 
 def decode(data: bytes, place: str) -> Note:
-    """Raises `FormatError` for what is no note, or another version's."""
+    """Decode a note. Raise `FormatError` for anything else, and for another version's note."""
     try:
         fields = json.loads(data)
         version = typed(int, fields["format_version"])

@@ -1,4 +1,4 @@
-"""The owner's file of one disk: a lock, a sign of life, and a place to say "untrusted" when all else fails.
+"""The owner's file of one disk: a lock, a sign of life, and a place to note "untrusted" when all else fails.
 
     offset  what                    written
     0       lock (flock)            held by the one process that owns the disk, until it closes or dies
@@ -51,9 +51,9 @@ UNMARKED = StoreMark(0, 0)
 
 
 class Beat(NamedTuple):
-    """The image's mtime as its rightful owner saw it at `time_ns`, in Unix nanoseconds, and how the store stood.
+    """A sign of life: the image's mtime as the owner saw it at `time_ns`, in Unix nanoseconds, and the store's mark.
 
-    A block device has no mtime, but the kernel counts the sectors that were written.
+    A block device has no mtime; the kernel counts the sectors written to it.
     """
 
     boot_id: str
@@ -64,20 +64,20 @@ class Beat(NamedTuple):
 
 
 class Distrust(NamedTuple):
-    """Since when, and why, the bitmaps of this disk are worth nothing."""
+    """Since when, and why, the disk's bitmaps cannot be trusted."""
 
     since_ns: int
     reason: str
 
 
 def create(path: str, why: Distrust | None = None, description: bytes = b"") -> None:
-    """Make the file of a disk, whole or not at all; durable on return."""
+    """Create the file of a disk, whole or not at all; durable on return."""
     beat, trust = _sealed(b"").ljust(_PAGE_BYTES, b"\0"), _trust_record(why).ljust(_PAGE_BYTES, b"\0")
     files.replace_atomically(path, beat + trust + _disk_record(description), like_folder=True)
 
 
 def last_beat(path: str) -> Beat | None:
-    """The last sign of life, or None where none can be read."""
+    """Return the last sign of life; None if none can be read."""
     record = _read(path, _BEAT_OFFSET)
     if record is None:
         return None
@@ -109,7 +109,7 @@ def description(path: str) -> bytes | None:
 
 
 def is_owned(path: str) -> bool:
-    """Whether a living process owns the disk at this moment. Two callers do not take each other for the owner."""
+    """Return whether a living process owns the disk now. Two callers do not take each other for the owner."""
     if not os.path.exists(path):
         return False
     with os_errors_at(path), open(path, "rb") as asked:
@@ -121,7 +121,7 @@ def is_owned(path: str) -> bool:
 
 
 def owner_pid(path: str) -> str | None:
-    """The process that holds the disk, where it is another one and the kernel tells."""
+    """Return the process that owns the disk, if it is another one and the kernel tells."""
     try:
         return next(iter(kernel.flock_pids(os.stat(path), "WRITE")), None)
     except OSError:
@@ -142,7 +142,7 @@ class Owner:
         self._store_mark = store_mark
 
     def beat(self, time_ns: int, mtime_ns: int, sectors_written: int = 0, *, durable: bool = False) -> None:
-        """Leave a sign of life. One small write into the page cache, unless it has to be durable on return."""
+        """Leave a sign of life: one small write into the page cache, unless it must be durable on return."""
         boot = boot_id().encode("ascii")
         record = _BEAT.pack(_BEAT_MAGIC, boot, time_ns, mtime_ns, sectors_written, *self._store_mark())
         with os_errors_at(self._path):
@@ -157,11 +157,11 @@ class Owner:
         return distrust(self._path)
 
     def declare_distrust(self, reason: str, time_ns: int) -> None:
-        """Say that the bitmaps are worth nothing from `time_ns` on; durable on return, and needs no space."""
+        """Note that the bitmaps cannot be trusted from `time_ns` on. Durable on return; needs no space."""
         self._write_trust(Distrust(time_ns, reason))
 
     def restore_trust(self) -> None:
-        """A new epoch has begun (or a person vouches for the old one): believe again. Durable on return."""
+        """Withdraw distrust: a new epoch has begun, or a person vouches for the old one. Durable on return."""
         self._write_trust(None)
 
     def keep_description(self, kept: bytes) -> None:

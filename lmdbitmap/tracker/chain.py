@@ -65,9 +65,7 @@ def current_checkpoint(reader: Reader, disk: Disk) -> Checkpoint:
     """Return the newest checkpoint, whose bitmap records. Raises `NotFound` for a disk that was removed."""
     checkpoints = reader.checkpoints(disk.uuid)
     if not checkpoints:
-        raise NotFound(
-            f"disk {disk.name!r} was removed meanwhile", next_step=_LISTED
-        )
+        raise NotFound(f"disk {disk.name!r} was removed meanwhile", next_step=_LISTED)
     return checkpoints[-1]
 
 

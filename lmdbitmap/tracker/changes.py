@@ -32,7 +32,7 @@ from lmdbitmap.tracker.slices import Slice, full_slices, slices_of
 
 
 class Standing(NamedTuple):
-    """How far an answer can be believed, and why not further."""
+    """How far an answer can be trusted, and why not further."""
 
     trust: Trust
     reason: str | None = None
@@ -52,14 +52,14 @@ class Summary(NamedTuple):
 
 @dataclass(frozen=True)
 class Changes:
-    """What changed on `disk` from `since` to `until`, or to now where that is None. Each call reads afresh."""
+    """What changed on `disk` from `since` to `until`, or to now if that is None. Each call reads afresh."""
 
     store: Store
     disk: Disk
     since: Checkpoint
     until: Checkpoint | None
     standing: Standing
-    """Before all records are read, which may lower it; see `standing_if`."""
+    """The trust before all records are read, which may lower it; see `standing_if`."""
 
     @property
     def geometry(self) -> Geometry:
@@ -67,7 +67,7 @@ class Changes:
 
     @property
     def all_dirty(self) -> bool:
-        """Whether every block counts as dirty, whatever the records say: as when another epoch has begun."""
+        """Return whether every block counts as dirty, whatever the records say, as after a new epoch began."""
         if self.standing.trust is Trust.UNTRUSTED:
             return True
         with self.store.read() as reader:
@@ -79,7 +79,7 @@ class Changes:
     def slices(self, start: int = 0, stop: int | None = None) -> Iterator[Slice]:
         """Yield the slices with dirt, ascending; bits past the end are clear.
 
-        Of regions [start, stop) only, if given. A slice is longer than they are: what it lacks of them is clean.
+        Only regions [start, stop), if given. A slice may be longer than these; regions that no slice has are clean.
         """
         stop = self.geometry.region_count if stop is None else min(stop, self.geometry.region_count)
         if self.all_dirty:
@@ -107,7 +107,7 @@ class Changes:
         return chain_now[start:stop]
 
     def runs(self, start: int = 0, stop: int | None = None) -> Iterator[Run]:
-        """The dirty blocks of [start, stop), or all, as runs, ascending and merged, in constant memory."""
+        """Yield the dirty blocks of [start, stop), or all, as runs, ascending and merged, in constant memory."""
         stop = self.geometry.block_count if stop is None else stop
         return bits.joined_runs(self._runs(start, stop))
 
@@ -117,7 +117,7 @@ class Changes:
             yield from part.runs(start, stop)
 
     def extents(self, device: BlockDevice | None = None) -> Iterator[Extent]:
-        """The dirty byte ranges, clipped to the disk; with the image, also which of them read as zeroes."""
+        """Yield the dirty byte ranges, clipped to the disk; with the image, also which of them read as zeroes."""
         dirty = self._dirty_extents()
         return dirty if device is None else with_zeroes(dirty, _zeroes(device))
 
@@ -130,7 +130,7 @@ class Changes:
 
     @cached_property
     def summary(self) -> Summary:
-        """How much is dirty, and how far that can be believed now that every record was read."""
+        """Return how much is dirty, and how far that can be trusted after every record was read."""
         blocks, loose, tail_dirty = 0, False, False
         last = self.geometry.block_count - 1
         for part in self.slices():
@@ -142,14 +142,16 @@ class Changes:
         )
 
     def standing_if(self, *, loose: bool) -> Standing:
-        """How far the slices can be believed now that all were read, and one of them was loose or none was."""
+        """Return how far the slices can be trusted after all were read; `loose` says whether one of them was."""
         active = Standing(Trust.SUPERSET, "some of it was being written, or its record is damaged")
         return self.standing.and_also(active) if loose else self.standing
 
 
 class _ClosedPeriod(Changes):
-    """What changed from `since` to `until`, the next checkpoint. The chain, which may be long, is not read for that.
-    While both checkpoints exist the period is closed; the disk's epoch and size must be unchanged."""
+    """Return what changed from `since` to the next checkpoint, `until`, without reading the chain, which may be long.
+
+    While both checkpoints exist the period is closed; the disk's epoch and size must be unchanged.
+    """
 
     def _members(self, reader: Reader) -> list[Checkpoint]:
         assert self.until is not None
@@ -191,14 +193,14 @@ def changes_since(store: Store, name: str, since: Checkpoint, until: str) -> Cha
 def changes(
     store: Store, name: str, *, since: str | None = None, until: str | None = None, persisted: bool = False
 ) -> Changes:
-    """What changed on the disk called `name` from checkpoint `since` (the newest, if not given) to `until`.
+    """Return what changed on the disk called `name` from checkpoint `since` (the newest by default) to `until`.
 
-    Bits that only an owner's memory holds are not seen: `Filter.changes` writes them before it asks, and of
-    a disk that another process owns that process can be told to, which `persisted` says was done. Without
-    it the answer is a superset (write-ahead), or untrusted (deferred).
+    Bits that are only in an owner's memory are not seen. `Filter.changes` writes them first; the owner of a disk in
+    another process can be asked to (`ask_changes`), and `persisted` says that it did. Otherwise the answer is a
+    superset (write-ahead) or untrusted (deferred).
 
-    Raises `NotFound` for a disk or checkpoint that is not there, `InvalidArgument` if `until` is not after
-    `since`, `Untrusted` for a checkpoint of an older epoch.
+    Raises `NotFound` for a missing disk or checkpoint, `InvalidArgument` if `until` is not after `since`, `Untrusted`
+    for a checkpoint of an older epoch.
     """
     while True:
         answer = _ask(store, name, since, until, persisted)
@@ -238,13 +240,13 @@ def _bitmaps_standing(asked: Changes) -> Standing:
 
 
 def unknown_error(asked: Changes) -> Untrusted:
-    """What is raised where it has to be known what changed. No backup is advised of an image that is not there."""
+    """Return the error for a caller that must know what changed. If the image is missing, it advises no backup."""
     step = "make a full backup"
     try:
         session.look_at(asked.store, asked.disk)
     except NotFound as gone:
         step = gone.next_step
-    except LmdbitmapError:  # the reason tells of it
+    except LmdbitmapError:  # the reason reports it
         pass
     return Untrusted(
         f"what changed on disk {asked.disk.name!r} is not known: {asked.standing.reason}", next_step=step
@@ -252,7 +254,7 @@ def unknown_error(asked: Changes) -> Untrusted:
 
 
 def open_period_standing(store: Store, disk: Disk, persisted: bool = False) -> Standing:
-    """Whether what the store knows of the recording period holds for the image as it is now.
+    """Return how far the store's bits of the recording period hold for the image as it is now.
 
     An owner that persisted has vouched for the image. A lock alone does not vouch.
     """
@@ -271,10 +273,10 @@ def open_period_standing(store: Store, disk: Disk, persisted: bool = False) -> S
 
 
 def _judged_standing(store: Store, disk: Disk, judge: Judge) -> Standing:
-    """The sign of life is read before the image is looked at: a living owner goes on with both meanwhile.
+    """Judge the image by the last sign of life, which is read first: a living owner goes on with both meanwhile.
 
-    A block device is not flushed before: that might take the news of an error from its next owner. Whoever wrote
-    it and has closed it had it flushed by the kernel.
+    A block device is not flushed first: that could take the news of an error from its next owner. The kernel flushed it
+    when its last writer closed it.
     """
     beat = owner.last_beat(store.owner_path(disk.uuid))
     try:

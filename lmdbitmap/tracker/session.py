@@ -40,7 +40,7 @@ from lmdbitmap.tracker.flushing import forget_unwritten, unflushed
 
 OpenDevice = Callable[[str], TrackableDevice]
 _OWNER_FILE = re.compile(rf"({UUID_FORM})(?:{UNFINISHED_FORM})?")
-"""The file of a disk's owner, or the beginning of one."""
+"""Matches the name of an owner's file, also an unfinished one."""
 
 
 class OwnedDisk:
@@ -125,10 +125,10 @@ def begin(store: Store, owned: OwnedDisk) -> Disk:
 
 
 def reconcile(store: Store, owned: OwnedDisk) -> Disk:
-    """As `begin`, but with no session open afterwards: for whoever holds a disk only to read it.
+    """Do `begin` without leaving a session open, for a caller that holds a disk only to read it.
 
-    Nobody writes while it is owned, so a death then costs nothing, in deferred mode neither. The image is
-    flushed first, as at a detach: what the identity vouches for must survive a power cut.
+    Nothing is written while it is owned, so a death costs nothing, even in deferred mode. The image is flushed first,
+    as at a detach: what the identity vouches for must survive a power cut.
     """
     _flush(owned)
     disk = _resume(store, owned, identity_to_keep(owned.device), session=None)
@@ -137,7 +137,7 @@ def reconcile(store: Store, owned: OwnedDisk) -> Disk:
 
 
 def _keep_description(owned: OwnedDisk, disk: Disk) -> None:
-    """Beside the store, for the day on which that is damaged."""
+    """Keep the description in the owner's file, from which a damaged store is made again."""
     owned.owner.keep_description(schema.encode(schema.portrait(disk)))
 
 
@@ -161,7 +161,7 @@ def _flush(owned: OwnedDisk) -> None:
 
 
 def _cannot_vouch(owned: OwnedDisk, error: OSError) -> StorageError:
-    """What was written last may be on the disk or not, and a second flush would not tell (see flushing.py)."""
+    """Lose track after a failed flush: the last writes may be lost, and a second flush would not tell (flushing.py)."""
     forget_unwritten(owned.device)
     failure = unflushed(owned.disk.name, error)
     owned.owner.declare_distrust(failure.problem, time.time_ns())
@@ -192,7 +192,7 @@ def _resume(store: Store, owned: OwnedDisk, identity: ImageIdentity, *, session:
 
 
 def require_untouched(owned: OwnedDisk, disk: Disk) -> None:
-    """Refuse an image that somebody wrote in spite of our locks since `reconcile`: a copy is of no point in time."""
+    """Refuse an image that was written despite our locks since `reconcile`: its copy is of no point in time."""
     if owned.device.identity().is_block_device:
         owned.device.flush()  # the kernel counts what has reached it
     if owned.device.identity() != disk.identity:
@@ -203,7 +203,7 @@ def require_untouched(owned: OwnedDisk, disk: Disk) -> None:
 
 
 def present(store: Store) -> Moment:
-    """This moment, to judge in. Take it last: what it is compared with goes on meanwhile."""
+    """Return this moment, for `continuity.judge`. Take it last: what it is compared with goes on meanwhile."""
     return Moment(owner.boot_id(), owner.boot_time_ns(), time.time_ns(), _mark_of(store))
 
 
@@ -218,9 +218,9 @@ def _judge(store: Store, owned: OwnedDisk) -> Verdict:
 
 
 def adopt(store: Store, name: str, *, open_device: OpenDevice = open_image) -> Disk:
-    """A person vouches that nobody changed the image behind our back: take its identity as it is.
+    """Take the image's identity as it is: a person vouches that nobody changed it around the tracker.
 
-    Another size is taken over as a resize. Raises `Untrusted` where bits were lost: nobody can vouch for those.
+    Another size counts as a resize. Raises `Untrusted` if bits were lost: nobody can vouch for those.
     """
     with owning(store, name, open_device) as owned:
         _require_bits(owned)
@@ -239,7 +239,7 @@ def _require_bits(owned: OwnedDisk) -> None:
 
 
 def why_not_adopted(disk: Disk, distrust: Distrust | None) -> str | None:
-    """Why bits are missing that no image could show, so that nobody can vouch for the disk; None if all are there."""
+    """Return why bits are missing that no image can show, so that nobody can vouch for the disk; None if none are."""
     if disk.session is not None and disk.durability == schema.DEFERRED:
         return "it was not closed cleanly, and in deferred mode the bits were in memory only"
     if disk.identity is None and disk.epoch_number > 1:
@@ -269,8 +269,8 @@ def add(
 ) -> Disk:
     """Track the image from now on; it is opened and locked for a moment. Everything is dirty at first.
 
-    Durable on return. Raises `AlreadyExists` for a name or image that is taken, `Busy` for an image that
-    somebody writes.
+    Durable on return. Raises `AlreadyExists` for a name or image that is taken, `Busy` for an image that is being
+    written.
     """
     place = lasting_name(os.fspath(image))
     refuse_own_ground(store, place)
@@ -305,7 +305,7 @@ def _remove_all(paths: Iterable[str]) -> None:
 
 
 def _sweep_owners(store: Store, writer: Writer) -> None:
-    """Remove what a death in the middle of an add or a removal left. Nobody else adds while we are the writer."""
+    """Remove what a death during an add or a removal left. No other process adds while we are the writer."""
     folder = os.path.dirname(store.owner_path(uuid4()))
     known = {str(disk.uuid) for disk in writer.disks()}
     named = {name: _OWNER_FILE.fullmatch(name) for name in os.listdir(folder)}
@@ -317,7 +317,7 @@ def _sweep_owners(store: Store, writer: Writer) -> None:
 
 
 def _refuse_tracked(store: Store, image: str, *, unless: UUID | None = None) -> None:
-    """Raise `AlreadyExists` for the image of a disk, unless it is that one."""
+    """Raise `AlreadyExists` if the image is a disk's, other than `unless`."""
     with store.read() as reader:
         for other in reader.disks():
             if other.uuid != unless and is_same_image(other.image, image):
@@ -327,10 +327,10 @@ def _refuse_tracked(store: Store, image: str, *, unless: UUID | None = None) -> 
 
 
 def relocate(store: Store, name: str, image: str | os.PathLike[str]) -> Disk:
-    """Say where the image of a disk is now. Durable on return; raises `Busy` while the disk is owned.
+    """Set where the image of a disk is now. Durable on return; raises `Busy` while the disk is owned.
 
-    Whether it is the same image is judged as ever, by its identity, when somebody attaches it or asks what changed: a
-    file that was moved within its file system is. A copy is not, unless somebody vouches for it (`adopt`).
+    The next attach or question judges by its identity whether it is the same image, as always: a file that was moved
+    within its file system is. A copy is not, unless a person vouches for it (`adopt`).
     """
     place = lasting_name(os.fspath(image))
     disk = chain.disk_called(store, name)
@@ -350,7 +350,7 @@ def relocate(store: Store, name: str, image: str | os.PathLike[str]) -> Disk:
 
 
 def remove(store: Store, name: str) -> None:
-    """Stop tracking; the image is not touched, nor even needed. Raises `Busy` while it is owned."""
+    """Stop tracking. The image is neither touched nor needed. Raises `Busy` while the disk is owned."""
     disk = chain.disk_called(store, name)
     with contextlib.closing(_own(store, name, disk.uuid)):
         store.update(lambda writer: chain.remove_disk(writer, disk))
@@ -370,7 +370,7 @@ def _own(store: Store, name: str, disk_uuid: UUID) -> Owner:
 
 
 def existing(reader: Reader, disk_uuid: UUID) -> Disk:
-    """The disk of that uuid. Raises `NotFound` if it was removed."""
+    """Return the disk of that uuid. Raise `NotFound` if it was removed."""
     disk = reader.disk(disk_uuid)
     if disk is None:
         raise NotFound(

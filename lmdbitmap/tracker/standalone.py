@@ -1,10 +1,10 @@
-"""Bitmaps that belong to no chain: imported ones, copies, and what becomes of them when they are combined.
+"""Bitmaps that belong to no chain: imported ones, copies, and combinations of them.
 
-A stand-alone bitmap has a name, which no disk and no other such bitmap has, and no armed extents. It never
-changes in place as far as anybody can tell: what is combined gets another uuid, in one transaction.
+A stand-alone bitmap has no armed extents, and a name that no disk and no other bitmap has. To an observer it never
+changes in place: a combined bitmap gets another uuid, in one transaction.
 
-Whatever is done here, the answer may name clean blocks as dirty but never a dirty one as clean. A bitmap is
-*exact*, or a *superset* (loose: it may name clean blocks), or *all dirty* because nothing is known:
+No operation here may turn a dirty block into a clean one; clean ones may become dirty. A bitmap is *exact*, or a
+*superset* (loose: it may name clean blocks), or *all dirty* because nothing is known:
 
                      or                      and                     and-not             xor
     target loose     superset                superset                superset            refused
@@ -14,8 +14,8 @@ Whatever is done here, the answer may name clean blocks as dirty but never a dir
     granularities    the source is regrained outward; into finer     refused             refused
     differ           blocks that makes a superset
 
-Taking away what is loose would hide changes, hence the refusals. A record that is damaged counts as all dirty,
-and makes its bitmap loose.
+Subtracting a loose bitmap would hide changes, hence the refusals. A damaged record counts as all dirty, and makes its
+bitmap loose.
 
 Functions that take a `Writer` are durable when its transaction is.
 """
@@ -46,11 +46,11 @@ from lmdbitmap.tracker.slices import Slice, full_slices, runs_of, slices_of
 _DAMAGED = "a record of it is damaged and counts as all dirty"
 
 Dirt: TypeAlias = Iterable[tuple[int, bytes]]
-"""Numbers of regions, ascending, each with its 512 bytes of dirty bits; what is left out is clean."""
+"""Region numbers, ascending, each with its 512 bytes of dirty bits; regions that are left out are clean."""
 
 
 class Operation(enum.Enum):
-    """What becomes of two bitmaps; the values are the command line's words."""
+    """How two bitmaps are combined; the values are the command line's words."""
 
     OR = "or"
     AND = "and"
@@ -59,7 +59,7 @@ class Operation(enum.Enum):
 
 
 class Origin(NamedTuple):
-    """Whose changes a bitmap holds, and from when to when; None where that is not known."""
+    """Whose changes a bitmap holds, and from when to when; None if that is not known."""
 
     disk: uuid.UUID | None = None
     epoch: uuid.UUID | None = None
@@ -99,7 +99,7 @@ def create(
     superset: str | None = None,
     all_dirty: str | None = None,
 ) -> Bitmap:
-    """Keep `dirt` under `name`. Raises `AlreadyExists` if a disk or a bitmap is called so, or what `dirt` raises."""
+    """Keep `dirt` under `name`. Raises `AlreadyExists` if the name is taken, and whatever `dirt` raises."""
     chain.refuse_taken_name(writer, schema.check_name(name, what="bitmap"))
     bitmap = Bitmap(
         id=writer.new_bitmap_id(), uuid=bitmap_uuid or uuid.uuid4(), name=name,
@@ -124,7 +124,7 @@ def trust(bitmap: Bitmap) -> Trust:
 
 
 def slices(store: Store, bitmap: Bitmap) -> Iterator[Slice]:
-    """The parts of the bitmap in which something is dirty, ascending; bits past the end are clear.
+    """Yield the parts of the bitmap that have dirt, ascending; bits past the end are clear.
 
     Raises `Busy` or `NotFound` if the bitmap is changed or removed while it is read.
     """
@@ -140,7 +140,7 @@ def slices(store: Store, bitmap: Bitmap) -> Iterator[Slice]:
 
 
 def runs(store: Store, bitmap: Bitmap) -> Iterator[Run]:
-    """The dirty blocks as ascending runs, cut where slices end."""
+    """Yield the dirty blocks as ascending runs, cut where slices end."""
     return runs_of(slices(store, bitmap))
 
 
@@ -148,7 +148,7 @@ def runs(store: Store, bitmap: Bitmap) -> Iterator[Run]:
 
 
 def dirt_of_bits(first_region: int, dirty: Buffer) -> Iterator[tuple[int, bytes]]:
-    """A stretch of bits that begins with a region, cut into regions."""
+    """Yield the regions of a stretch of bits that begins with a region."""
     for position in range(0, len(dirty), REGION_BYTES):
         region = bytes(dirty[position : position + REGION_BYTES]).ljust(REGION_BYTES, b"\0")
         if region != ALL_CLEAN_BITS:
@@ -156,7 +156,7 @@ def dirt_of_bits(first_region: int, dirty: Buffer) -> Iterator[tuple[int, bytes]
 
 
 def dirt_of_runs(ascending: Iterable[Run], geometry: Geometry) -> Iterator[tuple[int, bytes]]:
-    """Runs of blocks, sorted and apart, as regions. Raises `InvalidArgument` for others, or off the disk."""
+    """Yield runs of blocks as regions. Raise `InvalidArgument` for runs that overlap, descend or leave the disk."""
     number, region, last = 0, bytearray(REGION_BYTES), 0
     for start, stop in ascending:
         _check_run(start, stop, last, geometry)
@@ -173,7 +173,7 @@ def dirt_of_runs(ascending: Iterable[Run], geometry: Geometry) -> Iterator[tuple
 
 
 def regrained(dirt: Dirt, geometry: Geometry, granularity_bits: int) -> Dirt:
-    """Dirt of a disk of `geometry` in blocks of another granularity: every block that it touches."""
+    """Yield dirt with `geometry` in blocks of another granularity: every block that it touches."""
     if granularity_bits == geometry.granularity_bits:
         return dirt
     outward = bits.regrain_outward(_runs_of(dirt), geometry, granularity_bits)
@@ -200,19 +200,19 @@ def _check_run(start: int, stop: int, last: int, geometry: Geometry) -> None:
 def combine(
     store: Store, name: str, operation: Operation, others: Iterable[str], *, into: str | None = None
 ) -> Bitmap:
-    """Make the bitmap `name` what it is `operation` each of the others in turn; answer it as it is now.
+    """Combine the bitmap `name` with each of the others in turn by `operation`; return the result.
 
-    With `into`, all stay as they are, and what comes out is kept as the bitmap `into`. Durable on return; if it
-    raises, nothing has happened. Raises `Untrusted` where the answer could hide a change; `InvalidArgument` for
-    names of disks, disks of different sizes, granularities that do not go together, and for a bitmap that would
-    change while the others are put to it; `NotFound`; `AlreadyExists` if a disk or a bitmap is called `into`.
+    The result replaces `name`, or with `into` is kept as that new bitmap, and all others stay as they are. Durable on
+    return; if it raises, nothing has happened. Raises `Untrusted` if the result could hide a change; `InvalidArgument`
+    for names of disks, different disk sizes, granularities that do not fit, and `name` among the others without `into`;
+    `NotFound`; `AlreadyExists` if a disk or a bitmap is called `into`.
     """
     names = [name, *others]
     return store.update(lambda writer: _combine(writer, operation, names, into))
 
 
 def _combine(writer: Writer, operation: Operation, names: Sequence[str], into: str | None) -> Bitmap:
-    """The sources are found before there is an answer: none of them can be the answer itself."""
+    """Combine in one transaction. The sources are found before the result exists, so none can be the result."""
     answer, *sources = [_operand(writer, name) for name in names]
     if into is None:
         _require_apart(answer, sources)
@@ -236,7 +236,7 @@ def _operand(reader: Reader, name: str) -> Bitmap:
 
 
 def _copied(writer: Writer, bitmap: Bitmap) -> Bitmap:
-    """Copy a bitmap's records under a new number. A damaged one becomes whole and all dirty: only `superset` tells."""
+    """Copy a bitmap under a new number. A damaged record becomes a sound all-dirty one; `superset` says so."""
     copy = replace(bitmap, id=writer.new_bitmap_id(), uuid=uuid.uuid4(), superset=why_loose(writer, bitmap))
     _put(writer, copy.id, _dirt(writer, bitmap, bitmap.granularity_bits))
     return copy
@@ -274,7 +274,7 @@ def _unite(writer: Writer, target: Bitmap, _: Operation, source: Bitmap) -> Bitm
 
 
 def _replace(writer: Writer, target: Bitmap, operation: Operation, source: Bitmap) -> Bitmap:
-    """All else: the answer gets records under a new number, and the old ones go."""
+    """Do the other operations: write the result's records under a new number, and delete the old ones."""
     both_all_dirty = target.all_dirty is not None and source.all_dirty is not None
     fresh = replace(target, id=writer.new_bitmap_id(), all_dirty=target.all_dirty if both_all_dirty else None)
     if not both_all_dirty:
@@ -304,7 +304,7 @@ _INTO: dict[Operation, Callable[[bytearray, bytes], None]] = {
 def _region_by_region(
     mine: Dirt, theirs: Dirt, change: Callable[[bytearray, bytes], None]
 ) -> Iterator[tuple[int, bytes]]:
-    """Walk both together; an absent region is clean."""
+    """Yield the regions of both together; an absent region is clean."""
     for number, sides in groupby(merge(_sided(mine, 0), _sided(theirs, 1)), key=itemgetter(0)):
         pair = [ALL_CLEAN_BITS, ALL_CLEAN_BITS]
         for _, side, region in sides:
@@ -319,7 +319,7 @@ def _sided(dirt: Dirt, side: int) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _dirt(reader: Reader, bitmap: Bitmap, granularity_bits: int) -> Dirt:
-    """Its records, in blocks of another granularity if need be. The caller may write while it reads them."""
+    """Yield its records, regrained if need be. The caller may write meanwhile."""
     dirt = ((number, region.bits) for number, region in reader.regions(bitmap.id))
     return regrained(dirt, bitmap.geometry, granularity_bits)
 
@@ -333,7 +333,7 @@ def _put(writer: Writer, bitmap_id: int, dirt: Dirt) -> None:
 
 
 def _require_apart(target: Bitmap, sources: Sequence[Bitmap]) -> None:
-    """`a xor b a` could be told from `a xor a b` only by who remembers what `a` was."""
+    """Refuse the target among the sources: in `a xor b a` the second `a` would not be what it was."""
     if target in sources:
         raise InvalidArgument(
             f"bitmap {target.name!r} would change while it is put to itself",
@@ -353,7 +353,7 @@ def _require_one_size(target: Bitmap, source: Bitmap) -> None:
 def _require_safe(
     target: Bitmap, operation: Operation, source: Bitmap, target_loose: str | None, source_loose: str | None
 ) -> None:
-    """For operations that take blocks away."""
+    """Refuse what could hide a change, for operations that remove blocks."""
     if target.granularity_bits != source.granularity_bits:
         raise InvalidArgument(
             f"bitmap {target.name!r} has blocks of {target.geometry.granularity} bytes,"
@@ -374,7 +374,7 @@ def _require_exact(bitmap: Bitmap, loose: str | None, operation: Operation) -> N
 
 
 def why_loose(reader: Reader, bitmap: Bitmap) -> str | None:
-    """Why a bitmap may name clean blocks as dirty; None if it is exact."""
+    """Return why a bitmap may name clean blocks as dirty; None if it is exact."""
     reason = bitmap.all_dirty or bitmap.superset
     if reason is None and any(region.damaged for _, region in reader.regions(bitmap.id)):
         return _DAMAGED
