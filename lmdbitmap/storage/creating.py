@@ -27,7 +27,7 @@ from lmdbitmap.system import files
 DAMAGED_PREFIX = "lmdb.damaged-"
 FRESH_PREFIX = "lmdb.new-"
 FOLDERS = ("owners", "control", "syncs", "holds")
-"""Beside the environment, each with files that belong to one disk."""
+"""Folders beside the environment, whose files each belong to one disk."""
 _FIRST_WORDS = "This folder is an lmdbitmap store."
 _README = f"""{_FIRST_WORDS} While a process uses it, do not open, copy or hash the files in lmdb/:
 closing them would drop that process's locks. A bitmap leaves the store with `lmdbitmap export`.
@@ -35,7 +35,7 @@ closing them would drop that process's locks. A bitmap leaves the store with `lm
 
 
 def environment_file(path: str) -> tuple[int, int] | None:
-    """Which file the store's environment is at this moment, or None where there is none."""
+    """Return which file the store's environment is now; None if there is none."""
     with refusals(path):
         try:
             status = os.stat(os.path.join(path, "lmdb", "data.mdb"))
@@ -45,7 +45,7 @@ def environment_file(path: str) -> tuple[int, int] | None:
 
 
 def is_ours(path: str) -> bool:
-    """Whether a store was made in that folder once, whatever became of its environment."""
+    """Return whether a store was ever made in that folder, whatever became of its environment."""
     try:
         with open(os.path.join(path, "README"), "rb", opener=files.open_nonblocking) as readme:
             return readme.read(len(_FIRST_WORDS)) == _FIRST_WORDS.encode()
@@ -54,7 +54,7 @@ def is_ours(path: str) -> bool:
 
 
 def refuse_inside(place: str | os.PathLike[str]) -> None:
-    """Raise `InvalidArgument` for a store, whichever, and for what is inside of one, by whatever links.
+    """Raise `InvalidArgument` for a store and for anything inside one, also through links.
 
     A store that is damaged is made anew, and one that is removed takes with it what is inside.
     """
@@ -72,7 +72,7 @@ def _was_made_a_store(path: str) -> bool:
 
 
 def prepare_folder(path: str) -> None:
-    """Make the folder of a store, without its environment. Refuses one that has something else in it."""
+    """Make a store's folder, without its environment. Refuses a folder that has other things in it."""
     with refusals(path):
         files.make_folders(path)
         strangers = sorted(name for name in os.listdir(path) if not _belongs(name))
@@ -85,7 +85,7 @@ def prepare_folder(path: str) -> None:
 
 
 def make_folders(path: str) -> None:
-    """Those beside the environment. What was in one that is gone is missed by whoever needs it."""
+    """Make the folders beside the environment. What a lost one held is reported by the code that needs it."""
     for name in FOLDERS:
         files.make_folder_like(os.path.join(path, name))
 
@@ -97,9 +97,9 @@ def _belongs(name: str) -> bool:
 
 
 def make_environment(path: str, fill: Callable[[Writer], None]) -> str | None:
-    """Make an environment with what `fill` puts in it. One that is there is kept under another name: the answer.
+    """Make an environment with what `fill` puts in it. Keep an existing one under another name, and return that name.
 
-    A death between the two renames leaves none at all, which is healed as a damaged one is.
+    A death between the two renames leaves no environment, which is healed like a damaged one.
     """
     with refusals(path):
         _sweep_unfinished(path)
@@ -134,7 +134,7 @@ def _write_environment(path: str, fresh: str, fill: Callable[[Writer], None]) ->
 
 
 def _give(path: str, fresh: str) -> None:
-    """Have an environment that root makes belong to the store's owner, the folder last: nobody else gets in before."""
+    """Give an environment that root makes to the store's owner; the folder last, so nobody gets in before."""
     for place in (*(os.path.join(fresh, name) for name in os.listdir(fresh)), fresh):
         fd = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:

@@ -26,12 +26,13 @@ MAKE_ANEW = (
 
 
 class CommitInDoubt(StorageError):
-    """The last step of a commit failed, the write of a meta page: it may have taken place all the same, now or
-    after a power cut. Whoever goes on from what was before must not rely on it."""
+    """The last step of a commit, the write of a meta page, failed. It may have taken place all the same, now or after a
+    power cut: do not rely on the state before it.
+    """
 
 
 class DamagedStore(FormatError):
-    """The file is not what LMDB and we wrote. Where nobody else has it open it is made anew (salvage.py)."""
+    """The file is not what LMDB and we wrote. If no other process has it open it is made anew (salvage.py)."""
 
     def __init__(self, path: str, *, expected: str, found: object) -> None:
         super().__init__(f"store {path}", expected=expected, found=found, next_step=MAKE_ANEW)

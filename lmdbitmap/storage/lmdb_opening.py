@@ -16,14 +16,14 @@ from lmdbitmap.storage.lmdb_errors import DamagedStore, translated
 from lmdbitmap.system import files
 
 MAP_BYTES = 64 << 30
-"""Address space reserved at open; it costs no memory and no disk, and is more than most stores ever need."""
+"""Address space reserved at open. It costs no memory and no disk, and is more than most stores ever need."""
 MIN_MAP_BYTES = 1 << 30
 MAX_READERS = 1024
 _MAX_DATABASES = 16
 
 
 def open_lmdb(path: str, *, create: bool = False) -> lmdb.Environment:
-    """Open with the settings that durability rests on; ask for less address space where there is a limit."""
+    """Open with the settings that durability depends on; ask for less address space if that is limited."""
     _refuse_network_filesystem(path)
     data_path = lmdb_tree.data_path_of(path)
     wanted = max(MAP_BYTES, 2 * os.path.getsize(data_path) if os.path.exists(data_path) else 0)
@@ -52,7 +52,7 @@ def _refuse_network_filesystem(path: str) -> None:
 
 
 def require_sound_tree(path: str) -> None:
-    """Of a file that nobody has open. LMDB trusts its pages: a damaged one can take the process with it."""
+    """Check a file that no process has open: LMDB trusts its pages, and a damaged one can crash the process."""
     try:
         problems = lmdb_tree.structural_problems(lmdb_tree.data_path_of(path))
     except ValueError as error:

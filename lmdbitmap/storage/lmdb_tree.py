@@ -10,7 +10,7 @@ import struct
 
 
 def is_unsound(path: str) -> bool:
-    """Whether the file is damaged, rather than of a kind that we do not know."""
+    """Return whether the file is damaged, as opposed to of an unknown kind."""
     try:
         return bool(structural_problems(data_path_of(path)))
     except ValueError:
@@ -20,12 +20,12 @@ def is_unsound(path: str) -> bool:
 
 
 def structural_problems(data_path: str) -> list[str]:
-    """What is wrong with the tree of pages in a file that does not change; it is read without LMDB.
+    """Return what is wrong with the tree of pages in a file that does not change. It is read without LMDB.
 
-    A page that is only lost for use harms nobody, and the count of overflow pages, which we have in the list of free
-    pages only, is known to be called wrong where it is right. Raises `ValueError` for what is no LMDB file at all.
+    Left out are pages that are merely lost for use, and the count of overflow pages: our files have these only in the
+    list of free pages, and a right count is reported as wrong. Raises `ValueError` for a file that is not LMDB's.
     """
-    from lmdb import verify  # longer to import than all the rest, and not needed for a store that is shared
+    from lmdb import verify  # slow to import, and not needed for a store that others have open
 
     try:
         found: list[str] = verify.verify(data_path, subdir=False)  # type: ignore[no-untyped-call]

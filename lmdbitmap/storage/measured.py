@@ -1,6 +1,6 @@
-"""A store that measures its commits, for whoever wants to tell how long writers had to wait for one.
+"""A store that measures its commits, to report how long writers waited for them.
 
-Stores of one path in one process share their environment, so every disk can have a measured store of its own.
+Stores of one path in one process share their environment, so every disk can have its own measured store.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Tallies: how many records each group of the store has, and their sum, so that a lost or stale one is missed.
+"""Tallies: the number of records in each group of the store, and a checksum of them, so that a lost or stale record is
+found.
 
-A record's CRC-32 proves that its bytes are what was written. It cannot prove that the record is there: damage to
-a page of LMDB's own can hide records, or bring an old page back in which everything was right once. So every group of
-records has a tally in a database of its own, changed in the same transaction by the difference that a record
-makes. A tally is never computed anew: once a record was lost, its group is wrong until it is dropped as a whole.
+A record's CRC-32 proves that its bytes are what was written, but not that the record is there. Damage to one of LMDB's
+own pages can hide records, or bring back an old page whose records were right once. So every group has a tally in a
+separate database, changed in the same transaction by the difference that a record makes. A tally is never recomputed:
+after a record is lost, its group stays wrong until it is dropped as a whole.
 
     group                                              key
     `meta`                                             m
@@ -54,7 +55,7 @@ NOTHING = Tally()
 
 
 def of(records: Iterable[tuple[bytes, bytes]]) -> Tally:
-    """The tally of (key, value) records as they are now."""
+    """Return the tally of these (key, value) records."""
     count = total = 0
     for key, value in records:
         count += 1
@@ -63,7 +64,7 @@ def of(records: Iterable[tuple[bytes, bytes]]) -> Tally:
 
 
 def group_key(database: str, key: bytes) -> bytes:
-    """The key of the tally that the record belongs to. A damaged page may have keys of any length."""
+    """Return the key of the record's tally. A damaged page may have keys of any length."""
     if database == "regions":
         group = int.from_bytes(key[_ID_BYTES : 2 * _ID_BYTES], "big") // GROUP_REGIONS
         return region_group_key(key[:_ID_BYTES], group)
@@ -76,7 +77,7 @@ def region_group_key(bitmap_key: bytes, group: int) -> bytes:
 
 
 def groups_of(database: str) -> bytes:
-    """How the keys of all tallies of a database begin."""
+    """Return the prefix of the keys of all tallies of a database."""
     return _LETTERS[database]
 
 
@@ -86,7 +87,7 @@ def encode(key: bytes, tally: Tally) -> bytes:
 
 
 def decode(key: bytes, value: bytes) -> Tally | None:
-    """None for a tally that is not what was written."""
+    """Decode a tally; None if its bytes are not what was written."""
     if len(value) != _TALLY.size:
         return None
     count, total, checksum = _TALLY.unpack(value)

@@ -16,7 +16,7 @@ _OTHERS_WRITE = 0o022
 
 
 class Remark(NamedTuple):
-    """Good to know of a path; no record is lost by it."""
+    """A remark on a path; no record is lost by it."""
 
     path: str
     problem: str
@@ -24,7 +24,7 @@ class Remark(NamedTuple):
 
 
 def remarks_on(store: Store, known: set[str] | None) -> Iterator[Remark]:
-    """`known` are the uuids of the disks that there are, or None where nobody can say."""
+    """Yield all remarks. `known` are the uuids of the store's disks; None if these are unknown."""
     for folder in ("", "lmdb", *FOLDERS):
         yield from _access_to(os.path.join(store.path, folder))
     for name in sorted(name for name in os.listdir(store.path) if name.startswith(DAMAGED_PREFIX)):
@@ -44,9 +44,9 @@ def _access_to(path: str) -> Iterator[Remark]:
 
 
 def _leftovers(store: Store, known: set[str] | None) -> Iterator[str]:
-    """What killed processes left, and what belongs to disks that are gone; `known` is None where unknown.
+    """Yield files that killed processes left, and files of removed disks; `known` is None if unknown.
 
-    Only what is called as our files are: what somebody else keeps here, backups even, is not for us to judge.
+    Only names that our files have count: other things that are kept here, even backups, are not ours to judge.
     """
     for name in sorted(os.listdir(store.path)):
         path = os.path.join(store.path, name)
@@ -68,5 +68,5 @@ def _is_left_over(name: str, known: set[str] | None) -> bool:
 
 
 def _disk_of(name: str) -> str | None:
-    """The uuid of the disk that a file belongs to: notes have it at their beginning, other files are called so."""
+    """Return the uuid of a file's disk: a note's name begins with it, other files have it as their name."""
     return sync_note.disk_of(name) or holds.disk_of(name) or (name if is_uuid(name) else None)
