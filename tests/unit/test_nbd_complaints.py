@@ -138,3 +138,15 @@ def test_what_one_disks_clients_do_silences_nothing_about_another(
             Complaints(f"client {number}", disk, volume, clock=clock).failed("READ", "all", vanished())
     told = [record.getMessage().partition(": ")[0] for record in caplog.records]
     assert (told.count("disk sda"), told.count("disk sdb"), len(told)) == (10, 10, 20)
+
+
+def test_clients_that_find_no_room_are_told_of_ten_times_a_minute_of_a_reason(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    volume = Volume(clock=clock)
+    for number in range(50):
+        Complaints(f"client {number}", volume=volume, clock=clock).turned_away("too many come at once")
+    Complaints("client 50", "sda", volume, clock=clock).turned_away("64 are connected already")
+    told = [record.getMessage() for record in caplog.records]
+    assert told[0] == "client 0 was turned away: too many come at once"
+    assert told[10:] == ["disk sda: client 50 was turned away: 64 are connected already"]

@@ -91,6 +91,10 @@ class Complaints:
         kind = command, getattr(failure, "errno", None) or type(failure).__name__
         self._add(kind, f": {command} of {place} failed: {failure}", times)
 
+    def turned_away(self, why: str) -> None:
+        """Log that there is no room for the client. `why` has few forms."""
+        self._add(("turned away", why), f" was turned away: {why}")
+
     def turned_down(self, refusal: FormatError) -> None:
         """Log a handshake option that is answered with an error."""
         self._add(refusal.expected, f": {refusal}")

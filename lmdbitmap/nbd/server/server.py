@@ -287,10 +287,7 @@ class Server:
             tls=None if door is None else door.tls,
         )
         if not self._admit(visit):
-            untold = self._volume.admits("turned away")
-            if untold is not None:
-                more = f" ({untold} more were since that was last told)" if untold else ""
-                _log.warning("%s was turned away: too many come at once%s", visit.client, more)
+            visit.has_no_room("too many come at once")
             sock.close()
             return False
         self._make_room(door)
@@ -335,7 +332,7 @@ class Server:
                 return
             staying[0].let_go()
             self._turned_away += 1
-        _log.warning("%s was turned away: others came, and it had not chosen a disk", staying[0].client)
+        staying[0].has_no_room("others came, and it had not chosen a disk")
 
     def _newcomers(self, door: object) -> list[Visit]:
         """Visits through this door that have no place at an export, in order of arrival."""
@@ -352,8 +349,7 @@ class Server:
                 visit.export_name = name
                 return True
             self._turned_away += 1
-        words = "disk %s: %s was turned away: %d are connected already"
-        _log.warning(words, name, visit.client, alike, extra={"disk": name, "client": visit.client})
+        visit.has_no_room(f"{alike} are connected already", disk=name)
         return False
 
     def _forget(self, visit: Visit) -> None:

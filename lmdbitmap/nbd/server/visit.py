@@ -122,6 +122,10 @@ class Visit:
             return False
         return True
 
+    def has_no_room(self, why: str, disk: str | None = None) -> None:
+        """Log why the client is turned away. Any thread may call this: it leaves the visit's own complaints alone."""
+        Complaints(self.client, disk, self._volume).turned_away(why)
+
     def ask_to_leave(self) -> None:
         """Let it finish and answer the requests it has taken in, and take no more."""
         self._leaving = True
