@@ -9,7 +9,8 @@ Invariants, at every moment, also after a power cut:
    nothing is known of the target.
 2. Unless a sync is `under_way`, nobody writes the target, and it has the identity in the note. A sync under way writes
    only inside these blocks, so 1 holds. That changes the target's identity: what is still compared is which file or
-   device it is, and that a file's mtime did not go back.
+   device it is, that a file's mtime did not go back, and that the file bears the `mark` that this sync put on it. Each
+   sync puts a new one: with a store that was put back to an earlier day, later syncs to the file are noticed.
 3. `unneeded` names checkpoints that syncs to this target took, and from which none counts, nor will if the run that
    took them was killed. Only those are ever forgotten, and only if their names are of our making.
 
@@ -68,6 +69,8 @@ class Note:
     at: At | None = None
     under_way: bool = False
     unneeded: tuple[str, ...] = ()
+    mark: str | None = None
+    """The mark that the sync under way put on its file; None if it put none."""
 
     @property
     def is_of_a_copy(self) -> bool:
@@ -169,6 +172,7 @@ def encode(note: Note) -> bytes:
         "target": note.target,
         "at": at,
         "under_way": note.under_way,
+        "mark": note.mark,
         "unneeded": list(note.unneeded),
     }
     return json.dumps(fields, indent=1, sort_keys=True).encode() + b"\n"
@@ -190,7 +194,9 @@ def decode(data: bytes, place: str) -> Note:
             )
         names = [typed(str, name) for name in typed(list, fields["unneeded"])]
         at = None if fields["at"] is None else _at(fields["at"])
-        return Note(typed(str, fields["target"]), at, typed(bool, fields["under_way"]), tuple(names))
+        told = fields.get("mark")  # older versions put no mark
+        mark = None if told is None else typed(str, told)
+        return Note(typed(str, fields["target"]), at, typed(bool, fields["under_way"]), tuple(names), mark)
     except (ValueError, KeyError, TypeError, RecursionError) as wrong:
         if isinstance(wrong, FormatError):
             raise

@@ -8,7 +8,7 @@ The checkpoint that a target is at is believed if its note (sync_note.py) names 
 has that checkpoint, and the target is what the note says it was: the same file, of the same size and mtime; or the same
 block device in the same boot, to which the kernel counted no more writes. An NBD export shows none of that; what it
 acknowledged is believed. After an interrupted sync the file or the device has to be the same, and a file no older than
-it was: the writes since were ours, and in blocks that are copied again.
+it was, with that sync's mark: the writes since were ours then, and in blocks that are copied again.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from lmdbitmap.tracker import chain
 
 _SECTOR_BYTES = 512
 _AN_OLDER_ONE = "the target's time of change went back, as if an older copy had been put in its place"
+_NO_MARK = "the sync before was interrupted, and could not mark the target: later syncs would not be noticed"
+_ANOTHER_MARK = "the sync before was interrupted, and another sync has begun to write the target since"
 
 
 class SyncKind(enum.Enum):
@@ -74,9 +76,11 @@ def _why_unknown(disk: Disk, note: Note, since: Checkpoint | None, target: SyncT
     gap = (
         None if target.is_far else gap_between(note.at.identity, target.identity(), under_way=note.under_way)
     )
-    if gap is None:
-        return None
-    return Reason("target-older" if gap is _AN_OLDER_ONE else "target-changed", gap)
+    if gap is not None:
+        return Reason("target-older" if gap is _AN_OLDER_ONE else "target-changed", gap)
+    if note.under_way and target.is_file and (note.mark is None or not target.bears(note.mark)):
+        return Reason("interrupted", _NO_MARK if note.mark is None else _ANOTHER_MARK)
+    return None
 
 
 def gap_between(before: ImageIdentity | None, now: ImageIdentity | None, *, under_way: bool) -> str | None:

@@ -7,6 +7,7 @@ Law 3: the copy is durable before anything forgets that it was needed. The order
     decide                               plan.py: incremental, compare or full
     note the checkpoint's name, synced   identifies a run that is killed from here on
     take the point                       what the copy will hold; the guest writes on
+    mark the target                      a file that bears another mark was written by another sync
     note that a sync is under way        synced, before the first write: from now on we change the target
     copy, flush the target               the copy is durable
     prove the point                      all that was read is the disk of that moment
@@ -277,11 +278,16 @@ def _what_to_copy(
 
 
 def _note_under_way(job: _DiskSync) -> None:
-    """Note that we change the target from now on. Drop its checkpoint if it cannot be counted from."""
+    """Note that we change the target from now on. Drop its checkpoint if it cannot be counted from.
+
+    The mark comes first. A death between the two leaves the mtime, by which the note before knows the target, as it
+    was; a note of an interrupted sync takes the new mark for another sync's.
+    """
     note = job.notes.note
+    mark = job.target.put_new_mark()
     if job.plan.kind is not SyncKind.INCREMENTAL:
         note = dataclasses.replace(note, at=None, unneeded=_with_old(note.unneeded, note.at))
-    job.notes.replace(dataclasses.replace(note, under_way=True))
+    job.notes.replace(dataclasses.replace(note, under_way=True, mark=mark))
 
 
 def _note_where_it_is(job: _DiskSync, point: PointInTime) -> None:
@@ -290,7 +296,7 @@ def _note_where_it_is(job: _DiskSync, point: PointInTime) -> None:
     sizes = Sizes(point.disk.size, job.target.size)
     at = At(checkpoint.uuid, checkpoint.name, point.disk.epoch, job.target.identity_to_keep(), sizes)
     job.notes.replace(
-        dataclasses.replace(note, at=at, under_way=False, unneeded=_with_old(unneeded, note.at))
+        dataclasses.replace(note, at=at, under_way=False, mark=None, unneeded=_with_old(unneeded, note.at))
     )
 
 

@@ -5,8 +5,8 @@ have that size: a wrong name should not cost a file. The size of a device or an 
 sector. A `larger` target, if allowed, keeps its size. Everything behind the disk's end is zeroed, also if the disk has
 shrunk since (target.py says why).
 
-Refused, before anything is touched: a tracked image, a place inside a store, anything that the store or the disk's
-image lies in, and the copy of another disk. The locks refuse what others have open (image_locks.py).
+Refused, before anything is touched: a tracked image, a place inside a store, anything that the store
+or the disk's image lies in, and the copy of another disk. The locks refuse what others have open (image_locks.py).
 
 Above all the disk itself is refused, by whatever name: data read a moment ago would be written over what the guest has
 written since. It is recognised by its file or device; by the kernel's word if a loop device, a partition or a volume is
@@ -35,6 +35,7 @@ from lmdbitmap.storage import creating
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
 from lmdbitmap.system import files, kernel
+from lmdbitmap.system.marks import has_mark, put_new_mark
 from lmdbitmap.targets.differences import Mender
 from lmdbitmap.targets.target import Target, fits, leads_to, unless_larger
 
@@ -119,6 +120,23 @@ class SyncTarget:
     def is_blank(self) -> bool:
         """Whether there is no file yet, or an empty one."""
         return self.device is None or (self.is_file and self.device.size == 0)
+
+    def put_new_mark(self) -> str | None:
+        """Mark the file as written by this sync, durable on return. None for other targets, and if it takes no mark."""
+        fd = self._file_descriptor
+        mark = None if fd is None else put_new_mark(fd)
+        if fd is not None:
+            self.flush()
+        return mark
+
+    def bears(self, mark: str) -> bool:
+        """Return whether the file bears this mark: then no other sync has begun to write it since."""
+        fd = self._file_descriptor
+        return fd is not None and has_mark(fd, mark)
+
+    @property
+    def _file_descriptor(self) -> int | None:
+        return self.device.fd if self.is_file and self.device is not None else None
 
     def identity(self) -> ImageIdentity | None:
         """Return the target's identity now; None for an export, which shows none, and for a file to be made."""

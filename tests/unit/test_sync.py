@@ -30,6 +30,7 @@ from lmdbitmap.images.device import FileDevice
 from lmdbitmap.interfaces import DeviceTrace, ImageIdentity, TrackableDevice
 from lmdbitmap.notes import sync_note
 from lmdbitmap.notes.checkpoint_names import Maker
+from lmdbitmap.store import Store
 from lmdbitmap.syncs.plan import SyncKind, gap_between
 from lmdbitmap.syncs.sync import SyncResult, sync
 from lmdbitmap.tracker import session
@@ -302,6 +303,9 @@ def test_targets_that_are_no_place_for_a_copy(disk: BackedUpDisk, tmp_path: Path
     refused(disk, tmp_path / "hard.raw", InvalidArgument, "is the image of disk 'sda', itself")
     refused(disk, another, InvalidArgument, "is the image of disk 'sdb', and is not to be written")
     refused(disk, tmp_path / "store/copy.raw", InvalidArgument, "is inside of the store")
+    disk.backup()
+    refused(
+    )
     refused(disk, tmp_path, InvalidArgument, "neither a regular file nor a block device")
     refused(disk, tmp_path / "no/copy.raw", NotFound, f"there is no folder {re.escape(str(tmp_path))}/no")
     os.mkfifo(tmp_path / "fifo")
@@ -438,6 +442,58 @@ def test_a_clock_that_was_set_back_costs_a_comparison_and_no_more(disk: BackedUp
     disk.resize(SIZE + BLOCK)
     result = synced(disk, copy)
     assert (result.kind, reason(result)) == (COMPARE, "target-older")
+
+
+def snapshot_of_files(disk: BackedUpDisk) -> dict[Path, tuple[bytes, int]]:
+    """The store and the image as they are now: the content and the mtime of each file."""
+    disk.store.close()
+    stored = [path for path in Path(disk.store.path).rglob("*") if path.is_file()]
+    kept = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (disk.image, *stored)}
+    disk.store = Store.open(disk.store.path)
+    return kept
+
+
+def put_back(disk: BackedUpDisk, kept: dict[Path, tuple[bytes, int]]) -> None:
+    """As a snapshot of the file system does: every file is what it was, inode and mtime too."""
+    disk.store.close()
+    for path in Path(disk.store.path).rglob("*"):
+        if path.is_file() and path not in kept:
+            path.unlink()
+    for path, (content, mtime_ns) in kept.items():
+        path.write_bytes(content)
+        os.utime(path, ns=(mtime_ns, mtime_ns))
+    disk.store = Store.open(disk.store.path)
+
+
+def test_a_disk_and_store_put_back_to_an_interrupted_sync_know_of_later_syncs(
+    disk: BackedUpDisk, copy: Path
+) -> None:
+    disk.write(b"1", 20 * BLOCK)
+    with pytest.raises(StorageError):
+        sync(disk.store, NAME, copy, open_device=failing_after(0))
+    then = snapshot_of_files(disk)
+    disk.write(b"2", 30 * BLOCK)
+    assert synced(disk, copy).kind is INCREMENTAL
+    put_back(disk, then)
+    result = synced(disk, copy)
+    assert (result.kind, reason(result)) == (COMPARE, "interrupted")
+    assert result.reason is not None
+    assert "another sync has begun to write the target" in result.reason.words
+
+
+def test_a_file_that_takes_no_mark_is_compared_after_an_interrupted_sync(
+    disk: BackedUpDisk, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmdbitmap.syncs.target.put_new_mark", lambda fd: None)
+    disk.write(b"1", 20 * BLOCK)
+    with pytest.raises(StorageError):
+        sync(disk.store, NAME, copy, open_device=failing_after(0))
+    result = synced(disk, copy)
+    assert (result.kind, reason(result)) == (COMPARE, "interrupted")
+    assert result.reason is not None
+    assert "could not mark the target" in result.reason.words
+    disk.write(b"1", 30 * BLOCK)
+    assert synced(disk, copy).kind is INCREMENTAL
 
 
 def test_a_first_sync_that_failed_goes_on_where_it_was(disk: BackedUpDisk) -> None:
