@@ -387,6 +387,15 @@ def _repository_instead_of(place: str) -> str | None:
     return f"it is the folder of one disk in a repository: name that, {os.path.dirname(place)}"
 
 
+def refuse_beside_backups(place: str) -> None:
+    """Raise `InvalidArgument` for a file in a folder that holds a disk's backups: its name may be a backup's."""
+    folder = os.path.dirname(os.path.realpath(place))
+    if all(os.path.isfile(os.path.join(folder, file)) for file in (MANIFEST, COPY)):
+        raise InvalidArgument(
+            f"{place} is among the backups in {folder}", next_step="name a place outside of the repository"
+        )
+
+
 def disk_names(repository_path: str | os.PathLike[str]) -> list[str]:
     """Return the names of the disks that have backups in a repository, sorted.
 

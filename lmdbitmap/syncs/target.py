@@ -5,7 +5,7 @@ have that size: a wrong name should not cost a file. The size of a device or an 
 sector. A `larger` target, if allowed, keeps its size. Everything behind the disk's end is zeroed, also if the disk has
 shrunk since (target.py says why).
 
-Refused, before anything is touched: a tracked image, a place inside a store, anything that the store
+Refused, before anything is touched: a tracked image, a place inside a store or among backups, anything that the store
 or the disk's image lies in, and the copy of another disk. The locks refuse what others have open (image_locks.py).
 
 Above all the disk itself is refused, by whatever name: data read a moment ago would be written over what the guest has
@@ -31,6 +31,7 @@ from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.notes import sync_note
 from lmdbitmap.notes.sync_note import Sizes
 from lmdbitmap.qcow2.layout import SECTOR
+from lmdbitmap.repository.repository import refuse_beside_backups
 from lmdbitmap.storage import creating
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
@@ -56,6 +57,7 @@ def refuse_target(store: Store, disk: Disk, place: str) -> None:
     if is_far(place):
         return
     creating.refuse_inside(place)
+    refuse_beside_backups(place)
     for ground in (store.path, *(() if is_far(disk.image) else (disk.image,))):
         if kernel.is_so(kernel.is_kept_in, ground, place):
             raise InvalidArgument(

@@ -305,6 +305,7 @@ def test_targets_that_are_no_place_for_a_copy(disk: BackedUpDisk, tmp_path: Path
     refused(disk, tmp_path / "store/copy.raw", InvalidArgument, "is inside of the store")
     disk.backup()
     refused(
+        disk, tmp_path / "backups/sda/000002-incremental.qcow2", InvalidArgument, "is among the backups in"
     )
     refused(disk, tmp_path, InvalidArgument, "neither a regular file nor a block device")
     refused(disk, tmp_path / "no/copy.raw", NotFound, f"there is no folder {re.escape(str(tmp_path))}/no")
