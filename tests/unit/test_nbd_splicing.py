@@ -67,7 +67,7 @@ def test_writes_of_all_sizes_in_any_order_leave_what_they_should(image: FileDevi
         assert sorted(reply.cookie for reply in replies) == sorted(sent)
         assert {reply.error for reply in replies} == {0}
         assert peer.do(READ, 0, SIZE).data == bytes(truth)
-        assert peer.connection.bytes_received == len(stream) + 28
+        assert peer.connection.traffic.bytes_received == len(stream) + 28
 
 
 def test_replies_come_though_the_client_waits_for_them_before_it_sends_more(image: FileDevice) -> None:

@@ -7,27 +7,27 @@ One blocking socket, one lane to the disk, one thread at a time. What has arrive
 
 A request costs a `struct.unpack_from`, a comparison and its own system call. Magic, flags and type of a request are
 read as one 64-bit word, so that one comparison recognizes a READ or WRITE without flags. Every other request takes the
-slower path, `_take_rare`. A form (forms.py) knows the layout of requests and replies.
+slower path, `_take_rare`. The parts:
+
+    inbox.py          the bytes that have arrived
+    batch.py          plain requests, collected to be done together
+    long_writes.py    WRITEs that are done as their data arrives
+    commands.py       the other commands
+    replies.py        READs, and all replies
+    forms.py          the layout of requests and replies
 
 Invariants:
 
 - Every request gets exactly one reply, DISC none. A request that fails costs an error reply. Bytes that are no request
   cost the connection (`FormatError`).
-- A batch does writes before reads. Both were in flight together, so either order is right, and a read behind an
-  overlapping write sees it. FLUSH and FUA are answered after a flush that came after the batch's writes. Any other
-  command first settles what came before it.
-- Memory is bounded by constants. A WRITE longer than `_STREAM_FROM` is done in pieces as its data arrives: the first
-  pieces are written while the client sends the rest. Pieces end on multiples of `_PIECE`, so that no page and hardly a
-  block is written in two halves.
-- If the disk has a descriptor, such a WRITE goes from the socket into the image by reference (splicing.py), which saves
-  a copy. Its data must then not be in the buffer already when the WRITE is recognized. So behind such a write the next
-  header is received by itself, until a request of another kind comes. Replies that wait then are sent before the thread
-  sleeps, and after `_MOST_UNSENT` at the latest.
+- Any command but READ, WRITE and FLUSH first settles what came before it.
+- Memory is bounded by constants.
+- Replies to long WRITEs leave with those to other requests or before the thread sleeps, and after `_MOST_UNSENT` at
+  the latest.
 """
 
 from __future__ import annotations
 
-import errno
 import socket
 import time
 from collections.abc import Mapping
@@ -37,25 +37,21 @@ from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.interfaces import PatientLane, ServedDisk, SplicingLane
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.server import commands, traffic
+from lmdbitmap.nbd.server.batch import Batch
 from lmdbitmap.nbd.server.complaints import Complaints
 from lmdbitmap.nbd.server.contexts import StatusSource
 from lmdbitmap.nbd.server.disk_operations import DiskOperations
 from lmdbitmap.nbd.server.forms import EXTENDED, SIMPLE, STRUCTURED
 from lmdbitmap.nbd.server.handshake import MAX_PAYLOAD
+from lmdbitmap.nbd.server.inbox import BATCH_BYTES, Inbox
+from lmdbitmap.nbd.server.long_writes import LONG_FROM, LongWrites
 from lmdbitmap.nbd.server.notice import Notice, nobody
-from lmdbitmap.nbd.server.receiving import Receiver
-from lmdbitmap.nbd.server.replies import Read, Replies
+from lmdbitmap.nbd.server.replies import Replies
 from lmdbitmap.nbd.server.requests import Negotiated, error_of, named, refusal
 from lmdbitmap.nbd.server.splicing import SplicePipe
 from lmdbitmap.nbd.server.traffic import Traffic
-from lmdbitmap.work.buffers import new_buffer
 from lmdbitmap.work.latencies import Latencies
 
-_BATCH: Final = 512 << 10
-"""Bytes received before they are served: few enough to stay in a core's cache until they are written."""
-_STREAM_FROM: Final = 128 << 10
-_PIECE: Final = 64 << 10
-_PAGE: Final = 4096
 _MOST_UNSENT: Final = 8
 _UNTIMED: Final = 15
 """Batches between two that are timed."""
@@ -86,10 +82,8 @@ class Connection:
         self.notice = Notice()
         """Given before the connection waits for anything but more requests."""
         self.counts = [0] * len(traffic.KINDS)
-        self.bytes_received = len(received)
-        self._batches = Latencies()
+        self._latencies = Latencies()
         self._untimed_turns = 0
-        self._receiver = Receiver(sock, encrypted=encrypted)
         self._disk = disk
         self._lane = disk.lane()
         if isinstance(self._lane, PatientLane):
@@ -101,30 +95,20 @@ class Connection:
         self._plain_write = self._form.plain_writes[0]
         self._contexts = contexts
         self._terms = Negotiated(self._form.in_chunks, bool(contexts), extended)
+        self._inbox = Inbox(sock, received=received, encrypted=encrypted)
         self._replies = Replies(
             sock, self._lane, disk.fd, self.notice, self._complaints, form=self._form, encrypted=encrypted
         )
-        self._pipe: SplicePipe | None = None
+        self._batch = Batch(self._operations, self._replies, self._form, self.counts)
+        pipe = None
         if disk.fd is not None and not encrypted and isinstance(self._lane, SplicingLane):
-            self._pipe = SplicePipe(sock, self._lane)
-        self._appetite = _BATCH
-        """Most bytes to have at hand: the next header behind a WRITE that went by reference, else a batch."""
-        self._unsent = 0
-        """Replies to long WRITEs that are not sent yet."""
-        self._buffer = new_buffer(_BATCH)
-        self._view = memoryview(self._buffer)
-        self._buffer[: len(received)] = received
-        self._start, self._end = 0, len(received)
-        self._writes: list[tuple[int, memoryview]] = []
-        self._write_cookies: list[bytes] = []
-        self._fua_writes: list[int] = []
-        self._flush_labels: list[bytes] = []
-        self._reads: list[Read] = []
+            pipe = SplicePipe(sock, self._lane)
+        self._long_writes = LongWrites(self._inbox, self._operations, self._replies, pipe)
 
     @property
     def traffic(self) -> Traffic:
-        counts, sent = tuple(self.counts), self._replies.bytes_sent
-        return Traffic(1, counts, self.bytes_received, sent, self._batches, self._operations.flushes)
+        received, sent = self._inbox.bytes_received, self._replies.bytes_sent
+        return Traffic(1, tuple(self.counts), received, sent, self._latencies, self._operations.flushes)
 
     def run(self) -> None:
         """Serve until the client is gone. Raise `FormatError` if it breaks the protocol, `OSError` on socket errors."""
@@ -142,19 +126,15 @@ class Connection:
         while goes_on and left:
             goes_on = self._receive() and self._serve_batch()
             left -= 1
-        if self._unsent:
-            self._send()
+        self._replies.send()
         return goes_on
 
     def turn(self) -> bool:
         """Receive what is there and serve it, like `serve_some`, but never wait without giving notice."""
         self._replies.hurry(True)
-        room = self._view[self._end : min(self._start + self._appetite, _BATCH)]
-        count = self._receiver.receive_at_once(room)
-        if not count:
-            return count is None
-        self._end += count
-        self.bytes_received += count
+        came = self._inbox.receive_at_once()
+        if not came:
+            return came is None
         if self._untimed_turns:
             self._untimed_turns -= 1
             return self._serve_batch()
@@ -164,35 +144,30 @@ class Connection:
     def close(self) -> None:
         self.notice.to = nobody
         self._replies.close()
-        if self._pipe is not None:
-            self._pipe.close()
+        self._long_writes.close()
         self._lane.close()
 
     # -- requests in ---------------------------------------------------------------------------------------
 
     def _receive(self) -> bool:
-        """Wait for more bytes, and put them behind an unfinished request. Return False when the client is gone."""
-        room = self._view[self._end : min(self._start + self._appetite, _BATCH)]
-        count = self._receiver.receive_at_once(room) if self._unsent else None
-        if not count:
-            self._send()
-        if count is None:
-            count = self._receiver.receive(room)
-        self._end += count
-        self.bytes_received += count
-        return count > 0
+        """Wait for more bytes; replies are sent before the thread sleeps. Return False when the client is gone."""
+        came = self._inbox.receive_at_once() if self._replies.waiting else None
+        if not came:
+            self._replies.send()
+        return self._inbox.receive() if came is None else came
 
     def _serve_timed_batch(self) -> bool:
         """Run `_serve_batch` and time it. Timing every batch would cost a client of small requests a tenth."""
         begun_ns = time.perf_counter_ns()
         goes_on = self._serve_batch()
-        self._batches.count(time.perf_counter_ns() - begun_ns)
+        self._latencies.count(time.perf_counter_ns() - begun_ns)
         return goes_on
 
     def _serve_batch(self) -> bool:
         """Do and answer every whole request at hand. Return False when the client said goodbye."""
-        buffer, view, position, end = self._buffer, self._view, self._start, self._end
-        writes, cookies, reads, size = self._writes, self._write_cookies, self._reads, self._disk.size
+        inbox, batch, size = self._inbox, self._batch, self._disk.size
+        buffer, view, position, end = inbox.buffer, inbox.view, inbox.start, inbox.end
+        writes, cookies, reads = batch.writes, batch.write_cookies, batch.reads
         (unpack, header_size, plain_read), plain_write = self._layout, self._plain_write
         writable = -1 if self._disk.read_only else size
         leaving = False
@@ -220,11 +195,10 @@ class Connection:
                 position = stop
                 if head in self._form.plain_writes:  # as this client says it: the next one is known at once
                     plain_write = self._plain_write = head
-        self._settle()
-        # Replies to long WRITEs leave with those to other requests, or before the thread sleeps (`_receive`).
-        if self._unsent == 0 or position > self._start or leaving:
-            self._send()
-        self._start = position
+        batch.settle()
+        if position > inbox.start or leaving:
+            self._replies.send()
+        inbox.start = position
         if leaving or self.stopping:
             return False
         self._keep_rest()
@@ -232,9 +206,9 @@ class Connection:
 
     def _take_run_of_reads(self, position: int) -> int:
         """Collect the plain READs that follow each other from `position` on: in a long run each costs less."""
-        reads, size, end = self._reads, self._disk.size, self._end
+        reads, size, end = self._batch.reads, self._disk.size, self._inbox.end
         header, header_size, plain_read = self._form.header, self._header_size, self._form.plain_read
-        for fields in header.iter_unpack(self._view[position : end - (end - position) % header_size]):
+        for fields in header.iter_unpack(self._inbox.view[position : end - (end - position) % header_size]):
             head, _, offset, length = fields
             if head != plain_read or not 0 < length <= MAX_PAYLOAD or offset + length > size:
                 break
@@ -242,93 +216,26 @@ class Connection:
             position += header_size
         return position
 
-    def _send(self) -> None:
-        self._replies.send()
-        self._unsent = 0
-
     def _keep_rest(self) -> None:
-        """Make room for the rest of an unfinished request; if its data is long, do the request as the data comes."""
-        at_hand = self._end - self._start
-        needed = self._header_size
+        """Make room for the rest of an unfinished request, or do it as its data comes, if that is long."""
+        inbox, needed = self._inbox, self._header_size
+        at_hand = inbox.at_hand
         if at_hand >= needed:
-            request = self._form.parse(self._view[self._start : self._start + needed])
+            request = self._form.parse(inbox.view[inbox.start : inbox.start + needed])
             needed += request.payload
-            if request.payload > _STREAM_FROM:
-                self._stream_write(request)
+            if request.payload > LONG_FROM:
+                self._do_long_write(request)
                 return
         if at_hand == 0 or at_hand >= self._header_size:
-            self._appetite = _BATCH
-        if at_hand == 0 or self._start + needed > _BATCH:
-            self._view[:at_hand] = self._view[self._start : self._end]
-            self._start, self._end = 0, at_hand
+            inbox.appetite = BATCH_BYTES
+        inbox.make_room_for(needed)
 
-    def _stream_write(self, request: nbd.Request) -> None:
-        """Do a WRITE whose data is still arriving, piece by piece. Drain the data of a WRITE that is refused."""
+    def _do_long_write(self, request: nbd.Request) -> None:
         self.notice.give()
-        error = self._refusal(request)
-        offset, left, start = request.offset, request.payload, self._start + self._header_size
-        if self._pipe is not None and not error and self._pipe.opens():
-            error, offset, left = self._splice_write(self._pipe, offset, left, start)
-            start = self._end = 0
-        while left:
-            at_hand = self._end - start
-            ready = left if at_hand == left else at_hand - (offset + at_hand) % _PIECE
-            if ready > 0:
-                error = error or self._operations.write(offset, self._view[start : start + ready])
-                offset, left, start = offset + ready, left - ready, start + ready
-            else:
-                self._receive_of_write(start, left)
-                start = 0
-        self._start = self._end = 0
-        if request.flags & nbd.NBD_CMD_FLAG_FUA:
-            error = error or self._operations.flush()
+        error = self._long_writes.perform(request, self._header_size, self._refusal(request))
         self._answer(request, error)
-        self._unsent += 1
-        if self._pipe is None or self._unsent >= _MOST_UNSENT:
-            self._send()
-
-    def _splice_write(self, pipe: SplicePipe, offset: int, left: int, start: int) -> tuple[int, int, int]:
-        """Write the bytes at hand from `start` on, and the rest by reference.
-
-        Pieces end where pages do: a death between two of them must not tear a sector. Returns the error or 0, and the
-        offset and number of bytes that are left to drain after an error.
-        """
-        self._appetite = self._header_size
-        at_hand = self._end - start
-        whole = max(at_hand - (offset + at_hand) % _PAGE, 0)
-        error = self._operations.write(offset, self._view[start : start + whole]) if whole else 0
-        if not error:
-            pipe.put(self._view[start + whole : self._end])
-        offset, missing = offset + whole, left - at_hand
-        while missing and not error:
-            missing -= self._fill(pipe, missing)
-            ready = pipe.held
-            if missing:
-                ready -= (offset + ready) % _PAGE
-            if ready > 0:
-                error = self._operations.write_held(pipe, ready, offset)
-                offset += ready
-        return error, offset, missing
-
-    def _fill(self, pipe: SplicePipe, limit: int) -> int:
-        """Receive some of the WRITE's data. A client that waits for replies before it sends more gets them first."""
-        count = pipe.fill(limit, wait=not self._unsent)
-        if count < 0:
-            self._send()
-            count = pipe.fill(limit)
-        self.bytes_received += count
-        return count
-
-    def _receive_of_write(self, start: int, left: int) -> None:
-        """Move the bytes at hand from `start` to the front, and put more of the `left` bytes behind them."""
-        at_hand = self._end - start
-        if start:
-            self._view[:at_hand] = self._view[start : self._end]
-        count = self._receiver.receive(self._view[at_hand : min(left, _BATCH)])
-        if count == 0:
-            raise ConnectionResetError(errno.ECONNRESET, "the client left in the middle of a WRITE")
-        self._end = at_hand + count
-        self.bytes_received += count
+        if not self._long_writes.by_reference or self._replies.waiting >= _MOST_UNSENT:
+            self._replies.send()
 
     def _take_rare(self, request: nbd.Request, cookie: bytes, data: int) -> None:
         """Take a request that has flags, is not allowed, or is neither READ nor WRITE."""
@@ -336,63 +243,23 @@ class Connection:
         if error:
             self._answer(request, error)
         elif request.type == nbd.NBD_CMD_FLUSH:
-            self._flush_labels.append(self._form.label(cookie, request.offset))
+            self._batch.add_flush(self._form.label(cookie, request.offset))
         elif request.type == nbd.NBD_CMD_WRITE and request.length:
-            if request.flags & nbd.NBD_CMD_FLAG_FUA:
-                self._fua_writes.append(len(self._writes))
-            self._writes.append((request.offset, self._view[data : data + request.length]))
-            self._write_cookies.append(cookie)
+            fua = bool(request.flags & nbd.NBD_CMD_FLAG_FUA)
+            payload = self._inbox.view[data : data + request.length]
+            self._batch.add_write(request.offset, payload, cookie, fua=fua)
         elif request.type == nbd.NBD_CMD_READ and request.length:
-            self._settle()
+            self._batch.settle()
             self.counts[traffic.READS] += 1
             self._replies.add_whole_read(self._form.label_of(request), request.offset, request.length)
         else:
-            self._settle()
+            self._batch.settle()
             self._perform(request)
-
-    def _refusal(self, request: nbd.Request) -> int:
-        refused = refusal(request, self._terms, self._disk.size, read_only=self._disk.read_only)
-        if refused is None:
-            return 0
-        self._complaints.refused(*named(request), expected=refused.expected, found=refused.found)
-        return refused.error
-
-    # -- doing what they ask -------------------------------------------------------------------------------
-
-    def _settle(self) -> None:
-        """Do and answer the collected requests: the writes in one call, one flush for all, then the reads."""
-        if self._write_cookies or self._flush_labels:
-            self.counts[traffic.WRITES] += len(self._write_cookies)
-            self.counts[traffic.FLUSHES] += len(self._flush_labels)
-            self._settle_writes()
-        if self._reads:
-            self.counts[traffic.READS] += len(self._reads)
-            self._replies.add_reads(self._reads)
-            self._reads.clear()
-
-    def _settle_writes(self) -> None:
-        failed = self._operations.write_many(self._writes) if self._writes else {}
-        flush_error = self._operations.flush() if self._fua_writes or self._flush_labels else 0
-        if failed or flush_error:
-            self._answer_one_by_one(failed, flush_error)
-        else:
-            self._replies.add(self._form.successes(self._write_cookies, self._writes, self._flush_labels))
-        for collected in (self._writes, self._write_cookies, self._fua_writes, self._flush_labels):
-            collected.clear()
-
-    def _answer_one_by_one(self, failed: Mapping[int, int], flush_error: int) -> None:
-        errors = {**dict.fromkeys(self._fua_writes, flush_error), **failed}
-        form = self._form
-        for index, (cookie, (offset, _)) in enumerate(zip(self._write_cookies, self._writes, strict=True)):
-            label = form.label(cookie, offset)
-            self._replies.add(form.outcome(nbd.NBD_CMD_WRITE, label, errors.get(index, 0)))
-        for label in self._flush_labels:
-            self._replies.add(form.outcome(nbd.NBD_CMD_FLUSH, label, flush_error))
 
     def _perform(self, request: nbd.Request) -> None:
         self.notice.give()
         if commands.is_long(request):
-            self._send()
+            self._replies.send()
         try:
             reply = commands.perform(request, self._lane, self._contexts, self._form, lambda: self.stopping)
         except (OSError, LmdbitmapError) as failure:
@@ -401,6 +268,13 @@ class Connection:
         else:
             self._count(request)
             self._replies.add(reply)
+
+    def _refusal(self, request: nbd.Request) -> int:
+        refused = refusal(request, self._terms, self._disk.size, read_only=self._disk.read_only)
+        if refused is None:
+            return 0
+        self._complaints.refused(*named(request), expected=refused.expected, found=refused.found)
+        return refused.error
 
     def _answer(self, request: nbd.Request, error: int) -> None:
         self._count(request)

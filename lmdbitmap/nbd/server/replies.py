@@ -97,6 +97,11 @@ class Replies:
         self._pipe: tuple[int, int] | None = None
         self._large = memoryview(b"")
 
+    @property
+    def waiting(self) -> int:
+        """Parts of replies that are not sent yet; an answer without data is one part."""
+        return len(self._gathered)
+
     def close(self) -> None:
         self.hurry(False)
         for end in self._pipe or ():
