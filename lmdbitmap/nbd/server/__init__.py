@@ -5,8 +5,10 @@
     handshake                       option haggling; its outcome picks the form of requests and replies (forms.py)
     rounds                          which thread serves which connection
     connection                      the hot loop: requests in, operations done, replies out
-    disk_operations                 writes and flushes; commands.py has the rare requests
-    receiving, splicing, replies    bytes in, large ones past our memory, bytes out
+    inbox, receiving                bytes in
+    batch, long_writes              plain requests done together; WRITEs done as their data arrives
+    disk_operations, commands       writes and flushes for these; the rare requests
+    replies, splicing               READs and bytes out; large ones past our memory
     contexts                        block status; dirty_contexts.py and kept_context.py answer
     traffic, quiet, notice          counters, whether guests are idle, announced waits
     complaints                      what is logged of clients
