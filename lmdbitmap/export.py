@@ -33,7 +33,7 @@ from lmdbitmap.geometry import REGION_BYTES, Geometry
 from lmdbitmap.storage import schema
 from lmdbitmap.storage.schema import Bitmap, Disk
 from lmdbitmap.store import Reader, Store, Writer
-from lmdbitmap.system import files
+from lmdbitmap.system import file_systems
 from lmdbitmap.targets.target import refuse_tracked
 from lmdbitmap.tracker import chain, standalone
 from lmdbitmap.tracker.changes import Changes, unknown_error
@@ -160,7 +160,7 @@ def _require_room(path: str | os.PathLike[str], size: int) -> None:
     of ones, which should fail before they fill the disk.
     """
     folder = os.path.dirname(os.path.realpath(path))
-    if files.free_bytes(folder) < size:
+    if file_systems.free_bytes(folder) < size:
         raise error_from_os(os.fspath(path), OSError(errno.ENOSPC, f"{size} bytes are needed"))
 
 

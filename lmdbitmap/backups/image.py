@@ -39,7 +39,7 @@ from lmdbitmap.repository.proof import Whole, proven_beside
 from lmdbitmap.repository.repository import BackupFolder, Unfinished, image_name
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
-from lmdbitmap.system import files
+from lmdbitmap.system import atomic_files
 from lmdbitmap.tracker.changes import Changes, changes_since
 from lmdbitmap.work.progress import Report
 
@@ -236,7 +236,7 @@ def write_image(
     rescans = job.plan.type_actual is BackupType.RESCAN
     spared = device.methods.spared
     with (
-        files.replacing(path) as file,
+        atomic_files.replacing(path) as file,
         ChunkHasher(file.fileno(), job.folder.path, job.digests.algorithm, spared=spared) as hasher,
     ):
         with reading(job.access, source.point), source.runs(device, report) as runs:

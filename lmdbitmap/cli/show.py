@@ -25,7 +25,7 @@ from lmdbitmap.extents import Trust
 from lmdbitmap.geometry import REGION_BLOCKS
 from lmdbitmap.render import Caption, Cell, DirtMap, Shade
 from lmdbitmap.store import Store
-from lmdbitmap.system import files
+from lmdbitmap.system import atomic_files, files
 from lmdbitmap.tracker.changes import Changes, Standing
 from lmdbitmap.tracker.slices import Slice
 from lmdbitmap.work.progress import Progress
@@ -170,7 +170,7 @@ def _require_place(svg: str | None, png: str | None) -> None:
 
 
 def _require_beginning(path: str, signature: bytes, kind: str) -> None:
-    """Raise `AlreadyExists` for another kind of regular file; `files.replacing` refuses what is not a regular file."""
+    """Raise `AlreadyExists` for another kind of file. What is no regular file is refused when it is to be replaced."""
     if files.first_bytes(path, len(signature)) not in (signature, b""):
         raise AlreadyExists(
             f"{path} is there and is not {kind}", next_step="name another file, or remove that one"
@@ -181,7 +181,7 @@ def _write_pictures(caption: Caption, dirt: DirtMap, svg: str | None, png: str |
     """Write the pictures. Both paths are checked again: a file may be there by now, and the two may be the same."""
     if svg is not None:
         _require_place(svg, None)
-        files.replace_atomically(svg, render.svg(dirt, caption).encode())
+        atomic_files.replace(svg, render.svg(dirt, caption).encode())
     if png is not None:
         _require_place(None, png)
-        files.replace_atomically(png, render.png(dirt, caption))
+        atomic_files.replace(png, render.png(dirt, caption))

@@ -19,7 +19,7 @@ from lmdbitmap import format as flat
 from lmdbitmap.errors import FormatError, os_errors_at
 from lmdbitmap.format import BitsTally, Chunk, Flags, FlatHeader, Metadata, Zeroes
 from lmdbitmap.interfaces import Buffer
-from lmdbitmap.system import files
+from lmdbitmap.system import atomic_files, files
 
 PAGE_BYTES = 4096
 """The bits begin on a multiple of this. Every chunk that is read is a multiple of it long, except the last."""
@@ -154,7 +154,7 @@ def writing(path: str | os.PathLike[str], header: FlatHeader, metadata: Metadata
     """
     place = os.fspath(path)
     _refuse_foreign(place)
-    with files.replacing(place) as file:
+    with atomic_files.replacing(place) as file:
         new = NewFlatFile(file, header, metadata)
         yield new
         with os_errors_at(place):

@@ -23,7 +23,8 @@ from lmdbitmap.errors import InvalidArgument, os_errors_at
 from lmdbitmap.geometry import MAX_SIZE, ceil_div, check_range
 from lmdbitmap.interfaces import Allocation, Buffer, ImageIdentity, joined
 from lmdbitmap.system import kernel, linux
-from lmdbitmap.system.files import FILESYSTEM_KINDS, pwrite_whole
+from lmdbitmap.system.file_systems import FILESYSTEM_KINDS
+from lmdbitmap.system.files import pwrite_whole
 from lmdbitmap.system.image_locks import lock_image
 from lmdbitmap.work.buffers import read_whole
 

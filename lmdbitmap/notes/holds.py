@@ -34,7 +34,7 @@ from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.notes.note_files import MAX_NOTE_BYTES, paths_of, remove_all, typed
 from lmdbitmap.notes.references import CheckpointRef, Reason
 from lmdbitmap.storage.schema import Checkpoint
-from lmdbitmap.system import files
+from lmdbitmap.system import atomic_files, file_locks, files
 from lmdbitmap.system.file_names import UNFINISHED_FORM, UUID_FORM
 
 log = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class HoldFile:
         """Lock the note and read it again. Raises `Busy` while another run has the lock."""
         with os_errors_at(self._folder):
             files.make_folder_like(self._folder)
-        with files.lock_file(f"{self._path.removesuffix('.json')}.lock", like_folder=True):
+        with file_locks.lock_file(f"{self._path.removesuffix('.json')}.lock", like_folder=True):
             self.read()
             yield self
 
@@ -134,7 +134,7 @@ class HoldFile:
 
     def replace(self, hold: Hold) -> None:
         """Write the note; durable on return. A death leaves the old note or the new one."""
-        files.replace_atomically(self._path, encode(hold), like_folder=True)
+        atomic_files.replace(self._path, encode(hold), like_folder=True)
         self.hold = hold
 
     def remove(self) -> None:
@@ -229,9 +229,7 @@ def set_lapse_days(store_path: str, disk: UUID, days: int) -> None:
     fields = {"format_version": FORMAT_VERSION, "lapse_days": _days(days)}
     with os_errors_at(store_path):
         files.make_folder_like(os.path.join(store_path, HOLDS))
-    files.replace_atomically(
-        _lapse_path(store_path, disk), json.dumps(fields).encode() + b"\n", like_folder=True
-    )
+    atomic_files.replace(_lapse_path(store_path, disk), json.dumps(fields).encode() + b"\n", like_folder=True)
 
 
 def _days(days: int) -> int:

@@ -34,7 +34,7 @@ from lmdbitmap.errors import FormatError, StorageError
 from lmdbitmap.images.image import is_same_image
 from lmdbitmap.interfaces import DeviceTrace, ImageIdentity
 from lmdbitmap.notes.note_files import MAX_NOTE_BYTES, paths_of, remove_all, typed
-from lmdbitmap.system import files
+from lmdbitmap.system import atomic_files, file_locks, files
 from lmdbitmap.system.file_names import UNFINISHED_FORM, UUID_FORM
 from lmdbitmap.work.patience import NO_PATIENCE, Patience
 
@@ -94,10 +94,10 @@ class NoteFile:
         digest = hashlib.sha256(target.encode()).hexdigest()[:16]
         return cls(os.path.join(store_path, SYNCS, f"{disk}-{digest}.json"), Note(target))
 
-    def locked(self, patience: Patience = NO_PATIENCE) -> files.LockedFile:
+    def locked(self, patience: Patience = NO_PATIENCE) -> file_locks.LockedFile:
         """Lock the note and read it again. Raises `Busy` while another sync has the lock."""
         lock_path = f"{self._path.removesuffix('.json')}.lock"
-        lock = files.lock_file(lock_path, like_folder=True, patience=patience)
+        lock = file_locks.lock_file(lock_path, like_folder=True, patience=patience)
         try:
             self.note = dataclasses.replace(
                 _read_or_unknown(self._path) or self.note, target=self.note.target
@@ -109,7 +109,7 @@ class NoteFile:
 
     def replace(self, note: Note) -> None:
         """Write the note; durable on return. A death leaves the old note or the new one."""
-        files.replace_atomically(self._path, encode(note), like_folder=True)
+        atomic_files.replace(self._path, encode(note), like_folder=True)
         self.note = note
 
 

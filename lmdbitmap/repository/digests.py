@@ -20,7 +20,7 @@ from lmdbitmap.errors import FormatError, os_errors_at
 from lmdbitmap.geometry import ceil_div
 from lmdbitmap.repository.manifest import BackupEntry, ChunkDigests
 from lmdbitmap.repository.repository import BackupFolder, digests_name, sha256_of
-from lmdbitmap.system import files
+from lmdbitmap.system import atomic_files, files
 
 
 def synced_digests(folder: BackupFolder, file: str, fd: int, hasher: ChunkHasher) -> ChunkDigests:
@@ -33,7 +33,7 @@ def synced_digests(folder: BackupFolder, file: str, fd: int, hasher: ChunkHasher
     with ThreadPoolExecutor(max_workers=1) as beside, os_errors_at(folder.path_of(file)):
         synced = beside.submit(os.fsync, fd)
         own_digest = hashlib.sha256()
-        with files.replacing(folder.path_of(name)) as made:
+        with atomic_files.replacing(folder.path_of(name)) as made:
             for digest in hasher.digests():
                 made.write(digest)
                 own_digest.update(digest)

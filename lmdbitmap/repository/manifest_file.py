@@ -25,7 +25,7 @@ import time
 from lmdbitmap.errors import FormatError, LmdbitmapError, NotFound, os_errors_at
 from lmdbitmap.repository import manifest
 from lmdbitmap.repository.manifest import Manifest, NewerManifest
-from lmdbitmap.system import files
+from lmdbitmap.system import atomic_files, files
 
 log = logging.getLogger(__name__)
 
@@ -121,14 +121,14 @@ class ManifestFile:
             if os.path.lexists(self.path_of(name)):
                 put_aside(self._folder_path, name)
         self._keep_copy(data)
-        files.replace_atomically(self.path_of(MANIFEST), data)
+        atomic_files.replace(self.path_of(MANIFEST), data)
         if keep_old and os.path.lexists(self.path_of(NEXT)):  # unreadable too
             put_aside(self._folder_path, NEXT)
             remove(self.path_of(NEXT))
 
     def decide_succession(self, new: Manifest) -> None:
         """Make `new` the true manifest; durable on return."""
-        files.replace_atomically(self.path_of(NEXT), manifest.encode(new))
+        atomic_files.replace(self.path_of(NEXT), manifest.encode(new))
 
     def copy_successor(self) -> None:
         """Copy the successor. Must be done before any file is removed that only the manifest names."""
@@ -149,7 +149,7 @@ class ManifestFile:
             return
         try:
             if data is not None:
-                files.replace_atomically(self.path_of(COPY), data)
+                atomic_files.replace(self.path_of(COPY), data)
                 return
         except LmdbitmapError as refused:
             log.warning("the manifest is not kept a second time: %s", refused.problem)

@@ -38,7 +38,7 @@ from lmdbitmap.repository.merge import View, write_merged
 from lmdbitmap.repository.repository import BackupFolder, folders_of, known_backups_of
 from lmdbitmap.repository.retention import Retention, kept
 from lmdbitmap.repository.verify import require_sound
-from lmdbitmap.system import files
+from lmdbitmap.system import atomic_files
 from lmdbitmap.work.disks_failed import DisksFailed
 from lmdbitmap.work.failures import Failures
 from lmdbitmap.work.patience import Patience
@@ -249,7 +249,7 @@ def _written(folder: BackupFolder, manifest: Manifest, rewrite: _Rewrite, report
     require_sound(folder, manifest, merged, report)
     chain = chain_to(manifest, entry.id)
     path = folder.successor_path(entry.file)
-    with FilePool() as pool, files.replacing(path) as file:
+    with FilePool() as pool, atomic_files.replacing(path) as file:
         view = View(pool, folder, chain, down_to=len(chain) - len(merged))
         over = _over(pool, folder, manifest, onto, is_below=len(merged) < len(chain))
         copied, compression = write_merged(file.fileno(), path, view, over, report)

@@ -49,7 +49,7 @@ from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.repository.manifest import BackupEntry, BackupType, Manifest, has_room
 from lmdbitmap.repository.manifest_file import COPY, MANIFEST, ManifestFile, put_aside, remove
 from lmdbitmap.storage import schema
-from lmdbitmap.system import files
+from lmdbitmap.system import atomic_files, file_locks, files
 from lmdbitmap.work.buffers import new_buffer
 from lmdbitmap.work.failures import Failures
 from lmdbitmap.work.patience import NO_PATIENCE, Patience
@@ -104,20 +104,20 @@ class BackupFolder:
             end.callback(files.remove_folders, made)  # last: on NFS an open file keeps its folder
             end.enter_context(self._lock(made, patience))
             end.callback(self._remove_lock_if_bare, made)
-            files.remove_leftovers(self.path)
+            atomic_files.remove_leftovers(self.path)
             self.settle()
             yield
 
-    def _lock(self, made: list[str], patience: Patience) -> files.LockedFile:
+    def _lock(self, made: list[str], patience: Patience) -> file_locks.LockedFile:
         """Lock the folder, which is made if needed. Folders that are made are added to `made`."""
         for _ in range(_LOCK_TRIES - 1):
             with contextlib.suppress(NotFound):  # another run made the folder and removed it just now
                 return self._lock_in_folder(made, patience)
         return self._lock_in_folder(made, patience)
 
-    def _lock_in_folder(self, made: list[str], patience: Patience) -> files.LockedFile:
+    def _lock_in_folder(self, made: list[str], patience: Patience) -> file_locks.LockedFile:
         made += files.make_folders(self.path)
-        return files.lock_file(self.path_of(LOCK), patience=patience)
+        return file_locks.lock_file(self.path_of(LOCK), patience=patience)
 
     def _remove_lock_if_bare(self, made: Sequence[str]) -> None:
         """Remove the lock that we hold, if it is all there is in a folder that we made.
@@ -310,7 +310,7 @@ class BackupFolder:
     def note_unfinished(self, works: Sequence[Unfinished]) -> None:
         """Note durably what is about to be made: after a death this note says what to undo."""
         text = "".join(f"{work.checkpoint} {work.file}\n" for work in works)
-        files.replace_atomically(self.path_of(UNFINISHED), text.encode())
+        atomic_files.replace(self.path_of(UNFINISHED), text.encode())
 
     def unfinished(self) -> list[Unfinished]:
         """Return the unfinished work that is not in the manifest. Remove its images and their digests."""

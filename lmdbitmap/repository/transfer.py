@@ -43,7 +43,7 @@ from lmdbitmap.repository.repository import (
     refuse_folder_of_disk,
 )
 from lmdbitmap.storage import creating
-from lmdbitmap.system import files
+from lmdbitmap.system import atomic_files
 from lmdbitmap.work.disks_failed import DisksFailed
 from lmdbitmap.work.failures import Failures
 from lmdbitmap.work.patience import Patience
@@ -247,7 +247,7 @@ def _copy_digests(source: BackupFolder, target: BackupFolder, entry: BackupEntry
     path, digest, offset = source.path_of(entry.chunks.file), hashlib.sha256(), 0
     with (
         FileDevice.open(path, read_only=True) as device,
-        files.replacing(target.path_of(entry.chunks.file)) as file,
+        atomic_files.replacing(target.path_of(entry.chunks.file)) as file,
     ):
         while offset < device.size:
             with os_errors_at(path):
@@ -267,7 +267,7 @@ def _copy_image(source: BackupFolder, target: BackupFolder, entry: BackupEntry, 
         return
     with (
         FileDevice.open(path, read_only=True) as device,
-        files.replacing(target.successor_path(entry.file)) as file,
+        atomic_files.replacing(target.successor_path(entry.file)) as file,
     ):
         copier = FileCopier(file.fileno(), copy)
         for offset in range(0, entry.bytes_stored, PIECE_BYTES):

@@ -1,7 +1,7 @@
 """Making a store: its folder, and an environment that appears in it whole, by one rename.
 
-The maker of an environment locks the folder (`files.lock_folder`), so that there is only one maker, and sweeps away the
-remains of makers that died. A damaged environment is never written to: it is renamed, and stays.
+The maker of an environment locks the folder (`file_locks.lock_folder`), so that there is only one maker, and sweeps
+away the remains of makers that died. A damaged environment is never written to: it is renamed, and stays.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lmdbitmap.storage.highwater import NEWEST
 from lmdbitmap.storage.presence import USERS
 from lmdbitmap.storage.records import Writer
 from lmdbitmap.storage.schema import StoreHeader
-from lmdbitmap.system import files
+from lmdbitmap.system import atomic_files, files
 
 DAMAGED_PREFIX = "lmdb.damaged-"
 FRESH_PREFIX = "lmdb.new-"
@@ -80,8 +80,8 @@ def prepare_folder(path: str) -> None:
         raise lmdb_errors.not_a_store(path, f"a folder with {strangers[0]!r} in it")
     with refusals(path):
         make_folders(path)
-        files.replace_atomically(os.path.join(path, "README"), _README.encode(), like_folder=True)
-        files.replace_atomically(os.path.join(path, ".nobackup"), b"", like_folder=True)
+        atomic_files.replace(os.path.join(path, "README"), _README.encode(), like_folder=True)
+        atomic_files.replace(os.path.join(path, ".nobackup"), b"", like_folder=True)
 
 
 def make_folders(path: str) -> None:

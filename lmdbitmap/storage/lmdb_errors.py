@@ -10,7 +10,7 @@ import lmdb
 
 from lmdbitmap.errors import Busy, FormatError, LmdbitmapError, StorageError
 from lmdbitmap.storage import lmdb_tree, schema
-from lmdbitmap.system import files
+from lmdbitmap.system import file_systems
 
 FULL_STEPS = {
     errno.ENOSPC: "free some space there and try again",
@@ -109,7 +109,7 @@ def _refusal(path: str, error: lmdb.Error) -> StorageError:
 
 def _is_full(path: str) -> bool:
     try:
-        return files.free_bytes(path) < 1 << 20
+        return file_systems.free_bytes(path) < 1 << 20
     except OSError:
         return False
 

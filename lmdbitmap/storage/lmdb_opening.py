@@ -13,7 +13,7 @@ import lmdb
 from lmdbitmap.errors import StorageError
 from lmdbitmap.storage import lmdb_tree
 from lmdbitmap.storage.lmdb_errors import DamagedStore, translated
-from lmdbitmap.system import files
+from lmdbitmap.system import file_systems
 
 MAP_BYTES = 64 << 30
 """Address space reserved at open. It costs no memory and no disk, and is more than most stores ever need."""
@@ -42,8 +42,8 @@ def open_lmdb(path: str, *, create: bool = False) -> lmdb.Environment:
 
 
 def _refuse_network_filesystem(path: str) -> None:
-    kind = files.filesystem_kind(path)
-    if files.is_network_filesystem(kind):
+    kind = file_systems.filesystem_kind(path)
+    if file_systems.is_network_filesystem(kind):
         raise StorageError(
             f"store {path} on {kind}",
             OSError(errno.ENOTSUP, "network file system"),

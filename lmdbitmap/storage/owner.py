@@ -26,7 +26,7 @@ from zlib import crc32
 
 from lmdbitmap.errors import Busy, os_errors_at
 from lmdbitmap.interfaces import StoreMark
-from lmdbitmap.system import files, kernel
+from lmdbitmap.system import atomic_files, file_locks, kernel
 from lmdbitmap.system.kernel import boot_id as boot_id
 from lmdbitmap.system.kernel import boot_time_ns as boot_time_ns
 
@@ -73,7 +73,7 @@ class Distrust(NamedTuple):
 def create(path: str, why: Distrust | None = None, description: bytes = b"") -> None:
     """Create the file of a disk, whole or not at all; durable on return."""
     beat, trust = _sealed(b"").ljust(_PAGE_BYTES, b"\0"), _trust_record(why).ljust(_PAGE_BYTES, b"\0")
-    files.replace_atomically(path, beat + trust + _disk_record(description), like_folder=True)
+    atomic_files.replace(path, beat + trust + _disk_record(description), like_folder=True)
 
 
 def last_beat(path: str) -> Beat | None:
@@ -181,14 +181,14 @@ class Owner:
         self._lock.close()
 
 
-def _lock_patiently(path: str) -> files.LockedFile:
+def _lock_patiently(path: str) -> file_locks.LockedFile:
     """Lock the file; try a few times, since a caller of `is_owned` holds the lock for a moment."""
     for _ in range(_LOCK_TRIES - 1):
         try:
-            return files.lock_file(path, like_folder=True)
+            return file_locks.lock_file(path, like_folder=True)
         except Busy:
             time.sleep(_LOCK_PAUSE_S)
-    return files.lock_file(path, like_folder=True)
+    return file_locks.lock_file(path, like_folder=True)
 
 
 def _trust_record(why: Distrust | None) -> bytes:

@@ -30,7 +30,7 @@ from lmdbitmap.storage import creating, lmdb_errors, owner, presence, schema
 from lmdbitmap.storage.lmdb_errors import DamagedStore
 from lmdbitmap.storage.records import Writer
 from lmdbitmap.storage.schema import Bitmap, Checkpoint, Disk
-from lmdbitmap.system import files
+from lmdbitmap.system import file_locks
 from lmdbitmap.system.file_names import is_uuid
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ SALVAGED = "the store was damaged and was made anew"
 def make(path: str) -> None:
     """Make the store in `path`, unless it is there; durable on return."""
     creating.prepare_folder(path)
-    with files.lock_folder(path):
+    with file_locks.lock_folder(path):
         if creating.environment_file(path) is None:
             _make_anew(path, "its environment is gone" if known_disks(path) else None)
 
@@ -55,7 +55,7 @@ def heal(path: str, damage: DamagedStore, looked_at: tuple[int, int] | None) -> 
     if not creating.is_ours(path) and not known_disks(path):
         raise lmdb_errors.not_a_store(path, damage.found) from damage
     with (
-        files.lock_folder(path),
+        file_locks.lock_folder(path),
         contextlib.ExitStack() as afterwards,
         presence.entering(os.path.join(path, "lmdb")) as entered,
     ):

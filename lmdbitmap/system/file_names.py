@@ -1,4 +1,4 @@
-"""Patterns for the names of our files, and for the temporary names that files.py gives to unfinished ones."""
+"""Patterns for the names of our files, and for the temporary names that atomic_files.py gives to unfinished ones."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ from lmdbitmap.repository.repository import BackupFolder
 from lmdbitmap.storage import creating
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
-from lmdbitmap.system import files, kernel
+from lmdbitmap.system import atomic_files, kernel
 from lmdbitmap.tracker.lane import FilterLane, WritesTogether
 
 log = logging.getLogger(__name__)
@@ -277,7 +277,7 @@ def _existing_file(path: str) -> Iterator[Target]:
 def new_file(path: str, size: int, if_taken: AlreadyExists) -> Iterator[Target]:
     """Make a file of zeroes, which gets its name at the end. Raise `if_taken` if something is there."""
     _require_free(path, if_taken)
-    with _taken_away_on_failure(path) as watched, files.replacing(path) as file:
+    with _taken_away_on_failure(path) as watched, atomic_files.replacing(path) as file:
         watched(file.fileno())
         with os_errors_at(path):
             os.ftruncate(file.fileno(), size)

@@ -19,7 +19,7 @@ from lmdbitmap.access import waiting
 from lmdbitmap.cli.main import run
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.repository.repository import BackupFolder
-from lmdbitmap.system import files
+from lmdbitmap.system import file_locks
 from tests.cli.conftest import SIZE, Cli
 from tests.cli.test_lock_wait import Clock
 from tests.cli.test_lock_wait import clock as clock
@@ -92,7 +92,7 @@ def test_an_image_that_stays_open_is_busy(cli: Cli, words: list[object], clock: 
 def test_a_folder_and_its_disk_share_one_patience(cli: Cli, clock: Clock) -> None:
     cli.add("sda")
     cli.ok("backup", "sda", cli.folder / "repo")
-    lock = files.lock_file(BackupFolder(cli.folder / "repo", "sda").path_of("lock"))
+    lock = file_locks.lock_file(BackupFolder(cli.folder / "repo", "sda").path_of("lock"))
     clock.act = lock.close
     with holding(cli, "sda"):
         assert cli.fails(4, "backup", "sda", cli.folder / "repo", "--lock-wait", 30).startswith(HAS_IT)

@@ -12,8 +12,8 @@ from lmdbitmap import Filter, InvalidArgument, Store, back_up, sync_disk
 from lmdbitmap.cli.main import run
 from lmdbitmap.notes.sync_note import NoteFile
 from lmdbitmap.repository.repository import BackupFolder
-from lmdbitmap.system import files
-from lmdbitmap.system.files import LockedFile
+from lmdbitmap.system import file_locks
+from lmdbitmap.system.file_locks import LockedFile
 from lmdbitmap.tracker import chain
 from lmdbitmap.work import patience
 from tests.cli.conftest import Cli
@@ -75,7 +75,7 @@ def held(cli: Cli, words: dict[str, list[str]], verb: str) -> Iterator[LockedFil
         lock = NoteFile.of(str(cli.store), disk, words[verb][2]).locked()
     else:
         repository = words[verb][2 if verb in ("backup", "copy") else 1]
-        lock = files.lock_file(BackupFolder(repository, "sda").path_of("lock"))
+        lock = file_locks.lock_file(BackupFolder(repository, "sda").path_of("lock"))
     with lock:
         yield lock
 
@@ -154,10 +154,10 @@ def test_two_backups_that_wait_do_not_wait_for_each_other(cli: Cli, clock: Clock
         cli.add(name)
     repository = cli.folder / "repo"
     cli.ok("backup", "sda", "sdb", repository)
-    first = files.lock_file(BackupFolder(repository, "sda").path_of("lock"))
+    first = file_locks.lock_file(BackupFolder(repository, "sda").path_of("lock"))
 
     def second_is_free() -> None:
-        files.lock_file(BackupFolder(repository, "sdb").path_of("lock")).close()
+        file_locks.lock_file(BackupFolder(repository, "sdb").path_of("lock")).close()
         first.close()
 
     clock.act = second_is_free
@@ -170,7 +170,7 @@ def test_several_disks_share_one_patience(cli: Cli, clock: Clock) -> None:
         cli.add(name)
     repository = str(cli.folder / "repo")
     cli.ok("backup", "sda", "sdb", repository)
-    locks = [files.lock_file(BackupFolder(repository, name).path_of("lock")) for name in ("sda", "sdb")]
+    locks = [file_locks.lock_file(BackupFolder(repository, name).path_of("lock")) for name in ("sda", "sdb")]
     assert cli("backup", "sda", "sdb", repository, "--lock-wait", 30).code == 4
     assert sum(clock.waits_s) == pytest.approx(30)
     for lock in locks:

@@ -23,7 +23,7 @@ from lmdbitmap.interfaces import BlockDevice
 from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.nbd.tls import server_context
-from lmdbitmap.system.files import filesystem_kind
+from lmdbitmap.system.file_systems import filesystem_kind
 from tests.helpers.certificates import shared_papers
 from tests.helpers.support import Argument, make_raw_image, run, spawn, wait_for_socket, why_unusable
 from tests.helpers.tracked import TrackedDisk

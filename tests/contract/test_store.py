@@ -21,7 +21,7 @@ from lmdbitmap.storage import environment, lmdb_errors, lmdb_opening, schema, ta
 from lmdbitmap.storage.schema import Bitmap, Checkpoint, Disk, StoreHeader
 from lmdbitmap.storage.tally import GROUP_REGIONS, Tally
 from lmdbitmap.store import Reader, Store, Writer
-from lmdbitmap.system import files
+from lmdbitmap.system import file_systems
 from tests.helpers.support import PATIENCE_SECONDS, run, spawn
 
 MIB = 1 << 20
@@ -472,7 +472,7 @@ def test_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["nfs", "fuse", "9p"])
 def test_network_file_system_is_refused(path: str, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(files, "filesystem_kind", lambda path: kind)
+    monkeypatch.setattr(file_systems, "filesystem_kind", lambda path: kind)
     with pytest.raises(StorageError) as refused:
         Store.create(path)
     assert refused.value.errno == errno.ENOTSUP
@@ -948,7 +948,7 @@ def test_refusal_that_the_binding_hides_in_an_error_of_python_is_one_of_ours(ope
 def test_short_write_on_a_full_disk_is_called_a_full_disk(
     opened: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "free_bytes", lambda path: 0)
+    monkeypatch.setattr(file_systems, "free_bytes", lambda path: 0)
     with pytest.raises(StorageError) as refused, lmdb_errors.translated(opened.path):
         raise lmdb_error(lmdb.Error, errno.EIO)
     assert refused.value.errno == errno.ENOSPC

@@ -28,7 +28,7 @@ from typing import Any
 
 from lmdbitmap.storage.schema import WRITE_AHEAD
 from lmdbitmap.store import Store
-from lmdbitmap.system import files, linux
+from lmdbitmap.system import atomic_files, linux
 from tests.crash.lives import ARCHIVE_LIVES, BLOCKS, FEW_BLOCKS, GROWN_UP, LIVES, Life, prepare
 from tests.helpers.backed_up import BackedUpDisk
 from tests.helpers.late_beats import let_beats_be_late
@@ -226,7 +226,7 @@ def live(life: Callable[[BackedUpDisk], Life], durability: str, folder: Path, fa
         fate.follow(os, call)
     fate.follow(os, "open", _creates)
     fate.follow(linux, "fallocate")
-    fate.follow(files._NewFile, "write")
+    fate.follow(atomic_files._NewFile, "write")
     fate.follow_transactions()
     for told in life(tracked):
         if told == GROWN_UP:

@@ -1,4 +1,4 @@
-"""A process killed in the middle of files.py leaves the old file or the new one, and no lock."""
+"""A process killed in the middle of atomic_files.py leaves the old file or the new one, and no lock."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from lmdbitmap.errors import Busy
 from lmdbitmap.images.device import FileDevice
-from lmdbitmap.system import files
+from lmdbitmap.system import atomic_files, file_locks
 from tests.conftest import RawImage
 from tests.helpers.support import PATIENCE_SECONDS, spawn
 
@@ -21,7 +21,7 @@ OLD, NEW = b"old" * 1000, b"new" * 2000
 
 REPLACE_AND_DIE = """
 import fcntl, os, signal, sys
-from lmdbitmap.system import files
+from lmdbitmap.system import file_locks, files, atomic_files
 
 path, fatal_step = sys.argv[1], int(sys.argv[2])
 step = 0
@@ -41,7 +41,7 @@ def followed_by_death(module, name):
 for name in ("open", "fchmod", "fsync", "rename"):
     followed_by_death(os, name)
 followed_by_death(fcntl, "flock")
-files.replace_atomically(path, sys.stdin.buffer.read())
+atomic_files.replace(path, sys.stdin.buffer.read())
 """
 
 STEPS = ["open", "flock", "fchmod", "fsync", "rename", "open", "fsync"]
@@ -73,7 +73,7 @@ def test_process_killed_after_any_step_leaves_old_or_new(tmp_path: Path, exists:
             (folder / "file").write_bytes(OLD)
         code, calls = killed_after(step, folder / "file")
         assert code == (-signal.SIGKILL if step <= len(STEPS) else 0)
-        leftovers = files.remove_leftovers(folder)
+        leftovers = atomic_files.remove_leftovers(folder)
         if "rename" in calls:
             assert (leftovers, (folder / "file").read_bytes()) == ([], NEW)
         else:
@@ -87,9 +87,9 @@ def test_process_killed_after_any_step_leaves_old_or_new(tmp_path: Path, exists:
 
 WRITE_HALF_AND_WAIT = """
 import sys, threading
-from lmdbitmap.system import files
+from lmdbitmap.system import file_locks, files, atomic_files
 
-with files.replacing(sys.argv[1]) as file:
+with atomic_files.replacing(sys.argv[1]) as file:
     file.write(b"half")
     file.flush()
     print("writing", flush=True)
@@ -101,19 +101,19 @@ def test_leftover_is_kept_while_its_writer_lives_and_removed_when_it_is_dead(tmp
     (tmp_path / "file").write_bytes(OLD)
     with spawn(sys.executable, "-c", WRITE_HALF_AND_WAIT, tmp_path / "file") as child:
         child.wait_for_line("writing")
-        assert files.remove_leftovers(tmp_path) == []
+        assert atomic_files.remove_leftovers(tmp_path) == []
         child.process.kill()
         child.wait()
-    assert len(files.remove_leftovers(tmp_path)) == 1
+    assert len(atomic_files.remove_leftovers(tmp_path)) == 1
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", OLD)]
 
 
 LOCK_AND_WAIT = """
 import sys, threading
 from lmdbitmap.images import device
-from lmdbitmap.system import files
+from lmdbitmap.system import file_locks, files, atomic_files
 
-held = {"lock_file": files.lock_file, "image": device.FileDevice.open}[sys.argv[1]](sys.argv[2])
+held = {"lock_file": file_locks.lock_file, "image": device.FileDevice.open}[sys.argv[1]](sys.argv[2])
 print("holding", flush=True)
 threading.Event().wait()
 """
@@ -123,10 +123,10 @@ def test_lock_file_is_free_when_its_holder_is_dead(tmp_path: Path) -> None:
     with spawn(sys.executable, "-c", LOCK_AND_WAIT, "lock_file", tmp_path / "lock") as child:
         child.wait_for_line("holding")
         with pytest.raises(Busy):
-            files.lock_file(tmp_path / "lock")
+            file_locks.lock_file(tmp_path / "lock")
         child.process.kill()
         child.wait()
-    files.lock_file(tmp_path / "lock").close()
+    file_locks.lock_file(tmp_path / "lock").close()
 
 
 def test_image_is_free_when_its_holder_is_dead(raw_image: RawImage) -> None:
@@ -142,8 +142,8 @@ def test_image_is_free_when_its_holder_is_dead(raw_image: RawImage) -> None:
 
 def test_lock_does_not_outlive_us_in_a_program_that_we_started(tmp_path: Path, raw_image: RawImage) -> None:
     path = raw_image(4096)
-    with files.lock_file(tmp_path / "lock"), FileDevice.open(path):
+    with file_locks.lock_file(tmp_path / "lock"), FileDevice.open(path):
         heir = subprocess.Popen(["cat"], stdin=subprocess.PIPE, close_fds=False)
     with heir:  # its standard input closes here, and so it ends
         FileDevice.open(path).close()
-        files.lock_file(tmp_path / "lock").close()
+        file_locks.lock_file(tmp_path / "lock").close()

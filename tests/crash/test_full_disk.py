@@ -11,7 +11,7 @@ import pytest
 
 from lmdbitmap.errors import StorageError
 from lmdbitmap.images.device import FileDevice
-from lmdbitmap.system import files
+from lmdbitmap.system import atomic_files
 from tests.crash.full_disk import CRAMPED_BYTES, can_mount, file_size_limit, fill, full_tmpfs
 from tests.helpers.support import make_raw_image
 
@@ -35,12 +35,12 @@ def check_refusal(refusal: StorageError, path: Path) -> None:
 
 def test_replacement_that_does_not_fit_leaves_the_old_file(cramped: Path) -> None:
     path = cramped / "file"
-    files.replace_atomically(path, b"old")
+    atomic_files.replace(path, b"old")
     with pytest.raises(StorageError) as refused:
-        files.replace_atomically(path, b"x" * TOO_MUCH)
+        atomic_files.replace(path, b"x" * TOO_MUCH)
     check_refusal(refused.value, path)
     assert [(entry.name, entry.read_bytes()) for entry in cramped.iterdir()] == [("file", b"old")]
-    files.replace_atomically(path, b"new")
+    atomic_files.replace(path, b"new")
     assert path.read_bytes() == b"new"
 
 
@@ -52,7 +52,7 @@ def test_small_writes_that_add_up_fail_in_our_words(cramped: Path) -> None:
 
 
 def write_piecemeal(path: Path, size: int) -> None:
-    with files.replacing(path) as file:
+    with atomic_files.replacing(path) as file:
         for _ in range(size // 1000):
             file.write(b"x" * 1000)
 
@@ -66,7 +66,7 @@ def test_last_bytes_in_the_buffer_fail_in_our_words(cramped: Path) -> None:
 
 def write_a_little_too_much(path: Path) -> None:
     """What does not fit is still in the buffer when the block ends."""
-    with files.replacing(path) as file:
+    with atomic_files.replacing(path) as file:
         file.write(bytes(CRAMPED_BYTES))
         file.flush()
         file.write(b"x")
@@ -74,15 +74,15 @@ def write_a_little_too_much(path: Path) -> None:
 
 def test_file_that_does_not_fit_leaves_nothing(cramped: Path) -> None:
     with pytest.raises(StorageError) as refused:
-        files.replace_atomically(cramped / "file", bytes(TOO_MUCH))
+        atomic_files.replace(cramped / "file", bytes(TOO_MUCH))
     check_refusal(refused.value, cramped / "file")
     assert list(cramped.iterdir()) == []
 
 
 def test_file_written_in_full_can_be_overwritten_on_a_full_disk(cramped: Path) -> None:
-    files.replace_atomically(cramped / "reserve", bytes(8192))
+    atomic_files.replace(cramped / "reserve", bytes(8192))
     with pytest.raises(StorageError):
-        files.replace_atomically(cramped / "rest", bytes(TOO_MUCH))
+        atomic_files.replace(cramped / "rest", bytes(TOO_MUCH))
     fill(cramped)
     with (cramped / "reserve").open("r+b") as file:
         file.write(b"x" * 8192)

@@ -109,7 +109,6 @@ from lmdbitmap.copying import carriers
 from lmdbitmap.notes import holds
 from lmdbitmap.repository import repository
 from lmdbitmap.repository.manifest import BackupType
-from lmdbitmap.system import files
 from lmdbitmap.tracker import session
 from lmdbitmap.work import gang
 

@@ -36,7 +36,7 @@ from lmdbitmap.repository.manifest import BackupType
 from lmdbitmap.repository.repository import BackupFolder
 from lmdbitmap.restoring.restore import restore
 from lmdbitmap.store import Store
-from lmdbitmap.system import files
+from lmdbitmap.system import atomic_files, file_locks
 from lmdbitmap.tracker import chain, session
 from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.work.disks_failed import code_of
@@ -140,7 +140,7 @@ def damaged_manifest(disks: Disks) -> Iterator[None]:
 
 @contextmanager
 def busy_folder(disks: Disks) -> Iterator[None]:
-    with files.lock_file(str(disks.path(BAD, "lock"))):
+    with file_locks.lock_file(str(disks.path(BAD, "lock"))):
         yield
 
 
@@ -168,7 +168,7 @@ def another_disks_folder(disks: Disks) -> Iterator[None]:
 
 @contextmanager
 def folder_that_takes_no_note(disks: Disks) -> Iterator[None]:
-    replace = files.replace_atomically
+    replace = atomic_files.replace
 
     def refuse(path: str, data: bytes, **options: bool) -> None:
         if path == str(disks.path(BAD, "unfinished")):
@@ -176,7 +176,7 @@ def folder_that_takes_no_note(disks: Disks) -> Iterator[None]:
         replace(path, data, **options)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(files, "replace_atomically", refuse)
+        patched.setattr(atomic_files, "replace", refuse)
         yield
 
 
@@ -260,7 +260,7 @@ def test_where_all_fail_nothing_is_made_and_nobody_is_frozen(disks: Disks) -> No
 
     with ExitStack() as held:
         for name in FIVE:
-            held.enter_context(files.lock_file(str(disks.path(name, "lock"))))
+            held.enter_context(file_locks.lock_file(str(disks.path(name, "lock"))))
         failed = disks.fails(quiesced=frozen)
     assert (failed.results, [*failed.failures]) == ((), list(FIVE))
     assert str(failed).endswith("; see each of the `failures`")

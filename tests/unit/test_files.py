@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError, NotFound, StorageError
-from lmdbitmap.system import files, linux
+from lmdbitmap.system import atomic_files, file_locks, file_systems, files, linux
 from lmdbitmap.system.file_names import new_unfinished
 from tests.helpers.support import open_files, run
 
@@ -30,14 +30,14 @@ def names_in(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("mode", [0o600, 0o644, 0o666])
 def test_new_file_has_the_content_and_exactly_the_mode_asked_for(tmp_path: Path, mode: int) -> None:
-    files.replace_atomically(tmp_path / "file", b"content", mode)
+    atomic_files.replace(tmp_path / "file", b"content", mode)
     assert (tmp_path / "file").read_bytes() == b"content"
     assert mode_of(tmp_path / "file") == mode
     assert names_in(tmp_path) == ["file"]
 
 
 def test_replacement_is_private_if_nothing_else_is_said(tmp_path: Path) -> None:
-    files.replace_atomically(tmp_path / "file", b"content")
+    atomic_files.replace(tmp_path / "file", b"content")
     assert mode_of(tmp_path / "file") == 0o600
 
 
@@ -45,14 +45,14 @@ def test_old_file_is_replaced_and_never_written_to(tmp_path: Path) -> None:
     path, old = tmp_path / "file", tmp_path / "second name of the old file"
     path.write_bytes(b"old content")
     old.hardlink_to(path)
-    files.replace_atomically(path, b"new")
+    atomic_files.replace(path, b"new")
     assert (path.read_bytes(), old.read_bytes()) == (b"new", b"old content")
 
 
 def test_until_the_end_the_new_content_is_private_and_elsewhere(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with files.replacing(path, 0o644) as file:
+    with atomic_files.replacing(path, 0o644) as file:
         file.write(b"new")
         file.flush()
         unfinished = Path(file.name)
@@ -65,7 +65,7 @@ def test_until_the_end_the_new_content_is_private_and_elsewhere(tmp_path: Path) 
 
 
 def test_replacement_can_be_read_and_sought_and_written_by_descriptor(tmp_path: Path) -> None:
-    with files.replacing(tmp_path / "file") as file:
+    with atomic_files.replacing(tmp_path / "file") as file:
         file.write(b"0123456789")
         file.seek(2)
         assert file.read(3) == b"234"
@@ -77,7 +77,7 @@ def test_replacement_can_be_read_and_sought_and_written_by_descriptor(tmp_path: 
 
 
 def write_half_and_raise(path: Path, error: type[BaseException]) -> None:
-    with files.replacing(path) as file:
+    with atomic_files.replacing(path) as file:
         file.write(b"half of the")
         raise error
 
@@ -108,7 +108,7 @@ def test_failure_of_a_step_is_our_error_and_leaves_the_old_file_alone(
     path.write_bytes(b"old")
     monkeypatch.setattr(os, call, refuse)
     with pytest.raises(StorageError, match="file: Input/output error; look at the kernel log"):
-        files.replace_atomically(path, b"new")
+        atomic_files.replace(path, b"new")
     assert (names_in(tmp_path), path.read_bytes()) == (["file"], b"old")
 
 
@@ -117,7 +117,7 @@ def test_symbolic_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
     link, target = tmp_path / "link", tmp_path / "folder" / "file"
     link.symlink_to(target)
     for content in (b"made through the link", b"and replaced"):
-        files.replace_atomically(link, content)
+        atomic_files.replace(link, content)
         assert (link.is_symlink(), target.read_bytes()) == (True, content)
     assert names_in(tmp_path / "folder") == ["file"]
 
@@ -127,7 +127,7 @@ def test_a_link_in_a_folder_of_somebody_else_is_not_followed(tmp_path: Path) -> 
     (tmp_path / "target").write_bytes(b"root's")
     (tmp_path / "link").symlink_to(tmp_path / "target")
     with pytest.raises(InvalidArgument, match="link is not a regular file"):
-        files.replace_atomically(tmp_path / "link", b"new", like_folder=True)
+        atomic_files.replace(tmp_path / "link", b"new", like_folder=True)
     assert (tmp_path / "target").read_bytes() == b"root's"
 
 
@@ -139,7 +139,7 @@ def make_null_device_link(path: Path) -> None:
 def test_only_regular_files_are_replaced(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "special")
     with pytest.raises(InvalidArgument, match="not a regular file"):
-        files.replace_atomically(tmp_path / "special", b"content")
+        atomic_files.replace(tmp_path / "special", b"content")
     assert names_in(tmp_path) == ["special"]
     assert not stat.S_ISREG((tmp_path / "special").stat().st_mode)
 
@@ -157,13 +157,13 @@ def test_place_that_cannot_be_written_is_named(
 ) -> None:
     (tmp_path / "a file").write_bytes(b"")
     with pytest.raises(error, match=said):
-        files.replace_atomically(tmp_path / name, b"content")
+        atomic_files.replace(tmp_path / name, b"content")
     assert names_in(tmp_path) == ["a file"]
 
 
 def test_relative_name_is_replaced_where_we_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    files.replace_atomically("file", b"content")
+    atomic_files.replace("file", b"content")
     assert names_in(tmp_path) == ["file"]
 
 
@@ -189,8 +189,8 @@ def test_leftovers_of_the_dead_are_removed_and_nothing_else(tmp_path: Path) -> N
     strangers += [folder := leftover_name("disk"), link := leftover_name("disk")]
     (tmp_path / folder).mkdir()
     (tmp_path / link).symlink_to(tmp_path / "other")
-    assert files.remove_leftovers(tmp_path, "disk") == [mine]
-    assert files.remove_leftovers(tmp_path) == sorted([longer, other])
+    assert atomic_files.remove_leftovers(tmp_path, "disk") == [mine]
+    assert atomic_files.remove_leftovers(tmp_path) == sorted([longer, other])
     assert names_in(tmp_path) == sorted(strangers)
 
 
@@ -198,8 +198,8 @@ def test_who_replaces_a_file_removes_what_the_dead_left_of_it(tmp_path: Path) ->
     leave_behind(tmp_path, "file")
     leave_behind(tmp_path, "file")
     other = leave_behind(tmp_path, "other")
-    with files.replacing(tmp_path / "file") as alive:
-        files.replace_atomically(tmp_path / "file", b"content")
+    with atomic_files.replacing(tmp_path / "file") as alive:
+        atomic_files.replace(tmp_path / "file", b"content")
         assert names_in(tmp_path) == sorted(["file", Path(alive.name).name, other])
     assert names_in(tmp_path) == ["file", other]
 
@@ -211,14 +211,14 @@ def test_a_file_is_replaced_in_a_folder_that_may_not_be_looked_into(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "listdir", refuse)
-    files.replace_atomically(tmp_path / "file", b"content")
+    atomic_files.replace(tmp_path / "file", b"content")
     assert (tmp_path / "file").read_bytes() == b"content"
 
 
 def test_unfinished_file_of_the_living_stays(tmp_path: Path) -> None:
-    with files.replacing(tmp_path / "file") as file:
+    with atomic_files.replacing(tmp_path / "file") as file:
         file.write(b"content")
-        assert files.remove_leftovers(tmp_path) == []
+        assert atomic_files.remove_leftovers(tmp_path) == []
     assert (tmp_path / "file").read_bytes() == b"content"
 
 
@@ -230,11 +230,11 @@ def test_file_swept_away_before_it_was_locked_is_made_again(
 
     def sweep_first(fd: int, operation: int) -> None:
         monkeypatch.setattr(fcntl, "flock", flock)
-        swept.append(files.remove_leftovers(tmp_path))
+        swept.append(atomic_files.remove_leftovers(tmp_path))
         flock(fd, operation)
 
     monkeypatch.setattr(fcntl, "flock", sweep_first)
-    files.replace_atomically(tmp_path / "file", b"content")
+    atomic_files.replace(tmp_path / "file", b"content")
     assert [len(names) for names in swept] == [1]
     assert (names_in(tmp_path), (tmp_path / "file").read_bytes()) == (["file"], b"content")
 
@@ -247,14 +247,14 @@ def test_without_locks_files_are_replaced_and_leftovers_stay(
 
     left = leave_behind(tmp_path, "a")
     monkeypatch.setattr(fcntl, "flock", refuse)
-    files.replace_atomically(tmp_path / "file", b"content")
-    assert files.remove_leftovers(tmp_path) == []
+    atomic_files.replace(tmp_path / "file", b"content")
+    assert atomic_files.remove_leftovers(tmp_path) == []
     assert names_in(tmp_path) == [left, "file"]
 
 
 def test_leftovers_of_a_missing_folder_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(NotFound):
-        files.remove_leftovers(tmp_path / "missing")
+        atomic_files.remove_leftovers(tmp_path / "missing")
 
 
 # --- reading ---
@@ -298,17 +298,17 @@ def test_file_system_number_is_what_stat_prints(tmp_path: Path) -> None:
 
 
 def test_file_system_that_is_new_to_us_is_named_by_its_number() -> None:
-    assert files.filesystem_kind("/proc") == "unknown 0x9fa0"
-    assert not files.is_network_filesystem("unknown 0x9fa0")
+    assert file_systems.filesystem_kind("/proc") == "unknown 0x9fa0"
+    assert not file_systems.is_network_filesystem("unknown 0x9fa0")
 
 
 def test_file_system_of_nothing_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(NotFound):
-        files.filesystem_kind(tmp_path / "missing")
+        file_systems.filesystem_kind(tmp_path / "missing")
 
 
 def test_every_network_file_system_is_one_that_we_can_see() -> None:
-    assert set(files.FILESYSTEM_KINDS.values()) > files.NETWORK_FILESYSTEMS
+    assert set(file_systems.FILESYSTEM_KINDS.values()) > file_systems.NETWORK_FILESYSTEMS
 
 
 @pytest.mark.parametrize(
@@ -324,30 +324,30 @@ def test_every_network_file_system_is_one_that_we_can_see() -> None:
     ],
 )
 def test_network_file_systems_are_told_apart(kind: str, is_network: bool) -> None:
-    assert files.is_network_filesystem(kind) == is_network
+    assert file_systems.is_network_filesystem(kind) == is_network
 
 
 def test_free_space_is_what_df_prints(tmp_path: Path) -> None:
     said = run("df", "--output=avail", "--block-size=1", tmp_path).stdout.split()[1]
     slack = 1 << 30  # others write to the same disk meanwhile
-    assert abs(files.free_bytes(tmp_path) - int(said)) < slack
+    assert abs(file_systems.free_bytes(tmp_path) - int(said)) < slack
     with pytest.raises(NotFound):
-        files.free_bytes(tmp_path / "missing")
+        file_systems.free_bytes(tmp_path / "missing")
 
 
 def test_what_interrupts_right_behind_the_creation_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    open_private = files._open_private
+    open_private = atomic_files._open_private
 
     def interrupted(name: str, flags: int) -> int:
         os.close(open_private(name, flags))
         assert len(names_in(tmp_path)) == 1
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "_open_private", interrupted)
+    monkeypatch.setattr(atomic_files, "_open_private", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        files.replace_atomically(tmp_path / "file", b"content")
+        atomic_files.replace(tmp_path / "file", b"content")
     assert names_in(tmp_path) == []
 
 
@@ -355,19 +355,19 @@ def test_what_interrupts_right_behind_the_creation_leaves_nothing(
 
 
 def test_locked_file_is_busy_until_closed(tmp_path: Path) -> None:
-    with files.lock_file(tmp_path / "lock") as held:
+    with file_locks.lock_file(tmp_path / "lock") as held:
         assert not os.get_inheritable(held.fd)
         with pytest.raises(Busy, match="lock is in use"):
-            files.lock_file(tmp_path / "lock")
+            file_locks.lock_file(tmp_path / "lock")
     held.close()
-    files.lock_file(tmp_path / "lock").close()
+    file_locks.lock_file(tmp_path / "lock").close()
     assert names_in(tmp_path) == ["lock"]
 
 
 def test_locking_keeps_the_content_and_makes_new_files_private(tmp_path: Path) -> None:
     (tmp_path / "old").write_bytes(b"content")
-    files.lock_file(tmp_path / "old").close()
-    files.lock_file(tmp_path / "new").close()
+    file_locks.lock_file(tmp_path / "old").close()
+    file_locks.lock_file(tmp_path / "new").close()
     assert (tmp_path / "old").read_bytes() == b"content"
     assert mode_of(tmp_path / "new") == 0o600
 
@@ -386,23 +386,23 @@ def test_lock_file_removed_before_it_was_locked_is_made_again(
         flock(fd, operation)
 
     monkeypatch.setattr(fcntl, "flock", remove_first)
-    with files.lock_file(tmp_path / "lock"), pytest.raises(Busy):
-        files.lock_file(tmp_path / "lock")
+    with file_locks.lock_file(tmp_path / "lock"), pytest.raises(Busy):
+        file_locks.lock_file(tmp_path / "lock")
     assert removed == 1
 
 
 def test_lock_is_not_taken_through_a_symbolic_link(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(StorageError):
-        files.lock_file(tmp_path / "link")
+        file_locks.lock_file(tmp_path / "link")
     assert names_in(tmp_path) == ["link"]
 
 
 def test_failed_lock_leaves_no_descriptor_open(tmp_path: Path) -> None:
-    with files.lock_file(tmp_path / "lock"):
+    with file_locks.lock_file(tmp_path / "lock"):
         before = len(open_files())
         with pytest.raises(Busy):
-            files.lock_file(tmp_path / "lock")
+            file_locks.lock_file(tmp_path / "lock")
         assert len(os.listdir("/proc/self/fd")) == before
 
 

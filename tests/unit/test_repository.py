@@ -23,7 +23,7 @@ from lmdbitmap.repository.repository import (
     image_name,
     sha256_of,
 )
-from lmdbitmap.system import files
+from lmdbitmap.system import file_locks, files
 from tests.helpers.support import PATIENCE_SECONDS
 from tests.unit.test_manifest import CHAIN, DISK, entry
 
@@ -137,7 +137,7 @@ def test_whoever_comes_while_a_folder_is_taken_back_has_one_of_its_own(
     """Its lock keeps others out, and is not that of a file which has no name any more."""
     first = ExitStack()
     first.enter_context(BackupFolder(tmp_path / "backups", "sda").locked())
-    owner, name = (files, "make_folders") if moment == "folder made" else (files, "_open_or_make")
+    owner, name = (files, "make_folders") if moment == "folder made" else (file_locks, "_open_or_make")
     call = getattr(owner, name)
 
     def and_then_the_first_ends(path: str) -> object:

@@ -20,7 +20,7 @@ from lmdbitmap.repository import proof
 from lmdbitmap.repository.digests import found_digest
 from lmdbitmap.repository.manifest import BackupEntry
 from lmdbitmap.restoring.restore import RestoreResult, restore
-from lmdbitmap.system import files
+from lmdbitmap.system import atomic_files
 from lmdbitmap.targets.target import Target
 from lmdbitmap.tracker import session
 from tests.contract.implementations import can_make_loop_devices, loop_node
@@ -113,7 +113,7 @@ def test_a_file_that_is_replaced_meanwhile_is_told(disk: BackedUpDisk) -> None:
     path = scribbled(disk)
 
     def replace(done: int, total: int) -> None:
-        files.replace_atomically(path, b"mine")
+        atomic_files.replace(path, b"mine")
 
     with pytest.raises(NotFound, match="was removed or replaced while it was written; restore again"):
         in_place(disk, path, progress=replace)
