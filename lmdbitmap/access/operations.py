@@ -16,6 +16,7 @@ from lmdbitmap.access.routes import FREEZE_LIMIT_S
 from lmdbitmap.errors import Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter, take_checkpoint
+from lmdbitmap.notes.checkpoint_names import refuse_ours
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain, session
@@ -27,9 +28,11 @@ def checkpoint(
     """Make one point in time on all of the disks, or on none.
 
     Either one process serves all of them, and may take `freeze_limit_s`, or nobody owns any of them. Raises
-    `AlreadyExists` for a name that is taken, `NotFound`, `Busy`, and `StorageError` where an image cannot be flushed.
+    `AlreadyExists` for a name that is taken, `InvalidArgument` for one such as backups give, `NotFound`, `Busy`, and
+    `StorageError` where an image cannot be flushed.
     """
     require_names(names)
+    refuse_ours(checkpoint_name)
     disks = [chain.disk_called(store, name) for name in names]
     served = [disk.name for disk in disks if is_attached(store, disk)]
     require_all_or_none(names, served)

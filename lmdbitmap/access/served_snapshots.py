@@ -13,6 +13,7 @@ from uuid import UUID
 from lmdbitmap.access import owners
 from lmdbitmap.errors import InvalidArgument, NotFound
 from lmdbitmap.nbd import control_client
+from lmdbitmap.notes.checkpoint_names import refuse_ours
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain
@@ -51,6 +52,7 @@ def take_served_snapshot(
     """
     require_limits(freeze_limit_s)
     owners.require_names(names)
+    refuse_ours(checkpoint)
     if not names:
         raise InvalidArgument("a snapshot is of one disk or of several", next_step="name the disks")
     disks = [chain.disk_called(store, name) for name in names]

@@ -10,6 +10,8 @@ import os
 import re
 import time
 
+from lmdbitmap.errors import InvalidArgument
+
 
 class Maker(enum.Enum):
     """The kind of run that made a checkpoint."""
@@ -31,3 +33,13 @@ class Maker(enum.Enum):
     def named(self, name: str) -> bool:
         """Whether a checkpoint of that name may be of this maker."""
         return re.fullmatch(self.form, name) is not None
+
+
+def refuse_ours(name: str) -> None:
+    """Raise `InvalidArgument` for a name such as we make, chosen by a person: it would be taken for a leftover."""
+    maker = next((maker for maker in Maker if maker.named(name)), None)
+    if maker is not None:
+        raise InvalidArgument(
+            f"{name!r} is the name of a checkpoint that a {maker.value} makes, and forgets again",
+            next_step="choose another name",
+        )

@@ -38,6 +38,15 @@ def test_odd_lists_of_names_are_not_understood(cli: Cli, names: str) -> None:
     assert "see 'lmdbitmap checkpoint --help'" in cli.fails(2, "checkpoint", names, "monday")
 
 
+@pytest.mark.parametrize("maker", ["backup", "sync", "stream"])
+def test_a_name_such_as_backups_give_is_refused(cli: Cli, maker: str) -> None:
+    """Its checkpoint would be taken for one that a dead run left, and be merged away."""
+    cli.add("sda")
+    name = f"{maker}-20261130T022349Z-1f2e3d"
+    assert f"a checkpoint that a {maker} makes" in cli.fails(2, "checkpoint", "sda", name)
+    assert "choose another name" in cli.fails(2, "snapshot", "sda", name)
+
+
 def test_a_mark_rounds_outward(cli: Cli) -> None:
     cli.add("sda")
     cli.ok("checkpoint", "sda", "monday")
