@@ -52,6 +52,7 @@ _POWER_CUT_GRACE_NS = 60 * _SECOND_NS
 _RESTART_GRACE_NS = 60 * _SECOND_NS
 
 OWNER_DIED = "its owner died: whatever was being written then counts as dirty"
+STORE_PUT_BACK = "the store was put back from a copy that is older than its owner's last sign of life"
 _NO_BEAT = "it was not closed cleanly, and its owner's last sign of life cannot be read"
 _UNCOUNTED = (
     "the kernel does not tell, or did not tell before, whether this block device was written"
@@ -134,7 +135,7 @@ def _gap_since_sign_of_life(disk: Disk, image: ImageIdentity, beat: Beat | None,
     if image.size not in (disk.size, disk.resizing_from):
         return f"the image has {image.size} bytes, and {disk.size} were tracked"
     if beat is not None and now.store.transaction < beat.store.transaction:
-        return "the store was put back from a copy that is older than its owner's last sign of life"
+        return STORE_PUT_BACK
     if image.is_block_device:
         return _exchange(begun, image) or _device_gap_since_sign_of_life(begun, image, beat, now)
     if 0 != image.mtime_ns == begun.mtime_ns and (beat is None or beat.mtime_ns <= begun.mtime_ns):

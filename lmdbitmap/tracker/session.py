@@ -29,7 +29,7 @@ from lmdbitmap.interfaces import ImageIdentity, StoreMark, TrackableDevice
 from lmdbitmap.notes.holds import remove_holds
 from lmdbitmap.notes.sync_note import remove_notes
 from lmdbitmap.storage import owner, schema
-from lmdbitmap.storage.owner import Distrust, Owner
+from lmdbitmap.storage.owner import Owner
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Reader, Store, Writer
 from lmdbitmap.system import kernel
@@ -223,7 +223,7 @@ def adopt(store: Store, name: str, *, open_device: OpenDevice = open_image) -> D
     Another size counts as a resize. Raises `Untrusted` if bits were lost: nobody can vouch for those.
     """
     with owning(store, name, open_device) as owned:
-        _require_bits(owned)
+        _require_bits(store, owned)
         _flush_block_device(owned)
         identity = identity_to_keep(owned.device)
         disk = store.update(lambda writer: _adopt(writer, owned.disk, identity))
@@ -232,18 +232,25 @@ def adopt(store: Store, name: str, *, open_device: OpenDevice = open_image) -> D
     return disk
 
 
-def _require_bits(owned: OwnedDisk) -> None:
-    lost = why_not_adopted(owned.disk, owned.owner.distrust())
+def _require_bits(store: Store, owned: OwnedDisk) -> None:
+    lost = why_not_adopted(store, owned.disk)
     if lost is not None:
         raise Untrusted(f"disk {owned.disk.name!r} cannot be adopted: {lost}", next_step="make a full backup")
 
 
-def why_not_adopted(disk: Disk, distrust: Distrust | None) -> str | None:
+def why_not_adopted(store: Store, disk: Disk) -> str | None:
     """Return why bits are missing that no image can show, so that nobody can vouch for the disk; None if none are."""
+    path = store.owner_path(disk.uuid)
     if disk.session is not None and disk.durability == schema.DEFERRED:
         return "it was not closed cleanly, and in deferred mode the bits were in memory only"
     if disk.identity is None and disk.epoch_number > 1:
         return disk.epoch_reason
+    beat = owner.last_beat(path)
+    if beat is not None and _mark_of(store).transaction < beat.store.transaction:
+        return (
+            continuity.STORE_PUT_BACK
+        )  # whoever knows that no stranger wrote knows nothing of what it lacks
+    distrust = owner.distrust(path)
     return None if distrust is None else distrust.reason
 
 

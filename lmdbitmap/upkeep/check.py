@@ -393,7 +393,7 @@ def next_step_for(store: Store, disk: Disk) -> str:
             "see what the process that serves it has logged, and stop and start it if this lasts; the next backup is"
             " a full one"
         )
-    if session.why_not_adopted(disk, owner.distrust(store.owner_path(disk.uuid))) is not None:
+    if session.why_not_adopted(store, disk) is not None:
         return "make a full backup"
     return f"make a full backup, or `lmdbitmap adopt {disk.name}` if you know that the image is the same"
 

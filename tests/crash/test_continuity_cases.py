@@ -67,12 +67,15 @@ def told(disk: BackedUpDisk, capsys: pytest.CaptureFixture[str], *words: str) ->
     return code, capsys.readouterr().out
 
 
-def expect_a_full_backup(disk: BackedUpDisk, capsys: pytest.CaptureFixture[str], reason: str) -> None:
+def expect_a_full_backup(
+    disk: BackedUpDisk, capsys: pytest.CaptureFixture[str], reason: str, *, adoptable: bool = True
+) -> None:
     """`info`, `check` and the next backup say why, the full backup holds the image, and all is well after it."""
     assert "untrusted" in told(disk, capsys, "info", NAME)[1]
     assert reason in told(disk, capsys, "info", NAME)[1]
     code, said = told(disk, capsys, "check")
-    assert (code, reason in said, "make a full backup, or `lmdbitmap adopt sda`" in said) == (3, True, True)
+    assert (code, reason in said, "make a full backup" in said) == (3, True, True)
+    assert ("or `lmdbitmap adopt sda`" in said) is adoptable
     entry = disk.backup()
     assert entry.type_actual is BackupType.RESCAN
     assert reason in str(entry.reason)
@@ -351,7 +354,25 @@ def test_database_put_back_beside_newer_signs_of_life_is_not_believed(
     attached.beat()
     attached.abandon()
     put_back(disk, PARTS["lmdb and newest"])
-    expect_a_full_backup(disk, capsys, "the store was put back from a copy")
+    expect_a_full_backup(disk, capsys, "the store was put back from a copy", adoptable=False)
+
+
+@pytest.mark.parametrize("end", ["detached", "died"])
+def test_nobody_can_vouch_for_a_database_that_lacks_what_its_owner_recorded(
+    disk: BackedUpDisk, end: str
+) -> None:
+    """That no stranger wrote the image may be true, and says nothing of the bits that were in the newer database."""
+    save_store(disk)
+    attached = disk.attach()
+    attached.pwrite(b"since the copy", 7 * BLOCK)
+    attached.beat()
+    attached.detach() if end == "detached" else attached.abandon()
+    put_back(disk, PARTS["lmdb and newest"])
+    with pytest.raises(Untrusted, match=r"cannot be adopted: the store was put back .*; make a full backup"):
+        session.adopt(disk.store, NAME)
+    assert disk.changes().standing.trust is Trust.UNTRUSTED
+    disk.backup()
+    assert disk.restored() == disk.content()
 
 
 def test_store_put_back_before_anything_was_written_lost_nothing(disk: BackedUpDisk) -> None:
