@@ -210,11 +210,19 @@ def _drop(writer: Writer, checkpoint: Checkpoint) -> None:
     writer.delete_checkpoint(checkpoint)
 
 
+def note_damage(writer: Writer, bitmap_id: int) -> None:
+    """Note that a damaged record of the bitmap is written anew: it names clean blocks, and no longer shows why."""
+    bitmap = writer.bitmap(bitmap_id)
+    writer.put_bitmap(dataclasses.replace(bitmap, superset=bitmap.superset or _DAMAGED))
+
+
 def merge_into(writer: Writer, target_id: int, source_id: int) -> None:
     """OR one bitmap into another of the same granularity; the source stays as it is."""
     target, source = writer.bitmap(target_id), writer.bitmap(source_id)
+    damaged = False
     for number, region in writer.regions(source_id):
         mine = writer.region(target_id, number)
+        damaged = damaged or region.damaged or (mine is not None and mine.damaged)
         armed, merged = region.armed, bytearray(region.bits)
         if mine is not None:
             armed |= mine.armed
@@ -224,7 +232,7 @@ def merge_into(writer: Writer, target_id: int, source_id: int) -> None:
         dataclasses.replace(
             target,
             all_dirty=target.all_dirty or source.all_dirty,
-            superset=target.superset or source.superset,
+            superset=target.superset or source.superset or (_DAMAGED if damaged else None),
         )
     )
 
@@ -234,6 +242,8 @@ def mark_outward(writer: Writer, bitmap: Bitmap, offset: int, length: int) -> No
     blocks = bitmap.geometry.blocks_outward(offset, length)
     for number in range(blocks.start // REGION_BLOCKS, ceil_div(blocks.stop, REGION_BLOCKS)):
         region = writer.region(bitmap.id, number)
+        if region is not None and region.damaged:
+            note_damage(writer, bitmap.id)
         block_bits = bytearray(region.bits if region else schema.ALL_CLEAN_BITS)
         base = number * REGION_BLOCKS
         view = bits.bitmap_view(block_bits)

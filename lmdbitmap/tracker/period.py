@@ -34,6 +34,7 @@ from lmdbitmap.geometry import EXTENT_BLOCKS, REGION_BLOCKS, REGION_BYTES, REGIO
 from lmdbitmap.storage import schema
 from lmdbitmap.storage.schema import Bitmap
 from lmdbitmap.store import Reader, Store, Writer
+from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.armed import ArmedExtents
 
 DEFAULT_MAX_ARMED = 1024
@@ -85,6 +86,8 @@ class Period:
         self._armed = ArmedExtents(max_armed, self.settled)
         self._behind: set[int] = set()
         """Regions whose record lacks bits (deferred mode) or arms too much (a commit failed or was interrupted)."""
+        self._damaged: set[int] = set()
+        """Regions whose record was damaged when it was read: their dirt is a superset, also once it is written anew."""
 
     # -- marking ---------------------------------------------------------------------------------------
 
@@ -335,6 +338,8 @@ class Period:
 
     def _put(self, writer: Writer, region: int, armed: int, exact: bytes) -> None:
         """Store a region, without a record if all clean: an extent may be armed for nothing, and periods are many."""
+        if region in self._damaged:
+            chain.note_damage(writer, self.bitmap_id)
         if armed or exact != schema.ALL_CLEAN_BITS:
             writer.put_region(self.bitmap_id, region, armed, exact)
         else:
@@ -343,6 +348,8 @@ class Period:
     def _stored(self, reader: Reader, region: int) -> bytes:
         """Return the region's dirt from the store. Extents that a dead owner left armed are all dirty."""
         record = reader.region(self.bitmap_id, region)
+        if record is not None and record.damaged:
+            self._damaged.add(region)
         return schema.ALL_CLEAN_BITS if record is None else bits.dirty_bits(record.armed, record.bits)
 
     def end(self) -> None:
@@ -372,7 +379,7 @@ class Period:
         with self._state:
             for region in sorted(regions):
                 self._load(region, writer)  # first: later, a dead owner's armed extents look like ours
-                writer.put_region(self.bitmap_id, region, armed.get(region, 0), bytes(self._known(region)))
+                self._put(writer, region, armed.get(region, 0), bytes(self._known(region)))
             self._settle(_Commit({}, [], armed))
 
     def _take_all(self) -> dict[int, tuple[int, bytes]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import pytest
 
 from lmdbitmap.errors import Busy, InvalidArgument, NotFound, Untrusted
 from lmdbitmap.extents import Trust
+from lmdbitmap.filter import Filter
 from lmdbitmap.storage import schema
 from lmdbitmap.storage.owner import Owner
 from lmdbitmap.tracker.changes import dirty_bytes_of_period
@@ -140,21 +141,63 @@ def test_image_that_cannot_be_compared_is_not_trusted(tracked: TrackedDisk, dama
     assert trust_of(tracked.changes("start")) is Trust.UNTRUSTED
 
 
+def damage_the_record(tracked: TrackedDisk, period: int = -1) -> None:
+    with tracked.store.read() as reader:
+        bitmap_id = reader.checkpoints(tracked.disk().uuid)[period].bitmap_id
+    key = schema.region_key(bitmap_id, 0)
+    record = bytearray(schema.encode_region(key, 0, schema.ALL_CLEAN_BITS))
+    record[100] ^= 1
+    tracked.store.update(lambda writer: writer._put("regions", key, bytes(record)))
+
+
 def test_damaged_record_is_all_dirty_and_a_superset(
     tracked: TrackedDisk, caplog: pytest.LogCaptureFixture
 ) -> None:
     with tracked.attach() as disk:
         disk.pwrite(b"x", 0)
-    with tracked.store.read() as reader:
-        bitmap_id = reader.checkpoints(tracked.disk().uuid)[-1].bitmap_id
-    key = schema.region_key(bitmap_id, 0)
-    record = bytearray(schema.encode_region(key, 0, schema.ALL_CLEAN_BITS))
-    record[100] ^= 1
-    tracked.store.update(lambda writer: writer._put("regions", key, bytes(record)))
+    damage_the_record(tracked)
     answer = tracked.changes("start")
     assert blocks_of(answer) == set(range(BLOCKS))
     assert trust_of(answer) is Trust.SUPERSET
     assert "damaged" in caplog.text
+
+
+def forget_its_checkpoint(disk: Filter) -> None:
+    disk.forget("damaged")
+
+
+def forget_the_next_one(disk: Filter) -> None:
+    disk.forget("next")
+
+
+def grow(disk: Filter) -> None:
+    disk.resize(SIZE + 4096)
+
+
+def shrink(disk: Filter) -> None:
+    disk.resize(SIZE - 4096)
+
+
+def import_into_it(disk: Filter) -> None:
+    disk.forget("next")
+    disk.mark_regions([(0, bytes([1]).ljust(512, b"\0"))], disk.disk.geometry)
+
+
+@pytest.mark.parametrize("deed", [forget_its_checkpoint, forget_the_next_one, grow, shrink, import_into_it])
+def test_damaged_record_that_is_written_anew_leaves_a_superset(
+    tracked: TrackedDisk, deed: Callable[[Filter], None]
+) -> None:
+    """Else what is named because of the damage would count as exact, and could be subtracted from other bitmaps."""
+    with tracked.attach() as disk:
+        for name in ("damaged", "next"):
+            disk.checkpoint(name)
+            disk.pwrite(b"x", 0)
+    damage_the_record(tracked, period=-2)
+    with tracked.attach() as disk:
+        deed(disk)
+    answer = tracked.changes("start")
+    assert blocks_of(answer) == set(range(answer.geometry.block_count))
+    assert trust_of(answer) is Trust.SUPERSET
 
 
 def test_closed_period_does_not_depend_on_the_image(tracked: TrackedDisk) -> None:
