@@ -97,7 +97,12 @@ class Changes:
         return [member.bitmap_id for member in members]
 
     def _members(self, reader: Reader) -> list[Checkpoint]:
-        """Return the checkpoints that begin the requested periods."""
+        """Return the checkpoints that begin the requested periods. Raise `Busy` if the disk shrank: past its new end
+        their bits are gone, and would read as clean.
+        """
+        disk = reader.disk(self.disk.uuid)
+        if disk is not None and disk.size < self.disk.size:
+            raise Busy(f"disk {self.disk.name!r} was made smaller just now", next_step="ask again")
         chain_now = reader.checkpoints(self.disk.uuid)
         by_uuid = {checkpoint.uuid: position for position, checkpoint in enumerate(chain_now)}
         stop = None if self.until is None else by_uuid.get(self.until.uuid)

@@ -211,6 +211,25 @@ def test_a_disk_that_grew_since_it_was_asked_is_exported_as_it_was(tmp_path: Pat
     assert naive_flat.dirty_blocks((tmp_path / "x.dbm").read_bytes()) == {24}
 
 
+def test_a_disk_that_shrank_since_it_was_asked_is_not_exported_as_clean_there(
+    tracked: TrackedDisk, tmp_path: Path
+) -> None:
+    """The bits past its new end are gone, and the file would be of the size that it had."""
+    write(tracked, 0, LAST)
+    asked = tracked.changes()
+    with tracked.attach() as disk:
+        disk.resize(4096)
+    for keep in (
+        lambda: export.export_changes(asked, tmp_path / "x.dbm"),
+        lambda: export.keep_changes(asked, "kept"),
+        lambda: blocks_of(asked),
+    ):
+        with pytest.raises(Busy, match="made smaller just now; ask again"):
+            keep()
+    assert (bitmap_names(tracked), (tmp_path / "x.dbm").exists()) == ([], False)
+    assert blocks_of(tracked.changes()) == {0}
+
+
 def test_ones_that_the_disk_has_no_room_for_are_not_begun(tracked: TrackedDisk, tmp_path: Path) -> None:
     """A not-CLEAN header of 4 KiB may stand for petabytes."""
     huge = of_a_larger_disk(a_file(tmp_path / "huge.dbm", set(), 1 << 20, 9), 2**63 - 1, flags=0)
