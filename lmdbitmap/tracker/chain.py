@@ -254,7 +254,8 @@ def mark_outward(writer: Writer, bitmap: Bitmap, offset: int, length: int) -> No
 def resize(writer: Writer, disk: Disk, size: int) -> Disk:
     """Give the disk another size: new blocks are dirty, and blocks past the end leave every bitmap for good.
 
-    New blocks are dirty in the epoch's closed periods too: these may have lost bits there to an earlier cut.
+    New blocks are dirty in the epoch's closed periods too: these may have lost bits there to an earlier cut. Nothing is
+    marked where all is dirty anyway: that could be millions of records.
     """
     resized = dataclasses.replace(disk, size=size)
     for checkpoint in writer.checkpoints(disk.uuid):
@@ -262,7 +263,7 @@ def resize(writer: Writer, disk: Disk, size: int) -> Disk:
         if size < disk.size and _truncate(writer, checkpoint.bitmap_id, resized.geometry):
             bitmap = dataclasses.replace(bitmap, superset=bitmap.superset or _DAMAGED)
         writer.put_bitmap(bitmap)
-        if size > disk.size and checkpoint.epoch == disk.epoch:
+        if size > disk.size and checkpoint.epoch == disk.epoch and bitmap.all_dirty is None:
             mark_outward(writer, bitmap, disk.size, size - disk.size)
     writer.put_disk(resized)
     return resized

@@ -174,12 +174,12 @@ def _resume(store: Store, owned: OwnedDisk, identity: ImageIdentity, *, session:
 
     def commit(writer: Writer) -> Disk:
         disk = existing(writer, owned.disk.uuid)
-        if disk.size != identity.size:
-            disk = chain.resize(writer, disk, identity.size)
         if verdict.broken is not None:
             disk = chain.start_epoch(writer, disk, verdict.broken, time.time_ns())
         elif verdict.superset is not None:
             chain.note_superset(writer, disk, verdict.superset)
+        if disk.size != identity.size:  # after the new epoch, for which nothing has to be marked
+            disk = chain.resize(writer, disk, identity.size)
         disk = dataclasses.replace(disk, session=session, identity=identity, resizing_from=None)
         writer.put_disk(disk)
         return disk

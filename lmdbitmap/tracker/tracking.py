@@ -180,8 +180,8 @@ class Tracking:
         """Begin a new epoch in which everything is dirty. Called inside `frozen`."""
 
         def start(writer: Writer) -> tuple[Disk, Period]:
-            disk = chain.resize(writer, self.as_stored(writer), self.device.size)
-            disk = chain.start_epoch(writer, disk, reason, time.time_ns())
+            disk = chain.start_epoch(writer, self.as_stored(writer), reason, time.time_ns())
+            disk = chain.resize(writer, disk, self.device.size)
             return disk, self.open_period(writer, disk)
 
         with changed_together([self.voucher]):

@@ -294,6 +294,18 @@ def test_what_was_lost_before_a_shrink_is_dirty_after_it(archive: Archive, stale
         assert reader.bitmap(archive.points()[-1].bitmap_id).superset
 
 
+def test_where_all_is_dirty_a_grown_disk_needs_no_records(archive: Archive) -> None:
+    """An image that somebody else grew by terabytes begins an epoch, and would have millions in every period."""
+    archive.checkpoint("monday", 1)
+    before = archive.region_keys()
+    archive.change(lambda writer, disk: chain.start_epoch(writer, disk, "it was grown", 0))
+    disk = archive.resize(1 << 34)
+    assert archive.region_keys() == before
+    with archive.store.read() as reader:
+        newest = reader.bitmap(chain.current_checkpoint(reader, disk).bitmap_id)
+    assert (newest.size, newest.all_dirty) == (1 << 34, "a new epoch began: it was grown")
+
+
 def test_grown_disk_is_dirty_from_its_old_end_on_in_every_bitmap(archive: Archive) -> None:
     archive.checkpoint("monday", 1)
     archive.checkpoint("tuesday", 2)

@@ -188,6 +188,17 @@ def test_copy_is_another_image_until_somebody_vouches_for_it(tmp_path: Path, tra
     assert 3 in blocks_of(tracked.changes("start"))
 
 
+def test_image_that_somebody_grew_by_a_terabyte_begins_an_epoch_without_a_record(
+    tracked: TrackedDisk,
+) -> None:
+    """In each period of the old epoch it would be 65,536, for which all disks of the store wait."""
+    os.truncate(tracked.image, 1 << 40)
+    with tracked.attach() as disk:
+        assert (disk.size, disk.disk.epoch_number) == (1 << 40, 2)
+    with tracked.store.read() as reader:
+        assert reader.record_count("regions") == 0
+
+
 def test_disk_stays_where_it_is_if_nothing_else_can_be_tracked_there(
     tmp_path: Path, tracked: TrackedDisk
 ) -> None:
