@@ -26,7 +26,7 @@ from lmdbitmap.system import kernel, linux
 from lmdbitmap.system.file_systems import FILESYSTEM_KINDS
 from lmdbitmap.system.files import pwrite_whole
 from lmdbitmap.system.image_locks import lock_image
-from lmdbitmap.work.buffers import read_whole
+from lmdbitmap.work.buffers import in_bytes, read_whole
 
 ZERO_CHUNK_BYTES = 1 << 20
 PAGE_BYTES = 4096
@@ -120,6 +120,7 @@ class FileDevice:
         return read_whole(self.pread_into, length, offset)
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
+        buffer = in_bytes(buffer)
         check_range(offset, len(buffer), self._size)
         while buffer:
             count = os.preadv(self._fd, [buffer], offset)
@@ -139,6 +140,7 @@ class FileDevice:
                 os.posix_fadvise(self._fd, start, step, os.POSIX_FADV_WILLNEED)
 
     def pwrite(self, data: Buffer, offset: int) -> None:
+        data = in_bytes(data)
         self._check_write(offset, len(data))
         pwrite_whole(self._fd, data, offset)
 

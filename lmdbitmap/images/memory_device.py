@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from lmdbitmap.geometry import check_range
 from lmdbitmap.images.device import DATA, HOLE, PAGE_BYTES, check_size, closed_error, read_only_error
 from lmdbitmap.interfaces import Allocation, Buffer, joined
+from lmdbitmap.work.buffers import in_bytes
 
 
 class MemoryDevice:
@@ -41,10 +42,12 @@ class MemoryDevice:
             return bytes(self._bytes[offset : offset + length])
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
+        buffer = in_bytes(buffer)
         with self._doing("pread_into", offset, len(buffer)):
             buffer[:] = self._bytes[offset : offset + len(buffer)]
 
     def pwrite(self, data: Buffer, offset: int) -> None:
+        data = in_bytes(data)
         with self._doing("pwrite", offset, len(data), writes=True):
             self._bytes[offset : offset + len(data)] = data
 

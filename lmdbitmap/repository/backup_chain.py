@@ -34,7 +34,7 @@ from lmdbitmap.qcow2.layout import SECTOR
 from lmdbitmap.repository.manifest import BackupEntry, chain_to, id_at
 from lmdbitmap.repository.proof import ChunkProof, Whole, chunk_proof
 from lmdbitmap.repository.repository import BackupFolder
-from lmdbitmap.work.buffers import read_whole
+from lmdbitmap.work.buffers import in_bytes, read_whole
 
 _FROM_A_COPY = "get the file from a copy of the repository"
 
@@ -104,6 +104,7 @@ class BackupChain(ReadOnlyDevice):
         return read_whole(self.pread_into, length, offset)
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
+        buffer = in_bytes(buffer)
         for run in self.extents(offset, len(buffer)):
             self.fill(buffer[run.offset - offset : run.end - offset], run)
 

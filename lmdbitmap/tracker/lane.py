@@ -34,6 +34,7 @@ from lmdbitmap.errors import InvalidArgument, StorageError
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import BlockDevice, Buffer
 from lmdbitmap.system.linux import splice_to_file
+from lmdbitmap.work.buffers import in_bytes
 
 if TYPE_CHECKING:
     from bitarray import bitarray
@@ -178,6 +179,8 @@ class FilterLane:
         Raises `InvalidArgument` outside the disk, `OSError` as the image does, and `StorageError` if the policy is
         strict and the dirtiness cannot be made durable.
         """
+        if type(data) is not bytes:
+            data = in_bytes(data)
         self.busy = True
         try:
             length, shift = len(data), self._shift
@@ -206,7 +209,7 @@ class FilterLane:
         try:
             size, settled, shift, pwrite, fd = self.size, self.settled, self._shift, self._pwrite, self._fd
             for index, (offset, data) in enumerate(writes):
-                end = offset + len(data)
+                end = offset + data.nbytes
                 first = offset >> shift
                 try:
                     if (
@@ -226,11 +229,12 @@ class FilterLane:
             self.busy = False
         if not unsettled:
             return _NO_FAILURES
-        failed = self._write_slowly([writes[index] for index in unsettled])
+        failed = self._write_slowly([_in_bytes(writes[index]) for index in unsettled])
         return {unsettled[position]: _errno_of(error) for position, error in failed.items()}
 
     def _write_together(self, writes: Sequence[tuple[int, memoryview]]) -> Mapping[int, int]:
         """Do `write_many` on a remote device: hand it all settled writes in one call."""
+        writes = [_in_bytes(write) for write in writes]
         self.busy = True
         try:
             settled = [
@@ -357,6 +361,10 @@ def poll_pauses_s() -> Iterator[float]:
 
 def _nothing() -> None:
     """Do nothing about a wait."""
+
+
+def _in_bytes(write: tuple[int, memoryview]) -> tuple[int, memoryview]:
+    return write[0], in_bytes(write[1])
 
 
 def _shortest_pwrite(device: BlockDevice) -> Callable[[int, Buffer, int], int]:

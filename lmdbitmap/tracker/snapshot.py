@@ -51,7 +51,7 @@ from lmdbitmap.tracker.cluster_states import (
     ClusterStates,
 )
 from lmdbitmap.tracker.scratch import ScratchFile
-from lmdbitmap.work.buffers import new_buffer
+from lmdbitmap.work.buffers import in_bytes, new_buffer
 
 log = logging.getLogger(__name__)
 
@@ -205,6 +205,7 @@ class Snapshot(ReadOnlyDevice):
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
         """Read old data. Raise `StorageError` once the snapshot is broken or released."""
+        buffer = in_bytes(buffer)
         check_range(offset, len(buffer), self.size)
         if not buffer:
             return

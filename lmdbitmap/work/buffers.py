@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from lmdbitmap.interfaces import Buffer
+
 _FURTHER: Final = 48
 """malloc's 16 bytes + 48 = 64: the start of a cache line."""
 
@@ -24,6 +26,18 @@ def new_buffer(length: int) -> bytearray:
     buffer = bytearray(_FURTHER + length)
     del buffer[:_FURTHER]
     return buffer
+
+
+def in_bytes(data: Buffer) -> memoryview:
+    """Return the same memory as a view whose length is in bytes.
+
+    A view may have larger items, or rows of them: as long as its length, only the first of its bytes would be checked,
+    marked dirty or read. Raises `TypeError` for a view of scattered memory.
+    """
+    view = memoryview(data)
+    if view.format == "B" and view.ndim == 1:
+        return view
+    return view.cast("B") if view.nbytes else memoryview(b"")
 
 
 def read_whole(pread_into: Callable[[memoryview, int], None], length: int, offset: int) -> bytes:

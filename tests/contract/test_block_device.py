@@ -111,6 +111,30 @@ def test_reading_into_a_buffer_fills_all_of_it(device: BlockDevice, offset: int,
     assert buffer == b"?" + pattern(SIZE)[offset : offset + length] + b"?"
 
 
+WIDE_VIEWS: list[Callable[[bytearray], memoryview]] = [
+    lambda data: memoryview(data).cast("I"),
+    lambda data: memoryview(data).cast("B", (8, len(data) // 8)),
+    lambda data: memoryview(data).cast("b"),
+]
+"""As of an array of numbers, or of rows: their length is not in bytes."""
+
+
+@pytest.mark.parametrize("view_of", WIDE_VIEWS, ids=["numbers", "rows", "signed"])
+def test_all_bytes_of_a_view_of_larger_items_are_written_and_read(
+    device: BlockDevice, view_of: Callable[[bytearray], memoryview]
+) -> None:
+    device.pwrite(view_of(bytearray(pattern(16384))), 4096)
+    assert content(device) == bytes(4096) + pattern(16384) + bytes(SIZE - 20480)
+    buffer = bytearray(16384)
+    device.pread_into(view_of(buffer), 4096)
+    assert buffer == pattern(16384)
+    for call in (device.pwrite, device.pread_into):
+        with pytest.raises(InvalidArgument):
+            call(view_of(bytearray(16384)), SIZE - 8192)
+    device.pwrite(memoryview(bytearray()).cast("I"), 0)
+    assert (device.size, content(device)[:4096]) == (SIZE, bytes(4096))
+
+
 def test_what_is_read_does_not_change_with_the_disk(device: BlockDevice) -> None:
     device.pwrite(b"old", 0)
     kept = device.pread(3, 0)

@@ -82,6 +82,13 @@ def test_each_byte_is_in_the_newest_image_that_has_it(chain: BackupChain) -> Non
     ]
 
 
+def test_a_view_of_larger_items_is_filled_with_bytes(disk: BackedUpDisk, chain: BackupChain) -> None:
+    length = SIZE // 4 * 4
+    buffer = bytearray(length)
+    chain.pread_into(memoryview(buffer).cast("I"), 0)
+    assert buffer == disk.content()[:length]
+
+
 def test_an_extent_of_data_is_where_its_file_says(disk: BackedUpDisk, chain: BackupChain) -> None:
     seen = 0
     for run in chain.extents(0, SIZE):

@@ -128,6 +128,21 @@ def test_last_byte_decides_which_blocks_a_write_touches(device: BlockDevice) -> 
     assert marker.marked == [(1, 2), (2, 4)]
 
 
+@pytest.mark.parametrize("settled", [False, True])
+def test_all_blocks_of_a_view_of_larger_items_are_marked(device: BlockDevice, settled: bool) -> None:
+    """Its length is not in bytes: a block that is written and not marked would be called clean (law 1)."""
+    marker = Marker()
+    lane = FilterLane(marker.gate, device, marker)
+    if settled:
+        marker.settled[0] = 1
+    wide = memoryview(b"x" * 4 * GRANULARITY).cast("I")
+    lane.pwrite(wide, 0)
+    assert marker.marked == [(0, 4)]
+    assert lane.write_many([(8 * GRANULARITY, wide), (SIZE - GRANULARITY, wide)]) == {1: errno.ENOSPC}
+    assert marker.marked == [(0, 4), (8, 12)]
+    assert (device.size, device.pread(4 * GRANULARITY, 8 * GRANULARITY)) == (SIZE, bytes(wide))
+
+
 def test_batch_shares_one_marking(device: BlockDevice) -> None:
     marker = Marker()
     calls: list[list[Run]] = []

@@ -65,6 +65,15 @@ def test_old_data_is_read_after_new_data_was_written(disk: Filter, folder: Path)
     assert snapshot.kept_bytes == BLOCK
 
 
+def test_old_data_is_read_into_a_view_of_larger_items(disk: Filter, folder: Path) -> None:
+    """Its length is not in bytes: what lay beyond that was read from the image, whatever was kept of it."""
+    snapshot = disk.snapshot("s", scratch(folder))
+    disk.pwrite(NEW, 3 * BLOCK)
+    buffer = bytearray(4 * BLOCK)
+    snapshot.pread_into(memoryview(buffer).cast("I"), 0)
+    assert buffer == OLD * 4
+
+
 def test_a_block_is_kept_once(disk: Filter, folder: Path) -> None:
     snapshot = disk.snapshot("s", scratch(folder))
     for number in range(5):

@@ -33,7 +33,7 @@ from lmdbitmap.nbd.client.handshake import FarExport
 from lmdbitmap.nbd.client.link import WINDOW, Link, Request
 from lmdbitmap.nbd.client.statuses import statuses
 from lmdbitmap.nbd.uri import NbdAddress, parse
-from lmdbitmap.work.buffers import read_whole
+from lmdbitmap.work.buffers import in_bytes, read_whole
 
 RECONNECT_S: Final = 30.0
 """Seconds that a request waits for a server that went away."""
@@ -143,6 +143,7 @@ class NbdDevice:
         return read_whole(self.pread_into, length, offset)
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
+        buffer = in_bytes(buffer)
         check_range(offset, len(buffer), self.size)
         start, stop = self._outward(offset, offset + len(buffer))
         if (start, stop) == (offset, offset + len(buffer)):
@@ -180,6 +181,7 @@ class NbdDevice:
     # -- writing -------------------------------------------------------------------------------------------
 
     def pwrite(self, data: Buffer, offset: int) -> None:
+        data = in_bytes(data)
         self._check_write(offset, len(data))
         if self._edges is None:
             self._write(data, offset)
@@ -199,6 +201,7 @@ class NbdDevice:
             together: dict[int, Request] = {}
             for position, (offset, data) in enumerate(writes[start : start + WINDOW], start):
                 try:
+                    data = in_bytes(data)
                     if self._edges is None and 0 < len(data) <= self.export.maximum:
                         self._check_write(offset, len(data))
                         together[position] = self._write_request(data, offset)
