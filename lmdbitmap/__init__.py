@@ -1,7 +1,7 @@
 """Remember which blocks of a disk image changed since the last backup, also after a crash.
 
 The names in this module are the library's public interface; everything else may move. They are loaded on first use, so
-that `import lmdbitmap` costs next to nothing. DESIGN.md explains the tracker.
+that `import lmdbitmap` costs next to nothing. docs/python.md is the guide to them; DESIGN.md explains the tracker.
 
     with Store.create("/var/lib/lmdbitmap") as store:
         add(store, "sda", "/srv/sda.raw", granularity_bits=16)

@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 
+import lmdbitmap
 from tests.helpers.support import requires, run
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+WITH_LIBRARY_BLOCKS = ["README.md", "docs/backup.md", "docs/python.md"]
+GUIDE = ROOT / "docs" / "python.md"
 
 
 @requires("qemu-io")
@@ -33,20 +37,43 @@ def library_blocks(document: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize(
-    ("document", "number"), [("README.md", 0), ("docs/backup.md", 0), ("docs/backup.md", 1)]
-)
-def test_the_library_block_prints_what_its_comments_say(
-    document: str, number: int, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("document", WITH_LIBRARY_BLOCKS)
+def test_the_library_blocks_print_what_their_comments_say(
+    document: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    block = library_blocks(document)[number]
-    promised = re.findall(r"print\(.*\) +# (.*)", block)
-    exec(compile(block, document, "exec"), {})
+    """All blocks of a document run in order, as one program."""
+    program = "\n".join(library_blocks(document))
+    promised = re.findall(r"print\(.*\) +# (.*)", program)
+    exec(compile(program, document, "exec"), {})
     assert capsys.readouterr().out.splitlines() == promised != []
 
 
 def test_no_library_block_is_left_untried() -> None:
-    assert [len(library_blocks(document)) for document in ("README.md", "docs/backup.md")] == [1, 2]
+    documents = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
+    assert [document for document in documents if library_blocks(document)] == WITH_LIBRARY_BLOCKS
+
+
+def test_the_guide_for_agents_names_everything_that_is_public() -> None:
+    """In one of its two tables, once. In the table of errors: each class that is one, and no other."""
+    names, errors = (names_in_table(under) for under in ("All names", "Errors"))
+    public_errors = [name for name in lmdbitmap.__all__ if is_error(getattr(lmdbitmap, name))]
+    assert sorted(errors) == sorted(public_errors)
+    assert sorted(names + errors) == sorted(lmdbitmap.__all__)
+
+
+def names_in_table(heading: str) -> list[str]:
+    """The names in the second column of the guide's table of tasks, or in the first of that of errors."""
+    [table] = re.findall(rf"^## {heading}\n(.*?)^## ", GUIDE.read_text(), re.DOTALL | re.MULTILINE)
+    column = 2 if heading == "All names" else 1
+    return [
+        name
+        for row in re.findall(r"^\|.*", table, re.MULTILINE)
+        for name in re.findall(r"`(\w+)`", row.split("|")[column])
+    ]
+
+
+def is_error(found: object) -> bool:
+    return isinstance(found, type) and issubclass(found, lmdbitmap.LmdbitmapError)
 
 
 def test_the_first_runnable_line_comes_early_and_the_whole_is_short() -> None:
@@ -55,10 +82,23 @@ def test_the_first_runnable_line_comes_early_and_the_whole_is_short() -> None:
     assert len(lines) <= 160
 
 
-def test_every_link_leads_somewhere() -> None:
-    targets = [target for target in re.findall(r"\]\(([^)#]+)", README) if "://" not in target]
-    assert targets
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_leads_somewhere(document: Path) -> None:
+    """To a file that is there, and to a heading of it."""
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text()) if "://" not in link]
+    assert links or document.name not in ("README.md", "python.md")
+    assert [link for link in links if not leads_somewhere(document, *link.partition("#")[::2])] == []
+
+
+def leads_somewhere(document: Path, path: str, anchor: str) -> bool:
+    target = document.parent / path if path else document
+    return target.exists() and (not anchor or anchor in anchors_of(target))
+
+
+def anchors_of(document: Path) -> set[str]:
+    """The anchors that GitHub gives to its headings."""
+    headings = re.findall(r"^#+ (.*)", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_every_verb_is_in_the_documents() -> None:
