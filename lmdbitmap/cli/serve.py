@@ -33,7 +33,6 @@ from lmdbitmap.flat_file import bitmap_file as flat_bitmap_file
 from lmdbitmap.nbd.control.control import ControlServer
 from lmdbitmap.nbd.control.held import HeldSnapshots
 from lmdbitmap.nbd.control.watch import Watch
-from lmdbitmap.nbd.server.dirty_contexts import tracked_contexts
 from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.nbd.supervisor import Supervisor
 from lmdbitmap.storage.measured import MeasuredStore
@@ -151,7 +150,7 @@ def _served(
 
     A disk that the server was asked to detach is removed from `disks`.
     """
-    server = Server(disks, contexts_of=tracked_contexts)
+    server = Server(disks)
     watch = Watch(server, {name: store.commits for name, store in stores.items()})
     held = HeldSnapshots(dict(disks), server, scratch)
     control = ControlServer(disks, watch=watch, held=held, server=server)

@@ -13,7 +13,6 @@ import pytest
 
 from lmdbitmap.filter import Filter
 from lmdbitmap.nbd.server.contexts import MAX_DESCRIPTORS
-from lmdbitmap.nbd.server.dirty_contexts import tracked_contexts
 from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.storage import schema
 from tests.helpers.nbd_raw import BLOCK_STATUS, REQ_ONE, SET_META_CONTEXT, STRUCTURED_REPLY, RawClient, string
@@ -48,7 +47,7 @@ class House(NamedTuple):
 @pytest.fixture(params=schema.DURABILITIES)
 def house(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[House]:
     with closing(TrackedDisk(tmp_path, SIZE, 9, request.param).clean()) as tracked, tracked.attach() as disk:
-        server = Server({NAME: disk}, contexts_of=tracked_contexts)
+        server = Server({NAME: disk})
         server.listen_unix(str(tmp_path / "nbd.sock"))
         server.start()
         yield House(tracked, disk, server)

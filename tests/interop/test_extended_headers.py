@@ -16,7 +16,6 @@ import pytest
 from lmdbitmap.filter import Filter
 from lmdbitmap.interfaces import Allocation
 from lmdbitmap.nbd.client.device import NbdDevice
-from lmdbitmap.nbd.server.dirty_contexts import tracked_contexts
 from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.nbd.server.traffic import BLOCK_STATUS, ZEROES
 from lmdbitmap.store import Store
@@ -55,7 +54,7 @@ def house(tmp_path: Path) -> Iterator[House]:
         for offset, data in SPOTS:
             disk.pwrite(data, offset)
         disk.checkpoint("start")
-        server = Server({NAME: disk}, contexts_of=tracked_contexts)
+        server = Server({NAME: disk})
         server.listen_unix(str(tmp_path / "nbd.sock"))
         server.start()
         yield House(disk, server)

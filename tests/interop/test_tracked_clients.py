@@ -14,7 +14,6 @@ import pytest
 
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
-from lmdbitmap.nbd.server.dirty_contexts import tracked_contexts
 from lmdbitmap.nbd.server.server import Server
 from tests.conftest import RawImage
 from tests.helpers.support import requires, run, spawn, wait_for_socket
@@ -70,7 +69,7 @@ def house() -> Iterator[House]:
             for _ in range(50):
                 disk.pwrite(chosen.randbytes(20_000), chosen.randrange(SIZE - 20_000))
             disk.checkpoint("start")
-            server = Server({NAME: disk}, contexts_of=tracked_contexts)
+            server = Server({NAME: disk})
             server.listen_unix(str(folder / "nbd.sock"))
             server.start()
             yield House(tracked, disk, server, tracked.image.read_bytes())

@@ -29,7 +29,6 @@ from lmdbitmap.images.device import FileDevice
 from lmdbitmap.interfaces import TrackableDevice
 from lmdbitmap.nbd.control.control import ControlServer
 from lmdbitmap.nbd.control.held import HeldSnapshots
-from lmdbitmap.nbd.server.dirty_contexts import tracked_contexts
 from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.repository.manifest import BackupType
@@ -386,7 +385,7 @@ def served(disks: Disks) -> Iterator[dict[str, Filter]]:
     """By this process, to whoever asks at its control socket."""
     with ExitStack() as stack:
         filters = stack.enter_context(attached(disks))
-        server = Server(filters, contexts_of=tracked_contexts)
+        server = Server(filters)
         server.start()
         stack.callback(server.stop)
         held = HeldSnapshots(filters, server, Scratch(str(disks.folder), limit_bytes=64 * BLOCK))

@@ -26,7 +26,6 @@ from lmdbitmap.nbd.client.kept_question import KeptQuestion
 from lmdbitmap.nbd.control import orders
 from lmdbitmap.nbd.control.control import ControlServer
 from lmdbitmap.nbd.control.held import HeldSnapshots
-from lmdbitmap.nbd.server.dirty_contexts import tracked_contexts
 from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import session
@@ -318,7 +317,7 @@ def test_owner_with_room_for_the_exports_alone_serves_them_all(folder: Path) -> 
             (folder / name).write_bytes(bytes(SIZE))
             session.add(store, name, str(folder / name), granularity_bits=12)
             disks[name] = stack.enter_context(Filter.attach(store, name, background=False))
-        server = Server(disks, contexts_of=tracked_contexts, max_connections=1)
+        server = Server(disks, max_connections=1)
         server.start()
         stack.callback(server.stop)
         holding = HeldSnapshots(disks, server, Scratch(str(folder)))

@@ -39,7 +39,8 @@ from lmdbitmap.interfaces import ServedDisk
 from lmdbitmap.nbd import keepalive
 from lmdbitmap.nbd.listeners import InheritedListener, Listener, TcpListener, UnixListener, accepted
 from lmdbitmap.nbd.server.complaints import Volume
-from lmdbitmap.nbd.server.contexts import ContextsOf, Later, base_contexts, for_strangers
+from lmdbitmap.nbd.server.contexts import ContextsOf, Later, for_strangers
+from lmdbitmap.nbd.server.dirty_contexts import tracked_contexts
 from lmdbitmap.nbd.server.quiet import Quiet
 from lmdbitmap.nbd.server.rounds import Rounds
 from lmdbitmap.nbd.server.traffic import NO_TRAFFIC, Traffic, summed
@@ -68,7 +69,11 @@ class Counters(NamedTuple):
 
 
 class Server:
-    """Serves `disks` under their names: listen, then `serve_forever` here or `start` a thread that does."""
+    """Serves `disks` under their names: listen, then `serve_forever` here or `start` a thread that does.
+
+    `contexts_of` says what clients may ask of a disk: of all its allocation, of a `Filter` or a `Snapshot` also its
+    changes since each checkpoint.
+    """
 
     def __init__(
         self,
@@ -78,7 +83,7 @@ class Server:
         max_newcomers: int = 64,
         handshake_timeout_s: float = 10.0,
         grace_s: float = 10.0,
-        contexts_of: ContextsOf = base_contexts,
+        contexts_of: ContextsOf = tracked_contexts,
     ) -> None:
         self._disks = dict(disks)
         self._residents = dict.fromkeys(disks)
