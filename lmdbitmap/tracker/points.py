@@ -20,7 +20,7 @@ from typing import NamedTuple
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError, StorageError
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.storage.schema import Checkpoint, Disk
-from lmdbitmap.store import Writer
+from lmdbitmap.store import Store, Writer
 from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.period import Period
 from lmdbitmap.tracker.scratch import Scratch, ScratchFile
@@ -41,7 +41,7 @@ def checkpoint(disks: Sequence[Tracking], name: str) -> list[Checkpoint]:
 
 def snapshot(disks: Sequence[Tracking], name: str, scratch: Scratch) -> list[Snapshot]:
     """See `filter.take_snapshot`."""
-    _require_each_once(disks)
+    _store_of(disks)
 
     def hold(tracking: Tracking, checkpoint: Checkpoint) -> None:
         snapshots[tracking].checkpoint = checkpoint
@@ -76,9 +76,7 @@ def _take_points(
     prepare: Callable[[Tracking], None] = lambda tracking: None,
 ) -> list[Checkpoint]:
     """Freeze all disks, and begin their next periods in one transaction. `prepare` may fail, `taken` must not."""
-    _require_each_once(disks)
-    store = disks[0].store
-    assert all(tracking.store.uuid == store.uuid for tracking in disks)
+    store = _store_of(disks)
     likely = {tracking: _write_beforehand(tracking) for tracking in disks}
     with contextlib.ExitStack() as frozen:
         for tracking in sorted(disks, key=lambda tracking: tracking.disk.uuid):
@@ -120,9 +118,17 @@ def _write_beforehand(tracking: Tracking) -> _Likely:
     return likely
 
 
-def _require_each_once(disks: Sequence[Tracking]) -> None:
+def _store_of(disks: Sequence[Tracking]) -> Store:
+    """Return the store of all of them: one transaction makes their checkpoint."""
     if not disks or len({tracking.disk.uuid for tracking in disks}) < len(disks):
         raise InvalidArgument("a checkpoint is of one disk or of several", next_step="name each disk once")
+    store, *others = {tracking.store.uuid: tracking.store for tracking in disks}.values()
+    if others:
+        raise InvalidArgument(
+            f"the disks are of several stores, {store.path} and {others[0].path}",
+            next_step="take a checkpoint of the disks of each store by itself",
+        )
+    return store
 
 
 def _next_period(

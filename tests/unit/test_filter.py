@@ -17,12 +17,12 @@ import pytest
 from lmdbitmap import filter
 from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, NotFound, StorageError, Untrusted
 from lmdbitmap.extents import Trust
-from lmdbitmap.filter import Filter, take_checkpoint
+from lmdbitmap.filter import Filter, take_checkpoint, take_snapshot
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.images.image import open_image
 from lmdbitmap.interfaces import ImageIdentity
 from lmdbitmap.storage import owner, schema
-from lmdbitmap.store import Writer
+from lmdbitmap.store import Store, Writer
 from lmdbitmap.tracker import lane, points, session, tracking
 from lmdbitmap.tracker.period import Period
 from lmdbitmap.tracker.scratch import Scratch
@@ -311,6 +311,20 @@ def test_disk_named_twice_is_refused(pair: tuple[Filter, Filter]) -> None:
     with pytest.raises(InvalidArgument):
         take_checkpoint([], "none")
     take_checkpoint(pair, "once")
+
+
+def test_disks_of_two_stores_have_no_checkpoint_in_common(tmp_path: Path, disk: Filter) -> None:
+    with Store.create(tmp_path / "second") as store:
+        session.add(store, "sdb", make_raw_image(tmp_path / "other.raw", SIZE), granularity_bits=16)
+        with Filter.attach(store, "sdb", background=False) as other:
+            with pytest.raises(
+                InvalidArgument, match=r"the disks are of several stores, .*store and .*second;"
+            ):
+                take_checkpoint([disk, other], "both")
+            with pytest.raises(InvalidArgument, match="several stores"):
+                take_snapshot([disk, other], "both", Scratch(str(tmp_path)))
+            assert not disk.snapshots
+            disk.checkpoint("both")
 
 
 @pytest.mark.parametrize("durability", schema.DURABILITIES)
