@@ -207,8 +207,19 @@ def combine(
     for names of disks, different disk sizes, granularities that do not fit, and `name` among the others without `into`;
     `NotFound`; `AlreadyExists` if a disk or a bitmap is called `into`.
     """
-    names = [name, *others]
-    return store.update(lambda writer: _combine(writer, operation, names, into))
+    known, names = _known(operation), [name, *others]
+    return store.update(lambda writer: _combine(writer, known, names, into))
+
+
+def _known(operation: Operation) -> Operation:
+    """Return the operation, also for its value: anything else would pass by the refusals that are for it."""
+    try:
+        return Operation(operation)
+    except ValueError:
+        known = ", ".join(member.value for member in Operation)
+        raise InvalidArgument(
+            f"there is no operation {operation!r} on bitmaps", next_step=f"use one of {known}"
+        ) from None
 
 
 def _combine(writer: Writer, operation: Operation, names: Sequence[str], into: str | None) -> Bitmap:

@@ -438,6 +438,15 @@ def test_a_transaction_that_runs_again_finds_the_others_again(
     assert blocks_of(store, "a") == A | B
 
 
+def test_an_operation_is_known_by_its_value_too_and_refuses_the_same(store: Store) -> None:
+    for name in ("a", "b"):
+        keep(store, name, A, all_dirty="nobody knows")
+    with pytest.raises(Untrusted, match="could hide changes"):
+        standalone.combine(store, "a", "xor", ["b"])  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument, match="there is no operation 'nor' on bitmaps; use one of or, and, "):
+        standalone.combine(store, "a", "nor", ["b"])  # type: ignore[arg-type]
+
+
 def test_no_target_is_made_by_combining(store: Store) -> None:
     keep(store, "b", B)
     with pytest.raises(NotFound, match="'a'"):
