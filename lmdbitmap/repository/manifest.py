@@ -172,10 +172,16 @@ def id_at(manifest: Manifest, at: str | None, zone: tzinfo | None = None) -> str
     """Return the id that `at` stands for: itself, or, if it is a time, that of the newest backup not later.
 
     moments.py says what a time is, in `zone` or by the local clock. Without `at`, return the newest backup's id.
-    Whether a backup has that number is not checked. Raises `NotFound` if all backups are later, or `at` is neither.
+    Whether a backup has that number is not checked. Raises `NotFound` if all backups are later, or `at` is neither, and
+    `InvalidArgument` if it is not even text.
     """
     if at is None:
         return manifest.backups[-1].id
+    if not isinstance(at, str):
+        raise InvalidArgument(
+            f"{at!r} is not the text of a backup's id or of a time",
+            next_step="name the backup like '3', or the time like '2026-11-29T02:38:24Z'",
+        )
     last_ns = None if any(entry.id == at for entry in manifest.backups) else last_ns_of(at, zone)
     if last_ns is None:
         return _require_number(manifest, at)

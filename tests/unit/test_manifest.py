@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from datetime import timezone
+from datetime import datetime, timezone
 from typing import Any
 from uuid import UUID
 
@@ -365,6 +365,12 @@ def test_what_is_neither_a_number_nor_a_time_is_told_so(at: str) -> None:
     """Whoever writes a time in another form has to see which one is understood."""
     said = f"^disk sda has no backup '{at}', which is neither a number nor a time; write a time like '2026"
     with pytest.raises(NotFound, match=said):
+        id_at(CHAIN, at)
+
+
+@pytest.mark.parametrize("at", [3, datetime(2026, 11, 29)])
+def test_what_is_no_text_is_told_so(at: Any) -> None:
+    with pytest.raises(InvalidArgument, match="is not the text of a backup's id or of a time; name "):
         id_at(CHAIN, at)
 
 
