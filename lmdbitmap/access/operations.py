@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from lmdbitmap.access.owners import is_attached, owner_of, require_all_or_none, require_names, require_unowned
+from lmdbitmap.access.owners import is_attached, owner_of, require_all_or_none, require_unowned
 from lmdbitmap.access.questions import ask_owner
 from lmdbitmap.access.routes import FREEZE_LIMIT_S
 from lmdbitmap.errors import Untrusted
@@ -20,6 +20,7 @@ from lmdbitmap.notes.checkpoint_names import refuse_ours
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain, session
+from lmdbitmap.work.names import require_names
 
 
 def checkpoint(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lmdbitmap.errors import Busy, InvalidArgument
+from lmdbitmap.errors import Busy
 from lmdbitmap.nbd import control_client
 from lmdbitmap.nbd.control_client import Client
 from lmdbitmap.storage import owner
@@ -15,14 +15,6 @@ from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain
 from lmdbitmap.work.failures import Failures
-
-
-def require_names(names: Sequence[str]) -> None:
-    """Raise `InvalidArgument` for a name that is given twice, and for one text in place of a list of names."""
-    if isinstance(names, str):
-        raise InvalidArgument(f"{names!r} is one name where several may be", next_step=f"give [{names!r}]")
-    if len(set(names)) != len(names):
-        raise InvalidArgument("a disk is named twice", next_step="name each disk once")
 
 
 def tracked(store: Store, names: Sequence[str], apart: Failures) -> list[str]:

@@ -18,6 +18,7 @@ from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.snapshot import broken_error
+from lmdbitmap.work.names import require_names
 from lmdbitmap.work.patience import require_limits
 
 
@@ -51,7 +52,7 @@ def take_served_snapshot(
     data cannot be kept.
     """
     require_limits(freeze_limit_s)
-    owners.require_names(names)
+    require_names(names)
     refuse_ours(checkpoint)
     if not names:
         raise InvalidArgument("a snapshot is of one disk or of several", next_step="name the disks")

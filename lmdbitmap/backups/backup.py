@@ -38,7 +38,6 @@ from typing import NamedTuple
 from uuid import uuid4
 
 from lmdbitmap.access.access import Access, AccessTerms, access, open_to_read
-from lmdbitmap.access.owners import require_names
 from lmdbitmap.access.routes import FREEZE_LIMIT_S, OWNER_LIMIT_S, PointInTime
 from lmdbitmap.backups import consumers, folder_owner
 from lmdbitmap.backups.folder_owner import Permission
@@ -64,6 +63,7 @@ from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.session import OpenDevice
 from lmdbitmap.work.failures import Failures
+from lmdbitmap.work.names import require_names
 from lmdbitmap.work.pace import Pace, pace_of
 from lmdbitmap.work.patience import Patience
 from lmdbitmap.work.progress import Progress, Report

@@ -168,7 +168,7 @@ def prune(
         try:
             results = let_go(
                 repository,
-                names,
+                names or None,
                 keep=keep,
                 drop=drop,
                 dry_run=dry_run,
@@ -259,7 +259,7 @@ def copy(asked: Session, repository: str, target: str, names: Sequence[str], loc
     results: Sequence[CopyResult]
     with progress("copying", shown=asked.shows_progress) as report:
         try:
-            results = copy_backups(repository, target, names, lock_wait_s=lock_wait, progress=report)
+            results = copy_backups(repository, target, names or None, lock_wait_s=lock_wait, progress=report)
         except CopiesFailed as some:
             results, failed = some.results, some
     if asked.as_json:

@@ -98,7 +98,7 @@ class _Rewrite(NamedTuple):
 
 def prune(
     repository_path: str | os.PathLike[str],
-    names: Sequence[str] = (),
+    names: Sequence[str] | None = None,
     *,
     keep: Retention | None = None,
     drop: Sequence[str] = (),
@@ -109,6 +109,7 @@ def prune(
 ) -> list[PruneResult]:
     """Remove all backups but those that `keep` wants, of the disks called `names` or of all; durable on return.
 
+    Only None stands for all disks: an empty list is nothing to do, so that a list that was filtered is safe.
     `drop` names backups of one disk, by their ids, that are removed in any case; without `keep` all others stay.
     `dry_run` returns what would be done and touches nothing. What `progress` raises ends the work, also while images
     are proven; finished merges stay.
@@ -118,11 +119,11 @@ def prune(
     of several disks fails for such a reason it is left out, and `PrunesFailed` reports it in the end.
     """
     wish = _Wish(keep, frozenset(drop), zone)
-    if drop and len(names) != 1:
+    if drop and (names is None or len(names) != 1):
         raise InvalidArgument(f"backup {drop[0]} of which disk", next_step="name the disk too, and no other")
     folders = folders_of(repository_path, names)
     failures, patience = Failures(at_once=len(folders) == 1), Patience(lock_wait_s)
-    known = known_backups_of(folders, failures, named=bool(names))
+    known = known_backups_of(folders, failures, named=names is not None)
     bytes_to_read = [_bytes_to_read(each, wish.stay(each)) for _, each in known]
     report, passed, results = Report(failures.heeding(progress), sum(bytes_to_read)), 0, []
     for (folder, manifest), count in zip(known, bytes_to_read, strict=True):

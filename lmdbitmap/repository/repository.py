@@ -52,6 +52,7 @@ from lmdbitmap.storage import schema
 from lmdbitmap.system import atomic_files, file_locks, files
 from lmdbitmap.work.buffers import new_buffer
 from lmdbitmap.work.failures import Failures
+from lmdbitmap.work.names import require_names
 from lmdbitmap.work.patience import NO_PATIENCE, Patience
 
 log = logging.getLogger(__name__)
@@ -425,14 +426,21 @@ def _may_have_backups(repository_path: str, name: str) -> bool:
         return True
 
 
-def folders_of(repository_path: str | os.PathLike[str], names: Sequence[str] = ()) -> list[BackupFolder]:
-    """Return the folders of the disks called `names`, or of all. Raise `NotFound` if there are none."""
+def folders_of(
+    repository_path: str | os.PathLike[str], names: Sequence[str] | None = None
+) -> list[BackupFolder]:
+    """Return the folders of the disks called `names`, or of all. Raise `NotFound` if there are no backups at all.
+
+    Raises `InvalidArgument` for one text in place of a list, and for a name that is given twice.
+    """
+    if names is not None:
+        require_names(names)
     known = disk_names(repository_path)
     if not known:
         place = os.path.abspath(repository_path)
         step = _repository_instead_of(place) or "name a repository"
         raise NotFound(f"{place} has no backups", next_step=step)
-    return [BackupFolder(repository_path, name) for name in names or known]
+    return [BackupFolder(repository_path, name) for name in (known if names is None else names)]
 
 
 def known_backups_of(

@@ -79,12 +79,14 @@ class CopiesFailed(DisksFailed):
 def copy_backups(
     repository_path: str | os.PathLike[str],
     target_path: str | os.PathLike[str],
-    names: Sequence[str] = (),
+    names: Sequence[str] | None = None,
     *,
     lock_wait_s: float = 0.0,
     progress: Progress | None = None,
 ) -> list[CopyResult]:
     """Copy all backups of the disks called `names`, or of all, to the repository at `target_path`; durable on return.
+
+    Only None stands for all disks: an empty list is nothing to do.
 
     Raises `NotFound` without such a disk, or the package that the digests of an image need; `AlreadyExists` if the
     target has other backups of a disk of that name, or newer ones; `FormatError` for an image that is not what it was;
@@ -100,7 +102,7 @@ def copy_backups(
     creating.refuse_inside(target_path)
     refuse_folder_of_disk(target_path)
     failures, patience = Failures(at_once=len(folders) == 1), Patience(lock_wait_s)
-    known = known_backups_of(folders, failures, named=bool(names))
+    known = known_backups_of(folders, failures, named=names is not None)
     bytes_stored = [sum(entry.bytes_stored for entry in each.backups) for _, each in known]
     report, passed, results = Report(failures.heeding(progress), sum(bytes_stored)), 0, []
     for (source, manifest), count in zip(known, bytes_stored, strict=True):

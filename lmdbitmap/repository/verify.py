@@ -152,7 +152,7 @@ class _DiskToVerify:
 def _tasks(
     repository_path: str | os.PathLike[str], name: str | None, at: str | None, flaws: _Flaws
 ) -> Iterator[_DiskToVerify]:
-    for folder in folders_of(repository_path, [] if name is None else [name]):
+    for folder in folders_of(repository_path, None if name is None else [name]):
         try:
             manifest = folder.known_backups() if name is not None else folder.manifest()
         except (FormatError, StorageError) as refusal:

@@ -420,6 +420,22 @@ def test_several_disks_are_pruned_each_for_itself(disk: BackedUpDisk) -> None:
     assert [(result.disk, len(result.removed)) for result in results] == [(NAME, 1), ("sdb", 1)]
 
 
+def test_an_empty_list_of_names_is_of_no_disk(disk: BackedUpDisk) -> None:
+    """Whoever filtered a list down to nothing did not mean all."""
+    back_up(disk, FULL, INCREMENTAL)
+    before = disk.manifest()
+    assert prune(disk.folder / "backups", [], keep=Retention(last=1)) == []
+    assert disk.manifest() == before
+
+
+def test_names_that_are_no_list_are_refused_in_words(disk: BackedUpDisk) -> None:
+    back_up(disk, FULL)
+    with pytest.raises(InvalidArgument, match=r"'sda' is one name where several may be; give \['sda'\]"):
+        prune(disk.folder / "backups", NAME, keep=Retention(last=1))
+    with pytest.raises(InvalidArgument, match="a disk is named twice"):
+        prune(disk.folder / "backups", [NAME, NAME], keep=Retention(last=1))
+
+
 def test_a_disk_that_fails_costs_the_others_nothing_and_is_told_of_in_the_end(disk: BackedUpDisk) -> None:
     """The manifest of one is damaged, an image of another, and a third is backed up to."""
     back_up(disk, FULL, INCREMENTAL)

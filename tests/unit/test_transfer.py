@@ -469,6 +469,12 @@ def test_a_disk_without_backups_yet_is_in_nobodys_way(disk: BackedUpDisk) -> Non
         copy_backups(disk.folder / "backups", disk.folder / "copy", ["empty"])
 
 
+def test_an_empty_list_of_names_is_of_no_disk(disk: BackedUpDisk) -> None:
+    back_up(disk, FULL)
+    assert copy_backups(disk.folder / "backups", disk.folder / "copy", []) == []
+    assert not (disk.folder / "copy").exists()
+
+
 def test_a_disk_that_fails_costs_the_others_nothing_and_is_told_of_in_the_end(disk: BackedUpDisk) -> None:
     back_up(disk, FULL, INCREMENTAL)
     (beside(disk, "a") / "manifest.json").write_bytes(b"{")
