@@ -92,8 +92,17 @@ class AccessTerms(NamedTuple):
     """How long to wait for a program that has a disk for itself."""
 
     def require_sense(self) -> None:
-        """Raise `InvalidArgument` for an unusable limit."""
+        """Raise `InvalidArgument` for an unusable limit, and for a filter or a folder by itself."""
         require_limits(self.owner_limit_s, self.freeze_limit_s)
+        if self.attached is not None and not isinstance(self.attached, Mapping):
+            raise InvalidArgument(
+                "the attached disks are no mapping", next_step="give each filter by the name of its disk"
+            )
+        if self.scratch is not None and not isinstance(self.scratch, Scratch):
+            raise InvalidArgument(
+                f"{self.scratch!r} is not where to keep old data",
+                next_step="give Scratch(folder, limit_bytes)",
+            )
 
 
 @contextlib.contextmanager

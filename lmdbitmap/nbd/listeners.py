@@ -64,7 +64,7 @@ class UnixListener:
 
     tls: Final = None
 
-    def __init__(self, path: str, mode: int = 0o600) -> None:
+    def __init__(self, path: str | os.PathLike[str], mode: int = 0o600) -> None:
         self.path = os.path.abspath(path)
         if len(os.fsencode(self.path)) > MAX_UNIX_PATH:
             raise InvalidArgument(

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 def serve_backup(
     repository_path: str | os.PathLike[str],
     name: str,
-    socket_path: str,
+    socket_path: str | os.PathLike[str],
     *,
     at: str | None = None,
     verify_first: bool = False,

@@ -25,7 +25,7 @@ _SPARE_PART: Final = 100
 class Scratch(NamedTuple):
     """The folder for old data, and the most bytes of it per disk."""
 
-    folder: str
+    folder: str | os.PathLike[str]
     limit_bytes: int = DEFAULT_LIMIT_BYTES
     preallocate: bool = False
 
@@ -82,7 +82,7 @@ class ScratchFile:
             os.close(fd)
 
 
-def _nameless_file(folder: str) -> int:
+def _nameless_file(folder: str | os.PathLike[str]) -> int:
     try:
         return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as refusal:

@@ -843,5 +843,12 @@ def test_arguments_of_the_wrong_kind_are_refused_in_words(disk: BackedUpDisk) ->
         backup(disk.store, "sda", disk.folder / "backups")
     with pytest.raises(InvalidArgument, match="there is no kind of backup 'weekly'; use one of "):
         backup(disk.store, [NAME], disk.folder / "backups", kind="weekly")  # type: ignore[arg-type]
+    with pytest.raises(
+        InvalidArgument, match="attached disks are no mapping; give each filter by the name of "
+    ):
+        backup(disk.store, [NAME], disk.folder / "backups", attached=[])  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument, match=r"'/tmp' is not where to keep old data; give Scratch\(folder"):
+        backup(disk.store, [NAME], disk.folder / "backups", scratch="/tmp")  # type: ignore[arg-type]
+    assert not (disk.folder / "backups").exists()
     [result] = backup(disk.store, [NAME], disk.folder / "backups", kind="full")  # type: ignore[arg-type]
     assert result.entry.type_requested is BackupType.FULL

@@ -77,9 +77,12 @@ def test_a_path_may_be_one_of_pathlibs(tmp_path: Path) -> None:
         assert lmdbitmap.add(store, "sda", image, granularity_bits=16).image == str(image)
         image.rename(moved)
         assert lmdbitmap.relocate(store, "sda", moved).image == str(moved)
-    with lmdbitmap.Store.open(tmp_path / "store") as store:
-        [made] = lmdbitmap.back_up(store, ["sda"], tmp_path / "backups")
+    with lmdbitmap.Store.open(tmp_path / "store") as store, lmdbitmap.Filter.attach(store, "sda") as disk:
+        room = lmdbitmap.Scratch(tmp_path)
+        [made] = lmdbitmap.back_up(store, ["sda"], tmp_path / "backups", attached={"sda": disk}, scratch=room)
     assert made.entry.disk_size == 1 << 20
+    with lmdbitmap.serve_backup(tmp_path / "backups", "sda", tmp_path / "sock") as server:
+        assert server.uris == [f"nbd+unix:///sda?socket={tmp_path}/sock"]
 
 
 def test_every_error_that_the_documents_name_is_there() -> None:

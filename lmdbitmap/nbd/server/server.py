@@ -113,7 +113,7 @@ class Server:
 
     # -- for its owner -------------------------------------------------------------------------------------
 
-    def listen_unix(self, path: str, mode: int = 0o600) -> UnixListener:
+    def listen_unix(self, path: str | os.PathLike[str], mode: int = 0o600) -> UnixListener:
         """Listen at a socket file. Raise `Busy` if a server listens there; the file of a dead server is replaced."""
         listener = UnixListener(path, mode)
         self._listeners.append(listener)
