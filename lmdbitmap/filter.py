@@ -60,7 +60,8 @@ class Filter(Front):
     """An attached disk: the one writer of its image until `detach`. Safe for many threads.
 
     A `BlockDevice` and a `ServedDisk`. Its own methods find the calling thread's lane; a server takes one `lane()` per
-    connection.
+    connection. Its store has to stay open until `detach`: without it the disk loses track. Reads and writes raise
+    `OSError` where the image does, also after `detach`.
     """
 
     def __init__(
@@ -137,7 +138,8 @@ class Filter(Front):
     def forget(self, name: str) -> None:
         """Delete a checkpoint; its bitmap is ORed into the one before it. Durable on return.
 
-        Writers wait only if it is the newest checkpoint, into which they record.
+        Writers wait only if it is the newest checkpoint, into which they record. Raises `NotFound` without it, and
+        `Busy` while a snapshot of it is held.
         """
         points.forget(self._tracking, name)
 
@@ -153,7 +155,10 @@ class Filter(Front):
     # -- changes by hand -----------------------------------------------------------------------------------
 
     def mark(self, offset: int, length: int) -> None:
-        """Make every block that the range touches dirty, by hand; durable on return."""
+        """Make every block that the range touches dirty, by hand; durable on return.
+
+        Raises `InvalidArgument` for a range outside of the disk.
+        """
         with self._tracking.gate.entering(self._my_lane()) as geometry:
             blocks = geometry.blocks_outward(offset, length)
             self._tracking.mark([(blocks.start, blocks.stop)])
@@ -393,6 +398,9 @@ def take_checkpoint(filters: Sequence[Filter], name: str) -> list[Checkpoint]:
 
     Returns after the images are flushed, so that a power cut cannot take back a write that the new period calls clean.
     The writers go on meanwhile. If an image cannot be flushed, the checkpoint is lost again.
+
+    Raises `AlreadyExists` if a disk has a checkpoint of that name, `InvalidArgument` for a name that is none, for no
+    filters, two of one disk or of two stores, and `StorageError` where an image cannot be flushed.
     """
     return points.checkpoint([attached._tracking for attached in filters], name)
 
@@ -400,8 +408,9 @@ def take_checkpoint(filters: Sequence[Filter], name: str) -> list[Checkpoint]:
 def take_snapshot(filters: Sequence[Filter], name: str, scratch: Scratch) -> list[Snapshot]:
     """Take a checkpoint as `take_checkpoint` does, and hold all disks as they are then until their snapshots end.
 
-    Each snapshot keeps old data in its own scratch file, and ends with its filter. Raises `StorageError` if a scratch
-    file cannot be made; then there is no checkpoint.
+    Each snapshot keeps old data in its own scratch file, and ends with its filter. Raises as `take_checkpoint` does,
+    `NotFound` without the scratch folder, and `StorageError` if no scratch file can be made there; then there is no
+    checkpoint.
     """
     return points.snapshot([attached._tracking for attached in filters], name, scratch)
 

@@ -95,7 +95,10 @@ class Store:
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Reader]:
-        """Yield a consistent view. Do not keep it open: an old view makes the store's file grow."""
+        """Yield a consistent view, for this thread. Do not keep it open: an old view makes the store's file grow.
+
+        Its `disks()`, `disk_named(name)` and `checkpoints(disk.uuid)` describe what there is.
+        """
         with self._alive().transaction(write=False) as txn:
             reader = Reader(txn, self._environment.databases, self.path, self._environment.disk_keys)
             try:

@@ -54,7 +54,11 @@ def forget(store: Store, name: str, checkpoint_name: str) -> None:
 
 
 def mark(store: Store, name: str, offset: int, length: int) -> None:
-    """Mark every block dirty that the range of bytes touches. Raises `InvalidArgument` for one outside of the disk."""
+    """Mark every block dirty that the range of bytes touches.
+
+    Raises `NotFound` without such a disk, `InvalidArgument` for a range outside of it, and `Busy` if its owner takes no
+    orders.
+    """
     disk = chain.disk_called(store, name)
     disk.geometry.check_range(offset, length)
     perform(store, disk, "mark", lambda attached: attached.mark(offset, length), offset=offset, length=length)
@@ -73,7 +77,8 @@ def perform(store: Store, disk: Disk, order: str, here: Callable[[Filter], objec
 def remove(store: Store, name: str) -> None:
     """Stop tracking the disk: its checkpoints go, its image stays. A process that serves it lets go of it first.
 
-    Raises `Busy` where a client uses it, somebody reads it, or its owner takes no orders.
+    Raises `NotFound` without such a disk, and `Busy` where a client uses it, somebody reads it, or its owner takes no
+    orders.
     """
     disk = chain.disk_called(store, name)
     if is_attached(store, disk):

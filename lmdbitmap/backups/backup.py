@@ -105,7 +105,8 @@ def backup(
 
     If no bitmap can say what an incremental or differential backup has to hold, the disk is compared with its last
     backup (a rescan). If that backup is not whole, a full one is made. The entry gives the reason. With `only_that`,
-    `Untrusted` is raised instead and nothing is done.
+    `Untrusted` is raised instead and no backup is made. A disk that was changed while nobody tracked it begins a new
+    epoch all the same: `adopt` comes too late then. `changes_of` tells before.
 
     - `owner_limit_s` is how long a process through which a disk is read may send nothing; then the backup fails
       (`Busy`).

@@ -58,7 +58,10 @@ class Holder(NamedTuple):
 
 
 def holds_of(store: Store, name: str) -> list[Hold]:
-    """Return the holds of repositories on the disk called `name`, the most recently used first; ended holds too."""
+    """Return the holds of repositories on the disk called `name`, the most recently used first; ended holds too.
+
+    Raises `NotFound` without such a disk.
+    """
     with store.read() as reader:
         disk = chain.find_disk(reader, name)
         left = {member.uuid for member in reader.checkpoints(disk.uuid)}
@@ -71,12 +74,18 @@ def holds_of(store: Store, name: str) -> list[Hold]:
 
 
 def hold_lapse_days(store: Store, name: str) -> int:
-    """Return after how many days without a backup a repository's hold on that disk lapses; 0 means never."""
+    """Return after how many days without a backup a repository's hold on that disk lapses; 0 means never.
+
+    Raises `NotFound` without such a disk.
+    """
     return holds.lapse_days(store.path, chain.disk_called(store, name).uuid)
 
 
 def set_hold_lapse_days(store: Store, name: str, days: int) -> None:
-    """Set when holds lapse; durable on return. The next backup or checkpoint merges away what lapses by it."""
+    """Set when holds lapse; durable on return. The next backup or checkpoint merges away what lapses by it.
+
+    Raises `NotFound` without such a disk, and `InvalidArgument` for a number that is not within 0..36500.
+    """
     disk = chain.disk_called(store, name)
     holds.set_lapse_days(store.path, disk.uuid, days)
 

@@ -63,6 +63,8 @@ class UnderWay(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Hold:
+    """A repository, or a running stream, and the checkpoints of one disk that are kept for it."""
+
     holder: UUID
     repository: str | None
     """The repository's path when it was last used; None for a stream."""

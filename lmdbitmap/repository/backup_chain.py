@@ -169,7 +169,11 @@ def open_backup(
 ) -> Iterator[BackupChain]:
     """Open the disk called `name` as it was at the backup that `at` names, as for a restore, or at the newest one.
 
-    What is read is proven first, except images in `unproven`; `verify=False` leaves that out.
+    What is read is proven first, except images in `unproven`; `verify=False` leaves that out. A read raises
+    `FormatError` for data that is not what was backed up, and `OSError` after the block.
+
+    Raises `NotFound` without such a disk or backup, or the package that its digests need, and `FormatError` for a
+    damaged manifest or image.
     """
     folder = BackupFolder(repository_path, name)
     with opened(folder, entries_at(folder, at), verify=verify) as chain:

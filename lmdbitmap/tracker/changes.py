@@ -122,7 +122,10 @@ class Changes:
             yield from part.runs(start, stop)
 
     def extents(self, device: BlockDevice | None = None) -> Iterator[Extent]:
-        """Yield the dirty byte ranges, clipped to the disk; with the image, also which of them read as zeroes."""
+        """Yield the dirty byte ranges, clipped to the disk; with the image, also which of them read as zeroes.
+
+        Raises `Untrusted`, also midway, if a checkpoint was forgotten or tracking began again meanwhile.
+        """
         dirty = self._dirty_extents()
         return dirty if device is None else with_zeroes(dirty, _zeroes(device))
 

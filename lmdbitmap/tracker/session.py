@@ -220,7 +220,9 @@ def _judge(store: Store, owned: OwnedDisk) -> Verdict:
 def adopt(store: Store, name: str, *, open_device: OpenDevice = open_image) -> Disk:
     """Take the image's identity as it is: a person vouches that nobody changed it around the tracker.
 
-    Another size counts as a resize. Raises `Untrusted` if bits were lost: nobody can vouch for those.
+    Another size counts as a resize. Once an attach, a backup or a sync has begun a new epoch, it comes too late and
+    does not say so. Durable on return. Raises `NotFound` without such a disk or image, `Busy` while the disk is owned,
+    and `Untrusted` if bits were lost: nobody can vouch for those.
     """
     with owning(store, name, open_device) as owned:
         _require_bits(store, owned)
@@ -277,7 +279,8 @@ def add(
     """Track the image from now on; it is opened and locked for a moment. Everything is dirty at first.
 
     Durable on return. Raises `AlreadyExists` for a name or image that is taken, `Busy` for an image that is being
-    written.
+    written, `NotFound` without an image, `InvalidArgument` for a name, granularity, mode or image that can never work,
+    `StorageError` where the system refuses.
     """
     place = lasting_name(os.fspath(image))
     refuse_own_ground(store, place)
@@ -334,7 +337,10 @@ def _refuse_tracked(store: Store, image: str, *, unless: UUID | None = None) -> 
 
 
 def relocate(store: Store, name: str, image: str | os.PathLike[str]) -> Disk:
-    """Set where the image of a disk is now. Durable on return; raises `Busy` while the disk is owned.
+    """Set where the image of a disk is now. Durable on return.
+
+    Raises `Busy` while the disk is owned, `NotFound` without such a disk or image, `AlreadyExists` if another disk has
+    that image.
 
     The next attach or question judges by its identity whether it is the same image, as always: a file that was moved
     within its file system is. A copy is not, unless a person vouches for it (`adopt`).

@@ -62,6 +62,8 @@ class Gravity(enum.IntEnum):
 
 
 class Finding(NamedTuple):
+    """Something that is wrong with a store or worth knowing, where it is, and what to do about it."""
+
     gravity: Gravity
     place: str
     problem: str
@@ -71,8 +73,11 @@ class Finding(NamedTuple):
         return f"{self.place}: {self.problem}; {self.next_step}"
 
 
-def check_store(store: Store, progress: Progress = lambda done, total: None) -> list[Finding]:
-    """Return everything that is wrong with the store or worth knowing; nothing if it is sound."""
+def check_store(store: Store, progress: Progress | None = None) -> list[Finding]:
+    """Return everything that is wrong with the store or worth knowing; nothing if it is sound.
+
+    What `progress` raises ends the check.
+    """
     pages = list(_pages(store))
     if pages:
         return pages
@@ -80,12 +85,16 @@ def check_store(store: Store, progress: Progress = lambda done, total: None) -> 
         ledger = _Ledger(reader)
         inventory, findings = _take_inventory(ledger)
         findings += [*_names(inventory), *_disks(inventory), *_bitmaps(inventory)]
-        findings += _regions(ledger, inventory, progress)
+        findings += _regions(ledger, inventory, progress or _untold)
         findings += ledger.losses(inventory)
     findings += _views(store)
     for disk in inventory.disks.values():
         findings += _standing(store, disk)
     return [*findings, *_folder(store, inventory)]
+
+
+def _untold(done: int, total: int) -> None:
+    """Do nothing: nobody wants to know."""
 
 
 # --- pages, and what is lost ---

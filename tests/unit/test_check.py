@@ -67,6 +67,10 @@ def test_an_empty_store_is_sound(store: Store) -> None:
     assert check_store(store) == []
 
 
+def test_without_progress_nobody_is_told(store: Store, disk: Disk) -> None:
+    assert check_store(store, progress=None) == []
+
+
 def test_progress_goes_up_to_the_whole(store: Store, disk: Disk) -> None:
     told: list[tuple[int, int]] = []
     check_store(store, lambda done, total: told.append((done, total)))

@@ -60,7 +60,8 @@ _AFTER_BOUND: Final = 6
 class ControlServer:
     """Listens at the control socket of every disk in `filters`, from `start` to `stop`.
 
-    A disk of a `server` may be detached; it is then removed from `filters`.
+    A disk of a `server` may be detached; it is then removed from `filters`. The end of a `with` block does not say
+    whether all callers have ended: call `stop` before disks are detached.
     """
 
     def __init__(

@@ -24,7 +24,10 @@ MOST_OF_A_DISK = 16
 
 
 class HeldSnapshots:
-    """Snapshots of the disks in `filters`, with old data in `scratch`. Without a `server` nobody can read them."""
+    """Snapshots of the disks in `filters`, with old data in `scratch`. Without a `server` nobody can read them.
+
+    `filters` must not be the mapping of a `ControlServer`, which removes a disk that is detached, but a copy.
+    """
 
     def __init__(self, filters: Mapping[str, Filter], server: Server | None, scratch: Scratch) -> None:
         self._filters = filters
