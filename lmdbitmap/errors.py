@@ -84,10 +84,13 @@ class FormatError(LmdbitmapError, ValueError):
 
 
 class StorageError(LmdbitmapError, OSError):
-    """The operating system refused a read, a write or a sync; `errno` and `strerror` say why."""
+    """The operating system refused a read, a write or a sync; `errno` and `strerror` say why.
+
+    `strerror` is what the cause says itself: an error that this package raised may say more than its number does.
+    """
 
     def __init__(self, place: str, cause: OSError, *, next_step: str) -> None:
-        reason = os.strerror(cause.errno) if cause.errno else str(cause)
+        reason = cause.strerror or (os.strerror(cause.errno) if cause.errno else str(cause))
         super().__init__(f"{place}: {reason}", next_step=next_step)
         self.place = place
         self.errno, self.strerror = cause.errno, reason
@@ -122,6 +125,7 @@ _NEXT_STEPS = {
     errno.EISDIR: "name a file, not a folder",
     errno.ENOLCK: "use a file system that has locks",
 }
+_ANY_STEP = "mend the cause and try again"
 _MISSING = {errno.ENOENT, errno.ENOTDIR}
 _HELD = {errno.EBUSY, errno.ETXTBSY, errno.EAGAIN}
 
@@ -132,9 +136,14 @@ def error_from_os(place: str, cause: OSError) -> LmdbitmapError:
         return NotFound(f"{place} does not exist", next_step="check the name and its folder")
     if cause.errno in _HELD:
         return Busy(f"{place} is in use by another program", next_step="stop that program or wait for it")
-    return StorageError(
-        place, cause, next_step=_NEXT_STEPS.get(cause.errno or 0, "mend the cause and try again")
-    )
+    return StorageError(place, cause, next_step=_next_step_after(cause))
+
+
+def _next_step_after(cause: OSError) -> str:
+    code = cause.errno or 0
+    if code == errno.EIO and cause.strerror not in (None, os.strerror(code)):
+        return _ANY_STEP  # the kernel did not say it, so its log has nothing about it
+    return _NEXT_STEPS.get(code, _ANY_STEP)
 
 
 @contextmanager

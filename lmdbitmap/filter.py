@@ -417,7 +417,7 @@ def take_snapshot(filters: Sequence[Filter], name: str, scratch: Scratch) -> lis
 
 def _inherited_error(disk: Disk) -> StorageError:
     return StorageError(
-        f"disk {disk.name!r} was attached before this process was forked",
-        OSError(errno.ESHUTDOWN, "of another process"),
+        f"disk {disk.name!r}",
+        OSError(errno.ESHUTDOWN, "it was attached before this process was forked"),
         next_step="attach it in the process that writes, and write nowhere else",
     )

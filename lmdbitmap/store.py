@@ -188,7 +188,7 @@ class Store:
         if self._closed:
             raise StorageError(
                 f"store {self.path}",
-                OSError(errno.EBADF, "closed"),
+                OSError(errno.EBADF, "it is closed"),
                 next_step="open the store again",
             )
         return self._environment

@@ -40,7 +40,7 @@ def _require_writable(folder: str) -> None:
     with os_errors_at(folder):
         os.stat(folder)
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise error_from_os(folder, OSError(errno.EACCES, "not writable"))
+        raise error_from_os(folder, OSError(errno.EACCES, "this user cannot write to it"))
 
 
 def _take_in(attached: Filter, path: str) -> str | None:

@@ -125,7 +125,11 @@ class FileDevice:
         while buffer:
             count = os.preadv(self._fd, [buffer], offset)
             if count == 0:
-                raise OSError(errno.EIO, f"the image was cut at byte {offset} or before", self.path)
+                raise OSError(
+                    errno.EIO,
+                    f"the image ends at byte {offset} or before: it was cut while it was open",
+                    self.path,
+                )
             buffer = buffer[count:]
             offset += count
 

@@ -273,9 +273,9 @@ class Environment:
         """Wait until no transaction of this process is open, as LMDB requires; new ones of other threads wait."""
         if self._has_one_open():
             raise StorageError(
-                f"store {self.path}: its map must grow, which a view that this thread has open keeps it from",
-                OSError(errno.EDEADLK, "view open"),
-                next_step="change the store after the view was left, not inside it",
+                f"store {self.path}",
+                OSError(errno.EDEADLK, "its map must grow, and cannot while this thread has a view open"),
+                next_step="leave the view, and change the store then",
             )
         with self._quiet:
             self._resizing = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterator
 
 import lmdb
@@ -75,7 +76,7 @@ def our_error(path: str, error: lmdb.Error) -> LmdbitmapError:
             else not_a_store(path, error)
         )
     if isinstance(error, lmdb.ReadonlyError) or error.code in (errno.EACCES, errno.EROFS, errno.EPERM):
-        cause = OSError(error.code if 0 < error.code < 1000 else errno.EACCES, str(error))
+        cause = _os_error(error.code if 0 < error.code < 1000 else errno.EACCES)
         return StorageError(
             f"store {path}", cause, next_step="run as the user who owns the store, on a writable folder"
         )
@@ -84,14 +85,14 @@ def our_error(path: str, error: lmdb.Error) -> LmdbitmapError:
 
 def in_doubt(path: str, error: lmdb.Error) -> CommitInDoubt:
     refused = _refusal(path, error)
-    cause = OSError(refused.errno, str(error))
+    cause = OSError(refused.errno, refused.strerror)
     return CommitInDoubt(refused.place, cause, next_step=refused.next_step)
 
 
 def not_open(path: str) -> StorageError:
     return StorageError(
         f"store {path}",
-        OSError(errno.EIO, "not open"),
+        OSError(errno.EIO, "it is not open"),
         next_step="see what the system's log says, and try again",
     )
 
@@ -103,8 +104,14 @@ def _refusal(path: str, error: lmdb.Error) -> StorageError:
         code = errno.ENOBUFS
     if code == errno.EIO and _is_full(path):
         code = errno.ENOSPC
-    step = FULL_STEPS.get(code) or f"see what the system's log says ({error})"
+    if code in FULL_STEPS and code != errno.ENOBUFS:
+        return StorageError(f"store {path}", _os_error(code), next_step=FULL_STEPS[code])
+    step = FULL_STEPS.get(code, "see what the system's log says")
     return StorageError(f"store {path}", OSError(code, str(error)), next_step=step)
+
+
+def _os_error(code: int) -> OSError:
+    return OSError(code, os.strerror(code))
 
 
 def _is_full(path: str) -> bool:
@@ -124,6 +131,6 @@ def not_a_store(path: str, found: object) -> FormatError:
 def dead_error(path: str) -> StorageError:
     return StorageError(
         f"store {path}",
-        OSError(errno.EBADF, "of another process"),
-        next_step="open the store in the process that uses it: a forked child cannot go on with its parent's",
+        OSError(errno.EBADF, "it was opened before this process was forked"),
+        next_step="open the store again in this process",
     )

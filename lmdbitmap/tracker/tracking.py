@@ -278,7 +278,7 @@ class Tracking:
 
 def detached_error(disk: Disk) -> StorageError:
     return StorageError(
-        f"disk {disk.name!r} is detached", OSError(errno.ESHUTDOWN, "detached"), next_step="attach it again"
+        f"disk {disk.name!r}", OSError(errno.ESHUTDOWN, "it is detached"), next_step="attach it again"
     )
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -103,7 +104,7 @@ def write_refused(name: str, error: LmdbitmapError) -> StorageError:
     code = error.errno if isinstance(error, StorageError) else errno.EIO
     return StorageError(
         f"disk {name!r} cannot record a write ({error.problem})",
-        OSError(code or errno.EIO, error.problem),
+        OSError(code or errno.EIO, os.strerror(code or errno.EIO)),
         next_step=error.next_step,
     )
 

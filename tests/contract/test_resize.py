@@ -43,7 +43,7 @@ def test_a_size_that_the_image_refuses_changes_nothing(disk: Filter, monkeypatch
 
     with monkeypatch.context() as refusing:
         refusing.setattr(disk.device, "resize", refuse)
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(OSError, match="no room; raise the limit"):
             disk.resize(100 * SIZE)
     disk.pwrite(b"y", SIZE - 1)
     assert list(disk.changes().runs()) == [(0, 1), (15, 16)]

@@ -362,7 +362,7 @@ def test_change_inside_a_view_that_needs_a_larger_map_is_one_error(
         with opened.read(), pytest.raises(StorageError) as refused:
             opened.update(lambda writer: fill(writer, 0, 1000))
         assert refused.value.errno == errno.EDEADLK
-        assert "not inside it" in str(refused.value)
+        assert "leave the view, and change the store then" in str(refused.value)
         opened.update(lambda writer: fill(writer, 0, 1000))
         assert count(opened) == 1000
 

@@ -55,11 +55,27 @@ def test_format_error_names_place_expectation_and_finding() -> None:
 
 
 def test_storage_error_carries_the_systems_number_and_words() -> None:
-    error = StorageError("/x", OSError(errno.ENOSPC, "whatever"), next_step="free some")
+    error = StorageError("/x", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), next_step="free some")
     assert (error.errno, str(error)) == (errno.ENOSPC, f"/x: {os.strerror(errno.ENOSPC)}; free some")
     assert isinstance(error, OSError)
     assert error.strerror == os.strerror(errno.ENOSPC)
+    assert str(StorageError("/x", OSError(errno.ENOSPC, ""), next_step="free some")) == str(error)
     assert "made up" in str(StorageError("/x", OSError("made up"), next_step="think"))
+
+
+def test_storage_error_says_what_its_cause_says() -> None:
+    """What we raise ourselves says more than its number does."""
+    error = StorageError(
+        "disk 'sda'", OSError(errno.ESHUTDOWN, "it is detached"), next_step="attach it again"
+    )
+    assert (error.errno, str(error)) == (errno.ESHUTDOWN, "disk 'sda': it is detached; attach it again")
+
+
+def test_the_kernels_log_is_named_only_for_an_error_of_the_kernel() -> None:
+    kernels = OSError(errno.EIO, os.strerror(errno.EIO))
+    assert "dmesg" in error_from_os("/x", kernels).next_step
+    ours = OSError(errno.EIO, "the image ends at byte 512 or before: it was cut while it was open")
+    assert str(error_from_os("/x", ours)) == f"/x: {ours.strerror}; mend the cause and try again"
 
 
 @pytest.mark.parametrize(

@@ -467,7 +467,9 @@ def test_track_is_lost_where_what_was_acknowledged_is_refused(far: FarServer, st
     far.crash()
     assert disk.pread(1, 5000) == b"\0"
     assert trust_of(changes(store, "sda", since="start")) is Trust.UNTRUSTED
-    with pytest.raises(StorageError, match="could not be flushed: No space left on device"):
+    with pytest.raises(
+        StorageError, match="could not be flushed: its server answered: No space left on device"
+    ):
         disk.checkpoint("lie")
     disk.abandon()
 

@@ -22,7 +22,7 @@ _KNOWN: Final = frozenset(
 def refusal(error: int, name: str) -> OSError:
     """The server's refusal as an OSError. Unknown error numbers count as EINVAL, as the protocol demands."""
     number = error if error in _KNOWN else errno.EINVAL
-    return OSError(number, os.strerror(number), name)
+    return OSError(number, f"its server answered: {os.strerror(number)}", name)
 
 
 def failure(error: int, name: str, silence_s: float | None) -> OSError | Busy:

@@ -16,6 +16,7 @@ already is a dead owner's, and is replaced. Stop the server before the disks are
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import selectors
@@ -27,7 +28,7 @@ from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Final
 from uuid import UUID
 
-from lmdbitmap.errors import Busy, LmdbitmapError, error_from_os, os_errors_at
+from lmdbitmap.errors import Busy, LmdbitmapError, StorageError, os_errors_at
 from lmdbitmap.filter import Filter
 from lmdbitmap.nbd import control_wire as wire
 from lmdbitmap.nbd.control.detaching import Detaching
@@ -339,4 +340,5 @@ def _require_welcome(sock: socket.socket) -> None:
 def require_user(uid: int) -> None:
     """Raise `StorageError` unless this user may command us: only root and the user that we run as may."""
     if uid not in (0, os.geteuid()):
-        raise error_from_os("control socket", PermissionError(1, "not your process"))
+        refusal = PermissionError(errno.EPERM, f"it belongs to a process of user {os.geteuid()}")
+        raise StorageError("control socket", refusal, next_step="run the command as that user, or as root")
