@@ -44,7 +44,8 @@ _DISK_FAILS = (
     "look at the disk under the store; stop what uses it, move its folder lmdb aside, and the next command makes it"
     " anew, all dirty"
 )
-_LOST_STEP = "what they stand for counts as dirty; look at the disk under the store, and make a full backup"
+_COUNTS_AS_DIRTY = "what they stand for counts as dirty; look at the disk under the store"
+_LOST_STEP = f"{_COUNTS_AS_DIRTY}, and make a full backup"
 _OLD_VIEW_TRANSACTIONS = 1000
 _REGION_KEY_BYTES = len(schema.region_key(0, 0))
 _REGIONS_PER_REPORT = 4096
@@ -135,13 +136,19 @@ class _Ledger:
         expected.pop(tally.STAMP_KEY, None)
         unsound = [key for key in expected.keys() | self._found if expected.get(key) != self._found.get(key)]
         for place, groups in groupby(sorted(unsound), lambda key: _place_of_group(key, inventory)):
-            yield _damage(place, f"{len(list(groups))} groups of its records lost some of them", _LOST_STEP)
+            lost = list(groups)
+            step = _LOST_STEP if lost[0][:1] != b"r" else _step_for_regions(_bitmap_of(lost[0]), inventory)
+            yield _damage(place, f"{len(lost)} groups of its records lost some of them", step)
+
+
+def _bitmap_of(group: bytes) -> int:
+    return int.from_bytes(group[1:9], "big")
 
 
 def _place_of_group(group: bytes, inventory: _Inventory) -> str:
     kind, rest = group[:1], group[1:]
     if kind == b"r":
-        bitmap_id = int.from_bytes(rest[:8], "big")
+        bitmap_id = _bitmap_of(group)
         return f"bitmap {bitmap_id}{_owner_of(bitmap_id, inventory)}"
     words = {b"d": "description of disk", b"c": "checkpoints of disk", b"b": "description of bitmap"}
     return f"{words.get(kind, 'group')} {rest.hex()}"
@@ -328,7 +335,7 @@ def _regions(ledger: _Ledger, inventory: _Inventory, progress: Progress) -> Iter
             found[bitmap_id].count(region, damaged=not sound, outside=outside)
     for bitmap_id, unsound in found.items():
         if unsound.damaged or unsound.outside:
-            yield from _told(unsound, f"bitmap {bitmap_id}{_owner_of(bitmap_id, inventory)}")
+            yield from _told(unsound, bitmap_id, inventory)
     if strays and inventory.complete:
         yield _orphan("region records", f"{strays} of them belong to no bitmap")
 
@@ -351,14 +358,30 @@ def _walked(ledger: _Ledger, inventory: _Inventory, progress: Progress) -> Itera
     progress(total, total)
 
 
-def _told(unsound: _Unsound, place: str) -> Iterator[Finding]:
+def _told(unsound: _Unsound, bitmap_id: int, inventory: _Inventory) -> Iterator[Finding]:
+    place, step = (
+        f"bitmap {bitmap_id}{_owner_of(bitmap_id, inventory)}",
+        _step_for_regions(bitmap_id, inventory),
+    )
     if unsound.damaged:
-        yield _damage(
-            place, f"{unsound.damaged} of its region records are damaged, the first of region {unsound.first}",
-            "what they cover counts as dirty; look at the disk under the store, and make a full backup",
-        )  # fmt: skip
+        problem = f"{unsound.damaged} of its region records are damaged, the first of region {unsound.first}"
+        yield _damage(place, problem, step)
     if unsound.outside:
-        yield _damage(place, f"{unsound.outside} of its region records lie past the disk's end")
+        problem = f"{unsound.outside} of its region records lie past the disk's end"
+        yield _damage(place, problem, step if _stands_alone(bitmap_id, inventory) else _START_ANEW)
+
+
+def _step_for_regions(bitmap_id: int, inventory: _Inventory) -> str:
+    """Return the next step for damaged region records. No backup mends a stand-alone bitmap."""
+    name = _stands_alone(bitmap_id, inventory)
+    if name is None:
+        return _LOST_STEP
+    return f"{_COUNTS_AS_DIRTY}, remove the bitmap (`lmdbitmap rm {name}`) and import it again"
+
+
+def _stands_alone(bitmap_id: int, inventory: _Inventory) -> str | None:
+    bitmap = inventory.bitmaps.get(bitmap_id)
+    return None if bitmap is None else bitmap.name
 
 
 def _owner_of(bitmap_id: int, inventory: _Inventory) -> str:

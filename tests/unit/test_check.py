@@ -235,6 +235,30 @@ def test_damaged_region_records_are_counted_for_their_bitmap(store: Store, disk:
     assert "counts as dirty" in found.next_step
 
 
+@pytest.mark.parametrize("how", ["damaged", "lost", "past the end"])
+def test_no_backup_is_advised_for_a_bitmap_that_stands_alone(store: Store, how: str) -> None:
+    """A backup neither reads nor mends it."""
+
+    def keep(writer: Writer) -> None:
+        bitmap = schema.Bitmap(writer.new_bitmap_id(), ANOTHER, MIB, 9, "kept")
+        writer.put_bitmap(bitmap)
+        region = 100 if how == "past the end" else 0
+        writer.put_region(bitmap.id, region, 0, schema.ALL_CLEAN_BITS)
+
+    store.update(keep)
+    key = schema.region_key(1, 0)
+    if how == "damaged":
+        store.update(
+            lambda writer: writer._put("regions", key, schema.encode_region(key, 0, b"\0" * 512)[::-1])
+        )
+    elif how == "lost":
+        _lose(store, "regions", key)
+    found = _only(check_store(store))
+    assert (found.gravity, found.place) == (Gravity.DAMAGE, "bitmap 1 ('kept')")
+    assert found.next_step.endswith("remove the bitmap (`lmdbitmap rm kept`) and import it again")
+    assert "backup" not in found.next_step
+
+
 def test_a_region_past_the_end_is_damage(store: Store, disk: Disk) -> None:
     number = _checkpoints(store, disk)[1].bitmap_id
     store.update(lambda writer: writer.put_region(number, 2, 0, schema.ALL_CLEAN_BITS))
