@@ -62,6 +62,12 @@ class Target:
     def size(self) -> int:
         return self.device.size
 
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a regular file, or a disk whose image is one."""
+        device = self.device.device if isinstance(self.device, Filter) else self.device
+        return isinstance(device, FileDevice) and not device.is_block_device
+
     def pread_into(self, buffer: memoryview, offset: int) -> None:
         with self._refusals():
             self.device.pread_into(buffer, offset)
@@ -99,7 +105,9 @@ class Target:
         except StorageError as failure:
             if isinstance(failure.__cause__, FarAway):
                 raise StorageError(
-                    self.place, failure.__cause__, next_step="see to its server, and do it again"
+                    self.place,
+                    failure.__cause__,
+                    next_step="see why its server does not answer, and do it again",
                 ) from failure
             raise
 
@@ -205,8 +213,9 @@ def unless_larger(step: str, target_size: int, size: int) -> str:
 
 def _other_size(target: Target, size: int) -> InvalidArgument:
     if target.disk is not None:
-        step = f"make the image that long (truncate --size={size}), and `lmdbitmap adopt {target.disk}`"
-    elif isinstance(target.device, FileDevice) and not target.device.is_block_device:
+        how = f" (truncate --size={size})" if target.is_file else ""
+        step = f"give the image {size} bytes{how}, and then run `lmdbitmap adopt {target.disk}`"
+    elif target.is_file:
         step = f"make it that long first (truncate --size={size}), or name a new file"
     else:
         step = "name one of that size, or a new file"

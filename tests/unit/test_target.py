@@ -21,7 +21,7 @@ from lmdbitmap.repository.digests import found_digest
 from lmdbitmap.repository.manifest import BackupEntry
 from lmdbitmap.restoring.restore import RestoreResult, restore
 from lmdbitmap.system import atomic_files
-from lmdbitmap.targets.target import Target
+from lmdbitmap.targets.target import Target, _other_size
 from lmdbitmap.tracker import session
 from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.helpers.backed_up import DIFFERENTIAL, INCREMENTAL, BackedUpDisk
@@ -240,12 +240,21 @@ def test_a_disk_that_somebody_has_attached_is_busy(disk: BackedUpDisk) -> None:
 
 def test_a_tracked_disk_that_grew_is_refused_and_told_how(disk: BackedUpDisk) -> None:
     disk.resize(SIZE + BLOCK)
-    with pytest.raises(InvalidArgument, match=rf"truncate --size={SIZE}\), and `lmdbitmap adopt sda`"):
+    with pytest.raises(
+        InvalidArgument, match=rf"truncate --size={SIZE}\), and then run `lmdbitmap adopt sda`"
+    ):
         in_place(disk, disk.image)
     os.truncate(disk.image, SIZE)
     session.adopt(disk.store, NAME)
     in_place(disk, disk.image)
     assert disk.content() == disk.restored()
+
+
+def test_the_image_of_a_tracked_device_is_not_to_be_truncated(disk: BackedUpDisk, far: FarServer) -> None:
+    """`truncate` is for files: it cannot do that with a block device or with an image behind a server."""
+    with NbdDevice.open(far.uri) as device:
+        refused = str(_other_size(Target(far.uri, device, disk=NAME), SIZE + BLOCK))
+    assert refused.endswith(f"; give the image {SIZE + BLOCK} bytes, and then run `lmdbitmap adopt sda`")
 
 
 def test_a_restore_that_fails_in_the_middle_leaves_what_it_wrote_dirty(disk: BackedUpDisk) -> None:
@@ -461,7 +470,7 @@ def test_a_server_that_goes_away_is_told_with_the_next_step(far: FarServer) -> N
         far.crash()
         with pytest.raises(
             StorageError,
-            match=r"its server went away and has not come back; see to its server, and do it again",
+            match=r"its server went away and has not come back; see why its server does not answer, and do it again",
         ):
             target.write_many([(0, memoryview(b"x"))])
         far.listen()
