@@ -156,7 +156,7 @@ def _applied_words(made: AppliedResult) -> str:
     head = made.head
     since = "" if head.from_name is None else f", changed since {head.from_name}"
     words = [
-        f"{made.path}: as of {head.to_name or 'now'}{since}",
+        f"{made.path}: as of {head.to_name or 'a moment without a name'}{since}",
         f"{format_size(made.bytes_written)} of data on {format_size(head.size)}",
         *words_of_what_is_behind(made.bytes_behind),
         format_duration(made.seconds),

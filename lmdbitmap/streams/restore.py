@@ -28,7 +28,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from lmdbitmap.errors import AlreadyExists, InvalidArgument, LmdbitmapError, NotFound, os_errors_at
+from lmdbitmap.errors import (
+    AlreadyExists,
+    InvalidArgument,
+    LmdbitmapError,
+    NotFound,
+    StorageError,
+    os_errors_at,
+)
 from lmdbitmap.images.image import is_far, open_image
 from lmdbitmap.interfaces import BlockDevice
 from lmdbitmap.storage import creating
@@ -117,7 +124,8 @@ def _read(stream: ByteInput, buffer: memoryview) -> int:
     with os_errors_at(_PLACE):
         count = stream.readinto(buffer)
         if count is None:
-            raise OSError(errno.EAGAIN, "it does not wait for its bytes")
+            unready = OSError(errno.EAGAIN, "it does not block")
+            raise StorageError(_PLACE, unready, next_step="give a file or a pipe without O_NONBLOCK")
         return count
 
 
@@ -172,7 +180,7 @@ def _in_place(path: str, head: Head) -> Iterator[None]:
     except InvalidArgument:
         raise  # from `_fit`, before anything was written
     except LmdbitmapError as error:
-        error.next_step += f"; until the same stream was applied again, {path} is of no use"
+        error.next_step += f"; {path} is unusable until the same stream is applied again"
         raise
 
 

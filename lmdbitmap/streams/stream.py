@@ -203,7 +203,8 @@ class _Out:
     def _written(self, part: memoryview) -> int:
         count = self._file.write(part)
         if count is None:
-            raise OSError(errno.EAGAIN, "it does not wait until there is room")
+            unready = OSError(errno.EAGAIN, "it does not block")
+            raise StorageError(_PLACE, unready, next_step="give a file or a pipe without O_NONBLOCK")
         return count
 
 

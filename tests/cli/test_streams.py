@@ -94,6 +94,13 @@ def test_what_was_made_is_told_beside_the_stream(cli: Cli, image: Path) -> None:
     assert names[-2:] == ["monday", stream.to_name]
 
 
+def test_a_stream_without_a_name_is_not_said_to_be_of_now(cli: Cli, image: Path) -> None:
+    """It may be of last year."""
+    data = naive_rbd_diff.written(naive_rbd_diff.Stream(1, SIZE, None, None, []))
+    said = say(cli, "restore", "-", cli.folder / "out.raw", stdin=data).out.decode()
+    assert "out.raw: as of a moment without a name · 0 B of data on 8 MiB · " in said
+
+
 def test_what_was_received_is_told(cli: Cli, image: Path) -> None:
     data = say(cli, "backup", "sda", "--stdout", "--checkpoint", "monday").out
     out = cli.folder / "out.raw"

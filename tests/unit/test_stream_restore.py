@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.errors import AlreadyExists, Busy, FormatError, InvalidArgument, NotFound
+from lmdbitmap.errors import AlreadyExists, Busy, FormatError, InvalidArgument, NotFound, StorageError
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.store import Store
 from lmdbitmap.streams.restore import AppliedResult, apply_stream
@@ -144,11 +144,22 @@ def test_a_diff_needs_the_disk_that_it_counts_from(tmp_path: Path) -> None:
 def test_a_cut_diff_says_that_it_has_to_be_applied_again_and_then_all_is_well(disk: Path) -> None:
     made = stream([(0, b"x" * (2 * MIB)), (2 * MIB, MIB)], since="monday")
     after = naive_rbd_diff.applied(made, disk.read_bytes())
-    with pytest.raises(FormatError, match=f"until the same stream was applied again, {disk} is of no use$"):
+    with pytest.raises(FormatError, match=f"; {disk} is unusable until the same stream is applied again$"):
         apply(made, disk, cut=30)
     assert disk.read_bytes() != after
     apply(made, disk)
     assert disk.read_bytes() == after
+
+
+def test_a_stream_that_does_not_wait_is_no_program_that_uses_it(disk: Path) -> None:
+    class Unready(io.RawIOBase):
+        def readinto(self, buffer: object, /) -> None:
+            return None
+
+    with pytest.raises(
+        StorageError, match="the stream: it does not block; give a file or a pipe without O_NONBLOCK"
+    ):
+        apply_stream(Unready(), disk)
 
 
 def test_a_disk_that_is_in_use_is_not_touched(disk: Path) -> None:
