@@ -227,7 +227,10 @@ def _run(words: Sequence[str], limit_s: float) -> None:
     try:
         code, said = _outcome(words, limit_s)
     except subprocess.TimeoutExpired as late:
-        raise _failed(f"hook `{shown}` took more than {limit_s:g} s") from late
+        raise LmdbitmapError(
+            f"hook `{shown}` took more than {limit_s:g} s",
+            next_step="see where it hangs when it is run by hand, or allow it more (--hook-limit)",
+        ) from late
     except OSError as refusal:
         raise _NotRun(
             f"hook `{shown}` cannot be run ({refusal.strerror})", next_step="name a command that can be"
