@@ -95,7 +95,10 @@ def add_disk(
     refuse_taken_name(writer, schema.check_disk_name(name))
     for other in writer.disks():
         if other.image == image:
-            raise AlreadyExists(f"{image} is tracked already, as {other.name!r}", next_step="use that disk")
+            raise AlreadyExists(
+                f"{image} is tracked already, as {other.name!r}",
+                next_step=f"use disk {other.name!r}, or name another image",
+            )
     check_trackable(Geometry(identity.size, granularity_bits))
     _check_modes(durability, policy)
     disk = Disk(

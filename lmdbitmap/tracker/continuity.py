@@ -58,7 +58,7 @@ _UNCOUNTED = (
     "the kernel does not tell, or did not tell before, whether this block device was written"
     " (Linux 5.15 or newer does, where the device's queue/iostats in /sys is 1)"
 )
-_MADE_ANEW = "the block device was taken away and made anew, so that nobody knows what is behind it now"
+_MADE_ANEW = "the block device was taken away and made anew, so that it is not known what is behind it now"
 
 
 class Moment(NamedTuple):
@@ -112,15 +112,15 @@ def _gap_since_detach(disk: Disk, image: ImageIdentity, beat: Beat | None, now: 
     if not is_same_file(before, image):
         return _other_file(image)
     if image.size != before.size:
-        return f"the image's size went from {before.size} to {image.size} bytes while nobody tracked it"
+        return f"the image's size went from {before.size} to {image.size} bytes while it was not tracked"
     if image.is_block_device:
         return _exchange(before, image) or _device_gap_since_detach(before, image, beat, now)
     if image.mtime_ns > before.mtime_ns:
-        return "the image was written while nobody tracked it"
+        return "the image was written while it was not tracked"
     if image.mtime_ns < before.mtime_ns:
         return (
-            "the image was written while nobody tracked it, and its time of change went back,"
-            " as if an older copy was put back or the clock was changed"
+            "the image was written while it was not tracked, and its time of change went back,"
+            " perhaps because an older copy was put back or the clock was changed"
         )
     return None
 
@@ -200,7 +200,9 @@ def _device_gap_since_detach(
     if not _same_boot(before, image):
         return _gap_since_boot(image, beat, now)
     written = _sectors(image) - _sectors(before)
-    return f"{_amount(written)} of the block device were written while nobody tracked it" if written else None
+    return (
+        f"{_amount(written)} of the block device were written while it was not tracked" if written else None
+    )
 
 
 def _device_gap_since_sign_of_life(
@@ -219,7 +221,7 @@ def _device_gap_since_sign_of_life(
         return None
     return (
         f"{_amount(written)} of the block device were written since its owner's last sign of life,"
-        f" {elapsed_ns // _SECOND_NS} s ago, and nobody can tell by whom"
+        f" {elapsed_ns // _SECOND_NS} s ago, and it is not known by which program"
     )
 
 
@@ -228,7 +230,7 @@ def _gap_since_boot(image: ImageIdentity, beat: Beat | None, now: Moment) -> str
     if _sectors(image):
         return (
             f"{_amount(_sectors(image))} of the block device were written since this machine was started,"
-            " and nobody tracked it"
+            " while it was not tracked"
         )
     if beat is None:
         return _NO_BEAT

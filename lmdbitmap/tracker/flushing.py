@@ -28,7 +28,7 @@ from lmdbitmap.interfaces import BlockDevice, FarAway
 
 log = logging.getLogger(__name__)
 
-MEND_IT = "look at the kernel log (dmesg), mend the disk, then stop and start whoever serves it"
+MEND_IT = "look at the kernel log (dmesg), mend the disk, then restart the process that serves it"
 
 
 class Flusher:
@@ -71,7 +71,9 @@ class Flusher:
         try:
             self._tell()
         except (LmdbitmapError, OSError) as refusal:  # the next flush says so
-            log.error("disk %s: nothing can say yet that track is lost: %s", self._name, refusal)
+            log.error(
+                "disk %s: tracking is lost, and that could not be recorded yet: %s", self._name, refusal
+            )
 
     def tell_again(self) -> None:
         """Call `on_failure` again if a flush failed: the first call may have come when track was lost already."""

@@ -57,7 +57,7 @@ class ScratchFile:
         spare_bytes = min(found.f_blocks * found.f_frsize // _SPARE_PART, _SPARE_BYTES)
         if found.f_bavail * found.f_frsize < spare_bytes:
             raise OSError(
-                errno.ENOSPC, "the guest and the store may need what is left where its scratch file is"
+                errno.ENOSPC, "the last space of its file system is left to the guest and the store"
             )
 
     def put(self, data: memoryview, offset: int) -> None:

@@ -332,7 +332,8 @@ def _refuse_tracked(store: Store, image: str, *, unless: UUID | None = None) -> 
         for other in reader.disks():
             if other.uuid != unless and is_same_image(other.image, image):
                 raise AlreadyExists(
-                    f"{image} is tracked already, as {other.name!r}", next_step="use that disk"
+                    f"{image} is tracked already, as {other.name!r}",
+                    next_step=f"use disk {other.name!r}, or name another image",
                 )
 
 
@@ -378,7 +379,7 @@ def _own(store: Store, name: str, disk_uuid: UUID) -> Owner:
     except Busy as error:
         raise Busy(
             f"disk {name!r} is attached by another process, or by another part of this one",
-            next_step="wait until it is detached, or stop whoever serves it",
+            next_step="wait until it is detached, or stop the process that serves it",
         ) from error
 
 

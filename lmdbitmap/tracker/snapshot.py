@@ -385,7 +385,7 @@ class Snapshot(ReadOnlyDevice):
         return StorageError(
             f"snapshot of disk {self.disk.name!r}",
             OSError(problem),
-            next_step="make another one, with more room for old data if that was lacking",
+            next_step="make another one, with more room for old data (serve --scratch-limit) if that was lacking",
         )
 
 
@@ -394,5 +394,6 @@ def broken_error(disk: Disk, reason: str) -> StorageError:
     return StorageError(
         f"disk {disk.name!r}",
         OSError(reason),
-        next_step="make the backup again, with more room for old data if that was lacking; the guest noticed nothing",
+        next_step="make the backup again, with more room for old data (serve --scratch-limit) if that was lacking;"
+        " the guest noticed nothing",
     )

@@ -85,7 +85,7 @@ def disk_or_bitmap_called(store: Store, name: str) -> Disk | Bitmap:
     for found in everything:
         if found.name == name:
             return found
-    raise NotFound(f"nothing is called {name!r}", next_step="`lmdbitmap ls` lists what there is")
+    raise NotFound(f"no disk or bitmap is called {name!r}", next_step="`lmdbitmap ls` lists all of them")
 
 
 def create(
@@ -347,8 +347,8 @@ def _require_apart(target: Bitmap, sources: Sequence[Bitmap]) -> None:
     """Refuse the target among the sources: in `a xor b a` the second `a` would not be what it was."""
     if target in sources:
         raise InvalidArgument(
-            f"bitmap {target.name!r} would change while it is put to itself",
-            next_step="leave it out of the others, or keep the answer under another name",
+            f"bitmap {target.name!r} would be combined with itself while it changes",
+            next_step="do not name it among the others, or keep the result under another name (--into)",
         )
 
 

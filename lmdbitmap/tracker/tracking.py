@@ -285,5 +285,5 @@ def detached_error(disk: Disk) -> StorageError:
 def held_error(snapshot: Snapshot) -> Busy:
     return Busy(
         f"disk {snapshot.disk.name!r} is held as at checkpoint {snapshot.checkpoint.name!r}",
-        next_step="release that snapshot first, or wait for who reads it",
+        next_step="release that snapshot first, or wait until it is released",
     )

@@ -75,7 +75,11 @@ class Voucher:
         if self._device.identity().mtime_ns == 0:
             raise write_refused(self._name, error) from error
         self._beating = False
-        log.error("disk %s: %s; the signs of life end", self._name, error)
+        log.error(
+            "disk %s: %s; it gives no more signs of life, so that the next backup reads the whole disk",
+            self._name,
+            error,
+        )
         time.sleep(SILENCE_S)
 
     def require_a_voice(self) -> None:

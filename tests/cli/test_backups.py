@@ -117,11 +117,11 @@ def test_where_nobody_knows_what_changed_the_disk_is_compared_with_its_last_back
     os.utime(cli.folder / "sda.raw", ns=(2**61, 2**61))
     said = cli.fails(3, "backup", "sda", repository, "--require-incremental")
     assert said == (
-        "disk 'sda' cannot have an incremental backup: the image was written while nobody tracked it;"
+        "disk 'sda' cannot have an incremental backup: the image was written while it was not tracked;"
         " leave out --require-incremental, or make a full one"
     )
     said = cli.ok("backup", "sda", repository)
-    assert said.startswith("sda: rescan: the image was written while nobody tracked it · 64 KiB of 8 MiB · ")
+    assert said.startswith("sda: rescan: the image was written while it was not tracked · 64 KiB of 8 MiB · ")
     assert _restored(cli, repository) == (cli.folder / "sda.raw").read_bytes()
     assert (
         cli.json("backup", "sda", repository, "--require-incremental")["backups"][0]["type"] == "incremental"
@@ -341,7 +341,7 @@ def test_a_served_disk_is_not_restored_in_place(cli: Cli, repository: Path) -> N
     with cli.serving("sda"):
         said = cli.fails(4, "restore", repository, "sda", cli.folder / "sda.raw", "--in-place")
     assert "attached by another process" in said
-    assert "stop whoever serves it" in said
+    assert "stop the process that serves it" in said
 
 
 @requires("qemu-io")

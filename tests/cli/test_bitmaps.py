@@ -72,7 +72,7 @@ def test_what_is_not_known_is_not_exported(cli: Cli, flat: Path) -> None:
 
 def test_an_export_to_nowhere_is_told(cli: Cli, flat: Path) -> None:
     assert "there is no folder" in cli.fails(1, "export", "sda", cli.folder / "nowhere" / "x.dbm")
-    assert "nothing is called 'sdx'" in cli.fails(1, "export", "sdx", flat)
+    assert "no disk or bitmap is called 'sdx'" in cli.fails(1, "export", "sdx", flat)
 
 
 @pytest.mark.parametrize("name", ["sda", "kept"])

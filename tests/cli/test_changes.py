@@ -98,11 +98,11 @@ def test_an_untrusted_answer_names_the_whole_disk_and_ends_in_3(cli: Cli) -> Non
     answer = json.loads(out)
     assert code == 3
     assert err == (
-        "lmdbitmap: what changed on disk 'sda' is not known: the image was written while nobody tracked it;"
+        "lmdbitmap: what changed on disk 'sda' is not known: the image was written while it was not tracked;"
         " make a full backup\n"
     )
     assert (answer["trust"], answer["dirty_bytes"]) == ("untrusted", SIZE)
-    assert answer["reason"] == "the image was written while nobody tracked it"
+    assert answer["reason"] == "the image was written while it was not tracked"
     assert [(e["offset"], e["length"]) for e in answer["extents"]] == [(0, SIZE)]
 
 

@@ -148,7 +148,7 @@ def test_blocks_of_another_size_are_every_one_that_is_touched(week: Cli) -> None
             2,
             "bitmap name of 0 bytes is not within 1..1023 bytes; ",
         ),
-        (["monday", "xor", "tuesday", "monday"], 2, "would change while it is put to itself; "),
+        (["monday", "xor", "tuesday", "monday"], 2, "would be combined with itself while it changes; "),
         (["monday", "or", "tuesday", "other"], 2, "and 'other' of one of 65536 bytes; "),
         (["monday", "xor", "tuesday", "fine"], 2, "and 'fine' of 4096 bytes; "),
         (["monday", "nor", "tuesday"], 2, "'nor' is not one of 'or', 'and', 'and-not', 'xor'"),

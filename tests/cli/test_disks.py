@@ -174,7 +174,7 @@ def test_a_new_epoch_is_told_with_its_reason(cli: Cli) -> None:
     cli.ok("checkpoint", "sda", "monday")
     os.utime(image, ns=(2**61, 2**61))
     assert cli.json("info", "sda")["trust"] == "untrusted"
-    assert "the image was written while nobody tracked it" in cli.ok("info", "sda")
+    assert "the image was written while it was not tracked" in cli.ok("info", "sda")
     cli.ok("checkpoint", "sda", "tuesday")
     told = cli.json("info", "sda")
     assert (told["trust"], told["epoch"]["number"]) == ("exact", 2)
@@ -202,7 +202,7 @@ def test_rm_forgets_the_disk_and_leaves_the_image(cli: Cli) -> None:
     assert image.stat().st_size == SIZE
     assert cli.json("ls")["disks"] == []
     assert cli.json("check")["findings"] == []
-    assert "nothing is called 'sda'" in cli.fails(1, "rm", "sda")
+    assert "no disk or bitmap is called 'sda'" in cli.fails(1, "rm", "sda")
 
 
 def test_an_image_that_was_moved_is_tracked_on(cli: Cli) -> None:

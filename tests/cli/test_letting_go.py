@@ -66,7 +66,7 @@ def test_a_served_disk_is_removed_and_the_others_are_served_on(cli: Cli) -> None
             image.pwrite(b"x", 0)
         child.process.terminate()
         assert child.process.wait() == 0
-    assert "disk sda: it is served no more" in child.stderr
+    assert "disk sda: it is no longer served, " in child.stderr
 
 
 def test_a_disk_that_a_client_uses_is_not_removed(cli: Cli) -> None:
@@ -85,7 +85,10 @@ def test_a_disk_that_is_held_for_a_reader_is_not_removed(cli: Cli) -> None:
     with _two_served(cli):
         cli.ok("snapshot", "sda", "held")
         said = cli.fails(4, "rm", "sda")
-        assert said == "disk 'sda' is held as at held; wait for who reads it, or `lmdbitmap release` it"
+        assert (
+            said
+            == "disk 'sda' is held as at held; wait until it is released, or run `lmdbitmap release sda CHECKPOINT`"
+        )
         cli.ok("release", "sda", "held")
         cli.ok("rm", "sda")
 
@@ -129,7 +132,7 @@ def test_it_is_too_late_to_vouch_for_an_image_that_is_served(cli: Cli) -> None:
     os.utime(image, ns=(2**61, 2**61))
     with cli.serving("sda", log=True):
         assert cli.fails(3, "adopt", "sda") == (
-            "disk 'sda' cannot be adopted any more, as it is served: the image was written while nobody tracked it;"
+            "disk 'sda' cannot be adopted any more, as it is served: the image was written while it was not tracked;"
             " make a backup, which reads the whole disk; next time adopt it before it is served"
         )
         cli.ok("checkpoint", "sda", "tuesday")
@@ -143,5 +146,5 @@ def test_who_adopts_after_an_epoch_ended_is_told_what_that_is_worth(cli: Cli) ->
     cli.ok("mark", "sda", 0, 1)
     assert cli.ok("adopt", "sda") == (
         "sda: its image is taken as it is, and the next backup still reads the whole disk: the image was written"
-        " while nobody tracked it\n"
+        " while it was not tracked\n"
     )

@@ -141,7 +141,7 @@ def test_a_new_epoch_is_told_to_whoever_serves(cli: Cli) -> None:
     with cli.serving("sda", log=True) as served:
         pass
     assert served.child.stderr == (
-        "lmdbitmap: disk sda: the next backup reads the whole disk: the image was written while nobody tracked it\n"
+        "lmdbitmap: disk sda: the next backup reads the whole disk: the image was written while it was not tracked\n"
     )
 
 

@@ -106,10 +106,10 @@ def test_an_untrusted_map_is_dirty_all_over_and_ends_in_3(cli: Cli) -> None:
     code, out, err = cli("show", "sda", "--svg", picture)
     assert code == 3
     assert err == (
-        "lmdbitmap: what changed on disk 'sda' is not known: the image was written while nobody tracked it;"
+        "lmdbitmap: what changed on disk 'sda' is not known: the image was written while it was not tracked;"
         " make a full backup\n"
     )
-    reason = "untrusted, so all of it counts as dirty: the image was written while nobody tracked it"
+    reason = "untrusted, so all of it counts as dirty: the image was written while it was not tracked"
     assert out.splitlines()[:2] == [
         f"sda: 8 MiB of 8 MiB changed since monday; {reason}",
         "       0 B  " + "█" * 64,

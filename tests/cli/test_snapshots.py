@@ -48,7 +48,7 @@ def test_refusals_say_what_to_do(cli: Cli, served: Served) -> None:
     assert "has no checkpoint 'friday'" in cli.fails(1, "snapshot", "sda", "tuesday", "--since", "friday")
     assert "holds no snapshot of checkpoint 'sunday'" in cli.fails(1, "release", "sda", "sunday")
     assert cli.fails(4, "forget", "sda", "monday").endswith(
-        "release that snapshot first, or wait for who reads it"
+        "release that snapshot first, or wait until it is released"
     )
     assert held(cli, "sda") == ["monday"], "what failed holds nothing"
 
@@ -102,7 +102,9 @@ def test_a_snapshot_that_broke_is_told_as_that_by_whoever_reads_it(
         hook.chmod(0o755)
         said = cli.fails(1, *verb, "--hook", hook)
         assert said.startswith("disk 'sda': the snapshot broke: its scratch file is full (1048576 bytes); ")
-        assert said.endswith("with more room for old data if that was lacking; the guest noticed nothing")
+        assert said.endswith(
+            "with more room for old data (serve --scratch-limit) if that was lacking; the guest noticed nothing"
+        )
 
 
 @pytest.mark.parametrize("verb", ["checkpoint", "snapshot"])

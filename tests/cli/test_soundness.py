@@ -48,7 +48,7 @@ def test_a_disk_that_needs_a_full_backup_ends_in_3(cli: Cli) -> None:
     os.utime(image, ns=(2**61, 2**61))
     code, out, err = cli("check")
     assert code == 3
-    assert out.startswith("full backup needed: disk 'sda': the image was written while nobody tracked it; ")
+    assert out.startswith("full backup needed: disk 'sda': the image was written while it was not tracked; ")
     assert err.startswith("lmdbitmap: the store is sound, but not every disk can be trusted")
     assert json.loads(cli("check", "--json").out)["sound"] is True
 

@@ -353,7 +353,9 @@ STATES: dict[str, State] = {
     ),
     "shrinking died": State(lasting(shrinking_died), 0, "its owner died", "copies a little more"),
     "distrust declared": State(lasting(distrust_declared), 3, "the store was full", "make a full backup"),
-    "image written": State(lasting(image_written), 3, "written while nobody", "`lmdbitmap adopt sda`"),
+    "image written": State(
+        lasting(image_written), 3, "written while it was not tracked", "`lmdbitmap adopt sda`"
+    ),
     "image replaced": State(lasting(image_replaced), 3, "another file", "`lmdbitmap adopt sda`"),
     "image grown": State(lasting(image_grown), 3, "size went from", "`lmdbitmap adopt sda`"),
     "image shrunk": State(lasting(image_shrunk), 3, "size went from", "`lmdbitmap adopt sda`"),
@@ -367,7 +369,9 @@ STATES: dict[str, State] = {
     "image is a folder": State(
         lasting(image_is_a_folder), 3, "neither a regular file", "", why_no_backup="neither a regular file"
     ),
-    "store put back": State(lasting(store_put_back), 3, "written while nobody", "`lmdbitmap adopt sda`"),
+    "store put back": State(
+        lasting(store_put_back), 3, "written while it was not tracked", "`lmdbitmap adopt sda`"
+    ),
     "environment put back": State(
         lasting(environment_put_back), 3, "newest changes were lost", "full backup"
     ),

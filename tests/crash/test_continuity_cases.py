@@ -120,13 +120,13 @@ def shrunk(disk: BackedUpDisk) -> None:
 
 Deed: TypeAlias = Callable[[BackedUpDisk], None]
 DEEDS: list[tuple[Deed, str]] = [
-    (written, "the image was written while nobody tracked it"),
+    (written, "the image was written while it was not tracked"),
     (written_under_a_clock_that_was_set_back, "its time of change went back"),
     (replaced, "the image is another file than the one that was tracked"),
     (copied_back_as_another_file, "the image is another file than the one that was tracked"),
     (copied_back_in_place, "its time of change went back"),
-    (grown, f"the image's size went from {SIZE} to {2 * SIZE} bytes while nobody tracked it"),
-    (shrunk, f"the image's size went from {SIZE} to {SIZE // 2} bytes while nobody tracked it"),
+    (grown, f"the image's size went from {SIZE} to {2 * SIZE} bytes while it was not tracked"),
+    (shrunk, f"the image's size went from {SIZE} to {SIZE // 2} bytes while it was not tracked"),
 ]
 
 
@@ -393,7 +393,7 @@ def test_two_stores_that_take_turns_notice_each_others_writes(disk: BackedUpDisk
             disk.write(b"first", 0)
             with Filter.attach(second, NAME, background=False) as other:
                 assert other.disk.epoch_number == epoch
-                assert "written while nobody tracked it" in other.disk.epoch_reason
+                assert "written while it was not tracked" in other.disk.epoch_reason
                 other.pwrite(b"second", BLOCK)
             assert trust_of(disk.changes()) is Trust.UNTRUSTED
             turns += 1
@@ -455,5 +455,5 @@ def test_untrusted_disk_of_an_older_epoch_says_why(disk: BackedUpDisk) -> None:
     written(disk)
     before = disk.checkpoints()[0]
     disk.attach().detach()
-    with pytest.raises(Untrusted, match="written while nobody tracked it; make a full backup"):
+    with pytest.raises(Untrusted, match="written while it was not tracked; make a full backup"):
         disk.changes(since=before)

@@ -102,7 +102,7 @@ def test_device_that_nobody_wrote_is_trusted_however_often_it_was_read(device: T
 
 def test_written_device_costs_a_full_backup_that_says_how_much_was_written(device: TrackedDevice) -> None:
     device.write()
-    said = "4096 bytes of the block device were written while nobody tracked it"
+    said = "4096 bytes of the block device were written while it was not tracked"
     assert device.reason() == said
     [made] = backup(device.store, [NAME], device.folder / "backups")
     assert made.entry.type_actual is BackupType.FULL
@@ -116,14 +116,14 @@ def test_write_that_is_still_in_memory_is_noticed_by_the_next_owner(device: Trac
     with device.node.open("r+b", buffering=0) as stranger:
         os.pwrite(stranger.fileno(), b"theirs", 9 * BLOCK)
         with device.attach() as attached:
-            assert "written while nobody tracked it" in attached.disk.epoch_reason
+            assert "written while it was not tracked" in attached.disk.epoch_reason
 
 
 @requires("blkdiscard")
 def test_discard_and_zeroing_are_writes(device: TrackedDevice) -> None:
     for option in ((), ("--zeroout",)):
         run("blkdiscard", "--force", *option, "--length", str(BLOCK), device.node)
-        assert "bytes of the block device were written while nobody tracked it" in device.reason()
+        assert "bytes of the block device were written while it was not tracked" in device.reason()
         session.adopt(device.store, NAME)
         assert trust_of(device.changes()) is Trust.EXACT
 
@@ -214,7 +214,7 @@ def test_write_long_after_a_death_is_not_taken_for_the_owners(device: TrackedDev
     died(device, known=known, beat_age_s=3600)
     device.write()
     assert "bytes of the block device were written since its owner's last sign of life" in device.reason()
-    assert "and nobody can tell by whom" in device.reason()
+    assert "and it is not known by which program" in device.reason()
     with device.attach() as attached:
         assert attached.disk.epoch_number == 2
 
@@ -233,7 +233,7 @@ def test_device_that_was_written_in_this_boot_before_its_owner_came_is_noticed(
 ) -> None:
     """A loop device counts on from what was there before: so all that was written above is in this boot."""
     reboot(monkeypatch)
-    assert "written since this machine was started, and nobody tracked it" in device.reason()
+    assert "written since this machine was started, while it was not tracked" in device.reason()
 
 
 # --- partitions ---
@@ -274,7 +274,7 @@ def test_two_stores_notice_each_others_writes_and_cannot_have_the_device_at_once
             with pytest.raises(Busy, match="in use by another program"):
                 device.attach()
             other.pwrite(b"second", BLOCK)
-        assert "written while nobody tracked it" in device.reason()
+        assert "written while it was not tracked" in device.reason()
         device.attach().detach()
         with device.attach() as attached:
             attached.pwrite(b"first", 0)

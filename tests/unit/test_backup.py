@@ -130,7 +130,7 @@ def test_in_a_new_epoch_it_is_another_and_the_reason_is_told(
     entry = disk.backup(kind)
     assert told(entry) == (becomes, "new-epoch")
     assert entry.reason is not None
-    assert entry.reason.words == "the image was written while nobody tracked it"
+    assert entry.reason.words == "the image was written while it was not tracked"
     assert disk.restored() == disk.content()
     assert told(disk.backup()) == ("incremental", None)
 

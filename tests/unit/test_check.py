@@ -300,7 +300,7 @@ def test_an_image_that_was_written_meanwhile_needs_a_full_backup(store: Store, d
     found = _only(check_store(store))
     assert found.gravity is Gravity.DISTRUST
     assert found.place == "disk 'sda'"
-    assert "written while nobody tracked it" in found.problem
+    assert "written while it was not tracked" in found.problem
     assert "`lmdbitmap adopt sda`" in found.next_step
 
 

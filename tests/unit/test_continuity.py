@@ -180,7 +180,10 @@ def test_store_that_has_seen_less_than_its_owner_knows_nothing(
     ("image", "said"),
     [
         (device(), None),
-        (device(sectors_written=1008), "4096 bytes of the block device were written while nobody tracked it"),
+        (
+            device(sectors_written=1008),
+            "4096 bytes of the block device were written while it was not tracked",
+        ),
         (device(disk_sequence=41), "made anew"),
         (device(sectors_written=992), "made anew"),
         (device(label="vol-2"), "is 'vol-2' now, and 'vol-1' was tracked"),
@@ -218,8 +221,16 @@ def test_block_device_that_nobody_counted_then_is_not_trusted() -> None:
         (device(sectors_written=1008), device_beat(1008, 100), None),  # all had reached the device by then
         (device(sectors_written=1008), device_beat(1000, 2010), None),  # its owner is started again at once
         (device(sectors_written=1008), device_beat(1000, 1960), None),
-        (device(sectors_written=1008), device_beat(1000, 1959), "61 s ago, and nobody can tell by whom"),
-        (device(sectors_written=1008), device_beat(1000, 2021), "nobody can tell"),  # the clock was set back
+        (
+            device(sectors_written=1008),
+            device_beat(1000, 1959),
+            "61 s ago, and it is not known by which program",
+        ),
+        (
+            device(sectors_written=1008),
+            device_beat(1000, 2021),
+            "it is not known by which program",
+        ),  # the clock was set back
         (device(sectors_written=1008), device_beat(2000, 2010), "made anew"),
         (device(disk_sequence=41), device_beat(1000), "made anew"),
         (device(label="vol-2"), device_beat(1000), "'vol-2'"),

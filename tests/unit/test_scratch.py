@@ -109,7 +109,7 @@ def test_it_does_not_take_the_last_space_unless_it_has_it_already(
         growing.require_room()
         available[0] -= 1
         preallocated.require_room()
-        with pytest.raises(OSError, match="the guest and the store may need"):
+        with pytest.raises(OSError, match="is left to the guest and the store"):
             growing.require_room()
 
 

@@ -293,7 +293,7 @@ def test_last_space_of_a_file_system_is_left_to_the_guest(
     disk.pwrite(NEW, BLOCK)
     assert disk.pread(2 * BLOCK, 0) == NEW * 2
     assert (snapshot.broken is None) == preallocate
-    assert preallocate or "the guest and the store may need" in (snapshot.broken or "")
+    assert preallocate or "is left to the guest and the store" in (snapshot.broken or "")
 
 
 def test_nothing_is_kept_of_what_is_not_wanted(disk: Filter, folder: Path) -> None:

@@ -220,7 +220,9 @@ def test_no_bitmap_changes_while_it_is_put_to_itself(
     keep(store, "a", A)
     keep(store, "b", B)
     before = contents(store)
-    with pytest.raises(InvalidArgument, match=r"'a' would change.*; leave it out .* under another name"):
+    with pytest.raises(
+        InvalidArgument, match=r"'a' would be combined with itself.*; do not name it .* under another name"
+    ):
         combine(store, "a", operation, *others)
     assert contents(store) == before
 

@@ -229,12 +229,12 @@ def test_a_tracked_image_that_is_lost_may_be_made_anew_and_is_then_another_one(d
 def test_that_track_was_lost_before_is_told(disk: BackedUpDisk, caplog: pytest.LogCaptureFixture) -> None:
     disk.write_behind_our_back(b"stranger", 0)
     in_place(disk, disk.image)
-    assert "disk sda: its next backup reads the whole disk: the image was written while nobody" in caplog.text
+    assert "disk sda: its next backup reads the whole disk: the image was written while it was" in caplog.text
     assert disk.content() == disk.restored()
 
 
 def test_a_disk_that_somebody_has_attached_is_busy(disk: BackedUpDisk) -> None:
-    with disk.attach(), pytest.raises(Busy, match="stop whoever serves it"):
+    with disk.attach(), pytest.raises(Busy, match="stop the process that serves it"):
         in_place(disk, disk.image)
 
 

@@ -58,7 +58,9 @@ class Detaching:
             self._unlisten(attached)
             attached.detach()
         finally:
-            _log.warning("disk %s: it is served no more, as somebody asked for that", name)
+            _log.warning(
+                "disk %s: it is no longer served, because a caller at the control socket asked for that", name
+            )
             self._end_with_the_last()
 
     def _require_unheld(self, name: str, attached: Filter) -> None:
@@ -66,7 +68,7 @@ class Detaching:
         if held:
             raise Busy(
                 f"disk {name!r} is held as at {held}",
-                next_step="wait for who reads it, or `lmdbitmap release` it",
+                next_step=f"wait until it is released, or run `lmdbitmap release {name} CHECKPOINT`",
             )
         if self._used[name]:
             raise Busy(f"disk {name!r} is used at this moment", next_step="try again")
