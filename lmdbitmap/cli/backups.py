@@ -55,7 +55,7 @@ _FOLDER = click.Path(file_okay=False)
 @of_a_kind
 @click.option(
     "--require-incremental", "only_that", is_flag=True,
-    help="Fail with exit code 3 where the backup cannot be of the kind that was asked for.",
+    help="Fail with exit code 3 if the backup cannot be of the kind that was asked for.",
 )  # fmt: skip
 @hooked("NAME…")
 @polite
@@ -67,17 +67,18 @@ _FOLDER = click.Path(file_okay=False)
 )  # fmt: skip
 @click.option(
     "--digest", type=click.Choice(["sha256", "blake3"]),
-    help="What each MiB is proven with. blake3 is faster, and needs the extra [fast] wherever its digests are made or"
+    help="The digest that proves each MiB. blake3 is faster, and needs the extra [fast] wherever digests are made or"
     " proven. [default: as the backup before; for a new chain blake3, if it is installed]",
 )  # fmt: skip
 @click.option(
     "--take-over", is_flag=True,
-    help="REPO has backups of these very disks, made while they were tracked elsewhere, or before they were added anew:"
-    " go on with them. They are compared with the disks.",
+    help="Go on with backups in REPO that were made of these very disks while another store tracked them, or before"
+    " they were added anew. The disks are compared with them.",
 )  # fmt: skip
 @click.option(
     "--new-repository", is_flag=True,
-    help="Begin anew where these disks were backed up to, and nothing is now, as if its file system were not mounted.",
+    help="Begin a new repository although these disks were backed up to REPO before, and it is empty now. Without this"
+    " option that is refused: the file system of REPO may not be mounted.",
 )  # fmt: skip
 @click.option(
     "--stdout",

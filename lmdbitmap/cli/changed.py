@@ -40,7 +40,9 @@ _BOOL = ("false", "true")
 @click.argument("name")
 @click.option("--since", metavar="CHECKPOINT", help="Count from this one. [default: the newest]")
 @click.option("--until", metavar="CHECKPOINT", help="Count to this one. [default: now]")
-@click.option("--format", "form", type=click.Choice(["text", "json"]), help="As --json does, or not.")
+@click.option(
+    "--format", "form", type=click.Choice(["text", "json"]), help="The same as with --json, or without."
+)
 @click.pass_obj
 def changes(asked: Session, name: str, since: str | None, until: str | None, form: str | None) -> None:
     """List which bytes of a disk changed since a checkpoint.

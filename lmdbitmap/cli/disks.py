@@ -59,8 +59,8 @@ _FORMATS = {qcow2.MAGIC: "qcow2", b"KDMV": "VMDK", b"vhdxfile": "VHDX"}
 )  # fmt: skip
 @click.option(
     "--durability", type=click.Choice(DURABILITIES), default=DURABILITIES[0], show_default=True,
-    help="When dirtiness is on disk: before the data it speaks of, or at a clean end only; then a crash "
-    "costs a full backup.",
+    help="When the store learns that a block is dirty: before the block's new data is written, or at a clean detach"
+    " only; then the first backup after a crash reads the whole disk.",
 )  # fmt: skip
 @click.option(
     "--policy", type=click.Choice(POLICIES), default=POLICIES[0], show_default=True,
@@ -294,4 +294,4 @@ def rm(asked: Session, name: str) -> None:
             operations.remove(store, name)
         else:
             store.update(lambda writer: standalone.remove(writer, name))
-    confirm(asked, f"{name}: forgotten", name=name)
+    confirm(asked, f"{name}: removed from the store", name=name)

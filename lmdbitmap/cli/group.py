@@ -80,7 +80,8 @@ def _imported(place: str) -> click.Command:
     metavar="DIR",
     envvar=STORE_VARIABLE,
     type=click.Path(file_okay=False),
-    help=f"The folder that remembers. [default: ${STORE_VARIABLE}, or $XDG_STATE_HOME/lmdbitmap, or for root "
+    help="The folder of the store: all that is known of the disks is in it."
+    f" [default: ${STORE_VARIABLE}, or $XDG_STATE_HOME/lmdbitmap, or for root "
     f"{default_store({}, 0)}]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Answer in JSON, for programs.")

@@ -18,9 +18,9 @@ from lmdbitmap.store import Store
 _DIGITS = 8
 """How many digits of a uuid are shown to people."""
 _NOTED_NOWHERE = {
-    "person": "whoever made it",
+    "person": "the person who made it",
     "tracker": "the tracker",
-    "unknown": "a backup or sync of which no note is left",
+    "unknown": "a backup or sync that left no note",
 }
 
 
@@ -28,7 +28,7 @@ _NOTED_NOWHERE = {
 @click.argument("name")
 @click.option(
     "--lapse", "days", metavar="DAYS", type=click.IntRange(min=0),
-    help="From now on, let the hold of a repository lapse that was not used for so many days; 0 for never."
+    help="From now on, the hold of a repository lapses if it was not used for that many days; 0 is never."
     " [default: 180]",
 )  # fmt: skip
 @click.pass_obj

@@ -11,9 +11,9 @@ from lmdbitmap.cli.options import Function
 
 KINDS: Final = {
     "full": "Copy everything.",
-    "incremental": "Copy what changed since the last backup; everything, and say why, where that is not known."
-    " [default]",
-    "differential": "Copy what changed since the last full backup; everything, and say why, where that is not known.",
+    "incremental": "Copy what changed since the last backup. If that is not known, compare the disk with that backup"
+    " and copy what differs. [default]",
+    "differential": "Copy what changed since the last full backup. If that is not known, copy everything.",
     "rescan": "Compare the disk with its last backup, whatever the bitmap says, and copy what differs.",
 }
 """The name of each option, and its help."""

@@ -95,8 +95,8 @@ def _run_verb(words: Sequence[str], owns_process: bool) -> int:
 
 
 def _fail_by(ending: signal.Signals) -> int:
-    problem = f"ended by {ending.name} before it had said that it is done"
-    return _fail(f"{problem}; see what is there, and do it again if need be", SIGNALLED + ending)
+    problem = f"ended by {ending.name} before it reported that its work was done"
+    return _fail(f"{problem}; look at the result, and run it again if need be", SIGNALLED + ending)
 
 
 def exit_code_of(error: LmdbitmapError) -> int:

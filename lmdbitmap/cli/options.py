@@ -89,7 +89,7 @@ def _store_option() -> click.Option:
         type=click.Path(file_okay=False),
         expose_value=False,
         callback=_choose_store,
-        help="The folder that remembers.",
+        help="The folder of the store.",
     )
 
 

@@ -57,7 +57,8 @@ def passed_sockets(environment: MutableMapping[str, str]) -> range:
         return range(0)
     if not (count.isascii() and count.isdigit() and int(count) <= _MOST_SOCKETS):
         raise InvalidArgument(
-            f"LISTEN_FDS={count[:20]!r} is no number of sockets", next_step="mend the socket unit"
+            f"LISTEN_FDS={count[:20]!r} is not a number from 0 to {_MOST_SOCKETS}",
+            next_step="mend the socket unit",
         )
     return range(_FIRST_PASSED_FD, _FIRST_PASSED_FD + int(count))
 
@@ -89,7 +90,7 @@ def socket_mode(text: str) -> int:
     except ValueError:
         raise click.BadParameter(f"{text!r} is no octal mode; write it as in 0660") from None
     if not 0 <= mode <= 0o777:
-        raise click.BadParameter(f"{text!r} is more than permissions; write it as in 0660")
+        raise click.BadParameter(f"{text!r} has more than permission bits; write it as in 0660")
     if mode & _FOR_OTHERS:
         raise click.BadParameter(
             f"{text} would let every user of this host write the disks; use 0660 and --socket-group"

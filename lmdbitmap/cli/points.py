@@ -41,7 +41,7 @@ def checkpoint(asked: Session, disks: list[str], checkpoint_name: str, hook: Hoo
 @click.argument("checkpoint_name", metavar="CHECKPOINT")
 @click.option(
     "--since", metavar="CHECKPOINT", default="",
-    help="Keep only what a backup reads that counts from that checkpoint: it costs less, and the rest cannot be read.",
+    help="Keep old data only of blocks that changed since that checkpoint: it costs less; no other block can be read.",
 )  # fmt: skip
 @hooked("NAME…")
 @click.pass_obj
@@ -69,7 +69,7 @@ def snapshot(asked: Session, disks: list[str], checkpoint_name: str, since: str,
 def release(asked: Session, name: str, checkpoint_name: str) -> None:
     """Release a disk that `snapshot` holds.
 
-    The checkpoint stays. Fails if old data could not be kept: then discard what was read.
+    The checkpoint stays. If old data could not be kept, this fails: then discard what was read.
     """
     with Store.open(asked.store_path) as store:
         kept_bytes = served_snapshots.release_served_snapshot(store, name, checkpoint_name)
@@ -128,7 +128,7 @@ def mark(asked: Session, name: str, offset: int, length: int) -> None:
 @click.argument("name")
 @click.pass_obj
 def adopt(asked: Session, name: str) -> None:
-    """Vouch that nobody changed an image behind our back.
+    """Vouch that an image still holds the data that was tracked.
 
     Use it for an image that was copied, restored or touched and holds the same data as before. If it does not, the next
     incremental backup will be wrong.
@@ -138,7 +138,7 @@ def adopt(asked: Session, name: str) -> None:
     """
     with Store.open(asked.store_path) as store:
         adopted = operations.adopt(store, name)
-    words = "is known to the process that serves it" if adopted.is_served else "is taken as it is"
+    words = "is known to the process that serves it" if adopted.is_served else "is accepted as it is"
     if adopted.lost is not None:
         words += f", and the next backup still reads the whole disk: {adopted.lost}"
     confirm(asked, f"{name}: its image {words}", disk=name, served=adopted.is_served, lost=adopted.lost)

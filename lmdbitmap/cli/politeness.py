@@ -28,7 +28,7 @@ def owner_limited(function: Function) -> Function:
         type=Seconds(),
         default=60.0,
         show_default=True,
-        help="How long the process that serves a disk may send nothing of it before this fails.",
+        help="How long the process that serves a disk may send no data before the command fails.",
     )(function)
 
 
@@ -39,7 +39,7 @@ def waiting(for_whom: str) -> Callable[[Function], Function]:
         metavar="SECONDS",
         type=Seconds(may_be_0=True),
         default=0.0,
-        help=f"How long to wait for {for_whom} before this fails with exit code 4. [default: not at all]",
+        help=f"How long to wait for {for_whom} before the command fails with exit code 4. [default: not at all]",
     )
 
 
@@ -48,7 +48,7 @@ def _speed_limit(function: Function) -> Function:
         "--speed-limit",
         type=size,
         metavar="SIZE",
-        help="Read no more than that a second, 1M at least.",
+        help="Read at most this many bytes a second, 1M or more.",
     )(function)
 
 

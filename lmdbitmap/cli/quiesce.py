@@ -104,7 +104,7 @@ def _limit_option() -> Callable[[Function], Function]:
         type=Seconds(),
         default=30.0,
         show_default=True,
-        help="How long each of these may take.",
+        help="How long each run of the hook may take.",
     )
 
 
@@ -218,7 +218,7 @@ def _words(command: str) -> list[str]:
             f"hook {command!r} is no command ({refused})", next_step="mend its quotes"
         ) from refused
     if not words:
-        raise InvalidArgument("the hook is empty", next_step="name a command")
+        raise InvalidArgument("--hook is empty", next_step="name a command")
     return words
 
 
@@ -233,7 +233,8 @@ def _run(words: Sequence[str], limit_s: float) -> None:
         ) from late
     except OSError as refusal:
         raise _NotRun(
-            f"hook `{shown}` cannot be run ({refusal.strerror})", next_step="name a command that can be"
+            f"hook `{shown}` cannot be run ({refusal.strerror})",
+            next_step="name a command that exists and is executable",
         ) from refusal
     if code != 0:
         words_said = " ".join(said.split())[:_MOST_WORDS]

@@ -72,7 +72,7 @@ def verify(asked: Session, repository: str, name: str | None, at: str | None) ->
 
 def _step_after(result: VerifyResult) -> str:
     if all(flaw.next_step for flaw in result.flaws):
-        return "do what is said of each"
+        return "do what each line above says"
     return "get the files that are named from a copy of the repository, or begin a new chain: `backup --full`"
 
 
@@ -133,9 +133,9 @@ _COUNT = click.IntRange(min=1)
     "drop",
     multiple=True,
     metavar="BACKUP",
-    help="The backup with this number goes, whatever the rules want; without rules all others stay. May be repeated.",
+    help="Remove the backup with this number, whatever the rules say; without rules all others stay. May be repeated.",
 )
-@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @waiting("another run that uses REPO")
 @click.pass_obj
 def prune(
@@ -192,7 +192,7 @@ def prune(
 def _say_pruned(results: Sequence[PruneResult], dry_run: bool) -> None:
     for result in results:
         for entry in result.removed if dry_run else ():
-            say(f"{result.disk}: would let go of backup {_entry_words(entry)}")
+            say(f"{result.disk}: would remove backup {_entry_words(entry)}")
         for entry in result.kept if dry_run else ():
             merged = ", merged with what it is stacked on" if entry.id in result.rewritten else ""
             say(f"{result.disk}: would keep backup {_entry_words(entry)}{merged}")
@@ -205,9 +205,9 @@ def _entry_words(entry: BackupEntry) -> str:
 
 def _prune_words(result: PruneResult) -> str:
     if result.bytes_after is None:
-        return f"would keep {len(result.kept):,}, and let go of {len(result.removed):,}"
+        return f"would keep {len(result.kept):,} and remove {len(result.removed):,}"
     words = [
-        f"kept {plural(len(result.kept), 'backup')}, let go of {len(result.removed):,}",
+        f"kept {plural(len(result.kept), 'backup')}, removed {len(result.removed):,}",
         f"merged {len(result.rewritten):,}",
         f"{format_size(result.bytes_before)} before, {format_size(result.bytes_after)} now",
         format_duration(result.seconds),
@@ -272,9 +272,9 @@ def copy(asked: Session, repository: str, target: str, names: Sequence[str], loc
 
 def _copy_words(result: CopyResult) -> str:
     counts = [
-        f"copied {plural(len(result.copied), 'backup')}, {result.already_there:,} were there",
+        f"copied {plural(len(result.copied), 'backup')}, {result.already_there:,} were there already",
         f"{result.only_there:,} are only there" if result.only_there else "",
-        f"{result.left_out:,} were let go of there" if result.left_out else "",
+        f"{result.left_out:,} had been removed there" if result.left_out else "",
     ]
     words = [
         ", ".join(filter(None, counts)),

@@ -61,23 +61,23 @@ _REMEDY = "use 127.0.0.1, or say --insecure-metrics"
 @click.option(
     "--insecure-metrics",
     is_flag=True,
-    help=f"Answer where other hosts can reach it: whoever connects may {_TOLD}. --insecure implies it, and more.",
+    help=f"Answer where other hosts can reach it: each of them may {_TOLD}. --insecure implies this option.",
 )
 @logging_as_asked
 @click.option(
     "--bitmap-file", metavar="FILE.dbm", type=utf8_path,
-    help="Also keep the disk's bitmap in this flat file: taken in and called unclean now, written out at a clean"
-    " end. Without it the store is all that is needed.",
+    help="Also keep the disk's bitmap in this flat file. It is read and marked not clean at the start, and written at a"
+    " clean end. The store does not need it.",
 )  # fmt: skip
 @click.option(
     "--scratch", metavar="DIR", type=utf8_path,
-    help="Where old data goes that the guest overwrites while a backup reads. [default: the store's folder]",
+    help="The folder for old data that the guest overwrites while a backup reads. [default: the store's folder]",
 )  # fmt: skip
 @click.option(
     "--scratch-limit", metavar="SIZE", type=size, default="10G", show_default=True,
-    help="How much of it each backup of a disk may have there; one that needs more fails.",
+    help="The most old data kept there for one backup of a disk; a backup that needs more fails.",
 )  # fmt: skip
-@click.option("--scratch-preallocate", is_flag=True, help="Take all of that room when a backup begins.")
+@click.option("--scratch-preallocate", is_flag=True, help="Reserve all of that space when a backup begins.")
 @click.option("--max-armed", type=click.IntRange(1, 1 << 20), default=DEFAULT_MAX_ARMED, hidden=True)
 @click.pass_obj
 def serve(
@@ -163,7 +163,7 @@ def _served(
             attached.pop_all()  # a hanging request may still write to its disk: leave as after a crash
             raise LmdbitmapError(
                 "a request hangs in its disk, so the disks were not detached",
-                next_step="see why the disk does not answer (dmesg); what was being written counts as dirty",
+                next_step="see why that disk does not answer (dmesg); what was being written counts as dirty",
             )
 
 

@@ -62,24 +62,27 @@ def _listening_options(power: str) -> list[Callable[[Function], Function]]:
         click.option(
             "--insecure",
             is_flag=True,
-            help=f"Listen without TLS where other hosts can reach it: whoever connects may {power}.",
+            help=f"Listen without TLS where other hosts can reach it: each of them may {power}.",
         ),
         click.option(
             "--tls",
             metavar="FOLDER",
             type=utf8_path,
-            help="Of those who come over TCP, serve only clients with a certificate: ca-cert.pem, server-cert.pem and"
-            " server-key.pem are in that folder, as QEMU has them.",
+            help="Over TCP, serve only clients with a certificate that the authority in ca-cert.pem signed. That folder"
+            " also has server-cert.pem and server-key.pem, as for QEMU.",
         ),
         click.option(
             "--listen",
             metavar="HOST:PORT",
             help="Serve at this TCP address; port 0 is any that is free.",
         ),
-        click.option("--socket-group", metavar="GROUP", type=group_id, help="The group that they are for."),
+        click.option(
+            "--socket-group", metavar="GROUP", type=group_id,
+            help="The group of the socket of --socket: its members get in if --socket-mode lets them.",
+        ),
         click.option(
             "--socket-mode", metavar="MODE", type=socket_mode,
-            help="Permissions of that socket, in octal: 0660 lets a group in. [default: 0600]",
+            help="Permissions of the socket of --socket, in octal: 0660 lets a group in. [default: 0600]",
         ),
         click.option(
             "--socket", metavar="PATH", type=utf8_path, help="Serve at this unix socket, for its owner only."
@@ -90,13 +93,12 @@ def _listening_options(power: str) -> list[Callable[[Function], Function]]:
 def logging_as_asked(function: Function) -> Function:
     """Add the options `log_style` and `verbose`."""
     with_verbose = click.option(
-        "--verbose", is_flag=True, help="Also log clients that come and go, and checkpoints."
+        "--verbose", is_flag=True, help="Also log clients that connect and leave, and checkpoints."
     )(function)
     return click.option(
         "--log", "log_style", type=click.Choice(STYLES), envvar=VARIABLE, show_envvar=True,
         default=HUMAN, show_default=True,
-        help="Write the log on stderr as sentences, or as one JSON object a line, which also tells what --verbose"
-        " does.",
+        help="Write the log on stderr as sentences, or as one JSON object a line. JSON includes what --verbose adds.",
     )(with_verbose)  # fmt: skip
 
 
@@ -136,7 +138,7 @@ def address_of(text: str, power: str, remedy: str, *, insecure: bool) -> tuple[s
 def require_private(host: str, power: str, remedy: str, *, insecure: bool) -> None:
     """Raise `InvalidArgument` if other hosts could reach `host` and have `power`, unless `insecure` allows it."""
     if not insecure and not is_loopback(host):
-        raise InvalidArgument(f"whoever reaches {host} could {power}", next_step=remedy)
+        raise InvalidArgument(f"every host that reaches {host} could {power}", next_step=remedy)
 
 
 def allow_many_descriptors() -> None:

@@ -30,9 +30,9 @@ _OUT_TAKES = frozenset({
     "owner_limit", "lock_wait", "store", "json",
 })  # fmt: skip
 _NOT_OUT = {
-    **dict.fromkeys(KINDS, "With --stdout it is --since that says what to count from."),
+    **{kind: f"With --stdout, --since says what to count from: leave out --{kind}." for kind in KINDS},
     "only_that": "A stream with --since is an increment or fails: leave out --require-incremental, or --stdout.",
-    "speed_limit": "A stream is as fast as its reader: limit that, as with pv -L, not --stdout.",
+    "speed_limit": "A stream is as fast as its reader: leave out --speed-limit, and limit the reader, as with pv -L.",
     "compress": "A stream is not compressed: lead it through zstd, and leave out --compress, or --stdout.",
     "digest": "A stream has no digests: leave out --digest, or --stdout.",
     "take_over": "A stream has no REPO: leave out --take-over.",
@@ -40,9 +40,9 @@ _NOT_OUT = {
 }
 _IN_TAKES = frozenset({"repository", "name", "larger", "store", "json"})
 _NOT_IN = {
-    "out": "With - it is OUT alone that is named: the stream is one disk at one time.",
-    "at": "With - it is OUT alone that is named: the stream is one disk at one time.",
-    "in_place": "A stream says itself whether it is the whole disk or changes one in place: leave out --in-place.",
+    "out": "With - only OUT is named, and no NAME: a stream has one disk.",
+    "at": "A stream has one point in time: leave out --at.",
+    "in_place": "The stream itself says whether it is a whole disk or changes OUT in place: leave out --in-place.",
     "no_verify": "A stream has no digests to prove it by: leave out --no-verify.",
 }
 

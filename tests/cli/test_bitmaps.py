@@ -240,7 +240,7 @@ def test_a_disk_of_another_size_is_refused(cli: Cli, flat: Path) -> None:
 
 def test_a_bitmap_can_be_thrown_away(cli: Cli, flat: Path) -> None:
     cli.ok("import", flat, "kept")
-    assert cli.ok("rm", "kept") == "kept: forgotten\n"
+    assert cli.ok("rm", "kept") == "kept: removed from the store\n"
     assert cli.json("ls")["bitmaps"] == []
     assert len(cli.json("ls")["disks"]) == 1
 

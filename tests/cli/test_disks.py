@@ -198,7 +198,7 @@ def test_names_cannot_reach_the_terminal(cli: Cli) -> None:
 
 def test_rm_forgets_the_disk_and_leaves_the_image(cli: Cli) -> None:
     image = cli.add("sda")
-    assert cli.ok("rm", "sda") == "sda: forgotten\n"
+    assert cli.ok("rm", "sda") == "sda: removed from the store\n"
     assert image.stat().st_size == SIZE
     assert cli.json("ls")["disks"] == []
     assert cli.json("check")["findings"] == []

@@ -178,7 +178,7 @@ def test_what_a_signal_ends_in_the_middle_is_undone_and_a_word_is_said(
             backup.send_signal(ending)
             assert backup.wait(30) == 128 + ending
             assert backup.stderr is not None
-            said = f"lmdbitmap: ended by {ending.name} before it had said that it is done; "
+            said = f"lmdbitmap: ended by {ending.name} before it reported that its work was done; "
             assert backup.stderr.read().startswith(said)
         assert not folder.exists()
         assert len(cli.json("info", "sda")["checkpoints"]) == 1, "the first"

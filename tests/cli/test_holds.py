@@ -61,7 +61,7 @@ def test_info_says_who_holds_each_checkpoint(cli: Cli, repository: Path) -> None
     }]  # fmt: skip
     words = cli.ok("info", "sda")
     assert f"repository {repository} (" in words
-    assert "whoever made it" in words
+    assert "the person who made it" in words
 
 
 def test_ls_counts_holders(cli: Cli, repository: Path) -> None:

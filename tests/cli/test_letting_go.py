@@ -53,7 +53,7 @@ def _control_path(cli: Cli, name: str) -> Path:
 def test_a_served_disk_is_removed_and_the_others_are_served_on(cli: Cli) -> None:
     with _two_served(cli) as child:
         door = _control_path(cli, "sda")
-        assert cli.ok("rm", "sda") == "sda: forgotten\n"
+        assert cli.ok("rm", "sda") == "sda: removed from the store\n"
         assert not door.exists()
         with _client(cli, "sda", "sdb") as client:
             assert client.do(WRITE, MIB, 4096, data=b"x" * 4096).error == 0
@@ -145,6 +145,6 @@ def test_who_adopts_after_an_epoch_ended_is_told_what_that_is_worth(cli: Cli) ->
     os.utime(image, ns=(2**61, 2**61))
     cli.ok("mark", "sda", 0, 1)
     assert cli.ok("adopt", "sda") == (
-        "sda: its image is taken as it is, and the next backup still reads the whole disk: the image was written"
+        "sda: its image is accepted as it is, and the next backup still reads the whole disk: the image was written"
         " while it was not tracked\n"
     )

@@ -267,7 +267,7 @@ def test_an_image_that_is_cut_under_it_is_an_error(cli: Cli, backups: Backups) -
         (["sda"], 2, "say where to serve"),
         (["sdx", "--listen", "127.0.0.1:0"], 1, "has no backup of a disk called 'sdx'"),
         (["sda", "--at", "7", "--listen", "127.0.0.1:0"], 1, "has no backup 7"),
-        (["sda", "--listen", "0.0.0.0:0"], 2, "whoever reaches 0.0.0.0 could read the disk"),
+        (["sda", "--listen", "0.0.0.0:0"], 2, "every host that reaches 0.0.0.0 could read the disk"),
         (["sda", "--listen", "127.0.0.1:0", "--socket-mode", "0660"], 2, "are for --socket"),
     ],
 )

@@ -87,7 +87,7 @@ def test_adopting_vouches_for_an_image_that_was_touched(cli: Cli) -> None:
     cli.ok("checkpoint", "sda", "monday")
     os.utime(image, ns=(2**61, 2**61))
     assert cli("changes", "sda").code == 3
-    assert cli.ok("adopt", "sda") == "sda: its image is taken as it is\n"
+    assert cli.ok("adopt", "sda") == "sda: its image is accepted as it is\n"
     assert cli.dirty("sda", "--since", "monday") == ("exact", [])
 
 

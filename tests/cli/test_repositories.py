@@ -69,7 +69,7 @@ def test_a_copy_that_never_came_about_is_not_called_sound(cli: Cli, chain: Path)
     done = cli("verify", cli.folder / "copy")
     assert done.code == 1
     assert "there is no backup in it: a copy into it" in done.out
-    assert done.err.endswith("expected sound backups, found 1 flaw; do what is said of each\n")
+    assert done.err.endswith("expected sound backups, found 1 flaw; do what each line above says\n")
     said = cli.fails(1, "verify", cli.folder / "copy", "sda")
     assert "has no backup of a disk called 'sda'; name another: it has backups of none" in said
 
@@ -148,7 +148,7 @@ def test_a_manifest_that_is_missing_is_told_with_the_step_that_brings_it_back(cl
     done = cli("verify", chain)
     command = re.search(r"`(cp .*?)`", done.out)
     assert command is not None
-    assert (done.code, done.err.rpartition("; ")[2]) == (1, "do what is said of each\n")
+    assert (done.code, done.err.rpartition("; ")[2]) == (1, "do what each line above says\n")
     subprocess.run(command[1], shell=True, check=True)
     cli.ok("verify", chain)
 
@@ -179,7 +179,7 @@ def test_a_folder_without_backups_is_told(cli: Cli) -> None:
 
 def test_old_backups_go_and_what_stays_is_merged(cli: Cli, chain: Path) -> None:
     said = cli.ok("prune", chain, "--keep", "2")
-    assert said.startswith("sda: kept 2 backups, let go of 2 · merged 1 · ")
+    assert said.startswith("sda: kept 2 backups, removed 2 · merged 1 · ")
     assert sorted(path.name for path in (chain / "sda").glob("*.qcow2")) == [
         "000003-incremental.qcow2", "000004-incremental.qcow2",
     ]  # fmt: skip
@@ -189,12 +189,12 @@ def test_old_backups_go_and_what_stays_is_merged(cli: Cli, chain: Path) -> None:
 
 def test_a_dry_run_names_every_backup(cli: Cli, chain: Path) -> None:
     said = cli.ok("prune", chain, "sda", "--keep", "1", "--keep-daily", "1", "--dry-run").splitlines()
-    assert [line.partition(" of ")[2].partition(" of ")[0] for line in said[:3]] == [
+    assert [line.partition(" would remove ")[2].partition(" of ")[0] for line in said[:3]] == [
         "backup 1", "backup 2", "backup 3",
     ]  # fmt: skip
     assert said[3].startswith("sda: would keep backup 4 of ")
     assert said[3].endswith(", merged with what it is stacked on")
-    assert said[4] == "sda: would keep 1, and let go of 3"
+    assert said[4] == "sda: would keep 1 and remove 3"
     assert len(list((chain / "sda").glob("*.qcow2"))) == 4
 
 
@@ -229,7 +229,7 @@ def test_what_cannot_be_pruned_is_told_and_nothing_goes(
 
 def test_backups_that_are_named_go_and_all_others_stay(cli: Cli, chain: Path) -> None:
     assert cli.ok("prune", chain, "sda", "--drop", "2", "--drop", "3").startswith(
-        "sda: kept 2 backups, let go of 2"
+        "sda: kept 2 backups, removed 2"
     )
     assert [one["backup"] for one in cli.json("ls", chain)["disks"][0]["backups"]] == ["1", "4"]
     assert cli.json("verify", chain)["sound"] is True
@@ -307,8 +307,8 @@ def two(chain: Path) -> Path:
     ("words", "said", "what"),
     [
         (["ls", "REPO"], "disk ", "not listed"),
-        (["prune", "REPO", "--keep", "2", "--dry-run"], "sda: would let go of backup 1", "not pruned"),
-        (["prune", "REPO", "--keep", "2"], "sda: kept 2 backups, let go of 2", "not pruned"),
+        (["prune", "REPO", "--keep", "2", "--dry-run"], "sda: would remove backup 1", "not pruned"),
+        (["prune", "REPO", "--keep", "2"], "sda: kept 2 backups, removed 2", "not pruned"),
         (["copy", "REPO", "COPY"], "sda: copied 4 backups", "not copied"),
     ],
 )
@@ -344,7 +344,7 @@ def test_a_disk_that_is_backed_up_to_is_busy_and_the_others_are_pruned(cli: Cli,
     shutil.copytree(chain / "sda", chain / "boot")
     with BackupFolder(chain, "boot").locked():
         done = cli("prune", chain, "--keep", "2")
-    assert (done.code, done.out.partition(" · ")[0]) == (4, "sda: kept 2 backups, let go of 2")
+    assert (done.code, done.out.partition(" · ")[0]) == (4, "sda: kept 2 backups, removed 2")
     assert done.err.startswith("lmdbitmap: boot: not pruned: ")
 
 
@@ -353,7 +353,7 @@ def test_a_disk_that_is_backed_up_to_is_busy_and_the_others_are_pruned(cli: Cli,
 
 def test_backups_are_copied_once(cli: Cli, chain: Path) -> None:
     copy = cli.folder / "copy"
-    assert cli.ok("copy", chain, copy).startswith("sda: copied 4 backups, 0 were there · ")
+    assert cli.ok("copy", chain, copy).startswith("sda: copied 4 backups, 0 were there already · ")
     told = cli.json("copy", chain, copy, "sda")
     assert told == {
         "disks": [{
@@ -385,9 +385,9 @@ def test_a_copy_goes_on_after_a_prune_of_either_side_and_says_what_is_where(cli:
     cli.ok("prune", chain, "--keep", "2")
     cli.ok("backup", "sda", chain)
     said = cli.ok("copy", chain, copy)
-    assert said.startswith("sda: copied 1 backup, 2 were there, 2 are only there · ")
+    assert said.startswith("sda: copied 1 backup, 2 were there already, 2 are only there · ")
     cli.ok("prune", copy, "--keep", "1")
     cli.ok("backup", "sda", chain)
     said = cli.ok("copy", chain, copy)
-    assert said.startswith("sda: copied 1 backup, 1 were there, 2 were let go of there · ")
+    assert said.startswith("sda: copied 1 backup, 1 were there already, 2 had been removed there · ")
     assert cli.json("verify", copy)["images"] == 2

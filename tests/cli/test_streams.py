@@ -126,7 +126,7 @@ def test_what_was_received_is_told(cli: Cli, image: Path) -> None:
         (["--since", "sunday"], 1, "sunday"),
         (["--checkpoint", "monday"], 1, "monday"),
         (["--checkpoint", "two\nlines"], 2, "two"),
-        (["--full"], 2, "it is --since that says what to count from (see 'lmdbitmap backup --help')"),
+        (["--full"], 2, "--since says what to count from: leave out --full (see 'lmdbitmap backup --help')"),
         (["backups"], 2, "--stdout takes one NAME, and no REPO"),
         (["--diff-version", "3"], 2, "--diff-version"),
     ],
@@ -192,22 +192,22 @@ def test_options_of_a_stream_belong_to_a_stream(cli: Cli, image: Path) -> None:
     assert "Missing argument 'OUT'" in cli.fails(2, "restore", cli.folder, "sda")
     assert "Missing argument 'NAME'" in cli.fails(2, "restore", cli.folder)
     assert "Missing argument 'OUT'" in cli.fails(2, "restore", "-")
-    assert "it is OUT alone that is named" in cli.fails(2, "restore", "-", "sda", "out.raw")
-    assert "it is OUT alone that is named" in cli.fails(2, "restore", "-", "out.raw", "--at", "1")
+    assert "only OUT is named, and no NAME" in cli.fails(2, "restore", "-", "sda", "out.raw")
+    assert "leave out --at" in cli.fails(2, "restore", "-", "out.raw", "--at", "1")
     assert not (cli.folder / "backups").exists()
 
 
 IGNORED = [
-    ("backup", ["--incremental"], "it is --since that says what to count from"),
-    ("backup", ["--full"], "it is --since that says what to count from"),
+    ("backup", ["--incremental"], "--since says what to count from: leave out --"),
+    ("backup", ["--full"], "--since says what to count from: leave out --"),
     ("backup", ["--require-incremental"], "A stream with --since is an increment or fails"),
     ("backup", ["--speed-limit", "1M"], "A stream is as fast as its reader"),
     ("backup", ["--compress", "zstd"], "A stream is not compressed"),
     ("backup", ["--digest", "sha256"], "A stream has no digests"),
     ("backup", ["--take-over"], "A stream has no REPO"),
     ("backup", ["--new-repository"], "A stream has no REPO"),
-    ("restore", ["--at", "1"], "it is OUT alone that is named"),
-    ("restore", ["--in-place"], "A stream says itself whether"),
+    ("restore", ["--at", "1"], "leave out --at"),
+    ("restore", ["--in-place"], "The stream itself says whether"),
     ("restore", ["--no-verify"], "A stream has no digests to prove it by"),
 ]
 """What a backup or a restore can be told and a stream has no use for, and what is said to it."""

@@ -80,7 +80,7 @@ def test_passed_socket_that_other_hosts_reach_needs_tls_or_a_word(
     folder = [str(shared_papers().folder)] if options == ["--tls"] else []
     with managed(cli, "open", 0, *options, *folder, sockets="2") as child:
         assert child.wait() == 2
-    refused = "whoever reaches 0.0.0.0 could read and write the disks; give certificates with --tls"
+    refused = "every host that reaches 0.0.0.0 could read and write the disks; give certificates with --tls"
     assert ("descriptor 4 is no listening" if is_right else refused) in child.stderr
 
 

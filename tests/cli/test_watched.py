@@ -221,7 +221,8 @@ def test_metrics_are_for_this_host_only_unless_that_is_wanted(cli: Cli) -> None:
     cli.add("sda")
     said = cli.fails(2, "serve", "sda", "--socket", cli.folder / "s", "--metrics", "0.0.0.0:0")
     assert said == (
-        "whoever reaches 0.0.0.0 could read the disks' names and figures; use 127.0.0.1, or say --insecure-metrics"
+        "every host that reaches 0.0.0.0 could read the disks' names and figures;"
+        " use 127.0.0.1, or say --insecure-metrics"
     )
 
 
@@ -301,8 +302,8 @@ def test_mode_and_group_are_of_a_socket(cli: Cli) -> None:
     [
         ("--socket-mode=0666", "0666 would let every user of this host write the disks"),
         ("--socket-mode=rw", "'rw' is no octal mode; write it as in 0660"),
-        ("--socket-mode=4600", "'4600' is more than permissions"),
-        ("--socket-mode=-1", "'-1' is more than permissions"),
+        ("--socket-mode=4600", "'4600' has more than permission bits"),
+        ("--socket-mode=-1", "'-1' has more than permission bits"),
         ("--socket-group=no-such-group", "there is no group 'no-such-group'"),
     ],
 )

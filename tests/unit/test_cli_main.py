@@ -103,8 +103,8 @@ def test_whoever_ends_it_is_told_that_it_may_not_be_done(
     fall: Fall, capsys: Captured, end: BaseException, name: str
 ) -> None:
     assert fall(end) == 128 + signal.Signals[name]
-    said = f"lmdbitmap: ended by {name} before it had said that it is done; see what is there, and do it again if"
-    assert capsys.readouterr() == ("", f"{said} need be\n")
+    said = f"lmdbitmap: ended by {name} before it reported that its work was done"
+    assert capsys.readouterr() == ("", f"{said}; look at the result, and run it again if need be\n")
 
 
 def test_our_own_fault_is_owned_up_to_without_a_traceback(

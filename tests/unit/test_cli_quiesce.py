@@ -96,8 +96,8 @@ def test_a_guest_that_stays_frozen_is_told_of_although_a_signal_ends_it(
 def test_a_hook_that_is_none_leaves_no_guest_frozen(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(LmdbitmapError) as failed, quiesced("/nowhere/hook", ["sda"], 10):
         raise AssertionError("the block is not entered")
-    said = "hook `/nowhere/hook freeze sda` cannot be run (No such file or directory); name a command that can be"
-    assert (str(failed.value), caplog.text) == (said, "")
+    said = "hook `/nowhere/hook freeze sda` cannot be run (No such file or directory)"
+    assert (str(failed.value), caplog.text) == (f"{said}; name a command that exists and is executable", "")
 
 
 def test_hanging_freeze_ends_it_and_is_thawed(hook: Path) -> None:
