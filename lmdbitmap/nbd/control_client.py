@@ -31,8 +31,8 @@ def call(path: str, operation: str, *, timeout_s: float = ANSWER_S, **arguments:
     client = reach(path)
     if client is None:
         raise Busy(
-            f"nobody listens at control socket {path}",
-            next_step="ask the process that owns the disk, or try again once it is ready",
+            f"no process answers at control socket {path}",
+            next_step="look at the process that owns the disk, or try again once it is ready",
         )
     with client:
         return client.call(operation, timeout_s=timeout_s, **arguments)

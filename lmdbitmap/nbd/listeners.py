@@ -225,7 +225,9 @@ def _folder_locked(folder: str) -> Iterator[None]:
         deadline = time.monotonic() + _FOLDER_LOCK_S
         while not _try_flock(fd):
             if time.monotonic() > deadline:
-                raise Busy(f"{folder} is locked by another program", next_step="choose another folder")
+                raise Busy(
+                    f"{folder} is locked by another program", next_step="try again, or choose another folder"
+                )
             time.sleep(_FOLDER_LOCK_PAUSE_S)
         yield
     finally:

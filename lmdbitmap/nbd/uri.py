@@ -97,7 +97,7 @@ def parse(uri: str) -> NbdAddress:
     except ValueError as error:
         raise _refused(uri, str(error)) from error
     if port == 0:
-        raise _refused(uri, "nobody listens at port 0")
+        raise _refused(uri, "port 0 cannot be connected to")
     if parts.scheme not in _PLAIN + _ENCRYPTED:
         raise _refused(uri, "it begins with neither nbd:// nor nbd+unix://, nor nbds for TLS")
     if parts.fragment or parts.username is not None:

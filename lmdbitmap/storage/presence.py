@@ -150,8 +150,8 @@ def _turn(users_fd: int, place: str) -> Iterator[None]:
             time.sleep(_PAUSE_S)
     else:
         raise Busy(
-            f"store {place} is being opened by a process that does not come to an end",
-            next_step=f"see what it waits for (fuser -v {os.path.join(place, USERS)} names it)",
+            f"store {place} is being opened by another process, which takes too long",
+            next_step=f"see what that process waits for (fuser -v {os.path.join(place, USERS)} names it)",
         )
     try:
         yield

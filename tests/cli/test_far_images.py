@@ -103,9 +103,9 @@ def test_tracker_that_is_killed_knows_a_little_too_much_and_never_too_little(cli
 
 def test_far_image_that_is_away_is_not_vouched_for_until_it_is_back(cli: Cli, far: FarDisk) -> None:
     far.kill()
-    assert f"nobody serves {far.uri}" in cli.fails(1, "mark", "sda", 0, 1)
+    assert f"no server answers at {far.uri}" in cli.fails(1, "mark", "sda", 0, 1)
     told = cli.json("info", "sda")
-    assert (told["trust"], "nobody serves" in told["reason"]) == ("untrusted", True)
+    assert (told["trust"], "no server answers at" in told["reason"]) == ("untrusted", True)
     assert cli("changes", "sda").code == UNTRUSTED
     far.start()
     assert cli.dirty("sda") == ("exact", [])
@@ -130,7 +130,7 @@ def test_one_place_is_one_image(cli: Cli, far: FarDisk, monkeypatch: pytest.Monk
 def test_far_image_that_cannot_be_written_is_refused(cli: Cli, far: FarDisk) -> None:
     cli.ok("rm", "sda")
     far.kill()
-    assert "nobody serves" in cli.fails(1, "add", "sdb", far.uri)
+    assert "no server answers at" in cli.fails(1, "add", "sdb", far.uri)
     far.start("--read-only")
     assert "is served read-only; let its server serve it for writing" in cli.fails(2, "add", "sdb", far.uri)
     assert cli.json("ls")["disks"] == []

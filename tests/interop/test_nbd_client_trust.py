@@ -113,7 +113,7 @@ def test_whoever_answers_is_believed_where_that_is_asked_for(
             far.crash()
             assert device.pread(4, 0) == bytes(4)
         assert far.handshakes == 2
-    assert caplog.text.count("tls-verify-peer=false: whoever answers there is believed") == 1
+    assert caplog.text.count("tls-verify-peer=false: the certificate of the server is not verified") == 1
 
 
 @pytest.mark.parametrize("left", ["client-cert.pem", "client-key.pem"])
@@ -162,7 +162,7 @@ def test_plain_uri_of_a_server_that_insists_on_tls_is_told_what_to_write(
         ours(papers.folder, made(tmp_path, "qcow2")) as uri,
     ):
         for plain in (kit.plain_uri, qemu.plain_uri, uri.replace("nbds:", "nbd:")):
-            with pytest.raises(InvalidArgument, match=r"without TLS.*write nbds: for nbd:"):
+            with pytest.raises(InvalidArgument, match=r"demands TLS.*write nbds: in place of nbd:"):
                 NbdDevice.open(plain)
             servers += 1
     assert servers == 3

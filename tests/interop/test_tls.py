@@ -122,7 +122,7 @@ def test_many_requests_in_flight_come_back_right(house: House) -> None:
 def test_plain_client_is_told_to_begin_tls_and_learns_nothing_else(house: House) -> None:
     refused = run("qemu-img", "info", f"nbd://127.0.0.1:{house.port}/disk", check=False)
     assert refused.returncode == 1
-    assert "this server speaks to nobody without TLS" in refused.stderr
+    assert "this server demands TLS" in refused.stderr
     with house.plain_client() as client:
         client.greet()
         [(kind, said)] = client.ask(LIST)

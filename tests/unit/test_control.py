@@ -270,7 +270,7 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(
 def test_nobody_listens_where_no_owner_is(tmp_path: Path) -> None:
     assert control_client.reach(str(tmp_path / "nothing")) is None
     assert control_client.reach(str(tmp_path / "no folder" / "nothing")) is None
-    with pytest.raises(Busy, match="nobody listens"):
+    with pytest.raises(Busy, match="no process answers"):
         control_client.call(str(tmp_path / "nothing"), "info")
 
 

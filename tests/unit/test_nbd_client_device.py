@@ -93,7 +93,7 @@ def hang_up(asked: Asked) -> bytes:
 
 
 def test_server_that_is_not_there_is_not_found(tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match="nobody serves nbd"):
+    with pytest.raises(NotFound, match="no server answers at nbd"):
         NbdDevice.open(f"nbd+unix:///disk?socket={tmp_path / 'none'}")
 
 

@@ -274,5 +274,5 @@ def test_acknowledgement_of_tls_is_one_and_empty(reply: bytes) -> None:
 
 def test_server_that_insists_on_tls_is_said_how_to_be_reached() -> None:
     heard = GREETING + COMPACT + option_reply(STRUCTURED_REPLY, TLS_REQD) + option_reply(GO, TLS_REQD)
-    with pytest.raises(InvalidArgument, match="without TLS; write nbds: for nbd:"):
+    with pytest.raises(InvalidArgument, match="demands TLS; write nbds: in place of nbd:"):
         played(heard)

@@ -458,7 +458,7 @@ def test_an_export_that_is_read_only_is_refused(disk: BackedUpDisk, far: FarServ
 
 
 def test_an_export_that_nobody_serves_is_not_found(disk: BackedUpDisk) -> None:
-    with pytest.raises(NotFound, match="nobody serves"):
+    with pytest.raises(NotFound, match="no server answers at"):
         in_place(disk, f"nbd+unix:///sda?socket={disk.folder}/none")
 
 

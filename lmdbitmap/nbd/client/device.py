@@ -112,7 +112,7 @@ class NbdDevice:
             raise
         except OSError as refusal:
             raise NotFound(
-                f"nobody serves {place.uri} ({refusal.strerror or refusal})",
+                f"no server answers at {place.uri} ({refusal.strerror or refusal})",
                 next_step="start its server, or check the address",
             ) from refusal
         try:
@@ -350,7 +350,7 @@ class NbdDevice:
     def resize(self, size: int) -> None:
         raise InvalidArgument(
             f"{self.place.uri} cannot be resized through NBD",
-            next_step="detach the disk, resize the image on its server, restart that, and `adopt` the disk",
+            next_step="stop serving the disk, resize the image on its server, restart that, and run `lmdbitmap adopt`",
         )
 
     def interrupt(self) -> None:

@@ -253,8 +253,8 @@ def _refusal(name: str, outcome: int, said: str) -> LmdbitmapError:
         )
     if outcome == nbd.NBD_REP_ERR_TLS_REQD:
         return InvalidArgument(
-            f"the NBD server speaks to nobody without TLS{said}",
-            next_step="write nbds: for nbd:, and with tls-certificates= the folder that has ca-cert.pem",
+            f"the NBD server demands TLS{said}",
+            next_step="write nbds: in place of nbd:, and with tls-certificates= the folder that has ca-cert.pem",
         )
     if outcome == nbd.NBD_REP_ERR_SHUTDOWN:
         return Busy(f"the NBD server is shutting down{said}", next_step="start it again")

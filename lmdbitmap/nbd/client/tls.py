@@ -123,7 +123,7 @@ def _joined(buffers: Sequence[Buffer]) -> Iterator[Buffer]:
 def warn_about(place: NbdAddress, tls: Credentials) -> None:
     """Log what makes this weaker than it looks. Not called at each connection: an absent server is dialled often."""
     if not tls.verifies:
-        _log.warning("%s: whoever answers there is believed", place.uri)
+        _log.warning("%s: the certificate of the server is not verified", place.uri)
     if tls.folder:
         warn_of_open_key(os.path.join(tls.folder, CLIENT_KEY))
 

@@ -99,7 +99,7 @@ class HeldSnapshots:
         """Return the caller's end of a new connection to the NBD server."""
         if self._server is None:
             raise Busy(
-                "the process that owns the disk serves it to nobody", next_step="read it in that process"
+                "the process that owns the disk does not serve it", next_step="read it in that process"
             )
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         if not self._server.take_in(ours):

@@ -187,7 +187,7 @@ class Handshake:
         if option == nbd.NBD_OPT_EXPORT_NAME:
             raise nbd.malformed("NBD_OPT_EXPORT_NAME", "NBD_OPT_STARTTLS before it", "none")
         self.refuse(nbd.malformed(f"option {option}", "NBD_OPT_STARTTLS before it", "none"))
-        return _error(option, nbd.NBD_REP_ERR_TLS_REQD, "this server speaks to nobody without TLS")
+        return _error(option, nbd.NBD_REP_ERR_TLS_REQD, "this server demands TLS")
 
     def _answer_starttls(self, option: int, data: bytes) -> bytes:
         if self._secured:
