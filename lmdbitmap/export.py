@@ -292,7 +292,7 @@ def _require_unchanged(store: Store, bitmap: Bitmap, disk_name: str) -> None:
         if bitmap not in reader.bitmaps():
             raise Busy(
                 f"bitmap {bitmap.name!r} was changed or removed while it went into disk {disk_name!r}",
-                next_step="import the file again, under a name that nobody else uses",
+                next_step="import the file again, under a name that no other program uses",
             )
 
 
@@ -366,9 +366,7 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
             last_is_dirty = _last_is_dirty(file)
             dirty_bytes = header.geometry.bytes_in(header.dirty_count, with_last=last_is_dirty)
         except Untrusted:
-            problems.append(
-                "CLEAN is not set: it is worth nothing but 'everything is dirty'; make a full backup"
-            )
+            problems.append("its CLEAN flag is not set, so everything counts as dirty")
         except FormatError as error:
             problems.append(str(error))
         if problems:

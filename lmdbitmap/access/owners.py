@@ -43,9 +43,10 @@ class NotTogether(Busy):
 def require_all_or_none(names: Sequence[str], attached: Sequence[str]) -> None:
     """Raise `NotTogether` if no one point in time can be taken of all of them."""
     if 0 < len(attached) < len(names):
+        is_or_are = "is" if len(attached) == 1 else "are"
         raise NotTogether(
-            f"of these disks only {', '.join(attached)} is served",
-            next_step="serve all of them in one process, or none, or name them one by one",
+            f"of these disks only {', '.join(attached)} {is_or_are} served",
+            next_step="serve all of them in one process, or none, or run the command for each disk alone",
         )
 
 
@@ -74,7 +75,7 @@ def owner_of(store: Store, disk: Disk) -> Client:
     if client is None:
         pid = owner.owner_pid(store.owner_path(disk.uuid))
         raise Busy(
-            f"disk {disk.name!r} is owned by a process that serves it to nobody, such as another backup"
+            f"disk {disk.name!r} is owned by a process that does not serve it, such as another backup"
             + ("" if pid is None else f" (process {pid})"),
             next_step="wait for that process, or stop it",
         )
@@ -86,5 +87,5 @@ def require_unowned(store: Store, disk: Disk) -> None:
     if is_attached(store, disk):
         raise Busy(
             f"disk {disk.name!r} is owned by another process",
-            next_step="stop the process that serves it, or wait for it",
+            next_step="wait for that process, or stop it",
         )

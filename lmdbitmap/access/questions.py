@@ -53,7 +53,7 @@ def _persisted_by_owner(store: Store, disk: Disk) -> bool:
     except Untrusted:
         raise
     except LmdbitmapError as error:
-        log.warning("the owner of disk %s did not say what it knows: %s", disk.name, error)
+        log.warning("disk %s: its owner did not answer, so the store is asked: %s", disk.name, error)
         return False
     return True
 

@@ -89,6 +89,6 @@ def _server_of(store: Store, disk: Disk) -> control_client.Client:
     if not owners.is_attached(store, disk):
         raise NotFound(
             f"disk {disk.name!r} is not served",
-            next_step="serve it; of a disk that nobody serves, a backup needs no snapshot",
+            next_step="serve it first; a backup of a disk that is not served needs no snapshot",
         )
     return owners.owner_of(store, disk)

@@ -98,7 +98,7 @@ def _opened(owner: Client, held: HeldThere, silence_s: float) -> NbdDevice:
     except OSError as lost:
         raise OwnerGone(
             f"{name}: its connection was lost ({lost.strerror or lost})",
-            next_step="see how that process is, and try again",
+            next_step="see whether that process still runs, and try again",
         ) from lost
 
 

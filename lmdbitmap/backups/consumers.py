@@ -138,7 +138,7 @@ def merge_unheld(store: Store, route: Access, disk: Disk) -> None:
             _merge(store, route, disk, _locked(store, disk, locks, time.time_ns()))
             _merge_of_copies(store, route, disk, _locked_copies(store, disk, locks))
     except LmdbitmapError as error:
-        log.warning("disk %s: checkpoints that nobody holds stay until later: %s", disk.name, error)
+        log.warning("disk %s: checkpoints that are no longer held stay until later: %s", disk.name, error)
 
 
 def merge_unheld_of(store: Store, names: list[str]) -> None:
@@ -147,7 +147,7 @@ def merge_unheld_of(store: Store, names: list[str]) -> None:
         try:
             _merge_unheld_of(store, name)
         except LmdbitmapError as error:
-            log.warning("disk %s: checkpoints that nobody holds stay until later: %s", name, error)
+            log.warning("disk %s: checkpoints that are no longer held stay until later: %s", name, error)
 
 
 def _merge_unheld_of(store: Store, name: str) -> None:
@@ -307,5 +307,5 @@ def _is_called(file: HoldFile, which: str) -> bool:
 def _no_hold(disk: Disk, which: str) -> NotFound:
     return NotFound(
         f"{which} holds nothing of disk {disk.name!r}",
-        next_step=f"`lmdbitmap holds {disk.name}` lists who does",
+        next_step=f"name a uuid that `lmdbitmap holds {disk.name}` lists",
     )

@@ -87,5 +87,5 @@ def _gone(disk: Disk, folder: BackupFolder, hold: Hold) -> NotFound:
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(hold.used_ns // 1_000_000_000))
     return NotFound(
         f"{folder.path} has no backups, but disk {disk.name!r} was backed up to {folder.repository_path} on {when}",
-        next_step="see whether its file system is mounted; to begin another repository there, say --new-repository",
+        next_step="see whether its file system is mounted; to begin a new repository there, say --new-repository",
     )

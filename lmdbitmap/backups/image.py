@@ -77,7 +77,7 @@ class DiskBackup:
         article = "an" if self.requested is BackupType.INCREMENTAL else "a"
         raise Untrusted(
             f"disk {self.disk.name!r} cannot have {article} {self.requested.value} backup: {self.plan.reason.words}",
-            next_step="leave out --require-incremental, or make a full one",
+            next_step="leave out --require-incremental, or make a full backup",
         )
 
     @contextlib.contextmanager
@@ -178,7 +178,7 @@ class ImagePlan:
         job = dataclasses.replace(self.job, plan=full_instead(damage))
         if job.only_that:
             job.require_as_asked()
-        log.warning("%s; a full backup of disk %s is made instead", damage.problem, job.disk.name)
+        log.warning("disk %s: a full backup is made instead: %s", job.disk.name, damage.problem)
         job.folder.note_unfinished([*job.leftovers, Unfinished(self.point.checkpoint.name, job.file)])
         return dataclasses.replace(self, job=job)
 

@@ -104,7 +104,7 @@ def inspect(asked: Session, file: str) -> None:
             say(f"{label:<12}{words}")
     if found.trust is Trust.UNTRUSTED:
         raise Untrusted(
-            f"{file} is worth nothing: {'; '.join(found.problems)}", next_step="make a full backup"
+            f"{file} cannot be trusted: {'; '.join(found.problems)}", next_step="make a full backup"
         )
 
 

@@ -84,7 +84,7 @@ class _Wish(NamedTuple):
         left = [entry for entry in manifest.backups if entry.id not in self.drop]
         if not left or (self.keep is None and not self.drop):
             raise InvalidArgument(
-                "no backup would be kept", next_step="keep one at least, or make a full one first"
+                "no backup would be kept", next_step="keep at least one, or make a full backup first"
             )
         return {entry.id for entry in left} if self.keep is None else kept(left, self.keep, self.zone)
 
@@ -120,7 +120,9 @@ def prune(
     """
     wish = _Wish(keep, frozenset(drop), zone)
     if drop and (names is None or len(names) != 1):
-        raise InvalidArgument(f"backup {drop[0]} of which disk", next_step="name the disk too, and no other")
+        raise InvalidArgument(
+            f"the disk of backup {drop[0]} is not named", next_step="name that one disk, and no other"
+        )
     folders = folders_of(repository_path, names)
     failures, patience = Failures(at_once=len(folders) == 1), Patience(lock_wait_s)
     known = known_backups_of(folders, failures, named=names is not None)

@@ -144,7 +144,11 @@ class BackupFolder:
         found = self.manifest() if os.path.isdir(self.path) else None
         if found is None or not found.backups:
             others = [name for name in disk_names(self.repository_path) if name != self.disk_name]
-            step = f"name another: it has backups of {', '.join(others) or 'none'}"
+            step = (
+                f"name another disk: the repository has backups of {', '.join(others)}"
+                if others
+                else "name another repository, or see whether its file system is mounted"
+            )
             raise NotFound(
                 f"{self.repository_path} has no backup of a disk called {self.disk_name!r}",
                 next_step=step if others else _repository_instead_of(self.repository_path) or step,
@@ -385,7 +389,7 @@ def _repository_instead_of(place: str) -> str | None:
     """The next step of somebody who named a disk's folder in a repository; None if it is none."""
     if not any(os.path.isfile(os.path.join(place, file)) for file in (MANIFEST, COPY)):
         return None  # a disk may be called as these are, and has a folder of that name
-    return f"it is the folder of one disk in a repository: name that, {os.path.dirname(place)}"
+    return f"it is the folder of one disk; name the repository, {os.path.dirname(place)}"
 
 
 def refuse_beside_backups(place: str) -> None:
@@ -438,7 +442,9 @@ def folders_of(
     known = disk_names(repository_path)
     if not known:
         place = os.path.abspath(repository_path)
-        step = _repository_instead_of(place) or "name a repository"
+        step = _repository_instead_of(place) or (
+            "name another repository, or see whether its file system is mounted"
+        )
         raise NotFound(f"{place} has no backups", next_step=step)
     return [BackupFolder(repository_path, name) for name in (known if names is None else names)]
 

@@ -31,7 +31,8 @@ class Retention:
         counts = (self.last, self.daily, self.weekly, self.monthly)
         if min(counts) < 0 or max(counts) == 0:
             raise InvalidArgument(
-                "no backup would be kept", next_step="say how many to keep: at least one by at least one rule"
+                "no backup would be kept",
+                next_step="say by at least one rule how many to keep, such as --keep 7",
             )
 
 

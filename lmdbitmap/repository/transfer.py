@@ -49,7 +49,7 @@ from lmdbitmap.work.failures import Failures
 from lmdbitmap.work.patience import Patience
 from lmdbitmap.work.progress import Progress, Report
 
-_USE_ANOTHER = "look at it with `verify`, and get the file from another copy of the repository"
+_USE_ANOTHER = "look at it with `lmdbitmap verify`, and get the file from another copy of the repository"
 
 
 @dataclass(frozen=True, slots=True)

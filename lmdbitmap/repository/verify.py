@@ -97,7 +97,7 @@ def verify(
     proven.
     """
     if at is not None and name is None:
-        raise InvalidArgument(f"backup {at} of which disk", next_step="name the disk too")
+        raise InvalidArgument(f"the disk of backup {at} is not named", next_step="name the disk too")
     started = time.monotonic()
     flaws = _Flaws()
     tasks = list(_tasks(repository_path, name, at, flaws))
@@ -200,7 +200,7 @@ def require_sound(
                 folder.path,
                 expected="sound images",
                 found=f"a flaw: {found[0].problem}",
-                next_step="look at all of them with `verify`, and get the files from a copy of the repository",
+                next_step="see all flaws with `lmdbitmap verify`, and get the files from a copy of the repository",
             )
 
 

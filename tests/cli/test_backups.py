@@ -118,7 +118,7 @@ def test_where_nobody_knows_what_changed_the_disk_is_compared_with_its_last_back
     said = cli.fails(3, "backup", "sda", repository, "--require-incremental")
     assert said == (
         "disk 'sda' cannot have an incremental backup: the image was written while it was not tracked;"
-        " leave out --require-incremental, or make a full one"
+        " leave out --require-incremental, or make a full backup"
     )
     said = cli.ok("backup", "sda", repository)
     assert said.startswith("sda: rescan: the image was written while it was not tracked · 64 KiB of 8 MiB · ")
@@ -152,7 +152,12 @@ def test_a_restore_tells_what_it_wrote(cli: Cli, repository: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "code", "said"),
     [
-        ("sdx", [], 1, "has no backup of a disk called 'sdx'; name another: it has backups of sda"),
+        (
+            "sdx",
+            [],
+            1,
+            "has no backup of a disk called 'sdx'; name another disk: the repository has backups of sda",
+        ),
         ("sda", ["--at", "7"], 1, "7"),
         ("../sda", [], 2, "starts with . or -"),
     ],
@@ -218,7 +223,7 @@ def test_the_folder_of_a_disk_is_not_taken_for_a_repository(cli: Cli, repository
     """REPO/sda for REPO would begin a chain anew, in a repository inside of another."""
     folder = repository / "sda"
     before = sorted(repository.rglob("*"))
-    step = f"it is the folder of one disk in a repository: name that, {repository}"
+    step = f"it is the folder of one disk; name the repository, {repository}"
     for words in (
         ["backup", "sda", folder],
         ["backup", "sda", folder, "--full"],
@@ -461,7 +466,7 @@ def test_where_a_repository_is_not_mounted_none_begins_by_itself(cli: Cli, repos
         f"{repository}/sda has no backups, but disk 'sda' was backed up to {repository} on "
     )
     assert said.endswith(
-        "; see whether its file system is mounted; to begin another repository there, say --new-repository"
+        "; see whether its file system is mounted; to begin a new repository there, say --new-repository"
     )
     assert "no backups to take over" in cli.fails(1, "backup", "sda", repository, "--take-over")
     assert not repository.exists()

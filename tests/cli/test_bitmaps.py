@@ -151,7 +151,7 @@ def test_a_file_that_was_not_closed_cleanly_is_worth_nothing(cli: Cli, flat: Pat
     code, out, err = cli("inspect", _unclean(cli, flat), "--json")
     told = json.loads(out)
     assert code == 3
-    assert "CLEAN is not set" in err
+    assert "its CLEAN flag is not set" in err
     assert (told["clean"], told["trust"], told["dirty_bytes"]) == (False, "untrusted", SIZE)
 
 

@@ -27,7 +27,7 @@ from tests.helpers.serving import serving
 from tests.helpers.support import PATIENCE_SECONDS, Child, spawn
 from tests.helpers.tracked import NAME, TrackedDisk
 
-HAS_IT = r"disk 'sda' is owned by a process that serves it to nobody, such as another backup"
+HAS_IT = r"disk 'sda' is owned by a process that does not serve it, such as another backup"
 VERBS = {"backup": ["sda", "REPO"], "stream": ["sda", "--stdout"], "sync": ["sda", "TARGET"]}
 
 

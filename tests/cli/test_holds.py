@@ -108,7 +108,7 @@ def test_a_hold_of_what_is_gone_is_dropped_by_its_uuid(cli: Cli, repository: Pat
     shutil.rmtree(repository)
     assert "holds nothing any more" in cli.ok("forget", "sda", "--repository", hold["uuid"][:8])
     assert checkpoints(cli) == ["epoch-1", "monday"]
-    assert "lists who does" in cli.fails(1, "forget", "sda", "--repository", "elsewhere")
+    assert "name a uuid that" in cli.fails(1, "forget", "sda", "--repository", "elsewhere")
 
 
 def test_forget_takes_a_checkpoint_or_a_repository(cli: Cli, repository: Path) -> None:

@@ -71,7 +71,7 @@ def test_a_copy_that_never_came_about_is_not_called_sound(cli: Cli, chain: Path)
     assert "there is no backup in it: a copy into it" in done.out
     assert done.err.endswith("expected sound backups, found 1 flaw; do what each line above says\n")
     said = cli.fails(1, "verify", cli.folder / "copy", "sda")
-    assert "has no backup of a disk called 'sda'; name another: it has backups of none" in said
+    assert "has no backup of a disk called 'sda'; name another repository, or see whether" in said
 
 
 POWERLESS = [
@@ -156,9 +156,13 @@ def test_a_manifest_that_is_missing_is_told_with_the_step_that_brings_it_back(cl
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["sdx"], 1, "has no backup of a disk called 'sdx'; name another: it has backups of sda"),
+        (
+            ["sdx"],
+            1,
+            "has no backup of a disk called 'sdx'; name another disk: the repository has backups of sda",
+        ),
         (["sda", "--at", "9"], 1, "has no backup 9"),
-        (["--at", "1"], 2, "of which disk; name the disk too"),
+        (["--at", "1"], 2, "the disk of backup 1 is not named; name the disk too"),
         (["../sda"], 2, "starts with . or -"),
     ],
 )
@@ -170,7 +174,9 @@ def test_what_cannot_be_verified_is_told(
 
 def test_a_folder_without_backups_is_told(cli: Cli) -> None:
     (cli.folder / "empty").mkdir()
-    assert "has no backups; name a repository" in cli.fails(1, "verify", cli.folder / "empty")
+    assert "has no backups; name another repository, or see whether its file system is mounted" in cli.fails(
+        1, "verify", cli.folder / "empty"
+    )
     assert "does not exist" in cli.fails(1, "verify", cli.folder / "none")
 
 
@@ -211,12 +217,12 @@ def test_a_prune_tells_programs_what_it_did(cli: Cli, chain: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        ([], 2, "no backup would be kept; say how many to keep: at least one by at least one rule"),
+        ([], 2, "no backup would be kept; say by at least one rule how many to keep, such as --keep 7"),
         (["--keep", "0"], 2, "0 is not in the range"),
         (["--keep", "many"], 2, "not a valid integer"),
         (["sdx", "--keep", "1"], 1, "has no backup of a disk called 'sdx'"),
         (["sda", "sdx", "--keep", "1"], 1, "has no backup of a disk called 'sdx'"),
-        (["--drop", "1"], 2, "backup 1 of which disk; name the disk too, and no other"),
+        (["--drop", "1"], 2, "the disk of backup 1 is not named; name that one disk, and no other"),
         (["sda", "--drop", "9"], 1, "has no backup 9"),
     ],
 )
@@ -285,7 +291,9 @@ def test_without_a_folder_the_disks_are_listed(cli: Cli, chain: Path) -> None:
 
 def test_what_holds_no_backups_cannot_be_listed(cli: Cli, chain: Path) -> None:
     (cli.folder / "empty").mkdir()
-    assert "has no backups; name a repository" in cli.fails(1, "ls", cli.folder / "empty")
+    assert "has no backups; name another repository, or see whether its file system is mounted" in cli.fails(
+        1, "ls", cli.folder / "empty"
+    )
     assert "does not exist" in cli.fails(1, "ls", cli.folder / "none")
     assert "is a file" in cli.fails(2, "ls", cli.folder / "sda.raw")
     (chain / "sda" / "manifest.json").write_bytes(b"{")

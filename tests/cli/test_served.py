@@ -189,7 +189,7 @@ def test_an_owner_that_takes_no_orders_is_asked_nothing(cli: Cli) -> None:
         attached.pwrite(b"x", MIB)
         assert cli.dirty("sda") == ("superset", [(0, 4 * MIB)])
         assert cli.fails(4, "mark", "sda", 0, 1).startswith(
-            "disk 'sda' is owned by a process that serves it to nobody, such as another backup; "
+            "disk 'sda' is owned by a process that does not serve it, such as another backup; "
         )
     assert cli.dirty("sda") == ("exact", [(MIB, 64 * KIB)])
 
@@ -216,8 +216,8 @@ def test_disks_of_several_processes_share_none(cli: Cli) -> None:
     with cli.serving("a"), cli.serving("b"):
         assert "not served by this process: b" in cli.fails(4, "checkpoint", "a,b", "monday")
         said = cli.fails(4, "checkpoint", "a,c", "monday")
-        assert (
-            said
-            == "of these disks only a is served; serve all of them in one process, or none, or name them one by one"
+        assert said == (
+            "of these disks only a is served; serve all of them in one process, or none,"
+            " or run the command for each disk alone"
         )
     assert {len(cli.json("info", name)["checkpoints"]) for name in "abc"} == {1}

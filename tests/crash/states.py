@@ -405,7 +405,7 @@ STATES: dict[str, State] = {
         lasting(repository_is_of_another_disk), why_no_backup="say --take-over"
     ),
     "attached elsewhere": State(
-        attached_elsewhere, why_no_backup="owned by a process that serves it to nobody"
+        attached_elsewhere, why_no_backup="owned by a process that does not serve it"
     ),
     "read by somebody slow": State(read_by_somebody_slow, 0, "transactions ago", "or end it"),
 }

@@ -401,7 +401,7 @@ def test_an_attached_disk_is_busy(unchanged: BackedUpDisk) -> None:
     with unchanged.attach(), pytest.raises(Busy) as refused:
         unchanged.backup()
     assert str(refused.value) == (
-        "disk 'sda' is owned by a process that serves it to nobody, such as another backup; "
+        "disk 'sda' is owned by a process that does not serve it, such as another backup; "
         "wait for that process, or stop it"
     )
 

@@ -355,7 +355,7 @@ def test_a_hold_of_a_repository_that_is_gone_is_dropped_by_where_it_was(disk: Ba
     assert gone not in disk.checkpoints()
     drop_hold(disk.store, NAME, str(disk.folder / "away"))
     assert holds_of(disk.store, NAME) == []
-    with pytest.raises(NotFound, match="`lmdbitmap holds sda` lists who does"):
+    with pytest.raises(NotFound, match="name a uuid that `lmdbitmap holds sda` lists"):
         drop_hold(disk.store, NAME, str(disk.folder / "away"))
 
 

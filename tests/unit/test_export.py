@@ -594,7 +594,7 @@ def test_a_sound_file_is_described(tracked: TrackedDisk, tmp_path: Path) -> None
 def test_an_unclean_file_is_described_and_worth_nothing(tmp_path: Path) -> None:
     found = export.inspect_file(a_file(tmp_path / "x.dbm", {0}, flags=0))
     assert (found.trust, found.dirty_bytes) == (Trust.UNTRUSTED, SIZE)
-    assert "worth nothing" in found.problems[0]
+    assert found.problems[0] == "its CLEAN flag is not set, so everything counts as dirty"
 
 
 def test_a_file_with_wrong_bits_is_described_with_what_is_wrong(tmp_path: Path) -> None:

@@ -45,6 +45,6 @@ def test_who_has_a_disk_for_itself_is_no_server_of_it(disk: TrackedDisk, folder:
     with serving(disk, folder), Filter.attach(disk.store, "sdb", background=False):
         assert owners.attached_elsewhere(disk.store, names, apart) == [NAME]
         assert isinstance(apart.errors["sdb"], Busy)
-        assert "owned by a process that serves it to nobody" in str(apart.errors["sdb"])
+        assert "owned by a process that does not serve it" in str(apart.errors["sdb"])
         assert list(apart.errors) == ["sdb"]
         assert [owners.is_attached(disk.store, name) for name in names] == [True, True, False]

@@ -256,10 +256,10 @@ def test_what_cannot_be_dropped_is_told(disk: BackedUpDisk) -> None:
     before = disk.manifest()
     with pytest.raises(NotFound, match="has no backup 7"):
         dropped(disk, "1", "7")
-    with pytest.raises(InvalidArgument, match="no backup would be kept; keep one at least"):
+    with pytest.raises(InvalidArgument, match="no backup would be kept; keep at least one"):
         dropped(disk, "1", "2")
     for names in ([], [NAME, NAME]):
-        with pytest.raises(InvalidArgument, match="backup 1 of which disk"):
+        with pytest.raises(InvalidArgument, match="the disk of backup 1 is not named"):
             prune(disk.folder / "backups", names, drop=["1"])
     with pytest.raises(InvalidArgument, match="no backup would be kept"):
         prune(disk.folder / "backups", [NAME])

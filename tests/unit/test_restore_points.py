@@ -48,7 +48,8 @@ def test_backups_are_listed_for_each_disk_the_oldest_first(disk: BackedUpDisk) -
 
 def test_what_is_not_there_is_told_and_not_made(disk: BackedUpDisk) -> None:
     with pytest.raises(
-        NotFound, match="no backup of a disk called 'sdx'; name another: it has backups of sda"
+        NotFound,
+        match="no backup of a disk called 'sdx'; name another disk: the repository has backups of sda",
     ):
         backups_of(disk.folder / "backups", "sdx")
     with pytest.raises(NotFound):

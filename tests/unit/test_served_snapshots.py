@@ -105,5 +105,5 @@ def test_a_disk_that_nobody_serves_is_not_held(tracked: TrackedDisk) -> None:
             ask()
     with pytest.raises(NotFound, match="no disk is called 'sdx'"):
         take_served_snapshot(tracked.store, [NAME, "sdx"], "monday")
-    with tracked.attach(), pytest.raises(Busy, match="owned by a process that serves it to nobody"):
+    with tracked.attach(), pytest.raises(Busy, match="owned by a process that does not serve it"):
         take_served_snapshot(tracked.store, [NAME], "monday")

@@ -352,7 +352,7 @@ def test_what_somebody_else_has_open(disk: BackedUpDisk, copy: Path) -> None:
     with FileDevice.open(copy):
         refused(disk, copy, Busy, "is open in QEMU or in another lmdbitmap")
     with disk.attach():
-        refused(disk, copy, Busy, "is owned by a process that serves it to nobody")
+        refused(disk, copy, Busy, "is owned by a process that does not serve it")
 
 
 def test_two_syncs_to_one_target_at_once(disk: BackedUpDisk, copy: Path) -> None:

@@ -250,12 +250,13 @@ def test_a_damaged_manifest_is_a_flaw_of_its_disk(disk: Repositories) -> None:
 def test_what_is_not_there_is_not_found(disk: Repositories, tmp_path: Path) -> None:
     folder = disk.folder / "backups"
     with pytest.raises(
-        NotFound, match="has no backup of a disk called 'sdx'; name another: it has backups of"
+        NotFound,
+        match="has no backup of a disk called 'sdx'; name another disk: the repository has backups of",
     ):
         verify(folder, "sdx")
     with pytest.raises(NotFound, match="has no backup 7"):
         verify(folder, NAME, at="7")
-    with pytest.raises(InvalidArgument, match="backup 2 of which disk"):
+    with pytest.raises(InvalidArgument, match="the disk of backup 2 is not named"):
         verify(folder, at="2")
     (tmp_path / "empty").mkdir()
     with pytest.raises(NotFound, match="has no backups"):
