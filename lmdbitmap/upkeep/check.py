@@ -359,10 +359,8 @@ def _walked(ledger: _Ledger, inventory: _Inventory, progress: Progress) -> Itera
 
 
 def _told(unsound: _Unsound, bitmap_id: int, inventory: _Inventory) -> Iterator[Finding]:
-    place, step = (
-        f"bitmap {bitmap_id}{_owner_of(bitmap_id, inventory)}",
-        _step_for_regions(bitmap_id, inventory),
-    )
+    place = f"bitmap {bitmap_id}{_owner_of(bitmap_id, inventory)}"
+    step = _step_for_regions(bitmap_id, inventory)
     if unsound.damaged:
         problem = f"{unsound.damaged} of its region records are damaged, the first of region {unsound.first}"
         yield _damage(place, problem, step)
