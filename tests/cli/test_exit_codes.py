@@ -78,7 +78,7 @@ def folder_that_cannot_be_made(cli: Cli) -> Iterator[list[object]]:
 @pytest.mark.parametrize(
     ("trouble", "code", "next_step"),
     [
-        (unknown_name, 1, "`lmdbitmap ls` lists what there is"),
+        (unknown_name, 1, "`lmdbitmap ls` lists all of them"),
         (name_taken, 1, "choose another name, or forget that one"),
         (impossible_range, 2, "stay between 0 and the disk's size"),
         (misspelt_size, 2, "(see 'lmdbitmap mark --help')"),

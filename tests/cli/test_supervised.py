@@ -59,7 +59,7 @@ def test_passed_tcp_socket_is_served(cli: Cli) -> None:
     ("kind", "sockets", "said"),
     [
         ("deaf", "1", "descriptor 3 is no listening stream socket"),
-        ("tcp", "many", "LISTEN_FDS='many' is no number of sockets"),
+        ("tcp", "many", "LISTEN_FDS='many' is not a number from 0 to 64"),
         ("tcp", "0", "say where to serve"),
     ],
 )

@@ -151,10 +151,11 @@ def test_the_reason_names_what_rotted(disk: BackedUpDisk) -> None:
     assert reason.words.startswith(f"{path_of(disk, 1)}: bytes 0..1048576: expected BLAKE3 ")
 
 
-def test_a_rescan_of_a_new_epoch_proves_too(disk: BackedUpDisk) -> None:
+def test_a_rescan_of_a_new_epoch_proves_too(disk: BackedUpDisk, caplog: pytest.LogCaptureFixture) -> None:
     damage_data(path_of(disk, 0), 100)
     disk.write_behind_our_back(b"stranger", 3 * MIB)
     assert told(disk.backup()) == ("full", "image-damaged")
+    assert f"disk sda: a full backup is made instead: {path_of(disk, 0)}: " in caplog.text
     assert disk.restored() == disk.content()
 
 
