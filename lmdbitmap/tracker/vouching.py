@@ -60,16 +60,16 @@ class Voucher:
         """
         with self._changing:
             if self.lost is None:
-                log.error(
-                    "disk %s: %s: the guest goes on, the next backup will read the whole disk",
-                    self._name,
-                    reason,
-                )
                 try:
                     self._owner.declare_distrust(reason, time.time_ns())
                 except LmdbitmapError as error:
                     self._fall_silent(error)
                 self.lost = reason
+                log.error(
+                    "disk %s: %s: the guest goes on, and the next backup reads the whole disk",
+                    self._name,
+                    reason,
+                )
 
     def _fall_silent(self, error: LmdbitmapError) -> None:
         if self._device.identity().mtime_ns == 0:

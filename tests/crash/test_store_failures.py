@@ -439,7 +439,8 @@ def silent(guest_first: Patient, exact_grace: None, monkeypatch: pytest.MonkeyPa
     return guest_first
 
 
-def test_silence_says_that_track_was_lost(silent: Patient) -> None:
+def test_silence_says_that_track_was_lost(silent: Patient, caplog: pytest.LogCaptureFixture) -> None:
+    assert "the guest goes on" in caplog.get_records("setup")[-1].getMessage()
     before = owner.last_beat(silent.owner_path)
     silent.disk.beat()
     assert owner.last_beat(silent.owner_path) == before
@@ -482,7 +483,7 @@ class TimelessDevice(FileDevice):
 
 
 def test_without_an_mtime_silence_says_nothing_so_the_write_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with closing(TrackedDisk(tmp_path, SIZE)) as tracked:
         disk = Filter.attach(tracked.store, NAME, open_device=TimelessDevice.open, background=False)
@@ -497,6 +498,7 @@ def test_without_an_mtime_silence_says_nothing_so_the_write_is_refused(
         with pytest.raises(StorageError):
             disk.pwrite(b"untracked", 100 * BLOCK)
         assert disk.pread(9, 100 * BLOCK) == bytes(9)
+        assert "the guest goes on" not in caplog.text
         disk.beat()
         sick.errno = None
         disk.pwrite(b"tracked", 100 * BLOCK)
