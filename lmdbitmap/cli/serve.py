@@ -152,7 +152,7 @@ def _served(
     """
     server = Server(disks)
     watch = Watch(server, {name: store.commits for name, store in stores.items()})
-    held = HeldSnapshots(dict(disks), server, scratch)
+    held = HeldSnapshots(disks, server, scratch)
     control = ControlServer(disks, watch=watch, held=held, server=server)
     try:
         control.start()

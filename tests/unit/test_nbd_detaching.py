@@ -15,7 +15,9 @@ from lmdbitmap.filter import Filter
 from lmdbitmap.nbd import control_client
 from lmdbitmap.nbd.control import orders
 from lmdbitmap.nbd.control.control import ControlServer
+from lmdbitmap.nbd.control.held import HeldSnapshots
 from lmdbitmap.nbd.server.server import Server
+from lmdbitmap.tracker.scratch import Scratch
 from tests.helpers.tracked import NAME, TrackedDisk, quick_folder
 
 SIZE = 64 * 4096
@@ -60,6 +62,17 @@ def test_bits_are_exact_and_the_disk_free_when_it_is_let_go(folder: Path) -> Non
         assert owner.tracked.stored_dirt() == {5}
         with owner.tracked.attach() as again:
             assert again.disk.epoch_number == 1
+
+
+def test_a_snapshot_of_a_disk_that_is_let_go_is_held_no_more(folder: Path) -> None:
+    """Also where the agent gave one mapping to both: the caller whom it was bound to may hang up later."""
+    with owning(folder, serves=True) as owner:
+        held = HeldSnapshots(owner.filters, owner.server, Scratch(folder))
+        [snapshot] = held.take([NAME], "monday")
+        assert held.is_held(snapshot)
+        held.release(snapshot)
+        owner.call("detach")
+        assert not held.is_held(snapshot)
 
 
 def test_an_agent_that_embeds_the_tracker_keeps_its_disk(folder: Path) -> None:

@@ -24,13 +24,11 @@ MOST_OF_A_DISK = 16
 
 
 class HeldSnapshots:
-    """Snapshots of the disks in `filters`, with old data in `scratch`. Without a `server` nobody can read them.
-
-    `filters` must not be the mapping of a `ControlServer`, which removes a disk that is detached, but a copy.
-    """
+    """Snapshots of the disks in `filters`, with old data in `scratch`. Without a `server` nobody can read them."""
 
     def __init__(self, filters: Mapping[str, Filter], server: Server | None, scratch: Scratch) -> None:
-        self._filters = filters
+        self._filters = dict(filters)
+        """A copy: a disk that is detached leaves the mapping of the `ControlServer`, and is still asked about here."""
         self._server = server
         self._scratch = scratch
 
