@@ -20,7 +20,7 @@ _DIGITS = 8
 _NOTED_NOWHERE = {
     "person": "the person who made it",
     "tracker": "the tracker",
-    "unknown": "a backup or sync that left no note",
+    "unknown": "a backup, a sync or a stream that left no note",
 }
 
 

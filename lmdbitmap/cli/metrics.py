@@ -216,13 +216,17 @@ def _of_servers(served: _Served) -> Iterator[Metric]:
     )
     yield _counter(
         "connections",
-        "Clients that ever were.",
+        "Clients that have connected since the server started.",
         ((name, told["connections"]["ever"]) for name, told in served),
     )
     yield _counter(
-        "received_bytes", "From clients.", ((name, told["bytes"]["received"]) for name, told in served)
+        "received_bytes",
+        "Bytes received from clients.",
+        ((name, told["bytes"]["received"]) for name, told in served),
     )
-    yield _counter("sent_bytes", "To clients.", ((name, told["bytes"]["sent"]) for name, told in served))
+    yield _counter(
+        "sent_bytes", "Bytes sent to clients.", ((name, told["bytes"]["sent"]) for name, told in served)
+    )
     yield _requests(served)
 
 

@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 @click.argument("target", metavar="TARGET", type=click.Path())
 @click.option(
     "--compare", is_flag=True,
-    help="Read the disk and the copy, whatever is known, and write what differs.",
+    help="Read all of the disk and of the copy, and write what differs.",
 )  # fmt: skip
 @click.option(
     "--require-incremental", "only_incremental", is_flag=True,
-    help="Fail with exit code 3, and do nothing, where it is not known what changed.",
+    help="Fail with exit code 3, and do nothing, if it is not known what changed.",
 )  # fmt: skip
 @click.option(
     "--larger", is_flag=True,

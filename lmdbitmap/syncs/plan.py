@@ -64,11 +64,13 @@ def _checkpoint_of(store: Store, disk: Disk, at: At) -> Checkpoint | None:
 
 def _why_unknown(disk: Disk, note: Note, since: Checkpoint | None, target: SyncTarget) -> Reason | None:
     if not note.is_of_a_copy:
-        return Reason("first-sync", "it was never synced to this target")
+        return Reason("first-sync", "the disk was never synced to this target")
     if target.device is None:
-        return Reason("target-gone", "the copy is not there any more")
+        return Reason("target-gone", "the copy no longer exists")
     if note.at is None:
-        return Reason("interrupted", "the sync before was interrupted, and nothing says what it has not done")
+        return Reason(
+            "interrupted", "the sync before was interrupted, and it is not known what it left to do"
+        )
     if note.at.epoch != disk.epoch:
         return Reason("new-epoch", disk.epoch_reason)
     if since is None:

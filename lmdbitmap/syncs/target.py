@@ -74,7 +74,7 @@ def _refuse_layers(disk: Disk, place: str) -> None:
         or kernel.is_so(kernel.is_kept_in, ground, disk.image)
     ):
         raise InvalidArgument(
-            f"whoever writes {place} writes disk {disk.name!r} itself, {disk.image}",
+            f"a write to {place} would change disk {disk.name!r} itself, {disk.image}",
             next_step="name another target",
         )
 
@@ -84,7 +84,7 @@ def _refuse_copies(store: Store, others: dict[UUID, str], place: str) -> None:
         name = others.get(UUID(sync_note.disk_of(os.path.basename(path))))
         if name is not None and note.is_of_a_copy and is_same_image(note.target, place):
             raise AlreadyExists(
-                f"{place} is the copy of disk {name!r}",
+                f"{place} is the synced copy of disk {name!r}",
                 next_step=f"name another target, or remove {path} if that copy is to be given up",
             )
 

@@ -25,7 +25,7 @@ def copy(cli: Cli) -> Path:
     target = cli.folder / "copy.raw"
     said = cli.ok("sync", "sda", target)
     assert said.startswith(
-        f"{target}: sda as of now · full: it was never synced to this target · 8 MiB of 8 MiB changed"
+        f"{target}: sda as of now · full: the disk was never synced to this target · 8 MiB of 8 MiB changed"
         " · 512 KiB written and 0 B zeroed · "
     )
     return target
@@ -84,7 +84,7 @@ def test_what_is_refused_says_what_to_do(cli: Cli, copy: Path) -> None:
     with Store.open(str(cli.store)) as store, Filter.attach(store, "sda", background=False):
         assert "is owned by" in cli.fails(4, "sync", "sda", copy)
     cli.add("sdb")
-    assert "is the copy of disk 'sda'" in cli.fails(1, "sync", "sdb", copy)
+    assert "is the synced copy of disk 'sda'" in cli.fails(1, "sync", "sdb", copy)
 
 
 def test_the_hook_runs_around_the_point_in_time(cli: Cli, copy: Path) -> None:

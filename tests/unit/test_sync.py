@@ -279,7 +279,7 @@ def test_only_incrementally_or_not_at_all(disk: BackedUpDisk, copy: Path) -> Non
     before = copy.read_bytes(), disk.checkpoints()
     with pytest.raises(Untrusted, match="incrementally: the target was written by somebody else"):
         sync(disk.store, NAME, copy, only_incremental=True)
-    with pytest.raises(Untrusted, match="it was never synced"):
+    with pytest.raises(Untrusted, match="the disk was never synced"):
         sync(disk.store, NAME, disk.folder / "other.raw", only_incremental=True)
     assert (copy.read_bytes(), disk.checkpoints()) == before
     assert not (disk.folder / "other.raw").exists()
@@ -341,7 +341,9 @@ def test_the_copy_of_another_disk(disk: BackedUpDisk, copy: Path, tmp_path: Path
     another = make_raw_image(tmp_path / "another.raw", SIZE)
     session.add(disk.store, "sdb", str(another), granularity_bits=12)
     before = copy.read_bytes()
-    with pytest.raises(AlreadyExists, match="is the copy of disk 'sda'; name another target, or remove "):
+    with pytest.raises(
+        AlreadyExists, match="is the synced copy of disk 'sda'; name another target, or remove "
+    ):
         sync(disk.store, "sdb", copy)
     assert copy.read_bytes() == before
     session.remove(disk.store, NAME)

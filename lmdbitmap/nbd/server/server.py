@@ -337,7 +337,7 @@ class Server:
                 return
             staying[0].let_go()
             self._turned_away += 1
-        staying[0].has_no_room("others came, and it had not chosen a disk")
+        staying[0].has_no_room("it had not chosen a disk, and other clients needed its place")
 
     def _newcomers(self, door: object) -> list[Visit]:
         """Visits through this door that have no place at an export, in order of arrival."""
