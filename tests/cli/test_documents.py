@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 import lmdbitmap
 from tests.helpers.support import requires, run
+from tests.helpers.tracked import quick_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -39,12 +41,14 @@ def library_blocks(document: str) -> list[str]:
 
 @pytest.mark.parametrize("document", WITH_LIBRARY_BLOCKS)
 def test_the_library_blocks_print_what_their_comments_say(
-    document: str, capsys: pytest.CaptureFixture[str]
+    document: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All blocks of a document run in order, as one program."""
     program = "\n".join(library_blocks(document))
     promised = re.findall(r"print\(.*\) +# (.*)", program)
-    exec(compile(program, document, "exec"), {})
+    with quick_folder() as folder:
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        exec(compile(program, document, "exec"), {})
     assert capsys.readouterr().out.splitlines() == promised != []
 
 
