@@ -60,8 +60,8 @@ class Filter(Front):
     """An attached disk: the one writer of its image until `detach`. Safe for many threads.
 
     A `BlockDevice` and a `ServedDisk`. Its own methods find the calling thread's lane; a server takes one `lane()` per
-    connection. Its store has to stay open until `detach`: without it the disk loses track. Reads and writes raise
-    `OSError` where the image does, also after `detach`.
+    connection. Its store stays open until `detach`, also if it is closed before. Reads and writes raise `OSError` where
+    the image does, also after `detach`.
     """
 
     def __init__(
@@ -100,6 +100,7 @@ class Filter(Front):
             disk = session.begin(store, owned)
             attached = cls(store, disk, owned.device, owned.owner, max_armed=max_armed)
             attached.beat()
+            store.keep_open()
             owned.keep()
         forks.is_not_for_children(attached)
         if background:
@@ -369,6 +370,7 @@ class Filter(Front):
     def _let_go(self) -> None:
         """Close everything. The disk may have another owner at once, so nothing may be written from here on."""
         with contextlib.ExitStack() as each:  # in reverse order; each runs even if another fails
+            each.callback(self.store.let_go)
             each.callback(self._voucher.close)
             each.callback(self.device.close)
             each.callback(self._whereabouts.end)

@@ -21,6 +21,7 @@ import dataclasses
 import errno
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 from uuid import UUID
@@ -44,12 +45,19 @@ T = TypeVar("T")
 
 
 class Store:
-    """An open store; safe for many threads. `Store.open` and `Store.create` hand one out; `close` it."""
+    """An open store; safe for many threads. `Store.open` and `Store.create` hand one out; `close` it.
+
+    It stays open for the disks that are attached with it: one that is closed before they are detached goes on until
+    then.
+    """
 
     def __init__(self, path: str, shared: Environment) -> None:
         self.path = path
         self._environment = shared
-        self._closed = False
+        self._using = threading.Lock()
+        self._users = 1
+        """Whoever opened it, and the disks attached with it."""
+        self._is_given_up = False
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Store:
@@ -140,8 +148,22 @@ class Store:
         return self._alive().readers()
 
     def close(self) -> None:
-        if not self._closed:
-            self._closed = True
+        with self._using:
+            was_given_up, self._is_given_up = self._is_given_up, True
+        if not was_given_up:
+            self.let_go()
+
+    def keep_open(self) -> None:
+        """Keep the store open until `let_go`, as for a disk that is attached with it."""
+        self._alive()
+        with self._using:
+            self._users += 1
+
+    def let_go(self) -> None:
+        with self._using:
+            self._users -= 1
+            is_unused = self._users == 0
+        if is_unused:
             environment.release(self._environment)
 
     def __enter__(self) -> Store:
@@ -185,7 +207,7 @@ class Store:
     def _alive(self) -> Environment:
         if self._environment.pid != os.getpid():
             raise lmdb_errors.dead_error(self.path)
-        if self._closed:
+        if self._users == 0:
             raise StorageError(
                 f"store {self.path}",
                 OSError(errno.EBADF, "it is closed"),

@@ -305,6 +305,25 @@ def test_checkpoint_that_one_of_two_disks_has_already_is_on_neither(pair: tuple[
     assert dirty(two, "taken") == {0, 1}
 
 
+@pytest.mark.parametrize("end", ["detached", "dead"])
+def test_a_store_that_is_closed_first_goes_on_until_the_disk_is_let_go(
+    tracked: TrackedDisk, end: str
+) -> None:
+    disk = tracked.attach()
+    tracked.store.close()
+    disk.pwrite(b"x", 7 * BLOCK)
+    disk.checkpoint("late")
+    disk.pwrite(b"y", 9 * BLOCK)
+    tracked.store.close()
+    disk.detach() if end == "detached" else disk.abandon()
+    with pytest.raises(StorageError, match="it is closed"), tracked.store.read():
+        pass
+    tracked.store = Store.open(tracked.store.path)
+    answer = tracked.changes("start")
+    assert trust_of(answer) is (Trust.EXACT if end == "detached" else Trust.SUPERSET)
+    assert blocks_of(answer) >= {7, 9}
+
+
 def test_disk_named_twice_is_refused(pair: tuple[Filter, Filter]) -> None:
     with pytest.raises(InvalidArgument):
         take_checkpoint([pair[0], pair[1], pair[0]], "twice")
