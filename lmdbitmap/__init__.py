@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 from lmdbitmap.version import __version__
 
 if TYPE_CHECKING:
+    from lmdbitmap.access.operations import Adopted, adopt, remove
     from lmdbitmap.access.operations import checkpoint as checkpoint_disks
     from lmdbitmap.access.operations import forget as forget_checkpoint
     from lmdbitmap.access.operations import mark as mark_dirty
-    from lmdbitmap.access.operations import remove
     from lmdbitmap.access.questions import ask_changes
     from lmdbitmap.access.served_snapshots import (
         ServedSnapshot,
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from lmdbitmap.images.device import FileDevice
     from lmdbitmap.images.memory_device import MemoryDevice
     from lmdbitmap.images.plain import PlainDisk
+    from lmdbitmap.interfaces import BlockDevice
     from lmdbitmap.nbd.control.control import ControlServer
     from lmdbitmap.nbd.control.held import HeldSnapshots
     from lmdbitmap.nbd.server.server import Server
@@ -75,22 +76,25 @@ if TYPE_CHECKING:
     from lmdbitmap.restoring.backup_server import serve_backup
     from lmdbitmap.restoring.restore import RestoreResult
     from lmdbitmap.restoring.restore import restore as restore_backup
+    from lmdbitmap.storage.schema import Bitmap, Checkpoint, Disk
     from lmdbitmap.store import Store
     from lmdbitmap.streams.restore import AppliedResult, apply_stream
     from lmdbitmap.streams.stream import StreamResult, stream_backup
     from lmdbitmap.syncs.plan import SyncKind
     from lmdbitmap.syncs.sync import SyncResult
     from lmdbitmap.syncs.sync import sync as sync_disk
-    from lmdbitmap.tracker.changes import Changes, Standing
+    from lmdbitmap.tracker.changes import Changes, Standing, Summary
     from lmdbitmap.tracker.changes import changes as changes_of
     from lmdbitmap.tracker.scratch import Scratch
-    from lmdbitmap.tracker.session import add, adopt, relocate
+    from lmdbitmap.tracker.session import add, relocate
     from lmdbitmap.tracker.snapshot import Snapshot
     from lmdbitmap.tracker.standalone import Operation as BitmapOperation
     from lmdbitmap.tracker.standalone import combine as combine_bitmaps
     from lmdbitmap.upkeep.check import Finding, Gravity, check_store
+    from lmdbitmap.work.progress import Progress
 
 _HOMES = {
+    "Adopted": "access.operations",
     "AlreadyExists": "errors",
     "AppliedResult": "streams.restore",
     "BackupChain": "repository.backup_chain",
@@ -98,13 +102,17 @@ _HOMES = {
     "BackupResult": "backups.result",
     "BackupType": "repository.manifest",
     "BackupsFailed": "backups.result",
+    "Bitmap": "storage.schema",
     "BitmapOperation": "tracker.standalone",
+    "BlockDevice": "interfaces",
     "Busy": "errors",
     "Changes": "tracker.changes",
+    "Checkpoint": "storage.schema",
     "CheckpointRef": "notes.references",
     "ControlServer": "nbd.control.control",
     "CopiesFailed": "repository.transfer",
     "CopyResult": "repository.transfer",
+    "Disk": "storage.schema",
     "Extent": "extents",
     "FileDevice": "images.device",
     "Filter": "filter",
@@ -121,6 +129,7 @@ _HOMES = {
     "NotFound": "errors",
     "OwnerGone": "errors",
     "PlainDisk": "images.plain",
+    "Progress": "work.progress",
     "PruneResult": "repository.prune",
     "PrunesFailed": "repository.prune",
     "Reason": "notes.references",
@@ -135,13 +144,14 @@ _HOMES = {
     "StorageError": "errors",
     "Store": "store",
     "StreamResult": "streams.stream",
+    "Summary": "tracker.changes",
     "SyncKind": "syncs.plan",
     "SyncResult": "syncs.sync",
     "Trust": "extents",
     "Untrusted": "errors",
     "VerifyResult": "repository.verify",
     "add": "tracker.session",
-    "adopt": "tracker.session",
+    "adopt": "access.operations",
     "apply_stream": "streams.restore",
     "ask_changes": "access.questions",
     "back_up": "backups.backup",
@@ -194,6 +204,7 @@ _OTHER_NAMES = {
 """The name in its own module, if it differs: there the object of the verb is clear."""
 
 __all__ = [
+    "Adopted",
     "AlreadyExists",
     "AppliedResult",
     "BackupChain",
@@ -201,13 +212,17 @@ __all__ = [
     "BackupResult",
     "BackupType",
     "BackupsFailed",
+    "Bitmap",
     "BitmapOperation",
+    "BlockDevice",
     "Busy",
     "Changes",
+    "Checkpoint",
     "CheckpointRef",
     "ControlServer",
     "CopiesFailed",
     "CopyResult",
+    "Disk",
     "Extent",
     "FileDevice",
     "Filter",
@@ -224,6 +239,7 @@ __all__ = [
     "NotFound",
     "OwnerGone",
     "PlainDisk",
+    "Progress",
     "PruneResult",
     "PrunesFailed",
     "Reason",
@@ -238,6 +254,7 @@ __all__ = [
     "StorageError",
     "Store",
     "StreamResult",
+    "Summary",
     "SyncKind",
     "SyncResult",
     "Trust",

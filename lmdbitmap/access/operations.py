@@ -17,9 +17,9 @@ from lmdbitmap.errors import Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter, take_checkpoint
 from lmdbitmap.notes.checkpoint_names import refuse_ours
-from lmdbitmap.storage.schema import Disk
+from lmdbitmap.storage.schema import Bitmap, Disk
 from lmdbitmap.store import Store
-from lmdbitmap.tracker import chain, session
+from lmdbitmap.tracker import chain, session, standalone
 from lmdbitmap.work.names import require_names
 
 
@@ -75,27 +75,39 @@ def perform(store: Store, disk: Disk, order: str, here: Callable[[Filter], objec
 
 
 def remove(store: Store, name: str) -> None:
-    """Stop tracking the disk: its checkpoints go, its image stays. A process that serves it lets go of it first.
+    """Remove a disk or a stand-alone bitmap from the store. A disk's checkpoints go, and its image stays.
+
+    A process that serves the disk lets go of it first.
 
     Raises `NotFound` without such a disk, and `Busy` where a client uses it, somebody reads it, or its owner takes no
     orders.
     """
-    disk = chain.disk_called(store, name)
-    if is_attached(store, disk):
-        with owner_of(store, disk) as client:
-            client.call("detach", disk=disk.name)
+    found = standalone.disk_or_bitmap_called(store, name)
+    if isinstance(found, Bitmap):
+        store.update(lambda writer: standalone.remove(writer, name))
+        return
+    if is_attached(store, found):
+        with owner_of(store, found) as client:
+            client.call("detach", disk=found.name)
     session.remove(store, name)
 
 
 class Adopted(NamedTuple):
-    """The result of `adopt`. `lost` is why nothing is known of the time before, although the image is known now."""
+    """The result of `adopt`. `lost` is why it came too late: the next backup still reads the whole disk.
+
+    If the disk `is_served`, nothing had to be done.
+    """
 
     is_served: bool
     lost: str | None
 
 
 def adopt(store: Store, name: str) -> Adopted:
-    """Take an image as it is. The image of a served disk was compared at attach: `Untrusted` if that ended an epoch."""
+    """Take an image as it is: a person vouches that it is what was tracked. Durable on return.
+
+    The image of a served disk was compared when its owner attached it: `Untrusted` if that ended an epoch. Raises
+    `Untrusted` too if bits were lost, for which nobody can vouch; `NotFound`, and `Busy` as an attach does.
+    """
     disk = chain.disk_called(store, name)
     answer = ask_owner(store, disk)
     if answer is None:

@@ -34,7 +34,7 @@ from lmdbitmap.qcow2 import layout as qcow2
 from lmdbitmap.storage.schema import DURABILITIES, POLICIES, Disk
 from lmdbitmap.store import Store
 from lmdbitmap.system import files
-from lmdbitmap.tracker import session, standalone
+from lmdbitmap.tracker import session
 from lmdbitmap.tracker.chain import disk_called
 from lmdbitmap.tracker.standalone import disk_or_bitmap_called
 from lmdbitmap.upkeep.check import next_step_for
@@ -289,9 +289,5 @@ def rm(asked: Session, name: str) -> None:
     serves the disk stops serving it and goes on serving its others; it refuses while a client is connected.
     """
     with Store.open(asked.store_path) as store:
-        found = disk_or_bitmap_called(store, name)
-        if isinstance(found, Disk):
-            operations.remove(store, name)
-        else:
-            store.update(lambda writer: standalone.remove(writer, name))
+        operations.remove(store, name)
     confirm(asked, f"{name}: removed from the store", name=name)

@@ -10,7 +10,7 @@ import contextlib
 import gc
 import logging
 import os
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 
 import click
 
@@ -32,7 +32,6 @@ from lmdbitmap.filter import Filter
 from lmdbitmap.flat_file import bitmap_file as flat_bitmap_file
 from lmdbitmap.nbd.control.control import ControlServer
 from lmdbitmap.nbd.control.held import HeldSnapshots
-from lmdbitmap.nbd.control.watch import Watch
 from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.nbd.supervisor import Supervisor
 from lmdbitmap.storage.measured import MeasuredStore
@@ -107,12 +106,11 @@ def serve(
     insecure_metrics = insecure_metrics or places.insecure
     scraped = None if metrics is None else address_of(metrics, _TOLD, _REMEDY, insecure=insecure_metrics)
     with Ending() as ending, Store.open(asked.store_path) as store, contextlib.ExitStack() as attached:
-        stores = {name: attached.enter_context(MeasuredStore.open(asked.store_path)) for name in names}
-        disks = {name: attached.enter_context(_attach(stores[name], name, max_armed)) for name in names}
+        disks = {name: attached.enter_context(_attach(asked.store_path, name, max_armed)) for name in names}
         if bitmap_file is not None:
             _take_in(disks[names[0]], bitmap_file)
         room = Scratch(scratch or store.path, scratch_limit, scratch_preallocate)
-        with _served(disks, stores, room, attached) as server, contextlib.ExitStack() as beside:
+        with _served(disks, room, attached) as server, contextlib.ExitStack() as beside:
             places.open_all(server)
             url = beside.enter_context(metrics_served(store, disks, *scraped)) if scraped else None
             ending.ends(server)
@@ -142,7 +140,6 @@ def _require_sense(names: Sequence[str], bitmap_file: str | None) -> None:
 @contextlib.contextmanager
 def _served(
     disks: MutableMapping[str, Filter],
-    stores: Mapping[str, MeasuredStore],
     scratch: Scratch,
     attached: contextlib.ExitStack,
 ) -> Iterator[Server]:
@@ -151,9 +148,8 @@ def _served(
     A disk that the server was asked to detach is removed from `disks`.
     """
     server = Server(disks)
-    watch = Watch(server, {name: store.commits for name, store in stores.items()})
     held = HeldSnapshots(disks, server, scratch)
-    control = ControlServer(disks, watch=watch, held=held, server=server)
+    control = ControlServer(disks, held=held, server=server)
     try:
         control.start()
         yield server
@@ -168,13 +164,15 @@ def _served(
 
 
 @contextlib.contextmanager
-def _attach(store: Store, name: str, max_armed: int) -> Iterator[Filter]:
-    before = disk_called(store, name)
-    require_unowned(store, before)
-    with Filter.attach(store, name, max_armed=max_armed) as disk:
-        if disk.disk.epoch != before.epoch:
-            log.warning("disk %s: the next backup reads the whole disk: %s", name, disk.disk.epoch_reason)
-        yield disk
+def _attach(store_path: str, name: str, max_armed: int) -> Iterator[Filter]:
+    """Attach a disk with a store of its own, which measures its commits."""
+    with MeasuredStore.open(store_path) as store:
+        before = disk_called(store, name)
+        require_unowned(store, before)
+        with Filter.attach(store, name, max_armed=max_armed) as disk:
+            if disk.disk.epoch != before.epoch:
+                log.warning("disk %s: the next backup reads the whole disk: %s", name, disk.disk.epoch_reason)
+            yield disk
 
 
 def _take_in(disk: Filter, path: str) -> None:

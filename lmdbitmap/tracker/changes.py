@@ -45,6 +45,8 @@ EXACT = Standing(Trust.EXACT)
 
 
 class Summary(NamedTuple):
+    """What all of an answer comes to. `standing` is to be believed: it counts what the records say of themselves."""
+
     dirty_blocks: int
     dirty_bytes: int
     standing: Standing

@@ -365,6 +365,12 @@ class Snapshot(ReadOnlyDevice):
     def close(self) -> None:
         self.release()
 
+    def __enter__(self) -> Snapshot:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
     @contextlib.contextmanager
     def _being_read(self) -> Iterator[None]:
         """Keep the file open in the block. Data read there is old data if the block ends without an error."""

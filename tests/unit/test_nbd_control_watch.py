@@ -48,8 +48,9 @@ def test_facts_are_what_was_done(socket_path: Path) -> None:
         with RawClient.connect(str(socket_path)) as client:
             client.go("sda")
             client.do(READ, 0, 1)
-            facts: dict[str, Any] = watch.facts("sda")
+            facts: dict[str, Any] = watch.facts("sda") or {}
             assert json.loads(json.dumps(facts)) == facts
+            assert watch.facts("another") is None
     finally:
         assert server.stop()
     assert facts["connections"] == {"now": 1, "ever": 2}
@@ -76,7 +77,7 @@ def test_rates_are_of_the_last_ten_ticks(socket_path: Path) -> None:
         assert server.stop()
 
     def writes_a_second() -> float:
-        facts: dict[str, Any] = watch.facts("sda")
+        facts: dict[str, Any] = watch.facts("sda") or {}
         rate: float = facts["rates"]["requests"]["writes"]
         return rate
 

@@ -114,3 +114,22 @@ def test_an_agent_that_only_embeds_the_tracker_is_in_the_way(
         embedded.pwrite(b"x", 0)
     assert tracked.checkpoints()[1:] == ["start"]
     assert changed(tracked, "start") == {0}
+
+
+def test_a_bitmap_is_removed_like_a_disk(tracked: TrackedDisk, owner: Filter | None) -> None:
+    lmdbitmap.keep_changes(lmdbitmap.ask_changes(tracked.store, NAME, since="start"), "kept")
+    lmdbitmap.remove(tracked.store, "kept")
+    with tracked.store.read() as view:
+        assert view.bitmaps() == []
+        assert [disk.name for disk in view.disks()] == [NAME]
+    with pytest.raises(NotFound, match="no disk or bitmap is called 'kept'"):
+        lmdbitmap.remove(tracked.store, "kept")
+
+
+def test_adopting_says_whether_there_was_anything_to_vouch_for(
+    tracked: TrackedDisk, owner: Filter | None
+) -> None:
+    if owner is None:
+        tracked.write_behind_our_back(b"x", 5 * BLOCK)
+    assert lmdbitmap.adopt(tracked.store, NAME) == lmdbitmap.Adopted(is_served=owner is not None, lost=None)
+    assert changed(tracked, "start") == set()

@@ -61,7 +61,8 @@ _AFTER_BOUND: Final = 6
 class ControlServer:
     """Listens at the control socket of every disk in `filters`, from `start` to `stop`.
 
-    A disk of a `server` may be detached; it is then removed from `filters`. The end of a `with` block does not say
+    What a `server` does for a disk is reported with it. Such a disk may be detached, and is then removed from
+    `filters`. The end of a `with` block does not say
     whether all callers have ended: call `stop` before disks are detached.
     """
 
@@ -69,14 +70,13 @@ class ControlServer:
         self,
         filters: MutableMapping[str, Filter],
         *,
-        watch: Watch | None = None,
         held: HeldSnapshots | None = None,
         server: Server | None = None,
         max_callers: int = MAX_CALLERS,
         patience_s: float = PATIENCE_S,
     ) -> None:
         self.filters = filters
-        self.watch = watch
+        self.watch = None if server is None else Watch.of(server, filters)
         self.held = held
         self.detaching = None if server is None else Detaching(filters, server, self._unlisten)
         self.patience_s = patience_s

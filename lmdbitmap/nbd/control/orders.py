@@ -63,9 +63,9 @@ def answer(scene: Scene, request: wire.Message) -> Answer:
 def _info(scene: Scene) -> Answer:
     disks = []
     for name, attached in list(scene.filters.items()):
-        served = {} if scene.watch is None else {"served": scene.watch.facts(name)}
+        served = None if scene.watch is None else scene.watch.facts(name)
         with contextlib.suppress(NotFound):  # the disk was detached and removed meanwhile
-            disks.append({**_described(attached), **served})
+            disks.append(_described(attached) | ({} if served is None else {"served": served}))
     return {"disks": disks}
 
 

@@ -11,8 +11,10 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Final, NamedTuple, TypeAlias
 
+from lmdbitmap.filter import Filter
 from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.nbd.server.traffic import KINDS, Traffic
+from lmdbitmap.storage.measured import MeasuredStore
 from lmdbitmap.work.latencies import Latencies
 
 TICK_S: Final = 1.0
@@ -36,14 +38,22 @@ class Watch:
         self._ticks: dict[str, deque[_Sample]] = {name: deque(maxlen=_TICKS) for name in commits}
         self.tick()
 
+    @classmethod
+    def of(cls, server: Server, filters: Mapping[str, Filter]) -> Watch:
+        """Watch those of the filters that the server serves."""
+        served = server.traffic_of_all()
+        return cls(server, {name: _commits(each) for name, each in filters.items() if name in served})
+
     def tick(self) -> None:
         self._server.quiet.look()
         traffic = self._server.traffic_of_all()
         for name, ticks in self._ticks.items():
             ticks.append(self._sample(name, traffic[name][1]))
 
-    def facts(self, name: str) -> Facts:
-        """The facts about a disk that docs/control.md lists."""
+    def facts(self, name: str) -> Facts | None:
+        """The facts about a disk that docs/control.md lists; None if the disk is not watched."""
+        if name not in self._ticks:
+            return None
         connected, traffic = self._server.traffic(name)
         now = self._sample(name, traffic)
         return {
@@ -60,6 +70,11 @@ class Watch:
 
     def _sample(self, name: str, traffic: Traffic) -> _Sample:
         return _Sample(time.monotonic(), traffic, sum(self._commits[name].counts))
+
+
+def _commits(attached: Filter) -> Latencies:
+    """Return the latencies of the commits that its store measures; none if it measures none."""
+    return attached.store.commits if isinstance(attached.store, MeasuredStore) else Latencies()
 
 
 def _rates(before: _Sample, now: _Sample) -> Facts:
