@@ -179,7 +179,7 @@ def guest_of(uri: str) -> closing[NbdDevice]:
 
 
 def test_killed_backup_is_released_by_the_server_and_followed_by_a_right_one(cli: Cli) -> None:
-    with cli.serving("sda") as served:
+    with cli.serving("sda", log=True) as served:
         back_up(cli, "sda", cli.folder / "backups")
         with backup_stopped_in_the_middle(cli, served) as child:
             child.process.kill()
@@ -190,6 +190,8 @@ def test_killed_backup_is_released_by_the_server_and_followed_by_a_right_one(cli
         checkpoints = [one["name"] for one in cli.json("info", "sda")["checkpoints"]]
         assert len([name for name in checkpoints if Maker.BACKUP.named(name)]) == 2
         assert restored(cli, "sda") == (cli.folder / "sda.raw").read_bytes()
+    for line in served.child.stderr.splitlines():
+        assert "the snapshot was released" in line, "at most what the dead one had asked for may be told"
 
 
 def test_killed_server_fails_the_backup_and_the_next_one_is_right(cli: Cli) -> None:
