@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lmdbitmap.access.questions import ask_changes
     from lmdbitmap.access.served_snapshots import (
         ServedSnapshot,
+        open_served_snapshot,
         release_served_snapshot,
         take_served_snapshot,
     )
@@ -173,6 +174,7 @@ _HOMES = {
     "keep_changes": "export",
     "mark_dirty": "access.operations",
     "open_backup": "repository.backup_chain",
+    "open_served_snapshot": "access.served_snapshots",
     "prune_backups": "repository.prune",
     "release_served_snapshot": "access.served_snapshots",
     "relocate": "tracker.session",
@@ -284,6 +286,7 @@ __all__ = [
     "keep_changes",
     "mark_dirty",
     "open_backup",
+    "open_served_snapshot",
     "prune_backups",
     "release_served_snapshot",
     "relocate",

@@ -1,4 +1,4 @@
-"""Snapshots of disks that another process serves: taken and released through its control socket, read over its NBD.
+"""Snapshots of disks that another process serves: taken and released through its control socket, and read by others.
 
 They are held until they are released or their server ends, even if the requesting process dies. The snapshots of
 `backup.py` are bound to the backup instead, and cost nothing once it died.
@@ -6,12 +6,16 @@ They are held until they are released or their server ends, even if the requesti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from lmdbitmap.access import owners
+from lmdbitmap.access.routes import OWNER_LIMIT_S
+from lmdbitmap.access.through_owner import HeldThere, open_held
 from lmdbitmap.errors import InvalidArgument, NotFound
+from lmdbitmap.interfaces import BlockDevice
 from lmdbitmap.nbd import control_client
 from lmdbitmap.notes.checkpoint_names import refuse_ours
 from lmdbitmap.storage.schema import Disk
@@ -33,6 +37,8 @@ class ServedSnapshot(NamedTuple):
     """Time of the checkpoint, Unix nanoseconds."""
     export: str
     """Name under which the server exports it, read-only, beside the disk."""
+    direct: bool | None = None
+    """Whether the server offers the image itself to be read; None from an older server."""
 
 
 def take_served_snapshot(
@@ -64,24 +70,64 @@ def take_served_snapshot(
         )  # fmt: skip
     return [
         ServedSnapshot(
-            str(held["disk"]), checkpoint, UUID(held["uuid"]), int(held["time_ns"]), str(held["export"])
+            str(held["disk"]),
+            checkpoint,
+            UUID(held["uuid"]),
+            int(held["time_ns"]),
+            str(held["export"]),
+            held.get("direct"),
         )
         for held in told["snapshots"]
     ]
 
 
-def release_served_snapshot(store: Store, name: str, checkpoint: str) -> int:
+@contextlib.contextmanager
+def open_served_snapshot(
+    store: Store, held: ServedSnapshot, *, owner_limit_s: float = OWNER_LIMIT_S
+) -> Iterator[BlockDevice]:
+    """Open a snapshot that another process holds as a read-only device, until the block ends.
+
+    It is read from the image itself if the server offers that, else through the server. What was read is of the
+    snapshot only if `release_served_snapshot` then returns for its `uuid`. Raises `NotFound` if the disk is not served
+    any more or has no such checkpoint, `Busy` if the server sends nothing for `owner_limit_s`, `OwnerGone` if it ends.
+    Reading raises `OSError` too, as of a snapshot that broke.
+    """
+    require_limits(owner_limit_s)
+    disk = chain.disk_called(store, held.disk)
+    with store.read() as reader:
+        checkpoint = chain.find_checkpoint(reader, disk, held.checkpoint)
+    if checkpoint.uuid != held.uuid:
+        raise _not_held(held.disk, held.checkpoint)
+    with _server_of(store, disk) as client:
+        there = HeldThere(disk, checkpoint, held.export, held.direct)
+        [device] = open_held(client, [there], owner_limit_s)
+        with contextlib.closing(device):
+            yield device
+
+
+def release_served_snapshot(store: Store, name: str, checkpoint: str, *, uuid: UUID | None = None) -> int:
     """Release the snapshot of the disk called `name`. Return the bytes of old data that had been kept.
 
-    The checkpoint stays. Raises `StorageError` if not all old data was kept: then what was read is unusable. Raises
-    `NotFound` without such a snapshot.
+    The checkpoint stays. With `uuid`, its checkpoint's, no other snapshot of that name is taken for it. Raises
+    `StorageError` if not all old data was kept: then what was read is unusable. Raises `NotFound` without such a
+    snapshot, or if the disk is not served, and `Busy` if its owner does not answer.
     """
     disk = chain.disk_called(store, name)
+    which: dict[str, Any] = {"disk": name, "checkpoint": checkpoint} | (
+        {} if uuid is None else {"uuid": str(uuid)}
+    )
     with _server_of(store, disk) as client:
-        told = client.call("release", disk=name, checkpoint=checkpoint)
+        told = client.call("release", **which)
     if told["broken"] is not None:
         raise broken_error(disk, str(told["broken"]))
     return int(told["kept_bytes"])
+
+
+def _not_held(name: str, checkpoint: str) -> NotFound:
+    return NotFound(
+        f"checkpoint {checkpoint!r} of disk {name!r} was made anew since its snapshot was taken",
+        next_step="take another snapshot",
+    )
 
 
 def _server_of(store: Store, disk: Disk) -> control_client.Client:

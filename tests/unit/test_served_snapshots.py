@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.access.served_snapshots import release_served_snapshot, take_served_snapshot
+from lmdbitmap.access.direct import DirectDevice
+from lmdbitmap.access.served_snapshots import (
+    open_served_snapshot,
+    release_served_snapshot,
+    take_served_snapshot,
+)
 from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, NotFound, StorageError
 from lmdbitmap.nbd.client.device import NbdDevice
 from tests.helpers.serving import Serving, serving
@@ -49,6 +54,47 @@ def test_what_is_held_is_read_as_it_was_and_released(serves: Serving) -> None:
     assert disk.snapshots == ()
     with pytest.raises(NotFound, match="holds no snapshot of checkpoint 'monday'"):
         release_served_snapshot(store, NAME, "monday")
+
+
+@pytest.mark.parametrize("direct", [True, False, None])
+def test_a_program_reads_it_past_the_server_or_through_it(serves: Serving, direct: bool | None) -> None:
+    disk, store = serves.disk, serves.disk.store
+    disk.pwrite(b"old", BLOCK)
+    [held] = take_served_snapshot(store, [NAME], "monday")
+    assert held.direct
+    disk.pwrite(b"new", BLOCK)
+    with open_served_snapshot(store, held._replace(direct=direct)) as device:
+        assert isinstance(device, DirectDevice) == bool(direct)
+        assert (device.size, device.pread(3, BLOCK)) == (100 * BLOCK, b"old")
+        disk.pwrite(b"newer", 7 * BLOCK)
+        assert device.pread(5, 7 * BLOCK) == bytes(5)
+    assert release_served_snapshot(store, NAME, "monday", uuid=held.uuid) >= 3
+
+
+def test_another_snapshot_of_that_name_is_not_taken_for_it(serves: Serving) -> None:
+    disk, store = serves.disk, serves.disk.store
+    [first] = take_served_snapshot(store, [NAME], "monday")
+    release_served_snapshot(store, NAME, "monday")
+    disk.forget("monday")
+    [second] = take_served_snapshot(store, [NAME], "monday")
+    with pytest.raises(NotFound, match="made anew"), open_served_snapshot(store, first):
+        pass
+    with pytest.raises(NotFound, match="holds no snapshot of checkpoint 'monday'"):
+        release_served_snapshot(store, NAME, "monday", uuid=first.uuid)
+    assert release_served_snapshot(store, NAME, "monday", uuid=second.uuid) == 0
+
+
+def test_one_that_broke_is_unusable_also_for_a_program_that_read_it(serves: Serving) -> None:
+    disk, store = serves.disk, serves.disk.store
+    [held] = take_served_snapshot(store, [NAME], "monday")
+    [snapshot] = disk.snapshots
+    with open_served_snapshot(store, held) as device:
+        device.pread(3, 0)
+        snapshot._break("the room is full")
+        with pytest.raises(OSError):
+            device.pread(3, 0)
+    with pytest.raises(StorageError, match="the room is full"):
+        release_served_snapshot(store, NAME, "monday", uuid=held.uuid)
 
 
 def test_it_is_held_for_nobody_in_particular(serves: Serving) -> None:
