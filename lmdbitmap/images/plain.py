@@ -47,7 +47,7 @@ class PlainLane:
         failed: dict[int, int] = {}
         for index, (offset, data) in enumerate(writes):
             try:
-                if fd is None or offset + len(data) > size or os.pwrite(fd, data, offset) != len(data):
+                if fd is None or offset + data.nbytes > size or os.pwrite(fd, data, offset) != data.nbytes:
                     self._device.pwrite(data, offset)
             except OSError as error:
                 failed[index] = error.errno or errno.EIO

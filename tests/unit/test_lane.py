@@ -19,6 +19,7 @@ from lmdbitmap.errors import InvalidArgument, StorageError
 from lmdbitmap.geometry import REGION_BYTES, Geometry
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.images.memory_device import MemoryDevice
+from lmdbitmap.images.plain import PlainDisk
 from lmdbitmap.interfaces import BlockDevice, Buffer
 from lmdbitmap.tracker.lane import FilterLane, Gate, poll_pauses_s
 from tests.helpers.support import make_raw_image
@@ -141,6 +142,14 @@ def test_all_blocks_of_a_view_of_larger_items_are_marked(device: BlockDevice, se
     assert lane.write_many([(8 * GRANULARITY, wide), (SIZE - GRANULARITY, wide)]) == {1: errno.ENOSPC}
     assert marker.marked == [(0, 4), (8, 12)]
     assert (device.size, device.pread(4 * GRANULARITY, 8 * GRANULARITY)) == (SIZE, bytes(wide))
+
+
+def test_a_lane_without_a_filter_counts_bytes_too(tmp_path: Path) -> None:
+    """A write past the end would make the image longer."""
+    with closing(FileDevice.open(make_raw_image(tmp_path / "image", 4096))) as image:
+        wide = memoryview(b"x" * 4096).cast("I")
+        assert PlainDisk(image).lane().write_many([(0, wide), (1024, wide)]) == {1: errno.EINVAL}
+        assert (tmp_path / "image").read_bytes() == bytes(wide)
 
 
 def test_batch_shares_one_marking(device: BlockDevice) -> None:
