@@ -103,4 +103,6 @@ def test_a_speed_limit_that_would_take_for_ever_is_refused(cli: Cli, image: Path
 
 
 def test_a_stream_is_as_fast_as_its_reader(cli: Cli, image: Path) -> None:
-    assert "limit that, as with pv -L" in cli.fails(2, "backup", "sda", "--stdout", "--speed-limit", "2M")
+    assert "limit the reader, as with pv -L" in cli.fails(
+        2, "backup", "sda", "--stdout", "--speed-limit", "2M"
+    )

@@ -17,6 +17,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from lmdbitmap.access.owners import owner_of
 from lmdbitmap.cli.backups import backup, restore
 from lmdbitmap.cli.options import Verb
 from lmdbitmap.cli.streams import require_stream_out
@@ -24,6 +25,7 @@ from lmdbitmap.errors import Busy
 from lmdbitmap.store import Store
 from lmdbitmap.streams.stream import stream_backup
 from lmdbitmap.syncs.sync import sync
+from lmdbitmap.tracker.chain import disk_called
 from tests.cli.conftest import MIB, SIZE, Cli
 from tests.cli.test_serve import write
 from tests.helpers import naive_rbd_diff
@@ -293,7 +295,8 @@ def test_a_checkpoint_that_gave_its_name_away_meanwhile_is_not_counted_from(
         @contextlib.contextmanager
         def forgotten_and_made_anew() -> Iterator[None]:
             cli.ok("forget", "sda", since)
-            cli.ok("checkpoint", "sda", since)
+            with owner_of(store, disk_called(store, "sda")) as client:
+                client.call("checkpoint", disks=["sda"], name=since)
             yield
 
         again: dict[str, Callable[..., object]] = {

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lmdbitmap import bits, export
-from lmdbitmap.errors import InvalidArgument, NotFound, StorageError, Untrusted
+from lmdbitmap.errors import Busy, InvalidArgument, NotFound, StorageError, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter, take_checkpoint
 from lmdbitmap.flat_file.flatfile import FlatFile
@@ -390,11 +390,17 @@ class Melee:
 
     @contextlib.contextmanager
     def faster(self, deed: str) -> Iterator[None]:
-        """Somebody may have forgotten a checkpoint meanwhile, or begun a new epoch, which has none at first."""
+        """Somebody may have forgotten a checkpoint meanwhile, or begun a new epoch, which has none at first.
+
+        Or the disk was made smaller: what it lost is not called clean.
+        """
         try:
             yield
             self.done[deed] += 1
         except (NotFound, InvalidArgument, Untrusted, IndexError):
+            self.done["too late"] += 1
+        except Busy:
+            assert self.reach != GEOMETRY.size, "no disk was resized"
             self.done["too late"] += 1
         except StorageError:
             assert self.failing

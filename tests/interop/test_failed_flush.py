@@ -109,7 +109,9 @@ def test_image_of_a_server_that_came_back_full_can_be_read(tmp_path: Path) -> No
         full.unlink()
         disk.pwrite(b"y", 0)
         assert disk.pread(1, 0) == b"y"
-        with pytest.raises(StorageError, match="could not be flushed: No space left on device"):
+        with pytest.raises(
+            StorageError, match="could not be flushed: its server answered: No space left on device"
+        ):
             disk.checkpoint("after")
         disk.abandon()
         assert trust_of(changes(store, "sda", since="before")) is Trust.UNTRUSTED
