@@ -22,10 +22,9 @@ from lmdbitmap.geometry import Geometry
 from lmdbitmap.storage.schema import Checkpoint, Disk
 from lmdbitmap.store import Store, Writer
 from lmdbitmap.tracker import chain
-from lmdbitmap.tracker.period import Period
 from lmdbitmap.tracker.scratch import Scratch, ScratchFile
 from lmdbitmap.tracker.snapshot import Snapshot
-from lmdbitmap.tracker.tracking import Tracking, detached_error, held_error
+from lmdbitmap.tracker.tracking import Following, Tracking, detached_error, held_error
 from lmdbitmap.tracker.vouching import changed_together
 
 _CARRIED_REGIONS = 256
@@ -34,7 +33,7 @@ _CARRIED_REGIONS = 256
 
 def checkpoint(disks: Sequence[Tracking], name: str) -> list[Checkpoint]:
     """See `filter.take_checkpoint`."""
-    checkpoints = _take_points(disks, name, lambda tracking, checkpoint: None)
+    checkpoints = _take_points(disks, name)
     _flush_images(disks, name)
     return checkpoints
 
@@ -43,19 +42,19 @@ def snapshot(disks: Sequence[Tracking], name: str, scratch: Scratch) -> list[Sna
     """See `filter.take_snapshot`."""
     _store_of(disks)
 
-    def hold(tracking: Tracking, checkpoint: Checkpoint) -> None:
+    def take(tracking: Tracking, checkpoint: Checkpoint) -> None:
         snapshots[tracking].checkpoint = checkpoint
-        tracking.hold([*tracking.snapshots, snapshots[tracking]])
 
     with contextlib.ExitStack() as on_failure:
         files = {tracking: on_failure.enter_context(closing(ScratchFile(scratch))) for tracking in disks}
         snapshots = {tracking: _unheld(tracking, files[tracking]) for tracking in disks}
 
-        def prepare(tracking: Tracking) -> None:
+        def prepare(tracking: Tracking) -> Sequence[Snapshot]:
             if snapshots[tracking].disk != tracking.disk:  # it was resized meanwhile, say
                 snapshots[tracking] = _unheld(tracking, files[tracking])
+            return [*tracking.snapshots, snapshots[tracking]]
 
-        _take_points(disks, name, hold, prepare)
+        _take_points(disks, name, prepare, take)
         for tracking, held in snapshots.items():
             held.before_release = functools.partial(tracking.let_go_of, held)
             on_failure.callback(held.release)
@@ -72,30 +71,35 @@ def _unheld(tracking: Tracking, file: ScratchFile) -> Snapshot:
 def _take_points(
     disks: Sequence[Tracking],
     name: str,
-    taken: Callable[[Tracking, Checkpoint], None],
-    prepare: Callable[[Tracking], None] = lambda tracking: None,
+    prepare: Callable[[Tracking], Sequence[Snapshot]] = lambda tracking: tracking.snapshots,
+    take: Callable[[Tracking, Checkpoint], None] = lambda tracking, checkpoint: None,
 ) -> list[Checkpoint]:
-    """Freeze all disks, and begin their next periods in one transaction. `prepare` may fail, `taken` must not."""
+    """Freeze all disks, and begin their next periods in one transaction.
+
+    `prepare` returns the snapshots that are held from then on, and may fail. `take` must not.
+    """
     store = _store_of(disks)
     likely = {tracking: _write_beforehand(tracking) for tracking in disks}
+    held: dict[Tracking, Sequence[Snapshot]] = {}
     with contextlib.ExitStack() as frozen:
         for tracking in sorted(disks, key=lambda tracking: tracking.disk.uuid):
             frozen.enter_context(tracking.frozen())
         for tracking in disks:
             tracking.flusher.require_sound()
             tracking.begin_again()  # a write that was drained just now may have lost track
-            prepare(tracking)
+            held[tracking] = prepare(tracking)
         time_ns = time.time_ns()
         with changed_together([tracking.voucher for tracking in disks]):
             points = store.update(
                 lambda writer: [
-                    _next_period(writer, tracking, name, time_ns, likely[tracking]) for tracking in disks
+                    _next_period(writer, tracking, name, time_ns, likely[tracking], held[tracking])
+                    for tracking in disks
                 ]
             )
-            for tracking, (checkpoint, disk, period) in zip(disks, points, strict=True):
-                tracking.go_on_with(disk, period)
-                taken(tracking, checkpoint)
-    return [checkpoint for checkpoint, _, _ in points]
+            for tracking, (checkpoint, following) in zip(disks, points, strict=True):
+                take(tracking, checkpoint)
+                tracking.go_on_with(following)
+    return [checkpoint for checkpoint, _ in points]
 
 
 class _Likely(NamedTuple):
@@ -132,15 +136,20 @@ def _store_of(disks: Sequence[Tracking]) -> Store:
 
 
 def _next_period(
-    writer: Writer, tracking: Tracking, name: str, time_ns: int, likely: _Likely
-) -> tuple[Checkpoint, Disk, Period]:
+    writer: Writer,
+    tracking: Tracking,
+    name: str,
+    time_ns: int,
+    likely: _Likely,
+    snapshots: Sequence[Snapshot],
+) -> tuple[Checkpoint, Following]:
     """Begin the next period, with lately written extents armed, so that their writers do not all commit at once."""
     tracking.put_exact(writer)
     disk, checkpoint = chain.add_checkpoint(writer, tracking.as_stored(writer), name, time_ns)
-    period = tracking.open_period(writer, disk, checkpoint)
+    following = tracking.following(writer, disk, snapshots, checkpoint)
     armed = likely.extents if likely.geometry == disk.geometry else {}
-    period.begin(writer, armed, tracking.in_doubt(disk.geometry))
-    return checkpoint, disk, period
+    following.period.begin(writer, armed, tracking.in_doubt(disk.geometry))
+    return checkpoint, following
 
 
 def _carried(tracking: Tracking) -> Mapping[int, int]:

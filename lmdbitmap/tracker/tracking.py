@@ -5,8 +5,9 @@
 2. **Freeze**: a period ends only inside `frozen`, which is `Gate.drained` (lane.py) and more.
 
 A period ends in one transaction of the store, which writes its exact bits and opens the bitmap of the next one. Memory
-follows (`go_on_with`) while nobody writes. If an interruption may have come between the two, or the store cannot say
-whether it took the change, track is lost (vouching.py).
+follows (`go_on_with`) while nobody writes. All memory that it takes then is allocated inside the transaction, which is
+given up if there is none. If an interruption may have come between the two, or the store cannot say whether it took the
+change, track is lost (vouching.py).
 
 When tracking fails, policy `guest-first` lets the guest's write through, but first makes durable that the bitmap cannot
 be trusted; a new epoch begins as soon as the store can be written again. Policy `strict` fails the write.
@@ -20,6 +21,7 @@ import errno
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from lmdbitmap.bits import Run
 from lmdbitmap.errors import Busy, LmdbitmapError, StorageError, Untrusted, os_errors_at
@@ -39,6 +41,14 @@ from lmdbitmap.tracker.snapshot import Snapshot
 from lmdbitmap.tracker.vouching import Voucher, changed_together, write_refused
 
 log = logging.getLogger(__name__)
+
+
+class Following(NamedTuple):
+    """What a disk goes on with once a change of its chain is durable; see `Tracking.following`."""
+
+    disk: Disk
+    period: Period
+    holding: Holding | None
 
 
 class Tracking:
@@ -62,7 +72,7 @@ class Tracking:
         self.is_over = False
         self._max_armed = max_armed
         with store.read() as reader:
-            self.period = self.open_period(reader, disk)
+            self.period = self._open_period(reader, disk)
         self.gate = Gate(disk.geometry, self.period.settled)
         self._holding: Holding | None = None
         """The snapshots that are held now, if any; changed while the gate is closed."""
@@ -111,10 +121,10 @@ class Tracking:
         """The snapshots that are held now."""
         return () if self._holding is None else self._holding.snapshots
 
-    def hold(self, snapshots: Sequence[Snapshot]) -> None:
-        """Hold these snapshots, and no others, from now on. Called while the gate is closed."""
-        self._holding = Holding(snapshots, self.disk.geometry) if snapshots else None
-        self.gate.settled = self.period.settled if self._holding is None else self._holding.let_through
+    def _hold(self, holding: Holding | None) -> None:
+        """Hold these snapshots, and no others, from now on. Called while the gate is closed. Cannot fail."""
+        self._holding = holding
+        self.gate.settled = self.period.settled if holding is None else holding.let_through
 
     def let_go_of(self, snapshot: Snapshot) -> None:
         """Stop holding a snapshot: writers keep nothing for it any more."""
@@ -122,7 +132,8 @@ class Tracking:
             return
         try:
             with self.gate.drained():
-                self.hold([other for other in self.snapshots if other is not snapshot])
+                others = [other for other in self.snapshots if other is not snapshot]
+                self._hold(_holding_of(others, self.disk))
         except StorageError:
             if not self.is_over:  # else it ends with the tracking, at this very moment
                 raise
@@ -143,35 +154,43 @@ class Tracking:
     ) -> None:
         """Persist, change the chain, and open its newest bitmap afresh, with extents armed. Called inside `frozen`."""
 
-        def persist_and_change(writer: Writer) -> tuple[Disk, Period]:
+        def persist_and_change(writer: Writer) -> Following:
             self.put_exact(writer)
             disk = change(writer, self.as_stored(writer))
             writer.put_disk(disk)
-            period = self.open_period(writer, disk)
-            period.begin(writer, armed or {})
-            return disk, period
+            following = self.following(writer, disk, self.snapshots)
+            following.period.begin(writer, armed or {})
+            return following
 
         with changed_together([self.voucher]):
-            self.go_on_with(*self.store.update(persist_and_change))
+            self.go_on_with(self.store.update(persist_and_change))
 
     def put_exact(self, writer: Writer) -> None:
         """Write the period's exact bits, and the blocks of writes in doubt. Called inside `frozen`."""
         self.period.put_exact(writer, self.in_doubt(self.disk.geometry))
 
-    def go_on_with(self, disk: Disk, period: Period) -> None:
-        """Track into the newest bitmap of a chain that has changed durably. Called inside `frozen`."""
+    def following(
+        self, reader: Reader, disk: Disk, snapshots: Sequence[Snapshot], newest: Checkpoint | None = None
+    ) -> Following:
+        """Open a period, and hold `snapshots` in it, inside the transaction that makes its bitmap.
+
+        So nothing can fail any more once that is durable.
+        """
+        return Following(disk, self._open_period(reader, disk, newest), _holding_of(snapshots, disk))
+
+    def go_on_with(self, following: Following) -> None:
+        """Track into the newest bitmap of a chain that has changed durably. Called inside `frozen`. Cannot fail."""
         self.period.end()
-        self.disk, self.size = disk, disk.size
-        self.period = period
-        self.gate.geometry = disk.geometry
-        self.hold(self.snapshots)
+        self.disk, self.size = following.disk, following.disk.size
+        self.period = following.period
+        self.gate.geometry = following.disk.geometry
+        self._hold(following.holding)
 
     def as_stored(self, reader: Reader) -> Disk:
         """Return the disk as the store has it: after an interruption memory may lag behind."""
         return reader.disk(self.disk.uuid) or self.disk
 
-    def open_period(self, reader: Reader, disk: Disk, newest: Checkpoint | None = None) -> Period:
-        """Open a period inside the transaction that makes its bitmap: nothing can fail once that is durable."""
+    def _open_period(self, reader: Reader, disk: Disk, newest: Checkpoint | None = None) -> Period:
         bitmap = reader.bitmap((newest or chain.current_checkpoint(reader, disk)).bitmap_id)
         write_ahead = disk.durability == schema.WRITE_AHEAD
         return Period(self.store, bitmap, write_ahead=write_ahead, max_armed=self._max_armed)
@@ -179,13 +198,13 @@ class Tracking:
     def start_epoch(self, reason: str) -> None:
         """Begin a new epoch in which everything is dirty. Called inside `frozen`."""
 
-        def start(writer: Writer) -> tuple[Disk, Period]:
+        def start(writer: Writer) -> Following:
             disk = chain.start_epoch(writer, self.as_stored(writer), reason, time.time_ns())
             disk = chain.resize(writer, disk, self.device.size)
-            return disk, self.open_period(writer, disk)
+            return self.following(writer, disk, self.snapshots)
 
         with changed_together([self.voucher]):
-            self.go_on_with(*self.store.update(start))
+            self.go_on_with(self.store.update(start))
 
     def begin_again(self) -> None:
         """If track was lost, start an epoch and vouch for it. Called inside `frozen`."""
@@ -274,6 +293,10 @@ class Tracking:
             bitmap = reader.bitmap(chain.current_checkpoint(reader, self.disk).bitmap_id)
         reason = bitmap.superset or bitmap.all_dirty
         return Standing(Trust.SUPERSET if reason else Trust.EXACT, reason)
+
+
+def _holding_of(snapshots: Sequence[Snapshot], disk: Disk) -> Holding | None:
+    return Holding(snapshots, disk.geometry) if snapshots else None
 
 
 def detached_error(disk: Disk) -> StorageError:

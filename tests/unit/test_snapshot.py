@@ -6,7 +6,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -15,16 +15,17 @@ from typing import Any
 import pytest
 
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, NotFound, StorageError
+from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter, take_snapshot
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Allocation, Buffer
 from lmdbitmap.storage.schema import Checkpoint
-from lmdbitmap.tracker import points
+from lmdbitmap.tracker import points, tracking
 from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.snapshot import Snapshot
 from tests.crash.tapped import WRITES, TappedDevice, Turnstile, join, start
 from tests.helpers.support import PATIENCE_SECONDS, make_raw_image
-from tests.helpers.tracked import NAME, TrackedDisk, quick_folder
+from tests.helpers.tracked import NAME, TrackedDisk, blocks_of, quick_folder, trust_of
 
 BLOCK = 4096
 BLOCKS = 500
@@ -154,6 +155,35 @@ def test_a_disk_that_grows_in_the_last_moment_is_held_as_it_is_then(
     disk.pwrite(NEW, SIZE)
     assert snapshot.size == 2 * SIZE
     assert snapshot.pread(BLOCK, SIZE) == bytes(BLOCK)
+
+
+@pytest.mark.parametrize("change", ["checkpoint", "forget", "start_epoch", "snapshot"])
+def test_chain_does_not_change_where_there_is_no_memory_to_hold_the_disk_meanwhile(
+    tracked: TrackedDisk, disk: Filter, folder: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """Else the store would record into a new period, and writers would go by what was dirty in the old one."""
+
+    def refuse(*arguments: Any) -> None:
+        raise StorageError("memory", OSError(errno.ENOMEM, "none"), next_step="free some")
+
+    changes: dict[str, Callable[[], object]] = {
+        "checkpoint": lambda: disk.checkpoint("monday"),
+        "forget": lambda: disk.forget("later"),
+        "start_epoch": lambda: disk.start_epoch("a test"),
+        "snapshot": lambda: disk.snapshot("monday", scratch(folder)),
+    }
+    snapshot = disk.snapshot("s", scratch(folder))
+    disk.pwrite(NEW, 7 * BLOCK)
+    disk.checkpoint("later")
+    disk.pwrite(NEW, 8 * BLOCK)
+    with monkeypatch.context() as patched:
+        patched.setattr(tracking, "Holding", refuse)
+        with pytest.raises(StorageError, match="none"):
+            changes[change]()
+    disk.pwrite(NEW, 8 * BLOCK)
+    assert tracked.checkpoints() == ["epoch-1", "start", "epoch-2", "written", "s", "later"]
+    assert (blocks_of(disk.changes()), trust_of(disk.changes())) == ({8}, Trust.EXACT)
+    assert (disk.snapshots, snapshot.pread(BLOCK, 8 * BLOCK)) == ((snapshot,), OLD)
 
 
 def test_writers_are_fast_again_after_the_release(disk: Filter, folder: Path) -> None:
