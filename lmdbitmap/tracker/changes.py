@@ -82,11 +82,23 @@ class Changes:
         """Yield the slices with dirt, ascending; bits past the end are clear.
 
         Only regions [start, stop), if given. A slice may be longer than these; regions that no slice has are clean.
+        Raises as `extents` does.
         """
         stop = self.geometry.region_count if stop is None else min(stop, self.geometry.region_count)
         if self.all_dirty:
             return full_slices(self.geometry, start, stop)
-        return slices_of(self.store, self.geometry, self._bitmap_ids, start, stop)
+        return slices_of(self.store, self.geometry, self._bitmaps_with_records, start, stop)
+
+    def _bitmaps_with_records(self, reader: Reader) -> list[int]:
+        """Return the bitmaps to read. Raise `Busy` if one was made all dirty meanwhile, as mending.py does with damaged
+        ones: its records are gone, and would read as clean.
+        """
+        numbers = self._bitmap_ids(reader)
+        if any(reader.bitmap(number).all_dirty for number in numbers):
+            raise Busy(
+                f"a damaged bitmap of disk {self.disk.name!r} was mended just now", next_step="ask again"
+            )
+        return numbers
 
     def _bitmap_ids(self, reader: Reader) -> list[int]:
         """Return the bitmaps of the requested periods, as the chain is now. Raise `Untrusted` if the epoch changed."""
@@ -126,7 +138,8 @@ class Changes:
     def extents(self, device: BlockDevice | None = None) -> Iterator[Extent]:
         """Yield the dirty byte ranges, clipped to the disk; with the image, also which of them read as zeroes.
 
-        Raises `Untrusted`, also midway, if a checkpoint was forgotten or tracking began again meanwhile.
+        Raises `Untrusted`, also midway, if a checkpoint was forgotten or tracking began again meanwhile, and `Busy` if
+        the disk was made smaller or a damaged bitmap was mended.
         """
         dirty = self._dirty_extents()
         return dirty if device is None else with_zeroes(dirty, _zeroes(device))

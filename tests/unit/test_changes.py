@@ -13,8 +13,11 @@ import pytest
 from lmdbitmap.errors import Busy, InvalidArgument, NotFound, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
+from lmdbitmap.geometry import REGION_BLOCKS
 from lmdbitmap.storage import schema
+from lmdbitmap.storage.mending import mend_closed_periods
 from lmdbitmap.storage.owner import Owner
+from lmdbitmap.storage.tally import GROUP_REGIONS
 from lmdbitmap.tracker.changes import dirty_bytes_of_period
 from tests.helpers.tracked import TrackedDisk, blocks_of, trust_of
 
@@ -248,6 +251,23 @@ def test_forgotten_middle_changes_nothing_and_a_forgotten_end_is_said(tracked: T
         disk.forget("wednesday")
         with pytest.raises(Untrusted):
             blocks_of(answer)
+
+
+def test_bitmap_that_is_mended_under_a_reader_is_not_read_on(tmp_path: Path) -> None:
+    """Its records go, as all of it is dirty from then on: where the reader has not been yet they would seem clean."""
+    far = GROUP_REGIONS * REGION_BLOCKS
+    with closing(TrackedDisk(tmp_path, 512 * (far + 1), granularity_bits=9).clean()) as tracked:
+        with tracked.attach() as disk:
+            disk.pwrite(b"x", 0)
+            disk.pwrite(b"x", 512 * far)
+            disk.checkpoint("monday")
+        damage_the_record(tracked, period=-2)
+        reader = tracked.changes("start", "monday").runs(0, far + 1)
+        assert next(reader) == (0, REGION_BLOCKS)
+        mend_closed_periods(tracked.store, tracked.disk())
+        with pytest.raises(Busy, match="mended just now"):
+            list(reader)
+        assert list(tracked.changes("start", "monday").runs()) == [(0, far + 1)]
 
 
 def test_new_epoch_under_a_reader_is_all_dirty(tracked: TrackedDisk) -> None:
