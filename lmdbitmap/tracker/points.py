@@ -182,20 +182,29 @@ def forget(tracking: Tracking, name: str) -> None:
     """See `Filter.forget`."""
     if tracking.is_over:
         raise detached_error(tracking.disk)
-    for held in tracking.snapshots:
-        if held.checkpoint.name == name:
-            raise held_error(held)
     if not tracking.store.update(lambda writer: _forget_unless_newest(writer, tracking, name)):
         with tracking.frozen():
+            _require_unheld(tracking, name)
             tracking.change_chain(lambda writer, disk: _forget(writer, disk, name), _carried(tracking))
 
 
 def _forget_unless_newest(writer: Writer, tracking: Tracking, name: str) -> bool:
+    """Forget it and return True; the newest one can be forgotten, and found unheld, only while the disk is frozen.
+
+    A snapshot's checkpoint is the newest until the snapshot is held, as no other can be made before.
+    """
     disk = tracking.as_stored(writer)
     if chain.current_checkpoint(writer, disk).name == name:
         return False
+    _require_unheld(tracking, name)
     chain.forget(writer, disk, name)
     return True
+
+
+def _require_unheld(tracking: Tracking, name: str) -> None:
+    for held in tracking.snapshots:
+        if held.checkpoint.name == name:
+            raise held_error(held)
 
 
 def _forget(writer: Writer, disk: Disk, name: str) -> Disk:

@@ -20,6 +20,7 @@ from lmdbitmap.filter import Filter, take_snapshot
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import Allocation, Buffer
 from lmdbitmap.storage.schema import Checkpoint
+from lmdbitmap.store import Writer
 from lmdbitmap.tracker import points, tracking
 from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.snapshot import Snapshot
@@ -140,6 +141,25 @@ def test_the_disk_keeps_its_size_and_the_checkpoint_while_it_is_held(disk: Filte
     disk.resize(SIZE - BLOCK)
     disk.forget("s")
     assert disk.size == SIZE - BLOCK
+
+
+@pytest.mark.parametrize("later", [[], ["later"]], ids=["newest", "older"])
+def test_checkpoint_that_is_held_in_the_last_moment_is_not_forgotten(
+    tracked: TrackedDisk, disk: Filter, folder: Path, later: list[str]
+) -> None:
+    update = tracked.store.update
+
+    def hold_first(change: Callable[[Writer], bool]) -> bool:
+        tracked.store.update = update  # type: ignore[method-assign]
+        disk.snapshot("s", scratch(folder))
+        for name in later:
+            disk.checkpoint(name)
+        return update(change)
+
+    tracked.store.update = hold_first  # type: ignore[method-assign, assignment]
+    with pytest.raises(Busy, match="held as at checkpoint 's'"):
+        disk.forget("s")
+    assert tracked.checkpoints()[4:] == ["s", *later]
 
 
 def test_a_disk_that_grows_in_the_last_moment_is_held_as_it_is_then(
