@@ -154,9 +154,9 @@ class Store:
             self.let_go()
 
     def keep_open(self) -> None:
-        """Keep the store open until `let_go`, as for a disk that is attached with it."""
-        self._alive()
+        """Keep the store open until `let_go`, as for a disk that is attached with it. Raise if it is closed already."""
         with self._using:
+            self._alive()
             self._users += 1
 
     def let_go(self) -> None:

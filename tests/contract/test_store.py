@@ -341,6 +341,28 @@ def test_closed_store_refuses(path: str) -> None:
         closed.update(lambda writer: None)
 
 
+def test_store_that_is_closed_at_this_moment_cannot_be_kept_open(path: str, opened: Store) -> None:
+    """It would be let go of twice then, and with it the environment of whoever else has opened it."""
+    other = Store.open(path)
+    using = other._using
+
+    class CloseFirst:
+        def __enter__(self) -> None:
+            other._using = using
+            other.close()
+            using.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            using.release()
+
+    other._using = CloseFirst()  # type: ignore[assignment]
+    with pytest.raises(StorageError, match="it is closed"):
+        other.keep_open()
+    other.close()
+    with opened.read() as reader:
+        assert reader.disks() == []
+
+
 def test_opened_by_many_threads_at_once_it_is_one_environment(path: str) -> None:
     start = threading.Barrier(8)
     found: list[Store] = []
