@@ -183,7 +183,7 @@ class Filter(Front):
                     f" not {geometry.size} in blocks of {geometry.granularity}",
                     next_step="try again if it was resized just now",
                 )
-            if self._voucher.lost is None:
+            if self._tracking.has_track():
                 self._tracking.period.add_dirt(dirt)
 
     def resize(self, size: int) -> None:
@@ -362,7 +362,7 @@ class Filter(Front):
         self.flush()
         with contextlib.suppress(LmdbitmapError):  # the commit below says more than a sign of life
             self.beat()
-        if self._voucher.lost is None:
+        if self._voucher.lost is None and not self._tracking.is_astray:
             self._tracking.end_session(identity_to_keep(self.device))
             for act in self._last_acts:
                 act()

@@ -68,6 +68,8 @@ class Gate:
         self._lock = threading.Lock()
         self._lanes: weakref.WeakSet[FilterLane] = weakref.WeakSet()
         self._shut: StorageError | None = None
+        self.is_slow = False
+        """Whether every write takes the slow path, as if nothing were settled. Set it while the gate is closed."""
 
     def add(self, lane: FilterLane) -> None:
         with self._lock:
@@ -120,7 +122,7 @@ class Gate:
     def _open(self, lane: FilterLane) -> None:
         if self._shut is None:
             lane.settled = self.settled
-            lane.size = self.geometry.size
+            lane.size = _CLOSED if self.is_slow else self.geometry.size
 
 
 class FilterLane:

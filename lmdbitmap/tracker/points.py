@@ -24,8 +24,7 @@ from lmdbitmap.store import Store, Writer
 from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.scratch import Scratch, ScratchFile
 from lmdbitmap.tracker.snapshot import Snapshot
-from lmdbitmap.tracker.tracking import Following, Tracking, detached_error, held_error
-from lmdbitmap.tracker.vouching import changed_together
+from lmdbitmap.tracker.tracking import Following, Tracking, changed_together, detached_error, held_error
 
 _CARRIED_REGIONS = 256
 """Most regions with extents armed from the start of a period: writers wait while records are made, some 4 µs each."""
@@ -89,7 +88,7 @@ def _take_points(
             tracking.begin_again()  # a write that was drained just now may have lost track
             held[tracking] = prepare(tracking)
         time_ns = time.time_ns()
-        with changed_together([tracking.voucher for tracking in disks]):
+        with changed_together(disks):
             points = store.update(
                 lambda writer: [
                     _next_period(writer, tracking, name, time_ns, likely[tracking], held[tracking])

@@ -7,7 +7,8 @@
 A period ends in one transaction of the store, which writes its exact bits and opens the bitmap of the next one. Memory
 follows (`go_on_with`) while nobody writes. All memory that it takes then is allocated inside the transaction, which is
 given up if there is none. If an interruption may have come between the two, or the store cannot say whether it took the
-change, track is lost (vouching.py).
+change, the disk is *astray*: the store may record into another bitmap than the period in memory. Track is lost then
+(vouching.py), and no write passes before that is said.
 
 When tracking fails, policy `guest-first` lets the guest's write through, but first makes durable that the bitmap cannot
 be trusted; a new epoch begins as soon as the store can be written again. Policy `strict` fails the write.
@@ -30,7 +31,7 @@ from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import FlushesByItself, ImageIdentity, LeavesDoubt, TrackableDevice
 from lmdbitmap.storage import schema
 from lmdbitmap.storage.schema import Checkpoint, Disk
-from lmdbitmap.store import Reader, Store, Writer
+from lmdbitmap.store import CommitInDoubt, Reader, Store, Writer
 from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.changes import Standing
 from lmdbitmap.tracker.flushing import Flusher
@@ -38,7 +39,7 @@ from lmdbitmap.tracker.holding import Holding
 from lmdbitmap.tracker.lane import Gate
 from lmdbitmap.tracker.period import Period
 from lmdbitmap.tracker.snapshot import Snapshot
-from lmdbitmap.tracker.vouching import Voucher, changed_together, write_refused
+from lmdbitmap.tracker.vouching import Voucher, write_refused
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ class Tracking:
             device.tell_of_loss(self.flusher.lose)
         self._doubtful = device if isinstance(device, LeavesDoubt) else None
         self.is_over = False
+        self._astray: str | None = None
+        """Why the store may record into another bitmap than `period`; None while it does not. Set while frozen."""
         self._max_armed = max_armed
         with store.read() as reader:
             self.period = self._open_period(reader, disk)
@@ -92,7 +95,7 @@ class Tracking:
 
     def settle(self, runs: list[Run]) -> bool:
         """Settle `runs` (law 1) and return whether they are settled. If not, do what the policy says."""
-        if self.voucher.lost is not None:
+        if not self.has_track():
             return False
         try:
             self.period.make_durable(runs)
@@ -100,6 +103,15 @@ class Tracking:
             self._tracking_failed(error)
             return False
         return True
+
+    def has_track(self) -> bool:
+        """Whether dirt can be recorded. If the disk is astray, say first that track is lost.
+
+        Raises `StorageError` if neither distrust nor silence can say so.
+        """
+        if self._astray is not None and self.voucher.lost is None:
+            self.voucher.lose_track(self._astray)
+        return self.voucher.lost is None
 
     def _tracking_failed(self, error: LmdbitmapError) -> None:
         if self.disk.policy == schema.STRICT:
@@ -162,7 +174,7 @@ class Tracking:
             following.period.begin(writer, armed or {})
             return following
 
-        with changed_together([self.voucher]):
+        with changed_together([self]):
             self.go_on_with(self.store.update(persist_and_change))
 
     def put_exact(self, writer: Writer) -> None:
@@ -185,6 +197,19 @@ class Tracking:
         self.period = following.period
         self.gate.geometry = following.disk.geometry
         self._hold(following.holding)
+        self.stay()
+
+    @property
+    def is_astray(self) -> bool:
+        return self._astray is not None
+
+    def stray(self) -> None:
+        """Be astray until `go_on_with`, or `stay`: whatever comes in between. Called inside `frozen`."""
+        self._astray, self.gate.is_slow = "a change of its checkpoints was interrupted", True
+
+    def stay(self) -> None:
+        """Be astray no more: the store records into the bitmap of `period`. Called inside `frozen`."""
+        self._astray, self.gate.is_slow = None, False
 
     def as_stored(self, reader: Reader) -> Disk:
         """Return the disk as the store has it: after an interruption memory may lag behind."""
@@ -203,7 +228,7 @@ class Tracking:
             disk = chain.resize(writer, disk, self.device.size)
             return self.following(writer, disk, self.snapshots)
 
-        with changed_together([self.voucher]):
+        with changed_together([self]):
             self.go_on_with(self.store.update(start))
 
     def begin_again(self) -> None:
@@ -293,6 +318,38 @@ class Tracking:
             bitmap = reader.bitmap(chain.current_checkpoint(reader, self.disk).bitmap_id)
         reason = bitmap.superset or bitmap.all_dirty
         return Standing(Trust.SUPERSET if reason else Trust.EXACT, reason)
+
+
+@contextlib.contextmanager
+def changed_together(disks: Sequence[Tracking]) -> Iterator[None]:
+    """In the block, change the chains in the store and the periods in memory together. Used inside `frozen`.
+
+    If an interruption (Ctrl-C) may have come between the two, or the store cannot say whether it took the change, it is
+    unknown which bitmap records. All disks then lose track. They are astray from the start, so that a further
+    interruption, or an owner's file that cannot say so, lets no write pass.
+    """
+    sound = [tracking for tracking in disks if not tracking.is_astray]
+    try:
+        for tracking in disks:
+            tracking.stray()
+        yield
+    except CommitInDoubt as error:
+        _lose_all(disks, f"a change of its checkpoints may have taken place or not ({error.problem})")
+        raise
+    except LmdbitmapError:  # the store is as it was before
+        for tracking in sound:
+            tracking.stay()
+        raise
+    except BaseException:
+        _lose_all(disks, "a change of its checkpoints was interrupted")
+        raise
+
+
+def _lose_all(disks: Sequence[Tracking], reason: str) -> None:
+    with contextlib.ExitStack() as each:  # each loses track even if another cannot say so
+        for tracking in disks:
+            tracking.stray()
+            each.callback(tracking.voucher.lose_track, reason)
 
 
 def _holding_of(snapshots: Sequence[Snapshot], disk: Disk) -> Holding | None:

@@ -13,18 +13,15 @@ The owner vouches again only for a new epoch.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
 
 from lmdbitmap.errors import LmdbitmapError, StorageError
 from lmdbitmap.interfaces import TrackableDevice
 from lmdbitmap.storage.owner import Owner
-from lmdbitmap.store import CommitInDoubt
 
 log = logging.getLogger(__name__)
 
@@ -111,24 +108,3 @@ def write_refused(name: str, error: LmdbitmapError) -> StorageError:
         OSError(code or errno.EIO, os.strerror(code or errno.EIO)),
         next_step=error.next_step,
     )
-
-
-@contextlib.contextmanager
-def changed_together(vouchers: Sequence[Voucher]) -> Iterator[None]:
-    """In the block, change the chains in the store and the periods in memory together.
-
-    If an interruption (Ctrl-C) may have come between the two, or the store cannot say whether it took the change, it is
-    unknown which bitmap records. All vouchers then lose track.
-    """
-    try:
-        yield
-    except CommitInDoubt as error:
-        for voucher in vouchers:
-            voucher.lose_track(f"a change of its checkpoints may have taken place or not ({error.problem})")
-        raise
-    except LmdbitmapError:
-        raise  # the store is as it was before
-    except BaseException:
-        for voucher in vouchers:
-            voucher.lose_track("a change of its checkpoints was interrupted")
-        raise

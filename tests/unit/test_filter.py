@@ -451,6 +451,98 @@ def test_interrupted_checkpoint_is_not_believed(tracked: TrackedDisk, disk: Filt
     assert dirty(disk, "epoch-2") == set(range(BLOCKS))
 
 
+def interrupted_checkpoint(store: Store, name: str, *disks: Filter) -> None:
+    """Take a checkpoint; Ctrl-C comes after its commit. Raises what comes of that."""
+    update = store.update
+
+    def commit_and_interrupt(change: Callable[..., Any]) -> None:
+        store.update = update  # type: ignore[method-assign]
+        update(change)
+        raise KeyboardInterrupt
+
+    store.update = commit_and_interrupt  # type: ignore[method-assign, assignment]
+    take_checkpoint(disks, name)
+
+
+def refuse_distrust(patched: pytest.MonkeyPatch, refusal: BaseException) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise refusal
+
+    patched.setattr(owner.Owner, "declare_distrust", refuse)
+
+
+EIO = StorageError("owner's file", OSError(errno.EIO, "refused"), next_step="mend it")
+
+
+def test_checkpoint_that_is_interrupted_again_is_not_believed_by_the_next_write(
+    tracked: TrackedDisk, disk: Filter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if that is to a block that was dirty before, and would take the fast path."""
+    disk.pwrite(b"x", 0)
+    with monkeypatch.context() as patched:
+        refuse_distrust(patched, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            interrupted_checkpoint(tracked.store, "monday", disk)
+    disk.pwrite(b"y", 0)
+    assert trust_of(disk.changes(since="monday")) is Trust.UNTRUSTED
+    assert trust_of(tracked.changes("monday")) is Trust.UNTRUSTED
+
+
+def test_checkpoint_that_is_interrupted_again_stays_in_the_chain_after_a_detach(
+    tracked: TrackedDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tracked.attach() as disk, monkeypatch.context() as patched:
+        refuse_distrust(patched, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            interrupted_checkpoint(tracked.store, "monday", disk)
+    with tracked.attach() as disk:
+        disk.pwrite(b"x", 9 * BLOCK)
+        disk.checkpoint("tuesday")
+        assert tracked.checkpoints() == ["epoch-1", "start", "monday", "tuesday"]
+        assert dirty(disk) == dirty(disk, "monday", "tuesday") == {9}
+
+
+def test_no_write_passes_while_it_cannot_be_said_that_a_checkpoint_was_interrupted(
+    tracked: TrackedDisk, disk: Filter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image without an mtime, on which silence says nothing. A store that refuses changes nothing about that."""
+    disk.pwrite(b"x", 0)
+    monkeypatch.setattr(disk.device, "identity", lambda: ImageIdentity(1, 2, SIZE, 0))
+    with monkeypatch.context() as patched:
+        refuse_distrust(patched, EIO)
+        with pytest.raises(StorageError, match="cannot record a write"):
+            interrupted_checkpoint(tracked.store, "monday", disk)
+        with pytest.raises(AlreadyExists):
+            disk.checkpoint("monday")
+        with pytest.raises(StorageError, match="cannot record a write"):
+            disk.pwrite(b"y", 0)
+        with pytest.raises(StorageError, match="cannot record a write"):
+            disk.mark_regions([(0, b"\1".ljust(512, b"\0"))], disk.disk.geometry)
+    assert disk.pread(1, 0) == b"x"
+    disk.checkpoint("tuesday")
+    disk.pwrite(b"y", 0)
+    assert tracked.checkpoints() == ["epoch-1", "start", "monday", "tuesday"]
+    assert dirty(disk, "tuesday") == {0}
+    assert 0 in dirty(disk, "monday")
+
+
+def test_an_interrupted_checkpoint_of_two_disks_is_not_believed_of_the_one_that_can_say_so(
+    tracked: TrackedDisk, pair: tuple[Filter, Filter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = pair
+    for order in ((one, two), (two, one)):
+        with monkeypatch.context() as patched:
+            patched.setattr(one._voucher, "lose_track", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                interrupted_checkpoint(tracked.store, f"first is {order[0].disk.name}", *order)
+        assert trust_of(two.changes()) is Trust.UNTRUSTED
+        two.regain_trust()
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 # --- sizes ---
 
 
