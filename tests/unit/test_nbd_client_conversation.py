@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -17,6 +17,7 @@ from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.nbd.client.device import NbdDevice
+from lmdbitmap.nbd.client.link import Call, Link, Request
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import session
 from lmdbitmap.tracker.changes import changes
@@ -384,6 +385,30 @@ def test_discard_that_is_refused_the_second_time_is_in_doubt_and_no_loss(far: Fa
         far.crash()
         device.flush()
         assert device.in_doubt() == [(4096, 8192)]
+
+
+def test_write_whose_caller_is_interrupted_just_before_it_is_sent_is_in_doubt_at_once(
+    far: FarServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its caller is gone when another thread, which connects again, sends it: in which period is not known."""
+    doubts: list[Sequence[tuple[int, int]]] = []
+    with opened(far.uri) as device:
+        talk = device._conversation
+        late, call, not_sent = Request(WRITE, 4096, 4, data=b"late"), Call(1), talk._not_sent
+
+        def and_interrupt(link: Link) -> list[Request]:
+            todo = not_sent(link)
+            if late in todo:
+                talk._abandon(call, [late])
+                doubts.append(device.in_doubt())
+            return todo
+
+        monkeypatch.setattr(talk, "_not_sent", and_interrupt)
+        assert talk._link is not None
+        talk._lose(talk._link, ConnectionResetError())
+        talk.post(call, [late])
+        device.pread(1, 0)
+    assert doubts == [[(4096, 4100)]]
 
 
 # --- what is told of a tracked disk ---

@@ -220,10 +220,13 @@ class Conversation:
             call.turn.acquire()
 
     def _abandon(self, call: Call, requests: Sequence[Request]) -> None:
-        """Forget the requests of an interrupted caller: a late answer must not be taken for that of another request."""
+        """Forget the requests of an interrupted caller: a late answer must not be taken for that of another request.
+
+        What was not sent is in doubt too: a thread that connects again may be about to send it.
+        """
         with self._state:
             left = [self._waiting.pop(request.cookie, None) for request in requests]
-            self._doubt(request for request in left if request is not None and request.link is not None)
+            self._doubt(request for request in left if request is not None)
             link = self._link
             if self._leader is call:
                 self._hand_on()
