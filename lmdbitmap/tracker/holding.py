@@ -6,6 +6,7 @@ the block is durably dirty *and* that every snapshot has kept what it wants of i
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 
 from lmdbitmap import bits
@@ -21,6 +22,15 @@ class Holding:
         self.snapshots = tuple(snapshots)
         self._geometry = geometry
         self.let_through = bits.bitmap_view(bits.anonymous_memory(geometry.region_count * REGION_BYTES))
+
+    def without(self, snapshot: Snapshot) -> Holding | None:
+        """The others, if any, in the same period, with the same map: what all have kept, the others have. Cannot fail.
+
+        So a snapshot can be let go of where there is no memory for another map.
+        """
+        rest = copy.copy(self)
+        rest.snapshots = tuple(other for other in self.snapshots if other is not snapshot)
+        return rest if rest.snapshots else None
 
     def keep(self, runs: Iterable[Run]) -> None:
         """Return when snapshots allow the runs of blocks to change. Never raises."""

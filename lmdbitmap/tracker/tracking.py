@@ -144,8 +144,8 @@ class Tracking:
             return
         try:
             with self.gate.drained():
-                others = [other for other in self.snapshots if other is not snapshot]
-                self._hold(_holding_of(others, self.disk))
+                if self._holding is not None:
+                    self._hold(self._holding.without(snapshot))
         except StorageError:
             if not self.is_over:  # else it ends with the tracking, at this very moment
                 raise

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from lmdbitmap import bits
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, NotFound, StorageError
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter, take_snapshot
@@ -204,6 +205,26 @@ def test_chain_does_not_change_where_there_is_no_memory_to_hold_the_disk_meanwhi
     assert tracked.checkpoints() == ["epoch-1", "start", "epoch-2", "written", "s", "later"]
     assert (blocks_of(disk.changes()), trust_of(disk.changes())) == ({8}, Trust.EXACT)
     assert (disk.snapshots, snapshot.pread(BLOCK, 8 * BLOCK)) == ((snapshot,), OLD)
+
+
+def test_a_snapshot_can_be_released_where_there_is_no_memory(
+    disk: Filter, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the guest would keep old data for nobody. The other snapshot goes on with what both have kept."""
+
+    def refuse(*arguments: Any) -> None:
+        raise StorageError("memory", OSError(errno.ENOMEM, "none"), next_step="free some")
+
+    one, two = disk.snapshot("one", scratch(folder)), disk.snapshot("two", scratch(folder))
+    disk.pwrite(NEW, 0)
+    monkeypatch.setattr(bits, "anonymous_memory", refuse)
+    one.release()
+    assert disk.snapshots == (two,)
+    for block in (0, 1):
+        disk.pwrite(b"x" * BLOCK, block * BLOCK)
+    assert two.pread(2 * BLOCK, 0) == 2 * OLD
+    two.release()
+    assert not disk.snapshots
 
 
 def test_writers_are_fast_again_after_the_release(disk: Filter, folder: Path) -> None:
