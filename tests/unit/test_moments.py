@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import datetime, timedelta, timezone
+from zoneinfo import ZoneInfo
 
 import pytest
 
@@ -68,6 +69,24 @@ def test_an_hour_that_comes_twice_is_the_later_one(monkeypatch: pytest.MonkeyPat
         time.tzset()
 
 
+@pytest.mark.parametrize("shown", ["02:00", "02:30", "02:59:59", "02:30:00.5"])
+def test_an_hour_that_is_jumped_over_is_the_moment_before_the_jump(
+    monkeypatch: pytest.MonkeyPatch, shown: str
+) -> None:
+    """Else it would be earlier than the minute before it, or later than the one after it."""
+    jump = int(datetime(2026, 3, 29, 1, tzinfo=timezone.utc).timestamp()) * SECOND
+    assert last_ns_of(f"2026-03-29 {shown}", ZoneInfo("Europe/Berlin")) == jump - 1
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    try:
+        assert format_time(jump) == "2026-03-29 03:00:00"
+        assert last_ns_of("2026-03-29 01:59") == last_ns_of(f"2026-03-29 {shown}") == jump - 1
+        assert last_ns_of("2026-03-29 03:00") == jump + MINUTE - 1
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
 def test_a_day_ends_where_the_next_one_begins_for_the_first_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """In Havana the first hour of a day in autumn comes twice, and both belong to that day."""
     monkeypatch.setenv("TZ", "America/Havana")
@@ -77,6 +96,21 @@ def test_a_day_ends_where_the_next_one_begins_for_the_first_time(monkeypatch: py
         assert format_time(end) == "2026-11-01 00:00:00"
         assert last_ns_of("2026-10-31") == end - 1
         assert last_ns_of("2026-11-01 00:30") == end + HOUR + 31 * MINUTE - 1
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_a_day_whose_next_one_begins_with_a_jump_ends_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Santiago a day in spring begins at 1:00. Else the last hour of the day before would be cut off."""
+    jump = int(datetime(2026, 9, 6, 4, tzinfo=timezone.utc).timestamp()) * SECOND
+    assert last_ns_of("2026-09-05", ZoneInfo("America/Santiago")) == jump - 1
+    monkeypatch.setenv("TZ", "America/Santiago")
+    time.tzset()
+    try:
+        assert format_time(jump - SECOND) == "2026-09-05 23:59:59"
+        assert format_time(jump) == "2026-09-06 01:00:00"
+        assert last_ns_of("2026-09-05") == jump - 1
     finally:
         monkeypatch.undo()
         time.tzset()
