@@ -29,6 +29,7 @@ Invariants, which hold at every moment, also after a power cut:
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -136,7 +137,9 @@ class BackupFolder:
         """Return the manifest; None before the first backup. Raise `FormatError` if it cannot be known."""
         found = self._manifest.read()
         if found is None and self.has_images_of_old():
-            raise self._manifest.missing()
+            found = self._manifest.read()  # again: a first backup may have ended between the two looks
+            if found is None:
+                raise self._manifest.missing()
         return found
 
     def known_backups(self) -> Manifest:
@@ -247,8 +250,9 @@ class BackupFolder:
 
     def has_images_of_old(self) -> bool:
         """Return whether there are images, apart from the one that a running or killed first backup is making."""
-        unfinished = {work.file for work in self._noted()}
-        return any(image[0] not in unfinished for image in self._images())
+        images = [image[0] for image in self._images()]  # before the note, which is there before its image is
+        unfinished = {work.file for work in self._noted() or ()} if images else set()
+        return any(image not in unfinished for image in images)
 
     # -- succession ----------------------------------------------------------------------------------------
 
@@ -320,6 +324,8 @@ class BackupFolder:
     def unfinished(self) -> list[Unfinished]:
         """Return the unfinished work that is not in the manifest. Remove its images and their digests."""
         noted = self._noted()
+        if noted is None:
+            noted = self._put_note_aside()
         known = {entry.file for entry in _entries_of(self._manifest.read())} if noted else set()
         abandoned = [work for work in noted if work.file not in known]
         for work in abandoned:
@@ -333,19 +339,19 @@ class BackupFolder:
         """Remove the note of unfinished work. Not synced: a note that comes back after a power cut does no harm."""
         remove(self.path_of(UNFINISHED))
 
-    def _noted(self) -> list[Unfinished]:
-        path = self.path_of(UNFINISHED)
-        if not os.path.lexists(path):
-            return []
-        text = _note_text(path)
+    def _noted(self) -> list[Unfinished] | None:
+        """Return the noted work; None if the note cannot be read. Changes nothing: readers without the lock ask too."""
+        text = _note_text(self.path_of(UNFINISHED))
         if text is None or not _NOTE.fullmatch(text):
-            kept = put_aside(self.path, UNFINISHED)
-            remove(path)
-            log.error(
-                "%s cannot be read, and is kept as %s: what it named stays, and takes space", path, kept
-            )
-            return []
+            return None
         return [Unfinished(*line.split(" ")) for line in text.splitlines()]
+
+    def _put_note_aside(self) -> list[Unfinished]:
+        kept = put_aside(self.path, UNFINISHED)
+        path = self.path_of(UNFINISHED)
+        remove(path)
+        log.error("%s cannot be read, and is kept as %s: what it named stays, and takes space", path, kept)
+        return []
 
 
 def _entries_of(known: Manifest | None) -> Sequence[BackupEntry]:
@@ -358,12 +364,16 @@ def _files_of(known: Manifest | None) -> set[str]:
 
 
 def _note_text(path: str) -> str | None:
-    """Return the note's text; None if it cannot be read: it is a folder, or far too long."""
+    """Return the note's text, which is empty without a note; None if it cannot be read: it is a folder, or too long."""
     try:
-        return (
-            files.read_bounded(path, _NOTE_BYTES).decode(errors="replace") if os.path.isfile(path) else None
-        )
+        return files.read_bounded(path, _NOTE_BYTES).decode(errors="replace")
+    except NotFound:
+        return None if os.path.lexists(path) else ""  # a link to nothing, or dropped just now
     except FormatError:
+        return None
+    except StorageError as refusal:
+        if refusal.errno not in (errno.EISDIR, errno.ELOOP):
+            raise
         return None
 
 

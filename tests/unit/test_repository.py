@@ -17,6 +17,7 @@ from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.repository import manifest
 from lmdbitmap.repository.manifest import BackupType, Manifest
 from lmdbitmap.repository.repository import (
+    UNFINISHED,
     BackupFolder,
     Unfinished,
     disk_names,
@@ -264,6 +265,43 @@ def test_the_image_that_a_first_backup_is_making_is_no_lost_backup(folder: Backu
     put(folder, OTHER.file)
     with pytest.raises(FormatError):
         folder.manifest()
+
+
+def test_a_first_backup_that_ends_meanwhile_has_its_manifest(
+    folder: BackupFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader holds no lock: it may look for the manifest right before it is there, and for the note after."""
+    folder.note_unfinished([WORK])
+    put(folder, WORK.file)
+    looks: list[str] = []
+
+    def lists(path: str) -> list[str]:
+        if not looks:
+            looks.append(path)
+            folder.replace_manifest(CHAIN)
+            folder.drop_note()
+        return list_folder(path)
+
+    list_folder = os.listdir
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "listdir", lists)
+        assert folder.manifest() == CHAIN
+    assert looks
+
+
+@pytest.mark.parametrize("note", ["garbage", None], ids=["garbage", "a folder"])
+def test_a_reader_changes_nothing_where_manifest_and_note_are_lost(
+    folder: BackupFolder, note: str | None
+) -> None:
+    put(folder, WORK.file)
+    if note is None:
+        os.mkdir(folder.path_of(UNFINISHED))
+    else:
+        put(folder, UNFINISHED, note.encode())
+    before = sorted(os.listdir(folder.path))
+    with pytest.raises(FormatError, match="found none"):
+        folder.manifest()
+    assert sorted(os.listdir(folder.path)) == before
 
 
 def test_disks_are_listed_by_their_manifests(tmp_path: Path) -> None:
