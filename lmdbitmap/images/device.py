@@ -32,6 +32,8 @@ ZERO_CHUNK_BYTES = 1 << 20
 PAGE_BYTES = 4096
 _STAT_BLOCK_BYTES = 512
 _READ_AHEAD_BYTES = 512 << 10
+_EARLIEST_NS, _LATEST_NS = -(1 << 63), (1 << 63) - 1
+"""All times that a sign of life can hold (storage/owner.py)."""
 
 DATA = (False, False)
 HOLE = (True, True)
@@ -104,13 +106,15 @@ class FileDevice:
         """Return the image's current identity.
 
         A block device is identified by its number, its size and the kernel's counters: the inode and mtime of its node
-        say nothing about its data.
+        say nothing about its data. An mtime that 64 bits cannot hold, as one after the year 2262, is the nearest that
+        they can: no write leaves such a time.
         """
         status = os.fstat(self._fd)
         if self.is_block_device:
             size, trace = os.lseek(self._fd, 0, os.SEEK_END), kernel.device_trace(status.st_rdev)
             return ImageIdentity(status.st_rdev, 0, size, 0, trace)
-        return ImageIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        mtime_ns = min(max(status.st_mtime_ns, _EARLIEST_NS), _LATEST_NS)
+        return ImageIdentity(status.st_dev, status.st_ino, status.st_size, mtime_ns)
 
     def pread(self, length: int, offset: int) -> bytes:
         check_range(offset, length, self._size)

@@ -221,7 +221,11 @@ def test_clock_that_was_set_hides_no_write_after_a_death(disk: BackedUpDisk, ahe
     assert trust_of(disk.changes()) is Trust.UNTRUSTED
 
 
-@pytest.mark.parametrize("mtime_ns", [1, time.time_ns() + LATER_NS, 2**62], ids=["long ago", "soon", "never"])
+@pytest.mark.parametrize(
+    "mtime_ns",
+    [-LATER_NS, 1, time.time_ns() + LATER_NS, 2**62, 10**19],
+    ids=["before 1970", "long ago", "soon", "never", "past 64 bits"],
+)
 def test_strange_mtime_hides_no_write(disk: BackedUpDisk, mtime_ns: int) -> None:
     os.utime(disk.image, ns=(mtime_ns, mtime_ns))
     session.adopt(disk.store, NAME)

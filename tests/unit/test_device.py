@@ -136,6 +136,17 @@ def test_identity_is_asked_afresh(raw_image: RawImage) -> None:
         assert device.identity().size == 2000
 
 
+@pytest.mark.parametrize(("second", "mtime_ns"), [(10**10, 2**63 - 1), (-(10**10), -(2**63)), (-1, -(10**9))])
+def test_identity_has_a_time_that_64_bits_hold(second: int, mtime_ns: int) -> None:
+    """In memory: not every file system keeps such times."""
+    with quick_folder() as folder:
+        path = folder / "image"
+        path.write_bytes(bytes(1000))
+        os.utime(path, (second, second))
+        with FileDevice.open(path) as device:
+            assert device.identity().mtime_ns == mtime_ns
+
+
 def test_identity_of_a_block_device_is_its_number_and_size(raw_image: RawImage) -> None:
     path = raw_image(PAGE)
     with FileDevice(str(path), os.open(path, os.O_RDONLY), read_only=True, is_block_device=True) as device:
