@@ -145,7 +145,7 @@ def backup(
         places = _locked_places(store, names, wanted, terms.patience, locks, failures)
         there = [name for name in names if name in places]
         route = locks.enter_context(access(store, there, terms, failures))
-        jobs = _prepared(store, route, places, wanted, failures)
+        jobs = _prepared(store, route, places, wanted, terms.patience, failures)
         results = _carried_out(store, route, jobs, carrying, failures)
     if failures.errors:
         raise BackupsFailed(results, failures.errors)
@@ -263,13 +263,14 @@ def _prepared(
     route: Access,
     places: Mapping[str, _LockedFolder],
     wanted: _WantedBackup,
+    patience: Patience,
     failures: Failures,
 ) -> list[DiskBackup]:
     """Return the jobs of all disks that can take part. Release what was held for the others."""
     jobs = []
     for disk in list(route.disks):
         with failures.of(disk.name):
-            jobs.append(_prepare(store, route, disk, places[disk.name], wanted))
+            jobs.append(_prepare(store, route, disk, places[disk.name], wanted, patience))
         if disk.name in failures:
             route.leave_out(disk)
     for name, place in places.items():
@@ -282,7 +283,12 @@ def _prepared(
 
 
 def _prepare(
-    store: Store, route: Access, disk: Disk, place: _LockedFolder, wanted: _WantedBackup
+    store: Store,
+    route: Access,
+    disk: Disk,
+    place: _LockedFolder,
+    wanted: _WantedBackup,
+    patience: Patience,
 ) -> DiskBackup:
     folder = place.folder
     kind = wanted.kind
@@ -292,7 +298,8 @@ def _prepare(
     folder.require_room(manifest)
     manifest = dataclasses.replace(manifest, holder=manifest.holder or uuid4())
     assert manifest.holder is not None
-    hold = place.locks.enter_context(HoldFile(store.path, disk.uuid, manifest.holder).locked())
+    # Another run may have it while it merges away what is no longer held; of a disk that is ours alone none does.
+    hold = place.locks.enter_context(HoldFile(store.path, disk.uuid, manifest.holder).locked(patience))
     ended = None if hold.hold is None else hold.hold.ended
     plan = (
         plan_for(store, disk, folder, manifest, kind, ended)

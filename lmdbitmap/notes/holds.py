@@ -36,6 +36,7 @@ from lmdbitmap.notes.references import CheckpointRef, Reason
 from lmdbitmap.storage.schema import Checkpoint
 from lmdbitmap.system import atomic_files, file_locks, files
 from lmdbitmap.system.file_names import UNFINISHED_FORM, UUID_FORM
+from lmdbitmap.work.patience import NO_PATIENCE, Patience
 
 log = logging.getLogger(__name__)
 
@@ -122,11 +123,12 @@ class HoldFile:
         """The hold as last read or written."""
 
     @contextmanager
-    def locked(self) -> Iterator[HoldFile]:
-        """Lock the note and read it again. Raises `Busy` while another run has the lock."""
+    def locked(self, patience: Patience = NO_PATIENCE) -> Iterator[HoldFile]:
+        """Lock the note and read it again. Raises `Busy` if another run has the lock for longer than `patience`."""
         with os_errors_at(self._folder):
             files.make_folder_like(self._folder)
-        with file_locks.lock_file(f"{self._path.removesuffix('.json')}.lock", like_folder=True):
+        lock_path = f"{self._path.removesuffix('.json')}.lock"
+        with file_locks.lock_file(lock_path, like_folder=True, patience=patience):
             self.read()
             yield self
 

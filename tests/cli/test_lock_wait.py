@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import pytest
 
 from lmdbitmap import Filter, InvalidArgument, Store, back_up, sync_disk
 from lmdbitmap.cli.main import run
+from lmdbitmap.notes import holds
 from lmdbitmap.notes.sync_note import NoteFile
 from lmdbitmap.repository.repository import BackupFolder
 from lmdbitmap.system import file_locks
@@ -118,6 +120,18 @@ def test_the_disk_may_be_served_while_a_backup_waits(
     assert "incremental" in cli.ok(*words["backup"], "--lock-wait", 30)
     cli.ok("restore", words["backup"][2], "sda", cli.folder / "out.raw")
     assert (cli.folder / "out.raw").read_bytes().startswith(b"while it waited")
+
+
+def test_a_run_that_merges_what_a_repository_no_longer_holds_is_waited_for(
+    cli: Cli, words: dict[str, list[str]], clock: Clock
+) -> None:
+    with Store.open(str(cli.store)) as store, store.read() as reader:
+        [note] = holds.hold_files(str(cli.store), chain.find_disk(reader, "sda").uuid)
+    with ExitStack() as merging:
+        merging.enter_context(note.locked())
+        clock.act = merging.close
+        assert "incremental" in cli.ok(*words["backup"], "--lock-wait", 30)
+    assert len(clock.waits_s) == 2
 
 
 @pytest.mark.parametrize("verb", ["copy"], indirect=True)
