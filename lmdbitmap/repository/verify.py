@@ -250,7 +250,11 @@ class _Image:
         self._folder = task.folder
         self._entry = entry
         self._parent = parent
-        self._path = task.folder.image_path(entry.file)
+
+    @property
+    def _path(self) -> str:
+        """Where the image is now: a prune or copy that takes effect gives it its name meanwhile."""
+        return self._folder.image_path(self._entry.file)
 
     def jobs(self) -> Iterator[_Check]:
         try:
@@ -283,9 +287,12 @@ class _Image:
 
     def _unless_gone(self, check: Callable[[], list[Flaw]]) -> list[Flaw]:
         """Return what a check finds; a file that has gone or changed since is a flaw too."""
+        path = self._path
         try:
             return check()
         except (FormatError, NotFound) as wrong:
+            if self._path != path:  # it got its name at this very moment
+                return self._unless_gone(check)
             return [self._flaw(wrong)]
 
     def _check_structure(self) -> list[Flaw]:

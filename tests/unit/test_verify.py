@@ -22,6 +22,7 @@ from lmdbitmap.copying.hashing import CHUNK_BYTES
 from lmdbitmap.errors import Busy, InvalidArgument, NotFound
 from lmdbitmap.repository import verify as verify_module
 from lmdbitmap.repository.manifest import BackupEntry, BackupType
+from lmdbitmap.repository.manifest_file import MANIFEST, NEXT
 from lmdbitmap.repository.prune import prune
 from lmdbitmap.repository.repository import sha256_of
 from lmdbitmap.repository.retention import Retention
@@ -335,6 +336,21 @@ def test_files_that_go_meanwhile_are_flaws_if_the_manifest_has_them_still(disk: 
     result = verified_while(disk, path_of(disk, 0).unlink)
     assert {flaw.backup for flaw in result.flaws} == {"1"}
     assert result.flaws[0].problem.endswith("000001-full.qcow2 does not exist")
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_an_image_that_gets_its_name_meanwhile_is_sound(disk: Repositories) -> None:
+    """The next run carries on a prune that was killed when it was decided."""
+    folder, image = disk.backup_folder(), disk.manifest().backups[0].file
+    shutil.copy2(folder.path_of(MANIFEST), folder.path_of(NEXT))
+    os.rename(folder.path_of(image), folder.successor_path(image))
+
+    def carry_on() -> None:
+        with folder.locked():
+            assert os.path.exists(folder.path_of(image))
+
+    result = verified_while(disk, carry_on)
+    assert (result.flaws, result.image_count) == ((), 3)
 
 
 def test_a_manifest_that_is_damaged_meanwhile_excuses_nothing(disk: Repositories) -> None:
