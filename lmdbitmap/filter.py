@@ -289,7 +289,10 @@ class Filter(Front):
         """Beat in this disk's own thread: nothing else that hangs, such as another disk's image, delays the beats."""
         beat = self._warning_of(self.beat)
         while not self._ends.wait(INTERVAL_S):
-            beat()
+            try:
+                beat()
+            except Exception:  # as for want of memory: without beats, a later crash would cost the bitmap
+                log.exception("disk %s: a sign of life failed, and will be tried again", self.disk.name)
 
     def _warning_of(self, work: Callable[[], None]) -> Callable[[], None]:
         def warily() -> None:

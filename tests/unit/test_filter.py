@@ -234,6 +234,29 @@ def test_a_disk_whose_beat_hangs_keeps_no_other_from_its_own(
     hanging.detach()
 
 
+class Starved(FileDevice):
+    """For whose identity there is once no memory, once `starves` is set."""
+
+    starves = threading.Event()
+
+    def identity(self) -> ImageIdentity:
+        if self.starves.is_set():
+            self.starves.clear()
+            raise MemoryError
+        return super().identity()
+
+
+def test_a_beat_for_which_there_was_no_memory_is_followed_by_others(
+    tracked: TrackedDisk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(filter, "INTERVAL_S", 0.01)
+    with Filter.attach(tracked.store, NAME, open_device=Starved.open) as disk:
+        Starved.starves.set()
+        await_beats(tracked.store.owner_path(disk.disk.uuid), 5)
+        assert not Starved.starves.is_set()
+    assert "a sign of life failed, and will be tried again" in caplog.text
+
+
 def await_beats(path: str, count: int) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     seen = {owner.last_beat(path)}
