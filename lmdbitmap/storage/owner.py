@@ -27,6 +27,7 @@ from zlib import crc32
 from lmdbitmap.errors import Busy, os_errors_at
 from lmdbitmap.interfaces import StoreMark
 from lmdbitmap.system import atomic_files, file_locks, kernel
+from lmdbitmap.system.kernel import awake_ns as awake_ns
 from lmdbitmap.system.kernel import boot_id as boot_id
 from lmdbitmap.system.kernel import boot_time_ns as boot_time_ns
 
@@ -40,7 +41,7 @@ _DISK_OFFSET = 2 * _PAGE_BYTES
 _DISK_BYTES = 2 * _PAGE_BYTES
 _DISK = struct.Struct("<8sI")
 _DISK_MAGIC = b"LDBMdisk"
-_BEAT = struct.Struct("<8s36sqqQQQ")
+_BEAT = struct.Struct("<8s36sqqQQQQ")
 _BEAT_MAGIC = b"LDBMlife"
 _DISTRUST = struct.Struct("<8sqH")
 _TRUST_MAGIC = b"LDBMgood"
@@ -61,6 +62,8 @@ class Beat(NamedTuple):
     mtime_ns: int
     sectors_written: int = 0
     store: StoreMark = UNMARKED
+    awake_ns: int = 0
+    """Nanoseconds since the boot, which no change of the clock touches; 0 if an older version left the sign."""
 
 
 class Distrust(NamedTuple):
@@ -81,10 +84,10 @@ def last_beat(path: str) -> Beat | None:
     record = _read(path, _BEAT_OFFSET)
     if record is None:
         return None
-    magic, boot, time_ns, mtime_ns, sectors, *store = _BEAT.unpack_from(record)
+    magic, boot, time_ns, mtime_ns, sectors, *store, awake_ns = _BEAT.unpack_from(record)
     if magic != _BEAT_MAGIC:
         return None
-    return Beat(boot.decode("ascii", "replace"), time_ns, mtime_ns, sectors, StoreMark(*store))
+    return Beat(boot.decode("ascii", "replace"), time_ns, mtime_ns, sectors, StoreMark(*store), awake_ns)
 
 
 def distrust(path: str) -> Distrust | None:
@@ -141,10 +144,18 @@ class Owner:
         self._path = path
         self._store_mark = store_mark
 
-    def beat(self, time_ns: int, mtime_ns: int, sectors_written: int = 0, *, durable: bool = False) -> None:
+    def beat(
+        self,
+        time_ns: int,
+        mtime_ns: int,
+        sectors_written: int = 0,
+        *,
+        awake_ns: int = 0,
+        durable: bool = False,
+    ) -> None:
         """Leave a sign of life: one small write into the page cache, unless it must be durable on return."""
-        boot = boot_id().encode("ascii")
-        record = _BEAT.pack(_BEAT_MAGIC, boot, time_ns, mtime_ns, sectors_written, *self._store_mark())
+        known = (boot_id().encode("ascii"), time_ns, mtime_ns, sectors_written, *self._store_mark(), awake_ns)
+        record = _BEAT.pack(_BEAT_MAGIC, *known)
         with os_errors_at(self._path):
             os.pwrite(self._lock.fd, _sealed(record), _BEAT_OFFSET)
             if durable:

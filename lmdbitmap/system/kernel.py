@@ -22,6 +22,7 @@ import contextlib
 import functools
 import os
 import stat
+import time
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -61,6 +62,11 @@ def boot_time_ns() -> int:
     with open("/proc/stat", encoding="ascii") as source:
         seconds = next(line.split()[1] for line in source if line.startswith("btime "))
     return int(seconds) * 1_000_000_000
+
+
+def awake_ns() -> int:
+    """Return the nanoseconds since this boot began, sleep included. Nobody can set that clock."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
 def device_trace(number: int, devices: str = _BLOCK_DEVICES) -> DeviceTrace | None:

@@ -7,6 +7,7 @@ what changed, compares the image with what its last owner saw:
 - after a crash: the image may have been written until the owner's last moment, and not later. The owner's
   last sign of life is at most `_BEAT_GRACE_NS` older than that moment. So the image's mtime is the one that
   the sign of life names, or lies between the sign of life and the end of that grace;
+  If the clock was set back since, times come twice: then the mtime must be the very one;
 - after a crash of the whole machine the image's and the owner file's last seconds may be missing from the
   disk, each for itself: `_POWER_CUT_GRACE_NS` covers it, and nothing may be newer than this boot;
 - while an owner holds the disk, its signs of life vouch for the image in the same way. Its lock alone vouches
@@ -18,7 +19,7 @@ A block device has no mtime. It has the counters that kernel.py describes, which
 - after a clean detach, in the same boot: as many sectors were written as then;
 - after a crash, in the same boot: as many as at the last sign of life. More may be the owner's own sectors, which were
   still in memory when it died. That is believed for `_RESTART_GRACE_NS`, for an owner that is restarted at once, and
-  no longer: later it is unknown who wrote them;
+  no longer, also by the clock that nobody can set: later it is unknown who wrote them;
 - in another boot: none were written in this one. Nothing is known of the time between the owner's last moment and the
   boot's end. As nothing in the image would show that the store is an older copy, the store must be the very file that
   the last sign of life names.
@@ -48,6 +49,8 @@ _SECOND_NS = 1_000_000_000
 _BEAT_GRACE_NS = 2 * _SECOND_NS
 _MTIME_STEP_NS = 2 * _SECOND_NS
 """How far an mtime may lie before the write that set it: the longest step of any file system's clock."""
+_SLEWED_NS = _SECOND_NS
+"""How far a clock that is only made to run slower for a while may fall behind."""
 _POWER_CUT_GRACE_NS = 60 * _SECOND_NS
 _RESTART_GRACE_NS = 60 * _SECOND_NS
 
@@ -62,12 +65,14 @@ _MADE_ANEW = "the block device was taken away and made anew, so that it is not k
 
 
 class Moment(NamedTuple):
-    """The present to compare with: the boot and when it began, the time (Unix nanoseconds), and the store's mark."""
+    """The present to compare with: the boot and when it began, the time (Unix nanoseconds), the store's mark, and the
+    nanoseconds since the boot."""
 
     boot_id: str
     boot_time_ns: int
     time_ns: int
     store: StoreMark
+    awake_ns: int
 
 
 class Verdict(NamedTuple):
@@ -170,12 +175,21 @@ def _within_last_moment(image: ImageIdentity, beat: Beat, now: Moment) -> bool:
     if beat.boot_id == now.boot_id:
         is_unwritten = image.mtime_ns == beat.mtime_ns
         latest_write = beat.time_ns + _BEAT_GRACE_NS
+        if _was_set_back(beat, now):
+            return is_unwritten
     else:
         is_unwritten = 0 <= beat.mtime_ns - image.mtime_ns <= _POWER_CUT_GRACE_NS
         latest_write = beat.time_ns + _POWER_CUT_GRACE_NS
         if image.mtime_ns > now.boot_time_ns:
             return False
     return is_unwritten or earliest_write <= image.mtime_ns <= latest_write
+
+
+def _was_set_back(beat: Beat, now: Moment) -> bool:
+    """Whether the clock was set back since the sign of life, in the same boot: then times after it came twice."""
+    if not beat.awake_ns:
+        return False
+    return (now.awake_ns - beat.awake_ns) - (now.time_ns - beat.time_ns) > _SLEWED_NS
 
 
 # --- block devices ---
@@ -214,15 +228,21 @@ def _device_gap_since_sign_of_life(
         return None
     if beat is None or beat.boot_id != now.boot_id:
         return _NO_BEAT
-    written, elapsed_ns = _sectors(image) - beat.sectors_written, now.time_ns - beat.time_ns
+    written, ages_ns = _sectors(image) - beat.sectors_written, _ages_ns(beat, now)
     if written < 0:
         return _MADE_ANEW
-    if written == 0 or 0 <= elapsed_ns <= _RESTART_GRACE_NS:
+    if written == 0 or all(0 <= age_ns <= _RESTART_GRACE_NS for age_ns in ages_ns):
         return None
     return (
         f"{_amount(written)} of the block device were written since its owner's last sign of life,"
-        f" {elapsed_ns // _SECOND_NS} s ago, and it is not known by which program"
+        f" {ages_ns[0] // _SECOND_NS} s ago, and it is not known by which program"
     )
+
+
+def _ages_ns(beat: Beat, now: Moment) -> list[int]:
+    """Return how old the sign of life of this boot is, by each clock: the first cannot be set, if it is known."""
+    by_clock = now.time_ns - beat.time_ns
+    return [now.awake_ns - beat.awake_ns, by_clock] if beat.awake_ns else [by_clock]
 
 
 def _gap_since_boot(image: ImageIdentity, beat: Beat | None, now: Moment) -> str | None:

@@ -144,7 +144,8 @@ def _keep_description(owned: OwnedDisk, disk: Disk) -> None:
 def _leave_sign_of_life(owned: OwnedDisk, disk: Disk) -> None:
     """Leave a sign of life as a session does: only that tells some facts of the image (see `continuity.judge`)."""
     assert disk.identity is not None
-    owned.owner.beat(time.time_ns(), *disk.identity.last_change, durable=True)
+    change = disk.identity.last_change
+    owned.owner.beat(time.time_ns(), *change, awake_ns=owner.awake_ns(), durable=True)
 
 
 def _flush_block_device(owned: OwnedDisk) -> None:
@@ -204,7 +205,8 @@ def require_untouched(owned: OwnedDisk, disk: Disk) -> None:
 
 def present(store: Store) -> Moment:
     """Return this moment, for `continuity.judge`. Take it last: what it is compared with goes on meanwhile."""
-    return Moment(owner.boot_id(), owner.boot_time_ns(), time.time_ns(), _mark_of(store))
+    mark = _mark_of(store)  # first: both clocks are read at the same moment
+    return Moment(owner.boot_id(), owner.boot_time_ns(), time.time_ns(), mark, owner.awake_ns())
 
 
 def _mark_of(store: Store) -> StoreMark:

@@ -21,6 +21,7 @@ import time
 
 from lmdbitmap.errors import LmdbitmapError, StorageError
 from lmdbitmap.interfaces import TrackableDevice
+from lmdbitmap.storage import owner
 from lmdbitmap.storage.owner import Owner
 
 log = logging.getLogger(__name__)
@@ -46,8 +47,9 @@ class Voucher:
         """Leave a sign of life, the first one durably. Do nothing if silence must say that track is lost."""
         with self._changing:  # no beat is under way while silence begins
             if self._beating:
-                now_ns, change = time.time_ns(), self._device.identity().last_change
-                self._owner.beat(now_ns, *change, durable=not self._has_beaten)
+                now_ns, awake_ns = time.time_ns(), owner.awake_ns()
+                change = self._device.identity().last_change
+                self._owner.beat(now_ns, *change, awake_ns=awake_ns, durable=not self._has_beaten)
                 self._has_beaten = True
 
     def lose_track(self, reason: str) -> None:

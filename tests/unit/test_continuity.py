@@ -18,7 +18,7 @@ MIB = 1 << 20
 THIS_BOOT, EARLIER_BOOT = "this boot", "an earlier boot"
 BOOT_TIME = 1000 * S
 STORE = StoreMark(inode=5, transaction=100)
-NOW = Moment(THIS_BOOT, BOOT_TIME, 2020 * S, STORE)
+NOW = Moment(THIS_BOOT, BOOT_TIME, 2020 * S, STORE, awake_ns=1020 * S)
 SESSION = UUID(int=7)
 
 LEFT = ImageIdentity(device=1, inode=2, size=MIB, mtime_ns=2000 * S)
@@ -271,3 +271,39 @@ def test_block_device_after_a_reboot_must_be_unwritten_in_this_boot(
 ) -> None:
     broken = judge(disk(identity=BEFORE_BOOT, session=session), image, last_beat, NOW).broken
     assert (said is None and broken is None) or str(said) in str(broken)
+
+
+# --- the clock ---
+
+
+@pytest.mark.parametrize(
+    ("awake_s", "holds"),
+    [(1010, True), (960, True), (959, False), (410, False), (1021, False), (0, True)],
+    ids=["right", "a minute", "more", "set back by ten minutes", "impossible", "unknown"],
+)
+def test_clock_that_was_set_back_makes_no_owner_of_a_block_device_restarted_at_once(
+    awake_s: int, holds: bool
+) -> None:
+    """By the clock ten seconds have passed."""
+    last_beat = device_beat(1000, 2010)._replace(awake_ns=awake_s * S)
+    tracked = disk(session=SESSION, identity=BLOCK_DEVICE)
+    assert (judge(tracked, device(sectors_written=1008), last_beat, NOW).broken is None) == holds
+
+
+@pytest.mark.parametrize(
+    ("image", "awake_s", "holds"),
+    [
+        (at(2011), 1010, True),
+        (at(2011), 1009, True),
+        (at(2011), 1007, False),
+        (at(2009), 1007, True),
+        (at(2011), 1600, True),
+        (at(2011), 0, True),
+    ],
+    ids=["right", "a little slow", "set back", "set back, unwritten", "set forward", "unknown"],
+)
+def test_what_was_written_after_the_clock_was_set_back_is_not_taken_for_the_owners(
+    image: ImageIdentity, awake_s: int, holds: bool
+) -> None:
+    last_beat = beat(2010, 2009)._replace(awake_ns=awake_s * S)
+    assert (judge(disk(session=SESSION), image, last_beat, NOW).broken is None) == holds
