@@ -22,7 +22,8 @@ Invariants, which hold at every moment, also after a power cut:
    renamed over those that they replace, files that only the old manifest named are removed, and `manifest.next` is
    renamed over it. An image and its successor read the same at the file's place in every chain. So a reader finds the
    truth without a lock, and the holder of the lock carries on where a dead run stopped. Without a `manifest.next`,
-   `.next` images belong to nobody.
+   `.next` images belong to nobody. If an image that came with it is not there, as in a copy of the folder that was made
+   file by file at that moment, nobody carries on: nothing is removed for what is not there.
 5. An unreadable note of unfinished work is put aside too: the files that it named stay, and only take space.
 """
 
@@ -48,7 +49,7 @@ from lmdbitmap.errors import (
 )
 from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.repository.manifest import BackupEntry, BackupType, Manifest, has_room
-from lmdbitmap.repository.manifest_file import COPY, MANIFEST, ManifestFile, put_aside, remove
+from lmdbitmap.repository.manifest_file import COPY, MANIFEST, NEXT, ManifestFile, put_aside, remove
 from lmdbitmap.storage import schema
 from lmdbitmap.system import atomic_files, file_locks, files
 from lmdbitmap.work.buffers import new_buffer
@@ -286,6 +287,7 @@ class BackupFolder:
             files.fsync_folder(self.path)
 
     def _carry_on(self, new: Manifest) -> None:
+        self._require_new_images(new)
         self._manifest.copy_successor()
         for name in [match[1] for match in self._names_like(_SUCCESSOR_NAME)]:
             with os_errors_at(self.path_of(name)):
@@ -295,6 +297,27 @@ class BackupFolder:
             remove(self.path_of(name))
         files.fsync_folder(self.path)
         self._manifest.end_succession()
+
+    def _require_new_images(self, new: Manifest) -> None:
+        """Raise `FormatError` if an image that came with `new` is not there: nothing may be removed for it then.
+
+        It was durable when that was decided. But this folder may be a copy, made file by file at that very moment.
+        """
+        try:
+            old = _entries_of(self._manifest.read_predecessor())
+        except FormatError:
+            return  # it names nothing that could be removed
+        known = {(entry.file, entry.digest) for entry in old}
+        try:
+            self.check_images(entry for entry in new.backups if (entry.file, entry.digest) not in known)
+        except (FormatError, NotFound) as wrong:
+            raise FormatError(
+                self.path_of(NEXT),
+                expected="the images that it names",
+                found=wrong.problem,
+                next_step="copy this folder once more, if it is a copy that was made while a prune took effect, or move"
+                " that file away, to have what there was before",
+            ) from wrong
 
     def _names_only_in_the_old(self, new: Manifest) -> list[str]:
         """Return the files that can go. Only names of our form: a manifest may name anything."""

@@ -17,6 +17,7 @@ import pytest
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, NotFound, StorageError
 from lmdbitmap.qcow2 import Qcow2Writer
 from lmdbitmap.repository.manifest import BackupType
+from lmdbitmap.repository.manifest_file import MANIFEST, NEXT
 from lmdbitmap.repository.prune import PruneResult, PrunesFailed, prune
 from lmdbitmap.repository.repository import BackupFolder
 from lmdbitmap.repository.retention import Retention
@@ -404,6 +405,24 @@ def test_a_successor_manifest_that_cannot_be_read_is_told_and_put_aside_by_a_ful
     assert (entry.id, entry.reason and entry.reason.code) == ("3", "manifest-unreadable")
     assert [kept.read_bytes() for kept in path.parent.glob("manifest.next.damaged-*")] == [b"{"]
     assert disk.restored() == disk.content()
+
+
+def test_a_copy_that_came_too_late_for_an_image_loses_nothing(disk: BackedUpDisk) -> None:
+    """It was made file by file while a prune took effect: it has the manifest, and still the image from before."""
+    contents = back_up(disk, FULL, INCREMENTAL)
+    source, copy = disk.backup_folder(), BackupFolder(disk.folder / "copy", NAME)
+    shutil.copytree(source.path, copy.path)
+    pruned(disk, last=1)
+    shutil.copy2(source.path_of(MANIFEST), copy.path_of(NEXT))
+    before = sorted(os.listdir(copy.path))
+    with pytest.raises(
+        FormatError, match=r"expected the images that it names, .*; copy this folder once more"
+    ):
+        disk.backup(FULL, to="copy")
+    assert sorted(os.listdir(copy.path)) == before
+    os.unlink(copy.path_of(NEXT))
+    assert verify(disk.folder / "copy").is_sound
+    assert {entry.id: disk.restored(entry.id, "copy") for entry in disk.manifest("copy").backups} == contents
 
 
 def beside(disk: BackedUpDisk, name: str) -> Path:
