@@ -38,7 +38,7 @@ from lmdbitmap.store import Store
 from lmdbitmap.system import files, kernel
 from lmdbitmap.system.marks import has_mark, put_new_mark
 from lmdbitmap.targets.differences import Mender
-from lmdbitmap.targets.target import Target, fits, leads_to, unless_larger
+from lmdbitmap.targets.target import Target, fits, is_made_of, leads_to, refuse_layers, unless_larger
 
 
 def refuse_target(store: Store, disk: Disk, place: str) -> None:
@@ -53,6 +53,7 @@ def refuse_target(store: Store, disk: Disk, place: str) -> None:
         )
     if not is_far(place) and not is_far(disk.image):
         _refuse_layers(disk, place)
+    refuse_layers(store, place)
     _refuse_copies(store, {other.uuid: other.name for other in disks if other.uuid != disk.uuid}, place)
     if is_far(place):
         return
@@ -68,11 +69,7 @@ def refuse_target(store: Store, disk: Disk, place: str) -> None:
 def _refuse_layers(disk: Disk, place: str) -> None:
     """Raise `InvalidArgument` if one is made of the other, or lies on a file system in it."""
     ground = place if os.path.lexists(place) else os.path.dirname(place)
-    if (
-        kernel.is_so(kernel.rests_on, place, disk.image)
-        or kernel.is_so(kernel.rests_on, disk.image, place)
-        or kernel.is_so(kernel.is_kept_in, ground, disk.image)
-    ):
+    if is_made_of(place, disk.image) or kernel.is_so(kernel.is_kept_in, ground, disk.image):
         raise InvalidArgument(
             f"a write to {place} would change disk {disk.name!r} itself, {disk.image}",
             next_step="name another target",

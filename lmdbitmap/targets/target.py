@@ -142,6 +142,8 @@ def _opening(out: str, size: int, in_place: bool, store: Store | None) -> Abstra
             return _tracked(store, tracked, out)
         if is_far(out) or os.path.exists(out):
             raise _is_tracked(out, tracked)
+    if store is not None:
+        refuse_layers(store, out)
     if is_far(out):
         return _far(out)
     creating.refuse_inside(out)
@@ -181,11 +183,34 @@ def _disk_at(store: Store, out: str) -> Disk | None:
 
 
 def refuse_tracked(store: Store, out: str) -> None:
-    """Raise `AlreadyExists` if `out` is the image of a disk in `store`, for writers that bypass its tracker."""
+    """Raise `AlreadyExists` if `out` is the image of a disk in `store`, for writers that bypass its tracker.
+
+    Raises as `refuse_layers`, too.
+    """
     tracked = _disk_at(store, out)
     if tracked is not None and (is_far(out) or os.path.exists(out)):
         step = f"write it elsewhere, or give the disk up before (`lmdbitmap rm {tracked.name}`)"
         raise _is_tracked(out, tracked, step)
+    refuse_layers(store, out)
+
+
+def refuse_layers(store: Store, out: str) -> None:
+    """Raise `InvalidArgument` if a write to `out` would change a disk's image around its tracker.
+
+    That is so if one is made of the other, as a loop device of a file.
+    """
+    with store.read() as reader:
+        disk = next((disk for disk in reader.disks() if is_made_of(out, disk.image)), None)
+    if disk is not None:
+        raise InvalidArgument(
+            f"a write to {out} would change disk {disk.name!r}, {disk.image}, and its tracker would not know",
+            next_step="name another target",
+        )
+
+
+def is_made_of(one: str, other: str) -> bool:
+    """Return whether one of two images is made of the other, so that a write to one is a write to the other."""
+    return kernel.is_so(kernel.rests_on, one, other) or kernel.is_so(kernel.rests_on, other, one)
 
 
 def _is_tracked(

@@ -16,6 +16,7 @@ from lmdbitmap.errors import AlreadyExists, Busy, FormatError, InvalidArgument, 
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.store import Store
 from lmdbitmap.streams.restore import AppliedResult, apply_stream
+from lmdbitmap.tracker import session
 from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.helpers import naive_rbd_diff
 from tests.helpers.naive_rbd_diff import Stream
@@ -186,6 +187,17 @@ def test_a_full_stream_onto_a_block_device_leaves_nothing_of_what_was_there(loop
     made = stream([(MIB + 5, b"data"), (MIB, b"before"), (2 * MIB, 4096)], size=4 * MIB)
     apply(made, loop)
     assert loop.read_bytes() == naive_rbd_diff.applied(made, b"")
+
+
+@needs_loop
+def test_a_block_device_made_of_a_tracked_image_is_left_alone(loop: Path, tmp_path: Path) -> None:
+    backing = tmp_path / "backing.raw"
+    before, made = backing.read_bytes(), naive_rbd_diff.written(stream([(0, b"untracked")], size=4 * MIB))
+    with Store.create(str(tmp_path / "store")) as store:
+        session.add(store, "sda", str(backing), granularity_bits=12)
+        with pytest.raises(InvalidArgument, match=f"a write to {loop} would change disk 'sda'"):
+            apply_stream(io.BytesIO(made), loop, store=store)
+    assert backing.read_bytes() == before
 
 
 @needs_loop

@@ -318,13 +318,13 @@ def test_a_disk_on_a_loop_device_and_the_file_behind_it_are_one(disk: BackedUpDi
     with loop_node(tmp_path) as node:
         backing = tmp_path / "backing.raw"
         session.add(disk.store, "sdb", str(node), granularity_bits=12)
-        with pytest.raises(
-            InvalidArgument, match=f"a write to {re.escape(str(backing))} would change disk 'sdb'"
-        ):
+        refused(disk, backing, InvalidArgument, f"would change disk 'sdb', {node}")
+        with pytest.raises(InvalidArgument, match=f"to {backing} would change disk 'sdb' itself, {node}"):
             sync(disk.store, "sdb", backing)
         session.remove(disk.store, "sdb")
         session.add(disk.store, "sdb", str(backing), granularity_bits=12)
-        with pytest.raises(InvalidArgument, match=f"a write to {node} would change disk 'sdb' itself"):
+        refused(disk, node, InvalidArgument, f"would change disk 'sdb', {backing}")
+        with pytest.raises(InvalidArgument, match=f"to {node} would change disk 'sdb' itself, {backing}"):
             sync(disk.store, "sdb", node)
 
 

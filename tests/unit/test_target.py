@@ -218,6 +218,25 @@ def test_a_tracked_image_is_refused_around_its_tracker_whatever_it_is_called(
     assert in_place(disk, name).tracked == NAME
 
 
+@pytest.mark.skipif(not can_make_loop_devices(), reason="a loop device cannot be had here: run as root")
+@pytest.mark.parametrize("place", [True, False])
+def test_what_a_tracked_image_is_made_of_or_what_is_made_of_it_is_refused(
+    disk: BackedUpDisk, tmp_path: Path, place: bool
+) -> None:
+    with loop_node(tmp_path, SIZE) as node:
+        backing = tmp_path / "backing.raw"
+        for tracked, out in ((backing, node), (node, backing)):
+            session.add(disk.store, "sdb", str(tracked), granularity_bits=12)
+            with pytest.raises(
+                InvalidArgument, match=f"a write to {out} would change disk 'sdb', {tracked}, and"
+            ):
+                restore(tmp_path / "backups", NAME, out, in_place=place, store=disk.store)
+            session.remove(disk.store, "sdb")
+        assert backing.read_bytes() == bytes(SIZE)
+        restore(tmp_path / "backups", NAME, node, in_place=place, store=disk.store)
+        assert node.read_bytes() == disk.content()
+
+
 def test_a_tracked_image_that_is_lost_may_be_made_anew_and_is_then_another_one(disk: BackedUpDisk) -> None:
     disk.image.unlink()
     restore(disk.folder / "backups", NAME, disk.image, store=disk.store)
