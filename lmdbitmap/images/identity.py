@@ -12,6 +12,7 @@ _CLOCK_REALTIME_COARSE: Final = 5
 """Linux has it; Python has no name for it."""
 _SECOND_NS: Final = 1_000_000_000
 _LONGEST_STEP_NS: Final = 2 * _SECOND_NS
+_LONGEST_STEP_BELOW_A_SECOND_NS: Final = 10_000_000
 _STEP_POLL_S: Final = 0.001
 
 
@@ -30,12 +31,22 @@ def identity_to_keep(device: TrackableDevice) -> ImageIdentity:
 def settled_identity(device: TrackableDevice) -> ImageIdentity:
     """Return the image's identity, once the clock that file times are taken from is later than its mtime.
 
-    That clock advances in steps of milliseconds, on some file systems of two seconds. A foreign write in the same step
-    as our last one would leave the same mtime. The caller must let nobody write through us meanwhile, and must have
-    flushed a block device.
+    That clock advances in steps of milliseconds. Some file systems round its time down to steps of their own: FAT to
+    two seconds, exFAT to 10 ms, NTFS to 100 ns. A foreign write in the same step as our last one would leave the same
+    mtime. The caller must let nobody write through us meanwhile, and must have flushed a block device.
     """
     identity = device.identity()
-    step_ns = _LONGEST_STEP_NS if identity.mtime_ns % _SECOND_NS == 0 else 1
+    step_ns = _longest_step_ns(identity.mtime_ns)
     while 0 <= time.clock_gettime_ns(_CLOCK_REALTIME_COARSE) - identity.mtime_ns < step_ns:
         time.sleep(_STEP_POLL_S)
     return identity
+
+
+def _longest_step_ns(mtime_ns: int) -> int:
+    """Return the longest step that a file system's times may have, if this is one of them."""
+    if mtime_ns % _SECOND_NS == 0:
+        return _LONGEST_STEP_NS
+    step_ns = 1
+    while step_ns < _LONGEST_STEP_BELOW_A_SECOND_NS and mtime_ns % (10 * step_ns) == 0:
+        step_ns *= 10
+    return step_ns

@@ -45,7 +45,7 @@ class CoarseDevice(FileDevice):
         return super().identity()._replace(mtime_ns=now_ns - now_ns % self.step_ns)
 
 
-@pytest.mark.parametrize("step_ns", [1, 2 * SECOND_NS])
+@pytest.mark.parametrize("step_ns", [1, 100, 1000, SECOND_NS // 100, 2 * SECOND_NS])
 def test_identity_is_kept_when_no_later_write_can_leave_the_same(
     tracked: TrackedDisk, monkeypatch: pytest.MonkeyPatch, step_ns: int
 ) -> None:
