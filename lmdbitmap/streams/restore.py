@@ -9,6 +9,7 @@
 | a diff | a block device or an NBD export of the size | changed in place |
 | a diff | nothing | refused: it needs the disk that it counts from |
 | any | the image of a disk that is tracked | refused: its next backup would not know of it |
+| any | a place inside a store or among a disk's backups | refused |
 
 "Of the size" means the size of the disk. With `larger`, an existing target, also a file that a diff changes, may be
 larger than the disk, and keeps its size. Everything behind the disk becomes zero then (target.py says why).
@@ -38,6 +39,7 @@ from lmdbitmap.errors import (
 )
 from lmdbitmap.images.image import is_far, open_image
 from lmdbitmap.interfaces import BlockDevice
+from lmdbitmap.repository.repository import refuse_beside_backups
 from lmdbitmap.storage import creating
 from lmdbitmap.store import Store
 from lmdbitmap.streams.rbd_diff import Data, Decoder, Event, Head, Zeroes
@@ -97,6 +99,7 @@ def apply_stream(
         refuse_tracked(store, place)
     if not is_far(place):
         creating.refuse_inside(place)
+        refuse_beside_backups(place)
     events = _events(stream)
     head = next(events)
     assert isinstance(head, Head)

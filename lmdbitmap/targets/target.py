@@ -34,7 +34,7 @@ from lmdbitmap.interfaces import Allocation, BlockDevice, FarAway
 from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.qcow2.layout import SECTOR
 from lmdbitmap.repository.backup_chain import BackupChain
-from lmdbitmap.repository.repository import BackupFolder
+from lmdbitmap.repository.repository import BackupFolder, refuse_beside_backups
 from lmdbitmap.storage import creating
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
@@ -165,6 +165,7 @@ def _refuse_sources(out: str, folder: BackupFolder, chain: BackupChain) -> None:
             f"{out} is inside of the repository {folder.repository_path}",
             next_step="name a place outside of it",
         )
+    refuse_beside_backups(out)
     for image in chain.images:
         if is_same_image(image.file.path, out):
             raise InvalidArgument(

@@ -19,6 +19,7 @@ from lmdbitmap.streams.restore import AppliedResult, apply_stream
 from lmdbitmap.tracker import session
 from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.helpers import naive_rbd_diff
+from tests.helpers.backed_up import BackedUpDisk
 from tests.helpers.naive_rbd_diff import Stream
 from tests.helpers.tracked import TrackedDisk
 
@@ -51,6 +52,16 @@ def test_no_stream_becomes_a_disk_inside_of_a_store(tmp_path: Path) -> None:
     Store.create(str(tmp_path / "store")).close()
     with pytest.raises(InvalidArgument, match="is inside of the store"):
         apply(stream([]), tmp_path / "store" / "x.raw")
+
+
+@pytest.mark.parametrize("since", [None, "monday"])
+def test_no_stream_is_applied_to_a_backup(tmp_path: Path, since: str | None) -> None:
+    with closing(BackedUpDisk(tmp_path, SIZE)) as backed_up:
+        image = tmp_path / "backups" / "sda" / backed_up.backup().file
+    before = image.read_bytes()
+    with pytest.raises(InvalidArgument, match="is among the backups in"):
+        apply(stream([(0, b"x")], since=since), image)
+    assert image.read_bytes() == before
 
 
 def test_image_of_a_tracked_disk_is_left_alone(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -160,6 +161,17 @@ def test_nothing_is_written_into_the_repository(disk: BackedUpDisk, inside: str,
         with pytest.raises(InvalidArgument, match="is inside of the repository"):
             restore(folder, NAME, disk.folder / name / inside, in_place=place)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("place", [True, False])
+def test_nothing_is_written_among_the_backups_of_another_repository(disk: BackedUpDisk, place: bool) -> None:
+    copied = disk.folder / "offsite" / "sda"
+    shutil.copytree(disk.folder / "backups" / "sda", copied)
+    for name in ("000001-full.qcow2", "new.raw"):
+        with pytest.raises(InvalidArgument, match="is among the backups in"):
+            restore(disk.folder / "backups", NAME, copied / name, in_place=place, larger=True)
+    before = disk.backup_folder().path_of("000001-full.qcow2")
+    assert (copied / "000001-full.qcow2").read_bytes() == Path(before).read_bytes()
 
 
 def test_an_image_of_the_chain_under_another_name_is_refused(disk: BackedUpDisk) -> None:
