@@ -39,6 +39,7 @@ from lmdbitmap.system import files, kernel
 from lmdbitmap.system.marks import has_mark, put_new_mark
 from lmdbitmap.targets.differences import Mender
 from lmdbitmap.targets.target import Target, fits, is_made_of, leads_to, refuse_layers, unless_larger
+from lmdbitmap.tracker.flushing import forgetting_unwritten
 
 
 def refuse_target(store: Store, disk: Disk, place: str) -> None:
@@ -210,8 +211,9 @@ class SyncTarget:
         return Target(self.place, self.device, is_fresh=is_fresh)
 
     def flush(self) -> None:
+        """Make what was written durable. What was not is dropped from memory, where a comparison would find it."""
         assert self.device is not None
-        with os_errors_at(self.place):
+        with os_errors_at(self.place), forgetting_unwritten(self.device):
             self.device.flush()
 
     def identity_to_keep(self) -> ImageIdentity | None:

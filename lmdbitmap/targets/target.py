@@ -39,6 +39,7 @@ from lmdbitmap.storage import creating
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
 from lmdbitmap.system import atomic_files, kernel
+from lmdbitmap.tracker.flushing import forgetting_unwritten
 from lmdbitmap.tracker.lane import FilterLane, WritesTogether
 
 log = logging.getLogger(__name__)
@@ -94,8 +95,17 @@ class Target:
             yield from self.device.allocation(offset, length)
 
     def flush(self) -> None:
+        """Make what was written durable. After a failure the kernel calls it clean, though it is in memory alone.
+
+        It is dropped there, because the next restore in place would find it, and leave it so. The tracker of a tracked
+        disk does the same by itself.
+        """
         with self._refusals():
-            (self.lane or self.device).flush()
+            if self.lane is not None:
+                self.lane.flush()
+            else:
+                with forgetting_unwritten(self.device):
+                    self.device.flush()
 
     @contextlib.contextmanager
     def _refusals(self) -> Iterator[None]:

@@ -21,7 +21,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from lmdbitmap.errors import LmdbitmapError, StorageError
 from lmdbitmap.interfaces import BlockDevice, FarAway
@@ -119,3 +119,13 @@ def forget_unwritten(device: BlockDevice) -> None:
     if device.fd is not None:
         with contextlib.suppress(OSError):
             os.posix_fadvise(device.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@contextlib.contextmanager
+def forgetting_unwritten(device: BlockDevice) -> Iterator[None]:
+    """If the block, a flush of the device, fails, `forget_unwritten`: whoever compares it next must read its disk."""
+    try:
+        yield
+    except OSError:
+        forget_unwritten(device)
+        raise
