@@ -22,6 +22,8 @@ FALLOC_FL_ZERO_RANGE = 0x10
 FICLONERANGE = 0x4020940D
 BLKDISCARD = 0x1277
 BLKSSZGET = 0x1268
+SYNC_FILE_RANGE_WAIT_BEFORE = 1
+_BEHIND_ALL_DATA = (1 << 63) - 4096
 STATFS_BYTES = 256
 """More than any struct statfs; its first word is `f_type`."""
 
@@ -60,6 +62,24 @@ def block_discard(fd: int, offset: int, length: int) -> None:
     except OSError as refusal:
         if refusal.errno not in UNSUPPORTED:
             raise
+
+
+def require_written_back(fd: int) -> None:
+    """Raise `OSError` if the system could not write back data of an open file since it was opened, or last asked.
+
+    Such data may be gone from memory by now, and reads then find something else. Waits for nothing: it is asked of a
+    range in which no file has data, and the answer is about the whole file.
+    """
+    import ctypes
+
+    call = _libc().sync_file_range
+    call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    while call(fd, _BEHIND_ALL_DATA, 1, SYNC_FILE_RANGE_WAIT_BEFORE) != 0:
+        refusal = _last_error()
+        if refusal.errno in UNSUPPORTED:
+            return
+        if refusal.errno != errno.EINTR:
+            raise refusal
 
 
 def logical_sector_bytes(fd: int) -> int:

@@ -3,6 +3,8 @@
 1. The file has no name: whatever dies, nothing of it remains.
 2. The file is bounded, and does not take the last space of its file system: a growing image and the store may need it.
    A preallocated file takes its room at once, and cannot lack space later.
+3. What is put there is not synced. If its disk takes it badly later, the system says so once, and may read something
+   else from then on. So it is asked after each read, and not before.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import tempfile
 from typing import Final, NamedTuple
 
 from lmdbitmap.errors import os_errors_at
+from lmdbitmap.system import linux
 from lmdbitmap.system.files import pwrite_whole
 
 DEFAULT_LIMIT_BYTES: Final = 10 << 30
@@ -70,6 +73,11 @@ class ScratchFile:
             if count == 0:
                 return
             buffer, offset = buffer[count:], offset + count
+
+    def require_kept(self) -> None:
+        """Raise if the system lost anything that was put there. Ask after a read: it may have found something else."""
+        if self.is_open:
+            linux.require_written_back(self._fd)
 
     def empty(self) -> None:
         """Give the file's space back, as far as the system allows."""

@@ -16,8 +16,9 @@ cluster only once, as a backup does, makes those unwanted that were read. Invari
    then was untouched during the read, so no write had landed. The reader takes all others from where their state says.
    It never sees a torn block. A reader in another process does the same in steps: it reads the image itself, then asks
    (`kept`), and takes changed clusters from here (direct.py). Its answer, never the read before it, ends the keeping.
-3. If the scratch file (scratch.py) is full or fails, the snapshot is *broken*. Its readers are told why, even after
-   their read, and writers go on at once. The guest never waits for a reader.
+3. If the scratch file (scratch.py) is full or fails, also when the system writes it back later, the snapshot is
+   *broken*. Its readers are told why, even after their read, and writers go on at once. The guest never waits for a
+   reader.
 4. The disk keeps its size while it is held: a shrink would drop bits that readers still count on (`Filter.resize`).
 """
 
@@ -215,9 +216,13 @@ class Snapshot(ReadOnlyDevice):
                 if state == UNTOUCHED:
                     self._read_untouched(buffer, offset, start, stop)
             self._require_wanted(clusters)  # looked at afterwards, as the states are
+            is_from_file = False
             for state, start, stop in self._states.runs(clusters.start, clusters.stop):
                 if state != UNTOUCHED:
                     self._read_kept(buffer, offset, start, stop, state)
+                    is_from_file |= state >= FIRST_SLOT
+            if is_from_file:
+                self._require_kept()
         self._pass(offset, len(buffer))
 
     def _read_untouched(self, buffer: memoryview, offset: int, start: int, stop: int) -> None:
@@ -231,6 +236,15 @@ class Snapshot(ReadOnlyDevice):
         else:  # short if it broke meanwhile: `_being_read` tells the reader at its end
             inside = at - (start << self.clusters.granularity_bits)
             self._file.fill(part, ((state - FIRST_SLOT) << self.clusters.granularity_bits) + inside)
+
+    def _require_kept(self) -> None:
+        """Break if the system lost old data, of which it tells only once: so nobody else may ask meanwhile."""
+        with self._keeping:
+            if self.broken is None:
+                try:
+                    self._file.require_kept()
+                except OSError as error:
+                    self._break(f"old data was lost after it was kept ({error})")
 
     def _part(self, buffer: memoryview, offset: int, start: int, stop: int) -> tuple[memoryview, int]:
         """Return the part of a buffer that clusters [start, stop) fill, and its offset on the disk."""

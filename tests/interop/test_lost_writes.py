@@ -1,9 +1,10 @@
-"""A file system that loses what was written to a target, and says so once: what is done again is on its disk."""
+"""A file system that loses what was written, and says so once: of a target, of a snapshot's old data."""
 
 from __future__ import annotations
 
 import errno
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from lmdbitmap.errors import StorageError
 from lmdbitmap.restoring.restore import restore
 from lmdbitmap.syncs.sync import sync
+from lmdbitmap.tracker.scratch import Scratch
 from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.crash.full_disk import can_mount, fill, free, full_tmpfs
 from tests.helpers.backed_up import BackedUpDisk
@@ -84,3 +86,18 @@ def test_what_was_lost_is_written_again(
     with device.open("rb") as file:
         file.seek(place)
         assert file.read(SIZE) == disk.content()
+
+
+def test_a_snapshot_whose_old_data_was_lost_is_broken(disk: BackedUpDisk, ram: Path, xfs: Path) -> None:
+    old = disk.content()
+    with disk.attach() as attached, attached.snapshot("monday", Scratch(xfs)) as snapshot:
+        attached.pwrite(os.urandom(SIZE // 2), 0)
+        run("sync", "--file-system", xfs)
+        assert snapshot.pread(SIZE, 0) == old
+        fill(ram)
+        attached.pwrite(os.urandom(SIZE // 2), SIZE // 2)
+        subprocess.run(["sync", "--file-system", xfs], capture_output=True)
+        free(ram)
+        for _ in range(2):
+            with pytest.raises(StorageError, match="old data was lost after it was kept"):
+                snapshot.pread(SIZE, 0)
