@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 
@@ -30,15 +31,27 @@ def open_lmdb(path: str, *, create: bool = False) -> lmdb.Environment:
     while True:
         try:
             with translated(path):
-                return lmdb.open(
+                opened = lmdb.open(
                     path, map_size=wanted, subdir=True, create=create, mode=0o600, lock=True,
                     sync=True, metasync=True, writemap=False, map_async=False, meminit=True, readahead=False,
                     max_readers=MAX_READERS, max_dbs=_MAX_DATABASES, max_spare_txns=0, lib_version=0,
                 )  # fmt: skip
+            _close_on_exec(data_path)
+            return opened
         except StorageError as error:
             if error.errno != errno.ENOMEM or wanted // 2 < MIN_MAP_BYTES:
                 raise
             wanted //= 2
+
+
+def _close_on_exec(data_path: str) -> None:
+    """Keep LMDB's descriptor of the file, which it leaves open to them, from programs that this process executes."""
+    with contextlib.suppress(OSError):
+        there = os.stat(data_path)
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):  # closed meanwhile
+                if os.path.samestat(os.fstat(int(name)), there):
+                    os.set_inheritable(int(name), False)
 
 
 def _refuse_network_filesystem(path: str) -> None:

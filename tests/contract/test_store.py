@@ -99,6 +99,19 @@ def test_files_are_for_their_owner_only(path: str, opened: Store) -> None:
         assert os.stat(os.path.join(path, "lmdb", name)).st_mode & 0o777 == 0o600
 
 
+def test_no_program_that_is_executed_gets_the_file(path: str, opened: Store) -> None:
+    there, found = os.stat(opened.data_path), 0
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            is_of_it = os.path.samestat(os.fstat(int(name)), there)
+        except OSError:  # the listing's own
+            continue
+        if is_of_it:
+            found += 1
+            assert not os.get_inheritable(int(name))
+    assert found
+
+
 def test_regions_are_told_apart_by_bitmap_and_number(opened: Store) -> None:
     def put(writer: Writer) -> None:
         for bitmap_id in (1, 2, 256):
