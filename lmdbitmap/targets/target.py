@@ -342,7 +342,8 @@ def _taken_away_on_failure(path: str) -> Iterator[Callable[[int], None]]:
         fds: list[int] = []
 
         def watch(fd: int) -> None:
-            fds.append(os.dup(fd))
+            with os_errors_at(path):
+                fds.append(os.dup(fd))
             held.callback(os.close, fds[-1])
 
         try:

@@ -61,6 +61,24 @@ def scribbled(disk: BackedUpDisk, name: str = "copy.raw", seed: int = 1) -> Path
     return path
 
 
+# --- a new file ---
+
+
+def test_a_new_file_for_which_no_descriptor_is_left_is_refused_in_words(
+    disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(fd: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    out = disk.folder / "new.raw"
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "dup", none_left)
+        with pytest.raises(StorageError, match=r"new\.raw: Too many open files; raise the limit"):
+            restore(disk.folder / "backups", NAME, out)
+    assert not out.exists()
+    assert not list(disk.folder.glob("*.partial"))
+
+
 # --- a file in place ---
 
 
