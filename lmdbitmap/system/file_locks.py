@@ -12,6 +12,7 @@ from typing import Final
 
 from lmdbitmap.errors import Busy, os_errors_at
 from lmdbitmap.system.files import PRIVATE_MODE, open_like_folder
+from lmdbitmap.work import forks
 from lmdbitmap.work.patience import NO_PATIENCE, Patience
 
 log = logging.getLogger(__name__)
@@ -23,17 +24,22 @@ NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})
 class LockedFile:
     """An exclusive lock that ends with `close` or with the process, whichever comes first.
 
-    It is closed on exec; a forked child that does not exec keeps holding it.
+    It is closed on exec, and in a forked child, which would keep it for as long as it lives.
     """
 
     def __init__(self, path: str, fd: int) -> None:
         self.path = path
         self.fd = fd
+        forks.is_not_for_children(self)
 
     def close(self) -> None:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
+
+    def forsake(self) -> None:
+        """Close the file in a forked child; the lock stays the parent's."""
+        self.close()
 
     def __enter__(self) -> LockedFile:
         return self

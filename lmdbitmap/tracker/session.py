@@ -37,6 +37,7 @@ from lmdbitmap.system.file_names import UNFINISHED_FORM, UUID_FORM
 from lmdbitmap.tracker import chain, continuity
 from lmdbitmap.tracker.continuity import Moment, Verdict
 from lmdbitmap.tracker.flushing import forget_unwritten, unflushed
+from lmdbitmap.work import forks
 
 OpenDevice = Callable[[str], TrackableDevice]
 _OWNER_FILE = re.compile(rf"({UUID_FORM})(?:{UNFINISHED_FORM})?")
@@ -51,6 +52,7 @@ class OwnedDisk:
         self.owner = owner
         self.device = device
         self.kept = False
+        forks.is_not_for_children(self)
 
     def keep(self) -> None:
         """Leave `device` and `owner` to a new holder, which closes them."""
@@ -59,6 +61,11 @@ class OwnedDisk:
     def close(self) -> None:
         self.device.close()
         self.owner.close()
+
+    def forsake(self) -> None:
+        """Close the image in a forked child, which would keep its locks; the owner's lock sees to itself."""
+        if not self.kept and self.device.fd is not None:  # closing a connection would end the parent's too
+            self.device.close()
 
 
 @contextlib.contextmanager

@@ -227,6 +227,34 @@ time.sleep({PATIENCE_SECONDS})
     tracked.store = Store.open(tracked.store.path)
 
 
+def test_disk_and_repository_are_free_after_a_backup_although_a_fork_lives(tracked: TrackedDisk) -> None:
+    """Another thread of an agent may start a worker at any moment of a backup."""
+    tracked.store.close()
+    script = f"""
+import os, sys
+from lmdbitmap import Filter, Store, back_up
+store = Store.open(sys.argv[1])
+forks, (end, goes_on) = [], os.pipe()
+def fork_once(done, total):
+    if not forks:
+        forks.append(os.fork())
+        if not forks[0]:
+            os.close(goes_on)
+            os.read(end, 1)
+            os._exit(0)
+back_up(store, [{NAME!r}], sys.argv[2], progress=fork_once)
+with Filter.attach(store, {NAME!r}) as disk:
+    disk.pwrite(b"x", 0)
+print(back_up(store, [{NAME!r}], sys.argv[2])[0].entry.type_actual.value)
+print(os.waitpid(forks[0], os.WNOHANG)[0])
+os.close(goes_on)
+os.waitpid(forks[0], 0)
+"""
+    told = run(sys.executable, "-c", script, tracked.store.path, str(tracked.folder / "backups")).stdout
+    assert told.split() == ["incremental", "0"]
+    tracked.store = Store.open(tracked.store.path)
+
+
 def _double(number: int) -> int:
     return 2 * number
 
