@@ -53,10 +53,8 @@ def snapshot(disks: Sequence[Tracking], name: str, scratch: Scratch) -> list[Sna
                 snapshots[tracking] = _unheld(tracking, files[tracking])
             return [*tracking.snapshots, snapshots[tracking]]
 
+        on_failure.callback(_release_all, snapshots)  # also if an interruption comes when they are held
         _take_points(disks, name, prepare, take)
-        for tracking, held in snapshots.items():
-            held.before_release = functools.partial(tracking.let_go_of, held)
-            on_failure.callback(held.release)
         _flush_images(disks, name, on_failure.close)
         on_failure.pop_all()
     return [snapshots[tracking] for tracking in disks]
@@ -64,7 +62,15 @@ def snapshot(disks: Sequence[Tracking], name: str, scratch: Scratch) -> list[Sna
 
 def _unheld(tracking: Tracking, file: ScratchFile) -> Snapshot:
     """Make a snapshot before the freeze: its memory takes most of a millisecond, for which writers would wait."""
-    return Snapshot(tracking.store, tracking.disk, tracking.device, file)
+    unheld = Snapshot(tracking.store, tracking.disk, tracking.device, file)
+    unheld.before_release = functools.partial(tracking.let_go_of, unheld)
+    return unheld
+
+
+def _release_all(snapshots: Mapping[Tracking, Snapshot]) -> None:
+    with contextlib.ExitStack() as each:  # each is released even if another fails
+        for snapshot in snapshots.values():
+            each.callback(snapshot.release)
 
 
 def _take_points(

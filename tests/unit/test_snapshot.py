@@ -207,6 +207,23 @@ def test_chain_does_not_change_where_there_is_no_memory_to_hold_the_disk_meanwhi
     assert (disk.snapshots, snapshot.pread(BLOCK, 8 * BLOCK)) == ((snapshot,), OLD)
 
 
+def test_a_snapshot_that_is_interrupted_when_it_is_held_is_let_go_of(
+    disk: Filter, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else could release it, and its checkpoint could not be forgotten, nor the disk be resized."""
+
+    def interrupted(self: tracking.Tracking) -> None:
+        assert len(self.snapshots) == 1
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tracking.Tracking, "stay", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            disk.snapshot("s", scratch(folder))
+    assert disk.snapshots == ()
+    assert trust_of(disk.changes()) is Trust.UNTRUSTED
+
+
 def test_a_snapshot_can_be_released_where_there_is_no_memory(
     disk: Filter, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
