@@ -205,7 +205,7 @@ def _lock_patiently(path: str) -> file_locks.LockedFile:
 def _trust_record(why: Distrust | None) -> bytes:
     if why is None:
         return _sealed(_DISTRUST.pack(_TRUST_MAGIC, 0, 0))
-    reason = why.reason.encode()[: _RECORD_BYTES - _DISTRUST.size - 4]
+    reason = why.reason.encode(errors="backslashreplace")[: _RECORD_BYTES - _DISTRUST.size - 4]
     return _sealed(_DISTRUST.pack(_DISTRUST_MAGIC, why.since_ns, len(reason)) + reason)
 
 

@@ -353,6 +353,11 @@ def _error(what: str, place: str, expected: str, found: object) -> FormatError:
     )
 
 
+def storable(reason: str) -> str:
+    """Return a reason in a form that a record can hold: the path of a file in it may be no UTF-8."""
+    return reason.encode(errors="backslashreplace").decode()
+
+
 def check_disk_name(name: str) -> str:
     """Return `name` if it can name a disk in a list, a folder and an NBD export; else raise `InvalidArgument`."""
     check_name(name, what="disk", limit=MAX_DISK_NAME_BYTES)

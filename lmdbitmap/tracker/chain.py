@@ -143,6 +143,7 @@ def remove_disk(writer: Writer, disk: Disk) -> None:
 
 def start_epoch(writer: Writer, disk: Disk, reason: str, time_ns: int) -> Disk:
     """Begin a new epoch, in which everything is dirty, after track was lost. Return the disk as it is now."""
+    reason = schema.storable(reason)
     disk = dataclasses.replace(
         disk, epoch=uuid4(), epoch_number=disk.epoch_number + 1, epoch_reason=reason, resizing_from=None
     )
@@ -205,7 +206,7 @@ def forget(writer: Writer, disk: Disk, name: str) -> None:
 def note_superset(writer: Writer, disk: Disk, reason: str) -> None:
     """Note that from now on the recording bitmap may name clean blocks as dirty."""
     bitmap = writer.bitmap(current_checkpoint(writer, disk).bitmap_id)
-    writer.put_bitmap(dataclasses.replace(bitmap, superset=bitmap.superset or reason))
+    writer.put_bitmap(dataclasses.replace(bitmap, superset=bitmap.superset or schema.storable(reason)))
 
 
 def _drop(writer: Writer, checkpoint: Checkpoint) -> None:

@@ -128,6 +128,30 @@ def test_bits_since_another_checkpoint_make_a_superset(tracked: TrackedDisk, pat
     assert export.inspect_file(path).trust is Trust.SUPERSET
 
 
+def test_a_file_whose_name_is_no_utf_8_is_taken_in_like_any_other(
+    tracked: TrackedDisk, tmp_path: Path
+) -> None:
+    """Its name is in the reasons that the store keeps."""
+    path = tmp_path / os.fsdecode(b"x\xff.dbm")
+    served(tracked, path, 3)
+    with tracked.attach() as disk:
+        disk.checkpoint("tuesday")
+        assert bitmap_file.begin(disk, path) is None
+        assert disk.standing().trust is Trust.SUPERSET
+        disk.abandon()
+    assert served(tracked, path) is not None
+    assert "x\\udcff.dbm" in tracked.disk().epoch_reason
+    assert export.import_file(tracked.store, path, "all", all_dirty=True).all_dirty is not None
+
+
+def test_distrust_keeps_a_reason_that_is_no_utf_8(tracked: TrackedDisk) -> None:
+    with tracked.attach() as disk:
+        disk._voucher.lose_track(os.fsdecode(b"\xff"))
+        assert disk.changes().standing == (Trust.UNTRUSTED, os.fsdecode(b"\xff"))
+        disk.regain_trust()
+    assert tracked.disk().epoch_reason == "\\udcff"
+
+
 def test_after_a_crash_everything_is_dirty_and_the_epoch_says_why(tracked: TrackedDisk, path: Path) -> None:
     served(tracked, path, 1)
     disk = tracked.attach()
