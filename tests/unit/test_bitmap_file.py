@@ -17,6 +17,7 @@ from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.flat_file import bitmap_file
 from lmdbitmap.format import Flags
+from lmdbitmap.storage import owner
 from tests.helpers import naive_flat
 from tests.helpers.tracked import TrackedDisk, blocks_of, quick_folder
 
@@ -144,12 +145,11 @@ def test_a_file_whose_name_is_no_utf_8_is_taken_in_like_any_other(
     assert export.import_file(tracked.store, path, "all", all_dirty=True).all_dirty is not None
 
 
-def test_distrust_keeps_a_reason_that_is_no_utf_8(tracked: TrackedDisk) -> None:
-    with tracked.attach() as disk:
-        disk._voucher.lose_track(os.fsdecode(b"\xff"))
-        assert disk.changes().standing == (Trust.UNTRUSTED, os.fsdecode(b"\xff"))
-        disk.regain_trust()
-    assert tracked.disk().epoch_reason == "\\udcff"
+def test_distrust_keeps_a_reason_that_is_no_utf_8(tmp_path: Path) -> None:
+    path = str(tmp_path / "owner")
+    with closing(owner.Owner(path)) as held:
+        held.declare_distrust(os.fsdecode(b"\xff"), time_ns=1)
+    assert owner.distrust(path) == owner.Distrust(1, "\\udcff")
 
 
 def test_after_a_crash_everything_is_dirty_and_the_epoch_says_why(tracked: TrackedDisk, path: Path) -> None:
