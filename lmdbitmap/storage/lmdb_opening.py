@@ -32,7 +32,7 @@ def open_lmdb(path: str, *, create: bool = False) -> lmdb.Environment:
         try:
             with translated(path):
                 opened = lmdb.open(
-                    path, map_size=wanted, subdir=True, create=create, mode=0o600, lock=True,
+                    os.fsencode(path), map_size=wanted, subdir=True, create=create, mode=0o600, lock=True,
                     sync=True, metasync=True, writemap=False, map_async=False, meminit=True, readahead=False,
                     max_readers=MAX_READERS, max_dbs=_MAX_DATABASES, max_spare_txns=0, lib_version=0,
                 )  # fmt: skip

@@ -339,6 +339,14 @@ def test_opened_twice_in_one_process_it_is_one_environment(path: str, opened: St
         assert len(reader.bitmaps()) == 1
 
 
+def test_a_store_may_have_any_name_that_a_folder_may_have(tmp_path: Path) -> None:
+    """LMDB's binding takes text for UTF-8."""
+    place = os.fsdecode(os.fsencode(tmp_path) + b"/st\xf6re")
+    Store.create(place).close()
+    with Store.open(place) as opened:
+        assert opened.path == place
+
+
 def test_closed_store_refuses(path: str) -> None:
     closed = Store.create(path)
     closed.close()
