@@ -48,7 +48,7 @@ from lmdbitmap.backups.result import BackupResult, BackupsFailed
 from lmdbitmap.copying import digest_algorithms
 from lmdbitmap.copying.digest_algorithms import DigestAlgorithm
 from lmdbitmap.copying.readable import Metered
-from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError
+from lmdbitmap.errors import Busy, FormatError, LmdbitmapError
 from lmdbitmap.filter import Filter
 from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.notes.holds import HoldFile, UnderWay
@@ -63,7 +63,7 @@ from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.session import OpenDevice
 from lmdbitmap.work.failures import Failures
-from lmdbitmap.work.names import require_names
+from lmdbitmap.work.names import known_member, require_names
 from lmdbitmap.work.pace import Pace, pace_of
 from lmdbitmap.work.patience import Patience
 from lmdbitmap.work.progress import Progress, Report
@@ -137,8 +137,9 @@ def backup(
     terms = AccessTerms(open_device, attached, scratch, owner_limit_s, freeze_limit_s, Patience(lock_wait_s))
     terms.require_sense()
     failures = Failures(at_once=len(names) == 1)
+    wanted_kind = known_member(BackupType, kind, f"kind of backup {kind!r}")
     wanted = _WantedBackup(
-        repository_path, _known(kind), algorithm, only_that, Permission(take_over, new_repository)
+        repository_path, wanted_kind, algorithm, only_that, Permission(take_over, new_repository)
     )
     carrying = _Carrying(quiesced, failures.heeding(progress), packing, pace)
     with contextlib.ExitStack() as locks, _told(failures):
@@ -150,17 +151,6 @@ def backup(
     if failures.errors:
         raise BackupsFailed(results, failures.errors)
     return results
-
-
-def _known(kind: BackupType) -> BackupType:
-    """Return the kind, also for its value: not every caller has a type checker."""
-    try:
-        return BackupType(kind)
-    except ValueError:
-        known = ", ".join(member.value for member in BackupType)
-        raise InvalidArgument(
-            f"there is no kind of backup {kind!r}", next_step=f"use one of {known}"
-        ) from None
 
 
 class _Carrying(NamedTuple):

@@ -42,6 +42,7 @@ from lmdbitmap.storage.schema import ALL_CLEAN_BITS, Bitmap, Disk
 from lmdbitmap.store import Reader, Store, Writer
 from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.slices import Slice, full_slices, runs_of, slices_of
+from lmdbitmap.work.names import known_member
 
 _DAMAGED = "a record of it is damaged and counts as all dirty"
 
@@ -207,19 +208,9 @@ def combine(
     for names of disks, different disk sizes, granularities that do not fit, and `name` among the others without `into`;
     `NotFound`; `AlreadyExists` if a disk or a bitmap is called `into`.
     """
-    known, names = _known(operation), [name, *others]
+    # Anything else than an operation would pass by the refusals that are for it.
+    known, names = known_member(Operation, operation, f"operation {operation!r} on bitmaps"), [name, *others]
     return store.update(lambda writer: _combine(writer, known, names, into))
-
-
-def _known(operation: Operation) -> Operation:
-    """Return the operation, also for its value: anything else would pass by the refusals that are for it."""
-    try:
-        return Operation(operation)
-    except ValueError:
-        known = ", ".join(member.value for member in Operation)
-        raise InvalidArgument(
-            f"there is no operation {operation!r} on bitmaps", next_step=f"use one of {known}"
-        ) from None
 
 
 def _combine(writer: Writer, operation: Operation, names: Sequence[str], into: str | None) -> Bitmap:
