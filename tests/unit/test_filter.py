@@ -829,6 +829,16 @@ def test_a_disk_is_let_go_though_a_snapshot_of_it_cannot_be_waited_for(
         assert dirty(again) == set()
 
 
+@pytest.mark.parametrize("most", [0, -1])
+def test_a_disk_without_armed_extents_is_not_attached(tracked: TrackedDisk, most: int) -> None:
+    with pytest.raises(InvalidArgument):
+        tracked.attach(max_armed=most)
+    with closing(tracked.attach(max_armed=1)) as disk:
+        disk.pwrite(b"guest", 0)
+        disk.pwrite(b"guest", SIZE // 2)
+        assert len(dirty(disk)) == 2
+
+
 @pytest.mark.parametrize("name", ["lmdbitmap beat", "lmdbitmap clock"])
 def test_a_disk_that_gets_no_thread_is_not_attached(
     tracked: TrackedDisk, monkeypatch: pytest.MonkeyPatch, name: str
