@@ -54,8 +54,10 @@ from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.notes.holds import HoldFile, UnderWay
 from lmdbitmap.notes.references import CheckpointRef, Reason
 from lmdbitmap.qcow2.compression import Compression, chosen
+from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.manifest import BackupType, Manifest, NewerManifest
-from lmdbitmap.repository.repository import BackupFolder, Unfinished, refuse_folder_of_disk
+from lmdbitmap.repository.repository import refuse_folder_of_disk
+from lmdbitmap.repository.unfinished import Unfinished
 from lmdbitmap.storage import creating, mending
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store

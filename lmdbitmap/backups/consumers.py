@@ -30,7 +30,7 @@ from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.notes.holds import DROPPED, LAPSED, Hold, HoldFile
 from lmdbitmap.notes.references import Reason
 from lmdbitmap.notes.sync_note import NoteFile
-from lmdbitmap.repository.repository import BackupFolder
+from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.storage.schema import Checkpoint, Disk
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain

@@ -25,9 +25,9 @@ from typing import NamedTuple
 
 from lmdbitmap.errors import AlreadyExists, NotFound, os_errors_at
 from lmdbitmap.notes.holds import Hold, hold_files
+from lmdbitmap.repository.backup_folder import LOCK, BackupFolder
 from lmdbitmap.repository.manifest import DiskRef, Manifest, taken_over
 from lmdbitmap.repository.manifest_file import COPY, MANIFEST, NEXT
-from lmdbitmap.repository.repository import LOCK, BackupFolder
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
 

@@ -33,10 +33,12 @@ from lmdbitmap.qcow2.compression import Compression
 from lmdbitmap.qcow2.layout import SECTOR, CompressionType, cluster_bits_for
 from lmdbitmap.repository import backup_chain
 from lmdbitmap.repository.backup_chain import BackupChain
+from lmdbitmap.repository.backup_files import image_name
+from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.digests import require_algorithms, synced_digests
 from lmdbitmap.repository.manifest import BackupEntry, BackupType, ChunkDigests, Manifest, chain_to
 from lmdbitmap.repository.proof import Whole, proven_beside
-from lmdbitmap.repository.repository import BackupFolder, Unfinished, image_name
+from lmdbitmap.repository.unfinished import Unfinished
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
 from lmdbitmap.system import atomic_files

@@ -12,7 +12,8 @@ from typing import Final
 
 from lmdbitmap.access.access import Access
 from lmdbitmap.notes.checkpoint_names import Maker
-from lmdbitmap.repository.repository import BackupFolder, Unfinished
+from lmdbitmap.repository.backup_folder import BackupFolder
+from lmdbitmap.repository.unfinished import Unfinished
 from lmdbitmap.storage.schema import Checkpoint, Disk
 
 _MOST_LATE: Final = 16

@@ -20,10 +20,10 @@ from typing import NamedTuple
 from lmdbitmap.copying.digest_algorithms import DigestAlgorithm, fastest, is_available
 from lmdbitmap.errors import FormatError, LmdbitmapError, NotFound
 from lmdbitmap.notes.references import Reason
+from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.chain_tables import what_is_broken
 from lmdbitmap.repository.json_fields import MAX_TEXT_BYTES
 from lmdbitmap.repository.manifest import TAKEN_OVER_EPOCH, BackupEntry, BackupType, Manifest, chain_to
-from lmdbitmap.repository.repository import BackupFolder
 from lmdbitmap.storage.schema import Checkpoint, Disk
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain

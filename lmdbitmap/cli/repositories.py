@@ -303,13 +303,13 @@ _HEADINGS = ("disk", "backup", "time", "type", "size", "changed", "stored", "cha
 
 def list_backups(asked: Session, repository: str) -> None:
     """Print all restore points of a repository; a disk whose manifest cannot be read is reported after the others."""
-    from lmdbitmap.repository.repository import folders_of, known_backups_of
+    from lmdbitmap.repository.repository import folders_of, folders_with_backups
     from lmdbitmap.work.disks_failed import DisksFailed
     from lmdbitmap.work.failures import Failures
 
     folders = folders_of(repository)
     failures = Failures(at_once=len(folders) == 1)
-    known = known_backups_of(folders, failures, named=False)
+    known = folders_with_backups(folders, failures, named=False)
     failed = DisksFailed("listed", len(known), failures.errors) if failures.errors else None
     listed = [(folder.disk_name, manifest, _depths(manifest)) for folder, manifest in known]
     if asked.as_json:

@@ -31,9 +31,10 @@ from lmdbitmap.interfaces import Allocation, joined
 from lmdbitmap.qcow2 import MappedRun, Qcow2Reader, ReadableFile, chain_extents
 from lmdbitmap.qcow2.compression import require
 from lmdbitmap.qcow2.layout import SECTOR
+from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.manifest import BackupEntry, chain_to, id_at
 from lmdbitmap.repository.proof import ChunkProof, Whole, chunk_proof
-from lmdbitmap.repository.repository import BackupFolder
+from lmdbitmap.repository.repository import known_backups
 from lmdbitmap.work.buffers import in_bytes, read_whole
 
 _FROM_A_COPY = "get the file from a copy of the repository"
@@ -159,7 +160,7 @@ def entries_at(folder: BackupFolder, at: str | None = None) -> Sequence[BackupEn
 
     `at` is an id, or a time, which means the newest backup not later (see `id_at`).
     """
-    manifest = folder.known_backups()
+    manifest = known_backups(folder)
     return chain_to(manifest, id_at(manifest, at))
 
 

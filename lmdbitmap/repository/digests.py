@@ -18,8 +18,9 @@ from lmdbitmap.copying.digest_algorithms import DIGEST_BYTES
 from lmdbitmap.copying.hashing import ChunkHasher, chunk_digests
 from lmdbitmap.errors import FormatError, os_errors_at
 from lmdbitmap.geometry import ceil_div
+from lmdbitmap.repository.backup_files import digests_name, sha256_of
+from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.manifest import BackupEntry, ChunkDigests
-from lmdbitmap.repository.repository import BackupFolder, digests_name, sha256_of
 from lmdbitmap.system import atomic_files, files
 
 

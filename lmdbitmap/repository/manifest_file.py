@@ -1,4 +1,4 @@
-"""Keeps a folder's manifest twice, and three times while a succession (repository.py, 4) takes effect.
+"""Keeps a folder's manifest twice, and three times while a succession (backup_folder.py, 4) takes effect.
 
     manifest.json         the manifest
     manifest.json.copy    the same once more, for the day when that file is damaged or lost

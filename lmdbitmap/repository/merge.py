@@ -25,8 +25,8 @@ from lmdbitmap.qcow2 import Kind, MappedRun, Qcow2Reader, Qcow2Writer, chain_ext
 from lmdbitmap.qcow2.chain import merged, overlaid, stored
 from lmdbitmap.qcow2.layout import SECTOR, CompressionType
 from lmdbitmap.repository.backup_chain import image_reader
+from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.manifest import BackupEntry
-from lmdbitmap.repository.repository import BackupFolder
 from lmdbitmap.work.progress import Report
 
 

@@ -23,9 +23,9 @@ from lmdbitmap.copying.hashing import digest_at
 from lmdbitmap.errors import FormatError, NotFound, os_errors_at
 from lmdbitmap.geometry import ceil_div
 from lmdbitmap.images.file_pool import PooledFile
+from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.digests import found_digest, read_digests, require_algorithms
 from lmdbitmap.repository.manifest import BackupEntry, ChunkDigests
-from lmdbitmap.repository.repository import BackupFolder
 
 log = logging.getLogger(__name__)
 

@@ -32,10 +32,11 @@ from lmdbitmap.errors import InvalidArgument, LmdbitmapError
 from lmdbitmap.extents import Trust
 from lmdbitmap.images.file_pool import FilePool
 from lmdbitmap.notes.references import Reason
+from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.digests import require_algorithms, synced_digests
 from lmdbitmap.repository.manifest import BackupEntry, BackupType, ChunkDigests, Manifest, chain_to
 from lmdbitmap.repository.merge import View, write_merged
-from lmdbitmap.repository.repository import BackupFolder, folders_of, known_backups_of
+from lmdbitmap.repository.repository import folders_of, folders_with_backups, known_backups
 from lmdbitmap.repository.retention import Retention, kept
 from lmdbitmap.repository.verify import require_sound
 from lmdbitmap.system import atomic_files
@@ -125,7 +126,7 @@ def prune(
         )
     folders = folders_of(repository_path, names)
     failures, patience = Failures(at_once=len(folders) == 1), Patience(lock_wait_s)
-    known = known_backups_of(folders, failures, named=names is not None)
+    known = folders_with_backups(folders, failures, named=names is not None)
     bytes_to_read = [_bytes_to_read(each, wish.stay(each)) for _, each in known]
     report, passed, results = Report(failures.heeding(progress), sum(bytes_to_read)), 0, []
     for (folder, manifest), count in zip(known, bytes_to_read, strict=True):
@@ -150,7 +151,7 @@ def _would_prune(folder: BackupFolder, manifest: Manifest, wish: _Wish) -> Prune
 def _prune(folder: BackupFolder, wish: _Wish, patience: Patience, report: Report) -> PruneResult:
     with folder.locked(patience):
         started = time.monotonic()
-        before = manifest = folder.known_backups()
+        before = manifest = known_backups(folder)
         folder.check_names(before.backups)
         stay = wish.stay(before)
         require_algorithms(folder, _to_merge(before, stay))

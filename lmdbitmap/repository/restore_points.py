@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
+from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.manifest import BackupEntry
-from lmdbitmap.repository.repository import BackupFolder, disk_names
+from lmdbitmap.repository.repository import disk_names, known_backups
 
 
 def backed_up_disks(repository_path: str | os.PathLike[str]) -> list[str]:
@@ -19,4 +20,4 @@ def backups_of(repository_path: str | os.PathLike[str], name: str) -> tuple[Back
     Only one disk is read, so that a damaged manifest hides no other disk. Raises `NotFound` without backups of such a
     disk, and `FormatError` if its manifest cannot be read. No image is checked: that is for `verify_backups`.
     """
-    return BackupFolder(repository_path, name).known_backups().backups
+    return known_backups(BackupFolder(repository_path, name)).backups

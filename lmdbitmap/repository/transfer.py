@@ -34,12 +34,13 @@ from lmdbitmap.errors import (
 )
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.images.file_copy import PIECE_BYTES, FileCopier
+from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.digests import found_digest, require_algorithms
 from lmdbitmap.repository.manifest import TAKEN_OVER_EPOCH, BackupEntry, Manifest, taken_over
 from lmdbitmap.repository.repository import (
-    BackupFolder,
     folders_of,
-    known_backups_of,
+    folders_with_backups,
+    known_backups,
     refuse_folder_of_disk,
 )
 from lmdbitmap.storage import creating
@@ -102,7 +103,7 @@ def copy_backups(
     creating.refuse_inside(target_path)
     refuse_folder_of_disk(target_path)
     failures, patience = Failures(at_once=len(folders) == 1), Patience(lock_wait_s)
-    known = known_backups_of(folders, failures, named=names is not None)
+    known = folders_with_backups(folders, failures, named=names is not None)
     bytes_stored = [sum(entry.bytes_stored for entry in each.backups) for _, each in known]
     report, passed, results = Report(failures.heeding(progress), sum(bytes_stored)), 0, []
     for (source, manifest), count in zip(known, bytes_stored, strict=True):
@@ -124,7 +125,7 @@ def _copy_disk(
         require_algorithms(source, known.backups)  # else an empty folder would be left
     with target.locked(patience):
         started = time.monotonic()
-        wanted = source.known_backups()  # again: the run that held the lock may have copied newer ones
+        wanted = known_backups(source)  # again: the run that held the lock may have copied newer ones
         source.check_names(wanted.backups)
         found = target.manifest()
         before = Manifest(wanted.disk) if found is None else found

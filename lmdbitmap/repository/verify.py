@@ -40,9 +40,10 @@ from lmdbitmap.errors import (
 from lmdbitmap.geometry import ceil_div
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.repository.backup_chain import are_still, image_reader
+from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.digests import found_digest, read_digests, require_algorithms
 from lmdbitmap.repository.manifest import BackupEntry, ChunkDigests, Manifest, chain_to, id_at
-from lmdbitmap.repository.repository import BackupFolder, folders_of
+from lmdbitmap.repository.repository import folders_of, known_backups
 from lmdbitmap.work.progress import Progress, Report
 
 MAX_FLAWS = 1000
@@ -154,7 +155,7 @@ def _tasks(
 ) -> Iterator[_DiskToVerify]:
     for folder in folders_of(repository_path, None if name is None else [name]):
         try:
-            manifest = folder.known_backups() if name is not None else folder.manifest()
+            manifest = known_backups(folder) if name is not None else folder.manifest()
         except (FormatError, StorageError) as refusal:
             if name is not None and isinstance(refusal, StorageError):
                 raise

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from lmdbitmap.qcow2 import Kind, MappedRun
 from lmdbitmap.repository import backup_chain
 from lmdbitmap.repository.backup_chain import BackupChain
+from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.digests import require_algorithms
 from lmdbitmap.repository.manifest import BackupEntry
 from lmdbitmap.repository.proof import proven_beside
-from lmdbitmap.repository.repository import BackupFolder
 from lmdbitmap.restoring.parallel_restore import CarryingBack
 from lmdbitmap.restoring.prefetching import made_ready
 from lmdbitmap.restoring.writers import Comparing, Overwriting, PuttingBack

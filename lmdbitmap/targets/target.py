@@ -34,7 +34,8 @@ from lmdbitmap.interfaces import Allocation, BlockDevice, FarAway
 from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.qcow2.layout import SECTOR
 from lmdbitmap.repository.backup_chain import BackupChain
-from lmdbitmap.repository.repository import BackupFolder, refuse_beside_backups
+from lmdbitmap.repository.backup_folder import BackupFolder
+from lmdbitmap.repository.repository import refuse_beside_backups
 from lmdbitmap.storage import creating
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store

@@ -18,7 +18,7 @@ from lmdbitmap import Filter, Store, back_up, stream_backup, sync_disk
 from lmdbitmap.access import waiting
 from lmdbitmap.cli.main import run
 from lmdbitmap.images.device import FileDevice
-from lmdbitmap.repository.repository import BackupFolder
+from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.system import file_locks
 from tests.cli.conftest import SIZE, Cli
 from tests.cli.test_lock_wait import Clock

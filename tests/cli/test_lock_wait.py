@@ -13,7 +13,8 @@ from lmdbitmap import Filter, InvalidArgument, Store, back_up, sync_disk
 from lmdbitmap.cli.main import run
 from lmdbitmap.notes import holds
 from lmdbitmap.notes.sync_note import NoteFile
-from lmdbitmap.repository.repository import BackupFolder
+from lmdbitmap.repository.backup_folder import BackupFolder
+from lmdbitmap.repository.repository import known_backups
 from lmdbitmap.system import file_locks
 from lmdbitmap.system.file_locks import LockedFile
 from lmdbitmap.tracker import chain
@@ -144,7 +145,7 @@ def test_what_is_backed_up_while_a_copy_waits_is_copied_too(
 
     clock.act = make_one_more
     cli.ok(*words["copy"], "--lock-wait", 30)
-    assert len(BackupFolder(words["copy"][2], "sda").known_backups().backups) == 2
+    assert len(known_backups(BackupFolder(words["copy"][2], "sda")).backups) == 2
 
 
 @pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf"), 1e8])

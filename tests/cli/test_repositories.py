@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.repository.repository import BackupFolder
+from lmdbitmap.repository.backup_folder import BackupFolder
+from lmdbitmap.repository.repository import known_backups
 from tests.cli.conftest import SIZE, Cli
 from tests.cli.test_backups import _write, repository
 from tests.helpers.support import requires, run
@@ -63,7 +64,7 @@ def test_a_flipped_bit_is_named_and_the_exit_code_is_1(cli: Cli, chain: Path) ->
 def test_a_copy_that_never_came_about_is_not_called_sound(cli: Cli, chain: Path) -> None:
     """Whoever proves it every night would learn that there is no copy on the day it is needed."""
     folder = BackupFolder(cli.folder / "copy", "sda")
-    known = BackupFolder(chain, "sda").known_backups()
+    known = known_backups(BackupFolder(chain, "sda"))
     with folder.locked():
         folder.replace_manifest(dataclasses.replace(known, backups=()))
     done = cli("verify", cli.folder / "copy")

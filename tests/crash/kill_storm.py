@@ -38,9 +38,9 @@ from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import EXTENT_BLOCKS
 from lmdbitmap.nbd import control_client
+from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.manifest import BackupType
 from lmdbitmap.repository.manifest_file import MANIFEST
-from lmdbitmap.repository.repository import BackupFolder
 from lmdbitmap.restoring.restore import restore
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain

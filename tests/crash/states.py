@@ -16,7 +16,7 @@ from typing import NamedTuple
 from uuid import uuid4
 
 from lmdbitmap.notes.checkpoint_names import Maker
-from lmdbitmap.repository.repository import Unfinished
+from lmdbitmap.repository.unfinished import Unfinished
 from lmdbitmap.storage import schema
 from lmdbitmap.storage.owner import Owner
 from lmdbitmap.store import Store, Writer

@@ -18,9 +18,9 @@ from lmdbitmap.errors import AlreadyExists, StorageError
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.notes.checkpoint_names import Maker
+from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.manifest import BackupEntry, decode
 from lmdbitmap.repository.manifest_file import COPY
-from lmdbitmap.repository.repository import BackupFolder
 from lmdbitmap.restoring.restore import restore
 from lmdbitmap.storage.schema import DEFERRED, WRITE_AHEAD
 from lmdbitmap.store import Store

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.manifest import encode
-from lmdbitmap.repository.repository import BackupFolder
+from lmdbitmap.repository.repository import known_backups
 from lmdbitmap.repository.transfer import copy_backups
 from lmdbitmap.repository.verify import verify
 from lmdbitmap.restoring.restore import restore
@@ -24,7 +25,7 @@ def test_a_killed_copy_holds_a_beginning_of_the_chain(life: str, deaths: Deaths)
     for death in deaths(life):
         count = whole_backups(death)
         seen.add(count)
-        wanted = BackupFolder(death.folder / "backups", NAME).known_backups().backups
+        wanted = known_backups(BackupFolder(death.folder / "backups", NAME)).backups
         assert count == len(wanted) or not death.told, death
         [result] = copy_backups(death.folder / "backups", death.folder / "copy")
         assert (result.already_there, len(result.copied)) == (count, len(wanted) - count), death
@@ -47,7 +48,7 @@ def test_a_copy_that_was_killed_after_a_prune_keeps_all_that_was_there(deaths: D
 def backups_read_as_they_did(death: Death) -> str:
     """The ids of all that the copy names, read without a lock, as a person would who needs them now."""
     folder = BackupFolder(death.folder / "copy", NAME)
-    entries, restored = folder.known_backups().backups, death.folder / "restored.raw"
+    entries, restored = known_backups(folder).backups, death.folder / "restored.raw"
     for entry in entries:
         restore(folder.repository_path, NAME, restored, at=entry.id)
         assert filecmp.cmp(restored, death.folder / f"{entry.id}.raw", shallow=False), (death, entry.id)
@@ -65,7 +66,7 @@ def whole_backups(death: Death) -> int:
     found = copy.manifest() if (death.folder / "copy" / NAME).exists() else None
     if found is None:
         return 0
-    source = BackupFolder(death.folder / "backups", NAME).known_backups()
+    source = known_backups(BackupFolder(death.folder / "backups", NAME))
     assert found.backups == source.backups[: len(found.backups)], death
     assert verify(copy.repository_path).is_sound == bool(found.backups), death
     return len(found.backups)
@@ -74,6 +75,6 @@ def whole_backups(death: Death) -> int:
 def contents(death: Death, name: str) -> dict[str, bytes]:
     """To the byte, but for who holds the checkpoints: a copy is a holder of its own."""
     folder = BackupFolder(death.folder / name, NAME)
-    manifest = encode(dataclasses.replace(folder.known_backups(), holder=None))
+    manifest = encode(dataclasses.replace(known_backups(folder), holder=None))
     found = {path.name: path.read_bytes() for path in Path(folder.path).iterdir()}
     return {**found, "manifest.json": manifest, "manifest.json.copy": manifest}

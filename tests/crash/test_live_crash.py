@@ -19,7 +19,7 @@ import pytest
 
 from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.notes.checkpoint_names import Maker
-from lmdbitmap.repository.repository import BackupFolder
+from lmdbitmap.repository.backup_folder import BackupFolder
 from tests.cli.conftest import MIB, Cli, Served, quick_cli
 from tests.helpers.backed_up import ALWAYS_THERE
 from tests.helpers.support import PATIENCE_SECONDS, Child, run, spawn

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap.backups.backup import backup
+from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.manifest import BackupEntry
 from lmdbitmap.repository.prune import prune
-from lmdbitmap.repository.repository import BackupFolder
+from lmdbitmap.repository.repository import known_backups
 from lmdbitmap.repository.retention import Retention
 from lmdbitmap.repository.verify import verify
 from lmdbitmap.restoring.restore import restore
@@ -47,7 +48,7 @@ def named_backups_are_whole(death: Death) -> tuple[BackupEntry, ...]:
     in the images' headers."""
     folder = BackupFolder(death.folder / "backups", NAME)
     before = sorted(os.listdir(folder.path))
-    entries = folder.known_backups().backups
+    entries = known_backups(folder).backups
     for entry in entries:
         restored, truth = death.folder / "restored.raw", death.folder / f"{entry.id}.raw"
         restore(folder.repository_path, NAME, restored, at=entry.id)
@@ -83,8 +84,7 @@ def makes_an_increment(death: Death) -> None:
         with store.read() as reader:
             held = {point.name for point in reader.checkpoints(chain.find_disk(reader, NAME).uuid)}
     names = {
-        entry.checkpoint.name
-        for entry in BackupFolder(death.folder / "backups", NAME).known_backups().backups
+        entry.checkpoint.name for entry in known_backups(BackupFolder(death.folder / "backups", NAME)).backups
     }
     assert {name for name in held if name.startswith("backup-")} <= names, (
         death,
@@ -94,7 +94,7 @@ def makes_an_increment(death: Death) -> None:
 
 def leaves_nothing(death: Death, place: str = "backups") -> None:
     folder = BackupFolder(death.folder / place, NAME)
-    entries = folder.known_backups().backups
+    entries = known_backups(folder).backups
     files = {file for entry in entries for file in (entry.file, entry.chunks and entry.chunks.file)}
     assert {path.name for path in Path(folder.path).iterdir()} == files | ALWAYS_THERE, death
     assert verify(folder.repository_path).is_sound, death

@@ -11,9 +11,10 @@ from uuid import UUID
 from lmdbitmap.errors import FormatError, InvalidArgument
 from lmdbitmap.notes.checkpoint_names import Maker
 from lmdbitmap.repository import manifest
+from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.manifest import BackupType, Manifest
 from lmdbitmap.repository.manifest_file import MANIFEST
-from lmdbitmap.repository.repository import UNFINISHED, BackupFolder
+from lmdbitmap.repository.unfinished import UNFINISHED
 from tests.fuzz.inputs import Input, check_words, scratch_folder
 
 TEXTS = ("", "b0", "b1", "b2", "000001-full.qcow2", "../x", "a:b", "..", "full", "incremental", "exact", "\ud800",

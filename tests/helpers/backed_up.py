@@ -10,8 +10,8 @@ from pathlib import Path
 
 from lmdbitmap.backups.backup import backup
 from lmdbitmap.notes.checkpoint_names import Maker
+from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.manifest import BackupEntry, BackupType, Manifest
-from lmdbitmap.repository.repository import BackupFolder
 from lmdbitmap.restoring.restore import restore
 from tests.helpers.support import PATIENCE_SECONDS
 from tests.helpers.tracked import NAME, TrackedDisk
@@ -107,7 +107,7 @@ from lmdbitmap import store
 from lmdbitmap.backups import backup
 from lmdbitmap.copying import carriers
 from lmdbitmap.notes import holds
-from lmdbitmap.repository import repository
+from lmdbitmap.repository import backup_folder
 from lmdbitmap.repository.manifest import BackupType
 from lmdbitmap.tracker import session
 from lmdbitmap.work import gang
@@ -137,8 +137,8 @@ with store.Store.open(store_path) as opened:
     followed_by_death(os, "unlink", "removed")
     followed_by_death(gang.Gang, "_do_next", "data written")
     followed_by_death(carriers.Carriers, "finish", "image written")
-    followed_by_death(repository.BackupFolder, "note_unfinished", "noted")
+    followed_by_death(backup_folder.BackupFolder, "note_unfinished", "noted")
     followed_by_death(holds.HoldFile, "replace", "held")
-    followed_by_death(repository.BackupFolder, "replace_manifest", "manifest replaced")
+    followed_by_death(backup_folder.BackupFolder, "replace_manifest", "manifest replaced")
     backup.backup(opened, [{NAME!r}], repository_path, kind=BackupType(kind))
 """

@@ -10,8 +10,9 @@ from lmdbitmap.copying.copier import ImageFile
 from lmdbitmap.copying.digest_algorithms import fastest
 from lmdbitmap.copying.hashing import CHUNK_BYTES, chunk_digests
 from lmdbitmap.qcow2 import Qcow2Writer
+from lmdbitmap.repository.backup_files import digests_name, sha256_of
+from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.manifest import BackupEntry, ChunkDigests, Manifest
-from lmdbitmap.repository.repository import BackupFolder, digests_name, sha256_of
 from tests.helpers.tracked import NAME
 from tests.unit.test_manifest import DISK, entry
 

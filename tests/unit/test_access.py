@@ -24,7 +24,8 @@ from lmdbitmap.nbd.control import control
 from lmdbitmap.nbd.control.held import HeldSnapshots
 from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.notes.checkpoint_names import Maker
-from lmdbitmap.repository.repository import BackupFolder, Unfinished
+from lmdbitmap.repository.backup_folder import BackupFolder
+from lmdbitmap.repository.unfinished import Unfinished
 from lmdbitmap.store import Store
 from lmdbitmap.streams.stream import stream_backup
 from lmdbitmap.tracker import chain, session

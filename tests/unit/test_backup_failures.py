@@ -31,8 +31,8 @@ from lmdbitmap.nbd.control.control import ControlServer
 from lmdbitmap.nbd.control.held import HeldSnapshots
 from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.notes.checkpoint_names import Maker
+from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.manifest import BackupType
-from lmdbitmap.repository.repository import BackupFolder
 from lmdbitmap.restoring.restore import restore
 from lmdbitmap.store import Store
 from lmdbitmap.system import atomic_files, file_locks

@@ -14,7 +14,7 @@ from lmdbitmap.errors import Busy, FormatError
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.repository import backup_chain
-from lmdbitmap.repository.repository import BackupFolder
+from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.restoring.restore import restore
 from tests.helpers.backed_up import RESCAN, BackedUpDisk
 from tests.helpers.deep_chain import CLUSTER, make_deep_chain

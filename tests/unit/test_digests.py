@@ -12,8 +12,8 @@ import pytest
 from lmdbitmap.copying.digest_algorithms import DigestAlgorithm
 from lmdbitmap.copying.hashing import CHUNK_BYTES, ChunkHasher
 from lmdbitmap.errors import StorageError
+from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.digests import synced_digests
-from lmdbitmap.repository.repository import BackupFolder
 from tests.helpers.backed_up import BackedUpDisk
 from tests.helpers.naive_digests import naive_digests
 

@@ -12,9 +12,10 @@ import pytest
 
 from lmdbitmap.errors import FormatError, LmdbitmapError
 from lmdbitmap.repository import manifest
+from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.manifest import Manifest
 from lmdbitmap.repository.prune import prune
-from lmdbitmap.repository.repository import BackupFolder, disk_names
+from lmdbitmap.repository.repository import disk_names
 from lmdbitmap.repository.retention import Retention
 from lmdbitmap.repository.verify import verify
 from lmdbitmap.system import files

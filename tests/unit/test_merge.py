@@ -12,9 +12,10 @@ import pytest
 from lmdbitmap.copying.copier import ImageFile
 from lmdbitmap.images.file_pool import FilePool
 from lmdbitmap.qcow2 import Qcow2Writer
+from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.manifest import BackupEntry, Manifest
 from lmdbitmap.repository.merge import View, write_merged
-from lmdbitmap.repository.repository import BackupFolder
+from lmdbitmap.repository.repository import known_backups
 from lmdbitmap.restoring.restore import restore
 from lmdbitmap.work.progress import Report
 from tests.helpers.support import requires, run
@@ -79,7 +80,7 @@ def test_a_merged_image_reads_as_the_chain_did(
 ) -> None:
     if not kernel_copies:
         monkeypatch.setattr(os, "copy_file_range", refuse)
-    entries = folder.known_backups().backups
+    entries = known_backups(folder).backups
     chain, below = entries[: number + 1], entries[:down_to]
     path = folder.path_of("merged.qcow2")
     with FilePool(most_open=2) as pool, open(path, "xb") as file:

@@ -16,10 +16,11 @@ import pytest
 
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, NotFound, StorageError
 from lmdbitmap.qcow2 import Qcow2Writer
+from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.manifest import BackupType
 from lmdbitmap.repository.manifest_file import MANIFEST, NEXT
 from lmdbitmap.repository.prune import PruneResult, PrunesFailed, prune
-from lmdbitmap.repository.repository import BackupFolder
+from lmdbitmap.repository.repository import known_backups
 from lmdbitmap.repository.retention import Retention
 from lmdbitmap.repository.verify import verify
 from tests.helpers.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
@@ -475,7 +476,7 @@ def test_a_disk_that_fails_costs_the_others_nothing_and_is_told_of_in_the_end(di
         done = [result.disk for result in failed.value.results]
         assert done == (["b", "c", NAME, "z"] if dry_run else [NAME, "z"])
     assert failed.value.causes == tuple(failed.value.failures.values())
-    assert [len(BackupFolder(disk.folder / "backups", name).known_backups().backups) for name in "bcz"] == [
+    assert [len(known_backups(BackupFolder(disk.folder / "backups", name)).backups) for name in "bcz"] == [
         2, 2, 1,
     ]  # fmt: skip
 
@@ -491,7 +492,7 @@ def test_what_a_listener_raises_is_no_failure_of_a_disk(disk: BackedUpDisk) -> N
 
     with pytest.raises(Busy, match="enough"):
         prune(disk.folder / "backups", keep=Retention(last=1), progress=cancel)
-    assert len(BackupFolder(disk.folder / "backups", "z").known_backups().backups) == 2
+    assert len(known_backups(BackupFolder(disk.folder / "backups", "z")).backups) == 2
 
 
 @requires("qemu-img")

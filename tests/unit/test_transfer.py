@@ -15,9 +15,10 @@ import pytest
 from lmdbitmap.errors import AlreadyExists, Busy, FormatError, NotFound, StorageError
 from lmdbitmap.repository import manifest as manifest_module
 from lmdbitmap.repository import transfer
+from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.manifest import TAKEN_OVER_EPOCH, BackupType, DiskRef, Manifest, encode, taken_over
 from lmdbitmap.repository.prune import prune
-from lmdbitmap.repository.repository import BackupFolder
+from lmdbitmap.repository.repository import known_backups
 from lmdbitmap.repository.retention import Retention
 from lmdbitmap.repository.transfer import CopiesFailed, CopyResult, copy_backups
 from lmdbitmap.repository.verify import verify
@@ -111,7 +112,7 @@ def test_an_image_that_is_somebody_elses_is_left_alone(disk: BackedUpDisk) -> No
     Path(target.path_of(disk.manifest().backups[1].file)).write_bytes(b"mine")
     with pytest.raises(AlreadyExists, match="is another image than backup 2; copy to another repository"):
         copied(disk)
-    assert [entry.id for entry in target.known_backups().backups] == ["1"]
+    assert [entry.id for entry in known_backups(target).backups] == ["1"]
 
 
 def test_a_target_with_other_backups_is_refused(disk: BackedUpDisk) -> None:

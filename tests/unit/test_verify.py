@@ -21,10 +21,10 @@ from lmdbitmap.copying.digest_algorithms import DigestAlgorithm
 from lmdbitmap.copying.hashing import CHUNK_BYTES
 from lmdbitmap.errors import Busy, InvalidArgument, NotFound
 from lmdbitmap.repository import verify as verify_module
+from lmdbitmap.repository.backup_files import sha256_of
 from lmdbitmap.repository.manifest import BackupEntry, BackupType
 from lmdbitmap.repository.manifest_file import MANIFEST, NEXT
 from lmdbitmap.repository.prune import prune
-from lmdbitmap.repository.repository import sha256_of
 from lmdbitmap.repository.retention import Retention
 from lmdbitmap.repository.verify import MAX_FLAWS, Flaw, VerifyResult, verify
 from tests.helpers.backed_up import BackedUpDisk, Repositories

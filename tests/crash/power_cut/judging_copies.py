@@ -12,9 +12,9 @@ from pathlib import Path
 
 from lmdbitmap.backups.backup import backup
 from lmdbitmap.notes.references import Reason
+from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.manifest import BackupEntry, BackupType
 from lmdbitmap.repository.prune import prune
-from lmdbitmap.repository.repository import BackupFolder
 from lmdbitmap.repository.retention import Retention
 from lmdbitmap.repository.transfer import copy_backups
 from lmdbitmap.repository.verify import verify
