@@ -5,6 +5,10 @@ checked before one is made, and some of the second tables, those of the newest i
 noticeable time beside the increment. `thoroughly` means all of them, which is right for a caller that reads the chain
 anyway. Data is not checked: that takes `verify`.
 
+An image may also be in order, and not what was backed up: `qemu-img rebase -u` and its like write the header anew, and
+no restore accepts that. So unless the caller proves what it reads, the chunk with the header is proven by its digest,
+of the newest images first and within a ration.
+
 The reader of images (qcow2/reader.py) says what is wrong with a second table. It takes ten times as long as one look at
 all entries at once, so it is asked only about tables that such a look does not find in order.
 """
@@ -16,10 +20,13 @@ import functools
 import logging
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
-from lmdbitmap.errors import FormatError, LmdbitmapError, StorageError, os_errors_at
+from lmdbitmap.copying.digest_algorithms import is_available
+from lmdbitmap.errors import FormatError, LmdbitmapError, NotFound, StorageError, os_errors_at
 from lmdbitmap.images.device import FileDevice
+from lmdbitmap.images.file_pool import FilePool, PooledFile
 from lmdbitmap.qcow2 import Qcow2Reader
 from lmdbitmap.qcow2.layout import (
     COMPRESSED,
@@ -32,8 +39,10 @@ from lmdbitmap.qcow2.layout import (
     l1_entries,
 )
 from lmdbitmap.repository.backup_chain import image_reader
+from lmdbitmap.repository.backup_folder import BackupFolder
+from lmdbitmap.repository.digests import digests_length, read_digests
 from lmdbitmap.repository.manifest import BackupEntry
-from lmdbitmap.repository.repository import BackupFolder
+from lmdbitmap.repository.proof import ChunkProof
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +50,8 @@ _MOST_FIRST_BYTES = 4 << 20
 """First tables, in all: 16 KiB stand for a TiB of a disk with clusters of 64 KiB, in each image."""
 _MOST_SECOND_BYTES = 4 << 20
 """Second tables, in all: 64 of 64 KiB."""
+_MOST_PROVEN_BYTES = 8 << 20
+"""Chunks with headers, 1 MiB each unless the image is shorter, and digests: 32 KiB for a GiB of an image."""
 
 
 class _Looked(NamedTuple):
@@ -58,10 +69,12 @@ def what_is_broken(
     """
     parents = [None, *(entry.file for entry in entries)]
     first_left, second_left = _MOST_FIRST_BYTES, _MOST_SECOND_BYTES
+    proven_left = 0 if thoroughly else _MOST_PROVEN_BYTES  # who reads the chain proves it, too
     for entry, parent in reversed(list(zip(entries, parents, strict=False))):
         share = None if thoroughly else _share(entry, len(entries), second_left)
         try:
             looked = _looked_at(folder.image_path(entry.file), entry, parent, share)
+            proven_left -= _prove_header(folder, entry, proven_left)
         except FormatError as broken:
             return broken
         except LmdbitmapError as refusal:
@@ -89,6 +102,27 @@ def _looked_at(path: str, entry: BackupEntry, parent: str | None, share: int | N
         for index, pointer in pointers:
             _require_place(device, reader, index, pointer)
         return _Looked(len(raw), _follow(device, reader, pointers, share))
+
+
+def _prove_header(folder: BackupFolder, entry: BackupEntry, left: int) -> int:
+    """Prove the chunk with the image's header, if at most `left` bytes are read for it. Return how many were read.
+
+    Digests that are lost, or that this Python cannot compute, prove nothing and say nothing against the image.
+    """
+    chunks = entry.chunks
+    if chunks is None or not is_available(chunks.algorithm):
+        return 0
+    cost = digests_length(entry.bytes_stored, chunks.chunk_size) + min(chunks.chunk_size, entry.bytes_stored)
+    if cost > left:
+        return 0
+    try:
+        digests = read_digests(folder, entry.bytes_stored, chunks)
+    except (FormatError, NotFound):
+        return cost
+    with FilePool(1) as pool:
+        file = PooledFile(pool, folder.image_path(entry.file))
+        ChunkProof(file, chunks, digests, partial(folder.step_without, entry)).require(0, 1)
+    return cost
 
 
 def _require_place(device: FileDevice, reader: Qcow2Reader, index: int, pointer: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import subprocess
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,13 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lmdbitmap.copying.digest_algorithms import DIGEST_BYTES
 from lmdbitmap.errors import FormatError, StorageError
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.qcow2 import Qcow2Reader, Qcow2Writer
 from lmdbitmap.qcow2.layout import COPIED
 from lmdbitmap.repository import chain_tables
 from lmdbitmap.repository.chain_tables import is_plain, what_is_broken
-from lmdbitmap.repository.manifest import BackupEntry, chain_to
+from lmdbitmap.repository.manifest import BackupEntry, BackupType, chain_to
 from tests.helpers.backed_up import FULL, INCREMENTAL, RESCAN, BackedUpDisk
 from tests.helpers.qcow2_model import MemoryFile
 from tests.helpers.tracked import quick_folder
@@ -109,6 +111,42 @@ def test_damage_of_any_image_is_found(
         assert found.startswith(str(path_of(disk, number)))
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("kind", [INCREMENTAL, RESCAN])
+def test_a_header_that_was_written_anew_is_not_what_was_backed_up(
+    disk: BackedUpDisk, kind: BackupType, number: int
+) -> None:
+    path = path_of(disk, number)
+    subprocess.run(["qemu-img", "amend", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", path], check=True)
+    length = min(1 << 20, disk.manifest().backups[number - 1].bytes_stored)
+    found = broken(disk)
+    assert found is not None
+    assert found.startswith(f"{path}: bytes 0..{length}: expected")
+    entry = disk.backup(kind)
+    assert (entry.type_actual, entry.reason and entry.reason.code) == (FULL, "image-damaged")
+    assert disk.restored() == disk.content()
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_headers_are_proven_as_far_as_the_ration_goes(
+    disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    newest = disk.manifest().backups[2]
+    assert newest.chunks is not None
+    one_proof = newest.bytes_stored + DIGEST_BYTES
+    monkeypatch.setattr(chain_tables, "_MOST_PROVEN_BYTES", 2 * one_proof)
+    flip(path_of(disk, number), 4 * CLUSTER - 1, 1)
+    assert (broken(disk) is None) == (number == 1)
+
+
+def test_where_digests_are_lost_nothing_is_known_against_a_header(disk: BackedUpDisk) -> None:
+    for entry in disk.manifest().backups:
+        assert entry.chunks is not None
+        os.unlink(disk.backup_folder().path_of(entry.chunks.file))
+    flip(path_of(disk, 2), 4 * CLUSTER - 1, 1)
+    assert broken(disk) is None
+
+
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_within_the_ration_all_second_tables_are_looked_at(disk: BackedUpDisk, index: int) -> None:
     flip(path_of(disk, 1), second_table(path_of(disk, 1), index) + 7, 0x10)
@@ -122,6 +160,7 @@ def test_beyond_the_ration_only_a_thorough_look_finds_it(
 ) -> None:
     flip(path_of(disk, 1), second_table(path_of(disk, 1), 2) + 7, 0x10)
     monkeypatch.setattr(chain_tables, "_MOST_SECOND_BYTES", 3 * CLUSTER)
+    monkeypatch.setattr(chain_tables, "_MOST_PROVEN_BYTES", 0)
     assert broken(disk) is None
     assert broken(disk, thoroughly=True) is not None
     flip(path_of(disk, 3), second_table(path_of(disk, 3), 0) + 7, 0x10)
@@ -140,6 +179,7 @@ def test_no_more_is_read_than_the_ration_whatever_the_chains_length(
 
     monkeypatch.setattr(FileDevice, "open", staticmethod(counted))
     monkeypatch.setattr(chain_tables, "_MOST_FIRST_BYTES", 2 * 8 * 3)
+    monkeypatch.setattr(chain_tables, "_MOST_PROVEN_BYTES", 0)
     assert broken(disk) is None
     assert opened == ["000003-incremental.qcow2", "000002-incremental.qcow2"], "the newest first"
 
