@@ -17,7 +17,7 @@ import lmdb
 import pytest
 
 from lmdbitmap.errors import Busy, FormatError, LmdbitmapError, NotFound, StorageError
-from lmdbitmap.storage import environment, lmdb_errors, lmdb_opening, schema, tally
+from lmdbitmap.storage import environment, lmdb_errors, lmdb_opening, lmdb_tree, schema, tally
 from lmdbitmap.storage.schema import Bitmap, Checkpoint, Disk, StoreHeader
 from lmdbitmap.storage.tally import GROUP_REGIONS, Tally
 from lmdbitmap.store import Reader, Store, Writer
@@ -941,6 +941,68 @@ def test_meta_page_that_speaks_of_far_more_pages_than_there_are_has_the_store_ma
             file.seek(page * 4096 + 138)  # bits 16 to 23 of the number of the last page
             file.write(b"\x04")
     is_made_anew(path, f"one of {size}", caplog)
+
+
+def with_a_long_list_of_free_pages(path: str) -> None:
+    """Of so many that the list has pages of its own."""
+    with Store.create(path) as opened:
+        opened.update(lambda writer: fill(writer, 1, 0, 4000))
+        opened.update(lambda writer: fill(writer, 2, 0, 50))
+        opened.update(lambda writer: writer.delete_regions(1))
+        opened.update(lambda writer: fill(writer, 2, 3, 4))
+    assert lmdb_tree.structural_problems(data_of(path)) == []
+
+
+def data_of(path: str) -> str:
+    return os.path.join(path, "lmdb", "data.mdb")
+
+
+def overwrite(path: str, offset: int, content: bytes) -> None:
+    with open(data_of(path), "r+b") as file:
+        file.seek(offset)
+        file.write(content)
+
+
+@pytest.mark.parametrize(
+    ("place", "content", "said"),
+    [
+        (0, (9).to_bytes(8, "little"), "stores mp_pgno 9"),
+        (10, (2).to_bytes(2, "little"), "not a pure overflow page"),
+        (12, (300).to_bytes(4, "little"), "mp_pages 300"),
+        (12, (1).to_bytes(4, "little"), "mp_pages 1"),
+    ],
+    ids=["number", "kind", "too many", "too few"],
+)
+def test_damaged_list_of_free_pages_has_the_store_made_anew(
+    path: str, place: int, content: bytes, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """LMDB would give pages that are in use to the next writer, or refuse every change for ever."""
+    with_a_long_list_of_free_pages(path)
+    data = Path(data_of(path)).read_bytes()
+    [page] = [page for page in range(2, len(data) // 4096) if data[4096 * page + 10] == 4]
+    overwrite(path, 4096 * page + place, content)
+    is_made_anew(path, said, caplog)
+
+
+def test_record_that_points_to_pages_that_are_not_there_has_the_store_made_anew(
+    path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One bit, and LMDB takes the record's bytes for the number of a page: it refuses to read any further."""
+    with Store.create(path) as opened:
+        opened.update(lambda writer: writer.put_region(1, 1, 1 << 60, RECORD))
+    key = schema.region_key(1, 1)
+    overwrite(path, Path(data_of(path)).read_bytes().rindex(key) - 4, b"\x01")
+    is_made_anew(path, "out of range", caplog)
+
+
+def test_value_that_has_more_pages_than_it_fills_is_sound() -> None:
+    """As LMDB leaves it in the list of free pages, and counts it, where a shorter one took a longer one's place."""
+    long = "freeDB DB: overflow page 9 header mp_pages 3 != OVPAGES(4100)=2"
+    longer = "freeDB DB: overflow page 20 header mp_pages 7 != OVPAGES(9000)=3"
+    total = "freeDB DB: walked 5 overflow pages, record says 10"
+    assert lmdb_tree.without_long_values([long, total, longer, "else"]) == ["else"]
+    assert lmdb_tree.without_long_values([long, "else"]) == [long, "else"]
+    assert lmdb_tree.without_long_values([total]) == [total]
 
 
 # --- refusals of the system ---
