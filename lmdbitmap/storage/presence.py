@@ -9,8 +9,9 @@ has the environment open also holds
                   an exclusive lock on byte 0 (of the open file), while it opens the environment
                   and in byte 0, how many first openers in a row died young, perhaps of a damaged page
 
-A process refuses to open an environment that others have open if none of these has LMDB's lock. A process that lost its
-locks takes them again as soon as it checks them.
+A process refuses to open an environment that others have open if none of these has LMDB's lock, as where lock.mdb was
+removed: with a lock file of its own it would write at the same time. A process that lost its locks takes them again as
+soon as it checks them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import time
 from collections.abc import Iterator
 
 from lmdbitmap.errors import Busy, os_errors_at
+from lmdbitmap.storage.lmdb_tree import data_path_of
 from lmdbitmap.system import files, kernel
 
 USERS = "users"
@@ -37,10 +39,11 @@ _PAUSE_S = 0.02
 class Presence:
     """This process's mark that it has an environment open."""
 
-    def __init__(self, users_fd: int, lock_path: str) -> None:
+    def __init__(self, users_fd: int, folder: str) -> None:
         self._users_fd = users_fd
         self._lock_fd = -1
-        self._lock_path = lock_path
+        self._lock_path = _lock_path_of(folder)
+        self._data_path = data_path_of(folder)
         self.is_first = False
         """Whether nobody else had the environment open when we did."""
 
@@ -50,27 +53,42 @@ class Presence:
         Retries: a server that lost its locks soon takes them again, and a dying process does not drop all its locks
         at the same instant.
         """
-        self.is_first = not _others_live(self._users_fd)
-        if not os.path.exists(self._lock_path):
-            return
-        self._lock_fd = _open_lock_file(self._lock_path)
+        if os.path.exists(self._lock_path):
+            self._lock_fd = _open_lock_file(self._lock_path)
+        self.is_first = not self._others_live()
+        is_gone = self._lock_fd < 0 and not os.path.exists(self._data_path)
         for _ in range(_LOOKS):
-            if not _others_live(self._users_fd) or _is_locked(self._lock_fd, _FIRST_BYTE):
+            if is_gone or not _others_hold(self._users_fd) or self._lmdb_is_locked():
                 return
             time.sleep(_PAUSE_S)
-        raise Busy(
-            f"store {place} is used by {_holders_of(self._users_fd)}, in which lmdb/lock.mdb was closed by something"
-            " that is not LMDB, so that its locks are gone",
+        raise self._refused(place)
+
+    def _refused(self, place: str) -> Busy:
+        users = f"store {place} is used by {_holders_of(self._users_fd)}"
+        if self._lock_fd < 0:
+            return Busy(
+                f"{users}, under which lmdb/lock.mdb was removed: we would write to the store at the same time",
+                next_step="stop that program, and start it again",
+            )
+        return Busy(
+            f"{users}, in which lmdb/lock.mdb was closed by something that is not LMDB, so that its locks are gone",
             next_step="try again in a minute, or restart that program, and see what opens the store's files",
         )
 
     def is_alone(self) -> bool:
         """Whether no other process has the environment open. Waits for one that only tried to open it."""
         for _ in range(_LOOKS):
-            if not _others_live(self._users_fd):
+            if not self._others_live():
                 return True
             time.sleep(_PAUSE_S)
         return False
+
+    def _others_live(self) -> bool:
+        """Whether another process has the environment open, even if `users` was removed under it."""
+        return _others_hold(self._users_fd) or self._lmdb_is_locked()
+
+    def _lmdb_is_locked(self) -> bool:
+        return self._lock_fd >= 0 and _is_locked(self._lock_fd, _FIRST_BYTE)
 
     def begin_life(self) -> int:
         """Count this first opener as dying young, until `is_well`; return how many in a row before it did."""
@@ -107,6 +125,10 @@ class Presence:
         self._lock_fd = _closed(self._lock_fd)
 
 
+def _lock_path_of(folder: str) -> str:
+    return os.path.join(folder, "lock.mdb")
+
+
 def _open_lock_file(path: str) -> int:
     return os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
@@ -125,11 +147,11 @@ def entering(folder: str) -> Iterator[Presence]:
     environment open.
     """
     store = os.path.dirname(folder)
-    lock_path = os.path.join(folder, "lock.mdb")
+    lock_path = _lock_path_of(folder)
     _require_unopened(lock_path, store)
     users_path = os.path.join(store, USERS)
     with os_errors_at(users_path):
-        presence = Presence(files.open_like_folder(users_path), lock_path)
+        presence = Presence(files.open_like_folder(users_path), folder)
     try:
         with _turn(presence._users_fd, store):
             with os_errors_at(lock_path):
@@ -171,7 +193,7 @@ def _require_unopened(lock_path: str, place: str) -> None:
                 )
 
 
-def _others_live(users_fd: int) -> bool:
+def _others_hold(users_fd: int) -> bool:
     """Whether another process holds the shared lock. This process holds it in any case afterwards."""
     try:
         fcntl.flock(users_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

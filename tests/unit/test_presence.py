@@ -53,6 +53,40 @@ def test_whoever_lives_without_lmdbs_lock_keeps_others_out(
     second.close()
 
 
+def test_whoever_lives_without_a_lock_file_keeps_others_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another lock file would let both write at once."""
+    monkeypatch.setattr(presence, "_LOOKS", 2)
+    (folder / "data.mdb").touch()
+    with entering(str(folder)) as first:
+        pass
+    with pytest.raises(Busy) as refused, entering(str(folder)):
+        pass
+    assert "lock.mdb was removed" in str(refused.value)
+    (folder / "data.mdb").unlink()  # now there is nothing to open, and salvage.py asks whether it is alone
+    with entering(str(folder)) as second:
+        assert not second.is_alone()
+    second.close()
+    first.close()
+
+
+def test_whoever_lives_is_known_by_lmdbs_lock_where_the_users_were_removed(folder: Path) -> None:
+    (folder / "lock.mdb").touch()
+    with entering(str(folder)) as first:
+        first.settle()
+    fcntl.fcntl(first._lock_fd, fcntl.F_SETLK, presence._request(fcntl.F_RDLCK, 0))  # as LMDB does
+    (folder.parent / presence.USERS).unlink()
+    second = f"""
+from lmdbitmap.storage import presence
+presence._LOOKS = 2
+with presence.entering({str(folder)!r}) as second:
+    print(second.is_first, second.is_alone())
+"""
+    assert run("python3", "-c", second, env={"PYTHONPATH": os.getcwd()}).stdout == "False False\n"
+    first.close()
+
+
 def test_opener_that_does_not_come_to_an_end_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(presence, "_TURN_TRIES", 2)
     with entering(str(folder)) as first, pytest.raises(Busy) as refused, entering(str(folder)):
