@@ -25,7 +25,7 @@ from collections.abc import Iterator
 
 import lmdb
 
-from lmdbitmap.errors import StorageError
+from lmdbitmap.errors import StorageError, os_errors_at
 from lmdbitmap.storage import lmdb_opening, presence, schema
 from lmdbitmap.storage.highwater import NEWEST, HighWater
 from lmdbitmap.storage.lmdb_errors import (
@@ -86,7 +86,7 @@ class Environment:
         self._is_young = True
         self.is_proven = False
         """Whether the descriptions were checked, or need not be because others have the environment open."""
-        with translated(path), presence.entering(path) as self._presence:
+        with os_errors_at(path), translated(path), presence.entering(path) as self._presence:
             self.is_proven = not self._presence.is_first
             if self._presence.is_first and self._is_suspect():
                 require_sound_tree(path)
@@ -294,7 +294,7 @@ class Environment:
         self._presence.leave()
         self._lmdb.close()
         self._presence.close()
-        with presence.entering(self.path) as self._presence:
+        with os_errors_at(self.path), presence.entering(self.path) as self._presence:
             self._lmdb = open_lmdb(self.path)
             self._presence.settle()
             self._has_handle = True

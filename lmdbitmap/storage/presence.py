@@ -91,14 +91,19 @@ class Presence:
         return self._lock_fd >= 0 and _is_locked(self._lock_fd, _FIRST_BYTE)
 
     def begin_life(self) -> int:
-        """Count this first opener as dying young, until `is_well`; return how many in a row before it did."""
-        deaths = int.from_bytes(os.pread(self._users_fd, 1, 0), "little")
-        os.pwrite(self._users_fd, bytes([min(deaths + 1, 255)]), 0)
+        """Count this first opener as dying young, until `is_well`; return how many in a row before it did.
+
+        Where the file cannot be written, as on a full disk, nothing is counted.
+        """
+        deaths = 0
+        with contextlib.suppress(OSError):
+            deaths = int.from_bytes(os.pread(self._users_fd, 1, 0), "little")
+            os.pwrite(self._users_fd, bytes([min(deaths + 1, 255)]), 0)
         return deaths
 
     def is_well(self) -> None:
         """Reset the count: this opener has lived for a while or ended cleanly, so opening is not deadly."""
-        if self._users_fd >= 0:
+        with contextlib.suppress(OSError):
             os.pwrite(self._users_fd, b"\0", 0)
 
     def settle(self) -> None:
@@ -108,12 +113,17 @@ class Presence:
                 self._lock_fd = _open_lock_file(self._lock_path)
 
     def mend_locks(self) -> bool:
-        """Take LMDB's locks again if something in this process dropped them; return whether it had."""
+        """Take LMDB's locks again if something in this process dropped them; return whether it had.
+
+        While another program is opening the environment it holds the first one: then the next call takes them.
+        """
         if _is_locked(self._lock_fd, os.getpid()):
             return False
-        fcntl.fcntl(self._lock_fd, fcntl.F_SETLK, _request(fcntl.F_RDLCK, _FIRST_BYTE))
-        fcntl.fcntl(self._lock_fd, fcntl.F_SETLK, _request(fcntl.F_WRLCK, os.getpid()))
-        return True
+        with contextlib.suppress(BlockingIOError):
+            fcntl.fcntl(self._lock_fd, fcntl.F_SETLK, _request(fcntl.F_RDLCK, _FIRST_BYTE))
+            fcntl.fcntl(self._lock_fd, fcntl.F_SETLK, _request(fcntl.F_WRLCK, os.getpid()))
+            return True
+        return False
 
     def leave(self) -> None:
         """Stop being a user before the environment is closed: a user without LMDB's locks makes openers refuse."""

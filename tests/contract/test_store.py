@@ -1008,6 +1008,28 @@ def test_value_that_has_more_pages_than_it_fills_is_sound() -> None:
 # --- refusals of the system ---
 
 
+def test_want_of_descriptors_is_one_error(path: str) -> None:
+    Store.create(path).close()
+    poor = f"""
+import os, resource
+import lmdb.verify
+from lmdbitmap.errors import StorageError
+from lmdbitmap.store import Store
+used = len(os.listdir("/proc/self/fd")) - 1
+for room in range(6):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + room, 4096))
+    try:
+        Store.open({path!r}).close()
+        print("opened")
+    except StorageError as error:
+        print("raise the limit" in error.next_step or error)
+"""
+    said = run(sys.executable, "-c", poor).stdout.splitlines()
+    assert len(said) == 6
+    assert said[0] == "True"
+    assert said[-1] == "opened"
+
+
 def lmdb_error(kind: type[lmdb.Error], code: int) -> lmdb.Error:
     """As LMDB raises it: with a number of the system's or of its own."""
     error = kind("what LMDB says")

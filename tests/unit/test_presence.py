@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from lmdbitmap.errors import Busy, StorageError
 from lmdbitmap.storage import presence
 from lmdbitmap.storage.presence import entering
-from tests.helpers.support import open_files, run
+from tests.helpers.support import open_files, run, spawn
 
 
 @pytest.fixture
@@ -105,6 +106,38 @@ def test_lost_locks_are_taken_again_once(folder: Path) -> None:
     lock_file.read_bytes()
     assert here.mend_locks()
     here.close()
+
+
+def test_locks_that_somebody_else_takes_are_taken_later(folder: Path) -> None:
+    lock_file = folder / "lock.mdb"
+    lock_file.touch()
+    take = f"""
+import fcntl, time
+from lmdbitmap.storage import presence
+lock_file = open({str(lock_file)!r}, "r+b")
+fcntl.fcntl(lock_file, fcntl.F_SETLK, presence._request(fcntl.F_WRLCK, 0))
+print("taken", flush=True)
+time.sleep(600)
+"""
+    with entering(str(folder)) as here:
+        here.settle()
+    with spawn(sys.executable, "-c", take) as child:
+        child.wait_for_line("taken")
+        assert not here.mend_locks()
+    assert here.mend_locks()
+    here.close()
+
+
+def test_file_that_takes_no_byte_counts_nothing_and_refuses_nothing(folder: Path) -> None:
+    """As on a full disk, where the file system writes no block in its place."""
+    with entering(str(folder)) as here:
+        full = os.open("/dev/full", os.O_RDWR)
+        os.dup2(full, here._users_fd)
+        os.close(full)
+        assert here.begin_life() == 0
+        here.is_well()
+    here.close()
+    here.is_well()
 
 
 def test_failure_inside_leaves_nothing_behind(folder: Path) -> None:
