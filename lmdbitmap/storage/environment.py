@@ -298,7 +298,12 @@ class Environment:
             self._lmdb = open_lmdb(self.path)
             self._presence.settle()
             self._has_handle = True
-            self._open_databases()
+            try:
+                self._open_databases()
+            except BaseException:  # those that we have are of the handle before
+                self._has_handle = False
+                self._lmdb.close()
+                raise
 
     def _open_databases(self) -> None:
         with self.transaction(write=False):

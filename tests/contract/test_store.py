@@ -1030,6 +1030,26 @@ for room in range(6):
     assert said[-1] == "opened"
 
 
+def test_store_that_could_not_be_opened_anew_is_opened_anew_once_more(
+    opened: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where Ctrl-C comes just then."""
+    shared = opened._environment
+    opened.update(lambda writer: fill(writer, 1, 0, 1))
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shared, "_is_spent", lambda: True)
+        patched.setattr(shared, "_open_databases", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            shared._open_anew()
+    opened.update(lambda writer: fill(writer, 1, 1, 2))
+    with opened.read() as reader:
+        assert numbers(reader, 1) == [0, 1]
+
+
 def lmdb_error(kind: type[lmdb.Error], code: int) -> lmdb.Error:
     """As LMDB raises it: with a number of the system's or of its own."""
     error = kind("what LMDB says")
