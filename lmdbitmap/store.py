@@ -219,7 +219,7 @@ class Store:
 def _require_environment(path: str) -> None:
     if creating.environment_file(path) is None:
         if salvage.is_lost(path):
-            raise DamagedStore(path, expected="an environment in its folder lmdb", found="none")
+            raise salvage.gone(path)
         raise NotFound(f"{path} is not a store", next_step="name another, or make one with `lmdbitmap add`")
 
 

@@ -28,6 +28,7 @@ from uuid import uuid4
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.storage import creating, lmdb_errors, owner, presence, schema
 from lmdbitmap.storage.lmdb_errors import DamagedStore
+from lmdbitmap.storage.presence import Presence
 from lmdbitmap.storage.records import Writer
 from lmdbitmap.storage.schema import Bitmap, Checkpoint, Disk
 from lmdbitmap.system import file_locks
@@ -39,11 +40,17 @@ SALVAGED = "the store was damaged and was made anew"
 
 
 def make(path: str) -> None:
-    """Make the store in `path`, unless it is there; durable on return."""
+    """Make the store in `path`, unless it is there; durable on return.
+
+    Raises `DamagedStore` if it is gone, and somebody else has it open all the same.
+    """
     creating.prepare_folder(path)
     with file_locks.lock_folder(path):
         if creating.environment_file(path) is None:
-            _make_anew(path, "its environment is gone" if known_disks(path) else None)
+            with _nobody_opening(path) as entered:
+                if not entered.is_alone():
+                    raise gone(path)
+                _make_anew(path, "its environment is gone" if known_disks(path) else None)
 
 
 def heal(path: str, damage: DamagedStore, looked_at: tuple[int, int] | None) -> None:
@@ -54,16 +61,23 @@ def heal(path: str, damage: DamagedStore, looked_at: tuple[int, int] | None) -> 
     """
     if not creating.is_ours(path) and not known_disks(path):
         raise lmdb_errors.not_a_store(path, damage.found) from damage
-    with (
-        file_locks.lock_folder(path),
-        contextlib.ExitStack() as afterwards,
-        presence.entering(os.path.join(path, "lmdb")) as entered,
-    ):
-        afterwards.callback(entered.close)
+    with file_locks.lock_folder(path), _nobody_opening(path) as entered:
         if creating.environment_file(path) == looked_at:
             if not entered.is_alone():
                 raise damage
             _make_anew(path, damage.problem)
+
+
+@contextlib.contextmanager
+def _nobody_opening(path: str) -> Iterator[Presence]:
+    """In the block, no other process opens the environment."""
+    with contextlib.ExitStack() as afterwards, presence.entering(os.path.join(path, "lmdb")) as entered:
+        afterwards.callback(entered.close)
+        yield entered
+
+
+def gone(path: str) -> DamagedStore:
+    return DamagedStore(path, expected="an environment in its folder lmdb", found="none")
 
 
 def is_lost(path: str) -> bool:
@@ -109,18 +123,18 @@ def _put_back(writer: Writer, disk: Disk, time_ns: int) -> None:
 def known_disks(path: str) -> list[Disk]:
     """The disks that owners' files describe: of two with one name or image, the one that was added last."""
     found: dict[str, Disk] = {}
-    for disk in sorted(_described(os.path.join(path, "owners")), key=lambda disk: disk.created_ns):
+    for disk in sorted(_described(path), key=lambda disk: disk.created_ns):
         for other in [other for other in found.values() if disk.image == other.image]:
             del found[other.name]
         found[disk.name] = disk
     return list(found.values())
 
 
-def _described(folder: str) -> Iterator[Disk]:
+def _described(path: str) -> Iterator[Disk]:
     """What is no description, or not of the file's own disk, is passed over."""
-    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+    for name in _owners_of(path):
         with contextlib.suppress(LmdbitmapError):
-            record = owner.description(os.path.join(folder, name))
+            record = owner.description(os.path.join(path, "owners", name))
             disk = None if record is None else schema.decode(Disk, record, place=name)
             if disk is not None and str(disk.uuid) == name:
                 yield schema.portrait(disk)
@@ -129,4 +143,9 @@ def _described(folder: str) -> Iterator[Disk]:
 def _count_left_out(path: str, disks: Sequence[Disk]) -> int:
     """How many owners' files there are of which no disk could be made."""
     known = {str(disk.uuid) for disk in disks}
-    return sum(is_uuid(name) and name not in known for name in os.listdir(os.path.join(path, "owners")))
+    return sum(is_uuid(name) and name not in known for name in _owners_of(path))
+
+
+def _owners_of(path: str) -> list[str]:
+    folder = os.path.join(path, "owners")
+    return os.listdir(folder) if os.path.isdir(folder) else []

@@ -221,6 +221,18 @@ def test_damaged_description_is_none_and_hides_no_other(
     assert "1 disk could not be put back" in caplog.text
 
 
+def test_damaged_store_without_its_folders_is_made_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = str(tmp_path / "store")
+    Store.create(path).close()
+    overwrite(path, ROT)
+    for name in creating.FOLDERS:
+        os.rmdir(os.path.join(path, name))
+    Store.open(path).close()
+    assert "made anew with its disks (none)" in caplog.text
+
+
 def test_of_two_descriptions_of_one_name_or_image_the_newest_counts(tracked: BackedUpDisk) -> None:
     """What a death in the middle of an `rm` can leave."""
     disk = tracked.disk()
@@ -284,6 +296,25 @@ def test_store_that_somebody_has_open_is_left_to_him_and_says_what_to_do(tracked
         with pytest.raises(FormatError, match="stop and start every program that uses the store"):
             reopened(tracked)
         assert list(Path(tracked.store.path).glob("lmdb.damaged-*")) == []
+    reopened(tracked)
+    backs_up_as_ever(tracked)
+
+
+@pytest.mark.parametrize("open_it", [Store.open, Store.create])
+def test_store_that_is_gone_is_made_anew_once_nobody_has_it_open(
+    tracked: BackedUpDisk, open_it: Callable[[str], Store]
+) -> None:
+    """What a process wrote to a file without a name would be lost."""
+    path = tracked.store.path
+    tracked.store.close()
+    waiting = f"import time\n{HOLDER.replace('sys.stdin.read()', 'time.sleep(600)')}"
+    with spawn(sys.executable, "-c", waiting, path) as holder:
+        holder.wait_for_line("^open$")
+        take_away(path)
+        with pytest.raises(FormatError, match="stop and start every program that uses the store"):
+            open_it(path)
+        assert creating.environment_file(path) is None
+    open_it(path).close()
     reopened(tracked)
     backs_up_as_ever(tracked)
 
