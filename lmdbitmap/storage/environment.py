@@ -48,7 +48,8 @@ LOCK_LOOK_S = 0.4
 """Less than an opener's patience in presence.py, and than the pause between two background passes."""
 LOOKED_THROUGH_BYTES = 32 << 20
 """A file up to this size is examined before LMDB may touch it: 0.2 s. A larger one is examined by `check`, and here if
-its earlier openers died young: LMDB trusts its pages, and a damaged page can crash the process."""
+LMDB came upon damage in it, or its earlier openers died young: LMDB trusts its pages, and a damaged page can crash the
+process."""
 DEATHS_IN_A_ROW = 2
 YOUTH_S = 10.0
 HEADER_KEY = b"store"
@@ -103,7 +104,7 @@ class Environment:
         forks.is_not_for_children(self)
 
     def _is_suspect(self) -> bool:
-        """Whether the file must be examined first: it is small, or its last openers died young."""
+        """Whether the file must be examined first: it is small, or its last openers died young or found damage."""
         deaths = self._presence.begin_life()
         return os.path.getsize(data_path_of(self.path)) <= LOOKED_THROUGH_BYTES or deaths >= DEATHS_IN_A_ROW
 
@@ -113,7 +114,7 @@ class Environment:
 
         Raises `FullMapError` if the map must grow.
         """
-        with translated(self.path):
+        with self._refusals():
             txn = self._begin(write)
             try:
                 if write:
@@ -132,6 +133,16 @@ class Environment:
                 raise
             finally:
                 self._count(-1)
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Turn LMDB's errors into ours. After damage, the next first opener examines even a large file."""
+        try:
+            with translated(self.path):
+                yield
+        except DamagedStore:
+            self._presence.is_sick()
+            raise
 
     def grow(self) -> None:
         """Double the map."""

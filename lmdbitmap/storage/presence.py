@@ -7,7 +7,8 @@ has the environment open also holds
 
     STORE/users   a shared flock, for as long as it has the environment open
                   an exclusive lock on byte 0 (of the open file), while it opens the environment
-                  and in byte 0, how many first openers in a row died young, perhaps of a damaged page
+                  and in byte 0, how many first openers in a row died young, perhaps of a damaged page; 255 once
+                  LMDB came upon one
 
 A process refuses to open an environment that others have open if none of these has LMDB's lock, as where lock.mdb was
 removed: with a lock file of its own it would write at the same time. A process that lost its locks takes them again as
@@ -31,6 +32,7 @@ USERS = "users"
 _FLOCK = struct.Struct("hhqqi0q")  # l_type, l_whence, l_start, l_len, l_pid; 0q pads the end as C does
 _FIRST_BYTE = 0
 """The byte of lock.mdb on which every process that has the environment open holds a shared lock."""
+SICK = 255
 _TURN_TRIES = 500
 _LOOKS = 75
 _PAUSE_S = 0.02
@@ -91,20 +93,26 @@ class Presence:
         return self._lock_fd >= 0 and _is_locked(self._lock_fd, _FIRST_BYTE)
 
     def begin_life(self) -> int:
-        """Count this first opener as dying young, until `is_well`; return how many in a row before it did.
+        """Count this first opener as dying young, until `is_well`; return how many in a row before it did, or `SICK`.
 
         Where the file cannot be written, as on a full disk, nothing is counted.
         """
         deaths = 0
         with contextlib.suppress(OSError):
             deaths = int.from_bytes(os.pread(self._users_fd, 1, 0), "little")
-            os.pwrite(self._users_fd, bytes([min(deaths + 1, 255)]), 0)
+            os.pwrite(self._users_fd, bytes([1 if deaths == SICK else min(deaths + 1, SICK - 1)]), 0)
         return deaths
 
     def is_well(self) -> None:
         """Reset the count: this opener has lived for a while or ended cleanly, so opening is not deadly."""
         with contextlib.suppress(OSError):
-            os.pwrite(self._users_fd, b"\0", 0)
+            if os.pread(self._users_fd, 1, 0) != bytes([SICK]):
+                os.pwrite(self._users_fd, b"\0", 0)
+
+    def is_sick(self) -> None:
+        """Have the next first opener examine the environment, however large it is."""
+        with contextlib.suppress(OSError):
+            os.pwrite(self._users_fd, bytes([SICK]), 0)
 
     def settle(self) -> None:
         """Keep a descriptor for checking LMDB's locks, now that the environment is open."""

@@ -435,3 +435,26 @@ def test_large_store_is_looked_through_once_its_openers_die_young(
         assert bool(looked) is looks
     with closing(Store.open(path)):  # the last one ended well
         assert bool(looked) is looks
+
+
+def test_large_store_is_looked_through_once_lmdb_came_upon_damage(
+    tracked: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error says that it is made anew when all programs are stopped and started."""
+    monkeypatch.setattr(environment, "LOOKED_THROUGH_BYTES", 0)
+    with tracked.store.read() as reader:
+        bitmap_id = reader.checkpoints(tracked.disk().uuid)[-1].bitmap_id
+    armed = schema.region_key(bitmap_id, 1)
+    tracked.store.update(lambda writer: writer.put_region(bitmap_id, 1, 1 << 60, schema.ALL_CLEAN_BITS))
+    tracked.store.close()
+    with data_of(tracked.store.path).open("r+b") as file:
+        file.seek(file.read().rindex(armed) - 4)
+        file.write(b"\x01")  # LMDB takes the armed mask for the number of a page
+    with (
+        reopened(tracked),
+        pytest.raises(FormatError, match="made anew then"),
+        tracked.store.read() as reader,
+    ):
+        list(reader.regions(bitmap_id))
+    reopened(tracked)
+    backs_up_as_ever(tracked)

@@ -128,6 +128,18 @@ time.sleep(600)
     here.close()
 
 
+def test_life_is_counted_and_sickness_is_remembered_until_somebody_looks(folder: Path) -> None:
+    with entering(str(folder)) as here:
+        assert [here.begin_life() for _ in range(3)] == [0, 1, 2]
+        here.is_well()
+        assert here.begin_life() == 0
+        here.is_sick()
+        here.is_well()
+        assert here.begin_life() == presence.SICK
+        assert here.begin_life() == 1
+    here.close()
+
+
 def test_file_that_takes_no_byte_counts_nothing_and_refuses_nothing(folder: Path) -> None:
     """As on a full disk, where the file system writes no block in its place."""
     with entering(str(folder)) as here:
@@ -135,6 +147,7 @@ def test_file_that_takes_no_byte_counts_nothing_and_refuses_nothing(folder: Path
         os.dup2(full, here._users_fd)
         os.close(full)
         assert here.begin_life() == 0
+        here.is_sick()
         here.is_well()
     here.close()
     here.is_well()
