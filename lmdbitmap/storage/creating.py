@@ -122,6 +122,7 @@ def _sweep_unfinished(path: str) -> None:
 
 
 def _write_environment(path: str, fresh: str, fill: Callable[[Writer], None]) -> None:
+    lmdb_opening.reserve_lock_file(fresh)
     with lmdb_errors.translated(path), lmdb_opening.open_lmdb(fresh, create=True) as made:
         databases = {name: made.open_db(name.encode()) for name in environment.DATABASES}
         with made.begin(write=True) as txn:

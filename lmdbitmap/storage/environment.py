@@ -36,7 +36,7 @@ from lmdbitmap.storage.lmdb_errors import (
     not_open,
     translated,
 )
-from lmdbitmap.storage.lmdb_opening import open_lmdb, require_sound_tree
+from lmdbitmap.storage.lmdb_opening import open_lmdb, require_sound_tree, reserve_lock_file
 from lmdbitmap.storage.lmdb_tree import data_path_of, structural_problems
 from lmdbitmap.storage.schema import StoreHeader
 from lmdbitmap.work import forks
@@ -89,8 +89,10 @@ class Environment:
         """Whether the descriptions were checked, or need not be because others have the environment open."""
         with os_errors_at(path), translated(path), presence.entering(path) as self._presence:
             self.is_proven = not self._presence.is_first
-            if self._presence.is_first and self._is_suspect():
-                require_sound_tree(path)
+            if self._presence.is_first:
+                if self._is_suspect():
+                    require_sound_tree(path)
+                reserve_lock_file(path)
             self._lmdb = open_lmdb(path)
             try:
                 self._presence.settle()

@@ -14,13 +14,16 @@ import lmdb
 from lmdbitmap.errors import StorageError
 from lmdbitmap.storage import lmdb_tree
 from lmdbitmap.storage.lmdb_errors import DamagedStore, translated
-from lmdbitmap.system import file_systems
+from lmdbitmap.system import file_systems, files
 
 MAP_BYTES = 64 << 30
 """Address space reserved at open. It costs no memory and no disk, and is more than most stores ever need."""
 MIN_MAP_BYTES = 1 << 30
 MAX_READERS = 1024
 _MAX_DATABASES = 16
+_LOCK_FILE_BYTES = (MAX_READERS + 2) * 64
+"""As long as LMDB would make it: 64 bytes for each reader, and some for itself."""
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def open_lmdb(path: str, *, create: bool = False) -> lmdb.Environment:
@@ -42,6 +45,28 @@ def open_lmdb(path: str, *, create: bool = False) -> lmdb.Environment:
             if error.errno != errno.ENOMEM or wanted // 2 < MIN_MAP_BYTES:
                 raise
             wanted //= 2
+
+
+def reserve_lock_file(path: str) -> None:
+    """Give the lock file, which nobody has open, all of its pages. LMDB maps it: on a full disk a hole is SIGBUS.
+
+    A disk that is full already is refused only if the first page is a hole: the others are for dozens of views at once.
+    """
+    fd = files.open_like_folder(os.path.join(path, "lock.mdb"))
+    try:
+        os.posix_fallocate(fd, 0, os.fstat(fd).st_size or _LOCK_FILE_BYTES)
+    except OSError as refusal:
+        if refusal.errno in _FULL and not _begins_with_data(fd):
+            raise
+    finally:
+        os.close(fd)
+
+
+def _begins_with_data(fd: int) -> bool:
+    try:
+        return os.lseek(fd, 0, os.SEEK_DATA) == 0
+    except OSError:
+        return False
 
 
 def _close_on_exec(data_path: str) -> None:

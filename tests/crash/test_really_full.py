@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,8 +23,10 @@ from lmdbitmap.geometry import REGION_BLOCKS
 from lmdbitmap.repository.manifest import BackupType
 from lmdbitmap.restoring.restore import restore
 from lmdbitmap.storage import owner, schema
+from lmdbitmap.store import Store
 from tests.crash.full_disk import can_mount, fill, free, full_tmpfs
 from tests.helpers.backed_up import BackedUpDisk
+from tests.helpers.support import run
 from tests.helpers.tracked import NAME, blocks_of, trust_of
 
 GRANULARITY_BITS = 9
@@ -131,6 +134,37 @@ def data_of(fd: int) -> Iterator[tuple[int, int]]:
             start = os.lseek(fd, offset, os.SEEK_DATA)
             offset = os.lseek(fd, start, os.SEEK_HOLE)
             yield start, offset - start
+
+
+OPEN_WITH_VIEWS = """
+import contextlib, sys
+from lmdbitmap.errors import StorageError
+from lmdbitmap.store import Store
+try:
+    with Store.open(sys.argv[1]) as store, contextlib.ExitStack() as views:
+        for _ in range(int(sys.argv[2])):
+            views.enter_context(store.read())
+        print("opened")
+except StorageError as error:
+    print(error.next_step)
+"""
+
+
+@pytest.mark.parametrize(
+    ("views", "has_lock_file", "said"),
+    [(1, True, "opened"), (200, True, "opened"), (1, False, "free some space")],
+)
+def test_store_on_a_full_disk_ends_nobody(tmp_path: Path, views: int, has_lock_file: bool, said: str) -> None:
+    """LMDB maps its lock file, and a page of it that gets no block is SIGBUS."""
+    with full_tmpfs(tmp_path, SMALL):
+        path = tmp_path / "store"
+        Store.create(path).close()
+        if not has_lock_file:
+            (path / "lmdb" / "lock.mdb").unlink()
+        fill(tmp_path)
+        assert said in run(sys.executable, "-c", OPEN_WITH_VIEWS, path, str(views)).stdout
+        free(tmp_path)
+        assert run(sys.executable, "-c", OPEN_WITH_VIEWS, path, str(views)).stdout == "opened\n"
 
 
 def test_strict_disk_refuses_writes_while_the_store_is_full_and_its_bits_stay_right(tmp_path: Path) -> None:
