@@ -144,9 +144,12 @@ def _target(path: str, head: Head, larger: bool) -> Iterator[Target]:
                 yield target
             return
         _require_disk(path, head)
-    with contextlib.closing(open_image(path)) as existing, _in_place(path, head):
-        _fit(existing, path, head, larger)
-        yield Target(path, existing)
+    with contextlib.closing(open_image(path)) as existing:
+        target = Target(path, existing)
+        target.settle()
+        with _in_place(path, head):
+            _fit(existing, path, head, larger)
+            yield target
 
 
 def _is_not_empty(path: str) -> AlreadyExists:

@@ -131,6 +131,8 @@ def sync(
         started = time.monotonic()
         refuse_target(store, route.disks[0], place)  # again: this may have waited for others
         copy = held.enter_context(contextlib.closing(SyncTarget(place, larger=larger)))
+        if copy.is_far:
+            copy.flush()  # before any of what it holds is believed: see targets/target.py
         _require_same(disk, route)
         job = _prepare(store, route, notes, copy, pace, compare=compare)
         if only_incremental:

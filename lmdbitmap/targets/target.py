@@ -12,6 +12,10 @@ read the whole disk. A target has the disk's size, or that rounded up to a secto
 that. Everything behind the disk's end is zeroed: a target reads as the disk would if it were made larger. Old bytes
 there could be taken for the end of the new disk, as the second partition table, a RAID's or a pool's label is, or be
 read by a guest that is not meant to.
+
+What a target holds already, as from an interrupted run, is found right and not written again. A server may have that in
+its memory alone, and lose it while we go on: our client repeats only its own writes to a server that comes back
+(conversation.py). So an export is flushed before any of that is believed (`settle`).
 """
 
 from __future__ import annotations
@@ -108,6 +112,11 @@ class Target:
                 with forgetting_unwritten(self.device):
                     self.device.flush()
 
+    def settle(self) -> None:
+        """Make durable what an export holds already, before any of it is believed (see above). Else do nothing."""
+        if is_far(self.place):
+            self.flush()
+
     @contextlib.contextmanager
     def _refusals(self) -> Iterator[None]:
         try:
@@ -143,6 +152,7 @@ def opened_target(
     with _opening(out, chain.size, in_place, store) as target:
         if not fits(target.size, chain.size, larger=larger):
             raise _other_size(target, chain.size)
+        target.settle()
         yield target
 
 

@@ -68,6 +68,19 @@ def honest(server: FarServer, asked: Asked) -> bytes | None:
     return None
 
 
+def crashing_at_first(command: int) -> Behaviour:
+    """It dies at its first request of that kind, and is honest before and afterwards."""
+    died: list[Asked] = []
+
+    def behave(server: FarServer, asked: Asked) -> bytes | None:
+        if asked.command == command and not died:
+            died.append(asked)
+            raise Crash
+        return None
+
+    return behave
+
+
 class FarServer:
     """Listens at `path` until `close`. What it offers may be changed between connections."""
 

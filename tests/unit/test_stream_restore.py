@@ -21,6 +21,8 @@ from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.helpers import naive_rbd_diff
 from tests.helpers.backed_up import BackedUpDisk
 from tests.helpers.naive_rbd_diff import Stream
+from tests.helpers.nbd_far import crashing_at_first, far_server
+from tests.helpers.nbd_raw import FLUSH
 from tests.helpers.tracked import TrackedDisk
 
 MIB = 1 << 20
@@ -239,6 +241,16 @@ def test_what_is_behind_the_disk_on_a_larger_block_device_is_zeroed_if_that_is_a
     result = apply(made, loop, larger=True)
     assert loop.read_bytes() == naive_rbd_diff.applied(made, before[:MIB] if since else b"") + bytes(3 * MIB)
     assert result.bytes_behind == 3 * MIB
+
+
+def test_zeroes_behind_the_disk_that_were_in_a_servers_memory_alone_are_not_lost(tmp_path: Path) -> None:
+    with far_server(tmp_path, 2 * MIB) as far:
+        far.stable[:] = b"o" * (2 * MIB)
+        far.behave = crashing_at_first(FLUSH)
+        made = stream([(0, b"new")], size=MIB)
+        apply_stream(io.BytesIO(naive_rbd_diff.written(made)), far.uri, larger=True)
+        assert far.handshakes == 2
+        assert far.stable == b"new" + bytes(2 * MIB - 3)
 
 
 def test_a_larger_file_keeps_its_size_if_that_is_asked_for(disk: Path) -> None:

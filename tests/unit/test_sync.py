@@ -36,7 +36,8 @@ from lmdbitmap.syncs.sync import SyncResult, sync
 from lmdbitmap.tracker import session
 from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.helpers.backed_up import BackedUpDisk
-from tests.helpers.nbd_far import FarServer
+from tests.helpers.nbd_far import FarServer, crashing_at_first
+from tests.helpers.nbd_raw import WRITE
 from tests.helpers.support import make_raw_image, no_ascii
 from tests.helpers.tracked import LATER_NS, NAME
 
@@ -563,6 +564,19 @@ def test_an_export_becomes_a_copy_and_follows(disk: BackedUpDisk, far: FarServer
     result = synced(disk, far.uri)
     assert (result.kind, result.bytes_compared) == (INCREMENTAL, 0)
     assert far.stable == disk.content() + bytes(200)
+
+
+def test_what_was_in_a_servers_memory_alone_is_not_found_right_and_then_lost(
+    disk: BackedUpDisk, far: FarServer
+) -> None:
+    far.size = SIZE
+    far.data[:] = disk.content()
+    far.stable[:] = no_ascii(SIZE)
+    far.data[BLOCK] ^= 1
+    far.behave = crashing_at_first(WRITE)
+    assert synced(disk, far.uri).kind is COMPARE
+    assert far.handshakes == 2
+    assert far.stable == disk.content()
 
 
 # --- larger than the disk ---

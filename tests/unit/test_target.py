@@ -26,7 +26,8 @@ from lmdbitmap.targets.target import Target, _other_size
 from lmdbitmap.tracker import session
 from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.helpers.backed_up import DIFFERENTIAL, INCREMENTAL, BackedUpDisk
-from tests.helpers.nbd_far import READ_ONLY, FarServer
+from tests.helpers.nbd_far import READ_ONLY, FarServer, crashing_at_first
+from tests.helpers.nbd_raw import WRITE
 from tests.helpers.tracked import NAME, blocks_of
 
 KIB = 1 << 10
@@ -490,6 +491,20 @@ def test_an_export_in_place_is_written_where_it_differs(disk: BackedUpDisk, far:
     assert far.stable == disk.content()
     assert 0 < result.bytes_written + result.bytes_zeroed <= 20 * BLOCK
     assert result.bytes_read == SIZE
+
+
+@pytest.mark.parametrize("place", [True, False])
+def test_what_was_in_a_servers_memory_alone_is_not_found_right_and_then_lost(
+    disk: BackedUpDisk, far: FarServer, place: bool
+) -> None:
+    """An interrupted run wrote it and did not flush; the server dies while this run writes what is missing."""
+    far.stable[:] = b"o" * SIZE
+    far.data[:] = scribbled(disk).read_bytes() if place else bytes(SIZE)
+    far.statuses = None if place else [(SIZE, 3)]
+    far.behave = crashing_at_first(WRITE)
+    restore(disk.folder / "backups", NAME, far.uri, in_place=place)
+    assert far.handshakes == 2
+    assert far.stable == disk.content()
 
 
 def test_an_export_of_another_size_is_refused(disk: BackedUpDisk, far: FarServer) -> None:
