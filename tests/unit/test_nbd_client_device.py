@@ -10,6 +10,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -310,6 +311,20 @@ def test_zeroing_says_whether_holes_may_be_made_and_whether_haste_is_all(far: Fa
     assert set(far.commands()) == {WRITE_ZEROES}
 
 
+def test_zeroes_that_the_server_offers_and_cannot_do_are_written_out(far: FarServer) -> None:
+    far.block_sizes = (512, 512, 4096)
+    far.data[:] = PATTERN[:SIZE]
+    far.behave = lambda server, asked: (
+        simple(asked.cookie, ENOTSUP) if asked.command == WRITE_ZEROES else None
+    )
+    with opened(far) as device:
+        device.write_zeroes(100, 10_000)
+        with pytest.raises(OSError) as refused:
+            device.write_zeroes(SIZE - 4096, 4096, fast_only=True)
+    assert refused.value.errno == errno.ENOTSUP
+    assert far.data == PATTERN[:100] + bytes(10_000) + PATTERN[10_100:SIZE]
+
+
 def test_fast_zeroing_is_refused_unasked_where_the_server_does_not_know_it(far: FarServer) -> None:
     far.flags = ALL & ~SEND_FAST_ZERO
     with opened(far) as device, pytest.raises(OSError) as refused:
@@ -318,8 +333,18 @@ def test_fast_zeroing_is_refused_unasked_where_the_server_does_not_know_it(far: 
 
 
 @pytest.mark.parametrize("refusal", [EINVAL, EOVERFLOW])
-@pytest.mark.parametrize("command", [WRITE_ZEROES, TRIM])
-def test_request_that_is_too_long_is_cut_up(far: FarServer, refusal: int, command: int) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        NbdDevice.write_zeroes,
+        partial(NbdDevice.write_zeroes, fast_only=True),
+        NbdDevice.discard,
+    ],
+    ids=["zeroes", "fast zeroes", "discard"],
+)
+def test_request_that_is_too_long_is_cut_up(
+    far: FarServer, refusal: int, change: Callable[[NbdDevice, int, int], None]
+) -> None:
     far.block_sizes = (1, 512, 20_000)
     far.data[:] = PATTERN[:SIZE]
 
@@ -328,7 +353,7 @@ def test_request_that_is_too_long_is_cut_up(far: FarServer, refusal: int, comman
 
     far.behave = at_most_20000
     with opened(far) as device:
-        (device.write_zeroes if command == WRITE_ZEROES else device.discard)(0, SIZE)
+        change(device, 0, SIZE)
     assert far.data == bytes(SIZE)
     assert [asked.length for asked in far.asked] == [SIZE, 20_000, 20_000, 20_000, SIZE - 60_000]
 

@@ -250,27 +250,32 @@ class NbdDevice:
     ) -> None:
         self._check_write(offset, length)
         start, stop = self._inward(offset, offset + length)
-        if start >= stop or not self.export.has(nbd.NBD_FLAG_SEND_WRITE_ZEROES):
-            if fast_only and start < stop:
-                raise _os_error(errno.ENOTSUP, self.place.uri)
+        if start < stop and self._zero(start, stop, may_unmap, fast_only):
+            self._write_zeroes_out(offset, start)
+            self._write_zeroes_out(stop, offset + length)
+        elif start < stop and fast_only:
+            raise _os_error(errno.ENOTSUP, self.place.uri)
+        else:
             self._write_zeroes_out(offset, offset + length)
-            return
-        self._zero(start, stop, may_unmap, fast_only)
-        self._write_zeroes_out(offset, start)
-        self._write_zeroes_out(stop, offset + length)
 
-    def _zero(self, start: int, stop: int, may_unmap: bool, fast_only: bool) -> None:
-        """Zero whole blocks. All or nothing is fast: once a first piece was fast, the others are done at any speed."""
-        flags = self._change_flags | (0 if may_unmap else nbd.NBD_CMD_FLAG_NO_HOLE)
-        if fast_only:
-            if not self.export.has(nbd.NBD_FLAG_SEND_FAST_ZERO):
-                raise _os_error(errno.ENOTSUP, self.place.uri)
-            first = min(stop - start, self._effect_chunk)
-            self._change(
-                Request(nbd.NBD_CMD_WRITE_ZEROES, start, first, flags=flags | nbd.NBD_CMD_FLAG_FAST_ZERO)
-            )
-            start += first
-        self._in_chunks(nbd.NBD_CMD_WRITE_ZEROES, start, stop, flags)
+    def _zero(self, start: int, stop: int, may_unmap: bool, fast_only: bool) -> bool:
+        """Have whole blocks zeroed; return whether the server does that. All or nothing is fast: once a first piece was
+        fast, the others are done at any speed.
+        """
+        needed = nbd.NBD_FLAG_SEND_WRITE_ZEROES | (nbd.NBD_FLAG_SEND_FAST_ZERO if fast_only else 0)
+        if needed & ~self.export.flags:
+            return False
+        command, flags = nbd.NBD_CMD_WRITE_ZEROES, self._change_flags
+        flags |= 0 if may_unmap else nbd.NBD_CMD_FLAG_NO_HOLE
+        try:
+            if fast_only:
+                start += self._chunk(command, start, stop, flags | nbd.NBD_CMD_FLAG_FAST_ZERO)
+            self._in_chunks(command, start, stop, flags)
+        except OSError as refusal:
+            if refusal.errno != errno.ENOTSUP:
+                raise
+            return False
+        return True
 
     def _write_zeroes_out(self, start: int, stop: int) -> None:
         zeroes = memoryview(bytes(min(stop - start, _ZERO_CHUNK)))
@@ -290,17 +295,23 @@ class NbdDevice:
                     raise
 
     def _in_chunks(self, command: int, start: int, stop: int, flags: int) -> None:
-        """Send a request without data in pieces: it may have any length, but not every server takes any."""
         while start < stop:
+            start += self._chunk(command, start, stop, flags)
+
+    def _chunk(self, command: int, start: int, stop: int, flags: int) -> int:
+        """Change the beginning of a range by a request without data; return how many bytes.
+
+        Such a request may have any length, but not every server takes any.
+        """
+        while True:
             request = Request(command, start, min(stop - start, self._effect_chunk), flags=flags)
             try:
                 self._change(request)
+                return request.length
             except OSError as refusal:
                 if refusal.errno not in _TOO_LONG or request.length <= self.export.maximum:
                     raise
                 self._effect_chunk = self.export.maximum
-            else:
-                start += request.length
 
     def _change(self, request: Request) -> None:
         with nullcontext() if self._edges is None else self._edges.left_alone():
