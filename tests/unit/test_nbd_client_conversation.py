@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -409,6 +411,77 @@ def test_write_whose_caller_is_interrupted_just_before_it_is_sent_is_in_doubt_at
         talk.post(call, [late])
         device.pread(1, 0)
     assert doubts == [[(4096, 4100)]]
+
+
+class Interrupted(BaseException):
+    pass
+
+
+class InterruptedOnceItIsHeld:
+    """A lock; the first thread that gets it is interrupted right then, as by Ctrl-C."""
+
+    def __init__(self, lock: AbstractContextManager[object]) -> None:
+        self._lock: Any = lock
+        self.is_due = True
+
+    def acquire(self, blocking: bool = True) -> bool:
+        is_held: bool = self._lock.acquire(blocking)
+        if is_held and self.is_due:
+            self.is_due = False
+            raise Interrupted
+        return is_held
+
+    def release(self) -> None:
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+@pytest.mark.parametrize(
+    ("holder", "lock", "pieces"),
+    [("_link", "_sending", 0), ("_flushes", "_turn", UNTIL_ONE_OF_OUR_OWN - 1)],
+    ids=["to send", "to flush by ourselves"],
+)
+def test_writer_that_is_interrupted_just_when_it_has_a_lock_does_not_keep_it(
+    far: FarServer, monkeypatch: pytest.MonkeyPatch, holder: str, lock: str, pieces: int
+) -> None:
+    device = opened(far.uri)
+    for piece in range(pieces):
+        device.pwrite(PIECE, piece * len(PIECE))
+    has_it = getattr(device._conversation, holder)
+    interrupted = InterruptedOnceItIsHeld(getattr(has_it, lock))
+    monkeypatch.setattr(has_it, lock, interrupted)
+    with pytest.raises(Interrupted):
+        device.pwrite(b"lost", 0)
+    assert not interrupted.is_due
+
+    def go_on() -> None:
+        device.pwrite(b"kept", 0)
+        device.flush()
+        device.close()
+
+    going_on = threading.Thread(target=go_on, daemon=True)  # a test that fails must end
+    going_on.start()
+    going_on.join(PATIENCE_SECONDS)
+    assert not going_on.is_alive()
+    assert far.stable[:4] == b"kept"
+
+
+def test_write_whose_caller_is_interrupted_before_it_waits_is_in_doubt(
+    far: FarServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    with opened(far.uri) as device:
+        monkeypatch.setattr(device._conversation, "wait_for", interrupt)
+        with pytest.raises(Interrupted):
+            device.pwrite(b"late", 4096)
+        assert device.in_doubt() == [(4096, 4100)]
 
 
 # --- what is told of a tracked disk ---

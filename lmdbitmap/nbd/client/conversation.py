@@ -174,10 +174,10 @@ class Conversation:
         call = Call(len(requests))
         try:
             self.post(call, requests)
-        except BaseException:
+            self.wait_for(call, requests)
+        except BaseException:  # also between the two
             self._abandon(call, requests)
             raise
-        self.wait_for(call, requests)
 
     def wait_for(self, call: Call, requests: Sequence[Request]) -> None:
         """Return when all requests posted as this call are answered. For one thread."""

@@ -13,6 +13,7 @@ flush that failed, unless its error is about the request.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
@@ -40,7 +41,7 @@ class Flushes:
     def __init__(self, talk: Talk, name: str) -> None:
         self._talk = talk
         self._name = name
-        self._turn = threading.Lock()
+        self._turn = threading.RLock()
         self._own: Request | None = None
         """The newest flush of our own."""
         self._failure = 0
@@ -61,14 +62,16 @@ class Flushes:
 
     def begin_one(self) -> None:
         """Have a flush of our own under way, if that is of any use."""
-        if self._failure or not self._turn.acquire(blocking=False):
-            return
         try:
-            if self._own_under_way() is None:
-                self._own = Request(nbd.NBD_CMD_FLUSH)
-                self._talk.post(Call(1), [self._own])
-        finally:
-            self._turn.release()
+            if not self._failure and self._turn.acquire(blocking=False):
+                if self._own_under_way() is None:
+                    self._own = Request(nbd.NBD_CMD_FLUSH)
+                    self._talk.post(Call(1), [self._own])
+                self._turn.release()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # interrupted while it was not this thread's
+                self._turn.release()
+            raise
 
     def judge(self, flush: Request) -> None:
         """Judge an answered flush. None succeeds any more once one has failed."""

@@ -144,7 +144,8 @@ class Link:
         )
         self._sock = sock
         self._outbox: deque[Request] = deque()
-        self._sending = threading.Lock()
+        self._sending = threading.RLock()
+        """Its owner is known, so that a sender that is interrupted, wherever it is, gives up what it has."""
         self._closed = False
         self._buffer = bytearray(_BUFFER)
         self._view = memoryview(self._buffer)
@@ -155,18 +156,23 @@ class Link:
     def post(self, requests: Sequence[Request]) -> None:
         """Have the requests sent. If the connection breaks meanwhile, the receiving thread will notice."""
         self._outbox.extend(requests)
-        while self._outbox and self._sending.acquire(blocking=False):
-            try:
-                requests = self._taken()
-                if not self._closed:
-                    self._send(requests)
-            except OSError:
-                self.hang_up()
-            except BaseException:  # half a request may be sent: nothing can follow it
-                self.hang_up()
-                raise
-            finally:
+        try:
+            while self._outbox and self._sending.acquire(blocking=False):
+                self._send_some()
                 self._sending.release()
+        except BaseException:  # half a request may be sent: nothing can follow it
+            self.hang_up()
+            with contextlib.suppress(RuntimeError):  # interrupted while it was not this thread's
+                self._sending.release()
+            raise
+
+    def _send_some(self) -> None:
+        try:
+            requests = self._taken()
+            if not self._closed:
+                self._send(requests)
+        except OSError:
+            self.hang_up()
 
     def _taken(self) -> list[Request]:
         taken: list[Request] = []
