@@ -79,12 +79,18 @@ def _show(context: ssl.SSLContext, folder: str, certificate: str, key: str) -> N
 
 def _believe(context: ssl.SSLContext, folder: str) -> None:
     """Verify the other side by the folder's authority, and by no other."""
-    authority, revoked = _readable(folder, AUTHORITY), os.path.join(folder, REVOKED)
-    with _said_plainly(folder, AUTHORITY):
-        context.load_verify_locations(authority)
-        if os.path.exists(revoked):
-            context.load_verify_locations(revoked)
-            context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+    _load(context, folder, AUTHORITY)
+    if os.path.lexists(
+        os.path.join(folder, REVOKED)
+    ):  # a link that leads nowhere is an error, and no empty list
+        _load(context, folder, REVOKED)
+        context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+
+
+def _load(context: ssl.SSLContext, folder: str, name: str) -> None:
+    path = _readable(folder, name)
+    with _said_plainly(folder, name):
+        context.load_verify_locations(path)
 
 
 def _readable(folder: str, name: str) -> str:

@@ -6,21 +6,21 @@ import random
 import shutil
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from lmdbitmap.errors import InvalidArgument, NotFound
+from lmdbitmap.errors import InvalidArgument, LmdbitmapError, NotFound, StorageError
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.images.plain import PlainDisk
 from lmdbitmap.interfaces import ServedDisk
 from lmdbitmap.nbd.server.contexts import StatusSource
 from lmdbitmap.nbd.server.server import Server
-from lmdbitmap.nbd.tls import server_context
+from lmdbitmap.nbd.tls import client_context, server_context
 from tests.cli.conftest import Cli, cli
 from tests.helpers.certificates import Certificates, shared_papers
 from tests.helpers.nbd_raw import DISC, GO, READ, WRITE, RawClient, request, string
@@ -270,6 +270,27 @@ def test_what_is_no_certificate_is_said(papers: Path) -> None:
     (papers / "server-cert.pem").write_bytes(b"\0")
     with pytest.raises(InvalidArgument, match="cannot be used"):
         server_context(str(papers))
+
+
+def linked_to_nothing(path: Path) -> None:
+    path.symlink_to("revoked.pem")
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [(linked_to_nothing, NotFound), (Path.mkdir, StorageError), (Path.touch, InvalidArgument)],
+    ids=["a link to nothing", "a folder", "empty"],
+)
+@pytest.mark.parametrize("context", [server_context, client_context])
+def test_list_of_revoked_certificates_that_cannot_be_read_is_named_and_not_passed_over(
+    papers: Path,
+    make: Callable[[Path], None],
+    expected: type[LmdbitmapError],
+    context: Callable[[str], ssl.SSLContext],
+) -> None:
+    make(papers / "ca-crl.pem")
+    with pytest.raises(expected, match=r"ca-crl\.pem"):
+        context(str(papers))
 
 
 def test_encrypted_key_is_not_asked_about_at_the_terminal(papers: Path) -> None:
