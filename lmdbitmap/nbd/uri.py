@@ -23,7 +23,11 @@ from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.nbd.protocol import NBD_MAX_STRING
 
 NBD_PORT: Final = 10809
-_HOST: Final = re.compile(r"[a-z0-9_.-]+|[0-9a-f:.]+(?:%[a-z0-9_.-]+)?")
+_HOST: Final = re.compile(r"[a-z0-9_.-]+|[0-9a-f.]*:[0-9a-f:.]*(?:%[A-Za-z0-9_.-]+)?")
+_ZONE: Final = "%25"
+"""Comes before the network interface of a link-local address (RFC 6874); most programs also take a bare `%`."""
+_IGNORED: Final = frozenset("\t\r\n")
+"""Characters that `urlsplit` leaves out, so that the URI would name another place."""
 MAX_UNIX_PATH: Final = 107
 """Most bytes of a path in a socket's address."""
 _PLAIN: Final = ("nbd", "nbd+unix")
@@ -68,7 +72,7 @@ class NbdAddress(NamedTuple):
         if self.socket_path:
             words = "&".join([f"socket={quote(self.socket_path)}", *arguments])
             return f"{scheme}+unix:///{name}?{words}"
-        host = f"[{self.host}]" if ":" in self.host else self.host
+        host = f"[{self.host.replace('%', _ZONE)}]" if ":" in self.host else self.host
         return f"{scheme}://{host}:{self.port}/{name}" + "?" * bool(arguments) + "&".join(arguments)
 
     @property
@@ -78,8 +82,12 @@ class NbdAddress(NamedTuple):
 
     @property
     def certified_name(self) -> str:
-        """The name that the server's certificate must have. A unix socket is on this very host."""
-        return (self.tls.hostname if self.tls else "") or self.host or "localhost"
+        """The name that the server's certificate must have. A unix socket is on this very host.
+
+        An address is certified without our name for the network interface.
+        """
+        name = (self.tls.hostname if self.tls else "") or self.host or "localhost"
+        return name.partition("%")[0]
 
 
 def is_uri(image: str) -> bool:
@@ -96,6 +104,8 @@ def parse(uri: str) -> NbdAddress:
         port = parts.port
     except ValueError as error:
         raise _refused(uri, str(error)) from error
+    if not _IGNORED.isdisjoint(uri):
+        raise _refused(uri, "it has a tab or a line break in it")
     if port == 0:
         raise _refused(uri, "port 0 cannot be connected to")
     if parts.scheme not in _PLAIN + _ENCRYPTED:
@@ -117,9 +127,10 @@ def parse(uri: str) -> NbdAddress:
 
 
 def _host(uri: str, host: str | None) -> str:
+    host = (host or "").replace(_ZONE, "%", 1)
     if host and not (_HOST.fullmatch(host) and _has_good_labels(host)):
         raise _refused(uri, f"{host!r} is no name or address of a host")
-    return host or ""
+    return host
 
 
 def _has_good_labels(host: str) -> bool:

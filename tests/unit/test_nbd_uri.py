@@ -19,6 +19,9 @@ names = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]
         ("nbd://example.com//disk", NbdAddress("/disk", host="example.com", port=10809)),
         ("nbd://example.com/hello%20world", NbdAddress("hello world", host="example.com", port=10809)),
         ("nbd://[::1]:99/a", NbdAddress("a", host="::1", port=99)),
+        ("nbd://[fe80::1%25enP2p1s0.7]/a", NbdAddress("a", host="fe80::1%enP2p1s0.7", port=10809)),
+        ("nbd://[FE80::1%lo]/a", NbdAddress("a", host="fe80::1%lo", port=10809)),
+        ("nbd://[fe80::1%2525g]/a", NbdAddress("a", host="fe80::1%25g", port=10809)),
         ("NBD://Example.COM/Disk", NbdAddress("Disk", host="example.com", port=10809)),
         ("nbd:///disk", NbdAddress("disk", host="localhost", port=10809)),
         ("nbd+unix:///disk?socket=nbd.sock", NbdAddress("disk", socket_path="nbd.sock")),
@@ -63,6 +66,10 @@ def test_uri_names_a_place(uri: str, place: NbdAddress) -> None:
         ("nbd://[v1.[v1.x]/disk", "no name or address"),
         ("nbd://ho%20st/disk", "no name or address"),
         ("nbd://a..b/disk", "no name or address"),
+        ("nbd://a%b/disk", "no name or address"),
+        ("nbd://[fe80::1%25]/disk", "no name or address"),
+        ("nbd://host/a\nb", "a tab or a line break"),
+        ("nbd+unix:///?socket=/a\tb", "a tab or a line break"),
         ("nbds://host/?tls-hostname=" + 64 * "a", "no name or address"),
         ("nbd://host/%ff", "UTF-8"),
         ("nbd://\udcff/", "utf-8"),
@@ -94,6 +101,7 @@ def test_name_that_the_certificate_must_have_is_the_hosts_unless_another_is_give
     certified = {
         "nbds://host/": "host",
         "nbds:///": "localhost",
+        "nbds://[fe80::1%25eth0]/": "fe80::1",
         "nbds+unix:///?socket=/s": "localhost",
         "nbds://10.0.0.1/?tls-hostname=store.example": "store.example",
     }
