@@ -9,6 +9,7 @@ Errors that the owner raises are raised here, in its own words. See docs/control
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import stat
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from lmdbitmap.errors import Busy, FormatError, OwnerGone, os_errors_at
+from lmdbitmap.errors import Busy, FormatError, OwnerGone, error_from_os, os_errors_at
 from lmdbitmap.nbd import control_wire as wire
 
 CONNECT_S: Final = 10.0
@@ -118,12 +119,14 @@ class Client:
         """Return the descriptor that comes with the answer; raise unless it is exactly one, of the kind asked for."""
         self._ask(operation, arguments)
         try:
-            data, fds, *_ = socket.recv_fds(self._sock, _RECEIVE, 1)
+            data, fds, flags, _ = socket.recv_fds(self._sock, _RECEIVE, 1)
         except OSError as refusal:
             raise self._lost(refusal) from refusal
         self._lines.add(data)
         try:
             wire.field(self._receive(CONNECT_S), "answer", dict, self._place)
+            if flags & socket.MSG_CTRUNC and not fds:  # this process may have no more: the kernel dropped it
+                raise error_from_os(self._place, OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
             self._require_one(fds, what, is_it)
         except BaseException:
             for fd in fds:

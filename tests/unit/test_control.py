@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import select
 import socket
 import stat
@@ -648,3 +649,15 @@ def test_of_several_connections_one_is_taken_and_none_is_left_over() -> None:
         with client.connection() as taken:
             assert not taken.get_inheritable()
         assert os.listdir("/proc/self/fd") == before
+
+
+def test_descriptor_for_which_this_process_has_no_room_is_no_fault_of_the_owner() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with a_pair() as (client, owner), socket.socket() as spare:
+        hand_over(owner, b'{"answer": {}}\n', [spare.fileno()])
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            with pytest.raises(StorageError, match=r"Too many open files; raise the limit on open files"):
+                client.connection()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
