@@ -399,6 +399,19 @@ def test_requests_keep_to_the_servers_block_sizes(far: FarServer) -> None:
         assert asked.command not in (READ, WRITE) or 0 < asked.length <= 8192
 
 
+def test_nothing_at_all_is_not_asked_for_within_a_block_either(far: FarServer) -> None:
+    """A block that is read and written back is not clean, and whoever tracks a write of nothing marks nothing."""
+    far.block_sizes, far.statuses = (512, 4096, 8192), [(SIZE, 0)]
+    with opened(far) as device:
+        device.pwrite(b"", 3)
+        assert device.pwrite_many([(5, b"")]) == {}
+        device.write_zeroes(7, 0)
+        device.discard(7, 0)
+        assert device.pread(0, 9) == b""
+        assert list(device.allocation(9, 0)) == []
+    assert far.asked == []
+
+
 @pytest.mark.parametrize("block_sizes", [None, (512, 4096, 8192)])
 def test_many_reads_in_one_call_are_what_they_are_one_by_one(
     far: FarServer, block_sizes: tuple[int, int, int] | None

@@ -388,6 +388,8 @@ class NbdDevice:
             raise OSError(errno.EPERM, "the image is open read-only", self.place.uri)
 
     def _outward(self, start: int, stop: int) -> tuple[int, int]:
+        if start == stop:  # within a block too
+            return start, stop
         return start // self._minimum * self._minimum, ceil_div(stop, self._minimum) * self._minimum
 
     def _inward(self, start: int, stop: int) -> tuple[int, int]:
