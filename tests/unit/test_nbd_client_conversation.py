@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
@@ -482,6 +483,33 @@ def test_write_whose_caller_is_interrupted_before_it_waits_is_in_doubt(
         with pytest.raises(Interrupted):
             device.pwrite(b"late", 4096)
         assert device.in_doubt() == [(4096, 4100)]
+
+
+def test_write_at_whose_answer_another_thread_was_interrupted_ends(
+    far: FarServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is kept and in flight as well: what is written again is not sent once more as a request in flight."""
+    far.behave = lambda server, asked: b"" if asked.command == READ and asked.connection == 1 else None
+    with opened(far.uri) as device, ThreadPoolExecutor(1) as pool:
+        talk, conclude = device._conversation, device._conversation._conclude
+
+        def write_while_another_leads() -> None:
+            while talk._leader is None:
+                time.sleep(0.001)
+            device.pwrite(b"kept", 0)
+
+        def interrupt_once(request: Request) -> None:
+            monkeypatch.setattr(talk, "_conclude", conclude)
+            raise Interrupted
+
+        monkeypatch.setattr(talk, "_conclude", interrupt_once)
+        writing = pool.submit(write_while_another_leads)
+        with pytest.raises(Interrupted):
+            device.pread(1, 9)
+        writing.result(PATIENCE_SECONDS)
+        far.crash()
+        assert device.pread(4, 0) == b"kept"
+    assert far.handshakes == 3
 
 
 # --- what is told of a tracked disk ---
