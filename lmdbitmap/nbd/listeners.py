@@ -80,8 +80,12 @@ class UnixListener:
         return NbdAddress(name, socket_path=self.path).uri
 
     def close(self) -> None:
-        if _inode(self.path) == self._inode:
-            os.unlink(self.path)
+        """Stop listening. A socket file that cannot be removed stays: the next server replaces it."""
+        try:
+            if _inode(self.path) == self._inode:
+                os.unlink(self.path)
+        except OSError as refused:
+            _log.warning("the socket %s is left behind: %s", self.path, refused)
         self.sock.close()
 
 

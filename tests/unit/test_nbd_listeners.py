@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
@@ -111,6 +112,24 @@ def test_a_socket_that_somebody_put_in_our_place_is_not_removed(tmp_path: Path) 
     (tmp_path / "new").replace(path)
     listener.close()
     assert path.read_text() == "theirs"
+
+
+def test_a_socket_that_cannot_be_removed_is_closed_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a file system that is read-only by now. A server that ends has more to do than this."""
+
+    def refuse(path: str) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+
+    path = tmp_path / "nbd.sock"
+    listener = UnixListener(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuse)
+        listener.close()
+    assert not connects(path)
+    assert f"the socket {path} is left behind" in caplog.text
+    UnixListener(path).close()
 
 
 def test_paths_that_cannot_be_are_refused(tmp_path: Path) -> None:
