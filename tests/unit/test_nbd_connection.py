@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -355,6 +356,38 @@ def test_a_failing_flush_fails_those_who_asked_for_it(peer: Peer, device: Memory
     replies = [peer.reply() for _ in range(3)]
     assert [reply[:2] for reply in replies] == [(1, 0), (2, errno.EIO), (3, errno.EIO)]
     assert [reply.offset for reply in replies] == ([0, 1, 7] if peer.extended else [None] * 3)
+
+
+class StarvingDevice(MemoryDevice):
+    """Nothing that it is asked for finds any memory."""
+
+    def _doing(self, *operation: object, **more: object) -> NoReturn:
+        raise MemoryError
+
+
+@pytest.mark.parametrize("command", [READ, WRITE, TRIM, WRITE_ZEROES, FLUSH])
+@pytest.mark.parametrize("length", [4096, MIB, 3 * MIB])
+@pytest.mark.parametrize("form", FORMS)
+def test_want_of_memory_costs_its_own_request(form: str, length: int, command: int) -> None:
+    """A guest whose connection is lost has lost its disk."""
+    data = bytes(length) if command == WRITE else b""
+    with connected(PlainDisk(StarvingDevice(SIZE)), form=form) as peer:
+        assert peer.do(command, 0, length, data=data).error == errno.ENOMEM
+        assert peer.do(CACHE, 0, 4096).error == 0
+    assert peer.outcome is None
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_read_for_which_there_is_no_buffer_costs_its_own_request(
+    monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    def refuse(length: int) -> bytearray:
+        raise MemoryError
+
+    with connected(PlainDisk(MemoryDevice(SIZE)), form=form) as peer:
+        monkeypatch.setattr("lmdbitmap.nbd.server.replies.new_buffer", refuse)
+        assert peer.do(READ, 0, MIB).error == errno.ENOMEM
+        assert peer.do(READ, 0, 512).data == bytes(512)
 
 
 @pytest.mark.parametrize("length", [1, MIB])

@@ -89,7 +89,8 @@ class Complaints:
     def failed(self, command: str, place: str, failure: Exception, *, times: int = 1) -> None:
         """Log a request that failed; `times` is how many failed alike, this one included."""
         kind = command, getattr(failure, "errno", None) or type(failure).__name__
-        self._add(kind, f": {command} of {place} failed: {failure}", times)
+        why = "there is no memory for it" if isinstance(failure, MemoryError) else failure
+        self._add(kind, f": {command} of {place} failed: {why}", times)
 
     def turned_away(self, why: str) -> None:
         """Log that there is no room for the client. `why` has few forms."""

@@ -33,7 +33,6 @@ import time
 from collections.abc import Mapping
 from typing import Final
 
-from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.interfaces import PatientLane, ServedDisk, SplicingLane
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.server import commands, traffic
@@ -47,7 +46,7 @@ from lmdbitmap.nbd.server.inbox import BATCH_BYTES, Inbox
 from lmdbitmap.nbd.server.long_writes import LONG_FROM, LongWrites
 from lmdbitmap.nbd.server.notice import Notice, nobody
 from lmdbitmap.nbd.server.replies import Replies
-from lmdbitmap.nbd.server.requests import Negotiated, error_of, named, refusal
+from lmdbitmap.nbd.server.requests import FAILURES, Negotiated, error_of, named, refusal
 from lmdbitmap.nbd.server.splicing import SplicePipe
 from lmdbitmap.nbd.server.traffic import Traffic
 from lmdbitmap.work.latencies import Latencies
@@ -262,7 +261,7 @@ class Connection:
             self._replies.send()
         try:
             reply = commands.perform(request, self._lane, self._contexts, self._form, lambda: self.stopping)
-        except (OSError, LmdbitmapError) as failure:
+        except FAILURES as failure:
             self._complaints.failed(*named(request), failure)
             self._answer(request, error_of(failure))
         else:

@@ -6,12 +6,11 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 
-from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.interfaces import Lane
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.server.complaints import Complaints
 from lmdbitmap.nbd.server.notice import Notice
-from lmdbitmap.nbd.server.requests import error_of, place
+from lmdbitmap.nbd.server.requests import FAILURES, error_of, place
 from lmdbitmap.nbd.server.splicing import SplicePipe
 from lmdbitmap.work.latencies import Latencies
 
@@ -29,7 +28,7 @@ class DiskOperations:
         """Return {index: error} of the writes that failed: all of them if the lane refuses as a whole."""
         try:
             failed = self._lane.write_many(writes)
-        except (OSError, LmdbitmapError) as refused:
+        except FAILURES as refused:
             offset, data = writes[0]
             self._complaints.failed("WRITE", place(offset, len(data)), refused, times=len(writes))
             return dict.fromkeys(range(len(writes)), error_of(refused))
@@ -48,7 +47,7 @@ class DiskOperations:
         """Write bytes that the pipe holds; after an error the pipe is closed."""
         try:
             pipe.write(length, offset)
-        except (OSError, LmdbitmapError) as failure:
+        except FAILURES as failure:
             self._complaints.failed("WRITE", place(offset, length), failure)
             pipe.close()
             return error_of(failure)
@@ -59,7 +58,7 @@ class DiskOperations:
         begun_ns = time.perf_counter_ns()
         try:
             self._lane.flush()
-        except (OSError, LmdbitmapError) as failure:
+        except FAILURES as failure:
             self._complaints.failed("FLUSH", "the image", failure)
             return error_of(failure)
         finally:

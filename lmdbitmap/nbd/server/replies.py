@@ -21,7 +21,6 @@ import socket
 from collections.abc import Callable
 from typing import Final, TypeAlias
 
-from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.interfaces import Lane
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.server.complaints import Complaints
@@ -36,7 +35,7 @@ from lmdbitmap.nbd.server.forms import (
     Form,
 )
 from lmdbitmap.nbd.server.notice import Notice
-from lmdbitmap.nbd.server.requests import error_of, place
+from lmdbitmap.nbd.server.requests import FAILURES, error_of, place
 from lmdbitmap.nbd.server.splicing import new_pipe
 from lmdbitmap.work.buffers import new_buffer
 
@@ -168,7 +167,7 @@ class Replies:
                 continue
             try:
                 data = self._pread(length, offset)
-            except (OSError, LmdbitmapError) as failure:
+            except FAILURES as failure:
                 self._refuse(form.label(cookie, offset), offset, length, failure)
                 continue
             if len(data) != length:
@@ -203,10 +202,10 @@ class Replies:
 
     def add_whole_read(self, label: bytes, offset: int, length: int) -> None:
         """Do one READ through memory of its own, and answer it in one chunk."""
-        data = self._room_for(length)
         try:
+            data = self._room_for(length)
             self._fill(data, offset)
-        except (OSError, LmdbitmapError) as failure:
+        except FAILURES as failure:
             self._refuse(label, offset, length, failure)
             return
         self.add(self._form.data(label, offset, length, done=True))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from lmdbitmap.errors import InvalidArgument
+from lmdbitmap.errors import InvalidArgument, LmdbitmapError
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.server.handshake import MAX_PAYLOAD
 
@@ -33,6 +33,9 @@ _FLAGS_ALLOWED: Final = {
 _CHANGING: Final = frozenset({nbd.NBD_CMD_WRITE, nbd.NBD_CMD_TRIM, nbd.NBD_CMD_WRITE_ZEROES})
 _WITH_PAYLOAD: Final = frozenset({nbd.NBD_CMD_READ, nbd.NBD_CMD_WRITE})
 _FILLING: Final = frozenset({nbd.NBD_CMD_WRITE, nbd.NBD_CMD_WRITE_ZEROES})
+
+FAILURES: Final = (OSError, LmdbitmapError, MemoryError)
+"""What costs its own request. Any other exception is a mistake of ours, and costs the connection."""
 
 
 class Refusal(NamedTuple):
@@ -93,4 +96,6 @@ def error_of(failure: Exception) -> int:
     """Return the NBD error for a failure: never 0, and `NBD_EIO` where the protocol has no error for it."""
     if isinstance(failure, OSError):
         return nbd.nbd_error(failure.errno)
+    if isinstance(failure, MemoryError):
+        return nbd.NBD_ENOMEM
     return nbd.NBD_EINVAL if isinstance(failure, InvalidArgument) else nbd.NBD_EIO
