@@ -138,8 +138,8 @@ class Snapshot(ReadOnlyDevice):
                 for start, stop in self._untouched(clusters.start, clusters.stop):
                     self._file.require_room()
                     self._keep_run(start, stop)
-            except (OSError, LmdbitmapError) as error:
-                self._break(f"old data could not be kept ({error})")
+            except (OSError, LmdbitmapError, MemoryError) as error:
+                self._break(f"old data could not be kept ({str(error) or 'no memory is left'})")
 
     def _untouched(self, start: int, stop: int) -> Iterator[Run]:
         """Yield the runs of wanted clusters in [start, stop) that are untouched."""

@@ -432,6 +432,18 @@ def test_image_that_cannot_be_read_breaks_the_snapshot_and_not_the_guest(
         assert disk.pread(BLOCK, 0) == NEW
 
 
+def test_want_of_memory_breaks_the_snapshot_and_not_the_guest(tracked: TrackedDisk, folder: Path) -> None:
+    class StarvingDevice(TappedDevice):
+        def pread_into(self, buffer: memoryview, offset: int) -> None:
+            raise MemoryError
+
+    with Filter.attach(tracked.store, NAME, open_device=StarvingDevice.open, background=False) as disk:
+        snapshot = disk.snapshot("s", scratch(folder))
+        disk.pwrite(NEW, 0)
+        assert snapshot.broken == "the snapshot broke: old data could not be kept (no memory is left)"
+        assert disk.pread(BLOCK, 0) == NEW
+
+
 # --- torn reads ---
 
 
