@@ -6,7 +6,7 @@ import errno
 import os
 import random
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import pytest
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.images.plain import PlainDisk, PlainLane
 from lmdbitmap.interfaces import BlockDevice, SplicingLane
+from lmdbitmap.nbd.server.splicing import new_pipe
 from lmdbitmap.system.linux import splice_to_file
 from tests.helpers.nbd_raw import FLUSH, FUA, READ, WRITE, request, write
 from tests.helpers.support import open_files
@@ -32,6 +33,10 @@ def image(tmp_path: Path) -> Iterator[FileDevice]:
     path.write_bytes(bytes(SIZE))
     with FileDevice.open(path) as image:
         yield image
+
+
+def no_pipe() -> tuple[int, int]:
+    raise OSError(errno.EMFILE, "too many open files")
 
 
 def feed(peer: Peer, data: bytes, chosen: random.Random) -> None:
@@ -81,6 +86,20 @@ def test_replies_come_though_the_client_waits_for_them_before_it_sends_more(imag
             assert peer.reply().cookie == 1
             peer.send(later[cut:])
             assert peer.reply().cookie == 2
+
+
+@pytest.mark.parametrize(("pipes", "offset"), [(new_pipe, SIZE), (no_pipe, MIB)])
+def test_so_they_do_if_the_data_does_not_go_by_reference(
+    image: FileDevice, monkeypatch: pytest.MonkeyPatch, pipes: Callable[[], tuple[int, int]], offset: int
+) -> None:
+    """Since the write is refused, or since there is no pipe."""
+    monkeypatch.setattr("lmdbitmap.nbd.server.splicing.new_pipe", pipes)
+    with connected(PlainDisk(image)) as peer:
+        later = write(offset, bytes(MIB), cookie=2)
+        peer.send(write(0, bytes(MIB), cookie=1) + later[:5000])
+        assert peer.reply()[:2] == (1, 0)
+        peer.send(later[5000:])
+        assert peer.reply().cookie == 2
 
 
 def test_replies_that_wait_are_sent_to_a_client_that_says_no_more(image: FileDevice) -> None:
@@ -247,10 +266,7 @@ def test_data_in_crumbs_fills_no_pipe_and_holds_up_no_end(image: FileDevice) -> 
 def test_process_that_gets_no_pipe_writes_all_the_same(
     image: FileDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse() -> tuple[int, int]:
-        raise OSError(errno.EMFILE, "too many open files")
-
-    monkeypatch.setattr("lmdbitmap.nbd.server.splicing.new_pipe", refuse)
+    monkeypatch.setattr("lmdbitmap.nbd.server.splicing.new_pipe", no_pipe)
     data = random.Random(6).randbytes(MIB)
     with connected(PlainDisk(image)) as peer:
         assert peer.do(WRITE, 5, MIB, data=data).error == 0

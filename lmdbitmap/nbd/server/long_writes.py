@@ -53,8 +53,10 @@ class LongWrites:
                 data = inbox.take(ready)
                 error = error or self._operations.write(offset, data)
                 offset, left = offset + ready, left - ready
-            elif not inbox.receive_part(left):
-                raise ConnectionResetError(errno.ECONNRESET, "the client left in the middle of a WRITE")
+            else:
+                self._replies.send()
+                if not inbox.receive_part(left):
+                    raise ConnectionResetError(errno.ECONNRESET, "the client left in the middle of a WRITE")
         inbox.move_to_front()
         if request.flags & nbd.NBD_CMD_FLAG_FUA:
             error = error or self._operations.flush()
