@@ -246,6 +246,27 @@ def test_file_that_cannot_be_spliced_to_is_written_all_the_same(image: FileDevic
         assert peer.do(READ, 0, SIZE).data == bytes(truth)
 
 
+class HalfSplicableDisk(PlainDisk):
+    """As on a file system that takes whole sectors only."""
+
+    def lane(self) -> PlainLane:
+        return HalfSplicableLane(self._device)
+
+
+class HalfSplicableLane(PlainLane):
+    def write_from_pipe(self, pipe_fd: int, length: int, offset: int) -> None:
+        super().write_from_pipe(pipe_fd, length // 2, offset)
+        raise OSError(errno.EINVAL, "no splice of this")
+
+
+def test_piece_that_is_spliced_in_part_fails_and_is_not_taken_for_its_rest(image: FileDevice) -> None:
+    data = random.Random(7).randbytes(MIB)
+    with connected(HalfSplicableDisk(image)) as peer:
+        assert peer.do(WRITE, 0, MIB, data=data).error == errno.EINVAL
+        written = peer.do(READ, 0, MIB).data
+        assert all(new in (0, wanted) for new, wanted in zip(written, data, strict=True))
+
+
 def test_data_in_crumbs_fills_no_pipe_and_holds_up_no_end(image: FileDevice) -> None:
     """Each of them takes a slot of the pipe; the last page's worth waits there for its end."""
     with connected(PlainDisk(image)) as peer:

@@ -11,6 +11,8 @@ import fcntl
 import os
 import select
 import socket
+import struct
+import termios
 from typing import Final
 
 from lmdbitmap.interfaces import SplicingLane
@@ -88,10 +90,16 @@ class SplicePipe:
             self._lane.write_from_pipe(self._pipe[0], length, offset)
             self.held -= length
         except OSError as refused:
-            if refused.errno != errno.EINVAL:
+            if refused.errno != errno.EINVAL or self._is_begun():
                 raise
             self._fits = False
             self._lane.pwrite(self._take(length), offset)
+
+    def _is_begun(self) -> bool:
+        """Whether some of the bytes held have left the pipe, so that the next ones are not those of the write."""
+        assert self._pipe is not None
+        [left] = struct.unpack("i", fcntl.ioctl(self._pipe[0], termios.FIONREAD, bytes(4)))
+        return bool(left != self.held)
 
     def close(self) -> None:
         """Close the pipe, and drop the bytes held."""
