@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import threading
@@ -174,6 +175,24 @@ def test_quick_connections_share_a_thread(device: FileDevice, tmp_path: Path) ->
 def test_connections_that_have_done_little_have_their_own(device: FileDevice, tmp_path: Path) -> None:
     disk = StagedDisk(device)
     with clients_of(disk, tmp_path, 3, go_round=False) as clients:
+        assert len(threads_of(disk, clients)) == 3
+
+
+def test_connection_for_which_the_rounds_have_no_room_is_served_alone(
+    device: FileDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full:
+        """As where the user has as many watches as fs.epoll.max_user_watches allows."""
+
+        def register(self, fd: int, events: int) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def poll(self, timeout_s: float | None = None) -> list[tuple[int, int]]:
+            raise AssertionError("nobody goes round")
+
+    monkeypatch.setattr("lmdbitmap.nbd.server.rounds.select.epoll", Full)
+    disk = StagedDisk(device)
+    with clients_of(disk, tmp_path, 3) as clients:
         assert len(threads_of(disk, clients)) == 3
 
 

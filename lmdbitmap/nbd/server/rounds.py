@@ -114,8 +114,8 @@ class Rounds:
             self._connections += 1
         rider: _Rider | None = mine
         while rider is not None and self._serve_alone(rider):
-            self._join(rider)
-            rider = self._drive(self._await_duty())
+            if self._join(rider):
+                rider = self._drive(self._await_duty())
         with self._lock:
             self._connections -= 1
 
@@ -137,10 +137,16 @@ class Rounds:
         others = self._connections > 1
         return others and not waited and not rider.alone and time.monotonic() >= rider.returns_s
 
-    def _join(self, rider: _Rider) -> None:
+    def _join(self, rider: _Rider) -> bool:
+        """Have a connection go round. Return False if the kernel has no room for that (its max_user_watches)."""
         with self._lock:
-            self._riders[rider.fd] = rider
-            self._poll.register(rider.fd, select.EPOLLIN)
+            self._riders[rider.fd] = rider  # first: the driver may hear it at once
+            try:
+                self._poll.register(rider.fd, select.EPOLLIN)
+            except OSError:
+                del self._riders[rider.fd]
+                return False
+        return True
 
     def _end(self, rider: _Rider) -> None:
         rider.connection.close()
