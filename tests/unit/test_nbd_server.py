@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from lmdbitmap.errors import StorageError
 from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.images.plain import PlainDisk, PlainLane
 from lmdbitmap.interfaces import BlockDevice, ServedDisk
@@ -494,6 +495,49 @@ def test_a_signal_handler_may_stop_the_server_of_its_own_thread(path: str, comes
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert answers == [False, True]
+    assert server.stop()
+
+
+def test_an_end_that_was_interrupted_is_left_to_stop(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a second Ctrl-C."""
+    gate, ask_to_leave = Gate(), Visit.ask_to_leave
+    server = Server({"disk": GatedDisk(gate)})
+    server.listen_unix(path)
+    answers = []
+
+    def connect_and_stop() -> None:
+        with transmitting(path) as client:
+            client.send(write(0, b"kept", cookie=3))
+            assert gate.entered.wait(PATIENCE_SECONDS)
+            server.request_stop()
+            answers.append(client.reply()[:2])
+
+    def ask_and_interrupt(visit: Visit) -> None:
+        ask_to_leave(visit)
+        raise KeyboardInterrupt
+
+    thread = threading.Thread(target=connect_and_stop)
+    thread.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(Visit, "ask_to_leave", ask_and_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            server.serve_forever()
+    gate.open.set()
+    assert server.stop()
+    thread.join(PATIENCE_SECONDS)
+    assert answers == [(3, 0)]
+
+
+def test_server_that_finds_no_thread_has_ended(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_more_threads(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    server = Server({"disk": PlainDisk(MemoryDevice(SIZE))}, grace_s=0)
+    server.listen_unix(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_more_threads)
+        with pytest.raises(StorageError, match="can't start new thread; have fewer threads"):
+            server.start()
     assert server.stop()
 
 

@@ -20,6 +20,7 @@ its disk: `stop` then returns False, and the disks must not be closed under it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import selectors
@@ -34,7 +35,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Final, NamedTuple
 
-from lmdbitmap.errors import AlreadyExists, Busy
+from lmdbitmap.errors import AlreadyExists, Busy, StorageError
 from lmdbitmap.interfaces import ServedDisk
 from lmdbitmap.nbd import keepalive
 from lmdbitmap.nbd.listeners import InheritedListener, Listener, TcpListener, UnixListener, accepted
@@ -221,8 +222,17 @@ class Server:
             )
 
     def start(self) -> None:
+        """Serve in a thread. Raise `StorageError` if none can be started."""
         self._serving_thread = threading.Thread(target=self._serve, name="nbd-accept", daemon=True)
-        self._serving_thread.start()
+        try:
+            self._serving_thread.start()
+        except RuntimeError as refused:
+            self._serving_thread = None  # there is nobody for `stop` to wait for
+            raise StorageError(
+                "the NBD server cannot be started",
+                OSError(errno.EAGAIN, str(refused)),
+                next_step="have fewer threads, or allow more (ulimit -u)",
+            ) from refused
 
     def serve_forever(self) -> None:
         """Serve in this thread until asked to stop, then wind up; afterwards `stop` tells how it went.
@@ -230,8 +240,11 @@ class Server:
         In the main thread any signal wakes it, so that its handler runs at once.
         """
         self._serving_thread = threading.current_thread()
-        with _woken_by_signals(self._wake_fd):
-            self._serve()
+        try:
+            with _woken_by_signals(self._wake_fd):
+                self._serve()
+        finally:
+            self._serving_thread = None  # if it was interrupted, `stop` winds up
 
     def request_stop(self) -> None:
         """Ask the serving thread to wind up. Takes no lock and does not wait, so signal handlers may call it."""
@@ -246,7 +259,8 @@ class Server:
         """
         self.request_stop()
         if self._serving_thread is None:
-            self._wind_up()
+            if not self._wound_up.is_set():
+                self._wind_up()
         elif self._serving_thread is not threading.current_thread():
             self._wound_up.wait(2 * self._grace_s + _SLACK_S)
         if not self._wound_up.is_set():
