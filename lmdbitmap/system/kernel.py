@@ -181,7 +181,7 @@ def _directly_under(place: Place, devices: str) -> list[Place]:
     if _is_partition(node):
         below.append(os.path.dirname(node))
     found = [(_parsed(_line(f"{one}/dev")), 0) for one in below]
-    backing = _line_or_nothing(f"{node}/loop/backing_file")
+    backing = _backing_file(node)
     if os.path.exists(backing):
         found += [_place_of(backing), (_filesystem_device(backing, devices), 0)]
     return found
@@ -203,24 +203,24 @@ def _filesystem_device(path: str, devices: str) -> int:
     return number
 
 
-def _mount_source(path: str) -> str:
+def _mount_source(path: str, mounts: str = "/proc/self/mountinfo") -> str:
     """Return the source of the mount that holds `path`: the deepest above it, and the last made of several there."""
     deepest, source = "", ""
     real = os.path.realpath(path)
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
-        for line in mounts:
-            words = line.split()
+    with open(mounts, "rb") as table:
+        for line in table:
+            words = line.split(b" ")  # names may have any other space
             point = _unescaped(words[4])
             if len(point) >= len(deepest) and os.path.commonpath([point, real]) == point:
-                deepest, source = point, _unescaped(words[words.index("-") + 2])
+                deepest, source = point, _unescaped(words[words.index(b"-") + 2])
     return source
 
 
-def _unescaped(word: str) -> str:
-    """Decode a mountinfo field, which has whitespace and backslashes as octal numbers."""
-    for code in ("040", "011", "012", "134"):
-        word = word.replace(f"\\{code}", chr(int(code, 8)))
-    return word
+def _unescaped(word: bytes) -> str:
+    """Decode a mountinfo field, which has spaces, tabs, newlines, `#` and backslashes as octal numbers."""
+    for code in ("040", "011", "012", "043", "134"):
+        word = word.replace(f"\\{code}".encode(), bytes([int(code, 8)]))
+    return os.fsdecode(word)
 
 
 # --- reading ---
@@ -242,6 +242,15 @@ def _parsed(number: str) -> int:
 def _line(path: str) -> str:
     with open(path, encoding="utf-8", errors="backslashreplace") as source:
         return source.read().strip()
+
+
+def _backing_file(node: str) -> str:
+    """Return the path behind a loop device, which may end with a space; empty if it is none."""
+    try:
+        with open(f"{node}/loop/backing_file", "rb") as source:
+            return os.fsdecode(source.read().removesuffix(b"\n"))
+    except OSError:
+        return ""
 
 
 def _line_or_nothing(path: str) -> str:

@@ -150,6 +150,39 @@ def test_store_is_kept_in_every_image_beneath_it(sys_block: Sys, tmp_path: Path)
     assert not kernel.is_kept_in(str(tmp_path), str(other), sys_block.devices)
 
 
+@pytest.mark.parametrize("name", [b"image.raw ", b"\xffimage.raw", b"image\n"])
+def test_file_behind_a_loop_device_may_have_any_name(sys_block: Sys, tmp_path: Path, name: bytes) -> None:
+    image = tmp_path / os.fsdecode(name)
+    image.write_bytes(b"")
+    node = sys_block.add_disk(tmp_path.stat().st_dev, "loop0")
+    (node / "loop").mkdir()
+    (node / "loop" / "backing_file").write_bytes(os.fsencode(image) + b"\n")
+    assert kernel.is_kept_in(str(tmp_path), str(image), sys_block.devices)
+
+
+@pytest.mark.parametrize(
+    ("folder", "told"),
+    [
+        ("My Disk", rb"My\040Disk"),
+        ("My\u00a0Disk", "My\u00a0Disk".encode()),
+        ("My\rDisk", b"My\rDisk"),
+        ("My\\040Disk", rb"My\134040Disk"),
+        (os.fsdecode(b"My\xffDisk"), b"My\xffDisk"),
+    ],
+)
+def test_mount_is_found_whatever_its_name(tmp_path: Path, folder: str, told: bytes) -> None:
+    (tmp_path / folder).mkdir()
+    point = os.fsencode(tmp_path) + b"/" + told
+    table = tmp_path / "mountinfo"
+    table.write_bytes(
+        b"22 1 8:1 / / rw,relatime - btrfs /dev/sda1 rw\n"
+        b"30 22 0:50 / " + point + rb" rw shared:1 - btrfs /dev/a\043b rw" + b"\n"
+        b"31 22 0:51 / /other rw -  btrfs  rw\n"
+    )
+    assert kernel._mount_source(str(tmp_path / folder), str(table)) == "/dev/a#b"
+    assert kernel._mount_source("/", str(table)) == "/dev/sda1"
+
+
 def test_loop_device_whose_file_is_gone_hides_nothing_else(sys_block: Sys, tmp_path: Path) -> None:
     gone = f"{tmp_path}/gone.raw (deleted)"
     sys_block.add_disk(tmp_path.stat().st_dev, "loop0", loop__backing_file=gone)
