@@ -219,7 +219,7 @@ def _opened_image(
 ) -> Image:
     file = PooledFile(pool, folder.image_path(entry.file))
     proof = chunk_proof(folder, entry, file) if verify else None
-    reader = image_reader(_Named(file, proof), entry, parent, partial(folder.step_without, entry))
+    reader = image_reader(NamedFile(file, proof), entry, parent, partial(folder.step_without, entry))
     require(reader.compression_type)
     return Image(folder, entry, file, reader, proof)
 
@@ -244,10 +244,10 @@ class ImageSource(ReadableFile, Protocol):
     path: str
 
 
-class _Named:
-    """A file whose errors name it: a chain has many. What is read is proven first, if possible."""
+class NamedFile:
+    """A file whose errors name it: a chain has many. What is read is proven first, if there is a `proof`."""
 
-    def __init__(self, file: PooledFile, proof: ChunkProof | None) -> None:
+    def __init__(self, file: PooledFile, proof: ChunkProof | None = None) -> None:
         self._file = file
         self._proof = proof
         self.path = file.path

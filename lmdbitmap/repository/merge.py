@@ -21,12 +21,13 @@ from lmdbitmap.copying.copier import Copied, ImageFile
 from lmdbitmap.errors import os_errors_at
 from lmdbitmap.images.file_copy import PIECE_BYTES, FileCopier
 from lmdbitmap.images.file_pool import FilePool, PooledFile
-from lmdbitmap.qcow2 import Kind, MappedRun, Qcow2Reader, Qcow2Writer, chain_extents
+from lmdbitmap.qcow2 import Kind, MappedRun, Qcow2Reader, Qcow2Writer, chain_read_into
 from lmdbitmap.qcow2.chain import merged, overlaid, stored
 from lmdbitmap.qcow2.layout import SECTOR, CompressionType
-from lmdbitmap.repository.backup_chain import image_reader
+from lmdbitmap.repository.backup_chain import NamedFile, image_reader
 from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.manifest import BackupEntry
+from lmdbitmap.repository.proof import ChunkProof, Whole, chunk_proof
 from lmdbitmap.work.progress import Report
 
 
@@ -51,14 +52,22 @@ class View:
         self._layer_below = len(self._readers)
         """Layer of all runs in that one place, wherever below they are; each layer above it is an image."""
 
-    def _open(self, count: int) -> None:
-        """Open images, newest first, until `count` are open."""
+    def _open(self, count: int, *, proves: bool = False) -> None:
+        """Open images, newest first, until `count` are open. With `proves` nothing of them is read unproven."""
         for index in range(len(self._files), count):
             entry, parents = self._chain[index], self._chain[index + 1 :]
-            self._files.append(PooledFile(self._pool, self._folder.image_path(entry.file)))
-            with os_errors_at(self._files[-1].path):
-                parent = parents[0].file if parents else None
-                self._readers.append(image_reader(self._files[-1], entry, parent))
+            file = PooledFile(self._pool, self._folder.image_path(entry.file))
+            proof = self._proof(entry, file) if proves else None
+            parent = parents[0].file if parents else None
+            self._readers.append(image_reader(NamedFile(file, proof), entry, parent))
+            self._files.append(file)
+
+    def _proof(self, entry: BackupEntry, file: PooledFile) -> ChunkProof | None:
+        """Return the proof of the image by chunks. Without one, prove it as a whole."""
+        proof = chunk_proof(self._folder, entry, file)
+        if proof is None:
+            Whole(self._folder, entry, file).prove()
+        return proof
 
     def runs(self, size: int) -> Iterator[tuple[MappedRun, object]]:
         """Yield each run of the first `size` bytes and its place. Past the disk's end there are zeroes."""
@@ -81,11 +90,13 @@ class View:
         return self._chain[run.layer].id, run.kind, begins
 
     def fill(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` from the backup, through all of its images."""
-        self._open(len(self._chain))
-        for run in chain_extents(self._readers, offset, len(buffer)):
-            with os_errors_at(self._files[run.layer].path):
-                self._readers[run.layer].fill(buffer[run.offset - offset : run.end - offset], run)
+        """Fill `buffer` from the backup, through all of its images.
+
+        The caller has proven the images of the view. Those in the one place below are proven here: what is read of them
+        gets a new digest, which must not vouch for old damage.
+        """
+        self._open(len(self._chain), proves=True)
+        chain_read_into(self._readers, buffer, offset)
 
     def file_of(self, run: MappedRun) -> PooledFile | None:
         """Return the file that the run's data is in; None if it is in the one place below."""

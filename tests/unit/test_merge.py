@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import random
 from pathlib import Path
@@ -59,8 +60,12 @@ def image(folder: BackupFolder, number: int) -> BackupEntry:
         stored = writer.finish()
     return entry(
         number, None if number == 0 else number - 1, file=name, disk_size=size, cluster_size=cluster,
-        bytes_stored=stored,
+        bytes_stored=stored, sha256=digest_of(folder.path_of(name)),
     )  # fmt: skip
+
+
+def digest_of(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def content(folder: BackupFolder, number: int) -> bytes:
@@ -116,8 +121,9 @@ def test_the_end_of_a_disk_that_shrank_into_a_sector_is_stored_over_a_longer_par
                     writer.write(0, b"x" * size)
                 stored = writer.finish()
             made = entry(
-                number, number - 1 if number else None, file=name, disk_size=size, bytes_stored=stored
-            )
+                number, number - 1 if number else None, file=name, disk_size=size, bytes_stored=stored,
+                sha256=digest_of(folder.path_of(name)),
+            )  # fmt: skip
             entries.append(dataclasses.replace(made, cluster_size=4096))
         folder.replace_manifest(Manifest(DISK, tuple(entries)))
     path, truth = folder.path_of("merged.qcow2"), folder.path_of("truth.raw")

@@ -23,6 +23,7 @@ from lmdbitmap.repository.prune import PruneResult, PrunesFailed, prune
 from lmdbitmap.repository.repository import known_backups
 from lmdbitmap.repository.retention import Retention
 from lmdbitmap.repository.verify import verify
+from lmdbitmap.tracker import session
 from tests.helpers.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
 from tests.helpers.support import requires, run
 from tests.helpers.tracked import NAME
@@ -316,6 +317,34 @@ def test_damage_is_not_merged_into_something_that_looks_sound(disk: BackedUpDisk
         pruned(disk, 1)
     assert disk.manifest() == before
     assert disk.files() == [entry.file for entry in before.backups]
+
+
+@pytest.mark.parametrize("has_its_digests", [True, False])
+def test_damage_below_the_new_parent_is_not_merged_either(tmp_path: Path, *, has_its_digests: bool) -> None:
+    """A cluster of the one that stays is put together from smaller ones, and from the parent between them."""
+    disk = BackedUpDisk(tmp_path, SIZE, granularity_bits=16)
+    disk.write(os.urandom(SIZE), 0)
+    disk.backup()
+    for bits, offset in ((12, 17), (16, 40)):
+        session.remove(disk.store, NAME)
+        session.add(disk.store, NAME, str(disk.image), granularity_bits=bits)
+        disk.write(os.urandom(BLOCK), offset * BLOCK)
+        disk.backup(take_over=True)
+    before, content, full = disk.manifest(), disk.content(), path_of(disk, 0)
+    assert [entry.cluster_size for entry in before.backups] == [65536, 4096, 65536]
+    if not has_its_digests:
+        [digests] = full.parent.glob(f"{full.name}.*.digests")
+        digests.unlink()
+    sound = full.read_bytes()
+    flip(full, sound.index(content[18 * BLOCK : 19 * BLOCK]))
+    with pytest.raises(FormatError, match=r"000001-full.*expected (BLAKE3|SHA-256)"):
+        dropped(disk, "2")
+    assert disk.manifest() == before
+    assert ".next" not in "".join(os.listdir(disk.backup_folder().path))
+    full.write_bytes(sound)
+    dropped(disk, "2")
+    assert disk.restored() == content
+    disk.close()
 
 
 def test_damage_in_what_only_goes_is_no_reason_to_keep_it(disk: BackedUpDisk) -> None:
