@@ -119,11 +119,7 @@ def prune(
     `FormatError` for images that are not what they were when they were made. Nothing is done to that disk then. If one
     of several disks fails for such a reason it is left out, and `PrunesFailed` reports it in the end.
     """
-    wish = _Wish(keep, frozenset(drop), zone)
-    if drop and (names is None or len(names) != 1):
-        raise InvalidArgument(
-            f"the disk of backup {drop[0]} is not named", next_step="name that one disk, and no other"
-        )
+    wish = _Wish(keep, _dropped(drop, names), zone)
     folders = folders_of(repository_path, names)
     failures, patience = Failures(at_once=len(folders) == 1), Patience(lock_wait_s)
     known = folders_with_backups(folders, failures, named=names is not None)
@@ -140,6 +136,17 @@ def prune(
     if failures.errors:
         raise PrunesFailed(results, failures.errors)
     return results
+
+
+def _dropped(drop: Sequence[str], names: Sequence[str] | None) -> frozenset[str]:
+    """Return the ids to drop. One text in place of a list is refused: each of its digits would name a backup."""
+    if isinstance(drop, str):
+        raise InvalidArgument(f"{drop!r} is one backup where several may be", next_step=f"give [{drop!r}]")
+    if drop and (names is None or len(names) != 1):
+        raise InvalidArgument(
+            f"the disk of backup {drop[0]} is not named", next_step="name that one disk, and no other"
+        )
+    return frozenset(drop)
 
 
 def _would_prune(folder: BackupFolder, manifest: Manifest, wish: _Wish) -> PruneResult:

@@ -477,6 +477,14 @@ def test_an_empty_list_of_names_is_of_no_disk(disk: BackedUpDisk) -> None:
     assert disk.manifest() == before
 
 
+def test_one_backup_to_drop_is_not_taken_for_its_digits(disk: BackedUpDisk) -> None:
+    back_up(disk, FULL, INCREMENTAL, INCREMENTAL)
+    before = disk.manifest()
+    with pytest.raises(InvalidArgument, match=r"'12' is one backup where several may be; give \['12'\]"):
+        prune(disk.folder / "backups", [NAME], drop="12")
+    assert disk.manifest() == before
+
+
 def test_names_that_are_no_list_are_refused_in_words(disk: BackedUpDisk) -> None:
     back_up(disk, FULL)
     with pytest.raises(InvalidArgument, match=r"'sda' is one name where several may be; give \['sda'\]"):
