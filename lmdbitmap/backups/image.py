@@ -238,7 +238,7 @@ def write_image(
     rescans = job.plan.type_actual is BackupType.RESCAN
     spared = device.methods.spared
     with (
-        atomic_files.replacing(path) as file,
+        atomic_files.replacing(path, follow=False) as file,
         ChunkHasher(file.fileno(), job.folder.path, job.digests.algorithm, spared=spared) as hasher,
     ):
         with reading(job.access, source.point), source.runs(device, report) as runs:

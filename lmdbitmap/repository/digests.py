@@ -34,7 +34,7 @@ def synced_digests(folder: BackupFolder, file: str, fd: int, hasher: ChunkHasher
     with ThreadPoolExecutor(max_workers=1) as beside, os_errors_at(folder.path_of(file)):
         synced = beside.submit(os.fsync, fd)
         own_digest = hashlib.sha256()
-        with atomic_files.replacing(folder.path_of(name)) as made:
+        with atomic_files.replacing(folder.path_of(name), follow=False) as made:
             for digest in hasher.digests():
                 made.write(digest)
                 own_digest.update(digest)

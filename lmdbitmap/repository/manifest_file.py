@@ -65,8 +65,9 @@ class ManifestFile:
         if not os.path.lexists(path):
             return None
         try:
-            if not os.path.isfile(path) and os.path.lexists(path):
-                raise _no_manifest(path, "a regular file", "something else")
+            if os.path.islink(path) or (not os.path.isfile(path) and os.path.lexists(path)):
+                found = "a link" if os.path.islink(path) else "something else"
+                raise _no_manifest(path, "a regular file", found)
             return manifest.decode(files.read_bounded(path, manifest.MAX_MANIFEST_BYTES))
         except NotFound:
             if os.path.lexists(path):
@@ -121,14 +122,14 @@ class ManifestFile:
             if os.path.lexists(self.path_of(name)):
                 put_aside(self._folder_path, name)
         self._keep_copy(data)
-        atomic_files.replace(self.path_of(MANIFEST), data)
+        atomic_files.replace(self.path_of(MANIFEST), data, follow=False)
         if keep_old and os.path.lexists(self.path_of(NEXT)):  # unreadable too
             put_aside(self._folder_path, NEXT)
             remove(self.path_of(NEXT))
 
     def decide_succession(self, new: Manifest) -> None:
         """Make `new` the true manifest; durable on return."""
-        atomic_files.replace(self.path_of(NEXT), manifest.encode(new))
+        atomic_files.replace(self.path_of(NEXT), manifest.encode(new), follow=False)
 
     def copy_successor(self) -> None:
         """Copy the successor. Must be done before any file is removed that only the manifest names."""
@@ -149,7 +150,7 @@ class ManifestFile:
             return
         try:
             if data is not None:
-                atomic_files.replace(self.path_of(COPY), data)
+                atomic_files.replace(self.path_of(COPY), data, follow=False)
                 return
         except LmdbitmapError as refused:
             log.warning("the manifest is not kept a second time: %s", refused.problem)

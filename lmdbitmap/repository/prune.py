@@ -260,7 +260,7 @@ def _written(folder: BackupFolder, manifest: Manifest, rewrite: _Rewrite, report
     require_sound(folder, manifest, merged, report)
     chain = chain_to(manifest, entry.id)
     path = folder.successor_path(entry.file)
-    with FilePool() as pool, atomic_files.replacing(path) as file:
+    with FilePool() as pool, atomic_files.replacing(path, follow=False) as file:
         view = View(pool, folder, chain, down_to=len(chain) - len(merged))
         over = _over(pool, folder, manifest, onto, is_below=len(merged) < len(chain))
         copied, compression = write_merged(file.fileno(), path, view, over, report)

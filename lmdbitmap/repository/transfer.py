@@ -250,7 +250,7 @@ def _copy_digests(source: BackupFolder, target: BackupFolder, entry: BackupEntry
     path, digest, offset = source.path_of(entry.chunks.file), hashlib.sha256(), 0
     with (
         FileDevice.open(path, read_only=True) as device,
-        atomic_files.replacing(target.path_of(entry.chunks.file)) as file,
+        atomic_files.replacing(target.path_of(entry.chunks.file), follow=False) as file,
     ):
         while offset < device.size:
             with os_errors_at(path):
@@ -270,7 +270,7 @@ def _copy_image(source: BackupFolder, target: BackupFolder, entry: BackupEntry, 
         return
     with (
         FileDevice.open(path, read_only=True) as device,
-        atomic_files.replacing(target.successor_path(entry.file)) as file,
+        atomic_files.replacing(target.successor_path(entry.file), follow=False) as file,
     ):
         copier = FileCopier(file.fileno(), copy)
         for offset in range(0, entry.bytes_stored, PIECE_BYTES):

@@ -42,7 +42,7 @@ class UnfinishedNote:
     def write(self, works: Sequence[Unfinished]) -> None:
         """Note durably what is about to be made."""
         text = "".join(f"{work.checkpoint} {work.file}\n" for work in works)
-        atomic_files.replace(self._path, text.encode())
+        atomic_files.replace(self._path, text.encode(), follow=False)
 
     def read(self) -> list[Unfinished] | None:
         """Return the noted work; None if the note cannot be read. Changes nothing: readers without the lock ask too."""

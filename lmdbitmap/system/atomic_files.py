@@ -37,16 +37,21 @@ from lmdbitmap.system.files import PRIVATE_MODE, fsync_folder, give_to_owner_of
 
 @contextmanager
 def replacing(
-    path: str | os.PathLike[str], mode: int = PRIVATE_MODE, *, like_folder: bool = False
+    path: str | os.PathLike[str],
+    mode: int = PRIVATE_MODE,
+    *,
+    like_folder: bool = False,
+    follow: bool = True,
 ) -> Iterator[BinaryIO]:
     """Yield a new file to fill; if the block does not raise, the file then replaces `path`, durably.
 
     The file can be written, read and sought; its `name` is the temporary one. If the block raises, `path` is as it
     was. A symbolic link stays and its target is replaced. Anything but a regular file at `path` is refused with
     `InvalidArgument`, so that no file is renamed over /dev/null. `like_folder` gives the file to the owner of its
-    folder. That owner may have put a link there for root to follow, so a link is refused then too.
+    folder. That owner may have put a link there for root to follow, so a link is refused then too, and without
+    `follow`: in a folder that others may write.
     """
-    target = _replaceable(path, follow=not like_folder)
+    target = _replaceable(path, follow=follow and not like_folder)
     _sweep(target)
     partial, file = "", None
     try:
@@ -70,10 +75,15 @@ def replacing(
 
 
 def replace(
-    path: str | os.PathLike[str], data: Buffer, mode: int = PRIVATE_MODE, *, like_folder: bool = False
+    path: str | os.PathLike[str],
+    data: Buffer,
+    mode: int = PRIVATE_MODE,
+    *,
+    like_folder: bool = False,
+    follow: bool = True,
 ) -> None:
     """Replace the content of `path` by `data`, durably; readers see the old content or the new, never a mixture."""
-    with replacing(path, mode, like_folder=like_folder) as file:
+    with replacing(path, mode, like_folder=like_folder, follow=follow) as file:
         file.write(data)
 
 

@@ -161,6 +161,27 @@ def test_image_of_a_repository_is_no_link_to_elsewhere(cli: Cli) -> None:
     assert not (cli.folder / "out.raw").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("manifest.json", 1), ("manifest.json.copy", 0), ("manifest.next", 1), ("unfinished", 0)],
+)
+def test_no_link_in_a_repository_leads_a_backup_to_write_elsewhere(cli: Cli, name: str, code: int) -> None:
+    """Whoever may write the repository may not lead root anywhere."""
+    cli.add("sda")
+    cli.ok("backup", "sda", cli.folder / "backups")
+    place, elsewhere = cli.folder / "backups" / "sda", cli.folder / "elsewhere"
+    manifest = (place / "manifest.json").read_bytes()
+    content = b"" if name == "unfinished" else manifest + b"\n"
+    elsewhere.write_bytes(content)
+    (place / name).unlink(missing_ok=True)
+    (place / name).symlink_to(elsewhere)
+    assert cli("backup", "sda", cli.folder / "backups").code == code
+    assert elsewhere.read_bytes() == content
+    assert (place / name).is_symlink() is (code != 0)
+    if code:
+        assert sorted(place.glob("*.qcow2")) == [place / "000001-full.qcow2"]
+
+
 def test_names_in_a_bitmap_file_are_words_and_not_places(cli: Cli) -> None:
     """What the metadata of a file calls its disk is shown, and names nothing here."""
     cli.add("sda")

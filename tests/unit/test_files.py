@@ -128,6 +128,8 @@ def test_a_link_in_a_folder_of_somebody_else_is_not_followed(tmp_path: Path) -> 
     (tmp_path / "link").symlink_to(tmp_path / "target")
     with pytest.raises(InvalidArgument, match="link is not a regular file"):
         atomic_files.replace(tmp_path / "link", b"new", like_folder=True)
+    with pytest.raises(InvalidArgument, match="link is not a regular file"):
+        atomic_files.replace(tmp_path / "link", b"new", follow=False)
     assert (tmp_path / "target").read_bytes() == b"root's"
 
 
