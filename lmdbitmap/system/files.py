@@ -126,7 +126,7 @@ def read_bounded(path: str | os.PathLike[str], limit: int) -> bytes:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise _unexpected(place, "a regular file", "something else")
-        data = file.read(limit + 1)
+        data = file.read(min(limit, status.st_size) + 1)  # Python takes memory for all that is asked for
     if len(data) > limit:
         raise _unexpected(place, f"at most {limit} bytes", f"{max(status.st_size, len(data))} bytes")
     return data

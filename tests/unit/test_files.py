@@ -268,6 +268,12 @@ def test_file_within_the_limit_is_read_whole(tmp_path: Path, size: int) -> None:
     assert files.read_bounded(tmp_path / "file", KIB) == b"x" * size
 
 
+def test_a_limit_takes_no_memory(tmp_path: Path) -> None:
+    """It may come from what a manifest says of another file."""
+    (tmp_path / "file").write_bytes(b"x" * KIB)
+    assert files.read_bounded(tmp_path / "file", 1 << 60) == b"x" * KIB
+
+
 @pytest.mark.parametrize("size", [KIB + 1, 1 << 40])
 def test_file_beyond_the_limit_is_refused_by_its_size(tmp_path: Path, size: int) -> None:
     with (tmp_path / "file").open("wb") as file:
