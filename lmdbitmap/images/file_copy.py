@@ -6,6 +6,7 @@ import os
 
 from lmdbitmap.errors import os_errors_at
 from lmdbitmap.images.device import FileDevice
+from lmdbitmap.system.files import pwrite_whole
 
 PIECE_BYTES = 8 << 20
 """The most bytes to copy between two reports; they are held in memory if the kernel cannot copy."""
@@ -42,4 +43,5 @@ class FileCopier:
         with os_errors_at(source.path):
             data = source.pread(length, from_offset)
         with os_errors_at(self._place):
-            return os.pwrite(self._fd, data, to_offset)
+            pwrite_whole(self._fd, data, to_offset)
+        return length

@@ -205,6 +205,8 @@ class _Out:
         if count is None:
             unready = OSError(errno.EAGAIN, "it does not block")
             raise StorageError(_PLACE, unready, next_step="give a file or a pipe without O_NONBLOCK")
+        if count == 0:
+            raise OSError(errno.EIO, "nothing was written")
         return count
 
 

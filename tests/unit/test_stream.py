@@ -253,6 +253,19 @@ def test_memory_does_not_grow_with_the_stream() -> None:
     tracemalloc.stop()
 
 
+def test_a_file_that_takes_nothing_is_an_error_and_not_asked_for_ever() -> None:
+    class Full:
+        calls = 0
+
+        def write(self, data: object, /) -> int:
+            self.calls += 1
+            assert self.calls < 10, "it is asked for ever"
+            return 0
+
+    with pytest.raises(StorageError, match="the stream: nothing was written"):
+        write_all(MemoryDevice(1 << 20), Full(), [])
+
+
 def test_a_name_that_another_stream_has_is_refused_again_and_again_and_takes_nothing_from_it(
     disk: BackedUpDisk,
 ) -> None:
