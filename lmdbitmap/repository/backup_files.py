@@ -13,6 +13,8 @@ from lmdbitmap.repository.manifest import BackupEntry, BackupType
 from lmdbitmap.work.buffers import new_buffer
 
 IMAGE_FORM: Final = r"([0-9]{6,15})-(?:full|incremental|differential|rescan)\.qcow2"
+LAST_NUMBER: Final = 10**15 - 1
+"""The highest number that an image's name can hold."""
 SUCCESSOR_SUFFIX: Final = ".next"
 _HASHED_AT_ONCE = 1 << 20
 _IMAGE_NAME = re.compile(IMAGE_FORM)

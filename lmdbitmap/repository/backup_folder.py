@@ -37,6 +37,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from lmdbitmap.errors import FormatError, LmdbitmapError, NotFound, StorageError, os_errors_at
 from lmdbitmap.repository.backup_files import (
+    LAST_NUMBER,
     SUCCESSOR_SUFFIX,
     digests_in,
     files_of,
@@ -141,8 +142,19 @@ class BackupFolder:
     # -- images --------------------------------------------------------------------------------------------
 
     def next_sequence(self, known: Manifest) -> int:
-        """Return a number that no backup has or had, nor any image that the manifest does not know."""
-        return max([known.newest_sequence, *images_in(self.path).values()]) + 1
+        """Return a number that no backup has or had, nor any image that the manifest does not know.
+
+        Raises `FormatError` if an image's name could not hold it: before anything is made.
+        """
+        last = max([known.newest_sequence, *images_in(self.path).values()])
+        if last >= LAST_NUMBER:
+            raise FormatError(
+                self.path,
+                expected=f"numbers of backups below {LAST_NUMBER}",
+                found=last,
+                next_step="use another repository: something else than this program gave that number",
+            )
+        return last + 1
 
     def check_images(self, entries: Iterable[BackupEntry]) -> None:
         """Raise `NotFound` or `FormatError` unless every image is there with the length it was made with."""

@@ -13,8 +13,9 @@ import pytest
 
 from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError, NotFound
 from lmdbitmap.repository import manifest
+from lmdbitmap.repository.backup_files import image_name
 from lmdbitmap.repository.backup_folder import BackupFolder
-from lmdbitmap.repository.manifest import Manifest
+from lmdbitmap.repository.manifest import BackupType, Manifest
 from lmdbitmap.repository.unfinished import UNFINISHED, Unfinished
 from lmdbitmap.system import file_locks, files
 from tests.helpers.support import PATIENCE_SECONDS
@@ -308,6 +309,21 @@ def test_the_next_number_is_above_every_backup_and_every_unknown_image(folder: B
     assert folder.next_sequence(some) == 13
     put(folder, "99-full.qcow2.bak")
     assert folder.next_sequence(none) == 13
+
+
+def test_a_number_that_no_image_can_have_is_refused_before_one_is_made(folder: BackupFolder) -> None:
+    """A manifest can say anything. An image of that number would be one of a stranger to the next run."""
+    last = Manifest(DISK, (entry(4),), last_sequence=10**15 - 2)
+    name = image_name(folder.next_sequence(last), BackupType.INCREMENTAL)
+    assert folder.next_sequence(Manifest(DISK, (entry(10**15 - 2, file=name),))) == 10**15 - 1
+    for number in (10**15 - 1, 2**63 - 1):
+        with pytest.raises(
+            FormatError, match=f"expected numbers of backups below {10**15 - 1}, found {number}"
+        ):
+            folder.next_sequence(dataclasses.replace(last, last_sequence=number))
+    put(folder, name)
+    with pytest.raises(FormatError, match="use another repository"):
+        folder.next_sequence(Manifest(DISK))
 
 
 def test_whole_images_pass(folder: BackupFolder) -> None:
