@@ -21,6 +21,7 @@ Invariants:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -186,7 +187,8 @@ class Chores:
             try:
                 chore.work()
             except Exception:
-                _log.exception("%s failed, and will be tried again: this is a mistake", chore.name)
+                with contextlib.suppress(Exception):  # want of memory may be all that is wrong
+                    _log.exception("%s failed, and will be tried again: this is a mistake", chore.name)
             done = chore
 
     def _next(self, done: Chore | None) -> Chore | None:

@@ -200,6 +200,29 @@ def test_a_mistake_is_told_of_and_costs_no_other_chore(
     assert "ZeroDivisionError" in caplog.text
 
 
+def test_a_mistake_that_cannot_even_be_told_of_costs_no_other_chore(
+    chores: Chores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the worker would end, and whoever ends the chore would wait for it for ever."""
+
+    def fail(*_: object) -> None:
+        failed.release()
+        raise MemoryError
+
+    failed, failing, other = threading.Semaphore(0), Chore("its pass", fail), Counted()
+    monkeypatch.setattr("lmdbitmap.work.chores._log.exception", fail)
+    chores.add(failing)
+    begun(chores, [other])
+    for _ in range(4):
+        assert failed.acquire(timeout=PATIENCE_SECONDS)
+    other.await_times(2)
+    ending = threading.Thread(target=chores.end, args=[failing], daemon=True)
+    ending.start()
+    ending.join(PATIENCE_SECONDS)
+    assert not ending.is_alive()
+    end_all(chores, [other])
+
+
 def test_without_a_thread_to_be_had_it_is_late_and_says_so_once(
     chores: Chores, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
