@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 
 from lmdbitmap.copying import digest_algorithms
 from lmdbitmap.copying.digest_algorithms import DIGEST_BYTES
@@ -22,6 +21,7 @@ from lmdbitmap.repository.backup_files import digests_name, sha256_of
 from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.manifest import BackupEntry, ChunkDigests
 from lmdbitmap.system import atomic_files, files
+from lmdbitmap.work.crew import Threads
 
 
 def synced_digests(folder: BackupFolder, file: str, fd: int, hasher: ChunkHasher) -> ChunkDigests:
@@ -31,7 +31,7 @@ def synced_digests(folder: BackupFolder, file: str, fd: int, hasher: ChunkHasher
     image is synced.
     """
     name = digests_name(file)
-    with ThreadPoolExecutor(max_workers=1) as beside, os_errors_at(folder.path_of(file)):
+    with Threads(max_workers=1) as beside, os_errors_at(folder.path_of(file)):
         synced = beside.submit(os.fsync, fd)
         own_digest = hashlib.sha256()
         with atomic_files.replacing(folder.path_of(name), follow=False) as made:

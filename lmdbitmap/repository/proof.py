@@ -14,7 +14,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from lmdbitmap.images.file_pool import PooledFile
 from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.digests import found_digest, read_digests, require_algorithms
 from lmdbitmap.repository.manifest import BackupEntry, ChunkDigests
+from lmdbitmap.work.crew import Threads
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ def prove(images: Sequence[Whole], stopped: Callable[[], bool] = lambda: False) 
 def proven_beside(images: Sequence[Whole]) -> Iterator[Future[None]]:
     """Prove these images in another thread until the block ends. The future's result raises what is wrong."""
     stop = threading.Event()
-    with ThreadPoolExecutor(max_workers=1) as beside:
+    with Threads(max_workers=1) as beside:
         try:
             yield beside.submit(prove, images, stop.is_set)
         finally:

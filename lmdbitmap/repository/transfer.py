@@ -20,7 +20,6 @@ import hashlib
 import os
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from lmdbitmap.errors import (
@@ -45,6 +44,7 @@ from lmdbitmap.repository.repository import (
 )
 from lmdbitmap.storage import creating
 from lmdbitmap.system import atomic_files
+from lmdbitmap.work.crew import Threads
 from lmdbitmap.work.disks_failed import DisksFailed
 from lmdbitmap.work.failures import Failures
 from lmdbitmap.work.patience import Patience
@@ -277,7 +277,7 @@ def _copy_image(source: BackupFolder, target: BackupFolder, entry: BackupEntry, 
             length = min(PIECE_BYTES, entry.bytes_stored - offset)
             copier.copy(device, offset, offset, length)
             report.advance(length)
-        with os_errors_at(copy), ThreadPoolExecutor(max_workers=1) as beside:
+        with os_errors_at(copy), Threads(max_workers=1) as beside:
             synced = beside.submit(os.fsync, file.fileno())
             found = found_digest(entry, file.fileno())
             synced.result()

@@ -19,7 +19,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +44,7 @@ from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.digests import found_digest, read_digests, require_algorithms
 from lmdbitmap.repository.manifest import BackupEntry, ChunkDigests, Manifest, chain_to, id_at
 from lmdbitmap.repository.repository import folders_of, known_backups
+from lmdbitmap.work.crew import Threads
 from lmdbitmap.work.progress import Progress, Report
 
 MAX_FLAWS = 1000
@@ -215,7 +216,7 @@ class _CheckResult(NamedTuple):
 
 def _found(task: _DiskToVerify) -> Iterator[_CheckResult]:
     """Yield the results piece by piece in the order of the files, at least one for each."""
-    with ThreadPoolExecutor(max_workers=thread_count()) as pool:
+    with Threads(max_workers=thread_count()) as pool:
         pending: deque[tuple[BackupEntry, Future[list[Flaw]], int]] = deque()
         for entry, job in _jobs(task):
             pending.append((entry, pool.submit(job.run), job.length))

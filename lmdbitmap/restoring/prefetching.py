@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import NamedTuple
 
 from lmdbitmap.copying.hashing import thread_count
 from lmdbitmap.qcow2 import Kind, MappedRun
 from lmdbitmap.repository.backup_chain import BackupChain
 from lmdbitmap.work.buffers import new_buffer
+from lmdbitmap.work.crew import Threads
 
 BATCH_BYTES = 4 << 20
 _BATCH_RUNS = 256
@@ -38,7 +39,7 @@ def made_ready(
 
     Close it if it is left before its end.
     """
-    with ThreadPoolExecutor(max_workers=thread_count()) as threads:
+    with Threads(max_workers=thread_count()) as threads:
         pending: deque[tuple[list[MappedRun], Future[list[Ready]]]] = deque()
         for batch in batches(runs):
             claimed = [run for run in batch if chain.claim(run)]

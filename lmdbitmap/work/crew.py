@@ -12,6 +12,7 @@ The number of processors to spare is asked for each piece of work: an idle guest
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import queue
 import threading
@@ -20,6 +21,8 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
 from typing import Generic, NamedTuple, ParamSpec, TypeAlias, TypeVar
+
+from lmdbitmap.errors import StorageError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -46,6 +49,20 @@ def crew_size(most: int, *, spared: int, busy: int) -> int:
     return max(min(most, processors() - busy - spared), 0) if spared else most
 
 
+class Threads(ThreadPoolExecutor):
+    """A pool of threads. `submit` raises `StorageError` if the system refuses to start one."""
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        try:
+            return super().submit(fn, *args, **kwargs)
+        except RuntimeError as refused:
+            raise StorageError(
+                "this process",
+                OSError(errno.EAGAIN, str(refused)),
+                next_step="have fewer threads, or allow more (ulimit -u), and try again",
+            ) from refused
+
+
 class Crew(Executor):
     """A pool of up to `most` threads, beside the job's `busy` other ones, that leaves `spared` processors to others."""
 
@@ -59,7 +76,7 @@ class Crew(Executor):
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         size = crew_size(self._most, spared=self._spared(), busy=self._busy)
         if size not in self._crews:
-            self._crews[size] = ThreadPoolExecutor(size) if size else _Nobody()
+            self._crews[size] = Threads(size) if size else _Nobody()
         return self._crews[size].submit(fn, *args, **kwargs)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import queue
 import random
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from functools import partial
 
 import pytest
 
-from lmdbitmap.work.crew import Crew, Follower, Spared, joined, none_spared, processors
+from lmdbitmap.errors import StorageError
+from lmdbitmap.work.crew import Crew, Follower, Spared, Threads, joined, none_spared, processors
 from tests.helpers.spared import EACH, MORE_THAN_THERE_ARE, NowAndThen, all_spared
 
 
@@ -53,6 +55,22 @@ def test_without_threads_work_is_done_once_by_whoever_wants_its_result() -> None
         assert done == []
         assert [undone[number].result() for number in (2, 0, 2)] == [20, 0, 20]
     assert done == [2, 0]
+
+
+@pytest.mark.parametrize("made", [lambda: Crew(2), lambda: Threads(2)])
+def test_a_system_that_refuses_a_thread_is_told_of_in_words(
+    made: Callable[[], Executor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with (
+        made() as workers,
+        pytest.raises(StorageError, match="can't start new thread; have fewer") as refused,
+    ):
+        workers.submit(threading.get_ident)
+    assert refused.value.errno == errno.EAGAIN
 
 
 def test_without_threads_what_the_work_raises_is_raised_each_time() -> None:
