@@ -80,9 +80,7 @@ def _show(context: ssl.SSLContext, folder: str, certificate: str, key: str) -> N
 def _believe(context: ssl.SSLContext, folder: str) -> None:
     """Verify the other side by the folder's authority, and by no other."""
     _load(context, folder, AUTHORITY)
-    if os.path.lexists(
-        os.path.join(folder, REVOKED)
-    ):  # a link that leads nowhere is an error, and no empty list
+    if os.path.lexists(os.path.join(folder, REVOKED)):  # a link to nothing is an error, and no empty list
         _load(context, folder, REVOKED)
         context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
 

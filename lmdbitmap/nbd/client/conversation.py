@@ -391,10 +391,8 @@ class Conversation:
         log.warning("%s: connected again; %d writes were written again", self._name, done)
         if refused:
             self._give_up(refused)
-        with self._state:
-            for (
-                change
-            ) in kept:  # one is in flight still if the leader was interrupted just when it took note of it
+        with self._state:  # one is in flight still, if the leader was interrupted when it took note of it
+            for change in kept:
                 self._conclude(change)
 
     def _give_up(self, refused: Sequence[Request]) -> None:
