@@ -21,7 +21,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from lmdbitmap.cli import logs
 from lmdbitmap.cli.signals import Ended
@@ -42,30 +42,44 @@ def main() -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name may have letters that the encoding lacks
     logs.begin()
-    sys.exit(run(sys.argv[1:], owns_process=True))
+    code = run(sys.argv[1:], owns_process=True)
+    _flush_or_drop(sys.stderr)
+    sys.exit(code)
 
 
 def run(words: Sequence[str], *, owns_process: bool = False) -> int:
-    """Run the verb in `words` and return the exit code. With `owns_process` it may change the process's priority."""
+    """Run the verb in `words` and return the exit code. With `owns_process` it may change the process's priority.
+
+    If the answer cannot be written, that is a failure too; one that came before it has the exit code.
+    """
+    code = 0
     try:
-        code = _run_verb(words, owns_process)
+        code = _outcome(words, owns_process)
         sys.stdout.flush()
         return code
+    except BrokenPipeError:
+        _drop(sys.stdout)  # silently, as cat and grep do
+        return code or READER_GONE
+    except OSError as refusal:
+        _drop(sys.stdout)
+        failed = _fail_as(error_from_os(str(refusal.filename or "standard output"), refusal))
+        return code or failed
+
+
+def _outcome(words: Sequence[str], owns_process: bool) -> int:
+    """Run the verb, report its failure, and return the exit code. What standard output refuses is raised."""
+    try:
+        return _run_verb(words, owns_process)
     except LmdbitmapError as error:
         return _fail_as(error)
     except logs.AlreadyTold as end:
-        sys.stdout.flush()
         return exit_code_of(end.error)
     except KeyboardInterrupt:
         return _fail_by(signal.SIGINT)
     except Ended as end:
         return _fail_by(end.signal)
-    except BrokenPipeError:
-        _drop_output()  # silently, as cat and grep do
-        return READER_GONE
-    except OSError as refusal:
-        _drop_output()
-        return _fail_as(error_from_os(str(refusal.filename or "standard output"), refusal))
+    except OSError:
+        raise
     except ModuleNotFoundError as missing:
         if missing.name not in ("click", "rich", "prometheus_client"):
             return _own_bug(missing)
@@ -129,10 +143,18 @@ def _own_bug(bug: Exception) -> int:
     )
 
 
-def _drop_output() -> None:
-    """Send unwritten output to /dev/null: otherwise Python would fail on it again at exit."""
+def _flush_or_drop(stream: TextIO) -> None:
+    """Write what is left of `stream`, or drop it: Python would fail on it at exit, with an exit code of its own."""
+    try:
+        stream.flush()
+    except OSError:
+        _drop(stream)
+
+
+def _drop(stream: TextIO) -> None:
+    """Send what `stream` has not written to /dev/null."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
+    os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 

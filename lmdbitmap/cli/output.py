@@ -34,8 +34,9 @@ def say(text: str, *, aside: bool = False) -> None:
 
 
 def complain(text: str) -> None:
-    """Print one line on stderr, after the program's name."""
-    print(f"lmdbitmap: {printable(text)}", file=sys.stderr)
+    """Print one line on stderr, after the program's name. If stderr takes nothing, the exit code must do."""
+    with contextlib.suppress(OSError):
+        print(f"lmdbitmap: {printable(text)}", file=sys.stderr)
 
 
 # --- JSON: plain ASCII, so that neither a locale nor a name that is not UTF-8 can spoil it ---

@@ -88,6 +88,64 @@ def test_a_reader_that_went_away_is_no_error_to_talk_about() -> None:
         assert process.wait(20) == 141
 
 
+ENDINGS = [
+    ("pass", 0),
+    ("raise Untrusted('this', next_step='that')", 3),
+    ("complain('this; that'); raise AlreadyTold(Busy('this', next_step='that'))", 4),
+    ("raise Ended(signal.SIGTERM)", 143),
+]
+"""How a verb ends after it has answered, and the exit code."""
+ANSWERS = """
+import signal
+from lmdbitmap.cli import main
+from lmdbitmap.cli.logs import AlreadyTold
+from lmdbitmap.cli.output import complain, say
+from lmdbitmap.cli.signals import Ended
+from lmdbitmap.errors import Busy, Untrusted
+def answers(words, owns_process):
+    say("an answer")
+    {}
+    return 0
+main._run_verb = answers
+main.main()
+"""
+
+
+@pytest.mark.parametrize(("ending", "code"), ENDINGS)
+def test_an_answer_that_nobody_takes_hides_no_failure(ending: str, code: int) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", ANSWERS.format(ending)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=BUFFERED,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read().count(b"\n") == (code != 0)
+        assert process.wait(20) == (code or 141)
+
+
+@pytest.mark.parametrize(("ending", "code"), ENDINGS)
+def test_a_full_disk_under_the_answer_hides_no_failure(ending: str, code: int) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", ANSWERS.format(ending)],
+            stdout=full, stderr=subprocess.PIPE, text=True, env=BUFFERED, timeout=20,
+        )  # fmt: skip
+    *_, last = lines = done.stderr.splitlines()
+    assert (done.returncode, len(lines)) == (code or 1, 1 + (code != 0))
+    assert last.startswith("lmdbitmap: standard output: No space left on device; ")
+
+
+@pytest.mark.parametrize(("ending", "code"), [*ENDINGS, ("import logging; logging.warning('a warning')", 0)])
+def test_a_full_disk_under_the_errors_changes_no_exit_code(ending: str, code: int) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", ANSWERS.format(ending)],
+            stdout=subprocess.PIPE, stderr=full, text=True, timeout=20,
+        )  # fmt: skip
+    assert (done.returncode, done.stdout) == (code, "an answer\n")
+
+
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_are_never_taken_by_files(closed: str) -> None:
     """A store opened as descriptor 1 would get the answer written into it."""
