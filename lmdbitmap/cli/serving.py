@@ -1,6 +1,7 @@
 """What the verbs that serve share: where they listen, how they announce that they are ready, how they end.
 
-A signal only requests the end. A second or tenth signal changes nothing and interrupts nothing.
+A signal only requests the end. A second or tenth signal changes nothing and interrupts nothing. Under nohup, SIGHUP
+stays ignored: the server outlives its terminal.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -164,6 +165,12 @@ def announce(asked: Session, uris: list[str], metrics_url: str | None = None) ->
     sys.stdout.flush()
 
 
+def _heeded() -> Iterator[signal.Signals]:
+    for number in _ENDING_SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            yield number
+
+
 class Ending:
     """Turns signals into requests to end, permanently; only a block that fails gets the old signal handlers back."""
 
@@ -172,7 +179,7 @@ class Ending:
         self._server: Server | None = None
 
     def __enter__(self) -> Ending:
-        self._before = {number: signal.signal(number, self._wish) for number in _ENDING_SIGNALS}
+        self._before = {number: signal.signal(number, self._wish) for number in _heeded()}
         return self
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:

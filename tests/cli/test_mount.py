@@ -18,7 +18,7 @@ from tests.cli.conftest import Cli
 from tests.helpers.backed_up import BackedUpDisk
 from tests.helpers.deep_chain import make_deep_chain
 from tests.helpers.nbd_raw import RawClient
-from tests.helpers.support import Child, requires, run, signal_another_thread, spawn
+from tests.helpers.support import Child, handled, requires, run, signal_another_thread, spawn
 from tests.helpers.tracked import NAME
 from tests.interop.test_tracked_clients import DEBIAN_PYTHON
 from tests.unit.test_verify import few_open_files
@@ -142,7 +142,7 @@ def test_a_backup_that_is_made_meanwhile_disturbs_nobody(cli: Cli, backups: Back
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_end_it(cli: Cli, backups: Backups, number: signal.Signals) -> None:
-    with mounted(cli) as served:
+    with handled(number, signal.SIG_DFL), mounted(cli) as served:
         served.child.process.send_signal(number)
         assert served.child.wait() == 0
 

@@ -17,6 +17,7 @@ from lmdbitmap.nbd.server.server import Server
 from tests.cli.conftest import MIB, SIZE, Cli
 from tests.helpers.support import (
     PATIENCE_SECONDS,
+    handled,
     make_raw_image,
     requires,
     run,
@@ -81,12 +82,21 @@ def test_a_tcp_port_on_loopback_is_served(cli: Cli) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_end_it_cleanly_even_when_sent_twice(cli: Cli, number: signal.Signals) -> None:
     cli.add("sda")
-    with cli.serving("sda") as served:
+    with handled(number, signal.SIG_DFL), cli.serving("sda") as served:
         served.child.process.send_signal(number)
         served.child.process.send_signal(number)
         assert served.child.wait() == 0
     assert cli.json("info", "sda")["attached"] is False
     assert cli.ok("check") == f"{cli.store}: sound\n"
+
+
+@requires("nbdinfo")
+def test_under_nohup_it_outlives_its_terminal(cli: Cli) -> None:
+    cli.add("sda")
+    with handled(signal.SIGHUP, signal.SIG_IGN), cli.serving("sda") as served:
+        served.child.process.send_signal(signal.SIGHUP)
+        assert run("nbdinfo", "--size", served.uris["sda"]).stdout == f"{SIZE}\n"
+        assert served.child.process.poll() is None
 
 
 def test_a_signal_that_does_not_wake_the_main_thread_ends_it_too(cli: Cli) -> None:

@@ -218,6 +218,16 @@ def _end(process: subprocess.Popen[str]) -> None:
         process.kill()
 
 
+@contextlib.contextmanager
+def handled(number: signal.Signals, how: signal.Handlers) -> Iterator[None]:
+    """Handle a signal so in the block, as do programs begun there: tests under nohup begin with SIGHUP ignored."""
+    before = signal.signal(number, how)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
 def signal_another_thread(child: Child, number: signal.Signals) -> None:
     """Send a signal that wakes no system call of the main thread, as one does that comes right before such a call."""
     other = next(task for name in os.listdir(f"/proc/{child.pid}/task") if (task := int(name)) != child.pid)
