@@ -5,8 +5,8 @@ COMMAND thaw NAME…       after it, whatever happened, even if the freeze faile
                          because it is good, and the command ends with exit code 1 and reports the guest
 
 Nobody can work in a guest that stays frozen. So a signal that ends the backup has the guest thawed first, and further
-signals wait for that. Everything that the freeze started is ended before the thaw; otherwise it might freeze a guest
-that was already thawed.
+signals wait for that. Everything that a freeze started is ended before the thaw if it failed, took too long or was cut
+short; otherwise it might freeze a guest that was already thawed.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ import contextlib
 import functools
 import logging
 import os
+import selectors
 import shlex
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeAlias
 
 import click
 
@@ -35,6 +37,10 @@ log = logging.getLogger(__name__)
 
 _MOST_WORDS = 400
 """How many characters of a failed hook's output are shown."""
+_MOST_BYTES = 1 << 16
+"""How much of it is kept: a hook may say anything."""
+_DYING_S = 2.0
+"""Until a killed hook is waited for no longer, as one that waits for a disk that does not answer."""
 _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -131,15 +137,13 @@ def quiesced(command: str, names: Sequence[str], limit_s: float, thaw: Thaw | No
     with _Signals() as signals:
         refused = failure = None
         try:
-            try:
-                refused = _failure_of([*words, "freeze", *names], limit_s)
-                if refused is None:
+            refused = _failure_of([*words, "freeze", *names], limit_s, signals.heeded())
+            if refused is None:
+                with signals.heeded():
                     yield
-            finally:
-                signals.wait()
         finally:
             if not isinstance(refused, _NotRun):
-                failure = _failure_of([*words, "thaw", *names], limit_s)
+                failure = _failure_of([*words, "thaw", *names], limit_s, nullcontext())
             if thaw is not None:
                 thaw.failure = failure
             if failure is not None and (refused is None or signals.came):
@@ -148,9 +152,13 @@ def quiesced(command: str, names: Sequence[str], limit_s: float, thaw: Thaw | No
             raise refused if failure is None else _neither(refused, failure)
 
 
-def _failure_of(words: Sequence[str], limit_s: float) -> LmdbitmapError | None:
+_Heeding: TypeAlias = AbstractContextManager[None]
+"""What the wait for a hook is done in: whether signals end it."""
+
+
+def _failure_of(words: Sequence[str], limit_s: float, heeding: _Heeding) -> LmdbitmapError | None:
     try:
-        _run(words, limit_s)
+        _run(words, limit_s, heeding)
     except LmdbitmapError as error:
         return error
     return None
@@ -168,21 +176,23 @@ class _NotRun(LmdbitmapError):
 
 
 class _Signals:
-    """The first signal ends the block by an exception; later ones, and all after `wait`, are raised after the block.
+    """The first signal ends what is `heeded` by an exception; all others are raised after the block.
 
     Ignored signals stay ignored, as under nohup. Only the main thread can do this; in another thread nothing changes.
     """
 
     def __init__(self) -> None:
-        self._waiting = False
+        self._waiting = True
         self._came: int | None = None
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():
             for number in _ENDING_SIGNALS:
-                if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    self._before[number] = signal.signal(number, self._take)
+                before = signal.getsignal(number)
+                if before not in (signal.SIG_IGN, None):
+                    self._before[number] = before  # `_take` may be called as soon as it is known
+                    signal.signal(number, self._take)
         return self
 
     @property
@@ -190,8 +200,17 @@ class _Signals:
         """Whether a signal will be raised after the block: it replaces any error."""
         return self._came is not None
 
-    def wait(self) -> None:
-        self._waiting = True
+    @contextlib.contextmanager
+    def heeded(self) -> Iterator[None]:
+        """Let a signal end the block, also one that came before."""
+        try:
+            self._waiting = False
+            if self._came is not None:
+                number, self._came = self._came, None
+                self._take(number, None)
+            yield
+        finally:
+            self._waiting = True
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if self._waiting:
@@ -222,41 +241,75 @@ def _words(command: str) -> list[str]:
     return words
 
 
-def _run(words: Sequence[str], limit_s: float) -> None:
+def _run(words: Sequence[str], limit_s: float, heeding: _Heeding) -> None:
     shown = shlex.join(words)
     try:
-        code, said = _outcome(words, limit_s)
+        code, said = _outcome(words, limit_s, heeding)
     except subprocess.TimeoutExpired as late:
         raise LmdbitmapError(
             f"hook `{shown}` took more than {limit_s:g} s",
             next_step="see where it hangs when it is run by hand, or allow it more (--hook-limit)",
         ) from late
-    except OSError as refusal:
-        raise _NotRun(
-            f"hook `{shown}` cannot be run ({refusal.strerror})",
-            next_step="name a command that exists and is executable",
-        ) from refusal
     if code != 0:
         words_said = " ".join(said.split())[:_MOST_WORDS]
         raise _failed(f"hook `{shown}` ended with {code}" + (f": {words_said}" if words_said else ""))
 
 
-def _outcome(words: Sequence[str], limit_s: float) -> tuple[int, str]:
-    """Run the hook; return its exit code and its output.
+def _outcome(words: Sequence[str], limit_s: float, heeding: _Heeding) -> tuple[int, str]:
+    """Run the hook; return its exit code and the beginning of its output."""
+    until_s = time.monotonic() + limit_s
+    with _process_of(words) as (process, output), heeding:
+        said = _beginning_of(output, until_s)
+        return process.wait(max(until_s - time.monotonic(), 0)), said.decode(errors="replace")
 
-    It has a session of its own, so that Ctrl-C reaches us alone, and everything that it started can be killed with it.
+
+@contextlib.contextmanager
+def _process_of(words: Sequence[str]) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
+    """Yield the running hook and its output. Unless it has succeeded in the block, everything that it started is ended.
+
+    It has a session of its own, so that Ctrl-C reaches us alone, and all of it can be killed.
     """
-    with subprocess.Popen(  # noqa: S603 - the command that its user gave, without a shell
-        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, errors="replace", start_new_session=True,
-    ) as process:  # fmt: skip
+    try:
+        process = subprocess.Popen(  # noqa: S603 - the command that its user gave, without a shell
+            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+    except OSError as refusal:
+        raise _NotRun(
+            f"hook `{shlex.join(words)}` cannot be run ({refusal.strerror})",
+            next_step="name a command that exists and is executable",
+        ) from refusal
+    assert process.stdout is not None
+    with process.stdout as output:
         try:
-            said, _ = process.communicate(timeout=limit_s)
-        except BaseException:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            raise
-        return process.returncode, said
+            yield process, output
+        finally:
+            if process.returncode != 0:
+                _kill(process)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill the hook and all in its session. One that became another user's, as by sudo, goes on."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(_DYING_S)
+    except ProcessLookupError:
+        pass
+    except (PermissionError, subprocess.TimeoutExpired) as refusal:
+        log.error("the hook, process %d, cannot be ended: %s", process.pid, refusal)
+
+
+def _beginning_of(output: IO[bytes], until_s: float) -> bytes:
+    """Take in all of a hook's output until it is closed; return the beginning. Raises `TimeoutExpired`."""
+    said = b""
+    with selectors.PollSelector() as outputs:
+        outputs.register(output, selectors.EVENT_READ)
+        while (left_s := until_s - time.monotonic()) > 0 and outputs.select(left_s):
+            piece = os.read(output.fileno(), _MOST_BYTES)
+            if not piece:
+                return said
+            said = (said + piece)[:_MOST_BYTES]
+    raise subprocess.TimeoutExpired("hook", left_s)
 
 
 def _failed(problem: str) -> LmdbitmapError:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +23,7 @@ from lmdbitmap.cli.backups import backup
 from lmdbitmap.cli.quiesce import Thaw, quiesced
 from lmdbitmap.cli.syncing import sync
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError
-from tests.helpers.support import PATIENCE_SECONDS
+from tests.helpers.support import PATIENCE_SECONDS, handled
 
 
 @pytest.fixture
@@ -199,18 +203,9 @@ def test_second_signal_waits_for_the_thaw(hook: Path) -> None:
 
 
 def test_signal_that_is_ignored_stays_so(hook: Path) -> None:
-    with ignored(signal.SIGHUP), quiesced(f"'{hook}'", ["sda"], 10):
+    with handled(signal.SIGHUP, signal.SIG_IGN), quiesced(f"'{hook}'", ["sda"], 10):
         signal.raise_signal(signal.SIGHUP)
     assert asked(hook) == ["freeze sda", "thaw sda"]
-
-
-@contextmanager
-def ignored(number: signal.Signals) -> Iterator[None]:
-    before = signal.signal(number, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(number, before)
 
 
 def test_what_a_hanging_freeze_began_is_over_before_the_thaw(tmp_path: Path) -> None:
@@ -223,6 +218,125 @@ def test_what_a_hanging_freeze_began_is_over_before_the_thaw(tmp_path: Path) -> 
         raise AssertionError("the block is not entered")
     feed(tmp_path / "fifo")
     assert (tmp_path / "late").read_bytes() == b""
+
+
+@pytest.fixture
+def late(tmp_path: Path) -> Path:
+    """What a freeze does that goes on: it would freeze the guest when somebody writes to this fifo."""
+    os.mkfifo(tmp_path / "fifo")
+    return tmp_path / "late"
+
+
+def freezing_late(late: Path, then: str) -> str:
+    """A hook that has it done in the background, with outputs of its own."""
+    freeze = f"cat {late.parent}/fifo >> {late} 2>/dev/null & echo $$ > {late.parent}/begun; {then}"
+    return f"sh -c 'test $0 = thaw || {{ {freeze}; }}'"
+
+
+def is_over(late: Path) -> bool:
+    feed(late.parent / "fifo")
+    return late.read_bytes() == b""
+
+
+def test_what_a_failing_freeze_began_is_over_before_the_thaw(late: Path) -> None:
+    with (
+        pytest.raises(LmdbitmapError, match="ended with 3"),
+        quiesced(freezing_late(late, "exit 3"), ["sda"], 10),
+    ):
+        raise AssertionError("the block is not entered")
+    assert is_over(late)
+
+
+def test_what_a_freeze_began_is_over_if_a_signal_comes_while_it_is_started(
+    late: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Begun(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            if "freeze" in arguments[0]:
+                while not (late.parent / "begun").exists():
+                    time.sleep(0.001)
+                signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(subprocess, "Popen", Begun)
+    with (
+        ending_at(signal.SIGTERM),
+        pytest.raises(SystemExit),
+        quiesced(freezing_late(late, "wait"), ["sda"], 10),
+    ):
+        raise AssertionError("the block is not entered")
+    assert is_over(late)
+
+
+@contextmanager
+def ending_at(number: signal.Signals) -> Iterator[None]:
+    before = signal.signal(number, lambda number, frame: sys.exit(number))
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_signal_that_comes_while_signals_are_taken_over_ends_it_as_any_other(
+    hook: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = signal.signal
+
+    def handle_too_late(number: int, how: Any) -> Any:
+        before = handle(number, how)
+        if number == signal.SIGTERM:
+            signal.raise_signal(signal.SIGTERM)
+        return before
+
+    with ending_at(signal.SIGTERM):
+        before = signal.getsignal(signal.SIGTERM)
+        monkeypatch.setattr(signal, "signal", handle_too_late)
+        with pytest.raises(SystemExit), quiesced(f"'{hook}'", ["sda"], 10):
+            raise AssertionError("the block is not entered")
+        monkeypatch.undo()
+        assert signal.getsignal(signal.SIGTERM) is before
+    assert asked(hook)[-1] == "thaw sda"
+
+
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
+def test_guest_is_thawed_although_the_freeze_is_another_users_and_cannot_be_killed(
+    hook: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As `sudo` is. Nobody waits for it either."""
+
+    def refused(group: int, number: int) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    os.mkfifo(hook.parent / "fifo")
+    (hook.parent / "hangs").write_text("freeze")
+    monkeypatch.setattr(os, "killpg", refused)
+    with pytest.raises(LmdbitmapError, match="took more than 1 s"), quiesced(f"'{hook}'", ["sda"], 1):
+        raise AssertionError("the block is not entered")
+    assert asked(hook) == ["freeze sda", "thaw sda"]
+    assert "cannot be ended: [Errno 1] Operation not permitted" in caplog.text
+    feed(hook.parent / "fifo")
+    gc.collect()
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_hook_that_does_not_stop_talking_takes_no_memory(code: int) -> None:
+    talk = "head -c 64M /dev/zero | tr \\0 x"
+    tracemalloc.start()
+    try:
+        with suppress(LmdbitmapError), quiesced(f'sh -c "{talk}; exit {code}"', ["sda"], PATIENCE_SECONDS):
+            assert code == 0
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 4 << 20
+
+
+def test_a_hook_that_talks_for_ever_is_ended_at_its_time() -> None:
+    with (
+        pytest.raises(LmdbitmapError, match=r"freeze sda` took more than 0\.2 s, and then .* took more"),
+        quiesced("yes", ["sda"], 0.2),
+    ):
+        raise AssertionError("the block is not entered")
 
 
 def feed(fifo: Path) -> None:
