@@ -56,7 +56,12 @@ class Domain:
 
     def _virsh(self, command: str) -> str:
         words = ["virsh", "--quiet", command, "--domain", self.name]
-        done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
+        try:
+            done = subprocess.run(
+                words, capture_output=True, text=True, errors="replace", env={**os.environ, "LC_ALL": "C"}
+            )
+        except OSError as refusal:
+            raise Failure(f"virsh {command} {self.name}: {refusal}") from refusal
         if done.returncode != 0:
             raise Failure(f"virsh {command} {self.name}: {' '.join(done.stderr.split())}")
         return done.stdout.strip()

@@ -200,6 +200,13 @@ def test_hook_leaves_a_domain_alone_that_is_shut_off(virsh: Path) -> None:
     for deed in ("freeze", "thaw"):
         assert told(virsh, "--domain", "a", deed, "sda") == (0, [], "")
 
+def test_hook_says_that_there_is_no_virsh(tmp_path: Path) -> None:
+    for deed in ("freeze", "thaw"):
+        done = hook("--domain", "a", deed, "sda", thaw_s=1.0, PATH=str(tmp_path))
+        said = "virsh domstate a: [Errno 2] No such file or directory: 'virsh'\n"
+        assert (done.returncode, done.stderr) == (1, said)
+
+
 
 def test_a_backup_freezes_and_thaws_by_it(cli: Cli, virsh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cli.add("sda")
