@@ -18,7 +18,7 @@ import pytest
 
 from lmdbitmap.cli.options import Session
 from tests.cli.conftest import MIB, Cli, verb_named
-from tests.cli.test_operations import CONTRIB, OPERATIONS, allowed
+from tests.cli.test_operations import CONTRIB, OPERATIONS, allowed, settings
 from tests.cli.test_serve import write
 from tests.helpers.support import requires, run
 
@@ -77,6 +77,11 @@ def test_service_runs_commands_that_are_understood() -> None:
             made = verb_named(verb).make_context(verb, list(words), obj=Session("store"))
             if verb == "backup" and variables:
                 assert made.params["hook"] == "/usr/local/lib/lmdbitmap/guest-hook.py --domain vm1"
+
+
+def test_service_that_is_stopped_leaves_the_hook_alone() -> None:
+    """It may be thawing the guest just now; the backup gets the signal, and waits for it."""
+    assert settings(SERVICE)["KillMode"] == "mixed"
 
 
 @requires("strace")
@@ -195,17 +200,17 @@ def test_hook_thaws_a_guest_beside_those_whose_agents_say_anything(tmp_path: Pat
     assert asked == ["guest-sync-delimited", "guest-fsfreeze-thaw"]
 
 
-def test_hook_leaves_a_domain_alone_that_is_shut_off(virsh: Path) -> None:
-    (virsh / "a.state").write_text("shut off\n")
-    for deed in ("freeze", "thaw"):
-        assert told(virsh, "--domain", "a", deed, "sda") == (0, [], "")
-
 def test_hook_says_that_there_is_no_virsh(tmp_path: Path) -> None:
     for deed in ("freeze", "thaw"):
         done = hook("--domain", "a", deed, "sda", thaw_s=1.0, PATH=str(tmp_path))
         said = "virsh domstate a: [Errno 2] No such file or directory: 'virsh'\n"
         assert (done.returncode, done.stderr) == (1, said)
 
+
+def test_hook_leaves_a_domain_alone_that_is_shut_off(virsh: Path) -> None:
+    (virsh / "a.state").write_text("shut off\n")
+    for deed in ("freeze", "thaw"):
+        assert told(virsh, "--domain", "a", deed, "sda") == (0, [], "")
 
 
 def test_a_backup_freezes_and_thaws_by_it(cli: Cli, virsh: Path, monkeypatch: pytest.MonkeyPatch) -> None:

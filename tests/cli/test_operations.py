@@ -67,6 +67,19 @@ def service_command(cli: Cli) -> list[str]:
     return cli.command(*words)
 
 
+def test_service_outlives_the_guests_and_ends_before_what_its_image_needs() -> None:
+    """systemd ends units in the opposite order of their start."""
+    told = settings(SERVICE)
+    assert told["Before"] == "libvirt-guests.service"
+    assert {"local-fs.target", "remote-fs.target", "network.target"} <= set(told["After"].split())
+
+
+def test_service_never_gives_up() -> None:
+    told = settings(SERVICE)
+    assert (told["Restart"], told["StartLimitIntervalSec"]) == ("always", "0")
+    assert "RestartPreventExitStatus" not in told
+
+
 def test_service_runs_a_command_that_is_understood() -> None:
     _, verb, *words = shlex.split(settings(SERVICE)["ExecStart"])
     verb_named(verb).make_context(verb, words, obj=Session("store"))
