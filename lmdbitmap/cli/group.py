@@ -6,6 +6,7 @@ A verb is imported when it is called: importing all of them would double the sta
 from __future__ import annotations
 
 import importlib
+import re
 from typing import Final
 
 import click
@@ -53,10 +54,19 @@ _VERBS: Final = {
     "metrics": "metrics.metrics",
 }
 """The module and function of each verb, in this package."""
+_NOTHING: Final = re.compile("(--[a-z-]+=)?")
 
 
 class Verbs(click.Group):
     """Lists its verbs in the order of `_VERBS`, and imports them one by one."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse an empty word: it is mostly a variable that is not set, and as a path it would be this very folder."""
+        if any(map(_NOTHING.fullmatch, args)):
+            raise click.UsageError(
+                "an argument is empty; leave it out, or set the variable that stands there", ctx
+            )
+        return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(dict.fromkeys([*_VERBS, *self.commands]))

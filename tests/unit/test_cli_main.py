@@ -149,6 +149,18 @@ def test_what_is_not_understood_ends_in_2_and_a_pointer(
     assert capsys.readouterr() == ("", said)
 
 
+@pytest.mark.parametrize(
+    "words", [["--store", "", "ls"], ["ls", "--store="], ["ls", ""], ["backup", "sda", ""]]
+)
+def test_an_empty_word_is_no_name_of_this_folder(capsys: Captured, words: list[str]) -> None:
+    """It is what a shell has for a variable that is not set."""
+    assert run(words) == 2
+    said = (
+        "an argument is empty; leave it out, or set the variable that stands there (see 'lmdbitmap --help')"
+    )
+    assert capsys.readouterr() == ("", f"lmdbitmap: {said}\n")
+
+
 def test_a_verbs_own_help_is_pointed_at(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     @verb(examples=[])
     @click.argument("name")
