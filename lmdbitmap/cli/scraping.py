@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import socket
 import sys
 import threading
 import time
@@ -21,7 +22,7 @@ from urllib.parse import urlsplit
 from prometheus_client import MetricsHandler
 from prometheus_client.registry import CollectorRegistry
 
-from lmdbitmap.nbd.listeners import TcpListener
+from lmdbitmap.nbd.listeners import TcpListener, accepted
 
 log = logging.getLogger(__name__)
 
@@ -57,11 +58,21 @@ class _Server(ThreadingHTTPServer):
         self.socket = listener.sock
         self._room = threading.BoundedSemaphore(_MOST_SCRAPERS)
 
+    def get_request(self) -> tuple[socket.socket, tuple[str, int]]:
+        sock = accepted(self.socket, "scraper")
+        if sock is None:
+            raise ConnectionAbortedError  # the base class then waits for the next
+        return sock, ("", 0)
+
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self._room.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
+        if not self._room.acquire(blocking=False):
             self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread could be started for it
+            self._room.release()
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:

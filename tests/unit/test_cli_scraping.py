@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
+import os
 import socket
+import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -86,3 +90,36 @@ def test_a_request_in_several_pieces_is_answered(url: str) -> None:
         for piece in (b"GET /met", b"rics HTTP/1.0\r\n", b"\r\n"):
             sock.sendall(piece)
         assert sock.recv(15) == b"HTTP/1.0 200 OK"
+
+
+def test_a_scraper_for_which_there_is_no_thread_takes_no_place(
+    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refused)
+        for _ in range(PLACES):
+            with scraper(url) as sock:
+                assert hears_the_end(sock)
+    assert caplog.text.count("a scrape failed: can't start new thread") == PLACES
+    assert "tracked 7.0" in figures(url)
+
+
+def test_without_a_descriptor_for_a_scraper_nobody_asks_for_one_all_the_time(
+    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The thread that did would take the processor from the guests."""
+    tries = []
+
+    def refused(listening: socket.socket) -> None:
+        tries.append(time.monotonic())
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(socket.socket, "accept", refused)
+        with scraper(url):
+            time.sleep(0.5)
+    assert "cannot take a scraper in: [Errno 24] Too many open files" in caplog.text
+    assert 1 <= len(tries) < 20
