@@ -7,10 +7,12 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from lmdbitmap.nbd.supervisor import Supervisor
 from tests.cli.conftest import SIZE, Cli
 from tests.helpers.certificates import shared_papers
 from tests.helpers.support import PATIENCE_SECONDS, Child, requires, run, spawn
@@ -116,6 +118,33 @@ def test_manager_that_does_not_listen_costs_nothing(cli: Cli, tmp_path: Path) ->
 
 
 def test_server_may_open_as_many_files_as_the_system_lets_it(cli: Cli) -> None:
+def test_manager_that_has_much_to_do_is_waited_for(tmp_path: Path) -> None:
+    """Without READY=1 it would end the server after two minutes."""
+    address = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ear, ThreadPoolExecutor(1) as pool:
+        ear.bind(address)
+        ear.settimeout(PATIENCE_SECONDS)
+        waiting = fill(address)
+        telling = pool.submit(Supervisor(address).tell, "READY=1")
+        with pytest.raises(TimeoutError):
+            telling.result(0.1)
+        heard = [ear.recv(100) for _ in range(waiting + 1)]
+        assert telling.result(PATIENCE_SECONDS) is None
+    assert heard == [b"x"] * waiting + [b"READY=1"]
+
+
+def fill(address: str) -> int:
+    """Say as much as nobody has heard yet; answers how often."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.setblocking(False)
+        for count in range(10_000):
+            try:
+                other.sendto(b"x", address)
+            except BlockingIOError:
+                return count
+    pytest.fail("it hears everything")
+
+
     """Else the connections of one disk could use up those of another."""
     cli.add("sda")
     command = cli.command("serve", "sda", "--socket", cli.folder / "s")
