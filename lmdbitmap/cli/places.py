@@ -15,6 +15,10 @@ from lmdbitmap.nbd.tls import server_context
 
 _FIRST_PASSED_FD = 3
 _MOST_SOCKETS = 64
+_MOST_DIGITS = 20
+_MOST_PORT = 65535
+_MOST_GROUP_ID = (1 << 32) - 2
+"""The last number stands for no change."""
 _FOR_OTHERS = 0o007
 
 
@@ -55,7 +59,7 @@ def passed_sockets(environment: MutableMapping[str, str]) -> range:
     environment.pop("LISTEN_FDNAMES", None)
     if pid != str(os.getpid()):
         return range(0)
-    if not (count.isascii() and count.isdigit() and int(count) <= _MOST_SOCKETS):
+    if not _is_number(count, _MOST_SOCKETS):
         raise InvalidArgument(
             f"LISTEN_FDS={count[:20]!r} is not a number from 0 to {_MOST_SOCKETS}",
             next_step="mend the socket unit",
@@ -67,9 +71,14 @@ def host_and_port(text: str) -> tuple[str, int]:
     """Return the host and port of HOST:PORT; an IPv6 host stands in brackets."""
     host, _, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+    if not host or not _is_number(port, _MOST_PORT):
         raise InvalidArgument(f"{text!r} is not HOST:PORT", next_step="write it as in 127.0.0.1:10809")
     return host, int(port)
+
+
+def _is_number(text: str, most: int) -> bool:
+    """Return whether it is a decimal number up to `most`. `int` raises for thousands of digits."""
+    return text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS and int(text) <= most
 
 
 def is_loopback(host: str) -> bool:
@@ -100,7 +109,7 @@ def socket_mode(text: str) -> int:
 
 def group_id(text: str) -> int:
     """Return the id of a group given by name or number; for `type=`."""
-    if text.isascii() and text.isdigit():
+    if _is_number(text, _MOST_GROUP_ID):
         return int(text)
     try:
         return grp.getgrnam(text).gr_gid

@@ -125,7 +125,7 @@ def _places(
         raise click.UsageError("--socket-mode and --socket-group are for --socket")
     if tls is not None and address is None and not passed:
         raise click.UsageError("--tls is for --listen: a unix socket is the owner's alone")
-    file = None if socket is None else (socket, socket_mode or 0o600, socket_group)
+    file = None if socket is None else (socket, 0o600 if socket_mode is None else socket_mode, socket_group)
     return ListenAddresses(file, address, passed, tls, insecure=insecure)
 
 

@@ -204,6 +204,8 @@ def test_a_socket_that_is_in_use_is_refused(cli: Cli) -> None:
         (["--listen", "10809"], "is not HOST:PORT"),
         (["--listen", "127.0.0.1:65536"], "is not HOST:PORT"),
         (["--listen", ":1"], "is not HOST:PORT"),
+        (["--listen", "127.0.0.1:" + "9" * 5000], "is not HOST:PORT"),
+        (["--socket", "s", "--metrics", "127.0.0.1:" + "9" * 5000], "is not HOST:PORT"),
         (["sda", "--socket", "s"], "names a disk twice"),
         (["--socket", "s" * 200], "longer than 107 bytes"),
         (["--socket", "caf\udce9"], "is no UTF-8 name of a file"),

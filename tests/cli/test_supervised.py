@@ -62,6 +62,7 @@ def test_passed_tcp_socket_is_served(cli: Cli) -> None:
     [
         ("deaf", "1", "descriptor 3 is no listening stream socket"),
         ("tcp", "many", "LISTEN_FDS='many' is not a number from 0 to 64"),
+        ("tcp", "9" * 5000, "LISTEN_FDS='99999999999999999999' is not a number from 0 to 64"),
         ("tcp", "0", "say where to serve"),
     ],
 )
@@ -117,7 +118,6 @@ def test_manager_that_does_not_listen_costs_nothing(cli: Cli, tmp_path: Path) ->
     assert (child.process.returncode, child.stderr) == (0, "")
 
 
-def test_server_may_open_as_many_files_as_the_system_lets_it(cli: Cli) -> None:
 def test_manager_that_has_much_to_do_is_waited_for(tmp_path: Path) -> None:
     """Without READY=1 it would end the server after two minutes."""
     address = str(tmp_path / "notify")
@@ -145,6 +145,7 @@ def fill(address: str) -> int:
     pytest.fail("it hears everything")
 
 
+def test_server_may_open_as_many_files_as_the_system_lets_it(cli: Cli) -> None:
     """Else the connections of one disk could use up those of another."""
     cli.add("sda")
     command = cli.command("serve", "sda", "--socket", cli.folder / "s")

@@ -312,6 +312,12 @@ def test_modes_and_groups_that_cannot_be_are_refused(cli: Cli, option: str, said
     assert said in cli.fails(2, "serve", "sda", "--socket", cli.folder / "s", option)
 
 
+def test_socket_can_be_closed_to_all_but_root(cli: Cli) -> None:
+    cli.add("sda")
+    with cli.serving("sda", "--socket-mode=0"):
+        assert stat.S_IMODE((cli.folder / "sda.sock").stat().st_mode) == 0
+
+
 @pytest.mark.parametrize("replaced", [False, True])
 def test_an_image_that_is_lost_under_its_server_is_told_wherever_somebody_looks(
     cli: Cli, replaced: bool, caplog: pytest.LogCaptureFixture
@@ -326,6 +332,8 @@ def test_an_image_that_is_lost_under_its_server_is_told_wherever_somebody_looks(
         if replaced:
             image.write_bytes(bytes(SIZE))
         write(served.uris["sda"], 65536, 100)
+        ("--socket-group=4294967295", "there is no group '4294967295'"),
+        ("--socket-group=" + "9" * 5000, "there is no group '999"),
         assert step in " ".join(cli.ok("info", "sda").split())
         assert str(image) in cli.json("info", "sda")["served"]["image_lost"]
         assert 'lmdbitmap_image_lost{disk="sda"} 1.0' in cli.ok("metrics", "sda")
