@@ -191,7 +191,7 @@ def _of_disks(found: Sequence[Figures]) -> Iterator[Metric]:
     yield _gauge(
         "last_checkpoint_timestamp_seconds",
         "When the newest checkpoint was made, since 1970.",
-        ((f.disk.name, f.checkpoints[-1].time_ns / _NS_PER_S) for f in found),
+        ((f.disk.name, f.checkpoints[-1].time_ns / _NS_PER_S) for f in found if f.checkpoints),
     )
 
 

@@ -15,7 +15,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from lmdbitmap import Filter, Store
+from lmdbitmap.access import operations
+from lmdbitmap.cli import metrics
 from lmdbitmap.nbd.control.control import ControlServer
+from lmdbitmap.storage.schema import Disk
 from tests.cli.conftest import MIB, SIZE, Cli
 from tests.cli.test_serve import write
 from tests.helpers.nbd_raw import DISC, FLUSH, READ, WRITE, RawClient, request
@@ -278,6 +281,24 @@ def test_failure_is_an_object_too(cli: Cli) -> None:
     assert (line["level"], line["message"].split(";")[0]) == ("error", "no disk is called 'nobody'")
 
 
+def test_a_disk_that_is_removed_while_it_is_looked_at_is_left_out(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli.add("sda")
+    cli.add("sdb")
+
+    def removed_first(store: Store, disk: Disk) -> None:
+        if disk.name == "sda":
+            operations.remove(store, "sda")
+
+    monkeypatch.setattr(metrics, "ask_owner", removed_first)
+    told = samples(cli.ok("metrics"))
+    assert [("lmdbitmap_last_checkpoint_timestamp_seconds", name) in told for name in ("sda", "sdb")] == [
+        False,
+        True,
+    ]
+
+
 # --- who may connect ---
 
 
@@ -289,6 +310,12 @@ def test_socket_can_be_opened_to_a_group(cli: Cli) -> None:
         status = (cli.folder / "sda.sock").stat()
         assert (stat.S_IMODE(status.st_mode), status.st_gid) == (0o660, group)
         write(served.uris["sda"], 0, 1)
+
+
+def test_socket_can_be_closed_to_all_but_root(cli: Cli) -> None:
+    cli.add("sda")
+    with cli.serving("sda", "--socket-mode=0"):
+        assert stat.S_IMODE((cli.folder / "sda.sock").stat().st_mode) == 0
 
 
 def test_mode_and_group_are_of_a_socket(cli: Cli) -> None:
@@ -305,17 +332,13 @@ def test_mode_and_group_are_of_a_socket(cli: Cli) -> None:
         ("--socket-mode=4600", "'4600' has more than permission bits"),
         ("--socket-mode=-1", "'-1' has more than permission bits"),
         ("--socket-group=no-such-group", "there is no group 'no-such-group'"),
+        ("--socket-group=4294967295", "there is no group '4294967295'"),
+        ("--socket-group=" + "9" * 5000, "there is no group '999"),
     ],
 )
 def test_modes_and_groups_that_cannot_be_are_refused(cli: Cli, option: str, said: str) -> None:
     cli.add("sda")
     assert said in cli.fails(2, "serve", "sda", "--socket", cli.folder / "s", option)
-
-
-def test_socket_can_be_closed_to_all_but_root(cli: Cli) -> None:
-    cli.add("sda")
-    with cli.serving("sda", "--socket-mode=0"):
-        assert stat.S_IMODE((cli.folder / "sda.sock").stat().st_mode) == 0
 
 
 @pytest.mark.parametrize("replaced", [False, True])
@@ -332,8 +355,6 @@ def test_an_image_that_is_lost_under_its_server_is_told_wherever_somebody_looks(
         if replaced:
             image.write_bytes(bytes(SIZE))
         write(served.uris["sda"], 65536, 100)
-        ("--socket-group=4294967295", "there is no group '4294967295'"),
-        ("--socket-group=" + "9" * 5000, "there is no group '999"),
         assert step in " ".join(cli.ok("info", "sda").split())
         assert str(image) in cli.json("info", "sda")["served"]["image_lost"]
         assert 'lmdbitmap_image_lost{disk="sda"} 1.0' in cli.ok("metrics", "sda")
