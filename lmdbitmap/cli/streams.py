@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -185,7 +186,10 @@ def _applied_facts(made: AppliedResult) -> dict[str, object]:
 
 
 def _standard(descriptor: int, mode: str) -> io.FileIO:
-    """Return standard input or output without a buffer; raise `UsageError` if it is a terminal."""
+    """Return standard input or output without a buffer; raise `UsageError` if it is a terminal, or was closed."""
+    if (sys.__stdin__, sys.__stdout__)[descriptor] is None:  # /dev/null is in its place (main.py)
+        name = ("input", "output")[descriptor]
+        raise click.UsageError(f"Standard {name} is closed; lead the stream into a pipe or a file.")
     if os.isatty(descriptor):
         where = "into a pipe or a file" if descriptor else "out of a pipe or a file"
         raise click.UsageError(f"The stream is for programs, and this is a terminal; lead it {where}.")

@@ -29,6 +29,7 @@ from lmdbitmap.tracker.chain import disk_called
 from tests.cli.conftest import MIB, SIZE, Cli
 from tests.cli.test_serve import write
 from tests.helpers import naive_rbd_diff
+from tests.helpers.support import run
 
 
 class Said(NamedTuple):
@@ -164,6 +165,27 @@ def test_a_served_disk_is_streamed_as_it_was(cli: Cli, image: Path) -> None:
     assert said.code == 0, said.err
     assert naive_rbd_diff.applied(naive_rbd_diff.read(said.out), before) == then != before
     assert len(said.out) < 70_000
+
+
+@pytest.mark.parametrize(
+    ("closed", "words", "said"),
+    [
+        (
+            ">&-",
+            ["backup", "sda", "--stdout"],
+            "Standard output is closed; lead the stream into a pipe or a file",
+        ),
+        ("<&-", ["restore", "-", "out.raw"], "Standard input is closed"),
+    ],
+)
+def test_a_stream_that_goes_nowhere_is_not_called_done(
+    cli: Cli, image: Path, closed: str, words: list[str], said: str
+) -> None:
+    before = cli.json("info", "sda")["checkpoints"]
+    done = run("sh", "-c", f'exec "$@" {closed}', "sh", *cli.command(*words), check=False, cwd=cli.folder)
+    assert (done.returncode, said in done.stderr) == (2, True), done
+    assert cli.json("info", "sda")["checkpoints"] == before
+    assert not (cli.folder / "out.raw").exists()
 
 
 def test_a_reader_that_goes_away_is_told_of_and_costs_nothing(cli: Cli, image: Path) -> None:
