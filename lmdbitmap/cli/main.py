@@ -15,6 +15,7 @@ click and rich are imported inside functions, so that an installation without th
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
@@ -25,7 +26,15 @@ from typing import NoReturn, TextIO
 
 from lmdbitmap.cli import logs
 from lmdbitmap.cli.signals import Ended
-from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, SomeFailed, Untrusted, error_from_os
+from lmdbitmap.errors import (
+    Busy,
+    InvalidArgument,
+    LmdbitmapError,
+    NotFound,
+    SomeFailed,
+    Untrusted,
+    error_from_os,
+)
 
 PROGRAM = "lmdbitmap"
 FAILED = 1
@@ -62,7 +71,7 @@ def run(words: Sequence[str], *, owns_process: bool = False) -> int:
         return code or READER_GONE
     except OSError as refusal:
         _drop(sys.stdout)
-        failed = _fail_as(error_from_os(str(refusal.filename or "standard output"), refusal))
+        failed = _fail_as(_error_from(refusal))
         return code or failed
 
 
@@ -80,6 +89,8 @@ def _outcome(words: Sequence[str], owns_process: bool) -> int:
         return _fail_by(end.signal)
     except OSError:
         raise
+    except MemoryError:
+        return _fail("there is not enough memory; free some memory and try again", FAILED)
     except ModuleNotFoundError as missing:
         if missing.name not in ("click", "rich", "prometheus_client"):
             return _own_bug(missing)
@@ -111,6 +122,13 @@ def _run_verb(words: Sequence[str], owns_process: bool) -> int:
 def _fail_by(ending: signal.Signals) -> int:
     problem = f"ended by {ending.name} before it reported that its work was done"
     return _fail(f"{problem}; look at the result, and run it again if need be", SIGNALLED + ending)
+
+
+def _error_from(refusal: OSError) -> LmdbitmapError:
+    """Return the error for a refusal that no other place has words for: it has to do with the process itself."""
+    if refusal.errno == errno.ENOENT and refusal.filename is None:  # os.getcwd, for a relative path
+        return NotFound("the current folder is not there any more", next_step="change to another one")
+    return error_from_os(str(refusal.filename or "standard output"), refusal)
 
 
 def exit_code_of(error: LmdbitmapError) -> int:

@@ -157,6 +157,18 @@ def test_closed_streams_are_never_taken_by_files(closed: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.parametrize(
+    "words", [["restore", "backups", "sda", "out.raw"], ["--store", "here", "ls"], ["verify", "backups"]]
+)
+def test_a_folder_that_was_removed_under_the_command_is_named(tmp_path: Path, words: list[str]) -> None:
+    (tmp_path / "here").mkdir()
+    done = run(
+        "sh", "-c", 'rmdir ../here; exec "$@"', "sh", *COMMAND, *words, cwd=tmp_path / "here", check=False
+    )
+    said = "lmdbitmap: the current folder is not there any more; change to another one\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
 def test_a_second_signal_ends_what_undoes_too_long_without_a_word() -> None:
     """The next backup cleans up, as after any death."""
     code = (

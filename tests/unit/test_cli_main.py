@@ -107,6 +107,12 @@ def test_whoever_ends_it_is_told_that_it_may_not_be_done(
     assert capsys.readouterr() == ("", f"{said}; look at the result, and run it again if need be\n")
 
 
+def test_want_of_memory_is_no_fault_of_ours(fall: Fall, capsys: Captured) -> None:
+    assert fall(MemoryError()) == 1
+    said = "lmdbitmap: there is not enough memory; free some memory and try again\n"
+    assert capsys.readouterr() == ("", said)
+
+
 def test_our_own_fault_is_owned_up_to_without_a_traceback(
     fall: Fall, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
