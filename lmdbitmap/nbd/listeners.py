@@ -122,7 +122,7 @@ class InheritedListener:
     def uri(self, name: str) -> str:
         address = self.sock.getsockname()
         if self.sock.family == socket.AF_UNIX:
-            return NbdAddress(name, socket_path=str(address)).uri
+            return NbdAddress(name, socket_path=_socket_path(address)).uri
         host, port = address[:2]
         return NbdAddress(name, host=host, port=port, tls=_spoken(self.tls)).uri
 
@@ -142,6 +142,12 @@ def passed_host(fd: int) -> str | None:
         return None if sock.family == socket.AF_UNIX else str(sock.getsockname()[0])
     finally:
         sock.detach()
+
+
+def _socket_path(address: str | bytes) -> str:
+    """Return the path; of an abstract socket, which has none, its name as systemd writes it."""
+    path = os.fsdecode(address)
+    return f"@{path[1:]}" if path.startswith("\0") else path
 
 
 def _listening_socket(fd: int) -> socket.socket:

@@ -70,7 +70,8 @@ class NbdAddress(NamedTuple):
         scheme = "nbd" if self.tls is None else "nbds"
         arguments = [] if self.tls is None else self.tls.arguments
         if self.socket_path:
-            words = "&".join([f"socket={quote(self.socket_path)}", *arguments])
+            path = quote(self.socket_path, errors="surrogateescape")
+            words = "&".join([f"socket={path}", *arguments])
             return f"{scheme}+unix:///{name}?{words}"
         host = f"[{self.host.replace('%', _ZONE)}]" if ":" in self.host else self.host
         return f"{scheme}://{host}:{self.port}/{name}" + "?" * bool(arguments) + "&".join(arguments)

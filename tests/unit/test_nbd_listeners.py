@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, NotFound
-from lmdbitmap.nbd.listeners import TcpListener, UnixListener
+from lmdbitmap.nbd.listeners import InheritedListener, TcpListener, UnixListener
 
 
 def leave_stale_socket(path: Path) -> None:
@@ -142,6 +142,22 @@ def test_paths_that_cannot_be_are_refused(tmp_path: Path) -> None:
 def test_uris_quote_names_and_paths(tmp_path: Path) -> None:
     listener = UnixListener(str(tmp_path / "a b&c.sock"))
     assert listener.uri("my disk/1") == f"nbd+unix:///my%20disk%2F1?socket={tmp_path}/a%20b%26c.sock"
+    listener.close()
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"), [(b"caf\xe9.sock", "caf%E9.sock"), (b"\0abstract", "%40abstract")]
+)
+def test_uris_show_the_sockets_that_others_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: bytes, shown: str
+) -> None:
+    """A service manager passes them; what they are called is no reason not to serve."""
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as passed:
+        passed.bind(address)
+        passed.listen()
+        listener = InheritedListener(os.dup(passed.fileno()))
+    assert listener.uri("sda") == f"nbd+unix:///sda?socket={shown}"
     listener.close()
 
 
