@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from lmdbitmap.cli.logs import HUMAN, STYLES, VARIABLE
+from lmdbitmap.cli.logs import HUMAN, STYLES, VARIABLE, choose
 from lmdbitmap.cli.options import Function, Session, utf8_path
 from lmdbitmap.cli.output import say
 from lmdbitmap.cli.places import (
@@ -98,9 +98,15 @@ def logging_as_asked(function: Function) -> Function:
     )(function)
     return click.option(
         "--log", "log_style", type=click.Choice(STYLES), envvar=VARIABLE, show_envvar=True,
-        default=HUMAN, show_default=True,
+        default=HUMAN, show_default=True, is_eager=True, callback=_log_so_from_now_on,
         help="Write the log on stderr as sentences, or as one JSON object a line. JSON includes what --verbose adds.",
     )(with_verbose)  # fmt: skip
+
+
+def _log_so_from_now_on(context: click.Context, option: click.Parameter, style: str) -> str:
+    """Let errors of the options to come be in that style too."""
+    choose(style, verbose=False)
+    return style
 
 
 def _places(

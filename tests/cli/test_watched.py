@@ -273,12 +273,24 @@ def test_log_for_people_tells_it_when_asked(cli: Cli) -> None:
     assert "is gone: 1 reads, 3 writes" in gone
 
 
-def test_failure_is_an_object_too(cli: Cli) -> None:
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["nobody", "--socket", "s"], 1, "no disk is called 'nobody'"),
+        (
+            ["sda", "--listen", "0.0.0.0:0"],
+            2,
+            "every host that reaches 0.0.0.0 could read and write the disks",
+        ),
+        (["sda", "--scratch-limit", "x"], 2, "Invalid value for '--scratch-limit': 'x' is not a size"),
+    ],
+)
+def test_failure_is_an_object_too(cli: Cli, words: list[str], code: int, said: str) -> None:
     cli.add("sda")
-    with spawn(*cli.command("serve", "nobody", "--socket", cli.folder / "s", "--log", "json")) as child:
-        assert child.wait() == 1
+    with spawn(*cli.command("serve", *words, "--log", "json"), cwd=cli.folder) as child:
+        assert child.wait() == code
     (line,) = lines_of(child)
-    assert (line["level"], line["message"].split(";")[0]) == ("error", "no disk is called 'nobody'")
+    assert (line["level"], line["message"].split(";")[0]) == ("error", said)
 
 
 def test_a_disk_that_is_removed_while_it_is_looked_at_is_left_out(
