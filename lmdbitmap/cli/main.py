@@ -16,7 +16,6 @@ click and rich are imported inside functions, so that an installation without th
 from __future__ import annotations
 
 import errno
-import io
 import os
 import signal
 import sys
@@ -47,9 +46,7 @@ READER_GONE = 141
 
 def main() -> NoReturn:
     _occupy_standard_descriptors()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name may have letters that the encoding lacks
+    sys.stdout, sys.stderr = _dependable(1, sys.stdout, -1), _dependable(2, sys.stderr, 1)
     logs.begin()
     code = run(sys.argv[1:], owns_process=True)
     _flush_or_drop(sys.stderr)
@@ -185,5 +182,14 @@ def _occupy_standard_descriptors() -> None:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
-    sys.stdout = sys.stdout or os.fdopen(1, "w")
-    sys.stderr = sys.stderr or os.fdopen(2, "w")
+
+
+def _dependable(descriptor: int, stream: TextIO | None, buffering: int) -> TextIO:
+    """Return a stream in place of Python's own, which is None where it was closed: it writes all of a text, or raises.
+
+    Python's own leaves out what does not fit in at once where its buffer is turned off (PYTHONUNBUFFERED) and the pipe
+    does not block. A name may have letters that its encoding lacks.
+    """
+    os.set_blocking(descriptor, True)  # another process that shares the pipe may have made it non-blocking
+    encoding = None if stream is None else stream.encoding
+    return open(descriptor, "w", buffering, encoding=encoding, errors="backslashreplace", closefd=False)

@@ -7,6 +7,7 @@ import pty
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,7 @@ ANSWERS = """
 import signal
 from lmdbitmap.cli import main
 from lmdbitmap.cli.logs import AlreadyTold
-from lmdbitmap.cli.output import complain, say
+from lmdbitmap.cli.output import complain, say, stream_lines
 from lmdbitmap.cli.signals import Ended
 from lmdbitmap.errors import Busy, Untrusted
 def answers(words, owns_process):
@@ -144,6 +145,21 @@ def test_a_full_disk_under_the_errors_changes_no_exit_code(ending: str, code: in
             stdout=subprocess.PIPE, stderr=full, text=True, timeout=20,
         )  # fmt: skip
     assert (done.returncode, done.stdout) == (code, "an answer\n")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_answer_is_whole_for_a_reader_whose_pipe_does_not_block(unbuffered: str) -> None:
+    """As programs in other languages make theirs: Python would leave out what does not fit in at once."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    code = ANSWERS.format("stream_lines('x' * 99 for _ in range(9999))")
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open(reader, "rb") as answer:
+        with subprocess.Popen([sys.executable, "-c", code], stdout=writer, env=environment) as process:
+            os.close(writer)
+            time.sleep(1)
+            assert len(answer.read()) == len("an answer\n") + 9999 * 100
+        assert process.returncode == 0
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
