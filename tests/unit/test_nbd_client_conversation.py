@@ -19,8 +19,10 @@ from lmdbitmap.errors import StorageError
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.images.device import FileDevice
+from lmdbitmap.nbd.client import unflushed
 from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.nbd.client.link import Call, Link, Request
+from lmdbitmap.nbd.client.unflushed import Unflushed
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import session
 from lmdbitmap.tracker.changes import changes
@@ -510,6 +512,32 @@ def test_write_at_whose_answer_another_thread_was_interrupted_ends(
         far.crash()
         assert device.pread(4, 0) == b"kept"
     assert far.handshakes == 3
+
+
+def test_writer_that_is_interrupted_while_what_was_flushed_is_let_go_of_spoils_nothing_for_others(
+    far: FarServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flush was one of our own, and is answered once more on the next connection."""
+    let_go = Unflushed._let_go_before
+
+    def interrupt(change: Request) -> int:
+        monkeypatch.undo()
+        raise Interrupted
+
+    def let_go_and_interrupt(kept: Unflushed, mark: int) -> None:
+        monkeypatch.setattr(unflushed, "_cost", interrupt)
+        let_go(kept, mark)
+
+    monkeypatch.setattr(Unflushed, "_let_go_before", let_go_and_interrupt)
+    with opened(far.uri) as device:
+        with pytest.raises(Interrupted):
+            write_until_flushed(far, device.pwrite)
+        device.pwrite(b"more", 0)
+        device.flush()
+        device.pwrite(b"late", 4)
+        far.crash()
+        assert device.pread(9, 0) == b"morelatex"
+    assert far.commands()[-2:] == [WRITE, READ], "only what no flush covers is written again"
 
 
 # --- what is told of a tracked disk ---

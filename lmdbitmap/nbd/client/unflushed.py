@@ -18,14 +18,10 @@ class Unflushed:
 
     def __init__(self) -> None:
         self._changes: deque[Request] = deque()
-        self._let_go = 0
-        """Number of changes ever dropped, which is the number of the oldest one kept."""
-        self.byte_count = 0
-
-    @property
-    def mark(self) -> int:
+        """Each one's `mark` is its number."""
+        self.mark = 0
         """The number of the next change: a flush sent now covers those before it."""
-        return self._let_go + len(self._changes)
+        self.byte_count = 0
 
     def note(self, done: Request) -> None:
         """Record a finished request: keep a change; after a flush drop the changes that preceded it."""
@@ -37,13 +33,15 @@ class Unflushed:
     def _add(self, change: Request) -> None:
         """Keep a change, without FAST_ZERO: the zeroes are promised by now, and may be written at any speed."""
         change.flags &= ~nbd.NBD_CMD_FLAG_FAST_ZERO
+        change.mark = self.mark
         self._changes.append(change)
+        self.mark += 1
         self.byte_count += _cost(change)
 
     def _let_go_before(self, mark: int) -> None:
-        while self._let_go < mark:
+        """Each change has a number of its own: an interruption between two lines cannot shift those of others."""
+        while self._changes and self._changes[0].mark < mark:
             self.byte_count -= _cost(self._changes.popleft())
-            self._let_go += 1
 
     def changes(self) -> list[Request]:
         return list(self._changes)
