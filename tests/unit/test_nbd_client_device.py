@@ -6,10 +6,13 @@ import errno
 import gc
 import os
 import signal
+import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -105,6 +108,40 @@ def test_server_that_listens_and_says_nothing_is_busy(
     far.is_silent = True
     with pytest.raises(Busy, match="did not answer"):
         opened(far)
+
+
+def hanging(host: str, stack: ExitStack) -> tuple[str, int]:
+    """An address that takes no connection, and refuses none, because as many wait there as may."""
+    listener = stack.enter_context(socket.socket())
+    listener.bind((host, 0))
+    listener.listen(0)
+    for _ in range(3):
+        waiting = stack.enter_context(socket.socket())
+        waiting.setblocking(False)
+        waiting.connect_ex(listener.getsockname())
+    address: tuple[str, int] = listener.getsockname()
+    return address
+
+
+def test_a_host_of_several_addresses_that_hang_takes_no_longer_than_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lmdbitmap.nbd.client.device.DIAL_S", 0.6)
+    with ExitStack() as stack:
+        addresses = [hanging(f"127.0.0.{number}", stack) for number in range(1, 4)]
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", address) for address in addresses]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        started = time.monotonic()
+        with pytest.raises(Busy, match="did not answer"):
+            NbdDevice.open("nbd://far.example/disk")
+        assert 0.5 < time.monotonic() - started < 1.2
+
+
+def test_the_last_address_of_a_host_is_tried_too(monkeypatch: pytest.MonkeyPatch, far: FarServer) -> None:
+    found = [(socket.AF_UNIX, 1, 0, "", path) for path in ("/nowhere", str(far.path))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    with NbdDevice.open("nbd://far.example/disk") as device:
+        assert device.pread(1, 0) == b"\0"
 
 
 def test_disconnect_at_every_byte_of_the_handshake_is_an_error_and_no_hang(far: FarServer) -> None:

@@ -6,9 +6,10 @@ import contextlib
 import errno
 import socket
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from lmdbitmap.nbd import keepalive
 from lmdbitmap.nbd import protocol as nbd
@@ -27,8 +28,10 @@ _USER_TIMEOUT_MS: Final = 20_000
 
 def dial(place: NbdAddress, timeout_s: float = DIAL_S) -> Link:
     """Connect and agree on the export. Raise what `negotiation` and TLS raise, `OSError` if nobody answers."""
+    deadline = time.monotonic() + timeout_s
     encryption = _encryption(place)
-    return agreed(_connected(place, timeout_s), place.export, timeout_s, encryption)
+    sock = _connected(place, deadline)
+    return agreed(sock, place.export, deadline - time.monotonic(), encryption)
 
 
 def _encryption(place: NbdAddress) -> Encryption | None:
@@ -72,16 +75,35 @@ def agreed(
         raise
 
 
-def _connected(place: NbdAddress, timeout_s: float) -> socket.socket:
-    if not place.socket_path:
-        sock = socket.create_connection((place.host, place.port), timeout_s)
-        keepalive.tune(sock)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
-        return sock
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+def _connected(place: NbdAddress, deadline: float) -> socket.socket:
+    """Connect to the first address of the place that answers. Those still to be tried share the time that is left."""
+    addresses = _addresses(place)
+    while True:
+        family, address = addresses.popleft()
+        left_s = (deadline - time.monotonic()) / (len(addresses) + 1)
+        try:
+            return _connected_to(family, address, max(left_s, 0.001))
+        except OSError:
+            if not addresses:
+                raise
+
+
+def _addresses(place: NbdAddress) -> deque[tuple[int, Any]]:
+    """Return (family, address) of all addresses that the place has: one or more."""
+    if place.socket_path:
+        return deque([(socket.AF_UNIX, place.socket_path)])
+    found = socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)
+    return deque((family, address) for family, _, _, _, address in found)
+
+
+def _connected_to(family: int, address: Any, timeout_s: float) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.settimeout(timeout_s)
-        sock.connect(place.socket_path)
+        sock.connect(address)
+        if family != socket.AF_UNIX:
+            keepalive.tune(sock)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
     except BaseException:
         sock.close()
         raise
