@@ -10,6 +10,7 @@ from lmdbitmap.images.device import FileDevice
 from lmdbitmap.interfaces import TrackableDevice
 from lmdbitmap.nbd import uri
 from lmdbitmap.nbd.client.device import NbdDevice
+from lmdbitmap.nbd.client.dial import is_one_place
 
 
 def open_image(image: str, *, read_only: bool = False, share_writes: bool = False) -> TrackableDevice:
@@ -40,10 +41,10 @@ def lasting_name(image: str) -> str:
 def is_same_image(one: str, other: str) -> bool:
     """Return whether two names lead to one image, links and other names of a device included.
 
-    An NBD export is the same with TLS and without, and with any credentials.
+    An NBD export is the same with TLS and without, with any credentials, and by any name of its host.
     """
     if is_far(one) or is_far(other):
-        return is_far(one) and is_far(other) and _lasting_place(one) == _lasting_place(other)
+        return is_far(one) and is_far(other) and is_one_place(_lasting_place(one), _lasting_place(other))
     if os.path.realpath(one) == os.path.realpath(other):
         return True
     try:

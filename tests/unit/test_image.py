@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -227,6 +228,25 @@ def test_one_export_has_many_uris() -> None:
     assert is_same_image("nbd://host/sda", "nbd://host:10809/sda")
     assert not is_same_image("nbd://host/sda", "nbd://host/sdb")
     assert not is_same_image("nbd://host/sda", "/nbd://host/sda")
+
+
+def test_one_export_is_one_image_by_all_names_of_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = {"store": ["10.0.0.7", "fd00::7"], "store.lan": ["fd00::7"], "other": ["10.0.0.8"]}
+
+    def look_up(host: str, port: int, **_: object) -> list[tuple[int, int, int, str, tuple[str, int]]]:
+        if host == "away":
+            raise socket.gaierror(socket.EAI_AGAIN, "no name server answers")
+        return [(0, 0, 0, "", (address, port)) for address in hosts.get(host, [host])]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    same = [
+        is_same_image("nbd://store/sda", f"nbd://{name}/sda")
+        for name in ("store.lan", "10.0.0.7", "[fd00::7]")
+    ]
+    assert same == [True] * 3
+    for another in ("nbd://other/sda", "nbd://store.lan/sdb", "nbd://store.lan:10810/sda", "nbd://away/sda"):
+        assert not is_same_image("nbd://store/sda", another)
+    assert not is_same_image("nbd://away/sda", "nbd+unix:///sda?socket=/s")
 
 
 def test_one_export_is_one_image_however_it_is_spoken_to() -> None:

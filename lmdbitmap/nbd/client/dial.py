@@ -110,6 +110,25 @@ def _connected_to(family: int, address: Any, timeout_s: float) -> socket.socket:
     return sock
 
 
+def is_one_place(one: NbdAddress, other: NbdAddress) -> bool:
+    """Return whether two addresses, without TLS, are of one export.
+
+    Two names of a host are one if they share an address, as far as they can be looked up now.
+    """
+    if one == other:
+        return True
+    if one.socket_path or other.socket_path or (one.export, one.port) != (other.export, other.port):
+        return False
+    return not _known_addresses(one).isdisjoint(_known_addresses(other))
+
+
+def _known_addresses(place: NbdAddress) -> set[Any]:
+    try:
+        return {address for _, address in _addresses(place)}
+    except OSError:
+        return set()
+
+
 class _Haggling:
     """Does what `negotiation` wants, until the deadline. `wire` is the socket; once TLS began, its TLS wrapper."""
 
