@@ -42,7 +42,7 @@ from lmdbitmap.storage.schema import ALL_CLEAN_BITS, Bitmap, Disk
 from lmdbitmap.store import Reader, Store, Writer
 from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.slices import Slice, full_slices, runs_of, slices_of
-from lmdbitmap.work.names import known_member
+from lmdbitmap.work.names import known_member, refuse_one_text
 
 _DAMAGED = "a record of it is damaged and counts as all dirty"
 
@@ -208,6 +208,7 @@ def combine(
     for names of disks, different disk sizes, granularities that do not fit, and `name` among the others without `into`;
     `NotFound`; `AlreadyExists` if a disk or a bitmap is called `into`.
     """
+    refuse_one_text(others)
     # Anything else than an operation would pass by the refusals that are for it.
     known, names = known_member(Operation, operation, f"operation {operation!r} on bitmaps"), [name, *others]
     return store.update(lambda writer: _combine(writer, known, names, into))

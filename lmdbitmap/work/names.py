@@ -6,7 +6,7 @@ Not every caller has a type checker.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from lmdbitmap.errors import InvalidArgument
@@ -16,10 +16,15 @@ Member = TypeVar("Member", bound=enum.Enum)
 
 def require_names(names: Sequence[str]) -> None:
     """Raise `InvalidArgument` for a name that is given twice, and for one text in place of a list of names."""
-    if isinstance(names, str):
-        raise InvalidArgument(f"{names!r} is one name where several may be", next_step=f"give [{names!r}]")
+    refuse_one_text(names)
     if len(set(names)) != len(names):
         raise InvalidArgument("a disk is named twice", next_step="name each disk once")
+
+
+def refuse_one_text(names: Iterable[str]) -> None:
+    """Raise `InvalidArgument` for one text in place of a list of names: each of its letters would be a name."""
+    if isinstance(names, str):
+        raise InvalidArgument(f"{names!r} is one name where several may be", next_step=f"give [{names!r}]")
 
 
 def known_member(kinds: type[Member], told: object, what: str) -> Member:

@@ -412,6 +412,15 @@ def test_a_refusal_names_the_bitmap_that_was_asked_for(store: Store) -> None:
         standalone.combine(store, "a", Operation.XOR, ["b"], into="answer")
 
 
+def test_one_name_is_no_list_of_names(store: Store) -> None:
+    """Each of its letters may be the name of a bitmap, of which none has the blocks of the one that was meant."""
+    for number, name in enumerate(("a", "b", "c", "bc")):
+        keep(store, name, {number})
+    with pytest.raises(InvalidArgument, match=r"give \['bc'\]"):
+        standalone.combine(store, "a", Operation.OR, "bc")
+    assert blocks_of(store, "a") == {0}
+
+
 def test_a_disk_is_no_bitmap_to_combine(tmp_path: Path) -> None:
     with closing(TrackedDisk(tmp_path, GEOMETRY.size)) as tracked:
         keep(tracked.store, "a", A)
