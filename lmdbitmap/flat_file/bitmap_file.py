@@ -18,7 +18,9 @@ from lmdbitmap import export
 from lmdbitmap.errors import FormatError, NotFound, Untrusted, error_from_os, os_errors_at
 from lmdbitmap.filter import Filter
 from lmdbitmap.flat_file.flatfile import FlatFile, begins_like_ours
-from lmdbitmap.format import Flags, FlatHeader
+from lmdbitmap.format import NO_UUID, Flags, FlatHeader, encode_header
+from lmdbitmap.storage.schema import Disk
+from lmdbitmap.system import atomic_files
 from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.changes import changes
 
@@ -52,6 +54,7 @@ def _take_in(attached: Filter, path: str) -> str | None:
         if not begins_like_ours(path):
             raise
         attached.start_epoch(error.problem)
+        _replace_by_unclean(path, attached.disk)
         return error.problem
     with file:
         reason = _why_unbelievable(file, attached)
@@ -62,6 +65,21 @@ def _take_in(attached: Filter, path: str) -> str | None:
             attached.start_epoch(reason)
         file.clear_clean()
     return reason
+
+
+def _replace_by_unclean(path: str, disk: Disk) -> None:
+    """Say durably that everything is dirty. What we cannot read, a newer version may, and believe it after a crash."""
+    header = FlatHeader(
+        disk_size=disk.size,
+        granularity_bits=disk.granularity_bits,
+        bitmap_uuid=NO_UUID,
+        disk_uuid=disk.uuid,
+        epoch_uuid=disk.epoch,
+        since_uuid=NO_UUID,
+        until_uuid=None,
+        since_time_ns=0,
+    )
+    atomic_files.replace(path, encode_header(header, {"disk": disk.name}))
 
 
 def _why_unbelievable(file: FlatFile, attached: Filter) -> str | None:

@@ -194,6 +194,20 @@ def test_what_cannot_be_believed_makes_everything_dirty(
     assert blocks_of(tracked.changes()) == ALL
 
 
+@pytest.mark.parametrize("lie", [{"incompatible_features": 1}, {"flags": 9}, {"header_size": 4097}])
+def test_a_file_that_a_newer_version_may_understand_is_not_clean_while_its_disk_is_served(
+    tracked: TrackedDisk, path: Path, lie: dict[str, int]
+) -> None:
+    served(tracked, path, 1)
+    changed(path, **lie)
+    disk = tracked.attach()
+    assert bitmap_file.begin(disk, path) is not None
+    assert not is_clean(path)
+    assert export.inspect_file(path).header.disk_uuid == tracked.disk().uuid
+    disk.abandon()
+    assert "not closed cleanly" in str(served(tracked, path))
+
+
 def test_a_file_that_was_cut_makes_everything_dirty(tracked: TrackedDisk, path: Path) -> None:
     served(tracked, path, 1)
     os.truncate(path, 4100)
