@@ -66,6 +66,11 @@ def our_error(path: str, error: lmdb.Error) -> LmdbitmapError:
             f"store {path} cannot be locked: a process with this one's number, in another container, has it open",
             next_step="let one process own the store, and reach it over its socket",
         )
+    if isinstance(error, lmdb.ReadersFullError):
+        return Busy(
+            f"store {path} has as many views open as there is room for",
+            next_step="try again; `lmdbitmap check` names processes whose views stay open",
+        )
     if isinstance(error, lmdb.CorruptedError | lmdb.PageNotFoundError):
         return DamagedStore(path, expected="a sound environment", found=str(error))
     if isinstance(error, lmdb.InvalidError | lmdb.VersionMismatchError):

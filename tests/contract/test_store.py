@@ -1062,6 +1062,7 @@ def lmdb_error(kind: type[lmdb.Error], code: int) -> lmdb.Error:
     [
         (lmdb_error(lmdb.LockError, errno.EAGAIN), Busy, None),
         (lmdb_error(lmdb.Error, errno.EAGAIN), Busy, None),
+        (lmdb_error(lmdb.ReadersFullError, -30790), Busy, None),
         (lmdb_error(lmdb.CorruptedError, -30796), FormatError, None),
         (lmdb_error(lmdb.PanicError, -30795), StorageError, errno.EIO),
         (lmdb_error(lmdb.InvalidError, -30793), FormatError, None),
