@@ -325,7 +325,15 @@ class Environment:
         with self.transaction(write=True) as txn:  # ours, because another process may be growing the map
             self._require_databases(txn)
             for name in DATABASES:
-                self.databases[name] = self._lmdb.open_db(name.encode(), txn=txn, create=False)
+                self.databases[name] = self._open_database(name, txn)
+
+    def _open_database(self, name: str, txn: lmdb.Transaction) -> lmdb._Database:
+        """Open one database. Ours are of the plain kind: a flag would change how LMDB compares and keeps records."""
+        database = self._lmdb.open_db(name.encode(), txn=txn, create=False)
+        flags = [flag for flag, is_set in database.flags().items() if is_set]
+        if flags:
+            raise DamagedStore(self.path, expected=f"a database {name} without flags", found=", ".join(flags))
+        return database
 
     def _require_databases(self, txn: lmdb.Transaction) -> None:
         with txn.cursor() as cursor:

@@ -71,7 +71,7 @@ def our_error(path: str, error: lmdb.Error) -> LmdbitmapError:
             f"store {path} has as many views open as there is room for",
             next_step="try again; `lmdbitmap check` names processes whose views stay open",
         )
-    if isinstance(error, lmdb.CorruptedError | lmdb.PageNotFoundError):
+    if isinstance(error, lmdb.CorruptedError | lmdb.PageNotFoundError | lmdb.NotFoundError):
         return DamagedStore(path, expected="a sound environment", found=str(error))
     if isinstance(error, lmdb.InvalidError | lmdb.VersionMismatchError):
         is_damaged = lmdb_tree.is_unsound(path)

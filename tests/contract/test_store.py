@@ -995,6 +995,25 @@ def test_record_that_points_to_pages_that_are_not_there_has_the_store_made_anew(
     is_made_anew(path, "out of range", caplog)
 
 
+@pytest.mark.parametrize("flag", [2, 4, 8], ids=["reversed keys", "several values", "numbers"])
+def test_database_that_has_a_flag_has_the_store_made_anew(
+    path: str, flag: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """LMDB would compare keys in another way, or refuse every record for its length."""
+    Store.create(path).close()
+    overwrite(path, Path(data_of(path)).read_bytes().rindex(b"regions") + 7 + 4, bytes([flag]))
+    is_made_anew(path, "a database regions without flags", caplog)
+
+
+def test_database_of_databases_that_has_a_flag_has_the_store_made_anew(
+    path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Store.create(path) as opened, opened.read() as reader:
+        newest = 4096 * (reader.transaction % 2)
+    overwrite(path, newest + 92, b"\x04")
+    is_made_anew(path, "MDB_NOTFOUND", caplog)
+
+
 def test_value_that_has_more_pages_than_it_fills_is_sound() -> None:
     """As LMDB leaves it in the list of free pages, and counts it, where a shorter one took a longer one's place."""
     long = "freeDB DB: overflow page 9 header mp_pages 3 != OVPAGES(4100)=2"
