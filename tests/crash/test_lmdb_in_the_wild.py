@@ -580,6 +580,31 @@ def test_background_pass_of_an_idle_disk_mends_lost_locks(
         assert "closed lmdb/lock.mdb" in caplog.text
 
 
+STAY = """
+import sys, time
+from lmdbitmap.store import Store
+with Store.open(sys.argv[1]):
+    print("open", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_store_whose_lock_file_was_removed_is_opened_once_its_users_are_gone(store: Store) -> None:
+    """A second lock file would let two processes write at once, and one would lose what it had committed."""
+    path = store.path
+    store.close()
+    with spawn(sys.executable, "-c", STAY, path) as child:
+        child.wait_for_line("open")
+        Path(path, "lmdb", "lock.mdb").unlink()
+        with pytest.raises(Busy) as refused:
+            Store.open(path)
+        assert f"process {child.pid}" in str(refused.value)
+        assert "lock.mdb was removed" in str(refused.value)
+        assert not Path(path, "lmdb", "lock.mdb").exists()
+    with Store.open(path) as opened:
+        opened.update(lambda writer: fill(writer, 0, 1))
+
+
 # --- what LMDB says no to ---
 
 
