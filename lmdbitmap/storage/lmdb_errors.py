@@ -20,6 +20,8 @@ FULL_STEPS = {
     errno.ENOMEM: "give the process more address space (ulimit -v): the store's file is mapped as a whole",
     errno.ENOBUFS: "change less at once: forget checkpoints one by one, or choose a larger granularity",
 }
+_DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.NotFoundError, lmdb.IncompatibleError)
+"""The last two are of a database that has its name and cannot be opened."""
 MAKE_ANEW = (
     "its file is damaged: look at the disk under it, then stop and start every program that uses the store; it is"
     " made anew then, and the next backups are full ones"
@@ -71,7 +73,7 @@ def our_error(path: str, error: lmdb.Error) -> LmdbitmapError:
             f"store {path} has as many views open as there is room for",
             next_step="try again; `lmdbitmap check` names processes whose views stay open",
         )
-    if isinstance(error, lmdb.CorruptedError | lmdb.PageNotFoundError | lmdb.NotFoundError):
+    if isinstance(error, _DAMAGE):
         return DamagedStore(path, expected="a sound environment", found=str(error))
     if isinstance(error, lmdb.InvalidError | lmdb.VersionMismatchError):
         is_damaged = lmdb_tree.is_unsound(path)

@@ -1014,6 +1014,14 @@ def test_database_of_databases_that_has_a_flag_has_the_store_made_anew(
     is_made_anew(path, "MDB_NOTFOUND", caplog)
 
 
+def test_database_that_is_called_a_plain_record_has_the_store_made_anew(
+    path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    Store.create(path).close()
+    overwrite(path, Path(data_of(path)).read_bytes().rindex(b"regions") - 4, b"\0")
+    is_made_anew(path, "MDB_INCOMPATIBLE", caplog)
+
+
 def test_value_that_has_more_pages_than_it_fills_is_sound() -> None:
     """As LMDB leaves it in the list of free pages, and counts it, where a shorter one took a longer one's place."""
     long = "freeDB DB: overflow page 9 header mp_pages 3 != OVPAGES(4100)=2"
