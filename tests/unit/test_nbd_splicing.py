@@ -294,6 +294,27 @@ def test_process_that_gets_no_pipe_writes_all_the_same(
         assert peer.do(READ, 5, 4096).data == data[:4096]
 
 
+def test_user_who_gets_no_large_pipe_any_more_has_the_data_copied(
+    image: FileDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a user of many: the pipes that there are then are so small that a copy is faster."""
+    refused: list[int] = []
+
+    def refuse(fd: int, command: int, size: int) -> int:
+        refused.append(fd)
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    data = random.Random(8).randbytes(2 * MIB)
+    with connected(PlainDisk(image)) as peer:
+        before = len(open_files())
+        monkeypatch.setattr("lmdbitmap.nbd.server.splicing.fcntl.fcntl", refuse)
+        assert peer.do(WRITE, 5, len(data), data=data).error == 0
+        for _ in range(2):
+            assert peer.do(READ, 5, len(data)).data == data
+        assert len(refused) == 2  # once to write, once for all that is read
+        assert len(open_files()) == before
+
+
 def test_nothing_is_left_open(image: FileDevice) -> None:
     before = len(open_files())
     with connected(PlainDisk(image)) as peer:

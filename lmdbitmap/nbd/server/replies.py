@@ -273,7 +273,8 @@ class Replies:
                 self._pipe = new_pipe()
             return os.splice(self._fd, self._pipe[1], length, offset_src=offset)
         except OSError as refused:
-            if refused.errno == errno.EINVAL:  # this kind of file cannot be spliced
+            # this kind of file cannot be spliced, or this user has no pipe left
+            if refused.errno in (errno.EINVAL, errno.EPERM):
                 self._splice_from, self._apart_from = _NEVER, _APART_FROM
             return 0
 

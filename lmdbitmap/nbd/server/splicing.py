@@ -109,10 +109,16 @@ class SplicePipe:
 
 
 def new_pipe() -> tuple[int, int]:
-    """Return the read end and the write end of a pipe as large as this user may have."""
+    """Return the read end and the write end of a pipe of `PIPE_BYTES`.
+
+    Raises `OSError`, `EPERM` for a user who has as many pipes as fs.pipe-user-pages-soft allows. Any other is of two
+    pages, which take twice as long as a copy, or of one, which is full of what was put there before.
+    """
     pipe = os.pipe2(os.O_CLOEXEC)
     try:
         fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-    except OSError:  # this user has many large pipes already: a small one works too
-        pass
+    except OSError:
+        for end in pipe:
+            os.close(end)
+        raise
     return pipe
