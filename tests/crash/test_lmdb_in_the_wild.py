@@ -141,6 +141,76 @@ disk.detach()
     assert blocks_of(tracked.changes("start")) == {0, 2}
 
 
+SERVED = f"""
+{ATTACHED}
+import socket
+from lmdbitmap.nbd.client.device import NbdDevice
+from lmdbitmap.nbd.control.control import ControlServer
+from lmdbitmap.nbd.control_client import short_path
+from lmdbitmap.nbd.server.server import Server
+server = Server({{{NAME!r}: disk}})
+server.listen_unix(f"{{store.path}}/nbd.sock")
+control = ControlServer({{{NAME!r}: disk}}, server=server)
+server.start()
+control.start()
+paths = [f"{{store.path}}/nbd.sock", store.control_path(disk.disk.uuid)]
+guest = NbdDevice.open(server.uris[0])
+"""
+"""A served disk; its sockets are at `paths`."""
+
+
+def test_end_of_a_fork_ends_no_server_of_its_parent(tracked: TrackedDisk) -> None:
+    tracked.store.close()
+    work = "print(server.stop(), control.stop(), flush=True)"
+    after = """
+guest.pwrite(b"x", 8192)
+print(*map(os.path.exists, paths))
+guest.close()
+print(server.stop(), control.stop())
+disk.detach()
+"""
+    said = run(sys.executable, "-c", in_a_fork(work, SERVED) + after, tracked.store.path).stdout
+    assert said.split() == ["True"] * 6
+    tracked.store = Store.open(tracked.store.path)
+    assert blocks_of(tracked.changes("start")) == {0, 2}
+
+
+def test_clients_hear_the_end_although_a_fork_lives(tracked: TrackedDisk) -> None:
+    """A guest connects again only once its connection has ended."""
+    tracked.store.close()
+    script = f"""
+import os, sys, warnings
+warnings.simplefilter("ignore")
+from lmdbitmap import Filter, Store
+store = Store.open(sys.argv[1])
+{SERVED}
+clients = [socket.socket(socket.AF_UNIX) for _ in paths]
+for client, path in zip(clients, paths):
+    client.settimeout({PATIENCE_SECONDS})
+    with short_path(path) as address:
+        client.connect(address)
+    client.recv(1)
+end, goes_on = os.pipe()
+child = os.fork()
+if not child:
+    os.close(goes_on)
+    os.read(end, 1)
+    os._exit(0)
+guest.close()
+print(server.stop(), control.stop())
+for client in clients:
+    while client.recv(1000):
+        pass
+print("heard", os.waitpid(child, os.WNOHANG)[0])
+os.close(goes_on)
+os.waitpid(child, 0)
+disk.detach()
+"""
+    told = run(sys.executable, "-c", script, tracked.store.path).stdout
+    assert told.split() == ["True", "True", "heard", "0"]
+    tracked.store = Store.open(tracked.store.path)
+
+
 def test_view_that_a_fork_inherits_says_nothing(tracked: TrackedDisk) -> None:
     """It would go on to read pages that its parent gives back."""
     tracked.store.close()

@@ -40,6 +40,7 @@ from lmdbitmap.nbd.listeners import accepted
 from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.tracker.snapshot import Snapshot
 from lmdbitmap.version import __version__
+from lmdbitmap.work import forks
 
 _log = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ class ControlServer:
         self._lock = threading.Lock()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread = threading.Thread(target=self._accept_all, name="lmdbitmap control", daemon=True)
+        forks.is_not_for_children(self)
 
     def start(self) -> None:
         """Listen, and answer in the background. Raise `StorageError` if a socket cannot be made."""
@@ -116,6 +118,16 @@ class ControlServer:
         for caller in _still_here(callers, LAST_WORD_S):
             caller.cut_off_unless_busy()
         return not _still_here(callers, GRACE_S)
+
+    def forsake(self) -> None:
+        """Close the sockets in a forked child, as `Server.forsake` does; nothing is left to stop there."""
+        for listener in self._listeners.values():
+            listener.sock.close()  # its file is the parent's
+        for caller in list(self._callers):
+            caller.forsake()
+        if self._wake_fd >= 0:
+            os.close(self._wake_fd)
+        self._wake_fd = -1
 
     def __enter__(self) -> ControlServer:
         self.start()
@@ -253,6 +265,10 @@ class _Caller(threading.Thread):
                 _log.warning(
                     "disk %s: %s could not be released: %s", snapshot.disk.name, snapshot.name, error
                 )
+
+    def forsake(self) -> None:
+        """Close the socket in a forked child; the caller stays the parent's."""
+        self._sock.close()
 
     def turn_away(self) -> None:
         """Refuse it: there are too many. Does not wait, as the line fits into any socket's buffer."""

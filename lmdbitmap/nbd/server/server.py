@@ -46,6 +46,7 @@ from lmdbitmap.nbd.server.quiet import Quiet
 from lmdbitmap.nbd.server.rounds import Rounds
 from lmdbitmap.nbd.server.traffic import NO_TRAFFIC, Traffic, summed
 from lmdbitmap.nbd.server.visit import Offer, Visit
+from lmdbitmap.work import forks
 from lmdbitmap.work.on_demand import OnDemand
 
 _log = logging.getLogger(__name__)
@@ -111,6 +112,7 @@ class Server:
         self._stopping = False
         self._serving_thread: threading.Thread | None = None
         self._wound_up = threading.Event()
+        forks.is_not_for_children(self)
 
     # -- for its owner -------------------------------------------------------------------------------------
 
@@ -268,6 +270,21 @@ class Server:
         with self._lock:
             visits = list(self._visits)
         return not _still_there(visits, _SLACK_S)
+
+    def forsake(self) -> None:
+        """Close the sockets in a forked child: no client would hear the end of its connection while the child lives.
+
+        The locks are made anew: their holders' threads do not exist here.
+        """
+        listeners, self._listeners = self._listeners, []
+        visits, self._visits = self._visits, {}
+        for listener in listeners:
+            listener.sock.close()  # its file is the parent's
+        for visit in visits:
+            visit.forsake()
+        self._lock, self._wound_up = threading.Lock(), threading.Event()
+        self._stopping = True
+        self._wound_up.set()
 
     # -- taking clients in ---------------------------------------------------------------------------------
 

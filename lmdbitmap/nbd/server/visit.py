@@ -142,6 +142,10 @@ class Visit:
         self.is_let_go = True
         self.cut_off()
 
+    def forsake(self) -> None:
+        """Close the socket in a forked child; the connection goes on in the parent."""
+        self._sock.close()
+
     def join(self, timeout_s: float) -> bool:
         """Wait for its end; return whether it has come."""
         return self._gone.wait(max(timeout_s, 0))
