@@ -469,6 +469,7 @@ def test_stopping_twice_or_before_the_start_is_no_mistake(path: str) -> None:
     server.listen_unix(path)
     assert server.stop()
     assert not Path(path).exists()
+    server.serve_forever()
     assert server.stop()
 
 

@@ -292,7 +292,7 @@ class Server:
         try:
             with selectors.DefaultSelector() as selector:
                 selector.register(self._woken_fd, selectors.EVENT_READ)
-                for listener in self._listeners:
+                for listener in () if self._stopping else self._listeners:  # closed by a `stop` before
                     listener.sock.setblocking(False)
                     selector.register(listener.sock, selectors.EVENT_READ, listener)
                 while not self._stopping:
