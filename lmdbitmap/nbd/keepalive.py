@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from typing import Final
 
@@ -22,4 +23,5 @@ def tune(sock: socket.socket) -> None:
     clients, which can dial again, and not for a server, whose client may be a pipe that stands still.
     """
     for option in _OPTIONS:
-        sock.setsockopt(*option)
+        with contextlib.suppress(OSError):  # older kernels know some of them for TCP alone, not for MPTCP
+            sock.setsockopt(*option)

@@ -18,6 +18,7 @@ from lmdbitmap.errors import StorageError
 from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.images.plain import PlainDisk, PlainLane
 from lmdbitmap.interfaces import BlockDevice, ServedDisk
+from lmdbitmap.nbd import keepalive
 from lmdbitmap.nbd.server.contexts import StatusSource, base_contexts
 from lmdbitmap.nbd.server.rounds import Rounds
 from lmdbitmap.nbd.server.server import Server
@@ -303,6 +304,21 @@ def test_a_host_that_vanished_keeps_no_place_of_a_tcp_server() -> None:
         told = {name: visit._sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in KEEPALIVE}
         assert visit._sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
     assert told == KEEPALIVE
+    assert server.stop()
+
+
+def test_a_socket_that_lacks_an_option_is_served_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one of MPTCP does. Its server ended with the first client."""
+    unknown = (socket.IPPROTO_TCP, 9999, 1)
+    monkeypatch.setattr(keepalive, "_OPTIONS", (unknown, *keepalive._OPTIONS))
+    server = Server({"disk": PlainDisk(MemoryDevice(SIZE))})
+    listener = server.listen_tcp("127.0.0.1", 0)
+    server.start()
+    for _ in range(2):
+        with socket.create_connection(listener.sock.getsockname()) as sock:
+            client = RawClient(sock)
+            client.go("disk")
+            assert client.do(READ, 0, 1).error == 0
     assert server.stop()
 
 
