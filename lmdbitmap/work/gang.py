@@ -52,8 +52,9 @@ class Gang(Generic[T]):
         """Two threads even on one processor: a thread that waits for a disk needs none."""
         self._spared = spared
         self._interrupt = interrupt
-        self._news = threading.Condition()
-        """Guards everything below."""
+        self._lock = threading.RLock()
+        """Guards everything below. A `with` of the condition itself could be interrupted before it lets go."""
+        self._news = threading.Condition(self._lock)
         self._planned: deque[tuple[int, T]] = deque()
         self._count = 0
         """How many pieces were planned."""
@@ -77,7 +78,11 @@ class Gang(Generic[T]):
         except BaseException as failure:
             self._fail(failure)
         finally:
-            self._dismiss()
+            try:
+                self._dismiss()
+            except BaseException:  # an interruption, perhaps before it began
+                self._dismiss()
+                raise
         if self._failure is not None:
             raise self._failure
         self._require_all()
@@ -86,13 +91,13 @@ class Gang(Generic[T]):
     @contextlib.contextmanager
     def in_turn(self, number: int) -> Iterator[None]:
         """Wait until all pieces before this one had their turn. Either every piece takes its turn or none does."""
-        with self._news:
+        with self._lock:
             while self._turn != number:
                 if self._failure is not None:
                     raise self._failure
-                self._news.wait()
+                self._wait()
         yield
-        with self._news:
+        with self._lock:
             self._turn += 1
             self._news.notify_all()
 
@@ -120,7 +125,7 @@ class Gang(Generic[T]):
                 self._is_all_planned = True
                 self._call_more()
                 return bool(self._planned)  # or the others have it all
-            with self._news:
+            with self._lock:
                 self._planned.append((self._count, piece))
                 self._count += 1
                 self._news.notify_all()
@@ -129,7 +134,7 @@ class Gang(Generic[T]):
 
     def _want(self, helpers: int) -> None:
         if helpers != self._wanted:
-            with self._news:
+            with self._lock:
                 self._wanted = helpers
                 self._news.notify_all()
 
@@ -151,7 +156,7 @@ class Gang(Generic[T]):
             try:
                 if not self._is_through and self._failure is None:  # interrupted again before it was noted
                     self._fail(interruption or KeyboardInterrupt())
-                with self._news:
+                with self._lock:
                     self._ends = True
                     self._news.notify_all()
                 for thread in self._threads:
@@ -182,25 +187,36 @@ class Gang(Generic[T]):
 
     def _is_needed(self, number: int) -> bool:
         """Wait for a piece and for a processor for helper `number`; return False when the work is over."""
-        with self._news:
+        with self._lock:
             while not self._ends and self._failure is None:
                 if self._planned and number < self._wanted:
                     return True
-                self._news.wait()
+                self._wait()
         return False
+
+    def _wait(self) -> None:
+        """Wait for news with the lock, and come back with it: an interruption may come just when it was given up."""
+        try:
+            self._news.wait()
+        except BaseException:
+            try:
+                self._news.notify_all()
+            except RuntimeError:  # not ours
+                self._lock.acquire()
+            raise
 
     def _do_next(self, work: Work[T]) -> None:
         """Do the next planned piece, if the other threads left any."""
-        with self._news:
+        with self._lock:
             if not self._planned or self._failure is not None:
                 return
             number, piece = self._planned.popleft()
         work(number, piece)
-        with self._news:
+        with self._lock:
             self._done += 1
 
     def _fail(self, failure: BaseException) -> None:
-        with self._news:
+        with self._lock:
             self._failure = self._failure or failure
             self._news.notify_all()
         self._interrupt()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.work.crew import Spared, none_spared
 from lmdbitmap.work.gang import Gang
 from tests.helpers.spared import EACH, MORE_THAN_THERE_ARE
+from tests.helpers.support import run
 
 PATIENCE_S = 10.0
 
@@ -304,3 +306,80 @@ def test_an_interruption_of_the_noting_of_a_failure_leaves_nobody_waiting(
     made = gang(work)
     with pytest.raises(KeyboardInterrupt):
         made.do("abcd")
+
+
+def test_an_interruption_before_the_end_is_waited_for_leaves_nobody_at_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever is left would write on, to a file that is closed by then."""
+    real, calls, ended = Gang._dismiss, itertools.count(), list[int]()
+    works, let = threading.Event(), threading.Event()
+
+    def dismiss(self: Gang[str]) -> None:
+        if next(calls) == 0:
+            let.set()
+            raise KeyboardInterrupt
+        real(self)
+
+    def work(number: int, piece: str) -> None:
+        if threading.current_thread() is threading.main_thread():
+            assert works.wait(PATIENCE_S)
+            return
+        works.set()
+        assert let.wait(PATIENCE_S)
+        time.sleep(0.05)
+        ended.append(number)
+
+    monkeypatch.setattr(Gang, "_dismiss", dismiss)
+    before = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt):
+        gang(work).do("ab")
+    assert len(ended) == 1
+    assert set(threading.enumerate()) <= before
+
+
+def test_an_interruption_of_a_wait_that_just_gave_up_the_lock_is_raised_as_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def work(number: int, piece: str) -> None:
+        with made.in_turn(1000):
+            raise AssertionError("it had its turn")
+
+    def wait() -> None:
+        made._lock.release()
+        raise KeyboardInterrupt
+
+    made = gang(work, lambda: MORE_THAN_THERE_ARE)
+    monkeypatch.setattr(made._news, "wait", wait)
+    with pytest.raises(KeyboardInterrupt):
+        made.do("ab")
+
+
+INTERRUPTED_AGAIN_AND_AGAIN = """
+import random, signal
+from lmdbitmap.work import crew, gang
+
+gang.processors = crew.processors = lambda: 3
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+
+def work(number, piece):
+    for _ in range(300):
+        pass
+    with made.in_turn(number):
+        pass
+
+for _ in range(150):
+    made = gang.Gang(lambda: work)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(0.001, 0.02))
+        made.do(map(str, range(3000)))
+    except KeyboardInterrupt:
+        pass
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert not any(thread.is_alive() for thread in made._threads)
+"""
+
+
+def test_whatever_a_signal_interrupts_all_threads_end() -> None:
+    """One that comes as a lock is given back must not leave it held: nobody would ever get it."""
+    run(sys.executable, "-c", INTERRUPTED_AGAIN_AND_AGAIN)
