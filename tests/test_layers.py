@@ -106,6 +106,7 @@ def breaches(module: str, source: str, modules: set[str]) -> list[str]:
         *_surface_business(module, tree),
         *_import_time_effects(module, tree),
         *_late_annotations(tree),
+        *_own_locks(tree),
     ]
 
 
@@ -189,6 +190,17 @@ def _late_annotations(tree: ast.Module) -> Iterator[str]:
         and first.names[0].name == "annotations"
     ):
         yield f"line {first.lineno}: from __future__ import annotations comes first"
+
+
+def _own_locks(tree: ast.Module) -> Iterator[str]:
+    """A condition lets go of its lock in Python, and a signal right before that leaves it held for ever.
+
+    So a condition gets a lock, whose own `with`, done in C, is used instead.
+    """
+    for node in ast.walk(tree):
+        is_condition = isinstance(node, ast.Call) and _dotted(node.func) == "threading.Condition"
+        if isinstance(node, ast.Call) and is_condition and not node.args:
+            yield f"line {node.lineno}: a condition without a lock for `with`"
 
 
 def _imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -365,6 +377,7 @@ FUTURE = "from __future__ import annotations\n"
         ("export", "from subprocess import run\nX: int = len([run('true')])", "subprocess.run is called"),
         ("export", "import time\nassert time.time() > 0", "time.time is called at import"),
         ("export", "import threading\nT = threading.Thread()", "threading.Thread is called at import"),
+        ("export", "import threading\nC = threading.Condition()", "a condition without a lock"),
     ],
 )  # fmt: skip
 def test_a_breach_is_named(module: str, source: str, said: str) -> None:

@@ -78,7 +78,9 @@ class Environment:
         self.databases.place = path
         self.disk_keys: dict[str, bytes] = {}
         """See `Reader`."""
-        self._quiet = threading.Condition()
+        self._lock = threading.RLock()
+        """For `with`. That of the condition could be interrupted by a signal right before it lets go of the lock."""
+        self._quiet = threading.Condition(self._lock)
         self._running = 0
         self._resizing = False
         self._mine = threading.local()
@@ -229,7 +231,7 @@ class Environment:
         return self._begin_counted(write)
 
     def _begin_counted(self, write: bool) -> lmdb.Transaction:
-        with self._quiet:
+        with self._lock:
             self._quiet.wait_for(lambda: not self._resizing or self._has_one_open())
             self._count(1)
         try:
@@ -243,7 +245,7 @@ class Environment:
     def _count(self, difference: int) -> None:
         if self.pid != os.getpid():
             return  # another thread of the parent may have held the lock at the fork
-        with self._quiet:
+        with self._lock:
             self._mine.open = getattr(self._mine, "open", 0) + difference
             self._running += difference
             self._quiet.notify_all()
@@ -290,7 +292,7 @@ class Environment:
                 OSError(errno.EDEADLK, "its map must grow, and cannot while this thread has a view open"),
                 next_step="leave the view, and change the store then",
             )
-        with self._quiet:
+        with self._lock:
             self._resizing = True
             try:
                 self._quiet.wait_for(lambda: self._running == 0)

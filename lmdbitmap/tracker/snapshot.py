@@ -87,7 +87,9 @@ class Snapshot(ReadOnlyDevice):
         self._slot_count = min(file.limit_bytes >> self.clusters.granularity_bits, MOST_SLOTS)
         self._used_slots = 0
         self._readers = 0
-        self._reading = threading.Condition()
+        self._lock = threading.RLock()
+        """For `with`. That of the condition could be interrupted by a signal right before it lets go of the lock."""
+        self._reading = threading.Condition(self._lock)
         self._released = False
         self._buffer = new_buffer(_COPY_BYTES)
         self._zeroes = bytes(self.clusters.granularity)
@@ -369,7 +371,7 @@ class Snapshot(ReadOnlyDevice):
 
         Writers keep old data until the last reader is done.
         """
-        with self._reading:
+        with self._lock:
             self._released = True
             self._reading.wait_for(lambda: self._readers == 0)
         self.before_release()
@@ -388,7 +390,7 @@ class Snapshot(ReadOnlyDevice):
     @contextlib.contextmanager
     def _being_read(self) -> Iterator[None]:
         """Keep the file open in the block. Data read there is old data if the block ends without an error."""
-        with self._reading:
+        with self._lock:
             if self._released:
                 raise self._refusal("the snapshot was released")
             self._readers += 1
@@ -397,7 +399,7 @@ class Snapshot(ReadOnlyDevice):
             if self.broken is not None:
                 raise self._refusal(self.broken)
         finally:
-            with self._reading:
+            with self._lock:
                 self._readers -= 1
                 self._reading.notify_all()
 
