@@ -183,14 +183,13 @@ class Follower(Generic[T]):
 
     def _has_thread(self) -> bool:
         if self._thread is None:
-            # A daemon, so that a process that forgot `close` can still exit. `close` waits for it.
-            thread = threading.Thread(target=self._work_on, daemon=True)
+            # A daemon, so that a process that forgot `close` can still exit. `close` waits for it. It is noted before
+            # it starts: an interruption of its start must not leave it waiting for work for ever.
+            self._thread = threading.Thread(target=self._work_on, daemon=True)
             try:
-                thread.start()
+                self._thread.start()
             except RuntimeError:
-                self._refused = True
-            else:
-                self._thread = thread
+                self._thread, self._refused = None, True
         return not self._refused
 
     def _work_on(self) -> None:

@@ -209,6 +209,24 @@ def test_a_follower_whose_thread_cannot_start_has_whoever_asks_do_the_work(
             assert follower.answer() == threading.get_ident()
 
 
+def test_a_follower_whose_start_was_interrupted_ends_when_it_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before, start, begun = set(threading.enumerate()), threading.Thread.start, list[threading.Thread]()
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        begun.append(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    follower: Follower[None] = Follower()
+    with contextlib.closing(follower), pytest.raises(KeyboardInterrupt):
+        follower.hand(lambda: None)
+    assert len(begun) == 1
+    assert set(threading.enumerate()) <= before
+
+
 def test_closing_a_follower_waits_for_its_work_whatever_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the work uses, as a descriptor, is given back after that."""
     begun, go_on, done = threading.Event(), threading.Event(), []
