@@ -8,6 +8,7 @@ a GiB.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterable
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterable
 from lmdbitmap.copying import digest_algorithms
 from lmdbitmap.copying.digest_algorithms import DIGEST_BYTES
 from lmdbitmap.copying.hashing import ChunkHasher, chunk_digests
-from lmdbitmap.errors import FormatError, os_errors_at
+from lmdbitmap.errors import FormatError, LmdbitmapError, NotFound, StorageError, os_errors_at
 from lmdbitmap.geometry import ceil_div
 from lmdbitmap.repository.backup_files import digests_name, sha256_of
 from lmdbitmap.repository.backup_folder import BackupFolder
@@ -78,6 +79,12 @@ def read_digests(folder: BackupFolder, image_length: int, chunks: ChunkDigests) 
             next_step="get the file from a copy of the repository",
         )
     return found
+
+
+def is_damage(error: LmdbitmapError) -> bool:
+    """Return whether the error tells of other data, or none, or of a disk that cannot read it, and not of a refusal."""
+    is_of_a_bad_disk = isinstance(error, StorageError) and error.errno == errno.EIO
+    return is_of_a_bad_disk or isinstance(error, (FormatError, NotFound))
 
 
 def digests_length(image_length: int, chunk_size: int) -> int:

@@ -20,11 +20,11 @@ from typing import NamedTuple
 
 from lmdbitmap.copying.digest_algorithms import DIGEST_BYTES, new_hasher
 from lmdbitmap.copying.hashing import digest_at
-from lmdbitmap.errors import FormatError, NotFound, os_errors_at
+from lmdbitmap.errors import FormatError, LmdbitmapError, os_errors_at
 from lmdbitmap.geometry import ceil_div
 from lmdbitmap.images.file_pool import PooledFile
 from lmdbitmap.repository.backup_folder import BackupFolder
-from lmdbitmap.repository.digests import found_digest, read_digests, require_algorithms
+from lmdbitmap.repository.digests import found_digest, is_damage, read_digests, require_algorithms
 from lmdbitmap.repository.manifest import BackupEntry, ChunkDigests
 from lmdbitmap.work.crew import Threads
 
@@ -116,7 +116,9 @@ def chunk_proof(folder: BackupFolder, entry: BackupEntry, file: PooledFile) -> C
     require_algorithms(folder, [entry])
     try:
         digests = read_digests(folder, file.size, entry.chunks)
-    except (FormatError, NotFound) as unusable:
+    except LmdbitmapError as unusable:
+        if not is_damage(unusable):
+            raise
         log.warning("%s: the image is proven as a whole, which takes longer", unusable.problem)
         return None
     return ChunkProof(file, entry.chunks, digests, partial(folder.step_without, entry))

@@ -5,6 +5,7 @@
   needs them.
 - Its chunks have the digests that the file beside it lists, and that file has the digest in the manifest. If that file
   is missing or damaged, or was never made, the image is proven by its digest as a whole.
+- What the disk cannot read is a flaw like any other, and the rest is proven.
 - An image that cannot be proven, because this Python lacks the package for its digests, is not sound either.
 
 Digests are computed in as many threads as there are processors. Images are opened one after the other, so that a chain
@@ -15,6 +16,7 @@ whatever else was changed.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections import deque
@@ -41,7 +43,7 @@ from lmdbitmap.geometry import ceil_div
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.repository.backup_chain import are_still, image_reader
 from lmdbitmap.repository.backup_folder import BackupFolder
-from lmdbitmap.repository.digests import found_digest, read_digests, require_algorithms
+from lmdbitmap.repository.digests import found_digest, is_damage, read_digests, require_algorithms
 from lmdbitmap.repository.manifest import BackupEntry, ChunkDigests, Manifest, chain_to, id_at
 from lmdbitmap.repository.repository import folders_of, known_backups
 from lmdbitmap.work.crew import Threads
@@ -49,6 +51,7 @@ from lmdbitmap.work.progress import Progress, Report
 
 MAX_FLAWS = 1000
 """Flaws that are listed; more are counted."""
+_OTHER_DATA, _UNREADABLE = "the data is not what was backed up", "the disk cannot read the data"
 _BATCH_BYTES = 16 << 20
 """Bytes that a thread hashes at once."""
 
@@ -288,11 +291,13 @@ class _Image:
             yield _Check(partial(self._unless_gone, check), stop - start)
 
     def _unless_gone(self, check: Callable[[], list[Flaw]]) -> list[Flaw]:
-        """Return what a check finds; a file that has gone or changed since is a flaw too."""
+        """Return what a check finds; a file that cannot be read, has gone or changed since is a flaw too."""
         path = self._path
         try:
             return check()
-        except (FormatError, NotFound) as wrong:
+        except LmdbitmapError as wrong:
+            if not is_damage(wrong):
+                raise
             if self._path != path:  # it got its name at this very moment
                 return self._unless_gone(check)
             return [self._flaw(wrong)]
@@ -307,7 +312,9 @@ class _Image:
         """Return why the digests of the chunks cannot be used; None if they can."""
         try:
             read_digests(self._folder, self._entry.bytes_stored, chunks)
-        except (FormatError, NotFound) as wrong:
+        except LmdbitmapError as wrong:
+            if not is_damage(wrong):
+                raise
             return self._flaw(wrong, self._folder.path_of(chunks.file))
         return None
 
@@ -325,14 +332,15 @@ class _Image:
         count = ceil_div(stop, chunks.chunk_size) - first
         with _opened(path) as fd, os_errors_at(path):
             digests = os.pread(fd, DIGEST_BYTES * count, DIGEST_BYTES * first)
-        damaged: list[tuple[int, int]] = []
+        damaged: dict[str, list[tuple[int, int]]] = {_OTHER_DATA: [], _UNREADABLE: []}
         with _opened(self._path) as fd, os_errors_at(self._path):
             for number, offset in enumerate(range(start, stop, chunks.chunk_size)):
                 length = min(chunks.chunk_size, stop - offset)
                 digest = digests[DIGEST_BYTES * number : DIGEST_BYTES * (number + 1)]
-                if digest_at(fd, chunks.algorithm, offset, length) != digest:
-                    _lengthen(damaged, offset, length)
-        return [self._bytes_flaw("the data is not what was backed up", *run) for run in damaged]
+                problem = _wrong_with_chunk(fd, chunks, offset, length, digest)
+                if problem is not None:
+                    _lengthen(damaged[problem], offset, length)
+        return [self._bytes_flaw(problem, *run) for problem, runs in damaged.items() for run in runs]
 
     def _flaw(self, wrong: LmdbitmapError, path: str | None = None) -> Flaw:
         return Flaw(self._folder.disk_name, self._entry.id, path or self._path, wrong.problem)
@@ -344,6 +352,16 @@ class _Image:
     def _bytes_flaw(self, problem: str, offset: int, length: int) -> Flaw:
         where = f"{self._path}: bytes {offset}..{offset + length}: {problem}"
         return Flaw(self._folder.disk_name, self._entry.id, self._path, where, offset, length)
+
+
+def _wrong_with_chunk(fd: int, chunks: ChunkDigests, offset: int, length: int, digest: bytes) -> str | None:
+    try:
+        found = digest_at(fd, chunks.algorithm, offset, length)
+    except OSError as refusal:
+        if refusal.errno != errno.EIO:
+            raise
+        return _UNREADABLE
+    return None if found == digest else _OTHER_DATA
 
 
 def _lengthen(runs: list[tuple[int, int]], offset: int, length: int) -> None:

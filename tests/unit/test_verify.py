@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import resource
 import shutil
@@ -14,12 +15,13 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lmdbitmap.copying.digest_algorithms import DigestAlgorithm
 from lmdbitmap.copying.hashing import CHUNK_BYTES
-from lmdbitmap.errors import Busy, InvalidArgument, NotFound
+from lmdbitmap.errors import Busy, InvalidArgument, NotFound, error_from_os
 from lmdbitmap.repository import verify as verify_module
 from lmdbitmap.repository.backup_files import sha256_of
 from lmdbitmap.repository.manifest import BackupEntry, BackupType
@@ -27,6 +29,8 @@ from lmdbitmap.repository.manifest_file import MANIFEST, NEXT
 from lmdbitmap.repository.prune import prune
 from lmdbitmap.repository.retention import Retention
 from lmdbitmap.repository.verify import MAX_FLAWS, Flaw, VerifyResult, verify
+from lmdbitmap.restoring.restore import restore
+from lmdbitmap.system import files
 from tests.helpers.backed_up import BackedUpDisk, Repositories
 from tests.helpers.support import no_ascii
 from tests.helpers.tracked import NAME, quick_folder
@@ -108,6 +112,65 @@ def test_sound_backups_are_read_whole(disk: Repositories) -> None:
     assert (result.is_sound, result.flaws, result.flaw_count) == (True, (), 0)
     assert (result.disks, result.image_count) == ((NAME,), 3)
     assert result.bytes_read == sum(entry.bytes_stored for entry in entries)
+
+
+@pytest.fixture
+def bad_sector(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int], None]:
+    """Has the disk under a file be unable to read the byte at an offset from then on."""
+    bad: dict[str, int] = {}
+
+    def refusing(read: Callable[..., Any], length_of: Callable[[Any], int]) -> Callable[..., Any]:
+        def refuse(fd: int, into: Any, offset: int) -> Any:
+            at = bad.get(os.readlink(f"/proc/self/fd/{fd}"))
+            if at is not None and offset <= at < offset + length_of(into):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return read(fd, into, offset)
+
+        return refuse
+
+    def refuse_to_read_all(path: str, limit: int) -> bytes:
+        if path in bad:
+            raise error_from_os(path, OSError(errno.EIO, os.strerror(errno.EIO)))
+        return read_bounded(path, limit)
+
+    read_bounded = files.read_bounded
+    monkeypatch.setattr(files, "read_bounded", refuse_to_read_all)
+    monkeypatch.setattr(os, "pread", refusing(os.pread, int))
+    monkeypatch.setattr(os, "preadv", refusing(os.preadv, lambda buffers: sum(map(len, buffers))))
+    return lambda path, offset: bad.update({str(path): offset})
+
+
+def test_what_the_disk_cannot_read_is_a_flaw_and_the_rest_is_proven(
+    disk: Repositories, bad_sector: Callable[[Path, int], None]
+) -> None:
+    bad_sector(path_of(disk, 0), 3 * MIB + 7)
+    flip(path_of(disk, 0), 5 * MIB)
+    flip(path_of(disk, 1), MIB)
+    result = verified(disk)
+    assert [(flaw.backup, flaw.offset, flaw.length) for flaw in result.flaws] == [
+        ("1", 5 * MIB, MIB), ("1", 3 * MIB, MIB), ("2", MIB, MIB)
+    ]  # fmt: skip
+    assert result.flaws[1].problem.endswith("bytes 3145728..4194304: the disk cannot read the data")
+    assert result.image_count == 3
+
+
+@pytest.mark.parametrize("what", ["header", "digests", "tables"])
+def test_whatever_the_disk_cannot_read_of_an_image_is_a_flaw(
+    disk: Repositories, bad_sector: Callable[[Path, int], None], what: str
+) -> None:
+    path = digests_of(disk, 0) if what == "digests" else path_of(disk, 0)
+    bad_sector(path, 0 if what != "tables" else path.stat().st_size - 1)
+    result = verified(disk)
+    assert {(flaw.backup, flaw.path) for flaw in result.flaws} == {("1", str(path))}
+    assert "Input/output error" in result.flaws[0].problem or what == "tables"
+
+
+def test_digests_that_the_disk_cannot_read_keep_nothing_from_being_restored(
+    disk: Repositories, bad_sector: Callable[[Path, int], None]
+) -> None:
+    bad_sector(digests_of(disk, 0), 0)
+    restore(disk.folder / "backups", NAME, disk.folder / "out.raw")
+    assert (disk.folder / "out.raw").stat().st_size == SIZE
 
 
 def test_progress_comes_to_its_end(disk: Repositories) -> None:
