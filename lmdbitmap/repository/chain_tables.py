@@ -24,7 +24,7 @@ from functools import partial
 from typing import NamedTuple
 
 from lmdbitmap.copying.digest_algorithms import is_available
-from lmdbitmap.errors import FormatError, LmdbitmapError, NotFound, StorageError, os_errors_at
+from lmdbitmap.errors import FormatError, LmdbitmapError, StorageError, os_errors_at
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.images.file_pool import FilePool, PooledFile
 from lmdbitmap.qcow2 import Qcow2Reader
@@ -40,7 +40,7 @@ from lmdbitmap.qcow2.layout import (
 )
 from lmdbitmap.repository.backup_chain import image_reader
 from lmdbitmap.repository.backup_folder import BackupFolder
-from lmdbitmap.repository.digests import digests_length, read_digests
+from lmdbitmap.repository.digests import digests_length, is_damage, read_digests
 from lmdbitmap.repository.manifest import BackupEntry
 from lmdbitmap.repository.proof import ChunkProof
 
@@ -117,7 +117,9 @@ def _prove_header(folder: BackupFolder, entry: BackupEntry, left: int) -> int:
         return 0
     try:
         digests = read_digests(folder, entry.bytes_stored, chunks)
-    except (FormatError, NotFound):
+    except LmdbitmapError as unusable:
+        if not is_damage(unusable):
+            raise
         return cost
     with FilePool(1) as pool:
         file = PooledFile(pool, folder.image_path(entry.file))
