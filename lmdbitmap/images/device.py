@@ -107,12 +107,13 @@ class FileDevice:
 
         A block device is identified by its number, its size and the kernel's counters: the inode and mtime of its node
         say nothing about its data. An mtime that 64 bits cannot hold, as one after the year 2262, is the nearest that
-        they can: no write leaves such a time.
+        they can: no write leaves such a time. Raises `StorageError`.
         """
-        status = os.fstat(self._fd)
-        if self.is_block_device:
-            size, trace = os.lseek(self._fd, 0, os.SEEK_END), kernel.device_trace(status.st_rdev)
-            return ImageIdentity(status.st_rdev, 0, size, 0, trace)
+        with os_errors_at(self.path):
+            status = os.fstat(self._fd)
+            if self.is_block_device:
+                size, trace = os.lseek(self._fd, 0, os.SEEK_END), kernel.device_trace(status.st_rdev)
+                return ImageIdentity(status.st_rdev, 0, size, 0, trace)
         mtime_ns = min(max(status.st_mtime_ns, _EARLIEST_NS), _LATEST_NS)
         return ImageIdentity(status.st_dev, status.st_ino, status.st_size, mtime_ns)
 

@@ -6,6 +6,8 @@ import os
 import time
 from typing import Final
 
+from lmdbitmap.errors import os_errors_at
+from lmdbitmap.images.device import FileDevice
 from lmdbitmap.interfaces import ImageIdentity, TrackableDevice
 
 _CLOCK_REALTIME_COARSE: Final = 5
@@ -24,7 +26,8 @@ def identity_to_keep(device: TrackableDevice) -> ImageIdentity:
     """
     identity = settled_identity(device)
     if device.fd is not None:
-        os.fsync(device.fd)
+        with os_errors_at(device.path if isinstance(device, FileDevice) else "the image"):
+            os.fsync(device.fd)
     return identity
 
 

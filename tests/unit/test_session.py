@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, NotFound
+from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, NotFound, StorageError
 from lmdbitmap.extents import Trust
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.images.identity import identity_to_keep
@@ -60,6 +62,19 @@ def test_old_and_future_times_are_not_waited_for(tracked: TrackedDisk, mtime_ns:
     os.utime(tracked.image, ns=(mtime_ns, mtime_ns))
     with closing(FileDevice.open(tracked.image)) as device:
         assert identity_to_keep(device).mtime_ns == mtime_ns
+
+
+@pytest.mark.parametrize("call", ["fstat", "fsync"])
+def test_image_that_shows_no_identity_is_named(
+    tracked: TrackedDisk, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def refuse(fd: int) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with closing(FileDevice.open(tracked.image)) as device, monkeypatch.context() as patch:
+        patch.setattr(os, call, refuse)
+        with pytest.raises(StorageError, match=f"^{re.escape(str(tracked.image))}: Stale file handle"):
+            identity_to_keep(device)
 
 
 def test_identity_is_kept_only_with_its_mtime_on_the_disk(
