@@ -94,9 +94,11 @@ def _the_same(path: str, known: ImageIdentity | None) -> FileDevice:
         if known is None:
             raise
         raise _changed(path) from gone
-    if known is not None and device.identity() != known:
-        device.close()
-        raise _changed(path)
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(device.close)
+        if known is not None and device.identity() != known:
+            raise _changed(path)
+        on_failure.pop_all()
     return device
 
 

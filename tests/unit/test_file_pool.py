@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import threading
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.errors import Busy, NotFound
+from lmdbitmap.errors import Busy, NotFound, StorageError
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.images.file_pool import FilePool, PooledFile
 from tests.helpers.support import open_files
@@ -97,6 +98,28 @@ def test_a_file_that_was_replaced_or_renamed_while_it_was_closed_is_told(
             (tmp_path / "c").rename(tmp_path / "a")
         with pytest.raises(Busy, match="a was changed or replaced while it was read; begin again"):
             file.pread(1, 0)
+
+
+def test_a_file_that_cannot_be_looked_at_is_not_left_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its locks would keep writers out for as long as this process lives."""
+
+    def refuse(fd: int) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    for name in "ab":
+        (tmp_path / name).write_bytes(b"x")
+    with FilePool(most_open=1) as pool:
+        file = PooledFile(pool, str(tmp_path / "a"))
+        read(pool, tmp_path / "b")
+        before = len(open_files())
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fstat", refuse)
+            with pytest.raises(StorageError, match="Stale file handle"):
+                file.pread(1, 0)
+        assert len(open_files()) == before - 1  # room was made for it
+        assert file.pread(1, 0) == b"x"
 
 
 def test_a_pool_that_is_closed_opens_nothing_more(tmp_path: Path) -> None:
