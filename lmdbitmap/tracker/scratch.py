@@ -18,6 +18,7 @@ from typing import Final, NamedTuple
 from lmdbitmap.errors import os_errors_at
 from lmdbitmap.system import linux
 from lmdbitmap.system.files import pwrite_whole
+from lmdbitmap.work import forks
 
 DEFAULT_LIMIT_BYTES: Final = 10 << 30
 _SPARE_BYTES: Final = 1 << 30
@@ -47,6 +48,7 @@ class ScratchFile:
             except BaseException:
                 os.close(self._fd)
                 raise
+        forks.is_not_for_children(self)
 
     @property
     def is_open(self) -> bool:
@@ -88,6 +90,10 @@ class ScratchFile:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+    def forsake(self) -> None:
+        """Close the file in a forked child: its room would be taken for as long as the child lives."""
+        self.close()
 
 
 def _nameless_file(folder: str | os.PathLike[str]) -> int:

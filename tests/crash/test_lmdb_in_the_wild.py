@@ -175,6 +175,38 @@ disk.detach()
     assert blocks_of(tracked.changes("start")) == {0, 2}
 
 
+def test_room_for_old_data_is_given_back_although_a_fork_lives(tracked: TrackedDisk) -> None:
+    tracked.store.close()
+    script = f"""
+import os, sys, warnings
+warnings.simplefilter("ignore")
+from lmdbitmap import Filter, Scratch, Store
+store = Store.open(sys.argv[1])
+{ATTACHED}
+snapshot = disk.snapshot("held", Scratch(store.path))
+disk.pwrite(b"x", 0)
+(end, goes_on), (ready, is_ready) = os.pipe(), os.pipe()
+child = os.fork()
+if not child:
+    os.close(goes_on)
+    os.write(is_ready, b"x")
+    os.read(end, 1)
+    os._exit(0)
+os.read(ready, 1)
+assert snapshot.kept_bytes > 0
+assert snapshot.pread(6, 0) == b"parent"
+snapshot.release()
+folder = f"/proc/{{child}}/fd"
+print(sum(os.readlink(f"{{folder}}/{{fd}}").endswith("(deleted)") for fd in os.listdir(folder)))
+os.close(goes_on)
+os.waitpid(child, 0)
+disk.detach()
+"""
+    told = run(sys.executable, "-c", script, tracked.store.path).stdout
+    assert told.split() == ["0"]
+    tracked.store = Store.open(tracked.store.path)
+
+
 def test_clients_hear_the_end_although_a_fork_lives(tracked: TrackedDisk) -> None:
     """A guest connects again only once its connection has ended."""
     tracked.store.close()
