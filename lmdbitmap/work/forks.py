@@ -6,6 +6,7 @@ that register here and are abandoned in the child before anything else runs ther
 
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
 from typing import Protocol
@@ -32,6 +33,7 @@ def is_not_for_children(thing: Heirloom) -> None:
 
 
 def _forsake_all() -> None:
-    for thing in list(_heirlooms):
-        thing.forsake()
-    _heirlooms.clear()
+    with contextlib.ExitStack() as each:  # each is forsaken even if another fails, as NFS may at a close
+        each.callback(_heirlooms.clear)
+        for thing in list(_heirlooms):
+            each.callback(thing.forsake)

@@ -34,6 +34,30 @@ for generation in range(2):
 """
 
 
+FAILING = """
+import os
+from lmdbitmap.work import forks
+
+class Thing:
+    def forsake(self):
+        print("forsaken", flush=True)
+        raise OSError("by intent")
+
+things = [Thing() for _ in range(3)]
+for thing in things:
+    forks.is_not_for_children(thing)
+for _ in range(2):
+    child = os.fork()
+    if child == 0:
+        os._exit(len(forks._heirlooms))
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+def test_everything_is_forsaken_although_something_fails() -> None:
+    assert run(sys.executable, "-c", FAILING).stdout.split() == ["forsaken", "forsaken", "forsaken", "0"] * 2
+
+
 def test_child_is_told_before_it_runs_and_once() -> None:
     said = run(sys.executable, "-c", FORK).stdout.splitlines()
     assert said == ["forsaken kept", "child", "parent"] * 2
