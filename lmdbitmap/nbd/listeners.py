@@ -17,6 +17,7 @@ import socket
 import ssl
 import stat
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Final, Protocol
 
@@ -33,16 +34,26 @@ _ACCEPT_PAUSE_S: Final = 0.1
 _log = logging.getLogger(__name__)
 
 
+_refusing: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+"""Sockets at which nobody can be accepted, as was logged."""
+
+
 def accepted(listening: socket.socket, whom: str) -> socket.socket | None:
-    """Accept a client. Return None if it left meanwhile, or if none can be accepted, which is logged."""
+    """Accept a client. Return None if it left meanwhile, or if none can be accepted.
+
+    That is logged once, until one is accepted again: who waits is tried ten times a second.
+    """
     try:
         sock, _ = listening.accept()
     except (BlockingIOError, ConnectionError):  # the client left already
         return None
     except OSError as refused:
-        _log.warning("cannot take a %s in: %s", whom, refused)
+        if listening not in _refusing:
+            _refusing.add(listening)
+            _log.warning("cannot take a %s in, and will try again: %s", whom, refused)
         time.sleep(_ACCEPT_PAUSE_S)  # out of descriptors or memory: asking again at once would only spin
         return None
+    _refusing.discard(listening)
     return sock
 
 

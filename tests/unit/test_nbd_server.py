@@ -19,6 +19,7 @@ from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.images.plain import PlainDisk, PlainLane
 from lmdbitmap.interfaces import BlockDevice, ServedDisk
 from lmdbitmap.nbd import keepalive
+from lmdbitmap.nbd.listeners import accepted
 from lmdbitmap.nbd.server.contexts import StatusSource, base_contexts
 from lmdbitmap.nbd.server.rounds import Rounds
 from lmdbitmap.nbd.server.server import Server
@@ -373,6 +374,35 @@ def test_log_tells_who_came_and_what_they_did(path: str, caplog: pytest.LogCaptu
     assert came.getMessage() == f"disk disk: {who} is connected"
     assert left.getMessage() == f"disk disk: {who} is gone: 1 writes; 156 bytes in, 16 out"
     assert (left.__dict__["disk"], left.__dict__["client"]) == ("disk", who)
+
+
+class FullSocket(socket.socket):
+    """Accepts as often as there is room."""
+
+    room = 0
+
+    def accept(self) -> tuple[socket.socket, object]:
+        if not self.room:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        self.room -= 1
+        return socket.socket(), None
+
+
+def test_want_of_descriptors_is_told_once_until_it_is_over(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("lmdbitmap.nbd.listeners._ACCEPT_PAUSE_S", 0)
+    with FullSocket() as listening, FullSocket() as other:
+        for _ in range(2):
+            for _ in range(20):
+                assert accepted(listening, "client") is None
+            assert accepted(other, "caller") is None
+            listening.room = 1
+            client = accepted(listening, "client")
+            assert client is not None
+            client.close()
+    told = [record.message.partition(",")[0] for record in caplog.records]
+    assert told == ["cannot take a client in", "cannot take a caller in", "cannot take a client in"]
 
 
 def test_a_client_that_says_nothing_is_dropped_when_its_time_is_up(path: str) -> None:
