@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ import pytest
 from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.images.plain import PlainDisk
 from lmdbitmap.nbd.server import visit as visiting
+from lmdbitmap.nbd.server.complaints import Volume
 from lmdbitmap.nbd.server.rounds import Rounds
 from lmdbitmap.nbd.server.visit import Offer, Visit
 from tests.helpers.nbd_raw import GO, READ, RawClient, option, string
@@ -26,6 +28,7 @@ class House:
     def __init__(self) -> None:
         self.asked = 0
         self.ended = threading.Event()
+        self.volume = Volume()
 
     def served(self) -> Mapping[str, Offer]:
         self.asked += 1
@@ -44,6 +47,7 @@ class House:
             enter=self.enter,
             ended=lambda _: self.ended.set(),
             rounds=Rounds(),
+            volume=self.volume,
         )
         return visit, RawClient(theirs)
 
@@ -90,8 +94,10 @@ def test_time_that_an_answer_took_counts_for_the_handshake(monkeypatch: pytest.M
     assert (house.asked, visit.export_name) == (1, None)
 
 
-def test_a_visit_without_a_thread_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever waits for all to end waits for nothing else."""
+def test_a_visit_without_a_thread_has_ended(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever waits for all to end waits for nothing else. A client that tries again for ever fills no log."""
 
     def no_more_threads(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -104,3 +110,10 @@ def test_a_visit_without_a_thread_has_ended(monkeypatch: pytest.MonkeyPatch) -> 
         assert client.is_closed_by_server()
     assert house.ended.is_set()
     assert visit.join(0)
+    for _ in range(30):
+        visit, client = house.visit()
+        with client:
+            assert not visit.start()
+    us = f"process {os.getpid()} of user {os.getuid()}"
+    told = f"{us} was turned away: there is no thread for it (can't start new thread)"
+    assert caplog.messages == [told] * 10
