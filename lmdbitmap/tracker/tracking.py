@@ -20,12 +20,13 @@ import contextlib
 import dataclasses
 import errno
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from lmdbitmap.bits import Run
-from lmdbitmap.errors import Busy, LmdbitmapError, StorageError, Untrusted, os_errors_at
+from lmdbitmap.errors import Busy, LmdbitmapError, StorageError, Untrusted, error_from_os, os_errors_at
 from lmdbitmap.extents import Trust
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import FlushesByItself, ImageIdentity, LeavesDoubt, TrackableDevice
@@ -101,6 +102,10 @@ class Tracking:
             self.period.make_durable(runs)
         except LmdbitmapError as error:
             self._tracking_failed(error)
+            return False
+        except MemoryError:  # the guest's write needs none
+            lack = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+            self._tracking_failed(error_from_os("the bitmap in memory", lack))
             return False
         return True
 

@@ -37,7 +37,7 @@ SIZE = BLOCKS * BLOCK
 
 
 class SickStore:
-    """Makes a store's commits fail while `errno` is set."""
+    """Makes a store's commits fail while `errno` is set; with ENOMEM as Python does, which is interrupted by that."""
 
     def __init__(self, store: Store) -> None:
         self.errno: int | None = None
@@ -48,6 +48,8 @@ class SickStore:
     def update(self, change: Callable[..., Any]) -> Any:
         if self.errno is not None:
             self.refused += 1
+            if self.errno == errno.ENOMEM:
+                raise MemoryError
             raise StorageError("store", OSError(self.errno, "injected"), next_step="free some space")
         return self._update(change)
 
@@ -86,7 +88,7 @@ ILLNESSES = [errno.ENOSPC, errno.EIO, errno.EROFS]
 # --- guest-first ---
 
 
-@pytest.mark.parametrize("illness", ILLNESSES)
+@pytest.mark.parametrize("illness", [*ILLNESSES, errno.ENOMEM])
 def test_guest_goes_on_and_nothing_is_believed(guest_first: Patient, illness: int) -> None:
     disk, tracked = guest_first.disk, guest_first.tracked
     guest_first.sick.errno = illness
@@ -404,6 +406,18 @@ def test_strict_write_fails_with_the_stores_errno_and_writes_nothing(strict: Pat
     assert trust_of(disk.changes(since="start")) is Trust.EXACT
     assert blocks_of(disk.changes(since="start")) == {0, 150}
     assert 100 not in strict.tracked.stored_dirt()
+
+
+def test_strict_write_for_which_there_is_no_memory_fails(strict: Patient) -> None:
+    strict.sick.errno = errno.ENOMEM
+    with pytest.raises(StorageError, match=r"cannot record a write .*: Cannot allocate memory") as refused:
+        strict.disk.pwrite(b"x", 100 * BLOCK)
+    assert refused.value.errno == errno.ENOMEM
+    assert strict.disk.pread(1, 100 * BLOCK) == b"\0"
+    strict.sick.errno = None
+    strict.disk.pwrite(b"x", 150 * BLOCK)
+    assert trust_of(strict.disk.changes(since="start")) is Trust.EXACT
+    assert blocks_of(strict.disk.changes(since="start")) >= {0, 150}
 
 
 def test_strict_write_to_settled_blocks_needs_no_store(strict: Patient) -> None:
