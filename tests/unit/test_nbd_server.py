@@ -575,6 +575,17 @@ def test_an_end_that_was_interrupted_is_left_to_stop(path: str, monkeypatch: pyt
     assert answers == [(3, 0)]
 
 
+def test_who_comes_while_the_server_ends_is_told_of_as_that(caplog: pytest.LogCaptureFixture) -> None:
+    server = Server({"disk": PlainDisk(MemoryDevice(SIZE))})
+    assert server.stop()
+    ours, theirs = socket.socketpair()
+    with theirs:
+        assert not server.take_in(ours)
+    assert [record.message.partition(" was ")[2] for record in caplog.records] == [
+        "turned away: the server ends"
+    ]
+
+
 def test_server_that_finds_no_thread_has_ended(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_more_threads(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")

@@ -323,7 +323,7 @@ class Server:
             tls=None if door is None else door.tls,
         )
         if not self._admit(visit):
-            visit.has_no_room("too many come at once")
+            visit.has_no_room("the server ends" if self._stopping else "too many come at once")
             sock.close()
             return False
         self._make_room(door)
