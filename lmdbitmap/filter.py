@@ -94,11 +94,12 @@ class Filter(Front):
 
         If the image was written outside the filter, a new epoch begins (see continuity.py). Raises `NotFound` without
         such a disk or image, `Busy` while another process owns the disk or has the image open, `StorageError` where
-        the system refuses. A crash can cost as much as `max_armed` extents, and fewer mean more commits.
+        the system refuses. A crash can cost as much as `max_armed` extents, and fewer mean more commits; with 0, every
+        new dirt is one.
         `background=False` leaves beats and passes to the caller.
         """
-        if max_armed < 1:
-            raise InvalidArgument(f"{max_armed} armed extents", next_step="allow one at least")
+        if max_armed < 0:
+            raise InvalidArgument(f"{max_armed} armed extents", next_step="allow 0 or more")
         with session.owning(store, name, open_device) as owned:
             disk = session.begin(store, owned)
             attached = cls(store, disk, owned.device, owned.owner, max_armed=max_armed)

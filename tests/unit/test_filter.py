@@ -829,11 +829,10 @@ def test_a_disk_is_let_go_though_a_snapshot_of_it_cannot_be_waited_for(
         assert dirty(again) == set()
 
 
-@pytest.mark.parametrize("most", [0, -1])
-def test_a_disk_without_armed_extents_is_not_attached(tracked: TrackedDisk, most: int) -> None:
+def test_a_disk_with_fewer_than_no_armed_extents_is_not_attached(tracked: TrackedDisk) -> None:
     with pytest.raises(InvalidArgument):
-        tracked.attach(max_armed=most)
-    with closing(tracked.attach(max_armed=1)) as disk:
+        tracked.attach(max_armed=-1)
+    with closing(tracked.attach(max_armed=0)) as disk:
         disk.pwrite(b"guest", 0)
         disk.pwrite(b"guest", SIZE // 2)
         assert len(dirty(disk)) == 2
