@@ -37,10 +37,6 @@ class LockedFile:
         if fd >= 0:
             os.close(fd)
 
-    def __del__(self) -> None:
-        """Let go of what an interruption took from everybody, as right before its `with`: else it would stay locked."""
-        self.close()
-
     def forsake(self) -> None:
         """Close the file in a forked child; the lock stays the parent's."""
         self.close()

@@ -380,12 +380,6 @@ def test_locking_keeps_the_content_and_makes_new_files_private(tmp_path: Path) -
     assert mode_of(tmp_path / "new") == 0o600
 
 
-def test_a_lock_that_an_interruption_took_from_everybody_is_given_back(tmp_path: Path) -> None:
-    """It came before the `with` that was to close it."""
-    assert file_locks.lock_file(tmp_path / "lock").fd >= 0
-    file_locks.lock_file(tmp_path / "lock").close()
-
-
 def test_lock_file_removed_before_it_was_locked_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
