@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import resource
 import signal
 import socket
 import struct
@@ -21,7 +22,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lmdbitmap.errors import Busy, FormatError, InvalidArgument, LmdbitmapError, NotFound
+from lmdbitmap.errors import (
+    Busy,
+    FormatError,
+    InvalidArgument,
+    LmdbitmapError,
+    NotFound,
+    StorageError,
+)
 from lmdbitmap.interfaces import Allocation, TrackableDevice
 from lmdbitmap.nbd.client.device import NbdDevice
 from tests.helpers.nbd_far import (
@@ -108,6 +116,16 @@ def test_server_that_listens_and_says_nothing_is_busy(
     far.is_silent = True
     with pytest.raises(Busy, match="did not answer"):
         opened(far)
+
+
+def test_that_we_may_not_connect_is_not_said_of_the_server(far: FarServer) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(StorageError, match="Too many open files; raise the limit on open files"):
+            opened(far)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def hanging(host: str, stack: ExitStack) -> tuple[str, int]:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Final
 
-from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, NotFound
+from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, NotFound, error_from_os
 from lmdbitmap.geometry import ceil_div, check_range
 from lmdbitmap.interfaces import Allocation, Buffer, ImageIdentity, joined
 from lmdbitmap.nbd import protocol as nbd
@@ -45,6 +45,8 @@ _EFFECT_CHUNK: Final = 1 << 30
 request delays all that follow. Also the limit of a status question, unless headers are extended.
 """
 _TOO_LONG: Final = (nbd.NBD_EINVAL, nbd.NBD_EOVERFLOW)
+_NOT_OF_THE_SERVER: Final = (errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Refusals of our own system: nobody was asked whether a server is there."""
 _DATA: Final = Allocation(0, hole=False, zero=False)
 
 
@@ -96,8 +98,8 @@ class NbdDevice:
         """Connect once to the export that an NBD URI names.
 
         Raises `NotFound` if nobody serves it, `Busy` if the server does not answer, `FormatError` if it is no NBD
-        server, and `InvalidArgument` if TLS is not agreed on, or if an export to be written is read-only or cannot
-        flush.
+        server, `InvalidArgument` if TLS is not agreed on, or if an export to be written is read-only or cannot flush,
+        and `StorageError` if the system does not let us connect.
         """
         place = parse(uri)
         warn_about(place)
@@ -111,6 +113,8 @@ class NbdDevice:
         except LmdbitmapError:
             raise
         except OSError as refusal:
+            if refusal.errno in _NOT_OF_THE_SERVER:
+                raise error_from_os(place.uri, refusal) from refusal
             raise NotFound(
                 f"no server answers at {place.uri} ({refusal.strerror or refusal})",
                 next_step="start its server, or check the address",
