@@ -89,6 +89,7 @@ class FarServer:
         self.uri = f"nbd+unix:///disk?socket={path}"
         self.size = size
         self.flags = flags
+        self.description = ""
         self.structured = True
         self.extended = False
         """Whether it agrees on extended headers; it is structured too then."""
@@ -259,6 +260,7 @@ class FarServer:
         if number == GO and self.knows_go:
             yield option_reply(number, INFO, struct.pack(">HQH", 0, self.size, self.flags))
             yield option_reply(number, INFO, struct.pack(">H", 1) + b"disk")
+            yield option_reply(number, INFO, struct.pack(">H", 2) + self.description.encode())
             if self.block_sizes is not None:
                 yield option_reply(number, INFO, struct.pack(">HIII", 3, *self.block_sizes))
             yield option_reply(number, ACK)

@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from uuid import UUID
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -32,6 +33,7 @@ from lmdbitmap.errors import (
 )
 from lmdbitmap.interfaces import Allocation, TrackableDevice
 from lmdbitmap.nbd.client.device import NbdDevice
+from lmdbitmap.nbd.protocol import of_disk
 from tests.helpers.nbd_far import (
     ALL,
     CONTEXT_ID,
@@ -951,11 +953,18 @@ def no_statuses(far: FarServer) -> None:
     far.statuses = None
 
 
-@pytest.mark.parametrize("change", [changed_size, now_read_only, without_flush, larger_blocks, no_statuses])
+def another_disk(far: FarServer) -> None:
+    far.description = "sda, writable" + of_disk(UUID(int=2))
+
+
+@pytest.mark.parametrize(
+    "change", [changed_size, now_read_only, without_flush, larger_blocks, no_statuses, another_disk]
+)
 def test_server_that_comes_back_as_another_is_not_used(
     far: FarServer, change: Callable[[FarServer], None]
 ) -> None:
     far.statuses = [(SIZE, 0)]
+    far.description = "sda, writable" + of_disk(UUID(int=1))
     with opened(far, reconnect_s=0.1) as device:
         change(far)
         far.crash()
@@ -963,6 +972,19 @@ def test_server_that_comes_back_as_another_is_not_used(
             device.pwrite(b"x", 0)
         assert refused.value.errno == errno.ETIMEDOUT
     assert far.asked == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("", of_disk(UUID(int=1))), (of_disk(UUID(int=1)), ""), ("one, disk 1", "another, disk 2")],
+)
+def test_server_that_may_have_the_same_disk_is_used_again(far: FarServer, before: str, after: str) -> None:
+    far.description = before
+    with opened(far, reconnect_s=0.1) as device:
+        far.description = after
+        far.crash()
+        device.pwrite(b"x", 0)
+    assert far.handshakes == 2
 
 
 # --- what is kept is bounded ---

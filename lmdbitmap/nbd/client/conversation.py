@@ -19,9 +19,10 @@ nothing needs to be kept.
 guest must see no error. Over TCP that ends when its host has accepted nothing for 20 s, since it may have vanished
 (dial.py). Only with `silence_s` a request is `Busy` once no byte came for that long, and so are all that follow.
 
-A new connection is taken only if the server still offers what it did: size, block sizes, transmission flags. If it then
-refuses to write again what it had acknowledged (it may be full by now), that counts as a failed flush: acknowledged
-data is lost. The connection is used all the same, so that the image can be read.
+A new connection is taken only if the server still offers what it did: size, block sizes, transmission flags, and the
+disk, which a server of ours names. If it then refuses to write again what it had acknowledged (it may be full by now),
+that counts as a failed flush: acknowledged data is lost. The connection is used all the same, so that the image can be
+read.
 
 One thing cannot be known: whether a server that lost us is still busy with a request of the old connection. Such a
 write may come after a later one to the same place. A server that died has no such ghosts. Where we break off ourselves,

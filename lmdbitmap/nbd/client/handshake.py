@@ -12,6 +12,7 @@ and replies to one option are counted.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator
 from enum import Enum
 from typing import Final, NamedTuple, NoReturn, TypeAlias
@@ -47,7 +48,7 @@ class FarExport(NamedTuple):
     context_id: int | None = None
     """Id of the wanted context in BLOCK_STATUS replies; None if the server does not have the context."""
     description: str = ""
-    """For people only, except in `is_of`."""
+    """For people only, except in `is_of` and `disk`."""
     extended: bool = False
     """Whether headers are extended, with 64-bit lengths; such replies are structured too."""
 
@@ -58,12 +59,21 @@ class FarExport(NamedTuple):
         """Whether the description names that tracked disk, as our server does. A false one only gets itself refused."""
         return self.description.endswith(nbd.of_disk(disk))
 
+    @property
+    def disk(self) -> UUID | None:
+        """The tracked disk that the description names; None if it names none."""
+        with contextlib.suppress(ValueError):
+            disk = UUID(self.description[-36:])
+            return disk if self.is_of(disk) else None
+        return None
+
 
 def require_same(old: FarExport, new: FarExport) -> None:
     """Raise `FormatError` unless the new agreement holds everything that was relied on before."""
     missing = (old.flags ^ new.flags) & (old.flags | nbd.NBD_FLAG_READ_ONLY) & ~_CHANGEABLE_FLAGS
     same_sizes = (new.size, new.minimum) == (old.size, old.minimum) and new.maximum >= old.maximum
-    if missing or not same_sizes or (old.context_id is not None and new.context_id is None):
+    is_another = None not in (old.disk, new.disk) and old.disk != new.disk
+    if missing or not same_sizes or is_another or (old.context_id is not None and new.context_id is None):
         raise nonsense("export after a new connection", str(old), new)
 
 
