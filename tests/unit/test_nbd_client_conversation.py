@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
@@ -482,6 +482,27 @@ def test_write_whose_caller_is_interrupted_before_it_waits_is_in_doubt(
 
     with opened(far.uri) as device:
         monkeypatch.setattr(device._conversation, "wait_for", interrupt)
+        with pytest.raises(Interrupted):
+            device.pwrite(b"late", 4096)
+        assert device.in_doubt() == [(4096, 4100)]
+
+
+def test_write_whose_caller_is_interrupted_twice_is_in_doubt(
+    far: FarServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second time just when the first interruption is dealt with."""
+    with opened(far.uri) as device:
+        talk, doubt = device._conversation, device._conversation._doubt
+
+        def interrupt(*_: object) -> None:
+            raise Interrupted
+
+        def interrupt_once(sent: Iterable[Request]) -> None:
+            monkeypatch.setattr(talk, "_doubt", doubt)
+            raise Interrupted
+
+        monkeypatch.setattr(talk, "_lead_or_wait", interrupt)
+        monkeypatch.setattr(talk, "_doubt", interrupt_once)
         with pytest.raises(Interrupted):
             device.pwrite(b"late", 4096)
         assert device.in_doubt() == [(4096, 4100)]

@@ -226,12 +226,14 @@ class Conversation:
         What was not sent is in doubt too: a thread that connects again may be about to send it.
         """
         with self._state:
-            left = [self._waiting.pop(request.cookie, None) for request in requests]
-            self._doubt(request for request in left if request is not None)
+            left = [request for request in requests if request.cookie in self._waiting]
+            self._doubt(left)  # first: `ask` calls this again if it is interrupted
+            for request in left:
+                del self._waiting[request.cookie]
             link = self._link
             if self._leader is call:
                 self._hand_on()
-        if link is not None and any(left):
+        if link is not None and left:
             link.hang_up()
 
     # -- the leader ----------------------------------------------------------------------------------------
