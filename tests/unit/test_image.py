@@ -230,6 +230,19 @@ def test_one_export_has_many_uris() -> None:
     assert not is_same_image("nbd://host/sda", "/nbd://host/sda")
 
 
+def test_one_export_is_one_image_by_all_names_of_its_socket(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as one, socket.socket(socket.AF_UNIX) as another:
+        one.bind(str(tmp_path / "one"))
+        another.bind(str(tmp_path / "another"))
+    os.link(tmp_path / "one", tmp_path / "same")
+    uris = {name: f"nbd+unix:///sda?socket={tmp_path}/{name}" for name in ("one", "same", "another", "none")}
+    assert is_same_image(uris["one"], uris["same"])
+    assert is_same_image(uris["none"], uris["none"])
+    assert not is_same_image(uris["one"], uris["same"].replace("sda", "sdb"))
+    for name in ("another", "none"):
+        assert not is_same_image(uris["one"], uris[name])
+
+
 def test_one_export_is_one_image_by_all_names_of_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
     hosts = {"store": ["10.0.0.7", "fd00::7"], "store.lan": ["fd00::7"], "other": ["10.0.0.8"]}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import socket
 import time
 from collections import deque
@@ -113,12 +114,16 @@ def _connected_to(family: int, address: Any, timeout_s: float) -> socket.socket:
 def is_one_place(one: NbdAddress, other: NbdAddress) -> bool:
     """Return whether two addresses, without TLS, are of one export.
 
-    Two names of a host are one if they share an address, as far as they can be looked up now.
+    Two names of a host are one if they share an address, as far as they can be looked up now; two of a socket if they
+    lead to one file.
     """
     if one == other:
         return True
-    if one.socket_path or other.socket_path or (one.export, one.port) != (other.export, other.port):
+    if one.export != other.export or one.port != other.port:
         return False
+    if one.socket_path and other.socket_path:
+        with contextlib.suppress(OSError):
+            return os.path.samefile(one.socket_path, other.socket_path)
     return not _known_addresses(one).isdisjoint(_known_addresses(other))
 
 
