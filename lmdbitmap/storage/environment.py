@@ -25,7 +25,7 @@ from collections.abc import Iterator
 
 import lmdb
 
-from lmdbitmap.errors import StorageError, os_errors_at
+from lmdbitmap.errors import LmdbitmapError, StorageError, os_errors_at
 from lmdbitmap.storage import lmdb_opening, presence, schema
 from lmdbitmap.storage.highwater import NEWEST, HighWater
 from lmdbitmap.storage.lmdb_errors import (
@@ -140,12 +140,17 @@ class Environment:
 
     @contextlib.contextmanager
     def _refusals(self) -> Iterator[None]:
-        """Turn LMDB's errors into ours. After damage, the next first opener examines even a large file."""
+        """Turn LMDB's errors into ours. After damage, the next first opener examines even a large file.
+
+        LMDB's own errors, with numbers below zero, may come of damage too.
+        """
         try:
             with translated(self.path):
                 yield
-        except DamagedStore:
-            self._presence.is_sick()
+        except LmdbitmapError as error:
+            cause = error.__cause__
+            if isinstance(error, DamagedStore) or (isinstance(cause, lmdb.Error) and cause.code < 0):
+                self._presence.is_sick()
             raise
 
     def grow(self) -> None:

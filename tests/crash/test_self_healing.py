@@ -18,13 +18,13 @@ from uuid import uuid4
 import lmdb
 import pytest
 
-from lmdbitmap.errors import AlreadyExists, FormatError, NotFound
+from lmdbitmap.errors import AlreadyExists, FormatError, NotFound, StorageError
 from lmdbitmap.extents import Trust
 from lmdbitmap.storage import creating, environment, lmdb_tree, owner, salvage, schema, tally
 from lmdbitmap.storage.lmdb_errors import DamagedStore
 from lmdbitmap.storage.salvage import SALVAGED
 from lmdbitmap.storage.schema import Disk
-from lmdbitmap.store import Store
+from lmdbitmap.store import Store, Writer
 from lmdbitmap.tracker import chain, session
 from lmdbitmap.upkeep.check import Gravity, check_store
 from tests.crash.dying import Death, Deaths
@@ -54,7 +54,7 @@ def data_of(path: str) -> Path:
     return Path(path, "lmdb", "data.mdb")
 
 
-def overwrite(path: str, content: bytes) -> None:
+def overwrite(path: str, content: bytes | bytearray) -> None:
     data_of(path).write_bytes(content)
 
 
@@ -437,22 +437,42 @@ def test_large_store_is_looked_through_once_its_openers_die_young(
         assert bool(looked) is looks
 
 
+def point_to_a_page(data: bytearray, bitmap_id: int) -> None:
+    """LMDB takes the armed mask of a record for the number of a page."""
+    data[data.rindex(schema.region_key(bitmap_id, 1)) - 4] = 1
+
+
+def spoil_branches(data: bytearray, bitmap_id: int) -> None:
+    for page in range(2 * 4096, len(data), 4096):
+        data[page + 10] |= 0x10 * (data[page + 10] == 1)
+
+
+def cut_branches(data: bytearray, bitmap_id: int) -> None:
+    for page in range(2 * 4096, len(data), 4096):
+        data[page + 13] ^= 2 * (data[page + 10] == 1)
+
+
+@pytest.mark.parametrize("spoil", [point_to_a_page, spoil_branches, cut_branches])
 def test_large_store_is_looked_through_once_lmdb_came_upon_damage(
-    tracked: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
+    tracked: BackedUpDisk, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[bytearray, int], None]
 ) -> None:
     """The error says that it is made anew when all programs are stopped and started."""
     monkeypatch.setattr(environment, "LOOKED_THROUGH_BYTES", 0)
     with tracked.store.read() as reader:
         bitmap_id = reader.checkpoints(tracked.disk().uuid)[-1].bitmap_id
-    armed = schema.region_key(bitmap_id, 1)
-    tracked.store.update(lambda writer: writer.put_region(bitmap_id, 1, 1 << 60, schema.ALL_CLEAN_BITS))
+
+    def put(writer: Writer) -> None:
+        for region in range(1, 60):
+            writer.put_region(bitmap_id, region, 1 << 60, schema.ALL_CLEAN_BITS)
+
+    tracked.store.update(put)
     tracked.store.close()
-    with data_of(tracked.store.path).open("r+b") as file:
-        file.seek(file.read().rindex(armed) - 4)
-        file.write(b"\x01")  # LMDB takes the armed mask for the number of a page
+    data = bytearray(data_of(tracked.store.path).read_bytes())
+    spoil(data, bitmap_id)
+    overwrite(tracked.store.path, data)
     with (
         reopened(tracked),
-        pytest.raises(FormatError, match="made anew then"),
+        pytest.raises((FormatError, StorageError), match="made anew"),
         tracked.store.read() as reader,
     ):
         list(reader.regions(bitmap_id))
