@@ -21,6 +21,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 
 import lmdb
@@ -55,6 +56,8 @@ YOUTH_S = 10.0
 HEADER_KEY = b"store"
 _MOST_MISSING_BYTES = 64 << 20
 _BEGIN_TRIES = 16
+_INTERRUPTED_LOOK_S = 0.1
+"""How often to look for views that ended without a word."""
 DATABASES = ("meta", "disks", "checkpoints", "bitmaps", "regions", "tallies")
 
 
@@ -65,6 +68,17 @@ class _Databases(dict[str, lmdb._Database]):
 
     def __missing__(self, name: str) -> lmdb._Database:
         raise dead_error(self.place)
+
+
+class _View:
+    """An open transaction, and its thread. It counts for as long as it lives, also if it is not counted out in the end,
+    as Ctrl-C may come before that.
+    """
+
+    __slots__ = ("__weakref__", "thread")
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
 
 
 class Environment:
@@ -79,11 +93,12 @@ class Environment:
         self.disk_keys: dict[str, bytes] = {}
         """See `Reader`."""
         self._lock = threading.RLock()
-        """For `with`. That of the condition could be interrupted by a signal right before it lets go of the lock."""
         self._quiet = threading.Condition(self._lock)
-        self._running = 0
+        """Entered by its lock: Ctrl-C may come inside of `Condition.__exit__`, and leave it locked."""
+        self._views: weakref.WeakSet[_View] = weakref.WeakSet()
         self._resizing = False
-        self._mine = threading.local()
+        self._resizer: int | None = None
+        """The thread that has the environment to itself."""
         self._has_handle = True
         self._born_s = self._cleaned_s = self._looked_s = time.monotonic()
         self._is_young = True
@@ -119,7 +134,8 @@ class Environment:
         Raises `FullMapError` if the map must grow.
         """
         with self._refusals():
-            txn = self._begin(write)
+            view = _View()
+            txn = self._begin(view, write)
             try:
                 if write:
                     self._keep_house()
@@ -136,7 +152,7 @@ class Environment:
                     txn.abort()
                 raise
             finally:
-                self._count(-1)
+                self._count_out(view)
 
     @contextlib.contextmanager
     def _refusals(self) -> Iterator[None]:
@@ -221,43 +237,43 @@ class Environment:
         if self.pid != os.getpid():
             raise dead_error(self.path)
 
-    def _begin(self, write: bool) -> lmdb.Transaction:
+    def _begin(self, view: _View, write: bool) -> lmdb.Transaction:
         """Begin and count a transaction. Try again if another process grew the map, perhaps repeatedly, or if dead
         readers hold every slot."""
         for _ in range(_BEGIN_TRIES - 1):
             try:
-                return self._begin_counted(write)
+                return self._begin_counted(view, write)
             except lmdb.MapResizedError:
                 self._resize_map(0)
             except lmdb.ReadersFullError:
                 self._lmdb.reader_check()
             except (lmdb.PanicError, StorageError):
                 self._open_anew()
-        return self._begin_counted(write)
+        return self._begin_counted(view, write)
 
-    def _begin_counted(self, write: bool) -> lmdb.Transaction:
+    def _begin_counted(self, view: _View, write: bool) -> lmdb.Transaction:
         with self._lock:
             self._quiet.wait_for(lambda: not self._resizing or self._has_one_open())
-            self._count(1)
+            self._views.add(view)
         try:
             if not self._has_handle:
                 raise not_open(self.path)
             return self._lmdb.begin(write=write)
         except BaseException:
-            self._count(-1)
+            self._count_out(view)
             raise
 
-    def _count(self, difference: int) -> None:
-        if self.pid != os.getpid():
-            return  # another thread of the parent may have held the lock at the fork
-        with self._lock:
-            self._mine.open = getattr(self._mine, "open", 0) + difference
-            self._running += difference
-            self._quiet.notify_all()
+    def _count_out(self, view: _View) -> None:
+        if self.pid == os.getpid():  # else another thread of the parent may have held the lock at the fork
+            with self._lock:
+                self._views.discard(view)
+                self._quiet.notify_all()
 
     def _has_one_open(self) -> bool:
         """Whether the calling thread has a transaction open, so that it must not wait for all to end."""
-        return bool(getattr(self._mine, "open", 0))
+        mine = threading.get_ident()
+        with self._lock:
+            return self._resizer == mine or any(view.thread == mine for view in self._views)
 
     def _resize_map(self, size: int) -> None:
         """Resize the map; 0 takes the size that others gave it. A failure costs the handle its old map: then reopen."""
@@ -298,13 +314,14 @@ class Environment:
                 next_step="leave the view, and change the store then",
             )
         with self._lock:
-            self._resizing = True
             try:
-                self._quiet.wait_for(lambda: self._running == 0)
-                self._mine.open = 1  # so that we may begin transactions all the same
+                self._resizing = True
+                while not self._quiet.wait_for(lambda: not any(self._views), _INTERRUPTED_LOOK_S):
+                    pass
+                self._resizer = threading.get_ident()  # so that we may begin transactions all the same
                 yield
             finally:
-                self._mine.open = 0
+                self._resizer = None
                 self._resizing = False
                 self._quiet.notify_all()
 

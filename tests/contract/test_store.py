@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from uuid import UUID, uuid4
 
 import lmdb
@@ -323,6 +325,58 @@ from lmdbitmap.store import Store
 print(Store.create({path!r})._environment._lmdb.info()["map_size"])
 """
     assert 1 << 30 <= int(run(sys.executable, "-c", limited).stdout) < 8 << 30
+
+
+# --- interruptions ---
+
+
+class CtrlC:
+    """Comes at the given step: where a function of ours begins or ends, or one in C has ended, as signals do."""
+
+    def __init__(self, step: int) -> None:
+        self.steps_left = step
+
+    def __call__(self, frame: FrameType, event: str, arg: object) -> None:
+        if event in ("call", "return", "c_return") and "weakref" not in frame.f_code.co_filename:
+            self.steps_left -= 1
+            if self.steps_left == 0:
+                raise KeyboardInterrupt  # which ends the profiling, too
+
+    def come_in(self, act: Callable[[], object]) -> bool:
+        """Whether it came."""
+        with contextlib.suppress(KeyboardInterrupt):
+            sys.setprofile(self)
+            try:
+                act()
+            finally:
+                sys.setprofile(None)
+        return self.steps_left <= 0
+
+
+def look(opened: Store) -> None:
+    with opened.read() as reader:
+        reader.transaction  # noqa: B018
+
+
+@pytest.mark.parametrize("act", [look, lambda opened: opened.update(lambda writer: fill(writer, 1, 0, 1))])
+def test_store_that_was_interrupted_anywhere_is_no_less_open_for_others(
+    opened: Store, act: Callable[[Store], object]
+) -> None:
+    """Else the map could not grow any more, or nobody but the interrupted thread could look at the store."""
+    step, was_all_of_it = 1, False
+
+    def have_it_alone() -> None:
+        with opened._environment._exclusively():
+            opened.update(lambda writer: fill(writer, 1, step, step + 1))
+
+    while not was_all_of_it:
+        was_all_of_it = not CtrlC(step).come_in(lambda: act(opened))
+        other = threading.Thread(target=have_it_alone, daemon=True)
+        other.start()
+        other.join(PATIENCE_SECONDS)
+        assert not other.is_alive(), f"interrupted at step {step}"
+        step += 1
+    assert step > 50
 
 
 # --- one environment per process ---
