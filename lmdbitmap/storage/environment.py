@@ -116,10 +116,10 @@ class Environment:
                 self._open_databases()
                 self.header = self._read_header()
                 self._lmdb.reader_check()
+                self.highwater = HighWater(os.path.join(os.path.dirname(path), NEWEST), self.header.uuid)
             except BaseException:
                 self._lmdb.close()
                 raise
-        self.highwater = HighWater(os.path.join(os.path.dirname(path), NEWEST), self.header.uuid)
         forks.is_not_for_children(self)
 
     def _is_suspect(self) -> bool:
@@ -426,7 +426,11 @@ def acquire(path: str) -> Environment:
         if environment is None:
             forks.is_not_for_children(open_ones)
             environment = Environment(path)
-            open_ones.by_file[_file_key(path)] = environment  # it may have been made anew while we waited
+            try:
+                open_ones.by_file[_file_key(path)] = environment  # it may have been made anew while we waited
+            except BaseException:  # nobody else would ever close it
+                environment.close()
+                raise
         environment.users += 1
         return environment
 

@@ -24,7 +24,7 @@ from lmdbitmap.storage.schema import Bitmap, Checkpoint, Disk, StoreHeader
 from lmdbitmap.storage.tally import GROUP_REGIONS, Tally
 from lmdbitmap.store import Reader, Store, Writer
 from lmdbitmap.system import file_systems
-from tests.helpers.support import PATIENCE_SECONDS, run, spawn
+from tests.helpers.support import PATIENCE_SECONDS, open_files, run, spawn
 
 MIB = 1 << 20
 SMALL_MAP_BYTES = 64 << 10
@@ -377,6 +377,27 @@ def test_store_that_was_interrupted_anywhere_is_no_less_open_for_others(
         assert not other.is_alive(), f"interrupted at step {step}"
         step += 1
     assert step > 50
+
+
+@pytest.mark.parametrize(("last_steps", "call"), [("HighWater", 1), ("_file_key", 2)])
+def test_opening_that_was_interrupted_at_its_end_leaves_nothing_open(
+    path: str, monkeypatch: pytest.MonkeyPatch, last_steps: str, call: int
+) -> None:
+    """What is left open would keep this process out of the store for as long as it lives."""
+    Store.create(path).close()
+    before = len(open_files())
+    step, calls = getattr(environment, last_steps), iter(range(1, 9))
+
+    def interrupted(*arguments: object) -> object:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(environment, last_steps, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Store.open(path)
+    assert len(open_files()) == before
+    Store.open(path).close()
 
 
 # --- one environment per process ---
