@@ -93,7 +93,7 @@ class Store:
     def create(cls, path: str | os.PathLike[str]) -> Store:
         """Open the store at `path`; create it first unless it is there already. Durable on return."""
         path = os.path.abspath(path)
-        if creating.environment_file(path) is None:
+        if creating.environment_file(path) is None and not salvage.is_lost(path):
             salvage.make(path)
         return cls.open(path)
 

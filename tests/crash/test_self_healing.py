@@ -189,6 +189,7 @@ def test_image_that_grew_is_put_back_as_it_is_now(tracked: BackedUpDisk) -> None
 
 def test_disk_that_is_added_where_the_environment_is_gone_finds_the_others(tracked: BackedUpDisk) -> None:
     damaged(tracked, "no folder")
+    Path(tracked.store.path, "sda.dbm").touch()  # what is kept beside it is no reason to name another folder
     with closing(Store.create(tracked.store.path)) as tracked.store, tracked.store.read() as reader:
         assert [disk.name for disk in reader.disks()] == [NAME]
     with pytest.raises(AlreadyExists):
