@@ -26,10 +26,11 @@ from collections.abc import Iterator
 
 import lmdb
 
-from lmdbitmap.errors import LmdbitmapError, StorageError, os_errors_at
+from lmdbitmap.errors import StorageError, os_errors_at
 from lmdbitmap.storage import lmdb_opening, presence, schema
 from lmdbitmap.storage.highwater import NEWEST, HighWater
 from lmdbitmap.storage.lmdb_errors import (
+    PERHAPS_DAMAGE,
     DamagedStore,
     dead_error,
     in_doubt,
@@ -156,16 +157,12 @@ class Environment:
 
     @contextlib.contextmanager
     def _refusals(self) -> Iterator[None]:
-        """Turn LMDB's errors into ours. After damage, the next first opener examines even a large file.
-
-        LMDB's own errors, with numbers below zero, may come of damage too.
-        """
+        """Turn LMDB's errors into ours. After what may be damage, the next first opener examines even a large file."""
         try:
             with translated(self.path):
                 yield
-        except LmdbitmapError as error:
-            cause = error.__cause__
-            if isinstance(error, DamagedStore) or (isinstance(cause, lmdb.Error) and cause.code < 0):
+        except (DamagedStore, StorageError) as error:
+            if isinstance(error, DamagedStore) or isinstance(error.__cause__, PERHAPS_DAMAGE):
                 self._presence.is_sick()
             raise
 

@@ -22,7 +22,7 @@ FULL_STEPS = {
 }
 _DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.NotFoundError, lmdb.IncompatibleError)
 """The last two are of a database that has its name and cannot be opened."""
-_PERHAPS_DAMAGE = (lmdb.BadTxnError, lmdb.CursorFullError, lmdb.PageFullError, lmdb.BadValsizeError)
+PERHAPS_DAMAGE = (lmdb.BadTxnError, lmdb.CursorFullError, lmdb.PageFullError, lmdb.BadValsizeError)
 MAKE_ANEW = (
     "its file is damaged: look at the disk under it, then stop and start every program that uses the store; it is"
     " made anew then, and the next backups are full ones"
@@ -116,7 +116,7 @@ def _refusal(path: str, error: lmdb.Error) -> StorageError:
         code = errno.ENOSPC
     if code in FULL_STEPS and code != errno.ENOBUFS:
         return StorageError(f"store {path}", _os_error(code), next_step=FULL_STEPS[code])
-    step = _EXAMINE if isinstance(error, _PERHAPS_DAMAGE) else FULL_STEPS.get(code, _LOOK)
+    step = _EXAMINE if isinstance(error, PERHAPS_DAMAGE) else FULL_STEPS.get(code, _LOOK)
     return StorageError(f"store {path}", OSError(code, str(error)), next_step=step)
 
 
