@@ -22,7 +22,8 @@ from lmdbitmap.interfaces import Buffer
 from lmdbitmap.system import atomic_files, files
 
 PAGE_BYTES = 4096
-"""The bits begin on a multiple of this. Every chunk that is read is a multiple of it long, except the last."""
+"""The bits begin on a multiple of this. Every chunk that is read is a multiple of it long, except the last: whoever
+gets the chunks counts on it."""
 _CHUNK_BYTES = 1 << 20
 
 _BEGINNING = flat.MAGIC + flat.MAJOR_VERSION.to_bytes(2, "little")
@@ -34,7 +35,7 @@ class FlatFile:
     def __init__(self, path: str, fd: int) -> None:
         with os_errors_at(path):
             status = os.fstat(fd)
-            prefix = os.pread(fd, flat.MAX_HEADER_SIZE, 0) if stat.S_ISREG(status.st_mode) else None
+            prefix = files.pread_whole(fd, flat.MAX_HEADER_SIZE, 0) if stat.S_ISREG(status.st_mode) else None
         if prefix is None:
             raise FormatError(
                 path, expected="a regular file", found="something else", next_step="name a .dbm file"
@@ -101,7 +102,7 @@ class FlatFile:
 
     def _read(self, length: int, position: int) -> bytes:
         with os_errors_at(self.path):
-            return os.pread(self.fd, length, position)
+            return files.pread_whole(self.fd, length, position)
 
     def _next_data(self, position: int, end: int) -> tuple[int, int]:
         """Return the next data (not a hole) between `position` and `end`, rounded outward to whole pages."""

@@ -141,6 +141,15 @@ def _unexpected(place: str, expected: str, found: str) -> FormatError:
     return FormatError(place, expected=expected, found=found, next_step="check that it is the right file")
 
 
+def pread_whole(fd: int, length: int, offset: int) -> bytes:
+    """Read `length` bytes, in as many calls as it takes; fewer only where the file ends. Raises `OSError`."""
+    parts, count = [], 0
+    while count < length and (part := os.pread(fd, length - count, offset + count)):
+        parts.append(part)
+        count += len(part)
+    return b"".join(parts)
+
+
 def pwrite_whole(fd: int, data: Buffer, offset: int) -> None:
     """Write all of `data`, in as many calls as it takes. Raises `OSError`, `EIO` where the file takes no more."""
     rest = memoryview(data)

@@ -437,6 +437,20 @@ def test_a_file_of_holes_is_read_in_no_time(tracked: TrackedDisk, tmp_path: Path
     assert export.inspect_file(path).dirty_bytes == 512
 
 
+@pytest.mark.parametrize("most", [1000, 4095])
+def test_a_file_that_the_system_gives_in_short_pieces_has_the_same_bits(
+    tracked: TrackedDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """As file systems in user space may. Such a piece ends inside of a region."""
+    blocks = set(range(7, 1 << 17, 331))
+    path = a_file(tmp_path / "x.dbm", blocks, 512 << 17, 9)
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, length, offset: pread(fd, min(length, most), offset))
+    export.import_file(tracked.store, path, "short")
+    assert blocks_called(tracked, "short") == blocks
+    assert export.inspect_file(path).problems == []
+
+
 def checksum_with_zeroes(data: bytes, count: int) -> int:
     """Of more zeroes than zlib would get through in hours."""
     tally = BitsTally(0)
