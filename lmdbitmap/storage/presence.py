@@ -33,6 +33,7 @@ _FLOCK = struct.Struct("hhqqi0q")  # l_type, l_whence, l_start, l_len, l_pid; 0q
 _FIRST_BYTE = 0
 """The byte of lock.mdb on which every process that has the environment open holds a shared lock."""
 SICK = 255
+"""What is counted once LMDB came upon damage: the next first opener looks for it."""
 _TURN_TRIES = 500
 _LOOKS = 75
 _PAUSE_S = 0.02
