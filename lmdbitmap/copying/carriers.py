@@ -54,8 +54,8 @@ class Shelf:
         self._parts.append((offset, data))
 
     def cleared(self) -> list[tuple[int, memoryview]]:
-        """Return and forget all parts, in the order of the file."""
-        parts, self._parts = sorted(self._parts, key=lambda part: part[0]), []
+        """Return and forget all parts, in the order of the file, but the header last: without it there is no image."""
+        parts, self._parts = sorted(self._parts, key=lambda part: (part[0] == 0, part[0])), []
         return [(offset, memoryview(data)) for offset, data in parts]
 
 

@@ -168,6 +168,23 @@ def test_beside_a_guest_the_caller_carries_alone(fd: int) -> None:
     assert readers == {threading.current_thread()}
 
 
+def test_the_header_is_written_last(fd: int) -> None:
+    """A file without one is not taken for an image: somebody may look at it before it is whole."""
+
+    class Noted(ImageFile):
+        def pwrite(self, data: Buffer, offset: int) -> None:
+            super().pwrite(data, offset)
+            written.append(offset)
+
+    written: list[int] = []
+    content = random.Random(5).randbytes(5 * MIB)
+    _, image, digests = copied(fd, Disk(content), file=Noted(fd, "image.qcow2"))
+    assert written[-1] == 0
+    assert 0 not in written[:-1]
+    assert naive_chain_read([image]) == content
+    assert digests == naive_digests(DigestAlgorithm.SHA256, image, CHUNK_BYTES)
+
+
 def test_what_will_be_read_is_announced_long_before(fd: int) -> None:
     """Beside a guest, where nobody else reads."""
 
