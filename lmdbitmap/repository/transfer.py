@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -34,7 +33,7 @@ from lmdbitmap.errors import (
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.images.file_copy import PIECE_BYTES, FileCopier
 from lmdbitmap.repository.backup_folder import BackupFolder
-from lmdbitmap.repository.digests import found_digest, require_algorithms
+from lmdbitmap.repository.digests import found_digest, read_digests, require_algorithms
 from lmdbitmap.repository.manifest import TAKEN_OVER_EPOCH, BackupEntry, Manifest, taken_over
 from lmdbitmap.repository.repository import (
     folders_of,
@@ -236,6 +235,7 @@ def _copy_unless_changed(
 ) -> None:
     place = source.image_path(entry.file)
     try:
+        source.check_images([entry])
         _copy_digests(source, target, entry)
         _copy_image(source, target, entry, report)
     except (FormatError, NotFound) as wrong:
@@ -245,24 +245,12 @@ def _copy_unless_changed(
 
 
 def _copy_digests(source: BackupFolder, target: BackupFolder, entry: BackupEntry) -> None:
-    if entry.chunks is None:
-        return
-    path, digest, offset = source.path_of(entry.chunks.file), hashlib.sha256(), 0
-    with (
-        FileDevice.open(path, read_only=True) as device,
-        atomic_files.replacing(target.path_of(entry.chunks.file), follow=False) as file,
-    ):
-        while offset < device.size:
-            with os_errors_at(path):
-                data = device.pread(min(PIECE_BYTES, device.size - offset), offset)
-            file.write(data)
-            digest.update(data)
-            offset += len(data)
-        _require(path, entry.chunks.sha256, digest.hexdigest())
+    if entry.chunks is not None:
+        digests = read_digests(source, entry.bytes_stored, entry.chunks)
+        atomic_files.replace(target.path_of(entry.chunks.file), digests, follow=False)
 
 
 def _copy_image(source: BackupFolder, target: BackupFolder, entry: BackupEntry, report: Report) -> None:
-    source.check_images([entry])
     path, copy = source.image_path(entry.file), target.path_of(entry.file)
     if os.path.lexists(copy):
         _require_same(copy, entry)

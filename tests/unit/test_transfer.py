@@ -167,9 +167,17 @@ def test_damage_is_not_copied_and_what_comes_before_it_is(disk: BackedUpDisk) ->
 def test_damaged_digests_are_not_copied(disk: BackedUpDisk) -> None:
     back_up(disk, FULL)
     flip(digests_of(disk, 0), 5)
-    with pytest.raises(FormatError, match=r"\.digests: expected SHA-256"):
+    with pytest.raises(FormatError, match=r"\.digests: expected \d+ bytes with SHA-256"):
         copied(disk)
     assert disk.files("copy") == []
+
+
+def test_digests_of_another_length_are_not_even_read(disk: BackedUpDisk) -> None:
+    """They would fill the target."""
+    back_up(disk, FULL)
+    os.truncate(digests_of(disk, 0), 256 << 20)
+    with pytest.raises(FormatError, match=r"\.digests: expected at most \d+ bytes, found 268435456 bytes"):
+        copied(disk)
 
 
 def test_a_backup_without_digests_of_chunks_is_copied_as_it_is(disk: BackedUpDisk) -> None:
