@@ -86,11 +86,12 @@ class Snapshot(ReadOnlyDevice):
         """Held while states change."""
         self._slot_count = min(file.limit_bytes >> self.clusters.granularity_bits, MOST_SLOTS)
         self._used_slots = 0
-        self._readers = 0
+        self._readers: set[int] = set()
+        """The threads that are reading."""
         self._lock = threading.RLock()
         """For `with`. That of the condition could be interrupted by a signal right before it lets go of the lock."""
         self._reading = threading.Condition(self._lock)
-        self._released = False
+        self._released = self._is_closed = False
         self._buffer = new_buffer(_COPY_BYTES)
         self._zeroes = bytes(self.clusters.granularity)
 
@@ -369,13 +370,15 @@ class Snapshot(ReadOnlyDevice):
     def release(self) -> None:
         """Give everything back, after waiting for readers; later reads raise. Idempotent.
 
-        Writers keep old data until the last reader is done.
+        Writers keep old data until the last reader is done. The caller does not wait for itself: an interrupted read
+        may not have been counted out.
         """
         with self._lock:
             self._released = True
-            self._reading.wait_for(lambda: self._readers == 0)
+            self._reading.wait_for(lambda: not self._readers - {threading.get_ident()})
         self.before_release()
         with self._keeping:
+            self._is_closed = True
             self._file.close()
 
     def close(self) -> None:
@@ -393,14 +396,16 @@ class Snapshot(ReadOnlyDevice):
         with self._lock:
             if self._released:
                 raise self._refusal("the snapshot was released")
-            self._readers += 1
+            self._readers.add(threading.get_ident())
         try:
             yield
             if self.broken is not None:
                 raise self._refusal(self.broken)
+            if self._is_closed:  # by this very thread, in the middle of its read, as by a signal's handler
+                raise self._refusal("the snapshot was released")
         finally:
             with self._lock:
-                self._readers -= 1
+                self._readers.discard(threading.get_ident())
                 self._reading.notify_all()
 
     def _refusal(self, problem: str) -> StorageError:

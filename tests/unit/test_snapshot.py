@@ -263,6 +263,44 @@ def test_released_snapshot_tells_its_readers(disk: Filter, folder: Path) -> None
         list(snapshot.allocation(0, SIZE))
 
 
+def test_a_read_that_an_interruption_left_counted_keeps_nobody_from_its_threads_release(
+    disk: Filter, folder: Path
+) -> None:
+    """It can come right before the read is counted out. The reads of other threads are waited for all the same."""
+    snapshot, other = disk.snapshot("s", scratch(folder)), -1
+
+    def release() -> None:
+        snapshot._readers.add(threading.get_ident())
+        snapshot.release()
+
+    snapshot._readers.add(other)
+    releasing = threading.Thread(target=release, daemon=True)
+    releasing.start()
+    releasing.join(0.05)
+    assert releasing.is_alive()
+    with snapshot._lock:
+        snapshot._readers.discard(other)
+        snapshot._reading.notify_all()
+    releasing.join(PATIENCE_SECONDS)
+    assert not releasing.is_alive()
+
+
+def test_a_read_in_the_middle_of_which_its_own_thread_releases_gives_no_data(
+    disk: Filter, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a signal's handler may: from then on nothing is kept, and new data would pass for old."""
+    snapshot = disk.snapshot("s", scratch(folder))
+    read = snapshot._read_untouched
+
+    def release_first(*where: Any) -> None:
+        snapshot.release()
+        read(*where)
+
+    monkeypatch.setattr(snapshot, "_read_untouched", release_first)
+    with pytest.raises(StorageError, match="released"):
+        snapshot.pread(BLOCK, 0)
+
+
 def test_detach_releases_it(tracked: TrackedDisk, folder: Path) -> None:
     with tracked.attach() as disk:
         snapshot = disk.snapshot("s", scratch(folder))
