@@ -20,9 +20,9 @@ import errno
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -182,31 +182,33 @@ def _without_backups(folder: BackupFolder) -> Flaw:
 
 
 def _prove(task: _DiskToVerify, flaws: _Flaws, report: Report) -> None:
-    for _, pieces in groupby(_found(task), key=lambda piece: piece.entry.id):
-        of_image = _Flaws()
-        for piece in pieces:
-            of_image.add(piece.found)
-            flaws.bytes_read += piece.length
-            report.advance(piece.length)
-        if of_image.count == 0 or are_still(task.folder, [piece.entry]):
-            flaws.add_all(of_image)
-        else:
-            flaws.excuse(task.folder.path)
+    with closing(_found(task)) as found:
+        for _, pieces in groupby(found, key=lambda piece: piece.entry.id):
+            of_image = _Flaws()
+            for piece in pieces:
+                of_image.add(piece.found)
+                flaws.bytes_read += piece.length
+                report.advance(piece.length)
+            if of_image.count == 0 or are_still(task.folder, [piece.entry]):
+                flaws.add_all(of_image)
+            else:
+                flaws.excuse(task.folder.path)
 
 
 def require_sound(
     folder: BackupFolder, manifest: Manifest, entries: Sequence[BackupEntry], report: Report
 ) -> None:
     """Raise `FormatError` unless every byte of the images is what was backed up. Call `require_algorithms` before."""
-    for _, found, length in _found(_DiskToVerify(folder, folder.disk_name, manifest, entries)):
-        report.advance(length)
-        if found:
-            raise FormatError(
-                folder.path,
-                expected="sound images",
-                found=f"a flaw: {found[0].problem}",
-                next_step="see all flaws with `lmdbitmap verify`, and get the files from a copy of the repository",
-            )
+    with closing(_found(_DiskToVerify(folder, folder.disk_name, manifest, entries))) as pieces:
+        for _, found, length in pieces:
+            report.advance(length)
+            if found:
+                raise FormatError(
+                    folder.path,
+                    expected="sound images",
+                    found=f"a flaw: {found[0].problem}",
+                    next_step="see all flaws with `lmdbitmap verify`, and get the files from a copy of the repository",
+                )
 
 
 class _CheckResult(NamedTuple):
@@ -217,16 +219,23 @@ class _CheckResult(NamedTuple):
     length: int
 
 
-def _found(task: _DiskToVerify) -> Iterator[_CheckResult]:
-    """Yield the results piece by piece in the order of the files, at least one for each."""
+def _found(task: _DiskToVerify) -> Generator[_CheckResult, None, None]:
+    """Yield the results piece by piece in the order of the files, at least one for each.
+
+    Close it if it is left before its end: what was not begun is then left out.
+    """
+    pending: deque[tuple[BackupEntry, Future[list[Flaw]], int]] = deque()
     with Threads(max_workers=thread_count()) as pool:
-        pending: deque[tuple[BackupEntry, Future[list[Flaw]], int]] = deque()
-        for entry, job in _jobs(task):
-            pending.append((entry, pool.submit(job.run), job.length))
-            if len(pending) > 4 * thread_count():
+        try:
+            for entry, job in _jobs(task):
+                pending.append((entry, pool.submit(job.run), job.length))
+                if len(pending) > 4 * thread_count():
+                    yield _piece(*pending.popleft())
+            while pending:
                 yield _piece(*pending.popleft())
-        while pending:
-            yield _piece(*pending.popleft())
+        finally:
+            for _, unwanted, _ in pending:
+                unwanted.cancel()
 
 
 def _piece(entry: BackupEntry, found: Future[list[Flaw]], length: int) -> _CheckResult:

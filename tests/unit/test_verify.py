@@ -10,18 +10,20 @@ import resource
 import shutil
 import struct
 import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from lmdbitmap.copying.digest_algorithms import DigestAlgorithm
-from lmdbitmap.copying.hashing import CHUNK_BYTES
-from lmdbitmap.errors import Busy, InvalidArgument, NotFound, error_from_os
+from lmdbitmap.copying.hashing import CHUNK_BYTES, digest_at
+from lmdbitmap.errors import Busy, FormatError, InvalidArgument, NotFound, error_from_os
 from lmdbitmap.repository import verify as verify_module
 from lmdbitmap.repository.backup_files import sha256_of
 from lmdbitmap.repository.manifest import BackupEntry, BackupType
@@ -171,6 +173,36 @@ def test_digests_that_the_disk_cannot_read_keep_nothing_from_being_restored(
     bad_sector(digests_of(disk, 0), 0)
     restore(disk.folder / "backups", NAME, disk.folder / "out.raw")
     assert (disk.folder / "out.raw").stat().st_size == SIZE
+
+
+@pytest.mark.parametrize("by", ["progress", "flaw"])
+def test_whoever_gives_up_does_not_wait_for_what_was_not_begun(
+    disk: Repositories, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """On a slow disk that could be a minute."""
+
+    def slow(*where: Any) -> bytes:
+        read.append(where)
+        time.sleep(0.01)
+        return digest_at(*where)
+
+    def cancel(done: int, total: int) -> NoReturn:
+        raise KeyboardInterrupt
+
+    read: list[object] = []
+    monkeypatch.setattr(verify_module, "digest_at", slow)
+    monkeypatch.setattr(verify_module, "_BATCH_BYTES", MIB)
+    monkeypatch.setattr(verify_module, "thread_count", lambda: 1)
+    before = set(threading.enumerate())
+    if by == "progress":
+        with pytest.raises(KeyboardInterrupt):
+            verify(disk.folder / "backups", progress=cancel)
+    else:
+        flip(path_of(disk, 0), 4 * MIB)
+        with pytest.raises(FormatError, match="found a flaw"):
+            prune(disk.folder / "backups", keep=Retention(last=1))
+    assert set(threading.enumerate()) <= before
+    assert 4 <= len(read) <= 7
 
 
 def test_progress_comes_to_its_end(disk: Repositories) -> None:
