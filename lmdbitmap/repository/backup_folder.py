@@ -314,7 +314,7 @@ class BackupFolder:
     def unfinished(self) -> list[Unfinished]:
         """Return the unfinished work that is not in the manifest. Remove its images and their digests."""
         noted = self._note.read_or_put_aside()
-        known = {entry.file for entry in _entries_of(self._manifest.read())} if noted else set()
+        known = self._known_of(noted) if noted else set()
         abandoned = [work for work in noted if work.file not in known]
         for work in abandoned:
             for name in [work.file, *self._digests_of(work.file)]:
@@ -322,6 +322,15 @@ class BackupFolder:
         if noted:  # the manifest and what was removed must be durable before the note can go
             files.fsync_folder(self.path)
         return abandoned
+
+    def _known_of(self, noted: Sequence[Unfinished]) -> set[str]:
+        """Return the images that the manifest names. One that cannot be read names none that could be removed."""
+        try:
+            return {entry.file for entry in _entries_of(self._manifest.read())}
+        except FormatError:
+            if any(os.path.lexists(self.path_of(work.file)) for work in noted):
+                raise
+            return set()
 
     def drop_note(self) -> None:
         """Remove the note of unfinished work, once nothing of it is left to undo."""

@@ -481,6 +481,24 @@ def test_a_full_backup_begins_a_new_chain_where_the_manifest_cannot_be_read(
     assert disk.restored() == disk.content()
 
 
+@pytest.mark.parametrize("damage", ["missing", "garbage"])
+def test_a_new_chain_that_is_cancelled_leaves_no_checkpoint_behind(disk: BackedUpDisk, damage: str) -> None:
+    def cancel(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    disk.backup()
+    disk.backup()
+    before = disk.backup_checkpoints()
+    spoil(Path(disk.backup_folder().path_of("manifest.json")), damage)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            backup(disk.store, [NAME], disk.folder / "backups", kind=FULL, progress=cancel)
+        assert disk.backup_checkpoints() == before
+    assert not os.path.lexists(disk.backup_folder().path_of("unfinished"))
+    entry = disk.backup(FULL)
+    assert disk.backup_checkpoints() == [*before, entry.checkpoint.name]
+
+
 def spoil(path: Path, damage: str) -> None:
     content = path.read_bytes()
     path.unlink()
