@@ -46,6 +46,7 @@ from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.digests import found_digest, is_damage, read_digests, require_algorithms
 from lmdbitmap.repository.manifest import BackupEntry, ChunkDigests, Manifest, chain_to, id_at
 from lmdbitmap.repository.repository import folders_of, known_backups
+from lmdbitmap.system import files
 from lmdbitmap.work.crew import Threads
 from lmdbitmap.work.progress import Progress, Report
 
@@ -340,7 +341,7 @@ class _Image:
         path, first = self._folder.path_of(chunks.file), start // chunks.chunk_size
         count = ceil_div(stop, chunks.chunk_size) - first
         with _opened(path) as fd, os_errors_at(path):
-            digests = os.pread(fd, DIGEST_BYTES * count, DIGEST_BYTES * first)
+            digests = files.pread_whole(fd, DIGEST_BYTES * count, DIGEST_BYTES * first)
         damaged: dict[str, list[tuple[int, int]]] = {_OTHER_DATA: [], _UNREADABLE: []}
         with _opened(self._path) as fd, os_errors_at(self._path):
             for number, offset in enumerate(range(start, stop, chunks.chunk_size)):

@@ -205,6 +205,14 @@ def test_whoever_gives_up_does_not_wait_for_what_was_not_begun(
     assert 4 <= len(read) <= 7
 
 
+def test_short_reads_are_no_damage(disk: Repositories, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system in user space may give less than was asked for."""
+    pread, preadv = os.pread, os.preadv
+    monkeypatch.setattr(os, "pread", lambda fd, length, offset: pread(fd, min(length, 100), offset))
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: preadv(fd, [buffers[0][:100_000]], offset))
+    assert verified(disk).flaws == ()
+
+
 def test_progress_comes_to_its_end(disk: Repositories) -> None:
     told: list[tuple[int, int]] = []
     verify(disk.folder / "backups", progress=lambda *news: told.append(news))
