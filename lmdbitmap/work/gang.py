@@ -60,8 +60,6 @@ class Gang(Generic[T]):
         """How many pieces were planned."""
         self._done = 0
         self._is_all_planned = False
-        self._is_through = False
-        """Whether the caller did its part and nothing failed."""
         self._ends = False
         self._wanted = 0
         self._turn = 0
@@ -73,16 +71,20 @@ class Gang(Generic[T]):
 
         `told` is called in this thread, now and then and at the end; an exception from it ends the work.
         """
+        failure: BaseException | None = None
+        interruption: BaseException | None = None
         try:
             self._do_all(iter(plan), told)
-        except BaseException as failure:
-            self._fail(failure)
-        finally:
+        except BaseException as raised:
+            failure = raised
+        while True:  # an interruption may come anywhere, also just when a call begins
             try:
-                self._dismiss()
-            except BaseException:  # an interruption, perhaps before it began
-                self._dismiss()
-                raise
+                self._dismiss(interruption if failure is None else failure)
+                break
+            except BaseException as raised:
+                interruption = raised
+        if interruption is not None:
+            raise interruption
         if self._failure is not None:
             raise self._failure
         self._require_all()
@@ -108,7 +110,6 @@ class Gang(Generic[T]):
         while self._plan(plan) and self._failure is None:
             self._do_next(work)
             told()
-        self._is_through = self._failure is None
 
     def _plan(self, plan: Iterator[T]) -> bool:
         """Plan enough pieces for all threads and set how many may work; return whether the caller has more to do.
@@ -149,23 +150,15 @@ class Gang(Generic[T]):
                 self._threads.pop()
                 break
 
-    def _dismiss(self) -> None:
-        """Wait for all threads, then raise any interruption of that; the caller may then free what the work uses."""
-        interruption: BaseException | None = None
-        while True:
-            try:
-                if not self._is_through and self._failure is None:  # interrupted again before it was noted
-                    self._fail(interruption or KeyboardInterrupt())
-                with self._lock:
-                    self._ends = True
-                    self._news.notify_all()
-                for thread in self._threads:
-                    joined(thread)
-                break
-            except BaseException as raised:
-                interruption = raised
-        if interruption is not None:
-            raise interruption
+    def _dismiss(self, failure: BaseException | None) -> None:
+        """Wait for all threads; the caller may then free what the work uses. Interrupted, it is to be called again."""
+        if failure is not None:
+            self._fail(failure)
+        with self._lock:
+            self._ends = True
+            self._news.notify_all()
+        for thread in self._threads:
+            joined(thread)
 
     def _require_all(self) -> None:
         """Raise `LmdbitmapError` unless every piece was done: a piece left out would go unnoticed until too late."""

@@ -315,11 +315,11 @@ def test_an_interruption_before_the_end_is_waited_for_leaves_nobody_at_work(
     real, calls, ended = Gang._dismiss, itertools.count(), list[int]()
     works, let = threading.Event(), threading.Event()
 
-    def dismiss(self: Gang[str]) -> None:
+    def dismiss(self: Gang[str], failure: BaseException | None) -> None:
         if next(calls) == 0:
             let.set()
             raise KeyboardInterrupt
-        real(self)
+        real(self, failure)
 
     def work(number: int, piece: str) -> None:
         if threading.current_thread() is threading.main_thread():
