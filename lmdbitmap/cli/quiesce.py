@@ -15,7 +15,7 @@ import contextlib
 import functools
 import logging
 import os
-import selectors
+import select
 import shlex
 import signal
 import subprocess
@@ -41,6 +41,7 @@ _MOST_BYTES = 1 << 16
 """How much of it is kept: a hook may say anything."""
 _DYING_S = 2.0
 """Until a killed hook is waited for no longer, as one that waits for a disk that does not answer."""
+_MS_PER_S = 1000
 _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -302,13 +303,13 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 def _beginning_of(output: IO[bytes], until_s: float) -> bytes:
     """Take in all of a hook's output until it is closed; return the beginning. Raises `TimeoutExpired`."""
     said = b""
-    with selectors.PollSelector() as outputs:
-        outputs.register(output, selectors.EVENT_READ)
-        while (left_s := until_s - time.monotonic()) > 0 and outputs.select(left_s):
-            piece = os.read(output.fileno(), _MOST_BYTES)
-            if not piece:
-                return said
-            said = (said + piece)[:_MOST_BYTES]
+    waiting = select.poll()
+    waiting.register(output, select.POLLIN)
+    while (left_s := until_s - time.monotonic()) > 0 and waiting.poll(left_s * _MS_PER_S):
+        piece = os.read(output.fileno(), _MOST_BYTES)
+        if not piece:
+            return said
+        said = (said + piece)[:_MOST_BYTES]
     raise subprocess.TimeoutExpired("hook", left_s)
 
 

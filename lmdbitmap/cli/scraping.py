@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import socket
 import sys
 import threading
 import time
@@ -58,7 +57,7 @@ class _Server(ThreadingHTTPServer):
         self.socket = listener.sock
         self._room = threading.BoundedSemaphore(_MOST_SCRAPERS)
 
-    def get_request(self) -> tuple[socket.socket, tuple[str, int]]:
+    def get_request(self) -> tuple[Any, tuple[str, int]]:
         sock = accepted(self.socket, "scraper")
         if sock is None:
             raise ConnectionAbortedError  # the base class then waits for the next

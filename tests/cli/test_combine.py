@@ -144,9 +144,9 @@ def test_blocks_of_another_size_are_every_one_that_is_touched(week: Cli) -> None
         (["monday", "or", "tuesday", "--into", "monday"], 1, "a bitmap is called 'monday' already; "),
         (["monday", "or", "tuesday", "--into", "sda"], 1, "a disk is called 'sda' already; "),
         (
-            ["monday", "or", "tuesday", "--into", ""],
+            ["monday", "or", "tuesday", "--into", "x" * 1024],
             2,
-            "bitmap name of 0 bytes is not within 1..1023 bytes; ",
+            "bitmap name of 1024 bytes is not within 1..1023 bytes; ",
         ),
         (["monday", "xor", "tuesday", "monday"], 2, "would be combined with itself while it changes; "),
         (["monday", "or", "tuesday", "other"], 2, "and 'other' of one of 65536 bytes; "),

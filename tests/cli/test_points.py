@@ -32,7 +32,7 @@ def test_a_checkpoint_is_made_on_all_disks_or_on_none(cli: Cli) -> None:
     assert len(times) == 1
 
 
-@pytest.mark.parametrize("names", ["a,a", "a,", ",", ""])
+@pytest.mark.parametrize("names", ["a,a", "a,", ","])
 def test_odd_lists_of_names_are_not_understood(cli: Cli, names: str) -> None:
     cli.add("a")
     assert "see 'lmdbitmap checkpoint --help'" in cli.fails(2, "checkpoint", names, "monday")

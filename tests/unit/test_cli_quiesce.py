@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import logging
 import os
 import signal
@@ -298,7 +297,6 @@ def test_a_signal_that_comes_while_signals_are_taken_over_ends_it_as_any_other(
     assert asked(hook)[-1] == "thaw sda"
 
 
-@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
 def test_guest_is_thawed_although_the_freeze_is_another_users_and_cannot_be_killed(
     hook: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -307,15 +305,24 @@ def test_guest_is_thawed_although_the_freeze_is_another_users_and_cannot_be_kill
     def refused(group: int, number: int) -> None:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
+    begun: list[subprocess.Popen[bytes]] = []
+
+    class Begun(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            begun.append(self)
+
     os.mkfifo(hook.parent / "fifo")
     (hook.parent / "hangs").write_text("freeze")
+    monkeypatch.setattr(subprocess, "Popen", Begun)
     monkeypatch.setattr(os, "killpg", refused)
     with pytest.raises(LmdbitmapError, match="took more than 1 s"), quiesced(f"'{hook}'", ["sda"], 1):
         raise AssertionError("the block is not entered")
     assert asked(hook) == ["freeze sda", "thaw sda"]
     assert "cannot be ended: [Errno 1] Operation not permitted" in caplog.text
+    assert begun[0].poll() is None
     feed(hook.parent / "fifo")
-    gc.collect()
+    begun[0].wait(PATIENCE_SECONDS)
 
 
 @pytest.mark.parametrize("code", [0, 3])
