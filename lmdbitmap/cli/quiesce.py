@@ -39,6 +39,8 @@ _MOST_WORDS = 400
 """How many characters of a failed hook's output are shown."""
 _MOST_BYTES = 1 << 16
 """How much of it is kept: a hook may say anything."""
+_LOOK_S = 0.05
+"""Between two looks whether a hook that says nothing has ended."""
 _DYING_S = 2.0
 """Until a killed hook is waited for no longer, as one that waits for a disk that does not answer."""
 _MS_PER_S = 1000
@@ -260,7 +262,7 @@ def _outcome(words: Sequence[str], limit_s: float, heeding: _Heeding) -> tuple[i
     """Run the hook; return its exit code and the beginning of its output."""
     until_s = time.monotonic() + limit_s
     with _process_of(words) as (process, output), heeding:
-        said = _beginning_of(output, until_s)
+        said = _beginning_of(output, process, until_s)
         return process.wait(max(until_s - time.monotonic(), 0)), said.decode(errors="replace")
 
 
@@ -300,17 +302,23 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         log.error("the hook, process %d, cannot be ended: %s", process.pid, refusal)
 
 
-def _beginning_of(output: IO[bytes], until_s: float) -> bytes:
-    """Take in all of a hook's output until it is closed; return the beginning. Raises `TimeoutExpired`."""
+def _beginning_of(output: IO[bytes], process: subprocess.Popen[bytes], until_s: float) -> bytes:
+    """Take in all of a hook's output; return the beginning. Raises `TimeoutExpired`.
+
+    It ends when it is closed. What the hook started in the background may keep it open: then it ends with the hook.
+    """
     said = b""
     waiting = select.poll()
     waiting.register(output, select.POLLIN)
-    while (left_s := until_s - time.monotonic()) > 0 and waiting.poll(left_s * _MS_PER_S):
-        piece = os.read(output.fileno(), _MOST_BYTES)
-        if not piece:
+    while (left_s := until_s - time.monotonic()) > 0:
+        if waiting.poll(min(left_s, _LOOK_S) * _MS_PER_S):
+            piece = os.read(output.fileno(), _MOST_BYTES)
+            if not piece:
+                return said
+            said = (said + piece)[:_MOST_BYTES]
+        elif process.poll() is not None:
             return said
-        said = (said + piece)[:_MOST_BYTES]
-    raise subprocess.TimeoutExpired("hook", left_s)
+    raise subprocess.TimeoutExpired(process.args, left_s)
 
 
 def _failed(problem: str) -> LmdbitmapError:

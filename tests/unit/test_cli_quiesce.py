@@ -219,6 +219,16 @@ def test_what_a_hanging_freeze_began_is_over_before_the_thaw(tmp_path: Path) -> 
     assert (tmp_path / "late").read_bytes() == b""
 
 
+def test_a_hook_is_over_when_it_ends_whatever_it_leaves_in_the_background(tmp_path: Path) -> None:
+    """Such as a thaw of its own for the case that we die."""
+    os.mkfifo(tmp_path / "fifo")
+    entered = False
+    with quiesced(f"sh -c 'cat {tmp_path}/fifo & echo said'", ["sda"], 2):
+        entered = True
+    assert entered
+    feed(tmp_path / "fifo")
+
+
 @pytest.fixture
 def late(tmp_path: Path) -> Path:
     """What a freeze does that goes on: it would freeze the guest when somebody writes to this fifo."""
@@ -228,7 +238,7 @@ def late(tmp_path: Path) -> Path:
 
 def freezing_late(late: Path, then: str) -> str:
     """A hook that has it done in the background, with outputs of its own."""
-    freeze = f"cat {late.parent}/fifo >> {late} 2>/dev/null & echo $$ > {late.parent}/begun; {then}"
+    freeze = f": > {late}; cat {late.parent}/fifo >> {late} 2>/dev/null & : > {late.parent}/begun; {then}"
     return f"sh -c 'test $0 = thaw || {{ {freeze}; }}'"
 
 
