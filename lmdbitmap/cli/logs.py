@@ -9,8 +9,12 @@ begins with "disk %s", as all messages about a disk do.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
+import queue
+import threading
 from datetime import datetime, timezone
 from typing import Final
 
@@ -23,6 +27,9 @@ STYLES: Final = (HUMAN, JSON)
 VARIABLE: Final = "LMDBITMAP_LOG"
 
 _LOGGER: Final = logging.getLogger("lmdbitmap")
+_MOST_LINES: Final = 1000
+_LAST_S: Final = 1.0
+"""Until lines that nobody reads are left behind at the end."""
 
 
 class OneLine(logging.Formatter):
@@ -71,6 +78,57 @@ class AlreadyTold(Exception):
 class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # generic for type checkers only
     """The one handler of this program; a class of its own, so that `choose` finds it to set its style."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: queue.Queue[str | threading.Event] | None = None
+        self._left_out = 0
+
+    @property
+    def waits(self) -> bool:
+        return self._lines is None
+
+    def never_wait(self) -> None:
+        self._lines = queue.Queue(_MOST_LINES)
+        threading.Thread(target=self._write, args=[self._lines], name="lmdbitmap log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._lines is None:
+            super().emit(record)
+            return
+        try:
+            if self._left_out:
+                self._lines.put_nowait(self.format(_lines_left_out(self._left_out)))
+                self._left_out = 0
+            self._lines.put_nowait(self.format(record))
+        except queue.Full:
+            self._left_out += 1
+        except Exception:
+            self.handleError(record)
+
+    def flush(self) -> None:
+        if self._lines is None:
+            super().flush()
+            return
+        written = threading.Event()
+        with contextlib.suppress(queue.Full):
+            self._lines.put(written, timeout=_LAST_S)
+            written.wait(_LAST_S)
+
+    def _write(self, lines: queue.Queue[str | threading.Event]) -> None:
+        """Write line after line, not through the stream: others would wait for its lock."""
+        while True:
+            line = lines.get()
+            if isinstance(line, threading.Event):
+                line.set()
+                continue
+            with contextlib.suppress(OSError):
+                os.write(self.stream.fileno(), f"{line}\n".encode(self.stream.encoding, "backslashreplace"))
+
+
+def _lines_left_out(count: int) -> logging.LogRecord:
+    message = "%d lines of the log were left out: nobody read them"
+    return logging.LogRecord(__name__, logging.WARNING, __file__, 0, message, (count,), None)
+
 
 def begin() -> None:
     """Log warnings and errors as sentences, until the command line is read."""
@@ -87,9 +145,18 @@ def choose(style: str, *, verbose: bool) -> None:
         _LOGGER.setLevel(logging.INFO)
 
 
+def never_wait() -> None:
+    """From now on leave lines out, and log how many, rather than wait until somebody reads them.
+
+    For a process that serves guests: a log whose reader hangs must not keep one from its disk.
+    """
+    for handler in _handlers():
+        handler.never_wait()
+
+
 def last_words(message: str) -> None:
     """Report why the program fails, in the style of its log."""
-    if any(isinstance(handler.formatter, JsonLine) for handler in _handlers()):
+    if any(isinstance(handler.formatter, JsonLine) or not handler.waits for handler in _handlers()):
         _LOGGER.error("%s", message)
     else:
         complain(message)

@@ -57,6 +57,7 @@ def mount(
     from lmdbitmap.restoring.backup_server import ended, prove_first
 
     logs.choose(log_style, verbose=verbose)
+    logs.never_wait()
     allow_many_descriptors()
     supervisor = Supervisor(os.environ.pop("NOTIFY_SOCKET", ""))
     with Ending() as ending, open_backup(repository, name, at) as chain:

@@ -100,6 +100,7 @@ def serve(
     notifies systemd when it is ready.
     """
     logs.choose(log_style, verbose=verbose)
+    logs.never_wait()
     _require_sense(names, bitmap_file)
     allow_many_descriptors()
     supervisor = Supervisor(os.environ.pop("NOTIFY_SOCKET", ""))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import socket
 import stat
+import subprocess
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
@@ -271,6 +273,24 @@ def test_log_for_people_tells_it_when_asked(cli: Cli) -> None:
     came, gone = served.child.stderr.splitlines()
     assert came.startswith("lmdbitmap: disk sda: process ")
     assert "is gone: 1 reads, 3 writes" in gone
+
+
+def test_a_log_that_nobody_reads_keeps_nobody_from_the_disk(cli: Cli) -> None:
+    """As in `serve … 2>&1 | less`."""
+    cli.add("sda")
+    command = cli.command("serve", "sda", "--socket", cli.folder / "sda.sock", "--log", "json")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        assert server.stderr is not None
+        fcntl.fcntl(server.stderr, fcntl.F_SETPIPE_SZ, 4096)
+        assert server.stdout.readline() == b"ready\n"
+        for _ in range(30):
+            use(cli)
+        cli.ok("checkpoint", "sda", "monday")
+        server.terminate()
+        assert server.wait(PATIENCE_SECONDS) == 0
+        assert 0 < server.stderr.read().count(b"\n") < 30
+    assert cli.json("info", "sda")["attached"] is False
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
+import threading
 from typing import Any
 
 import pytest
 
-from lmdbitmap.cli.logs import JsonLine, OneLine
+from lmdbitmap.cli import logs
+from lmdbitmap.cli.logs import JsonLine, OneLine, StderrHandler
+from tests.helpers.support import PATIENCE_SECONDS
 
 NASTY = "a\nb\x1b[2J\u2028ü\udc80"
 
@@ -73,3 +77,35 @@ def test_failure_of_ours_brings_its_stack() -> None:
     except KeyError:
         made.exc_info = sys.exc_info()
     assert "KeyError: 'here'" in as_json(made)["exception"]
+
+
+def test_lines_that_nobody_reads_are_left_out_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    with open(reader) as lines, open(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        handler = StderrHandler()
+        handler.setFormatter(OneLine())
+        handler.never_wait()
+        said = "x" * 500
+
+        def write() -> None:
+            for _ in range(3000):
+                handler.emit(record(said))
+
+        writing = threading.Thread(target=write)
+        writing.start()
+        writing.join(PATIENCE_SECONDS)
+        assert not writing.is_alive()
+        monkeypatch.setattr(logs, "_LAST_S", 0.1)
+        handler.flush()  # in vain, and not for ever
+        monkeypatch.setattr(logs, "_LAST_S", float(PATIENCE_SECONDS))
+        read: list[str] = []
+        while len(read) < 1000:
+            read.append(lines.readline())
+        handler.emit(record("heard again"))
+        while read[-1] != "lmdbitmap: heard again\n":
+            read.append(lines.readline())
+        handler.flush()
+    left_out = 3000 - read.count(f"lmdbitmap: {said}\n")
+    assert left_out > 0
+    assert read[-2] == f"lmdbitmap: {left_out} lines of the log were left out: nobody read them\n"
