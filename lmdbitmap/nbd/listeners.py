@@ -129,6 +129,8 @@ class InheritedListener:
         self.sock = _listening_socket(fd)
         self.tls = tls if self.sock.family != socket.AF_UNIX else None
         os.set_inheritable(fd, False)
+        if self.sock.family == socket.AF_UNIX:
+            _warn_if_open_to_all(_socket_path(self.sock.getsockname()))
 
     def uri(self, name: str) -> str:
         address = self.sock.getsockname()
@@ -159,6 +161,16 @@ def _socket_path(address: str | bytes) -> str:
     """Return the path; of an abstract socket, which has none, its name as systemd writes it."""
     path = os.fsdecode(address)
     return f"@{path[1:]}" if path.startswith("\0") else path
+
+
+def _warn_if_open_to_all(path: str) -> None:
+    """Warn of a socket to which every user of this host may connect; an abstract one has no permissions."""
+    with contextlib.suppress(OSError):  # it was removed: nobody can connect
+        if path.startswith("@") or os.stat(path).st_mode & stat.S_IWOTH:
+            _log.warning(
+                "every user of this host can connect to %s; set SocketMode=0660 and SocketGroup= in its unit",
+                path,
+            )
 
 
 def _listening_socket(fd: int) -> socket.socket:

@@ -145,6 +145,20 @@ def test_uris_quote_names_and_paths(tmp_path: Path) -> None:
     listener.close()
 
 
+@pytest.mark.parametrize(("mode", "is_told"), [(0o666, True), (0o660, False), (None, False)])
+def test_a_passed_socket_that_every_user_may_use_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int | None, is_told: bool
+) -> None:
+    """As systemd makes them without SocketMode=."""
+    path = tmp_path / "nbd.sock"
+    with socket.socket(socket.AF_UNIX) as passed:
+        passed.bind(str(path))
+        path.unlink() if mode is None else path.chmod(mode)
+        passed.listen()
+        InheritedListener(os.dup(passed.fileno())).close()
+    assert (f"every user of this host can connect to {path}; set SocketMode=0660" in caplog.text) == is_told
+
+
 @pytest.mark.parametrize(
     ("address", "shown"), [(b"caf\xe9.sock", "caf%E9.sock"), (b"\0abstract", "%40abstract")]
 )
