@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.conftest import Cli
 from tests.helpers.support import run
 
 COMMAND = [sys.executable, "-m", "lmdbitmap"]
@@ -197,6 +198,16 @@ def test_a_second_signal_ends_what_undoes_too_long_without_a_word() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=30)
     assert (done.returncode, done.stderr) == (-signal.SIGTERM, b"")
+
+
+def test_a_hook_that_fails_is_known_to_although_whoever_started_us_ignores_its_children(cli: Cli) -> None:
+    """As daemons in Perl or C do, and what they start inherits it: then the system says of no child how it ended."""
+    cli.add("sda")
+    command = cli.command("checkpoint", "sda", "monday", "--hook", "false")
+    begin = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    done = run(sys.executable, "-c", begin, *command, check=False)
+    assert (done.returncode, "freeze sda` ended with 1" in done.stderr) == (1, True)
+    assert [point["name"] for point in cli.json("info", "sda")["checkpoints"]] == ["epoch-1"]
 
 
 def test_what_undoes_nothing_is_ended_at_once() -> None:
