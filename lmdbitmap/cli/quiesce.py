@@ -179,7 +179,7 @@ class _NotRun(LmdbitmapError):
 
 
 class _Signals:
-    """The first signal ends what is `heeded` by an exception; all others are raised after the block.
+    """The first signal ends what is `heeded` by an exception; all others are raised after the block, as Ctrl-Z is.
 
     Ignored signals stay ignored, as under nohup. Only the main thread can do this; in another thread nothing changes.
     """
@@ -191,7 +191,7 @@ class _Signals:
 
     def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():
-            for number in _ENDING_SIGNALS:
+            for number in (*_ENDING_SIGNALS, signal.SIGTSTP):
                 before = signal.getsignal(number)
                 if before not in (signal.SIG_IGN, None):
                     self._before[number] = before  # `_take` may be called as soon as it is known
@@ -216,6 +216,9 @@ class _Signals:
             self._waiting = True
 
     def _take(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTSTP:
+            self._came = self._came or number
+            return
         if self._waiting:
             self._came = number
             return

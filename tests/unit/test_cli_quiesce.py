@@ -185,6 +185,19 @@ def test_guest_is_thawed_after_a_signal_during_the_freeze(hook: Path) -> None:
     assert asked(hook) == ["freeze sda", "thaw sda"]
 
 
+def test_who_presses_ctrl_z_stops_it_with_a_guest_that_is_thawed(hook: Path) -> None:
+    stops = _FREEZES.replace("sys.stdin.read()", "signal.raise_signal(signal.SIGTSTP)")
+    with subprocess.Popen(
+        [sys.executable, "-c", f"import os; os.setpgid(0, 0)\n{stops}", f"'{hook}'"],
+        stdout=subprocess.DEVNULL,
+    ) as backup:
+        _, status = os.waitpid(backup.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        backup.send_signal(signal.SIGCONT)
+        assert asked(hook) == ["freeze sda", "thaw sda"]
+        assert backup.wait(PATIENCE_SECONDS) == 0
+
+
 def test_second_signal_waits_for_the_thaw(hook: Path) -> None:
     os.mkfifo(hook.parent / "fifo")
     (hook.parent / "hangs").write_text("thaw")
