@@ -44,7 +44,11 @@ _LOOK_S = 0.05
 _DYING_S = 2.0
 """Until a killed hook is waited for no longer, as one that waits for a disk that does not answer."""
 _MS_PER_S = 1000
-_ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_ENDING_SIGNALS = (
+    signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2,
+    signal.SIGXCPU,
+)  # fmt: skip
+"""All that end a process unless it says otherwise, and that people, shells and schedulers send."""
 
 
 class Thaw:

@@ -166,7 +166,9 @@ def a_backup_that_freezes(hook: Path) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGALRM, signal.SIGXCPU]
+)
 def test_guest_is_thawed_after_a_signal_in_the_block(hook: Path, number: signal.Signals) -> None:
     with a_backup_that_freezes(hook) as backup:
         assert backup.stdout is not None
