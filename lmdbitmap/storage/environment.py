@@ -21,7 +21,6 @@ import logging
 import os
 import threading
 import time
-import weakref
 from collections.abc import Iterator
 
 import lmdb
@@ -41,6 +40,7 @@ from lmdbitmap.storage.lmdb_errors import (
 from lmdbitmap.storage.lmdb_opening import open_lmdb, require_sound_tree, reserve_lock_file
 from lmdbitmap.storage.lmdb_tree import data_path_of, structural_problems
 from lmdbitmap.storage.schema import StoreHeader
+from lmdbitmap.storage.views import View, Views
 from lmdbitmap.work import forks
 
 log = logging.getLogger(__name__)
@@ -57,8 +57,6 @@ YOUTH_S = 10.0
 HEADER_KEY = b"store"
 _MOST_MISSING_BYTES = 64 << 20
 _BEGIN_TRIES = 16
-_INTERRUPTED_LOOK_S = 0.1
-"""How often to look for views that ended without a word."""
 DATABASES = ("meta", "disks", "checkpoints", "bitmaps", "regions", "tallies")
 
 
@@ -69,17 +67,6 @@ class _Databases(dict[str, lmdb._Database]):
 
     def __missing__(self, name: str) -> lmdb._Database:
         raise dead_error(self.place)
-
-
-class _View:
-    """An open transaction, and its thread. It counts for as long as it lives, also if it is not counted out in the end,
-    as Ctrl-C may come before that.
-    """
-
-    __slots__ = ("__weakref__", "thread")
-
-    def __init__(self) -> None:
-        self.thread = threading.get_ident()
 
 
 class Environment:
@@ -93,13 +80,7 @@ class Environment:
         self.databases.place = path
         self.disk_keys: dict[str, bytes] = {}
         """See `Reader`."""
-        self._lock = threading.RLock()
-        self._quiet = threading.Condition(self._lock)
-        """Entered by its lock: Ctrl-C may come inside of `Condition.__exit__`, and leave it locked."""
-        self._views: weakref.WeakSet[_View] = weakref.WeakSet()
-        self._resizing = False
-        self._resizer: int | None = None
-        """The thread that has the environment to itself."""
+        self._views = Views()
         self._has_handle = True
         self._born_s = self._cleaned_s = self._looked_s = time.monotonic()
         self._is_young = True
@@ -135,7 +116,7 @@ class Environment:
         Raises `FullMapError` if the map must grow.
         """
         with self._refusals():
-            view = _View()
+            view = View()
             txn = self._begin(view, write)
             try:
                 if write:
@@ -234,7 +215,7 @@ class Environment:
         if self.pid != os.getpid():
             raise dead_error(self.path)
 
-    def _begin(self, view: _View, write: bool) -> lmdb.Transaction:
+    def _begin(self, view: View, write: bool) -> lmdb.Transaction:
         """Begin and count a transaction. Try again if another process grew the map, perhaps repeatedly, or if dead
         readers hold every slot."""
         for _ in range(_BEGIN_TRIES - 1):
@@ -248,10 +229,8 @@ class Environment:
                 self._open_anew()
         return self._begin_counted(view, write)
 
-    def _begin_counted(self, view: _View, write: bool) -> lmdb.Transaction:
-        with self._lock:
-            self._quiet.wait_for(lambda: not self._resizing or self._has_one_open())
-            self._views.add(view)
+    def _begin_counted(self, view: View, write: bool) -> lmdb.Transaction:
+        self._views.enter(view)
         try:
             if not self._has_handle:
                 raise not_open(self.path)
@@ -260,17 +239,9 @@ class Environment:
             self._count_out(view)
             raise
 
-    def _count_out(self, view: _View) -> None:
+    def _count_out(self, view: View) -> None:
         if self.pid == os.getpid():  # else another thread of the parent may have held the lock at the fork
-            with self._lock:
-                self._views.discard(view)
-                self._quiet.notify_all()
-
-    def _has_one_open(self) -> bool:
-        """Whether the calling thread has a transaction open, so that it must not wait for all to end."""
-        mine = threading.get_ident()
-        with self._lock:
-            return self._resizer == mine or any(view.thread == mine for view in self._views)
+            self._views.leave(view)
 
     def _resize_map(self, size: int) -> None:
         """Resize the map; 0 takes the size that others gave it. A failure costs the handle its old map: then reopen."""
@@ -283,7 +254,7 @@ class Environment:
 
     def _open_anew(self) -> None:
         """Open the environment anew, as a restart would."""
-        if self._has_one_open():
+        if self._views.are_mine():
             raise not_open(self.path)  # the caller's own view is in the way
         with self._exclusively():
             if self._has_handle and not self._is_spent():
@@ -304,23 +275,14 @@ class Environment:
     @contextlib.contextmanager
     def _exclusively(self) -> Iterator[None]:
         """Wait until no transaction of this process is open, as LMDB requires; new ones of other threads wait."""
-        if self._has_one_open():
+        if self._views.are_mine():
             raise StorageError(
                 f"store {self.path}",
                 OSError(errno.EDEADLK, "its map must grow, and cannot while this thread has a view open"),
                 next_step="leave the view, and change the store then",
             )
-        with self._lock:
-            try:
-                self._resizing = True
-                while not self._quiet.wait_for(lambda: not any(self._views), _INTERRUPTED_LOOK_S):
-                    pass
-                self._resizer = threading.get_ident()  # so that we may begin transactions all the same
-                yield
-            finally:
-                self._resizer = None
-                self._resizing = False
-                self._quiet.notify_all()
+        with self._views.none_but_mine():
+            yield
 
     def _reopen(self) -> None:
         """Called inside `_exclusively`."""
