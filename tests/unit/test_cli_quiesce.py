@@ -141,7 +141,8 @@ def test_what_is_no_command_is_told(command: str, said: str) -> None:
 _FREEZES = """
 import signal
 import sys
-for number in (signal.SIGTERM, signal.SIGHUP):
+from lmdbitmap.cli.quiesce import _ENDING_SIGNALS
+for number in _ENDING_SIGNALS:  # some are ignored under nohup, or in a shell's background
     signal.signal(number, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from lmdbitmap.access.routes import FREEZE_LIMIT_S, OWNER_LIMIT_S

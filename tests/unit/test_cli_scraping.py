@@ -121,5 +121,5 @@ def test_without_a_descriptor_for_a_scraper_nobody_asks_for_one_all_the_time(
         patched.setattr(socket.socket, "accept", refused)
         with scraper(url):
             time.sleep(0.5)
-    assert "cannot take a scraper in: [Errno 24] Too many open files" in caplog.text
+    assert "cannot take a scraper in, and will try again: [Errno 24] Too many open files" in caplog.text
     assert 1 <= len(tries) < 20
