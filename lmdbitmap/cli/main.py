@@ -48,9 +48,8 @@ def main() -> NoReturn:
     _occupy_standard_descriptors()
     sys.stdout, sys.stderr = _dependable(1, sys.stdout, -1), _dependable(2, sys.stderr, 1)
     logs.begin()
-    signal.signal(
-        signal.SIGCHLD, signal.SIG_DFL
-    )  # where whoever started us ignores it, every hook ends with 0
+    # Where whoever started us ignores it, every hook ends with 0.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     code = run(sys.argv[1:], owns_process=True)
     _flush_or_drop(sys.stderr)
     sys.exit(code)
