@@ -204,8 +204,8 @@ class _Signals:
 
     @property
     def came(self) -> bool:
-        """Whether a signal will be raised after the block: it replaces any error."""
-        return self._came is not None
+        """Whether a signal will be raised after the block that replaces any error. Ctrl-Z replaces none."""
+        return self._came not in (None, signal.SIGTSTP)
 
     @contextlib.contextmanager
     def heeded(self) -> Iterator[None]:
@@ -226,7 +226,7 @@ class _Signals:
         if self._waiting:
             self._came = number
             return
-        self._waiting = True
+        self._waiting, self._came = True, None  # a Ctrl-Z from before would only stop what is to end
         before = self._before[number]
         if callable(before):
             before(number, frame)
@@ -312,18 +312,19 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 def _beginning_of(output: IO[bytes], process: subprocess.Popen[bytes], until_s: float) -> bytes:
     """Take in all of a hook's output; return the beginning. Raises `TimeoutExpired`.
 
-    It ends when it is closed. What the hook started in the background may keep it open: then it ends with the hook.
+    It ends when it is closed. What the hook started in the background may keep it open, and talk: then it ends with the
+    hook.
     """
     said = b""
     waiting = select.poll()
     waiting.register(output, select.POLLIN)
     while (left_s := until_s - time.monotonic()) > 0:
-        if waiting.poll(min(left_s, _LOOK_S) * _MS_PER_S):
+        has_ended = process.poll() is not None  # asked first: then all that it said is there to be read
+        if waiting.poll(0 if has_ended else min(left_s, _LOOK_S) * _MS_PER_S):
             piece = os.read(output.fileno(), _MOST_BYTES)
-            if not piece:
-                return said
+            has_ended = has_ended or not piece
             said = (said + piece)[:_MOST_BYTES]
-        elif process.poll() is not None:
+        if has_ended:
             return said
     raise subprocess.TimeoutExpired(process.args, left_s)
 

@@ -19,7 +19,7 @@ import pytest
 
 from lmdbitmap.access.routes import FREEZE_LIMIT_S, OWNER_LIMIT_S
 from lmdbitmap.cli.backups import backup
-from lmdbitmap.cli.quiesce import Thaw, quiesced
+from lmdbitmap.cli.quiesce import Thaw, _beginning_of, quiesced
 from lmdbitmap.cli.syncing import sync
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError
 from tests.helpers.support import PATIENCE_SECONDS, handled
@@ -201,6 +201,31 @@ def test_who_presses_ctrl_z_stops_it_with_a_guest_that_is_thawed(hook: Path) -> 
         assert backup.wait(PATIENCE_SECONDS) == 0
 
 
+def test_who_ends_it_after_ctrl_z_has_it_ended_and_not_stopped(hook: Path) -> None:
+    ends = "signal.raise_signal(signal.SIGTSTP); signal.raise_signal(signal.SIGTERM)"
+    code = f"import os; os.setpgid(0, 0)\n{_FREEZES.replace('sys.stdin.read()', ends)}"
+    with subprocess.Popen([sys.executable, "-c", code, f"'{hook}'"], stdout=subprocess.DEVNULL) as backup:
+        _, status = os.waitpid(backup.pid, os.WUNTRACED)
+        backup.send_signal(signal.SIGCONT)
+    assert (os.WIFSTOPPED(status), asked(hook)) == (False, ["freeze sda", "thaw sda"])
+
+
+def test_what_fails_twice_is_told_once_to_who_presses_ctrl_z_too(
+    hook: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hook.write_text(
+        f'#!/bin/sh\n[ $1 = thaw ] && kill -TSTP {os.getpid()}\necho "$1: no such guest"; exit 3\n'
+    )
+    stopped: list[int] = []
+    before = signal.signal(signal.SIGTSTP, lambda number, frame: stopped.append(number))
+    try:
+        with pytest.raises(LmdbitmapError, match="and then"), quiesced(f"'{hook}'", ["sda"], 10):
+            raise AssertionError("the block is not entered")
+    finally:
+        signal.signal(signal.SIGTSTP, before)
+    assert (stopped, caplog.text) == ([signal.SIGTSTP], "")
+
+
 def test_second_signal_waits_for_the_thaw(hook: Path) -> None:
     os.mkfifo(hook.parent / "fifo")
     (hook.parent / "hangs").write_text("thaw")
@@ -235,14 +260,34 @@ def test_what_a_hanging_freeze_began_is_over_before_the_thaw(tmp_path: Path) -> 
     assert (tmp_path / "late").read_bytes() == b""
 
 
-def test_a_hook_is_over_when_it_ends_whatever_it_leaves_in_the_background(tmp_path: Path) -> None:
+@pytest.mark.parametrize("talk", ["", "yes &"])
+def test_a_hook_is_over_when_it_ends_whatever_it_leaves_in_the_background(tmp_path: Path, talk: str) -> None:
     """Such as a thaw of its own for the case that we die."""
     os.mkfifo(tmp_path / "fifo")
     entered = False
-    with quiesced(f"sh -c 'cat {tmp_path}/fifo & echo said'", ["sda"], 2):
+    with quiesced(f"sh -c 'cat {tmp_path}/fifo & {talk} echo said'", ["sda"], 2):
         entered = True
     assert entered
     feed(tmp_path / "fifo")
+
+
+def test_last_words_of_a_hook_are_heard_although_its_background_keeps_the_output_open() -> None:
+    reader, writer = os.pipe()
+
+    class Ending(subprocess.Popen[bytes]):
+        def __init__(self) -> None: ...
+
+        def __del__(self) -> None: ...
+
+        def poll(self) -> int:
+            os.write(writer, b"last words")
+            return 3
+
+    try:
+        with open(reader, "rb", buffering=0) as output:
+            assert _beginning_of(output, Ending(), time.monotonic() + PATIENCE_SECONDS) == b"last words"
+    finally:
+        os.close(writer)
 
 
 @pytest.fixture
