@@ -88,8 +88,10 @@ class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # generic
         return self._lines is None
 
     def never_wait(self) -> None:
-        self._lines = queue.Queue(_MOST_LINES)
-        threading.Thread(target=self._write, args=[self._lines], name="lmdbitmap log", daemon=True).start()
+        """Raises `RuntimeError` if no thread can be started; it goes on as it was then."""
+        lines: queue.Queue[str | threading.Event] = queue.Queue(_MOST_LINES)
+        threading.Thread(target=self._write, args=[lines], name="lmdbitmap log", daemon=True).start()
+        self._lines = lines
 
     def emit(self, record: logging.LogRecord) -> None:
         if self._lines is None:

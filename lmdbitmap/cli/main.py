@@ -42,6 +42,8 @@ _EXIT_CODES: dict[type[LmdbitmapError], int] = {InvalidArgument: USAGE, Untruste
 SIGNALLED = 128
 """The exit code for a signal is this plus the signal's number, as in shells."""
 READER_GONE = 141
+_NO_THREAD = "can't start new thread"
+"""What Python says for it."""
 
 
 def main() -> NoReturn:
@@ -72,6 +74,9 @@ def run(words: Sequence[str], *, owns_process: bool = False) -> int:
         _drop(sys.stdout)
         failed = _fail_as(_error_from(refusal))
         return code or failed
+    except KeyboardInterrupt:  # while nobody reads the answer
+        _drop(sys.stdout)
+        return code or _fail_by(signal.SIGINT)
 
 
 def _outcome(words: Sequence[str], owns_process: bool) -> int:
@@ -90,6 +95,10 @@ def _outcome(words: Sequence[str], owns_process: bool) -> int:
         raise
     except MemoryError:
         return _fail("there is not enough memory; free some memory and try again", FAILED)
+    except RuntimeError as refused:
+        if str(refused) != _NO_THREAD:
+            return _own_bug(refused)
+        return _fail("the system refuses another thread; have fewer, or allow more (ulimit -u)", FAILED)
     except ModuleNotFoundError as missing:
         if missing.name not in ("click", "rich", "prometheus_client"):
             return _own_bug(missing)

@@ -148,6 +148,23 @@ def test_a_full_disk_under_the_errors_changes_no_exit_code(ending: str, code: in
     assert (done.returncode, done.stdout) == (code, "an answer\n")
 
 
+INTERRUPTED = """
+    import sys
+    def flush():
+        del sys.stdout.flush
+        raise KeyboardInterrupt
+    sys.stdout.flush = flush
+    """
+"""Has the verb's answer wait for its reader until somebody presses Ctrl-C."""
+
+
+@pytest.mark.parametrize(("ending", "code"), ENDINGS)
+def test_ctrl_c_while_nobody_reads_the_answer_hides_no_failure(ending: str, code: int) -> None:
+    done = run(sys.executable, "-c", ANSWERS.format(INTERRUPTED + ending), check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (code or 130, "", 1)
+    assert done.stderr.startswith("lmdbitmap: ")
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_an_answer_is_whole_for_a_reader_whose_pipe_does_not_block(unbuffered: str) -> None:
     """As programs in other languages make theirs: Python would leave out what does not fit in at once."""

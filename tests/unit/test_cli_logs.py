@@ -109,3 +109,20 @@ def test_lines_that_nobody_reads_are_left_out_and_counted(monkeypatch: pytest.Mo
     left_out = 3000 - read.count(f"lmdbitmap: {said}\n")
     assert left_out > 0
     assert read[-2] == f"lmdbitmap: {left_out} lines of the log were left out: nobody read them\n"
+
+
+def test_without_a_thread_for_its_lines_the_log_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has to say at least why the program ends."""
+
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    handler = StderrHandler()
+    handler.setFormatter(OneLine())
+    with pytest.raises(RuntimeError):
+        handler.never_wait()
+    handler.emit(record("the last words"))
+    assert (handler.waits, capsys.readouterr().err) == (True, "lmdbitmap: the last words\n")

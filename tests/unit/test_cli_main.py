@@ -113,6 +113,12 @@ def test_want_of_memory_is_no_fault_of_ours(fall: Fall, capsys: Captured) -> Non
     assert capsys.readouterr() == ("", said)
 
 
+def test_want_of_threads_is_no_fault_of_ours(fall: Fall, capsys: Captured) -> None:
+    assert fall(RuntimeError("can't start new thread")) == 1
+    said = "lmdbitmap: the system refuses another thread; have fewer, or allow more (ulimit -u)\n"
+    assert capsys.readouterr() == ("", said)
+
+
 def test_our_own_fault_is_owned_up_to_without_a_traceback(
     fall: Fall, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
