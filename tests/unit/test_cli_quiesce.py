@@ -142,7 +142,7 @@ _FREEZES = """
 import signal
 import sys
 from lmdbitmap.cli.quiesce import _ENDING_SIGNALS
-for number in _ENDING_SIGNALS:  # some are ignored under nohup, or in a shell's background
+for number in (*_ENDING_SIGNALS, signal.SIGTSTP):  # some are ignored under nohup, or in a shell's background
     signal.signal(number, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from lmdbitmap.access.routes import FREEZE_LIMIT_S, OWNER_LIMIT_S
