@@ -212,4 +212,5 @@ class Gang(Generic[T]):
         with self._lock:
             self._failure = self._failure or failure
             self._news.notify_all()
-        self._interrupt()
+        with contextlib.suppress(Exception):  # a device that cannot even do this: the failure says more
+            self._interrupt()

@@ -355,6 +355,20 @@ def test_an_interruption_of_a_wait_that_just_gave_up_the_lock_is_raised_as_itsel
         made.do("ab")
 
 
+def test_a_device_that_cannot_be_interrupted_hides_no_failure_and_ends_the_work_all_the_same() -> None:
+    calls = itertools.count()
+
+    def interrupt() -> None:
+        assert next(calls) > 100, "it is asked again and again"  # an error each time
+
+    def work(number: int, piece: str) -> None:
+        raise ValueError(piece)
+
+    with pytest.raises(ValueError, match="a"):
+        gang(work, interrupt=interrupt).do("a")
+    assert next(calls) < 10
+
+
 INTERRUPTED_AGAIN_AND_AGAIN = """
 import random, signal
 from lmdbitmap.work import crew, gang
