@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from uuid import UUID
 
 import pytest
@@ -155,6 +155,23 @@ def test_a_host_of_several_addresses_that_hang_takes_no_longer_than_one(
         with pytest.raises(Busy, match="did not answer"):
             NbdDevice.open("nbd://far.example/disk")
         assert 0.5 < time.monotonic() - started < 1.2
+
+
+def test_a_slow_name_server_takes_no_time_from_the_server(
+    monkeypatch: pytest.MonkeyPatch, far: FarServer
+) -> None:
+    late_s = 0.0
+
+    def look_up(*_: object, **__: object) -> list[tuple[int, int, int, str, str]]:
+        nonlocal late_s
+        late_s += 60.0
+        return [(socket.AF_UNIX, 1, 0, "", str(far.path))]
+
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + late_s)
+    monkeypatch.setattr("lmdbitmap.nbd.client.dial.time", clock)
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    with NbdDevice.open("nbd://far.example/disk") as device:
+        assert device.pread(1, 0) == b"\0"
 
 
 def test_the_last_address_of_a_host_is_tried_too(monkeypatch: pytest.MonkeyPatch, far: FarServer) -> None:

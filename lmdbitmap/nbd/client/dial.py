@@ -29,9 +29,10 @@ _USER_TIMEOUT_MS: Final = 20_000
 
 def dial(place: NbdAddress, timeout_s: float = DIAL_S) -> Link:
     """Connect and agree on the export. Raise what `negotiation` and TLS raise, `OSError` if nobody answers."""
-    deadline = time.monotonic() + timeout_s
     encryption = _encryption(place)
-    sock = _connected(place, deadline)
+    addresses = _addresses(place)  # before the clock runs: a slow name server takes no time from the server
+    deadline = time.monotonic() + timeout_s
+    sock = _connected(addresses, deadline)
     return agreed(sock, place.export, deadline - time.monotonic(), encryption)
 
 
@@ -76,9 +77,8 @@ def agreed(
         raise
 
 
-def _connected(place: NbdAddress, deadline: float) -> socket.socket:
-    """Connect to the first address of the place that answers. Those still to be tried share the time that is left."""
-    addresses = _addresses(place)
+def _connected(addresses: deque[tuple[int, Any]], deadline: float) -> socket.socket:
+    """Connect to the first of the addresses that answers. Those still to be tried share the time that is left."""
     while True:
         family, address = addresses.popleft()
         left_s = (deadline - time.monotonic()) / (len(addresses) + 1)
