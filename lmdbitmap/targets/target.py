@@ -201,7 +201,8 @@ def _refuse_sources(out: str, folder: BackupFolder, chain: BackupChain) -> None:
 
 def _disk_at(store: Store, out: str) -> Disk | None:
     with store.read() as reader:
-        return next((disk for disk in reader.disks() if is_same_image(disk.image, out)), None)
+        disks = list(reader.disks())  # compared out of the view: a name server may hang
+    return next((disk for disk in disks if is_same_image(disk.image, out)), None)
 
 
 def refuse_tracked(store: Store, out: str) -> None:

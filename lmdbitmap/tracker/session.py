@@ -338,12 +338,13 @@ def _sweep_owners(store: Store, writer: Writer) -> None:
 def _refuse_tracked(store: Store, image: str, *, unless: UUID | None = None) -> None:
     """Raise `AlreadyExists` if the image is a disk's, other than `unless`."""
     with store.read() as reader:
-        for other in reader.disks():
-            if other.uuid != unless and is_same_image(other.image, image):
-                raise AlreadyExists(
-                    f"{image} is tracked already, as {other.name!r}",
-                    next_step=f"use disk {other.name!r}, or name another image",
-                )
+        disks = list(reader.disks())
+    for other in disks:  # out of the view: hosts may have to be looked up, and a name server may hang
+        if other.uuid != unless and is_same_image(other.image, image):
+            raise AlreadyExists(
+                f"{image} is tracked already, as {other.name!r}",
+                next_step=f"use disk {other.name!r}, or name another image",
+            )
 
 
 def relocate(store: Store, name: str, image: str | os.PathLike[str]) -> Disk:

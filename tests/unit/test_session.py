@@ -6,8 +6,9 @@ import errno
 import os
 import re
 import shutil
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from lmdbitmap.images.device import FileDevice
 from lmdbitmap.images.identity import identity_to_keep
 from lmdbitmap.interfaces import ImageIdentity
 from lmdbitmap.storage import owner, schema
+from lmdbitmap.store import Store
+from lmdbitmap.targets.target import refuse_tracked
 from lmdbitmap.tracker import session
 from tests.helpers.support import make_raw_image
 from tests.helpers.tracked import NAME, TrackedDisk, blocks_of, trust_of
@@ -143,6 +146,38 @@ def test_same_image_by_another_name_is_the_same_image(tmp_path: Path, tracked: T
     (tmp_path / "link").symlink_to(tracked.image)
     with pytest.raises(AlreadyExists):
         session.add(tracked.store, "sdb", str(tmp_path / "link"), granularity_bits=12)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda store, image: session.add(store, "sdb", image, granularity_bits=12),
+        lambda store, image: session.relocate(store, NAME, image),
+        refuse_tracked,
+    ],
+    ids=["add", "relocate", "restore"],
+)
+def test_no_view_is_open_while_hosts_are_looked_up(
+    tracked: TrackedDisk, monkeypatch: pytest.MonkeyPatch, act: Callable[[Store, str], object]
+) -> None:
+    """A name server may hang, and the file grows meanwhile; its map could not grow for the guests of this process."""
+    store, views = tracked.store, list[list[tuple[int, int]]]()
+
+    def look_up(host: str, port: int, **_: object) -> list[tuple[int, int, int, str, tuple[str, int]]]:
+        views.append(store._environment.readers())
+        return [(0, 0, 0, "", ("10.0.0.7", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    session.add(
+        store,
+        "far",
+        "nbd://store/",
+        granularity_bits=12,
+        open_device=lambda _: FileDevice.open(tracked.image),
+    )
+    with pytest.raises(AlreadyExists):
+        act(store, "nbd://store.lan/")
+    assert views == [[], []]
 
 
 def test_removed_disk_is_gone_without_its_image(tracked: TrackedDisk) -> None:
