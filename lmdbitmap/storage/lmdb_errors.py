@@ -59,7 +59,7 @@ def translated(path: str) -> Iterator[None]:
         raise our_error(path, error) from error
     except SystemError as error:  # some of py-lmdb's methods, such as `Cursor.delete`, wrap an error so
         if isinstance(error.__cause__, lmdb.Error):
-            raise our_error(path, error.__cause__) from error
+            raise our_error(path, error.__cause__) from error.__cause__
         raise
     except PermissionError as error:
         raise StorageError(f"store {path}", error, next_step="run as the user who owns the store") from error

@@ -101,7 +101,7 @@ class Presence:
         deaths = 0
         with contextlib.suppress(OSError):
             deaths = int.from_bytes(os.pread(self._users_fd, 1, 0), "little")
-            os.pwrite(self._users_fd, bytes([1 if deaths == SICK else min(deaths + 1, SICK - 1)]), 0)
+            os.pwrite(self._users_fd, bytes([min(deaths + 1, SICK - 1)]), 0)
         return deaths
 
     def is_well(self) -> None:

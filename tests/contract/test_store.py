@@ -19,7 +19,7 @@ import lmdb
 import pytest
 
 from lmdbitmap.errors import Busy, FormatError, LmdbitmapError, NotFound, StorageError
-from lmdbitmap.storage import environment, lmdb_errors, lmdb_opening, lmdb_tree, schema, tally
+from lmdbitmap.storage import environment, lmdb_errors, lmdb_opening, lmdb_tree, presence, schema, tally
 from lmdbitmap.storage.schema import Bitmap, Checkpoint, Disk, StoreHeader
 from lmdbitmap.storage.tally import GROUP_REGIONS, Tally
 from lmdbitmap.store import Reader, Store, Writer
@@ -1193,6 +1193,14 @@ def test_refusal_that_the_binding_hides_in_an_error_of_python_is_one_of_ours(ope
         raise hidden
     with pytest.raises(SystemError), lmdb_errors.translated(opened.path):
         raise SystemError("something else")
+
+
+def test_damage_that_the_binding_hides_is_looked_for_all_the_same(opened: Store) -> None:
+    hidden = SystemError("returned a result with an exception set")
+    hidden.__cause__ = lmdb_error(lmdb.BadTxnError, -30782)
+    with pytest.raises(StorageError, match="is examined then"), opened.read():
+        raise hidden
+    assert Path(opened.path, presence.USERS).read_bytes() == bytes([presence.SICK])
 
 
 def test_short_write_on_a_full_disk_is_called_a_full_disk(

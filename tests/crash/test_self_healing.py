@@ -20,7 +20,7 @@ import pytest
 
 from lmdbitmap.errors import AlreadyExists, FormatError, NotFound, StorageError
 from lmdbitmap.extents import Trust
-from lmdbitmap.storage import creating, environment, lmdb_tree, owner, salvage, schema, tally
+from lmdbitmap.storage import creating, environment, lmdb_tree, owner, presence, salvage, schema, tally
 from lmdbitmap.storage.lmdb_errors import DamagedStore
 from lmdbitmap.storage.salvage import SALVAGED
 from lmdbitmap.storage.schema import Disk
@@ -479,3 +479,24 @@ def test_large_store_is_looked_through_once_lmdb_came_upon_damage(
         list(reader.regions(bitmap_id))
     reopened(tracked)
     backs_up_as_ever(tracked)
+
+
+def test_large_store_is_looked_through_once_more_if_that_was_interrupted(
+    tracked: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may take minutes, and a service manager's patience may be shorter."""
+    monkeypatch.setattr(environment, "LOOKED_THROUGH_BYTES", 0)
+    looked: list[str] = []
+
+    def interrupted(path: str) -> None:
+        looked.append(path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(environment, "require_sound_tree", interrupted)
+    path = tracked.store.path
+    tracked.close()
+    Path(path, presence.USERS).write_bytes(bytes([presence.SICK]))
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            Store.open(path)
+    assert len(looked) == 2
