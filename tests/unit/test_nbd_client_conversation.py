@@ -461,7 +461,10 @@ def test_writer_that_is_interrupted_just_when_it_has_a_lock_does_not_keep_it(
     with pytest.raises(Interrupted):
         device.pwrite(b"lost", 0)
     assert not interrupted.is_due
+    require_that_it_goes_on(device, far)
 
+
+def require_that_it_goes_on(device: NbdDevice, far: FarServer) -> None:
     def go_on() -> None:
         device.pwrite(b"kept", 0)
         device.flush()
@@ -472,6 +475,24 @@ def test_writer_that_is_interrupted_just_when_it_has_a_lock_does_not_keep_it(
     going_on.join(PATIENCE_SECONDS)
     assert not going_on.is_alive()
     assert far.stable[:4] == b"kept"
+
+
+def test_flush_of_our_own_that_was_interrupted_before_it_was_sent_is_not_waited_for(
+    far: FarServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = opened(far.uri)
+    for piece in range(UNTIL_ONE_OF_OUR_OWN - 1):
+        device.pwrite(PIECE, piece * len(PIECE))
+
+    def interrupt(link: Link, requests: Sequence[Request]) -> None:
+        assert [request.command for request in requests] == [FLUSH]
+        raise Interrupted
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Link, "post", interrupt)
+        with pytest.raises(Interrupted):
+            device.pwrite(b"lost", 0)
+    require_that_it_goes_on(device, far)
 
 
 def test_write_whose_caller_is_interrupted_before_it_waits_is_in_doubt(

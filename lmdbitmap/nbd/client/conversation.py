@@ -194,20 +194,28 @@ class Conversation:
             return request.cookie in self._waiting
 
     def post(self, call: Call, requests: Sequence[Request]) -> None:
-        """Send the requests, if not now then on the next connection."""
+        """Send the requests, if not now then on the next connection. Interrupted, it forgets them: see `_abandon`."""
+        try:
+            link = self._put_in_flight(call, requests)
+            if link is not None:
+                link.post(requests)
+        except BaseException:
+            self._abandon(call, requests)
+            raise
+
+    def _put_in_flight(self, call: Call, requests: Sequence[Request]) -> Link | None:
+        """Note what is about to be sent; return the connection to send it on, if there is one."""
         with self._state:
             if self._closing.is_set():
                 raise OSError(errno.EBADF, "the image is closed")
-            link = self._link
             for request in requests:
                 request.cookie = next(self._cookies)
                 request.call = call
-                request.link = link
+                request.link = self._link
                 request.since = self._outage_since
                 request.mark = self._kept.mark
                 self._waiting[request.cookie] = request
-        if link is not None:
-            link.post(requests)
+            return self._link
 
     def _lead_or_wait(self, call: Call) -> None:
         with self._state:
