@@ -43,7 +43,7 @@ from lmdbitmap.tracker.tracking import Tracking, detached_error
 from lmdbitmap.tracker.vouching import Voucher
 from lmdbitmap.work import forks
 from lmdbitmap.work.chores import Chore, Chores
-from lmdbitmap.work.crew import joined
+from lmdbitmap.work.crew import joined, thread_refused
 
 log = logging.getLogger(__name__)
 
@@ -95,8 +95,7 @@ class Filter(Front):
         If the image was written outside the filter, a new epoch begins (see continuity.py). Raises `NotFound` without
         such a disk or image, `Busy` while another process owns the disk or has the image open, `StorageError` where
         the system refuses. A crash can cost as much as `max_armed` extents, and fewer mean more commits; with 0, every
-        new dirt is one.
-        `background=False` leaves beats and passes to the caller.
+        new dirt is one. `background=False` leaves beats and passes to the caller.
         """
         if max_armed < 0:
             raise InvalidArgument(f"{max_armed} armed extents", next_step="allow 0 or more")
@@ -283,11 +282,7 @@ class Filter(Front):
             chores.add(self._passes)
         except RuntimeError as refused:
             self.abandon()
-            raise StorageError(
-                f"disk {self.disk.name!r} cannot be attached",
-                OSError(errno.EAGAIN, str(refused)),
-                next_step="have fewer threads, or allow more (ulimit -u)",
-            ) from refused
+            raise thread_refused(f"disk {self.disk.name!r} cannot be attached", refused) from refused
 
     def _beat_on(self) -> None:
         """Beat in this disk's own thread: nothing else that hangs, such as another disk's image, delays the beats."""

@@ -49,6 +49,12 @@ def crew_size(most: int, *, spared: int, busy: int) -> int:
     return max(min(most, processors() - busy - spared), 0) if spared else most
 
 
+def thread_refused(place: str, refused: RuntimeError) -> StorageError:
+    """Return the error for a thread that the system does not give."""
+    step = "have fewer threads, or allow more (ulimit -u), and try again"
+    return StorageError(place, OSError(errno.EAGAIN, str(refused)), next_step=step)
+
+
 class Threads(ThreadPoolExecutor):
     """A pool of threads. `submit` raises `StorageError` if the system refuses to start one."""
 
@@ -56,11 +62,7 @@ class Threads(ThreadPoolExecutor):
         try:
             return super().submit(fn, *args, **kwargs)
         except RuntimeError as refused:
-            raise StorageError(
-                "this process",
-                OSError(errno.EAGAIN, str(refused)),
-                next_step="have fewer threads, or allow more (ulimit -u), and try again",
-            ) from refused
+            raise thread_refused("this process", refused) from refused
 
 
 class Crew(Executor):

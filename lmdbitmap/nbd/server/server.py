@@ -20,7 +20,6 @@ its disk: `stop` then returns False, and the disks must not be closed under it.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import selectors
@@ -35,7 +34,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Final, NamedTuple
 
-from lmdbitmap.errors import AlreadyExists, Busy, StorageError
+from lmdbitmap.errors import AlreadyExists, Busy
 from lmdbitmap.interfaces import ServedDisk
 from lmdbitmap.nbd import keepalive
 from lmdbitmap.nbd.listeners import InheritedListener, Listener, TcpListener, UnixListener, accepted
@@ -47,6 +46,7 @@ from lmdbitmap.nbd.server.rounds import Rounds
 from lmdbitmap.nbd.server.traffic import NO_TRAFFIC, Traffic, summed
 from lmdbitmap.nbd.server.visit import Offer, Visit
 from lmdbitmap.work import forks
+from lmdbitmap.work.crew import thread_refused
 from lmdbitmap.work.on_demand import OnDemand
 
 _log = logging.getLogger(__name__)
@@ -230,11 +230,7 @@ class Server:
             self._serving_thread.start()
         except RuntimeError as refused:
             self._serving_thread = None  # there is nobody for `stop` to wait for
-            raise StorageError(
-                "the NBD server cannot be started",
-                OSError(errno.EAGAIN, str(refused)),
-                next_step="have fewer threads, or allow more (ulimit -u)",
-            ) from refused
+            raise thread_refused("the NBD server cannot be started", refused) from refused
 
     def serve_forever(self) -> None:
         """Serve in this thread until asked to stop, then wind up; afterwards `stop` tells how it went.
