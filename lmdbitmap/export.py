@@ -4,13 +4,15 @@ Out: exporting the same bitmap twice gives the same bytes. Nothing in a file dep
 process; the uuid of a disk's changes is made from the two checkpoints that bound them. The bits are counted as they are
 written, so if the period records meanwhile, the file is still consistent.
 
-In: a file is proven to its last bit before the store is changed, and proven again while its bits go into one
-transaction. So not even a file that changes meanwhile is kept in part. An imported bitmap keeps its identity: exported
-again, it has the same bits, sizes, flags, uuids and times; only the names in the metadata differ.
+In: a file is copied into the store's folder and proven to its last bit before the store is changed, and the copy's
+bits go into one transaction. So not even a file that changes meanwhile is kept in part, and no commit waits for the
+file's own disk. An imported bitmap keeps its identity: exported again, it has the same bits, sizes, flags, uuids and
+times; only the names in the metadata differ.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import uuid
@@ -177,6 +179,7 @@ def import_file(
 ) -> Bitmap:
     """Keep the file as the stand-alone bitmap `name`; with `into`, also OR it into that disk's open period.
 
+    Takes the room of the file's data in the store's folder, for as long as it runs.
     `all_dirty` takes every block as dirty, whatever the file's bits say. Durable on return; if it raises, it leaves no
     new bitmap. Importing the same file under the same name again is allowed: repeating an import that was killed
     before the merge into `into` completes it. Raises `Untrusted` for a file that is not CLEAN, `FormatError` for a bad
@@ -186,9 +189,8 @@ def import_file(
     with FlatFile.open(path) as file:
         with store.read() as reader:
             _require_place(reader, file.header, name, into)
-        if not all_dirty:
-            file.prove()
-        bitmap, is_new = store.update(lambda writer: _keep(writer, file, name, into, all_dirty))
+        with contextlib.nullcontext(file) if all_dirty else file.proven_copy(store.path) as proven:
+            bitmap, is_new = store.update(lambda writer: _keep(writer, proven, name, into, all_dirty))
     if into is not None:
         try:
             _merge_wherever_owned(store, name, into)

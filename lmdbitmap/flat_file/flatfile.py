@@ -68,6 +68,31 @@ class FlatFile:
         for _ in self.chunks():
             pass
 
+    def proven_copy(self, folder: str) -> FlatFile:
+        """Return a private copy in a file of `folder` that has no name. Raises as `prove` does.
+
+        Whatever happens to the file, or to the file system it is on, reading the copy does not wait for it.
+        """
+        with os_errors_at(folder):
+            fd = files.open_nameless(folder)
+            try:
+                self._copy_to(fd)
+                return FlatFile(self.path, fd)
+            except BaseException:
+                os.close(fd)
+                raise
+
+    def _copy_to(self, fd: int) -> None:
+        files.pwrite_whole(fd, self._header_area, 0)
+        position = self.header.header_size
+        for chunk in self.chunks():
+            if isinstance(chunk, Zeroes):
+                position += chunk.length
+            else:
+                files.pwrite_whole(fd, chunk, position)
+                position += len(chunk)
+        os.ftruncate(fd, position)
+
     def clear_clean(self) -> None:
         """Clear CLEAN durably: the disk may change after this returns (docs/format.md, in place, step 1)."""
         with os_errors_at(self.path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Final
@@ -21,6 +22,8 @@ PRIVATE_MODE: Final = 0o600
 PRIVATE_FOLDER_MODE: Final = 0o700
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.EOPNOTSUPP}
 """What some network file systems answer: nothing more can be done there."""
+_NO_TMPFILE = {errno.EISDIR, errno.EOPNOTSUPP}
+"""The errors of file systems without O_TMPFILE."""
 
 # --- folders ---
 
@@ -108,6 +111,18 @@ def give_to_owner_of(folder: str, fd: int) -> None:
 
 
 # --- content ---
+
+
+def open_nameless(folder: str | os.PathLike[str]) -> int:
+    """Open a new file in `folder` that has no name, accessible to its owner only: nothing of it can stay behind."""
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, PRIVATE_MODE)
+    except OSError as refusal:
+        if refusal.errno not in _NO_TMPFILE:
+            raise
+    fd, path = tempfile.mkstemp(dir=folder)
+    os.unlink(path)
+    return fd
 
 
 def first_bytes(path: str, count: int) -> bytes:

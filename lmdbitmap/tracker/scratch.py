@@ -12,12 +12,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import tempfile
 from typing import Final, NamedTuple
 
 from lmdbitmap.errors import os_errors_at
 from lmdbitmap.system import linux
-from lmdbitmap.system.files import pwrite_whole
+from lmdbitmap.system.files import open_nameless, pwrite_whole
 from lmdbitmap.work import forks
 
 DEFAULT_LIMIT_BYTES: Final = 10 << 30
@@ -41,7 +40,7 @@ class ScratchFile:
         self.limit_bytes = scratch.limit_bytes
         self._has_its_room = scratch.preallocate
         with os_errors_at(f"scratch file in {scratch.folder}"):
-            self._fd = _nameless_file(scratch.folder)
+            self._fd = open_nameless(scratch.folder)
             try:
                 if scratch.preallocate:
                     os.posix_fallocate(self._fd, 0, scratch.limit_bytes)
@@ -94,17 +93,3 @@ class ScratchFile:
     def forsake(self) -> None:
         """Close the file in a forked child: its room would be taken for as long as the child lives."""
         self.close()
-
-
-def _nameless_file(folder: str | os.PathLike[str]) -> int:
-    try:
-        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except OSError as refusal:
-        if refusal.errno not in (
-            errno.EISDIR,
-            errno.EOPNOTSUPP,
-        ):  # the errors of file systems without O_TMPFILE
-            raise
-    fd, path = tempfile.mkstemp(dir=folder)
-    os.unlink(path)
-    return fd
