@@ -320,10 +320,11 @@ class Environment:
 
     def _require_databases(self, txn: lmdb.Transaction) -> None:
         with txn.cursor() as cursor:
-            missing = set(DATABASES) - {
-                bytes(key).decode(errors="replace") for key in cursor.iternext(values=False)
-            }
-        if missing == set(DATABASES):
+            names = [bytes(key).decode(errors="replace") for key in cursor.iternext(values=False)]
+        missing = set(DATABASES) - set(names)
+        # one wrong number in a meta page leads to another page than the root, or to none
+        is_whole = len(names) == self._lmdb.stat()["entries"]
+        if missing == set(DATABASES) and is_whole:
             raise not_a_store(self.path, "another program's environment")
         if missing:
             raise DamagedStore(self.path, expected=f"databases {DATABASES}", found=f"none called {missing}")

@@ -481,6 +481,22 @@ def test_large_store_is_looked_through_once_lmdb_came_upon_damage(
     backs_up_as_ever(tracked)
 
 
+def test_large_store_with_a_wrong_root_is_not_called_another_programs(
+    tracked: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both meta pages give the page of the databases' names; here, that of another leaf."""
+    monkeypatch.setattr(environment, "LOOKED_THROUGH_BYTES", 0)
+    with tracked.store.read() as reader:
+        record = schema.region_key(reader.checkpoints(tracked.disk().uuid)[-1].bitmap_id, 0)
+    tracked.store.close()
+    data = bytearray(data_of(tracked.store.path).read_bytes())
+    for root in (128, 4096 + 128):
+        data[root : root + 8] = (data.rindex(record) // 4096).to_bytes(8, "little")
+    overwrite(tracked.store.path, data)
+    reopened(tracked)
+    backs_up_as_ever(tracked)
+
+
 def test_large_store_is_looked_through_once_more_if_that_was_interrupted(
     tracked: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
