@@ -91,7 +91,8 @@ if TYPE_CHECKING:
     from lmdbitmap.tracker.snapshot import Snapshot
     from lmdbitmap.tracker.standalone import Operation as BitmapOperation
     from lmdbitmap.tracker.standalone import combine as combine_bitmaps
-    from lmdbitmap.upkeep.check import Finding, Gravity, check_store
+    from lmdbitmap.upkeep.check import check_store
+    from lmdbitmap.upkeep.findings import Finding, Gravity
     from lmdbitmap.work.progress import Progress
 
 _HOMES = {
@@ -117,10 +118,10 @@ _HOMES = {
     "Extent": "extents",
     "FileDevice": "images.device",
     "Filter": "filter",
-    "Finding": "upkeep.check",
+    "Finding": "upkeep.findings",
     "Flaw": "repository.verify",
     "FormatError": "errors",
-    "Gravity": "upkeep.check",
+    "Gravity": "upkeep.findings",
     "HeldSnapshots": "nbd.control.held",
     "Hold": "notes.holds",
     "Inspection": "export",

@@ -8,7 +8,8 @@ from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import progress, say, say_json
 from lmdbitmap.errors import LmdbitmapError, Untrusted
 from lmdbitmap.store import Store
-from lmdbitmap.upkeep.check import Finding, Gravity, check_store
+from lmdbitmap.upkeep.check import check_store
+from lmdbitmap.upkeep.findings import Finding, Gravity
 
 
 @verb(examples=["lmdbitmap check", "lmdbitmap check --json"])

@@ -45,7 +45,8 @@ from lmdbitmap.interfaces import ImageIdentity
 from lmdbitmap.storage import environment
 from lmdbitmap.store import Store
 from lmdbitmap.tracker.changes import changes
-from lmdbitmap.upkeep.check import Gravity, check_store
+from lmdbitmap.upkeep.check import check_store
+from lmdbitmap.upkeep.findings import Gravity
 from tests.helpers.tracked import NAME, TrackedDisk
 
 PAGE_BYTES = 4096

@@ -45,7 +45,8 @@ from lmdbitmap.restoring.restore import restore
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.changes import changes
-from lmdbitmap.upkeep.check import Gravity, check_store
+from lmdbitmap.upkeep.check import check_store
+from lmdbitmap.upkeep.findings import Gravity
 from tests.crash.stamped_load import SECTOR, Load, stamps_of
 from tests.helpers.support import PATIENCE_SECONDS, Child, spawn
 from tests.helpers.tracked import NAME, TrackedDisk, blocks_of, quick_folder, trust_of

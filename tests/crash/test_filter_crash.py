@@ -25,7 +25,8 @@ from lmdbitmap.storage import schema
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain, session
 from lmdbitmap.tracker.changes import Changes, changes
-from lmdbitmap.upkeep.check import Gravity, check_store
+from lmdbitmap.upkeep.check import check_store
+from lmdbitmap.upkeep.findings import Gravity
 from tests.crash.dying import Death, Deaths
 from tests.crash.lives import (
     BEFORE,

@@ -26,7 +26,8 @@ from lmdbitmap.storage.salvage import SALVAGED
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store, Writer
 from lmdbitmap.tracker import chain, session
-from lmdbitmap.upkeep.check import Gravity, check_store
+from lmdbitmap.upkeep.check import check_store
+from lmdbitmap.upkeep.findings import Gravity
 from tests.crash.dying import Death, Deaths
 from tests.crash.lives import ROT
 from tests.helpers.backed_up import INCREMENTAL, RESCAN, BackedUpDisk

@@ -39,7 +39,8 @@ from lmdbitmap.storage.schema import DEFERRED
 from lmdbitmap.streams.stream import stream_backup
 from lmdbitmap.syncs.sync import sync
 from lmdbitmap.tracker import session
-from lmdbitmap.upkeep.check import Gravity, check_store
+from lmdbitmap.upkeep.check import check_store
+from lmdbitmap.upkeep.findings import Gravity
 from lmdbitmap.work import progress
 from tests.helpers.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
 from tests.helpers.support import make_raw_image, no_ascii

@@ -18,7 +18,8 @@ from lmdbitmap.storage.owner import Distrust
 from lmdbitmap.storage.schema import Checkpoint, Disk
 from lmdbitmap.store import Store, Writer
 from lmdbitmap.tracker import chain, session
-from lmdbitmap.upkeep.check import Finding, Gravity, check_store, next_step_for
+from lmdbitmap.upkeep.check import check_store, next_step_for
+from lmdbitmap.upkeep.findings import Finding, Gravity
 from tests.conftest import RawImage
 from tests.helpers.tracked import TrackedDisk
 

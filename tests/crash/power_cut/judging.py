@@ -32,7 +32,8 @@ from lmdbitmap.format import Flags
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain, session, standalone
 from lmdbitmap.tracker.changes import Changes, changes
-from lmdbitmap.upkeep.check import Gravity, check_store
+from lmdbitmap.upkeep.check import check_store
+from lmdbitmap.upkeep.findings import Gravity
 from tests.crash.power_cut.disk_states import NOTHING, SECTOR, DiskState, File
 from tests.crash.power_cut.judging_copies import Copies
 from tests.crash.power_cut.stage import BLOCK, FLAT_FILE, GRANULARITY_BITS, STORE
