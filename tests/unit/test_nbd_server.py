@@ -301,7 +301,7 @@ def test_a_host_that_vanished_keeps_no_place_of_a_tcp_server() -> None:
     server.start()
     with socket.create_connection(listener.sock.getsockname()) as sock:
         RawClient(sock).go("disk")
-        [visit] = server._visits
+        [visit] = server._places.visits()
         told = {name: visit._sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in KEEPALIVE}
         assert visit._sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
     assert told == KEEPALIVE

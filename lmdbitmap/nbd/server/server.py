@@ -1,15 +1,8 @@
 """The NBD server: accepts clients, has each one served (rounds.py), and ends all of them in good order.
 
-A client can cost the others nothing but its share of the processor and of the places at its own export. It has its own
-socket, lane and buffers, and no thread that others need waits for it. Whatever it sends, or fails to send or to read,
-ends at worst its own connection. Places are counted separately, so that a client cannot take those of an unrelated one:
-
-- A client that has not chosen an export yet is a newcomer. Each listener has room for `max_newcomers`. One more takes
-  the place of the oldest newcomer, which is cut off. So a client that never finishes its handshake cannot block a
-  listener.
-- An export has room for `max_connections` clients that connected by themselves, and for as many that its owner handed
-  over (`take_in`), such as a backup's connections. One more is refused. A client whose host vanished loses its place in
-  time (keepalive.py).
+A client can cost the others nothing but its share of the processor and of the places at its own export (places.py). It
+has its own socket, lane and buffers, and no thread that others need waits for it. Whatever it sends, or fails to send
+or to read, ends at worst its own connection.
 
 Stopping: no more clients are accepted. Every connection finishes the requests it has taken in, answers them and closes.
 A long TRIM or WRITE_ZEROES stops between two pieces and is answered with ESHUTDOWN. A connection that has not managed
@@ -29,21 +22,20 @@ import ssl
 import threading
 import time
 import weakref
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Final
 
-from lmdbitmap.errors import AlreadyExists, Busy
 from lmdbitmap.interfaces import ServedDisk
 from lmdbitmap.nbd import keepalive
 from lmdbitmap.nbd.listeners import InheritedListener, Listener, TcpListener, UnixListener, accepted
 from lmdbitmap.nbd.server.complaints import Volume
 from lmdbitmap.nbd.server.contexts import ContextsOf, Later, for_strangers
 from lmdbitmap.nbd.server.dirty_contexts import tracked_contexts
+from lmdbitmap.nbd.server.places import Counters, Places
 from lmdbitmap.nbd.server.quiet import Quiet
 from lmdbitmap.nbd.server.rounds import Rounds
-from lmdbitmap.nbd.server.traffic import NO_TRAFFIC, Traffic, summed
+from lmdbitmap.nbd.server.traffic import Traffic
 from lmdbitmap.nbd.server.visit import Offer, Visit
 from lmdbitmap.work import forks
 from lmdbitmap.work.crew import thread_refused
@@ -55,19 +47,6 @@ _SLACK_S: Final = 1.0
 _SEND_BUFFER_BYTES: Final = 2 << 20
 """Send buffer of a unix socket: the default holds three 64 KiB READs. TCP sizes its own. The kernel may allow less."""
 _MOST_WAKING: Final = 64 << 10
-_BESIDE: Final = ""
-"""Key under which past traffic of all disks that come and go is counted; no disk has that name."""
-
-
-class Counters(NamedTuple):
-    """What a server did so far. `connections` were admitted, newcomers too; `connected` of them are there now."""
-
-    connections: int
-    connected: int
-    turned_away: int
-    requests: int
-    bytes_received: int
-    bytes_sent: int
 
 
 class Server:
@@ -87,29 +66,18 @@ class Server:
         grace_s: float = 10.0,
         contexts_of: ContextsOf = tracked_contexts,
     ) -> None:
-        self._disks = dict(disks)
-        self._residents = dict.fromkeys(disks)
-        self._private: set[str] = set()
+        self._places = Places(disks, max_connections, max_newcomers)
         self._contexts_of = contexts_of
-        self._max_connections = max_connections
-        self._max_newcomers = max_newcomers
         self._handshake_timeout_s = handshake_timeout_s
         self._grace_s = grace_s
         self._listeners: list[Listener] = []
-        self._lock = threading.Lock()
-        self._visits: dict[Visit, None] = {}
-        """In order of arrival."""
         self._rounds = Rounds()
         self._volume = Volume()
-        self._connections = 0
-        self._turned_away = 0
-        self._past_traffic = dict.fromkeys([*self._disks, _BESIDE], NO_TRAFFIC)
-        self.quiet = Quiet(self._requests_of_guests)
+        self.quiet = Quiet(self._places.requests_of_residents)
         """Covers the clients of the disks given to the constructor."""
         self._woken_fd, self._wake_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         for fd in (self._woken_fd, self._wake_fd):
             weakref.finalize(self, os.close, fd)  # no sooner: a late signal may still write to it
-        self._stopping = False
         self._serving_thread: threading.Thread | None = None
         self._wound_up = threading.Event()
         forks.is_not_for_children(self)
@@ -140,7 +108,7 @@ class Server:
     @property
     def uris(self) -> list[str]:
         """One URI per listener for every disk given to the constructor."""
-        return [listener.uri(name) for listener in self._listeners for name in self._residents]
+        return [listener.uri(name) for listener in self._listeners for name in self._places.residents]
 
     def uris_of(self, name: str) -> list[str]:
         """One URI per listener."""
@@ -151,37 +119,18 @@ class Server:
 
         Raises `AlreadyExists` if the name is taken.
         """
-        with self._lock:
-            if name in self._disks:
-                raise AlreadyExists(f"{name!r} is served already", next_step="choose another name")
-            self._disks[name] = disk
-            if private:
-                self._private.add(name)
+        self._places.add(name, disk, private=private)
 
     def remove(self, name: str, disk: ServedDisk) -> None:
         """Stop serving a disk and cut off its clients. The disk itself raises for reads that are still under way.
 
         Does nothing if the name belongs to another disk by now.
         """
-        with self._lock:
-            if self._disks.get(name) is not disk:
-                return
-            del self._disks[name]
-            self._private.discard(name)
-            visits = [visit for visit in self._visits if visit.export_name == name]
-        for visit in visits:
-            visit.cut_off()
+        self._places.remove(name, disk)
 
     def retire(self, name: str) -> None:
         """Stop serving a disk given to the constructor. Raise `Busy` while a client is connected to it."""
-        with self._lock:
-            clients = sum(visit.export_name == name for visit in self._visits)
-            if clients:
-                raise Busy(
-                    f"disk {name!r} has {clients} {'client' if clients == 1 else 'clients'}",
-                    next_step="shut the guest down, or disconnect who uses the disk, and try again",
-                )
-            self._disks.pop(name, None)
+        self._places.retire(name)
 
     def take_in(self, sock: socket.socket) -> bool:
         """Serve a client that is connected already and need not begin TLS. Return whether there was room for it.
@@ -192,36 +141,15 @@ class Server:
 
     @property
     def counters(self) -> Counters:
-        with self._lock:
-            carried = summed([*self._past_traffic.values(), *(visit.traffic for visit in self._visits)])
-            return Counters(
-                self._connections, len(self._visits), self._turned_away,
-                carried.requests, carried.bytes_received, carried.bytes_sent,
-            )  # fmt: skip
+        return self._places.counters()
 
     def traffic(self, name: str) -> tuple[int, Traffic]:
-        """Number of clients connected to a disk now, and the traffic of all it ever had."""
-        with self._lock:
-            present = [visit.traffic for visit in self._visits if visit.export_name == name]
-            return len(present), summed([self._past_traffic[name], *present])
+        """Number of clients connected to a disk given to the constructor now, and the traffic of all it ever had."""
+        return self._places.traffic(name)
 
     def traffic_of_all(self) -> dict[str, tuple[int, Traffic]]:
         """`traffic` of every disk given to the constructor, looking at each client only once."""
-        present: dict[str | None, list[Traffic]] = defaultdict(list)
-        with self._lock:
-            for visit in self._visits:
-                present[visit.export_name].append(visit.traffic)
-            return {
-                name: (len(present[name]), summed([self._past_traffic[name], *present[name]]))
-                for name in self._residents
-            }
-
-    def _requests_of_guests(self) -> int:
-        with self._lock:
-            past = sum(self._past_traffic[name].requests for name in self._residents)
-            return past + sum(
-                visit.requests for visit in self._visits if visit.export_name in self._residents
-            )
+        return self._places.traffic_of_all()
 
     def start(self) -> None:
         """Serve in a thread. Raise `StorageError` if none can be started."""
@@ -246,7 +174,7 @@ class Server:
 
     def request_stop(self) -> None:
         """Ask the serving thread to wind up. Takes no lock and does not wait, so signal handlers may call it."""
-        self._stopping = True
+        self._places.closed = True
         with contextlib.suppress(BlockingIOError):  # the pipe is full: the thread will wake up
             os.write(self._wake_fd, b"\0")
 
@@ -263,9 +191,7 @@ class Server:
             self._wound_up.wait(2 * self._grace_s + _SLACK_S)
         if not self._wound_up.is_set():
             return False
-        with self._lock:
-            visits = list(self._visits)
-        return not _still_there(visits, _SLACK_S)
+        return not _still_there(self._places.visits(), _SLACK_S)
 
     def forsake(self) -> None:
         """Close the sockets in a forked child: no client would hear the end of its connection while the child lives.
@@ -273,13 +199,10 @@ class Server:
         The locks are made anew: their holders' threads do not exist here.
         """
         listeners, self._listeners = self._listeners, []
-        visits, self._visits = self._visits, {}
         for listener in listeners:
             listener.sock.close()  # its file is the parent's
-        for visit in visits:
-            visit.forsake()
-        self._lock, self._wound_up = threading.Lock(), threading.Event()
-        self._stopping = True
+        self._places.forsake()
+        self._wound_up = threading.Event()
         self._wound_up.set()
 
     # -- taking clients in ---------------------------------------------------------------------------------
@@ -288,10 +211,10 @@ class Server:
         try:
             with selectors.DefaultSelector() as selector:
                 selector.register(self._woken_fd, selectors.EVENT_READ)
-                for listener in () if self._stopping else self._listeners:  # closed by a `stop` before
+                for listener in () if self._places.closed else self._listeners:  # closed by a `stop` before
                     listener.sock.setblocking(False)
                     selector.register(listener.sock, selectors.EVENT_READ, listener)
-                while not self._stopping:
+                while not self._places.closed:
                     for key, _ in selector.select():
                         if key.data is None:
                             os.read(self._woken_fd, _MOST_WAKING)
@@ -311,93 +234,42 @@ class Server:
             sock,
             self._served if door is None else self._served_to_strangers,
             handshake_timeout_s=self._handshake_timeout_s,
-            enter=self._enter,
-            ended=self._forget,
+            enter=self._places.enter,
+            ended=self._places.forget,
             rounds=self._rounds,
             volume=self._volume,
             door=door,
             tls=None if door is None else door.tls,
         )
-        if not self._admit(visit):
-            visit.has_no_room("the server ends" if self._stopping else "too many come at once")
+        if not self._places.admit(visit):
+            visit.has_no_room("the server ends" if self._places.closed else "too many come at once")
             sock.close()
             return False
-        self._make_room(door)
+        self._places.make_room(door)
         _tune(sock)
         return visit.start()
 
     def _served(self) -> Mapping[str, Offer]:
         """The disks, and what can be asked about each at this moment."""
-        with self._lock:
-            disks = dict(self._disks)
-        return self._described(disks, self._contexts_of)
+        return self._described(self._places.disks(private=True), self._contexts_of)
 
     def _served_to_strangers(self) -> Mapping[str, Offer]:
-        with self._lock:
-            disks = dict(self._disks)
-            for name in self._private:
-                del disks[name]
+        disks = self._places.disks(private=False)
         return self._described(disks, lambda name, disk: for_strangers(self._contexts_of(name, disk)))
 
     def _described(self, disks: Mapping[str, ServedDisk], contexts_of: ContextsOf) -> Mapping[str, Offer]:
         def served(name: str) -> Offer:
             contexts = Later(partial(contexts_of, name, disks[name]))
-            return Offer(disks[name], contexts, beside=name not in self._residents)
+            return Offer(disks[name], contexts, beside=name not in self._places.residents)
 
         return OnDemand(disks, served)
-
-    def _admit(self, visit: Visit) -> bool:
-        """Admit a visit as a newcomer. Those let go leave within a moment; until then twice the limit may be there."""
-        with self._lock:
-            if self._stopping or len(self._newcomers(visit.door)) >= 2 * self._max_newcomers:
-                self._turned_away += 1
-                return False
-            self._visits[visit] = None
-            self._connections += 1
-            return True
-
-    def _make_room(self, door: Listener | None) -> None:
-        """Let the oldest newcomer of this door go if there are too many."""
-        with self._lock:
-            staying = [visit for visit in self._newcomers(door) if not visit.is_let_go]
-            if len(staying) <= self._max_newcomers:
-                return
-            staying[0].let_go()
-            self._turned_away += 1
-        staying[0].has_no_room("it had not chosen a disk, and other clients needed its place")
-
-    def _newcomers(self, door: object) -> list[Visit]:
-        """Visits through this door that have no place at an export, in order of arrival."""
-        return [visit for visit in self._visits if visit.door is door and visit.export_name is None]
-
-    def _enter(self, visit: Visit, name: str) -> bool:
-        """Return whether a newcomer gets a place at this export."""
-        with self._lock:
-            if visit.is_let_go or name not in self._disks:
-                return False
-            there = [other for other in self._visits if other.export_name == name]
-            alike = sum((other.door is None) == (visit.door is None) for other in there)
-            if alike < self._max_connections:
-                visit.export_name = name
-                return True
-            self._turned_away += 1
-        visit.has_no_room(f"{alike} are connected already", disk=name)
-        return False
-
-    def _forget(self, visit: Visit) -> None:
-        with self._lock:
-            self._visits.pop(visit, None)
-            if visit.export_name is not None:
-                name = visit.export_name if visit.export_name in self._residents else _BESIDE
-                self._past_traffic[name] = summed([self._past_traffic[name], visit.traffic])
 
     # -- letting them go -----------------------------------------------------------------------------------
 
     def _wind_up(self) -> None:
         for listener in self._listeners:
             listener.close()
-        with self._lock:
-            visits = list(self._visits)
+        visits = self._places.visits()
         for visit in visits:
             visit.ask_to_leave()
         stuck = _still_there(visits, self._grace_s)
