@@ -77,7 +77,11 @@ _REMEDY = "use 127.0.0.1, or say --insecure-metrics"
     help="The most old data kept there for one backup of a disk; a backup that needs more fails.",
 )  # fmt: skip
 @click.option("--scratch-preallocate", is_flag=True, help="Reserve all of that space when a backup begins.")
-@click.option("--max-armed", type=click.IntRange(1, 1 << 20), default=DEFAULT_MAX_ARMED, hidden=True)
+@click.option(
+    "--max-armed", metavar="EXTENTS", type=click.IntRange(1, 1 << 20), default=DEFAULT_MAX_ARMED, show_default=True,
+    help="How many extents, of 64 blocks each, a crash may count as dirty though few of their blocks were written. With"
+    " more, a guest that writes all over a large disk waits less.",
+)  # fmt: skip
 @click.pass_obj
 def serve(
     asked: Session,

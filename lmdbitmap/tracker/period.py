@@ -39,6 +39,8 @@ from lmdbitmap.tracker.armed import ArmedExtents
 
 DEFAULT_MAX_ARMED = 1024
 _ARM_AHEAD_EXTENTS = 8
+_DENSE_EXTENTS = 16
+"""Armed extents of a region from which on writes all over it are likely."""
 _ALL_EXTENTS = (1 << REGION_EXTENTS) - 1
 
 
@@ -204,7 +206,8 @@ class Period:
         """Plan the records that make `pieces` durable. Caller holds `_commit` and `_state`.
 
         A record carries the pieces' exact bits too. So only extents that a piece covers in part are armed: more writes
-        are likely there. Where blocks are written in sequence, the next extents are armed as well.
+        are likely there. Where blocks are written in sequence, the next extents are armed as well, and where many
+        extents of a region are armed, all the others.
         """
         exact: dict[int, bytearray] = {}
         arming: dict[int, int] = {}
@@ -220,6 +223,7 @@ class Period:
             if self._continues(region, start, stop):
                 mask |= _ahead_mask(stop)
             arming[region] = arming.get(region, 0) | mask
+        self._arm_dense_regions(arming)
         self._limit_armed(exact, arming)
         records = {
             region: (self._armed.mask(region) | arming.get(region, 0), bytes(record))
@@ -239,6 +243,18 @@ class Period:
         enters = start % EXTENT_BLOCKS == 0 or start // EXTENT_BLOCKS < (stop - 1) // EXTENT_BLOCKS
         block = region * REGION_BLOCKS + start
         return enters and block > 0 and bool(self.settled[block - 1])
+
+    def _arm_dense_regions(self, arming: dict[int, int]) -> None:
+        """Arm the rest of regions of which much is armed, as long as less than half of the limit is in use.
+
+        Writes at random places all over a disk would otherwise need a commit for each extent.
+        """
+        room = self._armed.most // 2 - len(self._armed) - sum(map(int.bit_count, arming.values()))
+        for region, mask in arming.items():
+            rest = _ALL_EXTENTS & ~(self._armed.mask(region) | mask)
+            if REGION_EXTENTS - rest.bit_count() >= _DENSE_EXTENTS and rest.bit_count() <= room:
+                arming[region] = mask | rest
+                room -= rest.bit_count()
 
     def _limit_armed(self, exact: dict[int, bytearray], arming: dict[int, int]) -> None:
         """Disarm extents until `arming` fits the limit: first where a record is written anyway, then the quietest.

@@ -136,6 +136,19 @@ def test_after_a_kill_the_next_command_knows_at_least_what_was_written(cli: Cli)
     assert cli.dirty("sda", "--since", "monday")[0] == "superset"
 
 
+@requires("qemu-io")
+def test_a_crash_costs_no_more_extents_than_were_allowed(cli: Cli) -> None:
+    cli.add("sda", 64 * MIB)
+    cli.ok("checkpoint", "sda", "monday")
+    with cli.serving("sda", "--max-armed=1") as served:
+        for offset in (1 * MIB, 9 * MIB, 17 * MIB):
+            write(served.uris["sda"], offset, 64 * KIB)
+        served.child.process.kill()
+        served.child.wait()
+    written = [(1 * MIB, 64 * KIB), (9 * MIB, 64 * KIB), (16 * MIB, 4 * MIB)]
+    assert cli.dirty("sda") == ("superset", written), "only the last extent is armed"
+
+
 def test_after_a_kill_the_disk_is_served_again_at_the_same_socket(cli: Cli) -> None:
     cli.add("sda")
     with cli.serving("sda") as served:

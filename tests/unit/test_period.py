@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 from uuid import uuid4
@@ -13,7 +14,7 @@ import pytest
 
 from lmdbitmap import bits
 from lmdbitmap.errors import StorageError
-from lmdbitmap.geometry import EXTENT_BLOCKS, REGION_BLOCKS, REGION_BYTES
+from lmdbitmap.geometry import EXTENT_BLOCKS, REGION_BLOCKS, REGION_BYTES, REGION_EXTENTS
 from lmdbitmap.storage import schema
 from lmdbitmap.storage.schema import Bitmap
 from lmdbitmap.store import Store, Writer
@@ -237,6 +238,37 @@ def test_sequential_writer_arms_ahead(notebook: Notebook) -> None:
         period.make_durable([(block, block + 1)])
     assert notebook.commits < 1000 / EXTENT_BLOCKS
     assert settled(period) == set(range(1000)) <= notebook.dirty()
+
+
+def scatter(period: Period, extents: Iterable[int]) -> None:
+    """One write into each extent, of a block in its middle."""
+    for extent in extents:
+        period.make_durable([(extent * EXTENT_BLOCKS + 7, extent * EXTENT_BLOCKS + 8)])
+
+
+def test_writes_all_over_a_region_arm_the_rest_of_it(notebook: Notebook) -> None:
+    period = notebook.period()
+    places = random.Random(1).sample(range(2 * REGION_EXTENTS), 2 * REGION_EXTENTS)
+    scatter(period, places)
+    assert notebook.armed() == set(range(2 * REGION_EXTENTS))
+    assert notebook.commits < REGION_EXTENTS
+
+
+def test_few_writes_in_a_region_arm_only_where_they_are(notebook: Notebook) -> None:
+    period = notebook.period()
+    places = {*range(0, 30, 2), *range(64, 94, 2)}
+    scatter(period, places)
+    assert notebook.armed() == places
+
+
+@pytest.mark.parametrize(("most", "armed"), [(128, REGION_EXTENTS), (127, 20)])
+def test_rest_of_a_region_is_armed_within_half_of_the_limit(
+    notebook: Notebook, most: int, armed: int
+) -> None:
+    """The other half is for writes: what is armed ahead must not drive out what is in use."""
+    period = notebook.period(max_armed=most)
+    scatter(period, range(0, 40, 2))
+    assert period.armed_count == len(notebook.armed()) == armed
 
 
 @pytest.mark.parametrize("max_armed", [0, 1, 2, 9])
