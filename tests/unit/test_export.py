@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from collections.abc import Iterator
@@ -464,6 +465,21 @@ def test_a_file_that_the_system_gives_in_short_pieces_has_the_same_bits(
     monkeypatch.setattr(os, "pread", lambda fd, length, offset: pread(fd, min(length, most), offset))
     export.import_file(tracked.store, path, "short")
     assert blocks_called(tracked, "short") == blocks
+    assert export.inspect_file(path).problems == []
+
+
+def test_a_file_system_that_reports_no_holes_gives_the_same_bits(
+    tracked: TrackedDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = {0, 5 << 15, (1 << 20) - 1}
+    path = a_file(tmp_path / "x.dbm", blocks, 512 << 20, 9)
+
+    def no_holes(fd: int, position: int, how: int) -> NoReturn:
+        raise OSError(errno.EINVAL, "no holes here")
+
+    monkeypatch.setattr(os, "lseek", no_holes)
+    export.import_file(tracked.store, path, "dense")
+    assert blocks_called(tracked, "dense") == blocks
     assert export.inspect_file(path).problems == []
 
 
