@@ -138,8 +138,7 @@ class Owner:
     """
 
     def __init__(self, path: str, store_mark: Callable[[], StoreMark] = lambda: UNMARKED) -> None:
-        if not os.path.exists(path):
-            create(path, Distrust(0, "the owner's file of this disk was missing"))
+        _require_file(path)
         self._lock = _lock_patiently(path)
         self._path = path
         self._store_mark = store_mark
@@ -190,6 +189,14 @@ class Owner:
 
     def close(self) -> None:
         self._lock.close()
+
+
+def _require_file(path: str) -> None:
+    """Make a file that is missing. One at a time does, so that nobody replaces a file that another has locked since."""
+    if not os.path.exists(path):
+        with file_locks.lock_folder(os.path.dirname(path)):
+            if not os.path.exists(path):
+                create(path, Distrust(0, "the owner's file of this disk was missing"))
 
 
 def _lock_patiently(path: str) -> file_locks.LockedFile:

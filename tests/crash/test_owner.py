@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import pytest
@@ -84,6 +86,36 @@ def test_those_who_only_ask_do_not_take_each_other_for_the_owner(path: str) -> N
         thread.join(PATIENCE_SECONDS)
     assert len(answers) == 800
     assert not any(answers)
+
+
+def test_two_that_find_the_file_missing_do_not_both_own_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second would replace the file that the first has locked by then."""
+    path, create = str(tmp_path / "owner"), owner.create
+    is_late, first_ends = threading.Event(), threading.Event()
+    held: list[Owner] = []
+
+    def create_late(*arguments: Any) -> None:
+        if not is_late.is_set():
+            is_late.set()
+            first_ends.wait(0.3)
+        create(*arguments)
+
+    def own() -> None:
+        with contextlib.suppress(Busy):
+            held.append(Owner(path))
+        first_ends.set()
+
+    monkeypatch.setattr(owner, "create", create_late)
+    late = threading.Thread(target=own)
+    late.start()
+    assert is_late.wait(PATIENCE_SECONDS)
+    own()
+    late.join(PATIENCE_SECONDS)
+    for each in held:
+        each.close()
+    assert len(held) == 1
 
 
 def test_missing_file_is_owned_by_nobody(tmp_path: Path) -> None:
