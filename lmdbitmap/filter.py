@@ -107,7 +107,11 @@ class Filter(Front):
             owned.keep()
         forks.is_not_for_children(attached)
         if background:
-            attached._begin_background()
+            try:
+                attached._begin_background()
+            except BaseException:  # as by Ctrl-C: nobody else could ever let go of it
+                attached.abandon()
+                raise
         return attached
 
     # -- what a server and an agent use --------------------------------------------------------------------

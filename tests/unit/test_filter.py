@@ -858,6 +858,26 @@ def test_a_disk_that_gets_no_thread_is_not_attached(
         assert disk._beats.is_alive()
 
 
+@pytest.mark.parametrize("name", ["lmdbitmap beat", "lmdbitmap clock"])
+def test_an_attach_that_is_interrupted_when_its_threads_begin_leaves_nothing_attached(
+    tracked: TrackedDisk, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    start = threading.Thread.start
+
+    def start_and_interrupt(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name == name:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(filter, "chores", Chores(0.5))
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start_and_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            Filter.attach(tracked.store, NAME)
+    with Filter.attach(tracked.store, NAME) as disk:
+        assert disk._beats.is_alive()
+
+
 # --- adopt ---
 
 
