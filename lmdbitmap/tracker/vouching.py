@@ -26,8 +26,9 @@ from lmdbitmap.storage.owner import Owner
 
 log = logging.getLogger(__name__)
 
-SILENCE_S = 3.0
-"""Longer than continuity.py forgives: a write this late after the last beat counts as another program's."""
+SILENCE_S = 61.0
+"""Longer than continuity.py forgives: a write this late after the last beat counts as another program's. It forgives a
+minute if the machine was restarted, as one may be that lost the disk of its store: the last beats may not be on it."""
 
 
 class Voucher:

@@ -7,7 +7,7 @@ import json
 import random
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,14 +143,23 @@ class Served:
         return self.child.wait()
 
 
-def _command(disk: BackedUpDisk, *words: object) -> list[str]:
-    return [sys.executable, "-m", "lmdbitmap", "--store", disk.store.path, *map(str, words)]
+_IMPATIENT = """
+from lmdbitmap.cli.main import main
+from lmdbitmap.tracker import vouching
+vouching.SILENCE_S = 3.0
+main()
+"""
+"""For a server whose machine is not restarted: then this is long enough."""
+
+
+def _command(disk: BackedUpDisk, *words: object, python: Sequence[str] = ("-m", "lmdbitmap")) -> list[str]:
+    return [sys.executable, *python, "--store", disk.store.path, *map(str, words)]
 
 
 @contextlib.contextmanager
-def serving(disk: BackedUpDisk) -> Iterator[Served]:
+def serving(disk: BackedUpDisk, python: Sequence[str] = ("-m", "lmdbitmap")) -> Iterator[Served]:
     socket = disk.folder / "sda.sock"
-    with spawn(*_command(disk, "serve", NAME, "--socket", socket)) as child:
+    with spawn(*_command(disk, "serve", NAME, "--socket", socket, python=python)) as child:
         child.wait_for_line("^ready$")
         with RawClient.connect(str(socket)) as guest:
             guest.go(NAME)
@@ -220,7 +229,7 @@ def test_killed_while_its_store_fails_a_server_has_said_so_already(disk: BackedU
 @pytest.mark.usefixtures("exact_grace")
 def test_where_not_even_that_can_be_written_silence_says_it(disk: BackedUpDisk) -> None:
     """Waits for real: the write comes later than any beat can vouch for."""
-    with serving(disk) as served:
+    with serving(disk, python=("-c", _IMPATIENT)) as served:
         with falling_ill(served.child.pid, STORE_CALLS, "EIO", [served.data, served.owners]):
             assert served.write(b"during", FAR) == 0
             served.end(signal.SIGKILL)

@@ -432,7 +432,7 @@ def test_strict_write_to_settled_blocks_needs_no_store(strict: Patient) -> None:
 
 @pytest.fixture
 def silent(guest_first: Patient, exact_grace: None, monkeypatch: pytest.MonkeyPatch) -> Patient:
-    """Neither the store nor the owner's file can be written. Nobody really waits three seconds."""
+    """Neither the store nor the owner's file can be written. Nobody really waits a minute."""
     wait_s = vouching.SILENCE_S
     real_write = owner.Owner._write_trust
 
@@ -470,6 +470,18 @@ def test_silence_is_heard_by_the_next_owner(silent: Patient, end: str) -> None:
     assert trust_of(silent.tracked.changes("start")) is Trust.UNTRUSTED
     with silent.tracked.attach() as disk, pytest.raises(Untrusted):
         disk.changes(since="start")
+
+
+def test_silence_is_heard_after_a_restart_of_the_machine(
+    silent: Patient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then a minute is forgiven, as the last signs of life may be lost."""
+    silent.disk.abandon()
+    silent.sick.errno = None
+    restarted_ns = silent.tracked.image.stat().st_mtime_ns + 1
+    monkeypatch.setattr(owner, "boot_id", lambda: "another boot")
+    monkeypatch.setattr(owner, "boot_time_ns", lambda: restarted_ns)
+    assert trust_of(silent.tracked.changes("start")) is Trust.UNTRUSTED
 
 
 def test_no_epoch_begins_before_the_owners_file_can_be_written(
