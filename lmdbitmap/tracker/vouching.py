@@ -80,7 +80,11 @@ class Voucher:
             self._name,
             error,
         )
-        time.sleep(SILENCE_S)
+        try:
+            time.sleep(SILENCE_S)
+        except BaseException:  # whoever waited gives up, so that track is not lost yet
+            self._beating = True
+            raise
 
     def require_a_voice(self) -> None:
         """Raise unless distrust can be written: a file that does not take it does not take trust either."""

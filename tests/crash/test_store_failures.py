@@ -484,6 +484,34 @@ def test_silence_is_heard_after_a_restart_of_the_machine(
     assert trust_of(silent.tracked.changes("start")) is Trust.UNTRUSTED
 
 
+def test_silence_that_is_interrupted_ends(
+    guest_first: Patient, exact_grace: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its write is given up. Else an owner that goes on tracking would give no more signs of life."""
+
+    def refuse(*_: object) -> None:
+        raise StorageError("owner", OSError(errno.EROFS, "injected"), next_step="mend it")
+
+    def interrupted(_: float) -> None:
+        raise KeyboardInterrupt
+
+    disk = guest_first.disk
+    guest_first.sick.errno = errno.EROFS
+    with monkeypatch.context() as patched:
+        patched.setattr(owner.Owner, "_write_trust", refuse)
+        patched.setattr("lmdbitmap.tracker.vouching.time.sleep", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            disk.pwrite(b"given up", 100 * BLOCK)
+    guest_first.sick.errno = None
+    assert disk.pread(8, 100 * BLOCK) == bytes(8)
+    before = owner.last_beat(guest_first.owner_path)
+    disk.beat()
+    assert owner.last_beat(guest_first.owner_path) != before
+    disk.pwrite(b"tracked", 100 * BLOCK)
+    assert trust_of(disk.changes(since="start")) is Trust.EXACT
+    assert blocks_of(disk.changes(since="start")) == {0, 100}
+
+
 def test_no_epoch_begins_before_the_owners_file_can_be_written(
     silent: Patient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
