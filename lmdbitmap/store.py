@@ -101,6 +101,10 @@ class Store:
     def uuid(self) -> UUID:
         return self._environment.header.uuid
 
+    def is_same(self, other: Store) -> bool:
+        """Whether a transaction of one is one of the other. A copy of a store has the same uuid, and is another."""
+        return self._environment is other._environment
+
     @contextlib.contextmanager
     def read(self) -> Iterator[Reader]:
         """Yield a consistent view, for this thread. Do not keep it open: an old view makes the store's file grow.

@@ -131,7 +131,8 @@ def _store_of(disks: Sequence[Tracking]) -> Store:
     """Return the store of all of them: one transaction makes their checkpoint."""
     if not disks or len({tracking.disk.uuid for tracking in disks}) < len(disks):
         raise InvalidArgument("a checkpoint is of one disk or of several", next_step="name each disk once")
-    store, *others = {tracking.store.uuid: tracking.store for tracking in disks}.values()
+    store = disks[0].store
+    others = [tracking.store for tracking in disks if not tracking.store.is_same(store)]
     if others:
         raise InvalidArgument(
             f"the disks are of several stores, {store.path} and {others[0].path}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import shutil
 import threading
 import time
 import weakref
@@ -367,6 +368,28 @@ def test_disks_of_two_stores_have_no_checkpoint_in_common(tmp_path: Path, disk: 
                 take_snapshot([disk, other], "both", Scratch(str(tmp_path)))
             assert not disk.snapshots
             disk.checkpoint("both")
+
+
+def test_disks_of_a_store_and_of_a_copy_of_it_have_no_checkpoint_in_common(
+    tracked: TrackedDisk, tmp_path: Path
+) -> None:
+    """A copy has the same uuid, and the same disks: its checkpoint would look as if it were of both."""
+    session.add(tracked.store, "sdb", make_raw_image(tmp_path / "other.raw", SIZE), granularity_bits=16)
+    tracked.store.close()
+    shutil.copytree(tracked.store.path, tmp_path / "copy")
+    with (
+        Store.open(tracked.store.path) as store,
+        Store.open(tracked.store.path) as same,
+        Store.open(tmp_path / "copy") as copy,
+        Filter.attach(store, NAME, background=False) as disk,
+    ):
+        with (
+            Filter.attach(copy, "sdb", background=False) as other,
+            pytest.raises(InvalidArgument, match="several stores"),
+        ):
+            take_checkpoint([disk, other], "both")
+        with Filter.attach(same, "sdb", background=False) as other:
+            take_checkpoint([disk, other], "both")
 
 
 @pytest.mark.parametrize("durability", schema.DURABILITIES)
