@@ -335,24 +335,24 @@ class Filter(Front):
             if self._tracking.is_over:
                 return
             self._tracking.is_over = True
-            # Steps run in reverse order; each runs even if the one before was interrupted (Ctrl-C).
-            with contextlib.ExitStack() as steps:
-                steps.callback(self._end_now, last_act)
-                steps.callback(before)
-                steps.callback(self._stop_background)
+            try:
+                # Steps run in reverse order; each runs even if the one before was interrupted (Ctrl-C).
+                with contextlib.ExitStack() as steps:
+                    steps.callback(self._end_now, last_act)
+                    steps.callback(before)
+                    steps.callback(self._stop_background)
+            except BaseException:  # interrupted while writes were in flight, or before: it can be ended again
+                self._tracking.is_over = self._tracking.gate.is_shut
+                if self._has_background and self._ends.is_set() and not self._tracking.is_over:
+                    self._begin_background()
+                raise
 
     def _end_now(self, last_act: Callable[[], None]) -> None:
-        try:
-            with self._tracking.shutting(detached_error(self.disk)):
-                try:
-                    last_act()
-                finally:
-                    self._let_go()
-        except BaseException:  # interrupted while writes were in flight: it can be ended again
-            self._tracking.is_over = self._tracking.gate.is_shut
-            if self._has_background and not self._tracking.is_over:
-                self._begin_background()
-            raise
+        with self._tracking.shutting(detached_error(self.disk)):
+            try:
+                last_act()
+            finally:
+                self._let_go()
 
     def _mark_last_doubts(self) -> None:
         with contextlib.suppress(LmdbitmapError):  # a store that refuses these also refuses the next step

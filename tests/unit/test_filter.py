@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import shutil
@@ -832,6 +833,24 @@ def test_a_detach_that_is_interrupted_while_writes_are_in_flight_can_be_done_onc
     assert disk._passes in filter.chores._chores
     disk.detach()
     assert not disk._beats.is_alive()
+    with tracked.attach() as again:
+        assert dirty(again) == {7}
+
+
+def test_a_detach_that_is_interrupted_before_its_first_step_can_be_done_once_more(
+    tracked: TrackedDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Filter.attach(tracked.store, NAME)
+    beats = disk._beats
+    with monkeypatch.context() as patched:
+        patched.setattr(contextlib.ExitStack, "callback", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            disk.detach()
+    disk.pwrite(b"x", 7 * BLOCK)
+    assert disk._beats is beats
+    assert beats.is_alive()
+    disk.detach()
+    assert not beats.is_alive()
     with tracked.attach() as again:
         assert dirty(again) == {7}
 
