@@ -197,7 +197,13 @@ def _not_kin(problem: str) -> AlreadyExists:
 
 
 def _following(there: Manifest, wanted: Manifest) -> Manifest:
-    """Return the target's manifest as the source's disk's. Backups that the source took over lose their epoch here."""
+    """Return the target's manifest as the source's disk's. Backups that the source took over lose their epoch here.
+
+    Checkpoints of backups that were pruned here are the source's to forget, unless a store counts from the target too.
+    No backup comes into a mere copy, which would take them off the list: it would grow for ever.
+    """
+    if there.holder in (None, wanted.holder):  # a copy of ours, or one that was made with `cp`
+        there = dataclasses.replace(there, released=())
     if there.disk != wanted.disk:
         return taken_over(there, wanted.disk)
     taken = [entry.sequence for entry in wanted.backups if entry.epoch == TAKEN_OVER_EPOCH]

@@ -200,6 +200,36 @@ def test_a_source_that_was_pruned_is_copied_to_a_new_place(disk: BackedUpDisk) -
     assert disk.manifest("copy").released == ()
 
 
+@pytest.mark.parametrize("made_with_cp", [False, True])
+def test_checkpoints_of_what_was_pruned_in_a_copy_are_not_listed_for_ever(
+    disk: BackedUpDisk, made_with_cp: bool
+) -> None:
+    """No backup comes that would forget them: they are the original's, which does."""
+    contents = back_up(disk, FULL)
+    if made_with_cp:
+        shutil.copytree(disk.folder / "backups", disk.folder / "copy")
+    for _ in range(3):
+        more(disk, contents)
+        copied(disk)
+        assert disk.manifest("copy").released == ()
+        prune_to(disk, "copy", 1)
+        assert len(disk.manifest("copy").released) == 1
+    assert disk.restored(to="copy") == disk.content()
+
+
+def test_checkpoints_that_a_store_holds_for_the_copy_itself_stay_listed(disk: BackedUpDisk) -> None:
+    back_up(disk, FULL)
+    copied(disk)
+    for _ in range(2):
+        disk.backup(to="copy")
+    copy_backups(disk.folder / "copy", disk.folder / "backups", [NAME])
+    prune_to(disk, "copy", 1)
+    listed = disk.manifest("copy").released
+    assert listed
+    copied(disk)
+    assert disk.manifest("copy").released == listed
+
+
 def more(disk: BackedUpDisk, contents: dict[str, bytes], *kinds: BackupType) -> None:
     """Backups after those of `contents`, each with another block."""
     for kind in kinds or (INCREMENTAL,):
