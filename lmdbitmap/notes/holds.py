@@ -124,13 +124,20 @@ class HoldFile:
 
     @contextmanager
     def locked(self, patience: Patience = NO_PATIENCE) -> Iterator[HoldFile]:
-        """Lock the note and read it again. Raises `Busy` if another run has the lock for longer than `patience`."""
+        """Lock the note and read it again. Raises `Busy` if another run has the lock for longer than `patience`.
+
+        The lock's file goes if there is no note at the end: each run that is refused before its first one has another.
+        """
         with os_errors_at(self._folder):
             files.make_folder_like(self._folder)
         lock_path = f"{self._path.removesuffix('.json')}.lock"
-        with file_locks.lock_file(lock_path, like_folder=True, patience=patience):
-            self.read()
-            yield self
+        with file_locks.lock_file(lock_path, like_folder=True, patience=patience) as lock:
+            try:
+                self.read()
+                yield self
+            finally:
+                if not os.path.lexists(self._path):
+                    lock.remove()
 
     def read(self) -> Hold | None:
         self.hold = _read(self._path)

@@ -7,7 +7,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from lmdbitmap.errors import Busy, os_errors_at
@@ -36,6 +36,13 @@ class LockedFile:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
+
+    def remove(self) -> None:
+        """Remove the file, if it still has its name. Whoever opened it before finds that, and makes another."""
+        if self.fd >= 0:
+            with suppress(OSError):
+                if _is_named(self.fd, self.path):
+                    os.unlink(self.path)
 
     def forsake(self) -> None:
         """Close the file in a forked child; the lock stays the parent's."""

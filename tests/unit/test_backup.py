@@ -293,6 +293,13 @@ def test_any_granularity_is_restored_right(tmp_path: Path, granularity_bits: int
 # --- checkpoints ---
 
 
+def test_refused_first_backups_leave_nothing_in_the_store(disk: BackedUpDisk) -> None:
+    for _ in range(3):
+        with pytest.raises(Untrusted, match="no earlier backup"):
+            backup(disk.store, [NAME], disk.folder / "backups", only_that=True)
+    assert os.listdir(f"{disk.store.path}/holds") == []
+
+
 def test_a_repository_holds_the_newest_backups_checkpoint_and_the_newest_fulls(disk: BackedUpDisk) -> None:
     held = []
     for kind in (FULL, INCREMENTAL, INCREMENTAL, DIFFERENTIAL, FULL, INCREMENTAL):

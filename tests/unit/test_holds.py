@@ -132,6 +132,22 @@ def test_two_runs_do_not_hold_one_note(file: HoldFile) -> None:
         pass  # pragma: no cover
 
 
+def test_a_run_that_makes_no_note_leaves_no_lock(tmp_path: Path, file: HoldFile) -> None:
+    with pytest.raises(InvalidArgument), file.locked():
+        raise InvalidArgument("it is refused", next_step="do something else")
+    assert os.listdir(tmp_path / "holds") == []
+
+
+def test_a_lock_that_another_run_made_meanwhile_stays(tmp_path: Path, file: HoldFile) -> None:
+    with contextlib.ExitStack() as other:
+        with file.locked():
+            file.remove()
+            other.enter_context(HoldFile(str(tmp_path), file.disk, file.holder).locked())
+        assert [name.rpartition(".")[2] for name in os.listdir(tmp_path / "holds")] == ["lock"]
+        with pytest.raises(Busy), file.locked():
+            pass  # pragma: no cover
+
+
 def test_why_a_hold_ended_is_known_until_another_backup_was_made(file: HoldFile) -> None:
     ended = Reason(LAPSED, "it lapsed")
     with file.locked():
