@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import os
 import stat
 import threading
@@ -61,6 +60,7 @@ class FileDevice:
         self._size = os.lseek(fd, 0, os.SEEK_END)
         self._sector_bytes = sector_bytes
         self._resizing = threading.Lock()
+        self._on_tmpfs: bool | None = None
 
     @classmethod
     def open(
@@ -214,12 +214,15 @@ class FileDevice:
         status = os.fstat(self._fd)
         return status.st_blocks * _STAT_BLOCK_BYTES >= status.st_size and self._is_on_tmpfs
 
-    @functools.cached_property
+    @property
     def _is_on_tmpfs(self) -> bool:
-        try:
-            return FILESYSTEM_KINDS.get(linux.filesystem_number(self._fd)) == "tmpfs"
-        except OSError:  # unknown: ask for holes
-            return False
+        """Asked once. Not a `cached_property`: up to Python 3.11 all images would wait for one that does not answer."""
+        if self._on_tmpfs is None:
+            try:
+                self._on_tmpfs = FILESYSTEM_KINDS.get(linux.filesystem_number(self._fd)) == "tmpfs"
+            except OSError:  # unknown: ask for holes
+                self._on_tmpfs = False
+        return self._on_tmpfs
 
     def resize(self, size: int) -> None:
         """Set the size; the added range reads as zeroes. Raises `InvalidArgument` for a block device."""

@@ -12,8 +12,7 @@ the filter is never described as clean.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lmdbitmap import bits
@@ -62,6 +61,8 @@ class Changes:
     until: Checkpoint | None
     standing: Standing
     """The trust before all records are read, which may lower it; see `standing_if`."""
+    _summaries: list[Summary] = field(default_factory=list, init=False, repr=False, compare=False)
+    """The summary, once it was asked for."""
 
     @property
     def geometry(self) -> Geometry:
@@ -151,9 +152,17 @@ class Changes:
             offset = start << shift
             yield Extent(offset, min(stop << shift, size) - offset, True, False)
 
-    @cached_property
+    @property
     def summary(self) -> Summary:
-        """Return how much is dirty, and how far that can be trusted after every record was read."""
+        """How much is dirty, and how far that can be trusted after every record was read; computed once.
+
+        Not a `cached_property`: up to Python 3.11 all disks would wait for one whose store does not answer.
+        """
+        if not self._summaries:
+            self._summaries.append(self._summarized())
+        return self._summaries[0]
+
+    def _summarized(self) -> Summary:
         blocks, loose, tail_dirty = 0, False, False
         last = self.geometry.block_count - 1
         for part in self.slices():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 import random
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -18,11 +22,13 @@ from lmdbitmap.storage import schema
 from lmdbitmap.storage.mending import mend_closed_periods
 from lmdbitmap.storage.owner import Owner
 from lmdbitmap.storage.tally import GROUP_REGIONS
-from lmdbitmap.tracker.changes import dirty_bytes_of_period
+from lmdbitmap.store import Store
+from lmdbitmap.tracker.changes import Changes, dirty_bytes_of_period
 from tests.helpers.tracked import TrackedDisk, blocks_of, trust_of
 
 SIZE = 40 * 4096 - 100
 BLOCKS = 40
+PATIENCE_S = 10.0
 
 
 @pytest.fixture
@@ -294,3 +300,39 @@ def test_a_part_of_the_disk_can_be_asked_alone(tmp_path: Path, regions: int) -> 
             runs = list(answer.runs(start, stop))
             assert [b for run in runs for b in range(*run)] == sorted(b for b in dirty if start <= b < stop)
             assert all(before[1] < after[0] for before, after in itertools.pairwise(runs))
+
+
+class HungStore(Store):
+    """A store that does not answer, as on a disk that hangs, until it is told to."""
+
+    def __init__(self) -> None:
+        self.asked, self.goes_on = threading.Event(), threading.Event()
+
+    def read(self) -> NoReturn:
+        self.asked.set()
+        assert self.goes_on.wait(PATIENCE_S)
+        raise Busy("it hung", next_step="ask again")
+
+
+def test_store_that_hangs_delays_no_answer_from_another(tracked: TrackedDisk) -> None:
+    store, summaries = HungStore(), []
+
+    def ask(answer: Changes) -> threading.Thread:
+        def look() -> None:
+            with contextlib.suppress(Busy):
+                summaries.append(answer.summary)
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        return thread
+
+    answer = tracked.changes()
+    hanging = ask(dataclasses.replace(answer, store=store))
+    assert store.asked.wait(PATIENCE_S)
+    answering = ask(answer)
+    answering.join(PATIENCE_S / 2)
+    answered = len(summaries)
+    store.goes_on.set()
+    hanging.join()
+    answering.join()
+    assert answered == 1

@@ -9,6 +9,7 @@ import logging
 import os
 import stat
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from tests.helpers.tracked import quick_folder
 MIB = 1 << 20
 PAGE = 4096
 TMPFS, EXT4 = 0x01021994, 0xEF53
+PATIENCE_S = 10.0
 
 
 # --- opening ---
@@ -413,6 +415,36 @@ def test_whoever_cannot_say_where_a_file_is_asks_for_its_holes(
         asked = lseeks(monkeypatch)
         assert list(device.allocation(0, PAGE)) == [Allocation(PAGE, *DATA)]
         assert len(asked) == 2
+
+
+def test_image_whose_file_system_hangs_delays_no_other_image(
+    raw_image: RawImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, goes_on = threading.Event(), threading.Event()
+
+    def hang_once(file: str | int) -> int:
+        if not asked.is_set():
+            asked.set()
+            assert goes_on.wait(PATIENCE_S)
+        return EXT4
+
+    def look(device: FileDevice) -> threading.Thread:
+        thread = threading.Thread(target=lambda: list(device.allocation(0, PAGE)))
+        thread.start()
+        return thread
+
+    monkeypatch.setattr(linux, "filesystem_number", hang_once)
+    path = raw_image(PAGE, [(0, b"x" * PAGE)])
+    with FileDevice.open(path, read_only=True) as hung, FileDevice.open(path, read_only=True) as other:
+        hanging = look(hung)
+        assert asked.wait(PATIENCE_S)
+        answering = look(other)
+        answering.join(PATIENCE_S / 2)
+        answers = not answering.is_alive()
+        goes_on.set()
+        hanging.join()
+        answering.join()
+    assert answers
 
 
 def test_closed_image_is_not_asked_for_holes(raw_image: RawImage) -> None:
