@@ -50,8 +50,10 @@ def crew_size(most: int, *, spared: int, busy: int) -> int:
 
 
 def thread_refused(place: str, refused: RuntimeError) -> StorageError:
-    """Return the error for a thread that the system does not give."""
+    """Return the error for a thread that the system does not give, or Python, once the main thread has ended."""
     step = "have fewer threads, or allow more (ulimit -u), and try again"
+    if "interpreter shutdown" in str(refused):
+        step = "let the main thread wait for such work (Thread.join), and try again"
     return StorageError(place, OSError(errno.EAGAIN, str(refused)), next_step=step)
 
 

@@ -18,6 +18,7 @@ import pytest
 from lmdbitmap.errors import StorageError
 from lmdbitmap.work.crew import Crew, Follower, Spared, Threads, joined, none_spared, processors
 from tests.helpers.spared import EACH, MORE_THAN_THERE_ARE, NowAndThen, all_spared
+from tests.helpers.support import run
 
 
 def thread_of_the_work(workers: Crew) -> int:
@@ -55,6 +56,29 @@ def test_without_threads_work_is_done_once_by_whoever_wants_its_result() -> None
         assert done == []
         assert [undone[number].result() for number in (2, 0, 2)] == [20, 0, 20]
     assert done == [2, 0]
+
+
+AFTER_THE_MAIN_THREAD = """
+import threading
+from lmdbitmap.errors import StorageError
+from lmdbitmap.work.crew import Threads
+
+def work():
+    threading.main_thread().join()
+    with Threads(1) as threads:
+        try:
+            threads.submit(print)
+        except StorageError as refused:
+            print(refused)
+
+threading.Thread(target=work).start()
+"""
+
+
+def test_after_the_end_of_the_main_thread_it_is_said_that_it_should_have_waited() -> None:
+    """Python makes no pool a thread then; a higher limit would not help."""
+    said = run(sys.executable, "-c", AFTER_THE_MAIN_THREAD).stdout
+    assert "interpreter shutdown; let the main thread wait" in said
 
 
 @pytest.mark.parametrize("made", [lambda: Crew(2), lambda: Threads(2)])
