@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
@@ -26,7 +27,6 @@ from lmdbitmap.notes.holds import Hold, hold_files
 from lmdbitmap.repository.manifest import BackupEntry, BackupType
 from lmdbitmap.restoring.restore import restore
 from lmdbitmap.storage.schema import DEFERRED, WRITE_AHEAD
-from lmdbitmap.tracker import chain
 from tests.helpers.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN
 from tests.helpers.tracked import NAME
 from tests.property.random_disk import BLOCK, UnluckyDisk, sizes
@@ -200,17 +200,18 @@ class Lives(UnluckyDisk):
         return hold.repository == str(self.disk.folder / repository)
 
     def _holds_end(self, code: str, *repositories: str) -> None:
-        """All that they held goes, but for one that alone records, which has to wait for another."""
+        """All that they held goes, but for the only one of its epoch, which has to wait for another."""
         held = {point.entry.checkpoint.name for of in repositories for point in self.points[of]}
         stay = held & set(self.disk.checkpoints())
-        assert not stay or self._alone_records() == stay
+        assert stay <= self._alone_in_their_epochs()
         for name in held - stay:
             self.ended.setdefault(name, code)
 
-    def _alone_records(self) -> set[str]:
+    def _alone_in_their_epochs(self) -> set[str]:
         with self.disk.store.read() as reader:
-            members = chain.epoch_chain(reader, self.disk.disk())
-        return {member.name for member in members} if len(members) == 1 else set()
+            members = reader.checkpoints(self.disk.disk().uuid)
+        epochs = Counter(member.epoch for member in members)
+        return {member.name for member in members if epochs[member.epoch] == 1}
 
     def _check_bytes(self, entry: BackupEntry, parent: Point, blocks: set[int]) -> None:
         changed = set(blocks)
