@@ -42,6 +42,9 @@ def open_lmdb(path: str, *, create: bool = False) -> lmdb.Environment:
             _close_on_exec(data_path)
             return opened
         except StorageError as error:
+            if isinstance(error.__cause__, lmdb.MapResizedError) and 2 * os.path.getsize(data_path) > wanted:
+                wanted = 2 * os.path.getsize(data_path)  # another process made it grow just now
+                continue
             if error.errno != errno.ENOMEM or wanted // 2 < MIN_MAP_BYTES:
                 raise
             wanted //= 2

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 from uuid import UUID, uuid4
 
 import lmdb
@@ -28,6 +29,7 @@ from tests.helpers.support import PATIENCE_SECONDS, open_files, run, spawn
 
 MIB = 1 << 20
 SMALL_MAP_BYTES = 64 << 10
+MDB_MAP_RESIZED = -30785
 RECORD = bytes(range(256)) * 2
 
 
@@ -315,6 +317,30 @@ def test_growth_of_another_process_does_not_disturb_readers_of_ours(path: str, s
         with opened.read() as reader:
             assert numbers(reader, 3) == list(range(200))
             assert len(numbers(reader, 1)) == 4000
+
+
+def test_file_that_grows_while_it_is_opened_is_opened_again(
+    path: str, small_map: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another process, between the look at its size and LMDB's own."""
+    with Store.create(path) as opened:
+        opened.update(lambda writer: fill(writer, 1, 0, 1000))
+    really_open, real_size, sizes = lmdb.open, os.path.getsize, []
+
+    def grown_meanwhile(place: bytes, **settings: Any) -> lmdb.Environment:
+        sizes.append(settings["map_size"])
+        if len(sizes) == 1:
+            grown = lmdb.MapResizedError("by intent")
+            grown.code = MDB_MAP_RESIZED  # type: ignore[misc]  # as the real one has it
+            raise grown
+        return really_open(place, **settings)
+
+    monkeypatch.setattr(lmdb, "open", grown_meanwhile)
+    monkeypatch.setattr(os.path, "getsize", lambda file: real_size(file) if sizes else 0)
+    with Store.open(path) as opened, opened.read() as reader:
+        assert len(numbers(reader, 1)) == 1000
+    assert len(sizes) == 2
+    assert sizes[1] > sizes[0] == SMALL_MAP_BYTES
 
 
 def test_less_address_space_is_asked_for_where_there_is_less(path: str) -> None:
