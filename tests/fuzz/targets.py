@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.fuzz.diffs import rbd_diff
+from tests.fuzz.far_answers import far_answers
 from tests.fuzz.far_server import far_server, uris
 from tests.fuzz.flat_files import flat_file, flat_import
 from tests.fuzz.images import qcow2
@@ -43,6 +44,7 @@ TARGETS = {
     "handshake": Target(handshake, 700_000),
     "requests": Target(requests, 600_000),
     "far-server": Target(far_server, 300_000),
+    "far-answers": Target(far_answers, 300_000),
     "uris": Target(uris, 200_000),
     "control": Target(control_lines, 400_000),
     "sizes": Target(sizes, 1_000_000),

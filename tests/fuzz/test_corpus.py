@@ -13,7 +13,7 @@ import pytest
 from tests.fuzz.inputs import changed, chosen_seed
 from tests.fuzz.targets import CORPUS, TARGETS, corpus_of
 
-MUTATIONS = {"flat-import": 60, "requests": 250}
+MUTATIONS = {"flat-import": 60, "requests": 250, "far-answers": 250}
 """Those that touch a store or move much; all others get so many:"""
 MANY = 800
 MOST_BYTES = 300 << 10
