@@ -127,8 +127,7 @@ class Filter(Front):
 
     def lane(self) -> FilterLane:
         """A new lane, for one thread at a time."""
-        tracking = self._tracking
-        return FilterLane(tracking.gate, self.device, tracking.mark, tracking.flusher.flush)
+        return self._tracking.lane()
 
     def flush(self) -> None:
         """Flush the image. After one `StorageError` every flush raises it until the disk is attached anew."""
@@ -171,13 +170,6 @@ class Filter(Front):
             blocks = geometry.blocks_outward(offset, length)
             self._tracking.mark([(blocks.start, blocks.stop)])
 
-    def _mark_doubts(self) -> None:
-        """Mark the writes in doubt that came up since the period began; a new period starts with the earlier ones.
-        Keep nothing for snapshots: nothing here decides whether and when these blocks change."""
-        if self._tracking.in_doubt(self.disk.geometry):
-            with self._tracking.gate.entering(self._my_lane()) as geometry:
-                self._tracking.settle(self._tracking.in_doubt(geometry))
-
     def mark_regions(self, dirt: Iterable[tuple[int, bytes]], geometry: Geometry) -> None:
         """Mark many blocks in one commit: (region, bits) pairs of a disk of `geometry`, which must be this disk's.
 
@@ -218,7 +210,7 @@ class Filter(Front):
 
     def _persist(self) -> None:
         if not self._tracking.is_over:
-            self._mark_doubts()
+            self._tracking.mark_doubts()
         self._tracking.persist()
 
     def changes(self, *, since: str | None = None, until: str | None = None, persist: bool = True) -> Changes:
@@ -263,7 +255,7 @@ class Filter(Front):
     def _pass(self, quiet_passes: int) -> None:
         self.store.keep_house()
         self.regain_trust()
-        self._mark_doubts()
+        self._tracking.mark_doubts()
         self._tracking.period.disarm_quiet(_DISARM_PER_PASS, passes=quiet_passes)
         self._whereabouts.look()  # last, so that a hanging file system delays nothing else
 
@@ -356,7 +348,7 @@ class Filter(Front):
 
     def _mark_last_doubts(self) -> None:
         with contextlib.suppress(LmdbitmapError):  # a store that refuses these also refuses the next step
-            self._mark_doubts()
+            self._tracking.mark_doubts()
 
     def _stop_background(self) -> None:
         self._ends.set()

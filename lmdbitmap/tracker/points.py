@@ -167,6 +167,7 @@ def _flush_images(disks: Sequence[Tracking], name: str, let_go: Callable[[], Non
     try:
         for tracking in disks:
             tracking.flusher.flush()
+            tracking.mark_doubts()  # those of the flush are of writes before it, which may land in this period
     except StorageError as error:
         let_go()
         for tracking in disks:

@@ -37,7 +37,7 @@ from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.changes import Standing
 from lmdbitmap.tracker.flushing import Flusher
 from lmdbitmap.tracker.holding import Holding
-from lmdbitmap.tracker.lane import Gate
+from lmdbitmap.tracker.lane import FilterLane, Gate
 from lmdbitmap.tracker.period import Period
 from lmdbitmap.tracker.snapshot import Snapshot
 from lmdbitmap.tracker.vouching import Voucher, write_refused
@@ -80,6 +80,10 @@ class Tracking:
         self.gate = Gate(disk.geometry, self.period.settled)
         self._holding: Holding | None = None
         """The snapshots that are held now, if any; changed while the gate is closed."""
+
+    def lane(self) -> FilterLane:
+        """A new lane, for one thread at a time."""
+        return FilterLane(self.gate, self.device, self.mark, self.flusher.flush)
 
     # -- before a write ------------------------------------------------------------------------------------
 
@@ -130,6 +134,15 @@ class Tracking:
         ranges = [(start, min(stop, geometry.size)) for start, stop in self._doubtful.in_doubt()]
         blocks = [geometry.blocks_outward(start, stop - start) for start, stop in ranges if start < stop]
         return [(some.start, some.stop) for some in blocks]
+
+    def mark_doubts(self) -> None:
+        """Mark the writes in doubt that came up since the period began; a new period starts with the earlier ones.
+
+        Keep nothing for snapshots: nothing here decides whether and when these blocks change.
+        """
+        if self.in_doubt(self.disk.geometry):
+            with self.gate.entering(self.lane()) as geometry:
+                self.settle(self.in_doubt(geometry))
 
     # -- snapshots -----------------------------------------------------------------------------------------
 

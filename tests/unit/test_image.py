@@ -310,3 +310,22 @@ def test_doubt_that_comes_up_at_the_end_of_a_period_is_in_it(tmp_path: Path, loa
             device.after_flush = [(7 * 4096, 7 * 4096 + 1)]
         assert blocks_of(tracked.changes("first", "second")) == ({5, 9} if loaded else {5})
         assert blocks_of(tracked.changes("second")) == {5, 7}
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_doubt_that_comes_up_while_a_checkpoint_is_flushed_survives_its_owner(
+    tmp_path: Path, held: bool
+) -> None:
+    """A write of the period before, sent again on a new connection, may land in the new one, though no pass was yet."""
+    tracked = TrackedDisk(tmp_path, 64 * 4096).clean()
+    with closing(tracked.store):
+        attached = Filter.attach(tracked.store, "sda", open_device=Doubtful.open, background=False)
+        device = attached.device
+        assert isinstance(device, Doubtful)
+        device.after_flush = [(7 * 4096, 7 * 4096 + 1)]
+        if held:
+            attached.snapshot("second", Scratch(tmp_path))
+        else:
+            attached.checkpoint("second")
+        attached.abandon()
+        assert 7 in blocks_of(tracked.changes("second"))
