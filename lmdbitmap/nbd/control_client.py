@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from lmdbitmap.errors import Busy, FormatError, OwnerGone, error_from_os, os_errors_at
 from lmdbitmap.nbd import control_wire as wire
+from lmdbitmap.nbd.control_answers import require_answer
 
 CONNECT_S: Final = 10.0
 """Seconds until the owner has greeted us."""
@@ -98,9 +99,14 @@ class Client:
         self._was_greeted = True
 
     def call(self, operation: str, *, timeout_s: float = ANSWER_S, **arguments: object) -> dict[str, Any]:
-        """Return the owner's answer, or raise its error. Without an answer the operation may have been done or not."""
+        """Return the owner's answer, or raise its error. Without an answer the operation may have been done or not.
+
+        What callers read of the answer is of its documented kind (control_answers.py).
+        """
         self._ask(operation, arguments)
-        return wire.field(self._receive(timeout_s), "answer", dict, self._place)
+        answer = wire.field(self._receive(timeout_s), "answer", dict, self._place)
+        require_answer(operation, arguments, answer, self._place)
+        return answer
 
     def connection(self) -> socket.socket:
         """Return a new connection to the owner's NBD server, which has the other end already."""

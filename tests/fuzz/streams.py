@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
+from lmdbitmap.cli.answers import served_words
 from lmdbitmap.errors import FormatError, InvalidArgument, LmdbitmapError
 from lmdbitmap.nbd import control_wire
 from lmdbitmap.nbd.control import orders
+from lmdbitmap.nbd.control_answers import require_answer
 from lmdbitmap.nbd.server.handshake import Agreed, Export, Handshake, Outcome
 from tests.fuzz.inputs import WHOLE, Input, check_words, pieces_of
 
@@ -243,7 +245,21 @@ def check_line(line: bytes) -> None:
         with contextlib.suppress(FormatError):
             assert type(control_wire.field(message, name, kind, "here")) is kind
     check_error(message)
+    check_answer(message)
     answer_of(message)
+
+
+def check_answer(message: dict[str, object]) -> None:
+    """What passes for an answer can be shown."""
+    with contextlib.suppress(FormatError):
+        require_answer("release", {}, message, "here")
+        assert message["broken"] is None or type(message["broken"]) is str
+    with contextlib.suppress(FormatError):
+        require_answer("info", {}, message, "here")
+        for disk in cast(list[dict[str, Any]], message["disks"]):
+            if "served" in disk:
+                process = {"pid": 1, "version": "", "image_lost": None}
+                assert list(served_words({**process, **disk, **disk["served"]}))
 
 
 def check_error(message: dict[str, object]) -> None:

@@ -605,9 +605,17 @@ def test_error_of_the_owner_is_an_answer() -> None:
     with a_pair() as (client, owner):
         owner.sendall(wire.encode({"error": {"class": "Busy", "problem": "no", "next_step": "go"}}))
         with pytest.raises(Busy, match="no; go"):
-            client.call("info")
+            client.call("persist")
         owner.sendall(b'{"answer": {}}\n')
-        assert client.call("info") == {}
+        assert client.call("persist") == {}
+
+
+def test_owner_that_answers_something_else_is_an_error_of_ours() -> None:
+    with a_pair() as (client, owner):
+        for operation in ("info", "snapshot", "release"):
+            owner.sendall(b'{"answer": {"more": 1}}\n')
+            with pytest.raises(FormatError, match=r"here: expected answer\..*use the same version"):
+                client.call(operation, disks=["sda"])
 
 
 def hand_over(owner: socket.socket, words: bytes, fds: Sequence[int]) -> None:
