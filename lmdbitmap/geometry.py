@@ -59,9 +59,16 @@ class Geometry:
     granularity_bits: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.size <= MAX_SIZE:
-            raise InvalidArgument(f"disk size {self.size} is outside 0..2^63-1", next_step="check the image")
-        granularity_bits_of(1 << self.granularity_bits if 0 <= self.granularity_bits < 64 else 0)
+        if not (isinstance(self.size, int) and 0 <= self.size <= MAX_SIZE):
+            raise InvalidArgument(
+                f"disk size {self.size!r} is no whole number within 0..2^63-1", next_step="check the image"
+            )
+        bits = self.granularity_bits
+        if not (isinstance(bits, int) and MIN_GRANULARITY_BITS <= bits <= MAX_GRANULARITY_BITS):
+            raise InvalidArgument(
+                f"granularity_bits {bits!r} is no whole number within {MIN_GRANULARITY_BITS}..{MAX_GRANULARITY_BITS}",
+                next_step="give the exponent, such as 16 for blocks of 65536 bytes",
+            )
 
     @property
     def granularity(self) -> int:

@@ -369,8 +369,10 @@ def check_disk_name(name: str) -> str:
     return name
 
 
-def check_name(name: str, *, what: str, limit: int = MAX_NAME_BYTES) -> str:
+def check_name(name: object, *, what: str, limit: int = MAX_NAME_BYTES) -> str:
     """Return `name` if it is 1 to `limit` bytes of UTF-8 without control characters; else raise `InvalidArgument`."""
+    if not isinstance(name, str):
+        raise InvalidArgument(f"{what} name {name!r} is not text", next_step="give it as a str")
     try:
         length = len(name.encode())
     except UnicodeEncodeError as error:

@@ -286,8 +286,8 @@ def test_a_pass_that_hangs_keeps_no_disk_from_its_beats(
         goes_on.set()
 
 
-@pytest.mark.parametrize("name", ["", "a\nb", "x" * 2000, "start", "epoch-1"])
-def test_impossible_checkpoint_changes_nothing(disk: Filter, name: str) -> None:
+@pytest.mark.parametrize("name", ["", "a\nb", "x" * 2000, "start", "epoch-1", None, b"monday", 5])
+def test_impossible_checkpoint_changes_nothing(disk: Filter, name: Any) -> None:
     disk.pwrite(b"x", 0)
     with pytest.raises((InvalidArgument, AlreadyExists)):
         disk.checkpoint(name)
@@ -627,8 +627,8 @@ def test_resize_to_nothing_and_back(disk: Filter) -> None:
     assert dirty(disk) == {0}
 
 
-@pytest.mark.parametrize("size", [-1, 1 << 63, 1 << 70])
-def test_impossible_size_changes_nothing(disk: Filter, size: int) -> None:
+@pytest.mark.parametrize("size", [-1, 1 << 63, 1 << 70, 1e6, "1M", None])
+def test_impossible_size_changes_nothing(disk: Filter, size: Any) -> None:
     disk.pwrite(b"x", 0)
     with pytest.raises(InvalidArgument):
         disk.resize(size)

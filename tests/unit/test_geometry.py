@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,9 +26,12 @@ def test_other_granularities_are_refused(granularity: int) -> None:
         granularity_bits_of(granularity)
 
 
-@pytest.mark.parametrize(("size", "bits"), [(-1, 16), (1 << 63, 16), (0, 8), (0, 32), (0, -1), (0, 1000)])
-def test_impossible_geometry_is_refused(size: int, bits: int) -> None:
-    with pytest.raises(InvalidArgument):
+@pytest.mark.parametrize(
+    ("size", "bits"),
+    [(-1, 16), (1 << 63, 16), (1.5, 16), (None, 16), (0, 8), (0, 32), (0, -1), (0, 65536), (0, "16")],
+)
+def test_impossible_geometry_is_refused(size: Any, bits: Any) -> None:
+    with pytest.raises(InvalidArgument, match=f"{size!r} is no whole|{bits!r} is no whole"):
         Geometry(size, bits)
 
 

@@ -222,8 +222,10 @@ def test_possible_names_of_checkpoints(name: str) -> None:
     assert schema.check_name(name, what="checkpoint") == name
 
 
-@pytest.mark.parametrize("name", ["", "x" * 1024, "é" * 512, "a\n", "\x7f", "\0", "\u202e", "\ud800"])
-def test_impossible_names(name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["", "x" * 1024, "é" * 512, "a\n", "\x7f", "\0", "\u202e", "\ud800", None, b"a", 1]
+)
+def test_impossible_names(name: Any) -> None:
     with pytest.raises(InvalidArgument):
         schema.check_name(name, what="checkpoint")
     with pytest.raises(InvalidArgument):
