@@ -253,7 +253,8 @@ def _ask(store: Store, name: str, since: str | None, until: str | None, persiste
         chain.require_same_epoch(disk, first)
     if last is not None and last.sequence <= first.sequence:
         raise InvalidArgument(
-            f"checkpoint {last.name!r} is not after {first.name!r}", next_step="swap --since and --until"
+            f"checkpoint {last.name!r} is not after {first.name!r}",
+            next_step="count from an earlier one (--since), or to a later one (--until)",
         )
     whole = Changes(store, disk, first, last, EXACT)
     standing = _bitmaps_standing(whole).and_also(

@@ -145,7 +145,12 @@ def test_a_closed_period_is_known_without_the_image(cli: Cli) -> None:
         (["--since", "sunday"], 1, "has no checkpoint 'sunday'"),
         (["--until", "sunday"], 1, "has no checkpoint 'sunday'"),
         (["--since", "tuesday", "--until", "monday"], 2, "'monday' is not after 'tuesday'"),
-        (["--since", "monday", "--until", "monday"], 2, "'monday' is not after 'monday'"),
+        (
+            ["--since", "monday", "--until", "monday"],
+            2,
+            "'monday' is not after 'monday'; count from an earlier one",
+        ),
+        (["--until", "monday"], 2, "'monday' is not after 'tuesday'; count from an earlier one (--since)"),
         (["--format", "yaml"], 2, "--help"),
     ],
 )
