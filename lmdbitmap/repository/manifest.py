@@ -218,7 +218,8 @@ def chain_to(manifest: Manifest, backup_id: str) -> tuple[BackupEntry, ...]:
 
 
 def _choice(manifest: Manifest) -> str:
-    return f"name one of {_ids_shown(manifest)}; `lmdbitmap ls REPO` tells of each"
+    among = "the only one," if len(manifest.backups) == 1 else "one of"
+    return f"name {among} {_ids_shown(manifest)}; `lmdbitmap ls REPO` tells of each"
 
 
 def _ids_shown(manifest: Manifest) -> str:

@@ -311,20 +311,20 @@ def numbered(*numbers: int) -> Manifest:
 @pytest.mark.parametrize(
     ("manifest", "named"),
     [
-        (Manifest(DISK), "none"),
-        (numbered(7), "7"),
-        (numbered(7, 8), "7, 8"),
-        (numbered(1, 2, 3), "1 to 3"),
-        (numbered(*range(7, 2000)), "7 to 1999"),
-        (numbered(1, 2, 4), "1, 2, 4"),
-        (numbered(1, 3, *range(5, 2000)), "1, 3, 5, 6, 7, 8, 9, 10, 11, 12, …, 1999"),
-        (Manifest(DISK, (entry(0, id="x" * 99),)), "x" * 40),
+        (Manifest(DISK), "one of none"),
+        (numbered(7), "the only one, 7"),
+        (numbered(7, 8), "one of 7, 8"),
+        (numbered(1, 2, 3), "one of 1 to 3"),
+        (numbered(*range(7, 2000)), "one of 7 to 1999"),
+        (numbered(1, 2, 4), "one of 1, 2, 4"),
+        (numbered(1, 3, *range(5, 2000)), "one of 1, 3, 5, 6, 7, 8, 9, 10, 11, 12, …, 1999"),
+        (Manifest(DISK, (entry(0, id="x" * 99),)), f"the only one, {'x' * 40}"),
     ],
 )
 def test_whoever_names_an_unknown_backup_is_told_of_those_there_are(manifest: Manifest, named: str) -> None:
     with pytest.raises(NotFound) as refused:
         chain_to(manifest, "0")
-    assert refused.value.next_step == f"name one of {named}; `lmdbitmap ls REPO` tells of each"
+    assert refused.value.next_step == f"name {named}; `lmdbitmap ls REPO` tells of each"
 
 
 TIMES = [("b0", 100), ("b1", 200), ("2023-11-15", 150), ("b3", 300)]
