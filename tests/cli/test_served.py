@@ -214,7 +214,12 @@ def test_disks_of_several_processes_share_none(cli: Cli) -> None:
     cli.add("b")
     cli.add("c")
     with cli.serving("a"), cli.serving("b"):
-        assert "not served by this process: b" in cli.fails(4, "checkpoint", "a,b", "monday")
+        refused = (
+            f"process {cli.json('info', 'a')['served']['pid']} serves a, and not {{}}; "
+            "serve all of the disks in one process, or run the command for each disk alone"
+        )
+        assert cli.fails(4, "checkpoint", "a,b", "monday") == refused.format("b")
+        assert cli.fails(4, "snapshot", "a,c", "monday") == refused.format("c")
         said = cli.fails(4, "checkpoint", "a,c", "monday")
         assert said == (
             "of these disks only a is served; serve all of them in one process, or none,"

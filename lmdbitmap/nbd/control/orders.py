@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Final, NamedTuple
@@ -120,9 +121,10 @@ def _staying(scene: Scene, disks: list[Any]) -> AbstractContextManager[None]:
 def _require_ours(scene: Scene, disks: list[Any]) -> None:
     foreign = [str(disk) for disk in disks if not isinstance(disk, str) or disk not in scene.filters]
     if foreign:
+        ours = [disk for disk in disks if str(disk) not in foreign]
         raise Busy(
-            f"not served by this process: {', '.join(foreign)}",
-            next_step="serve all of the disks in one process, or stop serving them",
+            f"process {os.getpid()} serves {', '.join(ours) or 'none of them'}, and not {', '.join(foreign)}",
+            next_step="serve all of the disks in one process, or run the command for each disk alone",
         )
 
 
