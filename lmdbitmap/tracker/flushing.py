@@ -29,6 +29,7 @@ from lmdbitmap.interfaces import BlockDevice, FarAway
 log = logging.getLogger(__name__)
 
 MEND_IT = "look at the kernel log (dmesg), mend the disk, then restart the process that serves it"
+_AWAIT_IT = "start that server again, or see why it does not answer"
 
 
 class Flusher:
@@ -111,7 +112,8 @@ class Flusher:
 
 
 def unflushed(name: str, error: OSError) -> StorageError:
-    return StorageError(f"the image of disk {name!r} could not be flushed", error, next_step=MEND_IT)
+    step = _AWAIT_IT if isinstance(error, FarAway) else MEND_IT
+    return StorageError(f"the image of disk {name!r} could not be flushed", error, next_step=step)
 
 
 def forget_unwritten(device: BlockDevice) -> None:

@@ -65,9 +65,10 @@ def test_only_a_far_side_that_keeps_what_it_has_may_be_asked_again(
     device = MemoryDevice(4096)
     flusher = Flusher("sda", device, told.append)
     monkeypatch.setattr(device, "flush", fail)
-    with pytest.raises(StorageError):
+    with pytest.raises(StorageError) as refused:
         flusher.flush()
     monkeypatch.undo()
+    assert ("dmesg" if is_final else "start that server again") in refused.value.next_step
     assert (flusher.failed, len(told)) == (is_final, int(is_final))
     if not is_final:
         flusher.flush()
