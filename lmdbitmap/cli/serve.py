@@ -38,7 +38,7 @@ from lmdbitmap.storage.measured import MeasuredStore
 from lmdbitmap.store import Store
 from lmdbitmap.tracker.chain import disk_called
 from lmdbitmap.tracker.period import DEFAULT_MAX_ARMED
-from lmdbitmap.tracker.scratch import Scratch
+from lmdbitmap.tracker.scratch import Scratch, ScratchFile
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +114,8 @@ def serve(
         disks = {name: attached.enter_context(_attach(asked.store_path, name, max_armed)) for name in names}
         if bitmap_file is not None:
             _take_in(disks[names[0]], bitmap_file)
-        room = Scratch(scratch or store.path, scratch_limit, scratch_preallocate)
+        room = Scratch(os.path.abspath(scratch or store.path), scratch_limit, scratch_preallocate)
+        _warn_of_no(room)
         with _served(disks, room, attached) as server, contextlib.ExitStack() as beside:
             places.open_all(server)
             url = beside.enter_context(metrics_served(store, disks, *scraped)) if scraped else None
@@ -140,6 +141,14 @@ def _require_sense(names: Sequence[str], bitmap_file: str | None) -> None:
         raise InvalidArgument(f"{' '.join(names)} names a disk twice", next_step="name each one once")
     if bitmap_file is not None and len(names) > 1:
         raise InvalidArgument("a bitmap file is of one disk", next_step="serve each disk by itself")
+
+
+def _warn_of_no(room: Scratch) -> None:
+    """Say now that old data cannot be kept there, and not at night, by a backup that fails. Guests are served anyway."""
+    try:
+        ScratchFile(room._replace(preallocate=False)).close()
+    except LmdbitmapError as error:
+        log.warning("no disk can be backed up while it is served: %s", error)
 
 
 @contextlib.contextmanager

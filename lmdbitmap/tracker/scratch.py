@@ -39,7 +39,7 @@ class ScratchFile:
     def __init__(self, scratch: Scratch) -> None:
         self.limit_bytes = scratch.limit_bytes
         self._has_its_room = scratch.preallocate
-        with os_errors_at(f"scratch file in {scratch.folder}"):
+        with os_errors_at(f"the scratch folder {scratch.folder}"):
             self._fd = open_nameless(scratch.folder)
             try:
                 if scratch.preallocate:

@@ -205,10 +205,14 @@ def test_one_bad_disk_of_three_leaves_two_incremental(cli: Cli) -> None:
     assert "no earlier backup" in said
 
 
-def test_scratch_folder_that_is_not_there_fails_the_backup_only(cli: Cli) -> None:
+def test_scratch_folder_that_is_not_there_is_told_at_once_and_fails_the_backup_only(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cli.add("sda")
-    with cli.serving("sda", f"--scratch={cli.folder}/none") as served:
-        said = cli.fails(1, "backup", "sda", cli.folder / "backups")
-        assert f"scratch file in {cli.folder}/none does not exist" in said
+    monkeypatch.chdir(cli.folder)
+    with cli.serving("sda", "--scratch=none", log=True) as served:
+        problem = f"the scratch folder {cli.folder}/none does not exist; check the name and its folder"
+        assert cli.fails(1, "backup", "sda", cli.folder / "backups") == problem
         write(served.uris["sda"], MIB, 100)
         assert len(cli.json("info", "sda")["checkpoints"]) == 1
+    assert served.child.stderr == f"lmdbitmap: no disk can be backed up while it is served: {problem}\n"

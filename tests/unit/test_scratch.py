@@ -78,7 +78,7 @@ def test_it_has_no_name_also_where_the_file_system_makes_files_with_names_only(
 
 
 def test_folder_that_is_not_there_is_said(folder: Path) -> None:
-    with pytest.raises(NotFound, match=r"scratch file in .*missing"):
+    with pytest.raises(NotFound, match=r"the scratch folder .*missing does not exist"):
         ScratchFile(Scratch(str(folder / "missing")))
 
 
@@ -86,7 +86,7 @@ def test_preallocated_one_takes_its_room_at_once_or_is_refused(folder: Path) -> 
     with closing(ScratchFile(Scratch(str(folder), 64 * MIB, preallocate=True))) as file:
         assert os.fstat(file._fd).st_blocks * 512 >= 64 * MIB
     descriptors = open_files()
-    with pytest.raises(StorageError, match="scratch file in"):
+    with pytest.raises(StorageError, match="the scratch folder"):
         ScratchFile(Scratch(str(folder), 1 << 60, preallocate=True))
     assert os.listdir("/proc/self/fd") == descriptors
 
