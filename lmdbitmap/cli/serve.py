@@ -144,7 +144,7 @@ def _require_sense(names: Sequence[str], bitmap_file: str | None) -> None:
 
 
 def _warn_of_no(room: Scratch) -> None:
-    """Say now that old data cannot be kept there, and not at night, by a backup that fails. Guests are served anyway."""
+    """Say now that old data cannot be kept there, not at night by a backup that fails. Guests are served anyway."""
     try:
         ScratchFile(room._replace(preallocate=False)).close()
     except LmdbitmapError as error:
