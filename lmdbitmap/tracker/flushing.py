@@ -112,8 +112,13 @@ class Flusher:
 
 
 def unflushed(name: str, error: OSError) -> StorageError:
-    step = _AWAIT_IT if isinstance(error, FarAway) else MEND_IT
-    return StorageError(f"the image of disk {name!r} could not be flushed", error, next_step=step)
+    return StorageError(f"the image of disk {name!r} could not be flushed", error, next_step=_step_after(error))
+
+
+def _step_after(error: OSError) -> str:
+    if isinstance(error, StorageError):  # ours: of a disk that is detached
+        return error.next_step
+    return _AWAIT_IT if isinstance(error, FarAway) else MEND_IT
 
 
 def forget_unwritten(device: BlockDevice) -> None:

@@ -741,11 +741,12 @@ def test_detached_disk_refuses_everything_and_writes_nothing(tracked: TrackedDis
             lambda: late.start_epoch("late"),
             late.persist,
             late.changes,
-            late.beat,
         ]
         for call in calls:
-            with pytest.raises(OSError):
+            with pytest.raises(StorageError, match="it is detached; attach it again"):
                 call()
+        with pytest.raises(OSError):
+            late.beat()
         late.background_pass()
         late.detach()
         late.abandon()
