@@ -112,7 +112,9 @@ class Flusher:
 
 
 def unflushed(name: str, error: OSError) -> StorageError:
-    return StorageError(f"the image of disk {name!r} could not be flushed", error, next_step=_step_after(error))
+    return StorageError(
+        f"the image of disk {name!r} could not be flushed", error, next_step=_step_after(error)
+    )
 
 
 def _step_after(error: OSError) -> str:
