@@ -175,9 +175,10 @@ def _header_facts(header: FlatHeader) -> dict[str, object]:
 
 def _portrait(found: Inspection) -> Iterator[tuple[str, str]]:
     header = found.header
+    block_count = header.bit_count if found.trust is Trust.UNTRUSTED else header.dirty_count
     yield "file", found.path
     yield "size", size_words(header.geometry)
-    yield "dirty", f"{format_size(found.dirty_bytes)} in {header.dirty_count} blocks"
+    yield "dirty", f"{format_size(found.dirty_bytes)} in {block_count} blocks"
     yield "trust", standing_words(Standing(found.trust, "; ".join(found.problems) or None))
     yield "flags", " ".join(flag.name or "" for flag in Flags if flag in header.flags) or "none"
     yield "since", f"{format_time(header.since_time_ns)}, checkpoint {header.since_uuid}"

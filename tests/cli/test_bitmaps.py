@@ -153,6 +153,7 @@ def test_a_file_that_was_not_closed_cleanly_is_worth_nothing(cli: Cli, flat: Pat
     assert code == 3
     assert "its CLEAN flag is not set" in err
     assert (told["clean"], told["trust"], told["dirty_bytes"]) == (False, "untrusted", SIZE)
+    assert "dirty       8 MiB in 128 blocks" in cli("inspect", flat).out.splitlines()
 
 
 def test_bits_that_are_not_those_that_were_written_are_worth_nothing(cli: Cli, flat: Path) -> None:
