@@ -244,9 +244,10 @@ def set_lapse_days(store_path: str, disk: UUID, days: int) -> None:
 
 
 def _days(days: int) -> int:
-    if not 0 <= days <= MOST_LAPSE_DAYS:
+    if type(days) is not int or not 0 <= days <= MOST_LAPSE_DAYS:
         raise InvalidArgument(
-            f"{days} days are not within 0..{MOST_LAPSE_DAYS}", next_step="name fewer, or 0 for never"
+            f"{days!r} is no whole number of days within 0..{MOST_LAPSE_DAYS}",
+            next_step="name such a number, or 0 for never",
         )
     return days
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -213,8 +214,11 @@ def test_holds_lapse_after_180_days_unless_it_was_said_otherwise(tmp_path: Path)
     for days in (7, 0, 36_500):
         holds.set_lapse_days(str(tmp_path), DISK, days)
         assert holds.lapse_days(str(tmp_path), DISK) == days
-    with pytest.raises(InvalidArgument, match="0 for never"):
-        holds.set_lapse_days(str(tmp_path), DISK, 36_501)
+    impossible: list[Any] = [36_501, -1, 1.5, True, "7"]
+    for days in impossible:
+        with pytest.raises(InvalidArgument, match="0 for never"):
+            holds.set_lapse_days(str(tmp_path), DISK, days)
+    assert holds.lapse_days(str(tmp_path), DISK) == 36_500
 
 
 @pytest.mark.parametrize("damage", [b"", b"[]", b'{"lapse_days": true}', b'{"lapse_days": -1}', b"rot"])
