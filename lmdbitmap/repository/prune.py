@@ -146,6 +146,9 @@ def _dropped(drop: Sequence[str], names: Sequence[str] | None) -> frozenset[str]
         raise InvalidArgument(
             f"the disk of backup {drop[0]} is not named", next_step="name that one disk, and no other"
         )
+    for each in drop:
+        if not isinstance(each, str):
+            raise InvalidArgument(f"{each!r} is not the text of a backup's id", next_step="name it like '3'")
     return frozenset(drop)
 
 

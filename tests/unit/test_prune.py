@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import pytest
 
@@ -261,6 +261,8 @@ def test_what_cannot_be_dropped_is_told(disk: BackedUpDisk) -> None:
         dropped(disk, "1", "7")
     with pytest.raises(InvalidArgument, match="no backup would be kept; keep at least one"):
         dropped(disk, "1", "2")
+    with pytest.raises(InvalidArgument, match=r"^2 is not the text of a backup's id; name it like '3'"):
+        dropped(disk, "1", cast(str, 2))
     for names in ([], [NAME, NAME]):
         with pytest.raises(InvalidArgument, match="the disk of backup 1 is not named"):
             prune(disk.folder / "backups", names, drop=["1"])
