@@ -16,7 +16,7 @@ from lmdbitmap.cli.facts import entry_facts, reason_facts
 from lmdbitmap.cli.failing import failure_facts, tell_failures
 from lmdbitmap.cli.kinds import of_a_kind
 from lmdbitmap.cli.logs import AlreadyTold
-from lmdbitmap.cli.options import Session, at_backup, verb
+from lmdbitmap.cli.options import FILE_OR_DEVICE, FOLDER, Session, at_backup, verb
 from lmdbitmap.cli.output import progress, say, say_json
 from lmdbitmap.cli.politeness import nice_after, owner_limited, polite, waiting
 from lmdbitmap.cli.quiesce import Hook, Thaw, hooked
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from lmdbitmap.backups.result import BackupResult, BackupsFailed
     from lmdbitmap.repository.manifest import BackupEntry
     from lmdbitmap.restoring.restore import RestoreResult
-
-_FOLDER = click.Path(file_okay=False)
 
 
 @verb(
@@ -237,9 +235,9 @@ def _backup_facts(result: BackupResult) -> dict[str, object]:
         "lmdbitmap restore /srv/backups sda nbd://other-host/sda",
     ],
 )
-@click.argument("repository", metavar="REPO", type=_FOLDER)
+@click.argument("repository", metavar="REPO", type=FOLDER)
 @click.argument("name", metavar="NAME", required=False)
-@click.argument("out", metavar="OUT", type=click.Path(), required=False)
+@click.argument("out", metavar="OUT", type=FILE_OR_DEVICE, required=False)
 @at_backup("go back to")
 @click.option(
     "--in-place", is_flag=True,

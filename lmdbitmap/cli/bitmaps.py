@@ -9,7 +9,7 @@ import click
 from lmdbitmap import export as flat_files
 from lmdbitmap.access.questions import ask_changes
 from lmdbitmap.cli.answers import report_on_bitmap, size_words, standing_words
-from lmdbitmap.cli.options import Session, utf8_path, verb
+from lmdbitmap.cli.options import FILE, Session, utf8_path, verb
 from lmdbitmap.cli.output import progress, say, say_json
 from lmdbitmap.cli.sizes import format_size, format_time, iso_time
 from lmdbitmap.errors import InvalidArgument, Untrusted
@@ -27,7 +27,7 @@ from lmdbitmap.tracker.standalone import Operation, disk_or_bitmap_called
     examples=["lmdbitmap export sda sda.dbm", "lmdbitmap export sda week.dbm --since monday --until friday"]
 )
 @click.argument("name")
-@click.argument("file", metavar="FILE.dbm", type=click.Path(dir_okay=False))
+@click.argument("file", metavar="FILE.dbm", type=FILE)
 @click.option("--since", metavar="CHECKPOINT", help="Count from this one. [default: the newest]")
 @click.option("--until", metavar="CHECKPOINT", help="Count to this one. [default: now]")
 @click.pass_obj
@@ -88,7 +88,7 @@ def import_(asked: Session, file: str, name: str, into: str | None, all_dirty: b
 
 
 @verb(examples=["lmdbitmap inspect sda.dbm", "lmdbitmap inspect sda.dbm --json"])
-@click.argument("file", metavar="FILE.dbm", type=click.Path(dir_okay=False))
+@click.argument("file", metavar="FILE.dbm", type=FILE)
 @click.pass_obj
 def inspect(asked: Session, file: str) -> None:
     """Show what a flat file holds and whether it can be trusted.

@@ -23,9 +23,9 @@ from lmdbitmap.cli.answers import (
     standing_words,
 )
 from lmdbitmap.cli.holders import holder_words
-from lmdbitmap.cli.options import Session, granularity, utf8_path, verb
+from lmdbitmap.cli.options import FOLDER, Session, granularity, utf8_path, verb
 from lmdbitmap.cli.output import complain, say, say_json, say_table
-from lmdbitmap.cli.repositories import FOLDER, list_backups
+from lmdbitmap.cli.repositories import list_backups
 from lmdbitmap.cli.sizes import format_size, format_time
 from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.extents import Trust

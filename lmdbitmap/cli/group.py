@@ -11,7 +11,7 @@ from typing import Final
 
 import click
 
-from lmdbitmap.cli.options import STORE_VARIABLE, default_store, new_session
+from lmdbitmap.cli.options import FOLDER, STORE_VARIABLE, default_store, new_session
 from lmdbitmap.version import __version__
 
 _AFTERWORD = """\
@@ -89,7 +89,7 @@ def _imported(place: str) -> click.Command:
     "--store",
     metavar="DIR",
     envvar=STORE_VARIABLE,
-    type=click.Path(file_okay=False),
+    type=FOLDER,
     help="The folder of the store: all that is known of the disks is in it."
     f" [default: ${STORE_VARIABLE}, or $XDG_STATE_HOME/lmdbitmap, or for root "
     f"{default_store({}, 0)}]",

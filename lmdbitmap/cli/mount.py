@@ -11,7 +11,7 @@ import os
 import click
 
 from lmdbitmap.cli import logs
-from lmdbitmap.cli.options import Session, at_backup, verb
+from lmdbitmap.cli.options import FOLDER, Session, at_backup, verb
 from lmdbitmap.cli.places import ListenAddresses
 from lmdbitmap.cli.serving import Ending, allow_many_descriptors, announce, listening, logging_as_asked
 from lmdbitmap.images.plain import PlainDisk
@@ -25,7 +25,7 @@ from lmdbitmap.nbd.supervisor import Supervisor
         "lmdbitmap mount /srv/backups sda --at 3 --listen 127.0.0.1:10809 --verify",
     ]
 )
-@click.argument("repository", metavar="REPO", type=click.Path(file_okay=False))
+@click.argument("repository", metavar="REPO", type=FOLDER)
 @click.argument("name")
 @at_backup("look at")
 @click.option(

@@ -26,6 +26,11 @@ Function: TypeAlias = Callable[..., Any]
 
 STORE_VARIABLE = "LMDBITMAP_STORE"
 
+FOLDER = click.Path(file_okay=False, readable=False)
+FILE = click.Path(dir_okay=False, readable=False)
+FILE_OR_DEVICE = click.Path(readable=False)
+"""Whether it may be read is not asked here: whoever reads it says what to do if not, and some verbs do not read it."""
+
 
 @dataclass
 class Session:
@@ -86,7 +91,7 @@ def _store_option() -> click.Option:
     return click.Option(
         ["--store"],
         metavar="DIR",
-        type=click.Path(file_okay=False),
+        type=FOLDER,
         expose_value=False,
         callback=_choose_store,
         help="The folder of the store.",

@@ -13,7 +13,7 @@ import click
 
 from lmdbitmap.cli.facts import entry_facts
 from lmdbitmap.cli.failing import end_as, failure_facts
-from lmdbitmap.cli.options import Session, verb
+from lmdbitmap.cli.options import FOLDER, Session, verb
 from lmdbitmap.cli.output import progress, say, say_json, say_table
 from lmdbitmap.cli.politeness import waiting
 from lmdbitmap.cli.sizes import format_duration, format_size, format_time, iso_time
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from lmdbitmap.repository.transfer import CopyResult
     from lmdbitmap.repository.verify import Flaw, VerifyResult
     from lmdbitmap.work.disks_failed import DisksFailed
-
-FOLDER = click.Path(file_okay=False)
 
 
 def plural(count: int, noun: str) -> str:

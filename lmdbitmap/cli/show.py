@@ -17,7 +17,7 @@ import click
 
 from lmdbitmap import render
 from lmdbitmap.cli.changed import ask_or_everything, head_facts, head_words, insist_on_trust
-from lmdbitmap.cli.options import Session, verb
+from lmdbitmap.cli.options import FILE, Session, verb
 from lmdbitmap.cli.output import printable, progress, say, stream_json, stream_lines
 from lmdbitmap.cli.sizes import format_size
 from lmdbitmap.errors import AlreadyExists
@@ -61,8 +61,8 @@ class _Seen(NamedTuple):
 @click.argument("name")
 @click.option("--since", metavar="CHECKPOINT", help="Count from this one. [default: the newest]")
 @click.option("--until", metavar="CHECKPOINT", help="Count to this one. [default: now]")
-@click.option("--svg", metavar="FILE", type=click.Path(dir_okay=False), help="Draw it there too, with words.")
-@click.option("--png", metavar="FILE", type=click.Path(dir_okay=False), help="The same as plain pixels.")
+@click.option("--svg", metavar="FILE", type=FILE, help="Draw it there too, with words.")
+@click.option("--png", metavar="FILE", type=FILE, help="The same as plain pixels.")
 @click.pass_obj
 def show(
     asked: Session, name: str, since: str | None, until: str | None, svg: str | None, png: str | None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lmdbitmap.cli.facts import reason_facts
-from lmdbitmap.cli.options import Session, verb
+from lmdbitmap.cli.options import FILE_OR_DEVICE, Session, verb
 from lmdbitmap.cli.output import progress, say, say_json
 from lmdbitmap.cli.politeness import nice_after, owner_limited, polite, waiting
 from lmdbitmap.cli.quiesce import Hook, Thaw, hooked
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     ],
 )
 @click.argument("name", metavar="NAME")
-@click.argument("target", metavar="TARGET", type=click.Path())
+@click.argument("target", metavar="TARGET", type=FILE_OR_DEVICE)
 @click.option(
     "--compare", is_flag=True,
     help="Read all of the disk and of the copy, and write what differs.",

@@ -114,3 +114,18 @@ def test_notes_that_an_older_version_left_to_root_are_unreadable_and_hinder_nobo
     assert "Permission denied; the target will be compared" in told
     assert "checkpoint monday made" in by_user(place, "checkpoint", "sda", "monday")
     assert '"monday"' in by_user(place, "info", "sda", "--json")
+
+
+def test_what_needs_no_store_is_done_for_a_user_who_may_not_read_it(place: Path) -> None:
+    """LMDBITMAP_STORE may be set for all users of a host."""
+    by_user(place, "add", "sda", place / "sda.raw")
+    by_user(place, "backup", "sda", place / "backups")
+    by_user(place, "export", "sda", place / "sda.dbm")
+    os.chown(place / "store", 0, 0)
+    assert "1 image sound" in by_user(place, "verify", place / "backups")
+    assert "sda" in by_user(place, "ls", place / "backups")
+    assert "exact" in by_user(place, "inspect", place / "sda.dbm")
+    with pytest.raises(
+        AssertionError, match=r"store .*: Permission denied; choose a folder that this user can write"
+    ):
+        by_user(place, "ls")
