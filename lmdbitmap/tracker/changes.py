@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from lmdbitmap import bits
 from lmdbitmap.bits import Run
-from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, NotFound, Untrusted
+from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, NotFound, StorageError, Untrusted
 from lmdbitmap.extents import Extent, Trust, with_zeroes
 from lmdbitmap.geometry import REGION_BLOCKS, Geometry, ceil_div
 from lmdbitmap.images.image import is_far
@@ -273,12 +273,12 @@ def _bitmaps_standing(asked: Changes) -> Standing:
 
 
 def unknown_error(asked: Changes) -> Untrusted:
-    """Return the error for a caller that must know what changed. If the image is missing, it advises no backup."""
+    """Return the error for a caller that must know what changed. If the image cannot be read, it advises no backup."""
     step = "make a full backup"
     try:
         session.look_at(asked.store, asked.disk)
-    except NotFound as gone:
-        step = gone.next_step
+    except (NotFound, StorageError) as unread:
+        step = unread.next_step
     except LmdbitmapError:  # the reason reports it
         pass
     return Untrusted(

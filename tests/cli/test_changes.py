@@ -130,6 +130,15 @@ def test_of_an_image_that_is_gone_no_backup_is_advised(cli: Cli) -> None:
         assert "full backup" not in err
 
 
+def test_of_an_image_that_cannot_be_read_no_backup_is_advised(cli: Cli) -> None:
+    image = cli.add("sda")
+    image.unlink()
+    image.symlink_to(image)
+    code, _, err = cli("changes", "sda")
+    assert code == 3
+    assert err.endswith("Too many levels of symbolic links); mend the symbolic links that lead there\n")
+
+
 def test_a_closed_period_is_known_without_the_image(cli: Cli) -> None:
     _two_periods(cli)
     os.unlink(cli.folder / "sda.raw")
