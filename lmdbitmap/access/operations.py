@@ -23,6 +23,19 @@ from lmdbitmap.tracker import chain, session, standalone
 from lmdbitmap.work.names import require_names
 
 
+def require_possible(store: Store, names: Sequence[str], checkpoint_name: str, since: str = "") -> None:
+    """Raise what is wrong with these names, before a guest is frozen for them. Who makes the checkpoint looks again.
+
+    The disks have to have a checkpoint `since`, if one is given.
+    """
+    refuse_ours(checkpoint_name)
+    with store.read() as reader:
+        for disk in [chain.find_disk(reader, name) for name in names]:
+            chain.require_new_name(reader, disk, checkpoint_name)
+            if since:
+                chain.find_checkpoint(reader, disk, since)
+
+
 def checkpoint(
     store: Store, names: Sequence[str], checkpoint_name: str, *, freeze_limit_s: float = FREEZE_LIMIT_S
 ) -> None:

@@ -28,6 +28,7 @@ def checkpoint(asked: Session, disks: list[str], checkpoint_name: str, hook: Hoo
     """
     thaw = Thaw()
     with Store.open(asked.store_path) as store:
+        operations.require_possible(store, disks, checkpoint_name)
         with hook.freezing(disks, thaw):
             operations.checkpoint(store, disks, checkpoint_name, freeze_limit_s=hook.answer_limit_s)
         consumers.merge_unheld_of(store, disks)
@@ -52,10 +53,12 @@ def snapshot(asked: Session, disks: list[str], checkpoint_name: str, since: str,
     the changes since older checkpoints (qemu:dirty-bitmap:…), until it is released.
     """
     thaw = Thaw()
-    with Store.open(asked.store_path) as store, hook.freezing(disks, thaw):
-        held = served_snapshots.take_served_snapshot(
-            store, disks, checkpoint_name, since=since, freeze_limit_s=hook.answer_limit_s
-        )
+    with Store.open(asked.store_path) as store:
+        operations.require_possible(store, disks, checkpoint_name, since)
+        with hook.freezing(disks, thaw):
+            held = served_snapshots.take_served_snapshot(
+                store, disks, checkpoint_name, since=since, freeze_limit_s=hook.answer_limit_s
+            )
     exports = [snapshot.export for snapshot in held]
     confirm(asked, f"held, and served as {', '.join(exports)}",
             disks=disks, checkpoint=checkpoint_name, exports=exports, thaw_failure=thaw.problem)  # fmt: skip

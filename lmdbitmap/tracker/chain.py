@@ -161,15 +161,20 @@ def _begin_epoch(writer: Writer, disk: Disk, reason: str, time_ns: int) -> Disk:
 def add_checkpoint(writer: Writer, disk: Disk, name: str, time_ns: int) -> tuple[Disk, Checkpoint]:
     """Close the recording period and open the next, all clean. The caller has drained the writes in flight.
 
-    Raises `AlreadyExists` for a name that the disk has, whatever its epoch.
+    Raises what `require_new_name` raises.
     """
+    require_new_name(writer, disk, name)
+    return _append(writer, disk, name, time_ns, all_dirty=None)
+
+
+def require_new_name(reader: Reader, disk: Disk, name: str) -> None:
+    """Raise `AlreadyExists` for a checkpoint's name that the disk has, of any epoch. Or `InvalidArgument`."""
     schema.check_name(name, what="checkpoint")
-    if any(checkpoint.name == name for checkpoint in writer.checkpoints(disk.uuid)):
+    if any(checkpoint.name == name for checkpoint in reader.checkpoints(disk.uuid)):
         raise AlreadyExists(
             f"disk {disk.name!r} has a checkpoint {name!r} already",
             next_step="choose another name, or forget that one",
         )
-    return _append(writer, disk, name, time_ns, all_dirty=None)
 
 
 def _append(

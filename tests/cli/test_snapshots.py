@@ -128,6 +128,14 @@ def test_hook_is_run_around_a_point_that_somebody_else_reads(cli: Cli, served: S
     assert made[1:] == ["monday", "wednesday"]
     assert held(cli, "sdb") == (["monday", "wednesday"] if verb == "snapshot" else [])
     (cli.folder / "fails").unlink()
+    since = ["--since", "never"] if verb == "snapshot" else []
+    for names, checkpoint in (
+        ("sda,sdx", "thursday"),
+        ("sda,sdb", "monday"),
+        *[("sda", "thursday")] * len(since),
+    ):
+        cli.fails(1, verb, names, checkpoint, *since, "--hook", hook)
+    assert len(log.read_text().splitlines()) == 6, "a guest was frozen for what cannot be done"
     said = cli.fails(4, verb, "sda", "thursday", "--hook", hook, "--freeze-limit", "0.000001")
     assert "did not answer within" in said
     assert log.read_text().splitlines()[-1] == "thaw sda"
