@@ -6,10 +6,11 @@ The period decides when an extent may be armed, and what must be durable then (p
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Set
 
 from lmdbitmap.bits import BitView
 from lmdbitmap.geometry import EXTENT_BLOCKS, REGION_EXTENTS
+from lmdbitmap.tracker.masks import extents_of
 
 
 class ArmedExtents:
@@ -44,8 +45,8 @@ class ArmedExtents:
         """Arm extents, which get new dirt now."""
         if mask:
             self._masks[region] = self.mask(region) | mask
-            self.touch(region, _ones(mask))
-            for extent in _ones(mask):
+            self.touch(region, extents_of(mask))
+            for extent in extents_of(mask):
                 self._before.pop(region * REGION_EXTENTS + extent, None)
 
     def touch(self, region: int, extents: Iterable[int]) -> None:
@@ -58,7 +59,7 @@ class ArmedExtents:
     def disarm(self, region: int, mask: int) -> None:
         """Disarm extents; those that are not armed are left out."""
         left = self.mask(region) & ~mask
-        for extent in _ones(self.mask(region) & mask):
+        for extent in extents_of(self.mask(region) & mask):
             del self._last_dirt[region * REGION_EXTENTS + extent]
             self._remember(region, extent)
         if left:
@@ -116,10 +117,3 @@ class ArmedExtents:
             self._before[number] = None
             if len(self._before) > self.most // 2:
                 self._before.popitem(last=False)
-
-
-def _ones(mask: int) -> Iterator[int]:
-    while mask:
-        low = mask & -mask
-        yield low.bit_length() - 1
-        mask ^= low

@@ -25,7 +25,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from lmdbitmap import bits
 from lmdbitmap.bits import Run
@@ -34,18 +34,14 @@ from lmdbitmap.geometry import EXTENT_BLOCKS, REGION_BLOCKS, REGION_BYTES, REGIO
 from lmdbitmap.storage import schema
 from lmdbitmap.storage.schema import Bitmap
 from lmdbitmap.store import Reader, Store, Writer
-from lmdbitmap.tracker import chain
+from lmdbitmap.tracker import chain, masks
 from lmdbitmap.tracker.armed import ArmedExtents
+from lmdbitmap.tracker.masks import Piece
 
 DEFAULT_MAX_ARMED = 1024
 _ARM_AHEAD_EXTENTS = 8
 _DENSE_EXTENTS = 16
 """Armed extents of a region from which on writes all over it are likely."""
-_ALL_EXTENTS = (1 << REGION_EXTENTS) - 1
-
-
-Piece: TypeAlias = tuple[int, int, int]
-"""(region, start, stop): blocks [start, stop) of one region, counted from the region's first."""
 
 
 class _Ticket:
@@ -99,7 +95,9 @@ class Period:
         Raises what the store raises; then the blocks are not settled and their data must not be written.
         """
         with self._state:
-            waiting = [piece for run in runs for piece in _pieces(*run) if not self._settle_in_memory(piece)]
+            waiting = [
+                piece for run in runs for piece in masks.pieces(*run) if not self._settle_in_memory(piece)
+            ]
             if not waiting:
                 return
             ticket = _Ticket(waiting)
@@ -135,7 +133,7 @@ class Period:
             return True
         if not self._write_ahead:
             self._behind.add(region)
-        elif _extent_mask(start, stop) & ~self._armed.mask(region):
+        elif masks.touched(start, stop) & ~self._armed.mask(region):
             return False
         else:
             self._armed.touch(region, range(start // EXTENT_BLOCKS, (stop - 1) // EXTENT_BLOCKS + 1))
@@ -219,9 +217,9 @@ class Period:
                 record[start >> 3] |= 1 << (start & 7)
             else:
                 bits.set_range(bits.bitmap_view(record), start, stop)
-            mask = _edge_mask(start, stop)
+            mask = masks.at_edges(start, stop)
             if self._continues(region, start, stop):
-                mask |= _ahead_mask(stop)
+                mask |= masks.ahead(stop, _ARM_AHEAD_EXTENTS)
             arming[region] = arming.get(region, 0) | mask
         self._arm_dense_regions(arming)
         self._limit_armed(exact, arming)
@@ -251,7 +249,7 @@ class Period:
         """
         room = self._armed.most // 2 - len(self._armed) - sum(map(int.bit_count, arming.values()))
         for region, mask in arming.items():
-            rest = _ALL_EXTENTS & ~(self._armed.mask(region) | mask)
+            rest = masks.ALL_EXTENTS & ~(self._armed.mask(region) | mask)
             if REGION_EXTENTS - rest.bit_count() >= _DENSE_EXTENTS and rest.bit_count() <= room:
                 arming[region] = mask | rest
                 room -= rest.bit_count()
@@ -344,7 +342,9 @@ class Period:
         transaction is durable.
         """
         added: dict[int, list[Run]] = {}
-        for region, start, stop in (piece for run in dirty for piece in _pieces(*run) if not self._all_dirty):
+        for region, start, stop in (
+            piece for run in dirty for piece in masks.pieces(*run) if not self._all_dirty
+        ):
             added.setdefault(region, []).append((start, stop))
         for region in sorted(self._behind | self._armed.regions | added.keys()):
             exact = self._known(region) if self._loaded[region] else bytearray(self._stored(writer, region))
@@ -388,7 +388,7 @@ class Period:
         if self._all_dirty:
             return
         regions = set(armed)
-        for region, start, stop in (piece for run in dirty for piece in _pieces(*run)):
+        for region, start, stop in (piece for run in dirty for piece in masks.pieces(*run)):
             base = region * REGION_BLOCKS
             bits.set_range(self.settled, base + start, base + stop)
             regions.add(region)
@@ -403,33 +403,3 @@ class Period:
         regions = self._behind | self._armed.regions
         self._armed.disarm_all()
         return {region: (0, bytes(self._known(region))) for region in regions}
-
-
-def _pieces(start: int, stop: int) -> Iterator[Piece]:
-    """Yield blocks [start, stop) of the disk, cut at the borders of regions."""
-    while start < stop:
-        region, first = divmod(start, REGION_BLOCKS)
-        length = min(stop - start, REGION_BLOCKS - first)
-        yield region, first, first + length
-        start += length
-
-
-def _extent_mask(start: int, stop: int) -> int:
-    """Return the mask of extents that blocks [start, stop) of a region touch."""
-    first, last = start // EXTENT_BLOCKS, (stop - 1) // EXTENT_BLOCKS
-    return ((2 << (last - first)) - 1) << first
-
-
-def _edge_mask(start: int, stop: int) -> int:
-    """Return the mask of extents at the edges that blocks [start, stop) of a region touch but do not cover."""
-    mask = 0
-    if start % EXTENT_BLOCKS:
-        mask |= 1 << start // EXTENT_BLOCKS
-    if stop % EXTENT_BLOCKS:
-        mask |= 1 << stop // EXTENT_BLOCKS
-    return mask
-
-
-def _ahead_mask(stop: int) -> int:
-    """Return the mask of the region's next extents, from the extent of block `stop` on."""
-    return (((1 << _ARM_AHEAD_EXTENTS) - 1) << stop // EXTENT_BLOCKS) & _ALL_EXTENTS
