@@ -65,7 +65,7 @@ def _wait(wanted: Wanted, patience: Patience, told: set[str]) -> None:
     for name in sorted(wanted.names):
         while (busy := _who_has(wanted, name)) is not None and patience.left_s:
             if name not in told:
-                log.warning("%s: waiting for %.3g s at most", busy.problem, patience.left_s)
+                log.warning("%s: waiting for %g s at most", busy.problem, round(patience.left_s, 1))
                 told.add(name)
             patience.pause()
 

@@ -68,7 +68,9 @@ def lock_file(
             if not patience.left_s:
                 raise
         if not has_waited:
-            log.warning("%s is held by another run: waiting for %.3g s at most", place, patience.left_s)
+            log.warning(
+                "%s is held by another run: waiting for %g s at most", place, round(patience.left_s, 1)
+            )
         has_waited = True
         patience.pause()
 

@@ -261,7 +261,7 @@ def waiting_for(cli: Cli, disk: str, *words: object) -> Iterator[Child]:
     """A run in a process of its own, which waits for a disk. What it says comes to one place."""
     command = cli.command(*words, "--lock-wait", 1000)
     with spawn("sh", "-c", 'exec "$@" 2>&1', "sh", *command) as child:
-        child.wait_for_line(f"disk '{disk}' .*: waiting for 1e[+]03 s at most")
+        child.wait_for_line(f"disk '{disk}' .*: waiting for (1000|9[0-9.]+) s at most")
         yield child
 
 
