@@ -208,6 +208,7 @@ def _carry_out(
         _note_where_it_is(job, point)
     except BaseException:
         job.access.end_reading()
+        _note_how_it_was_left(job)
         _forget_unneeded(job)  # this run's checkpoint; the note says what it wrote to the target
         raise
     _forget_unneeded(job)  # law 3: not before the note says where the copy is
@@ -300,6 +301,20 @@ def _note_where_it_is(job: _DiskSync, point: PointInTime) -> None:
     job.notes.replace(
         dataclasses.replace(note, at=at, under_way=False, mark=None, unneeded=_with_old(unneeded, note.at))
     )
+
+
+def _note_how_it_was_left(job: _DiskSync) -> None:
+    """Let a write by others be noticed before the next sync, where a run that fails can still say what it left.
+
+    The target still equals the disk as `at` says. Nothing is known of the space behind the disk.
+    """
+    note = job.notes.note
+    if not note.under_way or note.at is None or job.target.is_far:
+        return
+    with contextlib.suppress(LmdbitmapError, OSError):  # then the note stays that of a sync under way
+        job.target.flush()
+        at = note.at._replace(identity=job.target.identity_to_keep(), sizes=None)
+        job.notes.replace(dataclasses.replace(note, at=at, under_way=False, mark=None))
 
 
 def _with_old(unneeded: tuple[str, ...], at: At | None) -> tuple[str, ...]:

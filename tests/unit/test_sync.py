@@ -393,6 +393,14 @@ def failing_after(reads: int) -> Callable[[str], TrackableDevice]:
     return opened
 
 
+def killed_after(reads: int, disk: BackedUpDisk, copy: Path) -> None:
+    """Sync as a process that dies in the middle: it does not say what it left."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lmdbitmap.syncs.sync._note_how_it_was_left", lambda job: None)
+        with pytest.raises(StorageError):
+            sync(disk.store, NAME, copy, open_device=failing_after(reads))
+
+
 def test_what_failed_before_it_wrote_costs_nothing(disk: BackedUpDisk, copy: Path) -> None:
     """Not even the proof that nobody else wrote the target."""
 
@@ -425,23 +433,60 @@ def test_what_failed_in_the_middle_is_copied_again_with_what_changed_since(
     assert (result.kind, result.bytes_changed) == (INCREMENTAL, 2 * BLOCK)
 
 
-def test_an_older_copy_in_the_place_of_one_that_failed_is_compared(disk: BackedUpDisk, copy: Path) -> None:
+def test_an_older_copy_in_the_place_of_one_that_was_being_written_is_compared(
+    disk: BackedUpDisk, copy: Path
+) -> None:
     older = disk.folder / "older.raw"
     shutil.copy2(copy, older)
     disk.write(b"1", 20 * BLOCK)
     synced(disk, copy)
     disk.write(b"2", 30 * BLOCK)
-    with pytest.raises(StorageError):
-        sync(disk.store, NAME, copy, open_device=failing_after(0))
+    killed_after(0, disk, copy)
     shutil.copy2(older, copy)
     result = synced(disk, copy)
     assert (result.kind, reason(result), result.bytes_written) == (COMPARE, "target-older", 2 * BLOCK)
 
 
-def test_a_clock_that_was_set_back_costs_a_comparison_and_no_more(disk: BackedUpDisk, copy: Path) -> None:
+def test_a_write_by_somebody_else_after_a_sync_that_failed_is_noticed(disk: BackedUpDisk, copy: Path) -> None:
     disk.write(b"1", 20 * BLOCK)
     with pytest.raises(StorageError):
         sync(disk.store, NAME, copy, open_device=failing_after(0))
+    write_as_a_stranger(copy, b"!", 40 * BLOCK)
+    result = synced(disk, copy)
+    assert (result.kind, reason(result)) == (COMPARE, "target-changed")
+
+
+@pytest.mark.skipif(not can_make_loop_devices(), reason="needs root and loop devices")
+def test_a_write_to_a_device_after_a_sync_that_failed_is_noticed(disk: BackedUpDisk, tmp_path: Path) -> None:
+    with loop_node(tmp_path, 64 * BLOCK) as node:
+        sync(disk.store, NAME, node, larger=True)
+        disk.write(b"1", 20 * BLOCK)
+        with pytest.raises(StorageError):
+            sync(disk.store, NAME, node, larger=True, open_device=failing_after(0))
+        write_as_a_stranger(Path(node), b"!", 40 * BLOCK)
+        result = sync(disk.store, NAME, node, larger=True)
+        assert (result.kind, reason(result)) == (COMPARE, "target-changed")
+        assert Path(node).read_bytes() == disk.content() + bytes(64 * BLOCK - SIZE)
+
+
+def test_the_space_behind_the_disk_is_zeroed_after_a_sync_that_failed(disk: BackedUpDisk) -> None:
+    """It may have been written when the disk was larger."""
+    copy, to_do = make_raw_image(disk.folder / "larger.raw", 60 * BLOCK), []
+    sync(disk.store, NAME, copy, larger=True)
+    disk.write(b"1", 20 * BLOCK)
+    with pytest.raises(StorageError):
+        sync(disk.store, NAME, copy, larger=True, open_device=failing_after(0))
+    for _ in range(2):
+        result = sync(disk.store, NAME, copy, larger=True, progress=lambda done, total: to_do.append(total))
+        assert result.kind is INCREMENTAL
+        disk.write(b"1", 20 * BLOCK)
+    assert to_do[0] == BLOCK + 60 * BLOCK - SIZE, "all of it, and only once"
+    assert to_do[-1] < 2 * BLOCK
+
+
+def test_a_clock_that_was_set_back_costs_a_comparison_and_no_more(disk: BackedUpDisk, copy: Path) -> None:
+    disk.write(b"1", 20 * BLOCK)
+    killed_after(0, disk, copy)
     os.utime(copy, ns=(0, copy.stat().st_mtime_ns - 10**10))
     disk.resize(SIZE + BLOCK)
     result = synced(disk, copy)
@@ -473,8 +518,7 @@ def test_a_disk_and_store_put_back_to_an_interrupted_sync_know_of_later_syncs(
     disk: BackedUpDisk, copy: Path
 ) -> None:
     disk.write(b"1", 20 * BLOCK)
-    with pytest.raises(StorageError):
-        sync(disk.store, NAME, copy, open_device=failing_after(0))
+    killed_after(0, disk, copy)
     then = snapshot_of_files(disk)
     disk.write(b"2", 30 * BLOCK)
     assert synced(disk, copy).kind is INCREMENTAL
@@ -490,8 +534,7 @@ def test_a_file_that_takes_no_mark_is_compared_after_an_interrupted_sync(
 ) -> None:
     monkeypatch.setattr("lmdbitmap.syncs.target.put_new_mark", lambda fd: None)
     disk.write(b"1", 20 * BLOCK)
-    with pytest.raises(StorageError):
-        sync(disk.store, NAME, copy, open_device=failing_after(0))
+    killed_after(0, disk, copy)
     result = synced(disk, copy)
     assert (result.kind, reason(result)) == (COMPARE, "interrupted")
     assert result.reason is not None
