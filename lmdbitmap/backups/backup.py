@@ -35,33 +35,30 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
-from uuid import uuid4
 
 from lmdbitmap.access.access import Access, AccessTerms, access, open_to_read
 from lmdbitmap.access.routes import FREEZE_LIMIT_S, OWNER_LIMIT_S, PointInTime
-from lmdbitmap.backups import consumers, folder_owner
+from lmdbitmap.backups import consumers
 from lmdbitmap.backups.folder_owner import Permission
 from lmdbitmap.backups.image import DiskBackup, ImagePlan, ParentDamaged, write_image
 from lmdbitmap.backups.leftovers import forget, undo_unfinished
-from lmdbitmap.backups.plan import BackupPlan, digests_for, newest, plan_for
+from lmdbitmap.backups.plan import newest
+from lmdbitmap.backups.preparing import UNREADABLE, Preparation, WantedBackup
 from lmdbitmap.backups.result import BackupResult, BackupsFailed
 from lmdbitmap.copying import digest_algorithms
-from lmdbitmap.copying.digest_algorithms import DigestAlgorithm
 from lmdbitmap.copying.readable import Metered
-from lmdbitmap.errors import Busy, FormatError, LmdbitmapError
+from lmdbitmap.errors import Busy, LmdbitmapError
 from lmdbitmap.filter import Filter
 from lmdbitmap.notes.checkpoint_names import Maker
-from lmdbitmap.notes.holds import HoldFile, UnderWay
-from lmdbitmap.notes.references import CheckpointRef, Reason
+from lmdbitmap.notes.holds import UnderWay
+from lmdbitmap.notes.references import CheckpointRef
 from lmdbitmap.qcow2.compression import Compression, chosen
-from lmdbitmap.repository.backup_folder import BackupFolder
-from lmdbitmap.repository.manifest import BackupType, Manifest, NewerManifest
+from lmdbitmap.repository.manifest import BackupType, Manifest
 from lmdbitmap.repository.repository import refuse_folder_of_disk
 from lmdbitmap.repository.unfinished import Unfinished
 from lmdbitmap.storage import creating, mending
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
-from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.session import OpenDevice
 from lmdbitmap.work.failures import Failures
@@ -71,10 +68,6 @@ from lmdbitmap.work.patience import Patience
 from lmdbitmap.work.progress import Progress, Report
 
 log = logging.getLogger(__name__)
-
-_UNREADABLE = Reason(
-    "manifest-unreadable", "the manifest is missing or damaged: older images stay, and a new chain begins"
-)
 
 
 def backup(
@@ -140,16 +133,15 @@ def backup(
     terms.require_sense()
     failures = Failures(at_once=len(names) == 1)
     wanted_kind = known_member(BackupType, kind, f"kind of backup {kind!r}")
-    wanted = _WantedBackup(
-        repository_path, wanted_kind, algorithm, only_that, Permission(take_over, new_repository)
-    )
+    permission = Permission(take_over, new_repository)
+    wanted = WantedBackup(repository_path, wanted_kind, algorithm, only_that, permission)
+    preparation = Preparation(store, wanted, terms.patience, failures)
     carrying = _Carrying(quiesced, failures.heeding(progress), packing, pace)
     with contextlib.ExitStack() as locks, _told(failures):
-        places = _locked_places(store, names, wanted, terms.patience, locks, failures)
+        places = preparation.locked_folders(names, locks)
         there = [name for name in names if name in places]
         route = locks.enter_context(access(store, there, terms, failures))
-        jobs = _prepared(store, route, places, wanted, terms.patience, failures)
-        results = _carried_out(store, route, jobs, carrying, failures)
+        results = _carried_out(store, route, preparation.jobs(route, places), carrying, failures)
     if failures.errors:
         raise BackupsFailed(results, failures.errors)
     return results
@@ -204,117 +196,6 @@ def _apart(
                     job.access.let_go(point)
                 _undo_after_failure(store, job)
             raise
-
-
-# --- before the checkpoint ---
-
-
-class _WantedBackup(NamedTuple):
-    repository_path: str | os.PathLike[str]
-    kind: BackupType
-    algorithm: DigestAlgorithm | None
-    only_that: bool
-    permission: Permission
-
-
-class _LockedFolder(NamedTuple):
-    """A disk's backup folder, and everything that is held for the disk; the folder's lock comes first."""
-
-    folder: BackupFolder
-    locks: contextlib.ExitStack
-
-
-def _locked_places(
-    store: Store,
-    names: Sequence[str],
-    wanted: _WantedBackup,
-    patience: Patience,
-    locks: contextlib.ExitStack,
-    failures: Failures,
-) -> dict[str, _LockedFolder]:
-    """Lock the folder of each disk that can take part. A folder stays locked from before its disk is owned until after.
-
-    So a run that waits for a folder holds no disk, and a run that has a disk does not wait for a folder. Folders are
-    locked in the order of their names, so two waiting runs do not wait for each other.
-    """
-    places = {}
-    for name in sorted(names):
-        with failures.of(name):
-            disk = chain.disk_called(store, name)
-            place = _LockedFolder(
-                BackupFolder(wanted.repository_path, name), locks.enter_context(contextlib.ExitStack())
-            )
-            folder_owner.require_meant(store, disk, place.folder, wanted.permission)
-            place.locks.enter_context(place.folder.locked(patience))
-            places[name] = place
-    return places
-
-
-def _prepared(
-    store: Store,
-    route: Access,
-    places: Mapping[str, _LockedFolder],
-    wanted: _WantedBackup,
-    patience: Patience,
-    failures: Failures,
-) -> list[DiskBackup]:
-    """Return the jobs of all disks that can take part. Release what was held for the others."""
-    jobs = []
-    for disk in list(route.disks):
-        with failures.of(disk.name):
-            jobs.append(_prepare(store, route, disk, places[disk.name], wanted, patience))
-        if disk.name in failures:
-            route.leave_out(disk)
-    for name, place in places.items():
-        if name in failures:
-            place.locks.close()
-    if wanted.only_that:
-        for job in jobs:
-            job.require_as_asked()
-    return jobs
-
-
-def _prepare(
-    store: Store,
-    route: Access,
-    disk: Disk,
-    place: _LockedFolder,
-    wanted: _WantedBackup,
-    patience: Patience,
-) -> DiskBackup:
-    folder = place.folder
-    kind = wanted.kind
-    found, unreadable = _manifest_of(folder, kind)
-    manifest = folder_owner.owned(found, disk, folder, wanted.permission)
-    leftovers = undo_unfinished(route, disk, folder) if unreadable is None else []
-    folder.require_room(manifest)
-    manifest = dataclasses.replace(manifest, holder=manifest.holder or uuid4())
-    assert manifest.holder is not None
-    # Another run may have it while it merges away what is no longer held; of a disk that is ours alone none does.
-    hold = place.locks.enter_context(HoldFile(store.path, disk.uuid, manifest.holder).locked(patience))
-    ended = None if hold.hold is None else hold.hold.ended
-    plan = (
-        plan_for(store, disk, folder, manifest, kind, ended)
-        if unreadable is None
-        else BackupPlan(kind, reason=unreadable)
-    )
-    digests, sequence = digests_for(plan, manifest, wanted.algorithm), folder.next_sequence(manifest)
-    return DiskBackup(
-        route, disk, folder, manifest, kind, plan, digests, sequence, leftovers, hold, wanted.only_that
-    )
-
-
-def _manifest_of(folder: BackupFolder, kind: BackupType) -> tuple[Manifest | None, Reason | None]:
-    """Return the manifest, or the reason if it cannot be read: with a full backup asked for, a new chain begins."""
-    try:
-        return folder.manifest(), None
-    except NewerManifest:
-        raise
-    except FormatError as error:
-        if kind is not BackupType.FULL:
-            raise
-        log.error("%s; images stay as they are, and a new chain begins", error.problem)
-        return None, _UNREADABLE
 
 
 # --- the checkpoint ---
@@ -396,7 +277,7 @@ def _make(store: Store, source: ImagePlan, report: Report, carrying: _Carrying) 
     released = tuple(_still_there(store, job, job.manifest.released))
     job.hold.keep(entry.checkpoint, time.time_ns())
     manifest = dataclasses.replace(job.manifest, backups=(*job.manifest.backups, entry), released=released)
-    job.folder.replace_manifest(manifest, keep_old=job.plan.reason == _UNREADABLE)
+    job.folder.replace_manifest(manifest, keep_old=job.plan.reason == UNREADABLE)
     _forget_unneeded(store, source, manifest)  # law 3: not before this line
     job.folder.drop_note()
     path, seconds = job.folder.path_of(entry.file), time.monotonic() - started

@@ -16,8 +16,8 @@ from typing import cast
 
 import pytest
 
-from lmdbitmap.backups import backup as backup_module
 from lmdbitmap.backups import plan as plan_module
+from lmdbitmap.backups import preparing as preparing_module
 from lmdbitmap.backups.backup import backup
 from lmdbitmap.errors import (
     AlreadyExists,
@@ -764,7 +764,7 @@ def test_images_and_manifest_are_for_their_owners_eyes(disk: BackedUpDisk) -> No
 def test_every_field_and_every_reason_is_documented() -> None:
     text = (Path(__file__).parents[2] / "docs" / "backup.md").read_text()
     assert [field.name for field in dataclasses.fields(BackupEntry) if f"`{field.name}`" not in text] == []
-    sources = [Path(str(module.__file__)).read_text() for module in (backup_module, plan_module)]
+    sources = [Path(str(module.__file__)).read_text() for module in (preparing_module, plan_module)]
     codes = re.findall(r'Reason\(\s*"([a-z-]+)"', "".join(sources))
     assert len(codes) == 9
     assert [code for code in codes if f"`{code}`" not in text] == []
