@@ -200,10 +200,15 @@ class Lives(UnluckyDisk):
         return hold.repository == str(self.disk.folder / repository)
 
     def _holds_end(self, code: str, *repositories: str) -> None:
-        """All that they held goes, but for the only one of its epoch, which has to wait for another."""
+        """All that they held goes, but for the only one of its epoch, which has to wait for another.
+
+        A run that died in a new epoch held nothing of older ones any more: these go with the next backup.
+        """
         held = {point.entry.checkpoint.name for of in repositories for point in self.points[of]}
         stay = held & set(self.disk.checkpoints())
-        assert stay <= self._alone_in_their_epochs()
+        killed = [point for of in self.killed_in for point in self.points[of]]
+        older = {point.entry.checkpoint.name for point in killed if point.epoch != self.epoch}
+        assert stay <= self._alone_in_their_epochs() | older
         for name in held - stay:
             self.ended.setdefault(name, code)
 
