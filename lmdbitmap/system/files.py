@@ -36,7 +36,7 @@ def make_folders(path: str | os.PathLike[str]) -> list[str]:
     folder = os.path.abspath(path)
     if os.path.isdir(folder):
         return []
-    if os.path.lexists(folder) and not os.path.isdir(folder):  # if it is a folder, somebody made it just now
+    if _is_other_than_a_folder(folder):
         raise InvalidArgument(f"{folder} is not a folder", next_step="name a folder, or one that can be made")
     above = os.path.dirname(folder)
     made = make_folders(above)
@@ -45,6 +45,14 @@ def make_folders(path: str | os.PathLike[str]) -> list[str]:
         made.append(folder)
     fsync_folder(above)
     return made
+
+
+def _is_other_than_a_folder(path: str) -> bool:
+    """Look once: a folder may come and go meanwhile."""
+    try:
+        return not stat.S_ISDIR(os.stat(path).st_mode)
+    except OSError:
+        return os.path.islink(path)  # to nothing
 
 
 def remove_folders(folders: Iterable[str]) -> None:
