@@ -8,12 +8,12 @@ from contextlib import AbstractContextManager, closing, contextmanager
 
 import pytest
 
-from lmdbitmap import filter as filter_module
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.interfaces import Buffer
 from lmdbitmap.storage import schema
 from lmdbitmap.store import Reader
+from lmdbitmap.tracker import tracking as tracking_module
 from lmdbitmap.tracker.lane import FilterLane
 from lmdbitmap.tracker.tracking import Tracking
 from tests.crash.melee import GEOMETRY, Melee, melee
@@ -110,7 +110,7 @@ class UnseenLane(FilterLane):
 @pytest.fixture
 def broken_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does a disk notice a write that comes in the middle of a change of its chain."""
-    monkeypatch.setattr(filter_module, "FilterLane", UnseenLane)
+    monkeypatch.setattr(tracking_module, "FilterLane", UnseenLane)
     monkeypatch.setattr(Tracking, "stray", lambda tracking: None)
 
 
