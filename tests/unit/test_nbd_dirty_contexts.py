@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmdbitmap.errors import NotFound
+from lmdbitmap.errors import Busy, NotFound
 from lmdbitmap.filter import Filter
 from lmdbitmap.nbd.server.contexts import StatusSource, one_question
 from lmdbitmap.nbd.server.dirty_contexts import NAMESPACE, tracked_contexts
@@ -138,3 +138,14 @@ def test_context_whose_checkpoint_has_another_namesake_is_refused(disk: Filter) 
         dirty(first)
         with pytest.raises(NotFound, match="another has its name"):
             dirty(third)
+
+
+def test_question_about_more_than_a_disk_that_was_made_smaller_is_refused(disk: Filter) -> None:
+    """The connection compared its range with the size of before. What lies past the end is dirty once it grows again."""
+    source, *_ = sources_of(disk)
+    disk.resize(SIZE // 2)
+    with pytest.raises(Busy, match="made smaller"):
+        dirty(source)
+    assert list(source(0, SIZE // 2)) == [(SIZE // 2, 0)]
+    disk.resize(SIZE)
+    assert dirty(source) == set(range(BLOCKS // 2, BLOCKS))

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Final, Protocol
 
-from lmdbitmap.errors import LmdbitmapError, NotFound
+from lmdbitmap.errors import Busy, LmdbitmapError, NotFound
 from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import ceil_div
 from lmdbitmap.interfaces import ServedDisk
@@ -74,7 +74,9 @@ class _Asked:
 def _dirty_source(
     disk: Filter | Snapshot, checkpoint: Checkpoint, changes_since: _ChangesSince
 ) -> StatusSource:
-    """Status of changes since `checkpoint`. Raises as `Filter.changes`, and `NotFound` once another has its name."""
+    """Status of changes since `checkpoint`. Raises as `Filter.changes`, `NotFound` once another has its name, and `Busy`
+    for a range that no longer ends on the disk.
+    """
 
     def source(offset: int, length: int) -> Iterator[tuple[int, int]]:
         answer = changes_since(since=checkpoint.name)
@@ -83,6 +85,8 @@ def _dirty_source(
                 f"checkpoint {checkpoint.name!r} of disk {disk.disk.name!r} was forgotten, and another has its name",
                 next_step="connect again",
             )
+        if offset + length > answer.geometry.size:  # past its end no bit is set
+            raise Busy(f"disk {disk.disk.name!r} was made smaller just now", next_step="ask again")
         return _statuses(answer, offset, length)
 
     return source
