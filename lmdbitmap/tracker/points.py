@@ -33,7 +33,7 @@ _CARRIED_REGIONS = 256
 def checkpoint(disks: Sequence[Tracking], name: str) -> list[Checkpoint]:
     """See `filter.take_checkpoint`."""
     checkpoints = _take_points(disks, name)
-    _flush_images(disks, name)
+    _flush_images(disks, checkpoints)
     return checkpoints
 
 
@@ -54,8 +54,8 @@ def snapshot(disks: Sequence[Tracking], name: str, scratch: Scratch) -> list[Sna
             return [*tracking.snapshots, snapshots[tracking]]
 
         on_failure.callback(_release_all, snapshots)  # also if an interruption comes when they are held
-        _take_points(disks, name, prepare, take)
-        _flush_images(disks, name, on_failure.close)
+        checkpoints = _take_points(disks, name, prepare, take)
+        _flush_images(disks, checkpoints, on_failure.close)
         on_failure.pop_all()
     return [snapshots[tracking] for tracking in disks]
 
@@ -163,26 +163,38 @@ def _carried(tracking: Tracking) -> Mapping[int, int]:
     return dict(list(tracking.period.likely_extents().items())[-_CARRIED_REGIONS:])
 
 
-def _flush_images(disks: Sequence[Tracking], name: str, let_go: Callable[[], None] = lambda: None) -> None:
+def _flush_images(
+    disks: Sequence[Tracking], checkpoints: Sequence[Checkpoint], let_go: Callable[[], None] = lambda: None
+) -> None:
     try:
         for tracking in disks:
             tracking.flusher.flush()
             tracking.mark_doubts()  # those of the flush are of writes before it, which may land in this period
     except StorageError as error:
         let_go()
-        for tracking in disks:
-            _take_back(tracking, name)
+        for tracking, checkpoint in zip(disks, checkpoints, strict=True):
+            _take_back(tracking, checkpoint)
         error.next_step = f"no checkpoint was made; {error.next_step}"
         raise
 
 
-def _take_back(tracking: Tracking, name: str) -> None:
+def _take_back(tracking: Tracking, checkpoint: Checkpoint) -> None:
     """Delete a checkpoint that was not returned to anybody. If the store refuses, track is lost."""
     try:
-        forget(tracking, name)
+        with tracking.frozen():
+            tracking.change_chain(lambda writer, disk: _without(writer, disk, checkpoint), _carried(tracking))
     except LmdbitmapError as error:
         if not tracking.is_over:
-            tracking.voucher.lose_track(f"checkpoint {name} could not be taken back: {error.problem}")
+            tracking.voucher.lose_track(
+                f"checkpoint {checkpoint.name} could not be taken back: {error.problem}"
+            )
+
+
+def _without(writer: Writer, disk: Disk, checkpoint: Checkpoint) -> Disk:
+    """Forget it, unless somebody else has: another one of its name, by now, may have been returned."""
+    if any(found.uuid == checkpoint.uuid for found in writer.checkpoints(disk.uuid)):
+        chain.forget(writer, disk, checkpoint.name)
+    return disk
 
 
 def forget(tracking: Tracking, name: str) -> None:

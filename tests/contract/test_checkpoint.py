@@ -12,10 +12,12 @@ import msgpack
 import pytest
 
 from lmdbitmap.errors import StorageError, Untrusted
+from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter, take_checkpoint
 from lmdbitmap.images.device import FileDevice
+from lmdbitmap.interfaces import FarAway
 from lmdbitmap.store import Store
-from lmdbitmap.tracker import chain, session
+from lmdbitmap.tracker import chain, points, session
 from tests.helpers.support import make_raw_image
 
 SIZE = 1 << 20
@@ -101,6 +103,30 @@ def test_an_image_that_cannot_be_flushed_has_no_checkpoint_nor_have_the_others(
         assert list(sound.changes(since="monday").runs()) == [(0, 2)]
         with store.read() as reader:
             assert chain.current_checkpoint(reader, sound.disk).name == "monday"
+
+
+@pytest.mark.parametrize("has_namesake", [False, True])
+def test_a_checkpoint_that_somebody_forgot_meanwhile_is_taken_back_and_no_other(
+    store: Store, tmp_path: Path, has_namesake: bool
+) -> None:
+    with attach(store, tmp_path, "sda") as disk:
+
+        def forget_and_refuse() -> None:
+            disk.forget("monday")
+            if has_namesake:
+                points._take_points([disk._tracking], "monday")
+            raise FarAway(errno.ETIMEDOUT, "its server is away")
+
+        disk.device.at_flush = forget_and_refuse  # type: ignore[attr-defined]
+        with pytest.raises(StorageError, match="no checkpoint was made"):
+            disk.checkpoint("monday")
+        del disk.device.at_flush  # type: ignore[attr-defined]
+        assert names(store, disk) == ["epoch-1", *["monday"] * has_namesake]
+        disk.pwrite(b"x", 4096)
+        assert disk.standing().trust is not Trust.UNTRUSTED
+        disk.checkpoint("tuesday")
+        disk.pwrite(b"x", 8192)
+        assert list(disk.changes(since="tuesday").runs()) == [(2, 3)]
 
 
 def test_a_write_that_loses_track_while_a_checkpoint_waits_for_it_is_not_called_clean(

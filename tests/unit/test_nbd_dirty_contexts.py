@@ -141,7 +141,7 @@ def test_context_whose_checkpoint_has_another_namesake_is_refused(disk: Filter) 
 
 
 def test_question_about_more_than_a_disk_that_was_made_smaller_is_refused(disk: Filter) -> None:
-    """The connection compared its range with the size of before. What lies past the end is dirty once it grows again."""
+    """The connection compared its range with the size of before. The rest is dirty once the disk grows again."""
     source, *_ = sources_of(disk)
     disk.resize(SIZE // 2)
     with pytest.raises(Busy, match="made smaller"):

@@ -74,8 +74,8 @@ class _Asked:
 def _dirty_source(
     disk: Filter | Snapshot, checkpoint: Checkpoint, changes_since: _ChangesSince
 ) -> StatusSource:
-    """Status of changes since `checkpoint`. Raises as `Filter.changes`, `NotFound` once another has its name, and `Busy`
-    for a range that no longer ends on the disk.
+    """Status of changes since `checkpoint`. Raises as `Filter.changes`, `NotFound` once another has its name, and
+    `Busy` for a range that no longer ends on the disk.
     """
 
     def source(offset: int, length: int) -> Iterator[tuple[int, int]]:
