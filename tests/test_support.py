@@ -91,6 +91,12 @@ def test_all_output_is_there_after_the_end() -> None:
         assert child.stdout == child.stderr == "".join(f"{n}\n" for n in range(1, 20001))
 
 
+def test_output_need_not_be_text() -> None:
+    with spawn("sh", "-c", r"printf 'nbdkit: \256\n' >&2; echo done") as child:
+        assert child.wait() == 0
+        assert (child.stdout, child.stderr) == ("done\n", "nbdkit: \\xae\n")
+
+
 def test_a_process_left_behind_is_noticed(tmp_path: Path) -> None:
     """One that ends once it reads a line."""
     line = tmp_path / "line"

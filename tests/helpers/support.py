@@ -199,6 +199,7 @@ def spawn(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        errors="backslashreplace",  # nbdkit said bytes that are no text when it was ended
         cwd=cwd,
         env={**os.environ, **(env or {})},
     )
