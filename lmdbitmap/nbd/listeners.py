@@ -228,7 +228,8 @@ def _clear_stale(path: str) -> None:
         raise AlreadyExists(f"{path} exists and is no socket", next_step="choose another path for the socket")
     if _somebody_listens(path):
         raise Busy(f"another server listens at {path}", next_step="stop it or choose another socket")
-    os.unlink(path)
+    with contextlib.suppress(FileNotFoundError):  # that server ended just now, and removed it
+        os.unlink(path)
 
 
 def _somebody_listens(path: str) -> bool:
@@ -236,7 +237,7 @@ def _somebody_listens(path: str) -> bool:
         probe.setblocking(False)
         try:
             probe.connect(path)
-        except ConnectionRefusedError:
+        except (ConnectionRefusedError, FileNotFoundError):
             return False
         except BlockingIOError:  # its backlog is full
             return True

@@ -97,6 +97,27 @@ def race_for(path: Path, contenders: int) -> tuple[int, int]:
     return len(won), len(lost)
 
 
+@pytest.mark.parametrize("step", ["setblocking", "close"])
+def test_a_server_that_ends_while_its_socket_is_looked_at_leaves_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Before it was asked whether it is alive, or right after that: at this step of the socket that asks."""
+    path = tmp_path / "server.sock"
+    ending = UnixListener(path)
+    if step == "close":  # it listens no more, and its file is there still
+        ending.sock.close()
+
+    def end(sock: socket.socket, *how: object) -> None:
+        monkeypatch.undo()
+        getattr(sock, step)(*how)
+        ending.close()
+
+    monkeypatch.setattr(socket.socket, step, end)
+    listener = UnixListener(path)
+    assert path.is_socket()
+    listener.close()
+
+
 def test_what_is_no_socket_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "precious"
     path.write_text("data")
