@@ -32,6 +32,7 @@ from lmdbitmap.errors import (
     StorageError,
 )
 from lmdbitmap.interfaces import Allocation, TrackableDevice
+from lmdbitmap.nbd.client import dial
 from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.nbd.protocol import of_disk
 from tests.helpers.nbd_far import (
@@ -118,6 +119,37 @@ def test_server_that_listens_and_says_nothing_is_busy(
     far.is_silent = True
     with pytest.raises(Busy, match="did not answer"):
         opened(far)
+
+
+def queue(path: Path, stack: ExitStack) -> socket.socket:
+    """A unix socket that listens, with as many clients in its queue as fit."""
+    listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+    listener.bind(str(path))
+    listener.listen(0)
+    waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
+    waiting.connect(str(path))
+    return listener
+
+
+def test_server_whose_queue_is_full_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmdbitmap.nbd.client.device.DIAL_S", 0.05)
+    with ExitStack() as stack:
+        queue(tmp_path / "far", stack)
+        with pytest.raises(Busy, match="did not answer"):
+            NbdDevice.open(f"nbd+unix:///disk?socket={tmp_path / 'far'}")
+
+
+def test_place_in_a_queue_that_is_full_is_waited_for(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        listener = queue(tmp_path / "far", stack)
+        ours = stack.enter_context(socket.socket(socket.AF_UNIX))
+        leaves = threading.Timer(0.2, lambda: listener.accept()[0].close())
+        leaves.start()
+        dial._connect(ours, str(tmp_path / "far"), PATIENCE_SECONDS)
+        leaves.join()
+        with listener.accept()[0] as theirs:
+            theirs.sendall(b"you")
+        assert ours.recv(3) == b"you"
 
 
 def test_that_we_may_not_connect_is_not_said_of_the_server(far: FarServer) -> None:

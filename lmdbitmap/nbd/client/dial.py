@@ -25,6 +25,7 @@ DIAL_S: Final = 10.0
 """Seconds for a server that is there to connect and agree."""
 _USER_TIMEOUT_MS: Final = 20_000
 """Milliseconds within which a vanished host is noticed, whatever is on its way to it."""
+_FULL_PAUSE_S: Final = 0.02
 
 
 def dial(place: NbdAddress, timeout_s: float = DIAL_S) -> Link:
@@ -100,8 +101,7 @@ def _addresses(place: NbdAddress) -> deque[tuple[int, Any]]:
 def _connected_to(family: int, address: Any, timeout_s: float) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        sock.settimeout(timeout_s)
-        sock.connect(address)
+        _connect(sock, address, timeout_s)
         if family != socket.AF_UNIX:
             keepalive.tune(sock)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
@@ -109,6 +109,20 @@ def _connected_to(family: int, address: Any, timeout_s: float) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def _connect(sock: socket.socket, address: Any, timeout_s: float) -> None:
+    """Connect. Wait while the server's queue is full, as that of one that serves one client: a unix socket does not."""
+    deadline = time.monotonic() + timeout_s
+    sock.settimeout(timeout_s)
+    while True:
+        try:
+            sock.connect(address)
+            return
+        except BlockingIOError as full:
+            if time.monotonic() > deadline:
+                raise TimeoutError(errno.ETIMEDOUT, "the NBD server takes in no client") from full
+            time.sleep(_FULL_PAUSE_S)
 
 
 def is_one_place(one: NbdAddress, other: NbdAddress) -> bool:
