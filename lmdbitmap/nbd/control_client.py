@@ -63,6 +63,8 @@ def _connected(path: str) -> socket.socket | None:
         sock.close()
         if isinstance(refusal, (FileNotFoundError, ConnectionRefusedError)):
             return None
+        if isinstance(refusal, BlockingIOError):  # its queue is full
+            raise Busy(f"too many callers wait at control socket {path}", next_step="try again") from refusal
         raise
     return sock
 

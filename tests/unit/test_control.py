@@ -414,6 +414,17 @@ def test_too_many_callers_are_told_so(tmp_path: Path) -> None:
         assert house.call("info")["disks"]
 
 
+def test_owner_that_takes_no_caller_in_is_not_another_program_to_be_stopped(tmp_path: Path) -> None:
+    """As one that was stopped by SIGSTOP, with guests that it will serve again."""
+    path = str(tmp_path / "control")
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as waiting:
+        listener.bind(path)
+        listener.listen(0)
+        waiting.connect(path)
+        with pytest.raises(Busy, match=r"too many callers wait at .*; try again"):
+            control_client.reach(path)
+
+
 def test_caller_for_whom_there_is_no_thread_costs_the_others_nothing(house: House) -> None:
     usual = threading.stack_size(1 << 46)  # of that size none can be had
     try:
