@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 
 from lmdbitmap.cli.facts import entry_facts, reason_facts
-from lmdbitmap.cli.failing import failure_facts, tell_failures
+from lmdbitmap.cli.failing import ending_as, failure_facts
 from lmdbitmap.cli.kinds import of_a_kind
-from lmdbitmap.cli.logs import AlreadyTold
 from lmdbitmap.cli.options import FILE_OR_DEVICE, FOLDER, Session, at_backup, verb
 from lmdbitmap.cli.output import progress, say, say_json
 from lmdbitmap.cli.politeness import nice_after, owner_limited, polite, waiting
@@ -183,16 +182,13 @@ def _is_any_served(store: Store, names: Sequence[str]) -> bool:
 
 def _tell(asked: Session, made: Sequence[BackupResult], failed: BackupsFailed | None, thaw: Thaw) -> None:
     """Report each disk; then raise if a disk has no backup, or if a guest may still be frozen."""
-    if asked.as_json:
-        facts = [_backup_facts(result) for result in made]
-        say_json({"backups": facts, "failures": failure_facts(failed), "thaw_failure": thaw.problem})
-    else:
-        for result in made:
-            say(f"{result.disk}: {_backup_words(result)}")
-    tell_failures(failed, "not backed up")
-    thaw.require()
-    if failed is not None:
-        raise AlreadyTold(failed)
+    with ending_as(failed, "not backed up", thaw.require):
+        if asked.as_json:
+            facts = [_backup_facts(result) for result in made]
+            say_json({"backups": facts, "failures": failure_facts(failed), "thaw_failure": thaw.problem})
+        else:
+            for result in made:
+                say(f"{result.disk}: {_backup_words(result)}")
 
 
 def _backup_words(result: BackupResult) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 from lmdbitmap.cli.logs import AlreadyTold, last_words
 from lmdbitmap.work.disks_failed import DisksFailed, code_of
 
@@ -13,13 +16,19 @@ def failure_facts(failed: DisksFailed | None) -> list[dict[str, object]]:
     ]
 
 
-def tell_failures(failed: DisksFailed | None, what: str) -> None:
-    for disk, error in (failed.failures if failed is not None else {}).items():
-        last_words(f"{disk}: {what}: {error}")
+@contextlib.contextmanager
+def ending_as(
+    failed: DisksFailed | None, what: str, also: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Report each disk that failed after the answer, which the block prints, and end the verb with the code for them.
 
-
-def end_as(failed: DisksFailed | None, what: str) -> None:
-    """Report each disk that failed, and end the verb with the exit code for them."""
+    They are reported even if nobody takes the answer, as on a full disk. `also` may raise something graver at the end.
+    """
+    try:
+        yield
+    finally:
+        for disk, error in (failed.failures if failed is not None else {}).items():
+            last_words(f"{disk}: {what}: {error}")
+    also()
     if failed is not None:
-        tell_failures(failed, what)
         raise AlreadyTold(failed)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lmdbitmap.cli.facts import entry_facts
-from lmdbitmap.cli.failing import end_as, failure_facts
+from lmdbitmap.cli.failing import ending_as, failure_facts
 from lmdbitmap.cli.options import FOLDER, Session, verb
 from lmdbitmap.cli.output import progress, say, say_json, say_table
 from lmdbitmap.cli.politeness import waiting
@@ -175,16 +175,16 @@ def prune(
             )
         except PrunesFailed as some:
             results, failed = some.results, some
-    if asked.as_json:
-        facts = {
-            "dry_run": dry_run,
-            "disks": [*map(_prune_facts, results)],
-            "failures": failure_facts(failed),
-        }
-        say_json(facts)
-    else:
-        _say_pruned(results, dry_run)
-    end_as(failed, "not pruned")
+    with ending_as(failed, "not pruned"):
+        if asked.as_json:
+            facts = {
+                "dry_run": dry_run,
+                "disks": [*map(_prune_facts, results)],
+                "failures": failure_facts(failed),
+            }
+            say_json(facts)
+        else:
+            _say_pruned(results, dry_run)
 
 
 def _say_pruned(results: Sequence[PruneResult], dry_run: bool) -> None:
@@ -260,12 +260,12 @@ def copy(asked: Session, repository: str, target: str, names: Sequence[str], loc
             results = copy_backups(repository, target, names or None, lock_wait_s=lock_wait, progress=report)
         except CopiesFailed as some:
             results, failed = some.results, some
-    if asked.as_json:
-        say_json({"disks": [*map(_copy_facts, results)], "failures": failure_facts(failed)})
-    else:
-        for result in results:
-            say(f"{result.disk}: {_copy_words(result)}")
-    end_as(failed, "not copied")
+    with ending_as(failed, "not copied"):
+        if asked.as_json:
+            say_json({"disks": [*map(_copy_facts, results)], "failures": failure_facts(failed)})
+        else:
+            for result in results:
+                say(f"{result.disk}: {_copy_words(result)}")
 
 
 def _copy_words(result: CopyResult) -> str:
@@ -310,26 +310,26 @@ def list_backups(asked: Session, repository: str) -> None:
     known = folders_with_backups(folders, failures, named=False)
     failed = DisksFailed("listed", len(known), failures.errors) if failures.errors else None
     listed = [(folder.disk_name, manifest, _depths(manifest)) for folder, manifest in known]
-    if asked.as_json:
-        disks = [
-            {
-                "disk": name,
-                "backups": [
-                    {**entry_facts(entry), "chain_depth": depths[entry.id]} for entry in manifest.backups
-                ],
-            }
-            for name, manifest, depths in listed
-        ]
-        place = os.path.abspath(repository)
-        say_json({"repository": place, "disks": disks, "failures": failure_facts(failed)})
-    else:
-        rows = [
-            _point_row(name, entry, depths[entry.id])
-            for name, manifest, depths in listed
-            for entry in manifest.backups
-        ]
-        say_table(_HEADINGS, rows, right=("backup", "size", "changed", "stored", "chain"))
-    end_as(failed, "not listed")
+    with ending_as(failed, "not listed"):
+        if asked.as_json:
+            disks = [
+                {
+                    "disk": name,
+                    "backups": [
+                        {**entry_facts(entry), "chain_depth": depths[entry.id]} for entry in manifest.backups
+                    ],
+                }
+                for name, manifest, depths in listed
+            ]
+            place = os.path.abspath(repository)
+            say_json({"repository": place, "disks": disks, "failures": failure_facts(failed)})
+        else:
+            rows = [
+                _point_row(name, entry, depths[entry.id])
+                for name, manifest, depths in listed
+                for entry in manifest.backups
+            ]
+            say_table(_HEADINGS, rows, right=("backup", "size", "changed", "stored", "chain"))
 
 
 def _depths(manifest: Manifest | None) -> dict[str, int]:

@@ -138,6 +138,24 @@ def test_a_full_disk_under_the_answer_hides_no_failure(ending: str, code: int) -
     assert last.startswith("lmdbitmap: standard output: No space left on device; ")
 
 
+@pytest.mark.parametrize("length", [1, 100_000])
+def test_a_full_disk_under_an_answer_of_any_length_hides_no_disk_that_failed(length: int) -> None:
+    """More than the buffer takes is refused while it is printed."""
+    ending = f"""
+    from lmdbitmap.cli.failing import ending_as
+    from lmdbitmap.work.disks_failed import DisksFailed
+    with ending_as(DisksFailed("done", 2, {{"sda": Busy("this", next_step="that")}}), "not done"):
+        say("x" * {length})"""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", ANSWERS.format(ending.strip())],
+            stdout=full, stderr=subprocess.PIPE, text=True, env=BUFFERED, timeout=20,
+        )  # fmt: skip
+    first, last = done.stderr.splitlines()
+    assert first == "lmdbitmap: sda: not done: this; that"
+    assert last.startswith("lmdbitmap: standard output: No space left on device; ")
+
+
 @pytest.mark.parametrize(("ending", "code"), [*ENDINGS, ("import logging; logging.warning('a warning')", 0)])
 def test_a_full_disk_under_the_errors_changes_no_exit_code(ending: str, code: int) -> None:
     with open("/dev/full", "w") as full:
