@@ -1,6 +1,7 @@
 """Finds which disks exist, which of them a process has, and how that process is reached.
 
-When several disks are named, one that is missing or whose process serves it to nobody is set aside, and the rest go on.
+When several disks are named, one that is missing, whose file cannot be read, or whose process serves it to nobody is
+set aside, and the rest go on.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ def tracked(store: Store, names: Sequence[str], apart: Failures) -> list[str]:
 
 def attached_elsewhere(store: Store, names: Sequence[str], apart: Failures) -> list[str]:
     """Return the disks that another process has attached. If several are named, only those it also serves."""
-    attached = [name for name in names if is_attached(store, name)]
-    if len(names) > 1:
-        for name in attached:
-            with apart.of(name):
-                owner_of(store, chain.disk_called(store, name)).close()
-    return [name for name in attached if name not in apart]
+    attached = []
+    for name in names:
+        with apart.of(name):
+            if is_attached(store, name):
+                if len(names) > 1:
+                    owner_of(store, chain.disk_called(store, name)).close()
+                attached.append(name)
+    return attached
 
 
 class NotTogether(Busy):

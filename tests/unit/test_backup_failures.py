@@ -156,6 +156,16 @@ def backed_up_elsewhere(disks: Disks) -> Iterator[None]:
 
 
 @contextmanager
+def unreadable_owner_file(disks: Disks) -> Iterator[None]:
+    path = Path(disks.store.owner_path(chain.disk_called(disks.store, BAD).uuid))
+    path.rename(disks.folder / "away")
+    path.mkdir()  # root may read any file
+    yield
+    path.rmdir()
+    (disks.folder / "away").rename(path)
+
+
+@contextmanager
 def another_disks_folder(disks: Disks) -> Iterator[None]:
     content = disks.path(BAD).read_text()
     with disks.store.read() as reader:
@@ -187,6 +197,7 @@ def folder_that_takes_no_note(disks: Disks) -> Iterator[None]:
         (busy_folder, Busy, "busy"),
         (busy_image, Busy, "busy"),
         (backed_up_elsewhere, Busy, "busy"),
+        (unreadable_owner_file, StorageError, "storage-failed"),
         (another_disks_folder, AlreadyExists, "already-exists"),
         (folder_that_takes_no_note, StorageError, "storage-failed"),
     ],
