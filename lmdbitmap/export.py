@@ -189,7 +189,7 @@ def import_file(
     with FlatFile.open(path) as file:
         with store.read() as reader:
             _require_place(reader, file.header, name, into)
-        with contextlib.nullcontext(file) if all_dirty else file.proven_copy(store.path) as proven:
+        with contextlib.nullcontext(file) if all_dirty else _proven(file, store) as proven:
             bitmap, is_new = store.update(lambda writer: _keep(writer, proven, name, into, all_dirty))
     if into is not None:
         try:
@@ -200,6 +200,15 @@ def import_file(
                 store.update(lambda writer: _remove_unchanged(writer, bitmap))
             raise
     return bitmap
+
+
+def _proven(file: FlatFile, store: Store) -> FlatFile:
+    try:
+        return file.proven_copy(store.path)
+    except Untrusted as unclean:
+        raise Untrusted(
+            unclean.problem, next_step="import it with --all-dirty, or make a full backup"
+        ) from unclean
 
 
 def _require_place(reader: Reader, header: FlatHeader, name: str, into: str | None) -> None:

@@ -15,6 +15,7 @@ from lmdbitmap.cli.sizes import format_size, format_time, iso_time
 from lmdbitmap.errors import InvalidArgument, Untrusted
 from lmdbitmap.export import Inspection
 from lmdbitmap.extents import Trust
+from lmdbitmap.flat_file.flatfile import FlatFile
 from lmdbitmap.format import Flags, FlatHeader
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
@@ -74,6 +75,7 @@ def import_(asked: Session, file: str, name: str, into: str | None, all_dirty: b
 
     A file that was not closed cleanly cannot be trusted, and is refused with exit code 3.
     """
+    FlatFile.open(file).close()  # before a store is made for it
     with (
         Store.create(asked.store_path) as store,
         progress(f"importing {file}", shown=asked.shows_progress),

@@ -210,6 +210,12 @@ def test_an_import_makes_a_store(cli: Cli, flat: Path) -> None:
     assert cli.json("ls", "--store", elsewhere)["bitmaps"][0]["name"] == "kept"
 
 
+def test_an_import_of_no_flat_file_makes_no_store(cli: Cli) -> None:
+    elsewhere = cli.folder / "elsewhere"
+    assert "does not exist" in cli.fails(1, "import", cli.folder / "no.dbm", "kept", "--store", elsewhere)
+    assert not elsewhere.exists()
+
+
 def test_an_import_into_a_disk_adds_to_its_period(cli: Cli, flat: Path) -> None:
     cli.ok("checkpoint", "sda", "tuesday")
     cli.ok("mark", "sda", 0, 1)
@@ -219,7 +225,9 @@ def test_an_import_into_a_disk_adds_to_its_period(cli: Cli, flat: Path) -> None:
 
 def test_a_file_that_is_not_clean_is_imported_as_everything_dirty_or_not_at_all(cli: Cli, flat: Path) -> None:
     _unclean(cli, flat)
-    assert "not closed cleanly" in cli.fails(3, "import", flat, "kept", "--into", "sda")
+    told = cli.fails(3, "import", flat, "kept", "--into", "sda")
+    assert "not closed cleanly" in told
+    assert "import it with --all-dirty" in told
     assert cli.json("ls")["bitmaps"] == []
     assert cli.dirty("sda") == ("exact", [(MIB, 128 * KIB)])
     cli.ok("import", flat, "kept", "--into", "sda", "--all-dirty")
