@@ -31,6 +31,22 @@ def identity_to_keep(device: TrackableDevice) -> ImageIdentity:
     return identity
 
 
+def leave_late_mtime(device: TrackableDevice) -> None:
+    """Set the image's mtime to now, durably: a power cut then cannot hide that data was written later.
+
+    Through a descriptor of its own: what a failed sync says here, the next flush of the image says again.
+    """
+    if device.fd is None:
+        return
+    with os_errors_at(device.path if isinstance(device, FileDevice) else "the image"):
+        fd = os.open(f"/proc/self/fd/{device.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.utime(fd)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
 def settled_identity(device: TrackableDevice) -> ImageIdentity:
     """Return the image's identity, once the clock that file times are taken from is later than its mtime.
 

@@ -5,7 +5,7 @@ write all the same (policy `guest-first`), first withdraws its word, durably:
 
 1. by distrust in the owner's file, which needs no space (owner.py);
 2. if even that file cannot be written, by silence: no more signs of life, and no write before the last one is so old
-   that the image's mtime proves a gap;
+   that the image's mtime proves a gap. That mtime is durable before the write: a flush leaves a write's own in memory;
 3. on an image without an mtime silence proves nothing: there the write fails.
 
 The owner vouches again only for a new epoch.
@@ -20,6 +20,7 @@ import threading
 import time
 
 from lmdbitmap.errors import LmdbitmapError, StorageError
+from lmdbitmap.images.identity import leave_late_mtime
 from lmdbitmap.interfaces import TrackableDevice
 from lmdbitmap.storage import owner
 from lmdbitmap.storage.owner import Owner
@@ -82,8 +83,11 @@ class Voucher:
         )
         try:
             time.sleep(SILENCE_S)
-        except BaseException:  # whoever waited gives up, so that track is not lost yet
+            leave_late_mtime(self._device)
+        except BaseException as gives_up:  # whoever waited, so that track is not lost yet
             self._beating = True
+            if isinstance(gives_up, LmdbitmapError):
+                raise write_refused(self._name, gives_up) from gives_up
             raise
 
     def require_a_voice(self) -> None:

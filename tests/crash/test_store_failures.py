@@ -25,7 +25,7 @@ from lmdbitmap.interfaces import ImageIdentity
 from lmdbitmap.repository.manifest import BackupType
 from lmdbitmap.storage import owner, schema
 from lmdbitmap.store import CommitInDoubt, Store
-from lmdbitmap.tracker import session, vouching
+from lmdbitmap.tracker import continuity, session, vouching
 from lmdbitmap.tracker.changes import changes
 from tests.helpers.backed_up import BackedUpDisk
 from tests.helpers.support import PATIENCE_SECONDS, make_raw_image
@@ -430,6 +430,10 @@ def test_strict_write_to_settled_blocks_needs_no_store(strict: Patient) -> None:
 # --- when the owner's file cannot be written either ---
 
 
+def refused(*_: object) -> None:
+    raise StorageError("owner", OSError(errno.EROFS, "injected"), next_step="mend it")
+
+
 @pytest.fixture
 def silent(guest_first: Patient, exact_grace: None, monkeypatch: pytest.MonkeyPatch) -> Patient:
     """Neither the store nor the owner's file can be written. Nobody really waits a minute."""
@@ -484,13 +488,61 @@ def test_silence_is_heard_after_a_restart_of_the_machine(
     assert trust_of(silent.tracked.changes("start")) is Trust.UNTRUSTED
 
 
+def test_silence_is_heard_after_a_power_cut_that_takes_the_mtime_of_the_write(
+    guest_first: Patient, exact_grace: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest's flush makes its data durable, and leaves the mtime in memory. Nobody really waits a minute."""
+    disk, image = guest_first.disk, guest_first.tracked.image
+    durable_ns = [image.stat().st_mtime_ns]
+    real_fsync = os.fsync
+
+    def fsync(fd: int) -> None:
+        real_fsync(fd)
+        if os.path.samestat(os.fstat(fd), image.stat()):
+            assert disk.pread(9, 100 * BLOCK) == bytes(9)
+            durable_ns.append(os.fstat(fd).st_mtime_ns)
+
+    monkeypatch.setattr(vouching, "SILENCE_S", 0.05)
+    monkeypatch.setattr(continuity, "_POWER_CUT_GRACE_NS", 0)
+    disk.beat()
+    guest_first.sick.errno = errno.EROFS
+    with monkeypatch.context() as patched:
+        patched.setattr(owner.Owner, "_write_trust", refused)
+        patched.setattr(os, "fsync", fsync)
+        disk.pwrite(b"untracked", 100 * BLOCK)
+        disk.flush()
+    disk.abandon()
+    guest_first.sick.errno = None
+    os.utime(image, ns=(durable_ns[-1], durable_ns[-1]))
+    monkeypatch.setattr(owner, "boot_id", lambda: "another boot")
+    monkeypatch.setattr(owner, "boot_time_ns", lambda: durable_ns[-1] + 1)
+    assert trust_of(guest_first.tracked.changes("start")) is Trust.UNTRUSTED
+
+
+def test_write_fails_where_no_mtime_can_end_the_silence(
+    guest_first: Patient, exact_grace: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unowned(_: int) -> None:
+        raise PermissionError(errno.EPERM, "injected")
+
+    disk = guest_first.disk
+    monkeypatch.setattr(vouching, "SILENCE_S", 0.0)
+    guest_first.sick.errno = errno.EROFS
+    with monkeypatch.context() as patched:
+        patched.setattr(owner.Owner, "_write_trust", refused)
+        patched.setattr(os, "utime", unowned)
+        with pytest.raises(StorageError, match="cannot record a write"):
+            disk.pwrite(b"x", 100 * BLOCK)
+    guest_first.sick.errno = None
+    assert disk.pread(1, 100 * BLOCK) == b"\0"
+    disk.pwrite(b"tracked", 100 * BLOCK)
+    assert trust_of(disk.changes(since="start")) is Trust.EXACT
+
+
 def test_silence_that_is_interrupted_ends(
     guest_first: Patient, exact_grace: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its write is given up. Else an owner that goes on tracking would give no more signs of life."""
-
-    def refuse(*_: object) -> None:
-        raise StorageError("owner", OSError(errno.EROFS, "injected"), next_step="mend it")
 
     def interrupted(_: float) -> None:
         raise KeyboardInterrupt
@@ -498,7 +550,7 @@ def test_silence_that_is_interrupted_ends(
     disk = guest_first.disk
     guest_first.sick.errno = errno.EROFS
     with monkeypatch.context() as patched:
-        patched.setattr(owner.Owner, "_write_trust", refuse)
+        patched.setattr(owner.Owner, "_write_trust", refused)
         patched.setattr("lmdbitmap.tracker.vouching.time.sleep", interrupted)
         with pytest.raises(KeyboardInterrupt):
             disk.pwrite(b"given up", 100 * BLOCK)
