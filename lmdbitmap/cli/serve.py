@@ -10,6 +10,7 @@ import contextlib
 import gc
 import logging
 import os
+import threading
 from collections.abc import Iterator, MutableMapping, Sequence
 
 import click
@@ -45,6 +46,7 @@ log = logging.getLogger(__name__)
 _WRITABLE = "read and write the disks"
 _TOLD = "read the disks' names and figures"
 _REMEDY = "use 127.0.0.1, or say --insecure-metrics"
+_LOOK_S = 2.0
 
 
 @verb(
@@ -144,7 +146,21 @@ def _require_sense(names: Sequence[str], bitmap_file: str | None) -> None:
 
 
 def _warn_of_no(room: Scratch) -> None:
-    """Say now that old data cannot be kept there, not at night by a backup that fails. Guests are served anyway."""
+    """Say now that old data cannot be kept there, not at night by a backup that fails. Guests are served anyway.
+
+    They wait for no folder that does not answer, such as one on a network file system.
+    """
+    looking = threading.Thread(target=_try_out, args=[room], name="lmdbitmap scratch", daemon=True)
+    try:
+        looking.start()
+    except RuntimeError:  # whatever needs a thread next says so
+        return
+    looking.join(_LOOK_S)
+    if looking.is_alive():
+        log.warning("no disk can be backed up while the scratch folder %s does not answer", room.folder)
+
+
+def _try_out(room: Scratch) -> None:
     try:
         ScratchFile(room._replace(preallocate=False)).close()
     except LmdbitmapError as error:

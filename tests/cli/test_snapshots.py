@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from lmdbitmap.cli import serve
+from lmdbitmap.system import files
+from lmdbitmap.tracker.scratch import Scratch
 from tests.cli.conftest import MIB, SIZE, Cli, Served
 from tests.cli.test_serve import write
+from tests.helpers.support import PATIENCE_SECONDS
 
 KIB = 1 << 10
 
@@ -224,3 +230,24 @@ def test_scratch_folder_that_is_not_there_is_told_at_once_and_fails_the_backup_o
         write(served.uris["sda"], MIB, 100)
         assert len(cli.json("info", "sda")["checkpoints"]) == 1
     assert served.child.stderr == f"lmdbitmap: no disk can be backed up while it is served: {problem}\n"
+
+
+def test_scratch_folder_that_does_not_answer_keeps_no_guest_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a network file system. It is tried out before the guest is served."""
+    answers = threading.Event()
+
+    def open_late(folder: str) -> int:
+        answers.wait(PATIENCE_SECONDS)
+        return files.open_nameless(folder)
+
+    monkeypatch.setattr("lmdbitmap.tracker.scratch.open_nameless", open_late)
+    monkeypatch.setattr(serve, "_LOOK_S", 0.05)
+    begun_s = time.monotonic()
+    serve._warn_of_no(Scratch(str(tmp_path)))
+    assert time.monotonic() - begun_s < PATIENCE_SECONDS / 2
+    answers.set()
+    assert caplog.messages == [
+        f"no disk can be backed up while the scratch folder {tmp_path} does not answer"
+    ]
