@@ -306,10 +306,13 @@ def _note_where_it_is(job: _DiskSync, point: PointInTime) -> None:
 def _note_how_it_was_left(job: _DiskSync) -> None:
     """Let a write by others be noticed before the next sync, where a run that fails can still say what it left.
 
-    The target still equals the disk as `at` says. Nothing is known of the space behind the disk.
+    The target still equals the disk as `at` says, if this run found it so: what was put in its place after a killed
+    sync is not vouched for. Nothing is known of the space behind the disk.
     """
     note = job.notes.note
-    if not note.under_way or note.at is None or job.target.is_far:
+    if job.plan.kind is not SyncKind.INCREMENTAL or note.at is None:
+        return
+    if not note.under_way or job.target.is_far:
         return
     with contextlib.suppress(LmdbitmapError, OSError):  # then the note stays that of a sync under way
         job.target.flush()

@@ -447,6 +447,25 @@ def test_an_older_copy_in_the_place_of_one_that_was_being_written_is_compared(
     assert (result.kind, reason(result), result.bytes_written) == (COMPARE, "target-older", 2 * BLOCK)
 
 
+@pytest.mark.parametrize("exchange", [Path.unlink, lambda path: path.write_bytes(bytes(SIZE))])
+def test_a_sync_that_fails_does_not_vouch_for_what_took_the_place_of_the_copy(
+    disk: BackedUpDisk, copy: Path, exchange: Callable[[Path], object]
+) -> None:
+    """The sync before it was killed, and this one finds that the target is not what that one left."""
+
+    def failing() -> AbstractContextManager[None]:
+        raise ValueError("no")
+
+    disk.write(b"1", 20 * BLOCK)
+    killed_after(0, disk, copy)
+    copy.rename(copy.with_suffix(".aside"))
+    copy.touch()
+    exchange(copy)
+    with pytest.raises(ValueError, match="no"):
+        sync(disk.store, NAME, copy, quiesced=failing)
+    assert synced(disk, copy).kind is not INCREMENTAL
+
+
 def test_a_write_by_somebody_else_after_a_sync_that_failed_is_noticed(disk: BackedUpDisk, copy: Path) -> None:
     disk.write(b"1", 20 * BLOCK)
     with pytest.raises(StorageError):
