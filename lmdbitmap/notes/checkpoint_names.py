@@ -11,6 +11,7 @@ import re
 import time
 
 from lmdbitmap.errors import InvalidArgument
+from lmdbitmap.storage.schema import check_name
 
 
 class Maker(enum.Enum):
@@ -36,7 +37,11 @@ class Maker(enum.Enum):
 
 
 def refuse_ours(name: str) -> None:
-    """Raise `InvalidArgument` for a name such as we make, chosen by a person: it would be taken for a leftover."""
+    """Raise `InvalidArgument` for a name such as we make, chosen by a person: it would be taken for a leftover.
+
+    And for one that no checkpoint can have.
+    """
+    check_name(name, what="checkpoint")
     maker = next((maker for maker in Maker if maker.named(name)), None)
     if maker is not None:
         raise InvalidArgument(

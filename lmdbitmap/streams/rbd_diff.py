@@ -134,13 +134,13 @@ class Encoder:
 def _check_name(name: str | None) -> None:
     if name is not None and not _is_name(name):
         raise InvalidArgument(
-            f"{name[:100]!r} cannot name a point in time of a diff stream",
+            f"{name!r:.100} cannot name a point in time of a diff stream",
             next_step=f"choose a printable name of 1 to {MAX_NAME_BYTES} bytes",
         )
 
 
-def _is_name(name: str) -> bool:
-    return name.isprintable() and 1 <= len(name.encode()) <= MAX_NAME_BYTES
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and name.isprintable() and 1 <= len(name.encode()) <= MAX_NAME_BYTES
 
 
 # --- reading ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
@@ -75,6 +76,16 @@ def test_a_checkpoint_that_is_forgotten_gives_its_blocks_to_the_one_before(
     assert changed(tracked, "start") == {3}
     with pytest.raises(NotFound, match="has no checkpoint 'noon'"):
         lmdbitmap.forget_checkpoint(tracked.store, NAME, "noon")
+
+
+@pytest.mark.parametrize("name", [None, b"noon", 5, "a\nb"])
+def test_what_cannot_name_a_checkpoint_is_refused(
+    tracked: TrackedDisk, owner: Filter | None, name: Any
+) -> None:
+    with pytest.raises(InvalidArgument, match=r"^checkpoint name"):
+        lmdbitmap.checkpoint_disks(tracked.store, [NAME], name)
+    with pytest.raises(InvalidArgument, match=r"^checkpoint name"):
+        lmdbitmap.take_served_snapshot(tracked.store, [NAME], name)
 
 
 def test_marking_makes_every_block_dirty_that_the_range_touches(

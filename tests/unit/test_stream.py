@@ -124,6 +124,8 @@ def test_what_cannot_be_streamed_is_refused_before_a_checkpoint_is_taken(disk: B
         (NotFound, {"since": "sunday"}),
         (AlreadyExists, {"checkpoint": "monday"}),
         (InvalidArgument, {"version": 3}),
+        (InvalidArgument, {"checkpoint": b"tuesday"}),
+        (InvalidArgument, {"checkpoint": 5}),
     ]
     for error, options in refusals:
         points = disk.checkpoints()
