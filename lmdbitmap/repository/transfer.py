@@ -131,7 +131,7 @@ def _copy_disk(
         _require_kin(target, before, source, wanted)
         missing = _missing(before, wanted)
         require_algorithms(source, missing)
-        there = _following(before, wanted)
+        there = _following(before, wanted, missing)
         if found != there:
             target.replace_manifest(there)  # from now on, an image without its entry is no lost backup
         target.check_images(there.backups)
@@ -196,13 +196,14 @@ def _not_kin(problem: str) -> AlreadyExists:
     return AlreadyExists(problem, next_step="copy to another repository, or move that folder away")
 
 
-def _following(there: Manifest, wanted: Manifest) -> Manifest:
+def _following(there: Manifest, wanted: Manifest, missing: Sequence[BackupEntry]) -> Manifest:
     """Return the target's manifest as the source's disk's. Backups that the source took over lose their epoch here.
 
     Checkpoints of backups that were pruned here are the source's to forget, unless a store counts from the target too.
-    No backup comes into a mere copy, which would take them off the list: it would grow for ever.
+    No backup comes into a mere copy, which would take them off the list: it would grow for ever. If nothing is missing,
+    the target may be the original, and the source the copy.
     """
-    if there.holder in (None, wanted.holder):  # a copy of ours, or one that was made with `cp`
+    if missing and there.holder in (None, wanted.holder):  # a copy of ours, or one that was made with `cp`
         there = dataclasses.replace(there, released=())
     if there.disk != wanted.disk:
         return taken_over(there, wanted.disk)

@@ -230,6 +230,19 @@ def test_checkpoints_that_a_store_holds_for_the_copy_itself_stay_listed(disk: Ba
     assert disk.manifest("copy").released == listed
 
 
+def test_an_original_keeps_its_list_of_checkpoints_if_its_copy_is_copied_back(disk: BackedUpDisk) -> None:
+    """A copy that was made with `cp` has the same holder."""
+    back_up(disk, FULL, INCREMENTAL, DIFFERENTIAL)
+    shutil.copytree(disk.folder / "backups", disk.folder / "copy")
+    prune_to(disk, "backups", 1)
+    listed = disk.manifest().released
+    copy_backups(disk.folder / "copy", disk.folder / "backups", [NAME])
+    assert disk.manifest().released == listed
+    newest = disk.backup().checkpoint.name
+    assert disk.backup_checkpoints()[-1] == newest
+    assert not {reference.name for reference in listed} & set(disk.checkpoints())
+
+
 def more(disk: BackedUpDisk, contents: dict[str, bytes], *kinds: BackupType) -> None:
     """Backups after those of `contents`, each with another block."""
     for kind in kinds or (INCREMENTAL,):
