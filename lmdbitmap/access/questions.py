@@ -68,21 +68,41 @@ def ask_owner(store: Store, disk: Disk) -> dict[str, Any] | None:
     Facts that only served disks have are in `served`, with the pid and version of the process. Returns None if nobody
     serves the disk, or the owner does not answer.
     """
-    if not is_attached(store, disk):
-        return None
+    return Owners(store).ask(disk)
+
+
+class Owners:
+    """Asks about many disks, and each process that serves some of them only once: its answer is about all of them."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._told: dict[str, dict[str, Any]] = {}
+        """Entries by the uuids of their disks."""
+
+    def ask(self, disk: Disk) -> dict[str, Any] | None:
+        """See `ask_owner`."""
+        if not is_attached(self._store, disk):
+            return None
+        if str(disk.uuid) not in self._told:
+            self._told |= _told_by_owner(self._store, disk)
+        return self._told.get(str(disk.uuid))
+
+
+def _told_by_owner(store: Store, disk: Disk) -> dict[str, dict[str, Any]]:
     try:
         client = control_client.reach(store.control_path(disk.uuid))
         if client is None:
-            return None
+            return {}
         with client:
             told = client.call("info", timeout_s=_INFO_S)["disks"]
             process = {"pid": client.pid, "version": client.version}
     except LmdbitmapError as error:
         log.warning("disk %s: its owner does not say how it is: %s", disk.name, error)
-        return None
-    entry: dict[str, Any] | None = next((one for one in told if one["name"] == disk.name), None)
-    if entry is None or "served" not in entry:  # the owner only embeds a tracker
-        return None
+        return {}
+    # without `served` the owner only embeds a tracker
+    return {entry["uuid"]: _with_served(entry, process) for entry in told if "served" in entry}
+
+
+def _with_served(entry: dict[str, Any], process: dict[str, Any]) -> dict[str, Any]:
     of_disk = {"image_lost": None, **{name: entry[name] for name in _OF_SERVED if name in entry}}
-    entry["served"] = {**process, **of_disk, **entry["served"]}
-    return entry
+    return {**entry, "served": {**process, **of_disk, **entry["served"]}}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lmdbitmap.access.owners import is_attached
-from lmdbitmap.access.questions import ask_owner
+from lmdbitmap.access.questions import Owners
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import say_json
 from lmdbitmap.errors import LmdbitmapError
@@ -61,9 +61,9 @@ class Figures:
         }
 
 
-def figures_of(store: Store, disk: Disk) -> Figures:
+def figures_of(store: Store, disk: Disk, owners: Owners) -> Figures:
     known = changes(store, disk.name).summary
-    told = ask_owner(store, disk)
+    told = owners.ask(disk)
     trust = known.standing.trust if told is None else Trust(told["trust"])
     with store.read() as reader:
         checkpoints = reader.checkpoints(disk.uuid)
@@ -86,7 +86,8 @@ def metrics(asked: Session, names: Sequence[str]) -> None:
     extents, as they would after a crash: the guests are not disturbed for the sharper answer that `info` gives.
     """
     with Store.open(asked.store_path) as store:
-        found = [figures_of(store, disk) for disk in _disks(store, names)]
+        owners = Owners(store)
+        found = [figures_of(store, disk, owners) for disk in _disks(store, names)]
     if asked.as_json:
         say_json({"store": store.path, "disks": [figures.facts() for figures in found]})
     else:
@@ -132,11 +133,11 @@ class _Scrapes:
 
     def figures(self) -> list[Figures]:
         """Return the figures of the disks; one whose figures cannot be read is left out and logged."""
-        found = []
+        found, owners = [], Owners(self._store)
         with self._turn:
             for name in list(self._names):
                 try:
-                    found.append(figures_of(self._store, disk_called(self._store, name)))
+                    found.append(figures_of(self._store, disk_called(self._store, name), owners))
                 except LmdbitmapError as error:
                     log.warning("disk %s: no metrics of it: %s", name, error)
         return found

@@ -73,8 +73,8 @@ _SERVED: Final[Shape] = {
     "latencies": {"commit": _LATENCIES, "flush": _LATENCIES, "batch": _LATENCIES},
 }
 _DISK: Final[Shape] = {
-    "name": _a_text, "trust": _a_trust, "reason": _a_text_or_none, "armed": _a_count, "snapshots": [_SNAPSHOT],
-    "image_lost?": _a_text_or_none, "served?": _SERVED,
+    "name": _a_text, "uuid": _a_uuid, "trust": _a_trust, "reason": _a_text_or_none, "armed": _a_count,
+    "snapshots": [_SNAPSHOT], "image_lost?": _a_text_or_none, "served?": _SERVED,
 }  # fmt: skip
 _HELD: Final[Shape] = {
     "disk": _a_text, "export": _a_text, "uuid": _a_uuid, "time_ns": _a_count, "direct?": _true_or_false,

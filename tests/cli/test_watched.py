@@ -18,8 +18,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from lmdbitmap import Filter, Store
 from lmdbitmap.access import operations
-from lmdbitmap.cli import metrics
+from lmdbitmap.access.questions import Owners
 from lmdbitmap.nbd.control.control import ControlServer
+from lmdbitmap.nbd.control_client import Client
 from lmdbitmap.storage.schema import Disk
 from tests.cli.conftest import MIB, SIZE, Cli
 from tests.cli.test_serve import write
@@ -313,17 +314,37 @@ def test_failure_is_an_object_too(cli: Cli, words: list[str], code: int, said: s
     assert (line["level"], line["message"].split(";")[0]) == ("error", said)
 
 
+def test_each_process_is_asked_once_however_many_disks_it_serves(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def counted(client: Client, operation: str, **how: Any) -> dict[str, Any]:
+        asked.append((operation, client.pid))
+        return call(client, operation, **how)
+
+    call = Client.call
+    monkeypatch.setattr(Client, "call", counted)
+    for name in ("sda", "sdb", "sdc"):
+        cli.add(name)
+    with cli.serving("sda", "sdb") as served, cli.serving("sdc") as other:
+        told = samples(cli.ok("metrics"))
+        pids = [served.child.pid, other.child.pid]
+    assert asked == [("info", pid) for pid in pids]
+    assert all(("lmdbitmap_connected_clients", name) in told for name in ("sda", "sdb", "sdc"))
+
+
 def test_a_disk_that_is_removed_while_it_is_looked_at_is_left_out(
     cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cli.add("sda")
     cli.add("sdb")
 
-    def removed_first(store: Store, disk: Disk) -> None:
+    def removed_first(owners: Owners, disk: Disk) -> None:
         if disk.name == "sda":
-            operations.remove(store, "sda")
+            operations.remove(owners._store, "sda")
 
-    monkeypatch.setattr(metrics, "ask_owner", removed_first)
+    monkeypatch.setattr(Owners, "ask", removed_first)
     told = samples(cli.ok("metrics"))
     assert [("lmdbitmap_last_checkpoint_timestamp_seconds", name) in told for name in ("sda", "sdb")] == [
         False,

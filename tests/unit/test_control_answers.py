@@ -22,7 +22,8 @@ SERVED: dict[str, Any] = {
     "latencies": {kind: Latencies().facts() for kind in ("commit", "flush", "batch")},
 }
 DISK: dict[str, Any] = {
-    "name": "sda", "trust": "exact", "reason": None, "armed": 0, "snapshots": [SNAPSHOT], "image_lost": None,
+    "name": "sda", "uuid": str(UUID(int=5)), "trust": "exact", "reason": None, "armed": 0, "snapshots": [SNAPSHOT],
+    "image_lost": None,
     "served": SERVED,
 }  # fmt: skip
 HELD = {"disk": "sda", "export": "sda@c", "uuid": str(UUID(int=7)), "time_ns": 5, "direct": True}
