@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
+from lmdbitmap.cli.descriptors import allow_many_descriptors
 from lmdbitmap.cli.facts import entry_facts, reason_facts
 from lmdbitmap.cli.failing import ending_as, failure_facts
 from lmdbitmap.cli.kinds import of_a_kind
@@ -145,6 +146,8 @@ def _back_up(asked: Session, names: Sequence[str], repository: str, wishes: _Wis
     from lmdbitmap.backups.result import BackupsFailed
     from lmdbitmap.repository.manifest import BackupType
 
+    if asked.owns_process:
+        allow_many_descriptors()
     thaw = Thaw()
     made: Sequence[BackupResult]
     failed: BackupsFailed | None = None

@@ -11,9 +11,10 @@ import os
 import click
 
 from lmdbitmap.cli import logs
+from lmdbitmap.cli.descriptors import allow_many_descriptors
 from lmdbitmap.cli.options import FOLDER, Session, at_backup, verb
 from lmdbitmap.cli.places import ListenAddresses
-from lmdbitmap.cli.serving import Ending, allow_many_descriptors, announce, listening, logging_as_asked
+from lmdbitmap.cli.serving import Ending, announce, listening, logging_as_asked
 from lmdbitmap.images.plain import PlainDisk
 from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.nbd.supervisor import Supervisor

@@ -17,13 +17,13 @@ import click
 
 from lmdbitmap.access.owners import require_unowned
 from lmdbitmap.cli import logs
+from lmdbitmap.cli.descriptors import allow_many_descriptors
 from lmdbitmap.cli.metrics import metrics_served
 from lmdbitmap.cli.options import Session, size, utf8_path, verb
 from lmdbitmap.cli.places import ListenAddresses
 from lmdbitmap.cli.serving import (
     Ending,
     address_of,
-    allow_many_descriptors,
     announce,
     listening,
     logging_as_asked,

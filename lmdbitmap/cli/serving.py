@@ -6,11 +6,9 @@ stays ignored: the server outlives its terminal.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
-import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -146,18 +144,6 @@ def require_private(host: str, power: str, remedy: str, *, insecure: bool) -> No
     """Raise `InvalidArgument` if other hosts could reach `host` and have `power`, unless `insecure` allows it."""
     if not insecure and not is_loopback(host):
         raise InvalidArgument(f"every host that reaches {host} could {power}", next_step=remedy)
-
-
-def allow_many_descriptors() -> None:
-    """Raise the limit of open descriptors to the maximum.
-
-    Connections, up to five descriptors each, to one disk must not use up those of another.
-    """
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(
-        ValueError, OSError
-    ):  # the kernel may allow fewer by now than when we were started
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def announce(asked: Session, uris: list[str], metrics_url: str | None = None) -> None:

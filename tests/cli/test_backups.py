@@ -620,3 +620,10 @@ def test_of_served_disks_one_that_fails_leaves_the_others_too(cli: Cli, three: P
         ]
         assert [failure["disk"] for failure in told["failures"]] == ["b"]
         assert cli.json("info", "b")["served"]["snapshots"] == []
+
+
+def test_more_disks_are_backed_up_than_programs_have_files_open(cli: Cli, three: Path) -> None:
+    """The limit that a program begins with is often 1024, and each disk takes up to five of them."""
+    low = ["sh", "-c", 'ulimit -Sn 16 && exec "$@"', "sh"]
+    said = run(*low, *cli.command("backup", "a", "b", "c", three), check=False)
+    assert (said.returncode, said.stderr, said.stdout.count("incremental ")) == (0, "", 3)
