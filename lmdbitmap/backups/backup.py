@@ -115,7 +115,7 @@ def backup(
     - `take_over` accepts a folder with the backups of another disk of the same name, which is refused (`AlreadyExists`)
       without it. It says that they are this very disk's, which was tracked elsewhere or added anew. Its next backup is
       then a rescan of them, and the folder is this disk's from then on.
-    - `new_repository` begins another repository in an empty place to which the store knows that the disk was backed up.
+    - `new_repository` begins another repository in an empty place to which the store knows that a disk was backed up.
       Without it that is `NotFound`: a file system may not be mounted.
 
     Raises `Busy` if another program holds a disk or image, or backs up to a folder; `OwnerGone` if a process through

@@ -6,8 +6,9 @@ Both of these look like a person's mistake, and are done only if that person say
                      came here from another host or was added anew. Its next backup is compared with the newest one
                      there (a rescan). The manifest that names that backup also names the disk's new uuid, in one
                      replacement: a death leaves the folder to the one disk or to the other, with all that it had.
-    new repository   the folder has nothing, but the store knows that this disk was backed up to there: for example, the
-                     file system that holds the repository is not mounted.
+    new repository   the folder has nothing, but the store knows that this disk was backed up to there, or the whole
+                     repository has nothing, and it knows that of any disk: for example, the file system that holds the
+                     repository is not mounted.
 
 The checkpoints of backups that were taken over are never believed. They belong to another store. If the disk comes back
 to where it was, that store still has them, and knows nothing of the time in between. So these backups lose their epoch:
@@ -50,10 +51,11 @@ def require_meant(store: Store, disk: Disk, folder: BackupFolder, permission: Pe
         )
     if permission.new_repository or not _is_empty(folder):
         return
-    for file in hold_files(store.path, disk.uuid):
-        hold = file.hold
-        if hold is not None and hold.was_at(folder.repository_path) and hold.expects_backups:
-            raise _gone(disk, folder, hold)
+    for known in _disks_that_count(store, disk, folder.repository_path):
+        for file in hold_files(store.path, known.uuid):
+            hold = file.hold
+            if hold is not None and hold.was_at(folder.repository_path) and hold.expects_backups:
+                raise _gone(known, folder, hold)
 
 
 def owned(found: Manifest | None, disk: Disk, folder: BackupFolder, permission: Permission) -> Manifest:
@@ -70,6 +72,21 @@ def owned(found: Manifest | None, disk: Disk, folder: BackupFolder, permission: 
             " added anew, say --take-over",
         )
     return taken_over(found, ours)
+
+
+def _disks_that_count(store: Store, disk: Disk, repository: str) -> list[Disk]:
+    """Return the disk, and all others too if the repository has nothing at all: it may be a mount point."""
+    with os_errors_at(repository):
+        try:
+            found = os.listdir(repository)
+        except FileNotFoundError:
+            found = []
+        except NotADirectoryError:  # making the folder reports that
+            return [disk]
+    if found:
+        return [disk]
+    with store.read() as reader:
+        return [disk, *reader.disks()]
 
 
 def _is_empty(folder: BackupFolder) -> bool:

@@ -75,8 +75,8 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--new-repository", is_flag=True,
-    help="Begin a new repository although these disks were backed up to REPO before, and it is empty now. Without this"
-    " option that is refused: the file system of REPO may not be mounted.",
+    help="Begin a new repository although disks were backed up to REPO before, and it is empty now. Without this option"
+    " that is refused: the file system of REPO may not be mounted.",
 )  # fmt: skip
 @click.option(
     "--stdout",

@@ -13,7 +13,8 @@ import pytest
 
 from lmdbitmap.backups.backup import backup
 from lmdbitmap.backups.consumers import drop_hold, holds_of
-from lmdbitmap.errors import AlreadyExists, NotFound, Untrusted
+from lmdbitmap.backups.result import BackupsFailed
+from lmdbitmap.errors import AlreadyExists, LmdbitmapError, NotFound, Untrusted
 from lmdbitmap.notes.holds import hold_files
 from lmdbitmap.repository.manifest import BackupEntry
 from lmdbitmap.repository.prune import prune
@@ -21,7 +22,7 @@ from lmdbitmap.repository.retention import Retention
 from lmdbitmap.repository.transfer import copy_backups
 from lmdbitmap.tracker import session
 from tests.helpers.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
-from tests.helpers.support import no_ascii, run
+from tests.helpers.support import make_raw_image, no_ascii, run
 from tests.helpers.tracked import NAME
 
 BLOCK = 4096
@@ -250,6 +251,29 @@ def test_where_the_disk_was_backed_up_to_and_nothing_is_no_repository_begins_by_
     shutil.rmtree(disk.folder / "backups", ignore_errors=True)
     shutil.move(disk.folder / "unmounted", disk.folder / "backups")
     assert told(disk.backup()) == ("incremental", None)
+
+
+@pytest.mark.parametrize("names", [["new"], ["new", NAME]])
+@pytest.mark.parametrize("mount_point_stays", [True, False])
+def test_no_repository_begins_there_for_a_new_disk(
+    disk: BackedUpDisk, mount_point_stays: bool, names: list[str]
+) -> None:
+    session.add(
+        disk.store, "new", str(make_raw_image(disk.folder / "new.raw", 64 << 10)), granularity_bits=12
+    )
+    disk.backup()
+    unmount(disk, mount_point_stays)
+    repository = disk.folder / "backups"
+    with pytest.raises(
+        LmdbitmapError, match=r"new has no backups, but disk 'sda' was backed up to "
+    ) as failed:
+        backup(disk.store, names, repository)
+    assert not isinstance(failed.value, BackupsFailed) or set(failed.value.failures) == set(names)
+    assert repository.exists() == mount_point_stays
+    assert not mount_point_stays or os.listdir(repository) == []
+    shutil.rmtree(repository, ignore_errors=True)
+    shutil.move(disk.folder / "unmounted", repository)
+    assert len(backup(disk.store, names, repository)) == len(names)
 
 
 def test_another_repository_begins_there_when_that_is_asked_for(disk: BackedUpDisk) -> None:
