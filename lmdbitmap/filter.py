@@ -99,19 +99,21 @@ class Filter(Front):
         """
         if max_armed < 0:
             raise InvalidArgument(f"{max_armed} armed extents", next_step="allow 0 or more")
-        with session.owning(store, name, open_device) as owned:
-            disk = session.begin(store, owned)
-            attached = cls(store, disk, owned.device, owned.owner, max_armed=max_armed)
-            attached.beat()
-            store.keep_open()
-            owned.keep()
-        forks.is_not_for_children(attached)
-        if background:
-            try:
+        attached = None
+        try:
+            with session.owning(store, name, open_device) as owned:
+                disk = session.begin(store, owned)
+                attached = cls(store, disk, owned.device, owned.owner, max_armed=max_armed)
+                attached.beat()
+                store.keep_open()
+                owned.keep()
+            forks.is_not_for_children(attached)
+            if background:
                 attached._begin_background()
-            except BaseException:  # as by Ctrl-C: nobody else could ever let go of it
+        except BaseException:  # as by Ctrl-C: nobody else could ever let go of it
+            if attached is not None and owned.kept:
                 attached.abandon()
-                raise
+            raise
         return attached
 
     # -- what a server and an agent use --------------------------------------------------------------------

@@ -29,6 +29,7 @@ from lmdbitmap.tracker import lane, points, session, tracking
 from lmdbitmap.tracker.period import Period
 from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.snapshot import Snapshot
+from lmdbitmap.work import forks
 from lmdbitmap.work.chores import Chore, Chores
 from tests.helpers.support import PATIENCE_SECONDS, make_raw_image
 from tests.helpers.tracked import NAME, TrackedDisk, blocks_of, trust_of
@@ -919,6 +920,21 @@ def test_an_attach_that_is_interrupted_when_its_threads_begin_leaves_nothing_att
             Filter.attach(tracked.store, NAME)
     with Filter.attach(tracked.store, NAME) as disk:
         assert disk._beats.is_alive()
+
+
+def test_an_attach_that_is_interrupted_before_its_threads_begin_leaves_nothing_attached(
+    tracked: TrackedDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(inherited: object) -> None:
+        if isinstance(inherited, Filter):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(forks, "is_not_for_children", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            Filter.attach(tracked.store, NAME)
+    with tracked.attach() as disk:
+        disk.pwrite(b"x", 0)
 
 
 # --- adopt ---
