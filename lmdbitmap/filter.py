@@ -353,10 +353,11 @@ class Filter(Front):
             self._tracking.mark_doubts()
 
     def _stop_background(self) -> None:
-        self._ends.set()
-        with contextlib.ExitStack() as both:
-            both.callback(joined, self._beats)
-            both.callback(chores.end, self._passes)
+        with contextlib.ExitStack() as steps:  # as in `_end`
+            steps.callback(joined, self._beats)
+            steps.callback(chores.end, self._passes)
+            for _ in range(2):  # one that is interrupted may have set nothing, and the beats would not end
+                steps.callback(self._ends.set)
 
     def _end_session(self) -> None:
         self.flush()
@@ -371,8 +372,9 @@ class Filter(Front):
         """Close everything. The disk may have another owner at once, so nothing may be written from here on."""
         with contextlib.ExitStack() as each:  # in reverse order; each runs even if another fails
             each.callback(self.store.let_go)
-            each.callback(self._voucher.close)
-            each.callback(self.device.close)
+            for _ in range(2):  # one that is interrupted may have closed nothing, and nobody lets go again
+                each.callback(self._voucher.close)
+                each.callback(self.device.close)
             each.callback(self._whereabouts.end)
             each.callback(self._tracking.let_go, detached_error(self.disk))
 

@@ -25,7 +25,7 @@ from lmdbitmap.images.image import open_image
 from lmdbitmap.interfaces import ImageIdentity
 from lmdbitmap.storage import owner, schema
 from lmdbitmap.store import Store, Writer
-from lmdbitmap.tracker import lane, points, session, tracking
+from lmdbitmap.tracker import lane, points, session, tracking, vouching
 from lmdbitmap.tracker.period import Period
 from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.snapshot import Snapshot
@@ -853,6 +853,31 @@ def test_a_detach_that_is_interrupted_before_its_first_step_can_be_done_once_mor
     assert beats.is_alive()
     disk.detach()
     assert not beats.is_alive()
+    with tracked.attach() as again:
+        assert dirty(again) == {7}
+
+
+@pytest.mark.parametrize(
+    ("kind", "step"), [(threading.Event, "set"), (FileDevice, "close"), (vouching.Voucher, "close")]
+)
+def test_a_detach_that_is_interrupted_in_a_step_ends_what_that_was_to_end(
+    tracked: TrackedDisk, monkeypatch: pytest.MonkeyPatch, kind: type, step: str
+) -> None:
+    disk = Filter.attach(tracked.store, NAME)
+    disk.pwrite(b"x", 7 * BLOCK)
+    take_step, interruptions = getattr(kind, step), [KeyboardInterrupt()]
+
+    def interrupt_first(ended: object) -> None:
+        if interruptions:
+            raise interruptions.pop()
+        take_step(ended)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kind, step, interrupt_first)
+        with pytest.raises(KeyboardInterrupt):
+            disk.detach()
+    assert not disk._beats.is_alive()
+    assert disk._passes not in filter.chores._chores
     with tracked.attach() as again:
         assert dirty(again) == {7}
 
