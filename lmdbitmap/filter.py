@@ -354,10 +354,13 @@ class Filter(Front):
 
     def _stop_background(self) -> None:
         with contextlib.ExitStack() as steps:  # as in `_end`
-            steps.callback(joined, self._beats)
+            for _ in range(2):  # one that is interrupted may have done nothing
+                steps.callback(self._end_beats)
             steps.callback(chores.end, self._passes)
-            for _ in range(2):  # one that is interrupted may have set nothing, and the beats would not end
-                steps.callback(self._ends.set)
+
+    def _end_beats(self) -> None:
+        self._ends.set()
+        joined(self._beats)
 
     def _end_session(self) -> None:
         self.flush()
