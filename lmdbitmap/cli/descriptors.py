@@ -12,7 +12,6 @@ def allow_many_descriptors() -> None:
     A connection takes up to five descriptors, and so does a disk that is backed up.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(
-        ValueError, OSError
-    ):  # the kernel may allow fewer by now than when we were started
+    # The kernel may allow fewer by now than when we were started.
+    with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

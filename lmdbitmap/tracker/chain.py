@@ -168,7 +168,7 @@ def add_checkpoint(writer: Writer, disk: Disk, name: str, time_ns: int) -> tuple
 
 
 def require_new_name(reader: Reader, disk: Disk, name: str) -> None:
-    """Raise `AlreadyExists` for a checkpoint's name that the disk has, of any epoch. Or `InvalidArgument`."""
+    """Raise `AlreadyExists` for the name of a checkpoint of any epoch, `InvalidArgument` for one that none can have."""
     schema.check_name(name, what="checkpoint")
     if any(checkpoint.name == name for checkpoint in reader.checkpoints(disk.uuid)):
         raise AlreadyExists(

@@ -11,6 +11,7 @@ flushed, the checkpoint is lost again: else a power cut could take back a write 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -174,8 +175,9 @@ def _flush_images(
         let_go()
         for tracking, checkpoint in zip(disks, checkpoints, strict=True):
             _take_back(tracking, checkpoint)
-        error.next_step = f"no checkpoint was made; {error.next_step}"
-        raise
+        told = copy.copy(error)  # a refusal may be shared, as by all who use a disk that is detached
+        told.next_step = f"no checkpoint was made; {error.next_step}"
+        raise told from error
 
 
 def _take_back(tracking: Tracking, checkpoint: Checkpoint) -> None:

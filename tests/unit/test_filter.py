@@ -907,6 +907,22 @@ def test_a_disk_with_fewer_than_no_armed_extents_is_not_attached(tracked: Tracke
         assert len(dirty(disk)) == 2
 
 
+def test_a_checkpoint_that_is_refused_leaves_the_words_of_a_shared_refusal(
+    disk: Filter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All who use a disk that is detached get the same one."""
+    refusal = StorageError("disk", OSError(errno.EBADF, "detached"), next_step="attach it again")
+
+    def refuse(of: tracking.Tracking) -> None:
+        raise refusal
+
+    monkeypatch.setattr(tracking.Tracking, "mark_doubts", refuse)
+    for _ in range(2):
+        with pytest.raises(StorageError, match=r"disk: detached; no checkpoint was made; attach it again$"):
+            disk.checkpoint("monday")
+    assert refusal.next_step == "attach it again"
+
+
 @pytest.mark.parametrize("name", ["lmdbitmap beat", "lmdbitmap clock"])
 def test_a_disk_that_gets_no_thread_is_not_attached(
     tracked: TrackedDisk, monkeypatch: pytest.MonkeyPatch, name: str
