@@ -220,8 +220,8 @@ def _one_point_in_time(
     if not taking_part:
         return []
     with quiesced():
-        rescans = any(job.plan.type_actual is BackupType.RESCAN for job in taking_part)
-        points = route.take_point(name, [job.plan.since for job in taking_part], once=not rescans)
+        once = not any(job.plan.compares for job in taking_part)
+        points = route.take_point(name, [job.plan.since for job in taking_part], once=once)
     sources = []
     for job, point in zip(taking_part, points, strict=True):
         with _apart(failures, store, job, point):
@@ -270,7 +270,7 @@ def _make(store: Store, source: ImagePlan, report: Report, carrying: _Carrying) 
     try:
         entry = write_image(source, device, report, carrying.packing)
     except ParentDamaged as damaged:
-        source = source.full_instead(damaged.error)
+        source = source.without_comparison(damaged.error)
         report.expect(source.bytes_to_copy)
         entry = write_image(source, device, report, carrying.packing)
     job = source.job

@@ -18,14 +18,14 @@ from lmdbitmap import bits
 from lmdbitmap.access.access import Access, reading
 from lmdbitmap.access.routes import PointInTime
 from lmdbitmap.backups.plan import BackupPlan, DigestChoice, full_instead
-from lmdbitmap.backups.rescan import differing
+from lmdbitmap.backups.rescan import differing, sifted
 from lmdbitmap.bits import Run
 from lmdbitmap.copying.copier import Copied, ImageFile, copy_clusters
 from lmdbitmap.copying.hashing import ChunkHasher
 from lmdbitmap.copying.readable import Metered, Readable
 from lmdbitmap.errors import FormatError, LmdbitmapError, NotFound, StorageError, Untrusted
 from lmdbitmap.extents import Trust
-from lmdbitmap.geometry import Geometry
+from lmdbitmap.geometry import EXTENT_BLOCKS, Geometry
 from lmdbitmap.interfaces import Allocation
 from lmdbitmap.notes.holds import HoldFile
 from lmdbitmap.notes.references import CheckpointRef
@@ -119,7 +119,7 @@ def _without_their_digests(past: BackupChain) -> Sequence[Whole]:
 
 
 class ParentDamaged(Exception):
-    """The backup that a disk is compared with cannot be read. Not yet an error: a full backup is made instead."""
+    """The backup that a disk is compared with cannot be read. Not yet an error: the backup is made without it."""
 
     def __init__(self, error: LmdbitmapError) -> None:
         super().__init__(error)
@@ -175,8 +175,17 @@ class ImagePlan:
         summary = changed.summary
         return cls(job, point, clusters, changed, summary.standing.trust, summary.dirty_bytes)
 
-    def full_instead(self, damage: LmdbitmapError) -> ImagePlan:
-        """Return a plan for all of the disk at the same point in time. The new image is noted before it is begun."""
+    def without_comparison(self, damage: LmdbitmapError) -> ImagePlan:
+        """Return a plan for the same point in time that needs not read the parent, which is damaged."""
+        if not self.job.plan.sifts:
+            return self._full_instead(damage)
+        log.warning("disk %s: all that counts as changed is stored: %s", self.job.disk.name, damage.problem)
+        return dataclasses.replace(
+            self, job=dataclasses.replace(self.job, plan=self.job.plan._replace(sifts=False))
+        )
+
+    def _full_instead(self, damage: LmdbitmapError) -> ImagePlan:
+        """Return a plan for all of the disk. The new image is noted before it is begun."""
         job = dataclasses.replace(self.job, plan=full_instead(damage))
         if job.only_that:
             job.require_as_asked()
@@ -186,27 +195,37 @@ class ImagePlan:
 
     @contextlib.contextmanager
     def runs(self, device: Readable, report: Report) -> Iterator[Iterator[Run]]:
-        """Yield the runs of clusters to copy, ascending and not adjacent. Only a rescan reads the device to find them.
+        """Yield the runs of clusters to copy, ascending and not adjacent. Only a comparison reads the device for them.
 
         Raises `ParentDamaged` only at the end, so that the device can be read once more.
         """
-        if self.job.plan.type_actual is BackupType.RESCAN:
-            lost: list[ParentDamaged] = []
-            with self.job.parent_chain() as past:
-                runs = _until_lost(differing(device, past, self.clusters, report.advance), lost)
-                yield self._with_tail(runs, self.clusters)
-                if lost:
-                    raise lost[0]
-        elif self.changes is None:
-            yield iter([(0, self.clusters.block_count)])
-        else:
-            yield self._with_tail(self.changes.runs(), self.changes.geometry)
+        if not self.job.plan.compares:
+            yield self._with_tail(self._dirty_clusters())
+            return
+        lost: list[ParentDamaged] = []
+        with self.job.parent_chain() as past:
+            yield self._with_tail(_until_lost(self._compared(device, past, report), lost))
+            if lost:
+                raise lost[0]
 
-    def _with_tail(self, runs: Iterator[Run], geometry: Geometry) -> Iterator[Run]:
-        """Return the runs of blocks of `geometry` as runs of clusters, with the last cluster added if it is needed."""
-        last_block = (geometry.block_count - 1, geometry.block_count)
-        blocks = itertools.chain(runs, [last_block] if self._cut_in_a_sector() else [])
-        return bits.regrain_outward(blocks, geometry, self.clusters.granularity_bits)
+    def _dirty_clusters(self) -> Iterator[Run]:
+        """Yield the runs of clusters that count as dirty: all of them, if no bitmap is asked."""
+        if self.changes is None:
+            return iter([(0, self.clusters.block_count)])
+        changes = self.changes
+        return bits.regrain_outward(changes.runs(), changes.geometry, self.clusters.granularity_bits)
+
+    def _compared(self, device: Readable, past: Readable, report: Report) -> Iterator[Run]:
+        """Yield the runs of clusters that differ from the parent, or were written to in part of an extent."""
+        if self.changes is None:
+            return differing(device, past, self.clusters, report.advance)
+        extent_bytes = EXTENT_BLOCKS * self.changes.geometry.granularity
+        return sifted(self._dirty_clusters(), device, past, self.clusters, extent_bytes, report.advance)
+
+    def _with_tail(self, runs: Iterator[Run]) -> Iterator[Run]:
+        """Return the runs with the last cluster added if it is needed."""
+        last = self.clusters.block_count
+        return bits.joined_runs(itertools.chain(runs, [(last - 1, last)] if self._cut_in_a_sector() else []))
 
     def _cut_in_a_sector(self) -> bool:
         """Return whether the parent has something between this disk's end and the end of the image, in the same sector.
@@ -231,11 +250,11 @@ def write_image(
 ) -> BackupEntry:
     """Write the image, durable in the folder under its final name. Return its manifest entry.
 
-    Raises `ParentDamaged` if a rescan is impossible; then there is no image.
+    Raises `ParentDamaged` if a comparison is impossible; then there is no image.
     """
     job, parent = source.job, source.job.plan.parent
     path = job.folder.path_of(job.file)
-    rescans = job.plan.type_actual is BackupType.RESCAN
+    compares = job.plan.compares
     spared = device.methods.spared
     with (
         atomic_files.replacing(path, follow=False) as file,
@@ -249,7 +268,7 @@ def write_image(
                 source.clusters,
                 runs,
                 backing_file=None if parent is None else parent.file,
-                report=Report(None, 0) if rescans else report,
+                report=Report(None, 0) if compares else report,
                 compression=packing,
             )
         chunks = synced_digests(job.folder, job.file, file.fileno(), hasher)

@@ -20,6 +20,8 @@ from typing import NamedTuple
 from lmdbitmap.copying.digest_algorithms import DigestAlgorithm, fastest, is_available
 from lmdbitmap.errors import FormatError, LmdbitmapError, NotFound
 from lmdbitmap.notes.references import Reason
+from lmdbitmap.qcow2 import compression
+from lmdbitmap.qcow2.layout import CompressionType
 from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.chain_tables import what_is_broken
 from lmdbitmap.repository.json_fields import MAX_TEXT_BYTES
@@ -36,6 +38,13 @@ class BackupPlan(NamedTuple):
     parent: BackupEntry | None = None
     since: Checkpoint | None = None
     reason: Reason | None = None
+    sifts: bool = False
+    """Whether a bitmap says too much, as after a crash: what may be unchanged is compared with the parent."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether some of the disk is read twice, and the parent too."""
+        return self.sifts or self.type_actual is BackupType.RESCAN
 
 
 def plan_for(
@@ -59,6 +68,8 @@ def plan_for(
     plan = _stacked(store, disk, parent, kind, ended)
     if plan.parent is None:
         return plan
+    if plan.since is not None and _says_too_much(store, disk, plan.since):
+        plan = plan._replace(sifts=all(_can_be_proven(image) for image in images))
     broken = what_is_broken(folder, images, thoroughly=plan.type_actual is BackupType.RESCAN)
     return plan if broken is None else full_instead(broken)
 
@@ -76,6 +87,23 @@ def _stacked(
     if kind is BackupType.DIFFERENTIAL:
         return BackupPlan(BackupType.FULL, reason=lost)
     return BackupPlan(BackupType.RESCAN, parent, reason=lost)
+
+
+def _says_too_much(store: Store, disk: Disk, since: Checkpoint) -> bool:
+    """Return whether a bitmap of the periods since then may name clean blocks."""
+    with store.read() as reader:
+        periods = [each for each in chain.epoch_chain(reader, disk) if each.sequence >= since.sequence]
+        bitmaps = [reader.bitmap(period.bitmap_id) for period in periods]
+    return any(bitmap.superset or bitmap.all_dirty for bitmap in bitmaps)
+
+
+def _can_be_proven(image: BackupEntry) -> bool:
+    """Return whether an image can be read here, and what is read of it be proven."""
+    try:
+        compression.require(image.compression or CompressionType.ZLIB)
+    except NotFound:
+        return False
+    return image.chunks is not None and is_available(image.digest_algorithm)
 
 
 class DigestChoice(NamedTuple):

@@ -2,17 +2,18 @@
 
 What both know to be zero is not read. Past the end of the shorter one, the other differs unless it is zero. Everything
 else is read from both. So `past` is read wherever a restore will later take from it, and can be proven meanwhile.
+
+The same is done in part of a disk whose bitmap says too much, as after a crash (`sifted`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from lmdbitmap.bits import Run, joined_runs
 from lmdbitmap.copying.readable import Readable
-from lmdbitmap.geometry import Geometry
-from lmdbitmap.interfaces import Allocation
+from lmdbitmap.geometry import Geometry, ceil_div
 from lmdbitmap.work.buffers import new_buffer
 
 _CHUNK_BYTES: Final = 1 << 20
@@ -28,50 +29,86 @@ def differing(
 
     `clusters` has the device's size. Calls `advance` with the number of bytes done. Raises what the devices raise.
     """
-    comparison = _Comparison(device, past, clusters)
-    return joined_runs(comparison.runs(advance))
+    comparison = _Comparison(device, past, clusters, advance)
+    return joined_runs(comparison.runs(0, clusters.block_count))
+
+
+def sifted(
+    runs: Iterable[Run],
+    device: Readable,
+    past: Readable,
+    clusters: Geometry,
+    extent_bytes: int,
+    advance: Callable[[int], None] = lambda length: None,
+) -> Iterator[Run]:
+    """Yield `runs`, ascending runs of `clusters`, without what is the same in `past`: ascending and not adjacent.
+
+    Only extents that are dirty as a whole are compared: a crash makes whole ones dirty, and the rest was written to.
+    """
+    comparison = _Comparison(device, past, clusters, advance)
+    return joined_runs(_sifted(runs, comparison, max(extent_bytes >> clusters.granularity_bits, 1)))
+
+
+def _sifted(runs: Iterable[Run], comparison: _Comparison, extent: int) -> Iterator[Run]:
+    """`extent` is in clusters."""
+    last = comparison.clusters.block_count
+    for start, stop in runs:
+        first = min(ceil_div(start, extent) * extent, stop)
+        end = stop if stop == last else max(stop // extent * extent, first)
+        yield comparison.passed(start, first)
+        yield from comparison.runs(first, end)
+        yield comparison.passed(end, stop)
 
 
 class _Comparison:
-    def __init__(self, device: Readable, past: Readable, clusters: Geometry) -> None:
+    def __init__(
+        self, device: Readable, past: Readable, clusters: Geometry, advance: Callable[[int], None]
+    ) -> None:
+        self.clusters = clusters
         self._device = device
         self._past = past
-        self._clusters = clusters
+        self._advance = advance
         self._chunk_bytes = max(_CHUNK_BYTES, clusters.granularity)
         self._new = new_buffer(self._chunk_bytes)
         self._old = new_buffer(self._chunk_bytes)
 
-    def runs(self, advance: Callable[[int], None]) -> Iterator[Run]:
-        """Yield differing clusters; adjacent clusters may come as separate runs."""
-        for offset, length, zero in self._stretches():
+    def passed(self, first: int, last: int) -> Run:
+        """Return the run of clusters [first, last) as it is."""
+        self._advance(self.clusters.bytes_of(first, last)[1])
+        return first, last
+
+    def runs(self, first: int, last: int) -> Iterator[Run]:
+        """Yield differing clusters of [first, last); adjacent clusters may come as separate runs."""
+        for offset, length, zero in self._stretches(first, last):
             if zero:
-                advance(length)
+                self._advance(length)
                 continue
             for at in range(offset, offset + length, self._chunk_bytes):
                 count = min(self._chunk_bytes, offset + length - at)
                 yield from self._differing(at, count)
-                advance(count)
+                self._advance(count)
 
-    def _stretches(self) -> Iterator[tuple[int, int, bool]]:
+    def _stretches(self, first: int, last: int) -> Iterator[tuple[int, int, bool]]:
         """Yield (offset, length, whether both are known to be zero) in whole clusters, without a gap."""
-        size, position = self._clusters.size, 0
-        for start, stop in self._zero_in_both():
-            zero = self._clusters.blocks_inward(start, stop - start)
-            offset, length = self._clusters.bytes_of(zero.start, zero.stop)
+        position, length = self.clusters.bytes_of(first, last)
+        end = position + length
+        for start, stop in self._zero_in_both(position, end):
+            zero = self.clusters.blocks_inward(start, stop - start)
+            offset, length = self.clusters.bytes_of(zero.start, zero.stop)
             if not zero:
                 continue
             if position < offset:
                 yield position, offset - position, False
             yield offset, length, True
             position = offset + length
-        if position < size:
-            yield position, size - position, False
+        if position < end:
+            yield position, end - position, False
 
-    def _zero_in_both(self) -> Iterator[tuple[int, int]]:
-        """Yield ascending byte ranges [start, stop) that are zero in both."""
-        theirs = _zeroes(self._past, self._clusters.size)
+    def _zero_in_both(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield ascending byte ranges [start, stop) of [begin, end) that are zero in both."""
+        theirs = _zeroes(self._past, begin, end)
         old_start, old_stop = next(theirs, _NOWHERE)
-        for start, stop in _zeroes(self._device, self._clusters.size):
+        for start, stop in _zeroes(self._device, begin, end):
             while old_stop <= start:
                 old_start, old_stop = next(theirs, _NOWHERE)
             while old_start < stop:
@@ -90,7 +127,7 @@ class _Comparison:
         old[kept:] = bytes(length - kept)
         if self._new.startswith(old):
             return
-        size, first = self._clusters.granularity, offset >> self._clusters.granularity_bits
+        size, first = self.clusters.granularity, offset >> self.clusters.granularity_bits
         for number, at in enumerate(range(0, length, size), first):
             stop = min(at + size, length)
             if not self._new.startswith(old[at:stop], at, stop):
@@ -100,29 +137,16 @@ class _Comparison:
 _NOWHERE: Final = (1 << 64, 1 << 64)
 
 
-def _zeroes(device: Readable, size: int) -> Iterator[tuple[int, int]]:
-    """Yield byte ranges [start, stop) below `size` that read as zeroes. All past the device's end counts as zero."""
-    start = stop = 0
-    for position, part in _placed(device, min(device.size, size)):
-        if not part.zero:
-            continue
-        if position != stop:
-            if start < stop:
-                yield start, stop
-            start = position
-        stop = position + part.length
-    if device.size < size:
-        if stop != device.size:
-            if start < stop:
-                yield start, stop
-            start = device.size
-        stop = size
-    if start < stop:
-        yield start, stop
+def _zeroes(device: Readable, begin: int, end: int) -> Iterator[Run]:
+    """Yield byte ranges [start, stop) of [begin, end) that read as zeroes. All past the device's end counts as zero."""
+    return joined_runs(_parts_that_are_zero(device, begin, end))
 
 
-def _placed(device: Readable, size: int) -> Iterator[tuple[int, Allocation]]:
-    position = 0
-    for part in device.allocation(0, size):
-        yield position, part
-        position += part.length
+def _parts_that_are_zero(device: Readable, begin: int, end: int) -> Iterator[Run]:
+    position, known = begin, min(device.size, end)
+    if position < known:
+        for part in device.allocation(position, known - position):
+            if part.zero:
+                yield position, position + part.length
+            position += part.length
+    yield max(begin, device.size), end

@@ -160,7 +160,7 @@ def test_killed_beside_a_disk_that_fails_the_other_has_its_backup_or_not_and_bot
 def test_a_backup_of_an_attached_disk_killed_at_any_step_is_followed_by_a_right_increment(
     deaths: Deaths,
 ) -> None:
-    """Its disk died in the middle of being written: what was armed is copied once."""
+    """Its disk died in the middle of being written: what was armed is read once more."""
     made = []
     for death in deaths("backing_up_attached"):
         with closing(Store.open(str(death.folder / "store"))) as store:

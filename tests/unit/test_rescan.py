@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmdbitmap.backups.rescan import differing
+from lmdbitmap.backups.rescan import differing, sifted
+from lmdbitmap.bits import joined_runs
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.images.memory_device import MemoryDevice
 
@@ -87,3 +88,36 @@ def test_what_both_know_to_be_zero_is_not_read() -> None:
     current.pread_into = watched  # type: ignore[method-assign]
     assert list(differing(current, past, Geometry(size, CLUSTER_BITS))) == []
     assert read == [(20 * CLUSTER, CLUSTER)]
+
+
+@given(
+    size=st.integers(1, 60 * CLUSTER),
+    old_size=st.integers(0, 60 * CLUSTER),
+    both=pieces,
+    new=pieces,
+    old=pieces,
+    dirty=st.sets(st.integers(0, 59)) | st.just(set(range(60))),
+    extent=st.sampled_from([1, 2, 8, 16]),
+)
+def test_of_whole_extents_that_are_dirty_what_differs_is_left(
+    size: int, old_size: int, both: list[tuple[int, int, int]], new: list[tuple[int, int, int]],
+    old: list[tuple[int, int, int]], dirty: set[int], extent: int,
+) -> None:  # fmt: skip
+    clusters = Geometry(size, CLUSTER_BITS)
+    current, past = device(size, both + new), device(old_size, both + old)
+    dirty = {cluster for cluster in dirty if cluster < clusters.block_count}
+    told: list[int] = []
+    runs = joined_runs((cluster, cluster + 1) for cluster in sorted(dirty))
+    found = list(sifted(runs, current, past, clusters, extent * CLUSTER, told.append))
+    differ = set(naive(current.pread(size, 0), past.pread(old_size, 0)))
+    whole = {
+        cluster
+        for cluster in dirty
+        if dirty
+        >= {*range(cluster // extent * extent, cluster // extent * extent + extent)}
+        & {*range(clusters.block_count)}
+    }
+    left = {cluster for start, stop in found for cluster in range(start, stop)}
+    assert left == dirty - (whole - differ)
+    assert all(stop < start for (_, stop), (start, _) in pairwise(found))
+    assert sum(told) == sum(clusters.bytes_of(cluster, cluster + 1)[1] for cluster in dirty)
