@@ -51,7 +51,7 @@ INTERVAL_S = 0.5
 """Seconds between signs of life, and between background passes."""
 chores = Chores(INTERVAL_S)
 """The background passes of all disks that this process has attached."""
-_DISARM_PER_PASS = 512
+_DISARM_PER_PASS = 4096
 _QUIET_PASSES = 10
 """Passes without new dirt before an extent is disarmed. A guest that writes there sooner waits for no commit."""
 

@@ -24,24 +24,25 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from lmdbitmap import bits
 from lmdbitmap.bits import Run
 from lmdbitmap.errors import LmdbitmapError
-from lmdbitmap.geometry import EXTENT_BLOCKS, REGION_BLOCKS, REGION_BYTES, REGION_EXTENTS
+from lmdbitmap.geometry import EXTENT_BLOCKS, REGION_BLOCKS, REGION_BYTES
 from lmdbitmap.storage import schema
 from lmdbitmap.storage.schema import Bitmap
 from lmdbitmap.store import Reader, Store, Writer
 from lmdbitmap.tracker import chain, masks
 from lmdbitmap.tracker.armed import ArmedExtents
+from lmdbitmap.tracker.arming import add_dense_regions, make_room, worth_arming
 from lmdbitmap.tracker.masks import Piece
 
 DEFAULT_MAX_ARMED = 1024
-_ARM_AHEAD_EXTENTS = 8
-_DENSE_EXTENTS = 16
-"""Armed extents of a region from which on writes all over it are likely."""
+_TAKEN_AT_ONCE = 512
+"""Extents that are disarmed while writers wait: a millisecond's work."""
 
 
 class _Ticket:
@@ -203,9 +204,7 @@ class Period:
     def _plan_for(self, pieces: list[Piece]) -> _Commit:
         """Plan the records that make `pieces` durable. Caller holds `_commit` and `_state`.
 
-        A record carries the pieces' exact bits too. So only extents that a piece covers in part are armed: more writes
-        are likely there. Where blocks are written in sequence, the next extents are armed as well, and where many
-        extents of a region are armed, all the others.
+        A record carries the pieces' exact bits too; arming.py decides what is armed with it.
         """
         exact: dict[int, bytearray] = {}
         arming: dict[int, int] = {}
@@ -217,12 +216,10 @@ class Period:
                 record[start >> 3] |= 1 << (start & 7)
             else:
                 bits.set_range(bits.bitmap_view(record), start, stop)
-            mask = masks.at_edges(start, stop)
-            if self._continues(region, start, stop):
-                mask |= masks.ahead(stop, _ARM_AHEAD_EXTENTS)
-            arming[region] = arming.get(region, 0) | mask
-        self._arm_dense_regions(arming)
-        self._limit_armed(exact, arming)
+            arming[region] = arming.get(region, 0) | worth_arming((region, start, stop), self.settled)
+        add_dense_regions(self._armed, arming)
+        for region in make_room(self._armed, arming) - exact.keys():
+            exact[region] = self._known(region)
         records = {
             region: (self._armed.mask(region) | arming.get(region, 0), bytes(record))
             for region, record in exact.items()
@@ -235,46 +232,6 @@ class Period:
             self._load(region)
         base = region * REGION_BYTES
         return bytearray(self._memory[base : base + REGION_BYTES])
-
-    def _continues(self, region: int, start: int, stop: int) -> bool:
-        """Whether a write that enters an extent at its start goes on where earlier ones stopped."""
-        enters = start % EXTENT_BLOCKS == 0 or start // EXTENT_BLOCKS < (stop - 1) // EXTENT_BLOCKS
-        block = region * REGION_BLOCKS + start
-        return enters and block > 0 and bool(self.settled[block - 1])
-
-    def _arm_dense_regions(self, arming: dict[int, int]) -> None:
-        """Arm the rest of regions of which much is armed, as long as less than half of the limit is in use.
-
-        Writes at random places all over a disk would otherwise need a commit for each extent.
-        """
-        room = self._armed.most // 2 - len(self._armed) - sum(map(int.bit_count, arming.values()))
-        for region, mask in arming.items():
-            rest = masks.ALL_EXTENTS & ~(self._armed.mask(region) | mask)
-            if REGION_EXTENTS - rest.bit_count() >= _DENSE_EXTENTS and rest.bit_count() <= room:
-                arming[region] = mask | rest
-                room -= rest.bit_count()
-
-    def _limit_armed(self, exact: dict[int, bytearray], arming: dict[int, int]) -> None:
-        """Disarm extents until `arming` fits the limit: first where a record is written anyway, then the quietest.
-
-        Extents that still do not fit are not armed: the records carry their blocks one by one.
-        """
-        excess = len(self._armed) + sum(mask.bit_count() for mask in arming.values()) - self._armed.most
-        for region in list(arming):
-            if excess <= 0:
-                return
-            old = self._armed.mask(region) & ~arming[region]
-            self._armed.disarm(region, old)
-            excess -= old.bit_count()
-        while excess > 0 and (victim := self._armed.longest_quiet()) is not None:
-            region, extent = victim
-            if region not in exact:
-                exact[region] = self._known(region)
-            self._armed.disarm(region, 1 << extent)
-            excess -= 1
-        while excess > 0:
-            _, mask = arming.popitem()
-            excess -= mask.bit_count()
 
     def _settle(self, plan: _Commit) -> None:
         """Take a durable plan into memory. Caller holds `_commit` and `_state`."""
@@ -298,24 +255,40 @@ class Period:
         enough. Raises what the store raises; the extents then stay armed on disk, which is the safe direction.
         """
         with self._commit:
+            disarmed, records = self._take_quiet(limit, passes)
             with self._state:
-                before = len(self._armed)
-                records = self._take_quiet(limit, passes)
-                disarmed = before - len(self._armed)
                 self._armed.end_pass()
             error = self._write(records)
         if error is not None:
             raise error
         return disarmed
 
-    def _take_quiet(self, limit: int, passes: int) -> dict[int, tuple[int, bytes]]:
-        regions: set[int] = set()
+    def _take_quiet(self, limit: int, passes: int) -> tuple[int, dict[int, tuple[int, bytes]]]:
+        """Disarm at most `limit` extents; return how many, and their records. Caller holds `_commit`.
+
+        Some at a time: writers that wait for `_state` come in between.
+        """
+        disarmed, records = 0, dict[int, tuple[int, bytes]]()
+        while disarmed < limit:
+            with self._state:
+                regions = self._disarm_some(min(limit - disarmed, _TAKEN_AT_ONCE), passes)
+                records |= {
+                    region: (self._armed.mask(region), bytes(self._known(region))) for region in regions
+                }
+            if not regions:
+                break
+            disarmed += sum(regions.values())
+        return disarmed, records
+
+    def _disarm_some(self, limit: int, passes: int) -> Counter[int]:
+        """Disarm the longest quiet; return how many extents of which regions. Caller holds `_state`."""
+        regions = Counter[int]()
         while limit > 0 and (quiet := self._armed.longest_quiet(passes)) is not None:
             region, extent = quiet
             self._armed.disarm(region, 1 << extent)
-            regions.add(region)
+            regions[region] += 1
             limit -= 1
-        return {region: (self._armed.mask(region), bytes(self._known(region))) for region in regions}
+        return regions
 
     def persist(self) -> None:
         """Write all bits that are only in memory and disarm everything: the store is exact on return.
@@ -323,8 +296,9 @@ class Period:
         Writers may go on meanwhile; their new dirt arms anew.
         """
         with self._commit:
+            _, records = self._take_quiet(self.armed_count, passes=0)
             with self._state:
-                records = self._take_all()
+                records |= self._take_all()
             error = self._write(records)
             if error is not None:
                 raise error

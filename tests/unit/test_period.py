@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +19,8 @@ from lmdbitmap.geometry import EXTENT_BLOCKS, REGION_BLOCKS, REGION_BYTES, REGIO
 from lmdbitmap.storage import schema
 from lmdbitmap.storage.schema import Bitmap
 from lmdbitmap.store import Store, Writer
+from lmdbitmap.tracker import arming
+from lmdbitmap.tracker import period as period_module
 from lmdbitmap.tracker.period import Period
 
 BLOCKS = 3 * REGION_BLOCKS - 100
@@ -299,6 +302,22 @@ def test_many_extents_at_once_respect_the_limit_too(notebook: Notebook) -> None:
     assert settled(period) == {n * 64 + 1 for n in range(100)} <= notebook.dirty()
 
 
+@pytest.mark.parametrize("most", [1, 2])
+def test_limit_of_armed_regions_holds_whatever_is_written(
+    notebook: Notebook, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """Else a checkpoint would have records without end to write while writers wait."""
+    monkeypatch.setattr(arming, "MOST_REGIONS", most)
+    period, model = notebook.period(), set[int]()
+    places = [(number * 7919) % BLOCKS for number in range(60)]
+    for place in [*places, *range(100, 300), *places]:
+        period.make_durable([(place, place + 1)])
+        model.add(place)
+        assert settled(period) == model <= notebook.dirty()
+        assert len({extent // REGION_EXTENTS for extent in notebook.armed()}) <= most
+    assert notebook.armed()
+
+
 def test_extent_that_had_to_go_keeps_its_bits_and_commits_anew(notebook: Notebook) -> None:
     period = notebook.period(max_armed=1)
     period.make_durable([(0, 1)])
@@ -505,6 +524,33 @@ def test_pass_disarms_a_bounded_number_longest_quiet_first(notebook: Notebook) -
     assert period.disarm_quiet(3) == 3
     assert notebook.armed() == {1}
     assert notebook.dirty() == {64 * 5 + 1, 64 * 3 + 1, 64 * 9 + 1, *range(64, 128)}
+
+
+def test_pass_lets_writers_in_between(notebook: Notebook, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And has all that they wrote into extents that it disarms later."""
+    monkeypatch.setattr(period_module, "_TAKEN_AT_ONCE", 3)
+    period = notebook.period()
+    scatter(period, range(10))
+    disarm = period._disarm_some
+
+    def followed_by_a_write(limit: int, passes: int) -> Counter[int]:
+        found = disarm(limit, passes)
+        bits.set_range(period.settled, 9 * EXTENT_BLOCKS + limit, 9 * EXTENT_BLOCKS + limit + 1)
+        return found
+
+    monkeypatch.setattr(period, "_disarm_some", followed_by_a_write)
+    assert period.disarm_quiet(9, passes=0) == 9
+    assert notebook.armed() == {9}
+    period.persist()
+    assert notebook.armed() == set()
+    assert (
+        notebook.dirty()
+        == settled(period)
+        == {
+            *(extent * EXTENT_BLOCKS + 7 for extent in range(10)),
+            *(9 * EXTENT_BLOCKS + limit for limit in (1, 3)),
+        }
+    )
 
 
 def test_failed_pass_leaves_the_store_saying_too_much(notebook: Notebook) -> None:
