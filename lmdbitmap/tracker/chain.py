@@ -226,8 +226,22 @@ def note_damage(writer: Writer, bitmap_id: int) -> None:
 
 
 def merge_into(writer: Writer, target_id: int, source_id: int) -> None:
-    """OR one bitmap into another of the same granularity; the source stays as it is."""
+    """OR one bitmap into another of the same granularity; the source stays as it is.
+
+    Where everything is dirty, records say nothing, and none are kept.
+    """
     target, source = writer.bitmap(target_id), writer.bitmap(source_id)
+    all_dirty, damaged = target.all_dirty or source.all_dirty, False
+    if all_dirty is None:
+        damaged = _merge_regions(writer, target_id, source_id)
+    else:
+        writer.delete_regions(target_id)
+    superset = target.superset or source.superset or (_DAMAGED if damaged else None)
+    writer.put_bitmap(dataclasses.replace(target, all_dirty=all_dirty, superset=superset))
+
+
+def _merge_regions(writer: Writer, target_id: int, source_id: int) -> bool:
+    """OR the records of one bitmap into those of the other; return whether one was damaged."""
     damaged = False
     for number, region in writer.regions(source_id):
         mine = writer.region(target_id, number)
@@ -237,13 +251,7 @@ def merge_into(writer: Writer, target_id: int, source_id: int) -> None:
             armed |= mine.armed
             bits.or_into(merged, mine.bits)
         writer.put_region(target_id, number, armed, bytes(merged))
-    writer.put_bitmap(
-        dataclasses.replace(
-            target,
-            all_dirty=target.all_dirty or source.all_dirty,
-            superset=target.superset or source.superset or (_DAMAGED if damaged else None),
-        )
-    )
+    return damaged
 
 
 def mark_outward(writer: Writer, bitmap: Bitmap, offset: int, length: int) -> None:

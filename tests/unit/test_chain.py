@@ -219,6 +219,26 @@ def test_trust_is_merged_to_the_worse(archive: Archive) -> None:
         assert (merged.superset, merged.all_dirty) == ("a crash", chain.NEVER_BACKED_UP)
 
 
+@pytest.mark.parametrize("of", ["the kept", "the forgotten"])
+def test_where_everything_is_dirty_no_records_are_kept(archive: Archive, of: str) -> None:
+    """An epoch's first period is such a one, and gets the bits of all that is ever forgotten."""
+    archive.checkpoint("monday", 1, 5000)
+    archive.checkpoint("tuesday", 2, armed={1: 0b1})
+    make_all_dirty(archive, "monday" if of == "the kept" else "tuesday")
+    archive.forget("tuesday")
+    assert (archive.dirty("monday"), archive.region_keys()) == (set(), 0)
+    with archive.store.read() as reader:
+        assert reader.bitmap(archive.points()[-1].bitmap_id).all_dirty == "a test"
+
+
+def make_all_dirty(archive: Archive, name: str) -> None:
+    def change(writer: Writer, disk: Disk) -> None:
+        bitmap = writer.bitmap(chain.find_checkpoint(writer, disk, name).bitmap_id)
+        writer.put_bitmap(dataclasses.replace(bitmap, all_dirty="a test"))
+
+    archive.change(change)
+
+
 def test_first_checkpoint_takes_its_bits_with_it(archive: Archive) -> None:
     archive.checkpoint("monday", 1)
     archive.checkpoint("tuesday", 2)
