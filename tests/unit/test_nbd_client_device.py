@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import FrameType, SimpleNamespace
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -178,6 +179,14 @@ def hanging(host: str, stack: ExitStack) -> tuple[str, int]:
 def test_a_host_of_several_addresses_that_hang_takes_no_longer_than_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """What they are allowed adds up; how long they take is also up to who else uses the processor."""
+    allowed_s, connect = list[float](), dial._connect
+
+    def connect_within(sock: socket.socket, address: Any, timeout_s: float) -> None:
+        allowed_s.append(timeout_s)
+        connect(sock, address, timeout_s)
+
+    monkeypatch.setattr(dial, "_connect", connect_within)
     monkeypatch.setattr("lmdbitmap.nbd.client.device.DIAL_S", 0.6)
     with ExitStack() as stack:
         addresses = [hanging(f"127.0.0.{number}", stack) for number in range(1, 4)]
@@ -186,7 +195,10 @@ def test_a_host_of_several_addresses_that_hang_takes_no_longer_than_one(
         started = time.monotonic()
         with pytest.raises(Busy, match="did not answer"):
             NbdDevice.open("nbd://far.example/disk")
-        assert 0.5 < time.monotonic() - started < 1.7, "each of them had 0.6 s"
+        took_s = time.monotonic() - started
+    assert len(allowed_s) == 3
+    assert sum(allowed_s) < 0.7, "each of them had 0.6 s"
+    assert took_s > sum(allowed_s) - 0.1, "they were not waited for"
 
 
 def test_a_slow_name_server_takes_no_time_from_the_server(
