@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
@@ -19,19 +20,31 @@ from prometheus_client import Gauge
 from prometheus_client.registry import CollectorRegistry
 
 from lmdbitmap.cli.scraping import serving
+from lmdbitmap.nbd import listeners
 from tests.helpers.support import PATIENCE_SECONDS
 
 PLACES = 4
-TRIES = 100
 SHORT_S = 1.0
 BETWEEN_BYTES_S = 0.05
 
 
-@pytest.fixture
-def url() -> Iterator[str]:
+@contextlib.contextmanager
+def served(patience_s: float) -> Iterator[str]:
     registry = CollectorRegistry()
     Gauge("tracked", "a figure", registry=registry).set(7)
-    with serving(registry, "127.0.0.1", 0, patience_s=SHORT_S) as url:
+    with serving(registry, "127.0.0.1", 0, patience_s=patience_s) as url:
+        yield url
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    with served(PATIENCE_SECONDS) as url:
+        yield url
+
+
+@pytest.fixture
+def hurried_url() -> Iterator[str]:
+    with served(SHORT_S) as url:
         yield url
 
 
@@ -52,8 +65,14 @@ def figures(url: str) -> str:
     return ""
 
 
-def bytes_until_hung_up_on(sock: socket.socket, said: bytes) -> int:
-    """Send one byte after the other, none of them late, until the server hangs up; how many it took."""
+def await_figures(url: str) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while "tracked 7.0" not in figures(url):
+        assert time.monotonic() < deadline
+
+
+def trickle_until_hung_up_on(sock: socket.socket, said: bytes) -> None:
+    """Send one byte after the other, none of them late."""
     sock.settimeout(BETWEEN_BYTES_S)
     for count in range(len(said)):
         try:
@@ -63,19 +82,23 @@ def bytes_until_hung_up_on(sock: socket.socket, said: bytes) -> int:
             continue
         except (BrokenPipeError, ConnectionResetError):
             pass
-        return count
+        return
     pytest.fail("the server listened to the end")
 
 
 @pytest.mark.parametrize("said", [b"GET /metrics?" + b"x" * 1000, b"GET / HTTP/1.1\r\nX: " + b"x" * 1000])
-def test_a_scraper_that_trickles_is_hung_up_on_and_gives_its_place_back(url: str, said: bytes) -> None:
+def test_a_scraper_that_trickles_is_hung_up_on_and_gives_its_place_back(
+    hurried_url: str, said: bytes
+) -> None:
+    begun_s = time.monotonic()
     with ExitStack() as stack:
-        trickling = [stack.enter_context(scraper(url)) for _ in range(PLACES)]
+        trickling = [stack.enter_context(scraper(hurried_url)) for _ in range(PLACES)]
         for sock in trickling:
             sock.sendall(said[:1])
-        assert bytes_until_hung_up_on(trickling[0], said[1:]) > 0
+        trickle_until_hung_up_on(trickling[0], said[1:])
+        assert time.monotonic() - begun_s >= SHORT_S
         assert all(hears_the_end(sock) for sock in trickling[1:])
-        assert any("tracked 7.0" in figures(url) for _ in range(TRIES))
+        await_figures(hurried_url)
 
 
 def hears_the_end(sock: socket.socket) -> bool:
@@ -111,15 +134,21 @@ def test_without_a_descriptor_for_a_scraper_nobody_asks_for_one_all_the_time(
     url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The thread that did would take the processor from the guests."""
-    tries = []
+    steps, pauses = list[str | float](), threading.Semaphore(0)
 
     def refused(listening: socket.socket) -> None:
-        tries.append(time.monotonic())
+        steps.append("asked")
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def pause(seconds: float) -> None:
+        steps.append(seconds)
+        pauses.release()
 
     with monkeypatch.context() as patched:
         patched.setattr(socket.socket, "accept", refused)
+        patched.setattr(listeners, "time", SimpleNamespace(sleep=pause))
         with scraper(url):
-            time.sleep(0.5)
+            for _ in range(5):
+                assert pauses.acquire(timeout=PATIENCE_SECONDS)
     assert "cannot take a scraper in, and will try again: [Errno 24] Too many open files" in caplog.text
-    assert 1 <= len(tries) < 20
+    assert steps[:10] == ["asked", 0.1] * 5
