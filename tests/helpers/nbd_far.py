@@ -194,17 +194,16 @@ class FarServer:
             sockets.enter_context(sock)
             with contextlib.suppress(OSError, EOFError, HangUp):
                 self.handshake_bytes = 0
-                sock = self._shake_hands(sock, sockets)
-                self.handshakes += 1
-                while self._answer(sock, self.handshakes):
+                sock, number = self._shake_hands(sock, sockets)
+                while self._answer(sock, number):
                     pass
             with self._lock:
                 self._connections.discard(sock)
 
     # -- handshake -----------------------------------------------------------------------------------------
 
-    def _shake_hands(self, sock: socket.socket, sockets: contextlib.ExitStack) -> socket.socket:
-        """The socket that is spoken over from then on; `sockets` closes it."""
+    def _shake_hands(self, sock: socket.socket, sockets: contextlib.ExitStack) -> tuple[socket.socket, int]:
+        """The socket that is spoken over from then on, and its number; `sockets` closes it."""
         if self.is_silent:
             _exactly(sock, 1)
         self._say(sock, self.greeting + struct.pack(">H", 1 | (2 if self.no_zeroes else 0)))
@@ -219,11 +218,24 @@ class FarServer:
                 continue
             if number == EXPORT_NAME:
                 padding = b"" if self.no_zeroes else bytes(124)
-                self._say(sock, struct.pack(">QH", self.size, self.flags) + padding)
-                return sock
-            self._say(sock, b"".join(self.option_replies(number)))
+                return sock, self._agree(sock, struct.pack(">QH", self.size, self.flags) + padding)
+            said = b"".join(self.option_replies(number))
             if number == GO and self.knows_go:
-                return sock
+                return sock, self._agree(sock, said)
+            self._say(sock, said)
+
+    def _agree(self, sock: socket.socket, last_word: bytes) -> int:
+        """Say the last word of a handshake, which is counted before: a client that heard it may look at once."""
+        with self._lock:
+            self.handshakes += 1
+            number = self.handshakes
+        try:
+            self._say(sock, last_word)
+        except BaseException:
+            with self._lock:
+                self.handshakes -= 1
+            raise
+        return number
 
     def _encrypted(self, sock: socket.socket, tls: ssl.SSLContext, number: int) -> socket.socket:
         if number != STARTTLS:
