@@ -16,10 +16,11 @@ from tests.helpers.support import make_raw_image
 from tests.helpers.tracked import quick_folder
 from tests.helpers.turns import Turns, Workers, wants_to_be_alone
 
-# A slow example is no failure: the machine may be busy, and pytest-timeout catches what hangs.
-settings.register_profile("dev", deadline=None)
+# A slow example is no failure: the machine may be busy, and pytest-timeout catches what hangs. Where `CI` is set,
+# Hypothesis itself would always take the same examples, whatever the seed.
+settings.register_profile("dev", deadline=None, derandomize=False)
 settings.register_profile(
-    "ci", deadline=None, database=None, max_examples=100, print_blob=True,
+    "ci", deadline=None, derandomize=False, database=None, max_examples=100, print_blob=True,
     suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
