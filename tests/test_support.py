@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import RawImage
+from tests.helpers.nbd_raw import RawClient
 from tests.helpers.support import run, spawn, tool_version, wait_for_socket, why_unusable
 
 LISTENER = """
@@ -167,3 +169,10 @@ def test_elsewhere_a_skip_is_just_a_skip(tmp_path: Path) -> None:
     code, said = _outcome(tmp_path, SKIPPING, no_skip="")
     assert code == 0
     assert "1 passed, 1 skipped, 1 xfailed" in said
+
+
+def test_a_client_that_finds_nobody_leaves_no_socket_to_the_garbage_collector(tmp_path: Path) -> None:
+    """Which would warn of it in the middle of another test."""
+    with pytest.raises(FileNotFoundError):
+        RawClient.connect(str(tmp_path / "none"))
+    gc.collect()

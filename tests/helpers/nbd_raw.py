@@ -72,7 +72,11 @@ class RawClient:
     def connect(cls, path: str) -> RawClient:
         sock = socket.socket(socket.AF_UNIX)
         sock.settimeout(PATIENCE_SECONDS)
-        sock.connect(path)
+        try:
+            sock.connect(path)
+        except BaseException:
+            sock.close()  # else the garbage collector warns of it, in the middle of any test
+            raise
         return cls(sock)
 
     def __enter__(self: ClientType) -> ClientType:
