@@ -11,9 +11,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from xdist.workermanage import NodeManager  # type: ignore[import-untyped]
 
+from tests.helpers import turns
 from tests.helpers.support import PATIENCE_SECONDS, run
-from tests.helpers.turns import Turns
+from tests.helpers.turns import Turns, Workers
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.timeout(120)  # some start an interpreter or three, twice
@@ -75,6 +77,7 @@ HELD = """
 import fcntl, os
 from pathlib import Path
 import pytest
+from xdist.workermanage import NodeManager  # type: ignore[import-untyped]
 
 def kind(request):
     folder = Path(request.config.workerinput["turns"])
@@ -101,6 +104,7 @@ def test_beside_others(request, held_in_fixture, number):
 """
 SKIPPING = """
 import pytest
+from xdist.workermanage import NodeManager  # type: ignore[import-untyped]
 
 def test_fine(): pass
 
@@ -165,6 +169,11 @@ def test_a_worker_that_dies_is_a_failure(tmp_path: Path, source: str) -> None:
     code, said = outcome(tmp_path, 1, dying=source)
     assert code == 1, said
     assert "workers that died" in said
+
+
+def test_a_worker_that_is_slow_to_end_is_not_killed() -> None:
+    Workers().pytest_unconfigure()
+    assert turns._END_S == NodeManager.EXIT_TIMEOUT >= 3 * PATIENCE_SECONDS
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-_END_S = 10
-"""How long a worker may take to end, once it is let go."""
+_END_S = 60
+"""How long a worker may take to end, once it is let go: 5 seconds and more on a busy machine."""
 
 
 def wants_to_be_alone(item: pytest.Item) -> bool:
@@ -62,6 +62,7 @@ class Workers:
         self._folder = tempfile.TemporaryDirectory(prefix="lmdbitmap-turns-")
         self._deaths: list[str] = []
         self._processes: list[tuple[str, subprocess.Popen[bytes]]] = []
+        _give_time_to_end()
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
@@ -98,3 +99,10 @@ class Workers:
 
     def pytest_unconfigure(self) -> None:
         self._folder.cleanup()
+
+
+def _give_time_to_end() -> None:
+    """Else xdist would kill, after 10 seconds, a worker that has told all of its tests."""
+    from xdist.workermanage import NodeManager  # type: ignore[import-untyped]
+
+    NodeManager.EXIT_TIMEOUT = _END_S
