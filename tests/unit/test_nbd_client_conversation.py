@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,7 +46,7 @@ from tests.helpers.nbd_far import (
     simple,
 )
 from tests.helpers.nbd_raw import FAST_ZERO, FLUSH, NO_HOLE, READ, WRITE
-from tests.helpers.support import PATIENCE_SECONDS
+from tests.helpers.support import PATIENCE_SECONDS, run
 from tests.helpers.tracked import TrackedDisk, blocks_of, quick_folder, trust_of
 
 SIZE = 64 << 10
@@ -446,7 +447,7 @@ class InterruptedOnceItIsHeld:
 
 @pytest.mark.parametrize(
     ("holder", "lock", "pieces"),
-    [("_link", "_sending", 0), ("_flushes", "_turn", UNTIL_ONE_OF_OUR_OWN - 1)],
+    [("_link", "_sending", 0), ("flushes", "_turn", UNTIL_ONE_OF_OUR_OWN - 1)],
     ids=["to send", "to flush by ourselves"],
 )
 def test_writer_that_is_interrupted_just_when_it_has_a_lock_does_not_keep_it(
@@ -580,6 +581,38 @@ def test_writer_that_is_interrupted_while_what_was_flushed_is_let_go_of_spoils_n
         far.crash()
         assert device.pread(9, 0) == b"morelatex"
     assert far.commands()[-2:] == [WRITE, READ], "only what no flush covers is written again"
+
+
+# --- forks ---
+
+FORKING = """
+import os, sys
+from lmdbitmap.nbd.client.device import NbdDevice
+device = NbdDevice.open(sys.argv[1], reconnect_s=0)
+device.pwrite(b"kept, as nobody flushed", 0)
+device._conversation._state.acquire()  # as another thread, which the child will not have
+child = os.fork()
+if child == 0:
+    for attempt in (lambda: device.pread(4, 0), lambda: device.pwrite(b"child", 0), device.flush):
+        try:
+            attempt()
+        except OSError as refused:
+            print(refused.strerror, flush=True)
+    device.close()
+    os._exit(0)
+os.waitpid(child, 0)
+device._conversation._state.release()
+print(device.pread(4, 0).decode())
+device.close()
+"""
+
+
+def test_forked_child_says_nothing_on_its_parents_connection(far: FarServer) -> None:
+    """The answer would be taken for one of the parent's, as both go on counting from the same cookie."""
+    said = run(sys.executable, "-c", FORKING, far.uri).stdout.splitlines()
+    assert said == [*["the image is closed"] * 3, "kept"]
+    assert far.handshakes == 1
+    assert far.commands() == [WRITE, READ]
 
 
 # --- what is told of a tracked disk ---

@@ -26,7 +26,7 @@ read.
 
 One thing cannot be known: whether a server that lost us is still busy with a request of the old connection. Such a
 write may come after a later one to the same place. A server that died has no such ghosts. Where we break off ourselves,
-we wait a moment for the old connection's end. `in_doubt` names the ranges that may have a ghost, whether their request
+we wait a moment for the old connection's end. `doubts` has the ranges that may have a ghost, whether their request
 was done again or failed (doubts.py).
 """
 
@@ -41,7 +41,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from lmdbitmap.bits import Run
 from lmdbitmap.errors import Busy, LmdbitmapError
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.client.doubts import Doubts
@@ -51,6 +50,7 @@ from lmdbitmap.nbd.client.handshake import require_same
 from lmdbitmap.nbd.client.link import AWAY, SILENT, Call, Link, Request
 from lmdbitmap.nbd.client.unflushed import CHANGES, Unflushed
 from lmdbitmap.nbd.client.windows import apart, of_a_kind
+from lmdbitmap.work import forks
 
 log = logging.getLogger(__name__)
 
@@ -99,10 +99,10 @@ class Conversation:
         """Changed by the leader, under `_state`. The leader, and a check that needs a rough size, read it without."""
         self._making_room = threading.Lock()
         """Held by the writer that flushes because too much is kept; the others wait, and find room afterwards."""
-        self._flushes = Flushes(self, name)
+        self.flushes = Flushes(self, name)
         """It has a lock of its own."""
-        self._doubts = Doubts()
-        """Added to under `_state`; read without a lock."""
+        self.doubts = Doubts()
+        """What may change yet because of a connection that was lost. Added to under `_state`; read without a lock."""
         self._link: Link | None = connect()
         """None while there is none. The leader changes it under `_state` and reads it without; at the end `close` does,
         without a leader.
@@ -112,6 +112,7 @@ class Conversation:
         self.export = self._link.export
         self._keeps = self.export.has(nbd.NBD_FLAG_SEND_FLUSH)
         """Whether acknowledged changes are kept until a flush."""
+        forks.is_not_for_children(self)
 
     # -- the caller's thread -------------------------------------------------------------------------------
 
@@ -129,17 +130,9 @@ class Conversation:
 
         The failure is final, unless it is `FarAway`.
         """
-        flush = self._flushes.flush()
+        flush = self.flushes.flush()
         if flush.error:
             raise self.failure(flush)
-
-    def require_sound(self) -> None:
-        """Raise the error of the flush that failed for good, if one did."""
-        self._flushes.require_sound()
-
-    def tell_of_loss(self, tell: Callable[[OSError], None]) -> None:
-        """Have `tell` called once when a flush failed for good, in the thread that learns of it first."""
-        self._flushes.tell_of_loss = tell
 
     def failure(self, request: Request) -> OSError | Busy:
         """The exception that the caller gets for a failed request."""
@@ -164,9 +157,15 @@ class Conversation:
             if link is not None:
                 link.hang_up()
 
-    def in_doubt(self) -> Sequence[Run]:
-        """Ranges of bytes, as (start, stop), that may change yet because of a connection that was lost."""
-        return self._doubts.runs
+    def forsake(self) -> None:
+        """Give up the connection in a forked child, which would take the parent's answers. Locks are made anew."""
+        self._state, self._making_room, self._closing = threading.Lock(), threading.Lock(), threading.Event()
+        self.flushes = Flushes(self, self._name)
+        self._closing.set()
+        for link in (self._next_link, self._link):
+            if link is not None:
+                link.forsake()
+        self._link = None
 
     # -- what flushes.py uses too -------------------------------------------------------------------
 
@@ -280,9 +279,9 @@ class Conversation:
         """Take note of an answer. For the leader."""
         require_answer(request)
         if request.command == nbd.NBD_CMD_FLUSH:
-            self._flushes.judge(request)
+            self.flushes.judge(request)
         elif request.error and request.command in CHANGES and not self._keeps:
-            self._flushes.judge_written_through(request)
+            self.flushes.judge_written_through(request)
         self._pause_s = 0.0
         with self._state:
             self._outage_since = math.inf
@@ -302,7 +301,7 @@ class Conversation:
     def _make_room(self) -> None:
         """Start a flush, or wait for one. Raise `OSError` if it fails: then no more data may be acknowledged."""
         if self._kept.byte_count <= self._keep_bytes:
-            self._flushes.begin_one()
+            self.flushes.begin_one()
             return
         with self._making_room:
             if self._kept.byte_count > self._keep_bytes:
@@ -321,7 +320,7 @@ class Conversation:
 
     def _doubt(self, sent: Iterable[Request]) -> None:
         """Add their ranges to the doubts before any of them ends, so that its caller finds it there. Under `_state`."""
-        self._doubts.add(
+        self.doubts.add(
             (request.offset, request.offset + request.length)
             for request in sent
             if request.command in CHANGES
@@ -417,7 +416,7 @@ class Conversation:
             self._doubt(refused)
         for change in refused:
             if change.command != nbd.NBD_CMD_TRIM:
-                self._flushes.lose(change.error)
+                self.flushes.lose(change.error)
 
     def _not_sent(self, link: Link) -> list[Request]:
         """Requests not yet sent on `link`. If there are none, `link` becomes the connection."""

@@ -323,13 +323,13 @@ class NbdDevice:
 
     def in_doubt(self) -> Sequence[tuple[int, int]]:
         """See `LeavesDoubt`. Nothing is taken off the list while the device is open."""
-        return self._conversation.in_doubt()
+        return self._conversation.doubts.runs
 
     # -- the rest ------------------------------------------------------------------------------------------
 
     def tell_of_loss(self, tell: Callable[[OSError], None]) -> None:
         """See `FlushesByItself`: our own flushes bound how much is kept."""
-        self._conversation.tell_of_loss(tell)
+        self._conversation.flushes.tell_of_loss = tell
 
     def flush(self) -> None:
         """Flush; a server that writes through has nothing to flush, nor has an export that is read-only for all.
@@ -339,7 +339,7 @@ class NbdDevice:
         if self.export.has(nbd.NBD_FLAG_SEND_FLUSH):
             self._conversation.flush()
         else:
-            self._conversation.require_sound()
+            self._conversation.flushes.require_sound()
 
     def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
         """What the server says; where it says nothing, or refuses to, everything is data."""

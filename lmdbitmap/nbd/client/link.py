@@ -335,6 +335,10 @@ class Link:
             self._closed = True
             self._sock.close()
 
+    def forsake(self) -> None:
+        """Close it in a forked child; it goes on in the parent."""
+        self._sock.close()
+
     def say_goodbye(self) -> None:
         """Close it in the protocol's way; nothing may be in flight."""
         with contextlib.suppress(OSError):
