@@ -47,7 +47,7 @@ def accepted(listening: socket.socket, whom: str) -> socket.socket | None:
         sock, _ = listening.accept()
     except (BlockingIOError, ConnectionError):  # the client left already
         return None
-    except OSError as refused:
+    except (OSError, MemoryError) as refused:
         if listening not in _refusing:
             _refusing.add(listening)
             _log.warning("cannot take a %s in, and will try again: %s", whom, refused)

@@ -339,6 +339,19 @@ def test_a_server_that_cannot_listen_leaves_nothing_behind(tmp_path: Path) -> No
         assert not os.path.lexists(house.path("sda"))
 
 
+def test_a_server_that_finds_no_thread_leaves_nothing_behind(house: House) -> None:
+    house.server.stop()
+    server = ControlServer(house.filters)
+    usual = threading.stack_size(1 << 46)  # of that size none can be had
+    try:
+        with pytest.raises(StorageError, match="control sockets: can't start new thread; have fewer threads"):
+            server.start()
+    finally:
+        threading.stack_size(usual)
+    assert not os.path.lexists(house.path("sda"))
+    assert server.stop()
+
+
 # --- bad callers cost themselves ---
 
 
@@ -432,6 +445,19 @@ def test_caller_for_whom_there_is_no_thread_costs_the_others_nothing(house: Hous
             house.call("info")
     finally:
         threading.stack_size(usual)
+    assert house.call("info")["disks"]
+
+
+def test_caller_for_whom_there_is_no_memory_is_the_only_one_who_is_not_heard(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(server: ControlServer, sock: socket.socket) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(control, "_Caller", no_memory)
+        with pytest.raises(Busy, match="the owner is going away"):
+            house.call("info")
     assert house.call("info")["disks"]
 
 

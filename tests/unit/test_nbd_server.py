@@ -599,6 +599,25 @@ def test_server_that_finds_no_thread_has_ended(path: str, monkeypatch: pytest.Mo
     assert server.stop()
 
 
+def test_client_for_whom_there_is_no_memory_costs_the_others_nothing(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    with serving(path), transmitting(path) as guest:
+        with monkeypatch.context() as patch:
+            patch.setattr("lmdbitmap.nbd.server.server.Visit", no_memory)
+            with RawClient.connect(path) as unlucky:
+                assert unlucky.is_closed_by_server()
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", no_memory)
+            with RawClient.connect(path) as unlucky:
+                assert unlucky.is_closed_by_server()
+        with transmitting(path) as later:
+            assert guest.do(WRITE, 0, 5, data=b"guest").error == later.do(READ, 0, 5).error == 0
+
+
 def test_a_tcp_server_answers_where_its_uri_says() -> None:
     server = Server({"disk": PlainDisk(MemoryDevice(SIZE))})
     listener = server.listen_tcp("127.0.0.1", 0)

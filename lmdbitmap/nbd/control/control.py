@@ -41,6 +41,7 @@ from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.tracker.snapshot import Snapshot
 from lmdbitmap.version import __version__
 from lmdbitmap.work import forks
+from lmdbitmap.work.crew import thread_refused
 
 _log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ class ControlServer:
         forks.is_not_for_children(self)
 
     def start(self) -> None:
-        """Listen, and answer in the background. Raise `StorageError` if a socket cannot be made."""
+        """Listen, and answer in the background. Raise `StorageError` if no socket can be made, or no thread started."""
         try:
             for attached in self.filters.values():
                 uuid = attached.disk.uuid
@@ -100,7 +101,11 @@ class ControlServer:
         except BaseException:
             self._close()
             raise
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as refused:
+            self._close()
+            raise thread_refused("nobody can listen at the control sockets", refused) from refused
 
     def stop(self) -> bool:
         """Accept no more callers, and finish what is being done. True if all have ended: disks may be detached then."""
@@ -166,14 +171,20 @@ class ControlServer:
                     if key.data is not None:
                         self._accept(key.data)
                 if self.watch is not None and time.monotonic() >= next_tick_s:
-                    self.watch.tick()
+                    with contextlib.suppress(MemoryError):  # the next tick tells more
+                        self.watch.tick()
                     next_tick_s = time.monotonic() + TICK_S
 
     def _accept(self, listening: socket.socket) -> None:
         sock = accepted(listening, "caller")
-        if sock is None:
-            return
-        caller = _Caller(self, sock)
+        if sock is not None:
+            try:
+                self._welcome(_Caller(self, sock))
+            except MemoryError:  # the next one is heard again
+                sock.close()
+                _log.warning("a caller was turned away: there is no memory for it")
+
+    def _welcome(self, caller: _Caller) -> None:
         with self._lock:
             is_welcome = sum(not other.holds for other in self._callers) < self._max_callers
             if is_welcome:
@@ -185,7 +196,7 @@ class ControlServer:
         """Start its thread; return False if there was none. Others may be accepted once a caller has ended."""
         try:
             caller.start()
-        except RuntimeError as refused:
+        except (RuntimeError, MemoryError) as refused:
             _log.warning("cannot serve a caller: %s", refused)
             self.forget_caller(caller)
             return False

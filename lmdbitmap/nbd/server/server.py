@@ -226,7 +226,11 @@ class Server:
     def _accept(self, listener: Listener) -> None:
         sock = accepted(listener.sock, "client")
         if sock is not None:
-            self._welcome(sock, listener)
+            try:
+                self._welcome(sock, listener)
+            except MemoryError:  # costs those nothing who are here
+                sock.close()
+                _log.warning("a client was turned away: there is no memory for it")
 
     def _welcome(self, sock: socket.socket, door: Listener | None) -> bool:
         """Start the handshake of a client that came through `door`, or was handed over (None)."""

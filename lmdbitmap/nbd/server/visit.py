@@ -116,7 +116,7 @@ class Visit:
         """Start its thread. Return False if there was none to be had; the visit has then ended."""
         try:
             self._thread.start()
-        except RuntimeError as refused:
+        except (RuntimeError, MemoryError) as refused:
             self.has_no_room(f"there is no thread for it ({refused})")
             self._hang_up()
             return False
