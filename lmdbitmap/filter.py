@@ -220,7 +220,7 @@ class Filter(Front):
 
         Without `persist` the answer covers the changes up to the last persist, and perhaps more.
         """
-        if persist and self._voucher.lost is None:
+        if self._voucher.lost is None and (persist or self._tracking.is_over):  # which is refused
             self._persist()
         answer = changes(self.store, self.disk.name, since=since, until=until, persisted=True)
         if self._voucher.lost is None or until is not None:

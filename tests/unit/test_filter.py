@@ -742,6 +742,7 @@ def test_detached_disk_refuses_everything_and_writes_nothing(tracked: TrackedDis
             lambda: late.start_epoch("late"),
             late.persist,
             late.changes,
+            lambda: late.changes(persist=False),
         ]
         for call in calls:
             with pytest.raises(StorageError, match="it is detached; attach it again"):
