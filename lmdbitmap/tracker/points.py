@@ -1,8 +1,9 @@
 """Checkpoints and snapshots of one disk, or of several at the same moment: how they are made, held, and forgotten.
 
 All disks are frozen together, in the order of their uuids, so that two threads that freeze the same disks cannot
-deadlock. Their next periods begin in one transaction: all have the checkpoint, or none has. Writes that wait meanwhile
-complete in the new periods (law 2).
+deadlock. Before that each is frozen by itself: an image that hangs keeps no other disk's guest waiting. Their next
+periods begin in one transaction: all have the checkpoint, or none has. Writes that wait meanwhile complete in the new
+periods (law 2).
 
 The images are flushed after that, while writers go on. Only then is a checkpoint returned. If an image cannot be
 flushed, the checkpoint is lost again: else a power cut could take back a write that the new period calls clean.
@@ -85,6 +86,7 @@ def _take_points(
     `prepare` returns the snapshots that are held from then on, and may fail. `take` must not.
     """
     store = _store_of(disks)
+    _await_each(disks)
     likely = {tracking: _write_beforehand(tracking) for tracking in disks}
     held: dict[Tracking, Sequence[Snapshot]] = {}
     with contextlib.ExitStack() as frozen:
@@ -106,6 +108,13 @@ def _take_points(
                 take(tracking, checkpoint)
                 tracking.go_on_with(following)
     return [checkpoint for checkpoint, _ in points]
+
+
+def _await_each(disks: Sequence[Tracking]) -> None:
+    """Wait for the writes in flight on each of several disks while no other is frozen: the wait may have no end."""
+    for tracking in disks if len(disks) > 1 else ():
+        with tracking.frozen():
+            pass
 
 
 class _Likely(NamedTuple):

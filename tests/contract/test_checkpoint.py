@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -103,6 +105,32 @@ def test_an_image_that_cannot_be_flushed_has_no_checkpoint_nor_have_the_others(
         assert list(sound.changes(since="monday").runs()) == [(0, 2)]
         with store.read() as reader:
             assert chain.current_checkpoint(reader, sound.disk).name == "monday"
+
+
+def test_an_image_that_hangs_in_a_write_keeps_no_other_disks_guest_waiting(
+    store: Store, tmp_path: Path
+) -> None:
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def hang(offset: int, length: int) -> None:
+        hangs.set()
+        assert goes_on.wait(20)
+
+    with attach(store, tmp_path, "sda") as one, attach(store, tmp_path, "sdb") as two:
+        sound, hanging = sorted((one, two), key=lambda disk: disk.disk.uuid)  # as they are frozen together
+        hanging.device.discard = hang  # type: ignore[method-assign]
+        with ThreadPoolExecutor() as pool:
+            watched = hanging.lane()
+            pool.submit(hanging.discard, 0, 4096)
+            assert hangs.wait(10)
+            taken = pool.submit(take_checkpoint, [one, two], "monday")
+            try:
+                while watched.size >= 0:  # until its gate is closed
+                    time.sleep(0.001)
+                pool.submit(sound.pwrite, b"the guest writes on", 0).result(5)
+            finally:
+                goes_on.set()
+            assert len(taken.result(10)) == 2
 
 
 @pytest.mark.parametrize("has_namesake", [False, True])
