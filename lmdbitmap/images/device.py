@@ -203,7 +203,19 @@ class FileDevice:
         check_range(offset, length, self._size)
         if self.is_block_device or self._is_slow_to_find_holes():
             return joined([Allocation(length, *DATA)])
-        return joined(_holes_and_data(self._fd, offset, offset + length))
+        return joined(self._holes_and_data(offset, offset + length))
+
+    def _holes_and_data(self, start: int, stop: int) -> Iterator[Allocation]:
+        """Walk a file that may change meanwhile: every step advances, and unknown ranges count as data.
+
+        Each step takes the descriptor anew: that of an image which was closed meanwhile may be another file's by now.
+        """
+        while start < stop:
+            data = _next_data(self._fd, start, stop)
+            yield Allocation(data - start, *HOLE)
+            hole = _next_hole(self._fd, data, stop) if data < stop else stop
+            yield Allocation(hole - data, *DATA)
+            start = hole
 
     def _is_slow_to_find_holes(self) -> bool:
         """Return whether finding holes would block writers for long.
@@ -303,16 +315,6 @@ def closed_error() -> OSError:
 
 
 # --- holes ---
-
-
-def _holes_and_data(fd: int, start: int, stop: int) -> Iterator[Allocation]:
-    """Walk a file that may change meanwhile: every step advances, and unknown ranges count as data."""
-    while start < stop:
-        data = _next_data(fd, start, stop)
-        yield Allocation(data - start, *HOLE)
-        hole = _next_hole(fd, data, stop) if data < stop else stop
-        yield Allocation(hole - data, *DATA)
-        start = hole
 
 
 def _next_data(fd: int, start: int, stop: int) -> int:

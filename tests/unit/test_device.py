@@ -377,6 +377,25 @@ def test_walk_over_holes_is_lazy(raw_image: RawImage, monkeypatch: pytest.Monkey
         assert 0 < len(asked) < 6
 
 
+def test_walk_over_holes_ends_with_the_image_and_goes_on_in_no_other_file(raw_image: RawImage) -> None:
+    """Which took the rest for a hole, and was moved to another position."""
+    path = raw_image(4 * MIB, [(offset, b"x") for offset in range(0, 4 * MIB, MIB)])
+    device = FileDevice.open(path)
+    walk, fd = device.allocation(0, device.size), device.fd
+    assert fd is not None
+    assert not next(walk).hole
+    device.close()
+    other = os.open(path, os.O_RDWR)
+    os.dup2(other, fd)  # the number is free, and whatever is opened next may have it
+    try:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            list(walk)
+        assert os.lseek(fd, 0, os.SEEK_CUR) == 0
+    finally:
+        for number in {other, fd}:
+            os.close(number)
+
+
 @pytest.mark.parametrize(("number", "hole_at", "asks"), [(TMPFS, None, 0), (TMPFS, 3, 4), (EXT4, None, 2)])
 def test_full_file_on_tmpfs_is_not_looked_through_for_holes(
     raw_image: RawImage, monkeypatch: pytest.MonkeyPatch, number: int, hole_at: int | None, asks: int
