@@ -255,9 +255,10 @@ class Snapshot(ReadOnlyDevice):
         return buffer[begin - offset : end - offset], begin
 
     def _inside(self, begin: int, end: int, start: int, stop: int) -> tuple[int, int]:
-        """Return the part of bytes [begin, end) that lies in clusters [start, stop)."""
+        """Return the part of bytes [begin, end) that lies in clusters [start, stop); it may be empty."""
         offset, length = self.clusters.bytes_of(start, stop)
-        return max(offset, begin), min(offset + length, end)
+        first = max(offset, begin)
+        return first, max(min(offset + length, end), first)
 
     def kept(self, offset: int, length: int) -> list[tuple[int, bool]]:
         """Return (bytes, whether to read them again, here) of a range that the caller read from the image, gapless.

@@ -11,12 +11,16 @@ from typing import TypeAlias
 import pytest
 
 from lmdbitmap.errors import InvalidArgument
+from lmdbitmap.filter import Filter
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.images.plain import PlainDisk
 from lmdbitmap.interfaces import BlockDevice
 from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.repository import backup_chain
+from lmdbitmap.store import Store
+from lmdbitmap.tracker import session
+from lmdbitmap.tracker.scratch import Scratch
 from tests.contract.checks import (
     check_allocation,
     check_closed_says_so,
@@ -84,10 +88,27 @@ def served_backup(folder: Path) -> Iterator[BlockDevice]:
             assert server.stop()
 
 
+@contextmanager
+def snapshot(folder: Path) -> Iterator[BlockDevice]:
+    """Of a disk of which a part was written since, and another part discarded."""
+    with file(folder) as image:
+        assert isinstance(image, FileDevice)
+        place = image.path
+    with Store.create(folder / "store") as store:
+        session.add(store, "sda", place, granularity_bits=12)
+        with (
+            Filter.attach(store, "sda", background=False) as disk,
+            disk.snapshot("then", Scratch(folder)) as held,
+        ):
+            disk.pwrite(b"later" * 2000, PAGE + 7)
+            disk.discard(12 * PAGE, 4 * PAGE)
+            yield held
+
+
 OPENERS: list[Opener] = [file, backup, served_backup]
 
 
-@pytest.fixture(scope="module", params=OPENERS, ids=lambda opener: opener.__name__)
+@pytest.fixture(scope="module", params=[*OPENERS, snapshot], ids=lambda opener: opener.__name__)
 def device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BlockDevice]:
     """One for all tests: what refuses every change stays as it is."""
     opener: Opener = request.param
