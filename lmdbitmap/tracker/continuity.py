@@ -28,6 +28,8 @@ A sign of life also names the store's newest transaction. A store with an older 
 what was recorded since, so that it can say nothing after a crash. (After a clean detach the image itself shows whether
 anything happened since the copy.)
 
+A far image shows nothing at all. So the store must be the very file that the last sign of life names, and no older.
+
 ctime is ignored, even beside an unchanged mtime: a chown (libvirt does two for each run of a guest), a rename or a new
 label change it just as setting the mtime back does. A program that sets the mtime back to the nanosecond goes
 unnoticed; see docs/store.md.
@@ -127,7 +129,8 @@ def _gap_since_detach(disk: Disk, image: ImageIdentity, beat: Beat | None, now: 
             "the image was written while it was not tracked, and its time of change went back,"
             " perhaps because an older copy was put back or the clock was changed"
         )
-    return None
+    # without a sign of life nobody ever had it: everything is dirty still
+    return None if image.mtime_ns or beat is None else _other_store(beat, now)
 
 
 def _gap_since_sign_of_life(disk: Disk, image: ImageIdentity, beat: Beat | None, now: Moment) -> str | None:
@@ -149,6 +152,13 @@ def _gap_since_sign_of_life(disk: Disk, image: ImageIdentity, beat: Beat | None,
         return _NO_BEAT
     if not _within_last_moment(image, beat, now):
         return "the image was written, or replaced by an older one, after its owner's last sign of life"
+    return None if image.mtime_ns else _other_store(beat, now)
+
+
+def _other_store(beat: Beat, now: Moment) -> str | None:
+    """For an image in which nothing would show that the store is an older copy."""
+    if now.store.inode != beat.store.inode or now.store.transaction < beat.store.transaction:
+        return "the store was put back from a copy, or moved, and nothing shows what it lacks"
     return None
 
 
@@ -252,11 +262,7 @@ def _gap_since_boot(image: ImageIdentity, beat: Beat | None, now: Moment) -> str
             f"{_amount(_sectors(image))} of the block device were written since this machine was started,"
             " while it was not tracked"
         )
-    if beat is None:
-        return _NO_BEAT
-    if now.store.inode != beat.store.inode or now.store.transaction < beat.store.transaction:
-        return "the store was put back from a copy, or moved, and nothing shows what it lacks"
-    return None
+    return _NO_BEAT if beat is None else _other_store(beat, now)
 
 
 def _same_boot(before: ImageIdentity, image: ImageIdentity) -> bool:

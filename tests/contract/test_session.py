@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 from lmdbitmap.errors import Busy, InvalidArgument, NotFound
+from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import session
-from tests.helpers.support import make_raw_image
+from lmdbitmap.tracker.changes import changes
+from tests.helpers.nbd_far import far_server
+from tests.helpers.support import make_raw_image, run
 
 
 def test_a_disk_that_is_attached_is_refused_by_its_name(tmp_path: Path) -> None:
@@ -38,3 +41,26 @@ def test_a_path_that_is_no_text_is_refused(tmp_path: Path) -> None:
             session.add(store, "sda", strange, granularity_bits=16)
         with store.read() as reader:
             assert reader.disks() == []
+
+
+@pytest.mark.parametrize("end", ["detached", "died"])
+def test_store_put_back_as_a_whole_is_not_believed_about_a_far_image(tmp_path: Path, end: str) -> None:
+    """Nothing in such an image shows that it was written since the copy."""
+    path, saved = tmp_path / "store", tmp_path / "saved"
+    with far_server(tmp_path) as far:
+        with Store.create(str(path)) as store:
+            session.add(store, "sda", far.uri, granularity_bits=12)
+            with Filter.attach(store, "sda", background=False) as attached:
+                attached.checkpoint("start")
+        run("cp", "-a", path, saved)
+        with Store.open(str(path)) as store:
+            attached = Filter.attach(store, "sda", background=False)
+            attached.pwrite(b"since the copy", 4096)
+            attached.detach() if end == "detached" else attached.abandon()
+        run("rm", "-r", path)
+        run("mv", saved, path)
+        with Store.open(str(path)) as store:
+            standing = changes(store, "sda", since="start").standing
+            assert (standing.trust, "put back from a copy" in str(standing.reason)) == (Trust.UNTRUSTED, True)
+            session.adopt(store, "sda")  # a person knows that it was only moved
+            assert changes(store, "sda", since="start").standing.trust is Trust.EXACT

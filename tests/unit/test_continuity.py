@@ -273,6 +273,32 @@ def test_block_device_after_a_reboot_must_be_unwritten_in_this_boot(
     assert (said is None and broken is None) or str(said) in str(broken)
 
 
+# --- images behind an NBD server ---
+
+FAR = ImageIdentity(8, 9, MIB, 0)
+
+
+@pytest.mark.parametrize("session", [None, SESSION])
+@pytest.mark.parametrize(
+    ("store", "said"),
+    [
+        (STORE, None),
+        (StoreMark(5, 99), None),
+        (StoreMark(6, 100), "put back from a copy, or moved"),
+        (StoreMark(5, 101), "put back from a copy"),
+    ],
+)
+def test_far_image_shows_nothing_so_the_store_must_be_the_very_same(
+    session: UUID | None, store: StoreMark, said: str | None
+) -> None:
+    broken = judge(disk(identity=FAR, session=session), FAR, beat(2010, 0, store=store), NOW).broken
+    assert (said is None and broken is None) or str(said) in str(broken)
+
+
+def test_far_image_that_nobody_ever_had_lacks_no_sign_of_life() -> None:
+    assert judge(disk(identity=FAR), FAR, None, NOW) == Verdict()
+
+
 # --- the clock ---
 
 
