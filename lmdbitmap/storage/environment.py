@@ -8,6 +8,7 @@ Invariants:
 - LMDB refuses everything once the write of a meta page failed, and gives its map up if it cannot get a larger one.
   The environment is then opened anew, as a restart would, as soon as no transaction is open. The caller that committed
   is told that the outcome is in doubt.
+- Whoever uses an environment remembers what is in it. If it is opened anew, it must be the same file, and as new.
 - An environment that a forked child inherits is dead there: neither used nor committed, aborted or closed. To abort or
   close it would free the parent's places in the table of readers, and with them the pages that the parent reads.
 - The places of dead readers are freed when the environment is opened, once a minute, and when no place is left.
@@ -35,6 +36,7 @@ from lmdbitmap.storage.lmdb_errors import (
     in_doubt,
     not_a_store,
     not_open,
+    not_the_same,
     translated,
 )
 from lmdbitmap.storage.lmdb_opening import open_lmdb, require_sound_tree, reserve_lock_file
@@ -87,6 +89,7 @@ class Environment:
         self.is_proven = False
         """Whether the descriptions were checked, or need not be because others have the environment open."""
         with os_errors_at(path), translated(path), presence.entering(path) as self._presence:
+            self._file = _file_key(path)
             self.is_proven = not self._presence.is_first
             if self._presence.is_first:
                 if self._is_suspect():
@@ -291,15 +294,25 @@ class Environment:
         self._lmdb.close()
         self._presence.close()
         with os_errors_at(self.path), presence.entering(self.path) as self._presence:
+            if _file_key(self.path) != self._file:
+                raise not_the_same(self.path, "another one took its place")
             self._lmdb = open_lmdb(self.path)
             self._presence.settle()
             self._has_handle = True
             try:
                 self._open_databases()
+                self._require_no_older()
             except BaseException:  # those that we have are of the handle before
                 self._has_handle = False
                 self._lmdb.close()
                 raise
+
+    def _require_no_older(self) -> None:
+        """Refuse an environment of which LMDB now finds an older state than others, or we, found durable."""
+        newest = self.highwater.read() if self.users else 0
+        with self.transaction(write=False) as txn:
+            if txn.id() < newest:
+                raise not_the_same(self.path, f"it went back from transaction {newest} to {txn.id()}")
 
     def _open_databases(self) -> None:
         with self.transaction(write=False):

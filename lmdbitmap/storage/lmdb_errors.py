@@ -107,6 +107,14 @@ def not_open(path: str) -> StorageError:
     )
 
 
+def not_the_same(path: str, what: str) -> StorageError:
+    return StorageError(
+        f"store {path}",
+        OSError(errno.ESTALE, f"it is not what it was when it was opened: {what}"),
+        next_step="stop this program, and start it again",
+    )
+
+
 def _refusal(path: str, error: lmdb.Error) -> StorageError:
     """LMDB reports a full disk as a short write (EIO); the free space tells which it was."""
     code = error.code if 0 < error.code < 1000 else errno.EIO

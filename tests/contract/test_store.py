@@ -1178,6 +1178,41 @@ def test_store_that_could_not_be_opened_anew_is_opened_anew_once_more(
         assert numbers(reader, 1) == [0, 1]
 
 
+def test_store_that_another_took_the_place_of_is_not_gone_on_with(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where an older copy was put back, or the store made anew by another program, while LMDB gave ours up: a disk
+    that is attached would go on in it as in the one that it remembers."""
+    with Store.create(path) as opened:
+        opened.update(lambda writer: fill(writer, 1, 0, 1))
+        run("cp", "-a", os.path.join(path, "lmdb"), os.path.join(path, "lmdb.saved"))
+        opened.update(lambda writer: fill(writer, 1, 1, 2))
+        os.rename(os.path.join(path, "lmdb"), os.path.join(path, "lmdb.ours"))
+        os.rename(os.path.join(path, "lmdb.saved"), os.path.join(path, "lmdb"))
+        with monkeypatch.context() as patched:
+            patched.setattr(opened._environment, "_is_spent", lambda: True)
+            with pytest.raises(StorageError, match="another one took its place"):
+                opened._environment._open_anew()
+        with pytest.raises(StorageError, match="another one took its place") as refused:
+            opened.update(lambda writer: fill(writer, 1, 2, 3))
+        assert refused.value.errno == errno.ESTALE
+    with Store.open(path) as opened, opened.read() as reader:
+        assert numbers(reader, 1) == [0]
+
+
+def test_store_that_went_back_while_lmdb_gave_it_up_is_not_gone_on_with(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Store.create(path) as opened:
+        opened.update(lambda writer: fill(writer, 1, 0, 1))
+        opened._environment.highwater.set(1000)
+        monkeypatch.setattr(opened._environment, "_is_spent", lambda: True)
+        with pytest.raises(StorageError, match=r"it went back from transaction 1000 to \d"):
+            opened._environment._open_anew()
+        with pytest.raises(StorageError, match="it went back"):
+            opened.update(lambda writer: fill(writer, 1, 1, 2))
+
+
 def lmdb_error(kind: type[lmdb.Error], code: int) -> lmdb.Error:
     """As LMDB raises it: with a number of the system's or of its own."""
     error = kind("what LMDB says")
