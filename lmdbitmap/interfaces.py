@@ -79,13 +79,21 @@ class ImageIdentity(NamedTuple):
 
 
 class StoreMark(NamedTuple):
-    """The inode of a store's database file, and the number of its newest transaction.
+    """The inode of a store's database file, the number of its newest transaction, and when the file was made.
 
-    A copy has another inode. An old copy that was put back has a lower transaction number.
+    A copy is made later, and mostly has another inode: that of a file which was removed is given to a new one. An old
+    copy that was put back has a lower transaction number, until it has gone on for a while.
     """
 
     inode: int
     transaction: int
+    born_ns: int = 0
+    """0 if the file system does not tell, or an older version left the mark."""
+
+    def is_of_the_file_of(self, other: StoreMark) -> bool:
+        return self.inode == other.inode and (
+            self.born_ns == other.born_ns or 0 in (self.born_ns, other.born_ns)
+        )
 
 
 class FarAway(TimeoutError):

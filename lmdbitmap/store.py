@@ -31,6 +31,7 @@ from lmdbitmap.storage import creating, environment, lmdb_errors, salvage, schem
 from lmdbitmap.storage.environment import Environment
 from lmdbitmap.storage.lmdb_errors import CommitInDoubt as CommitInDoubt
 from lmdbitmap.storage.lmdb_errors import DamagedStore, FullMapError
+from lmdbitmap.storage.lmdb_opening import File
 from lmdbitmap.storage.records import Reader as Reader
 from lmdbitmap.storage.records import Writer as Writer
 from lmdbitmap.storage.schema import Bitmap
@@ -100,6 +101,11 @@ class Store:
     @property
     def uuid(self) -> UUID:
         return self._environment.header.uuid
+
+    @property
+    def file(self) -> File:
+        """The environment's file, as it was when it was opened."""
+        return self._environment.file
 
     def is_same(self, other: Store) -> bool:
         """Whether a transaction of one is one of the other. A copy of a store has the same uuid, and is another."""

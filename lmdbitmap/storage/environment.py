@@ -39,7 +39,7 @@ from lmdbitmap.storage.lmdb_errors import (
     not_the_same,
     translated,
 )
-from lmdbitmap.storage.lmdb_opening import open_lmdb, require_sound_tree, reserve_lock_file
+from lmdbitmap.storage.lmdb_opening import File, file_of, open_lmdb, require_sound_tree, reserve_lock_file
 from lmdbitmap.storage.lmdb_tree import data_path_of, structural_problems
 from lmdbitmap.storage.schema import StoreHeader
 from lmdbitmap.storage.views import View, Views
@@ -89,7 +89,6 @@ class Environment:
         self.is_proven = False
         """Whether the descriptions were checked, or need not be because others have the environment open."""
         with os_errors_at(path), translated(path), presence.entering(path) as self._presence:
-            self._file = _file_key(path)
             self.is_proven = not self._presence.is_first
             if self._presence.is_first:
                 if self._is_suspect():
@@ -97,6 +96,7 @@ class Environment:
                 reserve_lock_file(path)
             self._lmdb = open_lmdb(path)
             try:
+                self.file = file_of(path)
                 self._presence.settle()
                 self._open_databases()
                 self.header = self._read_header()
@@ -294,7 +294,7 @@ class Environment:
         self._lmdb.close()
         self._presence.close()
         with os_errors_at(self.path), presence.entering(self.path) as self._presence:
-            if _file_key(self.path) != self._file:
+            if file_of(self.path) != self.file:
                 raise not_the_same(self.path, "another one took its place")
             self._lmdb = open_lmdb(self.path)
             self._presence.settle()
@@ -378,11 +378,11 @@ class Environment:
 
 
 class _OpenOnes:
-    """The open environments of this process, by device and inode of data.mdb: one may have several paths."""
+    """The open environments of this process, by their data.mdb: one may have several paths."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.by_file: dict[tuple[int, int], Environment] = {}
+        self.by_file: dict[File, Environment] = {}
 
     def forsake(self) -> None:
         self.lock = threading.Lock()  # a thread that is not here may hold the old one
@@ -395,25 +395,17 @@ open_ones = _OpenOnes()
 def acquire(path: str) -> Environment:
     """Return this process's handle for the environment in `path`, opened at the first call. `release` it."""
     with open_ones.lock:
-        environment = open_ones.by_file.get(_file_key(path))
+        environment = open_ones.by_file.get(file_of(path))
         if environment is None:
             forks.is_not_for_children(open_ones)
             environment = Environment(path)
             try:
-                open_ones.by_file[_file_key(path)] = environment  # it may have been made anew while we waited
+                open_ones.by_file[environment.file] = environment  # it may have been made anew while we waited
             except BaseException:  # nobody else would ever close it
                 environment.close()
                 raise
         environment.users += 1
         return environment
-
-
-def _file_key(path: str) -> tuple[int, int]:
-    try:
-        status = os.stat(data_path_of(path))
-    except FileNotFoundError as error:  # somebody is making it anew at this moment
-        raise DamagedStore(path, expected="an environment", found="none") from error
-    return status.st_dev, status.st_ino
 
 
 def release(environment: Environment) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from typing import NamedTuple
 
 import lmdb
 
-from lmdbitmap.errors import StorageError
+from lmdbitmap.errors import StorageError, os_errors_at
 from lmdbitmap.storage import lmdb_tree
 from lmdbitmap.storage.lmdb_errors import DamagedStore, translated
-from lmdbitmap.system import file_systems, files
+from lmdbitmap.system import file_systems, files, linux
 
 MAP_BYTES = 64 << 30
 """Address space reserved at open. It costs no memory and no disk, and is more than most stores ever need."""
@@ -24,6 +25,25 @@ _MAX_DATABASES = 16
 _LOCK_FILE_BYTES = (MAX_READERS + 2) * 64
 """As long as LMDB would make it: 64 bytes for each reader, and some for itself."""
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+class File(NamedTuple):
+    """Which file it is: its device, its inode, and when it was made, as an inode is used again."""
+
+    device: int
+    inode: int
+    born_ns: int
+
+
+def file_of(path: str) -> File:
+    """Return which file the environment in the folder `path` is now."""
+    data_path = lmdb_tree.data_path_of(path)
+    try:
+        status = os.stat(data_path)
+    except FileNotFoundError as error:  # somebody is making it anew at this moment
+        raise DamagedStore(path, expected="an environment", found="none") from error
+    with os_errors_at(data_path):
+        return File(status.st_dev, status.st_ino, linux.born_ns(data_path))
 
 
 def open_lmdb(path: str, *, create: bool = False) -> lmdb.Environment:

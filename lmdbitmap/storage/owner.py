@@ -41,7 +41,7 @@ _DISK_OFFSET = 2 * _PAGE_BYTES
 _DISK_BYTES = 2 * _PAGE_BYTES
 _DISK = struct.Struct("<8sI")
 _DISK_MAGIC = b"LDBMdisk"
-_BEAT = struct.Struct("<8s36sqqQQQQ")
+_BEAT = struct.Struct("<8s36sqqQQQQQ")
 _BEAT_MAGIC = b"LDBMlife"
 _DISTRUST = struct.Struct("<8sqH")
 _TRUST_MAGIC = b"LDBMgood"
@@ -84,10 +84,11 @@ def last_beat(path: str) -> Beat | None:
     record = _read(path, _BEAT_OFFSET)
     if record is None:
         return None
-    magic, boot, time_ns, mtime_ns, sectors, *store, awake_ns = _BEAT.unpack_from(record)
+    magic, boot, time_ns, mtime_ns, sectors, inode, transaction, awake_ns, born_ns = _BEAT.unpack_from(record)
     if magic != _BEAT_MAGIC:
         return None
-    return Beat(boot.decode("ascii", "replace"), time_ns, mtime_ns, sectors, StoreMark(*store), awake_ns)
+    store = StoreMark(inode, transaction, born_ns)
+    return Beat(boot.decode("ascii", "replace"), time_ns, mtime_ns, sectors, store, awake_ns)
 
 
 def distrust(path: str) -> Distrust | None:
@@ -153,8 +154,9 @@ class Owner:
         durable: bool = False,
     ) -> None:
         """Leave a sign of life: one small write into the page cache, unless it must be durable on return."""
-        known = (boot_id().encode("ascii"), time_ns, mtime_ns, sectors_written, *self._store_mark(), awake_ns)
-        record = _BEAT.pack(_BEAT_MAGIC, *known)
+        inode, transaction, born_ns = self._store_mark()
+        known = (boot_id().encode("ascii"), time_ns, mtime_ns, sectors_written, inode, transaction)
+        record = _BEAT.pack(_BEAT_MAGIC, *known, awake_ns, born_ns)
         with os_errors_at(self._path):
             os.pwrite(self._lock.fd, _sealed(record), _BEAT_OFFSET)
             if durable:

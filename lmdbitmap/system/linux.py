@@ -24,6 +24,10 @@ BLKDISCARD = 0x1277
 BLKSSZGET = 0x1268
 SYNC_FILE_RANGE_WAIT_BEFORE = 1
 _BEHIND_ALL_DATA = (1 << 63) - 4096
+STATX_BYTES = 256
+"""More than struct statx, in which stands, after 80 bytes, when the file was made: seconds, and nanoseconds."""
+_STATX_BTIME = 0x800
+_AT_FDCWD = -100
 STATFS_BYTES = 256
 """More than any struct statfs; its first word is `f_type`."""
 
@@ -98,6 +102,18 @@ def filesystem_number(file: str | int) -> int:
     if refused:
         raise _last_error()
     return ctypes.c_long.from_buffer(answer).value & 0xFFFFFFFF
+
+
+def born_ns(path: str) -> int:
+    """Return when a file was made, in Unix nanoseconds; 0 if its file system, or this system, does not tell."""
+    import ctypes
+
+    answer = ctypes.create_string_buffer(STATX_BYTES)
+    call = getattr(_libc(), "statx", None)
+    if call is None or call(_AT_FDCWD, os.fsencode(path), 0, _STATX_BTIME, answer):
+        return 0
+    told, seconds, nanoseconds = struct.unpack_from("<I76xqI", answer)
+    return max(seconds * 1_000_000_000 + nanoseconds, 0) if told & _STATX_BTIME else 0
 
 
 @functools.cache

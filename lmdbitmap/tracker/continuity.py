@@ -28,7 +28,9 @@ A sign of life also names the store's newest transaction. A store with an older 
 what was recorded since, so that it can say nothing after a crash. (After a clean detach the image itself shows whether
 anything happened since the copy.)
 
-A far image shows nothing at all. So the store must be the very file that the last sign of life names, and no older.
+It shows that only until it has gone on for as many transactions. So after a death, unless the image was not written
+since the session began, the store must be the very file that the last sign of life names. So it must after a detach
+from a far image, which shows nothing.
 
 ctime is ignored, even beside an unchanged mtime: a chown (libvirt does two for each run of a guest), a rename or a new
 label change it just as setting the mtime back does. A program that sets the mtime back to the nanosecond goes
@@ -152,12 +154,12 @@ def _gap_since_sign_of_life(disk: Disk, image: ImageIdentity, beat: Beat | None,
         return _NO_BEAT
     if not _within_last_moment(image, beat, now):
         return "the image was written, or replaced by an older one, after its owner's last sign of life"
-    return None if image.mtime_ns else _other_store(beat, now)
+    return _other_store(beat, now)
 
 
 def _other_store(beat: Beat, now: Moment) -> str | None:
     """For an image in which nothing would show that the store is an older copy."""
-    if now.store.inode != beat.store.inode or now.store.transaction < beat.store.transaction:
+    if not now.store.is_of_the_file_of(beat.store) or now.store.transaction < beat.store.transaction:
         return "the store was put back from a copy, or moved, and nothing shows what it lacks"
     return None
 
@@ -242,7 +244,7 @@ def _device_gap_since_sign_of_life(
     if written < 0:
         return _MADE_ANEW
     if written == 0 or all(0 <= age_ns <= _RESTART_GRACE_NS for age_ns in ages_ns):
-        return None
+        return _other_store(beat, now)
     return (
         f"{_amount(written)} of the block device were written since its owner's last sign of life,"
         f" {ages_ns[0] // _SECOND_NS} s ago, and it is not known by which program"

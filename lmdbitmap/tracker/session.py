@@ -21,7 +21,6 @@ from lmdbitmap.errors import (
     NotFound,
     StorageError,
     Untrusted,
-    os_errors_at,
 )
 from lmdbitmap.images.identity import identity_to_keep, settled_identity
 from lmdbitmap.images.image import is_far, is_same_image, lasting_name, open_image
@@ -217,8 +216,8 @@ def present(store: Store) -> Moment:
 
 
 def _mark_of(store: Store) -> StoreMark:
-    with store.read() as reader, os_errors_at(store.data_path):
-        return StoreMark(os.stat(store.data_path).st_ino, reader.transaction)
+    with store.read() as reader:
+        return StoreMark(store.file.inode, reader.transaction, store.file.born_ns)
 
 
 def _judge(store: Store, owned: OwnedDisk) -> Verdict:

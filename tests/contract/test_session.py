@@ -64,3 +64,38 @@ def test_store_put_back_as_a_whole_is_not_believed_about_a_far_image(tmp_path: P
             assert (standing.trust, "put back from a copy" in str(standing.reason)) == (Trust.UNTRUSTED, True)
             session.adopt(store, "sda")  # a person knows that it was only moved
             assert changes(store, "sda", since="start").standing.trust is Trust.EXACT
+
+
+@pytest.mark.parametrize("put_back", ["later", "under it"])
+def test_store_that_was_put_back_and_went_on_is_not_believed_after_a_death(
+    tmp_path: Path, put_back: str
+) -> None:
+    """Other disks' transactions make up for those that it lacks. Its new file has mostly the inode of the old one."""
+    store, saved = tmp_path / "store", tmp_path / "saved"
+    with Store.create(str(store)) as opened:
+        for name in ("sda", "sdb"):
+            image = make_raw_image(tmp_path / f"{name}.raw", 1 << 20)
+            session.add(opened, name, str(image), granularity_bits=12)
+        attached = Filter.attach(opened, "sda", background=False)
+        attached.checkpoint("start")
+        run("cp", "-a", store, saved)
+        attached.pwrite(b"since the copy", 4096)
+        attached.persist()
+        if put_back == "under it":
+            replace(store, saved)
+        attached.beat()
+        attached.abandon()
+    if put_back == "later":
+        replace(store, saved)
+    with Store.open(str(store)) as opened:
+        for number in range(9):
+            with Filter.attach(opened, "sdb", background=False) as other:
+                other.checkpoint(f"go on {number}")
+        standing = changes(opened, "sda", since="start").standing
+        assert (standing.trust, "put back from a copy" in str(standing.reason)) == (Trust.UNTRUSTED, True)
+
+
+def replace(store: Path, saved: Path) -> None:
+    for part in ("lmdb", "newest"):
+        run("rm", "-rf", store / part)
+        run("cp", "-a", saved / part, store / part)

@@ -405,7 +405,7 @@ def test_store_that_was_interrupted_anywhere_is_no_less_open_for_others(
     assert step > 50
 
 
-@pytest.mark.parametrize(("last_steps", "call"), [("HighWater", 1), ("_file_key", 2)])
+@pytest.mark.parametrize(("last_steps", "call"), [("HighWater", 1), ("file_of", 2)])
 def test_opening_that_was_interrupted_at_its_end_leaves_nothing_open(
     path: str, monkeypatch: pytest.MonkeyPatch, last_steps: str, call: int
 ) -> None:

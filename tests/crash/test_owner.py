@@ -178,7 +178,7 @@ def test_every_damaged_byte_of_the_trust_record_is_distrust(path: str) -> None:
 
 
 def test_beat_tells_how_the_image_and_the_store_stood(path: str) -> None:
-    stood = StoreMark(2**63, 2**64 - 1)
+    stood = StoreMark(2**63, 2**64 - 1, 2**63 - 1)
     with closing(Owner(path, lambda: stood)) as held:
         held.beat(7, 8, 2**40, awake_ns=9)
     assert owner.last_beat(path) == Beat(owner.boot_id(), 7, 8, 2**40, stood, 9)

@@ -17,7 +17,7 @@ S = 1_000_000_000
 MIB = 1 << 20
 THIS_BOOT, EARLIER_BOOT = "this boot", "an earlier boot"
 BOOT_TIME = 1000 * S
-STORE = StoreMark(inode=5, transaction=100)
+STORE = StoreMark(inode=5, transaction=100, born_ns=7)
 NOW = Moment(THIS_BOOT, BOOT_TIME, 2020 * S, STORE, awake_ns=1020 * S)
 SESSION = UUID(int=7)
 
@@ -157,7 +157,10 @@ def test_deferred_bits_do_not_survive_a_crash_and_live_while_their_owner_does() 
 @pytest.mark.parametrize(
     ("image", "last_beat", "said"),
     [
-        (at(2010), beat(2010, 2010, store=StoreMark(6, 100)), None),  # moved, and nothing is missing
+        (at(2010), beat(2010, 2010, store=StoreMark(6, 100)), "put back from a copy, or moved"),
+        (at(2010), beat(2010, 2010, store=StoreMark(5, 100, born_ns=8)), "put back from a copy, or moved"),
+        (at(2010), beat(2010, 2010, store=StoreMark(5, 100, born_ns=7)), None),
+        (LEFT, beat(2010, 2000, store=StoreMark(6, 100)), None),  # moved, and nothing is missing
         (at(2010), beat(2010, 2010, store=StoreMark(5, 99)), None),
         (at(2010), beat(2010, 2010, store=StoreMark(5, 101)), "put back from a copy"),
         (LEFT, beat(2010, 2000, store=StoreMark(5, 101)), "put back from a copy"),
@@ -235,6 +238,9 @@ def test_block_device_that_nobody_counted_then_is_not_trusted() -> None:
         (device(disk_sequence=41), device_beat(1000), "made anew"),
         (device(label="vol-2"), device_beat(1000), "'vol-2'"),
         (device(sectors_written=1008), device_beat(1008, store=StoreMark(5, 101)), "put back from a copy"),
+        (device(sectors_written=1008), device_beat(1008, store=StoreMark(6, 100)), "put back from a copy"),
+        (device(sectors_written=1008), device_beat(1000, store=StoreMark(6, 100)), "put back from a copy"),
+        (device(), device_beat(1000, store=StoreMark(6, 100)), None),
         (BLOCK_DEVICE._replace(trace=None), device_beat(1000), "does not tell"),
     ],
 )
@@ -285,6 +291,7 @@ FAR = ImageIdentity(8, 9, MIB, 0)
         (STORE, None),
         (StoreMark(5, 99), None),
         (StoreMark(6, 100), "put back from a copy, or moved"),
+        (StoreMark(5, 100, born_ns=8), "put back from a copy, or moved"),
         (StoreMark(5, 101), "put back from a copy"),
     ],
 )

@@ -4,6 +4,7 @@ import fcntl
 import os
 import re
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -333,6 +334,18 @@ def test_every_network_file_system_is_one_that_we_can_see() -> None:
 )
 def test_network_file_systems_are_told_apart(kind: str, is_network: bool) -> None:
     assert file_systems.is_network_filesystem(kind) == is_network
+
+
+def test_file_that_takes_the_place_of_a_removed_one_was_made_later(tmp_path: Path) -> None:
+    """Its inode may be the same."""
+    born = []
+    for _ in range(2):
+        (tmp_path / "file").write_bytes(b"")
+        born.append(linux.born_ns(str(tmp_path / "file")))
+        (tmp_path / "file").unlink()
+        time.sleep(0.02)  # longer than a step of the clock
+    assert born[0] < born[1] or born == [0, 0]
+    assert linux.born_ns(str(tmp_path / "file")) == 0
 
 
 def test_free_space_is_what_df_prints(tmp_path: Path) -> None:

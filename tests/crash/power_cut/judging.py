@@ -70,7 +70,7 @@ def lay_out(root: Path, state: DiskState, lasting: Collection[str]) -> None:
 
 
 def _aside(root: Path, path: str) -> Path:
-    return root.with_name(f"{root.name}-{path}")
+    return root.with_name(f"{root.name}-{path.replace('/', '-')}")
 
 
 def _write_out(path: Path, file: File) -> None:
@@ -99,7 +99,8 @@ class Judge:
 
     def judge(self, state: DiskState, moment: int, luck: random.Random) -> None:
         """Raise `AssertionError`, or what the product raises, if anything was lost."""
-        lay_out(self.root, state, [f"{image}.raw" for image in self.truth.timed])
+        images = [f"{image}.raw" for image in self.truth.timed]
+        lay_out(self.root, state, [*images, f"{STORE}/lmdb/data.mdb"])
         for image in sorted(self.truth.timed):
             mtimes = self.truth.mtimes(image, moment)
             mtime = luck.choice((mtimes[0], mtimes[-1], luck.choice(mtimes)))
