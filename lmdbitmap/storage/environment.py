@@ -400,7 +400,7 @@ def acquire(path: str) -> Environment:
             forks.is_not_for_children(open_ones)
             environment = Environment(path)
             try:
-                open_ones.by_file[environment.file] = environment  # it may have been made anew while we waited
+                open_ones.by_file[environment.file] = environment  # which others may have made anew
             except BaseException:  # nobody else would ever close it
                 environment.close()
                 raise

@@ -139,7 +139,10 @@ def next_step_for(store: Store, disk: Disk) -> str:
         )
     if session.why_not_adopted(store, disk) is not None:
         return "make a full backup"
-    return f"make a full backup, or `lmdbitmap adopt {disk.name}` if you know that the image is the same"
+    return (
+        f"make a full backup, or `lmdbitmap adopt {disk.name}` if you know that the image is the same, and that the"
+        " store is no copy that was put back"
+    )
 
 
 def _folder(store: Store, inventory: Inventory) -> Iterator[Finding]:

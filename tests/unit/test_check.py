@@ -303,6 +303,7 @@ def test_an_image_that_was_written_meanwhile_needs_a_full_backup(store: Store, d
     assert found.place == "disk 'sda'"
     assert "written while it was not tracked" in found.problem
     assert "`lmdbitmap adopt sda`" in found.next_step
+    assert "that the store is no copy that was put back" in found.next_step
 
 
 def test_an_image_that_is_gone_needs_a_full_backup(store: Store, disk: Disk) -> None:
