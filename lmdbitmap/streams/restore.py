@@ -43,6 +43,7 @@ from lmdbitmap.repository.repository import refuse_beside_backups
 from lmdbitmap.storage import creating
 from lmdbitmap.store import Store
 from lmdbitmap.streams.rbd_diff import Data, Decoder, Event, Head, Zeroes
+from lmdbitmap.targets.copies import given_up
 from lmdbitmap.targets.differences import Mender
 from lmdbitmap.targets.target import (
     Target,
@@ -103,7 +104,7 @@ def apply_stream(
     events = _events(stream)
     head = next(events)
     assert isinstance(head, Head)
-    with _target(place, head, larger) as target:
+    with _target(place, head, larger, store) as target:
         applying = _Applying(target, head, Report(progress, target.size))
         for event in events:
             applying.put(event)
@@ -136,7 +137,7 @@ def _read(stream: ByteInput, buffer: memoryview) -> int:
 
 
 @contextlib.contextmanager
-def _target(path: str, head: Head, larger: bool) -> Iterator[Target]:
+def _target(path: str, head: Head, larger: bool, store: Store | None) -> Iterator[Target]:
     """Open the target, of the stream's size or `larger`. Flushed data is durable after the block."""
     if not is_far(path) and not is_block_device(path):
         if head.from_name is None:
@@ -147,7 +148,7 @@ def _target(path: str, head: Head, larger: bool) -> Iterator[Target]:
     with contextlib.closing(open_image(path)) as existing:
         target = Target(path, existing)
         target.settle()
-        with _in_place(path, head):
+        with given_up(store, path), _in_place(path, head):
             _fit(existing, path, head, larger)
             yield target
 

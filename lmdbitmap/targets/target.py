@@ -44,6 +44,7 @@ from lmdbitmap.storage import creating
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
 from lmdbitmap.system import atomic_files, kernel
+from lmdbitmap.targets.copies import given_up
 from lmdbitmap.tracker.flushing import forgetting_unwritten
 from lmdbitmap.tracker.lane import FilterLane, WritesTogether
 
@@ -153,7 +154,8 @@ def opened_target(
         if not fits(target.size, chain.size, larger=larger):
             raise _other_size(target, chain.size)
         target.settle()
-        yield target
+        with given_up(store, out):
+            yield target
 
 
 def _opening(out: str, size: int, in_place: bool, store: Store | None) -> AbstractContextManager[Target]:

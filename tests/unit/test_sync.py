@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import shutil
@@ -30,7 +31,10 @@ from lmdbitmap.images.device import FileDevice
 from lmdbitmap.interfaces import DeviceTrace, ImageIdentity, TrackableDevice
 from lmdbitmap.notes import sync_note
 from lmdbitmap.notes.checkpoint_names import Maker
+from lmdbitmap.restoring.restore import restore
 from lmdbitmap.store import Store
+from lmdbitmap.streams.rbd_diff import Encoder, Head
+from lmdbitmap.streams.restore import apply_stream
 from lmdbitmap.syncs.plan import SyncKind, gap_between
 from lmdbitmap.syncs.sync import SyncResult, sync
 from lmdbitmap.tracker import session
@@ -562,6 +566,50 @@ def test_a_file_that_takes_no_mark_is_compared_after_an_interrupted_sync(
     assert synced(disk, copy).kind is INCREMENTAL
 
 
+# --- a copy that something is restored onto ---
+
+
+def test_what_is_restored_onto_a_copy_after_a_sync_that_was_killed_is_not_taken_for_its_work(
+    disk: BackedUpDisk, copy: Path
+) -> None:
+    disk.backup()
+    disk.write(b"2", 20 * BLOCK)
+    synced(disk, copy)
+    disk.write(b"3", 30 * BLOCK)
+    killed_after(0, disk, copy)
+    restore(disk.folder / "backups", NAME, copy, in_place=True, store=disk.store)
+    assert copy.read_bytes()[20 * BLOCK : 21 * BLOCK] == bytes(BLOCK)
+    result = synced(disk, copy)
+    assert (result.kind, reason(result)) == (COMPARE, "first-sync")
+    disk.write(b"4", 40 * BLOCK)
+    assert synced(disk, copy).kind is INCREMENTAL
+
+
+def test_a_diff_that_is_applied_to_a_copy_after_a_sync_that_was_killed_is_not_taken_for_its_work(
+    disk: BackedUpDisk, copy: Path
+) -> None:
+    disk.write(b"3", 30 * BLOCK)
+    killed_after(0, disk, copy)
+    head = Encoder(Head(1, SIZE, "yesterday", "today"))
+    diff = b"".join([head.head(), *head.data(40 * BLOCK, b"not the disk's"), head.end()])
+    apply_stream(io.BytesIO(diff), copy, store=disk.store)
+    result = synced(disk, copy)
+    assert (result.kind, reason(result)) == (COMPARE, "first-sync")
+
+
+def test_nothing_is_restored_onto_a_copy_while_a_sync_writes_it(disk: BackedUpDisk, far: FarServer) -> None:
+    disk.resize(51 * BLOCK)
+    disk.backup()
+
+    def meanwhile() -> AbstractContextManager[None]:
+        with pytest.raises(Busy, match="in use"):
+            restore(disk.folder / "backups", NAME, far.uri, in_place=True, store=disk.store)
+        return contextlib.nullcontext()
+
+    synced(disk, far.uri)
+    sync(disk.store, NAME, far.uri, quiesced=meanwhile)
+
+
 def test_a_first_sync_that_failed_goes_on_where_it_was(disk: BackedUpDisk) -> None:
     copy = disk.folder / "copy.raw"
     disk.write(b"2", 20 * BLOCK)
@@ -626,6 +674,18 @@ def test_an_export_becomes_a_copy_and_follows(disk: BackedUpDisk, far: FarServer
     result = synced(disk, far.uri)
     assert (result.kind, result.bytes_compared) == (INCREMENTAL, 0)
     assert far.stable == disk.content() + bytes(200)
+
+
+def test_an_export_that_something_was_restored_onto_is_compared(disk: BackedUpDisk, far: FarServer) -> None:
+    disk.resize(51 * BLOCK)
+    disk.backup()
+    disk.write(b"2", 20 * BLOCK)
+    synced(disk, far.uri)
+    restore(disk.folder / "backups", NAME, far.uri, in_place=True, store=disk.store)
+    assert far.stable != disk.content()
+    result = synced(disk, far.uri)
+    assert (result.kind, reason(result)) == (COMPARE, "first-sync")
+    assert far.stable == disk.content()
 
 
 def test_what_was_in_a_servers_memory_alone_is_not_found_right_and_then_lost(
