@@ -132,12 +132,21 @@ class Qcow2Writer:
         reach = min(1 << compressed_offset_bits(self._cluster_bits), OFFSET_MASK)
         return self._file_end + _REACH_RESERVE * self.cluster_size <= reach
 
-    def write_compressed(self, offset: int, packed: bytes) -> None:
-        """Store one whole cluster of the disk. `packed` is smaller than the cluster, and decompresses to it."""
+    def write_compressed(
+        self, offset: int, packed: bytes, *, phase: int | None = None, shared: int = 0
+    ) -> None:
+        """Store one whole cluster of the disk. `packed` is smaller than the cluster, and decompresses to it.
+
+        Bytes from another image end where their last sector does, as nobody knows where before. If they begin as far
+        into a sector as they did there, their `phase`, they take no more sectors than there. The first `shared` of them
+        are the last ones of the cluster that was stored before.
+        """
         [cluster] = self._take(offset, min(self.cluster_size, self.size - offset) or 1)
         index, slot = divmod(cluster, self._table_entries)
         self._turn_to(index)
-        self._table[slot] = compressed_entry(self._pack(packed), len(packed), self._cluster_bits)
+        self._table[slot] = compressed_entry(
+            self._pack(packed, phase, shared), len(packed), self._cluster_bits
+        )
 
     def write_zeroes(self, offset: int, length: int) -> None:
         """Make the range read as zeroes, at the cost of metadata only (invariant 2)."""
@@ -185,12 +194,15 @@ class Qcow2Writer:
         self._file_end += length + padding
         return offset
 
-    def _pack(self, packed: bytes) -> int:
+    def _pack(self, packed: bytes, phase: int | None, shared: int) -> int:
         """Write compressed bytes behind the previous ones, if these can go on; return where."""
-        self._settle_refcounts()
-        room = -self._packed_end % self.cluster_size
-        goes_on = len(packed) <= room or self._packed_end + room == self._file_end
-        offset = self._packed_end if goes_on else self._file_end
+        behind = self._packed_end - shared
+        if self._settle_refcounts():
+            behind = self._packed_end
+        start = behind if phase is None else behind + (phase - behind) % SECTOR
+        room_end = ceil_div(self._packed_end, self.cluster_size) * self.cluster_size
+        goes_on = start + len(packed) <= room_end or room_end == self._file_end
+        offset = start if goes_on else self._file_end + (phase or 0)
         self._sink.pwrite(packed, offset)
         self._packed_end = offset + len(packed)
         first, stop = offset >> self._cluster_bits, ceil_div(self._packed_end, self.cluster_size)
@@ -199,14 +211,18 @@ class Qcow2Writer:
             self._shared[cluster] = self._shared.get(cluster, 0) + 1
         return offset
 
-    def _settle_refcounts(self) -> None:
-        """Write the refcount blocks of clusters that the file has passed; none of these takes more compressed data."""
-        entries = self.cluster_size // 2
+    def _settle_refcounts(self) -> bool:
+        """Write the refcount blocks of clusters that the file has passed; none of these takes more compressed data.
+
+        Return whether there was one.
+        """
+        entries, written = self.cluster_size // 2, len(self._refcount_blocks)
         while (stop := (len(self._refcount_blocks) + 1) * entries) <= self._file_end >> self._cluster_bits:
             block = self._refcount_block(len(self._refcount_blocks), stop)
             self._refcount_blocks.append(self._append(block))
             self._packed_end = self._file_end
             self._shared = {cluster: count for cluster, count in self._shared.items() if cluster >= stop}
+        return len(self._refcount_blocks) > written
 
     def _map(self, clusters: range, entry: int, step: int) -> None:
         """Give the clusters the L2 entries `entry`, `entry + step`, ...: `step` is 0 for zero clusters."""

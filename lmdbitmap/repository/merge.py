@@ -196,6 +196,8 @@ class _Merger:
         """Parts of a cluster that is not complete yet."""
         self.keeps_packed = False
         """Whether a compressed cluster was copied as it is."""
+        self._packed: MappedRun | None = None
+        """The cluster that was copied so last."""
         self.bytes_changed = 0
         self.bytes_zero = 0
 
@@ -256,8 +258,9 @@ class _Merger:
         if packed is None or not fits or not self._writer.can_point_to_compressed:
             self._put_read(run.offset, run.length)
             return
-        self._writer.write_compressed(run.offset, packed)
-        self.keeps_packed = True
+        shared = 0 if self._packed is None else _shared_bytes(run, self._packed)
+        self._writer.write_compressed(run.offset, packed, phase=run.host_offset % SECTOR, shared=shared)
+        self._packed, self.keeps_packed = run, True
         self._count(run.length)
 
     def _put_data(self, run: MappedRun, source: PooledFile) -> None:
@@ -276,3 +279,10 @@ class _Merger:
     def _count(self, length: int) -> None:
         self.bytes_changed += length
         self._report.advance(length)
+
+
+def _shared_bytes(run: MappedRun, before: MappedRun) -> int:
+    """Return how many of the first bytes of a compressed cluster are in the last sector of another one's, too."""
+    shared = before.host_offset + before.host_length - run.host_offset
+    is_next = run.layer == before.layer and before.host_offset <= run.host_offset and 0 < shared < SECTOR
+    return shared if is_next else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import random
 import shutil
 import sys
 from collections.abc import Iterator
@@ -547,6 +548,29 @@ def test_compressed_clusters_stay_packed_where_backups_are_merged(tmp_path: Path
         assert result.rewritten == (entry.id,)
         assert entry.compression == full.compression
         assert entry.bytes_stored < 480_000 / 4
+        assert disk.restored() == disk.content()
+        run("qemu-img", "check", "-q", disk.backup_folder().path_of(entry.file))
+
+
+@requires("qemu-img")
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
+def test_compressed_clusters_do_not_grow_with_each_merge(tmp_path: Path, compression: str) -> None:
+    """Where a cluster's bytes end, only its last sector's end is known."""
+    randomness = random.Random(1)
+    halves = b"".join(randomness.randbytes(16) + bytes(16) for _ in range(12 * 4096 // 32))
+    with closing(BackedUpDisk(tmp_path, 1 << 20)) as disk:
+        for third in range(5):
+            disk.write(halves, 12 * 4096 * third)
+        stored = []
+        for number in range(8):
+            if number:
+                place = 4096 * 7 * number
+                disk.write(halves[:4096], place)
+            disk.backup(compression=compression)
+            pruned(disk, 1)
+            [entry] = disk.manifest().backups
+            stored.append(entry.bytes_stored)
+        assert max(stored) - stored[0] <= 7 * 1024 + 4096, "some of what was between goes to waste"
         assert disk.restored() == disk.content()
         run("qemu-img", "check", "-q", disk.backup_folder().path_of(entry.file))
 
