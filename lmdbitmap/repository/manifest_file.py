@@ -45,7 +45,7 @@ class ManifestFile:
 
     @property
     def is_succession_decided(self) -> bool:
-        return os.path.lexists(self.path_of(NEXT))
+        return files.is_there(self.path_of(NEXT))
 
     def read(self) -> Manifest | None:
         """Return the true manifest; None if there is none. `FormatError` says how to bring it back."""
@@ -62,7 +62,7 @@ class ManifestFile:
 
     def _read(self, name: str) -> Manifest | None:
         path = self.path_of(name)
-        if not os.path.lexists(path):
+        if not files.is_there(path):
             return None
         try:
             if os.path.islink(path) or (not os.path.isfile(path) and os.path.lexists(path)):
@@ -119,11 +119,11 @@ class ManifestFile:
         """Replace the manifest, durable on return; a death leaves the old or the new. An unreadable one can be kept."""
         data = manifest.encode(new)
         for name in (COPY, MANIFEST) if keep_old else ():
-            if os.path.lexists(self.path_of(name)):
+            if files.is_there(self.path_of(name)):
                 put_aside(self._folder_path, name)
         self._keep_copy(data)
         atomic_files.replace(self.path_of(MANIFEST), data, follow=False)
-        if keep_old and os.path.lexists(self.path_of(NEXT)):  # unreadable too
+        if keep_old and self.is_succession_decided:  # unreadable too
             put_aside(self._folder_path, NEXT)
             remove(self.path_of(NEXT))
 

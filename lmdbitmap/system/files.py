@@ -121,6 +121,19 @@ def give_to_owner_of(folder: str, fd: int) -> None:
 # --- content ---
 
 
+def is_there(path: str) -> bool:
+    """Return whether there is something of that name. `os.path.lexists` takes any error for its absence.
+
+    An error names the folder, which may not be looked into.
+    """
+    with os_errors_at(os.path.dirname(path)):
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+    return True
+
+
 def open_nameless(folder: str | os.PathLike[str]) -> int:
     """Open a new file in `folder` that has no name, accessible to its owner only: nothing of it can stay behind."""
     try:

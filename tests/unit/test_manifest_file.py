@@ -184,18 +184,21 @@ def test_a_reader_that_comes_when_a_succession_ends_finds_what_it_made(
 ) -> None:
     """It saw `manifest.next`, which then got the manifest's name."""
     successor = path(folder, "manifest.next")
-    for moment in ("before it looks what it is", "before it reads"):
+    looks: dict[str, tuple[Any, Any]] = {
+        "before it looks what it is": (os, os.lstat),
+        "before it reads": (os.path, os.path.isfile),
+    }
+    for moment, (place, look) in looks.items():
         successor.write_bytes(manifest.encode(OLDER))
-        look = os.path.lexists if moment == "before it looks what it is" else os.path.isfile
 
-        def ended_then(asked: Any, look: Any = look) -> bool:
-            answer: bool = look(asked)
+        def ended_then(asked: Any, look: Any = look) -> Any:
+            answer = look(asked)
             if str(asked) == str(successor) and answer:
                 successor.rename(path(folder, "manifest.json"))
             return answer
 
         with monkeypatch.context() as patch:
-            patch.setattr(os.path, look.__name__, ended_then)
+            patch.setattr(place, look.__name__, ended_then)
             assert folder.manifest() == OLDER, moment
         folder.replace_manifest(CHAIN)
         assert not successor.exists()

@@ -19,7 +19,7 @@ from lmdbitmap.errors import Busy, FormatError, InvalidArgument, NotFound, Stora
 from lmdbitmap.qcow2 import Qcow2Writer
 from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.manifest import BackupType
-from lmdbitmap.repository.manifest_file import MANIFEST, NEXT
+from lmdbitmap.repository.manifest_file import MANIFEST, NEXT, ManifestFile
 from lmdbitmap.repository.prune import PruneResult, PrunesFailed, prune
 from lmdbitmap.repository.repository import known_backups
 from lmdbitmap.repository.retention import Retention
@@ -422,6 +422,36 @@ def test_what_was_not_decided_is_removed_by_whoever_locks_the_folder(disk: Backe
         pass
     assert reads_as_before == contents["2"]
     reads_as(disk, contents)
+
+
+def test_a_successor_manifest_that_cannot_be_looked_at_is_not_taken_for_missing(
+    disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = back_up(disk, FULL, INCREMENTAL)
+
+    def die(manifest: ManifestFile) -> NoReturn:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as dying:
+        dying.setattr(ManifestFile, "copy_successor", die)
+        with pytest.raises(KeyboardInterrupt):
+            pruned(disk, last=1)
+    there = disk.files()
+    assert {"manifest.next", "000002-incremental.qcow2.next"} <= set(there)
+    with monkeypatch.context() as sick:
+        lstat = os.lstat
+
+        def looked_at(path: str, **options: Any) -> os.stat_result:
+            if os.fspath(path).endswith("manifest.next"):
+                raise OSError(errno.EIO, "a bad sector")
+            return lstat(path, **options)
+
+        sick.setattr(os, "lstat", looked_at)
+        with pytest.raises(StorageError, match="a bad sector"):
+            disk.backup()
+    assert disk.files() == there
+    assert disk.restored("2") == contents["2"]
+    assert (disk.backup().parent, verify(disk.folder / "backups").is_sound) == ("2", True)
 
 
 def test_a_successor_manifest_that_cannot_be_read_is_told_and_put_aside_by_a_full_backup(
