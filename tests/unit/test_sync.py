@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -550,6 +551,29 @@ def test_a_disk_and_store_put_back_to_an_interrupted_sync_know_of_later_syncs(
     assert (result.kind, reason(result)) == (COMPARE, "interrupted")
     assert result.reason is not None
     assert "another sync has begun to write the target" in result.reason.words
+
+
+def test_a_mark_is_durable_before_anything_counts_on_it(
+    disk: BackedUpDisk, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By fsync: a power cut after a mere fdatasync took it back on ext4, and the next sync compared."""
+    calls: list[object] = []
+    setxattr, fsync = os.setxattr, os.fsync
+
+    def marked(file: int, *rest: Any) -> None:
+        calls.append("mark")
+        setxattr(file, *rest)
+
+    def synced_now(file: int) -> None:
+        calls.append(os.fstat(file).st_ino)
+        fsync(file)
+
+    monkeypatch.setattr(os, "setxattr", marked)
+    monkeypatch.setattr(os, "fsync", synced_now)
+    disk.write(b"1", 20 * BLOCK)
+    calls.clear()
+    assert synced(disk, copy).kind is INCREMENTAL
+    assert calls[calls.index("mark") + 1] == copy.stat().st_ino
 
 
 def test_a_file_that_takes_no_mark_is_compared_after_an_interrupted_sync(
