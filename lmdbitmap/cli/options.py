@@ -28,6 +28,7 @@ STORE_VARIABLE = "LMDBITMAP_STORE"
 
 FOLDER = click.Path(file_okay=False, readable=False)
 FILE = click.Path(dir_okay=False, readable=False)
+FILE_OR_DASH = click.Path(dir_okay=False, readable=False, allow_dash=True)
 FILE_OR_DEVICE = click.Path(readable=False)
 """Whether it may be read is not asked here: whoever reads it says what to do if not, and some verbs do not read it."""
 

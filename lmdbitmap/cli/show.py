@@ -9,6 +9,7 @@ a guest writes to the disk.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -17,7 +18,7 @@ import click
 
 from lmdbitmap import render
 from lmdbitmap.cli.changed import ask_or_everything, head_facts, head_words, insist_on_trust
-from lmdbitmap.cli.options import FILE, Session, verb
+from lmdbitmap.cli.options import FILE_OR_DASH, Session, verb
 from lmdbitmap.cli.output import printable, progress, say, stream_json, stream_lines
 from lmdbitmap.cli.sizes import format_size
 from lmdbitmap.errors import AlreadyExists
@@ -33,6 +34,7 @@ from lmdbitmap.work.progress import Progress
 _COLUMNS, _ROWS = 64, 16
 """The size of the text and JSON map, whatever the terminal: the same disk has the same cells everywhere."""
 _PICTURE_COLUMNS, _PICTURE_ROWS = 128, 32
+_STDOUT = "-"
 
 _GLYPHS = {Shade.NONE: "·", Shade.SOME: "░", Shade.MOST: "▓", Shade.ALL: "█"}
 _PLAIN_GLYPHS = {Shade.NONE: ".", Shade.SOME: "-", Shade.MOST: "+", Shade.ALL: "#"}
@@ -61,8 +63,11 @@ class _Seen(NamedTuple):
 @click.argument("name")
 @click.option("--since", metavar="CHECKPOINT", help="Count from this one. [default: the newest]")
 @click.option("--until", metavar="CHECKPOINT", help="Count to this one. [default: now]")
-@click.option("--svg", metavar="FILE", type=FILE, help="Draw it there too, with words.")
-@click.option("--png", metavar="FILE", type=FILE, help="The same as plain pixels.")
+@click.option(
+    "--svg", metavar="FILE", type=FILE_OR_DASH,
+    help="Draw it there too, with words; with - on standard output, and the answer then goes to standard error.",
+)  # fmt: skip
+@click.option("--png", metavar="FILE", type=FILE_OR_DASH, help="The same as plain pixels.")
 @click.pass_obj
 def show(
     asked: Session, name: str, since: str | None, until: str | None, svg: str | None, png: str | None
@@ -73,16 +78,18 @@ def show(
     of it is. Pictures are written whole or not at all, and replace only pictures of the same kind. Exit code 3: it is
     not known what changed. Then all of the disk is shown as dirty, with the reason.
     """
+    _require_sense(svg, png)
     _require_place(svg, png)
     with Store.open(asked.store_path) as store:
         answer = ask_or_everything(store, name, since, until)
         with progress(f"reading changes of {name}", shown=asked.shows_progress) as report:
             seen = _look_at(answer, report)
     _write_pictures(_caption(answer, seen), seen.picture_map, svg, png)
-    if asked.as_json:
-        _tell_json(answer, seen, svg, png)
-    else:
-        _tell_text(answer, seen, svg, png)
+    with contextlib.redirect_stdout(sys.stderr if _STDOUT in (svg, png) else sys.stdout):
+        if asked.as_json:
+            _tell_json(answer, seen, svg, png)
+        else:
+            _tell_text(answer, seen, svg, png)
     insist_on_trust(answer)
 
 
@@ -161,6 +168,15 @@ def _caption(answer: Changes, seen: _Seen) -> Caption:
     return Caption(title, [standing], _legend(seen.picture_map), format_size)
 
 
+def _require_sense(svg: str | None, png: str | None) -> None:
+    if svg == png == _STDOUT:
+        raise click.UsageError("Standard output takes one picture: name a file for the other.")
+    if _STDOUT in (svg, png) and sys.stdout.isatty():
+        raise click.UsageError(
+            "The picture is for programs, and this is a terminal; lead it into a pipe or a file."
+        )
+
+
 def _require_place(svg: str | None, png: str | None) -> None:
     """Raise `AlreadyExists` for a file that is neither empty nor a picture of the kind that is to replace it."""
     if svg is not None:
@@ -171,7 +187,7 @@ def _require_place(svg: str | None, png: str | None) -> None:
 
 def _require_beginning(path: str, signature: bytes, kind: str) -> None:
     """Raise `AlreadyExists` for another kind of file. What is no regular file is refused when it is to be replaced."""
-    if files.first_bytes(path, len(signature)) not in (signature, b""):
+    if path != _STDOUT and files.first_bytes(path, len(signature)) not in (signature, b""):
         raise AlreadyExists(
             f"{path} is there and is not {kind}", next_step="name another file, or remove that one"
         )
@@ -181,7 +197,14 @@ def _write_pictures(caption: Caption, dirt: DirtMap, svg: str | None, png: str |
     """Write the pictures. Both paths are checked again: a file may be there by now, and the two may be the same."""
     if svg is not None:
         _require_place(svg, None)
-        atomic_files.replace(svg, render.svg(dirt, caption).encode())
+        _write_picture(svg, render.svg(dirt, caption).encode())
     if png is not None:
         _require_place(None, png)
-        atomic_files.replace(png, render.png(dirt, caption))
+        _write_picture(png, render.png(dirt, caption))
+
+
+def _write_picture(path: str, picture: bytes) -> None:
+    if path == _STDOUT:
+        sys.stdout.buffer.write(picture)
+    else:
+        atomic_files.replace(path, picture)

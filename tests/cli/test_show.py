@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -201,6 +202,30 @@ def test_pictures_are_written_and_written_again(cli: Cli) -> None:
 def _shades(svg: Path) -> set[str]:
     page = ElementTree.fromstring(svg.read_bytes())
     return {path.attrib["class"] for path in page.iter("{http://www.w3.org/2000/svg}path")}
+
+
+@pytest.mark.parametrize(("option", "signature"), [("--svg", b"<svg"), ("--png", b"\x89PNG")])
+def test_a_picture_on_standard_output_is_alone_there(cli: Cli, option: str, signature: bytes) -> None:
+    _all_shades(cli)
+    (cli.folder / "-").write_bytes(b"a file of that name")
+    done = subprocess.run(
+        cli.command("show", "sda", option, "-", "--json"), cwd=cli.folder, capture_output=True, timeout=30
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(signature)
+    assert json.loads(done.stderr)["dirty_bytes"] == 768 * KIB
+    assert (cli.folder / "-").read_bytes() == b"a file of that name"
+
+
+def test_standard_output_takes_one_picture(cli: Cli) -> None:
+    cli.add("sda")
+    assert "name a file for the other" in cli.fails(2, "show", "sda", "--svg", "-", "--png", "-")
+
+
+def test_a_terminal_takes_no_picture(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    cli.add("sda")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert "this is a terminal" in cli.fails(2, "show", "sda", "--png", "-")
 
 
 @pytest.mark.parametrize(("option", "kind"), [("--svg", "an SVG picture"), ("--png", "a PNG picture")])
