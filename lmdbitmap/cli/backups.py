@@ -16,7 +16,7 @@ from lmdbitmap.cli.descriptors import allow_many_descriptors
 from lmdbitmap.cli.facts import entry_facts, reason_facts
 from lmdbitmap.cli.failing import ending_as, failure_facts
 from lmdbitmap.cli.kinds import of_a_kind
-from lmdbitmap.cli.options import FILE_OR_DEVICE, FOLDER, Session, at_backup, verb
+from lmdbitmap.cli.options import FILE_OR_DEVICE, Session, at_backup, verb
 from lmdbitmap.cli.output import progress, say, say_json
 from lmdbitmap.cli.politeness import nice_after, owner_limited, polite, waiting
 from lmdbitmap.cli.quiesce import Hook, Thaw, hooked
@@ -24,6 +24,7 @@ from lmdbitmap.cli.sizes import format_duration, format_size, format_time, iso_t
 from lmdbitmap.cli.streams import (
     STDIN,
     StreamOptions,
+    folder_or_stdin,
     require_stream_in,
     require_stream_out,
     stream_in,
@@ -234,7 +235,7 @@ def _backup_facts(result: BackupResult) -> dict[str, object]:
         "lmdbitmap restore /srv/backups sda nbd://other-host/sda",
     ],
 )
-@click.argument("repository", metavar="REPO", type=FOLDER)
+@click.argument("repository", metavar="REPO", type=folder_or_stdin)
 @click.argument("name", metavar="NAME", required=False)
 @click.argument("out", metavar="OUT", type=FILE_OR_DEVICE, required=False)
 @at_backup("go back to")

@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from lmdbitmap.cli.kinds import KINDS
-from lmdbitmap.cli.options import Session
+from lmdbitmap.cli.options import FOLDER, Session
 from lmdbitmap.cli.output import progress, say, say_json
 from lmdbitmap.cli.politeness import nice_after
 from lmdbitmap.cli.quiesce import Hook, Thaw
@@ -46,6 +46,11 @@ _NOT_IN = {
     "in_place": "The stream itself says whether it is a whole disk or changes OUT in place: leave out --in-place.",
     "no_verify": "A stream has no digests to prove it by: leave out --no-verify.",
 }
+
+
+def folder_or_stdin(text: str) -> str:
+    """Return a folder's path as `FOLDER` does, or `-`, whatever has that name; for `type=`."""
+    return text if text == STDIN else str(FOLDER(text))
 
 
 def require_stream_out() -> None:

@@ -120,6 +120,18 @@ def test_what_was_received_is_told(cli: Cli, image: Path) -> None:
     )
 
 
+def test_standard_input_is_meant_beside_a_file_of_that_name_too(
+    cli: Cli, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(cli.folder)
+    Path("-").write_bytes(b"")
+    data = say(cli, "backup", "sda", "--stdout").out
+    said = say(cli, "restore", "-", "out.raw", stdin=data)
+    assert said.code == 0, said.err
+    assert Path("out.raw").read_bytes() == image.read_bytes()
+    assert "is a file" in cli.fails(2, "restore", "sda.raw", "sda", "other.raw")
+
+
 # --- what fails ---
 
 
