@@ -22,6 +22,7 @@ from lmdbitmap.cli.answers import (
     size_words,
     standing_words,
 )
+from lmdbitmap.cli.facts import epoch_facts
 from lmdbitmap.cli.holders import holder_words
 from lmdbitmap.cli.options import FOLDER, Session, granularity, utf8_path, verb
 from lmdbitmap.cli.output import complain, say, say_json, say_table
@@ -191,9 +192,8 @@ def _tell_disk(
 ) -> None:
     disk = report.disk
     if asked.as_json:
-        epoch = {"number": disk.epoch_number, "uuid": str(disk.epoch), "reason": disk.epoch_reason}
         checkpoints = [period.facts() for period in periods]
-        facts = {**report.facts(), "next_step": next_step, "epoch": epoch}
+        facts = {**report.facts(), "next_step": next_step, "epoch": epoch_facts(disk)}
         say_json({**facts, "checkpoints": checkpoints, "served": served})
         return
     _tell_pairs(_portrait(report, next_step))

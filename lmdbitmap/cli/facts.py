@@ -1,14 +1,23 @@
-"""What JSON answers say of a backup and of a reason: the same in each answer that has one."""
+"""What JSON answers say of a backup, of a reason and of an epoch: the same in each answer that has one."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from lmdbitmap.cli.sizes import iso_time
 from lmdbitmap.notes.references import Reason
-from lmdbitmap.repository.manifest import BackupEntry
+from lmdbitmap.storage.schema import Disk
+
+if TYPE_CHECKING:
+    from lmdbitmap.repository.manifest import BackupEntry
 
 
 def reason_facts(reason: Reason | None) -> dict[str, str] | None:
     return None if reason is None else {"code": reason.code, "words": reason.words}
+
+
+def epoch_facts(disk: Disk) -> dict[str, object]:
+    return {"number": disk.epoch_number, "uuid": str(disk.epoch), "reason": disk.epoch_reason}
 
 
 def entry_facts(entry: BackupEntry) -> dict[str, object]:

@@ -18,8 +18,10 @@ import click
 
 from lmdbitmap.access.owners import is_attached
 from lmdbitmap.access.questions import Owners
+from lmdbitmap.cli.facts import epoch_facts
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import say_json
+from lmdbitmap.cli.sizes import iso_time
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.extents import Trust
 from lmdbitmap.storage.schema import Checkpoint, Disk
@@ -50,13 +52,16 @@ class Figures:
     served: Mapping[str, Any] | None
 
     def facts(self) -> dict[str, object]:
+        newest = self.checkpoints[-1] if self.checkpoints else None
         return {
             "name": self.disk.name,
             "size": self.disk.size,
             "attached": self.attached,
             "trust": self.trust.value,
             "dirty_bytes": self.dirty_bytes,
+            "epoch": epoch_facts(self.disk),
             "checkpoints": len(self.checkpoints),
+            "last_checkpoint": None if newest is None else iso_time(newest.time_ns),
             "served": self.served,
         }
 

@@ -187,6 +187,9 @@ def test_metrics_for_programs_are_json(cli: Cli) -> None:
     cli.add("sda")
     (told,) = cli.json("metrics")["disks"]
     assert (told["name"], told["served"], told["dirty_bytes"]) == ("sda", None, SIZE)
+    info = cli.json("info", "sda")
+    assert told["epoch"] == info["epoch"]
+    assert told["last_checkpoint"] == info["checkpoints"][-1]["time"]
 
 
 def scrape(url: str) -> Samples:
