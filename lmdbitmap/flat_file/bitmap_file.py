@@ -5,8 +5,9 @@
     detach    write X anew with the open period's bits and CLEAN set, whole or not at all
 
 The store is crash-safe with or without X, which is for programs that read flat files. So X can only add dirt: a missing
-X adds nothing, and an untrustworthy X (not CLEAN, damaged, of another disk) makes everything dirty, in a new epoch that
-says why. A file that does not begin like a flat file of this version is refused, because detach would overwrite it.
+X adds nothing, and an untrustworthy X (not CLEAN, damaged, naming no disk) makes everything dirty, in a new
+epoch that says why. A file that does not begin like a flat file of this version, or is another disk's, is refused,
+because detach would overwrite it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import errno
 import os
 
 from lmdbitmap import export
-from lmdbitmap.errors import FormatError, NotFound, Untrusted, error_from_os, os_errors_at
+from lmdbitmap.errors import AlreadyExists, FormatError, NotFound, Untrusted, error_from_os, os_errors_at
 from lmdbitmap.filter import Filter
 from lmdbitmap.flat_file.flatfile import FlatFile, begins_like_ours
 from lmdbitmap.format import NO_UUID, Flags, FlatHeader, encode_header
@@ -29,7 +30,7 @@ def begin(attached: Filter, path: str | os.PathLike[str]) -> str | None:
     """Merge the file into the open period, before any guest writes; a clean detach of `attached` writes it out.
 
     Returns why the file was not trusted, in which case a new epoch has begun, or None. Raises, and changes nothing, if
-    the file is not a flat file of this version or could not be written.
+    the file is not a flat file of this version, is another disk's, or could not be written.
     """
     place = os.path.abspath(path)
     _require_writable(os.path.dirname(os.path.realpath(place)))
@@ -57,6 +58,7 @@ def _take_in(attached: Filter, path: str) -> str | None:
         _replace_by_unclean(path, attached.disk)
         return error.problem
     with file:
+        _require_of(attached.disk, file)
         reason = _why_unbelievable(file, attached)
         if reason is None:
             loose = _why_loose(file.header, attached, path)
@@ -82,10 +84,20 @@ def _replace_by_unclean(path: str, disk: Disk) -> None:
     atomic_files.replace(path, encode_header(header, {"disk": disk.name}))
 
 
+def _require_of(disk: Disk, file: FlatFile) -> None:
+    """Raise `AlreadyExists` for a file that is proven to be another disk's: we would take it from that one."""
+    told = file.header.disk_uuid
+    if told not in (disk.uuid, NO_UUID):
+        raise AlreadyExists(
+            f"{file.path} is the file of another disk ({told}; disk {disk.name!r} is {disk.uuid})",
+            next_step="name this disk's own file, or one that is not there yet; if that disk is gone, remove its file",
+        )
+
+
 def _why_unbelievable(file: FlatFile, attached: Filter) -> str | None:
     header, disk = file.header, attached.disk
     if header.disk_uuid != disk.uuid:
-        return f"{file.path} is of another disk"
+        return f"{file.path} does not say of which disk it is"
     if header.disk_size != disk.size:
         return f"{file.path} is of a disk of {header.disk_size} bytes, and this one has {disk.size}"
     try:

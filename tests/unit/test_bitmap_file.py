@@ -12,7 +12,7 @@ from typing import NoReturn
 import pytest
 
 from lmdbitmap import export
-from lmdbitmap.errors import FormatError, NotFound, StorageError, Untrusted
+from lmdbitmap.errors import AlreadyExists, FormatError, NotFound, StorageError, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.flat_file import bitmap_file
@@ -174,7 +174,7 @@ def test_after_a_crash_everything_is_dirty_and_the_epoch_says_why(tracked: Track
     ("lie", "said"),
     [
         ({"flags": 0}, "not closed cleanly"),
-        ({"disk_uuid": 5}, "another disk"),
+        ({"disk_uuid": 0}, "does not say of which disk"),
         ({"disk_size": SIZE - 1}, f"{SIZE - 1} bytes"),
         ({"bits_checksum": 5}, "checksum"),
         ({"dirty_count": 5}, "set bits"),
@@ -228,6 +228,20 @@ def test_what_is_no_flat_file_of_this_version_is_refused_and_kept(
         bitmap_file.begin(disk, path)
     assert path.read_bytes() == content
     assert tracked.disk().epoch == epoch
+
+
+@pytest.mark.parametrize("lie", [{}, {"flags": 0}, {"bits_checksum": 5}])
+def test_the_file_of_another_disk_is_refused_and_kept(
+    tracked: TrackedDisk, path: Path, lie: dict[str, int]
+) -> None:
+    served(tracked, path, 1)
+    changed(path, disk_uuid=5, **lie)
+    content, epoch = path.read_bytes(), tracked.disk().epoch
+    with tracked.attach() as disk, pytest.raises(AlreadyExists, match="is the file of another disk"):
+        bitmap_file.begin(disk, path)
+    assert path.read_bytes() == content
+    assert tracked.disk().epoch == epoch
+    assert tracked.stored_dirt() == {1}
 
 
 def test_a_fifo_is_refused_and_not_waited_for(tracked: TrackedDisk, path: Path) -> None:
