@@ -7,11 +7,15 @@ import click
 from lmdbitmap.access import operations, served_snapshots
 from lmdbitmap.backups import consumers
 from lmdbitmap.cli.answers import confirm
+from lmdbitmap.cli.failing import ending_as, failure_facts
 from lmdbitmap.cli.holders import hold_facts
 from lmdbitmap.cli.options import Session, names, size, verb
+from lmdbitmap.cli.output import say, say_json
 from lmdbitmap.cli.quiesce import Hook, Thaw, hooked
 from lmdbitmap.cli.sizes import format_size
 from lmdbitmap.store import Store
+from lmdbitmap.work.disks_failed import DisksFailed
+from lmdbitmap.work.failures import Failures
 
 
 @verb(examples=["lmdbitmap checkpoint sda monday", "lmdbitmap checkpoint sda,sdb monday"])
@@ -65,19 +69,31 @@ def snapshot(asked: Session, disks: list[str], checkpoint_name: str, since: str,
     thaw.require()
 
 
-@verb(examples=["lmdbitmap release sda monday"])
-@click.argument("name")
+@verb(examples=["lmdbitmap release sda monday", "lmdbitmap release sda,sdb monday"])
+@click.argument("disks", metavar="NAME[,NAME…]", type=names)
 @click.argument("checkpoint_name", metavar="CHECKPOINT")
 @click.pass_obj
-def release(asked: Session, name: str, checkpoint_name: str) -> None:
-    """Release a disk that `snapshot` holds.
+def release(asked: Session, disks: list[str], checkpoint_name: str) -> None:
+    """Release disks that `snapshot` holds.
 
-    The checkpoint stays. If old data could not be kept, this fails: then discard what was read.
+    The checkpoint stays. If old data of a disk could not be kept, this fails: then discard what was read of it. Of
+    several disks, the others are released all the same.
     """
+    apart, kept = Failures(at_once=len(disks) == 1), {}
     with Store.open(asked.store_path) as store:
-        kept_bytes = served_snapshots.release_served_snapshot(store, name, checkpoint_name)
-    confirm(asked, f"{name}@{checkpoint_name}: released; {format_size(kept_bytes)} of old data had been kept",
-            disk=name, checkpoint=checkpoint_name, kept_bytes=kept_bytes)  # fmt: skip
+        for name in disks:
+            with apart.of(name):
+                kept[name] = served_snapshots.release_served_snapshot(store, name, checkpoint_name)
+    failed = DisksFailed("released", len(kept), apart.errors) if apart.errors else None
+    with ending_as(failed, "release failed"):
+        if asked.as_json:
+            released = [{"disk": name, "kept_bytes": kept_bytes} for name, kept_bytes in kept.items()]
+            say_json({"checkpoint": checkpoint_name, "disks": released, "failures": failure_facts(failed)})
+        else:
+            for name, kept_bytes in kept.items():
+                say(
+                    f"{name}@{checkpoint_name}: released; {format_size(kept_bytes)} of old data had been kept"
+                )
 
 
 @verb(examples=["lmdbitmap forget sda monday", "lmdbitmap forget sda --repository /mnt/old-backups"])

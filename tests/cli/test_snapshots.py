@@ -40,12 +40,34 @@ def test_disks_are_held_together_and_released_one_by_one(cli: Cli, served: Serve
         "thaw_failure": None,
     }  # fmt: skip
     write(served.uris["sda"], MIB, 100)
-    assert cli.json("release", "sda", "monday")["kept_bytes"] == 0, "zeroes take no room"
+    assert cli.json("release", "sda", "monday") == {
+        "checkpoint": "monday", "disks": [{"disk": "sda", "kept_bytes": 0}], "failures": [],
+    }, "zeroes take no room"  # fmt: skip
     assert (held(cli, "sda"), held(cli, "sdb")) == ([], ["monday"])
     assert "held      as at monday: 0 B of old data, room for 10 GiB" in " ".join(
         line for line in cli.ok("info", "sdb").splitlines()
     ).replace("held        ", "held      ")
     assert cli.ok("release", "sdb", "monday") == "sdb@monday: released; 0 B of old data had been kept\n"
+
+
+def test_disks_are_released_together_and_one_that_is_not_held_keeps_none_of_the_others(
+    cli: Cli, served: Served
+) -> None:
+    cli.ok("snapshot", "sda,sdb", "monday")
+    assert cli.ok("release", "sda,sdb", "monday").splitlines() == [
+        f"{name}@monday: released; 0 B of old data had been kept" for name in ("sda", "sdb")
+    ]
+    cli.ok("snapshot", "sdb", "tuesday")
+    code, out, err = cli("release", "sda,sdb,sdx", "tuesday", "--json")
+    told = json.loads(out)
+    assert (code, told["disks"], held(cli, "sdb")) == (1, [{"disk": "sdb", "kept_bytes": 0}], [])
+    assert [(one["disk"], one["reason"]["code"]) for one in told["failures"]] == [
+        ("sda", "not-found"), ("sdx", "not-found"),
+    ]  # fmt: skip
+    assert [line.split(":")[1:3] for line in err.splitlines()] == [
+        [" sda", " release failed"],
+        [" sdx", " release failed"],
+    ]
 
 
 def test_refusals_say_what_to_do(cli: Cli, served: Served) -> None:
