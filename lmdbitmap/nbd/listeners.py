@@ -19,7 +19,7 @@ import stat
 import time
 import weakref
 from collections.abc import Iterator
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, os_errors_at
 from lmdbitmap.nbd.uri import MAX_UNIX_PATH, Credentials, NbdAddress
@@ -113,7 +113,7 @@ class TcpListener:
             if refused.errno == errno.EADDRINUSE:
                 raise Busy(f"{host}:{port} is in use", next_step="choose another port") from refused
             raise
-        self._host, self._port = self.sock.getsockname()[:2]
+        self._host, self._port = _host_and_port(self.sock)
 
     def uri(self, name: str) -> str:
         return NbdAddress(name, host=self._host, port=self._port, tls=_spoken(self.tls)).uri
@@ -133,10 +133,9 @@ class InheritedListener:
             _warn_if_open_to_all(_socket_path(self.sock.getsockname()))
 
     def uri(self, name: str) -> str:
-        address = self.sock.getsockname()
         if self.sock.family == socket.AF_UNIX:
-            return NbdAddress(name, socket_path=_socket_path(address)).uri
-        host, port = address[:2]
+            return NbdAddress(name, socket_path=_socket_path(self.sock.getsockname())).uri
+        host, port = _host_and_port(self.sock)
         return NbdAddress(name, host=host, port=port, tls=_spoken(self.tls)).uri
 
     def close(self) -> None:
@@ -152,9 +151,15 @@ def passed_host(fd: int) -> str | None:
     """Return the address of a passed TCP socket; None for a unix socket. Raises as `InheritedListener`."""
     sock = _listening_socket(fd)
     try:
-        return None if sock.family == socket.AF_UNIX else str(sock.getsockname()[0])
+        return None if sock.family == socket.AF_UNIX else _host_and_port(sock)[0]
     finally:
         sock.detach()
+
+
+def _host_and_port(sock: socket.socket) -> tuple[str, int]:
+    """Return the address of a TCP socket; a link-local one names its network interface behind a `%`."""
+    host, port = socket.getnameinfo(sock.getsockname(), socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
+    return host, int(port)
 
 
 def _socket_path(address: str | bytes) -> str:
@@ -191,8 +196,11 @@ def _listening_socket(fd: int) -> socket.socket:
     )
 
 
-def _resolved(host: str, port: int) -> tuple[int, tuple[str, int]]:
-    """Return (address family, address), the first one that the system resolves host and port to."""
+def _resolved(host: str, port: int) -> tuple[int, Any]:
+    """Return (address family, address), the first one that the system resolves host and port to.
+
+    A link-local address has the number of its network interface in it.
+    """
     try:
         if not 0 <= port <= _MAX_PORT:
             raise OverflowError(f"ports end at {_MAX_PORT}")
@@ -203,7 +211,7 @@ def _resolved(host: str, port: int) -> tuple[int, tuple[str, int]]:
         raise InvalidArgument(
             f"{host}:{port} is no address ({error})", next_step="name one of this host's addresses"
         ) from error
-    return family, (str(address[0]), int(address[1]))
+    return family, address
 
 
 def _bound_unix_socket(path: str, mode: int) -> socket.socket:

@@ -205,6 +205,24 @@ def test_a_port_that_is_free_is_found_and_named() -> None:
     listener.close()
 
 
+def test_a_link_local_address_is_bound_and_named_with_its_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host need not have one: it is not bound here."""
+
+    class Bound(socket.socket):
+        def getsockname(self) -> object:
+            return address
+
+    def create(asked: object, *, family: int, backlog: int) -> socket.socket:
+        assert (asked, family) == (address, socket.AF_INET6)
+        return Bound(family)
+
+    address = ("fe80::1", 10809, 0, socket.if_nametoindex("lo"))
+    monkeypatch.setattr(socket, "create_server", create)
+    listener = TcpListener("fe80::1%lo", 10809)
+    assert listener.uri("sda") == "nbd://[fe80::1%25lo]:10809/sda"
+    listener.close()
+
+
 @pytest.mark.parametrize(("host", "port"), [("no such host.", 0), ("127.0.0.1", 65536), ("127.0.0.1", -1)])
 def test_addresses_that_cannot_be_are_refused(host: str, port: int) -> None:
     with pytest.raises(InvalidArgument, match="no address"):
