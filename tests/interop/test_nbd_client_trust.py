@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.errors import Busy, InvalidArgument, NotFound
+from lmdbitmap.cli.main import run
+from lmdbitmap.errors import Busy, InvalidArgument, NotFound, StorageError
 from lmdbitmap.nbd.client import dial
 from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.nbd.client.handshake import Step
@@ -35,9 +36,9 @@ pytestmark = [requires(tool) for tool in ("openssl", "qemu-nbd", "nbdkit")]
 def test_server_of_another_authority_is_not_believed(tmp_path: Path, papers: Certificates) -> None:
     strangers = Certificates(tmp_path / "strangers")
     with nbdkit(papers.folder, "memory", "1M") as far:
-        with pytest.raises(InvalidArgument, match=r"certificate is not believed .*; with tls-certificates="):
+        with pytest.raises(StorageError, match=r"certificate is not believed .*; with tls-certificates="):
             NbdDevice.open(far.uri(strangers.folder))
-        with pytest.raises(InvalidArgument, match=r"certificate is not believed"):
+        with pytest.raises(StorageError, match=r"certificate is not believed"):
             NbdDevice.open(far.plain_uri.replace("nbd:", "nbds:"))
         NbdDevice.open(far.uri(papers.folder)).close()
 
@@ -50,7 +51,7 @@ def test_without_a_folder_those_are_believed_whom_the_system_trusts(
     with far_server(tmp_path) as server:
         server.tls = context
         uri = f"nbds+unix:///disk?socket={server.path}"
-        with pytest.raises(InvalidArgument, match=r"certificate is not believed"):
+        with pytest.raises(StorageError, match=r"certificate is not believed"):
             NbdDevice.open(uri)
         monkeypatch.setenv("SSL_CERT_FILE", str(papers.folder / "ca-cert.pem"))
         NbdDevice.open(uri).close()
@@ -58,7 +59,7 @@ def test_without_a_folder_those_are_believed_whom_the_system_trusts(
 
 def test_certificate_must_be_of_the_host_or_of_the_name_that_is_given(papers: Certificates) -> None:
     with nbdkit(papers.folder, "memory", "1M") as far:
-        with pytest.raises(InvalidArgument, match=r"[Hh]ostname mismatch"):
+        with pytest.raises(StorageError, match=r"[Hh]ostname mismatch"):
             NbdDevice.open(far.uri(papers.folder, "&tls-hostname=other.example"))
         by_address = far.uri(papers.folder).replace("localhost", "127.0.0.1")
         NbdDevice.open(by_address).close()
@@ -68,8 +69,13 @@ def test_certificate_must_be_of_the_host_or_of_the_name_that_is_given(papers: Ce
 def test_certificate_that_expired_is_not_believed(tmp_path: Path) -> None:
     old = Certificates(tmp_path / "old", days=-1)
     image = made(tmp_path, "raw")
-    with ours(old.folder, image) as uri, pytest.raises(InvalidArgument, match=r"has expired"):
-        NbdDevice.open(f"{uri}?tls-certificates={old.without_client(tmp_path / 'ca')}")
+    with ours(old.folder, image) as uri:
+        uri += f"?tls-certificates={old.without_client(tmp_path / 'ca')}"
+        with pytest.raises(StorageError, match=r"has expired"):
+            NbdDevice.open(uri)
+        assert run(["--store", str(tmp_path / "store"), "add", "sda", uri]) == 1, (
+            "as a command that was misspelt"
+        )
 
 
 @pytest.mark.parametrize("server", ["nbdkit", "qemu-nbd", "ours"])
@@ -84,7 +90,7 @@ def test_client_without_a_certificate_is_told_that_it_may_need_one(
             uri = stack.enter_context(nbdkit(papers.folder, "memory", "1M")).uri(authority)
         else:
             uri = stack.enter_context(qemu_nbd(papers.folder, image, "raw")).uri(authority)
-        with pytest.raises(InvalidArgument, match=r"broke TLS off .*client-cert.pem"):
+        with pytest.raises(StorageError, match=r"broke TLS off .*client-cert.pem"):
             NbdDevice.open(uri)
 
 
@@ -93,7 +99,7 @@ def test_client_certificate_of_another_authority_is_not_taken(tmp_path: Path, pa
     shutil.copy(papers.folder / "ca-cert.pem", strangers.folder)
     with (
         ours(papers.folder, made(tmp_path, "raw")) as uri,
-        pytest.raises(InvalidArgument, match=r"broke TLS off"),
+        pytest.raises(StorageError, match=r"broke TLS off"),
     ):
         NbdDevice.open(f"{uri}?tls-certificates={strangers.folder}")
 
@@ -196,7 +202,7 @@ def test_plain_bytes_behind_the_last_word_before_tls_are_never_taken_for_an_answ
 ) -> None:
     """Such as an acknowledgement of STRUCTURED_REPLY, which would be the next thing that is asked for."""
     far.in_plain_text = injected
-    with pytest.raises(InvalidArgument, match=r"broke TLS off"):
+    with pytest.raises(StorageError, match=r"broke TLS off"):
         NbdDevice.open(far.uri)
     assert far.handshakes == 0
 

@@ -98,8 +98,8 @@ class NbdDevice:
         """Connect once to the export that an NBD URI names.
 
         Raises `NotFound` if nobody serves it, `Busy` if the server does not answer, `FormatError` if it is no NBD
-        server, `InvalidArgument` if TLS is not agreed on, or if an export to be written is read-only or cannot flush,
-        and `StorageError` if the system does not let us connect.
+        server, `InvalidArgument` if TLS is not offered, or if an export to be written is read-only or cannot flush, and
+        `StorageError` if TLS fails, as one side does not trust the other, or if the system does not let us connect.
         """
         place = parse(uri)
         warn_about(place)

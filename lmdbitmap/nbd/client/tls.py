@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple, TypeVar
 
-from lmdbitmap.errors import InvalidArgument
+from lmdbitmap.errors import StorageError
 from lmdbitmap.interfaces import Buffer
 from lmdbitmap.nbd.tls import CLIENT_KEY, client_context, warn_of_open_key
 from lmdbitmap.nbd.uri import Credentials, NbdAddress
@@ -140,7 +140,7 @@ class Encryption(NamedTuple):
         return cls(place, client_context(tls.folder, verifies=tls.verifies))
 
     def begin(self, sock: socket.socket) -> TlsWire:
-        """Shake hands within the socket's timeout. Raise `InvalidArgument` if one side does not trust the other.
+        """Shake hands within the socket's timeout. Raise `StorageError` if one side does not trust the other.
 
         Afterwards the wire owns the socket, or the socket is closed.
         """
@@ -153,14 +153,17 @@ class Encryption(NamedTuple):
         try:
             yield
         except ssl.SSLCertVerificationError as error:
-            raise InvalidArgument(
-                f"{self.place.uri}: the server's certificate is not believed ({error.verify_message.rstrip('.')})",
+            why = error.verify_message.rstrip(".")
+            raise StorageError(
+                self.place.uri,
+                OSError(errno.EKEYREJECTED, f"the server's certificate is not believed ({why})"),
                 next_step="with tls-certificates= name the folder with its authority's ca-cert.pem,"
                 " with tls-hostname= the name that it certifies",
             ) from error
         except (ssl.SSLError, ConnectionError, ValueError) as error:
-            raise InvalidArgument(
-                f"{self.place.uri}: the server broke TLS off ({_words(error)})",
+            raise StorageError(
+                self.place.uri,
+                OSError(errno.EPROTO, f"the server broke TLS off ({_words(error)})"),
                 next_step="look at its log: it may ask for client-cert.pem and client-key.pem of its own authority,"
                 " in the folder tls-certificates=",
             ) from error
