@@ -113,10 +113,10 @@ def exposition(found: Sequence[Figures]) -> str:
 
 
 @contextlib.contextmanager
-def metrics_served(store: Store, names: Collection[str], host: str, port: int) -> Iterator[str]:
+def metrics_served(store: Store, names: Collection[str], host: str, port: int) -> Iterator[str | None]:
     """Serve the current figures of the named disks over HTTP, in separate threads, until the block ends; yield the URL.
 
-    `names` is read at each scrape.
+    `names` is read at each scrape. See `serving` for a port that cannot be had yet.
     """
     from lmdbitmap.cli.scraping import serving
 

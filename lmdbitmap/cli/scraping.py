@@ -21,29 +21,84 @@ from urllib.parse import urlsplit
 from prometheus_client import MetricsHandler
 from prometheus_client.registry import CollectorRegistry
 
+from lmdbitmap.errors import InvalidArgument, LmdbitmapError
 from lmdbitmap.nbd.listeners import TcpListener, accepted
 
 log = logging.getLogger(__name__)
 
 _MOST_SCRAPERS: Final = 4
 _PATIENCE_S: Final = 5.0
+_AGAIN_S: Final = 10.0
 
 
 @contextlib.contextmanager
 def serving(
-    registry: CollectorRegistry, host: str, port: int, *, patience_s: float = _PATIENCE_S
-) -> Iterator[str]:
-    """Answer GET with the registry's metrics until the block ends; yield the URL. Raises `Busy` if the port is used."""
-    listener = TcpListener(host, port)
-    server = _Server(listener, _handler(registry, patience_s))
-    thread = threading.Thread(target=server.serve_forever, name="lmdbitmap metrics", daemon=True)
+    registry: CollectorRegistry,
+    host: str,
+    port: int,
+    *,
+    patience_s: float = _PATIENCE_S,
+    again_s: float = _AGAIN_S,
+) -> Iterator[str | None]:
+    """Answer GET with the registry's metrics until the block ends; yield the URL.
+
+    Yield None if nobody can listen there now, as where the port is in use: no guest is to wait for that. It is logged,
+    and tried again every `again_s`. Raises `InvalidArgument` for what is no address.
+    """
+    door = _Door(host, port, _handler(registry, patience_s))
+    try:
+        url = door.open()
+    except InvalidArgument:
+        raise
+    except (LmdbitmapError, OSError) as refusal:
+        log.warning("nobody can scrape the metrics yet, which is tried again: %s", refusal)
+        url = None
+    thread = threading.Thread(target=door.answer, args=[again_s], name="lmdbitmap metrics", daemon=True)
     thread.start()
     try:
-        yield f"http://{urlsplit(listener.uri('')).netloc}/metrics"
+        yield url
     finally:
-        server.shutdown()
-        server.server_close()
+        door.shut()
         thread.join()
+        door.close()
+
+
+class _Door:
+    """Where scrapers come in, once it could be opened and until it is shut."""
+
+    def __init__(self, host: str, port: int, handler: type[BaseHTTPRequestHandler]) -> None:
+        self._host, self._port, self._handler = host, port, handler
+        self._server: _Server | None = None
+        self._over = threading.Event()
+        self._turn = threading.Lock()
+
+    def open(self) -> str:
+        """Return the URL. Raise `Busy` if the port is used, and as `TcpListener` does."""
+        listener = TcpListener(self._host, self._port)
+        with self._turn:
+            if self._over.is_set():
+                listener.close()
+            else:
+                self._server = _Server(listener, self._handler)
+        return f"http://{urlsplit(listener.uri('')).netloc}/metrics"
+
+    def answer(self, again_s: float) -> None:
+        while self._server is None:
+            if self._over.wait(again_s):
+                return
+            with contextlib.suppress(LmdbitmapError, OSError):
+                log.warning("the metrics can be scraped at %s from now on", self.open())
+        self._server.serve_forever()
+
+    def shut(self) -> None:
+        with self._turn:
+            self._over.set()
+        if self._server is not None:
+            self._server.shutdown()
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.server_close()
 
 
 class _Server(ThreadingHTTPServer):

@@ -208,9 +208,18 @@ def test_server_answers_prometheus_itself(cli: Cli) -> None:
         assert told["lmdbitmap_requests_total", "sda", "writes"] == 3
         assert ("lmdbitmap_served", "sdb") not in told  # only what it serves
         assert scrape(url)["lmdbitmap_served", "sda"] == 1
-        port = url.split(":")[2].split("/")[0]
-        said = cli.fails(4, "serve", "sdb", "--socket", cli.folder / "t", f"--metrics=127.0.0.1:{port}")
-        assert said == f"127.0.0.1:{port} is in use; choose another port"
+
+
+def test_guest_is_served_where_the_port_for_metrics_is_in_use(cli: Cli) -> None:
+    """As after a restart: it waits for its disk, and not for Prometheus."""
+    cli.add("sda")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with cli.serving("sda", f"--metrics=127.0.0.1:{port}", log=True) as served:
+            use(cli)
+            assert cli.json("info", "sda")["served"]["requests"]["writes"] == 3
+    assert f"127.0.0.1:{port} is in use; choose another port" in served.child.stderr
+    assert "metrics http" not in served.child.stdout
 
 
 def test_scrapers_that_say_nothing_cost_no_more_than_a_few_threads(cli: Cli) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import http.client
+import logging
+import logging.handlers
 import os
+import queue
 import socket
 import threading
 import time
@@ -19,6 +22,7 @@ import pytest
 from prometheus_client import Gauge
 from prometheus_client.registry import CollectorRegistry
 
+from lmdbitmap.cli import scraping
 from lmdbitmap.cli.scraping import serving
 from lmdbitmap.nbd import listeners
 from tests.helpers.support import PATIENCE_SECONDS
@@ -33,6 +37,7 @@ def served(patience_s: float) -> Iterator[str]:
     registry = CollectorRegistry()
     Gauge("tracked", "a figure", registry=registry).set(7)
     with serving(registry, "127.0.0.1", 0, patience_s=patience_s) as url:
+        assert url is not None
         yield url
 
 
@@ -152,3 +157,30 @@ def test_without_a_descriptor_for_a_scraper_nobody_asks_for_one_all_the_time(
                 assert pauses.acquire(timeout=PATIENCE_SECONDS)
     assert "cannot take a scraper in, and will try again: [Errno 24] Too many open files" in caplog.text
     assert steps[:10] == ["asked", 0.1] * 5
+
+
+@pytest.fixture
+def logged() -> Iterator[queue.SimpleQueue[logging.LogRecord]]:
+    records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    handler = logging.handlers.QueueHandler(records)
+    scraping.log.addHandler(handler)
+    yield records
+    scraping.log.removeHandler(handler)
+
+
+def test_port_that_is_in_use_is_waited_for(logged: queue.SimpleQueue[logging.LogRecord]) -> None:
+    registry = CollectorRegistry()
+    Gauge("tracked", "a figure", registry=registry).set(7)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        host, port = other.getsockname()
+        for is_freed in (False, True):
+            with serving(registry, host, port, again_s=0.01) as url:
+                assert url is None
+                assert f"{host}:{port} is in use" in logged.get(timeout=PATIENCE_SECONDS).getMessage()
+                if is_freed:
+                    other.close()
+                    url = f"http://{host}:{port}/metrics"
+                    assert f"at {url} from now on" in logged.get(timeout=PATIENCE_SECONDS).getMessage()
+                    assert "tracked 7.0" in figures(url)
+    assert logged.empty()
+    socket.create_server((host, port)).close()
