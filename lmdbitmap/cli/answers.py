@@ -15,6 +15,7 @@ from lmdbitmap.cli.holders import hold_facts, holder_facts
 from lmdbitmap.cli.options import Session
 from lmdbitmap.cli.output import say, say_json
 from lmdbitmap.cli.sizes import format_latency, format_size, iso_time
+from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.extents import Trust
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.images.whereabouts import WHILE_THERE_IS_TIME
@@ -23,6 +24,7 @@ from lmdbitmap.storage.schema import Bitmap, Checkpoint, Disk
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import standalone
 from lmdbitmap.tracker.changes import Standing, Summary, dirty_bytes_of_period
+from lmdbitmap.work.failures import Failures
 
 
 @dataclass(frozen=True)
@@ -38,15 +40,9 @@ class DiskReport:
     """The holds of repositories, ended ones included."""
 
     def facts(self) -> dict[str, object]:
-        disk, standing = self.disk, self.dirt.standing
+        standing = self.dirt.standing
         return {
-            "name": disk.name,
-            "uuid": str(disk.uuid),
-            "image": disk.image,
-            "size": disk.size,
-            "granularity": disk.geometry.granularity,
-            "durability": disk.durability,
-            "policy": disk.policy,
+            **_description(self.disk),
             "attached": self.attached,
             "trust": standing.trust.value,
             "reason": standing.reason,
@@ -56,10 +52,49 @@ class DiskReport:
         }
 
 
+@dataclass(frozen=True)
+class UnknownDisk:
+    """A disk of which something cannot be read: all of it may have changed."""
+
+    disk: Disk
+    why: LmdbitmapError
+
+    def facts(self) -> dict[str, object]:
+        return {
+            **_description(self.disk),
+            "attached": None,
+            "trust": Trust.UNTRUSTED.value,
+            "reason": self.why.problem,
+            "dirty_bytes": self.disk.size,
+            "since": None,
+            "holds": None,
+        }
+
+
+def _description(disk: Disk) -> dict[str, object]:
+    return {
+        "name": disk.name,
+        "uuid": str(disk.uuid),
+        "image": disk.image,
+        "size": disk.size,
+        "granularity": disk.geometry.granularity,
+        "durability": disk.durability,
+        "policy": disk.policy,
+    }
+
+
 def report_on(store: Store, disk: Disk) -> DiskReport:
     asked = ask_changes(store, disk.name)
     holds = consumers.holds_of(store, disk.name)
     return DiskReport(disk, is_attached(store, disk), asked.since, asked.summary, holds)
+
+
+def report_apart(store: Store, disk: Disk, apart: Failures) -> DiskReport | UnknownDisk:
+    """As `report_on`, where what cannot be read of one disk must not hide the others; it is set `apart`."""
+    known: list[DiskReport] = []
+    with apart.of(disk.name):
+        known.append(report_on(store, disk))
+    return known[0] if known else UnknownDisk(disk, apart.errors[disk.name])
 
 
 def served_words(served: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import click
@@ -14,8 +14,10 @@ from lmdbitmap.cli.answers import (
     BitmapReport,
     DiskReport,
     Period,
+    UnknownDisk,
     confirm,
     periods_of,
+    report_apart,
     report_on,
     report_on_bitmap,
     served_words,
@@ -23,12 +25,13 @@ from lmdbitmap.cli.answers import (
     standing_words,
 )
 from lmdbitmap.cli.facts import epoch_facts
+from lmdbitmap.cli.failing import ending_as, failure_facts
 from lmdbitmap.cli.holders import holder_words
 from lmdbitmap.cli.options import FOLDER, Session, granularity, utf8_path, verb
 from lmdbitmap.cli.output import complain, say, say_json, say_table
 from lmdbitmap.cli.repositories import list_backups
 from lmdbitmap.cli.sizes import format_size, format_time
-from lmdbitmap.errors import InvalidArgument
+from lmdbitmap.errors import InvalidArgument, NotFound
 from lmdbitmap.extents import Trust
 from lmdbitmap.images.image import is_far, lasting_name
 from lmdbitmap.qcow2 import layout as qcow2
@@ -39,6 +42,8 @@ from lmdbitmap.tracker import session
 from lmdbitmap.tracker.chain import disk_called
 from lmdbitmap.tracker.standalone import disk_or_bitmap_called
 from lmdbitmap.upkeep.check import next_step_for
+from lmdbitmap.work.disks_failed import DisksFailed
+from lmdbitmap.work.failures import Failures
 
 _FORMATS = {qcow2.MAGIC: "qcow2", b"KDMV": "VMDK", b"vhdxfile": "VHDX"}
 """The first bytes of image formats whose disk is not simply the bytes of the file."""
@@ -118,19 +123,29 @@ def ls(asked: Session, repository: str | None) -> None:
 
     Without REPO, lists the tracked disks and the stand-alone bitmaps. With REPO, lists the backups in that repository
     to which a disk can be restored, and how many images each of them is made of.
+
+    A disk of which something cannot be read counts as dirty and not trusted, and is reported at the end.
     """
     if repository is not None:
         list_backups(asked, repository)
         return
+    apart = Failures(never=(NotFound,))
     with Store.open(asked.store_path) as store:
         with store.read() as reader:
             disks, bitmaps = reader.disks(), reader.bitmaps()
-        reports = [report_on(store, disk) for disk in disks]
+        reports = [report_apart(store, disk, apart) for disk in disks]
         kept = [report_on_bitmap(store, bitmap) for bitmap in bitmaps]
-    if asked.as_json:
-        disk_facts, bitmap_facts = [report.facts() for report in reports], [one.facts() for one in kept]
-        say_json({"store": store.path, "disks": disk_facts, "bitmaps": bitmap_facts})
-        return
+    failed = DisksFailed("read", len(disks) - len(apart.errors), apart.errors) if apart.errors else None
+    with ending_as(failed, "not known"):
+        if asked.as_json:
+            disk_facts, bitmap_facts = [report.facts() for report in reports], [one.facts() for one in kept]
+            facts = {"store": store.path, "disks": disk_facts, "bitmaps": bitmap_facts}
+            say_json({**facts, "failures": failure_facts(failed)})
+        else:
+            _tell_list(reports, kept)
+
+
+def _tell_list(reports: Sequence[DiskReport | UnknownDisk], kept: Sequence[BitmapReport]) -> None:
     if reports:
         headings = ("disk", "size", "dirty", "since", "trust", "attached", "holders", "image")
         say_table(headings, map(_disk_row, reports), right=("size", "dirty", "holders"))
@@ -142,7 +157,10 @@ def ls(asked: Session, repository: str | None) -> None:
         say("nothing is tracked yet; begin with `lmdbitmap add`")
 
 
-def _disk_row(report: DiskReport) -> list[str]:
+def _disk_row(report: DiskReport | UnknownDisk) -> list[str]:
+    if isinstance(report, UnknownDisk):
+        size = format_size(report.disk.size)
+        return [report.disk.name, size, size, "?", Trust.UNTRUSTED.value, "?", "?", report.disk.image]
     disk, dirt = report.disk, report.dirt
     return [
         disk.name,

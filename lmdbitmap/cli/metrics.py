@@ -19,15 +19,18 @@ import click
 from lmdbitmap.access.owners import is_attached
 from lmdbitmap.access.questions import Owners
 from lmdbitmap.cli.facts import epoch_facts
+from lmdbitmap.cli.failing import ending_as, failure_facts
 from lmdbitmap.cli.options import Session, verb
 from lmdbitmap.cli.output import say_json
 from lmdbitmap.cli.sizes import iso_time
-from lmdbitmap.errors import LmdbitmapError
+from lmdbitmap.errors import NotFound
 from lmdbitmap.extents import Trust
 from lmdbitmap.storage.schema import Checkpoint, Disk
 from lmdbitmap.store import Store
 from lmdbitmap.tracker.chain import disk_called
 from lmdbitmap.tracker.changes import changes
+from lmdbitmap.work.disks_failed import DisksFailed
+from lmdbitmap.work.failures import Failures
 from lmdbitmap.work.latencies import BUCKETS, bound_us
 
 if TYPE_CHECKING:
@@ -42,13 +45,16 @@ _US_PER_S = 1e6
 
 @dataclass(frozen=True)
 class Figures:
-    """The figures of a disk at one moment; `served` is its owner's report, None if nobody serves it."""
+    """The figures of a disk at one moment; `served` is its owner's report, None if nobody serves it.
+
+    `attached` and `checkpoints` are None where they are not known.
+    """
 
     disk: Disk
-    attached: bool
+    attached: bool | None
     trust: Trust
     dirty_bytes: int
-    checkpoints: Sequence[Checkpoint]
+    checkpoints: Sequence[Checkpoint] | None
     served: Mapping[str, Any] | None
 
     def facts(self) -> dict[str, object]:
@@ -60,13 +66,21 @@ class Figures:
             "trust": self.trust.value,
             "dirty_bytes": self.dirty_bytes,
             "epoch": epoch_facts(self.disk),
-            "checkpoints": len(self.checkpoints),
+            "checkpoints": None if self.checkpoints is None else len(self.checkpoints),
             "last_checkpoint": None if newest is None else iso_time(newest.time_ns),
             "served": self.served,
         }
 
 
-def figures_of(store: Store, disk: Disk, owners: Owners) -> Figures:
+def figures_of(store: Store, disk: Disk, owners: Owners, apart: Failures) -> Figures:
+    """Return the figures of a disk. If one cannot be read, which is set `apart`, everything may have changed."""
+    known: list[Figures] = []
+    with apart.of(disk.name):
+        known.append(_known_figures(store, disk, owners))
+    return known[0] if known else Figures(disk, None, Trust.UNTRUSTED, disk.size, None, None)
+
+
+def _known_figures(store: Store, disk: Disk, owners: Owners) -> Figures:
     known = changes(store, disk.name).summary
     told = owners.ask(disk)
     trust = known.standing.trust if told is None else Trust(told["trust"])
@@ -88,15 +102,19 @@ def metrics(asked: Session, names: Sequence[str]) -> None:
     """Print the state of disks in the format of Prometheus.
 
     Covers all disks of the store, served or not, or those that are named. Ranges being written count as dirty by whole
-    extents, as they would after a crash: the guests are not disturbed for the sharper answer that `info` gives.
+    extents, as they would after a crash: the guests are not disturbed for the sharper answer that `info` gives. A disk
+    of which something cannot be read counts as dirty and not trusted, and is reported at the end.
     """
     with Store.open(asked.store_path) as store:
-        owners = Owners(store)
-        found = [figures_of(store, disk, owners) for disk in _disks(store, names)]
-    if asked.as_json:
-        say_json({"store": store.path, "disks": [figures.facts() for figures in found]})
-    else:
-        print(exposition(found), end="")
+        owners, apart = Owners(store), Failures(never=(NotFound,))
+        found = [figures_of(store, disk, owners, apart) for disk in _disks(store, names)]
+    failed = DisksFailed("read", len(found) - len(apart.errors), apart.errors) if apart.errors else None
+    with ending_as(failed, "not known"):
+        if asked.as_json:
+            disks = [figures.facts() for figures in found]
+            say_json({"store": store.path, "disks": disks, "failures": failure_facts(failed)})
+        else:
+            print(exposition(found), end="")
 
 
 def _disks(store: Store, names: Sequence[str]) -> list[Disk]:
@@ -137,14 +155,14 @@ class _Scrapes:
         self._turn = threading.Lock()
 
     def figures(self) -> list[Figures]:
-        """Return the figures of the disks; one whose figures cannot be read is left out and logged."""
-        found, owners = [], Owners(self._store)
+        """Return the figures of the disks, without those that were removed. What cannot be read is logged."""
+        found, owners, apart = [], Owners(self._store), Failures(never=(NotFound,))
         with self._turn:
             for name in list(self._names):
-                try:
-                    found.append(figures_of(self._store, disk_called(self._store, name), owners))
-                except LmdbitmapError as error:
-                    log.warning("disk %s: no metrics of it: %s", name, error)
+                with contextlib.suppress(NotFound):
+                    found.append(figures_of(self._store, disk_called(self._store, name), owners, apart))
+        for name, error in apart.errors.items():
+            log.warning("disk %s: its metrics are not known: %s", name, error)
         return found
 
     def end(self) -> None:
@@ -184,20 +202,24 @@ def _of_disks(found: Sequence[Figures]) -> Iterator[Metric]:
         "1 if changes since the newest checkpoint are known, 0 if a full backup is needed.",
         ((f.disk.name, f.trust is not Trust.UNTRUSTED) for f in found),
     )
-    yield _gauge("attached", "1 if a process owns the disk.", ((f.disk.name, f.attached) for f in found))
+    known = [f for f in found if f.attached is not None]
+    yield _gauge(
+        "attached", "1 if a process owns the disk.", ((f.disk.name, bool(f.attached)) for f in known)
+    )
     yield _gauge(
         "served",
         "1 if a process that answers at the control socket serves the disk.",
-        ((f.disk.name, f.served is not None) for f in found),
+        ((f.disk.name, f.served is not None) for f in known),
     )
     yield _gauge(
         "epoch", "How often tracking began anew.", ((f.disk.name, f.disk.epoch_number) for f in found)
     )
-    yield _gauge("checkpoints", "Checkpoints kept.", ((f.disk.name, len(f.checkpoints)) for f in found))
+    chains = [(f.disk.name, f.checkpoints) for f in found if f.checkpoints is not None]
+    yield _gauge("checkpoints", "Checkpoints kept.", ((name, len(chain)) for name, chain in chains))
     yield _gauge(
         "last_checkpoint_timestamp_seconds",
         "When the newest checkpoint was made, since 1970.",
-        ((f.disk.name, f.checkpoints[-1].time_ns / _NS_PER_S) for f in found if f.checkpoints),
+        ((name, chain[-1].time_ns / _NS_PER_S) for name, chain in chains if chain),
     )
 
 

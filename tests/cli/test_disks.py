@@ -131,7 +131,7 @@ def test_ls_of_nothing_says_how_to_begin(cli: Cli) -> None:
     cli.add("a")
     cli.ok("rm", "a")
     assert cli.ok("ls") == "nothing is tracked yet; begin with `lmdbitmap add`\n"
-    assert cli.json("ls") == {"store": str(cli.store), "disks": [], "bitmaps": []}
+    assert cli.json("ls") == {"store": str(cli.store), "disks": [], "bitmaps": [], "failures": []}
 
 
 def test_info_tells_every_period(cli: Cli) -> None:
@@ -231,3 +231,41 @@ def test_an_image_cannot_be_relocated_to_where_nothing_is(cli: Cli) -> None:
     assert "none.raw" in cli.fails(1, "relocate", "sda", cli.folder / "none.raw")
     assert "is a URI of a kind that cannot be tracked" in cli.fails(2, "relocate", "sda", "ssh://host/image")
     assert cli.json("ls")["disks"][0]["image"] == str(image)
+
+
+def test_a_disk_whose_owners_file_cannot_be_read_hides_no_other(cli: Cli) -> None:
+    cli.add("sda")
+    cli.add("sdb")
+    cli.ok("checkpoint", "sda,sdb", "monday")
+    owners_file = cli.store / "owners" / cli.json("info", "sda")["uuid"]
+    owners_file.unlink()
+    owners_file.mkdir()  # so that root cannot read it either
+    code, out, err = cli("ls", "--json")
+    told = json.loads(out)
+    unknown, known = told["disks"]
+    assert (code, unknown["trust"], unknown["dirty_bytes"], unknown["attached"]) == (
+        1,
+        "untrusted",
+        SIZE,
+        None,
+    )
+    assert (known["trust"], known["dirty_bytes"], known["since"]) == ("exact", 0, "monday")
+    assert [one["disk"] for one in told["failures"]] == ["sda"]
+    assert err.startswith(f"lmdbitmap: sda: not known: {owners_file}: Is a directory")
+    rows = [line.split()[:6] for line in cli("ls").out.splitlines()]
+    assert rows[1] == ["sda", "8", "MiB", "8", "MiB", "?"]
+    assert rows[2] == ["sdb", "8", "MiB", "0", "B", "monday"]
+    code, out, err = cli("metrics", "--json")
+    unknown, known = json.loads(out)["disks"]
+    assert (code, unknown["trust"], unknown["dirty_bytes"], unknown["checkpoints"]) == (
+        1,
+        "untrusted",
+        SIZE,
+        None,
+    )
+    assert (known["trust"], known["dirty_bytes"], known["checkpoints"]) == ("exact", 0, 2)
+    assert "sda: not known: " in err
+    told = cli("metrics").out
+    assert 'lmdbitmap_trusted{disk="sda"} 0.0' in told
+    assert 'lmdbitmap_trusted{disk="sdb"} 1.0' in told
+    assert 'lmdbitmap_served{disk="sda"}' not in told, "nobody knows"
