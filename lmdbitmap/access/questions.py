@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from lmdbitmap.access.owners import is_attached
-from lmdbitmap.errors import LmdbitmapError, Untrusted
+from lmdbitmap.errors import FormatError, LmdbitmapError, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.nbd import control_client
 from lmdbitmap.storage.schema import Disk
@@ -19,6 +21,7 @@ log = logging.getLogger(__name__)
 
 _PERSIST_S = 60.0
 _INFO_S = 10.0
+_AT_ONCE = 100
 
 
 def ask_changes(store: Store, name: str, *, since: str | None = None, until: str | None = None) -> Changes:
@@ -68,11 +71,11 @@ def ask_owner(store: Store, disk: Disk) -> dict[str, Any] | None:
     Facts that only served disks have are in `served`, with the pid and version of the process. Returns None if nobody
     serves the disk, or the owner does not answer.
     """
-    return Owners(store).ask(disk)
+    return _told_by_owner(store, disk, alone=True).get(str(disk.uuid)) if is_attached(store, disk) else None
 
 
 class Owners:
-    """Asks about many disks, and each process that serves some of them only once: its answer is about all of them."""
+    """Asks about many disks, and each process that serves some of them only once: it tells of all of them."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -88,19 +91,37 @@ class Owners:
         return self._told.get(str(disk.uuid))
 
 
-def _told_by_owner(store: Store, disk: Disk) -> dict[str, dict[str, Any]]:
+def _told_by_owner(store: Store, disk: Disk, *, alone: bool = False) -> dict[str, dict[str, Any]]:
+    """Return what the disk's owner tells of all its disks, or of the disk `alone`, by their uuids."""
     try:
         client = control_client.reach(store.control_path(disk.uuid))
         if client is None:
             return {}
         with client:
-            told = client.call("info", timeout_s=_INFO_S)["disks"]
+            told = _entries(client, [disk.name] if alone else client.disks)
             process = {"pid": client.pid, "version": client.version}
     except LmdbitmapError as error:
         log.warning("disk %s: its owner does not say how it is: %s", disk.name, error)
         return {}
     # without `served` the owner only embeds a tracker
     return {entry["uuid"]: _with_served(entry, process) for entry in told if "served" in entry}
+
+
+def _entries(client: control_client.Client, names: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return the owner's entries of those disks, of few disks all. An answer about very many would not fit a line."""
+    if len(client.disks) > _AT_ONCE:
+        with contextlib.suppress(FormatError):  # an older owner, which tells of all at once
+            return [entry for some in _parts(names) for entry in _call_info(client, disks=some)]
+    return _call_info(client)
+
+
+def _parts(names: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    return (names[start : start + _AT_ONCE] for start in range(0, len(names), _AT_ONCE))
+
+
+def _call_info(client: control_client.Client, **which: Sequence[Any]) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = client.call("info", timeout_s=_INFO_S, **which)["disks"]
+    return entries
 
 
 def _with_served(entry: dict[str, Any], process: dict[str, Any]) -> dict[str, Any]:

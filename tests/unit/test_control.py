@@ -209,6 +209,12 @@ def test_info_describes_every_disk(house: House) -> None:
     assert "served" not in sda  # nobody watches
 
 
+def test_info_describes_each_of_some_disks_once(house: House) -> None:
+    some = house.call("info", disks=["sdb", "sdb", "sdx", 5, ["sda"]])["disks"]
+    assert [disk["name"] for disk in some] == ["sdb"]
+    assert house.call("info", disks=[]) == {"disks": []}
+
+
 def test_one_connection_serves_many_requests(house: House) -> None:
     client = control_client.reach(house.path())
     assert client is not None

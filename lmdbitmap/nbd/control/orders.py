@@ -61,13 +61,17 @@ def answer(scene: Scene, request: wire.Message) -> Answer:
     return operation.act(scene, **values)
 
 
-def _info(scene: Scene) -> Answer:
-    disks = []
+def _info(scene: Scene, disks: list[Any] | None = None) -> Answer:
+    """Report the disks in the list that are ours, each of them once; without a list all of ours."""
+    asked = None if disks is None else {disk for disk in disks if isinstance(disk, str)}
+    found = []
     for name, attached in list(scene.filters.items()):
+        if asked is not None and name not in asked:
+            continue
         served = None if scene.watch is None else scene.watch.facts(name)
         with contextlib.suppress(NotFound):  # the disk was detached and removed meanwhile
-            disks.append(_described(attached) | ({} if served is None else {"served": served}))
-    return {"disks": disks}
+            found.append(_described(attached) | ({} if served is None else {"served": served}))
+    return {"disks": found}
 
 
 def _described(attached: Filter) -> Answer:
@@ -254,7 +258,7 @@ class _Operation(NamedTuple):
 
 
 _OPERATIONS: Final = {
-    "info": _Operation(_info, {}),
+    "info": _Operation(_info, {}, {"disks": list}),
     "checkpoint": _Operation(_checkpoint, {"disks": list, "name": str}),
     "snapshot": _Operation(
         _snapshot, {"disks": list, "name": str, "since": list, "bound": bool, "once": bool}
