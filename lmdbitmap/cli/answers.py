@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import Any
 
 from lmdbitmap.access.owners import is_attached
-from lmdbitmap.access.questions import ask_changes
+from lmdbitmap.access.questions import Owners
 from lmdbitmap.backups import consumers
 from lmdbitmap.backups.consumers import Holder
 from lmdbitmap.cli.holders import hold_facts, holder_facts
@@ -83,17 +83,17 @@ def _description(disk: Disk) -> dict[str, object]:
     }
 
 
-def report_on(store: Store, disk: Disk) -> DiskReport:
-    asked = ask_changes(store, disk.name)
-    holds = consumers.holds_of(store, disk.name)
-    return DiskReport(disk, is_attached(store, disk), asked.since, asked.summary, holds)
+def report_on(owners: Owners, disk: Disk) -> DiskReport:
+    asked = owners.changes(disk.name)
+    holds = consumers.holds_of(owners.store, disk.name)
+    return DiskReport(disk, is_attached(owners.store, disk), asked.since, asked.summary, holds)
 
 
-def report_apart(store: Store, disk: Disk, apart: Failures) -> DiskReport | UnknownDisk:
+def report_apart(owners: Owners, disk: Disk, apart: Failures) -> DiskReport | UnknownDisk:
     """As `report_on`, where what cannot be read of one disk must not hide the others; it is set `apart`."""
     known: list[DiskReport] = []
     with apart.of(disk.name):
-        known.append(report_on(store, disk))
+        known.append(report_on(owners, disk))
     return known[0] if known else UnknownDisk(disk, apart.errors[disk.name])
 
 
@@ -150,22 +150,22 @@ class Period:
         }
 
 
-def periods_of(store: Store, disk: Disk) -> Iterator[Period]:
+def periods_of(owners: Owners, disk: Disk) -> Iterator[Period]:
     """Yield the periods of the disk's checkpoints, oldest first, older epochs included."""
-    with store.read() as reader:
+    with owners.store.read() as reader:
         checkpoints = reader.checkpoints(disk.uuid)
-    holders = consumers.holders_of(store, disk)
+    holders = consumers.holders_of(owners.store, disk)
     for checkpoint, following in zip_longest(checkpoints, checkpoints[1:]):
-        dirty_bytes = _dirty_bytes(store, disk, checkpoint, following)
+        dirty_bytes = _dirty_bytes(owners, disk, checkpoint, following)
         yield Period(checkpoint, dirty_bytes, holders(checkpoint))
 
 
-def _dirty_bytes(store: Store, disk: Disk, since: Checkpoint, until: Checkpoint | None) -> int | None:
+def _dirty_bytes(owners: Owners, disk: Disk, since: Checkpoint, until: Checkpoint | None) -> int | None:
     if since.epoch != disk.epoch:
         return None
     if until is not None:
-        return dirty_bytes_of_period(store, disk, since, until)
-    return ask_changes(store, disk.name, since=since.name).summary.dirty_bytes
+        return dirty_bytes_of_period(owners.store, disk, since, until)
+    return owners.changes(disk.name, since=since.name).summary.dirty_bytes
 
 
 @dataclass(frozen=True)

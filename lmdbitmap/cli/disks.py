@@ -9,7 +9,7 @@ import click
 
 from lmdbitmap.access import operations
 from lmdbitmap.access.owners import require_unowned
-from lmdbitmap.access.questions import ask_owner
+from lmdbitmap.access.questions import Owners
 from lmdbitmap.cli.answers import (
     BitmapReport,
     DiskReport,
@@ -87,7 +87,7 @@ def add(asked: Session, name: str, image: str, granularity_bits: int, durability
             store, name, image, granularity_bits=granularity_bits, durability=durability, policy=policy
         )
         if asked.as_json:
-            say_json(report_on(store, disk).facts())
+            say_json(report_on(Owners(store), disk).facts())
         else:
             say(f"{name}: {size_words(disk.geometry)}, all dirty until the first full backup")
     _warn_of_format(name, image)
@@ -133,7 +133,8 @@ def ls(asked: Session, repository: str | None) -> None:
     with Store.open(asked.store_path) as store:
         with store.read() as reader:
             disks, bitmaps = reader.disks(), reader.bitmaps()
-        reports = [report_apart(store, disk, apart) for disk in disks]
+        owners = Owners(store)
+        reports = [report_apart(owners, disk, apart) for disk in disks]
         kept = [report_on_bitmap(store, bitmap) for bitmap in bitmaps]
     failed = DisksFailed("read", len(disks) - len(apart.errors), apart.errors) if apart.errors else None
     with ending_as(failed, "not known"):
@@ -191,12 +192,13 @@ def info(asked: Session, name: str) -> None:
     with Store.open(asked.store_path) as store:
         found = disk_or_bitmap_called(store, name)
         if isinstance(found, Disk):
-            told = ask_owner(store, found)
+            owners = Owners(store)
+            told = owners.ask(found, alone=True)
             served = None if told is None else told["served"]
-            report = report_on(store, found)
+            report = report_on(owners, found)
             is_lost = report.dirt.standing.trust is Trust.UNTRUSTED
             next_step = next_step_for(store, found) if is_lost else None
-            _tell_disk(asked, report, list(periods_of(store, found)), served, next_step)
+            _tell_disk(asked, report, list(periods_of(owners, found)), served, next_step)
         else:
             _tell_bitmap(asked, report_on_bitmap(store, found))
 
@@ -285,7 +287,7 @@ def relocate(asked: Session, name: str, image: str) -> None:
     _refuse_odd_uri(image)
     with Store.open(asked.store_path) as store:
         require_unowned(store, disk_called(store, name))
-        report = report_on(store, session.relocate(store, name, image))
+        report = report_on(Owners(store), session.relocate(store, name, image))
         standing = report.dirt.standing
         is_lost = standing.trust is Trust.UNTRUSTED
         next_step = next_step_for(store, report.disk) if is_lost else None

@@ -28,6 +28,10 @@ ANSWER_S: Final = 600.0
 _RECEIVE: Final = 64 << 10
 
 
+class Silent(Busy):
+    """The owner did not answer in time: it hangs, or has much to do."""
+
+
 def call(path: str, operation: str, *, timeout_s: float = ANSWER_S, **arguments: object) -> dict[str, Any]:
     """Send one request to the owner that listens at `path`. Raise `Busy` if nobody listens, and any error it raises."""
     client = reach(path)
@@ -40,14 +44,17 @@ def call(path: str, operation: str, *, timeout_s: float = ANSWER_S, **arguments:
         return client.call(operation, timeout_s=timeout_s, **arguments)
 
 
-def reach(path: str) -> Client | None:
-    """Connect to the owner that listens at `path`; return None if nobody does. Raise `Busy` if it is full."""
+def reach(path: str, timeout_s: float | None = None) -> Client | None:
+    """Connect to the owner that listens at `path`; return None if nobody does.
+
+    Raise `Busy` if it is full, `Silent` if it has not greeted us after `timeout_s`, which is `CONNECT_S` by default.
+    """
     with os_errors_at(path):
         sock = _connected(path)
     if sock is None:
         return None
     try:
-        return Client(sock, path)
+        return Client(sock, path, CONNECT_S if timeout_s is None else timeout_s)
     except BaseException:
         sock.close()
         raise
@@ -87,13 +94,13 @@ class Client:
     own. So no calls are possible after it.
     """
 
-    def __init__(self, sock: socket.socket, path: str) -> None:
+    def __init__(self, sock: socket.socket, path: str, timeout_s: float = CONNECT_S) -> None:
         self._sock = sock
         self._place = f"control socket {path}"
         self._lines = wire.LineBuffer(self._place)
         self._owes_answer = False
         self._was_greeted = False
-        hello = self._receive(CONNECT_S)
+        hello = self._receive(timeout_s)
         self._check_protocol(wire.field(hello, "protocol", int, self._place))
         self.version = wire.field(hello, "version", str, self._place)
         self.pid = wire.field(hello, "pid", int, self._place)
@@ -192,10 +199,10 @@ class Client:
             raise wire.error_from(wire.field(message, "error", dict, self._place), self._place)
         return message
 
-    def _lost(self, refusal: OSError, timeout_s: float = CONNECT_S) -> Busy | OwnerGone:
+    def _lost(self, refusal: OSError, timeout_s: float = CONNECT_S) -> Silent | Busy | OwnerGone:
         """The error for a lost connection. A broken one owes no answer: an owner that is gone does no more for us."""
         if isinstance(refusal, TimeoutError):
-            return Busy(
+            return Silent(
                 f"{self._place}: the owner did not answer within {timeout_s:g} s",
                 next_step="see with `lmdbitmap info` what was done",
             )

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from lmdbitmap.access import questions
 from lmdbitmap.backups.backup import backup
 from lmdbitmap.errors import Busy
+from lmdbitmap.nbd import control_client
 from lmdbitmap.nbd.client import link
 from lmdbitmap.store import Store
 from lmdbitmap.streams.stream import stream_backup
@@ -127,6 +129,39 @@ def test_limit_is_an_option_of_the_command(
         with going_on(pid):
             assert "not a byte of an answer came within 0.2 s" in cli(*words).err
         assert cli(*words[:3]).code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "times"), [(["metrics"], 2), (["ls"], 2), (["info", "sda"], 1)], ids=["metrics", "ls", "info"]
+)
+def test_each_process_that_hangs_is_waited_for_once_and_all_of_them_not_for_long(
+    cli: Cli,
+    words: list[str],
+    times: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    waited: list[float | None] = []
+
+    def noted(path: str, timeout_s: float | None = None) -> control_client.Client | None:
+        waited.append(timeout_s)
+        return reach(path, timeout_s)
+
+    reach = control_client.reach
+    monkeypatch.setattr(control_client, "reach", noted)
+    monkeypatch.setattr(questions, "_INFO_S", LIMIT_S)
+    monkeypatch.setattr(questions, "_LEAST_S", PART_S)
+    for name in ("sda", "sdb", "sdc"):
+        cli.add(name)
+    with cli.serving("sda", "sdc") as one, cli.serving("sdb") as other, contextlib.ExitStack() as hanging:
+        for served in (one, other):
+            hanging.enter_context(going_on(served.child.pid))
+            with stopping(served.child.pid):
+                pass
+        code, out, _ = cli(*words)
+    assert (code, waited) == (0, [LIMIT_S, PART_S][:times])
+    assert "superset" in out or 'lmdbitmap_served{disk="sda"} 0.0' in out
+    assert f"the owner did not answer within {LIMIT_S:g} s" in caplog.text
 
 
 def interruptible(command: list[str]) -> list[str]:

@@ -354,7 +354,7 @@ def test_a_disk_that_is_removed_while_it_is_looked_at_is_left_out(
 
     def removed_first(owners: Owners, disk: Disk) -> None:
         if disk.name == "sda":
-            operations.remove(owners._store, "sda")
+            operations.remove(owners.store, "sda")
 
     monkeypatch.setattr(Owners, "ask", removed_first)
     told = samples(cli.ok("metrics"))
