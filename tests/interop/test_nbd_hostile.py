@@ -29,7 +29,7 @@ from tests.helpers.nbd_raw import (
     string,
     write,
 )
-from tests.helpers.support import requires, run
+from tests.helpers.support import PATIENCE_SECONDS, requires, run
 from tests.helpers.tracked import TrackedDisk, changed_blocks
 
 SIZE = 64 << 20
@@ -58,7 +58,7 @@ class House(NamedTuple):
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     with contextlib.closing(TrackedDisk(tmp_path_factory.mktemp("hostile"), SIZE)) as tracked:
         with tracked.clean().attach() as disk:
-            server = Server({"disk": disk}, handshake_timeout_s=5)
+            server = Server({"disk": disk}, handshake_timeout_s=PATIENCE_SECONDS)
             server.listen_unix(str(tracked.folder / "nbd.sock"))
             server.start()
             house = House(tracked, server, bytearray(SIZE))

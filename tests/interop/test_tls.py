@@ -7,7 +7,7 @@ import shutil
 import socket
 import ssl
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,12 +59,17 @@ class House(NamedTuple):
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    folder = tmp_path_factory.mktemp("tls")
+    with opened_house(tmp_path_factory.mktemp("tls"), handshake_timeout_s=PATIENCE_SECONDS) as house:
+        yield house
+
+
+@contextmanager
+def opened_house(folder: Path, *, handshake_timeout_s: float) -> Iterator[House]:
     papers, strangers = shared_papers(), Certificates(folder / "strangers")
     image = folder / "disk.raw"
     image.write_bytes(random.Random(1).randbytes(SIZE))
     with FileDevice.open(image) as device:
-        server = Server({"disk": PlainDisk(device)}, handshake_timeout_s=4)
+        server = Server({"disk": PlainDisk(device)}, handshake_timeout_s=handshake_timeout_s)
         listener = server.listen_tcp("127.0.0.1", 0, server_context(str(papers.folder)))
         server.start()
         yield House(server, image, listener.sock.getsockname()[1], papers, strangers)
@@ -205,10 +210,11 @@ def test_plain_words_behind_starttls_cost_the_connection(house: House) -> None:
         assert client.hears_the_end()
 
 
-def test_noise_instead_of_a_tls_handshake_costs_the_connection(house: House) -> None:
+def test_noise_instead_of_a_tls_handshake_costs_the_connection(tmp_path: Path) -> None:
     """Silence too, once its time is up, which passes for all of them at once."""
     noises = [b"", b"\x16\x03\x01\x02\x00", b"GET / HTTP/1.0\r\n\r\n", bytes(500)]
     with ExitStack() as stack:
+        house = stack.enter_context(opened_house(tmp_path, handshake_timeout_s=4))
         clients = [stack.enter_context(house.plain_client()) for _ in noises]
         for client, noise in zip(clients, noises, strict=True):
             client.greet()

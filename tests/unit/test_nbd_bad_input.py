@@ -24,6 +24,7 @@ from tests.helpers.nbd_raw import (
     RawClient,
     string,
 )
+from tests.helpers.support import PATIENCE_SECONDS
 
 SIZE = 64 << 20
 MAX = 32 << 20
@@ -38,12 +39,17 @@ def device() -> MemoryDevice:
 
 
 @pytest.fixture
-def path(tmp_path: Path, device: MemoryDevice) -> Iterator[str]:
+def handshake_timeout_s() -> float:
+    return PATIENCE_SECONDS
+
+
+@pytest.fixture
+def path(tmp_path: Path, device: MemoryDevice, handshake_timeout_s: float) -> Iterator[str]:
     disks = {
         "sda": PlainDisk(device),
         "old": PlainDisk(MemoryDevice(SIZE, read_only=True)),
     }
-    server = Server(disks, handshake_timeout_s=2)
+    server = Server(disks, handshake_timeout_s=handshake_timeout_s)
     server.listen_unix(str(tmp_path / "nbd.sock"))
     server.start()
     yield str(tmp_path / "nbd.sock")
@@ -157,6 +163,7 @@ def test_a_long_name_is_a_sentence_of_bearable_length(path: str, caplog: pytest.
     assert len(told(caplog, None)) < 600
 
 
+@pytest.mark.parametrize("handshake_timeout_s", [2])
 def test_a_handshake_that_took_too_long_is_one_sentence(path: str, caplog: pytest.LogCaptureFixture) -> None:
     with RawClient.connect(path) as client:
         client.greet()
