@@ -45,13 +45,22 @@ def is_same_image(one: str, other: str) -> bool:
     """
     if is_far(one) or is_far(other):
         return is_far(one) and is_far(other) and is_one_place(_lasting_place(one), _lasting_place(other))
-    if os.path.realpath(one) == os.path.realpath(other):
+    here_path, there_path = _file_name(one), _file_name(other)
+    if os.path.realpath(here_path) == os.path.realpath(there_path):
         return True
     try:
-        here, there = os.stat(one), os.stat(other)
+        here, there = os.stat(here_path), os.stat(there_path)
     except (OSError, ValueError):
         return False
     return are_one(here, there)
+
+
+def _file_name(path: str) -> bytes:
+    """Return a file's name as the system has it. A store's are UTF-8, also where the locale has no such letters."""
+    try:
+        return os.fsencode(path)
+    except UnicodeEncodeError:
+        return path.encode(errors="surrogateescape")
 
 
 def are_one(here: os.stat_result, there: os.stat_result) -> bool:

@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from tests.cli.conftest import MIB, SIZE, Cli
+from tests.helpers.support import make_raw_image, run
 
 
 def test_a_disk_is_added_and_all_of_it_counts_as_dirty(cli: Cli) -> None:
@@ -269,3 +270,20 @@ def test_a_disk_whose_owners_file_cannot_be_read_hides_no_other(cli: Cli) -> Non
     assert 'lmdbitmap_trusted{disk="sda"} 0.0' in told
     assert 'lmdbitmap_trusted{disk="sdb"} 1.0' in told
     assert 'lmdbitmap_served{disk="sda"}' not in told, "nobody knows"
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_an_image_is_known_where_the_locale_lacks_its_letters(cli: Cli, locale: str) -> None:
+    env = {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    image, other = (
+        make_raw_image(cli.folder / "d\u00fc.raw", SIZE),
+        make_raw_image(cli.folder / "sdb.raw", SIZE),
+    )
+    cli.ok("add", "sda", image)
+    added = run(*cli.command("add", "sdb", other), env=env, check=False)
+    assert (added.returncode, added.stderr) == (0, "")
+    cli.ok("backup", "sdb", cli.folder / "backups")
+    words = cli.command("restore", cli.folder / "backups", "sdb", image)
+    refused = run(*words, env=env, check=False)
+    assert refused.returncode == 1
+    assert "is the image of disk 'sda'" in refused.stderr
