@@ -24,6 +24,7 @@ from lmdbitmap.filter import Filter, take_checkpoint
 from lmdbitmap.flat_file import bitmap_file
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.interfaces import Buffer
+from lmdbitmap.notes import sync_note
 from lmdbitmap.notes.holds import hold_files
 from lmdbitmap.qcow2 import Kind, Qcow2Reader
 from lmdbitmap.repository.manifest import BackupType
@@ -35,6 +36,7 @@ from lmdbitmap.store import Store
 from lmdbitmap.streams.restore import apply_stream
 from lmdbitmap.streams.stream import stream_backup
 from lmdbitmap.syncs.sync import sync
+from lmdbitmap.system.marks import put_new_mark
 from lmdbitmap.tracker import session, standalone
 from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.standalone import Operation
@@ -721,6 +723,20 @@ def comparing(tracked: BackedUpDisk) -> Life:
     yield "synced"
 
 
+def restoring_onto_a_copy(tracked: BackedUpDisk) -> Life:
+    """Back to the first of two backups. A sync to the copy was killed, so that nothing shows who has written it."""
+    copy = tracked.folder / "copy.raw"
+    _backed_up(tracked, 2)
+    sync(tracked.store, NAME, copy)
+    [(path, note)] = sync_note.notes(tracked.store.path)
+    with copy.open("r+b") as file:
+        mark = put_new_mark(file.fileno())
+    sync_note.NoteFile(path, note).replace(dataclasses.replace(note, under_way=True, mark=mark))
+    yield GROWN_UP
+    restore(_repository(tracked), NAME, copy, at="1", in_place=True, store=tracked.store)
+    yield "restored"
+
+
 def _written_since_start(tracked: BackedUpDisk) -> None:
     shutil.copy(tracked.image, tracked.folder / "start.raw")
     for block in (0, 80, 160):
@@ -734,6 +750,7 @@ ARCHIVE_LIVES = (
     letting_lapse, dropping, taking_over,
     restoring, restoring_by_hand, restoring_to_a_device, restoring_in_place, restoring_what_is_tracked,
     streaming, streaming_without_a_name, receiving, receiving_a_diff, syncing_first, syncing, comparing,
+    restoring_onto_a_copy,
     pruning, thinning, merging, copying, copying_first, copying_what_was_pruned,
 )  # fmt: skip
 LIVES: dict[str, Callable[[BackedUpDisk], Life]] = {

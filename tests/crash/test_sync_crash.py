@@ -64,6 +64,14 @@ def test_a_comparison_killed_at_any_step_is_followed_by_another(deaths: Deaths) 
     assert kinds == {SyncKind.COMPARE, SyncKind.INCREMENTAL}
 
 
+def test_what_a_killed_restore_wrote_onto_a_copy_is_not_taken_for_the_disk(deaths: Deaths) -> None:
+    kinds = []
+    for death in deaths("restoring_onto_a_copy"):
+        kinds.append(synced_again(death, write=True).kind)
+        assert kinds[-1] is SyncKind.COMPARE or not death.told, death
+    assert set(kinds) == {SyncKind.INCREMENTAL, SyncKind.COMPARE}
+
+
 def test_a_backup_merges_away_what_a_killed_sync_left_and_the_next_sync_is_right(deaths: Deaths) -> None:
     gone = 0
     for death in deaths("syncing"):
