@@ -148,7 +148,7 @@ def _target(path: str, head: Head, larger: bool, store: Store | None) -> Iterato
     with contextlib.closing(open_image(path)) as existing:
         target = Target(path, existing)
         target.settle()
-        with given_up(store, path), _in_place(path, head):
+        with given_up(store, path, existing), _in_place(path, head):
             _fit(existing, path, head, larger)
             yield target
 

@@ -154,7 +154,7 @@ def opened_target(
         if not fits(target.size, chain.size, larger=larger):
             raise _other_size(target, chain.size)
         target.settle()
-        with given_up(store, out):
+        with given_up(store, out, target.device):
             yield target
 
 

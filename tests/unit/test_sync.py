@@ -621,6 +621,24 @@ def test_a_diff_that_is_applied_to_a_copy_after_a_sync_that_was_killed_is_not_ta
     assert (result.kind, reason(result)) == (COMPARE, "first-sync")
 
 
+def test_a_restore_does_not_follow_the_names_of_copies(
+    disk: BackedUpDisk, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One may lead to a file server that does not answer."""
+    disk.backup()
+    stat = os.stat
+
+    def hanging(path: Any, **options: Any) -> os.stat_result:
+        assert not str(path).endswith(copy.name)
+        return stat(path, **options)
+
+    other = shutil.copy(copy, disk.folder / "other.raw")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", hanging)
+        restore(disk.folder / "backups", NAME, other, in_place=True, store=disk.store)
+    assert synced(disk, copy).kind is INCREMENTAL
+
+
 def test_nothing_is_restored_onto_a_copy_while_a_sync_writes_it(disk: BackedUpDisk, far: FarServer) -> None:
     disk.resize(51 * BLOCK)
     disk.backup()
