@@ -285,9 +285,13 @@ def _require(path: str, expected: str, found: str) -> None:
 
 
 def _require_same(path: str, entry: BackupEntry) -> None:
-    """Accept an image that a killed copy left. Raise `AlreadyExists` if it is any other image."""
+    """Accept an image that is there, and make it durable: it may have been put there just now, by `cp`.
+
+    Raise `AlreadyExists` if it is any other image.
+    """
     with FileDevice.open(path, read_only=True) as device, os_errors_at(path):
         assert device.fd is not None
+        os.fsync(device.fd)
         found = found_digest(entry, device.fd)
     if found != entry.digest:
         raise AlreadyExists(

@@ -91,7 +91,10 @@ def test_only_what_is_new_is_copied(disk: BackedUpDisk) -> None:
     assert is_same(disk)
 
 
-def test_an_image_that_a_killed_copy_left_is_taken_for_what_it_is(disk: BackedUpDisk) -> None:
+def test_an_image_that_is_there_already_is_taken_for_what_it_is_and_made_durable(
+    disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a copy that was killed, or from `cp`, which syncs nothing."""
     back_up(disk, FULL, INCREMENTAL)
     target = BackupFolder(disk.folder / "copy", NAME)
     with target.locked():
@@ -99,8 +102,16 @@ def test_an_image_that_a_killed_copy_left_is_taken_for_what_it_is(disk: BackedUp
     left = Path(target.path_of(disk.manifest().backups[0].file))
     left.write_bytes(path_of(disk, 0).read_bytes())
     inode = left.stat().st_ino
+    synced, fsync = set[int](), os.fsync
+
+    def noted(file: int) -> None:
+        synced.add(os.fstat(file).st_ino)
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", noted)
     copied(disk)
     assert left.stat().st_ino == inode
+    assert inode in synced
     assert verify(disk.folder / "copy").is_sound
 
 
