@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterable
 
@@ -18,11 +19,14 @@ from lmdbitmap.copying.digest_algorithms import DIGEST_BYTES
 from lmdbitmap.copying.hashing import ChunkHasher, chunk_digests
 from lmdbitmap.errors import FormatError, LmdbitmapError, NotFound, StorageError, os_errors_at
 from lmdbitmap.geometry import ceil_div
+from lmdbitmap.images.device import FileDevice
 from lmdbitmap.repository.backup_files import digests_name, sha256_of
 from lmdbitmap.repository.backup_folder import BackupFolder
 from lmdbitmap.repository.manifest import BackupEntry, ChunkDigests
 from lmdbitmap.system import atomic_files, files
 from lmdbitmap.work.crew import Threads
+
+log = logging.getLogger(__name__)
 
 
 def synced_digests(folder: BackupFolder, file: str, fd: int, hasher: ChunkHasher) -> ChunkDigests:
@@ -79,6 +83,26 @@ def read_digests(folder: BackupFolder, image_length: int, chunks: ChunkDigests) 
             next_step="get the file from a copy of the repository",
         )
     return found
+
+
+def digests_of(folder: BackupFolder, entry: BackupEntry, chunks: ChunkDigests) -> bytes:
+    """Read the digests of an image; compute them if their file is lost or damaged. Same errors as `read_digests`.
+
+    The manifest vouches for them in both cases.
+    """
+    try:
+        return read_digests(folder, entry.bytes_stored, chunks)
+    except LmdbitmapError as unusable:
+        if not is_damage(unusable):
+            raise
+        path = folder.image_path(entry.file)
+        with FileDevice.open(path, read_only=True) as device, os_errors_at(path):
+            assert device.fd is not None
+            computed = b"".join(chunk_digests(device.fd, chunks.algorithm, chunks.chunk_size))
+        if hashlib.sha256(computed).hexdigest() != chunks.sha256:
+            raise
+        log.warning("%s; the digests were computed from the image", unusable.problem)
+        return computed
 
 
 def is_damage(error: LmdbitmapError) -> bool:

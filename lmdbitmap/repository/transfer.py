@@ -33,7 +33,7 @@ from lmdbitmap.errors import (
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.images.file_copy import PIECE_BYTES, FileCopier
 from lmdbitmap.repository.backup_folder import BackupFolder
-from lmdbitmap.repository.digests import found_digest, read_digests, require_algorithms
+from lmdbitmap.repository.digests import digests_of, found_digest, require_algorithms
 from lmdbitmap.repository.manifest import TAKEN_OVER_EPOCH, BackupEntry, Manifest, taken_over
 from lmdbitmap.repository.repository import (
     folders_of,
@@ -253,7 +253,7 @@ def _copy_unless_changed(
 
 def _copy_digests(source: BackupFolder, target: BackupFolder, entry: BackupEntry) -> None:
     if entry.chunks is not None:
-        digests = read_digests(source, entry.bytes_stored, entry.chunks)
+        digests = digests_of(source, entry, entry.chunks)
         atomic_files.replace(target.path_of(entry.chunks.file), digests, follow=False)
 
 

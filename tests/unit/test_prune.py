@@ -350,6 +350,24 @@ def test_damage_below_the_new_parent_is_not_merged_either(tmp_path: Path, *, has
     disk.close()
 
 
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_an_image_whose_digests_are_lost_is_merged_if_it_is_sound(
+    disk: BackedUpDisk, *, is_damaged: bool
+) -> None:
+    contents = back_up(disk, FULL, INCREMENTAL)
+    [digests] = path_of(disk, 0).parent.glob("000001-full*.digests")
+    digests.unlink()
+    if is_damaged:
+        flip(path_of(disk, 0), 9 * BLOCK)
+        with pytest.raises(FormatError, match=r"found a flaw: .*000001-full.*expected SHA-256"):
+            pruned(disk, 1)
+        assert len(disk.manifest().backups) == 2
+    else:
+        pruned(disk, 1)
+        reads_as(disk, contents)
+        assert verify(disk.folder / "backups").is_sound
+
+
 def test_damage_in_what_only_goes_is_no_reason_to_keep_it(disk: BackedUpDisk) -> None:
     contents = back_up(disk, FULL, INCREMENTAL, FULL)
     flip(path_of(disk, 0), 9 * BLOCK)
