@@ -9,7 +9,8 @@
     8192    the disk, 8192 bytes    when it is added, and at an attach if it is another: what salvage.py makes
                                     it again from, where the store is damaged. Magic, length, description, CRC-32
 
-The file is written in full when a disk is added, so that saying "untrusted" needs no space on a full disk.
+The file is written in full when a disk is added, so that saying "untrusted" needs no space on a full disk. If it is
+removed or replaced under its owner, the owner takes the one that has its name by then, at the next beat.
 Each record carries a CRC-32; a record that fails it is read in the safe direction: no beat, distrust, no description.
 """
 
@@ -19,6 +20,7 @@ import fcntl
 import logging
 import os
 import struct
+import threading
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -26,7 +28,7 @@ from zlib import crc32
 
 from lmdbitmap.errors import Busy, os_errors_at
 from lmdbitmap.interfaces import StoreMark
-from lmdbitmap.system import atomic_files, file_locks, kernel
+from lmdbitmap.system import atomic_files, file_locks, files, kernel
 from lmdbitmap.system.kernel import awake_ns as awake_ns
 from lmdbitmap.system.kernel import boot_id as boot_id
 from lmdbitmap.system.kernel import boot_time_ns as boot_time_ns
@@ -39,6 +41,7 @@ _BEAT_OFFSET = 0
 _DISTRUST_OFFSET = _PAGE_BYTES
 _DISK_OFFSET = 2 * _PAGE_BYTES
 _DISK_BYTES = 2 * _PAGE_BYTES
+_FILE_BYTES = _DISK_OFFSET + _DISK_BYTES
 _DISK = struct.Struct("<8sI")
 _DISK_MAGIC = b"LDBMdisk"
 _BEAT = struct.Struct("<8s36sqqQQQQQ")
@@ -135,7 +138,7 @@ def owner_pid(path: str) -> str | None:
 class Owner:
     """The lock on one disk, and the right to write its file. Raises `Busy` while another owner holds it.
 
-    `store_mark` returns the store's mark for the beats.
+    `store_mark` returns the store's mark for the beats. Safe for many threads, except `close`.
     """
 
     def __init__(self, path: str, store_mark: Callable[[], StoreMark] = lambda: UNMARKED) -> None:
@@ -143,6 +146,8 @@ class Owner:
         self._lock = _lock_patiently(path)
         self._path = path
         self._store_mark = store_mark
+        self._writing = threading.Lock()
+        """Held while the file is written, or another one is taken."""
 
     def beat(
         self,
@@ -153,11 +158,15 @@ class Owner:
         awake_ns: int = 0,
         durable: bool = False,
     ) -> None:
-        """Leave a sign of life: one small write into the page cache, unless it must be durable on return."""
+        """Leave a sign of life: one small write into the page cache, unless it must be durable on return.
+
+        Raises `Busy` if the file was removed or replaced, and another process has taken the one of its name.
+        """
         inode, transaction, born_ns = self._store_mark()
         known = (boot_id().encode("ascii"), time_ns, mtime_ns, sectors_written, inode, transaction)
         record = _BEAT.pack(_BEAT_MAGIC, *known, awake_ns, born_ns)
-        with os_errors_at(self._path):
+        with self._writing, os_errors_at(self._path):
+            self._keep_the_name()
             os.pwrite(self._lock.fd, _sealed(record), _BEAT_OFFSET)
             if durable:
                 os.fdatasync(self._lock.fd)
@@ -180,14 +189,34 @@ class Owner:
         """Keep the description from which a damaged store's disk is made again. Durable with the next durable beat."""
         if description(self._path) != kept:
             try:
-                os.pwrite(self._lock.fd, _disk_record(kept), _DISK_OFFSET)
+                with self._writing:
+                    os.pwrite(self._lock.fd, _disk_record(kept), _DISK_OFFSET)
             except OSError as error:  # an older, shorter file on a full disk: nothing is lost by it now
                 log.warning("%s: the disk's description could not be kept: %s", self._path, error)
 
     def _write_trust(self, why: Distrust | None) -> None:
-        with os_errors_at(self._path):
+        with self._writing, os_errors_at(self._path):
             os.pwrite(self._lock.fd, _trust_record(why), _DISTRUST_OFFSET)
             os.fdatasync(self._lock.fd)
+
+    def _keep_the_name(self) -> None:
+        """If another file or none has our file's name, take that one, with all that ours says: else another process
+        could own the disk as well, and ask a file that nobody writes. Caller holds `_writing`."""
+        folder = os.path.dirname(self._path)
+        if self._lock.is_named() or not os.path.isdir(
+            folder
+        ):  # without its folder it was moved with the store
+            return
+        content = files.pread_whole(self._lock.fd, _FILE_BYTES, 0)
+        with file_locks.lock_folder(folder):
+            if not os.path.exists(self._path):
+                atomic_files.replace(self._path, content, like_folder=True)
+            taken = _lock_patiently(self._path)
+        before, self._lock = self._lock, taken
+        before.close()
+        files.pwrite_whole(taken.fd, content, 0)
+        os.fdatasync(taken.fd)
+        log.error("%s was removed or replaced under its owner, which goes on in the new one", self._path)
 
     def close(self) -> None:
         self._lock.close()

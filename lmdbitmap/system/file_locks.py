@@ -37,11 +37,15 @@ class LockedFile:
         if fd >= 0:
             os.close(fd)
 
+    def is_named(self) -> bool:
+        """Whether its path still leads to the file: if not, the lock keeps nobody out. Raises `OSError`."""
+        return _is_named(self.fd, self.path)
+
     def remove(self) -> None:
         """Remove the file, if it still has its name. Whoever opened it before finds that, and makes another."""
         if self.fd >= 0:
             with suppress(OSError):
-                if _is_named(self.fd, self.path):
+                if self.is_named():
                     os.unlink(self.path)
 
     def forsake(self) -> None:

@@ -123,6 +123,52 @@ def test_missing_file_is_owned_by_nobody(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+# --- the file is taken away ---
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+@pytest.mark.parametrize("lost", [None, Distrust(5, "just now")])
+def test_file_that_is_taken_away_under_its_owner_keeps_others_out_all_the_same(
+    tmp_path: Path, how: str, lost: Distrust | None
+) -> None:
+    """Else another process would own the disk as well. An image behind an NBD server has no locks of its own."""
+    path, copy = str(tmp_path / "owner"), str(tmp_path / "copy")
+    owner.create(path, description=b"what it is")
+    owner.create(copy, Distrust(1, "long ago"), b"what it was")
+    with closing(Owner(path)) as held:
+        held.beat(1, 2)
+        os.unlink(path) if how == "removed" else os.rename(copy, path)
+        if lost is not None:
+            held.declare_distrust(lost.reason, lost.since_ns)
+        held.beat(3, 4)
+        with pytest.raises(Busy):
+            Owner(path)
+        assert owner.last_beat(path) == Beat(owner.boot_id(), 3, 4)
+        assert owner.distrust(path) == lost
+        assert owner.description(path) == b"what it is"
+    Owner(path).close()
+
+
+def test_owner_whose_file_another_took_is_told_so(path: str, held: Owner) -> None:
+    os.unlink(path)
+    with closing(Owner(path)), pytest.raises(Busy):
+        held.beat(1, 2)
+    held.beat(3, 4)
+    assert owner.last_beat(path) == Beat(owner.boot_id(), 3, 4)
+
+
+def test_owner_goes_on_in_a_store_that_is_moved(tmp_path: Path) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    owner.create(str(before / "owner"))
+    with closing(Owner(str(before / "owner"))) as held:
+        before.rename(after)
+        held.beat(1, 2)
+        assert owner.is_owned(str(after / "owner"))
+    assert owner.last_beat(str(after / "owner")) == Beat(owner.boot_id(), 1, 2)
+    assert not before.exists()
+
+
 # --- distrust ---
 
 
