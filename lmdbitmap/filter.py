@@ -76,9 +76,8 @@ class Filter(Front):
         self._last_acts: list[Callable[[], None]] = []
         self._passes = Chore(f"disk {disk.name}: its background pass", self._warning_of(self._patient_pass))
         self._beats = threading.Thread(name="lmdbitmap beat")
-        self._ends = threading.Event()
-        """Set to end the thread of beats."""
-        self._has_background = False
+        self._goes_on = threading.Lock()
+        """Held until the beats are to end. Not an event: one whose `set` is interrupted may keep its own lock."""
 
     @classmethod
     def attach(
@@ -272,8 +271,7 @@ class Filter(Front):
 
     def _begin_background(self) -> None:
         """Start beats and passes. If no thread can be started, abandon the disk and raise `StorageError`."""
-        self._ends.clear()
-        self._has_background = True
+        self._goes_on.acquire(blocking=False)
         self._beats = threading.Thread(target=self._beat_on, name="lmdbitmap beat", daemon=True)
         try:
             self._beats.start()
@@ -285,7 +283,7 @@ class Filter(Front):
     def _beat_on(self) -> None:
         """Beat in this disk's own thread: nothing else that hangs, such as another disk's image, delays the beats."""
         beat = self._warning_of(self.beat)
-        while not self._ends.wait(INTERVAL_S):
+        while not self._goes_on.acquire(timeout=INTERVAL_S):
             try:
                 beat()
             except Exception:  # as for want of memory: without beats, a later crash would cost the bitmap
@@ -337,7 +335,8 @@ class Filter(Front):
                     steps.callback(self._stop_background)
             except BaseException:  # interrupted while writes were in flight, or before: it can be ended again
                 self._tracking.is_over = self._tracking.gate.is_shut
-                if self._has_background and self._ends.is_set() and not self._tracking.is_over:
+                has_ended = self._beats.ident is not None and not self._beats.is_alive()
+                if has_ended and not self._tracking.is_over:
                     self._begin_background()
                 raise
 
@@ -359,7 +358,8 @@ class Filter(Front):
             steps.callback(chores.end, self._passes)
 
     def _end_beats(self) -> None:
-        self._ends.set()
+        if self._goes_on.locked():
+            self._goes_on.release()
         joined(self._beats)
 
     def _end_session(self) -> None:

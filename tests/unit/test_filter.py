@@ -859,7 +859,7 @@ def test_a_detach_that_is_interrupted_before_its_first_step_can_be_done_once_mor
 
 
 @pytest.mark.parametrize(
-    ("kind", "step"), [(threading.Event, "set"), (FileDevice, "close"), (vouching.Voucher, "close")]
+    ("kind", "step"), [(Filter, "_end_beats"), (FileDevice, "close"), (vouching.Voucher, "close")]
 )
 def test_a_detach_that_is_interrupted_in_a_step_ends_what_that_was_to_end(
     tracked: TrackedDisk, monkeypatch: pytest.MonkeyPatch, kind: type, step: str
@@ -881,6 +881,32 @@ def test_a_detach_that_is_interrupted_in_a_step_ends_what_that_was_to_end(
     assert disk._passes not in filter.chores._chores
     with tracked.attach() as again:
         assert dirty(again) == {7}
+
+
+def test_a_detach_whose_beats_are_being_ended_waits_for_no_lock_that_an_interruption_kept(
+    tracked: TrackedDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the `set` of an event does, whose condition is left by a function in Python."""
+    disk = Filter.attach(tracked.store, NAME)
+    leave, interruptions = threading.Condition.__exit__, list[BaseException]()
+
+    def interrupt_first(condition: threading.Condition, *how: Any) -> None:
+        if interruptions and threading.current_thread() is ending:
+            raise interruptions.pop()
+        leave(condition, *how)
+
+    def detach() -> None:
+        interruptions.append(KeyboardInterrupt())
+        with contextlib.suppress(KeyboardInterrupt):
+            disk.detach()
+
+    ending = threading.Thread(target=detach, daemon=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Condition, "__exit__", interrupt_first)
+        ending.start()
+        ending.join(PATIENCE_SECONDS)
+    assert not ending.is_alive()
+    tracked.attach().abandon()
 
 
 def test_a_disk_is_let_go_though_a_snapshot_of_it_cannot_be_waited_for(
