@@ -56,9 +56,9 @@ def test_too_low_a_limit_is_refused_and_none_is_none() -> None:
 
 
 def test_who_waits_to_read_a_device_that_is_interrupted_waits_no_more() -> None:
-    metered = Metered(MemoryDevice(600 * MIB), Pace(LEAST_BYTES_PER_S))
+    metered = Metered(MemoryDevice(20 * MIB), Pace(LEAST_BYTES_PER_S))
     readers = [
-        threading.Thread(target=metered.pread_into, args=(memoryview(bytearray(50 * MIB)), 0))
+        threading.Thread(target=metered.pread_into, args=(memoryview(bytearray(20 * MIB)), 0))
         for _ in range(4)
     ]
     for reader in readers:
