@@ -23,6 +23,7 @@ from lmdbitmap.storage import environment, schema, tally
 from lmdbitmap.storage.lmdb_errors import DamagedStore
 from lmdbitmap.storage.schema import Bitmap, Checkpoint, Disk, Region, StoreHeader
 from lmdbitmap.storage.tally import GROUP_REGIONS, Tally
+from lmdbitmap.work.names import require_text
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +88,11 @@ class Reader:
         return None if value is None else schema.decode(Disk, value, place=self._place)
 
     def disk_named(self, name: str) -> Disk | None:
-        """Return the disk of that name, and prove only this one: with hundreds of disks, proving each would add up."""
-        key = self._disk_keys.get(name, b"")
+        """Return the disk of that name, and prove only this one: with hundreds of disks, proving each would add up.
+
+        Raises `InvalidArgument` for a name that is not text.
+        """
+        key = self._disk_keys.get(require_text(name, "disk"), b"")
         value = self._get("disks", key) if key else None
         if value is not None and (disk := self._if_called(name, key, value)) is not None:
             return disk

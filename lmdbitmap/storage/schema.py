@@ -28,6 +28,7 @@ import msgpack
 from lmdbitmap.errors import FormatError, InvalidArgument
 from lmdbitmap.geometry import REGION_BYTES, Geometry
 from lmdbitmap.interfaces import DeviceTrace, ImageIdentity
+from lmdbitmap.work.names import require_text
 
 SCHEMA_VERSION = 1
 """The schema of every description but a disk's, which has its own."""
@@ -371,8 +372,7 @@ def check_disk_name(name: str) -> str:
 
 def check_name(name: object, *, what: str, limit: int = MAX_NAME_BYTES) -> str:
     """Return `name` if it is 1 to `limit` bytes of UTF-8 without control characters; else raise `InvalidArgument`."""
-    if not isinstance(name, str):
-        raise InvalidArgument(f"{what} name {name!r} is not text", next_step="give it as a str")
+    name = require_text(name, what)
     try:
         length = len(name.encode())
     except UnicodeEncodeError as error:
