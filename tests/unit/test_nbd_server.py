@@ -41,7 +41,9 @@ from tests.helpers.support import PATIENCE_SECONDS
 STRUCTURED_REPLY, LIST_META_CONTEXT = 8, 9
 SIZE = 64 << 20
 EXPORT_NAME = 1
+INFO = 6
 POLICY = 2**31 + 2
+UNKNOWN = 2**31 + 6
 KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 0}
 """What makes 20 s of silence; the last would cut off a client that lives and does not read."""
 
@@ -166,6 +168,19 @@ def test_a_client_too_many_is_turned_away_until_another_leaves(path: str) -> Non
         with transmitting(path) as third:
             assert third.do(READ, 0, 1).error == 0
             assert server.counters[2] == 1
+
+
+def test_a_disk_that_is_removed_while_a_client_haggles_is_not_called_full(path: str) -> None:
+    beside = PlainDisk(MemoryDevice(SIZE))
+    with serving(path) as server, RawClient.connect(path) as client:
+        server.add("disk@monday", beside)
+        client.greet()
+        assert client.ask(INFO, string("disk@monday") + b"\0\0")[-1] == (1, b"")
+        server.remove("disk@monday", beside)
+        [(kind, said)] = client.ask(GO, string("disk@monday") + b"\0\0")
+        assert (kind, said) == (UNKNOWN, b"no disk named 'disk@monday' is served here")
+        assert client.is_closed_by_server()
+        assert server.counters.turned_away == 0
 
 
 def test_one_too_many_of_the_old_kind_is_sent_away_without_a_word(path: str) -> None:

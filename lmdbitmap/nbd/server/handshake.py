@@ -242,8 +242,15 @@ class Handshake:
         if export is None:
             return _unknown_export(option, query.export_name)
         if option == nbd.NBD_OPT_GO and not self._agree(export):
-            return _error(option, nbd.NBD_REP_ERR_POLICY, f"{export.name!r} has no room for one more client")
+            return self._sent_away(option, export.name)
         return _listing(option, nbd.NBD_REP_INFO, *self._describe(export, query.info_types))
+
+    def _sent_away(self, option: int, name: str) -> bytes:
+        """Answer who gets no place at an export that was there when it began to haggle."""
+        if name in self._look_up():
+            return _error(option, nbd.NBD_REP_ERR_POLICY, f"{name!r} has no room for one more client")
+        self.refuse(_not_served("export name", name))
+        return _unknown_export(option, name)
 
     def _describe(self, export: Export, wanted: tuple[int, ...]) -> list[bytes]:
         infos = [
@@ -300,7 +307,7 @@ class Handshake:
         return query, self._find(query.export_name)
 
     def _agree(self, export: Export) -> bool:
-        """Agree on the export; without room there, end haggling and return False.
+        """Agree on the export; without a place there, end haggling and return False.
 
         Contexts selected for another export do not count for this one.
         """
