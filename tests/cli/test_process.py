@@ -32,6 +32,26 @@ def test_without_click_it_says_what_to_install() -> None:
     assert done.stderr == "lmdbitmap: the command line needs click; run: pip install 'lmdbitmap[cli]'\n"
 
 
+INTERRUPTED_IMPORT = """
+import importlib.abc, runpy, sys
+
+class CtrlC(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, CtrlC())
+sys.argv = ["lmdbitmap", "ls"]
+runpy.run_module("lmdbitmap", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("module", ["lmdbitmap.cli", "lmdbitmap.cli.logs", "lmdbitmap.cli.group"])
+def test_ctrl_c_shows_no_traceback_while_the_command_is_imported(module: str) -> None:
+    done = run(sys.executable, "-c", INTERRUPTED_IMPORT.format(module=module), check=False)
+    assert (done.returncode, done.stdout, "Traceback" in done.stderr) == (130, "", False)
+
+
 def test_on_a_terminal_progress_is_a_bar_that_vanishes() -> None:
     code = (
         "from lmdbitmap.cli.output import progress\n"
