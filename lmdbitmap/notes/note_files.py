@@ -17,7 +17,10 @@ def paths_of(folder: str, disk: UUID | None, disk_of: Callable[[str], str | None
     """Return the files in a folder that belong to a disk, or to any, sorted; `disk_of` reads the uuid in a name."""
     spelt = "" if disk is None else str(disk)
     with os_errors_at(folder):
-        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        try:
+            names = sorted(os.listdir(folder))
+        except FileNotFoundError:
+            names = []
     found = ((name, disk_of(name)) for name in names if name.startswith(spelt))
     return [os.path.join(folder, name) for name, of in found if of is not None and spelt in ("", of)]
 

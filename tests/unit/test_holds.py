@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 from pathlib import Path
@@ -42,6 +43,25 @@ notes = st.builds(
     st.none() | st.builds(UnderWay, st.text(max_size=20), st.none() | st.uuids()),
     st.none() | st.builds(Reason, st.sampled_from([LAPSED, DROPPED]), st.text(max_size=20)),
 )
+
+
+def test_a_folder_that_cannot_be_looked_at_is_not_taken_for_a_missing_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints that others hold would be forgotten."""
+    with HoldFile(str(tmp_path), DISK, HOLDER).locked() as file:
+        file.replace(HOLD)
+    stat = os.stat
+
+    def sick(path: Any, **options: Any) -> os.stat_result:
+        if os.fspath(path) == str(tmp_path / holds.HOLDS):
+            raise OSError(errno.EIO, "a bad sector")
+        return stat(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", sick)
+        assert [found.hold for found in holds.hold_files(str(tmp_path), DISK)] == [HOLD]
+    assert holds.hold_files(str(tmp_path / "nowhere"), DISK) == []
 
 
 @given(notes)
