@@ -201,14 +201,11 @@ class Owner:
 
     def _keep_the_name(self) -> None:
         """If another file or none has our file's name, take that one, with all that ours says: else another process
-        could own the disk as well, and ask a file that nobody writes. Caller holds `_writing`."""
-        folder = os.path.dirname(self._path)
-        if self._lock.is_named() or not os.path.isdir(
-            folder
-        ):  # without its folder it was moved with the store
+        could own the disk as well. Caller holds `_writing`."""
+        if not self._has_lost_the_name():
             return
         content = files.pread_whole(self._lock.fd, _FILE_BYTES, 0)
-        with file_locks.lock_folder(folder):
+        with file_locks.lock_folder(os.path.dirname(self._path)):
             if not os.path.exists(self._path):
                 atomic_files.replace(self._path, content, like_folder=True)
             taken = _lock_patiently(self._path)
@@ -217,6 +214,15 @@ class Owner:
         files.pwrite_whole(taken.fd, content, 0)
         os.fdatasync(taken.fd)
         log.error("%s was removed or replaced under its owner, which goes on in the new one", self._path)
+
+    def _has_lost_the_name(self) -> bool:
+        """Not if its folder is gone too: then it was moved with the store. Nor if this process may not look any more,
+        as one that gave up root: it can still write to the file that it has open.
+        """
+        try:
+            return os.path.isdir(os.path.dirname(self._path)) and not self._lock.is_named()
+        except OSError:
+            return False
 
     def close(self) -> None:
         self._lock.close()

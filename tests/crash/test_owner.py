@@ -20,6 +20,7 @@ from lmdbitmap.errors import Busy, StorageError
 from lmdbitmap.interfaces import StoreMark
 from lmdbitmap.storage import owner
 from lmdbitmap.storage.owner import Beat, Distrust, Owner
+from lmdbitmap.system import file_locks
 from tests.helpers.support import PATIENCE_SECONDS, spawn
 
 HOLD_AND_SAY_SO = """
@@ -167,6 +168,19 @@ def test_owner_goes_on_in_a_store_that_is_moved(tmp_path: Path) -> None:
         assert owner.is_owned(str(after / "owner"))
     assert owner.last_beat(str(after / "owner")) == Beat(owner.boot_id(), 1, 2)
     assert not before.exists()
+
+
+def test_owner_that_may_not_look_for_its_file_any_more_beats_all_the_same(
+    path: str, held: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an agent that gives up root after it attached its disks."""
+
+    def refused(fd: int, path: str) -> bool:
+        raise PermissionError(errno.EACCES, "injected", path)
+
+    monkeypatch.setattr(file_locks, "_is_named", refused)
+    held.beat(1, 2)
+    assert owner.last_beat(path) == Beat(owner.boot_id(), 1, 2)
 
 
 # --- distrust ---
