@@ -112,7 +112,7 @@ def born_ns(path: str) -> int:
     call = getattr(_libc(), "statx", None)
     if call is None or call(_AT_FDCWD, os.fsencode(path), 0, _STATX_BTIME, answer):
         return 0
-    told, seconds, nanoseconds = struct.unpack_from("<I76xqI", answer)
+    told, seconds, nanoseconds = struct.unpack_from("=I76xqI", answer)
     return max(seconds * 1_000_000_000 + nanoseconds, 0) if told & _STATX_BTIME else 0
 
 
