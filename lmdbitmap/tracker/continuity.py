@@ -131,8 +131,8 @@ def _gap_since_detach(disk: Disk, image: ImageIdentity, beat: Beat | None, now: 
             "the image was written while it was not tracked, and its time of change went back,"
             " perhaps because an older copy was put back or the clock was changed"
         )
-    # without a sign of life nobody ever had it: everything is dirty still
-    return None if image.mtime_ns or beat is None else _other_store(beat, now)
+    # as long as there is only the first checkpoint, everything is dirty, and nobody may have had it yet
+    return None if image.mtime_ns or disk.next_sequence <= 2 else _other_store(beat, now)
 
 
 def _gap_since_sign_of_life(disk: Disk, image: ImageIdentity, beat: Beat | None, now: Moment) -> str | None:
@@ -151,14 +151,16 @@ def _gap_since_sign_of_life(disk: Disk, image: ImageIdentity, beat: Beat | None,
     if 0 != image.mtime_ns == begun.mtime_ns and (beat is None or beat.mtime_ns <= begun.mtime_ns):
         return None  # unwritten since the session began, whose owner may not have beaten yet
     if beat is None:
-        return _NO_BEAT
+        return "its owner's last sign of life cannot be read, and nothing else shows what the store lacks"
     if not _within_last_moment(image, beat, now):
         return "the image was written, or replaced by an older one, after its owner's last sign of life"
     return _other_store(beat, now)
 
 
-def _other_store(beat: Beat, now: Moment) -> str | None:
+def _other_store(beat: Beat | None, now: Moment) -> str | None:
     """For an image in which nothing would show that the store is an older copy."""
+    if beat is None:
+        return _NO_BEAT
     if not now.store.is_of_the_file_of(beat.store) or now.store.transaction < beat.store.transaction:
         return "the store was put back from a copy, or moved, and nothing shows what it lacks"
     return None
@@ -264,7 +266,7 @@ def _gap_since_boot(image: ImageIdentity, beat: Beat | None, now: Moment) -> str
             f"{_amount(_sectors(image))} of the block device were written since this machine was started,"
             " while it was not tracked"
         )
-    return _NO_BEAT if beat is None else _other_store(beat, now)
+    return _other_store(beat, now)
 
 
 def _same_boot(before: ImageIdentity, image: ImageIdentity) -> bool:

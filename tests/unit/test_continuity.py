@@ -298,12 +298,15 @@ FAR = ImageIdentity(8, 9, MIB, 0)
 def test_far_image_shows_nothing_so_the_store_must_be_the_very_same(
     session: UUID | None, store: StoreMark, said: str | None
 ) -> None:
-    broken = judge(disk(identity=FAR, session=session), FAR, beat(2010, 0, store=store), NOW).broken
+    tracked = disk(identity=FAR, session=session, next_sequence=3)
+    broken = judge(tracked, FAR, beat(2010, 0, store=store), NOW).broken
     assert (said is None and broken is None) or str(said) in str(broken)
 
 
-def test_far_image_that_nobody_ever_had_lacks_no_sign_of_life() -> None:
-    assert judge(disk(identity=FAR), FAR, None, NOW) == Verdict()
+def test_far_image_lacks_no_sign_of_life_until_something_of_it_is_clean() -> None:
+    """Until there is a second checkpoint nobody may have had it. Later, its owner's file was put back."""
+    assert judge(disk(identity=FAR, next_sequence=2), FAR, None, NOW) == Verdict()
+    assert "cannot be read" in str(judge(disk(identity=FAR, next_sequence=3), FAR, None, NOW).broken)
 
 
 # --- the clock ---
