@@ -86,9 +86,11 @@ class ScratchFile:
             os.ftruncate(self._fd, 0)
 
     def close(self) -> None:
+        """Close the file. What the system says of its data then (NFS does) concerns nobody: it is not read any more."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            os.close(fd)
+            with contextlib.suppress(OSError):
+                os.close(fd)
 
     def forsake(self) -> None:
         """Close the file in a forked child: its room would be taken for as long as the child lives."""

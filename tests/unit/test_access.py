@@ -420,6 +420,28 @@ def test_a_backup_that_has_released_all_takes_a_callers_place_again(served: Filt
     assert control_client.call(path, "info")["disks"][0]["snapshots"] == []
 
 
+def test_a_snapshot_that_cannot_be_released_keeps_neither_the_others_nor_its_caller(
+    served: Filter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = served.store.control_path(served.disk.uuid)
+    release, lacks = HeldSnapshots.release, [MemoryError()]
+
+    def fail_first(held: HeldSnapshots, snapshot: Snapshot) -> None:
+        if lacks:
+            raise lacks.pop()
+        release(held, snapshot)
+
+    caller = control_client.reach(path)
+    assert caller is not None
+    with caller:
+        for name in ("one", "two"):
+            caller.call("snapshot", disks=[NAME], name=name, since=[""], bound=True, once=False)
+        monkeypatch.setattr(HeldSnapshots, "release", fail_first)
+    await_callers(0)
+    assert [snapshot.checkpoint.name for snapshot in served.snapshots] == ["one"]
+    assert control_client.call(path, "info")["disks"][0]["snapshots"]
+
+
 def test_a_snapshot_that_another_caller_releases_exempts_nobody_any_more(served: Filter) -> None:
     path = served.store.control_path(served.disk.uuid)
     with ExitStack() as callers:

@@ -128,6 +128,23 @@ def test_closed_one_is_closed_once(folder: Path) -> None:
     assert not file.is_open
 
 
+def test_what_is_said_of_its_data_when_it_is_closed_is_no_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS may say that it could not be written. Nobody reads it any more, and whoever releases goes on."""
+    before, close = open_files(), os.close
+
+    def complain(fd: int) -> None:
+        close(fd)
+        raise OSError(errno.EIO, "by intent")
+
+    file = ScratchFile(Scratch(str(folder)))
+    monkeypatch.setattr(os, "close", complain)
+    file.close()
+    monkeypatch.undo()
+    assert open_files() == before
+
+
 def test_a_file_that_takes_no_more_is_an_error_and_not_waited_for(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

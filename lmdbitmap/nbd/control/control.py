@@ -264,15 +264,17 @@ class _Caller(threading.Thread):
         except OSError as error:
             _log.info("a caller at the control socket is gone: %s", error)
         finally:
-            self._release_bound()
-            self._server.forget_caller(self)
+            try:
+                self._release_bound()
+            finally:
+                self._server.forget_caller(self)
 
     def _release_bound(self) -> None:
         for snapshot in self._bound:
             assert self._server.held is not None
             try:
                 self._server.held.release(snapshot)
-            except LmdbitmapError as error:
+            except (LmdbitmapError, OSError, MemoryError) as error:  # the others are to be released too
                 _log.warning(
                     "disk %s: %s could not be released: %s", snapshot.disk.name, snapshot.name, error
                 )
