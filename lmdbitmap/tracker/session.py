@@ -58,8 +58,10 @@ class OwnedDisk:
         self.kept = True
 
     def close(self) -> None:
-        self.device.close()
-        self.owner.close()
+        try:
+            self.device.close()
+        finally:  # a network file system may report an error
+            self.owner.close()
 
     def forsake(self) -> None:
         """Close the image in a forked child, which would keep its locks; the owner's lock sees to itself."""

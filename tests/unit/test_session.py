@@ -299,6 +299,23 @@ def test_reconciled_disk_is_as_after_an_attach_and_has_no_session(
             assert trust_of(tracked.changes("start")) is (Trust.SUPERSET if before == "dead" else Trust.EXACT)
 
 
+def test_a_disk_whose_image_is_closed_with_an_error_is_let_go(
+    tracked: TrackedDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a network file system may report."""
+    close = FileDevice.close
+
+    def complain(device: FileDevice) -> None:
+        close(device)
+        raise OSError(errno.EIO, "by intent")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FileDevice, "close", complain)
+        with pytest.raises(OSError, match="by intent"), session.owning(tracked.store, NAME):
+            pass
+    tracked.attach().detach()
+
+
 def test_disk_can_be_owned_again_after_a_failure_inside(tracked: TrackedDisk) -> None:
     with pytest.raises(ZeroDivisionError), session.owning(tracked.store, NAME):
         raise ZeroDivisionError
