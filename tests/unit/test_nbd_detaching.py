@@ -110,6 +110,15 @@ def test_a_disk_about_which_something_is_asked_just_now_stays(folder: Path) -> N
         owner.call("detach")
 
 
+def test_names_that_callers_make_up_are_not_kept(folder: Path) -> None:
+    with owning(folder, serves=True) as owner:
+        assert owner.control.detaching is not None
+        path = owner.tracked.store.control_path(owner.attached.disk.uuid)
+        with pytest.raises(Busy, match="and not no such disk"):
+            control_client.call(path, "checkpoint", disks=["no such disk", NAME], name="a")
+        assert not owner.control.detaching._used
+
+
 def test_a_checkpoint_and_a_snapshot_keep_their_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From when it is looked up until it is done."""
     refusals: list[str] = []

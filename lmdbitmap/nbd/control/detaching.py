@@ -41,7 +41,7 @@ class Detaching:
             yield
         finally:
             with self._lock:
-                self._used.subtract(names)
+                self._used -= Counter(names)  # keeps none that is not used: callers may send any names
 
     def let_go(self, name: str, attached: Filter) -> None:
         """Detach a disk that nobody uses, cleanly. When this returns, others can have the disk.
