@@ -39,11 +39,11 @@ from lmdbitmap.errors import (
 )
 from lmdbitmap.images.image import is_far, open_image
 from lmdbitmap.interfaces import BlockDevice
+from lmdbitmap.notes.copies import given_up
 from lmdbitmap.repository.repository import refuse_beside_backups
 from lmdbitmap.storage import creating
 from lmdbitmap.store import Store
 from lmdbitmap.streams.rbd_diff import Data, Decoder, Event, Head, Zeroes
-from lmdbitmap.targets.copies import given_up
 from lmdbitmap.targets.differences import Mender
 from lmdbitmap.targets.target import (
     Target,

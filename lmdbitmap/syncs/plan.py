@@ -65,7 +65,8 @@ def _checkpoint_of(store: Store, disk: Disk, at: At) -> Checkpoint | None:
 def _why_unknown(disk: Disk, note: Note, since: Checkpoint | None, target: SyncTarget) -> Reason | None:
     if not note.is_of_a_copy:
         return Reason(
-            "first-sync", "the disk was never synced to this target, or something was restored onto it since"
+            "first-sync",
+            "the disk was never synced to this target, or that was restored onto or tracked since",
         )
     if target.device is None:
         return Reason("target-gone", "the copy no longer exists")

@@ -36,6 +36,7 @@ from lmdbitmap.images.device import FileDevice
 from lmdbitmap.images.image import is_far, is_same_image
 from lmdbitmap.interfaces import Allocation, BlockDevice, FarAway
 from lmdbitmap.nbd.client.device import NbdDevice
+from lmdbitmap.notes.copies import given_up
 from lmdbitmap.qcow2.layout import SECTOR
 from lmdbitmap.repository.backup_chain import BackupChain
 from lmdbitmap.repository.backup_folder import BackupFolder
@@ -44,7 +45,6 @@ from lmdbitmap.storage import creating
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
 from lmdbitmap.system import atomic_files, kernel
-from lmdbitmap.targets.copies import given_up
 from lmdbitmap.tracker.flushing import forgetting_unwritten
 from lmdbitmap.tracker.lane import FilterLane, WritesTogether
 

@@ -25,6 +25,7 @@ from lmdbitmap.errors import (
 from lmdbitmap.images.identity import identity_to_keep, settled_identity
 from lmdbitmap.images.image import is_far, is_same_image, lasting_name, open_image
 from lmdbitmap.interfaces import ImageIdentity, StoreMark, TrackableDevice
+from lmdbitmap.notes.copies import given_up
 from lmdbitmap.notes.holds import remove_holds
 from lmdbitmap.notes.sync_note import remove_notes
 from lmdbitmap.storage import owner, schema
@@ -295,7 +296,7 @@ def add(
     place = lasting_name(os.fspath(image))
     refuse_own_ground(store, place)
     _refuse_tracked(store, place)
-    with contextlib.closing(open_device(place)) as device:
+    with contextlib.closing(open_device(place)) as device, given_up(store, place, device):
         identity = device.identity()
         files_made: list[str] = []
 
@@ -362,14 +363,14 @@ def relocate(store: Store, name: str, image: str | os.PathLike[str]) -> Disk:
     with contextlib.closing(_own(store, name, disk.uuid)) as lock:
         _refuse_tracked(store, place, unless=disk.uuid)
         refuse_own_ground(store, place)
-        _open_to_look(place).close()
 
         def change(writer: Writer) -> Disk:
             moved = dataclasses.replace(existing(writer, disk.uuid), image=place)
             writer.put_disk(moved)
             return moved
 
-        moved = store.update(change)
+        with contextlib.closing(_open_to_look(place)) as device, given_up(store, place, device):
+            moved = store.update(change)
         lock.keep_description(schema.encode(schema.portrait(moved)))
     return moved
 

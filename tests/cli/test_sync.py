@@ -25,8 +25,8 @@ def copy(cli: Cli) -> Path:
     target = cli.folder / "copy.raw"
     said = cli.ok("sync", "sda", target)
     assert said.startswith(
-        f"{target}: sda as of now · full: the disk was never synced to this target, or something was restored onto it"
-        " since · 8 MiB of 8 MiB changed · 512 KiB written and 0 B zeroed · "
+        f"{target}: sda as of now · full: the disk was never synced to this target, or that was restored onto or"
+        " tracked since · 8 MiB of 8 MiB changed · 512 KiB written and 0 B zeroed · "
     )
     return target
 

@@ -621,6 +621,25 @@ def test_a_diff_that_is_applied_to_a_copy_after_a_sync_that_was_killed_is_not_ta
     assert (result.kind, reason(result)) == (COMPARE, "first-sync")
 
 
+@pytest.mark.parametrize("how", ["add", "relocate"])
+def test_a_copy_that_was_a_disk_meanwhile_is_compared(disk: BackedUpDisk, copy: Path, how: str) -> None:
+    """It took the disk's place after a sync that was killed, and a guest wrote to it."""
+    disk.write(b"3", 30 * BLOCK)
+    killed_after(0, disk, copy)
+    if how == "add":
+        session.add(disk.store, "standby", str(copy), granularity_bits=12)
+    else:
+        session.add(
+            disk.store, "standby", str(make_raw_image(disk.folder / "no.raw", SIZE)), granularity_bits=12
+        )
+        session.relocate(disk.store, "standby", str(copy))
+    with Filter.attach(disk.store, "standby", background=False) as standby:
+        standby.pwrite(b"a guest's", 40 * BLOCK)
+    session.remove(disk.store, "standby")
+    result = synced(disk, copy)
+    assert (result.kind, reason(result)) == (COMPARE, "first-sync")
+
+
 def test_a_restore_does_not_follow_the_names_of_copies(
     disk: BackedUpDisk, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,8 @@
-"""What becomes of a disk's synced copy (notes/sync_note.py) that a restore or a stream is about to write.
+"""What becomes of a disk's synced copy (sync_note.py) that a restore, a stream or a guest is about to write.
 
 An export shows no foreign write, and neither does any target of a sync that was killed. So the note forgets, before the
-first byte is written, that the target is a copy: the next sync compares it, as if it were the first.
+first byte is written or the copy becomes a disk that is tracked, that the target is a copy: the next sync compares it,
+as if it were the first.
 
 A file or a device is known by the identity in the note. The names of other copies are not followed: they may lead to a
 file server that does not answer, and a restore should not wait for that.
