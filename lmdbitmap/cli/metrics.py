@@ -159,7 +159,7 @@ class _Scrapes:
         found, owners, apart = [], Owners(self._store), Failures(never=(NotFound,))
         with self._turn:
             for name in list(self._names):
-                with contextlib.suppress(NotFound):
+                with contextlib.suppress(NotFound), apart.of(name):
                     found.append(figures_of(self._store, disk_called(self._store, name), owners, apart))
         for name, error in apart.errors.items():
             log.warning("disk %s: its metrics are not known: %s", name, error)

@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from lmdbitmap import Filter, Store
+from lmdbitmap import Filter, FormatError, Store
 from lmdbitmap.access import operations
 from lmdbitmap.access.questions import Owners
+from lmdbitmap.cli.metrics import metrics_served
 from lmdbitmap.nbd.control.control import ControlServer
 from lmdbitmap.nbd.control_client import Client
 from lmdbitmap.storage.schema import Disk
+from lmdbitmap.tracker.chain import disk_called
 from tests.cli.conftest import MIB, SIZE, Cli
 from tests.cli.test_serve import write
 from tests.helpers.nbd_raw import DISC, FLUSH, READ, WRITE, RawClient, request
@@ -220,6 +222,27 @@ def test_guest_is_served_where_the_port_for_metrics_is_in_use(cli: Cli) -> None:
             assert cli.json("info", "sda")["served"]["requests"]["writes"] == 3
     assert f"127.0.0.1:{port} is in use; choose another port" in served.child.stderr
     assert "metrics http" not in served.child.stdout
+
+
+def test_a_disk_that_cannot_be_looked_up_costs_a_scrape_no_other(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor the door: what a collector raises ends the scrape."""
+
+    def looked_up(store: Store, name: str) -> Disk:
+        if name == "sda":
+            raise FormatError("store", expected="a disk", found="damage", next_step="run check")
+        return disk_called(store, name)
+
+    monkeypatch.setattr("lmdbitmap.cli.metrics.disk_called", looked_up)
+    cli.add("sdb")
+    with (
+        Store.open(str(cli.store)) as store,
+        metrics_served(store, ["sda", "gone", "sdb"], "127.0.0.1", 0) as url,
+    ):
+        assert url is not None
+        told = scrape(url)
+    assert {key[1] for key in told} == {"sdb"}
 
 
 def test_scrapers_that_say_nothing_cost_no_more_than_a_few_threads(cli: Cli) -> None:
