@@ -20,6 +20,7 @@ from typing import Any, Final
 from lmdbitmap.errors import Busy, FormatError, OwnerGone, error_from_os, os_errors_at
 from lmdbitmap.nbd import control_wire as wire
 from lmdbitmap.nbd.control_answers import require_answer
+from lmdbitmap.work import forks
 
 CONNECT_S: Final = 10.0
 """Seconds until the owner has greeted us."""
@@ -100,6 +101,7 @@ class Client:
         self._lines = wire.LineBuffer(self._place)
         self._owes_answer = False
         self._was_greeted = False
+        forks.is_not_for_children(self)
         hello = self._receive(timeout_s)
         self._check_protocol(wire.field(hello, "protocol", int, self._place))
         self.version = wire.field(hello, "version", str, self._place)
@@ -178,6 +180,10 @@ class Client:
             raise self._lost(refusal) from refusal
 
     def close(self) -> None:
+        self._sock.close()
+
+    def forsake(self) -> None:
+        """Close the socket in a forked child: the owner would hear of its end only with that of the child."""
         self._sock.close()
 
     def __enter__(self) -> Client:

@@ -39,7 +39,7 @@ from lmdbitmap.nbd.control.control import ControlServer
 from lmdbitmap.store import Store, Writer
 from lmdbitmap.tracker import chain, session
 from tests.helpers import naive_flat
-from tests.helpers.support import PATIENCE_SECONDS, make_raw_image, open_files, run
+from tests.helpers.support import PATIENCE_SECONDS, make_raw_image, open_files, run, spawn
 from tests.helpers.tracked import blocks_of, quick_folder
 
 SIZE = 100 * 4096
@@ -228,6 +228,30 @@ def test_one_connection_serves_many_requests(house: House) -> None:
 
 
 # --- refusals, in their own words ---
+
+
+FORKING = """
+import os, signal, sys
+from lmdbitmap.nbd import control_client
+client = control_client.reach(sys.argv[1])
+told, tell = os.pipe()
+child = os.fork()
+if child == 0:
+    os.close(tell)
+    os.read(told, 1)
+    os._exit(0)
+client.close()
+print("closed", flush=True)
+signal.pause()
+"""
+
+
+def test_a_forked_child_keeps_no_caller_at_its_owner(tmp_path: Path) -> None:
+    """What is bound to the caller, as the snapshots of a backup, would be held for as long as the child lives."""
+    house = House(tmp_path, patience_s=2 * PATIENCE_SECONDS)
+    with house.stack, spawn(sys.executable, "-c", FORKING, house.path()) as parent:
+        parent.wait_for_line("closed")
+        await_room(house)
 
 
 def test_errors_of_the_owner_are_raised_by_the_caller(house: House) -> None:
