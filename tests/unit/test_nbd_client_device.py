@@ -592,6 +592,17 @@ def test_what_the_server_does_not_say_is_data(far: FarServer) -> None:
         assert list(device.allocation(5, 100)) == [Allocation(100, hole=False, zero=False)]
 
 
+def test_a_server_that_stops_within_a_block_tells_of_no_more_than_was_asked(far: FarServer) -> None:
+    """The rest of the block lies behind the range, whose length must not shrink by it."""
+
+    def say_no_more(_: FarServer, asked: Asked) -> bytes | None:
+        return error_chunk(asked.cookie, EIO) if asked.command == BLOCK_STATUS and asked.offset else None
+
+    far.block_sizes, far.statuses, far.behave = (512, 4096, 8192), [(600, 3)], say_no_more
+    with opened(far) as device:
+        assert list(device.allocation(0, 550)) == [Allocation(550, hole=True, zero=True)]
+
+
 STATUS_LIES: dict[str, Callable[[Asked], bytes]] = {
     "none": lambda asked: chunk(asked.cookie, 0),
     "no descriptor": lambda asked: chunk(asked.cookie, 5, struct.pack(">I", CONTEXT_ID)),

@@ -356,7 +356,7 @@ class NbdDevice:
             )
             position += length
         if position < end:
-            yield _DATA._replace(length=stop - max(position, start))
+            yield _DATA._replace(length=max(stop - max(position, start), 0))
 
     def _ask_statuses(self, requests: Sequence[Request]) -> None:
         if self.export.context_id is not None:
