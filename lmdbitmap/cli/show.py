@@ -206,5 +206,6 @@ def _write_pictures(caption: Caption, dirt: DirtMap, svg: str | None, png: str |
 def _write_picture(path: str, picture: bytes) -> None:
     if path == _STDOUT:
         sys.stdout.buffer.write(picture)
+        sys.stdout.flush()  # before the answer says that it was drawn
     else:
         atomic_files.replace(path, picture)

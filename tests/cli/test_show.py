@@ -217,6 +217,25 @@ def test_a_picture_on_standard_output_is_alone_there(cli: Cli, option: str, sign
     assert (cli.folder / "-").read_bytes() == b"a file of that name"
 
 
+def test_a_picture_that_could_not_be_written_is_not_said_to_be_drawn(cli: Cli) -> None:
+    cli.add("sda")
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            cli.command("show", "sda", "--svg", "-"), stdout=full, stderr=subprocess.PIPE, timeout=30
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"lmdbitmap: standard output: No space left on device")
+
+
+def test_a_picture_is_whole_though_the_answer_beside_it_cannot_be_written(cli: Cli) -> None:
+    cli.add("sda")
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            cli.command("show", "sda", "--svg", "-"), stdout=subprocess.PIPE, stderr=full, timeout=30
+        )
+    assert (done.returncode, done.stdout[-7:]) == (1, b"</svg>\n")
+
+
 def test_standard_output_takes_one_picture(cli: Cli) -> None:
     cli.add("sda")
     assert "name a file for the other" in cli.fails(2, "show", "sda", "--svg", "-", "--png", "-")
