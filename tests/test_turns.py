@@ -77,7 +77,6 @@ HELD = """
 import fcntl, os
 from pathlib import Path
 import pytest
-from xdist.workermanage import NodeManager  # type: ignore[import-untyped]
 
 def kind(request):
     folder = Path(request.config.workerinput["turns"])
@@ -104,7 +103,6 @@ def test_beside_others(request, held_in_fixture, number):
 """
 SKIPPING = """
 import pytest
-from xdist.workermanage import NodeManager  # type: ignore[import-untyped]
 
 def test_fine(): pass
 
