@@ -179,6 +179,24 @@ def test_every_metric_is_documented_and_no_other(cli: Cli) -> None:
     assert set(re.findall(r"`(lmdbitmap_\w+)`", table)) == told
 
 
+def test_what_prometheus_reads_is_not_left_as_it_was_where_a_disk_cannot_be_read(cli: Cli) -> None:
+    cli.add("sda")
+    (line,) = re.findall(r"^# (lmdbitmap metrics .*)$", OPERATIONS, re.MULTILINE)
+    program = shlex.join(cli.command())
+    recipe = f'lmdbitmap() {{ {program} "$@"; }}; {line}'
+    run("sh", "-c", recipe, cwd=cli.folder)
+    read = cli.folder / "lmdbitmap.prom"
+    assert 'lmdbitmap_trusted{disk="sda"} 1.0' in read.read_text()
+    owners_file = cli.store / "owners" / cli.json("info", "sda")["uuid"]
+    owners_file.unlink()
+    owners_file.mkdir()
+    run("sh", "-c", recipe, cwd=cli.folder, check=False)
+    assert 'lmdbitmap_trusted{disk="sda"} 0.0' in read.read_text()
+    (cli.store / "lmdb").rename(cli.store / "gone")
+    run("sh", "-c", recipe, cwd=cli.folder, check=False)
+    assert 'lmdbitmap_trusted{disk="sda"} 0.0' in read.read_text(), "no figures take the place of others"
+
+
 @pytest.mark.parametrize(
     "line", re.findall(r"(?<![/\w@-])lmdbitmap ((?:serve|metrics|info|ls)\b[^`\n>]*)", OPERATIONS)
 )
