@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
 from types import SimpleNamespace
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -184,3 +185,24 @@ def test_port_that_is_in_use_is_waited_for(logged: queue.SimpleQueue[logging.Log
                     assert "tracked 7.0" in figures(url)
     assert logged.empty()
     socket.create_server((host, port)).close()
+
+
+def test_the_end_waits_for_no_name_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is asked where to listen, once the port is free."""
+    asked, over, answered = threading.Event(), threading.Event(), threading.Event()
+    usual = socket.getaddrinfo
+
+    def hanging(*what: Any, **how: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            asked.set()
+            over.wait(PATIENCE_SECONDS)
+            answered.set()
+        return usual(*what, **how)
+
+    monkeypatch.setattr(socket, "getaddrinfo", hanging)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        with serving(CollectorRegistry(), *other.getsockname(), again_s=0.01):
+            assert asked.wait(PATIENCE_SECONDS)
+        assert not answered.is_set()
+        over.set()
+        assert answered.wait(PATIENCE_SECONDS)
