@@ -289,20 +289,26 @@ def unknown_error(asked: Changes) -> Untrusted:
 def open_period_standing(store: Store, disk: Disk, persisted: bool = False) -> Standing:
     """Return how far the store's bits of the recording period hold for the image as it is now.
 
-    An owner that persisted has vouched for the image. A lock alone does not vouch.
+    An owner that persisted into this very store has vouched for the image. A lock alone does not vouch.
     """
     path = store.owner_path(disk.uuid)
     distrust = owner.distrust(path)
     if distrust is not None:
         return Standing(Trust.UNTRUSTED, distrust.reason)
     is_owned = owner.is_owned(path)
-    if is_owned and persisted:
+    if is_owned and persisted and _is_recorded_in(store, path):
         return EXACT
     if is_owned and disk.durability == schema.DEFERRED and disk.session is not None:
         return Standing(
             Trust.UNTRUSTED, "it is attached in deferred mode: its owner's memory knows what is dirty"
         )
     return _judged_standing(store, disk, continuity.judge_held if is_owned else continuity.judge)
+
+
+def _is_recorded_in(store: Store, owner_path: str) -> bool:
+    """Whether the owner writes to this store, and not to one in whose place a copy was put while it had that open."""
+    beat = owner.last_beat(owner_path)
+    return beat is None or session.present(store).store.is_of_the_file_of(beat.store)
 
 
 def _judged_standing(store: Store, disk: Disk, judge: Judge) -> Standing:

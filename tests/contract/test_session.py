@@ -95,7 +95,25 @@ def test_store_that_was_put_back_and_went_on_is_not_believed_after_a_death(
         assert (standing.trust, "put back from a copy" in str(standing.reason)) == (Trust.UNTRUSTED, True)
 
 
-def replace(store: Path, saved: Path) -> None:
-    for part in ("lmdb", "newest"):
+def test_owner_that_writes_to_another_store_does_not_vouch_for_the_one_in_its_place(tmp_path: Path) -> None:
+    """It persists when it is asked to, and what it persists is not there."""
+    store, saved = tmp_path / "store", tmp_path / "saved"
+    image = make_raw_image(tmp_path / "sda.raw", 1 << 20)
+    with Store.create(str(store)) as opened:
+        session.add(opened, "sda", str(image), granularity_bits=12)
+        with Filter.attach(opened, "sda", background=False) as attached:
+            attached.checkpoint("start")
+            run("cp", "-a", store, saved)
+            attached.pwrite(b"since the copy", 4096)
+            replace(store, saved, "lmdb", "newest", "users")
+            attached.persist()
+            with Store.open(str(store)) as put_back:
+                standing = changes(put_back, "sda", since="start", persisted=True).standing
+            assert attached.changes(since="start").standing.trust is Trust.EXACT
+    assert (standing.trust, "put back from a copy" in str(standing.reason)) == (Trust.UNTRUSTED, True)
+
+
+def replace(store: Path, saved: Path, *parts: str) -> None:
+    for part in parts or ("lmdb", "newest"):
         run("rm", "-rf", store / part)
         run("cp", "-a", saved / part, store / part)
