@@ -11,8 +11,9 @@ import dataclasses
 import errno
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from lmdbitmap import bits
 from lmdbitmap.access.access import Access, reading
@@ -91,16 +92,17 @@ class DiskBackup:
         this Python lacks the package for one of its digests, and for images that have no digests by chunks.
         """
         assert self.plan.parent is not None
+        of_the_parent = partial(_of_the_parent, needed=not self.plan.sifts)
         entries = chain_to(self.manifest, self.plan.parent.id)
         can_prove = _can_prove(self.folder, entries)
         with contextlib.ExitStack() as opened:
-            with _of_the_parent():
+            with of_the_parent():
                 past = opened.enter_context(backup_chain.opened(self.folder, entries, verify=can_prove))
                 proven = opened.enter_context(
                     proven_beside(_without_their_digests(past) if can_prove else [])
                 )
-            yield _Parent(past)
-            with _of_the_parent():
+            yield _Parent(past, of_the_parent)
+            with of_the_parent():
                 proven.result()
 
 
@@ -127,29 +129,36 @@ class ParentDamaged(Exception):
 
 
 @contextlib.contextmanager
-def _of_the_parent() -> Iterator[None]:
-    """Raise `ParentDamaged` for damage. Refusals by the disk and unknown errors pass unchanged."""
+def _of_the_parent(*, needed: bool) -> Iterator[None]:
+    """Raise `ParentDamaged` for damage, and if the parent is not `needed`, for any error.
+
+    Else refusals by the disk and unknown errors pass unchanged: another program may be in the way.
+    """
     try:
         yield
-    except FormatError as damaged:
-        raise ParentDamaged(damaged) from damaged
-    except StorageError as refusal:
-        if refusal.errno != errno.EIO:
+    except LmdbitmapError as error:
+        is_damage = isinstance(error, FormatError) or (
+            isinstance(error, StorageError) and error.errno == errno.EIO
+        )
+        if needed and not is_damage:
             raise
-        raise ParentDamaged(refusal) from refusal
+        raise ParentDamaged(error) from error
 
 
 class _Parent:
-    def __init__(self, chain: BackupChain) -> None:
+    def __init__(
+        self, chain: BackupChain, of_the_parent: Callable[[], contextlib.AbstractContextManager[None]]
+    ) -> None:
         self._chain = chain
+        self._of_the_parent = of_the_parent
         self.size = chain.size
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
-        with _of_the_parent():
+        with self._of_the_parent():
             self._chain.pread_into(buffer, offset)
 
     def allocation(self, offset: int, length: int) -> Iterator[Allocation]:
-        with _of_the_parent():
+        with self._of_the_parent():
             yield from self._chain.allocation(offset, length)
 
 
@@ -176,7 +185,7 @@ class ImagePlan:
         return cls(job, point, clusters, changed, summary.standing.trust, summary.dirty_bytes)
 
     def without_comparison(self, damage: LmdbitmapError) -> ImagePlan:
-        """Return a plan for the same point in time that needs not read the parent, which is damaged."""
+        """Return a plan for the same point in time that needs not read the parent, which cannot be read."""
         if not self.job.plan.sifts:
             return self._full_instead(damage)
         log.warning("disk %s: all that counts as changed is stored: %s", self.job.disk.name, damage.problem)

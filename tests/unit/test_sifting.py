@@ -11,6 +11,7 @@ import pytest
 from lmdbitmap.backups.backup import backup
 from lmdbitmap.extents import Trust
 from lmdbitmap.geometry import EXTENT_BLOCKS
+from lmdbitmap.images.device import FileDevice
 from lmdbitmap.repository.manifest import BackupEntry
 from lmdbitmap.tracker.scratch import Scratch
 from tests.helpers.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
@@ -165,6 +166,15 @@ def test_a_backup_that_rotted_and_can_be_proven_only_as_a_whole_is_not_compared_
     damage_data(path_of(disk, 0), 12 * EXTENT)
     require_all(disk)
     assert f"disk {NAME}: all that counts as changed is stored: {path_of(disk, 0)}: " in caplog.text
+
+
+def test_a_backup_that_another_program_writes_is_not_compared_with(
+    disk: BackedUpDisk, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_and_die(disk, 6 * EXTENT)
+    with FileDevice.open(path_of(disk, 0)):
+        require_all(disk)
+    assert f"disk {NAME}: all that counts as changed is stored: {path_of(disk, 0)} is open in" in caplog.text
 
 
 def test_a_backup_without_digests_of_chunks_is_not_compared_with(disk: BackedUpDisk) -> None:
