@@ -246,10 +246,11 @@ class Lives(UnluckyDisk):
         """What died had said that its repository is in use, or what that holds from now on, and no longer why not."""
         if hold.used_ns > LONG_AGO_NS:
             self.unused.discard(of)
-        if of in self.dropped and hold.ended is None:
-            self.dropped.discard(of)
+        if hold.ended is None:
             names = {point.entry.checkpoint.name for point in self.points[of]}
-            self.forgotten |= names - set(self.disk.checkpoints())
+            gone = names - set(self.disk.checkpoints())
+            self.forgotten |= gone if of in self.dropped else gone & self.ended.keys()
+            self.dropped.discard(of)
 
     @invariant()
     def checkpoints_are_those_that_are_needed(self) -> None:
