@@ -208,6 +208,11 @@ def _resolved(host: str, port: int) -> tuple[int, Any]:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except (socket.gaierror, UnicodeError, OverflowError) as error:
+        if error.args[0] == socket.EAI_AGAIN:  # as while the host starts
+            raise Busy(
+                f"no name server says where {host}:{port} is ({error})",
+                next_step="try again once one does, or name the address itself",
+            ) from error
         raise InvalidArgument(
             f"{host}:{port} is no address ({error})", next_step="name one of this host's addresses"
         ) from error

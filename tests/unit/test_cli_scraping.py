@@ -187,6 +187,28 @@ def test_port_that_is_in_use_is_waited_for(logged: queue.SimpleQueue[logging.Log
     socket.create_server((host, port)).close()
 
 
+def test_name_that_cannot_be_looked_up_now_is_waited_for(
+    logged: queue.SimpleQueue[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As while the host starts: guests are served meanwhile."""
+    usual, tries = socket.getaddrinfo, []
+
+    def late(host: str, *what: Any, **how: Any) -> Any:
+        tries.append(host)
+        if len(tries) < 3:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return usual("127.0.0.1", *what, **how)
+
+    monkeypatch.setattr(socket, "getaddrinfo", late)
+    with serving(CollectorRegistry(), "host.example", 0, again_s=0.01) as url:
+        assert url is None
+        assert (
+            "no name server says where host.example:0 is" in logged.get(timeout=PATIENCE_SECONDS).getMessage()
+        )
+        assert "from now on" in logged.get(timeout=PATIENCE_SECONDS).getMessage()
+    assert tries == ["host.example"] * 3
+
+
 def test_the_end_waits_for_no_name_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is asked where to listen, once the port is free."""
     asked, over, answered = threading.Event(), threading.Event(), threading.Event()
