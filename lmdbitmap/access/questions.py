@@ -60,8 +60,8 @@ class Owners:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self._told: dict[str, dict[str, Any]] = {}
-        """Entries by the uuids of their disks."""
+        self._told: dict[str, dict[str, Any] | None] = {}
+        """Entries by the uuids of their disks; None for one that is attached by its owner and not served."""
         self._silent: set[str] = set()
         """The processes that did not answer."""
         self._patience_s = _INFO_S
@@ -74,7 +74,7 @@ class Owners:
             self._told |= self._told_by_owner(disk, alone)
         return self._told.get(str(disk.uuid))
 
-    def _told_by_owner(self, disk: Disk, alone: bool) -> dict[str, dict[str, Any]]:
+    def _told_by_owner(self, disk: Disk, alone: bool) -> dict[str, dict[str, Any] | None]:
         try:
             with self._owner(disk) as client:
                 told = [] if client is None else _entries(client, [disk.name] if alone else client.disks)
@@ -83,7 +83,7 @@ class Owners:
             log.warning("disk %s: its owner does not say how it is: %s", disk.name, error)
             return {}
         # without `served` the owner only embeds a tracker
-        return {entry["uuid"]: _with_served(entry, process) for entry in told if "served" in entry}
+        return {entry["uuid"]: _with_served(entry, process) if "served" in entry else None for entry in told}
 
     def changes(self, name: str, *, since: str | None = None, until: str | None = None) -> Changes:
         """See `ask_changes`."""

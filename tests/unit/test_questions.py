@@ -24,9 +24,9 @@ from tests.helpers.tracked import quick_folder
 NAMES = ("sda", "sdb", "sdc")
 
 
-@pytest.fixture
-def store() -> Iterator[Store]:
-    """Of three disks that this process serves."""
+@pytest.fixture(params=[True])
+def store(request: pytest.FixtureRequest) -> Iterator[Store]:
+    """Of three disks that this process serves, or only has attached."""
     with ExitStack() as stack:
         folder = stack.enter_context(quick_folder())
         store = stack.enter_context(Store.create(str(folder / "store")))
@@ -34,9 +34,10 @@ def store() -> Iterator[Store]:
         for name in NAMES:
             session.add(store, name, str(make_raw_image(folder / name, 4096)), granularity_bits=12)
             filters[name] = stack.enter_context(Filter.attach(store, name, background=False))
-        server = Server(filters)
-        server.start()
-        stack.callback(server.stop)
+        server = Server(filters) if request.param else None
+        if server is not None:
+            server.start()
+            stack.callback(server.stop)
         stack.enter_context(ControlServer(filters, server=server))
         yield store
 
@@ -63,6 +64,12 @@ def told(store: Store) -> list[str]:
 
 def test_few_disks_are_asked_about_at_once(store: Store, asked: list[dict[str, Any]]) -> None:
     assert told(store) == list(NAMES)
+    assert asked == [{}]
+
+
+@pytest.mark.parametrize("store", [False], indirect=True)
+def test_a_process_that_serves_nothing_is_asked_once_too(store: Store, asked: list[dict[str, Any]]) -> None:
+    assert told(store) == []
     assert asked == [{}]
 
 
