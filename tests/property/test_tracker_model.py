@@ -7,9 +7,7 @@ may be named beyond the truth is in `loose`: what was armed when an owner died, 
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -331,14 +329,14 @@ class Tracker(RuleBasedStateMachine):
         if not copied:
             self.disk.abandon()
             return
-        self.names += 1
-        grave = self.folder / f"store-{self.names}"
-        (grave / "lmdb").mkdir(parents=True)
-        shutil.copy(self.folder / self.tracked.store.path / "lmdb" / "data.mdb", grave / "lmdb")
-        shutil.copytree(os.path.join(self.tracked.store.path, "owners"), grave / "owners")
+        path = Path(self.tracked.store.path)
+        lay = {file: file.read_bytes() for file in (path / "lmdb" / "data.mdb", *(path / "owners").iterdir())}
         self.disk.abandon()
         self.tracked.close()
-        self.tracked.store = Store.open(str(grave))
+        for file, content in lay.items():
+            file.write_bytes(content)  # in place: it is the same file
+        (path / "newest").unlink()
+        self.tracked.store = Store.open(str(path))
 
     def armed_in_store(self) -> set[int]:
         disk = self.tracked.disk()
