@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 import pytest
 
@@ -489,6 +490,22 @@ def test_caller_for_whom_there_is_no_memory_is_the_only_one_who_is_not_heard(
         with pytest.raises(Busy, match="the owner is going away"):
             house.call("info")
     assert house.call("info")["disks"]
+
+
+def test_caller_for_whom_there_is_no_memory_keeps_no_place(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even if there is none to tell of it: after sixteen of them nobody would be heard any more."""
+
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(control._Caller, "start", no_memory)
+        patch.setattr(control, "_log", mock.Mock(warning=mock.Mock(side_effect=[MemoryError, None])))
+        with pytest.raises(Busy, match="the owner is going away"):
+            house.call("info")
+    assert not house.server._callers
 
 
 def await_room(house: House) -> None:

@@ -645,6 +645,27 @@ def test_client_for_whom_there_is_no_memory_costs_the_others_nothing(
             assert guest.do(WRITE, 0, 5, data=b"guest").error == later.do(READ, 0, 5).error == 0
 
 
+def test_client_for_whom_there_is_no_memory_keeps_no_place(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even if there is none to tell of it: nobody else would ever end its visit, and `stop` waited for that."""
+
+    def no_memory(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    server = Server({"disk": PlainDisk(MemoryDevice(SIZE))}, grace_s=0.1)
+    server.listen_unix(path)
+    server.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_memory)
+        patch.setattr("lmdbitmap.nbd.server.visit.Complaints.turned_away", no_memory)
+        with RawClient.connect(path) as unlucky:
+            assert unlucky.is_closed_by_server()
+    with transmitting(path):
+        assert server.counters.connected == 1
+    assert server.stop()
+
+
 def test_a_tcp_server_answers_where_its_uri_says() -> None:
     server = Server({"disk": PlainDisk(MemoryDevice(SIZE))})
     listener = server.listen_tcp("127.0.0.1", 0)

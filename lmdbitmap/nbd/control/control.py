@@ -197,8 +197,8 @@ class ControlServer:
         try:
             caller.start()
         except (RuntimeError, MemoryError) as refused:
+            self.forget_caller(caller)  # first: there may be no memory for the log either
             _log.warning("cannot serve a caller: %s", refused)
-            self.forget_caller(caller)
             return False
         return True
 

@@ -249,9 +249,13 @@ class Server:
             visit.has_no_room("the server ends" if self._places.closed else "too many come at once")
             sock.close()
             return False
-        self._places.make_room(door)
-        _tune(sock)
-        return visit.start()
+        try:
+            self._places.make_room(door)
+            _tune(sock)
+            return visit.start()
+        except MemoryError:  # else it would keep its place, and `stop` would wait for it in vain
+            visit.hang_up()
+            raise
 
     def _served(self) -> Mapping[str, Offer]:
         """The disks, and what can be asked about each at this moment."""

@@ -118,7 +118,7 @@ class Visit:
             self._thread.start()
         except (RuntimeError, MemoryError) as refused:
             self.has_no_room(f"there is no thread for it ({refused})")
-            self._hang_up()
+            self.hang_up()
             return False
         return True
 
@@ -181,9 +181,10 @@ class Visit:
             words = "%s was dropped: this is a mistake of the server"
             _log.error(words, self._complaints.whom, exc_info=failure, extra=self._names)
         self._say_goodbye()
-        self._hang_up()
+        self.hang_up()
 
-    def _hang_up(self) -> None:
+    def hang_up(self) -> None:
+        """End it: no thread serves it any more, or ever did."""
         self._ended(self)
         if isinstance(self._sock, ssl.SSLSocket):
             _end_tls(self._sock)
