@@ -98,9 +98,10 @@ class DiskBackup:
         with contextlib.ExitStack() as opened:
             with of_the_parent():
                 past = opened.enter_context(backup_chain.opened(self.folder, entries, verify=can_prove))
-                proven = opened.enter_context(
-                    proven_beside(_without_their_digests(past) if can_prove else [])
-                )
+                wholes = _without_their_digests(past) if can_prove else []
+                if wholes and self.plan.sifts:
+                    raise _costs_too_much(wholes[0])
+                proven = opened.enter_context(proven_beside(wholes))
             yield _Parent(past, of_the_parent)
             with of_the_parent():
                 proven.result()
@@ -118,6 +119,14 @@ def _can_prove(folder: BackupFolder, entries: Sequence[BackupEntry]) -> bool:
 def _without_their_digests(past: BackupChain) -> Sequence[Whole]:
     """Return the images whose digests by chunks are lost or damaged: they can be proven only as a whole."""
     return [image for image in past.unproven if image.entry.chunks is not None]
+
+
+def _costs_too_much(image: Whole) -> NotFound:
+    """Return why an increment is not compared: all of an image would be read for it, while guests write."""
+    return NotFound(
+        f"{image.file.path}: its digests are lost, and all of it would have to be read",
+        next_step="run `lmdbitmap verify`, which proves it",
+    )
 
 
 class ParentDamaged(Exception):

@@ -119,7 +119,7 @@ def chunk_proof(folder: BackupFolder, entry: BackupEntry, file: PooledFile) -> C
     except LmdbitmapError as unusable:
         if not is_damage(unusable):
             raise
-        log.warning("%s: the image is proven as a whole, which takes longer", unusable.problem)
+        log.warning("%s: the image can be proven as a whole only, which takes longer", unusable.problem)
         return None
     return ChunkProof(file, entry.chunks, digests, partial(folder.step_without, entry))
 
