@@ -22,7 +22,7 @@ from lmdbitmap.backups.image import DiskBackup
 from lmdbitmap.backups.leftovers import undo_unfinished
 from lmdbitmap.backups.plan import BackupPlan, digests_for, plan_for
 from lmdbitmap.copying.digest_algorithms import DigestAlgorithm
-from lmdbitmap.errors import FormatError
+from lmdbitmap.errors import FormatError, LmdbitmapError
 from lmdbitmap.notes.holds import HoldFile
 from lmdbitmap.notes.references import Reason
 from lmdbitmap.repository.backup_folder import BackupFolder
@@ -30,6 +30,8 @@ from lmdbitmap.repository.manifest import BackupType, Manifest, NewerManifest
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain
+from lmdbitmap.tracker.changes import changes
+from lmdbitmap.tracker.scratch import DEFAULT_LIMIT_BYTES
 from lmdbitmap.work.failures import Failures
 from lmdbitmap.work.patience import Patience
 
@@ -93,7 +95,25 @@ class Preparation:
         if self._wanted.only_that:
             for job in jobs:
                 job.require_as_asked()
-        return jobs
+        return self._within_scratch(route, jobs)
+
+    def _within_scratch(self, route: Access, jobs: list[DiskBackup]) -> list[DiskBackup]:
+        """Compare nothing after a crash if guests could overwrite more meanwhile than a scratch file takes.
+
+        A run that compares has old data of all its disks kept to its end. An increment must not fail for that.
+        """
+        if route.holds_alone or not any(job.plan.sifts for job in jobs):
+            return jobs
+        if all(self._may_change(job) <= DEFAULT_LIMIT_BYTES for job in jobs):
+            return jobs
+        return [dataclasses.replace(job, plan=job.plan._replace(sifts=False)) for job in jobs]
+
+    def _may_change(self, job: DiskBackup) -> int:
+        """Return about how many bytes of the disk are read: what of these a guest overwrites is kept."""
+        if job.plan.since is not None:
+            with contextlib.suppress(LmdbitmapError):
+                return changes(self._store, job.disk.name, since=job.plan.since.name).summary.dirty_bytes
+        return job.disk.size
 
     def _job(self, route: Access, disk: Disk, place: LockedFolder) -> DiskBackup:
         wanted, folder = self._wanted, place.folder

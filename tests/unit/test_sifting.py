@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lmdbitmap.backups import preparing
 from lmdbitmap.backups.backup import backup
 from lmdbitmap.extents import Trust
 from lmdbitmap.geometry import EXTENT_BLOCKS
@@ -132,6 +133,23 @@ def test_what_a_guest_writes_meanwhile_is_stored_as_it_was(disk: BackedUpDisk) -
     assert disk.restored() == before
     assert disk.backup().bytes_changed == len(offsets) * BLOCK
     assert disk.restored() == disk.content()
+
+
+@pytest.mark.parametrize(("room", "blocks"), [(2 * EXTENT - 1, 2 * EXTENT_BLOCKS), (2 * EXTENT, 2)])
+def test_nothing_is_compared_if_a_guest_could_overwrite_more_meanwhile_than_is_kept(
+    disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch, room: int, blocks: int
+) -> None:
+    """Old data of what was read is kept to the end then, and an increment failed for that."""
+    monkeypatch.setattr(preparing, "DEFAULT_LIMIT_BYTES", room)
+    write_and_die(disk, 0, 3 * EXTENT)
+    with disk.attach() as attached:
+        [result] = backup(
+            disk.store, [NAME], disk.folder / "backups", attached={NAME: attached},
+            scratch=Scratch(str(disk.folder)),
+        )  # fmt: skip
+    require(disk, result.entry, blocks)
+    write_and_die(disk, 6 * EXTENT, 7 * EXTENT, 8 * EXTENT)
+    require(disk, disk.backup(), 3)  # no guest can
 
 
 # --- what cannot be compared is stored ---
