@@ -194,7 +194,7 @@ def _of_disks(found: Sequence[Figures]) -> Iterator[Metric]:
     yield _gauge("disk_size_bytes", "Size of the disk.", ((f.disk.name, f.disk.size) for f in found))
     yield _gauge(
         "dirty_bytes",
-        "Bytes that the next incremental backup would copy after a crash at this moment.",
+        "Bytes that would count as changed after a crash at this moment.",
         ((f.disk.name, f.dirty_bytes) for f in found),
     )
     yield _gauge(

@@ -119,7 +119,7 @@ def _standing(store: Store, disk: Disk) -> Iterator[Finding]:
     if standing.trust is Trust.UNTRUSTED:
         yield Finding(Gravity.DISTRUST, place, problem, next_step_for(store, disk))
     elif standing.trust is Trust.SUPERSET:
-        yield Finding(Gravity.NOTE, place, problem, "the next backup copies a little more than it must")
+        yield Finding(Gravity.NOTE, place, problem, "the next backup reads a little more than it must")
 
 
 def next_step_for(store: Store, disk: Disk) -> str:

@@ -338,7 +338,7 @@ def read_by_somebody_slow(tracked: BackedUpDisk) -> Iterator[None]:
 _MADE_ANEW = "the store was damaged and was made anew"
 STATES: dict[str, State] = {
     "nothing": State(lasting(nothing)),
-    "owner died": State(lasting(owner_died), 0, "its owner died", "copies a little more"),
+    "owner died": State(lasting(owner_died), 0, "its owner died", "reads a little more"),
     "owner died, its beat is lost": State(
         lasting(owner_died_and_its_beat_is_lost), 3, "sign of life cannot be read", "`lmdbitmap adopt sda`"
     ),
@@ -351,7 +351,7 @@ STATES: dict[str, State] = {
     "owner died, deferred": State(
         lasting(owner_died), 3, "in deferred mode", "make a full backup", durability=schema.DEFERRED
     ),
-    "shrinking died": State(lasting(shrinking_died), 0, "its owner died", "copies a little more"),
+    "shrinking died": State(lasting(shrinking_died), 0, "its owner died", "reads a little more"),
     "distrust declared": State(lasting(distrust_declared), 3, "the store was full", "make a full backup"),
     "image written": State(
         lasting(image_written), 3, "written while it was not tracked", "`lmdbitmap adopt sda`"
