@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -133,10 +134,12 @@ def ls(asked: Session, repository: str | None) -> None:
     with Store.open(asked.store_path) as store:
         with store.read() as reader:
             disks, bitmaps = reader.disks(), reader.bitmaps()
-        owners = Owners(store)
-        reports = [report_apart(owners, disk, apart) for disk in disks]
+        owners, reports = Owners(store), []
+        for disk in disks:
+            with contextlib.suppress(NotFound):  # it was removed meanwhile
+                reports.append(report_apart(owners, disk, apart))
         kept = [report_on_bitmap(store, bitmap) for bitmap in bitmaps]
-    failed = DisksFailed("read", len(disks) - len(apart.errors), apart.errors) if apart.errors else None
+    failed = DisksFailed("read", len(reports) - len(apart.errors), apart.errors) if apart.errors else None
     with ending_as(failed, "not known"):
         if asked.as_json:
             disk_facts, bitmap_facts = [report.facts() for report in reports], [one.facts() for one in kept]

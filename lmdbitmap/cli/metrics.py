@@ -106,8 +106,10 @@ def metrics(asked: Session, names: Sequence[str]) -> None:
     of which something cannot be read counts as dirty and not trusted, and is reported at the end.
     """
     with Store.open(asked.store_path) as store:
-        owners, apart = Owners(store), Failures(never=(NotFound,))
-        found = [figures_of(store, disk, owners, apart) for disk in _disks(store, names)]
+        found, owners, apart = [], Owners(store), Failures(never=(NotFound,))
+        for disk in _disks(store, names):
+            with contextlib.suppress(NotFound):  # it was removed meanwhile
+                found.append(figures_of(store, disk, owners, apart))
     failed = DisksFailed("read", len(found) - len(apart.errors), apart.errors) if apart.errors else None
     with ending_as(failed, "not known"):
         if asked.as_json:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from typing import Any
 
 import pytest
 
+from lmdbitmap.access import operations
+from lmdbitmap.store import Store
+from lmdbitmap.tracker import changes
 from tests.cli.conftest import MIB, SIZE, Cli
 from tests.helpers.support import make_raw_image, run
 
@@ -232,6 +236,24 @@ def test_an_image_cannot_be_relocated_to_where_nothing_is(cli: Cli) -> None:
     assert "none.raw" in cli.fails(1, "relocate", "sda", cli.folder / "none.raw")
     assert "is a URI of a kind that cannot be tracked" in cli.fails(2, "relocate", "sda", "ssh://host/image")
     assert cli.json("ls")["disks"][0]["image"] == str(image)
+
+
+@pytest.mark.parametrize("verb", ["ls", "metrics"])
+def test_a_disk_that_is_removed_meanwhile_hides_no_other(
+    cli: Cli, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli.add("sda")
+    cli.add("sdb")
+    ask = changes._ask
+
+    def removed_first(store: Store, name: str, *how: Any) -> changes.Changes:
+        if name == "sda":
+            operations.remove(store, name)
+        return ask(store, name, *how)
+
+    monkeypatch.setattr(changes, "_ask", removed_first)
+    told = cli.json(verb)
+    assert ([disk["name"] for disk in told["disks"]], told["failures"]) == (["sdb"], [])
 
 
 def test_a_disk_whose_owners_file_cannot_be_read_hides_no_other(cli: Cli) -> None:
