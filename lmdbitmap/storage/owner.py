@@ -209,10 +209,14 @@ class Owner:
             if not os.path.exists(self._path):
                 atomic_files.replace(self._path, content, like_folder=True)
             taken = _lock_patiently(self._path)
+        try:
+            files.pwrite_whole(taken.fd, content, 0)
+            os.fdatasync(taken.fd)
+        except BaseException:  # the next beat tries again, as long as it finds that the name is lost
+            taken.close()
+            raise
         before, self._lock = self._lock, taken
         before.close()
-        files.pwrite_whole(taken.fd, content, 0)
-        os.fdatasync(taken.fd)
         log.error("%s was removed or replaced under its owner, which goes on in the new one", self._path)
 
     def _has_lost_the_name(self) -> bool:

@@ -20,7 +20,7 @@ from lmdbitmap.errors import Busy, StorageError
 from lmdbitmap.interfaces import StoreMark
 from lmdbitmap.storage import owner
 from lmdbitmap.storage.owner import Beat, Distrust, Owner
-from lmdbitmap.system import file_locks
+from lmdbitmap.system import file_locks, files
 from tests.helpers.support import PATIENCE_SECONDS, spawn
 
 HOLD_AND_SAY_SO = """
@@ -148,6 +148,29 @@ def test_file_that_is_taken_away_under_its_owner_keeps_others_out_all_the_same(
         assert owner.distrust(path) == lost
         assert owner.description(path) == b"what it is"
     Owner(path).close()
+
+
+@pytest.mark.parametrize("failing", ["pwrite_whole", "fdatasync"])
+def test_distrust_is_not_lost_with_a_failed_write_to_the_file_that_has_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    path, copy = str(tmp_path / "owner"), str(tmp_path / "copy")
+    owner.create(path)
+    owner.create(copy)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "injected")
+
+    with closing(Owner(path)) as held:
+        held.declare_distrust("just now", 5)
+        os.rename(copy, path)
+        with monkeypatch.context() as patched:
+            patched.setattr(files if failing == "pwrite_whole" else os, failing, full)
+            with pytest.raises(StorageError):
+                held.beat(1, 2)
+        held.beat(3, 4)
+        assert owner.distrust(path) == Distrust(5, "just now")
+        assert owner.last_beat(path) == Beat(owner.boot_id(), 3, 4)
 
 
 def test_owner_whose_file_another_took_is_told_so(path: str, held: Owner) -> None:
