@@ -39,11 +39,11 @@ def given_up(store: Store | None, out: str, device: BlockDevice) -> Iterator[Non
 
 
 def _is_of(note: Note, out: str, device: BlockDevice) -> bool:
-    """Return whether the note counts on what is there; without `at` the next sync compares in any case."""
-    if note.at is None:
-        return False
+    """Return whether the note is of what is there. A sync under way to an export counts on nothing yet, but will."""
     if is_far(out):
         return is_same_image(note.target, out)
+    if note.at is None:  # the next sync compares in any case; one that is under way has locked the file
+        return False
     before = note.at.identity
     if before is None or not isinstance(device, FileDevice):
         return False

@@ -671,6 +671,23 @@ def test_nothing_is_restored_onto_a_copy_while_a_sync_writes_it(disk: BackedUpDi
     sync(disk.store, NAME, far.uri, quiesced=meanwhile)
 
 
+def test_nothing_is_restored_onto_an_export_while_a_sync_compares_it(
+    disk: BackedUpDisk, far: FarServer
+) -> None:
+    """Its note has no checkpoint to count from then."""
+    disk.resize(51 * BLOCK)
+    disk.backup()
+    refusals: list[BaseException] = []
+
+    def meanwhile(*_: int) -> None:
+        with pytest.raises(Busy, match="in use") as refused:
+            restore(disk.folder / "backups", NAME, far.uri, in_place=True, store=disk.store)
+        refusals.append(refused.value)
+
+    sync(disk.store, NAME, far.uri, progress=meanwhile)
+    assert refusals
+
+
 def test_a_first_sync_that_failed_goes_on_where_it_was(disk: BackedUpDisk) -> None:
     copy = disk.folder / "copy.raw"
     disk.write(b"2", 20 * BLOCK)
