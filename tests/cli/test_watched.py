@@ -271,7 +271,7 @@ def test_metrics_are_for_this_host_only_unless_that_is_wanted(cli: Cli) -> None:
 def test_metrics_may_be_for_other_hosts_where_that_is_said(cli: Cli, flag: str) -> None:
     """Only asked for, not connected to: servers in tests keep to this host."""
     cli.add("sda")
-    at = ["--socket", cli.folder / "s", "--metrics", "no-such-host.invalid:0"]
+    at = ["--socket", cli.folder / "s", "--metrics", "no such host.:0"]
     assert "is no address" in cli.fails(2, "serve", "sda", *at, flag)
 
 
