@@ -4,14 +4,16 @@ An export shows no foreign write, and neither does any target of a sync that was
 first byte is written or the copy becomes a disk that is tracked, that the target is a copy: the next sync compares it,
 as if it were the first.
 
-A file or a device is known by the identity in the note. The names of other copies are not followed: they may lead to a
-file server that does not answer, and a restore should not wait for that.
+A file or a device is known by the identity in the note, or by its name: a disk that is plugged in anew may have another
+number, and have its old one back at the next sync. The names of other copies are not followed: they may lead to a file
+server that does not answer, and a restore should not wait for that.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
 
 from lmdbitmap.images.device import FileDevice
@@ -44,6 +46,8 @@ def _is_of(note: Note, out: str, device: BlockDevice) -> bool:
         return is_same_image(note.target, out)
     if note.at is None:  # the next sync compares in any case; one that is under way has locked the file
         return False
+    if os.fsencode(os.path.realpath(out)) == note.target.encode():
+        return True
     before = note.at.identity
     if before is None or not isinstance(device, FileDevice):
         return False

@@ -621,6 +621,26 @@ def test_a_diff_that_is_applied_to_a_copy_after_a_sync_that_was_killed_is_not_ta
     assert (result.kind, reason(result)) == (COMPARE, "first-sync")
 
 
+def test_a_copy_that_had_another_device_number_when_something_was_restored_onto_it_is_compared(
+    disk: BackedUpDisk, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a disk that is plugged in anew. When a sync comes, it may have its old number back."""
+    disk.backup()
+    disk.write(b"3", 30 * BLOCK)
+    killed_after(0, disk, copy)
+    usual = FileDevice.identity
+
+    def renumbered(device: FileDevice) -> ImageIdentity:
+        identity = usual(device)
+        return identity._replace(device=identity.device + 1)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FileDevice, "identity", renumbered)
+        restore(disk.folder / "backups", NAME, copy, in_place=True, store=disk.store)
+    result = synced(disk, copy)
+    assert (result.kind, reason(result)) == (COMPARE, "first-sync")
+
+
 @pytest.mark.parametrize("how", ["add", "relocate"])
 def test_a_copy_that_was_a_disk_meanwhile_is_compared(disk: BackedUpDisk, copy: Path, how: str) -> None:
     """It took the disk's place after a sync that was killed, and a guest wrote to it."""
