@@ -10,12 +10,14 @@
                                     it again from, where the store is damaged. Magic, length, description, CRC-32
 
 The file is written in full when a disk is added, so that saying "untrusted" needs no space on a full disk. If it is
-removed or replaced under its owner, the owner takes the one that has its name by then, at the next beat.
+removed or replaced under its owner, the owner takes the one that has its name by then, at the next beat. One that was
+moved is kept too: it may be in the store, which was moved and is written to as before.
 Each record carries a CRC-32; a record that fails it is read in the safe direction: no beat, distrust, no description.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -145,6 +147,8 @@ class Owner:
         _require_file(path)
         self._lock = _lock_patiently(path)
         self._path = path
+        self._elsewhere: list[file_locks.LockedFile] = []
+        """Files that were ours and have another name now: who finds the store there must not own the disk either."""
         self._store_mark = store_mark
         self._writing = threading.Lock()
         """Held while the file is written, or another one is taken."""
@@ -167,9 +171,7 @@ class Owner:
         record = _BEAT.pack(_BEAT_MAGIC, *known, awake_ns, born_ns)
         with self._writing, os_errors_at(self._path):
             self._keep_the_name()
-            os.pwrite(self._lock.fd, _sealed(record), _BEAT_OFFSET)
-            if durable:
-                os.fdatasync(self._lock.fd)
+            self._write(_sealed(record), _BEAT_OFFSET, durable=durable)
 
     def last_beat(self) -> Beat | None:
         return last_beat(self._path)
@@ -190,14 +192,19 @@ class Owner:
         if description(self._path) != kept:
             try:
                 with self._writing:
-                    os.pwrite(self._lock.fd, _disk_record(kept), _DISK_OFFSET)
+                    self._write(_disk_record(kept), _DISK_OFFSET, durable=False)
             except OSError as error:  # an older, shorter file on a full disk: nothing is lost by it now
                 log.warning("%s: the disk's description could not be kept: %s", self._path, error)
 
     def _write_trust(self, why: Distrust | None) -> None:
         with self._writing, os_errors_at(self._path):
-            os.pwrite(self._lock.fd, _trust_record(why), _DISTRUST_OFFSET)
-            os.fdatasync(self._lock.fd)
+            self._write(_trust_record(why), _DISTRUST_OFFSET, durable=True)
+
+    def _write(self, record: bytes, offset: int, *, durable: bool) -> None:
+        _put(self._lock.fd, record, offset, durable=durable)
+        for file in self._elsewhere:
+            with contextlib.suppress(OSError):
+                _put(file.fd, record, offset, durable=durable)
 
     def _keep_the_name(self) -> None:
         """If another file or none has our file's name, take that one, with all that ours says: else another process
@@ -208,7 +215,7 @@ class Owner:
         with file_locks.lock_folder(os.path.dirname(self._path)):
             if not os.path.exists(self._path):
                 atomic_files.replace(self._path, content, like_folder=True)
-            taken = _lock_patiently(self._path)
+            taken = self._moved_back() or _lock_patiently(self._path)
         try:
             files.pwrite_whole(taken.fd, content, 0)
             os.fdatasync(taken.fd)
@@ -216,8 +223,17 @@ class Owner:
             taken.close()
             raise
         before, self._lock = self._lock, taken
-        before.close()
+        if os.fstat(before.fd).st_nlink:
+            self._elsewhere.append(before)
+        else:
+            before.close()
         log.error("%s was removed or replaced under its owner, which goes on in the new one", self._path)
+
+    def _moved_back(self) -> file_locks.LockedFile | None:
+        for number, file in enumerate(self._elsewhere):
+            if file.is_named():
+                return self._elsewhere.pop(number)
+        return None
 
     def _has_lost_the_name(self) -> bool:
         """Not if its folder is gone too: then it was moved with the store. Nor if this process may not look any more,
@@ -229,7 +245,14 @@ class Owner:
             return False
 
     def close(self) -> None:
-        self._lock.close()
+        for file in (self._lock, *self._elsewhere):
+            file.close()
+
+
+def _put(fd: int, record: bytes, offset: int, *, durable: bool) -> None:
+    os.pwrite(fd, record, offset)
+    if durable:
+        os.fdatasync(fd)
 
 
 def _require_file(path: str) -> None:

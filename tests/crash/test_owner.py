@@ -193,6 +193,38 @@ def test_owner_goes_on_in_a_store_that_is_moved(tmp_path: Path) -> None:
     assert not before.exists()
 
 
+@pytest.mark.parametrize("is_known_there", [False, True])
+def test_owner_keeps_a_moved_store_too_where_another_took_its_place(
+    tmp_path: Path, *, is_known_there: bool
+) -> None:
+    """It still writes to the one that was moved. A copy may have been put in its place, or a new store."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    owner.create(str(before / "owner"))
+    with closing(Owner(str(before / "owner"))) as held:
+        before.rename(after)
+        before.mkdir()
+        if is_known_there:
+            owner.create(str(before / "owner"))
+        held.beat(1, 2)
+        held.declare_distrust("just now", 3)
+        for folder in (before, after):
+            path = str(folder / "owner")
+            assert owner.is_owned(path)
+            assert owner.last_beat(path) == Beat(owner.boot_id(), 1, 2)
+            assert owner.distrust(path) == Distrust(3, "just now")
+    assert not owner.is_owned(str(after / "owner"))
+
+
+def test_owner_goes_on_in_a_file_that_is_moved_away_and_back(path: str, held: Owner) -> None:
+    os.rename(path, path + ".away")
+    held.beat(1, 2)
+    os.rename(path + ".away", path)
+    held.beat(3, 4)
+    assert owner.is_owned(path)
+    assert owner.last_beat(path) == Beat(owner.boot_id(), 3, 4)
+
+
 def test_owner_that_may_not_look_for_its_file_any_more_beats_all_the_same(
     path: str, held: Owner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
