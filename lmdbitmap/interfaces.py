@@ -90,6 +90,10 @@ class StoreMark(NamedTuple):
     born_ns: int = 0
     """0 if the file system does not tell, or an older version left the mark."""
 
+    def lacks(self, other: StoreMark) -> bool:
+        """Whether it is of the same file, and older."""
+        return self.is_of_the_file_of(other) and self.transaction < other.transaction
+
     def is_of_the_file_of(self, other: StoreMark) -> bool:
         return self.inode == other.inode and (
             self.born_ns == other.born_ns or 0 in (self.born_ns, other.born_ns)

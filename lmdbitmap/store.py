@@ -22,12 +22,14 @@ import errno
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 from uuid import UUID
 
-from lmdbitmap.errors import NotFound, StorageError
-from lmdbitmap.storage import creating, environment, lmdb_errors, salvage, schema
+from lmdbitmap.errors import LmdbitmapError, NotFound, StorageError
+from lmdbitmap.interfaces import StoreMark
+from lmdbitmap.storage import creating, environment, lmdb_errors, owner, salvage, schema
 from lmdbitmap.storage.environment import Environment
 from lmdbitmap.storage.lmdb_errors import CommitInDoubt as CommitInDoubt
 from lmdbitmap.storage.lmdb_errors import DamagedStore, FullMapError
@@ -83,8 +85,11 @@ class Store:
         try:
             with creating.refusals(path):
                 creating.make_folders(path)
+            is_first = not opened._environment.is_proven
             opened._require_descriptions()
             opened._distrust_if_older()
+            if is_first:
+                opened._distrust_what_it_lacks()
         except BaseException:
             opened.close()
             raise
@@ -209,6 +214,30 @@ class Store:
             )
             self.update(_make_everything_dirty)
             self._environment.highwater.set(self._transaction())
+
+    def _distrust_what_it_lacks(self) -> None:
+        """Distrust disks whose last sign of life names a transaction that this file does not have, before it goes on.
+
+        Once other disks have used it for as many transactions, it would pass for complete. A disk that cannot be
+        distrusted now, as for want of permission, is when the next first user opens the store.
+        """
+        with self.read() as reader:
+            paths = [self.owner_path(disk.uuid) for disk in reader.disks()]
+        for path in paths:
+            with contextlib.suppress(LmdbitmapError):
+                self._distrust_if_lacking(path)
+
+    def _distrust_if_lacking(self, path: str) -> None:
+        sign = owner.last_beat(path)
+        if sign is None or not self.mark.lacks(sign.store) or owner.distrust(path) is not None:
+            return
+        owner.declare_distrust_at_rest(path, WENT_BACK, time.time_ns())
+        log.error("store %s: %s, as %s knows", self.path, WENT_BACK, path)
+
+    @property
+    def mark(self) -> StoreMark:
+        """What a sign of life says of the store now."""
+        return StoreMark(self.file.inode, self._transaction(), self.file.born_ns)
 
     def _transaction(self) -> int:
         with self.read() as reader:

@@ -117,6 +117,15 @@ def description(path: str) -> bytes | None:
     return record[_DISK.size : _DISK.size + length] if magic == _DISK_MAGIC and length else None
 
 
+def declare_distrust_at_rest(path: str, reason: str, time_ns: int) -> None:
+    """Do `Owner.declare_distrust` for a disk that nobody owns; else raise `Busy`."""
+    owner = Owner(path)
+    try:
+        owner.declare_distrust(reason, time_ns)
+    finally:
+        owner.close()
+
+
 def is_owned(path: str) -> bool:
     """Return whether a living process owns the disk now. Two callers do not take each other for the owner."""
     if not os.path.exists(path):

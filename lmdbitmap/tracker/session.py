@@ -24,7 +24,7 @@ from lmdbitmap.errors import (
 )
 from lmdbitmap.images.identity import identity_to_keep, settled_identity
 from lmdbitmap.images.image import is_far, is_same_image, lasting_name, open_image
-from lmdbitmap.interfaces import ImageIdentity, StoreMark, TrackableDevice
+from lmdbitmap.interfaces import ImageIdentity, TrackableDevice
 from lmdbitmap.notes.copies import given_up
 from lmdbitmap.notes.holds import remove_holds
 from lmdbitmap.notes.sync_note import remove_notes
@@ -214,13 +214,8 @@ def require_untouched(owned: OwnedDisk, disk: Disk) -> None:
 
 def present(store: Store) -> Moment:
     """Return this moment, for `continuity.judge`. Take it last: what it is compared with goes on meanwhile."""
-    mark = _mark_of(store)  # first: both clocks are read at the same moment
+    mark = store.mark  # first: both clocks are read at the same moment
     return Moment(owner.boot_id(), owner.boot_time_ns(), time.time_ns(), mark, owner.awake_ns())
-
-
-def _mark_of(store: Store) -> StoreMark:
-    with store.read() as reader:
-        return StoreMark(store.file.inode, reader.transaction, store.file.born_ns)
 
 
 def _judge(store: Store, owned: OwnedDisk) -> Verdict:
@@ -259,10 +254,9 @@ def why_not_adopted(store: Store, disk: Disk) -> str | None:
     if disk.identity is None and disk.epoch_number > 1:
         return disk.epoch_reason
     beat = owner.last_beat(path)
-    if beat is not None and _mark_of(store).transaction < beat.store.transaction:
-        return (
-            continuity.STORE_PUT_BACK
-        )  # whoever knows that no stranger wrote knows nothing of what it lacks
+    if beat is not None and store.mark.transaction < beat.store.transaction:
+        # whoever knows that no stranger wrote knows nothing of what it lacks
+        return continuity.STORE_PUT_BACK
     distrust = owner.distrust(path)
     return None if distrust is None else distrust.reason
 
@@ -387,7 +381,7 @@ def remove(store: Store, name: str) -> None:
 
 def _own(store: Store, name: str, disk_uuid: UUID) -> Owner:
     try:
-        return Owner(store.owner_path(disk_uuid), lambda: _mark_of(store))
+        return Owner(store.owner_path(disk_uuid), lambda: store.mark)
     except Busy as error:
         raise Busy(
             f"disk {name!r} is attached by another process, or by another part of this one",

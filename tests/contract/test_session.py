@@ -10,7 +10,7 @@ import pytest
 from lmdbitmap.errors import Busy, InvalidArgument, NotFound
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
-from lmdbitmap.store import Store
+from lmdbitmap.store import WENT_BACK, Store
 from lmdbitmap.tracker import session
 from lmdbitmap.tracker.changes import changes
 from tests.helpers.nbd_far import far_server
@@ -111,6 +111,38 @@ def test_owner_that_writes_to_another_store_does_not_vouch_for_the_one_in_its_pl
                 standing = changes(put_back, "sda", since="start", persisted=True).standing
             assert attached.changes(since="start").standing.trust is Trust.EXACT
     assert (standing.trust, "put back from a copy" in str(standing.reason)) == (Trust.UNTRUSTED, True)
+
+
+@pytest.mark.parametrize("end", ["detach", "death"])
+def test_store_that_was_put_back_in_its_own_file_is_not_believed_about_a_disk_that_it_lacks(
+    tmp_path: Path, end: str
+) -> None:
+    """As by `cp`. Whoever opens it first says so, before other disks' transactions make up for what it lacks."""
+    store, saved = tmp_path / "store", tmp_path / "saved"
+    with Store.create(str(store)) as opened:
+        for name in ("sda", "sdb"):
+            image = make_raw_image(tmp_path / f"{name}.raw", 1 << 20)
+            session.add(opened, name, str(image), granularity_bits=12)
+        attached = Filter.attach(opened, "sda", background=False)
+        attached.checkpoint("start")
+        run("cp", "-a", store, saved)
+        attached.pwrite(b"since the copy", 4096)
+        attached.persist()
+        attached.beat()
+        attached.detach() if end == "detach" else attached.abandon()
+    for part in ("lmdb/data.mdb", "newest"):
+        (store / part).write_bytes((saved / part).read_bytes())
+    for number in range(9):
+        with Store.open(str(store)) as opened, Filter.attach(opened, "sdb", background=False) as other:
+            assert other.standing().trust is not Trust.UNTRUSTED
+            other.checkpoint(f"go on {number}")
+    with Store.open(str(store)) as opened:
+        standing = changes(opened, "sda", since="start").standing
+        assert (standing.trust, standing.reason) == (Trust.UNTRUSTED, WENT_BACK)
+        with Filter.attach(opened, "sda", background=False) as attached:
+            assert WENT_BACK in attached.disk.epoch_reason
+    with Store.open(str(store)) as opened:  # by its sign of life it lacks nothing any more
+        assert changes(opened, "sda").standing.trust is not Trust.UNTRUSTED
 
 
 def replace(store: Path, saved: Path, *parts: str) -> None:
