@@ -219,11 +219,14 @@ class Lives(UnluckyDisk):
         return {member.name for member in members if epochs[member.epoch] == 1}
 
     def _check_bytes(self, entry: BackupEntry, parent: Point, blocks: set[int]) -> None:
-        changed = set(blocks)
+        """After a crash, what was written and is as it was before need not be stored."""
+        least = differing(self.disk.content(), parent.content) if entry.trust is Trust.SUPERSET else blocks
+        assert self._bytes_of(least, parent) <= entry.bytes_changed <= self._bytes_of(blocks, parent)
+
+    def _bytes_of(self, blocks: set[int], parent: Point) -> int:
         if self.size < parent.entry.disk_size and self.size % 512:
-            changed.add(self.size // BLOCK)
-        least = sum(min(BLOCK, self.size - block * BLOCK) for block in changed)
-        assert entry.bytes_changed == least or (entry.trust is Trust.SUPERSET and entry.bytes_changed > least)
+            blocks = blocks | {self.size // BLOCK}
+        return sum(min(BLOCK, self.size - block * BLOCK) for block in blocks)
 
     def _note(self, to: str, entry: BackupEntry) -> None:
         self.points[to].append(Point(entry, self.disk.content(), self.epoch))
