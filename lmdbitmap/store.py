@@ -81,15 +81,12 @@ class Store:
     @classmethod
     def _open(cls, path: str) -> Store:
         _require_environment(path)
-        opened = cls(path, environment.acquire(os.path.join(path, "lmdb")))
+        acquired = environment.acquire(os.path.join(path, "lmdb"), lambda shared: cls(path, shared)._prove())
+        opened = cls(path, acquired)
         try:
             with creating.refusals(path):
                 creating.make_folders(path)
-            is_first = not opened._environment.is_proven
-            opened._require_descriptions()
             opened._distrust_if_older()
-            if is_first:
-                opened._distrust_what_it_lacks()
         except BaseException:
             opened.close()
             raise
@@ -198,12 +195,15 @@ class Store:
     def control_path(self, disk_uuid: UUID) -> str:
         return os.path.join(self.path, "control", str(disk_uuid))
 
-    def _require_descriptions(self) -> None:
-        """Check once per environment, by its first user only: a later user could not have the store made anew."""
-        if not self._environment.is_proven:
-            with self.read() as reader:
-                reader.require_descriptions()
-            self._environment.is_proven = True
+    def _prove(self) -> None:
+        """Examine a store that nobody else has open, nor opens meanwhile.
+
+        A later user could not have it made anew, and its transactions could make up for those that it lacks.
+        """
+        with self.read() as reader:
+            reader.require_descriptions()
+        self._distrust_if_older()
+        self._distrust_what_it_lacks()
 
     def _distrust_if_older(self) -> None:
         """If the file is older than what was durable, make everything dirty: every bitmap lacks an unknown part."""
@@ -223,13 +223,14 @@ class Store:
         """
         with self.read() as reader:
             paths = [self.owner_path(disk.uuid) for disk in reader.disks()]
+        mark = self.mark
         for path in paths:
             with contextlib.suppress(LmdbitmapError):
-                self._distrust_if_lacking(path)
+                self._distrust_if_lacking(path, mark)
 
-    def _distrust_if_lacking(self, path: str) -> None:
+    def _distrust_if_lacking(self, path: str, mark: StoreMark) -> None:
         sign = owner.last_beat(path)
-        if sign is None or not self.mark.lacks(sign.store) or owner.distrust(path) is not None:
+        if sign is None or not mark.lacks(sign.store) or owner.distrust(path) is not None:
             return
         owner.declare_distrust_at_rest(path, WENT_BACK, time.time_ns())
         log.error("store %s: %s, as %s knows", self.path, WENT_BACK, path)

@@ -22,7 +22,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import lmdb
 
@@ -74,7 +74,7 @@ class _Databases(dict[str, lmdb._Database]):
 class Environment:
     """The one LMDB handle of this process for the environment in the folder `path`, with the room it grows in."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, prove: Callable[[Environment], None]) -> None:
         self.path = path
         self.pid = os.getpid()
         self.users = 0
@@ -86,10 +86,7 @@ class Environment:
         self._has_handle = True
         self._born_s = self._cleaned_s = self._looked_s = time.monotonic()
         self._is_young = True
-        self.is_proven = False
-        """Whether the descriptions were checked, or need not be because others have the environment open."""
         with os_errors_at(path), translated(path), presence.entering(path) as self._presence:
-            self.is_proven = not self._presence.is_first
             if self._presence.is_first:
                 if self._is_suspect():
                     require_sound_tree(path)
@@ -102,10 +99,20 @@ class Environment:
                 self.header = self._read_header()
                 self._lmdb.reader_check()
                 self.highwater = HighWater(os.path.join(os.path.dirname(path), NEWEST), self.header.uuid)
+                if self._presence.is_first:
+                    self._be_proven(prove)
             except BaseException:
                 self._lmdb.close()
                 raise
         forks.is_not_for_children(self)
+
+    def _be_proven(self, prove: Callable[[Environment], None]) -> None:
+        try:
+            prove(self)
+        except BaseException:
+            self._presence.is_well()
+            self.highwater.close()
+            raise
 
     def _is_suspect(self) -> bool:
         """Whether the file must be examined first: it is small, or its last openers died young or found damage."""
@@ -392,13 +399,16 @@ class _OpenOnes:
 open_ones = _OpenOnes()
 
 
-def acquire(path: str) -> Environment:
-    """Return this process's handle for the environment in `path`, opened at the first call. `release` it."""
+def acquire(path: str, prove: Callable[[Environment], None]) -> Environment:
+    """Return this process's handle for the environment in `path`, opened at the first call. `release` it.
+
+    If nobody else has it open, `prove` examines it before anybody else may open it, and go on in it.
+    """
     with open_ones.lock:
         environment = open_ones.by_file.get(file_of(path))
         if environment is None:
             forks.is_not_for_children(open_ones)
-            environment = Environment(path)
+            environment = Environment(path, prove)
             try:
                 open_ones.by_file[environment.file] = environment  # which others may have made anew
             except BaseException:  # nobody else would ever close it

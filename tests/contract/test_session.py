@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,31 @@ from lmdbitmap.store import WENT_BACK, Store
 from lmdbitmap.tracker import session
 from lmdbitmap.tracker.changes import changes
 from tests.helpers.nbd_far import far_server
-from tests.helpers.support import make_raw_image, run
+from tests.helpers.support import make_raw_image, run, spawn
+
+OPEN_SLOWLY = """
+import os, sys, time
+from lmdbitmap.store import Store
+
+look = Store._distrust_what_it_lacks
+
+def slowly(store):
+    print("looking", flush=True)
+    time.sleep(2)
+    {end}
+
+Store._distrust_what_it_lacks = slowly
+Store.open(sys.argv[1]).close()
+"""
+GO_ON = """
+import sys
+from lmdbitmap.filter import Filter
+from lmdbitmap.store import Store
+
+for number in range(9):
+    with Store.open(sys.argv[1]) as opened, Filter.attach(opened, "sdb", background=False) as other:
+        other.checkpoint(f"go on {number}")
+"""
 
 
 def test_a_disk_that_is_attached_is_refused_by_its_name(tmp_path: Path) -> None:
@@ -118,6 +143,34 @@ def test_store_that_was_put_back_in_its_own_file_is_not_believed_about_a_disk_th
     tmp_path: Path, end: str
 ) -> None:
     """As by `cp`. Whoever opens it first says so, before other disks' transactions make up for what it lacks."""
+    store = put_back_in_its_own_file(tmp_path, end)
+    for number in range(9):
+        with Store.open(str(store)) as opened, Filter.attach(opened, "sdb", background=False) as other:
+            assert other.standing().trust is not Trust.UNTRUSTED
+            other.checkpoint(f"go on {number}")
+    with Store.open(str(store)) as opened:
+        standing = changes(opened, "sda", since="start").standing
+        assert (standing.trust, standing.reason) == (Trust.UNTRUSTED, WENT_BACK)
+        with Filter.attach(opened, "sda", background=False) as attached:
+            assert WENT_BACK in attached.disk.epoch_reason
+    with Store.open(str(store)) as opened:  # by its sign of life it lacks nothing any more
+        assert changes(opened, "sda").standing.trust is not Trust.UNTRUSTED
+
+
+@pytest.mark.parametrize("end", ["look(store)", "os._exit(9)"])
+def test_nobody_goes_on_in_a_store_before_it_is_known_what_it_lacks(tmp_path: Path, end: str) -> None:
+    """If who opens it first dies before it knows, the next one looks."""
+    store = put_back_in_its_own_file(tmp_path, "death")
+    with spawn(sys.executable, "-c", OPEN_SLOWLY.format(end=end), store) as first:
+        first.wait_for_line("looking")
+        run(sys.executable, "-c", GO_ON, store)
+        assert first.wait() == (9 if "exit" in end else 0)
+    with Store.open(str(store)) as opened:
+        assert changes(opened, "sda", since="start").standing == (Trust.UNTRUSTED, WENT_BACK)
+
+
+def put_back_in_its_own_file(tmp_path: Path, end: str) -> Path:
+    """A store of two disks that lacks what was written to sda until the `end` of that one's owner."""
     store, saved = tmp_path / "store", tmp_path / "saved"
     with Store.create(str(store)) as opened:
         for name in ("sda", "sdb"):
@@ -132,17 +185,7 @@ def test_store_that_was_put_back_in_its_own_file_is_not_believed_about_a_disk_th
         attached.detach() if end == "detach" else attached.abandon()
     for part in ("lmdb/data.mdb", "newest"):
         (store / part).write_bytes((saved / part).read_bytes())
-    for number in range(9):
-        with Store.open(str(store)) as opened, Filter.attach(opened, "sdb", background=False) as other:
-            assert other.standing().trust is not Trust.UNTRUSTED
-            other.checkpoint(f"go on {number}")
-    with Store.open(str(store)) as opened:
-        standing = changes(opened, "sda", since="start").standing
-        assert (standing.trust, standing.reason) == (Trust.UNTRUSTED, WENT_BACK)
-        with Filter.attach(opened, "sda", background=False) as attached:
-            assert WENT_BACK in attached.disk.epoch_reason
-    with Store.open(str(store)) as opened:  # by its sign of life it lacks nothing any more
-        assert changes(opened, "sda").standing.trust is not Trust.UNTRUSTED
+    return store
 
 
 def replace(store: Path, saved: Path, *parts: str) -> None:
