@@ -54,6 +54,7 @@ _DISTRUST_MAGIC = b"LDBMlost"
 _LOCK_TRIES = 5
 _LOCK_PAUSE_S = 0.02
 UNMARKED = StoreMark(0, 0)
+OWNED_TWICE = "its owner's file was removed or replaced, and another process owned the disk too"
 
 
 class Beat(NamedTuple):
@@ -159,6 +160,10 @@ class Owner:
         self._elsewhere: list[file_locks.LockedFile] = []
         """Files that were ours and have another name now: who finds the store there must not own the disk either."""
         self._store_mark = store_mark
+        self._beaten_ns = 0
+        """When it last beat, since the boot."""
+        self.was_owned_twice = False
+        """Whether another process owned the disk too, so that it was distrusted."""
         self._writing = threading.Lock()
         """Held while the file is written, or another one is taken."""
 
@@ -173,14 +178,16 @@ class Owner:
     ) -> None:
         """Leave a sign of life: one small write into the page cache, unless it must be durable on return.
 
-        Raises `Busy` if the file was removed or replaced, and another process has taken the one of its name.
+        Raises `Busy` if the file was removed or replaced, and another process has taken the one of its name: then the
+        disk is distrusted, as neither of the two records what the other writes.
         """
         inode, transaction, born_ns = self._store_mark()
         known = (boot_id().encode("ascii"), time_ns, mtime_ns, sectors_written, inode, transaction)
         record = _BEAT.pack(_BEAT_MAGIC, *known, awake_ns, born_ns)
         with self._writing, os_errors_at(self._path):
-            self._keep_the_name()
+            self._keep_the_name(time_ns)
             self._write(_sealed(record), _BEAT_OFFSET, durable=durable)
+            self._beaten_ns = awake_ns
 
     def last_beat(self) -> Beat | None:
         return last_beat(self._path)
@@ -192,9 +199,15 @@ class Owner:
         """Note that the bitmaps cannot be trusted from `time_ns` on. Durable on return; needs no space."""
         self._write_trust(Distrust(time_ns, reason))
 
+    def require_the_name(self) -> None:
+        """Raise `Busy` while another process, which owned the disk too, has the file of our name."""
+        if self.was_owned_twice and self._has_lost_the_name():
+            raise Busy(f"{self._path}: {OWNED_TWICE}", next_step="stop one of the two")
+
     def restore_trust(self) -> None:
         """Withdraw distrust: a new epoch has begun, or a person vouches for the old one. Durable on return."""
         self._write_trust(None)
+        self.was_owned_twice = False
 
     def keep_description(self, kept: bytes) -> None:
         """Keep the description from which a damaged store's disk is made again. Durable with the next durable beat."""
@@ -215,17 +228,20 @@ class Owner:
             with contextlib.suppress(OSError):
                 _put(file.fd, record, offset, durable=durable)
 
-    def _keep_the_name(self) -> None:
+    def _keep_the_name(self, time_ns: int) -> None:
         """If another file or none has our file's name, take that one, with all that ours says: else another process
         could own the disk as well. Caller holds `_writing`."""
         if not self._has_lost_the_name():
             return
-        content = files.pread_whole(self._lock.fd, _FILE_BYTES, 0)
-        with file_locks.lock_folder(os.path.dirname(self._path)):
-            if not os.path.exists(self._path):
-                atomic_files.replace(self._path, content, like_folder=True)
-            taken = self._moved_back() or _lock_patiently(self._path)
         try:
+            taken = self._file_of_the_name()
+        except Busy:
+            self._distrust_both(time_ns)
+            raise
+        try:
+            if self._was_owned_by_another():
+                self._distrust_both(time_ns)
+            content = files.pread_whole(self._lock.fd, _FILE_BYTES, 0)
             files.pwrite_whole(taken.fd, content, 0)
             os.fdatasync(taken.fd)
         except BaseException:  # the next beat tries again, as long as it finds that the name is lost
@@ -237,6 +253,26 @@ class Owner:
         else:
             before.close()
         log.error("%s was removed or replaced under its owner, which goes on in the new one", self._path)
+
+    def _file_of_the_name(self) -> file_locks.LockedFile:
+        with file_locks.lock_folder(os.path.dirname(self._path)):
+            if not os.path.exists(self._path):
+                content = files.pread_whole(self._lock.fd, _FILE_BYTES, 0)
+                atomic_files.replace(self._path, content, like_folder=True)
+            return self._moved_back() or _lock_patiently(self._path)
+
+    def _was_owned_by_another(self) -> bool:
+        """Whether somebody beat in the file of our name after we last did in ours."""
+        beat = last_beat(self._path)
+        return beat is not None and beat.boot_id == boot_id() and beat.awake_ns > self._beaten_ns > 0
+
+    def _distrust_both(self, time_ns: int) -> None:
+        """Say so in our file and in the other one's, though we have no lock on that: it must not be believed either."""
+        self.was_owned_twice = True
+        record = _trust_record(Distrust(time_ns, OWNED_TWICE))
+        self._write(record, _DISTRUST_OFFSET, durable=True)
+        with open(self._path, "r+b", buffering=0) as other:
+            _put(other.fileno(), record, _DISTRUST_OFFSET, durable=True)
 
     def _moved_back(self) -> file_locks.LockedFile | None:
         for number, file in enumerate(self._elsewhere):

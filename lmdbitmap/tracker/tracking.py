@@ -242,7 +242,9 @@ class Tracking:
         """Begin a new epoch in which everything is dirty. Called inside `frozen`."""
 
         def start(writer: Writer) -> Following:
-            disk = chain.start_epoch(writer, self.as_stored(writer), reason, time.time_ns())
+            # ours, as another owner may have ended its own meanwhile (owner.py)
+            stored = dataclasses.replace(self.as_stored(writer), session=self.disk.session)
+            disk = chain.start_epoch(writer, stored, reason, time.time_ns())
             disk = chain.resize(writer, disk, self.device.size)
             return self.following(writer, disk, self.snapshots)
 

@@ -51,8 +51,12 @@ class Voucher:
             if self._beating:
                 now_ns, awake_ns = time.time_ns(), owner.awake_ns()
                 change = self._device.identity().last_change
-                self._owner.beat(now_ns, *change, awake_ns=awake_ns, durable=not self._has_beaten)
-                self._has_beaten = True
+                try:
+                    self._owner.beat(now_ns, *change, awake_ns=awake_ns, durable=not self._has_beaten)
+                    self._has_beaten = True
+                finally:
+                    if self._owner.was_owned_twice and self.lost is None:
+                        self.lost = owner.OWNED_TWICE
 
     def lose_track(self, reason: str) -> None:
         """Return when the bitmap can no longer be believed; after that the guest may write untracked.
@@ -93,6 +97,7 @@ class Voucher:
     def require_a_voice(self) -> None:
         """Raise unless distrust can be written: a file that does not take it does not take trust either."""
         if self.lost is not None:
+            self._owner.require_the_name()
             self._owner.declare_distrust(self.lost, time.time_ns())
 
     def vouch_again(self) -> None:

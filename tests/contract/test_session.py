@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
-from lmdbitmap.errors import Busy, InvalidArgument, NotFound
+from lmdbitmap.errors import Busy, InvalidArgument, NotFound, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
+from lmdbitmap.storage.owner import OWNED_TWICE
 from lmdbitmap.store import WENT_BACK, Store
 from lmdbitmap.tracker import session
+from lmdbitmap.tracker.chain import disk_called
 from lmdbitmap.tracker.changes import changes
 from tests.helpers.nbd_far import far_server
 from tests.helpers.support import make_raw_image, run, spawn
@@ -167,6 +170,44 @@ def test_nobody_goes_on_in_a_store_before_it_is_known_what_it_lacks(tmp_path: Pa
         assert first.wait() == (9 if "exit" in end else 0)
     with Store.open(str(store)) as opened:
         assert changes(opened, "sda", since="start").standing == (Trust.UNTRUSTED, WENT_BACK)
+
+
+@pytest.mark.parametrize("is_over", [False, True])
+def test_two_owners_believe_neither_where_the_owners_file_was_replaced(
+    tmp_path: Path, *, is_over: bool
+) -> None:
+    """The second one came before the first one looked. Neither records what the other one writes."""
+    with far_server(tmp_path) as far, Store.create(str(tmp_path / "store")) as store:
+        session.add(store, "sda", far.uri, granularity_bits=12)
+        first = Filter.attach(store, "sda", background=False)
+        first.checkpoint("start")
+        path = store.owner_path(first.disk.uuid)
+        shutil.copy(path, tmp_path / "copy")
+        os.replace(tmp_path / "copy", path)
+        second = Filter.attach(store, "sda", background=False)
+        second.checkpoint("second")
+        first.pwrite(b"unknown to the second", 8192)
+        if is_over:
+            second.detach()
+            first.beat()
+        else:
+            with pytest.raises(Busy):
+                first.beat()
+            with pytest.raises(Busy, match="owned the disk too"):
+                first.background_pass()
+            second.detach()
+        assert changes(store, "sda", since="second").standing == (Trust.UNTRUSTED, OWNED_TWICE)
+        assert first.changes(since="start").standing == (Trust.UNTRUSTED, OWNED_TWICE)
+        first.beat()
+        first.background_pass()
+        assert first.disk.epoch_reason == OWNED_TWICE
+        assert disk_called(store, "sda").session is not None
+        assert first.standing().trust is not Trust.UNTRUSTED
+        first.detach()
+        with Filter.attach(store, "sda", background=False) as attached:
+            assert attached.disk.epoch_reason == OWNED_TWICE
+            with pytest.raises(Untrusted):
+                attached.changes(since="second")
 
 
 def put_back_in_its_own_file(tmp_path: Path, end: str) -> Path:
