@@ -41,6 +41,8 @@ from lmdbitmap.storage.schema import Bitmap
 log = logging.getLogger(__name__)
 
 WENT_BACK = "the store's newest changes were lost: its file is damaged, or an older one"
+_PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+"""What keeps a process from reading a file that it can read a moment later."""
 _HEALINGS = 3
 """Most healings in one opening: another process may be healing, too."""
 
@@ -218,22 +220,25 @@ class Store:
     def _distrust_what_it_lacks(self) -> None:
         """Distrust disks whose last sign of life names a transaction that this file does not have, before it goes on.
 
-        Once other disks have used it for as many transactions, it would pass for complete. A disk that cannot be
-        distrusted now, as for want of permission, is when the next first user opens the store.
+        Once other disks have used it for as many transactions, it would pass for complete. Where one cannot be
+        distrusted, everything counts as dirty. A disk whose sign of life cannot be read cannot be attached either.
         """
         with self.read() as reader:
             paths = [self.owner_path(disk.uuid) for disk in reader.disks()]
         mark = self.mark
         for path in paths:
-            with contextlib.suppress(LmdbitmapError):
-                self._distrust_if_lacking(path, mark)
-
-    def _distrust_if_lacking(self, path: str, mark: StoreMark) -> None:
-        sign = owner.last_beat(path)
-        if sign is None or not mark.lacks(sign.store) or owner.distrust(path) is not None:
-            return
-        owner.declare_distrust_at_rest(path, WENT_BACK, time.time_ns())
-        log.error("store %s: %s, as %s knows", self.path, WENT_BACK, path)
+            try:
+                is_lacking = _is_lacking(path, mark)
+            except LmdbitmapError as error:
+                if isinstance(error, StorageError) and error.errno in _PASSING:
+                    raise
+                continue
+            if is_lacking:
+                log.error("store %s: %s, as %s knows", self.path, WENT_BACK, path)
+                try:
+                    owner.declare_distrust_at_rest(path, WENT_BACK, time.time_ns())
+                except LmdbitmapError:
+                    self.update(_make_everything_dirty)
 
     @property
     def mark(self) -> StoreMark:
@@ -261,6 +266,11 @@ def _require_environment(path: str) -> None:
         if salvage.is_lost(path):
             raise salvage.gone(path)
         raise NotFound(f"{path} is not a store", next_step="name another, or make one with `lmdbitmap add`")
+
+
+def _is_lacking(owner_path: str, mark: StoreMark) -> bool:
+    sign = owner.last_beat(owner_path)
+    return sign is not None and mark.lacks(sign.store) and owner.distrust(owner_path) is None
 
 
 def _make_everything_dirty(writer: Writer) -> None:

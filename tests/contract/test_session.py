@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from lmdbitmap.errors import Busy, InvalidArgument, NotFound, Untrusted
+from lmdbitmap.errors import Busy, InvalidArgument, NotFound, StorageError, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
+from lmdbitmap.storage import owner
 from lmdbitmap.storage.owner import OWNED_TWICE
 from lmdbitmap.store import WENT_BACK, Store
 from lmdbitmap.tracker import session
@@ -170,6 +172,26 @@ def test_nobody_goes_on_in_a_store_before_it_is_known_what_it_lacks(tmp_path: Pa
         assert first.wait() == (9 if "exit" in end else 0)
     with Store.open(str(store)) as opened:
         assert changes(opened, "sda", since="start").standing == (Trust.UNTRUSTED, WENT_BACK)
+
+
+def test_store_lacks_what_it_lacks_also_where_its_owners_files_refuse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = put_back_in_its_own_file(tmp_path, "death")
+
+    def refused(*_: object) -> None:
+        raise StorageError("injected", OSError(errno.EMFILE, "injected"), next_step="try again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, "last_beat", refused)
+        with pytest.raises(StorageError, match="injected"):
+            Store.open(str(store))
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, "declare_distrust_at_rest", refused)
+        Store.open(str(store)).close()
+    run(sys.executable, "-c", GO_ON, store)
+    with Store.open(str(store)) as opened:
+        assert sum(extent.length for extent in changes(opened, "sda", since="start").extents()) == 1 << 20
 
 
 @pytest.mark.parametrize("is_over", [False, True])
