@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from lmdbitmap.access.owners import is_attached, owner_of, require_all_or_none, require_unowned
 from lmdbitmap.access.questions import ask_owner
-from lmdbitmap.access.routes import FREEZE_LIMIT_S
+from lmdbitmap.access.routes import FREEZE_LIMIT_S, Quiesced
 from lmdbitmap.errors import Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter, take_checkpoint
@@ -37,9 +37,14 @@ def require_possible(store: Store, names: Sequence[str], checkpoint_name: str, s
 
 
 def checkpoint(
-    store: Store, names: Sequence[str], checkpoint_name: str, *, freeze_limit_s: float = FREEZE_LIMIT_S
+    store: Store,
+    names: Sequence[str],
+    checkpoint_name: str,
+    *,
+    quiesced: Quiesced = contextlib.nullcontext,
+    freeze_limit_s: float = FREEZE_LIMIT_S,
 ) -> None:
-    """Make one point in time on all of the disks, or on none.
+    """Make one point in time on all of the disks, or on none, inside of `quiesced()`.
 
     Either one process serves all of them, and may take `freeze_limit_s`, or nobody owns any of them. Raises
     `AlreadyExists` for a name that is taken, `InvalidArgument` for one such as backups give, `NotFound`, `Busy`, and
@@ -51,10 +56,10 @@ def checkpoint(
     served = [disk.name for disk in disks if is_attached(store, disk)]
     require_all_or_none(names, served)
     if served:
-        with owner_of(store, disks[0]) as client:
+        with owner_of(store, disks[0]) as client, quiesced():
             client.call("checkpoint", disks=list(names), name=checkpoint_name, timeout_s=freeze_limit_s)
     else:
-        with _owned(store, names) as filters:
+        with _owned(store, names) as filters, quiesced():
             take_checkpoint(filters, checkpoint_name)
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final, NamedTuple
+from contextlib import AbstractContextManager
+from typing import Final, NamedTuple, TypeAlias
 from uuid import UUID
 
 from lmdbitmap.access import owners
@@ -41,6 +42,10 @@ fail in half of that.
 
 FREEZE_LIMIT_S: Final = 60.0
 """Seconds an owner may take for a point in time. A guest may be frozen meanwhile, so other answers may take longer."""
+
+
+Quiesced: TypeAlias = Callable[[], AbstractContextManager[object]]
+"""Called for the block in which a point in time is taken, and a guest may be frozen."""
 
 
 class PointInTime(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from lmdbitmap.access import owners
-from lmdbitmap.access.routes import OWNER_LIMIT_S
+from lmdbitmap.access.routes import OWNER_LIMIT_S, Quiesced
 from lmdbitmap.access.through_owner import HeldThere, open_held
 from lmdbitmap.errors import InvalidArgument, NotFound
 from lmdbitmap.interfaces import BlockDevice
@@ -47,15 +47,16 @@ def take_served_snapshot(
     checkpoint: str,
     *,
     since: str | None = None,
+    quiesced: Quiesced = contextlib.nullcontext,
     freeze_limit_s: float = control_client.ANSWER_S,
 ) -> list[ServedSnapshot]:
     """Have the process that serves the disks called `names` hold all of them at one moment, or none.
 
     The checkpoint is durable on return, and stays. With `since`, a checkpoint, only what changed since then is kept,
-    and only that may be read. A caller that froze a guest gives `freeze_limit_s`. After that the request is given up
-    with `Busy`, and the snapshot may still be made: release it. Raises `NotFound` for a disk that is not served, `Busy`
-    if not all are served by one process, `AlreadyExists` if a disk has a checkpoint of that name, `StorageError` if old
-    data cannot be kept.
+    and only that may be read. It is taken inside of `quiesced()`, which may freeze a guest; who does that gives
+    `freeze_limit_s`. After that the request is given up with `Busy`, and the snapshot may still be made: release it.
+    Raises `NotFound` for a disk that is not served, `Busy` if not all are served by one process, `AlreadyExists` if a
+    disk has a checkpoint of that name, `StorageError` if old data cannot be kept.
     """
     require_limits(freeze_limit_s)
     require_names(names)
@@ -63,7 +64,7 @@ def take_served_snapshot(
     if not names:
         raise InvalidArgument("a snapshot is of one disk or of several", next_step="name the disks")
     disks = [chain.disk_called(store, name) for name in names]
-    with _server_of(store, disks[0]) as client:
+    with _server_of(store, disks[0]) as client, quiesced():
         told = client.call(
             "snapshot", disks=list(names), name=checkpoint, since=[since or ""] * len(names), bound=False, once=False,
             timeout_s=freeze_limit_s,

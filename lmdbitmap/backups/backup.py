@@ -32,12 +32,11 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from lmdbitmap.access.access import Access, AccessTerms, access, open_to_read
-from lmdbitmap.access.routes import FREEZE_LIMIT_S, OWNER_LIMIT_S, PointInTime
+from lmdbitmap.access.routes import FREEZE_LIMIT_S, OWNER_LIMIT_S, PointInTime, Quiesced
 from lmdbitmap.backups import consumers
 from lmdbitmap.backups.folder_owner import Permission
 from lmdbitmap.backups.image import DiskBackup, ImagePlan, ParentDamaged, write_image
@@ -79,7 +78,7 @@ def backup(
     only_that: bool = False,
     attached: Mapping[str, Filter] | None = None,
     scratch: Scratch | None = None,
-    quiesced: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+    quiesced: Quiesced = contextlib.nullcontext,
     freeze_limit_s: float = FREEZE_LIMIT_S,
     progress: Progress | None = None,
     open_device: OpenDevice = open_to_read,
@@ -150,7 +149,7 @@ def backup(
 class _Carrying(NamedTuple):
     """How a backup is made, independent of what it has to hold."""
 
-    quiesced: Callable[[], AbstractContextManager[object]]
+    quiesced: Quiesced
     listener: Progress | None
     packing: Compression | None
     pace: Pace | None
@@ -205,7 +204,7 @@ def _one_point_in_time(
     store: Store,
     route: Access,
     jobs: Sequence[DiskBackup],
-    quiesced: Callable[[], AbstractContextManager[object]],
+    quiesced: Quiesced,
     failures: Failures,
 ) -> list[ImagePlan]:
     """Note what will be made, then take one checkpoint on all disks that take part, or on none."""

@@ -33,8 +33,10 @@ def checkpoint(asked: Session, disks: list[str], checkpoint_name: str, hook: Hoo
     thaw = Thaw()
     with Store.open(asked.store_path) as store:
         operations.require_possible(store, disks, checkpoint_name)
-        with hook.freezing(disks, thaw):
-            operations.checkpoint(store, disks, checkpoint_name, freeze_limit_s=hook.answer_limit_s)
+        operations.checkpoint(
+            store, disks, checkpoint_name,
+            quiesced=lambda: hook.freezing(disks, thaw), freeze_limit_s=hook.answer_limit_s,
+        )  # fmt: skip
         consumers.merge_unheld_of(store, disks)
     confirm(asked, f"{', '.join(disks)}: checkpoint {checkpoint_name} made",
              disks=disks, checkpoint=checkpoint_name, thaw_failure=thaw.problem)  # fmt: skip
@@ -59,10 +61,10 @@ def snapshot(asked: Session, disks: list[str], checkpoint_name: str, since: str,
     thaw = Thaw()
     with Store.open(asked.store_path) as store:
         operations.require_possible(store, disks, checkpoint_name, since)
-        with hook.freezing(disks, thaw):
-            held = served_snapshots.take_served_snapshot(
-                store, disks, checkpoint_name, since=since, freeze_limit_s=hook.answer_limit_s
-            )
+        held = served_snapshots.take_served_snapshot(
+            store, disks, checkpoint_name, since=since,
+            quiesced=lambda: hook.freezing(disks, thaw), freeze_limit_s=hook.answer_limit_s,
+        )  # fmt: skip
     exports = [snapshot.export for snapshot in held]
     confirm(asked, f"held, and served as {', '.join(exports)}",
             disks=disks, checkpoint=checkpoint_name, exports=exports, thaw_failure=thaw.problem)  # fmt: skip

@@ -26,14 +26,13 @@ import errno
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 from uuid import uuid4
 
 from lmdbitmap import bits
 from lmdbitmap.access.access import Access, AccessTerms, access, open_to_read, reading
-from lmdbitmap.access.routes import FREEZE_LIMIT_S, OWNER_LIMIT_S, PointInTime
+from lmdbitmap.access.routes import FREEZE_LIMIT_S, OWNER_LIMIT_S, PointInTime, Quiesced
 from lmdbitmap.backups import consumers
 from lmdbitmap.bits import Run
 from lmdbitmap.copying.pieces import Pieces
@@ -223,7 +222,7 @@ def stream_backup(
     version: int = 1,
     attached: Mapping[str, Filter] | None = None,
     scratch: Scratch | None = None,
-    quiesced: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+    quiesced: Quiesced = contextlib.nullcontext,
     freeze_limit_s: float = FREEZE_LIMIT_S,
     progress: Progress | None = None,
     open_device: OpenDevice = open_to_read,
@@ -266,9 +265,7 @@ class _Run(NamedTuple):
     """Whether we made up the checkpoint's name, so that no other checkpoint has it."""
 
 
-def _stream_noted(
-    run: _Run, quiesced: Callable[[], AbstractContextManager[object]]
-) -> tuple[Streamed, Trust, PointInTime]:
+def _stream_noted(run: _Run, quiesced: Quiesced) -> tuple[Streamed, Trust, PointInTime]:
     """Take the checkpoint and stream it, noted.
 
     A name that the caller gave may be another checkpoint's: it is not noted before there is a uuid to go with it.

@@ -26,13 +26,12 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from lmdbitmap import bits
 from lmdbitmap.access.access import Access, AccessTerms, access, open_to_read, reading
-from lmdbitmap.access.routes import FREEZE_LIMIT_S, OWNER_LIMIT_S, PointInTime
+from lmdbitmap.access.routes import FREEZE_LIMIT_S, OWNER_LIMIT_S, PointInTime, Quiesced
 from lmdbitmap.backups import consumers
 from lmdbitmap.bits import Run
 from lmdbitmap.copying.pieces import Pieces
@@ -98,7 +97,7 @@ def sync(
     larger: bool = False,
     attached: Mapping[str, Filter] | None = None,
     scratch: Scratch | None = None,
-    quiesced: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+    quiesced: Quiesced = contextlib.nullcontext,
     freeze_limit_s: float = FREEZE_LIMIT_S,
     progress: Progress | None = None,
     open_device: OpenDevice = open_to_read,
@@ -195,7 +194,7 @@ def _require_incremental(job: _DiskSync) -> None:
 def _carry_out(
     store: Store,
     job: _DiskSync,
-    quiesced: Callable[[], AbstractContextManager[object]],
+    quiesced: Quiesced,
     progress: Progress | None,
 ) -> SyncResult:
     _forget_unneeded(job)  # left by killed runs
@@ -219,9 +218,7 @@ def _carry_out(
 # --- the point in time ---
 
 
-def _point_in_time(
-    job: _DiskSync, name: str, quiesced: Callable[[], AbstractContextManager[object]]
-) -> PointInTime:
+def _point_in_time(job: _DiskSync, name: str, quiesced: Quiesced) -> PointInTime:
     note = job.notes.note
     job.notes.replace(dataclasses.replace(note, unneeded=(*note.unneeded, name)))
     with quiesced():

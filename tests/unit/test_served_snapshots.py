@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +18,10 @@ from lmdbitmap.access.served_snapshots import (
 )
 from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, NotFound, StorageError
 from lmdbitmap.nbd.client.device import NbdDevice
+from lmdbitmap.nbd.control.held import HeldSnapshots
+from lmdbitmap.tracker.snapshot import Snapshot
 from tests.helpers.serving import Serving, serving
+from tests.helpers.support import PATIENCE_SECONDS
 from tests.helpers.tracked import NAME, TrackedDisk, quick_folder
 
 BLOCK = 4096
@@ -126,9 +131,18 @@ def test_of_one_that_broke_nobody_believes_what_was_read(serves: Serving) -> Non
     assert serves.disk.snapshots == ()
 
 
-def test_an_owner_that_takes_too_long_is_given_up(serves: Serving) -> None:
-    with pytest.raises(Busy, match="did not answer within"):
-        take_served_snapshot(serves.disk.store, [NAME], "monday", freeze_limit_s=1e-9)
+def test_an_owner_that_takes_too_long_is_given_up(serves: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    was_given_up = threading.Event()
+    take = HeldSnapshots.take
+
+    def late(held: HeldSnapshots, *what: Any, **how: Any) -> list[Snapshot]:
+        assert was_given_up.wait(PATIENCE_SECONDS)
+        return take(held, *what, **how)
+
+    monkeypatch.setattr(HeldSnapshots, "take", late)
+    with pytest.raises(Busy, match=r"did not answer within 0\.05 s"):
+        take_served_snapshot(serves.disk.store, [NAME], "monday", freeze_limit_s=0.05)
+    was_given_up.set()
 
 
 @pytest.mark.parametrize("seconds", [0, float("nan"), float("inf")])
