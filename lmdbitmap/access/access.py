@@ -17,6 +17,7 @@ from lmdbitmap.access.routes import (
     AtRest,
     Attached,
     PointInTime,
+    Quiesced,
     ServedElsewhere,
 )
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError, os_errors_at
@@ -41,9 +42,14 @@ class Access(Protocol):
         """The disks as they are described now. Getting at a disk may have begun a new epoch."""
 
     def take_point(
-        self, name: str, since: Sequence[Checkpoint | None], *, once: bool = False
+        self,
+        name: str,
+        since: Sequence[Checkpoint | None],
+        quiesced: Quiesced = contextlib.nullcontext,
+        *,
+        once: bool = False,
     ) -> list[PointInTime]:
-        """Take a checkpoint on all disks at one moment, or on none.
+        """Take a checkpoint on all disks at one moment, or on none: that is done inside of `quiesced()`, and no more.
 
         For a disk with a checkpoint in `since`, the caller reads only what changed since then, and the last block. With
         `once` it reads nothing twice, so what was read need not be kept any longer.

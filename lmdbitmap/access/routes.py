@@ -105,12 +105,18 @@ class AtRest:
         return sorted(self._disks.values(), key=lambda disk: self._names.index(disk.name))
 
     def take_point(
-        self, name: str, since: Sequence[Checkpoint | None], *, once: bool = False
+        self,
+        name: str,
+        since: Sequence[Checkpoint | None],
+        quiesced: Quiesced = contextlib.nullcontext,
+        *,
+        once: bool = False,
     ) -> list[PointInTime]:
-        time_ns = time.time_ns()
-        checkpoints = self._store.update(
-            lambda writer: [chain.add_checkpoint(writer, disk, name, time_ns)[1] for disk in self.disks]
-        )
+        with quiesced():
+            time_ns = time.time_ns()
+            checkpoints = self._store.update(
+                lambda writer: [chain.add_checkpoint(writer, disk, name, time_ns)[1] for disk in self.disks]
+            )
         devices = [self._held[disk.uuid].device for disk in self.disks]
         return list(map(PointInTime, self.disks, checkpoints, devices))
 
@@ -198,10 +204,16 @@ class Attached(_ThroughOwner):
         self._snapshots: list[Snapshot] = []
 
     def take_point(
-        self, name: str, since: Sequence[Checkpoint | None], *, once: bool = False
+        self,
+        name: str,
+        since: Sequence[Checkpoint | None],
+        quiesced: Quiesced = contextlib.nullcontext,
+        *,
+        once: bool = False,
     ) -> list[PointInTime]:
         filters = [self._filters[uuid] for uuid in self._uuids]
-        self._snapshots = take_snapshot(filters, name, self._scratch)
+        with quiesced():
+            self._snapshots = take_snapshot(filters, name, self._scratch)
         for snapshot, checkpoint in zip(self._snapshots, since, strict=True):
             if checkpoint is not None:
                 snapshot.want_changes(since=checkpoint.name)
@@ -256,23 +268,31 @@ class ServedElsewhere(_ThroughOwner):
         """Snapshots that are not released yet."""
 
     def take_point(
-        self, name: str, since: Sequence[Checkpoint | None], *, once: bool = False
+        self,
+        name: str,
+        since: Sequence[Checkpoint | None],
+        quiesced: Quiesced = contextlib.nullcontext,
+        *,
+        once: bool = False,
     ) -> list[PointInTime]:
         counted_from = ["" if checkpoint is None else checkpoint.name for checkpoint in since]
-        disks = self.disks
+        with quiesced():
+            self._hold(self.disks, name, counted_from, once=once)
+        self._devices = open_held(self._client, self._held, self._limit_s)
+        return [
+            PointInTime(held.disk, held.checkpoint, device)
+            for held, device in zip(self._held, self._devices, strict=True)
+        ]
+
+    def _hold(self, disks: Sequence[Disk], name: str, since: Sequence[str], *, once: bool) -> None:
         told = self._client.call(
-            "snapshot", disks=[disk.name for disk in disks], name=name, since=counted_from, bound=True, once=once,
+            "snapshot", disks=[disk.name for disk in disks], name=name, since=since, bound=True, once=once,
             timeout_s=self._freeze_limit_s,
         )  # fmt: skip
         self.may_be_behind = False
         for disk, held in zip(disks, told["snapshots"], strict=True):
             checkpoint = self._found(disk, name, held["uuid"])
             self._held.append(HeldThere(disk, checkpoint, str(held["export"]), held.get("direct")))
-        self._devices = open_held(self._client, self._held, self._limit_s)
-        return [
-            PointInTime(held.disk, held.checkpoint, device)
-            for held, device in zip(self._held, self._devices, strict=True)
-        ]
 
     def _found(self, disk: Disk, name: str, uuid: str) -> Checkpoint:
         """Return the checkpoint of this name. Raise `Busy` if it is not the one that was made."""

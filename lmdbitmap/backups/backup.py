@@ -218,9 +218,8 @@ def _one_point_in_time(
     taking_part = [job for job in jobs if job.disk.name not in failures]
     if not taking_part:
         return []
-    with quiesced():
-        once = not any(job.plan.compares for job in taking_part)
-        points = route.take_point(name, [job.plan.since for job in taking_part], once=once)
+    once = not any(job.plan.compares for job in taking_part)
+    points = route.take_point(name, [job.plan.since for job in taking_part], quiesced, once=once)
     sources = []
     for job, point in zip(taking_part, points, strict=True):
         with _apart(failures, store, job, point):

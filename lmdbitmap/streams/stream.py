@@ -273,8 +273,7 @@ def _stream_noted(run: _Run, quiesced: Quiesced) -> tuple[Streamed, Trust, Point
     name, time_ns = str(run.head.to_name), time.time_ns()
     try:
         run.note.begin(None, (), UnderWay(name if run.names_itself else ""), time_ns)
-        with quiesced():
-            [point] = run.route.take_point(name, [run.counted_from], once=True)
+        [point] = run.route.take_point(name, [run.counted_from], quiesced, once=True)
         try:
             if not run.names_itself:
                 run.note.begin(None, (), UnderWay(name, point.checkpoint.uuid), time_ns)

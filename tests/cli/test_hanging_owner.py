@@ -9,12 +9,13 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lmdbitmap.access import questions
+from lmdbitmap.access import questions, routes
+from lmdbitmap.access.through_owner import open_held
 from lmdbitmap.backups.backup import backup
 from lmdbitmap.errors import Busy
 from lmdbitmap.nbd import control_client
@@ -49,10 +50,8 @@ def by_sync(store: Store, folder: Path, **how: object) -> object:
     return sync(store, "sda", folder / "copy.raw", **how)  # type: ignore[arg-type]
 
 
-@contextlib.contextmanager
-def stopping(pid: int) -> Iterator[None]:
-    """Stops a child as soon as the moment was taken, and waits until every thread of it stands still."""
-    yield
+def stop(pid: int) -> None:
+    """Stop a child, and wait until every thread of it stands still."""
     os.kill(pid, signal.SIGSTOP)
     os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
 
@@ -68,6 +67,20 @@ def going_on(pid: int) -> Iterator[None]:
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def hanging_once_opened(pid: int) -> Iterator[None]:
+    """In the block it hangs as soon as its snapshots are open to be read."""
+
+    def opened(*held: Any) -> object:
+        devices = open_held(*held)
+        stop(pid)
+        return devices
+
+    with pytest.MonkeyPatch.context() as patch, going_on(pid):
+        patch.setattr(routes, "open_held", opened)
+        yield
 
 
 def write(served: Served, offset: str, byte: int) -> None:
@@ -89,10 +102,10 @@ def test_reader_of_an_owner_that_hangs_fails_in_time_and_in_one_sentence(
     with cli.serving("sda", log=True) as served, Store.open(str(cli.store)) as store:
         pid = served.child.pid
         with (
-            going_on(pid),
+            hanging_once_opened(pid),
             pytest.raises(Busy, match=r"'sda' through .*: not a byte .* within 0\.2 s; see what"),
         ):
-            read(store, cli.folder, owner_limit_s=LIMIT_S, quiesced=partial(stopping, pid))
+            read(store, cli.folder, owner_limit_s=LIMIT_S)
         read(store, cli.folder)
 
 
@@ -102,8 +115,8 @@ def test_backup_after_one_whose_owner_hung_is_a_right_increment(cli: Cli) -> Non
         cli.ok("backup", "sda", repository)
         write(served, "1M", 7)
         pid = served.child.pid
-        with going_on(pid), pytest.raises(Busy):
-            by_backup(store, cli.folder, owner_limit_s=LIMIT_S, quiesced=partial(stopping, pid))
+        with hanging_once_opened(pid), pytest.raises(Busy):
+            by_backup(store, cli.folder, owner_limit_s=LIMIT_S)
         await_release(cli)
         write(served, "2M", 9)
         [made] = cli.json("backup", "sda", repository)["backups"]
@@ -122,13 +135,10 @@ def test_limit_is_an_option_of_the_command(
     cli.add("sda")
     with cli.serving("sda", log=True) as served:
         pid = served.child.pid
-        hook = cli.folder / "hook"
-        hook.write_text(f"#!/bin/sh\n[ $1 = freeze ] || {stop_and_wait(pid)}\n")
-        hook.chmod(0o755)
-        words = [*verb, "--hook", hook, "--owner-limit", LIMIT_S]
-        with going_on(pid):
-            assert "not a byte of an answer came within 0.2 s" in cli(*words).err
-        assert cli(*words[:3]).code == 0
+        with hanging_once_opened(pid):
+            answer = cli(*verb, "--owner-limit", LIMIT_S)
+            assert "not a byte of an answer came within 0.2 s" in answer.err
+        assert cli(*verb).code == 0
 
 
 @pytest.mark.parametrize(
@@ -156,8 +166,7 @@ def test_each_process_that_hangs_is_waited_for_once_and_all_of_them_not_for_long
     with cli.serving("sda", "sdc") as one, cli.serving("sdb") as other, contextlib.ExitStack() as hanging:
         for served in (one, other):
             hanging.enter_context(going_on(served.child.pid))
-            with stopping(served.child.pid):
-                pass
+            stop(served.child.pid)
         code, out, _ = cli(*words)
     assert (code, waited) == (0, [LIMIT_S, PART_S][:times])
     assert "superset" in out or 'lmdbitmap_served{disk="sda"} 0.0' in out

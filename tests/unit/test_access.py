@@ -11,11 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lmdbitmap.access import routes
 from lmdbitmap.access.routes import ServedElsewhere
+from lmdbitmap.access.through_owner import open_held
 from lmdbitmap.backups.backup import backup
 from lmdbitmap.errors import Busy, InvalidArgument, NotFound, OwnerGone, StorageError
 from lmdbitmap.filter import Filter
@@ -217,6 +219,26 @@ def test_a_guest_is_kept_frozen_no_longer_than_was_said(folder: Path) -> None:
         Slow.let_go.set()
         await_callers(0)
         assert disk.snapshots == ()
+
+
+def test_no_guest_is_frozen_while_the_way_to_its_snapshot_is_opened(
+    served: Filter, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+
+    @contextmanager
+    def frozen() -> Iterator[None]:
+        steps.append("frozen")
+        yield
+        steps.append("thawed")
+
+    def opened(*held: Any) -> object:
+        steps.append("opened")
+        return open_held(*held)
+
+    monkeypatch.setattr(routes, "open_held", opened)
+    backup(served.store, [NAME], folder / "backups", quiesced=frozen)
+    assert steps == ["frozen", "thawed", "opened"]
 
 
 class Late(HeldSnapshots):
