@@ -112,10 +112,16 @@ def _views(store: Store) -> Iterator[Finding]:
 def _standing(store: Store, disk: Disk) -> Iterator[Finding]:
     """Check that the disk's image is still the one that its bitmaps describe.
 
-    It is not a finding that the owner of a disk in deferred mode keeps its bits in memory.
+    It is not a finding that the owner of a disk in deferred mode keeps its bits in memory. One disk about which nothing
+    can be known does not hide the others.
     """
-    standing = open_period_standing(store, disk, persisted=disk.durability == schema.DEFERRED)
-    place, problem = f"disk {disk.name!r}", standing.reason or ""
+    place = f"disk {disk.name!r}"
+    try:
+        standing = open_period_standing(store, disk, persisted=disk.durability == schema.DEFERRED)
+    except LmdbitmapError as error:
+        yield damage(place, f"whether it can be trusted is not known: {error.problem}", error.next_step)
+        return
+    problem = standing.reason or ""
     if standing.trust is Trust.UNTRUSTED:
         yield Finding(Gravity.DISTRUST, place, problem, next_step_for(store, disk))
     elif standing.trust is Trust.SUPERSET:

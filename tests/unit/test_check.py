@@ -324,6 +324,21 @@ def test_a_missing_owner_file_needs_a_full_backup(store: Store, disk: Disk) -> N
     assert _only(check_store(store)).gravity is Gravity.DISTRUST
 
 
+def test_an_owner_file_that_cannot_be_read_hides_no_other_disk(
+    store: Store, disk: Disk, tmp_path: Path
+) -> None:
+    image = tmp_path / "other.raw"
+    image.write_bytes(bytes(4096))
+    other = session.add(store, "sdb", image, granularity_bits=9)
+    os.unlink(store.owner_path(disk.uuid))
+    os.mkdir(store.owner_path(disk.uuid))
+    os.unlink(other.image)
+    unknown, gone = check_store(store)
+    assert (unknown.gravity, unknown.place, gone.place) == (Gravity.DAMAGE, "disk 'sda'", "disk 'sdb'")
+    assert unknown.problem.startswith("whether it can be trusted is not known: ")
+    assert "Is a directory" in unknown.problem
+
+
 def test_a_disk_whose_owner_died_is_worth_a_note(store: Store, disk: Disk) -> None:
     with contextlib.closing(Filter.attach(store, "sda", background=False)) as attached:
         beat = Path(store.owner_path(disk.uuid)).read_bytes()
