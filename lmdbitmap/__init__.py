@@ -47,15 +47,15 @@ if TYPE_CHECKING:
         Untrusted,
     )
     from lmdbitmap.export import (
-        Inspection,
+        FileForm,
         export_bitmap,
         export_changes,
         import_file,
-        inspect_file,
         keep_changes,
     )
     from lmdbitmap.extents import Extent, Trust
     from lmdbitmap.filter import Filter, take_checkpoint, take_snapshot
+    from lmdbitmap.flat_file.inspection import Inspection, inspect_file
     from lmdbitmap.images.device import FileDevice
     from lmdbitmap.images.memory_device import MemoryDevice
     from lmdbitmap.images.plain import PlainDisk
@@ -117,6 +117,7 @@ _HOMES = {
     "Disk": "storage.schema",
     "Extent": "extents",
     "FileDevice": "images.device",
+    "FileForm": "export",
     "Filter": "filter",
     "Finding": "upkeep.findings",
     "Flaw": "repository.verify",
@@ -124,7 +125,7 @@ _HOMES = {
     "Gravity": "upkeep.findings",
     "HeldSnapshots": "nbd.control.held",
     "Hold": "notes.holds",
-    "Inspection": "export",
+    "Inspection": "flat_file.inspection",
     "InvalidArgument": "errors",
     "LmdbitmapError": "errors",
     "MemoryDevice": "images.memory_device",
@@ -171,7 +172,7 @@ _HOMES = {
     "hold_lapse_days": "backups.consumers",
     "holds_of": "backups.consumers",
     "import_file": "export",
-    "inspect_file": "export",
+    "inspect_file": "flat_file.inspection",
     "keep_changes": "export",
     "mark_dirty": "access.operations",
     "open_backup": "repository.backup_chain",
@@ -228,6 +229,7 @@ __all__ = [
     "Disk",
     "Extent",
     "FileDevice",
+    "FileForm",
     "Filter",
     "Finding",
     "Flaw",

@@ -1,4 +1,4 @@
-"""Export of bitmaps from a store to flat files, and import. docs/format.md specifies the file.
+"""Export of bitmaps from a store to files, and import. docs/format.md specifies the file.
 
 Out: exporting the same bitmap twice gives the same bytes. Nothing in a file depends on the time, the place or the
 process; the uuid of a disk's changes is made from the two checkpoints that bound them. The bits are counted as they are
@@ -13,23 +13,24 @@ times; only the names in the metadata differ.
 from __future__ import annotations
 
 import contextlib
+import enum
 import errno
 import os
 import uuid
-from collections import deque
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from itertools import islice, zip_longest
-from typing import NamedTuple
 
-from lmdbitmap import bits
 from lmdbitmap import format as flat
 from lmdbitmap.access import operations
-from lmdbitmap.errors import Busy, FormatError, InvalidArgument, Untrusted, error_from_os
+from lmdbitmap.errors import Busy, InvalidArgument, Untrusted, error_from_os
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
+from lmdbitmap.flat_file import in_qcow2
 from lmdbitmap.flat_file.flatfile import FlatFile, NewFlatFile, writing
+from lmdbitmap.flat_file.in_qcow2 import NewImage, writing_image
 from lmdbitmap.format import NO_UUID, Chunk, Flags, FlatHeader, Metadata, Zeroes
 from lmdbitmap.geometry import REGION_BYTES, Geometry
 from lmdbitmap.storage import schema
@@ -47,12 +48,22 @@ _BATCH_REGIONS = 512
 # -- out ---------------------------------------------------------------------------------------------------
 
 
-def export_changes(changes: Changes, path: str | os.PathLike[str]) -> FlatHeader:
+class FileForm(enum.Enum):
+    """What a bitmap is written as: the flat file, or a qcow2 image that holds it, for QEMU's programs."""
+
+    FLAT = "flat"
+    QCOW2 = "qcow2"
+
+
+def export_changes(
+    changes: Changes, path: str | os.PathLike[str], *, form: FileForm = FileForm.FLAT
+) -> FlatHeader:
     """Write the changes to a flat file, durable at `path` on return; return its header.
 
-    Raises `Untrusted` if the changes are not known, `AlreadyExists` if `path` is the image of a tracked disk, and
-    `FormatError` if it is any other file that is neither empty nor a flat file. If it raises, nothing was written and
-    the old file is still there.
+    In a qcow2 image the bitmap has the disk's name. Raises `Untrusted` if the changes are not known, `AlreadyExists` if
+    `path` is the image of a tracked disk, `FormatError` if it is any other file that is neither empty nor, for a flat
+    file, one itself, and `InvalidArgument` for a bitmap that is too large for QEMU. If it raises, nothing was written
+    and the old file is still there.
     """
     _require_known(changes)
     refuse_tracked(changes.store, os.fspath(path))
@@ -70,11 +81,17 @@ def export_changes(changes: Changes, path: str | os.PathLike[str]) -> FlatHeader
     )
     metadata = {"disk": disk.name, "checkpoint": since.name} | ({"until": until.name} if until else {})
     loose = changes.standing.trust is Trust.SUPERSET
-    return _write(path, header, metadata, changes.slices(), loose=loose, full=changes.all_dirty)
+    with _new_file(path, form, header, metadata, disk.name) as new:
+        _fill(
+            new, path, changes.slices(), loose=loose, needs_room=changes.all_dirty and form is FileForm.FLAT
+        )
+    return new.header
 
 
-def export_bitmap(store: Store, name: str, path: str | os.PathLike[str]) -> FlatHeader:
-    """Write the stand-alone bitmap called `name` to a flat file, as `export_changes` does."""
+def export_bitmap(
+    store: Store, name: str, path: str | os.PathLike[str], *, form: FileForm = FileForm.FLAT
+) -> FlatHeader:
+    """Write the stand-alone bitmap called `name` to a file, as `export_changes` does."""
     with store.read() as reader:
         bitmap = standalone.find(reader, name)
     refuse_tracked(store, os.fspath(path))
@@ -91,7 +108,10 @@ def export_bitmap(store: Store, name: str, path: str | os.PathLike[str]) -> Flat
     )
     loose = standalone.trust(bitmap) is Trust.SUPERSET
     parts = standalone.slices(store, bitmap)
-    return _write(path, header, {"bitmap": name}, parts, loose=loose, full=bitmap.all_dirty is not None)
+    full = bitmap.all_dirty is not None
+    with _new_file(path, form, header, {"bitmap": name}, name) as new:
+        _fill(new, path, parts, loose=loose, needs_room=full and form is FileForm.FLAT)
+    return new.header
 
 
 def keep_changes(changes: Changes, name: str) -> Bitmap:
@@ -129,29 +149,32 @@ def _uuid_of(changes: Changes) -> uuid.UUID:
     return uuid.uuid5(changes.disk.uuid, f"{changes.disk.epoch}/{changes.since.uuid}/{until}")
 
 
-def _write(
+def _new_file(
+    path: str | os.PathLike[str], form: FileForm, header: FlatHeader, metadata: Metadata, name: str
+) -> AbstractContextManager[NewFlatFile | NewImage]:
+    return writing(path, header, metadata) if form is FileForm.FLAT else writing_image(path, header, name)
+
+
+def _fill(
+    new: NewFlatFile | NewImage,
     path: str | os.PathLike[str],
-    header: FlatHeader,
-    metadata: Metadata,
     parts: Iterable[tuple[int, bytearray, bool]],
     *,
     loose: bool,
-    full: bool,
-) -> FlatHeader:
-    """Write the file. `parts` are (first region, dirt, loose); with `full` every bit to the disk's end is one."""
-    if full:
-        _require_room(path, header.bits_size)
-    with writing(path, header, metadata) as new:
-        if loose:
+    needs_room: bool,
+) -> None:
+    """Fill the file with `parts`: (first region, dirt, loose). It `needs_room` if every bit is one, and stored."""
+    if needs_room:
+        _require_room(path, new.header.bits_size)
+    if loose:
+        new.note_superset()
+    for region, dirty, is_loose in parts:
+        _put(new, region * REGION_BYTES, dirty)
+        if is_loose:
             new.note_superset()
-        for region, dirty, is_loose in parts:
-            _put(new, region * REGION_BYTES, dirty)
-            if is_loose:
-                new.note_superset()
-    return new.header
 
 
-def _put(new: NewFlatFile, offset: int, dirty: bytearray) -> None:
+def _put(new: NewFlatFile | NewImage, offset: int, dirty: bytearray) -> None:
     room = new.header.bits_size - offset
     if room > 0:  # a disk that grew meanwhile has bits beyond the end of this file
         new.put(offset, memoryview(dirty)[:room])
@@ -174,32 +197,58 @@ def import_file(
     path: str | os.PathLike[str],
     name: str,
     *,
+    bitmap: str | None = None,
     into: str | None = None,
     all_dirty: bool = False,
 ) -> Bitmap:
     """Keep the file as the stand-alone bitmap `name`; with `into`, also OR it into that disk's open period.
 
+    The file is a flat file, or a qcow2 image in which QEMU keeps a `bitmap` of that name; None is its only one.
     Takes the room of the file's data in the store's folder, for as long as it runs.
     `all_dirty` takes every block as dirty, whatever the file's bits say. Durable on return; if it raises, it leaves no
     new bitmap. Importing the same file under the same name again is allowed: repeating an import that was killed
     before the merge into `into` completes it. Raises `Untrusted` for a file that is not CLEAN, `FormatError` for a bad
-    file, `AlreadyExists` for a name that is taken, `InvalidArgument` for a disk of another size, and `Busy` if the disk
-    cannot be owned or another process changed the bitmap while it was merged into the disk.
+    file, `NotFound` for a bitmap that the image does not have, `AlreadyExists` for a name that is taken,
+    `InvalidArgument` for a disk of another size, and `Busy` if the disk cannot be owned, another process changed the
+    bitmap while it was merged into the disk, or a guest runs on the image.
     """
-    with FlatFile.open(path) as file:
+    with _opened(store, path, bitmap, all_dirty=all_dirty) as file:
         with store.read() as reader:
             _require_place(reader, file.header, name, into)
         with contextlib.nullcontext(file) if all_dirty else _proven(file, store) as proven:
-            bitmap, is_new = store.update(lambda writer: _keep(writer, proven, name, into, all_dirty))
+            kept, is_new = store.update(lambda writer: _keep(writer, proven, name, into, all_dirty))
     if into is not None:
         try:
             _merge_wherever_owned(store, name, into)
-            _require_unchanged(store, bitmap, into)
+            _require_unchanged(store, kept, into)
         except BaseException:
             if is_new:
-                store.update(lambda writer: _remove_unchanged(writer, bitmap))
+                store.update(lambda writer: _remove_unchanged(writer, kept))
             raise
-    return bitmap
+    return kept
+
+
+def importable_header(path: str | os.PathLike[str], *, bitmap: str | None = None) -> FlatHeader:
+    """Return the header of what `import_file` would keep. Raises as that does for a file that it cannot use."""
+    if in_qcow2.is_image(path):
+        return in_qcow2.header_of(path, bitmap)
+    with _flat(path, bitmap) as file:
+        return file.header
+
+
+def _opened(store: Store, path: str | os.PathLike[str], bitmap: str | None, *, all_dirty: bool) -> FlatFile:
+    if in_qcow2.is_image(path):
+        return in_qcow2.flat_copy(path, bitmap, store.path, all_dirty=all_dirty)
+    return _flat(path, bitmap)
+
+
+def _flat(path: str | os.PathLike[str], bitmap: str | None) -> FlatFile:
+    if bitmap is not None:
+        raise InvalidArgument(
+            f"{os.fspath(path)} is no qcow2 image, and holds one bitmap",
+            next_step="do not name a bitmap of it",
+        )
+    return FlatFile.open(path)
 
 
 def _proven(file: FlatFile, store: Store) -> FlatFile:
@@ -353,43 +402,3 @@ def _dirt_of_chunks(chunks: Iterable[Chunk]) -> Dirt:
             continue
         yield from standalone.dirt_of_bits(position // REGION_BYTES, chunk)
         position += len(chunk)
-
-
-# -- what a file is ----------------------------------------------------------------------------------------
-
-
-class Inspection(NamedTuple):
-    """The result of `inspect_file`. With any `problems` (sentences) it is UNTRUSTED, and the whole disk is dirty."""
-
-    path: str
-    header: FlatHeader
-    metadata: Metadata
-    trust: Trust
-    dirty_bytes: int
-    problems: list[str]
-
-
-def inspect_file(path: str | os.PathLike[str]) -> Inspection:
-    """Read the whole file and return what it is worth. Raises `FormatError` if not even its header is sound."""
-    with FlatFile.open(path) as file:
-        header, problems = file.header, []
-        try:
-            last_is_dirty = _last_is_dirty(file)
-            dirty_bytes = header.geometry.bytes_in(header.dirty_count, with_last=last_is_dirty)
-        except Untrusted:
-            problems.append("its CLEAN flag is not set, so everything counts as dirty")
-        except FormatError as error:
-            problems.append(str(error))
-        if problems:
-            return Inspection(file.path, header, file.metadata, Trust.UNTRUSTED, header.disk_size, problems)
-        return Inspection(file.path, header, file.metadata, header.trust, dirty_bytes, [])
-
-
-def _last_is_dirty(file: FlatFile) -> bool:
-    """Read and prove all bits; return whether the disk's last block is dirty."""
-    header = file.header
-    last = deque(file.chunks(), maxlen=1)
-    if not last or isinstance(last[0], Zeroes):
-        return False
-    position = header.bit_count - 1 - 8 * (header.bits_size - len(last[0]))
-    return bits.any_one(bits.bitmap_view(last[0]), position, position + 1)

@@ -13,9 +13,9 @@ from lmdbitmap.cli.options import FILE, Session, utf8_path, verb
 from lmdbitmap.cli.output import progress, say, say_json
 from lmdbitmap.cli.sizes import format_size, format_time, iso_time
 from lmdbitmap.errors import InvalidArgument, Untrusted
-from lmdbitmap.export import Inspection
+from lmdbitmap.export import FileForm
 from lmdbitmap.extents import Trust
-from lmdbitmap.flat_file.flatfile import FlatFile
+from lmdbitmap.flat_file.inspection import Inspection, inspect_file
 from lmdbitmap.format import Flags, FlatHeader
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
@@ -25,18 +25,26 @@ from lmdbitmap.tracker.standalone import Operation, disk_or_bitmap_called
 
 
 @verb(
-    examples=["lmdbitmap export sda sda.dbm", "lmdbitmap export sda week.dbm --since monday --until friday"]
+    examples=[
+        "lmdbitmap export sda sda.dbm",
+        "lmdbitmap export sda week.dbm --since monday --until friday",
+        "lmdbitmap export sda sda.qcow2 --format qcow2",
+    ]
 )
 @click.argument("name")
-@click.argument("file", metavar="FILE.dbm", type=FILE)
+@click.argument("file", metavar="FILE", type=FILE)
 @click.option("--since", metavar="CHECKPOINT", help="Count from this one. [default: the newest]")
 @click.option("--until", metavar="CHECKPOINT", help="Count to this one. [default: now]")
+@click.option(
+    "--format", "form", type=click.Choice([known.value for known in FileForm]), default="flat", show_default=True,
+    help="qcow2 is an image without data that holds the bitmap NAME, for QEMU's programs.",
+)  # fmt: skip
 @click.pass_obj
-def export(asked: Session, name: str, file: str, since: str | None, until: str | None) -> None:
-    """Write a bitmap to a flat file.
+def export(asked: Session, name: str, file: str, since: str | None, until: str | None, form: str) -> None:
+    """Write a bitmap to a file.
 
     NAME is a disk, whose changes are written, or a stand-alone bitmap. The file is written whole or not at all. An
-    existing file is replaced if it is a flat file or empty; any other file is refused.
+    existing file is replaced if it is empty or, by a flat file, a flat file; any other file is refused.
     """
     with (
         Store.open(asked.store_path) as store,
@@ -44,11 +52,11 @@ def export(asked: Session, name: str, file: str, since: str | None, until: str |
     ):
         if isinstance(disk_or_bitmap_called(store, name), Disk):
             changes = ask_changes(store, name, since=since, until=until)
-            header = flat_files.export_changes(changes, file)
+            header = flat_files.export_changes(changes, file, form=FileForm(form))
         elif since or until:
             raise InvalidArgument(f"{name!r} is no disk", next_step="leave --since and --until out")
         else:
-            header = flat_files.export_bitmap(store, name, file)
+            header = flat_files.export_bitmap(store, name, file, form=FileForm(form))
     if asked.as_json:
         say_json({"file": file, **_header_facts(header)})
     else:
@@ -58,10 +66,15 @@ def export(asked: Session, name: str, file: str, since: str | None, until: str |
 
 @verb(
     name="import",
-    examples=["lmdbitmap import sda.dbm monday", "lmdbitmap import sda.dbm monday --into sda"],
+    examples=[
+        "lmdbitmap import sda.dbm monday",
+        "lmdbitmap import sda.dbm monday --into sda",
+        "lmdbitmap import guest.qcow2 monday --bitmap bitmap0",
+    ],
 )
-@click.argument("file", metavar="FILE.dbm", type=utf8_path)
+@click.argument("file", metavar="FILE", type=utf8_path)
 @click.argument("name")
+@click.option("--bitmap", metavar="BITMAP", help="Which one of a qcow2 image's. [default: its only one]")
 @click.option(
     "--into", metavar="DISK", help="Also call dirty on DISK what the file calls dirty; sizes must agree."
 )
@@ -70,23 +83,26 @@ def export(asked: Session, name: str, file: str, since: str | None, until: str |
     help="Whatever its bits are worth, take the file as saying that everything is dirty.",
 )  # fmt: skip
 @click.pass_obj
-def import_(asked: Session, file: str, name: str, into: str | None, all_dirty: bool) -> None:
-    """Keep a flat file as the stand-alone bitmap NAME.
+def import_(
+    asked: Session, file: str, name: str, bitmap: str | None, into: str | None, all_dirty: bool
+) -> None:
+    """Keep a file's bitmap as the stand-alone bitmap NAME.
 
-    A file that was not closed cleanly cannot be trusted, and is refused with exit code 3.
+    FILE is a flat file, or a qcow2 image in which QEMU stored bitmaps when its guest was shut down. A file that was not
+    closed cleanly, or a bitmap that is in use, cannot be trusted, and is refused with exit code 3.
     """
-    FlatFile.open(file).close()  # before a store is made for it
+    flat_files.importable_header(file, bitmap=bitmap)  # before a store is made for it
     with (
         Store.create(asked.store_path) as store,
         progress(f"importing {file}", shown=asked.shows_progress),
     ):
-        bitmap = flat_files.import_file(store, file, name, into=into, all_dirty=all_dirty)
-        kept = report_on_bitmap(store, bitmap)
+        made = flat_files.import_file(store, file, name, bitmap=bitmap, into=into, all_dirty=all_dirty)
+        kept = report_on_bitmap(store, made)
     if asked.as_json:
         say_json(kept.facts())
     else:
         dirty = f"{format_size(kept.dirty_bytes)} dirty"
-        say(f"{name}: {size_words(bitmap.geometry)}, {dirty}" + (f", also in {into}" if into else ""))
+        say(f"{name}: {size_words(made.geometry)}, {dirty}" + (f", also in {into}" if into else ""))
 
 
 @verb(examples=["lmdbitmap inspect sda.dbm", "lmdbitmap inspect sda.dbm --json"])
@@ -98,7 +114,7 @@ def inspect(asked: Session, file: str) -> None:
     The whole file is read and proven. Exit code 3: it cannot be trusted, and everything counts as dirty.
     """
     with progress(f"reading {file}", shown=asked.shows_progress):
-        found = flat_files.inspect_file(file)
+        found = inspect_file(file)
     if asked.as_json:
         say_json(_inspection_facts(found))
     else:

@@ -23,6 +23,9 @@ MAX_L1_ENTRIES: Final = (32 << 20) // 8
 
 EXTENSION_END: Final = 0
 EXTENSION_BACKING_FORMAT: Final = 0xE2792ACA
+EXTENSION_BITMAPS: Final = 0x23852875
+BITMAPS_CONSISTENT: Final = 1
+"""Autoclear feature: no program that does not know of bitmaps has written to the image since they were stored."""
 
 COPIED: Final = 1 << 63
 COMPRESSED: Final = 1 << 62

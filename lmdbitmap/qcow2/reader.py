@@ -252,8 +252,15 @@ class Qcow2Reader:
             raise self._refusal("header backing_file_offset", "a place in the first cluster", start)
         return self._text("backing file name", first_cluster[start : start + length])
 
+    def extension(self, wanted: int) -> bytes | None:
+        """Return what the header extension of that type holds; None if there is none."""
+        return self._extension(self._source.pread(min(self.cluster_size, self._file_size), 0), wanted)
+
     def _decode_backing_format(self, first_cluster: bytes) -> str | None:
-        """Return the backing format, if an extension names one; extensions of other types are ignored."""
+        held = self._extension(first_cluster, EXTENSION_BACKING_FORMAT)
+        return None if held is None else self._text("backing format", held)
+
+    def _extension(self, first_cluster: bytes, wanted: int) -> bytes | None:
         position = self.header.header_length
         stop = self.header.backing_file_offset or len(first_cluster)
         while position + EXTENSION_STRUCT.size <= stop:
@@ -263,8 +270,8 @@ class Qcow2Reader:
                 break
             if length > stop - position:
                 raise self._refusal(f"header extension {kind:#x}", f"at most {stop - position} bytes", length)
-            if kind == EXTENSION_BACKING_FORMAT:
-                return self._text("backing format", first_cluster[position : position + length])
+            if kind == wanted:
+                return first_cluster[position : position + length]
             position += ceil_div(length, 8) * 8
         return None
 

@@ -95,6 +95,7 @@ class Qcow2Writer:
         self.compression_type = compression_type
         self._cluster_bits = cluster_bits
         self._extensions, self._name = _encode_backing(backing_file, self.cluster_size)
+        self._autoclear_features = 0
         self._sink = sink
         self._file_end = self.cluster_size
         self._disk_position = 0
@@ -160,6 +161,16 @@ class Qcow2Writer:
         self._map(range(clusters.start, tables.start * per_table), ZERO, 0)
         self._zero_tables.extend(tables)
         self._map(range(tables.stop * per_table, clusters.stop), ZERO, 0)
+
+    def append(self, data: Buffer) -> int:
+        """Store bytes that are no data of the disk, in clusters of their own; return where they begin."""
+        return self._append(data)
+
+    def add_extension(self, kind: int, data: bytes, *, autoclear_features: int = 0) -> None:
+        """Have the header hold an extension, and those features."""
+        padded = data.ljust(ceil_div(len(data), 8) * 8, b"\0")
+        self._extensions = EXTENSION_STRUCT.pack(kind, len(data)) + padded + self._extensions
+        self._autoclear_features |= autoclear_features
 
     def finish(self) -> int:
         """Write what maps the data, then the header; return the file's size in bytes."""
@@ -293,6 +304,7 @@ class Qcow2Writer:
             refcount_table_offset=refcount_table_offset,
             refcount_table_clusters=refcount_table_clusters,
             incompatible_features=COMPRESSION_FEATURE if self.compression_type.number else 0,
+            autoclear_features=self._autoclear_features,
             compression_type=self.compression_type.number,
         )
         first_cluster = HEADER_STRUCT.pack(*header) + self._extensions + self._name

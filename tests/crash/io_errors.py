@@ -35,6 +35,7 @@ from lmdbitmap import export
 from lmdbitmap.errors import LmdbitmapError, NotFound, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
+from lmdbitmap.flat_file.inspection import inspect_file
 from lmdbitmap.restoring.restore import restore
 from lmdbitmap.storage import schema
 from lmdbitmap.store import Store
@@ -371,10 +372,10 @@ def check_export(disk: BackedUpDisk, told: Told) -> None:
     out = disk.folder / "out.dbm"
     assert told.code or out.exists()
     if out.exists():
-        assert export.inspect_file(out).problems == []
+        assert inspect_file(out).problems == []
     asked = disk.changes("start")
     export.export_changes(asked, out)
-    assert export.inspect_file(out).dirty_bytes >= 3 * BLOCK
+    assert inspect_file(out).dirty_bytes >= 3 * BLOCK
     assert blocks_of(asked) >= {50, 51, 52}
     assert not list(disk.folder.glob("*.partial"))
 

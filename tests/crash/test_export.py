@@ -13,6 +13,7 @@ from lmdbitmap import export
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.flat_file import bitmap_file
+from lmdbitmap.flat_file.inspection import inspect_file
 from lmdbitmap.format import NO_UUID
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import standalone
@@ -45,7 +46,7 @@ def test_killed_export_leaves_the_old_file_or_the_new_one(life: str, deaths: Dea
         is_new = (path.read_bytes() if path.exists() else None) != old
         fates[is_new] += 1
         if is_new:
-            assert (export.inspect_file(path).problems, blocks_in(path)) == ([], NEW), death
+            assert (inspect_file(path).problems, blocks_in(path)) == ([], NEW), death
         else:
             assert not death.told, death
         with opened(death) as store:
@@ -115,7 +116,7 @@ def test_killed_serve_leaves_a_file_that_is_true_or_not_clean(deaths: Deaths) ->
     fates = {"still true": 0, "not clean": 0, "true again": 0}
     for death in deaths("serving_beside_a_file"):
         path = death.folder / "x.dbm"
-        is_clean = export.inspect_file(path).header.clean
+        is_clean = inspect_file(path).header.clean
         is_ended = is_clean and 7 in blocks_in(path)
         if is_clean:
             assert blocks_in(path) == (OLD | {7} if is_ended else OLD), death
@@ -142,5 +143,5 @@ def is_served_again(death: Death, *, was_clean: bool) -> None:
         with Filter.attach(store, NAME, background=False) as attached:
             reason = bitmap_file.begin(attached, path)
             assert (reason is None, attached.disk.epoch_number) == (was_clean, 1 if was_clean else 2), death
-    assert (names_of_files(death.folder), export.inspect_file(path).problems) == (["x.dbm"], []), death
+    assert (names_of_files(death.folder), inspect_file(path).problems) == (["x.dbm"], []), death
     assert blocks_in(path) == (known | OLD if was_clean else set(range(BLOCKS))), death

@@ -19,6 +19,7 @@ from lmdbitmap import export
 from lmdbitmap.errors import StorageError, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
+from lmdbitmap.flat_file.inspection import inspect_file
 from lmdbitmap.geometry import REGION_BLOCKS
 from lmdbitmap.repository.manifest import BackupType
 from lmdbitmap.restoring.restore import restore
@@ -258,4 +259,4 @@ def test_export_and_restore_that_do_not_fit_leave_what_was_there(tmp_path: Path)
         free(folder)
         export.export_changes(disk.changes("start"), old)
         restore(tmp_path / "backups", NAME, out)
-        assert export.inspect_file(old).dirty_bytes >= 600 << 10
+        assert inspect_file(old).dirty_bytes >= 600 << 10

@@ -13,6 +13,7 @@ from lmdbitmap import format as flat
 from lmdbitmap.errors import FormatError, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.flat_file.flatfile import FlatFile
+from lmdbitmap.flat_file.inspection import inspect_file
 from lmdbitmap.format import Flags, FlatHeader, Metadata
 from lmdbitmap.geometry import REGION_BLOCKS
 from lmdbitmap.store import Store
@@ -189,7 +190,7 @@ def check_on_disk(file: bytes, dirty: int | None) -> None:
     """Through the file system, holes and all, the file says the same; and cleared it says nothing any more."""
     path = fill_scratch_file(file)
     try:
-        found = export.inspect_file(path)
+        found = inspect_file(path)
     except FormatError:
         assert dirty is None
         return
@@ -199,7 +200,7 @@ def check_on_disk(file: bytes, dirty: int | None) -> None:
     assert found.dirty_bytes == expected
     with FlatFile.open(path, writable=True) as opened:
         opened.clear_clean()
-    assert export.inspect_file(path).trust is Trust.UNTRUSTED
+    assert inspect_file(path).trust is Trust.UNTRUSTED
 
 
 def dirty_bytes(header: FlatHeader, dirty: int) -> int:
@@ -216,7 +217,7 @@ def check_pretender(file: bytes) -> None:
     if len(file) <= claimed <= MAX_PRETENDED:
         os.ftruncate(scratch_file()[0], claimed)
     try:
-        found = export.inspect_file(path)
+        found = inspect_file(path)
     except FormatError:
         return
     assert found.dirty_bytes <= found.header.disk_size

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import struct
 
-from lmdbitmap.errors import FormatError, InvalidArgument
+from lmdbitmap.errors import FormatError, InvalidArgument, Untrusted
 from lmdbitmap.qcow2 import Kind, MappedRun, Qcow2Reader, chain_extents, chain_read_into
+from lmdbitmap.qcow2.bitmaps import bits_of, geometry_of, stored_bitmaps
 from tests.fuzz.inputs import Input
 from tests.helpers.qcow2_model import MemoryFile, naive_chain_read, u64
 
@@ -31,6 +32,8 @@ def qcow2(data: bytes) -> None:
         for reader, image in zip(readers, images, strict=True):
             check_entries(reader, image)
         check_stacked(readers, images)
+    for reader, image in zip(readers, images, strict=True):
+        check_bitmaps(reader, image)
 
 
 def images_of(data: bytes) -> tuple[int, int, list[bytes]]:
@@ -69,6 +72,23 @@ def opened(image: bytes) -> Qcow2Reader:
     assert reader.backing_file is None or 0 < len(reader.backing_file.encode()) <= 1023
     assert "\0" not in (reader.backing_file or "") + (reader.backing_format or "")
     return reader
+
+
+def check_bitmaps(reader: Qcow2Reader, image: bytes) -> None:
+    """What is accepted of them lies on the disk, in order; bitmaps that are too large to look at are left out."""
+    file = MemoryFile(image)
+    try:
+        for bitmap in stored_bitmaps(reader, file):
+            geometry = geometry_of(reader, bitmap)
+            if geometry.block_count > 8 * SMALL_DISK:
+                continue
+            position = 0
+            for offset, dirty in bits_of(reader, file, bitmap):
+                assert position <= offset < offset + len(dirty) <= -(-geometry.block_count // 8)
+                position = offset + len(dirty)
+            assert 8 * position <= geometry.block_count or not dirty[-1] >> (geometry.block_count % 8 or 8)
+    except (FormatError, Untrusted):
+        return
 
 
 def check_runs(reader: Qcow2Reader, file_size: int, offset: int, length: int) -> bool:

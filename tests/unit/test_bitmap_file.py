@@ -16,6 +16,7 @@ from lmdbitmap.errors import AlreadyExists, FormatError, NotFound, StorageError,
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.flat_file import bitmap_file
+from lmdbitmap.flat_file.inspection import inspect_file
 from lmdbitmap.format import Flags
 from lmdbitmap.storage import owner
 from tests.helpers import naive_flat
@@ -58,12 +59,12 @@ def write(disk: Filter, *blocks: int) -> None:
 
 
 def in_file(path: Path) -> set[int]:
-    assert export.inspect_file(path).problems == []
+    assert inspect_file(path).problems == []
     return naive_flat.dirty_blocks(path.read_bytes())
 
 
 def is_clean(path: Path) -> bool:
-    return export.inspect_file(path).header.clean
+    return inspect_file(path).header.clean
 
 
 def changed(path: Path, **fields: int) -> None:
@@ -126,7 +127,7 @@ def test_bits_since_another_checkpoint_make_a_superset(tracked: TrackedDisk, pat
     assert served(tracked, path, 2) is None
     assert tracked.stored_dirt() == {1, 2}
     assert "another checkpoint" in (tracked.changes().standing.reason or "")
-    assert export.inspect_file(path).trust is Trust.SUPERSET
+    assert inspect_file(path).trust is Trust.SUPERSET
 
 
 def test_a_file_whose_name_is_no_utf_8_is_taken_in_like_any_other(
@@ -203,7 +204,7 @@ def test_a_file_that_a_newer_version_may_understand_is_not_clean_while_its_disk_
     disk = tracked.attach()
     assert bitmap_file.begin(disk, path) is not None
     assert not is_clean(path)
-    assert export.inspect_file(path).header.disk_uuid == tracked.disk().uuid
+    assert inspect_file(path).header.disk_uuid == tracked.disk().uuid
     disk.abandon()
     assert "not closed cleanly" in str(served(tracked, path))
 

@@ -24,6 +24,7 @@ from lmdbitmap.errors import (
 )
 from lmdbitmap.extents import Trust
 from lmdbitmap.flat_file.flatfile import FlatFile
+from lmdbitmap.flat_file.inspection import inspect_file
 from lmdbitmap.format import BitsTally, Flags, Zeroes
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.storage.schema import DEFERRED, Bitmap, region_key
@@ -166,7 +167,7 @@ def test_everything_dirty_is_exported_as_ones_up_to_the_end_of_the_disk(tmp_path
         header = export.export_changes(tracked.changes(), tmp_path / "x.dbm")
     assert header.dirty_count == BLOCKS
     assert Flags.SUPERSET in header.flags
-    assert export.inspect_file(tmp_path / "x.dbm").dirty_bytes == SIZE
+    assert inspect_file(tmp_path / "x.dbm").dirty_bytes == SIZE
 
 
 def test_what_cannot_be_trusted_is_not_written(tracked: TrackedDisk, tmp_path: Path) -> None:
@@ -196,7 +197,7 @@ def test_clean_stretches_take_no_space(tmp_path: Path) -> None:
 def test_a_disk_without_bytes_is_exported_and_imported(tmp_path: Path) -> None:
     with closing(TrackedDisk(tmp_path, 0)) as tracked:
         export.export_changes(tracked.changes(), tmp_path / "x.dbm")
-        assert export.inspect_file(tmp_path / "x.dbm").dirty_bytes == 0
+        assert inspect_file(tmp_path / "x.dbm").dirty_bytes == 0
         export.import_file(tracked.store, tmp_path / "x.dbm", "empty")
         assert blocks_called(tracked, "empty") == set()
 
@@ -434,7 +435,7 @@ def test_a_transaction_does_not_wait_for_the_file(
 def test_no_file_and_what_is_no_file_are_told_apart(tracked: TrackedDisk, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(NotFound):
-        export.inspect_file(tmp_path / "nothing.dbm")
+        inspect_file(tmp_path / "nothing.dbm")
     for path in (tmp_path, tmp_path / "fifo"):
         with pytest.raises(FormatError, match="a regular file"):
             export.import_file(tracked.store, path, "x")
@@ -451,7 +452,7 @@ def test_a_file_of_holes_is_read_in_no_time(tracked: TrackedDisk, tmp_path: Path
     os.truncate(path, 4096 + bits_size)
     export.import_file(tracked.store, path, "holes")
     assert blocks_called(tracked, "holes") == {0}
-    assert export.inspect_file(path).dirty_bytes == 512
+    assert inspect_file(path).dirty_bytes == 512
 
 
 @pytest.mark.parametrize("most", [1000, 4095])
@@ -465,7 +466,7 @@ def test_a_file_that_the_system_gives_in_short_pieces_has_the_same_bits(
     monkeypatch.setattr(os, "pread", lambda fd, length, offset: pread(fd, min(length, most), offset))
     export.import_file(tracked.store, path, "short")
     assert blocks_called(tracked, "short") == blocks
-    assert export.inspect_file(path).problems == []
+    assert inspect_file(path).problems == []
 
 
 def test_a_file_system_that_reports_no_holes_gives_the_same_bits(
@@ -480,7 +481,7 @@ def test_a_file_system_that_reports_no_holes_gives_the_same_bits(
     monkeypatch.setattr(os, "lseek", no_holes)
     export.import_file(tracked.store, path, "dense")
     assert blocks_called(tracked, "dense") == blocks
-    assert export.inspect_file(path).problems == []
+    assert inspect_file(path).problems == []
 
 
 def checksum_with_zeroes(data: bytes, count: int) -> int:
@@ -631,24 +632,24 @@ def test_marking_regions_of_another_disk_is_refused(tracked: TrackedDisk) -> Non
 def test_a_sound_file_is_described(tracked: TrackedDisk, tmp_path: Path) -> None:
     write(tracked, 0, LAST)
     header = export.export_changes(tracked.changes(), tmp_path / "x.dbm")
-    found = export.inspect_file(tmp_path / "x.dbm")
+    found = inspect_file(tmp_path / "x.dbm")
     assert (found.header, found.trust, found.problems) == (header, Trust.EXACT, [])
     assert found.metadata == {"disk": NAME, "checkpoint": "monday"}
     assert found.dirty_bytes == 2 * 4096 - 100
 
 
 def test_an_unclean_file_is_described_and_worth_nothing(tmp_path: Path) -> None:
-    found = export.inspect_file(a_file(tmp_path / "x.dbm", {0}, flags=0))
+    found = inspect_file(a_file(tmp_path / "x.dbm", {0}, flags=0))
     assert (found.trust, found.dirty_bytes) == (Trust.UNTRUSTED, SIZE)
     assert found.problems[0] == "its CLEAN flag is not set, so everything counts as dirty"
 
 
 def test_a_file_with_wrong_bits_is_described_with_what_is_wrong(tmp_path: Path) -> None:
-    found = export.inspect_file(damaged(a_file(tmp_path / "x.dbm", {0}), 4096))
+    found = inspect_file(damaged(a_file(tmp_path / "x.dbm", {0}), 4096))
     assert (found.trust, found.dirty_bytes, found.header.disk_size) == (Trust.UNTRUSTED, SIZE, SIZE)
     assert "checksum" in found.problems[0]
 
 
 def test_a_file_whose_header_is_wrong_cannot_be_described(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="header_checksum"):
-        export.inspect_file(damaged(a_file(tmp_path / "x.dbm", {0}), 40))
+        inspect_file(damaged(a_file(tmp_path / "x.dbm", {0}), 40))
