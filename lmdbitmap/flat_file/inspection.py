@@ -9,6 +9,7 @@ from typing import NamedTuple
 from lmdbitmap import bits
 from lmdbitmap.errors import FormatError, Untrusted
 from lmdbitmap.extents import Trust
+from lmdbitmap.flat_file import in_qcow2
 from lmdbitmap.flat_file.flatfile import FlatFile
 from lmdbitmap.format import FlatHeader, Metadata, Zeroes
 
@@ -26,6 +27,13 @@ class Inspection(NamedTuple):
 
 def inspect_file(path: str | os.PathLike[str]) -> Inspection:
     """Read the whole file and return what it is worth. Raises `FormatError` if not even its header is sound."""
+    if in_qcow2.is_image(path):
+        raise FormatError(
+            os.fspath(path),
+            expected="a flat file",
+            found="a qcow2 image",
+            next_step="see its bitmaps with `qemu-img info`, and take one in with `lmdbitmap import --bitmap`",
+        )
     with FlatFile.open(path) as file:
         header, problems = file.header, []
         try:

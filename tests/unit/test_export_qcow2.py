@@ -11,6 +11,7 @@ import pytest
 from lmdbitmap import export
 from lmdbitmap.errors import AlreadyExists, FormatError, InvalidArgument, LmdbitmapError, NotFound, Untrusted
 from lmdbitmap.export import FileForm
+from lmdbitmap.flat_file.inspection import inspect_file
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.qcow2 import Qcow2Writer
 from lmdbitmap.store import Store
@@ -141,6 +142,13 @@ def test_a_bitmap_in_use_is_imported_only_as_all_dirty(store: Store, tmp_path: P
     with pytest.raises(Untrusted, match="was not stored when its program ended"):
         export.import_file(store, image, "back")
     assert export.import_file(store, image, "back", all_dirty=True).all_dirty is not None
+
+
+def test_who_inspects_an_image_is_told_what_to_do_with_it(store: Store, tmp_path: Path) -> None:
+    image = tmp_path / "x.qcow2"
+    export.export_changes(changes(store), image, form=FileForm.QCOW2)
+    with pytest.raises(FormatError, match=r"found a qcow2 image; see its bitmaps with `qemu-img info`"):
+        inspect_file(image)
 
 
 def test_a_flat_file_holds_one_bitmap(store: Store, tmp_path: Path) -> None:
