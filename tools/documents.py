@@ -37,7 +37,7 @@ SESSION = [
     "qemu-io -f raw -c 'write -q 1G 12M' -c 'write -q -z 1536M 256M' 'nbd+unix:///sda?socket=sda.sock'",
     CRASH + "                                      # the tracker dies without a word",
     "lmdbitmap changes sda",
-    "lmdbitmap backup sda backups",
+    "lmdbitmap backup sda backups                    # compares what may have changed, and stores what did",
     "lmdbitmap restore backups sda new.raw",
     "cmp sda.raw new.raw && echo identical",
 ]
