@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -482,3 +483,11 @@ def test_what_an_entry_says_of_its_digests_counts_in_any_version() -> None:
     text["backups"][0]["chunks"]["algorithm"] = "sha256"
     [read] = decode(json.dumps(text).encode()).backups
     assert read.chunks == CHUNKS
+
+
+def test_the_document_tells_of_every_key() -> None:
+    document = (Path(__file__).resolve().parents[2] / "docs" / "backup.md").read_text()
+    tables = document.split("## manifest.json")[1].split("\n## ")[0]
+    keys = [each.name for kind in (Manifest, BackupEntry, ChunkDigests) for each in dataclasses.fields(kind)]
+    assert len(keys) > 20
+    assert [key for key in keys if f"`{key}`" not in tables] == []
