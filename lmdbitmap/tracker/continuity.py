@@ -6,8 +6,8 @@ what changed, compares the image with what its last owner saw:
 - after a clean detach: the identity recorded then must be the identity now, mtime included;
 - after a crash: the image may have been written until the owner's last moment, and not later. The owner's
   last sign of life is at most `_BEAT_GRACE_NS` older than that moment. So the image's mtime is the one that
-  the sign of life names, or lies between the sign of life and the end of that grace;
-  If the clock was set back since, times come twice: then the mtime must be the very one;
+  the sign of life names, or lies between the sign of life and the end of that grace. If the clock was set back since,
+  times come twice: then the mtime must be the very one;
 - after a crash of the whole machine the image's and the owner file's last seconds may be missing from the
   disk, each for itself: `_POWER_CUT_GRACE_NS` covers it, and nothing may be newer than this boot;
 - while an owner holds the disk, its signs of life vouch for the image in the same way. Its lock alone vouches
@@ -24,13 +24,13 @@ A block device has no mtime. It has the counters that kernel.py describes, which
   boot's end. As nothing in the image would show that the store is an older copy, the store must be the very file that
   the last sign of life names.
 
-A sign of life also names the store's newest transaction. A store with an older one was put back from a copy, and lacks
-what was recorded since, so that it can say nothing after a crash. (After a clean detach the image itself shows whether
-anything happened since the copy.)
+A sign of life also names the store's file and its newest transaction. A store with an older transaction was put back
+from a copy, and lacks what was recorded since, so that it can say nothing after a crash. (After a clean detach the
+image itself shows whether anything happened since the copy.)
 
-It shows that only until it has gone on for as many transactions. So after a death, unless the image was not written
-since the session began, the store must be the very file that the last sign of life names. So it must after a detach
-from a far image, which shows nothing.
+A copy passes for complete once it has gone on for as many transactions as it lacks. So after a death, unless the image
+was not written since the session began, the store must be the very file that the last sign of life names. So it must
+after a detach from a far image, which shows nothing.
 
 ctime is ignored, even beside an unchanged mtime: a chown (libvirt does two for each run of a guest), a rename or a new
 label change it just as setting the mtime back does. A program that sets the mtime back to the nanosecond goes
