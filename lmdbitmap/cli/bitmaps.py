@@ -16,7 +16,7 @@ from lmdbitmap.errors import InvalidArgument, Untrusted
 from lmdbitmap.export import FileForm
 from lmdbitmap.extents import Trust
 from lmdbitmap.flat_file.inspection import Inspection, inspect_file
-from lmdbitmap.format import Flags, FlatHeader
+from lmdbitmap.format import NO_UUID, Flags, FlatHeader
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import standalone
@@ -199,9 +199,13 @@ def _portrait(found: Inspection) -> Iterator[tuple[str, str]]:
     yield "dirty", f"{format_size(found.dirty_bytes)} in {block_count} blocks"
     yield "trust", standing_words(Standing(found.trust, "; ".join(found.problems) or None))
     yield "flags", " ".join(flag.name or "" for flag in Flags if flag in header.flags) or "none"
-    yield "since", f"{format_time(header.since_time_ns)}, checkpoint {header.since_uuid}"
-    yield "until", "still recording" if header.until_uuid is None else f"checkpoint {header.until_uuid}"
+    if header.since_uuid != NO_UUID:  # as a combined bitmap
+        until = "still recording" if header.until_uuid is None else f"checkpoint {header.until_uuid}"
+        yield "since", f"{format_time(header.since_time_ns)}, checkpoint {header.since_uuid}"
+        yield "until", until
     yield "bitmap", str(header.bitmap_uuid)
-    yield "disk", str(header.disk_uuid)
-    yield "epoch", str(header.epoch_uuid)
+    if header.disk_uuid != NO_UUID:
+        yield "disk", str(header.disk_uuid)
+    if header.epoch_uuid != NO_UUID:
+        yield "epoch", str(header.epoch_uuid)
     yield "names", ", ".join(f"{key} {value}" for key, value in found.metadata.items())

@@ -143,6 +143,15 @@ def test_inspect_is_a_portrait_for_people(cli: Cli, flat: Path) -> None:
     assert lines[-1] == "names       checkpoint monday, disk sda"
 
 
+def test_a_portrait_names_no_checkpoint_for_bits_that_count_from_none(cli: Cli, flat: Path) -> None:
+    cli.ok("import", flat, "one")
+    cli.ok("combine", "one", "or", "one", "--into", "two")
+    cli.ok("export", "two", flat)
+    lines = cli.ok("inspect", flat).splitlines()
+    assert [line.split()[0] for line in lines[4:]] == ["flags", "bitmap", "disk", "names"]
+    assert not any("00000000-0000" in line or "1970" in line or "recording" in line for line in lines)
+
+
 def test_inspect_needs_no_store(cli: Cli, flat: Path) -> None:
     assert cli.json("inspect", flat, "--store", cli.folder / "none")["dirty_count"] == 2
 
