@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
-from lmdbitmap.errors import FormatError, InvalidArgument
+from lmdbitmap.errors import FormatError
 from lmdbitmap.geometry import MAX_SIZE, ceil_div, check_range
 from lmdbitmap.qcow2.compression import decompressed
 from lmdbitmap.qcow2.first_table import FirstTable
@@ -148,16 +148,6 @@ class Qcow2Reader:
         """Yield what this file says of the range, without a gap, in runs as long as possible."""
         check_range(offset, length, self.size)
         return joined(self._runs(offset, offset + length)) if length else iter(())
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` from this file alone. Raise `InvalidArgument` if part of it is in the backing file."""
-        for run in self.extents(offset, len(buffer)):
-            if run.kind is Kind.UNALLOCATED and self.backing_file is not None:
-                raise InvalidArgument(
-                    f"{self.name}: bytes {run.offset}..{run.end} are in its backing file",
-                    next_step="read through the whole chain",
-                )
-            self.fill(buffer[run.offset - offset : run.end - offset], run)
 
     def fill(self, buffer: memoryview, run: MappedRun) -> None:
         """Fill `buffer` with the bytes that `run` begins with: from this file if they are there, else zeroes."""

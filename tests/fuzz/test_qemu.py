@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 from lmdbitmap.errors import FormatError
-from lmdbitmap.qcow2 import Qcow2Reader
+from lmdbitmap.qcow2 import Qcow2Reader, chain_read_into
 from tests.fuzz.images import SMALL_DISK, images_of
 from tests.fuzz.inputs import changed, chosen_seed
 from tests.fuzz.targets import corpus_of
@@ -27,7 +27,7 @@ def contents_of(image: bytes) -> bytes | None:
         if reader.backing_file is not None or reader.size > SMALL_DISK or reader.size % 512:
             return None
         buffer = bytearray(reader.size)
-        reader.read_into(memoryview(buffer), 0)
+        chain_read_into([reader], memoryview(buffer), 0)
     except FormatError:
         return None
     return bytes(buffer)

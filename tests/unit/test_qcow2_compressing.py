@@ -11,7 +11,15 @@ import pytest
 
 from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.interfaces import Buffer
-from lmdbitmap.qcow2 import CompressingWriter, CompressionType, Kind, MappedRun, Qcow2Reader, Qcow2Writer
+from lmdbitmap.qcow2 import (
+    CompressingWriter,
+    CompressionType,
+    Kind,
+    MappedRun,
+    Qcow2Reader,
+    Qcow2Writer,
+    chain_read_into,
+)
 from lmdbitmap.qcow2.compressing import PIECE_BYTES, PIECES_PER_WORKER
 from lmdbitmap.qcow2.compression import chosen, compressor
 from lmdbitmap.work.crew import Spared, none_spared
@@ -68,7 +76,7 @@ def runs(file: MemoryFile) -> list[MappedRun]:
 def contents(file: MemoryFile) -> bytes:
     reader = Qcow2Reader(file)
     buffer = bytearray(reader.size)
-    reader.read_into(memoryview(buffer), 0)
+    chain_read_into([reader], memoryview(buffer), 0)
     return bytes(buffer)
 
 
