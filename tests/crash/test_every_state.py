@@ -125,8 +125,11 @@ def test_next_backup_of_any_kind_is_right(name: str, capsys: pytest.CaptureFixtu
             assert (code, state.why_no_increment in said) == (1, True)
             return
         shell.ok("backup", NAME, "REPO")
-        [word] = [word for word, kind in NEXT.items() if documented()[name][2].startswith(word)]
-        assert tracked.manifest().backups[-1].type_actual is NEXT[word], name
+        told, made = documented()[name][2], tracked.manifest().backups[-1]
+        [word] = [word for word, kind in NEXT.items() if told.startswith(word)]
+        assert made.type_actual is NEXT[word], name
+        if made.type_actual is INCREMENTAL:
+            assert (made.bytes_changed == SIZE) is ("copies" in told), name
         shell.ok("restore", "REPO", NAME, "RAW")
         assert (tracked.folder / "out.raw").read_bytes() == tracked.content()
         if state.exit_code == 1:
