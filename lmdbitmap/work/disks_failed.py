@@ -1,4 +1,4 @@
-"""The error at the end of a run over a repository in which some disks failed and the others were done."""
+"""The error at the end of a run over several disks in which some failed and the others were done."""
 
 from __future__ import annotations
 
