@@ -17,7 +17,7 @@ from tests.helpers.tracked import quick_folder
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-WITH_LIBRARY_BLOCKS = ["README.md", "docs/backup.md", "docs/python.md"]
+WITH_LIBRARY_BLOCKS = ["README.md", "docs/python.md"]
 GUIDE = ROOT / "docs" / "python.md"
 
 
