@@ -151,8 +151,9 @@ def mark(asked: Session, name: str, offset: int, length: int) -> None:
 def adopt(asked: Session, name: str) -> None:
     """Vouch that an image still holds the data that was tracked.
 
-    Use it for an image that was copied, restored or touched and holds the same data as before. If it does not, the next
-    incremental backup will be wrong.
+    Use it for an image that was copied, restored or touched and holds the same data as before, and where the store was
+    moved. If the image does not, or the store is an older copy that was put back, the next incremental backup will be
+    wrong.
 
     Run it before anything attaches the disk: an image that is not recognised then begins a new epoch, whose first
     backup reads the whole disk. For a disk that is served already, it is either unnecessary or too late.
