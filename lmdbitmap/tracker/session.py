@@ -226,9 +226,10 @@ def _judge(store: Store, owned: OwnedDisk) -> Verdict:
 def adopt(store: Store, name: str, *, open_device: OpenDevice = open_image) -> Disk:
     """Take the image's identity as it is: a person vouches that nobody changed it around the tracker.
 
-    Nor with it, in a store of which this one is an older copy. Another size counts as a resize. Once an attach, a backup
-    or a sync has begun a new epoch, it comes too late and does not say so. Durable on return. Raises `NotFound` without
-    such a disk or image, `Busy` while the disk is owned, and `Untrusted` if bits were lost: nobody can vouch for those.
+    Nor with it, in a store of which this one is an older copy. Another size counts as a resize. Once an attach, a
+    backup or a sync has begun a new epoch, it comes too late and does not say so. Durable on return. Raises `NotFound`
+    without such a disk or image, `Busy` while the disk is owned, and `Untrusted` if bits were lost: nobody can vouch
+    for those.
     """
     with owning(store, name, open_device) as owned:
         _require_bits(store, owned)
