@@ -46,7 +46,10 @@ class Voucher:
         """Why the open period is worth nothing; None while the owner vouches for it."""
 
     def beat(self) -> None:
-        """Leave a sign of life, the first one durably. Do nothing if silence must say that track is lost."""
+        """Leave a sign of life, the first one durably. Do nothing if silence must say that track is lost.
+
+        Track is lost too if another process turns out to have owned the disk, which is noted before that (owner.py).
+        """
         with self._changing:  # no beat is under way while silence begins
             if self._beating:
                 now_ns, awake_ns = time.time_ns(), owner.awake_ns()
