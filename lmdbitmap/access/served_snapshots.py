@@ -99,7 +99,7 @@ def open_served_snapshot(
         checkpoint = chain.find_checkpoint(reader, disk, held.checkpoint)
     if checkpoint.uuid != held.uuid:
         raise _not_held(held.disk, held.checkpoint)
-    with _server_of(store, disk) as client:
+    with _server_of(store, disk, next_step=_ENDED) as client:
         there = HeldThere(disk, checkpoint, held.export, held.direct)
         [device] = open_held(client, [there], owner_limit_s)
         with contextlib.closing(device):
@@ -117,7 +117,7 @@ def release_served_snapshot(store: Store, name: str, checkpoint: str, *, uuid: U
     which: dict[str, Any] = {"disk": name, "checkpoint": checkpoint} | (
         {} if uuid is None else {"uuid": str(uuid)}
     )
-    with _server_of(store, disk) as client:
+    with _server_of(store, disk, next_step=_ENDED) as client:
         told = client.call("release", **which)
     if told["broken"] is not None:
         raise broken_error(disk, str(told["broken"]))
@@ -131,11 +131,12 @@ def _not_held(name: str, checkpoint: str) -> NotFound:
     )
 
 
-def _server_of(store: Store, disk: Disk) -> control_client.Client:
+_NOT_NEEDED = "serve it first; a backup of a disk that is not served needs no snapshot"
+_ENDED = "a snapshot ends with its server: discard what was read of it, and take another once the disk is served"
+
+
+def _server_of(store: Store, disk: Disk, next_step: str = _NOT_NEEDED) -> control_client.Client:
     """Connect to the process that serves a disk. Raise `NotFound` if none has it, `Busy` if one only owns it."""
     if not owners.is_attached(store, disk):
-        raise NotFound(
-            f"disk {disk.name!r} is not served",
-            next_step="serve it first; a backup of a disk that is not served needs no snapshot",
-        )
+        raise NotFound(f"disk {disk.name!r} is not served", next_step=next_step)
     return owners.owner_of(store, disk)
