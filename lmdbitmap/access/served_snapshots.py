@@ -132,7 +132,9 @@ def _not_held(name: str, checkpoint: str) -> NotFound:
 
 
 _NOT_NEEDED = "serve it first; a backup of a disk that is not served needs no snapshot"
-_ENDED = "a snapshot ends with its server: discard what was read of it, and take another once the disk is served"
+_ENDED = (
+    "a snapshot ends with its server: discard what was read of it, and take another once the disk is served"
+)
 
 
 def _server_of(store: Store, disk: Disk, next_step: str = _NOT_NEEDED) -> control_client.Client:
