@@ -7,11 +7,12 @@ Invariants, at every moment, also after a power cut:
 
 1. `at` names a checkpoint. Outside the blocks that changed since, the target holds what the disk holds. Without `at`
    nothing is known of the target.
-2. Unless a sync is `under_way`, nobody writes the target, and it has the identity in the note. A sync under way writes
-   only inside these blocks, so 1 holds. That changes the target's identity: what is still compared is which file or
-   device it is, that a file's mtime did not go back, and that the file bears the `mark` that this sync put on it. Each
-   sync puts a new one: with a store that was put back to an earlier day, later syncs to the file are noticed. One
-   that counts from `at` and fails, and lives, gives it the identity that it left.
+2. Unless a sync is `under_way`, nobody writes the target, and it has the identity in the note. (Before we write it
+   ourselves, as in a restore onto it, the note forgets `at`: copies.py.) A sync under way writes only inside these
+   blocks, so 1 holds. That changes the target's identity: what is still compared is which file or device it is, that a
+   file's mtime did not go back, and that the file bears the `mark` that this sync put on it. Each sync puts a new one:
+   with a store that was put back to an earlier day, later syncs to the file are noticed. One that counts from `at` and
+   fails, and lives, gives it the identity that it left.
 3. `unneeded` names checkpoints that syncs to this target took, and from which none counts, nor will if the run that
    took them was killed. Only those are ever forgotten, and only if their names are of our making.
 

@@ -7,7 +7,7 @@ Callers are few, short-lived, and run as our own user or root; still, none is tr
 is dropped. A stuck caller costs its own thread, and there are at most `MAX_CALLERS` of those. A backup stays for as
 long as it reads, and takes none of these places while it holds snapshots: however many backups there are, other callers
 are heard. Once all its snapshots are released, it counts like any caller, but has more time for its next request. A
-request that cannot be understood costs the connection. orders.py has the operations.
+line that is no JSON object costs the connection. orders.py has the operations, and refuses what they do not take.
 
 The creator of a `ControlServer` holds the owner's lock of every disk in it, as a `Filter` does. So a socket that exists
 already is a dead owner's, and is replaced. Stop the server before the disks are detached.
