@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Cli
-from tests.helpers.support import run
+from tests.helpers.support import read_by_nobody, run
 
 COMMAND = [sys.executable, "-m", "lmdbitmap"]
 BUFFERED = {**os.environ, "PYTHONUNBUFFERED": ""}
@@ -100,14 +100,11 @@ def test_a_full_disk_under_the_answer_is_a_failure() -> None:
 
 
 def test_a_reader_that_went_away_is_no_error_to_talk_about() -> None:
-    with subprocess.Popen(
-        [*COMMAND, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=BUFFERED
-    ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        process.stdout.close()
-        assert process.stderr.read() == b""
-        assert process.wait(20) == 141
+    with read_by_nobody() as stdout:
+        done = subprocess.run(
+            [*COMMAND, "--help"], stdout=stdout, stderr=subprocess.PIPE, env=BUFFERED, timeout=20
+        )
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 ENDINGS = [
@@ -135,15 +132,12 @@ main.main()
 
 @pytest.mark.parametrize(("ending", "code"), ENDINGS)
 def test_an_answer_that_nobody_takes_hides_no_failure(ending: str, code: int) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", ANSWERS.format(ending)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=BUFFERED,
-    ) as process:  # fmt: skip
-        assert process.stdout is not None
-        assert process.stderr is not None
-        process.stdout.close()
-        assert process.stderr.read().count(b"\n") == (code != 0)
-        assert process.wait(20) == (code or 141)
+    with read_by_nobody() as stdout:
+        done = subprocess.run(
+            [sys.executable, "-c", ANSWERS.format(ending)],
+            stdout=stdout, stderr=subprocess.PIPE, env=BUFFERED, timeout=20,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr.count(b"\n")) == (code or 141, code != 0)
 
 
 @pytest.mark.parametrize(("ending", "code"), ENDINGS)

@@ -19,6 +19,7 @@ from tests.helpers.support import (
     PATIENCE_SECONDS,
     handled,
     make_raw_image,
+    read_by_nobody,
     requires,
     run,
     signal_another_thread,
@@ -242,12 +243,9 @@ def test_whoever_reads_its_answer_may_leave(cli: Cli) -> None:
     """Nobody will ever know the URI, so it ends, cleanly."""
     cli.add("sda")
     command = cli.command("serve", "sda", "--socket", cli.folder / "s")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        process.stdout.close()
-        assert process.stderr.read() == b""
-        assert process.wait(PATIENCE_SECONDS) == 141
+    with read_by_nobody() as stdout:
+        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, timeout=PATIENCE_SECONDS)
+    assert (done.returncode, done.stderr) == (141, b"")
     assert cli.ok("check") == f"{cli.store}: sound\n"
     assert not (cli.folder / "s").exists()
 

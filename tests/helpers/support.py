@@ -109,6 +109,17 @@ def run(
     return done
 
 
+@contextlib.contextmanager
+def read_by_nobody() -> Iterator[int]:
+    """The stdout for a program whose reader is gone before it starts: one gone afterwards may have had its answer."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        yield writer
+    finally:
+        os.close(writer)
+
+
 def _told(words: list[str], outcome: str, stdout: str, stderr: str) -> str:
     return f"{' '.join(words)}: {outcome}\n--- stdout\n{stdout}\n--- stderr\n{stderr}"
 
