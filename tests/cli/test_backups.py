@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pty
@@ -15,7 +14,7 @@ import pytest
 from lmdbitmap import Filter, Store, back_up
 from tests.cli.conftest import MIB, SIZE, Cli
 from tests.cli.test_serve import write
-from tests.helpers.support import requires, run
+from tests.helpers.support import all_that_appears, requires, run
 
 pytestmark = pytest.mark.in_memory
 
@@ -409,7 +408,9 @@ def test_killed_while_served_the_next_backup_is_still_incremental_and_right(
 
 def test_on_a_terminal_there_is_a_bar(cli: Cli, repository: Path) -> None:
     terminal, stderr = pty.openpty()
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(
+        1
+    ) as pool:  # Which reads meanwhile: a slow backup draws more than a terminal keeps.
         screen = pool.submit(all_that_appears, terminal)
         try:
             done = subprocess.run(
@@ -426,15 +427,6 @@ def test_on_a_terminal_there_is_a_bar(cli: Cli, repository: Path) -> None:
     assert done.returncode == 0
     assert "backing up sda" in seen
     assert "8.0/8.0 MiB" in seen
-
-
-def all_that_appears(terminal: int) -> bytes:
-    """Until nobody has its other side; a slow backup draws more than a terminal keeps."""
-    seen = b""
-    with contextlib.suppress(OSError):
-        while drawn := os.read(terminal, 65536):
-            seen += drawn
-    return seen
 
 
 # --- where it goes ---

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Cli
-from tests.helpers.support import read_by_nobody, run
+from tests.helpers.support import all_that_appears, read_by_nobody, run
 
 COMMAND = [sys.executable, "-m", "lmdbitmap"]
 BUFFERED = {**os.environ, "PYTHONUNBUFFERED": ""}
@@ -69,12 +69,18 @@ def _on_terminal(code: str) -> tuple[str, str]:
     """Run Python code with a terminal for stderr; answers its stdout and what the terminal received."""
     terminal, stderr = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
-    with open(terminal, "rb") as screen:
-        done = subprocess.run(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=stderr, env=environment, timeout=20
-        )
-        seen = os.read(screen.fileno(), 65536)
-        os.close(stderr)
+    with open(terminal, "rb"):
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", code],
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env=environment,
+                timeout=20,
+            )
+        finally:
+            os.close(stderr)
+        seen = all_that_appears(terminal)
     return done.stdout.decode(), seen.decode()
 
 

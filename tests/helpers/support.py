@@ -120,6 +120,15 @@ def read_by_nobody() -> Iterator[int]:
         os.close(writer)
 
 
+def all_that_appears(terminal: int) -> bytes:
+    """Until nobody has its other side. What was written there comes to this one in parts, and later than it left."""
+    seen = b""
+    with contextlib.suppress(OSError):
+        while drawn := os.read(terminal, 65536):
+            seen += drawn
+    return seen
+
+
 def _told(words: list[str], outcome: str, stdout: str, stderr: str) -> str:
     return f"{' '.join(words)}: {outcome}\n--- stdout\n{stdout}\n--- stderr\n{stderr}"
 
