@@ -48,7 +48,7 @@ store_path, repository_path, percent = sys.argv[1:]
 stopped = []
 
 def stop():
-    print("stopped", flush=True)
+    print("stops", flush=True)
     os.kill(os.getpid(), signal.SIGSTOP)
 
 @contextlib.contextmanager
@@ -112,7 +112,8 @@ def write(served: Served, number: int) -> None:
 def backup_stopped_at(cli: Cli, percent: int) -> Iterator[Child]:
     paths = cli.store, cli.folder / "backups"
     with spawn(sys.executable, "-c", _BACKUP_THAT_STOPS, *paths, str(percent)) as child:
-        child.wait_for_line("^stopped$")
+        child.wait_for_line("^stops$")
+        os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)  # SIGCONT would be lost on one that runs yet
         try:
             yield child
         finally:
