@@ -264,7 +264,7 @@ def test_map_grows_while_others_read(path: str, small_map: None) -> None:
             thread.start()
         for start in range(0, 600, 30):
             opened.update(functools.partial(fill, bitmap_id=1, start=start, stop=start + 30))
-            if not looks.acquire(timeout=PATIENCE_SECONDS):  # else a fast store has grown before anybody looks
+            if not looks.acquire(timeout=PATIENCE_SECONDS):  # a fast store grows before anybody looks
                 break
         done.set()
         for thread in threads:
