@@ -80,9 +80,9 @@ class UnluckyDisk(RandomDisk):
     @rule(offset=places)
     def be_written_by_a_stranger(self, offset: int) -> None:
         if self.size:
-            # An hour ago: another mtime than any before, and older than the next owner's.
-            self.disk.write_behind_our_back(b"!", min(offset, self.size - 1), shift_ns=-LATER_NS)
             self.epoch += 1
+            # Longer ago each time: another mtime than any before it, in one tick too, and older than the next owner's.
+            self.disk.write_behind_our_back(b"!", min(offset, self.size - 1), shift_ns=-self.epoch * LATER_NS)
 
     @rule(offset=places)
     def lose_its_owner(self, offset: int) -> None:
