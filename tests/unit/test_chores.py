@@ -114,7 +114,7 @@ def test_where_all_get_on_too_slowly_there_are_more_of_them(
 
 def test_whoever_is_not_needed_any_more_leaves(chores: Chores) -> None:
     hanging, others = some_hang(chores)
-    assert workers() > 60
+    assert workers() >= 60  # each hanging one keeps one, and at that moment there may be no other
     for one in hanging:
         one.goes_on.set()
     while workers() > 5:
@@ -127,8 +127,9 @@ def workers() -> int:
 
 
 def test_what_is_ended_is_not_under_way_and_is_never_done_again(chores: Chores) -> None:
-    ended, other = begun(chores, [Counted(), Counted()])
+    ended, other = Counted(), Counted()
     ended.goes_on.clear()
+    begun(chores, [ended, other])
     ended.await_times(1)
     ending = threading.Thread(target=chores.end, args=(ended.chore,))
     ending.start()
@@ -279,8 +280,9 @@ def test_whoever_is_interrupted_while_it_ends_a_chore_waits_nevertheless(
     chores: Chores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the chore is about must not be closed under it."""
-    [one] = begun(chores, [Counted()])
+    one = Counted()
     one.goes_on.clear()
+    begun(chores, [one])
     one.await_times(1)
     wait, interruptions = chores._done.wait, iter([KeyboardInterrupt, KeyboardInterrupt])
 
