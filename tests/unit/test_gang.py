@@ -12,7 +12,7 @@ import pytest
 
 from lmdbitmap.errors import LmdbitmapError
 from lmdbitmap.work.crew import Spared, none_spared
-from lmdbitmap.work.gang import Gang
+from lmdbitmap.work.gang import MOST_WORKERS, Gang
 from tests.helpers.spared import EACH, MORE_THAN_THERE_ARE
 from tests.helpers.support import run
 
@@ -196,7 +196,7 @@ def test_a_failure_of_a_helper_ends_a_plan_that_goes_on() -> None:
         for number in range(1000):
             planned.append(number)
             yield str(number)
-            if number > 5:
+            if number > 2 * MOST_WORKERS:  # more than is planned before the first helper begins
                 assert failed.wait(PATIENCE_S)
 
     def work(number: int, piece: str) -> None:
@@ -209,20 +209,37 @@ def test_a_failure_of_a_helper_ends_a_plan_that_goes_on() -> None:
 
 
 def test_a_guest_that_wakes_up_gets_its_processor_though_nothing_new_is_planned() -> None:
-    asleep = threading.Event()
-    asleep.set()
-    by: list[threading.Thread] = []
+    """A helper may be late with the piece that it has, but takes no other one."""
+    awake, all_rest, barrier = threading.Event(), threading.Event(), threading.Barrier(2)
+    resting: set[threading.Thread] = set()
+    by: list[tuple[int, threading.Thread]] = []
+
+    class Watched(Gang[str]):
+        def _wait(self) -> None:
+            if not self._wanted:
+                resting.add(threading.current_thread())
+            if resting.issuperset(self._threads):
+                all_rest.set()
+            super()._wait()
 
     def spared() -> int:
-        return 0 if asleep.is_set() else MORE_THAN_THERE_ARE
+        return MORE_THAN_THERE_ARE if awake.is_set() else 0
 
     def work(number: int, piece: str) -> None:
+        if number < 2:
+            _meet(barrier)  # so a helper is at work
         if number == 10:
-            asleep.clear()
-        by.append(threading.current_thread())
+            awake.set()
+        assert number < 10 or awake.wait(PATIENCE_S)
+        by.append((number, threading.current_thread()))
 
-    gang(work, spared).do(map(str, range(1000)))
-    assert set(by[50:]) == {threading.main_thread()}
+    def plan() -> Iterator[str]:
+        yield from map(str, range(40))
+        assert all_rest.wait(PATIENCE_S)
+        yield from map(str, range(40, 1000))
+
+    Watched(lambda: work, spared=spared).do(plan())
+    assert {thread for number, thread in by if number >= 40} == {threading.main_thread()}
 
 
 def test_few_pieces_are_shared_too() -> None:
@@ -385,11 +402,13 @@ def work(number, piece):
 for _ in range(150):
     made = gang.Gang(lambda: work)
     try:
-        signal.setitimer(signal.ITIMER_REAL, random.uniform(0.001, 0.02))
-        made.do(map(str, range(3000)))
-    except KeyboardInterrupt:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(0.001, 0.02))
+            made.do(map(str, range(3000)))
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except KeyboardInterrupt:  # which may come just before the timer is stopped, too
         pass
-    signal.setitimer(signal.ITIMER_REAL, 0)
     assert not any(thread.is_alive() for thread in made._threads)
 """
 
