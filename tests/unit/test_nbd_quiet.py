@@ -71,6 +71,7 @@ def test_a_backup_spares_a_processor_once_a_guest_has_asked_for_something(
     served: Serving, folder: Path
 ) -> None:
     """It hears of it with each answer, and spares one until the first."""
+    served.server.quiet._clock_s = lambda: 1000.0  # it is not quiet again before somebody looks
     with (
         RawClient.connect(str(folder / "nbd")) as guest,
         closing(ServedElsewhere(served.disk.store, [NAME])) as route,
