@@ -373,7 +373,7 @@ def test_a_server_that_cannot_listen_leaves_nothing_behind(tmp_path: Path) -> No
 def test_a_server_that_finds_no_thread_leaves_nothing_behind(house: House) -> None:
     house.server.stop()
     server = ControlServer(house.filters)
-    usual = threading.stack_size(1 << 46)  # of that size none can be had
+    usual = threading.stack_size(1 << 62)  # for which no address space has room
     try:
         with pytest.raises(StorageError, match="control sockets: can't start new thread; have fewer threads"):
             server.start()
@@ -470,7 +470,7 @@ def test_owner_that_takes_no_caller_in_is_not_another_program_to_be_stopped(tmp_
 
 
 def test_caller_for_whom_there_is_no_thread_costs_the_others_nothing(house: House) -> None:
-    usual = threading.stack_size(1 << 46)  # of that size none can be had
+    usual = threading.stack_size(1 << 62)  # for which no address space has room
     try:
         with pytest.raises(Busy, match="try again"):
             house.call("info")
