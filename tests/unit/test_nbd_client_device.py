@@ -21,7 +21,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmdbitmap.errors import (
@@ -878,7 +878,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(steps=steps)
 def test_no_crash_of_the_server_takes_back_what_was_promised(steps: list[tuple[str, int, int, int]]) -> None:
     """Whatever was read or written stays so, and what was written before a flush survives the next crash."""
