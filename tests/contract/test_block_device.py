@@ -354,9 +354,7 @@ steps = st.lists(
 )
 
 
-@settings(
-    max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(steps=steps)
 def test_any_steps_leave_what_a_bytearray_would(workbench: Workbench, steps: Steps) -> None:
     with workbench.device() as device:
