@@ -1,7 +1,7 @@
 """The store: the records in one LMDB environment, in its own folder.
 
     STORE/lmdb/        the environment (never open, copy or hash these files: see the README beside it)
-    STORE/owners/      one small file per disk, for its owner process (owner.py)
+    STORE/owners/      one small file per disk, for its owner process (owner_file.py)
     STORE/control/     sockets of processes that serve disks
     STORE/syncs/       how far copies of disks are synced (sync_note.py)
     STORE/holds/       which checkpoints repositories count from (holds.py)
@@ -29,7 +29,7 @@ from uuid import UUID
 
 from lmdbitmap.errors import LmdbitmapError, NotFound, StorageError
 from lmdbitmap.interfaces import StoreMark
-from lmdbitmap.storage import creating, environment, lmdb_errors, owner, salvage, schema
+from lmdbitmap.storage import creating, environment, lmdb_errors, owner, owner_file, salvage, schema
 from lmdbitmap.storage.environment import Environment
 from lmdbitmap.storage.lmdb_errors import CommitInDoubt as CommitInDoubt
 from lmdbitmap.storage.lmdb_errors import DamagedStore, FullMapError
@@ -269,8 +269,8 @@ def _require_environment(path: str) -> None:
 
 
 def _is_lacking(owner_path: str, mark: StoreMark) -> bool:
-    sign = owner.last_beat(owner_path)
-    return sign is not None and mark.lacks(sign.store) and owner.distrust(owner_path) is None
+    sign = owner_file.last_beat(owner_path)
+    return sign is not None and mark.lacks(sign.store) and owner_file.distrust(owner_path) is None
 
 
 def _make_everything_dirty(writer: Writer) -> None:

@@ -32,7 +32,7 @@ PAGE_BYTES = 4096
 _STAT_BLOCK_BYTES = 512
 _READ_AHEAD_BYTES = 512 << 10
 _EARLIEST_NS, _LATEST_NS = -(1 << 63), (1 << 63) - 1
-"""All times that a sign of life can hold (storage/owner.py)."""
+"""All times that a sign of life can hold (storage/owner_file.py)."""
 
 DATA = (False, False)
 HOLE = (True, True)

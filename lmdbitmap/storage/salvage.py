@@ -4,8 +4,8 @@
     STORE/owners/*  ──▶  a new STORE/lmdb                      each disk in a new epoch, everything dirty
 
 LMDB trusts its pages, and a damaged page can crash the process. So nothing is read from the old environment: each
-disk's description is in its owner's file too (owner.py). Lost are the checkpoints, which a full backup replaces, and
-the stand-alone bitmaps, which came from files.
+disk's description is in its owner's file too (owner_file.py). Lost are the checkpoints, which a full backup replaces,
+and the stand-alone bitmaps, which came from files.
 
 Invariants:
 - No other process has the environment open, or opens it, meanwhile (presence.py): a server that uses it would go on
@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from uuid import uuid4
 
 from lmdbitmap.errors import LmdbitmapError
-from lmdbitmap.storage import creating, lmdb_errors, owner, presence, schema
+from lmdbitmap.storage import creating, lmdb_errors, owner_file, presence, schema
 from lmdbitmap.storage.lmdb_errors import DamagedStore
 from lmdbitmap.storage.presence import Presence
 from lmdbitmap.storage.records import Writer
@@ -134,7 +134,7 @@ def _described(path: str) -> Iterator[Disk]:
     """What is no description, or not of the file's own disk, is passed over."""
     for name in _owners_of(path):
         with contextlib.suppress(LmdbitmapError):
-            record = owner.description(os.path.join(path, "owners", name))
+            record = owner_file.description(os.path.join(path, "owners", name))
             disk = None if record is None else schema.decode(Disk, record, place=name)
             if disk is not None and str(disk.uuid) == name:
                 yield schema.portrait(disk)

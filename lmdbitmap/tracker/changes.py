@@ -22,7 +22,7 @@ from lmdbitmap.extents import Extent, Trust, with_zeroes
 from lmdbitmap.geometry import REGION_BLOCKS, Geometry, ceil_div
 from lmdbitmap.images.image import is_far
 from lmdbitmap.interfaces import BlockDevice, ImageIdentity
-from lmdbitmap.storage import owner, schema
+from lmdbitmap.storage import owner, owner_file, schema
 from lmdbitmap.storage.schema import Checkpoint, Disk
 from lmdbitmap.store import Reader, Store
 from lmdbitmap.tracker import chain, continuity, session
@@ -292,7 +292,7 @@ def open_period_standing(store: Store, disk: Disk, persisted: bool = False) -> S
     An owner that persisted into this very store has vouched for the image. A lock alone does not vouch.
     """
     path = store.owner_path(disk.uuid)
-    distrust = owner.distrust(path)
+    distrust = owner_file.distrust(path)
     if distrust is not None:
         return Standing(Trust.UNTRUSTED, distrust.reason)
     is_owned = owner.is_owned(path)
@@ -307,7 +307,7 @@ def open_period_standing(store: Store, disk: Disk, persisted: bool = False) -> S
 
 def _is_recorded_in(store: Store, owner_path: str) -> bool:
     """Whether the owner writes to this store, and not to one in whose place a copy was put while it had that open."""
-    beat = owner.last_beat(owner_path)
+    beat = owner_file.last_beat(owner_path)
     return beat is None or session.present(store).store.is_of_the_file_of(beat.store)
 
 
@@ -317,7 +317,7 @@ def _judged_standing(store: Store, disk: Disk, judge: Judge) -> Standing:
     A block device is not flushed first: that could take the news of an error from its next owner. The kernel flushed it
     when its last writer closed it.
     """
-    beat = owner.last_beat(store.owner_path(disk.uuid))
+    beat = owner_file.last_beat(store.owner_path(disk.uuid))
     try:
         image = _identity(store, disk, judge)
     except LmdbitmapError as error:

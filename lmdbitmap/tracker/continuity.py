@@ -45,7 +45,7 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 from lmdbitmap.interfaces import DeviceTrace, ImageIdentity, StoreMark
-from lmdbitmap.storage.owner import Beat
+from lmdbitmap.storage.owner_file import Beat
 from lmdbitmap.storage.schema import DEFERRED, Disk
 
 _SECTOR_BYTES = 512

@@ -28,7 +28,7 @@ from lmdbitmap.interfaces import ImageIdentity, TrackableDevice
 from lmdbitmap.notes.copies import given_up
 from lmdbitmap.notes.holds import remove_holds
 from lmdbitmap.notes.sync_note import remove_notes
-from lmdbitmap.storage import owner, schema
+from lmdbitmap.storage import owner, owner_file, schema
 from lmdbitmap.storage.owner import Owner
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Reader, Store, Writer
@@ -254,11 +254,11 @@ def why_not_adopted(store: Store, disk: Disk) -> str | None:
         return "it was not closed cleanly, and in deferred mode the bits were in memory only"
     if disk.identity is None and disk.epoch_number > 1:
         return disk.epoch_reason
-    beat = owner.last_beat(path)
+    beat = owner_file.last_beat(path)
     if beat is not None and store.mark.transaction < beat.store.transaction:
         # whoever knows that no stranger wrote knows nothing of what it lacks
         return continuity.STORE_PUT_BACK
-    distrust = owner.distrust(path)
+    distrust = owner_file.distrust(path)
     return None if distrust is None else distrust.reason
 
 
@@ -304,7 +304,7 @@ def add(
             files_made.append(store.owner_path(disk.uuid))
             kept = schema.encode(schema.portrait(disk))
             # before the commit: no disk is ever without its owner's file
-            owner.create(files_made[-1], description=kept)
+            owner_file.create(files_made[-1], description=kept)
             return disk
 
         try:

@@ -242,7 +242,7 @@ class Tracking:
         """Begin a new epoch in which everything is dirty. Called inside `frozen`."""
 
         def start(writer: Writer) -> Following:
-            # ours, as another owner may have ended its own meanwhile (owner.py)
+            # ours, as another owner may have ended its own meanwhile (owner_name.py)
             stored = dataclasses.replace(self.as_stored(writer), session=self.disk.session)
             disk = chain.start_epoch(writer, stored, reason, time.time_ns())
             disk = chain.resize(writer, disk, self.device.size)

@@ -3,7 +3,7 @@
 A bitmap is believed because its owner vouches for it (continuity.py). So an owner that lost track, and lets the guest
 write all the same (policy `guest-first`), first withdraws its word, durably:
 
-1. by distrust in the owner's file, which needs no space (owner.py);
+1. by distrust in the owner's file, which needs no space (owner_file.py);
 2. if even that file cannot be written, by silence: no more signs of life, and no write before the last one is so old
    that the image's mtime proves a gap. That mtime is durable before the write: a flush leaves a write's own in memory;
 3. on an image without an mtime silence proves nothing: there the write fails.
@@ -24,6 +24,7 @@ from lmdbitmap.images.identity import leave_late_mtime
 from lmdbitmap.interfaces import TrackableDevice
 from lmdbitmap.storage import owner
 from lmdbitmap.storage.owner import Owner
+from lmdbitmap.storage.owner_name import OWNED_TWICE
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class Voucher:
                     self._has_beaten = True
                 finally:
                     if self._owner.was_owned_twice and self.lost is None:
-                        self.lost = owner.OWNED_TWICE
+                        self.lost = OWNED_TWICE
 
     def lose_track(self, reason: str) -> None:
         """Return when the bitmap can no longer be believed; after that the guest may write untracked.

@@ -13,8 +13,8 @@ import pytest
 from lmdbitmap.errors import Busy, InvalidArgument, NotFound, StorageError, Untrusted
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
-from lmdbitmap.storage import owner
-from lmdbitmap.storage.owner import OWNED_TWICE
+from lmdbitmap.storage import owner, owner_file
+from lmdbitmap.storage.owner_name import OWNED_TWICE
 from lmdbitmap.store import WENT_BACK, Store
 from lmdbitmap.tracker import session
 from lmdbitmap.tracker.chain import disk_called
@@ -183,7 +183,7 @@ def test_store_lacks_what_it_lacks_also_where_its_owners_files_refuse(
         raise StorageError("injected", OSError(errno.EMFILE, "injected"), next_step="try again")
 
     with monkeypatch.context() as patched:
-        patched.setattr(owner, "last_beat", refused)
+        patched.setattr(owner_file, "last_beat", refused)
         with pytest.raises(StorageError, match="injected"):
             Store.open(str(store))
     with monkeypatch.context() as patched:

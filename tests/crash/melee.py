@@ -47,7 +47,7 @@ from lmdbitmap.geometry import EXTENT_BLOCKS, REGION_BLOCKS, Geometry
 from lmdbitmap.nbd import control_client
 from lmdbitmap.nbd.control.control import ControlServer
 from lmdbitmap.nbd.server.server import Server
-from lmdbitmap.storage import owner, schema
+from lmdbitmap.storage import owner_file, schema
 from lmdbitmap.tracker import chain, session, standalone
 from lmdbitmap.tracker.changes import Changes
 from lmdbitmap.tracker.lane import FilterLane
@@ -137,7 +137,7 @@ class Watcher:
 
     def _would_be_found(self, blocks: range) -> bool:
         """If everybody died now: the blocks are dirty, or the owner took his word back."""
-        return self._is_dirty_in_store(blocks) or owner.distrust(self._owner_path) is not None
+        return self._is_dirty_in_store(blocks) or owner_file.distrust(self._owner_path) is not None
 
     def _is_dirty_in_store(self, blocks: range) -> bool:
         with self._tracked.store.read() as reader:

@@ -16,7 +16,7 @@ import pytest
 
 from lmdbitmap.extents import Trust
 from lmdbitmap.repository.manifest import BackupType
-from lmdbitmap.storage import owner, schema
+from lmdbitmap.storage import owner_file, schema
 from tests.crash.io_errors import (
     ERRORS,
     VERBS,
@@ -217,7 +217,7 @@ def test_killed_while_its_store_fails_a_server_has_said_so_already(disk: BackedU
         with falling_ill(served.child.pid, STORE_CALLS, "EIO", [served.data]):
             assert served.write(b"during", FAR) == 0
             served.end(signal.SIGKILL)
-        said = owner.distrust(served.owners)
+        said = owner_file.distrust(served.owners)
         assert said is not None
         assert "Input/output error" in said.reason
     assert trust_of(disk.changes("start")) is Trust.UNTRUSTED
@@ -233,7 +233,7 @@ def test_where_not_even_that_can_be_written_silence_says_it(disk: BackedUpDisk) 
         with falling_ill(served.child.pid, STORE_CALLS, "EIO", [served.data, served.owners]):
             assert served.write(b"during", FAR) == 0
             served.end(signal.SIGKILL)
-        assert owner.distrust(served.owners) is None
+        assert owner_file.distrust(served.owners) is None
     answer = disk.changes("start")
     assert trust_of(answer) is Trust.UNTRUSTED
     assert "last sign of life" in str(answer.standing.reason)

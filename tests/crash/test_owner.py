@@ -18,8 +18,9 @@ import pytest
 
 from lmdbitmap.errors import Busy, StorageError
 from lmdbitmap.interfaces import StoreMark
-from lmdbitmap.storage import owner
-from lmdbitmap.storage.owner import Beat, Distrust, Owner
+from lmdbitmap.storage import owner, owner_file
+from lmdbitmap.storage.owner import Owner
+from lmdbitmap.storage.owner_file import Beat, Distrust
 from lmdbitmap.system import file_locks, files
 from tests.helpers.support import PATIENCE_SECONDS, spawn
 
@@ -37,7 +38,7 @@ import time; time.sleep(60)
 @pytest.fixture
 def path(tmp_path: Path) -> str:
     path = str(tmp_path / "owner")
-    owner.create(path)
+    owner_file.create(path)
     return path
 
 
@@ -67,8 +68,8 @@ def test_lock_and_beat_of_a_killed_owner(path: str) -> None:
         child.process.kill()
         child.wait()
     assert not owner.is_owned(path)
-    assert owner.last_beat(path) == Beat(owner.boot_id(), 5_000_000_000, 4_000_000_000)
-    assert owner.distrust(path) is None
+    assert owner_file.last_beat(path) == Beat(owner.boot_id(), 5_000_000_000, 4_000_000_000)
+    assert owner_file.distrust(path) is None
     Owner(path).close()
 
 
@@ -93,7 +94,7 @@ def test_two_that_find_the_file_missing_do_not_both_own_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second would replace the file that the first has locked by then."""
-    path, create = str(tmp_path / "owner"), owner.create
+    path, create = str(tmp_path / "owner"), owner_file.create
     is_late, first_ends = threading.Event(), threading.Event()
     held: list[Owner] = []
 
@@ -108,7 +109,7 @@ def test_two_that_find_the_file_missing_do_not_both_own_the_disk(
             held.append(Owner(path))
         first_ends.set()
 
-    monkeypatch.setattr(owner, "create", create_late)
+    monkeypatch.setattr(owner_file, "create", create_late)
     late = threading.Thread(target=own)
     late.start()
     assert is_late.wait(PATIENCE_SECONDS)
@@ -134,8 +135,8 @@ def test_file_that_is_taken_away_under_its_owner_keeps_others_out_all_the_same(
 ) -> None:
     """Else another process would own the disk as well. An image behind an NBD server has no locks of its own."""
     path, copy = str(tmp_path / "owner"), str(tmp_path / "copy")
-    owner.create(path, description=b"what it is")
-    owner.create(copy, Distrust(1, "long ago"), b"what it was")
+    owner_file.create(path, description=b"what it is")
+    owner_file.create(copy, Distrust(1, "long ago"), b"what it was")
     with closing(Owner(path)) as held:
         held.beat(1, 2)
         os.unlink(path) if how == "removed" else os.rename(copy, path)
@@ -144,9 +145,9 @@ def test_file_that_is_taken_away_under_its_owner_keeps_others_out_all_the_same(
         held.beat(3, 4)
         with pytest.raises(Busy):
             Owner(path)
-        assert owner.last_beat(path) == Beat(owner.boot_id(), 3, 4)
-        assert owner.distrust(path) == lost
-        assert owner.description(path) == b"what it is"
+        assert owner_file.last_beat(path) == Beat(owner.boot_id(), 3, 4)
+        assert owner_file.distrust(path) == lost
+        assert owner_file.description(path) == b"what it is"
     Owner(path).close()
 
 
@@ -155,8 +156,8 @@ def test_distrust_is_not_lost_with_a_failed_write_to_the_file_that_has_the_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     path, copy = str(tmp_path / "owner"), str(tmp_path / "copy")
-    owner.create(path)
-    owner.create(copy)
+    owner_file.create(path)
+    owner_file.create(copy)
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "injected")
@@ -169,8 +170,8 @@ def test_distrust_is_not_lost_with_a_failed_write_to_the_file_that_has_the_name(
             with pytest.raises(StorageError):
                 held.beat(1, 2)
         held.beat(3, 4)
-        assert owner.distrust(path) == Distrust(5, "just now")
-        assert owner.last_beat(path) == Beat(owner.boot_id(), 3, 4)
+        assert owner_file.distrust(path) == Distrust(5, "just now")
+        assert owner_file.last_beat(path) == Beat(owner.boot_id(), 3, 4)
 
 
 def test_owner_whose_file_another_took_is_told_so(path: str, held: Owner) -> None:
@@ -178,18 +179,18 @@ def test_owner_whose_file_another_took_is_told_so(path: str, held: Owner) -> Non
     with closing(Owner(path)), pytest.raises(Busy):
         held.beat(1, 2)
     held.beat(3, 4)
-    assert owner.last_beat(path) == Beat(owner.boot_id(), 3, 4)
+    assert owner_file.last_beat(path) == Beat(owner.boot_id(), 3, 4)
 
 
 def test_owner_goes_on_in_a_store_that_is_moved(tmp_path: Path) -> None:
     before, after = tmp_path / "before", tmp_path / "after"
     before.mkdir()
-    owner.create(str(before / "owner"))
+    owner_file.create(str(before / "owner"))
     with closing(Owner(str(before / "owner"))) as held:
         before.rename(after)
         held.beat(1, 2)
         assert owner.is_owned(str(after / "owner"))
-    assert owner.last_beat(str(after / "owner")) == Beat(owner.boot_id(), 1, 2)
+    assert owner_file.last_beat(str(after / "owner")) == Beat(owner.boot_id(), 1, 2)
     assert not before.exists()
 
 
@@ -200,19 +201,19 @@ def test_owner_keeps_a_moved_store_too_where_another_took_its_place(
     """It still writes to the one that was moved. A copy may have been put in its place, or a new store."""
     before, after = tmp_path / "before", tmp_path / "after"
     before.mkdir()
-    owner.create(str(before / "owner"))
+    owner_file.create(str(before / "owner"))
     with closing(Owner(str(before / "owner"))) as held:
         before.rename(after)
         before.mkdir()
         if is_known_there:
-            owner.create(str(before / "owner"))
+            owner_file.create(str(before / "owner"))
         held.beat(1, 2)
         held.declare_distrust("just now", 3)
         for folder in (before, after):
             path = str(folder / "owner")
             assert owner.is_owned(path)
-            assert owner.last_beat(path) == Beat(owner.boot_id(), 1, 2)
-            assert owner.distrust(path) == Distrust(3, "just now")
+            assert owner_file.last_beat(path) == Beat(owner.boot_id(), 1, 2)
+            assert owner_file.distrust(path) == Distrust(3, "just now")
     assert not owner.is_owned(str(after / "owner"))
 
 
@@ -222,7 +223,7 @@ def test_owner_goes_on_in_a_file_that_is_moved_away_and_back(path: str, held: Ow
     os.rename(path + ".away", path)
     held.beat(3, 4)
     assert owner.is_owned(path)
-    assert owner.last_beat(path) == Beat(owner.boot_id(), 3, 4)
+    assert owner_file.last_beat(path) == Beat(owner.boot_id(), 3, 4)
 
 
 def test_owner_that_may_not_look_for_its_file_any_more_beats_all_the_same(
@@ -235,31 +236,31 @@ def test_owner_that_may_not_look_for_its_file_any_more_beats_all_the_same(
 
     monkeypatch.setattr(file_locks, "_is_named", refused)
     held.beat(1, 2)
-    assert owner.last_beat(path) == Beat(owner.boot_id(), 1, 2)
+    assert owner_file.last_beat(path) == Beat(owner.boot_id(), 1, 2)
 
 
 # --- distrust ---
 
 
 def test_new_file_is_trusted_and_shows_no_life(path: str) -> None:
-    assert (owner.distrust(path), owner.last_beat(path)) == (None, None)
+    assert (owner_file.distrust(path), owner_file.last_beat(path)) == (None, None)
     assert os.path.getsize(path) == 16384
 
 
 def test_distrust_stays_until_trust_is_restored(path: str, held: Owner) -> None:
     held.declare_distrust("the store was full", 12345)
-    assert owner.distrust(path) == held.distrust() == Distrust(12345, "the store was full")
+    assert owner_file.distrust(path) == held.distrust() == Distrust(12345, "the store was full")
     held.beat(1, 1)
-    assert owner.distrust(path) is not None
+    assert owner_file.distrust(path) is not None
     held.restore_trust()
-    assert owner.distrust(path) is None
+    assert owner_file.distrust(path) is None
     assert os.path.getsize(path) == 16384
 
 
 @pytest.mark.parametrize("reason", ["", "ä" * 1000, "x" * 5000])
 def test_any_reason_is_distrust(path: str, held: Owner, reason: str) -> None:
     held.declare_distrust(reason, 1)
-    found = owner.distrust(path)
+    found = owner_file.distrust(path)
     assert found is not None
     assert found.reason
     assert reason.startswith(found.reason.rstrip("\ufffd")) or not reason
@@ -267,9 +268,9 @@ def test_any_reason_is_distrust(path: str, held: Owner, reason: str) -> None:
 
 def test_missing_file_is_distrust_and_stays_so(tmp_path: Path) -> None:
     path = str(tmp_path / "owner")
-    assert owner.distrust(path) is not None
+    assert owner_file.distrust(path) is not None
     Owner(path).close()
-    found = owner.distrust(path)
+    found = owner_file.distrust(path)
     assert found is not None
     assert "missing" in found.reason
 
@@ -278,25 +279,25 @@ def test_missing_file_is_distrust_and_stays_so(tmp_path: Path) -> None:
 def test_file_that_was_cut_is_distrust(path: str, size: int) -> None:
     os.truncate(path, size)
     is_whole = size >= 4096 + 512
-    assert (owner.distrust(path) is None) == is_whole
+    assert (owner_file.distrust(path) is None) == is_whole
 
 
 def test_every_damaged_byte_of_the_trust_record_is_distrust(path: str) -> None:
     damaged = 0
     for offset in range(4096, 4096 + 512):
         flip(path, offset)
-        assert owner.distrust(path) is not None
+        assert owner_file.distrust(path) is not None
         flip(path, offset)
         damaged += 1
     assert damaged == 512
-    assert owner.distrust(path) is None
+    assert owner_file.distrust(path) is None
 
 
 def test_beat_tells_how_the_image_and_the_store_stood(path: str) -> None:
     stood = StoreMark(2**63, 2**64 - 1, 2**63 - 1)
     with closing(Owner(path, lambda: stood)) as held:
         held.beat(7, 8, 2**40, awake_ns=9)
-    assert owner.last_beat(path) == Beat(owner.boot_id(), 7, 8, 2**40, stood, 9)
+    assert owner_file.last_beat(path) == Beat(owner.boot_id(), 7, 8, 2**40, stood, 9)
 
 
 def test_beat_of_an_older_version_is_no_beat(path: str) -> None:
@@ -305,17 +306,17 @@ def test_beat_of_an_older_version_is_no_beat(path: str) -> None:
     body = body.ljust(508, b"\0")
     with open(path, "r+b") as file:
         file.write(body + crc32(body).to_bytes(4, "little"))
-    assert owner.last_beat(path) is None
+    assert owner_file.last_beat(path) is None
 
 
 def test_every_damaged_byte_of_the_beat_is_no_beat(path: str, held: Owner) -> None:
     held.beat(7, 8)
-    assert owner.last_beat(path) == Beat(owner.boot_id(), 7, 8)
+    assert owner_file.last_beat(path) == Beat(owner.boot_id(), 7, 8)
     for offset in range(512):
         flip(path, offset)
-        assert owner.last_beat(path) is None
+        assert owner_file.last_beat(path) is None
         flip(path, offset)
-    assert owner.last_beat(path) == Beat(owner.boot_id(), 7, 8)
+    assert owner_file.last_beat(path) == Beat(owner.boot_id(), 7, 8)
 
 
 def flip(path: str, offset: int) -> None:
@@ -331,7 +332,7 @@ def test_distrust_needs_no_space_and_no_name(path: str, held: Owner, tmp_path: P
     assert os.stat(path).st_blocks * 512 >= 16384
     os.rename(path, tmp_path / "elsewhere")
     held.declare_distrust("lost", 1)
-    assert owner.distrust(str(tmp_path / "elsewhere")) == Distrust(1, "lost")
+    assert owner_file.distrust(str(tmp_path / "elsewhere")) == Distrust(1, "lost")
 
 
 def test_refusal_of_the_file_is_an_error_of_ours(held: Owner) -> None:

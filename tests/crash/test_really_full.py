@@ -23,7 +23,7 @@ from lmdbitmap.flat_file.inspection import inspect_file
 from lmdbitmap.geometry import REGION_BLOCKS
 from lmdbitmap.repository.manifest import BackupType
 from lmdbitmap.restoring.restore import restore
-from lmdbitmap.storage import owner, schema
+from lmdbitmap.storage import owner_file, schema
 from lmdbitmap.store import Store
 from tests.crash.full_disk import can_mount, fill, free, full_tmpfs
 from tests.helpers.backed_up import BackedUpDisk
@@ -80,7 +80,7 @@ def test_guest_goes_on_while_the_store_is_full_and_the_next_backup_is_full_and_s
             attached.lane().write_many([(99 * BLOCK, memoryview(b"and on"))] if small == "store" else [])
             == {}
         )
-        said = owner.distrust(disk.store.owner_path(disk.disk().uuid))
+        said = owner_file.distrust(disk.store.owner_path(disk.disk().uuid))
         assert said is not None
         assert "No space left on device" in said.reason
         assert said.since_ns > 0

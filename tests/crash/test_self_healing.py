@@ -20,7 +20,7 @@ import pytest
 
 from lmdbitmap.errors import AlreadyExists, FormatError, NotFound, StorageError
 from lmdbitmap.extents import Trust
-from lmdbitmap.storage import creating, environment, lmdb_tree, owner, presence, salvage, schema, tally
+from lmdbitmap.storage import creating, environment, lmdb_tree, owner_file, presence, salvage, schema, tally
 from lmdbitmap.storage.lmdb_errors import DamagedStore
 from lmdbitmap.storage.salvage import SALVAGED
 from lmdbitmap.storage.schema import Disk
@@ -200,7 +200,7 @@ def test_disk_that_is_added_where_the_environment_is_gone_finds_the_others(track
 def test_owner_file_from_before_descriptions_gets_one_at_the_next_attach(tracked: BackedUpDisk) -> None:
     path = tracked.store.owner_path(tracked.disk().uuid)
     os.truncate(path, 8192)
-    assert owner.description(path) is None
+    assert owner_file.description(path) is None
     tracked.write(b"newer", 0)
     damaged(tracked, "garbage")
     reopened(tracked)
@@ -240,7 +240,7 @@ def test_of_two_descriptions_of_one_name_or_image_the_newest_counts(tracked: Bac
     disk = tracked.disk()
     for older in (replace(disk, name="older"), replace(disk, image="/older")):
         older = replace(schema.portrait(older), uuid=uuid4(), created_ns=1)
-        owner.create(tracked.store.owner_path(older.uuid), description=schema.encode(older))
+        owner_file.create(tracked.store.owner_path(older.uuid), description=schema.encode(older))
     assert [known.uuid for known in salvage.known_disks(tracked.store.path)] == [disk.uuid]
 
 

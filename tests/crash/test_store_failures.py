@@ -23,7 +23,7 @@ from lmdbitmap.filter import Filter, take_checkpoint
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.interfaces import ImageIdentity
 from lmdbitmap.repository.manifest import BackupType
-from lmdbitmap.storage import owner, schema
+from lmdbitmap.storage import owner, owner_file, schema
 from lmdbitmap.store import CommitInDoubt, Store
 from lmdbitmap.tracker import continuity, session, vouching
 from lmdbitmap.tracker.changes import changes
@@ -115,7 +115,7 @@ def test_distrust_is_durable_before_the_data_is_written(
 
     def watched(fd: int, data: bytes, offset: int) -> int:
         if os.path.samestat(os.fstat(fd), image):
-            seen.append(owner.distrust(guest_first.owner_path) is not None)
+            seen.append(owner_file.distrust(guest_first.owner_path) is not None)
         return pwrite(fd, data, offset)
 
     monkeypatch.setattr(os, "pwrite", watched)
@@ -147,7 +147,7 @@ def test_new_epoch_begins_as_soon_as_the_store_can_be_written(guest_first: Patie
     disk.background_pass()
     assert tracked.checkpoints() == ["epoch-1", "start", "epoch-2"]
     assert "tracking failed" in tracked.disk().epoch_reason
-    assert owner.distrust(guest_first.owner_path) is None
+    assert owner_file.distrust(guest_first.owner_path) is None
     with pytest.raises(Untrusted):
         disk.changes(since="start")
     assert blocks_of(disk.changes(since="epoch-2")) == set(range(BLOCKS))
@@ -440,7 +440,7 @@ def silent(guest_first: Patient, exact_grace: None, monkeypatch: pytest.MonkeyPa
     wait_s = vouching.SILENCE_S
     real_write = owner.Owner._write_trust
 
-    def refuse(self: owner.Owner, why: owner.Distrust | None) -> None:
+    def refuse(self: owner.Owner, why: owner_file.Distrust | None) -> None:
         if guest_first.sick.errno is None:
             real_write(self, why)
             return
@@ -459,10 +459,10 @@ def silent(guest_first: Patient, exact_grace: None, monkeypatch: pytest.MonkeyPa
 
 def test_silence_says_that_track_was_lost(silent: Patient, caplog: pytest.LogCaptureFixture) -> None:
     assert "the guest goes on" in caplog.get_records("setup")[-1].getMessage()
-    before = owner.last_beat(silent.owner_path)
+    before = owner_file.last_beat(silent.owner_path)
     silent.disk.beat()
-    assert owner.last_beat(silent.owner_path) == before
-    assert owner.distrust(silent.owner_path) is None
+    assert owner_file.last_beat(silent.owner_path) == before
+    assert owner_file.distrust(silent.owner_path) is None
     for answer in (silent.disk.changes(since="start"), silent.tracked.changes("start")):
         assert trust_of(answer) is Trust.UNTRUSTED
 
@@ -556,9 +556,9 @@ def test_silence_that_is_interrupted_ends(
             disk.pwrite(b"given up", 100 * BLOCK)
     guest_first.sick.errno = None
     assert disk.pread(8, 100 * BLOCK) == bytes(8)
-    before = owner.last_beat(guest_first.owner_path)
+    before = owner_file.last_beat(guest_first.owner_path)
     disk.beat()
-    assert owner.last_beat(guest_first.owner_path) != before
+    assert owner_file.last_beat(guest_first.owner_path) != before
     disk.pwrite(b"tracked", 100 * BLOCK)
     assert trust_of(disk.changes(since="start")) is Trust.EXACT
     assert blocks_of(disk.changes(since="start")) == {0, 100}
@@ -576,9 +576,9 @@ def test_no_epoch_begins_before_the_owners_file_can_be_written(
     silent.sick.errno = None
     silent.disk.background_pass()
     assert silent.tracked.checkpoints() == ["epoch-1", "start", "epoch-2"]
-    before = owner.last_beat(silent.owner_path)
+    before = owner_file.last_beat(silent.owner_path)
     silent.disk.beat()
-    assert owner.last_beat(silent.owner_path) != before
+    assert owner_file.last_beat(silent.owner_path) != before
 
 
 class TimelessDevice(FileDevice):
@@ -597,7 +597,7 @@ def test_without_an_mtime_silence_says_nothing_so_the_write_is_refused(
         sick = SickStore(tracked.store)
         sick.errno = errno.ENOSPC
 
-        def refuse(self: owner.Owner, why: owner.Distrust | None) -> None:
+        def refuse(self: owner.Owner, why: owner_file.Distrust | None) -> None:
             raise StorageError("owner", OSError(errno.EIO, "injected"), next_step="mend it")
 
         monkeypatch.setattr(owner.Owner, "_write_trust", refuse)

@@ -12,8 +12,8 @@ import msgpack
 from lmdbitmap.errors import FormatError, InvalidArgument
 from lmdbitmap.geometry import REGION_BYTES
 from lmdbitmap.interfaces import DeviceTrace, ImageIdentity
-from lmdbitmap.storage import owner, schema
-from lmdbitmap.storage.owner import Distrust
+from lmdbitmap.storage import schema
+from lmdbitmap.storage.owner_file import Distrust, create, distrust, last_beat
 from lmdbitmap.storage.schema import ALL_DIRTY_BITS, Bitmap, Checkpoint, Description, Disk, StoreHeader
 from tests.fuzz.inputs import Input, check_words, damaged, fill_scratch_file, scratch_folder
 
@@ -183,15 +183,15 @@ def owner_file(source: Input) -> None:
     file[TRUST_OFFSET:] = changed
     path = fill_scratch_file(bytes(file))
     if changed[:512] == whole:
-        assert (owner.distrust(path) is not None) == bool(distrusted)
+        assert (distrust(path) is not None) == bool(distrusted)
     else:
-        assert owner.distrust(path) is not None
+        assert distrust(path) is not None
     file[:512] = damaged(bytes(file[:512]), source)[:512].ljust(512, b"\0")
-    owner.last_beat(fill_scratch_file(bytes(file)))
+    last_beat(fill_scratch_file(bytes(file)))
 
 
 def written_owner_file(why: Distrust | None) -> bytes:
     path = os.path.join(scratch_folder(), "owner")
-    owner.create(path, why)
+    create(path, why)
     with open(path, "rb") as file:
         return file.read()

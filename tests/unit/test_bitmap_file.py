@@ -18,7 +18,7 @@ from lmdbitmap.filter import Filter
 from lmdbitmap.flat_file import bitmap_file
 from lmdbitmap.flat_file.inspection import inspect_file
 from lmdbitmap.format import Flags
-from lmdbitmap.storage import owner
+from lmdbitmap.storage import owner, owner_file
 from tests.helpers import naive_flat
 from tests.helpers.tracked import TrackedDisk, blocks_of, quick_folder
 
@@ -150,7 +150,7 @@ def test_distrust_keeps_a_reason_that_is_no_utf_8(tmp_path: Path) -> None:
     path = str(tmp_path / "owner")
     with closing(owner.Owner(path)) as held:
         held.declare_distrust(os.fsdecode(b"\xff"), time_ns=1)
-    assert owner.distrust(path) == owner.Distrust(1, "\\udcff")
+    assert owner_file.distrust(path) == owner_file.Distrust(1, "\\udcff")
 
 
 def test_after_a_crash_everything_is_dirty_and_the_epoch_says_why(tracked: TrackedDisk, path: Path) -> None:

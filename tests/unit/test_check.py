@@ -13,8 +13,8 @@ import pytest
 
 from lmdbitmap.filter import Filter, take_checkpoint
 from lmdbitmap.geometry import REGION_BLOCKS
-from lmdbitmap.storage import owner, schema
-from lmdbitmap.storage.owner import Distrust
+from lmdbitmap.storage import owner_file, schema
+from lmdbitmap.storage.owner_file import Distrust
 from lmdbitmap.storage.schema import Checkpoint, Disk
 from lmdbitmap.store import Store, Writer
 from lmdbitmap.tracker import chain, session
@@ -314,7 +314,7 @@ def test_an_image_that_is_gone_needs_a_full_backup(store: Store, disk: Disk) -> 
 
 
 def test_distrust_is_told_with_its_reason(store: Store, disk: Disk) -> None:
-    owner.create(store.owner_path(disk.uuid), Distrust(0, "the store was full"))
+    owner_file.create(store.owner_path(disk.uuid), Distrust(0, "the store was full"))
     found = _only(check_store(store))
     assert (found.gravity, found.problem) == (Gravity.DISTRUST, "the store was full")
 

@@ -9,7 +9,7 @@ from uuid import UUID
 import pytest
 
 from lmdbitmap.interfaces import DeviceTrace, ImageIdentity, StoreMark
-from lmdbitmap.storage.owner import Beat
+from lmdbitmap.storage.owner_file import Beat
 from lmdbitmap.storage.schema import DEFERRED, GUEST_FIRST, WRITE_AHEAD, Disk
 from lmdbitmap.tracker.continuity import Moment, Verdict, judge, judge_held
 

@@ -23,7 +23,7 @@ from lmdbitmap.filter import Filter, take_checkpoint, take_snapshot
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.images.image import open_image
 from lmdbitmap.interfaces import ImageIdentity
-from lmdbitmap.storage import owner, schema
+from lmdbitmap.storage import owner, owner_file, schema
 from lmdbitmap.store import Store, Writer
 from lmdbitmap.tracker import lane, points, session, tracking, vouching
 from lmdbitmap.tracker.period import Period
@@ -229,9 +229,9 @@ def test_a_disk_whose_beat_hangs_keeps_no_other_from_its_own(
     with Filter.attach(tracked.store, "sdb") as other:
         opened[0].goes_on.clear()
         assert opened[0].asked.wait(PATIENCE_SECONDS)
-        silent = owner.last_beat(tracked.store.owner_path(hanging.disk.uuid))
+        silent = owner_file.last_beat(tracked.store.owner_path(hanging.disk.uuid))
         await_beats(tracked.store.owner_path(other.disk.uuid), 5)
-        assert owner.last_beat(tracked.store.owner_path(hanging.disk.uuid)) == silent
+        assert owner_file.last_beat(tracked.store.owner_path(hanging.disk.uuid)) == silent
     opened[0].goes_on.set()
     await_beats(tracked.store.owner_path(hanging.disk.uuid), 2)
     hanging.detach()
@@ -262,10 +262,10 @@ def test_a_beat_for_which_there_was_no_memory_is_followed_by_others(
 
 def await_beats(path: str, count: int) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
-    seen = {owner.last_beat(path)}
+    seen = {owner_file.last_beat(path)}
     while len(seen) <= count:
         assert time.monotonic() < deadline
-        seen.add(owner.last_beat(path))
+        seen.add(owner_file.last_beat(path))
 
 
 def test_a_pass_that_hangs_keeps_no_disk_from_its_beats(

@@ -19,7 +19,7 @@ from lmdbitmap.extents import Trust
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.images.identity import identity_to_keep
 from lmdbitmap.interfaces import ImageIdentity
-from lmdbitmap.storage import owner, schema
+from lmdbitmap.storage import owner, owner_file, schema
 from lmdbitmap.store import Store
 from lmdbitmap.targets.target import refuse_tracked
 from lmdbitmap.tracker import session
@@ -118,7 +118,7 @@ def test_write_right_after_a_detach_is_noticed(tracked: TrackedDisk) -> None:
 def test_added_disk_has_an_owners_file_and_is_trusted(tmp_path: Path) -> None:
     with closing(TrackedDisk(tmp_path, SIZE)) as tracked:
         path = tracked.store.owner_path(tracked.disk().uuid)
-        assert owner.distrust(path) is None
+        assert owner_file.distrust(path) is None
         assert not owner.is_owned(path)
         assert tracked.disk().image == os.path.realpath(tracked.image)
 
@@ -271,7 +271,7 @@ def test_where_it_is_now_is_in_the_description_that_outlives_a_damaged_store(
 ) -> None:
     os.rename(tracked.image, tmp_path / "moved.raw")
     moved = session.relocate(tracked.store, NAME, str(tmp_path / "moved.raw"))
-    kept = owner.description(tracked.store.owner_path(moved.uuid))
+    kept = owner_file.description(tracked.store.owner_path(moved.uuid))
     assert kept == schema.encode(schema.portrait(moved))
 
 
