@@ -33,7 +33,7 @@ from lmdbitmap.storage import creating, environment, lmdb_errors, owner, owner_f
 from lmdbitmap.storage.environment import Environment
 from lmdbitmap.storage.lmdb_errors import CommitInDoubt as CommitInDoubt
 from lmdbitmap.storage.lmdb_errors import DamagedStore, FullMapError
-from lmdbitmap.storage.lmdb_opening import File
+from lmdbitmap.storage.lmdb_opening import File, file_of
 from lmdbitmap.storage.records import Reader as Reader
 from lmdbitmap.storage.records import Writer as Writer
 from lmdbitmap.storage.schema import Bitmap
@@ -110,6 +110,13 @@ class Store:
     def file(self) -> File:
         """The environment's file, as it was when it was opened."""
         return self._environment.file
+
+    def is_in_place(self) -> bool:
+        """Whether the store's folder still leads to the environment that is open, and to no copy of it."""
+        try:
+            return file_of(os.path.join(self.path, "lmdb")) == self.file
+        except (LmdbitmapError, OSError):
+            return False
 
     def is_same(self, other: Store) -> bool:
         """Whether a transaction of one is one of the other. A copy of a store has the same uuid, and is another."""

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from lmdbitmap.errors import Busy, os_errors_at
 from lmdbitmap.interfaces import StoreMark
 from lmdbitmap.storage import owner_file
-from lmdbitmap.storage.owner_file import DISK, TRUST, UNMARKED, Beat, Distrust
+from lmdbitmap.storage.owner_file import BEAT, DISK, TRUST, UNMARKED, Beat, Distrust, Part
 from lmdbitmap.storage.owner_name import OWNED_TWICE, KeptName
 from lmdbitmap.system import kernel
 from lmdbitmap.system.kernel import awake_ns as awake_ns
@@ -57,11 +57,17 @@ def owner_pid(path: str) -> str | None:
 class Owner:
     """The lock on one disk, and the right to write its file. Raises `Busy` while another owner holds it.
 
-    `store_mark` returns the store's mark for the beats. Safe for many threads, except `close`.
+    `store_mark` returns the store's mark for the beats, and `is_in_place` whether the store is still where it was.
+    Safe for many threads, except `close`.
     """
 
-    def __init__(self, path: str, store_mark: Callable[[], StoreMark] = lambda: UNMARKED) -> None:
-        self._name = KeptName(path)
+    def __init__(
+        self,
+        path: str,
+        store_mark: Callable[[], StoreMark] = lambda: UNMARKED,
+        is_in_place: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._name = KeptName(path, is_in_place)
         self._path = path
         self._store_mark = store_mark
         self._writing = threading.Lock()
@@ -86,10 +92,10 @@ class Owner:
             self._name.put_beat(beat, durable=durable)
 
     def last_beat(self) -> Beat | None:
-        return owner_file.last_beat(self._path)
+        return owner_file.beat_of(self._read(BEAT))
 
     def distrust(self) -> Distrust | None:
-        return owner_file.distrust(self._path)
+        return owner_file.distrust_of(self._read(TRUST))
 
     def declare_distrust(self, reason: str, time_ns: int) -> None:
         """Note that the bitmaps cannot be trusted from `time_ns` on. Durable on return; needs no space."""
@@ -112,16 +118,20 @@ class Owner:
 
     def keep_description(self, kept: bytes) -> None:
         """Keep the description from which a damaged store's disk is made again. Durable with the next durable beat."""
-        if owner_file.description(self._path) != kept:
+        if owner_file.description_of(self._read(DISK)) != kept:
             try:
                 with self._writing:
-                    self._name.put(owner_file.sealed_disk(kept), DISK, durable=False)
+                    self._name.put_description(kept)
             except OSError as error:  # an older, shorter file on a full disk: nothing is lost by it now
                 log.warning("%s: the disk's description could not be kept: %s", self._path, error)
 
     def _write_trust(self, why: Distrust | None) -> None:
         with self._writing, os_errors_at(self._path):
-            self._name.put(owner_file.sealed_trust(why), TRUST, durable=True)
+            self._name.put_trust(why)
+
+    def _read(self, part: Part) -> bytes | None:
+        with self._writing, os_errors_at(self._path):
+            return self._name.read(part)
 
     def close(self) -> None:
         self._name.close()

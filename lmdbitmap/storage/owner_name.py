@@ -1,20 +1,31 @@
 """How an owner keeps the name of its file, by which others find that the disk has an owner.
 
-If its file is removed or replaced under it, the owner takes the one that has the name by then, at the next beat. One
-that was moved is kept too: it may be in the store, which was moved and is written to as before.
+At each beat it looks whether the name still leads to the file. If not, it locks the one that has the name by then, or
+makes one. What it may say there depends on what became of its own file:
+
+- removed or replaced, in a store that is where it was: the other file was put into this store instead. It gets all that
+  ours says, trust included, and is ours from then on.
+- moved, as with its store: ours is kept, and still is what the store goes by, wherever that is. The other one is a
+  stranger. It may belong to a store that lacks changes, such as a copy that was put, or is being put, in the place of
+  ours: so we never call it trusted, and its own distrust stays. One that we make for the name is distrusted.
+- removed, and our store is not where it was: the same.
+
+A stranger gets our distrust too, as it may be in our store after all. It gets our signs of life only there: in another
+store they would vouch for the image, instead of those that tell how long nothing has been recorded there.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import time
+from collections.abc import Callable
+from contextlib import suppress
 
 from lmdbitmap.errors import Busy
 from lmdbitmap.storage import owner_file
-from lmdbitmap.storage.owner_file import BEAT, FILE_BYTES, TRUST, Beat, Distrust, Part
-from lmdbitmap.system import atomic_files, file_locks, files
+from lmdbitmap.storage.owner_file import BEAT, DISK, FILE_BYTES, TRUST, Beat, Distrust, Part
+from lmdbitmap.system import file_locks, files
 from lmdbitmap.system.file_locks import LockedFile
 
 log = logging.getLogger(__name__)
@@ -27,32 +38,40 @@ OWNED_TWICE = "its owner's file was removed or replaced, and another process own
 class KeptName:
     """The files that an owner has locked for the name `path`. Raises `Busy` while another owner has that one locked.
 
-    For one thread at a time. Raises `OSError`.
+    `is_in_place` tells whether the store of our file is where it was. For one thread at a time. Raises `OSError`.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, is_in_place: Callable[[], bool]) -> None:
         _require_file(path)
-        self._lock = _lock_patiently(path)
+        self._ours = _lock_patiently(path)
+        self._stranger: LockedFile | None = None
+        """The file that has our file's name, if ours has another one, or none."""
         self._path = path
-        self._elsewhere: list[LockedFile] = []
-        """Files that were ours and have another name now: who finds the store there must not own the disk either."""
+        self._is_in_place = is_in_place
         self._last: Beat | None = None
         self.was_owned_twice = False
         """Whether another process owned the disk too, so that it was distrusted."""
 
     def read(self, part: Part) -> bytes | None:
-        return owner_file.read(self._lock.fd, part)
+        return owner_file.read(self._ours.fd, part)
 
-    def put(self, record: bytes, part: Part, *, durable: bool) -> None:
-        owner_file.put(self._lock.fd, record, part, durable=durable)
-        for file in self._elsewhere:
-            with contextlib.suppress(OSError):
-                owner_file.put(file.fd, record, part, durable=durable)
+    def put_description(self, kept: bytes) -> None:
+        owner_file.put(self._ours.fd, owner_file.sealed_disk(kept), DISK, durable=False)
+
+    def put_trust(self, why: Distrust | None) -> None:
+        record = owner_file.sealed_trust(why)
+        owner_file.put(self._ours.fd, record, TRUST, durable=True)
+        if self._stranger is not None and why is not None:
+            owner_file.put(self._stranger.fd, record, TRUST, durable=True)
 
     def put_beat(self, beat: Beat, *, durable: bool) -> None:
         """Raises `Busy` if another process has taken the file of our name: then the disk is distrusted."""
         self._keep(beat.time_ns)
-        self.put(owner_file.sealed_beat(beat), BEAT, durable=durable)
+        record = owner_file.sealed_beat(beat)
+        owner_file.put(self._ours.fd, record, BEAT, durable=durable)
+        if self._stranger is not None and self._is_in_place():
+            with suppress(OSError):
+                owner_file.put(self._stranger.fd, record, BEAT, durable=durable)
         self._last = beat
 
     def is_lost(self) -> bool:
@@ -60,67 +79,84 @@ class KeptName:
         as one that gave up root: it can still write to the file that it has open.
         """
         try:
-            return os.path.isdir(os.path.dirname(self._path)) and not self._lock.is_named()
+            return os.path.isdir(os.path.dirname(self._path)) and not (
+                self._ours.is_named() or (self._stranger is not None and self._stranger.is_named())
+            )
         except OSError:
             return False
 
     def close(self) -> None:
-        for file in (self._lock, *self._elsewhere):
-            file.close()
+        self._ours.close()
+        self._leave_stranger()
+
+    def _leave_stranger(self) -> None:
+        if self._stranger is not None:
+            self._stranger.close()
+            self._stranger = None
 
     def _keep(self, time_ns: int) -> None:
-        """If another file or none has our file's name, take that one, with all that ours says: else another process
-        could own the disk as well."""
+        """Lock the file of our name, if that is another one by now: else another process could own the disk as well."""
+        with suppress(OSError):
+            if self._stranger is not None and not self._stranger.is_named():
+                self._leave_stranger()
         if not self.is_lost():
             return
         try:
             taken = self._file_of_the_name()
         except Busy:
-            self._distrust_both(time_ns)
+            self._distrust_both(time_ns, None)
             raise
         try:
-            if self._was_owned_by_another():
-                self._distrust_both(time_ns)
-            content = files.pread_whole(self._lock.fd, FILE_BYTES, 0)
-            files.pwrite_whole(taken.fd, content, 0)
-            os.fdatasync(taken.fd)
+            self._take(taken, time_ns)
         except BaseException:  # the next beat tries again, as long as it finds that the name is lost
             taken.close()
             raise
-        before, self._lock = self._lock, taken
-        if os.fstat(before.fd).st_nlink:
-            self._elsewhere.append(before)
-        else:
-            before.close()
-        log.error("%s was removed or replaced under its owner, which goes on in the new one", self._path)
 
     def _file_of_the_name(self) -> LockedFile:
-        with file_locks.lock_folder(os.path.dirname(self._path)):
-            if not os.path.exists(self._path):
-                content = files.pread_whole(self._lock.fd, FILE_BYTES, 0)
-                atomic_files.replace(self._path, content, like_folder=True)
-            return self._moved_back() or _lock_patiently(self._path)
+        _require_file(self._path)
+        return _lock_patiently(self._path)
 
-    def _moved_back(self) -> LockedFile | None:
-        for number, file in enumerate(self._elsewhere):
-            if file.is_named():
-                return self._elsewhere.pop(number)
-        return None
+    def _take(self, taken: LockedFile, time_ns: int) -> None:
+        if self._was_owned_by_another(taken):
+            self._distrust_both(time_ns, taken)
+        if self._was_put_for_ours():
+            content = files.pread_whole(self._ours.fd, FILE_BYTES, 0)
+            files.pwrite_whole(taken.fd, content, 0)
+            os.fdatasync(taken.fd)
+            self._ours.close()
+            self._ours = taken
+            log.error("%s was removed or replaced under its owner, which goes on in the new one", self._path)
+            return
+        why = owner_file.distrust_of(self.read(TRUST))
+        if why is not None:
+            owner_file.put(taken.fd, owner_file.sealed_trust(why), TRUST, durable=True)
+        self._stranger = taken
+        log.error(
+            "%s was moved away under its owner, and the file that is there now is not believed", self._path
+        )
 
-    def _was_owned_by_another(self) -> bool:
+    def _was_put_for_ours(self) -> bool:
+        """Whether the other file is in our store, in the place of ours. Called once that file is locked."""
+        return os.fstat(self._ours.fd).st_nlink == 0 and self._is_in_place()
+
+    def _was_owned_by_another(self, taken: LockedFile) -> bool:
         """Whether somebody beat in the file of our name after we last did in ours."""
-        theirs, ours = owner_file.last_beat(self._path), self._last
+        theirs, ours = owner_file.beat_of(owner_file.read(taken.fd, BEAT)), self._last
         if theirs is None or ours is None or theirs.boot_id != ours.boot_id:
             return False
         return theirs.awake_ns > ours.awake_ns > 0
 
-    def _distrust_both(self, time_ns: int) -> None:
-        """Say so in our file and in the other one's, though we have no lock on that: it must not be believed either."""
+    def _distrust_both(self, time_ns: int, taken: LockedFile | None) -> None:
+        """Say so in our file and in the other one's, though we may have no lock on that: neither must be believed."""
         self.was_owned_twice = True
-        record = owner_file.sealed_trust(Distrust(time_ns, OWNED_TWICE))
-        self.put(record, TRUST, durable=True)
-        with open(self._path, "r+b", buffering=0) as other:
-            owner_file.put(other.fileno(), record, TRUST, durable=True)
+        why = Distrust(time_ns, OWNED_TWICE)
+        self.put_trust(why)
+        fd = files.open_like_folder(self._path) if taken is None else taken.fd
+        try:
+            owner_file.put(fd, owner_file.sealed_trust(why), TRUST, durable=True)
+        finally:
+            if taken is None:
+                os.close(fd)
 
 
 def _require_file(path: str) -> None:

@@ -382,7 +382,7 @@ def remove(store: Store, name: str) -> None:
 
 def _own(store: Store, name: str, disk_uuid: UUID) -> Owner:
     try:
-        return Owner(store.owner_path(disk_uuid), lambda: store.mark)
+        return Owner(store.owner_path(disk_uuid), lambda: store.mark, store.is_in_place)
     except Busy as error:
         raise Busy(
             f"disk {name!r} is attached by another process, or by another part of this one",

@@ -232,6 +232,45 @@ def test_two_owners_believe_neither_where_the_owners_file_was_replaced(
                 attached.changes(since="second")
 
 
+@pytest.mark.parametrize("how", ["moved", "moved and removed", "removed", "renamed over", "without its file"])
+@pytest.mark.parametrize("end", ["detach", "death"])
+def test_copy_of_a_distrusted_store_stays_distrusted_in_the_place_of_one_that_is_used(
+    tmp_path: Path, how: str, end: str
+) -> None:
+    """That one's disk is trusted again, in a new epoch of which the copy knows nothing."""
+    path, copy, away = tmp_path / "store", tmp_path / "copy", tmp_path / "away"
+    image = make_raw_image(tmp_path / "sda.raw", 1 << 20)
+    with Store.create(str(path)) as store:
+        disk = session.add(store, "sda", str(image), granularity_bits=12)
+        with Filter.attach(store, "sda", background=False) as attached:
+            attached.checkpoint("start")
+        owner.declare_distrust_at_rest(store.owner_path(disk.uuid), "bits were lost", 1)
+        run("cp", "-a", path, copy)
+        attached = Filter.attach(store, "sda", background=False)
+        file = f"owners/{disk.uuid}"
+        if how == "renamed over":
+            for part in ("lmdb/data.mdb", "newest", file):
+                os.replace(copy / part, path / part)
+        else:
+            if how == "without its file":
+                (copy / file).unlink()
+            path.rename(away)
+            if how == "removed":
+                shutil.rmtree(away)
+            copy.rename(path)
+        attached.beat()
+        if how == "moved and removed":
+            shutil.rmtree(away)
+            attached.beat()
+        attached.detach() if end == "detach" else attached.abandon()
+    with Store.open(str(path)) as put_there:
+        standing = changes(put_there, "sda", since="start").standing
+        expected = (
+            "bits were lost" if how != "without its file" else "the owner's file of this disk was missing"
+        )
+        assert standing == (Trust.UNTRUSTED, expected)
+
+
 def put_back_in_its_own_file(tmp_path: Path, end: str) -> Path:
     """A store of two disks that lacks what was written to sda until the `end` of that one's owner."""
     store, saved = tmp_path / "store", tmp_path / "saved"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import sys
 import threading
 import time
@@ -215,6 +216,72 @@ def test_owner_keeps_a_moved_store_too_where_another_took_its_place(
             assert owner_file.last_beat(path) == Beat(owner.boot_id(), 1, 2)
             assert owner_file.distrust(path) == Distrust(3, "just now")
     assert not owner.is_owned(str(after / "owner"))
+
+
+@pytest.mark.parametrize("how", ["moved", "moved, then removed", "removed with its store"])
+@pytest.mark.parametrize("is_known_there", [False, True])
+def test_file_of_another_store_is_never_called_trusted_by_the_owner_whose_name_it_has(
+    tmp_path: Path, how: str, *, is_known_there: bool
+) -> None:
+    """That store may lack what this one recorded since the copy."""
+    path, copy = tmp_path / "store" / "owner", tmp_path / "copy"
+    path.parent.mkdir()
+    owner_file.create(str(path))
+    copy.mkdir()
+    if is_known_there:
+        owner_file.create(str(copy / "owner"), Distrust(1, "bits were lost"))
+    is_there = how != "removed with its store"
+    with closing(Owner(str(path), is_in_place=lambda: is_there)) as held:
+        held.beat(1, 2)
+        path.parent.rename(tmp_path / "away") if is_there else shutil.rmtree(path.parent)
+        copy.rename(path.parent)
+        held.beat(3, 4)
+        if how == "moved, then removed":
+            shutil.rmtree(tmp_path / "away")
+            held.beat(5, 6)
+        assert held.distrust() is None
+        assert owner.is_owned(str(path))
+        found = owner_file.distrust(str(path))
+        assert found is not None
+        assert found.reason == (
+            "bits were lost" if is_known_there else "the owner's file of this disk was missing"
+        )
+        held.declare_distrust("just now", 7)
+        held.restore_trust()
+        assert owner_file.distrust(str(path)) == Distrust(7, "just now")
+        if how == "moved":
+            assert owner_file.distrust(str(tmp_path / "away" / "owner")) is None
+    assert not owner.is_owned(str(path))
+
+
+def test_distrust_reaches_a_file_that_took_the_name_before(tmp_path: Path, path: str, held: Owner) -> None:
+    """It may be in the store that is used, though the one that was moved away is not lost."""
+    held.declare_distrust("just now", 3)
+    os.rename(path, tmp_path / "away")
+    owner_file.create(path)
+    held.beat(5, 6)
+    assert owner_file.distrust(path) == Distrust(3, "just now")
+
+
+def test_owner_does_not_vouch_in_another_store(tmp_path: Path, path: str) -> None:
+    """Its signs of life would hide since when nobody records there what is written."""
+    is_there = True
+    with closing(Owner(path, is_in_place=lambda: is_there)) as held:
+        held.beat(1, 2)
+        shutil.copy(path, tmp_path / "copy")
+        os.rename(path, tmp_path / "away")
+        os.rename(tmp_path / "copy", path)
+        held.beat(3, 4)
+        assert owner_file.last_beat(path) == Beat(owner.boot_id(), 3, 4)
+        is_there = False
+        held.beat(5, 6)
+        assert owner_file.last_beat(path) == Beat(owner.boot_id(), 3, 4)
+        assert held.last_beat() == Beat(owner.boot_id(), 5, 6)
+        os.rename(path, tmp_path / "copy")
+        os.rename(tmp_path / "away", path)
+        held.beat(7, 8)
+        assert not owner.is_owned(str(tmp_path / "copy"))
+    assert owner_file.last_beat(path) == Beat(owner.boot_id(), 7, 8)
 
 
 def test_owner_goes_on_in_a_file_that_is_moved_away_and_back(path: str, held: Owner) -> None:
