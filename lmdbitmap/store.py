@@ -118,6 +118,11 @@ class Store:
         except (LmdbitmapError, OSError):
             return False
 
+    def require_its_place(self) -> None:
+        """Raise `StorageError` unless the store is where it was."""
+        if not self.is_in_place():
+            raise lmdb_errors.not_the_same(self.path, "its folder was moved or removed, or a copy put there")
+
     def is_same(self, other: Store) -> bool:
         """Whether a transaction of one is one of the other. A copy of a store has the same uuid, and is another."""
         return self._environment is other._environment

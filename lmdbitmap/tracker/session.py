@@ -382,12 +382,18 @@ def remove(store: Store, name: str) -> None:
 
 def _own(store: Store, name: str, disk_uuid: UUID) -> Owner:
     try:
-        return Owner(store.owner_path(disk_uuid), lambda: store.mark, store.is_in_place)
+        lock = Owner(store.owner_path(disk_uuid), lambda: store.mark, store.is_in_place)
     except Busy as error:
         raise Busy(
             f"disk {name!r} is attached by another process, or by another part of this one",
             next_step="wait until it is detached, or stop the process that serves it",
         ) from error
+    try:
+        store.require_its_place()  # else the file that is locked is another store's
+    except BaseException:
+        lock.close()
+        raise
+    return lock
 
 
 def existing(reader: Reader, disk_uuid: UUID) -> Disk:

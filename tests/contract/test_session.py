@@ -271,6 +271,27 @@ def test_copy_of_a_distrusted_store_stays_distrusted_in_the_place_of_one_that_is
         assert standing == (Trust.UNTRUSTED, expected)
 
 
+def test_no_disk_is_owned_in_a_store_in_whose_place_a_copy_was_put(tmp_path: Path) -> None:
+    """What is trusted again in the one that is open would be so in the copy, whose file is under that name."""
+    path, copy, away = tmp_path / "store", tmp_path / "copy", tmp_path / "away"
+    image = make_raw_image(tmp_path / "sda.raw", 1 << 20)
+    with Store.create(str(path)) as store:
+        disk = session.add(store, "sda", str(image), granularity_bits=12)
+        with Filter.attach(store, "sda", background=False) as attached:
+            attached.checkpoint("start")
+        owner.declare_distrust_at_rest(store.owner_path(disk.uuid), "bits were lost", 1)
+        run("cp", "-a", path, copy)
+        path.rename(away)
+        copy.rename(path)
+        for attempt in (Filter.attach, session.remove, session.adopt):
+            with pytest.raises(StorageError, match="a copy put there"):
+                attempt(store, "sda")
+        assert not owner.is_owned(store.owner_path(disk.uuid))
+    for place in (path, away):
+        with Store.open(str(place)) as opened:
+            assert changes(opened, "sda", since="start").standing == (Trust.UNTRUSTED, "bits were lost")
+
+
 def put_back_in_its_own_file(tmp_path: Path, end: str) -> Path:
     """A store of two disks that lacks what was written to sda until the `end` of that one's owner."""
     store, saved = tmp_path / "store", tmp_path / "saved"
