@@ -41,6 +41,7 @@ class Standing(NamedTuple):
 
 
 EXACT = Standing(Trust.EXACT)
+MOVED = "the store is not where it was when it was opened: it was moved, and a copy put there"
 
 
 class Summary(NamedTuple):
@@ -325,6 +326,8 @@ def _judged_standing(store: Store, disk: Disk, judge: Judge) -> Standing:
     verdict = judge(disk, image, beat, session.present(store))
     if verdict.broken is not None:
         return Standing(Trust.UNTRUSTED, verdict.broken)
+    if not store.is_in_place():  # looked at last: the owner's file that was read may be another store's
+        return Standing(Trust.UNTRUSTED, MOVED)
     return Standing(Trust.SUPERSET, verdict.superset) if verdict.superset else EXACT
 
 

@@ -18,7 +18,7 @@ from lmdbitmap.storage.owner_name import OWNED_TWICE
 from lmdbitmap.store import WENT_BACK, Store
 from lmdbitmap.tracker import session
 from lmdbitmap.tracker.chain import disk_called
-from lmdbitmap.tracker.changes import changes
+from lmdbitmap.tracker.changes import MOVED, changes
 from tests.helpers.nbd_far import far_server
 from tests.helpers.support import make_raw_image, run, spawn
 
@@ -290,6 +290,22 @@ def test_no_disk_is_owned_in_a_store_in_whose_place_a_copy_was_put(tmp_path: Pat
     for place in (path, away):
         with Store.open(str(place)) as opened:
             assert changes(opened, "sda", since="start").standing == (Trust.UNTRUSTED, "bits were lost")
+
+
+def test_store_in_whose_place_a_copy_was_put_is_not_believed_by_the_owners_file_of_the_copy(
+    tmp_path: Path,
+) -> None:
+    path, copy = tmp_path / "store", tmp_path / "copy"
+    with far_server(tmp_path) as far, Store.create(str(path)) as store:
+        session.add(store, "sda", far.uri, granularity_bits=12)
+        attached = Filter.attach(store, "sda", background=False)
+        attached.checkpoint("start")
+        run("cp", "-a", path, copy)
+        attached.abandon()
+        owner.declare_distrust_at_rest(store.owner_path(attached.disk.uuid), "the store was full", 1)
+        path.rename(tmp_path / "away")
+        copy.rename(path)
+        assert changes(store, "sda", since="start").standing == (Trust.UNTRUSTED, MOVED)
 
 
 def put_back_in_its_own_file(tmp_path: Path, end: str) -> Path:
