@@ -49,6 +49,8 @@ class KeptName:
         self._path = path
         self._is_in_place = is_in_place
         self._last: Beat | None = None
+        self._why: Distrust | None = None
+        """Our distrust, if there is any since the file was locked."""
         self.was_owned_twice = False
         """Whether another process owned the disk too, so that it was distrusted."""
 
@@ -61,12 +63,15 @@ class KeptName:
     def put_trust(self, why: Distrust | None) -> None:
         record = owner_file.sealed_trust(why)
         owner_file.put(self._ours.fd, record, TRUST, durable=True)
+        self._why = why
         if self._stranger is not None and why is not None:
             owner_file.put(self._stranger.fd, record, TRUST, durable=True)
 
     def put_beat(self, beat: Beat, *, durable: bool) -> None:
         """Raises `Busy` if another process has taken the file of our name: then the disk is distrusted."""
         self._keep(beat.time_ns)
+        if self._why is not None and owner_file.distrust_of(self.read(TRUST)) is None:
+            self.put_trust(self._why)  # an older copy was written over the file, as `cp` does
         record = owner_file.sealed_beat(beat)
         owner_file.put(self._ours.fd, record, BEAT, durable=durable)
         if self._stranger is not None and self._is_in_place():

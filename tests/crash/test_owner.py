@@ -324,6 +324,18 @@ def test_distrust_stays_until_trust_is_restored(path: str, held: Owner) -> None:
     assert os.path.getsize(path) == 16384
 
 
+def test_distrust_is_said_again_if_an_older_copy_is_written_over_the_file(path: str, held: Owner) -> None:
+    """As by `cp`, which leaves the owner the file that it has open."""
+    before = Path(path).read_bytes()
+    held.declare_distrust("just now", 5)
+    Path(path).write_bytes(before)
+    held.beat(6, 7)
+    assert owner_file.distrust(path) == Distrust(5, "just now")
+    held.restore_trust()
+    held.beat(8, 9)
+    assert owner_file.distrust(path) is None
+
+
 @pytest.mark.parametrize("reason", ["", "ä" * 1000, "x" * 5000])
 def test_any_reason_is_distrust(path: str, held: Owner, reason: str) -> None:
     held.declare_distrust(reason, 1)
