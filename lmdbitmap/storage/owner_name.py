@@ -25,7 +25,7 @@ from contextlib import suppress
 from lmdbitmap.errors import Busy
 from lmdbitmap.storage import owner_file
 from lmdbitmap.storage.owner_file import BEAT, DISK, FILE_BYTES, TRUST, Beat, Distrust, Part
-from lmdbitmap.system import file_locks, files
+from lmdbitmap.system import file_locks, files, kernel
 from lmdbitmap.system.file_locks import LockedFile
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,8 @@ class KeptName:
         """The file that has our file's name, if ours has another one, or none."""
         self._path = path
         self._is_in_place = is_in_place
-        self._last: Beat | None = None
+        self._last = Beat(kernel.boot_id(), 0, 0, awake_ns=kernel.awake_ns())
+        """The last beat, or the moment of the lock: whoever beats later owns the disk too."""
         self._why: Distrust | None = None
         """Our distrust, if there is any since the file was locked."""
         self.was_owned_twice = False
@@ -145,11 +146,9 @@ class KeptName:
         return os.fstat(self._ours.fd).st_nlink == 0 and self._is_in_place()
 
     def _was_owned_by_another(self, taken: LockedFile) -> bool:
-        """Whether somebody beat in the file of our name after we last did in ours."""
+        """Whether somebody beat in the file of our name after we last did in ours, or locked it."""
         theirs, ours = owner_file.beat_of(owner_file.read(taken.fd, BEAT)), self._last
-        if theirs is None or ours is None or theirs.boot_id != ours.boot_id:
-            return False
-        return theirs.awake_ns > ours.awake_ns > 0
+        return theirs is not None and theirs.boot_id == ours.boot_id and theirs.awake_ns > ours.awake_ns > 0
 
     def _distrust_both(self, time_ns: int, taken: LockedFile | None) -> None:
         """Say so in our file and in the other one's, though we may have no lock on that: neither must be believed."""

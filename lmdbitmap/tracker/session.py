@@ -30,6 +30,7 @@ from lmdbitmap.notes.holds import remove_holds
 from lmdbitmap.notes.sync_note import remove_notes
 from lmdbitmap.storage import owner, owner_file, schema
 from lmdbitmap.storage.owner import Owner
+from lmdbitmap.storage.owner_name import OWNED_TWICE
 from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Reader, Store, Writer
 from lmdbitmap.system import kernel
@@ -155,6 +156,8 @@ def _leave_sign_of_life(owned: OwnedDisk, disk: Disk) -> None:
     assert disk.identity is not None
     change = disk.identity.last_change
     owned.owner.beat(time.time_ns(), *change, awake_ns=owner.awake_ns(), durable=True)
+    if owned.owner.was_owned_twice:
+        raise Busy(f"disk {disk.name!r}: {OWNED_TWICE}", next_step="try again")
 
 
 def _flush_block_device(owned: OwnedDisk) -> None:

@@ -6,7 +6,9 @@ import errno
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +16,7 @@ from lmdbitmap.errors import Busy, InvalidArgument, NotFound, StorageError, Untr
 from lmdbitmap.extents import Trust
 from lmdbitmap.filter import Filter
 from lmdbitmap.storage import owner, owner_file
+from lmdbitmap.storage.owner import Owner
 from lmdbitmap.storage.owner_name import OWNED_TWICE
 from lmdbitmap.store import WENT_BACK, Store
 from lmdbitmap.tracker import session
@@ -230,6 +233,37 @@ def test_two_owners_believe_neither_where_the_owners_file_was_replaced(
             assert attached.disk.epoch_reason == OWNED_TWICE
             with pytest.raises(Untrusted):
                 attached.changes(since="second")
+
+
+@pytest.mark.parametrize("first", [Filter.attach, session.adopt])
+def test_two_owners_believe_neither_where_the_first_had_not_beaten_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: Callable[..., object]
+) -> None:
+    """As one that was stopped just then. The second one's whole life is between its commit and its first beat."""
+    beat = Owner.beat
+    with far_server(tmp_path) as far, Store.create(str(tmp_path / "store")) as store:
+        session.add(store, "sda", far.uri, granularity_bits=12)
+        with Filter.attach(store, "sda", background=False) as before:
+            before.checkpoint("start")
+
+        def beat_late(self: Owner, *arguments: int, **named: Any) -> None:
+            monkeypatch.setattr(Owner, "beat", beat)
+            path = store.owner_path(disk_called(store, "sda").uuid)
+            shutil.copy(path, tmp_path / "copy")
+            os.replace(tmp_path / "copy", path)
+            with Filter.attach(store, "sda", background=False) as second:
+                second.checkpoint("second")
+            beat(self, *arguments, **named)
+
+        monkeypatch.setattr(Owner, "beat", beat_late)
+        if first is session.adopt:
+            with pytest.raises(Busy, match="owned the disk too"):
+                first(store, "sda")
+        else:
+            attached = Filter.attach(store, "sda", background=False)
+            attached.pwrite(b"unknown to the second", 8192)
+            attached.detach()
+        assert changes(store, "sda", since="second").standing == (Trust.UNTRUSTED, OWNED_TWICE)
 
 
 @pytest.mark.parametrize("how", ["moved", "moved and removed", "removed", "renamed over", "without its file"])
