@@ -69,7 +69,7 @@ class Filter(Front):
     ) -> None:
         super().__init__(device)
         self.store = store
-        self._voucher = Voucher(disk.name, device, owner)
+        self._voucher = Voucher(disk.name, disk.session, device, owner)
         self._tracking = Tracking(store, disk, device, self._voucher, max_armed=max_armed)
         self._whereabouts = Whereabouts(disk.name, disk.image, device.fd)
         self._ending = threading.RLock()

@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from uuid import UUID
 
 from lmdbitmap.errors import Busy, os_errors_at
 from lmdbitmap.interfaces import StoreMark
@@ -80,6 +81,7 @@ class Owner:
         sectors_written: int = 0,
         *,
         awake_ns: int = 0,
+        session: UUID | None = None,
         durable: bool = False,
     ) -> None:
         """Leave a sign of life: one small write into the page cache, unless it must be durable on return.
@@ -87,7 +89,7 @@ class Owner:
         Raises `Busy` if the file was removed or replaced, and another process has taken the one of its name: then the
         disk is distrusted, as neither of the two records what the other writes.
         """
-        beat = Beat(boot_id(), time_ns, mtime_ns, sectors_written, self._store_mark(), awake_ns)
+        beat = Beat(boot_id(), time_ns, mtime_ns, sectors_written, self._store_mark(), awake_ns, session)
         with self._writing, os_errors_at(self._path):
             self._name.put_beat(beat, durable=durable)
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import struct
 from typing import NamedTuple
+from uuid import UUID
 from zlib import crc32
 
 from lmdbitmap.errors import os_errors_at
@@ -39,7 +40,7 @@ FILE_BYTES = DISK.offset + DISK.size
 _CRC_BYTES = 4
 _DISK = struct.Struct("<8sI")
 _DISK_MAGIC = b"LDBMdisk"
-_BEAT = struct.Struct("<8s36sqqQQQQQ")
+_BEAT = struct.Struct("<8s36sqqQQQQQ16s")
 _BEAT_MAGIC = b"LDBMlife"
 _DISTRUST = struct.Struct("<8sqH")
 _TRUST_MAGIC = b"LDBMgood"
@@ -60,6 +61,8 @@ class Beat(NamedTuple):
     store: StoreMark = UNMARKED
     awake_ns: int = 0
     """Nanoseconds since the boot, which no change of the clock touches; 0 if an older version left the sign."""
+    session: UUID | None = None
+    """The owner's session; None outside of one, or if an older version left the sign."""
 
 
 class Distrust(NamedTuple):
@@ -125,11 +128,15 @@ def put(fd: int, record: bytes, part: Part, *, durable: bool) -> None:
 def beat_of(record: bytes | None) -> Beat | None:
     if record is None:
         return None
-    magic, boot, time_ns, mtime_ns, sectors, inode, transaction, awake_ns, born_ns = _BEAT.unpack_from(record)
+    magic, boot, time_ns, mtime_ns, sectors, *rest = _BEAT.unpack_from(record)
     if magic != _BEAT_MAGIC:
         return None
-    store = StoreMark(inode, transaction, born_ns)
-    return Beat(boot.decode("ascii", "replace"), time_ns, mtime_ns, sectors, store, awake_ns)
+    inode, transaction, awake_ns, born_ns, session = rest
+    return Beat(
+        boot.decode("ascii", "replace"),
+        *(time_ns, mtime_ns, sectors, StoreMark(inode, transaction, born_ns), awake_ns),
+        UUID(bytes=session) if any(session) else None,
+    )
 
 
 def sealed_beat(beat: Beat) -> bytes:
@@ -137,6 +144,7 @@ def sealed_beat(beat: Beat) -> bytes:
     fields = (
         *(beat.boot_id.encode("ascii"), beat.time_ns, beat.mtime_ns, beat.sectors_written),
         *(store.inode, store.transaction, beat.awake_ns, store.born_ns),
+        beat.session.bytes if beat.session else b"",
     )
     return _sealed(_BEAT.pack(_BEAT_MAGIC, *fields), BEAT)
 

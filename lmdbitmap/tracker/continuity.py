@@ -24,9 +24,12 @@ A block device has no mtime. It has the counters that kernel.py describes, which
   boot's end. As nothing in the image would show that the store is an older copy, the store must be the very file that
   the last sign of life names.
 
-A sign of life also names the store's file and its newest transaction. A store with an older transaction was put back
-from a copy, and lacks what was recorded since, so that it can say nothing after a crash. (After a clean detach the
-image itself shows whether anything happened since the copy.)
+A sign of life also names its session. One of a session before, as in an owner's file that was put back from a copy, says
+nothing of the last: what else its owner wrote there, such as that it lost track, is missing too.
+
+It also names the store's file and its newest transaction. A store with an older transaction was put back from a copy,
+and lacks what was recorded since, so that it can say nothing after a crash. (After a clean detach the image itself shows
+whether anything happened since the copy.)
 
 A copy passes for complete once it has gone on for as many transactions as it lacks. So after a death, unless the image
 was not written since the session began, the store must be the very file that the last sign of life names. So it must
@@ -146,6 +149,8 @@ def _gap_since_sign_of_life(disk: Disk, image: ImageIdentity, beat: Beat | None,
         return f"the image has {image.size} bytes, and {disk.size} were tracked"
     if beat is not None and now.store.transaction < beat.store.transaction:
         return STORE_PUT_BACK
+    if beat is not None and not _is_of_the_session(beat, disk, image):
+        beat = None
     if image.is_block_device:
         return _exchange(begun, image) or _device_gap_since_sign_of_life(begun, image, beat, now)
     if 0 != image.mtime_ns == begun.mtime_ns and (beat is None or beat.mtime_ns <= begun.mtime_ns):
@@ -155,6 +160,14 @@ def _gap_since_sign_of_life(disk: Disk, image: ImageIdentity, beat: Beat | None,
     if not _within_last_moment(image, beat, now):
         return "the image was written, or replaced by an older one, after its owner's last sign of life"
     return _other_store(beat, now)
+
+
+def _is_of_the_session(beat: Beat, disk: Disk, image: ImageIdentity) -> bool:
+    """Whether the sign of life is not of a session before, as in an owner's file that was put back from a copy.
+
+    One of an older version does not tell. It is believed about an image whose mtime shows what was written since.
+    """
+    return beat.session == disk.session or (beat.session is None and image.mtime_ns != 0)
 
 
 def _other_store(beat: Beat | None, now: Moment) -> str | None:

@@ -18,6 +18,7 @@ import logging
 import os
 import threading
 import time
+from uuid import UUID
 
 from lmdbitmap.errors import LmdbitmapError, StorageError
 from lmdbitmap.images.identity import leave_late_mtime
@@ -34,10 +35,11 @@ minute if the machine was restarted, as one may be that lost the disk of its sto
 
 
 class Voucher:
-    """Holds the owner's lock on the disk called `name` until `close`. Safe for many threads."""
+    """Holds the owner's lock on the disk called `name` until `close`, in its `session`. Safe for many threads."""
 
-    def __init__(self, name: str, device: TrackableDevice, owner: Owner) -> None:
+    def __init__(self, name: str, session: UUID | None, device: TrackableDevice, owner: Owner) -> None:
         self._name = name
+        self._session = session
         self._device = device
         self._owner = owner
         self._changing = threading.Lock()
@@ -56,7 +58,13 @@ class Voucher:
                 now_ns, awake_ns = time.time_ns(), owner.awake_ns()
                 change = self._device.identity().last_change
                 try:
-                    self._owner.beat(now_ns, *change, awake_ns=awake_ns, durable=not self._has_beaten)
+                    self._owner.beat(
+                        now_ns,
+                        *change,
+                        awake_ns=awake_ns,
+                        session=self._session,
+                        durable=not self._has_beaten,
+                    )
                     self._has_beaten = True
                 finally:
                     if self._owner.was_owned_twice and self.lost is None:

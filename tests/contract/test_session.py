@@ -342,6 +342,27 @@ def test_store_in_whose_place_a_copy_was_put_is_not_believed_by_the_owners_file_
         assert changes(store, "sda", since="start").standing == (Trust.UNTRUSTED, MOVED)
 
 
+@pytest.mark.parametrize("saved", ["detached", "adopted"])
+def test_owners_file_put_back_from_before_the_session_vouches_for_no_far_image(
+    tmp_path: Path, saved: str
+) -> None:
+    """The owner lost track, and said so in the file that was there."""
+    with far_server(tmp_path) as far, Store.create(str(tmp_path / "store")) as store:
+        session.add(store, "sda", far.uri, granularity_bits=12)
+        with Filter.attach(store, "sda", background=False) as attached:
+            attached.checkpoint("start")
+        if saved == "adopted":
+            session.adopt(store, "sda")
+        path = store.owner_path(attached.disk.uuid)
+        shutil.copy(path, tmp_path / "saved")
+        Filter.attach(store, "sda", background=False).abandon()
+        assert changes(store, "sda", since="start").standing.trust is Trust.SUPERSET
+        owner.declare_distrust_at_rest(path, "the store was full", 1)
+        os.replace(tmp_path / "saved", path)
+        standing = changes(store, "sda", since="start").standing
+        assert (standing.trust, "sign of life" in str(standing.reason)) == (Trust.UNTRUSTED, True)
+
+
 def put_back_in_its_own_file(tmp_path: Path, end: str) -> Path:
     """A store of two disks that lacks what was written to sda until the `end` of that one's owner."""
     store, saved = tmp_path / "store", tmp_path / "saved"

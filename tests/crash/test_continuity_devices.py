@@ -195,7 +195,8 @@ def died(device: TrackedDevice, *, known: bool, beat_age_s: int) -> None:
     attached.abandon()
     store_now = session.present(device.store).store
     with closing(Owner(device.store.owner_path(device.disk().uuid), lambda: store_now)) as dead:
-        dead.beat(time.time_ns() - beat_age_s * SECOND_NS, 0, sectors if known else sectors - 8)
+        seen, time_ns = sectors if known else sectors - 8, time.time_ns() - beat_age_s * SECOND_NS
+        dead.beat(time_ns, 0, seen, session=device.disk().session)
 
 
 @pytest.mark.parametrize(("known", "beat_age_s"), [(False, 0), (False, 50), (True, 0), (True, 100_000)])

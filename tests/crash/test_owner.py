@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 from zlib import crc32
 
 import pytest
@@ -373,10 +374,10 @@ def test_every_damaged_byte_of_the_trust_record_is_distrust(path: str) -> None:
 
 
 def test_beat_tells_how_the_image_and_the_store_stood(path: str) -> None:
-    stood = StoreMark(2**63, 2**64 - 1, 2**63 - 1)
+    stood, session = StoreMark(2**63, 2**64 - 1, 2**63 - 1), UUID(int=2**128 - 1)
     with closing(Owner(path, lambda: stood)) as held:
-        held.beat(7, 8, 2**40, awake_ns=9)
-    assert owner_file.last_beat(path) == Beat(owner.boot_id(), 7, 8, 2**40, stood, 9)
+        held.beat(7, 8, 2**40, awake_ns=9, session=session)
+    assert owner_file.last_beat(path) == Beat(owner.boot_id(), 7, 8, 2**40, stood, 9, session)
 
 
 def test_beat_of_an_older_version_is_no_beat(path: str) -> None:

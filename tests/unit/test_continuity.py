@@ -42,7 +42,7 @@ def at(mtime_s: float, **changes: int) -> ImageIdentity:
 
 
 def beat(time_s: float, mtime_s: float, boot: str = THIS_BOOT, store: StoreMark = STORE) -> Beat:
-    return Beat(boot, int(time_s * S), int(mtime_s * S), store=store)
+    return Beat(boot, int(time_s * S), int(mtime_s * S), store=store, session=SESSION)
 
 
 def device(**changes: object) -> ImageIdentity:
@@ -52,7 +52,7 @@ def device(**changes: object) -> ImageIdentity:
 
 
 def device_beat(sectors: int, time_s: float = 2010, boot: str = THIS_BOOT, store: StoreMark = STORE) -> Beat:
-    return Beat(boot, int(time_s * S), 0, sectors, store)
+    return Beat(boot, int(time_s * S), 0, sectors, store, session=SESSION)
 
 
 # --- after a clean detach ---
@@ -282,6 +282,28 @@ def test_block_device_after_a_reboot_must_be_unwritten_in_this_boot(
 # --- images behind an NBD server ---
 
 FAR = ImageIdentity(8, 9, MIB, 0)
+
+
+@pytest.mark.parametrize(
+    ("image", "last_beat", "in_its_session", "in_another", "not_known"),
+    [
+        (at(2010), beat(2010, 2010), True, False, True),  # an older version's, but the mtime tells
+        (LEFT, beat(2010, 2000), True, True, True),  # unwritten since the session began
+        (FAR, beat(2010, 0), True, False, False),
+        (device(sectors_written=1008), device_beat(1008), True, False, False),
+        (device(), device_beat(1000), True, True, True),
+    ],
+)
+def test_sign_of_life_of_a_session_before_tells_nothing_of_the_last_one(
+    image: ImageIdentity, last_beat: Beat, *, in_its_session: bool, in_another: bool, not_known: bool
+) -> None:
+    """An owner's file that was put back from a copy may lack distrust."""
+    begun = {FAR: FAR, LEFT._replace(mtime_ns=image.mtime_ns): LEFT}.get(image, BLOCK_DEVICE)
+    tracked = disk(identity=begun, session=SESSION)
+    for session, holds in ((SESSION, in_its_session), (UUID(int=8), in_another), (None, not_known)):
+        given = last_beat._replace(session=session)
+        for each in (judge, judge_held):
+            assert (each(tracked, image, given, NOW).broken is None) == holds
 
 
 @pytest.mark.parametrize("session", [None, SESSION])
