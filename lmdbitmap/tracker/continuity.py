@@ -24,8 +24,8 @@ A block device has no mtime. It has the counters that kernel.py describes, which
   boot's end. As nothing in the image would show that the store is an older copy, the store must be the very file that
   the last sign of life names.
 
-A sign of life also names its session. One of a session before, as in an owner's file that was put back from a copy, says
-nothing of the last: what else its owner wrote there, such as that it lost track, is missing too.
+A sign of life also names its session. One of a session before, as in an owner's file that was put back from a copy,
+says nothing of the last: what else its owner wrote there, such as that it lost track, is missing too.
 
 It also names the store's file and its newest transaction. A store with an older transaction was put back from a copy,
 and lacks what was recorded since, so that it can say nothing after a crash. (After a clean detach the image itself shows
