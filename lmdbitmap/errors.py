@@ -21,7 +21,7 @@ import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 
 class LmdbitmapError(Exception):
@@ -83,6 +83,10 @@ class FormatError(LmdbitmapError, ValueError):
         self.found = found
 
 
+BAD_DISK: Final = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG})
+"""What the kernel says of data, and of a file system's own records, that cannot be read or are damaged."""
+
+
 class StorageError(LmdbitmapError, OSError):
     """The operating system refused a read, a write or a sync; `errno` and `strerror` say why.
 
@@ -94,6 +98,11 @@ class StorageError(LmdbitmapError, OSError):
         super().__init__(f"{place}: {reason}", next_step=next_step)
         self.place = place
         self.errno, self.strerror = cause.errno, reason
+
+    @property
+    def is_of_bad_disk(self) -> bool:
+        """Whether the disk cannot read it, or the file system has damage there: asking again does not help."""
+        return self.errno in BAD_DISK
 
     def __reduce__(self) -> tuple[Any, ...]:
         """`OSError` keeps these two elsewhere."""
@@ -119,6 +128,8 @@ _NEXT_STEPS = {
     errno.EIO: "look at the kernel log (dmesg): the disk or the connection to it fails",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.ENFILE: "raise the system's limit on open files (fs.file-max)",
+    errno.EUCLEAN: "its file system is damaged there: check that (fsck)",
+    errno.EBADMSG: "its file system is damaged there: check that (fsck)",
     errno.ENOMEM: "free some memory and try again",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ELOOP: "mend the symbolic links that lead there",

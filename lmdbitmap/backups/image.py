@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -146,10 +145,8 @@ def _of_the_parent(*, needed: bool) -> Iterator[None]:
     try:
         yield
     except LmdbitmapError as error:
-        is_damage = isinstance(error, FormatError) or (
-            isinstance(error, StorageError) and error.errno == errno.EIO
-        )
-        if needed and not is_damage:
+        is_bad_disk = isinstance(error, StorageError) and error.is_of_bad_disk
+        if needed and not is_bad_disk and not isinstance(error, FormatError):
             raise
         raise ParentDamaged(error) from error
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lmdbitmap.copying.digest_algorithms import DigestAlgorithm, fastest, is_available
-from lmdbitmap.errors import FormatError, LmdbitmapError, NotFound
+from lmdbitmap.errors import FormatError, LmdbitmapError, NotFound, StorageError
 from lmdbitmap.notes.references import Reason
 from lmdbitmap.qcow2 import compression
 from lmdbitmap.qcow2.layout import CompressionType
@@ -142,12 +142,20 @@ def _what_is_missing(folder: BackupFolder, images: Sequence[BackupEntry]) -> Rea
         return Reason("image-missing", _printable(missing.problem))
     except FormatError as changed:
         return Reason("image-changed", _printable(changed.problem))
+    except StorageError as refusal:
+        if not refusal.is_of_bad_disk:
+            raise
+        return _damaged(refusal)
     return None
 
 
 def full_instead(damage: LmdbitmapError) -> BackupPlan:
     """Return the plan of a full backup made because an image of the chain cannot be read."""
-    return BackupPlan(BackupType.FULL, reason=Reason("image-damaged", _printable(damage.problem)))
+    return BackupPlan(BackupType.FULL, reason=_damaged(damage))
+
+
+def _damaged(damage: LmdbitmapError) -> Reason:
+    return Reason("image-damaged", _printable(damage.problem))
 
 
 def _why_unknown(

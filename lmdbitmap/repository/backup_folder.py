@@ -194,7 +194,7 @@ class BackupFolder:
 
     def _image_status(self, file: str) -> tuple[str, os.stat_result]:
         path = self.image_path(file)
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(NotFound), os_errors_at(path):
             return path, os.lstat(path)
         path = self.path_of(file)  # a successor is there if a prune ended at this very moment
         with os_errors_at(path):

@@ -15,7 +15,6 @@ all entries at once, so it is asked only about tables that such a look does not 
 
 from __future__ import annotations
 
-import errno
 import functools
 import logging
 from collections import deque
@@ -78,7 +77,7 @@ def what_is_broken(
         except FormatError as broken:
             return broken
         except LmdbitmapError as refusal:
-            if isinstance(refusal, StorageError) and refusal.errno == errno.EIO:
+            if isinstance(refusal, StorageError) and refusal.is_of_bad_disk:
                 return refusal
             log.info("%s: its tables are not looked at: %s", entry.file, refusal.problem)
             continue

@@ -8,7 +8,6 @@ a GiB.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import os
@@ -107,8 +106,8 @@ def digests_of(folder: BackupFolder, entry: BackupEntry, chunks: ChunkDigests) -
 
 def is_damage(error: LmdbitmapError) -> bool:
     """Return whether the error tells of other data, or none, or of a disk that cannot read it, and not of a refusal."""
-    is_of_a_bad_disk = isinstance(error, StorageError) and error.errno == errno.EIO
-    return is_of_a_bad_disk or isinstance(error, (FormatError, NotFound))
+    is_bad_disk = isinstance(error, StorageError) and error.is_of_bad_disk
+    return is_bad_disk or isinstance(error, (FormatError, NotFound))
 
 
 def digests_length(image_length: int, chunk_size: int) -> int:

@@ -16,7 +16,6 @@ whatever else was changed.
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections import deque
@@ -31,6 +30,7 @@ from typing import NamedTuple
 from lmdbitmap.copying.digest_algorithms import DIGEST_BYTES
 from lmdbitmap.copying.hashing import digest_at, thread_count
 from lmdbitmap.errors import (
+    BAD_DISK,
     Busy,
     FormatError,
     InvalidArgument,
@@ -279,7 +279,9 @@ class _Image:
     def jobs(self) -> Iterator[_Check]:
         try:
             self._folder.check_images([self._entry])
-        except (FormatError, NotFound) as refused:
+        except LmdbitmapError as refused:
+            if not is_damage(refused):
+                raise
             yield _Check(partial(list, [self._flaw(refused)]), self._entry.bytes_stored)
             return
         yield _Check(partial(self._unless_gone, self._check_structure))
@@ -373,7 +375,7 @@ def _wrong_with_chunk(fd: int, chunks: ChunkDigests, offset: int, length: int, d
     try:
         found = digest_at(fd, chunks.algorithm, offset, length)
     except OSError as refusal:
-        if refusal.errno != errno.EIO:
+        if refusal.errno not in BAD_DISK:
             raise
         return _UNREADABLE
     return None if found == digest else _OTHER_DATA

@@ -43,6 +43,7 @@ from lmdbitmap.upkeep.check import check_store
 from lmdbitmap.upkeep.findings import Gravity
 from lmdbitmap.work import progress
 from tests.helpers.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
+from tests.helpers.bad_disk import BAD_DISK, refuse
 from tests.helpers.support import make_raw_image, no_ascii
 from tests.helpers.tracked import NAME
 from tests.unit.test_digest_algorithms import forget_blake3
@@ -159,6 +160,27 @@ def test_an_image_of_the_chain_that_is_gone_or_cut_makes_it_full(
     assert told(entry) == ("full", code)
     assert disk.restored() == disk.content()
     assert told(disk.backup()) == ("incremental", None)
+
+
+@BAD_DISK
+def test_an_image_that_the_disk_cannot_even_find_makes_it_full(
+    disk: BackedUpDisk, error: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else no night would have a backup until somebody asks for a full one."""
+    full = disk.backup_folder().path_of(disk.backup().file)
+    disk.backup()
+    refuse(monkeypatch, full, error)
+    assert told(disk.backup()) == ("full", "image-damaged")
+    assert disk.restored() == disk.content()
+    assert told(disk.backup()) == ("incremental", None)
+
+
+def test_an_image_that_may_not_be_looked_at_says_nothing_against_it(
+    disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse(monkeypatch, disk.backup_folder().path_of(disk.backup().file), errno.ESTALE)
+    with pytest.raises(StorageError, match=r"000001-full\.qcow2: Stale file handle"):
+        disk.backup()
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ from lmdbitmap.repository.verify import MAX_FLAWS, Flaw, VerifyResult, verify
 from lmdbitmap.restoring.restore import restore
 from lmdbitmap.system import files
 from tests.helpers.backed_up import BackedUpDisk, Repositories
+from tests.helpers.bad_disk import BAD_DISK, refuse
 from tests.helpers.support import no_ascii
 from tests.helpers.tracked import NAME, quick_folder
 from tests.unit.test_digest_algorithms import forget_blake3
@@ -165,6 +166,30 @@ def test_whatever_the_disk_cannot_read_of_an_image_is_a_flaw(
     result = verified(disk)
     assert {(flaw.backup, flaw.path) for flaw in result.flaws} == {("1", str(path))}
     assert "Input/output error" in result.flaws[0].problem or what == "tables"
+
+
+@BAD_DISK
+@pytest.mark.parametrize("what", ["image", "digests"])
+def test_what_the_disk_cannot_even_find_is_a_flaw_and_the_rest_is_proven(
+    disk: Repositories, what: str, error: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = path_of(disk, 0) if what == "image" else digests_of(disk, 0)
+    refuse(monkeypatch, path, error)
+    flip(path_of(disk, 1), MIB)
+    result = verified(disk)
+    assert [(flaw.backup, flaw.path) for flaw in result.flaws] == [
+        ("1", str(path)), ("2", str(path_of(disk, 1)))
+    ]  # fmt: skip
+    assert os.strerror(error) in result.flaws[0].problem
+
+
+@BAD_DISK
+def test_digests_that_the_disk_cannot_even_find_keep_nothing_from_being_restored(
+    disk: Repositories, error: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse(monkeypatch, digests_of(disk, 0), error)
+    restore(disk.folder / "backups", NAME, disk.folder / "out.raw")
+    assert (disk.folder / "out.raw").stat().st_size == SIZE
 
 
 def test_digests_that_the_disk_cannot_read_keep_nothing_from_being_restored(
