@@ -145,6 +145,28 @@ def test_an_owner_that_takes_too_long_is_given_up(serves: Serving, monkeypatch: 
     was_given_up.set()
 
 
+def test_one_that_is_released_before_it_is_exported_leaves_no_export(
+    serves: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is held before the image is flushed, and exported after that: so long that who asked may have given up."""
+    disk, store = serves.disk, serves.disk.store
+    flush = disk.device.flush
+
+    def released_meanwhile() -> None:
+        if disk.snapshots:
+            release_served_snapshot(store, NAME, "monday")
+        flush()
+
+    monkeypatch.setattr(disk.device, "flush", released_meanwhile)
+    with pytest.raises(Busy, match="'sda' was released while it was made"):
+        take_served_snapshot(store, [NAME], "monday")
+    monkeypatch.undo()
+    disk.forget("monday")
+    [held] = take_served_snapshot(store, [NAME], "monday")
+    with open_served_snapshot(store, held) as device:
+        assert device.pread(3, 0) == bytes(3)
+
+
 @pytest.mark.parametrize("seconds", [0, float("nan"), float("inf")])
 def test_a_limit_is_a_time_that_passes(serves: Serving, seconds: float) -> None:
     with pytest.raises(InvalidArgument, match="are no time limit"):

@@ -53,6 +53,7 @@ class HeldSnapshots:
         taken = take_snapshot(filters, name, self._scratch)
         try:
             self._export(taken, private=private)
+            self._require_held(taken)
         except BaseException:
             for snapshot in taken:
                 self.release(snapshot)
@@ -66,6 +67,15 @@ class HeldSnapshots:
                 self._server.add(snapshot.name, snapshot, private=private)
             checkpoint = snapshot.checkpoint.name
             _log.info("disk %s: held as at checkpoint %s", snapshot.disk.name, checkpoint)
+
+    def _require_held(self, taken: Sequence[Snapshot]) -> None:
+        """Raise `Busy` if one was released while the images were flushed, as by who gave its snapshot up."""
+        for snapshot in taken:
+            if not self.is_held(snapshot):
+                raise Busy(
+                    f"the snapshot of disk {snapshot.disk.name!r} was released while it was made",
+                    next_step="take another one",
+                )
 
     def find(self, disk: str, checkpoint: str, uuid: str | None = None) -> Snapshot:
         """Return the held snapshot of `checkpoint`. `uuid` excludes another checkpoint that has the name by now."""
@@ -84,9 +94,13 @@ class HeldSnapshots:
 
     def release(self, snapshot: Snapshot) -> None:
         """Release a snapshot; does nothing if it is released already."""
+        self._hide(snapshot)  # its clients are cut off, whose reads would be waited for
+        snapshot.release()
+        self._hide(snapshot)  # it may have been exported just now
+
+    def _hide(self, snapshot: Snapshot) -> None:
         if self._server is not None:
             self._server.remove(snapshot.name, snapshot)
-        snapshot.release()
 
     def open_image(self, disk: str, checkpoint: str, uuid: str | None = None) -> int:
         """Return a new read-only descriptor of the image of a held disk: see direct.py."""
