@@ -16,6 +16,7 @@ from lmdbitmap.images.image import are_one, is_far
 
 log = logging.getLogger(__name__)
 
+_PATIENCE_S: Final = 0.02
 WHILE_THERE_IS_TIME: Final = (
     "do not stop the process that serves it before you have a backup, or a copy of its NBD export: what the guest"
     " wrote ends with that process"
@@ -48,10 +49,17 @@ class Whereabouts:
         self._looking = threading.Lock()
 
     def look(self) -> str | None:
-        """Return why the image's name is lost, or None. Safe for many threads."""
-        with self._looking:
+        """Return why the image's name is lost, or None. Safe for many threads.
+
+        Of a file system that does not answer whoever looks there, the others are told what was known before.
+        """
+        if not self._looking.acquire(timeout=_PATIENCE_S):
+            return self._lost
+        try:
             lost = None if self._fd is None else why_lost(self._image, self._fd)
             before, self._lost = self._lost, lost
+        finally:
+            self._looking.release()
         if lost is not None and before is None:
             log.error("disk %s: %s; %s", self._name, lost, WHILE_THERE_IS_TIME)
         elif lost is None and before is not None:

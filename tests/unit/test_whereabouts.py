@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
 from lmdbitmap.images.whereabouts import Whereabouts, why_lost
+from tests.helpers.support import PATIENCE_SECONDS
 from tests.helpers.tracked import NAME, TrackedDisk
 
 SIZE = 1 << 20
@@ -105,6 +107,31 @@ def test_it_is_logged_once_and_once_more_when_it_is_back(
     )
     assert gone.startswith(f"disk {NAME}: ")
     assert back == f"disk {NAME}: its image is in its place again"
+
+
+def test_a_file_system_that_does_not_answer_keeps_one_thread_and_no_other(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each `info` of any disk of the process would stay, until the control socket took no more callers."""
+    answers = threading.Event()
+
+    def hangs(name: str, fd: int) -> None:
+        answers.wait(PATIENCE_SECONDS)
+
+    with image.open("r+b") as file:
+        whereabouts = Whereabouts(NAME, str(image), file.fileno())
+        away = image.rename(image.with_name("away"))
+        known = whereabouts.look()
+        monkeypatch.setattr("lmdbitmap.images.whereabouts.why_lost", hangs)
+        looking = threading.Thread(target=whereabouts.look)
+        looking.start()
+        assert "was removed" in str(known)
+        assert [whereabouts.look() for _ in range(3)] == [known] * 3
+        assert looking.is_alive()
+        away.rename(image)
+        answers.set()
+        looking.join()
+        assert whereabouts.look() is None
 
 
 def test_an_attached_disk_looks_by_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
