@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -19,6 +21,7 @@ from lmdbitmap.access.served_snapshots import (
 from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, NotFound, StorageError
 from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.nbd.control.held import HeldSnapshots
+from lmdbitmap.nbd.control_client import reach
 from lmdbitmap.tracker.snapshot import Snapshot
 from tests.helpers.serving import Serving, serving
 from tests.helpers.support import PATIENCE_SECONDS
@@ -165,6 +168,21 @@ def test_one_that_is_released_before_it_is_exported_leaves_no_export(
     [held] = take_served_snapshot(store, [NAME], "monday")
     with open_served_snapshot(store, held) as device:
         assert device.pread(3, 0) == bytes(3)
+
+
+def test_nothing_of_what_a_caller_released_is_kept_beside_its_next_one(serves: Serving) -> None:
+    """An agent may never hang up, and make all of its backups on one connection."""
+    taken = []
+    owner = reach(serves.disk.store.control_path(serves.disk.disk.uuid))
+    assert owner is not None
+    with owner:
+        for name in ("monday", "tuesday", "wednesday"):
+            owner.call("snapshot", disks=[NAME], name=name, since=[""], bound=True, once=True)
+            taken.append(weakref.ref(serves.disk.snapshots[-1]))
+            if name != "wednesday":
+                owner.call("release", disk=NAME, checkpoint=name)
+        gc.collect()
+        assert [snapshot() is None for snapshot in taken] == [True, True, False]
 
 
 @pytest.mark.parametrize("seconds", [0, float("nan"), float("inf")])

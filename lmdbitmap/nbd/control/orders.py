@@ -159,7 +159,7 @@ def _held_as_asked(
             held.release(snapshot)
         raise
     if bound and scene.bound is not None:
-        scene.bound.extend(taken)
+        scene.bound[:] = [*filter(held.is_held, scene.bound), *taken]  # an agent may never hang up
     return {"snapshots": [{"disk": snapshot.disk.name, "export": snapshot.name, "epoch": str(snapshot.checkpoint.epoch),
                            "uuid": str(snapshot.checkpoint.uuid), "time_ns": snapshot.checkpoint.time_ns,
                            "direct": snapshot.image_fd is not None}
