@@ -207,6 +207,27 @@ def test_connections_that_have_done_little_have_their_own(device: FileDevice, tm
         assert len(threads_of(disk, clients)) == 3
 
 
+def test_driver_for_whom_there_is_no_memory_to_listen_drives_on(
+    device: FileDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's answer takes 12 KiB, each time."""
+    lacks = [0]
+    look = rounds.Rounds._look
+
+    def without_memory(these: rounds.Rounds) -> list[tuple[int, int]] | None:
+        if lacks[0]:
+            lacks[0] -= 1
+            raise MemoryError
+        return look(these)
+
+    monkeypatch.setattr(rounds.Rounds, "_look", without_memory)
+    with clients_of(StagedDisk(device), tmp_path, 3) as clients:
+        lacks[0] = 3
+        while lacks[0]:  # it looks now and then, and sleeps at once in between
+            for client in clients:
+                works(client)
+
+
 def test_connection_for_which_the_rounds_have_no_room_is_served_alone(
     device: FileDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

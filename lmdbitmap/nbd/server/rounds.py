@@ -157,7 +157,12 @@ class Rounds:
     def _drive(self, term: int) -> _Rider | None:
         """Go round until a turn ends this term. Return the connection of that turn, or None if it has ended."""
         while True:
-            for fd, _ in self._lookout.wait():
+            try:
+                heard = self._lookout.wait()
+            except MemoryError:  # nobody would drive in place of a thread that ended here
+                time.sleep(_TICK_S)
+                continue
+            for fd, _ in heard:
                 rider = self._riders[fd]
                 if not self._give_turn(rider, term):
                     self._end(rider)
