@@ -7,6 +7,7 @@ with it. So the operator has to be told while there is time for a backup.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -46,20 +47,22 @@ class Whereabouts:
         self._image = image
         self._fd = None if is_far(image) else fd
         self._lost: str | None = None
-        self._looking = threading.Lock()
+        self._looking = threading.RLock()
+        """Its owner is known, so that who is interrupted just when it has it does not keep it."""
 
     def look(self) -> str | None:
         """Return why the image's name is lost, or None. Safe for many threads.
 
         Of a file system that does not answer whoever looks there, the others are told what was known before.
         """
-        if not self._looking.acquire(timeout=_PATIENCE_S):
-            return self._lost
         try:
+            if not self._looking.acquire(timeout=_PATIENCE_S):
+                return self._lost
             lost = None if self._fd is None else why_lost(self._image, self._fd)
             before, self._lost = self._lost, lost
         finally:
-            self._looking.release()
+            with contextlib.suppress(RuntimeError):  # it is not this thread's
+                self._looking.release()
         if lost is not None and before is None:
             log.error("disk %s: %s; %s", self._name, lost, WHILE_THERE_IS_TIME)
         elif lost is None and before is not None:

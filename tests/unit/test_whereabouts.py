@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -132,6 +133,25 @@ def test_a_file_system_that_does_not_answer_keeps_one_thread_and_no_other(
         answers.set()
         looking.join()
         assert whereabouts.look() is None
+
+
+def test_who_is_interrupted_just_when_it_looks_keeps_nobody_waiting(image: Path) -> None:
+    with image.open("r+b") as file:
+        whereabouts = Whereabouts(NAME, str(image), file.fileno())
+        looking = whereabouts._looking
+
+        def interrupted(timeout: float) -> bool:
+            looking.acquire()
+            raise KeyboardInterrupt
+
+        whereabouts._looking = mock.Mock(acquire=interrupted, release=looking.release)
+        with pytest.raises(KeyboardInterrupt):
+            whereabouts.look()
+        whereabouts._looking = looking
+        ending = threading.Thread(target=whereabouts.end, daemon=True)
+        ending.start()
+        ending.join(PATIENCE_SECONDS)
+        assert not ending.is_alive()
 
 
 def test_an_attached_disk_looks_by_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
