@@ -1,9 +1,9 @@
 """Checkpoints and snapshots of one disk, or of several at the same moment: how they are made, held, and forgotten.
 
-All disks are frozen together, in the order of their uuids, so that two threads that freeze the same disks cannot
-deadlock. Before that each is frozen by itself: an image that hangs keeps no other disk's guest waiting. Their next
-periods begin in one transaction: all have the checkpoint, or none has. Writes that wait meanwhile complete in the new
-periods (law 2).
+All disks are frozen together, always in the same order, so that two threads that freeze the same disks cannot deadlock.
+Before that each is frozen by itself: an image that hangs keeps no other disk's guest waiting. One behind a far server
+may begin to hang only after that, without end, so these are frozen first. Their next periods begin in one transaction:
+all have the checkpoint, or none has. Writes that wait meanwhile complete in the new periods (law 2).
 
 The images are flushed after that, while writers go on. Only then is a checkpoint returned. If an image cannot be
 flushed, the checkpoint is lost again: else a power cut could take back a write that the new period calls clean.
@@ -90,7 +90,7 @@ def _take_points(
     likely = {tracking: _write_beforehand(tracking) for tracking in disks}
     held: dict[Tracking, Sequence[Snapshot]] = {}
     with contextlib.ExitStack() as frozen:
-        for tracking in sorted(disks, key=lambda tracking: tracking.disk.uuid):
+        for tracking in sorted(disks, key=lambda each: (each.device.fd is not None, each.disk.uuid)):
             frozen.enter_context(tracking.frozen())
         for tracking in disks:
             tracking.flusher.require_sound()

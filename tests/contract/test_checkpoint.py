@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import threading
 import time
@@ -20,6 +21,7 @@ from lmdbitmap.images.device import FileDevice
 from lmdbitmap.interfaces import FarAway
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain, points, session
+from lmdbitmap.tracker.tracking import Tracking
 from tests.helpers.support import make_raw_image
 
 SIZE = 1 << 20
@@ -131,6 +133,48 @@ def test_an_image_that_hangs_in_a_write_keeps_no_other_disks_guest_waiting(
             finally:
                 goes_on.set()
             assert len(taken.result(10)) == 2
+
+
+class Far(Watched):
+    """An image behind another server: it has no descriptor, and may hang at any time."""
+
+    fd = None
+
+
+def test_a_far_image_that_begins_to_hang_while_all_are_frozen_keeps_no_local_disks_guest_waiting(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was awaited in vain: nothing was under way then."""
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def hang(offset: int, length: int) -> None:
+        hangs.set()
+        assert goes_on.wait(20)
+
+    disks = [attach(store, tmp_path, name) for name in ("sda", "sdb")]
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor() as pool:
+        for disk in disks:
+            stack.enter_context(disk)
+        local, far = sorted(disks, key=lambda disk: disk.disk.uuid)
+        far.device.__class__ = Far
+        far.device.discard = hang  # type: ignore[method-assign]
+        watched = far.lane()
+
+        def begin_to_hang(tracking: Tracking) -> points._Likely:
+            if not hangs.is_set():
+                pool.submit(far.discard, 0, 4096)
+                assert hangs.wait(10)
+            return points._Likely(tracking.disk.geometry, {})
+
+        monkeypatch.setattr(points, "_write_beforehand", begin_to_hang)
+        taken = pool.submit(take_checkpoint, disks, "monday")
+        try:
+            while watched.size >= 0:  # until its gate is closed
+                time.sleep(0.001)
+            pool.submit(local.pwrite, b"the guest writes on", 0).result(5)
+        finally:
+            goes_on.set()
+        assert len(taken.result(10)) == 2
 
 
 @pytest.mark.parametrize("has_namesake", [False, True])
