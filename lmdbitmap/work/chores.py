@@ -126,12 +126,16 @@ class Chores:
     # -- the clock -----------------------------------------------------------------------------------------
 
     def _keep_time(self) -> None:
-        try:
-            with self._lock:
-                self._tick_on()
-        except BaseException:  # out of memory: the next `add` starts another clock
-            self._has_clock = False
-            raise
+        while True:
+            try:
+                with self._lock:
+                    self._tick_on()
+                return
+            except MemoryError:  # nobody else would keep time for those who are here
+                time.sleep(self.interval_s)
+            except BaseException:  # a bug: the next `add` starts another clock
+                self._has_clock = False
+                raise
 
     def _tick_on(self) -> None:
         now_s = time.monotonic()
@@ -161,8 +165,8 @@ class Chores:
     def _form_line(self) -> None:
         for chore in sorted(self._chores, key=lambda chore: chore.took_s):
             if chore in self._chores and not chore.is_due:
-                chore.is_due = True
                 self._line.append(chore)
+                chore.is_due = True
         self._call(max(self._idle_count, 0 if self._under_way else 1))
 
     def _call(self, count: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterator
 
 import pytest
@@ -222,6 +223,25 @@ def test_a_mistake_that_cannot_even_be_told_of_costs_no_other_chore(
     ending.join(PATIENCE_SECONDS)
     assert not ending.is_alive()
     end_all(chores, [other])
+
+
+class ShortOfMemory(deque[Chore]):
+    lacks = 3
+
+    def append(self, chore: Chore) -> None:
+        if self.lacks:
+            self.lacks -= 1
+            raise MemoryError
+        super().append(chore)
+
+
+def test_a_lack_of_memory_ends_neither_the_clock_nor_a_chore(chores: Chores) -> None:
+    chores._line = line = ShortOfMemory()
+    both = begun(chores, [Counted(), Counted()])
+    for one in both:
+        one.await_times(3)
+    end_all(chores, both)
+    assert line.lacks == 0
 
 
 def test_without_a_thread_to_be_had_it_is_late_and_says_so_once(
