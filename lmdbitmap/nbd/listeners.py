@@ -13,6 +13,7 @@ import errno
 import fcntl
 import logging
 import os
+import selectors
 import socket
 import ssl
 import stat
@@ -55,6 +56,15 @@ def accepted(listening: socket.socket, whom: str) -> socket.socket | None:
         return None
     _refusing.discard(listening)
     return sock
+
+
+def heard(selector: selectors.BaseSelector, timeout_s: float | None = None) -> list[selectors.SelectorKey]:
+    """Wait for clients. Nobody is heard for a moment where there is no memory to listen."""
+    try:
+        return [key for key, _ in selector.select(timeout_s)]
+    except MemoryError:
+        time.sleep(_ACCEPT_PAUSE_S)
+        return []
 
 
 class Listener(Protocol):

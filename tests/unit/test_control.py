@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import select
+import selectors
 import socket
 import stat
 import sys
@@ -490,6 +491,24 @@ def test_caller_for_whom_there_is_no_memory_is_the_only_one_who_is_not_heard(
         with pytest.raises(Busy, match="the owner is going away"):
             house.call("info")
     assert house.call("info")["disks"]
+
+
+def test_a_lack_of_memory_to_listen_keeps_nobody_out_for_good(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacks, select = [3], selectors.DefaultSelector.select
+
+    def without_memory(selector: selectors.DefaultSelector, timeout: float | None = None) -> Any:
+        if lacks[0]:
+            lacks[0] -= 1
+            raise MemoryError
+        return select(selector, timeout)
+
+    assert house.call("info")["disks"]
+    monkeypatch.setattr(selectors.DefaultSelector, "select", without_memory)
+    assert house.call("info")["disks"], "it listened before there was none"
+    assert house.call("info")["disks"]
+    assert lacks == [0]
 
 
 def test_caller_for_whom_there_is_no_memory_keeps_no_place(

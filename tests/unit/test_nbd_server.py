@@ -6,11 +6,13 @@ import contextlib
 import errno
 import functools
 import os
+import selectors
 import signal
 import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -643,6 +645,26 @@ def test_client_for_whom_there_is_no_memory_costs_the_others_nothing(
                 assert unlucky.is_closed_by_server()
         with transmitting(path) as later:
             assert guest.do(WRITE, 0, 5, data=b"guest").error == later.do(READ, 0, 5).error == 0
+
+
+def test_a_lack_of_memory_to_listen_does_not_end_the_server(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacks, select = [3], selectors.DefaultSelector.select
+
+    def without_memory(selector: selectors.DefaultSelector, timeout: float | None = None) -> Any:
+        if lacks[0]:
+            lacks[0] -= 1
+            raise MemoryError
+        return select(selector, timeout)
+
+    with serving(path), transmitting(path) as guest:
+        monkeypatch.setattr(selectors.DefaultSelector, "select", without_memory)
+        for _ in range(2):  # it listened for the first one before
+            with transmitting(path) as other:
+                assert other.do(READ, 0, 5).error == 0
+        assert guest.do(READ, 0, 5).error == 0
+    assert lacks == [0]
 
 
 def test_client_for_whom_there_is_no_memory_keeps_no_place(

@@ -36,7 +36,7 @@ from lmdbitmap.nbd.control.held import HeldSnapshots
 from lmdbitmap.nbd.control.orders import Answer, Scene, answer
 from lmdbitmap.nbd.control.watch import TICK_S, Watch
 from lmdbitmap.nbd.control_client import receive_line, short_path
-from lmdbitmap.nbd.listeners import accepted
+from lmdbitmap.nbd.listeners import accepted, heard
 from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.tracker.snapshot import Snapshot
 from lmdbitmap.version import __version__
@@ -167,7 +167,7 @@ class ControlServer:
             next_tick_s = time.monotonic() + TICK_S
             while not self.stopping:
                 wait_s = None if self.watch is None else max(next_tick_s - time.monotonic(), 0)
-                for key, _ in selector.select(wait_s):
+                for key in heard(selector, wait_s):
                     if key.data is not None:
                         self._accept(key.data)
                 if self.watch is not None and time.monotonic() >= next_tick_s:

@@ -28,7 +28,7 @@ from typing import Final
 
 from lmdbitmap.interfaces import ServedDisk
 from lmdbitmap.nbd import keepalive
-from lmdbitmap.nbd.listeners import InheritedListener, Listener, TcpListener, UnixListener, accepted
+from lmdbitmap.nbd.listeners import InheritedListener, Listener, TcpListener, UnixListener, accepted, heard
 from lmdbitmap.nbd.server.complaints import Volume
 from lmdbitmap.nbd.server.contexts import ContextsOf, Later, for_strangers
 from lmdbitmap.nbd.server.dirty_contexts import tracked_contexts
@@ -215,7 +215,7 @@ class Server:
                     listener.sock.setblocking(False)
                     selector.register(listener.sock, selectors.EVENT_READ, listener)
                 while not self._places.closed:
-                    for key, _ in selector.select():
+                    for key in heard(selector):
                         if key.data is None:
                             os.read(self._woken_fd, _MOST_WAKING)
                         else:
