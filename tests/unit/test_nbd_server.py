@@ -667,6 +667,21 @@ def test_a_lack_of_memory_to_listen_does_not_end_the_server(
     assert lacks == [0]
 
 
+def test_client_of_whose_end_nobody_can_tell_for_want_of_memory_has_ended(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("lmdbitmap.nbd.server.visit._traffic_words", no_memory)
+    with serving(path, max_connections=1) as server:
+        for _ in range(2):
+            with transmitting(path) as client:
+                client.send(request(DISC))
+                assert client.is_closed_by_server()
+        assert server.stop()
+
+
 def test_client_for_whom_there_is_no_memory_keeps_no_place(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -173,6 +173,14 @@ class Visit:
 
     def _end(self, failure: Exception | None) -> None:
         """Log how it ended, and hang up. Called by the last thread that served it."""
+        try:
+            self._tell_of_end(failure)
+        except MemoryError:  # else it would keep its place, and `stop` would wait for it in vain
+            pass
+        finally:
+            self.hang_up()
+
+    def _tell_of_end(self, failure: Exception | None) -> None:
         if isinstance(failure, (FormatError, ssl.SSLError)):
             self._complaints.dropped(failure)
         elif isinstance(failure, OSError):
@@ -181,7 +189,6 @@ class Visit:
             words = "%s was dropped: this is a mistake of the server"
             _log.error(words, self._complaints.whom, exc_info=failure, extra=self._names)
         self._say_goodbye()
-        self.hang_up()
 
     def hang_up(self) -> None:
         """End it: no thread serves it any more, or ever did."""
