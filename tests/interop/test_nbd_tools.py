@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lmdbitmap.images.device import FileDevice
-from lmdbitmap.images.plain import PlainDisk
+from lmdbitmap.images.plain import PlainDisk, PlainLane
+from lmdbitmap.interfaces import BlockDevice
 from lmdbitmap.nbd.server.server import Server
 from tests.conftest import RawImage
-from tests.helpers.support import requires, run
+from tests.helpers.support import PATIENCE_SECONDS, requires, run
 
 MIB = 1 << 20
 SIZE = 64 * MIB + 512
@@ -235,3 +240,63 @@ def test_fio_verifies_what_it_wrote(place: Place, tmp_path: Path, block: str, de
     [job] = json.loads(said[said.index("{") :])["jobs"]
     assert job["error"] == 0
     assert job["write"]["io_bytes"] == job["read"]["io_bytes"] == 16 * MIB
+
+
+class StoppedDisk(PlainDisk):
+    """Its first discard lasts until `stopping` is set."""
+
+    def __init__(self, device: FileDevice) -> None:
+        super().__init__(device)
+        self.discards = threading.Event()
+        self.stopping = threading.Event()
+
+    def lane(self) -> PlainLane:
+        return StoppedLane(self, self._device)
+
+
+class StoppedLane(PlainLane):
+    def __init__(self, disk: StoppedDisk, device: BlockDevice) -> None:
+        super().__init__(device)
+        self._disk = disk
+
+    def discard(self, offset: int, length: int) -> None:
+        self._disk.discards.set()
+        assert self._disk.stopping.wait(PATIENCE_SECONDS)
+        super().discard(offset, length)
+
+
+def test_a_guest_whose_discard_a_restart_cuts_short_notices_nothing(
+    raw_image: RawImage, tmp_path: Path
+) -> None:
+    """QEMU takes any answer for the outcome, also that the server shuts down, and asks again where there is none."""
+    image = raw_image(2048 * MIB, [(MIB, b"x"), (1536 * MIB, b"x")])
+    path = str(tmp_path / "nbd.sock")
+    qemu = (
+        f"driver=nbd,server.type=unix,server.path={path},export=disk,reconnect-delay={PATIENCE_SECONDS:.0f}"
+    )
+    with FileDevice.open(image) as device, ThreadPoolExecutor() as pool:
+        disk = StoppedDisk(device)
+        with served(disk, path) as server:
+            guest = pool.submit(
+                run, "qemu-io", "-d", "unmap", "--image-opts", qemu, "-c", f"discard 0 {2048 * MIB - 512}"
+            )
+            assert disk.discards.wait(PATIENCE_SECONDS)
+            stopping = pool.submit(server.stop)
+            [visit] = server._places.visits()
+            while not visit._leaving:
+                time.sleep(0.001)
+            disk.stopping.set()
+            assert stopping.result(PATIENCE_SECONDS)
+        with served(disk, path):
+            said = guest.result(2 * PATIENCE_SECONDS)
+        assert "failed" not in said.stdout + said.stderr, said.stdout + said.stderr
+        assert (device.pread(1, MIB), device.pread(1, 1536 * MIB)) == (b"\0", b"\0")
+
+
+@contextlib.contextmanager
+def served(disk: PlainDisk, path: str) -> Iterator[Server]:
+    server = Server({"disk": disk})
+    server.listen_unix(path)
+    server.start()
+    yield server
+    assert server.stop()

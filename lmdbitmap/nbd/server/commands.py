@@ -21,6 +21,14 @@ PIECE_BYTES: Final = 1 << 30
 """Bytes zeroed or discarded in one go; writing out that many zeroes takes some seconds."""
 
 
+class CutShortError(ConnectionAbortedError):
+    """The server stops in the middle of a change.
+
+    It is not answered: a client that asks again on its next connection has all of it done then, and its guest notices
+    nothing. QEMU takes any answer for the outcome, NBD_ESHUTDOWN too, and the guest gets an error.
+    """
+
+
 def is_long(request: nbd.Request) -> bool:
     """Whether a request may take so long that replies that are ready should be sent first."""
     changes = request.type in (nbd.NBD_CMD_TRIM, nbd.NBD_CMD_WRITE_ZEROES)
@@ -36,7 +44,7 @@ def perform(
 ) -> bytes:
     """Do an allowed request other than a READ or WRITE of data, and return its reply. Raises as the disk does.
 
-    A change of many pieces stops between two of them, with `ESHUTDOWN`, once `stopping` returns True.
+    A change of many pieces stops between two of them, with `CutShortError`, once `stopping` returns True.
     """
     if request.type == nbd.NBD_CMD_BLOCK_STATUS:
         return _block_status(request, contexts, form)
@@ -74,7 +82,9 @@ def _pieces(request: nbd.Request, stopping: Callable[[], bool]) -> Iterator[tupl
         yield offset, length
         offset += length
         if offset < end and stopping():
-            raise OSError(errno.ESHUTDOWN, f"the server stops, and {end - offset} bytes of it are not done")
+            raise CutShortError(
+                errno.ESHUTDOWN, f"the server stops, and {end - offset} bytes of a change are not done"
+            )
 
 
 def _block_status(request: nbd.Request, contexts: Mapping[int, StatusSource], form: Form) -> bytes:

@@ -19,7 +19,7 @@ slower path, `_take_rare`. The parts:
 Invariants:
 
 - Every request gets exactly one reply, DISC none. A request that fails costs an error reply. Bytes that are no request
-  cost the connection (`FormatError`).
+  cost the connection (`FormatError`), and so does a long change that the server's stop cuts short.
 - Any command but READ, WRITE and FLUSH first settles what came before it.
 - Memory is bounded by constants.
 - Replies to long WRITEs leave with those to other requests or before the thread sleeps, and after `_MOST_UNSENT` at
@@ -261,6 +261,8 @@ class Connection:
             self._replies.send()
         try:
             reply = commands.perform(request, self._lane, self._contexts, self._form, lambda: self.stopping)
+        except commands.CutShortError:
+            raise
         except FAILURES as failure:
             self._complaints.failed(*named(request), failure)
             self._answer(request, error_of(failure))

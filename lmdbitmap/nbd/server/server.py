@@ -5,9 +5,10 @@ has its own socket, lane and buffers, and no thread that others need waits for i
 or to read, ends at worst its own connection.
 
 Stopping: no more clients are accepted. Every connection finishes the requests it has taken in, answers them and closes.
-A long TRIM or WRITE_ZEROES stops between two pieces and is answered with ESHUTDOWN. A connection that has not managed
-this after `grace_s`, because its client does not read, is cut off. One that has not ended after as long again hangs in
-its disk: `stop` then returns False, and the disks must not be closed under it.
+A long TRIM or WRITE_ZEROES stops between two pieces, and the connection closes without an answer to it, so that a guest
+asks again where it connects next. A connection that has not managed this after `grace_s`, because its client does not
+read, is cut off. One that has not ended after as long again hangs in its disk: `stop` then returns False, and the disks
+must not be closed under it.
 """
 
 from __future__ import annotations
