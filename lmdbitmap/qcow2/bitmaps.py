@@ -63,6 +63,8 @@ class StoredBitmap(NamedTuple):
     kind: int
     table_offset: int
     table_entries: int
+    extra_bytes: int
+    """Data of a later specification, which may give its bits another meaning."""
 
     @property
     def in_use(self) -> bool:
@@ -119,6 +121,7 @@ def geometry_of(image: Qcow2Reader, bitmap: StoredBitmap) -> Geometry:
     _require(
         image, not bitmap.flags & ~known, f"{place}, flags", "only in_use and auto", f"{bitmap.flags:#x}"
     )
+    _require(image, not bitmap.extra_bytes, f"{place}, extra_data_size", "0", bitmap.extra_bytes)
     fits = MIN_GRANULARITY_BITS <= bitmap.granularity_bits <= MAX_GRANULARITY_BITS
     expected = f"{MIN_GRANULARITY_BITS} to {MAX_GRANULARITY_BITS}"
     _require(image, fits, f"{place}, granularity_bits", expected, bitmap.granularity_bits)
@@ -141,7 +144,9 @@ def _entries(
         _require(image, fits, f"{place}, name_size", f"1 to {_MAX_NAME_BYTES}, in the directory", name_bytes)
         name = source.pread(name_bytes, name_at)
         _require(image, is_text(name), f"{place}, name", "UTF-8 without a zero byte", repr(name[:80]))
-        yield StoredBitmap(name.decode(), granularity_bits, flags, kind, table_offset, table_entries)
+        yield StoredBitmap(
+            name.decode(), granularity_bits, flags, kind, table_offset, table_entries, extra_bytes
+        )
         position += ceil_div(_ENTRY.size + extra_bytes + name_bytes, 8) * 8
 
 

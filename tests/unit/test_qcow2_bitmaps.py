@@ -212,6 +212,14 @@ def test_what_is_not_up_to_date_is_not_trusted(offset: int, data: bytes, why: st
         read(patched(offset, data))
 
 
+def test_extra_data_that_is_not_known_here_is_refused() -> None:
+    """The specification: a program that does not know it must not use the bitmap."""
+    file = patched(EXTENSION + 8, struct.pack(">Q", 8 + 24 + 8))
+    file.pwrite(struct.pack(">I", 8) + b"whatever" + NAME.encode(), DIRECTORY + 20)
+    with pytest.raises(FormatError, match="extra_data_size: expected 0, found 8"):
+        read(file)
+
+
 def test_a_recording_bitmap_is_as_good_as_another() -> None:
     assert read(patched(DIRECTORY + 12, b"\0\0\0\2"))[1] == read(patched(DIRECTORY + 12, bytes(4)))[1]
 
