@@ -87,7 +87,10 @@ def stored_bitmaps(image: Qcow2Reader, source: ReadableFile) -> list[StoredBitma
     _require(image, 0 < count <= _MAX_BITMAPS, f"{place}, nb_bitmaps", f"1 to {_MAX_BITMAPS}", count)
     _require(image, reserved == 0, f"{place}, reserved", "0", reserved)
     _require_place(image, source, f"{place}, bitmap_directory_offset", offset, size)
-    return list(_entries(image, source, count, offset, offset + size))
+    stored = list(_entries(image, source, count, offset, offset + size))
+    names = len({bitmap.name for bitmap in stored})
+    _require(image, names == count, "bitmap directory, names", "each of another name", f"{names} of {count}")
+    return stored
 
 
 def bits_of(image: Qcow2Reader, source: ReadableFile, bitmap: StoredBitmap) -> Iterator[tuple[int, bytes]]:
@@ -148,6 +151,7 @@ def _entries(
             name.decode(), granularity_bits, flags, kind, table_offset, table_entries, extra_bytes
         )
         position += ceil_div(_ENTRY.size + extra_bytes + name_bytes, 8) * 8
+    _require(image, position == end, "bitmap directory", f"{count} entries", "another length than theirs")
 
 
 def _table(image: Qcow2Reader, source: ReadableFile, bitmap: StoredBitmap, needed: int) -> array[int]:

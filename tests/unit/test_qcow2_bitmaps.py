@@ -212,6 +212,23 @@ def test_what_is_not_up_to_date_is_not_trusted(offset: int, data: bytes, why: st
         read(patched(offset, data))
 
 
+@pytest.mark.parametrize(
+    ("count", "second", "refusal"),
+    [
+        (2, NAME, "names: expected each of another name, found 1 of 2"),
+        (1, "weekly!!", "bitmap directory: expected 1 entries"),
+    ],
+)
+def test_a_directory_holds_as_many_entries_as_it_says_each_of_another_name(
+    count: int, second: str, refusal: str
+) -> None:
+    file = patched(EXTENSION, struct.pack(">IIQ", count, 0, 2 * 32))
+    entry = bytes(file.content[DIRECTORY : DIRECTORY + 24])
+    file.pwrite(entry + second.encode(), DIRECTORY + 32)
+    with pytest.raises(FormatError, match=refusal):
+        read(file)
+
+
 def test_extra_data_that_is_not_known_here_is_refused() -> None:
     """The specification: a program that does not know it must not use the bitmap."""
     file = patched(EXTENSION + 8, struct.pack(">Q", 8 + 24 + 8))
