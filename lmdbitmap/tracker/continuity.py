@@ -28,8 +28,8 @@ A sign of life also names its session. One of a session before, as in an owner's
 says nothing of the last: what else its owner wrote there, such as that it lost track, is missing too.
 
 It also names the store's file and its newest transaction. A store with an older transaction was put back from a copy,
-and lacks what was recorded since, so that it can say nothing after a crash. (After a clean detach the image itself shows
-whether anything happened since the copy.)
+and lacks what was recorded since, so that it can say nothing after a crash. (After a clean detach the image itself
+shows whether anything happened since the copy.)
 
 A copy passes for complete once it has gone on for as many transactions as it lacks. So after a death, unless the image
 was not written since the session began, the store must be the very file that the last sign of life names. So it must
