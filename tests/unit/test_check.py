@@ -333,7 +333,7 @@ def test_an_owner_file_that_cannot_be_read_hides_no_other_disk(
     os.unlink(store.owner_path(disk.uuid))
     os.mkdir(store.owner_path(disk.uuid))
     os.unlink(other.image)
-    unknown, gone = check_store(store)
+    gone, unknown = sorted(check_store(store))
     assert (unknown.gravity, unknown.place, gone.place) == (Gravity.DAMAGE, "disk 'sda'", "disk 'sdb'")
     assert unknown.problem.startswith("whether it can be trusted is not known: ")
     assert "Is a directory" in unknown.problem

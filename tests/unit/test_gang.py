@@ -417,4 +417,4 @@ for _ in range(150):
 
 def test_whatever_a_signal_interrupts_all_threads_end() -> None:
     """One that comes as a lock is given back must not leave it held: nobody would ever get it."""
-    run(sys.executable, "-c", INTERRUPTED_AGAIN_AND_AGAIN)
+    run(sys.executable, "-c", INTERRUPTED_AGAIN_AND_AGAIN, timeout=120)
