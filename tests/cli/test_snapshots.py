@@ -272,9 +272,10 @@ def test_scratch_folder_that_does_not_answer_keeps_no_guest_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As on a network file system. It is tried out before the guest is served."""
-    answers = threading.Event()
+    answers, looking = threading.Event(), []
 
     def open_late(folder: str) -> int:
+        looking.append(threading.current_thread())
         answers.wait(PATIENCE_SECONDS)
         return files.open_nameless(folder)
 
@@ -284,6 +285,8 @@ def test_scratch_folder_that_does_not_answer_keeps_no_guest_waiting(
     serve._warn_of_no(Scratch(str(tmp_path)))
     assert time.monotonic() - begun_s < PATIENCE_SECONDS / 2
     answers.set()
+    for thread in looking:  # its folder goes with this test, and it would say so in a later one
+        thread.join(PATIENCE_SECONDS)
     assert caplog.messages == [
         f"no disk can be backed up while the scratch folder {tmp_path} does not answer"
     ]
