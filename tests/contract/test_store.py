@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import gc
 import os
 import shutil
 import sys
@@ -373,12 +374,14 @@ class CtrlC:
 
     def come_in(self, act: Callable[[], object]) -> bool:
         """Whether it came."""
+        gc.disable()  # it would come to the finalizer of an earlier test's garbage, which keeps it to itself
         with contextlib.suppress(KeyboardInterrupt):
             sys.setprofile(self)
             try:
                 act()
             finally:
                 sys.setprofile(None)
+                gc.enable()
         return self.steps_left <= 0
 
 
