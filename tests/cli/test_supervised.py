@@ -133,10 +133,10 @@ def test_manager_that_has_much_to_do_is_waited_for(tmp_path: Path) -> None:
 
 
 def fill(address: str) -> int:
-    """Say as much as nobody has heard yet; answers how often."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
-        other.setblocking(False)
-        for count in range(10_000):
+    """Say as much as nobody has heard yet; answers how often. Each time as another, as one alone may be held back."""
+    for count in range(10_000):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+            other.setblocking(False)
             try:
                 other.sendto(b"x", address)
             except BlockingIOError:
