@@ -173,11 +173,17 @@ def test_each_process_that_hangs_is_waited_for_once_and_all_of_them_not_for_long
     assert f"the owner did not answer within {LIMIT_S:g} s" in caplog.text
 
 
-def interruptible(command: list[str]) -> list[str]:
+IMPATIENTLY = f"""
+from lmdbitmap.access import routes
+from lmdbitmap.nbd.client import link
+routes.LAST_WORD_S, link._PART_S = 0.2, {PART_S}
+"""
+"""Begins a program whose owner hangs at its last words; one that lives may well take so long for them."""
+
+
+def interruptible(command: list[str], begin: str = "") -> list[str]:
     """Also where these tests run in the background, and who is started there ignores SIGINT, or SIGHUP."""
-    begin = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-    begin += "from lmdbitmap.access import routes; routes.LAST_WORD_S = 0.2;"
-    begin += f"from lmdbitmap.nbd.client import link; link._PART_S = {PART_S};"
+    begin += "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
     begin += "[signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)];"
     return [command[0], "-c", f"{begin} from lmdbitmap.cli.main import main; main()", *command[3:]]
 
@@ -193,7 +199,9 @@ def test_one_signal_ends_a_reader_whose_owner_hangs(cli: Cli, ending: signal.Sig
         with (
             going_on(pid),
             subprocess.Popen(
-                interruptible(cli.command("backup", "sda", cli.folder / "backups", "--hook", hook))
+                interruptible(
+                    cli.command("backup", "sda", cli.folder / "backups", "--hook", hook), IMPATIENTLY
+                )
             ) as reader,
         ):
             children = Path(f"/proc/{reader.pid}/task/{reader.pid}/children")
