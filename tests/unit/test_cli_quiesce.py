@@ -13,6 +13,7 @@ import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,9 @@ from lmdbitmap.cli.syncing import sync
 from lmdbitmap.errors import InvalidArgument, LmdbitmapError
 from tests.helpers.support import PATIENCE_SECONDS, handled
 
+LIMIT_S = 100.0
+"""That nothing reaches by itself."""
+
 
 @pytest.fixture
 def hook(tmp_path: Path) -> Path:
@@ -33,7 +37,9 @@ def hook(tmp_path: Path) -> Path:
         f"""#!/bin/sh
 echo "$@" >> '{tmp_path}/asked'
 [ "$1" = "$(cat '{tmp_path}/fails' 2>/dev/null)" ] && {{ echo "no  such guest"; exit 3; }}
-[ "$1" = "$(cat '{tmp_path}/hangs' 2>/dev/null)" ] && {{ cat '{tmp_path}/fifo'; echo over >> '{tmp_path}/asked'; }}
+[ "$1" = "$(cat '{tmp_path}/hangs' 2>/dev/null)" ] && {{
+    : > '{tmp_path}/begun'; cat '{tmp_path}/fifo'; echo over >> '{tmp_path}/asked'
+}}
 exit 0
 """
     )
@@ -43,6 +49,18 @@ exit 0
 
 def asked(hook: Path) -> list[str]:
     return (hook.parent / "asked").read_text().splitlines()
+
+
+@pytest.fixture
+def hurried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file. Once it is there, the time of what runs then is up, and that of what begins later is not."""
+    begun = tmp_path / "begun"
+
+    def monotonic() -> float:
+        return time.monotonic() + (2 * LIMIT_S if begun.exists() else 0)
+
+    monkeypatch.setattr("lmdbitmap.cli.quiesce.time", SimpleNamespace(monotonic=monotonic))
+    return begun
 
 
 def test_guest_is_frozen_in_the_block_and_thawed_after_it(hook: Path) -> None:
@@ -103,12 +121,12 @@ def test_a_hook_that_is_none_leaves_no_guest_frozen(caplog: pytest.LogCaptureFix
     assert (str(failed.value), caplog.text) == (f"{said}; name a command that exists and is executable", "")
 
 
-def test_hanging_freeze_ends_it_and_is_thawed(hook: Path) -> None:
+def test_hanging_freeze_ends_it_and_is_thawed(hook: Path, hurried: Path) -> None:
     os.mkfifo(hook.parent / "fifo")
     (hook.parent / "hangs").write_text("freeze")
     with (
-        pytest.raises(LmdbitmapError, match=r"took more than 2 s; .* allow it more \(--hook-limit\)"),
-        quiesced(f"'{hook}'", ["sda"], 2),
+        pytest.raises(LmdbitmapError, match=r"took more than 100 s; .* allow it more \(--hook-limit\)"),
+        quiesced(f"'{hook}'", ["sda"], LIMIT_S),
     ):
         raise AssertionError("the block is not entered")
     assert asked(hook) == ["freeze sda", "thaw sda"]
@@ -248,12 +266,12 @@ def test_signal_that_is_ignored_stays_so(hook: Path) -> None:
     assert asked(hook) == ["freeze sda", "thaw sda"]
 
 
-def test_what_a_hanging_freeze_began_is_over_before_the_thaw(tmp_path: Path) -> None:
+def test_what_a_hanging_freeze_began_is_over_before_the_thaw(tmp_path: Path, hurried: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
-    freeze = f"cat {tmp_path}/fifo >> {tmp_path}/late; true"
+    freeze = f": > {tmp_path}/late; : > {hurried}; cat {tmp_path}/fifo >> {tmp_path}/late; true"
     with (
         pytest.raises(LmdbitmapError, match="took more than"),
-        quiesced(f"sh -c 'test $0 = thaw || {{ {freeze}; }}'", ["sda"], 2),
+        quiesced(f"sh -c 'test $0 = thaw || {{ {freeze}; }}'", ["sda"], LIMIT_S),
     ):
         raise AssertionError("the block is not entered")
     feed(tmp_path / "fifo")
@@ -265,10 +283,11 @@ def test_a_hook_is_over_when_it_ends_whatever_it_leaves_in_the_background(tmp_pa
     """Such as a thaw of its own for the case that we die."""
     os.mkfifo(tmp_path / "fifo")
     entered = False
-    with quiesced(f"sh -c 'cat {tmp_path}/fifo & {talk} echo said'", ["sda"], 2):
+    stays = f"test $0 = thaw || cat {tmp_path}/fifo"
+    with quiesced(f"sh -c '{{ {stays}; }} & {talk} echo said'", ["sda"], PATIENCE_SECONDS):
         entered = True
     assert entered
-    feed(tmp_path / "fifo")
+    (tmp_path / "fifo").write_bytes(b"")  # waits for the one that reads it, which ends then
 
 
 def test_last_words_of_a_hook_are_heard_although_its_background_keeps_the_output_open() -> None:
@@ -369,7 +388,7 @@ def test_a_signal_that_comes_while_signals_are_taken_over_ends_it_as_any_other(
 
 
 def test_guest_is_thawed_although_the_freeze_is_another_users_and_cannot_be_killed(
-    hook: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    hook: Path, hurried: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As `sudo` is. Nobody waits for it either."""
 
@@ -387,12 +406,12 @@ def test_guest_is_thawed_although_the_freeze_is_another_users_and_cannot_be_kill
     (hook.parent / "hangs").write_text("freeze")
     monkeypatch.setattr(subprocess, "Popen", Begun)
     monkeypatch.setattr(os, "killpg", refused)
-    with pytest.raises(LmdbitmapError, match="took more than 1 s"), quiesced(f"'{hook}'", ["sda"], 1):
+    with pytest.raises(LmdbitmapError, match="took more than"), quiesced(f"'{hook}'", ["sda"], LIMIT_S):
         raise AssertionError("the block is not entered")
     assert asked(hook) == ["freeze sda", "thaw sda"]
     assert "cannot be ended: [Errno 1] Operation not permitted" in caplog.text
     assert begun[0].poll() is None
-    feed(hook.parent / "fifo")
+    (hook.parent / "fifo").write_bytes(b"")  # waits for the one that reads it, which ends then
     begun[0].wait(PATIENCE_SECONDS)
 
 
