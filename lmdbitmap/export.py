@@ -300,7 +300,7 @@ def _keep(
 def _create(writer: Writer, file: FlatFile, name: str, all_dirty: bool) -> Bitmap:
     header = file.header
     file_name = schema.storable(os.path.basename(file.path))
-    superset = f"{file_name} was a superset" if Flags.SUPERSET in header.flags else None
+    superset = f"{file_name} may be a superset" if Flags.SUPERSET in header.flags else None
     return standalone.create(
         writer,
         name,

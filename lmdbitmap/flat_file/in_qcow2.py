@@ -1,7 +1,8 @@
 """A bitmap in a qcow2 image, where QEMU keeps its own: read as a flat file is, and written in its place.
 
-The image says nothing of checkpoints, epochs or whether a bitmap is a superset. What is written holds no data: QEMU's
-programs serve it (`qemu-nbd --read-only --bitmap`), or merge it into another one (`qemu-img bitmap --merge`).
+The image says nothing of checkpoints, epochs or whether a bitmap is a superset, as ours can be and QEMU's after a merge
+of coarser blocks. So what is read is taken for one: subtracting it could hide changes. What is written holds no data:
+QEMU's programs serve it (`qemu-nbd --read-only --bitmap`), or merge it into another one (`qemu-img bitmap --merge`).
 """
 
 from __future__ import annotations
@@ -100,6 +101,7 @@ def _header(image: Qcow2Reader, bitmap: StoredBitmap) -> FlatHeader:
         since_uuid=NO_UUID,
         until_uuid=None,
         since_time_ns=0,
+        flags=Flags.SUPERSET,
     )
 
 
