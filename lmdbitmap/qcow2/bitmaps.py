@@ -199,14 +199,14 @@ class BitmapWriter:
         self._require_expressible(name)
         self._geometry = geometry
         self._image = Qcow2Writer(sink, size=geometry.size, cluster_bits=_cluster_bits_for(geometry.size))
-        self._table = array("Q", bytes(8 * max(ceil_div(self._size, self._image.cluster_size), 1)))
+        self._table = array("Q", bytes(8 * ceil_div(self._size, self._image.cluster_size)))
         self._index = 0
         self._cluster = bytearray(self._image.cluster_size)
 
     def _require_expressible(self, name: str) -> None:
-        if self._size > MAX_BITS_BYTES or not 0 < len(self._name) <= _MAX_NAME_BYTES:
+        if not 0 < self._size <= MAX_BITS_BYTES or not 0 < len(self._name) <= _MAX_NAME_BYTES:
             raise InvalidArgument(
-                f"{name!r} has a bitmap of {self._size} bytes; QEMU reads at most {MAX_BITS_BYTES}, and names of 1"
+                f"{name!r} has a bitmap of {self._size} bytes; QEMU reads 1 to {MAX_BITS_BYTES}, and names of 1"
                 f" to {_MAX_NAME_BYTES} bytes",
                 next_step="export it as a flat file",
             )

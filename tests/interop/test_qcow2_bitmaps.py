@@ -222,6 +222,14 @@ def test_bitmaps_that_another_program_wrote_past_are_out_of_date(cli: Cli) -> No
     )
 
 
+def test_the_bitmap_of_a_disk_without_bytes_is_not_exported_as_qemu_opens_no_image_with_one(cli: Cli) -> None:
+    image = cli.folder / "sda.qcow2"
+    marked_disk(cli, "sda", 0, 65536, [])
+    said = cli.fails(2, "export", "sda", image, "--since", "never-wrong", "--format", "qcow2")
+    assert "'sda' has a bitmap of 0 bytes" in said
+    assert not image.exists()
+
+
 def test_the_limit_is_qemus(tmp_path: Path) -> None:
     """The largest bitmap that it stores is the largest that we write; at the next size it refuses too."""
     assert bitmaps.MAX_BITS_BYTES * 8 * 512 == 2 << 40
