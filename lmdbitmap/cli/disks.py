@@ -98,7 +98,7 @@ def _warn_of_format(name: str, image: str) -> None:
     """Warn: such a file can be meant as plain bytes, but hardly ever is."""
     if is_far(image):
         return
-    beginning = files.first_bytes(image, max(map(len, _FORMATS)))
+    beginning = files.first_bytes(image, max(map(len, _FORMATS)), of_devices=True)
     for magic, kind in _FORMATS.items():
         if beginning.startswith(magic):
             complain(

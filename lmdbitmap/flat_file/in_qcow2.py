@@ -31,7 +31,7 @@ _BITMAPS_OF_QEMU = uuid.UUID("5b1c3a0e-8f52-4c39-9d6b-7f6f6e4d2a11")
 
 
 def is_image(path: str | os.PathLike[str]) -> bool:
-    return files.first_bytes(os.fspath(path), len(MAGIC)) == MAGIC
+    return files.first_bytes(os.fspath(path), len(MAGIC), of_devices=True) == MAGIC
 
 
 def header_of(path: str | os.PathLike[str], name: str | None) -> FlatHeader:

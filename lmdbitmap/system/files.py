@@ -146,13 +146,23 @@ def open_nameless(folder: str | os.PathLike[str]) -> int:
     return fd
 
 
-def first_bytes(path: str, count: int) -> bytes:
-    """Return the first `count` bytes of a file; none if it is empty, missing or not a regular file."""
+def first_bytes(path: str, count: int, *, of_devices: bool = False) -> bytes:
+    """Return the first `count` bytes of a file; none if it is empty, missing or not a regular file.
+
+    `of_devices`: of a block device, too.
+    """
     with os_errors_at(path):
-        if not os.path.isfile(path):
+        if not os.path.isfile(path) and not (of_devices and _is_block_device(path)):
             return b""
         with open(path, "rb", opener=open_nonblocking) as file:
             return file.read(count)
+
+
+def _is_block_device(path: str) -> bool:
+    try:
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def read_bounded(path: str | os.PathLike[str], limit: int) -> bytes:

@@ -14,6 +14,7 @@ import pytest
 
 from lmdbitmap.qcow2 import bitmaps
 from tests.cli.conftest import Cli
+from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.helpers.support import Child, requires, run, spawn, wait_for_socket
 
 pytestmark = [
@@ -171,6 +172,17 @@ def test_each_bitmap_of_a_guest_that_was_shut_down_is_read_bit_for_bit(cli: Cli,
         assert qemu_dirty(cli.folder / f"{number}.qcow2", f"kept-{number}", cli.folder) == expected
     assert "has several bitmaps: 'fine', 'Wöchentlich, groß'" in cli.fails(2, "import", image, "new")
     assert "no bitmap 'fein'" in cli.fails(1, "import", image, "new", "--bitmap", "fein")
+
+
+@pytest.mark.skipif(not can_make_loop_devices(), reason="loop devices cannot be made here")
+def test_an_image_on_a_block_device_is_known_as_one(cli: Cli) -> None:
+    """As on logical volumes."""
+    with loop_node(cli.folder, 16 * MIB) as device:
+        run("qemu-img", "create", "-q", "-f", "qcow2", device, str(8 * MIB))
+        run("qemu-img", "bitmap", "--add", device, "b0")
+        write(device, [(MIB, 64 * KIB)])
+        assert cli.json("import", device, "kept")["dirty_bytes"] == 64 * KIB
+        assert f"{device} looks like a qcow2 image" in cli("add", "sda", device).err
 
 
 def test_changes_that_qemu_recorded_go_into_a_tracked_disk(cli: Cli) -> None:
