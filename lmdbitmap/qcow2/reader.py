@@ -55,7 +55,7 @@ _FEATURES = {
 """Incompatible features by bit. Each is refused, and so is any without a name here except the compression type's."""
 _DAMAGED_FEATURES = 0b11
 _REPAIR = "look at it with qemu-img check and use another backup"
-_CONVERT = "make a plain copy with qemu-img convert -O qcow2 and use that"
+_CONVERT = "make a plain copy with qemu-img convert -O qcow2 (and --bitmaps if it has any) and use that"
 
 
 class ReadableFile(Protocol):

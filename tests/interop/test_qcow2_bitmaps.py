@@ -242,6 +242,17 @@ def test_the_bitmap_of_a_disk_without_bytes_is_not_exported_as_qemu_opens_no_ima
     assert not image.exists()
 
 
+def test_what_is_advised_for_an_image_that_is_not_read_keeps_its_bitmaps(cli: Cli) -> None:
+    image, plain = cli.folder / "guest.qcow2", cli.folder / "plain.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "extended_l2=on", image, str(16 * MIB))
+    run("qemu-img", "bitmap", "--add", image, "b0")
+    write(image, [(MIB, MIB)])
+    advised = "make a plain copy with qemu-img convert -O qcow2 (and --bitmaps if it has any) and use that"
+    assert cli.fails(1, "import", image, "kept").endswith(f"extended L2 entries; {advised}")
+    run("qemu-img", "convert", "-O", "qcow2", "--bitmaps", image, plain)
+    assert cli.json("import", plain, "kept")["dirty_bytes"] == MIB
+
+
 def test_the_limit_is_qemus(tmp_path: Path) -> None:
     """The largest bitmap that it stores is the largest that we write; at the next size it refuses too."""
     assert bitmaps.MAX_BITS_BYTES * 8 * 512 == 2 << 40
