@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import BinaryIO
 
-from lmdbitmap.errors import FormatError, InvalidArgument, NotFound, os_errors_at
+from lmdbitmap.errors import Busy, FormatError, InvalidArgument, NotFound, os_errors_at
 from lmdbitmap.flat_file.flatfile import FlatFile, NewFlatFile
 from lmdbitmap.format import NO_UUID, BitsTally, Flags, FlatHeader, Zeroes
 from lmdbitmap.images.device import FileDevice
@@ -66,8 +66,20 @@ def flat_copy(path: str | os.PathLike[str], name: str | None, folder: str, *, al
 
 
 def _read(device: FileDevice, image: Qcow2Reader, bitmap: StoredBitmap) -> Iterator[tuple[int, bytes]]:
+    """Yield its bits, as `bits_of` does. Raise `Busy` at the end if they may not be of one moment.
+
+    QEMU takes no locks where it is told not to, or where the file system has none. A guest that ends there meanwhile
+    has its bitmap stored elsewhere in the image, and its data may lie where the bits were.
+    """
     with os_errors_at(device.path):
+        before = device.identity()
         yield from bits_of(image, device, bitmap)
+        if device.identity() != before or bitmap not in _stored_now(device, image.name):
+            raise Busy(f"{image.name} was written while it was read", next_step="stop its guest first")
+
+
+def _stored_now(device: FileDevice, place: str) -> list[StoredBitmap]:
+    return stored_bitmaps(Qcow2Reader(device, name=place), device)
 
 
 @contextlib.contextmanager

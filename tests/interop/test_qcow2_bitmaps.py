@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from lmdbitmap.flat_file import in_qcow2
 from lmdbitmap.qcow2 import bitmaps
 from tests.cli.conftest import Cli
 from tests.contract.implementations import can_make_loop_devices, loop_node
@@ -211,6 +212,26 @@ def test_an_image_is_not_read_while_a_guest_runs_on_it(cli: Cli) -> None:
     with running(image, cli.folder):
         assert "guest.qcow2" in cli.fails(4, "import", image, "kept")
     cli.ok("import", image, "kept")
+
+
+def test_bits_are_not_taken_from_an_image_that_a_guest_without_locks_changes_meanwhile(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU stores the bitmap elsewhere then, and the guest's zeroes lie where its bits were."""
+    image = qemu_image(cli.folder / "guest.qcow2", GIB, {"b0": 512}, [(0, 512), (900 * MIB, 512)])
+    options = f"driver=qcow2,file.driver=file,file.locking=off,file.filename={image}"
+
+    def read_slowly(*words: Any) -> Iterator[tuple[int, bytes]]:
+        parts = bitmaps.bits_of(*words)
+        yield next(parts)
+        run("qemu-io", "--image-opts", options, "-c", "write -q 1M 4k", "-c", "write -q -P 0 300M 2M")
+        yield from parts
+
+    monkeypatch.setattr(in_qcow2, "bits_of", read_slowly)
+    assert "guest.qcow2 was written while it was read" in cli.fails(4, "import", image, "kept")
+    assert cli.json("ls")["bitmaps"] == []
+    monkeypatch.undo()
+    assert cli.json("import", image, "kept")["dirty_bytes"] == 2 * 512 + 4 * KIB + 2 * MIB
 
 
 @contextlib.contextmanager
