@@ -26,6 +26,8 @@ from lmdbitmap.system import atomic_files, files
 
 _BITMAPS_OF_QEMU = uuid.UUID("5b1c3a0e-8f52-4c39-9d6b-7f6f6e4d2a11")
 """The namespace of their uuids: in an image they have none."""
+_NAMES_TOLD = 16
+"""An image may have 65535 names of 1023 bytes."""
 
 # -- in ----------------------------------------------------------------------------------------------------
 
@@ -92,7 +94,8 @@ def _opened(place: str, name: str | None) -> Iterator[tuple[FileDevice, Qcow2Rea
 
 def _chosen(place: str, stored: Sequence[StoredBitmap], name: str | None) -> StoredBitmap:
     found = [bitmap for bitmap in stored if name in (None, bitmap.name)]
-    names = ", ".join(repr(bitmap.name) for bitmap in stored) or "none"
+    more = f" and {len(stored) - _NAMES_TOLD} more" if len(stored) > _NAMES_TOLD else ""
+    names = (", ".join(repr(bitmap.name) for bitmap in stored[:_NAMES_TOLD]) or "none") + more
     if not found:
         wanted = "bitmap" if name is None else f"bitmap {name!r}"
         raise NotFound(f"{place} has no {wanted}", next_step=f"name one that it has: {names}")

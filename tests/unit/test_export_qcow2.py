@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from lmdbitmap.extents import Trust
 from lmdbitmap.flat_file.inspection import inspect_file
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.qcow2 import Qcow2Writer
+from lmdbitmap.qcow2.layout import BITMAPS_CONSISTENT, EXTENSION_BITMAPS
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain, standalone
 from lmdbitmap.tracker.changes import Changes
@@ -24,6 +26,7 @@ from tests.helpers.qcow2_model import DiskFile
 from tests.helpers.tracked import NAME, TrackedDisk
 
 SIZE = 1000 * 4096
+CLUSTER = 1 << 16
 
 
 @pytest.fixture
@@ -150,6 +153,23 @@ def test_an_image_that_has_none_is_refused_before_anything_is_done(
             use()
     with store.read() as reader:
         assert reader.bitmaps() == []
+
+
+def test_of_many_bitmaps_some_are_told(store: Store, tmp_path: Path) -> None:
+    image = tmp_path / "x.qcow2"
+    names = [b"%04d" % number for number in range(1000)]
+    with DiskFile(image, create=True) as sink:
+        writer = Qcow2Writer(sink, size=SIZE)
+        entry = struct.pack(">QIIBBHI", CLUSTER, 1, 0, 1, 12, 4, 0)
+        directory = b"".join(entry + name.ljust(8, b"\0") for name in names)
+        extension = struct.pack(">IIQQ", len(names), 0, len(directory), writer.append(directory))
+        writer.add_extension(EXTENSION_BITMAPS, extension, autoclear_features=BITMAPS_CONSISTENT)
+        writer.finish()
+    with pytest.raises(InvalidArgument, match=r"several bitmaps: '0000', .*'0015' and 984 more; name one"):
+        export.importable_header(image)
+    with pytest.raises(NotFound, match="no bitmap 'x'; .*'0015' and 984 more"):
+        export.importable_header(image, bitmap="x")
+    assert export.importable_header(image, bitmap="0999").granularity_bits == 12
 
 
 def test_a_bitmap_in_use_is_imported_only_as_all_dirty(store: Store, tmp_path: Path) -> None:
