@@ -167,7 +167,7 @@ def test_of_many_bitmaps_some_are_told(store: Store, tmp_path: Path) -> None:
         writer.finish()
     with pytest.raises(InvalidArgument, match=r"several bitmaps: '0000', .*'0015' and 984 more; name one"):
         export.importable_header(image)
-    with pytest.raises(NotFound, match="no bitmap 'x'; .*'0015' and 984 more"):
+    with pytest.raises(NotFound, match=r"no bitmap 'x'; .*'0015' and 984 more"):
         export.importable_header(image, bitmap="x")
     assert export.importable_header(image, bitmap="0999").granularity_bits == 12
 
