@@ -89,6 +89,7 @@ def test_an_image_whose_name_cannot_be_kept_is_refused(cli: Cli, name: str) -> N
 @pytest.mark.parametrize("granularity", ["3000", "256", "4G", "many"])
 def test_an_impossible_granularity_is_not_understood(cli: Cli, granularity: str) -> None:
     assert "see 'lmdbitmap add --help'" in cli.fails(2, "add", "sda", "x", "--granularity", granularity)
+    assert not cli.store.exists(), "nothing was made for it"
 
 
 def test_a_name_or_an_image_that_is_taken_is_refused(cli: Cli) -> None:

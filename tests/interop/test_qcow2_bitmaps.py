@@ -127,6 +127,17 @@ def test_qemu_calls_dirty_what_we_exported(cli: Cli, size: int, granularity: int
     assert qemu_dirty(image, "sda", cli.folder) == expected == changed(cli, "sda")
 
 
+def test_qemu_reads_the_longest_name(cli: Cli) -> None:
+    name, image = "é" * 511 + "x", cli.folder / "long.qcow2"
+    marked_disk(cli, "sda", MIB, 65536, [(65536, 1)])
+    cli.ok("export", "sda", cli.folder / "sda.dbm", "--since", "never-wrong")
+    cli.ok("import", cli.folder / "sda.dbm", name)
+    cli.ok("export", name, image, "--format", "qcow2")
+    check(image)
+    assert qemu_info(image) == [{"name": name, "granularity": 65536, "flags": []}]
+    assert qemu_dirty(image, name, cli.folder) == [(65536, 65536)]
+
+
 @pytest.mark.parametrize("is_dirty", [True, False])
 def test_a_disk_of_one_kind_costs_no_bits(cli: Cli, is_dirty: bool) -> None:
     """An entry of its table says it for a cluster of bits: they would be 16 MiB."""
@@ -193,6 +204,26 @@ def test_changes_that_qemu_recorded_go_into_a_tracked_disk(cli: Cli) -> None:
     marked_disk(cli, "sda", 16 * MIB, 65536, [(0, 512)])
     cli.ok("import", image, "qemu", "--into", "sda")
     assert changed(cli, "sda") == [(0, 64 * KIB), (5 * MIB, 64 * KIB), (9 * MIB, 64 * KIB)]
+
+
+def test_what_qemu_cut_off_a_disk_does_not_come_back_with_its_growth(cli: Cli) -> None:
+    """Nor is a byte of the image changed by reading it."""
+    image = qemu_image(cli.folder / "guest.qcow2", 16 * MIB, {"b0": 65536}, [(MIB, 512), (10 * MIB, 6 * MIB)])
+    found = []
+    for size, option in (
+        (12 * MIB - 512, "--shrink"),
+        (16 * MIB, "--preallocation=off"),
+        (5 * MIB, "--shrink"),
+    ):
+        run("qemu-img", "resize", "-q", option, image, str(size))
+        expected, before = qemu_dirty(image, "b0", cli.folder), image.read_bytes()
+        kept, ours = f"kept-{size}", cli.folder / f"{size}.qcow2"
+        cli.ok("import", image, kept)
+        cli.ok("export", kept, ours, "--format", "qcow2")
+        assert qemu_dirty(ours, kept, cli.folder) == expected
+        assert image.read_bytes() == before
+        found.append([length for _, length in expected])
+    assert found == [[65536, 2 * MIB - 512], [65536, 2 * MIB], [65536]]
 
 
 def test_a_bitmap_of_a_program_that_was_killed_is_trusted_by_nobody(cli: Cli) -> None:
