@@ -243,12 +243,13 @@ def _opened(store: Store, path: str | os.PathLike[str], bitmap: str | None, *, a
 
 
 def _flat(path: str | os.PathLike[str], bitmap: str | None) -> FlatFile:
+    file = FlatFile.open(path)
     if bitmap is not None:
+        file.close()
         raise InvalidArgument(
-            f"{os.fspath(path)} is no qcow2 image, and holds one bitmap",
-            next_step="do not name a bitmap of it",
+            f"{file.path} is no qcow2 image, and holds one bitmap", next_step="do not name a bitmap of it"
         )
-    return FlatFile.open(path)
+    return file
 
 
 def _proven(file: FlatFile, store: Store) -> FlatFile:

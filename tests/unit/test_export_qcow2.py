@@ -197,3 +197,5 @@ def test_a_flat_file_holds_one_bitmap(store: Store, tmp_path: Path) -> None:
     export.export_changes(changes(store), flat)
     with pytest.raises(InvalidArgument, match=r"x\.dbm is no qcow2 image, and holds one bitmap"):
         export.import_file(store, flat, "back", bitmap=NAME)
+    with pytest.raises(NotFound, match=r"nothing\.qcow2 does not exist"):
+        export.import_file(store, tmp_path / "nothing.qcow2", "back", bitmap=NAME)
