@@ -29,7 +29,7 @@ from itertools import islice
 from typing import Protocol
 
 from lmdbitmap.errors import InvalidArgument
-from lmdbitmap.geometry import MAX_SIZE, ceil_div
+from lmdbitmap.geometry import ceil_div
 from lmdbitmap.interfaces import Buffer
 from lmdbitmap.qcow2.layout import (
     COMPRESSION_FEATURE,
@@ -62,6 +62,10 @@ _REACH_RESERVE = 1 << 10
 """Clusters: more than are written before `can_point_to_compressed` is asked again."""
 _ANCHORS = 2
 """L1 entries past the disk's end that point to a shared L2 table, so that its refcount never falls to 1."""
+
+_MAX_L1_ENTRIES = MAX_L1_ENTRIES // 2
+"""Half of what QEMU opens: then the refcount table of a full image is within QEMU's limit for it, too."""
+_LARGEST_DISK = _MAX_L1_ENTRIES << 2 * MAX_CLUSTER_BITS - 3
 
 
 class WritableFile(Protocol):
@@ -312,13 +316,17 @@ class Qcow2Writer:
 
 
 def _check_dimensions(size: int, cluster_bits: int) -> None:
+    if size > _LARGEST_DISK:
+        raise InvalidArgument(
+            f"a disk of {size} bytes does not fit a qcow2 image, which is of one of {_LARGEST_DISK} at most",
+            next_step="make several disks of it",
+        )
     if not MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS:
         raise InvalidArgument(
             f"cluster_bits {cluster_bits} is outside {MIN_CLUSTER_BITS}..{MAX_CLUSTER_BITS}",
             next_step=f"choose {DEFAULT_CLUSTER_BITS}",
         )
-    # Half of what QEMU opens: then the refcount table of a full image is within QEMU's limit for it, too.
-    if not 0 <= size <= MAX_SIZE or l1_entries(size, cluster_bits) > MAX_L1_ENTRIES // 2:
+    if size < 0 or l1_entries(size, cluster_bits) > _MAX_L1_ENTRIES:
         raise InvalidArgument(
             f"a disk of {size} bytes does not fit a qcow2 image with clusters of {1 << cluster_bits} bytes",
             next_step=f"choose larger clusters, up to cluster_bits {MAX_CLUSTER_BITS}",

@@ -143,6 +143,9 @@ def test_what_qemu_cannot_read_is_not_written() -> None:
     for size in (0, largest + 1):
         with pytest.raises(InvalidArgument, match="QEMU reads 1 to 536870912"):
             BitmapWriter(MemoryFile(), Geometry(size, 9), NAME)
+    BitmapWriter(MemoryFile(), Geometry(1 << 60, 31), NAME)
+    with pytest.raises(InvalidArgument, match=f"does not fit a qcow2 image, which is of one of {1 << 60}"):
+        BitmapWriter(MemoryFile(), Geometry((1 << 60) + 1, 31), NAME)
     for name in ("", "x" * 1024):
         with pytest.raises(InvalidArgument, match="names of 1 to 1023 bytes"):
             BitmapWriter(MemoryFile(), Geometry(512, 9), name)
