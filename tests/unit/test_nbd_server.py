@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import gc
 import os
 import selectors
 import signal
 import socket
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -665,6 +667,25 @@ def test_a_lack_of_memory_to_listen_does_not_end_the_server(
                 assert other.do(READ, 0, 5).error == 0
         assert guest.do(READ, 0, 5).error == 0
     assert lacks == [0]
+
+
+def test_nothing_of_a_client_that_was_lost_waits_to_be_collected(path: str) -> None:
+    """The collector comes seldom to what has lived long: with each lost client went its last READ, of up to 32 MiB."""
+    gc.disable()
+    try:
+        with serving(path, {"disk": PlainDisk(MemoryDevice(32 << 20))}) as server:
+            with transmitting(path) as client:
+                assert client.do(READ, 0, 1).error == 0
+                [visit] = server._places.visits()
+                connection = weakref.ref(visit._connection)
+                client.send(request(READ, 0, 32 << 20))
+                client.receive(1)
+            assert visit.join(PATIENCE_SECONDS)
+            visit._thread.join(PATIENCE_SECONDS)
+            del visit
+            assert connection() is None
+    finally:
+        gc.enable()
 
 
 def test_client_of_whose_end_nobody_can_tell_for_want_of_memory_has_ended(

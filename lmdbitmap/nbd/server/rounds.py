@@ -150,7 +150,8 @@ class Rounds:
 
     def _end(self, rider: _Rider) -> None:
         rider.connection.close()
-        rider.ended(rider.failure)
+        failure, rider.failure = rider.failure, None  # whose traceback leads to the rider, and to all it has
+        rider.ended(failure)
 
     # -- driving -------------------------------------------------------------------------------------------
 
