@@ -378,6 +378,7 @@ class Snapshot(ReadOnlyDevice):
             self._released = True
             self._reading.wait_for(lambda: not self._readers - {threading.get_ident()})
         self.before_release()
+        self.before_release = lambda: None  # it leads back here: memory would wait for Python's collector
         with self._keeping:
             self._is_closed = True
             self._file.close()

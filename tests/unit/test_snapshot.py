@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from functools import partial
@@ -251,6 +253,20 @@ def test_writers_are_fast_again_after_the_release(disk: Filter, folder: Path) ->
     snapshot.release()
     assert lane.settled is disk._tracking.period.settled
     assert disk.snapshots == ()
+
+
+def test_nothing_of_what_was_released_waits_to_be_collected(disk: Filter, folder: Path) -> None:
+    """The collector comes seldom to what has lived as long as a backup takes."""
+    gc.disable()
+    try:
+        snapshot = disk.snapshot("s", scratch(folder))
+        disk.pwrite(b"x", 0)
+        there = weakref.ref(snapshot)
+        snapshot.release()
+        del snapshot
+        assert there() is None
+    finally:
+        gc.enable()
 
 
 def test_released_snapshot_tells_its_readers(disk: Filter, folder: Path) -> None:
