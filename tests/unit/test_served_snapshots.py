@@ -145,7 +145,18 @@ def test_an_owner_that_takes_too_long_is_given_up(serves: Serving, monkeypatch: 
     monkeypatch.setattr(HeldSnapshots, "take", late)
     with pytest.raises(Busy, match=r"did not answer within 0\.05 s"):
         take_served_snapshot(serves.disk.store, [NAME], "monday", freeze_limit_s=0.05)
+    callers = [thread for thread in threading.enumerate() if thread.name == "lmdbitmap caller"]
     was_given_up.set()
+    for caller in callers:
+        caller.join(PATIENCE_SECONDS)
+    assert "monday" in names_of(serves), "it was made all the same"
+    assert serves.disk.snapshots == (), "of which nobody heard"
+    assert list(serves.server._places.disks(private=True)) == [NAME]
+
+
+def names_of(serves: Serving) -> list[str]:
+    with serves.disk.store.read() as reader:
+        return [made.name for made in reader.checkpoints(serves.disk.disk.uuid)]
 
 
 def test_one_that_is_released_before_it_is_exported_leaves_no_export(

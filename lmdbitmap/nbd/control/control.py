@@ -250,6 +250,7 @@ class _Caller(threading.Thread):
         self._sock = sock
         self._sending = False
         self._bound: list[Snapshot] = []
+        self._untold: list[Snapshot] = []
 
     @property
     def holds(self) -> bool:
@@ -270,7 +271,7 @@ class _Caller(threading.Thread):
                 self._server.forget_caller(self)
 
     def _release_bound(self) -> None:
-        for snapshot in self._bound:
+        for snapshot in (*self._bound, *self._untold):
             assert self._server.held is not None
             try:
                 self._server.held.release(snapshot)
@@ -322,13 +323,16 @@ class _Caller(threading.Thread):
         passed: list[int] = []
         try:
             self._send(self._answer(request, passed), passed)
+            self._untold.clear()
         finally:
             for fd in passed:
                 os.close(fd)
 
     def _answer(self, request: wire.Message, passed: list[int]) -> Answer:
         server = self._server
-        scene = Scene(server.filters, server.watch, server.held, self._bound, server.detaching, passed)
+        scene = Scene(
+            server.filters, server.watch, server.held, self._bound, server.detaching, self._untold, passed
+        )
         try:
             return {"answer": answer(scene, request)}
         except LmdbitmapError as error:

@@ -1,7 +1,8 @@
 """The snapshots that an owner holds for others: taken on request, served as NAME@CHECKPOINT, released on request.
 
 A snapshot *bound* to its caller is released when that connection ends, however it ends: the backup of a killed process
-costs nothing from then on. Other snapshots are held until somebody releases them, or the disk is detached.
+costs nothing from then on. Other snapshots are held until somebody releases them, or the disk is detached. One whose
+caller hung up before it was told is released too: nobody would do it.
 """
 
 from __future__ import annotations

@@ -40,6 +40,8 @@ class Scene(NamedTuple):
     bound: list[Snapshot] | None = None
     """Snapshots to release when the caller hangs up."""
     detaching: Detaching | None = None
+    untold: list[Snapshot] | None = None
+    """Snapshots to release if the answer cannot be sent: nobody would know of them."""
     passed: list[int] | None = None
     """Descriptors to send with the answer, and to close then; None if the caller cannot receive any."""
 
@@ -160,6 +162,8 @@ def _held_as_asked(
         raise
     if bound and scene.bound is not None:
         scene.bound[:] = [*filter(held.is_held, scene.bound), *taken]  # an agent may never hang up
+    elif scene.untold is not None:
+        scene.untold.extend(taken)
     return {"snapshots": [{"disk": snapshot.disk.name, "export": snapshot.name, "epoch": str(snapshot.checkpoint.epoch),
                            "uuid": str(snapshot.checkpoint.uuid), "time_ns": snapshot.checkpoint.time_ns,
                            "direct": snapshot.image_fd is not None}
