@@ -91,8 +91,8 @@ class StoreMark(NamedTuple):
     """0 if the file system does not tell, or an older version left the mark."""
 
     def lacks(self, other: StoreMark) -> bool:
-        """Whether it is of the same file, and older."""
-        return self.is_of_the_file_of(other) and self.transaction < other.transaction
+        """Whether it is older, be it of the same file or of a copy."""
+        return self.transaction < other.transaction
 
     def is_of_the_file_of(self, other: StoreMark) -> bool:
         return self.inode == other.inode and (

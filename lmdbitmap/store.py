@@ -233,10 +233,11 @@ class Store:
         """Distrust disks whose last sign of life names a transaction that this file does not have, before it goes on.
 
         Once other disks have used it for as many transactions, it would pass for complete. Where one cannot be
-        distrusted, everything counts as dirty. A disk whose sign of life cannot be read cannot be attached either.
+        distrusted, everything counts as dirty. A disk whose sign of life cannot be read cannot be attached either. One
+        without an identity is not believed anyway, as in a store that was made anew.
         """
         with self.read() as reader:
-            paths = [self.owner_path(disk.uuid) for disk in reader.disks()]
+            paths = [self.owner_path(disk.uuid) for disk in reader.disks() if disk.identity is not None]
         mark = self.mark
         for path in paths:
             try:

@@ -124,8 +124,25 @@ def test_store_that_was_put_back_and_went_on_is_not_believed_after_a_death(
         for number in range(9):
             with Filter.attach(opened, "sdb", background=False) as other:
                 other.checkpoint(f"go on {number}")
-        standing = changes(opened, "sda", since="start").standing
-        assert (standing.trust, "put back from a copy" in str(standing.reason)) == (Trust.UNTRUSTED, True)
+        assert changes(opened, "sda", since="start").standing == (Trust.UNTRUSTED, WENT_BACK)
+
+
+def test_store_that_was_put_back_without_the_owners_files_is_not_believed_after_a_detach(
+    tmp_path: Path,
+) -> None:
+    """Distrust was withdrawn since, and the image was not written, so that it shows nothing."""
+    store, saved = tmp_path / "store", tmp_path / "saved"
+    with Store.create(str(store)) as opened:
+        image = make_raw_image(tmp_path / "sda.raw", 1 << 20)
+        disk = session.add(opened, "sda", str(image), granularity_bits=12)
+        with Filter.attach(opened, "sda", background=False) as attached:
+            attached.checkpoint("start")
+        owner.declare_distrust_at_rest(opened.owner_path(disk.uuid), "bits were lost", 1)
+        run("cp", "-a", store, saved)
+        Filter.attach(opened, "sda", background=False).detach()
+    replace(store, saved)
+    with Store.open(str(store)) as opened:
+        assert changes(opened, "sda", since="start").standing == (Trust.UNTRUSTED, WENT_BACK)
 
 
 def test_owner_that_writes_to_another_store_does_not_vouch_for_the_one_in_its_place(tmp_path: Path) -> None:

@@ -358,7 +358,7 @@ def test_database_put_back_beside_newer_signs_of_life_is_not_believed(
     attached.beat()
     attached.abandon()
     put_back(disk, PARTS["lmdb and newest"])
-    expect_a_full_backup(disk, capsys, "the store was put back from a copy", adoptable=False)
+    expect_a_full_backup(disk, capsys, "the store's newest changes were lost", adoptable=False)
 
 
 @pytest.mark.parametrize("end", ["detached", "died"])
