@@ -75,10 +75,6 @@ class Access(Protocol):
         """Whether nobody else writes to the disks or their records."""
 
     @property
-    def scratch_bytes(self) -> int | None:
-        """The most old data that is kept of a disk while it is read; None if nobody writes meanwhile."""
-
-    @property
     def may_be_behind(self) -> bool:
         """Whether a checkpoint may still be made that a run which is gone by now had asked for."""
 

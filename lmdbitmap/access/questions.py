@@ -85,16 +85,6 @@ class Owners:
         # without `served` the owner only embeds a tracker
         return {entry["uuid"]: _with_served(entry, process) if "served" in entry else None for entry in told}
 
-    def scratch_limit(self, disk: Disk) -> int | None:
-        """Return the most old data that the owner keeps of a disk it holds for others; None if it does not say."""
-        try:
-            with self._owner(disk) as client:
-                told = [] if client is None else _entries(client, [disk.name])
-        except LmdbitmapError as error:
-            log.warning("disk %s: its owner does not say how much old data it keeps: %s", disk.name, error)
-            return None
-        return next((entry.get("scratch_limit") for entry in told if entry["uuid"] == str(disk.uuid)), None)
-
     def changes(self, name: str, *, since: str | None = None, until: str | None = None) -> Changes:
         """See `ask_changes`."""
         lost, persisted = None, False

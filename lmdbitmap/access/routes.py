@@ -19,7 +19,6 @@ from uuid import UUID
 
 from lmdbitmap.access import owners
 from lmdbitmap.access.direct import DirectDevice
-from lmdbitmap.access.questions import Owners
 from lmdbitmap.access.through_owner import HeldThere, open_held
 from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, OwnerGone
 from lmdbitmap.filter import Filter, take_snapshot
@@ -28,7 +27,7 @@ from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.storage.schema import Checkpoint, Disk
 from lmdbitmap.store import Store, Writer
 from lmdbitmap.tracker import chain, session
-from lmdbitmap.tracker.scratch import DEFAULT_LIMIT_BYTES, Scratch
+from lmdbitmap.tracker.scratch import Scratch
 from lmdbitmap.tracker.session import OpenDevice, OwnedDisk
 from lmdbitmap.tracker.snapshot import Snapshot, broken_error
 from lmdbitmap.work.failures import Failures
@@ -76,7 +75,6 @@ class AtRest:
     """
 
     holds_alone = True
-    scratch_bytes = None
     may_be_behind = False
 
     def __init__(
@@ -205,10 +203,6 @@ class Attached(_ThroughOwner):
         self._scratch = scratch
         self._snapshots: list[Snapshot] = []
 
-    @property
-    def scratch_bytes(self) -> int | None:
-        return self._scratch.limit_bytes
-
     def take_point(
         self,
         name: str,
@@ -272,11 +266,6 @@ class ServedElsewhere(_ThroughOwner):
         self._devices: list[NbdDevice | DirectDevice] = []
         self._held: list[HeldThere] = []
         """Snapshots that are not released yet."""
-
-    @property
-    def scratch_bytes(self) -> int | None:
-        told = Owners(self._store).scratch_limit(self.disks[0])
-        return DEFAULT_LIMIT_BYTES if told is None else told
 
     def take_point(
         self,

@@ -31,6 +31,7 @@ from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.changes import changes
+from lmdbitmap.tracker.scratch import DEFAULT_LIMIT_BYTES
 from lmdbitmap.work.failures import Failures
 from lmdbitmap.work.patience import Patience
 
@@ -101,10 +102,9 @@ class Preparation:
 
         A run that compares has old data of all its disks kept to its end. An increment must not fail for that.
         """
-        if not any(job.plan.sifts for job in jobs):
+        if route.holds_alone or not any(job.plan.sifts for job in jobs):
             return jobs
-        room = route.scratch_bytes
-        if room is None or all(self._may_change(job) <= room for job in jobs):
+        if all(self._may_change(job) <= DEFAULT_LIMIT_BYTES for job in jobs):
             return jobs
         return [dataclasses.replace(job, plan=job.plan._replace(sifts=False)) for job in jobs]
 

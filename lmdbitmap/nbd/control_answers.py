@@ -74,7 +74,7 @@ _SERVED: Final[Shape] = {
 }
 _DISK: Final[Shape] = {
     "name": _a_text, "uuid": _a_uuid, "trust": _a_trust, "reason": _a_text_or_none, "armed": _a_count,
-    "snapshots": [_SNAPSHOT], "scratch_limit?": _a_count, "image_lost?": _a_text_or_none, "served?": _SERVED,
+    "snapshots": [_SNAPSHOT], "image_lost?": _a_text_or_none, "served?": _SERVED,
 }  # fmt: skip
 _HELD: Final[Shape] = {
     "disk": _a_text, "export": _a_text, "uuid": _a_uuid, "time_ns": _a_count, "direct?": _true_or_false,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -94,11 +93,3 @@ def test_an_older_owner_is_asked_about_all(
     monkeypatch.setattr(orders, "_OPERATIONS", older)
     assert told(store) == list(NAMES)
     assert asked == [{"disks": ["sda", "sdb"]}, {}]
-
-
-def test_an_owner_need_not_say_how_much_old_data_it_keeps(store: Store) -> None:
-    """An older one does not, nor one that holds nothing for others, nor one that is gone."""
-    disk = disk_called(store, "sda")
-    assert Owners(store).scratch_limit(disk) is None
-    os.unlink(store.control_path(disk.uuid))
-    assert Owners(store).scratch_limit(disk) is None

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from lmdbitmap.backups import preparing
 from lmdbitmap.backups.backup import backup
 from lmdbitmap.extents import Trust
-from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import EXTENT_BLOCKS
 from lmdbitmap.images.device import FileDevice
-from lmdbitmap.nbd.control.control import ControlServer
-from lmdbitmap.nbd.control.held import HeldSnapshots
-from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.repository import proof
 from lmdbitmap.repository.manifest import BackupEntry
 from lmdbitmap.tracker.scratch import Scratch
@@ -115,18 +111,6 @@ def test_a_size_that_changed_since_then_hides_nothing(disk: BackedUpDisk, sizes:
     assert disk.restored() == disk.content()
 
 
-@contextmanager
-def served(attached: Filter, scratch: Scratch) -> Iterator[None]:
-    """To whoever asks at the control socket."""
-    server = Server({NAME: attached})
-    server.start()
-    try:
-        with ControlServer({NAME: attached}, held=HeldSnapshots({NAME: attached}, server, scratch)):
-            yield
-    finally:
-        server.stop()
-
-
 def test_what_a_guest_writes_meanwhile_is_stored_as_it_was(disk: BackedUpDisk) -> None:
     """What was compared is read once more, so it is kept until then."""
     offsets = [number * BLOCK for number in range(4, 2 * EXTENT_BLOCKS, 7)]
@@ -151,22 +135,18 @@ def test_what_a_guest_writes_meanwhile_is_stored_as_it_was(disk: BackedUpDisk) -
     assert disk.restored() == disk.content()
 
 
-@pytest.mark.parametrize("is_served", [False, True], ids=["here", "by its server"])
 @pytest.mark.parametrize(("room", "blocks"), [(2 * EXTENT - 1, 2 * EXTENT_BLOCKS), (2 * EXTENT, 2)])
 def test_nothing_is_compared_if_a_guest_could_overwrite_more_meanwhile_than_is_kept(
-    disk: BackedUpDisk, room: int, blocks: int, is_served: bool
+    disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch, room: int, blocks: int
 ) -> None:
     """Old data of what was read is kept to the end then, and an increment failed for that."""
+    monkeypatch.setattr(preparing, "DEFAULT_LIMIT_BYTES", room)
     write_and_die(disk, 0, 3 * EXTENT)
-    scratch = Scratch(str(disk.folder), room)
     with disk.attach() as attached:
-        if is_served:
-            with served(attached, scratch):
-                [result] = backup(disk.store, [NAME], disk.folder / "backups")
-        else:
-            [result] = backup(
-                disk.store, [NAME], disk.folder / "backups", attached={NAME: attached}, scratch=scratch
-            )
+        [result] = backup(
+            disk.store, [NAME], disk.folder / "backups", attached={NAME: attached},
+            scratch=Scratch(str(disk.folder)),
+        )  # fmt: skip
     require(disk, result.entry, blocks)
     write_and_die(disk, 6 * EXTENT, 7 * EXTENT, 8 * EXTENT)
     require(disk, disk.backup(), 3)  # no guest can

@@ -64,8 +64,8 @@ class ControlServer:
     """Listens at the control socket of every disk in `filters`, from `start` to `stop`.
 
     What a `server` does for a disk is reported with it. Such a disk may be detached, and is then removed from
-    `filters`. The end of a `with` block does not say whether all callers have ended: call `stop` before disks are
-    detached.
+    `filters`. The end of a `with` block does not say
+    whether all callers have ended: call `stop` before disks are detached.
     """
 
     def __init__(

@@ -33,11 +33,6 @@ class HeldSnapshots:
         self._server = server
         self._scratch = scratch
 
-    @property
-    def limit_bytes(self) -> int:
-        """The most old data of each of them."""
-        return self._scratch.limit_bytes
-
     def take(self, disks: Sequence[str], name: str, *, private: bool = False) -> list[Snapshot]:
         """Take one checkpoint on all disks, or on none, and hold each disk as of that moment.
 

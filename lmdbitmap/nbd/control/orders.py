@@ -66,14 +66,13 @@ def answer(scene: Scene, request: wire.Message) -> Answer:
 def _info(scene: Scene, disks: list[Any] | None = None) -> Answer:
     """Report the disks in the list that are ours, each of them once; without a list all of ours."""
     asked = None if disks is None else {disk for disk in disks if isinstance(disk, str)}
-    scratch = {} if scene.held is None else {"scratch_limit": scene.held.limit_bytes}
     found = []
     for name, attached in list(scene.filters.items()):
         if asked is not None and name not in asked:
             continue
         served = None if scene.watch is None else scene.watch.facts(name)
         with contextlib.suppress(NotFound):  # the disk was detached and removed meanwhile
-            found.append(_described(attached) | scratch | ({} if served is None else {"served": served}))
+            found.append(_described(attached) | ({} if served is None else {"served": served}))
     return {"disks": found}
 
 
