@@ -70,6 +70,9 @@ class Access(Protocol):
     def forget(self, disk: Disk, is_unneeded: Callable[[Checkpoint], bool]) -> list[str]:
         """Merge checkpoints into the ones before. One has to record, so some may stay: return their names."""
 
+    def room_for_old_data(self) -> int:
+        """Return how many bytes of a disk's old data can be kept while a point is read, as far as is known."""
+
     @property
     def holds_alone(self) -> bool:
         """Whether nobody else writes to the disks or their records."""

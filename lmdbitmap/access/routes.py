@@ -22,12 +22,13 @@ from lmdbitmap.access.direct import DirectDevice
 from lmdbitmap.access.through_owner import HeldThere, open_held
 from lmdbitmap.errors import Busy, InvalidArgument, LmdbitmapError, OwnerGone
 from lmdbitmap.filter import Filter, take_snapshot
+from lmdbitmap.geometry import MAX_SIZE
 from lmdbitmap.interfaces import BlockDevice
 from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.storage.schema import Checkpoint, Disk
 from lmdbitmap.store import Store, Writer
 from lmdbitmap.tracker import chain, session
-from lmdbitmap.tracker.scratch import Scratch
+from lmdbitmap.tracker.scratch import DEFAULT_LIMIT_BYTES, Scratch
 from lmdbitmap.tracker.session import OpenDevice, OwnedDisk
 from lmdbitmap.tracker.snapshot import Snapshot, broken_error
 from lmdbitmap.work.failures import Failures
@@ -119,6 +120,9 @@ class AtRest:
             )
         devices = [self._held[disk.uuid].device for disk in self.disks]
         return list(map(PointInTime, self.disks, checkpoints, devices))
+
+    def room_for_old_data(self) -> int:
+        return MAX_SIZE  # nothing has to be kept
 
     def leave_out(self, disk: Disk) -> None:
         """Leave the disk out. Other processes can have it from now on."""
@@ -221,6 +225,9 @@ class Attached(_ThroughOwner):
                 snapshot.read_once()
         return [PointInTime(snapshot.disk, snapshot.checkpoint, snapshot) for snapshot in self._snapshots]
 
+    def room_for_old_data(self) -> int:
+        return self._scratch.room()
+
     def prove(self, point: PointInTime) -> None:
         assert isinstance(point.device, Snapshot)
         point.device.release()
@@ -293,6 +300,12 @@ class ServedElsewhere(_ThroughOwner):
         for disk, held in zip(disks, told["snapshots"], strict=True):
             checkpoint = self._found(disk, name, held["uuid"])
             self._held.append(HeldThere(disk, checkpoint, str(held["export"]), held.get("direct")))
+
+    def room_for_old_data(self) -> int:
+        try:
+            return int(self._client.call("room", timeout_s=self._limit_s)["bytes"])
+        except InvalidArgument:  # an older owner
+            return DEFAULT_LIMIT_BYTES
 
     def _found(self, disk: Disk, name: str, uuid: str) -> Checkpoint:
         """Return the checkpoint of this name. Raise `Busy` if it is not the one that was made."""

@@ -31,7 +31,6 @@ from lmdbitmap.storage.schema import Disk
 from lmdbitmap.store import Store
 from lmdbitmap.tracker import chain
 from lmdbitmap.tracker.changes import changes
-from lmdbitmap.tracker.scratch import DEFAULT_LIMIT_BYTES
 from lmdbitmap.work.failures import Failures
 from lmdbitmap.work.patience import Patience
 
@@ -98,13 +97,13 @@ class Preparation:
         return self._within_scratch(route, jobs)
 
     def _within_scratch(self, route: Access, jobs: list[DiskBackup]) -> list[DiskBackup]:
-        """Compare nothing after a crash if guests could overwrite more meanwhile than a scratch file takes.
+        """Compare nothing after a crash if guests could overwrite more meanwhile than there is room for.
 
         A run that compares has old data of all its disks kept to its end. An increment must not fail for that.
         """
         if route.holds_alone or not any(job.plan.sifts for job in jobs):
             return jobs
-        if all(self._may_change(job) <= DEFAULT_LIMIT_BYTES for job in jobs):
+        if sum(map(self._may_change, jobs)) <= route.room_for_old_data():
             return jobs
         return [dataclasses.replace(job, plan=job.plan._replace(sifts=False)) for job in jobs]
 

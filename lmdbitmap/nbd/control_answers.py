@@ -81,6 +81,7 @@ _HELD: Final[Shape] = {
 }  # fmt: skip
 _ANSWERS: Final[dict[str, Shape]] = {
     "info": {"disks": [_DISK]}, "snapshot": {"snapshots": [_HELD]}, "release": _SNAPSHOT,
+    "room": {"bytes": _a_count},
 }  # fmt: skip
 
 

@@ -32,6 +32,13 @@ class Scratch(NamedTuple):
     limit_bytes: int = DEFAULT_LIMIT_BYTES
     preallocate: bool = False
 
+    def room(self) -> int:
+        """Return how many bytes of old data one file could take now."""
+        if self.preallocate:
+            return self.limit_bytes
+        with os_errors_at(f"the scratch folder {self.folder}"):
+            return min(self.limit_bytes, max(_bytes_to_take(os.statvfs(self.folder)), 0))
+
 
 class ScratchFile:
     """A file without a name, for at most `limit_bytes`, open until `close`. Raises the system's errors."""
@@ -57,9 +64,7 @@ class ScratchFile:
         """Raise if the file could grow only by taking the last space of its file system."""
         if self._has_its_room:
             return
-        found = os.fstatvfs(self._fd)
-        spare_bytes = min(found.f_blocks * found.f_frsize // _SPARE_PART, _SPARE_BYTES)
-        if found.f_bavail * found.f_frsize < spare_bytes:
+        if _bytes_to_take(os.fstatvfs(self._fd)) < 0:
             raise OSError(
                 errno.ENOSPC, "the last space of its file system is left to the guest and the store"
             )
@@ -95,3 +100,9 @@ class ScratchFile:
     def forsake(self) -> None:
         """Close the file in a forked child: its room would be taken for as long as the child lives."""
         self.close()
+
+
+def _bytes_to_take(found: os.statvfs_result) -> int:
+    """Return the free bytes of a file system less those that are left to other files."""
+    spare_bytes = min(found.f_blocks * found.f_frsize // _SPARE_PART, _SPARE_BYTES)
+    return found.f_bavail * found.f_frsize - spare_bytes

@@ -102,12 +102,18 @@ def test_it_does_not_take_the_last_space_unless_it_has_it_already(
         return os.statvfs_result((BLOCK, BLOCK, blocks, *available * 2, 0, 0, 0, 0, 255))
 
     monkeypatch.setattr(os, "fstatvfs", statvfs)
+    monkeypatch.setattr(os, "statvfs", statvfs)
     with (
         closing(ScratchFile(Scratch(str(folder), MIB))) as growing,
         closing(ScratchFile(Scratch(str(folder), MIB, preallocate=True))) as preallocated,
     ):
         growing.require_room()
-        available[0] -= 1
+        assert Scratch(str(folder), MIB).room() == 0
+        available[0] += 3
+        assert [Scratch(str(folder), limit).room() for limit in (BLOCK, MIB)] == [BLOCK, 3 * BLOCK]
+        available[0] -= 4
+        assert Scratch(str(folder), MIB).room() == 0
+        assert Scratch(str(folder), MIB, preallocate=True).room() == MIB
         preallocated.require_room()
         with pytest.raises(OSError, match="is left to the guest and the store"):
             growing.require_room()

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
-from lmdbitmap.backups import preparing
 from lmdbitmap.backups.backup import backup
 from lmdbitmap.extents import Trust
+from lmdbitmap.filter import Filter
 from lmdbitmap.geometry import EXTENT_BLOCKS
 from lmdbitmap.images.device import FileDevice
+from lmdbitmap.nbd.control import orders
+from lmdbitmap.nbd.control.held import HeldSnapshots
+from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.repository import proof
 from lmdbitmap.repository.manifest import BackupEntry
 from lmdbitmap.tracker.scratch import Scratch
 from tests.helpers.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
+from tests.helpers.serving import serving
 from tests.helpers.support import no_ascii
 from tests.helpers.tracked import NAME
 from tests.unit.test_backup import told
@@ -135,21 +139,53 @@ def test_what_a_guest_writes_meanwhile_is_stored_as_it_was(disk: BackedUpDisk) -
     assert disk.restored() == disk.content()
 
 
-@pytest.mark.parametrize(("room", "blocks"), [(2 * EXTENT - 1, 2 * EXTENT_BLOCKS), (2 * EXTENT, 2)])
+ROOMS = pytest.mark.parametrize(("room", "blocks"), [(2 * EXTENT - 1, 2 * EXTENT_BLOCKS), (2 * EXTENT, 2)])
+"""Room for old data, and what is stored where two extents count as dirty: what was read of them is kept to the end."""
+
+
+@ROOMS
 def test_nothing_is_compared_if_a_guest_could_overwrite_more_meanwhile_than_is_kept(
-    disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch, room: int, blocks: int
+    disk: BackedUpDisk, room: int, blocks: int
 ) -> None:
-    """Old data of what was read is kept to the end then, and an increment failed for that."""
-    monkeypatch.setattr(preparing, "DEFAULT_LIMIT_BYTES", room)
+    """An increment failed for that, and so did each one after it."""
     write_and_die(disk, 0, 3 * EXTENT)
     with disk.attach() as attached:
         [result] = backup(
             disk.store, [NAME], disk.folder / "backups", attached={NAME: attached},
-            scratch=Scratch(str(disk.folder)),
+            scratch=Scratch(str(disk.folder), room),
         )  # fmt: skip
     require(disk, result.entry, blocks)
     write_and_die(disk, 6 * EXTENT, 7 * EXTENT, 8 * EXTENT)
     require(disk, disk.backup(), 3)  # no guest can
+
+
+@ROOMS
+def test_a_process_that_serves_the_disk_is_asked_how_much_it_can_keep(
+    disk: BackedUpDisk, room: int, blocks: int
+) -> None:
+    write_and_die(disk, 0, 3 * EXTENT)
+    with serving(disk, disk.folder, keeping(room)):
+        require(disk, disk.backup(), blocks)
+
+
+def test_one_that_cannot_tell_keeps_what_is_usual(
+    disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = {name: order for name, order in orders._OPERATIONS.items() if name != "room"}
+    monkeypatch.setattr(orders, "_OPERATIONS", older)
+    write_and_die(disk, 0, 3 * EXTENT)
+    with serving(disk, disk.folder, keeping(0)):
+        require(disk, disk.backup(), 2)
+
+
+def keeping(room: int) -> type[HeldSnapshots]:
+    """A holder of snapshots with that much room for old data."""
+
+    class Keeping(HeldSnapshots):
+        def __init__(self, filters: Mapping[str, Filter], server: Server | None, scratch: Scratch) -> None:
+            super().__init__(filters, server, scratch._replace(limit_bytes=room))
+
+    return Keeping
 
 
 # --- what cannot be compared is stored ---

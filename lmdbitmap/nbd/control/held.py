@@ -33,6 +33,10 @@ class HeldSnapshots:
         self._server = server
         self._scratch = scratch
 
+    def room(self) -> int:
+        """Return how many bytes of old data could be kept now of a disk."""
+        return self._scratch.room()
+
     def take(self, disks: Sequence[str], name: str, *, private: bool = False) -> list[Snapshot]:
         """Take one checkpoint on all disks, or on none, and hold each disk as of that moment.
 

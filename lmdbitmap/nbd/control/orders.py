@@ -188,6 +188,10 @@ def _release(scene: Scene, disk: str, checkpoint: str, uuid: str | None = None) 
     return {**facts, "broken": snapshot.broken}
 
 
+def _room(scene: Scene) -> Answer:
+    return {"bytes": _held(scene).room()}
+
+
 def _connect(scene: Scene) -> Answer:
     _passed(scene).append(_held(scene).connect().detach())
     return {}
@@ -268,6 +272,7 @@ _OPERATIONS: Final = {
         _snapshot, {"disks": list, "name": str, "since": list, "bound": bool, "once": bool}
     ),
     "release": _Operation(_release, {"disk": str, "checkpoint": str}, {"uuid": str}),
+    "room": _Operation(_room, {}),
     "connect": _Operation(_connect, {}),
     "image": _Operation(_image, {"disk": str, "checkpoint": str}, {"uuid": str}),
     "persist": _Operation(_persist, {"disk": str}),
