@@ -103,14 +103,14 @@ class View:
         return self._files[run.layer] if run.layer < self._layer_below else None
 
     def packed(self, run: MappedRun, cluster_size: int, kind: CompressionType) -> bytes | None:
-        """Return a whole compressed cluster as it is in its file; None if an image of this kind cannot have it so."""
+        """Return a compressed cluster as it is in its file; None if an image of this kind cannot have it so.
+
+        `run` is that long: the disk's last cluster, if it is short, is read.
+        """
         reader = self._readers[run.layer]
-        whole = run.offset % cluster_size == 0 and run.length in (
-            cluster_size,
-            self.entry.disk_size - run.offset,
-        )
-        if not whole or (reader.cluster_size, reader.compression_type) != (cluster_size, kind):
+        if (reader.cluster_size, reader.compression_type) != (cluster_size, kind):
             return None
+        assert run.length == cluster_size
         with os_errors_at(self._files[run.layer].path):
             return self._files[run.layer].pread(run.host_length, run.host_offset)
 
@@ -253,9 +253,9 @@ class _Merger:
             self._put_data(run, source)
 
     def _put_packed(self, run: MappedRun) -> None:
-        packed = self._view.packed(run, self._writer.cluster_size, self._view.compression_type)
-        fits = packed is not None and len(packed) < self._writer.cluster_size
-        if packed is None or not fits or not self._writer.can_point_to_compressed:
+        cluster_size = self._writer.cluster_size
+        packed = self._view.packed(run, cluster_size, self._view.compression_type)
+        if packed is None or len(packed) >= cluster_size or not self._writer.can_point_to_compressed:
             self._put_read(run.offset, run.length)
             return
         shared = 0 if self._packed is None else _shared_bytes(run, self._packed)
