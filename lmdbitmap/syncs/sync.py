@@ -221,7 +221,7 @@ def _carry_out(
 def _point_in_time(job: _DiskSync, name: str, quiesced: Quiesced) -> PointInTime:
     note = job.notes.note
     job.notes.replace(dataclasses.replace(note, unneeded=(*note.unneeded, name)))
-    [point] = job.access.take_point(name, [job.plan.since], quiesced)
+    [point] = job.access.take_point(name, [job.plan.since], quiesced, once=True)
     if point.checkpoint.epoch != job.disk.epoch:
         raise Busy(
             f"tracking of disk {job.disk.name!r} began again just now: {point.disk.epoch_reason}",

@@ -39,6 +39,7 @@ from lmdbitmap.streams.restore import apply_stream
 from lmdbitmap.syncs.plan import SyncKind, gap_between
 from lmdbitmap.syncs.sync import SyncResult, sync
 from lmdbitmap.tracker import session
+from lmdbitmap.tracker.scratch import Scratch
 from tests.contract.implementations import can_make_loop_devices, loop_node
 from tests.helpers.backed_up import BackedUpDisk
 from tests.helpers.nbd_far import FarServer, crashing_at_first
@@ -203,6 +204,30 @@ def test_a_disk_that_we_serve_ourselves_is_synced_while_it_is_written(disk: Back
         assert result.kind is INCREMENTAL
         sync(disk.store, NAME, copy, attached={NAME: attached})
         assert copy.read_bytes() == disk.content()
+
+
+@pytest.mark.parametrize("kind", SyncKind)
+def test_no_room_is_needed_for_what_a_guest_overwrites_once_it_was_read(
+    tmp_path: Path, kind: SyncKind
+) -> None:
+    """It is not read again. A backup and a stream need none for it either."""
+    with contextlib.closing(BackedUpDisk(tmp_path, 6 << 20)) as disk, disk.attach() as attached:
+        served, copy = {NAME: attached}, tmp_path / "copy.raw"
+        if kind is not FULL:
+            sync(disk.store, NAME, copy, attached=served)
+        attached.pwrite(no_ascii(6 << 20), 0)
+        before = disk.content()
+
+        def overwrite(done: int, total: int) -> None:
+            if done < total:
+                attached.pwrite(b"x" * (1 << 20), 0)
+
+        result = sync(
+            disk.store, NAME, copy, attached=served, scratch=Scratch(tmp_path, BLOCK),
+            progress=overwrite, compare=kind is COMPARE,
+        )  # fmt: skip
+        assert result.kind is kind
+        assert copy.read_bytes() == before != disk.content()
 
 
 # --- why both are read ---
