@@ -24,12 +24,14 @@ Invariants, which hold at every moment, also after a power cut:
    truth without a lock, and the holder of the lock carries on where a dead run stopped. Without a `manifest.next`,
    `.next` images belong to nobody. If an image that came with it is not there, as in a copy of the folder that was made
    file by file at that moment, nobody carries on: nothing is removed for what is not there.
-5. An unreadable note of unfinished work is put aside too: the files that it named stay, and only take space.
+5. An unreadable note of unfinished work is put aside too: the files that it named stay, and only take space. So does a
+   file that cannot be removed, as with `chattr +i` or a damaged inode.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import stat
@@ -250,7 +252,7 @@ class BackupFolder:
         for path in map(self.successor_path, undecided):
             remove(path)
         for path in map(self.path_of, self._stale_digests(found)):
-            remove(path)
+            _remove_if_possible(path)
         if undecided:  # they must not be back when there is a `manifest.next`
             files.fsync_folder(self.path)
 
@@ -262,7 +264,7 @@ class BackupFolder:
                 os.rename(self.successor_path(name), self.path_of(name))
         files.fsync_folder(self.path)
         for name in self._names_only_in_the_old(new):
-            remove(self.path_of(name))
+            _remove_if_possible(self.path_of(name))
         files.fsync_folder(self.path)
         self._manifest.end_succession()
 
@@ -318,7 +320,7 @@ class BackupFolder:
         abandoned = [work for work in noted if work.file not in known]
         for work in abandoned:
             for name in [work.file, *self._digests_of(work.file)]:
-                remove(self.path_of(name))
+                _remove_if_possible(self.path_of(name))
         if noted:  # the manifest and what was removed must be durable before the note can go
             files.fsync_folder(self.path)
         return abandoned
@@ -335,6 +337,16 @@ class BackupFolder:
     def drop_note(self) -> None:
         """Remove the note of unfinished work, once nothing of it is left to undo."""
         self._note.drop()
+
+
+def _remove_if_possible(path: str) -> None:
+    """Remove a file that nothing needs. One that is protected, or damaged itself, stays: no backup fails for that."""
+    try:
+        remove(path)
+    except StorageError as refusal:
+        if not refusal.is_of_bad_disk and refusal.errno not in (errno.EPERM, errno.EACCES):
+            raise
+        log.warning("%s; it is not needed any more: it stays, and takes space", refusal.problem)
 
 
 def _entries_of(known: Manifest | None) -> Sequence[BackupEntry]:

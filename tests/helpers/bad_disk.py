@@ -1,9 +1,10 @@
-"""A file that its disk cannot read, or whose file system is damaged there, in this process."""
+"""A file that its disk cannot read, whose file system is damaged there, or that is protected, in this process."""
 
 from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,8 +12,13 @@ import pytest
 BAD_DISK = pytest.mark.parametrize("error", [errno.EIO, errno.EUCLEAN, errno.EBADMSG])
 
 
-def refuse(patched: pytest.MonkeyPatch, path: str | os.PathLike[str], error: int) -> None:
-    """Answer every look at that name, and every try to open it, with `error`, as ext4 and XFS do."""
+def refuse(
+    patched: pytest.MonkeyPatch,
+    path: str | os.PathLike[str],
+    error: int,
+    calls: Sequence[str] = ("lstat", "stat", "open", "unlink"),
+) -> None:
+    """Answer every such call with that name with `error`: all of these are what ext4 and XFS refuse."""
 
     def refusing(call: Any) -> Any:
         def refuses(name: Any, *rest: Any, **options: Any) -> Any:
@@ -22,5 +28,5 @@ def refuse(patched: pytest.MonkeyPatch, path: str | os.PathLike[str], error: int
 
         return refuses
 
-    for name in ("lstat", "stat", "open"):
+    for name in calls:
         patched.setattr(os, name, refusing(getattr(os, name)))

@@ -26,6 +26,7 @@ from lmdbitmap.repository.retention import Retention
 from lmdbitmap.repository.verify import verify
 from lmdbitmap.tracker import session
 from tests.helpers.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, RESCAN, BackedUpDisk
+from tests.helpers.bad_disk import BAD_DISK, refuse
 from tests.helpers.support import requires, run
 from tests.helpers.tracked import NAME
 from tests.unit.test_digest_algorithms import forget_blake3
@@ -374,6 +375,38 @@ def test_damage_in_what_only_goes_is_no_reason_to_keep_it(disk: BackedUpDisk) ->
     path_of(disk, 1).unlink()
     pruned(disk, 1)
     reads_as(disk, contents)
+
+
+@BAD_DISK
+def test_what_only_goes_and_cannot_be_removed_stays_and_the_next_backups_are_made(
+    disk: BackedUpDisk, error: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The prune was decided, and no backup could be made any more before it was carried on."""
+    contents = back_up(disk, FULL, INCREMENTAL, FULL)
+    stays = path_of(disk, 0)
+    refuse(monkeypatch, stays, error)
+    pruned(disk, 1)
+    assert f"{stays}: {os.strerror(error)}; it is not needed any more: it stays" in caplog.text
+    assert disk.files() == ["000001-full.qcow2", "000003-full.qcow2"]
+    assert tree(disk) == [("3", "full", None)]
+    disk.backup()
+    assert (disk.restored("3"), disk.restored()) == (contents["3"], disk.content())
+    assert verify(disk.folder / "backups").is_sound
+
+
+def test_what_is_protected_stays_but_what_would_be_taken_for_a_successor_is_an_error(
+    disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with `chattr +i`. A successor that nobody decided on would take effect with the next prune."""
+    back_up(disk, FULL, INCREMENTAL, FULL)
+    refuse(monkeypatch, path_of(disk, 0), errno.EPERM, ["unlink"])
+    pruned(disk, 1)
+    disk.backup()
+    successor = f"{path_of(disk, 0)}.next"
+    shutil.copy(path_of(disk, 0), successor)
+    refuse(monkeypatch, successor, errno.EPERM, ["unlink"])
+    with pytest.raises(StorageError, match=r"qcow2\.next: Operation not permitted"):
+        disk.backup()
 
 
 def test_a_folder_that_is_backed_up_to_is_busy(disk: BackedUpDisk) -> None:
