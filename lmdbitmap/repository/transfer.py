@@ -27,13 +27,12 @@ from lmdbitmap.errors import (
     FormatError,
     InvalidArgument,
     LmdbitmapError,
-    NotFound,
     os_errors_at,
 )
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.images.file_copy import PIECE_BYTES, FileCopier
 from lmdbitmap.repository.backup_folder import BackupFolder
-from lmdbitmap.repository.digests import digests_of, found_digest, require_algorithms
+from lmdbitmap.repository.digests import digests_of, found_digest, is_damage, require_algorithms
 from lmdbitmap.repository.manifest import TAKEN_OVER_EPOCH, BackupEntry, Manifest, taken_over
 from lmdbitmap.repository.repository import (
     folders_of,
@@ -50,6 +49,9 @@ from lmdbitmap.work.patience import Patience
 from lmdbitmap.work.progress import Progress, Report
 
 _USE_ANOTHER = "look at it with `lmdbitmap verify`, and get the file from another copy of the repository"
+_UNTIL_THEN = (
+    ", or drop backup {}, and those that need it, with `prune --drop`: until then no newer one is copied"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,8 +247,12 @@ def _copy_unless_changed(
         source.check_images([entry])
         _copy_digests(source, target, entry)
         _copy_image(source, target, entry, report)
-    except (FormatError, NotFound) as wrong:
+    except LmdbitmapError as wrong:
+        if not is_damage(wrong):
+            raise
         if source.manifest() == wanted and source.image_path(entry.file) == place:
+            if source.path_of(entry.file) in wrong.problem:  # else the target is at fault
+                wrong.next_step += _UNTIL_THEN.format(entry.id)
             raise
         raise Busy(f"{source.path} was changed while it was copied", next_step="copy it again") from wrong
 

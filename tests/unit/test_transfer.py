@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,7 +13,16 @@ from uuid import uuid4
 
 import pytest
 
-from lmdbitmap.errors import AlreadyExists, Busy, FormatError, NotFound, StorageError
+from lmdbitmap.errors import (
+    AlreadyExists,
+    Busy,
+    FormatError,
+    LmdbitmapError,
+    NotFound,
+    StorageError,
+    error_from_os,
+)
+from lmdbitmap.images.file_copy import FileCopier
 from lmdbitmap.repository import manifest as manifest_module
 from lmdbitmap.repository import transfer
 from lmdbitmap.repository.backup_folder import BackupFolder
@@ -23,6 +33,7 @@ from lmdbitmap.repository.retention import Retention
 from lmdbitmap.repository.transfer import CopiesFailed, CopyResult, copy_backups
 from lmdbitmap.repository.verify import verify
 from tests.helpers.backed_up import DIFFERENTIAL, FULL, INCREMENTAL, BackedUpDisk
+from tests.helpers.bad_disk import refuse
 from tests.helpers.tracked import NAME
 from tests.unit.test_digest_algorithms import forget_blake3
 from tests.unit.test_prune import back_up, beside, path_of, reads_as
@@ -173,6 +184,45 @@ def test_damage_is_not_copied_and_what_comes_before_it_is(disk: BackedUpDisk) ->
     assert [entry.id for entry in disk.manifest("copy").backups] == ["1"]
     assert disk.files("copy")[0] == "000001-full.qcow2"
     assert "000002-incremental.qcow2" not in disk.files("copy")
+
+
+@pytest.mark.parametrize("how", ["rotten", "gone", "unreadable"])
+def test_what_stands_in_the_way_of_newer_backups_can_be_dropped(
+    disk: BackedUpDisk, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = back_up(disk, FULL, INCREMENTAL, FULL, INCREMENTAL)
+    if how == "rotten":
+        flip(path_of(disk, 1), 4096 + 70)
+    elif how == "gone":
+        path_of(disk, 1).unlink()
+    else:
+        refuse(monkeypatch, path_of(disk, 1), errno.EUCLEAN)
+    with pytest.raises(LmdbitmapError) as refused:
+        copied(disk)
+    assert refused.value.next_step.endswith(
+        "or drop backup 2, and those that need it, with `prune --drop`: until then no newer one is copied"
+    )
+    prune(disk.folder / "backups", [NAME], drop=["2"])
+    assert [entry.id for entry in copied(disk).copied] == ["3", "4"]
+    assert [disk.restored(name, "copy") for name in ("1", "3", "4")] == [
+        contents[name] for name in ("1", "3", "4")
+    ]
+
+
+def test_nothing_is_to_be_dropped_because_the_target_fails(
+    disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    back_up(disk, FULL, INCREMENTAL)
+    copied(disk)
+    back_up(disk, INCREMENTAL)
+    monkeypatch.setattr(FileCopier, "copy", fail_to_write)
+    with pytest.raises(StorageError) as refused:
+        copied(disk)
+    assert "drop" not in refused.value.next_step
+
+
+def fail_to_write(copier: FileCopier, *_: object) -> None:
+    raise error_from_os(copier._place, OSError(errno.EIO, os.strerror(errno.EIO)))
 
 
 @pytest.mark.parametrize("how", ["lost", "damaged", "of another length"])
