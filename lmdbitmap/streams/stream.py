@@ -11,8 +11,9 @@ and that stays. The order follows from it:
     see that nobody wrote the image     the copy is of one point in time
     drop the note, synced               from now on a receiver may count from the checkpoint
     the end record                      only now can the receiver take it for whole
+    sync it, if it goes into a file     law 3: who is told that it is whole counts from its checkpoint from now on
 
-A failure before the end record takes the checkpoint back, and a death there leaves it to the next stream or backup of
+A failure until then takes the checkpoint back, and a death there leaves it to the next stream or backup of
 that disk: the receiver has no whole stream, and the next one counts from the end of the last one that was received. A
 name that the caller gave could be another checkpoint's, so such a run is known by its checkpoint's uuid, noted right
 after it was taken. Nothing that a receiver may still count from is ever forgotten here: the operator of both ends
@@ -23,7 +24,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import logging
+import os
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -162,7 +166,7 @@ class _StreamWriter:
         self._put_zeroes()
         before_end()
         self._out.put(self._encoder.end())
-        self._out.flush()
+        self._out.finish()
         return Streamed(self._bytes_changed, self._bytes_zero, self._out.bytes_put)
 
 
@@ -185,6 +189,20 @@ class _Out:
     def flush(self) -> None:
         self._write(self._small)
         self._small = bytearray()
+
+    def finish(self) -> None:
+        """Write the rest. A regular file is durable then: of what it could not take, NFS and quotas tell no earlier."""
+        self.flush()
+        fd = self._descriptor()
+        with os_errors_at(_PLACE):
+            if fd is not None and stat.S_ISREG(os.fstat(fd).st_mode):
+                os.fsync(fd)
+
+    def _descriptor(self) -> int | None:
+        try:
+            return int(self._file.fileno())  # type: ignore[attr-defined]
+        except (AttributeError, io.UnsupportedOperation):
+            return None
 
     def _write(self, part: Buffer) -> None:
         rest = memoryview(part)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -184,6 +186,29 @@ def test_a_stream_that_was_cut_takes_its_checkpoint_back(
     with pytest.raises(ValueError, match=r"^$"):
         naive_rbd_diff.read(held.getvalue())
     assert len(streamed(disk, since="monday").ranges) == 2, "nothing was lost"
+
+
+def test_a_stream_into_a_file_is_durable_before_it_is_called_whole(
+    disk: BackedUpDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On NFS, and over a quota, only a sync tells that the file did not take it."""
+    lengths: list[int] = []
+
+    def refuse(fd: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}") == str(path):
+            lengths.append(os.fstat(fd).st_size)
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        sync(fd)
+
+    path, sync = disk.folder / "stream", os.fsync
+    streamed(disk, checkpoint="monday")
+    points = disk.checkpoints()
+    with monkeypatch.context() as sick, path.open("wb", buffering=0) as out:
+        sick.setattr(os, "fsync", refuse)
+        with pytest.raises(StorageError, match="the stream: Disk quota exceeded"):
+            stream_backup(disk.store, NAME, out, since="monday", checkpoint="tuesday")
+    assert lengths == [path.stat().st_size]
+    assert disk.checkpoints() == points
 
 
 def test_an_image_that_was_written_meanwhile_gets_no_end(disk: BackedUpDisk) -> None:
