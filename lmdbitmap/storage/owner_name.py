@@ -48,8 +48,8 @@ class KeptName:
         """The file that has our file's name, if ours has another one, or none."""
         self._path = path
         self._is_in_place = is_in_place
-        self._last = Beat(kernel.boot_id(), 0, 0, awake_ns=kernel.awake_ns())
-        """The last beat, or the moment of the lock: whoever beats later owns the disk too."""
+        self._last_ns = kernel.awake_ns()
+        """When it last beat, or was locked, since the boot: whoever beats later owns the disk too."""
         self._why: Distrust | None = None
         """Our distrust, if there is any since the file was locked."""
         self.was_owned_twice = False
@@ -78,7 +78,7 @@ class KeptName:
         if self._stranger is not None and self._is_in_place():
             with suppress(OSError):
                 owner_file.put(self._stranger.fd, record, BEAT, durable=durable)
-        self._last = beat
+        self._last_ns = beat.awake_ns
 
     def is_lost(self) -> bool:
         """Not if its folder is gone too: then it was moved with the store. Nor if this process may not look any more,
@@ -147,8 +147,10 @@ class KeptName:
 
     def _was_owned_by_another(self, taken: LockedFile) -> bool:
         """Whether somebody beat in the file of our name after we last did in ours, or locked it."""
-        theirs, ours = owner_file.beat_of(owner_file.read(taken.fd, BEAT)), self._last
-        return theirs is not None and theirs.boot_id == ours.boot_id and theirs.awake_ns > ours.awake_ns > 0
+        theirs = owner_file.beat_of(owner_file.read(taken.fd, BEAT))
+        return (
+            theirs is not None and theirs.boot_id == kernel.boot_id() and theirs.awake_ns > self._last_ns > 0
+        )
 
     def _distrust_both(self, time_ns: int, taken: LockedFile | None) -> None:
         """Say so in our file and in the other one's, though we may have no lock on that: neither must be believed."""

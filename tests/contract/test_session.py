@@ -49,6 +49,22 @@ for number in range(9):
         other.checkpoint(f"go on {number}")
 """
 
+ATTACH_WITHOUT_DESCRIPTORS = """
+import os, resource, sys
+from lmdbitmap.filter import Filter
+from lmdbitmap.store import Store
+
+with Store.open(sys.argv[1]) as opened:
+    used = len(os.listdir("/proc/self/fd")) - 1
+    for room in range(9):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + room, 4096))
+        try:
+            Filter.attach(opened, "sda", background=False).detach()
+            print("attached")
+        except OSError as refused:
+            print(refused)
+"""
+
 
 def test_a_disk_that_is_attached_is_refused_by_its_name(tmp_path: Path) -> None:
     image = make_raw_image(tmp_path / "sda.raw", 1 << 20)
@@ -63,6 +79,15 @@ def test_a_disk_that_is_attached_is_refused_by_its_name(tmp_path: Path) -> None:
         session.remove(store, "sda")
         with pytest.raises(NotFound):
             session.remove(store, "sda")
+
+
+def test_a_disk_is_let_go_of_whatever_finds_no_descriptor_while_it_is_attached(tmp_path: Path) -> None:
+    image = make_raw_image(tmp_path / "sda.raw", 1 << 20)
+    with Store.create(str(tmp_path / "store")) as store:
+        session.add(store, "sda", str(image), granularity_bits=16)
+    said = run(sys.executable, "-c", ATTACH_WITHOUT_DESCRIPTORS, str(tmp_path / "store")).stdout.splitlines()
+    assert "Too many open files" in said[0]
+    assert said[-1] == "attached"
 
 
 def test_a_path_that_is_no_text_is_refused(tmp_path: Path) -> None:
