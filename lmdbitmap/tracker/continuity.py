@@ -149,11 +149,14 @@ def _gap_since_sign_of_life(disk: Disk, image: ImageIdentity, beat: Beat | None,
         return f"the image has {image.size} bytes, and {disk.size} were tracked"
     if beat is not None and now.store.transaction < beat.store.transaction:
         return STORE_PUT_BACK
+    went_back = (
+        beat is not None and beat.mtime_ns > image.mtime_ns == begun.mtime_ns
+    )  # whichever session's it is
     if beat is not None and not _is_of_the_session(beat, disk, image):
         beat = None
     if image.is_block_device:
         return _exchange(begun, image) or _device_gap_since_sign_of_life(begun, image, beat, now)
-    if 0 != image.mtime_ns == begun.mtime_ns and (beat is None or beat.mtime_ns <= begun.mtime_ns):
+    if 0 != image.mtime_ns == begun.mtime_ns and not went_back:
         return None  # unwritten since the session began, whose owner may not have beaten yet
     if beat is None:
         return "its owner's last sign of life cannot be read, and nothing else shows what the store lacks"

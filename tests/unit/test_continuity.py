@@ -289,6 +289,7 @@ FAR = ImageIdentity(8, 9, MIB, 0)
     [
         (at(2010), beat(2010, 2010), True, False, True),  # an older version's, but the mtime tells
         (LEFT, beat(2010, 2000), True, True, True),  # unwritten since the session began
+        (LEFT, beat(2010, 2008), False, False, False),  # an older image, put back with it
         (FAR, beat(2010, 0), True, False, False),
         (device(sectors_written=1008), device_beat(1008), True, False, False),
         (device(), device_beat(1000), True, True, True),
