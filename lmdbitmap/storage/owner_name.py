@@ -92,13 +92,15 @@ class KeptName:
             return False
 
     def close(self) -> None:
-        self._ours.close()
-        self._leave_stranger()
+        try:
+            self._leave_stranger()
+        finally:
+            self._ours.close()
 
     def _leave_stranger(self) -> None:
-        if self._stranger is not None:
-            self._stranger.close()
-            self._stranger = None
+        stranger, self._stranger = self._stranger, None
+        if stranger is not None:
+            stranger.close()
 
     def _keep(self, time_ns: int) -> None:
         """Lock the file of our name, if that is another one by now: else another process could own the disk as well."""
@@ -114,8 +116,9 @@ class KeptName:
             raise
         try:
             self._take(taken, time_ns)
-        except BaseException:  # the next beat tries again, as long as it finds that the name is lost
-            taken.close()
+        except BaseException:  # the next beat tries again, if it finds that the name is lost
+            if taken not in (self._ours, self._stranger):
+                taken.close()
             raise
 
     def _file_of_the_name(self) -> LockedFile:
@@ -129,8 +132,8 @@ class KeptName:
             content = files.pread_whole(self._ours.fd, FILE_BYTES, 0)
             files.pwrite_whole(taken.fd, content, 0)
             os.fdatasync(taken.fd)
-            self._ours.close()
-            self._ours = taken
+            before, self._ours = self._ours, taken
+            before.close()
             log.error("%s was removed or replaced under its owner, which goes on in the new one", self._path)
             return
         why = owner_file.distrust_of(self.read(TRUST))

@@ -20,7 +20,7 @@ import pytest
 
 from lmdbitmap.errors import Busy, StorageError
 from lmdbitmap.interfaces import StoreMark
-from lmdbitmap.storage import owner, owner_file
+from lmdbitmap.storage import owner, owner_file, owner_name
 from lmdbitmap.storage.owner import Owner
 from lmdbitmap.storage.owner_file import Beat, Distrust
 from lmdbitmap.system import file_locks, files
@@ -174,6 +174,28 @@ def test_distrust_is_not_lost_with_a_failed_write_to_the_file_that_has_the_name(
         held.beat(3, 4)
         assert owner_file.distrust(path) == Distrust(5, "just now")
         assert owner_file.last_beat(path) == Beat(owner.boot_id(), 3, 4)
+
+
+@pytest.mark.parametrize("how", ["removed", "moved"])
+def test_owner_that_has_no_memory_to_tell_of_the_file_that_it_took_keeps_it(
+    path: str, held: Owner, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Else nobody would be kept out any more, and it could not even say that the disk cannot be trusted."""
+
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    os.unlink(path) if how == "removed" else os.rename(path, path + ".away")
+    with monkeypatch.context() as patched:
+        patched.setattr(owner_name.log, "error", no_memory)
+        with pytest.raises(MemoryError):
+            held.beat(1, 2)
+    with pytest.raises(Busy):
+        Owner(path)
+    held.beat(3, 4)
+    held.declare_distrust("just now", 5)
+    assert owner_file.last_beat(path) == Beat(owner.boot_id(), 3, 4)
+    assert owner_file.distrust(path) == Distrust(5, "just now")
 
 
 def test_owner_whose_file_another_took_is_told_so(path: str, held: Owner) -> None:
