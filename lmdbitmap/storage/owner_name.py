@@ -157,15 +157,17 @@ class KeptName:
 
     def _distrust_both(self, time_ns: int, taken: LockedFile | None) -> None:
         """Say so in our file and in the other one's, though we may have no lock on that: neither must be believed."""
-        self.was_owned_twice = True
         why = Distrust(time_ns, OWNED_TWICE)
-        self.put_trust(why)
-        fd = files.open_like_folder(self._path) if taken is None else taken.fd
         try:
-            owner_file.put(fd, owner_file.sealed_trust(why), TRUST, durable=True)
+            self.put_trust(why)
+            self.was_owned_twice = True  # not before: the guest then writes untracked (vouching.py)
         finally:
-            if taken is None:
-                os.close(fd)
+            fd = files.open_like_folder(self._path) if taken is None else taken.fd
+            try:
+                owner_file.put(fd, owner_file.sealed_trust(why), TRUST, durable=True)
+            finally:
+                if taken is None:
+                    os.close(fd)
 
 
 def _require_file(path: str) -> None:

@@ -23,6 +23,7 @@ from lmdbitmap.interfaces import StoreMark
 from lmdbitmap.storage import owner, owner_file, owner_name
 from lmdbitmap.storage.owner import Owner
 from lmdbitmap.storage.owner_file import Beat, Distrust
+from lmdbitmap.storage.owner_name import OWNED_TWICE
 from lmdbitmap.system import file_locks, files
 from tests.helpers.support import PATIENCE_SECONDS, spawn
 
@@ -204,6 +205,31 @@ def test_owner_whose_file_another_took_is_told_so(path: str, held: Owner) -> Non
         held.beat(1, 2)
     held.beat(3, 4)
     assert owner_file.last_beat(path) == Beat(owner.boot_id(), 3, 4)
+
+
+def test_disk_that_was_owned_twice_is_given_up_only_once_that_is_noted(
+    path: str, held: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its guest would write untracked, and after a death nobody would know. The other file must say so as well."""
+    put, refused = owner_file.put, {os.stat(path).st_ino}
+
+    def put_or_refuse(fd: int, *arguments: Any, **named: Any) -> None:
+        if os.fstat(fd).st_ino in refused:
+            raise OSError(errno.EIO, "injected")
+        put(fd, *arguments, **named)
+
+    monkeypatch.setattr(owner_file, "put", put_or_refuse)
+    os.rename(path, path + ".away")
+    with closing(Owner(path)):
+        with pytest.raises(StorageError, match="injected"):
+            held.beat(1, 2)
+        assert not held.was_owned_twice
+        assert owner_file.distrust(path) == Distrust(1, OWNED_TWICE)
+        refused.clear()
+        with pytest.raises(Busy):
+            held.beat(3, 4)
+        assert held.was_owned_twice
+        assert held.distrust() == Distrust(3, OWNED_TWICE)
 
 
 def test_owner_goes_on_in_a_store_that_is_moved(tmp_path: Path) -> None:
