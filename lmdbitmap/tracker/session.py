@@ -299,6 +299,7 @@ def add(
         files_made: list[str] = []
 
         def change(writer: Writer) -> Disk:
+            store.require_its_place()  # else the owners' files are another store's
             _sweep_owners(store, writer)
             disk = chain.add_disk(
                 writer, name, place, identity,

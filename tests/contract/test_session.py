@@ -368,6 +368,24 @@ def test_no_disk_is_owned_in_a_store_in_whose_place_a_copy_was_put(tmp_path: Pat
             assert changes(opened, "sda", since="start").standing == (Trust.UNTRUSTED, "bits were lost")
 
 
+def test_no_disk_is_added_where_another_store_took_the_place(tmp_path: Path) -> None:
+    """What no disk is known of is swept away there: the files of the disks that were added to the other one alone."""
+    path, other = tmp_path / "store", tmp_path / "other"
+    image, of_other = (
+        make_raw_image(tmp_path / "sda.raw", 1 << 20),
+        make_raw_image(tmp_path / "sdb.raw", 1 << 20),
+    )
+    with Store.create(str(other)) as store:
+        session.add(store, "sdb", str(of_other), granularity_bits=12)
+    with Store.create(str(path)) as store:
+        path.rename(tmp_path / "away")
+        other.rename(path)
+        files = os.listdir(path / "owners")
+        with pytest.raises(StorageError, match="a copy put there"):
+            session.add(store, "sda", str(image), granularity_bits=12)
+        assert os.listdir(path / "owners") == files
+
+
 def test_store_in_whose_place_a_copy_was_put_is_not_believed_by_the_owners_file_of_the_copy(
     tmp_path: Path,
 ) -> None:
