@@ -62,7 +62,7 @@ class Beat(NamedTuple):
     awake_ns: int = 0
     """Nanoseconds since the boot, which no change of the clock touches; 0 if an older version left the sign."""
     session: UUID | None = None
-    """The owner's session; None outside of one, or if an older version left the sign."""
+    """The owner's session; None if an older version left the sign."""
 
 
 class Distrust(NamedTuple):

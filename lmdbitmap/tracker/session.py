@@ -152,10 +152,13 @@ def _keep_description(owned: OwnedDisk, disk: Disk) -> None:
 
 
 def _leave_sign_of_life(owned: OwnedDisk, disk: Disk) -> None:
-    """Leave a sign of life as a session does: only that tells some facts of the image (see `continuity.judge`)."""
+    """Leave a sign of life as a session does: only that tells some facts of the image (see `continuity.judge`).
+
+    It must say nothing of the next session, so it is of another one.
+    """
     assert disk.identity is not None
     change = disk.identity.last_change
-    owned.owner.beat(time.time_ns(), *change, awake_ns=owner.awake_ns(), durable=True)
+    owned.owner.beat(time.time_ns(), *change, awake_ns=owner.awake_ns(), session=uuid4(), durable=True)
     if owned.owner.was_owned_twice:
         raise Busy(f"disk {disk.name!r}: {OWNED_TWICE}", next_step="try again")
 

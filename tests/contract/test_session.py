@@ -423,6 +423,24 @@ def test_owners_file_put_back_from_before_the_session_vouches_for_no_far_image(
         assert (standing.trust, "sign of life" in str(standing.reason)) == (Trust.UNTRUSTED, True)
 
 
+def test_sign_of_life_of_an_adoption_says_nothing_of_the_next_session(tmp_path: Path) -> None:
+    """As in an owner's file that was put back from a copy. All of this is within the two seconds that it allows for."""
+    image = make_raw_image(tmp_path / "sda.raw", 1 << 20)
+    with Store.create(str(tmp_path / "store")) as store:
+        disk = session.add(store, "sda", str(image), granularity_bits=12)
+        path = store.owner_path(disk.uuid)
+        with Filter.attach(store, "sda", background=False) as attached:
+            attached.checkpoint("start")
+        session.adopt(store, "sda")
+        shutil.copy(path, tmp_path / "saved")
+        attached = Filter.attach(store, "sda", background=False)
+        image.write_bytes(b"untracked".ljust(1 << 20, b"\0"))
+        attached.abandon()
+        owner.declare_distrust_at_rest(path, "the store was full", 1)
+        os.replace(tmp_path / "saved", path)
+        assert changes(store, "sda", since="start").standing.trust is Trust.UNTRUSTED
+
+
 def put_back_in_its_own_file(tmp_path: Path, end: str) -> Path:
     """A store of two disks that lacks what was written to sda until the `end` of that one's owner."""
     store, saved = tmp_path / "store", tmp_path / "saved"
