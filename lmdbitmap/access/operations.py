@@ -57,6 +57,7 @@ def checkpoint(
     require_all_or_none(names, served)
     if served:
         with owner_of(store, disks[0]) as client, quiesced():
+            client.renew(freeze_limit_s)
             client.call("checkpoint", disks=list(names), name=checkpoint_name, timeout_s=freeze_limit_s)
     else:
         with _owned(store, names) as filters, quiesced():

@@ -292,6 +292,7 @@ class ServedElsewhere(_ThroughOwner):
         ]
 
     def _hold(self, disks: Sequence[Disk], name: str, since: Sequence[str], *, once: bool) -> None:
+        self._client.renew(self._freeze_limit_s)
         told = self._client.call(
             "snapshot", disks=[disk.name for disk in disks], name=name, since=since, bound=True, once=once,
             timeout_s=self._freeze_limit_s,
@@ -302,6 +303,7 @@ class ServedElsewhere(_ThroughOwner):
             self._held.append(HeldThere(disk, checkpoint, str(held["export"]), held.get("direct")))
 
     def room_for_old_data(self) -> int:
+        self._client.renew()
         try:
             return int(self._client.call("room", timeout_s=self._limit_s)["bytes"])
         except InvalidArgument:  # an older owner

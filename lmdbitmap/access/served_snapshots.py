@@ -66,6 +66,7 @@ def take_served_snapshot(
         raise InvalidArgument("a snapshot is of one disk or of several", next_step="name the disks")
     disks = [chain.disk_called(store, name) for name in names]
     with _server_of(store, disks[0]) as client, quiesced():
+        client.renew(freeze_limit_s)
         told = client.call(
             "snapshot", disks=list(names), name=checkpoint, since=[since or ""] * len(names), bound=False, once=False,
             timeout_s=freeze_limit_s,

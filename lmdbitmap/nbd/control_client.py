@@ -26,6 +26,8 @@ CONNECT_S: Final = 10.0
 """Seconds until the owner has greeted us."""
 ANSWER_S: Final = 600.0
 """Seconds until it has answered: the operation may have to wait for its disk."""
+_FRESH_S: Final = 5.0
+"""Seconds of silence for which no owner hangs up: half of its patience."""
 _RECEIVE: Final = 64 << 10
 
 
@@ -96,18 +98,37 @@ class Client:
     """
 
     def __init__(self, sock: socket.socket, path: str, timeout_s: float = CONNECT_S) -> None:
-        self._sock = sock
+        self._path = path
         self._place = f"control socket {path}"
-        self._lines = wire.LineBuffer(self._place)
-        self._owes_answer = False
-        self._was_greeted = False
         forks.is_not_for_children(self)
+        self._begin(sock, timeout_s)
+
+    def _begin(self, sock: socket.socket, timeout_s: float) -> None:
+        self._sock = sock
+        self._lines = wire.LineBuffer(self._place)
+        self._owes_answer = True  # a greeting
+        self._was_greeted = False
         hello = self._receive(timeout_s)
         self._check_protocol(wire.field(hello, "protocol", int, self._place))
         self.version = wire.field(hello, "version", str, self._place)
         self.pid = wire.field(hello, "pid", int, self._place)
         self.disks: list[Any] = wire.field(hello, "disks", list, self._place)
         self._was_greeted = True
+
+    def renew(self, timeout_s: float = CONNECT_S) -> None:
+        """Connect again if we were silent for so long that the owner may have hung up, as while a guest was frozen.
+
+        Only for a caller for whom nothing is held: another process may have the disks by now.
+        """
+        self.require_in_step()
+        if time.monotonic() - self._heard_s < _FRESH_S:
+            return
+        self._sock.close()
+        with os_errors_at(self._path):
+            sock = _connected(self._path)
+        if sock is None:
+            raise self._lost(ConnectionResetError())
+        self._begin(sock, min(timeout_s, CONNECT_S))
 
     def call(self, operation: str, *, timeout_s: float = ANSWER_S, **arguments: object) -> dict[str, Any]:
         """Return the owner's answer, or raise its error. Without an answer the operation may have been done or not.
@@ -201,6 +222,7 @@ class Client:
             raise self._lost(ConnectionResetError())
         message = wire.decode(line, self._place)
         self._owes_answer = False
+        self._heard_s = time.monotonic()
         if "error" in message:
             raise wire.error_from(wire.field(message, "error", dict, self._place), self._place)
         return message

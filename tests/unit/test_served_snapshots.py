@@ -6,19 +6,22 @@ import gc
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lmdbitmap.access import operations
 from lmdbitmap.access.direct import DirectDevice
 from lmdbitmap.access.served_snapshots import (
     open_served_snapshot,
     release_served_snapshot,
     take_served_snapshot,
 )
+from lmdbitmap.backups.backup import backup
 from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, NotFound, StorageError
+from lmdbitmap.nbd import control_client
 from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.nbd.control.held import HeldSnapshots
 from lmdbitmap.nbd.control_client import reach
@@ -152,6 +155,31 @@ def test_an_owner_that_takes_too_long_is_given_up(serves: Serving, monkeypatch: 
     assert "monday" in names_of(serves), "it was made all the same"
     assert serves.disk.snapshots == (), "of which nobody heard"
     assert list(serves.server._places.disks(private=True)) == [NAME]
+
+
+@pytest.mark.parametrize("what", ["snapshot", "checkpoint", "backup"])
+def test_a_freeze_may_take_longer_than_an_owner_waits_for_a_request(
+    serves: Serving, folder: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """It is connected to before the guest is frozen, and hangs up on callers that ask nothing for 10 s."""
+    store, before = serves.disk.store, len(names_of(serves))
+
+    @contextmanager
+    def slowly() -> Iterator[None]:
+        monkeypatch.setattr(control_client, "_FRESH_S", 0)
+        for thread in threading.enumerate():
+            if thread.name == "lmdbitmap caller":
+                thread.hang_up()  # type: ignore[attr-defined]
+                thread.join(PATIENCE_SECONDS)
+        yield
+
+    if what == "snapshot":
+        take_served_snapshot(store, [NAME], "monday", quiesced=slowly)
+    elif what == "checkpoint":
+        operations.checkpoint(store, [NAME], "monday", quiesced=slowly)
+    else:
+        backup(store, [NAME], str(folder / "backups"), quiesced=slowly)
+    assert len(names_of(serves)) == before + 1
 
 
 def names_of(serves: Serving) -> list[str]:
