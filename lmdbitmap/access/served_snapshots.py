@@ -65,7 +65,11 @@ def take_served_snapshot(
     if not names:
         raise InvalidArgument("a snapshot is of one disk or of several", next_step="name the disks")
     disks = [chain.disk_called(store, name) for name in names]
-    with _server_of(store, disks[0]) as client, quiesced():
+    with (
+        _server_of(store, disks[0]) as client,
+        quiesced(),
+        client,
+    ):  # hung up before the thaw, which may take long
         client.renew(freeze_limit_s)
         told = client.call(
             "snapshot", disks=list(names), name=checkpoint, since=[since or ""] * len(names), bound=False, once=False,

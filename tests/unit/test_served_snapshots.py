@@ -157,6 +157,30 @@ def test_an_owner_that_takes_too_long_is_given_up(serves: Serving, monkeypatch: 
     assert list(serves.server._places.disks(private=True)) == [NAME]
 
 
+def test_one_that_is_made_while_the_guest_of_who_gave_it_up_is_thawed_is_released(
+    serves: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thaw takes a moment. The answer that comes meanwhile is read by nobody."""
+    thaws = threading.Event()
+    take = HeldSnapshots.take
+    monkeypatch.setattr(HeldSnapshots, "take", lambda *what, **how: thaws.wait(20) and take(*what, **how))
+
+    @contextmanager
+    def frozen() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            callers = [thread for thread in threading.enumerate() if thread.name == "lmdbitmap caller"]
+            thaws.set()
+            for caller in callers:
+                caller.join(0.5)
+
+    with pytest.raises(Busy, match="did not answer within"):
+        take_served_snapshot(serves.disk.store, [NAME], "monday", quiesced=frozen, freeze_limit_s=0.05)
+    assert "monday" in names_of(serves), "it was made all the same"
+    assert serves.disk.snapshots == (), "of which nobody heard"
+
+
 @pytest.mark.parametrize("what", ["snapshot", "checkpoint", "backup"])
 def test_a_freeze_may_take_longer_than_an_owner_waits_for_a_request(
     serves: Serving, folder: Path, monkeypatch: pytest.MonkeyPatch, what: str
