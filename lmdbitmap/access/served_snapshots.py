@@ -68,8 +68,8 @@ def take_served_snapshot(
     with (
         _server_of(store, disks[0]) as client,
         quiesced(),
-        client,
-    ):  # hung up before the thaw, which may take long
+        client,  # hung up before the thaw, which may take long
+    ):
         client.renew(freeze_limit_s)
         told = client.call(
             "snapshot", disks=list(names), name=checkpoint, since=[since or ""] * len(names), bound=False, once=False,

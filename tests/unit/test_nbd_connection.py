@@ -580,6 +580,23 @@ def test_counters_tell_what_was_answered_and_carried(device: MemoryDevice) -> No
     assert sum(traffic.flushes.counts) == 1
 
 
+def test_what_came_before_a_change_that_the_stop_cuts_short_is_answered(
+    device: MemoryDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is done. A change need not be long to have a boundary between two pieces in it."""
+    monkeypatch.setattr("lmdbitmap.nbd.server.commands.PIECE_BYTES", MIB)
+
+    def stop(*_: object) -> None:
+        peer.connection.stopping = True
+
+    monkeypatch.setattr(PlainLane, "discard", stop)
+    with connected(PlainDisk(device), form=SIMPLE) as peer:
+        peer.send(write(0, b"done", cookie=1) + request(TRIM, MIB // 2, MIB, cookie=2))
+        assert peer.peek_cookie() == 1
+        peer.receive(16)
+        assert peer.is_closed_by_server()
+
+
 def test_a_long_write_is_one_request_and_one_batch_in_sixteen_is_timed(device: MemoryDevice) -> None:
     with connected(PlainDisk(device)) as peer:
         peer.do(WRITE, 0, MIB, data=bytes(MIB))

@@ -262,6 +262,7 @@ class Connection:
         try:
             reply = commands.perform(request, self._lane, self._contexts, self._form, lambda: self.stopping)
         except commands.CutShortError:
+            self._replies.send()  # to what came before it
             raise
         except FAILURES as failure:
             self._complaints.failed(*named(request), failure)
