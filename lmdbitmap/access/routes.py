@@ -69,6 +69,21 @@ def _told_of(disk: Disk) -> Iterator[None]:
         ) from gone
 
 
+@contextlib.contextmanager
+def _taken_back_on_failure(route: AtRest | _ThroughOwner, made: Sequence[UUID]) -> Iterator[None]:
+    """Forget the checkpoints `made` if the block fails, as by a signal while the guest is thawed: nobody is told of
+    them. If that fails too, they stay."""
+    try:
+        yield
+    except BaseException:
+        if made:
+            route.end_reading()
+            with contextlib.suppress(LmdbitmapError):
+                for disk in route.disks:
+                    route.forget(disk, lambda member: member.uuid in made)
+        raise
+
+
 class AtRest:
     """Disks that no process had: we own them, but begin no session, so even a disk in deferred mode loses no record.
 
@@ -113,11 +128,13 @@ class AtRest:
         *,
         once: bool = False,
     ) -> list[PointInTime]:
-        with quiesced():
+        made: list[UUID] = []
+        with _taken_back_on_failure(self, made), quiesced():
             time_ns = time.time_ns()
             checkpoints = self._store.update(
                 lambda writer: [chain.add_checkpoint(writer, disk, name, time_ns)[1] for disk in self.disks]
             )
+            made += [checkpoint.uuid for checkpoint in checkpoints]
         devices = [self._held[disk.uuid].device for disk in self.disks]
         return list(map(PointInTime, self.disks, checkpoints, devices))
 
@@ -195,6 +212,9 @@ class _ThroughOwner:
     def _require_answer(self) -> None:
         """Raise `Busy` if the owner gave no answer."""
 
+    def end_reading(self) -> None:
+        raise NotImplementedError  # pragma: no cover
+
     def _forget(self, disk: Disk, name: str) -> None:
         raise NotImplementedError  # pragma: no cover
 
@@ -216,13 +236,16 @@ class Attached(_ThroughOwner):
         once: bool = False,
     ) -> list[PointInTime]:
         filters = [self._filters[uuid] for uuid in self._uuids]
-        with quiesced():
-            self._snapshots = take_snapshot(filters, name, self._scratch)
-        for snapshot, checkpoint in zip(self._snapshots, since, strict=True):
-            if checkpoint is not None:
-                snapshot.want_changes(since=checkpoint.name)
-            if once:
-                snapshot.read_once()
+        made: list[UUID] = []
+        with _taken_back_on_failure(self, made):
+            with quiesced():
+                self._snapshots = take_snapshot(filters, name, self._scratch)
+                made += [snapshot.checkpoint.uuid for snapshot in self._snapshots]
+            for snapshot, checkpoint in zip(self._snapshots, since, strict=True):
+                if checkpoint is not None:
+                    snapshot.want_changes(since=checkpoint.name)
+                if once:
+                    snapshot.read_once()
         return [PointInTime(snapshot.disk, snapshot.checkpoint, snapshot) for snapshot in self._snapshots]
 
     def room_for_old_data(self) -> int:
@@ -283,15 +306,18 @@ class ServedElsewhere(_ThroughOwner):
         once: bool = False,
     ) -> list[PointInTime]:
         counted_from = ["" if checkpoint is None else checkpoint.name for checkpoint in since]
-        with quiesced():
-            self._hold(self.disks, name, counted_from, once=once)
-        self._devices = open_held(self._client, self._held, self._limit_s)
+        made: list[UUID] = []
+        with _taken_back_on_failure(self, made):
+            with quiesced():
+                made += self._hold(self.disks, name, counted_from, once=once)
+            self._devices = open_held(self._client, self._held, self._limit_s)
         return [
             PointInTime(held.disk, held.checkpoint, device)
             for held, device in zip(self._held, self._devices, strict=True)
         ]
 
-    def _hold(self, disks: Sequence[Disk], name: str, since: Sequence[str], *, once: bool) -> None:
+    def _hold(self, disks: Sequence[Disk], name: str, since: Sequence[str], *, once: bool) -> list[UUID]:
+        """Have the owner hold the disks. Return the uuids of their checkpoints."""
         self._client.renew(self._freeze_limit_s)
         told = self._client.call(
             "snapshot", disks=[disk.name for disk in disks], name=name, since=since, bound=True, once=once,
@@ -301,6 +327,7 @@ class ServedElsewhere(_ThroughOwner):
         for disk, held in zip(disks, told["snapshots"], strict=True):
             checkpoint = self._found(disk, name, held["uuid"])
             self._held.append(HeldThere(disk, checkpoint, str(held["export"]), held.get("direct")))
+        return [held.checkpoint.uuid for held in self._held]
 
     def room_for_old_data(self) -> int:
         self._client.renew()

@@ -67,6 +67,56 @@ def test_nothing_is_called_forgotten_while_a_request_may_be_under_way(served: Fi
             route.forget(served.disk, lambda checkpoint: False)
 
 
+@contextmanager
+def reached(how: str, folder: Path) -> Iterator[tuple[Store, dict[str, Filter] | None]]:
+    """A disk at rest, attached here or served, and what to give as `attached`."""
+    with ExitStack() as stack:
+        tracked = TrackedDisk(folder, SIZE).clean()
+        if how == "served":
+            yield stack.enter_context(serving_tracked(tracked, folder)).disk.store, None
+            return
+        stack.enter_context(closing(tracked))
+        here = {NAME: stack.enter_context(tracked.attach())} if how == "attached" else None
+        yield tracked.store, here
+
+
+@pytest.mark.parametrize("how", ["at rest", "attached", "served"])
+def test_a_point_that_fails_while_the_guest_is_thawed_is_taken_back(folder: Path, how: str) -> None:
+    """As by a Ctrl-C. Its name is the caller's own: nobody else would know whose it is, and the next run wants it."""
+
+    @contextmanager
+    def interrupted() -> Iterator[None]:
+        yield
+        raise KeyboardInterrupt
+
+    with reached(how, folder) as (store, attached):
+        before = checkpoints_of(store)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                stream_backup(
+                    store, NAME, io.BytesIO(), checkpoint="monday", attached=attached, quiesced=interrupted
+                )
+            assert checkpoints_of(store) == before
+        stream_backup(store, NAME, io.BytesIO(), checkpoint="monday", attached=attached)
+
+
+def test_a_point_that_cannot_be_opened_is_taken_back(served: Filter, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise Busy("the NBD server has too many clients", next_step="try again")
+
+    before = checkpoints_of(served.store)
+    monkeypatch.setattr(routes, "open_held", full)
+    with pytest.raises(Busy, match="too many clients"):
+        stream_backup(served.store, NAME, io.BytesIO(), checkpoint="monday")
+    assert checkpoints_of(served.store) == before
+    assert served.snapshots == ()
+
+
+def checkpoints_of(store: Store) -> list[str]:
+    with store.read() as reader:
+        return [member.name for member in reader.checkpoints(chain.find_disk(reader, NAME).uuid)]
+
+
 def test_snapshot_is_read_through_a_connection_that_the_owner_hands_over(served: Filter) -> None:
     served.pwrite(b"old", 0)
     with closing(ServedElsewhere(served.store, [NAME])) as route:

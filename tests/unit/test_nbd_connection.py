@@ -587,14 +587,14 @@ def test_what_came_before_a_change_that_the_stop_cuts_short_is_answered(
     monkeypatch.setattr("lmdbitmap.nbd.server.commands.PIECE_BYTES", MIB)
 
     def stop(*_: object) -> None:
-        peer.connection.stopping = True
+        client.connection.stopping = True
 
     monkeypatch.setattr(PlainLane, "discard", stop)
-    with connected(PlainDisk(device), form=SIMPLE) as peer:
-        peer.send(write(0, b"done", cookie=1) + request(TRIM, MIB // 2, MIB, cookie=2))
-        assert peer.peek_cookie() == 1
-        peer.receive(16)
-        assert peer.is_closed_by_server()
+    with connected(PlainDisk(device), form=SIMPLE) as client:
+        client.send(write(0, b"done", cookie=1) + request(TRIM, MIB // 2, MIB, cookie=2))
+        assert client.peek_cookie() == 1
+        client.receive(16)
+        assert client.is_closed_by_server()
 
 
 def test_a_long_write_is_one_request_and_one_batch_in_sixteen_is_timed(device: MemoryDevice) -> None:
