@@ -7,14 +7,14 @@ They are held until they are released or their server ends, even if the requesti
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from uuid import UUID
 
 from lmdbitmap.access import owners
 from lmdbitmap.access.routes import OWNER_LIMIT_S, Quiesced
 from lmdbitmap.access.through_owner import HeldThere, open_held
-from lmdbitmap.errors import InvalidArgument, NotFound
+from lmdbitmap.errors import InvalidArgument, LmdbitmapError, NotFound
 from lmdbitmap.interfaces import BlockDevice
 from lmdbitmap.nbd import control_client
 from lmdbitmap.notes.checkpoint_names import refuse_ours
@@ -65,27 +65,36 @@ def take_served_snapshot(
     if not names:
         raise InvalidArgument("a snapshot is of one disk or of several", next_step="name the disks")
     disks = [chain.disk_called(store, name) for name in names]
-    with (
-        _server_of(store, disks[0]) as client,
-        quiesced(),
-        client,  # hung up before the thaw, which may take long
-    ):
-        client.renew(freeze_limit_s)
-        told = client.call(
-            "snapshot", disks=list(names), name=checkpoint, since=[since or ""] * len(names), bound=False, once=False,
-            timeout_s=freeze_limit_s,
-        )  # fmt: skip
-    return [
-        ServedSnapshot(
-            str(held["disk"]),
-            checkpoint,
-            UUID(held["uuid"]),
-            int(held["time_ns"]),
-            str(held["export"]),
-            held.get("direct"),
-        )
-        for held in told["snapshots"]
-    ]
+    made: list[ServedSnapshot] = []
+    try:
+        with (
+            _server_of(store, disks[0]) as client,
+            quiesced(),
+            client,  # hung up before the thaw, which may take long
+        ):
+            client.renew(freeze_limit_s)
+            told = client.call(
+                "snapshot", disks=list(names), name=checkpoint, since=[since or ""] * len(names), bound=False,
+                once=False, timeout_s=freeze_limit_s,
+            )  # fmt: skip
+            made += [_as_told(checkpoint, held) for held in told["snapshots"]]
+    except BaseException:  # as by a signal during the thaw: nobody would release them
+        for held in made:
+            with contextlib.suppress(LmdbitmapError):
+                release_served_snapshot(store, held.disk, checkpoint, uuid=held.uuid)
+        raise
+    return made
+
+
+def _as_told(checkpoint: str, held: Mapping[str, Any]) -> ServedSnapshot:
+    return ServedSnapshot(
+        str(held["disk"]),
+        checkpoint,
+        UUID(held["uuid"]),
+        int(held["time_ns"]),
+        str(held["export"]),
+        held.get("direct"),
+    )
 
 
 @contextlib.contextmanager

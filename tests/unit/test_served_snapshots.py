@@ -181,6 +181,17 @@ def test_one_that_is_made_while_the_guest_of_who_gave_it_up_is_thawed_is_release
     assert serves.disk.snapshots == (), "of which nobody heard"
 
 
+def test_one_of_which_nobody_hears_as_a_signal_comes_during_the_thaw_is_released(serves: Serving) -> None:
+    @contextmanager
+    def interrupted() -> Iterator[None]:
+        yield
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        take_served_snapshot(serves.disk.store, [NAME], "monday", quiesced=interrupted)
+    assert serves.disk.snapshots == ()
+
+
 @pytest.mark.parametrize("what", ["snapshot", "checkpoint", "backup"])
 def test_a_freeze_may_take_longer_than_an_owner_waits_for_a_request(
     serves: Serving, folder: Path, monkeypatch: pytest.MonkeyPatch, what: str
