@@ -79,7 +79,7 @@ def stored_bitmaps(image: Qcow2Reader, source: ReadableFile) -> list[StoredBitma
     if not image.header.autoclear_features & BITMAPS_CONSISTENT:
         raise Untrusted(
             f"{image.name}: a program that knows nothing of its bitmaps has written to it",
-            next_step="remove them (qemu-img bitmap --remove), and make a full backup",
+            next_step="make a full backup; qemu-img check -r leaks gives their room back",
         )
     place = "bitmaps extension"
     _require(image, len(extension) == _EXTENSION.size, place, f"{_EXTENSION.size} bytes", len(extension))

@@ -281,9 +281,14 @@ def test_bitmaps_that_another_program_wrote_past_are_out_of_date(cli: Cli) -> No
     with image.open("r+b") as file:
         file.seek(95)
         file.write(b"\0")
-    assert "a program that knows nothing of its bitmaps has written to it" in cli.fails(
-        3, "import", image, "kept"
-    )
+    said = cli.fails(3, "import", image, "kept")
+    assert "a program that knows nothing of its bitmaps has written to it" in said
+    assert said.endswith("; qemu-img check -r leaks gives their room back")
+    leaky = run("qemu-img", "check", image, check=False)
+    assert "leaked clusters were found" in leaky.stdout
+    run("qemu-img", "check", "-q", "-r", "leaks", image)
+    check(image)
+    assert "has no bitmap" in cli.fails(1, "import", image, "kept")
 
 
 def test_the_bitmap_of_a_disk_without_bytes_is_not_exported_as_qemu_opens_no_image_with_one(cli: Cli) -> None:
