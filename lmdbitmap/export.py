@@ -212,10 +212,11 @@ def import_file(
     `InvalidArgument` for a disk of another size, and `Busy` if the disk cannot be owned, another process changed the
     bitmap while it was merged into the disk, or a guest runs on the image.
     """
-    with _opened(store, path, bitmap, all_dirty=all_dirty) as file:
+    file, is_ours = _opened(store, path, bitmap, all_dirty=all_dirty)
+    with file:
         with store.read() as reader:
             _require_place(reader, file.header, name, into)
-        with contextlib.nullcontext(file) if all_dirty else _proven(file, store) as proven:
+        with contextlib.nullcontext(file) if all_dirty or is_ours else _proven(file, store) as proven:
             kept, is_new = store.update(lambda writer: _keep(writer, proven, name, into, all_dirty))
     if into is not None:
         try:
@@ -236,10 +237,13 @@ def importable_header(path: str | os.PathLike[str], *, bitmap: str | None = None
         return file.header
 
 
-def _opened(store: Store, path: str | os.PathLike[str], bitmap: str | None, *, all_dirty: bool) -> FlatFile:
+def _opened(
+    store: Store, path: str | os.PathLike[str], bitmap: str | None, *, all_dirty: bool
+) -> tuple[FlatFile, bool]:
+    """Return the file, and whether it is ours alone: then no copy of it has to be made first."""
     if in_qcow2.is_image(path):
-        return in_qcow2.flat_copy(path, bitmap, store.path, all_dirty=all_dirty)
-    return _flat(path, bitmap)
+        return in_qcow2.flat_copy(path, bitmap, store.path, all_dirty=all_dirty), True
+    return _flat(path, bitmap), False
 
 
 def _flat(path: str | os.PathLike[str], bitmap: str | None) -> FlatFile:

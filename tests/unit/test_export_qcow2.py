@@ -18,6 +18,7 @@ from lmdbitmap.geometry import Geometry
 from lmdbitmap.qcow2 import Qcow2Writer
 from lmdbitmap.qcow2.layout import BITMAPS_CONSISTENT, EXTENSION_BITMAPS
 from lmdbitmap.store import Store
+from lmdbitmap.system import files
 from lmdbitmap.tracker import chain, standalone
 from lmdbitmap.tracker.changes import Changes
 from lmdbitmap.tracker.changes import changes as changes_of
@@ -93,6 +94,23 @@ def test_the_same_import_may_be_made_again_and_another_one_not(store: Store, tmp
     assert export.import_file(store, image, "back", into=NAME) == first
     with pytest.raises(AlreadyExists):
         export.import_file(store, image, "back", all_dirty=True)
+
+
+def test_bits_from_an_image_are_copied_once(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a small image that calls a huge disk dirty they take half a GiB."""
+    image, folders = tmp_path / "x.qcow2", []
+    export.export_changes(changes(store), image, form=FileForm.QCOW2)
+
+    def counting(folder: str) -> int:
+        folders.append(folder)
+        return make(folder)
+
+    make = files.open_nameless
+    monkeypatch.setattr(files, "open_nameless", counting)
+    export.import_file(store, image, "back")
+    assert folders == [store.path]
 
 
 @pytest.mark.parametrize("content", [b"x", b"QFI\xfb"])
