@@ -223,8 +223,7 @@ def test_disk_that_was_owned_twice_is_given_up_only_once_that_is_noted(
     with closing(Owner(path)):
         with pytest.raises(StorageError, match="injected"):
             held.beat(1, 2)
-        assert not held.was_owned_twice
-        assert owner_file.distrust(path) == Distrust(1, OWNED_TWICE)
+        assert (held.was_owned_twice, owner_file.distrust(path)) == (False, Distrust(1, OWNED_TWICE))
         refused.clear()
         with pytest.raises(Busy):
             held.beat(3, 4)
