@@ -19,7 +19,7 @@ from lmdbitmap.flat_file.flatfile import FlatFile, NewFlatFile
 from lmdbitmap.format import NO_UUID, BitsTally, Flags, FlatHeader, Zeroes
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.interfaces import Buffer
-from lmdbitmap.qcow2.bitmaps import BitmapWriter, StoredBitmap, bits_of, geometry_of, stored_bitmaps
+from lmdbitmap.qcow2.bitmaps import REPAIR, BitmapWriter, StoredBitmap, bits_of, geometry_of, stored_bitmaps
 from lmdbitmap.qcow2.layout import MAGIC
 from lmdbitmap.qcow2.reader import Qcow2Reader
 from lmdbitmap.system import atomic_files, files
@@ -81,15 +81,19 @@ def _read(device: FileDevice, image: Qcow2Reader, bitmap: StoredBitmap) -> Itera
 
 
 def _stored_now(device: FileDevice, place: str) -> list[StoredBitmap]:
-    return stored_bitmaps(Qcow2Reader(device, name=place), device)
+    return stored_bitmaps(_image(device, place), device)
 
 
 @contextlib.contextmanager
 def _opened(place: str, name: str | None) -> Iterator[tuple[FileDevice, Qcow2Reader, StoredBitmap]]:
     """Open the image with QEMU's locks: nobody writes to it in the block."""
     with contextlib.closing(FileDevice.open(place, read_only=True)) as device, os_errors_at(place):
-        image = Qcow2Reader(device, name=place)
+        image = _image(device, place)
         yield device, image, _chosen(place, stored_bitmaps(image, device), name)
+
+
+def _image(device: FileDevice, place: str) -> Qcow2Reader:
+    return Qcow2Reader(device, name=place, repair=REPAIR)
 
 
 def _chosen(place: str, stored: Sequence[StoredBitmap], name: str | None) -> StoredBitmap:

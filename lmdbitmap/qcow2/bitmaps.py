@@ -44,7 +44,7 @@ _ALL_DIRTY: Final = 1
 _TABLE_RESERVED: Final = 0xFF000000000001FE
 _EXTENSION = struct.Struct(">IIQQ")
 _ENTRY = struct.Struct(">QIIBBHI")
-_NEXT_STEP = "look at it with qemu-img check, or make a full backup"
+REPAIR: Final = "look at it with qemu-img check, or make a full backup"
 
 
 class BitmapFlags(enum.IntFlag):
@@ -183,7 +183,7 @@ def _require_place(image: Qcow2Reader, source: ReadableFile, place: str, offset:
 
 def _require(image: Qcow2Reader, truth: bool, place: str, expected: str, found: object) -> None:
     if not truth:
-        raise FormatError(f"{image.name}: {place}", expected=expected, found=found, next_step=_NEXT_STEP)
+        raise FormatError(f"{image.name}: {place}", expected=expected, found=found, next_step=REPAIR)
 
 
 class BitmapWriter:

@@ -115,14 +115,15 @@ class MappedRun(NamedTuple):
 
 
 class Qcow2Reader:
-    """Reads one image in `source`, for one thread; every error names it `name`.
+    """Reads one image in `source`, for one thread; every error names it `name`, and that of damage advises `repair`.
 
     Its backing file is left to the caller. The image may give any name for it: follow that only to where it is
     expected.
     """
 
-    def __init__(self, source: ReadableFile, *, name: str = "qcow2 image") -> None:
+    def __init__(self, source: ReadableFile, *, name: str = "qcow2 image", repair: str = _REPAIR) -> None:
         self.name = name
+        self._repair = repair
         self._source = source
         self._file_size = source.size
         self.header = self._read_header()
@@ -197,7 +198,7 @@ class Qcow2Reader:
         features = header.incompatible_features & ~COMPRESSION_FEATURE
         present = [_FEATURES.get(bit, f"unknown bit {bit}") for bit in range(64) if features >> bit & 1]
         if present:
-            next_step = _REPAIR if features & _DAMAGED_FEATURES else _CONVERT
+            next_step = None if features & _DAMAGED_FEATURES else _CONVERT
             raise self._refusal(
                 "header incompatible_features", "none that is not read here", ", ".join(present), next_step
             )
@@ -331,8 +332,9 @@ class Qcow2Reader:
             self._cached_table = offset, table, uniform
         return self._cached_table[1:]
 
-    def _refusal(self, place: str, expected: str, found: object, next_step: str = _REPAIR) -> FormatError:
-        return FormatError(f"{self.name}: {place}", expected=expected, found=found, next_step=next_step)
+    def _refusal(self, place: str, expected: str, found: object, next_step: str | None = None) -> FormatError:
+        step = next_step or self._repair
+        return FormatError(f"{self.name}: {place}", expected=expected, found=found, next_step=step)
 
 
 _UNMAPPED = array("Q", [0])

@@ -154,7 +154,7 @@ def cut(path: Path) -> None:
     ("make", "refusal", "words"),
     [
         (without_bitmaps, NotFound, "has no bitmap; name one that it has: none"),
-        (cut, FormatError, "a file of 100"),
+        (cut, FormatError, "a file of 100; look at it with qemu-img check, or make a full backup"),
         (lambda path: path.write_bytes(b""), FormatError, "bytes"),
     ],
 )
