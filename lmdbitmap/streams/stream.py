@@ -191,10 +191,15 @@ class _Out:
         self._small = bytearray()
 
     def finish(self) -> None:
-        """Write the rest. A regular file is durable then: of what it could not take, NFS and quotas tell no earlier."""
+        """Write the rest, also what a file with a buffer kept there, as one in Python has if nobody says otherwise.
+
+        A regular file is durable then: of what it could not take, NFS and quotas tell no earlier.
+        """
         self.flush()
         fd = self._descriptor()
         with os_errors_at(_PLACE):
+            if (flush := getattr(self._file, "flush", None)) is not None:
+                flush()
             if fd is not None and stat.S_ISREG(os.fstat(fd).st_mode):
                 os.fsync(fd)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -186,6 +187,24 @@ def test_a_stream_that_was_cut_takes_its_checkpoint_back(
     with pytest.raises(ValueError, match=r"^$"):
         naive_rbd_diff.read(held.getvalue())
     assert len(streamed(disk, since="monday").ranges) == 2, "nothing was lost"
+
+
+def test_nothing_of_a_whole_stream_is_left_in_a_buffer(disk: BackedUpDisk) -> None:
+    """It could be lost, or refused, when the checkpoint counts already."""
+    path = disk.folder / "stream"
+    streamed(disk, checkpoint="monday")
+    with path.open("wb") as out:
+        stream_backup(disk.store, NAME, out, since="monday", checkpoint="tuesday")
+        length = path.stat().st_size
+    assert length == path.stat().st_size
+    points = disk.checkpoints()
+    with (
+        contextlib.suppress(OSError),
+        open("/dev/full", "wb") as out,
+    ):  # it is closed with what it could not write
+        with pytest.raises(StorageError, match="the stream: No space left"):
+            stream_backup(disk.store, NAME, out, since="tuesday")
+    assert disk.checkpoints() == points
 
 
 def test_a_stream_into_a_file_is_durable_before_it_is_called_whole(
