@@ -199,11 +199,11 @@ def test_nothing_of_a_whole_stream_is_left_in_a_buffer(disk: BackedUpDisk) -> No
     assert length == path.stat().st_size
     points = disk.checkpoints()
     with (
-        contextlib.suppress(OSError),
+        contextlib.suppress(OSError),  # the file is closed with what it could not write
         open("/dev/full", "wb") as out,
-    ):  # it is closed with what it could not write
-        with pytest.raises(StorageError, match="the stream: No space left"):
-            stream_backup(disk.store, NAME, out, since="tuesday")
+        pytest.raises(StorageError, match="the stream: No space left"),
+    ):
+        stream_backup(disk.store, NAME, out, since="tuesday")
     assert disk.checkpoints() == points
 
 
