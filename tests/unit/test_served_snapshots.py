@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lmdbitmap.access import operations
+from lmdbitmap.access import operations, owners
 from lmdbitmap.access.direct import DirectDevice
 from lmdbitmap.access.served_snapshots import (
     open_served_snapshot,
@@ -20,7 +20,7 @@ from lmdbitmap.access.served_snapshots import (
     take_served_snapshot,
 )
 from lmdbitmap.backups.backup import backup
-from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, NotFound, StorageError
+from lmdbitmap.errors import AlreadyExists, Busy, InvalidArgument, LmdbitmapError, NotFound, StorageError
 from lmdbitmap.nbd import control_client
 from lmdbitmap.nbd.client.device import NbdDevice
 from lmdbitmap.nbd.control.held import HeldSnapshots
@@ -190,6 +190,24 @@ def test_one_of_which_nobody_hears_as_a_signal_comes_during_the_thaw_is_released
     with pytest.raises(KeyboardInterrupt):
         take_served_snapshot(serves.disk.store, [NAME], "monday", quiesced=interrupted)
     assert serves.disk.snapshots == ()
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_one_for_whose_answer_there_is_no_memory_is_released(
+    serves: Serving, monkeypatch: pytest.MonkeyPatch, bound: bool
+) -> None:
+    """Its caller is told that there is none, and goes on."""
+
+    def no_memory(_: Snapshot) -> None:
+        raise MemoryError
+
+    store = serves.disk.store
+    monkeypatch.setattr(Snapshot, "image_fd", property(no_memory))
+    with owners.owner_of(store, serves.disk.disk) as owner:
+        with pytest.raises(LmdbitmapError, match="MemoryError"):
+            owner.call("snapshot", disks=[NAME], name="monday", since=[""], bound=bound, once=False)
+        owner.call("info")
+        assert serves.disk.snapshots == ()
 
 
 @pytest.mark.parametrize("what", ["snapshot", "checkpoint", "backup"])

@@ -155,18 +155,27 @@ def _held_as_asked(
                 snapshot.want_changes(since=checkpoint)
             if once:
                 snapshot.read_once()
+        told = {"snapshots": [_held_facts(snapshot) for snapshot in taken]}
+        if bound and scene.bound is not None:
+            scene.bound[:] = [*filter(held.is_held, scene.bound), *taken]  # an agent may never hang up
+        elif scene.untold is not None:
+            scene.untold.extend(taken)
     except BaseException:
         for snapshot in taken:
             held.release(snapshot)
         raise
-    if bound and scene.bound is not None:
-        scene.bound[:] = [*filter(held.is_held, scene.bound), *taken]  # an agent may never hang up
-    elif scene.untold is not None:
-        scene.untold.extend(taken)
-    return {"snapshots": [{"disk": snapshot.disk.name, "export": snapshot.name, "epoch": str(snapshot.checkpoint.epoch),
-                           "uuid": str(snapshot.checkpoint.uuid), "time_ns": snapshot.checkpoint.time_ns,
-                           "direct": snapshot.image_fd is not None}
-                          for snapshot in taken]}  # fmt: skip
+    return told
+
+
+def _held_facts(snapshot: Snapshot) -> Answer:
+    return {
+        "disk": snapshot.disk.name,
+        "export": snapshot.name,
+        "epoch": str(snapshot.checkpoint.epoch),
+        "uuid": str(snapshot.checkpoint.uuid),
+        "time_ns": snapshot.checkpoint.time_ns,
+        "direct": snapshot.image_fd is not None,
+    }
 
 
 def _require_checkpoints(scene: Scene, disks: list[Any], since: list[Any]) -> None:
