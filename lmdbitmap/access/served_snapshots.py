@@ -56,6 +56,7 @@ def take_served_snapshot(
     and only that may be read. It is taken inside of `quiesced()`, which may freeze a guest; who does that gives
     `freeze_limit_s`. After that the request is given up with `Busy`. The checkpoint may still be made; its snapshot is
     released at once, but not by a server of an older version.
+
     Raises `NotFound` for a disk that is not served, `Busy` if not all are served by one process, `AlreadyExists` if a
     disk has a checkpoint of that name, `StorageError` if old data cannot be kept.
     """
