@@ -100,6 +100,7 @@ class Client:
     def __init__(self, sock: socket.socket, path: str, timeout_s: float = CONNECT_S) -> None:
         self._path = path
         self._place = f"control socket {path}"
+        self._sock = sock
         forks.is_not_for_children(self)
         self._begin(sock, timeout_s)
 

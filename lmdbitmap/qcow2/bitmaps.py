@@ -25,12 +25,11 @@ from lmdbitmap.qcow2.layout import (
     BITMAPS_CONSISTENT,
     DEFAULT_CLUSTER_BITS,
     EXTENSION_BITMAPS,
-    MAX_L1_ENTRIES,
     OFFSET_MASK,
+    at_least,
     decode_entries,
     encode_entries,
     is_text,
-    l1_entries,
 )
 from lmdbitmap.qcow2.reader import Qcow2Reader, ReadableFile
 from lmdbitmap.qcow2.writer import Qcow2Writer, WritableFile
@@ -198,7 +197,8 @@ class BitmapWriter:
         self._size = ceil_div(geometry.block_count, 8)
         self._require_expressible(name)
         self._geometry = geometry
-        self._image = Qcow2Writer(sink, size=geometry.size, cluster_bits=_cluster_bits_for(geometry.size))
+        cluster_bits = at_least(DEFAULT_CLUSTER_BITS, geometry.size)
+        self._image = Qcow2Writer(sink, size=geometry.size, cluster_bits=cluster_bits)
         self._table = array("Q", bytes(8 * ceil_div(self._size, self._image.cluster_size)))
         self._index = 0
         self._cluster = bytearray(self._image.cluster_size)
@@ -241,10 +241,3 @@ class BitmapWriter:
             self._table[self._index] = self._image.append(self._cluster)
         self._index = index
         self._cluster = bytearray(self._image.cluster_size)
-
-
-def _cluster_bits_for(size: int) -> int:
-    cluster_bits = DEFAULT_CLUSTER_BITS
-    while l1_entries(size, cluster_bits) > MAX_L1_ENTRIES // 2:
-        cluster_bits += 1
-    return cluster_bits

@@ -93,8 +93,12 @@ def cluster_bits_like(granularity_bits: int) -> int:
 
 def cluster_bits_for(disk: Geometry) -> int:
     """Return `cluster_bits_like` of the disk's granularity, or more bits if the disk needs them."""
-    cluster_bits = cluster_bits_like(disk.granularity_bits)
-    while l1_entries(disk.size, cluster_bits) > MAX_L1_ENTRIES // 2:
+    return at_least(cluster_bits_like(disk.granularity_bits), disk.size)
+
+
+def at_least(cluster_bits: int, size: int) -> int:
+    """Return `cluster_bits`, or as many more as a disk of `size` bytes needs."""
+    while l1_entries(size, cluster_bits) > MAX_L1_ENTRIES // 2:
         cluster_bits += 1
     return cluster_bits
 

@@ -124,6 +124,19 @@ def test_store_put_back_as_a_whole_is_not_believed_about_a_far_image(tmp_path: P
             assert changes(store, "sda", since="start").standing.trust is Trust.EXACT
 
 
+def written_since_a_copy(opened: Store, saved: Path) -> Filter:
+    """The disk sda, beside which the store has sdb; the copy of the store lacks what was written after `start`."""
+    for name in ("sda", "sdb"):
+        image = make_raw_image(saved.parent / f"{name}.raw", 1 << 20)
+        session.add(opened, name, str(image), granularity_bits=12)
+    attached = Filter.attach(opened, "sda", background=False)
+    attached.checkpoint("start")
+    run("cp", "-a", opened.path, saved)
+    attached.pwrite(b"since the copy", 4096)
+    attached.persist()
+    return attached
+
+
 @pytest.mark.parametrize("put_back", ["later", "under it"])
 def test_store_that_was_put_back_and_went_on_is_not_believed_after_a_death(
     tmp_path: Path, put_back: str
@@ -131,14 +144,7 @@ def test_store_that_was_put_back_and_went_on_is_not_believed_after_a_death(
     """Other disks' transactions make up for those that it lacks. Its new file has mostly the inode of the old one."""
     store, saved = tmp_path / "store", tmp_path / "saved"
     with Store.create(str(store)) as opened:
-        for name in ("sda", "sdb"):
-            image = make_raw_image(tmp_path / f"{name}.raw", 1 << 20)
-            session.add(opened, name, str(image), granularity_bits=12)
-        attached = Filter.attach(opened, "sda", background=False)
-        attached.checkpoint("start")
-        run("cp", "-a", store, saved)
-        attached.pwrite(b"since the copy", 4096)
-        attached.persist()
+        attached = written_since_a_copy(opened, saved)
         if put_back == "under it":
             replace(store, saved)
         attached.beat()
@@ -445,14 +451,7 @@ def put_back_in_its_own_file(tmp_path: Path, end: str) -> Path:
     """A store of two disks that lacks what was written to sda until the `end` of that one's owner."""
     store, saved = tmp_path / "store", tmp_path / "saved"
     with Store.create(str(store)) as opened:
-        for name in ("sda", "sdb"):
-            image = make_raw_image(tmp_path / f"{name}.raw", 1 << 20)
-            session.add(opened, name, str(image), granularity_bits=12)
-        attached = Filter.attach(opened, "sda", background=False)
-        attached.checkpoint("start")
-        run("cp", "-a", store, saved)
-        attached.pwrite(b"since the copy", 4096)
-        attached.persist()
+        attached = written_since_a_copy(opened, saved)
         attached.beat()
         attached.detach() if end == "detach" else attached.abandon()
     for part in ("lmdb/data.mdb", "newest"):

@@ -7,7 +7,6 @@ import json
 import os
 import resource
 import select
-import selectors
 import socket
 import stat
 import sys
@@ -41,6 +40,7 @@ from lmdbitmap.nbd.control.control import ControlServer
 from lmdbitmap.store import Store, Writer
 from lmdbitmap.tracker import chain, session
 from tests.helpers import naive_flat
+from tests.helpers.listening import lack_memory_to_listen
 from tests.helpers.support import PATIENCE_SECONDS, make_raw_image, open_files, run, spawn
 from tests.helpers.tracked import blocks_of, quick_folder
 
@@ -496,16 +496,8 @@ def test_caller_for_whom_there_is_no_memory_is_the_only_one_who_is_not_heard(
 def test_a_lack_of_memory_to_listen_keeps_nobody_out_for_good(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lacks, select = [3], selectors.DefaultSelector.select
-
-    def without_memory(selector: selectors.DefaultSelector, timeout: float | None = None) -> Any:
-        if lacks[0]:
-            lacks[0] -= 1
-            raise MemoryError
-        return select(selector, timeout)
-
     assert house.call("info")["disks"]
-    monkeypatch.setattr(selectors.DefaultSelector, "select", without_memory)
+    lacks = lack_memory_to_listen(monkeypatch)
     assert house.call("info")["disks"], "it listened before there was none"
     assert house.call("info")["disks"]
     assert lacks == [0]

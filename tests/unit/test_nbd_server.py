@@ -7,14 +7,12 @@ import errno
 import functools
 import gc
 import os
-import selectors
 import signal
 import socket
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -28,6 +26,7 @@ from lmdbitmap.nbd.server.contexts import StatusSource, base_contexts
 from lmdbitmap.nbd.server.rounds import Rounds
 from lmdbitmap.nbd.server.server import Server
 from lmdbitmap.nbd.server.visit import Offer, Visit
+from tests.helpers.listening import lack_memory_to_listen
 from tests.helpers.nbd_raw import (
     BLOCK_STATUS,
     DISC,
@@ -652,16 +651,8 @@ def test_client_for_whom_there_is_no_memory_costs_the_others_nothing(
 def test_a_lack_of_memory_to_listen_does_not_end_the_server(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lacks, select = [3], selectors.DefaultSelector.select
-
-    def without_memory(selector: selectors.DefaultSelector, timeout: float | None = None) -> Any:
-        if lacks[0]:
-            lacks[0] -= 1
-            raise MemoryError
-        return select(selector, timeout)
-
     with serving(path), transmitting(path) as guest:
-        monkeypatch.setattr(selectors.DefaultSelector, "select", without_memory)
+        lacks = lack_memory_to_listen(monkeypatch)
         for _ in range(2):  # it listened for the first one before
             with transmitting(path) as other:
                 assert other.do(READ, 0, 5).error == 0
