@@ -190,14 +190,6 @@ class PatientLane(Lane, Protocol):
     has_waited: Callable[[], None]
 
 
-@runtime_checkable
-class SplicingLane(Lane, Protocol):
-    """A lane to a disk with an `fd` that also takes bytes which are not in our memory."""
-
-    def write_from_pipe(self, pipe_fd: int, length: int, offset: int) -> None:
-        """Write the next `length` bytes of a pipe, as `pwrite` does. After an error some of them remain in the pipe."""
-
-
 class ServedDisk(Protocol):
     """The part of a disk that a server uses. `lane()` may be called from any thread, once per connection."""
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from lmdbitmap.errors import InvalidArgument
 from lmdbitmap.interfaces import Allocation, BlockDevice, Buffer
-from lmdbitmap.system.linux import splice_to_file
 
 
 class PlainDisk:
@@ -57,14 +56,6 @@ class PlainLane:
 
     def pwrite(self, data: Buffer, offset: int) -> None:
         self._device.pwrite(data, offset)
-
-    def write_from_pipe(self, pipe_fd: int, length: int, offset: int) -> None:
-        assert self._device.fd is not None, "asked of disks with a descriptor only"
-        if offset + length > self._device.size:
-            raise InvalidArgument(
-                f"{length} bytes at {offset} end outside the disk", next_step="ask for its size"
-            )
-        splice_to_file(pipe_fd, self._device.fd, length, offset)
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
         self._device.pread_into(buffer, offset)

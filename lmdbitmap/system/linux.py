@@ -137,10 +137,3 @@ def _last_error() -> OSError:
 
     code = ctypes.get_errno()
     return OSError(code, os.strerror(code))
-
-
-def splice_to_file(pipe_fd: int, fd: int, length: int, offset: int) -> None:
-    """Write `length` bytes from a pipe to a file at `offset`; after an `OSError` some of them are still in the pipe."""
-    stop = offset + length
-    while offset < stop:
-        offset += os.splice(pipe_fd, fd, stop - offset, offset_dst=offset)

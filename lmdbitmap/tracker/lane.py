@@ -33,7 +33,6 @@ from lmdbitmap.bits import Run
 from lmdbitmap.errors import InvalidArgument, StorageError
 from lmdbitmap.geometry import Geometry
 from lmdbitmap.interfaces import BlockDevice, Buffer
-from lmdbitmap.system.linux import splice_to_file
 from lmdbitmap.work.buffers import in_bytes
 
 if TYPE_CHECKING:
@@ -257,21 +256,6 @@ class FilterLane:
         if offset < 0 or length == 0 or offset + length > self.size:
             return False
         return self.settled.find(0, offset >> self._shift, ((offset + length - 1) >> self._shift) + 1) < 0
-
-    def write_from_pipe(self, pipe_fd: int, length: int, offset: int) -> None:
-        """Write bytes that wait in a pipe, as `pwrite` does: data of a large write, which is then never in our memory.
-
-        Only for a device with a descriptor. A failure leaves some of the bytes in the pipe.
-        """
-        self.busy = True
-        try:
-            if self._is_settled(offset, length):
-                splice_to_file(pipe_fd, self._fd, length, offset)
-                return
-        finally:
-            self.busy = False
-        with self._marked(offset, length):
-            splice_to_file(pipe_fd, self._fd, length, offset)
 
     # -- slow ----------------------------------------------------------------------------------------------
 

@@ -53,7 +53,7 @@ HALVES = {
     "what is refused": Half(SIZE - 8192, 8193, 8000, lands=False),
     "what is refused and drained": Half(SIZE - 8192, 1 << 20, 700_000, lands=False),
 }
-"""Of 128 KiB and more, data goes into the image as it comes: by reference, or over TLS in pieces that are copied."""
+"""Of more than 128 KiB, data goes into the image as it comes, in pieces."""
 
 
 class House(NamedTuple):

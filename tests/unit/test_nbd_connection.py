@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import itertools
 import os
 import socket
 import threading
@@ -21,8 +22,10 @@ from lmdbitmap.images.plain import PlainDisk, PlainLane
 from lmdbitmap.interfaces import BlockDevice, ServedDisk
 from lmdbitmap.nbd.server.connection import Connection
 from lmdbitmap.nbd.server.contexts import MAX_DESCRIPTORS, StatusSource
-from lmdbitmap.nbd.server.replies import SPLICE_FROM_UNIX
+from lmdbitmap.nbd.server.replies import MOST_KEPT, Replies
+from lmdbitmap.nbd.server.splicing import ReadPipe
 from lmdbitmap.nbd.server.traffic import KINDS
+from lmdbitmap.nbd.server.trial import Trial
 from tests.helpers.nbd_raw import (
     BLOCK_STATUS,
     CACHE,
@@ -45,6 +48,7 @@ from tests.helpers.support import PATIENCE_SECONDS, open_files
 
 SIZE = 4 << 20
 MIB = 1 << 20
+TOO_LONG_TO_COPY = MOST_KEPT + 1
 FORMS = SIMPLE, STRUCTURED, EXTENDED = "simple", "structured", "extended"
 
 
@@ -457,7 +461,7 @@ def test_status_without_a_context_or_of_no_bytes_is_invalid(peer: Peer) -> None:
         assert other.do(BLOCK_STATUS, SIZE - 1, 2).error == errno.EINVAL
 
 
-# --- reads that travel by reference ---
+# --- reads that travel by reference, or are copied ---
 
 
 @pytest.fixture
@@ -468,6 +472,15 @@ def image(tmp_path: Path) -> Iterator[FileDevice]:
         yield image
 
 
+@pytest.fixture(params=["by reference", "copied"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The way that long reads go."""
+    preferred = property(lambda _: request.param == "by reference", lambda *_: None)
+    monkeypatch.setattr(Trial, "prefers_first", preferred, raising=False)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("length", [1, 32768, MIB, MIB + 1, SIZE - 777])
 @pytest.mark.parametrize("flags", [0, DF])
@@ -480,8 +493,9 @@ def test_reads_of_a_file_of_any_length_are_right(
     assert reply.chunks == 1 or not (flags and peer.structured)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("length", [4096, MIB, SPLICE_FROM_UNIX])
+@pytest.mark.parametrize("length", [4096, MIB, TOO_LONG_TO_COPY])
 def test_a_file_cut_behind_our_back_fails_the_read_and_nothing_else(
     image: FileDevice, tmp_path: Path, form: str, length: int
 ) -> None:
@@ -507,7 +521,7 @@ def test_a_connection_leaves_no_descriptor_behind(image: FileDevice) -> None:
 
     before = len(open_files())
     with connected(PlainDisk(image)) as peer:
-        assert peer.do(READ, 0, SPLICE_FROM_UNIX).error == 0
+        assert peer.do(READ, 0, TOO_LONG_TO_COPY).error == 0
         assert len(descriptors()) == before + 4  # two ends of the socket, two of the pipe
     assert len(descriptors()) == before
 
@@ -526,7 +540,7 @@ def test_a_simple_read_that_fails_after_its_reply_began_costs_the_connection(
 
 def test_long_reads_of_a_file_that_cannot_travel_by_reference_are_copied() -> None:
     """A process's memory is such a file: its addresses are the offsets."""
-    length = SPLICE_FROM_UNIX
+    length = TOO_LONG_TO_COPY
     content = ctypes.create_string_buffer(pattern(length), length)
     fd = os.open("/proc/self/mem", os.O_RDONLY)
     try:
@@ -535,6 +549,50 @@ def test_long_reads_of_a_file_that_cannot_travel_by_reference_are_copied() -> No
                 assert peer.do(READ, ctypes.addressof(content), length).data == pattern(length)
     finally:
         os.close(fd)
+
+
+def test_long_reads_try_both_ways_and_are_right_in_either(
+    image: FileDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock by which what is sent by reference takes longest: most of them are copied in the end."""
+    ways: list[bool] = []
+    send = Replies._send_by_reference
+
+    def noted(replies: Replies, pipe: ReadPipe, label: bytes, offset: int, length: int) -> None:
+        ways.append(True)
+        send(replies, pipe, label, offset, length)
+
+    monkeypatch.setattr(Replies, "_send_by_reference", noted)
+    monkeypatch.setattr("lmdbitmap.nbd.server.trial.WINDOW_BYTES", MIB)
+    clock = itertools.accumulate(itertools.cycle([1.0, 9.0]))
+    monkeypatch.setattr("lmdbitmap.nbd.server.replies.Trial", lambda: Trial(lambda: next(clock)))
+    with connected(PlainDisk(image)) as peer:
+        for _ in range(40 + 6):
+            assert peer.do(READ, 777, MIB).data == pattern(SIZE)[777 : 777 + MIB]
+    assert len(ways) == 3
+
+
+@pytest.mark.parametrize("lack", ["no pipe", "no large pipe"])
+def test_user_who_gets_no_pipe_has_the_data_copied(
+    image: FileDevice, monkeypatch: pytest.MonkeyPatch, lack: str
+) -> None:
+    """A user of many gets only pipes that are so small that a copy is faster."""
+    refused: list[object] = []
+
+    def refuse(*asked: object) -> NoReturn:
+        refused.append(asked)
+        raise OSError(
+            *((errno.EPERM, "too many") if lack == "no large pipe" else (errno.EMFILE, "none left"))
+        )
+
+    what = "os.pipe2" if lack == "no pipe" else "fcntl.fcntl"
+    with connected(PlainDisk(image)) as peer:
+        before = len(open_files())
+        monkeypatch.setattr(f"lmdbitmap.nbd.server.splicing.{what}", refuse)
+        for length in (MIB, TOO_LONG_TO_COPY):
+            assert peer.do(READ, 5, length).data == pattern(SIZE)[5 : 5 + length]
+        assert len(open_files()) == before
+    assert len(refused) == (2 if lack == "no pipe" else 1)  # of descriptors there may be some again
 
 
 # --- what costs the connection ---
@@ -565,7 +623,7 @@ def test_counters_tell_what_was_answered_and_carried(device: MemoryDevice) -> No
     with connected(PlainDisk(device)) as peer:
         peer.do(WRITE, 0, 1000, data=bytes(1000))
         peer.do(READ, 0, 100)
-        peer.do(READ, 0, SPLICE_FROM_UNIX)
+        peer.do(READ, 0, TOO_LONG_TO_COPY)
         peer.do(TRIM, SIZE, 1)
         peer.do(WRITE_ZEROES, 0, 1)
         peer.do(FLUSH)
@@ -576,7 +634,7 @@ def test_counters_tell_what_was_answered_and_carried(device: MemoryDevice) -> No
     assert counted == {"reads": 2, "writes": 1, "zeroes": 2, "flushes": 1, "block_status": 1, "other": 1}
     assert (traffic.connections, traffic.requests) == (1, 8)
     assert traffic.bytes_received == 8 * 28 + 1000
-    assert traffic.bytes_sent > 2 * 28 + 100 + SPLICE_FROM_UNIX
+    assert traffic.bytes_sent > 2 * 28 + 100 + TOO_LONG_TO_COPY
     assert sum(traffic.flushes.counts) == 1
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import random
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +20,9 @@ from lmdbitmap.images.device import FileDevice
 from lmdbitmap.images.plain import PlainDisk, PlainLane
 from lmdbitmap.interfaces import BlockDevice, ServedDisk
 from lmdbitmap.nbd.server import replies, rounds
+from lmdbitmap.nbd.server.connection import Connection
 from lmdbitmap.nbd.server.server import Server
+from lmdbitmap.nbd.server.trial import Trial
 from lmdbitmap.tracker.lane import FilterLane, Gate
 from tests.helpers.nbd_raw import DISC, FLUSH, READ, WRITE, WRITE_ZEROES, RawClient, request, write
 from tests.helpers.support import PATIENCE_SECONDS, make_raw_image
@@ -293,6 +297,46 @@ def test_who_waits_leaves_the_rounds_and_comes_back(
             assert len(threads_of(disk, clients)) == 1
 
 
+class Told(Connection):
+    """Notes what it is told, announces itself, and waits for the next event before it goes on."""
+
+    def __init__(self, sock: socket.socket, disk: PlainDisk, *awaited: threading.Event) -> None:
+        super().__init__(sock, disk, structured=False, contexts={})
+        self.polls: list[bool] = []
+        self.is_there, self.is_back = threading.Event(), threading.Event()
+        self._awaited = list(awaited)
+
+    def serve_some(self, *, polls: bool = True) -> bool:
+        (self.is_back if self.polls else self.is_there).set()
+        self.polls.append(polls)
+        return bool(self._awaited) and self._awaited.pop(0).wait(PATIENCE_SECONDS)
+
+
+def test_who_is_served_alone_polls_unless_another_one_is_too(device: FileDevice) -> None:
+    def serving(connection: Connection) -> threading.Thread:
+        serve = functools.partial(served.serve, connection, ours.fileno(), lambda _: None, alone=True)
+        thread = threading.Thread(target=serve)
+        thread.start()
+        return thread
+
+    served, disk = rounds.Rounds(), PlainDisk(device)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        has_come, has_gone = threading.Event(), threading.Event()
+        first = Told(ours, disk, has_come, has_gone)
+        second = Told(ours, disk, first.is_back)
+        staying = serving(first)
+        assert first.is_there.wait(PATIENCE_SECONDS)
+        leaving = serving(second)
+        assert second.is_there.wait(PATIENCE_SECONDS)
+        has_come.set()
+        leaving.join(PATIENCE_SECONDS)
+        has_gone.set()
+        staying.join(PATIENCE_SECONDS)
+    assert first.polls == [True, False, True]
+    assert second.polls[0] is False
+
+
 @pytest.mark.usefixtures("patience")
 @pytest.mark.parametrize("length", [128 * KIB, MIB])
 @pytest.mark.parametrize("can_tell", [True, False])
@@ -301,6 +345,7 @@ def test_copying_up_to_a_mebibyte_of_memory_is_no_reason_to_leave_the_rounds(
 ) -> None:
     """A file system that cannot tell what is in memory is trusted with less."""
     monkeypatch.setattr(replies, "_knows_haste", lambda fd: can_tell)
+    monkeypatch.setattr(Trial, "prefers_first", property(lambda _: False, lambda *_: None), raising=False)
     disk, data = StagedDisk(device), random.Random(2).randbytes(MIB)
     with clients_of(disk, tmp_path, 3) as clients:
         device.pwrite(data, 0)

@@ -8,7 +8,7 @@
     inbox, receiving                bytes in
     batch, long_writes              plain requests done together; WRITEs done as their data arrives
     disk_operations, commands       writes and flushes for these; the rare requests
-    replies, splicing               READs and bytes out; large ones past our memory
+    replies, splicing, trial        READs and bytes out; large ones past our memory, where that is faster
     contexts                        block status; dirty_contexts.py and kept_context.py answer
     traffic, quiet, notice          counters, whether guests are idle, announced waits
     complaints                      what is logged of clients

@@ -11,7 +11,7 @@ slower path, `_take_rare`. The parts:
 
     inbox.py          the bytes that have arrived
     batch.py          plain requests, collected to be done together
-    long_writes.py    WRITEs that are done as their data arrives
+    long_writes.py    a WRITE that is done as its data arrives
     commands.py       the other commands
     replies.py        READs, and all replies
     forms.py          the layout of requests and replies
@@ -22,18 +22,17 @@ Invariants:
   cost the connection (`FormatError`), and so does a long change that the server's stop cuts short.
 - Any command but READ, WRITE and FLUSH first settles what came before it.
 - Memory is bounded by constants.
-- Replies to long WRITEs leave with those to other requests or before the thread sleeps, and after `_MOST_UNSENT` at
-  the latest.
 """
 
 from __future__ import annotations
 
+import errno
 import socket
 import time
 from collections.abc import Mapping
 from typing import Final
 
-from lmdbitmap.interfaces import PatientLane, ServedDisk, SplicingLane
+from lmdbitmap.interfaces import PatientLane, ServedDisk
 from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.server import commands, traffic
 from lmdbitmap.nbd.server.batch import Batch
@@ -42,16 +41,14 @@ from lmdbitmap.nbd.server.contexts import StatusSource
 from lmdbitmap.nbd.server.disk_operations import DiskOperations
 from lmdbitmap.nbd.server.forms import EXTENDED, SIMPLE, STRUCTURED
 from lmdbitmap.nbd.server.handshake import MAX_PAYLOAD
-from lmdbitmap.nbd.server.inbox import BATCH_BYTES, Inbox
-from lmdbitmap.nbd.server.long_writes import LONG_FROM, LongWrites
+from lmdbitmap.nbd.server.inbox import Inbox
+from lmdbitmap.nbd.server.long_writes import LONG_FROM, LongWrite
 from lmdbitmap.nbd.server.notice import Notice, nobody
 from lmdbitmap.nbd.server.replies import Replies
 from lmdbitmap.nbd.server.requests import FAILURES, Negotiated, error_of, named, refusal
-from lmdbitmap.nbd.server.splicing import SplicePipe
 from lmdbitmap.nbd.server.traffic import Traffic
 from lmdbitmap.work.latencies import Latencies
 
-_MOST_UNSENT: Final = 8
 _UNTIMED: Final = 15
 """Batches between two that are timed."""
 _RUN: Final = 112
@@ -99,10 +96,8 @@ class Connection:
             sock, self._lane, disk.fd, self.notice, self._complaints, form=self._form, encrypted=encrypted
         )
         self._batch = Batch(self._operations, self._replies, self._form, self.counts)
-        pipe = None
-        if disk.fd is not None and not encrypted and isinstance(self._lane, SplicingLane):
-            pipe = SplicePipe(sock, self._lane)
-        self._long_writes = LongWrites(self._inbox, self._operations, self._replies, pipe)
+        self._long_write: LongWrite | None = None
+        """The one under way: what arrives is its data."""
 
     @property
     def traffic(self) -> Traffic:
@@ -117,8 +112,12 @@ class Connection:
         finally:
             self.close()
 
-    def serve_some(self) -> bool:
-        """Serve the requests at hand, then wait for some batches more and serve them. False when the client is gone."""
+    def serve_some(self, *, polls: bool = True) -> bool:
+        """Serve the requests at hand, then wait for some batches more and serve them. False when the client is gone.
+
+        `polls` says whether polling before it sleeps is worth the processor (receiving.py).
+        """
+        self._inbox.lookout.polls = polls
         self._replies.hurry(False)
         goes_on = self._serve_batch() and self._receive() and self._serve_timed_batch()
         left = _UNTIMED
@@ -133,7 +132,7 @@ class Connection:
         self._replies.hurry(True)
         came = self._inbox.receive_at_once()
         if not came:
-            return came is None
+            return came is None or self._is_gone()
         if self._untimed_turns:
             self._untimed_turns -= 1
             return self._serve_batch()
@@ -143,7 +142,6 @@ class Connection:
     def close(self) -> None:
         self.notice.to = nobody
         self._replies.close()
-        self._long_writes.close()
         self._lane.close()
 
     # -- requests in ---------------------------------------------------------------------------------------
@@ -153,7 +151,15 @@ class Connection:
         came = self._inbox.receive_at_once() if self._replies.waiting else None
         if not came:
             self._replies.send()
-        return self._inbox.receive() if came is None else came
+        if came is None:
+            came = self._inbox.receive()
+        return came or self._is_gone()
+
+    def _is_gone(self) -> bool:
+        """Return False: the client goes on no more. It must not leave in the middle of a long WRITE."""
+        if self._long_write is not None:
+            raise ConnectionResetError(errno.ECONNRESET, "the client left in the middle of a WRITE")
+        return False
 
     def _serve_timed_batch(self) -> bool:
         """Run `_serve_batch` and time it. Timing every batch would cost a client of small requests a tenth."""
@@ -164,6 +170,8 @@ class Connection:
 
     def _serve_batch(self) -> bool:
         """Do and answer every whole request at hand. Return False when the client said goodbye."""
+        if self._long_write is not None and self._long_write_goes_on(self._long_write):
+            return True
         inbox, batch, size = self._inbox, self._batch, self._disk.size
         buffer, view, position, end = inbox.buffer, inbox.view, inbox.start, inbox.end
         writes, cookies, reads = batch.writes, batch.write_cookies, batch.reads
@@ -218,23 +226,30 @@ class Connection:
     def _keep_rest(self) -> None:
         """Make room for the rest of an unfinished request, or do it as its data comes, if that is long."""
         inbox, needed = self._inbox, self._header_size
-        at_hand = inbox.at_hand
-        if at_hand >= needed:
+        if inbox.at_hand >= needed:
             request = self._form.parse(inbox.view[inbox.start : inbox.start + needed])
             needed += request.payload
             if request.payload > LONG_FROM:
-                self._do_long_write(request)
+                self._begin_long_write(request)
                 return
-        if at_hand == 0 or at_hand >= self._header_size:
-            inbox.appetite = BATCH_BYTES
         inbox.make_room_for(needed)
 
-    def _do_long_write(self, request: nbd.Request) -> None:
+    def _begin_long_write(self, request: nbd.Request) -> None:
         self.notice.give()
-        error = self._long_writes.perform(request, self._header_size, self._refusal(request))
-        self._answer(request, error)
-        if not self._long_writes.by_reference or self._replies.waiting >= _MOST_UNSENT:
-            self._replies.send()
+        refused = self._refusal(request)
+        self._inbox.take(self._header_size)
+        write = self._long_write = LongWrite(request, self._inbox, self._operations, error=refused)
+        self._long_write_goes_on(write)
+
+    def _long_write_goes_on(self, write: LongWrite) -> bool:
+        """Write what has come of it. Once that is all, answer it, and return False."""
+        if write.goes_on():
+            self._inbox.move_to_front()
+            return True
+        self._long_write = None
+        self._answer(write.request, write.error)
+        self._replies.send()
+        return False
 
     def _take_rare(self, request: nbd.Request, cookie: bytes, data: int) -> None:
         """Take a request that has flags, is not allowed, or is neither READ nor WRITE."""

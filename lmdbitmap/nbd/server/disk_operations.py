@@ -11,7 +11,6 @@ from lmdbitmap.nbd import protocol as nbd
 from lmdbitmap.nbd.server.complaints import Complaints
 from lmdbitmap.nbd.server.notice import Notice
 from lmdbitmap.nbd.server.requests import FAILURES, error_of, place
-from lmdbitmap.nbd.server.splicing import SplicePipe
 from lmdbitmap.work.latencies import Latencies
 
 
@@ -42,16 +41,6 @@ class DiskOperations:
 
     def write(self, offset: int, data: memoryview) -> int:
         return self.write_many([(offset, data)]).get(0, 0)
-
-    def write_held(self, pipe: SplicePipe, length: int, offset: int) -> int:
-        """Write bytes that the pipe holds; after an error the pipe is closed."""
-        try:
-            pipe.write(length, offset)
-        except FAILURES as failure:
-            self._complaints.failed("WRITE", place(offset, length), failure)
-            pipe.close()
-            return error_of(failure)
-        return 0
 
     def flush(self) -> int:
         self._notice.give()

@@ -23,11 +23,10 @@ class Inbox:
         self.view = memoryview(self.buffer)
         self.buffer[: len(received)] = received
         self.start, self.end = 0, len(received)
-        self.appetite = BATCH_BYTES
-        """Most bytes to have at hand."""
         self.bytes_received = len(received)
         receiver = Receiver(sock, encrypted=encrypted)
         self._receive, self._receive_at_once = receiver.receive, receiver.receive_at_once
+        self.lookout = receiver.lookout
 
     @property
     def at_hand(self) -> int:
@@ -43,13 +42,8 @@ class Inbox:
         count = self._receive_at_once(self._room())
         return None if count is None else self._received(count)
 
-    def receive_part(self, missing: int) -> bool:
-        """Like `receive`, for a request of which `missing` bytes are not served yet, those at hand among them."""
-        self.move_to_front()
-        return self._received(self._receive(self.view[self.end : min(missing, BATCH_BYTES)]))
-
     def _room(self) -> memoryview:
-        return self.view[self.end : min(self.start + self.appetite, BATCH_BYTES)]
+        return self.view[self.end :]
 
     def _received(self, count: int) -> bool:
         self.end += count

@@ -4,6 +4,7 @@ A thread that sleeps in `recv` runs again tens of microseconds after the bytes a
 small request takes, and in a virtual machine with an idle processor more than the rest of the request. So the thread
 polls for a moment before it sleeps. Polling does not pay if the client is idle or needs this very processor; it soon
 stops then: after every poll in vain twice as many waits go straight to sleep before the next poll, up to `_MOST_NAPS`.
+Nor does it pay while other threads serve busy connections: each poll takes the interpreter's lock from them.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ class Lookout(Generic[Found]):
         self._sleep = sleep
         self._naps_left = _FOR_EVER if blind else 0
         self._next_naps = 1
+        self.polls = True
+        """False while other threads are busy too."""
 
     def wait(self, *args: object) -> Found:
-        if self._naps_left:
-            self._naps_left -= 1
+        if self._naps_left or not self.polls:
+            self._naps_left = max(self._naps_left - 1, 0)
             return self._sleep(*args)
         found = self._look(*args)
         if found is None:
@@ -60,7 +63,8 @@ class Receiver:
 
     def __init__(self, sock: socket.socket, *, encrypted: bool = False) -> None:
         self._recv_into = sock.recv_into
-        self.receive = Lookout(self.receive_at_once, self._recv_into, blind=encrypted).wait
+        self.lookout = Lookout(self.receive_at_once, self._recv_into, blind=encrypted)
+        self.receive = self.lookout.wait
         """Wait for bytes and put them into a buffer; return their number, 0 when the client is gone."""
 
     def receive_at_once(self, buffer: memoryview) -> int | None:

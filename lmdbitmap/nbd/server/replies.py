@@ -1,14 +1,11 @@
 """The replies to one client, READ data included: the outgoing half of the hot loop.
 
-Replies gather in a list and leave in one send of at most `_MOST_GATHERED` bytes plus one READ. Long READs travel by
-reference: from the page cache into a pipe, and from the pipe to the socket. The pipe is filled before the header is
-sent, so that an error of the disk can still be reported. The client then receives the page as it is on arrival: a write
-that overlaps a READ in flight may show in it, as the protocol allows. A disk that must not show it (a point in time)
-has no `fd`.
-
-What counts as long depends on the socket. The client of a unix socket copies cold pages itself, alone, and one by one:
-it gets its data half as fast again when our processor has copied it to warm memory before. So there only READs too long
-for the memory that a connection keeps travel by reference.
+Replies gather in a list and leave in one send of at most `_MOST_GATHERED` bytes plus one READ. Long READs are answered
+in one of two ways, and a trial finds the faster one (trial.py). They are copied to memory that is used again, or they
+travel by reference: from the page cache into a pipe, and from the pipe to the socket (splicing.py). The pipe is filled
+before the header is sent, so that an error of the disk can still be reported. The client then receives the page as it
+is on arrival: a write that overlaps a READ in flight may show in it, as the protocol allows. A disk that must not show
+it (a point in time) has no `fd`.
 """
 
 from __future__ import annotations
@@ -36,7 +33,8 @@ from lmdbitmap.nbd.server.forms import (
 )
 from lmdbitmap.nbd.server.notice import Notice
 from lmdbitmap.nbd.server.requests import FAILURES, error_of, place
-from lmdbitmap.nbd.server.splicing import new_pipe
+from lmdbitmap.nbd.server.splicing import ReadPipe
+from lmdbitmap.nbd.server.trial import Trial
 from lmdbitmap.work.buffers import new_buffer
 
 Read: TypeAlias = tuple[int, bytes, int, int]
@@ -45,16 +43,12 @@ Read: TypeAlias = tuple[int, bytes, int, int]
 _MOST_GATHERED: Final = 512 << 10
 _MOST_PARTS: Final = 1000
 """The kernel takes 1024 at once."""
-SPLICE_FROM: Final = 32 << 10
-"""Bytes from which a READ travels by reference over TCP: below, copying is cheaper than two more system calls."""
-_APART_FROM: Final = 32 << 10
-"""Bytes from which a READ that does not is answered by itself, out of memory that is reused."""
+LONG_FROM: Final = 32 << 10
+"""Bytes from which a READ is long, and answered by itself: below, a copy is cheaper than two more system calls."""
 _MOST_JOINED: Final = 128 << 10
-"""READs up to this size leave with the replies before, and are copied once more if the client receives slowly."""
-_MOST_KEPT: Final = 1 << 20
-"""Bytes of that memory, kept for as long as the connection lasts."""
-SPLICE_FROM_UNIX: Final = _MOST_KEPT + 1
-_NEVER: Final = 1 << 62
+"""Copied READs up to this size leave with the replies before, and are copied again if the client receives slowly."""
+MOST_KEPT: Final = 1 << 20
+"""Bytes of memory for copied READs, kept for as long as the connection lasts. Longer READs travel by reference."""
 
 
 class Replies:
@@ -89,11 +83,9 @@ class Replies:
         self._knows_haste = _knows_haste(fd)
         self._pread = self._pread_patiently
         self._in_haste = False
-        self._splice_from = SPLICE_FROM_UNIX if sock.family == socket.AF_UNIX else SPLICE_FROM
-        if fd is None or encrypted:
-            self._splice_from = _NEVER
-        self._apart_from = min(_APART_FROM, self._splice_from)
-        self._pipe: tuple[int, int] | None = None
+        self._pipe = None if fd is None or encrypted else ReadPipe(fd, sock)
+        """None if nothing can travel by reference."""
+        self._by_reference = Trial()
         self._large = memoryview(b"")
 
     @property
@@ -103,9 +95,7 @@ class Replies:
 
     def close(self) -> None:
         self.hurry(False)
-        for end in self._pipe or ():
-            os.close(end)
-        self._pipe = None
+        self._close_pipe()
 
     def hurry(self, haste: bool) -> None:
         """With `haste`, give notice only before a READ waits for the disk; without it, notice does not matter."""
@@ -157,12 +147,12 @@ class Replies:
 
     def add_reads(self, reads: list[Read]) -> None:
         """Do these READs, none of them empty, and answer each with its data or its error."""
-        form, apart_from = self._form, self._apart_from
+        form = self._form
         structured, extended = form is STRUCTURED, form is EXTENDED
         pack = EXTENDED_DATA.pack if extended else DATA.pack
         gathered, header_size = self._gathered, form.data_size
         for _, cookie, offset, length in reads:
-            if length >= apart_from:
+            if length >= LONG_FROM:
                 self._add_long_read(form.label(cookie, offset), offset, length)
                 continue
             try:
@@ -195,10 +185,11 @@ class Replies:
         return self._pread(length, offset)
 
     def _add_long_read(self, label: bytes, offset: int, length: int) -> None:
-        if length >= self._splice_from:
-            self._splice(label, offset, length)
+        if self._pipe is not None and (self._by_reference.prefers_first or length > MOST_KEPT):
+            self._send_by_reference(self._pipe, label, offset, length)
         else:
             self.add_whole_read(label, offset, length)
+        self._by_reference.count(length)
 
     def add_whole_read(self, label: bytes, offset: int, length: int) -> None:
         """Do one READ through memory of its own, and answer it in one chunk."""
@@ -218,7 +209,7 @@ class Replies:
             self.send()
 
     def _fill(self, data: memoryview, offset: int) -> None:
-        if self._in_haste and len(data) <= _MOST_KEPT and self._fill_at_once(data, offset):
+        if self._in_haste and len(data) <= MOST_KEPT and self._fill_at_once(data, offset):
             return
         if self._knows_haste or len(data) > _MOST_JOINED:
             self._notice.give()
@@ -234,10 +225,10 @@ class Replies:
 
     def _room_for(self, length: int) -> memoryview:
         """Return the same memory each time if it is large enough: Python clears new memory with its lock held."""
-        if length > _MOST_KEPT:
+        if length > MOST_KEPT:
             return memoryview(new_buffer(length))
         if length > len(self._large):
-            self._large = memoryview(new_buffer(_MOST_KEPT))
+            self._large = memoryview(new_buffer(MOST_KEPT))
         return self._large[:length]
 
     def _refuse(self, label: bytes, offset: int, length: int, failure: Exception) -> None:
@@ -246,18 +237,21 @@ class Replies:
 
     # -- by reference --------------------------------------------------------------------------------------
 
-    def _splice(self, label: bytes, offset: int, length: int) -> None:
+    def _send_by_reference(self, pipe: ReadPipe, label: bytes, offset: int, length: int) -> None:
         """Do one READ through the pipe, a chunk for every filling; read and send what cannot go this way."""
         self._notice.give()
         self.send()
         start, stop = offset, offset + length
-        while offset < stop and (count := self._fill_pipe(offset, stop - offset)):
+        while offset < stop and (count := pipe.fill(offset, stop - offset)):
             if self._form.in_chunks or offset == start:
                 header = self._form.data(label, offset, count, done=offset + count == stop)
                 self._sock.sendall(header, socket.MSG_MORE)
                 self.bytes_sent += len(header)
-            self._empty_pipe(count)
+            pipe.empty(count)
+            self.bytes_sent += count
             offset += count
+        if not pipe.fits:
+            self._close_pipe()
         if offset == stop:
             return
         if offset > start and not self._form.in_chunks:
@@ -266,24 +260,10 @@ class Replies:
             raise failure
         self.add_whole_read(label, offset, stop - offset)
 
-    def _fill_pipe(self, offset: int, length: int) -> int:
-        """Fill the pipe; return the number of image bytes in it, or 0 if they have to be read the other way."""
-        try:
-            if self._pipe is None:
-                self._pipe = new_pipe()
-            return os.splice(self._fd, self._pipe[1], length, offset_src=offset)
-        except OSError as refused:
-            # this kind of file cannot be spliced, or this user has no pipe left
-            if refused.errno in (errno.EINVAL, errno.EPERM):
-                self._splice_from, self._apart_from = _NEVER, _APART_FROM
-            return 0
-
-    def _empty_pipe(self, length: int) -> None:
-        assert self._pipe is not None
-        while length:
-            moved = os.splice(self._pipe[0], self._sock.fileno(), length)
-            self.bytes_sent += moved
-            length -= moved
+    def _close_pipe(self) -> None:
+        if self._pipe is not None:
+            self._pipe.close()
+            self._pipe = None
 
 
 def _by_lane(pread_into: Callable[[memoryview, int], None]) -> Callable[[int, int], bytes | bytearray]:

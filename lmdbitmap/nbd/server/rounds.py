@@ -22,6 +22,8 @@ Invariants:
   that was slow stays out of the rounds; the sooner it is slow again, the longer it stays out.
 - While a connection is in the rounds, some thread is free to drive: each thread that is away serves exactly one
   connection alone.
+- Of connections that are served alone at the same time none polls: long requests are mostly copied, which several
+  threads can do at once if they leave the lock to each other.
 - A disk without a descriptor may be slow at any time, and an encrypted socket cannot be polled for requests. Their
   connections never go round, nor does a connection that is the only one.
 """
@@ -86,6 +88,8 @@ class Rounds:
         self._lookout = Lookout(self._look, self._poll.poll)
         self._riders: dict[int, _Rider] = {}
         self._connections = 0
+        self._alone = 0
+        """How many connections are served by a thread of their own. Under the lock."""
         self._driven = False
         """Whether a thread drives. Under the lock."""
         self._term = 0
@@ -123,12 +127,17 @@ class Rounds:
 
     def _serve_alone(self, rider: _Rider) -> bool:
         """Serve a connection until it may go round. Return False when it has ended."""
+        with self._lock:
+            self._alone += 1
         try:
-            while rider.connection.serve_some():
+            while rider.connection.serve_some(polls=self._alone == 1):
                 if self._may_join(rider):
                     return True
         except Exception as failure:
             rider.failure = failure
+        finally:
+            with self._lock:
+                self._alone -= 1
         self._end(rider)
         return False
 

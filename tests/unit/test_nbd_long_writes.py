@@ -1,4 +1,4 @@
-"""Large writes by reference, from the socket into the image through a pipe, whatever comes in between."""
+"""Long writes, which are done piece by piece as they arrive, whatever comes in between."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 import os
 import random
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -14,9 +14,8 @@ import pytest
 
 from lmdbitmap.images.device import FileDevice
 from lmdbitmap.images.plain import PlainDisk, PlainLane
-from lmdbitmap.interfaces import BlockDevice, SplicingLane
-from lmdbitmap.nbd.server.splicing import new_pipe
-from lmdbitmap.system.linux import splice_to_file
+from lmdbitmap.interfaces import BlockDevice
+from lmdbitmap.nbd.server.connection import Connection
 from tests.helpers.nbd_raw import FLUSH, FUA, READ, WRITE, request, write
 from tests.helpers.support import open_files
 from tests.helpers.tracked import TrackedDisk, blocks_of
@@ -33,10 +32,6 @@ def image(tmp_path: Path) -> Iterator[FileDevice]:
     path.write_bytes(bytes(SIZE))
     with FileDevice.open(path) as image:
         yield image
-
-
-def no_pipe() -> tuple[int, int]:
-    raise OSError(errno.EMFILE, "too many open files")
 
 
 def feed(peer: Peer, data: bytes, chosen: random.Random) -> None:
@@ -88,12 +83,8 @@ def test_replies_come_though_the_client_waits_for_them_before_it_sends_more(imag
             assert peer.reply().cookie == 2
 
 
-@pytest.mark.parametrize(("pipes", "offset"), [(new_pipe, SIZE), (no_pipe, MIB)])
-def test_so_they_do_if_the_data_does_not_go_by_reference(
-    image: FileDevice, monkeypatch: pytest.MonkeyPatch, pipes: Callable[[], tuple[int, int]], offset: int
-) -> None:
-    """Since the write is refused, or since there is no pipe."""
-    monkeypatch.setattr("lmdbitmap.nbd.server.splicing.new_pipe", pipes)
+@pytest.mark.parametrize("offset", [SIZE, MIB])
+def test_so_they_do_if_the_later_write_is_refused_or_not(image: FileDevice, offset: int) -> None:
     with connected(PlainDisk(image)) as peer:
         later = write(offset, bytes(MIB), cookie=2)
         peer.send(write(0, bytes(MIB), cookie=1) + later[:5000])
@@ -138,10 +129,6 @@ class WatchedLane(PlainLane):
             self._disk.borders |= {offset, offset + len(data)}
         return super().write_many(writes)
 
-    def write_from_pipe(self, pipe_fd: int, length: int, offset: int) -> None:
-        self._disk.borders |= {offset, offset + length}
-        super().write_from_pipe(pipe_fd, length, offset)
-
 
 @pytest.mark.parametrize("seed", range(3))
 def test_pieces_of_a_write_end_where_pages_do(image: FileDevice, seed: int) -> None:
@@ -159,7 +146,7 @@ def test_pieces_of_a_write_end_where_pages_do(image: FileDevice, seed: int) -> N
 
 
 class FailingDisk(PlainDisk):
-    """Its lane refuses the first few bytes that come by pipe, or takes some of them and then refuses."""
+    """Its lane refuses the first two pieces of long writes."""
 
     def lane(self) -> PlainLane:
         return FailingLane(self._device)
@@ -168,51 +155,28 @@ class FailingDisk(PlainDisk):
 class FailingLane(PlainLane):
     failures = 2
 
-    def write_from_pipe(self, pipe_fd: int, length: int, offset: int) -> None:
-        if not self.failures:
-            super().write_from_pipe(pipe_fd, length, offset)
-            return
-        self.failures -= 1
-        if self.failures:
-            super().write_from_pipe(pipe_fd, length // 2, offset)
-        raise OSError(errno.ENOSPC, "full")
-
-
-def test_failed_write_is_told_its_data_is_drained_and_the_next_one_done(image: FileDevice) -> None:
-    data = random.Random(1).randbytes(300 * KIB)
-    with connected(FailingDisk(image)) as peer:
-        peer.do(WRITE, 0, LARGE, data=bytes(LARGE))  # from here on headers are received by themselves
-        for cookie in range(2, 8):
-            peer.send(write(MIB, data, cookie=cookie))
-        errors = {reply.cookie: reply.error for reply in (peer.reply() for _ in range(2, 8))}
-        assert sorted(errors.values()) == [0, 0, 0, 0, errno.ENOSPC, errno.ENOSPC]
-        assert errors[7] == 0
-        assert peer.do(READ, MIB, len(data)).data == data
-
-
-class RefusingDisk(PlainDisk):
-    """The pieces that come by memory fail; those by pipe would not."""
-
-    def lane(self) -> PlainLane:
-        return RefusingLane(self._device)
-
-
-class RefusingLane(PlainLane):
     def write_many(self, writes: Sequence[tuple[int, memoryview]]) -> Mapping[int, int]:
-        return dict.fromkeys(range(len(writes)), errno.EIO)
+        if not self.failures:
+            return super().write_many(writes)
+        self.failures -= 1
+        return dict.fromkeys(range(len(writes)), errno.ENOSPC)
 
 
-def test_first_piece_that_fails_leaves_nothing_for_the_next_write(image: FileDevice) -> None:
-    data = random.Random(2).randbytes(MIB)
-    with connected(RefusingDisk(image)) as peer:
-        whole = write(0, data, cookie=1)
-        peer.send(whole[: 28 + 9000])
-        peer.send(whole[28 + 9000 :])
-        assert peer.reply().error == errno.EIO
-        peer.send(write(MIB, data, cookie=2))
-        reply = peer.reply()
-        assert (reply.cookie, reply.error) == (2, 0)  # its header came alone, and all of its data by the pipe
-        assert peer.do(READ, MIB, MIB).data == data
+@pytest.mark.parametrize("cut", [28, 28 + 9000, 28 + 200 * KIB])
+def test_failed_write_is_told_its_data_is_drained_and_the_next_one_done(image: FileDevice, cut: int) -> None:
+    data = random.Random(1).randbytes(MIB)
+    with connected(FailingDisk(image)) as peer:
+        errors = []
+        for cookie in range(2, 6):
+            whole = write(MIB, data, cookie=cookie)
+            peer.send(whole[:cut])
+            peer.send(whole[cut:])
+            reply = peer.reply()
+            assert reply.cookie == cookie
+            errors.append(reply.error)
+        assert errors[0] == errno.ENOSPC
+        assert errors[2:] == [0, 0]  # the second failure belongs to the first write or to the second
+        assert peer.do(READ, MIB, len(data)).data == data
 
 
 @pytest.mark.parametrize("length", [LARGE, MIB])
@@ -223,54 +187,8 @@ def test_refused_write_is_drained(image: FileDevice, length: int) -> None:
         assert peer.do(READ, 0, 5).data == bytes(5)
 
 
-class UnsplicableDisk(PlainDisk):
-    """As on a file system that lacks splice."""
-
-    def lane(self) -> PlainLane:
-        return UnsplicableLane(self._device)
-
-
-class UnsplicableLane(PlainLane):
-    def write_from_pipe(self, pipe_fd: int, length: int, offset: int) -> None:
-        raise OSError(errno.EINVAL, "no splice here")
-
-
-def test_file_that_cannot_be_spliced_to_is_written_all_the_same(image: FileDevice) -> None:
-    chosen, truth = random.Random(4), bytearray(SIZE)
-    with connected(UnsplicableDisk(image)) as peer:
-        for length in (LARGE, MIB, LARGE, 300 * KIB, 5, LARGE):
-            offset, data = chosen.randrange(SIZE - length), chosen.randbytes(length)
-            truth[offset : offset + length] = data
-            feed(peer, write(offset, data, cookie=7), chosen)
-            assert peer.reply()[:2] == (7, 0)
-        assert peer.do(READ, 0, SIZE).data == bytes(truth)
-
-
-class HalfSplicableDisk(PlainDisk):
-    """As on a file system that takes whole sectors only."""
-
-    def lane(self) -> PlainLane:
-        return HalfSplicableLane(self._device)
-
-
-class HalfSplicableLane(PlainLane):
-    def write_from_pipe(self, pipe_fd: int, length: int, offset: int) -> None:
-        super().write_from_pipe(pipe_fd, length // 2, offset)
-        raise OSError(errno.EINVAL, "no splice of this")
-
-
-def test_piece_that_is_spliced_in_part_fails_and_is_not_taken_for_its_rest(image: FileDevice) -> None:
-    data = random.Random(7).randbytes(MIB)
-    with connected(HalfSplicableDisk(image)) as peer:
-        assert peer.do(WRITE, 0, MIB, data=data).error == errno.EINVAL
-        written = peer.do(READ, 0, MIB).data
-        assert all(new in (0, wanted) for new, wanted in zip(written, data, strict=True))
-
-
-def test_data_in_crumbs_fills_no_pipe_and_holds_up_no_end(image: FileDevice) -> None:
-    """Each of them takes a slot of the pipe; the last page's worth waits there for its end."""
+def test_data_in_crumbs_is_written_too(image: FileDevice) -> None:
     with connected(PlainDisk(image)) as peer:
-        peer.do(WRITE, 0, LARGE, data=bytes(LARGE))
         data = random.Random(5).randbytes(LARGE)
         peer.send(write(512, data, cookie=2)[:28])
         for number in range(6000):
@@ -284,35 +202,33 @@ def test_data_in_crumbs_fills_no_pipe_and_holds_up_no_end(image: FileDevice) -> 
     assert isinstance(peer.outcome, ConnectionResetError)
 
 
-def test_process_that_gets_no_pipe_writes_all_the_same(
-    image: FileDevice, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lmdbitmap.nbd.server.splicing.new_pipe", no_pipe)
-    data = random.Random(6).randbytes(MIB)
-    with connected(PlainDisk(image)) as peer:
-        assert peer.do(WRITE, 5, MIB, data=data).error == 0
-        assert peer.do(READ, 5, 4096).data == data[:4096]
-
-
-def test_user_who_gets_no_large_pipe_any_more_has_the_data_copied(
-    image: FileDevice, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As a user of many: the pipes that there are then are so small that a copy is faster."""
-    refused: list[int] = []
-
-    def refuse(fd: int, command: int, size: int) -> int:
-        refused.append(fd)
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
-
-    data = random.Random(8).randbytes(2 * MIB)
-    with connected(PlainDisk(image)) as peer:
-        before = len(open_files())
-        monkeypatch.setattr("lmdbitmap.nbd.server.splicing.fcntl.fcntl", refuse)
-        assert peer.do(WRITE, 5, len(data), data=data).error == 0
-        for _ in range(2):
-            assert peer.do(READ, 5, len(data)).data == data
-        assert len(refused) == 2  # once to write, once for all that is read
-        assert len(open_files()) == before
+@pytest.mark.parametrize("seed", range(6))
+def test_turns_wait_for_no_data(image: FileDevice, seed: int) -> None:
+    """As when one thread serves many: each turn takes what is there and returns, in the middle of a write too."""
+    chosen, truth, stream = random.Random(seed), bytearray(SIZE), b""
+    for cookie in range(20):
+        length = chosen.choice([4096, LARGE, 300 * KIB, MIB + 5])
+        offset, data = chosen.randrange(SIZE - length), chosen.randbytes(length)
+        truth[offset : offset + length] = data
+        stream += write(offset, data, cookie=cookie)
+    client, ours = socket.socketpair()
+    with client, ours:
+        peer = Peer(client)
+        connection = Connection(ours, PlainDisk(image), structured=False, contexts={})
+        while stream:  # a turn that waited for more of it would wait for ever
+            cut = chosen.randrange(1, 100 * KIB)
+            peer.send(stream[:cut])
+            stream = stream[cut:]
+            assert connection.turn()
+        assert connection.turn()
+        assert [peer.reply()[:2] for _ in range(20)] == [(cookie, 0) for cookie in range(20)]
+        peer.send(write(0, bytes(LARGE))[:5000])
+        assert connection.turn()
+        client.shutdown(socket.SHUT_WR)
+        with pytest.raises(ConnectionResetError):
+            connection.turn()
+        connection.close()
+    assert image.pread(SIZE, 0) == bytes(truth)
 
 
 def test_nothing_is_left_open(image: FileDevice) -> None:
@@ -325,20 +241,20 @@ def test_nothing_is_left_open(image: FileDevice) -> None:
 # --- the laws ---
 
 
-def test_data_by_reference_is_dirty_before_it_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_piece_is_dirty_before_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law 1, at the moment of the system call; and what is written afterwards is there."""
     seen: list[bool] = []
+    pwrite = os.pwrite
     with closing(TrackedDisk(tmp_path, SIZE).clean()) as tracked, tracked.attach(max_armed=3) as disk:
 
-        def watched(pipe_fd: int, fd: int, length: int, offset: int) -> None:
-            seen.append(set(disk.disk.geometry.blocks_outward(offset, length)) <= tracked.stored_dirt())
-            splice_to_file(pipe_fd, fd, length, offset)
+        def watched(fd: int, data: bytes, offset: int) -> int:
+            if fd == disk.fd:
+                blocks = disk.disk.geometry.blocks_outward(offset, len(data))
+                seen.append(set(blocks) <= tracked.stored_dirt())
+            return pwrite(fd, data, offset)
 
-        monkeypatch.setattr("lmdbitmap.tracker.lane.splice_to_file", watched)
+        monkeypatch.setattr(os, "pwrite", watched)
         chosen, truth = random.Random(3), bytearray(SIZE)
-        assert isinstance(disk.lane(), SplicingLane)
         with connected(disk) as peer:
             for number in range(40):
                 length = chosen.choice([LARGE, LARGE, MIB])
@@ -354,31 +270,3 @@ def test_data_by_reference_is_dirty_before_it_is_written(
         assert changed <= blocks_of(disk.changes(since="start"))
     assert len(seen) >= 40
     assert all(seen)
-
-
-def test_checkpoint_waits_for_data_on_its_way_by_reference(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Law 2: the lane is busy while the pipe is emptied."""
-    with closing(TrackedDisk(tmp_path, SIZE).clean()) as tracked, tracked.attach() as disk:
-        lane = disk.lane()
-        states: list[bool] = []
-
-        def watched(pipe_fd: int, fd: int, length: int, offset: int) -> None:
-            states.append(lane.busy)
-            splice_to_file(pipe_fd, fd, length, offset)
-
-        monkeypatch.setattr("lmdbitmap.tracker.lane.splice_to_file", watched)
-        out, into = os.pipe()
-        try:
-            for _ in range(2):  # new dirt, then settled
-                os.write(into, bytes(4096))
-                lane.write_from_pipe(out, 4096, 8192)
-                assert not lane.busy
-        finally:
-            os.close(out)
-            os.close(into)
-        assert states == [True, True]
-        disk.detach()
-        with pytest.raises(OSError):
-            lane.write_from_pipe(-1, 4096, 8192)
