@@ -38,9 +38,8 @@ def measure() -> Iterator[Line]:
 def steady_state() -> Iterator[Line]:
     """Measure a disk on which every block is dirty already: the usual state for a guest."""
     with workplace(4 * nbd.IMAGE_BYTES) as folder:
-        image = folder / "tracked.raw"
-        nbd.write_out(image, nbd.IMAGE_BYTES)
-        yield from nbd.measure_nbd(image, tracked_peer(image, folder, "dirty"))
+        images = nbd.write_images(folder)
+        yield from nbd.measure_nbd(images, tracked_peer(images.ours, folder, "dirty"))
 
 
 def first_touch(requests: int = SPARSE_BYTES // BLOCK) -> Iterator[Line]:
