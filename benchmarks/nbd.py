@@ -236,7 +236,7 @@ def measure_nbd(
     ours: Peer,
     *,
     loads: Sequence[Load] = LOADS,
-    rounds: int = 3,
+    rounds: int = 5,
     seconds: float = 1.0,
 ) -> Iterator[Line]:
     """Compare `ours`, which serves its image, with qemu-nbd and nbdkit serving theirs; yield a line per pair."""
