@@ -297,6 +297,23 @@ def test_who_waits_leaves_the_rounds_and_comes_back(
             assert len(threads_of(disk, clients)) == 1
 
 
+@pytest.mark.usefixtures("patience")
+def test_long_write_under_way_stays_out_of_the_rounds(device: FileDevice, tmp_path: Path) -> None:
+    """However many batches its data comes in."""
+    stage, piece = Stage(), bytes(64 * KIB)
+    stage.open()
+    disk = StagedDisk(device, stage)
+    with clients_of(disk, tmp_path, 3) as clients:
+        clients[0].send(write(HELD, piece * ENOUGH, cookie=7)[: -len(piece) * ENOUGH])
+        for _ in range(ENOUGH - 1):
+            clients[0].send(piece)
+            stage.await_arrivals(1)
+        writer = disk.threads[-1]
+        assert writer not in threads_of(disk, clients[1:])
+        clients[0].send(piece)
+        assert clients[0].reply()[:2] == (7, 0)
+
+
 class Told(Connection):
     """Notes what it is told, announces itself, and waits for the next event before it goes on."""
 

@@ -235,7 +235,6 @@ class Connection:
         inbox.make_room_for(needed)
 
     def _begin_long_write(self, request: nbd.Request) -> None:
-        self.notice.give()
         refused = self._refusal(request)
         self._inbox.take(self._header_size)
         write = self._long_write = LongWrite(request, self._inbox, self._operations, error=refused)
@@ -243,6 +242,7 @@ class Connection:
 
     def _long_write_goes_on(self, write: LongWrite) -> bool:
         """Write what has come of it. Once that is all, answer it, and return False."""
+        self.notice.give()
         if write.goes_on():
             self._inbox.move_to_front()
             return True

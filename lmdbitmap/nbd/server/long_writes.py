@@ -1,7 +1,7 @@
 """A WRITE that is done piece by piece as its data arrives: the first pieces while the client sends the rest.
 
 Pieces end on multiples of `_PIECE`, so that no page and hardly a block is written in two halves. Such a WRITE waits for
-nothing itself: the connection receives for it as it does for requests, in its turn.
+nothing itself: the connection receives for it as it does for requests, and stays out of the rounds meanwhile.
 """
 
 from __future__ import annotations
