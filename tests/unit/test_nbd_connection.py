@@ -515,6 +515,20 @@ def test_a_file_cut_in_the_middle_of_a_long_read_is_an_error_behind_the_data(
         assert peer.do(READ, 0, 16).data == pattern(16)
 
 
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("length", [32 << 10, 128 << 10, MIB - 4096])
+def test_so_it_is_of_a_read_that_the_pipe_holds_in_any_form(
+    image: FileDevice, tmp_path: Path, form: str, length: int
+) -> None:
+    """A simple reply has no room for an error behind its data: it must not have begun."""
+    os.truncate(tmp_path / "disk.raw", MIB)
+    with connected(PlainDisk(image), form=form) as peer:
+        for _ in range(2):
+            assert peer.do(READ, MIB - length + 7000, length).error == errno.EIO
+            assert peer.do(READ, MIB - length, length).data == pattern(MIB)[MIB - length :]
+
+
 def test_a_connection_leaves_no_descriptor_behind(image: FileDevice) -> None:
     def descriptors() -> list[str]:
         return os.listdir("/proc/self/fd")

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import socket
 from typing import Final
 
 _PIPE_BYTES: Final = 1 << 20
+SURE_TO_FIT: Final = _PIPE_BYTES - mmap.PAGESIZE
+"""As many bytes fit into the pipe wherever they begin: it holds pages."""
 
 
 class ReadPipe:
@@ -41,6 +44,7 @@ class ReadPipe:
             length -= os.splice(self._ends[0], self._sock.fileno(), length)
 
     def close(self) -> None:
+        """Drop what is in it. The next filling makes another pipe."""
         for end in self._ends or ():
             os.close(end)
         self._ends = None
