@@ -124,7 +124,6 @@ class Connection:
         while goes_on and left:
             goes_on = self._receive() and self._serve_batch()
             left -= 1
-        self._replies.send()
         return goes_on
 
     def turn(self) -> bool:
@@ -147,13 +146,8 @@ class Connection:
     # -- requests in ---------------------------------------------------------------------------------------
 
     def _receive(self) -> bool:
-        """Wait for more bytes; replies are sent before the thread sleeps. Return False when the client is gone."""
-        came = self._inbox.receive_at_once() if self._replies.waiting else None
-        if not came:
-            self._replies.send()
-        if came is None:
-            came = self._inbox.receive()
-        return came or self._is_gone()
+        """Wait for more bytes; all replies are sent by now. Return False when the client is gone."""
+        return self._inbox.receive() or self._is_gone()
 
     def _is_gone(self) -> bool:
         """Return False: the client goes on no more. It must not leave in the middle of a long WRITE."""

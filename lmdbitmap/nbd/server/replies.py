@@ -88,11 +88,6 @@ class Replies:
         self._by_reference = Trial()
         self._large = memoryview(b"")
 
-    @property
-    def waiting(self) -> int:
-        """Parts of replies that are not sent yet; an answer without data is one part."""
-        return len(self._gathered)
-
     def close(self) -> None:
         self.hurry(False)
         self._close_pipe()
