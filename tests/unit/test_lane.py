@@ -6,6 +6,7 @@ import errno
 import functools
 import gc
 import itertools
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -270,6 +271,33 @@ def test_drained_waits_for_the_write_in_flight(settled: bool) -> None:
     for thread in (writer, drainer):
         thread.join(PATIENCE_SECONDS)
     assert order == ["let go", "drained"]
+
+
+@pytest.mark.parametrize("settled", [True, False], ids=["fast", "slow"])
+@pytest.mark.parametrize("batch", [True, False], ids=["batch", "write"])
+def test_drained_waits_for_the_system_call_that_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: bool, settled: bool
+) -> None:
+    """A batch, and each piece of a long write, for an image with a descriptor."""
+    states: list[bool] = []
+    pwrite = os.pwrite
+
+    def watched(fd: int, data: bytes, offset: int) -> int:
+        states.append(lane.busy)
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", watched)
+    with a_file(tmp_path, SIZE) as device:
+        marker = Marker()
+        lane = FilterLane(marker.gate, device, marker)
+        if settled:
+            marker.settle_all()
+        if batch:
+            assert lane.write_many([(0, memoryview(b"a")), (GRANULARITY, memoryview(b"b"))]) == {}
+        else:
+            lane.pwrite(b"a", 0)
+        assert states == [True] * (1 + batch)
+        assert not lane.busy
 
 
 def test_a_write_that_takes_long_is_looked_at_less_and_less_often() -> None:
