@@ -171,6 +171,8 @@ def clients_of(
         clients = [stack.enter_context(RawClient.connect(path)) for _ in range(count)]
         for client in clients:
             client.go("disk")
+            if go_round:  # once it is counted: who is alone does not
+                assert client.do(READ, 0, 1).error == 0
         for client in clients if go_round else []:
             be_quick(client)
         yield clients
