@@ -60,3 +60,13 @@ def test_reads_longer_than_a_window_count_as_one() -> None:
     for _ in range(2 * TRIES):
         machine.send(3 * WINDOW_BYTES)
     assert not machine.trial.prefers_first
+
+
+def test_what_a_long_read_had_over_a_window_shortens_no_other_one() -> None:
+    machine = Machine(4e9, 9e9)
+    machine.send(3 * WINDOW_BYTES)
+    assert not machine.trial.prefers_first
+    machine.send(WINDOW_BYTES - 1)
+    assert not machine.trial.prefers_first
+    machine.send(1)
+    assert machine.trial.prefers_first
