@@ -265,7 +265,36 @@ def test_a_long_write_is_done_in_aligned_pieces_and_flushed_once(device: MemoryD
     assert first == 100_000
     assert {offset % 65536 for offset in others if isinstance(offset, int)} == {0}
     assert disk.calls[-2:] == [("flush",), ("close",)]
+    assert disk.calls.count(("flush",)) == 1
     assert device.pread(MIB, 100_000) == pattern(MIB)
+
+
+@pytest.mark.parametrize(
+    ("fails", "flags", "error", "flushes"),
+    [
+        (None, 0, 0, 0),
+        ("flush", FUA, errno.EIO, 1),
+        ("pwrite", FUA, errno.EIO, 0),
+    ],
+)
+def test_a_long_write_is_flushed_if_asked_and_done_and_fails_with_its_flush(
+    device: MemoryDevice, fails: str | None, flags: int, error: int, flushes: int
+) -> None:
+    disk = RecordingDisk(device)
+    if fails is not None:
+        device.fail_next[fails] = errno.EIO
+    with connected(disk) as peer:
+        assert peer.do(WRITE, 0, MIB, flags=flags, data=bytes(MIB)).error == error
+    assert disk.calls.count(("flush",)) == flushes
+
+
+def test_a_long_write_that_failed_tells_its_own_error_and_changes_nothing_more(device: MemoryDevice) -> None:
+    disk = RecordingDisk(device)
+    device.fail_next["pwrite"] = errno.ENOSPC
+    with connected(disk) as peer:
+        assert peer.do(WRITE, 0, MIB, flags=FUA, data=pattern(MIB)).error == errno.ENOSPC
+    assert [call[0] for call in disk.calls] == ["write_many", "close"]
+    assert device.pread(MIB, 0) == bytes(MIB)
 
 
 # --- what fails costs its own request ---
@@ -559,8 +588,10 @@ def test_long_reads_of_a_file_that_cannot_travel_by_reference_are_copied() -> No
     fd = os.open("/proc/self/mem", os.O_RDONLY)
     try:
         with connected(DiskOnDescriptor(fd)) as peer:
+            before = len(open_files())
             for _ in range(2):
                 assert peer.do(READ, ctypes.addressof(content), length).data == pattern(length)
+                assert len(open_files()) == before  # the pipe is of no use any more
     finally:
         os.close(fd)
 
@@ -583,7 +614,31 @@ def test_long_reads_try_both_ways_and_are_right_in_either(
     with connected(PlainDisk(image)) as peer:
         for _ in range(40 + 6):
             assert peer.do(READ, 777, MIB).data == pattern(SIZE)[777 : 777 + MIB]
-    assert len(ways) == 3
+        assert len(ways) == 3
+        assert peer.do(READ, 777, TOO_LONG_TO_COPY).error == 0
+    assert len(ways) == 4  # of what is too long there is no choice
+
+
+@pytest.mark.usefixtures("way")
+def test_bytes_sent_are_counted_whichever_way_they_go(image: FileDevice) -> None:
+    lengths = [1, 32768, MIB, MIB + 1, SIZE]
+    with connected(PlainDisk(image), form=SIMPLE) as peer:
+        for length in lengths:
+            assert peer.do(READ, 0, length).data == pattern(SIZE)[:length]
+    assert peer.connection.traffic.bytes_sent == sum(16 + length for length in lengths)
+
+
+def test_what_the_kernel_moves_in_part_is_sent_as_a_whole(
+    image: FileDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splice = os.splice
+
+    def less(source: int, target: int, length: int, **places: int) -> int:
+        return splice(source, target, min(length, 200_000 if places else 50_000), **places)
+
+    monkeypatch.setattr(os, "splice", less)
+    with connected(PlainDisk(image)) as peer:
+        assert peer.do(READ, 777, 300_000).data == pattern(SIZE)[777:300_777]
 
 
 @pytest.mark.parametrize("lack", ["no pipe", "no large pipe"])
@@ -669,14 +724,19 @@ def test_what_came_before_a_change_that_the_stop_cuts_short_is_answered(
         assert client.is_closed_by_server()
 
 
-def test_a_long_write_is_one_request_and_one_batch_in_sixteen_is_timed(device: MemoryDevice) -> None:
+def test_a_long_write_is_one_request(device: MemoryDevice) -> None:
     with connected(PlainDisk(device)) as peer:
         peer.do(WRITE, 0, MIB, data=bytes(MIB))
+    assert peer.connection.traffic.counts[:2] == (0, 1)
+
+
+def test_one_batch_in_sixteen_is_timed(device: MemoryDevice) -> None:
+    with connected(PlainDisk(device)) as peer:
         for _ in range(40):
             peer.do(READ, 0, 1)
     traffic = peer.connection.traffic
-    assert traffic.counts[:2] == (40, 1)
-    assert 2 <= sum(traffic.batches.counts) <= 3
+    assert traffic.counts[:2] == (40, 0)
+    assert sum(traffic.batches.counts) == 3
 
 
 def test_one_turn_in_sixteen_is_timed_too(device: MemoryDevice) -> None:
