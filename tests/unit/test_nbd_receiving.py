@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import socket
 
+import pytest
+
 from lmdbitmap.images.memory_device import MemoryDevice
 from lmdbitmap.images.plain import PlainDisk
 from lmdbitmap.nbd.server.connection import Connection
+from lmdbitmap.nbd.server.inbox import BATCH_BYTES, Inbox
 from lmdbitmap.nbd.server.receiving import Lookout
 
 
@@ -55,6 +58,17 @@ def test_nobody_polls_while_others_are_busy_and_everybody_does_afterwards() -> N
     assert watched.looks == 0
     watched.lookout.polls = True
     assert watched.lookout.wait() == "found"
+
+
+@pytest.mark.parametrize(("needed", "moved"), [(9, False), (10, True)])
+def test_unfinished_request_is_moved_if_its_end_has_no_room(needed: int, moved: bool) -> None:
+    """A receive into no room at all would look like a client that is gone."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        inbox = Inbox(ours)
+        inbox.start, inbox.end = BATCH_BYTES - 9, BATCH_BYTES - 1
+        inbox.make_room_for(needed)
+        assert (inbox.start, inbox.end) == ((0, 8) if moved else (BATCH_BYTES - 9, BATCH_BYTES - 1))
 
 
 def test_connection_polls_as_it_is_told() -> None:

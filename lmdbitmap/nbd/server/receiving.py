@@ -32,7 +32,7 @@ class Lookout(Generic[Found]):
         self._naps_left = _FOR_EVER if blind else 0
         self._next_naps = 1
         self.polls = True
-        """False while other threads are busy too."""
+        """False while another connection has a thread of its own, too."""
 
     def wait(self, *args: object) -> Found:
         if self._naps_left or not self.polls:
