@@ -546,8 +546,8 @@ def test_a_file_cut_in_the_middle_of_a_long_read_is_an_error_behind_the_data(
 
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("length", [32 << 10, 128 << 10, MIB - 4096])
-def test_so_it_is_of_a_read_that_the_pipe_holds_in_any_form(
+@pytest.mark.parametrize("length", [32 << 10, 128 << 10, MIB - 4096, MIB])
+def test_so_it_is_in_any_form_of_a_read_that_can_be_copied(
     image: FileDevice, tmp_path: Path, form: str, length: int
 ) -> None:
     """A simple reply has no room for an error behind its data: it must not have begun."""

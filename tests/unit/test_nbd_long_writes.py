@@ -215,7 +215,7 @@ def test_turns_wait_for_no_data(image: FileDevice, seed: int) -> None:
         peer = Peer(client)
         connection = Connection(ours, PlainDisk(image), structured=False, contexts={})
         while stream:  # a turn that waited for more of it would wait for ever
-            cut = chosen.randrange(1, 100 * KIB)
+            cut = chosen.randrange(1, 20 * KIB)
             peer.send(stream[:cut])
             stream = stream[cut:]
             assert connection.turn()

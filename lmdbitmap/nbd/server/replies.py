@@ -33,7 +33,7 @@ from lmdbitmap.nbd.server.forms import (
 )
 from lmdbitmap.nbd.server.notice import Notice
 from lmdbitmap.nbd.server.requests import FAILURES, error_of, place
-from lmdbitmap.nbd.server.splicing import SURE_TO_FIT, ReadPipe
+from lmdbitmap.nbd.server.splicing import ReadPipe
 from lmdbitmap.nbd.server.trial import Trial
 from lmdbitmap.work.buffers import new_buffer
 
@@ -238,7 +238,7 @@ class Replies:
         self.send()
         start, stop = offset, offset + length
         while offset < stop and (count := pipe.fill(offset, stop - offset)):
-            if count < length <= SURE_TO_FIT and not self._form.in_chunks:
+            if count < length <= MOST_KEPT and not self._form.in_chunks:
                 pipe.close()  # the rest may fail, and behind a simple reply's data no error can be told
                 break
             if self._form.in_chunks or offset == start:

@@ -89,7 +89,7 @@ class Rounds:
         self._riders: dict[int, _Rider] = {}
         self._connections = 0
         self._alone = 0
-        """How many connections are served by a thread of their own. Under the lock."""
+        """How many connections are served by a thread of their own. Changes under the lock."""
         self._driven = False
         """Whether a thread drives. Under the lock."""
         self._term = 0

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import mmap
 import os
 import socket
 from typing import Final
 
 _PIPE_BYTES: Final = 1 << 20
-SURE_TO_FIT: Final = _PIPE_BYTES - mmap.PAGESIZE
-"""As many bytes fit into the pipe wherever they begin: it holds pages."""
 
 
 class ReadPipe:
